@@ -24,7 +24,7 @@ MOST = 2**31 - 1  # steps, rows and tokens are counted in int32 on a device
 
 
 def _fields(kind: str, why: str) -> functools.partial:
-  """Returns `field` for those of which a change does the same to a run."""
+  """Returns `field` for fields whose changes do the same to a run."""
   return functools.partial(field, resume=Resume(kind, why))
 
 
@@ -40,6 +40,7 @@ _task = _fields(OPTIMISATION, 'another difficulty of the task')
 
 
 def _steps(old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:
+  """Returns what another number of steps does to a run."""
   schedules = old['optim.schedule'], new['optim.schedule']
   if all(name in ('constant', 'rsqrt') for name in schedules):
     return Resume(SAFE, 'this schedule does not depend on the last step')
@@ -50,6 +51,7 @@ def _steps(old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:
 
 
 def _ema(old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:
+  """Returns what another average of the parameters does to a run."""
   if bool(old['optim.ema']) == bool(new['optim.ema']):
     return Resume(OPTIMISATION, 'another average from here on')
   return Resume(INCOMPATIBLE,
@@ -58,126 +60,131 @@ def _ema(old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-  """Of the objectives span and denoising."""
-  noise_density: float = _task(0.15, 'the share of tokens that is cut out',
+  """The spans that the objectives span and denoising cut out."""
+  noise_density: float = _task(0.15, 'The share of tokens that is cut out.',
                                above=0, below=1)
-  mean_length: float = _task(3.0, 'the mean length of a span in tokens',
+  mean_length: float = _task(3.0, 'The mean length of a span in tokens.',
                              least=1)
-  permuted: float = _task(1.0, 'Of denoising, the share of sentences that '
-                          'change places.', least=0, most=1)
+  permuted: float = _task(1.0, 'The share of sentences that change places, '
+                          'with objective denoising.', least=0, most=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-  """Of the objective probe."""
-  levels: tuple = _rows((), "Difficulties, one a row; derived: what the task's "
-                        'paper has.')
-  vocab: int = _rows(0, 'letters of the task; derived: as published',
-                     most=2**20)
-  examples: int = _rows(0, 'rows in one pass of training; derived: as '
-                        'published', most=MOST)
-  held_out: int = _rows(0, 'rows to evaluate on; derived: as published',
-                        most=MOST)
-  random_non_queries: bool = _rows(False, 'Of mqar: any letter between the '
-                                   'queries, and not always the same one.')
+  """The task of the objective probe."""
+  levels: tuple = _rows((), 'The difficulties, one for each row; derived: '
+                        "those of the task's paper.")
+  vocab: int = _rows(0, 'The letters of the task; derived: as many as '
+                     'published.', most=2**20)
+  examples: int = _rows(0, 'The rows in one pass of training; derived: as many '
+                        'as published.', most=MOST)
+  held_out: int = _rows(0, 'The rows to evaluate on; derived: as many as '
+                        'published.', most=MOST)
+  random_non_queries: bool = _rows(False, 'Whether mqar has any letter between '
+                                   'its queries, and not always the same one.')
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """What is learned from."""
+  """The data, and how they become batches."""
   source: str = _batches(
-      'sotu', 'sotu, text:GLOB or another form of docs/howto/own_data.md, all '
-      'of which the answer to an unknown one lists; several with weights: '
-      "'0.7*A,0.3*B'.")
+      'sotu', 'The training data: sotu, text:GLOB or another form of '
+      'docs/howto/own_data.md, all of which the answer to an unknown one '
+      "lists; several with weights: '0.7*A,0.3*B'.")
   eval_source: str = _batches(
-      '', 'Text to evaluate on, written like source. Empty: what is held out '
-      "of source. The loss of a mixture is the mean of its sources' losses, "
-      "weighted by the sources' weights.")
+      '', 'The text to evaluate on, written like source. Empty: what is held '
+      'out of source. The loss of a mixture is the mean of the losses of its '
+      'sources, weighted by their weights.')
   holdout_every: int = _batches(
-      20, 'n: every n-th document is held out of training; of a single text '
-      'file, its last n-th part. 0: nothing is held out.', most=MOST)
+      20, 'Every n-th document is held out of training; of a single text file, '
+      'its last n-th part. 0: nothing is held out.', most=MOST)
   tokenizer: str = field(
-      'bytes', 'bytes | bytes:N (in N ids) | a tokenizer.json | a folder '
-      '| hf://ORG/NAME',
+      'bytes', 'The tokenizer: bytes | bytes:N (in N ids) | a tokenizer.json | '
+      'a folder | hf://ORG/NAME.',
       resume=Resume(INCOMPATIBLE, 'token numbers mean something else'))
-  length: int = _batches(256, 'tokens in a sequence (in the source, with '
-                         'seq2seq)', least=1, most=2**24)
-  target_length: int = _batches(0, 'tokens in the target of seq2seq; derived: '
-                                'length', most=2**24)
-  batch_size: int = _batches(32, 'sequences in a batch, over all devices',
+  length: int = _batches(256, 'The tokens in a sequence (in the source, with '
+                         'seq2seq).', least=1, most=2**24)
+  target_length: int = _batches(0, 'The tokens in the target of seq2seq; '
+                                'derived: length.', most=2**24)
+  batch_size: int = _batches(32, 'The sequences in a batch, over all devices.',
                              least=1, most=2**24)
   batch_ramp: str = _batches(
       '', "Smaller batches at first, STEP:ROWS with commas between: '100:8' "
       'has 8 rows in a batch until step 100. Empty: all have batch_size.')
-  document_mask: bool = _batches(False, 'Attention and positions stop at the '
-                                 'ends of documents.')
-  cache_dir: str = _prepared('', 'Of tokens; empty: $ARCHETYPE_CACHE, or '
-                             '~/.cache/archetype.')
+  document_mask: bool = _batches(False, 'Whether attention and positions stop '
+                                 'at the ends of documents.')
+  cache_dir: str = _prepared('', 'The folder where tokens are kept; empty: '
+                             '$ARCHETYPE_CACHE, or ~/.cache/archetype.')
   chat_template: str = field(
       'published', 'How chat lays out a conversation. published: as Vicuna '
       'v1.1, or for alpaca: as Alpaca. Any other: by the chat template in a '
-      'Jinja file or a Hugging Face folder, of which the run keeps the text, '
-      "or in 'jinja:TEXT'.",
+      'Jinja file or a Hugging Face folder, whose text the run keeps, or in '
+      "'jinja:TEXT'.",
       resume=Resume(OPTIMISATION, 'another layout of conversations'))
   labels: tuple = field((), 'The labels of classification, in the order of the '
                         "model's scores; derived: those of the training data.",
                         resume=Resume(INCOMPATIBLE, 'scores mean other labels'))
   class_weights: str = _batches(
-      '', 'What a row counts in the training loss of classification. balanced: '
-      'each label the same in all; or a number for each label, with commas '
-      'between. Empty: all rows the same.')
+      '', 'The weight of a row in the training loss of classification. '
+      'balanced: each label the same in all; or a number for each label, with '
+      'commas between. Empty: all rows the same.')
   length_buckets: int = _batches(
       4, 'Batches of labelled data are padded to one of so many lengths, the '
       'last of them data.length.', least=1, most=64)
   stride: int = _batches(
-      0, 'Tokens that neighbouring windows share, of a sentence or a paragraph '
-      'that is longer than a row; derived: length / 3, as in BERT.', most=2**24)
-  mask_rate: float = _batches(0.15, 'the share of tokens that mlm, mlm_nsp and '
-                              'mlm_sop mask', above=0, most=1)
-  whole_words: bool = _batches(False, 'mask all tokens of a word, or none')
-  threads: int = _prepared(2, 'that prepare batches; more pay where they wait '
-                           'for a bucket', least=1, most=512)
+      0, 'The tokens that neighbouring windows share, where a sentence or a '
+      'paragraph is longer than a row; derived: length / 3, as in BERT.',
+      most=2**24)
+  mask_rate: float = _batches(0.15, 'The share of tokens that mlm, mlm_nsp and '
+                              'mlm_sop mask.', above=0, most=1)
+  whole_words: bool = _batches(False, 'Whether all tokens of a word are masked '
+                               'or none.')
+  threads: int = _prepared(2, 'The threads that prepare batches; more pay '
+                           'where they wait for a bucket.', least=1, most=512)
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-  """How long, and by which loss."""
-  steps: int = field(1000, 'the last step of the run', least=1, most=MOST,
+  """The length of the training, and its loss."""
+  steps: int = field(1000, 'The last step of the run.', least=1, most=MOST,
                      resume=_steps)
   grad_accumulation: int = field(
       1, 'A batch is processed in so many parts, one after another.', least=1,
       most=2**24, resume=Resume(
           OPTIMISATION, 'dropout and expert capacity see other micro-batches'))
   max_bad_steps: int = field(
-      10, 'Steps in a row with a loss that is not finite before the run ends.',
-      least=1, most=MOST, resume=Resume(SAFE, 'only when a failing run ends'))
-  z_loss: float = _loss(0.0, 'the weight of log(Z)^2 of the logits in the loss',
-                        least=0)
-  label_smoothing: float = _loss(0.0, 'the share of the target given to all '
-                                 'tokens', least=0, below=1)
+      10, 'The steps in a row with a loss that is not finite before the run '
+      'ends.', least=1, most=MOST,
+      resume=Resume(SAFE, 'only when a failing run ends'))
+  z_loss: float = _loss(0.0, 'The weight of log(Z)^2 of the logits in the '
+                        'loss.', least=0)
+  label_smoothing: float = _loss(0.0, 'The share of the target given to all '
+                                 'tokens.', least=0, below=1)
   hooks: str = _written('', 'Hooks of your own, FILE.py:CLASS with commas '
                         'between; see training/hook.py.')
-  mtp_weight: float = _loss(0.3, 'Of the mean loss of the modules of '
-                            'model.mtp_depth, in the loss.', least=0)
+  mtp_weight: float = _loss(0.3, 'The weight in the loss of the mean loss of '
+                            'the modules of model.mtp_depth.', least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-  """The updates."""
-  name: str = _state('adamw', 'adamw adafactor lion muon normuon soap sgd')
-  lr: float = _updates(1e-3, 'the highest learning rate', least=0)
-  schedule: str = _updates('cosine', 'cosine linear rsqrt wsd constant')
-  warmup_steps: int = _updates(100, 'steps in which the learning rate rises to '
-                               'lr', most=MOST)
+  """The optimiser and its schedule."""
+  name: str = _state('adamw', 'The optimiser: adamw adafactor lion muon '
+                     'normuon soap sgd.')
+  lr: float = _updates(1e-3, 'The highest learning rate.', least=0)
+  schedule: str = _updates('cosine', 'The schedule of the learning rate: '
+                           'cosine linear rsqrt wsd constant.')
+  warmup_steps: int = _updates(100, 'The steps in which the learning rate '
+                               'rises to lr.', most=MOST)
   final_fraction: float = _updates(
       0.1, 'The learning rate at the end of the schedule, as a share of lr.',
       least=0, most=1)
-  decay_steps: int = _updates(0, 'cosine and linear end at this step; 0: at '
+  decay_steps: int = _updates(0, 'The step at which cosine and linear end; 0: '
                               'train.steps.', most=MOST)
-  decay_fraction: float = _updates(0.2, 'of wsd: the share of steps that decay',
-                                   above=0, most=1)
-  weight_decay: float = _updates(0.1, 'times lr, taken from a parameter in '
-                                 'each step', least=0)
+  decay_fraction: float = _updates(0.2, 'The share of steps in which wsd '
+                                   'decays.', above=0, most=1)
+  weight_decay: float = _updates(0.1, 'The share of a parameter, times lr, '
+                                 'that each step takes from it.', least=0)
   decay_mask: tuple = _updates(
       (), 'Patterns over parameter paths. The first that matches says whether '
       'the parameter decays: 1, or not: 0. Empty: matrices decay; embeddings, '
@@ -187,24 +194,26 @@ class Optim:
       'not trained. A path may have block_B, as in the tree, or the number of '
       'a layer: embed/.*,decoder/layers/[0-3]/.*')
   layer_decay: float = _updates(
-      1.0, 'What the learning rate is multiplied by from a layer to the one '
-      'below it; 1: all have the same.', above=0, most=1)
+      1.0, 'The factor of the learning rate from a layer to the one below it; '
+      '1: all have the same.', above=0, most=1)
   table_rate: float = _updates(
-      1.0, 'What the learning rate of tables that n-grams look up is '
-      'multiplied by (of model.memory; Engram: 5). They do not decay by '
-      'default.', above=0)
+      1.0, 'The factor of the learning rate of the tables of model.memory that '
+      'n-grams look up (Engram: 5). They do not decay by default.', above=0)
   clip_norm: float = _updates(1.0, "The gradient's largest norm, to which it "
                               'is scaled down; 0: none.', least=0)
-  b1: float = _updates(0.9, 'of adamw, lion, muon, normuon and soap', least=0,
-                       below=1)
-  b2: float = _updates(0.95, 'of the same', least=0, below=1)
-  eps: float = _updates(1e-8, 'of adamw, muon, normuon and soap', above=0)
-  momentum: float = _updates(0.9, 'of sgd, muon and normuon', least=0, below=1)
-  precondition_every: int = _updates(10, 'Of soap: steps between two updates '
-                                     'of its bases.', least=1, most=MOST)
+  b1: float = _updates(0.9, 'The decay of the mean of the gradients, of adamw, '
+                       'lion, muon, normuon and soap.', least=0, below=1)
+  b2: float = _updates(0.95, 'The decay of the mean of their squares, of the '
+                       'same optimisers.', least=0, below=1)
+  eps: float = _updates(1e-8, 'The number that keeps adamw, muon, normuon and '
+                        'soap from dividing by 0.', above=0)
+  momentum: float = _updates(0.9, 'The momentum of sgd, muon and normuon.',
+                             least=0, below=1)
+  precondition_every: int = _updates(10, 'The steps between two updates of the '
+                                     'bases of soap.', least=1, most=MOST)
   precondition_max: int = _updates(
-      10_000, 'Of soap: the longest side of a matrix that has a '
-      'preconditioner.', least=1, most=MOST)
+      10_000, 'The longest side of a matrix that has a preconditioner of soap.',
+      least=1, most=MOST)
   ema: float = field(0.0, 'The decay of a moving average of the parameters, '
                      'which is evaluated and exported in their place, such as '
                      '0.999. 0: none is kept.', least=0, below=1, resume=_ema)
@@ -212,78 +221,87 @@ class Optim:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """The sizes of the axes multiply to the number of devices."""
-  data: int = _mesh(-1, 'splits the batch; -1: the devices that are left',
-                    least=-1)
-  fsdp: int = _mesh(1, 'splits the batch, and d_model of the weights', least=-1)
-  expert: int = _mesh(1, 'splits the batch, and the experts', least=-1)
-  context: int = _mesh(1, 'splits the length', least=-1)
-  tensor: int = _mesh(1, 'splits heads, feed-forward networks and the '
-                      'vocabulary', least=-1)
-  rules: str = _mesh('default', 'the table of configs/sharding.py')
+  """The sizes of the axes, which multiply to the number of devices."""
+  data: int = _mesh(-1, 'The devices that split the batch; -1: those that are '
+                    'left.', least=-1)
+  fsdp: int = _mesh(1, 'The devices that split the batch, and d_model of the '
+                    'weights.', least=-1)
+  expert: int = _mesh(1, 'The devices that split the batch, and the experts.',
+                      least=-1)
+  context: int = _mesh(1, 'The devices that split the length.', least=-1)
+  tensor: int = _mesh(1, 'The devices that split heads, feed-forward networks '
+                      'and the vocabulary.', least=-1)
+  rules: str = _mesh('default', 'The table of configs/sharding.py.')
   slices: int = _mesh(0, 'Groups of devices with a slow network between them, '
                       'over which data goes; 0: as the devices say.', most=MOST)
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """What is kept."""
-  every_steps: int = _written(500, 'steps between two checkpoints', most=MOST)
-  every_minutes: float = _written(0.0, 'minutes between two checkpoints; 0: '
-                                  'not by time', least=0, most=1e6)
-  keep: int = _written(3, 'how many of the newest good checkpoints are kept',
-                       least=1, most=10_000)
-  keep_every: int = _written(0, 'keep every n-th step too; 0: none', most=MOST)
+  """The checkpoints that are kept."""
+  every_steps: int = _written(500, 'The steps between two checkpoints.',
+                              most=MOST)
+  every_minutes: float = _written(0.0, 'The minutes between two checkpoints; '
+                                  '0: not by time.', least=0, most=1e6)
+  keep: int = _written(3, 'The number of the newest good checkpoints that are '
+                       'kept.', least=1, most=10_000)
+  keep_every: int = _written(0, 'Every n-th step is kept too; 0: none.',
+                             most=MOST)
 
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-  """What is measured while training."""
-  every_steps: int = _written(250, 'steps between two evaluations', most=MOST)
-  batches: int = _written(16, 'Batches of each source, of data.batch_size '
+  """The evaluations while a run trains."""
+  every_steps: int = _written(250, 'The steps between two evaluations.',
+                              most=MOST)
+  batches: int = _written(16, 'The batches of each source, of data.batch_size '
                           'rows; 0: all, whatever that size is.', most=MOST)
   part: str = _written(
-      '', 'first or second: on one half of the documents that are held out, of '
-      'a probe on rows of its own. Empty: on all of them.')
+      '', 'The half of the documents that are held out, first or second, to '
+      'evaluate on; a probe then has rows of its own. Empty: all of them.')
   tasks: str = _written(
-      '', "Tasks of eval.py to do while training, such as 'loss,exact'. They "
-      'are done after the last step in any case.')
-  tasks_every_steps: int = _written(0, 'steps between two; 0: after the last '
-                                    'one alone', most=MOST)
-  best: str = _written('', 'A figure of these, such as loss or labels/f1: the '
-                       'checkpoint of the best is kept. Empty: none.')
-  best_is: str = _written('', 'Which value of it is the best: least or '
+      '', "The tasks of eval.py to do while training, such as 'loss,exact'. "
+      'They are done after the last step in any case.')
+  tasks_every_steps: int = _written(0, 'The steps between two times that these '
+                                    'tasks are done; 0: after the last one '
+                                    'alone.', most=MOST)
+  best: str = _written('', 'The figure, such as loss or labels/f1, whose best '
+                       'checkpoint is kept. Empty: none.')
+  best_is: str = _written('', 'The value of it that is the best: least or '
                           'largest; derived, where the figure is known.')
   patience: int = _written(0, 'The run ends after so many evaluations without '
                            'a better one; 0: no.', most=MOST)
-  live: bool = _written(False, 'With optim.ema: evaluate the parameters too, '
-                        'as live/loss.')
+  live: bool = _written(False, 'Whether the parameters are evaluated too, as '
+                        'live/loss, where optim.ema is set.')
 
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-  """What is said."""
-  every_steps: int = _written(10, 'steps between two lines of metrics', least=1,
-                              most=MOST)
-  tensorboard: bool = _written(False, "write TensorBoard's files too")
-  wandb: bool = _written(False, 'log to Weights & Biases too')
-  wandb_project: str = _written('archetype', 'the project in Weights & Biases')
-  trackio: bool = _written(False, 'log to trackio too, on this machine')
-  trackio_project: str = _written('archetype', 'the project in trackio')
+  """The figures that are written, and where."""
+  every_steps: int = _written(10, 'The steps between two lines of metrics.',
+                              least=1, most=MOST)
+  tensorboard: bool = _written(False, "Whether TensorBoard's files are written "
+                               'too.')
+  wandb: bool = _written(False, 'Whether to log to Weights & Biases too.')
+  wandb_project: str = _written('archetype', 'The project in Weights & Biases.')
+  trackio: bool = _written(False, 'Whether to log to trackio too, on this '
+                           'machine.')
+  trackio_project: str = _written('archetype', 'The project in trackio.')
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What is in no group, and the groups; config.model stands after `probe`."""
+  """The fields that are in no group, and the groups; config.model stands after
+  `probe`."""
   seed: int = field(
-      0, 'of the parameters, the order of the data, and dropout',
+      0, 'The seed of the parameters, the order of the data, and dropout.',
       most=2**32 - 1, resume=Resume(OPTIMISATION,
                     'another order of the data, another dropout'))
   init_seed: int = field(0, 'The first parameters are drawn from both seeds, '
                          'so that each value gives others with the same data; '
                          '0: from seed alone.', most=2**32 - 1, resume=AT_START)
   objective: str = field(
-      'causal', 'What is learned: causal, prefix, chat, mlm, mlm_nsp, '
+      'causal', 'The objective: causal, prefix, chat, mlm, mlm_nsp, '
       'mlm_sop, replaced_tokens, masked_diffusion, span, denoising, seq2seq, '
       'classification, regression, token_classification, question_answering, '
       'probe, compression.',
@@ -291,8 +309,9 @@ class Run:
   init_from: str = field(
       '', 'A Hugging Face folder, hf://ORG/NAME or a workdir whose weights the '
       'run starts from.', resume=AT_START)
-  init_partial: bool = field(False, 'Load only the parameters whose names and '
-                             'shapes match; list the others.', resume=AT_START)
+  init_partial: bool = field(False, 'Whether only the parameters are loaded '
+                             'whose names and shapes match; the others are '
+                             'listed.', resume=AT_START)
   span: Span = dataclasses.field(default_factory=Span)
   probe: Probe = dataclasses.field(default_factory=Probe)
   data: Data = dataclasses.field(default_factory=Data)
@@ -306,7 +325,7 @@ class Run:
 
 # All fields of a config by dotted name, but those of kinds of layer.
 FIELDS: dict[str, Leaf] = {}
-# What is said of each.
+# The sentence of each field.
 SENTENCES: dict[str, str] = {}
 
 
@@ -326,8 +345,10 @@ refresh()
 def find(name: str) -> Leaf | None:
   """Returns the field of a dotted name, that of a kind of layer too; None:
   there is none."""
-  if of_kind := re.fullmatch(r'model\.kinds\.\w+\.(\w+)(.*)', name):
-    name = f'model.{flat.OF_LAYERS.get(of_kind[1], "")}{of_kind[2]}'
+  of_kind = re.fullmatch(r'model\.kinds\.\w+\.(\w+)(.*)', name)
+  if of_kind:
+    field_name, rest = of_kind.groups()
+    name = f'model.{flat.OF_LAYERS.get(field_name, "")}{rest}'
   return FIELDS.get(name)
 
 
@@ -337,8 +358,8 @@ def check(tree: Mapping[str, Any], who: str = '') -> None:
   it is built. Fields may be missing.
 
   Args:
-    tree: of a config, as dicts.
-    who: what the sentence begins with.
+    tree: the tree of a config, as dicts.
+    who: the words that the sentence begins with.
   """
   values = []
   for name, value in flat.flatten(tree).items():
@@ -347,8 +368,8 @@ def check(tree: Mapping[str, Any], who: str = '') -> None:
       raise RequestError(f'{who}{short(name)} is no config field')
     values.append(Value(leaf=leaf, value=value, who=who + name))
   check_all(values)
-  flat.check_kinds(tree.get('model', {}).get('kinds', {}),
-                     f'{who}model.kinds')
+  kinds = tree.get('model', {}).get('kinds', {})
+  flat.check_kinds(kinds, f'{who}model.kinds')
 
 
 def resume(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:
@@ -357,13 +378,15 @@ def resume(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:
   Args:
     name: the field's dotted name.
     old: the fields of the run's config, by dotted name.
-    new: those of the config that it would go on with.
+    new: the fields of the config that it would go on with.
   """
   leaf = find(name)
   if leaf is None:
     return Resume(OPTIMISATION, 'this version has no such field')
-  kind = leaf.rule.resume
-  return kind(old, new) if callable(kind) else kind
+  effect = leaf.rule.resume
+  if callable(effect):
+    return effect(old, new)
+  return effect
 
 
 def base() -> ml_collections.ConfigDict:

@@ -356,14 +356,11 @@ def _arrays(shape: str) -> list[_Array]:
   """Returns each array of a shape's text."""
   without_layouts = re.sub(r'\{[^{}]*\}', '', shape)
   arrays = []
-  for dtype, dims in re.findall(r'\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]',
-                                without_layouts):
+  for dtype, bits, dims in re.findall(
+      r'\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]', without_layouts):
     elements = math.prod(int(dim) for dim in dims.split(',') if dim)
-    bits = 8
-    if dtype != 'pred':
-      bits = int(re.search(r'\d+', dtype)[0])
-    arrays.append(_Array(
-        dtype=dtype, elements=elements, nbytes=elements * bits // 8))
+    nbytes = elements * int(bits or 8) // 8  # pred has 8
+    arrays.append(_Array(dtype=dtype, elements=elements, nbytes=nbytes))
   return arrays
 
 
@@ -400,7 +397,7 @@ def _collective(place: _Place, mesh: Mapping[str, int], host_of: np.ndarray,
     # A fusion of this name holds an all-reduce and keeps a slice of it.
     kind, payload = 'reduce-scatter', payload // members.shape[1]
   if kind == 'ragged-all-to-all' and ragged_rows:
-    rows = int(re.search(r'\[(\d+)', shape)[1])
+    rows = int(re.findall(r'\[(\d+)', shape)[0])
     payload = payload * min(rows, ragged_rows) // rows
 
   return Collective(
