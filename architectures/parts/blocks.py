@@ -1,4 +1,4 @@
-"""The layers: a table of what mixes their tokens, and how they are wired.
+"""The layers: a table of the mixers of their tokens, and how they are wired.
 
 An entry of MIXERS or of BLOCKS is all that there is of one. streams.py has the
 residual streams that layers add to.
@@ -7,8 +7,6 @@ tests/architectures/parts_test.py has their equations again.
 """
 
 from collections.abc import Callable
-import dataclasses
-import functools
 from typing import Any, Optional
 
 import flax.linen as nn
@@ -35,54 +33,59 @@ from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from architectures.parts.streams import residual, Streams, X
 
-# What mixes the tokens of a layer: (x_BLD, context, cache) -> (y_BLD, cache,
+# Mixers of the tokens of a layer: (x_BLD, context, cache) -> (y_BLD, cache,
 # report).
 #
 # A new mixer is a file like latent.py or, of a recurrence, like
 # recurrent/mamba2.py, and its entry in MIXERS.
 
 
-@dataclasses.dataclass(frozen=True)
 class Mixer:
-  """One way of mixing tokens.
+  """One way of mixing tokens, and the base of all of them.
 
   Attributes:
-    module: of (config, kind), named by the block; its parameters stand under
-      that name. Its FUSED says whether it may do without scores [B, H, L, M].
-    cache: (config, shape) -> an empty Cache, or the state of a
-      recurrence; `shape` is [..., B, M].
-    products: config -> which of layers.PRODUCTS a layer has.
+    module: the module, of (config, kind), named by the block; its parameters
+      stand under that name. Its FUSED says whether it may do without scores
+      [B, H, L, M].
     settings: the group of fields of config.model that it reads.
     fields: others of config.model that it reads and not every mixer does.
     sources: fields that others are derived from, where those are left open,
       and that it does not read otherwise.
     divided: (mesh axis, field of config.model that it must divide).
-    whole: of these, the fields that a mesh need not divide where they are 1:
+    whole: those of these fields that a mesh need not divide where they are 1:
       all devices have the same.
     state: whether its cache is a state of one size, as a recurrence's is: what
       has been read cannot be taken back, padding must be told apart, and a row
       stays on one device.
+    positional: whether its layers turn or bias by positions.
+    turns_heads: whether positions turn heads of head_dim features; if not,
+      `check` says what they may be.
     at_once: config -> how many numbers of a token its widest step holds; None:
       attention's scores.
-    positional: whether its layers turn or bias by positions.
-    turns_heads: whether what positions turn are heads of head_dim features; if
-      not, `check` says what they may be.
-    check: (config, stack) -> None; raises RequestError for what cannot be.
-      `stack` is what architectures.stack returns.
   """
   module: type[nn.Module]
-  cache: Callable[[ModelConfig, tuple[int, ...]], Any]
-  products: Callable[[ModelConfig], set[str]]
   settings: Optional[type] = None
   fields: tuple[str, ...] = ()
   sources: tuple[str, ...] = ()
   divided: tuple[tuple[str, str], ...] = ()
   whole: tuple[str, ...] = ()
-  state: bool = False
+  state = False
+  positional = True
+  turns_heads = True
   at_once: Optional[Callable[[ModelConfig], int]] = None
-  positional: bool = True
-  turns_heads: bool = True
-  check: Callable[[ModelConfig, str], None] = lambda c, stack: None
+
+  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
+    """Returns an empty Cache, or the state of a recurrence; `shape` is
+    [..., B, M]."""
+    raise NotImplementedError
+
+  def products(self, c: ModelConfig) -> set[str]:
+    """Returns which of layers.PRODUCTS a layer has."""
+    raise NotImplementedError
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    """Raises RequestError for what cannot be. `stack` is what
+    architectures.stack returns."""
 
 
 def mixer_of(c: ModelConfig) -> Mixer:
@@ -99,116 +102,235 @@ def with_state(c: ModelConfig) -> bool:
       return True
     if indexer.has_blocks(layer_) or layer_.branch_conv:
       return True
-    if layer_.mixer == 'attention' and layer_.part(
-        AttentionConfig).attention_conv:
-      return True
+    if layer_.mixer == 'attention':
+      if layer_.part(AttentionConfig).attention_conv:
+        return True
   return False
 
 
 def empty_cache(c: ModelConfig, shape: tuple[int, ...]) -> LayerCache:
   """Returns the cache of a layer that has read nothing; `shape` is [..., B, M].
   """
-  memory, inputs, branches = None, {}, ['attention']
+  memory = None
   if lookup.keeps(c):
     memory = lookup.empty(c, shape)
-  if c.ffn != NO_FFN:
-    branches.append('ffn')
+  # The last results of the branches, where these have convolutions.
+  inputs = {}
   if c.branch_conv:
     last = *shape[:-1], c.branch_conv - 1, c.d_model
-    inputs = {name: jnp.zeros(last, c.compute_dtype) for name in branches}
+    inputs['attention'] = jnp.zeros(last, c.compute_dtype)
+    if c.ffn != NO_FFN:
+      inputs['ffn'] = jnp.zeros(last, c.compute_dtype)
   return LayerCache(
       mixer=mixer_of(c).cache(c, shape), memory=memory, inputs=inputs)
 
 
-# Of scores, and of products with a bias.
+# The fields of scores, and of products with a bias.
 SCORES = ('attention_kernel', 'attention_softcap', 'attention_sinks',
           'attention_dropout', 'attention_bias', 'attention_out_bias')
 
 
-def recurrent(module: type[layer.Layer],
-              heads: tuple[str, ...] = ('key_heads', 'value_heads'),
-              positional: bool = False, check: Callable = layer.check
-              ) -> Mixer:
-  """Returns the entry of a recurrence.
+class Attention(Mixer):
+  """Attention of several heads (attention/multi_head.py)."""
+  module = multi_head.SelfAttention
+  settings = AttentionConfig
+  fields = ('num_kv_heads', 'attention_gate', 'attention_scale', *SCORES)
+  divided = (('tensor', 'num_heads'), ('tensor', 'num_kv_heads'))
 
-  Args:
-    module: its layer.
-    heads: those of its settings that the mesh axis tensor must divide.
-    positional: as of a Mixer.
-    check: (module, config, stack) -> None, as of a Mixer.
-  """
-  name = module.NAME
-  return Mixer(
-      module, functools.partial(layer.empty, module),
-      products=lambda c: set(module.PRODUCTS), settings=module.settings,
-      fields=('norm_eps',),
-      sources=('num_heads', 'head_dim', 'mup_base_head_dim'),
-      turns_heads=False,
-      divided=tuple(('tensor', f'{name}.{field}') for field in heads),
-      state=True, at_once=functools.partial(layer.at_once, module),
-      positional=positional, check=functools.partial(check, module))
+  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
+    return multi_head.empty(c, shape)
+
+  def products(self, c: ModelConfig) -> set[str]:
+    return multi_head.products(c)
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    multi_head.check(c, stack)
 
 
-def with_entries(module: type[compressed.SWA], *fields: str) -> Mixer:
-  """Returns the entry of a mixer of compressed.py, which reads `fields` too."""
-  return Mixer(
-      module, functools.partial(compressed.empty, module.PARTS),
-      products=lambda c: {'query_down', 'query_up', 'key', 'out'},
-      settings=compressed.CompressedConfig, state=True,
-      fields=('attention_scale', 'norm_eps', *SCORES[1:4], *fields),
-      divided=(('tensor', 'num_heads'), ('fsdp', 'compressed.q_rank'),
-               ('tensor', 'compressed.out_groups')),
-      whole=('compressed.out_groups',), check=compressed.check)
+class Latent(Mixer):
+  """Attention to latent keys and values (attention/latent.py)."""
+  module = latent.LatentAttention
+  settings = latent.LatentConfig
+  fields = ('attention_gate', 'norm_eps', *SCORES)
+  sources = ('head_dim', 'mup_base_head_dim')
+  turns_heads = False
+  divided = (('tensor', 'num_heads'), ('fsdp', 'latent.kv_rank'),
+             ('fsdp', 'latent.q_rank'))
+
+  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
+    return latent.empty(c, shape)
+
+  def products(self, c: ModelConfig) -> set[str]:
+    return latent.products(c)
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    latent.check(c, stack)
 
 
-MIXERS = {
-    'attention': Mixer(
-        multi_head.SelfAttention, multi_head.empty,
-        products=multi_head.products, settings=AttentionConfig,
-        fields=('num_kv_heads', 'attention_gate', 'attention_scale', *SCORES),
-        divided=(('tensor', 'num_heads'), ('tensor', 'num_kv_heads')),
-        check=multi_head.check),
-    'latent': Mixer(
-        latent.LatentAttention, latent.empty, latent.products,
-        settings=latent.LatentConfig,
-        fields=('attention_gate', 'norm_eps', *SCORES),
-        sources=('head_dim', 'mup_base_head_dim'), turns_heads=False,
-        divided=(('tensor', 'num_heads'), ('fsdp', 'latent.kv_rank'),
-                 ('fsdp', 'latent.q_rank')),
-        check=latent.check),
-    'swa': with_entries(compressed.SWA),
-    'hca': with_entries(compressed.HCA, 'compressed.hca_rate'),
-    'csa': with_entries(compressed.CSA, 'compressed.csa_rate', 'indexer'),
-    'deltanet': recurrent(linear_attention.DeltaNet),
-    'mamba': Mixer(
-        mamba.Mamba, mamba.empty,
-        products=lambda c: {'value', 'output_gate', 'out'},
-        settings=mamba.MambaConfig, sources=('num_heads', 'head_dim'),
-        turns_heads=False, divided=(('tensor', 'd_model'),), state=True,
-        at_once=mamba.at_once, positional=False, check=mamba.check),
-    'mamba2': dataclasses.replace(
-        recurrent(mamba2.Mamba2, heads=('heads', 'groups'),
-                  check=mamba2.check),
-        whole=('mamba2.groups',)),
-    'mamba3': dataclasses.replace(
-        recurrent(mamba3.Mamba3, heads=('heads', 'groups'),
-                  check=mamba3.check),
-        whole=('mamba3.groups',), cache=mamba3.empty),
-    'kda': recurrent(linear_attention.KDA, check=linear_attention.check_kda),
-    'gdn2': recurrent(linear_attention.GDN2, check=linear_attention.check_kda),
-    'gla': recurrent(linear_attention.GLA, ('heads',)),
-    'retnet': recurrent(linear_attention.RetNet, ('heads',), positional=True,
-                        check=linear_attention.check_retnet),
-    'rwkv7': dataclasses.replace(
-        recurrent(rwkv7.RWKV7, ('heads',), check=rwkv7.check),
-        cache=rwkv7.empty),
-    'short_conv': Mixer(
-        short_conv.ShortConv, short_conv.empty,
-        products=lambda c: {'in', 'out'}, settings=short_conv.ShortConvConfig,
-        sources=('num_heads', 'head_dim', 'mup_base_head_dim'),
-        turns_heads=False, divided=(('tensor', 'd_model'),), state=True,
-        at_once=lambda c: 3 * c.d_model, positional=False,
-        check=functools.partial(layer.check_state, 'short_conv')),
+class Compressed(Mixer):
+  """Attention to entries of several tokens each (attention/compressed.py)."""
+  settings = compressed.CompressedConfig
+  state = True
+  divided = (('tensor', 'num_heads'), ('fsdp', 'compressed.q_rank'),
+             ('tensor', 'compressed.out_groups'))
+  whole = ('compressed.out_groups',)
+
+  def __init__(self, module: type[compressed.SWA], *fields: str):
+    """Makes the entry of a module, which reads `fields` too."""
+    self.module = module
+    self.fields = ('attention_scale', 'norm_eps', 'attention_softcap',
+                   'attention_sinks', 'attention_dropout', *fields)
+
+  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
+    return compressed.empty(self.module.PARTS, c, shape)
+
+  def products(self, c: ModelConfig) -> set[str]:
+    return {'query_down', 'query_up', 'key', 'out'}
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    compressed.check(c, stack)
+
+
+class Recurrence(Mixer):
+  """A recurrence over the tokens (recurrent/)."""
+  fields = ('norm_eps',)
+  sources = ('num_heads', 'head_dim', 'mup_base_head_dim')
+  state = True
+  positional = False
+  turns_heads = False
+
+  def __init__(self, module: type[layer.Layer],
+               heads: tuple[str, ...] = ('key_heads', 'value_heads')):
+    """Makes the entry of a recurrence.
+
+    Args:
+      module: its layer.
+      heads: those of its settings that the mesh axis tensor must divide.
+    """
+    self.module = module
+    self.settings = module.settings
+    self.divided = tuple(
+        ('tensor', f'{module.NAME}.{name}') for name in heads)
+
+  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
+    return layer.empty(self.module, c, shape)
+
+  def products(self, c: ModelConfig) -> set[str]:
+    return set(self.module.PRODUCTS)
+
+  def at_once(self, c: ModelConfig) -> int:
+    return layer.at_once(self.module, c)
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    layer.check(self.module, c, stack)
+
+
+class DeltaAttention(Recurrence):
+  """The recurrences KDA and GDN-2."""
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    linear_attention.check_kda(self.module, c, stack)
+
+
+class Retention(Recurrence):
+  """The recurrence of RetNet, whose queries and keys positions may turn."""
+  positional = True
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    linear_attention.check_retnet(self.module, c, stack)
+
+
+class Mamba2(Recurrence):
+  """The recurrence of Mamba-2, whose groups share keys and queries."""
+  whole = ('mamba2.groups',)
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    mamba2.check(self.module, c, stack)
+
+
+class Mamba3(Recurrence):
+  """The recurrence of Mamba-3."""
+  whole = ('mamba3.groups',)
+
+  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
+    return mamba3.empty(c, shape)
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    mamba3.check(self.module, c, stack)
+
+
+class RWKV7(Recurrence):
+  """The recurrence of RWKV-7."""
+
+  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
+    return rwkv7.empty(c, shape)
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    rwkv7.check(self.module, c, stack)
+
+
+class Mamba(Mixer):
+  """The recurrence of Mamba, whose states are of features and not of heads."""
+  module = mamba.Mamba
+  settings = mamba.MambaConfig
+  sources = ('num_heads', 'head_dim')
+  divided = (('tensor', 'd_model'),)
+  state = True
+  positional = False
+  turns_heads = False
+
+  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
+    return mamba.empty(c, shape)
+
+  def products(self, c: ModelConfig) -> set[str]:
+    return {'value', 'output_gate', 'out'}
+
+  def at_once(self, c: ModelConfig) -> int:
+    return mamba.at_once(c)
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    mamba.check(c, stack)
+
+
+class ShortConv(Mixer):
+  """A gated convolution over the last few tokens (recurrent/short_conv.py)."""
+  module = short_conv.ShortConv
+  settings = short_conv.ShortConvConfig
+  sources = ('num_heads', 'head_dim', 'mup_base_head_dim')
+  divided = (('tensor', 'd_model'),)
+  state = True
+  positional = False
+  turns_heads = False
+
+  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
+    return short_conv.empty(c, shape)
+
+  def products(self, c: ModelConfig) -> set[str]:
+    return {'in', 'out'}
+
+  def at_once(self, c: ModelConfig) -> int:
+    return 3 * c.d_model
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    layer.check_state('short_conv', c, stack)
+
+
+MIXERS: dict[str, Mixer] = {
+    'attention': Attention(),
+    'latent': Latent(),
+    'swa': Compressed(compressed.SWA),
+    'hca': Compressed(compressed.HCA, 'compressed.hca_rate'),
+    'csa': Compressed(compressed.CSA, 'compressed.csa_rate', 'indexer'),
+    'deltanet': Recurrence(linear_attention.DeltaNet),
+    'mamba': Mamba(),
+    'mamba2': Mamba2(mamba2.Mamba2, heads=('heads', 'groups')),
+    'mamba3': Mamba3(mamba3.Mamba3, heads=('heads', 'groups')),
+    'kda': DeltaAttention(linear_attention.KDA),
+    'gdn2': DeltaAttention(linear_attention.GDN2),
+    'gla': Recurrence(linear_attention.GLA, heads=('heads',)),
+    'retnet': Retention(linear_attention.RetNet, heads=('heads',)),
+    'rwkv7': RWKV7(rwkv7.RWKV7, heads=('heads',)),
+    'short_conv': ShortConv(),
 }
 
 
@@ -219,13 +341,12 @@ MIXERS = {
 # model.ffn 'none' a block ends before F, as Mamba-2's do: x + A(n(x)).
 #
 # To add one, write a class with `before` or `after`, or with `wired`, and its
-# entry in
-# BLOCKS. What else it can do than self-attention and F on one stream it says by
-# the attributes of Block; what it does not say is refused.
+# entry in BLOCKS. What else it can do than self-attention and F on one stream
+# it says by the attributes of Block; what it does not say is refused.
 
 
 class Block(nn.Module):
-  """What the wirings share: their parts by name.
+  """The base of the wirings, with the parts that they share by name.
 
   FINAL_NORM: whether a norm follows the last block.
   CROSS: whether it has C too, where its kind of layer asks for it.
@@ -246,7 +367,8 @@ class Block(nn.Module):
     """Returns x, the cache, and the report of the layer. A layer that reads a
     memory adds what it reads to its input, or to its result. With
     model.layer_scale the result is multiplied by a number of the layer."""
-    c, memory = self.config, lookup.MEMORIES[self.config.memory]
+    c = self.config
+    memory = lookup.MEMORIES[c.memory]
     if memory and not memory.after:
       x, cache = self._read_tables(memory, x, ctx, cache)
     x, cache, report = self.wired(x, ctx, cache)
@@ -254,14 +376,15 @@ class Block(nn.Module):
       x = residual(x + memory.module(c, name='memory')(x, ctx))
     if c.layer_scale:
       scale_1 = declare(self, 'layer_scale', nn.initializers.ones, (1,),
-                        Role((None,)))
-      x = residual(
-          (x.astype(jnp.float32) * scale_1[None, None]).astype(x.dtype))
+                        Role(axes=(None,)))
+      scaled = x.astype(jnp.float32) * scale_1[None, None]
+      x = residual(scaled.astype(x.dtype))
     return x, cache, report
 
   def wired(self, x: X, ctx: Context, cache: Optional[LayerCache]
             ) -> tuple[X, Optional[LayerCache], Report]:
-    """Does the same without a memory and without the layer's factor."""
+    """Returns what `__call__` does, without a memory and without the layer's
+    factor."""
     raise NotImplementedError
 
   def _read_tables(self, memory: lookup.Memory, x: X, ctx: Context,
@@ -282,6 +405,7 @@ class Block(nn.Module):
     return residual(x), cache
 
   def norm(self, name: str) -> Callable[[jax.Array], jax.Array]:
+    """Returns the config's norm, whose parameters stand under `name`."""
     return norm(self.config, name)
 
   def attention(self, x_BLD: jax.Array, ctx: Context,
@@ -327,28 +451,36 @@ class Block(nn.Module):
   def _convolved(self, name: str, y_BLD: jax.Array, ctx: Context,
                  cache: Optional[LayerCache]
                  ) -> tuple[jax.Array, Optional[LayerCache]]:
-    """Returns the result of a branch and, with model.branch_conv, a convolution
-    of it, which is 0 at first (Inkling, whose keys and values have one too);
-    and the cache."""
-    c, cached = self.config, cache is not None
+    """Returns the result of a branch plus, with model.branch_conv, a
+    convolution over its last W tokens, which is 0 at first (Inkling, whose keys
+    and values have one too); and the cache."""
+    c = self.config
     if not c.branch_conv:
       return y_BLD, cache
     w_WD = declare(self, f'{name}_conv', nn.initializers.zeros,
-                   (c.branch_conv, c.d_model), Role((None, 'embed')))
+                   (c.branch_conv, c.d_model), Role(axes=(None, 'embed')))
+    before_BWD = valid_BL = None
+    if cache is not None:
+      before_BWD, valid_BL = cache.inputs[name], ctx.valid_BL
     z_BLD, last_BWD = features.convolve(
-        y_BLD, w_WD, before_BWHK=cache.inputs[name] if cached else None,
-        segment_ids_BL=ctx.segment_ids_BL,
-        valid_BL=ctx.valid_BL if cached else None)
-    if cached:
+        y_BLD, w_WD, before_BWHK=before_BWD,
+        segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL)
+    if cache is not None:
       cache = cache.replace(inputs=cache.inputs | {name: last_BWD})
     return y_BLD + z_BLD, cache
 
   @staticmethod
   def branches(kind: LayerKind) -> int:
     """Returns how often a layer of this wiring adds to x."""
-    return 1 + kind.cross + (kind.ffn != NO_FFN)
+    count = 1
+    if kind.cross:
+      count += 1
+    if kind.ffn != NO_FFN:
+      count += 1
+    return count
 
   def drop(self, x: jax.Array, ctx: Context) -> jax.Array:
+    """Returns x with dropout."""
     return layers.Dropout(self.config.dropout)(
         x, deterministic=ctx.deterministic)
 
@@ -360,7 +492,7 @@ class Sequential(Block):
   CROSS = WITHOUT_FFN = STREAMS = True
 
   def before(self, part: str, x_BLD: jax.Array) -> jax.Array:
-    """Returns the input of a part, of what its branch reads of x."""
+    """Returns the input of a part, made of what its branch reads of x."""
     return x_BLD
 
   def after(self, part: str, y_BLD: jax.Array) -> jax.Array:
@@ -373,16 +505,19 @@ class Sequential(Block):
 
   def wired(self, x: X, ctx: Context, cache: Optional[LayerCache]
             ) -> tuple[X, Optional[LayerCache], Report]:
+    # Attention.
     x_BLD, weights = streams.read(self.config, 'attention', x)
     y_BLD, cache, report = self.attention(
         self.before('attention', x_BLD), ctx, cache)
     x = self._sum('attention', x, y_BLD, weights, ctx)
+    # Attention to a memory.
     if self.kind.cross:
       x_BLD, weights = streams.read(self.config, 'cross', x)
       y_BLD, cache, more = self.cross_attention(
           self.before('cross', x_BLD), ctx, cache)
       x = self._sum('cross', x, y_BLD, weights, ctx)
       report = report.joined(more)
+    # The network.
     if self.kind.ffn == NO_FFN:
       return residual(x), cache, report
     x_BLD, weights = streams.read(self.config, 'ffn', x)
@@ -416,7 +551,9 @@ class FfnNorm(Sequential):
   WITHOUT_FFN = False  # it would have no norm
 
   def before(self, part: str, x_BLD: jax.Array) -> jax.Array:
-    return self.norm('ffn_norm')(x_BLD) if part == 'ffn' else x_BLD
+    if part != 'ffn':
+      return x_BLD
+    return self.norm('ffn_norm')(x_BLD)
 
 
 class PostNorm(Sequential):
@@ -467,12 +604,14 @@ class Parallel(Block):
       parts = ['attention', 'cross', 'ffn']
     x_BLD, weights = streams.read(self.config, 'attention', x)
     n_BLD = self.inputs(parts, x_BLD)
+    # The sum of the parts.
     y_BLD, cache, report = self.attention(n_BLD['attention'], ctx, cache)
     if self.kind.cross:
       z_BLD, cache, more = self.cross_attention(n_BLD['cross'], ctx, cache)
       y_BLD, report = y_BLD + z_BLD, report.joined(more)
     z_BLD, cache, more = self.ffn(n_BLD['ffn'], ctx, cache)
     y_BLD = self.drop(y_BLD + z_BLD, ctx)
+    # One branch adds it to x.
     x = streams.add(self.config, x, y_BLD, weights)
     return residual(x), cache, report.joined(more)
 
@@ -499,5 +638,8 @@ BLOCKS = {
 
 def branches(c: ModelConfig, kinds: tuple[LayerKind, ...]) -> int:
   """Returns how often layers of these kinds, one after another, add to x."""
-  return sum(BLOCKS[c.of_kind(kind.name).block].branches(kind)
-             for kind in kinds)
+  count = 0
+  for kind in kinds:
+    block = BLOCKS[c.of_kind(kind.name).block]
+    count += block.branches(kind)
+  return count

@@ -15,8 +15,8 @@ class Distances:
   """The result of a position encoding for distances, made once for all layers.
 
   Attributes:
-    bias_BHLM: added to the scores of self-attention.
-    table_UD: vectors of distances (attention/disentangled.py).
+    bias_BHLM: a bias on the scores of self-attention.
+    table_UD: vectors of U distances (attention/disentangled.py).
   """
   bias_BHLM: Optional[jax.Array] = None
   table_UD: Optional[jax.Array] = None
@@ -28,7 +28,8 @@ class Memory:
 
   Attributes:
     x_BMD: the result; None: a cache has its keys and values already.
-    segment_ids_BM: tokens see those of their own segment alone.
+    segment_ids_BM: the segment of each of its tokens, which those of the same
+      segment alone see.
   """
   x_BMD: Optional[jax.Array] = None
   segment_ids_BM: Optional[jax.Array] = None
@@ -73,18 +74,18 @@ class Context:
 
   Attributes:
     positions_BL: where the tokens stand.
-    segment_ids_BL: tokens see each other only within one segment id; padding
-      has an id of its own (0).
-    distances: what the position encoding makes of distances.
-    memory: what cross-attention reads.
+    segment_ids_BL: the id of each token's segment; tokens see each other only
+      within one, and padding has an id of its own (0).
+    distances: the result of the position encoding for distances.
+    memory: the memory that cross-attention reads.
     tokens_BL: ids, for routers that hash them and tables that are looked up.
     embedded_BLD: the embedding of the tokens, for model.memory per_layer.
     prefix_B: how many tokens at the start of a row are seen by all.
-    valid_BL: 0: padding, which takes no expert.
-    routed_BL: 0: another token that takes no expert.
+    valid_BL: 0 on padding, which takes no expert.
+    routed_BL: 0 on other tokens that take no expert.
     lengths_B: how many tokens each row has, those in a cache included; None:
       all have L.
-    shared: what attention has to do with that of other layers.
+    shared: the arrays that attention shares with that of other layers.
     in_order: whether the tokens stand in the order of their positions.
     deterministic: whether nothing is drawn: no dropout.
     keep_layers: whether routers report what they chose.

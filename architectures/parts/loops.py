@@ -1,5 +1,5 @@
-"""The fields of layers that are run several times; skeletons.py has what they
-do."""
+"""The fields of layers that are run several times; passes.py has what they do.
+"""
 
 import dataclasses
 
@@ -10,28 +10,30 @@ from common.kinds import split
 
 @dataclasses.dataclass(frozen=True)
 class LoopsConfig:
-  """Of a model with a loop."""
+  """The fields of a model with a loop."""
   GROUP = 'loops'
-  passes: int = field(4, 'how often the layers that loop are run', least=1,
+  passes: int = field(4, 'how many times the layers that loop are run', least=1,
                       resume=FUNCTION)
   gradient_passes: int = field(
       0, 'how many of the last passes have a gradient; 0: all',
       resume=FUNCTION)
   boundary: str = field(
-      'none', 'what a state goes through between two passes: none, or the '
+      'none', 'what a state goes through between two passes: nothing, or the '
       "stack's final norm", choices=('none', 'norm'), resume=FUNCTION)
-  gate_rank: int = field(64, 'for gate: features between its products',
+  gate_rank: int = field(64, 'for gate: the features between its products',
                          least=1, resume=SHAPES)
   depth: int = field(
-      0, 'the layers by whose number init scaled_normal divides; derived: '
-      'those that a token goes through', resume=AT_START, about=RUN)
+      0, 'the number of layers by which init scaled_normal divides; derived: '
+      'of those that a token goes through', resume=AT_START, about=RUN)
 
   def derived(self, c: Sizes) -> 'LoopsConfig':
     """Returns the fields with what follows from those of the model."""
-    apart = sum(len(split(names)) for names in (c.prefix, c.suffix))
-    once = max(c.num_layers - apart, 0)
+    if self.depth:
+      return self
+    apart = len(split(c.prefix)) + len(split(c.suffix))
+    looping = max(c.num_layers - apart, 0)
     return dataclasses.replace(
-        self, depth=self.depth or c.num_layers + (self.passes - 1) * once)
+        self, depth=c.num_layers + (self.passes - 1) * looping)
 
   def waits(self, c: Sizes) -> dict[str, Wait]:
     """Returns the fields that nothing reads as the others are, with what each

@@ -8,8 +8,9 @@ from common.fields import field, FUNCTION, REGULARISATION, RUN, Wait
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-  """Low-rank adapters (Hu et al. 2021); all other parameters are frozen."""
-  rank: int = field(0, 'of an adapter; 0: there is none', about=RUN)
+  """The fields of low-rank adapters (Hu et al. 2021), beside which all other
+  parameters are frozen."""
+  rank: int = field(0, 'the rank of an adapter; 0: there is none', about=RUN)
   alpha: float = field(
       0.0, "An adapter's product is multiplied by alpha / rank; derived: rank.",
       least=0, resume=FUNCTION, about=RUN)
@@ -18,14 +19,16 @@ class LoraConfig:
       'output_gate out up gate down, or all-linear. Those of experts get none.',
       about=RUN, several=True)
   dropout: float = field(
-      0.0, 'of what goes into an adapter', least=0, below=1,
-      resume=REGULARISATION, about=RUN)
+      0.0, 'the share of the input of an adapter that is dropped', least=0,
+      below=1, resume=REGULARISATION, about=RUN)
 
   @property
   def scale(self) -> float:
+    """The factor on an adapter's product."""
     return self.alpha / self.rank
 
   def derived(self, c: Sizes) -> 'LoraConfig':
+    """Returns the fields with those that were left open."""
     del c
     return dataclasses.replace(self, alpha=self.alpha or self.rank)
 

@@ -33,7 +33,7 @@ class Stacks:
 
   Layer n of a stack is block n of its prefix, or behind it row n // period of
   block n % period of `layers`, or behind those a block of its suffix; see
-  architectures/parts/skeletons.py.
+  architectures/parts/stack.py.
 
   Attributes:
     counts: how many layers each stack has.
@@ -42,23 +42,28 @@ class Stacks:
       rf'(\w+)/({"|".join(SECTIONS)})/block_(\d+)/(.*)')
 
   def __init__(self, shapes: Mapping[str, Any]):
-    blocks: dict[tuple[str, str], dict[int, int]] = {}  # rows of each block
+    # The rows of each block, by stack and section.
+    rows: dict[tuple[str, str], dict[int, int]] = {}
     for path, x in shapes.items():
       if match := self._PATH.fullmatch(path):
-        blocks.setdefault((match[1], match[2]), {})[int(match[3])] = x.shape[0]
-    # By stack and layer: its section, its block there, and its row.
+        stack, section, block, _ = match.groups()
+        rows.setdefault((stack, section), {})[int(block)] = x.shape[0]
+    # The section, block and row of each layer, by stack. The blocks of a
+    # section take turns.
     self._layers: dict[str, list[tuple[str, int, int]]] = {}
-    for stack in sorted({stack for stack, _ in blocks}):
-      self._layers[stack] = [
-          (section, block, row) for section in SECTIONS
-          for row in range(max(blocks.get((stack, section), {0: 0}).values()))
-          for block in range(len(blocks[stack, section]))]
+    for stack in sorted({stack for stack, _ in rows}):
+      self._layers[stack] = []
+      for section in SECTIONS:
+        blocks = rows.get((stack, section), {})
+        for row in range(max(blocks.values(), default=0)):
+          for block in range(len(blocks)):
+            self._layers[stack].append((section, block, row))
     self.counts = {stack: len(layers)
                    for stack, layers in self._layers.items()}
 
   @classmethod
   def has(cls, path: str) -> bool:
-    """Whether a parameter is one of layers."""
+    """Whether a parameter is one of a stack's layers."""
     return cls._PATH.fullmatch(path) is not None
 
   def split(self, path: str) -> tuple[str, str]:
@@ -67,10 +72,13 @@ class Stacks:
     return stack, name
 
   def layers(self, path: str) -> list[int]:
-    """Returns which layers the rows of a parameter are of."""
+    """Returns the number of the layer that each row of a parameter is of."""
     stack, section, block, _ = self._match(path)
-    return [n for n, layer in enumerate(self._layers[stack])
-            if layer[:2] == (section, int(block))]
+    numbers = []
+    for n, (of_section, of_block, _) in enumerate(self._layers[stack]):
+      if (of_section, of_block) == (section, int(block)):
+        numbers.append(n)
+    return numbers
 
   def place(self, path: str, n: int) -> tuple[str, int]:
     """Returns the path and the row of the same parameter of layer n."""
@@ -100,16 +108,19 @@ def first_match(patterns: Sequence[tuple[str, Any]], path: str,
                          f'regular expression: {error}') from error
     if matched:
       return value
+  written = ', '.join(repr(pattern) for pattern, _ in patterns)
   raise RequestError(
       f'{name} has no pattern for the parameter {path!r}: it has '
-      f'{", ".join(repr(p) for p, _ in patterns) or "none"}; end it with '
+      f'{written or "none"}; end it with '
       "('.*', VALUE) for all the others")
 
 
-def match(patterns: Sequence[tuple[str, Any]], tree: Any, name: str):
+def match(patterns: Sequence[tuple[str, Any]], tree: Any, name: str) -> Any:
   """Returns `tree` with each leaf replaced by its pattern's value.
 
   The values are scalars: a 0/1 mask, a learning-rate multiplier, a label.
   """
-  return jax.tree_util.tree_map_with_path(
-      lambda path, _: first_match(patterns, join(path), name), tree)
+  def value(path: Any, _: Any) -> Any:
+    return first_match(patterns, join(path), name)
+
+  return jax.tree_util.tree_map_with_path(value, tree)

@@ -12,12 +12,13 @@ disentangled  scores + products of queries and keys with vectors of distances
 none        nothing
 
 An entry of POSITIONS, at the end of this file, is all that there is of one.
+Rotary positions come first, then the others in the order above.
 """
 
 from collections.abc import Callable
 import dataclasses
 import math
-from typing import NamedTuple, Optional
+from typing import Any, Optional
 
 import flax.linen as nn
 import jax
@@ -42,7 +43,8 @@ from common.fields import field, FUNCTION, SHAPES
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-  """Of position rope: rotary positions, and how they stretch past training."""
+  """The fields of position rope: rotary positions, and how they stretch past
+  training."""
   theta: float = field(10000.0, 'the base of the frequencies', above=0,
                        most=1e12, resume=FUNCTION)
   fraction: float = field(1.0, 'the share of a head that is rotated', above=0,
@@ -51,59 +53,48 @@ class RopeConfig:
       False, 'Frequencies and pairs are those of a whole head, of which the '
       'first share turns (Gemma 4).', resume=FUNCTION)
   interleaved: bool = field(
-      False, 'pairs are neighbours, not half a head apart', resume=FUNCTION)
+      False, 'Pairs are neighbours, not half a head apart.', resume=FUNCTION)
   scaling: str = field('none', 'how they stretch past original_len',
                        resume=FUNCTION)
   factor: float = field(1.0, 'how many times the original length', least=1,
                         resume=FUNCTION)
   original_len: int = field(
-      0, 'where the scaling starts; derived: max_len', resume=FUNCTION)
-  low_freq_factor: float = field(1.0, 'of llama3', above=0, resume=FUNCTION)
-  high_freq_factor: float = field(4.0, 'of llama3', resume=FUNCTION)
-  beta_fast: float = field(32.0, 'of yarn', resume=FUNCTION)
-  beta_slow: float = field(1.0, 'of yarn', above=0, resume=FUNCTION)
+      0, 'the length where the scaling starts; derived: max_len',
+      resume=FUNCTION)
+  low_freq_factor: float = field(
+      1.0, 'for llama3: waves that turn less often than this in original_len '
+      'are stretched', above=0, resume=FUNCTION)
+  high_freq_factor: float = field(
+      4.0, 'for llama3: waves that turn more often than this are kept',
+      resume=FUNCTION)
+  beta_fast: float = field(
+      32.0, 'for yarn: waves that turn more often than this in original_len '
+      'are kept', resume=FUNCTION)
+  beta_slow: float = field(
+      1.0, 'for yarn: waves that turn less often than this are stretched',
+      above=0, resume=FUNCTION)
   mscale: float = field(
-      1.0, 'Of yarn, how much of its temperature is on turned features '
-      '(DeepSeek-V2).', least=0, resume=FUNCTION)
+      1.0, 'for yarn: how much of its temperature is on turned features '
+      '(DeepSeek-V2)', least=0, resume=FUNCTION)
   mscale_all_dim: float = field(
-      0.0, 'Of yarn, how much of it is on all features of a head.', least=0,
+      0.0, 'for yarn: how much of it is on all features of a head', least=0,
       resume=FUNCTION)
   truncate: bool = field(
-      True, 'of yarn: its ramp is between whole frequencies', resume=FUNCTION)
+      True, 'for yarn: whether its ramp is between whole frequencies',
+      resume=FUNCTION)
   short_factor: tuple = field(
-      (), 'of longrope: what divides each frequency', resume=FUNCTION)
+      (), 'for longrope: the divisor of each frequency', resume=FUNCTION)
   long_factor: tuple = field(
-      (), 'the same in rows of more than original_len', resume=FUNCTION)
+      (), 'for longrope: the same in rows of more than original_len',
+      resume=FUNCTION)
   attention_factor: float = field(
-      0.0, 'Of longrope, on turned features; derived: of factor, '
-      'original_len.', least=0, resume=FUNCTION)
+      0.0, 'for longrope: a factor on turned features; derived: of factor and '
+      'original_len', least=0, resume=FUNCTION)
 
   def derived(self, c: ModelConfig) -> 'RopeConfig':
+    """Returns the fields with what follows from those of the model."""
     return dataclasses.replace(
         self, original_len=self.original_len or c.max_len)
-
-
-class Scaling(NamedTuple):
-  """How rotary positions stretch past their training length.
-
-  Attributes:
-    frequencies: (config.rope, how many features are rotated) -> as
-      `rope_frequencies`. With `by_length`, a third argument is how many tokens
-      a row has: an int, or a scalar on the device.
-    fields: of config.model that it reads.
-    refuse: (config.rope, how many features are rotated) -> why it cannot be;
-      '': it can.
-    score_factor: config.rope -> what multiplies the scores.
-    by_length: whether longer rows turn otherwise than shorter ones.
-    by_multiple: whether `factor` alone says how many times the original length
-      it is for, so that any model can be tried with it.
-  """
-  frequencies: Callable
-  fields: tuple[str, ...] = ()
-  refuse: Callable[[RopeConfig, int], str] = lambda r, dim: ''
-  score_factor: Callable[[RopeConfig], float] = lambda r: 1.0
-  by_length: bool = False
-  by_multiple: bool = True
 
 
 def rotary_dim(c: ModelConfig) -> int:
@@ -118,137 +109,256 @@ def rope_frequencies(config: ModelConfig, length: int | jax.Array = 0
                      ) -> tuple[jax.Array, float]:
   """Returns radians per position, and the factor on cos and sin.
 
-  linear: positions / factor (Chen et al. 2023). ntk: theta grows so that the
-  slowest wave stretches by factor. llama3: waves longer than original_len /
-  low_freq_factor are stretched, short ones kept, smooth between. yarn: the
-  same by the number of turns, and a temperature (Peng et al. 2023). dynamic:
-  ntk by the length of the row. longrope: each frequency is divided by a factor
-  of its own, that was searched for (Ding et al. 2024).
+  Args:
+    config: the model.
+    length: how many tokens the rows have so far, by which some scalings decide.
 
-  `length` decides on the last two: how many tokens the rows have so far. Of an
-  int the radians are [K'/2], and of an array [B], a number for each row, they
-  may be [B, K'/2]. With rope.proportional, those past rope.fraction of K are 0.
+  Returns:
+    The radians, [K'/2], or [B, K'/2] of lengths that are an array [B], where
+    K' is `rotary_dim`. With rope.proportional, those past rope.fraction of K
+    are 0.
   """
-  r, dim = config.part(RopeConfig), rotary_dim(config)
-  row = SCALINGS[r.scaling]
-  turned = int(r.fraction * dim // 2) if r.proportional else dim // 2
+  rope, dim = config.part(RopeConfig), rotary_dim(config)
+  scaling = SCALINGS[rope.scaling]
+  pairs = turned = dim // 2
+  if rope.proportional:
+    turned = int(rope.fraction * dim // 2)
 
-  def frequencies(*length):
-    each, factor = row.frequencies(r, dim, *length)
-    return jnp.where(jnp.arange(dim // 2) < turned, each, 0), factor
+  def frequencies(length: int | jax.Array) -> tuple[jax.Array, float]:
+    """Returns the radians of rows of one length, and the factor."""
+    each, factor = scaling.frequencies(rope, dim, length)
+    return jnp.where(jnp.arange(pairs) < turned, each, 0), factor
 
-  if not row.by_length:
-    return frequencies()
-  if isinstance(length, int):
+  if not scaling.by_length or isinstance(length, int):
     return frequencies(length)
-  return jax.vmap(lambda n: frequencies(n)[0])(length), frequencies(0)[1]
+
+  def of_row(length: jax.Array) -> jax.Array:
+    each, _ = frequencies(length)
+    return each
+
+  _, factor = frequencies(0)
+  return jax.vmap(of_row)(length), factor
 
 
-def _unscaled(r: RopeConfig, dim: int, theta: float | jax.Array | None = None):
+class Scaling:
+  """No stretch, and the base of the ways to stretch.
+
+  Attributes:
+    fields: the fields of config.model that it reads.
+    by_length: whether longer rows turn otherwise than shorter ones.
+    by_multiple: whether `factor` alone says how many times the original length
+      it is for, so that any model can be tried with it.
+  """
+  fields: tuple[str, ...] = ()
+  by_length = False
+  by_multiple = True
+
+  def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
+                  ) -> tuple[jax.Array, float]:
+    """Returns radians per position, [dim / 2], and the factor on cos and sin.
+
+    Args:
+      rope: the fields.
+      dim: how many features of a head are in pairs that may turn.
+      length: how many tokens a row has: an int, or a scalar on the device.
+    """
+    return unscaled(rope.theta, dim), 1.0
+
+  def refuse(self, rope: RopeConfig, dim: int) -> str:
+    """Returns why it cannot be; '': it can."""
+    return ''
+
+  def score_factor(self, rope: RopeConfig) -> float:
+    """Returns the factor on the scores of turned queries and keys."""
+    return 1.0
+
+
+def unscaled(theta: float | jax.Array, dim: int) -> jax.Array:
+  """Returns theta^(-2i / dim) of pair i, [dim / 2] (Su et al. 2021)."""
   steps = jnp.arange(0, dim, 2, dtype=jnp.float32)
-  return (r.theta if theta is None else theta) ** (-steps / dim), 1.0
+  return theta ** (-steps / dim)
 
 
-def _linear(r: RopeConfig, dim: int):
-  return _unscaled(r, dim)[0] / r.factor, 1.0
+class Linear(Scaling):
+  """Positions are divided by factor (Chen et al. 2023)."""
+  fields = ('rope.factor',)
+
+  def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
+                  ) -> tuple[jax.Array, float]:
+    return unscaled(rope.theta, dim) / rope.factor, 1.0
 
 
-def _ntk(r: RopeConfig, dim: int):
-  return _unscaled(r, dim, ntk_theta(r, dim))
+class Ntk(Scaling):
+  """theta grows so that the slowest wave stretches by factor: theta' = theta
+  factor^(dim / (dim - 2))."""
+  fields = ('rope.factor',)
+
+  def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
+                  ) -> tuple[jax.Array, float]:
+    return unscaled(ntk_theta(rope, dim), dim), 1.0
+
+  def refuse(self, rope: RopeConfig, dim: int) -> str:
+    if dim > 2:
+      return ''
+    return f'only {dim} features of a head are rotated: it needs 4 or more'
 
 
-def ntk_theta(r: RopeConfig, dim: int) -> float:
-  return r.theta * r.factor ** (dim / (dim - 2))
+def ntk_theta(rope: RopeConfig, dim: int) -> float:
+  """Returns the base of the frequencies of ntk."""
+  return rope.theta * rope.factor ** (dim / (dim - 2))
 
 
-def _dynamic(r: RopeConfig, dim: int, length: int | jax.Array):
-  largest = max if isinstance(length, int) else jnp.maximum
-  stretch = r.factor * largest(length / r.original_len, 1.0) - (r.factor - 1)
-  return _unscaled(r, dim, r.theta * stretch ** (dim / (dim - 2)))
+class Dynamic(Ntk):
+  """The stretch of ntk, by the length of the row: factor length / original_len
+  - (factor - 1) in place of factor, of lengths past original_len."""
+  fields = ('rope.factor', 'rope.original_len')
+  by_length = True
+  by_multiple = False
+
+  def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
+                  ) -> tuple[jax.Array, float]:
+    times = length / rope.original_len
+    if isinstance(length, int):
+      times = max(times, 1.0)
+    else:
+      times = jnp.maximum(times, 1.0)
+    stretch = rope.factor * times - (rope.factor - 1)
+    theta = rope.theta * stretch ** (dim / (dim - 2))
+    return unscaled(theta, dim), 1.0
 
 
-def _longrope(r: RopeConfig, dim: int, length: int | jax.Array):
-  where = np.where if isinstance(length, int) else jnp.where
-  divided_by = where(length > r.original_len, np.array(r.long_factor),
-                     np.array(r.short_factor))
-  frequency, _ = _unscaled(r, dim)
-  return (frequency / jnp.asarray(divided_by, jnp.float32),
-          r.attention_factor or longrope_factor(r.factor, r.original_len))
+class LongRope(Scaling):
+  """Each frequency is divided by a factor of its own, that was searched for
+  (Ding et al. 2024); rows of more than original_len have factors of their own.
+  """
+  fields = ('rope.factor', 'rope.original_len', 'rope.short_factor',
+            'rope.long_factor', 'rope.attention_factor')
+  by_length = True
+  by_multiple = False
+
+  def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
+                  ) -> tuple[jax.Array, float]:
+    where = np.where if isinstance(length, int) else jnp.where
+    divided_by = where(length > rope.original_len, np.array(rope.long_factor),
+                       np.array(rope.short_factor))
+    frequency = unscaled(rope.theta, dim) / jnp.asarray(divided_by, jnp.float32)
+    factor = rope.attention_factor
+    if not factor:
+      factor = longrope_factor(rope.factor, rope.original_len)
+    return frequency, factor
+
+  def refuse(self, rope: RopeConfig, dim: int) -> str:
+    for name in ('short_factor', 'long_factor'):
+      factors = getattr(rope, name)
+      positive = [x for x in factors if type(x) in (int, float) and x > 0]
+      if len(factors) != dim // 2 or len(positive) != len(factors):
+        return (f'model.rope.{name} is {short(factors)}: it needs {dim // 2} '
+                f'numbers > 0, one for each pair of the {dim} features that '
+                'turn')
+    if rope.original_len > 1:
+      return ''
+    return (f'model.rope.original_len is {rope.original_len}: it needs it '
+            'above 1')
 
 
 def longrope_factor(factor: float, original_len: int) -> float:
-  """On cos and sin, for texts that are so many times as long (Ding et al.
-  2024, as Phi-3 has it)."""
-  return (math.sqrt(1 + math.log(factor) / math.log(original_len))
-          if factor > 1 else 1.0)
+  """Returns the factor on cos and sin of longrope, for texts that are `factor`
+  times as long: sqrt(1 + log(factor) / log(original_len)) (Ding et al. 2024, as
+  Phi-3 has it)."""
+  if factor <= 1:
+    return 1.0
+  return math.sqrt(1 + math.log(factor) / math.log(original_len))
+
+
+class Llama3(Scaling):
+  """Waves longer than original_len / low_freq_factor are stretched by factor,
+  those shorter than original_len / high_freq_factor are kept, and it is smooth
+  between (Llama 3.1)."""
+  fields = ('rope.factor', 'rope.original_len', 'rope.low_freq_factor',
+            'rope.high_freq_factor')
+
+  def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
+                  ) -> tuple[jax.Array, float]:
+    frequency = unscaled(rope.theta, dim)
+    turns = rope.original_len * frequency / (2 * math.pi)
+    between = rope.high_freq_factor - rope.low_freq_factor
+    if not between:
+      between = 1e-30  # a step
+    keep = jnp.clip((turns - rope.low_freq_factor) / between, 0, 1)
+    return (1 - keep) * frequency / rope.factor + keep * frequency, 1.0
+
+  def refuse(self, rope: RopeConfig, dim: int) -> str:
+    if rope.high_freq_factor >= rope.low_freq_factor:
+      return ''
+    return (f'model.rope.high_freq_factor is {rope.high_freq_factor}: it needs '
+            f'it no smaller than model.rope.low_freq_factor '
+            f'{rope.low_freq_factor}')
+
+
+class Yarn(Scaling):
+  """Waves that turn less than beta_slow times in original_len are stretched by
+  factor, those that turn more than beta_fast times are kept, with a ramp
+  between, and scores have a temperature (YaRN: Peng et al. 2023)."""
+  fields = ('rope.factor', 'rope.original_len', 'rope.beta_fast',
+            'rope.beta_slow', 'rope.truncate', 'rope.mscale',
+            'rope.mscale_all_dim')
+
+  def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
+                  ) -> tuple[jax.Array, float]:
+    frequency = unscaled(rope.theta, dim)
+    # The pairs between which the ramp is.
+    low = self._pair(rope, dim, rope.beta_fast)
+    high = self._pair(rope, dim, rope.beta_slow)
+    if rope.truncate:  # as the authors' program; gpt-oss does not
+      low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = (jnp.arange(dim // 2) - low) / ((high - low) or 0.001)
+    # How much of each frequency is kept.
+    keep = 1 - jnp.clip(ramp, 0, 1)
+    mixed = (1 - keep) * frequency / rope.factor + keep * frequency
+    return mixed, yarn_factor(rope.factor, rope.mscale, rope.mscale_all_dim)
+
+  @staticmethod
+  def _pair(rope: RopeConfig, dim: int, turns: float) -> float:
+    """Returns which pair makes so many turns in original_len."""
+    wave = rope.original_len / (turns * 2 * math.pi)
+    return dim * math.log(wave) / (2 * math.log(rope.theta))
+
+  def refuse(self, rope: RopeConfig, dim: int) -> str:
+    if rope.beta_fast >= rope.beta_slow and rope.theta > 1:
+      return ''
+    return (f'model.rope.beta_fast is {rope.beta_fast}: it needs at least '
+            f'model.rope.beta_slow {rope.beta_slow}, and model.rope.theta '
+            f'{rope.theta} above 1')
+
+  def score_factor(self, rope: RopeConfig) -> float:
+    return yarn_temperature(rope.factor, rope.mscale_all_dim) ** 2
 
 
 def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
-  """On cos and sin: its square multiplies the scores (YaRN, equation 15)."""
-  return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+  """Returns 0.1 mscale log(factor) + 1, the factor on cos and sin, whose square
+  multiplies the scores (YaRN, equation 15)."""
+  if factor <= 1:
+    return 1.0
+  return 0.1 * mscale * math.log(factor) + 1.0
 
 
 def yarn_factor(factor: float, mscale: float, mscale_all_dim: float) -> float:
-  """On cos and sin: what is left of the temperature where DeepSeek-V2's
-  mscale_all_dim puts a part of it on whole scores."""
-  return yarn_temperature(factor, mscale) / yarn_temperature(
-      factor, mscale_all_dim)
+  """Returns the factor on cos and sin that is left of the temperature where
+  DeepSeek-V2's mscale_all_dim puts a part of it on whole scores."""
+  turned = yarn_temperature(factor, mscale)
+  return turned / yarn_temperature(factor, mscale_all_dim)
 
 
-def _llama3(r: RopeConfig, dim: int):
-  frequency, _ = _unscaled(r, dim)
-  turns = r.original_len * frequency / (2 * math.pi)
-  smooth = (turns - r.low_freq_factor) / (
-      (r.high_freq_factor - r.low_freq_factor) or 1e-30)  # a step
-  smooth = jnp.clip(smooth, 0, 1)
-  return (1 - smooth) * frequency / r.factor + smooth * frequency, 1.0
-
-
-def _yarn(r: RopeConfig, dim: int):
-  frequency, _ = _unscaled(r, dim)
-  def index(turns):  # of the frequency that makes `turns` in original_len
-    return dim * math.log(r.original_len / (turns * 2 * math.pi)) / (
-        2 * math.log(r.theta))
-  low, high = index(r.beta_fast), index(r.beta_slow)
-  if r.truncate:  # as the authors' program; gpt-oss does not
-    low, high = math.floor(low), math.ceil(high)
-  low, high = max(low, 0), min(high, dim - 1)
-  ramp = (jnp.arange(dim // 2) - low) / ((high - low) or 0.001)
-  keep = 1 - jnp.clip(ramp, 0, 1)
-  return ((1 - keep) * frequency / r.factor + keep * frequency,
-          yarn_factor(r.factor, r.mscale, r.mscale_all_dim))
-
-
-def _refuse_ntk(r: RopeConfig, dim: int) -> str:
-  del r
-  return '' if dim > 2 else (
-      f'only {dim} features of a head are rotated: it needs 4 or more')
-
-
-def _refuse_longrope(r: RopeConfig, dim: int) -> str:
-  for name in ('short_factor', 'long_factor'):
-    factors = getattr(r, name)
-    if len(factors) != dim // 2 or not all(
-        type(x) in (int, float) and x > 0 for x in factors):
-      return (f'model.rope.{name} is {short(factors)}: it needs {dim // 2} '
-              f'numbers > 0, one for each pair of the {dim} features that turn')
-  return '' if r.original_len > 1 else (
-      f'model.rope.original_len is {r.original_len}: it needs it above 1')
-
-
-def _refuse_llama3(r: RopeConfig, dim: int) -> str:
-  del dim
-  return '' if r.high_freq_factor >= r.low_freq_factor else (
-      f'model.rope.high_freq_factor is {r.high_freq_factor}: it needs it no '
-      f'smaller than model.rope.low_freq_factor {r.low_freq_factor}')
-
-
-def _refuse_yarn(r: RopeConfig, dim: int) -> str:
-  del dim
-  return '' if r.beta_fast >= r.beta_slow and r.theta > 1 else (
-      f'model.rope.beta_fast is {r.beta_fast}: it needs at least '
-      f'model.rope.beta_slow {r.beta_slow}, and model.rope.theta {r.theta} '
-      'above 1')
+SCALINGS: dict[str, Scaling] = {
+    'none': Scaling(),
+    'linear': Linear(),
+    'ntk': Ntk(),
+    'dynamic': Dynamic(),
+    'longrope': LongRope(),
+    'llama3': Llama3(),
+    'yarn': Yarn(),
+}
 
 
 def check_rope(c: ModelConfig, stack: str = '', head: str = 'model.head_dim'
@@ -257,7 +367,7 @@ def check_rope(c: ModelConfig, stack: str = '', head: str = 'model.head_dim'
 
   Args:
     c: the config.
-    stack: as of Position.check.
+    stack: the kind of model; see Position.check.
     head: the field that says how many features the head has.
   """
   del stack
@@ -272,144 +382,111 @@ def check_rope(c: ModelConfig, stack: str = '', head: str = 'model.head_dim'
 
 def rotate(x_BLHK: jax.Array, positions_BL: jax.Array, config: ModelConfig,
            length: int | jax.Array = 0) -> jax.Array:
-  """Turns the first `rope.fraction` of each head, or of its pairs, by its
-  position.
+  """Returns queries or keys of which the first `rope.fraction` of each head, or
+  of its pairs, is turned by its position (Su et al. 2021, equation 34):
+
+    a' = a cos(pos w_i) - b sin(pos w_i)
+    b' = b cos(pos w_i) + a sin(pos w_i)
 
   Feature i is paired with i + K'/2, as in GPT-NeoX and Hugging Face; the
   paper pairs neighbours (`rope.interleaved`), which is the same up to a
-  permutation of features. `length`: as of `rope_frequencies`.
+  permutation of features.
+
+  Args:
+    x_BLHK: queries or keys.
+    positions_BL: where the tokens stand.
+    config: the model.
+    length: how many tokens the rows have; see `rope_frequencies`.
   """
   dim = rotary_dim(config)
+  interleaved = config.part(RopeConfig).interleaved
+  # The angle of each pair, [B, L, 1, K'/2].
   frequency, factor = rope_frequencies(config, length)
-  angle = (positions_BL[..., None].astype(jnp.float32) * (
-      frequency[None, None] if frequency.ndim == 1 else frequency[:, None]
-  ))[:, :, None]
-  cos = (jnp.cos(angle) * factor).astype(x_BLHK.dtype)
-  sin = (jnp.sin(angle) * factor).astype(x_BLHK.dtype)
+  positions = positions_BL[..., None].astype(jnp.float32)
+  if frequency.ndim == 1:
+    angle_BLK = positions * frequency[None, None]
+  else:
+    angle_BLK = positions * frequency[:, None]
+  angle_BL1K = angle_BLK[:, :, None]
+  cos = (jnp.cos(angle_BL1K) * factor).astype(x_BLHK.dtype)
+  sin = (jnp.sin(angle_BL1K) * factor).astype(x_BLHK.dtype)
+  # The pairs, turned.
   a, b, rest = jnp.split(x_BLHK, (dim // 2, dim), axis=-1)
-  if config.part(RopeConfig).interleaved:
+  if interleaved:
     a, b = x_BLHK[..., 0:dim:2], x_BLHK[..., 1:dim:2]
-  turned = a * cos - b * sin, b * cos + a * sin
-  if config.part(RopeConfig).interleaved:
-    pairs = jnp.stack(turned, -1)
-    turned = (pairs.reshape(*pairs.shape[:-2], dim),)
-  return jnp.concatenate([*turned, rest], -1)
-
-
-def _rope_score_factor(c: ModelConfig) -> float:
-  """Returns what multiplies the scores of turned queries and keys."""
-  rope = c.part(RopeConfig)
-  return SCALINGS[rope.scaling].score_factor(rope)
-
-
-_FROM = ('rope.factor', 'rope.original_len')
-SCALINGS = {
-    'none': Scaling(_unscaled),
-    'linear': Scaling(_linear, ('rope.factor',)),
-    'ntk': Scaling(_ntk, ('rope.factor',), _refuse_ntk),
-    'dynamic': Scaling(_dynamic, _FROM, _refuse_ntk, by_length=True,
-                       by_multiple=False),
-    'longrope': Scaling(
-        _longrope, (*_FROM, 'rope.short_factor', 'rope.long_factor',
-                    'rope.attention_factor'),
-        _refuse_longrope, by_length=True, by_multiple=False),
-    'llama3': Scaling(
-        _llama3, (*_FROM, 'rope.low_freq_factor', 'rope.high_freq_factor'),
-        _refuse_llama3),
-    'yarn': Scaling(
-        _yarn, (*_FROM, 'rope.beta_fast', 'rope.beta_slow', 'rope.truncate',
-                'rope.mscale', 'rope.mscale_all_dim'), _refuse_yarn,
-        lambda r: yarn_temperature(r.factor, r.mscale_all_dim) ** 2),
-}
+  turned_a, turned_b = a * cos - b * sin, b * cos + a * sin
+  if not interleaved:
+    return jnp.concatenate([turned_a, turned_b, rest], -1)
+  pairs = jnp.stack([turned_a, turned_b], -1)
+  turned = pairs.reshape(*pairs.shape[:-2], dim)
+  return jnp.concatenate([turned, rest], -1)
 
 
 # The encodings.
 
 
-# The layouts that `sinusoid` knows.
-SINUSOIDS = ('interleaved', 'halves', 'fairseq')
-
-
-@dataclasses.dataclass(frozen=True)
-class LearnedConfig:
-  """Of position learned."""
-  offset: int = field(0, "rows of the table before the first token's",
-                      resume=SHAPES)
-  stretch: float = field(1.0, 'above 1: learned positions are interpolated',
-                         least=1, resume=FUNCTION)
-
-
-@dataclasses.dataclass(frozen=True)
-class SinusoidalConfig:
-  """Of position sinusoidal."""
-  layout: str = field('interleaved', 'the order of sines and cosines',
-                      choices=SINUSOIDS, resume=FUNCTION)
-
-
-@dataclasses.dataclass(frozen=True)
-class RelativeConfig:
-  """Of positions relative and relative_by_layer: T5's buckets (Raffel et al.
-  2020, section 2.1)."""
-  GROUP = 'relative'
-  buckets: int = field(32, 'buckets of distances', above=0, resume=SHAPES)
-  max_distance: int = field(
-      128, 'the last bucket has all larger distances', above=0,
-      resume=FUNCTION)
-
-
-def _as_it_is(c: ModelConfig, length: int, multiple: int, interpolate: bool
-              ) -> dict[str, Optional[ModelConfig]]:
-  del length, multiple, interpolate
-  return {c.position: c}
-
-
-class Position(NamedTuple):
-  """One position encoding; a hook that is None is not called.
+class Position:
+  """No encoding, and the base of all of them. A hook that is None is not
+  called.
 
   Attributes:
     embed: (module, x_BLD, positions_BL, name) -> x_BLD, at the embedding.
       `module` is the skeleton's Embed: parameters that are declared in it, as
       `name`, stand beside the table of tokens.
-    rotate: (x_BLHK, positions_BL, config, how many tokens the rows have, as
-      of `rope_frequencies`) -> x_BLHK, of queries and of keys.
-    score_factor: config -> what multiplies the scores.
+    rotate: (x_BLHK, positions_BL, config, how many tokens the rows have: see
+      `rope_frequencies`) -> x_BLHK, of queries and of keys.
     layer_bias: (the layer's attention, its input, queries, keys,
       k_positions_BM, ctx) -> [B, H, L, M], added to the scores.
-    stack_bias: the same once for all layers of a stack: a module of (config,
-      causal), called with the positions of queries and of keys. Its parameters
-      stand in the stack, under the encoding's name and '_bias'.
+    stack_bias: a module of (config, causal) that makes such a bias once for all
+      layers of a stack, called with the positions of queries and of keys. Its
+      parameters stand in the stack, under the encoding's name and '_bias'.
     stack_table: a module of (config) that makes, once for all layers of a
       stack, what `layer_bias` reads: ctx.distances.table_UD. Its parameters
       stand in the stack, under the encoding's name.
     settings: the group of fields of config.model that it reads.
-    check: (config, stack) -> None; raises RequestError for fields that do not
-      fit together. `stack` is what architectures.stack returns.
-    reach: config -> how many positions there are.
-    longer: (config, length, multiple, interpolate) -> {name: config}, how it
-      is evaluated at a multiple of its training length. A config is None where
-      the model refuses; `interpolate` is whether learned positions may be
-      stretched.
   """
   embed: Optional[Callable] = None
   rotate: Optional[Callable] = None
   layer_bias: Optional[Callable] = None
   stack_bias: Optional[type[nn.Module]] = None
   stack_table: Optional[type[nn.Module]] = None
-  score_factor: Callable[[ModelConfig], float] = lambda c: 1.0
   settings: Optional[type] = None
-  check: Callable[[ModelConfig, str], None] = lambda c, stack: None
-  reach: Callable[[ModelConfig], float] = lambda c: math.inf
-  longer: Callable = _as_it_is
+
+  def score_factor(self, c: ModelConfig) -> float:
+    """Returns the factor on the scores."""
+    return 1.0
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    """Raises RequestError for fields that do not fit together. `stack` is what
+    architectures.stack returns."""
+
+  def reach(self, c: ModelConfig) -> float:
+    """Returns how many positions there are."""
+    return math.inf
+
+  def longer(self, c: ModelConfig, length: int, multiple: int,
+             interpolate: bool) -> dict[str, Optional[ModelConfig]]:
+    """Returns how a model is evaluated on longer texts, by name: a config, or
+    None where the model refuses.
+
+    Args:
+      c: the model.
+      length: the length of its training.
+      multiple: how many times as long the texts are.
+      interpolate: whether learned positions may be stretched.
+    """
+    return {c.position: c}
 
   @property
   def has_bias(self) -> bool:
     """Whether scores have a bias, which fused kernels do not add."""
-    return bool(self.stack_bias or self.layer_bias)
+    return self.stack_bias is not None or self.layer_bias is not None
 
   @property
   def of_stack(self) -> bool:
     """Whether a stack reads it beside its layers, which share it."""
-    return bool(self.embed or self.stack_bias or self.stack_table)
+    hooks = self.embed, self.stack_bias, self.stack_table
+    return any(hook is not None for hook in hooks)
 
 
 def of(c: ModelConfig) -> Position:
@@ -424,8 +501,9 @@ def reach(c: ModelConfig) -> float:
 
 
 def lengths_apart(c: ModelConfig) -> tuple[int, ...]:
-  """Returns the lengths, ascending, on whose sides a row turns otherwise, in
-  some layers of a model; (): no length counts. Beyond the last one each may."""
+  """Returns the lengths, ascending, on whose sides a row turns otherwise in
+  some layers of a model; (): no length counts. Beyond the last one, rows of
+  each length may turn otherwise."""
   lengths = set()
   for layer in c.distinct_layers:
     rope = layer.find(RopeConfig)
@@ -438,7 +516,7 @@ def check_length(c: ModelConfig, length: int) -> None:
   """Raises RequestError where the positions do not reach `length`.
 
   `positions_BL` that are passed in are values on the device, which a compiled
-  program cannot refuse: there a row past the table is the table's last.
+  program cannot refuse: there a position past the table reads its last row.
   """
   require(length <= reach(c), f'a sequence of {length} tokens is longer than '
           f'the {reach(c)} positions that this model has learned: shorten it, '
@@ -446,128 +524,204 @@ def check_length(c: ModelConfig, length: int) -> None:
           'interpolate')
 
 
-def sinusoid(positions: jax.Array, d_model: int,
-             layout: str = 'interleaved') -> jax.Array:
-  """[...] -> [..., D]: sin(pos w_i) and cos(pos w_i), w_i = 10000^(-2i/D).
+# Rotary positions.
 
-  interleaved: sin at 2i, cos at 2i + 1 (Vaswani et al. 2017, section 3.5).
-  halves: all sines, then all cosines, as in Marian: a permutation of it.
-  fairseq: halves with w_i = 10000^(-i/(D/2 - 1)), as in tensor2tensor, the
-  paper's own code, and the first token at position 2, as in fairseq.
+
+class Rope(Position):
+  """Queries and keys are turned: see `rotate`."""
+  settings = RopeConfig
+
+  def rotate(self, x_BLHK: jax.Array, positions_BL: jax.Array,
+             config: ModelConfig, length: int | jax.Array = 0) -> jax.Array:
+    return rotate(x_BLHK, positions_BL, config, length)
+
+  def score_factor(self, c: ModelConfig) -> float:
+    rope = c.part(RopeConfig)
+    return SCALINGS[rope.scaling].score_factor(rope)
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    check_rope(c, stack)
+
+  def longer(self, c: ModelConfig, length: int, multiple: int,
+             interpolate: bool) -> dict[str, Optional[ModelConfig]]:
+    """Returns the model as it is and, unless it is stretched already, with each
+    scaling that a factor alone tells."""
+    rope = c.part(RopeConfig)
+    if rope.scaling != 'none':
+      return {f'rope, {rope.scaling}': c}
+    ways = {'rope': c}
+    for name, scaling in SCALINGS.items():
+      if not scaling.by_multiple or name == 'none':
+        continue
+      ways[f'rope, {name}'] = c
+      if multiple != 1:
+        ways[f'rope, {name}'] = c.with_part(
+            RopeConfig, scaling=name, factor=float(multiple),
+            original_len=length)
+    return ways
+
+
+# Learned positions.
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedConfig:
+  """The fields of position learned."""
+  offset: int = field(0, "rows of the table before the first token's",
+                      resume=SHAPES)
+  stretch: float = field(1.0, 'above 1: learned positions are interpolated',
+                         least=1, resume=FUNCTION)
+
+
+class Learned(Position):
+  """x + P[pos + offset], with a table P that ends at max_len, or is stretched.
   """
-  pairs = d_model // 2
-  steps = jnp.arange(pairs) / (pairs - 1 if layout == 'fairseq' else pairs)
-  positions = positions + (2 if layout == 'fairseq' else 0)
-  angle = positions[..., None].astype(jnp.float32) * (
-      10000.0 ** -steps).reshape((1,) * positions.ndim + (-1,))
-  if layout != 'interleaved':
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
-  pairs = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1)
-  return pairs.reshape(*positions.shape, d_model)
+  settings = LearnedConfig
 
+  def embed(self, module: nn.Module, x_BLD: jax.Array,
+            positions_BL: jax.Array, name: str) -> jax.Array:
+    c: ModelConfig = module.config  # type: ignore[attr-defined]
+    check_length(c, x_BLD.shape[1])
+    fields = c.part(LearnedConfig)
+    table_LD = layers.embedding(module, name, c.max_len + fields.offset)
+    table_LD = sharding.constrain(table_LD, None, None)
+    added_BLD = learned(table_LD, positions_BL, fields.stretch, fields.offset)
+    return x_BLD + added_BLD.astype(x_BLD.dtype)
 
-def _add_sinusoids(module: nn.Module, x_BLD: jax.Array, positions_BL: jax.Array,
-                   name: str):
-  del name
-  c = module.config
-  sinusoidal = c.part(SinusoidalConfig)
-  return x_BLD + sinusoid(positions_BL, c.d_model, sinusoidal.layout).astype(
-      x_BLD.dtype)
+  def reach(self, c: ModelConfig) -> int:
+    # A quotient of lengths times its divisor may lie just below the other.
+    return math.floor(c.max_len * c.part(LearnedConfig).stretch + 1e-6)
 
-
-def check_sinusoids(c: ModelConfig, stack: str = '') -> None:
-  """Raises RequestError for a width that `sinusoid` cannot have."""
-  del stack
-  require(c.d_model % 2 == 0 and c.d_model >= 4, f'model.d_model is '
-          f'{c.d_model}: sinusoids need it even and at least 4')
+  def longer(self, c: ModelConfig, length: int, multiple: int,
+             interpolate: bool) -> dict[str, Optional[ModelConfig]]:
+    if length * multiple <= self.reach(c):
+      return {'learned': c}
+    ways: dict[str, Optional[ModelConfig]] = {'learned': None}
+    if interpolate:
+      ways['learned, interpolated'] = c.with_part(
+          LearnedConfig, stretch=length * multiple / c.max_len)
+    return ways
 
 
 def learned(table_LD: jax.Array, positions: jax.Array, stretch: float,
             offset: int = 0) -> jax.Array:
-  """Rows of the table at `positions`, after the first `offset` of them; between
-  two rows where stretched."""
+  """Returns the rows of the table at `positions`, after the first `offset` of
+  them; between two rows where they are stretched."""
   if stretch == 1:
     return table_LD[positions + offset]
   table_LD = table_LD[offset:]
-  place = jnp.minimum(positions / stretch, table_LD.shape[0] - 1)
+  last = table_LD.shape[0] - 1
+  place = jnp.minimum(positions / stretch, last)
   low = jnp.floor(place).astype(jnp.int32)
-  high = jnp.minimum(low + 1, table_LD.shape[0] - 1)
+  high = jnp.minimum(low + 1, last)
   part = (place - low)[..., None].astype(table_LD.dtype)
   return table_LD[low] * (1 - part) + table_LD[high] * part
 
 
-def _add_learned(module: nn.Module, x_BLD: jax.Array, positions_BL: jax.Array,
-                 name: str):
-  c = module.config
-  check_length(c, x_BLD.shape[1])
-  learned_ = c.part(LearnedConfig)
-  table_LD = layers.embedding(module, name, c.max_len + learned_.offset)
-  return x_BLD + learned(sharding.constrain(table_LD, None, None),
-                         positions_BL, learned_.stretch,
-                         learned_.offset).astype(x_BLD.dtype)
+# Sinusoids.
 
 
-def _learned_reach(c: ModelConfig) -> int:
-  # The quotient of two lengths times one of them may lie just below the other.
-  return math.floor(c.max_len * c.part(LearnedConfig).stretch + 1e-6)
+# The layouts that `sinusoid` knows.
+SINUSOIDS = ('interleaved', 'halves', 'fairseq')
 
 
-def _longer_learned(c: ModelConfig, length: int, multiple: int,
-                    interpolate: bool):
-  if length * multiple <= _learned_reach(c):
-    return {'learned': c}
-  stretched = c.with_part(LearnedConfig,
-                          stretch=length * multiple / c.max_len)
-  return {'learned': None} | (
-      {'learned, interpolated': stretched} if interpolate else {})
+@dataclasses.dataclass(frozen=True)
+class SinusoidalConfig:
+  """The fields of position sinusoidal."""
+  layout: str = field('interleaved', 'the order of sines and cosines',
+                      choices=SINUSOIDS, resume=FUNCTION)
 
 
-def _longer_rope(c: ModelConfig, length: int, multiple: int,
-                 interpolate: bool):
-  """As it is and, unless it is stretched already, with each scaling that a
-  factor alone tells."""
-  del interpolate
-  rope = c.part(RopeConfig)
-  if rope.scaling != 'none':
-    return {f'rope, {rope.scaling}': c}
-  ways = {'rope': c}
-  for name, row in SCALINGS.items():
-    if not row.by_multiple or name == 'none':
-      continue
-    ways[f'rope, {name}'] = c
-    if multiple != 1:
-      ways[f'rope, {name}'] = c.with_part(
-          RopeConfig, scaling=name, factor=float(multiple),
-          original_len=length)
-  return ways
+class Sinusoidal(Position):
+  """x + PE[pos], with PE the sinusoids (Vaswani et al. 2017, section 3.5)."""
+  settings = SinusoidalConfig
+
+  def embed(self, module: nn.Module, x_BLD: jax.Array,
+            positions_BL: jax.Array, name: str) -> jax.Array:
+    c: ModelConfig = module.config  # type: ignore[attr-defined]
+    layout = c.part(SinusoidalConfig).layout
+    added_BLD = sinusoid(positions_BL, c.d_model, layout)
+    return x_BLD + added_BLD.astype(x_BLD.dtype)
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    check_sinusoids(c)
 
 
-def alibi_slopes(num_heads: int) -> list[float]:
-  """Slope per head: 2^(-8h/H); for H no power of 2, as the paper's code."""
-  def powers(n: int):
-    return [2 ** (-8 * (h + 1) / n) for h in range(n)]
-  floor = 2 ** math.floor(math.log2(num_heads))
-  more = powers(2 * floor)[0::2][:num_heads - floor]
-  return powers(floor) + more
+def sinusoid(positions: jax.Array, d_model: int,
+             layout: str = 'interleaved') -> jax.Array:
+  """Returns sin(pos w_i) and cos(pos w_i), w_i = 10000^(-2i/D), [..., D].
+
+  Args:
+    positions: the positions, [...].
+    d_model: D.
+    layout: interleaved: sin at 2i, cos at 2i + 1 (Vaswani et al. 2017, section
+      3.5). halves: all sines, then all cosines, as in Marian: a permutation of
+      it. fairseq: halves with w_i = 10000^(-i/(D/2 - 1)), as in tensor2tensor,
+      the paper's own code, and the first token at position 2, as in fairseq.
+  """
+  pairs, divisor = d_model // 2, d_model // 2
+  if layout == 'fairseq':
+    divisor = pairs - 1
+    positions = positions + 2
+  steps = jnp.arange(pairs) / divisor
+  frequency = (10000.0 ** -steps).reshape((1,) * positions.ndim + (-1,))
+  angle = positions[..., None].astype(jnp.float32) * frequency
+  if layout != 'interleaved':
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
+  both = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1)
+  return both.reshape(*positions.shape, d_model)
+
+
+def check_sinusoids(c: ModelConfig) -> None:
+  """Raises RequestError for a width that `sinusoid` cannot have."""
+  require(c.d_model % 2 == 0 and c.d_model >= 4, f'model.d_model is '
+          f'{c.d_model}: sinusoids need it even and at least 4')
+
+
+# Biases by distance.
+
+
+class Alibi(Position):
+  """scores - slope_h * distance (Press et al. 2022)."""
+
+  def layer_bias(self, module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
+                 k_BMJK: jax.Array, k_positions_BM: jax.Array, ctx: Context
+                 ) -> jax.Array:
+    return alibi(ctx.positions_BL, k_positions_BM, q_BLHK.shape[2])
 
 
 def alibi(q_positions_BL: jax.Array, k_positions_BM: jax.Array,
           num_heads: int) -> jax.Array:
-  """Bias [B, H, L, M] = -slope_h * |i - j|."""
+  """Returns the bias -slope_h * |i - j|, [B, H, L, M] (Press et al. 2022)."""
   distance_BLM = jnp.abs(q_positions_BL[:, :, None] - k_positions_BM[:, None])
-  slopes = jnp.array(alibi_slopes(num_heads), jnp.float32)
-  return -slopes[None, :, None, None] * distance_BLM[:, None]
+  slopes_H = jnp.array(alibi_slopes(num_heads), jnp.float32)
+  return -slopes_H[None, :, None, None] * distance_BLM[:, None]
 
 
-def _alibi(module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
-           k_BMJK: jax.Array, k_positions_BM: jax.Array, ctx: Context
-           ) -> jax.Array:
-  return alibi(ctx.positions_BL, k_positions_BM, q_BLHK.shape[2])
+def alibi_slopes(num_heads: int) -> list[float]:
+  """Returns the slope of each head h of H, from 1 on: 2^(-8h/H). If H is no
+  power of 2, the heads past the last power P below it take every other slope
+  of 2P heads, as in the paper's code."""
+  power = 2 ** math.floor(math.log2(num_heads))
+  slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
+  between = [2 ** (-8 * (h + 1) / (2 * power)) for h in range(0, 2 * power, 2)]
+  return slopes + between[:num_heads - power]
+
+
+@dataclasses.dataclass(frozen=True)
+class RelativeConfig:
+  """The fields of positions relative and relative_by_layer: T5's buckets
+  (Raffel et al. 2020, section 2.1)."""
+  GROUP = 'relative'
+  buckets: int = field(32, 'buckets of distances', above=0, resume=SHAPES)
+  max_distance: int = field(
+      128, 'The last bucket has all larger distances.', above=0,
+      resume=FUNCTION)
 
 
 def relative_bucket(offset: jax.Array, *, bidirectional: bool, buckets: int,
                     max_distance: int) -> jax.Array:
-  """T5's bucket of key position minus query position.
+  """Returns T5's bucket of key position minus query position.
 
   Half of the buckets are exact, the rest widen logarithmically up to
   max_distance; with `bidirectional`, half of all serve keys that come later.
@@ -580,58 +734,73 @@ def relative_bucket(offset: jax.Array, *, bidirectional: bool, buckets: int,
   else:
     distance = jnp.maximum(-offset, 0)
   exact = buckets // 2
-  far = exact + (
-      jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact)
-      / math.log(max_distance / exact) * (buckets - exact)).astype(jnp.int32)
+  # Distances past the exact ones are placed on a logarithmic scale.
+  times = jnp.maximum(distance, 1).astype(jnp.float32) / exact
+  share = jnp.log(times) / math.log(max_distance / exact)
+  far = exact + (share * (buckets - exact)).astype(jnp.int32)
   far = jnp.minimum(far, buckets - 1)
   return start + jnp.where(distance < exact, distance, far)
 
 
 class RelativeBias(nn.Module):
-  """T5's bias on the scores, [B or 1, H, L, M]: of all layers, or of one."""
+  """T5's bias on the scores, b[h, bucket(distance)], for all layers or one."""
   config: ModelConfig
   causal: bool
 
   @nn.compact
   def __call__(self, q_positions_BL: jax.Array,
                k_positions_BM: jax.Array) -> jax.Array:
+    """Returns the bias, [B or 1, H, L, M]; U are the buckets."""
     c = self.config
-    stddev = c.base_width ** -0.5 if c.init == 'fan_in' else c.init_stddev
     relative = c.part(RelativeConfig)
-    table = declare(self, 'table', nn.initializers.normal(stddev),
-                    (relative.buckets, c.num_heads), Role((None, 'heads')))
+    stddev = c.base_width ** -0.5 if c.init == 'fan_in' else c.init_stddev
+    table_UH = declare(
+        self, 'table', nn.initializers.normal(stddev),
+        (relative.buckets, c.num_heads), Role(axes=(None, 'heads')))
     bucket_BLM = relative_bucket(
         k_positions_BM[:, None] - q_positions_BL[:, :, None],
         bidirectional=not self.causal, buckets=relative.buckets,
         max_distance=relative.max_distance)
-    bias_BHLM = jnp.moveaxis(table[bucket_BLM], -1, 1).astype(jnp.float32)
+    bias_BHLM = jnp.moveaxis(table_UH[bucket_BLM], -1, 1).astype(jnp.float32)
     return sharding.constrain(bias_BHLM, None, 'heads', 'length', None)
 
 
-def _relative_by_layer(module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
-                       k_BMJK: jax.Array, k_positions_BM: jax.Array,
-                       ctx: Context) -> jax.Array:
-  return RelativeBias(module.config, module.kind.causal, name='relative_bias')(
-      ctx.positions_BL, k_positions_BM)
+class Relative(Position):
+  """scores + b[h, bucket(distance)], with one table b for all layers of a stack
+  (T5)."""
+  settings = RelativeConfig
+  stack_bias: Optional[type[nn.Module]] = RelativeBias
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    """Raises RequestError where no bucket is left for far distances: a quarter
+    of an encoder's buckets, half of a decoder's, is exact, and the others grow
+    from there to max_distance."""
+    relative = c.part(RelativeConfig)
+    buckets, most = relative.buckets, relative.max_distance
+    least = 2 if stack == 'decoder' else 4
+    exact = buckets // (4 if stack == 'encoder' else 2)
+    fits = buckets >= least and buckets % 2 == 0 and most > exact
+    require(fits, f'model.relative.buckets is {buckets} and '
+            f'model.relative.max_distance {most}: model.arch {c.arch} needs an '
+            f'even number of buckets, {least} or more, {exact} of which are of '
+            'one distance each, and a larger distance')
 
 
-def _check_relative(c: ModelConfig, stack: str) -> None:
-  """A quarter of an encoder's buckets, half of a decoder's, is exact; the
-  others grow from there to max_distance."""
-  relative = c.part(RelativeConfig)
-  buckets, most = relative.buckets, relative.max_distance
-  least = 2 if stack == 'decoder' else 4
-  exact = buckets // (4 if stack == 'encoder' else 2)
-  require(buckets >= least and buckets % 2 == 0 and most > exact,
-          f'model.relative.buckets is {buckets} and model.relative.max_distance'
-          f' {most}: model.arch {c.arch} needs an even number of buckets, '
-          f'{least} or more, {exact} of which are of one distance each, and a '
-          'larger distance')
+class RelativeByLayer(Relative):
+  """The bias of `Relative` with a table of each layer's own (UMT5)."""
+  stack_bias = None
+
+  def layer_bias(self, module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
+                 k_BMJK: jax.Array, k_positions_BM: jax.Array, ctx: Context
+                 ) -> jax.Array:
+    layer: Any = module
+    bias = RelativeBias(layer.config, layer.kind.causal, name='relative_bias')
+    return bias(ctx.positions_BL, k_positions_BM)
 
 
 @dataclasses.dataclass(frozen=True)
 class ProfilesConfig:
-  """Of position relative_by_token."""
+  """The fields of position relative_by_token."""
   GROUP = 'profiles'
   rank: int = field(16, 'profiles of the bias by distance, of which each token '
                     'mixes its own', above=0, resume=SHAPES)
@@ -639,68 +808,71 @@ class ProfilesConfig:
                       above=0, resume=SHAPES)
 
 
-def _by_token(module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
-              k_BMJK: jax.Array, k_positions_BM: jax.Array, ctx: Context
-              ) -> jax.Array:
+class RelativeByToken(Position):
   """A bias that a token makes of its own (Inkling: Thinking Machines 2026, as
-  transformers has it), [B, H, L, M]:
+  transformers has it):
 
     bias_ij = (W_r x_i) P[:, i - j]     and 0 past the extent and for later keys
 
   Each head mixes the rows of P, which are profiles by distance. A wider model
   may have as many, so in muP W_r x are logits, as a router's.
   """
-  del q_BLHK, k_BMJK
-  c: ModelConfig = module.config  # type: ignore[attr-defined]
-  profiles = c.part(ProfilesConfig)
-  rank, extent = profiles.rank, profiles.extent
-  mix_BLHU = layers.dense(
-      module, 'profile', 'BLD,DHU->BLHU', x_BLD,
-      (c.d_model, c.num_heads, rank), ('embed', 'heads', None), output=True,
-      with_bias=False, deterministic=ctx.deterministic) / c.widening
-  profiles_UM = declare(module, 'profiles',
-                        nn.initializers.normal(c.init_stddev), (rank, extent),
-                        Role((None, None), inputs=(0,)))
-  by_distance_BHLM = layers.einsum('BLHU,UM->BHLM', mix_BLHU, profiles_UM,
-                                   c.compute_dtype, jnp.float32)
-  distance_BLM = ctx.positions_BL[:, :, None] - k_positions_BM[:, None]
-  bias_BHLM = jnp.take_along_axis(by_distance_BHLM, jnp.clip(
-      distance_BLM, 0, extent - 1)[:, None], -1)
-  inside_BLM = (distance_BLM >= 0) & (distance_BLM < extent)
-  return jnp.where(inside_BLM[:, None], bias_BHLM, 0)
+  settings = ProfilesConfig
+
+  def layer_bias(self, module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
+                 k_BMJK: jax.Array, k_positions_BM: jax.Array, ctx: Context
+                 ) -> jax.Array:
+    """Returns the bias, [B, H, L, M]; U are the profiles."""
+    c: ModelConfig = module.config  # type: ignore[attr-defined]
+    profiles = c.part(ProfilesConfig)
+    rank, extent = profiles.rank, profiles.extent
+    # How each token mixes the profiles, and its bias by distance.
+    mix_BLHU = layers.dense(
+        module, 'profile', 'BLD,DHU->BLHU', x_BLD,
+        (c.d_model, c.num_heads, rank), ('embed', 'heads', None), output=True,
+        with_bias=False, deterministic=ctx.deterministic) / c.widening
+    profiles_UM = declare(
+        module, 'profiles', nn.initializers.normal(c.init_stddev),
+        (rank, extent), Role(axes=(None, None), inputs=(0,)))
+    by_distance_BHLM = layers.einsum('BLHU,UM->BHLM', mix_BLHU, profiles_UM,
+                                     c.compute_dtype, jnp.float32)
+    # The bias of each key.
+    distance_BLM = ctx.positions_BL[:, :, None] - k_positions_BM[:, None]
+    place_BLM = jnp.clip(distance_BLM, 0, extent - 1)
+    bias_BHLM = jnp.take_along_axis(
+        by_distance_BHLM, place_BLM[:, None], -1)
+    inside_BLM = (distance_BLM >= 0) & (distance_BLM < extent)
+    return jnp.where(inside_BLM[:, None], bias_BHLM, 0)
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    require(stack == 'decoder' and c.mixer == 'attention',
+            "model.position is 'relative_by_token', a bias of earlier keys by "
+            'model.mixer attention in a decoder: choose these, or position '
+            'relative_by_layer')
 
 
-def _check_profiles(c: ModelConfig, stack: str) -> None:
-  require(stack == 'decoder' and c.mixer == 'attention',
-          "model.position is 'relative_by_token', a bias of earlier keys by "
-          'model.mixer attention in a decoder: choose these, or position '
-          'relative_by_layer')
+class Disentangled(Position):
+  """scores + products of queries and keys with vectors of distances
+  (attention/disentangled.py)."""
+  settings = disentangled.DisentangledConfig
+  stack_table = disentangled.Distances
+  layer_bias = staticmethod(disentangled.bias)
+
+  def score_factor(self, c: ModelConfig) -> float:
+    return 3 ** -0.5
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    disentangled.check(c, stack)
 
 
-POSITIONS = {
-    'disentangled': Position(
-        stack_table=disentangled.Distances, layer_bias=disentangled.bias,
-        score_factor=lambda c: 3 ** -0.5, check=disentangled.check,
-        settings=disentangled.DisentangledConfig),
-    'learned': Position(
-        embed=_add_learned, settings=LearnedConfig, reach=_learned_reach,
-        longer=_longer_learned),
-    'sinusoidal': Position(
-        embed=_add_sinusoids, settings=SinusoidalConfig,
-        check=check_sinusoids),
-    'rope': Position(
-        rotate=rotate,
-        score_factor=_rope_score_factor,
-        check=check_rope, longer=_longer_rope, settings=RopeConfig),
-    'alibi': Position(layer_bias=_alibi),
-    'relative': Position(
-        stack_bias=RelativeBias, check=_check_relative,
-        settings=RelativeConfig),
-    'relative_by_layer': Position(
-        layer_bias=_relative_by_layer, check=_check_relative,
-        settings=RelativeConfig),
-    'relative_by_token': Position(
-        layer_bias=_by_token, check=_check_profiles,
-        settings=ProfilesConfig),
+POSITIONS: dict[str, Position] = {
+    'disentangled': Disentangled(),
+    'learned': Learned(),
+    'sinusoidal': Sinusoidal(),
+    'rope': Rope(),
+    'alibi': Alibi(),
+    'relative': Relative(),
+    'relative_by_layer': RelativeByLayer(),
+    'relative_by_token': RelativeByToken(),
     'none': Position(),
 }

@@ -1,4 +1,4 @@
-"""What each parameter is, and how parameters and activations lie on a mesh.
+"""The role of each parameter, and how parameters and activations lie on a mesh.
 
 Axis names stand beside the array; the table in configs/sharding.py says which
 mesh axis each goes to. An unknown name raises: Linen alone would take a
@@ -48,7 +48,8 @@ def known_axes(axes) -> tuple[str | None, ...]:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Constrains `x` to the mesh axes of its logical ones; no mesh, no effect.
+  """Returns `x`, constrained to the mesh axes of its logical ones; without a
+  mesh, as it is.
 
   The logical axes are part of the operation's name, for explain_sharding.
   """
@@ -58,20 +59,23 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def lies_on(*axes: str | None) -> tuple[tuple[str, ...], ...]:
-  """The mesh axes, of more than one device, that each logical axis of an array
-  lies on."""
+  """Returns the mesh axes, of more than one device, that each logical axis of
+  an array lies on."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not nn.get_logical_axis_rules():
     return ((),) * len(axes)
-  axis_names = []
+  places = []
   for names in nn.logical_to_mesh_axes(known_axes(axes)):
-    names = (names,) if isinstance(names, str) else names or ()
-    axis_names.append(tuple(name for name in names if mesh.shape[name] > 1))
-  return tuple(axis_names)
+    if names is None:
+      names = ()
+    if isinstance(names, str):
+      names = (names,)
+    places.append(tuple(name for name in names if mesh.shape[name] > 1))
+  return tuple(places)
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
-  """`lies_on` of an array that has this axis alone."""
+  """Returns the mesh axes that an array lies on which has this axis alone."""
   return lies_on(axis)[0]
 
 
@@ -87,13 +91,15 @@ def that_divide(names: tuple[str, ...], places: int,
 def weight_places(shape: tuple[int, ...], axes: tuple[str | None, ...]
                   ) -> tuple[tuple[str, ...], ...]:
   """Returns the mesh axes that each axis of a weight lies on."""
-  sizes = jax.sharding.get_abstract_mesh().shape
-  return tuple(that_divide(names, size, sizes)
-               for size, names in zip(shape, lies_on(*axes)))
+  devices_along = jax.sharding.get_abstract_mesh().shape
+  places = []
+  for length, names in zip(shape, lies_on(*axes)):
+    places.append(that_divide(names, length, devices_along))
+  return tuple(places)
 
 
 def size(names: tuple[str, ...]) -> int:
-  """How many devices lie along mesh axes."""
+  """Returns how many devices lie along mesh axes."""
   mesh = jax.sharding.get_abstract_mesh()
   return math.prod(mesh.shape[name] for name in names)
 
@@ -102,25 +108,32 @@ def shards(axis: str, places: int) -> int:
   """Returns how many shards the mesh cuts `places` of a logical axis into; 1
   without a mesh, or where it does not divide them."""
   count = size(mesh_axes(axis))
-  return count if places % count == 0 else 1
+  if places % count:
+    return 1
+  return count
 
 
 def constrain_if(x: jax.Array, *axes: str | None) -> jax.Array:
-  """`constrain`, leaving out each axis that the mesh does not divide."""
-  return constrain(x, *(axis if axis and shards(axis, size) > 1 else None
-                        for axis, size in zip(axes, x.shape)))
+  """Returns `x`, constrained but for each axis that the mesh does not divide.
+  """
+  divided = []
+  for axis, length in zip(axes, x.shape):
+    is_cut = axis is not None and shards(axis, length) > 1
+    divided.append(axis if is_cut else None)
+  return constrain(x, *divided)
 
 
 def constrain_stream(x: jax.Array, *axes: str | None) -> jax.Array:
-  """`constrain` of what goes from layer to layer, [B, L, ...], whose length is
-  sharded as `stream` is or, if that does not divide it, as `length`. `axes` are
-  the others."""
+  """Returns an array that goes from layer to layer, [B, L, ...], constrained.
+  Its length is sharded as `stream` is or, if that does not divide it, as
+  `length`. `axes` are the others."""
   length = 'stream' if shards('stream', x.shape[1]) > 1 else 'length'
   return constrain(x, 'batch', length, *axes)
 
 
 def platform() -> str:
-  """Returns what the program is traced for: cpu, gpu or tpu."""
+  """Returns the kind of device that the program is traced for: cpu, gpu or
+  tpu."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.abstract_device is None:
     return jax.default_backend()
@@ -145,7 +158,7 @@ def rules(table: Rules):
     yield
 
 
-# What a parameter is, declared where it is made.
+# The role of a parameter, declared where it is made.
 #
 # Every parameter is made by `declare` (weight and bias of layers.py call it),
 # which keeps its role beside its logical axes. The optimisers read nothing
@@ -154,31 +167,38 @@ def rules(table: Rules):
 
 
 class Axes(NamedTuple):
-  """An array's axes by role."""
-  batch: tuple[int, ...]  # each index holds a parameter of its own
-  inputs: tuple[int, ...]  # what a product sums over; none: a vector
+  """The axes of an array by role.
+
+  Attributes:
+    batch: the axes of which each index holds a parameter of its own.
+    inputs: the axes that a product sums over; none: a vector.
+    outputs: the others.
+  """
+  batch: tuple[int, ...]
+  inputs: tuple[int, ...]
   outputs: tuple[int, ...]
 
   def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
     """Returns the rows and the columns of one matrix."""
-    return (math.prod(shape[i] for i in self.inputs),
-            math.prod(shape[i] for i in self.outputs))
+    rows = math.prod(shape[i] for i in self.inputs)
+    columns = math.prod(shape[i] for i in self.outputs)
+    return rows, columns
 
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-  """What a parameter is; its axes are numbered as its module makes it.
+  """The role of a parameter; its axes are numbered as its module makes it.
 
   Attributes:
     axes: its logical axes.
-    inputs: which of them a product sums over, or, of an embedding, look up.
-      None: a vector, or a table of biases, which is no matrix.
-    batch: which of them hold a matrix or a vector each: experts.
+    inputs: the axes that a product sums over, or that ids of an embedding look
+      up; none: a vector, or a table of biases, which is no matrix.
+    batch: the axes that hold a matrix or a vector each: experts.
     kind: 'hidden'; 'logits', whose product is as many numbers at every width
       and is divided by config.widening (the head's, a router's); 'embedding',
       a table whose rows are looked up.
-    reads: of tables that the last few tokens look up, how many rows a token
-      reads; 0: it is no such table.
+    reads: how many rows a token reads of a table that the last few tokens look
+      up; 0: it is no such table.
     tuned: whether it is trained beside low-rank adapters (model.lora), which
       leave all else as it was: it is one of them, or new to the task.
   """
@@ -199,12 +219,13 @@ class Role:
     Axes in front of the declared ones, such as the one over layers that the
     scan adds, are a batch.
     """
-    first = ndim - len(self.axes)
-    shift = lambda axes: tuple(first + i for i in axes)
-    rest = (i for i in range(len(self.axes))
-            if i not in self.inputs and i not in self.batch)
-    return Axes((*range(first), *shift(self.batch)), shift(self.inputs),
-                shift(rest))
+    front = ndim - len(self.axes)
+    batch = [*range(front), *(front + i for i in self.batch)]
+    inputs = [front + i for i in self.inputs]
+    outputs = [i for i in range(front, ndim)
+               if i not in batch and i not in inputs]
+    return Axes(batch=tuple(batch), inputs=tuple(inputs),
+                outputs=tuple(outputs))
 
 
 class Declared(nn.LogicallyPartitioned, eq=False):
@@ -233,15 +254,16 @@ def roles(boxed):
 def declare(module: nn.Module, name: str, init: Callable,
             shape: tuple[int, ...], role: Role,
             dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-  """Makes a parameter of `module`.
+  """Makes a parameter of `module` and returns it.
 
   Args:
     module: the module, with a `config`.
     name: the parameter's name.
-    init: its initializer, of (key, shape, dtype); it draws in float32, since
-      JAX's bfloat16 normals have 128 values, whose mean is not 0.
+    init: its initializer, (key, shape, dtype) -> the first value; it draws in
+      float32, since JAX's bfloat16 normals have 128 values, whose mean is not
+      0.
     shape: its shape.
-    role: what it is.
+    role: its role.
     dtype: its type; None: the config's param_dtype.
 
   Raises:
@@ -249,12 +271,15 @@ def declare(module: nn.Module, name: str, init: Callable,
   """
   axes = known_axes(role.axes)
   dtype = dtype or module.config.param_dtype
-  born = lambda key, shape: Declared(
-      init(key, shape, jnp.float32).astype(dtype), axes, role=role)
+
+  def born(key: jax.Array, shape: tuple[int, ...]) -> Declared:
+    value = init(key, shape, jnp.float32).astype(dtype)
+    return Declared(value, axes, role=role)
+
   return module.param(name, born, shape)
 
 
-# The parameters of a module, of which nothing is computed.
+# The shapes of a module's parameters.
 
 
 @functools.lru_cache(maxsize=64)  # a program asks for the same ones often
@@ -267,9 +292,13 @@ def abstract_params(module: nn.Module):
 def parameter_shapes(module: nn.Module):
   """Returns the parameters' shapes alone, out of their boxes; in a run's
   context `nn.meta.unbox` would constrain them to its mesh."""
+  def shape(box):
+    if nn.meta.is_axis_metadata(box):
+      return box.value
+    return box
+
   return jax.tree.map(
-      lambda box: box.value if nn.meta.is_axis_metadata(box) else box,
-      abstract_params(module), is_leaf=nn.meta.is_axis_metadata)
+      shape, abstract_params(module), is_leaf=nn.meta.is_axis_metadata)
 
 
 # Weights that lie in shards, gathered where they are used, and their gradients
@@ -307,16 +336,27 @@ class Places(NamedTuple):
   weight: Names
 
 
-def _spec(*names: tuple[str, ...]) -> PartitionSpec:
-  return PartitionSpec(*(n or None for n in names))
+def _spec(*places: tuple[str, ...]) -> PartitionSpec:
+  """Returns the PartitionSpec of an array whose axes lie on these mesh axes."""
+  return PartitionSpec(*(names or None for names in places))
 
 
-def _along(each: Callable, w: jax.Array, of: Names) -> jax.Array:
-  """Joins, or scatters, along each axis that lies on some of the mesh's."""
-  for axis, names in enumerate(of):
+def _join_all(w: jax.Array, places: Names) -> jax.Array:
+  """Returns an array whose shards are joined along each axis that lies on some
+  of the mesh's."""
+  for axis, names in enumerate(places):
     if names:
-      w = each(w, axis, names)
+      w = join(w, axis, names)
   return w
+
+
+def _scatter_all(d: jax.Array, places: Names) -> jax.Array:
+  """Returns a device's shard of a sum over devices, along each axis that lies
+  on some of the mesh's."""
+  for axis, names in enumerate(places):
+    if names:
+      d = scatter(d, axis, names)
+  return d
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -324,14 +364,18 @@ def join(w: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
   """Returns the shards of an axis joined, in a function that is mapped over the
   mesh. `names` are the mesh axes that the axis is sharded over."""
   if axis == 0 and w.shape[-1] % LANES == 0:
-    # As a TPU holds such a weight. Else XLA copies those of all layers into the
-    # order of axes that their product takes, and keeps the copies until the end
-    # of the backward pass.
+    # This is the layout of such a weight on a TPU. Without it XLA copies those
+    # of all layers into the order of axes that their product takes, and keeps
+    # the copies until the end of the backward pass.
     w = with_layout_constraint(w, Layout(tuple(range(w.ndim))))
-  for over, groups in _steps(names)[::-1]:
+  for over, groups in reversed(_steps(names)):
     w = jax.lax.all_gather(w, over, axis=axis, tiled=True,
                            axis_index_groups=groups)
   return w
+
+
+def _join_fwd(w: jax.Array, axis: int, names: tuple[str, ...]):
+  return join(w, axis, names), None
 
 
 def _join_bwd(axis: int, names: tuple[str, ...], _: None, d: jax.Array):
@@ -339,7 +383,7 @@ def _join_bwd(axis: int, names: tuple[str, ...], _: None, d: jax.Array):
   return (_of_matrix(matrix, d.shape, axis),)
 
 
-join.defvjp(lambda w, axis, names: (join(w, axis, names), None), _join_bwd)
+join.defvjp(_join_fwd, _join_bwd)
 
 
 def _matrix(d: jax.Array, axis: int) -> jax.Array:
@@ -354,7 +398,8 @@ def _matrix(d: jax.Array, axis: int) -> jax.Array:
 
 def _of_matrix(matrix: jax.Array, shape: tuple[int, ...], axis: int
                ) -> jax.Array:
-  """Undoes `_matrix` of an array of this shape, whose axis may be shorter."""
+  """Returns the array of this shape that `_matrix` was given; its axis may be
+  shorter."""
   others = shape[:axis] + shape[axis + 1:]
   return jnp.moveaxis(matrix.reshape(-1, *others), 0, axis)
 
@@ -394,23 +439,38 @@ def _steps(names: tuple[str, ...]
 def _first_step(n: int) -> int:
   """Returns the group size of the first of two steps over n devices: the least
   divisor of n that is not below its root. If that is n, there is one step."""
-  return next(i for i in range(math.isqrt(n - 1) + 1, n + 1) if n % i == 0)
+  group = math.isqrt(n - 1) + 1
+  while n % group:
+    group += 1
+  return group
 
 
 def product_places(letters: str, x: jax.Array, w: jax.Array,
                    axes: Optional[tuple[str | None, ...]]) -> Optional[Places]:
-  """Returns how x, whose axes have these letters, and a weight with these
-  logical axes lie on the mesh; None: the product is left to XLA."""
+  """Returns how the arrays of a product lie on the mesh; None: the product is
+  left to XLA.
+
+  Args:
+    letters: the letters of the axes of x, which come first.
+    x: activations.
+    w: a weight.
+    axes: its logical axes; None: it is none that is sharded.
+  """
   if axes is None or letters[0] != 'B':
     return None
   weight = weight_places(w.shape, axes)
-  rows = mesh_axes('batch')
   weight_axes = set(sum(weight, ()))
-  if (not weight_axes or not weight_axes <= set(rows) or mesh_axes('mlp')
-      or shards('batch', x.shape[0]) == 1):
+  rows = mesh_axes('batch')
+  # The weight must lie on mesh axes of the batch alone, which split the rows;
+  # and those of `tensor`, where `mlp` lies, must have one device.
+  if not weight_axes or not weight_axes <= set(rows):
     return None
-  cut = letters[1] in LENGTHS and shards('length', x.shape[1]) > 1
-  return Places((rows, mesh_axes('length') if cut else ()), weight)
+  if mesh_axes('mlp') or shards('batch', x.shape[0]) == 1:
+    return None
+  lengths = ()
+  if letters[1] in LENGTHS and shards('length', x.shape[1]) > 1:
+    lengths = mesh_axes('length')
+  return Places(tokens=(rows, lengths), weight=weight)
 
 
 def gathered_product(local: Callable[[jax.Array, jax.Array], jax.Array],
@@ -425,22 +485,23 @@ def gathered_product(local: Callable[[jax.Array, jax.Array], jax.Array],
     at: how both lie on the mesh.
     keep: whether the whole weight may be kept for the gradient. With remat it
       may: it is kept only while its layer is computed again.
-    name: of the whole weight, by which a remat policy keeps it longer; '': it
-      has none.
+    name: the name of the whole weight, by which a remat policy keeps it longer;
+      '': it has none.
   """
   on_each = functools.partial(_on_each, local, at.weight, name)
   if not keep:  # gathers again; the product's gradient does not need its result
     on_each = jax.checkpoint(on_each)
-  tokens = _spec(*at.tokens)
-  return jax.shard_map(on_each, in_specs=(tokens, _spec(*at.weight)),
-                       out_specs=tokens, check_vma=False)(x, w)
+  tokens, weight = _spec(*at.tokens), _spec(*at.weight)
+  mapped = jax.shard_map(on_each, in_specs=(tokens, weight), out_specs=tokens,
+                         check_vma=False)
+  return mapped(x, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _on_each(local: Callable, of: Names, name: str, x: jax.Array,
+def _on_each(local: Callable, places: Names, name: str, x: jax.Array,
              w: jax.Array):
   """Returns local(x, the whole weight), in a function that is mapped over the
-  mesh.
+  mesh. `places` are the mesh axes of the weight's axes.
 
   The gradient of the weight is computed and scattered before that of x is
   computed. So a device holds the whole gradient of one weight at a time, and x
@@ -449,27 +510,34 @@ def _on_each(local: Callable, of: Names, name: str, x: jax.Array,
   compute is on its way meanwhile: libtpu compiles it to a synchronous
   operation.
   """
-  return local(x, _along(join, w, of))
+  return local(x, _join_all(w, places))
 
 
-def _on_each_fwd(local: Callable, of: Names, name: str, x: jax.Array,
+def _on_each_fwd(local: Callable, places: Names, name: str, x: jax.Array,
                  w: jax.Array):
-  w = _along(join, w, of)
+  w = _join_all(w, places)
   if name:
     w = checkpoint_name(w, name)
   return local(x, w), (x, w)
 
 
-def _on_each_bwd(local: Callable, of: Names, name: str,
+def _on_each_bwd(local: Callable, places: Names, name: str,
                  operands: tuple[jax.Array, jax.Array], d: jax.Array):
   x, w = operands
-  dw, = jax.vjp(functools.partial(local, x), w)[1](d)
-  front = next(axis for axis, names in enumerate(of) if names)
-  matrix = scatter(_matrix(dw, front), 0, of[front])
+  # The gradient of the weight, scattered along the first of its axes that is
+  # sharded, which takes most of the room.
+  _, of_w = jax.vjp(functools.partial(local, x), w)
+  dw, = of_w(d)
+  front = next(axis for axis, names in enumerate(places) if names)
+  matrix = scatter(_matrix(dw, front), 0, places[front])
+  # That of x waits for it.
   matrix, d = jax.lax.optimization_barrier((matrix, d))
-  dx, = jax.vjp(lambda x: local(x, w), x)[1](d)
+  _, of_x = jax.vjp(lambda x: local(x, w), x)
+  dx, = of_x(d)
+  # The axes that are left.
   dw = _of_matrix(matrix, dw.shape, front)
-  return dx, _along(scatter, dw, of[:front] + ((),) + of[front + 1:])
+  others = places[:front] + ((),) + places[front + 1:]
+  return dx, _scatter_all(dw, others)
 
 
 _on_each.defvjp(_on_each_fwd, _on_each_bwd)
@@ -485,21 +553,24 @@ def lookup(table_VD: jax.Array, ids_BL: jax.Array,
   adds up in the table's dtype, is ever whole.
   """
   at = product_places('BL', ids_BL, table_VD, ('vocab', 'embed'))
-  columns = at and at.weight[1]
-  if not columns:
+  if at is None or not at.weight[1]:
     # Gathered whole over fsdp first: rows that are split over fsdp would have
     # to move to where the batch is split over it.
     whole_VD = constrain_if(table_VD, 'vocab', None)
     return whole_VD[ids_BL].astype(dtype)
+  columns = at.weight[1]
 
   def local(table_VD: jax.Array, ids_BL: jax.Array):
+    """Looks up a device's columns for the tokens of all `columns`."""
     ids_BL = jax.lax.all_gather(ids_BL, columns, axis=0, tiled=True)
-    return jax.lax.all_to_all(table_VD[ids_BL].astype(dtype), columns,
-                              split_axis=0, concat_axis=2, tiled=True)
+    x_BLD = table_VD[ids_BL].astype(dtype)
+    return jax.lax.all_to_all(x_BLD, columns, split_axis=0, concat_axis=2,
+                              tiled=True)
 
-  tokens = _spec(*at.tokens)
-  return jax.shard_map(local, in_specs=(_spec(*at.weight), tokens),
-                       out_specs=tokens, check_vma=False)(table_VD, ids_BL)
+  tokens, table = _spec(*at.tokens), _spec(*at.weight)
+  mapped = jax.shard_map(local, in_specs=(table, tokens), out_specs=tokens,
+                         check_vma=False)
+  return mapped(table_VD, ids_BL)
 
 
 def looked_up_rows(table_IK: jax.Array, ids_BLU: jax.Array,
@@ -513,22 +584,28 @@ def looked_up_rows(table_IK: jax.Array, ids_BLU: jax.Array,
   """
   names, _ = weight_places(table_IK.shape, ('table', None))
   rows = mesh_axes('batch')
-  if (not names or not set(names) <= set(rows)
-      or shards('batch', ids_BLU.shape[0]) == 1):
+  along_batch = bool(names) and set(names) <= set(rows)
+  if not along_batch or shards('batch', ids_BLU.shape[0]) == 1:
     return constrain_if(table_IK, None, None)[ids_BLU].astype(dtype)
 
   def local(table_IK: jax.Array, ids_BLU: jax.Array):
+    """Looks up a device's rows for the tokens of all `names`."""
+    # The ids, counted from the device's first row on.
     ids_BLU = jax.lax.all_gather(ids_BLU, names, axis=0, tiled=True)
     ids_BLU = ids_BLU - jax.lax.axis_index(names) * len(table_IK)
     here_BLU = (ids_BLU >= 0) & (ids_BLU < len(table_IK))
-    x_BLUK = jnp.where(here_BLU[..., None], table_IK[
-        jnp.clip(ids_BLU, 0, len(table_IK) - 1)], 0)
+    # Rows of other devices count as 0 in the sum.
+    x_BLUK = table_IK[jnp.clip(ids_BLU, 0, len(table_IK) - 1)]
+    x_BLUK = jnp.where(here_BLU[..., None], x_BLUK, 0)
     return scatter(x_BLUK.astype(dtype), 0, names)
 
-  cut = shards('length', ids_BLU.shape[1]) > 1
-  tokens = _spec(rows, mesh_axes('length') if cut else ())
-  return jax.shard_map(local, in_specs=(_spec(names), tokens),
-                       out_specs=tokens, check_vma=False)(table_IK, ids_BLU)
+  lengths = ()
+  if shards('length', ids_BLU.shape[1]) > 1:
+    lengths = mesh_axes('length')
+  tokens = _spec(rows, lengths)
+  mapped = jax.shard_map(local, in_specs=(_spec(names), tokens),
+                         out_specs=tokens, check_vma=False)
+  return mapped(table_IK, ids_BLU)
 
 
 def whole(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
@@ -537,38 +614,51 @@ def whole(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   ours, others = _by_batch(w.shape, axes)
   if not any(ours):
     return w
-  return jax.shard_map(
-      lambda w: _along(join, w, ours), in_specs=_both(ours, others),
-      out_specs=_spec(*others), check_vma=False)(w)
+
+  def local(w: jax.Array) -> jax.Array:
+    return _join_all(w, ours)
+
+  mapped = jax.shard_map(local, in_specs=_both(ours, others),
+                         out_specs=_spec(*others), check_vma=False)
+  return mapped(w)
 
 
 def total(d_Q: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   """Returns the sum over Q of gradients of a weight, [Q, ...], one for each
   shard of the tokens. The sum is sharded as the weight is."""
   ours, others = _by_batch(d_Q.shape[1:], axes)
-  tokens, weight_axes = mesh_axes('tokens'), set(sum(ours, ()))
-  if (not weight_axes or not weight_axes <= set(tokens)
-      or size(tokens) != d_Q.shape[0]):
+  tokens = mesh_axes('tokens')
+  weight_axes = set(sum(ours, ()))
+  along_tokens = bool(weight_axes) and weight_axes <= set(tokens)
+  if not along_tokens or size(tokens) != d_Q.shape[0]:
     return constrain_if(d_Q.sum(0), *axes)
 
-  def local(d_Q: jax.Array):
-    d = _along(scatter, d_Q.sum(0), ours)
+  def local(d_Q: jax.Array) -> jax.Array:
+    """Scatters over the weight's mesh axes, and sums over the others."""
+    d = _scatter_all(d_Q.sum(0), ours)
     rest = tuple(name for name in tokens if name not in weight_axes)
-    return jax.lax.psum(d, rest) if rest else d
+    if not rest:
+      return d
+    return jax.lax.psum(d, rest)
 
-  return jax.shard_map(local, in_specs=_spec(tokens, *others),
-                       out_specs=_both(ours, others), check_vma=False)(d_Q)
+  mapped = jax.shard_map(local, in_specs=_spec(tokens, *others),
+                         out_specs=_both(ours, others), check_vma=False)
+  return mapped(d_Q)
 
 
 def _by_batch(shape: tuple[int, ...], axes: tuple[str | None, ...]
               ) -> tuple[Names, Names]:
   """Returns how a weight lies on the mesh axes of the batch, and how on the
   others."""
-  places = weight_places(shape, axes)
   rows = set(mesh_axes('batch'))
-  return (tuple(n if set(n) <= rows else () for n in places),
-          tuple(() if set(n) <= rows else n for n in places))
+  ours, others = [], []
+  for names in weight_places(shape, axes):
+    of_batch = set(names) <= rows
+    ours.append(names if of_batch else ())
+    others.append(() if of_batch else names)
+  return tuple(ours), tuple(others)
 
 
 def _both(ours: Names, others: Names) -> PartitionSpec:
+  """Returns the PartitionSpec of a weight that lies on both."""
   return _spec(*(a + b for a, b in zip(ours, others)))

@@ -1,5 +1,5 @@
-"""What a part may ask of the model that has it, where the part stands below
-the model (config.py)."""
+"""The sizes that a part may ask of the model that has it, where the part stands
+below the model (config.py)."""
 
 from typing import Protocol
 

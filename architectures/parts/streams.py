@@ -89,9 +89,9 @@ SCALE = 0.01  # the initial factor s of what depends on the token
 class StreamsConfig:
   """The fields of a residual that is not plain."""
   GROUP = 'streams'
-  count: int = field(4, 'number of streams, for hyper, mhc and gated', least=2,
-                     resume=SHAPES)
-  rank: int = field(320, "for gated: rank of the gates' product", least=1,
+  count: int = field(4, 'the number of streams, for hyper, mhc and gated',
+                     least=2, resume=SHAPES)
+  rank: int = field(320, "for gated: the rank of the gates' product", least=1,
                     resume=SHAPES)
   dynamic: bool = field(
       True, 'for hyper: whether the mixture depends on the token',
@@ -102,8 +102,8 @@ class StreamsConfig:
       False, 'for mhc: whether a mixture by the token ends the streams, and a '
       'new branch reads all of them alike', resume=SHAPES)
   block_size: int = field(
-      1, 'For attention: how many attentions and networks are summed before '
-      'they are attended to; 1: each stands for itself.', least=1,
+      1, 'for attention: how many attentions and networks are summed before '
+      'they are attended to; 1: each stands for itself', least=1,
       resume=FUNCTION)
 
 
@@ -142,8 +142,11 @@ class Weights(NamedTuple):
 
 
 class Branch(nn.Module):
-  """Streams -> (what a branch reads of them, x_BLD; how its result is added, as
-  `add` takes it)."""
+  """The module that holds the parameters with which a branch reads streams.
+
+  Streams -> (what the branch reads of them, x_BLD; how its result is added, as
+  `add` takes it).
+  """
   config: ModelConfig
 
   @nn.compact
@@ -158,7 +161,7 @@ def read(c: ModelConfig, name: str, x: X
 
   Args:
     c: the model.
-    name: the branch's, which begins the name of its parameters.
+    name: the name of the branch, which begins that of its parameters.
     x: the input of the layer, or what the branches before have made of it.
   """
   if isinstance(x, Streams):
@@ -173,7 +176,7 @@ def add(c: ModelConfig, x: X, y_BLD: jax.Array, weights: Optional[Weights]
   Args:
     c: the model.
     x: the argument of `read`.
-    y_BLD: what the branch made of what it read.
+    y_BLD: the result of the branch.
     weights: how it is added, as `read` says.
   """
   if isinstance(x, Streams):
@@ -201,8 +204,8 @@ def begin_streams(c: ModelConfig, x_BLD: jax.Array, branches: int) -> X:
 
 
 class EndOfStreams(nn.Module):
-  """What a layer returns -> x_BLD, as the final norm reads it. The arrays may
-  have an axis of layers in front of theirs."""
+  """The end of streams: the result of a layer -> x_BLD, as the final norm reads
+  it. The arrays may have an axis of layers in front of theirs."""
   config: ModelConfig
 
   @nn.compact
@@ -237,8 +240,8 @@ class Plain:
     return 1
 
   def begin(self, x_BLD: jax.Array, slots: int) -> Optional[jax.Array]:
-    """Returns the streams of the first layer, of the embedding; None: the form
-    has one stream."""
+    """Returns the streams of the first layer, made of the embedding; None: the
+    form has one stream."""
     return None
 
   def read(self, module: Any, x: Streams
@@ -274,18 +277,20 @@ class Mixed(Plain):
     raise NotImplementedError
 
   def read(self, module: Any, x: Streams) -> tuple[jax.Array, Weights]:
-    weights, count = self.weights(module, x), x.x_BLUD.shape[2]
+    weights = self.weights(module, x)
+    count = x.x_BLUD.shape[2]
     weighed = recomputed(layers.counted(_weighed, 2 * count))
     return weighed(x.x_BLUD, weights.read_BLU), weights
 
   def add(self, c: ModelConfig, x: Streams, y_BLD: jax.Array,
           weights: Optional[Weights]) -> jax.Array:
     flops = 2 * (x.x_BLUD.shape[2] + 1)  # for each feature of each stream
-    return recomputed(layers.counted(_written, flops))(
-        x.x_BLUD, y_BLD, weights)
+    written = recomputed(layers.counted(_written, flops))
+    return written(x.x_BLUD, y_BLD, weights)
 
   def end(self, module: Any, x: Streams) -> jax.Array:
-    return x.x_BLUD.astype(jnp.float32).mean(-2).astype(x.x_BLUD.dtype)
+    mean_BLD = x.x_BLUD.astype(jnp.float32).mean(-2)
+    return mean_BLD.astype(x.x_BLUD.dtype)
 
 
 def _weighed(x_BLUD: jax.Array, w_BLU: jax.Array) -> jax.Array:
@@ -309,18 +314,23 @@ def _written(x_BLUD: jax.Array, y_BLD: jax.Array, w: Weights) -> jax.Array:
 def _param(module: Any, name: str, init: Callable, *shape: int) -> jax.Array:
   """Declares parameters whose number does not depend on the width; returns them
   in float32."""
-  role = Role((None,) * len(shape))
+  role = Role(axes=(None,) * len(shape))
   return declare(module, name, init, shape, role).astype(jnp.float32)
 
 
 class Hyper(Mixed):
-  """Hyper-connections (Zhu et al. 2024, equations 10 to 14)."""
+  """Hyper-connections (Zhu et al. 2024, equations 10 to 14):
+
+    a = e_(k mod count) + a_k + s tanh(n(x) W_a)
+    b = b_k + s' tanh(n(x) W_b)
+    A = A_k + s tanh(n(x) W_A)
+  """
   fields = ('streams.count', 'streams.dynamic')
 
   def weights(self, module: Any, x: Streams) -> Weights:
     c: ModelConfig = module.config
     count, D = x.x_BLUD.shape[2:]
-    # Of the branch: a_k, b_k and A_k.
+    # The part of the branch: a_k, b_k and A_k.
     read_U = _param(module, 'read', nn.initializers.zeros, count)
     read_U = read_U + jax.nn.one_hot(x.branch % count, count)
     write_U = _param(module, 'write', nn.initializers.ones, count)
@@ -330,28 +340,33 @@ class Hyper(Mixed):
     if not c.part(StreamsConfig).dynamic:
       return Weights(read_BLU=read_11U, write_BLU=write_11U,
                      mix_BLUU=mix_11UU)
-    # Of the token: tanh(n(x) W), for each stream.
-    w_DU = declare(module, 'dynamic', nn.initializers.zeros, (D, count + 2),
-                   Role(('embed', None), inputs=(0,), kind='logits'))
+    # The part of the token: tanh(n(x) W), for each stream. W makes count + 2
+    # features I of it: one of a, one of b, and a row of A.
+    role = Role(axes=('embed', None), inputs=(0,), kind='logits')
+    w_DI = declare(module, 'dynamic', nn.initializers.zeros, (D, count + 2),
+                   role)
     scale_U = _param(module, 'dynamic_scale',
                      nn.initializers.constant(SCALE), 2)
     n_BLUD = norm(c, 'norm')(x.x_BLUD)
-    z_BLUU = layers.einsum('BLUD,DI->BLUI', n_BLUD, w_DU, c.compute_dtype,
+    z_BLUI = layers.einsum('BLUD,DI->BLUI', n_BLUD, w_DI, c.compute_dtype,
                            jnp.float32)
-    z_BLUU = jnp.tanh(z_BLUU / c.widening)
-    return Weights(read_BLU=read_11U + scale_U[0] * z_BLUU[..., 0],
-                   write_BLU=write_11U + scale_U[1] * z_BLUU[..., 1],
-                   mix_BLUU=mix_11UU + scale_U[0] * z_BLUU[..., 2:])
+    z_BLUI = jnp.tanh(z_BLUI / c.widening)
+    return Weights(read_BLU=read_11U + scale_U[0] * z_BLUI[..., 0],
+                   write_BLU=write_11U + scale_U[1] * z_BLUI[..., 1],
+                   mix_BLUU=mix_11UU + scale_U[0] * z_BLUI[..., 2:])
 
 
 def _identity(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
-  """An initializer: A_k = I."""
+  """Returns A_k = I; an initializer."""
   del key
   return jnp.eye(shape[0], dtype=dtype)
 
 
 class MHC(Mixed):
-  """Manifold-constrained hyper-connections (Xie et al. 2025, equations 7 to 9).
+  """Manifold-constrained hyper-connections (Xie et al. 2025, equations 7 to 9):
+
+    a = sigmoid(c_k + z_a),   b = 2 sigmoid(z_b),   A = Sinkhorn(exp(z_A))
+    z = s rms(x) W + d_k
   """
   fields = ('streams.count', 'streams.iterations', 'streams.learned_end',
             'norm_eps')
@@ -359,12 +374,13 @@ class MHC(Mixed):
   def weights(self, module: Any, x: Streams) -> Weights:
     c: ModelConfig = module.config
     B, L, count, _ = x.x_BLUD.shape
-    # Of the branch: c_k, d_k and d_k of A.
-    first_U = 0 if c.part(StreamsConfig).learned_end else fresh(count, x.branch)
+    fields = c.part(StreamsConfig)
+    # The part of the branch: c_k, d_k and d_k of A.
+    first_U = 0 if fields.learned_end else fresh(count, x.branch)
     read_U = _param(module, 'read', nn.initializers.zeros, count) + first_U
     write_U = _param(module, 'write', nn.initializers.zeros, count)
     mix_U = _param(module, 'mix', _off_diagonal, count, count).reshape(-1)
-    # Of the token: s rms(x) W.
+    # The part of the token: s rms(x) W.
     z_BLU = _of_all(module, x.x_BLUD, count * (count + 2))
     scale_U = _param(module, 'dynamic_scale',
                      nn.initializers.constant(SCALE), 3)
@@ -374,7 +390,7 @@ class MHC(Mixed):
     mix_BLU = scale_U[2] * mix_BLU + mix_U[None, None]
 
     def stochastic(z_BLUU: jax.Array) -> jax.Array:
-      return sinkhorn(z_BLUU, c.part(StreamsConfig).iterations)
+      return sinkhorn(z_BLUU, fields.iterations)
 
     mix_BLUU = recomputed(stochastic)(mix_BLU.reshape(B, L, count, count))
     return Weights(read_BLU=jax.nn.sigmoid(read_BLU) + FLOOR,
@@ -395,20 +411,28 @@ class MHC(Mixed):
 
 
 def _off_diagonal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
-  """An initializer: the logits 0 on the diagonal, and OFF beside it."""
+  """Returns the logits 0 on the diagonal, and OFF beside it; an initializer.
+  """
   del key
   return OFF * (1 - jnp.eye(shape[0], dtype=dtype))
 
 
 def _of_all(module: Any, x_BLUD: jax.Array, size: int) -> jax.Array:
-  """Returns so many logits of each token, made of all its streams: rms(x) W."""
+  """Returns rms(x) W, logits of each token made of all its streams,
+  [..., size].
+
+  Args:
+    module: the module that holds W.
+    x_BLUD: the streams.
+    size: the number of logits, O. I are the features of all streams.
+  """
   c: ModelConfig = module.config
   *rows, count, D = x_BLUD.shape
   init = nn.initializers.zeros
   if c.part(StreamsConfig).learned_end:
     init = nn.initializers.normal(c.init_stddev)
-  w_UDO = declare(module, 'dynamic', init, (count, D, size),
-                  Role((None, 'embed', None), inputs=(0, 1), kind='logits'))
+  role = Role(axes=(None, 'embed', None), inputs=(0, 1), kind='logits')
+  w_UDO = declare(module, 'dynamic', init, (count, D, size), role)
 
   def logits(x_BLI: jax.Array, w_IO: jax.Array) -> jax.Array:
     n_BLI = rmsnorm(x_BLI, None, c.norm_eps)
@@ -416,7 +440,8 @@ def _of_all(module: Any, x_BLUD: jax.Array, size: int) -> jax.Array:
                          jnp.float32)
 
   x_BLI = x_BLUD.reshape(*rows, -1)
-  return recomputed(logits)(x_BLI, w_UDO.reshape(count * D, -1)) / c.widening
+  w_IO = w_UDO.reshape(count * D, -1)
+  return recomputed(logits)(x_BLI, w_IO) / c.widening
 
 
 def fresh(count: int, branch: jax.Array) -> jax.Array:
@@ -431,9 +456,10 @@ def _logit(p: float) -> float:
 
 
 def sinkhorn(logits_BLUU: jax.Array, iterations: int) -> jax.Array:
-  """Returns exp(logits) after so many rounds, each of which divides the rows
-  and then the columns by their sums. As in DeepSeek-V4, the first rows are a
-  softmax, and FLOOR is added to it and to later sums, none of which is 0."""
+  """Returns exp(logits) after rounds of Sinkhorn's algorithm, each of which
+  divides the rows and then the columns by their sums. As in DeepSeek-V4, the
+  first rows are a softmax, and FLOOR is added to it and to later sums, none of
+  which is 0."""
   first_BLUU = _divided(jax.nn.softmax(logits_BLUU) + FLOOR, -2)
   return layers.counted(_rounds, 0)(first_BLUU, jnp.arange(1, iterations))
 
@@ -453,7 +479,11 @@ def _rounds(m_BLUU: jax.Array, rounds: jax.Array) -> jax.Array:
 
 
 class Gated(Mixed):
-  """Means of streams through gates (Qwen4-Exp's GatedResidual)."""
+  """Means of streams through gates (Qwen4-Exp's GatedResidual):
+
+    x'_v = x_v + b_v F(mean over u of g_u * n_u(x_u))
+    b = 2 sigmoid(sum over u of n_u(x_u) W_b,u / count)
+  """
   fields = ('streams.count', 'streams.rank')
 
   def read(self, module: Any, x: Streams) -> tuple[jax.Array, Weights]:
@@ -469,7 +499,8 @@ class Gated(Mixed):
 
   def add(self, c: ModelConfig, x: Streams, y_BLD: jax.Array,
           weights: Optional[Weights]) -> jax.Array:
-    return recomputed(layers.counted(_written, 2))(x.x_BLUD, y_BLD, weights)
+    written = recomputed(layers.counted(_written, 2))
+    return written(x.x_BLUD, y_BLD, weights)
 
   def end(self, module: Any, x: Streams) -> jax.Array:
     mean_BLD, _ = _gated_mean(module, x)
@@ -478,10 +509,14 @@ class Gated(Mixed):
 
 def _gated_mean(module: Any, x: Streams) -> tuple[jax.Array, jax.Array]:
   """Returns the mean over u of g_u * n_u(x_u), and the normalised streams;
-  there may be an axis of layers in front."""
+  there may be an axis of layers in front. R is the rank of the gates:
+
+    g = sigmoid(silu(sum over u of n_u(x_u) W_down,u / count) W_up)
+  """
   c: ModelConfig = module.config
   n_BLUD = layers.norms(c, 'norm')(x.x_BLUD)
-  (count, D), rank = n_BLUD.shape[-2:], c.part(StreamsConfig).rank
+  count, D = n_BLUD.shape[-2:]
+  rank = c.part(StreamsConfig).rank
   down_UDR = layers.weight(module, 'down', (count, D, rank),
                            (None, 'embed', None), in_axes=(0, 1), output=True)
   up_RUD = layers.weight(module, 'up', (rank, count, D), (None, None, 'embed'))
@@ -513,8 +548,8 @@ class Attended(Plain):
     return _sources(c, branches)
 
   def begin(self, x_BLD: jax.Array, slots: int) -> jax.Array:
-    return jnp.pad(x_BLD[:, :, None],
-                   ((0, 0), (0, 0), (0, slots - 1), (0, 0)))
+    first_BL1D = x_BLD[:, :, None]
+    return jnp.pad(first_BL1D, ((0, 0), (0, 0), (0, slots - 1), (0, 0)))
 
   def read(self, module: Any, x: Streams) -> tuple[jax.Array, None]:
     # 2 FLOPs in the score and 2 in the sum, for each feature of each slot that
@@ -526,8 +561,8 @@ class Attended(Plain):
           weights: Optional[Weights]) -> jax.Array:
     slot = 1 + x.branch // c.part(StreamsConfig).block_size
     into_U = jnp.arange(x.x_BLUD.shape[2]) == slot
-    return jnp.where(into_U[None, None, :, None],
-                     x.x_BLUD + y_BLD[:, :, None], x.x_BLUD)
+    added_BLUD = x.x_BLUD + y_BLD[:, :, None]
+    return jnp.where(into_U[None, None, :, None], added_BLUD, x.x_BLUD)
 
   def end(self, module: Any, x: Streams) -> jax.Array:
     return _attended(module, x, 4 * x.x_BLUD.shape[-2], 1)
@@ -540,14 +575,20 @@ def _sources(c: ModelConfig, branch: Any) -> Any:
 
 
 def _attended(module: Any, x: Streams, part: int, whole: int) -> jax.Array:
-  """Returns what the module's query reads of the slots. It counts as
-  part / whole FLOPs for each feature."""
+  """Returns what the module's query reads of the slots, [B, L, D].
+
+  Args:
+    module: the module that holds the query.
+    x: the slots.
+    part: the FLOPs that are counted for each feature, times `whole`.
+    whole: the number that divides them.
+  """
   c: ModelConfig = module.config
   D = x.x_BLUD.shape[-1]
-  query_D1 = declare(module, 'query', nn.initializers.zeros, (D, 1),
-                     Role(('embed', None), inputs=(0,), kind='logits'))
+  role = Role(axes=('embed', None), inputs=(0,), kind='logits')
+  query_D1 = declare(module, 'query', nn.initializers.zeros, (D, 1), role)
   scale_D = declare(module, 'scale', nn.initializers.ones, (D,),
-                    Role(('embed',)))
+                    Role(axes=('embed',)))
   over_slots = recomputed(layers.counted(_over_slots, part, whole))
   return over_slots(x.x_BLUD, query_D1[:, 0] / c.widening, scale_D,
                     _sources(c, x.branch), jnp.float32(c.norm_eps))
@@ -555,7 +596,8 @@ def _attended(module: Any, x: Streams, part: int, whole: int) -> jax.Array:
 
 def _over_slots(x_BLUD: jax.Array, query_D: jax.Array, scale_D: jax.Array,
                 sources: jax.Array, eps: jax.Array) -> jax.Array:
-  """Softmax attention to the first `sources` slots, in float32; there may be an
+  """Returns sum over i of p_i v_i, with p = softmax over i of w . rms(v_i): the
+  result of attention to the first `sources` slots, in float32. There may be an
   axis of layers in front."""
   x32_BLUD = x_BLUD.astype(jnp.float32)
   keys_BLUD = rmsnorm(x32_BLUD, scale_D, eps)
@@ -564,7 +606,8 @@ def _over_slots(x_BLUD: jax.Array, query_D: jax.Array, scale_D: jax.Array,
   place_BLU = place_U.reshape((1,) * (logits_BLU.ndim - 1) + (-1,))
   seen_BLU = place_BLU < sources.reshape(*sources.shape, 1, 1, 1)
   p_BLU = jax.nn.softmax(jnp.where(seen_BLU, logits_BLU, -jnp.inf))
-  return (p_BLU[..., None] * x32_BLUD).sum(-2).astype(x_BLUD.dtype)
+  y_BLD = (p_BLU[..., None] * x32_BLUD).sum(-2)
+  return y_BLD.astype(x_BLUD.dtype)
 
 
 RESIDUALS = {

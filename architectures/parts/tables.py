@@ -15,8 +15,8 @@ from architectures.parts import blocks
 from architectures.parts import heads
 from architectures.parts import layers
 from architectures.parts import lookup
+from architectures.parts import passes
 from architectures.parts import positions
-from architectures.parts import skeletons
 from architectures.parts import streams
 from architectures.parts.attention import kernels
 from architectures.parts.attention import multi_head
@@ -45,7 +45,7 @@ TABLES: dict[str, Mapping[str, Any]] = {
     'moe.balance_loss': routing.BALANCE_LOSSES,
     'block': BLOCKS,
     'residual': streams.RESIDUALS,
-    'loop': skeletons.LOOPS,
+    'loop': passes.LOOPS,
     'mixer': blocks.MIXERS,
     'memory': lookup.MEMORIES,
     'attention': kernels.RULES,

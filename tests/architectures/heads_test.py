@@ -9,6 +9,7 @@ import pytest
 from scipy import special
 
 from architectures.parts import skeletons
+from architectures.parts import stack
 from architectures.parts.context import Context
 from architectures.parts.moe.routing import MoEConfig
 from common.errors import RequestError
@@ -125,7 +126,7 @@ def test_modules_are_those_of_the_oracle():
   for k in (1, 2):
     pair = np.concatenate([rms(embedded[:, k:], mtp[f'token_norm_{k}']),
                            rms(before[:, :L - k], mtp[f'hidden_norm_{k}'])], -1)
-    layer = skeletons.Period(c, c.layer_kinds(c.num_layers)[-1:])
+    layer = stack.Period(c, c.layer_kinds(c.num_layers)[-1:])
     one = jax.jit(lambda p, x, k=k, layer=layer: layer.apply(
         {'params': p}, (x, None), None,
         Context(jnp.arange(L - k)[None]), {})[0][0])

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 import architectures
-from architectures.parts import flat, layers, skeletons
+from architectures.parts import flat, layers
 from architectures.parts.context import Context
 from architectures.parts.loops import LoopsConfig
+from architectures.parts.stack import Period
 from common.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
@@ -96,7 +97,7 @@ def by_hand(module, params, tokens):
       x = s + inputs if c.loop == 'add' else s
     for i in range(c.num_layers):
       row = jax.tree.map(lambda w, i=i: w[i], p['layers'])
-      (x, _), _ = skeletons.Period(c, c.layer_kinds(1)[:1]).apply(
+      (x, _), _ = Period(c, c.layer_kinds(1)[:1]).apply(
           {'params': row}, (x, None), None, ctx, {})
     s = x
   return s, rms(s) * stack['final_norm']['scale'][None, None]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import blocks, flat, layers, skeletons
+from architectures.parts import blocks, flat, layers, skeletons, stack
 from architectures.parts.attention.multi_head import SelfAttention
 from architectures.parts.config import LayerKind
 from architectures.parts.context import Context
@@ -51,7 +51,7 @@ def test_each_layer_is_that_of_its_kind():
   ctx = Context(jnp.arange(tokens.shape[1])[None])
   @functools.partial(jax.jit, static_argnums=0)
   def alone(name, layer, x_BLD):
-    plain = skeletons.Period(c.of_kind(name), c.of_kind(name).layer_kinds(1))
+    plain = stack.Period(c.of_kind(name), c.of_kind(name).layer_kinds(1))
     return plain.apply({'params': {'block_0': layer}}, (x_BLD, None), None,
                        ctx, {})[0][0]
   for n, (name, layer) in enumerate(zip(names, each_layer)):

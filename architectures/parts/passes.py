@@ -1,0 +1,173 @@
+"""Layers that are run several times: what each pass over them reads.
+
+With model.loop, the layers between the prefix and the suffix are run
+loops.passes times with the same weights (recurrent depth: Dehghani et al. 2019,
+arXiv 1807.03819). Below, e is what the prefix returns, and s_t what pass t
+returns; the suffix reads the last one. An entry of LOOPS says what pass t
+reads.
+
+With loops.boundary 'norm', s_(t-1) goes through the stack's final norm before a
+pass reads it (Ouro: Zhu et al. 2025, arXiv 2510.25741). With
+loops.gradient_passes k, neither the passes before the last k nor what they read
+have a gradient (Huginn, section 3.3).
+
+One plain pass, or one of add or gate, is the stack without a loop. Each pass
+has keys, values and states of its own: a cache has loops.passes times the rows
+of the stack, those of a pass side by side.
+"""
+
+from typing import Any, Optional
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import layers, streams
+from architectures.parts.config import ModelConfig
+from architectures.parts.loops import LoopsConfig
+
+
+class Plain:
+  """Pass t reads s_(t-1), with s_0 = e (ALBERT, Ouro).
+
+  It is the base of the other forms too, which override `read` and, where the
+  first pass reads something of its own, `enter`.
+
+  Attributes:
+    fields: the fields of config.model that this form reads and others may not.
+    settings: the group of fields that all forms read.
+  """
+  fields: tuple[str, ...] = ()
+  settings: type = LoopsConfig
+
+  def enter(self, module: nn.Module, state: streams.X, inputs: streams.X,
+            n: Any) -> streams.X:
+    """Returns what pass n reads, where n counts from 0.
+
+    Args:
+      module: the module whose parameters the form may declare.
+      state: what the pass before returned; of the first pass, its input.
+      inputs: the input of the first pass, e.
+      n: which pass it is.
+    """
+    del module, inputs, n
+    return state
+
+
+class Add(Plain):
+  """Pass t reads s_(t-1) + e, with s_0 = 0 (Yang et al. 2024, arXiv
+  2311.12424)."""
+
+  def enter(self, module: nn.Module, state: streams.X, inputs: streams.X,
+            n: Any) -> streams.X:
+    is_first = n == 0
+    return streams.residual(jnp.where(is_first, inputs, state + inputs))
+
+
+class Concat(Plain):
+  """Pass t reads [s_(t-1); e] W, with s_0 = 0 (Huginn: Geiping et al. 2025,
+  arXiv 2502.05171, section 3.2). Huginn draws s_0; here it is 0, so that a
+  model is a function of its tokens."""
+
+  def enter(self, module: nn.Module, state: streams.X, inputs: streams.X,
+            n: Any) -> streams.X:
+    state = jnp.where(n == 0, 0, state)
+    return streams.residual(concatenated(module, 'join', state, inputs))
+
+
+class Gate(Plain):
+  """Pass 1 reads e, and pass t after it
+
+    (1 - f) * e + g * s_(t-1),   f = tanh(r W_f),   g = tanh(r W_g)
+    r = [rms(e); rms(s_(t-1))] W_r
+
+  the message gate of Inkling 2 (transformers: inkling2_loop), of rank
+  loops.gate_rank. Inkling has one for each query, key, value and network of
+  each layer, and attends to the blocks of the pass before; here one gate reads
+  the end of that pass.
+  """
+  fields = ('loops.gate_rank', 'norm_eps')
+
+  def enter(self, module: nn.Module, state: streams.X, inputs: streams.X,
+            n: Any) -> streams.X:
+    is_first = n == 0
+    gated_BLD = self._gated(module, state, inputs)
+    return streams.residual(jnp.where(is_first, inputs, gated_BLD))
+
+  def _gated(self, module: nn.Module, state_BLD: jax.Array,
+             inputs_BLD: jax.Array) -> jax.Array:
+    """Returns (1 - f) * e + g * s; U are the features of e and s side by side,
+    and R those of r."""
+    c: ModelConfig = module.config  # type: ignore[attr-defined]
+    D, R = c.d_model, c.part(LoopsConfig).gate_rank
+    both_BLU = jnp.concatenate([
+        layers.rmsnorm(inputs_BLD, None, c.norm_eps),
+        layers.rmsnorm(state_BLD, None, c.norm_eps)], -1)
+    down_UR = layers.weight(module, 'down', (2 * D, R), ('mlp', None))
+    rank_BLR = layers.einsum('BLU,UR->BLR', both_BLU, down_UR, c.compute_dtype)
+
+    def gate(name: str) -> jax.Array:
+      """Returns tanh(r W), with W the parameter `name`."""
+      w_RD = layers.weight(module, name, (R, D), (None, 'embed'))
+      return jnp.tanh(layers.einsum('BLR,RD->BLD', rank_BLR, w_RD,
+                                    c.compute_dtype, jnp.float32))
+
+    forget_BLD = gate('forget')
+    message_BLD = gate('message')
+    gated_BLD = (1 - forget_BLD) * inputs_BLD + message_BLD * state_BLD
+    return gated_BLD.astype(inputs_BLD.dtype)
+
+
+LOOPS: dict[str, Optional[Plain]] = {
+    'none': None,
+    'plain': Plain(),
+    'add': Add(),
+    'concat': Concat(),
+    'gate': Gate(),
+}
+
+
+def concatenated(module: nn.Module, name: str, one_BLD: jax.Array,
+                 other_BLD: jax.Array) -> jax.Array:
+  """Returns [one; other] W, [B, L, D], with W the parameter `name` of a module;
+  U are the features of both side by side."""
+  c: ModelConfig = module.config  # type: ignore[attr-defined]
+  axes = ('mlp', 'embed')
+  w_UD = layers.weight(module, name, (2 * c.d_model, c.d_model), axes)
+  both_BLU = jnp.concatenate([one_BLD, other_BLD], -1)
+  return layers.einsum('BLU,UD->BLD', both_BLU, w_UD, c.compute_dtype,
+                       axes=axes, keep=False)
+
+
+class Enter(nn.Module):
+  """The module that holds the parameters with which a pass is entered.
+
+  (state, the input of the first pass, n) -> what pass n reads: see Plain.enter.
+  """
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, state: streams.X, inputs: streams.X, n: Any) -> streams.X:
+    loop = LOOPS[self.config.loop]
+    assert loop is not None
+    return loop.enter(self, state, inputs, n)
+
+
+def enter(c: ModelConfig, params: Any, state: streams.X, inputs: streams.X,
+          n: Any) -> streams.X:
+  """Returns what pass n reads.
+
+  Args:
+    c: the model.
+    params: the parameters of the stack.
+    state: what the pass before returned.
+    inputs: the input of the first pass.
+    n: which pass it is, from 0 on.
+  """
+  if c.part(LoopsConfig).boundary == 'norm':
+    is_first = n == 0
+    final_norm = layers.NORMS[c.norm](c, parent=None)
+    state = jnp.where(is_first, state, final_norm.apply(
+        {'params': params.get('final_norm', {})}, state))
+  module = Enter(c, parent=None)
+  return module.apply({'params': params.get('loop', {})}, state, inputs, n)
