@@ -67,21 +67,22 @@ OPTIONAL = {'pooler': r'(bert\.)?pooler\..*',
 
 def stack(name: str) -> tuple[hf.Row, ...]:
   """Returns the rows of the embedding and of the layers, under `name`."""
-  return (
-      *hf.under(
-          'embed', f'{name}.embeddings',
-          ('tokens', 'VD', 'word_embeddings.weight', 'V D'),
-          ('positions', 'LD', 'position_embeddings.weight', 'L D'),
-          ('types', 'UD', 'token_type_embeddings.weight', 'U D'),
-          *hf.norm('norm', 'LayerNorm')),
-      *hf.under(
-          'encoder/layers', f'{name}.encoder.layer.{{n}}',
-          *hf.under('attention', 'attention', *hf.attention(
-              'self.query', 'self.key', 'self.value', 'output.dense')),
-          *hf.norm('attention_norm', 'attention.output.LayerNorm'),
-          *hf.dense('ffn/up', 'DF', 'intermediate.dense', 'F D'),
-          *hf.dense('ffn/down', 'FD', 'output.dense', 'D F'),
-          *hf.norm('ffn_norm', 'output.LayerNorm')))
+  embedding = hf.under(
+      'embed', f'{name}.embeddings',
+      ('tokens', 'VD', 'word_embeddings.weight', 'V D'),
+      ('positions', 'LD', 'position_embeddings.weight', 'L D'),
+      ('types', 'UD', 'token_type_embeddings.weight', 'U D'),
+      *hf.norm('norm', 'LayerNorm'))
+  attention = hf.attention(
+      'self.query', 'self.key', 'self.value', 'output.dense')
+  layers = hf.under(
+      'encoder/layers', f'{name}.encoder.layer.{{n}}',
+      *hf.under('attention', 'attention', *attention),
+      *hf.norm('attention_norm', 'attention.output.LayerNorm'),
+      *hf.dense('ffn/up', 'DF', 'intermediate.dense', 'F D'),
+      *hf.dense('ffn/down', 'FD', 'output.dense', 'D F'),
+      *hf.norm('ffn_norm', 'output.LayerNorm'))
+  return *embedding, *layers
 
 
 # The fields of every config.json of the family, but how long its rows are.

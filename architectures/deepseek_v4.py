@@ -79,6 +79,18 @@ ENTRIES = (('value', 'DU', 'wkv.weight', 'U D'),
            ('score', 'DU', 'wgate.weight', 'U D'),
            ('score_bias', 'PU', 'ape', 'P U'),
            ('norm/scale', 'K', 'norm.weight', 'K'))
+
+
+def _branch(ours: str, theirs: str) -> tuple[hf.Row, ...]:
+  """Returns the rows of a branch's norm and of how it reads streams."""
+  return (
+      (f'{ours}_norm/scale', 'D', f'{theirs}_norm.weight', 'D'),
+      (f'{ours}_streams/dynamic', 'UDI', f'hc_{theirs}_fn', 'I UD'),
+      (f'{ours}_streams/read|write|mix', 'U|U|UI', f'hc_{theirs}_base',
+       'U+U+UI'),
+      (f'{ours}_streams/dynamic_scale', 'U', f'hc_{theirs}_scale', 'U'))
+
+
 NAMES = (
     ('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
     ('decoder/final_norm/scale', 'D', 'model.norm.weight', 'D'),
@@ -87,14 +99,7 @@ NAMES = (
     ('decoder/final_streams/read', 'U', 'model.hc_head.hc_base', 'U'),
     ('decoder/final_streams/dynamic_scale', 'U', 'model.hc_head.hc_scale', 'U'),
     *llama.layers(
-        *(row for ours, theirs in (('attention', 'attn'), ('ffn', 'ffn'))
-          for row in (
-              (f'{ours}_norm/scale', 'D', f'{theirs}_norm.weight', 'D'),
-              (f'{ours}_streams/dynamic', 'UDI', f'hc_{theirs}_fn', 'I UD'),
-              (f'{ours}_streams/read|write|mix', 'U|U|UI', f'hc_{theirs}_base',
-               'U+U+UI'),
-              (f'{ours}_streams/dynamic_scale', 'U', f'hc_{theirs}_scale',
-               'U'))),
+        *_branch('attention', 'attn'), *_branch('ffn', 'ffn'),
         *hf.under(
             'attention', 'attn', ('query_down', 'DU', 'wq_a.weight', 'U D'),
             ('query_norm/scale', 'U', 'q_norm.weight', 'U'),
@@ -183,9 +188,10 @@ class HF(hf.HuggingFace):
     types = layer_types.each(reader, 'layer_types', n, MIXERS)
     if types:
       return [MIXERS[word] for word in types]
-    known = len(ratios) == n and all(ratio in (*RATIOS,) for ratio in ratios)
+    choices = list(RATIOS)  # a ratio may be no key: a list
+    known = len(ratios) == n and all(ratio in choices for ratio in ratios)
     require(known, 'config.json has no layer_types and compress_ratios '
-            f'{ratios}: give one of {", ".join(map(str, RATIOS))} for each of '
+            f'{ratios}: give one of {", ".join(map(str, choices))} for each of '
             f'{n} layers')
     return [RATIOS[ratio] for ratio in ratios]
 

@@ -40,7 +40,8 @@ def read_layers(reader: hf.Reader, fields: dict, every: int, **of_kinds: Any
 
 
 def read_scales(reader: hf.Reader, softcap: float = 30.0) -> dict:
-  """Returns what Gemma 2 and 3 multiply scores by, and bound logits by."""
+  """Returns the factor on the scores of Gemma 2 and 3, and the bound of their
+  logits."""
   return dict(
       attention_scale=reader('query_pre_attn_scalar', 256) ** -0.5,
       logits_softcap=cap(reader, 'final_logit_softcapping', softcap))
@@ -66,16 +67,15 @@ def write_scales(c: ModelConfig) -> dict:
 
 def names(norm: str = 'offset') -> tuple[hf.Row, ...]:
   """Returns the rows; `norm` is our parameter of a norm."""
-  return (
-      *llama.ends(norm),
-      *llama.layers(
-          (f'attention_norm/{norm}', 'D', 'input_layernorm.weight', 'D'),
-          (f'attention_out_norm/{norm}', 'D',
-           'post_attention_layernorm.weight', 'D'),
-          (f'ffn_norm/{norm}', 'D', 'pre_feedforward_layernorm.weight', 'D'),
-          (f'ffn_out_norm/{norm}', 'D', 'post_feedforward_layernorm.weight',
-           'D'),
-          *llama.attention(), *hf.under('ffn', 'mlp', *llama.FFN)))
+  theirs = {'attention_norm': 'input_layernorm',
+            'attention_out_norm': 'post_attention_layernorm',
+            'ffn_norm': 'pre_feedforward_layernorm',
+            'ffn_out_norm': 'post_feedforward_layernorm'}
+  norms = [(f'{ours}/{norm}', 'D', f'{name}.weight', 'D')
+           for ours, name in theirs.items()]
+  network = hf.under('ffn', 'mlp', *llama.FFN)
+  layers = llama.layers(*norms, *llama.attention(), *network)
+  return *llama.ends(norm), *layers
 
 
 class HF(llama.Family):

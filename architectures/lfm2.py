@@ -46,6 +46,25 @@ def _hidden(reader: hf.Reader) -> int:
 def names(out: str = 'out_proj', norm: str = 'layernorm') -> tuple[hf.Row, ...]:
   """Returns the rows; `out` and `norm` are theirs for the last product of
   attention, and for the norms of queries and keys."""
+  attention = hf.under(
+      'attention', 'self_attn',
+      ('query', 'DHK', 'q_proj.weight', 'HK D'),
+      ('key', 'DJK', 'k_proj.weight', 'JK D'),
+      ('value', 'DJK', 'v_proj.weight', 'JK D'),
+      ('out', 'HKD', f'{out}.weight', 'D HK'),
+      ('query_norm/scale', 'K', f'q_{norm}.weight', 'K'),
+      ('key_norm/scale', 'K', f'k_{norm}.weight', 'K'))
+  convolution = hf.under(
+      'attention', 'conv',
+      *hf.dense('in', 'DUI', 'in_proj', 'UI D'),
+      ('conv', 'WI', 'conv.weight', 'I 1 W'),
+      ('conv_bias', 'I', 'conv.bias', 'I'),
+      *hf.dense('out', 'ID', 'out_proj', 'D I'))
+  network = hf.under(
+      'ffn', 'feed_forward',
+      ('gate', 'DF', 'w1.weight', 'F D'),
+      ('up', 'DF', 'w3.weight', 'F D'),
+      ('down', 'FD', 'w2.weight', 'D F'))
   return (
       ('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
       ('decoder/final_norm/scale', 'D', 'model.embedding_norm.weight', 'D'),
@@ -53,22 +72,7 @@ def names(out: str = 'out_proj', norm: str = 'layernorm') -> tuple[hf.Row, ...]:
       *llama.layers(
           ('attention_norm/scale', 'D', 'operator_norm.weight', 'D'),
           ('ffn_norm/scale', 'D', 'ffn_norm.weight', 'D'),
-          *hf.under('attention', 'self_attn',
-                    ('query', 'DHK', 'q_proj.weight', 'HK D'),
-                    ('key', 'DJK', 'k_proj.weight', 'JK D'),
-                    ('value', 'DJK', 'v_proj.weight', 'JK D'),
-                    ('out', 'HKD', f'{out}.weight', 'D HK'),
-                    ('query_norm/scale', 'K', f'q_{norm}.weight', 'K'),
-                    ('key_norm/scale', 'K', f'k_{norm}.weight', 'K')),
-          *hf.under('attention', 'conv',
-                    *hf.dense('in', 'DUI', 'in_proj', 'UI D'),
-                    ('conv', 'WI', 'conv.weight', 'I 1 W'),
-                    ('conv_bias', 'I', 'conv.bias', 'I'),
-                    *hf.dense('out', 'ID', 'out_proj', 'D I')),
-          *hf.under('ffn', 'feed_forward',
-                    ('gate', 'DF', 'w1.weight', 'F D'),
-                    ('up', 'DF', 'w3.weight', 'F D'),
-                    ('down', 'FD', 'w2.weight', 'D F'))))
+          *attention, *convolution, *network))
 
 
 class HF(llama.Family):
