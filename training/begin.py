@@ -153,7 +153,8 @@ def take_up(request: Request, run: runs.Run, saved: checkpoints.Checkpoints,
   if restored is None:
     return Start(state=None, step=0)
 
-  state, step = restored.state, restored.record['next_batch']
+  state = restored.state
+  step = restored.record['next_batch']
   steps = request.config.train.steps
   require(step <= steps, f'train.steps is {steps}, and the run in '
           f'{request.workdir} has trained {step} steps: ask for more, or take '

@@ -81,8 +81,8 @@ def of_run(workdir: epath.Path, step: int | str | None = None,
   talk = objective.talk(config, tokenizer)
   if generation is not None or template:
     is_published = hf_generation.is_published(workdir, restored.step)
-    talk = _talk(tokenizer, generation, template, usual=talk,
-                 published=is_published)
+    talk = _talk(tokenizer, generation=generation, template=template,
+                 usual=talk, published=is_published)
   options = None
   if generation is not None:
     options = generation.options
@@ -97,7 +97,7 @@ def of_folder(folder: epath.Path, template: str = '') -> Speaker:
     raise RequestError(f'{folder}: {INSTEAD}')
   tokenizer = tokenizers.load(str(folder))
   generation = hf_generation.of_folder(folder)
-  talk = _talk(tokenizer, generation, template,
+  talk = _talk(tokenizer, generation=generation, template=template,
                usual=causal.goes_on(tokenizer), published=True)
   module, params = weights.from_hf(folder)
   return Speaker(module=module, params=params, tokenizer=tokenizer, talk=talk,
@@ -150,7 +150,8 @@ class Engine:
   def __init__(self, module: nn.Module, params: Any, context: int,
                sampling: generate.Sampling, seed: int = 0):
     config = without_capacity(module.config)  # type: ignore[attr-defined]
-    self._module, self._params = module.clone(config=config), params
+    self._module = module.clone(config=config)
+    self._params = params
     self._sampling = sampling
     self._apart = config.num_decoder_layers <= generate.UNROLLED_LAYERS
     self._cache = architectures.init_cache(config, 1, context)
@@ -161,7 +162,8 @@ class Engine:
     self._ids = np.zeros(0, np.int32)  # the tokens in the cache
     self._has_state = blocks.with_state(config)
     self._ends = generate.rereads_at(module)
-    self.context, self.num_read = context, 0
+    self.context = context
+    self.num_read = 0
 
   def draw(self, ids: Sequence[int] | np.ndarray) -> int:
     """Returns the token drawn after `ids`, int32 [T], where T <= context.
@@ -214,7 +216,8 @@ class Engine:
   def _piece_size(self, start: int, end: int) -> int:
     """Returns the size of the next piece: the smallest one that takes all that
     is left, and else the largest one that is filled by it."""
-    left, room = end - start, self.context - start
+    left = end - start
+    room = self.context - start
     for size in PIECES:
       if left <= size <= room:
         return size
@@ -277,7 +280,9 @@ class Stream:
 
   def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (),
                lead: str = '', prompt: Sequence[int] = ()):
-    self._tokenizer, self._stops, self._lead = tokenizer, stops, lead
+    self._tokenizer = tokenizer
+    self._stops = stops
+    self._lead = lead
     self._prompt = prompt
     self._ids: list[int] = []
     self._shown = 0
@@ -359,8 +364,11 @@ class Session:
 
   def __init__(self, engine: Engine, tokenizer: Tokenizer, talk: Talk, *,
                most: int, stops: Sequence[str] = (), system: str = ''):
-    self._engine, self._tokenizer, self._talk = engine, tokenizer, talk
-    self._most, self._stops = most, stops
+    self._engine = engine
+    self._tokenizer = tokenizer
+    self._talk = talk
+    self._most = most
+    self._stops = stops
     self._system: list[dict[str, str]] = []
     self.messages: list[dict[str, str]] = []
     self.ended = ''
@@ -396,7 +404,7 @@ class Session:
             '--context, up to the max_len of the model')
     self.messages = asked
     prompt = ids.tolist() if self._talk.plain else ()
-    stream = Stream(self._tokenizer, self._stops, lead=self._talk.lead,
+    stream = Stream(self._tokenizer, stops=self._stops, lead=self._talk.lead,
                     prompt=prompt)
     try:
       yield from self._written(ids, stream, stopped)

@@ -546,7 +546,9 @@ def declare(config: ml_collections.ConfigDict, full: str) -> Leaf | None:
     value = model[of_model]
     group = _group(model.kinds, kind)
     if inner:
-      value, group, name = value[inner], _group(group, name), inner
+      value = value[inner]
+      group = _group(group, name)
+      name = inner
     if name not in group:
       group[name] = value
   return base.find(full)

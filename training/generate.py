@@ -164,8 +164,9 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
   rows_B = jnp.arange(B)
 
   # Read the prompts.
-  logits_BV, cache, advance = begin(
-      module, params, prompts_BL, lengths_B, room=max_new_tokens, **inputs)
+  logits_BV, cache, advance = begin(module, params=params,
+                                    prompts_BL=prompts_BL, lengths_B=lengths_B,
+                                    room=max_new_tokens, **inputs)
   seen_BV = None
   if sampling.remembers:
     V = module.config.vocab_size
@@ -267,7 +268,8 @@ def begin(module: nn.Module, params: Any, prompts_BL: jax.Array,
   logits_BV = output.head.logits(last_B1D)[:, 0]
 
   # The rows are the first axis of a layer's cache, and the second of a stack's.
-  cache, apart = output.cache, _apart(module)
+  cache = output.cache
+  apart = _apart(module)
   if apart:
     params, cache = one_by_one(params, cache)
   if copies > 1:
@@ -277,9 +279,8 @@ def begin(module: nn.Module, params: Any, prompts_BL: jax.Array,
 
   def advance(cache: Any, new_BT: jax.Array, t: jax.Array):
     """Returns the logits of new token t, and the cache that has read t - 1."""
-    cache = _reread(
-        module, params, cache, prompts_BL=prompts_BL, lengths_B=lengths_B,
-        prefix_B=prefix_B, new_BT=new_BT, t=t)
+    cache = _reread(module, params=params, cache=cache, prompts_BL=prompts_BL,
+                    lengths_B=lengths_B, prefix_B=prefix_B, new_BT=new_BT, t=t)
     token_B1 = jax.lax.dynamic_slice_in_dim(new_BT, t - 1, 1, axis=1)
     places_B1 = (lengths_B + t - 1)[:, None]
     output = apply({'params': params}, *leading, token_B1, cache=cache,
@@ -476,17 +477,21 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
     ValueError: where learned positions do not reach L + T.
   """
   chex.assert_rank([prompts_BL, lengths_B], [2, 1])
-  B, K, T = len(prompts_BL), beams.count, max_new_tokens
+  B = len(prompts_BL)
+  K = beams.count
+  T = max_new_tokens
   module = module.clone(config=without_capacity(module.config))
   stops = stops_of(stop_token)
 
   # Read the prompts, and choose the first tokens. Only the first beam counts
   # then, since the others would be equal to it.
-  logits_BV, cache, advance = begin(
-      module, params, prompts_BL, lengths_B, room=T, copies=K, **inputs)
+  logits_BV, cache, advance = begin(module, params=params,
+                                    prompts_BL=prompts_BL, lengths_B=lengths_B,
+                                    room=T, copies=K, **inputs)
   logits_BKV = jnp.repeat(logits_BV[:, None], K, axis=1)
   state = _start(B=B, K=K, T=T, stops=stops)
-  state, _ = _choose(beams, stops, state=state, logits_BKV=logits_BKV, t=0)
+  state, _ = _choose(beams, stops=stops, state=state, logits_BKV=logits_BKV,
+                     t=0)
 
   def unfinished(carry: Any):
     t, state, _ = carry
@@ -497,8 +502,8 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
     tokens = state.running.tokens_BKT.reshape(B * K, T)
     logits, cache = advance(cache, tokens, t)
     logits_BKV = logits.reshape(B, K, -1)
-    state, parent_BK = _choose(
-        beams, stops, state=state, logits_BKV=logits_BKV, t=t)
+    state, parent_BK = _choose(beams, stops=stops, state=state,
+                               logits_BKV=logits_BKV, t=t)
     # Each text goes on with the cache of the text that it extends.
     first_B1 = K * jnp.arange(B)[:, None]
     rows = (parent_BK + first_B1).reshape(-1)
@@ -548,7 +553,8 @@ def _choose(beams: Beams, stops: tuple[int, ...], state: _State,
   score_BKV = state.running.score_BK[..., None] + log_p_BKV
   count = K * min(max(2, 1 + len(stops)), V)
   score_BC, place_BC = jax.lax.top_k(score_BKV.reshape(B, K * V), count)
-  parent_BC, token_BC = place_BC // V, place_BC % V
+  parent_BC = place_BC // V
+  token_BC = place_BC % V
   tokens_BCT = _take(state.running.tokens_BKT, parent_BC)
   tokens_BCT = tokens_BCT.at[:, :, t].set(token_BC)
   ends_BC = jnp.broadcast_to(t + 1 == T, token_BC.shape)
@@ -635,7 +641,8 @@ def write_diffusion(module: nn.Module, params: Any, prompts_BL: jax.Array,
   """
   config = module.config  # type: ignore[attr-defined]
   module = module.clone(config=without_capacity(config))
-  steps, L = min(steps, new), prompts_BL.shape[1]
+  steps = min(steps, new)
+  L = prompts_BL.shape[1]
 
   # The prompt, and after it `new` masks.
   places_1L = jnp.arange(L + new)[None]

@@ -110,8 +110,11 @@ class Loop:
 
   def __init__(self, program: Program, writers: list[Writer],
                batches: Batches, state: TrainState, start: int):
-    self.program, self.writers, self.batches = program, writers, batches
-    self.state, self.n = state, start
+    self.program = program
+    self.writers = writers
+    self.batches = batches
+    self.state = state
+    self.n = start
     self.hooks: list[Hook] = []
     self.bar: Any = None
     self.stopped = False

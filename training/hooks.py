@@ -65,7 +65,8 @@ class Report(Hook):
   def _report(self, loop: Loop, read: progress.Read | None) -> None:
     if read is None:
       return
-    n, live = read.step, loop.live
+    n = read.step
+    live = loop.live
 
     # Each run takes its figures; too many bad steps end it.
     ended = []
@@ -146,9 +147,11 @@ class Evaluate(Hook):
   def __init__(self, stop: signals.Stop, tokenizer: Tokenizer,
                eval_data: Sequence[pipeline.Loader], report: Report,
                save: 'Save'):
-    self._stop, self._tokenizer = stop, tokenizer
+    self._stop = stop
+    self._tokenizer = tokenizer
     self._eval_data = eval_data
-    self._report, self._save = report, save
+    self._report = report
+    self._save = save
 
   def check(self, loop: Loop) -> None:
     """Refuses an eval.best that is none of the figures of the evaluations.
@@ -166,8 +169,9 @@ class Evaluate(Hook):
       names = self._tasks.names(task, params, loop.writers[0].workdir,
                                 lambda: self._stop.at_once)
     else:
-      names = held_out.names(program.eval_step, loop.state.params,
-                             self._eval_data, program.put, program.part)
+      names = held_out.names(program.eval_step, params=loop.state.params,
+                             loaders=self._eval_data, put=program.put,
+                             part=program.part)
     best.is_in(names or [best.figure])
 
   def compile(self, loop: Loop) -> None:
@@ -253,8 +257,9 @@ class Evaluate(Hook):
       evaluated['live/'] = loop.state.params
     for prefix, params in evaluated.items():
       sums = held_out.evaluate(
-          loop.eval_step, params, self._eval_data, loop.config.eval.batches,
-          program.put, stop=lambda: self._cut_short(loop))
+          loop.eval_step, params=params, loaders=self._eval_data,
+          batches=loop.config.eval.batches, put=program.put,
+          stop=lambda: self._cut_short(loop))
       if sums is None:
         return False
       for row, writer in loop.live.items():
@@ -262,7 +267,7 @@ class Evaluate(Hook):
         means = held_out.means(sums_of_run, self._eval_data)
         for name, value in means.items():
           figures[row][prefix + name] = value
-        self._show(loop, writer, prefix, means)
+        self._show(loop, writer=writer, prefix=prefix, means=means)
     return True
 
   def _show(self, loop: Loop, writer: Writer, prefix: str,
@@ -270,7 +275,8 @@ class Evaluate(Hook):
     """Shows the held-out figures of a run; of one among many its loss alone."""
     label = ''
     if writer.label:
-      means, label = {'loss': means['loss']}, f'  {writer.label}'
+      means = {'loss': means['loss']}
+      label = f'  {writer.label}'
     text = '  '.join(f'{name.replace("_", " ")} {held_out.shown(value)}'
                      for name, value in means.items())
     which = prefix.replace('/', ' ')
@@ -278,7 +284,8 @@ class Evaluate(Hook):
 
   def _do_tasks(self, loop: Loop, figures: dict[int, dict]) -> bool:
     """Adds the figures of eval.tasks; returns False if cut short."""
-    program, live = loop.program, loop.live
+    program = loop.program
+    live = loop.live
     results = {}
     params_of_runs = program.split(program.run.evaluated(loop.state))
     for row, params in enumerate(params_of_runs):

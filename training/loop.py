@@ -36,8 +36,9 @@ def train(run: runs.Run, state: TrainState, start: int,
   """
   writer = Writer(config=run.config, workdir=workdir, saved=saved)
   program = Program(run, hook.load(run.config))
-  train_all(program, [writer], state, start, [train_data], eval_data,
-            profile_steps)
+  train_all(program, writers=[writer], state=state, start=start,
+            loaders=[train_data], eval_data=eval_data,
+            profile_steps=profile_steps)
   if devices.primary():
     _print_end(writer)
   if writer.code == EARLY:
@@ -70,7 +71,8 @@ def rehearse(run: runs.Run, train_data: pipeline.Loader,
   eval_step = PerShape(program.eval_step, batches.meter)
 
   # Some steps, and an evaluation on one batch.
-  times, evaluated = [0.0], 0.0
+  times = [0.0]
+  evaluated = 0.0
   with program.context():
     state = program.new_state()
     batches.begin(0)
@@ -89,7 +91,8 @@ def rehearse(run: runs.Run, train_data: pipeline.Loader,
   compiling = batches.meter.compiled
   total = training + evaluating + compiling
   return [
-      description.describe(run, 0, batches.tokens, train_data, eval_data),
+      description.describe(run, start=0, tokens=batches.tokens,
+                           train_data=train_data, eval_data=eval_data),
       f'a step: {step_seconds:.3g} s, '
       f'{batches.tokens / step_seconds:,.0f} tokens/s, '
       f'{train_step.memory() / 2**30:,.2f} GiB on each device',
@@ -131,9 +134,11 @@ def train_all(program: Program, writers: Sequence[Writer], state: TrainState,
   batches = Batches(program, loaders, num_runs=len(writers))
   if devices.primary():
     print(program.title + description.describe(
-        program.run, start, batches.tokens, loaders[0], eval_data))
+        program.run, start=start, tokens=batches.tokens, train_data=loaders[0],
+        eval_data=eval_data))
   with program.context(), signals.Stop() as stop:
-    loop = hook.Loop(program, list(writers), batches, state, start)
+    loop = hook.Loop(program, writers=list(writers), batches=batches,
+                     state=state, start=start)
     loop.hooks = [
         *hooks.usual(stop=stop, tokenizer=loaders[0].tokenizer,
                      eval_data=eval_data, profile_steps=profile_steps,

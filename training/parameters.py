@@ -98,7 +98,8 @@ def create(run: runs.Run, source: str | epath.Path, step: int | None = None
   path = _path(source)
   _check_labels(run, path)
   if storage.has_checkpoints(path):
-    params, skipped = _from_workdir(run, path, drawn=state.params, step=step)
+    params, skipped = _from_workdir(run, source=path, drawn=state.params,
+                                    step=step)
   else:
     params, skipped = _from_hugging_face(run, path, state.params)
   for line in skipped:
@@ -217,10 +218,11 @@ def _from_hugging_face(run: runs.Run, source: epath.Path, drawn: Any
   # Optional heads are drawn or passed over.
   theirs = dataclasses.replace(
       theirs, next_sentence=module.config.next_sentence)
-  skipped = _differences(module.config, theirs, path=source, partial=partial)
+  skipped = _differences(module.config, theirs=theirs, path=source,
+                         partial=partial)
   with run.context():
     loaded = weights.read_params(
-        module, files.Files(pathlib.Path(source)), partial=partial,
+        module, source=files.Files(pathlib.Path(source)), partial=partial,
         like=weights.without(run.abstract.params),
         seed=int(runs.initial_seed(run.config)),
         new_head=weights.is_new_head(module.config, theirs))
@@ -244,24 +246,28 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
   """
   from training.hf import weights
   theirs = runs.model_of(source)
-  model, abstract, initial = run.model, run.abstract.params, drawn
+  model = run.model
+  abstract = run.abstract.params
+  initial = drawn
   same_adapters = weights.same_adapters(model, theirs)
   if not same_adapters:
     require(not theirs.lora.rank, f'init_from is {str(source)!r}, whose model '
             'has other low-rank adapters than the run: begin with its export, '
             'which python -m tools.convert export writes')
     model = weights.without_adapters(model)
-    abstract, initial = weights.without(abstract), weights.without(drawn)
+    abstract = weights.without(abstract)
+    initial = weights.without(drawn)
 
   # The differences of the models, and of their parameters.
-  partial, folder = run.config.init_partial, checkpoints.directory(source)
-  skipped = _differences(model, theirs, path=source, partial=partial)
+  partial = run.config.init_partial
+  folder = checkpoints.directory(source)
+  skipped = _differences(model, theirs=theirs, path=source, partial=partial)
   wanted = {'params': abstract}
   saved = checkpoints.arrays(folder, step)
   if saved and (partial or weights.is_new_head(model, theirs)):
     wanted, lines = _fitting(wanted, saved)
-    _check_fitting(model, theirs, source=source, wanted=wanted, lines=lines,
-                   partial=partial)
+    _check_fitting(model, theirs=theirs, source=source, wanted=wanted,
+                   lines=lines, partial=partial)
     skipped += lines.values()
 
   # The parameters that fit are read, and the others are as they were drawn.
@@ -365,7 +371,7 @@ def of_checkpoint(folder: epath.Path, params: Any, step: Step = None, *,
     RequestError: there is no such checkpoint, or not of these parameters.
   """
   if isinstance(step, checkpoints.Mean):
-    return _mean_of_checkpoints(folder, params, wanted=step, live=live)
+    return _mean_of_checkpoints(folder, params=params, wanted=step, live=live)
 
   def wanted(saved: dict[str, Any]) -> dict[str, Any]:
     """Returns the arrays to read, given those that were saved."""
@@ -378,7 +384,8 @@ def of_checkpoint(folder: epath.Path, params: Any, step: Step = None, *,
         leaves[f'params/{path}'] = x
     return checkpoints.nest(leaves)
 
-  restored = checkpoints.restore(folder, wanted, step, partial=True)
+  restored = checkpoints.restore(folder, abstract=wanted, step=step,
+                                 partial=True)
 
   # The tree of parameters, whichever part of the state each one is from.
   arrays = {}
@@ -402,7 +409,9 @@ def _mean_of_checkpoints(folder: epath.Path, params: Any,
         f'the mean of the last {wanted.last} checkpoints was asked for, and '
         f'{folder} has {len(available)}: {names}')
   steps = sorted(wanted.steps) or available[-wanted.last:]
-  each = [of_checkpoint(folder, params, step, live=live) for step in steps]
+  each = []
+  for step in steps:
+    each.append(of_checkpoint(folder, params=params, step=step, live=live))
   newest = each[-1]
   what = f'the mean of steps {", ".join(map(str, steps))}'
   if newest.what:
@@ -456,8 +465,8 @@ def of_run(run: runs.Run, workdir: epath.Path, step: Step = None,
     raise RequestError(f'{workdir} keeps no average of its parameters '
                        '(optim.ema is 0): there is nothing to choose. Leave '
                        'out --live')
-  restored = of_checkpoint(checkpoints.directory(workdir), run.abstract.params,
-                           step, live=live)
+  restored = of_checkpoint(checkpoints.directory(workdir),
+                           params=run.abstract.params, step=step, live=live)
   _warn(restored)
   which = f': {restored.what}' if restored.what else ''
   print(f'{workdir}, step {restored.step}{which}')

@@ -114,7 +114,8 @@ def declare(file: str, text: str, module: types.ModuleType) -> None:
     if entries is table:
       continue  # the file has imported it
     for name, entry in entries.items():
-      _add(table_name, table, name, entry, file, text)
+      _add(table_name, table=table, name=name, entry=entry, file=file,
+           text=text)
     note(file, text)
   if len(_declared_by) > before:
     _refresh()

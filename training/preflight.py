@@ -62,7 +62,8 @@ def _check_beside(config: ml_collections.ConfigDict) -> None:
   """Raises RequestError for a field that is set and not read, since the field
   beside it is not set."""
   for name, other in BESIDE.items():
-    value, default = config[name], base.FIELDS[name].default
+    value = config[name]
+    default = base.FIELDS[name].default
     if value != default and not config[other]:
       raise RequestError(
           f'{name} is {value!r}, which is not read while {other} is not set: '
@@ -123,10 +124,12 @@ def refuse_unread_of(names: Iterable[str], config: ml_collections.ConfigDict,
   names = {name for name in names if name.startswith('model.')}
   unread = flat.unread(model, config.model) if names else {}
   for inner, why in unread.items():
-    name, of_kind = f'model.{inner}', inner.startswith('kinds.')
+    name = f'model.{inner}'
+    of_kind = inner.startswith('kinds.')
     if name not in names and not (of_kind and 'model.kinds' in names):
       continue
-    default, value = base.find(name).default, config[name]
+    default = base.find(name).default
+    value = config[name]
     if value == default and not of_kind:
       continue
     way_on = 'away'

@@ -127,7 +127,8 @@ class Lines:
   """
 
   def __init__(self, total: int, stream: TextIO):
-    self._total, self._stream = total, stream
+    self._total = total
+    self._stream = stream
 
   def step(self, step: int) -> None:
     """Does nothing: a line comes with figures."""
@@ -305,7 +306,8 @@ class Meter:
   def __init__(self, tokens_per_step: int, flops_per_step: float,
                peak_flops: float | None,
                clock: Callable[[], float] = time.perf_counter):
-    self._usual, self._peak = (tokens_per_step, flops_per_step), peak_flops
+    self._usual = (tokens_per_step, flops_per_step)
+    self._peak = peak_flops
     self._clock = clock
     self._others: dict[int, tuple[int, float]] = {}
     self.compiled = self._paused = self._waited = 0.0
@@ -362,9 +364,11 @@ class Meter:
     # The time and the work of the steps since then.
     end, waited_by_end = done
     start, waited_by_start = self._since
-    seconds, waited = end - start, waited_by_end - waited_by_start
+    seconds = end - start
+    waited = waited_by_end - waited_by_start
     steps = step - self._step
-    tokens, flops = 0, 0
+    tokens = 0
+    flops = 0
     for n in range(self._step + 1, step + 1):
       tokens_of_step, flops_of_step = self._others.pop(n, self._usual)
       tokens += tokens_of_step
@@ -378,7 +382,8 @@ class Meter:
     if self.compiled:
       figures['compile_seconds'] = self.compiled
     self.compiled = 0.0
-    self._step, self._since = step, done
+    self._step = step
+    self._since = done
     return figures
 
 
@@ -393,7 +398,8 @@ def profiled_steps(steps: str, total: float = math.inf
     return None
   match = re.fullmatch('([0-9]{1,9}):([0-9]{1,9})', steps)
   if match is not None:
-    start, stop = int(match[1]), int(match[2])
+    start = int(match[1])
+    stop = int(match[2])
     if start < stop and start < total:
       return start, stop
   raise RequestError(

@@ -86,7 +86,8 @@ def optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
   tree = parameter_roles(module)
   rates = mup.rates(module.config, optim.name, tree)
   parts = parameter_shares(module, optim)
-  return optimizers.make(optim, steps, roles=tree, rates=rates, parts=parts)
+  return optimizers.make(optim, steps=steps, roles=tree, rates=rates,
+                         parts=parts)
 
 
 def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):
@@ -104,8 +105,9 @@ def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):
   adapted = module.config.lora.rank > 0
   if (optim.freeze or adapted
       or optim.layer_decay != 1 or optim.table_rate != 1):
-    roles, shapes = parameter_roles(module), parameter_shapes(module)
-    return shares.of(optim, roles, shapes, adapted=adapted)
+    roles = parameter_roles(module)
+    shapes = parameter_shapes(module)
+    return shares.of(optim, roles=roles, shapes=shapes, adapted=adapted)
   return None
 
 
@@ -214,7 +216,7 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     whole = objective.weights(batch) | {'tokens': objective.tokens(batch)}
     grads, (figures, panel, loads) = _accumulate(
-        grad_fn, trained, batch, key=key, whole=whole,
+        grad_fn, params=trained, batch=batch, key=key, whole=whole,
         parts=config.train.grad_accumulation)
     grads = jax.tree.map(lambda g: g / whole[objective.main], grads)
     grads = shares.without_frozen_rows(parts, grads)
@@ -226,8 +228,9 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     grad_norm = optax.tree.norm(grads)
     ok = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
     updated, opt_state = optimizers.update_if(
-        ok, tx, grads=grads, state=state.opt_state, params=trained)
-    moved = moe.move_biases(module.config, updated, loads=loads, applied=ok)
+        ok, tx=tx, grads=grads, state=state.opt_state, params=trained)
+    moved = moe.move_biases(module.config, params=updated, loads=loads,
+                            applied=ok)
     updated = shares.with_frozen_rows(parts, moved, updated)
     params = shares.whole(parts, updated, state.params)
 
@@ -235,8 +238,8 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     bad_in_row = jnp.where(ok, 0, state.bad_in_row + 1)
     bad_steps = state.bad_steps + jnp.where(ok, 0, 1)
     good_steps = state.step + 1 - bad_steps
-    ema = shares.update_average(
-        config.optim, state.ema, updated, updates=good_steps, ok=ok)
+    ema = shares.update_average(config.optim, average=state.ema, params=updated,
+                                updates=good_steps, ok=ok)
 
     # The other figures.
     metrics['grad_norm'] = grad_norm
@@ -281,7 +284,8 @@ def _loss(module: nn.Module, config: ml_collections.ConfigDict, params: Any,
 
   # A micro-batch counts by its tokens in what the experts report.
   share = objective.tokens(batch) / whole['tokens']
-  panel, loads = {}, {}
+  panel = {}
+  loads = {}
   for name, value in output.aux['health'].items():
     panel[f'health/{name}'] = share * value
   losses = [share * value for value in output.aux['losses'].values()]
@@ -369,7 +373,8 @@ def resolve(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
     ValueError: for anything in the config that a run could not honour.
   """
   config = objectives.with_labels(config)
-  objective, model = objectives.of(config), config.model.to_dict()
+  objective = objectives.of(config)
+  model = config.model.to_dict()
   least_vocab = objective.vocab_size(config, tokenizer)
   model['vocab_size'] = model['vocab_size'] or least_vocab
   _fill(model, config)
@@ -449,8 +454,8 @@ class Run:
     rules = config.mesh.rules
     module = architectures.build(model)
     tx = optimizer(module, config.optim, config.train.steps)
-    abstract = abstract_state(
-        module, tx, mesh=mesh, rules=rules, optim=config.optim)
+    abstract = abstract_state(module, tx=tx, mesh=mesh, rules=rules,
+                              optim=config.optim)
     return cls(
         config=config, model=model, module=module, mesh=mesh, tx=tx,
         abstract=abstract, place=devices.batch_sharding(mesh, rules))
@@ -496,7 +501,8 @@ class Run:
   def train_step(self, taps: Sequence[Callable] = ()) -> jax.stages.Wrapped:
     """Returns jitted step(state, batch) -> (state, figures), to which the
     state is donated; `taps` is as for make_train_step."""
-    step = make_train_step(self.module, self.tx, self.config, taps=taps)
+    step = make_train_step(self.module, tx=self.tx, config=self.config,
+                           taps=taps)
     return jax.jit(step, donate_argnums=0,
                    out_shardings=(self.shardings, None))
 
@@ -533,7 +539,8 @@ def check_mesh(config: ml_collections.ConfigDict, model: ModelConfig,
   """Refuses a mesh that does not divide the model, the batches or the rows."""
   devices.check_mesh(model, shape)
   shards = shape['data'] * shape['fsdp'] * shape['expert']
-  parts, ramp = config.train.grad_accumulation, pipeline.ramp_of(config)
+  parts = config.train.grad_accumulation
+  ramp = pipeline.ramp_of(config)
   multiple = shards * parts
   for size in (ramp.last, *ramp.sizes):
     name = 'a size of data.batch_ramp'

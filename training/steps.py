@@ -29,7 +29,8 @@ class Batches:
 
   def __init__(self, program: Program, loaders: Sequence[pipeline.Loader],
                num_runs: int):
-    self._program, self._loaders = program, loaders
+    self._program = program
+    self._loaders = loaders
     config = program.run.config
     self._ramp = pipeline.ramp_of(config)
     row = loaders[0].objective.row_lengths(config)
@@ -94,7 +95,8 @@ class PerShape:
   """
 
   def __init__(self, step: jax.stages.Wrapped, meter: progress.Meter):
-    self._step, self._meter = step, meter
+    self._step = step
+    self._meter = meter
     self._compiled: dict[tuple, Callable] = {}
 
   def compile(self, state: Any, batch: Any) -> None:

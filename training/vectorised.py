@@ -47,7 +47,8 @@ DTYPES = {
 FIELDS = tuple(DTYPES)
 
 RUNS = 'runs'  # the mesh axis, and the leading axis of every array
-_EACH, _ALL = PartitionSpec(RUNS), PartitionSpec()
+_EACH = PartitionSpec(RUNS)
+_ALL = PartitionSpec()
 
 
 def groups(configs: Sequence[ml_collections.ConfigDict]) -> list[list[int]]:
@@ -128,13 +129,14 @@ def _take_up(request: begin.Request, run: runs.Run,
     run: the first run of the group, alone on a device.
     stack: closes what is opened.
   """
-  config, workdir = request.config, pathlib.Path(request.workdir)
+  config = request.config
+  workdir = pathlib.Path(request.workdir)
   stack.enter_context(storage.locked(workdir))
   saved = stack.enter_context(checkpoints.Checkpoints(
       workdir, **config.checkpoint, agree_every=config.log.every_steps))
   alone = dataclasses.replace(run, config=config, model=request.model,
                               module=architectures.build(request.model))
-  start = begin.take_up(request, alone, saved, label=f'{workdir}: ')
+  start = begin.take_up(request, run=alone, saved=saved, label=f'{workdir}: ')
   writer = Writer(config=config, workdir=workdir, saved=saved,
                   label=str(workdir), code=start.code, sentence=start.sentence)
   return Member(request=request, writer=writer, start=start)
@@ -164,15 +166,16 @@ def _train_members(run: runs.Run, members: Sequence[Member],
     # No record is written of what is not trained.
     for member in part:
       request = member.request
-      run_config.save(member.writer.workdir, request.asked, request.derived,
-                      contents)
+      run_config.save(member.writer.workdir, config=request.asked,
+                      derived=request.derived, data=contents)
     _train_part(run, part)
 
 
 def _train_part(run: runs.Run, part: Sequence[Member]) -> None:
   """Trains those of the runs that are at one step."""
   writers = [member.writer for member in part]
-  start, tokenizer = part[0].start, part[0].request.tokenizer
+  start = part[0].start
+  tokenizer = part[0].request.tokenizer
   program = Group(run, writers)
   config = program.run.config
   loaders = []
@@ -185,8 +188,9 @@ def _train_part(run: runs.Run, part: Sequence[Member]) -> None:
     state = program.new_state()
   else:
     state = program.join([member.start.state for member in part])
-  n = loop.train_all(program, writers, state, start.step, loaders,
-                     pipeline.held_out(config, tokenizer))
+  n = loop.train_all(program, writers=writers, state=state, start=start.step,
+                     loaders=loaders,
+                     eval_data=pipeline.held_out(config, tokenizer))
   if any(writer.code == STOPPED for writer in writers):
     print(f'stopped after step {n}: the same request goes on.')
 
@@ -258,8 +262,8 @@ class Group(Program):
           run.model, init_stddev=config.model.init_stddev,
           init_scale=config.model.init_scale)
       key = jax.random.key(initial_seed(config))
-      return init_state(run.module.clone(config=model), run.tx, key,
-                        config.optim)
+      return init_state(run.module.clone(config=model), tx=run.tx, key=key,
+                        optim=config.optim)
 
     return jax.jit(self._over_runs(init, (0,)))(self._values)
 
@@ -271,7 +275,8 @@ class Group(Program):
       batch, values = inputs
       config = with_values(run.config, values)
       tx = optimizer(run.module, config.optim, config.train.steps)
-      return make_train_step(run.module, tx, config, taps)(state, batch)
+      step = make_train_step(run.module, tx=tx, config=config, taps=taps)
+      return step(state, batch)
 
     batch_axis = None  # one batch is for all runs
     if len(self.seeds) > 1:

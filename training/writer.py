@@ -60,8 +60,8 @@ class Writer:
 
   def begin(self, start: int) -> None:
     """Opens the metrics files, and drops the rows after step `start`."""
-    self._files = metrics.writers(self.workdir, self.config.to_dict(), start,
-                                  devices.primary())
+    self._files = metrics.writers(self.workdir, config=self.config.to_dict(),
+                                  resumed_step=start, primary=devices.primary())
     self.best = Best.of(self.config, self.saved.best)
     if start > 0:
       # Only process 0 has the rows: it answers for all.
@@ -130,7 +130,8 @@ class Writer:
         losses[row['step']] = row['loss']
     if not losses:
       return []
-    lowest, last = min(losses, key=losses.get), max(losses)
+    lowest = min(losses, key=losses.get)
+    last = max(losses)
     if lowest == last:
       return []
     advice = ('to keep the best, train with --config.eval.best=loss, and with '
@@ -192,7 +193,8 @@ def _diverged(n: int, bad: int, newest: int | None) -> str:
 def ended_badly(state: TrainState, config: ml_collections.ConfigDict) -> str:
   """Returns why a run is not gone on with from `state` unless its config is
   another: it ended there after too many bad steps. '': it did not."""
-  bad, step = int(state.bad_in_row), int(state.step)
+  bad = int(state.bad_in_row)
+  step = int(state.step)
   if bad < config.train.max_bad_steps:
     return ''
   return (f'the run in this workdir ended at step {step}: {BAD}, in {bad} '
@@ -248,7 +250,8 @@ class Best:
       config: the config of the run.
       record: what `record` returned before the run was stopped, if it was.
     """
-    figure, best_is = config.eval.best, config.eval.best_is
+    figure = config.eval.best
+    best_is = config.eval.best_is
     if not figure:
       return None
     if best_is:
@@ -275,7 +278,9 @@ class Best:
     value = float(figures[self.figure])
     # Every process decides as process 0 does.
     if checkpoints.from_process_0(np.int32(self._is_better(value))):
-      self.step, self.value, self.waited = n, value, 0
+      self.step = n
+      self.value = value
+      self.waited = 0
     else:
       self.waited += 1
 

@@ -120,7 +120,7 @@ def _train(tmp_path, monkeypatch):
   """Returns a function that trains; see `Fake`."""
   monkeypatch.setattr(steps.flops, 'of_a_row', lambda config, model, sides: {
       'weights': float(sum(sides))})
-  monkeypatch.setattr(description, 'describe', lambda *_: 'a program')
+  monkeypatch.setattr(description, 'describe', lambda *_, **__: 'a program')
 
   def train(*rows, due=(), stop=None, start=0, best=None, **fields):
     config = base.base()
@@ -319,7 +319,7 @@ BOTH = dict(eval__every_steps=2, eval__tasks='x', eval__tasks_every_steps=2)
 
 @pytest.fixture(name='cheap')
 def _cheap(monkeypatch):
-  monkeypatch.setattr(held_out, 'evaluate', lambda *_, stop: (
+  monkeypatch.setattr(held_out, 'evaluate', lambda *_, stop, **__: (
       None if stop() else [{'nll': [1.0, 1.0]}]))
   monkeypatch.setattr(held_out, 'means', lambda sums, _: {
       'loss': sums[0]['nll']})
@@ -414,7 +414,7 @@ def test_another_figure_begins_anew():
 def test_to_end_early_is_to_end_well_and_only_to_diverge_is_an_error(
     code, monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(loop, 'Program', lambda run, hooks: None)
-  monkeypatch.setattr(loop, 'train_all', lambda program, writers, *_: (
+  monkeypatch.setattr(loop, 'train_all', lambda program, writers, **_: (
       writers[0].__dict__.update(code=code, sentence='why')))
   run = types.SimpleNamespace(config=base.base())
   assert loop.train(run, *[None] * 5, tmp_path) == (

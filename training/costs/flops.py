@@ -44,7 +44,8 @@ from training.optim import shares
 from training.runs import parameter_shapes, parameter_shares
 
 # Parts of a count: the products of which a mask hides a part, and the others.
-ATTENTION, WEIGHTS = 'attention', 'weights'
+ATTENTION = 'attention'
+WEIGHTS = 'weights'
 
 
 def forward_flops(model: ModelConfig, length: int, decoder_length: int = 0,
@@ -128,7 +129,8 @@ def _countable(c: ModelConfig, reach: int) -> ModelConfig:
   """Returns the same function for `reach` tokens, whose program multiplies no
   more than the model must: experts have as many slots as tokens come in even
   load, and no layer is made again."""
-  factor, moe = 1.0, c.find(MoEConfig)
+  factor = 1.0
+  moe = c.find(MoEConfig)
   if moe is not None and routing.of(moe).experts_choose:
     factor = routing.active_experts(moe) / moe.top_k
   plain = dataclasses.replace(
@@ -181,7 +183,8 @@ def _forward(c: ModelConfig, length: int, decoder_length: int,
              unread: int = 0, prefix: bool = False, prompt: bool = False
              ) -> tuple:
   """Returns the FLOPs of a forward pass over one sequence, by part."""
-  program, *args = _whole(c, length, decoder_length, prefix=prefix)
+  program, *args = _whole(c, length=length, decoder_length=decoder_length,
+                          prefix=prefix)
   return _row_flops(c, program, *args, unread=unread, prompt=prompt)
 
 
@@ -199,7 +202,8 @@ def _backward(c: ModelConfig, length: int, decoder_length: int, unread: int,
   some_trained = parameter_shares(module, optim) or all_trained
 
   # A forward pass; all gradients, of all passes of a loop; and some gradients.
-  program, *args = _whole(c, length, decoder_length, prefix=prefix)
+  program, *args = _whole(c, length=length, decoder_length=decoder_length,
+                          prefix=prefix)
   all_passes = c.with_part(LoopsConfig, gradient_passes=0)
   forward = _row_flops(c, program, *args, unread=unread)
   most = dict(_row_flops(
@@ -237,7 +241,7 @@ def _decode(c: ModelConfig, keys: int, memory: int) -> tuple:
   cache = jax.eval_shape(lambda: architectures.init_cache(c, _rows(c), keys))
   if memory:
     method = 'decode'
-    cache = _with_memory(c, cache, keys=keys, memory=memory)
+    cache = _with_memory(c, cache=cache, keys=keys, memory=memory)
 
   def step(module: Any, params: Any, token: Any, cache: Any):
     position_11 = jnp.full((1, 1), keys - 1)
@@ -495,7 +499,8 @@ def _dot(eqn: jex.JaxprEqn, place: Place) -> Work:
   that each one sums up."""
   del place
   (contracted, _), _ = eqn.params['dimension_numbers']
-  lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
+  lhs = eqn.invars[0].aval
+  out = eqn.outvars[0].aval
   summed = math.prod(lhs.shape[axis] for axis in contracted)
   return Work(flops=2.0 * out.size * summed, nbytes=_nbytes(eqn))
 
@@ -503,7 +508,8 @@ def _dot(eqn: jex.JaxprEqn, place: Place) -> Work:
 def _convolution(eqn: jex.JaxprEqn, place: Place) -> Work:
   """Returns the work of a convolution."""
   del place
-  kernel, numbers = eqn.invars[1].aval, eqn.params['dimension_numbers']
+  kernel = eqn.invars[1].aval
+  numbers = eqn.params['dimension_numbers']
   out_channels = kernel.shape[numbers.rhs_spec[0]]
   of_one_output = kernel.size / out_channels
   flops = 2.0 * eqn.outvars[0].aval.size * of_one_output
@@ -553,7 +559,7 @@ def _grouped(eqn: jex.JaxprEqn, place: Place) -> Work:
     flops *= counts.shape[-1]
     return Work(flops=flops, nbytes=_nbytes(eqn), dense=flops)
   rows = lhs.shape[numbers.lhs_ragged_dimensions[0]]
-  return _even_load(eqn, place, flops=flops, there=rows)
+  return _even_load(eqn, place=place, flops=flops, there=rows)
 
 
 def _megablox(eqn: jex.JaxprEqn, place: Place) -> Work:
@@ -566,7 +572,7 @@ def _megablox(eqn: jex.JaxprEqn, place: Place) -> Work:
   lhs, rhs = arrays[:2]
   flops = 2.0 * lhs.size * eqn.outvars[0].aval.shape[-1]
   by_row = rhs if eqn.params['name'] == 'tgmm' else lhs
-  return _even_load(eqn, place, flops=flops, there=by_row.shape[0])
+  return _even_load(eqn, place=place, flops=flops, there=by_row.shape[0])
 
 
 def _even_load(eqn: jex.JaxprEqn, place: Place, flops: float, there: int

@@ -104,8 +104,11 @@ def analytic(run: runs.Run, kept_in_all: tuple[int, int] | None = None,
     The bytes of each part, by its name; their sum as `peak`; and
     `host_memory`, where anything waits there.
   """
-  c, shape, rules = run.model, run.mesh.shape, run.config.mesh.rules
-  length, width = run.config.data.length, c.compute_dtype.itemsize
+  c = run.model
+  shape = run.mesh.shape
+  rules = run.config.mesh.rules
+  length = run.config.data.length
+  width = c.compute_dtype.itemsize
   micro = run.config.train.grad_accumulation
 
   # The state, and the gradients in float32, as they add up.
@@ -130,7 +133,7 @@ def analytic(run: runs.Run, kept_in_all: tuple[int, int] | None = None,
       micro * devices.shards('tokens', shape, rules))
   widest = 0
   for layer in c.distinct_layers:
-    scores = _scores(run.config, layer, tokens=tokens, platform=platform)
+    scores = _scores(run.config, c=layer, tokens=tokens, platform=platform)
     hidden = 3 * width * tokens * _hidden(layer)
     widest = max(widest, scores, hidden)
   weights = 2 * width * _largest_weight(run, params)
@@ -192,7 +195,8 @@ def _hidden(c: ModelConfig) -> int:
 def _scores(config: Config, c: ModelConfig, tokens: int, platform: str) -> int:
   """Returns the bytes of the scores of a layer of a kind, where a kernel does
   not do without, in an encoder, in a decoder, or in both."""
-  mixer, length = blocks.mixer_of(c), config.data.length
+  mixer = blocks.mixer_of(c)
+  length = config.data.length
   if mixer.at_once:
     return 4 * tokens * mixer.at_once(c)
 
@@ -207,8 +211,8 @@ def _scores(config: Config, c: ModelConfig, tokens: int, platform: str) -> int:
         rule=bool(rule.top),
         prefix=causal and objectives.of(config).prefix,
         dropout=bool(c.attention_dropout))
-    why_not = kernels.refusal(
-        'splash', c, mask, q_length=length, k_length=length, device=platform)
+    why_not = kernels.refusal('splash', c=c, mask=mask, q_length=length,
+                              k_length=length, device=platform)
     if why_not:
       fused = False
   if fused:
@@ -235,7 +239,8 @@ def kept(run: runs.Run) -> tuple[int, int]:
   """Returns the bytes that all devices keep between the passes, of a whole
   batch without accumulation, and those that wait in the hosts' memory: the
   residuals of jax.vjp, but for weights."""
-  config, objective = run.config, objectives.of(run.config)
+  config = run.config
+  objective = objectives.of(run.config)
   module = run.module.clone(
       config=dataclasses.replace(run.model, keep_gathered='none'))
   run = dataclasses.replace(run, module=module)

@@ -116,7 +116,8 @@ def _check_stack(model: ModelConfig, arch: str) -> None:
   """Raises RequestError where a system stacks something else than a model, a
   decoder for an encoder say, so that the two are not trained alike."""
   systems = architectures.systems()
-  ours, theirs = architectures.stack(model), systems[arch].STACK
+  ours = architectures.stack(model)
+  theirs = systems[arch].STACK
   if ours == theirs:
     return
   alike = [name for name, system in systems.items() if system.STACK == ours]
@@ -189,7 +190,8 @@ def _unlike(model: ModelConfig, system: ModelConfig) -> list[Difference]:
   rows = []
   read = flat.reads(model) & flat.reads(system)
   for field in _parts(model.arch):
-    ours, theirs = flat.get(model, field), flat.get(system, field)
+    ours = flat.get(model, field)
+    theirs = flat.get(system, field)
     if ours != theirs and field in read:
       rows.append(Difference(field=field, value=ours, published=theirs))
   if any(row.field in LAYERS for row in rows):

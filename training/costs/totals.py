@@ -216,14 +216,17 @@ def _sizes(module: nn.Module) -> tuple[dict, dict]:
   if moe is not None:
     share_of_experts = routing.active_experts(moe) / moe.num_experts
 
-  sizes, active = {}, {}
+  sizes = {}
+  active = {}
   for path, x in shapes.items():
-    role, used = roles[path], 1.0
+    role = roles[path]
+    used = 1.0
     if role.reads:
       used = role.reads / x.shape[-2]
     elif 'experts' in role.axes:
       used = share_of_experts
-    sizes[path], active[path] = x.size, x.size * used
+    sizes[path] = x.size
+    active[path] = x.size * used
   return sizes, active
 
 

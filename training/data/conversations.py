@@ -276,7 +276,8 @@ class Template:
     text, spans = self._render(messages)
     if not _BLOCK.search(self.text):
       spans = self._differences(messages, text)
-    parts, end_of_last = [], 0
+    parts = []
+    end_of_last = 0
     for first, end in spans:
       parts.append(('shown', text[end_of_last:first]))
       parts.append(('said', text[first:end]))
@@ -444,7 +445,8 @@ def encode(parts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
   the even part where it begins: as transformers masks a {% generation %} block.
   """
   # The ids of the whole text, and where each of them stands in it.
-  ids, places = [], []
+  ids = []
+  places = []
   for piece in re.finditer(_PIECES, ''.join(parts)):
     if piece['spelt']:
       group = 'spelt'
@@ -456,12 +458,14 @@ def encode(parts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
     places.append(spans + piece.start(group))
   if not ids:
     return [np.zeros(0, np.int32) for _ in parts]
-  ids_T, places_T2 = np.concatenate(ids), np.concatenate(places)
+  ids_T = np.concatenate(ids)
+  places_T2 = np.concatenate(places)
 
   # The ids before each part's end. An id that ends at or before the end of an
   # even part is not of the odd one after it.
   ends = np.cumsum([len(part) for part in parts])
-  cuts, before = [], 0
+  cuts = []
+  before = 0
   for number, end in enumerate(ends[:-1]):
     if number % 2 == 0:
       is_before_T = places_T2[:, 1] <= end

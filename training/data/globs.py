@@ -41,7 +41,8 @@ def _folders(tops: list[str]) -> Iterator[str]:
   """Yields some folders and all below them, each once: one to which a link
   leads, too, only where no other path leads to it."""
   seen = set()
-  folders, links = [*reversed(tops)], []
+  folders = [*reversed(tops)]
+  links = []
   while folders or links:
     folder = folders.pop() if folders else links.pop(0)
     if not os.path.isdir(folder) or _identity(folder) in seen:

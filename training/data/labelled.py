@@ -190,11 +190,13 @@ def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
   if not is_table or (fields and not fields[0].isdigit()):
     columns = fields or ('text', 'label')
     for where, row in texts.rows(path):
-      yield _record(where, row, columns, names=columns)
+      yield _record(where, row=row, columns=columns, names=columns)
     return
 
   # Columns are numbered, though the first line may be one of names.
-  columns, names, size = fields, (), 0
+  columns = fields
+  names = ()
+  size = 0
   for number, (where, row) in enumerate(texts.rows(path, names=False)):
     if number == 0:
       size = len(row)
@@ -210,7 +212,7 @@ def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
           f'{where}, has {len(row)} columns: name those of the text and of the '
           'label, as in labelled:GLOB:sentence+label where line 1 has names, '
           'or labelled:GLOB:0+1')
-    yield _record(where, row, columns,
+    yield _record(where, row=row, columns=columns,
                   names=names or _USUAL_NAMES[len(columns)])
 
 
@@ -228,7 +230,9 @@ def _named_columns(where: str, row: dict[str, str], fields: tuple[str, ...]
     RequestError: for a line of names that leaves open which columns are meant.
   """
   # The columns with a name of each kind.
-  named_texts, named_labels, named_numbers = [], [], []
+  named_texts = []
+  named_labels = []
+  named_numbers = []
   for column, cell in row.items():
     name = cell.strip().lower()
     if name in TEXT_NAMES:
@@ -353,7 +357,7 @@ def of_rows(name: str, fields: tuple[str, ...], features: Any
     def records(rows: texts.Rows) -> Iterator[Record]:
       """Yields a text, or a pair of texts, of each row."""
       for where, row in rows:
-        yield _record(where, row, fields, names=fields)
+        yield _record(where, row=row, columns=fields, names=fields)
     return TEXTS, records
 
   if not all(are_lists) or len(fields) != 2:
@@ -504,7 +508,8 @@ def read_questions(path: str) -> Iterator[Paragraph]:
                        f'{error}.') from error
 
   # Ids tell questions apart, and all have answers, or none.
-  ids, unknown = [], set()
+  ids = []
+  unknown = set()
   for paragraph in paragraphs:
     for question in paragraph.questions:
       ids.append(question.id)
@@ -543,7 +548,8 @@ def _paragraphs(asked: Iterable[_Asked]) -> Iterator[Paragraph]:
   """Yields the paragraphs of questions that follow one another."""
   for _, group in itertools.groupby(asked, lambda row: row.paragraph):
     rows = list(group)
-    where, context = rows[0].where, rows[0].context
+    where = rows[0].where
+    context = rows[0].context
     text = _text(context, where)
     questions = [_question(row.question, context, where) for row in rows]
     yield Paragraph(context=text, questions=tuple(questions))
@@ -561,7 +567,8 @@ def _question(asked: dict[str, Any], context: str, path: str) -> Question:
   given = [] if impossible else asked['answers']
   answers = []
   for answer in given:
-    text, start = _text(answer['text'], where), answer['answer_start']
+    text = _text(answer['text'], where)
+    start = answer['answer_start']
     there = context[start:start + len(text)] if start >= 0 else ''
     require(there == text, f'{where}, has the answer {short(text)}, but its '
             f'context has {short(there)} at answer_start={start}')

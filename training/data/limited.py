@@ -22,11 +22,13 @@ from typing import Any
 from common.errors import require
 from training.data import texts
 
-SECONDS, BYTES = 10, 2**30
+SECONDS = 10
+BYTES = 2**30
 WAITS = 30  # times SECONDS until one that waits for something is ended, too
 # A template may write so many characters, and so many times what is said; a
 # tokenizer so many times a text.
-MOST_MORE, MOST_TIMES = 2**20, 8
+MOST_MORE = 2**20
+MOST_TIMES = 8
 # A rule that makes texts long, or a regular expression slow, does so with some
 # of these.
 _PROBE = ''.join(chr(i) * 32 for i in [*range(1, 0x180), 0x2581, 0x65e5])
@@ -47,7 +49,8 @@ def call(what: str, function: str, *args: Any, keep: bool = False) -> Any:
     RequestError: with `what`, and why: an exception, or a limit.
   """
   with _ONE_AT_A_TIME:
-    process, reply = _process(os.getpid()), ''
+    process = _process(os.getpid())
+    reply = ''
     try:
       with contextlib.suppress(BrokenPipeError):  # it has ended
         print(json.dumps([function, *args]), file=process.stdin, flush=True)
@@ -127,7 +130,8 @@ def main() -> None:
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   resource.setrlimit(resource.RLIMIT_DATA, (size, size))
   _, most = resource.getrlimit(resource.RLIMIT_CPU)
-  replies, sys.stdout = sys.stdout, sys.stderr
+  replies = sys.stdout
+  sys.stdout = sys.stderr
   for line in sys.stdin:
     function, *args = json.loads(line)
     until = int(sum(os.times()[:2])) + 1 + seconds

@@ -25,14 +25,16 @@ from training.data.tokenizers import Tokenizer
 
 MANY_LABELS = 50  # so many may be a column of something else than labels
 MOST_WORD_LABELS = 1000
-SHOWN_LABELS, SHOWN_RARE = 20, 5
+SHOWN_LABELS = 20
+SHOWN_RARE = 5
 NO_WORD = -1
 AROUND = 2  # tokens of a row beside a sentence: one before, one after it
 
 
 def of_training(config: Any) -> list[Any]:
   """Returns the records that a run trains on, of all its sources."""
-  data, training = config.data, []
+  data = config.data
+  training = []
   every = 0 if data.eval_source else data.holdout_every
   for _, source in sources.parse(data.source):
     records = list(source.records())
@@ -226,15 +228,17 @@ class Texts(Rows):
       texts += record.texts
     ids = iter(corpus.tokenizer.encode_batch(texts))
 
-    weights, between = self.weights(corpus), separators(corpus.config)
+    weights = self.weights(corpus)
+    between = separators(corpus.config)
     self.items: list[Item] = []
     self.cut = 0
     for record in self.records:
       rows = [next(ids) for _ in record.texts]
-      kept = _fitted(record, rows, corpus, between)
+      kept = _fitted(record, rows=rows, corpus=corpus, between=between)
       if sum(map(len, kept)) < sum(map(len, rows)):
         self.cut += 1
-      target, weight = 0, 1.0
+      target = 0
+      weight = 1.0
       if record.label:
         target = self.target(record)
       if weights is not None:
@@ -391,7 +395,8 @@ def _words(words: Sequence[str], ids: np.ndarray, spans_T2: np.ndarray
   ends_W = np.cumsum([1 + len(word) for word in words]) - 1
 
   # The word in which each token begins, after a space that it begins with.
-  start_T, end_T = spans_T2[:, 0], spans_T2[:, 1]
+  start_T = spans_T2[:, 0]
+  end_T = spans_T2[:, 1]
   begin_T = start_T + np.isin(start_T, ends_W)
   words_T = np.searchsorted(ends_W, begin_T, 'right')
   words_T = np.where(begin_T < end_T, words_T, NO_WORD)
@@ -448,11 +453,13 @@ class Sentences(Rows):
     tokenised = words_of([sentence.words for sentence in self.records],
                          corpus.tokenizer)
     self.items: list[Piece] = []
-    self.num_tokens, self.num_bytes = 0, 0
+    self.num_tokens = 0
+    self.num_bytes = 0
     for i, (sentence, words) in enumerate(zip(self.records, tokenised)):
       numbers_W = self._numbers(sentence)
       shared = stride(config, room, sentence.lines[0])
-      self.items += _pieces(i, words, numbers_W, shared, room)
+      self.items += _pieces(i, words=words, numbers=numbers_W, shared=shared,
+                            room=room)
       self.num_tokens += len(words.ids)
       self.num_bytes += len(' '.join(sentence.words).encode('utf-8'))
 
@@ -546,8 +553,8 @@ class Questions(Rows):
       for question in paragraph.questions:
         number = len(self.contexts)
         self.contexts.append((paragraph.context, spans_T2))
-        self.items += _windows(question, number, asked[number], ids, spans_T2,
-                               corpus)
+        self.items += _windows(question, number=number, asked=asked[number],
+                               ids=ids, spans_T2=spans_T2, corpus=corpus)
         for text in (question.question, paragraph.context):
           self.num_bytes += len(text.encode('utf-8'))
     self.num_tokens = 0
@@ -568,7 +575,8 @@ def _windows(question: labelled.Question, number: int, asked: np.ndarray,
     spans_T2: the characters that each of these stands for.
     corpus: the corpus that it is of.
   """
-  where, length = question.where, corpus.config.data.length
+  where = question.where
+  length = corpus.config.data.length
   between = separators(corpus.config)
   room = length - around(2, between) - len(asked)
   require(room > 0, f'{where}, has {len(asked)} tokens, which leave no room '
@@ -638,8 +646,10 @@ def owners(windows_W2: Sequence[tuple[int, int]], size: int) -> np.ndarray:
   # The context of each token T in each window W.
   place_1T = np.arange(size)[None]
   bounds_W2 = np.array(windows_W2)
-  first_W1, end_W1 = bounds_W2[:, :1], bounds_W2[:, 1:]
-  before_WT, after_WT = place_1T - first_W1, end_W1 - 1 - place_1T
+  first_W1 = bounds_W2[:, :1]
+  end_W1 = bounds_W2[:, 1:]
+  before_WT = place_1T - first_W1
+  after_WT = end_W1 - 1 - place_1T
   context_WT = np.minimum(before_WT, after_WT)
 
   # BERT adds a hundredth of the window's length, which parts equals. A window

@@ -46,12 +46,16 @@ from training.workdir import storage
 
 Document = str | list[tuple[str, str]]
 # The kinds of documents of a source, beside the kinds of labelled records.
-TEXT, TURNS, PAIRS = 'text', 'conversations', 'pairs of texts'
+TEXT = 'text'
+TURNS = 'conversations'
+PAIRS = 'pairs of texts'
 SHARD_BYTES = 256 << 20
 MOST_SHARDS = 1 << 14
 # A parquet file may have so many rows for each of its bytes, and unpack to so
 # many times these, or to so many bytes in all.
-MOST_ROWS, MOST_UNPACKED, LEAST_UNPACKED = 8, 1000, 64 << 20
+MOST_ROWS = 8
+MOST_UNPACKED = 1000
+LEAST_UNPACKED = 64 << 20
 # Which source reads a file of an ending, where it is not text alone.
 _OF_ENDING = {'jsonl': 'jsonl', 'parquet': 'parquet', 'csv': 'labelled',
               'tsv': 'labelled'}
@@ -327,7 +331,8 @@ def _documents(rows: texts.Rows, field: str) -> Iterator[Document]:
   """Yields what rows have in a field; a null is an empty document."""
   for where, row in rows:
     texts.check_columns(row, [field], where)
-    value, where = row[field], f'{where}, field {field!r},'
+    value = row[field]
+    where = f'{where}, field {field!r},'
     if isinstance(value, list):
       yield conversations.parse(value, where)
     elif value is None:
@@ -454,8 +459,9 @@ def _hugging_face(name: str, rest: str) -> Source:
   """A dataset of the hub, or a local folder of one; it is downloaded whole,
   where it is not here."""
   path, config, split, written = (rest.split(':') + [''] * 3)[:4]
-  split, written = split or 'train', written or 'text'
-  dataset = _load_dataset(name, path, config, split)
+  split = split or 'train'
+  written = written or 'text'
+  dataset = _load_dataset(name, path=path, config=config, split=split)
 
   # One field is a document; several are a record.
   fields = tuple(written.split('+'))
@@ -657,7 +663,7 @@ def shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
         file=sys.stderr, flush=True)
   before = stats(part)
   with storage.whole(folder / f'{i:05}.tokens') as write:
-    table = _encode(write, part, tokenizer, begun['dtype'])
+    table = _encode(write, part=part, tokenizer=tokenizer, dtype=begun['dtype'])
   if stats(part) != before:
     raise EnvironmentFailure(
         f'data source {part.name!r} changed while it was being read: start '
@@ -741,7 +747,8 @@ def _chunks(documents: Iterable[Document]
     chars += sum([len(text) for _, text in parts])
     if chars >= CHUNK_CHARS or len(chunk) >= CHUNK_TEXTS:
       yield chunk
-      chunk, chars = [], 0
+      chunk = []
+      chars = 0
   if chunk:
     yield chunk
 
@@ -773,7 +780,8 @@ def encode(tokenizer: Tokenizer, chunk: list[list[tuple[str, str]]]
     for i in range(len(parts)):
       if _answers_part_before(parts, i):
         same = shared(rows[i], rows[i - 1])
-        rows[i - 1], rows[i] = rows[i][:same], rows[i][same:]
+        rows[i - 1] = rows[i][:same]
+        rows[i] = rows[i][same:]
     yield from zip(rows, part_texts)
 
 
@@ -865,10 +873,11 @@ def cached(source: Source, tokenizer: Tokenizer, cache_dir: str
   with _as_shared_as(cache(cache_dir)), _one_at_a_time(path, source.name):
     if not _is_whole(path):  # another process may have made it meanwhile
       next(source.documents())  # what is no text is not hashed before
-      begun = begin(path, source, parts, source.digest(), tokenizer)
+      begun = begin(path, source=source, parts=parts, content=source.digest(),
+                    tokenizer=tokenizer)
       for i, is_done in enumerate(tokens.finished(path, begun)):
         if not is_done:
-          shard(path, i, parts[i], tokenizer, begun)
+          shard(path, i=i, part=parts[i], tokenizer=tokenizer, begun=begun)
       print(f'the tokens are kept in {path}', file=sys.stderr)
   return tokens.load(str(path), source.name)
 

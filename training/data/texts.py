@@ -152,7 +152,8 @@ def _table(path: str, names: bool) -> Rows:
     form = dict(delimiter='\t', quoting=csv.QUOTE_NONE)
   text = io.StringIO(read(path).removeprefix('\ufeff'), newline='')
   reader = csv.reader(text, strict=True, **form)
-  columns, begin = None, 1
+  columns = None
+  begin = 1
   try:
     for cells in reader:
       if any(map(str.strip, cells)):

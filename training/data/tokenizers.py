@@ -178,7 +178,8 @@ class Bytes(Tokenizer):
   """
 
   SPECIAL = ('pad', 'bos', 'eos', 'mask', 'cls', 'sep')
-  LEAST, USUAL = 8, 384
+  LEAST = 8
+  USUAL = 384
 
   def __init__(self, size: int = USUAL):
     self.name = 'bytes' if size == self.USUAL else f'bytes:{size}'
@@ -228,13 +229,15 @@ class Bytes(Tokenizer):
     byte, digits = 0, 0  # of a byte that is not whole yet
     for i in ids:
       if i >= self._base:  # a special token ends it
-        byte, digits = 0, 0
+        byte = 0
+        digits = 0
         continue
       byte = byte * self._base + int(i)
       digits += 1
       if digits == len(self._shifts):
         spelt.append(byte)
-        byte, digits = 0, 0
+        byte = 0
+        digits = 0
     return bytes(spelt)
 
   def piece(self, token):
@@ -264,7 +267,9 @@ class Bytes(Tokenizer):
     # Special tokens, and the text between them.
     names = [re.escape(name) for name in self.added_texts]
     parts = re.split(f'({"|".join(names)})', text)
-    ids, spans, place = [], [], 0
+    ids = []
+    spans = []
+    place = 0
     for part in parts:
       end = place + len(part)
       if part in self.added_texts:
@@ -543,7 +548,8 @@ def _byte_level_table(tokenizer: Any, vocab: dict[str, int]
   import tokenizers
   if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
     return None
-  byte_of, table = _byte_of(), {}
+  byte_of = _byte_of()
+  table = {}
   added = tokenizer.get_added_tokens_decoder()
   for token, i in vocab.items():
     if i in added:

@@ -72,7 +72,8 @@ def chosen(numbers: np.ndarray, every: int | None, split: str, part: str = ''
     part: eval.part, which is read for 'eval'.
   """
   if every is None:
-    wanted, order = np.ones(len(numbers), bool), numbers
+    wanted = np.ones(len(numbers), bool)
+    order = numbers
   else:
     held_out = numbers % every == 0 if every else np.zeros(len(numbers), bool)
     wanted = held_out if split == 'eval' else ~held_out
@@ -115,7 +116,8 @@ class Tokens:
   """
 
   def __init__(self, folder: epath.Path, begun: dict[str, Any]):
-    self.folder, self.begun = folder, begun
+    self.folder = folder
+    self.begun = begun
     self._dtype = np.dtype(begun['dtype'])
     self.table = functools.lru_cache(TABLES)(self._table)
     self._block = functools.lru_cache(BLOCKS)(self._read_block)
@@ -148,7 +150,8 @@ class Tokens:
     """Returns the table of a shard, whose checksum and size are compared."""
     path = self.folder / f'{shard:05}.table'
     data = path.read_bytes()
-    checksum, content = data[:4], data[4:]
+    checksum = data[:4]
+    content = data[4:]
     # The checksum of nothing is 0, as a file of zeros would have it.
     if not content or checksum != zlib.crc32(content).to_bytes(4, 'little'):
       raise damaged(path, 'it has another checksum')
@@ -181,11 +184,14 @@ class Split:
                separator: int):
     """Which documents these are `every`, `split` and `part` say, see
     chosen."""
-    self.tokens, self._chosen = tokens, (every, split, part)
+    self.tokens = tokens
+    self._chosen = (every, split, part)
     self._separator = separator
     # How much of each shard is in the split.
     kinds: set[int] = set()
-    counts, totals, first = [], [], 0
+    counts = []
+    totals = []
+    first = 0
     for table in tokens.tables():
       count = len(table.counts)
       wanted = chosen(first + np.arange(count), *self._chosen)
@@ -200,7 +206,8 @@ class Split:
     self._firsts = bounds(counts)
     documents, sizes, num_bytes = np.array(totals, np.int64).T
     self._starts = bounds(documents + sizes)
-    self.documents, self.of = int(documents.sum()), int(self._firsts[-1])
+    self.documents = int(documents.sum())
+    self.of = int(self._firsts[-1])
     self.num_tokens = int(self._starts[-1])
     self.num_bytes = int(num_bytes.sum())
     self._places = functools.lru_cache(TABLES)(self._find_places)
@@ -227,8 +234,10 @@ class Split:
     high = int(np.searchsorted(starts, end - 1, side='right')) - 1
     # From each of these documents, its tokens between `first` and `end`.
     for k in range(low, high + 1):
-      start, stop = int(starts[k]), int(starts[k + 1]) - 1
-      begin_part, end_part = max(start, first), min(stop, end)
+      start = int(starts[k])
+      stop = int(starts[k + 1]) - 1
+      begin_part = max(start, first)
+      end_part = min(stop, end)
       if begin_part < end_part:
         shift = int(begins[k]) - start
         tokens[begin_part - first:end_part - first] = self.tokens.read(

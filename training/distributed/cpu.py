@@ -19,7 +19,10 @@ import jax
 # The settings of glibc's malloc.h, by which memory that is freed stays in the
 # process: nothing is mapped by its own, the heap is never trimmed, all threads
 # share it, it grows in steps.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+_TRIM_THRESHOLD = -1
+_TOP_PAD = -2
+_MMAP_MAX = -4
+_ARENA_MAX = -8
 _SETTINGS = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_ARENA_MAX, 1),
              (_TOP_PAD, 64 << 20))
 

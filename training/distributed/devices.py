@@ -69,10 +69,11 @@ def on_device(tree: Any) -> int:
 def check_memory(state: Any, mesh: Mesh) -> None:
   """Raises RequestError for a state, as abstract arrays, that is larger than
   all memory of a device, or of this machine where its devices are CPUs."""
-  size, device = on_device(state), mesh.local_devices[0]
+  size = on_device(state)
+  device = mesh.local_devices[0]
   if device.platform == 'cpu':
     size *= len(mesh.local_devices)
-  check_size(size, device, what='parameters and optimiser',
+  check_size(size, device=device, what='parameters and optimiser',
              more=', or more devices over which mesh.fsdp cuts them')
 
 
@@ -256,7 +257,8 @@ def param_shardings(abstract: Any, mesh: Mesh, rules: str):
     names: Sequence[str | None] = ()
     if is_box(x):
       x, names = x.value, x.names
-    return NamedSharding(mesh, spec(x.shape, names, mesh=mesh, rules=rules))
+    return NamedSharding(mesh, spec(x.shape, names=names, mesh=mesh,
+                                    rules=rules))
 
   return jax.tree.map(place, abstract, is_leaf=is_box)
 

@@ -24,7 +24,8 @@ from typing import Any
 NUMBERS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
 _UNREAD = (signal.SIGHUP, signal.SIGPIPE)
 ECHO_SECONDS = 0.5
-_STDOUT, _STDERR = 1, 2
+_STDOUT = 1
+_STDERR = 2
 
 
 class Count:
@@ -68,7 +69,8 @@ class _Printed:
   has no signal for a pipe, and `unread` is called."""
 
   def __init__(self, stream: Any, unread: Callable[[], None]):
-    self._stream, self._unread = stream, unread
+    self._stream = stream
+    self._unread = unread
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._stream, name)

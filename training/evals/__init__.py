@@ -66,7 +66,8 @@ class Evaluation:
     """Returns the loaders of what is held out; see pipeline.held_out."""
     config = self.run.config
     index, count = devices.batch_shard(self.run.place, config.data.batch_size)
-    return pipeline.held_out(config, self.tokenizer, index, count)
+    return pipeline.held_out(config, tokenizer=self.tokenizer,
+                             process_index=index, process_count=count)
 
   def program(self, function: Callable, *of):
     """Returns jax.jit of a function, or the program of an earlier run of this
@@ -402,7 +403,7 @@ def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
   # The model and its parameters.
   model, _ = runs.resolve(config, tokenizer)
   built = runs.build(config, model)
-  restored = parameters.of_run(built, workdir, step, live)
+  restored = parameters.of_run(built, workdir=workdir, step=step, live=live)
   if programs is None:
     programs = {}
   return Evaluation(
@@ -430,7 +431,7 @@ def evaluate(workdir: epath.Path, names: Sequence[str], options: Any,
   Raises:
     RequestError: where a task cannot be done of this run.
   """
-  evaluation = load(workdir, names, options, **how)
+  evaluation = load(workdir, names=names, options=options, **how)
   figures: dict[str, Any] = {'step': evaluation.step}
   if evaluation.what:
     figures['parameters'] = evaluation.what
@@ -489,7 +490,7 @@ def check_in_training(config: Config) -> None:
   require(len({*names}) == len(names), f'eval.tasks is {config.eval.tasks!r}: '
           'name each task once')
   for name in names:
-    check_task(name, None, config, 'eval.tasks')
+    check_task(name, options=None, config=config, where='eval.tasks')
 
   # The figure that the best checkpoint is chosen by.
   name, is_task, figure = config.eval.best.partition('/')

@@ -117,7 +117,8 @@ def best(context: str, windows: Sequence[Window], *, most: int, count: int,
   # The best score of each stretch.
   scores: dict[tuple[int, int], float] = {}
   for window in windows:
-    for place, value in n_best(context, window, most, count).items():
+    for place, value in n_best(context, window=window, most=most,
+                               count=count).items():
       scores[place] = max(value, scores.get(place, -np.inf))
   ranked = sorted(scores.items(), key=lambda item: (-item[1], item[0]))
   stretches = []
@@ -152,7 +153,8 @@ def answers(view: Questions, scores: Sequence[np.ndarray], kind: str,
   windows: list[list[Window]] = [[] for _ in view.questions]
   for item, scores_L2 in zip(view.items, scores, strict=True):
     scores_L2 = np.asarray(scores_L2, np.float64)
-    size, begin = len(item.context), labelled.begin(item)
+    size = len(item.context)
+    begin = labelled.begin(item)
     shown_T2 = scores_L2[begin:begin + size]
     _, spans = view.contexts[item.asked]
     null = scores_L2[labelled.null_place(item, kind)].sum()
@@ -164,9 +166,9 @@ def answers(view: Questions, scores: Sequence[np.ndarray], kind: str,
   may_be_null = not all(question.answers for question in view.questions)
   chosen = []
   for (context, _), shown in zip(view.contexts, windows, strict=True):
-    chosen.append(best(
-        context, shown, most=options.max_answer_length, count=options.n_best,
-        may_be_null=may_be_null, threshold=options.null_threshold))
+    chosen.append(best(context, windows=shown, most=options.max_answer_length,
+                       count=options.n_best, may_be_null=may_be_null,
+                       threshold=options.null_threshold))
   return chosen
 
 
@@ -277,7 +279,9 @@ def written(view: Questions, predictions: Sequence[Best]) -> dict[str, str]:
   best answers}; 'null_odds': {question: how much higher the null score is},
   which that script reads as --na-prob-file. `check_ids` holds for the view.
   """
-  best_texts, stretches, odds = {}, {}, {}
+  best_texts = {}
+  stretches = {}
+  odds = {}
   for question, answer in zip(view.questions, predictions):
     best_texts[question.id] = answer.text
     stretches[question.id] = _n_best_json(answer)

@@ -53,7 +53,8 @@ class Model(api.TemplateLM):
                max_length: int | None = None,
                max_gen_toks: PositiveSize = 256):
     super().__init__()
-    config, model = evaluation.run.config, evaluation.run.model
+    config = evaluation.run.config
+    model = evaluation.run.model
     tokens = evaluation.tokenizer
     reason = scoring.unfit(config)
     require(not reason, f'{reason}, and lm_eval has nothing to ask')
@@ -120,7 +121,8 @@ class Model(api.TemplateLM):
     step = arguments.pop('step')
     if step is not None:
       step = checkpoints.named_step(str(step))
-    return cls(evals.load(workdir, (), None, step=step), **arguments)
+    evaluation = evals.load(workdir, names=(), options=None, step=step)
+    return cls(evaluation, **arguments)
 
   @property
   def eot_token_id(self) -> int:
@@ -209,7 +211,8 @@ class Model(api.TemplateLM):
     """Returns the log-probability of each whole text, in windows that predict
     each token once (lm_eval's get_rolling_token_windows)."""
     texts = [request.args[0] for request in requests]
-    questions, owners = [], []
+    questions = []
+    owners = []
     for i, text in enumerate(texts):
       for pair in utils.get_rolling_token_windows(
           self.tok_encode(text), self._prefix, self.max_length, 1):

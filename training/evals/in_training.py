@@ -45,7 +45,8 @@ class Tasks:
 
   def __init__(self, run: runs.Run, tokenizer: Tokenizer):
     self._names = evals.listed(run.config.eval.tasks)
-    self._run, self._tokenizer = run, tokenizer
+    self._run = run
+    self._tokenizer = tokenizer
     self._programs: dict = {}
     if self._names and jax.process_count() > 1:
       raise RequestError(
@@ -81,7 +82,8 @@ class Tasks:
     evaluation = Evaluation(
         run=self._run, params=params, step=n, tokenizer=self._tokenizer,
         options=None, workdir=workdir, programs=self._programs)
-    results, items = Results(figures={}, lines=[]), {}
+    results = Results(figures={}, lines=[])
+    items = {}
     for name in names or self._names:
       # The task, whose lines are kept.
       printed = io.StringIO()

@@ -24,7 +24,9 @@ TOP = 5  # tokens of the logit lens
 # Dettmers et al. 2022 (LLM.int8(), section 3): a feature is an outlier where
 # its magnitude reaches 6, in at least a quarter of the layers and for at least
 # 6 % of all tokens of all layers.
-MAGNITUDE, LAYERS, TOKENS = 6.0, 0.25, 0.06
+MAGNITUDE = 6.0
+LAYERS = 0.25
+TOKENS = 0.06
 
 
 class Attention(NamedTuple):
@@ -177,7 +179,9 @@ def of(module: nn.Module, params: Any, arrays: Mapping[str, Any],
     routed[field] = _apart(arrays_of_layers, [len(n) for n in moe.values()])
 
   # The figures of each stack.
-  attention, stream, experts = {}, {}, {}
+  attention = {}
+  stream = {}
+  experts = {}
   for i, name in enumerate(tokens):
     attention[name] = _attention(weights[i])._replace(
         previous=previous(weights[i], real[name]),
@@ -223,7 +227,8 @@ def _inputs(config: ModelConfig, arrays: Mapping[str, Any]
     ids = {name: 'tokens_BL'}
     masks = {name: ('segment_ids_BL', 'valid_BL')}
 
-  tokens, real = {}, {}
+  tokens = {}
+  real = {}
   for stack in ids:
     tokens[stack] = np.asarray(arrays[ids[stack]])
     real[stack] = np.ones(tokens[stack].shape, bool)
@@ -235,7 +240,8 @@ def _inputs(config: ModelConfig, arrays: Mapping[str, Any]
 
 def _apart(kept: Any, counts: list[int]) -> list[np.ndarray]:
   """Returns the arrays of each stack, of layers that follow one another."""
-  stacks, first = [], 0
+  stacks = []
+  first = 0
   for count in counts:
     end = first + count
     stacks.append(np.stack(kept[first:end]) if count else np.zeros(0))
@@ -262,7 +268,10 @@ def _stream(states_NBLD: np.ndarray, real_BL: np.ndarray) -> Stream:
   """Returns the figures of a residual stream; real_BL says which tokens are no
   padding."""
   states_NBLD = np.asarray(states_NBLD, np.float32)
-  median, rms, peaks, outlying = [], [], [], []
+  median = []
+  rms = []
+  peaks = []
+  outlying = []
   for b, real_L in enumerate(real_BL):
     magnitudes_NTD = np.abs(states_NBLD[:, b, real_L])  # of the T real tokens
     median.append(np.median(magnitudes_NTD, (1, 2)))

@@ -75,7 +75,8 @@ def paired(pairs: Iterable[Sequence[Mapping | None]]
   """Returns the scores of the first and of the second of each pair of records,
   [pairs, items], and the weights of the items; None where a record is, or they
   are not all of the same items."""
-  first, second = [], []
+  first = []
+  second = []
   for one, other in pairs:
     first.append(one)
     second.append(other)

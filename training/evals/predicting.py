@@ -134,7 +134,8 @@ def predict(module: Any, params: Any, config: objectives.Config, tokenizer: Any,
     RequestError: for a row that is none of these, or has no token.
   """
   # The rows as the records of a source.
-  objective, kind = objectives.of(config), config.objective
+  objective = objectives.of(config)
+  kind = config.objective
   record = _RECORDS[objective.record_kind]
   corpus = sources.Corpus(
       name='the rows', text='the rows', split='eval', tokenizer=tokenizer,
@@ -160,8 +161,9 @@ def predict(module: Any, params: Any, config: objectives.Config, tokenizer: Any,
   del scores[len(view):]
   if kind != 'question_answering':
     return OF_VIEW[kind](view, scores)
-  best = answers.answers(
-      view, scores, architectures.stack(module.config), options)
+  best = answers.answers(view, scores=scores,
+                         kind=architectures.stack(module.config),
+                         options=options)
   return [of_best(one) for one in best]
 
 

@@ -226,7 +226,8 @@ def _program(evaluation: Evaluation, prefix: bool):
     """Returns the losses of the targets, [P], and whether each is the likeliest
     token; what the model knows beforehand is a prefix LM's prefix."""
     # The states of the model.
-    tokens_BL, lengths_B = batch['tokens'], batch['lengths']
+    tokens_BL = batch['tokens']
+    lengths_B = batch['lengths']
     places_1L = jnp.arange(tokens_BL.shape[1])[None]
     real_BL = (places_1L < lengths_B[:, None]).astype(jnp.int32)
     options = {'prefix_B': batch['known']} if prefix else {}

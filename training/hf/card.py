@@ -28,12 +28,14 @@ def write(workdir: epath.Path, config: Any, folder: pathlib.Path, step: int,
   if (folder / hub.CARD).exists():
     return
   # The last evaluation up to the checkpoint.
-  at, losses = None, {}
+  at = None
+  losses = {}
   file = workdir / metrics.METRICS
   if file.exists():
     for row in metrics.read(file):
       if row['split'] == 'eval' and row['step'] <= step:
-        at, losses = row['step'], metrics.scalars(row)
+        at = row['step']
+        losses = metrics.scalars(row)
 
   templates = jinja2.Environment(
       loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True,
@@ -48,7 +50,8 @@ def verdicts(workdir: epath.Path) -> list[dict[str, str]]:
   """Returns the rows with a verdict of the report on the comparison to which a
   run belongs; []: it belongs to none, or there is no report yet."""
   workdir = pathlib.Path(workdir).absolute()
-  comparison, name = workdir.parents[2], workdir.parent.name
+  comparison = workdir.parents[2]
+  name = workdir.parent.name
   if not (comparison / 'sweep.json').exists():
     return []
   # The variant of the run: a point of a sweep is its own.

@@ -72,7 +72,8 @@ class Reader:
     file itself."""
     self.asked: set[str] = set()
     self.notes: list[str] = []
-    self._tree, self._name = tree, name
+    self._tree = tree
+    self._name = name
     self._parts: list[Reader] = []
 
   def __call__(self, name: str, default: Any) -> Any:
@@ -156,7 +157,8 @@ class Reader:
     Raises:
       RequestError: for a known field that was not asked for and may matter.
     """
-    unread, refused = [], []
+    unread = []
+    refused = []
     for name, value in self._tree.items():
       if name in self.asked or NEUTRAL.fullmatch(name) or value is None:
         continue
@@ -338,7 +340,8 @@ def _read_table(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
   return fields
 
 
-REGRESSION, CLASSIFICATION = 'regression', 'single_label_classification'
+REGRESSION = 'regression'
+CLASSIFICATION = 'single_label_classification'
 
 
 def _read_head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
@@ -479,7 +482,8 @@ def _room(config: ModelConfig) -> tuple | None:
   if not moe.group_size:
     return 0, round(share, 6)
   return moe.group_size, routing.capacity(
-      moe.eval_capacity_factor, moe.group_size, moe.top_k, moe.num_experts)
+      moe.eval_capacity_factor, tokens=moe.group_size, choices=moe.top_k,
+      experts=moe.num_experts)
 
 
 def different(ours: ModelConfig, theirs: ModelConfig) -> dict[str, str]:
@@ -494,7 +498,8 @@ def different(ours: ModelConfig, theirs: ModelConfig) -> dict[str, str]:
       if value != other and name not in lines:
         lines[name] = f'model.{name}{where} is {value!r}, not {other!r}'
   for name in ('position', 'block'):  # read beside the layers too
-    value, other = getattr(ours, name), getattr(theirs, name)
+    value = getattr(ours, name)
+    other = getattr(theirs, name)
     if value != other and name not in lines:
       lines[name] = f'model.{name} is {value!r}, not {other!r}'
   return lines

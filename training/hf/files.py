@@ -21,7 +21,8 @@ from training.workdir import storage
 # safetensors.
 DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
 _OURS = {theirs: ours for ours, theirs in DTYPES.items()}
-SAFE, BIN = 'model.safetensors', 'pytorch_model.bin'
+SAFE = 'model.safetensors'
+BIN = 'pytorch_model.bin'
 INDEX = f'{SAFE}.index.json'  # of several files
 
 
@@ -216,7 +217,8 @@ def write(folder: pathlib.Path, files: Mapping[str, list[str]],
     make: the name -> the tensor.
   """
   from safetensors.numpy import save_file
-  total, index = 0, {}
+  total = 0
+  index = {}
   for file, names in files.items():
     tensors = {name: np.asarray(make(name), order='C') for name in names}
     total += sum(x.nbytes for x in tensors.values())

@@ -64,7 +64,8 @@ def of_run(config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Any
   generation_config.json's bos_token_id: that is the id with which every
   sequence of the run begins, the one between documents.
   """
-  special, options = tokenizer.special_ids, None
+  special = tokenizer.special_ids
+  options = None
   ids = {f'{name}_token_id': special.get(name)
          for name in ('bos', 'eos', 'pad')}
   if objectives.of(config).writes:
@@ -164,7 +165,8 @@ def shown(texts: Sequence[str], config: ml_collections.ConfigDict,
     tokens, lengths = padded(rows)
     return Prompts(tokens=tokens, lengths=lengths), tuple(sorted(talk.ends))
   prompts = objective.prompt(texts, config, tokenizer)
-  known_ids(prompts.tokens, config, tokenizer, 'the prompt')
+  known_ids(prompts.tokens, config=config, tokenizer=tokenizer,
+            what='the prompt')
   return prompts, objective.ends(config, tokenizer)
 
 

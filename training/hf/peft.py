@@ -28,7 +28,8 @@ from training import hub
 from training.hf import files as hf_files, weights
 from training.workdir import checkpoints, storage
 
-CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
+CONFIG = 'adapter_config.json'
+WEIGHTS = 'adapter_model.safetensors'
 PREFIX = 'base_model.model.'
 TASKS = {'decoder': 'CAUSAL_LM', 'encoder-decoder': 'SEQ_2_SEQ_LM'}
 # Fields of adapter_config.json, each with the only value of our adapters.
@@ -149,7 +150,7 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
   """
   tree = _read_description(folder / CONFIG)
   source = hf_files.Files(folder / WEIGHTS)
-  c = _with_adapters(c, tree, set(source), folder / CONFIG)
+  c = _with_adapters(c, tree=tree, names=set(source), file=folder / CONFIG)
   shapes = parameter_shapes(architectures.build(c))
 
   # Each adapter is there, and there is no other.

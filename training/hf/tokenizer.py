@@ -18,7 +18,8 @@ from training.data import conversations, tokenizers
 from training.hf import files
 from training.workdir import storage
 
-TEMPLATE, PIPELINE = conversations.FILE, 'tokenizer.json'
+TEMPLATE = conversations.FILE
+PIPELINE = 'tokenizer.json'
 # Files that are copied beside the only file of a tokenizer.
 BESIDE = (tokenizers.CONFIG, 'special_tokens_map.json', 'added_tokens.json')
 # Files that go along with a folder: those that training/data/tokenizers.py
@@ -56,9 +57,11 @@ def take(folder: epath.Path, workdir: epath.Path,
   tokenizer = None
   if tokenizers.files_in(folder):
     tokenizer = tokenizers.load(str(folder))
-  target, copied = folder, {}
+  target = folder
+  copied = {}
   if not storage.in_bucket(workdir):
-    target, copied = workdir / 'tokenizer', _in_folder(folder)
+    target = workdir / 'tokenizer'
+    copied = _in_folder(folder)
     # The rest of an import that was killed may be another's tokenizer.
     written = {*copied}
     if tokenizer is not None:
@@ -130,7 +133,8 @@ def give(workdir: epath.Path, config: ml_collections.ConfigDict,
   sources = _tokenizer_files(workdir, config, step)
   _copy(sources, folder)
   if not is_stand_in(config.data.tokenizer):
-    _complete(runs.tokenizer_of(workdir, config), config, folder, {*sources})
+    _complete(runs.tokenizer_of(workdir, config), config=config, folder=folder,
+              copied={*sources})
 
 
 def save(tokenizer: tokenizers.Tokenizer, config: ml_collections.ConfigDict,
@@ -145,7 +149,7 @@ def save(tokenizer: tokenizers.Tokenizer, config: ml_collections.ConfigDict,
   """
   sources = _own_files(tokenizer)
   _copy(sources, folder)
-  _complete(tokenizer, config, folder, {*sources})
+  _complete(tokenizer, config=config, folder=folder, copied={*sources})
 
 
 def refuse_others(tokenizer: tokenizers.Tokenizer,

@@ -92,13 +92,14 @@ def params(module: nn.Module, like: Any, dense: Any, seed: int) -> Any:
   places = {path: x.sharding for path, x in shapes.items()}
   mesh = next(iter(places.values())).mesh
   old = {path: _on_mesh(x, mesh) for path, x in paths.flatten(dense).items()}
-  theirs, ours = paths.Stacks(old), paths.Stacks(shapes)
+  theirs = paths.Stacks(old)
+  ours = paths.Stacks(shapes)
 
   # Parameters that the dense model does not have.
   new = [path for path in shapes if re.search(NEW, path)]
   drawn = {}
   if new:
-    drawn = weights.draw(module, like, new, seed)
+    drawn = weights.draw(module, like=like, wanted=new, seed=seed)
 
   def make(old: dict[str, jax.Array], drawn: dict[str, jax.Array]
            ) -> dict[str, jax.Array]:
@@ -107,7 +108,8 @@ def params(module: nn.Module, like: Any, dense: Any, seed: int) -> Any:
       if path in drawn:
         flat[path] = drawn[path]
       elif paths.Stacks.has(path):
-        flat[path] = _layers(old, path, x.shape, theirs, ours)
+        flat[path] = _layers(old, path=path, shape=x.shape, theirs=theirs,
+                             ours=ours)
       else:
         flat[path] = old[path]
     return flat

@@ -84,7 +84,7 @@ def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: Seed = 0,
   config = hf_config.read(hf_config.load_config_json(folder), set(files))
   module = architectures.build(dataclasses.replace(
       config, param_dtype=dtype or config.param_dtype))
-  loaded = read_params(module, files, partial=partial, seed=seed)
+  loaded = read_params(module, source=files, partial=partial, seed=seed)
   for line in loaded.skipped:
     warnings.warn(line, stacklevel=2)
   return module, loaded.params
@@ -109,7 +109,8 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
   like = nn.meta.unbox(like or parameter_shapes(module))
   shapes = {path: leaf.shape for path, leaf in paths.flatten(like).items()}
   rows = page.rows(module.config)
-  needed, count = tensor_map.count(rows, shapes), len(list(source))
+  needed = tensor_map.count(rows, shapes)
+  count = len(list(source))
   if not partial and needed > 2 * count + 100:
     raise RequestError(
         f'config.json is of a model of {needed:,} tensors, of which the files '
@@ -134,7 +135,7 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
   # The parameters.
   drawn = {}
   if match.drawn:
-    drawn = draw(module, like, match.drawn, seed)
+    drawn = draw(module, like=like, wanted=match.drawn, seed=seed)
   fills: dict[str, list] = {path: [] for path in shapes}
   for tensor in tensors:
     for which, path in enumerate(tensor.paths):
@@ -188,9 +189,11 @@ class _Match:
       source: the names of the tensors of the files.
       tensors: the tensors of the model.
     """
-    there, ours = source - {*self.placed}, [tensor.name for tensor in tensors]
+    there = source - {*self.placed}
+    ours = [tensor.name for tensor in tensors]
     for words, pattern in optional.items():
-      theirs, wanted = _matching(pattern, there), _matching(pattern, ours)
+      theirs = _matching(pattern, there)
+      wanted = _matching(pattern, ours)
       if theirs and not wanted:
         self.placed += theirs
         self.passed.append(
@@ -239,7 +242,8 @@ class Names:
 
   def __init__(self, page: hf.HuggingFace, source: hf_files.Files,
                config: ModelConfig):
-    self._page, self._source = page, source
+    self._page = page
+    self._source = source
     self._constants = page.constants(config)
     self._spellings = page.spellings_of(config)
 
@@ -269,7 +273,8 @@ class Names:
     name = self.find(tensor.name)
     if name not in self._source:
       return f'{" and ".join(tensor.paths)}: the files have no {tensor.name}'
-    dtype, shape = self._source.dtype(name), self._source.shape(name)
+    dtype = self._source.dtype(name)
+    shape = self._source.shape(name)
     integers = dtype in ('I64', 'int64') and re.fullmatch(
         self._page.integers, tensor.name)
     if dtype not in hf_files.DTYPES and not integers:
@@ -326,7 +331,7 @@ def _fill(leaf: Any, fills: list, names: Names) -> jax.Array:
 
   @functools.cache
   def shard(*ranges: tuple[int, int]) -> np.ndarray:
-    return _shard(leaf.dtype, ranges, fills, names)
+    return _shard(leaf.dtype, ranges=ranges, fills=fills, names=names)
 
   def at(index: tuple[slice, ...]) -> np.ndarray:
     ranges = [part.indices(size)[:2] for part, size in zip(index, leaf.shape)]
@@ -610,7 +615,7 @@ def merge(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
   if not config.lora.rank:
     return module, params
   flat = paths.flatten(nn.meta.unbox(params))
-  merged = {path: _merged(path, x, flat, config.lora.scale)
+  merged = {path: _merged(path, w=x, flat=flat, scale=config.lora.scale)
             for path, x in flat.items() if not is_adapter(path)}
   return (architectures.build(without_adapters(config)),
           checkpoints.nest(merged))
@@ -633,7 +638,8 @@ def _merged(path: str, w: jax.Array, flat: Mapping[str, jax.Array],
   b = jnp.asarray(flat[path + layers.LORA_B], jnp.float32)
   # Matrices, behind the axes of the layers (and the experts).
   stacked = a.ndim + b.ndim - 2 - w.ndim
-  lead, rank = w.shape[:stacked], a.shape[-1]
+  lead = w.shape[:stacked]
+  rank = a.shape[-1]
   inputs = math.prod(a.shape[stacked:-1])
   product = jnp.matmul(a.reshape(*lead, inputs, rank),
                        b.reshape(*lead, rank, -1),

@@ -122,8 +122,9 @@ def token_loss(output: Output, batch: Batch, config: Config) -> Figures:
   train = config.train
   assert output.head is not None, 'a head of a task predicts no tokens'
   loss, sums = losses.cross_entropy(
-      output.hidden, output.head, batch['targets'], batch['weights'],
-      z_loss=train.z_loss, label_smoothing=train.label_smoothing)
+      output.hidden, head=output.head, targets_BL=batch['targets'],
+      weights_BL=batch['weights'], z_loss=train.z_loss,
+      label_smoothing=train.label_smoothing)
   sums['loss'] = loss
   weight = sums.pop('weight')
   figures = {name: Mean(total, weight) for name, total in sums.items()}
@@ -141,7 +142,8 @@ def known_ids(ids: np.ndarray, config: Config, tokenizer: Tokenizer, what: str
   """Raises RequestError for a token that the model does not have."""
   if not lacks_ids(config, tokenizer):
     return
-  size, most = config.model.vocab_size, int(np.max(ids, initial=0))
+  size = config.model.vocab_size
+  most = int(np.max(ids, initial=0))
   if most >= size:
     raise RequestError(
         f'{what} has the token {tokenizer.piece(most)}, whose id is {most}, '
@@ -367,7 +369,8 @@ class Objective:
       assert values.keys() == batch.keys(), (values.keys(), batch.keys())
       for key, value in values.items():
         if may_lack and self._has_ids(key):
-          known_ids(value, config, tokenizer, 'a row of the data')
+          known_ids(value, config=config, tokenizer=tokenizer,
+                    what='a row of the data')
         rows = batch[key]
         if np.shape(value) == rows.shape[1:]:
           rows[row] = value
@@ -483,7 +486,7 @@ READ_BY_SOME = (
 
 
 OBJECTIVES: Mapping[str, Objective] = lazy.Lazy(
-    __name__, __path__, lambda file: file.OBJECTIVES,
+    __name__, path=__path__, read=lambda file: file.OBJECTIVES,
     without=('losses', 'pipeline'))
 
 
@@ -554,7 +557,8 @@ def check_objective(config: Config) -> None:
 def _check_unread(config: Config, name: str) -> None:
   """Raises RequestError unless a field that the objective does not read has its
   default."""
-  value, default = config[name], base.FIELDS[name].default
+  value = config[name]
+  default = base.FIELDS[name].default
   if value == default:
     return
   readers = [other for other, objective in OBJECTIVES.items()
@@ -613,7 +617,8 @@ def mtp_sums(output: Any, batch: Batch, train: Config) -> Figures:
   for depth, hidden_BLD in enumerate(hidden_of_depths, 1):
     targets_BL, weights_BL = mtp_shifted(batch, depth)
     loss, sums = losses.cross_entropy(
-        hidden_BLD, output.head, targets_BL, weights_BL, z_loss=train.z_loss,
+        hidden_BLD, head=output.head, targets_BL=targets_BL,
+        weights_BL=weights_BL, z_loss=train.z_loss,
         label_smoothing=train.label_smoothing)
     figures[MTP_LOSS.format(depth)] = Mean(loss, sums['weight'])
     figures[f'mtp_{depth}_accuracy'] = Mean(sums['accuracy'], sums['weight'])

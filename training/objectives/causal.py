@@ -102,7 +102,8 @@ class Causal(Objective):
       data.document_mask also segment_ids and positions [L]: a separator starts
       a new segment, at position 0, and so does the window.
     """
-    tokens_L, targets_L = item.tokens[:-1], item.tokens[1:]
+    tokens_L = item.tokens[:-1]
+    targets_L = item.tokens[1:]
     predicted_L = np.arange(len(tokens_L)) < item.size - 1
     row = dict(tokens=tokens_L, targets=targets_L, weights=predicted_L)
     if config.data.document_mask:
@@ -139,7 +140,8 @@ class Prefix(Objective):
       tokens, targets, weights [L]; prefix []: how many tokens the prefix has;
       valid [L]: 0 on padding.
     """
-    tokens_L, targets_L = item.tokens[:-1], item.tokens[1:]
+    tokens_L = item.tokens[:-1]
+    targets_L = item.tokens[1:]
     place_L = np.arange(config.data.length)
     valid_L = place_L < item.size - 1
     prefix = int(rng.integers(1, config.data.length))
@@ -268,7 +270,8 @@ def layout(parts: list[tuple[str, np.ndarray]], tokenizer: Tokenizer
   end = np.array([tokenizer.separator_id], np.int32)
   if rendered:
     end = end[:0]
-  pieces, predicted = [end], [np.zeros(len(end), bool)]
+  pieces = [end]
+  predicted = [np.zeros(len(end), bool)]
   for kind, text in parts:
     piece = np.asarray(text, np.int32)
     is_answer = kind in conversations.ANSWERS

@@ -70,7 +70,8 @@ def classified(output: Output, batch: Batch, config: Config, targets: str
                ) -> Figures:
   """Returns the cross-entropy of batch[targets], [B] or [B, L], and how many
   are likeliest."""
-  scores, weights = output.extra['scores'], batch['weights']
+  scores = output.extra['scores']
+  weights = batch['weights']
   smooth = config.train.label_smoothing
   log_p = jax.nn.log_softmax(scores)
   log_p_target = jnp.take_along_axis(
@@ -124,7 +125,8 @@ class TextObjective(Labelled):
       1: of the second text; targets [], weights [].
     """
     first, after = records.special_tokens(tokenizer, stack(config))
-    pieces, types = [[first]], [0]
+    pieces = [[first]]
+    types = [0]
     last = len(item.texts) - 1
     for number, ids in enumerate(item.texts):
       separators = [after]
@@ -157,7 +159,7 @@ class Classification(TextObjective):
     return records.labels_of(config)
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
-    return classified(output, batch, config, 'targets')
+    return classified(output, batch=batch, config=config, targets='targets')
 
 
 class Regression(TextObjective):
@@ -181,7 +183,8 @@ class Regression(TextObjective):
     """
     weights_B = batch['weights']
     error_B = output.extra['scores'][:, 0] - batch['targets']
-    squared, absolute = error_B ** 2, jnp.abs(error_B)
+    squared = error_B ** 2
+    absolute = jnp.abs(error_B)
     return {
         'loss': Mean((weights_B * squared).sum(), weights_B.sum()),
         'mean_absolute_error': Mean((weights_B * absolute).sum(),
@@ -223,7 +226,7 @@ class TokenClassification(Labelled):
     return len(item.ids) + records.AROUND
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
-    return classified(output, batch, config, 'labels')
+    return classified(output, batch=batch, config=config, targets='labels')
 
 
 class QuestionAnswering(Labelled):

@@ -81,7 +81,8 @@ def cross_entropy(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array,
     The sum to differentiate, and sums that nothing is differentiated through:
     `weight`, `accuracy` and, where there is one, `z_loss`.
   """
-  settings = _settings(hidden_BLD, head, z_loss, label_smoothing, chunk)
+  settings = _settings(hidden_BLD, head=head, z_loss=z_loss,
+                       label_smoothing=label_smoothing, chunk=chunk)
   weights_BL = weights_BL.astype(jnp.float32)
   chex.assert_equal_shape([targets_BL, weights_BL])
   loss, tokens = _loss_sum(settings, hidden_BLD, head, targets_BL, weights_BL)
@@ -96,8 +97,10 @@ def cross_entropy(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array,
 def token_losses(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array, *,
                  chunk: int = 0) -> TokenLosses:
   """Returns each token's negative log-likelihood; for evaluation."""
-  settings = _settings(hidden_BLD, head, 0.0, 0.0, chunk)
-  return _token_losses(settings, hidden_BLD, head, targets_BL)
+  settings = _settings(hidden_BLD, head=head, z_loss=0.0, label_smoothing=0.0,
+                       chunk=chunk)
+  return _token_losses(settings, hidden_BLD=hidden_BLD, head=head,
+                       targets_BL=targets_BL)
 
 
 def _token_losses(settings: _Settings, hidden_BLD: jax.Array, head: Head,
@@ -121,7 +124,8 @@ def _loss_sum(settings: _Settings, hidden_BLD: jax.Array, head: Head,
               targets_BL: jax.Array, weights_BL: jax.Array):
   """Returns (sum of weights * losses, TokenLosses, through which no gradient
   goes)."""
-  tokens = _token_losses(settings, hidden_BLD, head, targets_BL)
+  tokens = _token_losses(settings, hidden_BLD=hidden_BLD, head=head,
+                         targets_BL=targets_BL)
   return (weights_BL * tokens.loss).sum(), tokens
 
 
@@ -148,8 +152,9 @@ def _loss_sum_fwd(settings: _Settings, *args):
     x_QBPD, targets_QBP, weights_QBP = chunk
     logits_QBPV, pull = jax.vjp(head.finish, _product(x_QBPD, kernel_DV))
     losses = _losses(settings, logits_QBPV, targets_QBP)
-    d_logits_QBPV = _gradient(settings, logits_QBPV, targets_QBP, weights_QBP,
-                              losses.log_z)
+    d_logits_QBPV = _gradient(settings, logits_QBPV=logits_QBPV,
+                              targets_QBP=targets_QBP, weights_QBP=weights_QBP,
+                              log_z_QBP=losses.log_z)
     [d_QBPV] = pull(d_logits_QBPV)
 
     # The gradients of the head and of the hidden states.
@@ -197,8 +202,8 @@ _loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd, symbolic_zeros=True)
 
 def _product(x_QBPD: jax.Array, kernel_DV: jax.Array):
   """Returns the products of hidden states and the kernel, in float32."""
-  return layers.einsum('QBPD,DV->QBPV', x_QBPD, kernel_DV, x_QBPD.dtype,
-                       jnp.float32)
+  return layers.einsum('QBPD,DV->QBPV', x_QBPD, kernel_DV,
+                       dtype=x_QBPD.dtype, out_dtype=jnp.float32)
 
 
 def _kernel_gradient(x_QBPD: jax.Array, d_QBPV: jax.Array) -> jax.Array:
@@ -209,11 +214,11 @@ def _kernel_gradient(x_QBPD: jax.Array, d_QBPV: jax.Array) -> jax.Array:
   tied kernel around, into one of bfloat16 that it does not have.
   """
   if sharding.one_cpu():
-    d_QDV = layers.einsum('QBPD,QBPV->QDV', x_QBPD, d_QBPV, x_QBPD.dtype,
-                          jnp.float32)
+    d_QDV = layers.einsum('QBPD,QBPV->QDV', x_QBPD, d_QBPV,
+                          dtype=x_QBPD.dtype, out_dtype=jnp.float32)
     return jax.lax.optimization_barrier(d_QDV)
-  return layers.einsum('QBPV,QBPD->QVD', d_QBPV, x_QBPD, x_QBPD.dtype,
-                       jnp.float32)
+  return layers.einsum('QBPV,QBPD->QVD', d_QBPV, x_QBPD,
+                       dtype=x_QBPD.dtype, out_dtype=jnp.float32)
 
 
 def _turned(kernel_DV: jax.Array) -> jax.Array:
@@ -256,7 +261,8 @@ def _gradient(settings: _Settings, logits_QBPV: jax.Array,
               log_z_QBP: jax.Array):
   """Returns the gradient of the weighted losses in the logits,
   (1 + 2 c log_z) softmax(l) - q."""
-  smooth, z_loss = settings.label_smoothing, settings.z_loss
+  smooth = settings.label_smoothing
+  z_loss = settings.z_loss
   p_QBPV = jnp.exp(logits_QBPV - log_z_QBP[..., None])
   q_QBPV = jnp.where(_is_target(logits_QBPV, targets_QBP), 1 - smooth, 0.0)
   if smooth:
@@ -295,11 +301,14 @@ def _settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
 def _cut(settings: _Settings, arrays: tuple[jax.Array, ...]):
   """Returns arrays [B, L, ...] as [chunks, Q, B / rows, P, ...], the length of
   a shard padded with zeros; the weight of a padded token is one of them."""
-  rows, lengths, P = settings.rows, settings.lengths, settings.positions
+  rows = settings.rows
+  lengths = settings.lengths
+  P = settings.positions
 
   def cut(x: jax.Array):
     """Returns one of the arrays as its chunks."""
-    batch, length = x.shape[0] // rows, x.shape[1] // lengths
+    batch = x.shape[0] // rows
+    length = x.shape[1] // lengths
     chunks = -(-length // P)
     x = x.reshape(rows, batch, lengths, length, *x.shape[2:])
     pad = chunks * P - length
@@ -319,7 +328,8 @@ def _join(settings: _Settings, arrays: tuple[jax.Array, ...],
           shape: tuple[int, ...]):
   """Returns arrays [chunks, Q, B / rows, P, ...] as [B, L, ...]: undoes `_cut`.
   """
-  rows, lengths = settings.rows, settings.lengths
+  rows = settings.rows
+  lengths = settings.lengths
 
   def join(x: jax.Array):
     """Returns the chunks of one array as the array."""

@@ -108,7 +108,8 @@ class Stretches:
     first = documents.parts[documents.first]
     sizes = documents.parts[documents.end] - first
     enough = sizes >= self.MIN
-    self._first, self._sizes = first[enough], sizes[enough]
+    self._first = first[enough]
+    self._sizes = sizes[enough]
     require(len(self._first) > 1, f'data source {corpus.name!r} has '
             f'{len(self._first)} document(s) of {self.MIN} tokens or more in '
             f'the split {corpus.split!r}: pairs need two, to take a second '
@@ -146,12 +147,14 @@ def _two_texts(first: np.ndarray, second: np.ndarray, target: bool,
                ) -> Row:
   """Returns [CLS] first [SEP] second [SEP], masked, as a row whose nsp_targets
   is `target`."""
-  cls, sep = tokenizer.cls_id, tokenizer.sep_id
+  cls = tokenizer.cls_id
+  sep = tokenizer.sep_id
   ids = np.concatenate([[cls], first, [sep], second, [sep]]).astype(np.int32)
   after_first = len(first) + 1
   special = np.zeros(len(ids), bool)
   special[[0, after_first, -1]] = True
-  row = _masked(ids, special, rng, config, tokenizer)
+  row = _masked(ids, special=special, rng=rng, config=config,
+                tokenizer=tokenizer)
   row['types'] = np.arange(len(ids)) > after_first
   row['segment_ids'] = np.ones(len(ids))
   row['nsp_targets'] = target
@@ -161,9 +164,10 @@ def _two_texts(first: np.ndarray, second: np.ndarray, target: bool,
 def _masked(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
             config: Config, tokenizer: Tokenizer) -> Row:
   """Returns tokens, targets and weights of a row."""
-  masked, chosen = mask(
-      ids, special, rng, tokenizer, rate=config.data.mask_rate,
-      whole_words=config.data.whole_words, size=config.model.vocab_size)
+  masked, chosen = mask(ids, special=special, rng=rng, tokenizer=tokenizer,
+                        rate=config.data.mask_rate,
+                        whole_words=config.data.whole_words,
+                        size=config.model.vocab_size)
   return dict(tokens=masked, targets=ids, weights=chosen)
 
 
@@ -333,7 +337,8 @@ class MaskedWords(Objective):
       from its separator on, and positions [L] begin with it.
     """
     ids, special, apart = framed(item, config, tokenizer)
-    return _masked(ids, special, rng, config, tokenizer) | apart
+    return _masked(ids, special=special, rng=rng, config=config,
+                   tokenizer=tokenizer) | apart
 
   def arrays(self, config: Config) -> dict[str, Shape]:
     return objectives.document_arrays(config)
@@ -368,7 +373,8 @@ class NextSentence(Objective):
     from_elsewhere = rng.random() >= 0.5
     if from_elsewhere:
       second = item.elsewhere(rng, len(second))
-    return _two_texts(first, second, from_elsewhere, rng, config, tokenizer)
+    return _two_texts(first, second=second, target=from_elsewhere, rng=rng,
+                      config=config, tokenizer=tokenizer)
 
   def arrays(self, config: Config) -> dict[str, Shape]:
     row = objectives.text_arrays(config, 'types', 'segment_ids')
@@ -409,7 +415,8 @@ class SentenceOrder(NextSentence):
     swapped = rng.random() < 0.5
     if swapped:
       first, second = second, first
-    return _two_texts(first, second, swapped, rng, config, tokenizer)
+    return _two_texts(first, second=second, target=swapped, rng=rng,
+                      config=config, tokenizer=tokenizer)
 
 
 class MaskedDiffusion(Objective):

@@ -60,9 +60,14 @@ class Loader:
   def __init__(self, name: str, share: float, text: str, dataset: Sequence,
                views: Sequence, config: Config, tokenizer: Tokenizer,
                split: str, process_index: int, process_count: int):
-    self.name, self.share, self.text = name, share, text
-    self.views, self._dataset, self._config = views, dataset, config
-    self.tokenizer, self._split = tokenizer, split
+    self.name = name
+    self.share = share
+    self.text = text
+    self.views = views
+    self._dataset = dataset
+    self._config = config
+    self.tokenizer = tokenizer
+    self._split = split
     self.objective = objectives.of(config)
     self.beside: Sequence[Loader] = [self]
     self._place = process_index, process_count
@@ -184,7 +189,8 @@ class _Ordered:
   """
 
   def __init__(self, places: Sequence[int], views: Sequence):
-    self.places, self._views = places, views
+    self.places = places
+    self._views = views
     self._starts = np.cumsum([0, *map(len, views)]).tolist()
 
   def __getitem__(self, n: int):
@@ -197,7 +203,8 @@ def lengths(config: Config) -> tuple[int, ...]:
   """Returns the lengths that the rows of a batch may be padded to: data.length
   and, for labelled data, up to data.length_buckets - 1 shorter ones, as far
   from each other as eight tokens or more that mesh.context divides."""
-  length, most = config.data.length, config.data.length_buckets
+  length = config.data.length
+  most = config.data.length_buckets
   if not objectives.of(config).has_lengths:
     return (length,)
   step = math.lcm(8, max(config.mesh.context, 1))
@@ -224,7 +231,8 @@ def training_loader(config: Config, tokenizer: Tokenizer,
   # Grain permutes epoch e by seed + e. Hashed seeds keep the second epoch
   # of seed 0 from being the first of seed 1.
   seeds = np.random.SeedSequence(config.seed).generate_state(len(views))
-  parts, start = [], 0
+  parts = []
+  start = 0
   for view, seed in zip(views, seeds):
     stop = start + len(view)
     places = grain.MapDataset.range(start, stop)
@@ -257,7 +265,8 @@ def held_out(config: Config, tokenizer: Tokenizer, process_index: int = 0,
   Args and raises: those of `training_loader`.
   """
   import grain
-  weights, corpora, views = _views(config, tokenizer, 'eval', bare)
+  weights, corpora, views = _views(config, tokenizer=tokenizer, split='eval',
+                                   bare=bare)
   loaders = []
   for weight, corpus, view in zip(weights, corpora, views):
     dataset = view
@@ -276,7 +285,8 @@ def _views(config: Config, tokenizer: Tokenizer, split: str,
            bare: bool = False) -> tuple[Sequence, Sequence, list]:
   """Returns the weights, corpora and views of a split's sources."""
   view = objectives.of(config).view
-  weights, corpora = zip(*_corpora(config, tokenizer, split, bare))
+  weights, corpora = zip(*_corpora(config, tokenizer=tokenizer, split=split,
+                                   bare=bare))
   return weights, corpora, [view(corpus) for corpus in corpora]
 
 
@@ -309,7 +319,8 @@ def of_tokenizer(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
 def of_sources(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
   """Returns a hash of what each source of a run holds, by its name; where it is
   drawn, of its first rows."""
-  data, hashes = config.data, {}
+  data = config.data
+  hashes = {}
   layout = functools.partial(
       conversations.layout, data.chat_template, tokenizer)
   for spec in filter(None, (data.source, data.eval_source)):
@@ -333,9 +344,11 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str,
   """Yields (weight, sources.Corpus) of each source of the split; raises
   RequestError for records without labels or answers, unless `bare`."""
   data = config.data
-  spec, part = data.source, ''
+  spec = data.source
+  part = ''
   if split == 'eval':
-    spec, part = data.eval_source or data.source, config.eval.part
+    spec = data.eval_source or data.source
+    part = config.eval.part
   layout = functools.partial(
       conversations.layout, data.chat_template, tokenizer)
   for weight, source in sources.parse(spec, layout):
@@ -344,9 +357,11 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str,
       corpus = sources.Corpus(name=source.name, text=source.name, split=split,
                               tokenizer=tokenizer, config=config)
     elif objectives.of(config).record_kind:
-      corpus = _of_records(source, config, tokenizer, split, part, bare)
+      corpus = _of_records(source, config=config, tokenizer=tokenizer,
+                           split=split, part=part, bare=bare)
     else:
-      corpus = _of_text(source, config, tokenizer, split, part)
+      corpus = _of_text(source, config=config, tokenizer=tokenizer, split=split,
+                        part=part)
     yield weight, corpus
 
 
@@ -366,8 +381,9 @@ def _of_records(source: sources.Source, config: Config, tokenizer: Tokenizer,
   records = list(source.records())
   if not bare:
     labelled.refuse_bare(source.name, records)
-  chosen = tokens.chosen(np.arange(len(records)), every, split, part)
-  text = _words(source, every, split, part, taken=chosen.sum(),
+  chosen = tokens.chosen(np.arange(len(records)), every=every, split=split,
+                         part=part)
+  text = _words(source, every=every, split=split, part=part, taken=chosen.sum(),
                 of=len(records))
   return sources.Corpus(
       name=source.name, text=text, split=split, tokenizer=tokenizer,
@@ -395,10 +411,11 @@ def _of_text(source: sources.Source, config: Config, tokenizer: Tokenizer,
     whole = sources.cached(source, tokenizer, config.data.cache_dir)
 
   # Those of the split. Where a source is cut, document 0 is the part already.
-  chosen = tokens.Split(whole, every, split, '' if source.is_cut else part,
-                        tokenizer.separator_id)
-  text = _words(source, every, split, part, taken=chosen.documents,
-                of=chosen.of)
+  chosen = tokens.Split(whole, every=every, split=split,
+                        part='' if source.is_cut else part,
+                        separator=tokenizer.separator_id)
+  text = _words(source, every=every, split=split, part=part,
+                taken=chosen.documents, of=chosen.of)
   return sources.Corpus(
       name=source.name, text=text, split=split, tokenizer=tokenizer,
       config=config, tokens=chosen)
@@ -460,7 +477,9 @@ class Ramp:
 
   def before(self, n):
     """Returns the rows of all batches before batch n, which may be an array."""
-    n, start, total = np.asarray(n), 0, 0
+    n = np.asarray(n)
+    start = 0
+    total = 0
     for until, size in zip(self.until, self.sizes):
       total = total + size * np.clip(n - start, 0, until - start)
       start = until
@@ -481,7 +500,8 @@ def parse_ramp(text: str, batch_size: int) -> Ramp:
   """Returns the ramp of a text; '': none."""
   if not text:
     return Ramp(until=(), sizes=(), last=batch_size)
-  until, sizes = [], []
+  until = []
+  sizes = []
   try:
     for stage in text.split(','):
       step, size = map(int, stage.split(':'))
@@ -516,7 +536,8 @@ def scaled_ramp(text: str, steps: int, short: int) -> str:
 
 def check_ramp(config: Config) -> None:
   """Raises RequestError for a ramp that the run could not honour."""
-  ramp, steps = ramp_of(config), config.train.steps
+  ramp = ramp_of(config)
+  steps = config.train.steps
   if ramp.until and ramp.until[-1] >= steps:
     raise RequestError(
         f'data.batch_ramp is {config.data.batch_ramp!r}, and train.steps is '

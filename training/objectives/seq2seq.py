@@ -127,7 +127,8 @@ def lay_out(source: np.ndarray, target: np.ndarray, start: int) -> Row:
 
 def two_rows(M: int, L: int) -> dict[str, Shape]:
   """Returns the arrays of a row: a source of M tokens, a target of L."""
-  source, target = ((M,), np.int32), ((L,), np.int32)
+  source = ((M,), np.int32)
+  target = ((L,), np.int32)
   return dict(tokens=source, segment_ids=source, decoder_tokens=target,
               decoder_segment_ids=target, targets=target,
               weights=((L,), np.float32))
@@ -150,7 +151,8 @@ def draw(n: int, density: float, mean: float, rng: np.random.Generator
     ends = rng.choice(total - 1, spans - 1, replace=False) + 1
     return np.diff(np.concatenate([[0], np.sort(ends), [total]]))
 
-  stay_lengths, cut_lengths = split(n - cut), split(cut)
+  stay_lengths = split(n - cut)
+  cut_lengths = split(cut)
   lengths = np.stack([stay_lengths, cut_lengths], axis=1).reshape(-1)
   is_cut = np.tile([False, True], spans)
   return np.repeat(is_cut, lengths)
@@ -252,7 +254,8 @@ class SequenceToSequence(Objective):
     """Lays out one pair as `lay_out` does; what is longer than its row is cut
     off."""
     M, L = pair_lengths(config)
-    source, target = item.source, item.target
+    source = item.source
+    target = item.target
     if item.whole:
       source = np.append(source, tokenizer.separator_id)
       target = np.append(target, tokenizer.separator_id)
@@ -285,7 +288,8 @@ class SpanCorruption(SequenceToSequence):
               config: Config, tokenizer: Tokenizer) -> Row:
     """Corrupts the data.length tokens of a window, and lays them out as
     `lay_out` does; both rows end with the separator."""
-    density, mean = config.span.noise_density, config.span.mean_length
+    density = config.span.noise_density
+    mean = config.span.mean_length
     length = config.data.length
     _, most_spans = sizes(length, density, mean)
     sentinels = np.asarray(tokenizer.sentinel_ids, np.int32)
@@ -295,15 +299,17 @@ class SpanCorruption(SequenceToSequence):
             '...): choose another tokenizer, a shorter length or a larger '
             'span.mean_length')
     ids = item.tokens[:min(item.size, length)]
-    start, end = start_id(config, tokenizer), tokenizer.separator_id
+    start = start_id(config, tokenizer)
+    end = tokenizer.separator_id
     if len(ids) < 2:  # nothing to cut out: a row that does not count
       return lay_out(ids, ids[:0], start)
-    cut = draw(len(ids), density, mean, rng)
+    cut = draw(len(ids), density=density, mean=mean, rng=rng)
     source, target = corrupt(ids, cut, sentinels)
     return lay_out(np.append(source, end), np.append(target, end), start)
 
   def arrays(self, config: Config) -> dict[str, Shape]:
-    length, span = config.data.length, config.span
+    length = config.data.length
+    span = config.span
     cut, spans = sizes(length, span.noise_density, span.mean_length)
     end = 1
     return two_rows(length - cut + spans + end, cut + spans + end)
@@ -319,13 +325,15 @@ class Denoising(SequenceToSequence):
               config: Config, tokenizer: Tokenizer) -> Row:
     """Permutes the sentences of a window, fills spans with masks, and lays both
     out as `lay_out` does; both rows end with the separator."""
-    span, end = config.span, tokenizer.separator_id
+    span = config.span
+    end = tokenizer.separator_id
     source = target = item.tokens[:min(item.size, config.data.length - 1)]
     if len(target) > 1:
       ends_sentence = _sentence_ends(tokenizer)[target]
-      source = permute(target, ends_sentence, span.permuted, rng)
+      source = permute(target, ends=ends_sentence, share=span.permuted, rng=rng)
       cut, _ = sizes(len(source), span.noise_density, span.mean_length)
-      source = infill(source, cut, span.mean_length, tokenizer.mask_id, rng)
+      source = infill(source, cut=cut, mean=span.mean_length,
+                      mask=tokenizer.mask_id, rng=rng)
     return lay_out(np.append(source, end), np.append(target, end),
                    start_id(config, tokenizer))
 

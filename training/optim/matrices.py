@@ -309,12 +309,13 @@ def _homes(shape: tuple[int, ...], role: Role, axes: Axes) -> list[tuple]:
   homes = [sharding.weight_places(shape, (None,) * lead + role.axes)]
   is_lone = math.prod(shape[i] for i in axes.batch) == 1
   for side in axes.inputs + axes.outputs:
-    names, places = homes[0][side], list(homes[-1])
+    names = homes[0][side]
+    places = list(homes[-1])
     if not names:
       continue
     places[side] = ()
     if not is_lone:
-      places[_host(shape, axes, places, names)] += names
+      places[_host(shape, axes=axes, places=places, names=names)] += names
     homes.append(tuple(places))
   return homes
 

@@ -72,7 +72,8 @@ def rates(config: ModelConfig, optimizer: str, roles: Any):
   if config.parametrization == 'standard':
     return None
   check_optimizer(config, optimizer)
-  r, head = config.widening, config.head_widening
+  r = config.widening
+  head = config.head_widening
   wider = {'embed': r, 'mlp': r, 'heads': r / head, 'kv_heads': r / head,
            'joined': r, 'head': head, 'vocab': 1.0, 'rows': 1.0, 'table': 1.0,
            'experts': 1.0, 'groups': 1.0, None: 1.0}

@@ -74,7 +74,8 @@ def muon(optim: Optim, roles: Any) -> Transformation:
   its authors' choice.
   """
   direction = matrices.scale_by_muon(roles, optim.momentum)
-  return _with_adam(optim, roles, direction, _is_hidden)
+  return _with_adam(optim, roles=roles, direction=direction,
+                    is_chosen=_is_hidden)
 
 
 def normuon(optim: Optim, roles: Any) -> Transformation:
@@ -82,7 +83,8 @@ def normuon(optim: Optim, roles: Any) -> Transformation:
   matrix. optim.momentum and optim.b2 are its own; 0.95 is its authors' choice
   for both."""
   direction = matrices.scale_by_normuon(roles, optim.momentum, optim.b2)
-  return _with_adam(optim, roles, direction, _is_hidden)
+  return _with_adam(optim, roles=roles, direction=direction,
+                    is_chosen=_is_hidden)
 
 
 def soap(optim: Optim, roles: Any) -> Transformation:
@@ -91,7 +93,8 @@ def soap(optim: Optim, roles: Any) -> Transformation:
   direction = scale_by_soap(
       roles, b1=optim.b1, b2=optim.b2, eps=optim.eps,
       every=optim.precondition_every, most=optim.precondition_max)
-  return _with_adam(optim, roles, direction, _is_matrix)
+  return _with_adam(optim, roles=roles, direction=direction,
+                    is_chosen=_is_matrix)
 
 
 def sgd(optim: Optim, roles: Any) -> Transformation:
@@ -219,8 +222,8 @@ def check_optim(optim: Optim) -> None:
   do not fit each other. A field counts as set where it differs from the default
   of configs/base.py."""
   defaults = base_config.base().optim
-  _check_fields('name', OPTIMIZERS, optim, defaults)
-  _check_fields('schedule', SCHEDULES, optim, defaults)
+  _check_fields('name', table=OPTIMIZERS, optim=optim, defaults=defaults)
+  _check_fields('schedule', table=SCHEDULES, optim=optim, defaults=defaults)
   require(optim.decay_steps == 0 or optim.decay_steps > optim.warmup_steps,
           f'optim.decay_steps is {optim.decay_steps} and optim.warmup_steps '
           f'{optim.warmup_steps}: choose more than these, or 0 for train.steps')
@@ -399,7 +402,8 @@ def opt_state_shardings(tx: Transformation, params: Any,
 
   def place(path: tuple, leaf: Any):
     """Returns the sharding of a leaf of the state."""
-    shape, spec = (), ()
+    shape = ()
+    spec = ()
     for i in range(len(path)):
       if path[i:] in of_parameter:
         shape, spec = of_parameter[path[i:]]

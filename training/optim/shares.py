@@ -60,7 +60,8 @@ def of(optim: ml_collections.ConfigDict, roles: Any, shapes: Any,
 
   def share(key: Any, role: Role, x: Any) -> float | np.ndarray:
     """Returns the share of a parameter, of its rows where these differ."""
-    path, rows = paths.join(key), []
+    path = paths.join(key)
+    rows = []
     for name, power in _rows_of(path, stacks):
       names.append(name)
       freezing = [pattern for pattern in patterns

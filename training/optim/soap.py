@@ -88,9 +88,9 @@ def scale_by_soap(roles: Any, b1: float, b2: float, eps: float, every: int,
                         right=flipped, left_basis=axes, right_basis=flipped)
       of_matrices = [_as_matrices(side, x)
                      for side, x in zip(sides[1:], fields)]
-      step, new = _update(
-          matrices.as_matrices(axes, g), SoapState(state.count, *of_matrices),
-          b1=b1, b2=b2, eps=eps, every=every)
+      step, new = _update(matrices.as_matrices(axes, g),
+                          s=SoapState(state.count, *of_matrices), b1=b1, b2=b2,
+                          eps=eps, every=every)
       new_fields = [_as_before(side, x, old) for side, x, old in zip(
           sides[1:], new[1:], fields)]
       return matrices.as_before(axes, step, g.shape), *new_fields
@@ -163,7 +163,9 @@ def _begin(s: SoapState) -> SoapState:
 def _turn(s: SoapState) -> SoapState:
   """Brings the bases nearer to the eigenvectors, and M and V into them."""
   mean = _out_of(s.mean, s.left_basis, s.right_basis)
-  square, left_basis, right_basis = s.square, s.left_basis, s.right_basis
+  square = s.square
+  left_basis = s.left_basis
+  right_basis = s.right_basis
   if s.left is not None:
     left_basis, order = _nearer(s.left, left_basis)
     square = jnp.take_along_axis(square, order[..., :, None], axis=-2)

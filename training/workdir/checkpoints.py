@@ -166,9 +166,12 @@ class Checkpoints:
                every_minutes: float, keep: int, keep_every: int,
                agree_every: int = 1,
                clock: Callable[[], float] = time.monotonic):
-    self._keep, self._keep_every = keep, keep_every
-    self._every_steps, self._every_seconds = every_steps, 60 * every_minutes
-    self._agree_every, self._clock = agree_every, clock
+    self._keep = keep
+    self._keep_every = keep_every
+    self._every_steps = every_steps
+    self._every_seconds = 60 * every_minutes
+    self._agree_every = agree_every
+    self._clock = clock
     self._last_time = clock()
     self.newest: int | None = None
     self.best: dict[str, Any] | None = None
@@ -230,8 +233,8 @@ class Checkpoints:
     if self.best:
       best_step = self.best['step']
     steps_there = [checkpoint.step for checkpoint in checkpoints]
-    to_keep = kept(steps_there, self._is_good, best_step, keep=self._keep,
-                   keep_every=self._keep_every)
+    to_keep = kept(steps_there, is_good=self._is_good, best=best_step,
+                   keep=self._keep, keep_every=self._keep_every)
     return [step in to_keep for step in steps_there]
 
   def _is_good(self, step: int) -> bool:
@@ -270,7 +273,8 @@ class Checkpoints:
       return False
 
     # The record, with what each array is to be checked by.
-    leaves, sums = paths.flatten(state), checksums(state)
+    leaves = paths.flatten(state)
+    sums = checksums(state)
     arrays = {}
     for name, x in leaves.items():
       arrays[name] = dict(shape=list(x.shape), dtype=str(x.dtype),
@@ -281,7 +285,8 @@ class Checkpoints:
 
     # The save, after the one before it.
     self.wait()
-    self._good[step], self.best = good, best
+    self._good[step] = good
+    self.best = best
     items = ocp.args.Composite(
         state=ocp.args.PyTreeSave(nest(leaves)),
         record=ocp.args.JsonSave(seal(record)))
@@ -364,7 +369,8 @@ def environment_changes(record: dict[str, Any]) -> list[str]:
   Not empty: the run goes on with the same batches, and losses that are equal
   to about 1e-5, but not bit for bit.
   """
-  old, lines = record['environment'], []
+  old = record['environment']
+  lines = []
   for name, value in environment().items():
     if old.get(name) != value:
       lines.append(f'{name}: {old.get(name)} -> {value}')
@@ -491,13 +497,14 @@ def _read(folder: epath.Path, abstract: Any, partial: bool):
     EnvironmentFailure: this machine or the storage cannot read it now.
     _Damaged: it cannot be read, on this process or another, or not as it was.
   """
-  reason, state = '', None
+  reason = ''
+  state = None
   try:
     record = _read_record(folder)
     if callable(abstract):
       abstract = abstract(record['arrays'])
     if abstract is not None:
-      _check_fits(folder, record, wanted=paths.flatten(abstract),
+      _check_fits(folder, record=record, wanted=paths.flatten(abstract),
                   partial=partial)
       state = _read_arrays(folder, record, abstract)
   except (Mismatch, MemoryError):
@@ -545,9 +552,11 @@ def _read_arrays(folder: epath.Path, record: dict[str, Any], abstract: Any
   import orbax.checkpoint as ocp
 
   wanted = paths.flatten(abstract)
-  item, restore_args = {}, {}
+  item = {}
+  restore_args = {}
   for name in record['arrays']:
-    item[name], restore_args[name] = ocp.PLACEHOLDER, ocp.RestoreArgs()
+    item[name] = ocp.PLACEHOLDER
+    restore_args[name] = ocp.RestoreArgs()
   for name, x in wanted.items():
     if name in record['arrays']:
       item[name] = x
@@ -623,7 +632,8 @@ def differences(saved: dict[str, dict[str, Any]], wanted: dict[str, Any]
   here = {name: f'{x.dtype}{list(x.shape)}' for name, x in wanted.items()}
   lines = {}
   for name in here | there:
-    in_checkpoint, as_wanted = there.get(name, 'not'), here.get(name, 'not')
+    in_checkpoint = there.get(name, 'not')
+    as_wanted = here.get(name, 'not')
     if in_checkpoint != as_wanted:
       lines[name] = (f'{name} is {in_checkpoint} in the checkpoint and '
                      f'{as_wanted} here')
@@ -759,7 +769,9 @@ def _sum(x: jax.Array, axes: tuple[tuple[str, ...], ...], mesh: Mesh | None
   # places of the whole array one step along that dimension is.
   shape = x.shape or (1,)
   axes += ((),) * (len(shape) - len(axes))
-  starts, strides, stride = [], [], 1
+  starts = []
+  strides = []
+  stride = 1
   for size, names in reversed(list(zip(shape, axes))):
     index = jax.lax.axis_index(names) if names else 0
     starts.insert(0, jnp.uint32(index) * np.uint32(size))

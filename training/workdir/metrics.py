@@ -79,7 +79,8 @@ class TensorboardWriter:
   def __init__(self, workdir: epath.Path, resumed_step: int):
     from tensorboard.compat.proto import event_pb2, summary_pb2
     from tensorboard.summary.writer import record_writer
-    self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+    self._event = event_pb2.Event
+    self._summary = summary_pb2.Summary
     # The name that TensorBoard looks for. Its own EventFileWriter writes in a
     # thread, which prints what it also raises.
     name = (f'events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.'
@@ -118,7 +119,8 @@ class TrackerWriter:
                config: Mapping[str, Any], local: epath.Path | None = None):
     tracker = importlib.import_module(module)
     workdir = storage.path(workdir)
-    path, name = workdir / f'{module}_id', workdir.absolute().name
+    path = workdir / f'{module}_id'
+    name = workdir.absolute().name
     if not path.exists():
       storage.write(path, secrets.token_hex(4))
     run_id = path.read_text().strip()
@@ -155,7 +157,9 @@ class UploadWriter:
 
   def __init__(self, uploads: storage.Uploads,
                clock: Callable[[], float] = time.monotonic):
-    self._uploads, self._clock, self._last = uploads, clock, clock()
+    self._uploads = uploads
+    self._clock = clock
+    self._last = clock()
 
   def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
     if self._clock() - self._last >= UPLOAD_SECONDS:
@@ -197,8 +201,8 @@ def writers(workdir: epath.Path, config: Mapping[str, Any],
     result.append(TensorboardWriter(uploads.local, resumed_step))
   for module in TRACKERS:
     if config['log'][module]:
-      result.append(TrackerWriter(
-          module, workdir, config, local=uploads.local))
+      result.append(TrackerWriter(module, workdir=workdir, config=config,
+                                  local=uploads.local))
   if storage.in_bucket(workdir):
     result.append(UploadWriter(uploads))
   return result
@@ -264,7 +268,8 @@ def _drop_after(path: pathlib.Path, step: int) -> set[tuple[int, str]]:
   if not path.exists():
     return set()
   lines = path.read_bytes().splitlines(keepends=True)
-  kept, at_step = [], set()
+  kept = []
+  at_step = set()
   for line in lines:
     row = _whole_row(line)
     if not row or row['step'] > step:

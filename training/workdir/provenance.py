@@ -94,7 +94,8 @@ def changes(starts: Iterable) -> list[str]:
   """Returns a line where the code that runs now is not that of the last start,
   as far as both are known."""
   last = list(starts)[-1:]
-  old, new = codes(last), codes([this_start()])
+  old = codes(last)
+  new = codes([this_start()])
   if not old or not new or old == new:
     return []
   return [f'the code has changed since this run was last started: {old[0]} -> '
@@ -123,7 +124,8 @@ def check_data(starts: Iterable, data: Mapping[str, str], allowed: bool
   Raises:
     RequestError: where there is such a source and it may not.
   """
-  before, lines = data_of(starts), []
+  before = data_of(starts)
+  lines = []
   for name, content in data.items():
     if name in before and content != before[name]:
       lines.append('the data have changed since this run was last started: '

@@ -28,7 +28,9 @@ from training import plugins
 from training.workdir import checkpoints, provenance, storage
 
 FORMAT = 1  # the version of config.json
-_FORMAT, _DERIVED, _STARTS = 'format', storage.DERIVED, 'starts'
+_FORMAT = 'format'
+_DERIVED = storage.DERIVED
+_STARTS = 'starts'
 _FILES = 'files'
 MISSING = '(none)'
 
@@ -69,7 +71,8 @@ def save(workdir: epath.Path, config: ml_collections.ConfigDict,
     fields = config.to_dict()
   else:
     fields = as_read(config, model)
-  every_start, now = starts(workdir), provenance.this_start(data)
+  every_start = starts(workdir)
+  now = provenance.this_start(data)
   if not every_start or every_start[-1] != now:
     every_start.append(now)
   tree = {_FORMAT: FORMAT, **fields, _DERIVED: dict(derived or {}),
@@ -206,7 +209,8 @@ def changes(workdir: epath.Path, config: ml_collections.ConfigDict,
   """Returns what differs from the run that has begun in a workdir, if any."""
   if not has_begun(workdir):
     return []
-  old, old_derived = load_config(workdir), load_derived(workdir)
+  old = load_config(workdir)
+  old_derived = load_derived(workdir)
   try:
     before = read_fields(old, old_derived)
   except RequestError as error:
@@ -238,7 +242,8 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
   """
   changes = []
   for name in old | new:
-    before, after = old.get(name, MISSING), new.get(name, MISSING)
+    before = old.get(name, MISSING)
+    after = new.get(name, MISSING)
     if type(before) is type(after) and before == after:
       continue
     kind, why = base.resume(name, old, new)

@@ -124,7 +124,8 @@ def whole(target: epath.Path) -> Iterator[Callable[[bytes], None]]:
       raises passes through.
   """
   # On disk it is written under another name, and moved to its place.
-  on_disk, partial = not in_bucket(target), target
+  on_disk = not in_bucket(target)
+  partial = target
   with writing(target):
     target.parent.mkdir(parents=True, exist_ok=True)
     if on_disk:

@@ -51,7 +51,8 @@ def name_of(source: str) -> str:
 def settings(config: ml_collections.ConfigDict) -> Settings:
   """Returns the settings of a run's probe: where its config leaves a field
   empty or at 0, what is published."""
-  probe, fields = of(config), config.probe
+  probe = of(config)
+  fields = config.probe
   return Settings(
       length=config.data.length, levels=tuple(fields.levels) or probe.levels,
       vocab=fields.vocab or probe.vocab,
@@ -70,7 +71,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   """Raises RequestError for settings of which no row can be drawn, or that the
   probe does not read."""
   name = name_of(config.data.source)
-  probe, chosen = PROBES[name], settings(config)
+  probe = PROBES[name]
+  chosen = settings(config)
   require(bool(probe.vocab) or not config.probe.vocab,
           f'probe.vocab is {config.probe.vocab}, which probe {name!r} does not '
           'read: leave it at 0')
@@ -112,7 +114,7 @@ def digest(name: str) -> str:
       examples=probe.examples, held_out=probe.held_out)
   hashed = hashlib.blake2b(digest_size=16)
   for split in _STREAMS:
-    rows = Rows(probe, published, split, seed=0)
+    rows = Rows(probe, settings=published, split=split, seed=0)
     for number in range(_HASHED_ROWS):
       for array in rows[number]:
         hashed.update(array.astype(np.int64).tobytes())

@@ -32,8 +32,10 @@ from training.data.probes.record import Probe, Row, Settings
 class SelectiveCopying(Probe):
   """Selective copying of MAD."""
 
-  level, levels = 'letters to copy', (16,)
-  vocab, length = 14, 256
+  level = 'letters to copy'
+  levels = (16,)
+  vocab = 14
+  length = 256
   grows = True
   hides = True
 
@@ -41,7 +43,8 @@ class SelectiveCopying(Probe):
            ) -> Row:
     """Returns a row of settings.length: letters with blanks before them, a
     mark, and as many blanks as letters, each of which asks for one."""
-    blank, mark = settings.vocab, settings.vocab + 1
+    blank = settings.vocab
+    mark = settings.vocab + 1
     letters = rng.integers(0, settings.vocab, count)
     blanks = settings.length - 2 * count - 1
     places = np.sort(rng.integers(0, count, blanks))
@@ -60,8 +63,11 @@ class SelectiveCopying(Probe):
 class Copy(Probe):
   """Copying, trained on up to 20 letters and tested on up to 40."""
 
-  level, levels = 'letters', tuple(range(1, 21))
-  vocab, length, examples = 100, 41, 100_000
+  level = 'letters'
+  levels = tuple(range(1, 21))
+  vocab = 100
+  length = 41
+  examples = 100_000
   grows = True
 
   def draw(self, rng: np.random.Generator, count: int, settings: Settings
@@ -69,7 +75,8 @@ class Copy(Probe):
     """Returns letters, a mark, the letters again, of which the end is asked for
     too."""
     letters = rng.integers(0, settings.vocab, count)
-    mark, end = settings.vocab, settings.vocab + 1
+    mark = settings.vocab
+    end = settings.vocab + 1
     answer = self.answer(letters)
     return record.writing(np.append(letters, mark), np.append(answer, end))
 
@@ -97,8 +104,10 @@ PLUS, EQUALS, END = 10, 11, 12  # after the digits
 class Addition(Probe):
   """Sums of two numbers."""
 
-  level, levels = 'digits of the longer number', tuple(range(1, 9))
-  length, examples = 27, 100_000
+  level = 'digits of the longer number'
+  levels = tuple(range(1, 9))
+  length = 27
+  examples = 100_000
   grows = True
 
   def draw(self, rng: np.random.Generator, digits: int, settings: Settings
@@ -109,7 +118,8 @@ class Addition(Probe):
     of the longer one is."""
     # The digits of both.
     sizes = rng.permutation([digits, rng.integers(1, digits + 1)])
-    terms, total = [], 0
+    terms = []
+    total = 0
     for size in sizes:
       term = rng.integers(0, 10, size)
       least = 1 if size > 1 else 0
@@ -132,8 +142,10 @@ class Addition(Probe):
 class Compression(Probe):
   """Compression of MAD."""
 
-  level, levels = 'letters', (31,)
-  vocab, length = 15, 32
+  level = 'letters'
+  levels = (31,)
+  vocab = 15
+  length = 32
   grows = True
   hides = True
   objective = 'compression'

@@ -85,14 +85,15 @@ def _pairs(rng: np.random.Generator, keys: np.ndarray, values: np.ndarray,
 class Recall(Probe):
   """Recall in context of MAD."""
 
-  level, levels = 'letters', (16,)
+  level = 'letters'
+  levels = (16,)
   least = 2
 
   def draw(self, rng: np.random.Generator, vocab: int, settings: Settings
            ) -> Row:
     """Returns a row of pairs of `vocab` letters, half of them keys."""
     keys, values = _alphabets(vocab, settings.most)
-    return _pairs(rng, keys, values, noise=0.0, first_noise=0,
+    return _pairs(rng, keys=keys, values=values, noise=0.0, first_noise=0,
                   settings=settings)
 
   def size(self, vocab: int, settings: Settings) -> int:
@@ -110,7 +111,8 @@ class Recall(Probe):
 class NoisyRecall(Probe):
   """Recall in context among noise, of MAD."""
 
-  level, levels = 'shares of noise', (0.2,)
+  level = 'shares of noise'
+  levels = (0.2,)
   vocab = 16
   least = 0.0
 
@@ -118,8 +120,8 @@ class NoisyRecall(Probe):
            ) -> Row:
     """Returns a row of pairs, of which a share is two ids of noise instead."""
     keys, values = _alphabets(settings.vocab, settings.vocab)
-    return _pairs(rng, keys, values, noise=noise, first_noise=settings.vocab,
-                  settings=settings)
+    return _pairs(rng, keys=keys, values=values, noise=noise,
+                  first_noise=settings.vocab, settings=settings)
 
   def size(self, noise: float, settings: Settings) -> int:
     return 4
@@ -134,7 +136,8 @@ class NoisyRecall(Probe):
 class FuzzyRecall(Probe):
   """Recall in context of keys and values of several letters, of MAD."""
 
-  level, levels = 'longest motifs', (3,)
+  level = 'longest motifs'
+  levels = (3,)
   vocab = 15
 
   def draw(self, rng: np.random.Generator, motif: int, settings: Settings
@@ -198,8 +201,12 @@ FILLER = 0  # the id between the queries, if they are not drawn
 class MQAR(Probe):
   """Multi-query associative recall."""
 
-  level, levels = 'pairs', (4,)
-  vocab, length, examples, held_out = 8192, 64, 100_000, 3_000
+  level = 'pairs'
+  levels = (4,)
+  vocab = 8192
+  length = 64
+  examples = 100_000
+  held_out = 3_000
   grows = True
   hides = True
   fills = True
@@ -263,8 +270,10 @@ def table(keys: int) -> np.ndarray:
 class Memorisation(Probe):
   """Memorisation of MAD."""
 
-  level, levels = 'keys', (127,)
-  length, examples = 32, 256
+  level = 'keys'
+  levels = (127,)
+  length = 32
+  examples = 256
   hides = True
 
   def draw(self, rng: np.random.Generator, keys: int, settings: Settings
@@ -332,7 +341,8 @@ def passkey_text(rng: np.random.Generator, needles: int, length: int
 class Passkey(Probe):
   """Numbers hidden in text."""
 
-  level, levels = 'numbers', (1,)
+  level = 'numbers'
+  levels = (1,)
   length = 256
 
   def draw(self, rng: np.random.Generator, needles: int, settings: Settings

@@ -85,8 +85,11 @@ def _tagged(first: int, tokens: np.ndarray, states: np.ndarray) -> Row:
 class Counting(Probe):
   """Sums of numbers below a modulus, which is the number of letters."""
 
-  level, levels = 'tokens', tuple(range(1, 21))
-  vocab, length, examples = 60, 21, 100_000
+  level = 'tokens'
+  levels = tuple(range(1, 21))
+  vocab = 60
+  length = 21
+  examples = 100_000
   grows = True
   hides = True
 
@@ -132,7 +135,8 @@ class Permutations(Counting):
   vocab = 0
 
   def __init__(self, things: int, even: bool = False):
-    self._things, self._even = things, even
+    self._things = things
+    self._even = even
 
   def draw(self, rng: np.random.Generator, count: int, settings: Settings
            ) -> Row:
@@ -161,8 +165,10 @@ def successors(letters_T: np.ndarray) -> np.ndarray:
 class Induction(Probe):
   """Induction heads, in one hop or several."""
 
-  level, levels = 'hops', (1,)
-  vocab, length = 16, 64
+  level = 'hops'
+  levels = (1,)
+  vocab = 16
+  length = 64
   hides = True
 
   def draw(self, rng: np.random.Generator, hops: int, settings: Settings
@@ -187,7 +193,8 @@ class Induction(Probe):
 
 def places(letters_T: np.ndarray, hops: int) -> np.ndarray:
   """Returns where each place's hops end; -1: there are not so many."""
-  step_T, place_T = successors(letters_T), np.arange(len(letters_T))
+  step_T = successors(letters_T)
+  place_T = np.arange(len(letters_T))
   for _ in range(hops):
     place_T = np.where(place_T < 0, -1, step_T[place_T])
   return place_T
@@ -196,8 +203,11 @@ def places(letters_T: np.ndarray, hops: int) -> np.ndarray:
 class Hops(Probe):
   """Several hops, in the published form."""
 
-  level, levels = 'hops', tuple(range(17))
-  vocab, length, examples = 4, 99, 100_000
+  level = 'hops'
+  levels = tuple(range(17))
+  vocab = 4
+  length = 99
+  examples = 100_000
   least = 0
   hides = True
 
@@ -206,7 +216,8 @@ class Hops(Probe):
     """Returns a row that fills settings.length: an id that says how many hops,
     then letters of which none is followed by itself. Each of them asks, for a
     letter or for the symbol of no such place."""
-    vocab, none = settings.vocab, settings.vocab + settings.most + 1
+    vocab = settings.vocab
+    none = settings.vocab + settings.most + 1
     steps_T = rng.integers(1, vocab, settings.length - 1)
     letters_T = (rng.integers(vocab) + np.cumsum(steps_T)) % vocab
     place_T = places(letters_T, hops)
@@ -291,7 +302,7 @@ class Depo(Probe):
     count = most = most_words(self._words, settings.length)
     if not settings.test:
       count = 3 + rng.choice(most - 2, p=_shares(most))
-    circle = _spelled(rng, count, self._words, letters)
+    circle = _spelled(rng, count=count, words=self._words, letters=letters)
     asked = rng.permutation(count)[:QUESTIONS]
     if settings.test:
       steps = np.full(len(asked), hops)
@@ -299,7 +310,8 @@ class Depo(Probe):
       steps = rng.choice(settings.levels, len(asked))
 
     # Each word and the next, in no order.
-    start, answers = 2 * letters, 2 * letters + 1
+    start = 2 * letters
+    answers = 2 * letters + 1
     tokens = [start]
     for i in rng.permutation(count).tolist():
       tokens += [*circle[i], *circle[(i + 1) % count]]
@@ -312,7 +324,8 @@ class Depo(Probe):
       first = len(tokens) - 1
       asking += range(first, first + len(word))
       tokens += word
-    row, places_A = np.array(tokens), np.array(asking)
+    row = np.array(tokens)
+    places_A = np.array(asking)
     return record.asking(row[:-1], places_A, row[places_A + 1])
 
   def size(self, hops: int, settings: Settings) -> int:
@@ -343,8 +356,11 @@ FORMS = 2
 class Mano(Probe):
   """Mano of Physics of Language Models 4.1."""
 
-  level, levels = 'operators', tuple(range(1, 11))
-  vocab, length, examples = 23, 24, 100_000
+  level = 'operators'
+  levels = tuple(range(1, 11))
+  vocab = 23
+  length = 24
+  examples = 100_000
   longer = False
   hides = True
 
@@ -384,7 +400,8 @@ def _formula(rng: np.random.Generator, count: int, modulus: int
   if count == 0:
     value = int(rng.integers(modulus))
     return [value], value
-  which, left = int(rng.integers(len(OPERATORS))), int(rng.integers(count))
+  which = int(rng.integers(len(OPERATORS)))
+  left = int(rng.integers(count))
   sign = _either(rng, modulus + FORMS * which)
   first, x = _formula(rng, left, modulus)
   second, y = _formula(rng, count - 1 - left, modulus)

@@ -76,7 +76,8 @@ class Extrapolation(Task):
     return objective.every_token
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    model, length = evaluation.run.model, evaluation.run.config.data.length
+    model = evaluation.run.model
+    length = evaluation.run.config.data.length
 
     # Each variant of the model reads each length.
     curves: dict[str, dict[int, np.ndarray | None]] = {}
@@ -89,15 +90,16 @@ class Extrapolation(Task):
       for name, variant in variants.items():
         curve = None
         if variant is not None:  # else the model refuses the length
-          curve = _by_position(evaluation, variant, sources, texts[multiple])
+          curve = _by_position(evaluation, model=variant, sources=sources,
+                               text=texts[multiple])
         curves.setdefault(name, {})[multiple] = curve
 
     # The table and the picture.
     print(table(curves, texts, length))
     path = evaluation.workdir / FILE
-    plot(curves, texts, length, path)
+    plot(curves, texts=texts, length=length, path=path)
     print(f'loss by position: {path}')
-    return _figures(curves, texts, length, model.position)
+    return _figures(curves, texts=texts, length=length, position=model.position)
 
 
 def _figures(curves: Curves, texts: Mapping[int, Text], length: int,
@@ -130,7 +132,8 @@ def _figures(curves: Curves, texts: Mapping[int, Text], length: int,
 
 def loss_at(curve: Any, text: Text, where: slice = slice(None)) -> float:
   """Returns the loss of the tokens at some positions; nan: there are none."""
-  losses, weights = curve[where], text.weights[where]
+  losses = curve[where]
+  weights = text.weights[where]
   there = text.tokens[where] > 0
   if not there.any():
     return math.nan
@@ -145,12 +148,14 @@ def _sources(evaluation: Evaluation, multiple: int) -> Iterator[Source]:
   config = evaluation.run.config.copy_and_resolve_references()
   place = evaluation.run.place
   longest = max(MULTIPLES)
-  length, pieces = config.data.length * longest, longest // multiple
+  length = config.data.length * longest
+  pieces = longest // multiple
   shards = math.prod(evaluation.run.mesh.shape.values())
   rows = max(config.data.batch_size // longest // shards, 1) * shards
   config.data.update(length=length, batch_size=rows)
   index, count = devices.batch_shard(place, rows)
-  for loader in pipeline.held_out(config, evaluation.tokenizer, index, count):
+  for loader in pipeline.held_out(config, tokenizer=evaluation.tokenizer,
+                                  process_index=index, process_count=count):
     batches = []
     tokens = 0.0
     for whole in loader.cut(-(-TOKENS // length)).iterate():
@@ -169,7 +174,8 @@ def _cut(batch: Mapping[str, np.ndarray], pieces: int, tokenizer: Tokenizer
     return cut
 
   # The rows are packed documents, which are counted from a row's beginning.
-  segments, places = [], []
+  segments = []
+  places = []
   for row_L in cut['tokens']:
     documents = objectives.documents(row_L == tokenizer.separator_id)
     segments.append(documents['segment_ids'])
@@ -255,7 +261,8 @@ def plot(curves: Curves, texts: Mapping[int, Text], length: int, path: Any
     if not taken:
       continue
     longest = max(taken)
-    curve, text = by_multiple[longest], texts[longest]
+    curve = by_multiple[longest]
+    text = texts[longest]
 
     # Bins of equal width on the logarithmic axis; a loss of nan is a gap.
     edges = np.unique(np.geomspace(1, len(curve), 25).astype(int))

@@ -117,7 +117,8 @@ class Inspect(Task):
   def shown(self, evaluation: Evaluation) -> Read:
     """Lays out --prompt, and --target of an encoder-decoder."""
     tokenizer = evaluation.tokenizer
-    prompt, target = evaluation.options.prompt, evaluation.options.target
+    prompt = evaluation.options.prompt
+    target = evaluation.options.target
     stack = architectures.stack(evaluation.run.model)
     if target and stack != 'encoder-decoder':
       raise RequestError(f'--target is {short(target)}, but a {stack} has no '
@@ -133,13 +134,14 @@ class Inspect(Task):
     return read
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    model, tokenizer = evaluation.run.model, evaluation.tokenizer
+    model = evaluation.run.model
+    tokenizer = evaluation.tokenizer
     read = evaluation.shown
 
     # The record of the model, with the induction that is measured apart.
     inspected = inspection.of(
-        evaluation.run.module, evaluation.params, read.arrays,
-        min(evaluation.options.top_tokens, model.vocab_size))
+        evaluation.run.module, params=evaluation.params, arrays=read.arrays,
+        top=min(evaluation.options.top_tokens, model.vocab_size))
     measures = by_head(inspected, _repeated(evaluation))
 
     # The tokens as a reader is shown them.
@@ -162,15 +164,17 @@ class Inspect(Task):
         inspected, title=f'Inside {model.arch}', about=about, texts=texts,
         spell=spell, measures=measures))
     print('\n'.join([*about[1:], f'attention maps and all else: {path}']))
-    figures = _figures(inspected, texts, measures, spell)
+    figures = _figures(inspected, texts=texts, measures=measures, spell=spell)
     figures['page'] = str(path)
     return figures
 
 
 def _read(evaluation: Evaluation, stack: str) -> Read:
   """Returns what a model that stacks `stack` reads, as in training."""
-  config, tokenizer = evaluation.run.config, evaluation.tokenizer
-  prompt, objective = evaluation.options.prompt, objectives.of(config)
+  config = evaluation.run.config
+  tokenizer = evaluation.tokenizer
+  prompt = evaluation.options.prompt
+  objective = objectives.of(config)
   if stack == 'encoder-decoder':
     prompts = objective.prompt([prompt], config, tokenizer)
     source_1M = prompts.arguments['source_BM']
@@ -180,7 +184,8 @@ def _read(evaluation: Evaluation, stack: str) -> Read:
         tokens=dict(encoder=source_1M[0], decoder=shown_1L[0]), notes=[note])
   if objective.writes:
     folder = hf_generation.published(evaluation.workdir, evaluation.step)
-    prompts, _ = hf_generation.shown([prompt], config, tokenizer, folder)
+    prompts, _ = hf_generation.shown([prompt], config=config,
+                                     tokenizer=tokenizer, generation=folder)
     return Read(arrays=dict(tokens_BL=prompts.tokens, **prompts.arguments),
                 tokens={stack: prompts.tokens[0]}, notes=[])
   before, after = reading.around(evaluation)
@@ -194,7 +199,8 @@ def _target(evaluation: Evaluation, prompts: objectives.Prompts
             ) -> tuple[np.ndarray, str]:
   """Returns what the decoder of an encoder-decoder is shown, [1, L], and a
   sentence on it."""
-  tokenizer, target = evaluation.tokenizer, evaluation.options.target
+  tokenizer = evaluation.tokenizer
+  target = evaluation.options.target
   start_1L = prompts.tokens
   if target:
     ids = tokenizer.encode(target)
@@ -217,7 +223,8 @@ def _target(evaluation: Evaluation, prompts: objectives.Prompts
 def _repeated(evaluation: Evaluation) -> np.ndarray | None:
   """Returns the induction score of each head of a decoder, [N, H], on random
   tokens that come twice; None of other models, and of very short ones."""
-  model, tokenizer = evaluation.run.model, evaluation.tokenizer
+  model = evaluation.run.model
+  tokenizer = evaluation.tokenizer
   if architectures.stack(model) != 'decoder':
     return None
 
@@ -235,9 +242,8 @@ def _repeated(evaluation: Evaluation) -> np.ndarray | None:
     drawn = random.choice(usual, size, replace=False)
     rows.append(np.concatenate([[tokenizer.separator_id], drawn, drawn]))
   tokens_BL = np.stack(rows).astype(np.int32)
-  inspected = inspection.of(
-      evaluation.run.module, evaluation.params, dict(tokens_BL=tokens_BL),
-      top=0)
+  inspected = inspection.of(evaluation.run.module, params=evaluation.params,
+                            arrays=dict(tokens_BL=tokens_BL), top=0)
   return inspected.attention['decoder'].induction.mean(1)
 
 
@@ -343,7 +349,8 @@ def page(inspected: Inspection, title: str, about: Sequence[str],
       loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True,
       undefined=jinja2.StrictUndefined)
   template = environment.get_template('inspect.html')
-  sections = list(_sections(inspected, texts, spell, measures))
+  sections = list(_sections(inspected, texts=texts, spell=spell,
+                            measures=measures))
   return template.render(
       title=title, about=about, data=data, sections=sections).lstrip()
 
@@ -381,9 +388,11 @@ def _sections(inspected: Inspection, texts: Mapping[str, Sequence[str]],
     yield dict(id=f'stream-{name}', heading=f'Residual stream of the {name}',
                kind='stream', **_stream(stream, texts[name]))
   if inspected.lens is not None:
-    name, predicted = 'encoder', 'the token itself'
+    name = 'encoder'
+    predicted = 'the token itself'
     if 'decoder' in inspected.stream:
-      name, predicted = 'decoder', 'the next token'
+      name = 'decoder'
+      predicted = 'the next token'
     rows = _lens(inspected.lens, texts[name], spell)
     yield dict(id='lens', heading='Logit lens', kind='lens',
                predicted=predicted,
@@ -391,7 +400,7 @@ def _sections(inspected: Inspection, texts: Mapping[str, Sequence[str]],
   for name, experts in inspected.experts.items():
     rows = []
     for n in range(len(experts.layers)):
-      rows.append([_expert(experts, n, i, texts[name])
+      rows.append([_expert(experts, n=n, i=i, texts=texts[name])
                    for i in range(len(texts[name]))])
     yield dict(id=f'experts-{name}', heading=f'Experts of the {name}',
                kind='experts', count=experts.probabilities.shape[-1],
@@ -420,7 +429,8 @@ def _stream(stream: Stream, texts: Sequence[str]) -> dict[str, Any]:
   # The norm of each token after each layer: the darker the larger.
   norms_NL = stream.norms[:, 0]
   logs_NL = np.log(np.maximum(norms_NL, 1e-9))
-  least, most = logs_NL.min(), logs_NL.max()
+  least = logs_NL.min()
+  most = logs_NL.max()
   heat_NL = (logs_NL - least) / max(most - least, 1e-9)
   rows = []
   for n in range(len(norms_NL)):
@@ -431,9 +441,11 @@ def _stream(stream: Stream, texts: Sequence[str]) -> dict[str, Any]:
     rows.append(row)
 
   # The largest features of each layer.
-  names, layers = _layers(len(norms_NL)), []
+  names = _layers(len(norms_NL))
+  layers = []
   for n, peaks_D in enumerate(stream.peaks[:, 0]):
-    median, rms = stream.median[n, 0], stream.rms[n, 0]
+    median = stream.median[n, 0]
+    rms = stream.rms[n, 0]
     largest = []
     for d in np.argsort(-peaks_D, kind='stable')[:FEATURES].tolist():
       peak = peaks_D[d]
@@ -457,7 +469,8 @@ def _times(x: float, of: float) -> str:
 
 def _expert(experts: Experts, n: int, i: int, texts: Sequence[str]) -> Cell:
   """Returns the cell of token i in layer n of the layers of experts."""
-  gates_E, shares_E = experts.gates[n, 0, i], experts.probabilities[n, 0, i]
+  gates_E = experts.gates[n, 0, i]
+  shares_E = experts.probabilities[n, 0, i]
 
   # The experts that the router chose, the largest gate first.
   chosen = np.flatnonzero(experts.chosen[n, 0, i])

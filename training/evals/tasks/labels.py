@@ -107,8 +107,9 @@ class Labels(Task):
                            f'objective {config.objective!r} gives none')
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    loaders = pipeline.held_out(evaluation.run.config, evaluation.tokenizer,
-                                in_order=True, bare=True)
+    loaders = pipeline.held_out(evaluation.run.config,
+                                tokenizer=evaluation.tokenizer, in_order=True,
+                                bare=True)
     _check_loaders(loaders, evaluation)
 
     # The answers of each source, and how good they are.
@@ -188,7 +189,8 @@ def _write(path: Any, results: Sequence[Measured]) -> None:
 def scores(evaluation: Evaluation, loader: pipeline.Loader) -> list[np.ndarray]:
   """Returns the scores of each row of a loader's view, in its order: [K], or
   of each token [L, K], where L is the length that its batch was padded to."""
-  objective, module = loader.objective, evaluation.run.module
+  objective = loader.objective
+  module = evaluation.run.module
 
   def scores_of(params: Any, batch: Any):
     """Returns the scores of each row of a batch."""
@@ -210,7 +212,8 @@ def of_scores(view: Any, scores: Sequence[np.ndarray], *_: Any) -> Measured:
   """
   # The predictions.
   predicted = predicting.of_texts(view, scores)
-  predictions, table = [], []
+  predictions = []
+  table = []
   for record, one in zip(view.records, predicted):
     predictions.append(_record(record) | {
         'predicted': one.label, 'probabilities': one.probabilities})
@@ -259,7 +262,8 @@ def of_texts(view: Any, written: Sequence[tuple[str, str, bool]],
     names.append(NONE)
 
   # The predictions.
-  predictions, table = [], []
+  predictions = []
+  table = []
   for (text, target), pair in zip(rows, view):
     source = evaluation.tokenizer.decode(pair.source)
     predictions.append({'texts': [source], 'label': target, 'predicted': text})
@@ -325,7 +329,8 @@ def of_numbers(view: Any, scores: Sequence[np.ndarray], *_: Any) -> Measured:
   """Measures numbers, [1] of each row."""
   # The predictions.
   predicted = np.array(predicting.of_numbers(view, scores))
-  predictions, table = [], []
+  predictions = []
+  table = []
   for record, value in zip(view.records, predicted):
     predictions.append(_record(record) | {'predicted': float(value)})
     table.append(_columns(record) | {'predicted': float(value)})
@@ -377,7 +382,8 @@ def of_words(view: records.Sentences, scores: Sequence[np.ndarray], *_: Any
   """
   # The predictions.
   sentences = predicting.of_words(view, scores)
-  without, table = 0, []
+  without = 0
+  table = []
   for number, record in enumerate(view.records):
     sentence = sentences[number]
     without += int(np.isnan(sentence.probabilities).sum())
@@ -448,7 +454,8 @@ def entities(right: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
   """
   from seqeval import metrics, scheme
   lenient = _entity_figures(right, predicted)
-  strict = _entity_figures(right, predicted, mode='strict', scheme=scheme.IOB2)
+  strict = _entity_figures(right, predicted=predicted, mode='strict',
+                           scheme=scheme.IOB2)
 
   figures: dict[str, Any] = dict(lenient['micro avg'])
   strict_figures = {}
@@ -482,7 +489,8 @@ def of_questions(view: records.Questions, scores: Sequence[np.ndarray],
                  evaluation: Evaluation) -> Measured:
   """Measures answers to questions."""
   kind = architectures.stack(evaluation.run.model)
-  predictions = answers.answers(view, scores, kind, evaluation.options)
+  predictions = answers.answers(view, scores=scores, kind=kind,
+                                options=evaluation.options)
   table = []
   for question, best in zip(view.questions, predictions):
     chosen = predicting.of_best(best)

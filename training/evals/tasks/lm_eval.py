@@ -178,7 +178,8 @@ def _names(options: Any) -> list[str]:
 def _manager(options: Any) -> Any:
   """Returns lm_eval's list of tasks: ours and those of a folder, and where one
   of --lm_eval is none of these, its own thousands, too."""
-  folder, data = options.lm_eval_tasks, options.lm_eval_data
+  folder = options.lm_eval_tasks
+  data = options.lm_eval_data
   manager = _listed(folder, data, True)
   if {*_names(options)} <= {*manager.all_tasks}:
     return manager

@@ -149,7 +149,8 @@ def measures(nats: float, tokens: int, documents: list[str]) -> dict[str, Any]:
   Its words are what white space separates, and the ends of its lines: the
   convention of WikiText, whose test set has 245,569 such words.
   """
-  words, size = 0, 0
+  words = 0
+  size = 0
   for text in documents:
     words += len(text.split()) + text.count('\n')
     size += len(text.encode())
@@ -175,7 +176,8 @@ def _documents(evaluation: Evaluation) -> tuple[str, list[str]]:
   if source.is_cut:  # to the part
     part = ''
   documents = list(source.documents())
-  chosen = tokens.chosen(np.arange(len(documents)), every, 'eval', part)
+  chosen = tokens.chosen(np.arange(len(documents)), every=every, split='eval',
+                         part=part)
   kept = [document for document, keep in zip(documents, chosen) if keep]
   require(all(isinstance(x, str) for x in kept), f'{source.name} holds pairs '
           'or conversations: --stride is for text')
@@ -219,14 +221,17 @@ class DiffusionBound(Task):
     return objective.bound
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    run, loaders = evaluation.run, evaluation.held_out()
+    run = evaluation.run
+    loaders = evaluation.held_out()
     count = evaluation.options.bound_samples
-    program = bound_program(
-        run.module, run.config, evaluation.tokenizer.mask_id, count)
+    program = bound_program(run.module, config=run.config,
+                            mask=evaluation.tokenizer.mask_id, count=count)
     step = evaluation.program(program, 'diffusion_bound', count)
 
     # The bound of each source, and its standard error.
-    bounds, errors, tokens = [], [], 0.0
+    bounds = []
+    errors = []
+    tokens = 0.0
     for loader in loaders:
       total_6 = np.zeros(len(BoundSums._fields))
       batches = progress.each(
@@ -359,7 +364,8 @@ def _document_sums(evaluation: Evaluation, step: Any, loader: pipeline.Loader
     loader: the loader of the source.
   """
   config = evaluation.run.config
-  view, size = loader.views[0], config.data.batch_size
+  view = loader.views[0]
+  size = config.data.batch_size
 
   # The document of each token of each row. A document begins with the
   # separator that stands before it; separators fill up the last row, too.

@@ -77,7 +77,8 @@ class Probe(Task):
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     config = evaluation.run.config
-    probe, settings = probes.of(config), probes.settings(config)
+    probe = probes.of(config)
+    settings = probes.settings(config)
     rows = evaluation.options.probe_rows
     print(f'{config.data.source}: {rows:,} rows of each kind\n'
           f'{probe.level:>20} {"length":>7} {"accuracy":>9} {"95 %":>16} '
@@ -85,7 +86,8 @@ class Probe(Task):
 
     # Each level and length.
     figures: dict[str, Any] = {'level': {}, 'beyond': {}, 'table': []}
-    shares, weights = [], []
+    shares = []
+    weights = []
     for cell in cells(settings, probe.grows, probe.longer):
       reason = _refused(evaluation, cell)
       if reason:
@@ -185,10 +187,12 @@ def measure(evaluation: Evaluation, cell: Cell, count: int) -> Measured:
       step, loader, f'{probe.level}: {cell.level}'))
   right_R, asked_R = np.concatenate(results, axis=1).astype(float)
   real_R = asked_R > 0
-  right_R, asked_R = right_R[real_R], asked_R[real_R]
+  right_R = right_R[real_R]
+  asked_R = asked_R[real_R]
 
   # Their shares, and the intervals of these.
-  asked, seen = asked_R.sum(), len(asked_R)
+  asked = asked_R.sum()
+  seen = len(asked_R)
   accuracy = right_R.sum() / asked
   rows_right = np.mean(right_R == asked_R)
   effective_rows = asked ** 2 / np.sum(asked_R ** 2)
@@ -280,7 +284,8 @@ def _answers(rows: Sequence[probes.Row]) -> np.ndarray:
 def _row_answers(rows: Sequence[probes.Row]) -> tuple[np.ndarray, int]:
   """Returns the answers of the rows that ask for one alone, however often, and
   how many rows ask for any."""
-  answers, asking = [], 0
+  answers = []
+  asking = 0
   for row in rows:
     targets = row.targets[row.asked]
     if not len(targets):

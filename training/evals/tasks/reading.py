@@ -79,7 +79,8 @@ class Embed(Task):
     """Returns the tokens that the model is shown of each text of --texts, int32
     [L]."""
     lines = read(evaluation.options.texts)
-    tokenizer, most = evaluation.tokenizer, evaluation.run.model.max_len
+    tokenizer = evaluation.tokenizer
+    most = evaluation.run.model.max_len
     before, after = around(evaluation)
     if architectures.stack(evaluation.run.model) == 'decoder':
       # Imported weights may have begun with a bos.
@@ -101,7 +102,8 @@ class Embed(Task):
     rows = evaluation.shown
 
     # Texts of about one length go through the model together.
-    pooling, normalize = options.pooling, options.normalize
+    pooling = options.pooling
+    normalize = options.normalize
     step = evaluation.program(
         _embedding(evaluation, pooling, normalize), 'embed', pooling, normalize)
     groups = list(scoring.padded(dict(enumerate(rows)),
@@ -248,8 +250,10 @@ class FillMask(Task):
   def shown(self, evaluation: Evaluation) -> list[np.ndarray]:
     """Returns the tokens of each prompt, int32 [L]; a RequestError where there
     is no mask in one, or it is longer than the model takes."""
-    tokenizer, most = evaluation.tokenizer, evaluation.run.model.max_len
-    cls, sep = tokenizer.cls_id, tokenizer.sep_id
+    tokenizer = evaluation.tokenizer
+    most = evaluation.run.model.max_len
+    cls = tokenizer.cls_id
+    sep = tokenizer.sep_id
     rows = []
     for text in evaluation.options.prompt.split('|||'):
       ids = with_masks(text, tokenizer)
@@ -263,7 +267,8 @@ class FillMask(Task):
     return rows
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    tokenizer, model = evaluation.tokenizer, evaluation.run.model
+    tokenizer = evaluation.tokenizer
+    model = evaluation.run.model
     texts = evaluation.options.prompt.split('|||')
 
     # The places P of the masks, in all prompts.

@@ -54,7 +54,8 @@ class Routing(Task):
 
     # The figures of each batch, and the weight of each.
     step = evaluation.program(panel, 'routing')
-    panels, weights = [], []
+    panels = []
+    weights = []
     for loader in evaluation.held_out():
       counts = []
       for batch_panel, tokens in evaluation.results(

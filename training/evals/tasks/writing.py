@@ -132,12 +132,13 @@ class Samples(Task):
       each = 1
     folder = hf_generation.published(evaluation.workdir, evaluation.step)
     prompts, ends = hf_generation.shown(
-        _prompts(options, each), evaluation.run.config, evaluation.tokenizer,
-        folder)
+        _prompts(options, each), config=evaluation.run.config,
+        tokenizer=evaluation.tokenizer, generation=folder)
     return Shown(prompts=prompts, ends=ends, count=_room(evaluation, prompts))
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    options, shown = evaluation.options, evaluation.shown
+    options = evaluation.options
+    shown = evaluation.shown
     prompts = shown.prompts
     how = beams(options)
     args = (evaluation.run.module, evaluation.params, prompts.tokens,
@@ -154,8 +155,8 @@ class Samples(Task):
         best_BKT = best_BKT[:, :options.samples]
         tokens_BT = best_BKT.reshape(-1, shown.count)
       tokens_BT = jax.device_get(tokens_BT)
-    return {'samples': _print_samples(evaluation, shown, tokens_BT,
-                                      stops(options))}
+    return {'samples': _print_samples(evaluation, shown=shown,
+                                      tokens_BT=tokens_BT, stop=stops(options))}
 
 
 class DiffusionSamples(Task):
@@ -181,14 +182,16 @@ class DiffusionSamples(Task):
     text_files.checked(options.prompt, '--prompt')
 
   def shown(self, evaluation: Evaluation) -> Shown:
-    options, tokenizer = evaluation.options, evaluation.tokenizer
+    options = evaluation.options
+    tokenizer = evaluation.tokenizer
     prompts = objectives.after_separator(
         _prompts(options, options.samples), evaluation.run.config, tokenizer)
     return Shown(prompts=prompts, ends=tokenizer.separator_id,
                  count=_room(evaluation, prompts))
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    options, shown = evaluation.options, evaluation.shown
+    options = evaluation.options
+    shown = evaluation.shown
     prompts = shown.prompts
     steps = options.diffusion_steps or shown.count
     write = jax.jit(generate.write_diffusion, static_argnums=0,
@@ -213,8 +216,10 @@ def _prompts(options: Any, each: int) -> list[str]:
 
 def _room(evaluation: Evaluation, prompts: objectives.Prompts) -> int:
   """Returns how many tokens are written after prompts."""
-  length, most = prompts.tokens.shape[1], evaluation.run.model.max_len
-  room, new = most - length, evaluation.options.max_new_tokens
+  length = prompts.tokens.shape[1]
+  most = evaluation.run.model.max_len
+  room = most - length
+  new = evaluation.options.max_new_tokens
   # Masked diffusion writes them all at once.
   at_once = evaluation.run.config.objective == 'masked_diffusion'
   if room <= 0 or (at_once and new > room):
@@ -228,7 +233,8 @@ def _print_samples(evaluation: Evaluation, shown: Shown, tokens_BT: np.ndarray,
                    stop: Sequence[str] = ()) -> list[dict[str, str]]:
   """Prints and returns what was written after each prompt, up to one of the
   tokens that end a text or of the texts `stop`."""
-  options, prompts = evaluation.options, shown.prompts
+  options = evaluation.options
+  prompts = shown.prompts
   texts = _prompts(options, options.samples)
   each = len(tokens_BT) // len(prompts.tokens)  # texts of a row of prompts
   results = []
@@ -321,7 +327,7 @@ class Translation(Task):
       references = [pair.reference for pair in pairs]
       return bleu.corpus_score(hypotheses, [references]).score
 
-    figures = _scored(evaluation, 'pairs', bleu=score, exact=_share)
+    figures = _scored(evaluation, things='pairs', bleu=score, exact=_share)
     figures['signature'] = str(bleu.get_signature())
     print(f'  {figures["signature"]}')
     return figures
@@ -392,8 +398,8 @@ def written(evaluation: Evaluation, loader: pipeline.Loader,
   """Returns what `translate` returns of a loader's batches."""
   pairs = []
   for batch in progress.each(loader.iterate(), 'writing', loader.num_batches):
-    pairs += translate(evaluation.run.module, evaluation.params, batch,
-                       evaluation.tokenizer, how)
+    pairs += translate(evaluation.run.module, params=evaluation.params,
+                       batch=batch, tokenizer=evaluation.tokenizer, how=how)
   return pairs
 
 
