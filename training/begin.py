@@ -72,9 +72,13 @@ def check(config: ml_collections.ConfigDict, workdir: epath.Path,
     RequestError: for anything that the run could not honour.
   """
   preflight.try_workdir(workdir)
+  # Faults that the config and the files that it names show.
   preflight.check_config(config, by_hand)
   pipeline.check_sources(config)
   parameters.check_source(config.init_from)
+
+  # The labels, the tokenizer and the sizes of the model follow from the data.
+  # A run that has begun must have the same.
   filled = objectives.with_labels(config)
   tokenizer = tokenizers.load(filled.data.tokenizer)
   parameters.check_tokenizer(filled, tokenizer)
@@ -184,6 +188,7 @@ def new_state(run: runs.Run) -> TrainState:
   if config.init_from:
     print(f'starting from the parameters in {config.init_from} (init_from)')
     return state
+  # A parameter may be drawn from another seed than the data.
   seed = f'seed {config.seed}'
   if config.init_seed:
     seed = f'init_seed {config.init_seed} and {seed}'

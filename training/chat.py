@@ -119,11 +119,13 @@ def _talk(tokenizer: Tokenizer, generation: hf_generation.Generation | None,
   """
   end_ids = hf_generation.ids(generation).get('eos_token_id', ())
   ends = frozenset(end_ids)
+  # A template that was asked for, then what the model was trained with.
   if template:
     given = conversations.read(template, tokenizer)
     return causal.templated(given, ends, '')
   if not usual.plain:
     return usual._replace(ends=ends or usual.ends)
+  # A model that goes on from plain text may have a template in its folder.
   folder = epath.Path(tokenizer.name)
   if conversations.in_folder(folder) is not None:
     of_model = conversations.read(str(folder), tokenizer)
@@ -250,12 +252,15 @@ def _read(module: nn.Module, sampling: generate.Sampling, apart: bool,
     The token, and the cache.
   """
   places_1P = jnp.arange(tokens_1P.shape[1])[None]
+  # A state would take in the padding, where attention only masks it.
   options = {}
   if has_state:
     options['valid_BL'] = (places_1P <= last).astype(jnp.int32)
   output: Any = module.apply(
       {'params': params}, tokens_1P, positions_BL=start + places_1P,
       cache=cache, one_by_one=apart, lengths_B=lengths_1, **options)
+
+  # The head is applied to the last real token alone.
   last_11D = jax.lax.dynamic_slice_in_dim(output.hidden, last, 1, axis=1)
   logits_1V = output.head.logits(last_11D)[:, 0]
   token_1 = sampling(logits_1V, key, seen_1V)
@@ -406,6 +411,7 @@ class Session:
     prompt = ids.tolist() if self._talk.plain else ()
     stream = Stream(self._tokenizer, stops=self._stops, lead=self._talk.lead,
                     prompt=prompt)
+    # Even an answer that is cut short becomes part of the conversation.
     try:
       yield from self._written(ids, stream, stopped)
     finally:
@@ -427,6 +433,7 @@ class Session:
         self.ended = 'end'
         break
       ids = np.append(ids, np.int32(token))
+      # A token may be no whole character yet, and write nothing.
       piece = stream.add(token)
       if piece:
         yield piece
@@ -434,6 +441,7 @@ class Session:
       if reason:
         self.ended = reason
         break
+    # The end of the text waited, as a stop string might have begun there.
     piece = stream.end()
     if piece:
       yield piece

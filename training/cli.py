@@ -293,6 +293,7 @@ def _refuse_word(word: str):
   if not word.startswith('-') or not name:
     raise RequestError(f'unexpected argument {short(word)}: every setting is a '
                        '--flag')
+  # A misspelt word may be meant for a flag, or for a field of the config.
   known = {flag: flags.FLAGS[flag].help for flag in _flags_of_program()}
   sentences = dict(known)
   if 'config' in known:
@@ -450,6 +451,7 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
   module = run_file(file)
   require(hasattr(module, 'get_config'), f'--config {file!r} is no config: it '
           'has no get_config()')
+  # A get_config without a size has its own default.
   if colon:
     config = call(file, module.get_config, size)
   else:

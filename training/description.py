@@ -1,5 +1,4 @@
-"""What a run is about to do, in some lines, which it prints before it begins.
-"""
+"""The lines that a run prints before it begins: its model, data and steps."""
 
 from collections.abc import Sequence
 
@@ -42,6 +41,7 @@ def _model(run: runs.Run) -> str:
   trained = totals.trained_parameters(run.module, run.config.optim)
   text = (f'model: {model.arch}, {parameters:,} parameters in '
           f'{model.param_dtype}')
+  # A token uses some of the experts, and a run may train a part of the model.
   if model.has_experts:
     active = totals.parameters(model)[1]
     text += f', of which each token uses {active:,}'
@@ -73,7 +73,7 @@ def _steps(run: runs.Run, start: int, tokens: int) -> list[str]:
   ramp = pipeline.ramp_of(config)
   *shorter, longest = pipeline.lengths(config)
 
-  # What a step is.
+  # The size of a step.
   rows = f'{config.data.batch_size:,} rows'
   if config.train.grad_accumulation > 1:
     rows += f' in {config.train.grad_accumulation} micro-batches'

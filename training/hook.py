@@ -169,6 +169,7 @@ def load(config: ml_collections.ConfigDict) -> list[Hook]:
             f'{file!r}')
     module = cli.run_file(file)
     plugins.note(file, cli.read_text(file))
+    # The hooks that the file defines or imports.
     choices = {key: value for key, value in vars(module).items()
                if inspect.isclass(value) and issubclass(value, Hook)
                and value is not Hook}

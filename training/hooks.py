@@ -237,11 +237,13 @@ class Evaluate(Hook):
     self._report.flush(loop)
     live = loop.live
     figures: dict[int, dict] = {row: {} for row in live}
+    # The time of an evaluation is none of training's.
     with loop.meter.paused():
       if self._held_out_due(loop) and not self._on_held_out(loop, figures):
         return False
       if self._tasks_due(loop) and not self._do_tasks(loop, figures):
         return False
+    # The figures of all evaluations of a run make one row.
     for row, writer in live.items():
       if figures[row]:
         writer.evaluate(loop.n, figures[row])
@@ -252,6 +254,7 @@ class Evaluate(Hook):
   def _on_held_out(self, loop: Loop, figures: dict[int, dict]) -> bool:
     """Adds the figures of what is held out; returns False if cut short."""
     program = loop.program
+    # With optim.ema the average is evaluated, and maybe the parameters as well.
     evaluated = {'': program.run.evaluated(loop.state)}
     if loop.config.eval.live:
       evaluated['live/'] = loop.state.params
@@ -262,6 +265,7 @@ class Evaluate(Hook):
           stop=lambda: self._cut_short(loop))
       if sums is None:
         return False
+      # One evaluation is of all runs of a group.
       for row, writer in loop.live.items():
         sums_of_run = [program.part(of_source, row) for of_source in sums]
         means = held_out.means(sums_of_run, self._eval_data)
@@ -286,6 +290,7 @@ class Evaluate(Hook):
     """Adds the figures of eval.tasks; returns False if cut short."""
     program = loop.program
     live = loop.live
+    # Nothing is shown before the tasks of all runs are done.
     results = {}
     params_of_runs = program.split(program.run.evaluated(loop.state))
     for row, params in enumerate(params_of_runs):

@@ -14,9 +14,10 @@ from common.errors import EnvironmentFailure, RequestError, require
 
 PREFIX = 'hf://'
 CARD = 'README.md'
-# What is downloaded: configs, tokenizers, chat templates; and weights.
-TEXTS, WEIGHTS = ('*.json', '*.jinja', '*.txt', '*.model', '*.spm'), (
-    '*.safetensors',)
+# Only these files are downloaded: configs, tokenizers, chat templates; and
+# weights.
+TEXTS = ('*.json', '*.jinja', '*.txt', '*.model', '*.spm')
+WEIGHTS = ('*.safetensors',)
 
 
 def repository(name: str | os.PathLike) -> str:

@@ -61,6 +61,7 @@ def restore(run: runs.Run, saved: checkpoints.Checkpoints
   restored = checkpoints.restore(saved.directory, wanted)
   if devices.primary():
     _warn(restored)
+  # A converted run has parameters and nothing else.
   if restored.state is None:
     state = create(run, saved.directory.parent, restored.step)
     restored = restored._replace(state=state)
@@ -97,6 +98,7 @@ def create(run: runs.Run, source: str | epath.Path, step: int | None = None
   check_source(str(source))
   path = _path(source)
   _check_labels(run, path)
+  # The source is a folder of a run, or one of Hugging Face.
   if storage.has_checkpoints(path):
     params, skipped = _from_workdir(run, source=path, drawn=state.params,
                                     step=step)
@@ -339,6 +341,8 @@ def _differences(ours: ModelConfig, theirs: ModelConfig, path: epath.Path,
   `theirs`, are those of another function than `ours`; unless `partial`, one is
   a RequestError. The length may differ where no position is learned."""
   from training.hf import config as hf_config, weights
+  # The head of a new task may differ, and the longest text where no position
+  # is learned.
   if weights.is_new_head(ours, theirs):
     theirs = dataclasses.replace(
         theirs, head=ours.head, pooling=ours.pooling,
@@ -412,6 +416,7 @@ def _mean_of_checkpoints(folder: epath.Path, params: Any,
   each = []
   for step in steps:
     each.append(of_checkpoint(folder, params=params, step=step, live=live))
+  # The record of the mean is that of the newest one.
   newest = each[-1]
   what = f'the mean of steps {", ".join(map(str, steps))}'
   if newest.what:

@@ -126,6 +126,7 @@ def refuse_unread_of(names: Iterable[str], config: ml_collections.ConfigDict,
   for inner, why in unread.items():
     name = f'model.{inner}'
     of_kind = inner.startswith('kinds.')
+    # A kind's fields are set by setting model.kinds.
     if name not in names and not (of_kind and 'model.kinds' in names):
       continue
     default = base.find(name).default
@@ -150,6 +151,7 @@ def _check_objective(name: str, module: nn.Module) -> None:
     raise RequestError(
         f'objective is {name!r}, which does not fit model.arch '
         f'{module.config.arch} ({stack}): choose from {", ".join(choices)}')
+  # A prefix is read in both directions.
   if objective.prefix and blocks.with_state(module.config):
     raise RequestError(
         f'objective is {name!r}, whose first tokens see each other, and some '

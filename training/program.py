@@ -1,4 +1,5 @@
-"""What the training loop trains: one run, or several runs as one program."""
+"""The program that the training loop trains: one run, or several runs at once.
+"""
 
 from collections.abc import Sequence
 import contextlib

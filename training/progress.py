@@ -56,6 +56,7 @@ def during(text: str, total: int | None = None
   if _stop is not None or not sys.stderr.isatty():
     yield lambda: None
     return
+  # One bar shows everything that is under way.
   outermost = _bar is None
   if outermost:
     _bar = _tasks_bar()
@@ -374,6 +375,7 @@ class Meter:
       tokens += tokens_of_step
       flops += flops_of_step
 
+    # Seconds of compiling are told once, apart from those of steps.
     figures: dict[str, float | None] = {
         'step_seconds': seconds / steps,
         'tokens_per_second': tokens / seconds,
@@ -397,6 +399,7 @@ def profiled_steps(steps: str, total: float = math.inf
   if not steps:
     return None
   match = re.fullmatch('([0-9]{1,9}):([0-9]{1,9})', steps)
+  # A profile begins before the run ends.
   if match is not None:
     start = int(match[1])
     stop = int(match[2])

@@ -102,6 +102,7 @@ def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):
     raise RequestError(f'optim.layer_decay is {optim.layer_decay}, and with '
                        f'model.loop {loop!r} a layer is run at several depths: '
                        'leave it at 1')
+  # With adapters, the model's own parameters rest.
   adapted = module.config.lora.rank > 0
   if (optim.freeze or adapted
       or optim.layer_decay != 1 or optim.table_rate != 1):
@@ -538,6 +539,7 @@ def check_mesh(config: ml_collections.ConfigDict, model: ModelConfig,
                shape: Mapping[str, int]) -> None:
   """Refuses a mesh that does not divide the model, the batches or the rows."""
   devices.check_mesh(model, shape)
+  # Each micro-batch has as many rows on each device.
   shards = shape['data'] * shape['fsdp'] * shape['expert']
   parts = config.train.grad_accumulation
   ramp = pipeline.ramp_of(config)
@@ -550,6 +552,8 @@ def check_mesh(config: ml_collections.ConfigDict, model: ModelConfig,
             f'{shards} batch shards of mesh.data x mesh.fsdp x mesh.expert '
             f'times train.grad_accumulation {parts} do not divide: choose a '
             f'multiple of {multiple}')
+
+  # Each device of the context axis has an equal part of every row.
   for name in ('length', 'target_length'):
     size = config.data[name]
     require(size % shape['context'] == 0, f'mesh.context is '

@@ -14,7 +14,7 @@ from training.program import Program
 
 
 class Work(NamedTuple):
-  """What a step has to do: the tokens of one run, the FLOPs of all runs."""
+  """The work of a step: the tokens of one run, the FLOPs of all runs."""
   tokens: int
   flops: float
 

@@ -34,7 +34,8 @@ from training.runs import TrainState, init_state, initial_seed
 from training.workdir import checkpoints, metrics, run_config, storage
 from training.writer import Writer
 
-# What the runs of a group may differ in, and what a step is given it as.
+# The fields in which the runs of a group may differ, with the dtypes in which
+# a step is given them.
 DTYPES = {
     'seed': np.uint32,
     'init_seed': np.uint32,
@@ -95,7 +96,7 @@ def train(configs: Sequence[ml_collections.ConfigDict],
   require(groups(configs) == [list(range(len(workdirs)))], 'runs of a group '
           f'differ in {", ".join(FIELDS)} alone, and have a device, and a '
           'workdir, each')
-  # What follows is in the order of begin.py, for all runs of the group.
+  # The steps of begin.py follow, in its order, for all runs of the group.
   requests = [begin.check(config, storage.path(workdir))
               for config, workdir in zip(configs, workdirs)]
   one_device = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
@@ -178,12 +179,15 @@ def _train_part(run: runs.Run, part: Sequence[Member]) -> None:
   tokenizer = part[0].request.tokenizer
   program = Group(run, writers)
   config = program.run.config
+  # Runs of one seed share their batches. Those of all seeds have one shape.
   loaders = []
   for seed in program.seeds:
     of_seed = with_values(config, {'seed': seed})
     loaders.append(pipeline.training_loader(of_seed, tokenizer))
   for loader in loaders:
     loader.beside = loaders
+
+  # The states of the runs become one, with an axis of runs in front.
   if start.state is None:
     state = program.new_state()
   else:
@@ -258,6 +262,7 @@ class Group(Program):
 
     def init(values: dict[str, jax.Array]) -> TrainState:
       config = with_values(run.config, values)
+      # Each run begins with its own seed and its own scale of parameters.
       model = dataclasses.replace(
           run.model, init_stddev=config.model.init_stddev,
           init_scale=config.model.init_scale)

@@ -1,4 +1,4 @@
-"""What one run of the training loop writes, and how it ends.
+"""The writer of one run: its figures, its checkpoints, and how it ends.
 
 eval.best names a figure of the evaluations. The checkpoint of the best one is
 kept beside the newest, and with eval.patience the run ends after so many
@@ -32,7 +32,7 @@ BAD = ('the loss or a gradient was not finite, or there was nothing to '
 
 @dataclasses.dataclass(eq=False)
 class Writer:
-  """What one run writes, its figures and its checkpoints, and how it ended.
+  """The figures and the checkpoints that one run writes, and how it ended.
 
   Attributes:
     config: the config of the run.
@@ -124,6 +124,7 @@ class Writer:
     path = pathlib.Path(self.workdir) / metrics.METRICS
     if not path.exists():
       return []
+    # Rows of earlier starts of the run are there, too.
     losses = {}
     for row in metrics.read(path):
       if row['split'] == 'eval' and row.get('loss') is not None:
@@ -132,6 +133,7 @@ class Writer:
       return []
     lowest = min(losses, key=losses.get)
     last = max(losses)
+    # A run that still improves needs no advice.
     if lowest == last:
       return []
     advice = ('to keep the best, train with --config.eval.best=loss, and with '
@@ -222,7 +224,7 @@ def ended_early(config: ml_collections.ConfigDict,
 
 @dataclasses.dataclass
 class Best:
-  """What the evaluations of a run have been so far.
+  """The best of a run's evaluations so far, and how long ago it was.
 
   Attributes:
     figure: eval.best.
@@ -254,10 +256,13 @@ class Best:
     best_is = config.eval.best_is
     if not figure:
       return None
+    # Accuracies rise and losses fall, unless eval.best_is says otherwise.
     if best_is:
       largest = best_is == 'largest'
     else:
       largest = figure.rpartition('/')[2] in metrics.LARGEST
+
+    # A run goes on from its record, but not where another figure decides now.
     patience = config.eval.patience
     if record and (record['figure'], record['largest']) == (figure, largest):
       return cls(**record, patience=patience)

@@ -161,6 +161,7 @@ def _whole(c: ModelConfig, length: int, decoder_length: int, prefix: bool
   def positions_of(count: int) -> jax.Array:
     return jnp.arange(count)[None]
 
+  # A model with two sides is applied to a source and a target.
   if decoder_length:
     def translate(module: Any, params: Any, source: Any, target: Any):
       return module.apply(
@@ -168,6 +169,7 @@ def _whole(c: ModelConfig, length: int, decoder_length: int, prefix: bool
           decoder_positions_BL=positions_of(decoder_length))
     return translate, _tokens(c, length), _tokens(c, decoder_length)
 
+  # All others are applied to one row of tokens.
   options = {}
   if prefix:
     options['prefix_B'] = jnp.ones(_rows(c), jnp.int32)
@@ -238,8 +240,10 @@ def _passes(forward: float, most: float, least: float) -> float:
 def _decode(c: ModelConfig, keys: int, memory: int) -> tuple:
   """Returns the FLOPs of one token that sees `keys` keys, by part."""
   method = '__call__'
+  # The cache is full, so that the token sees all keys.
   cache = jax.eval_shape(lambda: architectures.init_cache(c, _rows(c), keys))
   if memory:
+    # The encoder's output stands in the cache already.
     method = 'decode'
     cache = _with_memory(c, cache=cache, keys=keys, memory=memory)
 
@@ -257,6 +261,7 @@ def _with_memory(c: ModelConfig, cache: Any, keys: int, memory: int) -> tuple:
   unshared = jax.eval_shape(lambda: architectures.init_cache(
       without_sharing(c), _rows(c), keys))
 
+  # The memory is as long as the encoder's text, not as the decoder's.
   def lengthened(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     *rows, _, heads, size = x.shape
     return jax.ShapeDtypeStruct((*rows, memory, heads, size), x.dtype)
@@ -549,12 +554,15 @@ def _grouped(eqn: jex.JaxprEqn, place: Place) -> Work:
   numbers = eqn.params['ragged_dot_dimension_numbers']
   flops = 2.0 * lhs.size * eqn.outvars[0].aval.shape[-1]
   (_, contracted), _ = numbers.dot_dimension_numbers
+  # Which of the three products this is: the forward one, or one of the two in
+  # the backward pass.
   if not numbers.rhs_group_dimensions:
     kind = 'weights'
   elif contracted == (rhs.ndim - 1,):
     kind = 'transposed'
   else:
     kind = 'forward'
+  # Some programs compute each group's product over all rows, and mask.
   if kind in place.dense:
     flops *= counts.shape[-1]
     return Work(flops=flops, nbytes=_nbytes(eqn), dense=flops)
@@ -643,6 +651,7 @@ def _splash(eqn: jex.JaxprEqn, products: int) -> Work:
   if share == 1 and has_places:
     share = (side + 1) / (2 * side)
 
+  # Queries come first, then keys.
   floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
   q, k = floats[:2]
   flops = products * 2.0 * math.prod(q.shape) * k.shape[-2] * share

@@ -244,6 +244,7 @@ def kept(run: runs.Run) -> tuple[int, int]:
   module = run.module.clone(
       config=dataclasses.replace(run.model, keep_gathered='none'))
   run = dataclasses.replace(run, module=module)
+  # A batch of the run, of which only the shapes matter.
   batch = {}
   for key, (size, dtype) in objectives.shapes(config).items():
     batch[key] = jax.ShapeDtypeStruct(size, dtype)
@@ -260,9 +261,11 @@ def kept(run: runs.Run) -> tuple[int, int]:
     _, backward = jax.vjp(loss, params)
     return backward
 
+  # The arrays that the backward pass closes over are kept between the passes.
   with run.context():
     left = jax.make_jaxpr(residuals)(run.abstract.params, batch).out_avals
   weight_shapes = {x.shape for x in jax.tree.leaves(run.abstract.params)}
+  # Weights are counted elsewhere, and keys of random numbers take no room.
   on_devices = in_hosts = 0
   for x in left:
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.extended)

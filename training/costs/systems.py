@@ -215,6 +215,7 @@ def _of_kind(c: ModelConfig, kind: str, field: str) -> Any:
   a size or a number that goes with sizes, whether there is one."""
   name, _, inner = field.partition('.')
   fields = run_config.flatten(c.kinds[kind].said)
+  # A kind says the field itself, or has the model's.
   if field in fields:
     value = fields[field]
   else:

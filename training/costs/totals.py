@@ -168,11 +168,13 @@ def kinds_of_layer(model: ModelConfig) -> list[dict]:
   model's layers are of it; [] for a model whose layers are all alike."""
   if not model.kinds:
     return []
+  # The kind of each layer, of both stacks where there are two.
   names = [kind.name for kind in model.layer_kinds(model.num_layers)]
   if architectures.stack(model) == 'encoder-decoder':
     decoder = model.layer_kinds(model.num_decoder_layers)
     names += [kind.name for kind in decoder]
 
+  # A row for each kind, with what it changes of the model's own fields.
   rows = []
   for name in model.kinds_used:
     c = model.of_kind(name)
@@ -212,6 +214,7 @@ def _sizes(module: nn.Module) -> tuple[dict, dict]:
   moe = module.config.find(MoEConfig)
   roles = paths.flatten(parameter_roles(module))
   shapes = paths.flatten(parameter_shapes(module))
+  # The share of all experts that one token goes through.
   share_of_experts = 1.0
   if moe is not None:
     share_of_experts = routing.active_experts(moe) / moe.num_experts
@@ -221,6 +224,7 @@ def _sizes(module: nn.Module) -> tuple[dict, dict]:
   for path, x in shapes.items():
     role = roles[path]
     used = 1.0
+    # A lookup reads a few rows of its table.
     if role.reads:
       used = role.reads / x.shape[-2]
     elif 'experts' in role.axes:
@@ -294,6 +298,7 @@ def layers(model: ModelConfig) -> list[str]:
     for name, value in row['changes'].items():
       text += f', {name}={value}'
     kinds.append(text)
+  # The pattern is repeated between what comes before it and after it.
   order = [model.prefix, model.pattern or 'the rest', model.suffix]
   in_order = ', then '.join(part for part in order if part)
   return [f'layers: {"; ".join(kinds)}; in the order {in_order}']

@@ -83,6 +83,7 @@ def parse(turns: Sequence, where: str) -> list[tuple[str, str]]:
   for turn in turns:
     require(isinstance(turn, dict), f'{where} holds {short(turn)}, and no '
             'turn: an object with role and content, or from and value')
+    # Both spellings are published: role and content, from and value.
     role = turn.get('role', turn.get('from'))
     role = str(role)
     one_of(f'role in {where}', role, ROLES)
@@ -288,6 +289,7 @@ class Template:
   def ends(self) -> set[int]:
     """Returns the special token with which an answer ends, if one follows it
     directly."""
+    # A word that no template contains, so that its end can be found.
     answer = 'Xyzzy'
     text = self.render([dict(role='user', content=answer),
                         dict(role='assistant', content=answer)])
@@ -307,6 +309,7 @@ class Template:
     for i, message in enumerate(messages):
       if message['role'] != 'assistant':
         continue
+      # The answer is what the second text has and the first one lacks.
       asked = self.render(messages[:i], answer=True)
       answered = self.render(messages[:i + 1])
       if not answered.startswith(asked) or not text.startswith(answered):
@@ -336,6 +339,7 @@ class Template:
               goes_on: bool = False) -> tuple[str, list[tuple[int, int]]]:
     """Returns the text, and where {% generation %} blocks stand in it."""
     from training.data import limited
+    # Words that somebody says must not be taken for the template's own tokens.
     chat = []
     for message in messages:
       special, special_or_written = self.markers
@@ -348,6 +352,7 @@ class Template:
         self.specials, add_generation_prompt=answer,
         continue_final_message=goes_on,
         return_assistant_tokens_mask=bool(_BLOCK.search(self.text)))
+    # The template comes with a model, and may do anything.
     return limited.call(f'the chat template {self.name} fails', 'render',
                         self.text, chat, options, keep=True)
 
@@ -372,6 +377,7 @@ def source(spec: str) -> tuple[str, str]:
   RequestError: there is none."""
   if spec.startswith(TEXT):
     return 'of the run', spec.removeprefix(TEXT)
+  # A name on the Hugging Face hub is a folder of its cache.
   path = pathlib.Path(hub.local(spec, weights=False)).expanduser()
   text = None
   if path.is_dir():
@@ -481,6 +487,7 @@ def specials(tokenizer: Tokenizer) -> dict[str, str]:
   """Returns the special tokens as transformers gives them to a template: those
   that the tokenizer's own files name, where they name any."""
   folder = pathlib.Path(tokenizer.name)
+  # A tokenizer is named by its file or by its folder.
   if not folder.is_dir():
     folder = folder.parent
   named = {}
@@ -488,6 +495,7 @@ def specials(tokenizer: Tokenizer) -> dict[str, str]:
     named = named_tokens(folder)
   if named:
     return named
+  # No file names them: those that the tokenizer itself has.
   for kind, i in tokenizer.special_ids.items():
     named[f'{kind}_token'] = tokenizer.piece(i)
   return named

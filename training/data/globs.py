@@ -41,17 +41,27 @@ def _folders(tops: list[str]) -> Iterator[str]:
   """Yields some folders and all below them, each once: one to which a link
   leads, too, only where no other path leads to it."""
   seen = set()
+  # The last one is next. Links wait until no folder is left.
   folders = [*reversed(tops)]
   links = []
   while folders or links:
-    folder = folders.pop() if folders else links.pop(0)
+    if folders:
+      folder = folders.pop()
+    else:
+      folder = links.pop(0)
     if not os.path.isdir(folder) or _identity(folder) in seen:
       continue
     seen.add(_identity(folder))
     yield folder
+
+    # The folders in it come before its neighbours, in the order of the names.
     inner = _inside(folder)
-    links += filter(os.path.islink, inner)
-    folders += [path for path in reversed(inner) if not os.path.islink(path)]
+    for path in inner:
+      if os.path.islink(path):
+        links.append(path)
+    for path in reversed(inner):
+      if not os.path.islink(path):
+        folders.append(path)
 
 
 def _inside(folder: str) -> list[str]:
@@ -60,8 +70,11 @@ def _inside(folder: str) -> list[str]:
   inner = []
   with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
     for entry in entries:
-      is_folder = (os.path.isdir(entry.path) if entry.is_symlink()
-                   else entry.is_dir())
+      # For a link, is_dir would raise where it leads round in a circle.
+      if entry.is_symlink():
+        is_folder = os.path.isdir(entry.path)
+      else:
+        is_folder = entry.is_dir()
       if is_folder and not entry.name.startswith('.'):
         inner.append(entry.path)
   return sorted(inner)

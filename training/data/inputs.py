@@ -39,21 +39,30 @@ def arrays(stack: str, values: Mapping[str, Any], vocab_size: int
     require(name in names, f'a {stack} takes no input {name!r}: choose from '
             f'{", ".join(names)}')
   values = {name: rows(name, value) for name, value in values.items()}
+
   for name, array in values.items():
     require(array.size > 0, f'{name} is empty')
-    like = values['decoder_tokens' if name == 'decoder_mask'
-                 and 'decoder_tokens' in values else 'tokens'].shape
-    axes = 1 if name == 'decoder_tokens' else 2
-    require(array.shape[:axes] == like[:axes], f'{name} is of the shape '
-            f'{array.shape}, and its tokens of {like}')
+    # Each array is as long as the tokens that it belongs to. The two sides of
+    # a model that translates share only the number of rows.
+    tokens = values['tokens']
+    if name == 'decoder_mask':
+      tokens = values.get('decoder_tokens', tokens)
+    shared_axes = 2
+    if name == 'decoder_tokens':
+      shared_axes = 1
+    fits = array.shape[:shared_axes] == tokens.shape[:shared_axes]
+    require(fits, f'{name} is of the shape {array.shape}, and its tokens of '
+            f'{tokens.shape}')
+
+    # The values of a traced array are not known.
     if name.endswith('tokens'):
       check_ids(name, array, vocab_size)
-    # A traced mask is not known.
     if name.endswith('mask') and not isinstance(array, jax.core.Tracer):
-      real = np.asarray(array) != 0
-      require(not (real[:, 1:] & ~real[:, :-1]).any(), f'{name} has a 0 before '
-              'a 1: it is 0 on padding, at the end of a row, since positions '
-              'count from its start')
+      real_BL = np.asarray(array) != 0
+      begins_again = real_BL[:, 1:] & ~real_BL[:, :-1]
+      require(not begins_again.any(), f'{name} has a 0 before a 1: it is 0 on '
+              'padding, at the end of a row, since positions count from its '
+              'start')
   return {names[name]: jnp.asarray(array, jnp.int32)
           for name, array in values.items()}
 
@@ -64,15 +73,18 @@ def rows(name: str, value: Any) -> Any:
   Raises:
     RequestError: for what is none.
   """
-  try:
-    array = value if isinstance(value, jax.Array) else np.asarray(value)
-  except (TypeError, ValueError):  # rows of unequal lengths
-    array = np.zeros(())
-  require(array.ndim in (1, 2)
-          and (array.dtype == bool or jnp.issubdtype(array.dtype, jnp.number)),
-          f'{name} is {short(value)}: pass numbers, in one row or in rows of '
-          'one length')
-  return array if array.ndim == 2 else array[None]
+  array = value
+  if not isinstance(value, jax.Array):
+    try:
+      array = np.asarray(value)
+    except (TypeError, ValueError):  # rows of unequal lengths
+      array = np.zeros(())
+  is_numbers = array.dtype == bool or jnp.issubdtype(array.dtype, jnp.number)
+  require(is_numbers and array.ndim in (1, 2), f'{name} is {short(value)}: '
+          'pass numbers, in one row or in rows of one length')
+  if array.ndim == 1:
+    return array[None]
+  return array
 
 
 def check_ids(name: str, tokens: Any, vocab_size: int) -> None:

@@ -156,6 +156,7 @@ def fields_of(name: str, written: str) -> tuple[str, ...]:
   if not written:
     return ()
   fields = tuple(written.split('+'))
+  # One column is a text without a label.
   if len(fields) == 1:
     fields = (*fields, '')
   *of_texts, label = fields
@@ -284,10 +285,12 @@ def _record(where: str, row: dict[str, Any], columns: Sequence[str],
   where = f'{where},'
   *of_texts, label = columns
   texts.check_columns(row, filter(None, columns), where)
+  # The cells of the texts and, last, of the label.
   values = [row[column] for column in of_texts]
   if label:
     values.append(_label(row[label], where))
 
+  # Each must be text that can be written as UTF-8, and none may be empty.
   cells = []
   for name, value in zip(names, values):
     cells.append(texts.checked(value, f'{where} field {name!r},'))
@@ -349,6 +352,7 @@ def of_rows(name: str, fields: tuple[str, ...], features: Any
   """
   if fields == SQUAD_FIELDS:
     return QUESTIONS, _questions_of_rows
+  # A column of lists has a word, or a label, in each place.
   named = [field for field in fields if field]
   are_lists = [hasattr(features[field], 'feature') for field in named]
   if not any(are_lists):
@@ -360,6 +364,7 @@ def of_rows(name: str, fields: tuple[str, ...], features: Any
         yield _record(where, row=row, columns=fields, names=fields)
     return TEXTS, records
 
+  # Sentences have words and, for each word, a label.
   if not all(are_lists) or len(fields) != 2:
     raise RequestError(f'data source {name!r} names the fields '
                        f'{"+".join(fields)}: write one of lists of words and '
@@ -378,6 +383,7 @@ def _questions_of_rows(rows: texts.Rows) -> Iterator[Paragraph]:
   def asked() -> Iterator[_Asked]:
     """Yields the question of each row as SQuAD's files have it."""
     for where, row in rows:
+      # The data set has the answers' texts and starts in two lists.
       answers = []
       for text, start in zip(row['answers']['text'],
                              row['answers']['answer_start']):
@@ -399,6 +405,7 @@ def _sentence(where: str, words: list[Any], labels: list[Any] | None = None
   elif len(labels) != len(words):
     raise RequestError(f'{where}, has {len(words)} words and {len(labels)} '
                        'labels: there is one for each word')
+  # The place of each word is kept for messages.
   sentence = Sentence(words=[], labels=[], lines=[])
   for number, word in enumerate(words, 1):
     sentence.words.append(texts.checked(word, f'{where},'))
@@ -411,6 +418,7 @@ def _sentence(where: str, words: list[Any], labels: list[Any] | None = None
 def read_pairs(path: str) -> Iterator[list[tuple[str, str]]]:
   """Yields the (kind, text) parts of each pair of a file: a source, a tab and a
   target a line, or in a .jsonl an object with both."""
+  # Objects with a source and a target.
   if path.endswith('.jsonl'):
     for where, row in texts.rows(path):
       parts = []
@@ -419,6 +427,8 @@ def read_pairs(path: str) -> Iterator[list[tuple[str, str]]]:
         parts.append((kind, text))
       yield parts
     return
+
+  # Lines of a source, a tab and a target.
   for where, text in texts.lines(path):
     pair = text.split('\t')
     require(len(pair) == 2, f'{where}, has {len(pair)} fields: a pair is a '

@@ -52,6 +52,7 @@ def call(what: str, function: str, *args: Any, keep: bool = False) -> Any:
     process = _process(os.getpid())
     reply = ''
     try:
+      # One line goes in, and one line comes out.
       with contextlib.suppress(BrokenPipeError):  # it has ended
         print(json.dumps([function, *args]), file=process.stdin, flush=True)
       reply = process.stdout.readline()
@@ -60,6 +61,8 @@ def call(what: str, function: str, *args: Any, keep: bool = False) -> Any:
         process.kill()
         process.communicate()
         _process.cache_clear()
+
+  # A process that has ended wrote no line: it ran into a limit.
   value, why = json.loads(reply or '[null, "MemoryError"]')
   require(why != 'MemoryError', f'{what}: it takes more than {SECONDS} seconds '
           f'or {BYTES >> 20:,} MiB of memory, or ends the process it is in')
@@ -88,10 +91,17 @@ def render(template: str, chat: Sequence[Mapping[str, str]],
   utils = texts.imported('transformers.utils.chat_template_utils', 'it', 'hf')
   (text,), spans = utils.render_jinja_template(
       [chat], chat_template=template, **options)
-  num_chars = sum(len(value) for message in chat for value in message.values())
+
+  # A template may write far more than it is given.
+  num_chars = 0
+  for message in chat:
+    num_chars += sum(map(len, message.values()))
   require(len(text) <= MOST_MORE + MOST_TIMES * num_chars, 'it writes '
           f'{len(text):,} characters where {num_chars:,} are said')
-  return texts.checked(text, 'its text'), spans[0] if spans else []
+  text = texts.checked(text, 'its text')
+  if not spans:
+    return text, []
+  return text, spans[0]
 
 
 def read_json(file: str) -> None:
@@ -108,11 +118,13 @@ def read_others(folder: str, kinds: Sequence[str]
   theirs = transformers.AutoTokenizer.from_pretrained(
       folder, local_files_only=True)
   _try(theirs.backend_tokenizer)
-  return theirs.backend_tokenizer.to_str(), {
-      kind: getattr(theirs, f'{kind}_token_id') for kind in kinds}
+  ids = {kind: getattr(theirs, f'{kind}_token_id') for kind in kinds}
+  return theirs.backend_tokenizer.to_str(), ids
 
 
 def _try(pipeline: Any) -> None:
+  """Encodes and decodes short texts and a long one, within this process's
+  limits."""
   pipeline.decode(pipeline.encode('a', 'b').ids)
   if pipeline.normalizer:
     size = len(pipeline.normalizer.normalize_str(_PROBE))
@@ -125,15 +137,19 @@ def _try(pipeline: Any) -> None:
 def main() -> None:
   """Answers calls, a line each, until who asks has ended."""
   seconds, size, at_most = map(int, sys.argv[1:])
+  # Limits that hold until the process ends.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)  # who asks answers to them
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   resource.setrlimit(resource.RLIMIT_DATA, (size, size))
   _, most = resource.getrlimit(resource.RLIMIT_CPU)
+
+  # Lines that a library prints must not be taken for a reply.
   replies = sys.stdout
   sys.stdout = sys.stderr
   for line in sys.stdin:
     function, *args = json.loads(line)
+    # The processor's time so far is not this call's.
     until = int(sum(os.times()[:2])) + 1 + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (until, most))
     signal.alarm(at_most)

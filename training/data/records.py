@@ -54,6 +54,7 @@ def labels_of(config: Any) -> tuple[str, ...]:
   if config.data.labels:
     return tuple(config.data.labels)
   records = of_training(config)
+  # Texts, or numbers of rows, in the place of labels are seldom the same twice.
   most = max(MANY_LABELS, len(records) / 2)
   labels: set[str] = set()
   for record in records:
@@ -90,6 +91,7 @@ def label_lines(views: Sequence[Any]) -> list[str]:
   if not labels:
     return []
 
+  # The first labels, and those that are too rare to be learned.
   listed = [f'{label} {counts[label]:,}' for label in labels[:SHOWN_LABELS]]
   if len(labels) > SHOWN_LABELS:
     listed.append('...')
@@ -221,6 +223,7 @@ class Texts(Rows):
   """
 
   def __init__(self, corpus: sources.Corpus):
+    # The tokens of all texts, encoded at once.
     self.records = list(corpus.records)
     self.bare = any(map(labelled.is_bare, self.records))
     texts: list[str] = []
@@ -228,6 +231,7 @@ class Texts(Rows):
       texts += record.texts
     ids = iter(corpus.tokenizer.encode_batch(texts))
 
+    # The row of each record. A record without a label has the target 0.
     weights = self.weights(corpus)
     between = separators(corpus.config)
     self.items: list[Item] = []
@@ -245,6 +249,8 @@ class Texts(Rows):
         weight = float(weights[target])
       self.items.append(Item(texts=tuple(kept), target=target, weight=weight,
                              between=between))
+
+    # How much text there is.
     self.lengths = np.array([item.length for item in self.items], np.int32)
     self.num_tokens = int(self.lengths.sum())
     self.num_bytes = sum(len(text.encode('utf-8')) for text in texts)
@@ -438,6 +444,8 @@ class Sentences(Rows):
   def __init__(self, corpus: sources.Corpus):
     # The sentences and their labels.
     config = corpus.config
+
+    # The sentences and their labels.
     self.records = list(corpus.records)
     self.bare = any(map(labelled.is_bare, self.records))
     self.labels = labels_of(config)
@@ -557,6 +565,7 @@ class Questions(Rows):
                                ids=ids, spans_T2=spans_T2, corpus=corpus)
         for text in (question.question, paragraph.context):
           self.num_bytes += len(text.encode('utf-8'))
+    # A window counts as often as it is shown.
     self.num_tokens = 0
     for item in self.items:
       self.num_tokens += len(item.question) + len(item.context)

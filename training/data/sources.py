@@ -278,6 +278,7 @@ def _laid_out(source: Source, layout: conversations.Layout) -> Source:
   """Returns a source whose conversations are laid out."""
   def read(path: str) -> Iterator[Document]:
     """Yields the documents of a file, laid out."""
+    # A template may refuse a conversation: its number helps to find it.
     for number, document in enumerate(source.read(path), 1):
       try:
         yield layout.of(document)
@@ -375,10 +376,13 @@ def _check_unpacked(metadata: Any, field: str, path: str) -> None:
     field: the field that is read.
     path: the file.
   """
+  # No file of texts has that many rows for its size.
   size = os.stat(path).st_size
   require(metadata.num_rows <= MOST_ROWS * size, f'{path} makes '
           f'{metadata.num_rows:,} rows of {size:,} bytes: it is no file of '
           'texts')
+
+  # A group of rows is unpacked as a whole, so its size is known before.
   most = max(MOST_UNPACKED * size, LEAST_UNPACKED)
   for number in range(metadata.num_row_groups):
     group = metadata.row_group(number)
@@ -448,6 +452,7 @@ def _tokens(name: str, folder: str) -> Source:
                        'here: name the source that they were made of, '
                        f'{written.begun["source"]!r}')
 
+  # The tables alone tell whether the tokens have changed.
   files = []
   for i in range(written.begun['shards']):
     files.append(f'{written.folder}/{i:05}.table')
@@ -626,6 +631,7 @@ def begin(folder: epath.Path, source: Source, parts: list[Source],
   Raises:
     RequestError: where the folder holds something else.
   """
+  # A build is the same if the content is, and how it is cut into shards.
   made = tokens.digest([content, [len(part.files) for part in parts]])
   if not (folder / tokens.BEGUN).exists():
     written = dict(
@@ -638,6 +644,7 @@ def begin(folder: epath.Path, source: Source, parts: list[Source],
     written['checksum'] = tokens.digest(written)
     storage.write(folder / tokens.BEGUN, json.dumps(written, indent=1))
 
+  # Another process, or an earlier one, may have begun it.
   begun = tokens.begun_of(folder)
   before = begun['tokenizer']
   same_tokenizer = before['fingerprint'] == tokenizer.fingerprint
@@ -661,6 +668,7 @@ def shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
   """
   print(f'tokenising {part.name}, shard {i + 1} of {begun["shards"]}',
         file=sys.stderr, flush=True)
+  # The files are compared before and after, as a reader locks none.
   before = stats(part)
   with storage.whole(folder / f'{i:05}.tokens') as write:
     table = _encode(write, part=part, tokenizer=tokenizer, dtype=begun['dtype'])
@@ -668,6 +676,8 @@ def shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
     raise EnvironmentFailure(
         f'data source {part.name!r} changed while it was being read: start '
         'again when its files are complete')
+
+  # The table comes last: it says that the shard is whole.
   file = io.BytesIO()
   np.savez_compressed(file, **table._asdict())
   data = file.getvalue()
@@ -740,6 +750,7 @@ def _chunks(documents: Iterable[Document]
   chunk: list[list[tuple[str, str]]] = []
   chars = 0
   for document in documents:
+    # A plain text is a document of one part.
     parts = document
     if isinstance(document, str):
       parts = [('text', document)]
@@ -769,6 +780,7 @@ def encode(tokenizer: Tokenizer, chunk: list[list[tuple[str, str]]]
       spelt += _spelt(parts)
   ids = iter(tokenizer.encode_batch(spelt))
 
+  # The ids of each part, in the order of the documents.
   for parts in chunk:
     part_texts = [text for _, text in parts]
     if _is_rendered(parts):
@@ -897,6 +909,7 @@ def _as_shared_as(folder: pathlib.Path) -> Iterator[None]:
   they may in that folder: a cache has several users then."""
   with storage.writing(folder):
     folder.mkdir(parents=True, exist_ok=True)
+  # Where others may not write, the user's own mask is right.
   mode = folder.stat().st_mode
   if not mode & _OTHERS_WRITE:
     yield

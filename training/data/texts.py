@@ -45,8 +45,10 @@ def decoded(data: bytes, where: str) -> str:
     RequestError: for what is not UTF-8, and for what is but holds so many
       control characters that it was not written as such.
   """
+  # A file of another form is known by how it begins.
   for start, form in _FORMS.items():
     require(not data.startswith(start), f'{where} is {form}')
+  # Damaged and binary data may be valid UTF-8, too.
   for at in range(0, len(data), _CHECKED_BYTES):
     part = data[at:at + _CHECKED_BYTES]
     controls = len(part) - len(part.translate(None, _CONTROLS))
@@ -86,6 +88,7 @@ def lines(path: str, all_lines: bool = False) -> Iterator[tuple[str, str]]:
       require(len(line) < MOST_LINE, f'{where}, has {MOST_LINE:,} bytes or '
               'more: it is no file of lines')
       text = decoded(line, f'{where},').rstrip('\r\n')
+      # Some editors begin a file with a byte order mark.
       if number == 1:
         text = text.removeprefix('\ufeff')
       if all_lines or text.strip():

@@ -250,12 +250,15 @@ class Bytes(Tokenizer):
     """Writes a byte-level BPE without merges, of bytes of one id each."""
     import tokenizers
     assert self.is_bytewise, self.name
+    # Special tokens and sentinels keep the ids that they have here.
     special = {}
     for i in self.special_ids.values():
       special[self.piece(i)] = i
     for number, i in enumerate(self.sentinel_ids):
       special[f'<extra_id_{number}>'] = i
     vocab = _byte_of() | special
+
+    # Each byte is a token: nothing is merged, and no text is cut up before.
     pipeline = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
     pipeline.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
         add_prefix_space=False, use_regex=False)
@@ -503,6 +506,7 @@ def _framing(tokenizer: Any) -> dict[str, int]:
   frames = set()
   for row, pattern in ((tokenizer.encode('a'), '10+1'),
                        (tokenizer.encode('a', 'b'), '10+11?0+1')):
+    # The mask is 1 at special tokens: around one text, and between two.
     mask = row.special_tokens_mask
     if not re.fullmatch(pattern, ''.join(map(str, mask))):
       return {}
@@ -552,6 +556,7 @@ def _byte_level_table(tokenizer: Any, vocab: dict[str, int]
   table = {}
   added = tokenizer.get_added_tokens_decoder()
   for token, i in vocab.items():
+    # Added tokens are written as they are, special ones spell nothing.
     if i in added:
       table[i] = b'' if added[i].special else token.encode('utf-8')
     elif byte_of.keys() >= set(token):

@@ -71,15 +71,22 @@ def chosen(numbers: np.ndarray, every: int | None, split: str, part: str = ''
     split: 'train' or 'eval'.
     part: eval.part, which is read for 'eval'.
   """
-  if every is None:
-    wanted = np.ones(len(numbers), bool)
-    order = numbers
-  else:
-    held_out = numbers % every == 0 if every else np.zeros(len(numbers), bool)
-    wanted = held_out if split == 'eval' else ~held_out
+  # One of every so many documents is held out.
+  wanted = np.ones(len(numbers), bool)
+  order = numbers
+  if every is not None:
+    held_out = np.zeros(len(numbers), bool)
+    if every:
+      held_out = numbers % every == 0
+    wanted = ~held_out
+    if split == 'eval':
+      wanted = held_out
     order = numbers // max(every, 1)
+
+  # The parts of what is held out take turns.
   if part and split == 'eval':
-    wanted = wanted & (order % 2 == PARTS.index(part) - 1)
+    is_second = PARTS.index(part) - 1
+    wanted = wanted & (order % 2 == is_second)
   return wanted
 
 
@@ -129,13 +136,16 @@ class Tokens:
 
   def read(self, shard: int, first: int, end: int) -> np.ndarray:
     """Returns the ids `first` to `end` of a shard."""
+    # The blocks that hold these ids.
     size = BLOCK_BYTES // self._dtype.itemsize
     blocks = range(first // size, -(-end // size))
     ids = [self._block(shard, block) for block in blocks]
+    if len(ids) == 1:
+      joined = ids[0]  # which needs no copy
+    else:
+      joined = np.concatenate([np.zeros(0, self._dtype), *ids])
+
     start = blocks.start * size
-    if len(ids) == 1:  # which needs no copy
-      return ids[0][first - start:end - start]
-    joined = np.concatenate([np.zeros(0, self._dtype), *ids])
     return joined[first - start:end - start]
 
   def _read_block(self, shard: int, block: int) -> np.ndarray:
@@ -182,8 +192,7 @@ class Split:
 
   def __init__(self, tokens: Tokens, every: int | None, split: str, part: str,
                separator: int):
-    """Which documents these are `every`, `split` and `part` say, see
-    chosen."""
+    """Chooses documents by `every`, `split` and `part`, as `chosen` does."""
     self.tokens = tokens
     self._chosen = (every, split, part)
     self._separator = separator
@@ -228,20 +237,24 @@ class Split:
 
   def _fill_from(self, shard: int, tokens: np.ndarray, first: int) -> None:
     """Fills `tokens` from a shard's stream: document, separator, document."""
+    # The documents that the stream shows between the places first and end.
     starts, begins = self._places(shard)
     end = first + len(tokens)
-    low = int(np.searchsorted(starts, first, side='right')) - 1
-    high = int(np.searchsorted(starts, end - 1, side='right')) - 1
-    # From each of these documents, its tokens between `first` and `end`.
-    for k in range(low, high + 1):
-      start = int(starts[k])
-      stop = int(starts[k + 1]) - 1
-      begin_part = max(start, first)
-      end_part = min(stop, end)
-      if begin_part < end_part:
-        shift = int(begins[k]) - start
-        tokens[begin_part - first:end_part - first] = self.tokens.read(
-            shard, begin_part + shift, end_part + shift)
+    lowest = int(np.searchsorted(starts, first, side='right')) - 1
+    highest = int(np.searchsorted(starts, end - 1, side='right')) - 1
+
+    for number in range(lowest, highest + 1):
+      # The part of the document, which ends before its separator.
+      start = int(starts[number])
+      stop = int(starts[number + 1]) - 1
+      part_start = max(start, first)
+      part_stop = min(stop, end)
+      if part_start >= part_stop:
+        continue
+      # In the file, documents of other splits stand between these.
+      shift = int(begins[number]) - start
+      part = self.tokens.read(shard, part_start + shift, part_stop + shift)
+      tokens[part_start - first:part_stop - first] = part
 
   def _find_places(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns where each document of the split begins in the shard's stream,
@@ -317,6 +330,7 @@ def load(text: str, name: str) -> Tokens:
           'tokens:FOLDER or tokens:gs://BUCKET/NAME')
   folder = storage.path(text, f'the folder of data source {name!r}'
                         ).expanduser()
+  # A folder of tokens, of which every shard is finished.
   require((folder / BEGUN).exists(), f'data source {name!r} has no {BEGUN}, '
           'so it is no folder that tools.tokenize has written')
   begun = begun_of(folder)

@@ -41,6 +41,7 @@ def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
       fixed *= size
   require(len(free) <= 1, f'{text}: only one axis may be -1')
 
+  # The axes use all devices.
   fault = ''
   if free and num_devices % fixed:
     fault = 'does not divide'
@@ -109,6 +110,7 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
   """
   if text in tables.PRESETS:
     return mesh_shape(tables.PRESETS[text], num_devices or 8)
+  # The axes that are named, `data` being what they leave.
   sizes = dict.fromkeys(tables.MESH_AXES, 1)
   sizes['data'] = -1
   names = (*tables.MESH_AXES, *tables.PRESETS)
@@ -125,6 +127,7 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
 
 def check_mesh(model: ModelConfig, shape: Mapping[str, int]) -> None:
   """Raises ValueError where the mesh does not divide the model."""
+  # An axis that cuts rows suits no layer that reads them in order.
   if shape['context'] != 1 and blocks.with_state(model):
     raise RequestError(
         f'mesh.context is {shape["context"]}, and some layers keep each '
@@ -142,6 +145,7 @@ def check_mesh(model: ModelConfig, shape: Mapping[str, int]) -> None:
     require(shape['expert'] == 1, f'mesh.expert is {shape["expert"]}, but '
             f'model.ffn {model.ffn!r} has no experts: set mesh.expert=1')
     return
+  # Each device holds as many experts as the others.
   experts = model.part(MoEConfig).num_experts
   require(experts % shape['expert'] == 0,
           f'mesh.expert is {shape["expert"]}, which does not divide '
@@ -162,6 +166,7 @@ def _check_kind(model: ModelConfig, name: str, shape: Mapping[str, int]
   if c.ffn != NO_FFN:
     divided.append(('tensor', 'd_ff'))
 
+  # A size of 1 that every device holds whole need not be divided.
   for axis, field in divided:
     size = flat.get(c, field)
     if size % shape[axis] == 0 or size == 1 and field in mixer.whole:
@@ -254,6 +259,7 @@ def param_shardings(abstract: Any, mesh: Mesh, rules: str):
     return isinstance(x, nn.LogicallyPartitioned)
 
   def place(x: Any) -> NamedSharding:
+    # An array without names lies whole on every device.
     names: Sequence[str | None] = ()
     if is_box(x):
       x, names = x.value, x.names
@@ -312,6 +318,7 @@ def batch_shard(sharding_: NamedSharding, batch_size: int) -> tuple[int, int]:
     first, end, _ = index[0].indices(batch_size)
     slices.add((first, end))
 
+  # They are one slice, and every process has as many.
   start = min(first for first, _ in slices)
   stop = max(end for _, end in slices)
   rows = sum(end - first for first, end in slices)

@@ -92,6 +92,7 @@ class _Printed:
     except OSError as error:
       if error.errno not in (errno.EIO, errno.EPIPE):
         raise
+      # Standard output and error may be one terminal, which has gone.
       closed = [self._stream.fileno()]
       for other in (_STDOUT, _STDERR):
         if os.path.sameopenfile(closed[0], other):

@@ -325,6 +325,7 @@ def _check_read(names: Sequence[str], values: flags.FlagValues) -> None:
     if name not in read:
       raise RequestError(f'--{name} is read by {", ".join(readers(name))} '
                          'alone: add it to --tasks')
+    # Some flags mean something only beside another one.
     if not flag.needs:
       continue
     needed = values[flag.needs].value
@@ -435,11 +436,13 @@ def evaluate(workdir: epath.Path, names: Sequence[str], options: Any,
   figures: dict[str, Any] = {'step': evaluation.step}
   if evaluation.what:
     figures['parameters'] = evaluation.what
+  # Layers that loop may be evaluated with more passes than in training.
   if passes := how.get('passes', 0):
     trained = runs.config_of(workdir).model.loops.passes
     figures['passes'] = dict(evaluated=passes, trained=trained)
     print(f'evaluated with {passes} passes of the layers that loop, trained '
           f'with {trained}')
+  # All tasks are prepared before the first one takes its time.
   with evaluation.run.context():
     ready = {name: _ready(name, evaluation) for name in names}
     for name in names:
@@ -468,6 +471,7 @@ def listed(names: str | Sequence[str]) -> list[str]:
     if not part:
       continue
     known = part.partition(':')[0] in TASKS
+    # This belongs to the task before it, if that takes arguments.
     if named and not known:
       last, colon, _ = named[-1].partition(':')
       if colon:
@@ -496,6 +500,7 @@ def check_in_training(config: Config) -> None:
   name, is_task, figure = config.eval.best.partition('/')
   if not is_task:
     return
+  # Some tasks know their figures only once they are done.
   known = task(name, 'eval.best').figures
   if known is None:
     return

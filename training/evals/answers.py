@@ -212,8 +212,13 @@ def rules(predictions: Sequence[str], right: Sequence[Sequence[str]]
     exact, f1, total; where some questions have no answer also HasAns_exact, ...
     and NoAns_exact, ..., as evaluate-v2.0.py names them.
   """
-  scores_N2 = np.array([score(answer, texts) for answer, texts in zip(
-      predictions, right, strict=True)])
+  # The exact match and F1 of each of the N questions.
+  scores = []
+  for answer, texts in zip(predictions, right, strict=True):
+    scores.append(score(answer, texts))
+  scores_N2 = np.array(scores)
+
+  # Questions with and without an answer are measured apart, too.
   answered_N = np.array([bool(texts) for texts in right])
   parts = {'': np.ones(len(right), bool)}
   if not answered_N.all():

@@ -111,6 +111,7 @@ class Model(api.TemplateLM):
         and the lengths of the texts decide here.
     """
     arguments = {'step': None} | arg_dict
+    # The arguments are these two and those of the class, less `evaluation`.
     known = ('workdir', 'step', *[*inspect.signature(cls).parameters][1:])
     strange = [name for name in arguments if name not in known]
     require(not strange, f'--model_args has {", ".join(strange)}: choose from '
@@ -118,6 +119,7 @@ class Model(api.TemplateLM):
     require(bool(arguments.get('workdir')),
             'pass --model_args workdir=DIR, the folder of a run')
     workdir = storage.path(str(arguments.pop('workdir')))
+    # lm_eval has read a number as an int already.
     step = arguments.pop('step')
     if step is not None:
       step = checkpoints.named_step(str(step))
@@ -162,10 +164,12 @@ class Model(api.TemplateLM):
                  **kwargs) -> list[int]:
     """Returns the ids of a text, with what a text begins with."""
     ids = self._tokens.encode(string)
+    # A special token that is written in a text counts as that token.
     if any(word in string for word in self._tokens.special_texts):
       ids, _ = self._tokens.encode_placed(string)
       inputs.check_ids(f'the text {short(string)}', ids,
                        self.evaluation.run.model.vocab_size)
+    # A text that begins with the prefix needs no second one.
     if add_special_tokens is None:
       prefix = self._tokens.piece(self._prefix)
       add_special_tokens = not string.startswith(prefix)
@@ -211,6 +215,7 @@ class Model(api.TemplateLM):
     """Returns the log-probability of each whole text, in windows that predict
     each token once (lm_eval's get_rolling_token_windows)."""
     texts = [request.args[0] for request in requests]
+    # A text is cut into windows, each a question of its own.
     questions = []
     owners = []
     for i, text in enumerate(texts):
@@ -219,6 +224,8 @@ class Model(api.TemplateLM):
         before, after = utils.make_disjoint_window(pair)
         questions.append(self._question([*before, *after], len(after), text))
         owners.append(i)
+
+    # The log-probability of a text is the sum of those of its windows.
     totals = [0.0] * len(texts)
     for i, answer in zip(owners, self._answer(questions)):
       totals[i] += float(answer.log_probs.sum())

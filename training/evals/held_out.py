@@ -38,6 +38,7 @@ def evaluate(step: Callable, params: Any, loaders: Sequence[pipeline.Loader],
       yield step(params, put(batch))
 
   try:
+    # A signal may come in the middle of a source.
     return [sums(results(loader)) for loader in loaders]
   except progress.Stopped:
     return None

@@ -227,6 +227,7 @@ def _inputs(config: ModelConfig, arrays: Mapping[str, Any]
     ids = {name: 'tokens_BL'}
     masks = {name: ('segment_ids_BL', 'valid_BL')}
 
+  # The masks of the call tell which tokens are real; without any, all are.
   tokens = {}
   real = {}
   for stack in ids:

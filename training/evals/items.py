@@ -49,12 +49,14 @@ def of_samples(results: Mapping[str, Any], samples: Sequence[Mapping]
   records = {}
   for name, value in results.items():
     figure, _, kind = name.partition(',')
+    # The scores of the items, under the name and the filter of the figure.
     rows = [row for row in samples if row['filter'] == kind]
     scores = [row.get(figure) for row in rows]
     if not rows or not isinstance(value, numbers.Real):
       continue
     if not all(isinstance(score, numbers.Real) for score in scores):
       continue
+    # A figure that is not the mean of its scores is a perplexity, or the like.
     if np.isclose(np.mean(scores), value):
       names = [row['doc_hash'] for row in rows]
       records[called(name)] = of(scores, names)
@@ -118,6 +120,7 @@ def read(path: pathlib.Path) -> dict[str, dict]:
   # Files of lm_eval, which makes a folder of each model.
   for file in sorted([*path.glob('samples_*.jsonl'),
                       *path.glob('*/samples_*.jsonl')]):
+    # samples_TASK_DATE.jsonl, beside results_DATE.json.
     stem = file.name.removeprefix('samples_').removesuffix('.jsonl')
     task, _, date = stem.rpartition('_')
     summary = file.with_name(f'results_{date}.json')

@@ -164,10 +164,12 @@ def padded(rows: Mapping[int, np.ndarray], most: int
            ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
   """Yields (which rows, tokens [B, L], lengths [B]) of batches of few shapes,
   the longest first; in what fills a batch up, a row has one token."""
+  # Rows of similar lengths, of which all are padded to one.
   by_length: dict[int, list[int]] = {}
   for i, row in rows.items():
     by_length.setdefault(rounded(len(row), most), []).append(i)
   for length, group in sorted(by_length.items(), reverse=True):
+    # A batch has about TOKENS tokens, and a power of two rows if these are few.
     count = min(max(TOKENS // length, 1), 1 << (len(group) - 1).bit_length())
     for start in range(0, len(group), count):
       chosen = group[start:start + count]

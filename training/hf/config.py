@@ -160,12 +160,14 @@ class Reader:
     unread = []
     refused = []
     for name, value in self._tree.items():
+      # A field was read, or matters to nobody.
       if name in self.asked or NEUTRAL.fullmatch(name) or value is None:
         continue
       if known is None or name in known:
         refused.append(f'{self._full(name)} {short(value)}')
       else:
         unread.append(self._full(name))
+    # The objects in it, such as text_config, have fields of their own.
     for part in self._parts:
       unread += part.finish(known)
     require(not refused, 'config.json has fields that transformers knows and '
@@ -287,6 +289,7 @@ def _refuse_quantised(reader: Reader) -> None:
       continue
     method = packed.get('quant_method', 'of no name')
     unpacking = UNPACKED_BY.get(str(method))
+    # Some formats can be unpacked by transformers.
     remedy = 'Take the folder of the model that was quantised'
     if unpacking:
       remedy = (
@@ -328,6 +331,8 @@ def _read_table(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
   """Returns the fields of config.model that the page's table `fields` has."""
   fields: dict[str, Any] = {}
   for ours, (names, default, *choices) in page.fields.items():
+    # A default may follow from the fields before it; of several names the first
+    # one that is there counts.
     value = default
     if callable(default):
       value = default(fields)
@@ -354,9 +359,11 @@ def _read_head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
       break
   if 'num_labels' not in heads.HEADS[head].fields:
     return dict(head=head)
+  # One of the labels is right; other problems are refused.
   if head == 'sequence':
     reader.choose('problem_type', CLASSIFICATION, {
         REGRESSION: REGRESSION, CLASSIFICATION: CLASSIFICATION})
+  # transformers has two labels where a config.json names none.
   num_labels = len(reader('id2label', {}))
   if not num_labels:
     num_labels = reader('num_labels', 2)
@@ -447,6 +454,7 @@ def _write_head(config: ModelConfig, labels: Sequence[str]) -> dict[str, Any]:
   if config.head == 'lm':
     return {}
   fields: dict[str, Any] = dict(classifier_dropout=config.head_dropout)
+  # The names of the labels, both ways.
   if config.num_labels:
     labels = labels or default_labels(config.num_labels)
     require(len(labels) == config.num_labels, f'{len(labels)} labels are of '
@@ -479,6 +487,7 @@ def _room(config: ModelConfig) -> tuple | None:
   share = moe.eval_capacity_factor * moe.top_k / moe.num_experts
   if not 0 < share < 1:
     return None
+  # Without groups, a whole batch shares the room.
   if not moe.group_size:
     return 0, round(share, 6)
   return moe.group_size, routing.capacity(

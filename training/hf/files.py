@@ -147,6 +147,7 @@ def _files(path: pathlib.Path) -> list[tuple[pathlib.Path, Any]]:
             f'{path} is neither .safetensors nor .bin')
     return [(path, None)]
   hub.check_there(path)
+  # Several files with an index, or one file.
   for name in (SAFE, BIN):
     index = path / f'{name}.index.json'
     if index.is_file():
@@ -165,6 +166,7 @@ def _indexed(index: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
     raise RequestError(f"{index} is damaged: it has no 'weight_map'")
   by_file: dict[pathlib.Path, list[str]] = {}
   for name, file in weight_map.items():
+    # The index comes with the weights, and must not lead elsewhere.
     if not isinstance(file, str) or pathlib.PurePath(file).name != file:
       raise RequestError(
           f'{index} names the file {file!r}: it must lie in that folder')
@@ -198,6 +200,7 @@ def shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
       used = 0
     parts[-1].append(name)
     used += size
+  # The names are those that transformers gives.
   if len(parts) == 1:
     return {SAFE: parts[0]}
   stem, suffix = SAFE.split('.')
@@ -224,6 +227,7 @@ def write(folder: pathlib.Path, files: Mapping[str, list[str]],
     total += sum(x.nbytes for x in tensors.values())
     save_file(tensors, folder / file, metadata={'format': 'pt'})
     index |= dict.fromkeys(names, file)
+  # The index says in which file each tensor is.
   if len(files) > 1:
     tree = dict(metadata=dict(total_size=total), weight_map=index)
     text = json.dumps(tree, indent=2, sort_keys=True)

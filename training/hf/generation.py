@@ -68,6 +68,7 @@ def of_run(config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Any
   options = None
   ids = {f'{name}_token_id': special.get(name)
          for name in ('bos', 'eos', 'pad')}
+  # A model that writes ends and begins its texts as in training.
   if objectives.of(config).writes:
     end, *more = objectives.of(config).ends(config, tokenizer)
     ids['eos_token_id'] = [end, *more] if more else end
@@ -77,6 +78,8 @@ def of_run(config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Any
       ids['decoder_start_token_id'] = seq2seq.start_id(config, tokenizer)
     options = {name: value for name, value in ids.items() if value is not None}
     options['bos_token_id'] = end
+
+  # Some ids are written by the architecture's own page.
   fixed = architectures.hugging_face(model.arch).fixed
   fields = {name: value for name, value in ids.items() if name not in fixed}
   return Generation(fields=fields, options=options)
@@ -158,6 +161,7 @@ def shown(texts: Sequence[str], config: ml_collections.ConfigDict,
       come from no folder.
   """
   objective = objectives.of(config)
+  # Published weights go on from a text as their own folder says.
   from_folder = generation is not None and objective.talks
   if from_folder and objective.talk(config, tokenizer).plain:
     talk = plain(tokenizer, generation)

@@ -195,6 +195,7 @@ def _read_description(file: pathlib.Path) -> dict[str, Any]:
     if value != known and not both_empty and not by_root:
       raise RequestError(f'{file} has {name} {short(value)}: only {known!r} is '
                          'known here')
+  # Some initialisations change the weights of the model, too.
   init = tree.get('init_lora_weights')
   word = init.lower() if isinstance(init, str) else init
   if word not in INITS:
@@ -204,6 +205,7 @@ def _read_description(file: pathlib.Path) -> dict[str, Any]:
         f"belong to other weights than the model's (choose from {choices}): "
         "save them anew by PEFT's save_pretrained with "
         'path_initial_model_for_weight_conversion, or merge them there')
+  # The numbers, in their ranges.
   tree.setdefault('lora_dropout', 0.0)
   for name, (usual, bounds) in NUMBERS.items():
     check_type(tree.get(name), usual, f'{name} of {file}')

@@ -209,11 +209,13 @@ def _frame(file: pathlib.Path, frame: str, names: dict[str, str]) -> None:
   """
   import tokenizers as library
   pipeline = library.Tokenizer.from_file(str(file))
+  # A tokenizer that frames texts already, or lacks a token, stays as it is.
   wanted = [kind for kind in ('cls', 'sep', 'eos') if f'{{{kind}}}' in frame]
   if not wanted or pipeline.post_processor is not None:
     return
   if not names.keys() >= {*wanted}:
     return
+  # The frame of one text is that of two, less the second.
   pair = frame.format(**names)
   special_tokens = [(names[kind], pipeline.token_to_id(names[kind]))
                     for kind in wanted]

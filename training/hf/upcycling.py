@@ -54,10 +54,13 @@ def config(model: ml_collections.ConfigDict, moe: dict,
   require(not dense.has_experts,
           'model.ffn is moe: this model has experts already, only a dense one '
           'is upcycled')
+  # Each layer needs a network whose copies its experts become.
   networks = [model.ffn, *(kind.get('ffn') for kind in model.kinds.values())]
   require(NO_FFN not in networks,
           f'model.ffn is {NO_FFN!r} of some layers: experts begin as copies of '
           "a layer's feed-forward network, which each must have")
+
+  # An expert is as wide as the network that it is copied from.
   moe = dict(moe)
   every = moe.pop('every', 1)
   require(every > 0, f'every is {every}: it must be > 0')
@@ -88,6 +91,7 @@ def params(module: nn.Module, like: Any, dense: Any, seed: int) -> Any:
     dense: the parameters of the dense model, arrays without boxes.
     seed: the seed of the routers.
   """
+  # The old parameters lie on the mixture's devices.
   shapes = paths.flatten(nn.meta.unbox(like))
   places = {path: x.sharding for path, x in shapes.items()}
   mesh = next(iter(places.values())).mesh

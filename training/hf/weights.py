@@ -77,6 +77,7 @@ def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: Seed = 0,
     ValueError: naming what the files have that the architecture does not
       honour, or lack.
   """
+  # The module that the config.json describes.
   one_of('dtype', dtype, ('', *DTYPES))
   path = pathlib.Path(path)
   folder = path.parent if path.is_file() else path
@@ -84,6 +85,8 @@ def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: Seed = 0,
   config = hf_config.read(hf_config.load_config_json(folder), set(files))
   module = architectures.build(dataclasses.replace(
       config, param_dtype=dtype or config.param_dtype))
+
+  # Its parameters, of which some may be drawn.
   loaded = read_params(module, source=files, partial=partial, seed=seed)
   for line in loaded.skipped:
     warnings.warn(line, stacklevel=2)
@@ -192,6 +195,7 @@ class _Match:
     there = source - {*self.placed}
     ours = [tensor.name for tensor in tensors]
     for words, pattern in optional.items():
+      # A part that one side has in part only is compared like all others.
       theirs = _matching(pattern, there)
       wanted = _matching(pattern, ours)
       if theirs and not wanted:
@@ -217,6 +221,7 @@ class _Match:
       new_head: whether the head of a task may be missing.
     """
     for tensor in tensors:
+      # It belongs to an optional part that the files lack.
       if tensor.name in self._new_names:
         self.drawn.update(tensor.paths)
         continue
@@ -224,6 +229,7 @@ class _Match:
       if not wrong:
         continue
       self.drawn.update(tensor.paths)
+      # A head for another task is new, and no fault of the files.
       of_task = tensor.paths[0].startswith(TASK)
       if new_head and of_task and not names.there([tensor.name]):
         self.passed.append(f'{wrong}, so it is drawn')
@@ -275,6 +281,7 @@ class Names:
       return f'{" and ".join(tensor.paths)}: the files have no {tensor.name}'
     dtype = self._source.dtype(name)
     shape = self._source.shape(name)
+    # Some pages read whole numbers, such as a table of ids.
     integers = dtype in ('I64', 'int64') and re.fullmatch(
         self._page.integers, tensor.name)
     if dtype not in hf_files.DTYPES and not integers:
@@ -299,12 +306,14 @@ class Names:
     for name in self._source:
       if name in used or self._is_ignored(name):
         continue
+      # A constant must have the value that the config makes it.
       if name in self._constants:
         if not np.array_equal(self._source[name], self._constants[name]):
           lines.append(f'{name} of the files is not as config.json has it')
       elif name not in tied:
         lines.append(f'{name} of the files has no place in the model')
       else:
+        # Tied weights may be stored twice if they are the same.
         twin = self._source[self.find(tied[name])]
         if not np.array_equal(self._source[name], twin):
           lines.append(f'{name} of the files differs from {tied[name]}, to '
@@ -330,6 +339,7 @@ def _fill(leaf: Any, fills: list, names: Names) -> jax.Array:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   @functools.cache
+  # Several devices may hold the same part of a parameter.
   def shard(*ranges: tuple[int, int]) -> np.ndarray:
     return _shard(leaf.dtype, ranges=ranges, fills=fills, names=names)
 
@@ -540,6 +550,7 @@ def without_generator(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
   drawn_by = config.find(GeneratorConfig)
   if drawn_by is None or not drawn_by.num_layers:
     return module, params
+  # The encoder's table may be the generator's plus an addition.
   of_generator = 'generator/', f'embed/{skeletons.APART}'
   flat = {path: x for path, x in paths.flatten(nn.meta.unbox(params)).items()
           if not path.startswith(of_generator)}

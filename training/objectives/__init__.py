@@ -1,4 +1,4 @@
-"""What a model learns to do: one class an objective, in the table OBJECTIVES.
+"""Objectives, by which models learn: one class each, in the table OBJECTIVES.
 
 To add an objective, write a subclass of Objective in a file of this folder, and
 its entry in a table OBJECTIVES of that file. Everything else reads these
@@ -260,7 +260,7 @@ class Objective:
   bound: bool = False
   mtp: bool = False
 
-  # What a subclass defines.
+  # A subclass defines these methods.
 
   def example(self, item: Any, rng: np.random.Generator | None, config: Config,
               tokenizer: Tokenizer) -> Row:
@@ -280,7 +280,7 @@ class Objective:
     their first axis."""
     raise NotImplementedError
 
-  # What a subclass may define.
+  # A subclass may define these methods too.
 
   def check(self, config: Config) -> None:
     """Raises RequestError for a config that it cannot train by."""
@@ -348,7 +348,7 @@ class Objective:
     """Returns the Jinja template of an export; None: it gets none."""
     return None
 
-  # What follows from these.
+  # These methods follow from the ones above.
 
   def batch(self, examples: Sequence[tuple[Any, np.random.Generator | None]],
             config: Config, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
@@ -364,6 +364,7 @@ class Objective:
       batch[key] = np.full((len(examples), *shape), filling, dtype)
     may_lack = lacks_ids(config, tokenizer)
 
+    # A value may be shorter than its row of the array.
     for row, (item, rng) in enumerate(examples):
       values = self.example(item, rng, config, tokenizer)
       assert values.keys() == batch.keys(), (values.keys(), batch.keys())
@@ -422,8 +423,8 @@ class Objective:
 
   @property
   def holds(self) -> tuple[str, ...]:
-    """What a source may hold for it (sources.Source.holds): its records, or the
-    READS of its view."""
+    """The kinds of source that fit (sources.Source.holds): those with its
+    records, or with the READS of its view."""
     if self.record_kind:
       return (self.record_kind,)
     return self.view.READS
@@ -561,6 +562,7 @@ def _check_unread(config: Config, name: str) -> None:
   default = base.FIELDS[name].default
   if value == default:
     return
+  # The message names the objectives that do read it.
   readers = [other for other, objective in OBJECTIVES.items()
              if name in objective.reads]
   way_on = ''
@@ -615,6 +617,7 @@ def mtp_sums(output: Any, batch: Batch, train: Config) -> Figures:
   figures = {}
   hidden_of_depths = output.extra.get('mtp', ())
   for depth, hidden_BLD in enumerate(hidden_of_depths, 1):
+    # Each depth looks one token further than the one before it.
     targets_BL, weights_BL = mtp_shifted(batch, depth)
     loss, sums = losses.cross_entropy(
         hidden_BLD, head=output.head, targets_BL=targets_BL,

@@ -65,6 +65,8 @@ class Windows:
     self._stream = corpus.tokens
     self.num_tokens = self._stream.num_tokens
     self.num_bytes = self._stream.num_bytes
+
+    # A part of a row at the end of the stream is evaluated, too.
     full, rest = divmod(self.num_tokens, self.length)
     self._len = full + (rest > 0 and corpus.split == 'eval')
     require(self._len > 0, f'data source {corpus.name!r} has '
@@ -178,6 +180,7 @@ def goes_on(tokenizer: Tokenizer, start: int | None = None) -> Talk:
     start = separator
 
   def encode(messages: Sequence[dict[str, str]]) -> np.ndarray:
+    # Each message of the user begins a line.
     text = ''
     for message in messages:
       if text and message['role'] == 'user':
@@ -265,13 +268,16 @@ class Chat(Objective):
 def layout(parts: list[tuple[str, np.ndarray]], tokenizer: Tokenizer
            ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the ids [T] of a conversation, and which of them are predicted."""
-  # A template that was rendered has its own ends of turns.
+  # An answer ends with the separator. A template that was rendered has its own
+  # ends of turns.
   rendered = bool(parts) and parts[0][0] in ('shown', 'said')
   end = np.array([tokenizer.separator_id], np.int32)
   if rendered:
     end = end[:0]
   pieces = [end]
   predicted = [np.zeros(len(end), bool)]
+
+  # Answers are predicted, and all else is only read.
   for kind, text in parts:
     piece = np.asarray(text, np.int32)
     is_answer = kind in conversations.ANSWERS
@@ -298,22 +304,25 @@ def talk(config: Config, tokenizer: Tokenizer) -> Talk:
   is_alpaca = 'alpaca:' in config.data.source
 
   def encode(messages: Messages) -> np.ndarray:
+    # The questions and the answers, and an answer that is about to begin.
     parts = []
     if is_alpaca:
       for message in messages:
+        content = message['content']
         if message['role'] == 'user':
-          prompt = conversations.alpaca_prompt(message['content'])
-          parts.append(('question', prompt))
+          parts.append(('question', conversations.alpaca_prompt(content)))
         else:
-          parts.append(('answer', message['content']))
+          parts.append(('answer', content))
     else:
       turns = [(message['role'], message['content']) for message in messages]
       parts.extend(conversations.vicuna([*turns, ('assistant', '')]))
     parts.append(('answer', ''))
+
+    # They are laid out as in training, without the end of that answer.
     rows = [row for row, _ in sources.encode(tokenizer, [parts])]
     kinds = [kind for kind, _ in parts]
     ids, _ = layout(list(zip(kinds, rows)), tokenizer)
-    return ids[:-1]  # the answer has yet to end
+    return ids[:-1]
 
   ends = frozenset({tokenizer.separator_id})
   if is_alpaca:
@@ -350,12 +359,15 @@ def jinja(config: Config, tokenizer: Tokenizer) -> str:
   Alpaca's has no place for an input, which a chat of transformers does not
   have either.
   """
+  # A Jinja template is copied.
   if config.data.chat_template != conversations.PUBLISHED_NAME:
     return conversations.source(config.data.chat_template)[1]
+  # The separator, by the name that a template knows it by.
   kind = next(name for name in ('eos', 'sep')
               if tokenizer.special_ids.get(name) == tokenizer.separator_id)
   end = f'{{{{ {kind}_token }}}}'
   assistant = "{% elif m.role == 'assistant' %}"
+  # Alpaca's template, then Vicuna's.
   if 'alpaca:' in config.data.source:
     return (end + "{% for m in messages %}{% if m.role == 'user' %}"
             + conversations.PROMPT.format(instruction='{{ m.content }}')

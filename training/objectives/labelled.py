@@ -102,7 +102,7 @@ def null_place(item: records.Window, kind: str) -> int:
 
 
 class Labelled(Objective):
-  """What the objectives of labelled data share."""
+  """The base class of the objectives of labelled data."""
   stacks = ('encoder', 'decoder')
   has_lengths = True
   loss_unit = 'nats'  # of an answer
@@ -271,7 +271,7 @@ class QuestionAnswering(Labelled):
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
     """Returns the cross-entropy of starts [B] and ends [B], and of how many
     rows both are likeliest."""
-    # Of the two axes without a letter, one (U) stands for start and end.
+    # U, the last axis, stands for the start and the end of an answer.
     real_BL1 = batch['segment_ids'][..., None] != 0
     scores_BLU = jnp.where(real_BL1, output.extra['scores'], NEVER)
     places_BU = jnp.stack([batch['starts'], batch['ends']], axis=1)

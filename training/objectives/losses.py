@@ -86,6 +86,8 @@ def cross_entropy(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array,
   weights_BL = weights_BL.astype(jnp.float32)
   chex.assert_equal_shape([targets_BL, weights_BL])
   loss, tokens = _loss_sum(settings, hidden_BLD, head, targets_BL, weights_BL)
+
+  # Figures are of the same tokens, and nothing learns from them.
   tokens = jax.lax.stop_gradient(tokens)
   sums = {'weight': weights_BL.sum(),
           'accuracy': (weights_BL * tokens.correct).sum()}
@@ -114,6 +116,7 @@ def _token_losses(settings: _Settings, hidden_BLD: jax.Array, head: Head,
     logits_QBPV = head.finish(_product(x_QBPD, kernel_DV))
     return None, _losses(settings, logits_QBPV, targets_QBP)
 
+  # The logits of one chunk exist at a time.
   _, losses = jax.lax.scan(
       of_chunk, None, _cut(settings, (hidden_BLD, targets_BL)))
   return _join(settings, losses, targets_BL.shape)
@@ -309,14 +312,18 @@ def _cut(settings: _Settings, arrays: tuple[jax.Array, ...]):
     """Returns one of the arrays as its chunks."""
     batch = x.shape[0] // rows
     length = x.shape[1] // lengths
+    # One device has one of `rows` parts of the rows, and of `lengths` parts of
+    # the length: [rows, B / rows, lengths, L / lengths, ...].
     chunks = -(-length // P)
     x = x.reshape(rows, batch, lengths, length, *x.shape[2:])
+    # The part of the length becomes whole chunks of P positions.
     pad = chunks * P - length
     if pad:
       widths = [(0, 0)] * x.ndim
       widths[3] = (0, pad)
       x = jnp.pad(x, widths)
     x = x.reshape(rows, batch, lengths, chunks, P, *x.shape[4:])
+    # Chunks come first, to be scanned. Then Q is the device's part.
     x = jnp.moveaxis(x, (3, 2), (0, 2))
     x = x.reshape(chunks, rows * lengths, batch, *x.shape[4:])
     return sharding.constrain_if(x, None, 'tokens', *(None,) * (x.ndim - 2))
@@ -335,6 +342,7 @@ def _join(settings: _Settings, arrays: tuple[jax.Array, ...],
     """Returns the chunks of one array as the array."""
     chunks, _, batch, P = x.shape[:4]
     x = x.reshape(chunks, rows, lengths, batch, P, *x.shape[4:])
+    # The steps of `_cut` in reverse, without the padding.
     x = jnp.moveaxis(x, (0, 2), (3, 2))
     x = x.reshape(rows, batch, lengths, chunks * P, *x.shape[5:])
     x = x[:, :, :, :shape[1] // lengths]

@@ -151,10 +151,13 @@ def _two_texts(first: np.ndarray, second: np.ndarray, target: bool,
   sep = tokenizer.sep_id
   ids = np.concatenate([[cls], first, [sep], second, [sep]]).astype(np.int32)
   after_first = len(first) + 1
+  # [CLS] and both [SEP] are never masked.
   special = np.zeros(len(ids), bool)
   special[[0, after_first, -1]] = True
   row = _masked(ids, special=special, rng=rng, config=config,
                 tokenizer=tokenizer)
+
+  # The second text begins after the first [SEP].
   row['types'] = np.arange(len(ids)) > after_first
   row['segment_ids'] = np.ones(len(ids))
   row['nsp_targets'] = target
@@ -299,12 +302,14 @@ def masked_words(output: Output, batch: Batch, config: Config) -> Figures:
 def mlm_and_nsp(output: Output, batch: Batch, config: Config) -> Figures:
   """Returns BERT's losses: of the masked words, and of whether the second text
   follows the first. One is a mean over these words, the other over rows."""
+  # The masked words. The sum of both losses is the one to minimise.
   figures = {}
   for name, mean in masked_words(output, batch, config).items():
     if name in ('loss', 'accuracy'):
       name = f'mlm_{name}'
     figures[name] = mean
 
+  # Whether the second text follows, one answer a row.
   real_B = _real_B(batch)
   logits_B2 = output.extra['nsp_logits']
   log_p_B2 = jax.nn.log_softmax(logits_B2, -1)

@@ -149,6 +149,7 @@ class Loader:
     stop = self._stop if stop is None else min(stop, self._stop)
     if start >= stop:
       return
+    # Some batches are prepared while the devices compute.
     threads = self._config.data.threads
     options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(threads, PREFETCH))
@@ -269,6 +270,7 @@ def held_out(config: Config, tokenizer: Tokenizer, process_index: int = 0,
                                    bare=bare)
   loaders = []
   for weight, corpus, view in zip(weights, corpora, views):
+    # In any other order than its own, a part of a source stands for all of it.
     dataset = view
     if not in_order:
       places = grain.MapDataset.range(len(view)).shuffle(seed=EVAL_SEED)
@@ -325,6 +327,7 @@ def of_sources(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
       conversations.layout, data.chat_template, tokenizer)
   for spec in filter(None, (data.source, data.eval_source)):
     for _, source in sources.parse(spec, layout):
+      # A source may be cut into what is trained on and what is held out.
       source = sources.cut(source, _holdout_every(data))
       if source.tokens or source.drawn:
         hashes[source.name] = source.digest()
@@ -344,11 +347,14 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str,
   """Yields (weight, sources.Corpus) of each source of the split; raises
   RequestError for records without labels or answers, unless `bare`."""
   data = config.data
+  # The source of the split, which for evaluation may be another one.
   spec = data.source
   part = ''
   if split == 'eval':
     spec = data.eval_source or data.source
     part = config.eval.part
+
+  # Each source's documents, by the kind of what it holds.
   layout = functools.partial(
       conversations.layout, data.chat_template, tokenizer)
   for weight, source in sources.parse(spec, layout):
@@ -381,6 +387,7 @@ def _of_records(source: sources.Source, config: Config, tokenizer: Tokenizer,
   records = list(source.records())
   if not bare:
     labelled.refuse_bare(source.name, records)
+  # Records are held out by their number, as documents are.
   chosen = tokens.chosen(np.arange(len(records)), every=every, split=split,
                          part=part)
   text = _words(source, every=every, split=split, part=part, taken=chosen.sum(),
@@ -436,12 +443,14 @@ def _words(source: sources.Source, every: int | None, split: str, part: str,
   Raises:
     RequestError: for a split without a document.
   """
+  # A small source may leave a split without a document.
   if not taken:
     where = f'{split} with eval.part={part}' if part else split
     raise RequestError(
         f'data source {source.name!r} has {of} document(s), of which '
         f'data.holdout_every={every} leaves none for {where}: set '
         'data.eval_source or another data.holdout_every')
+  # A single text is cut in two by its length.
   if source.is_cut:
     words = f'the last 1/{every} of {source.name}'
     if part:
@@ -502,6 +511,7 @@ def parse_ramp(text: str, batch_size: int) -> Ramp:
     return Ramp(until=(), sizes=(), last=batch_size)
   until = []
   sizes = []
+  # Steps and sizes rise, up to the size of the rest of the run.
   try:
     for stage in text.split(','):
       step, size = map(int, stage.split(':'))

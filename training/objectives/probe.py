@@ -58,6 +58,7 @@ class Probe(Objective):
     require(config.objective == probe.objective, f'{config.data.source} is '
             f'trained by objective {probe.objective!r}, and objective is '
             f'{config.objective!r}')
+    # An encoder would see the answers of a row that shows them.
     system = architectures.systems().get(config.model.arch)
     if probe.hides or system is None or system.STACK != 'encoder':
       return

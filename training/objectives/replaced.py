@@ -53,10 +53,12 @@ class ReplacedTokens(Objective):
       [up to M].
     """
     ids, special, apart = mlm.framed(item, config, tokenizer)
+    # Masks in the places of words, never of special tokens.
     usual = np.flatnonzero(~special)
     count = min(len(usual), mlm.most(config.data.mask_rate, len(usual)))
     chosen = np.sort(rng.permutation(usual)[:count])
 
+    # A place past the row's end stands for no mask.
     tokens = ids.copy()
     tokens[chosen] = tokenizer.mask_id
     places = np.full(_masks(config), config.data.length)
@@ -97,6 +99,7 @@ class ReplacedTokens(Objective):
       real_BL = batch['segment_ids'] != 0
       return Mean((real_BL * x_BL).sum(), mlm.tokens(batch))
 
+    # Whether each real token was told aright.
     loss = mean_over_tokens(optax.sigmoid_binary_cross_entropy(
         scores_BL, replaced_BL.astype(jnp.float32)))
     weight = config.model.generator.loss_weight

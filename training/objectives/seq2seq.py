@@ -151,6 +151,7 @@ def draw(n: int, density: float, mean: float, rng: np.random.Generator
     ends = rng.choice(total - 1, spans - 1, replace=False) + 1
     return np.diff(np.concatenate([[0], np.sort(ends), [total]]))
 
+  # Stretches that stay and stretches that are cut take turns.
   stay_lengths = split(n - cut)
   cut_lengths = split(cut)
   lengths = np.stack([stay_lengths, cut_lengths], axis=1).reshape(-1)
@@ -226,6 +227,7 @@ def _sentence_ends(tokenizer: Tokenizer) -> np.ndarray:
       return True
     if i in special:
       return False
+    # A token ends a sentence if its last character does.
     piece = tokenizer.decode_bytes([i]).rstrip()
     return piece.endswith((b'.', b'!', b'?'))
 

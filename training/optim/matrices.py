@@ -305,10 +305,12 @@ def _homes(shape: tuple[int, ...], role: Role, axes: Axes) -> list[tuple]:
   Its mesh axes go to an axis of the batch, one that they divide if there is
   one; else to the first one. A lone matrix becomes whole on all devices.
   """
+  # Axes in front, such as that of scanned layers, lie whole on each device.
   lead = len(shape) - len(role.axes)
   homes = [sharding.weight_places(shape, (None,) * lead + role.axes)]
   is_lone = math.prod(shape[i] for i in axes.batch) == 1
   for side in axes.inputs + axes.outputs:
+    # This step makes one more axis of the matrices whole.
     names = homes[0][side]
     places = list(homes[-1])
     if not names:

@@ -72,6 +72,7 @@ def rates(config: ModelConfig, optimizer: str, roles: Any):
   if config.parametrization == 'standard':
     return None
   check_optimizer(config, optimizer)
+  # How many times wider than the base model each kind of axis is.
   r = config.widening
   head = config.head_widening
   wider = {'embed': r, 'mlp': r, 'heads': r / head, 'kv_heads': r / head,
@@ -82,6 +83,7 @@ def rates(config: ModelConfig, optimizer: str, roles: Any):
     axes = role.split(len(role.axes))
     inputs = math.prod(wider[role.axes[i]] for i in axes.inputs)
     outputs = math.prod(wider[role.axes[i]] for i in axes.outputs)
+    # Logits are divided by the width in the forward pass.
     divisor = 1.0
     if role.kind == 'logits':
       divisor = r

@@ -224,6 +224,7 @@ def check_optim(optim: Optim) -> None:
   defaults = base_config.base().optim
   _check_fields('name', table=OPTIMIZERS, optim=optim, defaults=defaults)
   _check_fields('schedule', table=SCHEDULES, optim=optim, defaults=defaults)
+  # The decay ends after the warm-up.
   require(optim.decay_steps == 0 or optim.decay_steps > optim.warmup_steps,
           f'optim.decay_steps is {optim.decay_steps} and optim.warmup_steps '
           f'{optim.warmup_steps}: choose more than these, or 0 for train.steps')
@@ -247,10 +248,13 @@ def _check_fields(selector: str, table: Mapping[str, Entry], optim: Optim,
   """
   choice = optim[selector]
   one_of(f'optim.{selector}', choice, table)
+  # The entries that read each field.
   readers: dict[str, list[str]] = {}
   for name, entry in table.items():
     for field in entry.reads:
       readers.setdefault(field, []).append(name)
+
+  # A field that the choice does not read keeps its default.
   for field in sorted(readers):
     is_default = optim[field] == defaults[field]
     require(choice in readers[field] or is_default,

@@ -62,6 +62,7 @@ def of(optim: ml_collections.ConfigDict, roles: Any, shapes: Any,
     """Returns the share of a parameter, of its rows where these differ."""
     path = paths.join(key)
     rows = []
+    # Each row of a scanned parameter is of another layer.
     for name, power in _rows_of(path, stacks):
       names.append(name)
       freezing = [pattern for pattern in patterns
@@ -73,6 +74,7 @@ def of(optim: ml_collections.ConfigDict, roles: Any, shapes: Any,
         rows.append(optim.layer_decay ** power * optim.table_rate)
       else:
         rows.append(optim.layer_decay ** power)
+    # One number where all rows agree, else one for each row.
     if len(set(rows)) == 1:
       return rows[0]
     return np.array(rows, np.float32).reshape(-1, *(1,) * (len(x.shape) - 1))

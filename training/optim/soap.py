@@ -88,6 +88,7 @@ def scale_by_soap(roles: Any, b1: float, b2: float, eps: float, every: int,
                         right=flipped, left_basis=axes, right_basis=flipped)
       of_matrices = [_as_matrices(side, x)
                      for side, x in zip(sides[1:], fields)]
+      # The algorithm is of matrices, which the parameter is cut into.
       step, new = _update(matrices.as_matrices(axes, g),
                           s=SoapState(state.count, *of_matrices), b1=b1, b2=b2,
                           eps=eps, every=every)
@@ -166,6 +167,7 @@ def _turn(s: SoapState) -> SoapState:
   square = s.square
   left_basis = s.left_basis
   right_basis = s.right_basis
+  # The columns of a basis change places with its eigenvalues, and V with them.
   if s.left is not None:
     left_basis, order = _nearer(s.left, left_basis)
     square = jnp.take_along_axis(square, order[..., :, None], axis=-2)

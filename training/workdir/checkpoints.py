@@ -73,6 +73,7 @@ def named_step(text: str | None, name: str = '--step'
   """
   if text is None or text == BEST:
     return text
+  # One number, or several different ones.
   steps = text.removeprefix('last:').split(',')
   all_numbers = all(re.fullmatch('0|[1-9][0-9]{0,17}', step) for step in steps)
   if not all_numbers or len(set(steps)) < len(steps):
@@ -552,6 +553,7 @@ def _read_arrays(folder: epath.Path, record: dict[str, Any], abstract: Any
   import orbax.checkpoint as ocp
 
   wanted = paths.flatten(abstract)
+  # A placeholder stands for an array that is not read.
   item = {}
   restore_args = {}
   for name in record['arrays']:
@@ -567,6 +569,7 @@ def _read_arrays(folder: epath.Path, record: dict[str, Any], abstract: Any
       item=nest(item), restore_args=nest(restore_args))
   with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
     leaves = paths.flatten(handler.restore(folder / 'state', args=args))
+  # Orbax returns what it could not read as it was given it.
   for name in wanted:
     if not isinstance(leaves[name], jax.Array):
       raise _Damaged(f'{name} is not read as an array')
@@ -646,11 +649,13 @@ def _reason(error: BaseException) -> str:
   Orbax wraps what TensorStore found more than once, and TensorStore adds
   where in its own source it was found.
   """
+  # The cause that was raised first.
   while not isinstance(error, _Damaged):
     cause = error.__cause__ or error.__context__
     if cause is None:
       break
     error = cause
+  # Without where in TensorStore's own source it was raised.
   line = str(error).split('\n')[0].rstrip(':')
   line = re.sub(r' in OCDBT database at \w+ file "[^"]*"', '', line)
   line = re.split(r' \[(?:source locations|tensorstore_spec)', line)[0]
@@ -700,6 +705,7 @@ def checksums(tree: Any) -> dict[str, int]:
   named = [x.sharding for x in leaves.values()
            if isinstance(x.sharding, NamedSharding)]
   mesh = named[0].mesh if named else None
+  # A sum for each leaf on the devices, and then all of them at once.
   parts = []
   for x in leaves.values():
     spec = P()
@@ -792,6 +798,8 @@ def _sum(x: jax.Array, axes: tuple[tuple[str, ...], ...], mesh: Mesh | None
       index_U += (start + row_U % np.uint32(size)) * stride
       row_U //= np.uint32(size)
 
+    # Each element's bits are mixed with its place, so that none can change
+    # places unseen.
     place_UU = (index_U[:, None] + column_U[None]) * _GOLDEN
     bits_UU = _bits(jax.lax.dynamic_slice_in_dim(x_UU, first, count))
     # dtype: without it jnp.sum would widen to uint64 where x64 is on.

@@ -194,6 +194,7 @@ def writers(workdir: epath.Path, config: Mapping[str, Any],
   """
   if not primary:
     return []
+  # Files are written on disk, and copied to a bucket from time to time.
   uploads = storage.Uploads(storage.path(workdir))
   uploads.fetch(METRICS)
   result: list[Any] = [JsonlWriter(uploads.local, resumed_step)]
@@ -216,6 +217,7 @@ def read(path: epath.Path) -> list[dict[str, Any]]:
     RequestError: for a line that is no row, or whose step is not after that of
       the row of its split before it.
   """
+  # The last line may be incomplete, all others must be whole.
   lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
   rows = []
   for number, line in enumerate(lines[:-1], 1):
@@ -225,6 +227,7 @@ def read(path: epath.Path) -> list[dict[str, Any]]:
     if last:
       rows.append(last)
 
+  # The steps of each split rise.
   steps: dict[str, int] = {}
   for number, row in enumerate(rows, 1):
     before = steps.get(row['split'], -1)
@@ -272,6 +275,7 @@ def _drop_after(path: pathlib.Path, step: int) -> set[tuple[int, str]]:
   at_step = set()
   for line in lines:
     row = _whole_row(line)
+    # Later rows will be written anew.
     if not row or row['step'] > step:
       continue
     kept.append(line)

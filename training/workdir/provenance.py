@@ -52,6 +52,7 @@ def _code(root: pathlib.Path) -> dict[str, str | None]:
     return subprocess.run(['git', '-C', str(root), *words], check=True,
                           capture_output=True).stdout
 
+  # The code may have been installed without its history.
   if not (root / '.git').exists():
     return unknown
   try:
@@ -61,6 +62,7 @@ def _code(root: pathlib.Path) -> dict[str, str | None]:
   except (OSError, subprocess.CalledProcessError):
     return unknown
 
+  # Files that git does not know yet are changes, too.
   for name in new.split(b'\0')[:-1]:
     changes += name + b'\0'
     file = root / os.fsdecode(name)
@@ -84,6 +86,7 @@ def codes(starts: Iterable) -> list[str]:
       parts.append(f'changes {start["diff"]}')
     for file, digest in start.get('files', {}).items():
       parts.append(f'{file} {digest}')
+    # Most starts of a run have the same code.
     code = ' with '.join(parts)
     if code and code not in result:
       result.append(code)

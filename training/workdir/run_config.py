@@ -71,6 +71,7 @@ def save(workdir: epath.Path, config: ml_collections.ConfigDict,
     fields = config.to_dict()
   else:
     fields = as_read(config, model)
+  # A start like the one before it, with the same code and data, is not noted.
   every_start = starts(workdir)
   now = provenance.this_start(data)
   if not every_start or every_start[-1] != now:
@@ -132,6 +133,7 @@ def _load(workdir: epath.Path) -> dict[str, Any]:
   used."""
   path = file(workdir)
   begun = has_begun(workdir)
+  # Without it there is no run, or one that cannot be known.
   if not path.exists():
     way_on = 'no run was started in this workdir'
     if begun:
@@ -142,10 +144,12 @@ def _load(workdir: epath.Path) -> dict[str, Any]:
         f'{workdir} is a folder in the Hugging Face format, which python -m '
         'tools.chat takes as its --folder, and not that of a run, which '
         'python -m tools.convert import makes of it')
+  # The file was written by this version of the code.
   tree = tuples(storage.read_json(path, {_DERIVED: dict, _STARTS: list}))
   require(tree.get(_FORMAT) == FORMAT, f'{path} is of format '
           f'{short(tree.get(_FORMAT))}, and this version of the code reads '
           f'{FORMAT}: go on with the version that wrote it, or train anew')
+  # Fields of parts from outside the tree are known only after these are read.
   plugins.restore(tree.get(_FILES, {}))
   base.check(_fields(tree), f'{path} is damaged: ')
   base.check(tree[_DERIVED], f'{path} is damaged: ')

@@ -257,6 +257,7 @@ def try_folder(folder: str | os.PathLike, name: str = '--workdir') -> None:
   if in_bucket(folder):
     return
   try:
+    # The first folder above it that is there.
     nearest = pathlib.Path(folder).absolute()
     while not nearest.exists():
       nearest = nearest.parent
@@ -436,6 +437,7 @@ class Uploads:
     if not in_bucket(self._folder):
       return
     for file in pathlib.Path(self.local).rglob('*'):
+      # Size and time tell whether a file was copied as it is now.
       status = file.stat()
       state = status.st_size, status.st_mtime_ns
       if file.is_dir() or self._sent.get(file) == state:

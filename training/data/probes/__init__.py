@@ -73,12 +73,15 @@ def check(config: ml_collections.ConfigDict) -> None:
   name = name_of(config.data.source)
   probe = PROBES[name]
   chosen = settings(config)
+  # A field that the probe does not read keeps its default.
   require(bool(probe.vocab) or not config.probe.vocab,
           f'probe.vocab is {config.probe.vocab}, which probe {name!r} does not '
           'read: leave it at 0')
   require(probe.fills or not config.probe.random_non_queries,
           'probe.random_non_queries is True, which probe '
           f'{name!r} does not read: leave it at False')
+
+  # Each row that is asked for can be drawn.
   least = min(4, probe.vocab)
   require(chosen.vocab >= least,
           f'probe.vocab is {chosen.vocab}: probe {name!r} has '
@@ -91,12 +94,15 @@ def check_level(name: str, level: Level, chosen: Settings) -> None:
   """Raises RequestError for a level that cannot be drawn at settings.length."""
   probe = PROBES[name]
   where = f'probe {name!r} with {level!r} {probe.level}'
+  # A level is a number, not a truth value.
   takes_fractions = type(probe.least) is float
   is_number = type(level) is int or (type(level) is float and takes_fractions)
   if not is_number or level < probe.least:
     number = 'number' if takes_fractions else 'whole number'
     raise RequestError(f'{where}: a level is a {number} of at least '
                        f'{probe.least}')
+
+  # A row of this level exists, and fits.
   reason = probe.limit(chosen, level)
   require(not reason, f'{where}: {reason}')
   size = probe.size(level, chosen)
@@ -113,6 +119,7 @@ def digest(name: str) -> str:
       length=probe.length, levels=probe.levels, vocab=probe.vocab,
       examples=probe.examples, held_out=probe.held_out)
   hashed = hashlib.blake2b(digest_size=16)
+  # A change of the generator or of a stream changes these rows.
   for split in _STREAMS:
     rows = Rows(probe, settings=published, split=split, seed=0)
     for number in range(_HASHED_ROWS):

@@ -127,6 +127,7 @@ class Addition(Probe):
       terms.append(term)
       total += int(''.join(map(str, term)))
 
+    # The answer is written as a text of digits, and then its end.
     first, second = terms
     question = np.concatenate([first, [PLUS], second, [EQUALS]])
     answer = [int(digit) for digit in str(total)]

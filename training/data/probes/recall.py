@@ -146,6 +146,7 @@ class FuzzyRecall(Probe):
     not repeat inside of a key or a value. The last key has been before. The
     published test has keys of the full length alone. Its rows are filled up on
     the left, and what the last key is was drawn before the row."""
+    # The letters of keys, and those of values.
     keys, values = np.split(np.arange(settings.vocab), [settings.vocab // 2])
     of_key: dict[tuple[int, ...], np.ndarray] = {}
     tokens: list[int] = []
@@ -171,6 +172,8 @@ class FuzzyRecall(Probe):
         break
       add(key)
     add(sorted(seen)[rng.integers(len(seen))])
+
+    # A place asks for the token after it.
     row = np.array(tokens)
     asking = np.array(places)
     return record.asking(row, asking, row[asking + 1])

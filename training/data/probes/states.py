@@ -338,6 +338,7 @@ class Depo(Probe):
     reason = record.trained(settings, hops)
     if reason:
       return reason
+    # All different words, of all their sizes, cannot stand in one row.
     least, longest = self._words
     spelled = 0
     for size in range(least, longest + 1):

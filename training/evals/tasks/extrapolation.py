@@ -119,6 +119,7 @@ def _figures(curves: Curves, texts: Mapping[int, Text], length: int,
   for name, by_multiple in curves.items():
     figures['curves'][name] = lists = {}
     for multiple, curve in by_multiple.items():
+      # The model refuses texts of this length.
       if curve is None:
         lists[str(multiple)] = None
         continue
@@ -150,9 +151,12 @@ def _sources(evaluation: Evaluation, multiple: int) -> Iterator[Source]:
   longest = max(MULTIPLES)
   length = config.data.length * longest
   pieces = longest // multiple
+  # Rows of the longest text, as many as a batch of training has tokens for.
   shards = math.prod(evaluation.run.mesh.shape.values())
   rows = max(config.data.batch_size // longest // shards, 1) * shards
   config.data.update(length=length, batch_size=rows)
+
+  # Each process reads its slice of the rows, and cuts them up.
   index, count = devices.batch_shard(place, rows)
   for loader in pipeline.held_out(config, tokenizer=evaluation.tokenizer,
                                   process_index=index, process_count=count):
@@ -218,6 +222,7 @@ def _by_position(evaluation: Evaluation, model: ModelConfig,
     return jnp.sum(loss_BL * batch['weights'], 0)
 
   step = evaluation.program(sums_of, 'extrapolation', model)
+  # A source counts as much as its share of the held-out text.
   total_L = np.zeros(len(text.tokens))
   for source in sources:
     sums_L = _sum(lambda batch: step(evaluation.params, batch), source.batches)
@@ -234,6 +239,7 @@ def table(curves: Curves, texts: Mapping[int, Text], length: int) -> str:
     rows[name] = []
     for multiple in MULTIPLES:
       curve = by_multiple.get(multiple)
+      # Not every variant is tried at every length.
       cell = '—'
       if curve is not None:
         cell = f'{loss_at(curve, texts[multiple]):.3f}'
@@ -242,6 +248,7 @@ def table(curves: Curves, texts: Mapping[int, Text], length: int) -> str:
       rows[name].append(cell)
   rows['tokens'] = [f'{texts[m].tokens.sum():,}' for m in MULTIPLES]
 
+  # Columns of one width.
   lines = [f'loss in nats per token at multiples of the training length '
            f'{length}']
   for name, cells in rows.items():
@@ -272,6 +279,7 @@ def plot(curves: Curves, texts: Mapping[int, Text], length: int, path: Any
     middles = np.sqrt(edges[:-1] * edges[1:])
     axes.plot(middles, losses, label=name)
 
+  # The length that the model was trained with, and how to read the axes.
   axes.axvline(length, color='grey', linestyle='--', linewidth=1,
                label='training length')
   axes.set(xlabel='position in tokens', ylabel='loss in nats per token',

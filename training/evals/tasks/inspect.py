@@ -125,6 +125,7 @@ class Inspect(Task):
                          'other text to be shown than its prompt')
     require(len(tokenizer.encode(prompt)) > 0, f'the prompt {short(prompt)} '
             f'has no token that the tokenizer {tokenizer.name!r} knows')
+    # A map of attention grows with the square of the length.
     read = _read(evaluation, stack)
     most = min(evaluation.run.model.max_len, MOST)
     for name, ids_L in read.tokens.items():
@@ -175,6 +176,7 @@ def _read(evaluation: Evaluation, stack: str) -> Read:
   tokenizer = evaluation.tokenizer
   prompt = evaluation.options.prompt
   objective = objectives.of(config)
+  # A source and a target.
   if stack == 'encoder-decoder':
     prompts = objective.prompt([prompt], config, tokenizer)
     source_1M = prompts.arguments['source_BM']
@@ -182,12 +184,16 @@ def _read(evaluation: Evaluation, stack: str) -> Read:
     return Read(
         arrays=dict(tokens_BM=source_1M, decoder_tokens_BL=shown_1L),
         tokens=dict(encoder=source_1M[0], decoder=shown_1L[0]), notes=[note])
+
+  # A text that the model would go on from.
   if objective.writes:
     folder = hf_generation.published(evaluation.workdir, evaluation.step)
     prompts, _ = hf_generation.shown([prompt], config=config,
                                      tokenizer=tokenizer, generation=folder)
     return Read(arrays=dict(tokens_BL=prompts.tokens, **prompts.arguments),
                 tokens={stack: prompts.tokens[0]}, notes=[])
+
+  # A text that is read as a whole, as an encoder is trained.
   before, after = reading.around(evaluation)
   ids = reading.with_masks(prompt, tokenizer)
   ids_L = np.concatenate([before, ids, after]).astype(np.int32)
@@ -284,6 +290,7 @@ def _mean(values_NBHL: np.ndarray, counted_BL: np.ndarray) -> np.ndarray:
 def _figures(inspected: Inspection, texts: Mapping[str, Sequence[str]],
              measures: Measures, spell: Spell) -> dict[str, Any]:
   """Returns what goes into --json; the maps themselves stand in the page."""
+  # One row was looked at: the first of each array.
   figures: dict[str, Any] = {
       'tokens': dict(texts), 'attention': {}, 'stream': {}, 'experts': {}}
   for name, heads in measures.items():
@@ -303,6 +310,7 @@ def _figures(inspected: Inspection, texts: Mapping[str, Sequence[str]],
   if inspected.lens is None:
     return figures
 
+  # The logit lens: for each layer, the guesses at each token.
   figures['lens'] = []
   for layer in _guesses(inspected.lens):
     places = []
@@ -344,6 +352,7 @@ def page(inspected: Inspection, title: str, about: Sequence[str],
            'maps': _maps(inspected, measures)}
   data = json.dumps(drawn, allow_nan=False).replace('<', '\\u003c')
 
+  # An undefined name in the template is an error.
   folder = pathlib.Path(__file__).parents[1] / 'templates'
   environment = jinja2.Environment(
       loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True,
@@ -387,6 +396,7 @@ def _sections(inspected: Inspection, texts: Mapping[str, Sequence[str]],
   for name, stream in inspected.stream.items():
     yield dict(id=f'stream-{name}', heading=f'Residual stream of the {name}',
                kind='stream', **_stream(stream, texts[name]))
+  # The lens shows the stack that predicts tokens, its last layer on top.
   if inspected.lens is not None:
     name = 'encoder'
     predicted = 'the token itself'
@@ -397,6 +407,7 @@ def _sections(inspected: Inspection, texts: Mapping[str, Sequence[str]],
     yield dict(id='lens', heading='Logit lens', kind='lens',
                predicted=predicted,
                table=(texts[name], _layers(len(rows))[::-1], rows[::-1]))
+  # A cell of this table is a layer of experts at a token.
   for name, experts in inspected.experts.items():
     rows = []
     for n in range(len(experts.layers)):
@@ -413,6 +424,7 @@ def _lens(lens: Lens, texts: Sequence[str], spell: Spell) -> list[list[Cell]]:
   for n, layer in enumerate(_guesses(lens)):
     row = []
     for i, guesses in enumerate(layer):
+      # A reader sees the best guess, and all guesses where the mouse points.
       tip = [_where(texts, i), _after(n)]
       for guess in guesses:
         tip.append(f'{guess.probability:.4f}  {spell(guess.token)}')

@@ -150,6 +150,7 @@ def _check_loaders(loaders: Sequence[pipeline.Loader], evaluation: Evaluation
   """Raises RequestError where the data of several sources, or --predictions,
   do not go together."""
   predictions = evaluation.options.predictions
+  # A figure is of all sources, and needs the labels of each.
   bare = []
   for loader in loaders:
     view = loader.views[0]
@@ -160,6 +161,8 @@ def _check_loaders(loaders: Sequence[pipeline.Loader], evaluation: Evaluation
   if any(bare) and not predictions:
     raise RequestError('there are no labels or answers to measure by: pass '
                        '--predictions=FILE for what is predicted')
+
+  # Questions of several sources might have the same ids.
   if evaluation.run.config.objective == 'question_answering' and predictions:
     require(len(loaders) == 1, '--predictions is one file, and '
             f'{len(loaders)} sources are evaluated: evaluate one by --text')
@@ -169,6 +172,7 @@ def _check_loaders(loaders: Sequence[pipeline.Loader], evaluation: Evaluation
 def _write(path: Any, results: Sequence[Measured]) -> None:
   """Writes the predictions of all sources: as a table, where the name of the
   file ends in .csv."""
+  # A table is of all sources; files of a kind are put one after the other.
   files = {}
   if path.suffix == '.csv':
     rows = []
@@ -407,6 +411,7 @@ def of_words(view: records.Sentences, scores: Sequence[np.ndarray], *_: Any
         predicted=[sentence.labels for sentence in sentences])
     figures |= entity_figures
     lines += report
+  # The columns of CoNLL's own script, conlleval.
   columns = ('word', 'label', 'predicted')
   return Measured(figures=figures, lines=lines, files=_conll(table, columns),
                   table=table)
@@ -452,11 +457,13 @@ def entities(right: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
     strict_precision, strict_recall, strict_f1; entities, how many there are;
     types: {type: {precision, recall, f1, entities}}.
   """
+  # An entity may begin with I-; in the strict mode it begins with B-.
   from seqeval import metrics, scheme
   lenient = _entity_figures(right, predicted)
   strict = _entity_figures(right, predicted=predicted, mode='strict',
                            scheme=scheme.IOB2)
 
+  # The rows of types stand beside those of averages.
   figures: dict[str, Any] = dict(lenient['micro avg'])
   strict_figures = {}
   for name, value in strict['micro avg'].items():
@@ -488,6 +495,7 @@ def _entity_figures(right: Sequence[Sequence[str]],
 def of_questions(view: records.Questions, scores: Sequence[np.ndarray],
                  evaluation: Evaluation) -> Measured:
   """Measures answers to questions."""
+  # The predictions.
   kind = architectures.stack(evaluation.run.model)
   predictions = answers.answers(view, scores=scores, kind=kind,
                                 options=evaluation.options)
@@ -498,6 +506,8 @@ def of_questions(view: records.Questions, scores: Sequence[np.ndarray],
         'id': question.id, 'question': question.question,
         'predicted': chosen.text, 'start': chosen.start,
         'probability': chosen.probability})
+
+  # How good they are.
   files = answers.written(view, predictions)
   if view.bare:
     return Measured(figures={'total': len(predictions)},

@@ -98,6 +98,7 @@ class LMEval(Task):
       for name, record in scored.items():
         records[before + name] = record
 
+    # A line for each figure, with its standard error where lm_eval has one.
     for name, value in figures.items():
       line = f'  {name:<40} {value:>10.4f}'
       if name in errors:
@@ -113,6 +114,7 @@ class LMEval(Task):
 def _evaluated(evaluation: Evaluation, names: Sequence[str]) -> dict[str, Any]:
   """Returns what lm_eval says of some of its tasks."""
   from training.evals import harness
+  # lm_eval is an optional package, and slow to import.
   options = evaluation.options
   fewshot = options.lm_eval_fewshot
   with failures(', '.join(names)):

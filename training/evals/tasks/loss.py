@@ -61,6 +61,7 @@ class Loss(Task):
     require(stride < data.length, f'--stride is {stride}, but a window has '
             f'data.length {data.length} tokens, the first of which is not '
             'predicted: choose a smaller one')
+    # Windows that overlap are made of a text, and tokens are cut already.
     spec = data.eval_source or data.source
     parsed = sources.parse(spec)
     if len(parsed) != 1 or parsed[0][1].tokens:

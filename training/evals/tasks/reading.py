@@ -150,6 +150,7 @@ def read(name: str) -> list[tuple[str, str]]:
   else:
     lines += text_files.lines(name, all_lines=True)
   require(bool(lines), f'--texts is {name!r}, which is empty')
+  # An empty line would shift all that follow it.
   for where, text in lines:
     require(bool(text.strip()), f'{where}, is empty: each line is one text')
   return lines
@@ -297,6 +298,7 @@ class FillMask(Task):
 
 def _filling(evaluation: Evaluation, top: int):
   """Returns a function that gives the likeliest `top` tokens of masks."""
+  # No token is dropped, however many choose an expert.
   module = evaluation.run.module.clone(
       config=without_capacity(evaluation.run.model))
 

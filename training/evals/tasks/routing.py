@@ -98,6 +98,7 @@ def plot(load_NE: np.ndarray, path: Any) -> None:
   """Draws the load of each expert, 1 where it is even."""
   from matplotlib import figure as figures, ticker
   layers, experts = load_NE.shape
+  # A picture that grows with the model, up to a page.
   width = max(4, min(12, experts / 2))
   height = max(2, min(10, 1 + layers / 3))
   figure = figures.Figure(figsize=(width, height), layout='constrained')
