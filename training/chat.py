@@ -95,6 +95,7 @@ def of_folder(folder: epath.Path, template: str = '') -> Speaker:
   model = hf_config.read(hf_config.load_config_json(folder))
   if architectures.stack(model) != 'decoder' or model.head != 'lm':
     raise RequestError(f'{folder}: {INSTEAD}')
+  # How it is talked with, then its weights, which take the time.
   tokenizer = tokenizers.load(str(folder))
   generation = hf_generation.of_folder(folder)
   talk = _talk(tokenizer, generation=generation, template=template,

@@ -80,8 +80,10 @@ def _failure(error: BaseException) -> tuple[int, str] | None:
       return 2, f'error: {error}'
     return 1, f'error: {error}'
   if isinstance(error, MemoryError):
+    reason = ''
     why = str(error).partition('\n')[0]
-    reason = f' ({why})' if why else ''
+    if why:
+      reason = f' ({why})'
     return 1, (f'error: this machine has no memory left{reason}: end other '
                'programs, read smaller files, or take a machine with more')
   if is_out_of_memory(error):
@@ -383,6 +385,7 @@ def _set(config: ml_collections.ConfigDict, name: str, text: str) -> None:
     raise RequestError(f'--config.{name} is no field of the config.'
                        + hint(name, base.SENTENCES, '--config.')
                        + _fields_beside(name))
+  # A group is read as a whole, from its dict.
   value = parsed(text, default, f'--config.{name}')
   if leaf is None:
     flat.check_kinds(value)

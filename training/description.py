@@ -24,14 +24,17 @@ def describe(run: runs.Run, start: int, tokens: int,
     train_data: the batches that it is trained on.
     eval_data: the batches that are held out, of each source.
   """
-  return '\n'.join([
-      _model(run),
-      *_notes(run),
-      _devices(run),
-      *_steps(run, start, tokens),
-      *_data(run, train_data),
-      _held_out(eval_data),
-      _evaluation(run, eval_data)])
+  # The model, and where it is trained.
+  lines = [_model(run)]
+  lines += _notes(run)
+  lines.append(_devices(run))
+
+  # The steps and their data, and the evaluations between them.
+  lines += _steps(run, start, tokens)
+  lines += _data(run, train_data)
+  lines.append(_held_out(eval_data))
+  lines.append(_evaluation(run, eval_data))
+  return '\n'.join(lines)
 
 
 def _model(run: runs.Run) -> str:

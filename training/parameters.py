@@ -445,6 +445,7 @@ def on_one_device(workdir: epath.Path, module: nn.Module, step: Step = None
     module: the model of the run.
     step: the checkpoint; 'best'; None: the newest good one.
   """
+  # Every parameter is placed on the first device of this process.
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   params = nn.meta.unbox(runs.abstract_params(module))
   shapes = jax.tree.map(

@@ -74,16 +74,17 @@ def during(text: str, total: int | None = None
 def _tasks_bar() -> Any:
   """Returns rich's bar on stderr, which has a line for each task."""
   from rich import progress
-  return progress.Progress(
+  columns = [
       progress.TextColumn('{task.description}', markup=False),
       progress.BarColumn(),
       progress.MofNCompleteColumn(),
       progress.TimeElapsedColumn(),
-      console=_console(sys.stderr),
-      transient=True,
-      refresh_per_second=_DRAWN_A_SECOND,
-      # rich prints what it redirects on its console: to stderr.
-      redirect_stdout=sys.stdout.isatty())
+  ]
+  # rich prints what it redirects on its console: to stderr.
+  redirects = sys.stdout.isatty()
+  return progress.Progress(
+      *columns, console=_console(sys.stderr), transient=True,
+      refresh_per_second=_DRAWN_A_SECOND, redirect_stdout=redirects)
 
 
 def each(items: Iterable[Item], text: str, total: int | None = None

@@ -170,13 +170,14 @@ def _make(params: Any, tx: optax.GradientTransformation,
   """Returns the state before the first step with these parameters."""
   # Each count is an array of its own: a shared one that is donated would be
   # freed twice.
+  step = jnp.zeros((), jnp.int32)
+  bad_steps = jnp.zeros((), jnp.int32)
+  bad_in_row = jnp.zeros((), jnp.int32)
+  opt_state = tx.init(params)
+  average = shares.start_average(optim, parts, params)
   return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      params=params,
-      opt_state=tx.init(params),
-      bad_steps=jnp.zeros((), jnp.int32),
-      bad_in_row=jnp.zeros((), jnp.int32),
-      ema=shares.start_average(optim, parts, params))
+      step=step, params=params, opt_state=opt_state, bad_steps=bad_steps,
+      bad_in_row=bad_in_row, ema=average)
 
 
 def make_train_step(module: nn.Module, tx: optax.GradientTransformation,

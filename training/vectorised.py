@@ -60,14 +60,29 @@ def groups(configs: Sequence[ml_collections.ConfigDict]) -> list[list[int]]:
   """
   alike: dict[object, list[int]] = {}
   for i, config in enumerate(configs):
-    # SOAP's bases of several runs would turn at each step.
-    alone = (config.init_from or config.seed >= 2 ** 32
-             or any(config.log[name] for name in metrics.TRACKERS)
-             or config.optim.name == 'soap' or any(
-                 config.mesh[axis] not in (1, -1 if axis == 'data' else 1)
-                 for axis in tables.MESH_AXES))
-    alike.setdefault(i if alone else _shared(config), []).append(i)
+    key: object = i
+    if not _stands_alone(config):
+      key = _shared(config)
+    alike.setdefault(key, []).append(i)
   return list(alike.values())
+
+
+def _stands_alone(config: ml_collections.ConfigDict) -> bool:
+  """Returns whether a run cannot train beside others; see `groups`."""
+  if config.init_from or config.seed >= 2 ** 32:
+    return True
+  # SOAP's bases of several runs would turn at each step.
+  if config.optim.name == 'soap':
+    return True
+  for name in metrics.TRACKERS:
+    if config.log[name]:
+      return True
+  for axis in tables.MESH_AXES:
+    size = config.mesh[axis]
+    fits_one_device = size == 1 or (axis == 'data' and size == -1)
+    if not fits_one_device:
+      return True
+  return False
 
 
 def _shared(config: ml_collections.ConfigDict) -> tuple:
@@ -93,18 +108,24 @@ def train(configs: Sequence[ml_collections.ConfigDict],
   Raises:
     ValueError: for configs that are no group, or a workdir of another run.
   """
-  require(groups(configs) == [list(range(len(workdirs)))], 'runs of a group '
-          f'differ in {", ".join(FIELDS)} alone, and have a device, and a '
-          'workdir, each')
+  is_one_group = groups(configs) == [list(range(len(workdirs)))]
+  require(is_one_group, f'runs of a group differ in {", ".join(FIELDS)} alone, '
+          'and have a device, and a workdir, each')
+
   # The steps of begin.py follow, in its order, for all runs of the group.
-  requests = [begin.check(config, storage.path(workdir))
-              for config, workdir in zip(configs, workdirs)]
-  one_device = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
-                                 jax.devices()[:1])
-  run = begin.on_devices(requests[0], one_device)
-  contents = pipeline.contents(requests[0].config, requests[0].tokenizer)
+  requests = []
+  for config, workdir in zip(configs, workdirs):
+    request = begin.check(config, storage.path(workdir))
+    requests.append(request)
+  first = requests[0]
+  sizes = dict.fromkeys(tables.MESH_AXES, 1)
+  one_device = devices.make_mesh(sizes, jax.devices()[:1])
+  run = begin.on_devices(first, one_device)
+  contents = pipeline.contents(first.config, first.tokenizer)
   for request in requests:
     begin.check_data(request, contents)
+
+  # All folders and checkpoints stay open until the last run has ended.
   with contextlib.ExitStack() as stack:
     members = []
     for request in requests:
@@ -228,14 +249,18 @@ class Group(Program):
 
     # The fields in which the runs differ.
     fields = [run_config.flatten(writer.config) for writer in writers]
-    differ = [name for name in FIELDS
-              if len({each[name] for each in fields}) > 1]
+    differ = []
+    for name in FIELDS:
+      different = {each[name] for each in fields}
+      if len(different) > 1:
+        differ.append(name)
     values = {}
     for name in differ or FIELDS[:1]:
       rows = [fields[i][name] for i in self._rows]
       values[name] = np.array(rows, DTYPES[name])
     self._values = self._put(values)
 
+    # All other fields are those of the first run.
     first = writers[0].config
     super().__init__(dataclasses.replace(run, config=first), hook.load(first))
     self.title = f'{self.num_runs} runs at once, each of them:\n'

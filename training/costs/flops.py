@@ -212,8 +212,10 @@ def _backward(c: ModelConfig, length: int, decoder_length: int, unread: int,
       all_passes, program, *args, unread=unread, trained=all_trained))
   least = dict(_row_flops(
       c, program, *args, unread=unread, trained=some_trained))
-  return tuple((part, _passes(n, most[part], least[part]))
-               for part, n in forward)
+  by_part = []
+  for part, n in forward:
+    by_part.append((part, _passes(n, most[part], least[part])))
+  return tuple(by_part)
 
 
 def _passes(forward: float, most: float, least: float) -> float:

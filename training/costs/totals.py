@@ -91,10 +91,14 @@ def _state_bytes(module: nn.Module, config: Config) -> dict[str, int]:
   tx = optimizer(module, config.optim, config.train.steps)
   parts = parameter_shares(module, config.optim)
   start = functools.partial(shares.start_average, config.optim, parts)
+
+  # The shapes of the state, as nothing of it is computed.
+  state = jax.eval_shape(tx.init, params)
+  average = jax.eval_shape(start, params)
   return {
       'parameters': _nbytes(params),
-      'optimizer': _nbytes(jax.eval_shape(tx.init, params)),
-      'average': _nbytes(jax.eval_shape(start, params)),
+      'optimizer': _nbytes(state),
+      'average': _nbytes(average),
   }
 
 

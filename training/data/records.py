@@ -145,6 +145,7 @@ def class_weights(config: Any, labels: Sequence[str]) -> np.ndarray:
   if not written:
     return np.ones(len(labels))
   if written == 'balanced':
+    # A label counts the more, the fewer records have it.
     of_records = [record.label for record in of_training(config)]
     counts = np.array([of_records.count(label) for label in labels])
     require(counts.all(), f'data.class_weights is {written!r}, but no training '

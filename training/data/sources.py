@@ -480,7 +480,9 @@ def _hugging_face(name: str, rest: str) -> Source:
       return _documents(rows, fields[0])
   else:
     kind, of_rows = labelled.of_rows(name, fields, dataset.features)
-    holds = (kind, PAIRS) if kind == labelled.TEXTS else (kind,)
+    holds = (kind,)
+    if kind == labelled.TEXTS:
+      holds = (kind, PAIRS)
 
   def read(_: str) -> Iterator[Any]:
     """Yields the documents or records of the dataset."""
@@ -877,6 +879,7 @@ def cached(source: Source, tokenizer: Tokenizer, cache_dir: str
   Raises:
     ValueError: if a document cannot be read, naming the file and line.
   """
+  # An entry that is whole is read as it is.
   path = _entry(source, tokenizer, cache_dir)
   if _is_whole(path):
     return tokens.load(str(path), source.name)

@@ -347,11 +347,14 @@ def begun_of(folder: epath.Path) -> dict[str, Any]:
     begun = dict(json.loads(storage.read_small(folder / BEGUN)))
   except (TypeError, ValueError, RecursionError) as error:
     raise damaged(folder / BEGUN, 'it is no JSON') from error
-  if begun.pop('checksum', None) not in (None, digest(begun)):
+  # The checksum is of everything else.
+  checksum = begun.pop('checksum', None)
+  if checksum is not None and checksum != digest(begun):
     raise damaged(folder / BEGUN, 'it has another checksum')
-  require(begun.get('format') == FORMAT, f'{folder} has the format '
-          f'{short(begun.get("format"))} of tokens, and this program reads '
-          f'{FORMAT}: tokenise into another folder')
+  written = begun.get('format')
+  require(written == FORMAT, f'{folder} has the format {short(written)} of '
+          f'tokens, and this program reads {FORMAT}: tokenise into another '
+          'folder')
   return begun
 
 

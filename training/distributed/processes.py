@@ -114,13 +114,15 @@ def meet() -> None:
   if jax.process_count() == 1:
     return
   here = jax.local_devices()
-  line = (f'process {jax.process_index()}: {len(here)} x '
-          f'{here[0].device_kind}, slice {devices.slice_index(here[0])}, pid '
-          f'{os.getpid()} on {socket.gethostname()}')
+  kind = here[0].device_kind
+  number = devices.slice_index(here[0])
+  line = (f'process {jax.process_index()}: {len(here)} x {kind}, slice '
+          f'{number}, pid {os.getpid()} on {socket.gethostname()}')
   # Gloo gives a group of devices 30 s to meet for the first time, which a
   # process that still compiles would miss: they meet here.
   padded = line.encode()[:_LINE].ljust(_LINE)
-  lines = multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))
+  letters = np.frombuffer(padded, np.uint8)
+  lines = multihost_utils.process_allgather(letters)
   if devices.primary():
     for line in np.asarray(lines):
       print(bytes(line).decode().rstrip(), flush=True)

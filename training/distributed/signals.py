@@ -117,12 +117,14 @@ def handled(heard: Callable[[int], None],
       print_nowhere(on_terminal)
     heard(number)
 
+  # The handlers that are there, to be put back at the end.
   old = {}
   for number in numbers:
     is_ignored = signal.getsignal(number) is signal.SIG_IGN
     if number != signal.SIGHUP or not is_ignored:
       old[number] = signal.signal(number, handle)
   try:
+    # The main program is told where nobody reads what is printed.
     for name, stream in streams.items():
       setattr(sys, name, _Printed(stream, lambda: heard(signal.SIGPIPE)))
     yield

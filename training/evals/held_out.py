@@ -102,9 +102,13 @@ def names(step: Callable, params: Any, loaders: Sequence[pipeline.Loader],
     params, loaders, put: as for `evaluate`.
     part: the function of the program that gives a member's part of sums.
   """
-  shapes = jax.eval_shape(step, params, put(loaders[0].batch(0)))
-  ones = part(jax.tree.map(lambda x: np.ones(x.shape), shapes), 0)
-  return list(means([ones] * len(loaders), loaders))
+  # The sums of one run, of which only the shapes are known: ones in them.
+  batch = put(loaders[0].batch(0))
+  shapes = jax.eval_shape(step, params, batch)
+  ones = jax.tree.map(lambda x: np.ones(x.shape), shapes)
+  ones_of_run = part(ones, 0)
+  of_sources = [ones_of_run] * len(loaders)
+  return list(means(of_sources, loaders))
 
 
 def shown(value: float) -> str:

@@ -384,7 +384,9 @@ def labels(tree: Mapping[str, Any]) -> tuple[str, ...]:
     raise RequestError(
         f'config.json has id2label {short(table)}: it must be an object with '
         'the keys 0, 1, ..., whose values are strings, none of them twice')
-  return meaningful_labels(tuple(table[str(i)] for i in range(len(table))))
+  # JSON has the numbers as texts, in any order.
+  names = [table[str(i)] for i in range(len(table))]
+  return meaningful_labels(tuple(names))
 
 
 def _is_numbered(table: Any) -> bool:
@@ -425,6 +427,7 @@ def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
   architecture = page.architecture
   if config.head in page.heads:
     architecture = page.heads[config.head].architecture
+  # The fields that the page's table has, then those that it writes itself.
   tree = dict(model_type=page.model_type, architectures=[architecture])
   tree |= _write_table(config, page)
   tree |= page.write(flat.whole(config))

@@ -252,7 +252,8 @@ def refuse_left(folder: pathlib.Path, written: Collection[str],
   """
   left: set[str] = set()
   for pattern in patterns:
-    left.update(str(file.relative_to(folder)) for file in folder.glob(pattern))
+    for file in folder.glob(pattern):
+      left.add(str(file.relative_to(folder)))
   left -= {*written}
   require(not left, f'{folder} holds {short(", ".join(sorted(left)))}, which '
           'would stay and may be loaded with what is written: choose another '

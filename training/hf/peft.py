@@ -164,9 +164,10 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
 
   # Each is put where it stands among the layers.
   names = weights.Names(architectures.hugging_face(c.arch), source, c)
-  flat = {path: np.zeros(x.shape, np.float32)
-          for path, x in paths.flatten(shapes).items()
-          if weights.is_adapter(path)}
+  flat = {}
+  for path, x in paths.flatten(shapes).items():
+    if weights.is_adapter(path):
+      flat[path] = np.zeros(x.shape, np.float32)
   for tensor in wanted:
     wrong = names.wrong(tensor)
     require(not wrong, f'{folder / WEIGHTS}: {wrong}')
@@ -248,7 +249,8 @@ def _with_adapters(c: ModelConfig, tree: Mapping[str, Any], names: set[str],
     if product in fused:
       continue
     theirs = [_pattern(row) for row, _ in rows(with_targets(product))]
-    if any(re.fullmatch('|'.join(theirs), name) for name in names):
+    of_product = re.compile('|'.join(theirs))
+    if any(map(of_product.fullmatch, names)):
       targets.append(product)
   require(targets, f'{file.parent / WEIGHTS} has an adapter of no product of '
           f'model.arch {c.arch!r}: its tensors are such as '

@@ -183,6 +183,7 @@ def _complete(tokenizer: tokenizers.Tokenizer,
   out."""
   if PIPELINE not in copied:
     tokenizer.save(folder / PIPELINE)
+  # The special tokens around a text, as the architecture puts them.
   names = {kind: tokenizer.piece(i)
            for kind, i in tokenizer.special_ids.items()}
   _frame(folder / PIPELINE, FRAMES.get(config.model.arch, ''), names)

@@ -205,8 +205,10 @@ class _Match:
             f'{", ".join(theirs)}')
       elif wanted and not theirs:
         self._new_names.update(wanted)
-        new = [path for tensor in tensors if tensor.name in wanted
-               for path in tensor.paths]
+        new: list[str] = []
+        for tensor in tensors:
+          if tensor.name in wanted:
+            new += tensor.paths
         self.passed.append(
             f'the files have no {words}, so these parameters are new, drawn '
             f'from the seed: {", ".join(dict.fromkeys(new))}')
@@ -552,8 +554,10 @@ def without_generator(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
     return module, params
   # The encoder's table may be the generator's plus an addition.
   of_generator = 'generator/', f'embed/{skeletons.APART}'
-  flat = {path: x for path, x in paths.flatten(nn.meta.unbox(params)).items()
-          if not path.startswith(of_generator)}
+  flat = {}
+  for path, x in paths.flatten(nn.meta.unbox(params)).items():
+    if not path.startswith(of_generator):
+      flat[path] = x
   added = flat.pop(f'embed/{skeletons.ADDED}', None)
   if added is not None:
     flat['embed/tokens'] = flat['embed/tokens'] + added
@@ -626,10 +630,12 @@ def merge(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
   if not config.lora.rank:
     return module, params
   flat = paths.flatten(nn.meta.unbox(params))
-  merged = {path: _merged(path, w=x, flat=flat, scale=config.lora.scale)
-            for path, x in flat.items() if not is_adapter(path)}
-  return (architectures.build(without_adapters(config)),
-          checkpoints.nest(merged))
+  merged = {}
+  for path, x in flat.items():
+    if not is_adapter(path):
+      merged[path] = _merged(path, w=x, flat=flat, scale=config.lora.scale)
+  plain = architectures.build(without_adapters(config))
+  return plain, checkpoints.nest(merged)
 
 
 def _merged(path: str, w: jax.Array, flat: Mapping[str, jax.Array],

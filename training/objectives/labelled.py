@@ -276,12 +276,16 @@ class QuestionAnswering(Labelled):
     scores_BLU = jnp.where(real_BL1, output.extra['scores'], NEVER)
     places_BU = jnp.stack([batch['starts'], batch['ends']], axis=1)
     log_p_BLU = jax.nn.log_softmax(scores_BLU, axis=1)
-    loss_BU = -jnp.take_along_axis(log_p_BLU, places_BU[:, None], axis=1)[:, 0]
-    right_B = (jnp.argmax(scores_BLU, 1) == places_BU).all(1)
+    log_p_B1U = jnp.take_along_axis(log_p_BLU, places_BU[:, None], axis=1)
+    loss_BU = -log_p_B1U[:, 0]
+    likeliest_BU = jnp.argmax(scores_BLU, 1)
+    right_B = (likeliest_BU == places_BU).all(1)
+
+    # An answer counts if both of its ends are right.
     weights_B = batch['weights']
-    return {
-        'loss': Mean((weights_B * loss_BU.mean(1)).sum(), weights_B.sum()),
-        'accuracy': Mean((weights_B * right_B).sum(), weights_B.sum())}
+    weight = weights_B.sum()
+    return {'loss': Mean((weights_B * loss_BU.mean(1)).sum(), weight),
+            'accuracy': Mean((weights_B * right_B).sum(), weight)}
 
 
 OBJECTIVES = {

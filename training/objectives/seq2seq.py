@@ -271,12 +271,17 @@ class SequenceToSequence(Objective):
              ) -> Prompts:
     """Returns the start of a target for each text, which is the source; it ends
     with the separator, as the sources of training do."""
-    rows = [np.append(ids, tokenizer.separator_id)
-            for ids in tokenizer.encode_batch(texts)]
+    # The sources.
+    rows = []
+    for ids in tokenizer.encode_batch(texts):
+      rows.append(np.append(ids, tokenizer.separator_id))
     source_BM, lengths_B = objectives.padded(rows)
+
+    # The targets, which have one token.
     start = start_id(config, tokenizer)
+    start_B1 = np.full((len(texts), 1), start, np.int32)
     return Prompts(
-        tokens=np.full((len(texts), 1), start, np.int32),
+        tokens=start_B1,
         lengths=np.ones(len(texts), np.int32),
         arguments=dict(source_BM=source_BM, source_lengths_B=lengths_B))
 
@@ -300,11 +305,13 @@ class SpanCorruption(SequenceToSequence):
             f'{tokenizer.name!r} has {len(sentinels)} sentinels (<extra_id_0>, '
             '...): choose another tokenizer, a shorter length or a larger '
             'span.mean_length')
+
     ids = item.tokens[:min(item.size, length)]
     start = start_id(config, tokenizer)
     end = tokenizer.separator_id
     if len(ids) < 2:  # nothing to cut out: a row that does not count
       return lay_out(ids, ids[:0], start)
+    # Spans go from the source to the target, a sentinel stays in their place.
     cut = draw(len(ids), density=density, mean=mean, rng=rng)
     source, target = corrupt(ids, cut, sentinels)
     return lay_out(np.append(source, end), np.append(target, end), start)
@@ -330,6 +337,7 @@ class Denoising(SequenceToSequence):
     span = config.span
     end = tokenizer.separator_id
     source = target = item.tokens[:min(item.size, config.data.length - 1)]
+    # A single token has no order, and a span of it would be all of it.
     if len(target) > 1:
       ends_sentence = _sentence_ends(tokenizer)[target]
       source = permute(target, ends=ends_sentence, share=span.permuted, rng=rng)

@@ -86,14 +86,20 @@ def scale_by_soap(roles: Any, b1: float, b2: float, eps: float, every: int,
       flipped = _flipped(axes)
       sides = SoapState(count=None, mean=axes, square=axes, left=axes,
                         right=flipped, left_basis=axes, right_basis=flipped)
-      of_matrices = [_as_matrices(side, x)
-                     for side, x in zip(sides[1:], fields)]
+      of_matrices = []
+      for side, x in zip(sides[1:], fields):
+        of_matrices.append(_as_matrices(side, x))
+
       # The algorithm is of matrices, which the parameter is cut into.
-      step, new = _update(matrices.as_matrices(axes, g),
-                          s=SoapState(state.count, *of_matrices), b1=b1, b2=b2,
-                          eps=eps, every=every)
-      new_fields = [_as_before(side, x, old) for side, x, old in zip(
-          sides[1:], new[1:], fields)]
+      g_as_matrices = matrices.as_matrices(axes, g)
+      of_parameter = SoapState(state.count, *of_matrices)
+      step, new = _update(g_as_matrices, s=of_parameter, b1=b1, b2=b2, eps=eps,
+                          every=every)
+
+      # The step and the fields as the parameter and its fields lie.
+      new_fields = []
+      for side, x, old in zip(sides[1:], new[1:], fields):
+        new_fields.append(_as_before(side, x, old))
       return matrices.as_before(axes, step, g.shape), *new_fields
 
     updated = matrices.over(roles, one, grads, *state[1:])

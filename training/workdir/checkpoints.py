@@ -397,11 +397,15 @@ def steps(folder: epath.Path) -> list[int]:
   there = np.full(_MOST_STEPS, -1, np.int32)
   if jax.process_index() == 0 and folder.is_dir():
     # A folder of a higher number is not of a run, which counts in int32.
+    largest = np.iinfo(np.int32).max
     named = [step for step in ocp.utils.checkpoint_steps(folder)
-             if step <= np.iinfo(np.int32).max]
+             if step <= largest]
     newest = sorted(named)[-_MOST_STEPS:]
     there[:len(newest)] = newest
-  return [int(step) for step in from_process_0(there) if step >= 0]
+
+  # The others see what process 0 sees, even where a disk is slow.
+  of_process_0 = from_process_0(there)
+  return of_process_0[of_process_0 >= 0].tolist()
 
 
 def best_step(folder: epath.Path) -> int:
@@ -725,18 +729,21 @@ def _parts(mesh: Mesh | None, spec: Any):
   split = set().union(*axes)
 
   def local(shard: Any) -> jax.Array:
+    """Returns the sum of a device's part of the leaf, [1]."""
     part = _sum(shard, axes, mesh)
-    if mesh is not None:
-      for name in mesh.axis_names:
-        if name not in split:  # copies: the first of them counts
-          part = jnp.where(jax.lax.axis_index(name) == 0, part, 0)
+    if mesh is None:
+      return part[None]
+    for name in mesh.axis_names:
+      if name not in split:  # copies: the first of them counts
+        part = jnp.where(jax.lax.axis_index(name) == 0, part, 0)
     return part[None]
 
   if mesh is None:
     return jax.jit(local)
-  return jax.jit(jax.shard_map(
+  on_each_device = jax.shard_map(
       local, mesh=mesh, in_specs=spec, out_specs=P(mesh.axis_names),
-      check_vma=False))
+      check_vma=False)
+  return jax.jit(on_each_device)
 
 
 def _mesh_axes(entry: Any) -> tuple[str, ...]:

@@ -215,6 +215,7 @@ def changes(workdir: epath.Path, config: ml_collections.ConfigDict,
     return []
   old = load_config(workdir)
   old_derived = load_derived(workdir)
+  # A file that somebody changed by hand may hold a field that cannot be.
   try:
     before = read_fields(old, old_derived)
   except RequestError as error:
@@ -253,6 +254,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     kind, why = base.resume(name, old, new)
     changes.append(Change(
         name=name, old=before, new=after, kind=kind, why=why))
+  # A change that forbids to go on is read first.
   order = (INCOMPATIBLE, OPTIMISATION, SAFE)
   return sorted(changes, key=lambda change: order.index(change.kind))
 

@@ -373,11 +373,13 @@ class Mano(Probe):
     start = modulus + FORMS * len(OPERATORS)
     lengths = start + FORMS + 2 * FORMS * (operators - 1)
 
+    # The last token asks for the value.
     formula, value = _formula(rng, operators, modulus)
-    tokens = [_either(rng, start), _either(rng, lengths), *formula,
-              _either(rng, lengths + FORMS)]
-    return record.asking(np.array(tokens), np.array([len(tokens) - 1]),
-                         np.array([value]))
+    tokens = [_either(rng, start), _either(rng, lengths), *formula]
+    tokens.append(_either(rng, lengths + FORMS))
+    last = len(tokens) - 1
+    return record.asking(
+        np.array(tokens), np.array([last]), np.array([value]))
 
   def size(self, operators: int, settings: Settings) -> int:
     return 2 * operators + 4
@@ -401,6 +403,7 @@ def _formula(rng: np.random.Generator, count: int, modulus: int
   if count == 0:
     value = int(rng.integers(modulus))
     return [value], value
+  # An operator, and the number of those in its first argument.
   which = int(rng.integers(len(OPERATORS)))
   left = int(rng.integers(count))
   sign = _either(rng, modulus + FORMS * which)

@@ -378,11 +378,17 @@ def _maps(inspected: Inspection, measures: Measures) -> list[dict[str, Any]]:
     for figure, values_NH in measures[name].items():
       figures[figure] = rows = []
       for values_H in values_NH:
-        rows.append([None if np.isnan(x) else round(float(x), 4)
-                     for x in values_H])
+        rows.append([_rounded(x) for x in values_H])
     maps.append(dict(name=name, queries=QUERIES[name], keys=KEYS[name],
                      shape=weights_NHLM.shape, weights=text, measures=figures))
   return maps
+
+
+def _rounded(x: float) -> float | None:
+  """Returns a number to four digits; None: it is nan."""
+  if np.isnan(x):
+    return None
+  return round(float(x), 4)
 
 
 def _sections(inspected: Inspection, texts: Mapping[str, Sequence[str]],

@@ -117,10 +117,13 @@ def strided(evaluation: Evaluation) -> dict[str, Any]:
     document = np.concatenate([[tokenizer.separator_id], ids])
     questions += windows(document, length, stride)
   answers = scoring.answer(questions, evaluation, 'reading windows')
-  nats = -sum(float(answer.log_probs.sum()) for answer in answers)
+  nats = 0.0
+  for answer in answers:
+    nats -= float(answer.log_probs.sum())
   count = sum(question.scored for question in questions)
-  figures = measures(nats, count, documents)
 
+  # Their mean by token, by word and by byte.
+  figures = measures(nats, count, documents)
   print(f'{name}, {count:,} tokens, each from {length - stride:,} to '
         f'{length - 1:,} before it:')
   for key, value in figures.items():
@@ -172,16 +175,21 @@ def _documents(evaluation: Evaluation) -> tuple[str, list[str]]:
   data = evaluation.run.config.data
   part = evaluation.run.config.eval.part
   [(_, whole)] = sources.parse(data.eval_source or data.source)
-  every = None if data.eval_source else data.holdout_every
+  every = data.holdout_every
+  if data.eval_source:
+    every = None
   source = sources.cut(whole, every, part)
   if source.is_cut:  # to the part
     part = ''
+
+  # The documents of the split, each of which must be text.
   documents = list(source.documents())
   chosen = tokens.chosen(np.arange(len(documents)), every=every, split='eval',
                          part=part)
   kept = [document for document, keep in zip(documents, chosen) if keep]
-  require(all(isinstance(x, str) for x in kept), f'{source.name} holds pairs '
-          'or conversations: --stride is for text')
+  for document in kept:
+    require(isinstance(document, str), f'{source.name} holds pairs or '
+            'conversations: --stride is for text')
   require(kept, f'{source.name} has no document that is held out: pass --text')
   return source.name, kept
 

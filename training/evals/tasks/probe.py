@@ -107,7 +107,8 @@ class Probe(Task):
     # The means over the levels of training.
     trained = [row for row in figures['table'] if row['beyond'] == 1]
     for name in ('accuracy', 'rows_right'):
-      figures[name] = float(np.mean([row[name] for row in trained]))
+      scores_of_levels = [row[name] for row in trained]
+      figures[name] = float(np.mean(scores_of_levels))
     print(f'the mean over the levels of training: accuracy '
           f'{figures["accuracy"]:.4f}, rows right {figures["rows_right"]:.4f}')
     figures['rows'] = rows
@@ -115,8 +116,9 @@ class Probe(Task):
     # The scores of each row.
     names = config.data.source, settings, probes.held_out_seed(config), rows
     share_N = np.concatenate(shares)
+    weight_N = np.concatenate(weights)
     figures['items'] = {
-        'accuracy': items.of(share_N, names, np.concatenate(weights)),
+        'accuracy': items.of(share_N, names=names, weights=weight_N),
         'rows_right': items.of(share_N == 1, names)}
     return figures
 

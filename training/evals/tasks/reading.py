@@ -106,8 +106,8 @@ class Embed(Task):
     normalize = options.normalize
     step = evaluation.program(
         _embedding(evaluation, pooling, normalize), 'embed', pooling, normalize)
-    groups = list(scoring.padded(dict(enumerate(rows)),
-                                 evaluation.run.model.max_len))
+    most = evaluation.run.model.max_len
+    groups = list(scoring.padded(dict(enumerate(rows)), most))
     vectors: dict[int, np.ndarray] = {}
     for chosen, tokens_BL, lengths_B in progress.each(groups, 'embedding'):
       vectors_BD = jax.device_get(

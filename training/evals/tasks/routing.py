@@ -74,6 +74,7 @@ class Routing(Task):
     for name, values in window.items():
       figures[name] = np.asarray(values)
 
+    # The table, and a picture of it.
     print(table(figures))
     path = evaluation.workdir / FILE
     plot(figures['load_E'], path)
