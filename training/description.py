@@ -101,7 +101,8 @@ def _data(run: runs.Run, train_data: pipeline.Loader) -> list[str]:
   """Returns the line of the training data, the labels of its rows, and a
   warning of many passes."""
   config = run.config
-  source, passes = train_data.text, 0.0  # a mixture's passes are not counted
+  source = train_data.text
+  passes = 0.0  # those of a mixture are not counted
   if len(train_data.views) == 1:
     rows = int(pipeline.ramp_of(config).before(config.train.steps))
     passes = rows / train_data.num_windows

@@ -160,9 +160,12 @@ class Evaluate(Hook):
     known come of doing the task once.
     """
     self._tasks = in_training.Tasks(loop.program.run, self._tokenizer)
-    program, best = loop.program, loop.writers[0].best  # alike in all runs
+    program = loop.program
+    best = loop.writers[0].best  # alike in all runs
     if best is None or best.seen:
       return
+
+    # A figure is that of a task, TASK/FIGURE, or one of the held-out data.
     task, is_task, _ = best.figure.partition('/')
     if is_task:
       params = next(iter(program.split(loop.state.params)))

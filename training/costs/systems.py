@@ -41,6 +41,7 @@ def unlike(model: ModelConfig) -> list[Difference]:
   `model.arch` names, as that is at the size that is the nearest. A part that
   one of the two does not read is left out: what decides on it differs."""
   fields = *_parts(model.arch), 'kinds'
+  # The size with the fewest differences.
   nearest: list[Difference] | None = None
   seen = set()
   for size in _sizes(model.arch).values():

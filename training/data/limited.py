@@ -87,7 +87,13 @@ def _process(_: int) -> Any:
 def render(template: str, chat: Sequence[Mapping[str, str]],
            options: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
   """Returns the text of a conversation, and where {% generation %} blocks stand
-  in it; `options` are of transformers' render_jinja_template."""
+  in it.
+
+  Args:
+    template: the Jinja template.
+    chat: the messages.
+    options: the keywords of transformers' render_jinja_template.
+  """
   utils = texts.imported('transformers.utils.chat_template_utils', 'it', 'hf')
   (text,), spans = utils.render_jinja_template(
       [chat], chat_template=template, **options)

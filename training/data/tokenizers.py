@@ -481,9 +481,12 @@ def _read_json(spec: str, path: pathlib.Path) -> Tokenizer:
   ids: dict[str, int | None] = {}
   for kind, names in SPECIAL_NAMES.items():
     ids[kind] = pipeline.token_to_id(named.get(f'{kind}_token', ''))
-    if ids[kind] is None:
-      usual = [special[name] for name in names if name in special]
-      ids[kind] = usual[0] if usual else None
+    if ids[kind] is not None:
+      continue
+    for name in names:
+      if name in special:
+        ids[kind] = special[name]
+        break
   return HuggingFace(spec, pipeline, ids)
 
 

@@ -272,7 +272,9 @@ class Model(api.TemplateLM):
     has_prefix = objectives.of(run.config).prefix
     batches = list(scoring.padded(rows, room))
     for chosen, tokens_BL, lengths_B in progress.each(batches, 'writing'):
-      prefix = {'prefix_B': lengths_B} if has_prefix else {}
+      prefix = {}
+      if has_prefix:
+        prefix = {'prefix_B': lengths_B}
       key = jax.random.fold_in(jax.random.key(0), self._num_written)
       with run.context():
         written_BT = jax.device_get(generate.generate(

@@ -100,9 +100,10 @@ class Causal(Objective):
     """Returns one row.
 
     Returns:
-      tokens, targets, weights [L]: a weight is 0 on padding. With
-      data.document_mask also segment_ids and positions [L]: a separator starts
-      a new segment, at position 0, and so does the window.
+      The arrays of the row, [L]: tokens; targets, the token after each; and
+      weights, which are 0 on padding. With data.document_mask also segment_ids
+      and positions: a separator begins a new segment, at position 0, and so
+      does the window.
     """
     tokens_L = item.tokens[:-1]
     targets_L = item.tokens[1:]
@@ -139,8 +140,9 @@ class Prefix(Objective):
     """Returns one row.
 
     Returns:
-      tokens, targets, weights [L]; prefix []: how many tokens the prefix has;
-      valid [L]: 0 on padding.
+      The arrays of the row: tokens, targets and weights [L], where a weight is
+      0 in the prefix and on padding; valid [L], which is 0 on padding; and
+      prefix [], the number of tokens of the prefix.
     """
     tokens_L = item.tokens[:-1]
     targets_L = item.tokens[1:]
@@ -230,8 +232,8 @@ class Chat(Objective):
     """Lays out one conversation, cut off at data.length = L.
 
     Returns:
-      tokens, targets [up to L]; weights [up to L], 1 where the target is the
-      assistant's; valid [up to L], 1 for each token.
+      The arrays of the row, [up to L]: tokens; targets, the token after each;
+      weights, 1 where the target is the assistant's; and valid, which is 1.
     """
     L = config.data.length
     ids, predicted = layout(item, tokenizer)

@@ -121,9 +121,11 @@ class TextObjective(Labelled):
     """Returns one row.
 
     Returns:
-      tokens, segment_ids (0: padding) [up to L]; of an encoder types [up to L],
-      1: of the second text; targets [], weights [].
+      The arrays of the row: tokens and segment_ids [up to L], for an encoder
+      also types [up to L], 1 for tokens of the second text; the target and its
+      weight [], under targets and weights.
     """
+    # A separator follows each text, and some systems have two between texts.
     first, after = records.special_tokens(tokenizer, stack(config))
     pieces = [[first]]
     types = [0]
@@ -205,8 +207,9 @@ class TokenClassification(Labelled):
     """Returns one row.
 
     Returns:
-      tokens, segment_ids (0: padding), labels, their numbers, and weights, 1
-      where a label counts [up to L].
+      The arrays of the row, [up to L]: tokens; segment_ids, which are 1;
+      labels, the number of the label of each token; and weights, 1 where a
+      label counts.
     """
     first, after = records.special_tokens(tokenizer, stack(config))
     tokens = np.concatenate([[first], item.ids, [after]])
@@ -242,14 +245,15 @@ class QuestionAnswering(Labelled):
     """Returns one row.
 
     Returns:
-      tokens, segment_ids (0: padding), of an encoder types (1: of the
-      paragraph) [up to L]; starts, ends [], the places of the answer's ends;
-      weights [], 1.
+      The arrays of the row: tokens and segment_ids [up to L], for an encoder
+      also types [up to L], 1 for tokens of the paragraph; starts and ends [],
+      the places of the first and the last token of the answer; weights [], 1.
     """
     kind = stack(config)
     first, after = records.special_tokens(tokenizer, kind)
     tokens = np.concatenate([[first], item.question, [after] * item.between,
                              item.context, [after]])
+    # The place of the null token stands for no answer.
     start = end = null_place(item, kind)
     if item.answer is not None:
       start, end = (begin(item) + place for place in item.answer)

@@ -62,19 +62,27 @@ class Passages(causal.Windows):
 
 def framed(window: causal.Window, config: Config, tokenizer: Tokenizer
            ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-  """Returns [CLS], text and [SEP]; which of them are special; and segment_ids
-  and, of documents apart, positions."""
+  """Returns a window of text as a row of an encoder.
+
+  Returns:
+    The ids of [CLS], the text and [SEP], int32 [L]; which of them are special,
+    bool [L]; and the arrays that keep documents apart: segment_ids, and with
+    data.document_mask also positions.
+  """
   text = window.tokens[1:window.size]
-  ids = np.concatenate([[tokenizer.cls_id], text, [tokenizer.sep_id]]
-                       ).astype(np.int32)
+  framed_ids = np.concatenate([[tokenizer.cls_id], text, [tokenizer.sep_id]])
+  ids = framed_ids.astype(np.int32)
+
+  # Separators between documents are special too.
   starts = ids == tokenizer.separator_id
   special = starts.copy()
   special[[0, -1]] = True
-  apart = dict(segment_ids=np.ones(len(ids)))
+
+  segments = dict(segment_ids=np.ones(len(ids)))
   if config.data.document_mask:
     starts[-1] = False  # the end of the row begins no document
-    apart = objectives.documents(starts)
-  return ids, special, apart
+    segments = objectives.documents(starts)
+  return ids, special, segments
 
 
 class Stretch(NamedTuple):
@@ -337,13 +345,14 @@ class MaskedWords(Objective):
     """Returns one masked row of text.
 
     Returns:
-      tokens, segment_ids (0: padding), targets [L]; weights [L], 1 where a
-      token is to be predicted. With data.document_mask a document is a segment,
-      from its separator on, and positions [L] begin with it.
+      The arrays of the row, [L]: tokens; targets; weights, 1 where a token is
+      to be predicted; and segment_ids. With data.document_mask a document is a
+      segment, from its separator on, and its positions begin with 0.
     """
-    ids, special, apart = framed(item, config, tokenizer)
-    return _masked(ids, special=special, rng=rng, config=config,
-                   tokenizer=tokenizer) | apart
+    ids, special, segments = framed(item, config, tokenizer)
+    row = _masked(ids, special=special, rng=rng, config=config,
+                  tokenizer=tokenizer)
+    return row | segments
 
   def arrays(self, config: Config) -> dict[str, Shape]:
     return objectives.document_arrays(config)
@@ -369,10 +378,11 @@ class NextSentence(Objective):
     """Returns one masked pair.
 
     Returns:
-      tokens, types, segment_ids (0: padding), targets [L]; weights [L], 1 where
-      a token is to be predicted; nsp_targets [], 1: the second text is from
-      elsewhere.
+      The arrays of the row: tokens, types, segment_ids and targets [L];
+      weights [L], 1 where a token is to be predicted; and nsp_targets [], 1
+      where the second text is from elsewhere.
     """
+    # The text is cut in two, and half of the time its second part is replaced.
     place = int(rng.integers(1, len(item.tokens)))
     first, second = np.split(item.tokens, [place])
     from_elsewhere = rng.random() >= 0.5
@@ -436,18 +446,21 @@ class MaskedDiffusion(Objective):
     """Returns one row with a random share of its tokens masked.
 
     Returns:
-      tokens, targets, segment_ids (0: padding) [L]; weights [L]: 1 / t where a
-      token is masked. With data.document_mask a document is a segment, from its
-      separator on, and positions [L] begin with it.
+      The arrays of the row, [L]: tokens; targets; weights, 1 / t where a token
+      is masked; and segment_ids. With data.document_mask a document is a
+      segment, from its separator on, and its positions begin with 0.
     """
+    # Each token is masked with the probability t, which is above 0.
     ids = item.tokens[1:item.size]
     t = 1 - rng.random()
-    masked = rng.random(len(ids)) < t
-    apart = dict(segment_ids=np.ones(len(ids)))
+    is_masked = rng.random(len(ids)) < t
+    shown = np.where(is_masked, tokenizer.mask_id, ids)
+    row = dict(tokens=shown, targets=ids, weights=is_masked / t)
+
+    segments = dict(segment_ids=np.ones(len(ids)))
     if config.data.document_mask:
-      apart = objectives.documents(ids == tokenizer.separator_id)
-    shown = np.where(masked, tokenizer.mask_id, ids)
-    return dict(tokens=shown, targets=ids, weights=masked / t) | apart
+      segments = objectives.documents(ids == tokenizer.separator_id)
+    return row | segments
 
   def arrays(self, config: Config) -> dict[str, Shape]:
     return objectives.document_arrays(config)

@@ -43,8 +43,8 @@ class Probe(Objective):
     """Lays out one row.
 
     Returns:
-      tokens, targets [up to L]; weights [up to L], 1 where a target is asked
-      for; segment_ids [up to L], 1 for each token.
+      The arrays of the row, [up to L]: tokens; targets; weights, 1 where a
+      target is asked for; and segment_ids, which are 1.
     """
     return dict(tokens=item.tokens, targets=item.targets, weights=item.asked,
                 segment_ids=np.ones(len(item.tokens)))

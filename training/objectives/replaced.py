@@ -48,11 +48,11 @@ class ReplacedTokens(Objective):
     """Returns one row.
 
     Returns:
-      tokens, segment_ids [up to L] and, of documents apart, positions; of M
-      masks places, which is L where there is none, targets and weights
-      [up to M].
+      The arrays of the row: tokens and segment_ids [up to L], with
+      data.document_mask also positions; and those of its M masks: places [M],
+      which are L where there is no mask, targets and weights [up to M].
     """
-    ids, special, apart = mlm.framed(item, config, tokenizer)
+    ids, special, segments = mlm.framed(item, config, tokenizer)
     # Masks in the places of words, never of special tokens.
     usual = np.flatnonzero(~special)
     count = min(len(usual), mlm.most(config.data.mask_rate, len(usual)))
@@ -63,8 +63,9 @@ class ReplacedTokens(Objective):
     tokens[chosen] = tokenizer.mask_id
     places = np.full(_masks(config), config.data.length)
     places[:count] = chosen
-    return dict(tokens=tokens, places=places, targets=ids[chosen],
-                weights=np.ones(count)) | apart
+    row = dict(tokens=tokens, places=places, targets=ids[chosen],
+               weights=np.ones(count))
+    return row | segments
 
   def arrays(self, config: Config) -> dict[str, Shape]:
     shape = (_masks(config),)

@@ -32,10 +32,20 @@ from training.optim import matrices
 
 
 class SoapState(NamedTuple):
-  """M and V have the shape of the parameter. So have L, R, QL and QR, but that
-  the other side is one axis as long as this side, and what else it has is 1; of
-  a side without a preconditioner they are None."""
-  count: jax.Array  # of gradients
+  """The state of the parameters, each field as a tree of arrays.
+
+  M and V have the shape of the parameter. L and QL have its axes of inputs, and
+  in the place of its outputs one axis that is as long as the inputs together;
+  R and QR have its outputs so. They are None for a side without a
+  preconditioner.
+
+  Attributes:
+    count: the number of gradients so far.
+    mean, square: M and V.
+    left, right: L and R.
+    left_basis, right_basis: QL and QR.
+  """
+  count: jax.Array
   mean: Any
   square: Any
   left: Any
@@ -129,8 +139,14 @@ def _as_before(axes: Axes, x: jax.Array | None, old: jax.Array | None
 
 def _update(g: jax.Array, s: SoapState, b1: float, b2: float, eps: float,
             every: int) -> tuple[jax.Array, SoapState]:
-  """Returns the step and the new state of matrices [*batch, rows, columns];
-  s.count: how many steps there have been, this one included, 0 at the first."""
+  """Returns the step of SOAP and the new state, by the equations above.
+
+  Args:
+    g: G, matrices [*batch, rows, columns].
+    s: the state of these matrices; s.count is t, from 0 at the first gradient.
+    b1, b2, eps: those of Adam.
+    every: the number of steps between two updates of the bases.
+  """
   is_first = s.count == 0
 
   def unless_first(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -145,7 +161,7 @@ def _update(g: jax.Array, s: SoapState, b1: float, b2: float, eps: float,
   direction = mean / (jnp.sqrt(square) + eps)
   step = debias * _out_of(direction, s.left_basis, s.right_basis)
 
-  # The preconditioners, and their bases.
+  # L = b2 L + (1 - b2) G G', and R of G' G; now and then their bases.
   s = s._replace(mean=mean, square=square)
   if s.left is not None:
     s = s._replace(left=b2 * s.left + (1 - b2) * (g @ g.mT))
@@ -168,7 +184,8 @@ def _begin(s: SoapState) -> SoapState:
 
 
 def _turn(s: SoapState) -> SoapState:
-  """Brings the bases nearer to the eigenvectors, and M and V into them."""
+  """Brings QL and QR nearer to the eigenvectors, and M and V into them."""
+  # M leaves the bases before they move, and enters them after.
   mean = _out_of(s.mean, s.left_basis, s.right_basis)
   square = s.square
   left_basis = s.left_basis

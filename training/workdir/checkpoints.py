@@ -637,6 +637,7 @@ def differences(saved: dict[str, dict[str, Any]], wanted: dict[str, Any]
   and as it is wanted."""
   there = {name: f'{x["dtype"]}{x["shape"]}' for name, x in saved.items()}
   here = {name: f'{x.dtype}{list(x.shape)}' for name, x in wanted.items()}
+  # An array that one of the two lacks is written as 'not'.
   lines = {}
   for name in here | there:
     in_checkpoint = there.get(name, 'not')

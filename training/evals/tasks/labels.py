@@ -172,7 +172,8 @@ def _check_loaders(loaders: Sequence[pipeline.Loader], evaluation: Evaluation
 def _write(path: Any, results: Sequence[Measured]) -> None:
   """Writes the predictions of all sources: as a table, where the name of the
   file ends in .csv."""
-  # A table is of all sources; files of a kind are put one after the other.
+  # The texts by the kind that the name of the file gets; '': none. A table is
+  # of all sources, and other files are put one after the other.
   files = {}
   if path.suffix == '.csv':
     rows = []
