@@ -170,9 +170,11 @@ def load(config: ml_collections.ConfigDict) -> list[Hook]:
     module = cli.run_file(file)
     plugins.note(file, cli.read_text(file))
     # The hooks that the file defines or imports.
-    choices = {key: value for key, value in vars(module).items()
-               if inspect.isclass(value) and issubclass(value, Hook)
-               and value is not Hook}
+    choices = {}
+    for key, value in vars(module).items():
+      is_hook = inspect.isclass(value) and issubclass(value, Hook)
+      if is_hook and value is not Hook:
+        choices[key] = value
     one_of(f'train.hooks of {file}', class_name, choices)
     hooks.append(cli.call(file, choices[class_name]))
   return hooks

@@ -284,8 +284,11 @@ class Evaluate(Hook):
     if writer.label:
       means = {'loss': means['loss']}
       label = f'  {writer.label}'
-    text = '  '.join(f'{name.replace("_", " ")} {held_out.shown(value)}'
-                     for name, value in means.items())
+    parts = []
+    for name, value in means.items():
+      words = name.replace('_', ' ')
+      parts.append(f'{words} {held_out.shown(value)}')
+    text = '  '.join(parts)
     which = prefix.replace('/', ' ')
     loop.bar.say(f'step {loop.n}  held-out {which}{text}{label}')
 

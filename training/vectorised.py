@@ -86,8 +86,12 @@ def _stands_alone(config: ml_collections.ConfigDict) -> bool:
 
 
 def _shared(config: ml_collections.ConfigDict) -> tuple:
-  return tuple((name, value) for name, value in run_config.flatten(
-      config).items() if name not in FIELDS)
+  """Returns what the configs of one group have in common."""
+  shared = []
+  for name, value in run_config.flatten(config).items():
+    if name not in FIELDS:
+      shared.append((name, value))
+  return tuple(shared)
 
 
 def train(configs: Sequence[ml_collections.ConfigDict],
@@ -330,8 +334,9 @@ class Group(Program):
       return self._put(batches[0], _ALL), self._values
     of_seed = dict(zip(self.seeds, batches, strict=True))
     of_row = [of_seed[self._seed_of[i]] for i in self._rows]
-    stacked = {name: np.stack([batch[name] for batch in of_row])
-               for name in of_row[0]}
+    stacked = {}
+    for name in of_row[0]:
+      stacked[name] = np.stack([batch[name] for batch in of_row])
     return self._put(stacked), self._values
 
   def join(self, trees: Sequence[Any]) -> Any:

@@ -648,8 +648,10 @@ def _splash(eqn: jex.JaxprEqn, products: int) -> Work:
   blocks = arrays[0].shape[-2:]
   side = max(blocks)
   share = math.prod(blocks) / side ** 2
-  has_places = any(v.aval.ndim == 2 and v.aval.dtype == jnp.int32
-                   for v in eqn.invars)
+  has_places = False
+  for v in eqn.invars:
+    if v.aval.ndim == 2 and v.aval.dtype == jnp.int32:
+      has_places = True
   if share == 1 and has_places:
     share = (side + 1) / (2 * side)
 

@@ -346,8 +346,10 @@ class Template:
       markers = special_or_written
       if message['role'] == 'assistant':
         markers = special
-      chat.append({key: marked(value, self.tokenizer, markers)
-                   for key, value in message.items()})
+      marked_message = {}
+      for key, value in message.items():
+        marked_message[key] = marked(value, self.tokenizer, markers)
+      chat.append(marked_message)
     options = dict(
         self.specials, add_generation_prompt=answer,
         continue_final_message=goes_on,

@@ -317,9 +317,12 @@ class HuggingFace(Tokenizer):
 
     # The tokens that have a use.
     self.special_ids = _framing(tokenizer) | special_ids
-    sentinels = [f'<extra_id_{number}>' for number in range(SENTINELS)]
-    self.sentinel_ids = tuple(
-        vocab[sentinel] for sentinel in sentinels if sentinel in vocab)
+    sentinel_ids = []
+    for number in range(SENTINELS):
+      sentinel = f'<extra_id_{number}>'
+      if sentinel in vocab:
+        sentinel_ids.append(vocab[sentinel])
+    self.sentinel_ids = tuple(sentinel_ids)
     if 'mask' in special_ids:
       self.mask_pattern = self._masks(special_ids['mask'])
     self.added_ids = _before_text(tokenizer)

@@ -245,8 +245,10 @@ def figures(view: Questions, predictions: Sequence[Best]) -> dict[str, Any]:
   overall = rules(chosen, right)
 
   # For each question.
-  scores_N2 = 100 * np.array([score(answer, texts)
-                              for answer, texts in zip(chosen, right)])
+  scores = []
+  for answer, texts in zip(chosen, right):
+    scores.append(score(answer, texts))
+  scores_N2 = 100 * np.array(scores)
   names = []
   for question, (context, _) in zip(view.questions, view.contexts):
     names.append((question.question, context))

@@ -64,6 +64,9 @@ def verdicts(workdir: epath.Path) -> list[dict[str, str]]:
     file = report / 'report/results.csv'
     if file.exists():
       with file.open(newline='') as lines:
-        return [row for row in csv.DictReader(lines)
-                if row['variant'] == variant and row['verdict']]
+        rows = []
+        for row in csv.DictReader(lines):
+          if row['variant'] == variant and row['verdict']:
+            rows.append(row)
+        return rows
   return []

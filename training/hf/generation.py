@@ -47,8 +47,10 @@ def of_folder(folder: pathlib.Path) -> Generation:
     RequestError: if one of its files is no JSON object.
   """
   tree = hf_config.load_config_json(folder)
-  fields = {name: value for name, value in tree.items()
-            if hf_config.GENERATION.fullmatch(name)}
+  fields = {}
+  for name, value in tree.items():
+    if hf_config.GENERATION.fullmatch(name):
+      fields[name] = value
   path = folder / FILE
   options = None
   if path.is_file():
@@ -66,8 +68,9 @@ def of_run(config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Any
   """
   special = tokenizer.special_ids
   options = None
-  ids = {f'{name}_token_id': special.get(name)
-         for name in ('bos', 'eos', 'pad')}
+  ids: dict[str, Any] = {}
+  for name in ('bos', 'eos', 'pad'):
+    ids[f'{name}_token_id'] = special.get(name)
   # A model that writes ends and begins its texts as in training.
   if objectives.of(config).writes:
     end, *more = objectives.of(config).ends(config, tokenizer)

@@ -80,9 +80,16 @@ def tensors(c: ModelConfig, params: Any) -> list[tensor_map.Tensor]:
   tell which layer of theirs is which: not all have an adapter."""
   page = architectures.hugging_face(c.arch)
   shapes = {path: x.shape for path, x in paths.flatten(params).items()}
-  names = [*page.rows(c), *(row for row, _ in rows(c))]
-  return [tensor for tensor in tensor_map.expand(names, shapes)
-          if weights.is_adapter(tensor.paths[0])]
+  every_row = [*page.rows(c)]
+  for row, _ in rows(c):
+    every_row.append(row)
+
+  # The rows of the model are needed only to count its layers.
+  adapters = []
+  for tensor in tensor_map.expand(every_row, shapes):
+    if weights.is_adapter(tensor.paths[0]):
+      adapters.append(tensor)
+  return adapters
 
 
 def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
@@ -109,8 +116,10 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
           'model instead')
 
   # The tensors.
-  flat = {path: np.asarray(x) for path, x in paths.flatten(params).items()
-          if weights.is_adapter(path)}
+  flat = {}
+  for path, x in paths.flatten(params).items():
+    if weights.is_adapter(path):
+      flat[path] = np.asarray(x)
   written = {}
   for tensor in tensors(c, params):
     path = tensor.paths[0]
@@ -123,8 +132,10 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
   save_file(written, folder / WEIGHTS, metadata={'format': 'pt'})
 
   # Their description.
-  modules = {name.removeprefix(PREFIX).rpartition('.lora_')[0]
-             for name in written}
+  modules = set()
+  for name in written:
+    module, _, _ = name.removeprefix(PREFIX).rpartition('.lora_')
+    modules.add(module)
   alpha = c.lora.alpha
   if alpha == int(alpha):
     alpha = int(alpha)

@@ -184,8 +184,9 @@ def _complete(tokenizer: tokenizers.Tokenizer,
   if PIPELINE not in copied:
     tokenizer.save(folder / PIPELINE)
   # The special tokens around a text, as the architecture puts them.
-  names = {kind: tokenizer.piece(i)
-           for kind, i in tokenizer.special_ids.items()}
+  names = {}
+  for kind, i in tokenizer.special_ids.items():
+    names[kind] = tokenizer.piece(i)
   _frame(folder / PIPELINE, FRAMES.get(config.model.arch, ''), names)
   if tokenizers.CONFIG not in copied:
     # transformers knows no special token by its spelling alone.
@@ -218,8 +219,10 @@ def _frame(file: pathlib.Path, frame: str, names: dict[str, str]) -> None:
     return
   # The frame of one text is that of two, less the second.
   pair = frame.format(**names)
-  special_tokens = [(names[kind], pipeline.token_to_id(names[kind]))
-                    for kind in wanted]
+  special_tokens = []
+  for kind in wanted:
+    name = names[kind]
+    special_tokens.append((name, pipeline.token_to_id(name)))
   pipeline.post_processor = library.processors.TemplateProcessing(
       single=pair.partition(' $B')[0], pair=pair,
       special_tokens=special_tokens)

@@ -259,8 +259,10 @@ class Names:
     """Returns the spelling under which the files have `name`, or `name`."""
     spellings = [name]
     for usual, other in self._spellings:
-      others = [spelling.replace(usual, other, 1) for spelling in spellings
-                if usual in spelling]
+      others = []
+      for spelling in spellings:
+        if usual in spelling:
+          others.append(spelling.replace(usual, other, 1))
       spellings += others
     for spelling in spellings:
       if spelling in self._source:

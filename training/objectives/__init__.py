@@ -191,8 +191,9 @@ def padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def after_separator(texts: Sequence[str], config: Config, tokenizer: Tokenizer
                     ) -> Prompts:
   """Returns texts that a document begins with, for a decoder to go on from."""
-  rows = [np.concatenate([[tokenizer.separator_id], ids])
-          for ids in tokenizer.encode_batch(texts)]
+  rows = []
+  for ids in tokenizer.encode_batch(texts):
+    rows.append(np.concatenate([[tokenizer.separator_id], ids]))
   tokens, lengths = padded(rows)
   return Prompts(tokens=tokens, lengths=lengths)
 

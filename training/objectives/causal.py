@@ -365,8 +365,9 @@ def jinja(config: Config, tokenizer: Tokenizer) -> str:
   if config.data.chat_template != conversations.PUBLISHED_NAME:
     return conversations.source(config.data.chat_template)[1]
   # The separator, by the name that a template knows it by.
-  kind = next(name for name in ('eos', 'sep')
-              if tokenizer.special_ids.get(name) == tokenizer.separator_id)
+  kind = 'eos'
+  if tokenizer.special_ids.get('eos') != tokenizer.separator_id:
+    kind = 'sep'
   end = f'{{{{ {kind}_token }}}}'
   assistant = "{% elif m.role == 'assistant' %}"
   # Alpaca's template, then Vicuna's.

@@ -65,8 +65,10 @@ def of(optim: ml_collections.ConfigDict, roles: Any, shapes: Any,
     # Each row of a scanned parameter is of another layer.
     for name, power in _rows_of(path, stacks):
       names.append(name)
-      freezing = [pattern for pattern in patterns
-                  if pattern.fullmatch(path) or pattern.fullmatch(name)]
+      freezing = []
+      for pattern in patterns:
+        if pattern.fullmatch(path) or pattern.fullmatch(name):
+          freezing.append(pattern)
       matched.update(freezing)
       if freezing or adapted and not role.tuned:
         rows.append(0.0)

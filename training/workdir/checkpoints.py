@@ -707,9 +707,12 @@ def checksums(tree: Any) -> dict[str, int]:
   leaves = paths.flatten(tree)
   if not leaves:
     return {}
-  named = [x.sharding for x in leaves.values()
-           if isinstance(x.sharding, NamedSharding)]
-  mesh = named[0].mesh if named else None
+  # The mesh of all leaves that lie on one; None: they lie on one device.
+  mesh = None
+  for x in leaves.values():
+    if isinstance(x.sharding, NamedSharding):
+      mesh = x.sharding.mesh
+      break
   # A sum for each leaf on the devices, and then all of them at once.
   parts = []
   for x in leaves.values():

@@ -315,8 +315,11 @@ def _figures(inspected: Inspection, texts: Mapping[str, Sequence[str]],
   for layer in _guesses(inspected.lens):
     places = []
     for guesses in layer:
-      places.append([dict(text=spell(guess.token), id=guess.token,
-                          probability=guess.probability) for guess in guesses])
+      place = []
+      for guess in guesses:
+        place.append(dict(text=spell(guess.token), id=guess.token,
+                          probability=guess.probability))
+      places.append(place)
     figures['lens'].append(places)
   return figures
 
@@ -417,8 +420,10 @@ def _sections(inspected: Inspection, texts: Mapping[str, Sequence[str]],
   for name, experts in inspected.experts.items():
     rows = []
     for n in range(len(experts.layers)):
-      rows.append([_expert(experts, n=n, i=i, texts=texts[name])
-                   for i in range(len(texts[name]))])
+      row = []
+      for i in range(len(texts[name])):
+        row.append(_expert(experts, n=n, i=i, texts=texts[name]))
+      rows.append(row)
     yield dict(id=f'experts-{name}', heading=f'Experts of the {name}',
                kind='experts', count=experts.probabilities.shape[-1],
                table=(texts[name], experts.layers, rows))

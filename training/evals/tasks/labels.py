@@ -471,8 +471,10 @@ def entities(right: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
     if name != 'entities':
       strict_figures[f'strict_{name}'] = value
   figures |= strict_figures
-  figures['types'] = {name: row for name, row in lenient.items()
-                      if not name.endswith(' avg')}
+  figures['types'] = {}
+  for name, row in lenient.items():
+    if not name.endswith(' avg'):
+      figures['types'][name] = row
   table = metrics.classification_report(right, predicted, digits=4,
                                         zero_division=0)
   return figures, [*table.splitlines(), *_lines(strict_figures)]
@@ -561,8 +563,12 @@ def _asked(predictions: Iterable[dict[str, Any]]) -> list[tuple]:
 
 
 def _lines(figures: Mapping[str, float]) -> list[str]:
-  return [f'  {name.replace("_", " "):<22} {held_out.shown(value)}'
-          for name, value in figures.items()]
+  """Returns a line for each figure."""
+  lines = []
+  for name, value in figures.items():
+    words = name.replace('_', ' ')
+    lines.append(f'  {words:<22} {held_out.shown(value)}')
+  return lines
 
 
 # How the answers to a view are measured, by objective: (view, answers,

@@ -74,8 +74,10 @@ class Loss(Task):
     loaders = evaluation.held_out()
     step = evaluation.program(
         make_eval_step(evaluation.run.module, evaluation.run.config), 'loss')
-    sums = [held_out.sums(evaluation.results(step, loader, 'evaluating'))
-            for loader in loaders]
+    sums = []
+    for loader in loaders:
+      results = evaluation.results(step, loader, 'evaluating')
+      sums.append(held_out.sums(results))
 
     # The figures of each source, and their means.
     each = {}

@@ -247,8 +247,9 @@ def _constant(name: str, settings: probes.Settings, seed: int, figure: str
   probe = probes.PROBES[name]
   levels: list[tuple] = [()]
   if figure != 'accuracy':
-    levels = [(cell.level,)
-              for cell in cells(settings, probe.grows, longer=False)]
+    levels = []
+    for cell in cells(settings, probe.grows, longer=False):
+      levels.append((cell.level,))
 
   # How often each answer is right, and how many are asked for, by level and
   # fold.
