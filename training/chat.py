@@ -152,6 +152,7 @@ class Engine:
 
   def __init__(self, module: nn.Module, params: Any, context: int,
                sampling: generate.Sampling, seed: int = 0):
+    """Makes an empty cache, with room for `context` tokens."""
     config = without_capacity(module.config)  # type: ignore[attr-defined]
     self._module = module.clone(config=config)
     self._params = params
@@ -286,6 +287,7 @@ class Stream:
 
   def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (),
                lead: str = '', prompt: Sequence[int] = ()):
+    """Begins with an answer of no token."""
     self._tokenizer = tokenizer
     self._stops = stops
     self._lead = lead
@@ -370,6 +372,7 @@ class Session:
 
   def __init__(self, engine: Engine, tokenizer: Tokenizer, talk: Talk, *,
                most: int, stops: Sequence[str] = (), system: str = ''):
+    """Begins a conversation, with a system text where one is given."""
     self._engine = engine
     self._tokenizer = tokenizer
     self._talk = talk

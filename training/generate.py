@@ -164,9 +164,9 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
   rows_B = jnp.arange(B)
 
   # Read the prompts.
-  logits_BV, cache, advance = begin(module, params=params,
-                                    prompts_BL=prompts_BL, lengths_B=lengths_B,
-                                    room=max_new_tokens, **inputs)
+  logits_BV, cache, advance = begin(
+      module, params=params, prompts_BL=prompts_BL, lengths_B=lengths_B,
+      room=max_new_tokens, **inputs)
   seen_BV = None
   if sampling.remembers:
     V = module.config.vocab_size
@@ -199,6 +199,7 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
     return (t < max_new_tokens) & ~jnp.all(done_B)
 
   def step(carry: Any):
+    """Adds the new token t to each row."""
     t, tokens_BL, done_B, cache, seen_BV = carry
     logits_BV, cache = advance(cache, tokens_BL, t)
     new_B, seen_BV = draw(logits_BV, t, seen_BV)
@@ -341,6 +342,8 @@ def _reread(module: nn.Module, params: Any, cache: Any, prompts_BL: jax.Array,
   outgrown_B = jnp.isin(lengths_B + t, jnp.array(ends) + 1)
 
   def again() -> Any:
+    """Returns the cache with the rows that have outgrown a length read
+    again."""
     # The texts so far, from an empty cache, without their last token.
     texts_BM = jnp.pad(prompts_BL, ((0, 0), (0, T)))
     rows_B1 = jnp.arange(B)[:, None]
@@ -485,9 +488,9 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
 
   # Read the prompts, and choose the first tokens. Only the first beam counts
   # then, since the others would be equal to it.
-  logits_BV, cache, advance = begin(module, params=params,
-                                    prompts_BL=prompts_BL, lengths_B=lengths_B,
-                                    room=T, copies=K, **inputs)
+  logits_BV, cache, advance = begin(
+      module, params=params, prompts_BL=prompts_BL, lengths_B=lengths_B,
+      room=T, copies=K, **inputs)
   logits_BKV = jnp.repeat(logits_BV[:, None], K, axis=1)
   state = _start(B=B, K=K, T=T, stops=stops)
   state, _ = _choose(beams, stops=stops, state=state, logits_BKV=logits_BKV,
@@ -498,6 +501,7 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
     return (t < T) & state.open_B.any()
 
   def step(carry: Any):
+    """Adds the new token t to each text of each row."""
     t, state, cache = carry
     tokens = state.running.tokens_BKT.reshape(B * K, T)
     logits, cache = advance(cache, tokens, t)
@@ -609,6 +613,7 @@ def _reorder(cache: Any, rows: jax.Array, axis: int) -> Any:
     return jnp.take(x, rows, axis)
 
   def reorder_entry(entry: Any) -> Any:
+    """Returns the cache of one layer in the new order."""
     if not isinstance(entry, Cache):  # an array of a state
       return take(entry)
     return dataclasses.replace(
@@ -653,6 +658,7 @@ def write_diffusion(module: nn.Module, params: Any, prompts_BL: jax.Array,
   tokens_BL = jnp.where(asked_BL, mask, padded_BL)
 
   def step(s: jax.Array, tokens_BL: jax.Array) -> jax.Array:
+    """Returns the tokens after step s: some more of them are no masks."""
     masked_BL = asked_BL & (tokens_BL == mask)
     output: Any = module.apply({'params': params}, tokens_BL,
                                segment_ids_BL=real_BL,

@@ -110,6 +110,7 @@ class Loop:
 
   def __init__(self, program: Program, writers: list[Writer],
                batches: Batches, state: TrainState, start: int):
+    """Begins at the step `start`, with its state."""
     self.program = program
     self.writers = writers
     self.batches = batches

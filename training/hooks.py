@@ -63,6 +63,8 @@ class Report(Hook):
     self._report(loop, self._deferred.flush())
 
   def _report(self, loop: Loop, read: progress.Read | None) -> None:
+    """Writes and prints the figures of a step that were read; None: there are
+    none."""
     if read is None:
       return
     n = read.step
@@ -111,6 +113,7 @@ class ExpertPanel(Hook):
       self._loads.setdefault(writer, []).append(load)
 
   def more_figures(self, loop: Loop, writer: Writer) -> dict[str, Any]:
+    """Returns the load of the experts over the steps since the last report."""
     steps = self._loads.pop(writer, [])
     if not steps:
       return {}
@@ -194,6 +197,7 @@ class Evaluate(Hook):
         writer.end(EARLY, loop.n)
 
   def after_step(self, loop: Loop, figures: Any) -> None:
+    """Evaluates where an evaluation is due, and at the end."""
     is_last = loop.n == loop.steps
     if not self._due(loop) or loop.stopped and not is_last:
       return

@@ -150,6 +150,7 @@ class _Bar:
   redrawn in place."""
 
   def __init__(self, total: int, first: int, stream: TextIO):
+    """Makes the bar, at the step from which the run goes on."""
     from rich import progress
     self._total = total
     self._bar = progress.Progress(
@@ -308,6 +309,7 @@ class Meter:
   def __init__(self, tokens_per_step: int, flops_per_step: float,
                peak_flops: float | None,
                clock: Callable[[], float] = time.perf_counter):
+    """Begins the first lap at step 0."""
     self._usual = (tokens_per_step, flops_per_step)
     self._peak = peak_flops
     self._clock = clock

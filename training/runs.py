@@ -205,6 +205,7 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
   parts = parameter_shares(module, config.optim)
 
   def step(state: TrainState, batch: Any):
+    """Returns the state after a step, and the step's figures."""
     # The gradient is that of the trained parameters alone: a frozen product
     # has no gradient of its weights.
     trained = shares.trained(parts, state.params)

@@ -29,6 +29,7 @@ class Batches:
 
   def __init__(self, program: Program, loaders: Sequence[pipeline.Loader],
                num_runs: int):
+    """Finds the work of a step, for batches of each shape."""
     self._program = program
     self._loaders = loaders
     config = program.run.config

@@ -240,6 +240,8 @@ class Group(Program):
   """
 
   def __init__(self, run: runs.Run, writers: Sequence[Writer]):
+    """Lays the runs out over the devices, and finds the fields in which they
+    differ."""
     self.num_runs = len(writers)
     self._seed_of = [writer.config.seed for writer in writers]
     self.seeds = list(dict.fromkeys(self._seed_of))
@@ -287,9 +289,11 @@ class Group(Program):
                          in_specs=specs, out_specs=_EACH, check_vma=False)
 
   def new_state(self) -> TrainState:
+    """Returns the states of all runs before their first step."""
     run = self.run
 
     def init(values: dict[str, jax.Array]) -> TrainState:
+      """Returns the state of one run."""
       config = with_values(run.config, values)
       # Each run begins with its own seed and its own scale of parameters.
       model = dataclasses.replace(
@@ -302,6 +306,7 @@ class Group(Program):
     return jax.jit(self._over_runs(init, (0,)))(self._values)
 
   def make_train_step(self) -> jax.stages.Wrapped:
+    """Returns the training step of all runs, compiled as one program."""
     run = self.run
     taps = [each.trace for each in self.hooks]
 

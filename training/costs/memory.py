@@ -250,6 +250,7 @@ def kept(run: runs.Run) -> tuple[int, int]:
     batch[key] = jax.ShapeDtypeStruct(size, dtype)
 
   def residuals(params: Any, batch: Any):
+    """Returns the backward pass of the loss, which holds its residuals."""
     rngs = {name: jax.random.key(0) for name in runs.STREAMS}
 
     def loss(params: Any) -> jax.Array:

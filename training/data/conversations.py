@@ -126,6 +126,7 @@ class Jinja(Layout):
   """
 
   def __init__(self, template: 'Template'):
+    """Finds the key, a hash of everything that decides on a text's ids."""
     tokenizer = template.tokenizer
     special, special_or_written = template.markers
     described = json.dumps([

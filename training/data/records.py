@@ -224,6 +224,7 @@ class Texts(Rows):
   """
 
   def __init__(self, corpus: sources.Corpus):
+    """Tokenises all records, and cuts each to the length of a row."""
     # The tokens of all texts, encoded at once.
     self.records = list(corpus.records)
     self.bare = any(map(labelled.is_bare, self.records))
@@ -443,10 +444,9 @@ class Sentences(Rows):
   """
 
   def __init__(self, corpus: sources.Corpus):
+    """Tokenises all sentences, and cuts the long ones into several rows."""
     # The sentences and their labels.
     config = corpus.config
-
-    # The sentences and their labels.
     self.records = list(corpus.records)
     self.bare = any(map(labelled.is_bare, self.records))
     self.labels = labels_of(config)
@@ -543,6 +543,7 @@ class Questions(Rows):
   """
 
   def __init__(self, corpus: sources.Corpus):
+    """Tokenises all questions, and cuts long paragraphs into several rows."""
     # The tokens of all questions, and of all paragraphs.
     paragraphs = corpus.records
     self.bare = any(map(labelled.is_bare, paragraphs))

@@ -182,6 +182,8 @@ class Bytes(Tokenizer):
   USUAL = 384
 
   def __init__(self, size: int = USUAL):
+    """Divides the ids among the digits of bytes, special tokens and
+    sentinels."""
     self.name = 'bytes' if size == self.USUAL else f'bytes:{size}'
     self.vocab_size = size
     self.fingerprint = f'bytes-{size}'
@@ -215,6 +217,7 @@ class Bytes(Tokenizer):
     return rows
 
   def encode_spans(self, texts: Sequence[str]):
+    """Returns the ids of each text, and the character of each id."""
     encoded = []
     for text, ids in zip(texts, self.encode_batch(texts)):
       # Each character stands behind as many ids as its bytes have digits.
@@ -225,6 +228,7 @@ class Bytes(Tokenizer):
     return encoded
 
   def decode_bytes(self, ids: Iterable[int]):
+    """Returns the bytes of ids; special tokens spell nothing."""
     spelt = bytearray()
     byte, digits = 0, 0  # of a byte that is not whole yet
     for i in ids:
@@ -267,6 +271,8 @@ class Bytes(Tokenizer):
     pipeline.save(str(path))
 
   def encode_placed(self, text: str):
+    """Returns the ids of a text in which special tokens are written, and the
+    characters of each."""
     # Special tokens, and the text between them.
     names = [re.escape(name) for name in self.added_texts]
     parts = re.split(f'({"|".join(names)})', text)
@@ -291,6 +297,8 @@ class HuggingFace(Tokenizer):
   """A pipeline of the package tokenizers: BPE, unigram or WordPiece."""
 
   def __init__(self, name: str, tokenizer: Any, ids: dict[str, int | None]):
+    """Reads the vocabulary of a tokenizer, and what its special tokens are
+    for."""
     special_ids = {kind: i for kind, i in ids.items() if i is not None}
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -281,6 +281,7 @@ class Documents:
   """
 
   def __init__(self, split: Split):
+    """Reads the tables of all shards, and finds the documents of the split."""
     self._tokens = split.tokens
     tables = list(self._tokens.tables())
     sizes = np.concatenate([table.sizes for table in tables])

@@ -168,6 +168,7 @@ class Stop:
   """
 
   def __init__(self):
+    """Chooses the signals to listen to; `with` begins to listen."""
     import jax  # late: launchers handle signals too, and need no more
     self.stop_requested = False
     self._count = Count()

@@ -52,6 +52,8 @@ class Model(api.TemplateLM):
                prefix_token_id: int | None = None,
                max_length: int | None = None,
                max_gen_toks: PositiveSize = 256):
+    """Fits the run to lm_eval: its lengths, its first token, its ends of
+    texts."""
     super().__init__()
     config = evaluation.run.config
     model = evaluation.run.model

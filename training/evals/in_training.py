@@ -44,6 +44,7 @@ class Tasks:
   """
 
   def __init__(self, run: runs.Run, tokenizer: Tokenizer):
+    """Reads eval.tasks, which one process alone can do."""
     self._names = evals.listed(run.config.eval.tasks)
     self._run = run
     self._tokenizer = tokenizer

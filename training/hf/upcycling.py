@@ -107,6 +107,7 @@ def params(module: nn.Module, like: Any, dense: Any, seed: int) -> Any:
 
   def make(old: dict[str, jax.Array], drawn: dict[str, jax.Array]
            ) -> dict[str, jax.Array]:
+    """Returns each parameter of the mixture, by path."""
     flat = {}
     for path, x in shapes.items():
       if path in drawn:

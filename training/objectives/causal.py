@@ -56,6 +56,8 @@ class Windows:
   AROUND = 0  # what a row has beside text, such as [CLS]
 
   def __init__(self, corpus: sources.Corpus, length: int = 0):
+    """Counts the rows of the stream; one that is not full is evaluated, not
+    trained on."""
     length = length or corpus.config.data.length
     self.length = length - self.AROUND
     require(self.length > 0, f'data.length is {length}: a row of objective '
@@ -200,6 +202,7 @@ class Conversations:
   READS = (sources.TURNS,)
 
   def __init__(self, corpus: sources.Corpus):
+    """Raises RequestError for a source without answers of an assistant."""
     kinds = corpus.tokens.kinds
     require(kinds <= {*conversations.KINDS}
             and bool(kinds & {*conversations.ANSWERS}),
@@ -306,6 +309,8 @@ def talk(config: Config, tokenizer: Tokenizer) -> Talk:
   is_alpaca = 'alpaca:' in config.data.source
 
   def encode(messages: Messages) -> np.ndarray:
+    """Returns the ids of a conversation up to the answer that is about to
+    begin."""
     # The questions and the answers, and an answer that is about to begin.
     parts = []
     if is_alpaca:

@@ -108,6 +108,7 @@ class Stretches:
   READS = (sources.TEXT,)
 
   def __init__(self, corpus: sources.Corpus):
+    """Finds the documents that are long enough to be cut in two."""
     corpus.check_plain()
     self.room = corpus.config.data.length - 3  # [CLS] and twice [SEP]
     require(self.room >= self.MIN, f'data.length={corpus.config.data.length}: '
@@ -396,6 +397,7 @@ class NextSentence(Objective):
     return row | dict(nsp_targets=((), np.int32))
 
   def check(self, config: Config) -> None:
+    """Raises RequestError for a model without the head that is trained."""
     model = config.model
     system = architectures.systems().get(model.arch)
     is_encoder = getattr(system, 'STACK', '') == 'encoder'

@@ -60,6 +60,7 @@ class Loader:
   def __init__(self, name: str, share: float, text: str, dataset: Sequence,
                views: Sequence, config: Config, tokenizer: Tokenizer,
                split: str, process_index: int, process_count: int):
+    """Counts the batches of this process."""
     self.name = name
     self.share = share
     self.text = text

@@ -53,6 +53,8 @@ class Probe(Objective):
     return objectives.text_arrays(config, 'segment_ids')
 
   def check(self, config: Config) -> None:
+    """Raises RequestError where the model could read the answers off the
+    row."""
     probes.check(config)
     probe = probes.of(config)
     require(config.objective == probe.objective, f'{config.data.source} is '

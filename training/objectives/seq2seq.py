@@ -82,6 +82,7 @@ class Pairs:
   READS = (sources.TEXT, sources.PAIRS)
 
   def __init__(self, corpus: sources.Corpus):
+    """Reads pairs of texts, or cuts windows of text that become pairs."""
     self._lengths = pair_lengths(corpus.config)
     self._items: causal.Windows | Documents
     if not corpus.tokens.kinds & {*labelled.PAIR}:

@@ -103,6 +103,7 @@ def scale_by_adafactor(roles: Any) -> optax.GradientTransformation:
                          columns=over(roles, columns_of, params))
 
   def update(grads: Any, state: FactoredState, params: Any):
+    """Returns the steps, by the factored second moments after this gradient."""
     count = optax.safe_increment(state.count)
     decay = 1 - count.astype(jnp.float32) ** -0.8
 
@@ -157,6 +158,8 @@ def scale_by_muon(roles: Any, beta: float) -> optax.GradientTransformation:
     return 0.2 * max(axes.sizes(u.shape)) ** 0.5 * u
 
   def update(grads: Any, state: optax.contrib.MuonState, params: Any = None):
+    """Returns the steps, orthogonal matrices in the directions of the
+    momentum."""
     del params
     # Momentum with Nesterov's look ahead, both without their bias.
     mean = optax.tree.update_moment(grads, state.mu, beta, 1)

@@ -80,6 +80,7 @@ def rates(config: ModelConfig, optimizer: str, roles: Any):
            'experts': 1.0, 'groups': 1.0, None: 1.0}
 
   def rate(role: Role) -> float:
+    """Returns what the learning rate of one parameter is multiplied by."""
     axes = role.split(len(role.axes))
     inputs = math.prod(wider[role.axes[i]] for i in axes.inputs)
     outputs = math.prod(wider[role.axes[i]] for i in axes.outputs)

@@ -88,6 +88,7 @@ def scale_by_soap(roles: Any, b1: float, b2: float, eps: float, every: int,
                      right_basis=right)
 
   def update(grads: Any, state: SoapState, params: Any = None):
+    """Returns the steps and the new state, of each parameter by itself."""
     del params
 
     def one(axes: Axes, g: jax.Array, *fields: Any):

@@ -167,6 +167,7 @@ class Checkpoints:
                every_minutes: float, keep: int, keep_every: int,
                agree_every: int = 1,
                clock: Callable[[], float] = time.monotonic):
+    """Opens the folder of the checkpoints; nothing is read or written."""
     self._keep = keep
     self._keep_every = keep_every
     self._every_steps = every_steps
@@ -332,6 +333,7 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, error, traceback):
+    """Waits for the last save, where it may be waited for."""
     # After an error, a save on its way is finished; but not with several
     # processes, since the others may never come to its barriers.
     if error is None:

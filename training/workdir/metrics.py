@@ -77,6 +77,8 @@ class TensorboardWriter:
   """Scalars as split/name, under WORKDIR/tensorboard."""
 
   def __init__(self, workdir: epath.Path, resumed_step: int):
+    """Begins a new file, after which the rows past `resumed_step` are
+    forgotten."""
     from tensorboard.compat.proto import event_pb2, summary_pb2
     from tensorboard.summary.writer import record_writer
     self._event = event_pb2.Event
@@ -117,6 +119,7 @@ class TrackerWriter:
 
   def __init__(self, module: str, workdir: epath.Path,
                config: Mapping[str, Any], local: epath.Path | None = None):
+    """Begins the run at the tracker, or goes on with it."""
     tracker = importlib.import_module(module)
     workdir = storage.path(workdir)
     path = workdir / f'{module}_id'

@@ -141,6 +141,7 @@ class Rows:
 
   def __init__(self, probe: Probe, settings: Settings, split: str, seed: int,
                levels: tuple[Level, ...] = ()):
+    """Counts the rows, of which each is drawn when it is asked for."""
     self._probe = probe
     self._settings = settings._replace(test=split == 'eval')
     self._levels = levels or settings.levels

@@ -335,6 +335,8 @@ class Depo(Probe):
     return 2 * settings.vocab + 2 + settings.most
 
   def limit(self, settings: Settings, hops: int) -> str:
+    """Returns why no row of these settings can ask for so many hops; '': one
+    can."""
     reason = record.trained(settings, hops)
     if reason:
       return reason

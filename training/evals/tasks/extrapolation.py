@@ -76,6 +76,7 @@ class Extrapolation(Task):
     return objective.every_token
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    """Prints and draws the loss at each length, and returns it."""
     model = evaluation.run.model
     length = evaluation.run.config.data.length
 

@@ -135,6 +135,7 @@ class Inspect(Task):
     return read
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    """Writes the page on what the model does with the prompt."""
     model = evaluation.run.model
     tokenizer = evaluation.tokenizer
     read = evaluation.shown

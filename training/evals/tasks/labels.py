@@ -93,6 +93,8 @@ class Labels(Task):
     return f'data source {spec!r} has no labels'
 
   def check(self, options: Any, config: Any) -> None:
+    """Raises RequestError for a package that is missing, and a flag that is not
+    read."""
     packages = {'sklearn': 'scikit-learn', 'seqeval': 'seqeval'}
     for package, name in packages.items():
       require(importlib.util.find_spec(package) is not None, 'task labels '
@@ -107,6 +109,8 @@ class Labels(Task):
                            f'objective {config.objective!r} gives none')
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    """Measures and writes the predictions on each source; returns the
+    figures."""
     loaders = pipeline.held_out(evaluation.run.config,
                                 tokenizer=evaluation.tokenizer, in_order=True,
                                 bare=True)

@@ -77,6 +77,7 @@ class LMEval(Task):
         manager.load(names)  # whose files are on this machine
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    """Prints and returns the figures that lm_eval gives of its tasks."""
     names = _names(evaluation.options)
     results = _evaluated(evaluation, names)
 

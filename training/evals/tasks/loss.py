@@ -69,6 +69,8 @@ class Loss(Task):
                          'is not: name one by --text')
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    """Prints and returns the figures of the held-out data, of each source and
+    in all."""
     if evaluation.options.stride:
       return strided(evaluation)
     loaders = evaluation.held_out()
@@ -232,6 +234,7 @@ class DiffusionBound(Task):
     return objective.bound
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    """Prints and returns the bound on the loss in nats per token."""
     run = evaluation.run
     loaders = evaluation.held_out()
     count = evaluation.options.bound_samples
@@ -349,6 +352,7 @@ class Documents(Task):
     return objective.every_token
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    """Prints the loss of all documents, and returns that of each."""
     program = documents_program(evaluation.run.module, evaluation.run.config)
     step = evaluation.program(program, 'documents')
     nats: list[float] = []

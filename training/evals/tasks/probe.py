@@ -76,6 +76,7 @@ class Probe(Task):
     return objective.record_kind == probes.KIND
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    """Prints and returns the accuracy at each level and length."""
     config = evaluation.run.config
     probe = probes.of(config)
     settings = probes.settings(config)

@@ -98,6 +98,7 @@ class Embed(Task):
     return rows
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    """Writes a vector of each text to a file."""
     options = evaluation.options
     rows = evaluation.shown
 
@@ -268,6 +269,7 @@ class FillMask(Task):
     return rows
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    """Prints and returns the likeliest tokens of each mask."""
     tokenizer = evaluation.tokenizer
     model = evaluation.run.model
     texts = evaluation.options.prompt.split('|||')

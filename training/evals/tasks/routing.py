@@ -44,6 +44,7 @@ class Routing(Task):
     return f'model.ffn is {model.ffn!r}, which has no experts to route to'
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    """Prints, draws and returns how tokens are spread over the experts."""
     module = evaluation.run.module
     objective = objectives.of(evaluation.run.config)
 

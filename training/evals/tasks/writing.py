@@ -104,6 +104,7 @@ class Samples(Task):
     return objective.writes
 
   def check(self, options: Any, config: Any) -> None:
+    """Raises RequestError for flags that do not fit each other, or the run."""
     text_files.checked(options.prompt, '--prompt')
     drawn = sampling(options)
     seed = options.sample_seed
@@ -126,6 +127,8 @@ class Samples(Task):
             f' but --beams={options.beams} finds no more than that many texts')
 
   def shown(self, evaluation: Evaluation) -> Shown:
+    """Returns the prompts as the model is shown them, one row for each
+    sample."""
     options = evaluation.options
     each = options.samples
     if beams(options):  # which finds all texts of a prompt at once
@@ -137,6 +140,7 @@ class Samples(Task):
     return Shown(prompts=prompts, ends=ends, count=_room(evaluation, prompts))
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    """Prints and returns texts that go on from the prompts."""
     options = evaluation.options
     shown = evaluation.shown
     prompts = shown.prompts
@@ -190,6 +194,7 @@ class DiffusionSamples(Task):
                  count=_room(evaluation, prompts))
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    """Prints and returns texts that are written by unmasking."""
     options = evaluation.options
     shown = evaluation.shown
     prompts = shown.prompts
@@ -319,6 +324,7 @@ class Translation(Task):
     beams(options)
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
+    """Prints and returns the BLEU of what the model writes."""
     bleu = _bleu()
 
     def score(pairs: Sequence[Pair]) -> float:
