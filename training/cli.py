@@ -229,7 +229,8 @@ def parse(doc: str, argv: Sequence[str] | None = None) -> None:
   except RequestError as error:
     _refuse(str(error))
   except flags.Error as error:  # the lines after its first repeat the usage
-    _refuse(str(error).splitlines()[0].removeprefix('ERROR:: '))
+    first_line = str(error).splitlines()[0]
+    _refuse(first_line.removeprefix('ERROR:: '))
 
 
 def _print_help(doc: str) -> None:

@@ -396,8 +396,12 @@ def of_checkpoint(folder: epath.Path, params: Any, step: Step = None, *,
   for path, x in paths.flatten(restored.state).items():
     _, _, name = path.partition('/')
     arrays[name] = x
-  state = jax.tree_util.tree_map_with_path(
-      lambda path, x: arrays[paths.join(path)].astype(x.dtype), params)
+
+  def restored_array(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns the array that was read for a parameter, in its type."""
+    return arrays[paths.join(path)].astype(x.dtype)
+
+  state = jax.tree_util.tree_map_with_path(restored_array, params)
   what = 'the average (optim.ema)' if 'ema' in restored.state else ''
   return restored._replace(state=state, what=what)
 

@@ -243,7 +243,8 @@ def _decode(c: ModelConfig, keys: int, memory: int) -> tuple:
   """Returns the FLOPs of one token that sees `keys` keys, by part."""
   method = '__call__'
   # The cache is full, so that the token sees all keys.
-  cache = jax.eval_shape(lambda: architectures.init_cache(c, _rows(c), keys))
+  rows = _rows(c)
+  cache = jax.eval_shape(lambda: architectures.init_cache(c, rows, keys))
   if memory:
     # The encoder's output stands in the cache already.
     method = 'decode'
@@ -260,16 +261,18 @@ def _decode(c: ModelConfig, keys: int, memory: int) -> tuple:
 def _with_memory(c: ModelConfig, cache: Any, keys: int, memory: int) -> tuple:
   """Returns the cache of a decoder with the keys and values of its memory, of
   which every layer has its own, whether or not it shares those of the text."""
-  unshared = jax.eval_shape(lambda: architectures.init_cache(
-      without_sharing(c), _rows(c), keys))
+  def unshared_cache() -> Any:
+    """Returns the cache of a decoder whose layers share nothing."""
+    return architectures.init_cache(without_sharing(c), _rows(c), keys)
 
-  # The memory is as long as the encoder's text, not as the decoder's.
   def lengthened(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Returns a shape that is as long as the memory, [*rows, M, J, K]."""
     *rows, _, heads, size = x.shape
     return jax.ShapeDtypeStruct((*rows, memory, heads, size), x.dtype)
 
+  # Each layer of the cache gets the keys and values of a layer of its own.
   entries = []
-  for entry, slot in zip(cache, unshared):
+  for entry, slot in zip(cache, jax.eval_shape(unshared_cache)):
     mixer = entry.mixer.replace(
         memory_key_BMJK=lengthened(slot.mixer.key_BMJK),
         memory_value_BMJK=lengthened(slot.mixer.value_BMJK))

@@ -204,7 +204,8 @@ def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
       named = _named_columns(where, row, fields)
       if named:
         columns = named
-        names = tuple(row.get(column, '').strip() for column in named)
+        cells = [row.get(column, '') for column in named]
+        names = tuple(map(str.strip, cells))
         continue
       columns = fields or tuple(row)
     as_first = bool(fields) or len(row) == size

@@ -255,7 +255,9 @@ class Texts(Rows):
     # How much text there is.
     self.lengths = np.array([item.length for item in self.items], np.int32)
     self.num_tokens = int(self.lengths.sum())
-    self.num_bytes = sum(len(text.encode('utf-8')) for text in texts)
+    self.num_bytes = 0
+    for text in texts:
+      self.num_bytes += len(text.encode('utf-8'))
 
   def weights(self, corpus: sources.Corpus) -> np.ndarray | None:
     """Returns what a record of each target counts in the loss; None: all count

@@ -506,7 +506,8 @@ def _load_dataset(name: str, path: str, config: str, split: str) -> Any:
   try:
     return datasets.load_dataset(path, config or None, split=split)
   except Exception as error:  # Whatever the network or the hub raises.
-    first = str(error).strip().partition('\n')[0].rstrip('.')
+    first_line, _, _ = str(error).strip().partition('\n')
+    first = first_line.rstrip('.')
     kind: type[Exception] = RequestError
     if isinstance(error, (ConnectionError, TimeoutError)):
       kind = EnvironmentFailure
@@ -720,7 +721,8 @@ def _encode(write: Any, part: Source, tokenizer: Tokenizer, dtype: str
         kinds.append(tokens.KINDS.index(kind))
     rows = [left]
     for ids, text in encode(tokenizer, chunk):
-      rows.append(np.asarray(ids).astype(dtype).tobytes())
+      ids = np.asarray(ids).astype(dtype)
+      rows.append(ids.tobytes())
       sizes.append(len(ids))
       num_bytes.append(len(text.encode('utf-8')))
 

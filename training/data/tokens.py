@@ -292,7 +292,10 @@ class Documents:
     self._shards = bounds([table.sizes.sum() for table in tables])
 
     # The documents of the split.
-    wanted = np.concatenate([split.wanted(i) for i in range(len(tables))])
+    wanted_of_shards = []
+    for shard in range(len(tables)):
+      wanted_of_shards.append(split.wanted(shard))
+    wanted = np.concatenate(wanted_of_shards)
     ends = np.cumsum(counts)
     self.first = (ends - counts)[wanted]
     self.end = ends[wanted]

@@ -125,4 +125,5 @@ def meet() -> None:
   lines = multihost_utils.process_allgather(letters)
   if devices.primary():
     for line in np.asarray(lines):
-      print(bytes(line).decode().rstrip(), flush=True)
+      text = bytes(line).decode()
+      print(text.rstrip(), flush=True)

@@ -126,7 +126,8 @@ def handled(heard: Callable[[int], None],
   try:
     # The main program is told where nobody reads what is printed.
     for name, stream in streams.items():
-      setattr(sys, name, _Printed(stream, lambda: heard(signal.SIGPIPE)))
+      printed = _Printed(stream, lambda: heard(signal.SIGPIPE))
+      setattr(sys, name, printed)
     yield
   finally:
     for name, stream in streams.items():

@@ -276,7 +276,8 @@ def _stream(states_NBLD: np.ndarray, real_BL: np.ndarray) -> Stream:
   for b, real_L in enumerate(real_BL):
     magnitudes_NTD = np.abs(states_NBLD[:, b, real_L])  # of the T real tokens
     median.append(np.median(magnitudes_NTD, (1, 2)))
-    rms.append(np.sqrt(np.square(magnitudes_NTD).mean((1, 2))))
+    square_N = np.square(magnitudes_NTD).mean((1, 2))
+    rms.append(np.sqrt(square_N))
     peaks.append(magnitudes_NTD.max(1))
     outlying.append(outliers(magnitudes_NTD))
   return Stream(

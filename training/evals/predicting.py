@@ -69,8 +69,9 @@ def of_texts(view: records.Classes, scores: Sequence[np.ndarray]
   scores_NU = np.stack(scores).astype(np.float64)
   labels = []
   for p_U in special.softmax(scores_NU, axis=1):
-    labels.append(Label(label=view.labels[int(p_U.argmax())],
-                        probabilities=dict(zip(view.labels, map(float, p_U)))))
+    likeliest = view.labels[int(p_U.argmax())]
+    probabilities = dict(zip(view.labels, p_U.tolist()))
+    labels.append(Label(label=likeliest, probabilities=probabilities))
   return labels
 
 

@@ -167,7 +167,8 @@ def padded(rows: Mapping[int, np.ndarray], most: int
   # Rows of similar lengths, of which all are padded to one.
   by_length: dict[int, list[int]] = {}
   for i, row in rows.items():
-    by_length.setdefault(rounded(len(row), most), []).append(i)
+    length = rounded(len(row), most)
+    by_length.setdefault(length, []).append(i)
   for length, group in sorted(by_length.items(), reverse=True):
     # A batch has about TOKENS tokens, and a power of two rows if these are few.
     count = min(max(TOKENS // length, 1), 1 << (len(group) - 1).bit_length())

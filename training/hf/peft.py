@@ -139,12 +139,13 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
   alpha = c.lora.alpha
   if alpha == int(alpha):
     alpha = int(alpha)
+  lies_transposed = any(lies_so for _, lies_so in rows(c))
+  stack = architectures.stack(c)
   tree = ONLY | dict(
       r=c.lora.rank, lora_alpha=alpha, lora_dropout=c.lora.dropout,
       base_model_name_or_path=base.removeprefix(hub.PREFIX),
-      task_type=TASKS.get(architectures.stack(c)), inference_mode=True,
-      target_modules=sorted(modules),
-      fan_in_fan_out=any(lies_so for _, lies_so in rows(c)))
+      task_type=TASKS.get(stack), inference_mode=True,
+      target_modules=sorted(modules), fan_in_fan_out=lies_transposed)
   storage.write_json(folder / CONFIG, tree)
   return sum(x.size for x in flat.values())
 

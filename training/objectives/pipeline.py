@@ -238,7 +238,8 @@ def training_loader(config: Config, tokenizer: Tokenizer,
   for view, seed in zip(views, seeds):
     stop = start + len(view)
     places = grain.MapDataset.range(start, stop)
-    parts.append(places.shuffle(seed=int(seed)).repeat())
+    shuffled = places.shuffle(seed=int(seed))
+    parts.append(shuffled.repeat())
     start = stop
   if len(parts) == 1:
     places = parts[0]

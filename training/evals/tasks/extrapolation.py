@@ -273,7 +273,8 @@ def plot(curves: Curves, texts: Mapping[int, Text], length: int, path: Any
     text = texts[longest]
 
     # Bins of equal width on the logarithmic axis; a loss of nan is a gap.
-    edges = np.unique(np.geomspace(1, len(curve), 25).astype(int))
+    places = np.geomspace(1, len(curve), 25)
+    edges = np.unique(places.astype(int))
     losses = []
     for first, end in zip(edges, edges[1:]):
       losses.append(loss_at(curve, text, slice(first, end)))

@@ -327,11 +327,15 @@ def bound_program(module: Any, config: Any, mask: int, count: int):
 
     _, draws_KB = jax.lax.scan(draw, None, jnp.arange(count))
     x_B = draws_KB.mean(0)
+
+    # A row of padding has no tokens, and is none.
     n_B = n_B.astype(jnp.float32)
-    return jnp.stack(BoundSums(
+    is_row_B = (n_B > 0).astype(jnp.float32)
+    bound = BoundSums(
         nats=x_B.sum(), tokens=n_B.sum(), squares=(x_B ** 2).sum(),
         products=(x_B * n_B).sum(), lengths=(n_B ** 2).sum(),
-        rows=(n_B > 0).astype(jnp.float32).sum()))
+        rows=is_row_B.sum())
+    return jnp.stack(bound)
   return sums
 
 

@@ -443,10 +443,13 @@ def translate(module: Any, params: Any, batch: Mapping[str, np.ndarray],
     size = int((weights_T > 0).sum())
     if not size:
       continue
+    target = target_T[:size]
+    written = generate.until(row_T, end)
+    expected = generate.until(target, end)
     pairs.append(Pair(
-        hypothesis=tokenizer.decode(generate.until(row_T, end)),
-        reference=tokenizer.decode(generate.until(target_T[:size], end)),
-        same=np.array_equal(row_T[:size], target_T[:size])))
+        hypothesis=tokenizer.decode(written),
+        reference=tokenizer.decode(expected),
+        same=np.array_equal(row_T[:size], target)))
   return pairs
 
 
