@@ -283,7 +283,14 @@ class Evaluate(Hook):
 
   def _show(self, loop: Loop, writer: Writer, prefix: str,
             means: dict[str, float]) -> None:
-    """Shows the held-out figures of a run; of one among many its loss alone."""
+    """Shows the held-out figures of a run; of one among many its loss alone.
+
+    Args:
+      loop: the loop.
+      writer: the writer of the run.
+      prefix: 'live/' for the parameters beside their average, else ''.
+      means: the figures.
+    """
     label = ''
     if writer.label:
       means = {'loss': means['loss']}

@@ -337,9 +337,16 @@ def _check_fitting(ours: ModelConfig, theirs: ModelConfig, source: epath.Path,
 
 def _differences(ours: ModelConfig, theirs: ModelConfig, path: epath.Path,
                  partial: bool) -> list[str]:
-  """Returns a line for each field by which the weights in `path`, of the model
-  `theirs`, are those of another function than `ours`; unless `partial`, one is
-  a RequestError. The length may differ where no position is learned."""
+  """Returns a line for each field by which weights are those of another
+  function than the run's model. The length may differ where no position is
+  learned.
+
+  Args:
+    ours: the model of the run.
+    theirs: the model of the weights.
+    path: the folder of the weights.
+    partial: config.init_partial, without which such a field is refused.
+  """
   from training.hf import config as hf_config, weights
   # The head of a new task may differ, and the longest text where no position
   # is learned.
@@ -409,7 +416,12 @@ def of_checkpoint(folder: epath.Path, params: Any, step: Step = None, *,
 def _mean_of_checkpoints(folder: epath.Path, params: Any,
                          wanted: checkpoints.Mean, live: bool
                          ) -> checkpoints.Restored:
-  """Returns the mean of several checkpoints; see `of_checkpoint`."""
+  """Returns the mean of several checkpoints; see `of_checkpoint`.
+
+  Args:
+    folder, params, live: those of `of_checkpoint`.
+    wanted: the checkpoints whose mean is taken.
+  """
   available = checkpoints.steps(folder)
   if len(available) < wanted.last:
     names = ', '.join(map(str, available)) or 'none'

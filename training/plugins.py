@@ -123,7 +123,16 @@ def declare(file: str, text: str, module: types.ModuleType) -> None:
 
 def _add(table_name: str, table: Any, name: str, entry: Any, file: str,
          text: str) -> None:
-  """Adds one entry to a table."""
+  """Adds one entry of a file from outside the tree to a table.
+
+  Args:
+    table_name: the name of the table, as the file has it.
+    table: the table.
+    name: the name of the entry.
+    entry: the entry.
+    file: the path of the file.
+    text: what the file holds.
+  """
   key = table_name, name
   if name in table:
     # A file may be read again, and may have changed meanwhile.

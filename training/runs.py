@@ -116,7 +116,15 @@ def abstract_state(module: nn.Module, tx: optax.GradientTransformation,
                    mesh: Mesh, rules: str, optim: ml_collections.ConfigDict
                    ) -> TrainState:
   """Returns the state's shapes with their shardings: to plan, to make and to
-  restore it. An average lies where its parameter lies."""
+  restore it. An average lies where its parameter lies.
+
+  Args:
+    module: the model.
+    tx: the optimiser.
+    mesh: the mesh.
+    rules: mesh.rules, which maps logical axes to those of the mesh.
+    optim: config.optim.
+  """
   boxed = abstract_params(module)
   params = nn.meta.unbox(boxed)
   parts = parameter_shares(module, optim)
@@ -167,7 +175,14 @@ def init_state(module: nn.Module, tx: optax.GradientTransformation,
 
 def _make(params: Any, tx: optax.GradientTransformation,
           optim: ml_collections.ConfigDict, parts: Any) -> TrainState:
-  """Returns the state before the first step with these parameters."""
+  """Returns the state before the first step with these parameters.
+
+  Args:
+    params: the parameters.
+    tx: the optimiser.
+    optim: config.optim.
+    parts: the share of the learning rate that each parameter has.
+  """
   # Each count is an array of its own: a shared one that is donated would be
   # freed twice.
   step = jnp.zeros((), jnp.int32)

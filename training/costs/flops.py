@@ -155,7 +155,14 @@ def _tokens(c: ModelConfig, length: int) -> jax.ShapeDtypeStruct:
 def _whole(c: ModelConfig, length: int, decoder_length: int, prefix: bool
            ) -> tuple:
   """Returns a function that applies a module to whole sequences, and the
-  tokens that it is to be given."""
+  tokens that it is to be given.
+
+  Args:
+    c: the config of the model.
+    length: the number of tokens of a row, or of a source.
+    decoder_length: the number of tokens of a target; 0: there is none.
+    prefix: whether the first tokens of a row see each other.
+  """
   # With positions of their own, tokens may stand in any order: no block of
   # keys is skipped, and all of them are there to take a share of.
   def positions_of(count: int) -> jax.Array:
@@ -193,9 +200,17 @@ def _forward(c: ModelConfig, length: int, decoder_length: int,
 @functools.lru_cache(maxsize=4096)
 def _backward(c: ModelConfig, length: int, decoder_length: int, unread: int,
               freeze: str, prefix: bool) -> tuple:
-  """Returns by part how many forward passes the backward pass costs: 2, and
-  less by what the program of the gradients of what is trained is without,
-  beside that of all gradients."""
+  """Returns by part how many forward passes the backward pass costs.
+
+  These are 2, less what the gradients of the trained parameters save beside
+  all gradients.
+
+  Args:
+    c: the config of the model.
+    length, decoder_length, prefix: those of `_whole`.
+    unread: the number of tokens of a row that the head does not read.
+    freeze: optim.freeze, the pattern of the parameters that are not trained.
+  """
   # The shares of a learning rate: 1 is trained, and 0 is frozen.
   module = architectures.build(c)
   all_trained = jax.tree.map(lambda _: 1.0, parameter_shapes(module))
@@ -260,7 +275,14 @@ def _decode(c: ModelConfig, keys: int, memory: int) -> tuple:
 
 def _with_memory(c: ModelConfig, cache: Any, keys: int, memory: int) -> tuple:
   """Returns the cache of a decoder with the keys and values of its memory, of
-  which every layer has its own, whether or not it shares those of the text."""
+  which every layer has its own, whether or not it shares those of the text.
+
+  Args:
+    c: the config of the model.
+    cache: the cache, as shapes.
+    keys: the number of tokens of the text.
+    memory: the number of tokens of the memory.
+  """
   def unshared_cache() -> Any:
     """Returns the cache of a decoder whose layers share nothing."""
     return architectures.init_cache(without_sharing(c), _rows(c), keys)

@@ -193,8 +193,15 @@ def _hidden(c: ModelConfig) -> int:
 
 
 def _scores(config: Config, c: ModelConfig, tokens: int, platform: str) -> int:
-  """Returns the bytes of the scores of a layer of a kind, where a kernel does
-  not do without, in an encoder, in a decoder, or in both."""
+  """Returns the bytes of the attention scores of a layer, where no kernel does
+  without them: in an encoder, in a decoder, or in both.
+
+  Args:
+    config: the config of the run.
+    c: the config of the layer's kind.
+    tokens: the number of tokens on a device.
+    platform: the platform of the device.
+  """
   mixer = blocks.mixer_of(c)
   length = config.data.length
   if mixer.at_once:

@@ -665,6 +665,13 @@ def shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
   """Tokenises the documents of a source into shard i; returns its table, which
   is written last: without it, the shard is not finished.
 
+  Args:
+    folder: the folder of the tokens.
+    i: the number of the shard.
+    part: the files of the shard, as a source.
+    tokenizer: see tokenizers.load.
+    begun: what begun.json holds.
+
   Raises:
     EnvironmentFailure: where it cannot be written, or the files were written
       meanwhile.

@@ -272,7 +272,14 @@ def param_shardings(abstract: Any, mesh: Mesh, rules: str):
 def spec(shape: Sequence[int], names: Sequence[str | None], mesh: Mesh,
          rules: str) -> PartitionSpec:
   """Returns where an array with these logical axes lies, without the mesh axes
-  that do not divide its dimensions."""
+  that do not divide its dimensions.
+
+  Args:
+    shape: the shape of the array.
+    names: the logical name of each axis; None: it has none.
+    mesh: the mesh.
+    rules: the entry of RULES that maps names to mesh axes.
+  """
   if not names:
     return PartitionSpec()
   entries = []

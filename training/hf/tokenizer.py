@@ -179,8 +179,14 @@ def _own_files(tokenizer: tokenizers.Tokenizer) -> dict[str, pathlib.Path]:
 def _complete(tokenizer: tokenizers.Tokenizer,
               config: ml_collections.ConfigDict, folder: pathlib.Path,
               copied: set[str]) -> None:
-  """Writes the part of a tokenizer that its files, which were `copied`, leave
-  out."""
+  """Writes the part of a tokenizer that its own files leave out.
+
+  Args:
+    tokenizer: the tokenizer.
+    config: the config of the run.
+    folder: the folder that is written.
+    copied: the names of the tokenizer's files that are there already.
+  """
   if PIPELINE not in copied:
     tokenizer.save(folder / PIPELINE)
   # The special tokens around a text, as the architecture puts them.

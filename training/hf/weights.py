@@ -399,7 +399,14 @@ def check_range(name: str, x: np.ndarray, dtype: np.dtype) -> None:
 
 def draw(module: nn.Module, like: Any, wanted: set[str], seed: int
          ) -> dict[str, jax.Array]:
-  """Returns the initial values of the parameters `wanted` alone, by path."""
+  """Returns the initial values of the parameters `wanted` alone, by path.
+
+  Args:
+    module: the model.
+    like: the shapes of its parameters, with their shardings.
+    wanted: the paths of the parameters to return.
+    seed: the seed of the draw.
+  """
 
   def init(key: jax.Array) -> dict[str, jax.Array]:
     tokens_BL = jnp.zeros((1, 1), jnp.int32)

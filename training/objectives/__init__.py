@@ -139,7 +139,14 @@ def lacks_ids(config: Config, tokenizer: Tokenizer) -> bool:
 
 def known_ids(ids: np.ndarray, config: Config, tokenizer: Tokenizer, what: str
               ) -> None:
-  """Raises RequestError for a token that the model does not have."""
+  """Raises RequestError for a token that the model does not have.
+
+  Args:
+    ids: the tokens, of any shape.
+    config: the config of the run.
+    tokenizer: the tokenizer of the run.
+    what: what has these tokens, for messages.
+  """
   if not lacks_ids(config, tokenizer):
     return
   size = config.model.vocab_size

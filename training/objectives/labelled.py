@@ -69,7 +69,14 @@ def _arrays(config: Config, **numbers: type) -> dict[str, Shape]:
 def classified(output: Output, batch: Batch, config: Config, targets: str
                ) -> Figures:
   """Returns the cross-entropy of batch[targets], [B] or [B, L], and how many
-  are likeliest."""
+  are likeliest.
+
+  Args:
+    output: the output of the model, with a score for each label.
+    batch: the batch.
+    config: the config of the run.
+    targets: the key of the right labels in the batch.
+  """
   scores = output.extra['scores']
   weights = batch['weights']
   smooth = config.train.label_smoothing

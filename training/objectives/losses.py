@@ -107,7 +107,14 @@ def token_losses(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array, *,
 
 def _token_losses(settings: _Settings, hidden_BLD: jax.Array, head: Head,
                   targets_BL: jax.Array) -> TokenLosses:
-  """Returns the losses of all tokens, a chunk at a time."""
+  """Returns the losses of all tokens, a chunk at a time.
+
+  Args:
+    settings: how the tokens are cut up.
+    hidden_BLD: what the head is applied to.
+    head: the output projection.
+    targets_BL: token ids.
+  """
   kernel_DV = _kernel(head, hidden_BLD)
 
   def of_chunk(_: None, chunk: tuple[jax.Array, ...]):
@@ -262,8 +269,17 @@ def _losses(settings: _Settings, logits_QBPV: jax.Array, targets_QBP: jax.Array
 def _gradient(settings: _Settings, logits_QBPV: jax.Array,
               targets_QBP: jax.Array, weights_QBP: jax.Array,
               log_z_QBP: jax.Array):
-  """Returns the gradient of the weighted losses in the logits,
-  (1 + 2 c log_z) softmax(l) - q."""
+  """Returns the gradient of the weighted losses in the logits l,
+  (1 + 2 c log_z) softmax(l) - q, with the z-loss's coefficient c and the
+  smoothed targets q.
+
+  Args:
+    settings: the coefficients, and how the tokens are cut up.
+    logits_QBPV: the logits of a chunk.
+    targets_QBP: its token ids.
+    weights_QBP: how much each token counts.
+    log_z_QBP: the logarithm of the sum of the exponentials of the logits.
+  """
   smooth = settings.label_smoothing
   z_loss = settings.z_loss
   p_QBPV = jnp.exp(logits_QBPV - log_z_QBP[..., None])
@@ -284,7 +300,11 @@ def _is_target(logits_QBPV: jax.Array, targets_QBP: jax.Array):
 def _settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
               label_smoothing: float, chunk: int) -> _Settings:
   """Returns how the tokens are cut up: shards of the batch, and of the length
-  chunks as even as can be."""
+  chunks as even as can be.
+
+  Args:
+    hidden_BLD, head, z_loss, label_smoothing, chunk: those of `cross_entropy`.
+  """
   # The shards.
   batch, length, _ = hidden_BLD.shape
   rows = sharding.shards('batch', batch)

@@ -155,7 +155,15 @@ def _two_texts(first: np.ndarray, second: np.ndarray, target: bool,
                rng: np.random.Generator, config: Config, tokenizer: Tokenizer
                ) -> Row:
   """Returns [CLS] first [SEP] second [SEP], masked, as a row whose nsp_targets
-  is `target`."""
+  is `target`.
+
+  Args:
+    first, second: the tokens of the texts.
+    target: what is to be predicted of the pair.
+    rng: draws the masks.
+    config: the config of the run.
+    tokenizer: the tokenizer of the run.
+  """
   cls = tokenizer.cls_id
   sep = tokenizer.sep_id
   ids = np.concatenate([[cls], first, [sep], second, [sep]]).astype(np.int32)

@@ -346,8 +346,17 @@ def _holdout_every(data: Config) -> int | None:
 
 def _corpora(config: Config, tokenizer: Tokenizer, split: str,
              bare: bool = False) -> Iterator[tuple[float, sources.Corpus]]:
-  """Yields (weight, sources.Corpus) of each source of the split; raises
-  RequestError for records without labels or answers, unless `bare`."""
+  """Yields (weight, sources.Corpus) of each source of the split.
+
+  Args:
+    config: the config of the run.
+    tokenizer: see tokenizers.load.
+    split: 'train' or 'eval'.
+    bare: whether records may be without labels or answers.
+
+  Raises:
+    RequestError: for records without these, unless they may be.
+  """
   data = config.data
   # The source of the split, which for evaluation may be another one.
   spec = data.source

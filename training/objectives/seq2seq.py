@@ -143,7 +143,14 @@ def sizes(n: int, density: float, mean: float) -> tuple[int, int]:
 
 def draw(n: int, density: float, mean: float, rng: np.random.Generator
          ) -> np.ndarray:
-  """Returns which of n tokens are cut out, bool [n]; n is at least 2."""
+  """Returns which of n tokens are cut out, bool [n]; n is at least 2.
+
+  Args:
+    n: the number of tokens.
+    density: the share of them that is cut out.
+    mean: the mean length of a span that is cut out.
+    rng: draws the spans.
+  """
   cut, spans = sizes(n, density, mean)
 
   def split(total: int) -> np.ndarray:
@@ -183,7 +190,15 @@ def corrupt(ids: np.ndarray, cut: np.ndarray, sentinels: np.ndarray
 def infill(ids: np.ndarray, cut: int, mean: float, mask: int,
            rng: np.random.Generator) -> np.ndarray:
   """Returns ids of which `cut` are cut out in spans, with a mask for each: at
-  most as many as there were."""
+  most as many as there were.
+
+  Args:
+    ids: the tokens.
+    cut: how many of them are cut out.
+    mean: the mean length of a span.
+    mask: the token that stands for a span.
+    rng: draws the spans.
+  """
   # Lengths of spans, until they add up to `cut`; the last is cut short.
   stays = len(ids) - cut
   lengths = rng.poisson(mean, min(cut, stays + 1))

@@ -121,8 +121,16 @@ class _Damaged(Exception):
 def kept(steps: Sequence[int], is_good: Callable[[int], bool],
          best: int | None, *, keep: int, keep_every: int) -> set[int]:
   """Returns those of `steps` to keep: never a stretch of bad steps instead of
-  the last good ones. They are the newest, since the run goes on from it; the
-  newest `keep` good ones; each multiple of keep_every; and the best."""
+  the last good ones.
+
+  Args:
+    steps: the steps that there are, ascending.
+    is_good: whether a step is of no bad stretch.
+    best: the step of the best evaluation, which is kept; None: there is none.
+    keep: how many of the newest good steps are kept. The newest step is kept in
+      any case, since the run goes on from it.
+    keep_every: all multiples of this number are kept; 0: none.
+  """
   good: list[int] = []
   for step in sorted(steps, reverse=True):
     if len(good) == keep:

@@ -213,7 +213,14 @@ def _text(sources: Sequence[Source]) -> Text:
 def _by_position(evaluation: Evaluation, model: ModelConfig,
                  sources: Sequence[Source], text: Text) -> np.ndarray:
   """Returns the mean loss at each position, [L], in nats; nan where there is
-  no token."""
+  no token.
+
+  Args:
+    evaluation: the evaluation of the run.
+    model: the variant of the model that reads the text.
+    sources: the batches of each source.
+    text: how many tokens there are at each position, and what they count.
+  """
   module = architectures.build(model)
   objective = objectives.of(evaluation.run.config)
 
@@ -260,7 +267,14 @@ def table(curves: Curves, texts: Mapping[int, Text], length: int) -> str:
 
 def plot(curves: Curves, texts: Mapping[int, Text], length: int, path: Any
          ) -> None:
-  """Draws the loss by position at the longest length that each one takes."""
+  """Draws the loss by position at the longest length that each one takes.
+
+  Args:
+    curves: the losses by position.
+    texts: the texts that they were measured on, by multiple.
+    length: the training length.
+    path: the file of the picture.
+  """
   from matplotlib.figure import Figure
   figure = Figure(figsize=(8, 4.5), layout='constrained')
   axes = figure.subplots()

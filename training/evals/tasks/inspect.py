@@ -290,7 +290,11 @@ def _mean(values_NBHL: np.ndarray, counted_BL: np.ndarray) -> np.ndarray:
 
 def _figures(inspected: Inspection, texts: Mapping[str, Sequence[str]],
              measures: Measures, spell: Spell) -> dict[str, Any]:
-  """Returns what goes into --json; the maps themselves stand in the page."""
+  """Returns what goes into --json; the maps themselves stand in the page.
+
+  Args:
+    inspected, texts, spell, measures: those of `page`.
+  """
   # One row was looked at: the first of each array.
   figures: dict[str, Any] = {
       'tokens': dict(texts), 'attention': {}, 'stream': {}, 'experts': {}}
@@ -397,8 +401,12 @@ def _rounded(x: float) -> float | None:
 
 def _sections(inspected: Inspection, texts: Mapping[str, Sequence[str]],
               spell: Spell, measures: Measures) -> Iterator[dict[str, Any]]:
-  """Yields what the template is given of each section. A table is its columns,
-  the names of its rows, and these."""
+  """Yields what the template is given of each section, as a dict. A table is a
+  tuple: its columns, the names of its rows, and the rows.
+
+  Args:
+    inspected, texts, spell, measures: those of `page`.
+  """
   for name in inspected.attention:
     notes = [f'{figure}: {MEANINGS[figure]}' for figure in measures[name]]
     yield dict(id=f'maps-{name}', heading=f'Attention: {TITLES[name]}',

@@ -207,7 +207,13 @@ def _embedding(evaluation: Evaluation, pooling: str, normalize: bool):
 
 
 def _pooled(output: Any, counted_BL: jax.Array, pooling: str) -> jax.Array:
-  """Returns a vector of each row in float32, [B, D]."""
+  """Returns a vector of each row in float32, [B, D].
+
+  Args:
+    output: the output of the model.
+    counted_BL: bool, the tokens that count.
+    pooling: which states become a vector, of POOLINGS.
+  """
   if pooling == 'pooler':
     require('pooled' in output.extra, "--pooling is 'pooler', which this model "
             'has not (BERT has one): choose mean or last')

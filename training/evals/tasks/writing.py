@@ -236,8 +236,14 @@ def _room(evaluation: Evaluation, prompts: objectives.Prompts) -> int:
 
 def _print_samples(evaluation: Evaluation, shown: Shown, tokens_BT: np.ndarray,
                    stop: Sequence[str] = ()) -> list[dict[str, str]]:
-  """Prints and returns what was written after each prompt, up to one of the
-  tokens that end a text or of the texts `stop`."""
+  """Prints and returns what was written after each prompt, up to its end.
+
+  Args:
+    evaluation: the evaluation of the run.
+    shown: the prompts, and the tokens that end a text.
+    tokens_BT: the tokens that were written.
+    stop: texts that end a text, too.
+  """
   options = evaluation.options
   prompts = shown.prompts
   texts = _prompts(options, options.samples)
