@@ -272,7 +272,7 @@ def held_out(config: Config, tokenizer: Tokenizer, process_index: int = 0,
                                    bare=bare)
   loaders = []
   for weight, corpus, view in zip(weights, corpora, views):
-    # In any other order than its own, a part of a source stands for all of it.
+    # Shuffled, the first batches are a fair sample of the source.
     dataset = view
     if not in_order:
       places = grain.MapDataset.range(len(view)).shuffle(seed=EVAL_SEED)
