@@ -71,7 +71,7 @@ def test_a_text_that_is_named_is_evaluated_whole(folder, monkeypatch):
   c.eval.part, c.data.batch_size = 'second', 8
   monkeypatch.setattr(runs, 'config_of', lambda _: c)
   monkeypatch.setattr(
-      parameters, 'of_run', lambda run, *_: types.SimpleNamespace(
+      parameters, 'of_run', lambda run, **_: types.SimpleNamespace(
           state=None, step=0, what=''))
   evaluation = evals.load(folder, ['loss'], None, step=None,
                                text=f'text:{folder}/[bc].txt')
