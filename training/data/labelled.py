@@ -196,7 +196,7 @@ def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
 
   # Columns are numbered, though the first line may be one of names.
   columns = fields
-  names = ()
+  names: tuple[str, ...] = ()
   size = 0
   for number, (where, row) in enumerate(texts.rows(path, names=False)):
     if number == 0:
