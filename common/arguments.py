@@ -30,12 +30,14 @@ def typed(function: F) -> F:
   checked when it is called. `Any` allows everything, and what follows ** is the
   function's own to check. The elements of a sequence are checked only where
   they are to be texts: numbers are checked where they become arrays."""
+  # A class: each of its public methods.
   if isinstance(function, type):
     for name, method in list(vars(function).items()):
-      is_public = name[0] != '_' or name in ('__init__', '__call__')
+      is_public = not name.startswith('_') or name in ('__init__', '__call__')
       if is_public and inspect.isfunction(method):
         setattr(function, name, typed(method))
     return function
+
   signature = inspect.signature(function)
 
   @functools.cache
@@ -45,6 +47,7 @@ def typed(function: F) -> F:
 
   @functools.wraps(function)
   def checked(*args: Any, **kwargs: Any) -> Any:
+    """Calls the function, if its arguments are what they may be."""
     arguments = signature.bind(*args, **kwargs).arguments
     for name, value in arguments.items():
       if signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD:
@@ -94,8 +97,8 @@ def _check(name: str, value: Any, hint: Any) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-  """Whether a value is of an annotated type; a mapping is anything that has
-  items, such as a ConfigDict."""
+  """Returns whether a value is of an annotated type; a mapping is anything that
+  has items, such as a ConfigDict."""
   kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
   if kind is Any:
     return True
@@ -103,6 +106,8 @@ def _fits(value: Any, hint: Any) -> bool:
     return any(_fits(value, choice) for choice in inner)
   if kind is Mapping:
     return hasattr(value, 'items')
+
+  # The class, and the elements of a sequence of texts.
   if kind in _NOT and isinstance(value, _NOT[kind]):
     return False
   if not isinstance(value, _CLASSES.get(kind, kind)):

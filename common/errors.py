@@ -59,24 +59,29 @@ def hint(name: str, choices: Collection[str], before: str = '') -> str:
     before: the text that stands before each of them in the question.
   """
   last = name.rpartition('.')[2]
-  near = [x for x in choices if x.rpartition('.')[2] == last]
+  near = [choice for choice in choices if choice.rpartition('.')[2] == last]
   if not near and '_' in last and isinstance(choices, Mapping):
     near = _shortest_with_words(last, choices)
   if not near:
     near = difflib.get_close_matches(name, list(choices), n=1)
   if not near:
     return ''
-  return f' Did you mean {" or ".join(before + x for x in near)}?'
+  meant = [before + choice for choice in near]
+  return f' Did you mean {" or ".join(meant)}?'
 
 
 def _shortest_with_words(name: str, sentences: Mapping[str, str]) -> list[str]:
   """Returns the choice with the shortest sentence that has the words of a name,
   as a list; [] where none has them."""
-  words = re.compile(rf'\b{re.escape(name).replace("_", "[ _]")}\b')
-  having = [choice for choice, sentence in sentences.items()
-            if words.search(sentence)]
-  having.sort(key=lambda choice: len(sentences[choice]))
-  return having[:1]
+  pattern = re.escape(name).replace('_', '[ _]')
+  words = re.compile(rf'\b{pattern}\b')
+  shortest: list[str] = []
+  for choice, sentence in sentences.items():
+    if not words.search(sentence):
+      continue
+    if not shortest or len(sentence) < len(sentences[shortest[0]]):
+      shortest = [choice]
+  return shortest
 
 
 def listed(choices: Iterable[str]) -> str:
@@ -96,7 +101,9 @@ def short(value: Any) -> str:
     # Python does not write out integers of thousands of digits.
     return f'a number of about {value.bit_length() * 3 // 10} digits'
   text = repr(value)
-  return text if len(text) <= 60 else text[:57] + '...'
+  if len(text) > 60:
+    text = text[:57] + '...'
+  return text
 
 
 def readable(sentence: str) -> str:
@@ -104,6 +111,7 @@ def readable(sentence: str) -> str:
   such as a flag or a path, is cut in its middle."""
 
   def cut(match: re.Match) -> str:
+    """Returns a long word without its middle."""
     word = match[0]
     return f'{word[:98]}...{word[-98:]}'
 

@@ -1,9 +1,10 @@
 """A field of a config is declared once, beside what reads it.
 
-A group of fields is a frozen dataclass, each field of it made by `field`: its
-default, a sentence, its range or choices, and what a change of it does to a run
-that is resumed. All else reads the declarations: a config's defaults, flags and
-their checks, the reference page, what resuming compares, what an export says.
+A group of fields is a frozen dataclass. Each of its fields is made by `field`,
+which is given a default, a sentence, a range or choices, and what a change does
+to a run that is resumed. All else reads the declarations: a config's defaults,
+flags and their checks, the reference page, the comparison of configs when a run
+is resumed, and exports.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -14,9 +15,9 @@ from typing import Any, NamedTuple
 
 from common.errors import RequestError, one_of, short
 
-MOST = 2**31 - 1  # what is counted in 32 bits on a device
+MOST = 2**31 - 1  # A device counts in 32 bits.
 
-# What a change of a field does to a run that is resumed.
+# The kinds of change of a field, for a run that is resumed.
 SAFE = 'safe'
 OPTIMISATION = 'changes the optimisation'
 INCOMPATIBLE = 'incompatible'
@@ -36,10 +37,10 @@ AT_START = Resume(OPTIMISATION, 'read only where a run begins: a resumed run '
 PARAMETERS = Resume(INCOMPATIBLE, 'other parameters')
 SHAPES = Resume(INCOMPATIBLE, 'parameters of another shape or dtype')
 
-# What a field of a model is about.
+# The subjects of a field of a model.
 PART = 'part'  # which function of its sizes the model is
 SIZE = 'size'  # how large it is, and what is read off it
-RECIPE = 'recipe'  # how a system is trained: not what an export says
+RECIPE = 'recipe'  # how a system is trained, which an export does not say
 RUN = 'run'  # how one run computes, or keeps from overfitting
 
 _SIGNS: dict[str, Callable[[Any, Any], bool]] = {
@@ -48,7 +49,7 @@ _SIGNS: dict[str, Callable[[Any, Any], bool]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """What `field` was told; see there."""
+  """The declaration of a field; `field` explains its arguments."""
   doc: str
   choices: Collection[str]
   bounds: tuple[tuple[str, float], ...]
@@ -74,23 +75,27 @@ def field(default: Any, doc: str, *, choices: Collection[str] = (),
   """Declares a field of a group, a frozen dataclass.
 
   Args:
-    default: its value where nothing else is said.
-    doc: one sentence, or less, for the reference.
+    default: the value of the field where nothing else is said.
+    doc: one sentence, or a noun phrase, for the reference.
     choices: the names that a text may be.
     least, above, most, below: the range of a number. A whole number is 0 or
       more and at most MOST where nothing else is said.
     resume: what a change does to a run that is resumed; or a function of the
       fields of the old and the new config, by dotted name, that tells.
     about: PART, SIZE, RECIPE or RUN.
-    of_layers: whether a kind of layer may have its own.
+    of_layers: whether a kind of layer may have a value of its own.
     several: whether a text holds names with commas between.
   """
   if type(default) is int:
-    least = 0 if least is None and above is None else least
-    most = MOST if most is None and below is None else most
-  bounds = tuple([(sign, bound) for sign, bound in zip(
-      _SIGNS, (least, above, most, below)) if bound is not None])
-  rule = Rule(doc=doc, choices=choices, bounds=bounds, resume=resume,
+    if least is None and above is None:
+      least = 0
+    if most is None and below is None:
+      most = MOST
+  bounds = []
+  for sign, bound in zip(_SIGNS, (least, above, most, below)):
+    if bound is not None:
+      bounds.append((sign, bound))
+  rule = Rule(doc=doc, choices=choices, bounds=tuple(bounds), resume=resume,
               about=about, of_layers=of_layers, several=several)
   return dataclasses.field(default=default, metadata={'rule': rule})
 
@@ -102,20 +107,27 @@ class Leaf(NamedTuple):
 
   @property
   def type(self) -> type:
+    """The type of its values."""
     return type(self.default)
 
 
 def leaves(group: type, prefix: str = '') -> dict[str, Leaf]:
   """Returns the fields that a group declares, and those of groups in it, by
-  their dotted names."""
-  found = {}
+  their dotted names.
+
+  Args:
+    group: the frozen dataclass.
+    prefix: the text before each name.
+  """
+  declared = {}
   for field_ in dataclasses.fields(group):
     name = prefix + field_.name
     if dataclasses.is_dataclass(field_.default_factory):
-      found |= leaves(field_.default_factory, f'{name}.')
+      declared |= leaves(field_.default_factory, f'{name}.')
     elif 'rule' in field_.metadata:
-      found[name] = Leaf(field_.default, field_.metadata['rule'])
-  return found
+      rule = field_.metadata['rule']
+      declared[name] = Leaf(default=field_.default, rule=rule)
+  return declared
 
 
 class Value(NamedTuple):
@@ -123,9 +135,9 @@ class Value(NamedTuple):
 
   Attributes:
     leaf: the field.
-    value: what it is to be.
-    who: what a refusal begins with.
-    choices: in place of those that are declared.
+    value: the value that it is to have.
+    who: the text that a refusal begins with.
+    choices: the choices in place of those that are declared, if any.
   """
   leaf: Leaf
   value: Any
@@ -135,7 +147,7 @@ class Value(NamedTuple):
 
 def check_all(values: Iterable[Value]) -> None:
   """Raises RequestError unless each value is of its field's type, in its range
-  and among its choices. What is traced, where runs train as one, passes."""
+  and among its choices. A traced number, where runs train as one, passes."""
   for leaf, value, who, choices in values:
     kind = type(leaf.default)
     if kind is not str and getattr(value, 'shape', None) == ():
@@ -143,10 +155,14 @@ def check_all(values: Iterable[Value]) -> None:
     check_type(value, leaf.default, who)
     if kind in (int, float):
       check_number(who, value, leaf.rule.bounds)
+
+    # A text is one of the choices, or several of them.
     choices = choices or leaf.rule.choices
     if not choices:
       continue
-    names = value.split(',') if leaf.rule.several else (value,)
+    names = [value]
+    if leaf.rule.several:
+      names = value.split(',')
     for name in names:
       if name not in choices:
         one_of(who, name, choices)
@@ -154,9 +170,17 @@ def check_all(values: Iterable[Value]) -> None:
 
 def check_type(value: Any, default: Any, who: str) -> None:
   """Raises RequestError unless `value` is of the type that a field's default
-  has; an integer does where a float is expected."""
+  has; an integer does where a float is expected.
+
+  Args:
+    value: the value that the field is to have.
+    default: the default of the field.
+    who: the text that a refusal begins with.
+  """
   kind = type(default)
-  if type(value) is kind or kind is float and type(value) is int:
+  if type(value) is kind:
+    return
+  if kind is float and type(value) is int:
     return
   group = isinstance(default, Mapping) or hasattr(default, 'to_dict')
   if group and hasattr(value, 'items'):
@@ -175,8 +199,13 @@ def check_number(who: str, value: float, bounds: Collection[tuple[str, float]]
   fits = -math.inf < value < math.inf
   for sign, bound in bounds:
     fits = fits and _SIGNS[sign](value, bound)
-  if not fits:
-    text = ' and '.join(f'{sign} {bound:,}' if type(bound) is int else
-                        f'{sign} {bound:g}' for sign, bound in bounds)
-    raise RequestError(f'{who} is {short(value)}: it must be '
-                       f'{text or "a finite number"}')
+  if fits:
+    return
+  limits = []
+  for sign, bound in bounds:
+    number = f'{bound:g}'
+    if type(bound) is int:
+      number = f'{bound:,}'
+    limits.append(f'{sign} {number}')
+  text = ' and '.join(limits) or 'a finite number'
+  raise RequestError(f'{who} is {short(value)}: it must be {text}')

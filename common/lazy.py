@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Lazy(Mapping):
-  """The entries of all files of a package, in the order of their names.
+  """The entries of all files of a package, in the order of the files' names.
 
   An entry is looked for in the file that is called as it is, and then in all
   others. One that is set, as from a file outside the tree, comes first.

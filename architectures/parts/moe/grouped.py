@@ -90,6 +90,7 @@ def _ffn_fwd(rows_PD: jax.Array, count_E: jax.Array, gate_P: jax.Array, w: Any,
   def keeps(forward: Callable) -> Callable:
     """Returns a forward pass that gives up what is computed again."""
     def run(*args: Any):
+      """Returns the result and what is kept of the forward pass."""
       y_PD, pre = forward(*args)
       if how.again:
         pre = None
@@ -128,6 +129,7 @@ def _on_platform(kernel: str, blocks: Callable, whole: Callable, *args):
 def _activation(kind: Hidden, mask_PF: Optional[jax.Array]) -> Callable:
   """Returns the function from (up,) or (up, gate) to the hidden units."""
   def hidden(pre: tuple[jax.Array, ...]) -> jax.Array:
+    """Returns the hidden units, those that dropout drops as 0."""
     h_PF = kind(*pre)
     if mask_PF is None:
       return h_PF
@@ -152,7 +154,9 @@ def _like(w: Any, into: list, out: tuple) -> Any:
     out: the gradients of down and its bias.
   """
   up, up_bias = into[0]
-  gate, gate_bias = into[1] if len(into) > 1 else (None, None)
+  gate, gate_bias = None, None
+  if len(into) > 1:
+    gate, gate_bias = into[1]
   down, down_bias = out
   return w.replace(
       up_EDF=up, up_bias_EF=up_bias, gate_EDF=gate, gate_bias_EF=gate_bias,
@@ -191,7 +195,9 @@ def _whole_forward(times: Callable, kind: Hidden, again: bool,
     return _activation(kind, mask_PF)(pre), pre
 
   D, F = w.up_EDF.shape[1:]
-  parts = _parts(D, F) if again else 1
+  parts = 1
+  if again:
+    parts = _parts(D, F)
   if parts == 1:
     h_PF, pre = hidden(w, mask_PF)
     return affine(h_PF, w.down_EFD, w.down_bias_ED), pre
@@ -279,8 +285,9 @@ def _whole_backward(times: Callable, kind: Hidden, rows_PD: jax.Array,
 
   # The last bias, which the gates multiply too.
   if w.down_bias_ED is not None:
-    bias_PD, of_rows_vjp = jax.vjp(
-        lambda b_ED: _of_rows(b_ED, count_E, len(rows_PD)), w.down_bias_ED)
+    of_rows = functools.partial(
+        _of_rows, count_E=count_E, rows=len(rows_PD))
+    bias_PD, of_rows_vjp = jax.vjp(of_rows, w.down_bias_ED)
     dgate_P += dots(dy_PD, bias_PD)
     (dbias_ED,) = of_rows_vjp(gated(dy_PD))
     dw = dw.replace(down_bias_ED=dbias_ED)
@@ -455,6 +462,7 @@ def _blocks_forward(kind: Hidden, even: int, rows_PD: jax.Array,
 
   def body(carry: Any, size: int, e: jax.Array, start: jax.Array,
            first: jax.Array, stop: jax.Array):
+    """Returns the results, with those of one block written into them."""
     y_PD, pre_PF = carry
     # One block through the network of its expert.
     x = _rows(rows_PD, start, size)
@@ -495,6 +503,7 @@ def _blocks_backward(kind: Hidden, even: int, rows_PD: jax.Array,
 
   def body(carry: Any, size: int, e: jax.Array, start: jax.Array,
            first: jax.Array, stop: jax.Array):
+    """Returns the gradients, with those of one block added to them."""
     dx_PD, dgate_P, dw = carry
     # The rows of the block, and the inputs of its activation.
     x = _rows(rows_PD, start, size)
@@ -552,7 +561,9 @@ def choose(m: MoEConfig) -> str:
   check_grouped_kernel(m, device)
   if m.grouped_kernel != 'auto':
     return m.grouped_kernel
-  return 'megablox' if device == 'tpu' else 'xla'
+  if device == 'tpu':
+    return 'megablox'
+  return 'xla'
 
 
 def check_grouped_kernel(m: MoEConfig, device: str) -> None:
@@ -608,7 +619,10 @@ def _gmm(even: int, x_PI: jax.Array, m_EIO: jax.Array, count_E: jax.Array,
          interpret: bool, transpose: bool = False) -> jax.Array:
   """Returns x m of each row's expert, [P, O]; with `transpose`, x m^T."""
   from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
-  (P, inputs), outputs = x_PI.shape, m_EIO.shape[1 if transpose else 2]
+  P, inputs = x_PI.shape
+  outputs = m_EIO.shape[2]
+  if transpose:
+    outputs = m_EIO.shape[1]
   tiles = _tiles(even, P, inputs=inputs, outputs=outputs, dtype=x_PI.dtype)
   filled_PI = _fill(x_PI, tiles[0])
   y_PO = gmm(filled_PI, m_EIO, group_sizes=count_E,

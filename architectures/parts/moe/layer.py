@@ -316,7 +316,9 @@ def without_capacity(c: ModelConfig) -> ModelConfig:
   moe = c.find(MoEConfig)
   if moe is None or routing.of(moe).experts_choose:
     return c  # the capacity of experts that choose is what they choose
-  way = 'dropless' if moe.dispatch == 'sorted' else moe.dispatch
+  way = moe.dispatch
+  if way == 'sorted':
+    way = 'dropless'
   return c.with_part(MoEConfig, eval_capacity_factor=0.0, group_size=0,
                      dispatch=way)
 
