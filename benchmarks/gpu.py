@@ -1,5 +1,5 @@
-"""How fast attention and a layer of experts are on one GPU, forward and
-backward, in every way that there is to compute them.
+"""Times attention and a layer of experts on one GPU, forward and backward, in
+every way that there is to compute them.
 
   python -m benchmarks.gpu --json=gpu.json
   python -m benchmarks.gpu --toy
@@ -48,30 +48,35 @@ EXPERTS = {
 
 
 def config_of(case: str, toy: bool):
-  """Returns the config of a run of a case, of one layer."""
+  """Returns the config of a case, with one layer."""
   file, fields, length, batch = CASES[case]
   name, _, size = file.partition(':')
-  config = importlib.import_module(f'configs.{name}').get_config(
-      'tiny' if toy else size)
-  config.model.update(dtype='bfloat16', **(TOY if toy else fields))
+  if toy:
+    size, fields, length = 'tiny', TOY, 256
+  config = importlib.import_module(f'configs.{name}').get_config(size)
+  config.model.update(dtype='bfloat16', **fields)
   config.model.num_layers = 1
-  config.data.update(length=256 if toy else length, batch_size=batch)
+  config.data.update(length=length, batch_size=batch)
   return config
 
 
 def attention(config: Any) -> Iterator[dict[str, Any]]:
-  """Yields a row for each kernel of this platform, at the shapes of a config:
-  of causal attention, and its gradient with respect to all three inputs."""
+  """Yields a row for each kernel of this platform, at the shapes of a config.
+
+  It times causal attention and its gradient with respect to all three inputs.
+  """
   c = runs.resolve_alone(config)
   B, L = config.data.batch_size, config.data.length
-  args = [jax.random.normal(key, (B, L, heads, c.head_dim), c.compute_dtype)
-          for key, heads in zip(
-              jax.random.split(jax.random.key(0), 3),
-              (c.num_heads, c.num_kv_heads, c.num_kv_heads))]
+  args = []
+  keys = jax.random.split(jax.random.key(0), 3)
+  for key, heads in zip(keys, (c.num_heads, c.num_kv_heads, c.num_kv_heads)):
+    shape = B, L, heads, c.head_dim
+    args.append(jax.random.normal(key, shape, c.compute_dtype))
   mask, here = kernels.Mask(causal=True), sharding.platform()
   seen_BLM = jnp.tril(jnp.ones((L, L), bool))[None]
 
   def loss(name: str, *qkv: jax.Array) -> jax.Array:
+    """Returns the sum of the squares of what a kernel computes."""
     if name == 'xla':
       out = kernels.attend(*qkv, mask_BLM=seen_BLM, scale=c.head_dim ** -0.5,
                            causal=True)
@@ -81,13 +86,18 @@ def attention(config: Any) -> Iterator[dict[str, Any]]:
           sink_H=None)
     return jnp.square(out.astype(jnp.float32)).sum()
 
-  for name in ('xla', *(name for name, kernel in kernels.KERNELS.items()
-                        if kernel.platform == here)):
+  names = ['xla']
+  for name, kernel in kernels.KERNELS.items():
+    if kernel.platform == here:
+      names.append(name)
+  for name in names:
     why = kernels.refusal(name, c, mask, L, L, here)
-    yield dict(way=name) | (
-        dict(error=f'{name} is refused, {why}') if why else _timed(
-            jax.jit(jax.grad(functools.partial(loss, name), (0, 1, 2))
-                    ).lower(*args).compile(), args))
+    if why:
+      yield dict(way=name, error=f'{name} is refused, {why}')
+      continue
+    gradient = jax.grad(functools.partial(loss, name), (0, 1, 2))
+    compiled = jax.jit(gradient).lower(*args).compile()
+    yield dict(way=name) | _timed(compiled, args)
 
 
 def experts(config: Any, kernel: str = 'auto', **compiler: Any
@@ -95,9 +105,9 @@ def experts(config: Any, kernel: str = 'auto', **compiler: Any
   """Returns the row of a layer of experts, its router and dispatch included.
 
   Args:
-    config: of a run.
+    config: the config of a run.
     kernel: config.model.moe.grouped_kernel.
-    **compiler: options of XLA's.
+    **compiler: options of XLA's compiler.
   """
   config.model.moe.update(grouped_kernel=kernel, dispatch='auto',
                           capacity_factor=0.0, eval_capacity_factor=0.0)
@@ -107,7 +117,10 @@ def experts(config: Any, kernel: str = 'auto', **compiler: Any
 
 
 def _timed(compiled: Any, args: Any) -> dict[str, Any]:
-  run = lambda: jax.block_until_ready(compiled(*args))
+  """Returns the times of a compiled program."""
+  def run() -> None:
+    jax.block_until_ready(compiled(*args))
+
   return worker.turns({'': run}, 5)['']
 
 

@@ -1,4 +1,4 @@
-r"""What mixers cost: attention, and each recurrence beside it.
+r"""Times mixers: attention, and each recurrence beside it.
 
   python -m benchmarks.mixers
   python -m benchmarks.mixers --sections=layer --lengths=1024,2048 \
@@ -33,7 +33,7 @@ from architectures.parts import blocks, skeletons
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from benchmarks import worker
-from common.errors import require
+from common.errors import RequestError
 from configs import llama
 from training import cli
 from training.distributed import cpu
@@ -47,8 +47,13 @@ WRITTEN = 16  # tokens that a turn of `decode` writes
 
 
 class Contender(NamedTuple):
-  """What is timed: a function without arguments, which waits for its result;
-  how often it does what is counted; and the bytes that stand beside it."""
+  """A function that is timed.
+
+  Attributes:
+    run: the function, without arguments, which waits for its result.
+    times: how often it does what is counted.
+    nbytes: the bytes that stand beside its time.
+  """
   run: Callable[[], Any]
   times: int
   nbytes: int
@@ -66,16 +71,17 @@ def config(mixer: str, length: int, dtype: str, sizes: Mapping[str, int]):
 
 def gradient(module: nn.Module, c: ModelConfig, rows: int, length: int,
              *more: Any, **compiler: Any):
-  """Returns the compiled forward and backward pass of a layer, and what it is
-  called with: the gradient of the mean square of its output, and of its losses,
+  """Returns the compiled forward and backward pass of a layer, and its
+  arguments: the gradient of the mean square of its output, and of its losses,
   with respect to its parameters and an input [rows, length, D].
 
   Args:
     module: the layer.
     c: the model's config.
-    rows, length: of the input.
-    *more: arguments after the input and its context.
-    **compiler: options of XLA's.
+    rows: the rows of the input.
+    length: the tokens of a row.
+    *more: the arguments after the input and its context.
+    **compiler: options of XLA's compiler.
   """
   x_BLD = jax.random.normal(jax.random.key(0), (rows, length, c.d_model),
                             c.compute_dtype)
@@ -89,17 +95,18 @@ def gradient(module: nn.Module, c: ModelConfig, rows: int, length: int,
     return jnp.square(y_BLD.astype(jnp.float32)).mean() + losses
 
   args = params, x_BLD
-  return jax.jit(jax.grad(loss, (0, 1))).lower(*args).compile(
-      compiler or None), args
+  lowered = jax.jit(jax.grad(loss, (0, 1))).lower(*args)
+  return lowered.compile(compiler or None), args
 
 
 def layer(made: Any) -> Contender:
   """Returns the forward and backward pass of one mixer on one row."""
   c = architectures.resolve(made.model)
-  compiled, args = gradient(blocks.mixer_of(c).module(c, c.layer_kinds(1)[0]),
-                            c, 1, made.data.length, None)
-  return Contender(lambda: jax.block_until_ready(compiled(*args)), 1,
-                   compiled.memory_analysis().temp_size_in_bytes)
+  module = blocks.mixer_of(c).module(c, c.layer_kinds(1)[0])
+  compiled, args = gradient(module, c, 1, made.data.length, None)
+  return Contender(
+      run=lambda: jax.block_until_ready(compiled(*args)), times=1,
+      nbytes=compiled.memory_analysis().temp_size_in_bytes)
 
 
 def decode(made: Any) -> Contender:
@@ -112,12 +119,15 @@ def decode(made: Any) -> Contender:
       params, architectures.init_cache(c, 1, made.data.length))
 
   def write(params: Any, cache: Any) -> tuple[jax.Array, Any]:
+    """Writes the tokens, each the likeliest after the one before it."""
     def token(carry: Any, at: jax.Array):
       token_B1, cache = carry
       out = module.apply({'params': params}, token_B1,
                          positions_BL=at[None, None], cache=cache,
                          one_by_one=True)
-      return (out.logits[:, -1:].argmax(-1).astype(jnp.int32), out.cache), None
+      likeliest_B1 = out.logits[:, -1:].argmax(-1).astype(jnp.int32)
+      return (likeliest_B1, out.cache), None
+
     carry = jnp.zeros((1, 1), jnp.int32), cache
     return jax.lax.scan(token, carry, first + jnp.arange(WRITTEN))[0]
 
@@ -129,7 +139,7 @@ def decode(made: Any) -> Contender:
     tokens, state[0] = compiled(params, state[0])
     jax.block_until_ready((tokens, state[0]))
 
-  return Contender(again, WRITTEN, nbytes)
+  return Contender(run=again, times=WRITTEN, nbytes=nbytes)
 
 
 SECTIONS = {'layer': layer, 'decode': decode}
@@ -144,25 +154,39 @@ def measure(sections: Sequence[str], names: Sequence[str],
   for section in sections:
     for dtype in dtypes:
       print(f'{section}, {dtype}\n{HEAD}', flush=True)
-      before: dict[str, dict] = {}
+      before: dict[str, dict] = {}  # the rows of the length before
       for length in lengths:
-        contenders = {name: SECTIONS[section](config(
-            name, length, dtype, sizes)) for name in names}
-        timed = worker.turns(
-            {name: one.run for name, one in contenders.items()}, rounds)
-        for name, times in timed.items():
-          for key in ('seconds', 'cpu_seconds', 'least_seconds'):
-            times[key] /= contenders[name].times
+        contenders = {}
+        for name in names:
+          made = config(name, length, dtype, sizes)
+          contenders[name] = SECTIONS[section](made)
+        for name, times in _times(contenders, rounds).items():
           row = dict(section=section, dtype=dtype, length=length, mixer=name,
                      **times, nbytes=contenders[name].nbytes, growth=None)
-          if name in before:  # the exponent of the length in the CPU time
-            taken, longer = (row[key] / before[name][key]
-                             for key in ('cpu_seconds', 'length'))
-            row['growth'] = math.log(taken, longer)
+          if name in before:
+            row['growth'] = _growth(before[name], row)
           before[name] = row
           rows.append(row)
           print(line(row), flush=True)
   return rows
+
+
+def _times(contenders: Mapping[str, Contender], rounds: int
+           ) -> dict[str, dict[str, float]]:
+  """Returns the times of each contender, for one of what it counts."""
+  functions = {name: one.run for name, one in contenders.items()}
+  timed = worker.turns(functions, rounds)
+  for name, times in timed.items():
+    for key in ('seconds', 'cpu_seconds', 'least_seconds'):
+      times[key] /= contenders[name].times
+  return timed
+
+
+def _growth(before: Mapping[str, Any], row: Mapping[str, Any]) -> float:
+  """Returns the exponent of the length in the CPU time."""
+  taken = row['cpu_seconds'] / before['cpu_seconds']
+  longer = row['length'] / before['length']
+  return math.log(taken, longer)
 
 
 HEAD = (f'{"tokens":>8}  {"mixer":<12}{"ms":>10}{"CPU ms":>10}{"ratio":>8}'
@@ -171,7 +195,9 @@ HEAD = (f'{"tokens":>8}  {"mixer":<12}{"ms":>10}{"CPU ms":>10}{"ratio":>8}'
 
 def line(row: Mapping[str, Any]) -> str:
   """Returns a line of the table."""
-  growth = '' if row['growth'] is None else f'{row["growth"]:.2f}'
+  growth = ''
+  if row['growth'] is not None:
+    growth = f'{row["growth"]:.2f}'
   return (f'{row["length"]:>8,}  {row["mixer"]:<12}'
           f'{1e3 * row["seconds"]:>10.2f}{1e3 * row["cpu_seconds"]:>10.2f}'
           f'{row["ratio"]:>8.2f}{row["cpu_ratio"]:>8.2f}{growth:>8}'
@@ -180,22 +206,24 @@ def line(row: Mapping[str, Any]) -> str:
 
 def main() -> None:
   cli.define_choices('sections', [*SECTIONS], SECTIONS, 'What to time.')
-  cli.define_choices('mixers', ['attention', *(
-      name for name, mixer in blocks.MIXERS.items() if mixer.state)],
-                     blocks.MIXERS, 'Values of model.mixer; default: '
-                     'attention and every recurrence.')
+  usual = ['attention']
+  for name, mixer in blocks.MIXERS.items():
+    if mixer.state:
+      usual.append(name)
+  cli.define_choices('mixers', usual, blocks.MIXERS, 'Values of model.mixer; '
+                     'default: attention and every recurrence.')
   cli.define_choices('dtypes', DTYPES, DTYPES, 'Dtypes of the computation.')
   flags.DEFINE_list('lengths', [*map(str, LENGTHS)], 'Tokens of a row.')
   flags.DEFINE_integer('d_model', 256, 'The width of the model.', 1)
-  flags.DEFINE_integer('num_heads', 4, 'Its heads.', 1)
+  flags.DEFINE_integer('num_heads', 4, 'The heads of the model.', 1)
   flags.DEFINE_integer('rounds', 5, 'How many turns each mixer takes.', 1)
   flags.DEFINE_string('json', '', 'Write the figures to this file.')
   cli.parse(__doc__)
   args = flags.FLAGS
   lengths = sorted({int(n) for n in args.lengths if n.isdecimal()})
-  require(len(lengths) == len(args.lengths) and min(lengths, default=0)
-          > WRITTEN, f'--lengths is {",".join(args.lengths)}: write whole '
-          f'numbers above {WRITTEN}, each once')
+  if len(lengths) != len(args.lengths) or not lengths or lengths[0] <= WRITTEN:
+    raise RequestError(f'--lengths is {",".join(args.lengths)}: write whole '
+                       f'numbers above {WRITTEN}, each once')
   json_file = storage.output(args.json, '--json')
   cpu.prepare()
   sizes = dict(d_model=args.d_model, num_heads=args.num_heads)

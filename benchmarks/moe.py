@@ -1,11 +1,15 @@
-"""What experts cost against dense layers: `python -m benchmarks.moe`.
+"""Times layers of experts against dense ones: `python -m benchmarks.moe`.
 
-Ratios within one run: the contenders take turns, and the median counts, so
-that a busy machine slows them alike. A layer's time is that of its forward
-and backward pass, router and dispatch included.
+It prints ratios within one run: the contenders take turns, and the median
+counts, so that a busy machine slows them alike. A layer's time is that of its
+forward and backward pass, router and dispatch included.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from absl import flags
+import flax.linen as nn
 import jax
 
 import architectures
@@ -19,17 +23,22 @@ from training.distributed import cpu
 TOP_K, D_MODEL, D_FF = 2, 512, 1024
 
 
-def layer(experts: int, tokens: int):
-  """A function without arguments that runs one layer forward and backward.
+def layer(experts: int, tokens: int) -> Callable[[], Any]:
+  """Returns a function that runs one layer forward and backward.
 
-  `experts` 0: a dense layer as wide as the experts that a token sees.
+  Args:
+    experts: the number of experts; 0: a dense layer as wide as the experts that
+      a token sees.
+    tokens: the tokens of a row.
   """
   fields = base.base().model
   fields.update(d_model=D_MODEL, d_ff=D_FF, num_heads=1, vocab_size=1,
                 max_len=tokens, ffn='moe', ffn_bias=False)
   fields.moe.update(num_experts=experts or TOP_K, top_k=TOP_K, ffn='swiglu')
   c = architectures.resolve(fields)
-  module = MoE(c) if experts else FFN(c, 'swiglu', width=TOP_K * D_FF)
+  module: nn.Module = MoE(c)
+  if not experts:
+    module = FFN(c, 'swiglu', width=TOP_K * D_FF)
   compiled, args = mixers.gradient(module, c, 1, tokens)
   return lambda: jax.block_until_ready(compiled(*args))
 
@@ -39,9 +48,11 @@ def main() -> None:
   cli.parse(__doc__)
   cpu.prepare()
   for tokens in (2048, 16384):
-    rows = worker.turns({name: layer(experts, tokens) for name, experts in (
-        ('dense', 0), ('8 experts', 8), ('64 experts', 64))},
-                        flags.FLAGS.rounds)
+    contenders = {
+        'dense': layer(0, tokens),
+        '8 experts': layer(8, tokens),
+        '64 experts': layer(64, tokens)}
+    rows = worker.turns(contenders, flags.FLAGS.rounds)
     for name, row in rows.items():
       print(f'{tokens:>8,} tokens  {name:<12}{1e3 * row["seconds"]:>10.2f} ms'
             f'{row["ratio"]:>8.2f} x dense', flush=True)

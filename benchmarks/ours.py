@@ -29,6 +29,7 @@ class Trainer:
     cpu.trim()
 
   def step(self) -> float:
+    """Takes a step; returns its loss."""
     self.state, metrics = self.compiled(self.state, self.batch)
     return float(metrics['loss'])
 

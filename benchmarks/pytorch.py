@@ -1,8 +1,9 @@
-"""What Hugging Face transformers makes of a model on PyTorch: the other side.
+"""The other side of a comparison: Hugging Face transformers on PyTorch.
 
-On a GPU where PyTorch sees one. AdamW with clipping, as ours; no dropout. In
-bfloat16 two ways: `autocast`, whose parameters stay float32 as ours do, and
-`bfloat16`, parameters and moments too, which is faster and learns worse.
+It runs on a GPU where PyTorch sees one, and trains by AdamW with clipping, as
+ours, without dropout. There are two ways to train in bfloat16: `autocast`,
+whose parameters stay float32 as ours do; and `bfloat16`, whose parameters and
+moments are bfloat16 too, which is faster and learns worse.
 """
 
 import torch
@@ -28,7 +29,9 @@ def build(request):
   for name, value in config.to_dict().items():
     if 'drop' in name and isinstance(value, float):
       setattr(config, name, 0.0)
-  options = dict(attn_implementation='sdpa') if DEVICE == 'cuda' else {}
+  options = {}
+  if DEVICE == 'cuda':
+    options['attn_implementation'] = 'sdpa'
   with torch.device(DEVICE):  # drawn where it lies
     model = kind._from_config(config, **options)
   num_parameters = count(model)
@@ -40,8 +43,9 @@ def build(request):
 
 
 def count(model) -> int:
-  """Returns how many values are trained; a router's biases (DeepSeek-V3's) are
-  moved without a gradient, and no parameters of PyTorch's."""
+  """Returns the number of values that are trained. The biases of a router
+  (DeepSeek-V3's) are among them, though they are moved without a gradient and
+  are no parameters of PyTorch's."""
   biases = [buffer for name, buffer in model.named_buffers()
             if name.endswith('e_score_correction_bias')]
   trained = [p for p in model.parameters() if p.requires_grad]
@@ -68,8 +72,9 @@ class Trainer:
       self.options['use_cache'] = False
     if hasattr(self.model.config, 'router_aux_loss_coef'):
       self.options['output_router_logits'] = True  # and so their losses
-    self.forward = (torch.compile(self.model) if request['compiled']
-                    else self.model)
+    self.forward = self.model
+    if request['compiled']:
+      self.forward = torch.compile(self.model)
 
   def step(self) -> float:
     """Takes a step; returns its loss."""

@@ -1,4 +1,4 @@
-"""What both sides of a comparison are told: the same model, the same batch.
+"""The request of both sides of a comparison: the same model, the same batch.
 
 The model is described by the config.json that an export of it would have, which
 names the class of transformers too. So every system that transformers has can
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import architectures
-from common.errors import require
+from common.errors import RequestError, require
 from configs import base
 from training import objectives, runs
 from training.costs import totals
@@ -22,7 +22,8 @@ from training.objectives import Config
 from training.objectives import pipeline
 
 IGNORED = -100  # a label that transformers' losses leave out
-# What transformers calls our arrays. Its `labels` are made of two of ours.
+# The names that transformers gives our arrays. Its `labels` are made of two of
+# ours.
 NAMES = dict(
     tokens='input_ids', types='token_type_ids', segment_ids='attention_mask',
     decoder_tokens='decoder_input_ids',
@@ -36,8 +37,10 @@ def alike(config: Config) -> Config:
   capacity, and the loss has neither label smoothing nor a z-loss of its own."""
   config = config.copy_and_resolve_references()
   model = config.model
-  for fields in (model, model.moe):
-    fields.update({name: 0.0 for name in fields if name.endswith('dropout')})
+  for group in (model, model.moe):
+    for name in group:
+      if name.endswith('dropout'):
+        group[name] = 0.0
   model.moe.update(jitter=0.0, logit_noise=0.0, capacity_factor=0.0,
                    eval_capacity_factor=0.0, dispatch='auto')
   config.train.update(z_loss=0.0, label_smoothing=0.0)
@@ -50,10 +53,12 @@ def check(config: Config) -> None:
   architectures.hugging_face(config.model.arch)
   objective = objectives.of(config)
   others = sorted({*objective.arrays(config)} - {*NAMES, 'targets', 'weights'})
-  require(objective.head == 'lm' and not objective.bound and not others,
-          '--compare=pytorch: no class of transformers has the loss of '
-          f'objective {config.objective!r}' + (
-              f' with {" and ".join(others)}' if others else ''))
+  if objective.head != 'lm' or objective.bound or others:
+    beside = ''
+    if others:
+      beside = f' with {" and ".join(others)}'
+    raise RequestError('--compare=pytorch: no class of transformers has the '
+                       f'loss of objective {config.objective!r}{beside}')
   missing = [name for name in ('torch', 'transformers')
              if importlib.util.find_spec(name) is None]
   require(not missing, f'--compare=pytorch needs {" and ".join(missing)}: '
@@ -61,10 +66,10 @@ def check(config: Config) -> None:
 
 
 def request(config: Config) -> dict[str, Any]:
-  """Returns what the other side builds and trains by, as JSON has it.
+  """Returns the model and the batch of the other side, as JSON has them.
 
   Args:
-    config: a run's, as `alike` returns it.
+    config: the config of a run, as `alike` returns it.
 
   Returns:
     config_json; inputs, the arguments of a training step by name; parameters,
@@ -77,8 +82,8 @@ def request(config: Config) -> dict[str, Any]:
   model, _ = runs.resolve(config, ids)
   tree = hf_config.write(model)
   decoder = architectures.stack(model) == 'decoder'
-  inputs = arguments(pipeline.training_loader(config, ids).batch(0),
-                     causal=decoder)
+  batch = pipeline.training_loader(config, ids).batch(0)
+  inputs = arguments(batch, causal=decoder)
   both = 'next_sentence_label' in inputs
   named, = tree['architectures']
   require(both or not named.endswith('ForPreTraining'), f'{named} of '
@@ -97,20 +102,23 @@ def arguments(made: dict[str, np.ndarray], causal: bool
     made: a batch of ours.
     causal: whether the class looks for the label of a token one place later.
   """
-  inputs = {name: made[key] for key, name in NAMES.items() if key in made}
+  inputs = {}
+  for key, name in NAMES.items():
+    if key in made:
+      inputs[name] = made[key]
   labels = np.where(made['weights'] > 0, made['targets'], IGNORED)
   if causal:
     labels = np.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=IGNORED)
   for name in ('attention_mask', 'decoder_attention_mask'):
     mask = inputs.pop(name, np.ones(1)) != 0
-    if not mask.all():  # else there is nothing to mask
+    if not mask.all():  # otherwise there is nothing to mask
       inputs[name] = mask.astype(np.int32)
   return inputs | dict(labels=labels)
 
 
 def tokenizer(config: Config) -> tokenizers.Tokenizer:
-  """Returns bytes of as many ids as the model has, where the objective reads
-  plain text; else the run's own."""
+  """Returns a tokenizer of bytes with as many ids as the model has, where the
+  objective reads plain text; otherwise that of the run."""
   if sources.TEXT in objectives.of(config).holds and config.model.vocab_size:
     return tokenizers.Bytes(config.model.vocab_size)
   return tokenizers.load(config.data.tokenizer)

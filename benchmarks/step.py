@@ -25,6 +25,7 @@ import contextlib
 import shutil
 
 from absl import flags
+import ml_collections
 
 import architectures
 from benchmarks import rival
@@ -34,13 +35,13 @@ from configs import gpt
 from training import cli, preflight, runs
 from training.workdir import storage
 
-# What PyTorch may run: in bfloat16, with float32 parameters or without.
+# The dtypes of the other side; in bfloat16, with float32 parameters or without.
 RIVALS = {'float32': ('float32',), 'bfloat16': ('autocast', 'bfloat16')}
 SECTIONS = ('step', 'generate')
 
 
-def default_config():
-  """The shape of docs/performance.md, 35.4M parameters."""
+def default_config() -> ml_collections.ConfigDict:
+  """Returns the config of docs/performance.md, 35.4M parameters."""
   config = gpt.get_config('tiny')
   config.model.update(d_model=512, num_layers=6, num_heads=8,
                       vocab_size=32000, max_len=256)
@@ -52,8 +53,8 @@ def main():
   cli.define_config('A file of configs/ and its size; default: GPT with '
                     'd_model 512, 6 layers, 8 heads, vocabulary 32,000, '
                     'batch 8 x 256.')
-  flags.DEFINE_enum('dtype', '', ('', *RIVALS), 'Of the computation; default: '
-                    "the config's.")
+  flags.DEFINE_enum('dtype', '', ('', *RIVALS), 'The dtype of the '
+                    "computation; default: the config's.")
   flags.DEFINE_enum('compare', '', ('', 'pytorch'),
                     'What to time beside it; it needs the extra `verify`.')
   flags.DEFINE_bool('torch_compile', bool(shutil.which('c++') or
@@ -84,9 +85,12 @@ def main():
     require(args.prompt <= config.data.length, f'--prompt is {args.prompt}, '
             f'and rows have data.length={config.data.length} tokens')
   request = dict(config=config.to_dict(), prompt=args.prompt, new=args.new)
-  other = rival.request(config) if args.compare else {}
-  figures = {'dtype': args.dtype} | {
-      name: against(request, args, other, name) for name in args.sections}
+  other = {}
+  if args.compare:
+    other = rival.request(config)
+  figures = {'dtype': args.dtype}
+  for name in args.sections:
+    figures[name] = against(request, args, other, name)
   storage.write_json(json_file, figures)
 
 
@@ -95,10 +99,10 @@ def against(request, args, other, job):
   figures.
 
   Args:
-    request: what our side is asked for.
+    request: the request of our side.
     args: the flags.
-    other: what the other side is told of the model besides.
-    job: of SECTIONS.
+    other: the fields of the other side's request beside these.
+    job: an entry of SECTIONS.
   """
   data = request['config']['data']
   amount, unit = data['batch_size'] * data['length'], 'tokens/s'
@@ -106,34 +110,51 @@ def against(request, args, other, job):
     amount, unit = data['batch_size'] * args.new, 'new tokens/s'
   sides = {'ours': ('ours', request)}
   if args.compare:
-    # Generation goes through transformers' own loop, which is not compiled.
-    ways = (False, True) if args.torch_compile and job == 'step' else (False,)
-    sides |= {f'{args.compare} {dtype}{", compiled" * compiled}':
-              (args.compare, request | other | dict(
-                  dtype=dtype, compiled=compiled))
-              for dtype in RIVALS[args.dtype] for compiled in ways}
+    sides |= _others(request | other, args, job)
+
   with contextlib.ExitStack() as stack:
-    # Ours last: others may refuse.
-    workers = {name: stack.enter_context(Worker(*side))
-               for name, side in reversed(sides.items())}
-    rows = turns({name: workers[name] for name in sides}, args.pairs,
-                 lambda worker: worker.do(job))
+    # Ours begins last: others may refuse.
+    workers = {}
+    for name, (side, asked) in reversed(sides.items()):
+      workers[name] = stack.enter_context(Worker(side, asked))
+    contenders = {name: workers[name] for name in sides}
+    rows = turns(contenders, args.pairs, lambda worker: worker.do(job))
+
   figures = {}
-  for name, x in rows.items():
-    per_s = amount / x['seconds']
+  for name, row in rows.items():
+    per_s = amount / row['seconds']
     figures[name] = dict(
-        median_s=x['seconds'], min_s=x['least_seconds'], per_s=per_s,
-        cpu_s=x['cpu_seconds'], peak_bytes=x['peak_bytes'],
-        ours_is_faster_by=x['ratio'],
-        ours_is_faster_by_cpu_time=x['cpu_ratio'])
-    print(f'{job} {name:27} {x["seconds"] * 1e3:8.0f} ms  (least '
-          f'{x["least_seconds"] * 1e3:.0f}; of CPU '
-          f'{x["cpu_seconds"] * 1e3:.0f})  {per_s:8.0f} {unit}  peak '
-          f'{x["peak_bytes"] / 2**20:.0f} MiB' + (
-              '' if name == 'ours' else f'  ours is {x["ratio"]:.2f} x as fast '
-              f'({x["cpu_ratio"]:.2f} x by CPU time)'),
-          flush=True)
+        median_s=row['seconds'], min_s=row['least_seconds'], per_s=per_s,
+        cpu_s=row['cpu_seconds'], peak_bytes=row['peak_bytes'],
+        ours_is_faster_by=row['ratio'],
+        ours_is_faster_by_cpu_time=row['cpu_ratio'])
+    beside = ''
+    if name != 'ours':
+      beside = (f'  ours is {row["ratio"]:.2f} x as fast '
+                f'({row["cpu_ratio"]:.2f} x by CPU time)')
+    print(f'{job} {name:27} {row["seconds"] * 1e3:8.0f} ms  (least '
+          f'{row["least_seconds"] * 1e3:.0f}; of CPU '
+          f'{row["cpu_seconds"] * 1e3:.0f})  {per_s:8.0f} {unit}  peak '
+          f'{row["peak_bytes"] / 2**20:.0f} MiB{beside}', flush=True)
   return figures
+
+
+def _others(request, args, job) -> dict[str, tuple[str, dict]]:
+  """Returns the other sides by their names, each with its request: in each
+  dtype, and compiled too. Generation goes through transformers' own loop, which
+  is not compiled."""
+  ways = [False]
+  if args.torch_compile and job == 'step':
+    ways.append(True)
+  sides = {}
+  for dtype in RIVALS[args.dtype]:
+    for compiled in ways:
+      name = f'{args.compare} {dtype}'
+      if compiled:
+        name += ', compiled'
+      asked = request | dict(dtype=dtype, compiled=compiled)
+      sides[name] = args.compare, asked
+  return sides
 
 
 if __name__ == '__main__':

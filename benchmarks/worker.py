@@ -1,4 +1,4 @@
-"""A side of a comparison in a process of its own, which does one job at a
+"""Runs a side of a comparison as a process of its own, which does one job at a
 time: so that two sides alternate, and the peak memory of each is its own.
 
   python -m benchmarks.worker SIDE   (ours, pytorch; a request on stdin)
@@ -30,26 +30,36 @@ def timed(run: Callable[[], Any]) -> dict[str, float]:
 def turns(contenders: Mapping[str, Any], rounds: int,
           measure: Callable[[Any], dict[str, float]] = timed
           ) -> dict[str, dict[str, float]]:
-  """Returns of each contender its median time and CPU time, in seconds, the
-  least time, and the medians of the turns' ratios to the first contender; of
-  what else is measured, the last figure.
+  """Returns the figures of each contender: its median time and CPU time, in
+  seconds, the least time, and the medians of the turns' ratios to the first
+  contender; of anything else that is measured, the last figure.
 
   Args:
-    contenders: what is measured.
+    contenders: the contenders.
     rounds: how many turns each takes, after one that warms it up.
-    measure: of a contender's turn.
+    measure: the function that measures a contender's turn.
   """
-  results = {name: [] for name in contenders}
+  results: dict[str, list[dict[str, float]]] = {
+      name: [] for name in contenders}
   for _ in range(1 + rounds):
     for name, one in contenders.items():
       results[name].append(measure(one))
-  times = {name: np.array([(x['seconds'], x['cpu_seconds']) for x in each[1:]])
-           for name, each in results.items()}
-  first = next(iter(times.values()))
-  figures = 'seconds', 'cpu_seconds', 'ratio', 'cpu_ratio'
-  return {name: results[name][-1] | dict(
-      zip(figures, np.median(np.hstack([x, x / first]), 0).tolist()),
-      least_seconds=float(x[:, 0].min())) for name, x in times.items()}
+
+  # The turns after the first, beside those of the first contender.
+  figures: dict[str, dict[str, float]] = {}
+  first = first_cpu = None
+  for name, turns_of_one in results.items():
+    seconds = np.array([turn['seconds'] for turn in turns_of_one[1:]])
+    cpu_seconds = np.array([turn['cpu_seconds'] for turn in turns_of_one[1:]])
+    if first is None:
+      first, first_cpu = seconds, cpu_seconds
+    figures[name] = turns_of_one[-1] | dict(
+        seconds=float(np.median(seconds)),
+        cpu_seconds=float(np.median(cpu_seconds)),
+        ratio=float(np.median(seconds / first)),
+        cpu_ratio=float(np.median(cpu_seconds / first_cpu)),
+        least_seconds=float(seconds.min()))
+  return figures
 
 
 class Worker:
@@ -94,27 +104,35 @@ class Worker:
     self.process.stdin.flush()
 
 
-def main():
+def _answer(**message: Any) -> None:
+  """Answers the process that handed over the job."""
+  print(json.dumps(message), flush=True)
+
+
+def main() -> None:
   side = importlib.import_module(f'benchmarks.{sys.argv[1]}')
-  answer = lambda **message: print(json.dumps(message), flush=True)
   try:
     request = json.loads(sys.stdin.readline())
     trainer = side.Trainer(request)
     trainer.step()
-    jobs = {'step': trainer.step, 'generate': lambda: trainer.generate(
-        request['prompt'], request['new'])}
-    answer(ready=True)
+
+    def generate() -> None:
+      trainer.generate(request['prompt'], request['new'])
+
+    jobs = {'step': trainer.step, 'generate': generate}
+    _answer(ready=True)
     for line in sys.stdin:
       job = json.loads(line)
       if job is None:
         break
-      answer(**timed(jobs[job]), peak_bytes=1024 * resource.getrusage(
-          resource.RUSAGE_SELF).ru_maxrss)
+      times = timed(jobs[job])
+      usage = resource.getrusage(resource.RUSAGE_SELF)
+      _answer(**times, peak_bytes=1024 * usage.ru_maxrss)
   except RequestError as error:
-    answer(refused=str(error))
+    _answer(refused=str(error))
   except Exception as error:
-    answer(failed=f'{type(error).__name__}: '
-           + ' '.join(str(error).split())[:400])
+    reason = ' '.join(str(error).split())[:400]
+    _answer(failed=f'{type(error).__name__}: {reason}')
     raise
 
 

@@ -216,7 +216,7 @@ def measure(c: ml_collections.ConfigDict, steps: int, seeds: int) -> jax.Array:
 
   def look(params: Any) -> jax.Array:
     """Returns the mean |x| of each block's output and of the logits."""
-    output = module.apply(
+    output: Any = module.apply(
         {'params': params}, batch['tokens'], keep_layers=True)
     layers = output.aux['layers'][1:]
     return jnp.append(jnp.abs(layers).mean((1, 2, 3)),

@@ -43,7 +43,7 @@ class Collective(NamedTuple):
   hosts: int
   dtype: str
   elements: int
-  payload: int
+  payload: float
   runs: int
   known: bool = True
 

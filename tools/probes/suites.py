@@ -36,12 +36,20 @@ class Run(NamedTuple):
   config: ml_collections.ConfigDict
 
   def folder(self, workdir: epath.Path) -> epath.Path:
+    """Returns the folder of the run in that of the suite."""
     return workdir / self.task / f'lr_{self.lr:g}' / f'seed_{self.seed}'
 
 
 class Suite(NamedTuple):
-  """What a file of configs/probes/ asks for of one architecture; `digest` is a
-  hash of the file."""
+  """A file of configs/probes/ and the runs that it asks for of an architecture.
+
+  Attributes:
+    file: the path of the file.
+    digest: a hash of the file.
+    lrs: the learning rates.
+    seeds: the seeds.
+    configs: the config of each task, by its label.
+  """
   file: str
   digest: str
   lrs: tuple[float, ...]
@@ -49,11 +57,12 @@ class Suite(NamedTuple):
   configs: dict[str, ml_collections.ConfigDict]
 
   def runs(self, task: str) -> Iterator[Run]:
+    """Yields the runs of a task."""
     for lr in self.lrs:
       for seed in self.seeds:
         config = self.configs[task].copy_and_resolve_references()
         config.seed, config.optim.lr = seed, lr
-        yield Run(task, lr, seed, config.lock())
+        yield Run(task=task, lr=lr, seed=seed, config=config.lock())
 
 
 def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
@@ -61,11 +70,11 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
   """Returns the suite of a file for the architecture of `base`.
 
   Args:
-    file: of configs/probes/.
+    file: a file of configs/probes/.
     base: the config of the architecture.
-    only: tasks of the suite to keep; (): all.
-    seeds: how many; 0: as the file says.
-    overrides: fields that a command line sets.
+    only: the tasks of the suite to keep; (): all.
+    seeds: the number of seeds; 0: as many as the file says.
+    overrides: the fields that a command line sets.
 
   Raises:
     RequestError: for a file that is no suite, or a run that cannot be.
@@ -84,18 +93,24 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
     require(label not in configs, f'{file} adds {label!r} twice')
     require(re.fullmatch(r'\w+', label) is not None, f'{file}: {label!r} names '
             'a folder: choose letters, digits and underscores')
+
+    # A run is evaluated and saved at its end alone.
     steps = fields.get('train.steps', base.train.steps)
-    fields = {
+    usual = {
         'objective': probes.PROBES[task].objective,
         'data.source': f'probe:{task}', 'model.vocab_size': 0,
         'model.max_len': 0, 'eval.tasks': 'probe', 'eval.every_steps': steps,
         'checkpoint.every_steps': steps, 'checkpoint.keep': 1,
         'log.every_steps': max(steps // 10, 1),
-        'optim.warmup_steps': steps // 10} | fields
-    for field in overrides if not only or label in only else ():
-      require(field not in (*_OF_RUNS, *fields), f'--config.{field} is set, '
-              f'which the suite {file} sets itself in its task {label!r}: '
-              'leave it out, or change the suite')
+        'optim.warmup_steps': steps // 10}
+    fields = usual | fields
+
+    # A flag does not set what the suite sets.
+    if not only or label in only:
+      for field in overrides:
+        require(field not in (*_OF_RUNS, *fields), f'--config.{field} is set, '
+                f'which the suite {file} sets itself in its task {label!r}: '
+                'leave it out, or change the suite')
     configs[label] = spec.changed(base, fields, f'{file}, task {task!r}')
 
   cli.call(file, module.suite, add)
@@ -126,58 +141,79 @@ def train(suite: Suite, workdir: epath.Path) -> None:
     print(f'{task}: {len(suite.lrs)} learning rates x {len(suite.seeds)} seeds',
           flush=True)
     for group in vectorised.groups([run.config for run in runs]):
-      writers = vectorised.train([runs[i].config for i in group],
-                                 [runs[i].folder(workdir) for i in group])
-      if any(writer.stop_requested or writer.code == loop.STOPPED
-             for writer in writers):
-        raise Stopped
+      configs = [runs[i].config for i in group]
+      folders = [runs[i].folder(workdir) for i in group]
+      for writer in vectorised.train(configs, folders):
+        if writer.stop_requested or writer.code == loop.STOPPED:
+          raise Stopped
 
 
 def card_of(suite: Suite, workdir: epath.Path) -> dict[str, Any]:
-  """Returns the card: for each task the figures of its best learning rate: the
-  mean over the seeds, its 95 % interval (None of fewer than three, or where all
-  are alike), and the figure of each seed.
+  """Returns the card: for each task the figures of its best learning rate.
 
-  It is chosen by the same held-out rows that the figures are of, as in the
+  A figure has its mean over the seeds, its 95 % interval (None with fewer than
+  three, or where all are alike), and the figure of each seed. The rate is
+  chosen by the held-out rows that the figures were measured on, as in the
   papers that give the best of several learning rates. A rate at which a run
-  diverged is none to choose.
+  diverged cannot be chosen.
   """
-  from training.evals.tasks import probe as probe_task
-  tasks = {}
-  for task, config in suite.configs.items():
-    by_lr: dict[float, list] = {}
-    failed: dict[float, list[int]] = {}
-    for run in suite.runs(task):
-      figures = _figures(run, workdir)
-      if figures:
-        by_lr.setdefault(run.lr, []).append(figures)
-      else:
-        failed.setdefault(run.lr, []).append(run.seed)
-    mean = {lr: float(np.mean([row['accuracy'] for row in each]))
-            for lr, each in by_lr.items() if lr not in failed}
-    best = max(mean, key=mean.get, default=None)
-    figures = {name: statistics.share_interval(each)._asdict() | {'seeds': each}
-               for name in by_lr[best][0]
-               for each in [[row[name] for row in by_lr[best]]]} if mean else {}
-    group = lambda prefix, figures=figures: {
-        name.removeprefix(prefix): figure for name, figure in figures.items()
-        if name.startswith(prefix)}
-    tasks[task] = dict(
-        steps=config.train.steps, diverged=failed, lr=best,
-        what=probes.of(config).level, commonest=probe_task.constant(config),
-        accuracy_by_lr=mean, level=group('level/'), beyond=group('beyond/'),
-        **{name: figures.get(name) for name in ('accuracy', 'rows_right')})
+  tasks = {task: _row(suite, task, workdir) for task in suite.configs}
   return dict(suite=suite.file, suite_digest=suite.digest,
               seeds=list(suite.seeds), tasks=tasks)
+
+
+def _row(suite: Suite, task: str, workdir: epath.Path) -> dict[str, Any]:
+  """Returns the row of a task in the card."""
+  from training.evals.tasks import probe as probe_task
+
+  # The figures of the runs at each learning rate, or the seeds that diverged.
+  by_lr: dict[float, list[dict[str, float]]] = {}
+  diverged: dict[float, list[int]] = {}
+  for run in suite.runs(task):
+    figures = _figures(run, workdir)
+    if figures:
+      by_lr.setdefault(run.lr, []).append(figures)
+    else:
+      diverged.setdefault(run.lr, []).append(run.seed)
+
+  # The best learning rate, and its figures over the seeds.
+  mean = {}
+  for lr, runs in by_lr.items():
+    if lr not in diverged:
+      mean[lr] = float(np.mean([run['accuracy'] for run in runs]))
+  best = None
+  over_seeds = {}
+  if mean:
+    best = max(mean, key=lambda lr: mean[lr])
+    for name in by_lr[best][0]:
+      seeds = [run[name] for run in by_lr[best]]
+      interval = statistics.share_interval(seeds)._asdict()
+      over_seeds[name] = interval | {'seeds': seeds}
+
+  config = suite.configs[task]
+  return dict(
+      steps=config.train.steps, diverged=diverged, lr=best,
+      what=probes.of(config).level, commonest=probe_task.constant(config),
+      accuracy_by_lr=mean, level=_below('level/', over_seeds),
+      beyond=_below('beyond/', over_seeds),
+      accuracy=over_seeds.get('accuracy'),
+      rows_right=over_seeds.get('rows_right'))
+
+
+def _below(prefix: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the figures whose names begin with a prefix, without it."""
+  return {name.removeprefix(prefix): figure for name, figure in figures.items()
+          if name.startswith(prefix)}
 
 
 def _figures(run: Run, workdir: epath.Path) -> dict[str, float]:
   """Returns the figures of the task at the end of a run; {}: it diverged."""
   lines = (run.folder(workdir) / 'metrics.jsonl').read_text().splitlines()
-  rows = [row for row in map(json.loads, lines) if 'probe/accuracy' in row
-          and row['step'] == run.config.train.steps]
-  return {name.removeprefix('probe/'): figure for row in rows[-1:]
-          for name, figure in row.items() if name.startswith('probe/')}
+  for line in reversed(lines):
+    row = json.loads(line)
+    if 'probe/accuracy' in row and row['step'] == run.config.train.steps:
+      return _below('probe/', row)
+  return {}
 
 
 def text(card: Mapping[str, Any]) -> str:
@@ -186,20 +222,25 @@ def text(card: Mapping[str, Any]) -> str:
   lines = [f'accuracy over {seeds} seeds, at the best learning rate: mean and '
            '95 % interval']
   for task, row in card['tasks'].items():
-    lines.append(f'{task}: no figures' if row['lr'] is None else (
-        f'{task}, lr {row["lr"]:g}: {_shown(row["accuracy"])} (the commonest '
-        f'answer: {row["commonest"]:.4f}); by {row["what"]}:'))
-    lines += [f'  left out, since runs diverged: lr {lr:g} '
-              f'({len(each)} of {seeds} runs)'
-              for lr, each in row['diverged'].items()]
-    figures = row['level'] | {f'beyond training {name}': figure
-                              for name, figure in row['beyond'].items()}
-    lines += [f'  {name:<22} {_shown(figure)}'
-              for name, figure in figures.items()]
+    if row['lr'] is None:
+      lines.append(f'{task}: no figures')
+    else:
+      lines.append(
+          f'{task}, lr {row["lr"]:g}: {_shown(row["accuracy"])} (the commonest '
+          f'answer: {row["commonest"]:.4f}); by {row["what"]}:')
+    for lr, runs in row['diverged'].items():
+      lines.append(f'  left out, since runs diverged: lr {lr:g} '
+                   f'({len(runs)} of {seeds} runs)')
+    for name, figure in row['level'].items():
+      lines.append(f'  {name:<22} {_shown(figure)}')
+    for name, figure in row['beyond'].items():
+      label = f'beyond training {name}'
+      lines.append(f'  {label:<22} {_shown(figure)}')
   return '\n'.join(lines)
 
 
 def _shown(figure: Mapping[str, Any], digits: int = 4) -> str:
+  """Returns a figure with its interval."""
   return page.estimate(figure['mean'], figure['low'], figure['high'],
                        f'.{digits}f').text
 
@@ -223,17 +264,20 @@ def _draw(card: Mapping[str, Any]) -> Any:
   for y, row in enumerate(tasks.values()):
     if row['lr'] is None:
       axes.text(0, y, 'diverged', ha='center', va='center', fontsize=8)
-    longer = [(f'{name} length', cell) for name, cell in row['beyond'].items()]
-    for x, (name, cell) in [*enumerate(row['level'].items()),
-                            *enumerate(longer, width)]:
+    cells = list(enumerate(row['level'].items()))
+    for x, (name, cell) in enumerate(row['beyond'].items(), width):
+      cells.append((x, (f'{name} length', cell)))
+    for x, (name, cell) in cells:
       values[y, x] = cell['mean']
-      axes.text(x, y, '\n'.join([name, *_shown(cell, 2).split(' ', 1)]),
-                ha='center', va='center', fontsize=8,
-                color='white' if cell['mean'] < 0.6 else 'black')
+      words = '\n'.join([name, *_shown(cell, 2).split(' ', 1)])
+      color = 'white' if cell['mean'] < 0.6 else 'black'
+      axes.text(x, y, words, ha='center', va='center', fontsize=8, color=color)
   image = axes.imshow(values, vmin=0, vmax=1, cmap='viridis', aspect='auto')
-  axes.set_yticks(range(len(tasks)), [
-      f'{task}\n{row["what"]}; commonest answer {row["commonest"]:.2f}'
-      for task, row in tasks.items()], fontsize=8)
+  labels = []
+  for task, row in tasks.items():
+    labels.append(f'{task}\n{row["what"]}; commonest answer '
+                  f'{row["commonest"]:.2f}')
+  axes.set_yticks(range(len(tasks)), labels, fontsize=8)
   axes.set_xticks([])
   axes.set_xlabel('difficulty, from easy to hard; then rows longer than in '
                   'training')
