@@ -1,4 +1,4 @@
-"""What to run: one file a system, and every default in base.py.
+"""The configs of runs: one file a system, and every default in base.py.
 
 Files of this package are found wherever a program runs: gpt, gpt.py and
 configs/gpt.py name one of them, unless a file of that path is there.

@@ -27,7 +27,7 @@ SIZES = recipes.table(
     num_layers=1, embed_dim=128, max_len=512, vocab_size=30000)
 SIZES['tiny'] = bert.SIZES['tiny'] | {
     'num_layers': 1, 'embed_dim': 32, 'loops.passes': 4}
-# What pre-training needs beside `parameters`: transform, its norm, sop, head.
+# Pre-training needs these beside `parameters`: transform, its norm, sop, head.
 UNCOUNTED = {size: 128 * (row['d_model'] + 1) + 2 * 128 + 30000 + 2 * (
     row['d_model'] + 1) for size, row in SIZES.items() if size != 'tiny'}
 

@@ -47,7 +47,7 @@ for _size in ('base', 'large'):
                        b2=0.999, eps=1e-6)
 SIZES['tiny'] = dict(num_layers=4, d_model=128, num_heads=4, max_len=32,
                      batch_size=64, steps=1500, lr=2e-3, warmup_steps=100)
-# What pre-training needs beside `parameters`: transform, its norm, nsp, head.
+# Pre-training needs these beside `parameters`: transform, its norm, nsp, head.
 UNCOUNTED = {'minilm': 179_900, 'base': 624_188, 'large': 1_084_220}
 
 get_config = recipes.of(

@@ -26,7 +26,7 @@ SIZES = recipes.table(
         'tiny': (128, 4, 4, 344, 256, 48, 24, 16, 24, 16, 48),
         'lite': (2048, 27, 16, 10944, 4096, 512, 128, 64, 128, 64, 1408),
         '236b': (5120, 60, 128, 12288, 4096, 512, 128, 64, 128, 160, 1536)})
-# Of V3 too.
+# The published sizes of V3 have these too.
 PUBLISHED = dict(head_dim=128, init='normal', init_stddev=0.006)
 SIZES['tiny']['head_dim'] = 24
 SIZES['lite'] |= PUBLISHED | dict(

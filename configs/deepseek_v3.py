@@ -45,7 +45,7 @@ SIZES['kimi-k2'] = SIZES['671b'] | {
         warmup_steps=500, parameters=1_026_408_209_408)
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'671b': 58 * 256, 'kimi-k2': 60 * 384}
-# Of V3.2 and GLM-5 too.
+# V3.2 and GLM-5 have these too.
 MODEL = dict(norm_eps=1e-6, latent=dict(norm_eps=1e-6), moe=(
     deepseek_v2.MOE | dict(shared_experts=1, gate_scale=2.5,
                            balance_weight=0.0001, bias_rate=0.001)))

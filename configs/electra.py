@@ -31,7 +31,7 @@ SIZES['large']['data.mask_rate'] = 0.25
 SIZES['tiny'] = bert.SIZES['tiny'] | {
     'generator.num_layers': 2, 'generator.d_model': 64,
     'generator.num_heads': 2}
-# Of the generator, but for the embedding.
+# The parameters of the generator, without the embedding.
 UNCOUNTED = {'small': 647_162, 'base': 9_903_418, 'large': 19_512_378}
 
 get_config = recipes.of(

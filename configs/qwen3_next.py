@@ -16,7 +16,8 @@ text, on which it trains to a held-out loss of 1.272 nats a byte (1.84 bits).
 
 from configs import recipes
 
-# Of Qwen3.5 too: what its published sizes have, its small one, its decay.
+# Qwen3.5 shares these: the fields of published sizes, of the small one, and the
+# decay.
 SAME = dict(
     head_dim=256, max_len=262144, rope=dict(theta=1e7), deltanet=dict(
         key_heads=16, key_dim=128, value_dim=128))

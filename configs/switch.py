@@ -26,9 +26,9 @@ mean load in the encoder, 1.18 in the decoder. The loss is still falling there.
 
 from configs import recipes, t5
 
-# Of base by the paper's table of distilled models, where 1.1B of base-16 is
-# 1.07B rounded up. It has no base-8: that is the count of transformers' model
-# of google/switch-base-8.
+# The sizes of base are those of the paper's table of distilled models, where 1.1B
+# of base-16 is 1.07B rounded up. It has no base-8, whose count is that of
+# transformers' model of google/switch-base-8.
 SIZES = recipes.table(
     'num_layers d_model num_heads d_ff moe.num_experts moe.ffn parameters', {
         **{f'base-{n}': (12, 768, 12, 3072, n, 'relu', parameters)

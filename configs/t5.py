@@ -18,7 +18,7 @@ held-out loss of 2.272 nats a byte of the spans.
 
 from configs import recipes
 
-# What all sizes have, and those of Switch too.
+# All sizes have these, and those of Switch too.
 SAME = {'head_dim': 64, 'vocab_size': 32128, 'dropout': 0.1,
         'attention_dropout': 0.1, 'ffn_dropout': 0.1, 'train.z_loss': 1e-4}
 SIZES = recipes.table(

@@ -1,3 +1,3 @@
-"""What people do around a run: count, verify, convert, plan, sweep, report."""
+"""Programs around a run: they count, verify, convert, plan, sweep, report."""
 
 import common  # noqa: F401  its sentence comes before those of packages

@@ -2,14 +2,14 @@
 
   python -m tools.batches runs/my_sweep/points/learned/seed-* --out=batches
 
-Of each WORKDIR, of which only the config is read, FOLDER gets a folder of its
-last name:
+Only the config of each WORKDIR is read, and FOLDER gets a folder of its last
+name:
 
   train-0.npz, train-1000.npz, ...  the batches of 1,000 steps each, in order:
                   each array is [steps, rows, length], such as tokens, targets
                   and weights (what a target counts in the loss)
-  held_out-0.npz  those of the held-out data on which a run is evaluated; of a
-                  mixture one file a source
+  held_out-0.npz  the batches of the held-out data on which a run is evaluated;
+                  for a mixture, one file for each source
   about.json      vocab_size, steps, and the run's config
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import require
+from common.errors import RequestError, require
 from training import cli, runs
 from training.objectives import pipeline
 from training.workdir import run_config, storage
@@ -30,7 +30,8 @@ STEPS = 1000  # in a file
 
 def main() -> int:
   parser = cli.Parser(prog='python -m tools.batches', description=__doc__)
-  parser.add_argument('runs', nargs='+', metavar='WORKDIR', help='of a run')
+  parser.add_argument('runs', nargs='+', metavar='WORKDIR',
+                      help='the folder of a run')
   parser.add_argument('--out', required=True, metavar='FOLDER',
                       help='where to write')
   args = parser.parse_args()
@@ -51,24 +52,35 @@ def _write(workdir: Any, folder: pathlib.Path) -> None:
   """
   config = runs.config_of(workdir)
   tokenizer = runs.tokenizer_of(workdir, config)
+
+  # The batches of each file.
+  streams = {}
   train = pipeline.training_loader(config, tokenizer)
   steps = config.train.steps
-  files = {f'train-{n}': train.iterate(n, min(n + STEPS, steps))
-           for n in range(0, steps, STEPS)} | {
-               f'held_out-{i}': loader.iterate(
-                   0, loader.first(config.eval.batches))
-               for i, loader in enumerate(pipeline.held_out(config, tokenizer))}
-  for name, stream in files.items():
-    batches, data = [*stream], io.BytesIO()
-    require(len({str([x.shape for x in batch.values()])
-                 for batch in batches}) == 1, f'{workdir}: batches differ in '
-            'shape: take a run with data.length_buckets=1 and no batch_ramp')
-    np.savez_compressed(data, **{
-        key: np.stack([batch[key] for batch in batches]) for key in batches[0]})
+  for first in range(0, steps, STEPS):
+    last = min(first + STEPS, steps)
+    streams[f'train-{first}'] = train.iterate(first, last)
+  for i, loader in enumerate(pipeline.held_out(config, tokenizer)):
+    count = loader.first(config.eval.batches)
+    streams[f'held_out-{i}'] = loader.iterate(0, count)
+
+  for name, stream in streams.items():
+    batches = list(stream)
+    shapes = [{key: x.shape for key, x in batch.items()} for batch in batches]
+    if not batches or any(one != shapes[0] for one in shapes):
+      raise RequestError(f'{workdir}: batches differ in shape: take a run with '
+                         'data.length_buckets=1 and no batch_ramp')
+    arrays, data = {}, io.BytesIO()
+    for key in batches[0]:
+      arrays[key] = np.stack([batch[key] for batch in batches])
+    np.savez_compressed(data, **arrays)
     storage.write(storage.path(folder / f'{name}.npz'), data.getvalue())
-  storage.write(storage.path(folder / 'about.json'), json.dumps({
-      'vocab_size': runs.resolve(config, tokenizer)[0].vocab_size,
-      'steps': steps, 'config': run_config.flatten(config)}, indent=2) + '\n')
+
+  model, _ = runs.resolve(config, tokenizer)
+  about = {'vocab_size': model.vocab_size, 'steps': steps,
+           'config': run_config.flatten(config)}
+  storage.write(storage.path(folder / 'about.json'),
+                json.dumps(about, indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -59,10 +59,12 @@ def main() -> None:
           'the folder of a run, or --folder DIR, in the Hugging Face format')
   require(args.step is None or not args.folder,
           f'{args.folder} is no run: it has no --step')
-  overrides = {flag.name: args[flag.name].value for flag in writing.SAMPLING
-               if args[flag.name].value is not None}
-  # Which refuses what is out of range.
-  writing.sampling(_options({}, overrides))
+  overrides = {}
+  for flag in writing.SAMPLING:
+    value = args[flag.name].value
+    if value is not None:
+      overrides[flag.name] = value
+  writing.sampling(_options({}, overrides))  # refuses what is out of range
   sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr]
   with contextlib.redirect_stdout(sys.stderr):
     session = _session(args, overrides)
@@ -74,18 +76,20 @@ def _options(generation: dict[str, Any], overrides: dict[str, Any]
   """Returns the options of writing.SAMPLING.
 
   Args:
-    generation: what a folder's generation_config.json says; {}: nothing.
-    overrides: those that were set on the command line.
+    generation: the fields of a folder's generation_config.json; {}: none.
+    overrides: the options that were set on the command line.
   """
   usual = {flag.name: flag.default for flag in writing.SAMPLING}
   draws = {'temperature', 'top_k', 'top_p', 'min_p'}
   if generation and not draws & overrides.keys():
-    # What transformers takes where the file says nothing.
-    usual |= dict(top_k=50) if generation.get('do_sample') else dict(
-        temperature=0.0)
-    draws &= generation.keys() if generation.get('do_sample') else set()
-    usual |= {name: generation[name] for name in draws
-              if generation[name] is not None}
+    # Where the file says nothing, transformers takes these.
+    if generation.get('do_sample'):
+      usual['top_k'] = 50
+      for name in draws & generation.keys():
+        if generation[name] is not None:
+          usual[name] = generation[name]
+    else:
+      usual['temperature'] = 0.0
   if generation.get('repetition_penalty') is not None:
     usual['repetition_penalty'] = generation['repetition_penalty']
   return types.SimpleNamespace(**usual | overrides)
@@ -96,27 +100,32 @@ def _session(args: Any, overrides: dict[str, Any]) -> Any:
   from training import chat
   from training import hub
   from training.workdir import checkpoints, storage
-  speaker = (chat.of_folder(storage.path(hub.local(args.folder), '--folder'),
-                            args.template) if args.folder else
-             chat.of_run(storage.path(args.workdir),
-                         checkpoints.named_step(args.step), args.template))
+  if args.folder:
+    folder = storage.path(hub.local(args.folder), '--folder')
+    speaker = chat.of_folder(folder, args.template)
+  else:
+    step = checkpoints.named_step(args.step)
+    speaker = chat.of_run(storage.path(args.workdir), step, args.template)
+
   options = _options(speaker.options, overrides)
   context = min(args.context, speaker.module.config.max_len)
+  engine = chat.Engine(speaker.module, speaker.params, context,
+                       writing.sampling(options), args.seed)
   session = chat.Session(
-      chat.Engine(speaker.module, speaker.params, context,
-                  writing.sampling(options), args.seed),
-      speaker.tokenizer, speaker.talk, most=args.max_new_tokens,
+      engine, speaker.tokenizer, speaker.talk, most=args.max_new_tokens,
       stops=writing.stops(options), system=args.system)
+
   if sys.stdin.isatty():
-    print(f'the model {speaker.talk.words}; '
-          + ', '.join(f'{name} {value}' for name, value in vars(options).items()
-                      if value) + f'; room for {context:,} tokens')
+    words = [f'{name} {value}' for name, value in vars(options).items()
+             if value]
+    print(f'the model {speaker.talk.words}; {", ".join(words)}; room for '
+          f'{context:,} tokens')
   return session
 
 
 def converse(session: Any, in_terminal: bool) -> None:
-  """Answers each line, until there is none; in a terminal what is wrong is said
-  and ends nothing."""
+  """Answers each line, until there is none. In a terminal, a wrong request is
+  named and does not end the conversation."""
   from training.data import texts
   for number, line in enumerate(_lines(in_terminal), 1):
     try:
@@ -125,8 +134,8 @@ def converse(session: Any, in_terminal: bool) -> None:
       if line.strip() == '/reset':
         session.reset()
       elif line.strip():
-        _answer(session, texts.checked(line.rstrip('\r\n'),
-                                       f'line {number}'))
+        message = texts.checked(line.rstrip('\r\n'), f'line {number}')
+        _answer(session, message)
         if in_terminal and session.ended in NOTES:
           print(NOTES[session.ended], file=sys.stderr)
     except RequestError as error:
@@ -136,6 +145,8 @@ def converse(session: Any, in_terminal: bool) -> None:
 
 
 def _lines(in_terminal: bool) -> Iterator[str]:
+  """Yields the messages: what is typed in a terminal, or the lines of standard
+  input."""
   if not in_terminal:
     from training.data import texts
     for data in sys.stdin.buffer:
@@ -156,10 +167,10 @@ def _lines(in_terminal: bool) -> Iterator[str]:
 def _answer(session: Any, message: str) -> None:
   """Prints the answer. Meanwhile Ctrl-C ends it between two tokens, with the
   cache as it should be."""
-  came = []
-  before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+  interrupts = []
+  before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
   try:
-    for piece in session.ask(message, lambda: bool(came)):
+    for piece in session.ask(message, lambda: bool(interrupts)):
       print(piece, end='', flush=True)
     print(flush=True)
   finally:

@@ -79,9 +79,11 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
     folder = _folder(source)
     copied = hf_tokenizer.take(folder, workdir, config)
     if hf_tokenizer.is_stand_in(config.data.tokenizer):
-      print(f'warning: {folder} has no tokenizer that is read here'
-            + (f', though {", ".join(copied)}' if copied else '')
-            + f': data.tokenizer is {config.data.tokenizer!r}, whose ids mean '
+      though = ''
+      if copied:
+        though = f', though {", ".join(copied)}'
+      print(f'warning: {folder} has no tokenizer that is read here{though}: '
+            f'data.tokenizer is {config.data.tokenizer!r}, whose ids mean '
             'something else than those of its training', file=sys.stderr)
     _make(workdir, config, params, hf_generation.of_folder(folder), False,
           f'of {module.config.arch}')
@@ -91,6 +93,7 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
             step: int | str | None, seed: int) -> None:
   """Makes `workdir` of a dense model, as a mixture of experts at step 0."""
   with _new(workdir):
+    # The dense model: of a run, or of a Hugging Face folder.
     folder = _folder(source)
     if checkpoints.directory(source).exists():
       config, module, params, at = _from_workdir(source, step)
@@ -100,12 +103,16 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
       require(step is None, f'{source} is no workdir: it has no step {step}')
       config, module, params = _from_hf(source, False, seed)
       generation, trained = hf_generation.of_folder(folder), False
+
+    # The config of the mixture.
     module, params = weights.merge(module, params)
     config.model.lora = base.base().model.lora
     config.model = upcycling.config(
         config.model, upcycling.fields(moe, config.model.moe), module.config)
     config.init_from = ''
     hf_tokenizer.take(folder, workdir, config)
+
+    # Its parameters.
     model, derived = _resolved(config)
     run = runs.build(config, model)
     made = upcycling.params(run.module, run.abstract.params, params, seed)
@@ -202,7 +209,7 @@ def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
   for name, value in vars(model.config).items():
     if isinstance(value, float):
       setattr(model.config, name, float(str(np.float32(value))))
-  try:  # of a damaged file, an epsilon may be none
+  try:  # the epsilon of a damaged file may be none
     hf_config.read(json.loads(model.config.to_json_string()))
   except RequestError as error:
     raise RequestError(f'{file} gives a folder that an import refuses: {error}'
@@ -214,14 +221,15 @@ def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def _folder(source: Any) -> Any:
+  """Returns the folder of a source, which may be one of its files."""
   return source.parent if source.is_file() else source
 
 
 def _generation(workdir: epath.Path, config: Any, model: Any, step: int
                 ) -> hf_generation.Generation:
-  """Returns what an export says of generation."""
-  # What an import kept holds until training has given the ids of a tokenizer
-  # that was not read another meaning.
+  """Returns the fields of generation that an export has."""
+  # The fields that an import kept hold until training has given the ids of a
+  # tokenizer that was not read another meaning.
   kept = hf_generation.kept(workdir)
   if kept and (hf_generation.is_published(workdir, step)
                or not hf_tokenizer.is_stand_in(config.data.tokenizer)):
@@ -232,17 +240,16 @@ def _generation(workdir: epath.Path, config: Any, model: Any, step: int
 
 @contextlib.contextmanager
 def _new(workdir: epath.Path) -> Iterator[None]:
-  """Around what makes a workdir, which must hold no run: where it fails, what
-  it has written is removed, so that the next one is not refused."""
+  """Guards the making of a workdir, which must hold no run. Where it fails, the
+  files that it has written are removed, so that the next one is not refused."""
   require(not (storage.has_config(workdir) or run_config.has_begun(workdir)),
           f'{workdir} holds a run already: choose another WORKDIR')
   storage.refuse_others(workdir, 'WORKDIR')
-  there = lambda: {*epath.Path(workdir).glob('*')}
-  before = there()
+  before = set(epath.Path(workdir).glob('*'))
   try:
     yield
   except BaseException:
-    for path in there() - before:
+    for path in set(epath.Path(workdir).glob('*')) - before:
       if path.is_dir():
         path.rmtree()
       else:
@@ -284,6 +291,7 @@ def _from_workdir(workdir: epath.Path, step: int | str | None):
 
 
 def _resolved(config: Any):
+  """Returns the model of a config, and the fields that were derived."""
   return runs.resolve(config, tokenizers.load(config.data.tokenizer))
 
 

@@ -7,7 +7,8 @@ It writes a Hugging Face tokenizer.json, which a run takes as
 --config.data.tokenizer=FILE. Documents held out for evaluation are left out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers as hf
@@ -18,43 +19,69 @@ from training import cli, progress
 from training.data import sources, tokens
 from training.workdir import storage
 
-# Of each kind: a model, what cuts text into words, and back, and a trainer with
-# its options; the special tokens, in the order of their ids.
+
+class Kind(NamedTuple):
+  """An algorithm of the package tokenizers.
+
+  Attributes:
+    model: the model.
+    words: what cuts a text into words.
+    back: what joins words to a text.
+    trainer: the class of the trainer.
+    special: the special tokens, in the order of their ids.
+    options: more options of the trainer.
+    normalizer: what a text becomes before it is cut; None: it stays.
+  """
+  model: Any
+  words: Any
+  back: Any
+  trainer: Callable[..., Any]
+  special: Sequence[str]
+  options: dict[str, Any] = {}
+  normalizer: Any = None
+
+
 KINDS = {
     # GPT-2's: every text round-trips, nothing is unknown.
-    'bpe': (hf.models.BPE(),
-            hf.pre_tokenizers.ByteLevel(add_prefix_space=False),
-            hf.decoders.ByteLevel(), hf.trainers.BpeTrainer,
-            dict(initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet()),
-            ['<|endoftext|>']),
+    'bpe': Kind(
+        model=hf.models.BPE(),
+        words=hf.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        back=hf.decoders.ByteLevel(), trainer=hf.trainers.BpeTrainer,
+        special=['<|endoftext|>'],
+        options=dict(initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet())),
     # T5's: words with the space before them.
-    'unigram': (hf.models.Unigram(), hf.pre_tokenizers.Metaspace(),
-                hf.decoders.Metaspace(), hf.trainers.UnigramTrainer,
-                dict(unk_token='<unk>'), ['<pad>', '</s>', '<unk>', *(
-                    f'<extra_id_{i}>' for i in range(100))]),
+    'unigram': Kind(
+        model=hf.models.Unigram(), words=hf.pre_tokenizers.Metaspace(),
+        back=hf.decoders.Metaspace(), trainer=hf.trainers.UnigramTrainer,
+        special=['<pad>', '</s>', '<unk>',
+                 *(f'<extra_id_{i}>' for i in range(100))],
+        options=dict(unk_token='<unk>')),
     # BERT's uncased: lower case, no accents, punctuation apart.
-    'wordpiece': (hf.models.WordPiece(unk_token='[UNK]'),
-                  hf.pre_tokenizers.BertPreTokenizer(),
-                  hf.decoders.WordPiece(), hf.trainers.WordPieceTrainer, {},
-                  ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']),
+    'wordpiece': Kind(
+        model=hf.models.WordPiece(unk_token='[UNK]'),
+        words=hf.pre_tokenizers.BertPreTokenizer(),
+        back=hf.decoders.WordPiece(), trainer=hf.trainers.WordPieceTrainer,
+        special=['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]'],
+        normalizer=hf.normalizers.BertNormalizer(lowercase=True)),
 }
 
 
 def train(kind: str, documents: Iterator[str], size: int, more: list[str]
           ) -> hf.Tokenizer:
   """Returns a tokenizer of `size` ids, with `more` special tokens."""
-  model, words, back, trainer, options, special = KINDS[kind]
-  made = hf.Tokenizer(model)
-  made.pre_tokenizer, made.decoder = words, back
-  if kind == 'wordpiece':
-    made.normalizer = hf.normalizers.BertNormalizer(lowercase=True)
+  how = KINDS[kind]
+  made = hf.Tokenizer(how.model)
+  made.pre_tokenizer, made.decoder = how.words, how.back
+  if how.normalizer is not None:
+    made.normalizer = how.normalizer
   try:
-    made.train_from_iterator(documents, trainer(
-        vocab_size=size, special_tokens=[*special, *more],
-        show_progress=False, **options))
+    trainer = how.trainer(
+        vocab_size=size, special_tokens=[*how.special, *more],
+        show_progress=False, **how.options)
+    made.train_from_iterator(documents, trainer)
   except (RequestError, OSError):
-    raise  # Of the source: it says itself what is wrong.
-  except Exception as error:  # tokenizers raises bare Exception.
+    raise  # by the source, which says itself what is wrong
+  except Exception as error:  # tokenizers raises bare Exception
     raise RequestError(f'training {kind} failed: {error}.') from error
   made_size = made.get_vocab_size(with_added_tokens=True)
   require(made_size <= size, f'--vocab_size={size} is too small: the special '
@@ -68,9 +95,13 @@ def _texts(spec: str, every: int) -> Iterator[str]:
     require(sources.TEXT in source.holds, f'data source {source.name!r} holds '
             f'{source.holds[0]}, and no text: choose another')
     for i, document in enumerate(sources.cut(source, every).documents()):
-      if tokens.chosen(np.array([i]), every, 'train').any():
-        yield from ([document] if isinstance(document, str)
-                    else [text for _, text in document])
+      if not tokens.chosen(np.array([i]), every, 'train').any():
+        continue
+      if isinstance(document, str):
+        yield document
+      else:
+        for _, text in document:
+          yield text
 
 
 def main(argv: list[str] | None = None) -> None:
