@@ -41,10 +41,12 @@ def get_config():
 
 def sweep(add):
   def three_of_four(**fields):
-    """Of four layers, three of another kind, and then the base's."""
-    return {'model.pattern': 'other,other,other,full',
-            'model.kinds.full.mixer': 'attention',
-            **{f'model.kinds.other.{name}': fields[name] for name in fields}}
+    """Returns the changes that give three layers of four other fields."""
+    changes = {'model.pattern': 'other,other,other,full',
+               'model.kinds.full.mixer': 'attention'}
+    for name, value in fields.items():
+      changes[f'model.kinds.other.{name}'] = value
+    return changes
 
   add('llama')
   add('qk-norm', **{'model.qk_norm': True})
