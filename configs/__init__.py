@@ -17,11 +17,13 @@ FOLDER = pathlib.Path(__file__).parent
 def names(folders: tuple[str, ...], defines: str) -> list[str]:
   """Returns the files of folders of this package that define a function, as
   `gpt` or `sweeps/small`: their paths here without the suffix."""
-  paths = [path for folder in folders
-           for path in sorted((FOLDER / folder).glob('*.py'))]
   definition = re.compile(rf'^(def )?{defines}\b', re.MULTILINE)
-  return [path.relative_to(FOLDER).with_suffix('').as_posix()
-          for path in paths if definition.search(path.read_text())]
+  stems = []
+  for folder in folders:
+    for path in sorted((FOLDER / folder).glob('*.py')):
+      if definition.search(path.read_text()):
+        stems.append(path.relative_to(FOLDER).with_suffix('').as_posix())
+  return stems
 
 
 def file_of(name: str, asked_in: str, folders: tuple[str, ...] = ('',),
@@ -30,9 +32,9 @@ def file_of(name: str, asked_in: str, folders: tuple[str, ...] = ('',),
   path from here, else a file of this package.
 
   Args:
-    name: as a user writes it.
+    name: the name as a user writes it.
     asked_in: the flag or argument that has the name.
-    folders: of this package, in which such files lie.
+    folders: the folders of this package in which such files lie.
     defines: the function that each of them has.
 
   Raises:
@@ -46,11 +48,15 @@ def file_of(name: str, asked_in: str, folders: tuple[str, ...] = ('',),
   named = [one for one, stem in stems.items() if asked in (one, stem)]
   if len(named) == 1:
     return str(FOLDER / f'{named[0]}.py')
-  # Those of the same name in several folders, or those that are spelt alike.
-  spelt = difflib.get_close_matches(
-      pathlib.Path(asked).name, set(stems.values()), n=4)
-  near = [one for stem in spelt for one in known if stems[one] == stem]
+
+  # The files of that name in several folders, or those that are spelt alike.
+  near = []
+  for stem in difflib.get_close_matches(
+      pathlib.Path(asked).name, set(stems.values()), n=4):
+    near += [one for one in known if stems[one] == stem]
+  question = ''
+  if near:
+    question = f'. Did you mean {" or ".join(near)}?'
   places = ' or '.join(str(FOLDER / folder) for folder in folders)
-  question = f'. Did you mean {" or ".join(near)}?' if near else ''
   raise RequestError(f'unknown {asked_in} {short(name)}: write the path of a '
                      f'file, or the name of one in {places}{question}')

@@ -127,16 +127,19 @@ def notebook(text: str) -> str:
 
 def config_fields() -> str:
   """Returns the page of the config's fields, as they are declared."""
-  lines, group = ['# Fields of a config', '', 'Each field is a flag: '
-                  '`--config.optim.lr=3e-4`.'], None
+  lines = ['# Fields of a config', '',
+           'Each field is a flag: `--config.optim.lr=3e-4`.']
+  before = None  # the group of the field before
   for name, leaf in base.FIELDS.items():
-    if group != (group := name.rpartition('.')[0]):
+    group = name.rpartition('.')[0]
+    if group != before:
       lines += ['', f'## {group or "The run"}', '', '| field | default | |',
                 '|---|---|---|']
-    choices = f' One of {", ".join(leaf.rule.choices)}.' if (
-        leaf.rule.choices) else ''
-    description = re.sub(r'([|*_])', r'\\\1', (leaf.rule.doc + choices).replace(
-        '<', '&lt;'))
+    before = group
+    text = leaf.rule.doc
+    if leaf.rule.choices:
+      text += f' One of {", ".join(leaf.rule.choices)}.'
+    description = re.sub(r'([|*_])', r'\\\1', text.replace('<', '&lt;'))
     lines.append(f'| `{name}` | `{leaf.default!r}` | {description} |')
   return '\n'.join(lines) + '\n'
 
