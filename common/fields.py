@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from common.errors import RequestError, one_of, short
 
 MOST = 2**31 - 1  # A device counts in 32 bits.
+# A program has an operation for each token that a short convolution sees.
+MOST_TAPS = 256
 
 # The kinds of change of a field, for a run that is resumed.
 SAFE = 'safe'

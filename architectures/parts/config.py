@@ -30,7 +30,7 @@ from architectures.parts.loops import LoopsConfig
 from architectures.parts.lora import LoraConfig
 from common import kinds
 from common.fields import AT_START, field, FUNCTION, RUN, SAME
-from common.fields import REGULARISATION, SHAPES, SIZE, Wait
+from common.fields import MOST_TAPS, REGULARISATION, SHAPES, SIZE, Wait
 
 Part = TypeVar('Part')  # the dataclass of a part
 
@@ -184,7 +184,8 @@ class ModelConfig:
       above=0, resume=FUNCTION)
   branch_conv: int = field(
       0, 'The number of tokens that a convolution sees beside the results of '
-      'attention and of the network; 0: no convolution.', resume=SHAPES,
+      'attention and of the network; 0: no convolution.', most=MOST_TAPS,
+      resume=SHAPES,
       of_layers=True)
   mixer: str = field(
       'attention', 'The part of a layer that mixes tokens: attention; latent, '

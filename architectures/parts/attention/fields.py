@@ -4,7 +4,7 @@
 import dataclasses
 
 from architectures.parts.sizes import Sizes
-from common.fields import field, FUNCTION, SHAPES, Wait
+from common.fields import field, FUNCTION, MOST_TAPS, SHAPES, Wait
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class AttentionConfig:
       resume=FUNCTION, of_layers=True)
   attention_conv: int = field(
       0, 'Tokens that a convolution of queries, keys and values sees; 0: no '
-      'convolution.', resume=SHAPES, of_layers=True)
+      'convolution.', most=MOST_TAPS, resume=SHAPES, of_layers=True)
   value_residual: bool = field(
       False, "the first layer's values are mixed into all")
   value_embedding: bool = field(

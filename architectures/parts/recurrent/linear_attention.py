@@ -18,7 +18,7 @@ from architectures.parts.context import Context
 from architectures.parts.positions import RopeConfig
 from architectures.parts.recurrent import features, layer, recurrence
 from common.errors import RequestError, require
-from common.fields import field, FUNCTION, SHAPES
+from common.fields import field, FUNCTION, MOST_TAPS, SHAPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class DeltaNetConfig(_Heads):
   """Of mixer deltanet. What is left open is as attention has it."""
   conv: int = field(
       4, 'tokens that a convolution sees, the token itself included', least=1,
-      resume=SHAPES)
+      most=MOST_TAPS, resume=SHAPES)
   decay: bool = field(
       True, 'the state decays (Gated DeltaNet), or not (DeltaNet)')
   householders: int = field(
@@ -116,7 +116,7 @@ class KDAConfig(_Heads):
   """Of mixer kda. What is left open is as attention has it, and products of low
   rank are as wide as a head's value."""
   conv: int = field(4, 'tokens that a convolution sees; 0: no convolution',
-                    resume=SHAPES)
+                    most=MOST_TAPS, resume=SHAPES)
   rank: int = field(
       0, "rank of the decays' and gate's product; derived: value_dim",
       resume=SHAPES)
@@ -225,7 +225,7 @@ class GLAConfig(States):
   value_dim: int = field(0, "size of a head's value; derived: head_dim",
                          resume=SHAPES)
   conv: int = field(0, 'tokens that a convolution sees; 0: no convolution',
-                    resume=SHAPES)
+                    most=MOST_TAPS, resume=SHAPES)
   rank: int = field(16, 'rank of the product for decays', least=1,
                     resume=SHAPES)
   temperature: float = field(16.0, 'divides the logarithms of the decays',

@@ -36,7 +36,7 @@ from architectures.parts.recurrent import features, layer
 from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from common.errors import RequestError
-from common.fields import field, SHAPES
+from common.fields import field, MOST_TAPS, SHAPES
 
 PLACES = 16  # the places of a piece
 
@@ -52,7 +52,7 @@ class MambaConfig:
                     resume=SHAPES)
   conv: int = field(
       4, 'tokens that the convolution sees, the token itself included', least=1,
-      resume=SHAPES)
+      most=MOST_TAPS, resume=SHAPES)
   conv_bias: bool = field(True, 'whether the convolution has a bias')
 
   def derived(self, c: ModelConfig) -> 'MambaConfig':

@@ -29,7 +29,7 @@ from architectures.parts.context import Context
 from architectures.parts.recurrent import layer, recurrence, features
 from architectures.parts.sharding import Role, declare
 from common.errors import RequestError, require
-from common.fields import field, FUNCTION, SHAPES, Wait
+from common.fields import field, FUNCTION, MOST_TAPS, SHAPES, Wait
 
 NORMS_OVER = ('group', 'all')
 
@@ -76,7 +76,7 @@ class Mamba2Config(Groups):
   """Of mixer mamba2."""
   conv: int = field(
       4, 'tokens that a convolution sees, the token itself included', least=1,
-      resume=SHAPES)
+      most=MOST_TAPS, resume=SHAPES)
   conv_bias: bool = field(True, 'whether the convolutions have a bias')
   norm_over: str = field(
       'group', 'one norm is over the heads of a group, or all',

@@ -25,7 +25,7 @@ from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import features, layer
 from architectures.parts.report import Report
-from common.fields import field, SHAPES
+from common.fields import field, MOST_TAPS, SHAPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ShortConvConfig:
   """Of mixer short_conv."""
   kernel: int = field(
       3, 'tokens that the convolution sees, the token itself included', least=1,
-      resume=SHAPES)
+      most=MOST_TAPS, resume=SHAPES)
   bias: bool = field(
       False, 'whether the convolution and the products have a bias')
 
