@@ -44,6 +44,17 @@ from training.optim import mup, optimizers, shares
 from training.workdir import provenance, run_config
 
 STREAMS = ('dropout', 'router')  # The random streams that a model draws from.
+# The fields that a program takes as inputs, so that runs which differ in these
+# alone share it, and the type of each.
+INPUTS = {
+    'seed': np.uint32,
+    'init_seed': np.uint32,
+    'optim.lr': np.float32,
+    'optim.weight_decay': np.float32,
+    'optim.warmup_steps': np.float32,
+    'model.init_stddev': np.float32,
+    'model.init_scale': np.float32,
+}
 
 
 @struct.dataclass

@@ -1,12 +1,12 @@
 """Several runs as one program: the training step under vmap.
 
-Runs that differ in nothing but FIELDS share one compiled step, whose inputs
-these fields are; the axis of the runs is cut over the devices there are. Each
-run draws the batches, the dropout and the initial parameters of its own seed,
-and writes the workdir that train.py would have written: its losses equal
-those of the run alone to float32 rounding, and either goes on where the other
-stopped. Rows of labelled data are as long as the longest of all seeds needs;
-where that is more than one needs alone, its dropout draws other numbers (with
+Runs that differ in nothing but the fields of runs.INPUTS share one compiled
+step; the axis of the runs is cut over the devices there are. Each run draws the
+batches, the dropout and the initial parameters of its own seed, and writes the
+workdir that train.py would have written: its losses equal those of the run
+alone to float32 rounding, and either goes on where the other stopped. Rows of
+labelled data are as long as the longest of all seeds needs; where that is more
+than one needs alone, its dropout draws other numbers (with
 data.length_buckets=1 all rows have one length).
 """
 
@@ -33,19 +33,6 @@ from training.runs import make_eval_step, make_train_step, optimizer
 from training.runs import TrainState, init_state, initial_seed
 from training.workdir import checkpoints, metrics, run_config, storage
 from training.writer import Writer
-
-# The fields in which the runs of a group may differ, with the dtypes in which
-# a step is given them.
-DTYPES = {
-    'seed': np.uint32,
-    'init_seed': np.uint32,
-    'optim.lr': np.float32,
-    'optim.weight_decay': np.float32,
-    'optim.warmup_steps': np.float32,
-    'model.init_stddev': np.float32,
-    'model.init_scale': np.float32,
-}
-FIELDS = tuple(DTYPES)
 
 RUNS = 'runs'  # the mesh axis, and the leading axis of every array
 _EACH = PartitionSpec(RUNS)
@@ -89,7 +76,7 @@ def _shared(config: ml_collections.ConfigDict) -> tuple:
   """Returns what the configs of one group have in common."""
   shared = []
   for name, value in run_config.flatten(config).items():
-    if name not in FIELDS:
+    if name not in runs.INPUTS:
       shared.append((name, value))
   return tuple(shared)
 
@@ -113,8 +100,9 @@ def train(configs: Sequence[ml_collections.ConfigDict],
     ValueError: for configs that are no group, or a workdir of another run.
   """
   is_one_group = groups(configs) == [list(range(len(workdirs)))]
-  require(is_one_group, f'runs of a group differ in {", ".join(FIELDS)} alone, '
-          'and have a device, and a workdir, each')
+  require(is_one_group, 'runs of a group differ in '
+          f'{", ".join(runs.INPUTS)} alone, and have a device, and a workdir, '
+          'each')
 
   # The steps of begin.py follow, in its order, for all runs of the group.
   requests = []
@@ -256,14 +244,14 @@ class Group(Program):
     # The fields in which the runs differ.
     fields = [run_config.flatten(writer.config) for writer in writers]
     differ = []
-    for name in FIELDS:
+    for name in runs.INPUTS:
       different = {each[name] for each in fields}
       if len(different) > 1:
         differ.append(name)
     values = {}
-    for name in differ or FIELDS[:1]:
+    for name in differ or ['seed']:
       rows = [fields[i][name] for i in self._rows]
-      values[name] = np.array(rows, DTYPES[name])
+      values[name] = np.array(rows, runs.INPUTS[name])
     self._values = self._put(values)
 
     # All other fields are those of the first run.

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 from architectures.parts import flat
 from common.errors import require
@@ -16,30 +17,42 @@ from training import plugins, progress, runs
 from training.costs import systems
 from training.workdir import run_config
 
-# The flags that only the file of a sweep is read with, or only that of a study.
-_OF_A_SWEEP = ('seeds', 'match', 'match_field', 'time')
-_OF_A_STUDY = ('amend', 'anyway')
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   add_file_arguments(parser)
   parser.add_argument('--workdir', default='', help='write sweep.json here; of '
                       'a study that has run in part: take the hours from it')
-  parser.add_argument('--time', action='store_true', help='of a sweep: time a '
-                      'few steps of each point on this machine')
-  parser.add_argument('--json', action='store_true', help='of a sweep: print '
-                      'JSON')
+  add_only(parser, 'sweep', '--time', action='store_true',
+           help='time a few steps of each point on this machine')
+  add_only(parser, 'sweep', '--json', action='store_true', help='print JSON')
+
+
+def add_only(parser: argparse.ArgumentParser, whose: str, flag: str,
+             **how: Any) -> None:
+  """Adds a flag that only the file of a sweep is read with, or only that of a
+  study; `check_arguments` refuses it beside the other kind of file.
+
+  Args:
+    parser: the parser of a command.
+    whose: 'sweep' or 'study'.
+    flag: the name of the flag.
+    **how: the keywords of `add_argument`.
+  """
+  how['help'] = f'of a {whose}: {how["help"]}'
+  action = parser.add_argument(flag, **how)
+  defaults = parser.get_default(whose) or {}
+  parser.set_defaults(**{whose: defaults | {action.dest: action.default}})
 
 
 def add_file_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds what `check` and `run` alike are told of a file and of the machine."""
   parser.add_argument('file', help='of configs/sweeps/ or configs/studies/')
-  parser.add_argument('--seeds', type=int, default=0, help='of a sweep, how '
-                      'many: 0, 1, ...; default: the file\'s, or 3')
-  parser.add_argument('--match', default='', choices=('', *spec.MATCH),
-                      help='of a sweep: give every point the base\'s cost')
-  parser.add_argument('--match_field', default='', help='the field that is '
-                      f'solved for it; default: {spec.MATCH_FIELD}')
+  add_only(parser, 'sweep', '--seeds', type=int, default=0,
+           help="how many: 0, 1, ...; default: the file's, or 3")
+  add_only(parser, 'sweep', '--match', default='', choices=('', *spec.MATCH),
+           help="give every point the base's cost")
+  add_only(parser, 'sweep', '--match_field', default='',
+           help=f'the field that is solved for it; default: {spec.MATCH_FIELD}')
   parser.add_argument('--parallel', type=int, default=1,
                       help='processes at once (%(default)s)')
   parser.add_argument('--group', type=int, default=8, help='how many runs that '
@@ -53,11 +66,9 @@ def check_arguments(args) -> bool:
   check_number('--parallel', args.parallel, (('>=', 1), ('<=', 512)))
   check_number('--group', args.group, (('>=', 1), ('<=', 100_000)))
   is_study = spec.is_study(args.file)
-  others, whose = _OF_A_STUDY, 'study'
-  if is_study:
-    others, whose = _OF_A_SWEEP, 'sweep'
-  for flag in others:
-    require(not getattr(args, flag, None), f'--{flag} is of a {whose}, and '
+  whose = 'sweep' if is_study else 'study'
+  for flag, default in getattr(args, whose, {}).items():
+    require(getattr(args, flag) == default, f'--{flag} is of a {whose}, and '
             f'{args.file} is none: leave it out')
   return is_study
 

@@ -27,15 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       'runners; default: one a run that waits, 1 of a study')
   parser.add_argument('--slurm', default='', help='of slurm: what submitit '
                       'is told, as slurm_partition=gpu,timeout_min=60')
-  parser.add_argument('--until', default=plan.REPORT, help='of a study: its '
-                      f'last phase, of freeze, {", ".join(phases.PHASES)}, '
-                      f'{plan.REPORT} (%(default)s)')
-  parser.add_argument('--amend', default='', metavar='REASON', help='of a '
-                      'study: go on with a plan that was changed; the reason '
-                      'is reported')
-  parser.add_argument('--anyway', action='store_true', help='of a study: go on '
-                      'although the noise is too large for EFFECT; this is '
-                      'reported')
+  check.add_only(parser, 'study', '--until', default=plan.REPORT,
+                 help=f'its last phase, of freeze, {", ".join(phases.PHASES)}, '
+                 f'{plan.REPORT} (%(default)s)')
+  check.add_only(parser, 'study', '--amend', default='', metavar='REASON',
+                 help='go on with a plan that was changed; the reason is '
+                 'reported')
+  check.add_only(parser, 'study', '--anyway', action='store_true',
+                 help='go on although the noise is too large for EFFECT; this '
+                 'is reported')
 
 
 def main(args) -> int:

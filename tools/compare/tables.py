@@ -18,8 +18,6 @@ from tools.compare.page import UNKNOWN, Cell, Table, label
 from training.workdir import run_config
 
 TARGET_LEVEL = 0.01  # as in the rules of modded-nanogpt's third track
-# Fields that say where and how a run is done, not what it computes.
-ASIDE = ('log.', 'checkpoint.', 'mesh.', 'profile.')
 
 
 # Estimates.
@@ -525,8 +523,7 @@ def config(c: Comparison) -> Table:
   """Returns every field of the config that all runs change."""
   rows = []
   for name, x in run_config.flatten(c.frozen.base_config).items():
-    if not name.startswith(ASIDE):
-      rows.append({'field': label(name), 'value': Cell(value(x))})
+    rows.append({'field': label(name), 'value': Cell(value(x))})
   return page.table('config', 'The config that all runs change', rows)
 
 

@@ -29,8 +29,6 @@ from training.workdir import storage
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
-# Fields that no evaluation reads: `model` stands resolved beside them.
-UNREAD = ('seed', 'init_', 'model.', 'optim.', 'checkpoint.', 'log.')
 # The file of a run's folder that says what each item scored in the last
 # evaluation of its training (items.py).
 ITEMS = 'items.json'
@@ -80,7 +78,7 @@ class Evaluation:
     """
     read = []
     for name, value in run_config.flatten(self.run.config).items():
-      if not name.startswith(UNREAD):
+      if name not in runs.INPUTS:
         read.append((name, value))
     key = (*of, self.run.model, *read)
     return self.programs.setdefault(key, jax.jit(function))

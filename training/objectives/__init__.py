@@ -485,15 +485,6 @@ class Objective:
     return values
 
 
-# The fields that some objectives read and others do not; see Objective.reads.
-READ_BY_SOME = (
-    'data.chat_template', 'data.class_weights', 'data.document_mask',
-    'data.labels', 'data.length_buckets', 'data.mask_rate', 'data.stride',
-    'data.target_length', 'data.whole_words', 'probe.examples',
-    'probe.held_out', 'probe.levels', 'probe.random_non_queries', 'probe.vocab',
-    'span.mean_length', 'span.noise_density', 'span.permuted')
-
-
 OBJECTIVES: Mapping[str, Objective] = lazy.Lazy(
     __name__, path=__path__, read=lambda file: file.OBJECTIVES,
     without=('losses', 'pipeline'))
@@ -556,8 +547,12 @@ def check_objective(config: Config) -> None:
   objective = of(config)
   if config.data.chat_template != conversations.PUBLISHED_NAME:
     conversations.source(config.data.chat_template)
-  for name in {*READ_BY_SOME, *objective.ignores} - {*objective.reads}:
-    _check_unread(config, name)
+  read_by_some: set[str] = set()
+  for other in OBJECTIVES.values():
+    read_by_some.update(other.reads)
+  for name in sorted(read_by_some.union(objective.ignores)):
+    if name not in objective.reads:
+      _check_unread(config, name)
   _check_mtp(config, objective)
   records.check_labels(config.data.labels)
   objective.check(config)

@@ -206,9 +206,9 @@ def lengths(config: Config) -> tuple[int, ...]:
   and, for labelled data, up to data.length_buckets - 1 shorter ones, as far
   from each other as eight tokens or more that mesh.context divides."""
   length = config.data.length
-  most = config.data.length_buckets
   if not objectives.of(config).has_lengths:
     return (length,)
+  most = config.data.length_buckets
   step = math.lcm(8, max(config.mesh.context, 1))
   step *= -(-length // (step * most))
   return (*range(step, length, step), length)
@@ -325,10 +325,8 @@ def of_sources(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
   drawn, of its first rows."""
   data = config.data
   hashes = {}
-  layout = functools.partial(
-      conversations.layout, data.chat_template, tokenizer)
   for spec in filter(None, (data.source, data.eval_source)):
-    for _, source in sources.parse(spec, layout):
+    for _, source in _parsed(spec, config, tokenizer):
       # A source may be cut into what is trained on and what is held out.
       source = sources.cut(source, _holdout_every(data))
       if source.tokens or source.drawn:
@@ -342,6 +340,17 @@ def _holdout_every(data: Config) -> int | None:
   """Returns data.holdout_every; None where nothing of data.source is held out,
   since data.eval_source is evaluated on."""
   return None if data.eval_source else data.holdout_every
+
+
+def _parsed(spec: str, config: Config, tokenizer: Tokenizer
+            ) -> list[tuple[float, sources.Source]]:
+  """Returns the (weight, source) pairs of a spec, with conversations laid out
+  by the template of the run."""
+  def layout() -> conversations.Layout:
+    """Returns the layout, which only sources of conversations ask for."""
+    return conversations.layout(config.data.chat_template, tokenizer)
+
+  return sources.parse(spec, layout)
 
 
 def _corpora(config: Config, tokenizer: Tokenizer, split: str,
@@ -366,9 +375,7 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str,
     part = config.eval.part
 
   # Each source's documents, by the kind of what it holds.
-  layout = functools.partial(
-      conversations.layout, data.chat_template, tokenizer)
-  for weight, source in sources.parse(spec, layout):
+  for weight, source in _parsed(spec, config, tokenizer):
     objectives.check_fits(config, source)
     if source.drawn:
       corpus = sources.Corpus(name=source.name, text=source.name, split=split,

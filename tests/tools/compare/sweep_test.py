@@ -25,6 +25,7 @@ from tests.helpers.sweeps import states
 from tools.compare import __main__ as command
 from tools.compare import check, cost, layout, local, run, slurm, spec
 from tools.compare import statistics, status
+from training import cli
 from training.workdir import run_config
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -439,6 +440,36 @@ def test_a_wrong_request_is_a_sentence(word, message, tmp_path):
     run.main(sweeps.arguments(sweeps.write(tmp_path), f'--workdir={tmp_path}',
                               word))
   assert not (tmp_path / 'ledger.sqlite').exists()
+
+
+OF = {
+    'sweep': ('--seeds=2', '--match=params', '--match_field=model.d_ff',
+              '--time', '--json'),
+    'study': ('--until=noise', '--amend=why', '--anyway')}
+
+
+@pytest.mark.parametrize('command', [check, run])
+@pytest.mark.parametrize('whose', OF)
+def test_a_flag_is_refused_beside_the_other_kind_of_file(
+    whose, command, tmp_path):
+  files = {'sweep': sweeps.write(tmp_path), 'study': studies.write(tmp_path)}
+  other = {'sweep': 'study', 'study': 'sweep'}[whose]
+  parser = cli.Parser()
+  command.add_arguments(parser)
+  of_this_command = [word for word in OF[whose]
+                     if parser.get_default(word.strip('-').partition('=')[0])
+                     is not None]
+  assert of_this_command or command is check
+  for word in of_this_command:
+    parser = cli.Parser()  # which takes each flag once
+    command.add_arguments(parser)
+    words = ['--workdir=w', word]
+    assert check.check_arguments(parser.parse_args([files[whose], *words])) == (
+        whose == 'study')
+    parser = cli.Parser()
+    command.add_arguments(parser)
+    with pytest.raises(RequestError, match=f' is of a {whose}, and .* is none'):
+      check.check_arguments(parser.parse_args([files[other], *words]))
 
 
 @pytest.mark.slow

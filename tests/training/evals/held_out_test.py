@@ -26,6 +26,7 @@ from training.evals.tasks import extrapolation
 from training.evals.tasks import loss as loss_task
 from training.evals.tasks import probe as probe_task
 from training.objectives import pipeline
+from training.workdir import run_config
 
 BYTES = tokenizers.load('bytes')
 texts = vectorised_test.texts
@@ -63,6 +64,29 @@ def judged(c, loss_of):
       step, None, loaders, 0, runs.build(
           c, runs.resolve(c, BYTES)[0], evaluations.one_device()).put,
       lambda: False), loaders)
+
+
+def test_evaluations_share_a_program_where_its_inputs_alone_differ():
+  """The programs of evaluations of runs that differ in one field each."""
+  programs = {}
+
+  def program(config):
+    """Returns the program of an evaluation of a run."""
+    evaluation = evals.Evaluation(
+        run=types.SimpleNamespace(config=config, model=None), params=None,
+        step=0, tokenizer=None, options=None, workdir=None, programs=programs)
+    return evaluation.program(abs, 'loss')
+
+  config = base.base()
+  first = program(config)
+  for name, value in run_config.flatten(config).items():
+    if name == 'model.kinds':
+      continue
+    others = {bool: not value, int: 7, float: 0.7, str: 'other',
+              tuple: ('other',)}
+    other = config.copy_and_resolve_references()
+    other.update_from_flattened_dict({name: others[type(value)]})
+    assert (program(other) is first) == (name in runs.INPUTS), name
 
 
 def test_a_text_that_is_named_is_evaluated_whole(folder, monkeypatch):

@@ -293,3 +293,48 @@ def test_the_loss_of_an_answer_is_that_of_both_ends_without_padding():
   assert figures['accuracy'] == 1 / 2
   scores[0, 4:] += 1000  # what a model says of padding changes nothing
   assert _figures('question_answering', scores, batch)[-1] == figures
+
+
+def _sources(folder):
+  """Writes small files; returns the source of each objective that reads no
+  plain text."""
+  text = 'One fox ran. It saw a hen. ' * 90
+  for name in 'ab':
+    (folder / f'{name}.txt').write_text(text)
+  (folder / 'b.jsonl').write_text(json.dumps({'messages': [
+      {'role': 'user', 'content': text[:40]},
+      {'role': 'assistant', 'content': text[:60]}]}) + '\n')
+  labelled_sources = {name: source for name, (source, _) in
+                      files.bare(folder).items()}
+  return labelled_sources | {
+      'chat': f'jsonl:{folder}/b.jsonl:messages', 'probe': 'probe:recall',
+      'compression': 'probe:compression'}
+
+
+@pytest.mark.parametrize('objective', objectives.OBJECTIVES)
+def test_an_objective_names_the_fields_that_it_reads(
+    objective, tmp_path, monkeypatch):
+  """Of the fields that some objectives read and others do not, a batch reads
+  those that its objective names: a run may set these alone."""
+  source = _sources(tmp_path).get(objective, f'text:{tmp_path}/*.txt')
+  c = files.config(source, objective, 64, cache_dir=str(tmp_path / 'cache'))
+  for arch in ('gpt', 'bert', 't5'):
+    c.model.arch = arch
+    if architectures.stack(c.model) in objectives.of(c).stacks:
+      break
+  c = objectives.with_labels(c)
+  read = set()
+  get = ml_collections.ConfigDict.__getattr__
+  with monkeypatch.context() as patched:
+    patched.setattr(ml_collections.ConfigDict, '__getattr__',
+                    lambda self, name: read.add(name) or get(self, name))
+    pipeline.training_loader(c, BYTES).batch(0)
+
+  def last(names):
+    """Returns the fields of some dotted names."""
+    return {name.rpartition('.')[2] for name in names}
+
+  read_by_some = set()
+  for other in objectives.OBJECTIVES.values():
+    read_by_some |= last(other.reads)
+  assert read & read_by_some == last(objectives.of(c).reads)
