@@ -199,7 +199,7 @@ def costs(frozen: plans.Frozen, group: int, times: Times | None
 def _cost(frozen: plans.Frozen, group: int, times: Times | None,
           phase: phases.Phase) -> Cost:
   """Returns the cost of a phase, as `costs` does."""
-  from training import vectorised
+  from training.runs import INPUTS
   runs = phase.most(frozen)
   tokens = flops = seconds = 0.0
   alike: collections.Counter[tuple] = collections.Counter()
@@ -214,7 +214,7 @@ def _cost(frozen: plans.Frozen, group: int, times: Times | None,
       seconds += steps * times[run.size, run.workload]
     # Runs that differ in numbers alone train as one program.
     others = [(name, repr(value)) for name, value in run.changes.items()
-              if name not in vectorised.FIELDS]
+              if name not in INPUTS]
     alike[tuple(sorted(others))] += 1
   programs = sum(math.ceil(number / group) for number in alike.values())
   return Cost(
