@@ -64,7 +64,7 @@ def config(arch: str, size: str, sizes: Mapping[str, Mapping[str, Any]],
   """
   one_of('size', size, sizes)
 
-  # What a size says is of the training, of the run, or of the model.
+  # A size sets fields of the training, of the run, and of the model.
   of_training = dict(PUBLISHED | training)
   if size == 'tiny':
     of_training = dict(TINY)
