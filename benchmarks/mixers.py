@@ -206,12 +206,9 @@ def line(row: Mapping[str, Any]) -> str:
 
 def main() -> None:
   cli.define_choices('sections', [*SECTIONS], SECTIONS, 'What to time.')
-  usual = ['attention']
-  for name, mixer in blocks.MIXERS.items():
-    if mixer.state:
-      usual.append(name)
-  cli.define_choices('mixers', usual, blocks.MIXERS, 'Values of model.mixer; '
-                     'default: attention and every recurrence.')
+  mixers = [name for name in blocks.MIXERS if name != 'latent']
+  cli.define_choices('mixers', mixers, blocks.MIXERS,
+                     'Values of model.mixer; default: all but latent.')
   cli.define_choices('dtypes', DTYPES, DTYPES, 'Dtypes of the computation.')
   flags.DEFINE_list('lengths', [*map(str, LENGTHS)], 'Tokens of a row.')
   flags.DEFINE_integer('d_model', 256, 'The width of the model.', 1)

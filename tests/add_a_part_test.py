@@ -143,6 +143,164 @@ def test_a_system_a_source_an_objective_and_a_hook_in_one_file(tmp_path):
   assert loaded.stdout.strip() == 'seed_oss', loaded.stderr
 
 
+# A recurrence with fields, a state and a check of its own.
+LEAKY = '''
+import dataclasses
+
+import flax.linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import layers, mixer
+from architectures.parts.recurrent import features
+from architectures.parts.report import Report
+from common.errors import RequestError
+from common.fields import field, FUNCTION, SHAPES
+from configs import llama
+
+
+@dataclasses.dataclass(frozen=True)
+class LeakyConfig:
+  """The fields of mixer leaky."""
+  width: int = field(24, 'The number of features of the state.', above=0,
+                     resume=SHAPES)
+  shift: float = field(1.0, 'A number that is added to the logits of a.',
+                       resume=FUNCTION)
+
+
+@struct.dataclass
+class State:
+  state_BI: jax.Array
+
+
+class Leaky(nn.Module):
+  """h_t = a_t h_t-1 + (1 - a_t) W_v x_t, a = sigmoid(W_a x + 1), y = W_o h."""
+  settings = LeakyConfig
+  config: object
+  kind: object
+
+  @nn.compact
+  def __call__(self, x_BLD, ctx, cache):
+    c, sizes = self.config, self.config.part(LeakyConfig)
+    mixer.check_context(c.mixer, ctx)
+
+    def dense(name, x_BLD, spec, shape, axes):
+      return layers.dense(self, name, spec, x_BLD, shape, axes, with_bias=False,
+                          deterministic=ctx.deterministic)
+
+    inner = (c.d_model, sizes.width)
+    axes = 'embed', 'mlp'
+    v_BLI = dense('value', x_BLD, 'BLD,DI->BLI', inner, axes)
+    a_BLI = dense('decay', x_BLD, 'BLD,DI->BLI', inner, axes)
+    a_BLI = jax.nn.sigmoid(a_BLI.astype(jnp.float32) + sizes.shift)
+    added_BLI = (1 - a_BLI) * v_BLI.astype(jnp.float32)
+
+    # A document begins with a state of zero, and padding leaves it as it is.
+    if ctx.segment_ids_BL is not None:
+      begins_BL1 = features.begins(ctx.segment_ids_BL)[..., None]
+      a_BLI = jnp.where(begins_BL1, 0, a_BLI)
+    state_BI = jnp.zeros((len(x_BLD), sizes.width))
+    if cache is not None:
+      state_BI = cache.state_BI
+      if ctx.valid_BL is not None:
+        read_BL1 = ctx.valid_BL[..., None] != 0
+        a_BLI = jnp.where(read_BL1, a_BLI, 1)
+        added_BLI = jnp.where(read_BL1, added_BLI, 0)
+
+    def step(state_BI, here):
+      a_BI, added_BI = here
+      state_BI = a_BI * state_BI + added_BI
+      return state_BI, state_BI
+
+    by_place = jnp.moveaxis(a_BLI, 1, 0), jnp.moveaxis(added_BLI, 1, 0)
+    state_BI, h = jax.lax.scan(step, state_BI, by_place)
+    h_BLI = jnp.moveaxis(h, 0, 1).astype(x_BLD.dtype)
+    if cache is not None:
+      cache = State(state_BI)
+    y_BLD = dense('out', h_BLI, 'BLI,ID->BLD', inner[::-1], axes[::-1])
+    return y_BLD, cache, Report()
+
+
+class LeakyMixer(mixer.Mixer):
+  module = Leaky
+
+  def cache(self, c, shape):
+    return State(jnp.zeros((*shape[:-1], c.part(LeakyConfig).width)))
+
+  def check(self, c, stack):
+    super().check(c, stack)
+    if c.parametrization == 'mup':
+      raise RequestError('muP has no rule for mixer leaky')
+
+
+MIXERS = {'leaky': LeakyMixer()}
+
+
+def get_config(size='tiny'):
+  c = llama.get_config(size)
+  c.model.update(mixer='leaky', position='none')
+  return c
+'''
+
+WRITES = '''
+import sys
+sys.path.insert(0, sys.argv[1])
+import jax.numpy as jnp
+import archetype
+model = archetype.load('run')
+text = 'To be or'
+written = model.generate(text, max_new_tokens=6, temperature=0.0)
+tokens = model.encode(text)[0]
+for _ in range(6):  # without a cache
+  last = model(tokens[None])[0, -1].argmax()
+  tokens = jnp.append(tokens, last)
+assert model.decode(tokens) == text + written, (model.decode(tokens), written)
+print('alike')
+'''
+
+
+@pytest.mark.slow
+def test_a_mixer_with_a_state_in_a_file_of_ones_own(tmp_path):
+  file = tmp_path / 'leaky.py'
+  file.write_text(LEAKY)
+
+  def train(*words, code=0):
+    words = [f'--config.{word}' for word in words]
+    return run('train.py', '--config', 'leaky.py', '--workdir', 'run', *SMALL,
+               *words, cwd=tmp_path, code=code)
+
+  # What a state cannot have is refused without a word of the mixer about it,
+  # and so is a mesh that does not divide its parameters.
+  for sentence, *words in (
+      ('muP has no rule for mixer leaky', 'model.parametrization=mup',
+       'model.mup_base_width=16'),
+      ('which keeps no keys and has no window', 'model.attention=banded',
+       'model.sliding_window=4'),
+      ('mesh.context is 2, and some layers keep each row', 'mesh.context=2'),
+      ('mesh.tensor is 2, which does not divide the 7 of the parameter',
+       'model.leaky.width=7', 'mesh.tensor=2'),
+      ('choose from value, out, up', 'model.lora.rank=2',
+       'model.lora.targets=query'),
+      ('model.position is rope, which this model does not read',
+       'model.position=rope')):
+    result = train(*words, code=2)
+    assert sentence in result.stderr, result.stderr
+
+  sizes = 'model.leaky.width=16', 'mesh.fsdp=2', 'mesh.tensor=2'
+  assert 'step 2/2' in train(*sizes, 'train.steps=2').stdout
+  saved = json.loads((tmp_path / 'run/config.json').read_text())
+  assert saved['model']['leaky'] == dict(width=16, shift=1.0)
+  assert 'num_kv_heads' not in saved['model']
+  assert 'step 4/4' in train(*sizes, 'train.steps=4').stdout
+  result = train(*sizes, 'model.leaky.shift=2', 'train.steps=6', code=2)
+  assert 'the same parameters in another function' in result.stderr
+
+  file.unlink()
+  wrote = forked.run('-c', WRITES, str(ROOT), cwd=tmp_path)
+  assert wrote.stdout.strip() == 'alike', wrote.stderr
+
+
 def test_an_entry_that_is_there_already_is_refused(tmp_path):
   (tmp_path / 'mine.py').write_text(
       'from architectures.parts.layers import RMSNorm\n'

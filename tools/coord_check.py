@@ -23,6 +23,7 @@ import numpy as np
 
 import architectures
 from architectures.parts import blocks
+from architectures.parts.recurrent.layer import Recurrence
 from common import kinds
 from common.errors import RequestError
 from common.fields import check_number
@@ -168,7 +169,7 @@ def config(system: str, parametrization: str, width: int, base: int,
   # The heads of the attention and of each recurrence.
   groups = [model]
   for name, mixer in blocks.MIXERS.items():
-    if mixer.state and name in model:
+    if isinstance(mixer, Recurrence) and name in model:
       groups.append(model[name])
   for group in groups:
     for field in WIDEN[how.widen]:

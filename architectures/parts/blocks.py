@@ -7,7 +7,8 @@ tests/architectures/parts_test.py has their equations again.
 """
 
 from collections.abc import Callable
-from typing import Any, Optional
+import functools
+from typing import Optional
 
 import flax.linen as nn
 import jax
@@ -16,76 +17,22 @@ import jax.numpy as jnp
 from architectures.parts import layers
 from architectures.parts import streams
 from architectures.parts.attention import compressed
-from architectures.parts.attention import indexer
 from architectures.parts.attention import latent
 from architectures.parts.attention import multi_head
-from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts import lookup
 from architectures.parts.cache import LayerCache
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.layers import FFN, NO_FFN, norm
+from architectures.parts.mixer import is_state, Mixer
 from architectures.parts.moe.layer import MoE
-from architectures.parts.recurrent import features, layer
+from architectures.parts.recurrent import features
 from architectures.parts.recurrent import linear_attention, mamba
 from architectures.parts.recurrent import mamba2, mamba3, rwkv7, short_conv
+from architectures.parts.recurrent.layer import Recurrence
 from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from architectures.parts.streams import residual, Streams, X
-
-# Mixers of the tokens of a layer: (x_BLD, context, cache) -> (y_BLD, cache,
-# report).
-#
-# A new mixer is a file like latent.py or, of a recurrence, like
-# recurrent/mamba2.py, and its entry in MIXERS.
-
-
-class Mixer:
-  """One way of mixing tokens, and the base of all of them.
-
-  Attributes:
-    module: the module, of (config, kind), named by the block; its parameters
-      stand under that name. Its FUSED says whether it may do without scores
-      [B, H, L, M].
-    settings: the group of fields of config.model that it reads.
-    fields: others of config.model that it reads and not every mixer does.
-    sources: fields that others are derived from, where those are left open,
-      and that it does not read otherwise.
-    divided: (mesh axis, field of config.model that it must divide).
-    whole: those of these fields that a mesh need not divide where they are 1:
-      all devices have the same.
-    state: whether its cache is a state of one size, as a recurrence's is: what
-      has been read cannot be taken back, padding must be told apart, and a row
-      stays on one device.
-    positional: whether its layers turn or bias by positions.
-    turns_heads: whether positions turn heads of head_dim features; if not,
-      `check` says what they may be.
-    at_once: config -> how many numbers of a token its widest step holds; None:
-      attention's scores.
-  """
-  module: type[nn.Module]
-  settings: Optional[type] = None
-  fields: tuple[str, ...] = ()
-  sources: tuple[str, ...] = ()
-  divided: tuple[tuple[str, str], ...] = ()
-  whole: tuple[str, ...] = ()
-  state = False
-  positional = True
-  turns_heads = True
-  at_once: Optional[Callable[[ModelConfig], int]] = None
-
-  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
-    """Returns an empty Cache, or the state of a recurrence; `shape` is
-    [..., B, M]."""
-    raise NotImplementedError
-
-  def products(self, c: ModelConfig) -> set[str]:
-    """Returns which of layers.PRODUCTS a layer has."""
-    raise NotImplementedError
-
-  def check(self, c: ModelConfig, stack: str) -> None:
-    """Raises RequestError for what cannot be. `stack` is what
-    architectures.stack returns."""
 
 
 def mixer_of(c: ModelConfig) -> Mixer:
@@ -98,13 +45,10 @@ def with_state(c: ModelConfig) -> bool:
   a state of it: a recurrence, a short convolution before attention or after a
   branch, a memory by n-grams, or an indexer of blocks."""
   for layer_ in c.distinct_layers:
-    if mixer_of(layer_).state or lookup.keeps(layer_):
+    if mixer_of(layer_).keeps_state(layer_):
       return True
-    if indexer.has_blocks(layer_) or layer_.branch_conv:
+    if is_state(functools.partial(empty_cache, layer_)):
       return True
-    if layer_.mixer == 'attention':
-      if layer_.part(AttentionConfig).attention_conv:
-        return True
   return False
 
 
@@ -125,212 +69,25 @@ def empty_cache(c: ModelConfig, shape: tuple[int, ...]) -> LayerCache:
       mixer=mixer_of(c).cache(c, shape), memory=memory, inputs=inputs)
 
 
-# The fields of scores, and of products with a bias.
-SCORES = ('attention_kernel', 'attention_softcap', 'attention_sinks',
-          'attention_dropout', 'attention_bias', 'attention_out_bias')
-
-
-class Attention(Mixer):
-  """Attention of several heads (attention/multi_head.py)."""
-  module = multi_head.SelfAttention
-  settings = AttentionConfig
-  fields = ('num_kv_heads', 'attention_gate', 'attention_scale', *SCORES)
-  divided = (('tensor', 'num_heads'), ('tensor', 'num_kv_heads'))
-
-  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
-    return multi_head.empty(c, shape)
-
-  def products(self, c: ModelConfig) -> set[str]:
-    return multi_head.products(c)
-
-  def check(self, c: ModelConfig, stack: str) -> None:
-    multi_head.check(c, stack)
-
-
-class Latent(Mixer):
-  """Attention to latent keys and values (attention/latent.py)."""
-  module = latent.LatentAttention
-  settings = latent.LatentConfig
-  fields = ('attention_gate', 'norm_eps', *SCORES)
-  sources = ('head_dim', 'mup_base_head_dim')
-  turns_heads = False
-  divided = (('tensor', 'num_heads'), ('fsdp', 'latent.kv_rank'),
-             ('fsdp', 'latent.q_rank'))
-
-  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
-    return latent.empty(c, shape)
-
-  def products(self, c: ModelConfig) -> set[str]:
-    return latent.products(c)
-
-  def check(self, c: ModelConfig, stack: str) -> None:
-    latent.check(c, stack)
-
-
-class Compressed(Mixer):
-  """Attention to entries of several tokens each (attention/compressed.py)."""
-  settings = compressed.CompressedConfig
-  state = True
-  divided = (('tensor', 'num_heads'), ('fsdp', 'compressed.q_rank'),
-             ('tensor', 'compressed.out_groups'))
-  whole = ('compressed.out_groups',)
-
-  def __init__(self, module: type[compressed.SWA], *fields: str):
-    """Makes the entry of a module, which reads `fields` too."""
-    self.module = module
-    self.fields = ('attention_scale', 'norm_eps', 'attention_softcap',
-                   'attention_sinks', 'attention_dropout', *fields)
-
-  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
-    return compressed.empty(self.module.PARTS, c, shape)
-
-  def products(self, c: ModelConfig) -> set[str]:
-    return {'query_down', 'query_up', 'key', 'out'}
-
-  def check(self, c: ModelConfig, stack: str) -> None:
-    compressed.check(c, stack)
-
-
-class Recurrence(Mixer):
-  """A recurrence over the tokens (recurrent/)."""
-  fields = ('norm_eps',)
-  sources = ('num_heads', 'head_dim', 'mup_base_head_dim')
-  state = True
-  positional = False
-  turns_heads = False
-
-  def __init__(self, module: type[layer.Layer],
-               heads: tuple[str, ...] = ('key_heads', 'value_heads')):
-    """Makes the entry of a recurrence.
-
-    Args:
-      module: its layer.
-      heads: those of its settings that the mesh axis tensor must divide.
-    """
-    self.module = module
-    self.settings = module.settings
-    self.divided = tuple(
-        ('tensor', f'{module.NAME}.{name}') for name in heads)
-
-  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
-    return layer.empty(self.module, c, shape)
-
-  def products(self, c: ModelConfig) -> set[str]:
-    return set(self.module.PRODUCTS)
-
-  def at_once(self, c: ModelConfig) -> int:
-    return layer.at_once(self.module, c)
-
-  def check(self, c: ModelConfig, stack: str) -> None:
-    layer.check(self.module, c, stack)
-
-
-class DeltaAttention(Recurrence):
-  """The recurrences KDA and GDN-2."""
-
-  def check(self, c: ModelConfig, stack: str) -> None:
-    linear_attention.check_kda(self.module, c, stack)
-
-
-class Retention(Recurrence):
-  """The recurrence of RetNet, whose queries and keys positions may turn."""
-  positional = True
-
-  def check(self, c: ModelConfig, stack: str) -> None:
-    linear_attention.check_retnet(self.module, c, stack)
-
-
-class Mamba2(Recurrence):
-  """The recurrence of Mamba-2, whose groups share keys and queries."""
-  whole = ('mamba2.groups',)
-
-  def check(self, c: ModelConfig, stack: str) -> None:
-    mamba2.check(self.module, c, stack)
-
-
-class Mamba3(Recurrence):
-  """The recurrence of Mamba-3."""
-  whole = ('mamba3.groups',)
-
-  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
-    return mamba3.empty(c, shape)
-
-  def check(self, c: ModelConfig, stack: str) -> None:
-    mamba3.check(self.module, c, stack)
-
-
-class RWKV7(Recurrence):
-  """The recurrence of RWKV-7."""
-
-  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
-    return rwkv7.empty(c, shape)
-
-  def check(self, c: ModelConfig, stack: str) -> None:
-    rwkv7.check(self.module, c, stack)
-
-
-class Mamba(Mixer):
-  """The recurrence of Mamba, whose states are of features and not of heads."""
-  module = mamba.Mamba
-  settings = mamba.MambaConfig
-  sources = ('num_heads', 'head_dim')
-  divided = (('tensor', 'd_model'),)
-  state = True
-  positional = False
-  turns_heads = False
-
-  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
-    return mamba.empty(c, shape)
-
-  def products(self, c: ModelConfig) -> set[str]:
-    return {'value', 'output_gate', 'out'}
-
-  def at_once(self, c: ModelConfig) -> int:
-    return mamba.at_once(c)
-
-  def check(self, c: ModelConfig, stack: str) -> None:
-    mamba.check(c, stack)
-
-
-class ShortConv(Mixer):
-  """A gated convolution over the last few tokens (recurrent/short_conv.py)."""
-  module = short_conv.ShortConv
-  settings = short_conv.ShortConvConfig
-  sources = ('num_heads', 'head_dim', 'mup_base_head_dim')
-  divided = (('tensor', 'd_model'),)
-  state = True
-  positional = False
-  turns_heads = False
-
-  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
-    return short_conv.empty(c, shape)
-
-  def products(self, c: ModelConfig) -> set[str]:
-    return {'in', 'out'}
-
-  def at_once(self, c: ModelConfig) -> int:
-    return 3 * c.d_model
-
-  def check(self, c: ModelConfig, stack: str) -> None:
-    layer.check_state('short_conv', c, stack)
-
-
+# The mixers of a layer's tokens, by the values of model.mixer. A new one is a
+# file like latent.py or recurrent/mamba2.py, and its entry here.
 MIXERS: dict[str, Mixer] = {
-    'attention': Attention(),
-    'latent': Latent(),
-    'swa': Compressed(compressed.SWA),
-    'hca': Compressed(compressed.HCA, 'compressed.hca_rate'),
-    'csa': Compressed(compressed.CSA, 'compressed.csa_rate', 'indexer'),
+    'attention': multi_head.MultiHead(),
+    'latent': latent.Latent(),
+    'swa': compressed.Compressed(compressed.SWA),
+    'hca': compressed.Compressed(compressed.HCA, 'compressed.hca_rate'),
+    'csa': compressed.Compressed(
+        compressed.CSA, 'compressed.csa_rate', 'indexer'),
     'deltanet': Recurrence(linear_attention.DeltaNet),
-    'mamba': Mamba(),
-    'mamba2': Mamba2(mamba2.Mamba2, heads=('heads', 'groups')),
-    'mamba3': Mamba3(mamba3.Mamba3, heads=('heads', 'groups')),
-    'kda': DeltaAttention(linear_attention.KDA),
-    'gdn2': DeltaAttention(linear_attention.GDN2),
-    'gla': Recurrence(linear_attention.GLA, heads=('heads',)),
-    'retnet': Retention(linear_attention.RetNet, heads=('heads',)),
-    'rwkv7': RWKV7(rwkv7.RWKV7, heads=('heads',)),
-    'short_conv': ShortConv(),
+    'mamba': mamba.MambaMixer(),
+    'mamba2': mamba2.Mamba2Mixer(mamba2.Mamba2, 'mamba2'),
+    'mamba3': mamba3.Mamba3Mixer(mamba3.Mamba3, 'mamba3'),
+    'kda': linear_attention.LowRank(linear_attention.KDA),
+    'gdn2': linear_attention.LowRank(linear_attention.GDN2),
+    'gla': Recurrence(linear_attention.GLA),
+    'retnet': linear_attention.Retention(linear_attention.RetNet),
+    'rwkv7': rwkv7.Goose(rwkv7.RWKV7),
+    'short_conv': short_conv.ShortConvMixer(),
 }
 
 

@@ -204,8 +204,8 @@ def _scores(config: Config, c: ModelConfig, tokens: int, platform: str) -> int:
   """
   mixer = blocks.mixer_of(c)
   length = config.data.length
-  if mixer.at_once:
-    return 4 * tokens * mixer.at_once(c)
+  if not mixer.scores:
+    return 4 * tokens * mixer.at_once(c, length)
 
   # Splash attention writes no scores, if it can do all masks of the model.
   rule = kernels.RULES[c.attention]

@@ -160,7 +160,11 @@ def _check_kind(model: ModelConfig, name: str, shape: Mapping[str, int]
   # The mesh axes, each with a field that it must divide.
   c = model.of_kind(name)
   mixer = blocks.mixer_of(c)
-  divided = [*mixer.divided, ('fsdp', 'd_model')]
+  for path, size in mixer.cut(c, shape['tensor']).items():
+    require(size % shape['tensor'] == 0, f'mesh.tensor is {shape["tensor"]}, '
+            f'which does not divide the {size} of the parameter {path} of '
+            f'model.mixer {c.mixer!r}: choose from {_divisors(size)}')
+  divided = [*mixer.divided(c), ('fsdp', 'd_model')]
   if model.has_experts:
     divided += [('tensor', 'moe.d_ff'), ('fsdp', 'moe.latent_dim')]
   if c.ffn != NO_FFN:

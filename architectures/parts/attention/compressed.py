@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from architectures.parts import layers
+from architectures.parts import mixer
 from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.attention import indexer
@@ -212,6 +213,7 @@ class SWA(Attention):
 
   PARTS: how many windows an entry is made of; 0: there are no entries.
   """
+  settings = CompressedConfig
   FUSED = False
   PARTS = 0
 
@@ -426,40 +428,65 @@ def turn(x_BLHK: jax.Array, positions_BL: jax.Array, c: ModelConfig,
   return jnp.concatenate([rest, tail], -1)
 
 
-def empty(parts: int, c: ModelConfig, shape: tuple[int, ...]) -> Cache:
-  """Returns a cache of this shape: what stands before the heads' axis."""
-  zeros = lambda *shape: jnp.zeros(shape, c.compute_dtype)
-  *rows, M = shape
-  sizes = {'entry': c.head_dim} | (
-      {'index': c.part(IndexerConfig).head_dim} if c.mixer == 'csa' else {})
-  inputs: dict[str, jax.Array] = {}
-  for name, size in sizes.items() if parts else ():
-    rate = rate_of(c)
-    inputs[name] = zeros(*rows, max(1, M // rate), size)
-    inputs[f'{name}_open'] = zeros(*rows, rate * parts - 1, 2 * parts * size)
-  return Cache(zeros(*shape, 1, c.head_dim), inputs=inputs)
+class Compressed(mixer.Mixer):
+  """The entry of an attention to entries in the table of mixers."""
+  positional = turns_heads = scores = True
+  whole = ('compressed.out_groups',)
 
+  def __init__(self, module: type[SWA], *fields: str):
+    """Initialises the entry.
 
-def check(c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what such a layer cannot be."""
-  m, who = c.part(CompressedConfig), f'model.mixer is {c.mixer!r}'
-  require(stack == 'decoder', f'{who}, whose entries are made of the tokens '
-          f'before, and model.arch {c.arch!r} is no decoder: choose attention')
-  require(c.attention == 'global', f'{who}, which says itself what a query '
-          f'sees: set model.attention {c.attention!r} to global')
-  require(c.parametrization != 'mup', f'{who}, for whose ranks '
-          "model.parametrization 'mup' has no rule: choose standard")
-  require(not positions.of(c).has_bias, f'{who}, which has no bias by '
-          f'distances as model.position {c.position!r}: choose rope')
-  require(c.num_heads % m.out_groups == 0, 'model.compressed.out_groups is '
-          f'{m.out_groups}, which does not divide model.num_heads '
-          f'{c.num_heads}')
-  if c.mixer != 'csa':
-    return
-  sizes = c.part(IndexerConfig)
-  require(not sizes.block, f'{who}, whose entries are chosen one by one: set '
-          'model.indexer.block to 0')
-  if positions.of(c).rotate:
-    require(indexer.turned(c) <= sizes.head_dim, 'model.indexer.head_dim '
-            f'is {sizes.head_dim}, and rotary positions turn '
-            f'{indexer.turned(c)} features of a head: choose as many or more')
+    Args:
+      module: its layer.
+      *fields: the fields of config.model that it reads and SWA does not.
+    """
+    self.module = module
+    self.fields = ('attention_scale', 'norm_eps', *mixer.SCORES, *fields)
+
+  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Cache:
+    *rows, M = shape
+    parts = self.module.PARTS
+    inputs = {}
+    if parts:
+      sizes = {'entry': c.head_dim}
+      if c.mixer == 'csa':
+        sizes['index'] = c.part(IndexerConfig).head_dim
+      rate = rate_of(c)
+      for name, size in sizes.items():
+        entries = *rows, max(1, M // rate), size
+        inputs[name] = jnp.zeros(entries, c.compute_dtype)
+        last = *rows, rate * parts - 1, 2 * parts * size
+        inputs[f'{name}_open'] = jnp.zeros(last, c.compute_dtype)
+    key_BM1K = jnp.zeros((*shape, 1, c.head_dim), c.compute_dtype)
+    return Cache(key_BMJK=key_BM1K, inputs=inputs)
+
+  def keeps_state(self, c: ModelConfig) -> bool:
+    return True  # an entry of several tokens, or a window, is read as a whole
+
+  def divided(self, c: ModelConfig) -> mixer.Divided:
+    return (('tensor', 'num_heads'), ('fsdp', 'compressed.q_rank'),
+            ('tensor', 'compressed.out_groups'))
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    m, who = c.part(CompressedConfig), f'model.mixer is {c.mixer!r}'
+    require(stack == 'decoder', f'{who}, whose entries are made of the tokens '
+            f'before, and model.arch {c.arch!r} is no decoder: choose '
+            'attention')
+    require(c.attention == 'global', f'{who}, which says itself what a query '
+            f'sees: set model.attention {c.attention!r} to global')
+    require(c.parametrization != 'mup', f'{who}, for whose ranks '
+            "model.parametrization 'mup' has no rule: choose standard")
+    require(not positions.of(c).has_bias, f'{who}, which has no bias by '
+            f'distances as model.position {c.position!r}: choose rope')
+    require(c.num_heads % m.out_groups == 0, 'model.compressed.out_groups is '
+            f'{m.out_groups}, which does not divide model.num_heads '
+            f'{c.num_heads}')
+    if c.mixer != 'csa':
+      return
+    sizes = c.part(IndexerConfig)
+    require(not sizes.block, f'{who}, whose entries are chosen one by one: set '
+            'model.indexer.block to 0')
+    if positions.of(c).rotate:
+      require(indexer.turned(c) <= sizes.head_dim, 'model.indexer.head_dim '
+              f'is {sizes.head_dim}, and rotary positions turn '
+              f'{indexer.turned(c)} features of a head: choose as many or more')

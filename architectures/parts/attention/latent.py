@@ -24,12 +24,13 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import layers
+from architectures.parts import mixer
 from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.attention import indexer
 from architectures.parts.attention import kernels
 from architectures.parts.attention.fields import LatentConfig
-from architectures.parts.attention.multi_head import Attention, gate_products
+from architectures.parts.attention.multi_head import Attention
 from architectures.parts.cache import Cache
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
@@ -43,6 +44,7 @@ UP_AXES = 'latent', 'heads', 'head'
 class LatentAttention(Attention):
   """Attention whose keys and values are made of a small vector a token:
   (x_BLD, context, cache) -> (y_BLD, cache, report)."""
+  settings = LatentConfig
   FUSED = False
 
   @nn.compact
@@ -199,38 +201,38 @@ def turned(c: ModelConfig) -> ModelConfig:
   return dataclasses.replace(c, head_dim=c.part(LatentConfig).rope_dim)
 
 
-def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
-  """Returns a cache of this shape: what stands before the heads' axis."""
-  sizes = c.part(LatentConfig)
-  return Cache(jnp.zeros((*shape, 1, sizes.slot_dim), c.compute_dtype),
-               index_BMJK=indexer.empty(c, shape),
-               inputs=indexer.inputs(c, shape))
+class Latent(mixer.Mixer):
+  """The entry of latent attention in the table of mixers."""
+  module = LatentAttention
+  fields = 'norm_eps', *mixer.ATTENTION
+  sources = 'head_dim', 'mup_base_head_dim'
+  positional = scores = True
 
+  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Cache:
+    sizes = c.part(LatentConfig)
+    key_BM1K = jnp.zeros((*shape, 1, sizes.slot_dim), c.compute_dtype)
+    return Cache(key_BMJK=key_BM1K, index_BMJK=indexer.empty(c, shape),
+                 inputs=indexer.inputs(c, shape))
 
-def products(c: ModelConfig) -> set[str]:
-  """Returns which of layers.PRODUCTS a layer has."""
-  sizes = c.part(LatentConfig)
-  query = {'query_down', 'query_up'} if sizes.q_rank else {'query'}
-  return query | {'kv_down', 'kv_up', 'out'} | gate_products(
-      c.attention_gate)
+  def divided(self, c: ModelConfig) -> mixer.Divided:
+    return (('tensor', 'num_heads'), ('fsdp', 'latent.kv_rank'),
+            ('fsdp', 'latent.q_rank'))
 
-
-def check(c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what a layer of latent attention cannot be."""
-  who = "model.mixer is 'latent'"
-  require(stack != 'encoder-decoder', f'{who}, which has no attention to the '
-          f'memory of an encoder, as model.arch {c.arch!r} needs: choose '
-          'attention')
-  require(c.parametrization != 'mup', f"{who}, for whose ranks "
-          "model.parametrization 'mup' has no rule: choose standard")
-  sizes = c.part(LatentConfig)
-  require(c.attention_kernel in ('auto', 'xla'), f'{who}, whose keys have '
-          f'{sizes.key_dim} features and whose values {sizes.v_dim}: '
-          f'model.attention_kernel {c.attention_kernel} takes heads of one '
-          'size, so choose auto or xla')
-  if positions.of(c).rotate:
-    rope = c.part(RopeConfig)
-    require(rope.fraction == 1, f'model.rope.fraction is {rope.fraction}, '
-            f'and {who}, of whose heads model.latent.rope_dim features are '
-            'turned: set it to 1')
-    positions.check_rope(turned(c), head='model.latent.rope_dim')
+  def check(self, c: ModelConfig, stack: str) -> None:
+    who = "model.mixer is 'latent'"
+    require(stack != 'encoder-decoder', f'{who}, which has no attention to the '
+            f'memory of an encoder, as model.arch {c.arch!r} needs: choose '
+            'attention')
+    require(c.parametrization != 'mup', f"{who}, for whose ranks "
+            "model.parametrization 'mup' has no rule: choose standard")
+    sizes = c.part(LatentConfig)
+    require(c.attention_kernel in ('auto', 'xla'), f'{who}, whose keys have '
+            f'{sizes.key_dim} features and whose values {sizes.v_dim}: '
+            f'model.attention_kernel {c.attention_kernel} takes heads of one '
+            'size, so choose auto or xla')
+    if positions.of(c).rotate:
+      rope = c.part(RopeConfig)
+      require(rope.fraction == 1, f'model.rope.fraction is {rope.fraction}, '
+              f'and {who}, of whose heads model.latent.rope_dim features are '
+              'turned: set it to 1')
+      positions.check_rope(turned(c), head='model.latent.rope_dim')

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import layers
+from architectures.parts import mixer
 from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.attention import indexer
@@ -232,6 +233,7 @@ class SelfAttention(Attention):
 
   steps.py has what changes q, k and v; kernels.weights is the softmax.
   """
+  settings = AttentionConfig
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
@@ -393,46 +395,49 @@ def seen_of_memory(ctx: Context) -> kernels.Seen:
   return kernels.Seen(kernels.Mask(ids_BL, k_ids_BM), seen_BLM)
 
 
-def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
-  """Returns a cache of this shape: what stands before the heads' axis."""
-  key_BMJK = value_BMJK = None
-  fields = c.part(AttentionConfig)
-  convolved = {'query': c.num_heads}
-  if not fields.kv_sharing:
-    convolved |= {'key': c.num_kv_heads, 'value': c.num_kv_heads}
-    slots = *shape, c.num_kv_heads, c.head_dim
-    key_BMJK = jnp.zeros(slots, c.compute_dtype)
-    value_BMJK = jnp.zeros(slots, c.compute_dtype)
-  inputs = indexer.inputs(c, shape)
-  if fields.attention_conv:
-    for name, heads in convolved.items():
-      last = *shape[:-1], fields.attention_conv - 1, heads, c.head_dim
-      inputs[name] = jnp.zeros(last, c.compute_dtype)
-  return Cache(key_BMJK=key_BMJK, value_BMJK=value_BMJK,
-               index_BMJK=indexer.empty(c, shape), inputs=inputs)
+class MultiHead(mixer.Mixer):
+  """The entry of attention in the table of mixers."""
+  module = SelfAttention
+  fields = 'num_kv_heads', 'attention_scale', *mixer.ATTENTION
+  positional = turns_heads = scores = True
 
+  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Cache:
+    key_BMJK = value_BMJK = None
+    fields = c.part(AttentionConfig)
+    convolved = {'query': c.num_heads}
+    if not fields.kv_sharing:
+      convolved |= {'key': c.num_kv_heads, 'value': c.num_kv_heads}
+      slots = *shape, c.num_kv_heads, c.head_dim
+      key_BMJK = jnp.zeros(slots, c.compute_dtype)
+      value_BMJK = jnp.zeros(slots, c.compute_dtype)
+    inputs = indexer.inputs(c, shape)
+    if fields.attention_conv:
+      for name, heads in convolved.items():
+        last = *shape[:-1], fields.attention_conv - 1, heads, c.head_dim
+        inputs[name] = jnp.zeros(last, c.compute_dtype)
+    return Cache(key_BMJK=key_BMJK, value_BMJK=value_BMJK,
+                 index_BMJK=indexer.empty(c, shape), inputs=inputs)
 
-def products(c: ModelConfig) -> set[str]:
-  """Returns which of layers.PRODUCTS a layer has."""
-  fields = c.part(AttentionConfig)
-  there = {'query', 'out'} | gate_products(c.attention_gate)
-  if not fields.kv_sharing:
-    there.add('key')
-    if not fields.keys_as_values:
-      there.add('value')
-  return there
+  def products(self, c: ModelConfig) -> set[str]:
+    fields = c.part(AttentionConfig)
+    there = {'query', 'out'} | gate_products(c.attention_gate)
+    if not fields.kv_sharing:
+      there.add('key')
+      if not fields.keys_as_values:
+        there.add('value')
+    return there
 
+  def divided(self, c: ModelConfig) -> mixer.Divided:
+    return ('tensor', 'num_heads'), ('tensor', 'num_kv_heads')
 
-def check(c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what a layer of attention cannot be."""
-  del stack
-  odd = c.num_kv_heads % 2 != 0
-  difference = c.part(AttentionConfig).attention_difference
-  if difference and (odd or c.parametrization == 'mup'):
-    raise RequestError(
-        f'model.attention_difference is {difference}: it needs '
-        'an even model.num_kv_heads, and model.parametrization standard; '
-        f'they are {c.num_kv_heads} and {c.parametrization}')
+  def check(self, c: ModelConfig, stack: str) -> None:
+    odd = c.num_kv_heads % 2 != 0
+    difference = c.part(AttentionConfig).attention_difference
+    if difference and (odd or c.parametrization == 'mup'):
+      raise RequestError(
+          f'model.attention_difference is {difference}: it needs '
+          'an even model.num_kv_heads, and model.parametrization standard; '
+          f'they are {c.num_kv_heads} and {c.parametrization}')
 
 
 # A gate on what the heads return, before the output's product (Qiu et al. 2025,

@@ -20,15 +20,17 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import layers, positions, sharding
+from architectures.parts import layers, mixer, sharding
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import recurrence, features
 from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
-from common.errors import require
+from common.errors import RequestError
 
 VALUE_AXES = 'heads', 'head'
+# The fields of a recurrence that the mesh axis tensor must divide.
+HEADS = 'key_heads', 'value_heads', 'heads', 'groups'
 
 
 @struct.dataclass
@@ -45,25 +47,27 @@ class Layer(nn.Module):
   """(x_BLD, context, cache) -> (y_BLD, cache, report), over x itself, in the
   order of the row.
 
-  A recurrence is a subclass. Its NAME is that of the mixer, and `settings` are
-  its group of fields in config.model, which has `key_heads`, `value_heads`,
-  `key_dim`, `value_dim`, `conv` (how many tokens a convolution sees; 0: there
-  is none) and `householders` (how many keys, values and rates a token has, one
-  after another in its head), and may have `norm_eps` (of what is read) and
-  `gate` (the name of its activation in jax.nn). It defines `inputs`, and may
-  define `gate` or `gated`; `recurrent` in blocks.py makes its entry.
+  A recurrence is a subclass, which defines `inputs` and may define `gate` or
+  `gated`; Recurrence makes its entry. Its `settings` are the class of its
+  fields, which has
+
+    key_heads, value_heads   the numbers of heads of keys, and of values
+    key_dim, value_dim       the features of a key, and of a value
+    conv                     how many tokens a convolution sees; 0: none
+    householders             how many keys, values and rates a token has, one
+                             after another in its head
+
+  and may have `norm_eps` (of the norm of what is read of the state) and `gate`
+  (the name of its activation in jax.nn).
   """
-  NAME = ''
   settings: ClassVar[Any] = None
-  PRODUCTS = frozenset({'query', 'key', 'value', 'output_gate', 'out'})
-  FUSED = True  # there are no scores
   config: ModelConfig
   kind: LayerKind
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
     """Returns what the recurrence is given, as if a row were one text."""
-    raise AssertionError(f'{self.NAME!r} has no inputs')
+    raise NotImplementedError(f'{type(self).__name__} has no inputs')
 
   def gate(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
     """Returns what the normalised outputs are multiplied by, [B, L, H, U]: the
@@ -99,8 +103,8 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
-    d, n = self.sizes, self.sizes.householders
-    check_context(self.NAME, ctx)
+    c, d, n = self.config, self.sizes, self.sizes.householders
+    mixer.check_context(c.mixer, ctx)
     valid_BL = None if cache is None else ctx.valid_BL
     q_BLJK, query_BWJK = self._read(
         'query', x_BLD, (d.key_heads, d.key_dim), ctx, valid_BL,
@@ -258,55 +262,48 @@ def step_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
   return jnp.log(jnp.expm1(first)).astype(dtype)
 
 
-def empty(module: type[Layer], c: ModelConfig, shape: tuple[int, ...]) -> State:
-  """Returns the state of rows without a token; `shape` is [..., B, M], and the
-  state does not depend on M."""
-  d, rows = c.part(module.settings), shape[:-1]
-  n = d.householders
-  state = jnp.zeros((*rows, d.value_heads, d.key_dim, d.value_dim))
-  if not d.conv:
-    return State(state)
-  before = lambda *heads: jnp.zeros((*rows, d.conv - 1, *heads),
-                                    c.compute_dtype)
-  return State(state, before(d.key_heads, d.key_dim),
-               before(d.key_heads * n, d.key_dim),
-               before(d.value_heads * n, d.value_dim))
+class Recurrence(mixer.Mixer):
+  """The entry of a recurrence in the table of mixers."""
+  fields = ('norm_eps',)
+  sources = 'num_heads', 'head_dim', 'mup_base_head_dim'
 
+  def __init__(self, module: type[Layer]):
+    self.module = module
 
-def at_once(module: type[Layer], c: ModelConfig) -> int:
-  """Returns how many numbers of a token the pieces of a row hold at once: a
-  piece's weights, its triangular system, and the inverse of that."""
-  d = c.part(module.settings)
-  return 3 * d.householders * d.value_heads * recurrence.most_places(d.key_dim)
+  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
+    sizes, rows = c.part(self.module.settings), shape[:-1]
+    state_BHKU = jnp.zeros(
+        (*rows, sizes.value_heads, sizes.key_dim, sizes.value_dim))
+    if not sizes.conv:
+      return State(state_BHKU=state_BHKU)
 
+    def before(heads: int, features: int) -> jax.Array:
+      """Returns the inputs that a convolution looks back on."""
+      last = *rows, sizes.conv - 1, heads, features
+      return jnp.zeros(last, c.compute_dtype)
 
-def check_context(name: str, ctx: Context) -> None:
-  """Raises RequestError for what a state cannot do with a row."""
-  who = f'model.mixer is {name!r}, which reads a row from left to right'
-  require(ctx.prefix_B is None,
-          f'{who}: it has no prefix whose tokens see each other')
-  require(not ctx.keep_attention,
-          f'{who} into a state: it has no attention weights to show')
+    n = sizes.householders
+    return State(
+        state_BHKU=state_BHKU,
+        query_BWJK=before(sizes.key_heads, sizes.key_dim),
+        key_BWJK=before(sizes.key_heads * n, sizes.key_dim),
+        value_BWHU=before(sizes.value_heads * n, sizes.value_dim))
 
+  def divided(self, c: ModelConfig) -> mixer.Divided:
+    names = {field.name for field in dataclasses.fields(self.module.settings)}
+    return [('tensor', f'{c.mixer}.{name}') for name in HEADS if name in names]
 
-def check_state(name: str, c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what a layer with a state cannot be."""
-  who = f'model.mixer is {name!r}'
-  require(stack == 'decoder', f'{who}, which reads a row in one direction and '
-          f'has no attention to a memory; model.arch {c.arch!r} is an {stack}: '
-          'choose attention')
-  require(c.attention == 'global', f'{who}, which keeps no keys and has no '
-          f'window, and model.attention is {c.attention!r}: set it to global, '
-          'or window to 0 in a kind of layer')
-  require(not positions.of(c).stack_bias, f'{who}, which has no scores for the '
-          f'bias of model.position {c.position!r}: set it to none, at least in '
-          'the kinds of layer that have this mixer')
+  def at_once(self, c: ModelConfig, length: int) -> int:
+    """Returns how many numbers of a token the pieces of a row hold at once: a
+    piece's weights, its triangular system, and the inverse of that."""
+    sizes = c.part(self.module.settings)
+    places = recurrence.most_places(sizes.key_dim)
+    return 3 * sizes.householders * sizes.value_heads * places
 
-
-def check(module: type[Layer], c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what a layer of a recurrence cannot be."""
-  name, d = module.NAME, c.part(module.settings)
-  check_state(name, c, stack)
-  require(d.value_heads % d.key_heads == 0, f'model.{name}.key_heads is '
-          f'{d.key_heads}, which does not divide model.{name}.value_heads '
-          f'{d.value_heads}')
+  def check(self, c: ModelConfig, stack: str) -> None:
+    super().check(c, stack)
+    sizes = c.part(self.module.settings)
+    if sizes.value_heads % sizes.key_heads:
+      raise RequestError(
+          f'model.{c.mixer}.key_heads is {sizes.key_heads}, which does not '
+          f'divide model.{c.mixer}.value_heads {sizes.value_heads}')

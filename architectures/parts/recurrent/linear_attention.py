@@ -92,7 +92,6 @@ class DeltaNet(layer.Layer):
   The transition of a token is a product of n reflections or less, so that with
   `negative` n = 2 can be a rotation, and any permutation of n + 1 things.
   """
-  NAME = 'deltanet'
   settings = DeltaNetConfig
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
@@ -141,9 +140,7 @@ class KDA(DeltaNet):
   The state first decays, and what the key finds in it then is corrected. Both
   products of low rank have `rank`.
   """
-  NAME = 'kda'
   settings = KDAConfig
-  PRODUCTS = frozenset({'query', 'key', 'value', 'out'})
 
   def log_decay(self, x_BLD: jax.Array) -> jax.Array:
     return self.softplus_decay(
@@ -171,7 +168,6 @@ class GDN2(KDA):
   q, k, v, a, o and y are those of KDA, whose gate has no bias; the authors'
   has. Where all of b and of w are one number, it is KDA.
   """
-  NAME = 'gdn2'
   settings = GDN2Config
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
@@ -188,16 +184,18 @@ class GDN2(KDA):
         erase_BLJK=(1 + d.negative) * erase_BLJK * k_BLJK)
 
 
-def check_kda(module: type[layer.Layer], c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what a layer of KDA or of GDN2 cannot be."""
-  layer.check(module, c, stack)
-  if c.head_widening != 1:
-    raise RequestError(
-        "model.parametrization is 'mup' and a head is "
-        f'{c.head_widening:g} times as wide as at the base, but the products '
-        f'of low rank of model.mixer {module.NAME!r} have the rank of the '
-        'base: set model.mup_base_head_dim to model.head_dim, and widen by '
-        'more heads')
+class LowRank(layer.Recurrence):
+  """The entry of KDA, and of GDN-2."""
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    super().check(c, stack)
+    if c.head_widening != 1:
+      raise RequestError(
+          "model.parametrization is 'mup' and a head is "
+          f'{c.head_widening:g} times as wide as at the base, but the products '
+          f'of low rank of model.mixer {c.mixer!r} have the rank of the base: '
+          'set model.mup_base_head_dim to model.head_dim, and widen by more '
+          'heads')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +248,6 @@ class GLA(layer.Layer):
   The convolutions are an option of the authors' program, which the paper does
   not have.
   """
-  NAME = 'gla'
   settings = GLAConfig
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
@@ -293,7 +290,6 @@ class RetNet(layer.Layer):
   Queries and keys are turned if model.position is rope, as the paper's are, by
   the position of a token in its document.
   """
-  NAME = 'retnet'
   settings = RetNetConfig
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
@@ -317,16 +313,19 @@ def turned(c: ModelConfig) -> ModelConfig:
   return dataclasses.replace(c, head_dim=c.part(RetNetConfig).key_dim)
 
 
-def check_retnet(module: type[layer.Layer], c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what a layer of retention cannot be."""
-  layer.check(module, c, stack)
-  require(not positions.of(c).has_bias, "model.mixer is 'retnet', which has "
-          f'no scores for the bias of model.position {c.position!r}: choose '
-          'rope or none')
-  if positions.of(c).rotate:
-    rope = c.part(RopeConfig)
-    require(not positions.SCALINGS[rope.scaling].by_length, 'model.mixer is '
-            "'retnet', whose state holds keys that were turned when the row "
-            f'was shorter, and model.rope.scaling {rope.scaling!r} turns by '
-            'the length of the row: choose another')
-    positions.check_rope(turned(c), head='model.retnet.key_dim')
+class Retention(layer.Recurrence):
+  """The entry of RetNet."""
+  positional = True
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    super().check(c, stack)
+    require(not positions.of(c).has_bias, "model.mixer is 'retnet', which has "
+            f'no scores for the bias of model.position {c.position!r}: choose '
+            'rope or none')
+    if positions.of(c).rotate:
+      rope = c.part(RopeConfig)
+      require(not positions.SCALINGS[rope.scaling].by_length, 'model.mixer is '
+              "'retnet', whose state holds keys that were turned when the row "
+              f'was shorter, and model.rope.scaling {rope.scaling!r} turns by '
+              'the length of the row: choose another')
+      positions.check_rope(turned(c), head='model.retnet.key_dim')

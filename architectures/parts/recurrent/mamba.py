@@ -29,7 +29,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import layers, sharding
+from architectures.parts import layers, mixer, sharding
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import features, layer
@@ -69,13 +69,13 @@ class State:
 
 class Mamba(nn.Module):
   """(x_BLD, context, cache) -> (y_BLD, cache, report), over x itself."""
-  FUSED = True  # there are no scores
+  settings = MambaConfig
   config: ModelConfig
   kind: LayerKind
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
-    layer.check_context('mamba', ctx)
+    mixer.check_context('mamba', ctx)
     c, m = self.config, self.config.part(MambaConfig)
     valid_BL = None if cache is None else ctx.valid_BL
 
@@ -229,28 +229,31 @@ def _entries(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
   return jnp.broadcast_to(log_N, shape)
 
 
-def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
-  """Returns the state of rows without a token; `shape` is [..., B, M], and the
-  state does not depend on M."""
-  m, rows = c.part(MambaConfig), shape[:-1]
-  inner = m.expand * c.d_model
-  return State(
-      state_BIN=jnp.zeros((*rows, inner, m.state)),
-      input_BWI=jnp.zeros((*rows, m.conv - 1, inner), c.compute_dtype))
+class MambaMixer(mixer.Mixer):
+  """The entry of Mamba in the table of mixers."""
+  module = Mamba
+  sources = 'num_heads', 'head_dim'
 
+  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> State:
+    m, rows = c.part(MambaConfig), shape[:-1]
+    inner = m.expand * c.d_model
+    return State(
+        state_BIN=jnp.zeros((*rows, inner, m.state)),
+        input_BWI=jnp.zeros((*rows, m.conv - 1, inner), c.compute_dtype))
 
-def at_once(c: ModelConfig) -> int:
-  """Returns how many numbers of a token a piece of a row holds at once: decays
-  and states, before and after the scan."""
-  m = c.part(MambaConfig)
-  return 4 * m.expand * c.d_model * m.state
+  def divided(self, c: ModelConfig) -> mixer.Divided:
+    return [('tensor', 'd_model')]
 
+  def at_once(self, c: ModelConfig, length: int) -> int:
+    """Returns how many numbers of a token a piece of a row holds at once:
+    decays and states, before and after the scan."""
+    m = c.part(MambaConfig)
+    return 4 * m.expand * c.d_model * m.state
 
-def check(c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what a layer of Mamba cannot be."""
-  layer.check_state('mamba', c, stack)
-  if c.parametrization == 'mup':
-    raise RequestError(
-        "model.mixer is 'mamba', and model.parametrization is 'mup', which "
-        'says nothing of its steps and states: choose standard, or the mixer '
-        'mamba2')
+  def check(self, c: ModelConfig, stack: str) -> None:
+    super().check(c, stack)
+    if c.parametrization == 'mup':
+      raise RequestError(
+          "model.mixer is 'mamba', and model.parametrization is 'mup', which "
+          'says nothing of its steps and states: choose standard, or the mixer '
+          'mamba2')

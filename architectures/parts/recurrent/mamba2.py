@@ -28,7 +28,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import layer, recurrence, features
 from architectures.parts.sharding import Role, declare
-from common.errors import RequestError, require
+from common.errors import RequestError
 from common.fields import field, FUNCTION, MOST_TAPS, SHAPES, Wait
 
 NORMS_OVER = ('group', 'all')
@@ -98,7 +98,6 @@ class Mamba2Config(Groups):
 
 class Mamba2(layer.Layer):
   """The mixer mamba2, which reads no positions."""
-  NAME = 'mamba2'
   settings = Mamba2Config
 
   @property
@@ -158,20 +157,30 @@ def gated_norm(y_BLHU: jax.Array, z_BLHU: jax.Array, scale_HU: jax.Array, *,
   return features.weighted(y_BLJF.reshape(B, L, H, U), scale_HU)
 
 
-def check_groups(module: type[layer.Layer], c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for groups that do not share the heads."""
-  name, m = module.NAME, c.part(module.settings)
-  require(m.heads % m.groups == 0, f'model.{name}.groups is {m.groups}, which '
-          f'does not divide model.{name}.heads {m.heads}')
-  layer.check(module, c, stack)
+class Grouped(layer.Recurrence):
+  """The entry of a recurrence whose groups of heads share B and C."""
+
+  def __init__(self, module: type[layer.Layer], name: str):
+    super().__init__(module)
+    self.whole = (f'{name}.groups',)
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    m = c.part(self.module.settings)
+    if m.heads % m.groups:
+      raise RequestError(
+          f'model.{c.mixer}.groups is {m.groups}, which does not divide '
+          f'model.{c.mixer}.heads {m.heads}')
+    super().check(c, stack)
 
 
-def check(module: type[layer.Layer], c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what a layer of Mamba-2 cannot be."""
-  m = c.part(Mamba2Config)
-  check_groups(module, c, stack)
-  if m.most_step and m.least_step > m.most_step:
-    raise RequestError(
-        f'model.mamba2.least_step is {m.least_step}, above '
-        f'model.mamba2.most_step {m.most_step}: choose it at most as large, '
-        'or set most_step to 0, for no limit')
+class Mamba2Mixer(Grouped):
+  """The entry of Mamba-2."""
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    super().check(c, stack)
+    m = c.part(Mamba2Config)
+    if m.most_step and m.least_step > m.most_step:
+      raise RequestError(
+          f'model.mamba2.least_step is {m.least_step}, above '
+          f'model.mamba2.most_step {m.most_step}: choose it at most as large, '
+          'or set most_step to 0, for no limit')

@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from architectures.parts import layers
+from architectures.parts import layers, mixer
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import features, layer, mamba2, recurrence
@@ -75,13 +75,12 @@ class State:
 
 class Mamba3(mamba2.Mamba2):
   """The mixer mamba3, which reads no positions."""
-  NAME = 'mamba3'
   settings = Mamba3Config
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
     m, L = self.sizes, x_BLD.shape[1]
-    layer.check_context(self.NAME, ctx)
+    mixer.check_context(self.config.mixer, ctx)
     valid_BL = None if cache is None else ctx.valid_BL
     before = cache or empty(self.config, x_BLD.shape[:2])
 
@@ -195,11 +194,16 @@ def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
       step_B1H=jnp.zeros(last))
 
 
-def check(module: type[layer.Layer], c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what a layer of Mamba-3 cannot be."""
-  mamba2.check_groups(module, c, stack)
-  m = c.part(Mamba3Config)
-  if m.turned and not m.angles:
-    raise RequestError(
-        f'model.mamba3.turned is {m.turned}, which is less than a pair of '
-        f'model.mamba3.state {m.state}: choose more, or 0')
+class Mamba3Mixer(mamba2.Grouped):
+  """The entry of Mamba-3."""
+
+  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> State:
+    return empty(c, shape)
+
+  def check(self, c: ModelConfig, stack: str) -> None:
+    super().check(c, stack)
+    m = c.part(Mamba3Config)
+    if m.turned and not m.angles:
+      raise RequestError(
+          f'model.mamba3.turned is {m.turned}, which is less than a pair of '
+          f'model.mamba3.state {m.state}: choose more, or 0')

@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from architectures.parts import layers
+from architectures.parts import layers, mixer
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import features, layer
@@ -91,14 +91,12 @@ class State:
 
 class RWKV7(layer.Layer):
   """Positions are not read."""
-  NAME = 'rwkv7'
   settings = RWKV7Config
-  PRODUCTS = frozenset({'query', 'key', 'value', 'out'})
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
     d = self.sizes
-    layer.check_context(self.NAME, ctx)
+    mixer.check_context(self.config.mixer, ctx)
     valid_BL = None if cache is None else ctx.valid_BL
     x, input_B1D = self._shifted(x_BLD, ctx, cache, valid_BL)
     keys, values = (d.heads, d.key_dim), (d.heads, d.value_dim)
@@ -204,17 +202,17 @@ rate_bias = _by_place(
 removal_scale = _by_place(lambda n_HK, _: 0.71 - 0.1 * (n_HK - 0.5))
 
 
-def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
-  """Returns the state of rows without a token; `shape` is [..., B, M], and the
-  state does not depend on M."""
-  d, rows = c.part(RWKV7Config), shape[:-1]
-  return State(jnp.zeros((*rows, d.heads, d.key_dim, d.value_dim)),
-               jnp.zeros((*rows, 1, c.d_model), c.compute_dtype))
+class Goose(layer.Recurrence):
+  """The entry of RWKV-7."""
 
+  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> State:
+    d, rows = c.part(RWKV7Config), shape[:-1]
+    state_BHKU = jnp.zeros((*rows, d.heads, d.key_dim, d.value_dim))
+    input_B1D = jnp.zeros((*rows, 1, c.d_model), c.compute_dtype)
+    return State(state_BHKU, input_B1D)
 
-def check(module: type[layer.Layer], c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what a layer of RWKV-7 cannot be."""
-  layer.check(module, c, stack)
-  require(c.parametrization != 'mup', f'model.mixer is {module.NAME!r}, and '
-          "model.parametrization is 'mup', which says nothing of its shares, "
-          'removed keys and boosts: choose standard')
+  def check(self, c: ModelConfig, stack: str) -> None:
+    super().check(c, stack)
+    require(c.parametrization != 'mup', f'model.mixer is {c.mixer!r}, and '
+            "model.parametrization is 'mup', which says nothing of its shares, "
+            'removed keys and boosts: choose standard')

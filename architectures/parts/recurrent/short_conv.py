@@ -20,10 +20,10 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import layers, sharding
+from architectures.parts import layers, mixer, sharding
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context
-from architectures.parts.recurrent import features, layer
+from architectures.parts.recurrent import features
 from architectures.parts.report import Report
 from common.fields import field, MOST_TAPS, SHAPES
 
@@ -46,13 +46,13 @@ class State:
 
 class ShortConv(nn.Module):
   """(x_BLD, context, cache) -> (y_BLD, cache, report), over x itself."""
-  FUSED = True  # there are no scores
+  settings = ShortConvConfig
   config: ModelConfig
   kind: LayerKind
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
-    layer.check_context('short_conv', ctx)
+    mixer.check_context('short_conv', ctx)
     D, kernel = self.config.d_model, self.config.part(ShortConvConfig).kernel
     how: dict[str, Any] = dict(with_bias=self.config.part(ShortConvConfig).bias,
                                deterministic=ctx.deterministic)
@@ -74,9 +74,17 @@ class ShortConv(nn.Module):
         residual=True, **how), cache, Report()
 
 
-def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
-  """Returns the state of rows without a token; `shape` is [..., B, M], and the
-  state does not depend on M."""
-  sizes = c.part(ShortConvConfig)
-  return State(jnp.zeros((*shape[:-1], sizes.kernel - 1, c.d_model),
-                         c.compute_dtype))
+class ShortConvMixer(mixer.Mixer):
+  """The entry of the short convolution in the table of mixers."""
+  module = ShortConv
+  sources = 'num_heads', 'head_dim', 'mup_base_head_dim'
+
+  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> State:
+    last = *shape[:-1], c.part(ShortConvConfig).kernel - 1, c.d_model
+    return State(input_BWI=jnp.zeros(last, c.compute_dtype))
+
+  def divided(self, c: ModelConfig) -> mixer.Divided:
+    return [('tensor', 'd_model')]
+
+  def at_once(self, c: ModelConfig, length: int) -> int:
+    return 3 * c.d_model  # B, C and x
