@@ -239,7 +239,7 @@ MIXERS = {'leaky': LeakyMixer()}
 
 def get_config(size='tiny'):
   c = llama.get_config(size)
-  c.model.update(mixer='leaky', position='none')
+  c.model.mixer = 'leaky'
   return c
 '''
 
@@ -292,6 +292,7 @@ def test_a_mixer_with_a_state_in_a_file_of_ones_own(tmp_path):
   saved = json.loads((tmp_path / 'run/config.json').read_text())
   assert saved['model']['leaky'] == dict(width=16, shift=1.0)
   assert 'num_kv_heads' not in saved['model']
+  assert saved['model']['position'] == 'none'
   assert 'step 4/4' in train(*sizes, 'train.steps=4').stdout
   result = train(*sizes, 'model.leaky.shift=2', 'train.steps=6', code=2)
   assert 'the same parameters in another function' in result.stderr

@@ -188,6 +188,10 @@ def as_read(config: ml_collections.ConfigDict, model: ModelConfig,
   if resolved:
     tree['model'] = flat.as_dict(model)
   for name in flat.unread(model):
+    if name == 'position':
+      # By default positions are learned, which is read under every mixer.
+      tree['model'][name] = 'none'
+      continue
     # The dicts that the field lies in, from the outermost one.
     *groups, last = name.split('.')
     nested = [tree['model']]

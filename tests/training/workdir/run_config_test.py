@@ -8,7 +8,7 @@ import ml_collections
 import pytest
 
 import architectures
-from architectures.parts import flat
+from architectures.parts import blocks, flat
 from common.errors import RequestError
 from configs import base
 from training import objectives, preflight, runs
@@ -151,3 +151,13 @@ def test_a_config_of_wrong_types_is_refused(tmp_path):
   file.write_text(json.dumps(tree))
   with pytest.raises(RequestError, match='is damaged: optim.decay_mask is'):
     run_config.load_config(tmp_path)
+
+
+@pytest.mark.parametrize('mixer', blocks.MIXERS)
+def test_a_saved_config_stands_for_the_same_model(mixer):
+  config = importlib.import_module('configs.llama').get_config('tiny')
+  config.model.update(mixer=mixer, vocab_size=61, max_len=16)
+  saved = run_config.as_read(config, architectures.resolve(config.model))
+  again = run_config.from_json(saved)
+  model = architectures.resolve(again.model)
+  assert run_config.as_read(again, model) == saved
