@@ -66,9 +66,9 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LatentConfig:
-  """Of mixer latent. What is left open: in DeepSeek-V2 the latent has the size
-  of 4 heads and the turned part that of half a head (section 3.1.2); here it is
-  even, too."""
+  """The fields of mixer latent. What is left open: in DeepSeek-V2 the latent
+  has the size of 4 heads and the turned part that of half a head (section
+  3.1.2); here it is even, too."""
   q_rank: int = field(
       0, 'Size of the vector that queries are made from; 0: the layer\'s '
       'input.', resume=SHAPES)

@@ -1,4 +1,4 @@
-"""What the layers of all recurrences share: linear_attention.py and mamba2.py
+"""The base of the layers of all recurrences: linear_attention.py and mamba2.py
 have what is particular to each.
 
   q, k, v = W_q x, W_k x, W_v x       each through silu(conv(.)), if it has one
@@ -35,7 +35,7 @@ HEADS = 'key_heads', 'value_heads', 'heads', 'groups'
 
 @struct.dataclass
 class State:
-  """What a layer keeps of a row, however long it is: the state after its last
+  """The cache of a layer, however long a row is: the state after its last
   token, and the last inputs of the convolutions, if it has convolutions."""
   state_BHKU: jax.Array
   query_BWJK: Optional[jax.Array] = None

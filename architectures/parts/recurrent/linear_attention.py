@@ -23,7 +23,7 @@ from common.fields import field, FUNCTION, MOST_TAPS, SHAPES
 
 @dataclasses.dataclass(frozen=True)
 class _Heads:
-  """What is left open is as attention has it."""
+  """Heads that, where they are left open, are those of attention."""
   key_heads: int = field(0, 'heads of queries and keys; derived: num_heads',
                          resume=SHAPES)
   value_heads: int = field(0, 'a multiple of key_heads, which is the default',
@@ -45,7 +45,7 @@ class _Heads:
 
 @dataclasses.dataclass(frozen=True)
 class DeltaNetConfig(_Heads):
-  """Of mixer deltanet. What is left open is as attention has it."""
+  """The fields of mixer deltanet. What is left open is as attention has it."""
   conv: int = field(
       4, 'tokens that a convolution sees, the token itself included', least=1,
       most=MOST_TAPS, resume=SHAPES)
@@ -112,8 +112,8 @@ class DeltaNet(layer.Layer):
 
 @dataclasses.dataclass(frozen=True)
 class KDAConfig(_Heads):
-  """Of mixer kda. What is left open is as attention has it, and products of low
-  rank are as wide as a head's value."""
+  """The fields of mixer kda. What is left open is as attention has it, and
+  products of low rank are as wide as a head's value."""
   conv: int = field(4, 'tokens that a convolution sees; 0: no convolution',
                     most=MOST_TAPS, resume=SHAPES)
   rank: int = field(
@@ -152,7 +152,7 @@ class KDA(DeltaNet):
 
 
 class GDN2Config(KDAConfig):
-  """Of mixer gdn2. The fields are those of kda."""
+  """The fields of mixer gdn2, which are those of kda."""
 
 
 class GDN2(KDA):
@@ -216,7 +216,8 @@ class States:
 
 @dataclasses.dataclass(frozen=True)
 class GLAConfig(States):
-  """Of mixer gla. The paper's keys are half as wide as the values."""
+  """The fields of mixer gla. The paper's keys are half as wide as the values.
+  """
   key_dim: int = field(
       0, "size of a head's query and key; derived: head_dim / 2",
       resume=SHAPES)
@@ -264,7 +265,8 @@ class GLA(layer.Layer):
 
 @dataclasses.dataclass(frozen=True)
 class RetNetConfig(States):
-  """Of mixer retnet. The paper's values are twice as wide as the keys."""
+  """The fields of mixer retnet. The paper's values are twice as wide as the
+  keys."""
   key_dim: int = field(0, "size of a head's query and key; derived: head_dim",
                        resume=SHAPES)
   value_dim: int = field(0, "size of a head's value; derived: 2 head_dim",

@@ -43,7 +43,7 @@ PLACES = 16  # the places of a piece
 
 @dataclasses.dataclass(frozen=True)
 class MambaConfig:
-  """Of mixer mamba."""
+  """The fields of mixer mamba."""
   expand: int = field(2, 'features of x for each of d_model', least=1,
                       resume=SHAPES)
   state: int = field(16, 'entries of the state of a feature', above=0,

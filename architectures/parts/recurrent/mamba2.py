@@ -73,7 +73,7 @@ class Groups:
 
 @dataclasses.dataclass(frozen=True)
 class Mamba2Config(Groups):
-  """Of mixer mamba2."""
+  """The fields of mixer mamba2."""
   conv: int = field(
       4, 'tokens that a convolution sees, the token itself included', least=1,
       most=MOST_TAPS, resume=SHAPES)

@@ -51,7 +51,7 @@ LEAST_RATE = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Mamba3Config(mamba2.Groups):
-  """Of mixer mamba3."""
+  """The fields of mixer mamba3."""
   turned: float = field(
       0.5, 'the part of the features of B and C that turns; 0: a real state',
       least=0, most=1, resume=SHAPES)

@@ -31,7 +31,7 @@ FORGETS = -1e30  # a logarithm in place of -inf, whose exponential is 0 as well
 
 
 class Inputs(NamedTuple):
-  """What a recurrence is given. J heads of queries and keys serve H heads of
+  """The inputs of a recurrence. J heads of queries and keys serve H heads of
   values, each of them H / J that follow one another.
 
   A token may take several steps: then keys, values, rates and `erase` have so
@@ -54,7 +54,7 @@ class Inputs(NamedTuple):
 
   @property
   def steps(self) -> int:
-    """Of a token."""
+    """The number of steps of a token."""
     return self.k_BLJK.shape[1] // self.q_BLJK.shape[1]
 
 
@@ -219,7 +219,7 @@ def inverse(a_PP: jax.Array) -> jax.Array:
 
 
 def by_columns(a_PP: jax.Array) -> jax.Array:
-  """The same, for CPU: forward substitution, for all matrices at once.
+  """Returns (I + A)^-1 on CPU: forward substitution, for all matrices at once.
 
   The rows are solved for in bands. Those before a band are taken away by a
   product, and those of the band one after another. XLA calls LAPACK for one
@@ -244,7 +244,7 @@ def by_columns(a_PP: jax.Array) -> jax.Array:
 
 
 def by_halves(a_PP: jax.Array) -> jax.Array:
-  """The same, for TPU: blocks of 1, 2, 4, ... places are joined in twos,
+  """Returns (I + A)^-1 on TPU: blocks of 1, 2, 4, ... places join in twos,
 
     [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]],
 
@@ -269,7 +269,7 @@ def by_halves(a_PP: jax.Array) -> jax.Array:
 
 
 def solved(a_PP: jax.Array) -> jax.Array:
-  """The same, for GPU: by the library of the platform."""
+  """Returns (I + A)^-1 on GPU: by the library of the platform."""
   eye_PP = jnp.eye(a_PP.shape[-1], dtype=a_PP.dtype)
   return jax.lax.linalg.triangular_solve(
       a_PP, jnp.broadcast_to(eye_PP, a_PP.shape), left_side=True, lower=True,

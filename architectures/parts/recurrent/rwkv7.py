@@ -54,8 +54,8 @@ SHIFTED = dict(query=0.1, decay=0.45, key=0.35, value=0.35, rate=0.45, gate=0.1)
 
 @dataclasses.dataclass(frozen=True)
 class RWKV7Config(linear_attention.States):
-  """Of mixer rwkv7. What is left open is as attention has it; the ranks grow
-  with the root of d_model, in steps of 32."""
+  """The fields of mixer rwkv7. What is left open is as attention has it; the
+  ranks grow with the root of d_model, in steps of 32."""
   key_dim: int = field(0, "size of a head's query and key; derived: head_dim",
                        resume=SHAPES)
   value_dim: int = field(0, "size of a head's value; derived: head_dim",
@@ -83,8 +83,8 @@ class RWKV7Config(linear_attention.States):
 
 @struct.dataclass
 class State:
-  """What a layer keeps of a row: the state after its last token, and the input
-  of that token."""
+  """The cache of a layer: the state after its last token, and the input of that
+  token."""
   state_BHKU: jax.Array
   input_B1D: jax.Array
 

@@ -30,7 +30,7 @@ from common.fields import field, MOST_TAPS, SHAPES
 
 @dataclasses.dataclass(frozen=True)
 class ShortConvConfig:
-  """Of mixer short_conv."""
+  """The fields of mixer short_conv."""
   kernel: int = field(
       3, 'tokens that the convolution sees, the token itself included', least=1,
       most=MOST_TAPS, resume=SHAPES)
