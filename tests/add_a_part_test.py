@@ -30,6 +30,7 @@ def run(program, *words, cwd, code=0):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_norm_with_two_fields_in_a_file_of_ones_own(tmp_path):
   text, = re.findall('```py\n(import.*?)```', PAGE.read_text(), re.S)
   file = tmp_path / 'my_dyt.py'

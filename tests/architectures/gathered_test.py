@@ -70,7 +70,8 @@ def test_no_large_matrix_stands_whole_along_fsdp(system):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', ['mamba', 'deepseek_v4'])
+@pytest.mark.parametrize('system', [
+    'mamba', pytest.param('deepseek_v4', marks=pytest.mark.long)])
 def test_products_of_low_rank_equal_one_device(system):
   module, params = models.make(system)
   tokens_BL, step = models.tokens(8, LENGTH), step_of(module)
