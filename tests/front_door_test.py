@@ -31,6 +31,7 @@ def _copied(folder):
   """
   tree = adding.copied(folder / 'tree')
   shutil.copytree(ROOT / 'docs', tree / 'docs')
+  shutil.copy(ROOT / 'README.md', tree)  # which its own example trains on
   python = tree / '.bin/python'
   python.parent.mkdir()
   python.write_text(f"""#!{sys.executable}
