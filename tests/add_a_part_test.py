@@ -11,7 +11,7 @@ import re
 
 import pytest
 
-from tests.helpers import forked
+from tests.helpers import forked, studies
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / 'docs/tutorials/add_a_part.md'
@@ -301,6 +301,73 @@ def test_a_mixer_with_a_state_in_a_file_of_ones_own(tmp_path):
   file.unlink()
   wrote = forked.run('-c', WRITES, str(ROOT), cwd=tmp_path)
   assert wrote.stdout.strip() == 'alike', wrote.stderr
+
+
+# A phase of a study, which stands in the file of the study.
+PHASE = '''
+from tools.compare import decide, phases
+
+
+class Again(phases.Phase):
+  """The variants that were confirmed as better, on seeds that are fresh."""
+
+  def enter(self, plan, records):
+    return [row.variant for row in records['confirm']
+            if row.verdict == decide.BETTER]
+
+
+PHASES = {'again': Again(
+    name='again', block=6, seeds=4,
+    methods='What was better was seen again on {plan.seeds[again]} seeds.')}
+'''
+
+# Goes through the phases of the plan in the folder `w`; nothing is trained.
+PHASES_WITHOUT_TRAINING = f'''
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from tests.helpers import studies
+from tools.compare import comparison, plan, report, study
+
+
+def loss(config):
+  noise = config.seed % 7 / 100
+  if config.model.position == 'none':
+    return 1.0 + noise
+  if config.init_seed:
+    return 2.0 + noise ** 2
+  return 2.0 - noise
+
+
+frozen = plan.load('w')
+trainer = studies.Written('w', frozen, loss=loss)
+study.go('w', frozen, trainer, studies.arguments(until='again', anyway=True))
+print(report.html(comparison.load('w'), ()))
+'''
+
+
+@pytest.mark.slow
+def test_a_phase_of_a_study_in_the_file_of_the_study(tmp_path):
+  file, workdir = pathlib.Path(studies.write(tmp_path, PHASE)), tmp_path / 'w'
+
+  frozen = forked.run('-m', 'tools.compare', 'run', file, '--workdir', workdir,
+                      '--until=freeze', timeout=600)
+  assert 'was seen again on 4 seeds' in frozen.stdout, frozen.stderr
+  plan = json.loads((workdir / 'study.json').read_text())
+  assert str(file) in plan['sources'], 'a file that changes is not noticed'
+
+  # The phase is that of the plan, whatever becomes of the file.
+  file.unlink()
+  went = forked.run('-c', PHASES_WITHOUT_TRAINING, cwd=tmp_path,
+                    timeout=600)
+  assert 'again: 24 runs' in went.stdout, went.stdout + went.stderr
+  assert 'id="again"' in went.stdout
+  results = json.loads((workdir / 'results.json').read_text())
+  row, = results['again']
+  assert (row['variant'], row['n'], row['verdict']) == ('none', 4, 'better')
+  seeds = {phase: {run['seed'] for run in results['outcomes']
+                   if run['phase'] == phase} for phase in results['phases']}
+  assert len(seeds['again']) == 4
+  assert not seeds['again'] & seeds['confirm'], 'they are not fresh'
 
 
 def test_an_entry_that_is_there_already_is_refused(tmp_path):

@@ -20,13 +20,13 @@ from configs import base as base_config
 from tools.compare import cost, curves, layout, phases, spec
 from tools.compare import measures as measures_lib
 from tools.compare import plan as plans
-from training import objectives, preflight, progress
+from training import objectives, plugins, preflight, progress
 from training.data import tokenizers
 from training.objectives import pipeline
 from training.workdir import provenance, run_config
 
-# What a study's file may hold, with its default; None: it must. So it may what
-# its phases have (Phase.constants).
+# The constants of a study's file and their defaults; None: it must say it. Its
+# phases may have further ones (Phase.constants).
 STUDY: dict[str, Any] = {
     'QUESTION': '',
     'SIZES': None,
@@ -34,10 +34,10 @@ STUDY: dict[str, Any] = {
     # The runs that measures come from, with the fields in which they leave the
     # base: 'text', and probes by their names.
     'WORKLOADS': {plans.TEXT: {}},
-    # Of each {'workload', 'figure', 'better', 'name', 'chance'}; derived: the
+    # Each is {'workload', 'figure', 'better', 'name', 'chance'}; derived: the
     # loss of the text, and the accuracy of each probe.
     'MEASURES': (),
-    'SEEDS': {name: x.seeds for name, x in phases.PHASES.items() if x.seeds},
+    'SEEDS': {},  # by phase; derived: those of phases.usual_seeds
     # 'fields': the values of each that are tried; derived: half of the base's
     # learning rate, the rate, and twice the rate.
     'TUNING': {},
@@ -53,6 +53,7 @@ STUDY: dict[str, Any] = {
 }
 # The type of what has no default to tell it, and an example.
 _FORMS = {'SIZES': (dict, {'small': {'model.d_model': 32}, 'middle': ...}),
+          'SEEDS': (dict, {'screen': 5, 'confirm': 10}),
           'EFFECT': (numbers.Real, 0.02),
           'MEASURES': (tuple | list, ({'figure': 'loss'},))}
 LEAST_SIZES = 3
@@ -78,7 +79,8 @@ def freeze(file: str, kept: plans.Frozen | None = None) -> plans.Frozen:
   sweep, constants = read_study_file(file)
 
   # The points, checked; where nothing has changed, those of the earlier plan.
-  code = {name: provenance.this_start()[name] for name in ('commit', 'diff')}
+  start = provenance.this_start()
+  code = {'commit': start['commit'], 'diff': start['diff']}
   inputs = ''
   if code['commit']:
     inputs = layout.checksum(plans.to_json(
@@ -89,21 +91,53 @@ def freeze(file: str, kept: plans.Frozen | None = None) -> plans.Frozen:
     points = _points(sweep, constants)
   configs = [spec.changed(sweep.base, row['changes'], 'it') for row in points]
 
+  plan = _plan(file=file, sweep=sweep, constants=constants, points=points,
+               configs=configs)
+  frozen = plans.Frozen(
+      plan=plan, base_config=sweep.base.to_dict(), points=points,
+      sources=cost.contents(configs), code=code, inputs=inputs,
+      files=dict(plugins.loaded))
+
+  # Which seeds the study has may hang on everything else that is planned.
+  offset = constants['SEED_OFFSET']
+  if offset < 0:
+    offset = frozen.drawn
+  return dataclasses.replace(
+      frozen, plan=dataclasses.replace(plan, offset=offset))
+
+
+def _plan(file: str, sweep: spec.Sweep, constants: Mapping,
+          points: Sequence[Mapping], configs: Sequence) -> plans.Plan:
+  """Returns the plan without the offset of its seeds.
+
+  Args:
+    file: the path of the study's file.
+    sweep: the base and its variants.
+    constants: the constants of the file, completed.
+    points: the rows of Frozen.points.
+    configs: the config of each of these.
+  """
   measures = _measures(file=file, constants=constants, points=points,
                        configs=configs)
+  variants = tuple(point.name for point in sweep.points
+                   if point.name != sweep.base_name)
+
+  # The sizes, of which the largest may be predicted.
   sizes, largest = tuple(constants['SIZES']), None
   if 'largest' in constants['SEEDS']:
     *others, largest = sizes
     sizes = tuple(others)
     _check_predictable(file, measures[0], configs)
   # With muP the values of the smallest size hold for all of them.
-  is_mup = all(c.model.parametrization == 'mup' for c in configs)
-  tuned_sizes = sizes[:1] if is_mup else sizes
+  tuned_sizes = sizes
+  if all(config.model.parametrization == 'mup' for config in configs):
+    tuned_sizes = sizes[:1]
 
-  settings = {name: x for name, x in constants.items() if name not in STUDY}
-  variants = tuple(point.name for point in sweep.points
-                   if point.name != sweep.base_name)
-  plan = plans.Plan(
+  match_field = ''
+  if constants['MATCH']:
+    match_field = constants['MATCH_FIELD']
+  of_phases = {name: x for name, x in constants.items() if name not in STUDY}
+  return plans.Plan(
       name=sweep.name,
       question=constants['QUESTION'],
       file=file,
@@ -122,23 +156,13 @@ def freeze(file: str, kept: plans.Frozen | None = None) -> plans.Frozen:
       power=constants['POWER'],
       unstable=float(constants['UNSTABLE']),
       match=constants['MATCH'],
-      match_field=constants['MATCH_FIELD'] if constants['MATCH'] else '',
+      match_field=match_field,
       margin=float(constants['MARGIN']) or None,
       floor=float(constants['FLOOR']) or None,
       least_snr=float(constants['LEAST_SNR']) or None,
       target=float(constants['TARGET']) or None,
-      settings=settings or None,
+      settings=of_phases or None,
       replication=constants['REPLICATION'])
-  frozen = plans.Frozen(
-      plan=plan, base_config=sweep.base.to_dict(), points=points,
-      sources=cost.contents(configs), code=code, inputs=inputs)
-
-  # Which seeds the study has may hang on everything else that is planned.
-  offset = constants['SEED_OFFSET']
-  if offset < 0:
-    offset = frozen.drawn
-  return dataclasses.replace(
-      frozen, plan=dataclasses.replace(plan, offset=offset))
 
 
 def _measures(file: str, constants: Mapping, points: Sequence[Mapping],
@@ -180,7 +204,8 @@ def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
   for name, default in STUDY.items():
     constants[name] = getattr(module, name, default)
     _check_form(file, name, constants[name])
-  seeds = STUDY['SEEDS'] | constants['SEEDS']
+  phases.check(file)
+  seeds = phases.usual_seeds() | constants['SEEDS']
   constants['SEEDS'] = _checked_seeds(file, seeds)
   for phase in phases.of(seeds):
     for name, default in phase.constants.items():
@@ -190,7 +215,7 @@ def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
   _check_ranges(file, constants)
   _check_names(file, constants)
 
-  # What a file may leave out follows from the rest of it.
+  # A file may leave out what follows from the rest of it.
   constants['TUNING'] = _tuning(file, constants['TUNING'], sweep.base)
   _check_overlaps(file, sweep, constants)
   workloads = constants['WORKLOADS']
@@ -303,6 +328,7 @@ def _rise_from_zero(values: Sequence) -> bool:
 
 
 def _is_whole(value: Any, least: int, most: int) -> bool:
+  """Returns whether a value is a whole number of a range."""
   return type(value) is int and least <= value <= most
 
 
@@ -437,7 +463,7 @@ def _row(sweep: spec.Sweep, constants: Mapping, size: str, workload: str,
             f'its first rung trains {share:.3g} of {config.train.steps} steps, '
             'which is less than one step; take fewer rungs, or a larger keep')
 
-    # What a run costs, and the loss of guessing.
+    # The costs of a run, and the loss of guessing.
     figures = cost.of(config)._asdict()
     if workload == plans.TEXT:
       figures['body'] = cost.body(config)

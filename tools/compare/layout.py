@@ -144,8 +144,9 @@ def run_folder(workdir, point: str, seed: int) -> pathlib.Path:
 def save_checked(path: pathlib.Path, tree: dict) -> None:
   """Writes JSON with a checksum of what it holds, whole or not at all; several
   runners may write at once."""
-  storage.write(epath.Path(path), json.dumps(
-      tree | {'checksum': checksum(tree)}, indent=1, allow_nan=False))
+  checked = tree | {'checksum': checksum(tree)}
+  text = json.dumps(checked, indent=1, allow_nan=False)
+  storage.write(epath.Path(path), text)
 
 
 def load_checked(path: pathlib.Path) -> dict:
@@ -193,11 +194,15 @@ def _joined(workdir, old: dict, new: dict) -> dict:
   """
   # Sources that only one of both has seen do not differ.
   sources = old['sources'] | new['sources']
-  different = differences(
-      _fixed(old) | {'sources': new['sources'] | old['sources']},
-      _fixed(new, old['points']) | {'sources': sources})
+  fixed_before = _fixed(old)
+  fixed_before['sources'] = new['sources'] | old['sources']
+  fixed_now = _fixed(new, old['points'])
+  fixed_now['sources'] = sources
+  different = differences(fixed_before, fixed_now)
   require(not different, f'{workdir} holds another sweep, which differs in '
           f'{", ".join(different)}: take another --workdir')
+
+  # The points of the new one, each with the seeds of both, and the others.
   left = {row['name']: row for row in old['points']}
   points = []
   for row in new['points']:
@@ -216,20 +221,28 @@ def _fixed(description: dict, points: Sequence[dict] = ()) -> dict:
     points: the points whose changes are a part of it; (): all of its own.
   """
   names = [row['name'] for row in points or description['points']]
-  changes = {row['name']: row['changes'] for row in description['points']
-             if row['name'] in names}
-  return {'base': description.get('base'), 'match': description.get('match'),
-          'match_field': description.get('match_field'),
-          'base_config': description.get('base_config'),
-          'files': description.get('files'), 'points': changes}
+  changes = {}
+  for row in description['points']:
+    if row['name'] in names:
+      changes[row['name']] = row['changes']
+  fixed = {'points': changes}
+  for name in ('base', 'match', 'match_field', 'base_config'):
+    fixed[name] = description.get(name)
+  # Whether a study goes on with other files, its plan says (plan.adopted).
+  if not description.get('plan'):
+    fixed['files'] = description.get('files')
+  return fixed
 
 
 def differences(old: dict, new: dict) -> list[str]:
   """Returns the dotted names at which two trees of JSON differ."""
   before, after = _flat(old), _flat(new)
-  missing = run_config.MISSING
-  return [name for name in {**before, **after}
-          if before.get(name, missing) != after.get(name, missing)]
+  different = []
+  for name in {**before, **after}:
+    is_in_both = name in before and name in after
+    if not is_in_both or before[name] != after[name]:
+      different.append(name)
+  return different
 
 
 def _flat(tree: dict) -> dict:
@@ -302,12 +315,15 @@ def codes(workdir, description: Mapping[str, Any]) -> list[str]:
 def plans_of(workdir) -> set[str]:
   """Returns the hashes of the plans by which the runs of a folder were started;
   '' is of a run that no study started."""
-  plans: set[str] = set()
+  starts: list[dict] = []
   for folder in pathlib.Path(workdir).glob('points/*/seed-*'):
+    # A config that is damaged is reported where the run is looked at.
     with contextlib.suppress(RequestError):
-      for start in run_config.starts(folder):
-        plan = str(start.get('plan', ''))
-        plans.add(plan.partition(' ')[0])
+      starts += run_config.starts(folder)
+  plans = set()
+  for start in starts:
+    hash, _, _ = str(start.get('plan', '')).partition(' ')
+    plans.add(hash)
   return plans
 
 
@@ -329,11 +345,14 @@ def metrics(folder: pathlib.Path, split: str) -> list[dict]:
 def is_trained(folder: pathlib.Path, train) -> bool:
   """Returns whether the run took its last step and saved it, and did not end
   there after too many bad ones; `train` is config.train of the run."""
-  last = [row for row in metrics(folder, 'train') if row['step'] == train.steps]
+  last = None
+  for row in metrics(folder, 'train'):
+    if row['step'] == train.steps:
+      last = row
   is_saved = (folder / 'checkpoints' / str(train.steps)).is_dir()
-  if not is_saved or not last:
+  if last is None or not is_saved:
     return False
-  return last[-1].get('bad_in_row', -1) < train.max_bad_steps
+  return last.get('bad_in_row', -1) < train.max_bad_steps
 
 
 def evaluation(folder: pathlib.Path) -> dict:
@@ -448,25 +467,31 @@ class Ledger:
 
   def __init__(self, workdir):
     self._path = pathlib.Path(workdir) / self.file
-    self._watched: dict[str, tuple[int, int, int]] = {}
+    self._watched: dict[str, _Heartbeat] = {}
     self.doubtful = False
     self._path.parent.mkdir(parents=True, exist_ok=True)
-    lock = self._path.with_suffix('.lock')  # one looks, and sets it aside
+
+    # One process at a time looks whether the file is whole.
+    lock = self._path.with_suffix('.lock')
     with storage.writing(lock), lock.open('w') as file:
       fcntl.lockf(file, fcntl.LOCK_EX)
       damage = self._open()
       if damage:
-        self._connection.close()
-        aside = self._path.with_name(
-            f'{self._path.name}.aside-{time.time_ns()}')
-        self._path.rename(aside)
-        print(f'warning: {self._path} is damaged ({short(damage)}): it is set '
-              f'aside as {aside.name}, and {self.anew}', file=sys.stderr)
+        self._set_aside(damage)
         self._open()
-    is_of_sweep = (self._path.parent / 'sweep.json').is_file()
+
     # One that was deleted or emptied was made anew, and has no runs.
+    is_of_sweep = (self._path.parent / 'sweep.json').is_file()
     if is_of_sweep and not self._rows('SELECT id FROM runs LIMIT 1'):
       reconcile(workdir, self)
+
+  def _set_aside(self, damage: str) -> None:
+    """Renames the file, which is damaged, and says so."""
+    self._connection.close()
+    aside = self._path.with_name(f'{self._path.name}.aside-{time.time_ns()}')
+    self._path.rename(aside)
+    print(f'warning: {self._path} is damaged ({short(damage)}): it is set '
+          f'aside as {aside.name}, and {self.anew}', file=sys.stderr)
 
   def _open(self) -> str:
     """Connects to the file, and makes its tables where it has none; returns
@@ -474,19 +499,23 @@ class Ledger:
     with self._failing():  # each statement is a transaction of its own
       self._connection = sqlite3.connect(
           self._path, timeout=BUSY_SECONDS, isolation_level=None)
-      self._connection.create_function('crc32', -1, _crc32, deterministic=True)
+      self._connection.create_function(
+          'crc32', -1, _crc32, deterministic=True)
       try:
-        tables = [row[0] for row in self._connection.execute(
-            "SELECT sql FROM sqlite_schema WHERE type = 'table'")]
+        rows = self._connection.execute(
+            "SELECT sql FROM sqlite_schema WHERE type = 'table'").fetchall()
         wrong, = self._connection.execute(
             'PRAGMA integrity_check(1)').fetchone()
       # SQLite's own sentence may have a name that is no UTF-8.
       except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        if getattr(error, 'sqlite_errorcode', 1) & 0xff not in _DAMAGE:
+        # The last byte of a code is its kind.
+        code = getattr(error, 'sqlite_errorcode', sqlite3.SQLITE_ERROR)
+        if code & 0xff not in _DAMAGE:
           raise
         return str(error)
     if wrong != 'ok':
       return wrong
+    tables = [sql for sql, in rows]
     if not tables:
       for statement in self.schema:
         self._change(statement)
@@ -537,8 +566,8 @@ class Ledger:
     """Adds (point, seed, tasks) where missing; a run that is done and owes a
     task which it did not owe before is pending again."""
     with self.transaction():
-      for point, seed, tasks in rows:
-        tasks = ','.join(tasks)
+      for point, seed, names in rows:
+        tasks = ','.join(names)
         self._change(
             'INSERT OR IGNORE INTO runs (point, seed, tasks) VALUES (?, ?, ?)',
             point, seed, tasks)
@@ -551,10 +580,15 @@ class Ledger:
   def runs(self, *states: str) -> list[Run]:
     """Returns the runs in some states, or all, by seed and then in file order.
     """
-    rows = self._rows(
-        f'SELECT {", ".join(Run._fields)} FROM runs ORDER BY seed, id')
-    runs = [Run._make(row) for row in rows]
-    return [run for run in runs if run.state in (states or STATES)]
+    columns = ', '.join(Run._fields)
+    rows = self._rows(f'SELECT {columns} FROM runs ORDER BY seed, id')
+    wanted = states or STATES
+    runs = []
+    for row in rows:
+      run = Run._make(row)
+      if run.state in wanted:
+        runs.append(run)
+    return runs
 
   def register(self) -> str:
     """Adds this process as a runner; returns its name."""
@@ -566,11 +600,11 @@ class Ledger:
   def claim(self, ids: Sequence[int], runner: str) -> list[int]:
     """Takes those runs of `ids` that are still pending, for a runner as
     `register` named it; returns them."""
-    rows = self._rows(
+    claimed = self._rows(
         "UPDATE runs SET state = ?, runner = ?, error = '' WHERE state = ? "
-        f'AND id IN ({", ".join("?" * len(ids))}) RETURNING id',
+        f'AND id IN ({_places(ids)}) RETURNING id',
         RUNNING, runner, PENDING, *ids)
-    return sorted(row[0] for row in rows)
+    return sorted(id for id, in claimed)
 
   def settle(self, id: int, runner: str, state: str, error: str = '',
              alone: bool = False) -> bool:
@@ -603,7 +637,7 @@ class Ledger:
     """Says that the runner lives; returns the runs that are still its own."""
     self._change('UPDATE runners SET beats = beats + 1 WHERE name = ?', runner)
     rows = self._rows('SELECT id FROM runs WHERE runner = ?', runner)
-    return {row[0] for row in rows}
+    return {id for id, in rows}
 
   def recover(self) -> list[str]:
     """Frees what dead runners hold; returns 'point, seed S' of each run.
@@ -614,24 +648,48 @@ class Ledger:
     holders = self._rows(
         'SELECT name, host, pid, beats FROM runners WHERE name IN '
         '(SELECT runner FROM runs WHERE state = ?)', RUNNING)
+
+    # The runners whose heartbeat stands still, or whose process is gone.
     watched, dead = {}, []
     for name, host, pid, beats in holders:
-      # The heartbeat at the first look and at the last, and how many looks it
-      # has stood still since.
-      first, last, looks = self._watched.get(name, (beats, -1, 0))
-      looks = looks + 1 if beats == last else 0
+      heartbeat = self._watched.get(name)
+      if heartbeat is None:
+        heartbeat = _Heartbeat(first=beats, last=beats, looks=0)
+      elif beats == heartbeat.last:
+        heartbeat = heartbeat._replace(looks=heartbeat.looks + 1)
+      else:
+        heartbeat = heartbeat._replace(last=beats, looks=0)
       is_gone = host == storage.host() and not storage.is_alive(pid)
-      if looks >= STALE_LOOKS or is_gone:
+      if is_gone or heartbeat.looks >= STALE_LOOKS:
         dead.append(name)
       else:
-        watched[name] = first, beats, looks
+        watched[name] = heartbeat
     self._watched = watched
-    self.doubtful = any(first == last for first, last, _ in watched.values())
+    self.doubtful = any(heartbeat.first == heartbeat.last
+                        for heartbeat in watched.values())
+
     freed = self._rows(
         "UPDATE runs SET state = ?, runner = '' WHERE state = ? AND runner IN "
-        f'({", ".join("?" * len(dead))}) RETURNING point, seed',
-        PENDING, RUNNING, *dead)
+        f'({_places(dead)}) RETURNING point, seed', PENDING, RUNNING, *dead)
     return [f'{point}, seed {seed}' for point, seed in freed]
+
+
+class _Heartbeat(NamedTuple):
+  """The heartbeats of a runner that another one has seen.
+
+  Attributes:
+    first: the heartbeat at the first look.
+    last: that at the last look.
+    looks: how many looks it has stood still since.
+  """
+  first: int
+  last: int
+  looks: int
+
+
+def _places(values: Sequence) -> str:
+  """Returns the places of some values in a statement: '?, ?, ?'."""
+  return ', '.join('?' * len(values))
 
 
 class StudyLedger(Ledger):
@@ -700,12 +758,15 @@ def reconcile(workdir, ledger) -> dict:
   command, or of a ledger that was lost; as failed, where it was trained there
   by another config; and as pending again, where it was done and is gone.
   """
+  # The runs that the ledger has not.
   rows = []
   for point in load_description(workdir)['points']:
     for seed in point['seeds']:
       rows.append((point['name'], seed, point['tasks']))
   rows.sort(key=lambda row: row[1])  # all points of a seed, then the next
   ledger.add(rows)
+
+  # The runs whose state is another one on disk.
   runs = ledger.runs(PENDING, DONE)
   description = load_description(workdir)  # it has all of these points
   for run in runs:

@@ -1,8 +1,9 @@
 """The phases of a study, each from the outcomes of those before.
 
 noise -> tune -> screen -> confirm: the records of PHASES, the table at the end,
-over which plans, costs, results, status and reports go. A phase asks a trainer
-for runs, gets their outcomes, and decides. A trainer is an object with
+over which plans, costs, results, status and reports go. A study's file may have
+PHASES of its own, which come after these (training/plugins.py). A phase asks a
+trainer for runs, gets their outcomes, and decides. A trainer is an object with
 
     train(folder, runs) -> [Outcome of each run]
     predicted(phase, rows) -> plan.predicted's record
@@ -23,9 +24,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import dataclasses
 import itertools
 import math
+import re
 from typing import Any, NamedTuple
 
-from common.errors import RequestError
+from common.errors import RequestError, require
 from tools.compare import advice, decide, efficiency, noise, page, statistics
 from tools.compare import plan as plans
 from training import runs as starts
@@ -33,6 +35,7 @@ from training.objectives import pipeline
 from training.workdir import run_config
 
 APART = 10_000  # seeds from the first of a phase to the first of the next
+BLOCKS = plans.STUDY_APART // APART  # how many phases the seeds of a study fit
 Changes = dict[str, Any]
 
 
@@ -58,7 +61,7 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass
 class State:
-  """What a study has found so far.
+  """The findings of a study so far.
 
   Attributes:
     trainer: the trainer of the runs.
@@ -91,6 +94,30 @@ class State:
 def of(seeds: Collection[str]) -> list['Phase']:
   """Returns the phases that a study has, in order; `seeds` are its plan's."""
   return [phase for name, phase in PHASES.items() if name in seeds]
+
+
+def usual_seeds() -> dict[str, int]:
+  """Returns how many seeds each phase has in a study that does not say it."""
+  return {name: phase.seeds for name, phase in PHASES.items() if phase.seeds}
+
+
+def check(file: str) -> None:
+  """Raises RequestError for an entry of PHASES whose runs or results could not
+  be told from those of another; `file` names the study's file."""
+  blocks: dict[int, str] = {}
+  for name, phase in PHASES.items():
+    who = f'{file}: PHASES has {name!r}'
+    require(isinstance(phase, Phase) and phase.name == name, f'{who}, which is '
+            f'no Phase of that name: write {{{name!r}: Phase(name={name!r}, '
+            '...)}')
+    require(re.fullmatch('[a-z_]+', name) is not None, f'{who}, which names a '
+            'folder and a row of results.json: choose lower-case letters and _')
+    require(0 <= phase.block < BLOCKS, f'{who} with block={phase.block}: '
+            f'choose a whole number from 0 to {BLOCKS - 1}')
+    other = blocks.setdefault(phase.block, name)
+    require(other == name, f'{who} with block={phase.block}, which is that of '
+            f'{other!r}, so that both would have the same seeds: choose '
+            f'another, from 0 to {BLOCKS - 1}')
 
 
 def run(frozen: plans.Frozen, trainer: Any, until: str = plans.REPORT,
@@ -128,23 +155,23 @@ def run(frozen: plans.Frozen, trainer: Any, until: str = plans.REPORT,
 class Phase:
   """A phase: variants beside the base, with the values that were tuned, which
   the report tables. A phase that differs in more than these fields is a class
-  of its own.
+  of its own, here or in the file of the study that has it.
 
   The verdict of a study is that of `confirm`, or of a phase before it that lets
   a variant go no further. What a later phase finds stands beside it.
 
   Attributes:
-    name: what SEEDS and reports call it, and results.json what it decides. Its
-      runs are in the folder NAME, or NAME-1, NAME-2, ... for rungs: so a name
-      has no '-'.
-    block: its seeds begin block * APART after the study's own first one. No
-      other phase has the same, and none changes its own, whatever comes before
-      it.
-    seeds: how many a study has of it that says nothing; 0: only a study whose
-      SEEDS says how many has this phase.
+    name: the name by which SEEDS and reports call it, and results.json what it
+      decides. Its runs are in the folder NAME, or NAME-1, NAME-2, ... for
+      rungs: so a name has no '-'.
+    block: the place of its seeds, which begin block * APART after the study's
+      own first one. No other phase has the same, and none changes its own,
+      whatever comes before it.
+    seeds: the number of its seeds in a study that does not say it; 0: only a
+      study whose SEEDS says how many has this phase.
     part: the half of the held-out text that its runs are evaluated on
       (eval.part). What confirms has a half that no phase before it sees.
-    least: how many seeds it needs.
+    least: the number of seeds that it needs.
     decide: (plan, outcomes, name) -> what follows: a Verdict of each variant
       and measure, with the phase's own words where it has others; the plan is
       that of `narrow`, the outcomes are those of all phases so far.
@@ -212,17 +239,24 @@ class Phase:
     """Returns the runs that it asks for at most, whatever is found before."""
     plan = frozen.plan
     first = {name: values[0] for name, values in plan.tuning.fields.items()}
-    return self.runs(frozen, lambda *point: first, plan.variants)
+
+    def any_value(variant: str, size: str, workload: str) -> Changes:
+      return first
+
+    return self.runs(frozen, any_value, plan.variants)
 
   def run(self, frozen: plans.Frozen, state: State) -> dict[str, Any]:
     """Trains what follows from what was found; returns what it decides, by the
     keys of results.json."""
     tuned = {(row.variant, row.size, row.workload): row.changes
              for row in state.records.get('tuned', ())}
+    def best(variant: str, size: str, workload: str) -> Changes:
+      return tuned[variant, size, workload]
+
+    # The runs of what goes on, if anything does.
     variants = self.enter(frozen.plan, state.records)
     if variants:
-      runs = self.runs(frozen, lambda *point: tuned[point], variants)
-      state.train(self, runs)
+      state.train(self, self.runs(frozen, best, variants))
     plan = self.narrow(frozen.plan)
     return {self.name: self.decide(plan, state.outcomes, self.name)}
 
@@ -230,7 +264,7 @@ class Phase:
     """Returns what it decided, in lines."""
     lines = []
     for row in records[self.name]:
-      effect = page.estimate(row.effect, row.low, row.high).text
+      effect = page.estimate(mean=row.effect, low=row.low, high=row.high).text
       p = page.p_value(row.p_corrected).text
       lines.append(f'  {row.variant}, {row.measure}: {effect}, corrected p '
                    f'{p}: {row.verdict}')
@@ -277,11 +311,13 @@ class Tune(Phase):
     """Returns the runs of each candidate of a search."""
     runs = []
     for changes in search.candidates:
-      runs.append([
-          run_of(frozen=frozen, phase=self.name, variant=search.variant,
-                 size=search.size, workload=search.workload, seed=seed,
-                 more=changes, share=search.share)
-          for seed in self.seeds_of(frozen.plan)])
+      of_candidate = []
+      for seed in self.seeds_of(frozen.plan):
+        of_candidate.append(run_of(
+            frozen=frozen, phase=self.name, variant=search.variant,
+            size=search.size, workload=search.workload, seed=seed,
+            more=changes, share=search.share))
+      runs.append(of_candidate)
     return runs
 
   def most(self, frozen):
@@ -311,8 +347,9 @@ class Tune(Phase):
       outcomes = iter(state.train(self, runs, rung))
       for search, candidates in zip(going, asked):
         steps = frozen.steps(candidates[0][0].changes)
-        taken = [list(itertools.islice(outcomes, len(candidate)))
-                 for candidate in candidates]
+        taken = []
+        for candidate in candidates:
+          taken.append(list(itertools.islice(outcomes, len(candidate))))
         search.take(steps, taken)
     return {'tuned': [search.result() for search in each]}
 
@@ -460,16 +497,16 @@ class Search:
       steps: the number of steps that the candidates trained.
       outcomes: the outcomes of each candidate, over the seeds of tuning.
     """
-    measure = self.plan.of_workload(self.workload)[0]
+    measure, *_ = self.plan.of_workload(self.workload)
     rows = []
     for changes, runs in zip(self.candidates, outcomes, strict=True):
       values = [run.values[measure.name] for run in runs]
       losses = [run.loss for run in runs]
+      diverged = any(run.diverged for run in runs)
       rows.append({
           'rung': self.rung, 'steps': steps, 'changes': changes,
           'value': sum(values) / len(values), 'values': values,
-          'loss': sum(losses) / len(losses),
-          'diverged': any(run.diverged for run in runs)})
+          'loss': sum(losses) / len(losses), 'diverged': diverged})
       self.runs += len(runs)
     self.tried += rows
     self.rung += 1

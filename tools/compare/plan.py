@@ -1,4 +1,4 @@
-"""What a study plans, what its runs give, and how both stand in its files.
+"""Plans of studies, outcomes of their runs, and how both stand in files.
 
 WORKDIR/study.json is the frozen plan. WORKDIR/results.json is everything that
 was found, by key:
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 from common.errors import RequestError, require
 from tools.compare import layout, spec
+from training import plugins
 
 REPORT = 'report'  # what follows the last phase
 TEXT = 'text'  # the workload that every study has, and that comes first
@@ -59,7 +60,7 @@ class Measure:
 
   @property
   def sign(self) -> int:
-    """What makes a difference positive where it is an improvement."""
+    """The sign that makes a difference positive where it is an improvement."""
     return 1 if self.better == HIGHER else -1
 
 
@@ -84,7 +85,7 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What is asked, and all that decides on the answer.
+  """The question of a study, and all that decides on the answer.
 
   Attributes:
     name, question, file: what the study is called and asks, and its file.
@@ -168,7 +169,7 @@ class Plan:
 
 
 class Outcome(NamedTuple):
-  """What one run gave.
+  """The outcome of one run.
 
   Attributes:
     phase: the name of its phase.
@@ -214,7 +215,7 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-  """What tuning found for one variant at one size on one workload.
+  """The values that tuning found for one variant, size and workload.
 
   Attributes:
     changes: the values chosen, by field.
@@ -235,7 +236,7 @@ class Tuned:
 
 @dataclasses.dataclass
 class Frozen:
-  """What study.json holds.
+  """The content of study.json.
 
   Attributes:
     plan: the plan.
@@ -257,6 +258,8 @@ class Frozen:
       predicts had begun, and what efficiency.predict returned.
     time: when it was frozen first; 0: it is not.
     inputs: a hash of what `points` follow from; '': not known.
+    files: the text of each file from outside the tree that declares a part of
+      the study, such as a phase of its own, by its path.
   """
   plan: Plan
   base_config: dict
@@ -268,6 +271,7 @@ class Frozen:
   time: float = 0.0
   predictions: list[dict] = dataclasses.field(default_factory=list)
   inputs: str = ''
+  files: dict[str, str] = dataclasses.field(default_factory=dict)
 
   @property
   def hash(self) -> str:
@@ -275,10 +279,12 @@ class Frozen:
     of the plan that is None, which a later version may add, is no part of it.
     """
     tree = to_json(self)
-    tree['plan'] = {name: value for name, value in tree['plan'].items()
-                    if value is not None}
-    planned = ('plan', 'base_config', 'points', 'sources', 'code')
-    return layout.checksum({name: tree[name] for name in planned})
+    plan = tree['plan']
+    planned = {'plan': {name: plan[name] for name in plan
+                        if plan[name] is not None}}
+    for name in ('base_config', 'points', 'sources', 'code'):
+      planned[name] = tree[name]
+    return layout.checksum(planned)
 
   @property
   def known(self) -> set[str]:
@@ -295,11 +301,11 @@ class Frozen:
 
   def point(self, variant: str, size: str, workload: str) -> dict:
     """Returns the row of `points` that has these names."""
+    wanted = variant, size, workload
     for row in self.points:
-      if (row['variant'], row['size'], row['workload']) == (
-          variant, size, workload):
+      if (row['variant'], row['size'], row['workload']) == wanted:
         return row
-    raise KeyError((variant, size, workload))
+    raise KeyError(wanted)
 
   def point_of(self, run: Any) -> dict:
     """Returns the point of a run, or of its Outcome."""
@@ -318,6 +324,7 @@ def save(workdir, frozen: Frozen) -> None:
 
 
 def _save(ledger, workdir, frozen: Frozen) -> None:
+  """Writes study.json, and adds a plan that is new to the ledger."""
   tree = to_json(frozen)
   if ledger.plan() != tree:
     ledger.add_plan(frozen.hash, tree)
@@ -349,7 +356,8 @@ def last(workdir) -> Frozen | None:
 
 
 def _frozen(tree: Mapping[str, Any]) -> Frozen:
-  """Returns what `to_json` wrote of a plan."""
+  """Returns what `to_json` wrote of a plan, and declares what its files do."""
+  plugins.restore(tree.get('files', {}))
   fields = spec.tuples(tree['plan'])
   measures = tuple(Measure(**row) for row in fields['measures'])
   tuning = Tuning(**fields['tuning'])
@@ -358,6 +366,7 @@ def _frozen(tree: Mapping[str, Any]) -> Frozen:
 
 
 def date(seconds: float) -> str:
+  """Returns a time as a report writes it."""
   return time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(seconds))
 
 
@@ -384,7 +393,7 @@ def adopted(workdir, frozen: Frozen, reason: str = '') -> Frozen:
   """
   path = pathlib.Path(workdir) / 'study.json'
   with layout.StudyLedger(workdir) as ledger, ledger.transaction():
-    # What was planned before; nothing is as planned now.
+    # The plan before; where there was none, that of now.
     tree = ledger.plan()
     if not tree and path.is_file():
       tree = layout.load_checked(path)
@@ -394,7 +403,7 @@ def adopted(workdir, frozen: Frozen, reason: str = '') -> Frozen:
       old = dataclasses.replace(frozen, time=time.time())
     new = _with_seeds_of(old, frozen)
 
-    # What has changed since, and what was made by other plans.
+    # The fields that have changed since, and runs that are of other plans.
     changed = _changed(old, new)
     _check_unchanged(workdir, changed, reason)
     others = _others(workdir, old.known)
@@ -413,7 +422,7 @@ def adopted(workdir, frozen: Frozen, reason: str = '') -> Frozen:
           told | {'before': old.hash, 'changed': changed, 'seen': seen})
     going = dataclasses.replace(
         new if changed else old, time=old.time, notes=old.notes,
-        predictions=[*old.predictions], amendments=amendments)
+        predictions=list(old.predictions), amendments=amendments)
     _save(ledger, workdir, going)
   return going
 
@@ -432,15 +441,18 @@ def _with_seeds_of(old: Frozen, frozen: Frozen) -> Frozen:
 def _changed(old: Frozen, new: Frozen) -> list[str]:
   """Returns the names of what is planned otherwise."""
   before, after = _planned(old), _planned(new)
-  # What an older version does not say of a point is as planned.
+  # A figure of a point that an older version does not have is as planned.
   for name, row in before['points'].items():
     if name in after['points']:
-      point = after['points'][name]
-      after['points'][name] = {key: point[key] for key in point if key in row}
+      after['points'][name] = _shared(after['points'][name], row)
   # Data of which the old plan has no hash are as planned.
-  after['sources'] = {name: new.sources[name] for name in old.sources
-                      if name in new.sources}
+  after['sources'] = _shared(new.sources, old.sources)
   return layout.differences(before, after)
+
+
+def _shared(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the entries of a dict that another one has, too."""
+  return {name: new[name] for name in new if name in old}
 
 
 def _check_unchanged(workdir, changed: Sequence[str], reason: str) -> None:
@@ -468,12 +480,14 @@ def _check_none_of_others(workdir, others: Mapping[str, Sequence[str]],
   """
   if not others or reason:
     return
-  listed = '; '.join(f'{", ".join(where)} by {_plan(hash)}'
-                     for hash, where in others.items())
+  each = []
+  for hash, where in others.items():
+    each.append(f'{", ".join(where)} by {_plan(hash)}')
   raise RequestError(
       f'{workdir} holds what is of another plan than this study has had: '
-      f'{listed}. Move it away, take another --workdir, or give the reason why '
-      'it is of this study by --amend=REASON, which the report will tell')
+      f'{"; ".join(each)}. Move it away, take another --workdir, or give the '
+      'reason why it is of this study by --amend=REASON, which the report will '
+      'tell')
 
 
 def predicted(workdir, frozen: Frozen, phase: str, rows: Sequence) -> dict:
@@ -482,11 +496,16 @@ def predicted(workdir, frozen: Frozen, phase: str, rows: Sequence) -> dict:
   """
   with layout.StudyLedger(workdir) as ledger, ledger.transaction():
     kept = ledger.plan().get('predictions', [])
-    record = next((x for x in kept if x['plan'] == frozen.hash), None)
+    record = None
+    for before in kept:
+      if record is None and before['plan'] == frozen.hash:
+        record = before
     if record is None:
+      # It is blind where no run of what it predicts has begun.
       is_blind = phase not in _seen(workdir, ledger, frozen.plan)
-      record = {'time': time.time(), 'plan': frozen.hash,
-                'hash': layout.checksum(rows), 'rows': rows, 'blind': is_blind}
+      record = {
+          'time': time.time(), 'plan': frozen.hash,
+          'hash': layout.checksum(rows), 'rows': rows, 'blind': is_blind}
       kept = [*kept, record]
     frozen.predictions[:] = kept
     _save(ledger, workdir, frozen)
@@ -494,6 +513,7 @@ def predicted(workdir, frozen: Frozen, phase: str, rows: Sequence) -> dict:
 
 
 def _plan(hash: str) -> str:
+  """Returns what a plan is called in messages; a run may have none."""
   return f'the plan {hash}' if hash else 'no plan'
 
 
@@ -521,8 +541,12 @@ def _seen(workdir, ledger, plan: Plan) -> dict[str, int]:
     begun.add((phase_of(path.parents[2]), seed))
   for folder, _, seed in ledger.begun():
     begun.add((phase_of(pathlib.Path(folder)), seed))
-  phases = [phase for phase, _ in begun]
-  return {phase: phases.count(phase) for phase in plan.seeds if phase in phases}
+  seeds: dict[str, int] = {}
+  for phase in plan.seeds:
+    number = sum(name == phase for name, _ in begun)
+    if number:
+      seeds[phase] = number
+  return seeds
 
 
 def _planned(frozen: Frozen) -> dict:
@@ -540,8 +564,10 @@ def to_json(value: Any) -> Any:
   """Returns dataclasses and Outcomes as plain dicts and lists; figures that
   are not finite as null."""
   if dataclasses.is_dataclass(value):
-    return {field.name: to_json(getattr(value, field.name))
-            for field in dataclasses.fields(value)}
+    tree = {}
+    for field in dataclasses.fields(value):
+      tree[field.name] = to_json(getattr(value, field.name))
+    return tree
   if hasattr(value, '_asdict'):
     return to_json(value._asdict())
   if isinstance(value, Mapping):

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import studies
-from tools.compare import decide, freeze, phases, statistics
+from tools.compare import decide, phases, statistics
 from tools.compare import noise as noise_lib
 from tools.compare import plan as plans
 
@@ -83,7 +83,7 @@ def _plan(variants: int = 5, seeds=(6, 2, 5, 5), **changes) -> plans.Plan:
       variants=tuple(f'v{i + 1}' for i in range(variants)), sizes=SIZES,
       workloads=(plans.TEXT,), measures=(plans.Measure(
           'loss', plans.TEXT, 'loss', plans.LOWER, math.log(256)),),
-      seeds=dict(zip(freeze.STUDY['SEEDS'], seeds)), tuning=plans.Tuning(
+      seeds=dict(zip(phases.usual_seeds(), seeds)), tuning=plans.Tuning(
           {RATE: (1e-3, 2e-3, 4e-3, 8e-3)}), effect=0.03,
       tuned_sizes=SIZES), **changes)
 

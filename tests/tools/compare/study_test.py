@@ -273,6 +273,22 @@ def test_its_ratios_divide_the_layers():
 # Its phases.
 
 
+@pytest.mark.parametrize('name, phase, sentence', [
+    ('mine', phases.Phase(name='mine', block=3, seeds=3),
+     "block=3, which is that of 'confirm', so that both would have the same"),
+    ('mine', phases.Phase(name='mine', block=10, seeds=3), 'from 0 to 9'),
+    ('mine', phases.Phase(name='other', block=6, seeds=3), 'no Phase of that'),
+    ('mine', 'noise', 'no Phase of that name'),
+    ('once-more', phases.Phase(name='once-more', block=6, seeds=3),
+     'choose lower-case letters and _')])
+def test_a_phase_that_cannot_be_told_from_others_is_refused(
+    name, phase, sentence, monkeypatch):
+  phases.check('file')
+  monkeypatch.setitem(phases.PHASES, name, phase)
+  with pytest.raises(RequestError, match=sentence):
+    phases.check('file')
+
+
 @pytest.fixture(scope='module')
 def made():
   frozen = studies.frozen(studies.plan())
