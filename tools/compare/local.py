@@ -25,6 +25,7 @@ from tools.compare import layout
 from training import cli, evals, progress, vectorised
 from training.distributed import cpu, signals
 from training.workdir import provenance, storage
+from training.writer import DIVERGED, EARLY
 
 POLL_SECONDS = 0.2
 TELL_SECONDS = 60  # between two lines of the time left
@@ -353,10 +354,22 @@ def main() -> int:
     return _evaluate(folders, args.evaluate.split(','))
   description = layout.load_description(args.workdir)
   configs = [layout.config(description, *run) for run in runs]
+  return _train(configs, folders)
+
+
+def _train(configs: Sequence, folders: Sequence[pathlib.Path]) -> int:
+  """Trains runs as one program, and says in the log of each why it did not
+  reach its last step; returns the exit code."""
   code = 0
   for writer in vectorised.train(configs, folders):
-    if writer.sentence:
-      layout.log(writer.workdir, f'error: {writer.sentence}')
+    if not writer.sentence:
+      continue
+    line = writer.sentence
+    if writer.code == DIVERGED:
+      line = f'error: {line}'
+    layout.log(writer.workdir, line)
+    # A run that ended early has all that it was to have (training/loop.py).
+    if writer.code != EARLY:
       code = UNFINISHED
   return code
 

@@ -25,7 +25,7 @@ from tests.helpers.sweeps import states
 from tools.compare import __main__ as command
 from tools.compare import check, cost, layout, local, run, slurm, spec
 from tools.compare import statistics, status
-from training import cli
+from training import cli, writer
 from training.workdir import run_config
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -612,6 +612,30 @@ def test_a_run_of_another_config_on_disk_is_not_adopted(tmp_path, monkeypatch):
   assert errors.keys() == {'rms', 'swiglu'}
   assert 'in eval.batches, optim.lr: move it away' in errors['rms']
   assert 'config.json is missing' in errors['swiglu']
+
+
+def test_the_log_of_a_run_says_why_it_ended_in_its_group(
+    tmp_path, monkeypatch):
+  ended = {'whole': (0, ''), 'early': (writer.EARLY, 'ended early'),
+           'bad': (writer.DIVERGED, 'not finite'),
+           'stopped': (STOPPED, 'stopped at step 2')}
+  writers = []
+  for name, (code, sentence) in ended.items():
+    (tmp_path / name).mkdir()
+    writers.append(types.SimpleNamespace(
+        workdir=tmp_path / name, code=code, sentence=sentence))
+
+  def train(*names):
+    monkeypatch.setattr(local.vectorised, 'train', lambda configs, folders: [
+        x for x in writers if x.workdir.name in names])
+    return local._train([], [])
+
+  assert train('whole', 'early') == 0
+  assert train('bad') == train('stopped') == local.UNFINISHED
+  logs = {path.parent.name: path.read_text()
+          for path in tmp_path.glob('*/log.txt')}
+  assert logs == {'early': 'ended early\n', 'bad': 'error: not finite\n',
+                  'stopped': 'stopped at step 2\n'}
 
 
 # A group ends in an error of all, or of one that says so in its log.
