@@ -68,11 +68,12 @@ def lowered(what: str, before: Sequence[float], after: Sequence[float]
   quotient = float(np.var(before) / np.var(after))
   r = float(np.corrcoef(before, after)[0, 1])
   t = float(stdtrit(n - 2, 0.975))
+  # The interval of the quotient reaches from 1 / apart to apart times it.
   k = 1 + 2 * (1 - r * r) * t ** 2 / (n - 2)
   apart = k + math.sqrt(k * k - 1)
-  return Factor(
-      what=what, factor=math.sqrt(quotient),
-      low=math.sqrt(quotient * (1 / apart)), high=math.sqrt(quotient * apart))
+  low, high = quotient * (1 / apart), quotient * apart
+  return Factor(what=what, factor=math.sqrt(quotient), low=math.sqrt(low),
+                high=math.sqrt(high))
 
 
 def components(base: np.ndarray, again: np.ndarray) -> np.ndarray:
@@ -157,8 +158,10 @@ def _noise_runs(plan: Plan, outcomes: Iterable[Outcome]) -> _NoiseRuns:
   variants = [plan.base, AGAIN]
   whole = []
   for seed in seeds:
-    of_seed = [runs.get((variant, size, seed))
-               for variant in variants for size in plan.sizes]
+    of_seed = []
+    for variant in variants:
+      for size in plan.sizes:
+        of_seed.append(runs.get((variant, size, seed)))
     if all(run is not None and not run.diverged for run in of_seed):
       whole.append(seed)
   return _NoiseRuns(runs=runs, variants=variants, seeds=seeds, whole=whole)
@@ -187,17 +190,16 @@ def measured(plan: Plan, outcomes: Iterable[Outcome]) -> list[Factor]:
       rows.append(np.array(row))
     return rows
 
-  # What pairing has gained.
+  # The gain by pairing.
   base, again = means(lambda run: run.values[plan.primary.name])
   if np.ptp(np.subtract(base, again)) == 0:
     return []
   factors = [pairing(base, again)]
 
-  # What the curves of all runs tell of longer ones, and of means.
-  compared = [runs[variant, size, seed] for variant in variants
-              for size in plan.sizes for seed in whole]
-  if any(len(run.curve.get('loss', ())) <= 3 for run in compared):
-    return factors
+  # The gain by longer runs, and by means, where the curves of all runs tell it.
+  for (_, _, seed), run in runs.items():
+    if seed in whole and len(run.curve.get('loss', ())) <= 3:
+      return factors
   half_way = np.subtract(*means(_loss_half_way))
   last = np.subtract(*means(_last_loss))
   late = np.subtract(*means(_late_loss))
@@ -258,15 +260,21 @@ def sentence(plan: Plan, outcomes: Iterable[Outcome]) -> str:
   factors = measured(plan, outcomes)
   if not factors:
     return ''
-  each = '; '.join(f'{x.what}: {x.factor:.2f} [{x.low:.2f}, {x.high:.2f}]'
-                   for x in factors)
-  pairing_gains = factors[0].low > 1
-  sentences = [
+  each = []
+  for x in factors:
+    each.append(f'{x.what}: {x.factor:.2f} [{x.low:.2f}, {x.high:.2f}]')
+  no_gain = ''
+  if factors[0].low <= 1:
+    no_gain = NO_GAIN
+  sentence = (
       'What divides the standard deviation of a difference, by how much, '
-      f'with 95 % intervals: {each}. A factor f spares f² times the seeds. '
-      f'{"" if pairing_gains else NO_GAIN}{UNMEASURED}']
-  parts = ', '.join(f'{x.what} ({x.factor:.0%} [{x.low:.0%}, {x.high:.0%}])'
-                    for x in measured_split(plan, outcomes))
+      f'with 95 % intervals: {"; ".join(each)}. A factor f spares f² times the '
+      f'seeds. {no_gain}{UNMEASURED}')
+
+  # The shares of the variance, where the noise phase tells them.
+  parts = []
+  for x in measured_split(plan, outcomes):
+    parts.append(f'{x.what} ({x.factor:.0%} [{x.low:.0%}, {x.high:.0%}])')
   if parts:
-    sentences.append(f'The variance of a run comes from {parts}.')
-  return ' '.join(sentences)
+    sentence += f' The variance of a run comes from {", ".join(parts)}.'
+  return sentence

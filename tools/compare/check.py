@@ -104,25 +104,35 @@ def describe(args) -> dict:
   """
   cost.off_devices()
   sweep = spec.read_sweep_file(args.file, args.seeds)
-  field = args.match_field or spec.MATCH_FIELD
   require(bool(args.match) or not args.match_field, f'--match_field is '
           f'{args.match_field}, but nothing is matched: pass --match, of '
           f'{", ".join(spec.MATCH)}')
+  match_field = ''
   if args.match:
-    sweep = cost.match(sweep, args.match, field)
-  keys: list[str] = []
+    match_field = args.match_field or spec.MATCH_FIELD
+    sweep = cost.match(sweep, args.match, match_field)
+
+  # Points that make their batches otherwise share none.
+  paired = True
   for point in sweep.points:
-    keys += point.changes
+    for key in point.changes:
+      if key.startswith(spec.BATCHES):
+        paired = False
+  sources = cost.contents(map(sweep.config, sweep.points))
+  points = []
+  for point in progress.each(sweep.points, 'points checked'):
+    points.append(_row(sweep, point))
   return {
-      'name': sweep.name, 'file': sweep.file, 'match': args.match,
-      'match_field': field if args.match else '',
+      'name': sweep.name,
+      'file': sweep.file,
+      'match': args.match,
+      'match_field': match_field,
       'base': sweep.base_name,
       'base_config': sweep.base.to_dict(),
-      'paired': not any(key.startswith(spec.BATCHES) for key in keys),
-      'sources': cost.contents(map(sweep.config, sweep.points)),
+      'paired': paired,
+      'sources': sources,
       'files': dict(plugins.loaded),
-      'points': [_row(sweep, point)
-                 for point in progress.each(sweep.points, 'points checked')]}
+      'points': points}
 
 
 def _seconds(description: dict, row: dict) -> float:
@@ -131,13 +141,15 @@ def _seconds(description: dict, row: dict) -> float:
   Raises:
     RequestError: where that failed, with its last line.
   """
-  words = layout.train_command(description, tempfile.gettempdir(), row['name'],
-                               row['seeds'][0])
+  words = layout.train_command(
+      description=description, workdir=tempfile.gettempdir(),
+      point=row['name'], seed=row['seeds'][0])
   ran = subprocess.run([sys.executable, *words, '--dry_run'],
                        capture_output=True, text=True)
   seconds = re.search(r'^about ([\d,]+) s in all', ran.stdout, re.M)
+  last_line = ran.stderr.strip().rpartition('\n')[2]
   require(ran.returncode == 0 and seconds is not None, f'point {row["name"]!r} '
-          f'cannot be timed: {ran.stderr.strip().rpartition(chr(10))[2]}')
+          f'cannot be timed: {last_line}')
   return float(seconds[1].replace(',', ''))
 
 
@@ -148,7 +160,8 @@ def _row(sweep: spec.Sweep, point: spec.Point) -> dict:
     cost.check(config, point.changes)
     figures = cost.of(config)
     tasks = sweep.owed(point)
-    require(bool(config.eval.every_steps or config.eval.tasks or tasks),
+    has_figures = config.eval.every_steps or config.eval.tasks or tasks
+    require(bool(has_figures),
             'eval.every_steps is 0 and no task is '
             'done, so there would be nothing to compare: set it, to '
             'train.steps for one held-out loss after the last step, or name '
@@ -157,10 +170,14 @@ def _row(sweep: spec.Sweep, point: spec.Point) -> dict:
   if 'model.arch' in point.changes:
     unlike = systems.line(runs.resolve_alone(config))
   return {
-      'name': point.name, 'changes': dict(point.changes),
+      'name': point.name,
+      'changes': dict(point.changes),
       'matched': list(point.matched),
-      'follows': _follows(sweep, point, config), 'unlike': unlike,
-      **figures._asdict(), 'seeds': list(sweep.seeds), 'tasks': list(tasks)}
+      'follows': _follows(sweep, point, config),
+      'unlike': unlike,
+      **figures._asdict(),
+      'seeds': list(sweep.seeds),
+      'tasks': list(tasks)}
 
 
 def _follows(sweep: spec.Sweep, point: spec.Point, config

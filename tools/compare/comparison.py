@@ -22,7 +22,7 @@ from training import evals
 
 LR = 'optim.lr'
 BASE, OPEN = 'base', 'not done yet'
-# What an estimate takes from the comparison of a phase, as decide gives it.
+# The figures that an estimate takes from the comparison of a phase.
 _COMPARED = ('effect', 'low', 'high', 'n', 'p', 'p_corrected', 'p_robust',
              'p_equivalent', 'p_not_worse', 'diverged', 'base_diverged',
              'item_noise')
@@ -230,9 +230,13 @@ def changed(changes: Mapping[str, Any]) -> str:
 
 def alone(frozen: plans.Frozen, row: Mapping[str, Any]) -> dict[str, Any]:
   """Returns what a point changes in the base of its size and workload."""
-  base = frozen.point(frozen.plan.base, row['size'], row['workload'])['changes']
-  return {name: x for name, x in row['changes'].items()
-          if name not in base or base[name] != x}
+  point = frozen.point(frozen.plan.base, row['size'], row['workload'])
+  base = point['changes']
+  changes = {}
+  for name, x in row['changes'].items():
+    if name not in base or base[name] != x:
+      changes[name] = x
+  return changes
 
 
 # A study.
@@ -240,25 +244,34 @@ def alone(frozen: plans.Frozen, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _study(workdir) -> Comparison:
   """Returns what study.json and results.json of a folder say."""
-  frozen, results = plans.load(workdir), results_lib.load(workdir)
+  frozen = plans.load(workdir)
+  results = results_lib.load(workdir)
   study = results['study']
   require(not study or study['hash'] == frozen.hash,
           f'{workdir}/{results_lib.FILE} is of another plan than study.json, '
           'whose study has to be run before it is reported')
+
+  # The runs that have curves, and those that are left out.
   outcomes = [plans.outcome_from_json(row) for row in results['outcomes']]
   lines, excluded = {}, []
   for run in outcomes:
-    is_confirmed_text = run.phase == 'confirm' and run.workload == plans.TEXT
-    if is_confirmed_text and run.curve and not run.diverged:
-      lines[run.variant, run.size, run.seed] = {'eval': run.curve}
     if run.diverged:
       excluded.append({
           'phase': run.phase, 'variant': run.variant, 'size': run.size,
           'workload': run.workload, 'seed': run.seed, 'state': 'diverged',
           'why': 'in no mean of differences'})
+      continue
+    is_confirmed_text = run.phase == 'confirm' and run.workload == plans.TEXT
+    if is_confirmed_text and run.curve:
+      lines[run.variant, run.size, run.seed] = {'eval': run.curve}
   return Comparison(
-      workdir=workdir, frozen=frozen, results=results, outcomes=outcomes,
-      curves=lines, excluded=excluded, about=[frozen.plan.question],
+      workdir=workdir,
+      frozen=frozen,
+      results=results,
+      outcomes=outcomes,
+      curves=lines,
+      excluded=excluded,
+      about=[frozen.plan.question],
       warnings=_study_warnings(frozen.plan, results),
       target=frozen.plan.target)
 
@@ -320,8 +333,11 @@ def doubts(plan: plans.Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
   sentences = []
 
   # The test of the shape is one of all variants together.
-  shapes = [row.get('p_shape') for row in primary]
-  shape = next(filter(page.known, shapes), 1.0)
+  shape = 1.0
+  for row in primary:
+    if page.known(row.get('p_shape')):
+      shape = row['p_shape']
+      break
   if shape <= statistics.IRREGULAR:
     sentences.append(
         f'The differences look skewed or have outliers (p = {shape:.2g} of '
@@ -364,31 +380,41 @@ def _sweep(workdir, rows: str) -> Comparison:
 
   # The points, and the runs that have curves or are left out.
   finished = {(run.variant, run.seed) for run in outcomes if not run.diverged}
-  points, lines, excluded = [], {}, []
+  lines, excluded = {}, []
   for point in sweep.points:
-    points.append({
-        'variant': point.name, 'size': '', 'workload': plans.TEXT,
-        'changes': point.changes, 'matched': point.matched,
-        'params': point.params, 'active_params': point.active_params,
-        'flops_per_token': point.flops_per_token, 'tokens': point.tokens})
     for seed, run in point.runs.items():
       if (point.name, seed) in finished:
         lines[point.name, '', seed] = _curves(point, seed)
       if run.diverged or not run.is_whole:
         excluded.append(_excluded(point, run))
+  frozen = plans.Frozen(
+      plan=plan, base_config=sweep.base_tree,
+      points=[_point_row(point) for point in sweep.points], sources={}, code={})
   return Comparison(
       workdir=workdir,
-      frozen=plans.Frozen(plan=plan, base_config=sweep.base_tree,
-                          points=points, sources={}, code={}),
-      results=results, outcomes=outcomes, curves=lines, excluded=excluded,
+      frozen=frozen,
+      results=results,
+      outcomes=outcomes,
+      curves=lines,
+      excluded=excluded,
       about=[_about(sweep)],
       warnings=_sweep_warnings(sweep) + doubts(plan, results['confirm']))
+
+
+def _point_row(point: curves.Point) -> dict[str, Any]:
+  """Returns the row of plans.Frozen.points of a point."""
+  return {
+      'variant': point.name, 'size': '', 'workload': plans.TEXT,
+      'changes': point.changes, 'matched': point.matched,
+      'params': point.params, 'active_params': point.active_params,
+      'flops_per_token': point.flops_per_token, 'tokens': point.tokens}
 
 
 def _plan(sweep: curves.Sweep, outcomes: Sequence[plans.Outcome]
           ) -> plans.Plan:
   """Returns a sweep as the plan of a study: its measures are the figures that
   its runs have."""
+  # The loss comes first, whatever the runs have.
   figures = ['loss']
   for run in outcomes:
     figures += run.values
@@ -397,19 +423,31 @@ def _plan(sweep: curves.Sweep, outcomes: Sequence[plans.Outcome]
     measures.append(plans.Measure(
         name=name, workload=plans.TEXT, figure=name, better=plans.LOWER,
         chance=math.nan))
+  variants = tuple(point.name for point in sweep.points
+                   if point is not sweep.base)
   return plans.Plan(
-      name=sweep.name, question='', file=sweep.file, base=sweep.base.name,
-      variants=tuple(point.name for point in sweep.points
-                     if point is not sweep.base),
-      sizes=('',), workloads=(plans.TEXT,), measures=tuple(measures),
+      name=sweep.name,
+      question='',
+      file=sweep.file,
+      base=sweep.base.name,
+      variants=variants,
+      sizes=('',),
+      workloads=(plans.TEXT,),
+      measures=tuple(measures),
       seeds={'confirm': len(sweep.base.runs)},
-      tuning=plans.Tuning({LR: ()}, rungs=1), effect=0.0, match=sweep.match)
+      tuning=plans.Tuning(fields={LR: ()}, rungs=1),
+      effect=0.0,
+      match=sweep.match)
 
 
 def _curves(point: curves.Point, seed: int) -> dict[str, dict[str, list]]:
   """Returns the curves that a run has, by figure."""
-  each = {name: point.curve(seed, name) for name in curves.FIGURES}
-  return {name: curve for name, curve in each.items() if curve}
+  each = {}
+  for name in curves.FIGURES:
+    curve = point.curve(seed, name)
+    if curve:
+      each[name] = curve
+  return each
 
 
 def _excluded(point: curves.Point, run: curves.Run) -> dict[str, Any]:
@@ -417,9 +455,11 @@ def _excluded(point: curves.Point, run: curves.Run) -> dict[str, Any]:
   why = run.error.strip()
   if not why and run.state == 'done':
     why = 'no finite held-out loss at the last step (eval.every_steps)'
+  state = run.state
+  if run.diverged:
+    state = 'diverged'
   return {'phase': '', 'variant': point.name, 'size': '', 'workload': '',
-          'seed': run.seed, 'state': 'diverged' if run.diverged else run.state,
-          'why': why}
+          'seed': run.seed, 'state': state, 'why': why}
 
 
 def _outcomes(sweep: curves.Sweep) -> list[plans.Outcome]:
@@ -447,16 +487,28 @@ def _outcomes(sweep: curves.Sweep) -> list[plans.Outcome]:
 def _outcome(point: curves.Point, run: curves.Run, values: dict[str, float]
              ) -> plans.Outcome:
   """Returns what became of a run that has these figures."""
-  spent = {name: column[-1]
-           for name, column in point.curve(run.seed, 'train').items()}
+  # The compute and the time up to its last step.
+  spent = {'flops': math.nan, 'seconds': math.nan}
+  for name, column in point.curve(run.seed, 'train').items():
+    spent[name] = column[-1]
+  scores = {}
+  for name in run.items:
+    if name in values:
+      scores[name] = run.items[name]
   return plans.Outcome(
-      phase='confirm', variant=point.name, size='', workload=plans.TEXT,
-      seed=run.seed, values=values, diverged=run.diverged,
-      flops=spent.get('flops', math.nan),
-      seconds=spent.get('seconds', math.nan), params=point.params,
-      changes=point.changes, curve=point.curve(run.seed),
-      items={name: scores for name, scores in run.items.items()
-             if name in values})
+      phase='confirm',
+      variant=point.name,
+      size='',
+      workload=plans.TEXT,
+      seed=run.seed,
+      values=values,
+      diverged=run.diverged,
+      flops=spent['flops'],
+      seconds=spent['seconds'],
+      params=point.params,
+      changes=point.changes,
+      curve=point.curve(run.seed),
+      items=scores)
 
 
 def _values(run: curves.Run) -> dict[str, float]:
@@ -479,6 +531,8 @@ def _task_values(run: curves.Run) -> dict[str, float]:
   """Returns the fractions that tasks found, while a run trained and after it.
   """
   values = {}
+
+  # The tasks of eval.tasks, by the names in metrics.jsonl.
   held_out = run.held_out
   if held_out:
     tasks = evals.listed(run.config['eval.tasks'])
@@ -486,6 +540,8 @@ def _task_values(run: curves.Run) -> dict[str, float]:
       is_of_task = any(_is_figure_of(task, name) for task in tasks)
       if type(x) is float and is_of_task:
         values[name] = x
+
+  # The tasks that it owed, of eval.json.
   for task, figures in run.evaluations.items():
     if not isinstance(figures, Mapping):
       continue
@@ -533,23 +589,39 @@ def _rates(sweep: curves.Sweep) -> list[dict[str, Any]]:
     lr = rest.pop(LR, sweep.base_config[LR])
     groups.setdefault(changed(rest) or sweep.base.name, {})[lr] = point
 
-  # The losses of a group at each rate, and the best of them.
   tuned = []
   for name, points in groups.items():
-    tried = [_trial(lr, points[lr]) for lr in sorted(points)
-             if points[lr].finals]
-    if len(tried) < 2:
-      continue
-    best = min(tried, key=lambda trial: (trial['diverged'], trial['value']))
-    best_lr = best['changes'][LR]
-    is_at_edge = best_lr in (min(points), max(points))
-    tuned.append({
-        'variant': name, 'size': '', 'workload': '',
-        'changes': best['changes'], 'look': next(iter(points.values())).name,
-        'at_edge': [LR] if is_at_edge else [],
-        'runs': sum(len(point.finals) for point in points.values()),
-        'tried': tried})
+    row = _rate_row(name, points)
+    if row is not None:
+      tuned.append(row)
   return tuned
+
+
+def _rate_row(name: str, points: Mapping[float, curves.Point]
+              ) -> dict[str, Any] | None:
+  """Returns what a group of points found, as plans.Tuned says it; None where
+  fewer than two rates have a loss.
+
+  Args:
+    name: the name of the group.
+    points: its points by their learning rate.
+  """
+  tried = []
+  for lr in sorted(points):
+    if points[lr].finals:
+      tried.append(_trial(lr, points[lr]))
+  if len(tried) < 2:
+    return None
+  best = min(tried, key=lambda trial: (trial['diverged'], trial['value']))
+  at_edge = []
+  if best['changes'][LR] in (min(points), max(points)):
+    at_edge.append(LR)
+  first = next(iter(points.values()))
+  return {
+      'variant': name, 'size': '', 'workload': '', 'changes': best['changes'],
+      'look': first.name, 'at_edge': at_edge,
+      'runs': sum(len(point.finals) for point in points.values()),
+      'tried': tried}
 
 
 def _trial(lr: float, point: curves.Point) -> dict[str, Any]:

@@ -173,16 +173,27 @@ def line(rows: Sequence[Mapping[str, Any]], split: str, name: str,
   if not having:
     return {}
   step = np.array([row['step'] for row in having], float)
-  # Figures of layers are lists.
-  figure = [float(np.mean(np.asarray(row[name], float))) for row in having]
+
+  # The figure; those of layers are lists, of which it is the mean.
+  figure = []
+  for row in having:
+    of_layers = np.asarray(row[name], float)
+    figure.append(float(np.mean(of_layers)))
+
+  # The tokens so far, by the batches so far.
   batches = pipeline.parse_ramp(config['data.batch_ramp'],
                                 config['data.batch_size'])
   all_batches = batches.before(config['train.steps'])
   tokens_so_far = tokens * batches.before(step) / all_batches
-  return {'step': step.tolist(), 'tokens': tokens_so_far.tolist(),
-          'flops': (tokens_so_far * flops_per_token).tolist(),
-          'seconds': _seconds(rows, step).tolist(), 'loss': figure,
-          'warm': (step >= config['optim.warmup_steps']).tolist()}
+  flops = tokens_so_far * flops_per_token
+  is_warm = step >= config['optim.warmup_steps']
+  return {
+      'step': step.tolist(),
+      'tokens': tokens_so_far.tolist(),
+      'flops': flops.tolist(),
+      'seconds': _seconds(rows, step).tolist(),
+      'loss': figure,
+      'warm': is_warm.tolist()}
 
 
 def cooled(config: Mapping[str, Any]) -> bool:
@@ -197,11 +208,13 @@ def cooled(config: Mapping[str, Any]) -> bool:
 def mean(each: Sequence[Mapping[str, list]]) -> dict[str, np.ndarray]:
   """Returns the mean of curves, at the steps that all of them have."""
   steps = functools.reduce(np.intersect1d, [curve['step'] for curve in each])
-  shared = [np.isin(curve['step'], steps) for curve in each]
   means = {}
   for name in (*AXES, 'loss'):
-    columns = [np.asarray(curve[name], float)[is_shared]
-               for curve, is_shared in zip(each, shared)]
+    columns = []
+    for curve in each:
+      is_shared = np.isin(curve['step'], steps)
+      column = np.asarray(curve[name], float)
+      columns.append(column[is_shared])
     means[name] = np.mean(columns, axis=0)
   return means
 
@@ -290,9 +303,14 @@ def with_rows(sweep: Sweep, file: str) -> Sweep:
           config={**sweep.base_config, 'seed': seed}, rows=tuple(rows),
           evaluations={})
     points.append(Point(
-        name=name, changes={'rows': f'{file}:{name}'}, matched=(),
-        params=math.nan, active_params=math.nan, flops_per_token=math.nan,
-        tokens=sweep.base.tokens, runs=runs))
+        name=name,
+        changes={'rows': f'{file}:{name}'},
+        matched=(),
+        params=math.nan,
+        active_params=math.nan,
+        flops_per_token=math.nan,
+        tokens=sweep.base.tokens,
+        runs=runs))
   return dataclasses.replace(sweep, points=tuple(points))
 
 
@@ -305,14 +323,17 @@ def _rows_of_file(file: str, steps: int
     table = csv.DictReader(text)
     for row in table:
       try:
-        loss = float(row['loss'])
-        by_seed = variants.setdefault(row['variant'], {})
-        rows = by_seed.setdefault(int(row['seed']), [])
-        rows.append({'split': 'eval', 'step': int(row.get('step') or steps),
-                     'loss': loss if math.isfinite(loss) else None})
+        variant, seed = row['variant'], int(row['seed'])
+        loss: float | None = float(row['loss'])
+        step = int(row.get('step') or steps)
       except (KeyError, TypeError, ValueError) as error:
         raise RequestError(f'{file}, line {table.line_num}, has no variant, '
                            f'seed or loss: {error}') from error
+      if not math.isfinite(loss):
+        loss = None
+      by_seed = variants.setdefault(variant, {})
+      rows = by_seed.setdefault(seed, [])
+      rows.append({'split': 'eval', 'step': step, 'loss': loss})
   return variants
 
 
@@ -327,14 +348,20 @@ def read(workdir, description: Mapping[str, Any],
   """
   base_config = run_config.flatten(description['base_config'])
   by_run = {(row.point, row.seed): row for row in rows}
-  points = [_point(workdir, description, row, base_config, by_run)
-            for row in description['points']]
-  names = [point.name for point in points]
+  points = {}
+  for row in description['points']:
+    points[row['name']] = _point(
+        workdir=workdir, description=description, row=row, base=base_config,
+        by_run=by_run)
   return Sweep(
-      name=description['name'], file=description['file'],
-      match=description['match'], paired=description['paired'],
-      base_tree=description['base_config'], base_config=base_config,
-      base=points[names.index(description['base'])], points=tuple(points),
+      name=description['name'],
+      file=description['file'],
+      match=description['match'],
+      paired=description['paired'],
+      base_tree=description['base_config'],
+      base_config=base_config,
+      base=points[description['base']],
+      points=tuple(points.values()),
       codes=tuple(layout.codes(workdir, description)))
 
 
@@ -350,21 +377,30 @@ def _point(workdir, description, row: Mapping[str, Any],
     base: the config of the base, by dotted name.
     by_run: the runs of the ledger by point and seed.
   """
+  name = row['name']
   runs = {}
   for seed in row['seeds']:
     state, error = 'not run', ''
-    if (row['name'], seed) in by_run:
-      run = by_run[row['name'], seed]
+    if (name, seed) in by_run:
+      run = by_run[name, seed]
       state, error = run.state, run.error
-    runs[seed] = _run(workdir=workdir, description=description,
-                      point=row['name'], seed=seed, state=state, error=error)
+    runs[seed] = _run(workdir=workdir, description=description, point=name,
+                      seed=seed, state=state, error=error)
+
   # The base need not have the kinds of layer that a point has.
-  changes = {key: value for key, value in row['changes'].items()
-             if key not in base or value != base[key]}
+  changes = {}
+  for key, value in row['changes'].items():
+    if key not in base or value != base[key]:
+      changes[key] = value
   return Point(
-      name=row['name'], changes=changes, matched=tuple(row['matched']),
-      params=row['params'], active_params=row['active_params'],
-      flops_per_token=row['flops_per_token'], tokens=row['tokens'], runs=runs)
+      name=name,
+      changes=changes,
+      matched=tuple(row['matched']),
+      params=row['params'],
+      active_params=row['active_params'],
+      flops_per_token=row['flops_per_token'],
+      tokens=row['tokens'],
+      runs=runs)
 
 
 def _run(workdir, description, point: str, seed: int, state: str, error: str

@@ -1,4 +1,4 @@
-"""What a study may say of its runs: pure functions of a plan and outcomes.
+"""Decides what a study may say of its runs, by functions of plan and outcomes.
 
 Differences are paired (pairing.py), and tests are Student's over the seeds. How
 often this errs, tests/tools/compare/simulate_test.py measures on studies whose
@@ -203,18 +203,20 @@ def screen(plan: Plan, outcomes: Outcomes, phase='screen') -> list[Verdict]:
 def confirm(plan: Plan, outcomes: Outcomes, phase='confirm') -> list[Verdict]:
   """Returns the verdict on each variant that was run in the confirmation, for
   the primary measure; then rows for the other measures."""
-  runs = pairing.of_phase(outcomes, phase)
   variants = _variants_that_ran(plan, outcomes, phase)
   primary = [(variant, plan.primary) for variant in variants]
+
   # A variant may lack the runs that another measure is of.
+  runs = pairing.of_phase(outcomes, phase)
   secondary = []
   for measure in plan.measures[1:]:
     for variant in variants:
-      pairs_by_size = [
-          pairing.pairs_of(runs=runs, variant=variant, base=plan.base,
-                           size=size, measure=measure) for size in plan.sizes]
+      pairs_by_size = _pairs_by_size(plan=plan, runs=runs, variant=variant,
+                                     measure=measure, sizes=plan.sizes)
       if any(pairs_by_size):
         secondary.append((variant, measure))
+
+  # Secondary measures are corrected among themselves.
   rows = []
   for tested in (primary, secondary):
     rows += _family(plan=plan, outcomes=outcomes, phase=phase, tested=tested,
@@ -240,8 +242,11 @@ def promising(plan: Plan, rows: Sequence[Verdict]) -> list[str]:
     """Returns the effect, which is positive for an improvement."""
     return plan.primary.sign * row.effect
 
-  better = [row for row in rows if row.verdict == STOPPED
-            and row.effect is not None and gain(row) > 0]
+  better = []
+  for row in rows:
+    is_stopped = row.verdict == STOPPED and row.effect is not None
+    if is_stopped and gain(row) > 0:
+      better.append(row)
   better.sort(key=gain, reverse=True)
   return [row.variant for row in better]
 
@@ -249,21 +254,36 @@ def promising(plan: Plan, rows: Sequence[Verdict]) -> list[str]:
 def can_show(plan: Plan) -> str:
   """Returns what the seeds of the confirmation can show, whatever is found."""
   seeds, tests = plan.seeds['confirm'], len(plan.variants)
-  deviations, sign = statistics.shows(seeds, plan.alpha / tests)
+  level = plan.alpha / tests
+  deviations, sign = statistics.shows(seeds, level)
   alike = ''
-  if sign > plan.alpha / tests:
+  if sign > level:
     alike = ', so that differences that are all alike show nothing'
+  # The share of runs of which none of so many diverges with p = 0.05.
   runs = seeds * len(plan.sizes)
+  hidden = 1 - 0.05 ** (1 / runs)
   return (f'With {seeds} seeds and {tests} variants, a difference is first '
           f'significant at {deviations:.2g} standard deviations of a paired '
           f'difference; signs alone have p >= {sign:.2g} before correction'
           f'{alike}. Where none of the {runs} runs of a variant ends on a '
-          f'plateau, up to {1 - 0.05 ** (1 / runs):.0%} of such runs may.')
+          f'plateau, up to {hidden:.0%} of such runs may.')
 
 
 def _variants_that_ran(plan: Plan, outcomes: Outcomes, phase: str) -> list[str]:
+  """Returns the variants that have runs of a phase, in the plan's order."""
   ran = {variant for variant, _, _ in pairing.of_phase(outcomes, phase)}
   return [variant for variant in plan.variants if variant in ran]
+
+
+def _pairs_by_size(plan: Plan, runs: pairing.Runs, variant: str,
+                   measure: Measure, sizes: Sequence[str]
+                   ) -> list[pairing.Pairs]:
+  """Returns the pairs of a variant and the base at each of some sizes."""
+  pairs = []
+  for size in sizes:
+    pairs.append(pairing.pairs_of(
+        runs=runs, variant=variant, base=plan.base, size=size, measure=measure))
+  return pairs
 
 
 def _family(plan: Plan, outcomes: Outcomes, phase: str,
@@ -283,13 +303,12 @@ def _family(plan: Plan, outcomes: Outcomes, phase: str,
   runs = pairing.of_phase(outcomes, phase)
   members = []
   for variant, measure in tested:
-    pairs_by_size = [
-        pairing.pairs_of(runs=runs, variant=variant, base=plan.base, size=size,
-                         measure=measure) for size in sizes]
+    pairs_by_size = _pairs_by_size(plan=plan, runs=runs, variant=variant,
+                                   measure=measure, sizes=sizes)
     members.append(Member(variant=variant, measure=measure, sizes=sizes,
                           pairs_by_size=pairs_by_size))
   shapes, base_shares = {}, {}
-  for measure in {measure for _, measure in tested}:
+  for measure in {member.measure for member in members}:
     shapes[measure] = _shape(members, measure)
     base_shares[measure] = _base_share(plan, outcomes, measure)
 
@@ -297,6 +316,7 @@ def _family(plan: Plan, outcomes: Outcomes, phase: str,
   tests = [_tests(plan, member, shapes[member.measure]) for member in members]
   corrected = _corrected(tests, method)
 
+  # The row of each, with the word that follows from it.
   rows = []
   for member, alone, together in zip(members, tests, corrected):
     row = _row(plan=plan, member=member, shape=shapes[member.measure],
@@ -314,18 +334,24 @@ def _tests(plan: Plan, member: Member, shape: statistics.Shape | None
   measure two one-sided tests of the plan's margin (Schuirmann 1987)."""
   means = pairing.means(member.differences)
   spread = _pooled(shape, mean_over_sizes)
+
+  # Student's test of no effect.
+  p = statistics.p_value(means, spread)
+
+  # McNemar's test of diverging no more often than the base.
+  ours_diverged = [pair.ours.diverged for pair in member.pairs]
+  base_diverged = [pair.base.diverged for pair in member.pairs]
+  p_diverged = statistics.mcnemar(
+      ours=ours_diverged, theirs=base_diverged, alternative='greater')
+
+  # The tests of the plan's margin.
   equivalent = not_worse = None
   if plan.margin and member.measure == plan.primary:
     equivalent, not_worse = statistics.p_within(
         values=means, margin=plan.margin, sign=member.measure.sign,
         pooled=spread)
-  return PValues(
-      p=statistics.p_value(means, spread),
-      p_diverged=statistics.mcnemar(
-          ours=[pair.ours.diverged for pair in member.pairs],
-          theirs=[pair.base.diverged for pair in member.pairs],
-          alternative='greater'),
-      p_equivalent=equivalent, p_not_worse=not_worse)
+  return PValues(p=p, p_diverged=p_diverged, p_equivalent=equivalent,
+                 p_not_worse=not_worse)
 
 
 def _corrected(tests: Sequence[PValues], method: str) -> list[PValues]:
@@ -342,33 +368,54 @@ def _corrected(tests: Sequence[PValues], method: str) -> list[PValues]:
 def _row(plan: Plan, member: Member, shape: statistics.Shape | None,
          alone: PValues, corrected: PValues) -> Verdict:
   """Returns the row of a member, without its verdict."""
-  measure, pairs_by_size = member.measure, member.pairs_by_size
+  # The effect over all sizes, and at each size by itself.
   means = pairing.means(member.differences)
   over_sizes = _effect(ALL, means, _pooled(shape, mean_over_sizes))
+  p_shape = None
+  if shape is not None:
+    p_shape = shape.p
   at_sizes = []
   for i, size in enumerate(member.sizes):
-    differences = pairing.differences_by_seed([pairs_by_size[i]], measure)
-    spread = None if shape is None else shape.pooled_at(i)
+    differences = pairing.differences_by_seed(
+        [member.pairs_by_size[i]], member.measure)
+    spread = None
+    if shape is not None:
+      spread = shape.pooled_at(i)
     at_sizes.append(_effect(size, pairing.means(differences), spread))
+
   both, item_noise = _over_items(member)
   row = Verdict(
-      variant=member.variant, measure=measure.name,
-      effect=over_sizes.effect, low=over_sizes.low, high=over_sizes.high,
-      n=over_sizes.n, differences=means, sizes=at_sizes,
-      p=alone.p, p_corrected=corrected.p,
+      variant=member.variant,
+      measure=member.measure.name,
+      effect=over_sizes.effect,
+      low=over_sizes.low,
+      high=over_sizes.high,
+      n=over_sizes.n,
+      differences=means,
+      sizes=at_sizes,
+      p=alone.p,
+      p_corrected=corrected.p,
       p_robust=statistics.robust_p(means),
-      p_shape=None if shape is None else shape.p,
-      p_equivalent=corrected.p_equivalent, p_not_worse=corrected.p_not_worse,
-      diverged=member.diverged, base_diverged=member.base_diverged,
-      runs=len(member.pairs), p_diverged=corrected.p_diverged,
-      both=both, item_noise=item_noise, verdict='')
-  if measure != plan.primary:
+      p_shape=p_shape,
+      p_equivalent=corrected.p_equivalent,
+      p_not_worse=corrected.p_not_worse,
+      diverged=member.diverged,
+      base_diverged=member.base_diverged,
+      runs=len(member.pairs),
+      p_diverged=corrected.p_diverged,
+      both=both,
+      item_noise=item_noise,
+      verdict='')
+  if member.measure != plan.primary:
     return row
+
+  # The curves and the sizes of the primary measure say more.
   return dataclasses.replace(
       row,
       trend=_trend(member, shape),
-      multipliers=efficiency.multipliers(plan, member.sizes, pairs_by_size),
-      speed_ups=efficiency.speed_ups(member.sizes, pairs_by_size))
+      multipliers=efficiency.multipliers(
+          plan, member.sizes, member.pairs_by_size),
+      speed_ups=efficiency.speed_ups(member.sizes, member.pairs_by_size))
 
 
 def _verdict(plan: Plan, measure: Measure, row: Verdict, base_share: float
@@ -405,10 +452,13 @@ def _is_within(level: float, *ps: float | None) -> bool:
 def _base_share(plan: Plan, outcomes: Outcomes, measure: Measure) -> float:
   """Returns the share of the base's runs that diverged, in all phases but that
   in which the rates are tried."""
-  return pairing.diverged_share([
-      outcome for outcome in outcomes
-      if outcome.variant in (plan.base, AGAIN) and outcome.phase != 'tune'
-      and outcome.workload == measure.workload])
+  runs = []
+  for outcome in outcomes:
+    is_base = outcome.variant in (plan.base, AGAIN)
+    is_of_measure = outcome.workload == measure.workload
+    if is_base and is_of_measure and outcome.phase != 'tune':
+      runs.append(outcome)
+  return pairing.diverged_share(runs)
 
 
 def _too_many_diverged(plan: Plan, diverged: int, runs: int, base_share: float

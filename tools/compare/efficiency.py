@@ -51,7 +51,9 @@ def all_flops(outcome: Outcome) -> float:
 def flops_without_embeddings(outcome: Outcome) -> float:
   """Returns the FLOPs of a run that are not for products with the vocabulary; 0
   where they are not known."""
-  return outcome.flops * (outcome.body or 0)
+  if outcome.body is None:
+    return 0.0
+  return outcome.flops * outcome.body
 
 
 # Which FLOPs a multiplier counts, by what it is called.
@@ -86,6 +88,7 @@ def ladder(measure: Measure, pairs_by_size: Sequence[pairing.Pairs]
       rows.append([base, ours])
     return np.array(rows, float)
 
+  # Where there is no law.
   if min(len(pairs_by_size), len(seeds)) < statistics.MIN_SEEDS:
     return None
   if measure.better != LOWER:
@@ -111,10 +114,13 @@ def multipliers(plan: Plan, sizes: Sequence[str],
     return []
   rows = []
   for name, flops in runs.flops.items():
+    # One law has a floor that is fitted, and one has one that is pinned.
     for floor in (None, plan.floor or 0.0):
       figures, halves = statistics.scaled(
           compute=flops, losses=runs.losses, ahead=flops[:, -1], floor=floor)
-      by = name if floor is None else f'{name}, pinned'
+      by = name
+      if floor is not None:
+        by = f'{name}, pinned'
       fitted_floor, *_ = known(figures[FLOOR], 0.0)
       for size, log, half in zip((ALL, *sizes), figures[MULTIPLIER:],
                                  halves[MULTIPLIER:]):
@@ -133,6 +139,7 @@ def known(value: float, half: float) -> list[float | None]:
 
 
 def _exponentials(logs: Sequence[float | None]) -> list[float | None]:
+  """Returns exp of each figure that is known."""
   return [None if x is None else math.exp(x) for x in logs]
 
 

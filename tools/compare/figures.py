@@ -209,14 +209,21 @@ def _bar(axes: Any, y: float, estimate: Mapping[str, Any], colour: str,
          marker: str, is_main: bool) -> None:
   """Draws an effect with its interval, and the difference of each pair below
   it; the bar of one of several sizes, which is not the main one, is thinner."""
+  # The seeds, then the interval, then the mean; hollow where it says nothing.
   seeds = estimate.get('differences') or ()
   _dots(axes, x=seeds, y=[y + 0.25] * len(seeds), colour=colour)
-  if page.known(estimate['low']):
-    axes.plot([estimate['low'], estimate['high']], [y, y], color=colour,
-              linewidth=1.6 if is_main else 0.8, solid_capstyle='butt')
-  axes.plot(estimate['effect'], y, marker, color=colour,
-            markersize=4.1 if is_main else 3.3, markeredgewidth=0.8,
-            markerfacecolor='none' if colour == NOISE else colour)
+  width, size = 0.8, 3.3
+  if is_main:
+    width, size = 1.6, 4.1
+  low, high = estimate['low'], estimate['high']
+  if page.known(low):
+    axes.plot([low, high], [y, y], color=colour, linewidth=width,
+              solid_capstyle='butt')
+  fill = colour
+  if colour == NOISE:
+    fill = 'none'
+  axes.plot(estimate['effect'], y, marker, color=colour, markersize=size,
+            markeredgewidth=0.8, markerfacecolor=fill)
 
 
 def by_size(c) -> Any:

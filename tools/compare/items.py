@@ -40,6 +40,9 @@ def main(args) -> int:
 def compared(base: str, variant: str) -> list[dict[str, Any]]:
   """Returns a row of each figure whose items both have.
 
+  Args:
+    base, variant: the files or folders of both.
+
   Raises:
     RequestError: where there is none.
   """
@@ -48,6 +51,8 @@ def compared(base: str, variant: str) -> list[dict[str, Any]]:
   figures: dict[str, None] = {}  # in the order of the base's records
   for seed in seeds:
     figures |= dict.fromkeys(theirs[seed])
+
+  # The test of each figure.
   rows = []
   for name in figures:
     records = [(theirs[seed].get(name), ours[seed].get(name)) for seed in seeds]
@@ -57,6 +62,8 @@ def compared(base: str, variant: str) -> list[dict[str, Any]]:
       rows.append({'figure': name} | _row(theirs_SQ, ours_SQ, weights_Q))
   require(rows, f'{base} and {variant} have no figure of the same items of the '
           'same seeds')
+
+  # Each as one of several.
   corrected = statistics.corrected([row['p'] for row in rows])
   for row, p in zip(rows, corrected):
     row['p_corrected'] = p
@@ -82,31 +89,42 @@ def _row(theirs_SQ: np.ndarray, ours_SQ: np.ndarray,
     theirs_SQ, ours_SQ: the scores of base and variant, by S seeds and Q items.
     weights_Q: the weights of the items; None: all count alike.
   """
-  S, Q = ours_SQ.shape
+  num_seeds, num_items = ours_SQ.shape
   difference = statistics.crossed(ours_SQ - theirs_SQ, weights_Q)
-  base = np.average(theirs_SQ.mean(0), weights=weights_Q)
-  variant = np.average(ours_SQ.mean(0), weights=weights_Q)
+
+  # The test that fits the scores.
   scores = {*theirs_SQ.flat, *ours_SQ.flat}
-  if S > 1:
+  if num_seeds > 1:
     test, p = 'seeds and items', difference.p
   elif weights_Q is None and scores <= {0.0, 1.0}:
     test, p = 'McNemar', statistics.mcnemar(ours_SQ[0], theirs_SQ[0])
   else:
     test, p = 'items', difference.p
-  return {'base': float(base), 'variant': float(variant),
-          'effect': difference.mean, 'low': difference.low,
-          'high': difference.high, 'test': test, 'p': p, 'items': Q, 'seeds': S}
+
+  base = np.average(theirs_SQ.mean(0), weights=weights_Q)
+  variant = np.average(ours_SQ.mean(0), weights=weights_Q)
+  return {
+      'base': float(base),
+      'variant': float(variant),
+      'effect': difference.mean,
+      'low': difference.low,
+      'high': difference.high,
+      'test': test,
+      'p': p,
+      'items': num_items,
+      'seeds': num_seeds}
 
 
 def text(rows: Sequence[Mapping[str, Any]]) -> str:
   """Renders rows for a terminal."""
   cells = []
   for row in rows:
+    effect = page.estimate(mean=row['effect'], low=row['low'], high=row['high'])
     cells.append({
         'figure': page.label(row['figure']),
         'base': page.number(row['base']),
         'variant': page.number(row['variant']),
-        'minus base': page.estimate(row['effect'], row['low'], row['high']),
+        'minus base': effect,
         'test': page.label(row['test']),
         'p': page.p_value(row['p']),
         'corrected p': page.p_value(row['p_corrected']),

@@ -124,8 +124,11 @@ def judged(base: pathlib.Path, variant: pathlib.Path) -> dict[str, Any]:
   ended, diverged = _ended(runs, names)
   look, share_of_this_look = share_of_look(len(ended))
   seeds = ended[:look]
-  changes, warnings = _changes(
-      [[runs[name][seed].config for name in names] for seed in seeds])
+  configs = []
+  for seed in seeds:
+    configs.append((runs[base_name][seed].config,
+                    runs[variant_name][seed].config))
+  changes, warnings = _changes(configs)
   lost = {name: len(diverged[name].intersection(seeds)) for name in names}
   values = {}
   for seed in seeds:
@@ -281,20 +284,23 @@ def _question(record: dict, folder: pathlib.Path, names: tuple[str, str],
   """
   base, variant = names
   now = [[seed, value] for seed, value in values.items()]
-  looked = next((look for look in record['looked']
-                 if look['names'] == [*names]), None)
+  looked = _look_at(record['looked'], names)
   # More seeds are another look at the same runs.
-  is_same = looked is None or all(
-      before == after for before, after in zip(looked['values'], now))
+  is_same = True
+  if looked is not None:
+    is_same = all(before == after
+                  for before, after in zip(looked['values'], now))
 
-  questions = [question for question in record['questions']
-               if question['base'] == base and variant in question['variants']]
-  if questions and is_same:
-    question = questions[-1]
-  else:
+  # The last question about the pair, or else a new one.
+  question = None
+  for other in record['questions']:
+    if other['base'] == base and variant in other['variants']:
+      question = other
+  if question is None or not is_same:
     question = _new_question(record['questions'], folder, base, variant)
     record['questions'].append(question)
 
+  # The differences that are looked at, which the record has from now on.
   if looked is None:
     looked = {'names': [*names], 'values': []}
     record['looked'].append(looked)
@@ -310,6 +316,14 @@ def _question(record: dict, folder: pathlib.Path, names: tuple[str, str],
     warnings.append(f'the runs of {base} or {variant} are others than those '
                     'that were looked at before: this is a new question')
   return warnings, question, pooled
+
+
+def _look_at(looks: Sequence[dict], names: tuple[str, str]) -> dict | None:
+  """Returns the look at a pair; None where there was none."""
+  for look in looks:
+    if look['names'] == [*names]:
+      return look
+  return None
 
 
 def _new_question(questions: Sequence[Mapping], folder: pathlib.Path,
@@ -335,10 +349,13 @@ def _spread_of_all(looks: Sequence[Mapping], base: str
   groups = []  # of each variant [seeds, 1]
   for look in looks:
     if look['names'][0] == base:
-      groups.append(np.array([[value] for _, value in look['values']
-                              if value is not None]))
+      ended = [value for _, value in look['values'] if value is not None]
+      if ended:
+        groups.append(np.array(ended).reshape(-1, 1))
   noise = statistics.shape(groups)
-  return None if noise is None else noise.pooled(np.ravel)
+  if noise is None:
+    return None
+  return noise.pooled(np.ravel)
 
 
 def text(answer: Mapping[str, Any]) -> str:

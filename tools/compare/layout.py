@@ -225,7 +225,7 @@ def _fixed(description: dict, points: Sequence[dict] = ()) -> dict:
   for row in description['points']:
     if row['name'] in names:
       changes[row['name']] = row['changes']
-  fixed = {'points': changes}
+  fixed: dict[str, Any] = {'points': changes}
   for name in ('base', 'match', 'match_field', 'base_config'):
     fixed[name] = description.get(name)
   # Whether a study goes on with other files, its plan says (plan.adopted).

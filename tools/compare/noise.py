@@ -17,7 +17,7 @@ from tools.compare.pairing import ALL
 from tools.compare.plan import AGAIN, Measure, Plan
 
 RARE = 0.1  # the share of runs on a plateau by which a screening may be misled
-# What a report calls the phases that test.
+# The names by which a report calls the phases that test.
 WORDS = {'screen': 'screening', 'confirm': 'confirmation'}
 
 
@@ -72,7 +72,7 @@ class Noise:
 
 
 class Announced(NamedTuple):
-  """What the whole study can find, said before it is run.
+  """The power of the whole study, said before it is run.
 
   Attributes:
     power: the power of the screening and the confirmation together, which is
@@ -218,7 +218,7 @@ def _row(plan: Plan, measure: Measure, size: str, phase: str,
           variants=len(plan.variants))
       row = dataclasses.replace(row, error=error)
 
-  # What is found then. Only of the primary measure an effect is wanted.
+  # The effects that are found then. One is wanted of the primary measure alone.
   smallest_effect = statistics.smallest_effect(plan.power, seeds=seeds, **test)
   row = dataclasses.replace(row, sd=sd, smallest_effect=smallest_effect)
   if measure != plan.primary:
@@ -261,14 +261,17 @@ def announce(plan: Plan, rows: Sequence[Noise]) -> Announced:
       by_phase[row.phase] = row
   screen, confirm = by_phase['screen'], by_phase['confirm']
 
-  power = (screen.power or 0.0) * (confirm.power or 0.0)
+  # The power of both together; where it is not known, none.
+  screen_power = screen.power or 0.0
+  confirm_power = confirm.power or 0.0
+  power = screen_power * confirm_power
   enough = power >= plan.power
   sentences = [
       f'An effect of {plan.effect:g} in {plan.primary.name} is found '
       f'with a probability of {math.floor(100 * power)}% or more: it '
       f'passes the screening ({plan.seeds["screen"]} seeds) in '
-      f'{screen.power or 0.0:.0%} of such studies, and the confirmation '
-      f'({plan.seeds["confirm"]} seeds) in {confirm.power or 0.0:.0%}.']
+      f'{screen_power:.0%} of such studies, and the confirmation '
+      f'({plan.seeds["confirm"]} seeds) in {confirm_power:.0%}.']
   if not enough:
     sentences.append(
         f'That is less than the {plan.power:.0%} that the plan wants: '
@@ -277,14 +280,17 @@ def announce(plan: Plan, rows: Sequence[Noise]) -> Announced:
     if row.error is not None:
       sentences.append(_resampled(plan, row, share))
 
-  # What a screening cannot see, whatever its power.
+  # A screening cannot see runs on a plateau that are rare, whatever its power.
   runs = plan.seeds['screen'] * len(plan.variants)
   unseen = (1 - RARE) ** runs
+  false_discoveries = min(plan.q + unseen, 1)
   sentences.append(
       f'Where {RARE:.0%} of the variants\' runs end on a plateau, '
       f'none of the {runs} of the screening does with a probability '
       f'of {unseen:.2g}, so that its false discovery rate is up to '
-      f'{min(plan.q + unseen, 1):.2g} then.')
+      f'{false_discoveries:.2g} then.')
+
+  # The power to show that there is no effect.
   if plan.margin and confirm.sd is not None:
     sentences.append(
         'A variant without any effect is shown in the confirmation '

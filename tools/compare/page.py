@@ -95,8 +95,8 @@ def table(name: str, title: str, rows: Sequence[Mapping[str, Cell]]) -> Table:
         spoken.add(heading)
   kept = []
   for row in rows:
-    kept.append({heading: cell for heading, cell in row.items()
-                 if heading in spoken})
+    cells = {name: cell for name, cell in row.items() if name in spoken}
+    kept.append(cells)
   return Table(name=name, title=title, rows=kept)
 
 
@@ -150,15 +150,18 @@ def html(sections: Sequence[Section], **words: Any) -> str:
         tables=[table for table in section.tables if table.rows],
         plots=[plot for plot in section.plots if plot['series']])
     plots += section.plots
-    if (section.paragraphs or section.figures or section.tables
-        or section.plots):
+    content = (*section.paragraphs, *section.figures, *section.tables,
+               *section.plots)
+    if content:
       shown.append(section)
-  return render(
-      'page.html', sections=shown,
-      # '<' would end the script early if a name held </script>.
-      data=json.dumps(plots, allow_nan=False).replace('<', '\\u003c'),
-      css=(TEMPLATES / 'report.css').read_text(),
-      script=(TEMPLATES / 'report.js').read_text(), **words)
+
+  # The figures of the plots; '<' would end the script early if a name held
+  # </script>.
+  data = json.dumps(plots, allow_nan=False).replace('<', '\\u003c')
+  css = (TEMPLATES / 'report.css').read_text()
+  script = (TEMPLATES / 'report.js').read_text()
+  return render('page.html', sections=shown, data=data, css=css, script=script,
+                **words)
 
 
 def render(template: str, **words: Any) -> str:

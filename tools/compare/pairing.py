@@ -55,10 +55,12 @@ def pairs_of(runs: Runs, variant: str, base: str, size: str, measure: Measure
 def ended_seeds(pairs_by_size: Sequence[Pairs]) -> list[int]:
   """Returns the seeds whose runs ended at all sizes, that is, did not diverge.
   A mean over other sizes would be another figure."""
-  shared = set.intersection(*(set(pairs) for pairs in pairs_by_size))
+  shared = set.intersection(*map(set, pairs_by_size))
   ended = []
   for seed in sorted(shared):
-    runs = [run for pairs in pairs_by_size for run in pairs[seed]]
+    runs: list[Outcome] = []
+    for pairs in pairs_by_size:
+      runs += pairs[seed]
     if not any(run.diverged for run in runs):
       ended.append(seed)
   return ended

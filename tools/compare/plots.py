@@ -60,14 +60,16 @@ def _curve_series(c: Comparison, variant: str,
     variant: the name of the variant.
     seeds: its curves by seed and figure.
   """
-  means, each = {}, {seed: {} for seed in seeds}
+  means: dict[str, dict] = {}
+  each: dict[int, dict] = {seed: {} for seed in seeds}
   for figure in curves.FIGURES:
     if not all(figure in lines for lines in seeds.values()):
       continue
-    lines_of_seeds = [lines[figure] for lines in seeds.values()]
-    means[figure] = thinned(curves.mean(lines_of_seeds))
+    lines_of_seeds = []
     for seed, lines in seeds.items():
+      lines_of_seeds.append(lines[figure])
       each[seed][figure] = thinned(lines[figure])
+    means[figure] = thinned(curves.mean(lines_of_seeds))
   return {'name': variant, 'base': variant == c.plan.base,
           'look': figures.css_look(c, variant), 'mean': means, 'seeds': each}
 
@@ -77,17 +79,11 @@ def tuning_plot(c: Comparison) -> dict[str, Any]:
   with the interval over seeds where there is one."""
   series = []
   for row in c.results['tuned']:
-    tried = [trial for trial in row['tried'] if LR in trial['changes']
-             and trial['rung'] >= c.plan.tuning.rungs - 1]
-    if row['workload'] not in ('', plans.TEXT) or not tried:
+    if row['workload'] not in ('', plans.TEXT):
       continue
-    tried.sort(key=lambda trial: trial['changes'][LR])
-    line: dict[str, list] = {'lr': [], 'y': [], 'low': [], 'high': []}
-    for trial in tried:
-      line['lr'].append(trial['changes'][LR])
-      line['y'].append(trial['value'])
-      line['low'].append(trial.get('low'))
-      line['high'].append(trial.get('high'))
+    line = _rates_line(row, last_rung=c.plan.tuning.rungs - 1)
+    if not line['lr']:
+      continue
     # Another size of the variant has other dashes.
     look = figures.css_look(c, row.get('look', row['variant']),
                             turn=c.plan.sizes.index(row['size']))
@@ -97,6 +93,23 @@ def tuning_plot(c: Comparison) -> dict[str, Any]:
   return {'id': 'rates', 'title': 'loss by learning rate', 'log': True,
           'x': {'lr': 'learning rate'}, 'y': {'loss': c.plan.primary.name},
           'caption': 'Bars are 95 % intervals over seeds.', 'series': series}
+
+
+def _rates_line(row: Mapping[str, Any], last_rung: int) -> dict[str, list]:
+  """Returns the trials of a plans.Tuned from its last rung on, by rising
+  learning rate."""
+  tried = []
+  for trial in row['tried']:
+    if LR in trial['changes'] and trial['rung'] >= last_rung:
+      tried.append(trial)
+  tried.sort(key=lambda trial: trial['changes'][LR])
+  line: dict[str, list] = {'lr': [], 'y': [], 'low': [], 'high': []}
+  for trial in tried:
+    line['lr'].append(trial['changes'][LR])
+    line['y'].append(trial['value'])
+    line['low'].append(trial.get('low'))
+    line['high'].append(trial.get('high'))
+  return line
 
 
 def thinned(curve: Mapping[str, Sequence]) -> dict[str, list]:

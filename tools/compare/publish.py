@@ -41,11 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
   folder, target = pathlib.Path(args.bundles), pathlib.Path(args.page)
-  studies = [(workdir, comparison.load(workdir)) for workdir in args.workdirs]
-  for workdir, c in studies:
+  studies = {}
+  for workdir in args.workdirs:
+    studies[workdir] = comparison.load(workdir)
+  for workdir, c in studies.items():
     require(c.is_study and 'confirm' in c.results, f'{workdir} is no study '
             'whose confirmation is over: there is no verdict to publish')
-  for workdir, c in studies:
+
+  # The bundles, and then the page, of all that there are.
+  for workdir, c in studies.items():
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f'{c.plan.name}-{c.frozen.hash}.tar.gz'
     storage.write(path, bundle(workdir))
@@ -65,8 +69,8 @@ def bundle(workdir) -> bytes:
   paths: list[pathlib.Path] = []
   for pattern in FILES:
     paths += workdir.glob(pattern)
-  with gzip.GzipFile(fileobj=file, mode='wb', mtime=0) as packed, tarfile.open(
-      fileobj=packed, mode='w') as tar:
+  with (gzip.GzipFile(fileobj=file, mode='wb', mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode='w') as tar):
     for path in sorted(paths):
       member = tarfile.TarInfo(path.relative_to(workdir).as_posix())
       content = path.read_bytes()
@@ -96,37 +100,49 @@ def _row(c: Comparison, verdict: Mapping[str, Any]) -> dict[str, str]:
   """Returns the cells of a variant's row. One that was stopped has its figures
   from the screening, which is at the smallest size."""
   plan, variant = c.plan, verdict['variant']
-  if verdict['n'] is not None:
-    shown, sizes = verdict, plan.sizes
-  else:
+  shown, sizes = verdict, plan.sizes
+  if verdict['n'] is None:
     shown = _estimate(c, 'screen', variant, plan.primary)
     sizes = plan.sizes[:1]
-  points = [c.frozen.point(plan.base, size, plans.TEXT) for size in sizes]
-  changes = comparison.alone(
-      c.frozen, c.frozen.point(variant, plan.sizes[0], plans.TEXT))
+
+  # The change and its size.
+  point = c.frozen.point(variant, plan.sizes[0], plans.TEXT)
+  changes = comparison.changed(comparison.alone(c.frozen, point))
+  params, tokens = [], []
+  for size in sizes:
+    base = c.frozen.point(plan.base, size, plans.TEXT)
+    params.append(f'{base["params"]:,}')
+    tokens.append(f'{base["tokens"]:,}')
+
+  # The compute that it is worth, and what it does to other measures.
   confirmed = c.effect('confirm', variant, plan.primary.name)
   multiplier = comparison.row_with(
       confirmed.get('multipliers', ()), size=decide.ALL, by='multiplier')
+  worth = page.estimate(
+      mean=multiplier.get('factor'), low=multiplier.get('low'),
+      high=multiplier.get('high'), form='.2f')
   others = []
   for measure in plan.measures[1:]:
     other = _estimate(c, 'confirm', variant, measure)
     if other.get('n'):
       others.append(f'{measure.name} {_effect(other)}')
   return {
-      'part': f'{variant} ({comparison.changed(changes)})',
+      'part': f'{variant} ({changes})',
       'verdict': verdict['verdict'],
-      'parameters': ', '.join(f'{point["params"]:,}' for point in points),
-      'tokens': ', '.join(f'{point["tokens"]:,}' for point in points),
-      'seeds': str(shown.get('n')), 'effect': _effect(shown),
+      'parameters': ', '.join(params),
+      'tokens': ', '.join(tokens),
+      'seeds': str(shown.get('n')),
+      'effect': _effect(shown),
       'p': page.p_value(shown.get('p_corrected')).text,
-      'multiplier': page.estimate(
-          multiplier.get('factor'), multiplier.get('low'),
-          multiplier.get('high'), form='.2f').text,
+      'multiplier': worth.text,
       'others': '; '.join(others) or 'n/a'}
 
 
 def _effect(row: Mapping[str, Any]) -> str:
-  return page.estimate(row.get('effect'), row.get('low'), row.get('high')).text
+  """Returns the effect of an estimate with its interval."""
+  cell = page.estimate(mean=row.get('effect'), low=row.get('low'),
+                       high=row.get('high'))
+  return cell.text
 
 
 def _estimate(c: Comparison, phase: str, variant: str, measure: plans.Measure

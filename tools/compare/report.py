@@ -106,13 +106,17 @@ def _run_rows(c: Comparison) -> list[dict[str, Any]]:
   """Returns a row for each measure of each run."""
   rows = []
   for run in c.outcomes:
-    for measure, x in run.values.items():
-      rows.append({
-          'phase': run.phase, 'variant': run.variant, 'size': run.size,
-          'workload': run.workload, 'seed': run.seed, 'measure': measure,
-          'value': x, 'diverged': run.diverged, 'loss': run.loss,
-          'flops': run.flops, 'seconds': run.seconds, 'params': run.params,
-          'changes': json.dumps(run.changes, sort_keys=True)})
+    changes = json.dumps(run.changes, sort_keys=True)
+    for measure, value in run.values.items():
+      row = {}
+      for name in ('phase', 'variant', 'size', 'workload', 'seed'):
+        row[name] = getattr(run, name)
+      row['measure'] = measure
+      row['value'] = value
+      for name in ('diverged', 'loss', 'flops', 'seconds', 'params'):
+        row[name] = getattr(run, name)
+      row['changes'] = changes
+      rows.append(row)
   return rows
 
 
@@ -132,18 +136,16 @@ def html(c: Comparison, drawn: Sequence[page.Figure]) -> str:
   """Returns the page with the figures that were drawn."""
   sections = [
       Section(name='verdict', heading='Verdict',
-              figures=[figure for figure in drawn if figure.name == 'outcome'],
+              figures=_of_name(drawn, 'outcome'),
               tables=[tables.verdict_table(c), tables.costs(c)]),
       Section(name='curves', heading='Loss curves',
               tables=[tables.target_table(c)], plots=plots.curve_plots(c)),
-      Section(name='others', heading='Sizes and measures',
-              paragraphs=[] if _all_cooled(c) else [NOT_COOLED],
-              figures=[figure for figure in drawn if figure.name == 'measures'],
-              tables=[tables.other_table(c), tables.multipliers(c),
-                      tables.ranks(c)])]
+      _others_section(c, drawn)]
   if not c.is_study:
     sections.append(Section(name='changes', heading='Each change',
                             tables=[tables.effects(c)]))
+
+  # The phases before and after the one that the verdicts are of.
   sections += [
       Section(name='tuning', heading='Tuning', tables=[tables.tuning(c)],
               plots=[plots.tuning_plot(c)]),
@@ -152,16 +154,16 @@ def html(c: Comparison, drawn: Sequence[page.Figure]) -> str:
   for phase in c.comparing:
     if phase.name != 'confirm':
       sections.append(phase_section(c, phase))
-  sections += [
-      prediction_section(c),
-      Section(name='left-out', heading='Left out', tables=[tables.excluded(c)])]
+  sections.append(prediction_section(c))
+
+  # How it was done.
+  sections.append(Section(name='left-out', heading='Left out',
+                          tables=[tables.excluded(c)]))
   method = []
   if c.is_study:
     method = methods(c.frozen, c.results)
-    planned = c.results['as_planned']['differences'] or [
-        f'What ran is what was planned, by the plan {c.frozen.hash}.']
     sections.append(Section(name='planned', heading='Planned and run',
-                            paragraphs=planned))
+                            paragraphs=_as_planned(c)))
   sections += [
       Section(name='methods', heading='Methods', paragraphs=method,
               tables=[tables.config(c)]),
@@ -171,11 +173,38 @@ def html(c: Comparison, drawn: Sequence[page.Figure]) -> str:
                    answer=answer(c), warnings=c.warnings)
 
 
+def _of_name(drawn: Sequence[page.Figure], name: str) -> list[page.Figure]:
+  """Returns the figure of a name, if it was drawn."""
+  return [figure for figure in drawn if figure.name == name]
+
+
+def _others_section(c: Comparison, drawn: Sequence[page.Figure]) -> Section:
+  """Returns the sizes and measures that the verdicts are not of."""
+  paragraphs = []
+  if not _all_cooled(c):
+    paragraphs.append(NOT_COOLED)
+  return Section(
+      name='others', heading='Sizes and measures', paragraphs=paragraphs,
+      figures=_of_name(drawn, 'measures'),
+      tables=[tables.other_table(c), tables.multipliers(c), tables.ranks(c)])
+
+
+def _as_planned(c: Comparison) -> list[str]:
+  """Returns in what the runs differ from the plan, in sentences."""
+  differences = c.results['as_planned']['differences']
+  if differences:
+    return differences
+  return [f'What ran is what was planned, by the plan {c.frozen.hash}.']
+
+
 def _all_cooled(c: Comparison) -> bool:
   """Returns whether no run on text that was confirmed is known to end before
   its learning rate had fallen."""
-  return not any(run.cooled is False for run in c.outcomes
-                 if run.phase == 'confirm' and run.workload == plans.TEXT)
+  for run in c.outcomes:
+    is_confirmed_text = run.phase == 'confirm' and run.workload == plans.TEXT
+    if is_confirmed_text and run.cooled is False:
+      return False
+  return True
 
 
 def _power(results: Mapping[str, Any]) -> list[str]:
@@ -192,12 +221,14 @@ def phase_section(c: Comparison, phase: phases_lib.Phase) -> Section:
   title = f'At {", ".join(sizes)}'
   if sizes == c.plan.sizes[:1]:
     title = f'At the smallest size, {sizes[0]}'
-  estimates = [row for row in c.estimates if row['phase'] == phase.name]
-  return Section(
-      name=phase.name, heading=phase.name.capitalize(),
-      paragraphs=lost(c) if phase.name == 'screen' else [],
-      tables=[tables.estimate_table(c, f'{phase.name}-table', title,
-                                    estimates)])
+  paragraphs = []
+  if phase.name == 'screen':
+    paragraphs = lost(c)
+  rows = [row for row in c.estimates if row['phase'] == phase.name]
+  table = tables.estimate_table(c, name=f'{phase.name}-table', title=title,
+                                rows=rows)
+  return Section(name=phase.name, heading=phase.name.capitalize(),
+                 paragraphs=paragraphs, tables=[table])
 
 
 def prediction_section(c: Comparison) -> Section:
@@ -222,6 +253,7 @@ def prediction_section(c: Comparison) -> Section:
 
 def answer(c: Comparison) -> str:
   """Returns the answer, as far as there is one, in a sentence."""
+  # The variants of each verdict, with their effects.
   groups: dict[str, list[str]] = {}
   for row in c.verdicts()[1:]:
     variant = row['variant']
@@ -229,10 +261,12 @@ def answer(c: Comparison) -> str:
     if effect != UNKNOWN:
       variant += f' ({effect}{_excluded_effect(c, row)})'
     groups.setdefault(row['verdict'], []).append(variant)
+
   unit = measures_lib.unit_text(c.frozen, c.plan.primary, ' (', ')')
-  verdicts = '; '.join(f'{verdict}: {", ".join(variants)}'
-                       for verdict, variants in groups.items())
-  return f'By {c.plan.primary.name}{unit}: {verdicts}.'
+  verdicts = []
+  for verdict, variants in groups.items():
+    verdicts.append(f'{verdict}: {", ".join(variants)}')
+  return f'By {c.plan.primary.name}{unit}: {"; ".join(verdicts)}.'
 
 
 def _excluded_effect(c: Comparison, row: Mapping[str, Any]) -> str:
@@ -247,6 +281,7 @@ def _excluded_effect(c: Comparison, row: Mapping[str, Any]) -> str:
   measures = [other['measure'] for other in c.results['confirm']]
   family = measures.count(row['measure'])
   degrees = row['n'] - 1
+  # How much wider an interval is that holds with all others at once.
   at_once = t.isf(c.plan.alpha / (2 * family), degrees)
   wider = max(at_once / t.isf(0.025, degrees), 1.0)
   half = max(row['high'] - row['effect'], row['effect'] - row['low'])
@@ -266,16 +301,22 @@ def lost(c: Comparison) -> list[str]:
     return []
   may_be_better = []
   for row in stopped:
-    if row['low'] is not None:
-      ends = plan.primary.sign * row['low'], plan.primary.sign * row['high']
-      if max(ends) < plan.effect:
-        continue
-    may_be_better.append(row['variant'])
+    if not _is_excluded(plan, row):
+      may_be_better.append(row['variant'])
+  within = ', '.join(may_be_better) or 'none'
   return [f'{len(stopped)} of {len(rows)} variants were stopped. Of such as '
           f'improve {plan.primary.name} by {plan.effect:g} at this size, '
           f'{1 - noise["power"]:.0%} are stopped by the noise; so much is '
-          f'within the interval of {", ".join(may_be_better) or "none"}. What '
+          f'within the interval of {within}. What '
           'only larger sizes show cannot be seen here.']
+
+
+def _is_excluded(plan: plans.Plan, row: Mapping[str, Any]) -> bool:
+  """Returns whether the interval of a row ends before EFFECT."""
+  if row['low'] is None:
+    return False
+  sign = plan.primary.sign
+  return max(sign * row['low'], sign * row['high']) < plan.effect
 
 
 def methods(frozen: plans.Frozen,
@@ -289,6 +330,7 @@ def methods(frozen: plans.Frozen,
     """Returns what a point of the base changes, for the template."""
     return _changes_of_size(frozen, row)
 
+  # The phases that had runs, and the values that were tuned.
   phases = []
   for phase in phases_lib.of(plan.seeds):
     phase_result = results['phases'].get(phase.name)
@@ -300,16 +342,22 @@ def methods(frozen: plans.Frozen,
   for field, values in plan.tuning.fields.items():
     tried = ', '.join(map(comparison.value, values))
     grid.append(f'{field} in {{{tried}}}')
+
+  # How much was seen before the confirmation, and what was done again.
   seen = [change['seen'].get('confirm', 0) for change in frozen.amendments]
+  again = as_planned.get('repeated', {}).get('confirm', 0)
   rendered = page.render(
-      'methods.txt', frozen=frozen, announced=results['announced'], plan=plan,
-      seen=max(seen, default=0),
-      again=as_planned.get('repeated', {}).get('confirm', 0),
-      otherwise=as_planned['differences'], date=plans.date,
-      unknown=as_planned.get('unknown', 0), phases=phases,
-      primary=plan.primary, changed=changed, changes=changes,
-      unit_text=measures_lib.unit_text, shows=decide.can_show(plan),
-      alone=alone, amount=measures_lib.amount(frozen, plan.effect), grid=grid)
+      'methods.txt',
+      frozen=frozen, plan=plan, primary=plan.primary, phases=phases, grid=grid,
+      announced=results['announced'],
+      seen=max(seen, default=0), again=again,
+      otherwise=as_planned['differences'],
+      unknown=as_planned.get('unknown', 0),
+      shows=decide.can_show(plan),
+      amount=measures_lib.amount(frozen, plan.effect),
+      # The functions that the template calls.
+      date=plans.date, changed=changed, changes=changes, alone=alone,
+      unit_text=measures_lib.unit_text)
   return [' '.join(part.split()) for part in rendered.split('\n---\n')]
 
 
@@ -318,8 +366,10 @@ def _changes_of_size(frozen: plans.Frozen, row: Mapping[str, Any]) -> str:
   as at the smallest size, the rest alone."""
   plan, fields = frozen.plan, row['changes']
   smallest = frozen.point(plan.base, plan.sizes[0], row['workload'])['changes']
-  new = {name: x for name, x in fields.items()
-         if name not in smallest or smallest[name] != x}
+  new = {}
+  for name, x in fields.items():
+    if name not in smallest or smallest[name] != x:
+      new[name] = x
   is_like_it = smallest.keys() <= fields.keys()
   if not new or len(new) == len(fields) or not is_like_it:
     return changed(fields)

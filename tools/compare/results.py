@@ -31,24 +31,34 @@ def write(workdir, frozen: plans.Frozen, state: phases.State) -> None:
     frozen: its plan.
     state: what is found so far.
   """
-  before = load(workdir)
-  over = {phase for phase, row in before['phases'].items() if row['finished']}
   # A study that is started again walks through all of its phases, and may be
   # told to end early.
+  before = load(workdir)
+  over = {phase for phase, row in before['phases'].items() if row['finished']}
   if set(state.finished) < over and before['study']['hash'] == frozen.hash:
     return
+
   ran = codes(workdir)
+  phases_spent = {}
+  for phase in phases.of(frozen.plan.seeds):
+    phases_spent[phase.name] = _spent(frozen, phase, state)
+  tree = {
+      'study': {'name': frozen.plan.name, 'hash': frozen.hash},
+      'outcomes': plans.to_json(state.outcomes),
+      **plans.to_json(state.records),
+      'phases': phases_spent,
+      'as_planned': as_planned(workdir, frozen, ran),
+      'provenance': {'codes': ran, 'devices': _devices(workdir),
+                     'versions': _versions()}}
+  layout.save_checked(pathlib.Path(workdir) / FILE, tree)
+
+
+def _versions() -> dict[str, str]:
+  """Returns the versions of what computes here."""
   versions = {'python': platform.python_version()}
   for name in _PACKAGES:
     versions[name] = importlib.metadata.version(name)
-  layout.save_checked(pathlib.Path(workdir) / FILE, {
-      'study': {'name': frozen.plan.name, 'hash': frozen.hash},
-      'outcomes': plans.to_json(state.outcomes), **plans.to_json(state.records),
-      'phases': {phase.name: _spent(frozen, phase, state)
-                 for phase in phases.of(frozen.plan.seeds)},
-      'as_planned': as_planned(workdir, frozen, ran),
-      'provenance': {'codes': ran, 'devices': _devices(workdir),
-                     'versions': versions}})
+  return versions
 
 
 def load(workdir) -> dict[str, Any]:
@@ -63,22 +73,30 @@ def folders(workdir, phase: str = '') -> list[pathlib.Path]:
   """Returns the sweeps of a phase, or of all, in the order of the phases."""
   sweeps = [path.parent for path in pathlib.Path(workdir).glob('*/sweep.json')]
   sweeps.sort(key=lambda path: (len(path.name), path.name))
+  wanted = [phase] if phase else [*phases.PHASES]
   ordered = []
-  for name in [phase] if phase else phases.PHASES:
-    ordered += [path for path in sweeps if plans.phase_of(path) == name]
+  for name in wanted:
+    for sweep in sweeps:
+      if plans.phase_of(sweep) == name:
+        ordered.append(sweep)
   return ordered
 
 
 def _spent(frozen: plans.Frozen, phase: phases.Phase, state) -> dict[str, Any]:
   """Returns what a phase has taken so far."""
-  runs = [run for run in state.outcomes if run.phase == phase.name]
-  tokens = [run.flops / frozen.point_of(run)['flops_per_token'] for run in runs]
-  seconds = [run.seconds for run in runs if not math.isnan(run.seconds)]
-  return {'planned': len(phase.most(frozen)), 'done': len(runs),
-          'failed': sum(run.diverged for run in runs),
-          'tokens': sum(tokens),
-          'flops': float(sum(run.flops for run in runs)),
-          'seconds': float(sum(seconds)),
+  done = failed = 0
+  tokens, flops, seconds = 0.0, 0.0, 0.0
+  for run in state.outcomes:
+    if run.phase != phase.name:
+      continue
+    done += 1
+    failed += run.diverged
+    tokens += run.flops / frozen.point_of(run)['flops_per_token']
+    flops += run.flops
+    if not math.isnan(run.seconds):
+      seconds += run.seconds
+  return {'planned': len(phase.most(frozen)), 'done': done, 'failed': failed,
+          'tokens': tokens, 'flops': flops, 'seconds': seconds,
           'finished': phase.name in state.finished}
 
 
@@ -89,7 +107,7 @@ def as_planned(workdir, frozen: plans.Frozen, ran: Sequence[str]
   from training.workdir import provenance
   differences = []
 
-  # What was decided after the plan was frozen.
+  # Decisions after the plan was frozen.
   for change in frozen.amendments:
     seen = ', '.join(change['seen']) or 'nothing'
     differences.append(
@@ -109,7 +127,9 @@ def as_planned(workdir, frozen: plans.Frozen, ran: Sequence[str]
 
   # The code that trained them.
   planned = provenance.codes([frozen.code])
-  others = [code for code in ran if planned and code not in planned]
+  others = []
+  if planned:
+    others = [code for code in ran if code not in planned]
   if others:
     differences.append(f'The plan was made with {planned[0]}, and runs were '
                        f'trained by {", ".join(others)}.')
@@ -122,16 +142,19 @@ def _begun(workdir) -> tuple[dict[str, int], int]:
   runs are on disk that the ledger of the study did not see begin."""
   with layout.StudyLedger(workdir) as ledger:
     begun = ledger.begun()
-  again: collections.Counter[str] = collections.Counter()
-  for run, times in collections.Counter(begun).items():
-    folder, *_ = run
-    again[plans.phase_of(pathlib.Path(folder))] += times - 1
+
+  # The runs that were begun more than once, by phase.
+  repeated: dict[str, int] = {}
+  for (folder, _, _), times in collections.Counter(begun).items():
+    if times > 1:
+      phase = plans.phase_of(pathlib.Path(folder))
+      repeated[phase] = repeated.get(phase, 0) + times - 1
+
   on_disk = set()
   for folder in folders(workdir):
     for run in folder.glob('points/*/seed-*'):
       seed = int(run.name.removeprefix('seed-'))
       on_disk.add((folder.name, run.parent.name, seed))
-  repeated = {phase: times for phase, times in again.items() if times}
   return repeated, len(on_disk - set(begun))
 
 
@@ -192,14 +215,15 @@ def costs(frozen: plans.Frozen, group: int, times: Times | None
     group: how many runs one program holds at most.
     times: the seconds of a step; None: not measured.
   """
-  return [_cost(frozen, group, times, phase)
-          for phase in phases.of(frozen.plan.seeds)]
+  each = []
+  for phase in phases.of(frozen.plan.seeds):
+    each.append(_cost(frozen=frozen, group=group, times=times, phase=phase))
+  return each
 
 
 def _cost(frozen: plans.Frozen, group: int, times: Times | None,
           phase: phases.Phase) -> Cost:
   """Returns the cost of a phase, as `costs` does."""
-  from training.runs import INPUTS
   runs = phase.most(frozen)
   tokens = flops = seconds = 0.0
   alike: collections.Counter[tuple] = collections.Counter()
@@ -212,15 +236,27 @@ def _cost(frozen: plans.Frozen, group: int, times: Times | None,
     flops += row['tokens'] * part * row['flops_per_token']
     if times:
       seconds += steps * times[run.size, run.workload]
-    # Runs that differ in numbers alone train as one program.
-    others = [(name, repr(value)) for name, value in run.changes.items()
-              if name not in INPUTS]
-    alike[tuple(sorted(others))] += 1
+    alike[_program(run)] += 1
   programs = sum(math.ceil(number / group) for number in alike.values())
   return Cost(
-      phase=phase.name, runs=len(runs), programs=programs, tokens=tokens,
-      flops=flops, seconds=seconds if times else None,
+      phase=phase.name,
+      runs=len(runs),
+      programs=programs,
+      tokens=tokens,
+      flops=flops,
+      seconds=seconds if times else None,
       note=phase.note(frozen.plan))
+
+
+def _program(run: phases.Run) -> tuple:
+  """Returns what is the same of runs that train as one program: they differ in
+  numbers alone."""
+  from training.runs import INPUTS
+  others = []
+  for name, value in run.changes.items():
+    if name not in INPUTS:
+      others.append((name, repr(value)))
+  return tuple(sorted(others))
 
 
 def times_of(workdir, frozen: plans.Frozen) -> Times | None:
@@ -249,22 +285,34 @@ def times_of(workdir, frozen: plans.Frozen) -> Times | None:
 
 def table(each: Sequence[Cost], parallel: int) -> str:
   """Renders costs for a terminal: a row for each phase, and all of them."""
-  seconds = [cost.seconds for cost in each]
-  in_all = Cost(
-      phase='in all', runs=sum(cost.runs for cost in each),
-      programs=sum(cost.programs for cost in each),
-      tokens=sum(cost.tokens for cost in each),
-      flops=sum(cost.flops for cost in each),
-      seconds=None if None in seconds else sum(seconds))
   rows = [('phase', 'runs', 'programs', 'tokens', 'FLOPs', 'hours')]
   notes = ['']  # the headings have none
-  for cost in [*each, in_all]:
+  for cost in [*each, _in_all(each)]:
     hours = 'unknown'
     if cost.seconds is not None:
       hours = f'{cost.seconds / parallel / 3600:.2f}'
     rows.append((cost.phase, f'{cost.runs:,}', f'{cost.programs:,}',
                  f'{cost.tokens:,.0f}', f'{cost.flops:.3g}', hours))
     notes.append(cost.note)
-  lines = layout.columns(rows)
-  return '\n'.join(f'{line}  {note}'.rstrip()
-                   for line, note in zip(lines, notes))
+  lines = []
+  for line, note in zip(layout.columns(rows), notes):
+    lines.append(f'{line}  {note}'.rstrip())
+  return '\n'.join(lines)
+
+
+def _in_all(each: Sequence[Cost]) -> Cost:
+  """Returns the sum of some costs; the time is known where each one's is."""
+  runs = programs = 0
+  tokens = flops = 0.0
+  seconds: float | None = 0.0
+  for cost in each:
+    runs += cost.runs
+    programs += cost.programs
+    tokens += cost.tokens
+    flops += cost.flops
+    if seconds is None or cost.seconds is None:
+      seconds = None
+    else:
+      seconds += cost.seconds
+  return Cost(phase='in all', runs=runs, programs=programs, tokens=tokens,
+              flops=flops, seconds=seconds)

@@ -37,7 +37,8 @@ EXPONENTS = (0.0, 0.5, 1.0, 1.5, 2.0)
 LOG_E = (-1.0, -0.5, 0.0, 0.5, 1.0)
 LOG_SCALES = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0)
 POLISHED = 100  # of the starts: those with the least error
-# Of log E, log A, log B, a, b: an exponent of 0 cannot be told from E.
+# The bounds of log E, log A, log B, a, b: a law of exponent 0
+# cannot be told from E.
 BOUNDS = ((-12, 6), (-30, 90), (-30, 90), (0, 8), (0, 8))
 
 
@@ -67,8 +68,7 @@ def main(args) -> int:
   else:
     runs = data(sweep.points, args.count, args.workdir)
     law = fit(runs.params, runs.tokens, runs.losses)
-    drawn = bootstrap(law=law, params=runs.params, tokens=runs.tokens,
-                      losses=runs.losses, draws=args.draws)
+    drawn = _drawn(law, runs, args.draws)
     figures = described(law=law, drawn=drawn, runs=runs, budgets=budgets)
   if args.json:
     print(json.dumps(figures, indent=2))
@@ -137,17 +137,10 @@ def data(points, count: str, who: str, beside: str = '') -> Runs:
     RequestError: where they are no ladder.
   """
   for point in points:
-    kinds = []  # changes that are no size
-    for key, value in point.changes.items():
-      if isinstance(value, str | bool | list | dict) and key != beside:
-        kinds.append(f'{key}={value}')
-    require(not kinds, f'point {point.name!r} sets {", ".join(kinds)}: a law '
-            'is fitted to sizes and lengths of one model, as in '
-            'configs/sweeps/ladder.py; --by=FIELD fits one for each value of a '
-            'field')
+    _check_sizes(point, beside)
   done = [point for point in points if point.finals]
   require(bool(done), f'{who} has no finished run')
-  done.sort(key=lambda p: (p.tokens, getattr(p, count)))
+  done.sort(key=lambda point: (point.tokens, getattr(point, count)))
   _check_rungs(done, count)
   params, tokens, losses, flops_per_token = [], [], [], []
   for point in done:
@@ -156,9 +149,25 @@ def data(points, count: str, who: str, beside: str = '') -> Runs:
       tokens.append(point.tokens)
       losses.append(loss)
       flops_per_token.append(point.flops_per_token)
-  return Runs(params=np.array(params), tokens=np.array(tokens),
-              losses=np.array(losses), flops_per_token=np.array(flops_per_token)
-              )
+  return Runs(
+      params=np.array(params),
+      tokens=np.array(tokens),
+      losses=np.array(losses),
+      flops_per_token=np.array(flops_per_token))
+
+
+def _check_sizes(point, beside: str) -> None:
+  """Raises RequestError for a point that sets what is no size, but for the
+  field `beside`."""
+  kinds = []
+  for key, value in point.changes.items():
+    is_kind = isinstance(value, str | bool | list | dict)
+    if is_kind and key != beside:
+      kinds.append(f'{key}={value}')
+  require(not kinds, f'point {point.name!r} sets {", ".join(kinds)}: a law '
+          'is fitted to sizes and lengths of one model, as in '
+          'configs/sweeps/ladder.py; --by=FIELD fits one for each value of a '
+          'field')
 
 
 def _check_rungs(points, count: str) -> None:
@@ -168,24 +177,30 @@ def _check_rungs(points, count: str) -> None:
   for point in points:
     params, tokens = getattr(point, count), point.tokens
     other = rungs.setdefault((params, tokens), point)
-    keys = [key for key in {**other.changes, **point.changes}
-            if other.changes.get(key) != point.changes.get(key)]
-    require(other is point, f'points {other.name!r} and {point.name!r} have '
-            f'both {params:,} {count} and {tokens:,} tokens, and differ in '
-            f'{", ".join(keys)}: a law is fitted to one point of each size and '
-            'length')
+    if other is point:
+      continue
+    different = []
+    for key in {**other.changes, **point.changes}:
+      if other.changes.get(key) != point.changes.get(key):
+        different.append(key)
+    raise RequestError(
+        f'points {other.name!r} and {point.name!r} have '
+        f'both {params:,} {count} and {tokens:,} tokens, and differ in '
+        f'{", ".join(different)}: a law is fitted to one point of each size '
+        'and length')
 
 
 def check_ladder(params: Sequence[float], tokens: Sequence[float]) -> None:
   """Raises RequestError where a ladder is too small to fix five constants, and
   to leave residuals."""
-  x, y = np.log(np.asarray(params, float)), np.log(np.asarray(tokens, float))
-  for rows, least, things in (
+  x, y = _logarithms(params, tokens)
+  counted = (
       (np.stack([x, y], 1), MIN_RUNS, 'pairs of parameters and tokens'),
       (x[:, None], MIN_SIZES, 'numbers of parameters'),
-      (y[:, None], MIN_LENGTHS, 'numbers of tokens')):
-    have = len(_distinct(rows))
-    require(have >= least, f'the ladder has {have} different {things}: the '
+      (y[:, None], MIN_LENGTHS, 'numbers of tokens'))
+  for rows, least, things in counted:
+    number = len(_distinct(rows))
+    require(number >= least, f'the ladder has {number} different {things}: the '
             f'five constants of the law need {least}; add points that vary the '
             'model\'s size and train.steps')
   correlation = float(np.corrcoef(x, y)[0, 1])
@@ -324,20 +339,26 @@ def described(law: Law, drawn: list[Law], runs: Runs, budgets) -> dict:
     budgets: the FLOPs to find the best size for; none: the largest of the
       ladder, and 10 and 100 times it.
   """
-  params, tokens, losses, flops_per_token = runs
-  cost = cost_of(params, flops_per_token)
+  # The budgets at which a size is asked for.
+  cost = cost_of(runs.params, runs.flops_per_token)
   if not budgets:
-    largest = float(np.max(tokens * flops_per_token))
-    budgets = [largest * scale for scale in (1, 10, 100)]
-  residuals = np.log(losses / law.loss(params, tokens))
+    largest = float(np.max(runs.tokens * runs.flops_per_token))
+    budgets = [largest, 10 * largest, 100 * largest]
+  optima = []
+  for budget in budgets:
+    optima.append(_optimum(law=law, drawn=drawn, cost=cost, budget=budget))
+
+  predicted = law.loss(runs.params, runs.tokens)
+  residuals = np.log(runs.losses / predicted)
+  rms = math.sqrt(np.mean(residuals ** 2))
   return {
-      'runs': len(losses),
-      'parameters': _ends(params), 'tokens': _ends(tokens),
-      'rms_log_residual': float(np.sqrt(np.mean(residuals ** 2))),
+      'runs': len(runs.losses),
+      'parameters': _ends(runs.params),
+      'tokens': _ends(runs.tokens),
+      'rms_log_residual': rms,
       'constants': _with_intervals(dataclasses.asdict, law, drawn),
       'flops_per_token': dataclasses.asdict(cost),
-      'optima': [_optimum(law=law, drawn=drawn, cost=cost, budget=budget)
-                 for budget in budgets]}
+      'optima': optima}
 
 
 def _ends(values: np.ndarray) -> list[float]:
@@ -424,48 +445,73 @@ def report_by(sweep, field: str, count: str, budgets, draws: int) -> dict:
   Raises:
     RequestError: where there is no such field, or only one value of it.
   """
-  require(field in sweep.base_config,
-          f'--by is {field!r}, which is no config field')
-  of_base = sweep.base_config[field]
-  ladders: dict[str, list] = {str(of_base): []}
-  for point in sweep.points:
-    ladders.setdefault(str(point.changes.get(field, of_base)), []).append(point)
-  require(len(ladders) > 1, f'--by is {field!r}, which is '
-          f'{next(iter(ladders))!r} at every point of {sweep.name}: name a '
-          'field of which it has two values')
+  ladders = _ladders(sweep, field)
   runs, laws, drawn = {}, {}, {}
   for value, points in ladders.items():
     runs[value] = data(points, count, f'{field}={value} of {sweep.name}', field)
-    params, tokens, losses, _ = runs[value]
-    laws[value] = fit(params, tokens, losses)
-    drawn[value] = bootstrap(law=laws[value], params=params, tokens=tokens,
-                             losses=losses, draws=draws)
+    laws[value] = fit(runs[value].params, runs[value].tokens,
+                      runs[value].losses)
+    drawn[value] = _drawn(laws[value], runs[value], draws)
 
   # The others beside the base, whose value comes first.
-  first, *others = runs
+  first, *others = ladders
   differences = []
   for value in others:
     is_paired = _rungs(ladders[value]) == _rungs(ladders[first])
     theirs = drawn[value]
     if not is_paired:
       # Else what is drawn of both would hang together by chance.
-      params, tokens, losses, _ = runs[value]
-      theirs = bootstrap(law=laws[value], params=params, tokens=tokens,
-                         losses=losses, draws=draws, seed=1)
+      theirs = _drawn(laws[value], runs[value], draws, seed=1)
     row = {'variant': value, 'against': first, 'paired': is_paired}
     for exponent in ('a', 'b'):
-      difference = (getattr(laws[value], exponent)
-                    - getattr(laws[first], exponent))
-      row[exponent] = _interval(difference, [
-          getattr(x, exponent) - getattr(y, exponent)
-          for x, y in zip(theirs, drawn[first])])
+      row[exponent] = _difference(
+          laws=(laws[value], laws[first]), drawn=(theirs, drawn[first]),
+          exponent=exponent)
     differences.append(row)
 
   variants = {}
-  for value in runs:
+  for value in ladders:
     variants[value] = described(law=laws[value], drawn=drawn[value],
                                 runs=runs[value], budgets=budgets)
   return {'field': field, 'differences': differences, 'variants': variants}
+
+
+def _ladders(sweep, field: str) -> dict[str, list]:
+  """Returns the points of each value of a field, the base's first.
+
+  Raises:
+    RequestError: where there is no such field, or only one value of it.
+  """
+  require(field in sweep.base_config,
+          f'--by is {field!r}, which is no config field')
+  of_base = sweep.base_config[field]
+  ladders: dict[str, list] = {str(of_base): []}
+  for point in sweep.points:
+    value = str(point.changes.get(field, of_base))
+    ladders.setdefault(value, []).append(point)
+  require(len(ladders) > 1, f'--by is {field!r}, which is '
+          f'{str(of_base)!r} at every point of {sweep.name}: name a '
+          'field of which it has two values')
+  return ladders
+
+
+def _drawn(law: Law, runs: Runs, draws: int, seed: int = 0) -> list[Law]:
+  """Returns the laws of a bootstrap of a ladder's runs."""
+  return bootstrap(law=law, params=runs.params, tokens=runs.tokens,
+                   losses=runs.losses, draws=draws, seed=seed)
+
+
+def _difference(laws: tuple[Law, Law], drawn: tuple[list[Law], list[Law]],
+                exponent: str) -> dict:
+  """Returns how an exponent of the first law differs from that of the second,
+  and the interval of that by the laws that were drawn around both."""
+  ours, theirs = laws
+  differences = []
+  for our_draw, their_draw in zip(*drawn):
+    differences.append(
+        getattr(our_draw, exponent) - getattr(their_draw, exponent))
+  return _interval(getattr(ours, exponent) - getattr(theirs, exponent),
+                   differences)
 
 
 def _rungs(points: Sequence) -> list[tuple]:

@@ -79,8 +79,11 @@ class Sweep:
     """Returns the evaluations that a run of `point` owes once it is trained:
     those of TASKS that measure something of it."""
     config = self.config(point)
-    return tuple(task for task in self.tasks
-                 if not evals.task(task).unfit(config))
+    owed = []
+    for task in self.tasks:
+      if not evals.task(task).unfit(config):
+        owed.append(task)
+    return tuple(owed)
 
 
 class Add:
@@ -93,17 +96,17 @@ class Add:
 
   @typed
   def __call__(self, name: str, **changes: Any) -> None:
-    require(re.fullmatch(r'[^\W_][\w.=+-]*', name) is not None,
-            f'{self._file}: a point is called {short(name)}: begin with a '
-            'letter or a digit, and go on with these and . _ = + - alone, '
-            'since it names a folder and stands in tables and commands')
+    is_name = re.fullmatch(r'[^\W_][\w.=+-]*', name) is not None
+    require(is_name, f'{self._file}: a point is called {short(name)}: begin '
+            'with a letter or a digit, and go on with these and . _ = + - '
+            'alone, since it names a folder and stands in tables and commands')
     require(name not in self.points,
             f'{self._file}: two points are called {name!r}')
     for field in ('seed', 'eval.part', 'eval.batches'):
       require(field not in changes, f'{self._file}: point {name!r} sets '
               f'{field}: every point has the same seeds, those of SEEDS or '
               '--seeds, and is evaluated on the same text')
-    self.points[name] = Point(name, changes)
+    self.points[name] = Point(name=name, changes=changes)
 
   @typed
   def system(self, arch: str, size: str = 'tiny', name: str = '',
@@ -177,9 +180,13 @@ def read_sweep_file(file: str, seeds: int = 0,
   require(type(seeds) is int and 1 <= seeds <= MOST_SEEDS, f'SEEDS or --seeds '
           f'is {seeds!r}: choose a whole number from 1 to {MOST_SEEDS:,}')
   return _with_base(Sweep(
-      name=pathlib.Path(file).stem, file=file, base=base.lock(),
-      points=tuple(add.points.values()), base_name='',
-      seeds=tuple(range(seeds)), tasks=tuple(tasks)))
+      name=pathlib.Path(file).stem,
+      file=file,
+      base=base.lock(),
+      points=tuple(add.points.values()),
+      base_name='',
+      seeds=tuple(range(seeds)),
+      tasks=tuple(tasks)))
 
 
 def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
@@ -255,9 +262,10 @@ def _with_base(sweep: Sweep) -> Sweep:
 def _base_of(sweep: Sweep) -> Point | None:
   """Returns the first point that equals the base; None where none does."""
   base = sweep.base.to_dict()
-  equal = [point for point in sweep.points
-           if sweep.config(point).to_dict() == base]
-  return equal[0] if equal else None
+  for point in sweep.points:
+    if sweep.config(point).to_dict() == base:
+      return point
+  return None
 
 
 def _trained(config: ml_collections.ConfigDict) -> tuple[dict, dict]:

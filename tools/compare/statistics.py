@@ -1,4 +1,4 @@
-"""What may be said of a difference: intervals over paired seeds, and fits.
+"""Statistics of differences: intervals over paired seeds, and fits.
 
 Seeds are paired: seed s of every variant sees the same data in the same order,
 so the differences of a pair vary less than the runs themselves, and their
@@ -133,20 +133,24 @@ def crossed(values_SQ: np.ndarray, weights_Q: Sequence[float] | None = None
   S, Q = x_SQ.shape
   mean = float(np.average(x_SQ.mean(0), weights=weights_Q))
   if weights_Q is not None:
-    x_SQ = mean + (x_SQ - mean) * weights_Q / np.mean(weights_Q)
-  if Q < 2 or 1 < S < MIN_SEEDS or np.ptp(x_SQ) <= 1e-12 * abs(mean):
+    weighed_SQ = (x_SQ - mean) * weights_Q
+    x_SQ = mean + weighed_SQ / np.mean(weights_Q)
+  are_alike = np.ptp(x_SQ) <= 1e-12 * abs(mean)
+  if Q < 2 or 1 < S < MIN_SEEDS or are_alike:
     return Crossed(mean=mean, low=None, high=None, p=None)
 
   # The table's mean squares: of seeds, of items, and of the rest.
   seeds_S1 = x_SQ.mean(1, keepdims=True) - mean
   items_Q = x_SQ.mean(0) - mean
   rest_SQ = x_SQ - seeds_S1 - items_Q - mean
-  sums = np.array([Q * np.sum(seeds_S1 ** 2), S * np.sum(items_Q ** 2),
-                   np.sum(rest_SQ ** 2)])
+  of_seeds = Q * np.sum(seeds_S1 ** 2)
+  of_items = S * np.sum(items_Q ** 2)
+  of_rest = np.sum(rest_SQ ** 2)
   dfs = np.maximum((S - 1, Q - 1, (S - 1) * (Q - 1)), 1)
-  squares = sums / dfs
+  squares = np.array([of_seeds, of_items, of_rest]) / dfs
 
-  # The variance of one value as the mean has it, and its degrees of freedom.
+  # The variance of one value as the mean has it, and its degrees of freedom
+  # (Satterthwaite 1946).
   variance = max(squares @ (1, 1, -1), squares[0])
   df = max(variance ** 2 / np.sum(squares ** 2 / dfs), S - 1)
 
@@ -372,10 +376,13 @@ def corrected(p: Sequence[float | None], method: str = 'holm'
       those found.
   """
   every = np.array([1.0 if x is None else x for x in p])
-  if method == 'holm':  # the smallest times n, the next times n - 1, ...
+  if method == 'holm':
+    # The smallest times n, the next times n - 1, ..., and none below those
+    # before it.
     order = np.argsort(every)
-    weighed = every[order] * np.arange(len(every), 0, -1)
-    every[order] = np.minimum(np.maximum.accumulate(weighed), 1.0)
+    times = np.arange(len(every), 0, -1)
+    rising = np.maximum.accumulate(every[order] * times)
+    every[order] = np.minimum(rising, 1.0)
   elif len(every):
     from scipy import stats
     every = stats.false_discovery_control(every)
@@ -428,29 +435,36 @@ def power_law(compute: Sequence[float], loss: Sequence[float]
   if len(x) < MIN_POINTS or np.ptp(x) == 0:
     return None
   from scipy.optimize import minimize_scalar, nnls
-  unit = np.exp(np.mean(np.log(x)))
+  unit = np.exp(np.mean(np.log(x)))  # the geometric mean of the compute
 
   def linear(exponent: float) -> tuple[np.ndarray, float]:
     """Returns floor and scale, and the norm of the residuals."""
-    columns = np.stack([np.ones_like(x), (x / unit) ** -exponent], 1)
-    return nnls(columns, y)
+    powers = (x / unit) ** -exponent
+    return nnls(np.stack([np.ones_like(x), powers], 1), y)
 
   def error(exponent: float) -> float:
+    """Returns the norm of the residuals alone."""
     _, norm = linear(exponent)
     return norm
 
   # The best exponent of a grid, and then the best between its neighbours.
   tried = np.geomspace(0.01, 5.0, 60)
-  i = int(np.argmin([error(exponent) for exponent in tried]))
+  errors = [error(exponent) for exponent in tried]
+  i = int(np.argmin(errors))
   bounds = tried[max(i - 1, 0)], tried[min(i + 1, len(tried) - 1)]
   best = minimize_scalar(error, bounds=bounds, method='bounded',
                          options={'xatol': 1e-10})
+
+  # The law in the unit of the compute itself.
   (floor, scale), norm = linear(best.x)
   if scale <= 0:  # the loss did not fall
     return None
   return PowerLaw(
-      floor=float(floor), scale=float(scale * unit ** best.x),
-      exponent=float(best.x), first=float(x.min()), last=float(x.max()),
+      floor=float(floor),
+      scale=float(scale * unit ** best.x),
+      exponent=float(best.x),
+      first=float(x.min()),
+      last=float(x.max()),
       rms=norm / math.sqrt(len(x)))
 
 
@@ -521,32 +535,44 @@ def ladder(compute: np.ndarray, loss: np.ndarray, floor: float | None = None
       more.
   """
   from scipy.optimize import least_squares
-  unit = np.exp(np.mean(np.log(compute)))
-  y = loss.ravel() - (floor or 0.0)
+  unit = np.exp(np.mean(np.log(compute)))  # the geometric mean of the compute
+  pinned = floor or 0.0
+  y = loss.ravel() - pinned
 
   def linear(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns floor and scale, of the logarithms of exponent and multiplier,
     and the residuals."""
-    spent = compute / unit * np.exp([[0.0], [theta[1]]])
-    x = spent.ravel() ** -np.exp(theta[0])
+    log_exponent, log_multiplier = theta
+    times = np.exp([[0.0], [log_multiplier]])  # of the base and the variant
+    spent = compute / unit * times
+    x = spent.ravel() ** -np.exp(log_exponent)
     rows = np.stack([np.ones_like(x), x], 1)
     both = np.linalg.lstsq(rows, y, rcond=None)[0]
     if floor is not None or both[0] < 0:
       both = np.array([0.0, x @ y / (x @ x)])
     return both, rows @ both - y
 
+  def residuals(theta: np.ndarray) -> np.ndarray:
+    """Returns the residuals alone."""
+    _, left = linear(theta)
+    return left
+
   fit = least_squares(
-      lambda theta: linear(theta)[1], [-1.6, 0.0], x_scale=0.1, xtol=1e-10,
-      bounds=([-5.0, -3.0], [1.5, 3.0]), ftol=1e-12, gtol=1e-12)
-  exponent, factor = np.exp(fit.x).tolist()
-  lowest, scale = linear(fit.x)[0].tolist()
+      residuals, [-1.6, 0.0], bounds=([-5.0, -3.0], [1.5, 3.0]), x_scale=0.1,
+      xtol=1e-10, ftol=1e-12, gtol=1e-12)
+  exponent, multiplier = np.exp(fit.x).tolist()
+  both, _ = linear(fit.x)
+  above_pinned, scale = both.tolist()
   if scale <= 0:
     return None, math.nan
   law = PowerLaw(
-      floor=lowest + (floor or 0.0), scale=scale * unit ** exponent,
-      exponent=exponent, first=compute[0].min(), last=compute[0].max(),
+      floor=above_pinned + pinned,
+      scale=scale * unit ** exponent,
+      exponent=exponent,
+      first=compute[0].min(),
+      last=compute[0].max(),
       rms=math.sqrt(2 * fit.cost / len(y)))
-  return law, factor
+  return law, multiplier
 
 
 def multipliers(law: PowerLaw, compute: np.ndarray, loss: np.ndarray
@@ -598,7 +624,7 @@ def scaled(compute: np.ndarray, losses: np.ndarray, ahead: np.ndarray,
   return jackknife(losses, figures)
 
 
-# What a test would find, announced from a standard deviation that is itself an
+# The power of a test, announced from a standard deviation that is itself an
 # estimate.
 #
 # A study is drawn a few thousand times: the means of the sizes, the spread that
@@ -707,7 +733,7 @@ def least_effects(sd: float, sds: Sequence[float], df: float, seeds: int,
       at = n == k if len(n) > 1 else slice(None)
       spread[at] = sd * _spread(float(k - 1), sizes, dims)[at]
 
-  # What the mean over sizes must exceed, and each size must point to.
+  # The mean over sizes must exceed this, and each size must point to it.
   tail = level if within else level / 2
   half = stdtrit(n - 1, 1 - tail) * spread / np.sqrt(n)
   if within:
@@ -725,13 +751,15 @@ def _as_seen(seen: np.ndarray, sds: np.ndarray, n: np.ndarray
   """Returns [DRAWS, sizes], the means of n seeds drawn from differences that
   were seen, and the spread of their means over the sizes."""
   drawn = _drawn_as_seen(seen, sds, int(n.max()))  # [DRAWS, seeds, sizes]
+  draws, seeds, _ = drawn.shape
   # Each study has the first n of its seeds.
-  has_seed = np.arange(drawn.shape[1]) < n[:, None]
-  mask = has_seed * np.ones(drawn.shape[:2])
+  has_seed = np.arange(seeds) < n[:, None]
+  mask = has_seed * np.ones((draws, seeds))
   means = np.einsum('dns,dn->ds', drawn, mask) / n[:, None]
-  squares = (drawn.mean(2) - means.mean(1)[:, None]) ** 2
-  spread = np.sqrt((squares * mask).sum(1) / (n - 1))
-  return means, spread
+  # The variance of a seed's means over the sizes.
+  apart = drawn.mean(2) - means.mean(1)[:, None]
+  variance = (apart ** 2 * mask).sum(1) / (n - 1)
+  return means, np.sqrt(variance)
 
 
 def _drawn_as_seen(seen: np.ndarray, sds: np.ndarray, n: int) -> np.ndarray:
@@ -758,7 +786,7 @@ def errs(seen: np.ndarray, sds: Sequence[float], seeds: int, level: float,
   studies = drawn[:whole].reshape(-1, variants, *drawn.shape[1:])
   means = studies.mean(3)
 
-  # What Student's test finds, with one sign at all sizes. The spread of all
+  # Student's test finds these, with one sign at all sizes. The spread of all
   # finds nothing more, so only what is found here is looked at again.
   spread = np.maximum(means.std(2, ddof=1), 1e-300)
   t = means.mean(2) / spread * seeds ** 0.5

@@ -31,146 +31,228 @@ GUESSING = 1.2
 # and the seconds of all steps of a study, below which its smallest size tells
 # enough: to start and to compile programs would take longer than they may err.
 TIMED_STEPS, MOST_SECONDS, SHORT_SECONDS = 8, 60.0, 900.0
+Key = tuple[str, str]  # a size and a workload
 
 
 def check(args) -> int:
   """Prints the plan of a study's file and the costs of its phases."""
-  frozen = freeze.freeze(
-      args.file, plans.load(args.workdir) if args.workdir else None)
+  kept = None
+  if args.workdir:
+    kept = plans.load(args.workdir)
+  frozen = freeze.freeze(args.file, kept)
   print(described(frozen), flush=True)
-  times = results.times_of(args.workdir, frozen) if args.workdir else None
+
+  # The time of a step, from runs that there are or from a few steps.
+  times = None
+  if args.workdir:
+    times = results.times_of(args.workdir, frozen)
   whence = 'the runs of this study so far'
   if not times:
     print('\nTiming a few steps of the base at each size ...', file=sys.stderr)
+    whence = f'{TIMED_STEPS} steps of the base on this machine'
     try:
-      times, whence = timed(frozen, args.parallel, args.group), (
-          f'{TIMED_STEPS} steps of the base on this machine')
+      times = timed(frozen, args.parallel, args.group)
     except EnvironmentFailure as error:
       print(f'warning: the hours are not known: {error}', file=sys.stderr)
-  each = results.costs(frozen, args.group, times)
-  print('', results.table(each, args.parallel), '', sep='\n')
+
+  costs = results.costs(frozen, args.group, times)
+  print(f'\n{results.table(costs, args.parallel)}\n')
   if times:
     print(f'Hours are of the steps of {args.parallel} processes at once, '
           f'without starting and compiling them, by the time of {whence}.')
   return 0
 
 
-def timed(frozen: plans.Frozen, parallel: int, group: int) -> results.Times:
-  """Returns the seconds of a step at each size on each workload, as a program
-  of the confirmation takes them, of a few steps in a folder that is removed.
+class Timing:
+  """The seconds of a step of the base, as a program of the confirmation takes
+  them.
 
-  The smallest size comes first. What by its FLOPs would then take longer than
-  MOST_SECONDS is not trained, nor is any other of a study that is short by
-  them: its time is that of the largest size that was, times its FLOPs over
-  those, and so rather too much.
+  Args:
+    frozen: the plan.
+    parallel: how many processes run at once.
+    group: how many runs one program holds at most.
+
+  Attributes:
+    alike: how many runs a program trains.
+    steps: the number of steps of a run, by its size and workload.
+    flops: the FLOPs of one step, likewise.
+    seconds: the measured seconds of one step, likewise.
+  """
+
+  def __init__(self, frozen: plans.Frozen, parallel: int, group: int):
+    self._frozen, self._parallel = frozen, parallel
+    plan = frozen.plan
+    self.alike = min(group, plan.seeds['confirm'])
+    self.steps: dict[Key, int] = {}
+    self.flops: dict[Key, float] = {}
+    self.seconds: dict[Key, float] = {}
+    for workload in plan.workloads:
+      for size in plan.every_size:
+        row = frozen.point(plan.base, size, workload)
+        steps = frozen.steps(row['changes'])
+        self.steps[size, workload] = steps
+        self.flops[size, workload] = (
+            row['tokens'] * row['flops_per_token'] / steps)
+
+  def train(self, keys: Sequence[Key]) -> None:
+    """Measures some sizes and workloads in a folder that is removed.
+
+    Raises:
+      EnvironmentFailure: where a run failed.
+    """
+    runs = []
+    for size, workload in keys:
+      share = min(TIMED_STEPS / self.steps[size, workload], 0.999)
+      for seed in range(self.alike):
+        runs.append(phases.run_of(
+            frozen=self._frozen, phase='screen',
+            variant=self._frozen.plan.base, size=size, workload=workload,
+            seed=seed, more={'eval.batches': 1, 'eval.tasks': ''}, share=share))
+    with (tempfile.TemporaryDirectory() as folder,
+          contextlib.redirect_stdout(io.StringIO())):
+      trainer = Trainer(workdir=folder, frozen=self._frozen,
+                        parallel=self._parallel, group=self.alike)
+      sweep = trainer.trained('timed', runs)
+    for key, point in zip(keys, sweep.points, strict=True):
+      self.seconds[key] = self._seconds(point)
+
+  def _seconds(self, point: curves.Point) -> float:
+    """Returns the mean time of a step over the runs of a point."""
+    total = 0.0
+    for seed, run in point.runs.items():
+      if run.state != layout.DONE:
+        raise EnvironmentFailure(f'a run of {point.name} failed: {run.error}')
+      curve = point.curve(seed, 'train')
+      total += curve['seconds'][-1] / run.config['train.steps']
+    return total / self.alike
+
+  def every(self) -> results.Times:
+    """Returns the seconds of a step at each size on each workload: where they
+    are not measured, those of the largest that is, times its FLOPs over those
+    of that one."""
+    largest = max(self.seconds, key=self.flops.get)
+    times = {}
+    for key, flops in self.flops.items():
+      estimate = self.seconds[largest] * flops / self.flops[largest]
+      times[key] = self.seconds.get(key, estimate)
+    return times
+
+
+def timed(frozen: plans.Frozen, parallel: int, group: int) -> results.Times:
+  """Returns the seconds of a step at each size on each workload.
+
+  The smallest size comes first. Runs that by their FLOPs would then take longer
+  than MOST_SECONDS are not trained, nor is any other of a study that is short:
+  their time follows from that of the largest that is measured, and so is rather
+  too much.
+
+  Args:
+    frozen: the plan.
+    parallel: how many processes run at once.
+    group: how many runs one program holds at most.
 
   Raises:
     EnvironmentFailure: where the runs failed.
   """
-  plan, seconds = frozen.plan, {}
-  alike = min(group, plan.seeds['confirm'])
-  rows = {(size, workload): frozen.point(plan.base, size, workload)
-          for workload in plan.workloads for size in plan.every_size}
-  steps = {key: frozen.steps(row['changes']) for key, row in rows.items()}
-  flops = {key: row['tokens'] * row['flops_per_token'] / steps[key]
-           for key, row in rows.items()}
-  first, *others = sorted(rows, key=flops.get)
+  timing = Timing(frozen, parallel, group)
+  smallest, *larger = sorted(timing.flops, key=timing.flops.get)
+  timing.train([smallest])
 
-  def train(keys: Sequence[tuple[str, str]]) -> None:
-    with tempfile.TemporaryDirectory() as folder, (
-        contextlib.redirect_stdout(io.StringIO())):
-      sweep = Trainer(folder, frozen, parallel, alike).trained('timed', [
-          phases.run_of(frozen, 'screen', plan.base, *key, seed, {
-              'eval.batches': 1, 'eval.tasks': ''},
-                        min(TIMED_STEPS / steps[key], 0.999))
-          for key in keys for seed in range(alike)])
-    for key, point in zip(keys, sweep.points, strict=True):
-      for run in point.runs.values():
-        if run.state != layout.DONE:
-          raise EnvironmentFailure(f'a run of {point.name} failed: {run.error}')
-      seconds[key] = sum(point.curve(seed, 'train')['seconds'][-1] for seed in (
-          point.runs)) / alike / run.config['train.steps']
-
-  def every() -> results.Times:
-    last = max(seconds, key=flops.get)
-    return {key: seconds.get(key, seconds[last] * flops[key] / flops[last])
-            for key in rows}
-
-  train([first])
-  most = MOST_SECONDS / (seconds[first] * TIMED_STEPS * alike) * flops[first]
-  within = [key for key in others if flops[key] <= most]
-  if within and SHORT_SECONDS < sum(
-      x.seconds for x in results.costs(frozen, group, every())):
-    train(within)
-  return every()
+  # The larger ones that a few steps of do not take too long.
+  expected = timing.seconds[smallest] * TIMED_STEPS * timing.alike
+  most_flops = MOST_SECONDS / expected * timing.flops[smallest]
+  within = [key for key in larger if timing.flops[key] <= most_flops]
+  if within:
+    costs = results.costs(frozen, group, timing.every())
+    if sum(cost.seconds for cost in costs) > SHORT_SECONDS:
+      timing.train(within)
+  return timing.every()
 
 
 def run(args, submit: Callable[..., None]) -> int:
   """Freezes the plan of a study's file, and goes through its phases.
 
   Args:
-    args: of `run`, as its add_arguments defines them.
-    submit: (args, jobs) submits runners to SLURM.
+    args: the arguments that `run` defines (run.add_arguments).
+    submit: a function that submits runners to SLURM, of (args, jobs).
   """
   layout.try_folder(args.workdir, 'study.json')
   frozen = freeze.freeze(args.file, plans.last(args.workdir))
   one_of('--until', args.until, ('freeze', *frozen.plan.seeds, plans.REPORT))
   frozen = plans.adopted(args.workdir, frozen, args.amend)
   print(described(frozen), flush=True)
-  for folder in results.folders(args.workdir) if args.retry else ():
-    with layout.Ledger(folder) as ledger:
-      ledger.retry()
+  if args.retry:
+    for folder in results.folders(args.workdir):
+      with layout.Ledger(folder) as ledger:
+        ledger.retry()
   if args.launcher == 'slurm':
     submit(args, args.jobs or 1)
     return 0
   if args.until == 'freeze':
     return 0
-  return go(args.workdir, frozen, Trainer(
-      args.workdir, frozen, args.parallel, args.group), args)
+  trainer = Trainer(workdir=args.workdir, frozen=frozen, parallel=args.parallel,
+                    group=args.group)
+  return go(args.workdir, frozen, trainer, args)
 
 
 def described(frozen: plans.Frozen) -> str:
-  """Returns what a plan says, and how large its models are."""
+  """Returns the methods of a plan, and how large its models are."""
   plan = frozen.plan
-  sizes = [(size, f'{row["params"]:,}', f'{row["flops_per_token"]:,.0f}')
-           for size in plan.every_size
-           for row in [frozen.point(plan.base, size, plans.TEXT)]]
-  return '\n\n'.join([
-      f'study {plan.name}: {plan.question}',
-      *map(textwrap.fill, report.methods(frozen)),
-      '\n'.join(layout.columns([
-          ('size', 'parameters', 'FLOPs a token'), *sizes]))])
+  rows = [('size', 'parameters', 'FLOPs a token')]
+  for size in plan.every_size:
+    point = frozen.point(plan.base, size, plans.TEXT)
+    rows.append((size, f'{point["params"]:,}',
+                 f'{point["flops_per_token"]:,.0f}'))
+  parts = [f'study {plan.name}: {plan.question}']
+  for paragraph in report.methods(frozen):
+    parts.append(textwrap.fill(paragraph))
+  parts.append('\n'.join(layout.columns(rows)))
+  return '\n\n'.join(parts)
 
 
 def go(workdir, frozen: plans.Frozen, trainer: Any, args) -> int:
   """Goes through the phases with a trainer.
 
   Args:
-    workdir: of the study.
+    workdir: the folder of the study.
     frozen: its plan, as it stands in study.json.
-    trainer: of the runs.
-    args: until, anyway, group and parallel, as add_arguments defines them.
+    trainer: the trainer of its runs.
+    args: until, anyway, group and parallel, as `run` defines them.
   """
-  each = results.costs(frozen, args.group, results.times_of(workdir, frozen))
-  print('', results.table(each, args.parallel), '', sep='\n', flush=True)
+  def costs() -> list[results.Cost]:
+    """Returns the costs of the phases by what is known of their time."""
+    times = results.times_of(workdir, frozen)
+    return results.costs(frozen, args.group, times)
+
+  before = costs()
+  print(f'\n{results.table(before, args.parallel)}\n', flush=True)
+  is_time_known = all(cost.seconds is not None for cost in before)
   for state in phases.run(frozen, trainer, args.until, args.anyway):
     if args.anyway and state.weakness:
       _note(workdir, frozen, 'The study went on although it was too weak for '
             f'what it wants. {state.weakness}')
     results.write(workdir, frozen, state)
-    phase = phases.PHASES[state.finished[-1]]
-    runs = [x for x in state.outcomes if x.phase == phase.name]
-    # What is too weak to go on says all this as it ends.
-    on = args.anyway or not state.weakness
-    print(f'{phase.name}: {len(runs)} runs, {sum(x.diverged for x in runs)} '
-          'diverged', *phase.summary(state.records) * on, sep='\n', flush=True)
-    if len(state.finished) == 1 and None in [
-        cost.seconds for cost in each]:  # their time is known by now
-      print(results.table(results.costs(frozen, args.group, results.times_of(
-          workdir, frozen))[1:], args.parallel), flush=True)
+    for line in _found(state, ends=bool(state.weakness) and not args.anyway):
+      print(line, flush=True)
+    if len(state.finished) == 1 and not is_time_known:
+      # The first phase has told the time of the others.
+      print(results.table(costs()[1:], args.parallel), flush=True)
   if args.until == plans.REPORT:
-    print(f'report: {report.write(comparison.load(workdir))[0]}', flush=True)
+    page, *_ = report.write(comparison.load(workdir))
+    print(f'report: {page}', flush=True)
   return 0
+
+
+def _found(state: phases.State, ends: bool) -> list[str]:
+  """Returns what the phase that is over has found, in lines; not its summary
+  where the study `ends` with it, since a refusal then says the same."""
+  phase = phases.PHASES[state.finished[-1]]
+  runs = [run for run in state.outcomes if run.phase == phase.name]
+  diverged = sum(run.diverged for run in runs)
+  lines = [f'{phase.name}: {len(runs)} runs, {diverged} diverged']
+  if not ends:
+    lines += phase.summary(state.records)
+  return lines
 
 
 def _note(workdir, frozen: plans.Frozen, sentence: str) -> None:
@@ -185,9 +267,9 @@ class Trainer:
   """Trains through the ledger and the runner of sweeps.
 
   Args:
-    workdir: of the study.
+    workdir: the folder of the study.
     frozen: its plan.
-    parallel: processes at once.
+    parallel: how many processes run at once.
     group: how many runs one program holds at most.
   """
 
@@ -206,23 +288,21 @@ class Trainer:
       Stopped: after a signal.
       EnvironmentFailure: where runs failed that did not diverge.
     """
-    path, sweep = self._workdir / folder, self.trained(folder, runs)
-    others = layout.plans_of(path) - self._frozen.known
-    require(not others, f'{path} holds runs of another plan than the study has '
-            f'had ({", ".join(sorted(others)) or "none"}): move them away, or '
-            'give the reason why they are of this study by --amend=REASON')
-    require(not sweep.strangers, f'{path} holds runs of another config than '
-            f'the plan says: {"; ".join(sweep.strangers[:3])}; move them away')
+    path = self._workdir / folder
+    sweep = self.trained(folder, runs)
+    self._check_of_this_plan(path, sweep)
+
     points = {point.name: point for point in sweep.points}
     outcomes, failed = [], []
     for run in runs:
-      result = points[run.point].runs[run.seed]
-      if result.ended_badly or (
-          result.held_out and result.state != layout.FAILED):
-        outcomes.append(self._outcome(run, points[run.point], result))
+      point = points[run.point]
+      result = point.runs[run.seed]
+      is_evaluated = bool(result.held_out) and result.state != layout.FAILED
+      if result.ended_badly or is_evaluated:
+        outcomes.append(self._outcome(run, point, result))
       else:
-        failed.append(f'{run.point}, seed {run.seed}: ' + (
-            result.error or 'it was not evaluated after its last step'))
+        why = result.error or 'it was not evaluated after its last step'
+        failed.append(f'{run.point}, seed {run.seed}: {why}')
     if failed:
       raise EnvironmentFailure(
           f'{path}: {len(failed)} runs failed that did not diverge: '
@@ -230,6 +310,17 @@ class Trainer:
           'takes up again those that failed, and a run whose folder is moved '
           'away is trained anew')
     return outcomes
+
+  def _check_of_this_plan(self, path: pathlib.Path, sweep: curves.Sweep
+                          ) -> None:
+    """Raises RequestError for runs of another plan, or of another config."""
+    others = layout.plans_of(path) - self._frozen.known
+    names = ', '.join(sorted(others)) or 'none'
+    require(not others, f'{path} holds runs of another plan than the study has '
+            f'had ({names}): move them away, or '
+            'give the reason why they are of this study by --amend=REASON')
+    require(not sweep.strangers, f'{path} holds runs of another config than '
+            f'the plan says: {"; ".join(sweep.strangers[:3])}; move them away')
 
   def predicted(self, phase: str, rows: Sequence) -> dict:
     """Freezes what a phase is expected to find, once."""
@@ -246,68 +337,115 @@ class Trainer:
 
   def work(self, path: pathlib.Path, ledger) -> None:
     """Trains what is pending, and waits for what other runners have."""
-    local.Runner(path, ledger, self._parallel, self._group,
-                 lambda runs: self.begun(path, runs)).run(wait=True)
+    def begun(runs: Sequence[layout.Run]) -> None:
+      self.begun(path, runs)
+
+    runner = local.Runner(workdir=path, ledger=ledger, parallel=self._parallel,
+                          group=self._group, begun=begun)
+    runner.run(wait=True)
 
   def begun(self, path: pathlib.Path, runs: Sequence[layout.Run]) -> None:
     """Notes in the study's ledger that runs of a phase begin from nothing."""
+    rows = [(path.name, run.point, run.seed) for run in runs]
     with layout.StudyLedger(self._workdir) as ledger:
-      ledger.add_begun(self._frozen.hash, [
-          (path.name, run.point, run.seed) for run in runs])
+      ledger.add_begun(self._frozen.hash, rows)
 
   def describe(self, folder: str, runs: Sequence[phases.Run]) -> dict:
     """Returns what sweep.json holds of a phase."""
-    frozen, rows = self._frozen, {}
+    frozen = self._frozen
+    rows: dict[str, dict[str, Any]] = {}
     for run in runs:
       if run.point not in rows:
-        point = frozen.point_of(run)
-        rows[run.point] = {
-            'name': run.point, 'variant': run.variant, 'size': run.size,
-            'workload': run.workload,
-            'changes': plans.to_json(run.changes), 'seeds': [],
-            'tasks': self._owed(run),
-            # A run may take fewer steps than its point.
-            'tokens': round(point['tokens'] / frozen.steps(point['changes'])
-                            * frozen.steps(run.changes)),
-            **{name: point[name] for name in (
-                'matched', 'params', 'active_params', 'flops_per_token')}}
+        rows[run.point] = self._row(run)
       rows[run.point]['seeds'].append(run.seed)
-    return {'name': f'{frozen.plan.name}, {folder}', 'file': frozen.plan.file,
-            'match': frozen.plan.match, 'match_field': frozen.plan.match_field,
-            'base': runs[0].point, 'base_config': frozen.base_config,
-            'paired': True, 'points': list(rows.values()),
-            'sources': frozen.sources, 'files': dict(plugins.loaded),
-            'plan': f'{frozen.hash} {plans.date(frozen.time)}'}
+    return {
+        'name': f'{frozen.plan.name}, {folder}',
+        'file': frozen.plan.file,
+        'match': frozen.plan.match,
+        'match_field': frozen.plan.match_field,
+        'base': runs[0].point,
+        'base_config': frozen.base_config,
+        'paired': True,
+        'points': list(rows.values()),
+        'sources': frozen.sources,
+        'files': dict(plugins.loaded),
+        'plan': f'{frozen.hash} {plans.date(frozen.time)}'}
+
+  def _row(self, run: phases.Run) -> dict[str, Any]:
+    """Returns what sweep.json says of the point of a run, without its seeds."""
+    point = self._frozen.point_of(run)
+    # A run may take fewer steps than its point.
+    tokens_a_step = point['tokens'] / self._frozen.steps(point['changes'])
+    row = {
+        'name': run.point, 'variant': run.variant, 'size': run.size,
+        'workload': run.workload, 'changes': plans.to_json(run.changes),
+        'seeds': [], 'tasks': self._owed(run),
+        'tokens': round(tokens_a_step * self._frozen.steps(run.changes))}
+    for name in ('matched', 'params', 'active_params', 'flops_per_token'):
+      row[name] = point[name]
+    return row
 
   def _owed(self, run: phases.Run) -> list[str]:
-    """The losses of each document, of what the verdict is on."""
-    objective = (self._frozen.base_config | run.changes)['objective']
-    return ['documents'] * (
-        run.phase == 'confirm' and run.workload == plans.TEXT
-        and objectives.OBJECTIVES[objective].every_token)
+    """Returns the tasks that a run owes: the losses of each document, where the
+    verdict is on them."""
+    name = (self._frozen.base_config | run.changes)['objective']
+    has_documents = (run.workload == plans.TEXT
+                     and objectives.OBJECTIVES[name].every_token)
+    if run.phase == 'confirm' and has_documents:
+      return ['documents']
+    return []
 
   def _outcome(self, run: phases.Run, point: curves.Point, result: curves.Run
                ) -> plans.Outcome:
-    loss = result.final if result.final is not None else math.inf
-    diverged = (result.ended_badly or not math.isfinite(loss)
-                or loss > GUESSING * self._frozen.point_of(run)['guess'])
-    values = {}
+    """Returns the outcome of a run.
+
+    Args:
+      run: the run as its phase asked for it.
+      point: its point, as it lies on disk.
+      result: its result, as it lies on disk.
+    """
+    planned = self._frozen.point_of(run)
+    loss = result.final
+    if loss is None:
+      loss = math.inf
+    learnt = math.isfinite(loss) and loss <= GUESSING * planned['guess']
+    diverged = result.ended_badly or not learnt
+
+    # The figures of the run, and the scores of the items that it was asked.
+    values, scores = {}, {}
+    keeps_items = run.phase not in ('noise', 'tune')
     for measure in self._frozen.plan.of_workload(run.workload):
-      value = (measure.chance if diverged else
-               result.held_out.get(measure.figure))
-      require(isinstance(value, int | float), f'measure {measure.name!r} is '
-              f'{measure.figure!r}, which {run.point}, seed {run.seed}, has '
-              f'not reported: it has {", ".join(result.held_out) or "nothing"}')
-      values[measure.name] = float(value)
-    spent = {name: values[-1] for name, values in point.curve(
-        run.seed, 'train').items()}
+      values[measure.name] = _value(run, measure, result, diverged)
+      if keeps_items and measure.figure in result.items:
+        scores[measure.name] = result.items[measure.figure]
+
+    # The compute and the time up to its last step.
+    spent = {'flops': 0.0, 'seconds': math.nan}
+    for name, column in point.curve(run.seed, 'train').items():
+      spent[name] = column[-1]
+    curve = {}
+    if run.phase in plans.WITH_CURVES:
+      curve = point.curve(run.seed)
     return plans.Outcome(
-        run.phase, run.variant, run.size, run.workload, run.seed, values,
-        diverged, spent.get('flops', 0.0), spent.get('seconds', math.nan),
-        point.params, dict(run.changes), loss,
-        point.curve(run.seed) if run.phase in plans.WITH_CURVES else {},
-        {measure.name: result.items[measure.figure]
-         for measure in self._frozen.plan.of_workload(run.workload)
-         if measure.figure in result.items and run.phase not in (
-             'noise', 'tune')},
-        curves.cooled(result.config), self._frozen.point_of(run).get('body'))
+        phase=run.phase, variant=run.variant, size=run.size,
+        workload=run.workload, seed=run.seed, values=values, diverged=diverged,
+        flops=spent['flops'], seconds=spent['seconds'], params=point.params,
+        changes=dict(run.changes), loss=loss, curve=curve, items=scores,
+        cooled=curves.cooled(result.config), body=planned.get('body'))
+
+
+def _value(run: phases.Run, measure: plans.Measure, result: curves.Run,
+           diverged: bool) -> float:
+  """Returns a measure of a run; that of guessing where it diverged.
+
+  Raises:
+    RequestError: where the run has not reported it.
+  """
+  value = result.held_out.get(measure.figure)
+  if diverged:
+    value = measure.chance
+  reported = ', '.join(result.held_out) or 'nothing'
+  require(isinstance(value, int | float), f'measure {measure.name!r} is '
+          f'{measure.figure!r}, which {run.point}, seed {run.seed}, has '
+          f'not reported: it has {reported}')
+  return float(value)

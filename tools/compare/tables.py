@@ -18,6 +18,12 @@ from tools.compare.page import UNKNOWN, Cell, Table, label
 from training.workdir import run_config
 
 TARGET_LEVEL = 0.01  # as in the rules of modded-nanogpt's third track
+# The counts of a phase, by heading.
+COUNTS = {'runs planned at most': 'planned', 'done': 'done',
+          'diverged': 'failed', 'tokens': 'tokens'}
+# The further p of an estimate, by heading.
+P_VALUES = {'corrected p': 'p_corrected', 'robust p': 'p_robust',
+            'equivalence p': 'p_equivalent', 'no worse p': 'p_not_worse'}
 
 
 # Estimates.
@@ -55,43 +61,60 @@ def estimate_table(c: Comparison, name: str, title: str,
   # A table of one measure does not name it in each row.
   names_measure = len(measures) != 1
   mean = 'held-out loss' if measures == {'loss'} else 'mean'
-  return page.table(name, title, [
-      _estimate_cells(c, row, mean, names_measure) for row in rows])
+  cells = []
+  for row in rows:
+    cells.append(_estimate_cells(c=c, row=row, mean=mean,
+                                 names_measure=names_measure))
+  return page.table(name, title, cells)
 
 
 def _estimate_cells(c: Comparison, row: Mapping[str, Any], mean: str,
                     names_measure: bool) -> dict[str, Cell]:
-  """Returns the row of an estimate; `mean` is the heading of its mean."""
+  """Returns the row of an estimate.
+
+  Args:
+    c: the Comparison.
+    row: the row of Comparison.estimates.
+    mean: the heading of its mean.
+    names_measure: whether it says which measure it is of.
+  """
   minus_base = _with_interval(row)
   if row['variant'] == c.plan.base:
     minus_base = Cell(BASE, 0.0)
+  measure = ''
+  if names_measure:
+    measure = row['measure']
   verdict = row['verdict'] or ''
   # Where p is corrected for the other variants, it stands so alone.
-  p = row['p'] if row['p_corrected'] is None else None
+  p = None
+  if row['p_corrected'] is None:
+    p = row['p']
   # The pairs of a difference, or else the runs of a mean.
   seeds = row['n']
   if seeds is None and row['runs']:
     seeds = row['runs']
-  return {
-      'variant': label(row['variant']),
-      'measure': label(row['measure'] if names_measure else ''),
-      'size': label(row['size']),
-      mean: page.mean(row['mean'], row['sd']),
-      'minus base': minus_base,
-      '± items': page.number(row['item_noise']),
-      'over seeds and items': _with_interval(row, 'both_'),
-      'p over both': page.p_value(row['both_p']),
-      'verdict': label(verdict, page.MARKS.get(verdict, '')),
-      'p': page.p_value(p),
-      'corrected p': page.p_value(row['p_corrected']),
-      'robust p': page.p_value(row['p_robust']),
-      'equivalence p': page.p_value(row['p_equivalent']),
-      'no worse p': page.p_value(row['p_not_worse']),
-      'speed-up in FLOPs': _speed_up(row, 'flops'),
-      'speed-up in time': _speed_up(row, 'seconds'),
-      'trend over size': _with_interval(row, 'trend_'),
-      'seeds': page.count(seeds),
-      'diverged': Cell(str(row['diverged'] or ''), row['diverged'])}
+  diverged = row['diverged']
+
+  # The columns, in their order.
+  cells = {}
+  cells['variant'] = label(row['variant'])
+  cells['measure'] = label(measure)
+  cells['size'] = label(row['size'])
+  cells[mean] = page.mean(row['mean'], row['sd'])
+  cells['minus base'] = minus_base
+  cells['± items'] = page.number(row['item_noise'])
+  cells['over seeds and items'] = _with_interval(row, 'both_')
+  cells['p over both'] = page.p_value(row['both_p'])
+  cells['verdict'] = label(verdict, page.MARKS.get(verdict, ''))
+  cells['p'] = page.p_value(p)
+  for heading, name in P_VALUES.items():
+    cells[heading] = page.p_value(row[name])
+  cells['speed-up in FLOPs'] = _speed_up(row, 'flops')
+  cells['speed-up in time'] = _speed_up(row, 'seconds')
+  cells['trend over size'] = _with_interval(row, 'trend_')
+  cells['seeds'] = page.count(seeds)
+  cells['diverged'] = Cell(str(diverged or ''), diverged)
+  return cells
 
 
 def _with_interval(row: Mapping[str, Any], prefix: str = '') -> Cell:
@@ -192,8 +215,11 @@ def _evaluations(c: Comparison, variant: str, size: str) -> list[Mapping]:
 
 def _has_lost_runs(c: Comparison, variant: str, size: str) -> bool:
   """Returns whether a run of the confirmation, or of a sweep, is excluded."""
-  return any((row['variant'], row['size']) == (variant, size)
-             and row['phase'] in ('', 'confirm') for row in c.excluded)
+  for row in c.excluded:
+    is_here = (row['variant'], row['size']) == (variant, size)
+    if is_here and row['phase'] in ('', 'confirm'):
+      return True
+  return False
 
 
 # Changes and costs.
@@ -209,6 +235,9 @@ def costs(c: Comparison) -> Table:
     active = Cell('')
     if point['active_params'] != point['params']:
       active = _beside_base(c, point, 'active_params')
+    seconds = _mean_seconds(c, point)
+    changes = changed(alone(c.frozen, point))
+    matched = ', '.join(point['matched'])
     rows.append({
         'variant': label(point['variant']),
         'size': label(point['size']),
@@ -216,9 +245,9 @@ def costs(c: Comparison) -> Table:
         'active parameters': active,
         'FLOPs a token': _beside_base(c, point, 'flops_per_token'),
         'tokens': page.count(point['tokens']),
-        'time of a run': page.duration(_mean_seconds(c, point)),
-        'changes': label(changed(alone(c.frozen, point))),
-        'solved for': label(', '.join(point['matched']))})
+        'time of a run': page.duration(seconds),
+        'changes': label(changes),
+        'solved for': label(matched)})
   return page.table('costs', 'What each variant changes and costs', rows)
 
 
@@ -264,16 +293,21 @@ def effects(c: Comparison) -> Table:
     seeds = set.intersection(*map(set, pairs))
     if not seeds:
       continue
+
+    # The mean over the pairs of each seed, and over the seeds of each pair.
     by_seed = []
     for seed in seeds:
-      by_seed.append(float(np.mean([pair[seed] for pair in pairs])))
-    by_pair = [float(np.mean([*pair.values()])) for pair in pairs]
-    over_seeds = statistics.interval(by_seed)
+      differences = [pair[seed] for pair in pairs]
+      by_seed.append(float(np.mean(differences)))
+    by_pair = []
+    for pair in pairs:
+      by_pair.append(float(np.mean([*pair.values()])))
+
+    mean, low, high, _ = statistics.interval(by_seed)
     least, most = min(by_pair), max(by_pair)
     rows.append({
         'change': label(change),
-        'minus base': page.estimate(over_seeds.mean, over_seeds.low,
-                                    over_seeds.high),
+        'minus base': page.estimate(mean=mean, low=low, high=high),
         'from pair to pair': Cell(f'{least:+.4f} to {most:+.4f}', least),
         'pairs': page.count(len(pairs))})
   return page.table('effects', 'Each change, whatever the others', rows)
@@ -282,16 +316,17 @@ def effects(c: Comparison) -> Table:
 def _pairs(c: Comparison) -> dict[str, list[dict[int, float]]]:
   """Returns, by change, the difference of each pair of points that differ in it
   alone, by seed."""
-  # What each variant declares, without what was solved for; and its losses.
-  declared, losses = {}, {}
+  # The changes that each variant declares, without what was solved for.
+  declared = {}
   for point in c.frozen.points:
-    declared[point['variant']] = {
-        field: x for field, x in point['changes'].items()
-        if field not in point['matched']}
-  for variant in c.variants:
-    losses[variant] = c.values('confirm', variant, '', c.plan.primary)
+    changes = dict(point['changes'])
+    for field in point['matched']:
+      changes.pop(field, None)
+    declared[point['variant']] = changes
 
   # The partner of a variant for a change declares all of its others.
+  losses = {variant: c.values('confirm', variant, '', c.plan.primary)
+            for variant in c.variants}
   pairs: dict[str, list[dict[int, float]]] = {}
   for variant, changes in declared.items():
     for field, x in changes.items():
@@ -299,12 +334,18 @@ def _pairs(c: Comparison) -> dict[str, list[dict[int, float]]]:
       rest = dict(changes)
       del rest[field]
       for partner, partner_changes in declared.items():
-        shared = losses[variant].keys() & losses[partner].keys()
-        if partner_changes == rest and shared:
-          of_change.append({
-              seed: losses[variant][seed] - losses[partner][seed]
-              for seed in shared})
+        if partner_changes == rest:
+          difference = _difference(losses[variant], losses[partner])
+          if difference:
+            of_change.append(difference)
   return pairs
+
+
+def _difference(ours: Mapping[int, float], theirs: Mapping[int, float]
+                ) -> dict[int, float]:
+  """Returns the difference of two points at each seed that both have."""
+  return {seed: ours[seed] - theirs[seed]
+          for seed in ours.keys() & theirs.keys()}
 
 
 # Tuning and noise.
@@ -313,36 +354,33 @@ def _pairs(c: Comparison) -> dict[str, list[dict[int, float]]]:
 def tuning(c: Comparison) -> Table:
   """Returns the values that were tried for each variant, and the best of them.
   """
-  return page.table('tuned', 'What was tried for each variant', [
-      _tuning_cells(c, row) for row in c.results['tuned']])
+  rows = [_tuning_cells(c, row) for row in c.results['tuned']]
+  return page.table('tuned', 'What was tried for each variant', rows)
 
 
 def _tuning_cells(c: Comparison, row: Mapping[str, Any]) -> dict[str, Cell]:
   """Returns the row of a plans.Tuned."""
   trials = row['tried']
+  measure, *_ = c.plan.of_workload(row['workload']) or (c.plan.primary,)
 
-  # The values that were tried, and the measure at the end of each trial.
+  # The values that were tried of each field.
   tried = []
   for name in row['changes']:
     values = sorted({trial['changes'][name] for trial in trials})
     tried.append(f'{name}: {", ".join(map(value, values))}')
-  best = [trial['value'] for trial in trials
-          if trial['changes'] == row['changes']][-1]
-  last = [trial['value'] for trial in trials
-          if trial['rung'] >= c.plan.tuning.rungs - 1]
+
+  # The measure at the end of each trial, and how far that hangs on the values.
+  best = None
+  last = []
+  for trial in trials:
+    if trial['changes'] == row['changes']:
+      best = trial['value']
+    if trial['rung'] >= c.plan.tuning.rungs - 1:
+      last.append(trial['value'])
   sensitivity = None
   if last and None not in last:
     sensitivity = abs(sum(last) / len(last) - best)
   diverged = sum(bool(trial['diverged']) for trial in trials)
-
-  # The seeds of the screening, on which nothing was chosen.
-  measures = c.plan.of_workload(row['workload']) or (c.plan.primary,)
-  screened = c.values('screen', row['variant'], row['size'], measures[0])
-  fresh = [*screened.values()]
-  on_fresh_seeds = Cell(UNKNOWN)
-  if len(fresh) > 1:
-    on_fresh_seeds = page.mean(
-        float(np.mean(fresh)), float(np.std(fresh, ddof=1)))
   return {
       'variant': label(row['variant']),
       'size': label(row['size']),
@@ -351,52 +389,74 @@ def _tuning_cells(c: Comparison, row: Mapping[str, Any]) -> dict[str, Cell]:
       'tried': label('; '.join(tried)),
       'at the edge': label(', '.join(row['at_edge']) or 'no'),
       'best': page.number(best),
-      'next best': _next_best(c, row, measures[0]),
-      'on fresh seeds': on_fresh_seeds,
+      'next best': _next_best(c, row, measure),
+      'on fresh seeds': _on_fresh_seeds(c, row, measure),
       'sensitivity': page.number(sensitivity),
       'runs': page.count(row['runs']),
-      'diverged': Cell(str(diverged) if diverged else '', diverged)}
+      'diverged': Cell(str(diverged or ''), diverged)}
+
+
+def _on_fresh_seeds(c: Comparison, row: Mapping[str, Any],
+                    measure: plans.Measure) -> Cell:
+  """Returns the measure on the seeds of the screening, on which nothing was
+  chosen."""
+  screened = c.values('screen', row['variant'], row['size'], measure)
+  values = [*screened.values()]
+  if len(values) < 2:
+    return Cell(UNKNOWN)
+  return page.mean(float(np.mean(values)), float(np.std(values, ddof=1)))
 
 
 def _next_best(c: Comparison, row: Mapping[str, Any], measure: plans.Measure
                ) -> Cell:
   """Returns the candidate after the chosen one minus it, over the seeds of
   tuning."""
-  trials = [trial for trial in row['tried'] if not trial['diverged']
-            and trial['rung'] >= c.plan.tuning.rungs - 1
-            and page.known(trial['value'])]
+  # The trials of the last rung on, which alone are of whole runs.
+  trials = []
+  for trial in row['tried']:
+    is_whole = trial['rung'] >= c.plan.tuning.rungs - 1
+    if is_whole and not trial['diverged'] and page.known(trial['value']):
+      trials.append(trial)
   if len(trials) < 2:
     return Cell(UNKNOWN)
-  trials.sort(key=lambda trial: (trial['changes'] != row['changes'],
-                                 -measure.sign * trial['value']))
-  chosen, second = [trial.get('values', [trial['value']])
-                    for trial in trials[:2]]
-  apart = statistics.interval(np.subtract(second, chosen))
-  return page.estimate(apart.mean, apart.low, apart.high)
+
+  def order(trial: Mapping[str, Any]) -> tuple[bool, float]:
+    """Returns what is less of the chosen one, and then of a better one."""
+    is_other = trial['changes'] != row['changes']
+    return is_other, -measure.sign * trial['value']
+
+  chosen, second, *_ = sorted(trials, key=order)
+  apart = np.subtract(second.get('values', [second['value']]),
+                      chosen.get('values', [chosen['value']]))
+  mean, low, high, _ = statistics.interval(apart)
+  return page.estimate(mean=mean, low=low, high=high)
 
 
 def noise(c: Comparison) -> Table:
   """Returns what a variant without effect shows, and what can be found beside
   it."""
-  rows = []
-  for row in c.results['noise']:
-    rows.append({
-        'measure': label(row['measure']),
-        'size': label(row['size']),
-        'phase': label(row['phase']),
-        'pairs': page.count(row['pairs']),
-        'standard deviation': page.number(row['sd']),
-        'smallest effect': page.number(row['smallest_effect']),
-        'seeds': page.count(row['seeds']),
-        'seeds needed': page.count(row['seeds_needed']),
-        'power': page.number(row['power'], '.0%'),
-        'signal to noise': page.number(row.get('snr'), '.1f'),
-        'p of skew': page.p_value(row.get('skew')),
-        'p of outliers': page.p_value(row.get('outliers')),
-        'error': page.number(row.get('error'), '.2g')})
+  rows = [_noise_cells(row) for row in c.results['noise']]
   wanted = measures_lib.amount(c.frozen, c.plan.effect)
   return page.table('noise-table', 'Base against base; wanted is an effect of '
                     + wanted, rows)
+
+
+def _noise_cells(row: Mapping[str, Any]) -> dict[str, Cell]:
+  """Returns the row of a noise.Noise."""
+  cells = {}
+  for name in ('measure', 'size', 'phase'):
+    cells[name] = label(row[name])
+  cells['pairs'] = page.count(row['pairs'])
+  cells['standard deviation'] = page.number(row['sd'])
+  cells['smallest effect'] = page.number(row['smallest_effect'])
+  cells['seeds'] = page.count(row['seeds'])
+  cells['seeds needed'] = page.count(row['seeds_needed'])
+  cells['power'] = page.number(row['power'], '.0%')
+  cells['signal to noise'] = page.number(row.get('snr'), '.1f')
+  cells['p of skew'] = page.p_value(row.get('skew'))
+  cells['p of outliers'] = page.p_value(row.get('outliers'))
+  cells['error'] = page.number(row.get('error'), '.2g')
+  return cells
 
 
 # Sizes.
@@ -406,14 +466,17 @@ def multipliers(c: Comparison) -> Table:
   """Returns compute multipliers at each size and of one fit of all."""
   rows: dict[tuple[str, str], dict[str, Cell]] = {}
   for verdict in c.results.get('confirm', ()):
+    variant = verdict['variant']
     for multiplier in verdict.get('multipliers', ()):
-      variant, size = verdict['variant'], multiplier['size']
-      row = rows.setdefault((variant, size), {
-          'variant': label(variant), 'size': label(size),
-          'floor': page.number(multiplier['floor'], '.3f')})
-      row[multiplier['by']] = page.estimate(
-          multiplier['factor'], multiplier['low'], multiplier['high'],
-          form='.3f')
+      # Each way to count stands in a column of its own.
+      size = multiplier['size']
+      if (variant, size) not in rows:
+        rows[variant, size] = {
+            'variant': label(variant), 'size': label(size),
+            'floor': page.number(multiplier['floor'], '.3f')}
+      rows[variant, size][multiplier['by']] = page.estimate(
+          mean=multiplier['factor'], low=multiplier['low'],
+          high=multiplier['high'], form='.3f')
   return page.table('multipliers', 'Compute multipliers', [*rows.values()])
 
 
@@ -499,14 +562,12 @@ def spent(c: Comparison) -> Table:
     phases['all'] = _sums([*phases.values()])
   rows = []
   for phase, row in phases.items():
-    rows.append({
-        'phase': label(phase),
-        'runs planned at most': page.count(row['planned']),
-        'done': page.count(row['done']),
-        'diverged': page.count(row['failed']),
-        'tokens': page.count(row['tokens']),
-        'FLOPs': page.number(row['flops'], '.3g'),
-        'training time': page.duration(row['seconds'])})
+    cells = {'phase': label(phase)}
+    for heading, name in COUNTS.items():
+      cells[heading] = page.count(row[name])
+    cells['FLOPs'] = page.number(row['flops'], '.3g')
+    cells['training time'] = page.duration(row['seconds'])
+    rows.append(cells)
   return page.table('spent', 'Spent, by phase', rows)
 
 
@@ -535,10 +596,13 @@ def provenance(c: Comparison) -> Table:
     commit = c.frozen.code.get('commit')
     rows.append(('plan', f'{c.frozen.hash}, frozen on '
                  f'{plans.date(c.frozen.time)} at commit {commit}'))
-  rows += [('code', code) for code in record['codes']]
-  rows += [('device', device) for device in record['devices']]
-  rows += [('version', f'{name} {x}')
-           for name, x in record['versions'].items()]
-  rows += [('hash', f'{name}: {x}') for name, x in c.frozen.sources.items()]
-  return page.table('code', 'Code, machines and data', [
-      {'what': label(what), 'which': Cell(which)} for what, which in rows])
+  for code in record['codes']:
+    rows.append(('code', code))
+  for device in record['devices']:
+    rows.append(('device', device))
+  for name, version in record['versions'].items():
+    rows.append(('version', f'{name} {version}'))
+  for name, digest in c.frozen.sources.items():
+    rows.append(('hash', f'{name}: {digest}'))
+  cells = [{'what': label(what), 'which': Cell(which)} for what, which in rows]
+  return page.table('code', 'Code, machines and data', cells)
