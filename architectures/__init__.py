@@ -1,4 +1,4 @@
-"""What a model is: one page a system, built from `config.model`.
+"""The models: one page a system, built from `config.model`.
 
 A system is found by its file: a page NAME.py in this folder. It has one class
 with a `STACK`, the skeleton's, and with `PARTS`, the fields of config.model by

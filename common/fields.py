@@ -26,7 +26,7 @@ INCOMPATIBLE = 'incompatible'
 
 
 class Resume(NamedTuple):
-  """What a change of a field does to a run that is resumed, and why."""
+  """The effect that a change of a field has on a resumed run, and why."""
   kind: str
   why: str
 

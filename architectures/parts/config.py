@@ -389,8 +389,8 @@ class ModelConfig:
 
   @property
   def score_scale(self) -> float:
-    """What multiplies the products of queries and keys. `attention_scale` is
-    the base's; in muP it falls from there as 1 / head_dim (Yang et al. 2022,
+    """The factor of the products of queries and keys. `attention_scale` is the
+    base's; in muP it falls from there as 1 / head_dim (Yang et al. 2022,
     definition 4.1)."""
     return self.attention_scale * (self.base_head_dim / self.head_dim)
 
@@ -416,7 +416,8 @@ class ModelConfig:
 
   @functools.cached_property
   def _known_kinds(self) -> dict[str, 'ModelConfig']:
-    """What `of_kind` has returned, so that layers of one kind are one value."""
+    """The layers that `of_kind` has returned: layers of one kind are one
+    value."""
     return {}
 
   def _layer(self, name: str) -> 'ModelConfig':

@@ -701,7 +701,7 @@ def _base(fields: Mapping[str, Any], head_dim: int) -> tuple[int, int]:
   return width, fields['mup_base_head_dim'] or base
 
 
-# What a value may be.
+# Checks of the values of fields.
 
 
 def check_fields(tree: Mapping[str, Any], who: str = 'model') -> None:

@@ -1,4 +1,5 @@
-"""What is read off the last layer: the next token, or the answer to a task.
+"""The heads, which read the last layer for the next token, or for the answer
+to a task.
 
 `model.head` names an entry of HEADS. The head of a language model is a product
 with the vocabulary, `Output.head`. Each other head is a product with a few
@@ -186,14 +187,15 @@ def mean(x_BLD: jax.Array, segment_ids_BL: Optional[jax.Array]) -> jax.Array:
   return (sum_BD / jnp.maximum(seen_BL1.sum(1), 1)).astype(x_BLD.dtype)
 
 
-# What a head reads of an encoder's row: (tokens [B, L, D], segments) -> [B, D].
+# A pooling turns an encoder's row into what a head reads:
+# (tokens [B, L, D], segments [B, L]) -> [B, D].
 POOLINGS = {'cls': lambda x_BLD, segment_ids_BL: x_BLD[:, 0], 'mean': mean}
 
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorConfig:
-  """Of head replaced: the network whose tokens are to be told from the text's.
-  """
+  """The fields of head replaced: the generator, whose tokens the model tells
+  from those of the text."""
   GROUP = 'generator'
   num_layers: int = field(0, 'its layers; 0: there is no generator',
                           resume=SHAPES)

@@ -73,7 +73,7 @@ SEED = 1234  # of a_i, as in transformers
 
 @dataclasses.dataclass(frozen=True)
 class NGramsConfig:
-  """Of memory engram and over_encoding."""
+  """The fields of memory engram and memory over_encoding."""
   GROUP = 'ngrams'
   order: int = field(3, 'N, the tokens of the longest n-gram', least=2,
                      resume=SHAPES)
@@ -99,7 +99,7 @@ class NGramsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PerLayerConfig:
-  """Of memory per_layer."""
+  """The fields of memory per_layer."""
   size: int = field(0, 'features of a row; derived: d_model / 8', resume=SHAPES)
 
   def derived(self, c: ModelConfig) -> 'PerLayerConfig':
@@ -352,7 +352,7 @@ def check(c: ModelConfig) -> None:
 
 
 class Memory(NamedTuple):
-  """What a layer reads beside its input.
+  """A memory, which a layer reads beside its input.
 
   Attributes:
     module: (x_BLD, context, state) -> (what is added to x_BLD, state); of one

@@ -97,7 +97,8 @@ class LatentConfig:
 
   @property
   def slot_dim(self) -> int:
-    """What a cache holds of a token: the latent and the turned key."""
+    """The features that a cache holds of a token: the latent and the turned
+    key."""
     return self.kv_rank + self.rope_dim
 
   def derived(self, c: Sizes) -> 'LatentConfig':

@@ -1,4 +1,4 @@
-"""What recurrences compute of features by themselves: lengths and scalings of
+"""Operations on features that recurrences share: lengths and scalings of
 vectors, and short causal convolutions along a row. The gradients are written
 out as products of vectors.
 
@@ -66,7 +66,8 @@ def unit(x: jax.Array, length: float = 1.0) -> jax.Array:
 
 
 def rmsnorm(x: jax.Array, scale_K: jax.Array, eps: float) -> jax.Array:
-  """The same as layers.rmsnorm, [..., K] -> [..., K]."""
+  """Computes layers.rmsnorm by a sum that is fast on CPU,
+  [..., K] -> [..., K]."""
   x32 = x.astype(jnp.float32)
   y = scaled(x32, jax.lax.rsqrt(jnp.square(x32).mean(-1) + eps))
   return (y * scale_K.astype(jnp.float32)[(None,) * (x.ndim - 1)]

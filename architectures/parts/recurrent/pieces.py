@@ -1,4 +1,4 @@
-"""What a recurrence is given, the pieces of a row, how decays add up within
+"""The inputs of a recurrence, the pieces of a row, how decays add up within
 one, and the inverse of its triangular system (recurrence.py says of what).
 
 Where each feature of a key has a decay of its own (GLA: Yang et al. 2023, arXiv
@@ -44,7 +44,7 @@ class Inputs(NamedTuple):
   # The last axis is 1 (a head has one decay) or K (each feature has its own).
   log_decay_BLHK: Optional[jax.Array] = None  # None: no decay
   rate_BLH: Optional[jax.Array] = None  # None: no delta rule, but for `erase`
-  # What a correction reads the state by; None: the key times the rate.
+  # A correction reads the state by this; None: the key times the rate.
   erase_BLJK: Optional[jax.Array] = None
 
   @property

@@ -125,7 +125,7 @@ def by_feature(log_decay: jax.Array) -> bool:
 
 def _step(i: int, x: Inputs, state_BHKU: jax.Array
           ) -> tuple[jax.Array, jax.Array]:
-  """The same for place i, which is the definition."""
+  """Computes place i alone, by the definition."""
   q, k, v, log_decay, rate, erase = jax.tree.map(
       lambda x: x[:, i].astype(jnp.float32), x)
   each = lambda x: jnp.repeat(x, v.shape[1] // x.shape[1], 1)
@@ -151,7 +151,7 @@ class _Pairs(NamedTuple):
 
 
 class _Pieces(NamedTuple):
-  """What pieces do to the state, whatever the state is. The first axis, which
+  """The effect of pieces on any state. The first axis, which
   the names leave out, is that of the pieces of a row."""
   pairs: _Pairs
   q_BHPK: jax.Array  # times the decay since the piece began
@@ -236,7 +236,7 @@ def _to_pieces(x: Inputs, p: _Pieces, write: jax.Array, states: jax.Array,
   if x.corrects:
     finds = _finds(x)
     first_finds = met.first_BHPK * each(finds)
-    # Of what the system is solved for, and the gradient of the inverse: of
+    # The gradients of what the system is solved for, and of the inverse: for
     # X = (I + A)^-1, dA = -X^T dX X^T.
     back = _t(p.inverse_BHPQ)
     d_v = back @ d_write
@@ -349,7 +349,8 @@ def _meet_by_head(steps: int, x: Inputs) -> _Pairs:
 
 
 def _meet_by_feature(steps: int, x: Inputs) -> _Pairs:
-  """Of one piece."""
+  """Returns the pairs of places of one piece where each feature has a decay of
+  its own."""
   q_BJPK, k_BJPK, v_BHPU, log_decay_BHPK = x[:4]
   each = lambda y: jnp.repeat(y, v_BHPU.shape[1] // y.shape[1], 1)
   q_BHPK, k_BHPK = each(q_BJPK), each(k_BJPK)
@@ -431,7 +432,7 @@ def _additive_bwd(places: int, kept: Any, grads: Any):
       (q, read_d_o, first[:, :, -1]), reverse=True)
 
   d_weights = jnp.einsum('nbpjru,nbmjru->nbjrpm', d_o, v)
-  # As a plain sum over r it takes 20 times as long on CPU (features.py).
+  # A plain sum over r takes 20 times as long on CPU (features.py).
   d_met = jnp.einsum('nbjrpm,nbjrpm->nbjpm', pair, d_weights)
   d_write = _read(k, d_states)
   d_v = jnp.einsum('nbjrpm,nbpjru->nbmjru', pair * met[:, :, :, None], d_o

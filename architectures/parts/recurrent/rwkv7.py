@@ -47,8 +47,8 @@ from common.errors import require
 from common.fields import field, SHAPES
 
 MOST_LOG_DECAY = np.exp(-0.5)
-# What a token is mixed for, and p of the initial share of the token before in
-# feature n of N, 1 - (n / N)^p.
+# The six things a token is mixed for, each with the power p of the initial
+# share of the token before in feature n of N, 1 - (n / N)^p.
 SHIFTED = dict(query=0.1, decay=0.45, key=0.35, value=0.35, rate=0.45, gate=0.1)
 
 
