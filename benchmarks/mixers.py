@@ -27,6 +27,7 @@ from absl import flags
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 import architectures
 from architectures.parts import blocks, skeletons
@@ -41,9 +42,9 @@ from training.workdir import storage
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 DTYPES = ('float32', 'bfloat16')
-LAYERS = 2  # of the model of `decode`
-VOCAB = 256
-WRITTEN = 16  # tokens that a turn of `decode` writes
+LAYERS_OF_MODEL = 2  # the model of the section `decode`
+VOCAB_SIZE = 256
+NEW_TOKENS = 16  # how many tokens a turn of the section `decode` writes
 
 
 class Contender(NamedTuple):
@@ -51,160 +52,204 @@ class Contender(NamedTuple):
 
   Attributes:
     run: the function, without arguments, which waits for its result.
-    times: how often it does what is counted.
-    nbytes: the bytes that stand beside its time.
+    repeats: how often a call of it does what is timed.
+    nbytes: the bytes of memory that stand beside its time in the table.
   """
   run: Callable[[], Any]
-  times: int
+  repeats: int
   nbytes: int
 
 
-def config(mixer: str, length: int, dtype: str, sizes: Mapping[str, int]):
-  """Returns the config of a run: a LLaMA with a mixer."""
-  made = llama.get_config('tiny')
-  made.model.update(
-      num_layers=LAYERS, num_kv_heads=0, d_ff=0, vocab_size=VOCAB,
+def config_with_mixer(mixer: str, length: int, dtype: str,
+                      sizes: Mapping[str, int]) -> ml_collections.ConfigDict:
+  """Returns the config of a run whose model is a small LLaMA with a mixer.
+
+  Args:
+    mixer: a value of model.mixer: attention, or a recurrence.
+    length: the number of tokens of a row.
+    dtype: the dtype of the computation.
+    sizes: fields of the model, such as d_model.
+  """
+  config = llama.get_config('tiny')
+  config.model.update(
+      num_layers=LAYERS_OF_MODEL, num_kv_heads=0, d_ff=0, vocab_size=VOCAB_SIZE,
       max_len=length, mixer=mixer, dtype=dtype, **sizes)
-  made.data.length = length
-  return made
+  config.data.length = length
+  return config
 
 
-def gradient(module: nn.Module, c: ModelConfig, rows: int, length: int,
-             *more: Any, **compiler: Any):
-  """Returns the compiled forward and backward pass of a layer, and its
-  arguments: the gradient of the mean square of its output, and of its losses,
-  with respect to its parameters and an input [rows, length, D].
+def compile_gradient(module: nn.Module, config: ModelConfig, rows: int,
+                     length: int, *arguments: Any, **compiler_options: Any
+                     ) -> tuple[jax.stages.Compiled, tuple[Any, jax.Array]]:
+  """Compiles the forward and backward pass of one layer.
+
+  The loss is the mean square of the layer's output, and the layer's own losses.
+  Its gradient is taken with respect to the parameters and the input.
 
   Args:
     module: the layer.
-    c: the model's config.
-    rows: the rows of the input.
-    length: the tokens of a row.
-    *more: the arguments after the input and its context.
-    **compiler: options of XLA's compiler.
+    config: the model's config.
+    rows: the number of rows of the input.
+    length: the number of tokens of a row.
+    *arguments: the layer's arguments after its input and context.
+    **compiler_options: options of XLA's compiler.
+
+  Returns:
+    The compiled gradient, and its arguments: the parameters of the layer and an
+    input [rows, length, d_model].
   """
-  x_BLD = jax.random.normal(jax.random.key(0), (rows, length, c.d_model),
-                            c.compute_dtype)
-  beside = Context(jnp.arange(length)[None]), *more
+  x_BLD = jax.random.normal(jax.random.key(0), (rows, length, config.d_model),
+                            config.compute_dtype)
+  context = Context(jnp.arange(length)[None])
   params = nn.meta.unbox(jax.jit(module.init)(
-      jax.random.key(1), x_BLD, *beside))
+      jax.random.key(1), x_BLD, context, *arguments))
 
   def loss(params: Any, x_BLD: jax.Array) -> jax.Array:
-    y_BLD, *_, report = module.apply(params, x_BLD, *beside)
-    losses = sum(report.losses.values())
-    return jnp.square(y_BLD.astype(jnp.float32)).mean() + losses
+    y_BLD, *_, report = module.apply(params, x_BLD, context, *arguments)
+    losses_of_layer = sum(report.losses.values())
+    return jnp.square(y_BLD.astype(jnp.float32)).mean() + losses_of_layer
 
-  args = params, x_BLD
-  lowered = jax.jit(jax.grad(loss, (0, 1))).lower(*args)
-  return lowered.compile(compiler or None), args
+  inputs = params, x_BLD
+  gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+  compiled = gradient.lower(*inputs).compile(compiler_options or None)
+  return compiled, inputs
 
 
-def layer(made: Any) -> Contender:
-  """Returns the forward and backward pass of one mixer on one row."""
-  c = architectures.resolve(made.model)
-  module = blocks.mixer_of(c).module(c, c.layer_kinds(1)[0])
-  compiled, args = gradient(module, c, 1, made.data.length, None)
+def layer_of_mixer(run_config: ml_collections.ConfigDict) -> Contender:
+  """Returns the forward and backward pass of one mixer on one row, to be timed.
+  """
+  config = architectures.resolve(run_config.model)
+  mixer = blocks.mixer_of(config)
+  module = mixer.module(config, config.layer_kinds(1)[0])
+  length = run_config.data.length
+  compiled, inputs = compile_gradient(module, config, 1, length, None)
   return Contender(
-      run=lambda: jax.block_until_ready(compiled(*args)), times=1,
+      run=lambda: jax.block_until_ready(compiled(*inputs)), repeats=1,
       nbytes=compiled.memory_analysis().temp_size_in_bytes)
 
 
-def decode(made: Any) -> Contender:
-  """Returns the writing of WRITTEN tokens, the last that the cache holds."""
-  c = architectures.resolve(made.model)
-  module, first = architectures.build(c), made.data.length - WRITTEN
+def decoding_with_mixer(run_config: ml_collections.ConfigDict) -> Contender:
+  """Returns the greedy decoding of a row by a model with a mixer, to be timed.
+
+  It writes NEW_TOKENS tokens at the end of the row, where a cache of attention
+  is longest.
+  """
+  # The model and its cache, as a loop over single tokens reads them.
+  config = architectures.resolve(run_config.model)
+  length = run_config.data.length
+  module = architectures.build(config)
   params = jax.jit(module.init)(
       jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
   params, cache = jax.jit(skeletons.one_by_one)(
-      params, architectures.init_cache(c, 1, made.data.length))
+      params, architectures.init_cache(config, 1, length))
 
-  def write(params: Any, cache: Any) -> tuple[jax.Array, Any]:
+  def write_tokens(params: Any, cache: Any) -> tuple[jax.Array, Any]:
     """Writes the tokens, each the likeliest after the one before it."""
-    def token(carry: Any, at: jax.Array):
+    def write_token(carry: Any, position: jax.Array):
       token_B1, cache = carry
       out = module.apply({'params': params}, token_B1,
-                         positions_BL=at[None, None], cache=cache,
+                         positions_BL=position[None, None], cache=cache,
                          one_by_one=True)
       likeliest_B1 = out.logits[:, -1:].argmax(-1).astype(jnp.int32)
       return (likeliest_B1, out.cache), None
 
+    positions = length - NEW_TOKENS + jnp.arange(NEW_TOKENS)
     carry = jnp.zeros((1, 1), jnp.int32), cache
-    return jax.lax.scan(token, carry, first + jnp.arange(WRITTEN))[0]
+    carry, _ = jax.lax.scan(write_token, carry, positions)
+    return carry
 
-  compiled = jax.jit(write, donate_argnums=1).lower(params, cache).compile()
+  compiled = jax.jit(write_tokens, donate_argnums=1).lower(
+      params, cache).compile()
   nbytes = sum(x.nbytes for x in jax.tree.leaves(cache))
-  state = [cache]
+  cache_holder = [cache]  # each call is given the cache that the last returned
 
-  def again() -> None:
-    tokens, state[0] = compiled(params, state[0])
-    jax.block_until_ready((tokens, state[0]))
+  def write_again() -> None:
+    tokens, cache_holder[0] = compiled(params, cache_holder[0])
+    jax.block_until_ready((tokens, cache_holder[0]))
 
-  return Contender(run=again, times=WRITTEN, nbytes=nbytes)
-
-
-SECTIONS = {'layer': layer, 'decode': decode}
+  return Contender(run=write_again, repeats=NEW_TOKENS, nbytes=nbytes)
 
 
-def measure(sections: Sequence[str], names: Sequence[str],
-            lengths: Sequence[int], dtypes: Sequence[str],
-            sizes: Mapping[str, int], rounds: int) -> list[dict[str, Any]]:
-  """Times everything and prints a table as it goes; returns a row for each
-  section, dtype, length and mixer."""
+SECTIONS = {'layer': layer_of_mixer, 'decode': decoding_with_mixer}
+
+
+def time_section(section: str, dtype: str, mixers: Sequence[str],
+                 lengths: Sequence[int], sizes: Mapping[str, int], rounds: int
+                 ) -> list[dict[str, Any]]:
+  """Times one section in one dtype, and prints a table as it goes.
+
+  Args:
+    section: 'layer' or 'decode'.
+    dtype: the dtype of the computation.
+    mixers: values of model.mixer.
+    lengths: the numbers of tokens of a row, ascending.
+    sizes: fields of the model, such as d_model.
+    rounds: how many turns each mixer takes.
+
+  Returns:
+    A row of the table for each length and mixer.
+  """
+  print(f'{section}, {dtype}\n{HEAD_OF_TABLE}', flush=True)
   rows: list[dict[str, Any]] = []
-  for section in sections:
-    for dtype in dtypes:
-      print(f'{section}, {dtype}\n{HEAD}', flush=True)
-      before: dict[str, dict] = {}  # the rows of the length before
-      for length in lengths:
-        contenders = {}
-        for name in names:
-          made = config(name, length, dtype, sizes)
-          contenders[name] = SECTIONS[section](made)
-        for name, times in _times(contenders, rounds).items():
-          row = dict(section=section, dtype=dtype, length=length, mixer=name,
-                     **times, nbytes=contenders[name].nbytes, growth=None)
-          if name in before:
-            row['growth'] = _growth(before[name], row)
-          before[name] = row
-          rows.append(row)
-          print(line(row), flush=True)
+  row_of_last_length: dict[str, dict] = {}
+  for length in lengths:
+    contenders = {}
+    for mixer in mixers:
+      run_config = config_with_mixer(mixer, length, dtype, sizes)
+      contenders[mixer] = SECTIONS[section](run_config)
+    for mixer, times in time_contenders(contenders, rounds).items():
+      row = dict(section=section, dtype=dtype, length=length, mixer=mixer,
+                 **times, nbytes=contenders[mixer].nbytes, growth=None)
+      if mixer in row_of_last_length:
+        row['growth'] = exponent_of_length(row_of_last_length[mixer], row)
+      row_of_last_length[mixer] = row
+      rows.append(row)
+      print(line_of_table(row), flush=True)
   return rows
 
 
-def _times(contenders: Mapping[str, Contender], rounds: int
-           ) -> dict[str, dict[str, float]]:
-  """Returns the times of each contender, for one of what it counts."""
-  functions = {name: one.run for name, one in contenders.items()}
-  timed = worker.turns(functions, rounds)
-  for name, times in timed.items():
+def time_contenders(contenders: Mapping[str, Contender], rounds: int
+                    ) -> dict[str, dict[str, float]]:
+  """Times contenders in turns; returns the figures of each, by its name, for one
+  of the things that a call does `repeats` times."""
+  functions = {name: contender.run for name, contender in contenders.items()}
+  figures = worker.time_in_turns(functions, rounds)
+  for name, times in figures.items():
     for key in ('seconds', 'cpu_seconds', 'least_seconds'):
-      times[key] /= contenders[name].times
-  return timed
+      times[key] /= contenders[name].repeats
+  return figures
 
 
-def _growth(before: Mapping[str, Any], row: Mapping[str, Any]) -> float:
-  """Returns the exponent of the length in the CPU time."""
-  taken = row['cpu_seconds'] / before['cpu_seconds']
-  longer = row['length'] / before['length']
-  return math.log(taken, longer)
+def exponent_of_length(shorter: Mapping[str, Any], longer: Mapping[str, Any]
+                       ) -> float:
+  """Returns the k by which the CPU time grows as length ** k from one row of
+  the table to another: the logarithm of the ratio of times to the base of the
+  ratio of lengths."""
+  ratio_of_times = longer['cpu_seconds'] / shorter['cpu_seconds']
+  ratio_of_lengths = longer['length'] / shorter['length']
+  return math.log(ratio_of_times, ratio_of_lengths)
 
 
-HEAD = (f'{"tokens":>8}  {"mixer":<12}{"ms":>10}{"CPU ms":>10}{"ratio":>8}'
-        f'{"by CPU":>8}{"growth":>8}{"MiB":>10}')
+HEAD_OF_TABLE = (f'{"tokens":>8}  {"mixer":<12}{"ms":>10}{"CPU ms":>10}'
+                 f'{"ratio":>8}{"by CPU":>8}{"growth":>8}{"MiB":>10}')
 
 
-def line(row: Mapping[str, Any]) -> str:
-  """Returns a line of the table."""
+def line_of_table(row: Mapping[str, Any]) -> str:
+  """Returns a row of the table as a line of text, under HEAD_OF_TABLE."""
+  milliseconds = 1e3 * row['seconds']
+  cpu_milliseconds = 1e3 * row['cpu_seconds']
+  mebibytes = row['nbytes'] / 2 ** 20
   growth = ''
   if row['growth'] is not None:
     growth = f'{row["growth"]:.2f}'
   return (f'{row["length"]:>8,}  {row["mixer"]:<12}'
-          f'{1e3 * row["seconds"]:>10.2f}{1e3 * row["cpu_seconds"]:>10.2f}'
+          f'{milliseconds:>10.2f}{cpu_milliseconds:>10.2f}'
           f'{row["ratio"]:>8.2f}{row["cpu_ratio"]:>8.2f}{growth:>8}'
-          f'{row["nbytes"] / 2 ** 20:>10.2f}')
+          f'{mebibytes:>10.2f}')
 
 
 def main() -> None:
+  """Times the sections, mixers and lengths that the flags name."""
   cli.define_choices('sections', [*SECTIONS], SECTIONS, 'What to time.')
   mixers = [name for name in blocks.MIXERS if name != 'latent']
   cli.define_choices('mixers', mixers, blocks.MIXERS,
@@ -218,14 +263,18 @@ def main() -> None:
   cli.parse(__doc__)
   args = flags.FLAGS
   lengths = sorted({int(n) for n in args.lengths if n.isdecimal()})
-  if len(lengths) != len(args.lengths) or not lengths or lengths[0] <= WRITTEN:
+  are_distinct_numbers = len(lengths) == len(args.lengths)
+  if not lengths or not are_distinct_numbers or lengths[0] <= NEW_TOKENS:
     raise RequestError(f'--lengths is {",".join(args.lengths)}: write whole '
-                       f'numbers above {WRITTEN}, each once')
+                       f'numbers above {NEW_TOKENS}, each once')
   json_file = storage.output(args.json, '--json')
   cpu.prepare()
   sizes = dict(d_model=args.d_model, num_heads=args.num_heads)
-  rows = measure(args.sections, args.mixers, lengths, args.dtypes, sizes,
-                 args.rounds)
+  rows = []
+  for section in args.sections:
+    for dtype in args.dtypes:
+      rows += time_section(section, dtype=dtype, mixers=args.mixers,
+                           lengths=lengths, sizes=sizes, rounds=args.rounds)
   storage.write_json(json_file, dict(
       sizes=sizes, rounds=args.rounds, rows=rows))
 

@@ -23,36 +23,38 @@ from training.distributed import cpu
 TOP_K, D_MODEL, D_FF = 2, 512, 1024
 
 
-def layer(experts: int, tokens: int) -> Callable[[], Any]:
-  """Returns a function that runs one layer forward and backward.
+def make_layer(experts: int, tokens: int) -> Callable[[], Any]:
+  """Returns a function that runs one layer forward and backward on one row.
 
   Args:
-    experts: the number of experts; 0: a dense layer as wide as the experts that
-      a token sees.
-    tokens: the tokens of a row.
+    experts: the number of experts; 0: a dense layer as wide as the TOP_K
+      experts that a token sees.
+    tokens: the number of tokens of the row.
   """
   fields = base.base().model
   fields.update(d_model=D_MODEL, d_ff=D_FF, num_heads=1, vocab_size=1,
                 max_len=tokens, ffn='moe', ffn_bias=False)
   fields.moe.update(num_experts=experts or TOP_K, top_k=TOP_K, ffn='swiglu')
-  c = architectures.resolve(fields)
-  module: nn.Module = MoE(c)
+  config = architectures.resolve(fields)
+  module: nn.Module = MoE(config)
   if not experts:
-    module = FFN(c, 'swiglu', width=TOP_K * D_FF)
-  compiled, args = mixers.gradient(module, c, 1, tokens)
-  return lambda: jax.block_until_ready(compiled(*args))
+    module = FFN(config, 'swiglu', width=TOP_K * D_FF)
+  compiled, inputs = mixers.compile_gradient(module, config, 1, tokens)
+  return lambda: jax.block_until_ready(compiled(*inputs))
 
 
 def main() -> None:
+  """Times a dense layer and two layers of experts, on a short and a long row.
+  """
   flags.DEFINE_integer('rounds', 11, 'How many turns each contender takes.', 1)
   cli.parse(__doc__)
   cpu.prepare()
   for tokens in (2048, 16384):
     contenders = {
-        'dense': layer(0, tokens),
-        '8 experts': layer(8, tokens),
-        '64 experts': layer(64, tokens)}
-    rows = worker.turns(contenders, flags.FLAGS.rounds)
+        'dense': make_layer(0, tokens),
+        '8 experts': make_layer(8, tokens),
+        '64 experts': make_layer(64, tokens)}
+    rows = worker.time_in_turns(contenders, flags.FLAGS.rounds)
     for name, row in rows.items():
       print(f'{tokens:>8,} tokens  {name:<12}{1e3 * row["seconds"]:>10.2f} ms'
             f'{row["ratio"]:>8.2f} x dense', flush=True)

@@ -14,13 +14,22 @@ class Trainer:
   """A run's state, its compiled step and one batch."""
 
   def __init__(self, request):
+    """Builds the run of a request's config, and compiles its training step.
+
+    Args:
+      request: `config`, the config of the run, as JSON has it.
+    """
+    # The run and its first batch.
     cpu.prepare()
     config = objectives.with_labels(run_config.from_json(request['config']))
-    ids = rival.tokenizer(config)
-    model, _ = runs.resolve(config, ids)
+    tokenizer = rival.load_tokenizer(config)
+    model, _ = runs.resolve(config, tokenizer)
     self.run = runs.build(config, model)
     self.batch = self.run.put(
-        pipeline.training_loader(config, ids).batch(0))
+        pipeline.training_loader(config, tokenizer).batch(0))
+
+    # The state and the step. Memory that initialisation and compilation freed
+    # is given back, so that the peak is that of training.
     with self.run.context():
       self.state = self.run.new_state()
       cpu.trim()

@@ -14,35 +14,43 @@ from common.errors import require
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
-def build(request):
-  """Returns the model of a request with random weights.
+def build_model(request: dict) -> torch.nn.Module:
+  """Returns the model of transformers that a request describes, with random
+  weights and without dropout.
+
+  Args:
+    request: `config_json`, the config.json of the model; and `parameters`, the
+      number of parameters that our model has.
 
   Raises:
     RequestError: where it has another number of parameters than ours.
   """
-  tree = request['config_json']
-  named, = tree['architectures']
-  kind = getattr(transformers, named, None)
-  require(kind is not None, f'transformers {transformers.__version__} has no '
-          f'{named}: the extra `verify` brings a later one')
-  config = kind.config_class.from_dict(tree)
+  config_json = request['config_json']
+  class_name, = config_json['architectures']
+  model_class = getattr(transformers, class_name, None)
+  require(model_class is not None, f'transformers {transformers.__version__} '
+          f'has no {class_name}: the extra `verify` brings a later one')
+
+  # Nothing is dropped.
+  config = model_class.config_class.from_dict(config_json)
   for name, value in config.to_dict().items():
     if 'drop' in name and isinstance(value, float):
       setattr(config, name, 0.0)
   options = {}
   if DEVICE == 'cuda':
     options['attn_implementation'] = 'sdpa'
-  with torch.device(DEVICE):  # drawn where it lies
-    model = kind._from_config(config, **options)
-  num_parameters = count(model)
+  with torch.device(DEVICE):  # the weights are drawn on the device itself
+    model = model_class._from_config(config, **options)
+
+  num_parameters = count_parameters(model)
   require(num_parameters == request['parameters'],
-          f'{named} of transformers has {num_parameters:,} parameters, and '
-          f'ours {request["parameters"]:,}: these are two models, which are '
-          'not compared')
+          f'{class_name} of transformers has {num_parameters:,} parameters, '
+          f'and ours {request["parameters"]:,}: these are two models, which '
+          'are not compared')
   return model
 
 
-def count(model) -> int:
+def count_parameters(model: torch.nn.Module) -> int:
   """Returns the number of values that are trained. The biases of a router
   (DeepSeek-V3's) are among them, though they are moved without a gradient and
   are no parameters of PyTorch's."""
@@ -55,16 +63,26 @@ def count(model) -> int:
 class Trainer:
   """A model, its optimiser and one batch."""
 
-  def __init__(self, request):
+  def __init__(self, request: dict):
+    """Builds the model of a request and its optimiser.
+
+    Args:
+      request: what `build_model` reads; `inputs`, the arguments of a step as
+        lists by name; `dtype`, 'float32', 'autocast' or 'bfloat16'; `decoder`,
+        whether the model is one; and `compiled`, whether torch.compile is used.
+    """
+    # The model and its optimiser.
     torch.manual_seed(0)
     torch.set_float32_matmul_precision('high')  # TF32, as JAX multiplies
-    self.model = build(request).train()
+    self.model = build_model(request).train()
     if request['dtype'] == 'bfloat16':
       self.model = self.model.bfloat16()
     self.autocast = request['dtype'] == 'autocast'
     self.optimizer = torch.optim.AdamW(
         self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1,
         fused=DEVICE == 'cuda')
+
+    # The batch, and the options of a forward pass.
     self.inputs = {name: torch.tensor(rows, device=DEVICE)
                    for name, rows in request['inputs'].items()}
     self.options = {}

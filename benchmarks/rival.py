@@ -22,25 +22,28 @@ from training.objectives import Config
 from training.objectives import pipeline
 
 IGNORED = -100  # a label that transformers' losses leave out
-# The names that transformers gives our arrays. Its `labels` are made of two of
-# ours.
-NAMES = dict(
+# The names that transformers gives the arrays of our batches. Its `labels` are
+# made of two of ours: targets and weights.
+HF_NAME_OF_ARRAY = dict(
     tokens='input_ids', types='token_type_ids', segment_ids='attention_mask',
     decoder_tokens='decoder_input_ids',
     decoder_segment_ids='decoder_attention_mask',
     nsp_targets='next_sentence_label')
 
 
-def alike(config: Config) -> Config:
-  """Returns the config without what the other side does not have: AdamW with
-  clipping is the optimiser, nothing is dropped or made noisy, no expert has a
-  capacity, and the loss has neither label smoothing nor a z-loss of its own."""
+def keep_what_pytorch_has(config: Config) -> Config:
+  """Returns the config of a run that PyTorch can take the same steps of.
+
+  The optimiser becomes AdamW with clipping. Nothing is dropped or made noisy,
+  no expert has a capacity, and the loss has neither label smoothing nor a
+  z-loss.
+  """
   config = config.copy_and_resolve_references()
   model = config.model
-  for group in (model, model.moe):
-    for name in group:
+  for fields in (model, model.moe):
+    for name in fields:
       if name.endswith('dropout'):
-        group[name] = 0.0
+        fields[name] = 0.0
   model.moe.update(jitter=0.0, logit_noise=0.0, capacity_factor=0.0,
                    eval_capacity_factor=0.0, dispatch='auto')
   config.train.update(z_loss=0.0, label_smoothing=0.0)
@@ -48,77 +51,105 @@ def alike(config: Config) -> Config:
   return config
 
 
-def check(config: Config) -> None:
-  """Raises RequestError for a config that has no other side."""
+def check_pytorch_has(config: Config) -> None:
+  """Raises RequestError where PyTorch cannot train what a config trains: where
+  transformers has no such model or loss, or is not installed."""
   architectures.hugging_face(config.model.arch)
+
+  # The loss must be one of the vocabulary, of arrays that transformers takes.
   objective = objectives.of(config)
-  others = sorted({*objective.arrays(config)} - {*NAMES, 'targets', 'weights'})
-  if objective.head != 'lm' or objective.bound or others:
-    beside = ''
-    if others:
-      beside = f' with {" and ".join(others)}'
+  unknown_arrays = sorted(
+      {*objective.arrays(config)} - {*HF_NAME_OF_ARRAY, 'targets', 'weights'})
+  if objective.head != 'lm' or objective.bound or unknown_arrays:
+    with_arrays = ''
+    if unknown_arrays:
+      with_arrays = f' with {" and ".join(unknown_arrays)}'
     raise RequestError('--compare=pytorch: no class of transformers has the '
-                       f'loss of objective {config.objective!r}{beside}')
+                       f'loss of objective {config.objective!r}{with_arrays}')
+
+  # Only now the libraries, which most readers of this message have not.
   missing = [name for name in ('torch', 'transformers')
              if importlib.util.find_spec(name) is None]
   require(not missing, f'--compare=pytorch needs {" and ".join(missing)}: '
           "pip install 'archetype[verify]'")
 
 
-def request(config: Config) -> dict[str, Any]:
-  """Returns the model and the batch of the other side, as JSON has them.
+def request_of_pytorch(config: Config) -> dict[str, Any]:
+  """Returns the model and the batch that PyTorch trains, as JSON has them.
 
   Args:
-    config: the config of a run, as `alike` returns it.
+    config: the config of a run, as `keep_what_pytorch_has` returns it.
 
   Returns:
-    config_json; inputs, the arguments of a training step by name; parameters,
-    how many there are; and decoder, whether it is one.
+    config_json: the config.json of an export of the model.
+    inputs: the arguments of a training step, as lists by name.
+    parameters: the number of the model's parameters.
+    decoder: whether the model is a decoder alone.
 
   Raises:
     RequestError: for a model that no config.json describes.
   """
-  ids = tokenizer(config)
-  model, _ = runs.resolve(config, ids)
-  tree = hf_config.write(model)
-  decoder = architectures.stack(model) == 'decoder'
-  batch = pipeline.training_loader(config, ids).batch(0)
-  inputs = arguments(batch, causal=decoder)
-  both = 'next_sentence_label' in inputs
-  named, = tree['architectures']
-  require(both or not named.endswith('ForPreTraining'), f'{named} of '
-          'transformers has no loss without next sentences: take objective '
-          "'mlm_nsp', or --config.model.next_sentence=False")
+  # The model.
+  tokenizer = load_tokenizer(config)
+  model, _ = runs.resolve(config, tokenizer)
+  config_json = hf_config.write(model)
+  is_decoder = architectures.stack(model) == 'decoder'
+
+  # The first batch of the run.
+  batch = pipeline.training_loader(config, tokenizer).batch(0)
+  inputs = arguments_of_transformers(batch, causal=is_decoder)
+
+  # BERT's class for both of its losses has none for masked words alone.
+  class_name, = config_json['architectures']
+  has_next_sentences = 'next_sentence_label' in inputs
+  if class_name.endswith('ForPreTraining') and not has_next_sentences:
+    raise RequestError(f'{class_name} of transformers has no loss without next '
+                       "sentences: take objective 'mlm_nsp', or "
+                       '--config.model.next_sentence=False')
   return dict(
-      config_json=tree, parameters=totals.parameters(model)[0], decoder=decoder,
+      config_json=config_json, parameters=totals.parameters(model)[0],
+      decoder=is_decoder,
       inputs={name: array.tolist() for name, array in inputs.items()})
 
 
-def arguments(made: dict[str, np.ndarray], causal: bool
-              ) -> dict[str, np.ndarray]:
-  """Returns a batch as transformers' classes take it.
+def arguments_of_transformers(batch: dict[str, np.ndarray], causal: bool
+                              ) -> dict[str, np.ndarray]:
+  """Returns a batch as the arguments of a model class of transformers.
 
   Args:
-    made: a batch of ours.
-    causal: whether the class looks for the label of a token one place later.
+    batch: the arrays of a training step, [batch, ...] each; `targets` and
+      `weights` are [batch, length].
+    causal: whether the class itself shifts the labels: it compares what it
+      predicts at a token with the label of the next one.
+
+  Returns:
+    The arguments by name, with `labels` [batch, length]: -100 where a token
+    does not count.
   """
-  inputs = {}
-  for key, name in NAMES.items():
-    if key in made:
-      inputs[name] = made[key]
-  labels = np.where(made['weights'] > 0, made['targets'], IGNORED)
+  arguments = {}
+  for our_name, hf_name in HF_NAME_OF_ARRAY.items():
+    if our_name in batch:
+      arguments[hf_name] = batch[our_name]
+
+  labels = np.where(batch['weights'] > 0, batch['targets'], IGNORED)
   if causal:
     labels = np.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=IGNORED)
+
+  # A mask that hides nothing is left out, as it costs time.
   for name in ('attention_mask', 'decoder_attention_mask'):
-    mask = inputs.pop(name, np.ones(1)) != 0
-    if not mask.all():  # otherwise there is nothing to mask
-      inputs[name] = mask.astype(np.int32)
-  return inputs | dict(labels=labels)
+    mask = arguments.pop(name, np.ones(1)) != 0
+    if not mask.all():
+      arguments[name] = mask.astype(np.int32)
+  return arguments | dict(labels=labels)
 
 
-def tokenizer(config: Config) -> tokenizers.Tokenizer:
-  """Returns a tokenizer of bytes with as many ids as the model has, where the
-  objective reads plain text; otherwise that of the run."""
+def load_tokenizer(config: Config) -> tokenizers.Tokenizer:
+  """Returns the tokenizer whose ids both sides are trained on.
+
+  It is one of bytes with as many ids as the model has, where the objective
+  reads plain text, so that any vocabulary can be timed; otherwise that of the
+  run.
+  """
   if sources.TEXT in objectives.of(config).holds and config.model.vocab_size:
     return tokenizers.Bytes(config.model.vocab_size)
   return tokenizers.load(config.data.tokenizer)

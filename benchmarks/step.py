@@ -29,19 +29,21 @@ import ml_collections
 
 import architectures
 from benchmarks import rival
-from benchmarks.worker import Worker, turns
+from benchmarks.worker import Worker, time_in_turns
 from common.errors import require
 from configs import gpt
 from training import cli, preflight, runs
 from training.workdir import storage
 
-# The dtypes of the other side; in bfloat16, with float32 parameters or without.
-RIVALS = {'float32': ('float32',), 'bfloat16': ('autocast', 'bfloat16')}
+# The dtypes in which PyTorch is timed, by the dtype of our side; in bfloat16,
+# with float32 parameters (autocast) and without.
+PYTORCH_DTYPES = {'float32': ('float32',), 'bfloat16': ('autocast', 'bfloat16')}
 SECTIONS = ('step', 'generate')
 
 
 def default_config() -> ml_collections.ConfigDict:
-  """Returns the config of docs/performance.md, 35.4M parameters."""
+  """Returns the config that is timed where none is given: a GPT of 35.4M
+  parameters, on batches of 8 rows of 256 tokens (docs/performance.md)."""
   config = gpt.get_config('tiny')
   config.model.update(d_model=512, num_layers=6, num_heads=8,
                       vocab_size=32000, max_len=256)
@@ -49,11 +51,12 @@ def default_config() -> ml_collections.ConfigDict:
   return config
 
 
-def main():
+def define_flags() -> None:
+  """Defines the flags of this program."""
   cli.define_config('A file of configs/ and its size; default: GPT with '
                     'd_model 512, 6 layers, 8 heads, vocabulary 32,000, '
                     'batch 8 x 256.')
-  flags.DEFINE_enum('dtype', '', ('', *RIVALS), 'The dtype of the '
+  flags.DEFINE_enum('dtype', '', ('', *PYTORCH_DTYPES), 'The dtype of the '
                     "computation; default: the config's.")
   flags.DEFINE_enum('compare', '', ('', 'pytorch'),
                     'What to time beside it; it needs the extra `verify`.')
@@ -68,92 +71,148 @@ def main():
   flags.DEFINE_integer('new', 64, 'Tokens that a generation adds to it.', 1,
                        10**6)
   flags.DEFINE_string('json', '', 'Write the figures to this file.')
+
+
+def main() -> None:
+  """Times each section that the flags name, and writes the figures."""
+  define_flags()
   cli.parse(__doc__)
   args = flags.FLAGS
   json_file = storage.output(args.json, '--json')
+
+  # The config, without what PyTorch lacks where it is compared with.
   config = args.config or default_config()
   config = config.copy_and_resolve_references().unlock()
   config.model.dtype = args.dtype = args.dtype or config.model.dtype
   preflight.check_config(config)
   if args.compare:
-    rival.check(config)
-    config = rival.alike(config)
+    rival.check_pytorch_has(config)
+    config = rival.keep_what_pytorch_has(config)
   if 'generate' in args.sections:
-    stack = architectures.stack(runs.resolve_alone(config))
-    require(stack == 'decoder', '--sections=generate needs a decoder, and '
-            f'model.arch {config.model.arch!r} is an {stack}')
-    require(args.prompt <= config.data.length, f'--prompt is {args.prompt}, '
-            f'and rows have data.length={config.data.length} tokens')
-  request = dict(config=config.to_dict(), prompt=args.prompt, new=args.new)
-  other = {}
+    check_generation(config, prompt_tokens=args.prompt)
+
+  # What each side is asked for.
+  our_request = dict(config=config.to_dict(), prompt=args.prompt, new=args.new)
+  pytorch_request = {}
   if args.compare:
-    other = rival.request(config)
+    pytorch_request = our_request | rival.request_of_pytorch(config)
+
   figures = {'dtype': args.dtype}
-  for name in args.sections:
-    figures[name] = against(request, args, other, name)
+  for section in args.sections:
+    figures[section] = time_section(
+        section, args=args, our_request=our_request,
+        pytorch_request=pytorch_request)
   storage.write_json(json_file, figures)
 
 
-def against(request, args, other, job):
-  """Times a job by ours and by each rival in turns; prints and returns the
-  figures.
+def check_generation(config: ml_collections.ConfigDict,
+                     prompt_tokens: int) -> None:
+  """Raises RequestError where a config's model cannot continue the first
+  `prompt_tokens` tokens of a batch."""
+  stack = architectures.stack(runs.resolve_alone(config))
+  require(stack == 'decoder', '--sections=generate needs a decoder, and '
+          f'model.arch {config.model.arch!r} is an {stack}')
+  require(prompt_tokens <= config.data.length, f'--prompt is {prompt_tokens}, '
+          f'and rows have data.length={config.data.length} tokens')
+
+
+def time_section(section: str, args: flags.FlagValues, our_request: dict,
+                 pytorch_request: dict) -> dict[str, dict[str, float]]:
+  """Times a section by our side and by PyTorch in turns, and prints the times.
 
   Args:
-    request: the request of our side.
+    section: 'step' or 'generate'.
     args: the flags.
-    other: the fields of the other side's request beside these.
-    job: an entry of SECTIONS.
+    our_request: what our process is asked for.
+    pytorch_request: what the processes of PyTorch are asked for; {}: PyTorch is
+      not timed.
+
+  Returns:
+    The figures of each side, by its name.
   """
-  data = request['config']['data']
-  amount, unit = data['batch_size'] * data['length'], 'tokens/s'
-  if job == 'generate':
-    amount, unit = data['batch_size'] * args.new, 'new tokens/s'
-  sides = {'ours': ('ours', request)}
-  if args.compare:
-    sides |= _others(request | other, args, job)
+  data = our_request['config']['data']
+  tokens = data['batch_size'] * data['length']
+  unit = 'tokens/s'
+  if section == 'generate':
+    tokens = data['batch_size'] * args.new
+    unit = 'new tokens/s'
+
+  # Each side's module of benchmarks/ and its request, by the name of the side.
+  sides = {'ours': ('ours', our_request)}
+  if pytorch_request:
+    sides |= pytorch_sides(pytorch_request, args, section)
 
   with contextlib.ExitStack() as stack:
-    # Ours begins last: others may refuse.
+    # Ours begins last, because PyTorch may refuse the request.
     workers = {}
-    for name, (side, asked) in reversed(sides.items()):
-      workers[name] = stack.enter_context(Worker(side, asked))
+    for name, (module, request) in reversed(sides.items()):
+      workers[name] = stack.enter_context(Worker(module, request))
     contenders = {name: workers[name] for name in sides}
-    rows = turns(contenders, args.pairs, lambda worker: worker.do(job))
+    times = time_in_turns(contenders, rounds=args.pairs,
+                          measure=lambda worker: worker.do(section))
 
   figures = {}
-  for name, row in rows.items():
-    per_s = amount / row['seconds']
+  for name, row in times.items():
+    tokens_per_second = tokens / row['seconds']
     figures[name] = dict(
-        median_s=row['seconds'], min_s=row['least_seconds'], per_s=per_s,
-        cpu_s=row['cpu_seconds'], peak_bytes=row['peak_bytes'],
-        ours_is_faster_by=row['ratio'],
+        median_s=row['seconds'], min_s=row['least_seconds'],
+        per_s=tokens_per_second, cpu_s=row['cpu_seconds'],
+        peak_bytes=row['peak_bytes'], ours_is_faster_by=row['ratio'],
         ours_is_faster_by_cpu_time=row['cpu_ratio'])
-    beside = ''
-    if name != 'ours':
-      beside = (f'  ours is {row["ratio"]:.2f} x as fast '
-                f'({row["cpu_ratio"]:.2f} x by CPU time)')
-    print(f'{job} {name:27} {row["seconds"] * 1e3:8.0f} ms  (least '
-          f'{row["least_seconds"] * 1e3:.0f}; of CPU '
-          f'{row["cpu_seconds"] * 1e3:.0f})  {per_s:8.0f} {unit}  peak '
-          f'{row["peak_bytes"] / 2**20:.0f} MiB{beside}', flush=True)
+    print_times(f'{section} {name:27}', row, f'{tokens_per_second:8.0f} {unit}',
+                is_ours=name == 'ours')
   return figures
 
 
-def _others(request, args, job) -> dict[str, tuple[str, dict]]:
-  """Returns the other sides by their names, each with its request: in each
-  dtype, and compiled too. Generation goes through transformers' own loop, which
-  is not compiled."""
-  ways = [False]
-  if args.torch_compile and job == 'step':
-    ways.append(True)
+def print_times(title: str, times: dict[str, float], rate: str,
+                is_ours: bool) -> None:
+  """Prints one line: the times of a side, and how much faster ours is.
+
+  Args:
+    title: what the line begins with.
+    times: the figures of the side, as `time_in_turns` returns them.
+    rate: the tokens per second, as text.
+    is_ours: whether the side is ours, which is not compared with itself.
+  """
+  median_ms = 1e3 * times['seconds']
+  least_ms = 1e3 * times['least_seconds']
+  cpu_ms = 1e3 * times['cpu_seconds']
+  peak_mib = times['peak_bytes'] / 2**20
+  comparison = ''
+  if not is_ours:
+    comparison = (f'  ours is {times["ratio"]:.2f} x as fast '
+                  f'({times["cpu_ratio"]:.2f} x by CPU time)')
+  print(f'{title} {median_ms:8.0f} ms  (least {least_ms:.0f}; of CPU '
+        f'{cpu_ms:.0f})  {rate}  peak {peak_mib:.0f} MiB{comparison}',
+        flush=True)
+
+
+def pytorch_sides(request: dict, args: flags.FlagValues, section: str
+                  ) -> dict[str, tuple[str, dict]]:
+  """Returns the ways in which PyTorch is timed: in each dtype, and compiled
+  too.
+
+  Generation goes through transformers' own loop, which is not compiled.
+
+  Args:
+    request: what each of them is asked for, without `dtype` and `compiled`.
+    args: the flags.
+    section: 'step' or 'generate'.
+
+  Returns:
+    The module of benchmarks/ and the whole request, by the name of the way.
+  """
+  is_compiled_choices = [False]
+  if args.torch_compile and section == 'step':
+    is_compiled_choices.append(True)
   sides = {}
-  for dtype in RIVALS[args.dtype]:
-    for compiled in ways:
+  for dtype in PYTORCH_DTYPES[args.dtype]:
+    for is_compiled in is_compiled_choices:
       name = f'{args.compare} {dtype}'
-      if compiled:
+      if is_compiled:
         name += ', compiled'
-      asked = request | dict(dtype=dtype, compiled=compiled)
-      sides[name] = args.compare, asked
+      whole_request = request | dict(dtype=dtype, compiled=is_compiled)
+      sides[name] = args.compare, whole_request
   return sides
 
 

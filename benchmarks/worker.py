@@ -18,54 +18,76 @@ import numpy as np
 from common.errors import EnvironmentFailure, RequestError
 
 
-def timed(run: Callable[[], Any]) -> dict[str, float]:
-  """Returns {seconds, cpu_seconds} of a function that waits for its result; the
-  second is what all of its threads took together."""
-  start, start_cpu = time.perf_counter(), time.process_time()
-  run()
+def time_function(function: Callable[[], Any]) -> dict[str, float]:
+  """Calls a function that waits for its result, and returns its times.
+
+  Returns:
+    seconds: the wall-clock time.
+    cpu_seconds: the CPU time of all threads of this process together.
+  """
+  start = time.perf_counter()
+  start_cpu = time.process_time()
+  function()
   return dict(seconds=time.perf_counter() - start,
               cpu_seconds=time.process_time() - start_cpu)
 
 
-def turns(contenders: Mapping[str, Any], rounds: int,
-          measure: Callable[[Any], dict[str, float]] = timed
-          ) -> dict[str, dict[str, float]]:
-  """Returns the figures of each contender: its median time and CPU time, in
-  seconds, the least time, and the medians of the turns' ratios to the first
-  contender; of anything else that is measured, the last figure.
+def time_in_turns(contenders: Mapping[str, Any], rounds: int,
+                  measure: Callable[[Any], dict[str, float]] = time_function
+                  ) -> dict[str, dict[str, float]]:
+  """Measures contenders in turns, so that a busy machine slows all alike.
 
   Args:
-    contenders: the contenders.
-    rounds: how many turns each takes, after one that warms it up.
-    measure: the function that measures a contender's turn.
+    contenders: what is timed, by name; ratios are taken to the first one.
+    rounds: how many turns each contender takes, after one that warms it up.
+    measure: the function that times one turn of a contender; it returns
+      `seconds`, `cpu_seconds` and any other figures.
+
+  Returns:
+    The figures of each contender, by its name:
+    seconds, cpu_seconds: the medians over its turns.
+    least_seconds: the time of its fastest turn.
+    ratio, cpu_ratio: the medians over the turns of its time divided by that of
+      the first contender in the same round.
+    Any other figure that was measured is that of the last turn.
   """
-  results: dict[str, list[dict[str, float]]] = {
+  measured_turns: dict[str, list[dict[str, float]]] = {
       name: [] for name in contenders}
   for _ in range(1 + rounds):
-    for name, one in contenders.items():
-      results[name].append(measure(one))
+    for name, contender in contenders.items():
+      measured_turns[name].append(measure(contender))
 
-  # The turns after the first, beside those of the first contender.
   figures: dict[str, dict[str, float]] = {}
-  first = first_cpu = None
-  for name, turns_of_one in results.items():
-    seconds = np.array([turn['seconds'] for turn in turns_of_one[1:]])
-    cpu_seconds = np.array([turn['cpu_seconds'] for turn in turns_of_one[1:]])
-    if first is None:
-      first, first_cpu = seconds, cpu_seconds
-    figures[name] = turns_of_one[-1] | dict(
+  first_seconds = first_cpu_seconds = None
+  for name, turns in measured_turns.items():
+    # The first turn compiles and warms up, so that it does not count.
+    seconds = np.array([turn['seconds'] for turn in turns[1:]])
+    cpu_seconds = np.array([turn['cpu_seconds'] for turn in turns[1:]])
+    if first_seconds is None:
+      first_seconds = seconds
+      first_cpu_seconds = cpu_seconds
+    figures[name] = turns[-1] | dict(
         seconds=float(np.median(seconds)),
         cpu_seconds=float(np.median(cpu_seconds)),
-        ratio=float(np.median(seconds / first)),
-        cpu_ratio=float(np.median(cpu_seconds / first_cpu)),
+        ratio=float(np.median(seconds / first_seconds)),
+        cpu_ratio=float(np.median(cpu_seconds / first_cpu_seconds)),
         least_seconds=float(seconds.min()))
   return figures
 
 
 class Worker:
-  """Starts a side and hands it jobs; a context that ends it."""
+  """A process that runs one side of a comparison, and does one job at a time.
+
+  It is a context manager: leaving the context ends the process.
+  """
 
   def __init__(self, side: str, request: dict):
+    """Starts the process, and waits until its training step is compiled.
+
+    Args:
+      side: the module of benchmarks/ that has the side's Trainer.
+      request: what the Trainer is made of, as JSON.
+    """
     self.side = side
     self.process = subprocess.Popen(
         [sys.executable, '-m', 'benchmarks.worker', side],
@@ -81,21 +103,31 @@ class Worker:
     self.process.communicate()
 
   def do(self, job: Any) -> dict:
-    """Returns {seconds, cpu_seconds, peak_bytes} of one job, see `timed`.
+    """Hands a job to the process, waits for it, and returns its figures.
+
+    Args:
+      job: 'step' or 'generate'; the first job is the request itself.
+
+    Returns:
+      The `seconds` and `cpu_seconds` of the job, and the `peak_bytes` of memory
+      that the process has held until then.
 
     Raises:
+      RequestError: the side refused the request; the sentence says why.
       EnvironmentFailure: the job failed, as where the memory of a GPU is too
         small; the sentence says why.
     """
     self._send(job)
     for line in self.process.stdout:
-      if line.startswith('{'):
-        message = json.loads(line)
-        if 'refused' in message:
-          raise RequestError(message['refused'])
-        if 'failed' in message:
-          raise EnvironmentFailure(message['failed'])
-        return message
+      # Libraries print lines too; an answer is a line of JSON.
+      if not line.startswith('{'):
+        continue
+      message = json.loads(line)
+      if 'refused' in message:
+        raise RequestError(message['refused'])
+      if 'failed' in message:
+        raise EnvironmentFailure(message['failed'])
+      return message
     raise EnvironmentFailure(
         f'the {self.side} side ended with exit code {self.process.wait()}')
 
@@ -105,11 +137,13 @@ class Worker:
 
 
 def _answer(**message: Any) -> None:
-  """Answers the process that handed over the job."""
+  """Prints an answer, as one line of JSON, for the process that gave the job.
+  """
   print(json.dumps(message), flush=True)
 
 
 def main() -> None:
+  """Reads a request and then jobs from stdin, and answers each with a line."""
   side = importlib.import_module(f'benchmarks.{sys.argv[1]}')
   try:
     request = json.loads(sys.stdin.readline())
@@ -125,9 +159,10 @@ def main() -> None:
       job = json.loads(line)
       if job is None:
         break
-      times = timed(jobs[job])
+      times = time_function(jobs[job])
       usage = resource.getrusage(resource.RUSAGE_SELF)
-      _answer(**times, peak_bytes=1024 * usage.ru_maxrss)
+      peak_bytes = 1024 * usage.ru_maxrss  # Linux counts in KiB
+      _answer(**times, peak_bytes=peak_bytes)
   except RequestError as error:
     _answer(refused=str(error))
   except Exception as error:

@@ -35,11 +35,11 @@ def test_labels_are_what_transformers_looks_for():
   batch = dict(tokens=tokens, targets=np.array([[6, 7, 8, 9]]),
                weights=np.array([[1.0, 1.0, 0.0, 1.0]]))
   # A causal class shifts them, so that place i predicts label i + 1.
-  assert rival.arguments(batch, causal=True)['labels'].tolist() == [
-      [-100, 6, 7, -100]]
+  inputs = rival.arguments_of_transformers(batch, causal=True)
+  assert inputs['labels'].tolist() == [[-100, 6, 7, -100]]
   masked = batch | dict(segment_ids=np.array([[1, 1, 1, 0]]),
                         types=np.array([[0, 0, 1, 0]]))
-  inputs = rival.arguments(masked, causal=False)
+  inputs = rival.arguments_of_transformers(masked, causal=False)
   assert inputs['labels'].tolist() == [[6, 7, -100, 9]]
   assert inputs['attention_mask'].tolist() == [[1, 1, 1, 0]]
   assert inputs['token_type_ids'].tolist() == [[0, 0, 1, 0]]
@@ -53,7 +53,7 @@ def test_what_transformers_lacks_is_named(system, field, value, sentence):
   config = toy(system)
   config.update_from_flattened_dict({field: value})
   with pytest.raises(RequestError, match=sentence):
-    rival.check(config)
+    rival.check_pytorch_has(config)
 
 
 class Side:
@@ -80,7 +80,9 @@ def test_steps_are_compared_turn_by_turn(monkeypatch, capsys):
   args = type('Args', (), dict(compare='pytorch', torch_compile=False,
                                dtype='float32', pairs=3))
   request = dict(config=dict(data=dict(batch_size=2, length=5)))
-  theirs = step.against(request, args, {}, 'step')['pytorch float32']
+  figures = step.time_section('step', args=args, our_request=request,
+                              pytorch_request=request)
+  theirs = figures['pytorch float32']
   assert theirs['ours_is_faster_by'] == 2.0  # of 2, 2 and 4
   assert theirs['ours_is_faster_by_cpu_time'] == 2.5
   assert (theirs['median_s'], theirs['cpu_s'], theirs['per_s']) == (4, 5, 2.5)
@@ -103,8 +105,9 @@ def test_a_side_that_refuses_says_so():
 def test_the_loss_of_both_sides_is_the_same(system, tmp_path):
   """With the same weights and batch, each by its own definition."""
   from benchmarks import pytorch
-  config = rival.alike(toy(system))
-  request = rival.request(config) | dict(dtype='float32', compiled=False)
+  config = rival.keep_what_pytorch_has(toy(system))
+  request = rival.request_of_pytorch(config)
+  request |= dict(dtype='float32', compiled=False)
   other = pytorch.Trainer(request)
   trainer = ours.Trainer(dict(config=config.to_dict()))
   weights.to_hf(trainer.run.module, trainer.state.params, tmp_path)
@@ -114,7 +117,7 @@ def test_the_loss_of_both_sides_is_the_same(system, tmp_path):
     trainer.batch['weights'] = trainer.batch['weights'].at[:, -1].set(0)
   assert other.step() == pytest.approx(trainer.step(), rel=1e-5)
   with pytest.raises(RequestError, match='two models'):
-    pytorch.build(request | dict(parameters=request['parameters'] + 1))
+    pytorch.build_model(request | dict(parameters=request['parameters'] + 1))
 
 
 @pytest.mark.slow
@@ -136,7 +139,7 @@ def test_mixers_are_measured_as_they_say(tmp_path):
 
 @pytest.mark.slow
 def test_attention_alone_is_timed_on_a_cpu():
-  config = gpu.config_of('gpt2', toy=True)
+  config = gpu.config_of_case('gpt2', toy=True)
   config.data.update(length=32, batch_size=1)
-  [row] = gpu.attention(config)
+  [row] = gpu.time_attention(config)
   assert row['way'] == 'xla' and 0 < row['seconds'] < math.inf
