@@ -210,8 +210,8 @@ def time_section(section: str, dtype: str, mixers: Sequence[str],
 
 def time_contenders(contenders: Mapping[str, Contender], rounds: int
                     ) -> dict[str, dict[str, float]]:
-  """Times contenders in turns; returns the figures of each, by its name, for one
-  of the things that a call does `repeats` times."""
+  """Times contenders in turns; returns the figures of each, by its name, for
+  one of the things that a call does `repeats` times."""
   functions = {name: contender.run for name, contender in contenders.items()}
   figures = worker.time_in_turns(functions, rounds)
   for name, times in figures.items():
