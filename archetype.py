@@ -33,7 +33,7 @@ import numpy as np
 import architectures
 from architectures.parts import flat, paths
 from architectures.parts.config import ModelConfig
-from common.arguments import PositiveSize, Seed, Size, typed
+from common.arguments import PositiveSize, Seed, Size, check_argument_types
 from common.errors import RequestError, require, short
 from configs import base
 from training import cli
@@ -55,7 +55,7 @@ Tokens = jax.Array | np.ndarray | Sequence[int] | Sequence[Sequence[int]]
 Layers = np.ndarray | dict[str, np.ndarray]
 
 
-@typed
+@check_argument_types
 @dataclasses.dataclass(frozen=True)
 class Model:
   """A model and its parameters. An argument of its methods, and of `load` and
@@ -80,8 +80,9 @@ class Model:
   labels: tuple[str, ...] = ()
 
   def __repr__(self) -> str:
-    return (f'Model({self.config.arch}, {runs.count(self.params):,} parameters '
-            f'of {self.config.param_dtype}, computed in {self.config.dtype})')
+    count = runs.count_parameters(self.params)
+    return (f'Model({self.config.arch}, {count:,} parameters of '
+            f'{self.config.param_dtype}, computed in {self.config.dtype})')
 
   @property
   def config(self) -> ModelConfig:
@@ -149,7 +150,7 @@ class Model:
     kept, cross = self._run('attention', tokens, decoder_tokens, inputs)
     weights_of = self._of_stacks(kept, 0)
     if cross is not None:
-      weights_of['cross'] = _in_numpy(cross)
+      weights_of['cross'] = _as_numpy_float32(cross)
     return weights_of
 
   def inspect(self, tokens: Tokens, decoder_tokens: Tokens | None = None, *,
@@ -224,8 +225,8 @@ class Model:
     # The texts of the tokens, up to where they end.
     written = []
     for i, row in enumerate(new_BT):
-      text = shown.text(i, generation.until(row, end), tokenizer)
-      written.append(generation.before(text, stops))
+      text = shown.text(i, generation.tokens_before_stop(row, end), tokenizer)
+      written.append(generation.text_before_stop(text, stops))
     if isinstance(prompts, str):
       return written[0]
     return written
@@ -291,7 +292,7 @@ class Model:
       RequestError: for a field, a value or a combination that there is not.
     """
     module = architectures.build(changed_model(self.config, fields))
-    before, fresh = paths.flatten(self.params), _initial(module, seed)
+    before, fresh = paths.flatten(self.params), _draw_parameters(module, seed)
     drawn = []
     for name, x in paths.flatten(fresh).items():
       if name not in before or before[name].shape != x.shape:
@@ -326,7 +327,7 @@ class Model:
       RequestError: for a folder that cannot be one, or holds a run or files of
         another model; and for a model that transformers does not have.
     """
-    storage.try_folder(folder, 'folder')
+    storage.check_folder_is_writable(folder, 'folder')
     folder, tokenizer = pathlib.Path(folder), self.tokenizer
     config, generation = self._run_config(), self.generation
     if isinstance(tokenizer, tokenizers.Bytes):
@@ -364,7 +365,7 @@ class Model:
            inputs: Mapping[str, Tokens]) -> Any:
     """Returns what is `wanted` of the model's output; see `_apply`."""
     arrays = self._arrays(tokens, decoder_tokens, inputs)
-    return _apply(self.module, self.params, arrays, wanted)
+    return _compute_output(self.module, self.params, arrays, wanted)
 
   def _arrays(self, tokens: Tokens, decoder_tokens: Tokens | None,
               inputs: Mapping[str, Tokens]) -> dict[str, jax.Array]:
@@ -383,13 +384,13 @@ class Model:
       more: how many more entries than layers a stack has.
     """
     if self.stack != 'encoder-decoder':
-      return _in_numpy(kept)
+      return _as_numpy_float32(kept)
     encoder = more + len(self.config.layer_kinds(self.config.num_layers))
-    return dict(encoder=_in_numpy(jnp.stack(kept[:encoder])),
-                decoder=_in_numpy(jnp.stack(kept[encoder:])))
+    return dict(encoder=_as_numpy_float32(jnp.stack(kept[:encoder])),
+                decoder=_as_numpy_float32(jnp.stack(kept[encoder:])))
 
 
-def _in_numpy(x: jax.Array) -> Any:
+def _as_numpy_float32(x: jax.Array) -> Any:
   """Returns an array in numpy, in float32: in bfloat16, numpy would add up in
   it. What is traced stays as it is."""
   if isinstance(x, jax.core.Tracer):
@@ -398,8 +399,9 @@ def _in_numpy(x: jax.Array) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=('module', 'wanted'))
-def _apply(module: nn.Module, params: Any, arrays: dict[str, jax.Array],
-           wanted: str) -> Any:
+def _compute_output(module: nn.Module, params: Any,
+                    arrays: dict[str, jax.Array],
+                    wanted: str) -> Any:
   """Returns what is `wanted` of the model's output; nothing else is part of the
   program.
 
@@ -421,7 +423,7 @@ def _apply(module: nn.Module, params: Any, arrays: dict[str, jax.Array],
   return output.aux['attention'], output.aux.get('cross_attention')
 
 
-@typed
+@check_argument_types
 def load(path: str | os.PathLike, *, step: int | str | None = None,
          tokenizer: str | None = None) -> Model:
   """Returns the model of a run, or of a Hugging Face folder or file.
@@ -441,11 +443,11 @@ def load(path: str | os.PathLike, *, step: int | str | None = None,
     EnvironmentFailure: where the checkpoint cannot be read.
   """
   require(str(path) != '', "path is '': name the folder of a run or of weights")
-  named: parameters.Step = step
+  named: parameters.StepChoice = step
   if isinstance(step, str):
-    named = checkpoints.named_step(step, 'step')
-  path = hub.local(path)
-  place = storage.path(path)
+    named = checkpoints.parse_step(step, 'step')
+  path = hub.download_if_on_hub(path)
+  place = storage.checked_path(path)
   if storage.has_checkpoints(place):
     return _load_run(place, named, tokenizer)
   require(step is None, f'{path} is no run: it has no step {step}')
@@ -468,7 +470,7 @@ def load(path: str | os.PathLike, *, step: int | str | None = None,
       generation=hf_generation.of_folder(folder), labels=labels)
 
 
-@typed
+@check_argument_types
 def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
           seed: Seed = 0, **fields: Any) -> Model:
   """Returns a model with parameters as at the start of a run.
@@ -485,37 +487,37 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
   """
   if isinstance(config, ModelConfig):
     module = architectures.build(changed_model(config, fields))
-    return Model(module=module, params=_initial(module, seed))
+    return Model(module=module, params=_draw_parameters(module, seed))
   if isinstance(config, str):
     config = cli.load_config_file(config)
   cli.check_config(config, 'config')
   config = config.copy_and_resolve_references()
-  cli.set_fields(config.model, fields)
+  cli.set_model_fields(config.model, fields)
   tokenizer = tokenizers.load(config.data.tokenizer)
-  model, _ = runs.resolve(config, tokenizer)
-  _refuse_unread(model, fields, config.model)
+  model, _ = runs.resolve_model(config, tokenizer)
+  _refuse_unread_fields(model, fields, config.model)
   module = architectures.build(model)
-  return Model(module=module, params=_initial(module, seed),
+  return Model(module=module, params=_draw_parameters(module, seed),
                tokenizer=tokenizer, run=config)
 
 
-def _load_run(workdir: Any, step: parameters.Step, tokenizer: str | None
+def _load_run(workdir: Any, step: parameters.StepChoice, tokenizer: str | None
               ) -> Model:
   """Returns the model of a run; the arguments are those of `load`."""
-  config = runs.config_of(workdir)
-  module = architectures.build(runs.model_of(workdir, config))
-  checkpoint = parameters.on_one_device(workdir, module, step)
+  config = runs.load_run_config(workdir)
+  module = architectures.build(runs.load_run_model_config(workdir, config))
+  checkpoint = parameters.read_parameters_on_one_device(workdir, module, step)
   if tokenizer:
     vocabulary = tokenizers.load(tokenizer)
   else:
-    vocabulary = runs.tokenizer_of(workdir, config)
+    vocabulary = runs.load_run_tokenizer(workdir, config)
   return Model(
       module=module, params=checkpoint.state, tokenizer=vocabulary, run=config,
       generation=hf_generation.published(workdir, checkpoint.step),
-      labels=run_config.labels(workdir))
+      labels=run_config.load_labels(workdir))
 
 
-def _initial(module: nn.Module, seed: int) -> Any:
+def _draw_parameters(module: nn.Module, seed: int) -> Any:
   """Returns the parameters that a run of this seed starts from.
 
   Raises:
@@ -533,18 +535,20 @@ def _initial(module: nn.Module, seed: int) -> Any:
 
 
 # Other fields are derived from these when a run's config is resolved.
-_SIZES = ('arch', 'd_model', 'num_heads', 'head_dim', 'kinds',
-          'parametrization', 'mup_base_width', 'mup_base_head_dim')
+_FIELDS_BEHIND_OTHERS = ('arch', 'd_model', 'num_heads', 'head_dim', 'kinds',
+                         'parametrization', 'mup_base_width',
+                         'mup_base_head_dim')
 
 
-@typed
+@check_argument_types
 def changed_model(config: ModelConfig, fields: Mapping[str, Any]
                   ) -> ModelConfig:
   """Returns the config with other fields, checked as any config is. A field
   that is 0 where a config's is derived, is derived: with lora.rank alone,
   lora.alpha becomes as large."""
   for name in fields:
-    require(name not in _SIZES, f'model.{name} decides the sizes of other '
+    require(name not in _FIELDS_BEHIND_OTHERS,
+            f'model.{name} decides the sizes of other '
             'parts: build a model with it, from a file of configs/')
   tree = ml_collections.ConfigDict(flat.defaults())
   with tree.ignore_type():
@@ -553,14 +557,14 @@ def changed_model(config: ModelConfig, fields: Mapping[str, Any]
       tree.lora.alpha = 0
     if architectures.stack(config) != 'encoder-decoder':
       tree.num_decoder_layers = fields.get('num_layers', config.num_layers)
-    cli.set_fields(tree, fields)
+    cli.set_model_fields(tree, fields)
   changed = architectures.resolve(tree)
-  _refuse_unread(changed, fields, tree)
+  _refuse_unread_fields(changed, fields, tree)
   return changed
 
 
-def _refuse_unread(config: ModelConfig, fields: Mapping[str, Any],
-                   tree: Mapping[str, Any]) -> None:
+def _refuse_unread_fields(config: ModelConfig, fields: Mapping[str, Any],
+                          tree: Mapping[str, Any]) -> None:
   """Raises RequestError for a field that the model, which was made of `tree`,
   would not read."""
   if not fields:

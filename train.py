@@ -60,16 +60,18 @@ def main():
   from training.workdir import checkpoints, run_config, storage
   config = args.config
   if args.print_config:
-    print(json.dumps(preflight.printable(config, cli.overrides()), indent=2))
+    print(json.dumps(preflight.config_to_print(config, cli.overridden_fields()),
+                     indent=2))
     return 0
-  workdir = storage.path(args.workdir)
+  workdir = storage.checked_path(args.workdir)
 
   # 1. The request: everything wrong in it is said before any device work.
   several = processes.how_to_join(args.coordinator, args.num_processes,
                                   args.process_id, args.cluster)
-  progress.profiled_steps(args.profile_steps, config.train.steps)
-  request = begin.check(config, workdir, by_hand=cli.overrides(),
-                        allow_config_change=args.allow_config_change)
+  progress.parse_profiled_steps(args.profile_steps, config.train.steps)
+  request = begin.check_request(config, workdir,
+                                by_hand=cli.overridden_fields(),
+                                allow_config_change=args.allow_config_change)
   for line in request.notes():
     print(line)
   config, tokenizer = request.config, request.tokenizer
@@ -78,7 +80,7 @@ def main():
   processes.initialize(several)
   cpu.prepare()
   processes.meet()
-  run = begin.on_devices(request)
+  run = begin.build_on_devices(request)
 
   # 3. The data.
   index, count = devices.batch_shard(run.place, config.data.batch_size)
@@ -89,16 +91,17 @@ def main():
     print(line)
 
   if args.dry_run:
-    lines = loop.rehearse(run, train_data, eval_data)
+    lines = loop.rehearse_run(run, train_data, eval_data)
     if devices.primary():
       print(*lines, sep='\n')
     return 0
 
   # 4. The state: restored from the newest good checkpoint, or new.
-  with storage.locked(workdir, devices.primary()), checkpoints.Checkpoints(
+  with storage.lock_workdir(workdir,
+                            devices.primary()), checkpoints.Checkpoints(
       workdir, **config.checkpoint, agree_every=config.log.every_steps
   ) as saved:
-    start = begin.take_up(request, run, saved)
+    start = begin.find_starting_point(request, run, saved)
     if start.code == writer.DIVERGED:
       raise RequestError(f'{workdir}: {start.sentence}')
     if start.sentence or start.step == config.train.steps:
@@ -107,13 +110,13 @@ def main():
       return 0
     state = start.state
     if state is None:
-      state = begin.new_state(run)
+      state = begin.create_first_state(run)
 
     # 5. The loop. The record is of what is trained.
-    run_config.save(workdir, request.asked, request.derived, contents,
-                    run.model)
-    code = loop.train(run, state, start.step, train_data, eval_data, saved,
-                      workdir, args.profile_steps)
+    run_config.save_config(workdir, request.asked, request.derived, contents,
+                           run.model)
+    code = loop.train_run(run, state, start.step, train_data, eval_data, saved,
+                          workdir, args.profile_steps)
   if code == STOPPED:
     return args.stopped_exit_code
   return code

@@ -20,7 +20,7 @@ import flax.linen as nn
 from architectures.parts import flat, skeletons, tables
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import HuggingFace
-from common.arguments import PositiveSize, typed
+from common.arguments import PositiveSize, check_argument_types
 from common.errors import RequestError, one_of, require
 
 
@@ -64,7 +64,7 @@ def _of_page(file: str) -> type[Any]:
   return classes[0]
 
 
-@typed
+@check_argument_types
 @functools.cache
 def system(arch: str) -> type[Any]:
   """Returns the class of the page of `arch`; mostly no other page is imported.
@@ -117,7 +117,7 @@ def file_name(arch: str) -> str:
   return page(arch).__name__.rpartition('.')[2]
 
 
-@typed
+@check_argument_types
 def files(stack: str = '') -> list[str]:
   """Returns the `file_name` of every system, or of those of one stack."""
   archs = list(systems())
@@ -154,7 +154,7 @@ def build(model: ModelConfig | Mapping[str, Any]) -> nn.Module:
   return system(config.arch)(config)
 
 
-@typed
+@check_argument_types
 def stack(model: ModelConfig | Mapping[str, Any]) -> str:
   """Returns the kind of the model's stack: 'decoder' (which is causal),
   'encoder', or 'encoder-decoder'."""
@@ -163,7 +163,7 @@ def stack(model: ModelConfig | Mapping[str, Any]) -> str:
   return system(model.get('arch')).STACK
 
 
-@typed
+@check_argument_types
 def init_cache(model: ModelConfig | Mapping[str, Any], batch: PositiveSize,
                length: PositiveSize):
   """Returns an empty key-value cache for `batch` rows of `length` tokens.

@@ -117,7 +117,7 @@ class HF(hf.HuggingFace):
     router = reader.choose(IN_TRAINING, policy, ROUTERS)
     moe = dict(router=router, capacity_factor=1.0, eval_capacity_factor=room)
     ours = transformer.read_stacks(reader, fields, scaled=True)
-    return ours | kinds.with_experts({}, every) | dict(moe=moe)
+    return ours | kinds.place_experts({}, every) | dict(moe=moe)
 
   def write(self, c: ModelConfig) -> dict:
     moe = c.part(MoEConfig)

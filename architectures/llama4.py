@@ -24,7 +24,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
 from common.errors import require
-from common.kinds import DENSE
+from common.kinds import DENSE_NETWORK
 
 CHUNKED = 'chunked_attention'
 # A norm follows the turning there, so the temperatures of others would vanish.
@@ -66,7 +66,7 @@ def _kind(chunked: bool, turned: bool, moe: bool, norm: bool, scale: float
     kind |= dict(position='none', attention_log_scale=scale)
   if not moe:
     name += '_dense'
-    kind['ffn'] = DENSE
+    kind['ffn'] = DENSE_NETWORK
   return name, kind
 
 class HF(llama.Family):

@@ -53,7 +53,7 @@ class HF(llama.Family):
             f'{every}, which does not divide num_hidden_layers {layers}')
     hf.check_gates(fields)
     reader.must(mlp_only_layers=[])
-    return super().read(reader, fields) | kinds.with_experts({}, every)
+    return super().read(reader, fields) | kinds.place_experts({}, every)
 
   def write(self, c: ModelConfig) -> dict:
     return super().write(c) | dict(

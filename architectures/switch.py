@@ -100,7 +100,7 @@ class HF(hf.HuggingFace):
     moe = dict(group_size=group, capacity_factor=factor,
                eval_capacity_factor=factor if group else 0.0)
     ours = t5.head(fields, fields['tie_embeddings'])
-    ours |= kinds.with_experts({}, every)
+    ours |= kinds.place_experts({}, every)
     return ours | dict(num_decoder_layers=decoder_layers, moe=moe)
 
   def write(self, c: ModelConfig) -> dict:

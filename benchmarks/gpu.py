@@ -80,7 +80,7 @@ def time_attention(run_config: ml_collections.ConfigDict
     reason why it refuses the shapes (`error`).
   """
   # Random queries [B, L, H, K], keys and values [B, L, J, K].
-  config = runs.resolve_alone(run_config)
+  config = runs.resolve_model_without_tokenizer(run_config)
   B = run_config.data.batch_size
   L = run_config.data.length
   heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
@@ -131,7 +131,7 @@ def time_experts(config: ml_collections.ConfigDict, kernel: str = 'auto',
   """
   config.model.moe.update(grouped_kernel=kernel, dispatch='auto',
                           capacity_factor=0.0, eval_capacity_factor=0.0)
-  model_config = runs.resolve_alone(config)
+  model_config = runs.resolve_model_without_tokenizer(config)
   compiled, inputs = mixers.compile_gradient(
       MoE(model_config), model_config, config.data.batch_size,
       config.data.length, **compiler_options)
@@ -172,7 +172,7 @@ def main() -> None:
   cli.parse(__doc__)
   args = flags.FLAGS
   device = jax.devices()[0]
-  json_file = storage.output(args.json, '--json')
+  json_file = storage.checked_output_file(args.json, '--json')
   if device.platform != 'gpu' and not args.toy:
     raise EnvironmentFailure(f'JAX sees no GPU, but {device.device_kind}: '
                              '--toy tries the benchmark on a CPU')

@@ -267,7 +267,7 @@ def main() -> None:
   if not lengths or not are_distinct_numbers or lengths[0] <= NEW_TOKENS:
     raise RequestError(f'--lengths is {",".join(args.lengths)}: write whole '
                        f'numbers above {NEW_TOKENS}, each once')
-  json_file = storage.output(args.json, '--json')
+  json_file = storage.checked_output_file(args.json, '--json')
   cpu.prepare()
   sizes = dict(d_model=args.d_model, num_heads=args.num_heads)
   rows = []

@@ -21,9 +21,10 @@ class Trainer:
     """
     # The run and its first batch.
     cpu.prepare()
-    config = objectives.with_labels(run_config.from_json(request['config']))
+    config = run_config.config_from_json(request['config'])
+    config = objectives.with_labels(config)
     tokenizer = rival.load_tokenizer(config)
-    model, _ = runs.resolve(config, tokenizer)
+    model, _ = runs.resolve_model(config, tokenizer)
     self.run = runs.build(config, model)
     self.batch = self.run.put(
         pipeline.training_loader(config, tokenizer).batch(0))

@@ -91,7 +91,7 @@ def request_of_pytorch(config: Config) -> dict[str, Any]:
   """
   # The model.
   tokenizer = load_tokenizer(config)
-  model, _ = runs.resolve(config, tokenizer)
+  model, _ = runs.resolve_model(config, tokenizer)
   config_json = hf_config.write(model)
   is_decoder = architectures.stack(model) == 'decoder'
 

@@ -78,7 +78,7 @@ def main() -> None:
   define_flags()
   cli.parse(__doc__)
   args = flags.FLAGS
-  json_file = storage.output(args.json, '--json')
+  json_file = storage.checked_output_file(args.json, '--json')
 
   # The config, without what PyTorch lacks where it is compared with.
   config = args.config or default_config()
@@ -109,7 +109,7 @@ def check_generation(config: ml_collections.ConfigDict,
                      prompt_tokens: int) -> None:
   """Raises RequestError where a config's model cannot continue the first
   `prompt_tokens` tokens of a batch."""
-  stack = architectures.stack(runs.resolve_alone(config))
+  stack = architectures.stack(runs.resolve_model_without_tokenizer(config))
   require(stack == 'decoder', '--sections=generate needs a decoder, and '
           f'model.arch {config.model.arch!r} is an {stack}')
   require(prompt_tokens <= config.data.length, f'--prompt is {prompt_tokens}, '

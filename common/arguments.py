@@ -25,7 +25,7 @@ Size = Annotated[int, (('>=', 0), ('<=', 2**31 - 1))]
 PositiveSize = Annotated[int, (('>=', 1), ('<=', 2**31 - 1))]
 
 
-def typed(function: F) -> F:
+def check_argument_types(function: F) -> F:
   """Returns a function, or a class with its public methods, whose arguments are
   checked when it is called. `Any` allows everything, and what follows ** is the
   function's own to check. The elements of a sequence are checked only where
@@ -35,7 +35,7 @@ def typed(function: F) -> F:
     for name, method in list(vars(function).items()):
       is_public = not name.startswith('_') or name in ('__init__', '__call__')
       if is_public and inspect.isfunction(method):
-        setattr(function, name, typed(method))
+        setattr(function, name, check_argument_types(method))
     return function
 
   signature = inspect.signature(function)
@@ -51,14 +51,14 @@ def typed(function: F) -> F:
     arguments = signature.bind(*args, **kwargs).arguments
     for name, value in arguments.items():
       if signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD:
-        _check(name, value, hints().get(name, Any))
+        _check_argument(name, value, hints().get(name, Any))
     return function(*args, **kwargs)
 
   return checked  # type: ignore[return-value]
 
 
-def assignments(words: Iterable[str], flag: str,
-                choices: Collection[str] = ()) -> dict[str, str]:
+def parse_assignments(words: Iterable[str], flag: str,
+                      choices: Collection[str] = ()) -> dict[str, str]:
   """Returns the value of each name that NAME=VALUE words assign.
 
   Args:
@@ -83,12 +83,12 @@ def assignments(words: Iterable[str], flag: str,
   return values
 
 
-def _check(name: str, value: Any, hint: Any) -> None:
+def _check_argument(name: str, value: Any, hint: Any) -> None:
   """Raises RequestError unless an argument is what its annotation allows."""
   bounds: Any = ()
   if typing.get_origin(hint) is Annotated:
     hint, bounds = typing.get_args(hint)
-  if not _fits(value, hint):  # its text may be long in the making
+  if not _is_of_type(value, hint):  # its text may be long in the making
     raise RequestError(
         f'{name} is {short(value)}, of type {type(value).__name__}: it must be '
         f'of type {inspect.formatannotation(hint)}')
@@ -96,21 +96,21 @@ def _check(name: str, value: Any, hint: Any) -> None:
     check_number(name, value, bounds)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _is_of_type(value: Any, hint: Any) -> bool:
   """Returns whether a value is of an annotated type; a mapping is anything that
   has items, such as a ConfigDict."""
   kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
   if kind is Any:
     return True
   if kind in (typing.Union, types.UnionType):
-    return any(_fits(value, choice) for choice in inner)
+    return any(_is_of_type(value, choice) for choice in inner)
   if kind is Mapping:
     return hasattr(value, 'items')
 
   # The class, and the elements of a sequence of texts.
-  if kind in _NOT and isinstance(value, _NOT[kind]):
+  if isinstance(value, _CLASSES_EXCLUDED_FROM.get(kind, ())):
     return False
-  if not isinstance(value, _CLASSES.get(kind, kind)):
+  if not isinstance(value, _CLASS_OF_NUMBER_TYPE.get(kind, kind)):
     return False
   if inner[:1] == (str,):
     return all(isinstance(element, str) for element in value)
@@ -118,6 +118,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 # The classes of the numbers that an annotation allows, numpy's too.
-_CLASSES: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}
+_CLASS_OF_NUMBER_TYPE: dict[Any, Any] = {int: numbers.Integral,
+                                         float: numbers.Real}
 # The classes that Python takes for a type and nobody means by it.
-_NOT: dict[Any, Any] = {int: bool, float: bool, Sequence: (str, bytes)}
+_CLASSES_EXCLUDED_FROM: dict[Any, Any] = {int: bool, float: bool,
+                                          Sequence: (str, bytes)}

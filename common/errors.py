@@ -47,7 +47,7 @@ def one_of(name: str, value: str, choices: Collection[str]) -> None:
                      f'{listed(choices)}.{question}')
 
 
-def hint(name: str, choices: Collection[str], before: str = '') -> str:
+def suggest_name(name: str, choices: Collection[str], before: str = '') -> str:
   """Returns the question whether a choice was meant, or several: those whose
   last name is that of `name`; else the one whose sentence is closest to it, as
   'the highest learning rate' to learning_rate; else the one that is spelt most
@@ -61,7 +61,7 @@ def hint(name: str, choices: Collection[str], before: str = '') -> str:
   last = name.rpartition('.')[2]
   near = [choice for choice in choices if choice.rpartition('.')[2] == last]
   if not near and '_' in last and isinstance(choices, Mapping):
-    near = _shortest_with_words(last, choices)
+    near = _choice_with_shortest_sentence(last, choices)
   if not near:
     near = difflib.get_close_matches(name, list(choices), n=1)
   if not near:
@@ -70,7 +70,8 @@ def hint(name: str, choices: Collection[str], before: str = '') -> str:
   return f' Did you mean {" or ".join(meant)}?'
 
 
-def _shortest_with_words(name: str, sentences: Mapping[str, str]) -> list[str]:
+def _choice_with_shortest_sentence(name: str,
+                                   sentences: Mapping[str, str]) -> list[str]:
   """Returns the choice with the shortest sentence that has the words of a name,
   as a list; [] where none has them."""
   pattern = re.escape(name).replace('_', '[ _]')
@@ -106,7 +107,7 @@ def short(value: Any) -> str:
   return text
 
 
-def readable(sentence: str) -> str:
+def cut_long_words(sentence: str) -> str:
   """Returns a sentence as it is printed: a word of more than 200 characters,
   such as a flag or a path, is cut in its middle."""
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from common.errors import RequestError, one_of, short
 
-MOST = 2**31 - 1  # A device counts in 32 bits.
+LARGEST_INT = 2**31 - 1  # A device counts in 32 bits.
 # A program has an operation for each token that a short convolution sees.
 MOST_TAPS = 256
 
@@ -25,19 +25,19 @@ OPTIMISATION = 'changes the optimisation'
 INCOMPATIBLE = 'incompatible'
 
 
-class Resume(NamedTuple):
+class Effect(NamedTuple):
   """The effect that a change of a field has on a resumed run, and why."""
   kind: str
   why: str
 
 
-SAME = Resume(SAFE, 'the same function, computed another way')
-FUNCTION = Resume(OPTIMISATION, 'the same parameters in another function')
-REGULARISATION = Resume(OPTIMISATION, 'another regularisation')
-AT_START = Resume(OPTIMISATION, 'read only where a run begins: a resumed run '
+SAME = Effect(SAFE, 'the same function, computed another way')
+FUNCTION = Effect(OPTIMISATION, 'the same parameters in another function')
+REGULARISATION = Effect(OPTIMISATION, 'another regularisation')
+AT_START = Effect(OPTIMISATION, 'read only where a run begins: a resumed run '
                   'ignores it')
-PARAMETERS = Resume(INCOMPATIBLE, 'other parameters')
-SHAPES = Resume(INCOMPATIBLE, 'parameters of another shape or dtype')
+PARAMETERS = Effect(INCOMPATIBLE, 'other parameters')
+SHAPES = Effect(INCOMPATIBLE, 'parameters of another shape or dtype')
 
 # The subjects of a field of a model.
 PART = 'part'  # which function of its sizes the model is
@@ -45,7 +45,7 @@ SIZE = 'size'  # how large it is, and what is read off it
 RECIPE = 'recipe'  # how a system is trained, which an export does not say
 RUN = 'run'  # how one run computes, or keeps from overfitting
 
-_SIGNS: dict[str, Callable[[Any, Any], bool]] = {
+_COMPARISON_OF_SIGN: dict[str, Callable[[Any, Any], bool]] = {
     '>=': operator.ge, '>': operator.gt, '<=': operator.le, '<': operator.lt}
 
 
@@ -55,13 +55,13 @@ class Rule:
   doc: str
   choices: Collection[str]
   bounds: tuple[tuple[str, float], ...]
-  resume: Resume | Callable[[Mapping, Mapping], Resume]
+  resume: Effect | Callable[[Mapping, Mapping], Effect]
   about: str
   of_layers: bool
   several: bool
 
 
-class Wait(NamedTuple):
+class ReadIf(NamedTuple):
   """The reason why nothing reads a field: another one, by its dotted name, and
   what that would have to be, as in 'is set'."""
   field: str
@@ -71,7 +71,7 @@ class Wait(NamedTuple):
 def field(default: Any, doc: str, *, choices: Collection[str] = (),
           least: float | None = None, above: float | None = None,
           most: float | None = None, below: float | None = None,
-          resume: Resume | Callable[[Mapping, Mapping], Resume] = PARAMETERS,
+          resume: Effect | Callable[[Mapping, Mapping], Effect] = PARAMETERS,
           about: str = PART, of_layers: bool = False, several: bool = False
           ) -> Any:
   """Declares a field of a group, a frozen dataclass.
@@ -92,9 +92,9 @@ def field(default: Any, doc: str, *, choices: Collection[str] = (),
     if least is None and above is None:
       least = 0
     if most is None and below is None:
-      most = MOST
+      most = LARGEST_INT
   bounds = []
-  for sign, bound in zip(_SIGNS, (least, above, most, below)):
+  for sign, bound in zip(_COMPARISON_OF_SIGN, (least, above, most, below)):
     if bound is not None:
       bounds.append((sign, bound))
   rule = Rule(doc=doc, choices=choices, bounds=tuple(bounds), resume=resume,
@@ -102,7 +102,7 @@ def field(default: Any, doc: str, *, choices: Collection[str] = (),
   return dataclasses.field(default=default, metadata={'rule': rule})
 
 
-class Leaf(NamedTuple):
+class DeclaredField(NamedTuple):
   """A declared field."""
   default: Any
   rule: Rule
@@ -113,7 +113,7 @@ class Leaf(NamedTuple):
     return type(self.default)
 
 
-def leaves(group: type, prefix: str = '') -> dict[str, Leaf]:
+def declared_fields(group: type, prefix: str = '') -> dict[str, DeclaredField]:
   """Returns the fields that a group declares, and those of groups in it, by
   their dotted names.
 
@@ -125,14 +125,14 @@ def leaves(group: type, prefix: str = '') -> dict[str, Leaf]:
   for field_ in dataclasses.fields(group):
     name = prefix + field_.name
     if dataclasses.is_dataclass(field_.default_factory):
-      declared |= leaves(field_.default_factory, f'{name}.')
+      declared |= declared_fields(field_.default_factory, f'{name}.')
     elif 'rule' in field_.metadata:
       rule = field_.metadata['rule']
-      declared[name] = Leaf(default=field_.default, rule=rule)
+      declared[name] = DeclaredField(default=field_.default, rule=rule)
   return declared
 
 
-class Value(NamedTuple):
+class FieldValue(NamedTuple):
   """A value that a field is to have.
 
   Attributes:
@@ -141,13 +141,13 @@ class Value(NamedTuple):
     who: the text that a refusal begins with.
     choices: the choices in place of those that are declared, if any.
   """
-  leaf: Leaf
+  leaf: DeclaredField
   value: Any
   who: str
   choices: Collection[str] = ()
 
 
-def check_all(values: Iterable[Value]) -> None:
+def check_values(values: Iterable[FieldValue]) -> None:
   """Raises RequestError unless each value is of its field's type, in its range
   and among its choices. A traced number, where runs train as one, passes."""
   for leaf, value, who, choices in values:
@@ -200,7 +200,7 @@ def check_number(who: str, value: float, bounds: Collection[tuple[str, float]]
   of a sign and a number, such as ('>=', 1)."""
   fits = -math.inf < value < math.inf
   for sign, bound in bounds:
-    fits = fits and _SIGNS[sign](value, bound)
+    fits = fits and _COMPARISON_OF_SIGN[sign](value, bound)
   if fits:
     return
   limits = []

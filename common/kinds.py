@@ -9,13 +9,14 @@ from collections.abc import Mapping
 import math
 from typing import Any
 
-DENSE = 'dense'  # The value of ffn: the network of the model's dense layers.
-REPEATED = 'layers'  # the section whose layers are repeated
+# The value of a kind's ffn that stands for the network of the dense layers.
+DENSE_NETWORK = 'dense'
+REPEATED_SECTION = 'layers'  # the section whose layers are repeated
 # The sections of a stack, in their order, as its parameters are named.
-SECTIONS = 'prefix', REPEATED, 'suffix'
+SECTIONS = 'prefix', REPEATED_SECTION, 'suffix'
 
 
-def split(names: str) -> tuple[str, ...]:
+def split_kind_names(names: str) -> tuple[str, ...]:
   """Returns the kinds that a pattern, a prefix or a suffix names."""
   if not names:
     return ()
@@ -25,15 +26,15 @@ def split(names: str) -> tuple[str, ...]:
 def fewest_layers(model: Mapping[str, Any], least: int = 1) -> int:
   """Returns how many layers a model of these kinds has at least, and no fewer
   than `least`."""
-  period = len(split(model['pattern'])) or 1
-  prefix = split(model.get('prefix', ''))
-  suffix = split(model.get('suffix', ''))
+  period = len(split_kind_names(model['pattern'])) or 1
+  prefix = split_kind_names(model.get('prefix', ''))
+  suffix = split_kind_names(model.get('suffix', ''))
   apart = len(prefix) + len(suffix)
   periods = math.ceil((least - apart) / period)
   return apart + period * max(1, periods)
 
 
-def with_experts(model: Mapping[str, Any], every: int) -> dict[str, Any]:
+def place_experts(model: Mapping[str, Any], every: int) -> dict[str, Any]:
   """Returns a pattern and its kinds in which the last of every so many layers
   has experts, and the others the dense network between them, as in GShard and
   Switch (every other layer, the second first).
@@ -42,7 +43,7 @@ def with_experts(model: Mapping[str, Any], every: int) -> dict[str, Any]:
     model: config.model, with a pattern of its own or without.
     every: the distance between two layers of experts.
   """
-  names = split(model.get('pattern', ''))
+  names = split_kind_names(model.get('pattern', ''))
   kinds = dict(model.get('kinds', {}))
   if every == 1:
     return {'pattern': ','.join(names), 'kinds': kinds}
@@ -50,7 +51,7 @@ def with_experts(model: Mapping[str, Any], every: int) -> dict[str, Any]:
   # The kinds of a prefix and a suffix stay.
   made = {}
   for field in ('prefix', 'suffix'):
-    for name in split(model.get(field, '')):
+    for name in split_kind_names(model.get(field, '')):
       if name in kinds:
         made[name] = kinds[name]
 
@@ -61,11 +62,11 @@ def with_experts(model: Mapping[str, Any], every: int) -> dict[str, Any]:
     if names:
       kind = names[i % len(names)]
       changes = dict(kinds.get(kind, {}))
-    network = DENSE
+    network = DENSE_NETWORK
     if i % every == every - 1:
       network = 'moe'
     else:
-      changes['ffn'] = DENSE
+      changes['ffn'] = DENSE_NETWORK
     name = network
     if kind:
       name = f'{kind}_{network}'

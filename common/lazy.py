@@ -11,7 +11,7 @@ import types
 from typing import Any
 
 
-class Lazy(Mapping):
+class LazyTable(Mapping):
   """The entries of all files of a package, in the order of the files' names.
 
   An entry is looked for in the file that is called as it is, and then in all

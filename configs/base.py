@@ -16,16 +16,17 @@ import ml_collections
 
 from architectures.parts import flat
 from common.errors import RequestError, short
-from common.fields import AT_START, check_all, field
-from common.fields import INCOMPATIBLE, Leaf, leaves, OPTIMISATION, Resume
-from common.fields import SAFE, Value
+from common.fields import AT_START, check_values, field
+from common.fields import DeclaredField, declared_fields, Effect, INCOMPATIBLE
+from common.fields import OPTIMISATION
+from common.fields import SAFE, FieldValue
 
 MOST = 2**31 - 1  # steps, rows and tokens are counted in int32 on a device
 
 
 def _fields(kind: str, why: str) -> functools.partial:
   """Returns `field` for fields whose changes do the same to a run."""
-  return functools.partial(field, resume=Resume(kind, why))
+  return functools.partial(field, resume=Effect(kind, why))
 
 
 _written = _fields(SAFE, 'only what is written, and when')
@@ -39,22 +40,22 @@ _rows = _fields(OPTIMISATION, 'other rows from here on')
 _task = _fields(OPTIMISATION, 'another difficulty of the task')
 
 
-def _steps(old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:
+def _steps(old: Mapping[str, Any], new: Mapping[str, Any]) -> Effect:
   """Returns what another number of steps does to a run."""
   schedules = old['optim.schedule'], new['optim.schedule']
   if all(name in ('constant', 'rsqrt') for name in schedules):
-    return Resume(SAFE, 'this schedule does not depend on the last step')
+    return Effect(SAFE, 'this schedule does not depend on the last step')
   if old['optim.decay_steps'] and old['optim.decay_steps'] == new[
       'optim.decay_steps']:
-    return Resume(SAFE, 'the schedule ends at optim.decay_steps')
-  return Resume(OPTIMISATION, 'the schedule is drawn out to the last step')
+    return Effect(SAFE, 'the schedule ends at optim.decay_steps')
+  return Effect(OPTIMISATION, 'the schedule is drawn out to the last step')
 
 
-def _ema(old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:
+def _ema(old: Mapping[str, Any], new: Mapping[str, Any]) -> Effect:
   """Returns what another average of the parameters does to a run."""
   if bool(old['optim.ema']) == bool(new['optim.ema']):
-    return Resume(OPTIMISATION, 'another average from here on')
-  return Resume(INCOMPATIBLE,
+    return Effect(OPTIMISATION, 'another average from here on')
+  return Effect(INCOMPATIBLE,
                 'an average that is kept from the first step on, or not')
 
 
@@ -101,7 +102,7 @@ class Data:
   tokenizer: str = field(
       'bytes', 'The tokenizer: bytes | bytes:N (in N ids) | a tokenizer.json | '
       'a folder | hf://ORG/NAME.',
-      resume=Resume(INCOMPATIBLE, 'token numbers mean something else'))
+      resume=Effect(INCOMPATIBLE, 'token numbers mean something else'))
   length: int = _batches(256, 'The tokens in a sequence (in the source, with '
                          'seq2seq).', least=1, most=2**24)
   target_length: int = _batches(0, 'The tokens in the target of seq2seq; '
@@ -120,10 +121,10 @@ class Data:
       'v1.1, or for alpaca: as Alpaca. Any other: by the chat template in a '
       'Jinja file or a Hugging Face folder, whose text the run keeps, or in '
       "'jinja:TEXT'.",
-      resume=Resume(OPTIMISATION, 'another layout of conversations'))
+      resume=Effect(OPTIMISATION, 'another layout of conversations'))
   labels: tuple = field((), 'The labels of classification, in the order of the '
                         "model's scores; derived: those of the training data.",
-                        resume=Resume(INCOMPATIBLE, 'scores mean other labels'))
+                        resume=Effect(INCOMPATIBLE, 'scores mean other labels'))
   class_weights: str = _batches(
       '', 'The weight of a row in the training loss of classification. '
       'balanced: each label the same in all; or a number for each label, with '
@@ -150,12 +151,12 @@ class Train:
                      resume=_steps)
   grad_accumulation: int = field(
       1, 'A batch is processed in so many parts, one after another.', least=1,
-      most=2**24, resume=Resume(
+      most=2**24, resume=Effect(
           OPTIMISATION, 'dropout and expert capacity see other micro-batches'))
   max_bad_steps: int = field(
       10, 'The steps in a row with a loss that is not finite before the run '
       'ends.', least=1, most=MOST,
-      resume=Resume(SAFE, 'only when a failing run ends'))
+      resume=Effect(SAFE, 'only when a failing run ends'))
   z_loss: float = _loss(0.0, 'The weight of log(Z)^2 of the logits in the '
                         'loss.', least=0)
   label_smoothing: float = _loss(0.0, 'The share of the target given to all '
@@ -295,7 +296,7 @@ class Run:
   `probe`."""
   seed: int = field(
       0, 'The seed of the parameters, the order of the data, and dropout.',
-      most=2**32 - 1, resume=Resume(OPTIMISATION,
+      most=2**32 - 1, resume=Effect(OPTIMISATION,
                     'another order of the data, another dropout'))
   init_seed: int = field(0, 'The first parameters are drawn from both seeds, '
                          'so that each value gives others with the same data; '
@@ -305,7 +306,7 @@ class Run:
       'mlm_sop, replaced_tokens, masked_diffusion, span, denoising, seq2seq, '
       'classification, regression, token_classification, question_answering, '
       'probe, compression.',
-      resume=Resume(INCOMPATIBLE, 'another task, maybe with other heads'))
+      resume=Effect(INCOMPATIBLE, 'another task, maybe with other heads'))
   init_from: str = field(
       '', 'A Hugging Face folder, hf://ORG/NAME or a workdir whose weights the '
       'run starts from.', resume=AT_START)
@@ -324,7 +325,7 @@ class Run:
 
 
 # All fields of a config by dotted name, but those of kinds of layer.
-FIELDS: dict[str, Leaf] = {}
+FIELDS: dict[str, DeclaredField] = {}
 # The sentence of each field.
 SENTENCES: dict[str, str] = {}
 
@@ -332,7 +333,7 @@ SENTENCES: dict[str, str] = {}
 def refresh() -> None:
   """Takes up the fields of a model: here, and again where a file from outside
   has declared parts."""
-  FIELDS.update(leaves(Run))
+  FIELDS.update(declared_fields(Run))
   for name, leaf in flat.FIELDS.items():
     FIELDS[f'model.{name}'] = leaf
   for name, leaf in FIELDS.items():
@@ -342,7 +343,7 @@ def refresh() -> None:
 refresh()
 
 
-def find(name: str) -> Leaf | None:
+def find(name: str) -> DeclaredField | None:
   """Returns the field of a dotted name, that of a kind of layer too; None:
   there is none."""
   of_kind = re.fullmatch(r'model\.kinds\.\w+\.(\w+)(.*)', name)
@@ -366,13 +367,13 @@ def check(tree: Mapping[str, Any], who: str = '') -> None:
     leaf = FIELDS.get(name) or find(name)
     if leaf is None:
       raise RequestError(f'{who}{short(name)} is no config field')
-    values.append(Value(leaf=leaf, value=value, who=who + name))
-  check_all(values)
+    values.append(FieldValue(leaf=leaf, value=value, who=who + name))
+  check_values(values)
   kinds = tree.get('model', {}).get('kinds', {})
   flat.check_kinds(kinds, f'{who}model.kinds')
 
 
-def resume(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:
+def resume(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Effect:
   """Returns what a change of a field does to a run that is resumed.
 
   Args:
@@ -382,7 +383,7 @@ def resume(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:
   """
   leaf = find(name)
   if leaf is None:
-    return Resume(OPTIMISATION, 'this version has no such field')
+    return Effect(OPTIMISATION, 'this version has no such field')
   effect = leaf.rule.resume
   if callable(effect):
     return effect(old, new)

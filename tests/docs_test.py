@@ -133,7 +133,7 @@ def test_the_line_of_a_step_is_as_printed():
   page = (ROOT / 'docs/tutorials/train.md').read_text()
   line, = re.findall(r'^step 10/2500.*', page, re.M)
   stream = io.StringIO()
-  progress.bar(2500, stream=stream).update(10, dict(
+  progress.make_run_progress(2500, stream=stream).update(10, dict(
       loss=5.2385, tokens_per_second=7830.0, step_seconds=0.131))
   assert _shape(stream.getvalue()) == _shape(line)
 

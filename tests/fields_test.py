@@ -104,7 +104,7 @@ def test_two_parts_make_a_model_or_are_refused(selector):
   for pair in pairs:
     with contextlib.suppress(RequestError):
       model = models.config('gpt')
-      cli.set_fields(model, pair)
+      cli.set_model_fields(model, pair)
       resolved += architectures.resolve(model) is not None
   assert resolved
 
@@ -118,7 +118,7 @@ def test_every_field_can_be_set_by_a_flag():
     cli.parse('', argv)
     config = flags.FLAGS.config
     assert {name: config[name] for name in changed} == changed
-    assert set(cli.overrides()) == changed.keys()
+    assert set(cli.overridden_fields()) == changed.keys()
     cli.check_config(config, 'it')
     flat.check_fields(config.model.to_dict())
   finally:
@@ -146,13 +146,13 @@ def test_what_is_not_read_is_refused_by_hand_and_is_nowhere(system):
     if name in unread:
       with pytest.raises(RequestError) as refusal, mock.patch.object(
           flat, 'unread', lambda *_: unread):  # which takes long to make
-        preflight.refuse_unread_of([f'model.{name}'], config, c)
+        preflight.refuse_unread_fields([f'model.{name}'], config, c)
       assert all(word in str(refusal.value) for word in (
           f'model.{name} is {value}', unread[name].where, 'Leave it at'))
     else:
-      preflight.refuse_unread_of([f'model.{name}'], config, c)
+      preflight.refuse_unread_fields([f'model.{name}'], config, c)
     set_in(config, f'model.{name}', was)
-  read = flat.flatten(run_config.as_read(config, c))
+  read = flat.flatten(run_config.without_unread_fields(config, c))
   assert not {f'model.{name}' for name in flat.unread(c)} & read.keys()
   assert flat.make(flat.as_dict(c)) == c
   for group, part in flat.GROUPS.items():

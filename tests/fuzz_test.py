@@ -219,7 +219,7 @@ def _place(tmp_path_factory, model):
 SURFACES = {
     'train': (1000, words_of('CONFIG', '--print_config', names='workdir cluster'
                              ' process_id profile_steps flagfile'),
-              functools.partial(program, 'train', 'training.loop.train')),
+              functools.partial(program, 'train', 'training.loop.train_run')),
     'compare': (100, st.tuples(POINTS, words_of(
         names='seeds match match_field parallel group')), check_sweep),
     'probes': (50, words_of('run', 'CONFIG', '--workdir=card', '--seeds=1',
@@ -230,7 +230,7 @@ SURFACES = {
              functools.partial(program, 'tools.chat', 'tools.chat.converse')),
     'tokenize': (150, words_of('text:0.txt', '--out=shards', names='tokenizer '
                                'shard_mib jobs job'), functools.partial(
-        program, 'tools.tokenize', 'training.loop.train')),
+        program, 'tools.tokenize', 'training.loop.train_run')),
     'lm_eval': (50, st.dictionaries(st.sampled_from([
         'step', 'add_bos_token', 'prefix_token_id', 'max_length', 'other']),
         JUNK).map(lambda x: {'workdir': 'run', **x}), check_lm_eval),

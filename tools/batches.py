@@ -35,11 +35,11 @@ def main() -> int:
   parser.add_argument('--out', required=True, metavar='FOLDER',
                       help='where to write')
   args = parser.parse_args()
-  storage.try_folder(args.out, '--out')
+  storage.check_folder_is_writable(args.out, '--out')
   for workdir in args.runs:
     folder = pathlib.Path(args.out, pathlib.Path(workdir).resolve().name)
     require(not folder.exists(), f'{folder} is there already: move it away')
-    _write(storage.path(workdir), folder)
+    _write(storage.checked_path(workdir), folder)
     print(folder)
   return 0
 
@@ -50,8 +50,8 @@ def _write(workdir: Any, folder: pathlib.Path) -> None:
   Raises:
     RequestError: where the batches of a file differ in shape.
   """
-  config = runs.config_of(workdir)
-  tokenizer = runs.tokenizer_of(workdir, config)
+  config = runs.load_run_config(workdir)
+  tokenizer = runs.load_run_tokenizer(workdir, config)
 
   # The batches of each file.
   streams = {}
@@ -74,13 +74,14 @@ def _write(workdir: Any, folder: pathlib.Path) -> None:
     for key in batches[0]:
       arrays[key] = np.stack([batch[key] for batch in batches])
     np.savez_compressed(data, **arrays)
-    storage.write(storage.path(folder / f'{name}.npz'), data.getvalue())
+    storage.write_file(storage.checked_path(folder / f'{name}.npz'),
+                       data.getvalue())
 
-  model, _ = runs.resolve(config, tokenizer)
+  model, _ = runs.resolve_model(config, tokenizer)
   about = {'vocab_size': model.vocab_size, 'steps': steps,
            'config': run_config.flatten(config)}
-  storage.write(storage.path(folder / 'about.json'),
-                json.dumps(about, indent=2) + '\n')
+  storage.write_file(storage.checked_path(folder / 'about.json'),
+                     json.dumps(about, indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -101,17 +101,19 @@ def _session(args: Any, overrides: dict[str, Any]) -> Any:
   from training import hub
   from training.workdir import checkpoints, storage
   if args.folder:
-    folder = storage.path(hub.local(args.folder), '--folder')
-    speaker = chat.of_folder(folder, args.template)
+    folder = storage.checked_path(hub.download_if_on_hub(args.folder),
+                                  '--folder')
+    speaker = chat.load_from_folder(folder, args.template)
   else:
-    step = checkpoints.named_step(args.step)
-    speaker = chat.of_run(storage.path(args.workdir), step, args.template)
+    step = checkpoints.parse_step(args.step)
+    speaker = chat.load_from_run(storage.checked_path(args.workdir), step,
+                                 args.template)
 
   options = _options(speaker.options, overrides)
   context = min(args.context, speaker.module.config.max_len)
-  engine = chat.Engine(speaker.module, speaker.params, context,
-                       writing.sampling(options), args.seed)
-  session = chat.Session(
+  engine = chat.CachedDecoder(speaker.module, speaker.params, context,
+                              writing.sampling(options), args.seed)
+  session = chat.ChatSession(
       engine, speaker.tokenizer, speaker.talk, most=args.max_new_tokens,
       stops=writing.stops(options), system=args.system)
 

@@ -95,7 +95,7 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
   with _new(workdir):
     # The dense model: of a run, or of a Hugging Face folder.
     folder = _folder(source)
-    if checkpoints.directory(source).exists():
+    if checkpoints.checkpoint_folder(source).exists():
       config, module, params, at = _from_workdir(source, step)
       generation = hf_generation.kept(source)
       trained = not hf_generation.is_published(source, at)
@@ -121,7 +121,7 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
             'its gates do not sum to 1, or tokens are dropped, or experts are '
             'shared', file=sys.stderr)
     _make(workdir, config, made, generation, trained, f'of {run.model.arch}, '
-          f'from the {runs.count(params):,} of {source}', derived)
+          f'from the {runs.count_parameters(params):,} of {source}', derived)
 
 
 def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
@@ -133,7 +133,7 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
   evaluation does: where config.json cannot say that. `adapter` writes the low-
   rank adapters alone, in PEFT's format, which takes no option but `dtype`.
   """
-  storage.refuse_run(folder, 'FOLDER')
+  storage.refuse_folder_of_run(folder, 'FOLDER')
   require(not (adapter and dropless), '--dropless has no meaning with '
           '--adapter, which writes the adapters alone: leave it out')
   config, module, params, step = _from_workdir(workdir, step)
@@ -148,10 +148,10 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
   generation = _generation(workdir, config, module.config, step)
   hf_tokenizer.refuse_left(workdir, config, folder, step)
   weights.to_hf(module, params, folder, dtype=dtype, generation=generation,
-                labels=run_config.labels(workdir))
+                labels=run_config.load_labels(workdir))
   hf_tokenizer.give(workdir, config, folder, step)
-  card.write(workdir, config, folder, step, runs.count(params))
-  print(f'{folder}: {runs.count(params):,} parameters of {workdir}')
+  card.write(workdir, config, folder, step, runs.count_parameters(params))
+  print(f'{folder}: {runs.count_parameters(params):,} parameters of {workdir}')
 
 
 def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
@@ -162,7 +162,7 @@ def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
     RequestError: where it does not read all weights of the file, or an import
       would refuse the folder, as that of a damaged file; none is made.
   """
-  storage.refuse_run(folder, 'DIR')
+  storage.refuse_folder_of_run(folder, 'DIR')
   require(file.is_file() and file.open('rb').read(4) == b'GGUF',
           f'{file} is no GGUF file: it does not begin with GGUF')
   try:
@@ -244,7 +244,7 @@ def _new(workdir: epath.Path) -> Iterator[None]:
   files that it has written are removed, so that the next one is not refused."""
   require(not (storage.has_config(workdir) or run_config.has_begun(workdir)),
           f'{workdir} holds a run already: choose another WORKDIR')
-  storage.refuse_others(workdir, 'WORKDIR')
+  storage.refuse_folder_of_others(workdir, 'WORKDIR')
   before = set(epath.Path(workdir).glob('*'))
   try:
     yield
@@ -266,7 +266,7 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
     print(f'warning: {note}', file=sys.stderr)
   model.param_dtype = dtype or model.param_dtype
   module = architectures.build(model)
-  config = run_config.usual(model.arch)
+  config = run_config.default_config_of_system(model.arch)
   config.model = model
   if model.head != objectives.of(config).head:
     config.objective = objectives.with_head(module.config)
@@ -284,15 +284,15 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
 
 def _from_workdir(workdir: epath.Path, step: int | str | None):
   """Returns (config, module, parameters, step) of a run's checkpoint."""
-  config = runs.for_this_machine(runs.config_of(workdir))
-  run = runs.build(config, runs.model_of(workdir))
-  restored = parameters.of_run(run, workdir, step)
+  config = runs.fit_mesh_to_this_machine(runs.load_run_config(workdir))
+  run = runs.build(config, runs.load_run_model_config(workdir))
+  restored = parameters.read_parameters_of_run(run, workdir, step)
   return config, run.module, restored.state, restored.step
 
 
 def _resolved(config: Any):
   """Returns the model of a config, and the fields that were derived."""
-  return runs.resolve(config, tokenizers.load(config.data.tokenizer))
+  return runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
 
 
 def _make(workdir: epath.Path, config: Any, params: Any,
@@ -300,13 +300,13 @@ def _make(workdir: epath.Path, config: Any, params: Any,
           what: str, derived=()) -> None:
   """Writes a workdir of a run at step 0, and says what it is."""
   hf_generation.keep(workdir, generation, trained)
-  with progress.during('saving'), checkpoints.Checkpoints(
+  with progress.show_task('saving'), checkpoints.Checkpoints(
       workdir, every_steps=0, every_minutes=0.0, keep=1, keep_every=0) as saved:
     saved.save(0, {'params': params}, next_batch=0, tokens=0, config=config)
   # Last: a run whose import was cut short would begin without them.
-  run_config.save(workdir, config, dict(derived))
-  print(f'{workdir}: {runs.count(params):,} parameters {what}')
-  print(f'to go on: {run_config.to_train(workdir, config)}')
+  run_config.save_config(workdir, config, dict(derived))
+  print(f'{workdir}: {runs.count_parameters(params):,} parameters {what}')
+  print(f'to go on: {run_config.training_command(workdir, config)}')
 
 
 _STEP = ('of the checkpoint; best; of several, for the mean of their '
@@ -354,26 +354,30 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
   args = _parser().parse_args()
   if args.command == 'gguf':
-    storage.try_folder(args.folder, 'DIR')
+    storage.check_folder_is_writable(args.folder, 'DIR')
     of_gguf(args.source, args.folder)
     return
   cpu.give_threads()  # not prepare(), with which what is freed would stay
-  step = checkpoints.named_step(getattr(args, 'step', None))
-  args.workdir = storage.path(args.workdir, 'WORKDIR')
+  step = checkpoints.parse_step(getattr(args, 'step', None))
+  args.workdir = storage.checked_path(args.workdir, 'WORKDIR')
   if args.command == 'export':
-    with hub.destination(args.folder) as folder:
-      storage.try_folder(folder, 'FOLDER')
+    with hub.open_destination(args.folder) as folder:
+      storage.check_folder_is_writable(folder, 'FOLDER')
       export(args.workdir, folder, step=step, dtype=args.dtype,
              dropless=args.dropless, adapter=args.adapter)
     return
   check_number('--seed', args.seed, (('>=', 0), ('<=', 2**32 - 1)))
-  storage.try_folder(args.workdir, 'WORKDIR')
+  storage.check_folder_is_writable(args.workdir, 'WORKDIR')
   if args.command == 'import':
-    adapter = args.adapter and pathlib.Path(hub.local(args.adapter))
-    import_(pathlib.Path(hub.local(args.source)), args.workdir, adapter=adapter,
+    adapter = args.adapter
+    if adapter:
+      adapter = pathlib.Path(hub.download_if_on_hub(adapter))
+    import_(pathlib.Path(hub.download_if_on_hub(args.source)), args.workdir,
+            adapter=adapter,
             partial=args.partial, seed=args.seed, dtype=args.dtype)
   else:
-    upcycle(storage.path(hub.local(args.source), 'SOURCE'), args.workdir,
+    upcycle(storage.checked_path(hub.download_if_on_hub(args.source), 'SOURCE'),
+            args.workdir,
             moe=args.moe, step=step, seed=args.seed)
 
 

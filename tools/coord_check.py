@@ -29,7 +29,7 @@ from common.errors import RequestError
 from common.fields import check_number
 from configs import base as base_config
 from training import cli, progress
-from training.runs import init_state, make_train_step, optimizer
+from training.runs import init_state, make_train_step, build_optimizer
 from training.workdir import storage
 
 # A rate at which a few steps move the model visibly at every width.
@@ -81,7 +81,7 @@ def main() -> int:
   if args.lr is not None:
     check_number('--lr', args.lr, (('>', 0),))
     lr = args.lr
-  json_file = storage.output(args.json, '--json')
+  json_file = storage.checked_output_file(args.json, '--json')
 
   # The systems for which muP has rules.
   measured = []
@@ -120,7 +120,7 @@ class Setting(NamedTuple):
     mixer: the mixer of all layers; '': that of the system.
     widen: an entry of WIDEN.
   """
-  optimizer: str
+  build_optimizer: str
   lr: float
   steps: int
   mixer: str = ''
@@ -190,7 +190,8 @@ def output_sizes(system: str, parametrization: str, widths: Sequence[int],
     seeds: the number of initialisations that are averaged.
   """
   sizes = []
-  for width in progress.each(widths, f'{system}, {parametrization}: widths'):
+  for width in progress.show_items(widths,
+                                   f'{system}, {parametrization}: widths'):
     c = config(system, parametrization, width, widths[0], how)
     sizes.append(np.asarray(measure(c, how.steps, seeds), np.float64))
 
@@ -208,7 +209,7 @@ def measure(c: ml_collections.ConfigDict, steps: int, seeds: int) -> jax.Array:
   """Returns mean |x| before each step and after the last, [steps + 1, outputs],
   averaged over initialisations."""
   module = architectures.build(c.model)
-  tx = optimizer(module, c.optim, steps)
+  tx = build_optimizer(module, c.optim, steps)
   step = make_train_step(module, tx, c)
   bytes_ = np.frombuffer(TEXT.encode()[:BATCH * (LENGTH + 1)], np.uint8)
   text_BL = bytes_.reshape(BATCH, LENGTH + 1).astype(np.int32)

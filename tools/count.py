@@ -53,8 +53,8 @@ def main() -> None:
     return
 
   # One config.
-  model = runs.resolve_alone(args.config)
-  preflight.refuse_unread_of(cli.overrides(), args.config, model)
+  model = runs.resolve_model_without_tokenizer(args.config)
+  preflight.refuse_unread_fields(cli.overridden_fields(), args.config, model)
   figures = totals.count(args.config, args.length)
   figures['not_as_published'] = [row._asdict() for row in systems.unlike(model)]
   if args.json:

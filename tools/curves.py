@@ -41,7 +41,7 @@ def main() -> int:
 
   # The request.
   require(0 <= args.smooth < 1, f'--smooth is {args.smooth}: choose 0 to .999')
-  file = storage.output(args.plot, '--plot')
+  file = storage.checked_output_file(args.plot, '--plot')
   require(file is not None and file.suffix[1:] in KINDS, f'--plot is '
           f'{args.plot!r}: its name must end in one of .{", .".join(KINDS)}')
 
@@ -52,7 +52,7 @@ def main() -> int:
     if any(figure in lines for lines in drawn.values()):
       panels[figure] = words
   if file.suffix == '.html':
-    storage.write(file, _page(drawn, panels, args.by))
+    storage.write_file(file, _page(drawn, panels, args.by))
   else:
     storage.write_picture(file, _picture(drawn, panels, args.by))
   print(f'curves: {file}')
@@ -69,11 +69,11 @@ def _lines(folder: str, weight: float) -> dict[str, dict[str, list]]:
   Raises:
     RequestError: where no run lies there, or it has no figures yet.
   """
-  file = storage.path(folder) / metrics.METRICS
-  config = runs.config_of(file.parent)
+  file = storage.checked_path(folder) / metrics.METRICS_FILE
+  config = runs.load_run_config(file.parent)
   rows = []
   if file.exists():
-    rows = metrics.read(file)
+    rows = metrics.read_metrics(file)
   require(rows, f'{file} has no figures yet (log.every_steps)')
 
   spent, lines = cost.of(config), {}

@@ -29,7 +29,7 @@ from tools.plan import collectives, predict, report as plans
 from training import cli, objectives, preflight, runs
 from training.data import tokenizers
 from training.distributed import devices
-from training.runs import STREAMS, abstract_params
+from training.runs import RANDOM_STREAMS, abstract_params
 
 MOST = 4096  # devices; their making takes seconds, and grows as the square
 # The names that jax and flax add to a module's path.
@@ -105,7 +105,7 @@ def activations(run: runs.Run) -> list[dict]:
     batch[key] = jax.ShapeDtypeStruct(shape, dtype)
 
   def loss(params, batch):
-    rngs = {name: jax.random.key(0) for name in STREAMS}
+    rngs = {name: jax.random.key(0) for name in RANDOM_STREAMS}
     output = objective.apply(
         run.module, params, batch, deterministic=False, rngs=rngs)
     return objective.loss(output, batch, run.config)[0]
@@ -152,7 +152,7 @@ def _module(stack: str) -> str:
 
 def explain(config: Any, mesh: dict[str, int]) -> dict:
   """Returns the report of a checked config on a mesh."""
-  model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
+  model, _ = runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
   count = math.prod(mesh.values())
   placed = devices.make_mesh(mesh, jax.devices()[:count])
   run = runs.build(config, model, placed)
@@ -196,7 +196,7 @@ def main() -> int:
           f'one of {MOST:,} at most, as each becomes a virtual CPU device')
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', count)
-  preflight.check_config(args.config, cli.overrides())
+  preflight.check_config(args.config, cli.overridden_fields())
   report = explain(args.config, mesh)
   if args.json:
     print(json.dumps(report, indent=2))

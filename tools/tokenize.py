@@ -92,9 +92,10 @@ def _source(spec: str) -> sources.Source:
 
 def tokenise(args: argparse.Namespace) -> dict[str, Any]:
   """Makes the shards that are this job's and not finished; returns figures."""
-  started, out = time.monotonic(), storage.path(args.out, '--out').expanduser()
-  storage.try_folder(out, '--out')
-  storage.refuse_run(out, '--out', tokens.BEGUN)
+  started, out = time.monotonic(), storage.checked_path(args.out,
+                                                        '--out').expanduser()
+  storage.check_folder_is_writable(out, '--out')
+  storage.refuse_folder_of_run(out, '--out', tokens.BEGUN)
   tokenizer, source = tokenizers.load(args.tokenizer), _source(args.source)
   parts, sizes = sources.plan(source, args.shard_mib << 20)
   content = tokens.digest([source.reader, source.content, [

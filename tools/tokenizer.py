@@ -122,11 +122,12 @@ def main(argv: list[str] | None = None) -> None:
       help='leave out what data.holdout_every holds out of training')
   args = parser.parse_args(argv)
   require(args.out.endswith('.json'), f'--out={args.out} must end in .json')
-  storage.try_file(args.out, '--out')
-  with progress.during(f'training {args.kind}'):
+  storage.check_file_is_writable(args.out, '--out')
+  with progress.show_task(f'training {args.kind}'):
     made = train(args.kind, _texts(args.source, args.holdout_every),
                  args.vocab_size, args.special)
-  storage.write(storage.path(args.out, '--out'), made.to_str(pretty=True))
+  storage.write_file(storage.checked_path(args.out, '--out'),
+                     made.to_str(pretty=True))
 
 
 if __name__ == '__main__':

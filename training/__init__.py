@@ -6,11 +6,12 @@ import os
 import sys
 
 # Device files of TPUs and of GPUs.
-_DEVICES = ('/dev/accel*', '/dev/vfio/*', '/dev/nvidia*', '/dev/dxg',
-            '/dev/kfd')
+_DEVICE_FILES = ('/dev/accel*', '/dev/vfio/*', '/dev/nvidia*', '/dev/dxg',
+                 '/dev/kfd')
 # By one of these somebody says that there is a device, or which to take.
-_NAMED = ('JAX_PLATFORMS', 'JAX_FORCE_TPU_INIT', 'PJRT_DEVICE', 'TPU_NAME',
-          'TPU_WORKER_ID', 'TPU_ACCELERATOR_TYPE')
+_VARIABLES_NAMING_DEVICES = ('JAX_PLATFORMS', 'JAX_FORCE_TPU_INIT',
+                             'PJRT_DEVICE', 'TPU_NAME',
+                             'TPU_WORKER_ID', 'TPU_ACCELERATOR_TYPE')
 
 
 def hide_absent_devices() -> None:
@@ -19,8 +20,9 @@ def hide_absent_devices() -> None:
   complain."""
   compilers = any(importlib.util.find_spec(name) for name in (
       'libtpu', 'jax_cuda13_plugin'))
-  if compilers and not any(name in os.environ for name in _NAMED) and not any(
-      map(glob.glob, _DEVICES)):
+  is_named = any(name in os.environ for name in _VARIABLES_NAMING_DEVICES)
+  has_device = any(map(glob.glob, _DEVICE_FILES))
+  if compilers and not is_named and not has_device:
     os.environ['JAX_PLATFORMS'] = 'cpu'
     if 'jax' in sys.modules:  # which read it when it was imported
       sys.modules['jax'].config.update('jax_platforms', 'cpu')

@@ -24,7 +24,7 @@ from training.runs import ModelConfig, TrainState
 from training.workdir import checkpoints, provenance, run_config
 
 
-class Request(NamedTuple):
+class RunRequest(NamedTuple):
   """A run that was asked for, and that can be.
 
   Attributes:
@@ -43,21 +43,21 @@ class Request(NamedTuple):
   tokenizer: tokenizers.Tokenizer
   model: ModelConfig
   derived: dict
-  changes: Sequence[run_config.Change]
+  changes: Sequence[run_config.FieldChange]
   allow_config_change: bool
 
   def notes(self) -> list[str]:
     """Returns lines on what differs from the last start of the run: fields of
     the config, and the code."""
-    lines = provenance.changes(run_config.starts(self.workdir))
+    lines = provenance.list_code_changes(run_config.load_starts(self.workdir))
     if self.changes:
-      lines.insert(0, run_config.table(self.changes))
+      lines.insert(0, run_config.format_changes(self.changes))
     return lines
 
 
-def check(config: ml_collections.ConfigDict, workdir: epath.Path,
-          by_hand: Iterable[str] = (), allow_config_change: bool = False
-          ) -> Request:
+def check_request(config: ml_collections.ConfigDict, workdir: epath.Path,
+                  by_hand: Iterable[str] = (), allow_config_change: bool = False
+                  ) -> RunRequest:
   """Returns a checked request; no device is touched.
 
   Args:
@@ -71,27 +71,27 @@ def check(config: ml_collections.ConfigDict, workdir: epath.Path,
   Raises:
     RequestError: for anything that the run could not honour.
   """
-  preflight.try_workdir(workdir)
+  preflight.check_workdir_is_writable(workdir)
   # Faults that the config and the files that it names show.
   preflight.check_config(config, by_hand)
   pipeline.check_sources(config)
-  parameters.check_source(config.init_from)
+  parameters.check_init_from(config.init_from)
 
   # The labels, the tokenizer and the sizes of the model follow from the data.
   # A run that has begun must have the same.
   filled = objectives.with_labels(config)
   tokenizer = tokenizers.load(filled.data.tokenizer)
-  parameters.check_tokenizer(filled, tokenizer)
-  model, derived = runs.resolve(filled, tokenizer)
-  changes = run_config.changes(workdir, filled, derived)
-  run_config.refuse(changes, allow_config_change)
-  return Request(
+  parameters.check_tokenizer_of_weights(filled, tokenizer)
+  model, derived = runs.resolve_model(filled, tokenizer)
+  changes = run_config.list_changes(workdir, filled, derived)
+  run_config.refuse_changes(changes, allow_config_change)
+  return RunRequest(
       asked=config, config=filled, workdir=workdir, tokenizer=tokenizer,
       model=model, derived=derived, changes=changes,
       allow_config_change=allow_config_change)
 
 
-def on_devices(request: Request, mesh: Mesh | None = None) -> runs.Run:
+def build_on_devices(request: RunRequest, mesh: Mesh | None = None) -> runs.Run:
   """Returns the run on its devices; nothing is computed.
 
   Args:
@@ -106,7 +106,7 @@ def on_devices(request: Request, mesh: Mesh | None = None) -> runs.Run:
   return run
 
 
-def check_data(request: Request, contents: dict[str, str]) -> list[str]:
+def check_data(request: RunRequest, contents: dict[str, str]) -> list[str]:
   """Returns a line for each source that has changed since the run was started.
 
   Args:
@@ -116,17 +116,17 @@ def check_data(request: Request, contents: dict[str, str]) -> list[str]:
   Raises:
     RequestError: where a source has changed, unless that is allowed.
   """
-  starts = run_config.starts(request.workdir)
+  starts = run_config.load_starts(request.workdir)
   return provenance.check_data(starts, contents, request.allow_config_change)
 
 
-class Start(NamedTuple):
+class StartingPoint(NamedTuple):
   """Where a run goes on.
 
   Attributes:
     state: the state of the newest good checkpoint; None where the run begins.
     step: the index of the next batch.
-    code: writer.DIVERGED or writer.EARLY of a run that has ended; 0.
+    code: writer.DIVERGED or writer.ENDED_EARLY of a run that has ended; 0.
     sentence: why the run does not go on; '' where it does.
   """
   state: TrainState | None
@@ -135,8 +135,9 @@ class Start(NamedTuple):
   sentence: str = ''
 
 
-def take_up(request: Request, run: runs.Run, saved: checkpoints.Checkpoints,
-            label: str = '') -> Start:
+def find_starting_point(request: RunRequest, run: runs.Run,
+                        saved: checkpoints.Checkpoints,
+                        label: str = '') -> StartingPoint:
   """Returns where a run goes on, or how it has ended.
 
   Args:
@@ -150,12 +151,12 @@ def take_up(request: Request, run: runs.Run, saved: checkpoints.Checkpoints,
       step than the last that was asked for.
   """
   try:
-    restored = parameters.restore(run, saved)
-  except checkpoints.Mismatch as error:  # which lists the shapes
-    way_on = run_config.way_on(request.changes)
+    restored = parameters.restore_run(run, saved)
+  except checkpoints.CheckpointMismatch as error:  # which lists the shapes
+    way_on = run_config.advise_on_incompatible(request.changes)
     raise RequestError(way_on or str(error)) from error
   if restored is None:
-    return Start(state=None, step=0)
+    return StartingPoint(state=None, step=0)
 
   state = restored.state
   step = restored.record['next_batch']
@@ -165,24 +166,26 @@ def take_up(request: Request, run: runs.Run, saved: checkpoints.Checkpoints,
           'another --workdir')
 
   # With another config a run that ended badly may go on.
-  badly = writer.ended_badly(state, request.config)
+  badly = writer.explain_if_diverged(state, request.config)
   if badly and not request.changes:
-    return Start(state=state, step=step, code=writer.DIVERGED, sentence=badly)
-  early = writer.ended_early(request.config, saved.best, step)
+    return StartingPoint(state=state, step=step, code=writer.DIVERGED,
+                         sentence=badly)
+  early = writer.explain_if_ended_early(request.config, saved.best, step)
   if early:
-    return Start(state=state, step=step, code=writer.EARLY, sentence=early)
+    return StartingPoint(state=state, step=step, code=writer.ENDED_EARLY,
+                         sentence=early)
   if devices.primary() and 0 < step < steps:
     print(f'{label}going on from step {step}')
-    for change in checkpoints.environment_changes(restored.record):
+    for change in checkpoints.list_environment_changes(restored.record):
       print(f'{label}not bit for bit, since this has changed: {change}')
-  return Start(state=state, step=step)
+  return StartingPoint(state=state, step=step)
 
 
-def new_state(run: runs.Run) -> TrainState:
+def create_first_state(run: runs.Run) -> TrainState:
   """Returns the state of a run before its first step: drawn, or with the
   parameters of init_from."""
   config = run.config
-  state = parameters.create(run, config.init_from)
+  state = parameters.create_state(run, config.init_from)
   if not devices.primary():
     return state
   if config.init_from:

@@ -31,15 +31,16 @@ from training.objectives import Talk
 
 # The numbers of tokens that are read at once, ascending; the rest of the last
 # piece is padding, which the next tokens overwrite.
-PIECES = (1, 32, 256)
-REPLACEMENT = '\ufffd'  # Decoders write this for bytes that are no character.
+PIECE_SIZES = (1, 32, 256)
+# Decoders write this for bytes that are no character.
+REPLACEMENT_CHARACTER = '\ufffd'
 # The advice for a model that cannot be talked with.
-INSTEAD = ('its model does not write a text from left to right: eval.py has '
-           '--prompt, and --tasks=fill_mask, diffusion_samples, labels and '
-           'embed')
+ADVICE_FOR_OTHER_MODELS = (
+    'its model does not write a text from left to right: eval.py has '
+    '--prompt, and --tasks=fill_mask, diffusion_samples, labels and embed')
 
 
-class Speaker(NamedTuple):
+class ChatModel(NamedTuple):
   """A model that can be talked with.
 
   Attributes:
@@ -55,8 +56,8 @@ class Speaker(NamedTuple):
   options: dict[str, Any]
 
 
-def of_run(workdir: epath.Path, step: int | str | None = None,
-           template: str = '') -> Speaker:
+def load_from_run(workdir: epath.Path, step: int | str | None = None,
+                  template: str = '') -> ChatModel:
   """Returns the model of a run.
 
   Args:
@@ -67,46 +68,48 @@ def of_run(workdir: epath.Path, step: int | str | None = None,
   Raises:
     RequestError: for a model that cannot be talked with.
   """
-  config = runs.config_of(workdir)
+  config = runs.load_run_config(workdir)
   objective = objectives.of(config)
-  require(objective.talks, f'objective {config.objective!r}: {INSTEAD}')
+  require(objective.talks,
+          f'objective {config.objective!r}: {ADVICE_FOR_OTHER_MODELS}')
 
   # The model.
-  tokenizer = runs.tokenizer_of(workdir, config)
+  tokenizer = runs.load_run_tokenizer(workdir, config)
   generation = hf_generation.kept(workdir)
-  module = architectures.build(runs.model_of(workdir, config))
-  restored = parameters.on_one_device(workdir, module, step)
+  module = architectures.build(runs.load_run_model_config(workdir, config))
+  restored = parameters.read_parameters_on_one_device(workdir, module, step)
 
   # How it is talked with: as it was trained, or as its import says.
   talk = objective.talk(config, tokenizer)
   if generation is not None or template:
     is_published = hf_generation.is_published(workdir, restored.step)
-    talk = _talk(tokenizer, generation=generation, template=template,
-                 usual=talk, published=is_published)
+    talk = _choose_talk(tokenizer, generation=generation, template=template,
+                        usual=talk, published=is_published)
   options = None
   if generation is not None:
     options = generation.options
-  return Speaker(module=module, params=restored.state, tokenizer=tokenizer,
-                 talk=talk, options=options or {})
+  return ChatModel(module=module, params=restored.state, tokenizer=tokenizer,
+                   talk=talk, options=options or {})
 
 
-def of_folder(folder: epath.Path, template: str = '') -> Speaker:
+def load_from_folder(folder: epath.Path, template: str = '') -> ChatModel:
   """Returns the model of a Hugging Face folder; see `of_run`."""
   model = hf_config.read(hf_config.load_config_json(folder))
   if architectures.stack(model) != 'decoder' or model.head != 'lm':
-    raise RequestError(f'{folder}: {INSTEAD}')
+    raise RequestError(f'{folder}: {ADVICE_FOR_OTHER_MODELS}')
   # How it is talked with, then its weights, which take the time.
   tokenizer = tokenizers.load(str(folder))
   generation = hf_generation.of_folder(folder)
-  talk = _talk(tokenizer, generation=generation, template=template,
-               usual=causal.goes_on(tokenizer), published=True)
+  talk = _choose_talk(tokenizer, generation=generation, template=template,
+                      usual=causal.goes_on(tokenizer), published=True)
   module, params = weights.from_hf(folder)
-  return Speaker(module=module, params=params, tokenizer=tokenizer, talk=talk,
-                 options=generation.options or {})
+  return ChatModel(module=module, params=params, tokenizer=tokenizer, talk=talk,
+                   options=generation.options or {})
 
 
-def _talk(tokenizer: Tokenizer, generation: hf_generation.Generation | None,
-          template: str, usual: Talk, published: bool) -> Talk:
+def _choose_talk(tokenizer: Tokenizer,
+                 generation: hf_generation.Generation | None,
+                 template: str, usual: Talk, published: bool) -> Talk:
   """Returns how an imported model is talked with: by its chat template, and
   with the tokens of its generation_config.json.
 
@@ -136,7 +139,7 @@ def _talk(tokenizer: Tokenizer, generation: hf_generation.Generation | None,
   return usual
 
 
-class Engine:
+class CachedDecoder:
   """One row of text, and what draws from it.
 
   What the cache holds already is not computed again. Tokens are read in pieces
@@ -165,7 +168,7 @@ class Engine:
     self._key = jax.random.key(seed)
     self._ids = np.zeros(0, np.int32)  # the tokens in the cache
     self._has_state = blocks.with_state(config)
-    self._ends = generate.rereads_at(module)
+    self._ends = generate.lengths_to_reread_at(module)
     self.context = context
     self.num_read = 0
 
@@ -192,7 +195,7 @@ class Engine:
       size = self._piece_size(start, len(ids))
       piece = ids[start:start + size]
       padded_1P = np.pad(piece, (0, size - len(piece)))[None]
-      token, self._cache = _read(
+      token, self._cache = _read_and_draw(
           module=self._module, sampling=self._sampling, apart=self._apart,
           params=self._params, cache=self._cache, tokens_1P=padded_1P,
           start=np.int32(start), last=np.int32(len(piece) - 1),
@@ -222,19 +225,21 @@ class Engine:
     is left, and else the largest one that is filled by it."""
     left = end - start
     room = self.context - start
-    for size in PIECES:
+    for size in PIECE_SIZES:
       if left <= size <= room:
         return size
-    return max(size for size in PIECES if size <= left)
+    return max(size for size in PIECE_SIZES if size <= left)
 
 
 @functools.partial(
     jax.jit, static_argnames=('module', 'sampling', 'apart', 'has_state'),
     donate_argnames='cache')
-def _read(module: nn.Module, sampling: generate.Sampling, apart: bool,
-          params: Any, cache: Any, tokens_1P: jax.Array, start: jax.Array,
-          last: jax.Array, lengths_1: jax.Array, key: jax.Array,
-          seen_1V: jax.Array | None, has_state: bool) -> tuple[jax.Array, Any]:
+def _read_and_draw(module: nn.Module, sampling: generate.Sampling, apart: bool,
+                   params: Any, cache: Any, tokens_1P: jax.Array,
+                   start: jax.Array,
+                   last: jax.Array, lengths_1: jax.Array, key: jax.Array,
+                   seen_1V: jax.Array | None,
+                   has_state: bool) -> tuple[jax.Array, Any]:
   """Reads P tokens into the cache, and draws the token after them.
 
   Args:
@@ -269,7 +274,7 @@ def _read(module: nn.Module, sampling: generate.Sampling, apart: bool,
   return token_1[0], output.cache
 
 
-class Stream:
+class AnswerStream:
   """The text of an answer while its tokens come, one by one.
 
   What cannot be shown yet is held back: bytes that are no whole character, and
@@ -300,7 +305,7 @@ class Stream:
     """Returns what can be shown more, now that this token has come."""
     self._ids.append(token)
     text = self._decoded(whole=False)
-    cut = generate.before(text, self._stops)
+    cut = generate.text_before_stop(text, self._stops)
     self.stopped = len(cut) < len(text)
     if self.stopped:
       return self._show(cut)
@@ -320,7 +325,7 @@ class Stream:
   @property
   def text(self) -> str:
     """The whole answer so far."""
-    return generate.before(self._decoded(whole=True), self._stops)
+    return generate.text_before_stop(self._decoded(whole=True), self._stops)
 
   def _show(self, text: str) -> str:
     """Returns the part of a text that was not shown before."""
@@ -339,13 +344,13 @@ class Stream:
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
     text = decoder.decode(data, final=whole)
     if not whole:  # some tokenizers decode to text, and write it themselves
-      text = text.rstrip(REPLACEMENT)
+      text = text.rstrip(REPLACEMENT_CHARACTER)
       if self._lead.startswith(text):
         return ''
     return text.removeprefix(self._lead)
 
 
-class Session:
+class ChatSession:
   """A conversation with a model.
 
   For each answer the whole conversation is laid out again, as transformers does
@@ -370,7 +375,7 @@ class Session:
     RequestError: for a system text where the model has no place for it.
   """
 
-  def __init__(self, engine: Engine, tokenizer: Tokenizer, talk: Talk, *,
+  def __init__(self, engine: CachedDecoder, tokenizer: Tokenizer, talk: Talk, *,
                most: int, stops: Sequence[str] = (), system: str = ''):
     """Begins a conversation, with a system text where one is given."""
     self._engine = engine
@@ -413,15 +418,16 @@ class Session:
             '--context, up to the max_len of the model')
     self.messages = asked
     prompt = ids.tolist() if self._talk.plain else ()
-    stream = Stream(self._tokenizer, stops=self._stops, lead=self._talk.lead,
-                    prompt=prompt)
+    stream = AnswerStream(self._tokenizer, stops=self._stops,
+                          lead=self._talk.lead,
+                          prompt=prompt)
     # Even an answer that is cut short becomes part of the conversation.
     try:
       yield from self._written(ids, stream, stopped)
     finally:
       self.messages = [*asked, dict(role='assistant', content=stream.text)]
 
-  def _written(self, ids: np.ndarray, stream: Stream,
+  def _written(self, ids: np.ndarray, stream: AnswerStream,
                stopped: Callable[[], bool]) -> Iterator[str]:
     """Yields the pieces of an answer, and sets `ended`.
 
@@ -450,7 +456,7 @@ class Session:
     if piece:
       yield piece
 
-  def _reason_to_end(self, length: int, stream: Stream,
+  def _reason_to_end(self, length: int, stream: AnswerStream,
                      stopped: Callable[[], bool]) -> str:
     """Returns why an answer ends at this length, as in `ended`; '': it goes
     on."""

@@ -32,8 +32,8 @@ import numpy as np
 
 from architectures.parts import flat
 from common.errors import EnvironmentFailure, RequestError, STOPPED, Stopped
-from common.errors import hint, one_of, readable, require, short
-from common.fields import Leaf, check_number
+from common.errors import suggest_name, one_of, cut_long_words, require, short
+from common.fields import DeclaredField, check_number
 import configs
 from configs import base
 from training import plugins
@@ -42,7 +42,7 @@ flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
 # Called with the exit code of a program that fails, once its sentence is
 # printed: a run of several processes does not wait for the others then.
-at_failure: Callable[[int], None] = sys.exit
+exit_after_failure: Callable[[int], None] = sys.exit
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -56,17 +56,17 @@ def run(main: Callable[[], int | None]) -> None:
     # Python would fail once more at its exit, with a code of its own.
     for stream in (1, 2):
       os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    at_failure(128 + signal.SIGPIPE)
+    exit_after_failure(128 + signal.SIGPIPE)
   except (Exception, KeyboardInterrupt) as error:
-    failure = _failure(error)
+    failure = _exit_code_and_sentence(error)
     if failure is None:
       raise
     code, sentence = failure
-  print(readable(sentence), file=sys.stderr, flush=True)
-  at_failure(code)
+  print(cut_long_words(sentence), file=sys.stderr, flush=True)
+  exit_after_failure(code)
 
 
-def _failure(error: BaseException) -> tuple[int, str] | None:
+def _exit_code_and_sentence(error: BaseException) -> tuple[int, str] | None:
   """Returns the exit code of a failure and its sentence; None for a bug."""
   if isinstance(error, RequestError):
     return 2, f'error: {error}'
@@ -109,7 +109,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter,
   flag shows its default."""
 
   def _get_help_string(self, action: argparse.Action):
-    if action.nargs == 0 or _has_default(action.help, action.default):
+    if action.nargs == 0 or _needs_no_default(action.help, action.default):
       return action.help
     return super()._get_help_string(action)
 
@@ -119,14 +119,14 @@ class Parser(argparse.ArgumentParser):
 
   def __init__(self, **how: Any):
     super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **how)
-    self.register('action', None, _Once)
-    self.register('type', float, _finite)
+    self.register('action', None, _StoreOnce)
+    self.register('type', float, _parse_finite_number)
 
   def error(self, message: str):
-    super().error(readable(message))
+    super().error(cut_long_words(message))
 
 
-class _Once(argparse.Action):
+class _StoreOnce(argparse.Action):
   """Stores the value of an option, which may be given once: of two values one
   would not be read."""
 
@@ -141,7 +141,7 @@ class _Once(argparse.Action):
     setattr(namespace, self.dest, values)
 
 
-def _finite(text: str) -> float:
+def _parse_finite_number(text: str) -> float:
   """Returns the finite number that a text says."""
   number = float(text)
   if not math.isfinite(number):
@@ -149,8 +149,8 @@ def _finite(text: str) -> float:
   return number
 
 
-def run_command(prog: str, doc: str | None,
-                commands: Mapping[str, tuple[str, str]]) -> int:
+def run_subcommand(prog: str, doc: str | None,
+                   commands: Mapping[str, tuple[str, str]]) -> int:
   """Runs a program with subcommands; returns its exit code.
 
   Args:
@@ -169,7 +169,7 @@ def run_command(prog: str, doc: str | None,
   return importlib.import_module(module).main(args)
 
 
-def _has_default(text: str | None, default: object) -> bool:
+def _needs_no_default(text: str | None, default: object) -> bool:
   """Whether a flag's --help needs no default behind its text: there is none,
   or the text says what it means."""
   return default in (None, '', []) or 'default:' in (text or '')
@@ -180,7 +180,7 @@ def _has_default(text: str | None, default: object) -> bool:
 # The parts of the command line that `parse` has read: FILE.py:SIZE, and the
 # texts that were given for fields of the config, by dotted name.
 _config_file: list[str] = []
-_overrides: dict[str, str] = {}
+_text_of_overridden_field: dict[str, str] = {}
 
 
 def define_config(text: str = 'A file of configs/ and its size, as gpt:tiny, '
@@ -227,17 +227,17 @@ def parse(doc: str, argv: Sequence[str] | None = None) -> None:
   try:
     _read_flags(list(argv))
   except RequestError as error:
-    _refuse(str(error))
+    _exit_with_error(str(error))
   except flags.Error as error:  # the lines after its first repeat the usage
     first_line = str(error).splitlines()[0]
-    _refuse(first_line.removeprefix('ERROR:: '))
+    _exit_with_error(first_line.removeprefix('ERROR:: '))
 
 
 def _print_help(doc: str) -> None:
   """Prints what --help says: the program's docstring and its flags."""
   print(doc.strip(), '\n\nflags:')
   for name in _flags_of_program():
-    print(_described(flags.FLAGS[name]))
+    print(_describe_flag(flags.FLAGS[name]))
 
 
 def _read_flags(argv: list[str]) -> None:
@@ -249,16 +249,16 @@ def _read_flags(argv: list[str]) -> None:
   # absl's own search for flags with a similar name fails at a long one, so it
   # gives back what it does not know, and the first such word is refused here.
   expanded = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
-  _, *unknown = flags.FLAGS(_without_overrides(expanded), known_only=True)
+  _, *unknown = flags.FLAGS(_take_out_overrides(expanded), known_only=True)
   if unknown:
-    _refuse_word(unknown[0])
+    _refuse_unknown_word(unknown[0])
 
   for name in program_flags:
     _check_value(f'--{name}', flags.FLAGS[name].value)
   if 'config' in flags.FLAGS:
-    _load_config(flags.FLAGS['config'])
-  elif _overrides:
-    _refuse_word(f'--config.{next(iter(_overrides))}')
+    _load_config_of_flag(flags.FLAGS['config'])
+  elif _text_of_overridden_field:
+    _refuse_unknown_word(f'--config.{next(iter(_text_of_overridden_field))}')
 
 
 def _check_value(flag: str, value: Any) -> None:
@@ -270,17 +270,17 @@ def _check_value(flag: str, value: Any) -> None:
     raise RequestError(f'{flag} is {short(",".join(value))}: name each once')
 
 
-def overrides() -> tuple[str, ...]:
+def overridden_fields() -> tuple[str, ...]:
   """Returns the fields that --config.FIELD flags set, by dotted name. After
   `parse`."""
-  return tuple(_overrides)
+  return tuple(_text_of_overridden_field)
 
 
-def words(names: Sequence[str]) -> list[str]:
+def words_to_repeat_command(names: Sequence[str]) -> list[str]:
   """Returns what sets the flags `names` and fields of the config again, each as
   --name=value. After `parse`."""
   result = [f'--config={_config_file[0]}']
-  for name, text in _overrides.items():
+  for name, text in _text_of_overridden_field.items():
     result.append(f'--config.{name}={text}')
   for name in names:
     if name == 'config' or name not in flags.FLAGS:
@@ -290,7 +290,7 @@ def words(names: Sequence[str]) -> list[str]:
   return result
 
 
-def _refuse_word(word: str):
+def _refuse_unknown_word(word: str):
   """Raises RequestError for a word that is no flag of the program."""
   name = word.partition('=')[0].lstrip('-')
   if not word.startswith('-') or not name:
@@ -303,12 +303,12 @@ def _refuse_word(word: str):
     for field, text in base.SENTENCES.items():
       sentences[f'config.{field}'] = text
   raise RequestError(f'unknown flag --{name}: choose from {", ".join(known)}.'
-                     + hint(name, sentences, '--'))
+                     + suggest_name(name, sentences, '--'))
 
 
-def _refuse(sentence: str):
+def _exit_with_error(sentence: str):
   """Prints why a command line is refused, and exits."""
-  print(f'error: {readable(sentence)}', file=sys.stderr, flush=True)
+  print(f'error: {cut_long_words(sentence)}', file=sys.stderr, flush=True)
   sys.exit(2)
 
 
@@ -319,11 +319,11 @@ def _flags_of_program() -> list[str]:
   return sorted(flag.name for flag in key_flags)
 
 
-def _described(flag: flags.Flag) -> str:
+def _describe_flag(flag: flags.Flag) -> str:
   """Returns the lines of --help for one flag, with its default."""
   name = f'[no]{flag.name}' if flag.boolean else flag.name
   text = f'--{name}: {flag.help}'
-  if not _has_default(flag.help, flag.default):
+  if not _needs_no_default(flag.help, flag.default):
     default = flag.default
     if isinstance(default, list):
       default = ','.join(default)
@@ -333,9 +333,9 @@ def _described(flag: flags.Flag) -> str:
       break_long_words=False, break_on_hyphens=False)
 
 
-def _without_overrides(argv: Sequence[str]) -> list[str]:
+def _take_out_overrides(argv: Sequence[str]) -> list[str]:
   """Returns the words that set no field of the config; notes the others."""
-  _overrides.clear()
+  _text_of_overridden_field.clear()
   rest: list[str] = []
   following = iter(argv)
   for word in following:
@@ -352,49 +352,50 @@ def _without_overrides(argv: Sequence[str]) -> list[str]:
       text = 'False' if no else 'True'
     elif no:
       raise RequestError(f'{word}: write --config.{name}=VALUE')
-    require(name not in _overrides,
+    require(name not in _text_of_overridden_field,
             f'--config.{name} is given twice: give it once')
 
     # Without an equals sign, the value is the next word.
     if text is None:
       text = next(following, '')
-    _overrides[name] = text
+    _text_of_overridden_field[name] = text
   return rest
 
 
-def _load_config(flag: flags.Flag) -> None:
+def _load_config_of_flag(flag: flags.Flag) -> None:
   """Gives --config the config that its value names."""
   if flag.value is None:
-    if _overrides:
-      name = next(iter(_overrides))
+    if _text_of_overridden_field:
+      name = next(iter(_text_of_overridden_field))
       raise RequestError(f'--config.{name} needs --config FILE.py:SIZE')
     return
   _config_file[:] = [flag.value]
   config = load_config_file(flag.value)
-  for name, text in _overrides.items():
-    _set(config, name, text)
+  for name, text in _text_of_overridden_field.items():
+    _set_config_field(config, name, text)
   flag.value = config.lock()
 
 
-def _set(config: ml_collections.ConfigDict, name: str, text: str) -> None:
+def _set_config_field(config: ml_collections.ConfigDict, name: str,
+                      text: str) -> None:
   """Sets a field of a config as a command line says."""
-  leaf = declare(config, name)
+  leaf = declare_field(config, name)
   default: Any = {}  # of model.kinds, which is a group and no field
   if leaf is not None:
     default = leaf.default
   elif name != 'model.kinds':
     raise RequestError(f'--config.{name} is no field of the config.'
-                       + hint(name, base.SENTENCES, '--config.')
-                       + _fields_beside(name))
+                       + suggest_name(name, base.SENTENCES, '--config.')
+                       + _sentence_of_fields_in_group(name))
   # A group is read as a whole, from its dict.
-  value = parsed(text, default, f'--config.{name}')
+  value = parse_value(text, default, f'--config.{name}')
   if leaf is None:
     flat.check_kinds(value)
     value = ml_collections.ConfigDict(value)
   config.update_from_flattened_dict({name: value})
 
 
-def _fields_beside(name: str) -> str:
+def _sentence_of_fields_in_group(name: str) -> str:
   """Returns a sentence that lists the fields of the group in which a name
   stands; '' where there is no such group."""
   group = name.rpartition('.')[0]
@@ -404,14 +405,16 @@ def _fields_beside(name: str) -> str:
   return f' There are {", ".join(fields)}.'
 
 
-_BOOLS = {'true': True, 't': True, '1': True, 'false': False, 'f': False,
-          '0': False}
+_BOOLEAN_OF_TEXT = {'true': True, 't': True, '1': True, 'false': False,
+                    'f': False,
+                    '0': False}
 # How a message names the values of a type; any other is a group of fields.
-_VALUES = {bool: 'True or False', int: 'a whole number', float: 'a number',
-           tuple: "a tuple, as ('a', 'b')"}
+_WORDS_FOR_TYPE = {bool: 'True or False', int: 'a whole number',
+                   float: 'a number',
+                   tuple: "a tuple, as ('a', 'b')"}
 
 
-def parsed(text: str, default: Any, flag: str) -> Any:
+def parse_value(text: str, default: Any, flag: str) -> Any:
   """Returns a value of the type that the default of a field has.
 
   Args:
@@ -425,7 +428,7 @@ def parsed(text: str, default: Any, flag: str) -> Any:
   kind = type(default)
   try:
     if kind is bool:
-      return _BOOLS[text.lower()]
+      return _BOOLEAN_OF_TEXT[text.lower()]
     if kind in (int, float, str):
       return kind(text)
     value = ast.literal_eval(text)
@@ -434,7 +437,7 @@ def parsed(text: str, default: Any, flag: str) -> Any:
     return kind(value)
   except (KeyError, ValueError, SyntaxError, TypeError, MemoryError,
           RecursionError) as error:  # the last two for too deep a nesting
-    wanted = _VALUES.get(kind, "a group of fields, as {'NAME': VALUE}")
+    wanted = _WORDS_FOR_TYPE.get(kind, "a group of fields, as {'NAME': VALUE}")
     raise RequestError(f'{flag} is {short(text)}: it must be {wanted}'
                        ) from error
 
@@ -452,38 +455,38 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
   """
   name, colon, size = spec.partition(':')
   file = configs.file_of(name, '--config')
-  module = run_file(file)
+  module = run_user_file(file)
   require(hasattr(module, 'get_config'), f'--config {file!r} is no config: it '
           'has no get_config()')
   # A get_config without a size has its own default.
   if colon:
-    config = call(file, module.get_config, size)
+    config = call_user_function(file, module.get_config, size)
   else:
-    config = call(file, module.get_config)
+    config = call_user_function(file, module.get_config)
   check_config(config, f'{file}: get_config()')
   return config
 
 
-def run_file(file: str) -> types.ModuleType:
+def run_user_file(file: str) -> types.ModuleType:
   """Returns the module that a Python file of the user defines, and takes up
   the parts that it declares (plugins.py).
 
   Raises:
     RequestError: where the file fails, with the line.
   """
-  text = call(file, read_text, file)
-  module = call(file, plugins.run, file, text)
-  plugins.declare(file, text, module)
+  text = call_user_function(file, read_python_file, file)
+  module = call_user_function(file, plugins.execute_file, file, text)
+  plugins.declare_parts(file, text, module)
   return module
 
 
-def read_text(file: str) -> str:
+def read_python_file(file: str) -> str:
   """Returns what a Python file holds."""
   with tokenize.open(file) as opened:  # in the encoding that it names
     return opened.read()
 
 
-def call(file: str, function: Callable, *args):
+def call_user_function(file: str, function: Callable, *args):
   """Calls a function of a user's file.
 
   Raises:
@@ -521,7 +524,8 @@ def check_config(config: Any, who: str) -> None:
   base.check(config.to_dict(), f'{who}: ')
 
 
-def declare(config: ml_collections.ConfigDict, full: str) -> Leaf | None:
+def declare_field(config: ml_collections.ConfigDict,
+                  full: str) -> DeclaredField | None:
   """Returns the field that a dotted name stands for, so that it can be set;
   None: there is no such field. A field of a kind of layer, which may be a new
   kind, gets the model's value where it had none.
@@ -550,42 +554,42 @@ def declare(config: ml_collections.ConfigDict, full: str) -> Leaf | None:
   model = config.model
   with model.unlocked():
     value = model[of_model]
-    group = _group(model.kinds, kind)
+    group = _get_or_add_group(model.kinds, kind)
     if inner:
       value = value[inner]
-      group = _group(group, name)
+      group = _get_or_add_group(group, name)
       name = inner
     if name not in group:
       group[name] = value
   return base.find(full)
 
 
-def _group(config: ml_collections.ConfigDict, name: str
-           ) -> ml_collections.ConfigDict:
+def _get_or_add_group(config: ml_collections.ConfigDict, name: str
+                      ) -> ml_collections.ConfigDict:
   """Returns the group of that name in a config, an empty one if it is new."""
   if name not in config:
     config[name] = ml_collections.ConfigDict()
   return config[name]
 
 
-def set_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any]
-               ) -> None:
+def set_model_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any]
+                     ) -> None:
   """Sets fields of config.model, and of the groups in it.
 
   Raises:
     RequestError: for an unknown field, or a value that it cannot have.
   """
-  fields = _plain(fields)
+  fields = _with_python_numbers(fields)
   flat.check_fields(fields)
   if 'kinds' in fields:
     model.kinds = ml_collections.ConfigDict(fields.pop('kinds'))
   model.update(fields)
 
 
-def _plain(value: Any) -> Any:
+def _with_python_numbers(value: Any) -> Any:
   """Returns a value, or a tree of values, with numpy's numbers as Python's."""
   if isinstance(value, np.generic):
     return value.item()
   if hasattr(value, 'items'):
-    return {name: _plain(x) for name, x in value.items()}
+    return {name: _with_python_numbers(x) for name, x in value.items()}
   return value

@@ -9,12 +9,12 @@ from training.costs import systems, totals
 from training.data import records
 from training.objectives import pipeline, probe
 
-MANY_PASSES = 5  # over the data, before a run warns of them
+MANY_PASSES_OVER_DATA = 5  # over the data, before a run warns of them
 
 
-def describe(run: runs.Run, start: int, tokens: int,
-             train_data: pipeline.Loader,
-             eval_data: Sequence[pipeline.Loader]) -> str:
+def describe_run(run: runs.Run, start: int, tokens: int,
+                 train_data: pipeline.Loader,
+                 eval_data: Sequence[pipeline.Loader]) -> str:
   """Returns what a run is about to do, in some lines.
 
   Args:
@@ -25,19 +25,19 @@ def describe(run: runs.Run, start: int, tokens: int,
     eval_data: the batches that are held out, of each source.
   """
   # The model, and where it is trained.
-  lines = [_model(run)]
-  lines += _notes(run)
-  lines.append(_devices(run))
+  lines = [_model_line(run)]
+  lines += _system_and_layer_lines(run)
+  lines.append(_devices_line(run))
 
   # The steps and their data, and the evaluations between them.
-  lines += _steps(run, start, tokens)
-  lines += _data(run, train_data)
-  lines.append(_held_out(eval_data))
-  lines.append(_evaluation(run, eval_data))
+  lines += _step_lines(run, start, tokens)
+  lines += _data_lines(run, train_data)
+  lines.append(_held_out_line(eval_data))
+  lines.append(_evaluation_line(run, eval_data))
   return '\n'.join(lines)
 
 
-def _model(run: runs.Run) -> str:
+def _model_line(run: runs.Run) -> str:
   """Returns the line of the model and its parameters."""
   model = run.model
   parameters = sum(x.size for x in jax.tree.leaves(run.abstract.params))
@@ -53,7 +53,7 @@ def _model(run: runs.Run) -> str:
   return f'{text}; computed in {model.dtype}'
 
 
-def _notes(run: runs.Run) -> list[str]:
+def _system_and_layer_lines(run: runs.Run) -> list[str]:
   """Returns what there is to say of the system and of its layers."""
   lines = list(totals.layers(run.model))
   system = systems.line(run.model)
@@ -62,7 +62,7 @@ def _notes(run: runs.Run) -> list[str]:
   return lines
 
 
-def _devices(run: runs.Run) -> str:
+def _devices_line(run: runs.Run) -> str:
   """Returns the line of the devices and their mesh."""
   sizes = [f'{axis}={n}' for axis, n in run.mesh.shape.items() if n > 1]
   mesh = ','.join(sizes) or 'data=1'
@@ -70,7 +70,7 @@ def _devices(run: runs.Run) -> str:
   return f'devices: {run.mesh.size} of the kind {kind}, mesh {mesh}'
 
 
-def _steps(run: runs.Run, start: int, tokens: int) -> list[str]:
+def _step_lines(run: runs.Run, start: int, tokens: int) -> list[str]:
   """Returns the lines of the steps: their rows, their tokens, their number."""
   config = run.config
   ramp = pipeline.ramp_of(config)
@@ -97,7 +97,7 @@ def _steps(run: runs.Run, start: int, tokens: int) -> list[str]:
   return lines
 
 
-def _data(run: runs.Run, train_data: pipeline.Loader) -> list[str]:
+def _data_lines(run: runs.Run, train_data: pipeline.Loader) -> list[str]:
   """Returns the line of the training data, the labels of its rows, and a
   warning of many passes."""
   config = run.config
@@ -117,21 +117,23 @@ def _data(run: runs.Run, train_data: pipeline.Loader) -> list[str]:
   lines = [f'data: {source}', *records.label_lines(train_data.views)]
   evaluates = config.eval.every_steps > 0
   watched = config.eval.best or config.objective in probe.OBJECTIVES
-  if passes > MANY_PASSES and evaluates and not watched:
+  if passes > MANY_PASSES_OVER_DATA and evaluates and not watched:
     lines.append(
-        f'warning: after some {MANY_PASSES} passes a model mostly learns its '
-        'data by heart: add --config.eval.best=loss --config.eval.patience=3')
+        f'warning: after some {MANY_PASSES_OVER_DATA} passes a model mostly '
+        'learns its data by heart: add --config.eval.best=loss '
+        '--config.eval.patience=3')
   return lines
 
 
-def _held_out(eval_data: Sequence[pipeline.Loader]) -> str:
+def _held_out_line(eval_data: Sequence[pipeline.Loader]) -> str:
   """Returns the line of what is held out."""
   names = ' and '.join(loader.text for loader in eval_data)
   tokens = sum(loader.num_tokens for loader in eval_data)
   return f'held out: {names}, {tokens:,} tokens'
 
 
-def _evaluation(run: runs.Run, eval_data: Sequence[pipeline.Loader]) -> str:
+def _evaluation_line(run: runs.Run,
+                     eval_data: Sequence[pipeline.Loader]) -> str:
   """Returns the line of the evaluations."""
   every = run.config.eval.every_steps
   if not every:

@@ -160,11 +160,11 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
   chex.assert_rank([prompts_BL, lengths_B], [2, 1])
   B, L = prompts_BL.shape
   module = module.clone(config=without_capacity(module.config))
-  stops = stops_of(stop_token)
+  stops = as_stop_tokens(stop_token)
   rows_B = jnp.arange(B)
 
   # Read the prompts.
-  logits_BV, cache, advance = begin(
+  logits_BV, cache, advance = read_prompts(
       module, params=params, prompts_BL=prompts_BL, lengths_B=lengths_B,
       room=max_new_tokens, **inputs)
   seen_BV = None
@@ -215,12 +215,12 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
   return tokens_BL
 
 
-def begin(module: nn.Module, params: Any, prompts_BL: jax.Array,
-          lengths_B: jax.Array, room: int, *,
-          source_BM: Optional[jax.Array] = None,
-          source_lengths_B: Optional[jax.Array] = None,
-          prefix_B: Optional[jax.Array] = None, copies: int = 1
-          ) -> tuple[jax.Array, Any, Callable]:
+def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
+                 lengths_B: jax.Array, room: int, *,
+                 source_BM: Optional[jax.Array] = None,
+                 source_lengths_B: Optional[jax.Array] = None,
+                 prefix_B: Optional[jax.Array] = None, copies: int = 1
+                 ) -> tuple[jax.Array, Any, Callable]:
   """Reads the prompts, and the sources of an encoder-decoder.
 
   Args:
@@ -252,11 +252,11 @@ def begin(module: nn.Module, params: Any, prompts_BL: jax.Array,
   if source_BM is None:
     options['prefix_B'] = prefix_B
     if blocks.with_state(module.config):
-      options['valid_BL'] = _is_token(prompts_BL, lengths_B)
+      options['valid_BL'] = _token_mask(prompts_BL, lengths_B)
   else:
     assert source_lengths_B is not None, 'a source comes with its lengths'
     leading = (None,)
-    fixed['segment_ids_BM'] = _is_token(source_BM, source_lengths_B)
+    fixed['segment_ids_BM'] = _token_mask(source_BM, source_lengths_B)
     places = 'decoder_positions_BL'
     options['memory'], _ = apply({'params': params}, source_BM, method='encode',
                                  lengths_B=source_lengths_B, **fixed)
@@ -270,18 +270,20 @@ def begin(module: nn.Module, params: Any, prompts_BL: jax.Array,
 
   # The rows are the first axis of a layer's cache, and the second of a stack's.
   cache = output.cache
-  apart = _apart(module)
+  apart = _is_unrolled(module)
   if apart:
     params, cache = one_by_one(params, cache)
   if copies > 1:
-    cache = _repeat(cache, copies, _row_axis(module))
-    prompts_BL, lengths_B, prefix_B, fixed = _repeat(
+    cache = _repeat_rows(cache, copies, _row_axis_of_cache(module))
+    prompts_BL, lengths_B, prefix_B, fixed = _repeat_rows(
         (prompts_BL, lengths_B, prefix_B, fixed), copies, 0)
 
   def advance(cache: Any, new_BT: jax.Array, t: jax.Array):
     """Returns the logits of new token t, and the cache that has read t - 1."""
-    cache = _reread(module, params=params, cache=cache, prompts_BL=prompts_BL,
-                    lengths_B=lengths_B, prefix_B=prefix_B, new_BT=new_BT, t=t)
+    cache = _reread_outgrown_rows(module, params=params, cache=cache,
+                                  prompts_BL=prompts_BL,
+                                  lengths_B=lengths_B, prefix_B=prefix_B,
+                                  new_BT=new_BT, t=t)
     token_B1 = jax.lax.dynamic_slice_in_dim(new_BT, t - 1, 1, axis=1)
     places_B1 = (lengths_B + t - 1)[:, None]
     output = apply({'params': params}, *leading, token_B1, cache=cache,
@@ -291,38 +293,39 @@ def begin(module: nn.Module, params: Any, prompts_BL: jax.Array,
   return logits_BV, cache, advance
 
 
-def _is_token(tokens_BL: jax.Array, lengths_B: jax.Array) -> jax.Array:
+def _token_mask(tokens_BL: jax.Array, lengths_B: jax.Array) -> jax.Array:
   """Returns 1 where a place holds a token and 0 where it is padding, [B, L]."""
   places_1L = jnp.arange(tokens_BL.shape[1])[None]
   return (places_1L < lengths_B[:, None]).astype(jnp.int32)
 
 
-def _repeat(tree: Any, copies: int, axis: int) -> Any:
+def _repeat_rows(tree: Any, copies: int, axis: int) -> Any:
   """Returns the tree with each row of its arrays `copies` times in a row."""
   return jax.tree.map(lambda x: jnp.repeat(x, copies, axis), tree)
 
 
-def _apart(module: Any) -> bool:
+def _is_unrolled(module: Any) -> bool:
   """Whether the layers of a step follow one another in the program."""
   return module.config.num_decoder_layers <= UNROLLED_LAYERS
 
 
-def _row_axis(module: Any) -> int:
+def _row_axis_of_cache(module: Any) -> int:
   """Returns the axis of a cache's arrays along which the rows of a batch lie:
   the first one is that of the layers where these are stacked."""
-  return 0 if _apart(module) else 1
+  return 0 if _is_unrolled(module) else 1
 
 
-def rereads_at(module: Any) -> tuple[int, ...]:
+def lengths_to_reread_at(module: Any) -> tuple[int, ...]:
   """Returns the lengths, ascending, past which a text is read again."""
   if not module.REREADS:
     return ()
   return positions.lengths_apart(module.config)
 
 
-def _reread(module: nn.Module, params: Any, cache: Any, prompts_BL: jax.Array,
-            lengths_B: jax.Array, prefix_B: Optional[jax.Array],
-            new_BT: jax.Array, t: jax.Array) -> Any:
+def _reread_outgrown_rows(module: nn.Module, params: Any, cache: Any,
+                          prompts_BL: jax.Array,
+                          lengths_B: jax.Array, prefix_B: Optional[jax.Array],
+                          new_BT: jax.Array, t: jax.Array) -> Any:
   """Returns the cache where the model has yet to read the last of `t` new
   tokens. Rows that this token makes longer than one of `rereads_at` are read
   again up to there.
@@ -335,8 +338,8 @@ def _reread(module: nn.Module, params: Any, cache: Any, prompts_BL: jax.Array,
   """
   B, T = new_BT.shape
   M = prompts_BL.shape[1] + T
-  apart = _apart(module)
-  ends = [n for n in rereads_at(module) if n < M - 1]
+  apart = _is_unrolled(module)
+  ends = [n for n in lengths_to_reread_at(module) if n < M - 1]
   if not ends:
     return cache
   outgrown_B = jnp.isin(lengths_B + t, jnp.array(ends) + 1)
@@ -352,7 +355,7 @@ def _reread(module: nn.Module, params: Any, cache: Any, prompts_BL: jax.Array,
     empty = jax.tree.map(jnp.zeros_like, cache)
     output: Any = module.apply(
         {'params': params}, texts_BM, cache=empty,
-        valid_BL=_is_token(texts_BM, lengths_B + t - 1),
+        valid_BL=_token_mask(texts_BM, lengths_B + t - 1),
         lengths_B=lengths_B + t, prefix_B=prefix_B, one_by_one=apart)
 
     # Only the rows that have outgrown a length take what was read again.
@@ -369,7 +372,7 @@ def _reread(module: nn.Module, params: Any, cache: Any, prompts_BL: jax.Array,
   return jax.lax.cond(outgrown_B.any(), again, lambda: cache)
 
 
-def stops_of(stop: int | tuple[int, ...] | None) -> tuple[int, ...]:
+def as_stop_tokens(stop: int | tuple[int, ...] | None) -> tuple[int, ...]:
   """Returns the tokens that end a text."""
   if stop is None:
     return ()
@@ -378,13 +381,14 @@ def stops_of(stop: int | tuple[int, ...] | None) -> tuple[int, ...]:
   return (stop,)
 
 
-def until(row: np.ndarray, stop: int | tuple[int, ...]) -> np.ndarray:
+def tokens_before_stop(row: np.ndarray,
+                       stop: int | tuple[int, ...]) -> np.ndarray:
   """Returns the tokens of a row before the first that is `stop`, or in it."""
-  ends = np.flatnonzero(np.isin(row, stops_of(stop)))
+  ends = np.flatnonzero(np.isin(row, as_stop_tokens(stop)))
   return row[:ends[0]] if ends.size else row
 
 
-def before(text: str, stops: Sequence[str]) -> str:
+def text_before_stop(text: str, stops: Sequence[str]) -> str:
   """Returns a text up to the first of the stop strings in it."""
   end = len(text)
   for stop in stops:
@@ -395,13 +399,13 @@ def before(text: str, stops: Sequence[str]) -> str:
 
 
 # The score of a text that may not be chosen; finite, as in transformers.
-NEVER = -1e9
-MOST = 1000  # The largest number of beams.
+SCORE_OF_NO_TEXT = -1e9
+MOST_BEAMS = 1000  # The largest number of beams.
 # The base of each length penalty: 1 for one token. gnmt is equation 14 of Wu et
 # al. 2016, which the Transformer's paper uses; power is transformers'
 # length_penalty, whose default exponent of 1 gives the mean log-probability of
 # a token.
-PENALTIES: dict[str, Callable] = {
+LENGTH_PENALTY_BASES: dict[str, Callable] = {
     'gnmt': lambda length: (5 + length) / 6,
     'power': lambda length: length,
 }
@@ -423,25 +427,25 @@ class Beams:
   penalty: str = 'gnmt'
 
   def __post_init__(self):
-    check_number('beams', self.count, [('>=', 1), ('<=', MOST)])
-    one_of('penalty', self.penalty, PENALTIES)
+    check_number('beams', self.count, [('>=', 1), ('<=', MOST_BEAMS)])
+    one_of('penalty', self.penalty, LENGTH_PENALTY_BASES)
     check_number('length_penalty', self.length_penalty,
                  [('>=', -10), ('<=', 10)])
 
   def divisor(self, length: jax.Array | int) -> jax.Array | float:
     """Returns the length penalty base(length)^alpha, by which the
     log-probability of a text is divided."""
-    base = PENALTIES[self.penalty](length)
+    base = LENGTH_PENALTY_BASES[self.penalty](length)
     return base ** self.length_penalty
 
 
-class _Texts(NamedTuple):
+class _ScoredTexts(NamedTuple):
   """K texts of each row: their new tokens, and their scores."""
   tokens_BKT: jax.Array
   score_BK: jax.Array
 
 
-class _State(NamedTuple):
+class _SearchState(NamedTuple):
   """The texts that the search has come upon for each row.
 
   Attributes:
@@ -450,8 +454,8 @@ class _State(NamedTuple):
     full_BK: bool, which of the K places of `ended` hold a text.
     open_B: bool, the rows that may yet find a better one.
   """
-  running: _Texts
-  ended: _Texts
+  running: _ScoredTexts
+  ended: _ScoredTexts
   full_BK: jax.Array
   open_B: jax.Array
 
@@ -484,17 +488,18 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
   K = beams.count
   T = max_new_tokens
   module = module.clone(config=without_capacity(module.config))
-  stops = stops_of(stop_token)
+  stops = as_stop_tokens(stop_token)
 
   # Read the prompts, and choose the first tokens. Only the first beam counts
   # then, since the others would be equal to it.
-  logits_BV, cache, advance = begin(
+  logits_BV, cache, advance = read_prompts(
       module, params=params, prompts_BL=prompts_BL, lengths_B=lengths_B,
       room=T, copies=K, **inputs)
   logits_BKV = jnp.repeat(logits_BV[:, None], K, axis=1)
-  state = _start(B=B, K=K, T=T, stops=stops)
-  state, _ = _choose(beams, stops=stops, state=state, logits_BKV=logits_BKV,
-                     t=0)
+  state = _first_search_state(B=B, K=K, T=T, stops=stops)
+  state, _ = _extend_texts(beams, stops=stops, state=state,
+                           logits_BKV=logits_BKV,
+                           t=0)
 
   def unfinished(carry: Any):
     t, state, _ = carry
@@ -506,34 +511,35 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
     tokens = state.running.tokens_BKT.reshape(B * K, T)
     logits, cache = advance(cache, tokens, t)
     logits_BKV = logits.reshape(B, K, -1)
-    state, parent_BK = _choose(beams, stops=stops, state=state,
-                               logits_BKV=logits_BKV, t=t)
+    state, parent_BK = _extend_texts(beams, stops=stops, state=state,
+                                     logits_BKV=logits_BKV, t=t)
     # Each text goes on with the cache of the text that it extends.
     first_B1 = K * jnp.arange(B)[:, None]
     rows = (parent_BK + first_B1).reshape(-1)
-    return t + 1, state, _reorder(cache, rows, _row_axis(module))
+    return t + 1, state, _reorder_cache(cache, rows, _row_axis_of_cache(module))
 
   one = jnp.ones((), jnp.int32)
   _, state, _ = jax.lax.while_loop(unfinished, step, (one, state, cache))
   return state.ended.tokens_BKT, state.ended.score_BK
 
 
-def _start(B: int, K: int, T: int, stops: tuple[int, ...]) -> _State:
+def _first_search_state(B: int, K: int, T: int,
+                        stops: tuple[int, ...]) -> _SearchState:
   """Returns the state before the first token: one empty text for each row."""
   filler = stops[0] if stops else 0
   tokens_BKT = jnp.full((B, K, T), filler, jnp.int32)
-  never_BK = jnp.full((B, K), NEVER)
+  never_BK = jnp.full((B, K), SCORE_OF_NO_TEXT)
   first_BK = never_BK.at[:, 0].set(0)
-  return _State(
-      running=_Texts(tokens_BKT=tokens_BKT, score_BK=first_BK),
-      ended=_Texts(tokens_BKT=tokens_BKT, score_BK=never_BK),
+  return _SearchState(
+      running=_ScoredTexts(tokens_BKT=tokens_BKT, score_BK=first_BK),
+      ended=_ScoredTexts(tokens_BKT=tokens_BKT, score_BK=never_BK),
       full_BK=jnp.zeros((B, K), bool),
       open_B=jnp.ones(B, bool))
 
 
-def _choose(beams: Beams, stops: tuple[int, ...], state: _State,
-            logits_BKV: jax.Array, t: jax.Array | int
-            ) -> tuple[_State, jax.Array]:
+def _extend_texts(beams: Beams, stops: tuple[int, ...], state: _SearchState,
+                  logits_BKV: jax.Array, t: jax.Array | int
+                  ) -> tuple[_SearchState, jax.Array]:
   """Adds token t to the running texts: one step of the beam search.
 
   The axis C is that of the candidates, which are each row's likeliest
@@ -559,47 +565,49 @@ def _choose(beams: Beams, stops: tuple[int, ...], state: _State,
   score_BC, place_BC = jax.lax.top_k(score_BKV.reshape(B, K * V), count)
   parent_BC = place_BC // V
   token_BC = place_BC % V
-  tokens_BCT = _take(state.running.tokens_BKT, parent_BC)
+  tokens_BCT = _select_texts(state.running.tokens_BKT, parent_BC)
   tokens_BCT = tokens_BCT.at[:, :, t].set(token_BC)
   ends_BC = jnp.broadcast_to(t + 1 == T, token_BC.shape)
   if stops:
     ends_BC |= jnp.isin(token_BC, jnp.array(stops, jnp.int32))
 
   # The K best of those that go on.
-  going_BC = jnp.where(ends_BC, NEVER + score_BC, score_BC)
+  going_BC = jnp.where(ends_BC, SCORE_OF_NO_TEXT + score_BC, score_BC)
   going_BK, chosen_BK = jax.lax.top_k(going_BC, K)
-  running = _Texts(tokens_BKT=_take(tokens_BCT, chosen_BK), score_BK=going_BK)
+  running = _ScoredTexts(tokens_BKT=_select_texts(tokens_BCT, chosen_BK),
+                         score_BK=going_BK)
 
   # A text that ends counts where it is one of the K best, and where its row
   # is not done. (Those below NEVER go on from a text that is none.)
   best_1C = jnp.arange(count)[None] < K
-  new_BC = ends_BC & best_1C & (score_BC > NEVER / 2)
+  new_BC = ends_BC & best_1C & (score_BC > SCORE_OF_NO_TEXT / 2)
   final_BC = jnp.where(new_BC & state.open_B[:, None],
-                       score_BC / beams.divisor(t + 1), NEVER)
+                       score_BC / beams.divisor(t + 1), SCORE_OF_NO_TEXT)
 
   # The K best of these and of those that had ended before.
   every_score = jnp.concatenate([state.ended.score_BK, final_BC], axis=1)
   every_text = jnp.concatenate([state.ended.tokens_BKT, tokens_BCT], axis=1)
   every_full = jnp.concatenate([state.full_BK, new_BC], axis=1)
   ended_BK, kept_BK = jax.lax.top_k(every_score, K)
-  ended = _Texts(tokens_BKT=_take(every_text, kept_BK), score_BK=ended_BK)
+  ended = _ScoredTexts(tokens_BKT=_select_texts(every_text, kept_BK),
+                       score_BK=ended_BK)
   full_BK = jnp.take_along_axis(every_full, kept_BK, axis=1)
 
   # A row is done when its best running text, were it to end now, would not
   # beat the worst of K finished ones.
   hope_B = running.score_BK[:, 0] / beams.divisor(t + 1)
-  worst_B = jnp.where(full_BK.all(1), ended.score_BK.min(1), NEVER)
-  state = _State(running=running, ended=ended, full_BK=full_BK,
-                 open_B=state.open_B & (hope_B > worst_B))
+  worst_B = jnp.where(full_BK.all(1), ended.score_BK.min(1), SCORE_OF_NO_TEXT)
+  state = _SearchState(running=running, ended=ended, full_BK=full_BK,
+                       open_B=state.open_B & (hope_B > worst_B))
   return state, jnp.take_along_axis(parent_BC, chosen_BK, axis=1)
 
 
-def _take(tokens_BCT: jax.Array, chosen_BK: jax.Array) -> jax.Array:
+def _select_texts(tokens_BCT: jax.Array, chosen_BK: jax.Array) -> jax.Array:
   """Returns the K chosen ones of C texts a row, [B, K, T]."""
   return jnp.take_along_axis(tokens_BCT, chosen_BK[..., None], axis=1)
 
 
-def _reorder(cache: Any, rows: jax.Array, axis: int) -> Any:
+def _reorder_cache(cache: Any, rows: jax.Array, axis: int) -> Any:
   """Returns the cache whose rows are those of the texts that go on; the beams
   of a row share what is kept of its memory.
 
@@ -627,9 +635,10 @@ def _reorder(cache: Any, rows: jax.Array, axis: int) -> Any:
                       is_leaf=lambda x: isinstance(x, Cache))
 
 
-def write_diffusion(module: nn.Module, params: Any, prompts_BL: jax.Array,
-                    lengths_B: jax.Array, key: jax.Array, *, new: int,
-                    steps: int, mask: int, temperature: float) -> jax.Array:
+def generate_by_unmasking(module: nn.Module, params: Any, prompts_BL: jax.Array,
+                          lengths_B: jax.Array, key: jax.Array, *, new: int,
+                          steps: int, mask: int,
+                          temperature: float) -> jax.Array:
   """Returns the text that follows each prompt, int32 [B, new], by masked
   diffusion (LLaDA, arXiv 2502.09992, algorithm 5).
 
@@ -679,7 +688,7 @@ def write_diffusion(module: nn.Module, params: Any, prompts_BL: jax.Array,
     sure_BL1 = jnp.take_along_axis(p_BLV, filled_BL[..., None], -1)
     other_BL = jnp.where(asked_BL, 2.0, -1.0)
     sure_BL = jnp.where(masked_BL, sure_BL1[..., 0], other_BL)
-    stays_BL = among_largest(sure_BL, new * (s + 1) // steps)
+    stays_BL = is_among_largest(sure_BL, new * (s + 1) // steps)
     return jnp.where(masked_BL & stays_BL, filled_BL, tokens_BL)
 
   tokens_BL = jax.lax.fori_loop(0, steps, step, tokens_BL)
@@ -690,7 +699,7 @@ def write_diffusion(module: nn.Module, params: Any, prompts_BL: jax.Array,
   return jax.vmap(cut)(tokens_BL, lengths_B)
 
 
-def among_largest(x_BL: jax.Array, count: jax.Array | int) -> jax.Array:
+def is_among_largest(x_BL: jax.Array, count: jax.Array | int) -> jax.Array:
   """Returns which `count` of each row are the largest, bool [B, L]; of equal
   ones, the first."""
   order_BL = jnp.argsort(-x_BL, axis=1, stable=True)

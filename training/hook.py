@@ -27,8 +27,8 @@ from common.errors import one_of, require
 from training import cli, plugins, progress
 from training.program import Program
 from training.runs import TrainState
-from training.steps import Batches, PerShape
-from training.writer import Writer
+from training.steps import TrainingBatches, CompiledPerShape
+from training.writer import RunWriter
 
 
 class Hook:
@@ -62,16 +62,16 @@ class Hook:
         that to read them waits for the step.
     """
 
-  def on_figures(self, loop: 'Loop', writer: Writer, n: int,
+  def on_figures(self, loop: 'Loop', writer: RunWriter, n: int,
                  figures: dict[str, Any]) -> None:
     """Is called for each run when its figures of step `n` have been read, which
     is when the next step was dispatched."""
 
-  def more_figures(self, loop: 'Loop', writer: Writer) -> dict[str, Any]:
+  def more_figures(self, loop: 'Loop', writer: RunWriter) -> dict[str, Any]:
     """Returns figures for the next line of metrics of a run, which is due."""
     return {}
 
-  def on_evaluation(self, loop: 'Loop', writer: Writer, n: int,
+  def on_evaluation(self, loop: 'Loop', writer: RunWriter, n: int,
                     figures: dict[str, Any]) -> None:
     """Is called for each run with the figures of its evaluation after step `n`.
     """
@@ -108,8 +108,8 @@ class Loop:
     train_step, eval_step: the program's, compiled for each shape of a batch.
   """
 
-  def __init__(self, program: Program, writers: list[Writer],
-               batches: Batches, state: TrainState, start: int):
+  def __init__(self, program: Program, writers: list[RunWriter],
+               batches: TrainingBatches, state: TrainState, start: int):
     """Begins at the step `start`, with its state."""
     self.program = program
     self.writers = writers
@@ -119,8 +119,8 @@ class Loop:
     self.hooks: list[Hook] = []
     self.bar: Any = None
     self.stopped = False
-    self.train_step = PerShape(program.train_step, batches.meter)
-    self.eval_step = PerShape(program.eval_step, batches.meter)
+    self.train_step = CompiledPerShape(program.train_step, batches.meter)
+    self.eval_step = CompiledPerShape(program.eval_step, batches.meter)
 
   @property
   def config(self) -> ml_collections.ConfigDict:
@@ -133,12 +133,12 @@ class Loop:
     return self.config.train.steps
 
   @property
-  def meter(self) -> progress.Meter:
+  def meter(self) -> progress.StepTimer:
     """The times of the steps."""
     return self.batches.meter
 
   @property
-  def live(self) -> dict[int, Writer]:
+  def live(self) -> dict[int, RunWriter]:
     """The runs that have not ended, by their row in the joint arrays."""
     return {row: writer for row, writer in enumerate(self.writers)
             if not writer.code}
@@ -148,14 +148,14 @@ class Loop:
     """Whether no run trains after the steps that are done."""
     return self.stopped or self.n == self.steps
 
-  def say(self, writer: Writer, text: str) -> None:
+  def say(self, writer: RunWriter, text: str) -> None:
     """Prints a line about one of the runs."""
     if writer.label:
       text = f'{writer.label}: {text}'
     self.bar.say(text)
 
 
-def load(config: ml_collections.ConfigDict) -> list[Hook]:
+def load_hooks(config: ml_collections.ConfigDict) -> list[Hook]:
   """Returns the hooks that train.hooks names, 'FILE.py:CLASS' with commas
   between.
 
@@ -168,8 +168,8 @@ def load(config: ml_collections.ConfigDict) -> list[Hook]:
     require(class_name != '', f'train.hooks has {name!r}: write FILE.py:CLASS')
     require(os.path.isfile(file), f'train.hooks has {name!r}: there is no file '
             f'{file!r}')
-    module = cli.run_file(file)
-    plugins.note(file, cli.read_text(file))
+    module = cli.run_user_file(file)
+    plugins.remember_file(file, cli.read_python_file(file))
     # The hooks that the file defines or imports.
     choices = {}
     for key, value in vars(module).items():
@@ -177,5 +177,5 @@ def load(config: ml_collections.ConfigDict) -> list[Hook]:
       if is_hook and value is not Hook:
         choices[key] = value
     one_of(f'train.hooks of {file}', class_name, choices)
-    hooks.append(cli.call(file, choices[class_name]))
+    hooks.append(cli.call_user_function(file, choices[class_name]))
   return hooks

@@ -20,19 +20,19 @@ from training.evals import held_out, in_training
 from training.hook import Hook, Loop
 from training.objectives import pipeline
 from training.workdir import storage
-from training.writer import DIVERGED, EARLY, Writer
+from training.writer import DIVERGED, ENDED_EARLY, RunWriter
 
 
-def usual(stop: signals.Stop, tokenizer: Tokenizer,
-          eval_data: Sequence[pipeline.Loader], profile_steps: str,
-          workdir: epath.Path) -> list[Hook]:
+def usual_hooks(stop: signals.Stop, tokenizer: Tokenizer,
+                eval_data: Sequence[pipeline.Loader], profile_steps: str,
+                workdir: epath.Path) -> list[Hook]:
   """Returns the hooks that every run has.
 
   Args:
     stop: whether a signal came.
     tokenizer: the tokenizer of the run.
     eval_data: a loader for each held-out source.
-    profile_steps: which steps to trace; see progress.profiled_steps.
+    profile_steps: which steps to trace; see progress.parse_profiled_steps.
     workdir: where the trace goes.
   """
   report = Report()
@@ -52,7 +52,7 @@ class Report(Hook):
   are due, and the figures of a run that they end in any case."""
 
   def begin(self, loop: Loop) -> None:
-    self._deferred = progress.Deferred(loop.meter.now)
+    self._deferred = progress.DeferredFigures(loop.meter.now)
 
   def after_step(self, loop: Loop, figures: Any) -> None:
     self._report(loop, self._deferred.push(loop.n, figures))
@@ -62,7 +62,7 @@ class Report(Hook):
     saving."""
     self._report(loop, self._deferred.flush())
 
-  def _report(self, loop: Loop, read: progress.Read | None) -> None:
+  def _report(self, loop: Loop, read: progress.StepFigures | None) -> None:
     """Writes and prints the figures of a step that were read; None: there are
     none."""
     if read is None:
@@ -104,15 +104,15 @@ class ExpertPanel(Hook):
   """Adds the load of the experts over the steps since the last line."""
 
   def __init__(self):
-    self._loads: dict[Writer, list[tuple]] = {}
+    self._loads: dict[RunWriter, list[tuple]] = {}
 
-  def on_figures(self, loop: Loop, writer: Writer, n: int,
+  def on_figures(self, loop: Loop, writer: RunWriter, n: int,
                  figures: dict[str, Any]) -> None:
     if 'health/load_E' in figures:
       load = figures['health/load_E'], figures['health/tokens']
       self._loads.setdefault(writer, []).append(load)
 
-  def more_figures(self, loop: Loop, writer: Writer) -> dict[str, Any]:
+  def more_figures(self, loop: Loop, writer: RunWriter) -> dict[str, Any]:
     """Returns the load of the experts over the steps since the last report."""
     steps = self._loads.pop(writer, [])
     if not steps:
@@ -194,7 +194,7 @@ class Evaluate(Hook):
       loop.stopped = not self._evaluate(loop)
     for writer in late:
       if writer.best is not None and writer.best.is_over:
-        writer.end(EARLY, loop.n)
+        writer.end(ENDED_EARLY, loop.n)
 
   def after_step(self, loop: Loop, figures: Any) -> None:
     """Evaluates where an evaluation is due, and at the end."""
@@ -211,7 +211,7 @@ class Evaluate(Hook):
       raise
     loop.stopped = self._stop.at_once
 
-  def _lacks(self, loop: Loop, writer: Writer) -> bool:
+  def _lacks(self, loop: Loop, writer: RunWriter) -> bool:
     """Whether a run lacks the evaluation after the steps that are done."""
     if not writer.evaluated:
       return True
@@ -281,7 +281,7 @@ class Evaluate(Hook):
         self._show(loop, writer=writer, prefix=prefix, means=means)
     return True
 
-  def _show(self, loop: Loop, writer: Writer, prefix: str,
+  def _show(self, loop: Loop, writer: RunWriter, prefix: str,
             means: dict[str, float]) -> None:
     """Shows the held-out figures of a run; of one among many its loss alone.
 
@@ -355,11 +355,11 @@ class Save(Hook):
       if writer.too_many_bad or n == loop.steps and not writer.sound:
         writer.end(DIVERGED, n)
       elif writer.best is not None and writer.best.is_over and n < loop.steps:
-        writer.end(EARLY, n)
+        writer.end(ENDED_EARLY, n)
       if writer.code and writer.label:  # the others go on
         loop.say(writer, writer.sentence)
 
-  def _asking(self, loop: Loop, all_end: bool) -> dict[int, Writer]:
+  def _asking(self, loop: Loop, all_end: bool) -> dict[int, RunWriter]:
     """Returns the runs to be saved, by row: all, where it is time for one,
     since their clocks began together; else those that ask for it."""
     live = loop.live
@@ -384,8 +384,9 @@ class Profile(Hook):
   """
 
   def __init__(self, steps: str, workdir: epath.Path):
-    self._start, self._stop = progress.profiled_steps(steps) or (0, 0)
-    self._files = storage.Uploads(storage.path(workdir) / 'profile')
+    self._start, self._stop = progress.parse_profiled_steps(steps) or (0, 0)
+    folder = storage.checked_path(workdir) / 'profile'
+    self._files = storage.BucketUploads(folder)
     self._tracing = False
 
   def before_step(self, loop: Loop) -> None:

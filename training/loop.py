@@ -18,57 +18,57 @@ from training.distributed import cpu, devices, signals
 from training.objectives import pipeline
 from training.program import Program
 from training.runs import TrainState
-from training.steps import Batches, PerShape
+from training.steps import TrainingBatches, CompiledPerShape
 from training.workdir import checkpoints
-from training.writer import DIVERGED, EARLY, Writer
+from training.writer import DIVERGED, ENDED_EARLY, RunWriter
 
-REHEARSED = 5  # steps that a dry run times
+NUM_REHEARSED_STEPS = 5  # steps that a dry run times
 
 
-def train(run: runs.Run, state: TrainState, start: int,
-          train_data: pipeline.Loader, eval_data: Sequence[pipeline.Loader],
-          saved: checkpoints.Checkpoints, workdir: pathlib.Path,
-          profile_steps: str = '') -> int:
+def train_run(run: runs.Run, state: TrainState, start: int,
+              train_data: pipeline.Loader, eval_data: Sequence[pipeline.Loader],
+              saved: checkpoints.Checkpoints, workdir: pathlib.Path,
+              profile_steps: str = '') -> int:
   """Trains one run, as `train_all` does, and prints how it ended.
 
   Returns:
     The exit code: 0, STOPPED or DIVERGED.
   """
-  writer = Writer(config=run.config, workdir=workdir, saved=saved)
-  program = Program(run, hook.load(run.config))
-  train_all(program, writers=[writer], state=state, start=start,
-            loaders=[train_data], eval_data=eval_data,
-            profile_steps=profile_steps)
+  writer = RunWriter(config=run.config, workdir=workdir, saved=saved)
+  program = Program(run, hook.load_hooks(run.config))
+  train_runs(program, writers=[writer], state=state, start=start,
+             loaders=[train_data], eval_data=eval_data,
+             profile_steps=profile_steps)
   if devices.primary():
-    _print_end(writer)
-  if writer.code == EARLY:
+    _print_how_run_ended(writer)
+  if writer.code == ENDED_EARLY:
     return 0
   return writer.code
 
 
-def _print_end(writer: Writer) -> None:
+def _print_how_run_ended(writer: RunWriter) -> None:
   """Prints how a run ended."""
   if writer.code == DIVERGED:
     print(f'error: {writer.sentence}', file=sys.stderr)
   elif writer.code:
     print(writer.sentence)
-  if writer.code in (0, EARLY):
+  if writer.code in (0, ENDED_EARLY):
     for line in writer.lowest():
       print(line)
 
 
-def rehearse(run: runs.Run, train_data: pipeline.Loader,
-             eval_data: Sequence[pipeline.Loader]) -> list[str]:
+def rehearse_run(run: runs.Run, train_data: pipeline.Loader,
+                 eval_data: Sequence[pipeline.Loader]) -> list[str]:
   """Times some steps of a run that starts anew, without writing anything.
 
   Returns:
     What the run is about to do, and its time and memory, in some lines.
   """
   config = run.config
-  program = Program(run, hook.load(config))
-  batches = Batches(program, [train_data], num_runs=1)
-  train_step = PerShape(program.train_step, batches.meter)
-  eval_step = PerShape(program.eval_step, batches.meter)
+  program = Program(run, hook.load_hooks(config))
+  batches = TrainingBatches(program, [train_data], num_runs=1)
+  train_step = CompiledPerShape(program.train_step, batches.meter)
+  eval_step = CompiledPerShape(program.eval_step, batches.meter)
 
   # Some steps, and an evaluation on one batch.
   times = [0.0]
@@ -76,7 +76,7 @@ def rehearse(run: runs.Run, train_data: pipeline.Loader,
   with program.context():
     state = program.new_state()
     batches.begin(0)
-    for n in range(min(REHEARSED + 1, config.train.steps)):
+    for n in range(min(NUM_REHEARSED_STEPS + 1, config.train.steps)):
       (state, _), seconds = train_step.timed(state, batches.after(n))
       times.append(seconds)
     batches.close()
@@ -87,21 +87,22 @@ def rehearse(run: runs.Run, train_data: pipeline.Loader,
   # The first step is slow.
   step_seconds = float(np.median(times[2:] or times[1:]))
   training = config.train.steps * step_seconds
-  evaluating = evaluated * _eval_batches(config, eval_data)
+  evaluating = evaluated * _count_eval_batches(config, eval_data)
   compiling = batches.meter.compiled
   total = training + evaluating + compiling
   return [
-      description.describe(run, start=0, tokens=batches.tokens,
-                           train_data=train_data, eval_data=eval_data),
+      description.describe_run(run, start=0, tokens=batches.tokens,
+                               train_data=train_data, eval_data=eval_data),
       f'a step: {step_seconds:.3g} s, '
       f'{batches.tokens / step_seconds:,.0f} tokens/s, '
       f'{train_step.memory() / 2**30:,.2f} GiB on each device',
       f'about {total:,.0f} s in all, without saving and eval.tasks: steps '
-      f'{progress.clock(training)}, evaluating {progress.clock(evaluating)}, '
-      f'compiling {progress.clock(compiling)}']
+      f'{progress.format_seconds(training)}, evaluating '
+      f'{progress.format_seconds(evaluating)}, '
+      f'compiling {progress.format_seconds(compiling)}']
 
 
-def _eval_batches(config, eval_data: Sequence[pipeline.Loader]) -> int:
+def _count_eval_batches(config, eval_data: Sequence[pipeline.Loader]) -> int:
   """Returns how many batches a run evaluates on, in all its evaluations."""
   if not config.eval.every_steps:
     return 0
@@ -110,10 +111,11 @@ def _eval_batches(config, eval_data: Sequence[pipeline.Loader]) -> int:
       loader.first(config.eval.batches) for loader in eval_data)
 
 
-def train_all(program: Program, writers: Sequence[Writer], state: TrainState,
-              start: int, loaders: Sequence[pipeline.Loader],
-              eval_data: Sequence[pipeline.Loader],
-              profile_steps: str = '') -> int:
+def train_runs(program: Program, writers: Sequence[RunWriter],
+               state: TrainState,
+               start: int, loaders: Sequence[pipeline.Loader],
+               eval_data: Sequence[pipeline.Loader],
+               profile_steps: str = '') -> int:
   """Trains the runs of `program` from step `start` to train.steps.
 
   Args:
@@ -123,7 +125,7 @@ def train_all(program: Program, writers: Sequence[Writer], state: TrainState,
     start: the index of the next batch.
     loaders: the training batches: one loader for all, or one for each seed.
     eval_data: a loader for each held-out source; all runs share them.
-    profile_steps: which steps to trace; see progress.profiled_steps.
+    profile_steps: which steps to trace; see progress.parse_profiled_steps.
 
   Returns:
     How many steps are done.
@@ -131,18 +133,18 @@ def train_all(program: Program, writers: Sequence[Writer], state: TrainState,
   # 1. A run that resumes drops the lines of metrics.jsonl after `start`, ...
   for writer in writers:
     writer.begin(start)
-  batches = Batches(program, loaders, num_runs=len(writers))
+  batches = TrainingBatches(program, loaders, num_runs=len(writers))
   if devices.primary():
-    print(program.title + description.describe(
+    print(program.title + description.describe_run(
         program.run, start=start, tokens=batches.tokens, train_data=loaders[0],
         eval_data=eval_data))
   with program.context(), signals.Stop() as stop:
     loop = hook.Loop(program, writers=list(writers), batches=batches,
                      state=state, start=start)
     loop.hooks = [
-        *hooks.usual(stop=stop, tokenizer=loaders[0].tokenizer,
-                     eval_data=eval_data, profile_steps=profile_steps,
-                     workdir=writers[0].workdir),
+        *hooks.usual_hooks(stop=stop, tokenizer=loaders[0].tokenizer,
+                           eval_data=eval_data, profile_steps=profile_steps,
+                           workdir=writers[0].workdir),
         *program.hooks]
 
     # 2. ... goes on with the data at batch `start`, ...
@@ -153,13 +155,13 @@ def train_all(program: Program, writers: Sequence[Writer], state: TrainState,
 
     # 3. ... and compiles, waits for the other processes, and starts the clock.
     cpu.trim()
-    with loop.meter.compiling(), progress.compiling(devices.primary()):
+    with loop.meter.compiling(), progress.show_compilation(devices.primary()):
       loop.train_step.compile(state, batch)
       for each in loop.hooks:
         each.compile(loop)
     cpu.trim()
     devices.sync('compiled')
-    loop.bar = progress.bar(loop.steps, start, devices.primary())
+    loop.bar = progress.make_run_progress(loop.steps, start, devices.primary())
     loop.meter.begin(start)
     for each in loop.hooks:
       each.begin(loop)

@@ -10,7 +10,7 @@ was drawn, and every difference is listed.
 A checkpoint is evaluated, exported and continued with its parameters; with
 their average in a run with optim.ema, unless `live` asks for those that were
 trained; or with the mean of several checkpoints, where several are named
-(checkpoints.Mean).
+(checkpoints.MeanOfSteps).
 
 The modules that read the weights of another training are imported by the
 functions that use them: most runs begin without.
@@ -41,29 +41,29 @@ from training.distributed import devices
 from training.objectives import pipeline
 from training.workdir import checkpoints, provenance, run_config, storage
 
-Step = int | str | checkpoints.Mean | None
+StepChoice = int | str | checkpoints.MeanOfSteps | None
 
 
-def restore(run: runs.Run, saved: checkpoints.Checkpoints
-            ) -> checkpoints.Restored | None:
+def restore_run(run: runs.Run, saved: checkpoints.Checkpoints
+                ) -> checkpoints.RestoredCheckpoint | None:
   """Returns the newest good checkpoint of a run, and goes on from it; None
   where the run begins. One that tools.convert made has parameters alone: its
   state is that of a run before its first step with them."""
-  if not checkpoints.steps(saved.directory):
+  if not checkpoints.list_steps(saved.directory):
     return None
 
   def wanted(arrays: dict[str, dict]) -> runs.TrainState | None:
     """Returns the state to read; None: there is only a record to read."""
-    if checkpoints.parameters_alone(arrays):
+    if checkpoints.has_only_parameters(arrays):
       return None
     return run.abstract
 
-  restored = checkpoints.restore(saved.directory, wanted)
+  restored = checkpoints.restore_checkpoint(saved.directory, wanted)
   if devices.primary():
-    _warn(restored)
+    _warn_of_damaged_checkpoints(restored)
   # A converted run has parameters and nothing else.
   if restored.state is None:
-    state = create(run, saved.directory.parent, restored.step)
+    state = create_state(run, saved.directory.parent, restored.step)
     restored = restored._replace(state=state)
     if devices.primary():
       print('starting from the parameters in this workdir')
@@ -71,7 +71,8 @@ def restore(run: runs.Run, saved: checkpoints.Checkpoints
   return restored
 
 
-def _warn(restored: checkpoints.Restored) -> None:
+def _warn_of_damaged_checkpoints(restored: checkpoints.RestoredCheckpoint
+                                 ) -> None:
   """Prints which checkpoints were passed over because they are damaged."""
   for sentence in restored.damaged:
     print(f'warning: {sentence}', file=sys.stderr)
@@ -80,8 +81,9 @@ def _warn(restored: checkpoints.Restored) -> None:
 # From the weights of another training.
 
 
-def create(run: runs.Run, source: str | epath.Path, step: int | None = None
-           ) -> runs.TrainState:
+def create_state(run: runs.Run, source: str | epath.Path,
+                 step: int | None = None
+                 ) -> runs.TrainState:
   """Returns the state of a run before its first step.
 
   Args:
@@ -95,24 +97,24 @@ def create(run: runs.Run, source: str | epath.Path, step: int | None = None
   state = run.new_state()
   if not str(source):
     return state
-  check_source(str(source))
-  path = _path(source)
+  check_init_from(str(source))
+  path = _path_of_source(source)
   _check_labels(run, path)
   # The source is a folder of a run, or one of Hugging Face.
   if storage.has_checkpoints(path):
-    params, skipped = _from_workdir(run, source=path, drawn=state.params,
-                                    step=step)
+    params, skipped = _read_weights_of_run(run, source=path, drawn=state.params,
+                                           step=step)
   else:
-    params, skipped = _from_hugging_face(run, path, state.params)
+    params, skipped = _read_hugging_face_weights(run, path, state.params)
   for line in skipped:
     print(f'skipped: {line}')
   return run.with_params(state, params)
 
 
-def check_source(source: str) -> None:
+def check_init_from(source: str) -> None:
   """Raises RequestError where config.init_from names nothing that is there."""
-  path = _path(source)
-  if not source or storage.in_bucket(path):
+  path = _path_of_source(source)
+  if not source or storage.is_in_bucket(path):
     return
   require(os.path.exists(path),
           f'init_from is {source!r}: no such folder or file (one of the hub '
@@ -122,7 +124,8 @@ def check_source(source: str) -> None:
                        'no checkpoint')
 
 
-def check_tokenizer(config: objectives.Config, ours: Tokenizer) -> None:
+def check_tokenizer_of_weights(config: objectives.Config,
+                               ours: Tokenizer) -> None:
   """Raises RequestError where the ids of a run stand for other pieces of text
   than those for which the weights of config.init_from were trained, unless
   init_partial; their tokenizer is not compared where it cannot be read."""
@@ -133,14 +136,14 @@ def check_tokenizer(config: objectives.Config, ours: Tokenizer) -> None:
     return
 
   # The tokenizer of the weights, by its name or folder.
-  path = _path(config.init_from)
+  path = _path_of_source(config.init_from)
   if storage.has_checkpoints(path):
     spec = run_config.load_config(path).data.tokenizer
     _check_tokenizer_file(config, ours, path)
-  elif hub.repository(config.init_from):
+  elif hub.repository_of_name(config.init_from):
     spec = config.init_from
   else:
-    spec = str(_folder(path))
+    spec = str(_folder_of_weights(path))
 
   # Its vocabulary, if it can be read.
   if spec == config.data.tokenizer or hf_tokenizer.is_stand_in(spec):
@@ -159,7 +162,7 @@ def _check_tokenizer_file(config: objectives.Config, ours: Tokenizer,
                           source: epath.Path) -> None:
   """Raises RequestError where the tokenizer of a run holds something else than
   it held when the run in `source` was trained with it."""
-  starts = run_config.starts(source)
+  starts = run_config.load_starts(source)
   contents = pipeline.of_tokenizer(config, ours)
   replaced = provenance.check_data(starts, contents, allowed=True)
   require(not replaced, f'init_from is {config.init_from!r}, whose weights '
@@ -176,9 +179,9 @@ def _check_labels(run: runs.Run, source: epath.Path) -> None:
     return
   theirs: tuple[str, ...] = ()
   if storage.has_checkpoints(source):
-    theirs = hf_config.meaningful_labels(run_config.labels(source))
+    theirs = hf_config.meaningful_labels(run_config.load_labels(source))
   else:
-    tree = hf_config.load_config_json(_folder(source))
+    tree = hf_config.load_config_json(_folder_of_weights(source))
     # A language model's table of labels says nothing.
     if hf_config.read(tree).head != 'lm':
       theirs = hf_config.labels(tree)
@@ -190,18 +193,18 @@ def _check_labels(run: runs.Run, source: epath.Path) -> None:
         'to the first')
 
 
-def _path(source: str | epath.Path) -> epath.Path:
+def _path_of_source(source: str | epath.Path) -> epath.Path:
   """Returns the path of a source on this machine or in a bucket."""
-  return storage.path(hub.local(source), 'init_from')
+  return storage.checked_path(hub.download_if_on_hub(source), 'init_from')
 
 
-def _folder(path: epath.Path) -> epath.Path:
+def _folder_of_weights(path: epath.Path) -> epath.Path:
   """Returns the folder of a file, or the folder itself."""
   return path.parent if path.is_file() else path
 
 
-def _from_hugging_face(run: runs.Run, source: epath.Path, drawn: Any
-                       ) -> tuple[Any, list[str]]:
+def _read_hugging_face_weights(run: runs.Run, source: epath.Path, drawn: Any
+                               ) -> tuple[Any, list[str]]:
   """Reads the weights of a Hugging Face folder or file.
 
   Args:
@@ -216,23 +219,24 @@ def _from_hugging_face(run: runs.Run, source: epath.Path, drawn: Any
   from training.hf import config as hf_config, files, weights
   partial = run.config.init_partial
   module = architectures.build(weights.without_adapters(run.model))
-  theirs = hf_config.read(hf_config.load_config_json(_folder(source)))
+  config_json = hf_config.load_config_json(_folder_of_weights(source))
+  theirs = hf_config.read(config_json)
   # Optional heads are drawn or passed over.
   theirs = dataclasses.replace(
       theirs, next_sentence=module.config.next_sentence)
-  skipped = _differences(module.config, theirs=theirs, path=source,
-                         partial=partial)
+  skipped = _list_model_differences(module.config, theirs=theirs, path=source,
+                                    partial=partial)
   with run.context():
     loaded = weights.read_params(
         module, source=files.Files(pathlib.Path(source)), partial=partial,
         like=weights.without(run.abstract.params),
-        seed=int(runs.initial_seed(run.config)),
+        seed=int(runs.seed_of_parameters(run.config)),
         new_head=weights.is_new_head(module.config, theirs))
   return weights.beside(loaded.params, drawn), skipped + loaded.skipped
 
 
-def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
-                  step: int | None) -> tuple[Any, list[str]]:
+def _read_weights_of_run(run: runs.Run, source: epath.Path, drawn: Any,
+                         step: int | None) -> tuple[Any, list[str]]:
   """Reads the weights of a checkpoint of another run.
 
   Args:
@@ -247,7 +251,7 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
     The parameters, and a line for each thing that was skipped.
   """
   from training.hf import weights
-  theirs = runs.model_of(source)
+  theirs = runs.load_run_model_config(source)
   model = run.model
   abstract = run.abstract.params
   initial = drawn
@@ -262,42 +266,44 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
 
   # The differences of the models, and of their parameters.
   partial = run.config.init_partial
-  folder = checkpoints.directory(source)
-  skipped = _differences(model, theirs=theirs, path=source, partial=partial)
+  folder = checkpoints.checkpoint_folder(source)
+  skipped = _list_model_differences(model, theirs=theirs, path=source,
+                                    partial=partial)
   wanted = {'params': abstract}
-  saved = checkpoints.arrays(folder, step)
+  saved = checkpoints.read_array_records(folder, step)
   if saved and (partial or weights.is_new_head(model, theirs)):
-    wanted, lines = _fitting(wanted, saved)
-    _check_fitting(model, theirs=theirs, source=source, wanted=wanted,
-                   lines=lines, partial=partial)
+    wanted, lines = _split_by_fit(wanted, saved)
+    _check_unfitting(model, theirs=theirs, source=source, wanted=wanted,
+                     lines=lines, partial=partial)
     skipped += lines.values()
 
   # The parameters that fit are read, and the others are as they were drawn.
-  restored = of_checkpoint(folder, wanted['params'], step)
+  restored = read_parameters(folder, wanted['params'], step)
   if step is None:
-    _warn(restored)
-  params = checkpoints.nest(
+    _warn_of_damaged_checkpoints(restored)
+  params = checkpoints.nest_by_path(
       paths.flatten(initial) | paths.flatten(restored.state))
   if not same_adapters:
     params = weights.beside(params, drawn)
   return params, skipped
 
 
-def _fitting(wanted: Any, saved: dict[str, dict]
-             ) -> tuple[dict, dict[str, str]]:
+def _split_by_fit(wanted: Any, saved: dict[str, dict]
+                  ) -> tuple[dict, dict[str, str]]:
   """Returns the part of `wanted` that is alike in `saved`, and a line for each
   path of the rest."""
   flat = paths.flatten(wanted)
   lines = {}
-  for name, line in checkpoints.differences(saved, flat).items():
+  for name, line in checkpoints.list_array_differences(saved, flat).items():
     if name in flat or name.startswith('params/'):
       lines[name] = line
   fitting = {name: x for name, x in flat.items() if name not in lines}
-  return checkpoints.nest(fitting), lines
+  return checkpoints.nest_by_path(fitting), lines
 
 
-def _check_fitting(ours: ModelConfig, theirs: ModelConfig, source: epath.Path,
-                   wanted: dict, lines: dict[str, str], partial: bool) -> None:
+def _check_unfitting(ours: ModelConfig, theirs: ModelConfig, source: epath.Path,
+                     wanted: dict, lines: dict[str, str],
+                     partial: bool) -> None:
   """Raises RequestError unless the parameters that fit may be taken without
   those that do not.
 
@@ -335,8 +341,9 @@ def _check_fitting(ours: ModelConfig, theirs: ModelConfig, source: epath.Path,
           'this model')
 
 
-def _differences(ours: ModelConfig, theirs: ModelConfig, path: epath.Path,
-                 partial: bool) -> list[str]:
+def _list_model_differences(ours: ModelConfig, theirs: ModelConfig,
+                            path: epath.Path,
+                            partial: bool) -> list[str]:
   """Returns a line for each field by which weights are those of another
   function than the run's model. The length may differ where no position is
   learned.
@@ -367,12 +374,12 @@ def _differences(ours: ModelConfig, theirs: ModelConfig, path: epath.Path,
 # From a checkpoint.
 
 
-def of_checkpoint(folder: epath.Path, params: Any, step: Step = None, *,
-                  live: bool = False) -> checkpoints.Restored:
+def read_parameters(folder: epath.Path, params: Any, step: StepChoice = None, *,
+                    live: bool = False) -> checkpoints.RestoredCheckpoint:
   """Returns a checkpoint whose `state` are parameters.
 
   Args:
-    folder: the folder that checkpoints.directory(workdir) returns.
+    folder: the folder that checkpoints.checkpoint_folder(workdir) returns.
     params: the parameters to read, as ShapeDtypeStructs with shardings.
     step: the checkpoint, or the checkpoints whose mean is taken; None: the
       newest good one.
@@ -381,8 +388,9 @@ def of_checkpoint(folder: epath.Path, params: Any, step: Step = None, *,
   Raises:
     RequestError: there is no such checkpoint, or not of these parameters.
   """
-  if isinstance(step, checkpoints.Mean):
-    return _mean_of_checkpoints(folder, params=params, wanted=step, live=live)
+  if isinstance(step, checkpoints.MeanOfSteps):
+    return _read_mean_of_checkpoints(folder, params=params, wanted=step,
+                                     live=live)
 
   def wanted(saved: dict[str, Any]) -> dict[str, Any]:
     """Returns the arrays to read, given those that were saved."""
@@ -393,10 +401,10 @@ def of_checkpoint(folder: epath.Path, params: Any, step: Step = None, *,
             x.shape, jnp.float32, sharding=x.sharding)
       else:
         leaves[f'params/{path}'] = x
-    return checkpoints.nest(leaves)
+    return checkpoints.nest_by_path(leaves)
 
-  restored = checkpoints.restore(folder, abstract=wanted, step=step,
-                                 partial=True)
+  restored = checkpoints.restore_checkpoint(folder, abstract=wanted, step=step,
+                                            partial=True)
 
   # The tree of parameters, whichever part of the state each one is from.
   arrays = {}
@@ -413,16 +421,16 @@ def of_checkpoint(folder: epath.Path, params: Any, step: Step = None, *,
   return restored._replace(state=state, what=what)
 
 
-def _mean_of_checkpoints(folder: epath.Path, params: Any,
-                         wanted: checkpoints.Mean, live: bool
-                         ) -> checkpoints.Restored:
+def _read_mean_of_checkpoints(folder: epath.Path, params: Any,
+                              wanted: checkpoints.MeanOfSteps, live: bool
+                              ) -> checkpoints.RestoredCheckpoint:
   """Returns the mean of several checkpoints; see `of_checkpoint`.
 
   Args:
     folder, params, live: those of `of_checkpoint`.
     wanted: the checkpoints whose mean is taken.
   """
-  available = checkpoints.steps(folder)
+  available = checkpoints.list_steps(folder)
   if len(available) < wanted.last:
     names = ', '.join(map(str, available)) or 'none'
     raise RequestError(
@@ -431,17 +439,17 @@ def _mean_of_checkpoints(folder: epath.Path, params: Any,
   steps = sorted(wanted.steps) or available[-wanted.last:]
   each = []
   for step in steps:
-    each.append(of_checkpoint(folder, params=params, step=step, live=live))
+    each.append(read_parameters(folder, params=params, step=step, live=live))
   # The record of the mean is that of the newest one.
   newest = each[-1]
   what = f'the mean of steps {", ".join(map(str, steps))}'
   if newest.what:
     what += f', each {newest.what}'
   return newest._replace(
-      state=mean([restored.state for restored in each]), what=what)
+      state=mean_of_trees([restored.state for restored in each]), what=what)
 
 
-def mean(trees: Sequence[Any]):
+def mean_of_trees(trees: Sequence[Any]):
   """Returns the mean of trees of parameters, taken in float32, in their own
   dtype."""
   def mean_leaf(*leaves: jax.Array) -> jax.Array:
@@ -450,8 +458,9 @@ def mean(trees: Sequence[Any]):
   return jax.tree.map(mean_leaf, *trees)
 
 
-def on_one_device(workdir: epath.Path, module: nn.Module, step: Step = None
-                  ) -> checkpoints.Restored:
+def read_parameters_on_one_device(workdir: epath.Path, module: nn.Module,
+                                  step: StepChoice = None
+                                  ) -> checkpoints.RestoredCheckpoint:
   """Returns the parameters of a checkpoint that are evaluated, as its `state`,
   all on one device of this process; warns of checkpoints that were passed over
   because they are damaged.
@@ -466,13 +475,16 @@ def on_one_device(workdir: epath.Path, module: nn.Module, step: Step = None
   params = nn.meta.unbox(runs.abstract_params(module))
   shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), params)
-  restored = of_checkpoint(checkpoints.directory(workdir), shapes, step)
-  _warn(restored)
+  restored = read_parameters(checkpoints.checkpoint_folder(workdir), shapes,
+                             step)
+  _warn_of_damaged_checkpoints(restored)
   return restored
 
 
-def of_run(run: runs.Run, workdir: epath.Path, step: Step = None,
-           live: bool = False) -> checkpoints.Restored:
+def read_parameters_of_run(run: runs.Run, workdir: epath.Path,
+                           step: StepChoice = None,
+                           live: bool = False
+                           ) -> checkpoints.RestoredCheckpoint:
   """Returns the parameters of a checkpoint of a run, as its `state`; prints
   which it is, and the checkpoints that were passed over as damaged.
 
@@ -487,9 +499,9 @@ def of_run(run: runs.Run, workdir: epath.Path, step: Step = None,
     raise RequestError(f'{workdir} keeps no average of its parameters '
                        '(optim.ema is 0): there is nothing to choose. Leave '
                        'out --live')
-  restored = of_checkpoint(checkpoints.directory(workdir),
-                           params=run.abstract.params, step=step, live=live)
-  _warn(restored)
+  restored = read_parameters(checkpoints.checkpoint_folder(workdir),
+                             params=run.abstract.params, step=step, live=live)
+  _warn_of_damaged_checkpoints(restored)
   which = f': {restored.what}' if restored.what else ''
   print(f'{workdir}, step {restored.step}{which}')
   return restored

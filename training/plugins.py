@@ -42,7 +42,7 @@ from common.errors import require
 from configs import base
 
 # The tables that a file may add to, and the modules that have them.
-TABLES = {
+MODULE_OF_TABLE = {
     'NORMS': 'architectures.parts.layers',
     'FFNS': 'architectures.parts.layers',
     'POSITIONS': 'architectures.parts.positions',
@@ -65,12 +65,12 @@ TABLES = {
 }
 
 # The files of this process that declare something: {path: text}.
-loaded: dict[str, str] = {}
+text_of_loaded_file: dict[str, str] = {}
 # Who has declared an entry: {(table, name): the text of the file}.
-_declared_by: dict[tuple[str, str], str] = {}
+_text_that_declared: dict[tuple[str, str], str] = {}
 
 
-def run(file: str, text: str) -> types.ModuleType:
+def execute_file(file: str, text: str) -> types.ModuleType:
   """Returns the module that the text of a file defines.
 
   Args:
@@ -94,7 +94,7 @@ def run(file: str, text: str) -> types.ModuleType:
   return module
 
 
-def declare(file: str, text: str, module: types.ModuleType) -> None:
+def declare_parts(file: str, text: str, module: types.ModuleType) -> None:
   """Adds what a module declares to the tables of the tree.
 
   Args:
@@ -105,24 +105,24 @@ def declare(file: str, text: str, module: types.ModuleType) -> None:
   Raises:
     RequestError: for an entry that the tree, or another file, has already.
   """
-  before = len(_declared_by)
-  for table_name in TABLES:
+  before = len(_text_that_declared)
+  for table_name in MODULE_OF_TABLE:
     entries = getattr(module, table_name, None)
     if not isinstance(entries, Mapping):
       continue  # as TASKS of a sweep, which names tasks
-    table = _table(table_name)
+    table = _find_table(table_name)
     if entries is table:
       continue  # the file has imported it
     for name, entry in entries.items():
-      _add(table_name, table=table, name=name, entry=entry, file=file,
-           text=text)
-    note(file, text)
-  if len(_declared_by) > before:
-    _refresh()
+      _add_entry(table_name, table=table, name=name, entry=entry, file=file,
+                 text=text)
+    remember_file(file, text)
+  if len(_text_that_declared) > before:
+    _refresh_derived_tables()
 
 
-def _add(table_name: str, table: Any, name: str, entry: Any, file: str,
-         text: str) -> None:
+def _add_entry(table_name: str, table: Any, name: str, entry: Any, file: str,
+               text: str) -> None:
   """Adds one entry of a file from outside the tree to a table.
 
   Args:
@@ -136,44 +136,44 @@ def _add(table_name: str, table: Any, name: str, entry: Any, file: str,
   key = table_name, name
   if name in table:
     # A file may be read again, and may have changed meanwhile.
-    is_own = key in _declared_by and _declared_by[key] in (
-        text, loaded.get(file))
+    is_own = key in _text_that_declared and _text_that_declared[key] in (
+        text, text_of_loaded_file.get(file))
     require(is_own, f'{file}: {table_name} has {name!r}, which '
-            f'{TABLES[table_name]} has already: call it otherwise')
+            f'{MODULE_OF_TABLE[table_name]} has already: call it otherwise')
   table[name] = entry
-  _declared_by[key] = text
+  _text_that_declared[key] = text
 
 
-def note(file: str, text: str) -> None:
+def remember_file(file: str, text: str) -> None:
   """Notes that a run of this process needs a file."""
-  loaded[file] = text
+  text_of_loaded_file[file] = text
 
 
-def _table(name: str) -> Any:
-  return getattr(importlib.import_module(TABLES[name]), name)
+def _find_table(name: str) -> Any:
+  return getattr(importlib.import_module(MODULE_OF_TABLE[name]), name)
 
 
-def _refresh() -> None:
+def _refresh_derived_tables() -> None:
   """Lets what is derived from the tables be derived again."""
   flat.refresh()
   base.refresh()
   architectures.refresh()
 
 
-def restore(files: Mapping[str, str]) -> None:
+def restore_declared_parts(files: Mapping[str, str]) -> None:
   """Declares what the files of a run that was started before have declared,
   as they were then; a file that this process has loaded itself stays."""
   for file, text in files.items():
-    if file not in loaded:
-      declare(file, text, run(file, text))
-      note(file, text)
+    if file not in text_of_loaded_file:
+      declare_parts(file, text, execute_file(file, text))
+      remember_file(file, text)
 
 
-def digests() -> dict[str, str]:
+def hash_loaded_files() -> dict[str, str]:
   """Returns a hash of each file that this process has loaded, by its path."""
-  return {file: digest(text) for file, text in loaded.items()}
+  return {file: hash_text(text) for file, text in text_of_loaded_file.items()}
 
 
-def digest(text: str) -> str:
+def hash_text(text: str) -> str:
   """Returns a short hash of what a file holds."""
   return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -20,7 +20,7 @@ from training.optim import mup, optimizers
 from training.workdir import checkpoints, metrics, run_config, storage
 
 # Fields that are read only where another one is set.
-BESIDE = {
+FIELD_THAT_ENABLES = {
     'eval.best_is': 'eval.best', 'eval.patience': 'eval.best',
     'eval.live': 'optim.ema', 'init_partial': 'init_from',
     'log.wandb_project': 'log.wandb', 'log.trackio_project': 'log.trackio',
@@ -39,29 +39,29 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   # The fields by themselves, and those of one group.
   base.check(config.to_dict())
   objectives.check_objective(config)
-  _check_beside(config)
+  _check_enabling_fields(config)
   one_of('mesh.rules', config.mesh.rules, sharding_tables.RULES)
   pipeline.check_ramp(config)
   optimizers.check_optim(config.optim)
-  _check_best(config.eval)
+  _check_best_figure(config.eval)
   one_of('eval.part', config.eval.part, tokens.PARTS)
   metrics.check_writers(config.log)
 
   # The model, and what depends on it.
-  module = architectures.build(runs.resolve_alone(config))
-  refuse_unread_of(by_hand, config, module.config)
+  module = architectures.build(runs.resolve_model_without_tokenizer(config))
+  refuse_unread_fields(by_hand, config, module.config)
   mup.check_optimizer(module.config, config.optim.name)
   runs.parameter_shares(module, config.optim)  # refuses a pattern of nothing
-  _check_length(config, module.config)
-  _check_objective(config.objective, module)
+  _check_row_length(config, module.config)
+  _check_objective_fits_model(config.objective, module)
   evals.check_in_training(config)
-  hook.load(config)
+  hook.load_hooks(config)
 
 
-def _check_beside(config: ml_collections.ConfigDict) -> None:
+def _check_enabling_fields(config: ml_collections.ConfigDict) -> None:
   """Raises RequestError for a field that is set and not read, since the field
   beside it is not set."""
-  for name, other in BESIDE.items():
+  for name, other in FIELD_THAT_ENABLES.items():
     value = config[name]
     default = base.FIELDS[name].default
     if value != default and not config[other]:
@@ -70,8 +70,8 @@ def _check_beside(config: ml_collections.ConfigDict) -> None:
           f'leave it at {default!r}, or set {other}')
 
 
-def _check_length(config: ml_collections.ConfigDict, model: ModelConfig
-                  ) -> None:
+def _check_row_length(config: ml_collections.ConfigDict, model: ModelConfig
+                      ) -> None:
   """Raises RequestError for rows that are longer than learned positions."""
   longest = max(objectives.of(config).row_lengths(config))
   require(longest <= positions.reach(model), 'model.max_len is '
@@ -80,7 +80,7 @@ def _check_length(config: ml_collections.ConfigDict, model: ModelConfig
           f'set it to {longest} or more')
 
 
-def _check_best(e: ml_collections.ConfigDict) -> None:
+def _check_best_figure(e: ml_collections.ConfigDict) -> None:
   """Raises RequestError for fields of config.eval that do not fit together."""
   one_of('eval.best_is', e.best_is, ('', 'least', 'largest'))
   if not e.best:
@@ -104,15 +104,17 @@ def _check_best(e: ml_collections.ConfigDict) -> None:
         f'eval.best is {e.best!r} and eval.patience {e.patience}, but '
         f'eval.{every} is 0: nothing of it is known while training')
 
-  has_usual_best = figure in metrics.LEAST or figure in metrics.LARGEST
+  has_usual_best = figure in (*metrics.FIGURES_BEST_WHEN_LEAST,
+                              *metrics.FIGURES_BEST_WHEN_LARGEST)
   if not e.best_is and not has_usual_best:
     raise RequestError(
         f'eval.best is {e.best!r}, of which it is not known which value is '
         'the best: set eval.best_is to least or largest')
 
 
-def refuse_unread_of(names: Iterable[str], config: ml_collections.ConfigDict,
-                     model: ModelConfig) -> None:
+def refuse_unread_fields(names: Iterable[str],
+                         config: ml_collections.ConfigDict,
+                         model: ModelConfig) -> None:
   """Raises RequestError for a field of config.model that was set by hand, to
   another value than its default, and that the model does not read.
 
@@ -141,7 +143,7 @@ def refuse_unread_of(names: Iterable[str], config: ml_collections.ConfigDict,
                        f'is read where {why.where}. Leave it {way_on}')
 
 
-def _check_objective(name: str, module: nn.Module) -> None:
+def _check_objective_fits_model(name: str, module: nn.Module) -> None:
   """Raises RequestError where the objective does not train such a model."""
   objective = objectives.OBJECTIVES[name]
   stack = architectures.stack(module.config)
@@ -163,20 +165,21 @@ def _check_objective(name: str, module: nn.Module) -> None:
           f'{objective.head!r}: leave it empty, to be derived')
 
 
-def try_workdir(workdir: epath.Path) -> None:
+def check_workdir_is_writable(workdir: epath.Path) -> None:
   """Raises RequestError where a run could not write its files."""
-  storage.try_folder(checkpoints.directory(workdir))
-  for file in (run_config.file(workdir), workdir / metrics.METRICS):
-    storage.try_file(file, '--workdir')
+  storage.check_folder_is_writable(checkpoints.checkpoint_folder(workdir))
+  for file in (run_config.config_file(workdir), workdir / metrics.METRICS_FILE):
+    storage.check_file_is_writable(file, '--workdir')
   if not run_config.has_begun(workdir):
-    storage.refuse_others(workdir, '--workdir')
+    storage.refuse_folder_of_others(workdir, '--workdir')
 
 
-def printable(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
-              ) -> dict[str, Any]:
+def config_to_print(config: ml_collections.ConfigDict,
+                    by_hand: Iterable[str] = ()
+                    ) -> dict[str, Any]:
   """Returns the config as a run reads it: checked, and with every field of
   the model that is derived filled in; `by_hand` is as for `check_config`."""
   check_config(config, by_hand)
   config = objectives.with_labels(config)
-  model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
-  return run_config.as_read(config, model, resolved=True)
+  model, _ = runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
+  return run_config.without_unread_fields(config, model, resolved=True)

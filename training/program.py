@@ -14,7 +14,7 @@ from training.runs import TrainState
 class Program:
   """One run on its mesh.
 
-  A group of runs (vectorised.Group) is a subclass: its arrays have a leading
+  A group of runs (vectorised.RunGroup) is a subclass: its arrays have a leading
   axis of runs, which `split`, `join` and `part` take apart and put together.
 
   Attributes:

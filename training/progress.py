@@ -18,31 +18,33 @@ from typing import Any, NamedTuple, TextIO, TypeVar
 from common.errors import RequestError
 
 Item = TypeVar('Item')
-_DRAWN_A_SECOND = 2  # often enough: the thread takes time from the host's cores
+# Often enough: the thread that draws takes time from the host's cores.
+_REDRAWS_PER_SECOND = 2
 
-_bar = None  # the bar of this process, with a line for each task under way
-_stop: Callable[[], bool] | None = None  # set inside a run
+# The bar of this process, with a line for each task under way.
+_tasks_bar = None
+_should_stop: Callable[[], bool] | None = None  # set inside a run
 
 
-class Stopped(Exception):
+class WorkStopped(Exception):
   """The work that `each` goes through is not wanted any more."""
 
 
 @contextlib.contextmanager
-def inside_a_run(stop: Callable[[], bool]) -> Iterator[None]:
+def stop_work_of_run(stop: Callable[[], bool]) -> Iterator[None]:
   """While the `with` block runs nothing is drawn here, because the run has a
   bar of its own, and `each` raises Stopped as soon as `stop` says so."""
-  global _stop
-  _stop = stop
+  global _should_stop
+  _should_stop = stop
   try:
     yield
   finally:
-    _stop = None
+    _should_stop = None
 
 
 @contextlib.contextmanager
-def during(text: str, total: int | None = None
-           ) -> Iterator[Callable[[], None]]:
+def show_task(text: str, total: int | None = None
+              ) -> Iterator[Callable[[], None]]:
   """Shows what is being done while the `with` block runs, and for how long.
 
   Args:
@@ -52,26 +54,26 @@ def during(text: str, total: int | None = None
   Yields:
     A function to call when one more part is done.
   """
-  global _bar
-  if _stop is not None or not sys.stderr.isatty():
+  global _tasks_bar
+  if _should_stop is not None or not sys.stderr.isatty():
     yield lambda: None
     return
   # One bar shows everything that is under way.
-  outermost = _bar is None
+  outermost = _tasks_bar is None
   if outermost:
-    _bar = _tasks_bar()
-    _bar.start()
-  task = _bar.add_task(text, total=total)
+    _tasks_bar = _make_tasks_bar()
+    _tasks_bar.start()
+  task = _tasks_bar.add_task(text, total=total)
   try:
-    yield lambda: _bar.advance(task)
+    yield lambda: _tasks_bar.advance(task)
   finally:
-    _bar.remove_task(task)
+    _tasks_bar.remove_task(task)
     if outermost:
-      _bar.stop()
-      _bar = None
+      _tasks_bar.stop()
+      _tasks_bar = None
 
 
-def _tasks_bar() -> Any:
+def _make_tasks_bar() -> Any:
   """Returns rich's bar on stderr, which has a line for each task."""
   from rich import progress
   columns = [
@@ -83,12 +85,12 @@ def _tasks_bar() -> Any:
   # rich prints what it redirects on its console: to stderr.
   redirects = sys.stdout.isatty()
   return progress.Progress(
-      *columns, console=_console(sys.stderr), transient=True,
-      refresh_per_second=_DRAWN_A_SECOND, redirect_stdout=redirects)
+      *columns, console=_make_console(sys.stderr), transient=True,
+      refresh_per_second=_REDRAWS_PER_SECOND, redirect_stdout=redirects)
 
 
-def each(items: Iterable[Item], text: str, total: int | None = None
-         ) -> Iterator[Item]:
+def show_items(items: Iterable[Item], text: str, total: int | None = None
+               ) -> Iterator[Item]:
   """Yields `items`, and shows how many of them are done.
 
   Args:
@@ -98,15 +100,15 @@ def each(items: Iterable[Item], text: str, total: int | None = None
   """
   if total is None and isinstance(items, Sized):
     total = len(items)
-  with during(text, total) as advance:
+  with show_task(text, total) as advance:
     for item in items:
-      if _stop is not None and _stop():
-        raise Stopped
+      if _should_stop is not None and _should_stop():
+        raise WorkStopped
       yield item
       advance()
 
 
-def _console(stream: TextIO):
+def _make_console(stream: TextIO):
   """Returns rich's console, which leaves the cursor alone: a process that is
   killed could not show it again."""
   from rich import console as rich_console
@@ -119,7 +121,7 @@ def _console(stream: TextIO):
   return Console(file=stream)
 
 
-class Lines:
+class ProgressLines:
   """The progress of a run where there is no terminal: a plain line for each
   update.
 
@@ -136,7 +138,8 @@ class Lines:
     """Does nothing: a line comes with figures."""
 
   def update(self, step: int, figures: Mapping[str, Any]) -> None:
-    self.say(f'step {step}/{self._total}  {_text(step, self._total, figures)}')
+    text = _format_figures(step, self._total, figures)
+    self.say(f'step {step}/{self._total}  {text}')
 
   def say(self, text: str) -> None:
     print(text, file=self._stream, flush=True)
@@ -145,7 +148,7 @@ class Lines:
     self._stream.flush()
 
 
-class _Bar:
+class _ProgressBar:
   """The progress of a run on a terminal: step, loss, tokens/s and time left,
   redrawn in place."""
 
@@ -158,7 +161,7 @@ class _Bar:
         progress.MofNCompleteColumn(),
         progress.BarColumn(bar_width=None),
         progress.TextColumn('{task.fields[text]}'),
-        console=_console(stream),
+        console=_make_console(stream),
         # No thread of its own: it would take time from the host's two cores.
         auto_refresh=False,
         redirect_stderr=sys.stderr.isatty())
@@ -174,7 +177,7 @@ class _Bar:
 
   def update(self, step: int, figures: Mapping[str, Any]) -> None:
     self._bar.update(self._task, completed=step, refresh=True,
-                     text=_text(step, self._total, figures))
+                     text=_format_figures(step, self._total, figures))
 
   def say(self, text: str) -> None:
     self._bar.console.print(text, markup=False, highlight=False)
@@ -184,8 +187,9 @@ class _Bar:
     self._bar.stop()
 
 
-def bar(total: int, first: int = 0, primary: bool = True,
-        stream: TextIO | None = None) -> Lines | _Bar:
+def make_run_progress(total: int, first: int = 0, primary: bool = True,
+                      stream: TextIO | None = None
+                      ) -> ProgressLines | _ProgressBar:
   """Returns what shows a run's progress: step(), update(), say(), close().
 
   Args:
@@ -195,15 +199,15 @@ def bar(total: int, first: int = 0, primary: bool = True,
     stream: the stream to print to; None: stdout.
   """
   if not primary:
-    return Lines(total, open(os.devnull, 'w'))
+    return ProgressLines(total, open(os.devnull, 'w'))
   stream = stream or sys.stdout
   if stream.isatty():
-    return _Bar(total, first, stream)
-  return Lines(total, stream)
+    return _ProgressBar(total, first, stream)
+  return ProgressLines(total, stream)
 
 
 @contextlib.contextmanager
-def compiling(primary: bool = True):
+def show_compilation(primary: bool = True):
   """Says that the `with` block compiles, before the first step, and how long
   it took; process 0 alone does."""
   if not primary:
@@ -212,17 +216,17 @@ def compiling(primary: bool = True):
   start = time.monotonic()
   if not sys.stderr.isatty():  # where `during` shows nothing
     print('compiling', flush=True)
-  with during('compiling'):
+  with show_task('compiling'):
     yield
   print(f'compiled in {time.monotonic() - start:.1f} s', flush=True)
 
 
-def clock(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
   """Returns a time as 1:02:03."""
   return str(datetime.timedelta(seconds=round(seconds)))
 
 
-def _text(step: int, total: int, figures: Mapping[str, Any]) -> str:
+def _format_figures(step: int, total: int, figures: Mapping[str, Any]) -> str:
   """Returns the figures that are known in one line: loss 3.1416  12,345
   tokens/s  MFU 43.2%  1:02:03 left."""
   parts = []
@@ -234,21 +238,21 @@ def _text(step: int, total: int, figures: Mapping[str, Any]) -> str:
     parts.append(f'MFU {figures["mfu"]:.1%}')
   if 'step_seconds' in figures:
     seconds = (total - step) * figures['step_seconds']
-    parts.append(f'{clock(seconds)} left')
+    parts.append(f'{format_seconds(seconds)} left')
   return '  '.join(parts)
 
 
 # The times of steps.
 
 
-class Read(NamedTuple):
+class StepFigures(NamedTuple):
   """The figures of a step, and when it was done."""
   step: int
   figures: dict[str, Any]
   done: Any
 
 
-class Deferred:
+class DeferredFigures:
   """Holds a step's metrics until the next one is dispatched.
 
   Reading a result waits for it. Read one step late, the device has work while
@@ -262,7 +266,7 @@ class Deferred:
     self._waiting: tuple[int, Mapping[str, Any], Any] | None = None
     self._now = now
 
-  def push(self, step: int, metrics: Mapping[str, Any]) -> Read | None:
+  def push(self, step: int, metrics: Mapping[str, Any]) -> StepFigures | None:
     """Takes the metrics of `step`, jax arrays, which has been dispatched;
     returns those of the last one, None at the first call."""
     import jax  # late: what only draws progress needs no jax
@@ -279,7 +283,7 @@ class Deferred:
     self._waiting = step, metrics, done
     return read
 
-  def flush(self) -> Read | None:
+  def flush(self) -> StepFigures | None:
     """Returns what is held, or None: before evaluating, saving and ending."""
     if self._waiting is None:
       return None
@@ -288,10 +292,10 @@ class Deferred:
     self._waiting = None
     arrays = jax.device_get(dict(metrics))
     figures = jax.tree.map(lambda x: x.tolist(), arrays)
-    return Read(step=step, figures=figures, done=done or self._now())
+    return StepFigures(step=step, figures=figures, done=done or self._now())
 
 
-class Meter:
+class StepTimer:
   """Times steps: between laps, less what is paused (evaluation, saving).
 
   Args:
@@ -392,8 +396,8 @@ class Meter:
     return figures
 
 
-def profiled_steps(steps: str, total: float = math.inf
-                   ) -> tuple[int, int] | None:
+def parse_profiled_steps(steps: str, total: float = math.inf
+                         ) -> tuple[int, int] | None:
   """Parses 'START:STOP', as a slice of a run's `total` steps; '': no profile.
 
   Raises:

@@ -43,10 +43,11 @@ from training.objectives import pipeline
 from training.optim import mup, optimizers, shares
 from training.workdir import provenance, run_config
 
-STREAMS = ('dropout', 'router')  # The random streams that a model draws from.
+RANDOM_STREAMS = ('dropout',
+                  'router')  # The random streams that a model draws from.
 # The fields that a program takes as inputs, so that runs which differ in these
 # alone share it, and the type of each.
-INPUTS = {
+TYPE_OF_TRACED_FIELD = {
     'seed': np.uint32,
     'init_seed': np.uint32,
     'optim.lr': np.float32,
@@ -89,8 +90,8 @@ def parameter_roles(module: nn.Module):
   return sharding.roles(abstract_params(module))
 
 
-def optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
-              steps: int) -> optax.GradientTransformation:
+def build_optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
+                    steps: int) -> optax.GradientTransformation:
   """Returns config.optim's optimiser for the parameters of `module`. Some of
   its fields may be traced; preflight.check_config checks those that are not.
   """
@@ -140,7 +141,8 @@ def abstract_state(module: nn.Module, tx: optax.GradientTransformation,
   params = nn.meta.unbox(boxed)
   parts = parameter_shares(module, optim)
   shapes = jax.eval_shape(
-      functools.partial(_make, tx=tx, optim=optim, parts=parts), params)
+      functools.partial(_make_first_state, tx=tx, optim=optim, parts=parts),
+      params)
 
   # Where each array of the state lies.
   places = devices.param_shardings(boxed, mesh, rules)
@@ -161,17 +163,17 @@ def abstract_state(module: nn.Module, tx: optax.GradientTransformation,
 
 
 # 2^32 over the golden ratio: multiples of it lie far from each other.
-_APART = 0x9E3779B9
+_INIT_SEED_STRIDE = 0x9E3779B9
 # The init_seed by which a seed has the first parameters of the next seed.
-AS_NEXT = pow(_APART, -1, 2 ** 32)
+INIT_SEED_OF_NEXT_SEED = pow(_INIT_SEED_STRIDE, -1, 2 ** 32)
 
 
-def initial_seed(config: ml_collections.ConfigDict) -> jax.Array:
+def seed_of_parameters(config: ml_collections.ConfigDict) -> jax.Array:
   """Returns the seed of the first parameters, a uint32: `seed`, where init_seed
   is 0. Either field may be traced."""
   seed = jnp.asarray(config.seed, jnp.uint32)
   init_seed = jnp.asarray(config.init_seed, jnp.uint32)
-  return seed + init_seed * jnp.uint32(_APART)
+  return seed + init_seed * jnp.uint32(_INIT_SEED_STRIDE)
 
 
 def init_state(module: nn.Module, tx: optax.GradientTransformation,
@@ -181,11 +183,12 @@ def init_state(module: nn.Module, tx: optax.GradientTransformation,
   tokens = jnp.zeros((1, 1), jnp.int32)
   params = nn.meta.unbox(module.init(key, tokens)['params'])
   parts = parameter_shares(module, optim)
-  return _make(params, tx=tx, optim=optim, parts=parts)
+  return _make_first_state(params, tx=tx, optim=optim, parts=parts)
 
 
-def _make(params: Any, tx: optax.GradientTransformation,
-          optim: ml_collections.ConfigDict, parts: Any) -> TrainState:
+def _make_first_state(params: Any, tx: optax.GradientTransformation,
+                      optim: ml_collections.ConfigDict,
+                      parts: Any) -> TrainState:
   """Returns the state before the first step with these parameters.
 
   Args:
@@ -238,13 +241,14 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
 
     def loss_of_trained(trained: Any, *args):
       params = shares.whole(parts, trained, state.params)
-      return _loss(module, config, params, *args)  # batch, key, whole
+      return _micro_batch_loss(module, config, params,
+                               *args)  # batch, key, whole
 
     # The gradient and the figures of the whole batch.
     grad_fn = jax.grad(loss_of_trained, has_aux=True)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     whole = objective.weights(batch) | {'tokens': objective.tokens(batch)}
-    grads, (figures, panel, loads) = _accumulate(
+    grads, (figures, panel, loads) = _accumulate_gradients(
         grad_fn, params=trained, batch=batch, key=key, whole=whole,
         parts=config.train.grad_accumulation)
     grads = jax.tree.map(lambda g: g / whole[objective.main], grads)
@@ -272,7 +276,7 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
 
     # The other figures.
     metrics['grad_norm'] = grad_norm
-    metrics['param_norm'] = _norm(params)
+    metrics['param_norm'] = _global_norm(params)
     metrics['learning_rate'] = schedule(state.step - state.bad_steps)
     metrics['bad_steps'] = bad_steps
     metrics['bad_in_row'] = bad_in_row
@@ -286,8 +290,9 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
   return step
 
 
-def _loss(module: nn.Module, config: ml_collections.ConfigDict, params: Any,
-          batch: Any, key: jax.Array, whole: Any):
+def _micro_batch_loss(module: nn.Module, config: ml_collections.ConfigDict,
+                      params: Any,
+                      batch: Any, key: jax.Array, whole: Any):
   """Returns the loss of a micro-batch, and its figures.
 
   Args:
@@ -304,7 +309,8 @@ def _loss(module: nn.Module, config: ml_collections.ConfigDict, params: Any,
     and that in the loads that move the experts' biases.
   """
   objective = objectives.of(config)
-  rngs = {name: jax.random.fold_in(key, i) for i, name in enumerate(STREAMS)}
+  rngs = {name: jax.random.fold_in(key, i) for i,
+          name in enumerate(RANDOM_STREAMS)}
   output = objective.apply(module, params, batch, deterministic=False,
                            rngs=rngs)
   total, figures = objective.loss(output, batch, config, whole=whole)
@@ -326,14 +332,15 @@ def _loss(module: nn.Module, config: ml_collections.ConfigDict, params: Any,
   return total, (figures, panel, loads)
 
 
-def _norm(tree: Any) -> jax.Array:
+def _global_norm(tree: Any) -> jax.Array:
   """Returns the joint norm of all leaves, in float32 whatever they are in."""
   return optax.tree.norm(
       jax.tree.map(lambda x: x.astype(jnp.float32), tree))
 
 
-def _accumulate(grad_fn: Callable, params: Any, batch: Any, key: jax.Array,
-                whole: Any, parts: int):
+def _accumulate_gradients(grad_fn: Callable, params: Any, batch: Any,
+                          key: jax.Array,
+                          whole: Any, parts: int):
   """Sums gradients and figures over `parts` micro-batches, by a scan.
 
   Micro-batch i takes rows i, i + parts, ...: each device cuts up its own.
@@ -391,11 +398,12 @@ def make_eval_step(module: nn.Module, config: ml_collections.ConfigDict
 # A run once its config is resolved and its devices are known.
 
 # The fields of config.model that may be left empty, for the run to fill in.
-DERIVED = ('vocab_size', 'max_len', 'head', 'num_labels')
+DERIVED_MODEL_FIELDS = ('vocab_size', 'max_len', 'head', 'num_labels')
 
 
-def resolve(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
-            ) -> tuple[ModelConfig, dict[str, Any]]:
+def resolve_model(config: ml_collections.ConfigDict,
+                  tokenizer: tokenizers.Tokenizer
+                  ) -> tuple[ModelConfig, dict[str, Any]]:
   """Returns the validated model config, and the fields that were derived.
 
   Raises:
@@ -406,7 +414,7 @@ def resolve(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
   model = config.model.to_dict()
   least_vocab = objective.vocab_size(config, tokenizer)
   model['vocab_size'] = model['vocab_size'] or least_vocab
-  _fill(model, config)
+  _fill_derived_fields(model, config)
 
   # The sizes that were given must have room for the data.
   labels = objective.num_labels(config)
@@ -422,13 +430,14 @@ def resolve(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
           'it to 0, to be derived, or to more')
 
   resolved = architectures.resolve(model)
-  derived = {f'model.{name}': model[name] for name in DERIVED}
+  derived = {f'model.{name}': model[name] for name in DERIVED_MODEL_FIELDS}
   if objective.has_labels:
     derived['data.labels'] = tuple(config.data.labels)
   return resolved, derived | objective.derived(config)
 
 
-def _fill(model: dict[str, Any], config: ml_collections.ConfigDict) -> None:
+def _fill_derived_fields(model: dict[str, Any],
+                         config: ml_collections.ConfigDict) -> None:
   """Fills in what is derived from the data's length and the objective."""
   objective = objectives.of(config)
   model['max_len'] = model['max_len'] or config.data.length
@@ -436,11 +445,12 @@ def _fill(model: dict[str, Any], config: ml_collections.ConfigDict) -> None:
   model['num_labels'] = model['num_labels'] or objective.num_labels(config)
 
 
-def resolve_alone(config: ml_collections.ConfigDict) -> ModelConfig:
+def resolve_model_without_tokenizer(config: ml_collections.ConfigDict
+                                    ) -> ModelConfig:
   """Returns the model config where the tokenizer is not at hand: all but its
   vocabulary is as in the run."""
   model = config.model.to_dict()
-  _fill(model, config)
+  _fill_derived_fields(model, config)
   # The real sizes come with the tokenizer and the data; these stand in.
   model['vocab_size'] = model['vocab_size'] or tokenizers.Bytes.USUAL
   head = heads.HEADS.get(model['head'], heads.HEADS['lm'])
@@ -449,7 +459,7 @@ def resolve_alone(config: ml_collections.ConfigDict) -> ModelConfig:
   return architectures.resolve(model)
 
 
-def count(params: Any) -> int:
+def count_parameters(params: Any) -> int:
   """Returns the number of parameters."""
   return sum(x.size for x in jax.tree.leaves(nn.meta.unbox(params)))
 
@@ -482,7 +492,7 @@ class Run:
     """Returns the run on a mesh that fits it; see `build`."""
     rules = config.mesh.rules
     module = architectures.build(model)
-    tx = optimizer(module, config.optim, config.train.steps)
+    tx = build_optimizer(module, config.optim, config.train.steps)
     abstract = abstract_state(module, tx=tx, mesh=mesh, rules=rules,
                               optim=config.optim)
     return cls(
@@ -506,7 +516,7 @@ class Run:
     init = functools.partial(init_state, self.module, self.tx,
                              optim=self.config.optim)
     with self.context():
-      key = jax.random.key(initial_seed(self.config))
+      key = jax.random.key(seed_of_parameters(self.config))
       return jax.jit(init, out_shardings=self.shardings)(key)
 
   def with_params(self, state: TrainState, params: Any) -> TrainState:
@@ -589,12 +599,12 @@ def check_mesh(config: ml_collections.ConfigDict, model: ModelConfig,
             'choose a multiple of it')
 
 
-def for_this_machine(config: ml_collections.ConfigDict
-                     ) -> ml_collections.ConfigDict:
+def fit_mesh_to_this_machine(config: ml_collections.ConfigDict
+                             ) -> ml_collections.ConfigDict:
   """Returns the config with this machine's mesh, to evaluate a run: all devices
   in `data` where its own mesh does not fit them."""
   config = config.copy_and_resolve_references()
-  _name_no_kernel(config.model)
+  _let_kernels_be_chosen(config.model)
   # An evaluation takes whole batches.
   config.train.grad_accumulation = 1
   config.data.batch_ramp = ''
@@ -608,43 +618,44 @@ def for_this_machine(config: ml_collections.ConfigDict
   return config
 
 
-def config_of(workdir: epath.Path) -> ml_collections.ConfigDict:
+def load_run_config(workdir: epath.Path) -> ml_collections.ConfigDict:
   """Returns the config of a run, with what it derived from its training data,
   which need not be there."""
   config = run_config.load_config(workdir)
-  for name, value in run_config.load_derived(workdir).items():
+  for name, value in run_config.load_derived_fields(workdir).items():
     if name.startswith(('data.', 'probe.')):
       config.update_from_flattened_dict({name: value})
   return config
 
 
-def tokenizer_of(workdir: epath.Path, config: ml_collections.ConfigDict
-                 ) -> tokenizers.Tokenizer:
+def load_run_tokenizer(workdir: epath.Path, config: ml_collections.ConfigDict
+                       ) -> tokenizers.Tokenizer:
   """Returns the tokenizer of a run, and warns where the file of that name holds
   another one than the run was trained with; `config` is the run's."""
   tokenizer = tokenizers.load(config.data.tokenizer)
-  starts = run_config.starts(workdir)
+  starts = run_config.load_starts(workdir)
   contents = pipeline.of_tokenizer(config, tokenizer)
   for line in provenance.check_data(starts, contents, allowed=True):
     print(f'warning: {line}', file=sys.stderr)
   return tokenizer
 
 
-def model_of(workdir: epath.Path,
-             config: ml_collections.ConfigDict | None = None) -> ModelConfig:
+def load_run_model_config(workdir: epath.Path,
+                          config: ml_collections.ConfigDict | None = None
+                          ) -> ModelConfig:
   """Returns the model of a run; its tokenizer need not be there. `config` is
   the result of `config_of`, where that was read already."""
   if config is None:
-    config = config_of(workdir)
+    config = load_run_config(workdir)
   model = config.model.to_dict()
-  _name_no_kernel(model)
-  for name, value in run_config.load_derived(workdir).items():
+  _let_kernels_be_chosen(model)
+  for name, value in run_config.load_derived_fields(workdir).items():
     if name.startswith('model.'):
       model[name.removeprefix('model.')] = value
   return architectures.resolve(model)
 
 
-def _name_no_kernel(model: Any) -> None:
+def _let_kernels_be_chosen(model: Any) -> None:
   """Leaves the kernels that a run names to `auto`, to use the model and not to
   train it: this machine may lack them, or they cannot do what is asked.
 

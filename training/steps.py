@@ -13,13 +13,13 @@ from training.objectives import pipeline
 from training.program import Program
 
 
-class Work(NamedTuple):
+class StepWork(NamedTuple):
   """The work of a step: the tokens of one run, the FLOPs of all runs."""
   tokens: int
   flops: float
 
 
-class Batches:
+class TrainingBatches:
   """The batches on the devices, and what a step on one has to do.
 
   Attributes:
@@ -49,10 +49,10 @@ class Batches:
       for length, row in rows_of_length.items():
         self._work[num_rows, length] = self._work_of(num_rows, row, num_runs)
     usual = self._work[self._ramp.last, 0]
-    self.meter = progress.Meter(usual.tokens, usual.flops, self._peak)
+    self.meter = progress.StepTimer(usual.tokens, usual.flops, self._peak)
 
   def _work_of(self, num_rows: int, row: tuple[int, ...], num_runs: int
-               ) -> Work:
+               ) -> StepWork:
     """Returns the work of a step on so many rows of these lengths. FLOPs are
     counted where the devices' peak is known, since nothing else reads them."""
     total = 0.0
@@ -60,7 +60,7 @@ class Batches:
       run = self._program.run
       of_row = flops.of_a_row(run.config, run.model, row)
       total = num_runs * num_rows * sum(of_row.values())
-    return Work(tokens=num_rows * sum(row), flops=total)
+    return StepWork(tokens=num_rows * sum(row), flops=total)
 
   def begin(self, start: int) -> None:
     """Starts the streams at batch `start`."""
@@ -88,25 +88,26 @@ class Batches:
       stream.close()
 
 
-class PerShape:
+class CompiledPerShape:
   """A jitted step, compiled ahead of time once for each shape of its batches.
 
   Labelled data come in batches of several lengths (data.length_buckets); those
   of text have one.
   """
 
-  def __init__(self, step: jax.stages.Wrapped, meter: progress.Meter):
+  def __init__(self, step: jax.stages.Wrapped, meter: progress.StepTimer):
     self._step = step
     self._meter = meter
     self._compiled: dict[tuple, Callable] = {}
 
   def compile(self, state: Any, batch: Any) -> None:
     """Compiles for the shape of a batch."""
-    self._compiled[_shape(batch)] = self._step.lower(state, batch).compile()
+    self._compiled[_shapes_of_batch(batch)] = self._step.lower(state,
+                                                               batch).compile()
 
   def prepare(self, state: Any, batch: Any) -> None:
     """Compiles for the shape of a batch, unless that is done."""
-    if _shape(batch) in self._compiled:
+    if _shapes_of_batch(batch) in self._compiled:
       return
     with self._meter.compiling():  # all processes meet the shape at once
       self.compile(state, batch)
@@ -130,8 +131,8 @@ class PerShape:
 
   def __call__(self, state: Any, batch: Any) -> Any:
     self.prepare(state, batch)
-    return self._compiled[_shape(batch)](state, batch)
+    return self._compiled[_shapes_of_batch(batch)](state, batch)
 
 
-def _shape(batch: Any) -> tuple:
+def _shapes_of_batch(batch: Any) -> tuple:
   return tuple(x.shape for x in jax.tree.leaves(batch))

@@ -1,12 +1,12 @@
 """Several runs as one program: the training step under vmap.
 
-Runs that differ in nothing but the fields of runs.INPUTS share one compiled
-step; the axis of the runs is cut over the devices there are. Each run draws the
-batches, the dropout and the initial parameters of its own seed, and writes the
-workdir that train.py would have written: its losses equal those of the run
-alone to float32 rounding, and either goes on where the other stopped. Rows of
-labelled data are as long as the longest of all seeds needs; where that is more
-than one needs alone, its dropout draws other numbers (with
+Runs that differ in nothing but the fields of runs.TYPE_OF_TRACED_FIELD share
+one compiled step; the axis of the runs is cut over the devices there are. Each
+run draws the batches, the dropout and the initial parameters of its own seed,
+and writes the workdir that train.py would have written: its losses equal those
+of the run alone to float32 rounding, and either goes on where the other
+stopped. Rows of labelled data are as long as the longest of all seeds needs;
+where that is more than one needs alone, its dropout draws other numbers (with
 data.length_buckets=1 all rows have one length).
 """
 
@@ -29,17 +29,18 @@ from training import begin, hook, loop, runs
 from training.distributed import devices
 from training.objectives import pipeline
 from training.program import Program
-from training.runs import make_eval_step, make_train_step, optimizer
-from training.runs import TrainState, init_state, initial_seed
+from training.runs import make_eval_step, make_train_step, build_optimizer
+from training.runs import TrainState, init_state, seed_of_parameters
 from training.workdir import checkpoints, metrics, run_config, storage
-from training.writer import Writer
+from training.writer import RunWriter
 
-RUNS = 'runs'  # the mesh axis, and the leading axis of every array
-_EACH = PartitionSpec(RUNS)
-_ALL = PartitionSpec()
+RUN_AXIS = 'runs'  # the mesh axis, and the leading axis of every array
+_SPLIT_OVER_RUNS = PartitionSpec(RUN_AXIS)
+_SHARED_BY_RUNS = PartitionSpec()
 
 
-def groups(configs: Sequence[ml_collections.ConfigDict]) -> list[list[int]]:
+def group_configs(configs: Sequence[ml_collections.ConfigDict]
+                  ) -> list[list[int]]:
   """Returns the places of the configs that may train as one program.
 
   A config that needs several devices, starts from weights, reports to a
@@ -48,13 +49,13 @@ def groups(configs: Sequence[ml_collections.ConfigDict]) -> list[list[int]]:
   alike: dict[object, list[int]] = {}
   for i, config in enumerate(configs):
     key: object = i
-    if not _stands_alone(config):
-      key = _shared(config)
+    if not _must_train_alone(config):
+      key = _shared_fields(config)
     alike.setdefault(key, []).append(i)
   return list(alike.values())
 
 
-def _stands_alone(config: ml_collections.ConfigDict) -> bool:
+def _must_train_alone(config: ml_collections.ConfigDict) -> bool:
   """Returns whether a run cannot train beside others; see `groups`."""
   if config.init_from or config.seed >= 2 ** 32:
     return True
@@ -72,17 +73,17 @@ def _stands_alone(config: ml_collections.ConfigDict) -> bool:
   return False
 
 
-def _shared(config: ml_collections.ConfigDict) -> tuple:
+def _shared_fields(config: ml_collections.ConfigDict) -> tuple:
   """Returns what the configs of one group have in common."""
   shared = []
   for name, value in run_config.flatten(config).items():
-    if name not in runs.INPUTS:
+    if name not in runs.TYPE_OF_TRACED_FIELD:
       shared.append((name, value))
   return tuple(shared)
 
 
-def train(configs: Sequence[ml_collections.ConfigDict],
-          workdirs: Sequence) -> list[Writer]:
+def train_group(configs: Sequence[ml_collections.ConfigDict],
+                workdirs: Sequence) -> list[RunWriter]:
   """Trains a group of runs, each into its own workdir, or goes on with them.
 
   Runs that stopped at different steps go on as one program for each step.
@@ -99,20 +100,20 @@ def train(configs: Sequence[ml_collections.ConfigDict],
   Raises:
     ValueError: for configs that are no group, or a workdir of another run.
   """
-  is_one_group = groups(configs) == [list(range(len(workdirs)))]
+  is_one_group = group_configs(configs) == [list(range(len(workdirs)))]
   require(is_one_group, 'runs of a group differ in '
-          f'{", ".join(runs.INPUTS)} alone, and have a device, and a workdir, '
-          'each')
+          f'{", ".join(runs.TYPE_OF_TRACED_FIELD)} alone, and have a device, '
+          'and a workdir, each')
 
   # The steps of begin.py follow, in its order, for all runs of the group.
   requests = []
   for config, workdir in zip(configs, workdirs):
-    request = begin.check(config, storage.path(workdir))
+    request = begin.check_request(config, storage.checked_path(workdir))
     requests.append(request)
   first = requests[0]
   sizes = dict.fromkeys(tables.MESH_AXES, 1)
   one_device = devices.make_mesh(sizes, jax.devices()[:1])
-  run = begin.on_devices(first, one_device)
+  run = begin.build_on_devices(first, one_device)
   contents = pipeline.contents(first.config, first.tokenizer)
   for request in requests:
     begin.check_data(request, contents)
@@ -121,21 +122,21 @@ def train(configs: Sequence[ml_collections.ConfigDict],
   with contextlib.ExitStack() as stack:
     members = []
     for request in requests:
-      member = _take_up(request, run, stack)
+      member = _open_member(request, run, stack)
       members.append(member)
     _train_members(run, members, contents)
   return [member.writer for member in members]
 
 
-class Member(NamedTuple):
+class GroupMember(NamedTuple):
   """A run of a group, and where it goes on."""
-  request: begin.Request
-  writer: Writer
-  start: begin.Start
+  request: begin.RunRequest
+  writer: RunWriter
+  start: begin.StartingPoint
 
 
-def _take_up(request: begin.Request, run: runs.Run,
-             stack: contextlib.ExitStack) -> Member:
+def _open_member(request: begin.RunRequest, run: runs.Run,
+                 stack: contextlib.ExitStack) -> GroupMember:
   """Returns a run of the group with its folder and its checkpoints open.
 
   Args:
@@ -145,23 +146,25 @@ def _take_up(request: begin.Request, run: runs.Run,
   """
   config = request.config
   workdir = pathlib.Path(request.workdir)
-  stack.enter_context(storage.locked(workdir))
+  stack.enter_context(storage.lock_workdir(workdir))
   saved = stack.enter_context(checkpoints.Checkpoints(
       workdir, **config.checkpoint, agree_every=config.log.every_steps))
   alone = dataclasses.replace(run, config=config, model=request.model,
                               module=architectures.build(request.model))
-  start = begin.take_up(request, run=alone, saved=saved, label=f'{workdir}: ')
-  writer = Writer(config=config, workdir=workdir, saved=saved,
-                  label=str(workdir), code=start.code, sentence=start.sentence)
-  return Member(request=request, writer=writer, start=start)
+  start = begin.find_starting_point(request, run=alone, saved=saved,
+                                    label=f'{workdir}: ')
+  writer = RunWriter(config=config, workdir=workdir, saved=saved,
+                     label=str(workdir), code=start.code,
+                     sentence=start.sentence)
+  return GroupMember(request=request, writer=writer, start=start)
 
 
-def _train_members(run: runs.Run, members: Sequence[Member],
+def _train_members(run: runs.Run, members: Sequence[GroupMember],
                    contents: dict[str, str]) -> None:
   """Trains the runs that have not ended: those that are at one step as one
   program. Of two that begin, one may have the parameters of an import."""
   going = [member for member in members if not member.writer.sentence]
-  parts: dict[tuple[int, bool], list[Member]] = {}
+  parts: dict[tuple[int, bool], list[GroupMember]] = {}
   for member in going:
     key = member.start.step, member.start.state is None
     parts.setdefault(key, []).append(member)
@@ -180,22 +183,23 @@ def _train_members(run: runs.Run, members: Sequence[Member],
     # No record is written of what is not trained.
     for member in part:
       request = member.request
-      run_config.save(member.writer.workdir, config=request.asked,
-                      derived=request.derived, data=contents)
-    _train_part(run, part)
+      run_config.save_config(member.writer.workdir, config=request.asked,
+                             derived=request.derived, data=contents)
+    _train_members_at_one_step(run, part)
 
 
-def _train_part(run: runs.Run, part: Sequence[Member]) -> None:
+def _train_members_at_one_step(run: runs.Run,
+                               part: Sequence[GroupMember]) -> None:
   """Trains those of the runs that are at one step."""
   writers = [member.writer for member in part]
   start = part[0].start
   tokenizer = part[0].request.tokenizer
-  program = Group(run, writers)
+  program = RunGroup(run, writers)
   config = program.run.config
   # Runs of one seed share their batches. Those of all seeds have one shape.
   loaders = []
   for seed in program.seeds:
-    of_seed = with_values(config, {'seed': seed})
+    of_seed = config_with_traced_values(config, {'seed': seed})
     loaders.append(pipeline.training_loader(of_seed, tokenizer))
   for loader in loaders:
     loader.beside = loaders
@@ -205,14 +209,14 @@ def _train_part(run: runs.Run, part: Sequence[Member]) -> None:
     state = program.new_state()
   else:
     state = program.join([member.start.state for member in part])
-  n = loop.train_all(program, writers=writers, state=state, start=start.step,
-                     loaders=loaders,
-                     eval_data=pipeline.held_out(config, tokenizer))
+  n = loop.train_runs(program, writers=writers, state=state, start=start.step,
+                      loaders=loaders,
+                      eval_data=pipeline.held_out(config, tokenizer))
   if any(writer.code == STOPPED for writer in writers):
     print(f'stopped after step {n}: the same request goes on.')
 
 
-class Group(Program):
+class RunGroup(Program):
   """Several runs at one step as one program.
 
   Arrays have a leading axis of the runs, filled up with copies of the last to
@@ -227,7 +231,7 @@ class Group(Program):
     seeds: the different data seeds, each of which has batches of its own.
   """
 
-  def __init__(self, run: runs.Run, writers: Sequence[Writer]):
+  def __init__(self, run: runs.Run, writers: Sequence[RunWriter]):
     """Lays the runs out over the devices, and finds the fields in which they
     differ."""
     self.num_runs = len(writers)
@@ -238,25 +242,26 @@ class Group(Program):
     rows_each = -(-self.num_runs // jax.device_count())
     used = -(-self.num_runs // rows_each)
     self._rows = np.minimum(np.arange(rows_each * used), self.num_runs - 1)
-    self._mesh = jax.make_mesh((used,), (RUNS,), (AxisType.Auto,),
+    self._mesh = jax.make_mesh((used,), (RUN_AXIS,), (AxisType.Auto,),
                                devices=jax.devices()[:used])
 
     # The fields in which the runs differ.
     fields = [run_config.flatten(writer.config) for writer in writers]
     differ = []
-    for name in runs.INPUTS:
+    for name in runs.TYPE_OF_TRACED_FIELD:
       different = {each[name] for each in fields}
       if len(different) > 1:
         differ.append(name)
     values = {}
     for name in differ or ['seed']:
       rows = [fields[i][name] for i in self._rows]
-      values[name] = np.array(rows, runs.INPUTS[name])
+      values[name] = np.array(rows, runs.TYPE_OF_TRACED_FIELD[name])
     self._values = self._put(values)
 
     # All other fields are those of the first run.
     first = writers[0].config
-    super().__init__(dataclasses.replace(run, config=first), hook.load(first))
+    super().__init__(dataclasses.replace(run, config=first),
+                     hook.load_hooks(first))
     self.title = f'{self.num_runs} runs at once, each of them:\n'
     self.figures = {'runs_at_once': self.num_runs}
 
@@ -267,14 +272,16 @@ class Group(Program):
   def context(self) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()  # each run is on one device
 
-  def _put(self, tree: Any, spec: PartitionSpec = _EACH) -> Any:
+  def _put(self, tree: Any, spec: PartitionSpec = _SPLIT_OVER_RUNS) -> Any:
     return jax.device_put(tree, NamedSharding(self._mesh, spec))
 
   def _over_runs(self, function: Callable, in_axes: tuple) -> Callable:
     """Returns `function` over the runs: on each device over those it holds."""
-    specs = jax.tree.map(_spec, in_axes, is_leaf=lambda axis: axis is None)
+    specs = jax.tree.map(_partition_spec, in_axes,
+                         is_leaf=lambda axis: axis is None)
     return jax.shard_map(jax.vmap(function, in_axes), mesh=self._mesh,
-                         in_specs=specs, out_specs=_EACH, check_vma=False)
+                         in_specs=specs, out_specs=_SPLIT_OVER_RUNS,
+                         check_vma=False)
 
   def new_state(self) -> TrainState:
     """Returns the states of all runs before their first step."""
@@ -282,12 +289,12 @@ class Group(Program):
 
     def init(values: dict[str, jax.Array]) -> TrainState:
       """Returns the state of one run."""
-      config = with_values(run.config, values)
+      config = config_with_traced_values(run.config, values)
       # Each run begins with its own seed and its own scale of parameters.
       model = dataclasses.replace(
           run.model, init_stddev=config.model.init_stddev,
           init_scale=config.model.init_scale)
-      key = jax.random.key(initial_seed(config))
+      key = jax.random.key(seed_of_parameters(config))
       return init_state(run.module.clone(config=model), tx=run.tx, key=key,
                         optim=config.optim)
 
@@ -300,8 +307,8 @@ class Group(Program):
 
     def step(state: TrainState, inputs: tuple[dict, dict]):
       batch, values = inputs
-      config = with_values(run.config, values)
-      tx = optimizer(run.module, config.optim, config.train.steps)
+      config = config_with_traced_values(run.config, values)
+      tx = build_optimizer(run.module, config.optim, config.train.steps)
       step = make_train_step(run.module, tx=tx, config=config, taps=taps)
       return step(state, batch)
 
@@ -324,7 +331,7 @@ class Group(Program):
     """Returns (batch, values) on the devices; one batch is for all runs, and
     several are those of `seeds`."""
     if len(batches) == 1:
-      return self._put(batches[0], _ALL), self._values
+      return self._put(batches[0], _SHARED_BY_RUNS), self._values
     of_seed = dict(zip(self.seeds, batches, strict=True))
     of_row = [of_seed[self._seed_of[i]] for i in self._rows]
     stacked = {}
@@ -351,15 +358,15 @@ class Group(Program):
                         is_leaf=lambda x: isinstance(x, list))
 
 
-def _spec(axis: int | None) -> PartitionSpec:
+def _partition_spec(axis: int | None) -> PartitionSpec:
   """Returns where an argument of a function over the runs lies."""
   if axis is None:
-    return _ALL
-  return _EACH
+    return _SHARED_BY_RUNS
+  return _SPLIT_OVER_RUNS
 
 
-def with_values(config: ml_collections.ConfigDict, values: Any
-                ) -> ml_collections.ConfigDict:
+def config_with_traced_values(config: ml_collections.ConfigDict, values: Any
+                              ) -> ml_collections.ConfigDict:
   """Returns a copy of `config` that holds traced values in some fields."""
   config = config.copy_and_resolve_references()
   with config.unlocked(), config.ignore_type():

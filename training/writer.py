@@ -25,13 +25,13 @@ from training.workdir import checkpoints, metrics
 # After too many bad steps: the exit code of a wrong request, since the same
 # command would end in the same way, and no launcher is to start it again.
 DIVERGED = 2
-EARLY = -1  # after eval.patience evaluations: it is done, exit code 0
-BAD = ('the loss or a gradient was not finite, or there was nothing to '
-       'predict')
+ENDED_EARLY = -1  # after eval.patience evaluations: it is done, exit code 0
+REASON_OF_BAD_STEP = ('the loss or a gradient was not finite, or there was '
+                      'nothing to predict')
 
 
 @dataclasses.dataclass(eq=False)
-class Writer:
+class RunWriter:
   """The figures and the checkpoints that one run writes, and how it ended.
 
   Attributes:
@@ -60,13 +60,16 @@ class Writer:
 
   def begin(self, start: int) -> None:
     """Opens the metrics files, and drops the rows after step `start`."""
-    self._files = metrics.writers(self.workdir, config=self.config.to_dict(),
-                                  resumed_step=start, primary=devices.primary())
-    self.best = Best.of(self.config, self.saved.best)
+    self._files = metrics.open_writers(self.workdir,
+                                       config=self.config.to_dict(),
+                                       resumed_step=start,
+                                       primary=devices.primary())
+    self.best = BestEvaluation.of(self.config, self.saved.best)
     if start > 0:
       # Only process 0 has the rows: it answers for all.
       kept = any(file.has_kept(start, 'eval') for file in self._files[:1])
-      self.evaluated = bool(checkpoints.from_process_0(np.int32(kept)))
+      answer = checkpoints.broadcast_from_process_0(np.int32(kept))
+      self.evaluated = bool(answer)
 
   def read(self, figures: dict[str, Any]) -> None:
     """Takes the figures of a step."""
@@ -121,12 +124,12 @@ class Writer:
   def lowest(self) -> list[str]:
     """Returns a line that says where the held-out loss was lowest, unless that
     is the end, of a run whose figures lie on disk."""
-    path = pathlib.Path(self.workdir) / metrics.METRICS
+    path = pathlib.Path(self.workdir) / metrics.METRICS_FILE
     if not path.exists():
       return []
     # Rows of earlier starts of the run are there, too.
     losses = {}
-    for row in metrics.read(path):
+    for row in metrics.read_metrics(path):
       if row['split'] == 'eval' and row.get('loss') is not None:
         losses[row['step']] = row['loss']
     if not losses:
@@ -154,8 +157,8 @@ class Writer:
     self.code = code
     newest = self.saved.newest
     if code == DIVERGED:
-      self.sentence = _diverged(n, self.bad, newest)
-    elif code == EARLY:
+      self.sentence = _explain_divergence(n, self.bad, newest)
+    elif code == ENDED_EARLY:
       self.sentence = self.best.sentence(n)
     else:
       self.sentence = self._stopped(n, newest)
@@ -175,7 +178,7 @@ class Writer:
             f'{start}.')
 
 
-def _diverged(n: int, bad: int, newest: int | None) -> str:
+def _explain_divergence(n: int, bad: int, newest: int | None) -> str:
   """Returns why a run ends after step `n`.
 
   Args:
@@ -185,29 +188,31 @@ def _diverged(n: int, bad: int, newest: int | None) -> str:
   """
   reason = f'the parameters are not finite after the last step, {n}'
   if bad:
-    reason = (f'{BAD}, in {bad} steps in a row (train.max_bad_steps), which '
-              'changed no parameter')
+    reason = (f'{REASON_OF_BAD_STEP}, in {bad} steps in a row '
+              '(train.max_bad_steps), which changed no parameter')
   return (f'{reason}. The newest checkpoint is of step {newest}. Try a smaller '
           'optim.lr, a longer optim.warmup_steps, optim.clip_norm=1, or '
           'model.dtype=float32, with --allow_config_change.')
 
 
-def ended_badly(state: TrainState, config: ml_collections.ConfigDict) -> str:
+def explain_if_diverged(state: TrainState,
+                        config: ml_collections.ConfigDict) -> str:
   """Returns why a run is not gone on with from `state` unless its config is
   another: it ended there after too many bad steps. '': it did not."""
   bad = int(state.bad_in_row)
   step = int(state.step)
   if bad < config.train.max_bad_steps:
     return ''
-  return (f'the run in this workdir ended at step {step}: {BAD}, in {bad} '
-          'steps in a row (train.max_bad_steps), and the same config would end '
-          'in the same way. Change what made it so, with '
+  return (f'the run in this workdir ended at step {step}: '
+          f'{REASON_OF_BAD_STEP}, in {bad} steps in a row '
+          '(train.max_bad_steps), and the same config would end in the same '
+          'way. Change what made it so, with '
           '--allow_config_change, or move the latest folders out of '
           'checkpoints to go on from an earlier step.')
 
 
-def ended_early(config: ml_collections.ConfigDict,
-                record: Mapping[str, Any] | None, step: int) -> str:
+def explain_if_ended_early(config: ml_collections.ConfigDict,
+                           record: Mapping[str, Any] | None, step: int) -> str:
   """Returns why a run that is at `step` does not go on; '' where it does.
 
   Args:
@@ -216,14 +221,14 @@ def ended_early(config: ml_collections.ConfigDict,
       on from.
     step: the step of that checkpoint.
   """
-  best = Best.of(config, record)
+  best = BestEvaluation.of(config, record)
   if best is None or not best.is_over:
     return ''
   return best.sentence(step)
 
 
 @dataclasses.dataclass
-class Best:
+class BestEvaluation:
   """The best of a run's evaluations so far, and how long ago it was.
 
   Attributes:
@@ -245,7 +250,7 @@ class Best:
 
   @classmethod
   def of(cls, config: ml_collections.ConfigDict,
-         record: Mapping[str, Any] | None) -> 'Best | None':
+         record: Mapping[str, Any] | None) -> 'BestEvaluation | None':
     """Returns what a run has to begin with; None where eval.best is empty.
 
     Args:
@@ -260,7 +265,7 @@ class Best:
     if best_is:
       largest = best_is == 'largest'
     else:
-      largest = figure.rpartition('/')[2] in metrics.LARGEST
+      largest = figure.rpartition('/')[2] in metrics.FIGURES_BEST_WHEN_LARGEST
 
     # A run goes on from its record, but not where another figure decides now.
     patience = config.eval.patience
@@ -282,7 +287,7 @@ class Best:
       return
     value = float(figures[self.figure])
     # Every process decides as process 0 does.
-    if checkpoints.from_process_0(np.int32(self._is_better(value))):
+    if checkpoints.broadcast_from_process_0(np.int32(self._is_better(value))):
       self.step = n
       self.value = value
       self.waited = 0

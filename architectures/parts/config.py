@@ -30,7 +30,7 @@ from architectures.parts.loops import LoopsConfig
 from architectures.parts.lora import LoraConfig
 from common import kinds
 from common.fields import AT_START, field, FUNCTION, RUN, SAME
-from common.fields import MOST_TAPS, REGULARISATION, SHAPES, SIZE, Wait
+from common.fields import MOST_TAPS, REGULARISATION, SHAPES, SIZE, ReadIf
 
 Part = TypeVar('Part')  # the dataclass of a part
 
@@ -342,17 +342,17 @@ class ModelConfig:
     parts = [part for part in self.parts if type(part) is not kind]
     return dataclasses.replace(self, parts=tuple(parts))
 
-  def waits(self) -> dict[str, Wait]:
+  def waits(self) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as others are, with what each of
     them waits for."""
     waits = {}
     if not self.attention_bias:
-      waits['attention_out_bias'] = Wait('attention_bias', 'is set')
+      waits['attention_out_bias'] = ReadIf('attention_bias', 'is set')
     if self.parametrization != 'mup':
       for name in ('mup_base_width', 'mup_base_head_dim'):
-        waits[name] = Wait('parametrization', 'is mup')
+        waits[name] = ReadIf('parametrization', 'is mup')
     if self.init != 'fan_in':
-      waits['init_scale'] = Wait('init', 'is fan_in')
+      waits['init_scale'] = ReadIf('init', 'is fan_in')
     return waits
 
   @property
@@ -439,8 +439,10 @@ class ModelConfig:
     """
     if not (self.pattern or self.prefix or self.suffix):
       return (), ('',), ()
-    period = kinds.split(self.pattern) or ('',)
-    return kinds.split(self.prefix), period, kinds.split(self.suffix)
+    period = kinds.split_kind_names(self.pattern) or ('',)
+    prefix = kinds.split_kind_names(self.prefix)
+    suffix = kinds.split_kind_names(self.suffix)
+    return prefix, period, suffix
 
   @functools.cached_property
   def kinds_used(self) -> tuple[str, ...]:
@@ -483,7 +485,7 @@ class ModelConfig:
       # A period may read the keys of a layer of the prefix.
       before: tuple[str, ...] = ()
       periods, times = 1, 1
-      if section == kinds.REPEATED:
+      if section == kinds.REPEATED_SECTION:
         before, periods, times = first, repeated, passes
       layers = self._section_kinds(names, before, causal, cross)
       sections.append(Section(

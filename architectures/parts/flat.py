@@ -30,7 +30,7 @@ from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.sizes import Sizes
 from common import fields as declared
 from common import kinds as layer_kinds
-from common.errors import hint, RequestError
+from common.errors import suggest_name, RequestError
 
 LORA = 'lora'  # the group that every model has
 
@@ -57,18 +57,18 @@ _GROUP_OF = _classes()
 PLAIN = AttentionConfig.GROUP  # which no name has before its dot
 
 
-def fields_of(group: str) -> dict[str, declared.Leaf]:
+def fields_of(group: str) -> dict[str, declared.DeclaredField]:
   """Returns the fields of a part by their flat names. Those of plain attention
   have no group before them."""
   prefix = f'{group}.'
   if group == PLAIN:
     prefix = ''
-  return declared.leaves(GROUPS[group], prefix)
+  return declared.declared_fields(GROUPS[group], prefix)
 
 
-def _fields() -> dict[str, declared.Leaf]:
+def _fields() -> dict[str, declared.DeclaredField]:
   """Returns all fields of config.model but `kinds`, by their flat names."""
-  fields = declared.leaves(ModelConfig)
+  fields = declared.declared_fields(ModelConfig)
   for group in (PLAIN, *GROUPS):
     fields |= fields_of(group)
   return fields
@@ -285,7 +285,7 @@ def _chosen(fields: Mapping[str, Any]) -> set[str]:
   return taken
 
 
-def _waiting(c: ModelConfig) -> dict[str, declared.Wait]:
+def _waiting(c: ModelConfig) -> dict[str, declared.ReadIf]:
   """Returns the fields that layers as `c` says have and do not read, with what
   each of them waits for."""
   waiting = c.waits()
@@ -301,13 +301,13 @@ def _waiting(c: ModelConfig) -> dict[str, declared.Wait]:
   moe = c.find(MoEConfig)
   if c.ffn == layers.NO_FFN:
     for name in ('d_ff', 'ffn_bias', 'ffn_dropout'):
-      waiting[name] = declared.Wait('ffn', f'is not {layers.NO_FFN}')
+      waiting[name] = declared.ReadIf('ffn', f'is not {layers.NO_FFN}')
   if c.ffn == 'moe' and moe is not None:
     if moe.d_ff != c.d_ff:
-      waiting['d_ff'] = declared.Wait(
+      waiting['d_ff'] = declared.ReadIf(
           'moe.d_ff', 'is 0, or the network of a layer is dense')
     if not moe.shared_experts:
-      waiting['ffn_dropout'] = declared.Wait(
+      waiting['ffn_dropout'] = declared.ReadIf(
           'moe.shared_experts', 'is set, or model.ffn is not moe')
   return waiting
 
@@ -365,7 +365,7 @@ def unread(c: ModelConfig, tree: Mapping[str, Any] | None = None
     fields |= _sources_of_nothing(c, tree)
   # The model's own fields.
   read = reads(c)
-  waiting: dict[str, declared.Wait] = {}
+  waiting: dict[str, declared.ReadIf] = {}
   for layer in c.distinct_layers:
     waiting |= _waiting(layer)
   for name in FIELDS:
@@ -400,7 +400,7 @@ def _unread_of_kind(c: ModelConfig, kind: str) -> dict[str, Unread]:
   return fields
 
 
-def _why(name: str, waiting: Mapping[str, declared.Wait]) -> Optional[Unread]:
+def _why(name: str, waiting: Mapping[str, declared.ReadIf]) -> Optional[Unread]:
   """Returns when a field is read; None: always."""
   clauses: list[str] = []
   others: list[str] = []
@@ -570,7 +570,7 @@ def _rule_of(window: int) -> str:
 def _network(name: str, fields: Mapping[str, Any]) -> str:
   """Returns the feed-forward network that a kind's `ffn` chooses; 'dense' is
   the network of the model's dense layers."""
-  if name != layer_kinds.DENSE:
+  if name != layer_kinds.DENSE_NETWORK:
     return name
   if fields['ffn'] == 'moe':
     return fields['moe.ffn']
@@ -716,7 +716,7 @@ def check_fields(tree: Mapping[str, Any], who: str = 'model') -> None:
       check_kinds(value, f'{who}.kinds')
     else:
       values += _values(name, field=name, value=value, who=who)
-  declared.check_all(values)
+  declared.check_values(values)
 
 
 def check_kinds(kinds: Any, who: str = 'model.kinds') -> None:
@@ -735,13 +735,13 @@ def check_kinds(kinds: Any, who: str = 'model.kinds') -> None:
         raise _no_field(name, of_kind, OF_LAYERS)
       more: Collection[str] = ()
       if name == 'ffn':
-        more = (layer_kinds.DENSE,)
+        more = (layer_kinds.DENSE_NETWORK,)
       values += _values(name, OF_LAYERS[name], value, who=of_kind, more=more)
-  declared.check_all(values)
+  declared.check_values(values)
 
 
 def _values(name: str, field: str, value: Any, who: str,
-            more: Collection[str] = ()) -> list[declared.Value]:
+            more: Collection[str] = ()) -> list[declared.FieldValue]:
   """Returns a value as `check_all` checks it; of a group those of its fields.
 
   Args:
@@ -756,8 +756,8 @@ def _values(name: str, field: str, value: Any, who: str,
     choices = tables.CHOICES.get(field, ())
     if more:
       choices = *choices, *more
-    return [declared.Value(leaf=FIELDS[field], value=value, who=full,
-                           choices=choices)]
+    return [declared.FieldValue(leaf=FIELDS[field], value=value, who=full,
+                                choices=choices)]
   # A group, each of whose fields is such a value.
   if not hasattr(value, 'items'):
     declared.check_type(value, {}, full)
@@ -774,4 +774,4 @@ def _no_field(name: str, who: str, names: Iterable[str]) -> RequestError:
   """Returns the error for a name that is no field of `who`."""
   names = list(names)
   return RequestError(f'{who}.{name} is no field of {who}: choose from '
-                      f'{", ".join(names)}.{hint(name, names)}')
+                      f'{", ".join(names)}.{suggest_name(name, names)}')

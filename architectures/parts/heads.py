@@ -45,7 +45,7 @@ from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import norm
 from common.errors import require
-from common.fields import field, RUN, SHAPES, Wait
+from common.fields import field, RUN, SHAPES, ReadIf
 
 FEW = 32  # tokens, at most, of which a tied head reads the table as it lies
 
@@ -217,13 +217,13 @@ class GeneratorConfig:
         self, d_model=width, num_heads=self.num_heads or c.num_heads,
         d_ff=self.d_ff or 4 * width)
 
-  def waits(self, c: ModelConfig) -> dict[str, Wait]:
+  def waits(self, c: ModelConfig) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as the others are, with what each
     of them waits for."""
     del c
     if self.num_layers:
       return {}
-    without = Wait('generator.num_layers', 'is set')
+    without = ReadIf('generator.num_layers', 'is set')
     return {x.name: without for x in dataclasses.fields(self)
             if x.name != 'num_layers'}
 

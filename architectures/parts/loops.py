@@ -4,8 +4,8 @@
 import dataclasses
 
 from architectures.parts.sizes import Sizes
-from common.fields import AT_START, field, FUNCTION, RUN, SHAPES, Wait
-from common.kinds import split
+from common.fields import AT_START, field, FUNCTION, RUN, SHAPES, ReadIf
+from common.kinds import split_kind_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +30,14 @@ class LoopsConfig:
     """Returns the fields with what follows from those of the model."""
     if self.depth:
       return self
-    apart = len(split(c.prefix)) + len(split(c.suffix))
+    apart = len(split_kind_names(c.prefix)) + len(split_kind_names(c.suffix))
     looping = max(c.num_layers - apart, 0)
     return dataclasses.replace(
         self, depth=c.num_layers + (self.passes - 1) * looping)
 
-  def waits(self, c: Sizes) -> dict[str, Wait]:
+  def waits(self, c: Sizes) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as the others are, with what each
     of them waits for."""
     if c.init == 'scaled_normal':
       return {}
-    return {'depth': Wait('init', 'is scaled_normal')}
+    return {'depth': ReadIf('init', 'is scaled_normal')}

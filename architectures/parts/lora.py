@@ -3,7 +3,7 @@
 import dataclasses
 
 from architectures.parts.sizes import Sizes
-from common.fields import field, FUNCTION, REGULARISATION, RUN, Wait
+from common.fields import field, FUNCTION, REGULARISATION, RUN, ReadIf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +32,11 @@ class LoraConfig:
     del c
     return dataclasses.replace(self, alpha=self.alpha or self.rank)
 
-  def waits(self, c: Sizes) -> dict[str, Wait]:
+  def waits(self, c: Sizes) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as the others are, with what each
     of them waits for."""
     del c
     if self.rank:
       return {}
-    without = Wait('lora.rank', 'is set')
+    without = ReadIf('lora.rank', 'is set')
     return dict(alpha=without, targets=without, dropout=without)

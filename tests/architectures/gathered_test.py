@@ -58,7 +58,7 @@ def test_no_large_matrix_stands_whole_along_fsdp(system):
   rules = dict(tables.RULES['default'])
   module = importlib.import_module(f'configs.{system}')
   for size in module.SIZES:
-    model = runs.resolve_alone(module.get_config(size))
+    model = runs.resolve_model_without_tokenizer(module.get_config(size))
     boxes = jax.tree_util.tree_leaves_with_path(
         runs.abstract_params(architectures.build(model)),
         is_leaf=lambda x: hasattr(x, 'names'))

@@ -178,6 +178,6 @@ def test_what_streams_cost(kind):
   # The slots that the branches of blocks, and the end, attend to are added.
   more = {'hyper': 8 * (2 * D * (N + N * N + N) + 2 * N * D * (N + 2)),
           'blocks': 4 * D * (1 + 2 + 2 + 2 + 3 + 3 + 3 + 4 + 4)}[kind]
-  models_ = [runs.resolve_alone(x) for x in (c, plain)]
+  models_ = [runs.resolve_model_without_tokenizer(x) for x in (c, plain)]
   a, b = (sum(flops.forward_flops(m, 16).values()) / 16 for m in models_)
   assert a - b == pytest.approx(more)

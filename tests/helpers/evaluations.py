@@ -38,7 +38,7 @@ def make(c: ml_collections.ConfigDict, workdir: pathlib.Path = pathlib.Path(),
          **options: Any) -> Evaluation:
   """Returns an evaluation on one device; `options` are flags of the tasks."""
   tokenizer = tokenizers.load(c.data.tokenizer)
-  run = runs.build(c, runs.resolve(c, tokenizer)[0], one_device())
+  run = runs.build(c, runs.resolve_model(c, tokenizer)[0], one_device())
   params = models.drawn(run.abstract.params, 1)
   return Evaluation(run, params, 0, tokenizer, types.SimpleNamespace(**options),
                     workdir, {})

@@ -23,9 +23,11 @@ def main():
 
   def die_or_go_on(stop, n: int) -> bool:
     if n > step:
-      folder = checkpoints.directory(storage.path(flags.FLAGS.workdir))
+      workdir = storage.checked_path(flags.FLAGS.workdir)
+      folder = checkpoints.checkpoint_folder(workdir)
       until = time.monotonic() + 300
-      while step not in checkpoints.steps(folder) and time.monotonic() < until:
+      while (step not in checkpoints.list_steps(folder)
+             and time.monotonic() < until):
         time.sleep(0.01)
       os.kill(os.getpid(), signal.SIGKILL)
     return agreed(stop, n)

@@ -175,7 +175,7 @@ class Written(study.Trainer):
         if not folder.exists():
           self.begun(path, [row])
         with mock.patch.dict(os.environ, {
-            provenance.PLAN: description['plan']}):
+            provenance.PLAN_VARIABLE: description['plan']}):
           state, error = leave(folder, config, self.loss(config))
         ledger.settle(row.id, name, state, error)
         self.did.append((path.name, row.point, row.seed))
@@ -184,7 +184,7 @@ class Written(study.Trainer):
 def leave(folder, config, loss) -> tuple[str, str]:
   """Writes a run that ended with a loss: a number; None: not finite in too
   many steps; or a text: the error that it failed by. Returns its state."""
-  run_config.save(folder, config, {})
+  run_config.save_config(folder, config, {})
   if isinstance(loss, str):
     return layout.FAILED, loss
   steps, bad = config.train.steps, config.train.max_bad_steps

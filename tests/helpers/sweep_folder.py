@@ -60,7 +60,8 @@ def write(root, points, match='', states=None):
         ledger.settle(run.id, runner, state, error)
         p = next(p for p in points if p['name'] == run.point)
         folder = layout.run_folder(root, run.point, run.seed)
-        run_config.save(folder, layout.config(description, run.point, run.seed))
+        run_config.save_config(folder,
+                               layout.config(description, run.point, run.seed))
         bad = config.train.max_bad_steps * (run.seed in p.get('diverged', ()))
         _write_run(folder, p, run.seed, state == layout.DONE and not bad, bad)
 

@@ -77,7 +77,8 @@ def open_store(workdir, **changes):
 
 
 def resume(store, abstract_state, step=None):
-  restored = checkpoints.restore(store.directory, abstract_state, step)
+  restored = checkpoints.restore_checkpoint(store.directory, abstract_state,
+                                            step)
   store.go_on_from(restored)
   return restored
 

@@ -52,7 +52,7 @@ CHANGES = (
           (dict(window=0), dict(window=5)), ({}, {}),
           ({}, dict(kv_sharing=True)),
           (dict(window=5), dict(position='none')))),
-    *(kinds.with_experts({}, every) for every in (1, 2)),
+    *(kinds.place_experts({}, every) for every in (1, 2)),
     dict(parametrization='mup', mup_base_width=16),
     dict(parametrization='mup', mup_base_width=16, mup_base_head_dim=8),
     dict(rope=dict(fraction=0.5, scaling='linear', factor=2.0)),
@@ -134,7 +134,7 @@ def export_findings(system: str) -> Iterator[compare.Finding]:
   for change in changes(architectures.resolve(config(system))):
     model = config(system)
     try:
-      cli.set_fields(model, change)
+      cli.set_model_fields(model, change)
       module = architectures.build(model)
       hf_config.write(module.config)
     except RequestError:

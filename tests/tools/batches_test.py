@@ -24,7 +24,7 @@ def test_the_batches_are_those_of_the_run(tmp_path, monkeypatch):
   config.data.update(source=f'text:{tmp_path}/a.txt', length=16, batch_size=2,
                      cache_dir=str(tmp_path), document_mask=True)
   config.train.steps, config.eval.batches = 5, 2
-  run_config.save(tmp_path / 'run', config, {'model.vocab_size': 384})
+  run_config.save_config(tmp_path / 'run', config, {'model.vocab_size': 384})
   monkeypatch.setattr(batches, 'STEPS', 3)
   monkeypatch.setattr(sys, 'argv', ['batches', str(tmp_path / 'run'),
                                     f'--out={tmp_path / "out"}'])

@@ -89,17 +89,17 @@ def test_a_suite_that_has_changed_is_noticed(file, tmp_path, old, new, field):
   """A run that has begun is refused, and the card has another hash."""
   suite = suites.load(str(file), base())
   run = next(suite.runs('parity'))
-  request = begin.check(run.config, run.folder(epath.Path(tmp_path)))
-  run_config.save(request.workdir, run.config, request.derived)
+  request = begin.check_request(run.config, run.folder(epath.Path(tmp_path)))
+  run_config.save_config(request.workdir, run.config, request.derived)
   (request.workdir / 'checkpoints/1').mkdir(parents=True)
-  begin.check(run.config, request.workdir)
+  begin.check_request(run.config, request.workdir)
 
   assert old in SUITE
   file.write_text(SUITE.replace(old, new))
   changed = suites.load(str(file), base())
   assert changed.digest != suite.digest
   with pytest.raises(RequestError, match=f'config differs.* in .*{field}'):
-    begin.check(next(changed.runs('parity')).config, request.workdir)
+    begin.check_request(next(changed.runs('parity')).config, request.workdir)
 
 
 def written(suite, workdir, figures):
@@ -146,7 +146,7 @@ def test_a_suite_is_trained_once(file, tmp_path, capsys):
 
 
 def test_a_suite_that_is_stopped_is_not_done(file, tmp_path, monkeypatch):
-  monkeypatch.setattr(vectorised, 'train', lambda configs, folders: [
+  monkeypatch.setattr(vectorised, 'train_group', lambda configs, folders: [
       types.SimpleNamespace(code=loop.STOPPED, stop_requested=True)])
   with pytest.raises(Stopped):
     suites.train(suites.load(str(file), base()), epath.Path(tmp_path))
@@ -170,7 +170,7 @@ def test_a_rate_at_which_a_run_diverges_is_left_out(
     return [types.SimpleNamespace(
         code=loop.DIVERGED * bad, stop_requested=False)
             for _, bad in asked[-len(configs):]]
-  monkeypatch.setattr(vectorised, 'train', train)
+  monkeypatch.setattr(vectorised, 'train_group', train)
   suites.train(suite, workdir)
   assert [task for task, _ in asked] == ['parity'] * 4 + ['copy'] * 4
   card = suites.card_of(suite, workdir)

@@ -60,7 +60,7 @@ def test_with_enough_beams_the_texts_are_the_best_of_all(penalty, alpha):
   assert [tuple(row) for row in tokens[0, :40]] == best
   np.testing.assert_allclose(scores[0, :40], [score[text] for text in best],
                              rtol=1e-5)
-  assert (scores[0, 40:] <= generate.NEVER / 10).all()
+  assert (scores[0, 40:] <= generate.SCORE_OF_NO_TEXT / 10).all()
 
 
 def by_the_book(log_p, count, divisor, stops=STOPS, new=NEW):
@@ -116,7 +116,10 @@ def rows(gpt):
 
 def expect(tokens, scores, expected, stops):
   """Asserts that the texts of a row, and their scores, are the expected."""
-  texts = [tuple(row[:1 + len(generate.until(row, stops))]) for row in tokens]
+  texts = []
+  for row in tokens:
+    length = len(generate.tokens_before_stop(row, stops))
+    texts.append(tuple(row[:length + 1]))
   assert texts[:len(expected)] == [text for _, text in expected]
   np.testing.assert_allclose(
       scores[:len(expected)], [score for score, _ in expected], atol=1e-4)

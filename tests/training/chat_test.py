@@ -58,12 +58,14 @@ def test_a_folder_is_asked_by_its_template_or_by_another(tmp_path):
   """And so is a run that was imported from it."""
   save(tmp_path, do_sample=True, temperature=0.6)
   convert.import_(tmp_path, tmp_path / 'run', partial=False, seed=0)
-  for speaker in chat.of_folder(tmp_path), chat.of_run(tmp_path / 'run'):
+  for speaker in (chat.load_from_folder(tmp_path),
+                  chat.load_from_run(tmp_path / 'run')):
     assert speaker.talk.encode(ASK).tolist() == [1, 18, 2]
     assert speaker.talk.ends == {18, 19}
     assert speaker.options['temperature'] == 0.6
   (tmp_path / 'b.jinja').write_text('{{ messages[0].content }}<end>')
-  other = chat.of_run(tmp_path / 'run', template=str(tmp_path / 'b.jinja'))
+  other = chat.load_from_run(tmp_path / 'run',
+                             template=str(tmp_path / 'b.jinja'))
   assert other.talk.encode(ASK).tolist() == [1, 19]
 
 
@@ -72,11 +74,13 @@ def test_an_import_that_was_trained_goes_on_as_in_training(
   """After the separator, and not after the folder's bos."""
   save(tmp_path, template='')
   convert.import_(tmp_path, tmp_path / 'run', partial=False, seed=0)
-  assert chat.of_run(tmp_path / 'run').talk.encode(ASK).tolist() == [17, 1]
-  read = chat.parameters.on_one_device
-  monkeypatch.setattr(chat.parameters, 'on_one_device', lambda *args: (
-      read(*args)._replace(step=5)))
-  speaker = chat.of_run(tmp_path / 'run')
+  imported = chat.load_from_run(tmp_path / 'run')
+  assert imported.talk.encode(ASK).tolist() == [17, 1]
+  read = chat.parameters.read_parameters_on_one_device
+  monkeypatch.setattr(
+      chat.parameters, 'read_parameters_on_one_device',
+      lambda *args: read(*args)._replace(step=5))
+  speaker = chat.load_from_run(tmp_path / 'run')
   assert speaker.tokenizer.separator_id != 17
   assert speaker.talk.encode(ASK).tolist() == [
       speaker.tokenizer.separator_id, 1]
@@ -87,9 +91,9 @@ def test_an_import_that_was_trained_goes_on_as_in_training(
 def test_runs_that_do_not_converse_are_refused(system, objective, tmp_path):
   config = base.base()
   config.objective, config.model = objective, models.config(system)
-  run_config.save(tmp_path, config)
+  run_config.save_config(tmp_path, config)
   with pytest.raises(RequestError, match='from left to right: eval.py has'):
-    chat.of_run(tmp_path)
+    chat.load_from_run(tmp_path)
 
 
 # The engine.
@@ -102,7 +106,7 @@ def _model():
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch, request):
-  monkeypatch.setattr(chat, 'PIECES', (1, 4, 8))
+  monkeypatch.setattr(chat, 'PIECE_SIZES', (1, 4, 8))
   if 'scanned' in request.node.name:
     monkeypatch.setattr(generate, 'UNROLLED_LAYERS', 0)
 
@@ -119,7 +123,7 @@ def _next(model, ids):
 
 
 def test_two_turns_are_what_a_forward_pass_says_up_to_the_last_slot(model):
-  engine = chat.Engine(*model, CONTEXT, GREEDY)
+  engine = chat.CachedDecoder(*model, CONTEXT, GREEDY)
   ids = [5, 17, 3, 44, 9, 12, 13, 2, 7, 30, 41]
   for new in ([], [8, 8, 1], [6] * 5):
     ids += new
@@ -135,7 +139,7 @@ def test_a_text_that_outgrows_a_length_is_as_if_written_in_one_go():
   module, params = models.make('phi3', max_len=CONTEXT, head_dim=8, rope=dict(
       generate_test.LONGROPE, original_len=9, factor=4.0), num_layers=1)
   model = module, jax.tree.map(lambda x: 3 * x, params)
-  engine, ids = chat.Engine(*model, CONTEXT, GREEDY), [5, 17, 3, 44, 9]
+  engine, ids = chat.CachedDecoder(*model, CONTEXT, GREEDY), [5, 17, 3, 44, 9]
   written = generate.generate(
       *model, jnp.array([ids]), jnp.array([5]), jax.random.key(0),
       max_new_tokens=9, sampling=GREEDY)[0]
@@ -145,7 +149,7 @@ def test_a_text_that_outgrows_a_length_is_as_if_written_in_one_go():
 
 
 def test_what_changes_is_read_again_from_there(model):
-  engine = chat.Engine(*model, CONTEXT, GREEDY)
+  engine = chat.CachedDecoder(*model, CONTEXT, GREEDY)
   first = [5, 17, 3, 44, 9, 12]
   engine.draw([*first, 50, 51, 52])
   for ids, read in (([*first, 50, 9], 1), (first, 1), ([1, *first], 7)):
@@ -157,11 +161,11 @@ def test_what_changes_is_read_again_from_there(model):
 @pytest.mark.parametrize('model', ['rope'], indirect=True)
 def test_draws_follow_the_seed_and_a_penalty_counts_the_conversation(model):
   def draws(seed):
-    engine = chat.Engine(*model, CONTEXT, generate.Sampling(5.0), seed)
+    engine = chat.CachedDecoder(*model, CONTEXT, generate.Sampling(5.0), seed)
     return [engine.draw([1, 2, 3]) for _ in range(8)]
   assert draws(0) == draws(0) != draws(1)
   assert len(set(draws(0))) > 1
-  engine = chat.Engine(*model, CONTEXT, generate.Sampling(
+  engine = chat.CachedDecoder(*model, CONTEXT, generate.Sampling(
       temperature=0, repetition_penalty=1e6))
   ids = [5, 17, 3]
   for _ in range(6):
@@ -173,7 +177,7 @@ def test_draws_follow_the_seed_and_a_penalty_counts_the_conversation(model):
 
 
 def _pieces(text, **settings):
-  stream = chat.Stream(BYTES, **settings)
+  stream = chat.AnswerStream(BYTES, **settings)
   pieces = []
   for token in text.encode():
     pieces.append(stream.add(token))
@@ -215,8 +219,9 @@ def _writer():
 
 
 def make(writer, talk=TALK, **settings):
-  engine = chat.Engine(*writer, ROOM, GREEDY)
-  return engine, chat.Session(engine, BYTES, talk, **dict(most=4) | settings)
+  engine = chat.CachedDecoder(*writer, ROOM, GREEDY)
+  return engine, chat.ChatSession(engine, BYTES, talk,
+                                  **dict(most=4) | settings)
 
 
 def ask(session, text, **settings):
@@ -256,8 +261,8 @@ class Scripted:
     ('Hi!', dict(most=2), 'Hi', 'length'), ('Hé', dict(most=2), 'H\ufffd',
                                             'length')])
 def test_an_answer_ends(written, settings, answer, ended):
-  session = chat.Session(Scripted(written), BYTES, TALK,
-                         **dict(most=20) | settings)
+  session = chat.ChatSession(Scripted(written), BYTES, TALK,
+                             **dict(most=20) | settings)
   assert ask(session, 'a') == answer
   assert session.messages[-1]['content'] == answer and session.ended == ended
 

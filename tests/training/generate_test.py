@@ -110,11 +110,11 @@ def test_a_text_ends_before_the_first_of_its_stops(text):
   """Of strings and of tokens, wherever it is; without one it is whole."""
   for stops in (['a'], ['ab', 'b'], ['b', 'a'], ['.']):
     left = [text.split(stop)[0] for stop in stops]
-    assert generate.before(text, stops) == min(left, key=len)
-  assert generate.before(text, []) == text
+    assert generate.text_before_stop(text, stops) == min(left, key=len)
+  assert generate.text_before_stop(text, []) == text
   tokens = np.array([ord(letter) for letter in text], int)
   for stop, ends in ((ord('a'), '[a]'), ((ord('a'), ord('.')), '[a.]')):
-    kept = generate.until(tokens, stop)
+    kept = generate.tokens_before_stop(tokens, stop)
     assert ''.join(chr(token) for token in kept) == re.split(ends, text)[0]
 
 

@@ -43,15 +43,15 @@ def test_what_the_cache_holds_is_read(cache, tmp_path):
   assert theirs.encode('a').tolist() == ours.encode('a').tolist()
   assert tokenizers.load(NAME).name == str(cache)
   assert conversations.source(NAME)[1] == chat_test.OF_FOLDER
-  assert hub.local(f'{NAME}@{"a" * 40}') == str(cache)
-  parameters.check_source(NAME)
+  assert hub.download_if_on_hub(f'{NAME}@{"a" * 40}') == str(cache)
+  parameters.check_init_from(NAME)
 
 
 @pytest.mark.slow
 def test_a_run_is_made_of_it_and_exported(cache, tmp_path, monkeypatch):
   run_main(monkeypatch, 'import', NAME, str(tmp_path / 'run'))
-  assert chat.of_run(tmp_path / 'run').talk.encode(chat_test.ASK).tolist() == [
-      1, 18, 2]
+  imported = chat.load_from_run(tmp_path / 'run')
+  assert imported.talk.encode(chat_test.ASK).tolist() == [1, 18, 2]
   calls, kept = [], {}
 
   class Api:  # of huggingface_hub.HfApi, with the arguments of the real one
@@ -89,16 +89,16 @@ def test_what_goes_wrong_is_said(cache, monkeypatch):
       ('hf://org/other', EnvironmentFailure, 'hub did not do what hf://org'),
       ('hf://a b/c', RequestError, 'hub refuses hf://a b/c')):
     with pytest.raises(kind, match=words):
-      hub.local(name)
+      hub.download_if_on_hub(name)
   for token, kind in (None, RequestError), ('hf_x', EnvironmentFailure):
     monkeypatch.setattr(huggingface_hub.hf_api, 'get_token',
                         lambda token=token: token)
-    with pytest.raises(kind), hub.destination(NAME):
+    with pytest.raises(kind), hub.open_destination(NAME):
       pytest.fail('the work was done before the hub was asked')
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
   with pytest.raises(RequestError, match='pip install huggingface_hub'):
-    parameters.check_source(NAME)
-  assert hub.local('models/a') == 'models/a'
+    parameters.check_init_from(NAME)
+  assert hub.download_if_on_hub('models/a') == 'models/a'
 
 
 def test_the_card_of_a_run_of_a_sweep(tmp_path):

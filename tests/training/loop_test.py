@@ -120,7 +120,7 @@ def _train(tmp_path, monkeypatch):
   """Returns a function that trains; see `Fake`."""
   monkeypatch.setattr(steps.flops, 'of_a_row', lambda config, model, sides: {
       'weights': float(sum(sides))})
-  monkeypatch.setattr(description, 'describe', lambda *_, **__: 'a program')
+  monkeypatch.setattr(description, 'describe_run', lambda *_, **__: 'a program')
 
   def train(*rows, due=(), stop=None, start=0, best=None, **fields):
     config = base.base()
@@ -134,13 +134,13 @@ def _train(tmp_path, monkeypatch):
       monkeypatch.setattr(signals.Stop, 'agreed', lambda _, n: n == stop)
     fake = Fake(rows, config)
     several = len(rows) > 1
-    members = [loop.Writer(config, tmp_path / str(i), Saved(due),
+    members = [loop.RunWriter(config, tmp_path / str(i), Saved(due),
                            f'run {i}' if several else '')
                for i in range(len(rows))]
     for member in members:
       member.saved.best = best
-    n = loop.train_all(fake, members, _state(start), start,
-                       [Loader()], [Loader()])
+    n = loop.train_runs(fake, members, _state(start), start,
+                        [Loader()], [Loader()])
     return n, members, fake
 
   return train
@@ -277,14 +277,14 @@ def test_a_run_that_waits_in_vain_ends_early(train, monkeypatch):
           [0.1, 0.2, 0.3, 0.1, 0.4, 0.3], [0.3, 0.3, 0.3, 0.3, 0.3, 0.3])
   n, members, _ = train({}, {}, {}, **BEST, eval__patience=2)
   assert n == STEPS
-  assert [m.code for m in members] == [loop.EARLY, 0, loop.EARLY]
+  assert [m.code for m in members] == [loop.ENDED_EARLY, 0, loop.ENDED_EARLY]
   assert [m.saved.newest for m in members] == [4, 6, 3]
   assert members[0].sentence == (
       'ended early after step 4: x/f1 has not been better in 2 evaluations in '
       'a row (eval.patience); the best is 0.3, of step 2')
   assert _steps(members[2]) == [1, 2, 3]
   n, (member,), _ = train({}, **BEST, eval__patience=2)
-  assert (n, member.code) == (4, loop.EARLY)
+  assert (n, member.code) == (4, loop.ENDED_EARLY)
 
 
 @pytest.mark.parametrize('stop', [2, 3, 5])
@@ -299,7 +299,7 @@ def test_a_run_that_goes_on_decides_as_without_the_break(
   assert first.code == loop.STOPPED and first.best.seen == stop - 1
   monkeypatch.setattr(signals.Stop, 'agreed', lambda self, n: False)
   n, (member,), _ = train({}, **fields, start=stop, best=first.saved.best)
-  assert (n, member.code) == (5, loop.EARLY)
+  assert (n, member.code) == (5, loop.ENDED_EARLY)
   assert member.best == whole.best and member.sentence == whole.sentence
 
 
@@ -396,31 +396,35 @@ def test_a_best_that_cannot_be_meant_is_refused(fields, words):
 
 
 def test_another_figure_begins_anew():
-  kept = writer.Best('loss', False, 1, 4, 0.5, 3).record()
-  assert writer.Best.of(config(best='loss', patience=9), kept).waited == 3
-  assert writer.Best.of(config(best='perplexity'), kept).step is None
-  assert not writer.ended_early(config(best='loss', patience=4), kept, 8)
-  assert 'is 0.5, of step 4' in writer.ended_early(
+  kept = writer.BestEvaluation('loss', False, 1, 4, 0.5, 3).record()
+  assert writer.BestEvaluation.of(config(best='loss', patience=9),
+                                  kept).waited == 3
+  assert writer.BestEvaluation.of(config(best='perplexity'), kept).step is None
+  assert not writer.explain_if_ended_early(config(best='loss', patience=4),
+                                           kept, 8)
+  assert 'is 0.5, of step 4' in writer.explain_if_ended_early(
       config(best='loss', patience=3), kept, 8)
   # So does another best value of it; to say what it has been does not.
   other = dict(best='loss', best_is='largest', patience=3)
-  begun = writer.Best.of(config(**other), kept)
+  begun = writer.BestEvaluation.of(config(**other), kept)
   assert (begun.largest, begun.step, begun.waited) == (True, None, 0)
-  assert not writer.ended_early(config(**other), kept, 8)
-  assert writer.ended_early(config(**other | dict(best_is='least')), kept, 8)
+  assert not writer.explain_if_ended_early(config(**other), kept, 8)
+  assert writer.explain_if_ended_early(config(**other | dict(best_is='least')),
+                                       kept, 8)
 
 
-@pytest.mark.parametrize('code', [0, loop.EARLY, loop.STOPPED, loop.DIVERGED])
+@pytest.mark.parametrize(
+    'code', [0, loop.ENDED_EARLY, loop.STOPPED, loop.DIVERGED])
 def test_to_end_early_is_to_end_well_and_only_to_diverge_is_an_error(
     code, monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(loop, 'Program', lambda run, hooks: None)
-  monkeypatch.setattr(loop, 'train_all', lambda program, writers, **_: (
+  monkeypatch.setattr(loop, 'train_runs', lambda program, writers, **_: (
       writers[0].__dict__.update(code=code, sentence='why')))
   run = types.SimpleNamespace(config=base.base())
-  assert loop.train(run, *[None] * 5, tmp_path) == (
-      0 if code == loop.EARLY else code)
+  assert loop.train_run(run, *[None] * 5, tmp_path) == (
+      0 if code == loop.ENDED_EARLY else code)
   assert tuple(capsys.readouterr()) == (
-      'why\n' * (code in (loop.EARLY, loop.STOPPED)),
+      'why\n' * (code in (loop.ENDED_EARLY, loop.STOPPED)),
       'error: why\n' * (code == loop.DIVERGED))
 
 
@@ -453,7 +457,7 @@ def test_a_run_says_where_the_held_out_loss_was_lowest(losses, lines, tmp_path):
   files = metrics.JsonlWriter(tmp_path, 0)
   for step, loss in losses.items():
     files.write(step, 'eval', {'loss': loss})
-  run = loop.Writer(None, tmp_path, None)
+  run = loop.RunWriter(None, tmp_path, None)
   run.best = None
   assert [line.partition(': ')[0] for line in run.lowest()] == lines
 

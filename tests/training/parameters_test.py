@@ -35,7 +35,7 @@ def _run(model, source):
 
 def _start(source, system, **changes):
   run = _run(models.config(system, **HEAD, **changes), source)
-  return parameters.create(run, str(source)).params
+  return parameters.create_state(run, str(source)).params
 
 
 def _folder(path, system, **changes):
@@ -49,7 +49,7 @@ def _workdir(path, system, **changes):
   module, params = models.make(system, **changes)
   run = _run(models.config(system, **changes), '')
   path = epath.Path(path)
-  run_config.save(path, run.config)
+  run_config.save_config(path, run.config)
   with checkpoints.Checkpoints(path, every_steps=0, every_minutes=0.0, keep=1,
                                keep_every=0) as saved:
     saved.save(0, {'params': params}, next_batch=0, tokens=0,
@@ -116,9 +116,9 @@ def test_labels_in_another_order_are_refused(tmp_path):
   run.config.update(objective='classification',
                     data=dict(labels=('a', 'b', 'c')))
   with pytest.raises(RequestError, match=r'has the labels .b, a, c.*a, b, c'):
-    parameters.create(run, str(tmp_path))
+    parameters.create_state(run, str(tmp_path))
   run.config.data.labels = ('b', 'a', 'c')
-  parameters.create(run, str(tmp_path))
+  parameters.create_state(run, str(tmp_path))
 
 
 @pytest.mark.parametrize('is_run', [False, True])
@@ -137,10 +137,10 @@ def test_weights_are_not_trained_with_another_tokenizer(tmp_path, is_run):
   config.init_from = (theirs := read('theirs', 'a b c', '<end>')).name
   if is_run:
     config.data.tokenizer = theirs.name
-    run_config.save(epath.Path(tmp_path), config)
+    run_config.save_config(epath.Path(tmp_path), config)
     (tmp_path / 'checkpoints/0').mkdir(parents=True)
     config.update(init_from=str(tmp_path), data=dict(tokenizer='bytes'))
-  check = lambda ours: parameters.check_tokenizer(config, ours)
+  check = lambda ours: parameters.check_tokenizer_of_weights(config, ours)
   for ours in tokenizers.load('bytes'), read('ours', 'a c b', '<end>'):
     with pytest.raises(RequestError, match=re.escape(
         f'--config.data.tokenizer={theirs.name},')):
@@ -155,20 +155,20 @@ def test_weights_are_not_trained_with_a_tokenizer_that_was_replaced(
   config = base.base()
   config.data.tokenizer = data_files.wordpiece(tmp_path)
   before = tokenizers.load(config.data.tokenizer)
-  run_config.save(epath.Path(tmp_path), config,
-                  data=pipeline.of_tokenizer(config, before))
+  run_config.save_config(epath.Path(tmp_path), config,
+                         data=pipeline.of_tokenizer(config, before))
   (tmp_path / 'checkpoints/0').mkdir(parents=True)
-  runs.tokenizer_of(tmp_path, config)
+  runs.load_run_tokenizer(tmp_path, config)
   assert not capsys.readouterr().err
   config.init_from = str(tmp_path)
-  parameters.check_tokenizer(config, before)
+  parameters.check_tokenizer_of_weights(config, before)
 
   file = tmp_path / 'tokenizer.json'
   file.write_text(file.read_text().replace('"ran"', '"raw"'))
   after = tokenizers.load(config.data.tokenizer)
   with pytest.raises(RequestError, match='before it was replaced'):
-    parameters.check_tokenizer(config, after)
-  runs.tokenizer_of(tmp_path, config)
+    parameters.check_tokenizer_of_weights(config, after)
+  runs.load_run_tokenizer(tmp_path, config)
   assert f'what \'tokenizer {file}\' holds' in capsys.readouterr().err
 
 
@@ -198,7 +198,7 @@ def saved(tmp_path, averaged, steps=(10, 20, 30, 40)):
     for n in steps:
       store.save(n, of_step(n, averaged), next_batch=n, tokens=n,
                  config=base.base())
-  return checkpoints.directory(tmp_path)
+  return checkpoints.checkpoint_folder(tmp_path)
 
 
 @pytest.fixture(scope='module')
@@ -212,7 +212,7 @@ def averaged(tmp_path_factory):
 
 
 def test_it_is_the_average_where_one_is_kept(averaged):
-  taken = parameters.of_checkpoint(averaged, asked())
+  taken = parameters.read_parameters(averaged, asked())
   assert (taken.step, taken.what) == (40, 'the average (optim.ema)')
   kept = of_step(40)
   np.testing.assert_array_equal(taken.state['a'], kept['ema']['a'])
@@ -225,7 +225,8 @@ def test_it_is_the_average_where_one_is_kept(averaged):
 @pytest.mark.parametrize('text, steps', [
     ('last:3', [20, 30, 40]), ('40,10', [10, 40])])
 def test_a_mean_is_that_of_numpy(plain, text, steps):
-  taken = parameters.of_checkpoint(plain, asked(), checkpoints.named_step(text))
+  taken = parameters.read_parameters(plain, asked(),
+                                     checkpoints.parse_step(text))
   assert taken.step == 40
   assert taken.what == f'the mean of steps {", ".join(map(str, steps))}'
   for name in 'abc':
@@ -239,12 +240,14 @@ def test_a_mean_is_that_of_numpy(plain, text, steps):
 
 
 def test_a_mean_is_of_averages_where_these_are_kept(averaged):
-  taken = parameters.of_checkpoint(averaged, asked(), checkpoints.Mean(last=2))
+  taken = parameters.read_parameters(averaged, asked(),
+                                     checkpoints.MeanOfSteps(last=2))
   assert taken.what == ('the mean of steps 30, 40, each the average '
                         '(optim.ema)')
   np.testing.assert_array_equal(taken.state['a'], np.mean(
       [of_step(n)['ema']['a'] for n in (30, 40)], axis=0))
-  live = parameters.of_checkpoint(averaged, asked(), checkpoints.Mean(last=2),
+  live = parameters.read_parameters(averaged, asked(),
+                                    checkpoints.MeanOfSteps(last=2),
                             live=True)
   np.testing.assert_array_equal(live.state['a'], np.mean(
       [of_step(n)['params']['a'] for n in (30, 40)], axis=0))

@@ -33,8 +33,8 @@ def streams(monkeypatch):
 
 
 def _work():
-  with progress.during('reading'):
-    for item in progress.each([7, 8, 9], 'writing'):
+  with progress.show_task('reading'):
+    for item in progress.show_items([7, 8, 9], 'writing'):
       print('item', item)
       print('warning', file=sys.stderr)
 
@@ -55,14 +55,14 @@ def test_a_terminal_shows_what_is_done(streams):
   assert 'item 9' in text  # rich prints it above the bar
   assert '\x1b[?25l' not in text  # a killed process could not undo that
   with pytest.raises(ZeroDivisionError):
-    for n in progress.each([1, 0], 'dividing'):
+    for n in progress.show_items([1, 0], 'dividing'):
       _ = 1 / n
-  assert progress._bar is None
+  assert progress._tasks_bar is None
 
 
 def test_plain_lines_without_a_terminal():
   out = io.StringIO()
-  lines = progress.bar(1000, first=0, stream=out)
+  lines = progress.make_run_progress(1000, first=0, stream=out)
   lines.step(9)
   lines.update(10, {'loss': 3.14159, 'tokens_per_second': 12345.0,
                     'step_seconds': 4.0, 'mfu': None})
@@ -86,8 +86,8 @@ class Clock:
 
 def test_the_meter_by_hand():
   clock = Clock()
-  meter = progress.Meter(tokens_per_step=1000, flops_per_step=6e9,
-                         peak_flops=1e10, clock=clock)
+  meter = progress.StepTimer(tokens_per_step=1000, flops_per_step=6e9,
+                             peak_flops=1e10, clock=clock)
   with meter.compiling():
     clock.now += 30
   meter.begin(0)
@@ -128,7 +128,7 @@ class Result:
 
 def test_figures_come_one_step_late():
   """None is waited for before the next step is dispatched."""
-  deferred = progress.Deferred(lambda: 'now')
+  deferred = progress.DeferredFigures(lambda: 'now')
   assert deferred.flush() is None
   assert deferred.push(1, {'loss': jnp.float32(1.5)}) is None
   assert deferred.push(2, {'loss': jnp.float32(2.5), 'load': jnp.arange(2)}
@@ -141,7 +141,7 @@ def test_figures_come_one_step_late():
   assert [call for call in asked if 'wait' in call] == ['wait loss 1']
   assert asked.index('copy loss 2') < asked.index('wait loss 1')
   # Where the first is late and the next is not, no time goes backwards.
-  deferred = progress.Deferred(itertools.count(1).__next__)
+  deferred = progress.DeferredFigures(itertools.count(1).__next__)
   deferred.push(1, {'loss': Result('loss', [])})
   late = deferred.push(2, {'loss': jax.block_until_ready(jnp.float32(1))})
   assert late.done < deferred.flush().done
@@ -150,4 +150,4 @@ def test_figures_come_one_step_late():
 @pytest.mark.parametrize('steps', ['10', 'a:b', '13:10', '3:3', '20:21'])
 def test_profile_steps_that_mean_nothing(steps):
   with pytest.raises(RequestError, match='--profile_steps is'):
-    progress.profiled_steps(steps, 20)
+    progress.parse_profiled_steps(steps, 20)

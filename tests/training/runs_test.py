@@ -28,10 +28,10 @@ def _outline(tmp_path, start=0, **fields):
   config.mesh.fsdp = 2
   config.update_from_flattened_dict(fields)
   tokenizer = tokenizers.load('bytes')
-  run = runs.build(config, runs.resolve(config, tokenizer)[0])
+  run = runs.build(config, runs.resolve_model(config, tokenizer)[0])
   loaders = (pipeline.training_loader(config, tokenizer),
              pipeline.held_out(config, tokenizer))
-  lines = description.describe(run, start, 128, *loaders).splitlines()
+  lines = description.describe_run(run, start, 128, *loaders).splitlines()
   return run, loaders, dict(line.split(': ', 1) for line in lines)
 
 
@@ -51,7 +51,7 @@ def test_the_outline_says_what_the_run_does(tmp_path):
   assert lines['training'] == 'steps 11 to 30, 3,840 tokens in all'
   assert lines['data'] == (
       f'{passes:.3g} passes over all but the last 1/4 of {source}')
-  assert ('warning' in lines) == (passes > description.MANY_PASSES)
+  assert ('warning' in lines) == (passes > description.MANY_PASSES_OVER_DATA)
   assert lines['held out'] == (
       f'the last 1/4 of {source}, {len(WORDS) * 10 + 1} tokens')
   assert lines['evaluation'] == (
@@ -65,7 +65,7 @@ def test_the_first_parameters_are_drawn_from_both_seeds():
     config = base.base()
     config.model.update(d_model=16, num_layers=1, num_heads=2, vocab_size=8)
     config.seed, config.init_seed = seeds
-    run = runs.build(config, runs.resolve_alone(config),
+    run = runs.build(config, runs.resolve_model_without_tokenizer(config),
                      evaluations.one_device())
     drawn[seeds] = jax.tree.leaves(run.new_state().params)[-1]
   assert len({float(np.std(x)) for x in drawn.values()}) == 3
@@ -80,9 +80,10 @@ def test_the_ramp_of_a_run_does_not_bind_its_evaluation():
   config.model.update(d_model=16, num_layers=1, num_heads=2, vocab_size=8)
   config.data.update(batch_size=16, batch_ramp='2:4')
   with pytest.raises(RequestError, match='data.batch_ramp is 4'):
-    runs.build(config, runs.resolve_alone(config))
-  here = runs.for_this_machine(config)
-  assert runs.build(here, runs.resolve_alone(here)).mesh.shape['data'] == 8
+    runs.build(config, runs.resolve_model_without_tokenizer(config))
+  here = runs.fit_mesh_to_this_machine(config)
+  model = runs.resolve_model_without_tokenizer(here)
+  assert runs.build(here, model).mesh.shape['data'] == 8
 
 
 @pytest.mark.parametrize('arch, line', [
@@ -133,9 +134,9 @@ def test_a_run_in_batches_of_several_lengths_goes_on_bit_for_bit(
 
 def test_a_run_says_how_rows_are_padded_and_cut(labelled):
   tokenizer = tokenizers.load('bytes')
-  run = runs.build(labelled, runs.resolve(labelled, tokenizer)[0])
+  run = runs.build(labelled, runs.resolve_model(labelled, tokenizer)[0])
   train = pipeline.training_loader(labelled, tokenizer)
-  text = description.describe(run, 0, 256, train,
+  text = description.describe_run(run, 0, 256, train,
                        pipeline.held_out(labelled, tokenizer))
   assert ('step: 8 rows padded to 16 or 32 tokens (a program each), at most '
           '256 tokens\n') in text

@@ -19,7 +19,7 @@ from training import runs
 from training.distributed import devices
 from training.objectives import losses
 from training.optim import optimizers
-from training.runs import _accumulate, make_eval_step, make_train_step
+from training.runs import _accumulate_gradients, make_eval_step, make_train_step
 
 LENGTH, BATCH = 16, 16
 
@@ -316,5 +316,6 @@ def test_micro_batches_add_up_in_float32():
   batch = {'x': np.array([256, 1, 1, 1], np.float32)}
   with jax.set_mesh(one_device()), sharding.rules(
       tables.RULES['default']):
-    grads, _ = _accumulate(grad_fn, {}, batch, jax.random.key(0), {}, 4)
+    grads, _ = _accumulate_gradients(grad_fn, {}, batch, jax.random.key(0), {},
+                                     4)
   assert grads['w'] == 259

@@ -34,16 +34,16 @@ def small(system):
 def test_a_system_learns_and_is_judged(system, tmp_path):
   """By what train.py does."""
   config = small(system)
-  request = begin.check(config, tmp_path)
-  tokenizer, run = request.tokenizer, begin.on_devices(request)
+  request = begin.check_request(config, tmp_path)
+  tokenizer, run = request.tokenizer, begin.build_on_devices(request)
   rows = devices.batch_shard(run.place, config.data.batch_size)
   texts = [pipeline.training_loader(config, tokenizer, *rows),
            pipeline.held_out(config, tokenizer, *rows)]
   with checkpoints.Checkpoints(
       tmp_path, **config.checkpoint,
       agree_every=config.log.every_steps) as saved:
-    assert loop.train(run, begin.new_state(run), 0, *texts, saved,
-                      tmp_path) == 0
+    assert loop.train_run(run, begin.create_first_state(run), 0, *texts, saved,
+                          tmp_path) == 0
   lines = [json.loads(line) for line in
            (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   first = next(r['loss'] for r in lines if r['split'] == 'train')

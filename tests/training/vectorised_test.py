@@ -46,15 +46,15 @@ def config(texts, **changes):
 
 def alone(c, workdir):
   """Trains as train.py does, on one device; returns what the loop does."""
-  request = begin.check(c, storage.path(workdir))
+  request = begin.check_request(c, storage.checked_path(workdir))
   tokenizer = request.tokenizer
-  run = begin.on_devices(request, evaluations.one_device())
+  run = begin.build_on_devices(request, evaluations.one_device())
   with checkpoints.Checkpoints(workdir, **c.checkpoint) as saved:
-    start = begin.take_up(request, run, saved)
-    state = start.state or begin.new_state(run)
-    run_config.save(workdir, c, request.derived,
-                    pipeline.contents(c, tokenizer))
-    return loop.train(
+    start = begin.find_starting_point(request, run, saved)
+    state = start.state or begin.create_first_state(run)
+    run_config.save_config(workdir, c, request.derived,
+                           pipeline.contents(c, tokenizer))
+    return loop.train_run(
         run, state, start.step, pipeline.training_loader(c, tokenizer),
         pipeline.held_out(c, tokenizer), saved, workdir)
 
@@ -108,7 +108,7 @@ def singles(texts, tmp_path_factory):
   configs = [config(texts, model__dropout=0.1,
                     train__hooks=f'{folder}/taps.py:LayerGradients', **fields)
              for fields in DIFFERENT]
-  assert vectorised.groups(configs) == [[0, 1, 2]]
+  assert vectorised.group_configs(configs) == [[0, 1, 2]]
 
   @functools.cache
   def single(i):
@@ -132,7 +132,7 @@ def trained(request, singles, tmp_path_factory):
   workdirs = [folder / str(i) for i in range(3)]
   shapes = set()
 
-  class Group(vectorised.Group):
+  class Group(vectorised.RunGroup):
 
     def __init__(self, *args):
       super().__init__(*args)
@@ -142,8 +142,8 @@ def trained(request, singles, tmp_path_factory):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax, 'device_count', lambda: request.param)
-    patch.setattr(vectorised, 'Group', Group)
-    vectorised.train(configs, workdirs)
+    patch.setattr(vectorised, 'RunGroup', Group)
+    vectorised.train_group(configs, workdirs)
     assert shapes == {SHAPES[request.param]}
     yield configs, workdirs, single
 
@@ -180,7 +180,7 @@ def test_a_run_goes_on_alone_and_joins_again(trained, tmp_path):
   # Killed in the middle of a save: one is done, two are not.
   for i in (1, 2):
     shutil.rmtree(copies[i] / 'checkpoints/8')
-  vectorised.train(configs, copies)
+  vectorised.train_group(configs, copies)
   for i, copy in enumerate(copies):
     assert_same(copy, single(i))
 
@@ -190,7 +190,7 @@ def test_paired_runs_see_one_stream(texts, tmp_path):
   """And with a seed in common, which is no input then, dropout is the same."""
   configs = [config(texts, model__dropout=0.1, optim__lr=lr)
              for lr in (1e-3, 1e-2)]
-  vectorised.train(configs, [tmp_path / '0', tmp_path / '1'])
+  vectorised.train_group(configs, [tmp_path / '0', tmp_path / '1'])
   first = [rows(tmp_path / i)[0]['loss'] for i in '01']
   assert first[0] == first[1]  # the rate has done nothing yet
   alone(configs[1], tmp_path / 'alone')
@@ -208,7 +208,7 @@ def test_experts_too(texts, tmp_path):
     c.model.moe = mixtral.get_config('tiny').model.moe
     c.model.moe.update(**moe)
     configs.append(c.lock())
-  vectorised.train(configs, [tmp_path / '0', tmp_path / '1'])
+  vectorised.train_group(configs, [tmp_path / '0', tmp_path / '1'])
   for i, c in enumerate(configs):
     alone(c, tmp_path / f'alone{i}')
     assert_same(tmp_path / str(i), tmp_path / f'alone{i}', rtol=1e-5)
@@ -229,7 +229,7 @@ def test_a_run_that_blows_up_ends_alone(texts, tmp_path, bad, monkeypatch):
                     optim__warmup_steps=0, optim__lr=lr)
              for lr in ((1e30, 1e-2), (1e-2, 1e30))[bad]]
   workdirs = [tmp_path / '0', tmp_path / '1']
-  writers = vectorised.train(configs, workdirs)
+  writers = vectorised.train_group(configs, workdirs)
   assert '2 steps in a row' in writers[bad].sentence
   assert [writers[i].code for i in (bad, 1 - bad)] == [loop.DIVERGED, 0]
   assert rows(workdirs[1 - bad])[-1]['step'] == STEPS
@@ -248,7 +248,7 @@ def test_groups_are_of_runs_that_differ_in_the_fields_alone(texts):
              config(texts, model__num_layers=2), config(texts, seed=3),
              config(texts, init_from='runs/a'), config(texts, mesh__fsdp=2),
              config(texts, mesh__data=1)]
-  assert vectorised.groups(configs) == [[0, 1, 3], [2], [4], [5], [6]]
+  assert vectorised.group_configs(configs) == [[0, 1, 3], [2], [4], [5], [6]]
 
 
 @pytest.mark.parametrize('fields, words', [
@@ -256,8 +256,8 @@ def test_groups_are_of_runs_that_differ_in_the_fields_alone(texts):
     (dict(optim__lr=-1.0), 'optim.lr is -1.0')])
 def test_what_is_no_group_is_refused(fields, words, texts, tmp_path):
   with pytest.raises(ValueError, match=words):
-    vectorised.train([config(texts), config(texts, **fields)],
-                     [tmp_path / '0', tmp_path / '1'])
+    vectorised.train_group([config(texts), config(texts, **fields)],
+                           [tmp_path / '0', tmp_path / '1'])
   assert not list(tmp_path.iterdir())
 
 
@@ -279,7 +279,7 @@ def test_every_optimizer_takes_traced_fields(name, dtype):
     return tx.update(grads, tx.init(params), params)[0]
 
   traced = jax.jit(jax.vmap(lambda values: update(
-      vectorised.with_values(optim, values))))(
+      vectorised.config_with_traced_values(optim, values))))(
           {'lr': jnp.array([1e-3, 2e-2], jnp.float32),
            'weight_decay': jnp.array([0.1, 0.3], jnp.float32)})
   optim.update(lr=2e-2, weight_decay=0.3)
@@ -297,8 +297,8 @@ def test_all_figures_are_those_of_the_run_alone(texts, tmp_path):
           texts, seed=seed, optim__lr=lr, optim__ema=0.75, eval__live=True,
           eval__batches=0, eval__every_steps=5, data__batch_size=8)
       for seed, lr in ((0, 1e-2), (1, 3e-2))]
-  assert vectorised.groups(configs) == [[0, 1]]
-  vectorised.train(configs, [tmp_path / '0', tmp_path / '1'])
+  assert vectorised.group_configs(configs) == [[0, 1]]
+  vectorised.train_group(configs, [tmp_path / '0', tmp_path / '1'])
   single = tmp_path / 'alone'
   alone(configs[1], single)
   assert_same(tmp_path / '1', single)

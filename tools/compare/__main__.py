@@ -44,7 +44,7 @@ COMMANDS = {
 
 
 def main() -> int:
-  return cli.run_command('python -m tools.compare', __doc__, COMMANDS)
+  return cli.run_subcommand('python -m tools.compare', __doc__, COMMANDS)
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tools.compare.plan import AGAIN, TEXT, Outcome, Plan
-from training.runs import AS_NEXT
+from training.runs import INIT_SEED_OF_NEXT_SEED
 
 MIN_PAIRS = 3  # with two, every correlation is 1 or -1
 DRAWS = 1000  # how many a bootstrap takes
@@ -238,8 +238,9 @@ def measured_split(plan: Plan, outcomes: Iterable[Outcome]) -> list[Factor]:
   """Returns `split` of the noise phase; nothing where a run diverged, or where
   its starts are not crossed with its orders of data."""
   runs, variants, seeds, whole = _noise_runs(plan, outcomes)
-  are_crossed = all(run.changes.get('init_seed', AS_NEXT) == AS_NEXT
-                    for run in runs.values())
+  init_seeds = {run.changes.get('init_seed', INIT_SEED_OF_NEXT_SEED)
+                for run in runs.values()}
+  are_crossed = init_seeds <= {INIT_SEED_OF_NEXT_SEED}
   if len(whole) < max(len(seeds), MIN_PAIRS) or not are_crossed:
     return []
   tables = []  # of the base and again, [sizes, seeds]

@@ -84,7 +84,7 @@ def main(args) -> int:
     with layout.Ledger(args.workdir) as ledger, ledger.transaction():
       layout.save_description(args.workdir, description)
   if args.time:
-    for row in progress.each(description['points'], 'points timed'):
+    for row in progress.show_items(description['points'], 'points timed'):
       row['seconds'] = _seconds(description, row)
   if args.json:
     print(json.dumps(description, indent=2))
@@ -120,7 +120,7 @@ def describe(args) -> dict:
         paired = False
   sources = cost.contents(map(sweep.config, sweep.points))
   points = []
-  for point in progress.each(sweep.points, 'points checked'):
+  for point in progress.show_items(sweep.points, 'points checked'):
     points.append(_row(sweep, point))
   return {
       'name': sweep.name,
@@ -131,7 +131,7 @@ def describe(args) -> dict:
       'base_config': sweep.base.to_dict(),
       'paired': paired,
       'sources': sources,
-      'files': dict(plugins.loaded),
+      'files': dict(plugins.text_of_loaded_file),
       'points': points}
 
 
@@ -168,7 +168,7 @@ def _row(sweep: spec.Sweep, point: spec.Point) -> dict:
             'a task in TASKS')
   unlike = ''
   if 'model.arch' in point.changes:
-    unlike = systems.line(runs.resolve_alone(config))
+    unlike = systems.line(runs.resolve_model_without_tokenizer(config))
   return {
       'name': point.name,
       'changes': dict(point.changes),
@@ -235,11 +235,15 @@ def table(description: dict) -> str:
             f'{number} runs']
   if 'seconds' in points[0]:
     total = sum(point['seconds'] * len(point['seeds']) for point in points)
-    each = ', '.join(f'{progress.clock(point["seconds"])} ({point["name"]})'
-                     for point in points)
+    times = []
+    for point in points:
+      seconds = progress.format_seconds(point['seconds'])
+      times.append(f'{seconds} ({point["name"]})')
+    each = ', '.join(times)
     lines += [f'a run here takes {each}',
-              f'all runs, one after another: some {progress.clock(total)}; as '
-              'one program or beside others (--parallel) they take less']
+              'all runs, one after another: some '
+              f'{progress.format_seconds(total)}; as one program or beside '
+              'others (--parallel) they take less']
 
   # Points that are compared with reserve.
   if not description['paired']:

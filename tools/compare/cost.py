@@ -86,7 +86,8 @@ def check(config, changes: Mapping) -> None:
   """Raises RequestError for whatever a run of `config`, of which `changes` were
   made, would refuse before it starts, and for what no comparison can have."""
   preflight.check_config(config)
-  preflight.refuse_unread_of(changes, config, runs.resolve_alone(config))
+  preflight.refuse_unread_fields(changes, config,
+                                 runs.resolve_model_without_tokenizer(config))
   require(not config.eval.patience, f'eval.patience is {config.eval.patience}: '
           'runs are compared after their last step, and none ends before it; '
           'leave it at 0')
@@ -105,7 +106,7 @@ def contents(configs) -> dict[str, str]:
 
 def resolved(config):
   """Returns the model of a run, its open fields filled in."""
-  model, *_ = runs.resolve(config, _tokenizer(config.data.tokenizer))
+  model, *_ = runs.resolve_model(config, _tokenizer(config.data.tokenizer))
   return model
 
 

@@ -417,7 +417,7 @@ def _run(workdir, description, point: str, seed: int, state: str, error: str
     scored['loss'] = scored['documents/loss']
   file = folder / 'metrics.jsonl'
   if file.exists():
-    rows = tuple(metrics.read(file))
+    rows = tuple(metrics.read_metrics(file))
   evaluations = layout.evaluation(folder)
   if is_started:
     strange = tuple(layout.differing(description, workdir, point, seed))

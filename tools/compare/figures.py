@@ -291,7 +291,7 @@ def _scores(axes: Any, c, measure) -> None:
 
 def _reach(measure, values: Sequence[float]) -> list[float]:
   """Returns how far the 95 % interval of a mean reaches down and up."""
-  if measure.figure.rpartition('/')[2] in metrics.SHARES:
+  if measure.figure.rpartition('/')[2] in metrics.FIGURES_BETWEEN_0_AND_1:
     mean, low, high, _ = statistics.share_interval(values)
   else:
     mean, low, high, _ = statistics.interval(values)
@@ -345,7 +345,8 @@ def _drawn(name: str, title: str, caption: str, words: str,
            figure: Any) -> page.Figure:
   """Returns a figure; `words` says it to who cannot see it."""
   with style(name):
-    files = {kind: storage.drawn(figure, kind, DPI) for kind in FORMATS}
+    files = {kind: storage.render_picture(figure, kind,
+                                          DPI) for kind in FORMATS}
   alt = f'{title}. {caption} {words}'
   return page.Figure(name=name, title=title, caption=caption,
                      svg=_inline(files['svg'].decode(), name, alt),

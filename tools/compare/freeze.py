@@ -79,7 +79,7 @@ def freeze(file: str, kept: plans.Frozen | None = None) -> plans.Frozen:
   sweep, constants = read_study_file(file)
 
   # The points, checked; where nothing has changed, those of the earlier plan.
-  start = provenance.this_start()
+  start = provenance.describe_this_start()
   code = {'commit': start['commit'], 'diff': start['diff']}
   inputs = ''
   if code['commit']:
@@ -96,7 +96,7 @@ def freeze(file: str, kept: plans.Frozen | None = None) -> plans.Frozen:
   frozen = plans.Frozen(
       plan=plan, base_config=sweep.base.to_dict(), points=points,
       sources=cost.contents(configs), code=code, inputs=inputs,
-      files=dict(plugins.loaded))
+      files=dict(plugins.text_of_loaded_file))
 
   # Which seeds the study has may hang on everything else that is planned.
   offset = constants['SEED_OFFSET']
@@ -375,7 +375,7 @@ def _points(sweep: spec.Sweep, constants: Mapping) -> list[dict]:
       work += [(size, workload, point) for point in matched]
   work.sort(key=lambda row: row[2].name != sweep.base_name)
   rows = []
-  for size, workload, point in progress.each(work, 'points checked'):
+  for size, workload, point in progress.show_items(work, 'points checked'):
     rows.append(_row(sweep=sweep, constants=constants, size=size,
                      workload=workload, point=point))
   params = [row['params'] for row in rows if row['workload'] == plans.TEXT

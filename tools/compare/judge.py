@@ -139,7 +139,8 @@ def judged(base: pathlib.Path, variant: pathlib.Path) -> dict[str, Any]:
                       - runs[base_name][seed].final)
 
   # Which question that is, of all that were asked here: one asker at a time.
-  with storage.writing(folder), (folder / '.judging').open('w') as lock:
+  lock_file = folder / '.judging'
+  with storage.explain_write_failures(folder), lock_file.open('w') as lock:
     fcntl.lockf(lock, fcntl.LOCK_EX)
     path = folder / FILE
     if path.is_file():
@@ -199,7 +200,7 @@ def _runs(folder: pathlib.Path) -> dict[int, curves.Run]:
     file = path.with_name('metrics.jsonl')
     lines = ()
     if file.is_file():
-      lines = tuple(metrics.read(file))
+      lines = tuple(metrics.read_metrics(file))
     seed = int(name)
     runs[seed] = curves.Run(seed=seed, state=layout.DONE, error='',
                             config=config, rows=lines, evaluations={})

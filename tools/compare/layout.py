@@ -114,8 +114,8 @@ def try_folder(workdir, marker: str = 'sweep.json') -> None:
   kept: before anything is run."""
   require('://' not in str(workdir), f'--workdir is {str(workdir)!r}: a ledger '
           'needs a folder of this machine, or one that is mounted')
-  storage.try_folder(workdir)
-  storage.refuse_run(workdir, '--workdir', marker)
+  storage.check_folder_is_writable(workdir)
+  storage.refuse_folder_of_run(workdir, '--workdir', marker)
 
 
 def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
@@ -146,12 +146,12 @@ def save_checked(path: pathlib.Path, tree: dict) -> None:
   runners may write at once."""
   checked = tree | {'checksum': checksum(tree)}
   text = json.dumps(checked, indent=1, allow_nan=False)
-  storage.write(epath.Path(path), text)
+  storage.write_file(epath.Path(path), text)
 
 
 def load_checked(path: pathlib.Path) -> dict:
   """Returns what `save_checked` wrote; RequestError where it is damaged."""
-  tree = storage.parse(path.read_bytes(), str(path))
+  tree = storage.parse_json_object(path.read_bytes(), str(path))
   require(tree.pop('checksum', '') == checksum(tree), f'{path} is damaged: '
           'it is not as it was written; put it back')
   return tree
@@ -169,7 +169,7 @@ def load_description(workdir) -> dict:
   require(path.is_file(), f'{path} is missing: no sweep was checked or run in '
           'this workdir')
   description = load_checked(path)
-  plugins.restore(description.get('files', {}))
+  plugins.restore_declared_parts(description.get('files', {}))
   return description
 
 
@@ -262,7 +262,7 @@ def row_of(description: dict, point: str) -> dict:
 def config(description: dict, point: str, seed: int):
   """Returns the config of a run as sweep.json has it, whatever the sweep's
   file says by now."""
-  base = run_config.from_json(description['base_config'])
+  base = run_config.config_from_json(description['base_config'])
   row = row_of(description, point)
   return spec.changed(base, {**row['changes'], 'seed': seed},
                       f'point {point!r}')
@@ -281,7 +281,7 @@ def differing(description: dict, workdir, point: str, seed: int
   if not different:
     return []
   # A run's config.json does not hold what its model does not read.
-  unread = flat.unread(runs.resolve_alone(wanted))
+  unread = flat.unread(runs.resolve_model_without_tokenizer(wanted))
   return [name for name in different
           if name.removeprefix('model.') not in unread]
 
@@ -308,8 +308,8 @@ def codes(workdir, description: Mapping[str, Any]) -> list[str]:
     for seed in row['seeds']:
       # A config that is damaged is reported where the run is looked at.
       with contextlib.suppress(RequestError):
-        starts += run_config.starts(run_folder(workdir, row['name'], seed))
-  return provenance.codes(starts)
+        starts += run_config.load_starts(run_folder(workdir, row['name'], seed))
+  return provenance.list_codes(starts)
 
 
 def plans_of(workdir) -> set[str]:
@@ -319,7 +319,7 @@ def plans_of(workdir) -> set[str]:
   for folder in pathlib.Path(workdir).glob('points/*/seed-*'):
     # A config that is damaged is reported where the run is looked at.
     with contextlib.suppress(RequestError):
-      starts += run_config.starts(folder)
+      starts += run_config.load_starts(folder)
   plans = set()
   for start in starts:
     hash, _, _ = str(start.get('plan', '')).partition(' ')
@@ -339,7 +339,8 @@ def metrics(folder: pathlib.Path, split: str) -> list[dict]:
   path = folder / 'metrics.jsonl'
   if not path.is_file():
     return []
-  return [row for row in metrics_lib.read(path) if row['split'] == split]
+  rows = metrics_lib.read_metrics(path)
+  return [row for row in rows if row['split'] == split]
 
 
 def is_trained(folder: pathlib.Path, train) -> bool:
@@ -366,7 +367,7 @@ def evaluation(folder: pathlib.Path) -> dict:
   if not path.is_file():
     return {}
   who = f'{path} (which can be removed: the evaluation is then done again)'
-  return storage.parse(path.read_bytes(), who)
+  return storage.parse_json_object(path.read_bytes(), who)
 
 
 def is_evaluated(folder: pathlib.Path, tasks: Iterable[str]) -> bool:
@@ -376,7 +377,7 @@ def is_evaluated(folder: pathlib.Path, tasks: Iterable[str]) -> bool:
 
 def log(folder: pathlib.Path, line: str) -> None:
   """Adds a line to what a run printed."""
-  with storage.File(folder / 'log.txt') as file:
+  with storage.GrowingFile(folder / 'log.txt') as file:
     file.write(f'{line}\n'.encode())
 
 
@@ -473,7 +474,7 @@ class Ledger:
 
     # One process at a time looks whether the file is whole.
     lock = self._path.with_suffix('.lock')
-    with storage.writing(lock), lock.open('w') as file:
+    with storage.explain_write_failures(lock), lock.open('w') as file:
       fcntl.lockf(file, fcntl.LOCK_EX)
       damage = self._open()
       if damage:
@@ -592,9 +593,9 @@ class Ledger:
 
   def register(self) -> str:
     """Adds this process as a runner; returns its name."""
-    name = f'{storage.host()}:{os.getpid()}:{time.time_ns()}'
+    name = f'{storage.host_name()}:{os.getpid()}:{time.time_ns()}'
     self._change('INSERT INTO runners (name, host, pid) VALUES (?, ?, ?)',
-                 name, storage.host(), os.getpid())
+                 name, storage.host_name(), os.getpid())
     return name
 
   def claim(self, ids: Sequence[int], runner: str) -> list[int]:
@@ -659,7 +660,8 @@ class Ledger:
         heartbeat = heartbeat._replace(looks=heartbeat.looks + 1)
       else:
         heartbeat = heartbeat._replace(last=beats, looks=0)
-      is_gone = host == storage.host() and not storage.is_alive(pid)
+      is_here = host == storage.host_name()
+      is_gone = is_here and not storage.is_process_alive(pid)
       if is_gone or heartbeat.looks >= STALE_LOOKS:
         dead.append(name)
       else:

@@ -25,7 +25,7 @@ from tools.compare import layout
 from training import cli, evals, progress, vectorised
 from training.distributed import cpu, signals
 from training.workdir import provenance, storage
-from training.writer import DIVERGED, EARLY
+from training.writer import DIVERGED, ENDED_EARLY
 
 POLL_SECONDS = 0.2
 TELL_SECONDS = 60  # between two lines of the time left
@@ -173,7 +173,7 @@ class Runner:
     since = trained - self._before
     if since > 0:
       left = (number - trained) * (now - self._since) / max(since, 1e-9)
-      line += f', some {progress.clock(left)} left'
+      line += f', some {progress.format_seconds(left)} left'
     print(line, flush=True)
 
   def _start(self) -> bool:
@@ -206,7 +206,8 @@ class Runner:
       else:
         others.append(run)
     groups = []
-    for places in vectorised.groups([self._config(run) for run in others]):
+    configs = [self._config(run) for run in others]
+    for places in vectorised.group_configs(configs):
       for first in range(0, len(places), self._group):
         together = places[first:first + self._group]
         groups.append([others[place] for place in together])
@@ -236,7 +237,7 @@ class Runner:
         layout.log(self._folder(run), f'What it printed: {log}')
 
     environment = _environment(slot, self._parallel)
-    environment[provenance.PLAN] = self._description.get('plan', '')
+    environment[provenance.PLAN_VARIABLE] = self._description.get('plan', '')
     words = dies_with_parent.words([sys.executable, *words],
                                    _cores(slot, self._parallel))
     with log.open('a') as file:
@@ -361,7 +362,7 @@ def _train(configs: Sequence, folders: Sequence[pathlib.Path]) -> int:
   """Trains runs as one program, and says in the log of each why it did not
   reach its last step; returns the exit code."""
   code = 0
-  for writer in vectorised.train(configs, folders):
+  for writer in vectorised.train_group(configs, folders):
     if not writer.sentence:
       continue
     line = writer.sentence
@@ -369,7 +370,7 @@ def _train(configs: Sequence, folders: Sequence[pathlib.Path]) -> int:
       line = f'error: {line}'
     layout.log(writer.workdir, line)
     # A run that ended early has all that it was to have (training/loop.py).
-    if writer.code != EARLY:
+    if writer.code != ENDED_EARLY:
       code = UNFINISHED
   return code
 
@@ -383,12 +384,13 @@ def _evaluate(folders: Sequence[pathlib.Path], tasks: list[str]) -> int:
         log), contextlib.redirect_stderr(log):
       try:
         figures = evals.evaluate(
-            storage.path(folder), tasks, None, step=None, programs=programs)
+            storage.checked_path(folder), tasks, None, step=None,
+            programs=programs)
       except (RequestError, EnvironmentFailure, OSError) as error:
         print(f'error: {error}')  # of this run: the others go on
         code = UNFINISHED
       else:
-        evals.write(storage.path(folder / 'eval.json'), figures)
+        evals.write(storage.checked_path(folder / 'eval.json'), figures)
   return code
 
 

@@ -74,9 +74,10 @@ def _better(entry: dict, who: str) -> str:
   if 'better' in entry:
     one_of('better of a measure', entry['better'], (plans.LOWER, plans.HIGHER))
     return entry['better']
-  if figure in metrics.LEAST:
+  if figure in metrics.FIGURES_BEST_WHEN_LEAST:
     return plans.LOWER
-  require(figure in metrics.LARGEST or figure == 'rows_right', f'{who}:'
+  require(figure in metrics.FIGURES_BEST_WHEN_LARGEST or figure == 'rows_right',
+          f'{who}:'
           " it is not known which value of it is better: write 'better': "
           "'lower' or 'higher'")
   return plans.HIGHER

@@ -278,7 +278,7 @@ class Noise(Phase):
 
   def runs(self, frozen, best, variants):
     changes = {frozen.plan.base: {},
-               plans.AGAIN: {'init_seed': starts.AS_NEXT}}
+               plans.AGAIN: {'init_seed': starts.INIT_SEED_OF_NEXT_SEED}}
 
     def apart(variant: str, size: str, workload: str) -> Changes:
       return changes[variant]

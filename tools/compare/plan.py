@@ -248,7 +248,7 @@ class Frozen:
       steps costs, and the loss of guessing.
     sources: hashes of the sources of data, as far as they lie on this machine,
       and of the tokenizers.
-    code: {'commit', 'diff'} as provenance.this_start() says them.
+    code: {'commit', 'diff'} as provenance.describe_this_start() says them.
     amendments: for each {'reason', 'time', 'before', 'changed', 'seen'}: why
       the plan was changed, when, the hash of the plan before, the fields that
       changed, and by phase how many seeds had been looked at.
@@ -357,7 +357,7 @@ def last(workdir) -> Frozen | None:
 
 def _frozen(tree: Mapping[str, Any]) -> Frozen:
   """Returns what `to_json` wrote of a plan, and declares what its files do."""
-  plugins.restore(tree.get('files', {}))
+  plugins.restore_declared_parts(tree.get('files', {}))
   fields = spec.tuples(tree['plan'])
   measures = tuple(Measure(**row) for row in fields['measures'])
   tuning = Tuning(**fields['tuning'])

@@ -52,11 +52,11 @@ def main(args) -> int:
   for workdir, c in studies.items():
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f'{c.plan.name}-{c.frozen.hash}.tar.gz'
-    storage.write(path, bundle(workdir))
+    storage.write_file(path, bundle(workdir))
     print(path)
   published = [_opened(path) for path in folder.glob('*.tar.gz')]
   published.sort(key=lambda c: (c.frozen.time, c.plan.name), reverse=True)
-  storage.write(target, page.render(
+  storage.write_file(target, page.render(
       'verdicts.md', date=plans.date, rows=rows, studies=published))
   print(target)
   return 0

@@ -76,7 +76,8 @@ def as_json(c: Comparison) -> dict[str, Any]:
   return {'name': c.plan.name, 'file': c.plan.file, 'match': c.plan.match,
           'base': c.plan.base, 'answer': answer(c), 'warnings': c.warnings,
           'target': target, 'estimates': c.estimates,
-          'points': metrics.plain(c.frozen.points), 'excluded': c.excluded}
+          'points': metrics.as_json_value(c.frozen.points),
+          'excluded': c.excluded}
 
 
 # Files.
@@ -86,7 +87,7 @@ def write(c: Comparison) -> list[pathlib.Path]:
   """Writes the page, the estimates, the runs, the curves and the figures;
   returns their paths, the page's first."""
   folder = pathlib.Path(c.workdir) / 'report'
-  storage.try_folder(folder)
+  storage.check_folder_is_writable(folder)
   drawn = figures.of(c)
   files: dict[str, Any] = {
       'index.html': html(c, drawn),
@@ -98,7 +99,7 @@ def write(c: Comparison) -> list[pathlib.Path]:
       files[f'{figure.name}.{kind}'] = content
   folder.mkdir(parents=True, exist_ok=True)
   for name, content in files.items():
-    storage.write(folder / name, content)
+    storage.write_file(folder / name, content)
   return [folder / name for name in files]
 
 

@@ -126,7 +126,7 @@ def as_planned(workdir, frozen: plans.Frozen, ran: Sequence[str]
                        f'{unknown}.')
 
   # The code that trained them.
-  planned = provenance.codes([frozen.code])
+  planned = provenance.list_codes([frozen.code])
   others = []
   if planned:
     others = [code for code in ran if code not in planned]
@@ -251,10 +251,10 @@ def _cost(frozen: plans.Frozen, group: int, times: Times | None,
 def _program(run: phases.Run) -> tuple:
   """Returns what is the same of runs that train as one program: they differ in
   numbers alone."""
-  from training.runs import INPUTS
+  from training.runs import TYPE_OF_TRACED_FIELD
   others = []
   for name, value in run.changes.items():
-    if name not in INPUTS:
+    if name not in TYPE_OF_TRACED_FIELD:
       others.append((name, repr(value)))
   return tuple(sorted(others))
 

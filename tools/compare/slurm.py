@@ -10,7 +10,7 @@ import subprocess
 import time
 from typing import Any
 
-from common.arguments import assignments
+from common.arguments import parse_assignments
 from common.errors import EnvironmentFailure, RequestError, require
 
 
@@ -81,7 +81,7 @@ def submit(commands: list[list[str]], folder: pathlib.Path, options: str,
                        "'.[slurm]'") from error
   given = [option for option in options.split(',') if option]
   parsed = {option: _option(value)
-            for option, value in assignments(given, '--slurm').items()}
+            for option, value in parse_assignments(given, '--slurm').items()}
   delay = parsed.get('slurm_signal_delay_s', SIGNAL_SECONDS)
   require(type(delay) is int and delay > QUEUE_SECONDS, '--slurm has '
           f'slurm_signal_delay_s={delay}: a job is told so many seconds before '

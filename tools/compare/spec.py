@@ -18,8 +18,8 @@ from typing import Any
 import ml_collections
 
 from architectures.parts import flat
-from common.arguments import typed
-from common.errors import RequestError, hint, require, short
+from common.arguments import check_argument_types
+from common.errors import RequestError, suggest_name, require, short
 from common.fields import check_type
 import configs
 from configs import base as fields
@@ -94,7 +94,7 @@ class Add:
     self._file, self._base = file, base
     self.points: dict[str, Point] = {}
 
-  @typed
+  @check_argument_types
   def __call__(self, name: str, **changes: Any) -> None:
     is_name = re.fullmatch(r'[^\W_][\w.=+-]*', name) is not None
     require(is_name, f'{self._file}: a point is called {short(name)}: begin '
@@ -108,7 +108,7 @@ class Add:
               '--seeds, and is evaluated on the same text')
     self.points[name] = Point(name=name, changes=changes)
 
-  @typed
+  @check_argument_types
   def system(self, arch: str, size: str = 'tiny', name: str = '',
              **changes: Any) -> None:
     """Adds the base as another system: the fields of its model that
@@ -158,16 +158,16 @@ def read_sweep_file(file: str, seeds: int = 0,
   file = path_of(file)
   module = module_of(file)
   for name in vars(module):
-    is_read = name in known or name in plugins.TABLES
+    is_read = name in known or name in plugins.MODULE_OF_TABLE
     require(not name.isupper() or name.startswith('_') or is_read,
             f'{file} has {name}, which is not read: call it _{name} if it is '
-            f'the file\'s own.{hint(name, [*known])}')
+            f'the file\'s own.{suggest_name(name, [*known])}')
 
   # The base and the points.
-  base = cli.call(file, module.get_config)
+  base = cli.call_user_function(file, module.get_config)
   cli.check_config(base, f'{file}: get_config()')
   add = Add(file, base)
-  cli.call(file, module.sweep, add)
+  cli.call_user_function(file, module.sweep, add)
 
   # The constants beside them.
   tasks = getattr(module, 'TASKS', ())
@@ -195,13 +195,13 @@ def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
   `who` wants it, for a key that is not there or a value of another type."""
   config = base.copy_and_resolve_references()
   for key, value in changes.items():
-    value, leaf = tuples(value), cli.declare(config, key)
+    value, leaf = tuples(value), cli.declare_field(config, key)
     if key == 'model.kinds':
       flat.check_kinds(value, f'{who}: model.kinds')
       value = ml_collections.ConfigDict(value)
     elif leaf is None:
       raise RequestError(f'{who} sets {key!r}, which is no config field.'
-                         f'{hint(key, fields.SENTENCES)}')
+                         f'{suggest_name(key, fields.SENTENCES)}')
     else:
       check_type(value, leaf.default, f'{who}: {key}')
     config.update_from_flattened_dict({key: value})
@@ -225,7 +225,7 @@ def path_of(file: str) -> str:
 def module_of(file: str):
   """Returns the module that a sweep's or a study's file is."""
   file = path_of(file)
-  module = cli.run_file(file)
+  module = cli.run_user_file(file)
   for name, given in ('get_config', ''), ('sweep', 'add'):
     require(callable(getattr(module, name, None)),
             f'{file} has no {name}: add `def {name}({given}): ...`')

@@ -368,7 +368,7 @@ class Trainer:
         'paired': True,
         'points': list(rows.values()),
         'sources': frozen.sources,
-        'files': dict(plugins.loaded),
+        'files': dict(plugins.text_of_loaded_file),
         'plan': f'{frozen.hash} {plans.date(frozen.time)}'}
 
   def _row(self, run: phases.Run) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import shutil
 
 from absl import flags
 
-from common.arguments import assignments
+from common.arguments import parse_assignments
 from common.errors import RequestError, STOPPED, require, short
 from training import cli
 from training.workdir import storage
@@ -71,29 +71,30 @@ def make(num_devices: int) -> Job:
   args = flags.FLAGS
   if args.config is None or not args.workdir:
     raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
-  storage.check_folder(args.workdir)
-  require(not storage.in_bucket(args.logs),
+  storage.check_folder_name(args.workdir)
+  require(not storage.is_in_bucket(args.logs),
           f'--logs is {args.logs!r}: choose a folder on disk')
 
   # Everything that train.py would refuse.
   from training import preflight, progress, runs
   from training.distributed import devices
-  preflight.check_config(args.config, cli.overrides())
+  preflight.check_config(args.config, cli.overridden_fields())
   if num_devices:
-    model = runs.resolve_alone(args.config)
+    model = runs.resolve_model_without_tokenizer(args.config)
     mesh = devices.mesh_shape(args.config.mesh, num_devices)
     runs.check_mesh(args.config, model, mesh)
-  progress.profiled_steps(args.profile_steps, args.config.train.steps)
+  progress.parse_profiled_steps(args.profile_steps, args.config.train.steps)
 
   workdir = args.workdir.rstrip('/')
   parent = workdir.rpartition('/')[0] or '.'
   name = named(workdir)
   logs = args.logs or f'{workdir}/logs'
-  if not args.logs and storage.in_bucket(workdir):
+  if not args.logs and storage.is_in_bucket(workdir):
     logs = f'logs/{name}'
   return Job(
       name=name,
-      words=('python', '-u', 'train.py', *cli.words(_OF_TRAIN),
+      words=('python', '-u', 'train.py',
+             *cli.words_to_repeat_command(_OF_TRAIN),
              f'--stopped_exit_code={STOPPED}'),
       workdir=workdir, logs=logs,
       env=environment(args, f'{parent}/jax_cache'),
@@ -115,7 +116,7 @@ def environment(args, compile_cache: str) -> dict[str, str]:
       # JAX leaves out what compiles within a second.
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   taken = (*env, *_OF_THE_LAUNCHER)
-  added = assignments(args.env, '--env')
+  added = parse_assignments(args.env, '--env')
   for name, value in added.items():
     if name.isidentifier() and name not in taken:
       continue
@@ -130,7 +131,7 @@ def named(workdir: str) -> str:
   """Returns the name of the job that trains in a workdir: a DNS label, which
   every place takes. Two workdirs, which may both end in runs/a, have two names,
   and one workdir has one."""
-  if not storage.in_bucket(workdir):
+  if not storage.is_in_bucket(workdir):
     workdir = os.path.abspath(workdir)
   workdir = workdir.rstrip('/')
   label = re.sub('[^a-z0-9]+', '-', workdir.rpartition('/')[2].lower())
@@ -141,8 +142,8 @@ def named(workdir: str) -> str:
 def require_here(job: Job) -> None:
   """Raises RequestError where this machine, which writes them, cannot write the
   workdir or the logs."""
-  storage.try_folder(job.workdir)
-  storage.try_folder(job.logs, '--logs')
+  storage.check_folder_is_writable(job.workdir)
+  storage.check_folder_is_writable(job.logs, '--logs')
 
 
 def need(*names: str) -> None:

@@ -96,7 +96,7 @@ def words(job: job_lib.Job, args) -> list[str]:
 
 def _check_shared(name: str, folder: str) -> None:
   """Raises RequestError where hosts may not find a folder at one place."""
-  require(storage.in_bucket(folder) or os.path.isabs(folder), f'{name} is '
+  require(storage.is_in_bucket(folder) or os.path.isabs(folder), f'{name} is '
           f'{folder!r}, and every host must find it at the same place: '
           'choose a bucket (gs://BUCKET/NAME), or a whole path that all of '
           'them mount')

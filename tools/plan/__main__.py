@@ -52,7 +52,7 @@ def main() -> int:
 
   from tools.plan import programs, report
   from training import preflight
-  preflight.check_config(args.config, cli.overrides())
+  preflight.check_config(args.config, cli.overridden_fields())
   if args.search:
     from tools.plan import search
     plans = search.search(args.config, topology, args.search)

@@ -68,7 +68,7 @@ def run_on(config, topology: chips.Topology, mesh: str) -> runs.Run:
     shape = devices.parse_mesh(mesh, topology.devices)
   else:
     shape = devices.mesh_shape(config.mesh, topology.devices)
-  model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
+  model, _ = runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
   predict.peak_flops(topology, model.dtype)  # or there is no bound to print
   require(config.mesh.slices in (0, topology.slices), 'mesh.slices is '
           f'{config.mesh.slices}, but --slices is {topology.slices}: leave '
@@ -208,7 +208,7 @@ def build(run: runs.Run, what: Program, traced: Any, hbm: float):
       program pass that the device has no room for (GPUs).
     RequestError: where a kernel needs more on-chip memory than there is.
   """
-  with run.context(), _refusals(what.name), progress.during(
+  with run.context(), _refusals(what.name), progress.show_task(
       f'compiling {what.name}'):
     executable = traced.lower().compile()
   _check_peak(what.name, peak_bytes(executable.memory_analysis()), hbm)

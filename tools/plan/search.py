@@ -51,7 +51,7 @@ def candidates(config: ml_collections.ConfigDict, topology: chips.Topology
                ) -> list[dict]:
   """Returns every plan of a checked config whose estimate fits, shortest step
   first."""
-  model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
+  model, _ = runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
   predict.peak_flops(topology, model.dtype)  # or there is no order of plans
   config = config.copy_and_resolve_references()
   config.train.grad_accumulation = 1  # the plans have their own
@@ -59,7 +59,7 @@ def candidates(config: ml_collections.ConfigDict, topology: chips.Topology
   plans: list[dict] = []
   activations: dict[str, tuple[int, int]] = {}  # those that a policy keeps
   shapes = list(meshes(config, model, topology))
-  for shape in progress.each(shapes, 'meshes estimated'):
+  for shape in progress.show_items(shapes, 'meshes estimated'):
     mesh = devices.make_mesh(shape, placed, topology.slices)
     run = runs.build(config, model, mesh)
     if sum(memory.state(run).values()) <= topology.chip.hbm:

@@ -47,11 +47,11 @@ def main() -> int:
           'configs/gpt.py:tiny')
   from tools.probes import suites
   from training.workdir import storage
-  workdir = storage.path(args.workdir)
-  storage.try_folder(workdir)
-  storage.refuse_run(workdir, '--workdir', suites.JSON)
+  workdir = storage.checked_path(args.workdir)
+  storage.check_folder_is_writable(workdir)
+  storage.refuse_folder_of_run(workdir, '--workdir', suites.JSON)
   suite = suites.load(args.suite, args.config, args.only, args.seeds,
-                      cli.overrides())
+                      cli.overridden_fields())
   suites.train(suite, workdir)
   card = suites.card_of(suite, workdir)
   suites.write(card, workdir)

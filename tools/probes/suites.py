@@ -81,7 +81,7 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
   """
   from training import preflight
   file = file_of(file, '--suite', ('probes',), 'suite')
-  module = cli.run_file(file)
+  module = cli.run_user_file(file)
   for name in ('LRS', 'suite'):
     require(hasattr(module, name), f'{file} has no {name}: a suite has LRS '
             'and suite(add)')
@@ -113,14 +113,14 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
                 'leave it out, or change the suite')
     configs[label] = spec.changed(base, fields, f'{file}, task {task!r}')
 
-  cli.call(file, module.suite, add)
+  cli.call_user_function(file, module.suite, add)
   for task in only:
     one_of('--only', task, configs)
   seeds = seeds or getattr(module, 'SEEDS', spec.SEEDS)
   chosen = {task: config for task, config in configs.items()
             if not only or task in only}
   suite = Suite(
-      file=file, digest=plugins.digest(cli.read_text(file)),
+      file=file, digest=plugins.hash_text(cli.read_python_file(file)),
       lrs=tuple(module.LRS), seeds=tuple(range(seeds)), configs=chosen)
   for task in suite.configs:
     for run in suite.runs(task):
@@ -140,10 +140,10 @@ def train(suite: Suite, workdir: epath.Path) -> None:
     runs = list(suite.runs(task))
     print(f'{task}: {len(suite.lrs)} learning rates x {len(suite.seeds)} seeds',
           flush=True)
-    for group in vectorised.groups([run.config for run in runs]):
+    for group in vectorised.group_configs([run.config for run in runs]):
       configs = [runs[i].config for i in group]
       folders = [runs[i].folder(workdir) for i in group]
-      for writer in vectorised.train(configs, folders):
+      for writer in vectorised.train_group(configs, folders):
         if writer.stop_requested or writer.code == loop.STOPPED:
           raise Stopped
 
@@ -247,7 +247,7 @@ def _shown(figure: Mapping[str, Any], digits: int = 4) -> str:
 
 def write(card: Mapping[str, Any], workdir: epath.Path) -> None:
   """Writes card.json and card.png."""
-  storage.write(workdir / JSON, json.dumps(card, indent=1) + '\n')
+  storage.write_file(workdir / JSON, json.dumps(card, indent=1) + '\n')
   storage.write_picture(workdir / PICTURE, _draw(card))
 
 

@@ -258,7 +258,7 @@ def kept(run: runs.Run) -> tuple[int, int]:
 
   def residuals(params: Any, batch: Any):
     """Returns the backward pass of the loss, which holds its residuals."""
-    rngs = {name: jax.random.key(0) for name in runs.STREAMS}
+    rngs = {name: jax.random.key(0) for name in runs.RANDOM_STREAMS}
 
     def loss(params: Any) -> jax.Array:
       output = objective.apply(

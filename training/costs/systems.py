@@ -18,7 +18,7 @@ from architectures.parts import flat
 from architectures.parts.config import ModelConfig
 from common import fields as declared
 from common.errors import RequestError, one_of
-from training.runs import resolve_alone
+from training.runs import resolve_model_without_tokenizer
 from training.workdir import run_config
 
 # The fields that stay as they are where a model becomes another system: its
@@ -86,7 +86,7 @@ def changes(config: ml_collections.ConfigDict, arch: str, size: str = 'tiny'
   one_of('model.arch', arch, architectures.systems())
   sizes = _sizes(arch)
   one_of(f'size of {arch}', size, sizes)
-  _check_stack(resolve_alone(config), arch)
+  _check_stack(resolve_model_without_tokenizer(config), arch)
   system = sizes[size]
 
   # The model of the config with the parts of the system.
@@ -96,7 +96,7 @@ def changes(config: ml_collections.ConfigDict, arch: str, size: str = 'tiny'
     target.model.update_from_flattened_dict(wanted | {'arch': arch})
     target.model.kinds = system.kinds.copy_and_resolve_references()
   try:
-    unread = flat.unread(resolve_alone(target))
+    unread = flat.unread(resolve_model_without_tokenizer(target))
   except RequestError as error:
     raise RequestError(f'model.arch {arch!r} cannot have the sizes of the '
                        f'base: {error}') from error

@@ -23,8 +23,8 @@ from training import objectives
 from training.costs import flops
 from training.objectives import Config
 from training.optim import shares
-from training.runs import (optimizer, parameter_roles, parameter_shapes,
-                           parameter_shares, resolve_alone)
+from training.runs import (build_optimizer, parameter_roles, parameter_shapes,
+                           parameter_shares, resolve_model_without_tokenizer)
 from training.workdir import run_config
 
 
@@ -36,9 +36,10 @@ def count(config: Config, length: int = 0,
     config: the config of a run.
     length: the number of tokens of a sequence; 0: data.length, or as many as
       the model has positions for, if these are fewer.
-    model: its model, resolved; None: as runs.resolve_alone fills it in.
+    model: its model, resolved; None: as the config gives it without a
+      tokenizer.
   """
-  model = model or resolve_alone(config)
+  model = model or resolve_model_without_tokenizer(config)
   module = architectures.build(model)
   length = length or int(min(config.data.length, positions.reach(model)))
   sides = _row_lengths(config, model, length)
@@ -88,7 +89,7 @@ def _state_bytes(module: nn.Module, config: Config) -> dict[str, int]:
   """Returns the bytes of the parameters, of the optimiser's state and of the
   average of the parameters."""
   params = parameter_shapes(module)
-  tx = optimizer(module, config.optim, config.train.steps)
+  tx = build_optimizer(module, config.optim, config.train.steps)
   parts = parameter_shares(module, config.optim)
   start = functools.partial(shares.start_average, config.optim, parts)
 
@@ -141,7 +142,7 @@ def _per_token(parts: dict[str, float], lengths: Sequence[int]) -> float:
 
 def brief(config: Config) -> dict:
   """Returns the few figures that are told of every size at once."""
-  model = resolve_alone(config)
+  model = resolve_model_without_tokenizer(config)
   sides = _row_lengths(config, model, config.data.length)
   total, active = parameters(model)
   return {

@@ -381,7 +381,7 @@ def source(spec: str) -> tuple[str, str]:
   if spec.startswith(TEXT):
     return 'of the run', spec.removeprefix(TEXT)
   # A name on the Hugging Face hub is a folder of its cache.
-  path = pathlib.Path(hub.local(spec, weights=False)).expanduser()
+  path = pathlib.Path(hub.download_if_on_hub(spec, weights=False)).expanduser()
   text = None
   if path.is_dir():
     text = in_folder(path)

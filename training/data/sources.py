@@ -645,7 +645,7 @@ def begin(folder: epath.Path, source: Source, parts: list[Source],
             name=tokenizer.name, fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size))
     written['checksum'] = tokens.digest(written)
-    storage.write(folder / tokens.BEGUN, json.dumps(written, indent=1))
+    storage.write_file(folder / tokens.BEGUN, json.dumps(written, indent=1))
 
   # Another process, or an earlier one, may have begun it.
   begun = tokens.begun_of(folder)
@@ -680,7 +680,7 @@ def shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
         file=sys.stderr, flush=True)
   # The files are compared before and after, as a reader locks none.
   before = stats(part)
-  with storage.whole(folder / f'{i:05}.tokens') as write:
+  with storage.write_atomically(folder / f'{i:05}.tokens') as write:
     table = _encode(write, part=part, tokenizer=tokenizer, dtype=begun['dtype'])
   if stats(part) != before:
     raise EnvironmentFailure(
@@ -692,7 +692,7 @@ def shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
   np.savez_compressed(file, **table._asdict())
   data = file.getvalue()
   checksum = zlib.crc32(data).to_bytes(4, 'little')
-  storage.write(folder / f'{i:05}.table', checksum + data)
+  storage.write_file(folder / f'{i:05}.table', checksum + data)
   return table
 
 
@@ -859,7 +859,7 @@ def check_cache_dir(cache_dir: str) -> None:
   """Raises RequestError where no entry can be written; one that has entries is
   not tried, since all that a run needs may be there."""
   if not os.path.isdir(cache(cache_dir) / 'tokens'):
-    storage.try_folder(cache(cache_dir), 'data.cache_dir')
+    storage.check_folder_is_writable(cache(cache_dir), 'data.cache_dir')
 
 
 def _entry(source: Source, tokenizer: Tokenizer, cache_dir: str) -> epath.Path:
@@ -893,7 +893,7 @@ def cached(source: Source, tokenizer: Tokenizer, cache_dir: str
   if _is_whole(path):
     return tokens.load(str(path), source.name)
   parts, _ = plan(source)
-  storage.try_folder(path.parent, 'data.cache_dir')
+  storage.check_folder_is_writable(path.parent, 'data.cache_dir')
   with _as_shared_as(cache(cache_dir)), _one_at_a_time(path, source.name):
     if not _is_whole(path):  # another process may have made it meanwhile
       next(source.documents())  # what is no text is not hashed before
@@ -919,7 +919,7 @@ def content(source: Source, tokenizer: Tokenizer, cache_dir: str) -> str:
 def _as_shared_as(folder: pathlib.Path) -> Iterator[None]:
   """Around what makes files and folders in one, in which others may write if
   they may in that folder: a cache has several users then."""
-  with storage.writing(folder):
+  with storage.explain_write_failures(folder):
     folder.mkdir(parents=True, exist_ok=True)
   # Where others may not write, the user's own mask is right.
   mode = folder.stat().st_mode
@@ -937,7 +937,7 @@ def _as_shared_as(folder: pathlib.Path) -> Iterator[None]:
 def _one_at_a_time(path: epath.Path, name: str) -> Iterator[None]:
   """Lets one process at a time make an entry. The lock ends with the process
   that holds it, however that ends."""
-  with storage.writing(str(path)):
+  with storage.explain_write_failures(str(path)):
     path.mkdir(parents=True, exist_ok=True)
     lock = path / '.lock'
     # Where the file is another user's, Linux may refuse the mode that would

@@ -430,7 +430,7 @@ def load(spec: str) -> Tokenizer:
     return Bytes(size)
 
   # A folder.
-  spec = str(hub.local(spec, weights=False))
+  spec = str(hub.download_if_on_hub(spec, weights=False))
   path = pathlib.Path(spec).expanduser()
   if path.is_dir():
     names = files_in(path)

@@ -171,7 +171,7 @@ class Tokens:
 
     ids = self.folder / f'{shard:05}.tokens'
     size = int(table.sizes.sum()) * self._dtype.itemsize
-    length = storage.size(ids)
+    length = storage.file_size(ids)
     if length != size:
       raise damaged(ids, f'{length:,} bytes, and not {size:,}')
     return table
@@ -332,8 +332,8 @@ def load(text: str, name: str) -> Tokens:
   """
   require(bool(text), f'data source {name!r} names no folder: write '
           'tokens:FOLDER or tokens:gs://BUCKET/NAME')
-  folder = storage.path(text, f'the folder of data source {name!r}'
-                        ).expanduser()
+  folder = storage.checked_path(text, f'the folder of data source {name!r}'
+                                ).expanduser()
   # A folder of tokens, of which every shard is finished.
   require((folder / BEGUN).exists(), f'data source {name!r} has no {BEGUN}, '
           'so it is no folder that tools.tokenize has written')
@@ -400,12 +400,12 @@ def read_bytes(path: str, start: int, end: int) -> bytes:
     EnvironmentFailure: where it cannot be read.
   """
   try:
-    if storage.in_bucket(path):
+    if storage.is_in_bucket(path):
       return _bucket().cat_file(path, start=start, end=end)
     with open(path, 'rb', buffering=0) as file:
       return os.pread(file.fileno(), end - start, start)
   except Exception as error:  # those of a bucket's client have many types
-    why = storage.reason(error)
+    why = storage.environment_reason(error)
     if not why:
       raise
     raise EnvironmentFailure(
@@ -416,7 +416,8 @@ def read_bytes(path: str, start: int, end: int) -> bytes:
 @functools.cache
 def _bucket() -> Any:
   import fsspec
-  storage.path('gs://bucket/folder', 'data.source')  # sees what others write
+  storage.checked_path('gs://bucket/folder',
+                       'data.source')  # sees what others write
   return fsspec.filesystem('gs')
 
 

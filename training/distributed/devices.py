@@ -18,7 +18,7 @@ from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.layers import NO_FFN
 from architectures.parts.moe.routing import MoEConfig
-from common.arguments import assignments
+from common.arguments import parse_assignments
 from common.errors import RequestError, require
 from configs import sharding as tables
 
@@ -114,7 +114,7 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
   sizes = dict.fromkeys(tables.MESH_AXES, 1)
   sizes['data'] = -1
   names = (*tables.MESH_AXES, *tables.PRESETS)
-  for axis, size in assignments(text.split(','), '--mesh', names).items():
+  for axis, size in parse_assignments(text.split(','), '--mesh', names).items():
     require(axis in sizes, f'--mesh has {axis}={size}, and {axis} is a preset '
             'of all axes: give it alone, or sizes of axes')
     require(re.fullmatch('-?[0-9]{1,9}', size) is not None,

@@ -91,7 +91,7 @@ def initialize(how: Mapping[str, Any] | None) -> None:
         f'that JAX knows ({error}): pass --coordinator, --num_processes and '
         '--process_id, or run it by SLURM, Open MPI, Kubernetes or on a TPU'
     ) from error
-  cli.at_failure = _end
+  cli.exit_after_failure = _end
 
   def fail(*error: Any) -> None:
     traceback.print_exception(*error)

@@ -78,7 +78,7 @@ class Evaluation:
     """
     read = []
     for name, value in run_config.flatten(self.run.config).items():
-      if name not in runs.INPUTS:
+      if name not in runs.TYPE_OF_TRACED_FIELD:
         read.append((name, value))
     key = (*of, self.run.model, *read)
     return self.programs.setdefault(key, jax.jit(function))
@@ -87,7 +87,8 @@ class Evaluation:
               ) -> Iterator[Any]:
     """Yields step(params, batch) of each batch of a loader, on the host;
     `doing` is for who watches."""
-    for batch in progress.each(loader.iterate(), doing, loader.num_batches):
+    for batch in progress.show_items(loader.iterate(), doing,
+                                     loader.num_batches):
       yield jax.device_get(step(self.params, self.run.put(batch)))
 
 
@@ -189,7 +190,7 @@ class Task:
     """
 
 
-TASKS: Mapping[str, Task] = lazy.Lazy(
+TASKS: Mapping[str, Task] = lazy.LazyTable(
     tasks.__name__, tasks.__path__, lambda file: file.TASKS)
 
 
@@ -369,13 +370,13 @@ def check_without_flags(name: str, where: str) -> Task:
 
 
 def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
-         step: int | str | checkpoints.Mean | None, text: str = '',
+         step: int | str | checkpoints.MeanOfSteps | None, text: str = '',
          programs: dict | None = None, live: bool = False, passes: int = 0
          ) -> Evaluation:
   """Returns a run's checkpoint as tasks are given it, when it has been checked
   that they can be done; arguments and errors are those of `evaluate`."""
   # The config of the run, with what was asked for.
-  config = runs.for_this_machine(runs.config_of(workdir))
+  config = runs.fit_mesh_to_this_machine(runs.load_run_config(workdir))
   if passes:
     require(config.model.loop != 'none', f'--passes is {passes}, and '
             f"{workdir} has model.loop 'none': its layers are run once; leave "
@@ -387,22 +388,24 @@ def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
   for name in names:
     check_task(name, options, config)
     if file := task(name).file:
-      storage.try_file(workdir / file, '--workdir')
+      storage.check_file_is_writable(workdir / file, '--workdir')
 
   # A task that reads no data is done where they are not there.
-  tokenizer = runs.tokenizer_of(workdir, config)
+  tokenizer = runs.load_run_tokenizer(workdir, config)
   if not text:
     with contextlib.suppress(RequestError, OSError):
       changes = provenance.check_data(
-          run_config.starts(workdir), pipeline.of_sources(config, tokenizer),
+          run_config.load_starts(workdir),
+          pipeline.of_sources(config, tokenizer),
           allowed=True)
       for line in changes:
         print(f'warning: {line}', file=sys.stderr)
 
   # The model and its parameters.
-  model, _ = runs.resolve(config, tokenizer)
+  model, _ = runs.resolve_model(config, tokenizer)
   built = runs.build(config, model)
-  restored = parameters.of_run(built, workdir=workdir, step=step, live=live)
+  restored = parameters.read_parameters_of_run(built, workdir=workdir,
+                                               step=step, live=live)
   if programs is None:
     programs = {}
   return Evaluation(
@@ -436,7 +439,7 @@ def evaluate(workdir: epath.Path, names: Sequence[str], options: Any,
     figures['parameters'] = evaluation.what
   # Layers that loop may be evaluated with more passes than in training.
   if passes := how.get('passes', 0):
-    trained = runs.config_of(workdir).model.loops.passes
+    trained = runs.load_run_config(workdir).model.loops.passes
     figures['passes'] = dict(evaluated=passes, trained=trained)
     print(f'evaluated with {passes} passes of the layers that loop, trained '
           f'with {trained}')
@@ -451,7 +454,7 @@ def evaluate(workdir: epath.Path, names: Sequence[str], options: Any,
 def write(file: epath.Path | None, figures: dict[str, Any]) -> None:
   """Writes what `evaluate` returned, in one piece, if there is a file; what is
   not finite is null."""
-  storage.write_json(file, metrics.plain(figures))
+  storage.write_json(file, metrics.as_json_value(figures))
 
 
 def listed(names: str | Sequence[str]) -> list[str]:

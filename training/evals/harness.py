@@ -17,7 +17,7 @@ from lm_eval.api import model as api
 from lm_eval.models import utils as model_utils
 import numpy as np
 
-from common.arguments import PositiveSize, typed
+from common.arguments import PositiveSize, check_argument_types
 from common.errors import RequestError, require, short
 from training import evals, generate, objectives, progress
 from training.data import conversations, inputs
@@ -46,7 +46,7 @@ class Model(api.TemplateLM):
     max_gen_toks: how many it writes where a task does not say.
   """
 
-  @typed
+  @check_argument_types
   def __init__(self, evaluation: Evaluation, *,
                add_bos_token: bool | None = None,
                prefix_token_id: int | None = None,
@@ -120,11 +120,11 @@ class Model(api.TemplateLM):
             f'{", ".join(known)}')
     require(bool(arguments.get('workdir')),
             'pass --model_args workdir=DIR, the folder of a run')
-    workdir = storage.path(str(arguments.pop('workdir')))
+    workdir = storage.checked_path(str(arguments.pop('workdir')))
     # lm_eval has read a number as an int already.
     step = arguments.pop('step')
     if step is not None:
-      step = checkpoints.named_step(str(step))
+      step = checkpoints.parse_step(str(step))
     evaluation = evals.load(workdir, names=(), options=None, step=step)
     return cls(evaluation, **arguments)
 
@@ -273,7 +273,7 @@ class Model(api.TemplateLM):
     run = self.evaluation.run
     has_prefix = objectives.of(run.config).prefix
     batches = list(scoring.padded(rows, room))
-    for chosen, tokens_BL, lengths_B in progress.each(batches, 'writing'):
+    for chosen, tokens_BL, lengths_B in progress.show_items(batches, 'writing'):
       prefix = {}
       if has_prefix:
         prefix = {'prefix_B': lengths_B}
@@ -284,7 +284,7 @@ class Model(api.TemplateLM):
             max_new_tokens=count, sampling=sampling, stop_token=ends, **prefix))
       self._num_written += 1
       for i, row_T in zip(chosen, written_BT):
-        text = self._tokens.decode(generate.until(row_T, end))
+        text = self._tokens.decode(generate.tokens_before_stop(row_T, end))
         yield i, model_utils.postprocess_generated_text(text, stops, None)
 
   def _holding(self, stops: Sequence[str]) -> list[int]:

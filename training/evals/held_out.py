@@ -34,13 +34,13 @@ def evaluate(step: Callable, params: Any, loaders: Sequence[pipeline.Loader],
     """Yields what the step returns of each batch of a loader."""
     for batch in loader.iterate(0, loader.first(batches)):
       if stop():
-        raise progress.Stopped
+        raise progress.WorkStopped
       yield step(params, put(batch))
 
   try:
     # A signal may come in the middle of a source.
     return [sums(results(loader)) for loader in loaders]
-  except progress.Stopped:
+  except progress.WorkStopped:
     return None
 
 

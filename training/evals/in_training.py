@@ -89,10 +89,10 @@ class Tasks:
       # The task, whose lines are kept.
       printed = io.StringIO()
       try:
-        with (self._run.context(), progress.inside_a_run(stop),
+        with (self._run.context(), progress.stop_work_of_run(stop),
               contextlib.redirect_stdout(printed)):
           figures = evals.run(name, evaluation)
-      except progress.Stopped:
+      except progress.WorkStopped:
         return None
 
       # Its figures, and a line for a reader.

@@ -128,7 +128,7 @@ def read(path: pathlib.Path) -> dict[str, dict]:
     results = storage.read_json(summary)['results'][task]
     samples = []
     for line in file.read_text().splitlines():
-      samples.append(storage.parse(line, str(file)))
+      samples.append(storage.parse_json_object(line, str(file)))
     for name, record in of_samples(results, samples).items():
       records[f'{task}/{name}'] = record
   return records

@@ -89,7 +89,7 @@ def answer(questions: Sequence[Question], evaluation: Evaluation, doing: str
   groups = list(batches(questions, most=most, apart=prefix,
                         shards=evaluation.run.mesh.size))
   answers: dict[int, Answer] = {}
-  for shape, rows in progress.each(groups, doing):
+  for shape, rows in progress.show_items(groups, doing):
     batch = devices.put(_batch(shape, rows, questions), evaluation.run.place)
     losses_P, greedy_P = jax.device_get(step(evaluation.params, batch))
 

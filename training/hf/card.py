@@ -25,25 +25,25 @@ def write(workdir: epath.Path, config: Any, folder: pathlib.Path, step: int,
     count: how many parameters it has.
   """
   import jinja2
-  if (folder / hub.CARD).exists():
+  if (folder / hub.MODEL_CARD_FILE).exists():
     return
   # The last evaluation up to the checkpoint.
   at = None
   losses = {}
-  file = workdir / metrics.METRICS
+  file = workdir / metrics.METRICS_FILE
   if file.exists():
-    for row in metrics.read(file):
+    for row in metrics.read_metrics(file):
       if row['split'] == 'eval' and row['step'] <= step:
         at = row['step']
-        losses = metrics.scalars(row)
+        losses = metrics.scalar_figures(row)
 
   templates = jinja2.Environment(
       loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True,
       undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
   text = templates.get_template('card.md.jinja').render(
       config=config, step=step, count=count, verdicts=verdicts(workdir),
-      at=at, losses=losses, command=run_config.to_train('RUN', config))
-  (folder / hub.CARD).write_text(text)
+      at=at, losses=losses, command=run_config.training_command('RUN', config))
+  (folder / hub.MODEL_CARD_FILE).write_text(text)
 
 
 def verdicts(workdir: epath.Path) -> list[dict[str, str]]:

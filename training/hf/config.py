@@ -562,7 +562,7 @@ def computed(config: ModelConfig) -> dict[str, Any]:
 
 def load_config_json(folder: pathlib.Path) -> dict[str, Any]:
   """Returns the config.json of `folder` as a dict."""
-  hub.check_there(folder)
+  hub.check_exists(folder)
   path = folder / 'config.json'
   require(not storage.has_config(folder), f'{folder} is the folder of a run, '
           'which --workdir takes, and none in the Hugging Face format, which '

@@ -146,7 +146,7 @@ def _files(path: pathlib.Path) -> list[tuple[pathlib.Path, Any]]:
     require(path.suffix in ('.safetensors', '.bin'),
             f'{path} is neither .safetensors nor .bin')
     return [(path, None)]
-  hub.check_there(path)
+  hub.check_exists(path)
   # Several files with an index, or one file.
   for name in (SAFE, BIN):
     index = path / f'{name}.index.json'

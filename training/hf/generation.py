@@ -100,7 +100,7 @@ def keep(workdir: epath.Path, generation: Generation | None,
   tree: dict[str, Any] = dict(trained=trained)
   if generation is not None:
     tree |= generation._asdict()
-  storage.write_json(storage.path(workdir) / KEPT, tree)
+  storage.write_json(storage.checked_path(workdir) / KEPT, tree)
 
 
 def is_published(workdir: epath.Path, step: int) -> bool:
@@ -130,7 +130,7 @@ def kept(workdir: epath.Path) -> Generation | None:
 
 def _read(workdir: epath.Path) -> dict[str, Any]:
   """Returns what `keep` wrote; {}: nothing."""
-  path = storage.path(workdir) / KEPT
+  path = storage.checked_path(workdir) / KEPT
   if not path.exists():
     return {}
   return storage.read_json(path, {'trained': bool})

@@ -108,7 +108,7 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
       whose adapters PEFT does not have; and for a folder that holds a run.
   """
   from safetensors.numpy import save_file
-  storage.refuse_run(folder, 'the folder')
+  storage.refuse_folder_of_run(folder, 'the folder')
   require(c.lora.rank, 'this run has no low-rank adapters: its model.lora.rank '
           'is 0')
   require(c.head == 'lm', f'model.head is {c.head!r}: the adapters alone would '
@@ -143,7 +143,7 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
   stack = architectures.stack(c)
   tree = ONLY | dict(
       r=c.lora.rank, lora_alpha=alpha, lora_dropout=c.lora.dropout,
-      base_model_name_or_path=base.removeprefix(hub.PREFIX),
+      base_model_name_or_path=base.removeprefix(hub.HUB_PREFIX),
       task_type=TASKS.get(stack), inference_mode=True,
       target_modules=sorted(modules), fan_in_fan_out=lies_transposed)
   storage.write_json(folder / CONFIG, tree)
@@ -189,7 +189,7 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
     part = tensor.part(x.__getitem__, 0, whole)
     flat[tensor.paths[0]][tensor.index] = part
   params = {path: jnp.asarray(x, c.param_dtype) for path, x in flat.items()}
-  return c, checkpoints.nest(params)
+  return c, checkpoints.nest_by_path(params)
 
 
 def _read_description(file: pathlib.Path) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def take(folder: epath.Path, workdir: epath.Path,
   Raises:
     RequestError: for files of another tokenizer that lie in the workdir.
   """
-  if storage.in_bucket(folder):  # a run's: its config names the tokenizer
+  if storage.is_in_bucket(folder):  # a run's: its config names the tokenizer
     return []
   # A tokenizer that cannot be read is refused before anything is written.
   tokenizer = None
@@ -59,7 +59,7 @@ def take(folder: epath.Path, workdir: epath.Path,
     tokenizer = tokenizers.load(str(folder))
   target = folder
   copied = {}
-  if not storage.in_bucket(workdir):
+  if not storage.is_in_bucket(workdir):
     target = workdir / 'tokenizer'
     copied = _in_folder(folder)
     # The rest of an import that was killed may be another's tokenizer.
@@ -93,10 +93,11 @@ def is_stand_in(tokenizer: str) -> bool:
 def _tokenizer_files(workdir: epath.Path, config: ml_collections.ConfigDict,
                      step: int) -> dict[str, epath.Path]:
   """Returns the files of a run's tokenizer, by their names in an export."""
-  path = pathlib.Path(hub.local(config.data.tokenizer, weights=False))
+  path = pathlib.Path(hub.download_if_on_hub(config.data.tokenizer,
+                                             weights=False))
   if is_stand_in(config.data.tokenizer):
     # An import's own, until training has given the ids another meaning.
-    if step > 0 or storage.in_bucket(workdir):
+    if step > 0 or storage.is_in_bucket(workdir):
       return {}
     return _in_folder(workdir / 'tokenizer')
   if path.is_dir():
@@ -133,7 +134,8 @@ def give(workdir: epath.Path, config: ml_collections.ConfigDict,
   sources = _tokenizer_files(workdir, config, step)
   _copy(sources, folder)
   if not is_stand_in(config.data.tokenizer):
-    _complete(runs.tokenizer_of(workdir, config), config=config, folder=folder,
+    _complete(runs.load_run_tokenizer(workdir, config), config=config,
+              folder=folder,
               copied={*sources})
 
 

@@ -24,7 +24,7 @@ from architectures.parts.layers import NO_FFN
 from architectures.parts.moe import routing
 from architectures.parts.moe.routing import MoEConfig
 from common import kinds
-from common.arguments import assignments
+from common.arguments import parse_assignments
 from common.errors import require
 from training import cli
 from training.hf import weights
@@ -67,7 +67,7 @@ def config(model: ml_collections.ConfigDict, moe: dict,
   model = model.copy_and_resolve_references()
   model.moe.update(moe, ffn=model.ffn, d_ff=0)
   model.update(arch=TWINS.get(model.arch, model.arch), ffn='moe')
-  made = kinds.with_experts(model.to_dict(), every)
+  made = kinds.place_experts(model.to_dict(), every)
   with model.unlocked():
     model.pattern = made['pattern']
     model.kinds = ml_collections.ConfigDict(made['kinds'])
@@ -160,6 +160,6 @@ def fields(words: Sequence[str], like: Mapping[str, Any]) -> dict[str, Any]:
   usual = {name: value for name, value in like.items() if name not in GIVEN}
   usual['every'] = 1
   parsed = {}
-  for name, text in assignments(words, '--moe', sorted(usual)).items():
-    parsed[name] = cli.parsed(text, usual[name], f'--moe {name}')
+  for name, text in parse_assignments(words, '--moe', sorted(usual)).items():
+    parsed[name] = cli.parse_value(text, usual[name], f'--moe {name}')
   return parsed

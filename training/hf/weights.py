@@ -43,7 +43,7 @@ from architectures.parts.heads import GeneratorConfig
 from architectures.parts.hf import tensor_map
 from architectures.parts.lora import LoraConfig
 from architectures.parts.sharding import parameter_shapes
-from common.arguments import PositiveSize, Seed, typed
+from common.arguments import PositiveSize, Seed, check_argument_types
 from common.errors import RequestError, one_of
 from training import progress
 from training.hf import config as hf_config
@@ -61,7 +61,7 @@ class Loaded(NamedTuple):
   skipped: list[str]
 
 
-@typed
+@check_argument_types
 def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: Seed = 0,
             dtype: str = ''):
   """Returns (module, params) of a Hugging Face folder, or a file in one.
@@ -143,7 +143,7 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
   for tensor in tensors:
     for which, path in enumerate(tensor.paths):
       fills[path].append((tensor, which))
-  with progress.during('reading parameters', len(shapes)) as advance:
+  with progress.show_task('reading parameters', len(shapes)) as advance:
 
     def read(key: Any, leaf: Any) -> jax.Array:
       path = paths.join(key)
@@ -419,7 +419,7 @@ def draw(module: nn.Module, like: Any, wanted: set[str], seed: int
   return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
-@typed
+@check_argument_types
 def to_hf(module: nn.Module, params: Mapping[str, Any],
           folder: str | os.PathLike, *, dtype: str = '',
           shard_bytes: PositiveSize = SHARD_BYTES,
@@ -443,8 +443,8 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
       what the folder holds: a run, or weights that would stay.
   """
   one_of('dtype', dtype, ('', *DTYPES, 'float16'))
-  storage.try_folder(folder, 'the folder')
-  storage.refuse_run(folder, 'the folder')
+  storage.check_folder_is_writable(folder, 'the folder')
+  storage.refuse_folder_of_run(folder, 'the folder')
   module, params = merge(module, params)
   module, params = without_generator(module, params)
   config: ModelConfig = module.config
@@ -470,7 +470,7 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
     written.append(hf_generation.FILE)
   hf_files.refuse_left(folder, written)
   folder.mkdir(parents=True, exist_ok=True)
-  with progress.during('writing tensors', len(export.tensors)) as advance:
+  with progress.show_task('writing tensors', len(export.tensors)) as advance:
 
     def make(name: str) -> np.ndarray:
       if name in export.tensors:
@@ -571,7 +571,7 @@ def without_generator(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
   if added is not None:
     flat['embed/tokens'] = flat['embed/tokens'] + added
   alone = config.with_part(GeneratorConfig, num_layers=0)
-  return architectures.build(alone), checkpoints.nest(flat)
+  return architectures.build(alone), checkpoints.nest_by_path(flat)
 
 
 def names_left_out(module: nn.Module) -> set[str]:
@@ -613,7 +613,7 @@ def is_adapter(path: str) -> bool:
 def without(params: Any) -> Any:
   """Returns the parameters that are no adapters."""
   flat = paths.flatten(params)
-  return checkpoints.nest(
+  return checkpoints.nest_by_path(
       {path: x for path, x in flat.items() if not is_adapter(path)})
 
 
@@ -623,7 +623,7 @@ def beside(params: Any, others: Any) -> Any:
   for path, x in paths.flatten(others).items():
     if is_adapter(path):
       flat[path] = x
-  return checkpoints.nest(flat)
+  return checkpoints.nest_by_path(flat)
 
 
 def merge(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
@@ -644,7 +644,7 @@ def merge(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
     if not is_adapter(path):
       merged[path] = _merged(path, w=x, flat=flat, scale=config.lora.scale)
   plain = architectures.build(without_adapters(config))
-  return plain, checkpoints.nest(merged)
+  return plain, checkpoints.nest_by_path(merged)
 
 
 def _merged(path: str, w: jax.Array, flat: Mapping[str, jax.Array],

@@ -485,7 +485,7 @@ class Objective:
     return values
 
 
-OBJECTIVES: Mapping[str, Objective] = lazy.Lazy(
+OBJECTIVES: Mapping[str, Objective] = lazy.LazyTable(
     __name__, path=__path__, read=lambda file: file.OBJECTIVES,
     without=('losses', 'pipeline'))
 

@@ -309,7 +309,7 @@ def contents(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
   tree. Where a run is labelled or chats, its labels and its template are in its
   config."""
   return (of_tokenizer(config, tokenizer) | of_sources(config, tokenizer)
-          | plugins.digests())
+          | plugins.hash_loaded_files())
 
 
 def of_tokenizer(config: Config, tokenizer: Tokenizer) -> dict[str, str]:

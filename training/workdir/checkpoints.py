@@ -45,22 +45,22 @@ from architectures.parts import paths
 from common.errors import EnvironmentFailure, RequestError, require
 from training.workdir import storage
 
-BEST = 'best'  # The name of the step whose evaluation was the best.
+BEST_STEP_NAME = 'best'  # The name of the step whose evaluation was the best.
 
 
-class Mean(NamedTuple):
+class MeanOfSteps(NamedTuple):
   """Several steps, for the mean of their parameters.
 
   Attributes:
     steps: the steps, in any order; or (), and then
     last: the number of the newest steps to take.
   """
-  steps: tuple[int, ...] = ()
+  list_steps: tuple[int, ...] = ()
   last: int = 0
 
 
-def named_step(text: str | None, name: str = '--step'
-               ) -> int | str | Mean | None:
+def parse_step(text: str | None, name: str = '--step'
+               ) -> int | str | MeanOfSteps | None:
   """Returns what --step names: a step, BEST, several steps whose mean is
   meant, as `100,200` or `last:2`, or None for the newest.
 
@@ -71,26 +71,26 @@ def named_step(text: str | None, name: str = '--step'
   Raises:
     RequestError: for a text that is none of these.
   """
-  if text is None or text == BEST:
+  if text is None or text == BEST_STEP_NAME:
     return text
   # One number, or several different ones.
   steps = text.removeprefix('last:').split(',')
   all_numbers = all(re.fullmatch('0|[1-9][0-9]{0,17}', step) for step in steps)
   if not all_numbers or len(set(steps)) < len(steps):
     raise RequestError(
-        f'{name} is {text!r}: write the number of a step, or {BEST} for the '
-        'best of a run with eval.best; or, for the mean of several, the '
-        'numbers of different steps with commas between, or last:5 for the '
+        f'{name} is {text!r}: write the number of a step, or {BEST_STEP_NAME} '
+        'for the best of a run with eval.best; or, for the mean of several, '
+        'the numbers of different steps with commas between, or last:5 for the '
         'last 5 checkpoints')
   numbers = tuple(int(step) for step in steps)
   if text.startswith('last:'):
-    return Mean(last=numbers[0])
+    return MeanOfSteps(last=numbers[0])
   if len(numbers) > 1:
-    return Mean(steps=numbers)
+    return MeanOfSteps(steps=numbers)
   return numbers[0]
 
 
-class Restored(NamedTuple):
+class RestoredCheckpoint(NamedTuple):
   """A checkpoint, read and checked.
 
   Attributes:
@@ -109,17 +109,17 @@ class Restored(NamedTuple):
   what: str = ''
 
 
-class Mismatch(RequestError):
+class CheckpointMismatch(RequestError):
   """The checkpoint is sound, and of another model or optimizer."""
 
 
-class _Damaged(Exception):
+class _DamagedCheckpoint(Exception):
   """A checkpoint cannot be read, or is not as it was saved; the message says
   why."""
 
 
-def kept(steps: Sequence[int], is_good: Callable[[int], bool],
-         best: int | None, *, keep: int, keep_every: int) -> set[int]:
+def steps_to_keep(steps: Sequence[int], is_good: Callable[[int], bool],
+                  best: int | None, *, keep: int, keep_every: int) -> set[int]:
   """Returns those of `steps` to keep: never a stretch of bad steps instead of
   the last good ones.
 
@@ -185,10 +185,10 @@ class Checkpoints:
     self._last_time = clock()
     self.newest: int | None = None
     self.best: dict[str, Any] | None = None
-    self.directory = directory(workdir)
+    self.directory = checkpoint_folder(workdir)
     self._good: dict[int, bool] = {}  # by step: whether it is of no bad step
-    logging.get_absl_logger().addFilter(_is_no_failed_write)
-    with storage.writing(self.directory):
+    logging.get_absl_logger().addFilter(_is_worth_logging)
+    with storage.explain_write_failures(self.directory):
       self._manager = self._new_manager()
     # Processes agree on a stop by distributed.signals. Orbax would only note
     # how much time the save of it rescues, and fails at that beside checkpoints
@@ -233,7 +233,7 @@ class Checkpoints:
     if jax.process_count() > 1 and step % self._agree_every:
       return False
     has_passed = self._clock() - self._last_time >= self._every_seconds
-    return bool(from_process_0(np.int32(has_passed)))
+    return bool(broadcast_from_process_0(np.int32(has_passed)))
 
   def should_preserve(self, checkpoints: Sequence, *, context: Any
                       ) -> list[bool]:
@@ -243,8 +243,8 @@ class Checkpoints:
     if self.best:
       best_step = self.best['step']
     steps_there = [checkpoint.step for checkpoint in checkpoints]
-    to_keep = kept(steps_there, is_good=self._is_good, best=best_step,
-                   keep=self._keep, keep_every=self._keep_every)
+    to_keep = steps_to_keep(steps_there, is_good=self._is_good, best=best_step,
+                            keep=self._keep, keep_every=self._keep_every)
     return [step in to_keep for step in steps_there]
 
   def _is_good(self, step: int) -> bool:
@@ -252,7 +252,7 @@ class Checkpoints:
     if step not in self._good:
       try:
         self._good[step] = _read_record(self.directory / str(step))['good']
-      except _Damaged:
+      except _DamagedCheckpoint:
         self._good[step] = False
     return self._good[step]
 
@@ -284,28 +284,30 @@ class Checkpoints:
 
     # The record, with what each array is to be checked by.
     leaves = paths.flatten(state)
-    sums = checksums(state)
+    sums = compute_checksums(state)
     arrays = {}
     for name, x in leaves.items():
       arrays[name] = dict(shape=list(x.shape), dtype=str(x.dtype),
                           checksum=sums[name])
     record = dict(
         step=step, next_batch=next_batch, tokens=tokens, good=good, best=best,
-        config=config.to_dict(), environment=environment(), arrays=arrays)
+        config=config.to_dict(), environment=describe_environment(),
+        arrays=arrays)
 
     # The save, after the one before it.
     self.wait()
     self._good[step] = good
     self.best = best
     items = ocp.args.Composite(
-        state=ocp.args.PyTreeSave(nest(leaves)),
-        record=ocp.args.JsonSave(seal(record)))
-    with storage.writing(f'checkpoint {step} in {self.directory}'):
+        state=ocp.args.PyTreeSave(nest_by_path(leaves)),
+        record=ocp.args.JsonSave(add_digest(record)))
+    checkpoint = f'checkpoint {step} in {self.directory}'
+    with storage.explain_write_failures(checkpoint):
       self._manager.save(step, force=True, args=items)
     self.newest, self._last_time = step, self._clock()
     return True
 
-  def go_on_from(self, restored: Restored) -> None:
+  def go_on_from(self, restored: RestoredCheckpoint) -> None:
     """Begins where a checkpoint that was restored ends.
 
     Later steps, damaged or left behind by a `step` from before them, are set
@@ -313,7 +315,8 @@ class Checkpoints:
     later save removes them: who has looked at them may."""
     self.newest, self._last_time = restored.step, self._clock()
     self.best = restored.record['best']
-    later = [step for step in steps(self.directory) if step > restored.step]
+    steps = list_steps(self.directory)
+    later = [step for step in steps if step > restored.step]
     if not later:
       return
     if jax.process_index() == 0:
@@ -321,12 +324,13 @@ class Checkpoints:
         target = self.directory / f'{step}.aside-{time.time_ns()}'
         logging.warning('checkpoint %d is set aside as %s', step, target)
         (self.directory / str(step)).rename(target)
-    from_process_0(np.int32(0))  # the others wait until it is done
+    broadcast_from_process_0(np.int32(0))  # the others wait until it is done
     self._manager.reload()
 
   def wait(self):
     """Returns once all saves are on disk."""
-    with storage.writing(f'checkpoint {self.newest} in {self.directory}'):
+    checkpoint = f'checkpoint {self.newest} in {self.directory}'
+    with storage.explain_write_failures(checkpoint):
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
 
@@ -352,16 +356,16 @@ class Checkpoints:
         self.close()
 
 
-def _is_no_failed_write(record: std_logging.LogRecord) -> bool:
+def _is_worth_logging(record: std_logging.LogRecord) -> bool:
   """Whether a record is to be printed. Each of Orbax's threads logs a traceback
   of a failure of the environment, and raises the failure too, of which
-  storage.writing makes one sentence."""
+  storage.explain_write_failures makes one sentence."""
   if not record.exc_info or 'orbax' not in record.pathname:
     return True
-  return not storage.reason(record.exc_info[1])
+  return not storage.environment_reason(record.exc_info[1])
 
 
-def environment() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
   """Returns what a bitwise resume depends on beside the config: versions and
   devices."""
   result: dict[str, Any] = dict(python=platform.python_version())
@@ -373,7 +377,7 @@ def environment() -> dict[str, Any]:
   return result
 
 
-def environment_changes(record: dict[str, Any]) -> list[str]:
+def list_environment_changes(record: dict[str, Any]) -> list[str]:
   """Returns a line for each thing that differs now from where the checkpoint's
   run was.
 
@@ -382,43 +386,44 @@ def environment_changes(record: dict[str, Any]) -> list[str]:
   """
   old = record['environment']
   lines = []
-  for name, value in environment().items():
+  for name, value in describe_environment().items():
     if old.get(name) != value:
       lines.append(f'{name}: {old.get(name)} -> {value}')
   return lines
 
 
-def directory(workdir: epath.Path):
+def checkpoint_folder(workdir: epath.Path):
   """Returns the folder of a run's checkpoints, as an absolute path."""
-  path = storage.path(workdir)
+  path = storage.checked_path(workdir)
   # Orbax wants it so; a bucket's paths are, and epath would prepend the folder.
-  if not storage.in_bucket(path):
+  if not storage.is_in_bucket(path):
     path = path.absolute()
-  return path / storage.CHECKPOINTS
+  return path / storage.CHECKPOINTS_FOLDER
 
 
-_MOST_STEPS = 4096  # Process 0 tells the others about so many of the newest.
+# Process 0 tells the others about so many of the newest steps.
+_MOST_STEPS_LISTED = 4096
 
 
-def steps(folder: epath.Path) -> list[int]:
+def list_steps(folder: epath.Path) -> list[int]:
   """Returns the steps in `folder` that were saved whole, ascending, as process
   0 sees it."""
   import orbax.checkpoint as ocp
-  there = np.full(_MOST_STEPS, -1, np.int32)
+  there = np.full(_MOST_STEPS_LISTED, -1, np.int32)
   if jax.process_index() == 0 and folder.is_dir():
     # A folder of a higher number is not of a run, which counts in int32.
     largest = np.iinfo(np.int32).max
     named = [step for step in ocp.utils.checkpoint_steps(folder)
              if step <= largest]
-    newest = sorted(named)[-_MOST_STEPS:]
+    newest = sorted(named)[-_MOST_STEPS_LISTED:]
     there[:len(newest)] = newest
 
   # The others see what process 0 sees, even where a disk is slow.
-  of_process_0 = from_process_0(there)
+  of_process_0 = broadcast_from_process_0(there)
   return of_process_0[of_process_0 >= 0].tolist()
 
 
-def best_step(folder: epath.Path) -> int:
+def find_best_step(folder: epath.Path) -> int:
   """Returns the step whose evaluation was the best, as the newest record that
   can be read has it; RequestError where none is kept."""
   record = _newest_record(folder) or {}
@@ -428,21 +433,22 @@ def best_step(folder: epath.Path) -> int:
   return best['step']
 
 
-def arrays(folder: epath.Path, step: int | None = None
-           ) -> dict[str, dict[str, Any]]:
+def read_array_records(folder: epath.Path, step: int | None = None
+                       ) -> dict[str, dict[str, Any]]:
   """Returns {name: {shape, dtype, ...}} of the newest step with a record that
   can be read, or of `step`; {} where there is none."""
   record = _newest_record(folder, step)
   return record['arrays'] if record else {}
 
 
-def parameters_alone(arrays: dict[str, dict[str, Any]]) -> bool:
+def has_only_parameters(arrays: dict[str, dict[str, Any]]) -> bool:
   """Whether a checkpoint has no optimiser's state, as an import has none."""
   return bool(arrays) and all(name.startswith('params/') for name in arrays)
 
 
-def restore(folder: epath.Path, abstract: Any, step: int | str | None = None,
-            *, partial: bool = False) -> Restored:
+def restore_checkpoint(folder: epath.Path, abstract: Any,
+                       step: int | str | None = None,
+                       *, partial: bool = False) -> RestoredCheckpoint:
   """Returns the newest good checkpoint of `folder`, or that of `step`.
 
   Args:
@@ -458,10 +464,10 @@ def restore(folder: epath.Path, abstract: Any, step: int | str | None = None,
     RequestError: there is no such checkpoint, or it does not fit `abstract`.
     EnvironmentFailure: every checkpoint that was tried is damaged.
   """
-  available = steps(folder)
+  available = list_steps(folder)
   require(bool(available), f'no checkpoint in {folder}')
-  if step == BEST:
-    step = best_step(folder)
+  if step == BEST_STEP_NAME:
+    step = find_best_step(folder)
   if step is None:
     candidates = available[::-1]
   else:
@@ -473,14 +479,14 @@ def restore(folder: epath.Path, abstract: Any, step: int | str | None = None,
   damaged = []
   for candidate in candidates:
     try:
-      state, record = _read(folder / str(candidate), abstract, partial)
-    except _Damaged as error:
+      state, record = _read_step(folder / str(candidate), abstract, partial)
+    except _DamagedCheckpoint as error:
       damaged.append(f'checkpoint {candidate} in {folder} is damaged: {error}')
       continue
     passed_over = [f'{sentence}; using {candidate} instead'
                    for sentence in damaged]
-    return Restored(step=candidate, state=state, record=record,
-                    damaged=tuple(passed_over))
+    return RestoredCheckpoint(step=candidate, state=state, record=record,
+                              damaged=tuple(passed_over))
 
   # There is none; others may be sound where one was asked for.
   others = [str(other) for other in available if other not in candidates]
@@ -493,14 +499,16 @@ def restore(folder: epath.Path, abstract: Any, step: int | str | None = None,
 # An error whose text has one of these words, or the name of one of these
 # errors of the operating system, is no fault of the files, but of their storage
 # or of this machine.
-_ENVIRONMENT = ('DEADLINE_EXCEEDED', 'PERMISSION_DENIED', 'PermissionError',
-                'RESOURCE_EXHAUSTED', 'UNAUTHENTICATED', 'UNAVAILABLE')
-_ENVIRONMENT_ERRORS = (
+_WORDS_OF_ENVIRONMENT_ERRORS = ('DEADLINE_EXCEEDED', 'PERMISSION_DENIED',
+                                'PermissionError',
+                                'RESOURCE_EXHAUSTED', 'UNAUTHENTICATED',
+                                'UNAVAILABLE')
+_NUMBERS_OF_ENVIRONMENT_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM,
     errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.EAGAIN)
 
 
-def _read(folder: epath.Path, abstract: Any, partial: bool):
+def _read_step(folder: epath.Path, abstract: Any, partial: bool):
   """Returns (state, record) of one step.
 
   Args:
@@ -522,37 +530,37 @@ def _read(folder: epath.Path, abstract: Any, partial: bool):
       _check_fits(folder, record=record, wanted=paths.flatten(abstract),
                   partial=partial)
       state = _read_arrays(folder, record, abstract)
-  except (Mismatch, MemoryError):
+  except (CheckpointMismatch, MemoryError):
     raise
   except Exception as error:  # Orbax and TensorStore raise many types.
-    reason = _reason(error)
-    if _is_of_environment(reason):
+    reason = _describe_first_cause(error)
+    if _is_fault_of_environment(reason):
       raise EnvironmentFailure(
           f'cannot read checkpoint {folder.name} in {folder.parent}, which may '
           f'be sound: {reason}; once that is mended, run the same command again'
       ) from error
 
   # All processes take the step, or none does.
-  if not _on_all_processes(not reason):
-    raise _Damaged(reason or 'another process cannot read it')
+  if not _holds_on_all_processes(not reason):
+    raise _DamagedCheckpoint(reason or 'another process cannot read it')
   wrong = []
-  for name, checksum in checksums(state).items():
+  for name, checksum in compute_checksums(state).items():
     if checksum != record['arrays'][name]['checksum']:
       wrong.append(name)
   if wrong:
-    raise _Damaged(f'the checksum of {", ".join(wrong[:8])} is not the one '
-                   'saved')
+    raise _DamagedCheckpoint(f'the checksum of {", ".join(wrong[:8])} is not '
+                             'the one saved')
   return state, record
 
 
-def _is_of_environment(reason: str) -> bool:
+def _is_fault_of_environment(reason: str) -> bool:
   """Whether an error says that storage or this machine is at fault."""
   # TensorStore's errors name those of the operating system too.
-  names = [os.strerror(number) for number in _ENVIRONMENT_ERRORS]
-  return any(word in reason for word in (*_ENVIRONMENT, *names))
+  names = [os.strerror(number) for number in _NUMBERS_OF_ENVIRONMENT_ERRORS]
+  return any(word in reason for word in (*_WORDS_OF_ENVIRONMENT_ERRORS, *names))
 
 
-def _on_all_processes(condition: bool) -> bool:
+def _holds_on_all_processes(condition: bool) -> bool:
   """Whether a condition holds on every process."""
   if jax.process_count() == 1:
     return condition
@@ -580,13 +588,13 @@ def _read_arrays(folder: epath.Path, record: dict[str, Any], abstract: Any
           sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
 
   args = ocp.args.PyTreeRestore(
-      item=nest(item), restore_args=nest(restore_args))
+      item=nest_by_path(item), restore_args=nest_by_path(restore_args))
   with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
     leaves = paths.flatten(handler.restore(folder / 'state', args=args))
   # Orbax returns what it could not read as it was given it.
   for name in wanted:
     if not isinstance(leaves[name], jax.Array):
-      raise _Damaged(f'{name} is not read as an array')
+      raise _DamagedCheckpoint(f'{name} is not read as an array')
   return jax.tree_util.tree_map_with_path(
       lambda path, _: leaves[paths.join(path)], abstract)
 
@@ -597,9 +605,9 @@ def _newest_record(folder: epath.Path, step: int | None = None
   can."""
   candidates = [step]
   if step is None:
-    candidates = steps(folder)[::-1]
+    candidates = list_steps(folder)[::-1]
   for candidate in candidates:
-    with contextlib.suppress(_Damaged):
+    with contextlib.suppress(_DamagedCheckpoint):
       return _read_record(folder / str(candidate))
   return None
 
@@ -611,19 +619,19 @@ def _read_record(folder: epath.Path) -> dict[str, Any]:
   try:
     sealed = ocp.JsonCheckpointHandler().restore(folder / 'record')
   except FileNotFoundError as error:
-    raise _Damaged('its record is missing') from error
+    raise _DamagedCheckpoint('its record is missing') from error
   except ValueError as error:  # of JSON, or of UTF-8
-    raise _Damaged('its record is not JSON') from error
-  if not isinstance(sealed, dict) or sealed != seal(sealed.get('record')):
-    raise _Damaged('the checksum of its record is not the one saved')
+    raise _DamagedCheckpoint('its record is not JSON') from error
+  if not isinstance(sealed, dict) or sealed != add_digest(sealed.get('record')):
+    raise _DamagedCheckpoint('the checksum of its record is not the one saved')
   record = sealed['record']
   if str(record['step']) != folder.name:
-    raise _Damaged(f'it holds step {record["step"]}: its folder was renamed or '
-                   'copied')
+    raise _DamagedCheckpoint(f'it holds step {record["step"]}: its folder was '
+                             'renamed or copied')
   return record
 
 
-def seal(record: Any) -> dict[str, Any]:
+def add_digest(record: Any) -> dict[str, Any]:
   """Returns what is written: the record, and a digest to check it by."""
   text = json.dumps(record, sort_keys=True)
   return dict(record=record, sha256=hashlib.sha256(text.encode()).hexdigest())
@@ -633,16 +641,18 @@ def _check_fits(folder: epath.Path, record: dict[str, Any],
                 wanted: dict[str, Any], partial: bool):
   """Raises Mismatch with the name of each array that is not the same."""
   wrong = []
-  for name, line in differences(record['arrays'], wanted).items():
+  for name, line in list_array_differences(record['arrays'], wanted).items():
     if not partial or name in wanted:
       wrong.append(line)
   if wrong:
-    raise Mismatch(f'checkpoint {folder.name} in {folder.parent} does not fit '
-                   f'this config: {"; ".join(wrong[:8])}')
+    raise CheckpointMismatch(
+        f'checkpoint {folder.name} in {folder.parent} does not fit this '
+        f'config: {"; ".join(wrong[:8])}')
 
 
-def differences(saved: dict[str, dict[str, Any]], wanted: dict[str, Any]
-                ) -> dict[str, str]:
+def list_array_differences(saved: dict[str, dict[str, Any]],
+                           wanted: dict[str, Any]
+                           ) -> dict[str, str]:
   """Returns a line for each array, by name, that is not the same in a record
   and as it is wanted."""
   there = {name: f'{x["dtype"]}{x["shape"]}' for name, x in saved.items()}
@@ -658,14 +668,14 @@ def differences(saved: dict[str, dict[str, Any]], wanted: dict[str, Any]
   return lines
 
 
-def _reason(error: BaseException) -> str:
+def _describe_first_cause(error: BaseException) -> str:
   """Returns the first cause of an error as one short line.
 
   Orbax wraps what TensorStore found more than once, and TensorStore adds
   where in its own source it was found.
   """
   # The cause that was raised first.
-  while not isinstance(error, _Damaged):
+  while not isinstance(error, _DamagedCheckpoint):
     cause = error.__cause__ or error.__context__
     if cause is None:
       break
@@ -674,12 +684,12 @@ def _reason(error: BaseException) -> str:
   line = str(error).split('\n')[0].rstrip(':')
   line = re.sub(r' in OCDBT database at \w+ file "[^"]*"', '', line)
   line = re.split(r' \[(?:source locations|tensorstore_spec)', line)[0]
-  if isinstance(error, (_Damaged, ValueError)) and line:
+  if isinstance(error, (_DamagedCheckpoint, ValueError)) and line:
     return line[:300]
   return f'{type(error).__name__}: {line[:300]}'
 
 
-def nest(leaves: dict[str, Any]) -> dict[str, Any]:
+def nest_by_path(leaves: dict[str, Any]) -> dict[str, Any]:
   """Turns {'a/b': x} into {'a': {'b': x}}: what Orbax stores, and others read.
 
   Plain dicts, so that the files know nothing of optax's or our own classes.
@@ -687,7 +697,7 @@ def nest(leaves: dict[str, Any]) -> dict[str, Any]:
   return traverse_util.unflatten_dict(leaves, sep='/')
 
 
-def from_process_0(value: np.ndarray) -> np.ndarray:
+def broadcast_from_process_0(value: np.ndarray) -> np.ndarray:
   """Returns process 0's value on every process, once all have asked."""
   if jax.process_count() == 1:
     return value
@@ -706,13 +716,13 @@ def from_process_0(value: np.ndarray) -> np.ndarray:
 # 1.0 has its lowest set bit at 2^23, which leaves 9 bits of such a sum.)
 # Addition of integers is associative: the sum is the same on every mesh.
 
-_AT_ONCE = 2**20  # elements that are summed at a time
-_GOLDEN = np.uint32(0x9E3779B1)  # 2^32 / golden ratio, odd
+_ELEMENTS_SUMMED_AT_ONCE = 2**20  # elements that are summed at a time
+_GOLDEN_RATIO_FACTOR = np.uint32(0x9E3779B1)  # 2^32 / golden ratio, odd
 # The unsigned integer type of each size in bytes, in which an element is read.
-_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+_UNSIGNED_TYPE_OF_BYTES = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
-def checksums(tree: Any) -> dict[str, int]:
+def compute_checksums(tree: Any) -> dict[str, int]:
   """Returns the checksum of each leaf, by path."""
   leaves = paths.flatten(tree)
   if not leaves:
@@ -729,22 +739,22 @@ def checksums(tree: Any) -> dict[str, int]:
     spec = P()
     if isinstance(x.sharding, NamedSharding):
       spec = x.sharding.spec
-    parts.append(_parts(mesh, spec)(x))
-  totals = np.asarray(_total(mesh)(parts))
+    parts.append(_make_device_sums(mesh, spec)(x))
+  totals = np.asarray(_make_total(mesh)(parts))
   return dict(zip(leaves, totals.tolist()))
 
 
 # A program for each shape, and not one for all leaves: an optimizer's moments
 # share theirs with the parameters, and it is compiled in a third of the time.
 @functools.cache
-def _parts(mesh: Mesh | None, spec: Any):
+def _make_device_sums(mesh: Mesh | None, spec: Any):
   """Returns a function from one leaf to [devices], the part of each device."""
   axes = tuple(_mesh_axes(entry) for entry in spec)
   split = set().union(*axes)
 
   def local(shard: Any) -> jax.Array:
     """Returns the sum of a device's part of the leaf, [1]."""
-    part = _sum(shard, axes, mesh)
+    part = _sum_of_shard(shard, axes, mesh)
     if mesh is None:
       return part[None]
     for name in mesh.axis_names:
@@ -770,7 +780,7 @@ def _mesh_axes(entry: Any) -> tuple[str, ...]:
 
 
 @functools.cache
-def _total(mesh: Mesh | None):
+def _make_total(mesh: Mesh | None):
   """Returns a function from the parts of all leaves to their sums, [leaves]."""
   # On every device of the mesh, so that every process can read it.
   everywhere = None
@@ -783,8 +793,9 @@ def _total(mesh: Mesh | None):
   return jax.jit(total, out_shardings=everywhere)
 
 
-def _sum(x: jax.Array, axes: tuple[tuple[str, ...], ...], mesh: Mesh | None
-         ) -> jax.Array:
+def _sum_of_shard(x: jax.Array, axes: tuple[tuple[str, ...], ...],
+                  mesh: Mesh | None
+                  ) -> jax.Array:
   """Returns the sum over one shard, whose dimensions are split over mesh
   `axes`.
 
@@ -821,12 +832,13 @@ def _sum(x: jax.Array, axes: tuple[tuple[str, ...], ...], mesh: Mesh | None
 
     # Each element's bits are mixed with its place, so that none can change
     # places unseen.
-    place_UU = (index_U[:, None] + column_U[None]) * _GOLDEN
-    bits_UU = _bits(jax.lax.dynamic_slice_in_dim(x_UU, first, count))
+    place_UU = (index_U[:, None] + column_U[None]) * _GOLDEN_RATIO_FACTOR
+    bits_UU = _bits_of_elements(jax.lax.dynamic_slice_in_dim(x_UU, first,
+                                                             count))
     # dtype: without it jnp.sum would widen to uint64 where x64 is on.
-    return jnp.sum(_mix(bits_UU ^ place_UU), dtype=jnp.uint32)
+    return jnp.sum(_mix_bits(bits_UU ^ place_UU), dtype=jnp.uint32)
 
-  count = min(rows, max(1, _AT_ONCE // columns))
+  count = min(rows, max(1, _ELEMENTS_SUMMED_AT_ONCE // columns))
   total = jax.lax.fori_loop(
       0, rows // count, lambda i, total: total + part(i * count, count),
       jnp.uint32(0))
@@ -836,18 +848,18 @@ def _sum(x: jax.Array, axes: tuple[tuple[str, ...], ...], mesh: Mesh | None
   return total
 
 
-def _mix(h: jax.Array) -> jax.Array:
+def _mix_bits(h: jax.Array) -> jax.Array:
   """Returns MurmurHash3's finalizer of each uint32."""
   h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
   h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
   return h ^ (h >> np.uint32(16))
 
 
-def _bits(x: jax.Array) -> jax.Array:
+def _bits_of_elements(x: jax.Array) -> jax.Array:
   """Returns the elements of x as uint32."""
   is_small = jnp.issubdtype(x.dtype, jnp.integer) and (
       jnp.iinfo(x.dtype).bits < 8)
   if x.dtype == jnp.bool_ or is_small:
     return x.astype(jnp.uint32)
-  word = _WORDS[x.dtype.itemsize]  # no run has another
+  word = _UNSIGNED_TYPE_OF_BYTES[x.dtype.itemsize]  # no run has another
   return jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)

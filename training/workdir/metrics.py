@@ -27,19 +27,23 @@ import numpy as np
 from common.errors import RequestError, require
 from training.workdir import storage
 
-METRICS = 'metrics.jsonl'
-ROW = {'step': int, 'split': str}
+METRICS_FILE = 'metrics.jsonl'
+TYPE_OF_ROW_FIELD = {'step': int, 'split': str}
 UPLOAD_SECONDS = 60
 TRACKERS = ('wandb', 'trackio')  # packages, and fields of config.log
 # The figures whose best value is known, by the last part of a name,
 # TASK/FIGURE: the least one, or the largest one.
-LEAST = ('loss', 'perplexity', 'bits_per_byte', 'word_perplexity',
-         'byte_perplexity')
-LARGEST = ('accuracy', 'f1', 'macro_f1', 'micro_f1', 'mcc', 'matthews',
-           'precision', 'recall', 'pearson', 'spearman', 'exact', 'exact_match',
-           'em', 'acc', 'acc_norm', 'bleu')
-SHARES = ('accuracy', 'rows_right', 'acc', 'acc_norm')  # between 0 and 1
-_FILES = itertools.count()  # numbers TensorBoard's files of this process
+FIGURES_BEST_WHEN_LEAST = ('loss', 'perplexity', 'bits_per_byte',
+                           'word_perplexity',
+                           'byte_perplexity')
+FIGURES_BEST_WHEN_LARGEST = ('accuracy', 'f1', 'macro_f1', 'micro_f1', 'mcc',
+                             'matthews',
+                             'precision', 'recall', 'pearson', 'spearman',
+                             'exact', 'exact_match',
+                             'em', 'acc', 'acc_norm', 'bleu')
+FIGURES_BETWEEN_0_AND_1 = ('accuracy', 'rows_right', 'acc',
+                           'acc_norm')  # between 0 and 1
+_FILE_NUMBERS = itertools.count()  # numbers TensorBoard's files of this process
 
 
 class JsonlWriter:
@@ -50,9 +54,9 @@ class JsonlWriter:
   """
 
   def __init__(self, workdir: epath.Path, resumed_step: int):
-    path = pathlib.Path(workdir) / METRICS
-    self._there = _drop_after(path, resumed_step)
-    self._file = storage.File(path)
+    path = pathlib.Path(workdir) / METRICS_FILE
+    self._there = _drop_rows_after(path, resumed_step)
+    self._file = storage.GrowingFile(path)
 
   def has_kept(self, step: int, split: str) -> bool:
     """Whether the row stood there when the run was resumed at `step`."""
@@ -61,7 +65,7 @@ class JsonlWriter:
   def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
     if self.has_kept(step, split):
       return  # evaluated again, to know whether it is the best
-    row = plain({'step': int(step), 'split': split, **figures})
+    row = as_json_value({'step': int(step), 'split': split, **figures})
     line = json.dumps(row, allow_nan=False) + '\n'
     # One call a line: what is read while the run goes on is whole.
     self._file.write(line.encode())
@@ -86,9 +90,9 @@ class TensorboardWriter:
     # The name that TensorBoard looks for. Its own EventFileWriter writes in a
     # thread, which prints what it also raises.
     name = (f'events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.'
-            f'{os.getpid()}.{next(_FILES)}')
+            f'{os.getpid()}.{next(_FILE_NUMBERS)}')
     path = pathlib.Path(workdir) / 'tensorboard' / name
-    self._file = record_writer.RecordWriter(storage.File(path))
+    self._file = record_writer.RecordWriter(storage.GrowingFile(path))
     self._add(file_version='brain.Event:2')
     # TensorBoard forgets what an earlier file has from here on.
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -101,7 +105,7 @@ class TensorboardWriter:
 
   def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
     values = []
-    for name, value in scalars(figures).items():
+    for name, value in scalar_figures(figures).items():
       values.append(self._summary.Value(
           tag=f'{split}/{name}', simple_value=value))
     self._add(step=step, summary=self._summary(value=values))
@@ -121,11 +125,11 @@ class TrackerWriter:
                config: Mapping[str, Any], local: epath.Path | None = None):
     """Begins the run at the tracker, or goes on with it."""
     tracker = importlib.import_module(module)
-    workdir = storage.path(workdir)
+    workdir = storage.checked_path(workdir)
     path = workdir / f'{module}_id'
     name = workdir.absolute().name
     if not path.exists():
-      storage.write(path, secrets.token_hex(4))
+      storage.write_file(path, secrets.token_hex(4))
     run_id = path.read_text().strip()
     self._logs_step = module == 'wandb'
     if self._logs_step:
@@ -141,7 +145,7 @@ class TrackerWriter:
       self._run.define_metric('*', step_metric='step')
 
   def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
-    row = {f'{split}/{name}': x for name, x in scalars(figures).items()}
+    row = {f'{split}/{name}': x for name, x in scalar_figures(figures).items()}
     if self._logs_step:
       self._run.log({'step': step} | row)
     else:
@@ -158,7 +162,7 @@ class UploadWriter:
   """Copies what the writers before it have written into the bucket: once a
   minute, and before a checkpoint is saved, so that none lacks its figures."""
 
-  def __init__(self, uploads: storage.Uploads,
+  def __init__(self, uploads: storage.BucketUploads,
                clock: Callable[[], float] = time.monotonic):
     self._uploads = uploads
     self._clock = clock
@@ -185,8 +189,8 @@ def check_writers(log: ml_collections.ConfigDict) -> None:
           f"pip install -e '.[{name}]', or set log.{name}=False")
 
 
-def writers(workdir: epath.Path, config: Mapping[str, Any],
-            resumed_step: int = 0, primary: bool = True) -> list:
+def open_writers(workdir: epath.Path, config: Mapping[str, Any],
+                 resumed_step: int = 0, primary: bool = True) -> list:
   """Returns the writers that config.log asks for.
 
   Args:
@@ -198,8 +202,8 @@ def writers(workdir: epath.Path, config: Mapping[str, Any],
   if not primary:
     return []
   # Files are written on disk, and copied to a bucket from time to time.
-  uploads = storage.Uploads(storage.path(workdir))
-  uploads.fetch(METRICS)
+  uploads = storage.BucketUploads(storage.checked_path(workdir))
+  uploads.fetch(METRICS_FILE)
   result: list[Any] = [JsonlWriter(uploads.local, resumed_step)]
   if config['log']['tensorboard']:
     result.append(TensorboardWriter(uploads.local, resumed_step))
@@ -207,12 +211,12 @@ def writers(workdir: epath.Path, config: Mapping[str, Any],
     if config['log'][module]:
       result.append(TrackerWriter(module, workdir=workdir, config=config,
                                   local=uploads.local))
-  if storage.in_bucket(workdir):
+  if storage.is_in_bucket(workdir):
     result.append(UploadWriter(uploads))
   return result
 
 
-def read(path: epath.Path) -> list[dict[str, Any]]:
+def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
   """Returns the rows of a metrics.jsonl, less a last line that a kill cut
   short, or that is being written.
 
@@ -224,9 +228,10 @@ def read(path: epath.Path) -> list[dict[str, Any]]:
   lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
   rows = []
   for number, line in enumerate(lines[:-1], 1):
-    rows.append(storage.parse(line, f'{path}, line {number},', ROW))
+    rows.append(storage.parse_json_object(line, f'{path}, line {number},',
+                                          TYPE_OF_ROW_FIELD))
   if lines:
-    last = _whole_row(lines[-1])
+    last = _parse_whole_row(lines[-1])
     if last:
       rows.append(last)
 
@@ -240,35 +245,35 @@ def read(path: epath.Path) -> list[dict[str, Any]]:
   return rows
 
 
-def plain(value: Any) -> Any:
+def as_json_value(value: Any) -> Any:
   """Returns a figure as JSON has it, with None for what is not finite."""
   if value is None or isinstance(value, str | bool | int):
     return value
   if isinstance(value, float):
     return value if math.isfinite(value) else None
   if isinstance(value, list | tuple):
-    return [plain(x) for x in value]
+    return [as_json_value(x) for x in value]
   if isinstance(value, Mapping):
-    return {name: plain(x) for name, x in value.items()}
-  return plain(np.asarray(value).tolist())
+    return {name: as_json_value(x) for name, x in value.items()}
+  return as_json_value(np.asarray(value).tolist())
 
 
-def scalars(figures: Mapping[str, Any]) -> dict[str, float]:
+def scalar_figures(figures: Mapping[str, Any]) -> dict[str, float]:
   """Returns the numbers among the figures; lists as name/0, name/1, ...;
   matrices are left out: they are in metrics.jsonl."""
   result = {}
-  for name, value in plain(figures).items():
+  for name, value in as_json_value(figures).items():
     if isinstance(value, bool | int | float):
       result[name] = float(value)
     elif isinstance(value, list):
       is_matrix = bool(value) and isinstance(value[0], list)
       if not is_matrix:
         entries = {f'{name}/{i}': x for i, x in enumerate(value)}
-        result.update(scalars(entries))
+        result.update(scalar_figures(entries))
   return result
 
 
-def _drop_after(path: pathlib.Path, step: int) -> set[tuple[int, str]]:
+def _drop_rows_after(path: pathlib.Path, step: int) -> set[tuple[int, str]]:
   """Drops the lines past `step`, and one cut short, in one atomic move; returns
   (step, split) of those of `step`."""
   if not path.exists():
@@ -277,7 +282,7 @@ def _drop_after(path: pathlib.Path, step: int) -> set[tuple[int, str]]:
   kept = []
   at_step = set()
   for line in lines:
-    row = _whole_row(line)
+    row = _parse_whole_row(line)
     # Later rows will be written anew.
     if not row or row['step'] > step:
       continue
@@ -285,15 +290,15 @@ def _drop_after(path: pathlib.Path, step: int) -> set[tuple[int, str]]:
     if row['step'] == step:
       at_step.add((step, row['split']))
   if kept != lines:
-    storage.write(path, b''.join(kept).decode())
+    storage.write_file(path, b''.join(kept).decode())
   return at_step
 
 
-def _whole_row(line: bytes) -> dict[str, Any] | None:
+def _parse_whole_row(line: bytes) -> dict[str, Any] | None:
   """Returns the row that a line holds; None for one that was cut short."""
   if not line.endswith(b'\n'):
     return None
   try:
-    return storage.parse(line, '', ROW)
+    return storage.parse_json_object(line, '', TYPE_OF_ROW_FIELD)
   except RequestError:
     return None

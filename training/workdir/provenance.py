@@ -13,11 +13,13 @@ from typing import Any
 from common.errors import RequestError
 from training import plugins
 
-ROOT = pathlib.Path(__file__).parents[2]
-PLAN = 'ARCHETYPE_PLAN'  # a variable in the environment of a study's runs
+CODE_FOLDER = pathlib.Path(__file__).parents[2]
+# A variable in the environment of a study's runs.
+PLAN_VARIABLE = 'ARCHETYPE_PLAN'
 
 
-def this_start(data: Mapping[str, str] | None = None) -> dict[str, Any]:
+def describe_this_start(data: Mapping[str, str] | None = None) -> dict[str,
+                                                                       Any]:
   """Returns what config.json remembers of a start of a run:
 
   commit: the commit of this code; None where it lies in no git repository of
@@ -32,19 +34,20 @@ def this_start(data: Mapping[str, str] | None = None) -> dict[str, Any]:
   plan: the hash of the study's plan, and when it was frozen; there only for a
     run that a study trains.
   """
-  start: dict[str, Any] = {**_code(ROOT), 'command': shlex.join(sys.argv)}
+  start: dict[str, Any] = {**_describe_code(CODE_FOLDER),
+                           'command': shlex.join(sys.argv)}
   if data is not None:
     start['data'] = dict(data)
-  if plugins.loaded:
-    start['files'] = plugins.digests()
-  plan = os.environ.get(PLAN, '')
+  if plugins.text_of_loaded_file:
+    start['files'] = plugins.hash_loaded_files()
+  plan = os.environ.get(PLAN_VARIABLE, '')
   if plan:
     start['plan'] = plan
   return start
 
 
 @functools.cache  # what is edited later is not what runs
-def _code(root: pathlib.Path) -> dict[str, str | None]:
+def _describe_code(root: pathlib.Path) -> dict[str, str | None]:
   """Returns the commit and the diff of the code in a folder; see this_start."""
   unknown = dict(commit=None, diff=None)
 
@@ -73,7 +76,7 @@ def _code(root: pathlib.Path) -> dict[str, str | None]:
   return dict(commit=commit, diff=hashlib.sha256(changes).hexdigest()[:16])
 
 
-def codes(starts: Iterable) -> list[str]:
+def list_codes(starts: Iterable) -> list[str]:
   """Returns the different codes of some starts, as far as they are known, each
   as a commit, the hash of what differed from it, and the files from outside the
   tree, in order."""
@@ -93,19 +96,19 @@ def codes(starts: Iterable) -> list[str]:
   return result
 
 
-def changes(starts: Iterable) -> list[str]:
+def list_code_changes(starts: Iterable) -> list[str]:
   """Returns a line where the code that runs now is not that of the last start,
   as far as both are known."""
   last = list(starts)[-1:]
-  old = codes(last)
-  new = codes([this_start()])
+  old = list_codes(last)
+  new = list_codes([describe_this_start()])
   if not old or not new or old == new:
     return []
   return [f'the code has changed since this run was last started: {old[0]} -> '
           f'{new[0]}']
 
 
-def data_of(starts: Iterable) -> dict[str, str]:
+def last_known_data(starts: Iterable) -> dict[str, str]:
   """Returns the hashes of the data at the last of some starts that knows them;
   {}: none does."""
   hashes: dict[str, str] = {}
@@ -127,7 +130,7 @@ def check_data(starts: Iterable, data: Mapping[str, str], allowed: bool
   Raises:
     RequestError: where there is such a source and it may not.
   """
-  before = data_of(starts)
+  before = last_known_data(starts)
   lines = []
   for name, content in data.items():
     if name in before and content != before[name]:

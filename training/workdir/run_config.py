@@ -27,15 +27,15 @@ from configs import base
 from training import plugins
 from training.workdir import checkpoints, provenance, storage
 
-FORMAT = 1  # the version of config.json
-_FORMAT = 'format'
-_DERIVED = storage.DERIVED
-_STARTS = 'starts'
-_FILES = 'files'
-MISSING = '(none)'
+FORMAT_VERSION = 1  # the version of config.json
+_FORMAT_KEY = 'format'
+_DERIVED_KEY = storage.DERIVED_KEY
+_STARTS_KEY = 'starts'
+_FILES_KEY = 'files'
+MISSING_VALUE = '(none)'
 
 
-class Change(NamedTuple):
+class FieldChange(NamedTuple):
   """One field that differs.
 
   Attributes:
@@ -51,10 +51,10 @@ class Change(NamedTuple):
   why: str
 
 
-def save(workdir: epath.Path, config: ml_collections.ConfigDict,
-         derived: Mapping[str, Any] | None = None,
-         data: Mapping[str, str] | None = None,
-         model: ModelConfig | None = None):
+def save_config(workdir: epath.Path, config: ml_collections.ConfigDict,
+                derived: Mapping[str, Any] | None = None,
+                data: Mapping[str, str] | None = None,
+                model: ModelConfig | None = None):
   """Writes config.json, from process 0, whole or not at all.
 
   Args:
@@ -62,7 +62,7 @@ def save(workdir: epath.Path, config: ml_collections.ConfigDict,
     config: the config of the run.
     derived: the resolved value of fields left at 0 or '', by dotted name.
     data: the hashes of the sources and the tokenizer; see
-      provenance.this_start.
+      provenance.describe_this_start.
     model: the resolved config.model, whose unread fields are left out.
   """
   if jax.process_index() != 0:
@@ -70,68 +70,69 @@ def save(workdir: epath.Path, config: ml_collections.ConfigDict,
   if model is None:
     fields = config.to_dict()
   else:
-    fields = as_read(config, model)
+    fields = without_unread_fields(config, model)
   # A start like the one before it, with the same code and data, is not noted.
-  every_start = starts(workdir)
-  now = provenance.this_start(data)
+  every_start = load_starts(workdir)
+  now = provenance.describe_this_start(data)
   if not every_start or every_start[-1] != now:
     every_start.append(now)
-  tree = {_FORMAT: FORMAT, **fields, _DERIVED: dict(derived or {}),
-          _STARTS: every_start}
-  if plugins.loaded:
-    tree[_FILES] = plugins.loaded
+  tree = {_FORMAT_KEY: FORMAT_VERSION, **fields,
+          _DERIVED_KEY: dict(derived or {}),
+          _STARTS_KEY: every_start}
+  if plugins.text_of_loaded_file:
+    tree[_FILES_KEY] = plugins.text_of_loaded_file
   text = json.dumps(tree, indent=2, allow_nan=False)
-  storage.write(file(workdir), text + '\n')
+  storage.write_file(config_file(workdir), text + '\n')
 
 
 def load_config(workdir: epath.Path) -> ml_collections.ConfigDict:
   """Returns the config that `save` wrote; see from_json."""
-  return from_json(_fields(_load(workdir)))
+  return config_from_json(_config_fields(_load_config_json(workdir)))
 
 
-def _fields(tree: Mapping[str, Any]) -> dict[str, Any]:
+def _config_fields(tree: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the config tree of what config.json holds."""
-  others = _FORMAT, _DERIVED, _STARTS, _FILES
+  others = _FORMAT_KEY, _DERIVED_KEY, _STARTS_KEY, _FILES_KEY
   return {name: value for name, value in tree.items() if name not in others}
 
 
-def load_derived(workdir: epath.Path) -> dict[str, Any]:
+def load_derived_fields(workdir: epath.Path) -> dict[str, Any]:
   """Returns the values of the fields that were derived, by dotted name."""
-  return _load(workdir)[_DERIVED]
+  return _load_config_json(workdir)[_DERIVED_KEY]
 
 
-def labels(workdir: epath.Path) -> tuple[str, ...]:
+def load_labels(workdir: epath.Path) -> tuple[str, ...]:
   """Returns the labels that the outputs of a run's model stand for:
   data.labels."""
-  fields = flatten(load_config(workdir)) | load_derived(workdir)
+  fields = flatten(load_config(workdir)) | load_derived_fields(workdir)
   return tuple(fields.get('data.labels', ()))
 
 
-def starts(workdir: epath.Path) -> list[dict[str, Any]]:
+def load_starts(workdir: epath.Path) -> list[dict[str, Any]]:
   """Returns what is remembered of each start of a run that has begun, the last
   start last; a start that equals the one before it counts once."""
-  if not file(workdir).exists() or not has_begun(workdir):
+  if not config_file(workdir).exists() or not has_begun(workdir):
     return []
-  return list(_load(workdir)[_STARTS])
+  return list(_load_config_json(workdir)[_STARTS_KEY])
 
 
-def file(workdir: epath.Path):
+def config_file(workdir: epath.Path):
   """Returns where the config of a run lies."""
-  return storage.path(workdir) / storage.CONFIG
+  return storage.checked_path(workdir) / storage.CONFIG_FILE
 
 
 def has_begun(workdir: epath.Path) -> bool:
   """Whether there is a checkpoint to go on from; its config ought to be."""
-  folder = checkpoints.directory(workdir)
+  folder = checkpoints.checkpoint_folder(workdir)
   if not folder.exists():
     return False
   return any(path.name.isdecimal() for path in folder.iterdir())
 
 
-def _load(workdir: epath.Path) -> dict[str, Any]:
+def _load_config_json(workdir: epath.Path) -> dict[str, Any]:
   """Returns the whole of config.json, checked; RequestError where it cannot be
   used."""
-  path = file(workdir)
+  path = config_file(workdir)
   begun = has_begun(workdir)
   # Without it there is no run, or one that cannot be known.
   if not path.exists():
@@ -145,31 +146,34 @@ def _load(workdir: epath.Path) -> dict[str, Any]:
         'tools.chat takes as its --folder, and not that of a run, which '
         'python -m tools.convert import makes of it')
   # The file was written by this version of the code.
-  tree = tuples(storage.read_json(path, {_DERIVED: dict, _STARTS: list}))
-  require(tree.get(_FORMAT) == FORMAT, f'{path} is of format '
-          f'{short(tree.get(_FORMAT))}, and this version of the code reads '
-          f'{FORMAT}: go on with the version that wrote it, or train anew')
+  tree = lists_to_tuples(storage.read_json(path,
+                                           {_DERIVED_KEY: dict,
+                                            _STARTS_KEY: list}))
+  require(tree.get(_FORMAT_KEY) == FORMAT_VERSION, f'{path} is of format '
+          f'{short(tree.get(_FORMAT_KEY))}, and this version of the code reads '
+          f'{FORMAT_VERSION}: go on with the version that wrote it, or train '
+          'anew')
   # Fields of parts from outside the tree are known only after these are read.
-  plugins.restore(tree.get(_FILES, {}))
-  base.check(_fields(tree), f'{path} is damaged: ')
-  base.check(tree[_DERIVED], f'{path} is damaged: ')
+  plugins.restore_declared_parts(tree.get(_FILES_KEY, {}))
+  base.check(_config_fields(tree), f'{path} is damaged: ')
+  base.check(tree[_DERIVED_KEY], f'{path} is damaged: ')
   return tree
 
 
-def tuples(value: Any):
+def lists_to_tuples(value: Any):
   """Returns a value out of JSON with tuples for its lists, since configs have
   tuples."""
   if isinstance(value, (list, tuple)):
-    return tuple(tuples(item) for item in value)
+    return tuple(lists_to_tuples(item) for item in value)
   if isinstance(value, dict):
-    return {name: tuples(item) for name, item in value.items()}
+    return {name: lists_to_tuples(item) for name, item in value.items()}
   return value
 
 
-def from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
+def config_from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
   """Returns the config, locked, as that of a command line is. What is not there
   has its default."""
-  tree = tuples(tree)
+  tree = lists_to_tuples(tree)
   kinds = tree.get('model', {}).get('kinds', {})
   config = base.base()
   config.model.kinds = ml_collections.ConfigDict(kinds)
@@ -179,8 +183,8 @@ def from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
   return config.lock()
 
 
-def as_read(config: ml_collections.ConfigDict, model: ModelConfig,
-            resolved: bool = False) -> dict[str, Any]:
+def without_unread_fields(config: ml_collections.ConfigDict, model: ModelConfig,
+                          resolved: bool = False) -> dict[str, Any]:
   """Returns a run's config as a dict, without the fields of config.model that
   the model does not read; `resolved`: with those filled in that are derived.
   """
@@ -212,23 +216,24 @@ def flatten(tree: Mapping[str, Any] | ml_collections.ConfigDict
 # Changes of a config half-way.
 
 
-def changes(workdir: epath.Path, config: ml_collections.ConfigDict,
-            derived: Mapping[str, Any]) -> list[Change]:
+def list_changes(workdir: epath.Path, config: ml_collections.ConfigDict,
+                 derived: Mapping[str, Any]) -> list[FieldChange]:
   """Returns what differs from the run that has begun in a workdir, if any."""
   if not has_begun(workdir):
     return []
   old = load_config(workdir)
-  old_derived = load_derived(workdir)
+  old_derived = load_derived_fields(workdir)
   # A file that somebody changed by hand may hold a field that cannot be.
   try:
-    before = read_fields(old, old_derived)
+    before = fields_that_run_reads(old, old_derived)
   except RequestError as error:
-    raise RequestError(f'{file(workdir)} is damaged: {error}') from error
-  return compare(before, read_fields(config, derived))
+    raise RequestError(f'{config_file(workdir)} is damaged: {error}') from error
+  return compare_fields(before, fields_that_run_reads(config, derived))
 
 
-def read_fields(config: ml_collections.ConfigDict, derived: Mapping[str, Any]
-                ) -> dict[str, Any]:
+def fields_that_run_reads(config: ml_collections.ConfigDict,
+                          derived: Mapping[str, Any]
+                          ) -> dict[str, Any]:
   """Returns the fields that a run reads, by dotted name; those that are left at
   0 or '' have their values in `derived`.
 
@@ -237,10 +242,12 @@ def read_fields(config: ml_collections.ConfigDict, derived: Mapping[str, Any]
   """
   config = config.copy_and_resolve_references().unlock()
   config.update_from_flattened_dict(derived)
-  return flatten(as_read(config, architectures.resolve(config.model)))
+  return flatten(without_unread_fields(config,
+                                       architectures.resolve(config.model)))
 
 
-def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+def compare_fields(old: Mapping[str, Any],
+                   new: Mapping[str, Any]) -> list[FieldChange]:
   """Returns the fields that differ, worst class first.
 
   Args:
@@ -251,19 +258,20 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
   """
   changes = []
   for name in old | new:
-    before = old.get(name, MISSING)
-    after = new.get(name, MISSING)
+    before = old.get(name, MISSING_VALUE)
+    after = new.get(name, MISSING_VALUE)
     if type(before) is type(after) and before == after:
       continue
     kind, why = base.resume(name, old, new)
-    changes.append(Change(
+    changes.append(FieldChange(
         name=name, old=before, new=after, kind=kind, why=why))
   # A change that forbids to go on is read first.
   order = (INCOMPATIBLE, OPTIMISATION, SAFE)
   return sorted(changes, key=lambda change: order.index(change.kind))
 
 
-def refuse(changes: list[Change], allow_config_change: bool) -> None:
+def refuse_changes(changes: list[FieldChange],
+                   allow_config_change: bool) -> None:
   """Raises RequestError where changes need --allow_config_change and lack it.
 
   Args:
@@ -271,14 +279,15 @@ def refuse(changes: list[Change], allow_config_change: bool) -> None:
     allow_config_change: whether the flag is there.
   """
   names = ', '.join(change.name for change in changes if change.kind != SAFE)
-  way = way_on(changes) or ('Take another --workdir, or pass '
-                            '--allow_config_change to go on')
+  way = advise_on_incompatible(changes) or ('Take another --workdir, or pass '
+                                            '--allow_config_change to go on')
   # A sweep keeps the first line where one of its runs has failed.
   require(allow_config_change or not names, 'the config differs from that of '
-          f'the run in this workdir in {names}. {way}:\n{table(changes)}')
+          f'the run in this workdir in {names}. {way}:\n'
+          f'{format_changes(changes)}')
 
 
-def way_on(changes: list[Change]) -> str:
+def advise_on_incompatible(changes: list[FieldChange]) -> str:
   """Returns what there is to do where a run cannot go on with `changes`; ''
   where none of them is incompatible."""
   names = [change.name for change in changes if change.kind == INCOMPATIBLE]
@@ -289,7 +298,7 @@ def way_on(changes: list[Change]) -> str:
           'pass --config.init_from=WORKDIR and --config.init_partial=True')
 
 
-def table(changes: list[Change]) -> str:
+def format_changes(changes: list[FieldChange]) -> str:
   """Renders changes for a terminal: field, old, new, class, why."""
   rows = [('field', 'old', 'new', 'class', 'why')]
   for change in changes:
@@ -306,18 +315,19 @@ def table(changes: list[Change]) -> str:
 # A config as the words of a command line.
 
 
-def to_train(workdir: str | os.PathLike, config: ml_collections.ConfigDict
-             ) -> str:
+def training_command(workdir: str | os.PathLike,
+                     config: ml_collections.ConfigDict
+                     ) -> str:
   """Returns the command that trains in `workdir` with this very config."""
   arch = config.model.arch
-  config_file = f'configs/{architectures.file_name(arch)}.py'
+  file_of_config = f'configs/{architectures.file_name(arch)}.py'
   if arch in architectures.SYSTEMS:
-    config_file = architectures.page(arch).__file__
-  words = ['python', 'train.py', '--config', config_file,
+    file_of_config = architectures.page(arch).__file__
+  words = ['python', 'train.py', '--config', file_of_config,
            f'--workdir={workdir}']
 
   # The fields that differ from those of the file.
-  in_file = usual(arch)
+  in_file = default_config_of_system(arch)
   defaults = flatten(in_file)
   for name, value in flatten(config).items():
     if not name.startswith('model.kinds.') and value != defaults[name]:
@@ -328,7 +338,7 @@ def to_train(workdir: str | os.PathLike, config: ml_collections.ConfigDict
   return shlex.join(words)
 
 
-def usual(arch: str) -> ml_collections.ConfigDict:
+def default_config_of_system(arch: str) -> ml_collections.ConfigDict:
   """Returns the `tiny` size of a system's file in configs/; for a system from
   outside the tree, the parts that its class names."""
   if arch in architectures.SYSTEMS:

@@ -4,7 +4,7 @@
 import dataclasses
 
 from architectures.parts.sizes import Sizes
-from common.fields import field, FUNCTION, MOST_TAPS, SHAPES, Wait
+from common.fields import field, FUNCTION, MOST_TAPS, SHAPES, ReadIf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,20 +47,20 @@ class AttentionConfig:
       False, 'A layer reads the keys and values of one before it: of a kind of '
       'layer.', of_layers=True)
 
-  def waits(self, c: Sizes) -> dict[str, Wait]:
+  def waits(self, c: Sizes) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as the others are, with what each
     of them waits for."""
     del c
     waits = {}
     if not self.attention_log_scale:
-      waits['attention_log_from'] = Wait('attention_log_scale', 'is set')
+      waits['attention_log_from'] = ReadIf('attention_log_scale', 'is set')
     if not self.qk_norm:
       for name in ('qk_norm_over', 'qk_norm_scale'):
-        waits[name] = Wait('qk_norm', 'is set')
+        waits[name] = ReadIf('qk_norm', 'is set')
     if self.kv_sharing:
       for name in ('value_residual', 'value_embedding', 'value_norm',
                    'keys_as_values'):
-        waits[name] = Wait('kv_sharing', 'is False')
+        waits[name] = ReadIf('kv_sharing', 'is False')
     return waits
 
 

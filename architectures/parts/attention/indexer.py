@@ -54,7 +54,7 @@ from architectures.parts.positions import RopeConfig
 from architectures.parts.recurrent import features
 from common.errors import RequestError, require
 from common.fields import field, FUNCTION, RECIPE, REGULARISATION, SHAPES
-from common.fields import Wait
+from common.fields import ReadIf
 
 NORM_EPS = 1e-6  # of the norm of keys, whatever model.norm_eps is
 UNSEEN = -1e30  # finite, as kernels.MASKED
@@ -84,12 +84,12 @@ class IndexerConfig:
   def derived(self, c: ModelConfig) -> 'IndexerConfig':
     return dataclasses.replace(self, head_dim=self.head_dim or c.head_dim)
 
-  def waits(self, c: ModelConfig) -> dict[str, Wait]:
+  def waits(self, c: ModelConfig) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as the others are, with what each
     of them waits for."""
     if c.position == 'rope':
       return {}
-    return {'interleaved': Wait('position', 'is rope')}
+    return {'interleaved': ReadIf('position', 'is rope')}
 
 
 @struct.dataclass

@@ -251,7 +251,7 @@ def mixed(types: Sequence[str], dense: Sequence[bool], mixer: str
       kind['mixer'] = mixer
     if is_dense:
       name += '_dense'
-      kind['ffn'] = layer_kinds.DENSE
+      kind['ffn'] = layer_kinds.DENSE_NETWORK
     names.append(name)
     kinds[name] = kind
   return shortest(names) | dict(kinds=kinds)

@@ -66,8 +66,8 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.layers import mix
 from architectures.parts.report import Report
 from common.errors import RequestError, require
-from common.fields import field, FUNCTION, RECIPE, REGULARISATION, Resume
-from common.fields import RUN, SAFE, SAME, SHAPES, Wait
+from common.fields import field, FUNCTION, RECIPE, REGULARISATION, Effect
+from common.fields import RUN, SAFE, SAME, SHAPES, ReadIf
 
 SINKHORN_STEPS = 8
 NOWHERE = -1e30
@@ -116,7 +116,7 @@ class MoEConfig:
       least=0, resume=FUNCTION, about=RECIPE)
   eval_capacity_factor: float = field(
       0.0, 'The room of an expert in evaluation, likewise.', least=0,
-      resume=Resume(SAFE, 'only evaluation'), about=RECIPE)
+      resume=Effect(SAFE, 'only evaluation'), about=RECIPE)
   normalize_gates: bool = field(
       True, 'Whether the gates of a token sum to 1, by most routers, from '
       'top_k 2 on.', resume=FUNCTION)
@@ -161,24 +161,24 @@ class MoEConfig:
     """Returns the fields, with the sizes that are left open filled in."""
     return dataclasses.replace(self, d_ff=self.d_ff or c.d_ff)
 
-  def waits(self, c: ModelConfig) -> dict[str, Wait]:
+  def waits(self, c: ModelConfig) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as the others are, with what each
     of them waits for."""
     del c
     router, waits = of(self), {}
     if self.expert_groups == 1:
-      waits['top_groups'] = Wait('moe.expert_groups', 'is not 1')
+      waits['top_groups'] = ReadIf('moe.expert_groups', 'is not 1')
     if router.experts_choose or not router.logits or router.table:
-      waits['zero_experts'] = Wait(
+      waits['zero_experts'] = ReadIf(
           'moe.router', 'is not expert_choice or hash or hash_scored or '
           'uniform')
     if not self.shared_experts:
-      waits['shared_gate'] = Wait('moe.shared_experts', 'is set')
+      waits['shared_gate'] = ReadIf('moe.shared_experts', 'is set')
     if self.dispatch not in ('auto', 'dropless'):
-      waits['grouped_kernel'] = Wait('moe.dispatch', 'is auto or dropless')
+      waits['grouped_kernel'] = ReadIf('moe.dispatch', 'is auto or dropless')
     room = max(self.capacity_factor, self.eval_capacity_factor)
     if not router.groups and room == 0:
-      waits['group_size'] = Wait(
+      waits['group_size'] = ReadIf(
           'moe.capacity_factor', 'is set, or model.moe.eval_capacity_factor, '
           'or model.moe.router chooses within groups')
     return waits

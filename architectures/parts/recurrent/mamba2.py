@@ -29,7 +29,7 @@ from architectures.parts.context import Context
 from architectures.parts.recurrent import layer, recurrence, features
 from architectures.parts.sharding import Role, declare
 from common.errors import RequestError
-from common.fields import field, FUNCTION, MOST_TAPS, SHAPES, Wait
+from common.fields import field, FUNCTION, MOST_TAPS, SHAPES, ReadIf
 
 NORMS_OVER = ('group', 'all')
 
@@ -87,13 +87,13 @@ class Mamba2Config(Groups):
   most_step: float = field(
       0.0, 'its upper bound; 0: there is none', least=0, resume=FUNCTION)
 
-  def waits(self, c: ModelConfig) -> dict[str, Wait]:
+  def waits(self, c: ModelConfig) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as the others are, with what each
     of them waits for."""
     del c
     if self.groups > 1:
       return {}
-    return {'norm_over': Wait('mamba2.groups', 'is not 1')}
+    return {'norm_over': ReadIf('mamba2.groups', 'is not 1')}
 
 
 class Mamba2(layer.Layer):

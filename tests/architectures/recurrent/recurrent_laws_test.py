@@ -307,8 +307,8 @@ def test_what_a_run_of_it_cannot_be_is_refused(mixer):
       mixer in (SHORT, S6)) else f'not divide model.{mixer}.*heads'):
     devices.check_mesh(module.config, shape | dict(tensor=64))
   with pytest.raises(ValueError, match='read a row in one direction'):
-    preflight._check_objective('prefix', module)
-  preflight._check_objective('causal', module)
+    preflight._check_objective_fits_model('prefix', module)
+  preflight._check_objective_fits_model('causal', module)
   with pytest.raises(ValueError, match='no attention weights to show'):
     jax.eval_shape(lambda key: module.init(
         key, models.tokens(), keep_attention=True), jax.random.key(0))

@@ -156,7 +156,7 @@ def test_what_is_not_known_is_said(sweep, tmp_path):
   assert comparison.load(tmp_path / 'b').warnings == [
       "The FLOPs a token of far differ from the base's by more than 1 %."]
   folder = layout.run_folder(tmp_path / 'b', 'norm', 1)
-  run_config.save(folder, spec.changed(
+  run_config.save_config(folder, spec.changed(
       run_config.load_config(folder), {'optim.b1': 0.5}, 'a test'))
   assert 'figures: norm, seed 1 (optim.b1).' in report.text(
       comparison.load(tmp_path / 'b'))

@@ -538,7 +538,7 @@ def test_points_are_checked_once_for_the_same_file_and_code(
   checked, code = [], {'commit': 'a', 'diff': ''}
   monkeypatch.setattr(freeze, '_points', lambda *args: (
       checked.append(args) or frozen.points))
-  monkeypatch.setattr(freeze.provenance, 'this_start', lambda: code)
+  monkeypatch.setattr(freeze.provenance, 'describe_this_start', lambda: code)
   write = lambda *text: studies.write(tmp_path, *text)
   assert plans.last(tmp_path / 'w') is None
   layout.try_folder(tmp_path / 'w', 'study.json')
@@ -895,7 +895,7 @@ def test_an_a_a_study_goes_through_all_phases(tmp_path):
   assert verdict['variant'] == 'twin'
   assert verdict['verdict'] != decide.UNSTABLE and verdict['n'] == 3
   # Each run has the plan in its record, and each confirmed one its documents.
-  records = [run_config.starts(path.parent)[-1]['plan']
+  records = [run_config.load_starts(path.parent)[-1]['plan']
              for path in workdir.glob('*/points/*/*/config.json')]
   assert set(records) == {f'{frozen.hash} {plans.date(frozen.time)}'}
   assert results['as_planned']['differences'] in ([], [

@@ -156,7 +156,7 @@ def test_costs_are_those_of_the_counter(tmp_path):
   from training.costs import totals
   from training.data import tokenizers
   base = spec.read_sweep_file(sweeps.write(tmp_path)).base
-  model, _ = runs.resolve(base, tokenizers.load('bytes'))
+  model, _ = runs.resolve_model(base, tokenizers.load('bytes'))
   figures, ours = totals.count(base, 16, model), cost.of(base)
   assert ours.params == figures['parameters']
   assert ours.flops_per_token == figures['flops_per_token']['training']
@@ -279,7 +279,7 @@ def test_a_run_goes_through_its_states(book):
 def _claimed_elsewhere(book, monkeypatch, *ids):
   """Lets a runner of another host take runs; returns its name."""
   with monkeypatch.context() as elsewhere:
-    elsewhere.setattr(layout.storage, 'host', lambda: 'elsewhere')
+    elsewhere.setattr(layout.storage, 'host_name', lambda: 'elsewhere')
     other = book.register()
   assert book.claim(ids, other) == list(ids)
   return other
@@ -602,7 +602,7 @@ def test_a_run_of_another_config_on_disk_is_not_adopted(tmp_path, monkeypatch):
   assert run.main(args) == 0
   (workdir / 'ledger.sqlite').unlink()
   description = layout.load_description(workdir)
-  run_config.save(layout.run_folder(workdir, 'rms', 0), spec.changed(
+  run_config.save_config(layout.run_folder(workdir, 'rms', 0), spec.changed(
       layout.config(description, 'rms', 0),
       {'optim.lr': 1.0, 'eval.batches': 3}, 'a test'))
   (layout.run_folder(workdir, 'swiglu', 0) / 'config.json').unlink()
@@ -616,7 +616,7 @@ def test_a_run_of_another_config_on_disk_is_not_adopted(tmp_path, monkeypatch):
 
 def test_the_log_of_a_run_says_why_it_ended_in_its_group(
     tmp_path, monkeypatch):
-  ended = {'whole': (0, ''), 'early': (writer.EARLY, 'ended early'),
+  ended = {'whole': (0, ''), 'early': (writer.ENDED_EARLY, 'ended early'),
            'bad': (writer.DIVERGED, 'not finite'),
            'stopped': (STOPPED, 'stopped at step 2')}
   writers = []
@@ -626,8 +626,9 @@ def test_the_log_of_a_run_says_why_it_ended_in_its_group(
         workdir=tmp_path / name, code=code, sentence=sentence))
 
   def train(*names):
-    monkeypatch.setattr(local.vectorised, 'train', lambda configs, folders: [
-        x for x in writers if x.workdir.name in names])
+    monkeypatch.setattr(
+        local.vectorised, 'train_group', lambda configs, folders: [
+            x for x in writers if x.workdir.name in names])
     return local._train([], [])
 
   assert train('whole', 'early') == 0

@@ -110,7 +110,7 @@ def small(config):
 
 
 def run_on_cpu(config, preset):
-  model, _ = runs.resolve(config, tokenizers.load('bytes'))
+  model, _ = runs.resolve_model(config, tokenizers.load('bytes'))
   shape = tables.PRESETS[preset] if isinstance(preset, str) else preset
   return runs.build(config, model, devices.make_mesh(shape))
 
@@ -161,7 +161,7 @@ def test_the_state_on_a_device(no_compiler):
   t = chips.parse('v5p:2x2x2')
   alone, spread = (memory.state(programs.run_on(
       small(gpt.get_config()), t, mesh)) for mesh in ('dp', 'fsdp'))
-  params = 4 * runs.count(programs.run_on(
+  params = 4 * runs.count_parameters(programs.run_on(
       small(gpt.get_config()), t, 'dp').abstract.params)
   assert alone['parameters'] == params
   assert alone['optimizer'] == 2 * params + 8  # two counters

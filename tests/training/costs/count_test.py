@@ -46,7 +46,7 @@ def test_the_experts_at_work_for_a_token(fields, active):
     config.model.update(ffn='moe', ffn_bias=False)
     fields = fields | {'ffn': 'swiglu'}
   config.model.moe.update(fields)
-  model = runs.resolve_alone(config)
+  model = runs.resolve_model_without_tokenizer(config)
   moe = model.part(MoEConfig)
   one = 3 * model.d_model * moe.d_ff * model.num_layers
   figures = totals.count(config)
@@ -69,7 +69,8 @@ def test_training_of_an_encoder_decoder_is_that_of_its_rows():
   config = t5.get_config('tiny')
   figures = totals.count(config, 64)
   assert figures['training_lengths'] == [58, 14]
-  forward = flops.forward_flops(runs.resolve_alone(config), 58, 14)
+  forward = flops.forward_flops(runs.resolve_model_without_tokenizer(config),
+                                58, 14)
   assert figures['flops_per_token']['training'] == pytest.approx(
       3 * sum(forward.values()) / (58 + 14))
   assert totals.brief(config)['training_flops_per_token'] == (

@@ -209,7 +209,7 @@ def test_a_step_of_masked_words_is_what_its_program_multiplies(whole_words):
   config.model.update(dropout=0.0, attention_dropout=0.0, remat='none',
                       vocab_size=5000)
   config.data.whole_words = whole_words
-  c, L = runs.resolve_alone(config), config.data.length
+  c, L = runs.resolve_model_without_tokenizer(config), config.data.length
   module, objective = architectures.build(c), objectives.of(config)
   loss = lambda params, batch: objective.loss(objective.apply(
       module, params, batch), batch, config)[0]

@@ -16,7 +16,7 @@ def one_layer(made, length: int, **fields) -> tuple[int, int]:
   config.model.update(dict(dropout=0.0, attention_dropout=0.0) | fields,
                       max_len=length, d_model=128, num_heads=8)
   config.data.update(length=length, batch_size=ROWS)
-  c = runs.resolve_alone(config)
+  c = runs.resolve_model_without_tokenizer(config)
   shape = dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
   account = memory.analytic(memory.described(config, c, shape), (1, 0), 'tpu')
   return account['one_layer'], 2 * 4 * ROWS * length ** 2 * c.num_heads

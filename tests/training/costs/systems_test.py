@@ -15,7 +15,7 @@ from training.costs import systems
 
 def line_of(config, **fields):
   config.model.update(fields)
-  return systems.line(runs.resolve_alone(config))
+  return systems.line(runs.resolve_model_without_tokenizer(config))
 
 
 @pytest.mark.parametrize('system', models.SYSTEMS)
@@ -51,8 +51,8 @@ def test_a_base_becomes_every_system_of_its_kind(base, arch):
   config = base.get_config('tiny')
   changes = systems.changes(config, arch)
   made = spec.changed(config, changes, 'it')
-  model = runs.resolve_alone(made)
-  preflight.refuse_unread_of(changes, made, model)
+  model = runs.resolve_model_without_tokenizer(made)
+  preflight.refuse_unread_fields(changes, made, model)
   assert model.arch == arch and systems.unlike(model) == []
   for name in 'd_model', 'num_layers', 'num_heads', 'num_kv_heads', 'd_ff':
     assert made.model[name] == config.model[name]

@@ -268,20 +268,22 @@ def test_a_run_keeps_the_text_of_its_template(tmp_path):
   file.write_text(MARKED)
   config = _config(tmp_path, 'jsonl:x:y')
   config.data.chat_template = str(file)
-  _, derived = runs.resolve(config, BYTES)
-  run_config.save(tmp_path, config, derived)
+  _, derived = runs.resolve_model(config, BYTES)
+  run_config.save_config(tmp_path, config, derived)
   before = causal.question('x', config, BYTES)
   file.write_text(CHATML)
-  _, other = runs.resolve(config, BYTES)
-  change, = run_config.compare(run_config.read_fields(config, derived),
-                               run_config.read_fields(config, other))
+  _, other = runs.resolve_model(config, BYTES)
+  change, = run_config.compare_fields(run_config.fields_that_run_reads(config,
+                                                                       derived),
+                                      run_config.fields_that_run_reads(config,
+                                                                       other))
   assert change.name == 'data.chat_template'
   with pytest.raises(RequestError, match='another layout of conversations'):
-    run_config.refuse([change], allow_config_change=False)
+    run_config.refuse_changes([change], allow_config_change=False)
   file.unlink()
-  kept = runs.config_of(tmp_path)
+  kept = runs.load_run_config(tmp_path)
   np.testing.assert_array_equal(causal.question('x', kept, BYTES), before)
   assert causal.jinja(kept, BYTES) == MARKED
   assert causal.talk(kept, BYTES).words == (
       'answers by the chat template of the run')
-  assert runs.resolve(kept, BYTES)[1] == derived
+  assert runs.resolve_model(kept, BYTES)[1] == derived

@@ -104,13 +104,13 @@ def test_devices_get_four_threads_each(monkeypatch, flags, before, cpus, after):
     ('', {'TPU_NAME': 'local'}, '')])
 def test_beside_libtpu_only_a_machine_without_devices_is_told_to_take_its_cpu(
     monkeypatch, tmp_path, device, environment, chosen):
-  for name in training._NAMED:
+  for name in training._VARIABLES_NAMING_DEVICES:
     monkeypatch.delenv(name, raising=False)
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
   monkeypatch.setattr(training.importlib.util, 'find_spec',
                       lambda name: name == 'libtpu')
-  monkeypatch.setattr(training, '_DEVICES', (f'{tmp_path}/*',))
+  monkeypatch.setattr(training, '_DEVICE_FILES', (f'{tmp_path}/*',))
   monkeypatch.delitem(sys.modules, 'jax')
   if device:
     (tmp_path / device).touch()

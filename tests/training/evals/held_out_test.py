@@ -62,7 +62,7 @@ def judged(c, loss_of):
   loaders = pipeline.held_out(c, BYTES)
   return held_out.means(held_out.evaluate(
       step, None, loaders, 0, runs.build(
-          c, runs.resolve(c, BYTES)[0], evaluations.one_device()).put,
+          c, runs.resolve_model(c, BYTES)[0], evaluations.one_device()).put,
       lambda: False), loaders)
 
 
@@ -86,17 +86,18 @@ def test_evaluations_share_a_program_where_its_inputs_alone_differ():
               tuple: ('other',)}
     other = config.copy_and_resolve_references()
     other.update_from_flattened_dict({name: others[type(value)]})
-    assert (program(other) is first) == (name in runs.INPUTS), name
+    is_traced = name in runs.TYPE_OF_TRACED_FIELD
+    assert (program(other) is first) == is_traced, name
 
 
 def test_a_text_that_is_named_is_evaluated_whole(folder, monkeypatch):
   """Also by a run that is evaluated on a half of what it holds out."""
   c = config_of(folder, 'text:{}/a.txt')
   c.eval.part, c.data.batch_size = 'second', 8
-  monkeypatch.setattr(runs, 'config_of', lambda _: c)
+  monkeypatch.setattr(runs, 'load_run_config', lambda _: c)
+  restored = types.SimpleNamespace(state=None, step=0, what='')
   monkeypatch.setattr(
-      parameters, 'of_run', lambda run, **_: types.SimpleNamespace(
-          state=None, step=0, what=''))
+      parameters, 'read_parameters_of_run', lambda run, **_: restored)
   evaluation = evals.load(folder, ['loss'], None, step=None,
                                text=f'text:{folder}/[bc].txt')
   loader, = pipeline.held_out(evaluation.run.config, BYTES)

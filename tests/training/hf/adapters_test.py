@@ -49,7 +49,7 @@ def start(source, workdir, lora):
     config.model.lora.update(lora)
   run = runs.build(config, architectures.resolve(config.model),
                    evaluations.one_device())
-  return run, parameters.create(run, config.init_from).params
+  return run, parameters.create_state(run, config.init_from).params
 
 
 @pytest.fixture(scope='module')

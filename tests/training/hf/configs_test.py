@@ -72,7 +72,7 @@ def test_a_published_config_is_the_size_of_that_name(name):
   assert theirs.arch == system
   sizes = importlib.import_module(f'configs.{system}')
   if size in sizes.SIZES:
-    ours = runs.resolve_alone(sizes.get_config(size))
+    ours = runs.resolve_model_without_tokenizer(sizes.get_config(size))
     differing = {name for name in hf_config.different(ours, theirs)
                  if not name.startswith('generator.')}
     assert differing <= UNTOLD
@@ -387,7 +387,7 @@ def layered(*choices):
 def test_layers_of_gemma(count, every, first, period, last):
   names = ['local' if (n + 1) % every else 'global' for n in range(count)]
   fields = layer_types.shortest(names)
-  assert [len(kinds.split(fields[field])) for field in (
+  assert [len(kinds.split_kind_names(fields[field])) for field in (
       'prefix', 'pattern', 'suffix')] == [first, period, last]
 
 

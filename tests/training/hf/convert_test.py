@@ -88,7 +88,7 @@ def test_a_wrong_mixture_is_refused(words, sentence, tmp_path):
   with pytest.raises(ValueError, match=sentence):
     convert.upcycle(tmp_path / 'in', tmp_path / 'out', moe=words, step=None,
                     seed=0)
-  assert not run_config.file(tmp_path / 'out').exists()
+  assert not run_config.config_file(tmp_path / 'out').exists()
 
 
 @pytest.fixture(scope='module')
@@ -142,7 +142,7 @@ def test_an_import_that_fails_leaves_no_run(room, name, tmp_path, monkeypatch):
     lambda folder: convert.of_gguf(folder / 'config.json', folder)],
                          ids=['export', 'save', 'peft', 'gguf'])
 def test_no_weights_are_written_into_a_run(write, tmp_path):
-  run_config.save(tmp_path, base.base())
+  run_config.save_config(tmp_path, base.base())
   before = sorted(tmp_path.rglob('*'))
   with pytest.raises(RequestError, match='which holds a training run'):
     write(tmp_path)
@@ -161,7 +161,7 @@ def test_a_run_begins_with_the_parameters_of_a_mixture(
   assert config.model.pattern == 'dense,moe'
   run = runs.build(config, architectures.resolve(config.model))
   with toy_run.open_store(workdir) as store:
-    state = parameters.restore(run, store).state
+    state = parameters.restore_run(run, store).state
   assert ('starting from the parameters in this workdir'
           in capsys.readouterr().out)
   jax.tree.map(np.testing.assert_array_equal, state.params, params)
@@ -254,7 +254,7 @@ def test_training_gives_the_ids_another_meaning(published):
   model = architectures.resolve(config.model)
   kept = hf_generation.kept(published)
   assert convert._generation(published, config, model, 0) == kept
-  assert checkpoints.directory(published).exists()
+  assert checkpoints.checkpoint_folder(published).exists()
   ids = tokenizers.load('bytes:61').special_ids
   assert convert._generation(published, config, model, 9).fields == {
       f'{name}_token_id': ids[name] for name in ('bos', 'eos', 'pad')}

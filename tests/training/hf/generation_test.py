@@ -164,11 +164,11 @@ def test_a_model_needs_no_row_for_what_no_text_gives(tmp_path):
   size = tokenizer.vocab_size
   config.model.vocab_size = size - 1
   config.data.update(source=f'text:{folder}/a.txt', holdout_every=2)
-  assert runs.resolve(config, tokenizer)[0].vocab_size == size - 1
+  assert runs.resolve_model(config, tokenizer)[0].vocab_size == size - 1
   batch = pipeline.training_loader(config, tokenizer).batch(0)
   assert batch['tokens'].max() < size - 1  # IMAGE is spelt in plain text
   config.model.vocab_size = 0
-  assert runs.resolve(config, tokenizer)[0].vocab_size == size
+  assert runs.resolve_model(config, tokenizer)[0].vocab_size == size
   config.model.vocab_size = size - 2
   with pytest.raises(RequestError, match=f'has {size - 1} ids: set it to 0'):
-    runs.resolve(config, tokenizer)
+    runs.resolve_model(config, tokenizer)

@@ -165,7 +165,7 @@ def test_what_it_is_surest_of_stays():
   module, params = models.make('bert', vocab_size=270)
   prompts = [[5, 9, 70, 8], [200, 3]]
   padded = np.array([[5, 9, 70, 8], [200, 3, 0, 0]], np.int32)
-  write = jax.jit(lambda params: generate.write_diffusion(
+  write = jax.jit(lambda params: generate.generate_by_unmasking(
       module, params, jnp.asarray(padded), jnp.array([4, 2]),
       jax.random.key(0), new=7, steps=3, mask=BYTES.mask_id,
       temperature=0.0))
@@ -181,7 +181,7 @@ def _draws(logits_V, new=12, steps=1, seed=0, temperature=1.0):
   token is the mask."""
   V = len(logits_V)
   module, params = models.bigram(np.tile(logits_V, (1, V, 1)))
-  return np.asarray(jax.jit(lambda key: generate.write_diffusion(
+  return np.asarray(jax.jit(lambda key: generate.generate_by_unmasking(
       module, params, jnp.zeros((100, 1), jnp.int32), jnp.ones(100, jnp.int32),
       key, new=new, steps=steps, mask=V - 1, temperature=temperature))(
           jax.random.key(seed)))

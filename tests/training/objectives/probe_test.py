@@ -85,7 +85,7 @@ def test_only_what_is_asked_for_counts():
   """The loss is log V per answer of a model that knows nothing, and targets
   that are not asked for do not move it."""
   config = config_of()
-  model, _ = runs.resolve(config, tokenizers.load('bytes'))
+  model, _ = runs.resolve_model(config, tokenizers.load('bytes'))
   run = runs.build(config, model, evaluations.one_device())
   batch = loader(config).batch(0)
   others = dict(batch, targets=np.where(batch['weights'] > 0, batch['targets'],

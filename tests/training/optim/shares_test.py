@@ -15,7 +15,7 @@ from training import runs
 from architectures.parts import paths
 from training.distributed import devices
 from training.optim import shares
-from training.runs import make_train_step, optimizer, parameter_shares
+from training.runs import make_train_step, build_optimizer, parameter_shares
 
 LAYERS = dict(num_layers=4, **models.banded(8))
 
@@ -69,9 +69,9 @@ def test_an_update_is_that_of_numpy(name):
   module, params = models.make(**LAYERS)
   grads = jax.tree.map(lambda x: np.cos(9 * np.asarray(x)), params)
   fields = dict(name=name, warmup_steps=0, clip_norm=0.0, lr=0.1)
-  usual = optimizer(module, optim(**fields), 10)
-  tx = optimizer(module, optim(**fields, layer_decay=0.5,
-                               freeze='embed/.*,decoder/layers/0/.*'), 10)
+  usual = build_optimizer(module, optim(**fields), 10)
+  tx = build_optimizer(module, optim(**fields, layer_decay=0.5,
+                                     freeze='embed/.*,decoder/layers/0/.*'), 10)
   plain, (updates, state) = jax.jit(lambda params: (
       usual.update(grads, usual.init(params), params)[0],
       tx.update(grads, tx.init(params), params)))(params)

@@ -48,14 +48,14 @@ def test_round_trip_is_bitwise(run):
   assert restored.record['next_batch'] == 30
   assert restored.record['tokens'] == 64 * 30
   assert restored.record['config']['optim']['lr'] == toy_run.CONFIG.optim.lr
-  assert checkpoints.environment_changes(restored.record) == []
+  assert checkpoints.list_environment_changes(restored.record) == []
 
 
 def test_resumed_equals_straight_bit_for_bit(run):
   """20 straight steps = 10 + restart + 10; the run goes on while it saves."""
   workdir, states = run
-  restored = checkpoints.restore(
-      checkpoints.directory(workdir), toy_run.abstract(4, 2), step=10)
+  restored = checkpoints.restore_checkpoint(
+      checkpoints.checkpoint_folder(workdir), toy_run.abstract(4, 2), step=10)
   state, train_step = restored.state, toy_run.trainer(4, 2)
   toy_run.assert_bitwise(state, states[10])
   for _ in range(10):
@@ -67,8 +67,8 @@ def test_resumed_equals_straight_bit_for_bit(run):
 @pytest.mark.parametrize('shape', [(2, 4), (1, 1)])
 def test_another_mesh_gets_the_same_bits(run, shape):
   workdir, states = run
-  restored = checkpoints.restore(
-      checkpoints.directory(workdir), toy_run.abstract(*shape))
+  restored = checkpoints.restore_checkpoint(
+      checkpoints.checkpoint_folder(workdir), toy_run.abstract(*shape))
   toy_run.assert_bitwise(restored.state, states[30])
   for name, x in paths.flatten(restored.state['params']).items():
     assert x.sharding.mesh == toy_run.make_mesh(*shape), name
@@ -80,14 +80,16 @@ def test_a_part_of_a_step_by_number(run):
   """For evaluation: the optimizer's two thirds are not read."""
   workdir, states = run
   abstract = {'params': toy_run.abstract(1, 1)['params']}
-  folder = checkpoints.directory(workdir)
-  state = checkpoints.restore(folder, abstract, 20, partial=True).state
+  folder = checkpoints.checkpoint_folder(workdir)
+  state = checkpoints.restore_checkpoint(folder, abstract, 20,
+                                         partial=True).state
   toy_run.assert_bitwise(state, {name: x for name, x in states[20].items()
                                  if name.startswith('params/')})
-  with pytest.raises(checkpoints.Mismatch, match='opt_state/0/mu.* not here'):
-    checkpoints.restore(folder, abstract)
+  with pytest.raises(checkpoints.CheckpointMismatch,
+                     match='opt_state/0/mu.* not here'):
+    checkpoints.restore_checkpoint(folder, abstract)
   with pytest.raises(RequestError, match='step 25 .* there are 10, 20, 30'):
-    checkpoints.restore(folder, abstract, 25)
+    checkpoints.restore_checkpoint(folder, abstract, 25)
 
 
 def _bias(state, shape, dtype):
@@ -108,9 +110,10 @@ def test_what_does_not_fit_is_refused_by_name(copy, change, sentence):
   abstract = toy_run.abstract(1, 1)
   change(abstract)
   with toy_run.open_store(copy) as store:
-    with pytest.raises(checkpoints.Mismatch, match=sentence):
+    with pytest.raises(checkpoints.CheckpointMismatch, match=sentence):
       toy_run.resume(store, abstract)
-  assert checkpoints.steps(checkpoints.directory(copy)) == [10, 20, 30]
+  assert checkpoints.list_steps(checkpoints.checkpoint_folder(copy)) == [10, 20,
+                                                                         30]
 
 
 def _truncate(step_dir):
@@ -135,11 +138,11 @@ def test_damage_is_named_and_the_step_before_is_used(run, copy, damage):
     assert restored.step == 20
     toy_run.assert_bitwise(restored.state, run[1][20])
     # The run comes to step 30 again, and `keep` counts only what is good.
-    assert checkpoints.steps(store.directory) == [10, 20]
+    assert checkpoints.list_steps(store.directory) == [10, 20]
     assert len(list(store.directory.glob('30.aside-*'))) == 1
     assert toy_run.save(store, 30, restored.state)
     store.wait()
-    assert checkpoints.steps(store.directory) == [10, 20, 30]
+    assert checkpoints.list_steps(store.directory) == [10, 20, 30]
 
 
 @pytest.mark.parametrize('part', ['record', 'arrays'])
@@ -159,7 +162,7 @@ def test_an_error_of_the_machine_is_no_damage(copy, monkeypatch, code, part):
       return
     with pytest.raises(EnvironmentFailure, match='30 .* may be sound: .*Errno'):
       toy_run.resume(store, toy_run.abstract(1, 1))
-    assert checkpoints.steps(store.directory) == [10, 20, 30]
+    assert checkpoints.list_steps(store.directory) == [10, 20, 30]
 
 
 def test_no_flipped_bit_of_any_file_gets_through(run, copy):
@@ -168,14 +171,15 @@ def test_no_flipped_bit_of_any_file_gets_through(run, copy):
   step_dir, states = copy / 'checkpoints' / '30', run[1]
   abstract = toy_run.abstract(1, 1)
   part = {'params': abstract['params']}
-  folder = checkpoints.directory(copy)
+  folder = checkpoints.checkpoint_folder(copy)
   draw, noticed = random.Random(0), set()
   for path in sorted(p for p in step_dir.rglob('*') if p.is_file()):
     for _ in range(2):
       place, bit = draw.randrange(path.stat().st_size), draw.randrange(8)
       toy_run.flip(path, place, bit)
       for wanted in (abstract, part):
-        restored = checkpoints.restore(folder, wanted, partial=wanted is part)
+        restored = checkpoints.restore_checkpoint(folder, wanted,
+                                                  partial=wanted is part)
         assert (restored.step == 20) == bool(restored.damaged)
         noticed |= {path.name} if restored.damaged else set()
         expected = states[restored.step]
@@ -189,16 +193,17 @@ def test_a_flipped_name_is_named_whatever_is_read(copy):
   """In Orbax's own list of the arrays: of one that an evaluation leaves out."""
   path = copy / 'checkpoints' / '30' / 'state' / '_METADATA'
   toy_run.flip(path, path.read_bytes().index(b'"key": "opt_state"') + 10)
-  abstract, folder = toy_run.abstract(1, 1), checkpoints.directory(copy)
+  abstract, folder = toy_run.abstract(1, 1), checkpoints.checkpoint_folder(copy)
   for wanted in (abstract, {'params': abstract['params']}):
-    restored = checkpoints.restore(folder, wanted, partial=wanted != abstract)
+    restored = checkpoints.restore_checkpoint(folder, wanted,
+                                              partial=wanted != abstract)
     assert restored.step == 20 and '30' in restored.damaged[0]
 
 
 def test_a_flip_in_any_matrix_is_found_by_its_checksum(run, copy):
   """Each is looked up where it lies in the file, and hit there."""
   step_dir, expected = copy / 'checkpoints' / '30', run[1][30]
-  folder, abstract = checkpoints.directory(copy), toy_run.abstract(1, 1)
+  folder, abstract = checkpoints.checkpoint_folder(copy), toy_run.abstract(1, 1)
   contents = {path: path.read_bytes() for path in toy_run.data_files(step_dir)}
   matrices = [(name, x) for name, x in expected.items() if x.ndim == 2]
   assert len(matrices) == 6  # two matrices and their two moments
@@ -208,7 +213,7 @@ def test_a_flip_in_any_matrix_is_found_by_its_checksum(run, copy):
     (path, place), = [(path, content.find(piece))
                       for path, content in contents.items() if piece in content]
     toy_run.flip(path, place + 1)
-    restored = checkpoints.restore(folder, abstract)
+    restored = checkpoints.restore_checkpoint(folder, abstract)
     toy_run.flip(path, place + 1)
     assert restored.step == 20, name
     assert f'the checksum of {name} is not' in restored.damaged[0], name
@@ -241,8 +246,9 @@ def test_a_folder_under_another_number_is_passed_over(
     best=st.none() | st.integers(0, 60))
 @hypothesis.settings(deadline=None)
 def test_what_is_kept(goods, keep, keep_every, best):
-  kept = checkpoints.kept(list(goods), goods.__getitem__, best, keep=keep,
-                          keep_every=keep_every)
+  kept = checkpoints.steps_to_keep(list(goods), goods.__getitem__, best,
+                                   keep=keep,
+                                   keep_every=keep_every)
   assert kept <= set(goods)
   good = [step for step in sorted(goods) if goods[step]]
   assert set(good[-keep:]) <= kept
@@ -313,7 +319,7 @@ def test_kill_9_in_a_save_leaves_a_good_step(tmp_path):
 
 
 def _checksum(x):
-  return checkpoints.checksums({'x': x})['x']
+  return checkpoints.compute_checksums({'x': x})['x']
 
 
 def test_a_checksum_is_that_of_the_definition_and_of_every_mesh(monkeypatch):
@@ -324,10 +330,10 @@ def test_a_checksum_is_that_of_the_definition_and_of_every_mesh(monkeypatch):
     place = NamedSharding(toy_run.make_mesh(*shape), P(None, 'fsdp', 'tensor'))
     sums.add(_checksum(jax.device_put(x, place)))
   for at_once in (1, 8 * 5, 8 * 7):
-    monkeypatch.setattr(checkpoints, '_AT_ONCE', at_once)
-    checkpoints._parts.cache_clear()
+    monkeypatch.setattr(checkpoints, '_ELEMENTS_SUMMED_AT_ONCE', at_once)
+    checkpoints._make_device_sums.cache_clear()
     sums.add(_checksum(jnp.asarray(x)))
-  checkpoints._parts.cache_clear()
+  checkpoints._make_device_sums.cache_clear()
   h = np.arange(x.size, dtype=np.uint32) * np.uint32(0x9E3779B1)
   h ^= x.view(np.uint32).ravel()
   h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)  # MurmurHash3's fmix32

@@ -56,8 +56,8 @@ def test_an_evaluation_that_is_made_again_is_not_written_again(tmp_path):
     writer.write(10, 'eval', dict(loss=loss))
     writer.write(11, 'eval', dict(loss=loss))
     writer.close()
-  assert [(row['step'], row['loss']) for row in metrics.read(
-      tmp_path / metrics.METRICS)] == [(10, 1.0), (11, 2.0)]
+  assert [(row['step'], row['loss']) for row in metrics.read_metrics(
+      tmp_path / metrics.METRICS_FILE)] == [(10, 1.0), (11, 2.0)]
 
 
 @pytest.mark.parametrize('torn', [
@@ -67,8 +67,8 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
   with (tmp_path / 'metrics.jsonl').open('ab') as file:
     file.write(torn)
   # A reader of a run that is under way passes over it too.
-  assert [row['step'] for row in metrics.read(tmp_path / 'metrics.jsonl')
-          ][:2] == [10, 20]
+  under_way = metrics.read_metrics(tmp_path / 'metrics.jsonl')
+  assert [row['step'] for row in under_way][:2] == [10, 20]
   jsonl(tmp_path, [30], resumed_step=25)
   assert [row['step'] for row in rows(tmp_path)] == [10, 20, 30]
 
@@ -77,11 +77,11 @@ def test_a_step_that_does_not_rise_is_named(tmp_path):
   file = tmp_path / 'metrics.jsonl'
   jsonl(tmp_path, [10, 20, 30])
   whole = file.read_text()
-  assert len(metrics.read(file)) == 3
+  assert len(metrics.read_metrics(file)) == 3
   for step in (1, 10):
     file.write_text(whole.replace('"step": 20', f'"step": {step}'))
     with pytest.raises(RequestError, match=f'line 2, .* step is {step}, and'):
-      metrics.read(file)
+      metrics.read_metrics(file)
 
 
 def read_events(workdir):
@@ -97,7 +97,7 @@ def test_tensorboards_own_reader_reads_the_file(tmp_path):
   pytest.importorskip('tensorboard')
   config = log_config(tensorboard=True)
   for start, steps in ((0, [10, 20, 30]), (20, [30, 40])):
-    files = metrics.writers(tmp_path, config, resumed_step=start)
+    files = metrics.open_writers(tmp_path, config, resumed_step=start)
     for step in steps:
       for writer in files:
         writer.write(step, 'train', {'loss': step + start, 'mfu': None,
@@ -119,7 +119,7 @@ def test_a_tracker_goes_on_with_the_run_of_the_folder(tmp_path, module,
   monkeypatch.setitem(sys.modules, module, tracker)
   config = log_config(**{module: True, f'{module}_project': 'p'})
   for start in (0, 20):
-    writer = metrics.writers(tmp_path, config, resumed_step=start)[1]
+    writer = metrics.open_writers(tmp_path, config, resumed_step=start)[1]
     writer.write(30, 'train', {'loss': 2.0, 'mfu': None})
   first, second = tracker.init.call_args_list
   assert first == second

@@ -34,8 +34,8 @@ def _repository(tmp_path):
 
 
 def code(root):
-  provenance._code.cache_clear()
-  return provenance._code(root)
+  provenance._describe_code.cache_clear()
+  return provenance._describe_code(root)
 
 
 def test_commit_and_what_differs_from_it(repository):
@@ -60,10 +60,10 @@ def test_commit_and_what_differs_from_it(repository):
 def _saved(folder, monkeypatch, *starts):
   (folder / 'checkpoints/1').mkdir(parents=True, exist_ok=True)
   for start in starts:
-    monkeypatch.setattr(provenance, 'this_start',
+    monkeypatch.setattr(provenance, 'describe_this_start',
                         lambda data=None, start=start: start)
-    run_config.save(folder, base.base())
-  return run_config.starts(folder)
+    run_config.save_config(folder, base.base())
+  return run_config.load_starts(folder)
 
 
 def test_config_json_remembers_each_start(tmp_path, monkeypatch):
@@ -71,10 +71,10 @@ def test_config_json_remembers_each_start(tmp_path, monkeypatch):
   two = dict(one, diff='ab')
   assert _saved(tmp_path, monkeypatch, one, one, two) == [one, two]
   assert run_config.load_config(tmp_path) == base.base().lock()
-  assert provenance.changes([one]) == [
+  assert provenance.list_code_changes([one]) == [
       'the code has changed since this run was last started: commit '
       '111111111111 -> commit 111111111111 with changes ab']
-  assert provenance.changes([one, two]) == []
+  assert provenance.list_code_changes([one, two]) == []
 
 
 def test_a_run_whose_data_have_changed_is_not_gone_on_with_unasked(
@@ -115,13 +115,15 @@ def _start(place, source, objective, **data):
   config = objectives.with_labels(data_files.config(
       source, objective, eval_source=source, tokenizer=tokenizer_file, **data))
   tokenizer = tokenizers.load(config.data.tokenizer)
-  _, derived = runs.resolve(config, tokenizer)
+  _, derived = runs.resolve_model(config, tokenizer)
   contents = pipeline.contents(config, tokenizer)
   if not run_config.has_begun(place):
-    run_config.save(place, config, derived, contents)
+    run_config.save_config(place, config, derived, contents)
     (place / 'checkpoints/1').mkdir(parents=True)
-  return [change.name for change in run_config.changes(place, config, derived)
-          ] + provenance.check_data(run_config.starts(place), contents, True)
+  return [change.name for change in run_config.list_changes(place, config,
+                                                            derived)
+          ] + provenance.check_data(run_config.load_starts(place), contents,
+                                    True)
 
 
 def _replace(file, old, new):

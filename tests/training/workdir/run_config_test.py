@@ -28,15 +28,16 @@ def _config(**changes) -> ml_collections.ConfigDict:
 DERIVED = {'model.vocab_size': 384, 'model.max_len': 256}
 
 
-def _changes(old, new) -> list[run_config.Change]:
-  return run_config.compare(*(
-      run_config.read_fields(config, DERIVED) for config in (old, new)))
+def _changes(old, new) -> list[run_config.FieldChange]:
+  return run_config.compare_fields(*(
+      run_config.fields_that_run_reads(config, DERIVED) for config in (old,
+                                                                       new)))
 
 
 def test_round_trip_is_equal_tuples_and_floats_too(tmp_path):
   config = _config(optim__lr=0.1 + 0.2, data__source='0.7*a,0.3*b',
                    optim__decay_mask=(('.*norm.*', 0), ('.*', 1)))
-  run_config.save(tmp_path / 'run', config)
+  run_config.save_config(tmp_path / 'run', config)
   loaded = run_config.load_config(tmp_path / 'run')
   assert loaded == config
   assert isinstance(loaded.optim.decay_mask[0], tuple)
@@ -60,12 +61,12 @@ def test_one_change_is_found_and_classed(name, value, kind):
   dotted = name.replace('__', '.')
   assert change.name == dotted
   assert (change.kind, change.new) == (kind, value)
-  run_config.refuse([change], allow_config_change=True)
+  run_config.refuse_changes([change], allow_config_change=True)
   if kind == SAFE:
-    run_config.refuse([change], allow_config_change=False)
+    run_config.refuse_changes([change], allow_config_change=False)
   else:
     with pytest.raises(ValueError, match='another --workdir') as error:
-      run_config.refuse([change], allow_config_change=False)
+      run_config.refuse_changes([change], allow_config_change=False)
     assert f'{dotted} ' in str(error.value) and kind in str(error.value)
     # A sweep keeps the first line of why a run failed.
     assert f' in {dotted}. Take another' in str(error.value).splitlines()[0]
@@ -85,10 +86,10 @@ def test_more_steps_are_safe_where_the_schedule_does_not_see_them(fields, kind):
 
 def test_a_derived_value_is_what_is_compared():
   zero, explicit = _config(), _config(model__d_ff=512)
-  before = run_config.read_fields(zero, DERIVED | {'model.d_ff': 512})
-  assert not run_config.compare(
-      before, run_config.read_fields(explicit, DERIVED))
-  other, = run_config.compare(before, run_config.read_fields(
+  before = run_config.fields_that_run_reads(zero, DERIVED | {'model.d_ff': 512})
+  assert not run_config.compare_fields(
+      before, run_config.fields_that_run_reads(explicit, DERIVED))
+  other, = run_config.compare_fields(before, run_config.fields_that_run_reads(
       explicit, DERIVED | {'model.vocab_size': 300}))
   assert (other.kind, other.old, other.new) == (INCOMPATIBLE, 384, 300)
 
@@ -107,11 +108,12 @@ def test_what_was_saved_is_no_change_whatever_is_learned(system, tmp_path):
   for config.objective in fitting:
     probing = config.objective in ('probe', 'compression')
     config.data.source = 'probe:recall' if probing else 'sotu'
-    model, derived = runs.resolve(config, tokenizer)
-    run_config.save(workdir, config, derived, model=model)
-    assert not run_config.changes(workdir, config, derived), config.objective
+    model, derived = runs.resolve_model(config, tokenizer)
+    run_config.save_config(workdir, config, derived, model=model)
+    assert not run_config.list_changes(workdir, config,
+                                       derived), config.objective
   config.optim.lr *= 2
-  change, = run_config.changes(workdir, config, derived)
+  change, = run_config.list_changes(workdir, config, derived)
   assert change.name == 'optim.lr'
 
 
@@ -119,9 +121,9 @@ def test_what_was_saved_is_no_change_whatever_is_learned(system, tmp_path):
 def test_what_print_config_prints_is_that_config(system):
   """The derived fields are filled in, and the model is the same."""
   config = importlib.import_module(f'configs.{system}').get_config('tiny')
-  printed = json.loads(json.dumps(preflight.printable(config)))
-  model, _ = runs.resolve(config, tokenizers.load('bytes'))
-  again = architectures.resolve(run_config.from_json(printed).model)
+  printed = json.loads(json.dumps(preflight.config_to_print(config)))
+  model, _ = runs.resolve_model(config, tokenizers.load('bytes'))
+  again = architectures.resolve(run_config.config_from_json(printed).model)
   left = dict.fromkeys(flat.unread(model))
   assert {**flat.flatten(flat.as_dict(again)), **left} == {
       **flat.flatten(flat.as_dict(model)), **left}
@@ -137,14 +139,14 @@ def test_what_print_config_prints_is_that_config(system):
     ('model.max_length', 256, "'model.max_length' is no config field")])
 def test_a_derived_value_that_is_damaged_is_refused(
     name, value, message, tmp_path):
-  run_config.save(tmp_path, base.base(), DERIVED | {name: value})
+  run_config.save_config(tmp_path, base.base(), DERIVED | {name: value})
   (tmp_path / 'checkpoints' / '1').mkdir(parents=True)
   with pytest.raises(RequestError, match=f'config.json is damaged: {message}'):
-    run_config.changes(epath.Path(tmp_path), base.base(), DERIVED)
+    run_config.list_changes(epath.Path(tmp_path), base.base(), DERIVED)
 
 
 def test_a_config_of_wrong_types_is_refused(tmp_path):
-  run_config.save(tmp_path, base.base(), {'model.max_len': 256})
+  run_config.save_config(tmp_path, base.base(), {'model.max_len': 256})
   file = tmp_path / 'config.json'
   tree = json.loads(file.read_text())
   tree['optim']['decay_mask'] = 'all'
@@ -157,7 +159,8 @@ def test_a_config_of_wrong_types_is_refused(tmp_path):
 def test_a_saved_config_stands_for_the_same_model(mixer):
   config = importlib.import_module('configs.llama').get_config('tiny')
   config.model.update(mixer=mixer, vocab_size=61, max_len=16)
-  saved = run_config.as_read(config, architectures.resolve(config.model))
-  again = run_config.from_json(saved)
+  saved = run_config.without_unread_fields(config,
+                                           architectures.resolve(config.model))
+  again = run_config.config_from_json(saved)
   model = architectures.resolve(again.model)
-  assert run_config.as_read(again, model) == saved
+  assert run_config.without_unread_fields(again, model) == saved

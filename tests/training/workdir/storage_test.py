@@ -40,24 +40,26 @@ texts = train_test.texts
     's3://bucket/a', 'gs:///', 'gs://bucket/', 'a\0b', 'a\ud800'])
 def test_what_is_no_place_is_refused(text):
   with pytest.raises(RequestError, match='--workdir is .* gs://BUCKET/NAME'):
-    storage.path(text)
+    storage.checked_path(text)
 
 
 def test_a_file_is_written_whole(tmp_path):
   file = tmp_path / 'a/b.json'
-  storage.write(storage.path(file), 'one')
-  storage.write(storage.path(file), 'two')
+  storage.write_file(storage.checked_path(file), 'one')
+  storage.write_file(storage.checked_path(file), 'two')
   # What a process that was killed has left goes with the next one.
   subprocess.run([sys.executable, '-c', 'import os, sys\n'
                   'from training.workdir import storage\n'
-                  'with storage.whole(storage.path(sys.argv[1])):\n'
+                  'path = storage.checked_path(sys.argv[1])\n'
+                  'with storage.write_atomically(path):\n'
                   '  os.kill(os.getpid(), 9)', str(file)], cwd=ROOT)
   assert len(list(file.parent.iterdir())) == 2
-  file.with_name(f'.writing-{storage.host()}-999999999-x').mkdir()
+  file.with_name(f'.writing-{storage.host_name()}-999999999-x').mkdir()
   file.with_name('.writing-1').touch()  # whose, it does not say: a day is left
-  with storage.whole(storage.path(file)) as write:
+  with storage.write_atomically(storage.checked_path(file)) as write:
     write(b'thr')
-    storage.write(storage.path(file.with_name('c')), 'another')  # nor is it
+    storage.write_file(storage.checked_path(file.with_name('c')),
+                       'another')  # nor is it
     write(b'ee')
   assert file.read_text() == 'three' and sorted(
       path.name for path in file.parent.iterdir()) == [
@@ -110,10 +112,10 @@ def test_what_grows_goes_into_a_bucket_whole(tmp_path, monkeypatch):
   where it is written."""
   folder = epath.Path(tmp_path / 'run')
   folder.mkdir()
-  assert storage.Uploads(folder).local == folder
-  monkeypatch.setattr(storage, 'in_bucket', lambda path: True)
+  assert storage.BucketUploads(folder).local == folder
+  monkeypatch.setattr(storage, 'is_in_bucket', lambda path: True)
   (folder / 'old').write_text('before')
-  uploads = storage.Uploads(folder)
+  uploads = storage.BucketUploads(folder)
   for name in ('old', 'absent'):
     uploads.fetch(name)
   assert [path.name for path in uploads.local.iterdir()] == ['old']
@@ -138,12 +140,13 @@ def test_what_grows_goes_into_a_bucket_whole(tmp_path, monkeypatch):
 def test_an_unusable_folder_is_refused(text, reason, tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(RequestError, match=f'^--flag is .*({reason})'):
-    storage.try_folder(text.replace('FOLDER', str(tmp_path)), '--flag')
+    storage.check_folder_is_writable(text.replace('FOLDER', str(tmp_path)),
+                                     '--flag')
 
 
 def test_what_is_tried_leaves_nothing(tmp_path):
-  storage.try_folder(tmp_path / 'a' / 'b')
-  storage.output(str(tmp_path / 'c' / 'd.json'), '--json')
+  storage.check_folder_is_writable(tmp_path / 'a' / 'b')
+  storage.checked_output_file(str(tmp_path / 'c' / 'd.json'), '--json')
   assert not list(tmp_path.iterdir())
 
 
@@ -155,14 +158,14 @@ def test_the_config_of_something_else_is_not_written_over(text, tmp_path):
   (tmp_path / 'checkpoints').mkdir()
   with pytest.raises(RequestError, match='whose config.json is not that of a '
                      'run .*: take another --workdir'):
-    preflight.try_workdir(storage.path(tmp_path))
+    preflight.check_workdir_is_writable(storage.checked_path(tmp_path))
   assert file.read_text() == text
   with pytest.raises(RequestError, match='in the Hugging Face format, which '
                      '.* --folder' if 'model_type' in text else 'is damaged'):
     run_config.load_config(tmp_path)
   # Of a run that has begun it is damaged, which is said where it is read.
   (tmp_path / 'checkpoints/5').mkdir()
-  preflight.try_workdir(storage.path(tmp_path))
+  preflight.check_workdir_is_writable(storage.checked_path(tmp_path))
   with pytest.raises(RequestError, match='config.json is damaged'):
     run_config.load_config(tmp_path)
 
@@ -182,17 +185,19 @@ def test_the_folder_of_a_sweep_or_study_is_refused(kind, tmp_path):
 @pytest.mark.parametrize('name', ['metrics.jsonl', 'config.json'])
 def test_a_folder_in_the_place_of_a_file_is_refused(name, tmp_path):
   (tmp_path / name).mkdir()
-  for begin in (lambda: preflight.try_workdir(storage.path(tmp_path)),
-                lambda: vectorised.train([gpt.get_config('tiny')], [tmp_path])):
+  workdir = storage.checked_path(tmp_path)
+  config = gpt.get_config('tiny')
+  for begin in (lambda: preflight.check_workdir_is_writable(workdir),
+                lambda: vectorised.train_group([config], [tmp_path])):
     with pytest.raises(RequestError, match=f'{name}., which is a folder'):
       begin()
 
 
 def test_a_second_process_is_refused(tmp_path):
-  with storage.locked(tmp_path):
+  with storage.lock_workdir(tmp_path):
     with pytest.raises(RequestError, match='another process trains in'):
-      storage.locked(tmp_path)
-  with storage.locked(tmp_path):
+      storage.lock_workdir(tmp_path)
+  with storage.lock_workdir(tmp_path):
     pass
 
 
@@ -228,7 +233,7 @@ def test_figures_that_cannot_be_written(tmp_path, make):
   # A line cut short is dropped when the run goes on.
   if make is _jsonl:
     metrics.JsonlWriter(tmp_path, 1).write(2, 'train', {'loss': 2.0})
-    assert [row['step'] for row in metrics.read(file)] == [1, 2]
+    assert [row['step'] for row in metrics.read_metrics(file)] == [1, 2]
   writer = make(tmp_path / 'run')
   shutil.rmtree(tmp_path / 'run')
   with pytest.raises(EnvironmentFailure, match='run/.* deleted in mid-run'):
@@ -236,7 +241,7 @@ def test_figures_that_cannot_be_written(tmp_path, make):
 
 
 def _write(folder):
-  storage.write(storage.path(folder / 'eval.json'), 'x' * 100)
+  storage.write_file(storage.checked_path(folder / 'eval.json'), 'x' * 100)
 
 
 def _tokens(folder):
@@ -248,7 +253,8 @@ def _tokens(folder):
 
 def _picture(folder):
   matplotlib = pytest.importorskip('matplotlib.figure')
-  storage.write_picture(storage.path(folder / 'a.png'), matplotlib.Figure())
+  storage.write_picture(storage.checked_path(folder / 'a.png'),
+                        matplotlib.Figure())
 
 
 @pytest.mark.parametrize('write, name', [
@@ -305,7 +311,7 @@ _BUCKET = ('UNAVAILABLE: Error writing "gs://b/r/20": CURL error [source '
     (OSError(28, 'No space left on device'), 'No space left on device')])
 def test_the_environment_fails(error, reason):
   with pytest.raises(EnvironmentFailure, match='cannot write /r: ') as failure:
-    with storage.writing('/r'):
+    with storage.explain_write_failures('/r'):
       try:
         raise error
       except type(error) as inner:

@@ -194,7 +194,7 @@ def _sum(function: Callable, batches: Sequence) -> np.ndarray:
   """Returns the sum of a function of batches, [L], in float64."""
   length = batches[0]['tokens'].shape[1]
   total = np.zeros(length)
-  for batch in progress.each(
+  for batch in progress.show_items(
       batches, f'evaluating rows of {length:,} tokens'):
     total += np.asarray(jax.device_get(function(batch)), np.float64)
   return total

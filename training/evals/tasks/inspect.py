@@ -162,7 +162,7 @@ class Inspect(Task):
       about.append("There is no logit lens: the model's head scores no tokens "
                    'of the vocabulary.')
     path = evaluation.workdir / FILE
-    storage.write(path, page(
+    storage.write_file(path, page(
         inspected, title=f'Inside {model.arch}', about=about, texts=texts,
         spell=spell, measures=measures))
     print('\n'.join([*about[1:], f'attention maps and all else: {path}']))
@@ -220,7 +220,7 @@ def _target(evaluation: Evaluation, prompts: objectives.Prompts
         evaluation.run.module, evaluation.params, start_1L, prompts.lengths,
         jax.random.key(0), max_new_tokens=room, stop_token=end,
         sampling=generate.Sampling(temperature=0), **prompts.arguments))
-    ids = generate.until(written_1T[0], end)
+    ids = generate.tokens_before_stop(written_1T[0], end)
     note = (f'The decoder is shown the {len(ids)} tokens that the model itself '
             f'writes: {tokenizer.decode(ids)!r}.')
   shown_L = np.concatenate([start_1L[0], ids]).astype(np.int32)

@@ -100,7 +100,7 @@ class Labels(Task):
       require(importlib.util.find_spec(package) is not None, 'task labels '
               f"needs the package {name}: pip install 'archetype[finetune]'")
     if options.predictions:
-      storage.output(options.predictions, '--predictions')
+      storage.checked_output_file(options.predictions, '--predictions')
     if config is None or config.objective == 'question_answering':
       return
     for flag in OF_ANSWERS:
@@ -128,7 +128,8 @@ class Labels(Task):
       results.append(measured)
       print('\n'.join([f'{loader.text}:', *measured.lines]))
     if evaluation.options.predictions:
-      path = storage.path(evaluation.options.predictions, '--predictions')
+      path = storage.checked_path(evaluation.options.predictions,
+                                  '--predictions')
       _write(path, results)
     if len(results) == 1:
       return results[0].figures
@@ -191,7 +192,7 @@ def _write(path: Any, results: Sequence[Measured]) -> None:
     file = path
     if kind:
       file = path.with_name(f'{path.stem}.{kind}{path.suffix}')
-    storage.write(file, text)
+    storage.write_file(file, text)
     print(f'written: {file}')
 
 

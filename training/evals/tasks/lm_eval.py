@@ -16,7 +16,8 @@ import pathlib
 import traceback
 from typing import Any
 
-from common.errors import EnvironmentFailure, RequestError, hint, require
+from common.errors import EnvironmentFailure, RequestError, require
+from common.errors import suggest_name
 from training.evals import Evaluation, Flag, Task, items, scoring
 from training.objectives import Config
 
@@ -72,7 +73,7 @@ class LMEval(Task):
       for name in names:
         require(name in manager.all_tasks, f'lm_eval has no task {name!r}: '
                 '`lm_eval ls tasks` lists its own, and blimp_files and '
-                'cloze_files are here.' + hint(name, manager.all_tasks))
+                'cloze_files are here.' + suggest_name(name, manager.all_tasks))
       if manager is _listed(folder, options.lm_eval_data, True):
         manager.load(names)  # whose files are on this machine
 

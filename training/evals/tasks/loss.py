@@ -248,7 +248,7 @@ class DiffusionBound(Task):
     tokens = 0.0
     for loader in loaders:
       total_6 = np.zeros(len(BoundSums._fields))
-      batches = progress.each(
+      batches = progress.show_items(
           loader.iterate(), 'evaluating', loader.num_batches)
       for n, batch in enumerate(batches):
         sums_6 = step(evaluation.params, run.put(batch), np.uint32(n))
@@ -315,7 +315,7 @@ def bound_program(module: Any, config: Any, mask: int, count: int):
       share_B = (start_B + k / count) % 1.0
       l_B = jnp.minimum(1 + (share_B * n_B).astype(jnp.int32), n_B)
       noise_BL = jnp.where(real_BL, uniform(k, real_BL.shape[1]), -1.0)
-      largest_BL = generate.among_largest(noise_BL, l_B[:, None])
+      largest_BL = generate.is_among_largest(noise_BL, l_B[:, None])
       masked_BL = real_BL & largest_BL
       shown_BL = jnp.where(masked_BL, mask, batch['targets'])
 

@@ -72,7 +72,7 @@ class Embed(Task):
     require(options.vectors.endswith('.npy'), '--vectors is '
             f'{options.vectors!r}: choose a file OUT.npy')
     one_of('--pooling', options.pooling, POOLINGS)
-    storage.output(options.vectors, '--vectors')
+    storage.checked_output_file(options.vectors, '--vectors')
     read(options.texts)
 
   def shown(self, evaluation: Evaluation) -> list[np.ndarray]:
@@ -110,7 +110,8 @@ class Embed(Task):
     most = evaluation.run.model.max_len
     groups = list(scoring.padded(dict(enumerate(rows)), most))
     vectors: dict[int, np.ndarray] = {}
-    for chosen, tokens_BL, lengths_B in progress.each(groups, 'embedding'):
+    for chosen, tokens_BL, lengths_B in progress.show_items(groups,
+                                                            'embedding'):
       vectors_BD = jax.device_get(
           step(evaluation.params, tokens_BL, lengths_B))
       for i, vector_D in zip(chosen, vectors_BD):
@@ -118,8 +119,8 @@ class Embed(Task):
     vectors_ND = np.stack([vectors[i] for i in range(len(rows))])
 
     # The file.
-    file = storage.path(options.vectors, '--vectors')
-    with storage.writing(file):
+    file = storage.checked_path(options.vectors, '--vectors')
+    with storage.explain_write_failures(file):
       file.parent.mkdir(parents=True, exist_ok=True)
       with file.open('wb') as sink:
         np.save(sink, vectors_ND)
@@ -141,7 +142,7 @@ def read(name: str) -> list[tuple[str, str]]:
   Raises:
     RequestError: where there is no such file, or a line holds no text.
   """
-  path = storage.path(name, '--texts')
+  path = storage.checked_path(name, '--texts')
   require(path.is_file(), f'--texts is {name!r}, which is no file')
   lines = []
   if path.suffix == '.jsonl':

@@ -149,7 +149,7 @@ class Samples(Task):
             prompts.lengths)
     more = dict(max_new_tokens=shown.count, stop_token=shown.ends,
                 **prompts.arguments)
-    with progress.during('writing'):
+    with progress.show_task('writing'):
       if how is None:
         key = jax.random.key(options.sample_seed)
         tokens_BT = generate.generate(*args, key, sampling=sampling(options),
@@ -199,9 +199,9 @@ class DiffusionSamples(Task):
     shown = evaluation.shown
     prompts = shown.prompts
     steps = options.diffusion_steps or shown.count
-    write = jax.jit(generate.write_diffusion, static_argnums=0,
+    write = jax.jit(generate.generate_by_unmasking, static_argnums=0,
                     static_argnames=('new', 'steps', 'mask', 'temperature'))
-    with progress.during('writing'):
+    with progress.show_task('writing'):
       tokens_BT = jax.device_get(write(
           evaluation.run.module, evaluation.params, prompts.tokens,
           prompts.lengths, jax.random.key(options.sample_seed),
@@ -250,9 +250,9 @@ def _print_samples(evaluation: Evaluation, shown: Shown, tokens_BT: np.ndarray,
   each = len(tokens_BT) // len(prompts.tokens)  # texts of a row of prompts
   results = []
   for i, (prompt, row_T) in enumerate(zip(texts, tokens_BT)):
-    ids = generate.until(row_T, shown.ends)
+    ids = generate.tokens_before_stop(row_T, shown.ends)
     whole = prompts.text(i // each, ids, evaluation.tokenizer)
-    text = generate.before(whole, stop)
+    text = generate.text_before_stop(whole, stop)
     print(f'sample {i + 1} of {len(texts)}:\n{prompt}{prompts.gap}{text}\n')
     results.append({'prompt': prompt, 'text': text})
   return results
@@ -409,7 +409,8 @@ def written(evaluation: Evaluation, loader: pipeline.Loader,
             how: generate.Beams | None = None) -> list[Pair]:
   """Returns what `translate` returns of a loader's batches."""
   pairs = []
-  for batch in progress.each(loader.iterate(), 'writing', loader.num_batches):
+  for batch in progress.show_items(loader.iterate(), 'writing',
+                                   loader.num_batches):
     pairs += translate(evaluation.run.module, params=evaluation.params,
                        batch=batch, tokenizer=evaluation.tokenizer, how=how)
   return pairs
@@ -450,8 +451,8 @@ def translate(module: Any, params: Any, batch: Mapping[str, np.ndarray],
     if not size:
       continue
     target = target_T[:size]
-    written = generate.until(row_T, end)
-    expected = generate.until(target, end)
+    written = generate.tokens_before_stop(row_T, end)
+    expected = generate.tokens_before_stop(target, end)
     pairs.append(Pair(
         hypothesis=tokenizer.decode(written),
         reference=tokenizer.decode(expected),
