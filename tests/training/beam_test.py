@@ -125,12 +125,17 @@ def expect(tokens, scores, expected, stops):
       scores[:len(expected)], [score for score, _ in expected], atol=1e-4)
 
 
-def test_rows_are_searched_as_by_the_book(gpt, rows):
+@pytest.mark.parametrize('count, unrolled_layers', [
+    (3, generate.UNROLLED_LAYERS), (2, 0)])
+def test_rows_are_searched_as_by_the_book(gpt, rows, monkeypatch, count,
+                                          unrolled_layers):
+  """With the caches of layers apart, and stacked, as those of a deep model."""
+  monkeypatch.setattr(generate, 'UNROLLED_LAYERS', unrolled_layers)
   prompts, log_ps = rows
-  tokens, scores = search(gpt, prompts, count=3)
+  tokens, scores = search(gpt, prompts, count=count)
   for row, score, log_p in zip(tokens, scores, log_ps):
-    expected = by_the_book(log_p, 3, _divisor('gnmt', 0.6))
-    assert len(expected) == 3
+    expected = by_the_book(log_p, count, _divisor('gnmt', 0.6))
+    assert len(expected) == count
     expect(row, score, expected, STOPS)
 
 

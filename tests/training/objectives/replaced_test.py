@@ -8,6 +8,7 @@ import pytest
 
 from architectures.parts import paths
 from architectures.parts.heads import GeneratorConfig
+from common.errors import RequestError
 from configs import electra
 from tests.helpers import data_files as files
 from tests.helpers import models
@@ -50,6 +51,18 @@ def test_a_row_masks_its_share_and_knows_the_words():
     assert (places[len(real):] == 32).all()
     assert ((97 <= batch['targets'][row, :len(real)])
             & (batch['targets'][row, :len(real)] < 123)).all()
+
+
+def test_a_row_is_split_over_no_devices_and_a_generator_is_needed():
+  config = _config()
+  RECORD.check(config)
+  config.mesh.context = 2
+  with pytest.raises(RequestError, match='^mesh.context is 2'):
+    RECORD.check(config)
+  config.mesh.context = 1
+  config.model.generator.num_layers = 0
+  with pytest.raises(RequestError, match='^model.generator.num_layers is 0'):
+    RECORD.check(config)
 
 
 @pytest.mark.parametrize('sharing', [
