@@ -58,7 +58,7 @@ class TrainingBatches:
     total = 0.0
     if self._peak:
       run = self._program.run
-      of_row = flops.of_a_row(run.config, run.model, row)
+      of_row = flops.training_flops_of_row(run.config, run.model, row)
       total = num_runs * num_rows * sum(of_row.values())
     return StepWork(tokens=num_rows * sum(row), flops=total)
 

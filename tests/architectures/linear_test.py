@@ -125,7 +125,7 @@ def test_no_gradient_of_a_frozen_weight_is_computed(trained):
   run = trained[0]
   with run.context():
     program = run.train_step().trace(run.abstract, step_test.batch()).jaxpr
-  work = flops.count(program, flops.Place('cpu'))
+  work = flops.count_work(program, flops.Place('cpu'))
   whole = step_test.BATCH * sum(flops.training_flops(
       run.model, step_test.LENGTH).values())
   forward = flops.forward_flops(run.model, step_test.LENGTH)

@@ -59,7 +59,7 @@ def of(config) -> Cost:
 
 def _flops_per_token(config) -> float:
   """Returns the FLOPs of training on one token."""
-  of_a_row = sum(flops.of_a_row(config, resolved(config)).values())
+  of_a_row = sum(flops.training_flops_of_row(config, resolved(config)).values())
   return of_a_row / sum(objectives.of(config).row_lengths(config))
 
 
@@ -68,8 +68,8 @@ def body(config) -> float:
   the vocabulary, which grow in proportion to it."""
   model = resolved(config)
   doubled = dataclasses.replace(model, vocab_size=model.vocab_size * 2)
-  once = sum(flops.of_a_row(config, model).values())
-  twice = sum(flops.of_a_row(config, doubled).values())
+  once = sum(flops.training_flops_of_row(config, model).values())
+  twice = sum(flops.training_flops_of_row(config, doubled).values())
   return 2 - twice / once
 
 

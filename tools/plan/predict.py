@@ -161,7 +161,8 @@ def peak_flops(topology: Topology, dtype: str) -> float:
   Raises:
     RequestError: where none is published.
   """
-  peak = flops.peak(topology.chip.kind, dtype, topology.chip.cores)
+  chip = topology.chip
+  peak = flops.peak_flops_per_second(chip.kind, dtype, cores=chip.cores)
   precision = jax.config.jax_default_matmul_precision
   require(peak is not None, f'JAX_DEFAULT_MATMUL_PRECISION is {precision!r}, '
           f'and no peak of {topology.name} is published for '

@@ -346,7 +346,7 @@ def _work(run: runs.Run, topology: chips.Topology, what: Program, jaxpr: Any
       platform=topology.chip.platform, rows=rows, passes=what.passes,
       dense=chips.dense(topology),
       loop_rows=predict.expert_rows(run, data.batch_size))
-  return flops.count(jaxpr, place)
+  return flops.count_work(jaxpr, place)
 
 
 def model_flops(run: runs.Run, name: str) -> dict[str, float]:
@@ -359,7 +359,7 @@ def model_flops(run: runs.Run, name: str) -> dict[str, float]:
   config, model = run.config, run.model
   rows = config.data.batch_size
   if name == 'train':
-    of_a_row = flops.of_a_row(config, model)
+    of_a_row = flops.training_flops_of_row(config, model)
     return {part: rows * n for part, n in of_a_row.items()}
 
   # A generation reads the prompt and, one at a time, all tokens after it but

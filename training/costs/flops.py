@@ -50,121 +50,150 @@ WEIGHTS = 'weights'
 
 def forward_flops(model: ModelConfig, length: int, decoder_length: int = 0,
                   prompt: bool = False) -> dict[str, float]:
-  """Returns the FLOPs of a forward pass over one sequence: of `attention`'s
-  scores and weighted values, and of products with `weights`; without the
-  modules of model.mtp_depth, which training alone needs.
+  """Returns the FLOPs of a forward pass of a model over one sequence.
+
+  The modules that predict later tokens (model.mtp_depth) are left out, as only
+  training needs them.
 
   Args:
     model: config.model, or the frozen ModelConfig.
     length: the number of tokens; for an encoder-decoder, those of the encoder.
     decoder_length: the number of tokens of an encoder-decoder's decoder.
     prompt: whether all tokens see each other: those of a prompt of a prefix LM.
+
+  Returns:
+    `attention`: the FLOPs of attention's scores and weighted values.
+    `weights`: the FLOPs of all products with weights.
   """
-  c = dataclasses.replace(architectures.resolve(model), mtp_depth=0)
-  c = _countable(c, max(length, decoder_length))
-  parts = _forward(c, length, decoder_length, prefix=prompt, prompt=prompt)
+  config = dataclasses.replace(architectures.resolve(model), mtp_depth=0)
+  config = _config_for_counting(config, max(length, decoder_length))
+  parts = _forward(config, length, decoder_length, prefix=prompt, prompt=prompt)
   return dict(parts)
 
 
 def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
                    unread: int = 0, freeze: str = '', prefix: bool = False
                    ) -> dict[str, float]:
-  """Returns the FLOPs of a sequence, forward and backward, by part: three times
-  the forward pass where all parameters are trained. Adapters, `freeze` and
-  passes of a loop that have no gradient take from the backward pass what its
-  program is then without. A stack of which some layers are frozen counts as
-  trained, as its program computes the gradient.
+  """Returns the FLOPs of a training step for one sequence, forward and
+  backward.
+
+  They are three times those of the forward pass where all parameters are
+  trained. Adapters, frozen parameters and passes of a looped stack without a
+  gradient take from the backward pass what its program is then without. A stack
+  of which some layers are frozen counts as trained, as its program computes the
+  gradient of all of them.
 
   Args:
-    model, length, decoder_length: those of `forward_flops`.
-    unread: the number of places that the head does not read
-      (Objective.unread).
+    model: config.model, or the frozen ModelConfig.
+    length: the number of tokens; for an encoder-decoder, those of the encoder.
+    decoder_length: the number of tokens of an encoder-decoder's decoder.
+    unread: how many places of the sequence the head does not read, as those
+      that have no label (Objective.unread).
     freeze: config.optim.freeze.
     prefix: whether the first tokens of a row see each other (Objective.prefix).
+
+  Returns:
+    The FLOPs of `attention` and of `weights`, as `forward_flops` returns them.
   """
-  c = architectures.resolve(model)
-  c = _countable(c, max(length, decoder_length))
-  loops = c.find(LoopsConfig)
-  stops = loops is not None and loops.gradient_passes > 0
-  forward = _forward(c, length, decoder_length, unread=unread, prefix=prefix)
-  if not freeze and not c.lora.rank and not stops:
-    return {part: 3.0 * n for part, n in forward}
-  backward = dict(_backward(
-      c, length, decoder_length, unread=unread, freeze=freeze, prefix=prefix))
-  # A quotient and its product are off by a last digit.
-  return {part: round((1 + backward[part]) * n, 3) for part, n in forward}
+  config = architectures.resolve(model)
+  config = _config_for_counting(config, max(length, decoder_length))
+  forward = _forward(config, length, decoder_length, unread=unread,
+                     prefix=prefix)
+
+  # Where all is trained, the backward pass costs two forward passes.
+  loops = config.find(LoopsConfig)
+  has_passes_without_gradient = loops is not None and loops.gradient_passes > 0
+  is_whole = not freeze and not config.lora.rank
+  if is_whole and not has_passes_without_gradient:
+    return {part: 3.0 * flops for part, flops in forward}
+
+  backward_passes = dict(_backward_passes_by_part(
+      config, length, decoder_length, unread=unread, freeze=freeze,
+      prefix=prefix))
+  # Rounded, because a quotient and its product are off by a last digit.
+  return {part: round((1 + backward_passes[part]) * flops, 3)
+          for part, flops in forward}
 
 
-def of_a_row(config: ml_collections.ConfigDict, model: ModelConfig,
-             sides: Sequence[int] = ()) -> dict[str, float]:
-  """Returns the `training_flops` of a row of a run.
+def training_flops_of_row(config: ml_collections.ConfigDict, model: ModelConfig,
+                          lengths: Sequence[int] = ()) -> dict[str, float]:
+  """Returns the `training_flops` of one row of a run's batches.
 
   Args:
     config: the config of the run.
     model: its model, resolved.
-    sides: the number of tokens of a row; for an encoder-decoder, those of both
-      sides; (): those of the run.
+    lengths: the number of tokens of the row; for an encoder-decoder, those of
+      the source and of the target; (): the lengths that the run's rows have.
   """
   objective = objectives.of(config)
-  sides = sides or objective.row_lengths(config)
+  lengths = lengths or objective.row_lengths(config)
   return training_flops(
-      model, *sides, unread=objective.unread(config, sides[0]),
+      model, *lengths, unread=objective.unread(config, lengths[0]),
       freeze=config.optim.freeze, prefix=objective.prefix)
 
 
 def decode_flops(model: ModelConfig, keys: int, memory: int = 0
                  ) -> dict[str, float]:
-  """Returns the FLOPs of one token that sees `keys` keys, itself included.
+  """Returns the FLOPs of writing one token with a cache, by part.
 
   Args:
     model: config.model, of a system with a decoder.
-    keys: the position of the token plus one.
+    keys: how many tokens the new one sees, itself included.
     memory: the number of tokens of the encoder, whose keys and values are kept.
   """
-  c = architectures.resolve(model)
-  return dict(_decode(_countable(c, max(keys, memory)), keys, memory))
+  config = architectures.resolve(model)
+  config = _config_for_counting(config, max(keys, memory))
+  return dict(_decoding_flops(config, keys, memory))
 
 
-def _countable(c: ModelConfig, reach: int) -> ModelConfig:
-  """Returns the same function for `reach` tokens, whose program multiplies no
-  more than the model must: experts have as many slots as tokens come in even
-  load, and no layer is made again."""
+def _config_for_counting(config: ModelConfig, reach: int) -> ModelConfig:
+  """Returns the config of the same function, whose program multiplies no more
+  than the model must: experts have as many slots as tokens come in even load,
+    no layer is computed again, and no kernel hides its products from the count.
+
+  Args:
+    config: the config of a model.
+    reach: how many tokens the positions of the model must reach.
+  """
   factor = 1.0
-  moe = c.find(MoEConfig)
+  moe = config.find(MoEConfig)
   if moe is not None and routing.of(moe).experts_choose:
     factor = routing.active_experts(moe) / moe.top_k
   plain = dataclasses.replace(
-      c, attention_kernel='xla', remat='none', scan_layers=True,
-      max_len=max(c.max_len, reach))
+      config, attention_kernel='xla', remat='none', scan_layers=True,
+      max_len=max(config.max_len, reach))
   return plain.with_part(
       MoEConfig, dispatch='sorted', grouped_kernel='auto', group_size=0,
       capacity_factor=factor, eval_capacity_factor=factor)
 
 
-def _rows(c: ModelConfig) -> int:
-  """Returns the rows of the batch that is traced: their tokens divide evenly
-  over the experts."""
-  return c.part(MoEConfig).all_experts if c.has_experts else 1
+def _fewest_rows(config: ModelConfig) -> int:
+  """Returns the number of rows of the batch that is traced: as many as there
+  are experts, so that tokens divide evenly over them."""
+  if not config.has_experts:
+    return 1
+  return config.part(MoEConfig).all_experts
 
 
-def _tokens(c: ModelConfig, length: int) -> jax.ShapeDtypeStruct:
-  """Returns the shape of the tokens that are traced."""
-  return jax.ShapeDtypeStruct((_rows(c), length), jnp.int32)
+def _token_shape(config: ModelConfig, length: int) -> jax.ShapeDtypeStruct:
+  """Returns the shape of the batch of tokens that is traced, [rows, length]."""
+  return jax.ShapeDtypeStruct((_fewest_rows(config), length), jnp.int32)
 
 
-def _whole(c: ModelConfig, length: int, decoder_length: int, prefix: bool
-           ) -> tuple:
-  """Returns a function that applies a module to whole sequences, and the
-  tokens that it is to be given.
+def _program_over_sequence(config: ModelConfig, length: int,
+                           decoder_length: int, prefix: bool) -> tuple:
+  """Returns a function that applies a module to whole sequences, and the shapes
+  of the tokens that it takes after the module and its parameters.
 
   Args:
-    c: the config of the model.
+    config: the config of the model.
     length: the number of tokens of a row, or of a source.
     decoder_length: the number of tokens of a target; 0: there is none.
     prefix: whether the first tokens of a row see each other.
   """
-  # With positions of their own, tokens may stand in any order: no block of
-  # keys is skipped, and all of them are there to take a share of.
+  # Where positions are given, tokens may stand in any order, so that the
+  # program skips no block of masked keys. Attention declares which share of the
+  # products counts.
   def positions_of(count: int) -> jax.Array:
     return jnp.arange(count)[None]
 
@@ -174,118 +203,149 @@ def _whole(c: ModelConfig, length: int, decoder_length: int, prefix: bool
       return module.apply(
           params, source, decoder_tokens_BL=target,
           decoder_positions_BL=positions_of(decoder_length))
-    return translate, _tokens(c, length), _tokens(c, decoder_length)
+    return (translate, _token_shape(config, length),
+            _token_shape(config, decoder_length))
 
   # All others are applied to one row of tokens.
   options = {}
   if prefix:
-    options['prefix_B'] = jnp.ones(_rows(c), jnp.int32)
+    options['prefix_B'] = jnp.ones(_fewest_rows(config), jnp.int32)
 
   def read(module: Any, params: Any, tokens: Any):
     return module.apply(
         params, tokens, positions_BL=positions_of(length), **options)
-  return read, _tokens(c, length)
+  return read, _token_shape(config, length)
 
 
 @functools.lru_cache(maxsize=4096)
-def _forward(c: ModelConfig, length: int, decoder_length: int,
+def _forward(config: ModelConfig, length: int, decoder_length: int,
              unread: int = 0, prefix: bool = False, prompt: bool = False
              ) -> tuple:
   """Returns the FLOPs of a forward pass over one sequence, by part."""
-  program, *args = _whole(c, length=length, decoder_length=decoder_length,
-                          prefix=prefix)
-  return _row_flops(c, program, *args, unread=unread, prompt=prompt)
+  program, *args = _program_over_sequence(
+      config, length=length, decoder_length=decoder_length, prefix=prefix)
+  return _row_flops(config, program, *args, unread=unread, prompt=prompt)
 
 
 @functools.lru_cache(maxsize=4096)
-def _backward(c: ModelConfig, length: int, decoder_length: int, unread: int,
-              freeze: str, prefix: bool) -> tuple:
-  """Returns by part how many forward passes the backward pass costs.
+def _backward_passes_by_part(config: ModelConfig, length: int,
+                             decoder_length: int, unread: int, freeze: str,
+                             prefix: bool) -> tuple:
+  """Returns how many forward passes the backward pass costs, for `attention`
+  and for `weights`.
 
-  These are 2, less what the gradients of the trained parameters save beside
-  all gradients.
+  They are 2 where all parameters are trained, and fewer where the program of
+  the gradients of some parameters multiplies less than that of all gradients.
 
   Args:
-    c: the config of the model.
-    length, decoder_length, prefix: those of `_whole`.
+    config: the config of the model.
+    length: the number of tokens of a row, or of a source.
+    decoder_length: the number of tokens of a target; 0: there is none.
     unread: the number of tokens of a row that the head does not read.
     freeze: optim.freeze, the pattern of the parameters that are not trained.
+    prefix: whether the first tokens of a row see each other.
+
+  Returns:
+    Pairs of a part and its number.
   """
   # The shares of a learning rate: 1 is trained, and 0 is frozen.
-  module = architectures.build(c)
+  module = architectures.build(config)
   all_trained = jax.tree.map(lambda _: 1.0, parameter_shapes(module))
   optim = ml_collections.ConfigDict(
       dict(freeze=freeze, layer_decay=1.0, table_rate=1.0))
   some_trained = parameter_shares(module, optim) or all_trained
 
-  # A forward pass; all gradients, of all passes of a loop; and some gradients.
-  program, *args = _whole(c, length=length, decoder_length=decoder_length,
-                          prefix=prefix)
-  all_passes = c.with_part(LoopsConfig, gradient_passes=0)
-  forward = _row_flops(c, program, *args, unread=unread)
-  most = dict(_row_flops(
-      all_passes, program, *args, unread=unread, trained=all_trained))
-  least = dict(_row_flops(
-      c, program, *args, unread=unread, trained=some_trained))
-  by_part = []
-  for part, n in forward:
-    by_part.append((part, _passes(n, most[part], least[part])))
-  return tuple(by_part)
+  # A forward pass alone, with all gradients, and with those that are taken. All
+  # gradients are those of every pass of a looped stack.
+  program, *args = _program_over_sequence(
+      config, length=length, decoder_length=decoder_length, prefix=prefix)
+  with_all_passes = config.with_part(LoopsConfig, gradient_passes=0)
+  forward = _row_flops(config, program, *args, unread=unread)
+  with_all_gradients = dict(_row_flops(
+      with_all_passes, program, *args, unread=unread, trained=all_trained))
+  with_some_gradients = dict(_row_flops(
+      config, program, *args, unread=unread, trained=some_trained))
+
+  passes_by_part = []
+  for part, flops in forward:
+    passes = _backward_passes(
+        forward=flops, with_all_gradients=with_all_gradients[part],
+        with_some_gradients=with_some_gradients[part])
+    passes_by_part.append((part, passes))
+  return tuple(passes_by_part)
 
 
-def _passes(forward: float, most: float, least: float) -> float:
-  """Returns how many forward passes a backward pass costs.
+def _backward_passes(forward: float, with_all_gradients: float,
+                     with_some_gradients: float) -> float:
+  """Returns how many forward passes the backward pass of some gradients costs.
 
   Args:
-    forward: the FLOPs of a forward pass.
-    most: the FLOPs of a forward pass and of all gradients.
-    least: the FLOPs of a forward pass and of the gradients that are taken.
+    forward: the FLOPs of a forward pass alone.
+    with_all_gradients: the FLOPs of a forward pass and of all gradients.
+    with_some_gradients: the FLOPs of a forward pass and of the gradients that
+      are taken.
   """
-  if most <= forward:  # a part without products, or none that a trace shows
+  # There are no products, or none that the trace shows.
+  if with_all_gradients <= forward:
     return 2.0
-  if most <= 3 * forward:
-    return 2 * (least - forward) / (most - forward)
-  # A recurrence makes this again, in both programs or in one.
-  again = most - 3 * forward
-  backward = least - forward
-  if backward >= again:
-    backward -= again
-  return backward / forward
+
+  # All gradients count as two passes, and some as their share of these.
+  some_gradients = with_some_gradients - forward
+  if with_all_gradients <= 3 * forward:
+    return 2 * some_gradients / (with_all_gradients - forward)
+
+  # What a recurrence computes again, in both programs or in one, is no work
+  # that the model must do.
+  recomputed = with_all_gradients - 3 * forward
+  if some_gradients >= recomputed:
+    some_gradients -= recomputed
+  return some_gradients / forward
 
 
 @functools.lru_cache(maxsize=4096)
-def _decode(c: ModelConfig, keys: int, memory: int) -> tuple:
-  """Returns the FLOPs of one token that sees `keys` keys, by part."""
+def _decoding_flops(config: ModelConfig, keys: int, memory: int) -> tuple:
+  """Returns the FLOPs of writing one token with a full cache, as pairs of a
+  part and its FLOPs.
+
+  Args:
+    config: the config of the model, as `_config_for_counting` returns it.
+    keys: how many tokens the new one sees, itself included.
+    memory: the number of tokens of the encoder; 0: there is no encoder.
+  """
+  # The shapes of the cache. An encoder's output stands in it already.
   method = '__call__'
-  # The cache is full, so that the token sees all keys.
-  rows = _rows(c)
-  cache = jax.eval_shape(lambda: architectures.init_cache(c, rows, keys))
+  rows = _fewest_rows(config)
+  cache = jax.eval_shape(lambda: architectures.init_cache(config, rows, keys))
   if memory:
-    # The encoder's output stands in the cache already.
     method = 'decode'
-    cache = _with_memory(c, cache=cache, keys=keys, memory=memory)
+    cache = _cache_with_memory(config, cache=cache, keys=keys, memory=memory)
 
   def step(module: Any, params: Any, token: Any, cache: Any):
     position_11 = jnp.full((1, 1), keys - 1)
     return module.apply(params, token, positions_BL=position_11, cache=cache,
                         method=method)
 
-  return _row_flops(c, step, _tokens(c, 1), cache)
+  return _row_flops(config, step, _token_shape(config, 1), cache)
 
 
-def _with_memory(c: ModelConfig, cache: Any, keys: int, memory: int) -> tuple:
-  """Returns the cache of a decoder with the keys and values of its memory, of
-  which every layer has its own, whether or not it shares those of the text.
+def _cache_with_memory(config: ModelConfig, cache: Any, keys: int, memory: int
+                       ) -> tuple:
+  """Returns the shapes of a decoder's cache that also holds the keys and values
+  of the encoder's output (the memory).
+
+  Every layer has keys and values of its own for the memory, whether or not it
+  shares those of the text with other layers.
 
   Args:
-    c: the config of the model.
-    cache: the cache, as shapes.
+    config: the config of the model.
+    cache: the shapes of the cache of the text.
     keys: the number of tokens of the text.
-    memory: the number of tokens of the memory.
+    memory: the number of tokens of the encoder's output.
   """
   def unshared_cache() -> Any:
     """Returns the cache of a decoder whose layers share nothing."""
-    return architectures.init_cache(without_sharing(c), _rows(c), keys)
+    return architectures.init_cache(
+        without_sharing(config), _fewest_rows(config), keys)
 
   def lengthened(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """Returns a shape that is as long as the memory, [*rows, M, J, K]."""
@@ -302,20 +362,20 @@ def _with_memory(c: ModelConfig, cache: Any, keys: int, memory: int) -> tuple:
   return tuple(entries)
 
 
-def without_sharing(c: ModelConfig) -> ModelConfig:
+def without_sharing(config: ModelConfig) -> ModelConfig:
   """Returns the model whose layers all have keys and values of their own."""
-  tree = flat.as_dict(c)
+  tree = flat.as_dict(config)
   for fields in (tree, *tree['kinds'].values()):
     fields['kv_sharing'] = False
   return flat.make(tree)
 
 
-def _row_flops(c: ModelConfig, program: Any, *args, unread: int = 0,
+def _row_flops(config: ModelConfig, program: Any, *args, unread: int = 0,
                trained: Any = None, prompt: bool = False) -> tuple:
   """Counts the FLOPs of a row's logits and of what else a model returns.
 
   Args:
-    c: the model.
+    config: the model.
     program: a function of the module, its parameters and `args`.
     *args: the arguments of the program, as shapes.
     unread: the number of places that the head does not read.
@@ -326,7 +386,7 @@ def _row_flops(c: ModelConfig, program: Any, *args, unread: int = 0,
   Returns:
     (ATTENTION, its FLOPs) and (WEIGHTS, their FLOPs).
   """
-  module = architectures.build(c)
+  module = architectures.build(config)
 
   def outputs(params: Any, *args):
     out = program(module, {'params': params}, *args)
@@ -337,9 +397,10 @@ def _row_flops(c: ModelConfig, program: Any, *args, unread: int = 0,
     return logits, out.extra, mtp
 
   def sum_of_outputs(part: Any, params: Any, *args):
+    """Returns a loss that reads all outputs, so that no gradient is dropped."""
     total = 0
-    for x in jax.tree.leaves(outputs(
-        shares.whole(trained, part, params), *args)):
+    all_params = shares.whole(trained, part, params)
+    for x in jax.tree.leaves(outputs(all_params, *args)):
       if jnp.issubdtype(x.dtype, jnp.floating):
         total += x.astype(jnp.float32).sum()
     return total
@@ -350,14 +411,17 @@ def _row_flops(c: ModelConfig, program: Any, *args, unread: int = 0,
 
   function = outputs if trained is None else gradients
   jaxpr = jax.make_jaxpr(function)(parameter_shapes(module), *args)
-  work = count(jaxpr, Place(platform='gpu', useful=True, prompt=prompt))
+  work = count_work(jaxpr, Place(platform='gpu', useful=True, prompt=prompt))
   if work.loops or work.kernels:
     raise ValueError(
-        f'the FLOPs of model.arch {c.arch!r} cannot be counted: it has '
+        f'the FLOPs of model.arch {config.arch!r} cannot be counted: it has '
         f'{work.loops} loops whose length depends on data, and {work.kernels} '
         'kernels without an estimate')
+
+  # Attention's products are those that a mask may hide a part of.
   weights = work.flops - work.masked
-  return (ATTENTION, work.masked / _rows(c)), (WEIGHTS, weights / _rows(c))
+  num_rows = _fewest_rows(config)
+  return (ATTENTION, work.masked / num_rows), (WEIGHTS, weights / num_rows)
 
 
 class Place(NamedTuple):
@@ -426,19 +490,28 @@ class Work(NamedTuple):
         masked=self.masked * n)
 
 
-def count(jaxpr: Any, place: Place) -> Work:
-  """Returns the work of a jaxpr, open or closed."""
+def count_work(jaxpr: Any, place: Place) -> Work:
+  """Returns the work of a traced program: the sum of that of its equations.
+
+  Equations whose results nothing reads are left out, as XLA drops them. For
+  this, equations are gone through from the last to the first, with the set of
+  variables that later ones read.
+
+  Args:
+    jaxpr: the program, an open or a closed jaxpr.
+    place: where the program runs, and what of it counts.
+  """
   jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
   total = Work()
-  live = set(_variables(jaxpr.outvars))
+  read_later = set(_variables(jaxpr.outvars))
   for eqn in reversed(jaxpr.eqns):
-    is_read = any(v in live for v in eqn.outvars)
+    is_read = any(v in read_later for v in eqn.outvars)
     if not is_read and not eqn.effects:
-      continue  # dead: XLA drops it
-    live.update(_variables(eqn.invars))
-    work = _equation(eqn, place)
+      continue
+    read_later.update(_variables(eqn.invars))
+    work = _work_of_equation(eqn, place)
     if place.useful and work.flops:
-      work = _useful(work, eqn, place.prompt)
+      work = _useful_work(work, eqn, place.prompt)
     total += work
   return total
 
@@ -448,19 +521,25 @@ def _variables(atoms: Sequence[Any]) -> list[Any]:
   return [v for v in atoms if not isinstance(v, jex.Literal)]
 
 
-def _useful(work: Work, eqn: jex.JaxprEqn, prompt: bool) -> Work:
-  """Returns the share of an equation's work that layers.useful declares, all of
-  it where it declares none.
+def _useful_work(work: Work, eqn: jex.JaxprEqn, prompt: bool) -> Work:
+  """Returns the share of an equation's work that a mask leaves.
+
+  Attention declares that share in a name scope around its products
+  (layers.useful), which the equation's name stack shows. Where nothing is
+  declared, all of the work is returned.
 
   Args:
     work: the work of the equation.
-    eqn: the equation, whose name stack holds the declaration.
-    prompt: whether the share is that of a prompt.
+    eqn: the equation.
+    prompt: whether to take the share of a prompt whose tokens all see each
+      other, in place of that of training.
   """
   name_stack = str(eqn.source_info.name_stack)
-  for in_training, whole, in_prompt in _DECLARED.findall(name_stack):
-    part = in_prompt if prompt else in_training
-    flops = work.flops * int(part) / int(whole)
+  for in_training, all_products, in_prompt in _DECLARED.findall(name_stack):
+    shown_products = in_training
+    if prompt:
+      shown_products = in_prompt
+    flops = work.flops * int(shown_products) / int(all_products)
     work = work._replace(flops=flops, masked=flops)
   return work
 
@@ -489,12 +568,19 @@ def _is_of_associative_scan(eqn: jex.JaxprEqn) -> bool:
   return 'associative_scan' in names
 
 
-def _equation(eqn: jex.JaxprEqn, place: Place) -> Work:
-  """Returns the work of one equation and of all programs inside it."""
+def _work_of_equation(eqn: jex.JaxprEqn, place: Place) -> Work:
+  """Returns the work of one equation of a traced program, and of all programs
+  that it calls.
+
+  Args:
+    eqn: the equation.
+    place: where the program runs, and what of it counts.
+  """
+  # Inside of an associative scan, what is computed element by element counts.
   if place.useful and not place.elements and _is_of_associative_scan(eqn):
     place = place._replace(elements=True)
 
-  # A function that is known by its name.
+  # A function whose name says what it counts as, or is that of a kernel.
   name = eqn.params.get('name', '')
   counted = _COUNTED.fullmatch(str(name))
   if place.useful and counted:
@@ -504,7 +590,7 @@ def _equation(eqn: jex.JaxprEqn, place: Place) -> Work:
   if name in ('gmm', 'tgmm'):
     return _megablox(eqn, place)
 
-  # A primitive that is known; of any other, what it calls.
+  # A primitive with products. Any other counts as the programs that it calls.
   primitive = eqn.primitive.name
   if primitive in _PRIMITIVES:
     return _PRIMITIVES[primitive](eqn, place)
@@ -512,7 +598,7 @@ def _equation(eqn: jex.JaxprEqn, place: Place) -> Work:
     return _elementwise(eqn)
   total = Work()
   for jaxpr in jex.jaxprs_in_params(eqn.params):
-    total += count(jaxpr, place)
+    total += count_work(jaxpr, place)
   return total
 
 
@@ -551,9 +637,9 @@ def _convolution(eqn: jex.JaxprEqn, place: Place) -> Work:
 def _scan(eqn: jex.JaxprEqn, place: Place) -> Work:
   """Returns the work of all passes. Where a body multiplies no matrices, what
   it computes element by element is all that a model must compute there."""
-  body = count(eqn.params['jaxpr'], place)
+  body = count_work(eqn.params['jaxpr'], place)
   if place.useful and not body.flops:
-    body = count(eqn.params['jaxpr'], place._replace(elements=True))
+    body = count_work(eqn.params['jaxpr'], place._replace(elements=True))
   return body.times(eqn.params['length'])
 
 
@@ -562,9 +648,9 @@ def _while(eqn: jex.JaxprEqn, place: Place) -> Work:
   products is noted then."""
   jaxpr = eqn.params['body_jaxpr']
   if place.passes is not None:
-    body = count(jaxpr, place._replace(rows=place.loop_rows))
+    body = count_work(jaxpr, place._replace(rows=place.loop_rows))
     return body.times(place.passes)
-  body = count(jaxpr, place)
+  body = count_work(jaxpr, place)
   if not body.flops:
     return body
   return body._replace(loops=body.loops + 1)
@@ -572,29 +658,32 @@ def _while(eqn: jex.JaxprEqn, place: Place) -> Work:
 
 def _shard_map(eqn: jex.JaxprEqn, place: Place) -> Work:
   """Returns the work of all devices."""
-  return count(eqn.params['jaxpr'], place).times(eqn.params['mesh'].size)
+  return count_work(eqn.params['jaxpr'], place).times(eqn.params['mesh'].size)
 
 
-def _grouped(eqn: jex.JaxprEqn, place: Place) -> Work:
-  """Returns the work of jax.lax.ragged_dot, one of GROUPED."""
-  lhs, rhs, counts = (v.aval for v in eqn.invars)
+def _work_of_ragged_dot(eqn: jex.JaxprEqn, place: Place) -> Work:
+  """Returns the work of a product of rows with the matrices of their groups
+  (jax.lax.ragged_dot), or of one of the two products of its gradient."""
+  lhs, rhs, group_sizes = (v.aval for v in eqn.invars)
   numbers = eqn.params['ragged_dot_dimension_numbers']
   flops = 2.0 * lhs.size * eqn.outvars[0].aval.shape[-1]
+
+  # Which of the three products of GROUPED this is.
   (_, contracted), _ = numbers.dot_dimension_numbers
-  # Which of the three products this is: the forward one, or one of the two in
-  # the backward pass.
   if not numbers.rhs_group_dimensions:
     kind = 'weights'
   elif contracted == (rhs.ndim - 1,):
     kind = 'transposed'
   else:
     kind = 'forward'
-  # Some programs compute each group's product over all rows, and mask.
+
+  # Some platforms multiply all rows with the matrix of each group, and mask.
   if kind in place.dense:
-    flops *= counts.shape[-1]
+    flops *= group_sizes.shape[-1]
     return Work(flops=flops, nbytes=_nbytes(eqn), dense=flops)
-  rows = lhs.shape[numbers.lhs_ragged_dimensions[0]]
-  return _even_load(eqn, place=place, flops=flops, there=rows)
+
+  num_rows = lhs.shape[numbers.lhs_ragged_dimensions[0]]
+  return _work_in_even_load(eqn, place=place, flops=flops, num_rows=num_rows)
 
 
 def _megablox(eqn: jex.JaxprEqn, place: Place) -> Work:
@@ -607,36 +696,42 @@ def _megablox(eqn: jex.JaxprEqn, place: Place) -> Work:
   lhs, rhs = arrays[:2]
   flops = 2.0 * lhs.size * eqn.outvars[0].aval.shape[-1]
   by_row = rhs if eqn.params['name'] == 'tgmm' else lhs
-  return _even_load(eqn, place=place, flops=flops, there=by_row.shape[0])
+  return _work_in_even_load(eqn, place=place, flops=flops,
+                            num_rows=by_row.shape[0])
 
 
-def _even_load(eqn: jex.JaxprEqn, place: Place, flops: float, there: int
-               ) -> Work:
-  """Returns the work of the rows in even load.
+def _work_in_even_load(eqn: jex.JaxprEqn, place: Place, flops: float,
+                       num_rows: int) -> Work:
+  """Returns the work of a grouped product where tokens come in even load.
+
+  Its array has room for more rows than come then. Only those that come are read
+  and multiplied, and of the groups' matrices only as many as rows come.
 
   Args:
-    eqn: a grouped product.
-    place: where it runs.
-    flops: the FLOPs of all rows of its array.
-    there: the number of rows that the array has room for. Those in even load
-      are of as many groups as there are rows at most: of no others is the
-      matrix read.
+    eqn: the equation of the product.
+    place: where it runs; its `rows` are those that come.
+    flops: the FLOPs of all rows that the array has room for.
+    num_rows: the number of these rows.
   """
-  share = 1.0
+  share_of_rows = 1.0
   if place.rows:
-    share = min(1.0, place.rows / there)
+    share_of_rows = min(1.0, place.rows / num_rows)
+
   nbytes = 0
   for v in eqn.invars:
-    part = 1
+    share = 1
     if len(v.aval.shape) == 2:  # rows
-      part = share
+      share = share_of_rows
     if len(v.aval.shape) == 3:  # the matrices of the groups
-      part = min(1.0, share * there / v.aval.shape[0])
-    nbytes += _size(v.aval) * part
+      num_groups = v.aval.shape[0]
+      share = min(1.0, share_of_rows * num_rows / num_groups)
+    nbytes += _size(v.aval) * share
   for v in eqn.outvars:
-    part = share if len(v.aval.shape) == 2 else 1
-    nbytes += _size(v.aval) * part
-  return Work(flops=flops * share, nbytes=nbytes)
+    share = 1
+    if len(v.aval.shape) == 2:
+      share = share_of_rows
+    nbytes += _size(v.aval) * share
+  return Work(flops=flops * share_of_rows, nbytes=nbytes)
 
 
 # Products of scores' size in a call: q k and p v; and in the backward passes
@@ -644,7 +739,7 @@ def _even_load(eqn: jex.JaxprEqn, place: Place, flops: float, there: int
 _SPLASH = {'splash_mha_fwd': 2, 'splash_mha_dkv': 4, 'splash_mha_dq': 3}
 
 
-def _kernel(eqn: jex.JaxprEqn, place: Place) -> Work:
+def _work_of_kernel(eqn: jex.JaxprEqn, place: Place) -> Work:
   """Returns the work of a Pallas kernel: that of splash attention, or the
   estimate that another one carries."""
   del place
@@ -652,63 +747,68 @@ def _kernel(eqn: jex.JaxprEqn, place: Place) -> Work:
   name = str(eqn.params[key])
   for prefix, products in _SPLASH.items():
     if name.startswith(prefix):
-      return _splash(eqn, products)
+      return _work_of_splash_attention(eqn, products)
   cost = eqn.params['cost_estimate']
   if cost is None:
     return Work(kernels=1)
   return Work(flops=cost.flops, nbytes=cost.bytes_accessed)
 
 
-def _splash(eqn: jex.JaxprEqn, products: int) -> Work:
-  """Returns the work of splash attention.
+def _work_of_splash_attention(eqn: jex.JaxprEqn, products: int) -> Work:
+  """Returns the work of a kernel of splash attention, which skips blocks of the
+  scores that the mask hides.
 
   Args:
-    eqn: its call.
-    products: the number of products of the scores' size in it.
+    eqn: the call of the kernel.
+    products: how many products of the size of the scores the kernel makes.
   """
-  # [heads or 1, blocks of queries, blocks of keys]: what the mask hides of
-  # all queries is not in the grid, and a causal kernel, which is given the
-  # places of the queries, skips half of it.
+  # The grid is [heads or 1, blocks of queries, blocks of keys]. Blocks that the
+  # mask hides of all queries are not in it.
   arrays = [v.aval for v in eqn.invars if v.aval.ndim >= 3]
-  blocks = arrays[0].shape[-2:]
-  side = max(blocks)
-  share = math.prod(blocks) / side ** 2
-  has_places = False
+  grid = arrays[0].shape[-2:]
+  side = max(grid)
+  share_of_blocks = math.prod(grid) / side ** 2
+
+  # A causal kernel is given the positions of the queries, and skips the blocks
+  # above the diagonal.
+  has_positions = False
   for v in eqn.invars:
     if v.aval.ndim == 2 and v.aval.dtype == jnp.int32:
-      has_places = True
-  if share == 1 and has_places:
-    share = (side + 1) / (2 * side)
+      has_positions = True
+  if share_of_blocks == 1 and has_positions:
+    share_of_blocks = (side + 1) / (2 * side)
 
-  # Queries come first, then keys.
+  # The first array of floats is the queries, the second one the keys.
   floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
-  q, k = floats[:2]
-  flops = products * 2.0 * math.prod(q.shape) * k.shape[-2] * share
+  queries, keys = floats[:2]
+  flops_of_product = 2.0 * math.prod(queries.shape) * keys.shape[-2]
+  flops = products * flops_of_product * share_of_blocks
   return Work(flops=flops, nbytes=_nbytes(eqn))
 
 
-def _branch(eqn: jex.JaxprEqn, place: Place) -> Work:
-  """Returns the work of the branch of the platform; where the branch depends on
-  data, that of the largest one."""
+def _work_of_branch(eqn: jex.JaxprEqn, place: Place) -> Work:
+  """Returns the work of a conditional: that of the branch of the platform;
+  where
+  the branch depends on data, that of the branch with the most FLOPs."""
   branches = eqn.params['branches']
   platforms = eqn.params.get('branches_platforms')
   if not platforms:
-    works = [count(branch, place) for branch in branches]
+    works = [count_work(branch, place) for branch in branches]
     return max(works, key=lambda work: work.flops)
   for branch, names in zip(branches, platforms):
     if names is None or place.platform in names:
-      return count(branch, place)
+      return count_work(branch, place)
   raise AssertionError(f'no branch for {place.platform}')
 
 
 _PRIMITIVES = {
     'dot_general': _dot,
     'conv_general_dilated': _convolution,
-    'ragged_dot_general': _grouped,
-    'pallas_call': _kernel,
+    'ragged_dot_general': _work_of_ragged_dot,
+    'pallas_call': _work_of_kernel,
     'scan': _scan,
     'while': _while,
-    'cond': _branch,
+    'cond': _work_of_branch,
     'shard_map': _shard_map,
 }
 
@@ -764,8 +864,10 @@ _GPU = {
 }
 
 
-def peak(kind: str, dtype: str, cores: int = 1) -> float | None:
-  """Returns a device's peak FLOP/s, or None where it is not known.
+def peak_flops_per_second(kind: str, dtype: str, cores: int = 1
+                          ) -> float | None:
+  """Returns the FLOP/s that a device reaches at most, as its maker publishes
+  them, or None where they are not known.
 
   Args:
     kind: jax.Device.device_kind.
@@ -792,7 +894,7 @@ def total_peak(devices: Sequence[jax.Device], dtype: str) -> float | None:
   total = 0
   for device in devices:
     cores = device.num_cores if device.platform == 'tpu' else 1
-    each = peak(device.device_kind, dtype, cores)
+    each = peak_flops_per_second(device.device_kind, dtype, cores)
     if each is None:
       return None
     total += each

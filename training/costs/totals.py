@@ -51,8 +51,9 @@ def count(config: Config, length: int = 0,
   state = _state_bytes(module, config)
 
   # FLOPs, and the bytes that a decoder keeps; None where it does not apply.
+  training = flops.training_flops_of_row(config, model, sides)
   flops_per_token = {
-      'training': _per_token(flops.of_a_row(config, model, sides), sides),
+      'training': _per_token(training, sides),
       **_inference_flops(model, length, objectives.of(config).prefix),
   }
   per_token = per_row = memory_per_token = None
@@ -150,7 +151,7 @@ def brief(config: Config) -> dict:
       'parameters': total,
       'active_parameters': active,
       'training_flops_per_token': _per_token(
-          flops.of_a_row(config, model), sides),
+          flops.training_flops_of_row(config, model), sides),
   }
 
 

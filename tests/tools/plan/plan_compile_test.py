@@ -156,7 +156,7 @@ def test_grouped_products_are_counted_as_the_compiler_makes_them(name):
       shape(512, 256), shape(4, 256, 128), shape(4, dtype='int32'),
       shape(512, 128))
   place = flops.Place('tpu', dense=chips.dense(topology))
-  counted = flops.count(traced.jaxpr, place).flops
+  counted = flops.count_work(traced.jaxpr, place).flops
   made = traced.lower().compile().cost_analysis()['flops']
   assert counted == pytest.approx(made, rel=0.1)
 

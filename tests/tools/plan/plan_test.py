@@ -48,7 +48,7 @@ def test_wrong_names_are_refused_with_choices(name, slices, words):
 
 def test_every_chip_has_a_published_peak():
   for name, chip in chips.CHIPS.items():
-    assert flops.peak(chip.kind, 'bfloat16', chip.cores), name
+    assert flops.peak_flops_per_second(chip.kind, 'bfloat16', chip.cores), name
   v5p = chips.parse('v5p:2x2x1')
   assert predict.peak_flops(v5p, 'bfloat16') == 459e12
   assert 2 * predict.peak_flops(
@@ -58,7 +58,7 @@ def test_every_chip_has_a_published_peak():
 def test_products_are_counted_through_loops_branches_and_shards():
   x, key = jnp.ones((4, 8)), 2.0 * 4 * 8 * 8
   w = jnp.ones((8, 8))
-  count = lambda f, *a, **k: flops.count(
+  count = lambda f, *a, **k: flops.count_work(
       jax.make_jaxpr(f)(*a), flops.Place('tpu', **k)).flops
 
   def scanned(x):
@@ -86,7 +86,7 @@ def test_products_are_counted_through_loops_branches_and_shards():
   three = jax.make_jaxpr(lambda x: jax.lax.ragged_dot(
       x, jnp.ones((3, 8, 8)), jnp.array([1, 1, 0])))(x)
   for rows in (1, 2, 4):
-    assert flops.count(three, flops.Place('tpu', rows)).nbytes == (
+    assert flops.count_work(three, flops.Place('tpu', rows)).nbytes == (
         2 * rows * 8 + min(rows, 3) * 64 + 3) * 4
   # Forward again, and a gradient each of the rows and of both matrices.
   both = jax.grad(lambda x, w: (jax.lax.ragged_dot(

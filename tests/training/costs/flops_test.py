@@ -86,7 +86,7 @@ def test_a_convolution_counts_its_window():
         x_BLD, w_4D[:, None], (1,), [(3, 0)], feature_group_count=16,
         dimension_numbers=('NWC', 'WIO', 'NWC'))
   args = jnp.ones((2, LENGTH, 16)), jnp.ones((4, 16))
-  work = flops.count(jax.make_jaxpr(short)(*args), flops.Place('gpu'))
+  work = flops.count_work(jax.make_jaxpr(short)(*args), flops.Place('gpu'))
   assert work.flops == 2 * 4 * 2 * LENGTH * 16
 
 
@@ -109,7 +109,7 @@ def test_a_recurrence_without_matrices_counts_element_by_element():
     return jax.lax.associative_scan(after, (a_LBD, x_LBD))[1] + 1.0
 
   args, place = [jnp.ones((LENGTH, 2, 5))] * 2, flops.Place('gpu', useful=True)
-  work = lambda f: flops.count(jax.make_jaxpr(f)(*args), place).flops
+  work = lambda f: flops.count_work(jax.make_jaxpr(f)(*args), place).flops
   assert work(scanned) == 3 * LENGTH * 2 * 5
   # `after` has 3 FLOPs and is applied less than twice a place; further sums put
   # its results where they belong.
@@ -120,7 +120,7 @@ def test_a_recurrence_without_matrices_counts_element_by_element():
 def test_what_lies_between_the_products_of_a_scan_does_not_count():
   def layer(x_LD, w_DD):
     return jnp.tanh(x_LD @ w_DD) + x_LD, None
-  work = flops.count(jax.make_jaxpr(lambda x_LD, w_NDD: jax.lax.scan(
+  work = flops.count_work(jax.make_jaxpr(lambda x_LD, w_NDD: jax.lax.scan(
       layer, x_LD, w_NDD))(jnp.ones((LENGTH, 4)), jnp.ones((3, 4, 4))),
                      flops.Place('gpu', useful=True))
   assert work.flops == 3 * 2 * LENGTH * 4 * 4
@@ -216,7 +216,7 @@ def test_a_step_of_masked_words_is_what_its_program_multiplies(whole_words):
   program = jax.make_jaxpr(jax.grad(loss))(runs.parameter_shapes(module), {
       key: jax.ShapeDtypeStruct(shape, dtype) for key, (shape, dtype)
       in objectives.shapes(config).items()})
-  multiplied = flops.count(program, flops.Place('gpu', useful=True)).flops
+  multiplied = flops.count_work(program, flops.Place('gpu', useful=True)).flops
   unread = objective.unread(config, L)
   assert unread == (0 if whole_words else L - round(0.15 * L))
   per_token = sum(flops.training_flops(c, L, unread=unread).values()) / L
