@@ -279,7 +279,7 @@ class Model:
     token, also by part; FLOPs per token; bytes of the parameters and of the
     key-value cache. `length`: the tokens of a sequence; default: max_len."""
     length = length or self.config.max_len
-    return totals.count(self._run_config(), length, self.config)
+    return totals.count_costs(self._run_config(), length, self.config)
 
   def with_parts(self, *, seed: Seed = 0, **fields: Any) -> 'Model':
     """Returns the model with other fields of `config.model`, for example

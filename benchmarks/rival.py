@@ -107,7 +107,7 @@ def request_of_pytorch(config: Config) -> dict[str, Any]:
                        "sentences: take objective 'mlm_nsp', or "
                        '--config.model.next_sentence=False')
   return dict(
-      config_json=config_json, parameters=totals.parameters(model)[0],
+      config_json=config_json, parameters=totals.count_parameters(model)[0],
       decoder=is_decoder,
       inputs={name: array.tolist() for name, array in inputs.items()})
 

@@ -38,7 +38,7 @@ def test_it_is_among_the_choices_and_counted():
                      '.*mean .stablelm.?'):
     architectures.build(models.config('gpt', arch='stablelmm'))
   config = importlib.import_module('configs.stablelm').get_config('3b')
-  assert totals.count(config)['parameters'] == PUBLISHED
+  assert totals.count_costs(config)['parameters'] == PUBLISHED
   pages_test.test_a_page_names_the_parts_that_its_config_has('stablelm')
   pages_test.test_a_record_names_nothing_that_is_not_there('stablelm')
 

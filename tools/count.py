@@ -55,7 +55,7 @@ def main() -> None:
   # One config.
   model = runs.resolve_model_without_tokenizer(args.config)
   preflight.refuse_unread_fields(cli.overridden_fields(), args.config, model)
-  figures = totals.count(args.config, args.length)
+  figures = totals.count_costs(args.config, args.length)
   figures['not_as_published'] = [row._asdict() for row in systems.unlike(model)]
   if args.json:
     print(json.dumps(figures, indent=2))
@@ -69,7 +69,7 @@ def everything() -> Iterator[dict]:
     module = importlib.import_module(f'configs.{path.stem}')
     uncounted = getattr(module, 'UNCOUNTED', {})
     for size, fields in getattr(module, 'SIZES', {}).items():
-      figures = totals.brief(module.get_config(size))
+      figures = totals.count_briefly(module.get_config(size))
       name = f'{path.stem}:{size}'
       if figures['rumoured']:
         name += ' (rumoured)'

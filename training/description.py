@@ -46,7 +46,7 @@ def _model_line(run: runs.Run) -> str:
           f'{model.param_dtype}')
   # A token uses some of the experts, and a run may train a part of the model.
   if model.has_experts:
-    active = totals.parameters(model)[1]
+    active = totals.count_parameters(model)[1]
     text += f', of which each token uses {active:,}'
   if trained != parameters:
     text += f', of which {trained:,} are trained'
@@ -55,7 +55,7 @@ def _model_line(run: runs.Run) -> str:
 
 def _system_and_layer_lines(run: runs.Run) -> list[str]:
   """Returns what there is to say of the system and of its layers."""
-  lines = list(totals.layers(run.model))
+  lines = list(totals.describe_layers(run.model))
   system = systems.line(run.model)
   if system:
     lines.insert(0, system)

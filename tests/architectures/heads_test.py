@@ -34,7 +34,7 @@ def _run(module, params, tokens_BL, **kwargs):
 def test_parameters_are_as_many_as_published(size, head, labels, published):
   config = cli.load_config_file(size)
   config.model.update(head=head, num_labels=labels)
-  counted = totals.count(config)
+  counted = totals.count_costs(config)
   assert counted['parameters'] == published
   assert counted['by_part']['task'] > 0
   assert counted['flops_per_token']['decode'] is None

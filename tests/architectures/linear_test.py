@@ -114,7 +114,7 @@ def test_a_step_changes_the_adapters_alone(trained):
   # Adam's two moments of the adapters, a counter each of Adam and the rate.
   assert sum(x.size for x in jax.tree.leaves(state.opt_state)) == (
       2 * sum(sizes.values()) + 2)
-  figures = totals.count(run.config, model=run.model)
+  figures = totals.count_costs(run.config, model=run.model)
   assert figures['trained_parameters'] == sum(sizes.values())
   assert figures['optimizer_bytes'] == 4 * (2 * sum(sizes.values()) + 2)
 

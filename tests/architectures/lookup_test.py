@@ -102,8 +102,8 @@ def test_tables_are_told_apart_from_what_multiplies():
   more = architectures.resolve(dict(
       model.to_dict(), ngrams=dict(NGRAMS, rows=4000)))
   assert flops.forward_flops(module.config, 8) == flops.forward_flops(more, 8)
-  total, active = totals.parameters(module.config)
-  larger, as_active = totals.parameters(more)
+  total, active = totals.count_parameters(module.config)
+  larger, as_active = totals.count_parameters(more)
   assert as_active == active == total - 2 * (256 - 4) * 4
   assert larger > total + 2 * 4 * 3900 * 4
   shares = paths.flatten(runs.parameter_shares(module, optim(table_rate=5.0)))

@@ -145,7 +145,7 @@ def test_what_passes_cost():
   c = step_test.config()
   def of(**loops):
     c.model = models.config('llama', loop='concat', loops=loops)
-    return totals.count(c, 16), runs.resolve_model_without_tokenizer(c)
+    return totals.count_costs(c, 16), runs.resolve_model_without_tokenizer(c)
   (one, once), (some, several) = of(passes=1), of(passes=T)
   D = 32
   assert one['parameters'] == some['parameters']

@@ -169,7 +169,7 @@ def test_what_streams_cost(kind):
   c.model = models.config('llama', num_layers=N_layers, **KINDS[kind])
   plain = c.copy_and_resolve_references()
   plain.model.residual = 'plain'
-  costs, plain_costs = (totals.count(x, 16) for x in (c, plain))
+  costs, plain_costs = (totals.count_costs(x, 16) for x in (c, plain))
   each, ends = {'hyper': (N + N + N * N + D * (N + 2) + 2 + D, 0),
                 'blocks': (2 * D, 2 * D)}[kind]
   assert costs['by_part']['streams'] == each * 2 * N_layers + ends

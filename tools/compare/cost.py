@@ -24,7 +24,7 @@ STEP = 8  # a width that hardware likes
 LARGEST = 2 ** 24
 # Points of a sweep ask for the same ones many times.
 _tokenizer = functools.cache(tokenizers.load)
-_parameters = functools.cache(totals.parameters)
+_parameters = functools.cache(totals.count_parameters)
 
 
 class Cost(NamedTuple):

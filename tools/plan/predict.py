@@ -38,7 +38,7 @@ def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
     host_of: as in collectives.read.
   """
   step = _Step(run, host_of)
-  times = memory.gathers(run)
+  times = memory.gathers_per_step(run)
   for path, x in paths.flatten(run.abstract.params).items():
     step.add_parameter(path, x, times[path])
   step.add_layers()
@@ -77,13 +77,13 @@ class _Step:
 
     # It is gathered along one axis after the other, so it grows on the way.
     part = shard
-    for axis in reversed(memory.gathered(x.sharding)):
+    for axis in reversed(memory.gathered_axes(x.sharding)):
       self.add('reduce-scatter', (axis,), part, reductions)
       part *= self.mesh[axis]
       self.add('all-gather', (axis,), part, gathers * self.accumulation)
 
     # Its gradients are summed over the axes of the batch that do not shard it.
-    sharded = memory.axes(x.sharding)
+    sharded = memory.sharded_axes(x.sharding)
     rest = tuple(axis for axis in _BATCH_AXES if axis not in sharded)
     self.add('all-reduce', rest, shard, reductions)
 
@@ -224,8 +224,9 @@ def hbm_bytes(run: runs.Run, products: float, training: bool) -> float:
   state, back, accumulation = 0, False, 1
   if training:
     accumulation = run.config.train.grad_accumulation
-    trained = devices.on_device(memory.trained(run))
-    state = 2 * sum((memory.state(run) | {'parameters': trained}).values())
+    trained = devices.on_device(memory.trained_parameters(run))
+    state_bytes = memory.state_bytes(run) | {'parameters': trained}
+    state = 2 * sum(state_bytes.values())
     # Below what is trained there is no backward pass.
     back = not (run.config.optim.freeze or model.lora.rank)
 
@@ -241,7 +242,7 @@ def hbm_bytes(run: runs.Run, products: float, training: bool) -> float:
     if back:
       reads += layers.passes(model, path, back=True)
     itemsize = min(model.compute_dtype.itemsize, x.dtype.itemsize)
-    nbytes = memory.whole_size(x, mesh) * itemsize
+    nbytes = memory.gathered_size(x, mesh) * itemsize
     weights += reads * nbytes * (share if 'experts' in role.axes else 1)
 
   operands = products / math.prod(mesh.values())

@@ -99,7 +99,7 @@ def plan(run: runs.Run, topology: chips.Topology, names: list[str]) -> dict:
   # The model, its devices and its settings.
   model, config = run.model, run.config
   accumulation = config.train.grad_accumulation
-  parameters, active = totals.parameters(model)
+  parameters, active = totals.count_parameters(model)
   shards = devices.shards('batch', run.mesh.shape, config.mesh.rules)
   compiler = chips.compiler(topology)
   return dict(
@@ -126,7 +126,7 @@ def whole_along_fsdp(run: runs.Run) -> list[dict]:
   rows = []
   for name, x in paths.flatten(run.abstract.params).items():
     size = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    if 'fsdp' not in memory.axes(x.sharding) and size >= SMALL:
+    if 'fsdp' not in memory.sharded_axes(x.sharding) and size >= SMALL:
       rows.append(dict(name=name, bytes_per_device=size))
   rows.sort(key=lambda row: -row['bytes_per_device'])
   return rows[:LARGEST]
@@ -275,7 +275,7 @@ def analyse(run: runs.Run, topology: chips.Topology, name: str) -> dict:
         executable.as_text(), run.mesh.shape, host_of=hosts(run, topology),
         ragged_rows=ragged_rows(run, name), passes=what.passes)
   else:
-    sizes = memory.analytic(run, platform=topology.chip.platform)
+    sizes = memory.estimate_peak_bytes(run, platform=topology.chip.platform)
     _check_peak(name, sizes['peak'], hbm, ', by an estimate')
     sent = predict.sent(run, hosts(run, topology))
 
@@ -313,7 +313,7 @@ def _state(run: runs.Run, topology: chips.Topology, name: str
   Raises:
     DoesNotFit: where these alone are more than the device has.
   """
-  hbm, state = topology.chip.hbm, memory.state(run)
+  hbm, state = topology.chip.hbm, memory.state_bytes(run)
   if name != 'train':  # a generation has no optimiser
     state = {'parameters': state['parameters']}
   if sum(state.values()) > hbm:

@@ -62,7 +62,7 @@ def candidates(config: ml_collections.ConfigDict, topology: chips.Topology
   for shape in progress.show_items(shapes, 'meshes estimated'):
     mesh = devices.make_mesh(shape, placed, topology.slices)
     run = runs.build(config, model, mesh)
-    if sum(memory.state(run).values()) <= topology.chip.hbm:
+    if sum(memory.state_bytes(run).values()) <= topology.chip.hbm:
       plans += _plans_of(run, topology, activations)
   plans.sort(key=lambda plan: (plan['step_seconds'], plan['peak_bytes']))
   return plans
@@ -84,7 +84,7 @@ def _plans_of(run: runs.Run, topology: chips.Topology,
   least = math.inf  # the accumulation of this mesh's plans so far
   for name, policy in layers.REMAT.items():
     if name not in activations:
-      activations[name] = memory.kept(_variant(run, name, 1))
+      activations[name] = memory.bytes_kept_for_backward(_variant(run, name, 1))
     for parts in accumulations:
       if policy.to_host and parts >= least:
         break  # the way to the host is in no bound: it must save sending
@@ -151,7 +151,7 @@ def _score(run: runs.Run, topology: chips.Topology, kept: tuple[int, int]
       topology, model.dtype, flops=computed,
       hbm_bytes=predict.hbm_bytes(run, 0.0, True), sent=inside,
       sent_outside=outside, model_flops=needed)
-  estimate = memory.analytic(run, kept, topology.chip.platform)
+  estimate = memory.estimate_peak_bytes(run, kept, topology.chip.platform)
 
   axes = [f'{axis}={n}' for axis, n in run.mesh.shape.items() if n > 1]
   mesh = ','.join(axes) or 'data=1'

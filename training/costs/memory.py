@@ -21,7 +21,7 @@ from training.optim import shares
 from training.runs import parameter_roles, parameter_shares
 
 
-def state(run: runs.Run) -> dict[str, int]:
+def state_bytes(run: runs.Run) -> dict[str, int]:
   """Returns the bytes on a device of a run's parameters, optimiser state, and
   with optim.ema of the average of the parameters."""
   nbytes = {
@@ -33,40 +33,41 @@ def state(run: runs.Run) -> dict[str, int]:
   return nbytes
 
 
-def trained(run: runs.Run):
-  """Returns the parameters that have a gradient."""
+def trained_parameters(run: runs.Run):
+  """Returns the shapes of a run's parameters that have a gradient: those that
+  are not frozen."""
   parts = parameter_shares(run.module, run.config.optim)
   return shares.trained(parts, run.abstract.params)
 
 
-def axes(sharding: Any) -> set[str]:
+def sharded_axes(sharding: Any) -> set[str]:
   """Returns the mesh axes that an array's sharding names."""
   names: set[str] = set()
   for entry in sharding.spec:
-    names.update(_names(entry))
+    names.update(_axes_of_entry(entry))
   return names
 
 
-def gathered(sharding: Any) -> tuple[str, ...]:
-  """Returns the mesh axes that a weight is gathered over: fsdp, and the axes
-  that share its dimension."""
+def gathered_axes(sharding: Any) -> tuple[str, ...]:
+  """Returns the mesh axes that a weight is gathered over before it multiplies:
+  fsdp, and the axes that split the same dimension."""
   for entry in sharding.spec:
-    if 'fsdp' in _names(entry):
-      return _names(entry)
+    if 'fsdp' in _axes_of_entry(entry):
+      return _axes_of_entry(entry)
   return ()
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def _axes_of_entry(entry: Any) -> tuple[str, ...]:
   """Returns the mesh axes of one entry of a PartitionSpec."""
   if isinstance(entry, str):
     return (entry,)
   return tuple(entry or ())
 
 
-def described(config: Config, model: ModelConfig, shape: Mapping[str, int]
-              ) -> runs.Run:
-  """Returns the run on a mesh that is only described: nothing can be computed
-  on it, and no device is looked for.
+def run_on_described_mesh(config: Config, model: ModelConfig,
+                          shape: Mapping[str, int]) -> runs.Run:
+  """Returns a run on a mesh of devices that are not there: its arrays have
+  shapes and shardings, and nothing can be computed.
 
   Args:
     config: the config of the run.
@@ -77,87 +78,96 @@ def described(config: Config, model: ModelConfig, shape: Mapping[str, int]
   mesh = AbstractMesh(tuple(shape.values()), tuple(shape),
                       axis_types=axis_types)
   runs.check_mesh(config, model, shape)
-  # It is traced with kernels of the device that is there: those that the config
-  # names may run on others alone.
+  # The program is traced with kernels of the device that is there: those that
+  # the config names may run on others alone.
   traced = dataclasses.replace(model, attention_kernel='auto')
   traced = traced.with_part(MoEConfig, grouped_kernel='auto')
   run = runs.Run.of(config, traced, mesh)
   return dataclasses.replace(run, model=model)
 
 
-def analytic(run: runs.Run, kept_in_all: tuple[int, int] | None = None,
-             platform: str = 'cpu') -> dict[str, int]:
-  """Estimates a training step's peak, without a compiler.
+def estimate_peak_bytes(run: runs.Run,
+                        kept_in_all: tuple[int, int] | None = None,
+                        platform: str = 'cpu') -> dict[str, int]:
+  """Estimates the peak memory of a training step on a device, without compiling
+  it.
 
-  State, gradients, what the backward pass keeps by the config's remat policy
-  (traced, not guessed; it is cut up as what goes from layer to layer is),
-  weights that stay gathered, and the largest thing of one layer: scores, or
-  the widest hidden units and the gathered weights.
+  It is the sum of the state, the gradients, the activations that the backward
+  pass keeps (traced, so that the config's remat policy counts), the weights
+  that stay gathered, and the largest thing that exists within one layer:
+  attention's scores, or the widest hidden units and the gathered weights.
 
   Args:
     run: the run, on any devices.
-    kept_in_all: the result of `kept`, where it is known; None: trace it.
-    platform: tpu, where splash attention writes no scores, if it can do this
-      model's; elsewhere they are counted.
+    kept_in_all: the result of `bytes_kept_for_backward`, where it is known;
+      None: trace it.
+    platform: the platform of the devices. On tpu, splash attention writes no
+      scores where it can do the model's attention; elsewhere they are counted.
 
   Returns:
-    The bytes of each part, by its name; their sum as `peak`; and
+    The bytes of each of these, by its name; their sum as `peak`; and
     `host_memory`, where anything waits there.
   """
-  c = run.model
+  model = run.model
   shape = run.mesh.shape
   rules = run.config.mesh.rules
   length = run.config.data.length
-  width = c.compute_dtype.itemsize
-  micro = run.config.train.grad_accumulation
+  itemsize = model.compute_dtype.itemsize
+  micro_batches = run.config.train.grad_accumulation
 
   # The state, and the gradients in float32, as they add up.
-  parts = state(run)
+  parts = state_bytes(run)
   gradients = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding),
-      trained(run))
+      trained_parameters(run))
   parts['gradients'] = devices.on_device(gradients)
 
-  # The part that a micro-batch keeps for the backward pass, on this device.
+  # What a micro-batch keeps for the backward pass on this device. It is split
+  # over devices as the activations between the layers are.
   if kept_in_all is None:
-    kept_in_all = kept(run)
+    kept_in_all = bytes_kept_for_backward(run)
   on_devices, in_hosts = kept_in_all
-  pieces = micro * devices.stream_shards(shape, rules, length)
-  parts['kept_for_backward'] = on_devices // pieces
-  params = paths.flatten(run.abstract.params)
-  if c.keep_gathered != 'none':
-    parts['kept_gathered'] = width * _kept_gathered(run, params)
+  num_pieces = micro_batches * devices.stream_shards(shape, rules, length)
+  parts['kept_for_backward'] = on_devices // num_pieces
 
-  # The largest thing of one layer.
-  tokens = run.config.data.batch_size * length // (
-      micro * devices.shards('tokens', shape, rules))
+  # Weights that stay gathered from the forward pass to the backward one.
+  params = paths.flatten(run.abstract.params)
+  if model.keep_gathered != 'none':
+    parts['kept_gathered'] = itemsize * _kept_gathered(run, params)
+
+  # The largest thing of one layer: the scores, or the hidden units with their
+  # gradient and what the activation reads; and a weight with its gradient.
+  batch_tokens = run.config.data.batch_size * length
+  token_shards = devices.shards('tokens', shape, rules)
+  tokens = batch_tokens // (micro_batches * token_shards)
   widest = 0
-  for layer in c.distinct_layers:
-    scores = _scores(run.config, c=layer, tokens=tokens, platform=platform)
-    hidden = 3 * width * tokens * _hidden(layer)
+  for layer in model.distinct_layers:
+    scores = _score_bytes(run.config, layer=layer, tokens=tokens,
+                          platform=platform)
+    hidden = 3 * itemsize * tokens * _hidden_units(layer)
     widest = max(widest, scores, hidden)
-  weights = 2 * width * _largest_weight(run, params)
-  parts['one_layer'] = widest // shape['tensor'] + (
-      weights // (shape['tensor'] * shape['expert']))
+  weights = 2 * itemsize * _largest_weight_of_layer(run, params)
+  weight_shards = shape['tensor'] * shape['expert']
+  parts['one_layer'] = widest // shape['tensor'] + weights // weight_shards
 
   parts['peak'] = sum(parts.values())
-  if in_hosts // pieces:
-    parts['host_memory'] = in_hosts // pieces
+  if in_hosts // num_pieces:
+    parts['host_memory'] = in_hosts // num_pieces
   return parts
 
 
 def _kept_gathered(run: runs.Run, params: Mapping[str, Any]) -> int:
   """Returns how many numbers a device has of the weights that stay gathered
   from the forward pass to the backward one: those that are gathered once."""
-  times = gathers(run)
+  times = gathers_per_step(run)
   total = 0
   for path, x in params.items():
-    if gathered(x.sharding) and times[path] == 1:
-      total += whole_size(x, run.mesh.shape)
+    if gathered_axes(x.sharding) and times[path] == 1:
+      total += gathered_size(x, run.mesh.shape)
   return total
 
 
-def _largest_weight(run: runs.Run, params: Mapping[str, Any]) -> int:
+def _largest_weight_of_layer(run: runs.Run, params: Mapping[str, Any]) -> int:
   """Returns the numbers of the largest weight of one layer, apart from tables
   whose rows are looked up."""
   roles = paths.flatten(parameter_roles(run.module))
@@ -168,73 +178,86 @@ def _largest_weight(run: runs.Run, params: Mapping[str, Any]) -> int:
   return largest
 
 
-def gathers(run: runs.Run) -> dict[str, int]:
-  """Returns how often a step gathers each parameter, if it is sharded."""
+def gathers_per_step(run: runs.Run) -> dict[str, int]:
+  """Returns how often a training step gathers each parameter that is sharded
+  over fsdp, by the path of the parameter."""
   roles = paths.flatten(parameter_roles(run.module))
   return {path: layers.gathers(run.model, path, role.axes)
           for path, role in roles.items()}
 
 
-def whole_size(x: Any, shape: Mapping[str, int]) -> int:
-  """Returns how many numbers a device has of a weight that is gathered."""
+def gathered_size(x: Any, shape: Mapping[str, int]) -> int:
+  """Returns how many numbers of a weight a device holds after it is gathered.
+
+  Args:
+    x: the shape of the weight, with its sharding.
+    shape: the size of each mesh axis.
+  """
   shard = math.prod(x.sharding.shard_shape(x.shape))
-  shards = math.prod(shape[axis] for axis in gathered(x.sharding))
+  shards = math.prod(shape[axis] for axis in gathered_axes(x.sharding))
   return shard * shards
 
 
-def _hidden(c: ModelConfig) -> int:
-  """Returns the hidden units of a token, in a layer's feed-forward network."""
-  if c.ffn == layers.NO_FFN:
+def _hidden_units(layer: ModelConfig) -> int:
+  """Returns how many hidden units a layer's feed-forward network computes for a
+  token: those of all experts that the token goes through."""
+  if layer.ffn == layers.NO_FFN:
     return 0
-  if c.ffn != 'moe':
-    return c.d_ff
-  moe = c.part(MoEConfig)
+  if layer.ffn != 'moe':
+    return layer.d_ff
+  moe = layer.part(MoEConfig)
   return moe.d_ff * moe.top_k
 
 
-def _scores(config: Config, c: ModelConfig, tokens: int, platform: str) -> int:
-  """Returns the bytes of the attention scores of a layer, where no kernel does
-  without them: in an encoder, in a decoder, or in both.
+def _score_bytes(config: Config, layer: ModelConfig, tokens: int, platform: str
+                 ) -> int:
+  """Returns the bytes of the attention scores of a layer; 0 where a fused
+  kernel never writes them.
 
   Args:
     config: the config of the run.
-    c: the config of the layer's kind.
+    layer: the model's config as the layer reads it.
     tokens: the number of tokens on a device.
     platform: the platform of the device.
   """
-  mixer = blocks.mixer_of(c)
+  # A recurrence has no scores, but numbers that exist at once for each token.
+  mixer = blocks.mixer_of(layer)
   length = config.data.length
   if not mixer.scores:
-    return 4 * tokens * mixer.at_once(c, length)
+    return 4 * tokens * mixer.at_once(layer, length)
 
   # Splash attention writes no scores, if it can do all masks of the model.
-  rule = kernels.RULES[c.attention]
-  fused = mixer.module.FUSED and c.attention_kernel != 'xla'
-  for causal in _directions(architectures.stack(c)):
+  rule = kernels.RULES[layer.attention]
+  is_fused = mixer.module.FUSED and layer.attention_kernel != 'xla'
+  for causal in _causal_of_stack(architectures.stack(layer)):
     mask = kernels.Mask(
         causal=causal,
-        bias=positions.of(c).has_bias,
-        window=rule.window(c) if rule.window else 0,
+        bias=positions.of(layer).has_bias,
+        window=rule.window(layer) if rule.window else 0,
         rule=bool(rule.top),
         prefix=causal and objectives.of(config).prefix,
-        dropout=bool(c.attention_dropout))
-    why_not = kernels.refusal('splash', c=c, mask=mask, q_length=length,
-                              k_length=length, device=platform)
-    if why_not:
-      fused = False
-  if fused:
+        dropout=bool(layer.attention_dropout))
+    reason = kernels.refusal('splash', c=layer, mask=mask, q_length=length,
+                             k_length=length, device=platform)
+    if reason:
+      is_fused = False
+  if is_fused:
     return 0
 
   # The scores and the weights of each head, in float32.
-  heads = c.num_heads
+  heads = layer.num_heads
   if rule.top:
-    heads += c.part(IndexerConfig).heads
+    heads += layer.part(IndexerConfig).heads
   return 2 * 4 * tokens * length * heads
 
 
-def _directions(stack: str) -> tuple[bool, ...]:
-  """Returns whether the attention of a stack is causal; both for an
-  encoder-decoder."""
+def _causal_of_stack(stack: str) -> tuple[bool, ...]:
+  """Returns whether attention is causal in an encoder, in a decoder, or in each
+  of the two sides of an encoder-decoder.
+
+  Args:
+    stack: 'encoder', 'decoder' or 'encoder-decoder'.
+  """
   if stack == 'encoder':
     return (False,)
   if stack == 'decoder':
@@ -242,10 +265,18 @@ def _directions(stack: str) -> tuple[bool, ...]:
   return (True, False)
 
 
-def kept(run: runs.Run) -> tuple[int, int]:
-  """Returns the bytes that all devices keep between the passes, of a whole
-  batch without accumulation, and those that wait in the hosts' memory: the
-  residuals of jax.vjp, but for weights."""
+def bytes_kept_for_backward(run: runs.Run) -> tuple[int, int]:
+  """Returns the bytes of activations that are kept from the forward pass to the
+  backward pass of a whole batch, on all devices together.
+
+  They are the residuals of jax.vjp, but for weights, which are counted apart.
+
+  Args:
+    run: the run, whose config names the remat policy.
+
+  Returns:
+    The bytes on devices, and the bytes that wait in the memory of hosts.
+  """
   config = run.config
   objective = objectives.of(run.config)
   module = run.module.clone(

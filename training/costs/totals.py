@@ -28,9 +28,10 @@ from training.runs import (build_optimizer, parameter_roles, parameter_shapes,
 from training.workdir import run_config
 
 
-def count(config: Config, length: int = 0,
+def count_costs(config: Config, length: int = 0,
           model: ModelConfig | None = None) -> dict:
-  """Returns every figure of one config, as a dict for JSON.
+  """Returns all costs of a config's model, as a dict for JSON: parameters,
+  FLOPs, and the bytes of the cache and of the state of training.
 
   Args:
     config: the config of a run.
@@ -46,8 +47,8 @@ def count(config: Config, length: int = 0,
   is_encoder_decoder = architectures.stack(model) == 'encoder-decoder'
 
   # Parameters, and the bytes of the state.
-  sizes, active = _sizes(module)
-  active_by_part = {part: round(x) for part, x in _by_part(active).items()}
+  sizes, active = _parameter_sizes(module)
+  active_by_part = {part: round(x) for part, x in _sum_by_part(active).items()}
   state = _state_bytes(module, config)
 
   # FLOPs, and the bytes that a decoder keeps; None where it does not apply.
@@ -57,10 +58,10 @@ def count(config: Config, length: int = 0,
       **_inference_flops(model, length, objectives.of(config).prefix),
   }
   per_token = per_row = memory_per_token = None
-  if _decodes(model):
-    per_token, per_row = kept_bytes(model)
+  if _writes_text(model):
+    per_token, per_row = cache_bytes(model)
   if is_encoder_decoder:
-    memory_per_token, _ = kept_bytes(flops.without_sharing(model))
+    memory_per_token, _ = cache_bytes(flops.without_sharing(model))
 
   return {
       'model': model.arch,
@@ -68,12 +69,12 @@ def count(config: Config, length: int = 0,
       'parameters': sum(sizes.values()),
       'active_parameters': round(sum(active.values())),
       'trained_parameters': trained_parameters(module, config.optim),
-      'by_part': _by_part(sizes),
+      'by_part': _sum_by_part(sizes),
       'active_by_part': active_by_part,
       'length': length,
       'training_lengths': sides,  # both sides of an encoder-decoder
       'flops_per_token': flops_per_token,
-      'kinds_of_layer': kinds_of_layer(model),
+      'kinds_of_layer': describe_kinds_of_layer(model),
       'kv_cache_bytes_per_token': per_token,
       # The state of recurrences, for each row of a batch, however long it is.
       'state_bytes_per_row': per_row,
@@ -87,8 +88,14 @@ def count(config: Config, length: int = 0,
 
 
 def _state_bytes(module: nn.Module, config: Config) -> dict[str, int]:
-  """Returns the bytes of the parameters, of the optimiser's state and of the
-  average of the parameters."""
+  """Returns the bytes of the state of a training run: of the `parameters`, of
+  the `optimizer`'s state, and of the `average` of the parameters (0 without
+  one).
+
+  Args:
+    module: the model.
+    config: the config of the run.
+  """
   params = parameter_shapes(module)
   tx = build_optimizer(module, config.optim, config.train.steps)
   parts = parameter_shares(module, config.optim)
@@ -109,7 +116,7 @@ def _nbytes(tree: Any) -> int:
   return sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
-def _decodes(model: ModelConfig) -> bool:
+def _writes_text(model: ModelConfig) -> bool:
   """Whether the model writes text, token by token."""
   return architectures.stack(model) != 'encoder' and model.head == 'lm'
 
@@ -130,7 +137,7 @@ def _inference_flops(model: ModelConfig, length: int, prefix: bool
     lengths = [length, length]
   prefill = flops.forward_flops(model, *lengths, prompt=prefix)
   decode = None
-  if _decodes(model):
+  if _writes_text(model):
     decode = sum(flops.decode_flops(model, *lengths).values())
   return {'prefill': _per_token(prefill, lengths), 'decode': decode}
 
@@ -141,11 +148,13 @@ def _per_token(parts: dict[str, float], lengths: Sequence[int]) -> float:
   return sum(parts.values()) / sum(lengths)
 
 
-def brief(config: Config) -> dict:
-  """Returns the few figures that are told of every size at once."""
+def count_briefly(config: Config) -> dict:
+  """Returns the figures of a config that tools.count prints where it lists
+  every
+  size: its parameters, and the FLOPs of a token in training."""
   model = resolve_model_without_tokenizer(config)
   sides = _row_lengths(config, model, config.data.length)
-  total, active = parameters(model)
+  total, active = count_parameters(model)
   return {
       'rumoured': model.arch.startswith('gpt4'),
       'parameters': total,
@@ -169,9 +178,20 @@ def _row_lengths(config: Config, model: ModelConfig, length: int) -> list[int]:
   return sides
 
 
-def kinds_of_layer(model: ModelConfig) -> list[dict]:
-  """Returns what each kind of layer of a pattern is, and how many of the
-  model's layers are of it; [] for a model whose layers are all alike."""
+def describe_kinds_of_layer(model: ModelConfig) -> list[dict]:
+  """Returns a row for each kind of layer of a model whose layers differ.
+
+  A kind is a named set of fields that some layers have otherwise than the model
+  (model.kinds); the pattern says which layers are of it.
+
+  Args:
+    model: the model, resolved.
+
+  Returns:
+    Rows with the kind's name, the number of its layers, the fields that it
+    changes, its feed-forward network, and the bytes that one of its layers
+    caches; [] for a model whose layers are all alike.
+  """
   if not model.kinds:
     return []
   # The kind of each layer, of both stacks where there are two.
@@ -183,8 +203,8 @@ def kinds_of_layer(model: ModelConfig) -> list[dict]:
   # A row for each kind, with what it changes of the model's own fields.
   rows = []
   for name in model.kinds_used:
-    c = model.of_kind(name)
-    per_token, per_row = _layer_bytes(c)
+    layer = model.of_kind(name)
+    per_token, per_row = _cache_bytes_of_layer(layer)
     changes = {}
     if name:
       changes = run_config.flatten(model.kinds[name].said)
@@ -192,7 +212,7 @@ def kinds_of_layer(model: ModelConfig) -> list[dict]:
         'kind': name,
         'layers': names.count(name),
         'changes': changes,
-        'ffn': c.ffn,
+        'ffn': layer.ffn,
         'kv_cache_bytes_per_token': per_token,
         'state_bytes_per_row': per_row,
     })
@@ -200,23 +220,37 @@ def kinds_of_layer(model: ModelConfig) -> list[dict]:
 
 
 def trained_parameters(module: nn.Module, optim: Config) -> int:
-  """Returns how many parameters are not frozen; where some layers of a stack
-  are, they count."""
+  """Returns the number of parameters that are trained. Frozen layers of a stack
+  of which others are trained count too, as their gradient is computed.
+
+  Args:
+    module: the model.
+    optim: config.optim, whose pattern `freeze` names frozen parameters.
+  """
   parts = parameter_shares(module, optim)
   trained = shares.trained(parts, parameter_shapes(module))
   return sum(x.size for x in jax.tree.leaves(trained))
 
 
-def parameters(model: ModelConfig) -> tuple[int, int]:
-  """Returns the parameters of a resolved model, and the active ones."""
-  sizes, active = _sizes(architectures.build(model))
+def count_parameters(model: ModelConfig) -> tuple[int, int]:
+  """Returns the number of parameters of a resolved model, and how many of them
+  one token uses."""
+  sizes, active = _parameter_sizes(architectures.build(model))
   return sum(sizes.values()), round(sum(active.values()))
 
 
-def _sizes(module: nn.Module) -> tuple[dict, dict]:
-  """Returns the size of each parameter by path, and how much of it one token
-  uses: of the experts' weights, the share of those that it goes through, and
-  of tables that n-grams look up, the rows that it reads."""
+def _parameter_sizes(module: nn.Module) -> tuple[dict, dict]:
+  """Returns the size of each parameter, and how much of it one token uses.
+
+  A token uses the share of the experts' weights that it goes through, and the
+  rows that it reads of tables that n-grams look up.
+
+  Args:
+    module: the model.
+
+  Returns:
+    Two dicts by the paths of the parameters.
+  """
   moe = module.config.find(MoEConfig)
   roles = paths.flatten(parameter_roles(module))
   shapes = paths.flatten(parameter_shapes(module))
@@ -229,29 +263,30 @@ def _sizes(module: nn.Module) -> tuple[dict, dict]:
   active = {}
   for path, x in shapes.items():
     role = roles[path]
-    used = 1.0
+    share_used = 1.0
     # A lookup reads a few rows of its table.
     if role.reads:
-      used = role.reads / x.shape[-2]
+      share_used = role.reads / x.shape[-2]
     elif 'experts' in role.axes:
-      used = share_of_experts
+      share_used = share_of_experts
     sizes[path] = x.size
-    active[path] = x.size * used
+    active[path] = x.size * share_used
   return sizes, active
 
 
-def _by_part(sizes: dict) -> dict:
+def _sum_by_part(sizes: dict) -> dict:
   """Returns the sum of the sizes of each part: embed, attention, ffn, norms,
   head, tables, ..."""
   parts: dict = {}
   for path, size in sizes.items():
-    part = _part(path)
+    part = _part_of_parameter(path)
     parts[part] = parts.get(part, 0) + size
   return parts
 
 
-def _part(path: str) -> str:
-  """Returns the part of a model to which the parameter at a path belongs."""
+def _part_of_parameter(path: str) -> str:
+  """Returns the part of a model to which a parameter belongs, as 'attention' or
+  'norms', by the parameter's path."""
   first, *inner = path.split('/')
   last = inner[-1] if inner else first
   if first == 'mtp':  # a model is without these modules in inference
@@ -261,7 +296,7 @@ def _part(path: str) -> str:
       return 'tables'  # which nothing multiplies
     if name == 'ffn' and last.startswith('router'):
       return 'router'
-    if name in _PARTS:
+    if name in _MODULES_OF_PART:
       return name
   if any(name.endswith('_streams') for name in (first, *inner)):
     return 'streams'
@@ -270,32 +305,38 @@ def _part(path: str) -> str:
   return first
 
 
-_PARTS = ('cross_attention', 'attention', 'ffn', 'memory', 'loop')
+_MODULES_OF_PART = ('cross_attention', 'attention', 'ffn', 'memory', 'loop')
 
 
-def kept_bytes(model: ModelConfig) -> tuple[int, int]:
-  """Returns the bytes of the keys and values of every decoder layer, for one
-  token; and those that every decoder layer keeps of a row besides."""
+def cache_bytes(model: ModelConfig) -> tuple[int, int]:
+  """Returns the bytes of a decoder's cache: those of a token's keys and values
+  in
+  all layers; and those that all layers keep of a row however long it is, as the
+  state of a recurrence."""
   per_token = per_row = 0
   for kind in model.layer_kinds(model.num_decoder_layers):
-    keys, state = _layer_bytes(model.of_kind(kind.name))
+    keys, state = _cache_bytes_of_layer(model.of_kind(kind.name))
     per_token += keys
     per_row += state
   return per_token, per_row
 
 
-def _layer_bytes(c: ModelConfig) -> tuple[int, int]:
-  """Returns the bytes that a layer of a kind keeps of each token, and of each
-  row besides: the slope and the intercept of its cache's size."""
-  one = _nbytes(jax.eval_shape(lambda: blocks.empty_cache(c, (1, 1))))
-  two = _nbytes(jax.eval_shape(lambda: blocks.empty_cache(c, (1, 2))))
-  return two - one, 2 * one - two
+def _cache_bytes_of_layer(layer: ModelConfig) -> tuple[int, int]:
+  """Returns the bytes that a layer caches for each token, and for each row
+  besides: the slope and the intercept of its cache's size over the length."""
+  def bytes_of_length(length: int) -> int:
+    cache = jax.eval_shape(lambda: blocks.empty_cache(layer, (1, length)))
+    return _nbytes(cache)
+
+  one_token = bytes_of_length(1)
+  two_tokens = bytes_of_length(2)
+  return two_tokens - one_token, 2 * one_token - two_tokens
 
 
-def layers(model: ModelConfig) -> list[str]:
-  """Returns a line that says which kinds of layer there are, if there are
-  several."""
-  rows = kinds_of_layer(model)
+def describe_layers(model: ModelConfig) -> list[str]:
+  """Returns a line of text that names the kinds of layer of a model, their
+  fields and their order; none for a model whose layers are all alike."""
+  rows = describe_kinds_of_layer(model)
   if not rows:
     return []
   kinds = []

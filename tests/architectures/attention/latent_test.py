@@ -33,4 +33,5 @@ def test_a_cache_has_the_latent_and_the_turned_key_alone():
   assert [x.shape for x in jax.tree.leaves(cache)] == [(2, 3, 7, 1, 10 + 4)]
   config = base.base()
   config.model = models.config('llama', dtype='bfloat16', **LATENT)
-  assert totals.count(config, 16)['kv_cache_bytes_per_token'] == 2 * 14 * 2
+  costs = totals.count_costs(config, 16)
+  assert costs['kv_cache_bytes_per_token'] == 2 * 14 * 2

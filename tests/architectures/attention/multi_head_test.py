@@ -235,9 +235,9 @@ def test_the_cache_holds_shared_keys_once():
       architectures.init_cache(c, 2, 8)))
   assert size(unshared) == 2 * size(shared)
   assert [row['kv_cache_bytes_per_token']
-          for row in totals.kinds_of_layer(shared)
+          for row in totals.describe_kinds_of_layer(shared)
           ] == [2 * 2 * 8 * 4, 0]  # keys and values, heads, features, bytes
-  counts = [totals.parameters(c)[0] for c in (unshared, shared)]
+  counts = [totals.count_parameters(c)[0] for c in (unshared, shared)]
   assert counts[0] - counts[1] == 2 * 2 * 32 * 2 * 8  # layers, matrices
 
 

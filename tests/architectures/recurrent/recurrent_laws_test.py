@@ -195,8 +195,9 @@ def test_a_state_has_one_size_and_is_float32(mixer):
     assert cache.query_BWJK.shape == (2, 3, 3, d.key_heads, 6)
     assert cache.key_BWJK.shape == cache.query_BWJK.shape
     assert cache.value_BWHU.shape == (2, 3, 3, 4, 5)
-  state, whole = totals.kinds_of_layer(architectures.resolve(models.config(
-      'llama', dtype='bfloat16', num_kv_heads=4, **recurrences.hybrid(mixer))))
+  config = models.config('llama', dtype='bfloat16', num_kv_heads=4,
+                         **recurrences.hybrid(mixer))
+  state, whole = totals.describe_kinds_of_layer(architectures.resolve(config))
   conv = 2 * 3 * (2 * d.key_heads * 6 + 4 * 5) if d.conv else 0
   assert (state['kv_cache_bytes_per_token'], state['state_bytes_per_row']) == (
       0, 4 * 4 * 6 * 5 + conv)
@@ -243,7 +244,7 @@ def test_flops_are_those_of_the_products(mixer):
 def test_a_short_convolution_keeps_a_few_inputs_and_counts_its_weights():
   c, cache = kept(mixer=SHORT, short_conv=dict(kernel=4))
   assert cache.input_BWI.shape == (2, 3, 3, recurrences.WIDTH)
-  assert totals.kept_bytes(c) == (0, 2 * 2 * 3 * recurrences.WIDTH)
+  assert totals.cache_bytes(c) == (0, 2 * 2 * 3 * recurrences.WIDTH)
   D, L = recurrences.WIDTH, 16
   weights = 2 * (4 * D * D + 4 * D + 3 * D * c.d_ff) + D * c.vocab_size
   assert flops.forward_flops(c, L) == dict(attention=0, weights=2 * weights * L)
@@ -255,7 +256,7 @@ def test_mamba_keeps_a_state_of_each_feature():
   inner, L, N = 2 * recurrences.WIDTH, 20, 6
   assert cache.state_BIN.shape == (2, 3, inner, N)
   assert cache.input_BWI.shape == (2, 3, 3, inner)
-  assert totals.kept_bytes(c) == (0, 2 * (4 * inner * N + 2 * 3 * inner))
+  assert totals.cache_bytes(c) == (0, 2 * (4 * inner * N + 2 * 3 * inner))
   D, R = recurrences.WIDTH, 2
   weights = 2 * (3 * D * inner + inner * (2 * R + 2 * N + 4)
                  + 3 * D * c.d_ff) + D * c.vocab_size
@@ -269,7 +270,7 @@ def test_rwkv7_keeps_an_input_and_takes_two_steps_a_token():
   c, cache = kept(**recurrences.fields(SHIFTED))
   assert cache.state_BHKU.shape == (2, 3, 4, 6, 5)
   assert cache.input_B1D.shape == (2, 3, 1, recurrences.WIDTH)
-  assert totals.kept_bytes(c) == (
+  assert totals.cache_bytes(c) == (
       0, 2 * (4 * 4 * 6 * 5 + 2 * recurrences.WIDTH))
   # Two steps find and write; one read follows. A share is a weight of two.
   assert flops.decode_flops(c, 9)['attention'] == 2 * 2 * (4 + 1) * 4 * 6 * 5
@@ -279,7 +280,7 @@ def test_mamba3_keeps_a_token_and_its_angles():
   c, cache = kept(**recurrences.fields(TURNED, turned=1.0))
   assert cache.state_BHKU.shape == (2, 3, 4, 6, 5)
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(cache))
-  assert totals.kept_bytes(c) == (0, 2 * 4 * 4 * (6 * 5 + 6 + 5 + 3 + 1))
+  assert totals.cache_bytes(c) == (0, 2 * 4 * 4 * (6 * 5 + 6 + 5 + 3 + 1))
   # The token before is written, and the state is read.
   assert flops.decode_flops(c, 9)['attention'] == 2 * 2 * 2 * 4 * 6 * 5
 

@@ -157,7 +157,7 @@ def test_costs_are_those_of_the_counter(tmp_path):
   from training.data import tokenizers
   base = spec.read_sweep_file(sweeps.write(tmp_path)).base
   model, _ = runs.resolve_model(base, tokenizers.load('bytes'))
-  figures, ours = totals.count(base, 16, model), cost.of(base)
+  figures, ours = totals.count_costs(base, 16, model), cost.of(base)
   assert ours.params == figures['parameters']
   assert ours.flops_per_token == figures['flops_per_token']['training']
 

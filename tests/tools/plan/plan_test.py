@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_refused_with_figures(no_compiler):
 
 def test_the_state_on_a_device(no_compiler):
   t = chips.parse('v5p:2x2x2')
-  alone, spread = (memory.state(programs.run_on(
+  alone, spread = (memory.state_bytes(programs.run_on(
       small(gpt.get_config()), t, mesh)) for mesh in ('dp', 'fsdp'))
   params = 4 * runs.count_parameters(programs.run_on(
       small(gpt.get_config()), t, 'dp').abstract.params)
@@ -177,7 +177,7 @@ def test_a_search_ranks_what_fits(no_compiler):
   assert {one['remat'] for one in listed} == {'none', 'dots', 'full'}
   assert {one['mesh']['data'] for one in listed} >= {1, 4}
   assert all(one['peak_bytes'] < t.chip.hbm for one in listed)
-  whole = memory.state(programs.run_on(config, t, 'data=4'))
+  whole = memory.state_bytes(programs.run_on(config, t, 'data=4'))
   tight = t._replace(chip=t.chip._replace(hbm=1.1 * sum(whole.values())))
   for one in search.candidates(config, tight):  # no state lies whole
     assert one['mesh']['fsdp'] * one['mesh']['tensor'] > 1
@@ -239,7 +239,7 @@ def test_weights_are_read_whole_once_a_pass(rules, mesh):
                 for path, x in paths.flatten(run.abstract.params).items()
                 if not path.startswith('embed/'))
     assert predict.hbm_bytes(run, 0.0, False) == whole, dtype
-    state = 2 * sum(memory.state(run).values())
+    state = 2 * sum(memory.state_bytes(run).values())
     assert predict.hbm_bytes(run, 0.0, True) == 2 * whole + state, dtype
 
 
@@ -251,7 +251,7 @@ def test_passes_cost_what_as_many_layers_do():
     config.model.update(changes)
     run = run_on_cpu(config, 'ep_fsdp_tp')
     figures = {'read': predict.hbm_bytes(run, 0.0, True)
-               - 2 * sum(memory.state(run).values())}
+               - 2 * sum(memory.state_bytes(run).values())}
     for one in predict.sent(run, np.zeros(8, int)):
       key = one.kind, *one.axes
       figures[key] = figures.get(key, 0) + one.sent * one.runs
@@ -272,7 +272,7 @@ def test_every_pass_keeps_its_activations():
   def kept(**changes):
     config = small(gpt.get_config())
     config.model.update(changes)
-    return memory.kept(run_on_cpu(config, 'dp'))[0]
+    return memory.bytes_kept_for_backward(run_on_cpu(config, 'dp'))[0]
 
   loop = lambda **loops: kept(loop='add', loops=dict(passes=4, **loops))
   assert loop() == kept(num_layers=8) + 4  # bytes of the number of a pass

@@ -49,13 +49,13 @@ def test_the_experts_at_work_for_a_token(fields, active):
   model = runs.resolve_model_without_tokenizer(config)
   moe = model.part(MoEConfig)
   one = 3 * model.d_model * moe.d_ff * model.num_layers
-  figures = totals.count(config)
+  figures = totals.count_costs(config)
   every = moe.num_experts + moe.shared_experts
   assert figures['by_part']['ffn'] == every * one
   assert figures['active_by_part']['ffn'] == active * one
   assert figures['active_parameters'] == (
       figures['parameters'] - (every - active) * one)
-  assert totals.parameters(model) == (figures['parameters'],
+  assert totals.count_parameters(model) == (figures['parameters'],
                                      figures['active_parameters'])
   # And so many products: two FLOPs a parameter at work.
   wider = model.with_part(MoEConfig, d_ff=2 * moe.d_ff)
@@ -67,21 +67,21 @@ def test_training_of_an_encoder_decoder_is_that_of_its_rows():
   """A row of 64 tokens is a source of 58 and a target of 14 where 15 % of them
   are cut out in spans of 3, and an end each (Raffel et al. 2020)."""
   config = t5.get_config('tiny')
-  figures = totals.count(config, 64)
+  figures = totals.count_costs(config, 64)
   assert figures['training_lengths'] == [58, 14]
   forward = flops.forward_flops(runs.resolve_model_without_tokenizer(config),
                                 58, 14)
   assert figures['flops_per_token']['training'] == pytest.approx(
       3 * sum(forward.values()) / (58 + 14))
-  assert totals.brief(config)['training_flops_per_token'] == (
-      totals.count(config)['flops_per_token']['training'])
+  assert totals.count_briefly(config)['training_flops_per_token'] == (
+      totals.count_costs(config)['flops_per_token']['training'])
   config.objective = 'causal'
   with pytest.raises(ValueError, match='does not train model.arch'):
-    totals.count(config)
+    totals.count_costs(config)
 
 
 def test_parts_add_up_and_costs_are_gpt2s():
-  figures = totals.count(gpt.get_config('gpt2'), 1024)
+  figures = totals.count_costs(gpt.get_config('gpt2'), 1024)
   assert figures['parameters'] == sum(
       figures['by_part'].values()) == 124_439_808
   assert figures['active_parameters'] == figures['parameters']

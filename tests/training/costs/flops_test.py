@@ -222,7 +222,7 @@ def test_a_step_of_masked_words_is_what_its_program_multiplies(whole_words):
   per_token = sum(flops.training_flops(c, L, unread=unread).values()) / L
   assert per_token * L * config.data.batch_size == pytest.approx(multiplied,
                                                             rel=0.02)
-  assert per_token == totals.count(config)['flops_per_token']['training']
+  assert per_token == totals.count_costs(config)['flops_per_token']['training']
   config.mesh.context = 2  # rows that are split are read whole
   assert objective.unread(config, L) == 0
 

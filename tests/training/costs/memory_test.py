@@ -18,7 +18,8 @@ def one_layer(made, length: int, **fields) -> tuple[int, int]:
   config.data.update(length=length, batch_size=ROWS)
   c = runs.resolve_model_without_tokenizer(config)
   shape = dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
-  account = memory.analytic(memory.described(config, c, shape), (1, 0), 'tpu')
+  run = memory.run_on_described_mesh(config, c, shape)
+  account = memory.estimate_peak_bytes(run, (1, 0), 'tpu')
   return account['one_layer'], 2 * 4 * ROWS * length ** 2 * c.num_heads
 
 

@@ -157,7 +157,7 @@ class Inspect(Task):
     # The page.
     about = [f'{model.arch} of {evaluation.workdir}, step {evaluation.step}, '
              f'reading {evaluation.options.prompt!r}.', *read.notes,
-             *totals.layers(model)]
+             *totals.describe_layers(model)]
     if inspected.lens is None:
       about.append("There is no logit lens: the model's head scores no tokens "
                    'of the vocabulary.')
