@@ -341,7 +341,7 @@ def loss(config):
 frozen = plan.load('w')
 trainer = studies.Written('w', frozen, loss=loss)
 study.go('w', frozen, trainer, studies.arguments(until='again', anyway=True))
-print(report.html(comparison.load('w'), ()))
+print(report.html(comparison.load_comparison('w'), ()))
 '''
 
 

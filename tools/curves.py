@@ -23,7 +23,7 @@ FIGURES = {'eval/loss': 'held-out loss', 'train/loss': 'training loss',
            'train/learning_rate': 'learning rate',
            'train/grad_norm': 'gradient norm',
            'train/tokens_per_second': 'tokens a second'}
-KINDS = ('html', *figures.FORMATS)
+KINDS = ('html', *figures.FILE_FORMATS)
 
 
 def main() -> int:
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def _lines(folder: str, weight: float) -> dict[str, dict[str, list]]:
-  """Returns each of FIGURES that a run has, as curves.line does.
+  """Returns each of FIGURES that a run has, as curves.curve_from_rows does.
 
   Args:
     folder: the folder of the run.
@@ -76,11 +76,11 @@ def _lines(folder: str, weight: float) -> dict[str, dict[str, list]]:
     rows = metrics.read_metrics(file)
   require(rows, f'{file} has no figures yet (log.every_steps)')
 
-  spent, lines = cost.of(config), {}
+  spent, lines = cost.cost_of_run(config), {}
   for figure in FIGURES:
     split, name = figure.split('/')
-    line = curves.line(rows, split, name, run_config.flatten(config),
-                       spent.tokens, spent.flops_per_token)
+    line = curves.curve_from_rows(rows, split, name, run_config.flatten(config),
+                                  spent.tokens, spent.flops_per_token)
     if not line:
       continue
     if split != 'eval':
@@ -115,11 +115,11 @@ def _picture(drawn: Mapping[str, Mapping], panels: Mapping[str, str], by: str
   """
   from matplotlib import ticker
   from matplotlib.figure import Figure
-  with figures.style('curves'):
+  with figures.drawing_style('curves'):
     names = list(drawn)
-    look, label = figures.looks('', names), figures.shortened(names)
+    look, label = figures.line_styles('', names), figures.shorten_labels(names)
     rows = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(figures.PAGE, 1.9 * rows + 0.5))
+    figure = Figure(figsize=(figures.PAGE_WIDTH, 1.9 * rows + 0.5))
     for place, panel in enumerate(panels, 1):
       axes = figure.add_subplot(rows, 2, place)
       for name, lines in drawn.items():

@@ -27,8 +27,9 @@ EFFECT = 0.5
 
 
 def get_config():
-  return helpers.small(gpt.get_config('tiny'), 40, 16, 32, every=10, batches=4,
-                       lr=8e-3, d_model=8, num_layers=1, num_heads=2)
+  return helpers.small_run_config(
+      gpt.get_config('tiny'), 40, 16, 32, every=10, batches=4,
+      lr=8e-3, d_model=8, num_layers=1, num_heads=2)
 
 
 def sweep(add):

@@ -17,9 +17,10 @@ from configs import gpt
 Points = Iterator[tuple[str, dict[str, Any]]]
 
 
-def small(c: ml_collections.ConfigDict, steps: int, rows: int, length: int, *,
-          every: int, batches: int = 16, lr: float = 4e-3, checkpoints: int = 1,
-          **model: Any) -> ml_collections.ConfigDict:
+def small_run_config(
+    c: ml_collections.ConfigDict, steps: int, rows: int, length: int, *,
+    every: int, batches: int = 16, lr: float = 4e-3, checkpoints: int = 1,
+    **model: Any) -> ml_collections.ConfigDict:
   """Returns a config as a small run: the base of a sweep or a study.
 
   Args:
@@ -39,13 +40,14 @@ def small(c: ml_collections.ConfigDict, steps: int, rows: int, length: int, *,
   return c
 
 
-def small_gpt(steps: int, every: int = 0, batches: int = 16
-              ) -> ml_collections.ConfigDict:
+def small_gpt_config(steps: int, every: int = 0, batches: int = 16
+                     ) -> ml_collections.ConfigDict:
   """The base of most worked sweeps: GPT-2's wiring at 4 layers of width 64,
   trained on 16 x 128 bytes a step; its evaluations are often enough to fit a
   curve to."""
-  return small(gpt.get_config('tiny'), steps, 16, 128, batches=batches,
-               every=every or steps // 10, checkpoints=2, d_model=64)
+  return small_run_config(
+      gpt.get_config('tiny'), steps, 16, 128, batches=batches,
+      every=every or steps // 10, checkpoints=2, d_model=64)
 
 
 def grid(values: Mapping[str, Sequence]) -> Points:
@@ -53,14 +55,14 @@ def grid(values: Mapping[str, Sequence]) -> Points:
   pairs = [[(key, value) for value in choices]
            for key, choices in values.items()]
   for combination in itertools.product(*pairs):
-    yield name(dict(combination)), dict(combination)
+    yield name_of_changes(dict(combination)), dict(combination)
 
 
 def one_at_a_time(values: Mapping[str, Sequence]) -> Points:
   """Each value of each key alone, all else as in the base."""
   for key, choices in values.items():
     for value in choices:
-      yield name({key: value}), {key: value}
+      yield name_of_changes({key: value}), {key: value}
 
 
 def leave_one_out(changes: Mapping[str, Any]) -> Points:
@@ -71,8 +73,9 @@ def leave_one_out(changes: Mapping[str, Any]) -> Points:
         key: value for key, value in changes.items() if key != left}
 
 
-def ladder(widths: Sequence[int], depths: Sequence[int], steps: Sequence[int],
-           lr: float, at: int) -> Points:
+def ladder_of_sizes(
+    widths: Sequence[int], depths: Sequence[int], steps: Sequence[int],
+    lr: float, at: int) -> Points:
   """Every width at every depth, trained on every number of steps: the ladder
   of sizes, shapes and lengths that `tools.sweep fit` fits a law to.
 
@@ -89,7 +92,7 @@ def ladder(widths: Sequence[int], depths: Sequence[int], steps: Sequence[int],
         'train.steps': length, 'optim.lr': lr * at / width}
 
 
-def name(changes: Mapping[str, Any]) -> str:
+def name_of_changes(changes: Mapping[str, Any]) -> str:
   """Returns `rmsnorm-lr=0.001` of {'model.norm': 'rmsnorm', 'optim.lr': 1e-3}.
   """
   words = [value if isinstance(value, str) else f'{_last(key)}={value}'

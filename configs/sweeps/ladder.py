@@ -15,12 +15,13 @@ _STEPS = (125, 250, 500)
 
 
 def get_config():
-  c = helpers.small_gpt(500, every=40, batches=32)
+  c = helpers.small_gpt_config(500, every=40, batches=32)
   c.optim.warmup_steps = 25  # the shortest run has 125 steps
   return c
 
 
 def sweep(add):
   for widths, depths in ((24, 32, 48, 64, 96), (4,)), ((32, 64), (2, 8)):
-    for name, changes in helpers.ladder(widths, depths, _STEPS, 4e-3, at=64):
+    for name, changes in helpers.ladder_of_sizes(
+        widths, depths, _STEPS, 4e-3, at=64):
       add(name, **changes)

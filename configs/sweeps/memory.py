@@ -21,7 +21,7 @@ SEEDS = 5
 
 
 def get_config():
-  c = helpers.small(
+  c = helpers.small_run_config(
       llama.get_config('tiny'), 150, 16, 64, every=25, d_model=32,
       d_ff=512, num_layers=2, num_heads=2, num_kv_heads=2)
   c.model.ngrams.rows = 1021

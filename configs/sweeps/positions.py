@@ -14,7 +14,7 @@ TASKS = ('extrapolation',)
 
 
 def get_config():
-  return helpers.small_gpt(steps=250)
+  return helpers.small_gpt_config(steps=250)
 
 
 def sweep(add):

@@ -16,7 +16,7 @@ SEEDS = 5
 
 
 def get_config():
-  return helpers.small(
+  return helpers.small_run_config(
       llama.get_config('tiny'), 150, 16, 64, every=50, d_model=32,
       d_ff=128, num_layers=2, num_heads=2, num_kv_heads=2)
 

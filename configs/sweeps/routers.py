@@ -19,7 +19,7 @@ _ROUTERS = {'topk': 2, 'sigmoid': 2, 'sinkhorn': 2, 'switch': 1, 'hash': 1}
 
 
 def get_config():
-  c = helpers.small_gpt(400, every=50, batches=32)
+  c = helpers.small_gpt_config(400, every=50, batches=32)
   c.model.d_ff = 256
   c.model.moe.update(num_experts=4, ffn='gelu_tanh')
   return c

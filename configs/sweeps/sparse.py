@@ -18,7 +18,7 @@ SEEDS = 5
 
 
 def get_config():
-  c = helpers.small(
+  c = helpers.small_run_config(
       llama.get_config('tiny'), 150, 8, 128, every=25, batches=8, d_model=32,
       d_ff=128, num_layers=2, num_heads=2, num_kv_heads=2)
   c.model.indexer.update(top_k=16, heads=2)

@@ -165,12 +165,12 @@ class Written(study.Trainer):
     self.loss, self.stop_after, self.did = loss, stop_after, []
 
   def work(self, path, ledger):
-    name, description = ledger.register(), layout.load_description(path)
+    name, description = ledger.register(), layout.load_sweep_description(path)
     for row in ledger.runs(layout.PENDING):
       if self.stop_after is not None and len(self.did) >= self.stop_after:
         raise Stopped
       if ledger.claim([row.id], name):
-        config = layout.config(description, row.point, row.seed)
+        config = layout.config_of_run(description, row.point, row.seed)
         folder = layout.run_folder(path, row.point, row.seed)
         if not folder.exists():
           self.begun(path, [row])

@@ -45,7 +45,7 @@ def frozen(of):
             for i, (size, params) in enumerate(zip(SIZES, PARAMS))
             for workload in of.workloads]
   return plans.Frozen(
-      of, helpers.small_gpt(STEPS).to_dict(), points,
+      of, helpers.small_gpt_config(STEPS).to_dict(), points,
       {'file': '0123456789abcdef', 'text': 'fedcba98765432'},
       {'commit': 'f5ac5de0123456789', 'diff': ''})
 
@@ -89,8 +89,8 @@ def results(of, upto='confirm', effects=None):
   runs, records = [], {}
   if 'noise' in names:
     runs += outcomes(of, 'noise', (of.base, plans.AGAIN))
-    records['noise'] = noise.measured(of, runs)
-    records['announced'] = noise.Announced(
+    records['noise'] = noise.measure_noise(of, runs)
+    records['announced'] = noise.AnnouncedPower(
         0.84, True,
         'An effect of 0.05 in loss is found with a probability of 84%.')
   if 'tune' in names:
@@ -99,12 +99,12 @@ def results(of, upto='confirm', effects=None):
                       for workload in of.workloads]
   if 'screen' in names:
     runs += outcomes(of, 'screen', (of.base, *of.variants), effects)
-    records['screen'] = decide.screen(of, runs)
+    records['screen'] = decide.screen_variants(of, runs)
   passed = [row.variant for row in records.get('screen', ())
             if row.verdict == decide.PASSED]
   if 'confirm' in names:
     runs += outcomes(of, 'confirm', (of.base, *passed), effects)
-    records['confirm'] = decide.confirm(of, runs)
+    records['confirm'] = decide.confirm_variants(of, runs)
   return plans.to_json(dict(
       study=dict(name=of.name, hash=frozen(of).hash), outcomes=runs, **records,
       phases={name: dict(planned=10, done=10, failed=1, tokens=1.23e7,
@@ -138,5 +138,5 @@ def write(root, of=None, tree=None, **changes):
   root.mkdir(parents=True, exist_ok=True)
   tree = results(of) if tree is None else tree
   plans.save(root, dataclasses.replace(frozen(of), **changes))
-  layout.save_checked(root / 'results.json', tree)
+  layout.save_with_checksum(root / 'results.json', tree)
   return tree

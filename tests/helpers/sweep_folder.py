@@ -49,7 +49,7 @@ def write(root, points, match='', states=None):
       name='synthetic', file='configs/sweeps/synthetic.py', match=match,
       match_field='', paired=True, base=points[0]['name'],
       base_config=config.to_dict(), points=rows)
-  layout.save_description(root, description)
+  layout.save_sweep_description(root, description)
   with layout.Ledger(root) as ledger:
     ledger.add((p['name'], seed, ()) for p in points for seed in p['seeds'])
     runner = ledger.register()
@@ -60,8 +60,8 @@ def write(root, points, match='', states=None):
         ledger.settle(run.id, runner, state, error)
         p = next(p for p in points if p['name'] == run.point)
         folder = layout.run_folder(root, run.point, run.seed)
-        run_config.save_config(folder,
-                               layout.config(description, run.point, run.seed))
+        run_config.save_config(
+            folder, layout.config_of_run(description, run.point, run.seed))
         bad = config.train.max_bad_steps * (run.seed in p.get('diverged', ()))
         _write_run(folder, p, run.seed, state == layout.DONE and not bad, bad)
 

@@ -93,7 +93,7 @@ def fake(monkeypatch, code: int = 0) -> None:
 
   def train(description, workdir, point, seed):
     folder = layout.run_folder(workdir, point, seed)
-    config = layout.config(description, point, seed)
+    config = layout.config_of_run(description, point, seed)
     run_config.save_config(folder, config)
     return ['-c', SCRIPT, str(folder), str(config.train.steps)]
 

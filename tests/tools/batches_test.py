@@ -58,14 +58,14 @@ def _rows(folder, *lines, head='variant,seed,loss'):
 
 
 def test_a_variant_of_a_csv_is_paired_with_the_base(sweep, tmp_path):
-  finals = comparison.load(sweep).values(
-      'confirm', 'base', '', comparison.load(sweep).plan.primary)
+  finals = comparison.load_comparison(sweep).values(
+      'confirm', 'base', '', comparison.load_comparison(sweep).plan.primary)
   file = _rows(tmp_path, *(f'gru,{seed},{step},{loss}' for seed in SEEDS
                            for step, loss in ((100, 9.0), (
                                sweep_folder.STEPS,
                                finals[seed] + 0.3 + 0.001 * seed))),
                head='variant,seed,step,loss')
-  c = comparison.load(sweep, file)
+  c = comparison.load_comparison(sweep, file)
   row = next(row for row in c.verdicts() if row['variant'] == 'gru')
   assert row['effect'] == pytest.approx(0.301) and row['n'] == 3
   assert row['verdict'] == 'worse'
@@ -82,12 +82,13 @@ def test_a_variant_of_a_csv_is_paired_with_the_base(sweep, tmp_path):
     (['gru,,1.0'], 'line 2, .*: invalid literal')])
 def test_rows_that_are_none_are_refused(sweep, tmp_path, lines, sentence):
   with pytest.raises(RequestError, match=sentence):
-    comparison.load(sweep, _rows(tmp_path, *lines))
+    comparison.load_comparison(sweep, _rows(tmp_path, *lines))
   with pytest.raises(RequestError, match="line 2, has no .*'seed'"):
-    comparison.load(sweep, _rows(tmp_path, 'gru,1', head='variant,loss'))
+    comparison.load_comparison(
+        sweep, _rows(tmp_path, 'gru,1', head='variant,loss'))
 
 
 def test_a_study_takes_no_rows(tmp_path):
   study_folder.write(tmp_path, study_folder.plan())
   with pytest.raises(RequestError, match='--rows is of a sweep'):
-    comparison.load(tmp_path, 'losses.csv')
+    comparison.load_comparison(tmp_path, 'losses.csv')

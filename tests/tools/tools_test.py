@@ -29,7 +29,7 @@ def _refused(enter, folder) -> str:
 
 
 @pytest.mark.parametrize('enter, file', [
-    (layout.try_folder, 'sweep.json'),
+    (layout.check_workdir, 'sweep.json'),
     (lambda folder: tokenize.main(['none:', '--out', str(folder)]),
      'begun.json')], ids=['sweep', 'tokenize'])
 def test_the_folder_of_a_run_is_refused(enter, file, tmp_path):

@@ -103,7 +103,7 @@ def test_what_goes_wrong_is_said(cache, monkeypatch):
 
 def test_the_card_of_a_run_of_a_sweep(tmp_path):
   sweep_folder.write(tmp_path, sweep_folder.POINTS)
-  c = comparison.load(tmp_path)
+  c = comparison.load_comparison(tmp_path)
   run, out = layout.run_folder(tmp_path, 'better', 0), tmp_path / 'out'
   out.mkdir()
   (tmp_path / 'report').mkdir()

@@ -14,12 +14,13 @@ from tools.compare.plan import AGAIN, TEXT, Outcome, Plan
 from training.runs import INIT_SEED_OF_NEXT_SEED
 
 MIN_PAIRS = 3  # with two, every correlation is 1 or -1
-DRAWS = 1000  # how many a bootstrap takes
-LAST = 0.25  # the share of a run whose evaluations are averaged
-NO_GAIN = 'It is not shown that pairing gains anything. '
+BOOTSTRAP_DRAWS = 1000  # how many a bootstrap takes
+SHARE_OF_LAST_EVALUATIONS = 0.25  # of a run, which are averaged
+NOTE_ON_PAIRING_WITHOUT_GAIN = 'It is not shown that pairing gains anything. '
 # The other ways, of which no figure of the noise phase tells:
-UNMEASURED = ('A larger batch, a lower learning rate and more text to evaluate '
-              'on were not measured.')
+NOTE_ON_WHAT_IS_NOT_MEASURED = (
+    'A larger batch, a lower learning rate and more text to evaluate '
+    'on were not measured.')
 
 
 class Factor(NamedTuple):
@@ -35,7 +36,7 @@ class Factor(NamedTuple):
   high: float
 
 
-def pairing(base: Sequence[float], again: Sequence[float]) -> Factor:
+def gain_of_pairing(base: Sequence[float], again: Sequence[float]) -> Factor:
   """Returns how much less the differences of pairs vary than those of runs of
   different seeds would.
 
@@ -59,8 +60,9 @@ def pairing(base: Sequence[float], again: Sequence[float]) -> Factor:
       low=factor(quotient * (1 / most)), high=factor(quotient * most))
 
 
-def lowered(what: str, before: Sequence[float], after: Sequence[float]
-            ) -> Factor:
+def gain_over_same_pairs(
+    what: str, before: Sequence[float], after: Sequence[float]
+    ) -> Factor:
   """Returns how much less `after` varies than `before` of the same pairs; its
   interval is that of Pitman and Morgan (1939), for two that hang together."""
   from scipy.special import stdtrit
@@ -76,7 +78,7 @@ def lowered(what: str, before: Sequence[float], after: Sequence[float]
                 high=math.sqrt(high))
 
 
-def components(base: np.ndarray, again: np.ndarray) -> np.ndarray:
+def variance_components(base: np.ndarray, again: np.ndarray) -> np.ndarray:
   """Returns the variances of a run that come from its start, from the order of
   its data, and from the rest, [..., 3], by the method of moments: half of the
   mean squared difference of two runs is the sum of those in which they differ.
@@ -102,7 +104,7 @@ def components(base: np.ndarray, again: np.ndarray) -> np.ndarray:
                    same_start + same_order - both], -1)
 
 
-def split(base: np.ndarray, again: np.ndarray) -> list[Factor]:
+def shares_of_variance(base: np.ndarray, again: np.ndarray) -> list[Factor]:
   """Returns the shares of the variance of a run: of its start, of the order of
   its data, and of the rest, with intervals by a bootstrap of normal noise, each
   as wide as its quantiles and as these reflected.
@@ -113,16 +115,17 @@ def split(base: np.ndarray, again: np.ndarray) -> list[Factor]:
   """
   def shares(base: np.ndarray, again: np.ndarray) -> np.ndarray:
     """Returns the shares of [..., sizes, seeds], [..., 3]."""
-    each = np.maximum(components(base, again).mean(-2), 0)
+    each = np.maximum(variance_components(base, again).mean(-2), 0)
     return each / np.maximum(each.sum(-1, keepdims=True), 1e-300)
 
   share = shares(base, again)
   sizes, n = base.shape
   # Runs whose noise has the components that were measured.
   rng, scale = np.random.default_rng(0), np.sqrt(share)
-  start = scale[0] * rng.normal(size=(DRAWS, sizes, n + 1))
-  order = scale[1] * rng.normal(size=(DRAWS, 1, n))  # the same at all sizes
-  rest = scale[2] * rng.normal(size=(2, DRAWS, sizes, n))
+  start = scale[0] * rng.normal(size=(BOOTSTRAP_DRAWS, sizes, n + 1))
+  order = scale[
+      1] * rng.normal(size=(BOOTSTRAP_DRAWS, 1, n))  # the same at all sizes
+  rest = scale[2] * rng.normal(size=(2, BOOTSTRAP_DRAWS, sizes, n))
   drawn = shares(start[..., :-1] + order + rest[0],
                  start[..., 1:] + order + rest[1])
   low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
@@ -167,7 +170,7 @@ def _noise_runs(plan: Plan, outcomes: Iterable[Outcome]) -> _NoiseRuns:
   return _NoiseRuns(runs=runs, variants=variants, seeds=seeds, whole=whole)
 
 
-def measured(plan: Plan, outcomes: Iterable[Outcome]) -> list[Factor]:
+def measure_gains(plan: Plan, outcomes: Iterable[Outcome]) -> list[Factor]:
   """Returns what was gained by pairing, and what longer runs and means of
   evaluations would gain, as far as the runs of the noise phase tell it.
 
@@ -194,7 +197,7 @@ def measured(plan: Plan, outcomes: Iterable[Outcome]) -> list[Factor]:
   base, again = means(lambda run: run.values[plan.primary.name])
   if np.ptp(np.subtract(base, again)) == 0:
     return []
-  factors = [pairing(base, again)]
+  factors = [gain_of_pairing(base, again)]
 
   # The gain by longer runs, and by means, where the curves of all runs tell it.
   for (_, _, seed), run in runs.items():
@@ -203,11 +206,11 @@ def measured(plan: Plan, outcomes: Iterable[Outcome]) -> list[Factor]:
   half_way = np.subtract(*means(_loss_half_way))
   last = np.subtract(*means(_last_loss))
   late = np.subtract(*means(_late_loss))
-  factors.append(lowered(
+  factors.append(gain_over_same_pairs(
       what='twice as many steps (from half-way to the end of these runs)',
       before=half_way, after=last))
   if not np.array_equal(last, late):  # more than one evaluation
-    factors.append(lowered(
+    factors.append(gain_over_same_pairs(
         what='the mean loss over the last quarter of a run (averaged '
         'parameters, optim.ema, do no worse)', before=last, after=late))
   return factors
@@ -231,10 +234,11 @@ def _last_loss(run: Outcome) -> float:
 def _late_loss(run: Outcome) -> float:
   """Returns the mean loss of the last quarter of a run."""
   losses = np.array(run.curve['loss'])
-  return np.mean(losses[_shares(run) > 1 - LAST])
+  return np.mean(losses[_shares(run) > 1 - SHARE_OF_LAST_EVALUATIONS])
 
 
-def measured_split(plan: Plan, outcomes: Iterable[Outcome]) -> list[Factor]:
+def measure_shares_of_variance(
+    plan: Plan, outcomes: Iterable[Outcome]) -> list[Factor]:
   """Returns `split` of the noise phase; nothing where a run diverged, or where
   its starts are not crossed with its orders of data."""
   runs, variants, seeds, whole = _noise_runs(plan, outcomes)
@@ -253,12 +257,12 @@ def measured_split(plan: Plan, outcomes: Iterable[Outcome]) -> list[Factor]:
   if np.ptp(tables) == 0:
     return []
   base, again = tables
-  return split(base, again)
+  return shares_of_variance(base, again)
 
 
-def sentence(plan: Plan, outcomes: Iterable[Outcome]) -> str:
+def describe_what_lowers_noise(plan: Plan, outcomes: Iterable[Outcome]) -> str:
   """Returns what was measured, for a reader; '' where nothing was."""
-  factors = measured(plan, outcomes)
+  factors = measure_gains(plan, outcomes)
   if not factors:
     return ''
   each = []
@@ -266,15 +270,15 @@ def sentence(plan: Plan, outcomes: Iterable[Outcome]) -> str:
     each.append(f'{x.what}: {x.factor:.2f} [{x.low:.2f}, {x.high:.2f}]')
   no_gain = ''
   if factors[0].low <= 1:
-    no_gain = NO_GAIN
+    no_gain = NOTE_ON_PAIRING_WITHOUT_GAIN
   sentence = (
       'What divides the standard deviation of a difference, by how much, '
       f'with 95 % intervals: {"; ".join(each)}. A factor f spares f² times the '
-      f'seeds. {no_gain}{UNMEASURED}')
+      f'seeds. {no_gain}{NOTE_ON_WHAT_IS_NOT_MEASURED}')
 
   # The shares of the variance, where the noise phase tells them.
   parts = []
-  for x in measured_split(plan, outcomes):
+  for x in measure_shares_of_variance(plan, outcomes):
     parts.append(f'{x.what} ({x.factor:.0%} [{x.low:.0%}, {x.high:.0%}])')
   if parts:
     sentence += f' The variance of a run comes from {", ".join(parts)}.'

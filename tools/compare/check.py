@@ -22,13 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add_file_arguments(parser)
   parser.add_argument('--workdir', default='', help='write sweep.json here; of '
                       'a study that has run in part: take the hours from it')
-  add_only(parser, 'sweep', '--time', action='store_true',
-           help='time a few steps of each point on this machine')
-  add_only(parser, 'sweep', '--json', action='store_true', help='print JSON')
+  add_flag_of_kind(parser, 'sweep', '--time', action='store_true',
+                   help='time a few steps of each point on this machine')
+  add_flag_of_kind(
+      parser, 'sweep', '--json', action='store_true', help='print JSON')
 
 
-def add_only(parser: argparse.ArgumentParser, whose: str, flag: str,
-             **how: Any) -> None:
+def add_flag_of_kind(parser: argparse.ArgumentParser, whose: str, flag: str,
+                     **how: Any) -> None:
   """Adds a flag that only the file of a sweep is read with, or only that of a
   study; `check_arguments` refuses it beside the other kind of file.
 
@@ -47,12 +48,14 @@ def add_only(parser: argparse.ArgumentParser, whose: str, flag: str,
 def add_file_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds what `check` and `run` alike are told of a file and of the machine."""
   parser.add_argument('file', help='of configs/sweeps/ or configs/studies/')
-  add_only(parser, 'sweep', '--seeds', type=int, default=0,
-           help="how many: 0, 1, ...; default: the file's, or 3")
-  add_only(parser, 'sweep', '--match', default='', choices=('', *spec.MATCH),
-           help="give every point the base's cost")
-  add_only(parser, 'sweep', '--match_field', default='',
-           help=f'the field that is solved for it; default: {spec.MATCH_FIELD}')
+  add_flag_of_kind(parser, 'sweep', '--seeds', type=int, default=0,
+                   help="how many: 0, 1, ...; default: the file's, or 3")
+  add_flag_of_kind(
+      parser, 'sweep', '--match', default='', choices=('', *spec.MATCH),
+      help="give every point the base's cost")
+  add_flag_of_kind(
+      parser, 'sweep', '--match_field', default='',
+      help=f'the field that is solved for it; default: {spec.MATCH_FIELD}')
   parser.add_argument('--parallel', type=int, default=1,
                       help='processes at once (%(default)s)')
   parser.add_argument('--group', type=int, default=8, help='how many runs that '
@@ -78,22 +81,22 @@ def main(args) -> int:
     from tools.compare import study
     return study.check(args)
   if args.workdir:
-    layout.try_folder(args.workdir)
-  description = describe(args)
+    layout.check_workdir(args.workdir)
+  description = describe_sweep(args)
   if args.workdir:  # only once all is well
     with layout.Ledger(args.workdir) as ledger, ledger.transaction():
-      layout.save_description(args.workdir, description)
+      layout.save_sweep_description(args.workdir, description)
   if args.time:
     for row in progress.show_items(description['points'], 'points timed'):
       row['seconds'] = _seconds(description, row)
   if args.json:
     print(json.dumps(description, indent=2))
   else:
-    print(table(description))
+    print(render_cost_table(description))
   return 0
 
 
-def describe(args) -> dict:
+def describe_sweep(args) -> dict:
   """Returns the description of the sweep that sweep.json holds.
 
   Args:
@@ -102,7 +105,7 @@ def describe(args) -> dict:
   Raises:
     RequestError: for the first bad point.
   """
-  cost.off_devices()
+  cost.keep_off_accelerators()
   sweep = spec.read_sweep_file(args.file, args.seeds)
   require(bool(args.match) or not args.match_field, f'--match_field is '
           f'{args.match_field}, but nothing is matched: pass --match, of '
@@ -110,7 +113,7 @@ def describe(args) -> dict:
   match_field = ''
   if args.match:
     match_field = args.match_field or spec.MATCH_FIELD
-    sweep = cost.match(sweep, args.match, match_field)
+    sweep = cost.match_costs(sweep, args.match, match_field)
 
   # Points that make their batches otherwise share none.
   paired = True
@@ -118,7 +121,7 @@ def describe(args) -> dict:
     for key in point.changes:
       if key.startswith(spec.BATCHES):
         paired = False
-  sources = cost.contents(map(sweep.config, sweep.points))
+  sources = cost.hash_data_of_configs(map(sweep.config, sweep.points))
   points = []
   for point in progress.show_items(sweep.points, 'points checked'):
     points.append(_row(sweep, point))
@@ -157,8 +160,8 @@ def _row(sweep: spec.Sweep, point: spec.Point) -> dict:
   """Returns what sweep.json says of a point, once it is checked."""
   config = sweep.config(point)
   with spec.naming(f'point {point.name!r}'):
-    cost.check(config, point.changes)
-    figures = cost.of(config)
+    cost.check_config_of_point(config, point.changes)
+    figures = cost.cost_of_run(config)
     tasks = sweep.owed(point)
     has_figures = config.eval.every_steps or config.eval.tasks or tasks
     require(bool(has_figures),
@@ -184,7 +187,7 @@ def _follows(sweep: spec.Sweep, point: spec.Point, config
              ) -> dict[str, list]:
   """Returns the fields of the model that were left open and that a point
   resolves otherwise than the base, with both values."""
-  base, model = cost.resolved(sweep.base), cost.resolved(config)
+  base, model = cost.resolve_model(sweep.base), cost.resolve_model(config)
   written = run_config.flatten(config.to_dict())
   # A part that the base does not have is, in the base, as its config says.
   before = run_config.flatten(sweep.base.to_dict())
@@ -204,10 +207,10 @@ def _follows(sweep: spec.Sweep, point: spec.Point, config
   return follows
 
 
-def table(description: dict) -> str:
+def render_cost_table(description: dict) -> str:
   """Returns the costs of all points, then how each differs from the base."""
   points = description['points']
-  base = layout.row_of(description, description['base'])
+  base = layout.point_row(description, description['base'])
   rows = [('point', 'params', 'vs base', 'active', 'vs base', 'FLOPs/token',
            'vs base', 'tokens', 'FLOPs')]
   for point in points:
@@ -219,7 +222,7 @@ def table(description: dict) -> str:
         f'{point["flops_per_token"]:,.0f}',
         _ratio(point, base, 'flops_per_token'),
         f'{point["tokens"]:,}', f'{flops:.3g}'))
-  lines = layout.columns(rows)
+  lines = layout.align_columns(rows)
 
   # The changes of each point.
   lines += ['', f'differences from {base["name"]}:']

@@ -20,8 +20,8 @@ from tools.compare import plan as plans
 from tools.compare import results as results_lib
 from training import evals
 
-LR = 'optim.lr'
-BASE, OPEN = 'base', 'not done yet'
+LEARNING_RATE_FIELD = 'optim.lr'
+BASE, NOT_DONE_YET = 'base', 'not done yet'
 # The figures that an estimate takes from the comparison of a phase.
 _COMPARED = ('effect', 'low', 'high', 'n', 'p', 'p_corrected', 'p_robust',
              'p_equivalent', 'p_not_worse', 'diverged', 'base_diverged',
@@ -31,8 +31,8 @@ _COSTS = {'tokens': 'tokens', 'params': 'parameters',
           'flops_per_token': 'FLOPs a token'}
 
 
-def row_with(rows: Sequence[Mapping[str, Any]], **wanted: Any
-             ) -> Mapping[str, Any]:
+def first_row_with(rows: Sequence[Mapping[str, Any]], **wanted: Any
+                   ) -> Mapping[str, Any]:
   """Returns the first row that has these values; {} where none has them."""
   for row in rows:
     if all(row[name] == x for name, x in wanted.items()):
@@ -113,10 +113,10 @@ class Comparison:
       The row; {} where the phase has not compared the variant.
     """
     rows = self.results.get(phase, ())
-    row = row_with(rows, variant=variant, measure=measure)
+    row = first_row_with(rows, variant=variant, measure=measure)
     if not row or size in ('', decide.ALL) or len(row['sizes']) == 1:
       return row
-    return row_with(row['sizes'], size=size)
+    return first_row_with(row['sizes'], size=size)
 
   def standing(self, variant: str) -> str:
     """Returns how far a variant came, in the words of the verdict's column."""
@@ -127,8 +127,9 @@ class Comparison:
     for name in reversed(until_verdict):
       row = self.effect(name, variant, self.plan.primary.name)
       if row:
-        return OPEN if row['verdict'] == decide.PASSED else row['verdict']
-    return OPEN
+        return NOT_DONE_YET if row[
+            'verdict'] == decide.PASSED else row['verdict']
+    return NOT_DONE_YET
 
   @functools.cached_property
   def estimates(self) -> list[dict[str, Any]]:
@@ -189,8 +190,9 @@ class Comparison:
     for name in ('effect', 'low', 'high'):
       row[f'trend_{name}'] = trend.get(name)
     over_sizes = self.effect(phase, variant, measure.name)
-    for by in efficiency.BY:
-      speed_up = row_with(over_sizes.get('speed_ups', ()), size=size, by=by)
+    for by in efficiency.WAYS_TO_COUNT_SPENDING:
+      speed_up = first_row_with(
+          over_sizes.get('speed_ups', ()), size=size, by=by)
       row[f'speed_up_{by}'] = speed_up.get('factor')
       for name in ('low', 'high', 'fit_error'):
         row[f'speed_up_{by}_{name}'] = speed_up.get(name)
@@ -201,12 +203,13 @@ class Comparison:
     return self.estimates[:len(self.variants)]
 
 
-def load(workdir, rows: str = '') -> Comparison:
+def load_comparison(workdir, rows: str = '') -> Comparison:
   """Returns what lies in a workdir, from its files alone.
 
   Args:
     workdir: the folder of a sweep or a study.
-    rows: a CSV of further variants of a sweep (curves.with_rows); '': none.
+    rows: a CSV of further variants of a sweep
+      (curves.add_variants_of_csv); '': none.
 
   Raises:
     RequestError: where no sweep or study was run there, or a file is damaged.
@@ -218,17 +221,19 @@ def load(workdir, rows: str = '') -> Comparison:
   return _study(workdir)
 
 
-def value(x: Any) -> str:
+def format_config_value(x: Any) -> str:
   """Returns a config's value as a flag would have it."""
   return x if isinstance(x, str) and x else json.dumps(x)
 
 
-def changed(changes: Mapping[str, Any]) -> str:
+def format_changes(changes: Mapping[str, Any]) -> str:
   """Returns 'field=value, field=value'."""
-  return ', '.join(f'{name}={value(x)}' for name, x in changes.items())
+  return ', '.join(
+      f'{name}={format_config_value(x)}' for name, x in changes.items())
 
 
-def alone(frozen: plans.Frozen, row: Mapping[str, Any]) -> dict[str, Any]:
+def changes_from_base(
+    frozen: plans.Frozen, row: Mapping[str, Any]) -> dict[str, Any]:
   """Returns what a point changes in the base of its size and workload."""
   point = frozen.point(frozen.plan.base, row['size'], row['workload'])
   base = point['changes']
@@ -310,7 +315,7 @@ def _study_warnings(plan: plans.Plan, results: Mapping[str, Any]) -> list[str]:
   if edges:
     warnings.append('Tuning ended at the edge of what was tried for '
                     f'{", ".join(edges)}: a better value may lie beyond.')
-  return warnings + doubts(plan, confirmed)
+  return warnings + doubt_normal_noise(plan, confirmed)
 
 
 def _shown_over_seeds_alone(plan: plans.Plan,
@@ -326,7 +331,8 @@ def _shown_over_seeds_alone(plan: plans.Plan,
   return names
 
 
-def doubts(plan: plans.Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def doubt_normal_noise(
+    plan: plans.Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
   """Says where the noise of a confirmation is not what Student's test takes it
   for, and where the robust test does not agree with it."""
   primary = [row for row in rows if row['measure'] == plan.primary.name]
@@ -367,12 +373,12 @@ def _sweep(workdir, rows: str) -> Comparison:
   `rows` is a CSV of further variants, or ''."""
   sweep = curves.load_sweep(workdir)
   if rows:
-    sweep = curves.with_rows(sweep, rows)
+    sweep = curves.add_variants_of_csv(sweep, rows)
 
   # The results that a study would have in its files.
   outcomes = _outcomes(sweep)
   plan = _plan(sweep, outcomes)
-  records = {'confirm': decide.sweep(plan, outcomes),
+  records = {'confirm': decide.judge_sweep(plan, outcomes),
              'tuned': _rates(sweep),
              'provenance': {'codes': sweep.codes, 'devices': [],
                             'versions': {}}}
@@ -398,7 +404,8 @@ def _sweep(workdir, rows: str) -> Comparison:
       curves=lines,
       excluded=excluded,
       about=[_about(sweep)],
-      warnings=_sweep_warnings(sweep) + doubts(plan, results['confirm']))
+      warnings=_sweep_warnings(
+          sweep) + doubt_normal_noise(plan, results['confirm']))
 
 
 def _point_row(point: curves.Point) -> dict[str, Any]:
@@ -435,7 +442,7 @@ def _plan(sweep: curves.Sweep, outcomes: Sequence[plans.Outcome]
       workloads=(plans.TEXT,),
       measures=tuple(measures),
       seeds={'confirm': len(sweep.base.runs)},
-      tuning=plans.Tuning(fields={LR: ()}, rungs=1),
+      tuning=plans.Tuning(fields={LEARNING_RATE_FIELD: ()}, rungs=1),
       effect=0.0,
       match=sweep.match)
 
@@ -586,8 +593,8 @@ def _rates(sweep: curves.Sweep) -> list[dict[str, Any]]:
   groups: dict[str, dict[float, curves.Point]] = {}
   for point in sweep.points:
     rest = dict(point.changes)
-    lr = rest.pop(LR, sweep.base_config[LR])
-    groups.setdefault(changed(rest) or sweep.base.name, {})[lr] = point
+    lr = rest.pop(LEARNING_RATE_FIELD, sweep.base_config[LEARNING_RATE_FIELD])
+    groups.setdefault(format_changes(rest) or sweep.base.name, {})[lr] = point
 
   tuned = []
   for name, points in groups.items():
@@ -614,8 +621,8 @@ def _rate_row(name: str, points: Mapping[float, curves.Point]
     return None
   best = min(tried, key=lambda trial: (trial['diverged'], trial['value']))
   at_edge = []
-  if best['changes'][LR] in (min(points), max(points)):
-    at_edge.append(LR)
+  if best['changes'][LEARNING_RATE_FIELD] in (min(points), max(points)):
+    at_edge.append(LEARNING_RATE_FIELD)
   first = next(iter(points.values()))
   return {
       'variant': name, 'size': '', 'workload': '', 'changes': best['changes'],
@@ -628,7 +635,7 @@ def _trial(lr: float, point: curves.Point) -> dict[str, Any]:
   """Returns what a point found at a learning rate, as in plans.Tuned.tried."""
   losses = statistics.interval([*point.finals.values()])
   diverged = any(run.diverged for run in point.runs.values())
-  return {'rung': 0, 'changes': {LR: lr}, 'diverged': diverged,
+  return {'rung': 0, 'changes': {LEARNING_RATE_FIELD: lr}, 'diverged': diverged,
           'value': losses.mean, 'low': losses.low, 'high': losses.high}
 
 
@@ -674,7 +681,7 @@ def _sweep_warnings(sweep: curves.Sweep) -> list[str]:
 
   # Runs of another code, or of another config.
   if len(sweep.codes) > 1:
-    warnings.append(layout.codes_note(sweep.codes))
+    warnings.append(layout.describe_changed_code(sweep.codes))
   if sweep.strangers:
     warnings.append('Not of the config that sweep.json says, though in these '
                     f'figures: {"; ".join(sweep.strangers)}.')

@@ -19,9 +19,9 @@ from training.objectives import pipeline
 
 # The shares by which a cost that is made equal to the base's may be off: at
 # most, and so that it is left alone.
-TOLERANCE, NEAR = 0.01, 0.0025
-STEP = 8  # a width that hardware likes
-LARGEST = 2 ** 24
+LARGEST_SHARE_OFF, SHARE_OFF_LEFT_ALONE = 0.01, 0.0025
+STEP_OF_WIDTHS = 8  # a width that hardware likes
+LARGEST_WIDTH = 2 ** 24
 # Points of a sweep ask for the same ones many times.
 _tokenizer = functools.cache(tokenizers.load)
 _parameters = functools.cache(totals.count_parameters)
@@ -43,15 +43,15 @@ class Cost(NamedTuple):
   tokens: int
 
 
-def off_devices() -> None:
+def keep_off_accelerators() -> None:
   """Keeps this process off the accelerators: its children need them."""
   jax.config.update('jax_platforms', 'cpu')
 
 
-def of(config) -> Cost:
+def cost_of_run(config) -> Cost:
   """Returns what a run of `config` costs; ValueError for a bad model."""
   length = sum(objectives.of(config).row_lengths(config))
-  params, active_params = _parameters(resolved(config))
+  params, active_params = _parameters(resolve_model(config))
   rows = int(pipeline.ramp_of(config).before(config.train.steps))
   return Cost(params=params, active_params=active_params,
               flops_per_token=_flops_per_token(config), tokens=rows * length)
@@ -59,30 +59,30 @@ def of(config) -> Cost:
 
 def _flops_per_token(config) -> float:
   """Returns the FLOPs of training on one token."""
-  of_a_row = sum(flops.training_flops_of_row(config, resolved(config)).values())
+  of_a_row = sum(flops.training_flops_of_row(config, resolve_model(config)).values())
   return of_a_row / sum(objectives.of(config).row_lengths(config))
 
 
-def body(config) -> float:
+def share_of_flops_without_vocabulary(config) -> float:
   """Returns the share of the FLOPs of training that is not for products with
   the vocabulary, which grow in proportion to it."""
-  model = resolved(config)
+  model = resolve_model(config)
   doubled = dataclasses.replace(model, vocab_size=model.vocab_size * 2)
   once = sum(flops.training_flops_of_row(config, model).values())
   twice = sum(flops.training_flops_of_row(config, doubled).values())
   return 2 - twice / once
 
 
-def figure(config, what: str) -> float:
+def one_cost_figure(config, what: str) -> float:
   """Returns one figure of a Cost alone, of spec.MATCH: each takes a trace that
   the others do not need."""
   if what == 'flops_per_token':
     return _flops_per_token(config)
-  params, active_params = _parameters(resolved(config))
+  params, active_params = _parameters(resolve_model(config))
   return active_params if what == 'active_params' else params
 
 
-def check(config, changes: Mapping) -> None:
+def check_config_of_point(config, changes: Mapping) -> None:
   """Raises RequestError for whatever a run of `config`, of which `changes` were
   made, would refuse before it starts, and for what no comparison can have."""
   preflight.check_config(config)
@@ -94,7 +94,7 @@ def check(config, changes: Mapping) -> None:
   pipeline.check_sources(config)
 
 
-def contents(configs) -> dict[str, str]:
+def hash_data_of_configs(configs) -> dict[str, str]:
   """Returns a hash of what each source and tokenizer of some configs holds, by
   its name, as far as they lie on this machine."""
   by_data = {str(config.data): config for config in configs}
@@ -104,13 +104,13 @@ def contents(configs) -> dict[str, str]:
   return hashes
 
 
-def resolved(config):
+def resolve_model(config):
   """Returns the model of a run, its open fields filled in."""
   model, *_ = runs.resolve_model(config, _tokenizer(config.data.tokenizer))
   return model
 
 
-def match(sweep: spec.Sweep, what: str, field: str) -> spec.Sweep:
+def match_costs(sweep: spec.Sweep, what: str, field: str) -> spec.Sweep:
   """Returns the sweep with `field` solved in each point that needs it.
 
   A point within 0.25 % of the base is left alone. Else the field becomes the
@@ -124,8 +124,9 @@ def match(sweep: spec.Sweep, what: str, field: str) -> spec.Sweep:
   Raises:
     RequestError: naming the point that cannot be matched, and why.
   """
-  spec.changed(sweep.base, {field: STEP}, '--match_field')  # it is an integer
-  target = figure(sweep.base, what)
+  spec.changed(
+      sweep.base, {field: STEP_OF_WIDTHS}, '--match_field')  # it is an integer
+  target = one_cost_figure(sweep.base, what)
   points = []
   for point in sweep.points:
     with spec.naming(f'point {point.name!r}'):
@@ -141,14 +142,14 @@ def _solved(sweep: spec.Sweep, point: spec.Point, what: str, field: str,
   def cost(value: int) -> float:
     """Returns the cost of the point with a value of the field."""
     changes = {**point.changes, field: value}
-    return figure(spec.changed(sweep.base, changes, 'it'), what)
+    return one_cost_figure(spec.changed(sweep.base, changes, 'it'), what)
 
   def off(value: int) -> float:
     """Returns how far the cost of a value is from the target."""
     return abs(cost(value) / target - 1)
 
   config = sweep.config(point)
-  if abs(figure(config, what) / target - 1) <= NEAR:
+  if abs(one_cost_figure(config, what) / target - 1) <= SHARE_OFF_LEFT_ALONE:
     return point
   require(field not in point.changes, f'it sets {field}, which --match={what} '
           'would solve: name another field with --match_field, or leave it out '
@@ -166,7 +167,8 @@ def _solved(sweep: spec.Sweep, point: spec.Point, what: str, field: str,
   if field == 'model.d_model' and not config.model.head_dim:
     heads = 2 * config.model.num_heads  # they must divide the width
   best = None
-  for step, enough in ((STEP, NEAR), (1, TOLERANCE)):
+  for step, enough in (
+      (STEP_OF_WIDTHS, SHARE_OFF_LEFT_ALONE), (1, LARGEST_SHARE_OFF)):
     step = 1 if counts_layers else math.lcm(step, heads)
     best = min(_around(cost, target, step), key=off, default=None)
     if best is not None and off(best) <= enough:
@@ -178,8 +180,9 @@ def _solved(sweep: spec.Sweep, point: spec.Point, what: str, field: str,
     near = f': {field}={best} comes nearest, at {cost(best):,.0f}'
   raise RequestError(
       f'it cannot be matched: no {field} gives it the {what} '
-      f'of the base, {target:,.0f}, within {TOLERANCE:.0%}{near}. Match '
-      f'something else of {", ".join(spec.MATCH)}, or by another --match_field')
+      f'of the base, {target:,.0f}, within {LARGEST_SHARE_OFF:.0%}{near}. '
+      f'Match something else of {", ".join(spec.MATCH)}, or by another '
+      '--match_field')
 
 
 def _around(cost, target: float, step: int) -> list[int]:
@@ -195,9 +198,9 @@ def _around(cost, target: float, step: int) -> list[int]:
   if cost(step) >= target:
     return [step]
   while cost(high * step) < target:
-    if cost(high * step) <= cost(low * step) or high * step > LARGEST:
+    if cost(high * step) <= cost(low * step) or high * step > LARGEST_WIDTH:
       return []  # the field changes nothing here
-    further = min(math.ceil(on_the_line()), 2 * LARGEST // step)
+    further = min(math.ceil(on_the_line()), 2 * LARGEST_WIDTH // step)
     low, high = high, max(high + 1, further)
   while high - low > 1:
     middle = min(max(int(on_the_line()), low + 1), high - 1)

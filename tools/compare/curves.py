@@ -152,13 +152,15 @@ class Point:
     split, name = figure, 'loss'
     if figure.startswith('health/'):
       split, name = 'train', figure
-    return line(rows=run.rows, split=split, name=name, config=run.config,
-                tokens=self.tokens, flops_per_token=self.flops_per_token)
+    return curve_from_rows(
+        rows=run.rows, split=split, name=name, config=run.config,
+        tokens=self.tokens, flops_per_token=self.flops_per_token)
 
 
-def line(rows: Sequence[Mapping[str, Any]], split: str, name: str,
-         config: Mapping[str, Any], tokens: int, flops_per_token: float
-         ) -> dict[str, list]:
+def curve_from_rows(rows: Sequence[Mapping[str, Any]], split: str, name: str,
+                    config: Mapping[
+                        str, Any], tokens: int, flops_per_token: float
+                    ) -> dict[str, list]:
   """Returns a figure of a run as Point.curve does.
 
   Args:
@@ -196,7 +198,7 @@ def line(rows: Sequence[Mapping[str, Any]], split: str, name: str,
       'warm': is_warm.tolist()}
 
 
-def cooled(config: Mapping[str, Any]) -> bool:
+def ends_cooled_down(config: Mapping[str, Any]) -> bool:
   """Returns whether a run of a config, by dotted names, ends at a learning rate
   that fell to the end of its schedule, to a half or less: in the middle of a
   decay, and without one, a loss is not the best that its FLOPs buy."""
@@ -205,7 +207,7 @@ def cooled(config: Mapping[str, Any]) -> bool:
           and config['optim.final_fraction'] <= 0.5)
 
 
-def mean(each: Sequence[Mapping[str, list]]) -> dict[str, np.ndarray]:
+def mean_curve(each: Sequence[Mapping[str, list]]) -> dict[str, np.ndarray]:
   """Returns the mean of curves, at the steps that all of them have."""
   steps = functools.reduce(np.intersect1d, [curve['step'] for curve in each])
   means = {}
@@ -270,15 +272,15 @@ def load_sweep(workdir) -> Sweep:
   Raises:
     ValueError: where no sweep was run.
   """
-  description = layout.load_description(workdir)
-  sweep = read(workdir, description, layout.ledger_runs(workdir))
+  description = layout.load_sweep_description(workdir)
+  sweep = read_sweep(workdir, description, layout.load_ledger_runs(workdir))
   for stranger in sweep.strangers:
     print(f'warning: not of the config that sweep.json says: {stranger}',
           file=sys.stderr)
   return sweep
 
 
-def with_rows(sweep: Sweep, file: str) -> Sweep:
+def add_variants_of_csv(sweep: Sweep, file: str) -> Sweep:
   """Returns a sweep with a point for each variant of a CSV, which was trained
   elsewhere on the batches of the same seeds; its costs are not known.
 
@@ -337,8 +339,8 @@ def _rows_of_file(file: str, steps: int
   return variants
 
 
-def read(workdir, description: Mapping[str, Any],
-         rows: Sequence[layout.Run]) -> Sweep:
+def read_sweep(workdir, description: Mapping[str, Any],
+               rows: Sequence[layout.Run]) -> Sweep:
   """Returns the sweep of a folder.
 
   Args:
@@ -362,7 +364,7 @@ def read(workdir, description: Mapping[str, Any],
       base_config=base_config,
       base=points[description['base']],
       points=tuple(points.values()),
-      codes=tuple(layout.codes(workdir, description)))
+      codes=tuple(layout.codes_of_runs(workdir, description)))
 
 
 def _point(workdir, description, row: Mapping[str, Any],
@@ -418,9 +420,10 @@ def _run(workdir, description, point: str, seed: int, state: str, error: str
   file = folder / 'metrics.jsonl'
   if file.exists():
     rows = tuple(metrics.read_metrics(file))
-  evaluations = layout.evaluation(folder)
+  evaluations = layout.load_evaluation(folder)
   if is_started:
-    strange = tuple(layout.differing(description, workdir, point, seed))
+    strange = tuple(
+        layout.fields_unlike_sweep(description, workdir, point, seed))
   return Run(seed=seed, state=state, error=error, config=config, rows=rows,
              evaluations=evaluations, strange=strange, items=scored)
 

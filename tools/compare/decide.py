@@ -128,8 +128,8 @@ class Verdict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Member:
-  """A variant and a measure: a member of a family of tests, which are corrected
+class FamilyMember:
+  """A variant and a measure: one test of a family of tests, which are corrected
   together.
 
   Attributes:
@@ -165,7 +165,7 @@ class Member:
 
 
 class PValues(NamedTuple):
-  """The p of the tests of a member, as they are or as they are corrected.
+  """The p-values of a variant and a measure, before or after a correction.
 
   Attributes:
     p: the p of no effect.
@@ -179,20 +179,35 @@ class PValues(NamedTuple):
   p_not_worse: float | None = None
 
 
-def screen(plan: Plan, outcomes: Outcomes, phase='screen') -> list[Verdict]:
-  """Returns the row of each variant that was run, at the smallest size. Where
-  the plan names a margin, one that is no worse than by it passes, too."""
+def screen_variants(plan: Plan, outcomes: Outcomes, phase='screen'
+                    ) -> list[Verdict]:
+  """Returns which variants pass a screening, a paired t-test of the primary
+  measure at the smallest size, corrected by Benjamini-Hochberg (1995).
+
+  Where the plan names a margin, a variant that is no worse than by it passes,
+  too. One of which too many runs diverged does not pass.
+
+  Args:
+    plan: the plan of the study.
+    outcomes: the outcomes of the runs of all phases so far.
+    phase: the name of the phase that screens.
+
+  Returns:
+    The row of each variant that was run.
+  """
   variants = _variants_that_ran(plan, outcomes, phase)
-  rows = _family(
-      plan=plan, outcomes=outcomes, phase=phase,
-      tested=[(variant, plan.primary) for variant in variants],
+  tests = [(variant, plan.primary) for variant in variants]
+  rows = _test_family(
+      plan=plan, outcomes=outcomes, phase=phase, variants_and_measures=tests,
       sizes=plan.sizes[:1], method='bh')
-  base_share = _base_share(plan, outcomes, plan.primary)
+
+  # The verdict of a screening is whether the variant goes on.
+  base_share = _diverged_share_of_base(plan, outcomes, plan.primary)
   screened = []
   for row in rows:
-    if _too_many_diverged(plan, row.diverged, row.runs, base_share):
+    if _has_too_many_diverged(plan, row, base_share):
       verdict = STOPPED_UNSTABLE
-    elif _is_within(plan.q, row.p_corrected, row.p_not_worse):
+    elif _is_any_significant(plan.q, row.p_corrected, row.p_not_worse):
       verdict = PASSED
     else:
       verdict = STOPPED
@@ -200,9 +215,22 @@ def screen(plan: Plan, outcomes: Outcomes, phase='screen') -> list[Verdict]:
   return screened
 
 
-def confirm(plan: Plan, outcomes: Outcomes, phase='confirm') -> list[Verdict]:
-  """Returns the verdict on each variant that was run in the confirmation, for
-  the primary measure; then rows for the other measures."""
+def confirm_variants(plan: Plan, outcomes: Outcomes, phase='confirm'
+                     ) -> list[Verdict]:
+  """Returns the verdict on each variant that was run in the confirmation, a
+  paired t-test of its means over all sizes, corrected by Holm (1979).
+
+  The tests of the primary measure are one family, and those of all other
+  measures are another one.
+
+  Args:
+    plan: the plan of the study.
+    outcomes: the outcomes of the runs of all phases so far.
+    phase: the name of the phase that confirms.
+
+  Returns:
+    The rows of the primary measure, and then those of the other measures.
+  """
   variants = _variants_that_ran(plan, outcomes, phase)
   primary = [(variant, plan.primary) for variant in variants]
 
@@ -211,62 +239,69 @@ def confirm(plan: Plan, outcomes: Outcomes, phase='confirm') -> list[Verdict]:
   secondary = []
   for measure in plan.measures[1:]:
     for variant in variants:
-      pairs_by_size = _pairs_by_size(plan=plan, runs=runs, variant=variant,
-                                     measure=measure, sizes=plan.sizes)
+      pairs_by_size = _pair_with_base(plan=plan, runs=runs, variant=variant,
+                                      measure=measure, sizes=plan.sizes)
       if any(pairs_by_size):
         secondary.append((variant, measure))
 
   # Secondary measures are corrected among themselves.
   rows = []
-  for tested in (primary, secondary):
-    rows += _family(plan=plan, outcomes=outcomes, phase=phase, tested=tested,
-                    sizes=plan.sizes)
+  for family in (primary, secondary):
+    rows += _test_family(
+        plan=plan, outcomes=outcomes, phase=phase,
+        variants_and_measures=family, sizes=plan.sizes)
   return rows
 
 
-def sweep(plan: Plan, outcomes: Outcomes) -> list[Verdict]:
-  """Returns the rows of a sweep, whose runs count as a confirmation: so its
-  words follow the corrected p, too."""
+def judge_sweep(plan: Plan, outcomes: Outcomes) -> list[Verdict]:
+  """Returns the verdicts on the points of a sweep, whose runs count as a
+  confirmation, so that its words follow the corrected p, too. With too few
+  seeds the noise is not known, and no verdict is given."""
   rows = []
-  for row in confirm(plan, outcomes):
+  for row in confirm_variants(plan, outcomes):
     if row.n < statistics.MIN_SEEDS and row.verdict != UNSTABLE:
       row = dataclasses.replace(row, verdict=NO_NOISE)
     rows.append(row)
   return rows
 
 
-def promising(plan: Plan, rows: Sequence[Verdict]) -> list[str]:
+def list_promising_variants(plan: Plan, rows: Sequence[Verdict]) -> list[str]:
   """Returns the variants that a screening stopped although they looked better
   than the base, the best first."""
-  def gain(row: Verdict) -> float:
+  def improvement(row: Verdict) -> float:
     """Returns the effect, which is positive for an improvement."""
     return plan.primary.sign * row.effect
 
-  better = []
+  looking_better = []
   for row in rows:
     is_stopped = row.verdict == STOPPED and row.effect is not None
-    if is_stopped and gain(row) > 0:
-      better.append(row)
-  better.sort(key=gain, reverse=True)
-  return [row.variant for row in better]
+    if is_stopped and improvement(row) > 0:
+      looking_better.append(row)
+  looking_better.sort(key=improvement, reverse=True)
+  return [row.variant for row in looking_better]
 
 
-def can_show(plan: Plan) -> str:
-  """Returns what the seeds of the confirmation can show, whatever is found."""
-  seeds, tests = plan.seeds['confirm'], len(plan.variants)
-  level = plan.alpha / tests
-  deviations, sign = statistics.shows(seeds, level)
-  alike = ''
-  if sign > level:
-    alike = ', so that differences that are all alike show nothing'
-  # The share of runs of which none of so many diverges with p = 0.05.
-  runs = seeds * len(plan.sizes)
-  hidden = 1 - 0.05 ** (1 / runs)
-  return (f'With {seeds} seeds and {tests} variants, a difference is first '
-          f'significant at {deviations:.2g} standard deviations of a paired '
-          f'difference; signs alone have p >= {sign:.2g} before correction'
-          f'{alike}. Where none of the {runs} runs of a variant ends on a '
-          f'plateau, up to {hidden:.0%} of such runs may.')
+def describe_detectable_difference(plan: Plan) -> str:
+  """Returns a sentence about the least difference, and the least share of runs
+  on a plateau, that the seeds of the confirmation can show at all."""
+  # The first test of Holm's correction is the strictest.
+  num_seeds = plan.seeds['confirm']
+  num_tests = len(plan.variants)
+  level = plan.alpha / num_tests
+  deviations, p_of_signs = statistics.shows(num_seeds, level)
+  note_on_signs = ''
+  if p_of_signs > level:
+    note_on_signs = ', so that differences that are all alike show nothing'
+
+  # The share s of runs of which none of n diverges with (1 - s)^n = 0.05.
+  num_runs = num_seeds * len(plan.sizes)
+  hidden_share = 1 - 0.05 ** (1 / num_runs)
+  return (f'With {num_seeds} seeds and {num_tests} variants, a difference is '
+          f'first significant at {deviations:.2g} standard deviations of a '
+          f'paired difference; signs alone have p >= {p_of_signs:.2g} before '
+          f'correction{note_on_signs}. Where none of the {num_runs} runs of a '
+          f'variant ends on a plateau, up to {hidden_share:.0%} of such runs '
+          'may.')
 
 
 def _variants_that_ran(plan: Plan, outcomes: Outcomes, phase: str) -> list[str]:
@@ -275,115 +310,141 @@ def _variants_that_ran(plan: Plan, outcomes: Outcomes, phase: str) -> list[str]:
   return [variant for variant in plan.variants if variant in ran]
 
 
-def _pairs_by_size(plan: Plan, runs: pairing.Runs, variant: str,
-                   measure: Measure, sizes: Sequence[str]
-                   ) -> list[pairing.Pairs]:
+def _pair_with_base(plan: Plan, runs: pairing.Runs, variant: str,
+                    measure: Measure, sizes: Sequence[str]
+                    ) -> list[pairing.Pairs]:
   """Returns the pairs of a variant and the base at each of some sizes."""
-  pairs = []
+  pairs_by_size = []
   for size in sizes:
-    pairs.append(pairing.pairs_of(
+    pairs_by_size.append(pairing.pairs_of(
         runs=runs, variant=variant, base=plan.base, size=size, measure=measure))
-  return pairs
+  return pairs_by_size
 
 
-def _family(plan: Plan, outcomes: Outcomes, phase: str,
-            tested: Sequence[tuple[str, Measure]], sizes: Sequence[str],
-            method: str = 'holm') -> list[Verdict]:
-  """Returns the verdict of each test of a family, all corrected together.
+def _test_family(plan: Plan, outcomes: Outcomes, phase: str,
+                 variants_and_measures: Sequence[tuple[str, Measure]],
+                 sizes: Sequence[str], method: str = 'holm') -> list[Verdict]:
+  """Returns the verdicts of a family of tests, whose p-values are corrected
+  together.
 
   Args:
     plan: the plan of the study.
     outcomes: the outcomes of all phases so far.
     phase: the phase whose runs are compared.
-    tested: the variants, and the measures by which they are tested.
+    variants_and_measures: what each test compares: a variant, by a measure.
     sizes: the sizes of which the mean is tested.
     method: the correction, as of statistics.corrected.
   """
-  # The pairs of each test, and the shape of the noise of all together.
+  # The pairs of each test.
   runs = pairing.of_phase(outcomes, phase)
   members = []
-  for variant, measure in tested:
-    pairs_by_size = _pairs_by_size(plan=plan, runs=runs, variant=variant,
-                                   measure=measure, sizes=sizes)
-    members.append(Member(variant=variant, measure=measure, sizes=sizes,
-                          pairs_by_size=pairs_by_size))
-  shapes, base_shares = {}, {}
+  for variant, measure in variants_and_measures:
+    pairs_by_size = _pair_with_base(plan=plan, runs=runs, variant=variant,
+                                    measure=measure, sizes=sizes)
+    members.append(FamilyMember(
+        variant=variant, measure=measure, sizes=sizes,
+        pairs_by_size=pairs_by_size))
+
+  # The shape of the noise of all variants together, and how often the base
+  # diverges, by each measure.
+  shape_of_noise, base_share = {}, {}
   for measure in {member.measure for member in members}:
-    shapes[measure] = _shape(members, measure)
-    base_shares[measure] = _base_share(plan, outcomes, measure)
+    shape_of_noise[measure] = _shape_of_noise(members, measure)
+    base_share[measure] = _diverged_share_of_base(plan, outcomes, measure)
 
   # Each test by itself, and as one of several.
-  tests = [_tests(plan, member, shapes[member.measure]) for member in members]
-  corrected = _corrected(tests, method)
+  uncorrected = []
+  for member in members:
+    shape = shape_of_noise[member.measure]
+    uncorrected.append(_test_member(plan, member, shape))
+  corrected = _correct_family(uncorrected, method)
 
   # The row of each, with the word that follows from it.
   rows = []
-  for member, alone, together in zip(members, tests, corrected):
-    row = _row(plan=plan, member=member, shape=shapes[member.measure],
-               alone=alone, corrected=together)
-    base_share = base_shares[member.measure]
-    verdict = _verdict(plan, member.measure, row, base_share)
+  for i, member in enumerate(members):
+    row = _member_row(
+        plan=plan, member=member, shape=shape_of_noise[member.measure],
+        uncorrected=uncorrected[i], corrected=corrected[i])
+    verdict = _verdict(plan=plan, measure=member.measure, row=row,
+                       base_share=base_share[member.measure])
     rows.append(dataclasses.replace(row, verdict=verdict))
   return rows
 
 
-def _tests(plan: Plan, member: Member, shape: statistics.Shape | None
-           ) -> PValues:
-  """Returns the tests of a member before they are corrected: Student's of its
-  means over the sizes, McNemar's of the runs that diverged, and for the primary
-  measure two one-sided tests of the plan's margin (Schuirmann 1987)."""
-  means = pairing.means(member.differences)
-  spread = _pooled(shape, mean_over_sizes)
+def _test_member(plan: Plan, member: FamilyMember,
+                 shape: statistics.Shape | None) -> PValues:
+  """Returns the p-values of a variant and a measure before they are corrected:
+  of Student's paired t-test, of McNemar's exact test (1947), and of two
+  one-sided tests of equivalence (Schuirmann 1987).
 
-  # Student's test of no effect.
-  p = statistics.p_value(means, spread)
+  Args:
+    plan: the plan of the study.
+    member: the variant, the measure, and the pairs of runs.
+    shape: the shape of the noise of all variants; None where it is not known.
+  """
+  means = pairing.means(member.differences)
+  pooled = _pooled_spread(shape, mean_over_sizes)
+
+  # Student's test of no effect, by the means over the sizes.
+  p = statistics.p_value(means, pooled)
 
   # McNemar's test of diverging no more often than the base.
-  ours_diverged = [pair.ours.diverged for pair in member.pairs]
+  variant_diverged = [pair.ours.diverged for pair in member.pairs]
   base_diverged = [pair.base.diverged for pair in member.pairs]
   p_diverged = statistics.mcnemar(
-      ours=ours_diverged, theirs=base_diverged, alternative='greater')
+      ours=variant_diverged, theirs=base_diverged, alternative='greater')
 
-  # The tests of the plan's margin.
-  equivalent = not_worse = None
+  # The tests of the plan's margin, which is of the primary measure.
+  p_equivalent = p_not_worse = None
   if plan.margin and member.measure == plan.primary:
-    equivalent, not_worse = statistics.p_within(
+    p_equivalent, p_not_worse = statistics.p_within(
         values=means, margin=plan.margin, sign=member.measure.sign,
-        pooled=spread)
-  return PValues(p=p, p_diverged=p_diverged, p_equivalent=equivalent,
-                 p_not_worse=not_worse)
+        pooled=pooled)
+  return PValues(p=p, p_diverged=p_diverged, p_equivalent=p_equivalent,
+                 p_not_worse=p_not_worse)
 
 
-def _corrected(tests: Sequence[PValues], method: str) -> list[PValues]:
-  """Returns the tests of a family, each corrected over its members; runs that
-  diverged always by Holm."""
-  columns = []
+def _correct_family(tests: Sequence[PValues], method: str) -> list[PValues]:
+  """Returns the p-values of a family of tests, each kind of them corrected over
+  the family; those of runs that diverged always by Holm's method."""
+  corrected_columns = []
   for name in PValues._fields:
     ps = [getattr(test, name) for test in tests]
-    by = 'holm' if name == 'p_diverged' else method
-    columns.append(statistics.corrected(ps, by))
-  return [PValues(*ps) for ps in zip(*columns)]
+    method_of_column = 'holm' if name == 'p_diverged' else method
+    corrected_columns.append(statistics.corrected(ps, method_of_column))
+  return [PValues._make(ps) for ps in zip(*corrected_columns)]
 
 
-def _row(plan: Plan, member: Member, shape: statistics.Shape | None,
-         alone: PValues, corrected: PValues) -> Verdict:
-  """Returns the row of a member, without its verdict."""
+def _member_row(plan: Plan, member: FamilyMember,
+                shape: statistics.Shape | None, uncorrected: PValues,
+                corrected: PValues) -> Verdict:
+  """Returns all figures of a variant and a measure, without the verdict.
+
+  Args:
+    plan: the plan of the study.
+    member: the variant, the measure, and the pairs of runs.
+    shape: the shape of the noise of all variants; None where it is not known.
+    uncorrected, corrected: the p-values of the member, by itself and as one of
+      its family.
+  """
   # The effect over all sizes, and at each size by itself.
   means = pairing.means(member.differences)
-  over_sizes = _effect(ALL, means, _pooled(shape, mean_over_sizes))
-  p_shape = None
-  if shape is not None:
-    p_shape = shape.p
+  pooled = _pooled_spread(shape, mean_over_sizes)
+  over_sizes = _student_effect(ALL, means, pooled)
   at_sizes = []
   for i, size in enumerate(member.sizes):
     differences = pairing.differences_by_seed(
         [member.pairs_by_size[i]], member.measure)
-    spread = None
+    pooled_at_size = None
     if shape is not None:
-      spread = shape.pooled_at(i)
-    at_sizes.append(_effect(size, pairing.means(differences), spread))
+      pooled_at_size = shape.pooled_at(i)
+    at_sizes.append(_student_effect(
+        size, pairing.means(differences), pooled_at_size))
 
-  both, item_noise = _over_items(member)
+  p_shape = None
+  if shape is not None:
+    p_shape = shape.p
+  both, item_noise = _effect_over_items(member)
   row = Verdict(
       variant=member.variant,
       measure=member.measure.name,
@@ -393,7 +454,7 @@ def _row(plan: Plan, member: Member, shape: statistics.Shape | None,
       n=over_sizes.n,
       differences=means,
       sizes=at_sizes,
-      p=alone.p,
+      p=uncorrected.p,
       p_corrected=corrected.p,
       p_robust=statistics.robust_p(means),
       p_shape=p_shape,
@@ -412,15 +473,18 @@ def _row(plan: Plan, member: Member, shape: statistics.Shape | None,
   # The curves and the sizes of the primary measure say more.
   return dataclasses.replace(
       row,
-      trend=_trend(member, shape),
-      multipliers=efficiency.multipliers(
+      trend=_trend_over_sizes(member, shape),
+      multipliers=efficiency.compute_multipliers(
           plan, member.sizes, member.pairs_by_size),
-      speed_ups=efficiency.speed_ups(member.sizes, member.pairs_by_size))
+      speed_ups=efficiency.fit_speed_ups(member.sizes, member.pairs_by_size))
 
 
 def _verdict(plan: Plan, measure: Measure, row: Verdict, base_share: float
              ) -> str:
-  """Returns the word for a row of corrected tests.
+  """Returns the verdict, one of VERDICTS, that follows from corrected tests.
+
+  The order matters: a variant that diverges too often is unstable whatever its
+  effect is, and a difference that is shown goes before equivalence.
 
   Args:
     plan: the plan of the study.
@@ -428,30 +492,37 @@ def _verdict(plan: Plan, measure: Measure, row: Verdict, base_share: float
     row: the row.
     base_share: the share of the base's runs that diverged.
   """
-  if (_too_many_diverged(plan, row.diverged, row.runs, base_share)
-      or _is_within(plan.alpha, row.p_diverged)):
+  # Runs that diverge.
+  if _has_too_many_diverged(plan, row, base_share):
     return UNSTABLE
-  if _is_within(plan.alpha, row.p_corrected):
-    directions = {part.effect > 0 for part in row.sizes}
-    if len(directions) > 1:
+  if _is_any_significant(plan.alpha, row.p_diverged):
+    return UNSTABLE
+
+  # A difference, of which all sizes must have the sign.
+  if _is_any_significant(plan.alpha, row.p_corrected):
+    is_positive = {at_size.effect > 0 for at_size in row.sizes}
+    if len(is_positive) > 1:
       return DISAGREE
     return BETTER if row.effect * measure.sign > 0 else WORSE
-  if _is_within(plan.alpha, row.p_equivalent):
-    if all(abs(part.effect) < plan.margin for part in row.sizes):
+
+  # No difference that is larger than the plan's margin, at any size.
+  if _is_any_significant(plan.alpha, row.p_equivalent):
+    if all(abs(at_size.effect) < plan.margin for at_size in row.sizes):
       return EQUIVALENT
-  if _is_within(plan.alpha, row.p_not_worse):
+  if _is_any_significant(plan.alpha, row.p_not_worse):
     return NOT_WORSE
   return NONE_SHOWN
 
 
-def _is_within(level: float, *ps: float | None) -> bool:
-  """Returns whether any of some p is known and at most a level."""
+def _is_any_significant(level: float, *ps: float | None) -> bool:
+  """Returns whether any of some p-values is known and at most a level."""
   return any(p is not None and p <= level for p in ps)
 
 
-def _base_share(plan: Plan, outcomes: Outcomes, measure: Measure) -> float:
+def _diverged_share_of_base(plan: Plan, outcomes: Outcomes, measure: Measure
+                            ) -> float:
   """Returns the share of the base's runs that diverged, in all phases but that
-  in which the rates are tried."""
+  in which learning rates are tried."""
   runs = []
   for outcome in outcomes:
     is_base = outcome.variant in (plan.base, AGAIN)
@@ -461,22 +532,24 @@ def _base_share(plan: Plan, outcomes: Outcomes, measure: Measure) -> float:
   return pairing.diverged_share(runs)
 
 
-def _too_many_diverged(plan: Plan, diverged: int, runs: int, base_share: float
-                       ) -> bool:
-  """Returns whether more of the runs diverged, beyond the base's share, than
-  the plan allows. Shares are compared with some slack for their last digit: 29
-  of 100 are no more than 0.29, and yet more than 0.29 * 100."""
-  return diverged / max(runs, 1) > plan.unstable + base_share + 1e-9
+def _has_too_many_diverged(plan: Plan, row: Verdict, base_share: float) -> bool:
+  """Returns whether more of a variant's runs diverged, beyond the base's share,
+  than the plan allows."""
+  # Some slack for the last digit: 29 of 100 are no more than 0.29, and yet more
+  # than 0.29 * 100.
+  most = plan.unstable + base_share + 1e-9
+  return row.diverged / max(row.runs, 1) > most
 
 
-def _shape(members: Sequence[Member], measure: Measure
-           ) -> statistics.Shape | None:
-  """Returns the shape of the noise of all variants beside the base."""
-  groups = []  # of each variant [seeds, sizes]
+def _shape_of_noise(members: Sequence[FamilyMember], measure: Measure
+                    ) -> statistics.Shape | None:
+  """Returns the skewness and outliers of the differences of all variants from
+  the base; None where there are too few."""
+  differences_of_variants = []  # of each variant [seeds, sizes]
   for member in members:
     if member.measure == measure and member.differences:
-      groups.append(np.array([*member.differences.values()]))
-  return statistics.shape(groups)
+      differences_of_variants.append(np.array([*member.differences.values()]))
+  return statistics.shape(differences_of_variants)
 
 
 def mean_over_sizes(differences: np.ndarray) -> np.ndarray:
@@ -484,73 +557,106 @@ def mean_over_sizes(differences: np.ndarray) -> np.ndarray:
   return differences.mean(1)
 
 
-def _pooled(shape: statistics.Shape | None,
-            figure: Callable[[np.ndarray], np.ndarray]
-            ) -> statistics.Pooled | None:
-  """Returns the spread of a figure of all variants together, where their noise
-  does not look normal."""
+def _pooled_spread(shape: statistics.Shape | None,
+                   figure: Callable[[np.ndarray], np.ndarray]
+                   ) -> statistics.Pooled | None:
+  """Returns the spread of a figure over the seeds of all variants together,
+  where their noise does not look normal; else None.
+
+  Args:
+    shape: the shape of the noise; None where it is not known.
+    figure: computes the figure of each seed, [seeds], of [seeds, sizes].
+  """
   return None if shape is None else shape.pooled(figure)
 
 
-def _effect(size: str, values: Sequence[float],
-            pooled: statistics.Pooled | None = None) -> Effect:
-  """Returns Student's interval and p of the differences of some seeds."""
+def _student_effect(size: str, differences: Sequence[float],
+                    pooled: statistics.Pooled | None = None) -> Effect:
+  """Returns the mean of paired differences with Student's interval and p.
+
+  Args:
+    size: what the row calls the sizes.
+    differences: the difference of each seed.
+    pooled: the spread of all variants, which makes both more cautious.
+  """
   mean = low = high = None
-  if values:
-    mean, low, high, _ = statistics.interval(values, pooled)
+  if differences:
+    mean, low, high, _ = statistics.interval(differences, pooled)
   return Effect(
-      size=size, effect=mean, low=low, high=high, n=len(values),
-      p=statistics.p_value(values, pooled), differences=values)
+      size=size, effect=mean, low=low, high=high, n=len(differences),
+      p=statistics.p_value(differences, pooled), differences=differences)
 
 
-def _over_items(member: Member) -> tuple[Effect | None, float | None]:
-  """Returns `both` and `item_noise` of a Verdict, of the seeds whose runs ended
-  at all sizes: of each item, a seed has one mean over these. None where the
-  items are not known, or not the same in all runs."""
+def _effect_over_items(member: FamilyMember
+                       ) -> tuple[Effect | None, float | None]:
+  """Returns the effect by the scores of single items (documents or questions),
+  with an interval that holds for other seeds and other items.
+
+  Only seeds whose runs ended at all sizes count; a score is the mean over the
+  sizes.
+
+  Returns:
+    `both` and `item_noise` of a Verdict: the effect over seeds and items
+    crossed, and half of the interval over the items alone. None where the
+    items are not known, or not the same in all runs.
+  """
+  # The scores of each pair of runs.
   name = member.measure.name
   seeds = [*member.differences]
-  records = []
+  score_pairs = []
   for seed in seeds:
     for pairs in member.pairs_by_size:
-      ours, base = pairs[seed]
-      records.append((ours.items.get(name), base.items.get(name)))
-  scores = items.paired(records)
+      pair = pairs[seed]
+      score_pairs.append((pair.ours.items.get(name), pair.base.items.get(name)))
+  scores = items.paired(score_pairs)
   if scores is None:
     return None, None
-  ours, base, weights_Q = scores
+  variant_scores, base_scores, weights_Q = scores
 
   # [seeds * sizes, items] -> [seeds, items]
-  by_size = (ours - base).reshape(len(seeds), len(member.sizes), -1)
-  values_SQ = by_size.mean(1)
-  crossed = statistics.crossed(values_SQ, weights_Q)
-  over_items = statistics.crossed(values_SQ.mean(0, keepdims=True), weights_Q)
+  by_size = (variant_scores - base_scores).reshape(
+      len(seeds), len(member.sizes), -1)
+  differences_SQ = by_size.mean(1)
+
+  # The interval over both, and that over the items of the mean of the seeds.
+  crossed = statistics.crossed(differences_SQ, weights_Q)
+  over_items = statistics.crossed(
+      differences_SQ.mean(0, keepdims=True), weights_Q)
   both = item_noise = None
   if crossed.p is not None and len(seeds) > 1:
     both = Effect(
         size=ALL, effect=crossed.mean, low=crossed.low, high=crossed.high,
-        n=values_SQ.shape[1], p=crossed.p)
+        n=differences_SQ.shape[1], p=crossed.p)
   if over_items.p is not None:
     item_noise = over_items.high - over_items.mean
   return both, item_noise
 
 
-def _trend(member: Member, shape: statistics.Shape | None) -> Effect | None:
+def _trend_over_sizes(member: FamilyMember, shape: statistics.Shape | None
+                      ) -> Effect | None:
   """Returns the slope of the effect over log10 of the base's parameters.
 
   Each seed gives a slope by least squares over its own sizes, and the interval
   is over the seeds: it holds whatever the noise of each size is.
+
+  Args:
+    member: the variant, the measure, and the pairs of runs.
+    shape: the shape of the noise of all variants; None where it is not known.
+
+  Returns:
+    The mean slope; None where there are fewer than two sizes, or no seed.
   """
-  differences = member.differences
-  if not differences or len(member.sizes) < 2:
+  if not member.differences or len(member.sizes) < 2:
     return None
-  logs = []
+  log_params = []
   for pairs in member.pairs_by_size:
-    first = next(iter(pairs.values()))
-    logs.append(math.log10(first.base.params))
+    any_pair = next(iter(pairs.values()))  # all have the base of this size
+    log_params.append(math.log10(any_pair.base.params))
 
-  def slopes(rows: np.ndarray) -> np.ndarray:
-    """Returns the slope of each seed of [seeds, sizes]."""
-    return np.polyfit(logs, rows.T, 1)[0]
+  def slopes(differences: np.ndarray) -> np.ndarray:
+    """Returns the slope of each seed, [seeds], of [seeds, sizes]."""
+    return np.polyfit(log_params, differences.T, 1)[0]
 
-  by_seed = slopes(np.array([*differences.values()])).tolist()
-  return _effect(ALL, by_seed, _pooled(shape, slopes))
+  differences = np.array([*member.differences.values()])
+  slope_of_seeds = slopes(differences).tolist()
+  return _student_effect(ALL, slope_of_seeds, _pooled_spread(shape, slopes))

@@ -15,7 +15,7 @@ from tools.compare import pairing, statistics
 from tools.compare.pairing import ALL
 from tools.compare.plan import LOWER, Measure, Outcome, Plan
 
-BY = ('flops', 'seconds')  # what a speed-up counts
+WAYS_TO_COUNT_SPENDING = ('flops', 'seconds')  # what a speed-up counts
 # Where the figures of statistics.scaled stand.
 FLOOR, LOSS, DIFFERENCE, MULTIPLIER = range(4)
 
@@ -43,7 +43,7 @@ class SpeedUp(NamedTuple):
   floor: float | None = None
 
 
-def all_flops(outcome: Outcome) -> float:
+def total_flops(outcome: Outcome) -> float:
   """Returns the FLOPs of a run."""
   return outcome.flops
 
@@ -57,8 +57,8 @@ def flops_without_embeddings(outcome: Outcome) -> float:
 
 
 # Which FLOPs a multiplier counts, by what it is called.
-COUNTED = {'multiplier': all_flops,
-           'multiplier, no embeddings': flops_without_embeddings}
+FLOPS_OF_MULTIPLIER = {'multiplier': total_flops,
+                       'multiplier, no embeddings': flops_without_embeddings}
 
 
 class Ladder(NamedTuple):
@@ -73,8 +73,8 @@ class Ladder(NamedTuple):
   losses: np.ndarray
 
 
-def ladder(measure: Measure, pairs_by_size: Sequence[pairing.Pairs]
-           ) -> Ladder | None:
+def cooled_ladder(measure: Measure, pairs_by_size: Sequence[pairing.Pairs]
+                  ) -> Ladder | None:
   """Returns the runs that a law is fitted to; None where they give no law: they
   are too few, a larger value is better, or a run was not cooled down."""
   seeds = pairing.ended_seeds(pairs_by_size)
@@ -96,7 +96,7 @@ def ladder(measure: Measure, pairs_by_size: Sequence[pairing.Pairs]
   if not np.all(table(lambda run: bool(run.cooled))):
     return None
   flops = {}
-  for name, count in COUNTED.items():
+  for name, count in FLOPS_OF_MULTIPLIER.items():
     spent = table(count)[0]  # all seeds spend alike
     if np.all(spent > 0):
       flops[name] = spent
@@ -104,12 +104,13 @@ def ladder(measure: Measure, pairs_by_size: Sequence[pairing.Pairs]
                 losses=table(lambda run: run.values[measure.name]))
 
 
-def multipliers(plan: Plan, sizes: Sequence[str],
-                pairs_by_size: Sequence[pairing.Pairs]) -> list[SpeedUp]:
+def compute_multipliers(plan: Plan, sizes: Sequence[str],
+                        pairs_by_size: Sequence[
+                            pairing.Pairs]) -> list[SpeedUp]:
   """Returns the compute multipliers of a variant, of one fit of all sizes and
   at each, by each count of FLOPs, with a floor that is fitted and with one that
   is pinned; none where the runs give no law."""
-  runs = ladder(plan.primary, pairs_by_size)
+  runs = cooled_ladder(plan.primary, pairs_by_size)
   if runs is None:
     return []
   rows = []
@@ -121,17 +122,17 @@ def multipliers(plan: Plan, sizes: Sequence[str],
       by = name
       if floor is not None:
         by = f'{name}, pinned'
-      fitted_floor, *_ = known(figures[FLOOR], 0.0)
+      fitted_floor, *_ = value_and_ends(figures[FLOOR], 0.0)
       for size, log, half in zip((ALL, *sizes), figures[MULTIPLIER:],
                                  halves[MULTIPLIER:]):
-        factor, low, high = _exponentials(known(log, half))
+        factor, low, high = _exponentials(value_and_ends(log, half))
         rows.append(SpeedUp(
             size=size, by=by, factor=factor, low=low, high=high, fit_error=None,
             floor=fitted_floor))
   return rows
 
 
-def known(value: float, half: float) -> list[float | None]:
+def value_and_ends(value: float, half: float) -> list[float | None]:
   """Returns a value and the ends of its interval; None for what is not known.
   """
   ends = (value, value - half, value + half)
@@ -143,8 +144,8 @@ def _exponentials(logs: Sequence[float | None]) -> list[float | None]:
   return [None if x is None else math.exp(x) for x in logs]
 
 
-def speed_ups(sizes: Sequence[str], pairs_by_size: Sequence[pairing.Pairs]
-              ) -> list[SpeedUp]:
+def fit_speed_ups(sizes: Sequence[str], pairs_by_size: Sequence[pairing.Pairs]
+                  ) -> list[SpeedUp]:
   """Returns the speed-up of a variant at each size, by FLOPs and by time, of
   the curves of the primary measure's runs; none where no curves were kept.
 
@@ -157,7 +158,7 @@ def speed_ups(sizes: Sequence[str], pairs_by_size: Sequence[pairing.Pairs]
     has_curves = any(pair.ours.curve or pair.base.curve for pair in pairs)
     if not has_curves:
       continue
-    for by in BY:
+    for by in WAYS_TO_COUNT_SPENDING:
       laws = [(_law(pair.ours, by), _law(pair.base, by)) for pair in pairs]
       mean, error = statistics.over_seeds(laws)
       factor = low = high = None
@@ -179,8 +180,9 @@ def _law(outcome: Outcome, by: str) -> statistics.PowerLaw | None:
       loss=np.where(is_warm, loss, math.nan))
 
 
-def predict(plan: Plan, outcomes: pairing.Outcomes, flops: Mapping[str, float]
-            ) -> list[dict[str, Any]]:
+def predict_largest_size(
+    plan: Plan, outcomes: pairing.Outcomes, flops: Mapping[str, float]
+    ) -> list[dict[str, Any]]:
   """Returns what the confirmation lets expect of the plan's largest size, as
   {'variant', 'value', 'low', 'high'}: of the base its primary measure, of the
   others their differences from it; none where runs were not cooled down.
@@ -199,7 +201,7 @@ def predict(plan: Plan, outcomes: pairing.Outcomes, flops: Mapping[str, float]
     pairs_by_size = [
         pairing.pairs_of(runs=runs, variant=variant, base=plan.base, size=size,
                          measure=plan.primary) for size in plan.sizes]
-    samples = ladder(plan.primary, pairs_by_size)
+    samples = cooled_ladder(plan.primary, pairs_by_size)
     if samples is None:
       continue
     compute = next(iter(samples.flops.values()))
@@ -216,6 +218,7 @@ def predict(plan: Plan, outcomes: pairing.Outcomes, flops: Mapping[str, float]
     at_last_size = by_seed[:, -1]
     fewer = math.sqrt(len(at_last_size) / plan.seeds['largest'])
     seen = statistics.half_width(at_last_size) * fewer
-    value, low, high = known(values[figure], math.hypot(halves[figure], seen))
+    value, low, high = value_and_ends(
+        values[figure], math.hypot(halves[figure], seen))
     rows.append({'variant': variant, 'value': value, 'low': low, 'high': high})
   return rows

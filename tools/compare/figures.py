@@ -14,8 +14,9 @@ from typing import Any
 from tools.compare import curves, measures, page, statistics
 from training.workdir import metrics, storage
 
-FORMATS = ('svg', 'png', 'pdf')
-COLUMN, PAGE = 3.25, 6.75  # inches: one column, and two with what is between
+FILE_FORMATS = ('svg', 'png', 'pdf')
+# In inches: one column, and two with what is between.
+COLUMN_WIDTH, PAGE_WIDTH = 3.25, 6.75
 DPI = 300
 # Okabe and Ito's colours, which the colour-blind tell apart, as in report.css.
 COLOURS = ('#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7')
@@ -24,11 +25,12 @@ COLOURS = ('#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7')
 DASHES = ('-', (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 # The colours in whose place a page puts its own, which are others at night. The
 # ink is of the base's line, axes and letters, and of nothing else.
-INK, SOFT, BETTER, WORSE, NOISE = (
+INK, GREY, COLOUR_OF_BETTER, COLOUR_OF_WORSE, COLOUR_OF_NOISE = (
     '#1b1d21', '#8a9099', '#00664a', '#a63f00', '#6a707a')
-_VARIABLES = {INK: 'currentColor', BETTER: 'var(--better)',
-              WORSE: 'var(--worse)', NOISE: 'var(--noise)'}
-_VERDICTS = {'better': BETTER, 'worse': WORSE}  # by page.MARKS
+_VARIABLES = {INK: 'currentColor', COLOUR_OF_BETTER: 'var(--better)',
+              COLOUR_OF_WORSE: 'var(--worse)', COLOUR_OF_NOISE: 'var(--noise)'}
+_VERDICTS = {
+    'better': COLOUR_OF_BETTER, 'worse': COLOUR_OF_WORSE}  # by page.MARKS
 _STYLE = {
     'font.size': 7, 'axes.titlesize': 7.5, 'axes.labelsize': 7,
     'xtick.labelsize': 6.5, 'ytick.labelsize': 6.5, 'legend.fontsize': 6.5,
@@ -36,7 +38,7 @@ _STYLE = {
     'ytick.major.width': 0.6, 'grid.linewidth': 0.4, 'text.color': INK,
     'axes.edgecolor': INK, 'axes.labelcolor': INK, 'xtick.color': INK,
     'ytick.color': INK, 'axes.spines.top': False, 'axes.spines.right': False,
-    'grid.color': SOFT, 'grid.alpha': 0.4, 'legend.frameon': False,
+    'grid.color': GREY, 'grid.alpha': 0.4, 'legend.frameon': False,
     'axes.facecolor': 'none', 'figure.constrained_layout.use': True,
     # Letters as outlines: they look the same wherever the file is opened.
     'svg.fonttype': 'path',
@@ -45,7 +47,7 @@ MARKERS = ('D', 'o', 's', '^', 'v', 'P', 'X', '*')  # of all sizes, and of each
 _DASHED = (0, (4, 3))
 
 
-def style(name: str) -> Any:
+def drawing_style(name: str) -> Any:
   """Returns a context in which to draw.
 
   Args:
@@ -80,7 +82,7 @@ def _inline(svg: str, name: str, alt: str) -> str:
           f'{html.escape(alt)}</title>{inner}')
 
 
-def looks(base: str, others: Sequence[str]) -> dict[str, dict[str, Any]]:
+def line_styles(base: str, others: Sequence[str]) -> dict[str, dict[str, Any]]:
   """Returns how the line of each variant is drawn: the base's in ink, without
   dashes; the others take the colours in turn, and then the colours dashed."""
   each = {base: dict(color=INK, linestyle='-')}
@@ -91,7 +93,7 @@ def looks(base: str, others: Sequence[str]) -> dict[str, dict[str, Any]]:
   return each
 
 
-def css_look(c, name: str, turn: int = 0) -> str:
+def css_line_classes(c, name: str, turn: int = 0) -> str:
   """Returns how the line of a variant is drawn as classes of report.css;
   another `turn` gives other dashes to another line of the variant."""
   if name == c.plan.base:
@@ -100,7 +102,7 @@ def css_look(c, name: str, turn: int = 0) -> str:
   return f'c{place} d{(turn or rounds) % len(DASHES)}'
 
 
-def shortened(names: Sequence[str], most: int = 22) -> dict[str, str]:
+def shorten_labels(names: Sequence[str], most: int = 22) -> dict[str, str]:
   """Returns the label of each name in a figure: of at most `most` characters,
   but for names that would then look alike. A longer name loses its middle:
   names of one sweep often differ at the end."""
@@ -116,7 +118,7 @@ def shortened(names: Sequence[str], most: int = 22) -> dict[str, str]:
           for name, label in labels.items()}
 
 
-def outcome(c) -> Any:
+def draw_outcome(c) -> Any:
   """Returns the figure of what was found: on the left the held-out loss by
   tokens, the mean over seeds, at the largest size; on the right the difference
   of each variant with its interval and verdict, the best at the top."""
@@ -126,16 +128,16 @@ def outcome(c) -> Any:
   rows.sort(key=lambda row: -plan.primary.sign * row['effect'])
   bars_a_row = len(plan.sizes) + 1 if len(plan.sizes) > 1 else 1
   height = max(0.17 * 8, 0.17 * len(rows) * min(bars_a_row, 2.6))
-  unit = measures.unit_text(c.frozen, plan.primary, ', ')
-  base = shortened(c.variants)[plan.base]
-  with style('outcome'):
-    figure = Figure(figsize=(PAGE, 1.2 + height))
+  unit = measures.format_unit(c.frozen, plan.primary, ', ')
+  base = shorten_labels(c.variants)[plan.base]
+  with drawing_style('outcome'):
+    figure = Figure(figsize=(PAGE_WIDTH, 1.2 + height))
     left, right = figure.subplots(1, 2)
     _loss_curves(left, c, unit)
     if left.lines:
       figure.legend(*left.get_legend_handles_labels(), ncols=4,
                     loc='outside lower center')
-    _forest(right, c, rows, shortened(c.variants, 40))
+    _forest(right, c, rows, shorten_labels(c.variants, 40))
     right.set(xlabel=f'{plan.primary.name} minus that of {base}{unit}',
               title='difference from the base')
     figure.draw_without_rendering()  # under this style, wherever it is written
@@ -146,8 +148,8 @@ def _loss_curves(axes: Any, c, unit: str) -> None:
   """Draws the held-out loss of each variant at the largest size by tokens: the
   mean over its seeds, and each seed's last."""
   from matplotlib import ticker
-  look = looks(c.plan.base, c.plan.variants)
-  label = shortened(c.variants)
+  look = line_styles(c.plan.base, c.plan.variants)
+  label = shorten_labels(c.variants)
   largest = c.plan.sizes[-1]
   for name in c.variants:
     seeds = []
@@ -158,7 +160,7 @@ def _loss_curves(axes: Any, c, unit: str) -> None:
       continue
     _dots(axes, x=[line['tokens'][-1] for line in seeds],
           y=[line['loss'][-1] for line in seeds], colour=look[name]['color'])
-    curve = curves.mean(seeds)
+    curve = curves.mean_curve(seeds)
     axes.plot(curve['tokens'], curve['loss'], label=label[name], **look[name])
   axes.set(xlabel='training tokens', ylabel=f'held-out loss{unit}',
            title=' '.join(['loss curves', largest]))
@@ -182,7 +184,7 @@ def _forest(axes: Any, c, rows: Sequence[Mapping], label: Mapping) -> None:
   y, ticks = 0.0, {}
   for row in rows:
     verdict = row['verdict']
-    colour = _VERDICTS.get(page.MARKS.get(verdict), NOISE)
+    colour = _VERDICTS.get(page.MARKS.get(verdict), COLOUR_OF_NOISE)
     for i, size in enumerate(sizes):
       estimate = c.effect('confirm', row['variant'], row['measure'], size)
       if not estimate or not page.known(estimate['effect']):
@@ -220,21 +222,21 @@ def _bar(axes: Any, y: float, estimate: Mapping[str, Any], colour: str,
     axes.plot([low, high], [y, y], color=colour, linewidth=width,
               solid_capstyle='butt')
   fill = colour
-  if colour == NOISE:
+  if colour == COLOUR_OF_NOISE:
     fill = 'none'
   axes.plot(estimate['effect'], y, marker, color=colour, markersize=size,
             markeredgewidth=0.8, markerfacecolor=fill)
 
 
-def by_size(c) -> Any:
+def draw_measures_by_size(c) -> Any:
   """Returns the figure of the measures that are not the primary one: means over
   the seeds with their intervals, by size, and what guessing gives."""
   from matplotlib.figure import Figure
   others = c.plan.measures[1:]
   columns = min(len(others), 4)
   rows = math.ceil(len(others) / columns)
-  width = PAGE if columns > 1 else COLUMN
-  with style('measures'):
+  width = PAGE_WIDTH if columns > 1 else COLUMN_WIDTH
+  with drawing_style('measures'):
     figure = Figure(figsize=(width, 1.9 * rows + 0.6))
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(others):]:
@@ -251,7 +253,8 @@ def _scores(axes: Any, c, measure) -> None:
   """Draws a measure of each variant by size: the mean over seeds with its
   interval, each run as a dot, and what guessing gives."""
   plan = c.plan
-  look, label = looks(plan.base, plan.variants), shortened(c.variants)
+  look, label = line_styles(
+      plan.base, plan.variants), shorten_labels(c.variants)
   # Those of one size stand a little apart, so that no interval hides another.
   apart = min(0.12, 0.7 / len(c.variants))
   for i, name in enumerate(c.variants):
@@ -278,14 +281,14 @@ def _scores(axes: Any, c, measure) -> None:
   # are alike would be one dot.
   low, high = axes.get_ylim()  # of the runs
   chance = measure.chance
-  axes.axhline(chance, color=SOFT, linewidth=0.8, linestyle=_DASHED, zorder=0)
+  axes.axhline(chance, color=GREY, linewidth=0.8, linestyle=_DASHED, zorder=0)
   title = measure.name
   if max(low - chance, chance - high) > 3 * (high - low):
     axes.set_ylim(low, high)
     title += f' (guessing: {chance:.3g})'
   axes.set_xticks(range(len(plan.sizes)), plan.sizes)
   axes.set(title=title,
-           ylabel='score' + measures.unit_text(c.frozen, measure, ', '))
+           ylabel='score' + measures.format_unit(c.frozen, measure, ', '))
   axes.grid(axis='y')
 
 
@@ -300,7 +303,7 @@ def _reach(measure, values: Sequence[float]) -> list[float]:
   return [mean - low, high - mean]
 
 
-def of(c) -> list[page.Figure]:
+def draw_figures(c) -> list[page.Figure]:
   """Returns every figure that there are numbers for."""
   plan, drawn = c.plan, []
   effects = []
@@ -320,14 +323,15 @@ def of(c) -> list[page.Figure]:
         'alone; colours and filled marks are of verdicts, which count all '
         'variants. Dots are the runs, and the differences of their pairs.')
     drawn.append(_drawn(name='outcome', title='Outcome', caption=caption,
-                        words='; '.join(effects), figure=outcome(c)))
+                        words='; '.join(effects), figure=draw_outcome(c)))
   if len(plan.sizes) > 1 and _has_other_measures(c):
     caption = (
         'Means over the seeds of the confirmation with their 95 % intervals, '
         'and each run as a dot; '
         'the dashed line, or a number in the title, is what guessing gives.')
     drawn.append(_drawn(name='measures', title='Other measures',
-                        caption=caption, words='', figure=by_size(c)))
+                        caption=caption, words='', figure=draw_measures_by_size(
+                            c)))
   return drawn
 
 
@@ -344,9 +348,9 @@ def _has_other_measures(c) -> bool:
 def _drawn(name: str, title: str, caption: str, words: str,
            figure: Any) -> page.Figure:
   """Returns a figure; `words` says it to who cannot see it."""
-  with style(name):
-    files = {kind: storage.render_picture(figure, kind,
-                                          DPI) for kind in FORMATS}
+  with drawing_style(name):
+    files = {kind: storage.render_picture(figure, kind, DPI)
+             for kind in FILE_FORMATS}
   alt = f'{title}. {caption} {words}'
   return page.Figure(name=name, title=title, caption=caption,
                      svg=_inline(files['svg'].decode(), name, alt),

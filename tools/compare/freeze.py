@@ -2,7 +2,7 @@
 
 The file holds `get_config()` and `sweep(add)` as a sweep's does; `SIZES`, the
 changes of each size by its name, smallest first; and `EFFECT`, the smallest
-difference of the first measure that is wanted. The rest has defaults: `STUDY`.
+difference of the first measure that is wanted. The rest has defaults.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from training.workdir import provenance, run_config
 
 # The constants of a study's file and their defaults; None: it must say it. Its
 # phases may have further ones (Phase.constants).
-STUDY: dict[str, Any] = {
+DEFAULT_OF_CONSTANT: dict[str, Any] = {
     'QUESTION': '',
     'SIZES': None,
     'EFFECT': None,
@@ -56,14 +56,14 @@ _FORMS = {'SIZES': (dict, {'small': {'model.d_model': 32}, 'middle': ...}),
           'SEEDS': (dict, {'screen': 5, 'confirm': 10}),
           'EFFECT': (numbers.Real, 0.02),
           'MEASURES': (tuple | list, ({'figure': 'loss'},))}
-LEAST_SIZES = 3
+FEWEST_SIZES = 3
 # Fields that are the study's own.
 _STUDY_FIELDS = ('seed', 'init_seed', 'eval.part')
 # Fields by which a run sees other data, or more of it, than the base's.
 _DATA = (*spec.BATCHES, 'train.steps', 'train.grad_accumulation', 'eval.')
 
 
-def freeze(file: str, kept: plans.Frozen | None = None) -> plans.Frozen:
+def freeze_plan(file: str, kept: plans.Frozen | None = None) -> plans.Frozen:
   """Returns the plan of a study's file.
 
   Args:
@@ -75,7 +75,7 @@ def freeze(file: str, kept: plans.Frozen | None = None) -> plans.Frozen:
     RequestError: for the first thing in it that cannot be, or that would make
       a comparison unfair.
   """
-  cost.off_devices()
+  cost.keep_off_accelerators()
   sweep, constants = read_study_file(file)
 
   # The points, checked; where nothing has changed, those of the earlier plan.
@@ -83,7 +83,7 @@ def freeze(file: str, kept: plans.Frozen | None = None) -> plans.Frozen:
   code = {'commit': start['commit'], 'diff': start['diff']}
   inputs = ''
   if code['commit']:
-    inputs = layout.checksum(plans.to_json(
+    inputs = layout.json_checksum(plans.to_json(
         [code, jax.__version__, sweep.base.to_dict(), sweep.points, constants]))
   if kept is not None and inputs and kept.inputs == inputs:
     points = kept.points
@@ -95,7 +95,7 @@ def freeze(file: str, kept: plans.Frozen | None = None) -> plans.Frozen:
                configs=configs)
   frozen = plans.Frozen(
       plan=plan, base_config=sweep.base.to_dict(), points=points,
-      sources=cost.contents(configs), code=code, inputs=inputs,
+      sources=cost.hash_data_of_configs(configs), code=code, inputs=inputs,
       files=dict(plugins.text_of_loaded_file))
 
   # Which seeds the study has may hang on everything else that is planned.
@@ -136,7 +136,8 @@ def _plan(file: str, sweep: spec.Sweep, constants: Mapping,
   match_field = ''
   if constants['MATCH']:
     match_field = constants['MATCH_FIELD']
-  of_phases = {name: x for name, x in constants.items() if name not in STUDY}
+  of_phases = {name: x for name, x in constants.items(
+      ) if name not in DEFAULT_OF_CONSTANT}
   return plans.Plan(
       name=sweep.name,
       question=constants['QUESTION'],
@@ -174,7 +175,7 @@ def _measures(file: str, constants: Mapping, points: Sequence[Mapping],
   for entry in constants['MEASURES']:
     at = workloads.index(entry['workload'])
     is_text = entry['workload'] == plans.TEXT
-    chance = measures_lib.chance(
+    chance = measures_lib.score_of_guessing(
         measure=entry, config=configs[at], vocab=points[at]['vocab'],
         bytes_per_token=bytes_per_token if is_text else 0.0, file=file)
     measures.append(plans.Measure(**entry | {'chance': chance}))
@@ -184,7 +185,8 @@ def _measures(file: str, constants: Mapping, points: Sequence[Mapping],
 def _check_predictable(file: str, primary: plans.Measure, configs: Sequence
                        ) -> None:
   """Raises RequestError where a law of losses cannot predict a size."""
-  are_cooled = all(curves.cooled(run_config.flatten(c)) for c in configs)
+  are_cooled = all(
+      curves.ends_cooled_down(run_config.flatten(c)) for c in configs)
   require(primary.better == plans.LOWER and are_cooled,
           f'{file}: SEEDS has `largest`, which a law of losses predicts: '
           'less must be better of the first measure, and optim.schedule must '
@@ -193,7 +195,7 @@ def _check_predictable(file: str, primary: plans.Measure, configs: Sequence
 
 def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
   """Returns the base and its variants, and the constants of a study's file by
-  the names of STUDY, completed: TUNING as the plan has it, and MEASURES without
+  their names, completed: TUNING as the plan has it, and MEASURES without
   `chance`s.
 
   Raises:
@@ -201,7 +203,7 @@ def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
   """
   module = spec.module_of(file)
   constants = {}
-  for name, default in STUDY.items():
+  for name, default in DEFAULT_OF_CONSTANT.items():
     constants[name] = getattr(module, name, default)
     _check_form(file, name, constants[name])
   phases.check(file)
@@ -222,13 +224,14 @@ def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
   entries = constants['MEASURES']
   if not entries:
     entries = [_usual_measure(workload) for workload in workloads]
-  constants['MEASURES'] = measures_lib.completed(entries, workloads, file)
+  constants[
+      'MEASURES'] = measures_lib.complete_measures(entries, workloads, file)
   return sweep, constants
 
 
 def _check_form(file: str, name: str, value: Any) -> None:
   """Raises RequestError for a constant of another type than it has."""
-  default = STUDY[name]
+  default = DEFAULT_OF_CONSTANT[name]
   if name in _FORMS:
     kind, example = _FORMS[name]
   else:
@@ -282,7 +285,7 @@ def _check_names(file: str, constants: Mapping) -> None:
               f'{file}: {name} has {key!r}: '
               f'{short(fields)}: write a name of letters and digits, and the '
               "fields that it changes, as 'small': {'model.d_model': 64}")
-  least = LEAST_SIZES
+  least = FEWEST_SIZES
   if 'largest' in constants['SEEDS']:
     least += 1
   require(len(constants['SIZES']) >= least, f'{file}: SIZES has '
@@ -398,7 +401,7 @@ def _matched(sweep: spec.Sweep, constants: Mapping, size: str
     return sweep.points
   with spec.naming(who):
     at_size = dataclasses.replace(sweep, base=base)
-    solved = cost.match(
+    solved = cost.match_costs(
         at_size, constants['MATCH'], constants['MATCH_FIELD'])
     return solved.points
 
@@ -442,15 +445,15 @@ def _row(sweep: spec.Sweep, constants: Mapping, size: str, workload: str,
            if measure['workload'] == workload]
   with spec.naming(where):
     # The config of its runs.
-    tasks = measures_lib.tasks(constants['MEASURES'], workload)
+    tasks = measures_lib.tasks_of_workload(constants['MEASURES'], workload)
     changes = _workload(sweep=sweep, constants=constants, size=size,
                         workload=workload, tasks=tasks) | point.changes
     config = spec.changed(sweep.base, changes, 'it')
 
     # Whether they can run, with each value that is tried, and be compared.
     for measure in asked:
-      measures_lib.check_of_task(measure, config, variant)
-    cost.check(config, changes)
+      measures_lib.check_task_has_figure(measure, config, variant)
+    cost.check_config_of_point(config, changes)
     if workload == plans.TEXT:
       _check_tuned(config, constants['TUNING'])
     require(config.eval.every_steps > 0, 'eval.every_steps is 0: a study '
@@ -464,11 +467,11 @@ def _row(sweep: spec.Sweep, constants: Mapping, size: str, workload: str,
             'which is less than one step; take fewer rungs, or a larger keep')
 
     # The costs of a run, and the loss of guessing.
-    figures = cost.of(config)._asdict()
+    figures = cost.cost_of_run(config)._asdict()
     if workload == plans.TEXT:
-      figures['body'] = cost.body(config)
-    vocab = cost.resolved(config).vocab_size
-    guess = measures_lib.guess(asked, config, vocab)
+      figures['body'] = cost.share_of_flops_without_vocabulary(config)
+    vocab = cost.resolve_model(config).vocab_size
+    guess = measures_lib.loss_of_guessing(asked, config, vocab)
   return {'variant': point.name, 'size': size, 'workload': workload,
           'changes': changes, 'matched': list(point.matched),
           **figures, 'vocab': vocab, 'guess': guess}

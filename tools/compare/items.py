@@ -29,15 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
-  rows = compared(args.base, args.variant)
+  rows = compare_items(args.base, args.variant)
   if args.json:
     print(json.dumps(rows, indent=2))
   else:
-    print(text(rows))
+    print(render_rows(rows))
   return 0
 
 
-def compared(base: str, variant: str) -> list[dict[str, Any]]:
+def compare_items(base: str, variant: str) -> list[dict[str, Any]]:
   """Returns a row of each figure whose items both have.
 
   Args:
@@ -115,7 +115,7 @@ def _row(theirs_SQ: np.ndarray, ours_SQ: np.ndarray,
       'seeds': num_seeds}
 
 
-def text(rows: Sequence[Mapping[str, Any]]) -> str:
+def render_rows(rows: Sequence[Mapping[str, Any]]) -> str:
   """Renders rows for a terminal."""
   cells = []
   for row in rows:

@@ -40,44 +40,70 @@ from common.errors import require
 from tools.compare import curves, decide, layout, page, spec, statistics
 from training.workdir import metrics, run_config, storage
 
-ALPHA = 0.05
-LOOK = statistics.MIN_SEEDS  # seeds of the first; each next has twice as many
-FILE = 'judged.json'
-Values = Mapping[int, float | None]  # differences by seed; None: one diverged
-CODES = {decide.BETTER: 0, decide.WORSE: 4}  # any other verdict: 3
+ALPHA = 0.05  # the probability that any answer of a folder is wrong
+# The seeds of the first look; each next one has twice as many.
+SEEDS_OF_FIRST_LOOK = statistics.MIN_SEEDS
+RECORD_FILE = 'judged.json'
+EXIT_CODE_OF_VERDICT = {decide.BETTER: 0, decide.WORSE: 4}
+EXIT_CODE_NOT_SHOWN = 3  # of any other verdict
 # Fields by which runs would be evaluated on other text.
-HELD_OUT = ('objective', 'data.source', 'data.eval_source',
-            'data.holdout_every', 'data.tokenizer', 'data.length',
-            'data.target_length', 'eval.part', 'eval.batches')
+FIELDS_OF_HELD_OUT_TEXT = (
+    'objective', 'data.source', 'data.eval_source', 'data.holdout_every',
+    'data.tokenizer', 'data.length', 'data.target_length', 'eval.part',
+    'eval.batches')
+# The difference of each seed, variant minus base; None: a run of it diverged.
+DifferenceBySeed = Mapping[int, float | None]
+RunBySeed = Mapping[int, curves.Run]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the arguments of `python -m tools.compare judge` to its parser."""
   parser.add_argument('base', metavar='BASE', help='folder with seed-0, ...')
   parser.add_argument('variant', metavar='VARIANT', help='one beside it')
   parser.add_argument('--json', action='store_true', help='print JSON')
 
 
 def main(args) -> int:
-  answer = judged(pathlib.Path(args.base), pathlib.Path(args.variant))
+  """Prints whether a variant is better than its base; returns the exit code
+  that says it."""
+  answer = judge_variant(pathlib.Path(args.base), pathlib.Path(args.variant))
   if args.json:
     print(json.dumps(answer, indent=2))
   else:
-    print(text(answer))
-  return CODES.get(answer['verdict'], 3)
+    print(render_answer(answer))
+  return EXIT_CODE_OF_VERDICT.get(answer['verdict'], EXIT_CODE_NOT_SHOWN)
 
 
-def share_of_look(seeds: int) -> tuple[int, float]:
-  """Returns how many of some seeds are looked at, and the look's share."""
-  doublings = int(math.log2(seeds / LOOK))
-  return LOOK * 2 ** doublings, 0.5 ** (doublings + 1)
+def latest_look(num_seeds: int) -> tuple[int, float]:
+  """Returns the last look at the data that is due (group-sequential testing),
+  and the share of a question's alpha that this look may spend.
+
+  Looks are at the first 3, 6, 12, ... seeds and have 1/2, 1/4, 1/8, ... of it.
+
+  Args:
+    num_seeds: how many seeds have ended, 3 or more.
+
+  Returns:
+    The number of seeds that are looked at, and the share.
+  """
+  doublings = int(math.log2(num_seeds / SEEDS_OF_FIRST_LOOK))
+  return SEEDS_OF_FIRST_LOOK * 2 ** doublings, 0.5 ** (doublings + 1)
 
 
-def share_of_question(before: int, together: int) -> float:
-  """Returns the share of each of `together` questions that come after `before`
-  others. Question k has 1 / (k (k + 1)) = 1 / k - 1 / (k + 1), so the sum over
-  consecutive questions telescopes."""
-  first, after = before + 1, before + together + 1
-  return (1 / first - 1 / after) / together
+def alpha_share_of_question(num_before: int, together: int) -> float:
+  """Returns the share of ALPHA that each of some questions may spend
+  (alpha-spending; the shares of all questions sum to 1 or less).
+
+  Question k has 1 / (k (k + 1)) = 1 / k - 1 / (k + 1), so the sum over
+  consecutive questions telescopes. Questions of one time share it alike.
+
+  Args:
+    num_before: how many questions were asked before.
+    together: how many are asked at this time.
+  """
+  first = num_before + 1
+  after_last = num_before + together + 1
+  return (1 / first - 1 / after_last) / together
 
 
 class PairedTest(NamedTuple):
@@ -98,7 +124,14 @@ class PairedTest(NamedTuple):
 
 def paired_test(differences: Sequence[float], share: float,
                 pooled: statistics.Pooled | None = None) -> PairedTest:
-  """Returns Student's test of paired differences, variant minus base."""
+  """Returns Student's paired t-test at the level ALPHA * share.
+
+  Args:
+    differences: the difference of each seed, variant minus base.
+    share: the share of ALPHA that the test may spend. The corrected p is
+      p / share, as of a weighted Bonferroni correction.
+    pooled: the spread of all that was compared, where noise is not normal.
+  """
   p = statistics.p_value(differences, pooled)
   mean, low, high, _ = statistics.interval(differences, pooled, ALPHA * share)
   interval = None if low is None else (low, high)
@@ -106,8 +139,15 @@ def paired_test(differences: Sequence[float], share: float,
                     p_corrected=min(p / share, 1.0))
 
 
-def judged(base: pathlib.Path, variant: pathlib.Path) -> dict[str, Any]:
-  """Returns the answer, and writes it beside the runs.
+def judge_variant(base: pathlib.Path, variant: pathlib.Path) -> dict[str, Any]:
+  """Returns whether a variant is better than its base, and adds the answer to
+  the record beside the runs.
+
+  Args:
+    base, variant: two folders beside each other, with runs as seed-0, ...
+
+  Returns:
+    The answer with its figures, as it is printed with --json.
 
   Raises:
     RequestError: where the folders cannot be compared.
@@ -119,208 +159,260 @@ def judged(base: pathlib.Path, variant: pathlib.Path) -> dict[str, Any]:
           'beside each other, since what was asked before stands beside them')
   base_name, variant_name = names = (base_folder.name, variant_folder.name)
 
-  # The seeds of this look, and what they say.
-  runs = {name: _runs(folder / name) for name in names}
-  ended, diverged = _ended(runs, names)
-  look, share_of_this_look = share_of_look(len(ended))
-  seeds = ended[:look]
-  configs = []
+  # The seeds of this look.
+  runs = {name: _read_runs(folder / name) for name in names}
+  ended_seeds, diverged = _ended_seeds(runs, names)
+  num_looked_at, share_of_look = latest_look(len(ended_seeds))
+  seeds = ended_seeds[:num_looked_at]
+
+  # What differs between their runs, and what these found.
+  config_pairs = []
   for seed in seeds:
-    configs.append((runs[base_name][seed].config,
-                    runs[variant_name][seed].config))
-  changes, warnings = _changes(configs)
-  lost = {name: len(diverged[name].intersection(seeds)) for name in names}
-  values = {}
+    config_pairs.append((runs[base_name][seed].config,
+                         runs[variant_name][seed].config))
+  changes, warnings = _changed_fields(config_pairs)
+  num_diverged = {
+      name: len(diverged[name].intersection(seeds)) for name in names}
+  differences: dict[int, float | None] = {}
   for seed in seeds:
     if seed in diverged[base_name] | diverged[variant_name]:
-      values[seed] = None
+      differences[seed] = None
     else:
-      values[seed] = (runs[variant_name][seed].final
-                      - runs[base_name][seed].final)
+      differences[seed] = (runs[variant_name][seed].final
+                           - runs[base_name][seed].final)
 
   # Which question that is, of all that were asked here: one asker at a time.
   lock_file = folder / '.judging'
   with storage.explain_write_failures(folder), lock_file.open('w') as lock:
     fcntl.lockf(lock, fcntl.LOCK_EX)
-    path = folder / FILE
-    if path.is_file():
-      record = layout.load_checked(path)
-    else:
-      record = {'questions': [], 'looked': [], 'answers': []}
-    again, question, pooled = _question(record, folder, names, values)
+    record = _load_record(folder)
+    question_warnings, question, pooled = _register_look(
+        record=record, folder=folder, names=names, differences=differences)
 
     # The answer at the share that the look of the question has.
     test = None
-    if None not in values.values():
-      test = paired_test(differences=[*values.values()],
-                         share=share_of_this_look * question['share'],
+    if None not in differences.values():
+      test = paired_test(differences=[*differences.values()],
+                         share=share_of_look * question['share'],
                          pooled=pooled)
-    asked = sum(len(other['variants']) for other in record['questions'])
+    num_questions = sum(len(each['variants']) for each in record['questions'])
+    verdict = _verdict(test=test, base_diverged=num_diverged[base_name],
+                       variant_diverged=num_diverged[variant_name])
     answer = {
-        'base': base_name, 'variant': variant_name,
-        'verdict': _verdict(test, lost[base_name], lost[variant_name]),
-        **_figures(test),
+        'base': base_name, 'variant': variant_name, 'verdict': verdict,
+        **_test_figures(test),
         'alpha': ALPHA, 'seeds': seeds, 'next_look': 2 * len(seeds),
-        'diverged': lost, 'questions': asked, 'changes': changes,
-        'warnings': warnings + again}
+        'diverged': num_diverged, 'questions': num_questions,
+        'changes': changes, 'warnings': warnings + question_warnings}
     record['answers'].append({'time': time.time()} | answer)
-    layout.save_checked(path, record)
+    layout.save_with_checksum(folder / RECORD_FILE, record)
   return answer
 
 
-def _figures(test: PairedTest | None) -> dict[str, Any]:
+def _load_record(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns what was asked, looked at and answered in a folder so far."""
+  path = folder / RECORD_FILE
+  if path.is_file():
+    return layout.load_with_checksum(path)
+  return {'questions': [], 'looked': [], 'answers': []}
+
+
+def _test_figures(test: PairedTest | None) -> dict[str, Any]:
   """Returns the figures of a test by name; None where there is no test."""
   if test is None:
     return dict.fromkeys(PairedTest._fields)
   return test._asdict()
 
 
-def _verdict(test: PairedTest | None, base_lost: int, variant_lost: int) -> str:
-  """Returns the word for a test, whose loss is better where it is lower.
+def _verdict(test: PairedTest | None, base_diverged: int, variant_diverged: int
+             ) -> str:
+  """Returns the verdict of a test of losses, which are better where they are
+  lower.
 
   Args:
     test: the test; None where a run diverged.
-    base_lost, variant_lost: how many of the runs diverged.
+    base_diverged, variant_diverged: how many of the runs of each diverged.
   """
-  if variant_lost > base_lost:
+  if variant_diverged > base_diverged:
     return decide.UNSTABLE
   if test is None or test.p_corrected > ALPHA:
     return decide.NONE_SHOWN
   return decide.BETTER if test.effect < 0 else decide.WORSE
 
 
-def _runs(folder: pathlib.Path) -> dict[int, curves.Run]:
-  """Returns the runs that were begun, by seed."""
+def _read_runs(folder: pathlib.Path) -> dict[int, curves.Run]:
+  """Returns the runs that were begun in seed-0, seed-1, ... of a folder, by
+  seed.
+
+  Raises:
+    RequestError: where there is none.
+  """
   runs = {}
-  for path in folder.glob('seed-*/config.json'):
-    name = path.parent.name.removeprefix('seed-')
-    if not name.isdecimal():
+  for config_file in folder.glob('seed-*/config.json'):
+    seed_text = config_file.parent.name.removeprefix('seed-')
+    if not seed_text.isdecimal():
       continue
-    config = run_config.flatten(run_config.load_config(path.parent))
-    file = path.with_name('metrics.jsonl')
-    lines = ()
-    if file.is_file():
-      lines = tuple(metrics.read_metrics(file))
-    seed = int(name)
+    config = run_config.flatten(run_config.load_config(config_file.parent))
+    metrics_file = config_file.with_name('metrics.jsonl')
+    rows = ()
+    if metrics_file.is_file():
+      rows = tuple(metrics.read_metrics(metrics_file))
+    seed = int(seed_text)
     runs[seed] = curves.Run(seed=seed, state=layout.DONE, error='',
-                            config=config, rows=lines, evaluations={})
+                            config=config, rows=rows, evaluations={})
   require(runs, f'{folder} has no runs: train them as {folder}/seed-0, '
           f'{folder}/seed-1, ...')
   return dict(sorted(runs.items()))
 
 
-def _ended(runs: Mapping[str, Mapping[int, curves.Run]], names: Sequence[str]
-           ) -> tuple[list[int], dict[str, set[int]]]:
-  """Returns the first seeds that have ended in both folders, and of each folder
-  those that diverged.
+def _ended_seeds(runs: Mapping[str, RunBySeed], names: Sequence[str]
+                 ) -> tuple[list[int], dict[str, set[int]]]:
+  """Returns the seeds that may be compared: the first ones, up to the first of
+  which a run has not ended.
+
+  Args:
+    runs: the runs of both folders.
+    names: the names of the folders of base and variant.
+
+  Returns:
+    The seeds that have ended in both folders, and of each folder those that
+    diverged.
 
   Raises:
-    RequestError: where fewer than a look's have ended.
+    RequestError: where fewer have ended than the first look takes.
   """
   diverged = {}
   for name in names:
     diverged[name] = {seed for seed, run in runs[name].items() if run.diverged}
-  base, variant = (runs[name].keys() for name in names)
-  seeds: list[int] = []
-  going: list[str] = []  # the runs that the next seed waits for
-  for seed in sorted(base & variant):
+
+  # The seeds of both in order, until one is still going on in either.
+  base_name, variant_name = names
+  shared_seeds = runs[base_name].keys() & runs[variant_name].keys()
+  ended_seeds: list[int] = []
+  unfinished_runs: list[str] = []
+  for seed in sorted(shared_seeds):
     for name in names:
       if seed not in diverged[name] and runs[name][seed].final is None:
-        going.append(f'{name}/seed-{seed}')
-    if going:
+        unfinished_runs.append(f'{name}/seed-{seed}')
+    if unfinished_runs:
       break
-    seeds.append(seed)
+    ended_seeds.append(seed)
+
+  # A look that is not complete is refused.
   reason = ''
-  if going:
-    reason = (f'; {" and ".join(going)} has no held-out loss after its last '
-              'step (eval.every_steps)')
-  require(len(seeds) >= LOOK, f'{len(seeds)} seeds have ended in both '
-          f'{names[0]} and {names[1]}: a look takes {LOOK}{reason}')
-  return seeds, diverged
+  if unfinished_runs:
+    reason = (f'; {" and ".join(unfinished_runs)} has no held-out loss after '
+              'its last step (eval.every_steps)')
+  require(len(ended_seeds) >= SEEDS_OF_FIRST_LOOK, f'{len(ended_seeds)} seeds '
+          f'have ended in both {base_name} and {variant_name}: a look takes '
+          f'{SEEDS_OF_FIRST_LOOK}{reason}')
+  return ended_seeds, diverged
 
 
-def _changes(configs: Sequence[Sequence[Mapping]]) -> tuple[dict, list[str]]:
-  """Returns the fields that differ, [base's, variant's], and what to know of
-  them.
+def _changed_fields(config_pairs: Sequence[tuple[Mapping, Mapping]]
+                    ) -> tuple[dict[str, list], list[str]]:
+  """Returns in which fields base and variant differ, and warnings about them.
 
   Args:
-    configs: the configs of base and variant, by dotted name, for each seed.
+    config_pairs: the configs of base and variant, by dotted name, for each
+      seed.
+
+  Returns:
+    [value of the base, value of the variant] by the name of the field, and the
+    warnings.
 
   Raises:
     RequestError: where the losses are of different text.
   """
   changes = {}
-  for before, after in configs:
-    for name in before | after:
-      if before.get(name) != after.get(name):
-        changes[name] = [before.get(name), after.get(name)]
-  fields_of_text = {*HELD_OUT}
-  if configs[0][0]['eval.batches']:  # so many batches are a part of the text
+  for base_config, variant_config in config_pairs:
+    for name in base_config | variant_config:
+      if base_config.get(name) != variant_config.get(name):
+        changes[name] = [base_config.get(name), variant_config.get(name)]
+
+  # Losses of different text cannot be compared.
+  fields_of_text = {*FIELDS_OF_HELD_OUT_TEXT}
+  base_config_of_first_seed, _ = config_pairs[0]
+  if base_config_of_first_seed['eval.batches']:
+    # So many batches are a part of the text, which their size decides.
     fields_of_text.add('data.batch_size')
-  other_text = [name for name in changes if name in fields_of_text]
-  require(not other_text, f'{", ".join(other_text)} differ, so that the losses '
-          'are of different text: evaluate both alike (eval.batches=0 is all '
-          'of it, whatever the batch)')
-  batches = [name for name in changes
-             if name.startswith((*spec.BATCHES, 'seed'))]
+  fields_of_other_text = [name for name in changes if name in fields_of_text]
+  require(not fields_of_other_text, f'{", ".join(fields_of_other_text)} '
+          'differ, so that the losses are of different text: evaluate both '
+          'alike (eval.batches=0 is all of it, whatever the batch)')
+
+  # Runs on other batches can be, but pairs cancel less noise.
+  fields_of_batches = [name for name in changes
+                       if name.startswith((*spec.BATCHES, 'seed'))]
   warnings = []
-  if batches:
-    warnings.append(f'{", ".join(batches)} differ, so that a seed does not '
-                    'give both the same batches')
+  if fields_of_batches:
+    warnings.append(f'{", ".join(fields_of_batches)} differ, so that a seed '
+                    'does not give both the same batches')
   return changes, warnings
 
 
-def _question(record: dict, folder: pathlib.Path, names: tuple[str, str],
-              values: Values
-              ) -> tuple[list[str], dict, statistics.Pooled | None]:
-  """Returns a warning, if any, the question that a pair has in a record, into
-  which it is put if it is a new one, and the spread of the differences of all
-  that was looked at from the base: a look that is free again has the same.
+def _register_look(record: dict, folder: pathlib.Path, names: tuple[str, str],
+                   differences: DifferenceBySeed
+                   ) -> tuple[list[str], dict, statistics.Pooled | None]:
+  """Returns the question that a look at a pair answers; a new question and a
+  new look are added to the record.
+
+  More seeds of the same runs are another look of the same question. Runs that
+  were trained anew are a new question.
 
   Args:
     record: what judged.json holds, which is changed.
     folder: the folder of the loop.
     names: the base and the variant.
-    values: the differences of the seeds that are looked at.
+    differences: the differences of the seeds that are looked at.
+
+  Returns:
+    warnings: one where the runs are others than those looked at before.
+    question: the question, with the share of ALPHA that it may spend.
+    pooled: the spread of the differences from the base of all that was looked
+      at; None where their noise looks normal. A repeated look has the same.
   """
   base, variant = names
-  now = [[seed, value] for seed, value in values.items()]
-  looked = _look_at(record['looked'], names)
-  # More seeds are another look at the same runs.
-  is_same = True
-  if looked is not None:
-    is_same = all(before == after
-                  for before, after in zip(looked['values'], now))
+  # As JSON has it.
+  values_now = [[seed, value] for seed, value in differences.items()]
+  look = _earlier_look(record['looked'], names)
+  are_same_runs = True
+  if look is not None:
+    are_same_runs = all(before == now
+                        for before, now in zip(look['values'], values_now))
 
   # The last question about the pair, or else a new one.
   question = None
-  for other in record['questions']:
-    if other['base'] == base and variant in other['variants']:
-      question = other
-  if question is None or not is_same:
-    question = _new_question(record['questions'], folder, base, variant)
+  for earlier_question in record['questions']:
+    is_of_pair = (earlier_question['base'] == base
+                  and variant in earlier_question['variants'])
+    if is_of_pair:
+      question = earlier_question
+  if question is None or not are_same_runs:
+    question = _new_question(questions=record['questions'], folder=folder,
+                             base=base, variant=variant)
     record['questions'].append(question)
 
   # The differences that are looked at, which the record has from now on.
-  if looked is None:
-    looked = {'names': [*names], 'values': []}
-    record['looked'].append(looked)
-  if not is_same or len(now) > len(looked['values']):
-    looked['values'] = now
-    looked['pooled'] = _spread_of_all(record['looked'], base)
+  if look is None:
+    look = {'names': [*names], 'values': []}
+    record['looked'].append(look)
+  if not are_same_runs or len(values_now) > len(look['values']):
+    look['values'] = values_now
+    look['pooled'] = _pooled_spread_of_looks(record['looked'], base)
   pooled = None
-  if looked.get('pooled') is not None:
-    pooled = statistics.Pooled(*looked['pooled'])
+  if look.get('pooled') is not None:
+    pooled = statistics.Pooled._make(look['pooled'])
 
   warnings = []
-  if not is_same:
+  if not are_same_runs:
     warnings.append(f'the runs of {base} or {variant} are others than those '
                     'that were looked at before: this is a new question')
   return warnings, question, pooled
 
 
-def _look_at(looks: Sequence[dict], names: tuple[str, str]) -> dict | None:
-  """Returns the look at a pair; None where there was none."""
+def _earlier_look(looks: Sequence[dict], names: tuple[str, str]) -> dict | None:
+  """Returns the look at a pair of folders; None where there was none."""
   for look in looks:
     if look['names'] == [*names]:
       return look
@@ -329,38 +421,46 @@ def _look_at(looks: Sequence[dict], names: tuple[str, str]) -> dict | None:
 
 def _new_question(questions: Sequence[Mapping], folder: pathlib.Path,
                   base: str, variant: str) -> dict[str, Any]:
-  """Returns the next question: of the variant, and of all others that lie in
-  the folder and were in no question before."""
-  known = {base}
-  before = 0
+  """Returns the next question with its share of ALPHA.
+
+  It is about the variant and about all others that lie in the folder and were
+  in no question before: who asks of the best of twenty has looked at twenty.
+
+  Args:
+    questions: the questions that were asked before.
+    folder: the folder of the loop.
+    base, variant: the names of both.
+  """
+  asked_before = {base}
+  num_before = 0
   for question in questions:
-    known |= {question['base'], *question['variants']}
-    before += len(question['variants'])
-  lying = {path.parent.parent.name
-           for path in folder.glob('*/seed-*/config.json')}
-  variants = sorted({variant} | (lying - known))
-  return {'base': base, 'variants': variants,
-          'share': share_of_question(before, together=len(variants))}
+    asked_before |= {question['base'], *question['variants']}
+    num_before += len(question['variants'])
+  names_in_folder = {config_file.parent.parent.name
+                     for config_file in folder.glob('*/seed-*/config.json')}
+  variants = sorted({variant} | (names_in_folder - asked_before))
+  share = alpha_share_of_question(num_before, together=len(variants))
+  return {'base': base, 'variants': variants, 'share': share}
 
 
-def _spread_of_all(looks: Sequence[Mapping], base: str
-                   ) -> statistics.Pooled | None:
+def _pooled_spread_of_looks(looks: Sequence[Mapping], base: str
+                            ) -> statistics.Pooled | None:
   """Returns the spread of the differences from a base of all that was looked
-  at, where their noise does not look normal."""
-  groups = []  # of each variant [seeds, 1]
+  at, where their noise does not look normal; else None."""
+  differences_of_variants = []  # of each variant [seeds, 1]
   for look in looks:
     if look['names'][0] == base:
       ended = [value for _, value in look['values'] if value is not None]
       if ended:
-        groups.append(np.array(ended).reshape(-1, 1))
-  noise = statistics.shape(groups)
-  if noise is None:
+        differences_of_variants.append(np.array(ended).reshape(-1, 1))
+  shape = statistics.shape(differences_of_variants)
+  if shape is None:
     return None
-  return noise.pooled(np.ravel)
+  return shape.pooled(np.ravel)
 
 
-def text(answer: Mapping[str, Any]) -> str:
-  """Renders an answer for a terminal."""
+def render_answer(answer: Mapping[str, Any]) -> str:
+  """Returns the lines that say an answer of `judge_variant` in a terminal."""
   if answer['p'] is None:
     figures = 'shows nothing, since runs diverged'
   else:
@@ -368,9 +468,10 @@ def text(answer: Mapping[str, Any]) -> str:
     estimate = page.estimate(answer['effect'], low, high).text
     figures = (f'{estimate}, p {answer["p"]:.2g}, corrected p '
                f'{answer["p_corrected"]:.2g}')
+  num_seeds = len(answer['seeds'])
   lines = [
       f'{answer["variant"]} beside {answer["base"]}: {answer["verdict"]}',
-      f'held-out loss {figures}; {len(answer["seeds"])} seeds (next look: '
+      f'held-out loss {figures}; {num_seeds} seeds (next look: '
       f'{answer["next_look"]}), {answer["questions"]} questions so far']
   lines += [f'warning: {line}' for line in answer['warnings']]
   return '\n'.join(lines)

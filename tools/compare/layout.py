@@ -44,7 +44,7 @@ PENDING, RUNNING, DONE, FAILED = 'pending', 'running', 'done', 'failed'
 STATES = (PENDING, RUNNING, DONE, FAILED)
 BUSY_SECONDS = 60  # how long a writer waits for the others
 BEAT_SECONDS = 10  # between two heartbeats, and two looks at those of others
-STALE_LOOKS = 12  # at a heartbeat that stands still, then its runner is dead
+LOOKS_UNTIL_DEAD = 12  # at a heartbeat that stands still
 
 
 def _checksum(columns: str) -> str:
@@ -54,7 +54,7 @@ def _checksum(columns: str) -> str:
           f'CHECK (checksum = crc32({columns}))')
 
 
-SCHEMA = f"""\
+SWEEP_TABLES = f"""\
 CREATE TABLE runs (
   id INTEGER PRIMARY KEY,
   point TEXT NOT NULL,
@@ -72,7 +72,7 @@ CREATE TABLE runners (
   pid INTEGER NOT NULL,
   beats INTEGER NOT NULL DEFAULT 0,
   {_checksum('name, host, pid, beats')})""".split(';\n')
-STUDY_SCHEMA = f"""\
+STUDY_TABLES = f"""\
 CREATE TABLE plans (
   id INTEGER PRIMARY KEY,
   time REAL NOT NULL,
@@ -91,14 +91,14 @@ CREATE TABLE begun (
 _DAMAGE = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
-def add_workdir(parser) -> None:
+def add_workdir_arguments(parser) -> None:
   """Adds WORKDIR, or --workdir WORKDIR, to a program that looks at one."""
   parser.add_argument('where', nargs='?', default='', metavar='WORKDIR',
                       help='of a sweep or a study')
   parser.add_argument('--workdir', default='', help='the same')
 
 
-def workdir_of(args) -> str:
+def parse_workdir(args) -> str:
   """Returns the workdir that a command line names in one of both ways."""
   require(bool(args.where) != bool(args.workdir), 'say once which workdir: '
           'WORKDIR, or --workdir=WORKDIR')
@@ -109,7 +109,7 @@ def is_study(workdir) -> bool:
   return (pathlib.Path(workdir) / 'study.json').exists()
 
 
-def try_folder(workdir, marker: str = 'sweep.json') -> None:
+def check_workdir(workdir, marker: str = 'sweep.json') -> None:
   """Raises RequestError where no sweep, nor what `marker` tells of, can be
   kept: before anything is run."""
   require('://' not in str(workdir), f'--workdir is {str(workdir)!r}: a ledger '
@@ -118,7 +118,7 @@ def try_folder(workdir, marker: str = 'sweep.json') -> None:
   storage.refuse_folder_of_run(workdir, '--workdir', marker)
 
 
-def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+def align_columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
   """Returns the lines of a table for a terminal.
 
   Args:
@@ -141,39 +141,40 @@ def run_folder(workdir, point: str, seed: int) -> pathlib.Path:
   return pathlib.Path(workdir) / 'points' / point / f'seed-{seed}'
 
 
-def save_checked(path: pathlib.Path, tree: dict) -> None:
+def save_with_checksum(path: pathlib.Path, tree: dict) -> None:
   """Writes JSON with a checksum of what it holds, whole or not at all; several
   runners may write at once."""
-  checked = tree | {'checksum': checksum(tree)}
+  checked = tree | {'checksum': json_checksum(tree)}
   text = json.dumps(checked, indent=1, allow_nan=False)
   storage.write_file(epath.Path(path), text)
 
 
-def load_checked(path: pathlib.Path) -> dict:
+def load_with_checksum(path: pathlib.Path) -> dict:
   """Returns what `save_checked` wrote; RequestError where it is damaged."""
   tree = storage.parse_json_object(path.read_bytes(), str(path))
-  require(tree.pop('checksum', '') == checksum(tree), f'{path} is damaged: '
-          'it is not as it was written; put it back')
+  require(
+      tree.pop('checksum', '') == json_checksum(tree), f'{path} is damaged: '
+      'it is not as it was written; put it back')
   return tree
 
 
-def checksum(tree: Any) -> str:
+def json_checksum(tree: Any) -> str:
   """Returns a hash of what can be written as JSON."""
   text = json.dumps(tree, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def load_description(workdir) -> dict:
+def load_sweep_description(workdir) -> dict:
   """Returns what sweep.json holds; RequestError where there is none."""
   path = pathlib.Path(workdir) / 'sweep.json'
   require(path.is_file(), f'{path} is missing: no sweep was checked or run in '
           'this workdir')
-  description = load_checked(path)
+  description = load_with_checksum(path)
   plugins.restore_declared_parts(description.get('files', {}))
   return description
 
 
-def save_description(workdir, description: dict) -> None:
+def save_sweep_description(workdir, description: dict) -> None:
   """Writes sweep.json, which keeps the points and seeds that it had before.
 
   Raises:
@@ -181,8 +182,8 @@ def save_description(workdir, description: dict) -> None:
   """
   path = pathlib.Path(workdir) / 'sweep.json'
   if path.exists():
-    description = _joined(workdir, load_checked(path), description)
-  save_checked(path, description)
+    description = _joined(workdir, load_with_checksum(path), description)
+  save_with_checksum(path, description)
 
 
 def _joined(workdir, old: dict, new: dict) -> dict:
@@ -198,7 +199,7 @@ def _joined(workdir, old: dict, new: dict) -> dict:
   fixed_before['sources'] = new['sources'] | old['sources']
   fixed_now = _fixed(new, old['points'])
   fixed_now['sources'] = sources
-  different = differences(fixed_before, fixed_now)
+  different = differing_names(fixed_before, fixed_now)
   require(not different, f'{workdir} holds another sweep, which differs in '
           f'{", ".join(different)}: take another --workdir')
 
@@ -234,7 +235,7 @@ def _fixed(description: dict, points: Sequence[dict] = ()) -> dict:
   return fixed
 
 
-def differences(old: dict, new: dict) -> list[str]:
+def differing_names(old: dict, new: dict) -> list[str]:
   """Returns the dotted names at which two trees of JSON differ."""
   before, after = _flat(old), _flat(new)
   different = []
@@ -250,7 +251,7 @@ def _flat(tree: dict) -> dict:
   return run_config.flatten(json.loads(json.dumps(tree)))
 
 
-def row_of(description: dict, point: str) -> dict:
+def point_row(description: dict, point: str) -> dict:
   """Returns what sweep.json says of a point; RequestError where it has none,
   which a ledger of another sweep may name."""
   rows = [row for row in description['points'] if row['name'] == point]
@@ -259,25 +260,25 @@ def row_of(description: dict, point: str) -> dict:
   return rows[0]
 
 
-def config(description: dict, point: str, seed: int):
+def config_of_run(description: dict, point: str, seed: int):
   """Returns the config of a run as sweep.json has it, whatever the sweep's
   file says by now."""
   base = run_config.config_from_json(description['base_config'])
-  row = row_of(description, point)
+  row = point_row(description, point)
   return spec.changed(base, {**row['changes'], 'seed': seed},
                       f'point {point!r}')
 
 
-def differing(description: dict, workdir, point: str, seed: int
-              ) -> list[str]:
+def fields_unlike_sweep(description: dict, workdir, point: str, seed: int
+                        ) -> list[str]:
   """Returns the fields in which the run on disk is not the sweep's.
 
   Raises:
     ValueError: where its config.json is missing or damaged.
   """
-  wanted = config(description, point, seed)
+  wanted = config_of_run(description, point, seed)
   on_disk = run_config.load_config(run_folder(workdir, point, seed))
-  different = differences(on_disk.to_dict(), wanted.to_dict())
+  different = differing_names(on_disk.to_dict(), wanted.to_dict())
   if not different:
     return []
   # A run's config.json does not hold what its model does not read.
@@ -286,11 +287,11 @@ def differing(description: dict, workdir, point: str, seed: int
           if name.removeprefix('model.') not in unread]
 
 
-def stranger(description: dict, workdir, point: str, seed: int) -> str:
+def why_not_of_sweep(description: dict, workdir, point: str, seed: int) -> str:
   """Returns why what lies in a run's folder is not that run, or ''."""
   folder = run_folder(workdir, point, seed)
   try:
-    wrong = differing(description, workdir, point, seed)
+    wrong = fields_unlike_sweep(description, workdir, point, seed)
   except RequestError as error:
     return str(error)
   if not wrong:
@@ -300,7 +301,7 @@ def stranger(description: dict, workdir, point: str, seed: int) -> str:
           f'{description["file"]} may have changed since the sweep began')
 
 
-def codes(workdir, description: Mapping[str, Any]) -> list[str]:
+def codes_of_runs(workdir, description: Mapping[str, Any]) -> list[str]:
   """Returns the different codes that trained the runs of a sweep, as far as
   they are known."""
   starts = []
@@ -312,7 +313,7 @@ def codes(workdir, description: Mapping[str, Any]) -> list[str]:
   return provenance.list_codes(starts)
 
 
-def plans_of(workdir) -> set[str]:
+def plan_hashes_of_runs(workdir) -> set[str]:
   """Returns the hashes of the plans by which the runs of a folder were started;
   '' is of a run that no study started."""
   starts: list[dict] = []
@@ -327,13 +328,13 @@ def plans_of(workdir) -> set[str]:
   return plans
 
 
-def codes_note(codes: list[str]) -> str:
+def describe_changed_code(codes: list[str]) -> str:
   """Says that the code of a sweep changed in the middle of it."""
   return ('The code changed in the middle of this sweep, so that its runs may '
           f'not be compared: {"; ".join(codes)}.')
 
 
-def metrics(folder: pathlib.Path, split: str) -> list[dict]:
+def read_metrics(folder: pathlib.Path, split: str) -> list[dict]:
   """Returns the lines of a run's metrics.jsonl of one split, as far as they
   are whole."""
   path = folder / 'metrics.jsonl'
@@ -347,7 +348,7 @@ def is_trained(folder: pathlib.Path, train) -> bool:
   """Returns whether the run took its last step and saved it, and did not end
   there after too many bad ones; `train` is config.train of the run."""
   last = None
-  for row in metrics(folder, 'train'):
+  for row in read_metrics(folder, 'train'):
     if row['step'] == train.steps:
       last = row
   is_saved = (folder / 'checkpoints' / str(train.steps)).is_dir()
@@ -356,7 +357,7 @@ def is_trained(folder: pathlib.Path, train) -> bool:
   return last.get('bad_in_row', -1) < train.max_bad_steps
 
 
-def evaluation(folder: pathlib.Path) -> dict:
+def load_evaluation(folder: pathlib.Path) -> dict:
   """Returns what a run's eval.json holds, which was written in one piece; {}
   where there is none.
 
@@ -372,16 +373,16 @@ def evaluation(folder: pathlib.Path) -> dict:
 
 def is_evaluated(folder: pathlib.Path, tasks: Iterable[str]) -> bool:
   """Returns whether eval.json holds every task."""
-  return set(tasks) <= evaluation(folder).keys()
+  return set(tasks) <= load_evaluation(folder).keys()
 
 
-def log(folder: pathlib.Path, line: str) -> None:
+def append_to_log(folder: pathlib.Path, line: str) -> None:
   """Adds a line to what a run printed."""
   with storage.GrowingFile(folder / 'log.txt') as file:
     file.write(f'{line}\n'.encode())
 
 
-def error(folder: pathlib.Path) -> str:
+def read_error_of_log(folder: pathlib.Path) -> str:
   """Returns the sentence that a failed run's log gives, or ends with."""
   text = (folder / 'log.txt').read_text(errors='replace')
   last_command = text.rpartition('\n$ ')[2]
@@ -397,7 +398,7 @@ def train_command(description: dict, workdir, point: str, seed: int
   folder = run_folder(workdir, point, seed)
   words = ['train.py', '--config', description['file'],
            '--workdir', str(folder)]
-  changes = row_of(description, point)['changes'] | {'seed': seed}
+  changes = point_row(description, point)['changes'] | {'seed': seed}
   for key, value in changes.items():
     words.append(f'--config.{key}={spec.tuples(value)}')
   return words
@@ -412,7 +413,7 @@ def group_command(workdir, runs: Iterable[tuple[str, int]], tasks: str = ''
           f'--runs={names}', f'--evaluate={tasks}']
 
 
-def shell_line(description: dict, workdir, run) -> str:
+def shell_command_of_run(description: dict, workdir, run) -> str:
   """Returns one line for a shell: all that a run still needs."""
   commands = [train_command(description, workdir, run.point, run.seed)]
   if run.tasks:
@@ -461,7 +462,7 @@ class Ledger:
     anew: what a new file has in place of one that was damaged.
     again: what to do about one that cannot be used.
   """
-  file, schema = 'ledger.sqlite', SCHEMA
+  file, schema = 'ledger.sqlite', SWEEP_TABLES
   anew = ('written anew from the folders of the runs; what had failed is taken '
           'up again')
   again = 'run the sweep again; what is done is known by what lies on disk'
@@ -484,7 +485,7 @@ class Ledger:
     # One that was deleted or emptied was made anew, and has no runs.
     is_of_sweep = (self._path.parent / 'sweep.json').is_file()
     if is_of_sweep and not self._rows('SELECT id FROM runs LIMIT 1'):
-      reconcile(workdir, self)
+      reconcile_ledger(workdir, self)
 
   def _set_aside(self, damage: str) -> None:
     """Renames the file, which is damaged, and says so."""
@@ -660,9 +661,9 @@ class Ledger:
         heartbeat = heartbeat._replace(looks=heartbeat.looks + 1)
       else:
         heartbeat = heartbeat._replace(last=beats, looks=0)
-      is_here = host == storage.host_name()
-      is_gone = is_here and not storage.is_process_alive(pid)
-      if is_gone or heartbeat.looks >= STALE_LOOKS:
+      is_gone = (host == storage.host_name()
+                 and not storage.is_process_alive(pid))
+      if is_gone or heartbeat.looks >= LOOKS_UNTIL_DEAD:
         dead.append(name)
       else:
         watched[name] = heartbeat
@@ -697,7 +698,7 @@ def _places(values: Sequence) -> str:
 class StudyLedger(Ledger):
   """WORKDIR/study.sqlite: every plan that a study had, and each run that began
   in a new folder. Rows are only ever added."""
-  file, schema = 'study.sqlite', STUDY_SCHEMA
+  file, schema = 'study.sqlite', STUDY_TABLES
   anew = ('begun anew; the plan is that of study.json, and the report counts '
           'the runs whose beginning is no longer known')
   again = 'run the study again; its runs have ledgers of their own'
@@ -722,7 +723,7 @@ class StudyLedger(Ledger):
     return self._rows('SELECT folder, point, seed FROM begun ORDER BY id')
 
 
-def ledger_runs(workdir) -> list[Run]:
+def load_ledger_runs(workdir) -> list[Run]:
   """Returns what the ledger of a sweep holds."""
   with Ledger(workdir) as ledger:
     return ledger.runs()
@@ -732,7 +733,7 @@ def _crc32(*values: Any) -> int:
   return zlib.crc32(repr(values).encode())
 
 
-def begin(workdir, ledger, description: dict) -> dict:
+def begin_sweep(workdir, ledger, description: dict) -> dict:
   """Writes sweep.json and brings the ledger up to it and to what lies on disk
   (`reconcile`), once it is known of every runner that holds runs whether it
   lives. Returns what sweep.json holds.
@@ -741,17 +742,17 @@ def begin(workdir, ledger, description: dict) -> dict:
     RequestError: where the workdir holds another sweep.
   """
   with ledger.transaction():  # another one may add to it at the same time
-    save_description(workdir, description)
+    save_sweep_description(workdir, description)
   ledger.recover()
   if ledger.doubtful:
     print('waiting for a sign of life of those who hold runs', file=sys.stderr)
   while ledger.doubtful:
     time.sleep(BEAT_SECONDS)
     ledger.recover()
-  return reconcile(workdir, ledger)
+  return reconcile_ledger(workdir, ledger)
 
 
-def reconcile(workdir, ledger) -> dict:
+def reconcile_ledger(workdir, ledger) -> dict:
   """Brings the ledger of a sweep up to what lies on disk; returns what
   sweep.json holds.
 
@@ -762,7 +763,7 @@ def reconcile(workdir, ledger) -> dict:
   """
   # The runs that the ledger has not.
   rows = []
-  for point in load_description(workdir)['points']:
+  for point in load_sweep_description(workdir)['points']:
     for seed in point['seeds']:
       rows.append((point['name'], seed, point['tasks']))
   rows.sort(key=lambda row: row[1])  # all points of a seed, then the next
@@ -770,7 +771,7 @@ def reconcile(workdir, ledger) -> dict:
 
   # The runs whose state is another one on disk.
   runs = ledger.runs(PENDING, DONE)
-  description = load_description(workdir)  # it has all of these points
+  description = load_sweep_description(workdir)  # it has all of these points
   for run in runs:
     folder = run_folder(workdir, run.point, run.seed)
     if run.state == DONE:
@@ -779,9 +780,10 @@ def reconcile(workdir, ledger) -> dict:
               file=sys.stderr)
         ledger.adopt(run, PENDING)
       continue
-    if not is_trained(folder, config(description, run.point, run.seed).train):
+    if not is_trained(
+        folder, config_of_run(description, run.point, run.seed).train):
       continue
-    error = stranger(description, workdir, run.point, run.seed)
+    error = why_not_of_sweep(description, workdir, run.point, run.seed)
     if error:
       ledger.adopt(run, FAILED, error)
     elif is_evaluated(folder, run.owes):

@@ -28,9 +28,9 @@ from training.workdir import provenance, storage
 from training.writer import DIVERGED, ENDED_EARLY
 
 POLL_SECONDS = 0.2
-TELL_SECONDS = 60  # between two lines of the time left
-GPUS = 'CUDA_VISIBLE_DEVICES'
-UNFINISHED = 3  # exit code: the log of each run that did not end says why
+SECONDS_BETWEEN_PROGRESS = 60  # between two lines of the time left
+GPUS_VARIABLE = 'CUDA_VISIBLE_DEVICES'
+EXIT_CODE_UNFINISHED = 3  # the log of each run that did not end says why
 
 
 @dataclasses.dataclass
@@ -87,7 +87,7 @@ class Runner:
     unended = [layout.PENDING]
     if wait:
       unended.append(layout.RUNNING)
-    self._description = layout.load_description(self._workdir)
+    self._description = layout.load_sweep_description(self._workdir)
     self._printed = self._since = time.monotonic()
     self._before = self._trained()
     # It counts alone: it may come while a job is being started.
@@ -156,7 +156,7 @@ class Runner:
       if run.state in (layout.DONE, layout.FAILED):
         trained += 1.0
         continue
-      rows = layout.metrics(self._folder(run), 'train')
+      rows = layout.read_metrics(self._folder(run), 'train')
       if rows:
         trained += rows[-1]['step'] / self._config(run).train.steps
     return trained
@@ -165,7 +165,7 @@ class Runner:
     """Prints from time to time how much is done, and how long the rest takes if
     it goes on as fast as since the start."""
     now = time.monotonic()
-    if now - self._printed < TELL_SECONDS:
+    if now - self._printed < SECONDS_BETWEEN_PROGRESS:
       return
     self._printed = now
     trained, number = self._trained(), len(self._ledger.runs())
@@ -180,7 +180,7 @@ class Runner:
     """Starts one more job; returns whether there was one to take."""
     waiting = self._ledger.runs(layout.PENDING)
     # Read later than the ledger, it has all of these points.
-    self._description = layout.load_description(self._workdir)
+    self._description = layout.load_sweep_description(self._workdir)
     for group in self._groups(waiting):
       claimed = self._ledger.claim([run.id for run in group], self._name)
       runs = [run for run in group if run.id in claimed]
@@ -231,10 +231,11 @@ class Runner:
     for run in runs:
       what = 'evaluating' if evaluates else 'training'
       print(f'{run.point}, seed {run.seed}: {what}', flush=True)
-      layout.log(self._folder(run), f'$ {shlex.join(["python", *words])}')
+      layout.append_to_log(
+          self._folder(run), f'$ {shlex.join(["python", *words])}')
     if not evaluates:  # else each prints into its own
       for run in runs[1:]:
-        layout.log(self._folder(run), f'What it printed: {log}')
+        layout.append_to_log(self._folder(run), f'What it printed: {log}')
 
     environment = _environment(slot, self._parallel)
     environment[provenance.PLAN_VARIABLE] = self._description.get('plan', '')
@@ -250,7 +251,7 @@ class Runner:
     return layout.run_folder(self._workdir, run.point, run.seed)
 
   def _config(self, run):
-    return layout.config(self._description, run.point, run.seed)
+    return layout.config_of_run(self._description, run.point, run.seed)
 
   def _is_trained(self, run) -> bool:
     return layout.is_trained(self._folder(run), self._config(run).train)
@@ -259,8 +260,9 @@ class Runner:
     """Writes into the ledger how a job ended, run by run."""
     code = job.process.returncode
     # A group that none of its runs ended, but an error of all.
-    is_error_of_all = (len(job.runs) > 1 and code not in (0, UNFINISHED)
-                       and not self._signals.n)
+    is_error_of_all = (
+        len(job.runs) > 1 and code not in (0, EXIT_CODE_UNFINISHED)
+        and not self._signals.n)
     for run in job.runs:
       # Tasks may be added at any moment but between these two.
       with self._ledger.transaction():
@@ -296,7 +298,7 @@ class Runner:
     """
     folder = self._folder(run)
     if (folder / 'config.json').exists():
-      error = layout.stranger(
+      error = layout.why_not_of_sweep(
           self._description, self._workdir, run.point, run.seed)
       if error:
         return layout.FAILED, error
@@ -315,7 +317,7 @@ class Runner:
     how = f'exit code {code}'
     if code < 0:
       how = f'killed by {signal.Signals(-code).name}'
-    return layout.FAILED, f'{layout.error(folder)} ({how})'
+    return layout.FAILED, f'{layout.read_error_of_log(folder)} ({how})'
 
 
 def _cores(slot: int, parallel: int) -> str:
@@ -331,9 +333,9 @@ def _environment(slot: int, parallel: int) -> dict[str, str]:
   """Returns the environment of one slot: its share of the GPUs that
   CUDA_VISIBLE_DEVICES names; all of them where there are fewer than slots."""
   environment = dict(os.environ)
-  gpus = [gpu for gpu in os.environ.get(GPUS, '').split(',') if gpu]
+  gpus = [gpu for gpu in os.environ.get(GPUS_VARIABLE, '').split(',') if gpu]
   if len(gpus) >= parallel:
-    environment[GPUS] = ','.join(gpus[slot::parallel])
+    environment[GPUS_VARIABLE] = ','.join(gpus[slot::parallel])
   return environment
 
 
@@ -353,8 +355,8 @@ def main() -> int:
   folders = [layout.run_folder(args.workdir, *run) for run in runs]
   if args.evaluate:
     return _evaluate(folders, args.evaluate.split(','))
-  description = layout.load_description(args.workdir)
-  configs = [layout.config(description, *run) for run in runs]
+  description = layout.load_sweep_description(args.workdir)
+  configs = [layout.config_of_run(description, *run) for run in runs]
   return _train(configs, folders)
 
 
@@ -368,10 +370,10 @@ def _train(configs: Sequence, folders: Sequence[pathlib.Path]) -> int:
     line = writer.sentence
     if writer.code == DIVERGED:
       line = f'error: {line}'
-    layout.log(writer.workdir, line)
+    layout.append_to_log(writer.workdir, line)
     # A run that ended early has all that it was to have (training/loop.py).
     if writer.code != ENDED_EARLY:
-      code = UNFINISHED
+      code = EXIT_CODE_UNFINISHED
   return code
 
 
@@ -388,7 +390,7 @@ def _evaluate(folders: Sequence[pathlib.Path], tasks: list[str]) -> int:
             programs=programs)
       except (RequestError, EnvironmentFailure, OSError) as error:
         print(f'error: {error}')  # of this run: the others go on
-        code = UNFINISHED
+        code = EXIT_CODE_UNFINISHED
       else:
         evals.write(storage.checked_path(folder / 'eval.json'), figures)
   return code

@@ -15,8 +15,8 @@ from training.workdir import metrics
 _ENTRIES = ('workload', 'figure', 'better', 'name', 'chance')
 
 
-def completed(entries: Sequence, workloads: Collection[str], file: str
-              ) -> list[dict]:
+def complete_measures(entries: Sequence, workloads: Collection[str], file: str
+                      ) -> list[dict]:
   """Returns the measures of a file with what they leave out, but for `chance`.
 
   Args:
@@ -97,7 +97,8 @@ def _name(entry: dict, workload: str, taken: Collection[str]) -> str:
   return name
 
 
-def tasks(measures: Sequence[dict], workload: str) -> tuple[str, ...]:
+def tasks_of_workload(
+    measures: Sequence[dict], workload: str) -> tuple[str, ...]:
   """Returns the evaluation tasks that the measures of a workload are figures
   of."""
   names = {}
@@ -108,7 +109,7 @@ def tasks(measures: Sequence[dict], workload: str) -> tuple[str, ...]:
   return tuple(names)
 
 
-def check_of_task(measure: dict, config, who: str) -> None:
+def check_task_has_figure(measure: dict, config, who: str) -> None:
   """Raises RequestError where a measure is a figure of a task that a run of
   `config` does not have."""
   task, is_task, figure = measure['figure'].partition('/')
@@ -126,7 +127,7 @@ def check_of_task(measure: dict, config, who: str) -> None:
           f'are {", ".join(row.figures) or "none"}')
 
 
-def guess(measures: Sequence[dict], config, vocab: int) -> float:
+def loss_of_guessing(measures: Sequence[dict], config, vocab: int) -> float:
   """Returns the loss of guessing of a run, above which it counts as diverged.
 
   Args:
@@ -155,8 +156,9 @@ def _guessing(config, vocab: int) -> float | None:
   return objectives.of(config).guessing(objectives.with_labels(config), vocab)
 
 
-def chance(measure: dict, config, vocab: int, bytes_per_token: float, file: str
-           ) -> float:
+def score_of_guessing(
+    measure: dict, config, vocab: int, bytes_per_token: float, file: str
+    ) -> float:
   """Returns what guessing gives: of losses, that of one to which all answers
   are alike; of a probe, what the best constant answer scores.
 
@@ -193,7 +195,7 @@ def chance(measure: dict, config, vocab: int, bytes_per_token: float, file: str
   return 0.0
 
 
-def unit_text(frozen, measure, before: str = '', after: str = '') -> str:
+def format_unit(frozen, measure, before: str = '', after: str = '') -> str:
   """Returns the unit of a measure, 'nats a token', between two texts; '' where
   it has none, as an accuracy, or where it is not known, as of a task's own
   figure.
@@ -213,6 +215,6 @@ def unit_text(frozen, measure, before: str = '', after: str = '') -> str:
   return f'{before}{unit}{after}' if unit else ''
 
 
-def amount(frozen, value: float) -> str:
+def format_amount(frozen, value: float) -> str:
   """Returns '0.2 nats a token', of the primary measure."""
-  return f'{value:g}{unit_text(frozen, frozen.plan.primary, " ")}'
+  return f'{value:g}{format_unit(frozen, frozen.plan.primary, " ")}'

@@ -16,9 +16,10 @@ from tools.compare import pairing, statistics
 from tools.compare.pairing import ALL
 from tools.compare.plan import AGAIN, Measure, Plan
 
-RARE = 0.1  # the share of runs on a plateau by which a screening may be misled
+# A share of runs on a plateau that is so small that a screening may meet none.
+SHARE_OF_RARE_PLATEAUS = 0.1
 # The names by which a report calls the phases that test.
-WORDS = {'screen': 'screening', 'confirm': 'confirmation'}
+NAME_OF_PHASE = {'screen': 'screening', 'confirm': 'confirmation'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Noise:
   snr: float | None = None
 
 
-class Announced(NamedTuple):
-  """The power of the whole study, said before it is run.
+class AnnouncedPower(NamedTuple):
+  """The power of the whole study, announced before it is run.
 
   Attributes:
     power: the power of the screening and the confirmation together, which is
@@ -86,52 +87,76 @@ class Announced(NamedTuple):
   sentence: str
 
 
-def measured(plan: Plan, outcomes: pairing.Outcomes, phase='noise'
-             ) -> list[Noise]:
-  """Returns, for each measure, a row for each size, one for the screening, and
-  one for the confirmation, which is over the mean of the sizes.
+def measure_noise(plan: Plan, outcomes: pairing.Outcomes, phase='noise'
+                  ) -> list[Noise]:
+  """Returns how much each measure varies between two runs of the base, and what
+  each test of the study can find then.
 
-  The last is measured as it is tested, by the seeds' means over the sizes: to
-  take the sizes for independent would give it more degrees of freedom, and
-  promise far too much where they are not.
+  A measure has a row for each size, one for the screening, and one for the
+  confirmation. The confirmation is measured as it is tested, by the seeds'
+  means over the sizes. To take the sizes for independent would give it more
+  degrees of freedom, and promise far too much where they are not.
+
+  Args:
+    plan: the plan of the study.
+    outcomes: the outcomes of the runs of all phases so far.
+    phase: the name of the phase that ran the base twice.
   """
   runs = pairing.of_phase(outcomes, phase)
-  snrs = {measure.name: signal_to_noise(plan, runs, measure)
-          for measure in plan.measures}
-  going = going_on(plan, snrs)
+  snr_by_measure = {}
+  for measure in plan.measures:
+    snr_by_measure[measure.name] = signal_to_noise(plan, runs, measure)
+  # Tests are corrected over the measures that are precise enough to go on.
+  plan_of_tests = drop_noisy_measures(plan, snr_by_measure)
 
   # The tests of each measure: the row's size, its phase and the sizes that it
   # is a mean of.
-  smallest = plan.sizes[:1]
   tests = [(size, 'confirm', (size,)) for size in plan.sizes]
-  tests.append((plan.sizes[0], 'screen', smallest))
+  tests.append((plan.sizes[0], 'screen', plan.sizes[:1]))
   tests.append((ALL, 'confirm', plan.sizes))
 
   rows = []
   for measure in plan.measures:
-    pairs_at = {}
+    # The pairs of base-again and base, and the share of these that diverged.
+    pairs_at_size = {}
     runs_of_pairs = []
     for size in plan.sizes:
-      pairs_at[size] = pairing.pairs_of(
+      pairs_at_size[size] = pairing.pairs_of(
           runs=runs, variant=AGAIN, base=plan.base, size=size, measure=measure)
-      for pair in pairs_at[size].values():
+      for pair in pairs_at_size[size].values():
         runs_of_pairs += pair
-    rate = pairing.diverged_share(runs_of_pairs)
-    for name, tested, sizes in tests:
-      row = _row(
-          plan=going, measure=measure, size=name, phase=tested,
-          pairs_by_size=[pairs_at[size] for size in sizes], rate=rate)
-      rows.append(dataclasses.replace(row, snr=snrs[measure.name]))
+    diverged_share = pairing.diverged_share(runs_of_pairs)
+
+    # What each test finds with such a noise.
+    for row_size, phase_of_test, sizes in tests:
+      row = _noise_of_test(
+          plan=plan_of_tests, measure=measure, size=row_size,
+          phase=phase_of_test,
+          pairs_by_size=[pairs_at_size[size] for size in sizes],
+          diverged_share=diverged_share)
+      row = dataclasses.replace(row, snr=snr_by_measure[measure.name])
+      rows.append(row)
   return rows
 
 
 def signal_to_noise(plan: Plan, runs: pairing.Runs, measure: Measure
                     ) -> float | None:
   """Returns the signal-to-noise ratio of a measure (Heineman et al. 2025, arXiv
-  2508.13144): the range of the means of the sizes, over the standard deviation
-  of a run, sqrt(mean over sizes of its variance). None where a size has fewer
-  than two runs that ended."""
-  means, variances = [], []
+  2508.13144).
+
+  The signal is the range of the means of the sizes. The noise is the standard
+  deviation of a run, sqrt(mean over sizes of its variance).
+
+  Args:
+    plan: the plan of the study.
+    runs: the runs of base and base-again.
+    measure: the measure.
+
+  Returns:
+    signal / noise; None where a size has fewer than two runs that ended.
+  """
+  # The mean and the variance of the runs of each size.
+  mean_by_size, variance_by_size = [], []
   for size in plan.sizes:
     values = []
     for variant in (plan.base, AGAIN):
@@ -140,23 +165,33 @@ def signal_to_noise(plan: Plan, runs: pairing.Runs, measure: Measure
                  if not outcome.diverged]
     if len(values) < 2:
       return None
-    means.append(np.mean(values))
-    variances.append(np.var(values, ddof=1))
-  signal = float(np.ptp(means))
-  noise = math.sqrt(np.mean(variances))
+    mean_by_size.append(np.mean(values))
+    variance_by_size.append(np.var(values, ddof=1))
+
+  # Runs without any noise have an infinite ratio, unless sizes are alike, too.
+  signal = float(np.ptp(mean_by_size))
+  noise = math.sqrt(np.mean(variance_by_size))
   if noise:
     return signal / noise
   return math.inf if signal else 0.0
 
 
-def going_on(plan: Plan, snrs: Mapping[str, float | None]) -> Plan:
-  """Returns the plan without the measures, the first one aside, that have less
-  signal to noise than it wants, and the workloads that have none then."""
-  least = plan.least_snr or 0.0
+def drop_noisy_measures(plan: Plan, snr_by_measure: Mapping[str, float | None]
+                        ) -> Plan:
+  """Returns the plan without the measures whose signal-to-noise ratio is lower
+  than it wants, and without the workloads that no measure needs then.
+
+  The primary measure stays, and so does one whose ratio is not known.
+
+  Args:
+    plan: the plan of the study.
+    snr_by_measure: the signal-to-noise ratio of each measure, by its name.
+  """
+  least_snr = plan.least_snr or 0.0
   measures = []
   for measure in plan.measures:
-    snr = snrs.get(measure.name)
-    if measure == plan.primary or snr is None or snr >= least:
+    snr = snr_by_measure.get(measure.name)
+    if measure == plan.primary or snr is None or snr >= least_snr:
       measures.append(measure)
   needed = {measure.workload for measure in measures}
   workloads = tuple(name for name in plan.workloads if name in needed)
@@ -164,20 +199,23 @@ def going_on(plan: Plan, snrs: Mapping[str, float | None]) -> Plan:
       plan, measures=tuple(measures), workloads=workloads)
 
 
-def _level(plan: Plan, measure: Measure, phase: str) -> float:
-  """Returns the level of a test that is corrected with all others of its
-  family, where all variants pass the screening."""
-  tests = len(plan.variants)
+def _corrected_level(plan: Plan, measure: Measure, phase: str) -> float:
+  """Returns the level at which one test must be significant after a correction
+  for all tests of its family, if all variants pass the screening (Bonferroni:
+  the level of the family over the number of its tests)."""
+  num_tests = len(plan.variants)
   if phase == 'screen':
-    return plan.q / tests
+    return plan.q / num_tests
+  # The measures that are not primary are corrected together.
   if measure != plan.primary:
-    tests *= max(len(plan.measures) - 1, 1)
-  return plan.alpha / tests
+    num_tests *= max(len(plan.measures) - 1, 1)
+  return plan.alpha / num_tests
 
 
-def _row(plan: Plan, measure: Measure, size: str, phase: str,
-         pairs_by_size: Sequence[pairing.Pairs], rate: float) -> Noise:
-  """Returns what a test of some sizes can find.
+def _noise_of_test(plan: Plan, measure: Measure, size: str, phase: str,
+                   pairs_by_size: Sequence[pairing.Pairs],
+                   diverged_share: float) -> Noise:
+  """Returns the noise of a paired t-test over some sizes, and its power.
 
   Args:
     plan: the plan, with the measures that go on.
@@ -185,51 +223,58 @@ def _row(plan: Plan, measure: Measure, size: str, phase: str,
     size: what the row calls the sizes.
     phase: the phase of the test.
     pairs_by_size: the pairs of base-again and base at each size of the test.
-    rate: the share of runs that diverge.
+    diverged_share: the share of runs that diverge.
+
+  Returns:
+    The row; without an `sd` where fewer than two pairs ended.
   """
-  seeds = plan.seeds[phase]
-  by_seed = pairing.differences_by_seed(pairs_by_size, measure)
+  num_seeds = plan.seeds[phase]
+  differences_by_seed = pairing.differences_by_seed(pairs_by_size, measure)
   row = Noise(
-      size=size, measure=measure.name, phase=phase, pairs=len(by_seed), sd=None,
-      seeds=seeds, level=_level(plan, measure, phase))
-  if len(by_seed) < 2:
+      size=size, measure=measure.name, phase=phase,
+      pairs=len(differences_by_seed), sd=None, seeds=num_seeds,
+      level=_corrected_level(plan, measure, phase))
+  if len(differences_by_seed) < 2:
     return row
 
   # How far the pairs are apart: at each size, and as means over the sizes.
-  differences = np.array([*by_seed.values()])  # [seeds, sizes]
+  differences = np.array([*differences_by_seed.values()])  # [seeds, sizes]
   sds = np.std(differences, axis=0, ddof=1)
-  sd = float(np.std(pairing.means(by_seed), ddof=1))
+  sd = float(np.std(pairing.means(differences_by_seed), ddof=1))
   test: dict[str, Any] = dict(
-      sd=sd, sds=sds, df=len(by_seed) - 1, level=row.level, rate=rate,
-      limit=plan.unstable)
+      sd=sd, sds=sds, df=len(differences_by_seed) - 1, level=row.level,
+      rate=diverged_share, limit=plan.unstable)
 
   # Whether that looks normal; what is announced is resampled where it does not.
   # What a seed's data do to all sizes is looked for in the base's own runs,
   # since differences are without it.
-  base_shape = statistics.shape([_base_means(pairs_by_size, measure, by_seed)])
-  shape = statistics.shape([differences])
-  if base_shape is not None and shape is not None:
+  base_means = _base_means(pairs_by_size, measure, differences_by_seed)
+  shape_of_base = statistics.shape([base_means])
+  shape_of_differences = statistics.shape([differences])
+  if shape_of_base is not None and shape_of_differences is not None:
     row = dataclasses.replace(
-        row, skew=base_shape.skew, outliers=shape.outliers)
+        row, skew=shape_of_base.skew, outliers=shape_of_differences.outliers)
     if is_irregular(row) and sds.all():
       test['seen'] = differences
       error = statistics.errs(
-          seen=differences, sds=sds, seeds=seeds, level=row.level,
+          seen=differences, sds=sds, seeds=num_seeds, level=row.level,
           variants=len(plan.variants))
       row = dataclasses.replace(row, error=error)
 
-  # The effects that are found then. One is wanted of the primary measure alone.
-  smallest_effect = statistics.smallest_effect(plan.power, seeds=seeds, **test)
+  # The smallest effect that is found. The plan wants one of the primary measure
+  # alone, so the power for it is of that measure, too.
+  smallest_effect = statistics.smallest_effect(
+      plan.power, seeds=num_seeds, **test)
   row = dataclasses.replace(row, sd=sd, smallest_effect=smallest_effect)
   if measure != plan.primary:
     return row
   power_within = None
   if plan.margin:
     power_within = statistics.power(
-        plan.margin, seeds=seeds, within=True, **test)
+        plan.margin, seeds=num_seeds, within=True, **test)
   return dataclasses.replace(
       row,
-      power=statistics.power(plan.effect, seeds=seeds, **test),
+      power=statistics.power(plan.effect, seeds=num_seeds, **test),
       power_within=power_within,
       seeds_needed=statistics.seeds_needed(plan.effect, plan.power, **test))
 
@@ -237,58 +282,53 @@ def _row(plan: Plan, measure: Measure, size: str, phase: str,
 def _base_means(pairs_by_size: Sequence[pairing.Pairs], measure: Measure,
                 seeds: Mapping[int, Any]) -> np.ndarray:
   """Returns the means over the sizes of the base's own runs, [seeds, 1]."""
-  means = []
+  mean_by_seed = []
   for seed in seeds:
     values = [pairs[seed].base.values[measure.name] for pairs in pairs_by_size]
-    means.append([np.mean(values)])
-  return np.array(means)
+    mean_by_seed.append([np.mean(values)])
+  return np.array(mean_by_seed)
 
 
 def is_irregular(row: Noise) -> bool:
-  """Returns whether the noise of the base is not taken for normal."""
+  """Returns whether the noise of the base is not taken for normal: where the
+  smaller p of its two tests of normality, corrected by Bonferroni, is small."""
   if row.skew is None:
     return False
   return 2 * min(row.skew, row.outliers) <= statistics.IRREGULAR
 
 
-def announce(plan: Plan, rows: Sequence[Noise]) -> Announced:
-  """Returns what the study can find, by the rows of `measured`."""
-  # The rows of the two tests that follow one another.
-  by_phase = {}
-  for row in rows:
-    is_test = row.phase == 'screen' or row.size == ALL
-    if row.measure == plan.primary.name and is_test:
-      by_phase[row.phase] = row
-  screen, confirm = by_phase['screen'], by_phase['confirm']
+def announce_power(plan: Plan, rows: Sequence[Noise]) -> AnnouncedPower:
+  """Returns with which probability the study finds the effect that its plan
+  wants, and the sentences that announce it.
 
-  # The power of both together; where it is not known, none.
+  An effect is found where it passes the screening and then the confirmation,
+  so the power of the study is the product of the powers of both tests.
+
+  Args:
+    plan: the plan of the study.
+    rows: the noise of each measure, as `measure_noise` returns it.
+  """
+  screen, confirm = _tests_of_primary(plan, rows)
+
+  # The power of both tests together; where it is not known, none.
   screen_power = screen.power or 0.0
   confirm_power = confirm.power or 0.0
   power = screen_power * confirm_power
-  enough = power >= plan.power
-  sentences = [
-      f'An effect of {plan.effect:g} in {plan.primary.name} is found '
-      f'with a probability of {math.floor(100 * power)}% or more: it '
-      f'passes the screening ({plan.seeds["screen"]} seeds) in '
-      f'{screen_power:.0%} of such studies, and the confirmation '
-      f'({plan.seeds["confirm"]} seeds) in {confirm_power:.0%}.']
-  if not enough:
+  is_enough = power >= plan.power
+
+  # The sentences: the power, what it takes for more, and of what it holds.
+  sentences = [_describe_power(plan, screen_power, confirm_power)]
+  if not is_enough:
+    screen_needs = _describe_needed_seeds(plan, screen)
+    confirm_needs = _describe_needed_seeds(plan, confirm)
     sentences.append(
         f'That is less than the {plan.power:.0%} that the plan wants: '
-        f'{_wanted(plan, screen)}; {_wanted(plan, confirm)}.')
-  for row, share in ((screen, plan.q), (confirm, plan.alpha)):
-    if row.error is not None:
-      sentences.append(_resampled(plan, row, share))
-
-  # A screening cannot see runs on a plateau that are rare, whatever its power.
-  runs = plan.seeds['screen'] * len(plan.variants)
-  unseen = (1 - RARE) ** runs
-  false_discoveries = min(plan.q + unseen, 1)
-  sentences.append(
-      f'Where {RARE:.0%} of the variants\' runs end on a plateau, '
-      f'none of the {runs} of the screening does with a probability '
-      f'of {unseen:.2g}, so that its false discovery rate is up to '
-      f'{false_discoveries:.2g} then.')
+        f'{screen_needs}; {confirm_needs}.')
+  if screen.error is not None:
+    sentences.append(_describe_resampling(plan, screen, plan.q))
+  if confirm.error is not None:
+    sentences.append(_describe_resampling(plan, confirm, plan.alpha))
+  sentences.append(_describe_unseen_plateaus(plan))
 
   # The power to show that there is no effect.
   if plan.margin and confirm.sd is not None:
@@ -296,24 +336,74 @@ def announce(plan: Plan, rows: Sequence[Noise]) -> Announced:
         'A variant without any effect is shown in the confirmation '
         f'to be equivalent within {plan.margin:g} with a probability '
         f'of {confirm.power_within:.0%}.')
-  return Announced(power=power, enough=enough, sentence=' '.join(sentences))
+  return AnnouncedPower(
+      power=power, enough=is_enough, sentence=' '.join(sentences))
 
 
-def _resampled(plan: Plan, row: Noise, share: float) -> str:
-  """Returns the sentence about noise that does not look normal."""
-  wrong = min(row.error * len(plan.variants), 1)
-  return (f'The noise of the {WORDS[row.phase]} does not look normal (p = '
-          f'{row.skew:.2g} by the skewness of the base\'s runs, '
+def _tests_of_primary(plan: Plan, rows: Sequence[Noise]) -> list[Noise]:
+  """Returns the rows of the two tests of the primary measure that follow one
+  another: the screening at the smallest size, and the confirmation over all."""
+  row_of_phase = {}
+  for row in rows:
+    is_test = row.phase == 'screen' or row.size == ALL
+    if row.measure == plan.primary.name and is_test:
+      row_of_phase[row.phase] = row
+  return [row_of_phase['screen'], row_of_phase['confirm']]
+
+
+def _describe_power(plan: Plan, screen_power: float, confirm_power: float
+                    ) -> str:
+  """Returns the sentence about the power of the study and of its two tests."""
+  # Rounded down, since the power of the study is promised.
+  percent = math.floor(100 * screen_power * confirm_power)
+  screen_seeds = plan.seeds['screen']
+  confirm_seeds = plan.seeds['confirm']
+  return (f'An effect of {plan.effect:g} in {plan.primary.name} is found '
+          f'with a probability of {percent}% or more: it '
+          f'passes the screening ({screen_seeds} seeds) in '
+          f'{screen_power:.0%} of such studies, and the confirmation '
+          f'({confirm_seeds} seeds) in {confirm_power:.0%}.')
+
+
+def _describe_unseen_plateaus(plan: Plan) -> str:
+  """Returns the sentence about runs that end on a plateau and are so rare that
+  the screening may meet none, whatever its power is.
+
+  If a share s of runs does, none of n runs does with probability (1 - s)^n. The
+  false discovery rate is at most larger by as much.
+  """
+  num_runs = plan.seeds['screen'] * len(plan.variants)
+  p_unseen = (1 - SHARE_OF_RARE_PLATEAUS) ** num_runs
+  false_discovery_rate = min(plan.q + p_unseen, 1)
+  return (f'Where {SHARE_OF_RARE_PLATEAUS:.0%} of the variants\' runs end on a '
+          f'plateau, none of the {num_runs} of the screening does with a '
+          f'probability of {p_unseen:.2g}, so that its false discovery rate is '
+          f'up to {false_discovery_rate:.2g} then.')
+
+
+def _describe_resampling(plan: Plan, row: Noise, planned_share: float) -> str:
+  """Returns the sentence about noise that does not look normal.
+
+  Args:
+    plan: the plan of the study.
+    row: the noise of the test.
+    planned_share: the share of studies without effect that may find one.
+  """
+  # The chance that any of the variants is found wrongly (Boole's inequality).
+  share_of_errors = min(row.error * len(plan.variants), 1)
+  return (f'The noise of the {NAME_OF_PHASE[row.phase]} does not look normal '
+          f'(p = {row.skew:.2g} by the skewness of the base\'s runs, '
           f'{row.outliers:.2g} by the largest difference), so that '
           'this is resampled from it (and is less where the '
           'differences of the variants look so, too: the test is then '
-          f'more cautious), and at most {wrong:.2g} of studies '
-          f'without any effect find one, where {share:.2g} is planned.')
+          f'more cautious), and at most {share_of_errors:.2g} of studies '
+          f'without any effect find one, where {planned_share:.2g} is planned.')
 
 
-def _wanted(plan: Plan, row: Noise) -> str:
-  """Returns how many seeds a phase needs for the power that the plan wants."""
-  phase = WORDS[row.phase]
+def _describe_needed_seeds(plan: Plan, row: Noise) -> str:
+  """Returns how many seeds a phase needs for the power that the plan wants, as
+  a part of a sentence."""
+  phase = NAME_OF_PHASE[row.phase]
   if row.sd is None:
     return f'fewer than 2 pairs of the base ended for the {row.phase}ing'
   needs = f'more than {statistics.MOST_SEEDS:,} seeds'

@@ -77,10 +77,10 @@ class Table(NamedTuple):
     for row in self.rows:
       rows.append([cell.text for cell in row.values()])
     shown = len(headings)
-    lines = layout.columns(rows, left=shown)
+    lines = layout.align_columns(rows, left=shown)
     while shown > 1 and max(map(len, lines)) > room:
       shown -= 1
-      lines = layout.columns([row[:shown] for row in rows], left=shown)
+      lines = layout.align_columns([row[:shown] for row in rows], left=shown)
     if shown < len(headings):
       lines.append(f'(too narrow for {", ".join(headings[shown:])})')
     return '\n'.join(lines)

@@ -139,7 +139,7 @@ def run(frozen: plans.Frozen, trainer: Any, until: str = plans.REPORT,
     # Measures of too little signal to noise go no further.
     snrs = {row.measure: row.snr for row in state.records.get('noise', ())}
     going = dataclasses.replace(
-        frozen, plan=noise.going_on(frozen.plan, snrs))
+        frozen, plan=noise.drop_noisy_measures(frozen.plan, snrs))
     state.records |= phase.run(going, state)
     state.finished.append(phase.name)
     yield state
@@ -186,7 +186,7 @@ class Phase:
   seeds: int
   part: str = 'second'
   least: int = statistics.MIN_SEEDS
-  decide: Callable[..., list] = decide.confirm
+  decide: Callable[..., list] = decide.confirm_variants
   methods: str = ''
   constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -287,8 +287,10 @@ class Noise(Phase):
 
   def run(self, frozen, state):
     rows = super().run(frozen, state)[self.name]
-    return {self.name: rows, 'announced': noise.announce(frozen.plan, rows),
-            'advice': advice.sentence(frozen.plan, state.outcomes)}
+    return {
+        self.name: rows, 'announced': noise.announce_power(frozen.plan, rows),
+        'advice': advice.describe_what_lowers_noise(
+            frozen.plan, state.outcomes)}
 
   def summary(self, records):
     lines = [records['announced'].sentence]
@@ -374,7 +376,7 @@ class Rescreen(Phase):
   """The most promising of the variants that were stopped, at the next size."""
 
   def enter(self, plan, records):
-    promising = decide.promising(plan, records['screen'])
+    promising = decide.list_promising_variants(plan, records['screen'])
     return promising[:plan.settings['KEEP']]
 
   def narrow(self, plan):
@@ -416,7 +418,7 @@ class Largest(Phase):
     for variant in (plan.base, *plan.variants):
       point = frozen.point(variant, plan.largest, plans.TEXT)
       flops[variant] = point['tokens'] * point['flops_per_token']
-    rows = efficiency.predict(plan, state.outcomes, flops)
+    rows = efficiency.predict_largest_size(plan, state.outcomes, flops)
     predicted = state.trainer.predicted(self.name, rows)
     return {'predicted': predicted} | super().run(frozen, state)
 
@@ -598,12 +600,13 @@ def searches(plan: plans.Plan) -> list[Search]:
 
 PHASES = {phase.name: phase for phase in (
     Noise(name='noise', block=0, seeds=5, part='first',
-          decide=noise.measured),
+          decide=noise.measure_noise),
     Tune(name='tune', block=1, seeds=1, part='first', least=1),
     Screen(name='screen', block=2, seeds=5, part='first',
-           decide=decide.screen),
+           decide=decide.screen_variants),
     Rescreen(
-        name='rescreen', block=4, seeds=0, part='first', decide=decide.screen,
+        name='rescreen', block=4, seeds=0, part='first',
+        decide=decide.screen_variants,
         constants={'KEEP': 1},
         methods='Of the variants that were stopped there, the best (at most '
         '{plan.settings[KEEP]}) that looked better than the base were looked '

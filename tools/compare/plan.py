@@ -5,9 +5,9 @@ was found, by key:
 
   study       the name of the study, and the hash of its plan
   outcomes    the Outcome of every run that is done, as an object
-  noise       noise.measured's
-  announced   noise.announce's
-  advice      advice.sentence's
+  noise       noise.measure_noise's
+  announced   noise.announce_power's
+  advice      advice.describe_what_lowers_noise's
   tuned       the Tuned of each variant, size and workload
   screen, confirm, ...: the Verdicts of each phase that compares
   predicted   the row of Frozen.predictions for the phase `largest`
@@ -243,9 +243,10 @@ class Frozen:
     base_config: the config that every run changes, as a tree.
     points: for each variant, size and workload {'variant', 'size', 'workload',
       'changes', 'matched', 'params', 'active_params', 'flops_per_token',
-      'tokens', 'vocab', 'guess'}, and for the text 'body' (cost.body): what
-      it changes in base_config before it is tuned, what a run of train.steps
-      steps costs, and the loss of guessing.
+      'tokens', 'vocab', 'guess'}, and for the text 'body'
+      (cost.share_of_flops_without_vocabulary): what it changes in base_config
+      before it is tuned, what a run of train.steps steps costs, and the loss of
+      guessing.
     sources: hashes of the sources of data, as far as they lie on this machine,
       and of the tokenizers.
     code: {'commit', 'diff'} as provenance.describe_this_start() says them.
@@ -255,7 +256,7 @@ class Frozen:
     notes: what else was decided by hand, as {'time', 'told'}.
     predictions: for each {'time', 'plan', 'hash', 'blind', 'rows'}: when it was
       made, by the plan of which hash, its own hash, whether no run of what it
-      predicts had begun, and what efficiency.predict returned.
+      predicts had begun, and what efficiency.predict_largest_size returned.
     time: when it was frozen first; 0: it is not.
     inputs: a hash of what `points` follow from; '': not known.
     files: the text of each file from outside the tree that declares a part of
@@ -284,7 +285,7 @@ class Frozen:
                         if plan[name] is not None}}
     for name in ('base_config', 'points', 'sources', 'code'):
       planned[name] = tree[name]
-    return layout.checksum(planned)
+    return layout.json_checksum(planned)
 
   @property
   def known(self) -> set[str]:
@@ -328,7 +329,7 @@ def _save(ledger, workdir, frozen: Frozen) -> None:
   tree = to_json(frozen)
   if ledger.plan() != tree:
     ledger.add_plan(frozen.hash, tree)
-  layout.save_checked(pathlib.Path(workdir) / 'study.json', tree)
+  layout.save_with_checksum(pathlib.Path(workdir) / 'study.json', tree)
 
 
 def load(workdir) -> Frozen:
@@ -337,10 +338,10 @@ def load(workdir) -> Frozen:
   path = pathlib.Path(workdir) / 'study.json'
   require(path.is_file(), f'{path} is missing: no study was run in this '
           'workdir')
-  tree = last = layout.load_checked(path)
+  tree = last = layout.load_with_checksum(path)
   if path.with_name(layout.StudyLedger.file).is_file():
     with layout.StudyLedger(workdir) as ledger, ledger.transaction():
-      tree, last = layout.load_checked(path), ledger.plan()
+      tree, last = layout.load_with_checksum(path), ledger.plan()
   require(last in (None, tree), f'{path} is not the plan that the ledger beside'
           ' it has: remove it, and `run` puts back what was planned')
   return _frozen(tree)
@@ -396,7 +397,7 @@ def adopted(workdir, frozen: Frozen, reason: str = '') -> Frozen:
     # The plan before; where there was none, that of now.
     tree = ledger.plan()
     if not tree and path.is_file():
-      tree = layout.load_checked(path)
+      tree = layout.load_with_checksum(path)
     if tree:
       old = _frozen(tree)
     else:
@@ -447,7 +448,7 @@ def _changed(old: Frozen, new: Frozen) -> list[str]:
       after['points'][name] = _shared(after['points'][name], row)
   # Data of which the old plan has no hash are as planned.
   after['sources'] = _shared(new.sources, old.sources)
-  return layout.differences(before, after)
+  return layout.differing_names(before, after)
 
 
 def _shared(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
@@ -505,7 +506,7 @@ def predicted(workdir, frozen: Frozen, phase: str, rows: Sequence) -> dict:
       is_blind = phase not in _seen(workdir, ledger, frozen.plan)
       record = {
           'time': time.time(), 'plan': frozen.hash,
-          'hash': layout.checksum(rows), 'rows': rows, 'blind': is_blind}
+          'hash': layout.json_checksum(rows), 'rows': rows, 'blind': is_blind}
       kept = [*kept, record]
     frozen.predictions[:] = kept
     _save(ledger, workdir, frozen)
@@ -522,11 +523,11 @@ def _others(workdir, known: set[str]) -> dict[str, list[str]]:
   by the hash of their plan; '': of none."""
   others: dict[str, list[str]] = {}
   for path in sorted(pathlib.Path(workdir).glob('*/sweep.json')):
-    for hash in sorted(layout.plans_of(path.parent) - known):
+    for hash in sorted(layout.plan_hashes_of_runs(path.parent) - known):
       others.setdefault(hash, []).append(path.parent.name)
   results = pathlib.Path(workdir) / 'results.json'
   if results.is_file():
-    hash = layout.load_checked(results)['study']['hash']
+    hash = layout.load_with_checksum(results)['study']['hash']
     if hash not in known:
       others.setdefault(hash, []).append(results.name)
   return others

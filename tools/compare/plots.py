@@ -13,7 +13,7 @@ import numpy as np
 
 from tools.compare import curves, figures, page
 from tools.compare import plan as plans
-from tools.compare.comparison import LR, Comparison
+from tools.compare.comparison import LEARNING_RATE_FIELD, Comparison
 
 MOST = 300  # points of a line; longer ones are thinned
 
@@ -69,9 +69,10 @@ def _curve_series(c: Comparison, variant: str,
     for seed, lines in seeds.items():
       lines_of_seeds.append(lines[figure])
       each[seed][figure] = thinned(lines[figure])
-    means[figure] = thinned(curves.mean(lines_of_seeds))
+    means[figure] = thinned(curves.mean_curve(lines_of_seeds))
   return {'name': variant, 'base': variant == c.plan.base,
-          'look': figures.css_look(c, variant), 'mean': means, 'seeds': each}
+          'look': figures.css_line_classes(
+              c, variant), 'mean': means, 'seeds': each}
 
 
 def tuning_plot(c: Comparison) -> dict[str, Any]:
@@ -85,8 +86,8 @@ def tuning_plot(c: Comparison) -> dict[str, Any]:
     if not line['lr']:
       continue
     # Another size of the variant has other dashes.
-    look = figures.css_look(c, row.get('look', row['variant']),
-                            turn=c.plan.sizes.index(row['size']))
+    look = figures.css_line_classes(c, row.get('look', row['variant']),
+                                    turn=c.plan.sizes.index(row['size']))
     series.append({'name': f'{row["variant"]} {row["size"]}'.strip(),
                    'base': False, 'look': look,
                    'mean': {'loss': _numbers(line)}})
@@ -100,12 +101,12 @@ def _rates_line(row: Mapping[str, Any], last_rung: int) -> dict[str, list]:
   learning rate."""
   tried = []
   for trial in row['tried']:
-    if LR in trial['changes'] and trial['rung'] >= last_rung:
+    if LEARNING_RATE_FIELD in trial['changes'] and trial['rung'] >= last_rung:
       tried.append(trial)
-  tried.sort(key=lambda trial: trial['changes'][LR])
+  tried.sort(key=lambda trial: trial['changes'][LEARNING_RATE_FIELD])
   line: dict[str, list] = {'lr': [], 'y': [], 'low': [], 'high': []}
   for trial in tried:
-    line['lr'].append(trial['changes'][LR])
+    line['lr'].append(trial['changes'][LEARNING_RATE_FIELD])
     line['y'].append(trial['value'])
     line['low'].append(trial.get('low'))
     line['high'].append(trial.get('high'))

@@ -43,7 +43,7 @@ def main(args) -> int:
   folder, target = pathlib.Path(args.bundles), pathlib.Path(args.page)
   studies = {}
   for workdir in args.workdirs:
-    studies[workdir] = comparison.load(workdir)
+    studies[workdir] = comparison.load_comparison(workdir)
   for workdir, c in studies.items():
     require(c.is_study and 'confirm' in c.results, f'{workdir} is no study '
             'whose confirmation is over: there is no verdict to publish')
@@ -88,7 +88,7 @@ def _opened(path: pathlib.Path) -> Comparison:
     except (tarfile.TarError, OSError, EOFError) as error:
       raise RequestError(f'{path} is no bundle ({error}): remove it, and '
                          'publish its study again') from error
-    return comparison.load(folder)
+    return comparison.load_comparison(folder)
 
 
 def rows(c: Comparison) -> list[dict[str, str]]:
@@ -107,7 +107,8 @@ def _row(c: Comparison, verdict: Mapping[str, Any]) -> dict[str, str]:
 
   # The change and its size.
   point = c.frozen.point(variant, plan.sizes[0], plans.TEXT)
-  changes = comparison.changed(comparison.alone(c.frozen, point))
+  changes = comparison.format_changes(
+      comparison.changes_from_base(c.frozen, point))
   params, tokens = [], []
   for size in sizes:
     base = c.frozen.point(plan.base, size, plans.TEXT)
@@ -116,7 +117,7 @@ def _row(c: Comparison, verdict: Mapping[str, Any]) -> dict[str, str]:
 
   # The compute that it is worth, and what it does to other measures.
   confirmed = c.effect('confirm', variant, plan.primary.name)
-  multiplier = comparison.row_with(
+  multiplier = comparison.first_row_with(
       confirmed.get('multipliers', ()), size=decide.ALL, by='multiplier')
   worth = page.estimate(
       mean=multiplier.get('factor'), low=multiplier.get('low'),
@@ -149,5 +150,5 @@ def _estimate(c: Comparison, phase: str, variant: str, measure: plans.Measure
               ) -> Mapping[str, Any]:
   """Returns the estimate of a measure over all sizes of a phase; {} where there
   is none."""
-  return comparison.row_with(
+  return comparison.first_row_with(
       c.estimates, phase=phase, variant=variant, measure=measure.name)

@@ -22,7 +22,8 @@ from tools.compare import phases as phases_lib
 from tools.compare import plan as plans
 from tools.compare import results as results_lib
 from tools.compare import tables
-from tools.compare.comparison import Comparison, alone, changed, row_with
+from tools.compare.comparison import Comparison, changes_from_base
+from tools.compare.comparison import first_row_with, format_changes
 from tools.compare.page import UNKNOWN, Section
 from training.workdir import metrics, storage
 
@@ -32,7 +33,7 @@ NOT_COOLED = ('Compute multipliers need runs whose learning rate has fallen to '
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  layout.add_workdir(parser)
+  layout.add_workdir_arguments(parser)
   parser.add_argument('--json', action='store_true', help='print JSON')
   parser.add_argument('--rows', default='', metavar='FILE.csv', help='of a '
                       'sweep: losses of variants that were trained elsewhere, '
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
-  c = comparison.load(layout.workdir_of(args), args.rows)
+  c = comparison.load_comparison(layout.parse_workdir(args), args.rows)
   if args.target is not None:
     check_number('--target', args.target, (('>', 0), ('<', 1e30)))
     c = dataclasses.replace(c, target=args.target)
@@ -88,7 +89,7 @@ def write(c: Comparison) -> list[pathlib.Path]:
   returns their paths, the page's first."""
   folder = pathlib.Path(c.workdir) / 'report'
   storage.check_folder_is_writable(folder)
-  drawn = figures.of(c)
+  drawn = figures.draw_figures(c)
   files: dict[str, Any] = {
       'index.html': html(c, drawn),
       'results.csv': page.sheet(c.estimates),
@@ -263,7 +264,7 @@ def answer(c: Comparison) -> str:
       variant += f' ({effect}{_excluded_effect(c, row)})'
     groups.setdefault(row['verdict'], []).append(variant)
 
-  unit = measures_lib.unit_text(c.frozen, c.plan.primary, ' (', ')')
+  unit = measures_lib.format_unit(c.frozen, c.plan.primary, ' (', ')')
   verdicts = []
   for verdict, variants in groups.items():
     verdicts.append(f'{verdict}: {", ".join(variants)}')
@@ -295,8 +296,8 @@ def lost(c: Comparison) -> list[str]:
   """Says what the screening may have lost; [] where it stopped nothing, or its
   power is not known."""
   plan, rows = c.plan, c.results.get('screen', ())
-  noise = row_with(c.results['noise'], phase='screen',
-                   measure=plan.primary.name)
+  noise = first_row_with(c.results['noise'], phase='screen',
+                         measure=plan.primary.name)
   stopped = [row for row in rows if row['verdict'] != decide.PASSED]
   if not stopped or not noise or not noise['power']:
     return []
@@ -341,7 +342,7 @@ def methods(frozen: plans.Frozen,
       phases.append(phase)
   grid = []
   for field, values in plan.tuning.fields.items():
-    tried = ', '.join(map(comparison.value, values))
+    tried = ', '.join(map(comparison.format_config_value, values))
     grid.append(f'{field} in {{{tried}}}')
 
   # How much was seen before the confirmation, and what was done again.
@@ -354,11 +355,12 @@ def methods(frozen: plans.Frozen,
       seen=max(seen, default=0), again=again,
       otherwise=as_planned['differences'],
       unknown=as_planned.get('unknown', 0),
-      shows=decide.can_show(plan),
-      amount=measures_lib.amount(frozen, plan.effect),
+      shows=decide.describe_detectable_difference(plan),
+      amount=measures_lib.format_amount(frozen, plan.effect),
       # The functions that the template calls.
-      date=plans.date, changed=changed, changes=changes, alone=alone,
-      unit_text=measures_lib.unit_text)
+      date=plans.date, changed=format_changes, changes=changes,
+      alone=changes_from_base,
+      unit_text=measures_lib.format_unit)
   return [' '.join(part.split()) for part in rendered.split('\n---\n')]
 
 
@@ -373,5 +375,5 @@ def _changes_of_size(frozen: plans.Frozen, row: Mapping[str, Any]) -> str:
       new[name] = x
   is_like_it = smallest.keys() <= fields.keys()
   if not new or len(new) == len(fields) or not is_like_it:
-    return changed(fields)
-  return f'as at {plan.sizes[0]}, but {changed(new)}'
+    return format_changes(fields)
+  return f'as at {plan.sizes[0]}, but {format_changes(new)}'

@@ -50,7 +50,7 @@ def write(workdir, frozen: plans.Frozen, state: phases.State) -> None:
       'as_planned': as_planned(workdir, frozen, ran),
       'provenance': {'codes': ran, 'devices': _devices(workdir),
                      'versions': _versions()}}
-  layout.save_checked(pathlib.Path(workdir) / FILE, tree)
+  layout.save_with_checksum(pathlib.Path(workdir) / FILE, tree)
 
 
 def _versions() -> dict[str, str]:
@@ -66,7 +66,7 @@ def load(workdir) -> dict[str, Any]:
   path = pathlib.Path(workdir) / FILE
   if not path.is_file():
     return dict(NOTHING)
-  return NOTHING | layout.load_checked(path)
+  return NOTHING | layout.load_with_checksum(path)
 
 
 def folders(workdir, phase: str = '') -> list[pathlib.Path]:
@@ -162,7 +162,7 @@ def codes(workdir) -> list[str]:
   """Returns the codes that trained the runs, as far as they are known."""
   every: list[str] = []
   for folder in folders(workdir):
-    every += layout.codes(folder, layout.load_description(folder))
+    every += layout.codes_of_runs(folder, layout.load_sweep_description(folder))
   return list(dict.fromkeys(every))
 
 
@@ -295,7 +295,7 @@ def table(each: Sequence[Cost], parallel: int) -> str:
                  f'{cost.tokens:,.0f}', f'{cost.flops:.3g}', hours))
     notes.append(cost.note)
   lines = []
-  for line, note in zip(layout.columns(rows), notes):
+  for line, note in zip(layout.align_columns(rows), notes):
     lines.append(f'{line}  {note}'.rstrip())
   return '\n'.join(lines)
 

@@ -27,15 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       'runners; default: one a run that waits, 1 of a study')
   parser.add_argument('--slurm', default='', help='of slurm: what submitit '
                       'is told, as slurm_partition=gpu,timeout_min=60')
-  check.add_only(parser, 'study', '--until', default=plan.REPORT,
-                 help=f'its last phase, of freeze, {", ".join(phases.PHASES)}, '
-                 f'{plan.REPORT} (%(default)s)')
-  check.add_only(parser, 'study', '--amend', default='', metavar='REASON',
-                 help='go on with a plan that was changed; the reason is '
-                 'reported')
-  check.add_only(parser, 'study', '--anyway', action='store_true',
-                 help='go on although the noise is too large for EFFECT; this '
-                 'is reported')
+  check.add_flag_of_kind(
+      parser, 'study', '--until', default=plan.REPORT,
+      help=f'its last phase, of freeze, {", ".join(phases.PHASES)}, '
+      f'{plan.REPORT} (%(default)s)')
+  check.add_flag_of_kind(
+      parser, 'study', '--amend', default='', metavar='REASON',
+      help='go on with a plan that was changed; the reason is '
+      'reported')
+  check.add_flag_of_kind(
+      parser, 'study', '--anyway', action='store_true',
+      help='go on although the noise is too large for EFFECT; this '
+      'is reported')
 
 
 def main(args) -> int:
@@ -49,18 +52,18 @@ def main(args) -> int:
   if is_study:
     from tools.compare import study
     return study.run(args, submit)
-  layout.try_folder(args.workdir)
-  description = check.describe(args)
+  layout.check_workdir(args.workdir)
+  description = check.describe_sweep(args)
   if args.match:
-    print(check.table(description), file=sys.stderr)
+    print(check.render_cost_table(description), file=sys.stderr)
   with layout.Ledger(args.workdir) as ledger:
     if args.retry:
       ledger.retry()
-    description = layout.begin(args.workdir, ledger, description)
+    description = layout.begin_sweep(args.workdir, ledger, description)
     waiting = ledger.runs(layout.PENDING)
     if args.launcher == 'print':
       for run in waiting:
-        print(layout.shell_line(description, args.workdir, run))
+        print(layout.shell_command_of_run(description, args.workdir, run))
     elif args.launcher == 'slurm' and waiting:
       submit(args, args.jobs or len(waiting))
     elif args.launcher == 'local':
@@ -85,11 +88,11 @@ def submit(args, jobs: int) -> None:
 def _summary(args, runs: list[layout.Run], description: dict) -> int:
   """Prints the states of all runs, not to stdout where that holds commands;
   returns the exit code."""
-  codes = layout.codes(args.workdir, description)
+  codes = layout.codes_of_runs(args.workdir, description)
   failed = status.failed(runs)
   lines = [f'{args.workdir}: {status.states(runs)}']
   if len(codes) > 1:
-    lines.append(f'warning: {layout.codes_note(codes)}')
+    lines.append(f'warning: {layout.describe_changed_code(codes)}')
   lines += [f'failed: {line}' for line in failed]
   if failed:
     lines.append('--retry takes up again what failed')

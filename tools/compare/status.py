@@ -10,17 +10,17 @@ HEADINGS = ('point', 'runs', 'trained', 'held-out loss', 'vs base')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  layout.add_workdir(parser)
+  layout.add_workdir_arguments(parser)
   parser.add_argument('--json', action='store_true',
                       help='print every run as JSON')
 
 
 def main(args) -> int:
-  workdir = layout.workdir_of(args)
+  workdir = layout.parse_workdir(args)
   if layout.is_study(workdir):
     return _study(workdir, args.json)
-  description = layout.load_description(workdir)
-  runs = layout.ledger_runs(workdir)
+  description = layout.load_sweep_description(workdir)
+  runs = layout.load_ledger_runs(workdir)
   points = rows(description, workdir, runs)
   if args.json:
     print(json.dumps({
@@ -28,7 +28,7 @@ def main(args) -> int:
         'points': [dict(zip(HEADINGS, row)) for row in points],
         'runs': [run._asdict() for run in runs]}, indent=2))
     return 0
-  for line in layout.columns([HEADINGS, *points], left=2):
+  for line in layout.align_columns([HEADINGS, *points], left=2):
     print(line)
   print()
   print(f'{len(runs)} runs: {states(runs)}')
@@ -45,7 +45,7 @@ def _study(workdir, as_json: bool) -> int:
   for cost in results.costs(frozen, 1, None):
     runs = []
     for folder in results.folders(workdir, cost.phase):
-      runs += layout.ledger_runs(folder)
+      runs += layout.load_ledger_runs(folder)
     phases.append((cost, runs))
   if as_json:
     rows = []
@@ -95,13 +95,13 @@ def _trained(description: dict, workdir, point: str, runs: list[layout.Run]
              ) -> tuple[list[float], dict[int, float]]:
   """Returns how much of each run of a point is trained, and the held-out loss
   after the last step by seed."""
-  steps = layout.config(description, point, 0).train.steps
+  steps = layout.config_of_run(description, point, 0).train.steps
   shares, losses = [], {}
   for run in runs:
     folder = layout.run_folder(workdir, run.point, run.seed)
-    trained = layout.metrics(folder, 'train')
+    trained = layout.read_metrics(folder, 'train')
     shares.append(trained[-1]['step'] / steps if trained else 0.0)
-    for row in layout.metrics(folder, 'eval'):
+    for row in layout.read_metrics(folder, 'eval'):
       if row['step'] == steps and row.get('loss') is not None:
         losses[run.seed] = row['loss']
   return shares, losses

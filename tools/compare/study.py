@@ -39,7 +39,7 @@ def check(args) -> int:
   kept = None
   if args.workdir:
     kept = plans.load(args.workdir)
-  frozen = freeze.freeze(args.file, kept)
+  frozen = freeze.freeze_plan(args.file, kept)
   print(described(frozen), flush=True)
 
   # The time of a step, from runs that there are or from a few steps.
@@ -176,8 +176,8 @@ def run(args, submit: Callable[..., None]) -> int:
     args: the arguments that `run` defines (run.add_arguments).
     submit: a function that submits runners to SLURM, of (args, jobs).
   """
-  layout.try_folder(args.workdir, 'study.json')
-  frozen = freeze.freeze(args.file, plans.last(args.workdir))
+  layout.check_workdir(args.workdir, 'study.json')
+  frozen = freeze.freeze_plan(args.file, plans.last(args.workdir))
   one_of('--until', args.until, ('freeze', *frozen.plan.seeds, plans.REPORT))
   frozen = plans.adopted(args.workdir, frozen, args.amend)
   print(described(frozen), flush=True)
@@ -206,7 +206,7 @@ def described(frozen: plans.Frozen) -> str:
   parts = [f'study {plan.name}: {plan.question}']
   for paragraph in report.methods(frozen):
     parts.append(textwrap.fill(paragraph))
-  parts.append('\n'.join(layout.columns(rows)))
+  parts.append('\n'.join(layout.align_columns(rows)))
   return '\n\n'.join(parts)
 
 
@@ -238,7 +238,7 @@ def go(workdir, frozen: plans.Frozen, trainer: Any, args) -> int:
       # The first phase has told the time of the others.
       print(results.table(costs()[1:], args.parallel), flush=True)
   if args.until == plans.REPORT:
-    page, *_ = report.write(comparison.load(workdir))
+    page, *_ = report.write(comparison.load_comparison(workdir))
     print(f'report: {page}', flush=True)
   return 0
 
@@ -314,7 +314,7 @@ class Trainer:
   def _check_of_this_plan(self, path: pathlib.Path, sweep: curves.Sweep
                           ) -> None:
     """Raises RequestError for runs of another plan, or of another config."""
-    others = layout.plans_of(path) - self._frozen.known
+    others = layout.plan_hashes_of_runs(path) - self._frozen.known
     names = ', '.join(sorted(others)) or 'none'
     require(not others, f'{path} holds runs of another plan than the study has '
             f'had ({names}): move them away, or '
@@ -330,10 +330,11 @@ class Trainer:
     """Returns the sweep of some runs, once all of them have ended."""
     path = self._workdir / folder
     with layout.Ledger(path) as ledger:
-      description = layout.begin(path, ledger, self.describe(folder, runs))
+      description = layout.begin_sweep(
+          path, ledger, self.describe(folder, runs))
       if ledger.runs(layout.PENDING, layout.RUNNING):
         self.work(path, ledger)
-      return curves.read(path, description, ledger.runs())
+      return curves.read_sweep(path, description, ledger.runs())
 
   def work(self, path: pathlib.Path, ledger) -> None:
     """Trains what is pending, and waits for what other runners have."""
@@ -431,7 +432,7 @@ class Trainer:
         workload=run.workload, seed=run.seed, values=values, diverged=diverged,
         flops=spent['flops'], seconds=spent['seconds'], params=point.params,
         changes=dict(run.changes), loss=loss, curve=curve, items=scores,
-        cooled=curves.cooled(result.config), body=planned.get('body'))
+        cooled=curves.ends_cooled_down(result.config), body=planned.get('body'))
 
 
 def _value(run: phases.Run, measure: plans.Measure, result: curves.Run,

@@ -13,7 +13,8 @@ import numpy as np
 from tools.compare import curves, decide, page, statistics
 from tools.compare import measures as measures_lib
 from tools.compare import plan as plans
-from tools.compare.comparison import BASE, Comparison, alone, changed, value
+from tools.compare.comparison import BASE, Comparison, changes_from_base
+from tools.compare.comparison import format_changes, format_config_value
 from tools.compare.page import UNKNOWN, Cell, Table, label
 from training.workdir import run_config
 
@@ -161,7 +162,7 @@ def reached(each: Sequence[Mapping[str, Sequence]], target: float
     target: the loss.
   """
   # A p for each evaluation that all seeds have.
-  at = curves.mean(each)
+  at = curves.mean_curve(each)
   losses = []
   for curve in each:
     is_shared = np.isin(curve['step'], at['step'])
@@ -236,7 +237,7 @@ def costs(c: Comparison) -> Table:
     if point['active_params'] != point['params']:
       active = _beside_base(c, point, 'active_params')
     seconds = _mean_seconds(c, point)
-    changes = changed(alone(c.frozen, point))
+    changes = format_changes(changes_from_base(c.frozen, point))
     matched = ', '.join(point['matched'])
     rows.append({
         'variant': label(point['variant']),
@@ -330,7 +331,7 @@ def _pairs(c: Comparison) -> dict[str, list[dict[int, float]]]:
   pairs: dict[str, list[dict[int, float]]] = {}
   for variant, changes in declared.items():
     for field, x in changes.items():
-      of_change = pairs.setdefault(changed({field: x}), [])
+      of_change = pairs.setdefault(format_changes({field: x}), [])
       rest = dict(changes)
       del rest[field]
       for partner, partner_changes in declared.items():
@@ -367,7 +368,7 @@ def _tuning_cells(c: Comparison, row: Mapping[str, Any]) -> dict[str, Cell]:
   tried = []
   for name in row['changes']:
     values = sorted({trial['changes'][name] for trial in trials})
-    tried.append(f'{name}: {", ".join(map(value, values))}')
+    tried.append(f'{name}: {", ".join(map(format_config_value, values))}')
 
   # The measure at the end of each trial, and how far that hangs on the values.
   best = None
@@ -385,7 +386,7 @@ def _tuning_cells(c: Comparison, row: Mapping[str, Any]) -> dict[str, Cell]:
       'variant': label(row['variant']),
       'size': label(row['size']),
       'workload': label(row['workload']),
-      'chosen': label(changed(row['changes'])),
+      'chosen': label(format_changes(row['changes'])),
       'tried': label('; '.join(tried)),
       'at the edge': label(', '.join(row['at_edge']) or 'no'),
       'best': page.number(best),
@@ -436,7 +437,7 @@ def noise(c: Comparison) -> Table:
   """Returns what a variant without effect shows, and what can be found beside
   it."""
   rows = [_noise_cells(row) for row in c.results['noise']]
-  wanted = measures_lib.amount(c.frozen, c.plan.effect)
+  wanted = measures_lib.format_amount(c.frozen, c.plan.effect)
   return page.table('noise-table', 'Base against base; wanted is an effect of '
                     + wanted, rows)
 
@@ -584,7 +585,7 @@ def config(c: Comparison) -> Table:
   """Returns every field of the config that all runs change."""
   rows = []
   for name, x in run_config.flatten(c.frozen.base_config).items():
-    rows.append({'field': label(name), 'value': Cell(value(x))})
+    rows.append({'field': label(name), 'value': Cell(format_config_value(x))})
   return page.table('config', 'The config that all runs change', rows)
 
 

@@ -52,7 +52,7 @@ def _values(seed=0, seeds=5, effects=(0.0, -0.05, 0.0), noise=0.02):
 
 
 def _confirm(values, plan=PLAN, **more):
-  return decide.confirm(plan, _phase('confirm', values, **more))
+  return decide.confirm_variants(plan, _phase('confirm', values, **more))
 
 
 def test_the_confirmation_is_scipys_test_and_statsmodels_holm():
@@ -86,7 +86,7 @@ def test_items_are_compared_by_the_mean_of_sizes_of_each_seed():
 
   outcomes = [*map(with_documents, _phase(
       'confirm', _values(), lost=[('b', 0, 0)]))]
-  verdicts = decide.confirm(PLAN, outcomes)
+  verdicts = decide.confirm_variants(PLAN, outcomes)
   seeds = sorted({x.seed for x in outcomes})
   for row, subset in zip(verdicts, (seeds, seeds[1:])):
     table = np.array([np.mean(
@@ -99,8 +99,8 @@ def test_items_are_compared_by_the_mean_of_sizes_of_each_seed():
   # Where they are not the same, or not known, nothing is said.
   other = items.of([1.0] * 4, tokens[::-1], tokens[::-1])
   for first in ({'loss': other}, {}):
-    row = decide.confirm(PLAN, [outcomes[0]._replace(items=first),
-                                *outcomes[1:]])[0]
+    row = decide.confirm_variants(PLAN, [outcomes[0]._replace(items=first),
+                                         *outcomes[1:]])[0]
     assert (row.both, row.item_noise) == (None, None)
 
 
@@ -118,28 +118,29 @@ def test_measures_go_on_by_their_signal_to_noise():
       for phase, names in (('noise', ('base', plans.AGAIN)), (
           'confirm', ('base', *PLAN.variants)))
       for x in _phase(phase, {name: rng.normal(size=(5, 3)) for name in names})]
-  rows = noise_lib.measured(plan, outcomes)
+  rows = noise_lib.measure_noise(plan, outcomes)
   snr = {row.measure: row.snr for row in rows}
   values = np.array([[x.values['rises'] for x in outcomes if x.phase == 'noise'
                       and x.size == size] for size in SIZES])
   assert snr['rises'] == pytest.approx(np.ptp(values.mean(1)) / np.sqrt(
       np.var(values, axis=1, ddof=1).mean()))
   assert snr['rises'] > 15 and snr['noise'] < 2
-  going = noise_lib.going_on(plan, snr)
+  going = noise_lib.drop_noisy_measures(plan, snr)
   assert [m.name for m in going.measures] == ['loss', 'rises']
   assert going.workloads == ('text',)
   # What does not go on is not in what the others are corrected by.
   assert {row.level for row in rows if (row.measure, row.phase) == (
       'rises', 'confirm')} == {plan.alpha / len(plan.variants)}
-  assert {row.measure for row in decide.confirm(going, outcomes)} == {
+  assert {row.measure for row in decide.confirm_variants(going, outcomes)} == {
       'loss', 'rises'}
   alone = dataclasses.replace(plan, least_snr=None)
-  assert noise_lib.going_on(alone, snr).measures == alone.measures
+  assert noise_lib.drop_noisy_measures(alone, snr).measures == alone.measures
 
 
 def test_the_screening_is_scipys_test_at_the_smallest_size():
   values = _values(effects=(0, -0.05, 0.1, 0.02))
-  verdicts = decide.screen(dataclasses.replace(PLAN, variants=('a', 'b', 'c')),
+  verdicts = decide.screen_variants(
+      dataclasses.replace(PLAN, variants=('a', 'b', 'c')),
                         _phase('screen', values))
   tests = [stats.ttest_rel(values[v][:, 0], values['base'][:, 0])
            for v in 'abc']
@@ -153,7 +154,7 @@ def test_the_screening_is_scipys_test_at_the_smallest_size():
 def test_what_is_better_and_what_is_corrected_together():
   loss, accuracy = (_values(effects=(0, -0.05, 0.05)) for _ in range(2))
   outcomes = _phase('confirm', loss) + _phase('confirm', accuracy, 'mqar')
-  rows = decide.confirm(PLAN, outcomes)
+  rows = decide.confirm_variants(PLAN, outcomes)
   assert {(row.measure, row.variant): row.verdict for row in rows} == {
       ('loss', 'a'): 'better', ('loss', 'b'): 'worse',
       ('mqar', 'a'): 'worse', ('mqar', 'b'): 'better'}
@@ -163,7 +164,7 @@ def test_what_is_better_and_what_is_corrected_together():
   # What has no spread has the p of the sign test.
   solved = {'base': np.zeros((5, 3)), 'a': np.ones((5, 3)),
             'b': np.zeros((5, 3))}
-  rows = decide.confirm(PLAN, _phase('confirm', loss) + _phase(
+  rows = decide.confirm_variants(PLAN, _phase('confirm', loss) + _phase(
       'confirm', solved, 'mqar'))
   assert [row.p for row in rows[2:]] == [2 ** -4, 1.0]
 
@@ -193,7 +194,8 @@ def test_a_run_that_diverged_is_counted_and_is_in_no_mean():
 def test_a_run_that_diverged_is_in_no_screening(whose):
   values = _values(seeds=8)
   plan = dataclasses.replace(PLAN, unstable=0.5)
-  row, _ = decide.screen(plan, _phase('screen', values, lost={(whose, 3, 0)}))
+  row, _ = decide.screen_variants(
+      plan, _phase('screen', values, lost={(whose, 3, 0)}))
   kept = np.delete(values['a'] - values['base'], 3, 0)[:, 0]
   assert (row.n, row.runs, row.diverged, row.base_diverged) == (
       7, 8, whose == 'a', whose == 'base')
@@ -216,7 +218,7 @@ def test_just_the_share_of_runs_that_may_diverge_may(seeds, lost, share):
   assert (row.verdict == 'unstable') != enough and row.diverged == lost
   # The same share of the runs at one size.
   lost //= 3
-  row, _ = decide.screen(plan, _phase('screen', values, lost={
+  row, _ = decide.screen_variants(plan, _phase('screen', values, lost={
       ('a', s, 0) for s in range(lost)}))
   assert row.verdict == (decide.PASSED if enough else decide.STOPPED_UNSTABLE)
   # As many of the base's runs, and of another phase's, are no fault of a.
@@ -231,10 +233,10 @@ def test_the_confirmation_errs_by_alpha_and_the_screening_by_q(alpha, q):
   row, _ = _confirm(values, plan)
   assert 0.001 < row.p_corrected < 0.2
   assert (row.verdict == 'better') == (alpha == 0.2)
-  row, _ = decide.screen(plan, _phase('screen', values))
+  row, _ = decide.screen_variants(plan, _phase('screen', values))
   assert 0.001 < row.p_corrected < 0.2
   assert (row.verdict == decide.PASSED) == (q == 0.2)
-  levels = {row.phase: row.level for row in noise_lib.measured(plan, [])
+  levels = {row.phase: row.level for row in noise_lib.measure_noise(plan, [])
             if row.measure == 'loss'}
   assert levels == dict(screen=q / 2, confirm=alpha / 2)
   # Diverging more often than the base is of the confirmation: 6 to none.
@@ -260,8 +262,10 @@ def test_a_margin_makes_verdicts_of_what_is_not_different():
         list(multipletests(ps, method='holm')[1]))
   assert rows[0].verdict == decide.EQUIVALENT
   noise = _noise((0.03,) * 3, 8, np.random.default_rng(3))
-  assert 'equivalent within 0.05 with a probability of 9' in noise_lib.announce(
-      plan, noise_lib.measured(plan, noise)).sentence
+  announced = noise_lib.announce_power(
+      plan, noise_lib.measure_noise(plan, noise))
+  assert ('equivalent within 0.05 with a probability of 9'
+          in announced.sentence)
   assert _confirm(values)[0].verdict == 'no difference shown'
   # Where one size lies outside, it is no worse at most.
   values['a'][:, 0] += 0.09
@@ -269,7 +273,7 @@ def test_a_margin_makes_verdicts_of_what_is_not_different():
   assert _confirm(values, plan)[0].verdict == decide.NOT_WORSE
   # What is no worse passes the screening, though no difference is shown.
   values = _values(seeds=8, effects=(0.0, 0.0, 0.2))
-  screened = [[row.verdict for row in decide.screen(each, _phase(
+  screened = [[row.verdict for row in decide.screen_variants(each, _phase(
       'screen', values))] for each in (plan, PLAN)]
   assert screened == [[decide.PASSED] * 2, [decide.STOPPED, decide.PASSED]]
 
@@ -297,7 +301,7 @@ def test_a_variant_whose_runs_lie_together_by_chance_is_not_better():
   assert [(size.high - size.effect) * np.sqrt(8) / t.isf(0.025)
           for size in row.sizes] == pytest.approx(
               median * np.sqrt(np.maximum(uneven, uneven.mean())))
-  row = decide.screen(plan, _phase('screen', {
+  row = decide.screen_variants(plan, _phase('screen', {
       name: x[:, 1:2] for name, x in values.items()}))[0]
   assert row.verdict == decide.STOPPED
 
@@ -308,7 +312,7 @@ def test_too_few_seeds_say_nothing():
   row, _ = _confirm(_values(), lost={('base', s, 0) for s in range(5)})
   assert (row.n, row.effect, row.p, row.trend) == (0, None, None, None)
   assert row.verdict == 'no difference shown'
-  assert not decide.confirm(PLAN, [])
+  assert not decide.confirm_variants(PLAN, [])
 
 
 def test_a_speed_up_is_the_factor_of_what_is_spent():
@@ -323,7 +327,7 @@ def test_a_speed_up_is_the_factor_of_what_is_spent():
       outcomes.append(x._replace(curve={
           'flops': flops.tolist(), 'seconds': (flops * 3e-11).tolist(),
           'loss': loss.tolist(), 'warm': [i > 3 for i in range(20)]}))
-  row, = decide.confirm(PLAN, outcomes)
+  row, = decide.confirm_variants(PLAN, outcomes)
   assert [(x.size, x.by) for x in row.speed_ups] == [
       (size, by) for size in SIZES for by in ('flops', 'seconds')]
   for x in row.speed_ups:
@@ -332,7 +336,7 @@ def test_a_speed_up_is_the_factor_of_what_is_spent():
   broken = [x if x.seed != 30_001 else x._replace(
       curve=x.curve | {'seconds': [None] * 20}) for x in outcomes]
   assert all((x.factor is None) == (x.by == 'seconds')
-             for x in decide.confirm(PLAN, broken)[0].speed_ups)
+             for x in decide.confirm_variants(PLAN, broken)[0].speed_ups)
 
 
 def _cooled(factors=(1.0, 1.25), **changes):
@@ -347,7 +351,7 @@ def _cooled(factors=(1.0, 1.25), **changes):
 
 
 def test_multipliers_are_of_runs_that_were_cooled_down():
-  row, = decide.confirm(PLAN, _cooled())
+  row, = decide.confirm_variants(PLAN, _cooled())
   names = ('multiplier', 'multiplier, pinned', 'multiplier, no embeddings',
            'multiplier, no embeddings, pinned')
   assert [(x.by, x.size) for x in row.multipliers] == [
@@ -358,15 +362,16 @@ def test_multipliers_are_of_runs_that_were_cooled_down():
       assert x.floor == 0
     else:
       assert x.low < 1.25 < x.high and x.floor > 0.5
-  pinned, = decide.confirm(dataclasses.replace(PLAN, floor=1.2), _cooled())
+  pinned, = decide.confirm_variants(
+      dataclasses.replace(PLAN, floor=1.2), _cooled())
   assert pinned.multipliers[4].floor == 1.2
   # By less that both spend alike, the multiplier is the same.
   assert row.multipliers[8].factor == pytest.approx(
       row.multipliers[0].factor, rel=1e-3)
-  row, = decide.confirm(PLAN, _cooled(body=None))
+  row, = decide.confirm_variants(PLAN, _cooled(body=None))
   assert {x.by for x in row.multipliers} == {*names[:2]}
   for cooled in (False, None):
-    assert not decide.confirm(PLAN, [
+    assert not decide.confirm_variants(PLAN, [
         *_cooled()[:-1], _cooled()[-1]._replace(cooled=cooled)])[0].multipliers
 
 
@@ -375,33 +380,35 @@ def test_the_largest_size_is_predicted_by_the_law_of_the_others():
                              seeds=PLAN.seeds | {'largest': 5})
   flops = dict.fromkeys(('base', 'a', 'b'), 1e12 * 6.0 ** 3)
   loss = lambda factor: 1.2 + 2.0 * (factor * 6.0 ** 3) ** -0.2
-  base, a, b = efficiency.predict(plan, _cooled((1.0, 1.25, 0.8)), flops)
+  base, a, b = efficiency.predict_largest_size(
+      plan, _cooled((1.0, 1.25, 0.8)), flops)
   assert [x['variant'] for x in (base, a, b)] == ['base', 'a', 'b']
   for x, truth in ((base, loss(1.0)), (a, loss(1.25) - loss(1.0)),
                    (b, loss(0.8) - loss(1.0))):
     assert x['low'] < truth < x['high']
   assert a['high'] < 0 < b['low']
   # Fewer seeds that will be seen are a wider interval.
-  few = efficiency.predict(dataclasses.replace(
+  few = efficiency.predict_largest_size(dataclasses.replace(
       plan, seeds=plan.seeds | {'largest': 1}), _cooled(), flops)[1]
   assert few['value'] == pytest.approx(a['value'], rel=0.2)
   assert few['high'] - few['low'] > a['high'] - a['low']
-  assert not efficiency.predict(plan, [x._replace(cooled=None)
+  assert not efficiency.predict_largest_size(plan, [x._replace(cooled=None)
                                    for x in _cooled()], flops)
 
 
 def test_the_most_promising_of_the_stopped_look_better_than_the_base():
   rows = [dataclasses.replace(row, verdict=verdict, effect=effect)
-          for row in decide.screen(PLAN, _phase('screen', _values()))[:1]
+          for row in decide.screen_variants(
+              PLAN, _phase('screen', _values()))[:1]
           for verdict, effect in (
               (decide.STOPPED, -0.01), (decide.STOPPED, -0.03),
               (decide.STOPPED, 0.04), (decide.PASSED, -0.5),
               (decide.STOPPED_UNSTABLE, -0.5), (decide.STOPPED, None))]
   rows = [dataclasses.replace(row, variant=str(i))
           for i, row in enumerate(rows)]
-  assert decide.promising(PLAN, rows) == ['1', '0']
+  assert decide.list_promising_variants(PLAN, rows) == ['1', '0']
   accuracy = dataclasses.replace(PLAN, measures=PLAN.measures[1:])
-  assert decide.promising(accuracy, rows) == ['2']
+  assert decide.list_promising_variants(accuracy, rows) == ['2']
 
 
 def _noise(sds, seeds, rng, plan=PLAN):
@@ -418,7 +425,7 @@ def test_noise_rows_are_the_deviations_of_the_pairs():
       (m.name for m in measures), x.values['loss'])) for x in _noise(
           (0.04, 0.02, 0.02), 6, np.random.default_rng(4))]
   rows = {(row.measure, row.size, row.phase): row
-          for row in noise_lib.measured(plan, outcomes)}
+          for row in noise_lib.measure_noise(plan, outcomes)}
   values = {x: np.reshape([y.values['loss'] for y in outcomes
                            if y.variant == x], (6, 3))
             for x in ('base', plans.AGAIN)}
@@ -433,12 +440,12 @@ def test_noise_rows_are_the_deviations_of_the_pairs():
   # An outlier: what is announced is resampled, and says so.
   far = [x._replace(values=dict.fromkeys(x.values, 4.0))
          if x is outcomes[0] else x for x in outcomes]
-  apart = next(x for x in noise_lib.measured(plan, far)
+  apart = next(x for x in noise_lib.measure_noise(plan, far)
                if (x.measure, x.size) == ('loss', decide.ALL))
   assert apart.outliers < 0.01 and apart.error is not None
   assert apart.smallest_effect > 2 * row.smallest_effect
-  assert 'does not look normal' in noise_lib.announce(
-      plan, noise_lib.measured(plan, far)).sentence
+  assert 'does not look normal' in noise_lib.announce_power(
+      plan, noise_lib.measure_noise(plan, far)).sentence
   # Two variants, and three measures beside the primary one.
   assert rows['y', decide.ALL, 'confirm'].level == 0.05 / (2 * 3)
   assert rows['y', 's', 'screen'].level == 0.05 / 2
@@ -449,12 +456,13 @@ def test_noise_rows_are_the_deviations_of_the_pairs():
 def test_a_study_that_cannot_find_what_it_wants_says_so():
   outcomes = _noise((0.02,) * 3, 6, np.random.default_rng(3))
   plan = dataclasses.replace(PLAN, measures=(LOSS,))
-  strong, weak = (noise_lib.announce(p, noise_lib.measured(p, outcomes))
-                  for p in (dataclasses.replace(plan, effect=0.2),
-                            dataclasses.replace(plan, effect=0.01)))
+  strong, weak = (
+      noise_lib.announce_power(p, noise_lib.measure_noise(p, outcomes))
+      for p in (dataclasses.replace(plan, effect=0.2),
+                dataclasses.replace(plan, effect=0.01)))
   smaller = dataclasses.replace(plan, effect=0.03)
-  rows = noise_lib.measured(smaller, outcomes)
-  assert noise_lib.announce(smaller, rows).power == math.prod(
+  rows = noise_lib.measure_noise(smaller, outcomes)
+  assert noise_lib.announce_power(smaller, rows).power == math.prod(
       row.power for row in rows if row.phase == 'screen'
       or row.size == decide.ALL) < 0.9
   assert strong.enough and 'less than' not in strong.sentence
@@ -462,7 +470,7 @@ def test_a_study_that_cannot_find_what_it_wants_says_so():
   assert 'less than the 80% that the plan wants' in weak.sentence
   assert ('none of the 10 of the screening does with a probability of 0.35, so '
           'that its false discovery rate is up to 0.4 then') in weak.sentence
-  none = noise_lib.announce(plan, noise_lib.measured(plan, []))
+  none = noise_lib.announce_power(plan, noise_lib.measure_noise(plan, []))
   assert none.power == 0 and 'fewer than 2 pairs' in none.sentence
 
 
@@ -473,10 +481,10 @@ def test_factors_of_noise_hold_what_is_true():
   for r in (-0.5, 0.9):
     for _ in range(400):
       x, y = rng.multivariate_normal([0, 0], [[1, r], [r, 1]], 5).T
-      pairing = advice.pairing(x, y)
+      pairing = advice.gain_of_pairing(x, y)
       assert pairing.factor == pytest.approx(np.sqrt(
           (np.var(x) + np.var(y)) / np.var(x - y)))
-      more = advice.lowered('', 2 * x, y)
+      more = advice.gain_over_same_pairs('', 2 * x, y)
       covered.append((pairing.low < (1 - r) ** -0.5 < pairing.high,
                    more.low < 2 < more.high))
   assert np.mean(covered, 0) == pytest.approx(0.95, abs=0.03)
@@ -498,7 +506,8 @@ def _crossed(rng, start, order, rest, seeds, sizes=3, studies=()):
     (0.03, 0.05, 0.01), (0.0, 0.04, 0.0), (0.02, 0.0, 0.03)])
 def test_the_split_of_the_variance_is_the_true_one(deviations):
   rng, truth = np.random.default_rng(7), np.square(deviations)
-  shares = advice.components(*_crossed(rng, *deviations, 5, studies=(4000,)))
+  shares = advice.variance_components(
+      *_crossed(rng, *deviations, 5, studies=(4000,)))
   errors = np.std(shares.mean(1), axis=0) / 4000 ** 0.5
   assert np.all(np.abs(shares.mean((0, 1)) - truth) < 4 * errors)
   # Of any two classes of runs, by the definition: one pair at a time.
@@ -510,10 +519,11 @@ def test_the_split_of_the_variance_is_the_true_one(deviations):
       if (a[0] == b[0], a[1] == b[1]) == same])
   none, start, order = half((False, False)), half((True, False)), half(
       (False, True))
-  assert advice.components(base, again)[0] == pytest.approx(
+  assert advice.variance_components(base, again)[0] == pytest.approx(
       [none - start, none - order, start + order - none])
   covered = np.mean([[x.low <= share <= x.high for x, share in zip(
-      advice.split(*_crossed(rng, *deviations, 6)), truth / truth.sum())]
+      advice.shares_of_variance(
+          *_crossed(rng, *deviations, 6)), truth / truth.sum())]
                   for _ in range(60)], axis=0)
   assert np.all(covered >= 0.85)
 
@@ -530,19 +540,20 @@ def test_what_lowers_the_noise_is_measured_on_its_pairs():
         'step': [*range(10, 90, 10)],
         'loss': losses[x.seed, SIZES.index(x.size)].tolist()})
                  for x in _phase('noise', {name: losses[..., -1]})]
-  pairing, longer, late = advice.measured(PLAN, outcomes)
+  pairing, longer, late = advice.measure_gains(PLAN, outcomes)
   assert pairing.factor == pytest.approx((1 + (0.1 / 0.02) ** 2) ** 0.5, rel=.3)
   assert longer.factor == pytest.approx(2, rel=0.3)
   assert late.factor == pytest.approx(2 ** 0.5, rel=0.3)
-  text = advice.sentence(PLAN, outcomes)
+  text = advice.describe_what_lowers_noise(PLAN, outcomes)
   assert f'already: {pairing.factor:.2f} [{pairing.low:.2f}' in text
   assert re.search(r'the order of the data \([89]\d% \[\d\d%, \d+%\]\), ', text)
   assert 'not shown that pairing' not in text
   # A pair with the base of another seed gains nothing.
   dealt = [x._replace(seed=(x.seed + 1) % 200) if x.variant == 'base' else x
            for x in outcomes]
-  assert 'not shown that pairing' in advice.sentence(PLAN, dealt)
-  assert not advice.sentence(PLAN, outcomes[:3])
+  assert 'not shown that pairing' in advice.describe_what_lowers_noise(
+      PLAN, dealt)
+  assert not advice.describe_what_lowers_noise(PLAN, outcomes[:3])
 
 
 @settings(max_examples=25, deadline=None)
@@ -554,7 +565,7 @@ def test_laws_of_verdicts(seed, seeds, effect):
   # The order of the runs and the level of a seed say nothing.
   shuffled = _phase('confirm', values)
   random.Random(seed).shuffle(shuffled)
-  assert decide.confirm(PLAN, shuffled) == rows
+  assert decide.confirm_variants(PLAN, shuffled) == rows
   moved = _confirm({name: x + 0.125 for name, x in values.items()})
   # The other sign has the other verdict.
   turned = _confirm({name: -x for name, x in values.items()})

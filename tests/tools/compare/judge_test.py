@@ -23,13 +23,13 @@ def test_the_shares_of_all_answers_sum_to_one_or_less():
   """Whatever is asked together; and the p of eleven at once is Bonferroni's of
   twelve."""
   for each in ((1,) * 500, (3, 1, 20, 7), (400, 100)):
-    shares = [judge.share_of_question(sum(each[:i]), n)
+    shares = [judge.alpha_share_of_question(sum(each[:i]), n)
               for i, n in enumerate(each)]
     assert np.dot(shares, each) == pytest.approx(1 - 1 / (sum(each) + 1))
-  assert judge.share_of_question(0, 11) == pytest.approx(1 / 12)
-  looks = dict(judge.share_of_look(n) for n in range(3, 3000))
+  assert judge.alpha_share_of_question(0, 11) == pytest.approx(1 / 12)
+  looks = dict(judge.latest_look(n) for n in range(3, 3000))
   assert list(looks)[:4] == [3, 6, 12, 24] and sum(looks.values()) < 1
-  assert judge.share_of_look(11) == (6, 0.25)
+  assert judge.latest_look(11) == (6, 0.25)
 
 
 def test_an_answer_is_scipys_test_at_its_share():
@@ -51,7 +51,7 @@ def test_the_spread_of_all_that_was_looked_at_makes_an_answer_more_cautious(
   looked = [{'names': ['base', 'a'], 'values': list(enumerate(tail.tolist()))},
             {'names': ['other', 'b'], 'values': [[0, 5.0], [1, 9.0]] * 2},
             {'names': ['base', 'c'], 'values': [[0, None], [1, 0.1]]}]
-  pooled = judge._question(
+  pooled = judge._register_look(
       {'questions': [], 'looked': looked, 'answers': []}, tmp_path,
       ('base', 'v'), dict(enumerate(d)))[2]
   squares = [np.var(x) * len(x) for x in (tail, d)]
@@ -75,8 +75,8 @@ def _loops(effect: float, loops: int = 2000, variants: int = 20
   wrong, naive = np.zeros((2, loops), bool)
   for n in (3, 6, 12, 24):
     p = stats.ttest_1samp(d[..., :n], 0, axis=-1).pvalue
-    shares = judge.share_of_look(n)[1] * np.array(
-        [judge.share_of_question(k, 1) for k in range(variants)])
+    shares = judge.latest_look(n)[1] * np.array(
+        [judge.alpha_share_of_question(k, 1) for k in range(variants)])
     wrong |= (p / shares <= judge.ALPHA).any(1)
     naive |= (p <= judge.ALPHA).any(1)
   return wrong, naive
@@ -178,10 +178,10 @@ def test_losses_of_different_text_are_not_compared(field):
   """Also where one of the seeds alone has another."""
   both = [CONFIG, CONFIG | {'optim.lr': 0.5}]
   other = [CONFIG, CONFIG | {field: OTHER_TEXT[field], 'optim.lr': 0.5}]
-  assert judge._changes([both] * 3) == (
+  assert judge._changed_fields([both] * 3) == (
       {'optim.lr': [CONFIG['optim.lr'], 0.5]}, [])
   with pytest.raises(RequestError, match=f'^{field} differ'):
-    judge._changes([both, other, both])
+    judge._changed_fields([both, other, both])
 
 
 @pytest.mark.parametrize('field', [
@@ -191,7 +191,7 @@ def test_other_batches_are_told(field):
   """A batch of another size is other held-out text too, unless all is read."""
   def changes(batches):
     config = CONFIG | {'eval.batches': batches}
-    return judge._changes([[config, config | {field: 7}]])
+    return judge._changed_fields([[config, config | {field: 7}]])
 
   compared, warnings = changes(0)
   assert list(compared) == [field]

@@ -38,14 +38,14 @@ ALL = (*VARIANTS, ODD)
 def sweep(tmp_path_factory):
   folder = tmp_path_factory.mktemp('sweep')
   sweep_folder.write(folder, POINTS, states=LOST)
-  return comparison.load(folder)
+  return comparison.load_comparison(folder)
 
 
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
   folder = tmp_path_factory.mktemp('study')
   results = study_folder.write(folder, study_folder.plan(ALL))
-  return comparison.load(folder), results
+  return comparison.load_comparison(folder), results
 
 
 @pytest.fixture(scope='module')
@@ -55,7 +55,7 @@ def written(sweep):
 
 def _study(folder, results=None, plan=None, **changes):
   study_folder.write(folder, plan, results, **changes)
-  return comparison.load(folder)
+  return comparison.load_comparison(folder)
 
 
 def _rows(table):
@@ -110,7 +110,8 @@ def test_curves_stand_at_what_was_spent(sweep, tmp_path, written):
       (0.5 * sweep_folder.EVERY, 0.5 * sweep_folder.STEPS))
   # Runs that train together share the seconds.
   sweep_folder.write(tmp_path, [point('base', together=2)])
-  together = curves.mean([lines['eval'] for lines in comparison.load(
+  together = curves.mean_curve(
+      [lines['eval'] for lines in comparison.load_comparison(
       tmp_path).curves.values()])
   assert together['seconds'][-1] == pytest.approx(0.25 * sweep_folder.STEPS)
   rows = list(csv.DictReader(written['curves.csv'].open()))
@@ -147,19 +148,19 @@ def test_what_is_not_known_is_said(sweep, tmp_path):
   sweep_folder.write(tmp_path / 'a', POINTS[:2], states={
       ('base', s): ('failed', 'no memory') for s in range(3)})
   assert 'The base base has no finished run' in report.text(
-      comparison.load(tmp_path / 'a'))
+      comparison.load_comparison(tmp_path / 'a'))
   # Figures that were not matched, and a run of another config.
   sweep_folder.write(tmp_path / 'b', [
       point('base'), point('norm', {'model.norm': 'rmsnorm'}),
       point('far', {'model.position': 'rope'}, flops=1.05 * sweep_folder.FLOPS)
   ], match='params')
-  assert comparison.load(tmp_path / 'b').warnings == [
+  assert comparison.load_comparison(tmp_path / 'b').warnings == [
       "The FLOPs a token of far differ from the base's by more than 1 %."]
   folder = layout.run_folder(tmp_path / 'b', 'norm', 1)
   run_config.save_config(folder, spec.changed(
       run_config.load_config(folder), {'optim.b1': 0.5}, 'a test'))
   assert 'figures: norm, seed 1 (optim.b1).' in report.text(
-      comparison.load(tmp_path / 'b'))
+      comparison.load_comparison(tmp_path / 'b'))
 
 
 def test_a_point_of_which_runs_diverged_is_unstable_as_in_a_study(tmp_path):
@@ -175,7 +176,7 @@ def test_a_point_of_which_runs_diverged_is_unstable_as_in_a_study(tmp_path):
   sweep_folder.write(tmp_path, points, states={
       (p['name'], seed): ('failed', 'error: diverged') for p in points
       for seed in p.get('diverged', ())})
-  c = comparison.load(tmp_path)
+  c = comparison.load_comparison(tmp_path)
   words = {row['variant']: row['verdict'] for row in c.verdicts()}
   assert words == {'base': 'base', 'fast': decide.UNSTABLE,
                    'sound': decide.BETTER, 'gone': decide.UNSTABLE}
@@ -203,7 +204,7 @@ def test_each_change_over_all_settings_of_the_others(tmp_path, change):
       point('norm', change, shift={0: .6, 1: .7, 2: .8}),
       point('block', {**block, **wide}, matched=['model.d_ff'], shift=flat),
       point('both', change | block, shift={0: .2, 1: .3, 2: .4})])
-  norm, parallel = tables.effects(comparison.load(tmp_path)).rows
+  norm, parallel = tables.effects(comparison.load_comparison(tmp_path)).rows
   # norm: +0.1, +0.2, +0.3 alone and -0.3, -0.2, -0.1 with block.
   assert norm['minus base'].value == pytest.approx(0, abs=1e-9)
   assert norm['pairs'].value == 2
@@ -217,7 +218,7 @@ def test_sensitivity_to_the_learning_rate(tmp_path):
   sweep_folder.write(tmp_path, [
       point('base', shift=SHIFT), point('half', {'optim.lr': 5e-4}, factor=2.0),
       point('twice', {'optim.lr': 2e-3}, factor=1.4, shift=SHIFT)])
-  c = comparison.load(tmp_path)
+  c = comparison.load_comparison(tmp_path)
   group, = c.results['tuned']
   assert [trial['changes']['optim.lr'] for trial in group['tried']] == [
       5e-4, 1e-3, 2e-3]
@@ -255,7 +256,7 @@ def test_what_tasks_found_are_measures(sweep, tmp_path):
   for file in tmp_path.rglob('metrics.jsonl'):
     file.write_text(''.join(line for line in file.open()
                             if '"split": "eval"' not in line))
-  c = comparison.load(tmp_path)
+  c = comparison.load_comparison(tmp_path)
   base, norm = tables.other_table(c).rows
   assert base['mean'].text == '0.6000 ± 0.1000'
   # 0.1, 0.2, 0: t(0.975, 2) = 4.3027, times 0.1 over the root of 3.
@@ -359,12 +360,14 @@ def test_multipliers_predictions_and_what_a_screening_lost_are_told(tmp_path):
   runs = [plans.outcome_from_json(row) for row in results['outcomes']]
   ahead = [x._replace(phase='largest', size='huge') for x in runs
            if (x.phase, x.size, x.workload) == ('confirm', 'large', 'text')]
-  rows = efficiency.predict(plan, runs, dict.fromkeys(
+  rows = efficiency.predict_largest_size(plan, runs, dict.fromkeys(
       ('learned', 'rope', 'alibi'), 1e15))
   narrowed = phases.PHASES['largest'].narrow(plan)
   results |= plans.to_json({
-      'confirm': decide.confirm(plan, runs), 'outcomes': [*runs, *ahead],
-      'largest': decide.confirm(narrowed, ahead, 'largest'), 'predicted': {
+      'confirm': decide.confirm_variants(
+          plan, runs), 'outcomes': [*runs, *ahead],
+      'largest': decide.confirm_variants(
+          narrowed, ahead, 'largest'), 'predicted': {
           'hash': 'abcd', 'time': 1e9, 'blind': True, 'rows': rows}})
   c = _study(tmp_path, results, plan)
   table = tables.multipliers(c).rows
@@ -412,12 +415,12 @@ def test_a_study_that_is_not_over_says_how_far_it_is(tmp_path, upto):
   assert len(tables.verdict_table(c).rows) == 1 + len(VARIANTS)
   if not upto:
     (tmp_path / 'results.json').unlink()
-    assert not figures.of(comparison.load(tmp_path))
+    assert not figures.draw_figures(comparison.load_comparison(tmp_path))
 
 
 def test_every_run_is_a_dot_of_the_figures(study):
   c, results = study
-  left, right = figures.outcome(c).axes
+  left, right = figures.draw_outcome(c).axes
   dots = lambda axes: [line for line in axes.lines if line.get_marker() == '.']
   rope = next(row for row in results['confirm'] if row['variant'] == 'rope')
   assert len(rope['differences']) == 5
@@ -426,20 +429,21 @@ def test_every_run_is_a_dot_of_the_figures(study):
   curve = next(lines['eval'] for (*at, _), lines in c.curves.items()
                if at == ['rope', 'large'])
   assert any(curve['loss'][-1] in line.get_ydata() for line in dots(left))
-  assert sum(len(line.get_xdata()) for axes in figures.by_size(c).axes
-             for line in dots(axes)) == sum(
-                 x.phase == 'confirm' and x.workload == 'mqar'
-                 for x in c.outcomes)
+  assert sum(
+      len(line.get_xdata()) for axes in figures.draw_measures_by_size(c).axes
+      for line in dots(axes)) == sum(
+          x.phase == 'confirm' and x.workload == 'mqar'
+          for x in c.outcomes)
   # What guessing gives does not set the scale of runs that are alike.
   alike = dataclasses.replace(c, outcomes=[x._replace(values={
       name: 0.8 + 1e-3 * y for name, y in x.values.items()}) for x in (
           c.outcomes)])
-  axes, = figures.by_size(alike).axes
+  axes, = figures.draw_measures_by_size(alike).axes
   assert axes.get_ylim()[0] > 0.7 and 'guessing: 0.1' in axes.get_title()
   # An accuracy's interval ends below 1.
   uneven = dataclasses.replace(c, outcomes=[x._replace(values=dict.fromkeys(
       x.values, (0.5, 0.99)[x.seed % 3 > 0])) for x in c.outcomes])
-  axes, = figures.by_size(uneven).axes
+  axes, = figures.draw_measures_by_size(uneven).axes
   bars = [bar.get_segments() for line in axes.containers for bar in line[2]]
   assert 0.9 < np.nanmax(np.concatenate(bars)[..., 1]) < 1
 
@@ -448,10 +452,11 @@ def test_what_students_test_may_not_be_asked_is_said():
   row = dict(measure='loss', variant='a', n=6, p=0.03, p_robust=0.2,
              p_shape=0.9)
   plan = study_folder.plan()
-  assert comparison.doubts(plan, [row | dict(p=0.2)]) == []
-  doubt, = comparison.doubts(plan, [row])
+  assert comparison.doubt_normal_noise(plan, [row | dict(p=0.2)]) == []
+  doubt, = comparison.doubt_normal_noise(plan, [row])
   assert 'disagree, before correction, on a (p = 0.03 and 0.2)' in doubt
-  doubt, = comparison.doubts(plan, [row | dict(p=None, p_shape=0.01)])
+  doubt, = comparison.doubt_normal_noise(
+      plan, [row | dict(p=None, p_shape=0.01)])
   assert 'outliers (p = 0.01' in doubt
 
 
@@ -481,7 +486,8 @@ def test_verdicts_are_published_from_bundles_alone(study, tmp_path, capsys):
   assert publish.bundle(study[0].workdir) == packed
   with tarfile.open(path) as tar:
     tar.extractall(tmp_path / 'unpacked', filter='data')
-  assert comparison.load(tmp_path / 'unpacked').estimates == study[0].estimates
+  assert comparison.load_comparison(
+      tmp_path / 'unpacked').estimates == study[0].estimates
   path.write_bytes(packed[:500])
   with pytest.raises(RequestError, match='is no bundle'):
     publish.main(args)
@@ -595,11 +601,11 @@ def test_the_unit_is_the_objectives():
   frozen = study_folder.frozen(plan)
   loss, accuracy = plan.measures
   bits = dataclasses.replace(loss, figure='bits_per_byte')
-  assert [measures.unit_text(frozen, m) for m in (loss, accuracy, bits)] == [
+  assert [measures.format_unit(frozen, m) for m in (loss, accuracy, bits)] == [
       'nats a token', '', 'bits a byte']
   for objective, unit in (('mlm_nsp', 'nats'), ('regression', '')):
     frozen.base_config['objective'] = objective
-    assert measures.unit_text(frozen, loss) == unit
+    assert measures.format_unit(frozen, loss) == unit
 
 
 def test_results_that_were_changed_or_are_of_another_plan_are_refused(
@@ -607,12 +613,12 @@ def test_results_that_were_changed_or_are_of_another_plan_are_refused(
   study_folder.write(tmp_path, study_folder.plan(VARIANTS[1:]),
                      study_folder.results(study_folder.plan()))
   with pytest.raises(RequestError, match='is of another plan than study.json'):
-    comparison.load(tmp_path)
+    comparison.load_comparison(tmp_path)
   study_folder.write(tmp_path)
   path = tmp_path / 'results.json'
   path.write_text(path.read_text().replace('"better"', '"worse"', 1))
   with pytest.raises(SystemExit) as end:
-    cli.run(lambda: report.write(comparison.load(tmp_path)) and 0)
+    cli.run(lambda: report.write(comparison.load_comparison(tmp_path)) and 0)
   assert end.value.code == 2
   assert 'results.json is damaged' in capsys.readouterr().err
   assert not (tmp_path / 'report').exists()
@@ -710,9 +716,9 @@ def test_plots_have_the_points_and_follow_their_controls(page, sweep):
       const b = c.getBoundingClientRect();
       return [b.x + b.width / 2, b.y + b.height / 2]; })()''')
   page.move(x, y)
-  first = curves.mean([lines['eval']
-                       for (name, *_), lines in sweep.curves.items()
-                       if name == 'base'])['loss'][0]
+  first = curves.mean_curve([lines['eval']
+                             for (name, *_), lines in sweep.curves.items()
+                             if name == 'base'])['loss'][0]
   assert page.evaluate('document.querySelector("#curves-0 .tip").textContent'
                        ) == f'base: {first:.4f} at 50k tokens'
   assert not page.errors

@@ -106,7 +106,8 @@ def _confirmation(studies: int, variants: int = 10, **world
   plan = _plan(variants)
 
   def one(number, add):
-    verdicts = decide.confirm(plan, World(plan, number, **world).outcomes())
+    verdicts = decide.confirm_variants(
+        plan, World(plan, number, **world).outcomes())
     add('wrong', any(row.verdict in CLAIMS for row in verdicts))
     for row in verdicts:
       for name, effect in (('effect', row), ('trend', row.trend),
@@ -148,15 +149,16 @@ def test_one_sided_noise_makes_no_more_claims_than_promised(
 
   def one(number, add):
     world = World(plan, number, tail=tail)
-    verdicts = decide.confirm(plan, world.outcomes())
+    verdicts = decide.confirm_variants(plan, world.outcomes())
     add('wrong', any(row.verdict in CLAIMS for row in verdicts))
-    add('screened', any(row.verdict == decide.PASSED for row in decide.screen(
+    add('screened', any(
+        row.verdict == decide.PASSED for row in decide.screen_variants(
         plan, world.outcomes('screen'))))
     for row in verdicts:
       for name, part in (('missed', row), ('missed at a size', row.sizes[0])):
         add(name, not _holds_zero(part))
     world = World(plan, number, tail=tail, effects={'v1': -effect})
-    add('found', decide.confirm(plan, world.outcomes())[0].verdict
+    add('found', decide.confirm_variants(plan, world.outcomes())[0].verdict
         == decide.BETTER)
 
   shares = _means(studies, one)
@@ -172,7 +174,7 @@ def test_a_sweeps_words_are_as_rarely_wrong_as_its_corrected_p():
   rng, wrong, alone = np.random.default_rng(0), 0, 0
   for _ in range(300):
     losses = rng.normal(3, 0.02, (12, 3)) + rng.normal(0, 0.3, 3)
-    rows = decide.sweep(plan, [
+    rows = decide.judge_sweep(plan, [
         plans.Outcome('confirm', name, '', plans.TEXT, seed, {'loss': loss},
                       False, 0.0, 0.0, 1, {})
         for name, losses_of in zip((plan.base, *plan.variants), losses.tolist())
@@ -193,14 +195,15 @@ def test_as_much_is_found_as_is_announced():
 
   def one(number, add):
     world = World(plan, number)
-    rows = noise_lib.measured(plan, world.train('', phases.PHASES['noise'].most(
+    rows = noise_lib.measure_noise(
+        plan, world.train('', phases.PHASES['noise'].most(
         studies.frozen(plan))))
     whole = next(row for row in rows if row.size == decide.ALL)
     naive = statistics.smallest_effect(
         plan.power, whole.sd, [whole.sd], 1e7, whole.seeds, whole.level)
     for name, effect in (('announced', whole.smallest_effect),
                          ('naive', naive)):
-      verdicts = decide.confirm(plan, dataclasses.replace(
+      verdicts = decide.confirm_variants(plan, dataclasses.replace(
           world, effects={'v1': -effect}).outcomes())[0]
       add(name, verdicts.p <= whole.level and len(
           {size.effect > 0 for size in verdicts.sizes}) == 1)

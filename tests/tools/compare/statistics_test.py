@@ -249,7 +249,7 @@ def test_paired_items_show_what_two_standard_errors_do_not(tmp_path):
     (folder / 'samples_arc_easy_now.jsonl').write_text('\n'.join(json.dumps(
         {'filter': 'none', 'doc_hash': str(i), 'acc': x, 'perplexity': -1.0})
         for i, x in enumerate(scores.tolist())))
-  row, = items.compared(str(tmp_path / 'b'), str(tmp_path / 'a'))
+  row, = items.compare_items(str(tmp_path / 'b'), str(tmp_path / 'a'))
   error = np.sqrt(np.sum(right.mean(1) * (1 - right.mean(1)) / 219))
   unpaired = 2 * stats.norm.sf(row['effect'] / error)
   assert (f'{unpaired:.3f}', f'{row["p"]:.3f}') == ('0.080', '0.008')
@@ -259,7 +259,8 @@ def test_paired_items_show_what_two_standard_errors_do_not(tmp_path):
       [*stats.ttest_rel(*right).confidence_interval()])
   assert (row['figure'], row['base'], row['test']) == (
       'arc_easy/acc', pytest.approx(122 / 220), 'McNemar')
-  assert '+0.0818 [+0.0247, +0.1390]  McNemar  0.0079' in items.text([row])
+  assert '+0.0818 [+0.0247, +0.1390]  McNemar  0.0079' in items.render_rows(
+      [row])
   assert statistics.mcnemar(right[0], right[0]) == 1
 
 
@@ -280,19 +281,19 @@ def test_runs_of_seeds_are_compared_over_seeds_and_items(tmp_path):
         (folder / file).write_text(json.dumps({
             'step': 8, task: {'items': scored}}))
   a, b = str(tmp_path / 'a'), str(tmp_path / 'b')
-  row, = items.compared(a, b)
+  row, = items.compare_items(a, b)
   table = statistics.crossed(scores[1] - scores[0], weights)
   assert (row['effect'], row['low'], row['high'], row['p']) == pytest.approx(
       table)
   assert (row['figure'], row['items'], row['seeds']) == (
       'documents/loss', 20, 3)
-  one = [row['figure'] for row in items.compared(
+  one = [row['figure'] for row in items.compare_items(
       f'{a}/seed-1', f'{b}/seed-1')]
   assert one == ['documents/loss', 'probe/accuracy']
   with pytest.raises(RequestError, match='no figure of the same items'):
-    items.compared(f'{a}/seed-1/items.json', f'{b}/seed-2/items.json')
+    items.compare_items(f'{a}/seed-1/items.json', f'{b}/seed-2/items.json')
   with pytest.raises(RequestError, match='of the same seeds'):
-    items.compared(a, f'{b}/seed-1')
+    items.compare_items(a, f'{b}/seed-1')
 
 
 def test_corrected_p_values_are_those_of_the_papers():

@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def probed(folder):
   """With a probe, matched by parameters."""
-  return freeze.freeze(studies.write(
+  return freeze.freeze_plan(studies.write(
       folder, f"{PROBE}\nMATCH = 'params'\nALPHA = 0.01",
       sweep="add('wide', **{'model.ffn': 'swiglu'})"))
 
@@ -94,7 +94,7 @@ def test_each_point_is_matched_at_its_size_and_stays_so_on_a_probe(probed):
      {'optim.warmup_steps': 4, 'eval.every_steps': 3,
       'checkpoint.every_steps': 4, 'log.every_steps': 2})])
 def test_a_probe_has_the_schedule_of_its_size(probe, size, changes, folder):
-  frozen = freeze.freeze(studies.write(
+  frozen = freeze.freeze_plan(studies.write(
       folder, f"{probe}\nSIZES['m'].update({size})"))
   assert frozen.point('base', 'm', 'copy')['changes'].items() >= changes.items()
   assert frozen.point('base', 's', 'copy')['changes']['eval.every_steps'] == (
@@ -123,7 +123,7 @@ def test_the_costs_are_those_of_the_runs_that_are_asked_for(probed):
 def test_guessing_among_labels_is_not_guessing_among_tokens(folder):
   file = folder / 'rows.tsv'
   file.write_text(''.join(f'row {i}\t{"abc"[i % 3]}\n' for i in range(24)))
-  frozen = freeze.freeze(studies.write(
+  frozen = freeze.freeze_plan(studies.write(
       folder, "MEASURES = ({'figure': 'loss'}, {'figure': 'accuracy'})",
       base="c.objective = 'classification'; "
       f"c.data.source = 'labelled:{file}'; "
@@ -186,7 +186,7 @@ REFUSED = {
 def test_what_cannot_be_a_study_is_refused(case, tmp_path):
   fields, message = REFUSED[case]
   with pytest.raises(RequestError, match=message):
-    freeze.freeze(studies.write(tmp_path, **fields))
+    freeze.freeze_plan(studies.write(tmp_path, **fields))
 
 
 OURS = ('seed', 'init_seed', 'eval.part')
@@ -233,13 +233,14 @@ def test_all_variants_see_the_data_of_the_base(field):
 def test_it_is_known_which_value_of_a_figure_is_better(better, figures):
   for figure in figures.split():
     entries = [{'figure': 'loss'}, {'figure': f'task/{figure}'}]
-    _, measure = measures.completed(entries, ['text'], 'file')
+    _, measure = measures.complete_measures(entries, ['text'], 'file')
     assert measure['better'] == better, figure
 
 
 def test_another_replication_has_fresh_seeds_and_the_same_has_its_own(folder):
-  plan = lambda constants='': freeze.freeze(studies.write(folder, constants)
-                                            ).plan
+  plan = lambda constants='': freeze.freeze_plan(
+      studies.write(folder, constants)
+      ).plan
   seeds = lambda plan: {
       seed for phase in phases.of(plan.seeds) for seed in phase.seeds_of(plan)}
   first, second = plan(), plan('REPLICATION = 2')
@@ -416,7 +417,7 @@ def test_a_prediction_is_frozen_once_and_says_whether_it_was_blind(
   rows = [{'variant': 'base', 'value': 2.0, 'low': 1.9, 'high': 2.1}]
   first = plans.predicted(tmp_path, plan, 'confirm', rows)
   assert first['blind'] and first['plan'] == plan.hash
-  assert first['hash'] == layout.checksum(rows)
+  assert first['hash'] == layout.json_checksum(rows)
   other = [rows[0] | {'value': 3.0}]
   # Another runner, and whoever has seen the outcome, gets the first one.
   assert plans.predicted(tmp_path, plans.load(tmp_path), 'confirm', other) == (
@@ -441,7 +442,7 @@ def test_a_prediction_is_frozen_once_and_says_whether_it_was_blind(
 def test_the_size_that_is_predicted_is_no_other_phases(folder):
   text = ("SIZES['xl'] = {'model.d_model': 24}\nSEEDS.update(largest=3, "
           "rescreen=3)\nKEEP = 2\nFLOOR = 0.5")
-  frozen = freeze.freeze(studies.write(folder, text))
+  frozen = freeze.freeze_plan(studies.write(folder, text))
   plan = frozen.plan
   assert (plan.sizes, plan.largest, plan.floor) == (('s', 'm', 'l'), 'xl', 0.5)
   assert plan.tuned_sizes == plan.sizes and plan.settings == {'KEEP': 2}
@@ -463,7 +464,7 @@ def test_the_size_that_is_predicted_is_no_other_phases(folder):
                      ("SIZES['xl'] = {'model.d_model': 24, "
                       "'optim.schedule': 'constant'}", "must be 'wsd'")):
     with pytest.raises(RequestError, match=message):
-      freeze.freeze(studies.write(folder, f"{more}\nSEEDS['largest'] = 3"))
+      freeze.freeze_plan(studies.write(folder, f"{more}\nSEEDS['largest'] = 3"))
 
 
 def _take(search, losses, steps=100, diverged=(), value=None):
@@ -530,7 +531,7 @@ def test_the_hash_is_of_all_that_is_planned_and_of_nothing_else():
 
 @pytest.fixture(scope='module')
 def frozen(tmp_path_factory):
-  return freeze.freeze(studies.write(tmp_path_factory.mktemp('study')))
+  return freeze.freeze_plan(studies.write(tmp_path_factory.mktemp('study')))
 
 
 def test_points_are_checked_once_for_the_same_file_and_code(
@@ -541,16 +542,16 @@ def test_points_are_checked_once_for_the_same_file_and_code(
   monkeypatch.setattr(freeze.provenance, 'describe_this_start', lambda: code)
   write = lambda *text: studies.write(tmp_path, *text)
   assert plans.last(tmp_path / 'w') is None
-  layout.try_folder(tmp_path / 'w', 'study.json')
-  first = plans.adopted(tmp_path / 'w', freeze.freeze(write()))
+  layout.check_workdir(tmp_path / 'w', 'study.json')
+  first = plans.adopted(tmp_path / 'w', freeze.freeze_plan(write()))
   kept = plans.last(tmp_path / 'w')
-  assert freeze.freeze(write(), kept).hash == first.hash
+  assert freeze.freeze_plan(write(), kept).hash == first.hash
   assert len(checked) == 1
-  freeze.freeze(write('ALPHA = 0.01'), kept)
+  freeze.freeze_plan(write('ALPHA = 0.01'), kept)
   code['diff'] = 'b'
-  freeze.freeze(write(), kept)
+  freeze.freeze_plan(write(), kept)
   code['commit'] = None  # what code this is cannot be told
-  freeze.freeze(write(), freeze.freeze(write()))
+  freeze.freeze_plan(write(), freeze.freeze_plan(write()))
   assert len(checked) == 5
 
 
@@ -671,7 +672,7 @@ def test_a_run_that_is_gone_is_trained_anew(whole, frozen, tmp_path):
 
 
 def _methods(workdir):
-  c = comparison.load(workdir)
+  c = comparison.load_comparison(workdir)
   return ' '.join(report.methods(c.frozen, c.results))
 
 
@@ -688,7 +689,7 @@ def test_a_plan_cannot_be_swapped(frozen, tmp_path):
   plans.save(tmp_path / 'other', other)
   shutil.copy(tmp_path / 'other' / 'study.json', path)
   with pytest.raises(RequestError, match='not the plan that the ledger'):
-    comparison.load(tmp_path)
+    comparison.load_comparison(tmp_path)
   for name in ('study.sqlite', 'study.json'):
     (tmp_path / name).unlink()
   known = f'noise by the plan {frozen.hash}; results.json|noise, results.json '

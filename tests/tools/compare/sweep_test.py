@@ -32,7 +32,7 @@ ROOT = pathlib.Path(__file__).parents[3]
 
 
 def described(file, match='', field=''):
-  return check.describe(types.SimpleNamespace(
+  return check.describe_sweep(types.SimpleNamespace(
       file=file, seeds=0, match=match, match_field=field))
 
 
@@ -99,7 +99,7 @@ def test_matched_points_cost_what_the_base_costs(what, tmp_path):
     assert abs(point[what] / made['base'][what] - 1) <= 0.01, point
   assert made['swiglu']['matched'] == ['model.d_ff']
   assert made['swiglu']['changes']['model.d_ff'] < 128
-  assert '(matched)' in check.table(description)
+  assert '(matched)' in check.render_cost_table(description)
 
 
 def test_a_matched_width_is_of_whole_heads(tmp_path):
@@ -133,7 +133,7 @@ def test_what_follows_from_a_change_is_told(tmp_path):
       "  add('long', **{'data.length': 8})\n"
       "  add.system('llama')\n"
       "  add.system('llama', name='other', **{'model.norm': 'layernorm'})\n"))
-  made, table = points(description), check.table(description)
+  made, table = points(description), check.render_cost_table(description)
   assert set(made['wide']['follows']) == {  # none unread
       'model.d_ff', 'model.head_dim', 'model.attention_scale'}
   assert 'so model.d_ff 128 -> 256' in table
@@ -157,7 +157,7 @@ def test_costs_are_those_of_the_counter(tmp_path):
   from training.data import tokenizers
   base = spec.read_sweep_file(sweeps.write(tmp_path)).base
   model, _ = runs.resolve_model(base, tokenizers.load('bytes'))
-  figures, ours = totals.count_costs(base, 16, model), cost.of(base)
+  figures, ours = totals.count_costs(base, 16, model), cost.cost_of_run(base)
   assert ours.params == figures['parameters']
   assert ours.flops_per_token == figures['flops_per_token']['training']
 
@@ -185,7 +185,7 @@ def test_a_runner_tells_the_time_left(tmp_path, monkeypatch, capsys):
       ('better', 1): (layout.PENDING, '')})
   with layout.Ledger(tmp_path) as ledger:
     runner = local.Runner(tmp_path, ledger, 1, 1)
-    runner._description = layout.load_description(tmp_path)
+    runner._description = layout.load_sweep_description(tmp_path)
     runner._before, runner._printed = 3.0, float('-inf')
     runner._since = time.monotonic() - 100  # for two runs; one is left
     runner._tell()
@@ -219,19 +219,19 @@ def test_printed_commands_give_the_configs_of_the_sweep(tmp_path, monkeypatch):
           'near': {{'window': 2, 'rope': {{'theta': 1e6}}}},
           'global': {{'qk_norm': True}}}}}})
 """)
-  layout.save_description(tmp_path / 'w', described(file))
-  description = layout.load_description(tmp_path / 'w')
+  layout.save_sweep_description(tmp_path / 'w', described(file))
+  description = layout.load_sweep_description(tmp_path / 'w')
   base = spec.read_sweep_file(file).base.to_dict()
   for point in points(description):
     words = layout.train_command(description, tmp_path / 'w', point, 1)
     values = parsed(words, monkeypatch)
-    expected = layout.config(description, point, 1).to_dict()
+    expected = layout.config_of_run(description, point, 1).to_dict()
     assert values.config.to_dict() == expected
     assert values.workdir == str(tmp_path / f'w/points/{point}/seed-1')
     # Nothing differs from the base but what is declared.
     assert {group for group in base if base[group] != expected[group]} <= {
         'seed', *(key.split('.')[0] for key in
-                  layout.row_of(description, point)['changes'])}
+                  layout.point_row(description, point)['changes'])}
 
 
 @pytest.mark.parametrize('name', sorted(
@@ -299,9 +299,10 @@ def test_a_runner_of_another_host_is_dead_once_it_stands_still(
 
   book.add([('a', 0, ()), ('a', 1, ())])
   other = _claimed_elsewhere(book, monkeypatch, 1, 2)
-  assert look(layout.STALE_LOOKS) == [] and book.doubtful
-  assert look(5 * layout.STALE_LOOKS, beats=True) == [] and not book.doubtful
-  assert look(layout.STALE_LOOKS - 1) == []
+  assert look(layout.LOOKS_UNTIL_DEAD) == [] and book.doubtful
+  assert look(
+      5 * layout.LOOKS_UNTIL_DEAD, beats=True) == [] and not book.doubtful
+  assert look(layout.LOOKS_UNTIL_DEAD - 1) == []
   assert look(1) == ['a, seed 0', 'a, seed 1']
   assert book.beat(other) == set()  # and the runner finds out
 
@@ -310,10 +311,10 @@ def _trained(tmp_path):
   """Begins a sweep of which all but one run is done; returns its folder."""
   description, workdir = described(sweeps.write(tmp_path)), tmp_path / 'w'
   with layout.Ledger(workdir) as book:
-    layout.begin(workdir, book, description)
+    layout.begin_sweep(workdir, book, description)
     for run in book.runs()[1:]:
       studies.leave(layout.run_folder(workdir, run.point, run.seed),
-                    layout.config(description, run.point, run.seed), 2.0)
+                    layout.config_of_run(description, run.point, run.seed), 2.0)
       book.adopt(run, layout.DONE)
   return description, workdir
 
@@ -326,7 +327,7 @@ def test_a_sweep_begins_with_what_lies_on_disk(tmp_path, monkeypatch, capsys):
   shutil.rmtree(layout.run_folder(workdir, 'rms', 1))
   with layout.Ledger(workdir) as book:
     _claimed_elsewhere(book, monkeypatch, book.runs()[0].id)
-    layout.begin(workdir, book, description)
+    layout.begin_sweep(workdir, book, description)
   assert states(workdir) == before | {('rms', 1): layout.PENDING}
   stderr = capsys.readouterr().err
   assert 'seed-1 is gone: it is trained anew' in stderr
@@ -601,9 +602,9 @@ def test_a_run_of_another_config_on_disk_is_not_adopted(tmp_path, monkeypatch):
   args = sweeps.arguments(file, f'--workdir={workdir}')
   assert run.main(args) == 0
   (workdir / 'ledger.sqlite').unlink()
-  description = layout.load_description(workdir)
+  description = layout.load_sweep_description(workdir)
   run_config.save_config(layout.run_folder(workdir, 'rms', 0), spec.changed(
-      layout.config(description, 'rms', 0),
+      layout.config_of_run(description, 'rms', 0),
       {'optim.lr': 1.0, 'eval.batches': 3}, 'a test'))
   (layout.run_folder(workdir, 'swiglu', 0) / 'config.json').unlink()
   assert run.main(args) == 1
@@ -632,7 +633,7 @@ def test_the_log_of_a_run_says_why_it_ended_in_its_group(
     return local._train([], [])
 
   assert train('whole', 'early') == 0
-  assert train('bad') == train('stopped') == local.UNFINISHED
+  assert train('bad') == train('stopped') == local.EXIT_CODE_UNFINISHED
   logs = {path.parent.name: path.read_text()
           for path in tmp_path.glob('*/log.txt')}
   assert logs == {'early': 'ended early\n', 'bad': 'error: not finite\n',
@@ -641,7 +642,7 @@ def test_the_log_of_a_run_says_why_it_ended_in_its_group(
 
 # A group ends in an error of all, or of one that says so in its log.
 @pytest.mark.slow
-@pytest.mark.parametrize('code', [1, local.UNFINISHED])
+@pytest.mark.parametrize('code', [1, local.EXIT_CODE_UNFINISHED])
 def test_of_a_group_each_run_ends_by_itself(
     code, tmp_path, monkeypatch, capsys):
   sweeps.fake(monkeypatch, code)

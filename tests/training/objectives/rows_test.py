@@ -51,7 +51,7 @@ def test_shapes_are_the_loaders(objective, fields, tmp_path):
     c.model.update(arch='t5', d_model=32)
   seen = sum(batch[key].size for key in ('tokens', 'decoder_tokens')
              if key in batch)
-  assert cost.of(c).tokens == seen * c.train.steps
+  assert cost.cost_of_run(c).tokens == seen * c.train.steps
 
 
 def test_rows_are_laid_out_as_pictured(tmp_path):

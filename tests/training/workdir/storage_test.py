@@ -259,9 +259,9 @@ def _picture(folder):
 
 @pytest.mark.parametrize('write, name', [
     (_write, 'eval.json'), (_picture, 'a.png'), (_tokens, 'cache/tokens'),
-    (lambda folder: layout.save_checked(
+    (lambda folder: layout.save_with_checksum(
         folder / 'a.json', {'b': 'x' * 100}), 'a.json'),
-    (lambda folder: layout.log(folder, 'x' * 100), 'log.txt')])
+    (lambda folder: layout.append_to_log(folder, 'x' * 100), 'log.txt')])
 def test_what_else_a_run_writes(tmp_path, write, name):
   limit = contextlib.nullcontext() if write is _tokens else files_of_at_most(50)
   with limit, pytest.raises(EnvironmentFailure,
