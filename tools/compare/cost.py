@@ -59,8 +59,9 @@ def cost_of_run(config) -> Cost:
 
 def _flops_per_token(config) -> float:
   """Returns the FLOPs of training on one token."""
-  of_a_row = sum(flops.training_flops_of_row(config, resolve_model(config)).values())
-  return of_a_row / sum(objectives.of(config).row_lengths(config))
+  flops_by_part = flops.training_flops_of_row(config, resolve_model(config))
+  flops_of_row = sum(flops_by_part.values())
+  return flops_of_row / sum(objectives.of(config).row_lengths(config))
 
 
 def share_of_flops_without_vocabulary(config) -> float:
