@@ -130,14 +130,15 @@ def test_products_of_experts_equal_a_loop(counts, dtype):
       jax.random.key(i), shape, dtype) * shape[-2] ** -0.5
   x_PD, d_PD = normal(0, rows, D) * rows ** 0.5, normal(1, rows, D)
   d_PD = d_PD * (jnp.arange(rows) < sum(counts))[:, None].astype(d_PD.dtype)
-  w = dispatch.Weights(normal(2, E, D, F), normal(3, E, F, D),
+  w = dispatch.ExpertWeights(normal(2, E, D, F), normal(3, E, F, D),
                       normal(4, E, D, F))
   gate_P = jax.random.uniform(jax.random.key(5), (rows,)) + 0.5
   kind = Hidden('swiglu')
 
   def ours(again, x_PD, gate_P, w):
-    y_PD = grouped.ffn(x_PD, jnp.array(counts, jnp.int32), gate_P, w, None,
-                       grouped.How(kind, rows // E, 'xla', again))
+    y_PD = grouped.grouped_ffn(
+        x_PD, jnp.array(counts, jnp.int32), gate_P, w, None,
+        grouped.GroupedSettings(kind, rows // E, 'xla', again))
     return (y_PD * d_PD).astype(jnp.float32).sum()
 
   def loop(x_PD, gate_P, w):

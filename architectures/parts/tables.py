@@ -63,7 +63,7 @@ CHOICES: dict[str, Collection[str]] = {
     'lora.targets': (*layers.PRODUCTS, layers.ALL),
     'remat': REMAT,
     'keep_gathered': ('none', *layers.PRODUCTS, layers.ALL),
-    'moe.dispatch': ('auto', *dispatch.WAYS),
+    'moe.dispatch': ('auto', *dispatch.DISPATCHES),
     'moe.grouped_kernel': grouped.GROUPED_KERNELS,
 }
 

@@ -16,6 +16,21 @@ through the whole network while it is in cache; its weight gradient is added in
 place. Block sizes are static and the number of blocks of each size is not: the
 work follows the rows.
 
+The gradient is written by hand. With the gate g of a row x, the inputs of the
+activation a = x W_in + b_in (up, and in a gated network gate), the hidden units
+h = act(a) and the output's weights W_out and b_out, the forward pass is
+
+  y = g (h W_out + b_out)
+
+and from the gradient dy of the result, with u = dy W_out^T, follow
+
+  dg     = u . h + dy . b_out        dW_out = (g h)^T dy
+  db_out = sum over rows of g dy     da     = act'(a) applied to g u
+  dW_in  = x^T da                    dx     = da W_in^T
+  db_in  = sum over rows of da
+
+so that neither y nor h has to be kept.
+
 Beside the legend, P counts rows, sorted by expert, and a product maps I inputs
 to O outputs.
 """
@@ -31,519 +46,634 @@ from architectures.parts.layers import Hidden
 from architectures.parts.moe.routing import MoEConfig
 from common.errors import RequestError
 
-# Sizes of blocks, relative to the rows an even load gives an expert: dense
-# around it, since a block that its rows do not fill wastes the rest.
-SIZES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 1, 17 / 16, 9 / 8, 5 / 4, 3 / 2, 2)
-LARGEST = 1024
+# The sizes of blocks, each relative to the rows that an even load gives an
+# expert. They are dense around it, since a block that its rows do not fill
+# wastes the rest.
+BLOCK_SIZES_OVER_EVEN_LOAD = (
+    1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 1, 17 / 16, 9 / 8, 5 / 4, 3 / 2, 2)
+MOST_ROWS_OF_A_BLOCK = 1024  # so that it stays in a CPU's cache
 GROUPED_KERNELS = ('auto', 'xla', 'megablox')
 # The rows of a tile of megablox, in order of choice. A tile that two experts
 # share is computed for both, so an expert should fill two: fewer rows a tile
 # waste less of the matrix units, more read the weights less often.
-ROWS = (512, 256, 128)
+ROWS_OF_A_TILE = (512, 256, 128)
 # The longest side of a matrix' tile, by what VMEM has.
-SIDE = {'bfloat16': 1024, 'float32': 512}
+LONGEST_SIDE_OF_A_TILE = {'bfloat16': 1024, 'float32': 512}
+# The fields of dispatch.Weights whose last axis are the hidden units.
+WEIGHTS_ENDING_IN_HIDDEN_UNITS = (
+    'up_EDF', 'gate_EDF', 'up_bias_EF', 'gate_bias_EF')
 
 
-class How(NamedTuple):
-  """How a grouped network is computed.
+class GroupedSettings(NamedTuple):
+  """The settings by which a grouped network is computed.
 
   Attributes:
-    kind: the network's kind.
-    even: the rows an expert has in even load: the blocks are sized for it.
+    activation: the function that makes the hidden units.
+    even_rows: the rows that an even load gives an expert. The blocks are sized
+      for it.
     kernel: the kernel of the products, one of GROUPED_KERNELS; on CPU xla
-      means blocks.
-    again: whether nothing is kept for the backward pass, which then computes
-      the hidden units again, one part of them after another. This is for layers
-      that are computed again anyway: then the result need not be.
+      means a loop over blocks.
+    recompute: whether nothing is kept for the backward pass, which then
+      computes the hidden units again, one slice of them after another. This is
+      for layers that are computed again anyway: then the result need not be.
   """
-  kind: Hidden
-  even: int
+  activation: Hidden
+  even_rows: int
   kernel: str
-  again: bool = False
+  recompute: bool = False
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def ffn(rows_PD: jax.Array, count_E: jax.Array, gate_P: jax.Array, w: Any,
-        mask_PF: Optional[jax.Array], how: How) -> jax.Array:
+def grouped_ffn(rows_PD: jax.Array, count_E: jax.Array, gate_P: jax.Array,
+                w: Any, mask_PF: Optional[jax.Array], settings: GroupedSettings
+                ) -> jax.Array:
   """Returns gate * FFN_e(row) of each row, [P, D]; those of rows past the
   counts are unspecified, but finite.
 
   Args:
     rows_PD: the rows of expert 0, then those of expert 1, ...; there may be
       more rows than sum(count_E).
-    count_E: int32, the rows of each expert.
-    gate_P: float32, what a row's result is multiplied by.
-    w: dispatch.Weights, in the dtype of the rows.
-    mask_PF: multiplies the hidden units, for dropout; or None.
-    how: how it is computed.
+    count_E: int32, the number of rows of each expert.
+    gate_P: float32, the factor that multiplies a row's result.
+    w: the experts' weights, dispatch.Weights, in the dtype of the rows.
+    mask_PF: the factors of the hidden units, for dropout; or None.
+    settings: the settings of the computation.
   """
-  y_PD, _ = _ffn_fwd(rows_PD, count_E, gate_P=gate_P, w=w, mask_PF=mask_PF,
-                     how=how)
+  y_PD, _ = _grouped_ffn_forward(
+      rows_PD, count_E, gate_P=gate_P, w=w, mask_PF=mask_PF, settings=settings)
   return y_PD
 
 
-def _ffn_fwd(rows_PD: jax.Array, count_E: jax.Array, gate_P: jax.Array, w: Any,
-             mask_PF: Optional[jax.Array], how: How):
-  """Returns the result and what is kept: the arguments, and the inputs of the
-  activation, (up,) or (up, gate); None instead of these with how.again."""
+def _grouped_ffn_forward(
+    rows_PD: jax.Array, count_E: jax.Array, gate_P: jax.Array, w: Any,
+    mask_PF: Optional[jax.Array], settings: GroupedSettings):
+  """Returns the result of `grouped_ffn`, [P, D], and what its gradient reads.
 
-  def keeps(forward: Callable) -> Callable:
-    """Returns a forward pass that gives up what is computed again."""
-    def run(*args: Any):
-      """Returns the result and what is kept of the forward pass."""
-      y_PD, pre = forward(*args)
-      if how.again:
-        pre = None
-      return y_PD, pre
-    return run
+  The latter are the arguments and the inputs of the activation, (up,) or
+  (up, gate), each [P, F]. With settings.recompute None stands in place of
+  these.
+  """
 
-  blocks = functools.partial(_blocks_forward, how.kind, how.even)
-  whole = functools.partial(
-      _whole_forward, product(how.kernel, how.even), how.kind, how.again)
-  y_PD, pre = _on_platform(
-      how.kernel, keeps(blocks), keeps(whole), rows_PD, count_E, w, mask_PF)
+  def drop_what_is_recomputed(forward: Callable) -> Callable:
+    """Returns a forward pass that keeps no inputs of the activation, where the
+    backward pass computes them again."""
+    def run_forward(*args: Any):
+      """Returns the result, and the inputs of the activation or None."""
+      y_PD, activation_inputs = forward(*args)
+      if settings.recompute:
+        activation_inputs = None
+      return y_PD, activation_inputs
+    return run_forward
+
+  by_blocks = functools.partial(
+      _forward_by_blocks, settings.activation, settings.even_rows)
+  grouped_product = grouped_product_of_kernel(
+      settings.kernel, settings.even_rows)
+  at_once = functools.partial(
+      _forward_at_once, grouped_product, settings.activation,
+      settings.recompute)
+  y_PD, activation_inputs = _compute_for_platform(
+      settings.kernel, drop_what_is_recomputed(by_blocks),
+      drop_what_is_recomputed(at_once), rows_PD, count_E, w, mask_PF)
   y_PD = y_PD * gate_P[:, None].astype(y_PD.dtype)
-  return y_PD, (rows_PD, count_E, gate_P, w, mask_PF, pre)
+  return y_PD, (rows_PD, count_E, gate_P, w, mask_PF, activation_inputs)
 
 
-def _ffn_bwd(how: How, saved: tuple, dy_PD: jax.Array):
-  blocks = functools.partial(_blocks_backward, how.kind, how.even)
-  whole = functools.partial(
-      _whole_backward, product(how.kernel, how.even), how.kind)
-  dx_PD, dgate_P, dw = _on_platform(how.kernel, blocks, whole, *saved, dy_PD)
+def _grouped_ffn_backward(settings: GroupedSettings, saved: tuple,
+                          dy_PD: jax.Array):
+  """Returns the gradients of the arguments of `grouped_ffn`: those of the rows,
+  the gates and the weights, and None for the counts and the mask. The head of
+  this file has the equations."""
+  by_blocks = functools.partial(
+      _backward_by_blocks, settings.activation, settings.even_rows)
+  grouped_product = grouped_product_of_kernel(
+      settings.kernel, settings.even_rows)
+  at_once = functools.partial(
+      _backward_at_once, grouped_product, settings.activation)
+  dx_PD, dgate_P, dw = _compute_for_platform(
+      settings.kernel, by_blocks, at_once, *saved, dy_PD)
   return dx_PD, None, dgate_P, dw, None
 
 
-ffn.defvjp(_ffn_fwd, _ffn_bwd)
+grouped_ffn.defvjp(_grouped_ffn_forward, _grouped_ffn_backward)
 
 
-def _on_platform(kernel: str, blocks: Callable, whole: Callable, *args):
-  """Returns what `blocks` does on CPU, where XLA's product is slow, and what
-  `whole` does elsewhere. Another kernel than xla was chosen for its platform.
-  """
+def _compute_for_platform(kernel: str, by_blocks: Callable, at_once: Callable,
+                          *args):
+  """Returns by_blocks(*args) on CPU, where XLA's product is slow, and
+  at_once(*args) elsewhere. A kernel other than xla was chosen for its platform,
+  so with it at_once(*args) is returned anywhere."""
   if kernel != 'xla':
-    return whole(*args)
-  return jax.lax.platform_dependent(*args, cpu=blocks, default=whole)
+    return at_once(*args)
+  return jax.lax.platform_dependent(*args, cpu=by_blocks, default=at_once)
 
 
-def _activation(kind: Hidden, mask_PF: Optional[jax.Array]) -> Callable:
-  """Returns the function from (up,) or (up, gate) to the hidden units."""
-  def hidden(pre: tuple[jax.Array, ...]) -> jax.Array:
-    """Returns the hidden units, those that dropout drops as 0."""
-    h_PF = kind(*pre)
+def _activation_with_dropout(activation: Hidden, mask_PF: Optional[jax.Array]
+                             ) -> Callable:
+  """Returns the function from the inputs of the activation, (up,) or
+  (up, gate), to the hidden units [P, F]."""
+  def compute_hidden_units(activation_inputs: tuple[jax.Array, ...]
+                           ) -> jax.Array:
+    """Returns the hidden units, with those that dropout drops set to 0."""
+    h_PF = activation(*activation_inputs)
     if mask_PF is None:
       return h_PF
     return h_PF * mask_PF.astype(h_PF.dtype)
-  return hidden
+  return compute_hidden_units
 
 
-def _into(w: Any) -> tuple:
-  """Returns the (weight, bias) pairs that lead to the hidden units."""
+def _input_weights_and_biases(w: Any) -> tuple:
+  """Returns the (weight, bias) pairs whose products are the inputs of the
+  activation: that of `up` and, in a gated network, that of `gate`."""
   up = (w.up_EDF, w.up_bias_EF)
   if w.gate_EDF is None:
     return (up,)
   return up, (w.gate_EDF, w.gate_bias_EF)
 
 
-def _like(w: Any, into: list, out: tuple) -> Any:
-  """Returns gradients as dispatch.Weights.
+def _pack_weight_gradients(w: Any, d_inputs: list, d_output: tuple) -> Any:
+  """Returns the gradients of an expert's weights as dispatch.Weights.
 
   Args:
     w: the weights.
-    into: the gradients of `_into(w)`.
-    out: the gradients of down and its bias.
+    d_inputs: the gradients of `_input_weights_and_biases(w)`, pair by pair.
+    d_output: the gradients of the output's weight and its bias.
   """
-  up, up_bias = into[0]
-  gate, gate_bias = None, None
-  if len(into) > 1:
-    gate, gate_bias = into[1]
-  down, down_bias = out
+  d_up, d_up_bias = d_inputs[0]
+  d_gate, d_gate_bias = None, None
+  if len(d_inputs) > 1:
+    d_gate, d_gate_bias = d_inputs[1]
+  d_down, d_down_bias = d_output
   return w.replace(
-      up_EDF=up, up_bias_EF=up_bias, gate_EDF=gate, gate_bias_EF=gate_bias,
-      down_EFD=down, down_bias_ED=down_bias)
+      up_EDF=d_up, up_bias_EF=d_up_bias, gate_EDF=d_gate,
+      gate_bias_EF=d_gate_bias, down_EFD=d_down, down_bias_ED=d_down_bias)
 
 
 # The whole array at once, on TPU and GPU.
 
 
-def _whole_affine(times: Callable, count_E: jax.Array, x_PI: jax.Array,
-                  m_EIO: jax.Array, b_EO: Optional[jax.Array]) -> jax.Array:
-  """Returns x m + b of each row's expert, [P, O]."""
-  y_PO = times(x_PI, m_EIO, count_E)
+def _apply_experts_affine(
+    grouped_product: Callable, count_E: jax.Array, x_PI: jax.Array,
+    m_EIO: jax.Array, b_EO: Optional[jax.Array]) -> jax.Array:
+  """Returns x m_e + b_e for each row x, with e the row's expert, [P, O]."""
+  y_PO = grouped_product(x_PI, m_EIO, count_E)
   if b_EO is None:
     return y_PO
-  return y_PO + _of_rows(b_EO, count_E, rows=len(x_PI))
+  return y_PO + _bias_of_each_row(b_EO, count_E, num_rows=len(x_PI))
 
 
-def _of_rows(b_EO: jax.Array, count_E: jax.Array, rows: int) -> jax.Array:
+def _bias_of_each_row(b_EO: jax.Array, count_E: jax.Array, num_rows: int
+                      ) -> jax.Array:
   """Returns the bias of each row's expert, [P, O]; 0 past the counts."""
-  expert_P = jnp.searchsorted(jnp.cumsum(count_E), jnp.arange(rows),
+  expert_P = jnp.searchsorted(jnp.cumsum(count_E), jnp.arange(num_rows),
                               side='right')
   return b_EO.at[expert_P].get(mode='fill', fill_value=0)
 
 
-def _whole_forward(times: Callable, kind: Hidden, again: bool,
-                   rows_PD: jax.Array, count_E: jax.Array, w: Any,
-                   mask_PF: Optional[jax.Array]):
-  """Returns the result and the inputs of the activation. With `again` these are
-  not kept, and the parts of the hidden units are computed one after another."""
-  affine = functools.partial(_whole_affine, times, count_E)
+def _forward_at_once(grouped_product: Callable, activation: Hidden,
+                     recompute: bool, rows_PD: jax.Array, count_E: jax.Array,
+                     w: Any, mask_PF: Optional[jax.Array]):
+  """Returns FFN_e(row) of each row, [P, D], and the inputs of the activation.
 
-  def hidden(w: Any, mask_PF: Optional[jax.Array]):
-    """Returns hidden units, and the inputs of the activation."""
-    pre = tuple(affine(rows_PD, weight, bias) for weight, bias in _into(w))
-    return _activation(kind, mask_PF)(pre), pre
+  With `recompute` the inputs are not kept, (), and slices of the hidden units
+  are computed one after another, so that only one slice's inputs are in memory.
+  """
+  affine = functools.partial(_apply_experts_affine, grouped_product, count_E)
+
+  def compute_hidden_units(w: Any, mask_PF: Optional[jax.Array]):
+    """Returns the hidden units of weights, and the inputs of the activation."""
+    activation_inputs = tuple(
+        affine(rows_PD, weight, bias)
+        for weight, bias in _input_weights_and_biases(w))
+    compute_activation = _activation_with_dropout(activation, mask_PF)
+    return compute_activation(activation_inputs), activation_inputs
 
   D, F = w.up_EDF.shape[1:]
-  parts = 1
-  if again:
-    parts = _parts(D, F)
-  if parts == 1:
-    h_PF, pre = hidden(w, mask_PF)
-    return affine(h_PF, w.down_EFD, w.down_bias_ED), pre
+  num_slices = 1
+  if recompute:
+    num_slices = _num_slices_of_hidden_units(D, F)
+  if num_slices == 1:
+    h_PF, activation_inputs = compute_hidden_units(w, mask_PF)
+    return affine(h_PF, w.down_EFD, w.down_bias_ED), activation_inputs
 
+  # One slice of the hidden units after another, written into all of them.
   h_PF = jnp.zeros((len(rows_PD), F), rows_PD.dtype)
-  cuts = zip(_split(w, parts), _cut(mask_PF, parts))
-  for i, (part, part_mask) in enumerate(cuts):
-    # The barrier keeps XLA from computing several parts at once.
+  slices = zip(_split_hidden_units(w, num_slices),
+               _split_along_axis(mask_PF, num_slices))
+  for i, (slice_weights, slice_mask) in enumerate(slices):
+    # The barrier keeps XLA from computing several slices at once.
     rows_PD, h_PF = jax.lax.optimization_barrier((rows_PD, h_PF))
-    part_PF, _ = hidden(part, part_mask)
+    slice_PF, _ = compute_hidden_units(slice_weights, slice_mask)
     h_PF = jax.lax.dynamic_update_slice_in_dim(
-        h_PF, part_PF, start_index=i * F // parts, axis=1)
+        h_PF, slice_PF, start_index=i * F // num_slices, axis=1)
   return affine(h_PF, w.down_EFD, w.down_bias_ED), ()
 
 
-def _whole_backward(times: Callable, kind: Hidden, rows_PD: jax.Array,
-                    count_E: jax.Array, gate_P: jax.Array, w: Any,
-                    mask_PF: Optional[jax.Array],
-                    pre: Optional[tuple[jax.Array, ...]], dy_PD: jax.Array):
+def _backward_at_once(
+    grouped_product: Callable, activation: Hidden, rows_PD: jax.Array,
+    count_E: jax.Array, gate_P: jax.Array, w: Any,
+    mask_PF: Optional[jax.Array],
+    activation_inputs: Optional[tuple[jax.Array, ...]], dy_PD: jax.Array):
   """Returns the gradients of the rows, the gates and the weights.
 
-  With u = dy W_down^T, the gate's gradient is u . h, so y is not needed.
-  Without `pre`, the parts of the hidden units are computed one after another.
-  """
-  inside_P = jnp.arange(rows_PD.shape[0]) < count_E.sum()
-  dy_PD = jnp.where(inside_P[:, None], dy_PD, 0)
-  affine = functools.partial(_whole_affine, times, count_E)
+  The equations stand at the head of this file: for each slice of the hidden
+  units h, with u = dy W_out^T,
 
-  def gated(x_P: jax.Array) -> jax.Array:
-    """Returns rows, each multiplied by its gate."""
+    dg += u . h      dW_out = (g h)^T dy      da = act'(a) applied to g u
+    dW_in = x^T da   db_in = sum of da        dx += da W_in^T
+
+  and after the slices what the output's bias adds: dg += dy . b_out and
+  db_out = sum of g dy. Without the inputs of the activation, a, the hidden
+  units are cut into slices whose a is computed again.
+  """
+  is_experts_row_P = jnp.arange(rows_PD.shape[0]) < count_E.sum()
+  dy_PD = jnp.where(is_experts_row_P[:, None], dy_PD, 0)
+  affine = functools.partial(_apply_experts_affine, grouped_product, count_E)
+
+  def multiply_by_gates(x_P: jax.Array) -> jax.Array:
+    """Returns rows, each multiplied by its gate g."""
     return x_P * gate_P[:, None].astype(x_P.dtype)
 
-  def dots(x_PI: jax.Array, y_PI: jax.Array) -> jax.Array:
-    """Returns the products x . y of each row, in float32."""
+  def dot_rows(x_PI: jax.Array, y_PI: jax.Array) -> jax.Array:
+    """Returns the product x . y of each row, in float32."""
     return (x_PI.astype(jnp.float32) * y_PI.astype(jnp.float32)).sum(1)
 
-  def gradients(x_PI: jax.Array, m_EIO: jax.Array, b_EO: Optional[jax.Array],
-                dy_PO: jax.Array) -> tuple:
-    """Returns the gradients of a product: of x, m and b. Its forward half is
-    dead code."""
+  def affine_gradients(x_PI: jax.Array, m_EIO: jax.Array,
+                       b_EO: Optional[jax.Array], dy_PO: jax.Array) -> tuple:
+    """Returns the gradients of x, m and b in x m + b. The forward half is dead
+    code, which XLA removes."""
     _, vjp = jax.vjp(affine, x_PI, m_EIO, b_EO)
     return vjp(dy_PO)
 
   dx_PD, dgate_P = jnp.zeros_like(rows_PD), jnp.zeros_like(gate_P)
-  dws: list = []
-  parts = 1
-  if pre is None:
+  d_weights_of_slices: list = []
+  num_slices = 1
+  if activation_inputs is None:
     D, F = w.up_EDF.shape[1:]
-    parts = _parts(D, F)
-  for part, part_mask in zip(_split(w, parts), _cut(mask_PF, parts)):
-    if dws:  # else XLA joins what belongs to this part with the next one's
-      rows_PD, dy_PD, dx_PD, dgate_P, dws = jax.lax.optimization_barrier(
-          (rows_PD, dy_PD, dx_PD, dgate_P, dws))
+    num_slices = _num_slices_of_hidden_units(D, F)
+  slices = zip(_split_hidden_units(w, num_slices),
+               _split_along_axis(mask_PF, num_slices))
+  for slice_weights, slice_mask in slices:
+    # Without the barrier XLA joins work of this slice with the next one's.
+    if d_weights_of_slices:
+      rows_PD, dy_PD, dx_PD, dgate_P, d_weights_of_slices = (
+          jax.lax.optimization_barrier(
+              (rows_PD, dy_PD, dx_PD, dgate_P, d_weights_of_slices)))
 
-    # The hidden units of this part, and the gradients of the gates and of down.
-    into = _into(part)
-    act = _activation(kind, part_mask)
-    inputs = pre
-    if not pre:
-      inputs = tuple(affine(rows_PD, weight, bias) for weight, bias in into)
-    h_PF = act(inputs)
-    u_PF, _, _ = gradients(h_PF, part.down_EFD, b_EO=None, dy_PO=dy_PD)
-    dgate_P += dots(u_PF, h_PF)
+    # The hidden units h, and the gradients of the gates and of W_out.
+    input_pairs = _input_weights_and_biases(slice_weights)
+    compute_activation = _activation_with_dropout(activation, slice_mask)
+    slice_inputs = activation_inputs
+    if not activation_inputs:
+      slice_inputs = tuple(
+          affine(rows_PD, weight, bias) for weight, bias in input_pairs)
+    h_PF = compute_activation(slice_inputs)
+    u_PF, _, _ = affine_gradients(
+        h_PF, slice_weights.down_EFD, b_EO=None, dy_PO=dy_PD)
+    dgate_P += dot_rows(u_PF, h_PF)
     # The gates multiply h, because it is narrower than dy.
-    _, ddown, _ = gradients(
-        gated(h_PF), part.down_EFD, b_EO=None, dy_PO=dy_PD)
-    if len(into) > 1:
-      # The hidden units go first, and what of the activation its gradient needs
-      # too is computed again: XLA would keep both, the latter in float32. Of a
-      # network without gates it keeps less by itself.
-      inputs, u_PF, dgate_P, ddown = jax.lax.optimization_barrier(
-          (inputs, u_PF, dgate_P, ddown))
+    _, d_down, _ = affine_gradients(
+        multiply_by_gates(h_PF), slice_weights.down_EFD, b_EO=None,
+        dy_PO=dy_PD)
+    if len(input_pairs) > 1:
+      # The barrier lets the hidden units go first, and has computed again what
+      # of the activation its gradient needs too: XLA would keep both, the
+      # latter in float32. Of a network without gates it keeps less by itself.
+      slice_inputs, u_PF, dgate_P, d_down = jax.lax.optimization_barrier(
+          (slice_inputs, u_PF, dgate_P, d_down))
 
-    # The gradients of the rows, and of what leads to the hidden units.
-    _, act_vjp = jax.vjp(act, inputs)
-    (d_inputs,) = act_vjp(gated(u_PF))
-    dinto = []
-    for (weight, bias), d_PF in zip(into, d_inputs):
-      more_PD, dweight, dbias = gradients(
-          rows_PD, weight, b_EO=bias, dy_PO=d_PF)
-      dx_PD = dx_PD + more_PD
-      dinto.append((dweight, dbias))
-    dws.append(_like(part, dinto, (ddown, None)))
-  dw = _joined(dws)
+    # The gradients of the rows, and of W_in and b_in.
+    _, activation_vjp = jax.vjp(compute_activation, slice_inputs)
+    (d_slice_inputs,) = activation_vjp(multiply_by_gates(u_PF))
+    d_input_pairs = []
+    for (weight, bias), da_PF in zip(input_pairs, d_slice_inputs):
+      added_dx_PD, d_weight, d_bias = affine_gradients(
+          rows_PD, weight, b_EO=bias, dy_PO=da_PF)
+      dx_PD = dx_PD + added_dx_PD
+      d_input_pairs.append((d_weight, d_bias))
+    d_weights_of_slices.append(
+        _pack_weight_gradients(slice_weights, d_input_pairs, (d_down, None)))
+  dw = _join_hidden_units(d_weights_of_slices)
 
-  # The last bias, which the gates multiply too.
+  # The output's bias, which the gates multiply too.
   if w.down_bias_ED is not None:
-    of_rows = functools.partial(
-        _of_rows, count_E=count_E, rows=len(rows_PD))
-    bias_PD, of_rows_vjp = jax.vjp(of_rows, w.down_bias_ED)
-    dgate_P += dots(dy_PD, bias_PD)
-    (dbias_ED,) = of_rows_vjp(gated(dy_PD))
-    dw = dw.replace(down_bias_ED=dbias_ED)
-  # The rows and what the weights' gradients need of them may then go before the
-  # layers below: XLA may compute the weights' gradients of several layers late.
+    expand_bias = functools.partial(
+        _bias_of_each_row, count_E=count_E, num_rows=len(rows_PD))
+    bias_PD, expand_bias_vjp = jax.vjp(expand_bias, w.down_bias_ED)
+    dgate_P += dot_rows(dy_PD, bias_PD)
+    (d_bias_ED,) = expand_bias_vjp(multiply_by_gates(dy_PD))
+    dw = dw.replace(down_bias_ED=d_bias_ED)
+  # The barrier lets the rows, and what the weights' gradients need of them, go
+  # before the layers below are computed: XLA may compute the weights' gradients
+  # of several layers late.
   return jax.lax.optimization_barrier((dx_PD, dgate_P, dw))
 
 
-def _parts(D: int, F: int) -> int:
-  """Returns in how many parts hidden units are computed: the fewest that are no
-  wider than a row and whose width is a multiple of 128; else 1."""
-  fewest, most = -(-F // D), F // 128
-  for parts in range(fewest, most + 1):
-    if F % (parts * 128) == 0:
-      return parts
+def _num_slices_of_hidden_units(D: int, F: int) -> int:
+  """Returns into how many slices the F hidden units are cut: the fewest that
+  are no wider than a row of D features and whose width is a multiple of 128;
+  else 1."""
+  fewest_slices, most_slices = -(-F // D), F // 128
+  for num_slices in range(fewest_slices, most_slices + 1):
+    if F % (num_slices * 128) == 0:
+      return num_slices
   return 1
 
 
-def _cut(x: Optional[jax.Array], parts: int, axis: int = -1) -> list:
-  """Returns the parts of an array along an axis; of None, each is None."""
+def _split_along_axis(x: Optional[jax.Array], num_slices: int, axis: int = -1
+                      ) -> list:
+  """Returns the slices of an array along an axis; for None, as many None."""
   if x is None:
-    return [None] * parts
-  return jnp.split(x, parts, axis)
+    return [None] * num_slices
+  return jnp.split(x, num_slices, axis)
 
 
-def _split(w: Any, parts: int) -> list:
-  """Returns the Weights of each part of the hidden units, without the last
-  bias."""
-  cuts = {'down_EFD': _cut(w.down_EFD, parts, axis=1)}
-  for name in _OF_HIDDEN:
-    cuts[name] = _cut(getattr(w, name), parts)
-  split = []
-  for i in range(parts):
-    part = {name: cut[i] for name, cut in cuts.items()}
-    split.append(w.replace(down_bias_ED=None, **part))
-  return split
+def _split_hidden_units(w: Any, num_slices: int) -> list:
+  """Returns the dispatch.Weights of each slice of the hidden units, without the
+  output's bias."""
+  slices_of_field = {
+      'down_EFD': _split_along_axis(w.down_EFD, num_slices, axis=1)}
+  for name in WEIGHTS_ENDING_IN_HIDDEN_UNITS:
+    slices_of_field[name] = _split_along_axis(getattr(w, name), num_slices)
+  weights_of_slices = []
+  for i in range(num_slices):
+    fields = {name: slices[i] for name, slices in slices_of_field.items()}
+    weights_of_slices.append(w.replace(down_bias_ED=None, **fields))
+  return weights_of_slices
 
 
-def _joined(parts: list) -> Any:
-  """Returns the gradients of parts of the hidden units, as those of all."""
+def _join_hidden_units(weights_of_slices: list) -> Any:
+  """Returns the dispatch.Weights (or gradients of them) of all hidden units
+  from those of their slices: the inverse of `_split_hidden_units`."""
 
-  def join(name: str, axis: int) -> Optional[jax.Array]:
-    """Returns a gradient, whole; None where the network lacks the weight."""
-    arrays = [getattr(part, name) for part in parts]
+  def join_field(name: str, axis: int) -> Optional[jax.Array]:
+    """Returns an array of all hidden units; None where the network lacks it."""
+    arrays = [getattr(weights, name) for weights in weights_of_slices]
     if arrays[0] is None:
       return None
     return jnp.concatenate(arrays, axis)
 
-  whole = {'down_EFD': join('down_EFD', 1)}
-  for name in _OF_HIDDEN:
-    whole[name] = join(name, -1)
-  return parts[0].replace(**whole)
-
-
-# The weights whose last axis are the hidden units.
-_OF_HIDDEN = 'up_EDF', 'gate_EDF', 'up_bias_EF', 'gate_bias_EF'
+  joined_fields = {'down_EFD': join_field('down_EFD', 1)}
+  for name in WEIGHTS_ENDING_IN_HIDDEN_UNITS:
+    joined_fields[name] = join_field(name, -1)
+  return weights_of_slices[0].replace(**joined_fields)
 
 
 # Block by block, on CPU.
 
 
-def sizes(rows: int, even: int) -> tuple[int, ...]:
-  """Returns the static sizes of blocks, ascending: multiples of 16, at most
-  `rows`; `even` is the rows an expert has in even load."""
-  even = min(even, LARGEST / SIZES[-1])
-  choices = set()
-  for size in SIZES:
-    whole_sixteens = -int(-even * size // 16) * 16
-    choices.add(min(rows, whole_sixteens))
-  return tuple(sorted(choices))
+def block_sizes(num_rows: int, even_rows: int) -> tuple[int, ...]:
+  """Returns the static sizes that a block of rows may have, ascending.
+
+  They are multiples of 16, but for `num_rows` itself, which none exceeds.
+
+  Args:
+    num_rows: P, how many rows there are.
+    even_rows: the rows that an even load gives an expert.
+  """
+  even_rows = min(
+      even_rows, MOST_ROWS_OF_A_BLOCK / BLOCK_SIZES_OVER_EVEN_LOAD[-1])
+  sizes = set()
+  for ratio in BLOCK_SIZES_OVER_EVEN_LOAD:
+    whole_sixteens = -int(-even_rows * ratio // 16) * 16
+    sizes.add(min(num_rows, whole_sixteens))
+  return tuple(sorted(sizes))
 
 
-def _for_blocks(rows: int, even: int, count_E: jax.Array, body: Callable,
-                carry: Any) -> Any:
-  """Returns carry = body(carry, size, expert, start, first, stop) after every
-  block.
+def _fold_over_blocks(
+    num_rows: int, even_rows: int, count_E: jax.Array, update: Callable,
+    carry: Any) -> Any:
+  """Returns the carry after carry = update(carry, size, expert, start, first,
+  stop) was done for every block of rows.
 
   A block is the `size` rows from `start`, of which `first` to `stop` are the
   expert's. An expert has as many blocks of the largest size as it fills, and
   one of the smallest size that holds the rest.
 
   Args:
-    rows: P.
-    even: the rows an expert has in even load.
-    count_E: the rows of each expert.
-    body: what is done with a block.
-    carry: what it starts with.
+    num_rows: P, how many rows there are.
+    even_rows: the rows that an even load gives an expert.
+    count_E: the number of rows of each expert.
+    update: the function of a block, which returns the new carry.
+    carry: the carry before the first block.
   """
-  choice = sizes(rows, even)
-  largest = choice[-1]
-  # The blocks that an expert fills, and the size that holds the rest.
+  sizes = block_sizes(num_rows, even_rows)
+  largest = sizes[-1]
+  # The largest blocks that an expert fills, and the size that holds the rest.
   offset_E = jnp.cumsum(count_E) - count_E
-  full_E = count_E // largest
-  rest_E = count_E - full_E * largest
-  has_rest_E = rest_E > 0
-  size_E = jnp.searchsorted(jnp.array(choice), rest_E).astype(jnp.int32)
-  size_E = jnp.where(has_rest_E, size_E, len(choice))
+  full_blocks_E = count_E // largest
+  remaining_rows_E = count_E - full_blocks_E * largest
+  has_remaining_E = remaining_rows_E > 0
+  size_index_E = jnp.searchsorted(
+      jnp.array(sizes), remaining_rows_E).astype(jnp.int32)
+  size_index_E = jnp.where(has_remaining_E, size_index_E, len(sizes))
 
-  for i, size in enumerate(choice):
-    blocks_E = (size_E == i).astype(jnp.int32)
-    first_E = offset_E + full_E * largest
+  # The blocks of one size after those of another, since a size is static.
+  for i, size in enumerate(sizes):
+    blocks_E = (size_index_E == i).astype(jnp.int32)
+    first_E = offset_E + full_blocks_E * largest
     if size == largest:
-      blocks_E, first_E = blocks_E + full_E, offset_E
-    carry = _for_blocks_of(
-        size, rows, blocks_E=blocks_E, first_E=first_E,
-        stop_E=offset_E + count_E, body=body, carry=carry)
+      blocks_E, first_E = blocks_E + full_blocks_E, offset_E
+    carry = _fold_over_blocks_of_one_size(
+        size, num_rows, blocks_E=blocks_E, first_E=first_E,
+        stop_E=offset_E + count_E, update=update, carry=carry)
   return carry
 
 
-def _for_blocks_of(size: int, rows: int, blocks_E: jax.Array,
-                   first_E: jax.Array, stop_E: jax.Array, body: Callable,
-                   carry: Any) -> Any:
-  """Returns what `_for_blocks` does after the blocks of one size: each expert
-  has blocks_E of them, from row first_E on, and its rows end before row stop_E.
+def _fold_over_blocks_of_one_size(
+    size: int, num_rows: int, blocks_E: jax.Array, first_E: jax.Array,
+    stop_E: jax.Array, update: Callable, carry: Any) -> Any:
+  """Returns the carry of `_fold_over_blocks` after the blocks of one size.
+
+  Args:
+    size: the rows of a block.
+    num_rows: P, how many rows there are.
+    blocks_E: how many blocks of this size each expert has.
+    first_E: the first row of the first of them.
+    stop_E: the row after the expert's last one.
+    update: the function of a block.
+    carry: the carry before these blocks.
   """
   ends_E = jnp.cumsum(blocks_E)
 
-  def step(j: jax.Array, carry: Any) -> Any:
-    """Does block j, which is the expert's whose blocks end after j."""
+  def update_by_block(j: jax.Array, carry: Any) -> Any:
+    """Returns the carry after block j, which belongs to the first expert whose
+    blocks end after j."""
     e = jnp.searchsorted(ends_E, j, side='right').astype(jnp.int32)
     first = first_E[e] + (j - ends_E[e] + blocks_E[e]) * size
     stop = jnp.minimum(first + size, stop_E[e])
-    start = jnp.minimum(first, rows - size)
-    return body(carry, size, e, start, first, stop)
+    # The last block may begin earlier, so that it does not end past the rows.
+    start = jnp.minimum(first, num_rows - size)
+    return update(carry, size, e, start, first, stop)
 
-  return jax.lax.fori_loop(0, ends_E[-1], body_fun=step, init_val=carry)
+  return jax.lax.fori_loop(
+      0, ends_E[-1], body_fun=update_by_block, init_val=carry)
 
 
-def _rows(x_P: jax.Array, start: jax.Array, size: int) -> jax.Array:
+def _slice_rows(x_P: jax.Array, start: jax.Array, size: int) -> jax.Array:
   """Returns `size` rows from `start`."""
   return jax.lax.dynamic_slice_in_dim(x_P, start, size)
 
 
-def _read(x_P: jax.Array, start: jax.Array, size: int) -> jax.Array:
+def _slice_rows_as_float32(x_P: jax.Array, start: jax.Array, size: int
+                           ) -> jax.Array:
   """Returns `size` rows from `start`, in float32."""
-  return _rows(x_P, start, size).astype(jnp.float32)
+  return _slice_rows(x_P, start, size).astype(jnp.float32)
 
 
-def _write(x_P: jax.Array, new: jax.Array, start: jax.Array, inside: jax.Array
-           ) -> jax.Array:
-  """Returns x_P with the new rows from `start`, those `inside` a block."""
-  old = _rows(x_P, start, new.shape[0])
-  new = jnp.where(inside[:, None], new.astype(x_P.dtype), old)
+def _write_rows_of_block(x_P: jax.Array, new_rows: jax.Array, start: jax.Array,
+                         is_experts_row: jax.Array) -> jax.Array:
+  """Returns x_P with the new rows of a block in place of those from `start` on,
+  where they are rows of the block's expert."""
+  old_rows = _slice_rows(x_P, start, new_rows.shape[0])
+  written_rows = jnp.where(
+      is_experts_row[:, None], new_rows.astype(x_P.dtype), old_rows)
   return jax.lax.dynamic_update_slice_in_dim(
-      x_P, new, start_index=start, axis=0)
+      x_P, written_rows, start_index=start, axis=0)
 
 
-def _inside(size: int, start: jax.Array, first: jax.Array, stop: jax.Array
-            ) -> jax.Array:
-  """Returns which of `size` rows from `start` are `first` to `stop`."""
-  row = start + jnp.arange(size)
-  return (row >= first) & (row < stop)
+def _is_experts_row(size: int, start: jax.Array, first: jax.Array,
+                    stop: jax.Array) -> jax.Array:
+  """Returns for each of the `size` rows from `start`, bool [size], whether it
+  is one of the rows `first` to `stop` of the block's expert."""
+  row_index = start + jnp.arange(size)
+  return (row_index >= first) & (row_index < stop)
 
 
-def _times(x: jax.Array, m: jax.Array) -> jax.Array:
+def _matmul_in_float32(x: jax.Array, m: jax.Array) -> jax.Array:
   """Returns x m in float32: a bfloat16 result is slow on CPU."""
   return jnp.matmul(x, m, preferred_element_type=jnp.float32)
 
 
-def _affine(x: jax.Array, m: jax.Array, b: Optional[jax.Array]) -> jax.Array:
+def _affine_in_float32(x: jax.Array, m: jax.Array, b: Optional[jax.Array]
+                       ) -> jax.Array:
   """Returns x m + b in float32."""
-  y = _times(x, m)
+  y = _matmul_in_float32(x, m)
   if b is None:
     return y
   return y + b[None]
 
 
-def _blocks_forward(kind: Hidden, even: int, rows_PD: jax.Array,
-                    count_E: jax.Array, w: Any, mask_PF: Optional[jax.Array]):
-  """Returns the result and the inputs of the activation, block by block."""
+def _forward_by_blocks(activation: Hidden, even_rows: int, rows_PD: jax.Array,
+                       count_E: jax.Array, w: Any,
+                       mask_PF: Optional[jax.Array]):
+  """Returns FFN_e(row) of each row, [P, D], and the inputs of the activation,
+  (up,) or (up, gate), each [P, F], computed block by block."""
   P, F = rows_PD.shape[0], w.up_EDF.shape[2]
 
-  def body(carry: Any, size: int, e: jax.Array, start: jax.Array,
-           first: jax.Array, stop: jax.Array):
+  def compute_block(carry: Any, size: int, e: jax.Array, start: jax.Array,
+                    first: jax.Array, stop: jax.Array):
     """Returns the results, with those of one block written into them."""
-    y_PD, pre_PF = carry
+    y_PD, activation_inputs = carry
     # One block through the network of its expert.
-    x = _rows(rows_PD, start, size)
+    x = _slice_rows(rows_PD, start, size)
     expert = jax.tree.map(lambda m: m[e], w)
-    mask = None if mask_PF is None else _read(mask_PF, start, size)
-    pre = [_affine(x, weight, bias) for weight, bias in _into(expert)]
-    h = _activation(kind, mask)(pre).astype(x.dtype)
-    y = _affine(h, expert.down_EFD, expert.down_bias_ED)
+    mask = None
+    if mask_PF is not None:
+      mask = _slice_rows_as_float32(mask_PF, start, size)
+    block_inputs = [_affine_in_float32(x, weight, bias)
+                    for weight, bias in _input_weights_and_biases(expert)]
+    compute_activation = _activation_with_dropout(activation, mask)
+    h = compute_activation(block_inputs).astype(x.dtype)
+    y = _affine_in_float32(h, expert.down_EFD, expert.down_bias_ED)
 
-    # Its rows go where they belong.
-    inside = _inside(size, start, first=first, stop=stop)
-    y_PD = _write(y_PD, y, start=start, inside=inside)
-    written = []
-    for whole_PF, block in zip(pre_PF, pre):
-      written.append(_write(whole_PF, block, start=start, inside=inside))
-    return y_PD, tuple(written)
+    # The block's rows go where they belong.
+    is_experts_row = _is_experts_row(size, start, first=first, stop=stop)
+    y_PD = _write_rows_of_block(
+        y_PD, y, start=start, is_experts_row=is_experts_row)
+    written_inputs = []
+    for all_PF, block in zip(activation_inputs, block_inputs):
+      written_inputs.append(_write_rows_of_block(
+          all_PF, block, start=start, is_experts_row=is_experts_row))
+    return y_PD, tuple(written_inputs)
 
-  pre_PF = tuple(jnp.zeros((P, F), rows_PD.dtype) for _ in _into(w))
+  zero_inputs = tuple(jnp.zeros((P, F), rows_PD.dtype)
+                      for _ in _input_weights_and_biases(w))
   y_PD = jnp.zeros_like(rows_PD)
-  return _for_blocks(P, even, count_E=count_E, body=body, carry=(y_PD, pre_PF))
+  return _fold_over_blocks(P, even_rows, count_E=count_E, update=compute_block,
+                           carry=(y_PD, zero_inputs))
 
 
-def _blocks_backward(kind: Hidden, even: int, rows_PD: jax.Array,
-                     count_E: jax.Array, gate_P: jax.Array, w: Any,
-                     mask_PF: Optional[jax.Array],
-                     pre_PF: Optional[tuple[jax.Array, ...]],
-                     dy_PD: jax.Array):
+def _backward_by_blocks(
+    activation: Hidden, even_rows: int, rows_PD: jax.Array,
+    count_E: jax.Array, gate_P: jax.Array, w: Any,
+    mask_PF: Optional[jax.Array],
+    activation_inputs: Optional[tuple[jax.Array, ...]], dy_PD: jax.Array):
   """Returns the gradients of the rows, the gates and the weights, block by
-  block. Without `pre_PF`, the inputs of the activation are computed again."""
+  block, by the equations at the head of this file:
 
-  def affine_gradients(x: jax.Array, d: jax.Array, b: Optional[jax.Array]
+    u = dy W_out^T        dg = u . h + dy . b_out     da = act'(a) to g u
+    dW_out = h^T (g dy)   db_out = sum of g dy        dx = da W_in^T
+    dW_in = x^T da        db_in = sum of da
+
+  Without the inputs of the activation, a, they are computed again.
+  """
+
+  def affine_gradients(x: jax.Array, dy: jax.Array, b: Optional[jax.Array]
                        ) -> tuple[jax.Array, Optional[jax.Array]]:
-    """Returns the gradients of m and b in d = gradient of (x m + b)."""
-    dm = layers.of_weight(x, d)
+    """Returns the gradients of m and b in y = x m + b."""
+    dm = layers.of_weight(x, dy)
     if b is None:
       return dm, None
-    return dm, d.astype(jnp.float32).sum(0)
+    return dm, dy.astype(jnp.float32).sum(0)
 
-  def body(carry: Any, size: int, e: jax.Array, start: jax.Array,
-           first: jax.Array, stop: jax.Array):
+  def add_gradients_of_block(
+      carry: Any, size: int, e: jax.Array, start: jax.Array, first: jax.Array,
+      stop: jax.Array):
     """Returns the gradients, with those of one block added to them."""
     dx_PD, dgate_P, dw = carry
     # The rows of the block, and the inputs of its activation.
-    x = _rows(rows_PD, start, size)
+    x = _slice_rows(rows_PD, start, size)
     expert = jax.tree.map(lambda m: m[e], w)
-    into = _into(expert)
-    inside = _inside(size, start, first=first, stop=stop)
-    dy = jnp.where(inside[:, None], _rows(dy_PD, start, size), 0)
-    gate = _read(gate_P, start, size)[:, None]
-    mask = None if mask_PF is None else _read(mask_PF, start, size)
-    if pre_PF is None:
-      pre = tuple(_affine(x, weight, bias) for weight, bias in into)
+    input_pairs = _input_weights_and_biases(expert)
+    is_experts_row = _is_experts_row(size, start, first=first, stop=stop)
+    dy = jnp.where(
+        is_experts_row[:, None], _slice_rows(dy_PD, start, size), 0)
+    gate = _slice_rows_as_float32(gate_P, start, size)[:, None]
+    mask = None
+    if mask_PF is not None:
+      mask = _slice_rows_as_float32(mask_PF, start, size)
+    if activation_inputs is None:
+      block_inputs = tuple(
+          _affine_in_float32(x, weight, bias) for weight, bias in input_pairs)
     else:
-      pre = tuple(_read(whole_PF, start, size) for whole_PF in pre_PF)
+      block_inputs = tuple(_slice_rows_as_float32(all_PF, start, size)
+                           for all_PF in activation_inputs)
 
-    # The hidden units and their gradients, u without the gate.
-    h, act_vjp = jax.vjp(_activation(kind, mask), pre)
-    u = _times(dy, expert.down_EFD.T)
+    # The hidden units h, and the gradients u (without the gate), dg and da.
+    h, activation_vjp = jax.vjp(
+        _activation_with_dropout(activation, mask), block_inputs)
+    u = _matmul_in_float32(dy, expert.down_EFD.T)
     dgate = (u * h).sum(1)
     if expert.down_bias_ED is not None:
-      dgate += _times(dy, expert.down_bias_ED)
-    (d_wide,) = act_vjp(gate * u)
-    d_pre = [d.astype(dy.dtype) for d in d_wide]
+      dgate += _matmul_in_float32(dy, expert.down_bias_ED)
+    (da_float32,) = activation_vjp(gate * u)
+    d_block_inputs = [da.astype(dy.dtype) for da in da_float32]
 
     # The gradients of this expert's weights and of the rows.
-    dinto = []
-    for d, (_, bias) in zip(d_pre, into):
-      dinto.append(affine_gradients(x, d, bias))
-    dout = affine_gradients(h.astype(dy.dtype), (gate * dy).astype(dy.dtype),
-                            expert.down_bias_ED)
-    dexpert = _like(w, dinto, dout)
-    dx = sum(_times(d, weight.T) for d, (weight, _) in zip(d_pre, into))
-    dx_PD = _write(dx_PD, dx, start=start, inside=inside)
-    dgate_P = _write(dgate_P, dgate[:, None], start=start, inside=inside)
-    dw = jax.tree.map(lambda total, d: total.at[e].add(d), dw, dexpert)
+    d_input_pairs = []
+    for da, (_, bias) in zip(d_block_inputs, input_pairs):
+      d_input_pairs.append(affine_gradients(x, da, bias))
+    d_output = affine_gradients(
+        h.astype(dy.dtype), (gate * dy).astype(dy.dtype), expert.down_bias_ED)
+    d_expert = _pack_weight_gradients(w, d_input_pairs, d_output)
+    dx = sum(_matmul_in_float32(da, weight.T)
+             for da, (weight, _) in zip(d_block_inputs, input_pairs))
+
+    # The rows' gradients are written, the weights' are summed over the blocks.
+    dx_PD = _write_rows_of_block(
+        dx_PD, dx, start=start, is_experts_row=is_experts_row)
+    dgate_P = _write_rows_of_block(
+        dgate_P, dgate[:, None], start=start, is_experts_row=is_experts_row)
+    dw = jax.tree.map(lambda total, d: total.at[e].add(d), dw, d_expert)
     return dx_PD, dgate_P, dw
 
+  # Sums in float32, which are rounded once.
   dw = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), w)
   zeros = (jnp.zeros_like(rows_PD), jnp.zeros_like(gate_P[:, None]), dw)
-  dx_PD, dgate_P1, dw = _for_blocks(
-      rows_PD.shape[0], even, count_E=count_E, body=body, carry=zeros)
+  dx_PD, dgate_P1, dw = _fold_over_blocks(
+      rows_PD.shape[0], even_rows, count_E=count_E,
+      update=add_gradients_of_block, carry=zeros)
   dw = jax.tree.map(lambda d, m: d.astype(m.dtype), dw, w)
   return dx_PD, dgate_P1[:, 0], dw
 
@@ -551,8 +681,8 @@ def _blocks_backward(kind: Hidden, even: int, rows_PD: jax.Array,
 # Kernels.
 
 
-def choose(m: MoEConfig) -> str:
-  """Returns the kernel of the products, xla or megablox.
+def choose_grouped_kernel(m: MoEConfig) -> str:
+  """Returns the kernel of the grouped products, xla or megablox.
 
   Raises:
     RequestError: where config.moe.grouped_kernel names one that cannot do it.
@@ -567,106 +697,137 @@ def choose(m: MoEConfig) -> str:
 
 
 def check_grouped_kernel(m: MoEConfig, device: str) -> None:
-  """Raises RequestError where a named kernel does not run on the platform."""
+  """Raises RequestError where the kernel of the grouped products that the
+  config names does not run on the platform `device`."""
   if m.grouped_kernel == 'megablox' and device != 'tpu':
     raise RequestError(
         'model.moe.grouped_kernel is megablox, which runs on tpu, and this '
         f'program is for {device}: choose from auto, xla')
 
 
-def product(name: str, even: int) -> Callable:
+def grouped_product_of_kernel(name: str, even_rows: int) -> Callable:
   """Returns a grouped product, (rows_PI, m_EIO, count_E) -> [P, O], with
   gradients of the first two; rows past the counts are unspecified, but finite.
 
   Args:
     name: the kernel.
-    even: the rows an expert has in even load.
+    even_rows: the rows that an even load gives an expert.
   """
   if name == 'xla':
     return jax.lax.ragged_dot
-  return functools.partial(megablox, even, False)
+  return functools.partial(megablox_product, even_rows, False)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def megablox(even: int, interpret: bool, x_PI: jax.Array, m_EIO: jax.Array,
-             count_E: jax.Array) -> jax.Array:
-  """Returns the grouped product by Pallas' kernel (MegaBlocks: Gale et al.
-  2022); with `interpret`, on CPU."""
-  return _gmm(even, x_PI, m_EIO=m_EIO, count_E=count_E, interpret=interpret)
+def megablox_product(even_rows: int, interpret: bool, x_PI: jax.Array,
+                     m_EIO: jax.Array, count_E: jax.Array) -> jax.Array:
+  """Returns y = x m_e of each row x, with e its expert, [P, O], by Pallas'
+  kernel (MegaBlocks: Gale et al. 2022).
+
+  Args:
+    even_rows: the rows that an even load gives an expert.
+    interpret: whether the kernel is emulated, so that it runs on CPU.
+    x_PI: rows, sorted by expert.
+    m_EIO: the matrix of each expert.
+    count_E: the number of rows of each expert.
+  """
+  return _multiply_rows_by_experts(
+      even_rows, x_PI, m_EIO=m_EIO, count_E=count_E, interpret=interpret)
 
 
-def _megablox_fwd(even: int, interpret: bool, x_PI: jax.Array,
-                  m_EIO: jax.Array, count_E: jax.Array):
-  y_PO = megablox(even, interpret, x_PI=x_PI, m_EIO=m_EIO, count_E=count_E)
+def _megablox_forward(even_rows: int, interpret: bool, x_PI: jax.Array,
+                      m_EIO: jax.Array, count_E: jax.Array):
+  """Returns `megablox_product`, and what its gradient reads."""
+  y_PO = megablox_product(
+      even_rows, interpret, x_PI=x_PI, m_EIO=m_EIO, count_E=count_E)
   return y_PO, (x_PI, m_EIO, count_E)
 
 
-def _megablox_bwd(even: int, interpret: bool, saved: tuple, dy_PO: jax.Array):
-  """Returns the gradients. They are not those of megablox itself, which tiles
-  both as it did the product, though their sides are others."""
+def _megablox_backward(even_rows: int, interpret: bool, saved: tuple,
+                       dy_PO: jax.Array):
+  """Returns the gradients of y = x m_e: dx = dy m_e^T and dm_e = x^T dy, the
+  latter over the rows of expert e; None for the counts.
+
+  They are not those of megablox itself, which tiles both as it did the product,
+  though their sides are others.
+  """
   x_PI, m_EIO, count_E = saved
-  dx_PI = _gmm(even, dy_PO, m_EIO=m_EIO, count_E=count_E, interpret=interpret,
-               transpose=True)
-  dm_EIO = _tgmm(even, x_PI, dy_PO=dy_PO, dtype=m_EIO.dtype, count_E=count_E,
-                 interpret=interpret)
+  dx_PI = _multiply_rows_by_experts(
+      even_rows, dy_PO, m_EIO=m_EIO, count_E=count_E, interpret=interpret,
+      transpose=True)
+  dm_EIO = _gradient_of_experts_matrices(
+      even_rows, x_PI, dy_PO=dy_PO, dtype=m_EIO.dtype, count_E=count_E,
+      interpret=interpret)
   return dx_PI, dm_EIO, None
 
 
-megablox.defvjp(_megablox_fwd, _megablox_bwd)
+megablox_product.defvjp(_megablox_forward, _megablox_backward)
 
 
-def _gmm(even: int, x_PI: jax.Array, m_EIO: jax.Array, count_E: jax.Array,
-         interpret: bool, transpose: bool = False) -> jax.Array:
-  """Returns x m of each row's expert, [P, O]; with `transpose`, x m^T."""
+def _multiply_rows_by_experts(
+    even_rows: int, x_PI: jax.Array, m_EIO: jax.Array, count_E: jax.Array,
+    interpret: bool, transpose: bool = False) -> jax.Array:
+  """Returns x m_e of each row, with e its expert, [P, O], by megablox' gmm; 0
+  past the counts. With `transpose`, x m_e^T. Args as for `megablox_product`."""
   from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
   P, inputs = x_PI.shape
   outputs = m_EIO.shape[2]
   if transpose:
     outputs = m_EIO.shape[1]
-  tiles = _tiles(even, P, inputs=inputs, outputs=outputs, dtype=x_PI.dtype)
-  filled_PI = _fill(x_PI, tiles[0])
-  y_PO = gmm(filled_PI, m_EIO, group_sizes=count_E,
-             preferred_element_type=x_PI.dtype, tiling=tiles,
+  tile_sides = _tile_sides(
+      even_rows, P, inputs=inputs, outputs=outputs, dtype=x_PI.dtype)
+  padded_PI = _pad_rows_to_tiles(x_PI, tile_sides[0])
+  y_PO = gmm(padded_PI, m_EIO, group_sizes=count_E,
+             preferred_element_type=x_PI.dtype, tiling=tile_sides,
              transpose_rhs=transpose, interpret=interpret)[:P]
-  # Rows that no expert has are not written: whatever the memory held.
-  inside_P = jnp.arange(P) < count_E.sum()
-  return jnp.where(inside_P[:, None], y_PO, 0)
+  # The kernel does not write rows that no expert has: there stands whatever the
+  # memory contained.
+  is_experts_row_P = jnp.arange(P) < count_E.sum()
+  return jnp.where(is_experts_row_P[:, None], y_PO, 0)
 
 
-def _tgmm(even: int, x_PI: jax.Array, dy_PO: jax.Array,
-          dtype: jax.typing.DTypeLike, count_E: jax.Array, interpret: bool
-          ) -> jax.Array:
-  """Returns x^T dy of each expert's rows, [E, I, O]; zero where it has none."""
+def _gradient_of_experts_matrices(
+    even_rows: int, x_PI: jax.Array, dy_PO: jax.Array,
+    dtype: jax.typing.DTypeLike, count_E: jax.Array, interpret: bool
+    ) -> jax.Array:
+  """Returns x^T dy over each expert's rows, [E, I, O], by megablox' tgmm; zero
+  for an expert without rows. Args as for `megablox_product`; `dtype` is that of
+  the result."""
   from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
   P, inputs = x_PI.shape
-  tiles = _tiles(even, P, inputs=inputs, outputs=dy_PO.shape[1],
-                 dtype=x_PI.dtype)
-  x_PI, dy_PO = _fill(x_PI, tiles[0]), _fill(dy_PO, tiles[0])
+  tile_sides = _tile_sides(even_rows, P, inputs=inputs, outputs=dy_PO.shape[1],
+                           dtype=x_PI.dtype)
+  x_PI = _pad_rows_to_tiles(x_PI, tile_sides[0])
+  dy_PO = _pad_rows_to_tiles(dy_PO, tile_sides[0])
   return tgmm(x_PI.swapaxes(0, 1), dy_PO, group_sizes=count_E,
-              preferred_element_type=dtype, tiling=tiles, interpret=interpret)
+              preferred_element_type=dtype, tiling=tile_sides,
+              interpret=interpret)
 
 
-def _tiles(even: int, P: int, inputs: int, outputs: int,
-           dtype: jax.typing.DTypeLike) -> tuple[int, int, int]:
-  """Returns the sides of the tiles of rows, inputs and outputs."""
-  rows = ROWS[-1]
-  for choice in ROWS:
-    if 2 * choice <= even and P % choice == 0:
-      rows = choice
+def _tile_sides(even_rows: int, P: int, inputs: int, outputs: int,
+                dtype: jax.typing.DTypeLike) -> tuple[int, int, int]:
+  """Returns the sides of megablox' tiles along the P rows, the inputs and the
+  outputs of a product."""
+  rows_of_tile = ROWS_OF_A_TILE[-1]
+  for choice in ROWS_OF_A_TILE:
+    if 2 * choice <= even_rows and P % choice == 0:
+      rows_of_tile = choice
       break
-  most = SIDE[jnp.dtype(dtype).name]
-  return rows, _side(inputs, most), _side(outputs, most)
+  longest_side = LONGEST_SIDE_OF_A_TILE[jnp.dtype(dtype).name]
+  input_side = _tile_side(inputs, longest_side)
+  output_side = _tile_side(outputs, longest_side)
+  return rows_of_tile, input_side, output_side
 
 
-def _side(size: int, most: int) -> int:
-  """Returns the side of a tile: as few tiles as `most` allows, all alike, of
-  whole lanes."""
-  if size <= most:
+def _tile_side(size: int, longest_side: int) -> int:
+  """Returns the side of the tiles of an axis of `size` features: as few tiles
+  as `longest_side` allows, all alike, each a multiple of 128 lanes."""
+  if size <= longest_side:
     return size
-  tiles = -(-size // most)
-  return -(-size // tiles // 128) * 128
+  num_tiles = -(-size // longest_side)
+  return -(-size // num_tiles // 128) * 128
 
 
-def _fill(x_P: jax.Array, rows: int) -> jax.Array:
-  """Returns x with zeros after its rows, up to whole tiles of `rows`."""
-  return jnp.pad(x_P, ((0, -x_P.shape[0] % rows), (0, 0)))
+def _pad_rows_to_tiles(x_P: jax.Array, rows_of_tile: int) -> jax.Array:
+  """Returns x with zeros after its rows, up to a multiple of `rows_of_tile`."""
+  return jnp.pad(x_P, ((0, -x_P.shape[0] % rows_of_tile), (0, 0)))

@@ -29,7 +29,7 @@ from architectures.parts.context import Context
 from architectures.parts.layers import ClampConfig
 from architectures.parts.moe import dispatch
 from architectures.parts.moe import routing
-from architectures.parts.moe.dispatch import Dropout, Weights
+from architectures.parts.moe.dispatch import ExpertDropout, ExpertWeights
 from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
@@ -86,7 +86,7 @@ class MoE(nn.Module):
     # The report.
     report = routing.report(
         m, routed, logits_TE=inputs.logits_TE, valid_T=valid_T, kept_A=kept_A,
-        shards=dispatch.expert_shards(), rows=B)
+        shards=dispatch.num_expert_shards(), rows=B)
     if inputs.bias_E is not None:
       path = '/'.join((*self.path, BIAS))
       report = report.replace(loads={path: report.health['load_E']})
@@ -115,10 +115,10 @@ class MoE(nn.Module):
     assignments found room, bool [A]."""
     c, m = self.config, self.config.part(MoEConfig)
     hidden = layers.Hidden(kind=m.ffn, clamp=c.find(ClampConfig))
-    return dispatch.experts(
+    return dispatch.compute_experts(
         m, x_TD, routed=routing.networks(m, routed), w=self._weights(),
         hidden=hidden, groups=inputs.groups, dropout=self._dropout(ctx),
-        train=inputs.train, again=layers.remat(c).again)
+        train=inputs.train, recompute=layers.remat(c).again)
 
   def _product(self, name: str, x_BLD: jax.Array, ctx: Context) -> jax.Array:
     """Returns a product into the space of the experts, or out of it."""
@@ -214,15 +214,15 @@ class MoE(nn.Module):
         self, BIAS, nn.initializers.zeros, shape=(m.all_experts,),
         role=Role((None,)), dtype=jnp.float32)
 
-  def _dropout(self, ctx: Context) -> Optional[Dropout]:
+  def _dropout(self, ctx: Context) -> Optional[ExpertDropout]:
     """Returns the dropout of the hidden units in training, if there is any."""
     rate = self.config.part(MoEConfig).expert_dropout
     if not rate or ctx.deterministic:
       return None
     seed = jax.random.bits(self.make_rng('dropout'))
-    return Dropout(seed=seed, rate=rate)
+    return ExpertDropout(seed=seed, rate=rate)
 
-  def _weights(self) -> Weights:
+  def _weights(self) -> ExpertWeights:
     """Declares the weights of the experts; returns them in the compute dtype.
     """
     c, m = self.config, self.config.part(MoEConfig)
@@ -256,7 +256,7 @@ class MoE(nn.Module):
     if gated:
       gate_bias_EF = bias('gate_bias', 'mlp')
     down_bias_ED = bias('down_bias', 'embed')
-    return Weights(
+    return ExpertWeights(
         up_EDF=up_EDF, down_EFD=down_EFD, gate_EDF=gate_EDF,
         up_bias_EF=up_bias_EF, gate_bias_EF=gate_bias_EF,
         down_bias_ED=down_bias_ED)

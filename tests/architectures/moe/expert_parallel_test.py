@@ -265,14 +265,14 @@ def moe(**fields):
     (dict(num_experts=2), 0.0, 'dropless'),  # few, but no capacity
     (dict(router='expert_choice'), 0.0, 'sorted')])
 def test_the_way_of_auto_pads_little(fields, factor, way):
-  assert dispatch.way(moe(**fields), factor, 64, 4, 1) == way
+  assert dispatch.choose_dispatch(moe(**fields), factor, 64, 4, 1) == way
 
 
 def test_groups_are_whole_on_shards_or_shards_in_groups():
   for count, shards in ((1, 8), (2, 4), (8, 4)):
-    dispatch._check_groups(64, count, shards, experts_choose=False)
+    dispatch._check_routing_groups(64, count, shards, experts_choose=False)
   with pytest.raises(ValueError, match='do not fit on 4 shards'):
-    dispatch._check_groups(64, 2, 4, experts_choose=True)
+    dispatch._check_routing_groups(64, 2, 4, experts_choose=True)
 
 
 

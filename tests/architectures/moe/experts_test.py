@@ -81,15 +81,16 @@ def by_einsum(x_TD, r, run, slots):
   combine_TEC = jnp.einsum('AT,AEC->TEC', hot_AT,
                            hot_AEC * r.gate_A[:, None, None])
   id_EC = jnp.einsum('AEC,A->EC', hot_AEC.astype(jnp.int32),
-                     run.ids(jnp.arange(slot_A.shape[0])))
+                     run.dropout_ids(jnp.arange(slot_A.shape[0])))
   rows_ECD = jnp.einsum('TEC,TD->ECD', dispatch_TEC, x_TD.astype(jnp.float32))
-  y_ECD = run.padded(rows_ECD.astype(x_TD.dtype), id_EC).astype(jnp.float32)
+  y_ECD = run.compute_padded(rows_ECD.astype(x_TD.dtype), id_EC)
+  y_ECD = y_ECD.astype(jnp.float32)
   return jnp.einsum('TEC,ECD->TD', combine_TEC, y_ECD).astype(x_TD.dtype)
 
 
 def oracle(c, **context):
   """What `run` returns where tokens are dispatched by einsum."""
-  with mock.patch.dict(dispatch.WAYS, dropless=by_einsum):
+  with mock.patch.dict(dispatch.DISPATCHES, dropless=by_einsum):
     return run(c.with_part(MoEConfig, dispatch='dropless'), **context)
 
 
@@ -167,7 +168,7 @@ ROWS = ([5, 0, 40], [0, 0, 0], [64, 0, 0], [1, 62, 1])
 def grouped_case(counts, rows=64):
   random, n = np.random.default_rng(0), len(counts)
   normal = lambda *shape: random.normal(size=shape).astype(np.float32)
-  w = dispatch.Weights(normal(n, D, F), normal(n, F, D), normal(n, D, F),
+  w = dispatch.ExpertWeights(normal(n, D, F), normal(n, F, D), normal(n, D, F),
                        normal(n, F), normal(n, F), normal(n, D))
   inside_R1 = (np.arange(rows) < sum(counts))[:, None]
   mask_RF = np.float32((random.random((rows, F)) < 0.8) / 0.8)
@@ -192,34 +193,35 @@ def test_hidden_units_are_computed_in_as_few_parts_as_may_be(D):
   for F in (64, 128, 384, 512, 1000, 1024, 1152, 2816, 8192):
     fit = [n for n in range(1, F + 1)
            if F % n == 0 and F // n <= D and F // n % 128 == 0]
-    assert grouped._parts(D, F) == min(fit, default=1)
+    assert grouped._num_slices_of_hidden_units(D, F) == min(fit, default=1)
 
 
 @pytest.mark.slow
 def test_grouped_product_equals_a_loop_over_experts(monkeypatch):
   """Gates, and hidden units that are made again in parts, included."""
-  monkeypatch.setattr(grouped, '_parts', lambda D, F: 2)
+  monkeypatch.setattr(grouped, '_num_slices_of_hidden_units', lambda D, F: 2)
   even = 8
 
   @functools.partial(jax.jit, static_argnums=0)
   def blocks(again, count_E, x_RD, gate_R, w, mask_RF, d_RD):
     def loss(x_RD, gate_R, w):
-      how = grouped.How(SWIGLU, even, 'xla', again)
-      y_RD = grouped.ffn(x_RD, count_E, gate_R, w, mask_RF, how)
+      how = grouped.GroupedSettings(SWIGLU, even, 'xla', again)
+      y_RD = grouped.grouped_ffn(x_RD, count_E, gate_R, w, mask_RF, how)
       return (y_RD * d_RD).sum()
     return jax.value_and_grad(loss, (0, 1, 2))(x_RD, gate_R, w)
 
   @functools.partial(jax.jit, static_argnums=(0, 1))
   def whole(product, again, count_E, x_RD, gate_R, w, mask_RF, d_RD):
-    y_RD, pre = grouped._whole_forward(product, SWIGLU, again, x_RD, count_E, w,
-                                       mask_RF)
-    return (gate_R[:, None] * y_RD * d_RD).sum(), grouped._whole_backward(
+    y_RD, pre = grouped._forward_at_once(
+        product, SWIGLU, again, x_RD, count_E, w, mask_RF)
+    return (gate_R[:, None] * y_RD * d_RD).sum(), grouped._backward_at_once(
         product, SWIGLU, x_RD, count_E, gate_R, w, mask_RF,
         None if again else pre, d_RD)
 
-  ragged = functools.partial(whole, grouped.product('xla', even), False)
+  ragged = functools.partial(
+      whole, grouped.grouped_product_of_kernel('xla', even), False)
   megablox = functools.partial(
-      whole, functools.partial(grouped.megablox, even, True), True)
+      whole, functools.partial(grouped.megablox_product, even, True), True)
 
   @jax.jit
   def loop(count_E, x_RD, gate_R, w, mask_RF, d_RD):
@@ -229,7 +231,8 @@ def test_grouped_product_equals_a_loop_over_experts(monkeypatch):
       total = 0.0
       for e in range(len(count_E)):  # each of all rows, of which it has some
         expert = jax.tree.map(lambda m, e=e: m[e:e + 1], w)
-        y_RD = dispatch.batched(x_RD[None], expert, SWIGLU, mask_RF[None])[0]
+        (y_RD,) = dispatch.batched_ffn(
+            x_RD[None], expert, SWIGLU, mask_RF[None])
         total += ((expert_R == e) * gate_R * (y_RD * d_RD).sum(1)).sum()
       return total
     return jax.value_and_grad(loss, (0, 1, 2))(x_RD, gate_R, w)
@@ -270,9 +273,9 @@ def test_the_router_multiplies_float32_whatever_the_model_does():
 @pytest.mark.parametrize('platform', ['tpu', 'cuda'])
 def test_accelerators_get_a_ragged_product(platform):
   x_RD, w, _, _ = grouped_case([5, 0, 40])
-  step = jax.jit(jax.grad(lambda x, w: grouped.ffn(
+  step = jax.jit(jax.grad(lambda x, w: grouped.grouped_ffn(
       x, jnp.array([5, 0, 40]), jnp.ones(len(x)), w, None,
-      grouped.How(SWIGLU, 16, 'xla')).sum(), (0, 1)))
+      grouped.GroupedSettings(SWIGLU, 16, 'xla')).sum(), (0, 1)))
   lower = lambda name: step.trace(x_RD, w).lower(
       lowering_platforms=(name,)).as_text()
   text = lower(platform)
@@ -289,15 +292,16 @@ COUNTS = {  # of 300 rows, in tiles of 128 and by the even load of 256
 @pytest.mark.slow
 def test_the_product_equals_a_loop_over_experts(monkeypatch):
   """Whatever void rows hold, and with sides that tiles do not divide."""
-  monkeypatch.setitem(grouped.SIDE, 'float32', 128)
+  monkeypatch.setitem(grouped.LONGEST_SIDE_OF_A_TILE, 'float32', 128)
   R, K, N, random = 300, 200, 130, np.random.default_rng(0)
   x_RK, m_EKN, dy_RN = (random.normal(size=shape).astype(np.float32)
                         for shape in ((R, K), (4, K, N), (R, N)))
 
   @jax.jit
   def product(x_RK, m_EKN, dy_RN, count_E):
-    y_RN, vjp = jax.vjp(lambda x, m: grouped.megablox(256, True, x, m, count_E),
-                        x_RK, m_EKN)
+    y_RN, vjp = jax.vjp(
+        lambda x, m: grouped.megablox_product(256, True, x, m, count_E),
+        x_RK, m_EKN)
     return y_RN, *vjp(dy_RN)
 
   for name, counts in COUNTS.items():
