@@ -154,13 +154,13 @@ class Model:
     return weights_of
 
   def inspect(self, tokens: Tokens, decoder_tokens: Tokens | None = None, *,
-              top: Size = inspection.TOP, **inputs: Tokens
+              top: Size = inspection.NUM_LENS_TOKENS, **inputs: Tokens
               ) -> inspection.Inspection:
     """Returns what the model computes, in numpy: attention and its entropy,
     the residual stream, the logit lens (`top` tokens) and the experts' choices,
     as inspection.Inspection has them. The arguments are those of a call."""
     arrays = self._arrays(tokens, decoder_tokens, inputs)
-    return inspection.of(self.module, self.params, arrays, top)
+    return inspection.inspect_model(self.module, self.params, arrays, top)
 
   def generate(self, prompts: str | Sequence[str], *,
                max_new_tokens: PositiveSize = 64, temperature: float = 1.0,

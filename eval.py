@@ -42,7 +42,7 @@ flags.DEFINE_integer('passes', 0, 'Run the layers that loop so often, in place '
                      lower_bound=0)
 flags.DEFINE_list('tasks', ['loss'],
                   f'Comma-separated; after lm_eval:NAME, names that are none '
-                  f'of these are lm_eval\'s too. {evals.described()}.')
+                  f'of these are lm_eval\'s too. {evals.describe_tasks()}.')
 flags.DEFINE_string('text', '', 'What to evaluate on in place of '
                     'data.eval_source, all of it: text:other/*.txt, '
                     'labelled:FILE or another form of data.source; default: '
@@ -56,17 +56,18 @@ def main():
   args = flags.FLAGS
   if not args.workdir:
     raise RequestError('pass --workdir DIR, the folder of a run')
-  workdir = storage.checked_path(args.workdir)
-  json_file = storage.checked_output_file(args.json, '--json')
-  step = checkpoints.parse_step(args.step)
-  tasks = evals.asked_for(evals.listed(args.tasks), args, args.text)
+  workdir = storage.path(args.workdir)
+  json_file = storage.output(args.json, '--json')
+  step = checkpoints.named_step(args.step)
+  tasks = evals.choose_tasks(evals.parse_task_names(args.tasks), args,
+                             args.text)
   if args.text:
     sources.parse(args.text)
 
   cpu.prepare()
-  figures = evals.evaluate(workdir, tasks, args, step=step, text=args.text,
+  figures = evals.evaluate_run(workdir, tasks, args, step=step, text=args.text,
                            live=args.live, passes=args.passes)
-  evals.write(json_file, figures)
+  evals.write_figures(json_file, figures)
 
 
 if __name__ == '__main__':

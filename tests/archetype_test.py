@@ -209,7 +209,7 @@ def test_what_is_predicted_is_what_the_task_writes(
       model.run, predictions=str(tmp_path / 'out.csv'))
   evaluation = dataclasses.replace(evaluation, params=model.params)
   tables = []
-  monkeypatch.setattr(labels_task, '_write', lambda path, results:
+  monkeypatch.setattr(labels_task, '_write_predictions', lambda path, results:
                       tables.extend(results[0].table))
   evaluations.run('labels', evaluation)
   if objective == 'regression':

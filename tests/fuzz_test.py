@@ -190,7 +190,7 @@ def check_call(case: tuple[str, dict[str, Any]]) -> None:
       module.init, jax.random.key(0), np.zeros((1, 1), np.int32))['params'])
   with (mock.patch.multiple(archetype, _initial=shapes, _in_numpy=lambda x: x,
                             _apply=lambda *_: (None, None)),
-        mock.patch('training.evals.inspection.of'),
+        mock.patch('training.evals.inspection.inspect_model'),
         mock.patch('training.generate.generate', lambda *_, **__: [[1]])):
     try:
       runs_or_refuses(lambda: PUBLIC[name](**words))

@@ -43,7 +43,7 @@ flags.DEFINE_integer('context', 2048, 'Tokens of the whole conversation; '
                      'max_len of the model at most.', 2, 2**24)
 flags.DEFINE_integer('max_new_tokens', 512, 'Tokens of an answer.', 1, 2**24)
 flags.DEFINE_integer('seed', 0, 'The seed of the draws.', 0, 2**32 - 1)
-for _flag in writing.SAMPLING:
+for _flag in writing.SAMPLING_FLAGS:
   _flag.define(None, _flag.help)
 
 NOTES = {'length': '[cut off at --max_new_tokens]',
@@ -60,11 +60,11 @@ def main() -> None:
   require(args.step is None or not args.folder,
           f'{args.folder} is no run: it has no --step')
   overrides = {}
-  for flag in writing.SAMPLING:
+  for flag in writing.SAMPLING_FLAGS:
     value = args[flag.name].value
     if value is not None:
       overrides[flag.name] = value
-  writing.sampling(_options({}, overrides))  # refuses what is out of range
+  writing.make_sampling(_options({}, overrides))  # refuses what is out of range
   sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr]
   with contextlib.redirect_stdout(sys.stderr):
     session = _session(args, overrides)
@@ -79,7 +79,7 @@ def _options(generation: dict[str, Any], overrides: dict[str, Any]
     generation: the fields of a folder's generation_config.json; {}: none.
     overrides: the options that were set on the command line.
   """
-  usual = {flag.name: flag.default for flag in writing.SAMPLING}
+  usual = {flag.name: flag.default for flag in writing.SAMPLING_FLAGS}
   draws = {'temperature', 'top_k', 'top_p', 'min_p'}
   if generation and not draws & overrides.keys():
     # Where the file says nothing, transformers takes these.
@@ -111,11 +111,11 @@ def _session(args: Any, overrides: dict[str, Any]) -> Any:
 
   options = _options(speaker.options, overrides)
   context = min(args.context, speaker.module.config.max_len)
-  engine = chat.CachedDecoder(speaker.module, speaker.params, context,
-                              writing.sampling(options), args.seed)
-  session = chat.ChatSession(
+  engine = chat.Engine(speaker.module, speaker.params, context,
+                       writing.make_sampling(options), args.seed)
+  session = chat.Session(
       engine, speaker.tokenizer, speaker.talk, most=args.max_new_tokens,
-      stops=writing.stops(options), system=args.system)
+      stops=writing.split_stop_strings(options), system=args.system)
 
   if sys.stdin.isatty():
     words = [f'{name} {value}' for name, value in vars(options).items()

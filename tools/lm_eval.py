@@ -37,7 +37,7 @@ def main() -> None:
   from lm_eval.api.registry import model_registry
   del models
   model_registry.register('archetype', target='training.evals.harness:Model')
-  with task.failures('the command'):
+  with task.report_failures('the command'):
     cli_evaluate()
 
 
@@ -53,7 +53,7 @@ def _defaults(options: set[str]) -> list[str]:
   if options & {'--output_path', '-o'}:  # each item's score, too
     defaults.append('--log_samples')
   return defaults + ([] if '--include_path' in options else
-                     ['--include_path', str(task.OWN)])
+                     ['--include_path', str(task.OWN_TASKS_FOLDER)])
 
 
 if __name__ == '__main__':

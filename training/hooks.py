@@ -162,7 +162,7 @@ class Evaluate(Hook):
     The figures of held-out data are traced, and those of a task that are not
     known come of doing the task once.
     """
-    self._tasks = in_training.Tasks(loop.program.run, self._tokenizer)
+    self._tasks = in_training.TasksInTraining(loop.program.run, self._tokenizer)
     program = loop.program
     best = loop.writers[0].best  # alike in all runs
     if best is None or best.seen:
@@ -172,10 +172,12 @@ class Evaluate(Hook):
     task, is_task, _ = best.figure.partition('/')
     if is_task:
       params = next(iter(program.split(loop.state.params)))
-      names = self._tasks.names(task, params, loop.writers[0].workdir,
+      names = self._tasks.list_figure_names(task, params,
+                                            loop.writers[0].workdir,
                                 lambda: self._stop.at_once)
     else:
-      names = held_out.names(program.eval_step, params=loop.state.params,
+      names = held_out.list_figure_names(program.eval_step,
+                                         params=loop.state.params,
                              loaders=self._eval_data, put=program.put,
                              part=program.part)
     best.is_in(names or [best.figure])
@@ -266,7 +268,7 @@ class Evaluate(Hook):
     if loop.config.eval.live:
       evaluated['live/'] = loop.state.params
     for prefix, params in evaluated.items():
-      sums = held_out.evaluate(
+      sums = held_out.sum_held_out(
           loop.eval_step, params=params, loaders=self._eval_data,
           batches=loop.config.eval.batches, put=program.put,
           stop=lambda: self._cut_short(loop))
@@ -275,7 +277,7 @@ class Evaluate(Hook):
       # One evaluation is of all runs of a group.
       for row, writer in loop.live.items():
         sums_of_run = [program.part(of_source, row) for of_source in sums]
-        means = held_out.means(sums_of_run, self._eval_data)
+        means = held_out.average_figures(sums_of_run, self._eval_data)
         for name, value in means.items():
           figures[row][prefix + name] = value
         self._show(loop, writer=writer, prefix=prefix, means=means)
@@ -298,7 +300,7 @@ class Evaluate(Hook):
     parts = []
     for name, value in means.items():
       words = name.replace('_', ' ')
-      parts.append(f'{words} {held_out.shown(value)}')
+      parts.append(f'{words} {held_out.format_figure(value)}')
     text = '  '.join(parts)
     which = prefix.replace('/', ' ')
     loop.bar.say(f'step {loop.n}  held-out {which}{text}{label}')
@@ -313,7 +315,7 @@ class Evaluate(Hook):
     for row, params in enumerate(params_of_runs):
       if row not in live:
         continue
-      result = self._tasks.of(params, loop.n, live[row].workdir,
+      result = self._tasks.run_for_member(params, loop.n, live[row].workdir,
                               stop=lambda: self._cut_short(loop))
       if result is None:
         return False

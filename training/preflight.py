@@ -52,10 +52,10 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   refuse_unread_fields(by_hand, config, module.config)
   mup.check_optimizer(module.config, config.optim.name)
   runs.parameter_shares(module, config.optim)  # refuses a pattern of nothing
-  _check_row_length(config, module.config)
-  _check_objective_fits_model(config.objective, module)
-  evals.check_in_training(config)
-  hook.load_hooks(config)
+  _check_length(config, module.config)
+  _check_objective(config.objective, module)
+  evals.check_tasks_in_training(config)
+  hook.load(config)
 
 
 def _check_enabling_fields(config: ml_collections.ConfigDict) -> None:
@@ -90,7 +90,7 @@ def _check_best_figure(e: ml_collections.ConfigDict) -> None:
   figure = e.best.rpartition('/')[2]
   if '/' in e.best:
     task = e.best.partition('/')[0]
-    tasks = evals.listed(e.tasks)
+    tasks = evals.parse_task_names(e.tasks)
     require(task in tasks, f'eval.best is {e.best!r}, and eval.tasks has no '
             f'{task!r}: it has {", ".join(tasks) or "none"}')
     # A task may also be run once, after the last step; patience needs more.

@@ -46,10 +46,10 @@ def make(c: ml_collections.ConfigDict, workdir: pathlib.Path = pathlib.Path(),
 
 def run(task: str, evaluation: Evaluation) -> dict[str, Any]:
   """Returns the figures of a task, which are as its record says."""
-  known = evals.task(task).figures
+  known = evals.get_task(task).figure_names
   with evaluation.run.context():
-    figures = evals.run(task, evaluation)
-  for name in in_training.numbers_of(figures, task):
+    figures = evals.run_task(task, evaluation)
+  for name in in_training.flatten_numbers(figures, task):
     assert known is None or any(
         fnmatch.fnmatchcase(name.partition('/')[2], pattern)
         for pattern in known), name

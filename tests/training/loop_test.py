@@ -236,9 +236,10 @@ def test_a_signal_cuts_tasks_short_and_leaves_no_part(
     train, monkeypatch, at, done):
   """Of two members the first is through when the signal comes."""
   monkeypatch.setattr(
-      in_training.Tasks, 'of', lambda self, params, n, workdir, stop: (
+      in_training.TasksInTraining, 'run_for_member',
+      lambda self, params, n, workdir, stop: (
           None if params[0] == 1 and stop() else
-          in_training.Results({'x/score': n + params[0]}, [])))
+          in_training.TaskResults({'x/score': n + params[0]}, [])))
   _signal(monkeypatch, lambda step: step == at)
   n, members, program = train(
       {}, {}, eval__tasks='x', eval__tasks_every_steps=2)
@@ -253,9 +254,11 @@ def test_a_signal_cuts_tasks_short_and_leaves_no_part(
 def _scores(monkeypatch, *scores):
   """Lets the evaluation after step n find scores[row][n - 1]."""
   monkeypatch.setattr(
-      in_training.Tasks, 'of', lambda self, params, n, workdir, stop: (
-          in_training.Results({'x/f1': scores[params[0]][n - 1]}, [])))
-  monkeypatch.setattr(in_training.Tasks, 'names', lambda *_, **__: None)
+      in_training.TasksInTraining, 'run_for_member',
+      lambda self, params, n, workdir, stop: (
+          in_training.TaskResults({'x/f1': scores[params[0]][n - 1]}, [])))
+  monkeypatch.setattr(in_training.TasksInTraining, 'list_figure_names',
+                      lambda *_, **__: None)
 
 
 BEST = dict(eval__tasks='x', eval__tasks_every_steps=1, eval__best='x/f1')
@@ -319,13 +322,14 @@ BOTH = dict(eval__every_steps=2, eval__tasks='x', eval__tasks_every_steps=2)
 
 @pytest.fixture(name='cheap')
 def _cheap(monkeypatch):
-  monkeypatch.setattr(held_out, 'evaluate', lambda *_, stop, **__: (
+  monkeypatch.setattr(held_out, 'sum_held_out', lambda *_, stop, **__: (
       None if stop() else [{'nll': [1.0, 1.0]}]))
-  monkeypatch.setattr(held_out, 'means', lambda sums, _: {
+  monkeypatch.setattr(held_out, 'average_figures', lambda sums, _: {
       'loss': sums[0]['nll']})
   monkeypatch.setattr(
-      in_training.Tasks, 'of', lambda self, params, n, workdir, stop: (
-          None if stop() else in_training.Results({'x/score': n}, [])))
+      in_training.TasksInTraining, 'run_for_member',
+      lambda self, params, n, workdir, stop: (
+          None if stop() else in_training.TaskResults({'x/score': n}, [])))
 
 
 @pytest.mark.parametrize('rows, stop', [(1, 3), (2, 4)])

@@ -308,7 +308,7 @@ def test_all_figures_are_those_of_the_run_alone(texts, tmp_path):
       np.testing.assert_allclose(row[name], other[name], rtol=1e-5)
     assert row['loss'] != row['live/loss']
   for name, options in (('loss', {}), ('live/loss', {'live': True})):
-    figures = evals.evaluate(
+    figures = evals.evaluate_run(
         single, ['loss'], None, step=None, **options)
     np.testing.assert_allclose(figures['loss']['loss'], theirs[-1][name],
                                rtol=1e-5)

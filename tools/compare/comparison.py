@@ -542,7 +542,7 @@ def _task_values(run: curves.Run) -> dict[str, float]:
   # The tasks of eval.tasks, by the names in metrics.jsonl.
   held_out = run.held_out
   if held_out:
-    tasks = evals.listed(run.config['eval.tasks'])
+    tasks = evals.parse_task_names(run.config['eval.tasks'])
     for name, x in held_out.items():
       is_of_task = any(_is_figure_of(task, name) for task in tasks)
       if type(x) is float and is_of_task:
@@ -578,12 +578,12 @@ def _is_figure_of(task: str, name: str) -> bool:
     return True
   row = evals.TASKS.get(task.partition(':')[0])
   # A task of another version is not known, and most tasks have no parts.
-  if row is None or row.beside is None:
+  if row is None or row.other_groups is None:
     return False
   if not name.startswith(f'{task}/'):
     return False
   first = name.removeprefix(f'{task}/').partition('/')[0]
-  return first not in row.beside
+  return first not in row.other_groups
 
 
 def _rates(sweep: curves.Sweep) -> list[dict[str, Any]]:

@@ -47,7 +47,8 @@ class Run:
     rows: the lines of its metrics.jsonl.
     evaluations: what its eval.json holds, by task.
     strange: the fields in which its config is not the sweep's.
-    items: what each item scored, by the names of figures, as items.read gives
+    items: what each item scored, by the names of figures, as
+      items.read_records gives
       it; of the held-out loss they are the documents.
   """
   seed: int
@@ -414,7 +415,7 @@ def _run(workdir, description, point: str, seed: int, state: str, error: str
   is_started = (folder / 'config.json').exists()
   if is_started:
     config = run_config.flatten(run_config.load_config(folder))
-  scored = items.read(folder)
+  scored = items.read_records(folder)
   if 'documents/loss' in scored:
     scored['loss'] = scored['documents/loss']
   file = folder / 'metrics.jsonl'

@@ -608,7 +608,7 @@ def _effect_over_items(member: FamilyMember
     for pairs in member.pairs_by_size:
       pair = pairs[seed]
       score_pairs.append((pair.ours.items.get(name), pair.base.items.get(name)))
-  scores = items.paired(score_pairs)
+  scores = items.pair_scores(score_pairs)
   if scores is None:
     return None, None
   variant_scores, base_scores, weights_Q = scores

@@ -56,7 +56,7 @@ def compare_items(base: str, variant: str) -> list[dict[str, Any]]:
   rows = []
   for name in figures:
     records = [(theirs[seed].get(name), ours[seed].get(name)) for seed in seeds]
-    scores = items.paired(records)
+    scores = items.pair_scores(records)
     if scores is not None:
       theirs_SQ, ours_SQ, weights_Q = scores
       rows.append({'figure': name} | _row(theirs_SQ, ours_SQ, weights_Q))
@@ -76,8 +76,8 @@ def _read(name: str) -> dict[str, dict[str, dict]]:
   require(path.exists(), f'there is no {path}')
   folders = sorted(path.glob('seed-*'))
   if not folders:
-    return {'': items.read(path)}
-  return {folder.name: items.read(folder) for folder in folders}
+    return {'': items.read_records(path)}
+  return {folder.name: items.read_records(folder) for folder in folders}
 
 
 def _row(theirs_SQ: np.ndarray, ours_SQ: np.ndarray,

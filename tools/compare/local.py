@@ -385,14 +385,13 @@ def _evaluate(folders: Sequence[pathlib.Path], tasks: list[str]) -> int:
     with (folder / 'log.txt').open('a') as log, contextlib.redirect_stdout(
         log), contextlib.redirect_stderr(log):
       try:
-        figures = evals.evaluate(
-            storage.checked_path(folder), tasks, None, step=None,
-            programs=programs)
+        figures = evals.evaluate_run(
+            storage.path(folder), tasks, None, step=None, programs=programs)
       except (RequestError, EnvironmentFailure, OSError) as error:
         print(f'error: {error}')  # of this run: the others go on
         code = EXIT_CODE_UNFINISHED
       else:
-        evals.write(storage.checked_path(folder / 'eval.json'), figures)
+        evals.write_figures(storage.path(folder / 'eval.json'), figures)
   return code
 
 

@@ -117,14 +117,14 @@ def check_task_has_figure(measure: dict, config, who: str) -> None:
     return
   which = (f'measure {measure["name"]!r} is {measure["figure"]!r} of '
            f'{measure["workload"]}')
-  row = evals.check_without_flags(task, which)
-  reason = row.unfit(config)
+  row = evals.check_task_without_flags(task, which)
+  reason = row.why_unfit(config)
   require(not reason, f'{which}, which {who} cannot have: {reason}')
-  if row.figures is None:
+  if row.figure_names is None:
     return  # the task does not say which it has
-  is_known = any(fnmatch.fnmatchcase(figure, x) for x in row.figures)
+  is_known = any(fnmatch.fnmatchcase(figure, x) for x in row.figure_names)
   require(is_known, f'{which}, which {who} cannot have: the figures of {task} '
-          f'are {", ".join(row.figures) or "none"}')
+          f'are {", ".join(row.figure_names) or "none"}')
 
 
 def loss_of_guessing(measures: Sequence[dict], config, vocab: int) -> float:
@@ -189,7 +189,7 @@ def score_of_guessing(
   # Figures of a probe, and an accuracy among more answers than are counted.
   is_probe = objective.record_kind == probes.KIND
   if is_probe and figure in probe_task.CONSTANT_FIGURES:
-    return probe_task.constant(config, figure)
+    return probe_task.score_constant_answer(config, figure)
   require(figure == 'accuracy', f'{file}: measure {measure["name"]!r} needs a '
           "chance: what guessing gives, as 'chance': 0.5")
   return 0.0

@@ -81,7 +81,7 @@ class Sweep:
     config = self.config(point)
     owed = []
     for task in self.tasks:
-      if not evals.task(task).unfit(config):
+      if not evals.get_task(task).why_unfit(config):
         owed.append(task)
     return tuple(owed)
 
@@ -174,7 +174,7 @@ def read_sweep_file(file: str, seeds: int = 0,
   require(isinstance(tasks, tuple | list),
           f'{file}: TASKS is {tasks!r}: write a tuple of names')
   for task in tasks:
-    evals.check_without_flags(task, f'{file}: TASKS')
+    evals.check_task_without_flags(task, f'{file}: TASKS')
   if not seeds and known is CONSTANTS:
     seeds = getattr(module, 'SEEDS', SEEDS)
   require(type(seeds) is int and 1 <= seeds <= MOST_SEEDS, f'SEEDS or --seeds '

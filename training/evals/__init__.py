@@ -5,7 +5,8 @@ object of it in a table TASKS. eval.py and the sweeps take the names of the
 tasks and their flags from this table.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import fnmatch
@@ -31,24 +32,26 @@ flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
 # The file of a run's folder that says what each item scored in the last
 # evaluation of its training (items.py).
-ITEMS = 'items.json'
+ITEMS_FILE = 'items.json'
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """A run's checkpoint and what was asked about it.
+  """A run's checkpoint, and what was asked about it.
 
   Attributes:
     run: the run's config, model and mesh; its params are `params`.
     params: the parameters that are evaluated.
-    step: the checkpoint's step.
+    step: the step of training that the parameters are of.
     tokenizer: the tokenizer of the run.
-    options: eval.py's flags by name; those that are missing have their default.
+    options: the flags of eval.py by name; a flag that is missing has its
+      default.
     workdir: the run's folder; pictures go there.
-    programs: compiled programs, by what they compute; see `program`.
-    what: which parameters these are, where the checkpoint has several, or
-      where they are of several checkpoints; else ''.
-    shown: what the task's own `shown` returned.
+    programs: the compiled functions by their keys; `jit_once` reads and fills
+      it.
+    which_parameters: which of a checkpoint's several parameters these are, or
+      of which checkpoints they are the mean; '': the checkpoint has no others.
+    prepared: what `Task.prepare` returned for the task that is done.
   """
   run: Any
   params: Any
@@ -57,64 +60,73 @@ class Evaluation:
   options: Any
   workdir: epath.Path
   programs: dict
-  what: str = ''
-  shown: Any = None
+  which_parameters: str = ''
+  prepared: Any = None
 
-  def held_out(self) -> list[pipeline.Loader]:
-    """Returns the loaders of what is held out; see pipeline.held_out."""
+  def held_out_loaders(self) -> list[pipeline.Loader]:
+    """Returns the loaders of the held-out data, one for each source; in a run
+    of several processes each one loads its part of the batches."""
     config = self.run.config
     index, count = devices.batch_shard(self.run.place, config.data.batch_size)
     return pipeline.held_out(config, tokenizer=self.tokenizer,
                              process_index=index, process_count=count)
 
-  def program(self, function: Callable, *of):
-    """Returns jax.jit of a function, or the program of an earlier run of this
-    process that differs in nothing that an evaluation reads: so that the seeds
-    of a sweep's point compile once.
+  def jit_once(self, function: Callable, *key: Hashable) -> Callable:
+    """Returns jax.jit(function), compiled once for runs that compute the same.
+
+    The seeds of a sweep's point have one model and differ in fields that an
+    evaluation does not read, such as their seed. The function that the first
+    of them compiled serves them all.
 
     Args:
       function: a function of arrays.
-      of: which of the run's functions it is: hashable.
+      *key: what tells this function from the others that are compiled for the
+        run, such as the name of the task.
     """
-    read = []
+    fields = []
     for name, value in run_config.flatten(self.run.config).items():
-      if name not in runs.TYPE_OF_TRACED_FIELD:
-        read.append((name, value))
-    key = (*of, self.run.model, *read)
-    return self.programs.setdefault(key, jax.jit(function))
+      if name not in runs.INPUTS:
+        fields.append((name, value))
+    whole_key = (*key, self.run.model, *fields)
+    return self.programs.setdefault(whole_key, jax.jit(function))
 
-  def results(self, step: Callable, loader: pipeline.Loader, doing: str
-              ) -> Iterator[Any]:
-    """Yields step(params, batch) of each batch of a loader, on the host;
-    `doing` is for who watches."""
-    for batch in progress.show_items(loader.iterate(), doing,
-                                     loader.num_batches):
+  def run_on_batches(self, step: Callable, loader: pipeline.Loader, doing: str
+                     ) -> Iterator[Any]:
+    """Yields step(params, batch) for each batch of a loader, on the host.
+
+    Args:
+      step: a jitted function of parameters and a batch.
+      loader: the loader.
+      doing: what the progress bar says is done.
+    """
+    for batch in progress.each(loader.iterate(), doing, loader.num_batches):
       yield jax.device_get(step(self.params, self.run.put(batch)))
 
 
 class Flag(NamedTuple):
-  """A flag of eval.py.
+  """A command-line flag of eval.py that some tasks read.
 
   Attributes:
     name: its name, without the dashes.
     default: a bool, int, float or string, which is also the flag's type.
     help: a sentence for --help.
     least, most: the bounds of a number; None: no bound.
-    asks: whether to set the flag asks for its task, too, unless a task that
-      was named reads it.
-    needs: a flag of the same task, without which it is not read; '': none.
+    requests_task: whether setting the flag adds its task to --tasks, unless a
+      task that was named there reads the flag.
+    needed_flag: another flag of the same task, which has to be set for this one
+      to have an effect; '': none.
   """
   name: str
   default: bool | int | float | str
   help: str
   least: float | None = None
   most: float | None = None
-  asks: bool = False
-  needs: str = ''
+  requests_task: bool = False
+  needed_flag: str = ''
 
   def define(self, default: Any, text: str) -> None:
-    """Defines the flag with a default, and a sentence for --help."""
-    kinds: dict[type, Callable] = {
+    """Defines the flag in absl, with a default and a sentence for --help."""
+    define_by_type: dict[type, Callable] = {
         bool: flags.DEFINE_bool,
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
@@ -123,67 +135,75 @@ class Flag(NamedTuple):
     bounds = {}
     if self.least is not None:
       bounds = dict(lower_bound=self.least, upper_bound=self.most)
-    kinds[type(self.default)](self.name, default, text, **bounds)
+    define_flag = define_by_type[type(self.default)]
+    define_flag(self.name, default, text, **bounds)
 
 
 class Task:
   """Something that can be measured of a checkpoint.
 
-  A subclass has `help` and `run`, and of all else what differs from here.
+  A subclass sets `help` and defines `run`, and overrides whatever else differs
+  from the defaults here.
 
   Attributes:
-    help: what it reports, for --help.
+    help: what the task reports, for --help.
     file: the file that it writes into the run's folder; '': none.
     flags: the flags that it reads.
-    figures: the names of its numbers, as patterns of fnmatch; None: they are
-      not known before it is done.
-    argument: the flag, a text, that NAME:TEXT sets where a task is named; '':
-      the task is named without one.
-    held_out: whether it reads what is held out, which --text replaces.
-    beside: where the task's own figures may be called PART/FIGURE, the groups
-      of figures that are not its own; None: no group's are.
-    lacks: what an objective for which `allows` is False does not do, or does
-      not have.
+    figure_names: the names of its numbers, as patterns of fnmatch; None: they
+      are not known before the task is done.
+    argument_flag: the flag that TEXT sets where the task is named NAME:TEXT;
+      '': the name takes no argument.
+    reads_held_out: whether it reads the held-out data, which --text replaces.
+    other_groups: for a task with figures called PART/FIGURE, the groups that
+      have such names and are no parts of it, such as its standard errors;
+      None: it has no parts, so that every group is another one.
+    why_not_allowed: what an objective for which `allows_objective` is False
+      does not do or have, as the end of a sentence.
   """
   help: str = ''
   file: str = ''
   flags: tuple[Flag, ...] = ()
-  figures: tuple[str, ...] | None = None
-  argument: str = ''
-  held_out: bool = True
-  beside: tuple[str, ...] | None = None
-  lacks: str = ''
+  figure_names: tuple[str, ...] | None = None
+  argument_flag: str = ''
+  reads_held_out: bool = True
+  other_groups: tuple[str, ...] | None = None
+  why_not_allowed: str = ''
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    """Returns figures: a dict of numbers, lists and strings, which go into
-    --json after they have been printed for a reader. `items` among them holds
-    the records of items.py."""
+    """Measures the checkpoint, and prints the figures for a reader.
+
+    Returns:
+      The figures for --json: numbers, lists and strings by name. `items` among
+      them holds the scores of single items, as items.py records them.
+    """
     raise NotImplementedError
 
-  def allows(self, objective: objectives.Objective) -> bool:
-    """Returns whether the objective of a run has what the task needs."""
+  def allows_objective(self, objective: objectives.Objective) -> bool:
+    """Returns whether an objective of training gives the task what it needs."""
     return True
 
-  def unfit(self, config: Config) -> str:
-    """Returns why such a run has nothing to measure; '': it has."""
-    if self.allows(objectives.of(config)):
+  def why_unfit(self, config: Config) -> str:
+    """Returns why a run with this config has nothing to measure; '': it has."""
+    if self.allows_objective(objectives.of(config)):
       return ''
-    return f'objective {config.objective!r} {self.lacks}'
+    return f'objective {config.objective!r} {self.why_not_allowed}'
 
   def check(self, options: Any, config: Any) -> None:
-    """Checks that the options can be honoured.
+    """Checks that the task can do what its flags ask.
 
     Args:
-      options: the flags of the task, by name.
-      config: the config of the run; None where no flag of the task is set.
+      options: the values of the task's flags, by name.
+      config: the config of the run; None: the run is not known yet, and no flag
+        is set.
 
     Raises:
-      RequestError: where they cannot, or this machine lacks something.
+      RequestError: where the flags ask for something that cannot be done, or
+        this machine lacks a package or file.
     """
 
-  def shown(self, evaluation: Evaluation) -> Any:
-    """Returns the texts that the options give the model, as it reads them; it
-    is called before any task is done.
+  def prepare(self, evaluation: Evaluation) -> Any:
+    """Returns the texts that the flags give the model, as the model reads
+    them. All tasks are prepared before the first one is done.
 
     Raises:
       RequestError: for a text that the model cannot take.
@@ -194,95 +214,103 @@ TASKS: Mapping[str, Task] = lazy.LazyTable(
     tasks.__name__, tasks.__path__, lambda file: file.TASKS)
 
 
-def task(name: str, where: str = '--tasks') -> Task:
-  """Returns the task of a name, which may be NAME:ARGUMENT.
+def get_task(name: str, where: str = '--tasks') -> Task:
+  """Returns the task with this name.
 
   Args:
-    name: the name that was asked for.
-    where: the flag or field that it was asked for in.
+    name: the name that was asked for: NAME or NAME:ARGUMENT.
+    where: the flag or config field that names it, for the message.
 
   Raises:
     RequestError: where there is no such task, or it takes no argument.
   """
-  base, colon, argument = name.partition(':')
-  one_of(where, base, TASKS)
-  row = TASKS[base]
-  if colon and not row.argument:
-    raise RequestError(f'{where} has {name!r}: write {base}')
+  base_name, colon, argument = name.partition(':')
+  one_of(where, base_name, TASKS)
+  task = TASKS[base_name]
+  if colon and not task.argument_flag:
+    raise RequestError(f'{where} has {name!r}: write {base_name}')
   if colon and not argument:
-    raise RequestError(f'{where} has {name!r}: write {base}:NAME')
-  return row
+    raise RequestError(f'{where} has {name!r}: write {base_name}:NAME')
+  return task
 
 
-def run(name: str, evaluation: Evaluation) -> dict[str, Any]:
-  """Returns the figures of the task `name`."""
-  return task(name).run(_ready(name, evaluation))
+def run_task(name: str, evaluation: Evaluation) -> dict[str, Any]:
+  """Does one task with a checkpoint, and returns its figures."""
+  return get_task(name).run(_prepare_evaluation(name, evaluation))
 
 
-def _ready(name: str, evaluation: Evaluation) -> Evaluation:
-  """Returns the evaluation with the options of the task `name`, and the texts
-  that they give the model."""
-  ready = dataclasses.replace(
-      evaluation, options=_options(name, evaluation.options))
-  return dataclasses.replace(ready, shown=task(name).shown(ready))
+def _prepare_evaluation(name: str, evaluation: Evaluation) -> Evaluation:
+  """Returns the evaluation with the options that one task reads, and with the
+  texts that these options give the model."""
+  with_options = dataclasses.replace(
+      evaluation, options=_options_of_task(name, evaluation.options))
+  prepared = get_task(name).prepare(with_options)
+  return dataclasses.replace(with_options, prepared=prepared)
 
 
-def _options(name: str, values: Any) -> types.SimpleNamespace:
-  """Returns the flags that a task reads, with the argument of its name."""
-  row = task(name)
+def _options_of_task(name: str, values: Any) -> types.SimpleNamespace:
+  """Returns the flags that a task reads, by name.
+
+  Args:
+    name: the name of the task; its argument, if any, sets a flag.
+    values: the flags of eval.py as attributes; a missing one has its default.
+  """
+  task = get_task(name)
   options = {}
-  for flag in row.flags:
+  for flag in task.flags:
     options[flag.name] = getattr(values, flag.name, flag.default)
   if ':' in name:
-    options[row.argument] = name.partition(':')[2]
+    options[task.argument_flag] = name.partition(':')[2]
   return types.SimpleNamespace(**options)
 
 
-def readers(flag: str) -> dict[str, Flag]:
-  """Returns what a flag is to each task that reads it."""
-  read_by = {}
-  for name, row in TASKS.items():
-    for one in row.flags:
-      if one.name == flag:
-        read_by[name] = one
-  return read_by
+def find_tasks_reading_flag(flag_name: str) -> dict[str, Flag]:
+  """Returns {name of task: its flag} for each task that reads a flag; the
+  tasks may give the flag different sentences for --help."""
+  flag_by_task = {}
+  for task_name, task in TASKS.items():
+    for flag in task.flags:
+      if flag.name == flag_name:
+        flag_by_task[task_name] = flag
+  return flag_by_task
 
 
 def define_flags() -> None:
   """Defines the flags of all tasks; one that several read is defined once."""
-  for name in _flags_of(TASKS):
-    read_by = readers(name)
+  for flag_name in _flags_of_tasks(TASKS):
+    flag_by_task = find_tasks_reading_flag(flag_name)
 
     # Tasks to which the flag means the same share a sentence.
-    texts: dict[str, list[str]] = {}
-    for reader, flag in read_by.items():
-      texts.setdefault(flag.help, []).append(reader)
-    sentences = []
-    for text, names in texts.items():
-      sentences.append(f'{", ".join(names)}: {text}')
+    tasks_by_sentence: dict[str, list[str]] = {}
+    for task_name, flag in flag_by_task.items():
+      tasks_by_sentence.setdefault(flag.help, []).append(task_name)
+    help_parts = []
+    for sentence, task_names in tasks_by_sentence.items():
+      help_parts.append(f'{", ".join(task_names)}: {sentence}')
 
-    first = next(iter(read_by.values()))
-    first.define(first.default, ' '.join(sentences))
+    first_flag = next(iter(flag_by_task.values()))
+    first_flag.define(first_flag.default, ' '.join(help_parts))
 
 
-def described() -> str:
+def describe_tasks() -> str:
   """Returns what each task reports, in a sentence for --help."""
-  return '; '.join(f'{name}: {row.help}' for name, row in TASKS.items())
+  return '; '.join(f'{name}: {task.help}' for name, task in TASKS.items())
 
 
-def _flags_of(names: Iterable[str]) -> dict[str, Flag]:
+def _flags_of_tasks(task_names: Iterable[str]) -> dict[str, Flag]:
   """Returns the flags that some tasks read, by name."""
-  read = {}
-  for name in names:
-    for flag in task(name).flags:
-      read[flag.name] = flag
-  return read
+  flag_by_name = {}
+  for task_name in task_names:
+    for flag in get_task(task_name).flags:
+      flag_by_name[flag.name] = flag
+  return flag_by_name
 
 
-def asked_for(names: Sequence[str], values: flags.FlagValues, text: str = ''
-              ) -> list[str]:
-  """Returns the tasks of --tasks, and those that another flag asks for: one
-  that no task of --tasks reads.
+def choose_tasks(names: Sequence[str], values: flags.FlagValues, text: str = ''
+                 ) -> list[str]:
+  """Returns the tasks of --tasks, and those that another flag requests.
+
+  A flag such as --prompt requests its task where no task of --tasks reads it.
 
   Args:
     names: the tasks of --tasks.
@@ -293,88 +321,98 @@ def asked_for(names: Sequence[str], values: flags.FlagValues, text: str = ''
     RequestError: for a name that is no task's, for no task at all, and for a
       flag, or a --text, that nothing reads.
   """
-  # Flags that no task of --tasks reads ask for their tasks.
-  read = _flags_of(names)
-  asked = list(dict.fromkeys(names))
-  for name, row in TASKS.items():
-    for flag in row.flags:
-      asks = flag.asks and flag.name not in read and values[flag.name].present
-      if asks and name not in asked:
-        asked.append(name)
+  # Set flags that no task of --tasks reads add their tasks.
+  flags_read = _flags_of_tasks(names)
+  chosen = list(dict.fromkeys(names))
+  for task_name, task in TASKS.items():
+    for flag in task.flags:
+      if not flag.requests_task or flag.name in flags_read:
+        continue
+      if values[flag.name].present and task_name not in chosen:
+        chosen.append(task_name)
 
-  # All that was asked for is read.
-  if not asked:
+  # Each flag that is set has to be read by one of the tasks.
+  if not chosen:
     raise RequestError("--tasks is '', so nothing is evaluated: choose from "
                        f'{", ".join(TASKS)}')
-  _check_read(asked, values)
-  if text and not any(task(name).held_out for name in asked):
+  _check_set_flags_are_read(chosen, values)
+  if text and not any(get_task(name).reads_held_out for name in chosen):
     raise RequestError(
-        f'--text is {short(text)}, which {", ".join(asked)} would not read: '
+        f'--text is {short(text)}, which {", ".join(chosen)} would not read: '
         'leave it out, or add a task that does to --tasks')
-  return asked
+  return chosen
 
 
-def _check_read(names: Sequence[str], values: flags.FlagValues) -> None:
-  """Raises RequestError for a flag that is set and that no task reads."""
-  read = _flags_of(names)
-  every = _flags_of(TASKS)
-  for name, flag in every.items():
+def _check_set_flags_are_read(task_names: Sequence[str],
+                              values: flags.FlagValues) -> None:
+  """Raises RequestError for a flag that is set and has no effect on the tasks.
+  """
+  flags_read = _flags_of_tasks(task_names)
+  all_flags = _flags_of_tasks(TASKS)
+  for name, flag in all_flags.items():
     if not values[name].present:
       continue
-    if name not in read:
-      raise RequestError(f'--{name} is read by {", ".join(readers(name))} '
-                         'alone: add it to --tasks')
-    # Some flags mean something only beside another one.
-    if not flag.needs:
+    if name not in flags_read:
+      readers = ', '.join(find_tasks_reading_flag(name))
+      raise RequestError(f'--{name} is read by {readers} alone: add it to '
+                         '--tasks')
+    # Some flags have an effect only where another one is set, too.
+    if not flag.needed_flag:
       continue
-    needed = values[flag.needs].value
-    if needed == every[flag.needs].default:
-      raise RequestError(f'--{name} is read beside --{flag.needs} alone, which '
-                         f'is {needed!r}')
+    needed_value = values[flag.needed_flag].value
+    if needed_value == all_flags[flag.needed_flag].default:
+      raise RequestError(f'--{name} is read beside --{flag.needed_flag} alone, '
+                         f'which is {needed_value!r}')
 
 
 def check_task(name: str, options: Any, config: Config,
                where: str = '--tasks') -> None:
-  """Raises RequestError where a task cannot be done of a run.
+  """Raises RequestError where a task cannot be done with a run.
 
   Args:
     name: the name of the task.
     options: eval.py's flags by name; None: none can be set.
     config: the config of the run.
-    where: the flag or field that the task was asked for in.
+    where: the flag or config field that names the task, for the message.
   """
-  row = task(name, where)
-  reason = row.unfit(config)
+  task = get_task(name, where)
+  reason = task.why_unfit(config)
   require(not reason, f'{reason}: leave {name} out of {where}, and any flag '
           'that asks for it')
   if options is None:
-    check_without_flags(name, where)
+    check_task_without_flags(name, where)
   else:
-    row.check(_options(name, options), config)
+    task.check(_options_of_task(name, options), config)
 
 
-def check_without_flags(name: str, where: str) -> Task:
-  """Returns the task `name`; RequestError where it cannot do without a flag.
+def check_task_without_flags(name: str, where: str) -> Task:
+  """Returns a task that is named where no flag can be set.
 
   Args:
     name: the name of the task.
-    where: the field that the task was asked for in, where no flag can be set.
+    where: the config field that names it, for the message.
+
+  Raises:
+    RequestError: where the task needs a flag.
   """
-  row = task(name, where)
+  task = get_task(name, where)
   try:
-    row.check(_options(name, None), None)
+    task.check(_options_of_task(name, None), None)
   except RequestError as error:
     raise RequestError(f'{where} has {name!r}, which cannot be done there: '
                        f'{error}') from error
-  return row
+  return task
 
 
-def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
-         step: int | str | checkpoints.MeanOfSteps | None, text: str = '',
-         programs: dict | None = None, live: bool = False, passes: int = 0
-         ) -> Evaluation:
-  """Returns a run's checkpoint as tasks are given it, when it has been checked
-  that they can be done; arguments and errors are those of `evaluate`."""
+def load_evaluation(workdir: epath.Path, names: Sequence[str], options: Any, *,
+                    step: int | str | checkpoints.Mean | None, text: str = '',
+                    programs: dict | None = None, live: bool = False,
+                    passes: int = 0) -> Evaluation:
+  """Returns a run's checkpoint as tasks are given it, after a check that the
+  tasks can be done.
+
+  The arguments and errors are those of `evaluate_run`.
+  """
   # The config of the run, with what was asked for.
   config = runs.fit_mesh_to_this_machine(runs.load_run_config(workdir))
   if passes:
@@ -385,13 +423,17 @@ def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
   if text:
     config.data.eval_source = text
     config.eval.part = ''  # all of it
+
+  # The tasks, and the files that they will write.
   for name in names:
     check_task(name, options, config)
-    if file := task(name).file:
-      storage.check_file_is_writable(workdir / file, '--workdir')
+    file = get_task(name).file
+    if file:
+      storage.try_file(workdir / file, '--workdir')
 
-  # A task that reads no data is done where they are not there.
-  tokenizer = runs.load_run_tokenizer(workdir, config)
+  # Warn where the data have changed since training. A task that reads no data
+  # is done even where they are no longer there.
+  tokenizer = runs.tokenizer_of(workdir, config)
   if not text:
     with contextlib.suppress(RequestError, OSError):
       changes = provenance.check_data(
@@ -402,27 +444,26 @@ def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
         print(f'warning: {line}', file=sys.stderr)
 
   # The model and its parameters.
-  model, _ = runs.resolve_model(config, tokenizer)
-  built = runs.build(config, model)
-  restored = parameters.read_parameters_of_run(built, workdir=workdir,
-                                               step=step, live=live)
+  model, _ = runs.resolve(config, tokenizer)
+  run = runs.build(config, model)
+  restored = parameters.of_run(run, workdir=workdir, step=step, live=live)
   if programs is None:
     programs = {}
   return Evaluation(
-      run=built, params=restored.state, step=restored.step,
+      run=run, params=restored.state, step=restored.step,
       tokenizer=tokenizer, options=options, workdir=workdir, programs=programs,
-      what=restored.what)
+      which_parameters=restored.what)
 
 
-def evaluate(workdir: epath.Path, names: Sequence[str], options: Any,
-             **how: Any) -> dict[str, Any]:
-  """Returns the figures of each task, and prints them for a reader.
+def evaluate_run(workdir: epath.Path, names: Sequence[str], options: Any,
+                 **loading: Any) -> dict[str, Any]:
+  """Does some tasks with a run's checkpoint, and prints their figures.
 
   Args:
     workdir: the run's folder.
-    names: the tasks, as TASKS has them.
-    options: values of the flags of define_flags.
-    **how: the keywords of `load`.
+    names: the names of the tasks, as TASKS has them.
+    options: the values of the flags of `define_flags`, as attributes.
+    **loading: the keywords of `load_evaluation`.
       step: which checkpoint; 'best'; several, for their mean; None: the newest.
       text: what to evaluate on, as data.source; '': what the run holds out.
       programs: what earlier evaluations of this process compiled; it is added
@@ -430,34 +471,40 @@ def evaluate(workdir: epath.Path, names: Sequence[str], options: Any,
       live: with optim.ema, evaluate the parameters and not their average.
       passes: the passes of layers that loop; 0: as many as in training.
 
+  Returns:
+    The figures of each task under its name, and the `step` of the checkpoint.
+
   Raises:
-    RequestError: where a task cannot be done of this run.
+    RequestError: where a task cannot be done with this run.
   """
-  evaluation = load(workdir, names=names, options=options, **how)
+  evaluation = load_evaluation(workdir, names=names, options=options, **loading)
   figures: dict[str, Any] = {'step': evaluation.step}
-  if evaluation.what:
-    figures['parameters'] = evaluation.what
+  if evaluation.which_parameters:
+    figures['parameters'] = evaluation.which_parameters
+
   # Layers that loop may be evaluated with more passes than in training.
-  if passes := how.get('passes', 0):
-    trained = runs.load_run_config(workdir).model.loops.passes
-    figures['passes'] = dict(evaluated=passes, trained=trained)
+  passes = loading.get('passes', 0)
+  if passes:
+    trained_passes = runs.config_of(workdir).model.loops.passes
+    figures['passes'] = dict(evaluated=passes, trained=trained_passes)
     print(f'evaluated with {passes} passes of the layers that loop, trained '
-          f'with {trained}')
+          f'with {trained_passes}')
+
   # All tasks are prepared before the first one takes its time.
   with evaluation.run.context():
-    ready = {name: _ready(name, evaluation) for name in names}
+    prepared = {name: _prepare_evaluation(name, evaluation) for name in names}
     for name in names:
-      figures[name] = task(name).run(ready[name])
+      figures[name] = get_task(name).run(prepared[name])
   return figures
 
 
-def write(file: epath.Path | None, figures: dict[str, Any]) -> None:
-  """Writes what `evaluate` returned, in one piece, if there is a file; what is
-  not finite is null."""
-  storage.write_json(file, metrics.as_json_value(figures))
+def write_figures(file: epath.Path | None, figures: dict[str, Any]) -> None:
+  """Writes the figures of `evaluate_run` as one JSON file, where a file is
+  given; a number that is not finite becomes null."""
+  storage.write_json(file, metrics.plain(figures))
 
 
-def listed(names: str | Sequence[str]) -> list[str]:
+def parse_task_names(names: str | Sequence[str]) -> list[str]:
   """Returns the tasks that a comma-separated text, or its parts, names.
 
   After NAME:ARGUMENT, what is no name of a task is a further argument:
@@ -466,48 +513,51 @@ def listed(names: str | Sequence[str]) -> list[str]:
   """
   if isinstance(names, str):
     names = names.split(',')
-  named: list[str] = []
-  for part in names:
-    part = part.strip()
-    if not part:
+  task_names: list[str] = []
+  for text in names:
+    text = text.strip()
+    if not text:
       continue
-    known = part.partition(':')[0] in TASKS
-    # This belongs to the task before it, if that takes arguments.
-    if named and not known:
-      last, colon, _ = named[-1].partition(':')
+    is_task = text.partition(':')[0] in TASKS
+    # This is an argument of the task before it, if that task takes arguments.
+    if task_names and not is_task:
+      task_before, colon, _ = task_names[-1].partition(':')
       if colon:
-        part = f'{last}:{part}'
-    named.append(part)
-  return named
+        text = f'{task_before}:{text}'
+    task_names.append(text)
+  return task_names
 
 
-def check_in_training(config: Config) -> None:
+def check_tasks_in_training(config: Config) -> None:
   """Raises RequestError for what eval.tasks and eval.best ask of a run and
-  cannot get. An eval.best of a task whose figures are known only when it is
-  done is tried before the first step."""
+  cannot get.
+
+  Some tasks know the names of their figures only when they are done. An
+  eval.best of such a task is tried elsewhere, before the first step.
+  """
   # The tasks.
-  names = listed(config.eval.tasks)
-  every = config.eval.tasks_every_steps
-  if every and not names:
+  names = parse_task_names(config.eval.tasks)
+  steps_between = config.eval.tasks_every_steps
+  if steps_between and not names:
     raise RequestError(
-        f'eval.tasks_every_steps is {every}, but eval.tasks names nothing to '
-        'evaluate: set it, or leave eval.tasks_every_steps at 0')
+        f'eval.tasks_every_steps is {steps_between}, but eval.tasks names '
+        'nothing to evaluate: set it, or leave eval.tasks_every_steps at 0')
   require(len({*names}) == len(names), f'eval.tasks is {config.eval.tasks!r}: '
           'name each task once')
   for name in names:
     check_task(name, options=None, config=config, where='eval.tasks')
 
-  # The figure that the best checkpoint is chosen by.
-  name, is_task, figure = config.eval.best.partition('/')
-  if not is_task:
+  # The figure that the best checkpoint is chosen by: TASK/FIGURE, or a figure
+  # of the plain evaluation.
+  task_name, slash, figure = config.eval.best.partition('/')
+  if not slash:
     return
-  # Some tasks know their figures only once they are done.
-  known = task(name, 'eval.best').figures
-  if known is None:
+  patterns = get_task(task_name, 'eval.best').figure_names
+  if patterns is None:
     return
-  for pattern in known:
+  for pattern in patterns:
     if fnmatch.fnmatchcase(figure, pattern):
       return
   raise RequestError(
-      f'eval.best is {config.eval.best!r}, but the figures of task {name} are '
-      f'{", ".join(known) or "none"}')
+      f'eval.best is {config.eval.best!r}, but the figures of task '
+      f'{task_name} are {", ".join(patterns) or "none"}')

@@ -34,13 +34,14 @@ from training.objectives import labelled
 
 # The names of what is measured; all but the first three only where questions
 # have no answer.
-FIGURES = 'exact', 'f1', 'total', 'HasAns_*', 'NoAns_*'
-NEVER = 1e30  # how much higher null scores where there is no stretch
+FIGURE_NAMES = 'exact', 'f1', 'total', 'HasAns_*', 'NoAns_*'
+# How much higher null scores where there is no stretch.
+NULL_LEAD_WITHOUT_SPANS = 1e30
 _ARTICLES = re.compile(r'\b(a|an|the)\b')
 _PUNCTUATION = str.maketrans('', '', string.punctuation)
 
 
-class Window(NamedTuple):
+class ContextWindow(NamedTuple):
   """The scores of one window of a context.
 
   Attributes:
@@ -54,7 +55,7 @@ class Window(NamedTuple):
   null: float
 
 
-class Best(NamedTuple):
+class BestSpans(NamedTuple):
   """The answers to one question.
 
   Attributes:
@@ -67,7 +68,8 @@ class Best(NamedTuple):
   null_minus_best: float
 
 
-def n_best(context: str, window: Window, most: int, count: int
+def best_spans_of_window(context: str, window: ContextWindow, most: int,
+                         count: int
            ) -> dict[tuple[int, int], float]:
   """Returns the scores of the best `count` stretches of a window, best first,
   by the first of their characters and the one after the last; of equals the
@@ -102,8 +104,9 @@ def n_best(context: str, window: Window, most: int, count: int
   return best_scores
 
 
-def best(context: str, windows: Sequence[Window], *, most: int, count: int,
-         may_be_null: bool, threshold: float = 0.0) -> Best:
+def choose_answer(context: str, windows: Sequence[ContextWindow], *, most: int,
+                  count: int,
+         may_be_null: bool, threshold: float = 0.0) -> BestSpans:
   """Returns the answers that a context holds.
 
   Args:
@@ -117,7 +120,7 @@ def best(context: str, windows: Sequence[Window], *, most: int, count: int,
   # The best score of each stretch.
   scores: dict[tuple[int, int], float] = {}
   for window in windows:
-    for place, value in n_best(context, window=window, most=most,
+    for place, value in best_spans_of_window(context, window=window, most=most,
                                count=count).items():
       scores[place] = max(value, scores.get(place, -np.inf))
   ranked = sorted(scores.items(), key=lambda item: (-item[1], item[0]))
@@ -125,7 +128,8 @@ def best(context: str, windows: Sequence[Window], *, most: int, count: int,
   for (first, end), value in ranked[:count]:
     stretches.append((context[first:end].strip(), first, value))
   if not stretches:
-    return Best(text='', stretches=[], null_minus_best=NEVER)
+    return BestSpans(text='', stretches=[],
+                     null_minus_best=NULL_LEAD_WITHOUT_SPANS)
 
   # Each window has to agree that there is no answer.
   null = min(window.null for window in windows)
@@ -133,11 +137,11 @@ def best(context: str, windows: Sequence[Window], *, most: int, count: int,
   gap = float(null - highest)
   if may_be_null and gap > threshold:
     text = ''
-  return Best(text=text, stretches=stretches, null_minus_best=gap)
+  return BestSpans(text=text, stretches=stretches, null_minus_best=gap)
 
 
-def answers(view: Questions, scores: Sequence[np.ndarray], kind: str,
-            options: Any) -> list[Best]:
+def answer_questions(view: Questions, scores: Sequence[np.ndarray], kind: str,
+            options: Any) -> list[BestSpans]:
   """Returns the answer to each question of a view.
 
   There may be none where a question of the view has none.
@@ -150,7 +154,7 @@ def answers(view: Questions, scores: Sequence[np.ndarray], kind: str,
     options: max_answer_length, n_best and null_threshold.
   """
   # The windows of each question.
-  windows: list[list[Window]] = [[] for _ in view.questions]
+  windows: list[list[ContextWindow]] = [[] for _ in view.questions]
   for item, scores_L2 in zip(view.items, scores, strict=True):
     scores_L2 = np.asarray(scores_L2, np.float64)
     size = len(item.context)
@@ -158,7 +162,7 @@ def answers(view: Questions, scores: Sequence[np.ndarray], kind: str,
     shown_T2 = scores_L2[begin:begin + size]
     _, spans = view.contexts[item.asked]
     null = scores_L2[labelled.null_place(item, kind)].sum()
-    windows[item.asked].append(Window(
+    windows[item.asked].append(ContextWindow(
         starts_T=shown_T2[:, 0], ends_T=shown_T2[:, 1],
         spans_T2=spans[item.first:item.first + size], null=float(null)))
 
@@ -166,31 +170,32 @@ def answers(view: Questions, scores: Sequence[np.ndarray], kind: str,
   may_be_null = not all(question.answers for question in view.questions)
   chosen = []
   for (context, _), shown in zip(view.contexts, windows, strict=True):
-    chosen.append(best(context, windows=shown, most=options.max_answer_length,
+    chosen.append(choose_answer(context, windows=shown,
+                                most=options.max_answer_length,
                        count=options.n_best, may_be_null=may_be_null,
                        threshold=options.null_threshold))
   return chosen
 
 
-def normalised(answer: str) -> str:
+def normalize_answer(answer: str) -> str:
   """Returns what counts in an answer: its words, with one space between."""
   text = answer.lower().translate(_PUNCTUATION)
   return ' '.join(_ARTICLES.sub(' ', text).split())
 
 
-def score(answer: str, right: Sequence[str]) -> tuple[float, float]:
+def score_answer(answer: str, right: Sequence[str]) -> tuple[float, float]:
   """Returns the best `exact` and `f1` of an answer, from 0 to 1, over the right
   ones; (): '' is right."""
   # Right answers of punctuation or an article alone are left out, as in v2.0.
-  golds = [normalised(text) for text in right]
+  golds = [normalize_answer(text) for text in right]
   golds = [gold for gold in golds if gold] or ['']
-  predicted = normalised(answer)
+  predicted = normalize_answer(answer)
   exact = float(predicted in golds)
-  f1 = max(_f1(gold.split(), predicted.split()) for gold in golds)
+  f1 = max(_f1_of_words(gold.split(), predicted.split()) for gold in golds)
   return exact, f1
 
 
-def _f1(gold: Sequence[str], predicted: Sequence[str]) -> float:
+def _f1_of_words(gold: Sequence[str], predicted: Sequence[str]) -> float:
   """Returns the F1 of the words of an answer: 2 p r / (p + r), with the
   precision p = same / predicted and the recall r = same / gold."""
   if not gold or not predicted:
@@ -199,7 +204,7 @@ def _f1(gold: Sequence[str], predicted: Sequence[str]) -> float:
   return 2 * common.total() / (len(gold) + len(predicted))
 
 
-def rules(predictions: Sequence[str], right: Sequence[Sequence[str]]
+def squad_figures(predictions: Sequence[str], right: Sequence[Sequence[str]]
           ) -> dict[str, Any]:
   """Returns the figures of the official scripts, in percent.
 
@@ -215,7 +220,7 @@ def rules(predictions: Sequence[str], right: Sequence[Sequence[str]]
   # The exact match and F1 of each of the N questions.
   scores = []
   for answer, texts in zip(predictions, right, strict=True):
-    scores.append(score(answer, texts))
+    scores.append(score_answer(answer, texts))
   scores_N2 = np.array(scores)
 
   # Questions with and without an answer are measured apart, too.
@@ -235,29 +240,30 @@ def rules(predictions: Sequence[str], right: Sequence[Sequence[str]]
   return figures
 
 
-def figures(view: Questions, predictions: Sequence[Best]) -> dict[str, Any]:
+def measure_answers(view: Questions,
+                    predictions: Sequence[BestSpans]) -> dict[str, Any]:
   """Returns the figures of SQuAD's scripts, in percent."""
   # Over all questions.
   right = []
   for question in view.questions:
     right.append([text for text, _ in question.answers])
   chosen = [answer.text for answer in predictions]
-  overall = rules(chosen, right)
+  overall = squad_figures(chosen, right)
 
   # For each question.
   scores = []
   for answer, texts in zip(chosen, right):
-    scores.append(score(answer, texts))
+    scores.append(score_answer(answer, texts))
   scores_N2 = 100 * np.array(scores)
   names = []
   for question, (context, _) in zip(view.questions, view.contexts):
     names.append((question.question, context))
-  overall['items'] = {'exact': items.of(scores_N2[:, 0], names),
-                      'f1': items.of(scores_N2[:, 1], names)}
+  overall['items'] = {'exact': items.record_scores(scores_N2[:, 0], names),
+                      'f1': items.record_scores(scores_N2[:, 1], names)}
   return overall
 
 
-def lines(figures: dict[str, Any]) -> list[str]:
+def format_report(figures: dict[str, Any]) -> list[str]:
   """Returns `figures` for a reader."""
   parts = {'HasAns': 'of those with an answer', 'NoAns': 'without'}
   report = [f'{figures["total"]:,} questions']
@@ -270,7 +276,7 @@ def lines(figures: dict[str, Any]) -> list[str]:
   return report
 
 
-def check_ids(view: Questions) -> None:
+def check_question_ids(view: Questions) -> None:
   """Raises RequestError where `written` could not tell two questions apart.
   """
   names = [question.id for question in view.questions]
@@ -279,7 +285,8 @@ def check_ids(view: Questions) -> None:
           'by one')
 
 
-def written(view: Questions, predictions: Sequence[Best]) -> dict[str, str]:
+def format_prediction_files(view: Questions,
+                            predictions: Sequence[BestSpans]) -> dict[str, str]:
   """Returns the texts of three JSON files, by what stands in their names.
 
   '': {question: answer}, as evaluate-v2.0.py reads it; 'nbest': {question: the
@@ -291,18 +298,18 @@ def written(view: Questions, predictions: Sequence[Best]) -> dict[str, str]:
   odds = {}
   for question, answer in zip(view.questions, predictions):
     best_texts[question.id] = answer.text
-    stretches[question.id] = _n_best_json(answer)
+    stretches[question.id] = _spans_with_probabilities(answer)
     odds[question.id] = answer.null_minus_best
-  return {'': _json(best_texts), 'nbest': _json(stretches),
-          'null_odds': _json(odds)}
+  return {'': _format_json(best_texts), 'nbest': _format_json(stretches),
+          'null_odds': _format_json(odds)}
 
 
-def _json(by_question: dict[str, Any]) -> str:
+def _format_json(by_question: dict[str, Any]) -> str:
   """Returns the text of a JSON file."""
   return json.dumps(by_question, indent=1, ensure_ascii=False) + '\n'
 
 
-def _n_best_json(answer: Best) -> list[dict[str, Any]]:
+def _spans_with_probabilities(answer: BestSpans) -> list[dict[str, Any]]:
   """Returns the best stretches with their probabilities among one another, as
   the predictions of BERT's code have them."""
   scores = np.array([score for _, _, score in answer.stretches])

@@ -22,7 +22,7 @@ from common.errors import RequestError, require, short
 from training import evals, generate, objectives, progress
 from training.data import conversations, inputs
 from training.evals import Evaluation, scoring
-from training.evals.scoring import Question
+from training.evals.scoring import Continuation
 from training.hf import generation as hf_generation
 from training.workdir import checkpoints, storage
 
@@ -58,7 +58,7 @@ class Model(api.TemplateLM):
     config = evaluation.run.config
     model = evaluation.run.model
     tokens = evaluation.tokenizer
-    reason = scoring.unfit(config)
+    reason = scoring.why_not_scorable(config)
     require(not reason, f'{reason}, and lm_eval has nothing to ask')
     self.evaluation = evaluation
     self._tokens = tokens
@@ -124,8 +124,9 @@ class Model(api.TemplateLM):
     # lm_eval has read a number as an int already.
     step = arguments.pop('step')
     if step is not None:
-      step = checkpoints.parse_step(str(step))
-    evaluation = evals.load(workdir, names=(), options=None, step=step)
+      step = checkpoints.named_step(str(step))
+    evaluation = evals.load_evaluation(workdir, names=(), options=None,
+                                       step=step)
     return cls(evaluation, **arguments)
 
   @property
@@ -198,7 +199,8 @@ class Model(api.TemplateLM):
                       bool(answer.greedy.all())))
     return results
 
-  def _question(self, ids: Sequence[int], scored: int, text: str) -> Question:
+  def _question(self, ids: Sequence[int], scored: int,
+                text: str) -> Continuation:
     """Returns the question about the last `scored` of some tokens, of which the
     continuation `text` has as many."""
     require(scored > 0, f'the continuation {short(text)} has no token of its '
@@ -206,11 +208,12 @@ class Model(api.TemplateLM):
     require(scored <= self.max_length, f'the continuation {short(text)} has '
             f'{scored} tokens, and the model takes {self.max_length}')
     last = ids[-(self.max_length + 1):]
-    return Question(tokens=np.asarray(last, np.int32), scored=scored)
+    return Continuation(tokens=np.asarray(last, np.int32), scored=scored)
 
-  def _answer(self, questions: Sequence[Question]) -> list[scoring.Answer]:
+  def _answer(self,
+              questions: Sequence[Continuation]) -> list[scoring.TokenScores]:
     with self.evaluation.run.context():
-      return scoring.answer(questions, self.evaluation, 'scoring')
+      return scoring.score_continuations(questions, self.evaluation, 'scoring')
 
   def loglikelihood_rolling(self, requests: Sequence[Any],
                             disable_tqdm: bool = False) -> list[float]:
@@ -272,8 +275,8 @@ class Model(api.TemplateLM):
     # Contexts of about one length go through the model together.
     run = self.evaluation.run
     has_prefix = objectives.of(run.config).prefix
-    batches = list(scoring.padded(rows, room))
-    for chosen, tokens_BL, lengths_B in progress.show_items(batches, 'writing'):
+    batches = list(scoring.pad_into_batches(rows, room))
+    for chosen, tokens_BL, lengths_B in progress.each(batches, 'writing'):
       prefix = {}
       if has_prefix:
         prefix = {'prefix_B': lengths_B}

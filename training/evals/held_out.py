@@ -17,7 +17,8 @@ from training.objectives import pipeline
 from training.objectives import Mean
 
 
-def evaluate(step: Callable, params: Any, loaders: Sequence[pipeline.Loader],
+def sum_held_out(step: Callable, params: Any,
+                 loaders: Sequence[pipeline.Loader],
              batches: int, put: Callable, stop: Callable[[], bool]
              ) -> list[dict[str, Mean]] | None:
   """Returns the `sums` of what is held out, for `means`; None if stopped.
@@ -39,12 +40,12 @@ def evaluate(step: Callable, params: Any, loaders: Sequence[pipeline.Loader],
 
   try:
     # A signal may come in the middle of a source.
-    return [sums(results(loader)) for loader in loaders]
-  except progress.WorkStopped:
+    return [sum_figures(results(loader)) for loader in loaders]
+  except progress.Stopped:
     return None
 
 
-def sums(results: Iterable[dict[str, Mean]]) -> dict[str, Mean]:
+def sum_figures(results: Iterable[dict[str, Mean]]) -> dict[str, Mean]:
   """Returns {figure: Mean} of what a step returned of some batches, on the
   host."""
   total: Any = None
@@ -57,7 +58,7 @@ def sums(results: Iterable[dict[str, Mean]]) -> dict[str, Mean]:
   return total
 
 
-def means(totals: Sequence[dict[str, Mean]],
+def average_figures(totals: Sequence[dict[str, Mean]],
           loaders: Sequence[pipeline.Loader]) -> dict[str, float]:
   """Returns the figures of an evaluation: means over the sources by share.
 
@@ -78,14 +79,15 @@ def means(totals: Sequence[dict[str, Mean]],
   figures = {}
   for name in ['loss', *others]:
     if name in each[0]:
-      figures[name] = mix([one[name] for one in each], loaders)
+      figures[name] = mean_of_sources([one[name] for one in each], loaders)
 
   # The figures that follow from them.
   if objective.perplexity:
     with np.errstate(over='ignore'):
       figures['perplexity'] = float(np.exp(figures[objective.main]))
   if objective.every_token or objective.bound:
-    size = mix([loader.bytes_per_token for loader in loaders], loaders)
+    size = mean_of_sources([loader.bytes_per_token for loader in loaders],
+                           loaders)
     figures['bits_per_byte'] = figures['loss'] / (math.log(2) * size)
   if len(loaders) > 1:
     for loader, one in zip(loaders, each):
@@ -93,7 +95,8 @@ def means(totals: Sequence[dict[str, Mean]],
   return figures
 
 
-def names(step: Callable, params: Any, loaders: Sequence[pipeline.Loader],
+def list_figure_names(step: Callable, params: Any,
+                      loaders: Sequence[pipeline.Loader],
           put: Callable, part: Callable) -> list[str]:
   """Returns the names of the figures of an evaluation; none is done.
 
@@ -108,15 +111,16 @@ def names(step: Callable, params: Any, loaders: Sequence[pipeline.Loader],
   ones = jax.tree.map(lambda x: np.ones(x.shape), shapes)
   ones_of_run = part(ones, 0)
   of_sources = [ones_of_run] * len(loaders)
-  return list(means(of_sources, loaders))
+  return list(average_figures(of_sources, loaders))
 
 
-def shown(value: float) -> str:
+def format_figure(value: float) -> str:
   """Returns a figure as it is printed; n/a: there was nothing to average."""
   return 'n/a' if math.isnan(value) else f'{value:.4f}'
 
 
-def mix(values: Sequence[float], loaders: Sequence[pipeline.Loader]) -> float:
+def mean_of_sources(values: Sequence[float],
+                    loaders: Sequence[pipeline.Loader]) -> float:
   """Returns the mean of the sources' values, by their share."""
   shares = [loader.share for loader in loaders]
   return float(np.dot(shares, values) / sum(shares))

@@ -20,7 +20,7 @@ from training.data.tokenizers import Tokenizer
 from training.evals import Evaluation, held_out
 
 
-class Results(NamedTuple):
+class TaskResults(NamedTuple):
   """The results of the tasks of a run.
 
   Attributes:
@@ -32,7 +32,7 @@ class Results(NamedTuple):
   lines: list[str]
 
 
-class Tasks:
+class TasksInTraining:
   """The tasks of a run, or of a group of runs; see `of`.
 
   Args:
@@ -45,7 +45,7 @@ class Tasks:
 
   def __init__(self, run: runs.Run, tokenizer: Tokenizer):
     """Reads eval.tasks, which one process alone can do."""
-    self._names = evals.listed(run.config.eval.tasks)
+    self._names = evals.parse_task_names(run.config.eval.tasks)
     self._run = run
     self._tokenizer = tokenizer
     self._programs: dict = {}
@@ -55,19 +55,20 @@ class Tasks:
           f'one process, and there are {jax.process_count()}: leave it empty, '
           'and evaluate the checkpoints by eval.py')
 
-  def names(self, task: str, params: Any, workdir: epath.Path,
+  def list_figure_names(self, task: str, params: Any, workdir: epath.Path,
             stop: Callable[[], bool]) -> list[str] | None:
     """Returns the names of the figures of one of the tasks, as `of` does it;
     None where they are known without, and were compared with the config."""
-    if evals.task(task).figures is not None:
+    if evals.get_task(task).figure_names is not None:
       return None
-    results = self.of(params, 0, workdir, stop, [task])
+    results = self.run_for_member(params, 0, workdir, stop, [task])
     if results is None:  # stopped
       return None
     return list(results.figures)
 
-  def of(self, params: Any, n: int, workdir: epath.Path,
-         stop: Callable[[], bool], names: Sequence[str] = ()) -> Results | None:
+  def run_for_member(self, params: Any, n: int, workdir: epath.Path,
+         stop: Callable[[],
+                        bool], names: Sequence[str] = ()) -> TaskResults | None:
     """Does the tasks for one member.
 
     Args:
@@ -83,7 +84,7 @@ class Tasks:
     evaluation = Evaluation(
         run=self._run, params=params, step=n, tokenizer=self._tokenizer,
         options=None, workdir=workdir, programs=self._programs)
-    results = Results(figures={}, lines=[])
+    results = TaskResults(figures={}, lines=[])
     items = {}
     for name in names or self._names:
       # The task, whose lines are kept.
@@ -91,40 +92,41 @@ class Tasks:
       try:
         with (self._run.context(), progress.stop_work_of_run(stop),
               contextlib.redirect_stdout(printed)):
-          figures = evals.run(name, evaluation)
-      except progress.WorkStopped:
+          figures = evals.run_task(name, evaluation)
+      except progress.Stopped:
         return None
 
       # Its figures, and a line for a reader.
-      results.figures.update(numbers_of(figures, name))
+      results.figures.update(flatten_numbers(figures, name))
       if 'items' in figures:
         items[name] = {'items': figures['items']}
-      line = _line(name, figures) or printed.getvalue().rstrip()
+      line = _summarize_figures(name, figures) or printed.getvalue().rstrip()
       results.lines.append(line)
     if items:
-      evals.write(workdir / evals.ITEMS, {'step': n} | items)
+      evals.write_figures(workdir / evals.ITEMS_FILE, {'step': n} | items)
     return results
 
 
-def _line(task: str, figures: Mapping[str, Any]) -> str:
+def _summarize_figures(task: str, figures: Mapping[str, Any]) -> str:
   """Returns the fractions among the figures of a task, and not its counts, in a
   line; '': there are none."""
   shown = []
   for name, value in figures.items():
     is_number = isinstance(value, numbers.Real)
     if is_number and not isinstance(value, numbers.Integral):
-      shown.append(f'{name.replace("_", " ")} {held_out.shown(value)}')
+      shown.append(f'{name.replace("_", " ")} {held_out.format_figure(value)}')
   if not shown:
     return ''
   return f'{task}: {"  ".join(shown)}'
 
 
-def numbers_of(figures: Mapping[str, Any], prefix: str) -> dict[str, float]:
+def flatten_numbers(figures: Mapping[str, Any], prefix: str) -> dict[str,
+                                                                     float]:
   """Returns the numbers among figures, also of groups: {'labels/f1': 0.5}."""
   flat = {}
   for name, value in figures.items():
     if isinstance(value, Mapping):
-      flat |= numbers_of(value, f'{prefix}/{name}')
+      flat |= flatten_numbers(value, f'{prefix}/{name}')
     elif isinstance(value, numbers.Real):
       flat[f'{prefix}/{name}'] = value
   return flat

@@ -1,4 +1,4 @@
-"""A record of what a model computes of some tokens, as numpy arrays.
+"""A record of what a model computes as it reads some tokens, as numpy arrays.
 
 The model returns its arrays, from which the figures are worked out on the host.
 The letters of the shapes are those of README; N counts layers, and N + 1 what
@@ -7,7 +7,7 @@ query l gives key m. A row sums to 1, less the share of a learned sink, where
 the model has one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -20,38 +20,42 @@ import architectures
 from architectures.parts.config import ModelConfig
 from architectures.parts.heads import GeneratorConfig
 
-TOP = 5  # tokens of the logit lens
+NUM_LENS_TOKENS = 5  # likeliest tokens of each layer in the logit lens
 # Dettmers et al. 2022 (LLM.int8(), section 3): a feature is an outlier where
 # its magnitude reaches 6, in at least a quarter of the layers and for at least
 # 6 % of all tokens of all layers.
-MAGNITUDE = 6.0
-LAYERS = 0.25
-TOKENS = 0.06
+OUTLIER_MAGNITUDE = 6.0
+OUTLIER_SHARE_OF_LAYERS = 0.25
+OUTLIER_SHARE_OF_TOKENS = 0.06
 
 
-class Attention(NamedTuple):
-  """The attention of a stack's layers, to its own tokens or to the memory.
+class AttentionRecord(NamedTuple):
+  """The attention weights of the layers of a stack, and figures of them.
+
+  The stack (an encoder or a decoder) attends to its own tokens, or to the
+  encoder's output.
 
   Attributes:
     weights: [N, B, H, L, M], the weight that query l gives key m.
     entropy: [N, B, H, L], the entropy of each query's weights, in nats.
-    first: [N, B, H, L], the weight on the first token.
+    first_token: [N, B, H, L], the weight on the first token.
     sink: [N, B, H, L], the share of a learned sink.
-    previous: [N, B, H], the mean weight on the token before; attention to the
-      memory has None here and in the next one.
-    induction: [N, B, H], see `induction`; nan where no token repeats.
+    previous_token: [N, B, H], the mean weight on the token before the query;
+      None where a decoder attends to the encoder's output.
+    induction: [N, B, H], the score of `induction_score`, nan where no token
+      repeats; None where a decoder attends to the encoder's output.
   """
   weights: np.ndarray
   entropy: np.ndarray
-  first: np.ndarray
+  first_token: np.ndarray
   sink: np.ndarray
-  previous: np.ndarray | None = None
+  previous_token: np.ndarray | None = None
   induction: np.ndarray | None = None
 
 
-class Stream(NamedTuple):
-  """The residual stream of a stack: what the first layer is given, and what
-  each layer returns. Padding counts in none but `norms`.
+class ResidualStream(NamedTuple):
+  """Figures of the residual stream of a stack: of what the first layer is
+  given, and of what each layer returns. Padding counts in none but `norms`.
 
   Attributes:
     norms: [N + 1, B, L], the Euclidean norm of each token's state.
@@ -59,7 +63,7 @@ class Stream(NamedTuple):
     rms: [N + 1, B], the root of the mean square of a feature.
     peaks: [N + 1, B, D], the largest magnitude of each feature over tokens.
     outliers: bool [B, D], the features that are outliers by the criterion of
-      Dettmers et al. 2022; see `outliers`.
+      Dettmers et al. 2022; see `find_outlier_features`.
   """
   norms: np.ndarray
   median: np.ndarray
@@ -68,7 +72,7 @@ class Stream(NamedTuple):
   outliers: np.ndarray
 
 
-class Lens(NamedTuple):
+class LogitLens(NamedTuple):
   """The logit lens (nostalgebraist 2020): final norm and head, applied to what
   each layer returns. The last entry is the model's own prediction.
 
@@ -80,11 +84,11 @@ class Lens(NamedTuple):
   probabilities: np.ndarray
 
 
-class Experts(NamedTuple):
+class ExpertRouting(NamedTuple):
   """The decisions of the routers of a stack's layers of experts.
 
   Attributes:
-    layers: [n], which layers of the stack these are.
+    layers: [n], the numbers of these n layers in the stack.
     probabilities: [n, B, L, E], the probabilities of the router.
     chosen: bool [n, B, L, E], whether a token goes to an expert.
     gates: [n, B, L, E], the weight of the expert's output: 0 where it was not
@@ -98,38 +102,45 @@ class Experts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-  """The record of a model, which `of` returns.
+  """The record of a model that has read some tokens, by `inspect_model`.
 
-  Names are 'decoder' or 'encoder', or both where the model is an
-  encoder-decoder; its attention to the memory is called 'cross'.
+  The keys are 'decoder' or 'encoder', or both in an encoder-decoder, whose
+  attention to the encoder's output has the key 'cross'.
 
   Attributes:
-    tokens: int [B, L], by name.
-    real: bool [B, L], which of them are no padding, by name.
-    attention: the attention of the layers, by name.
-    stream: the residual stream, by name.
+    tokens: int [B, L], the tokens that each stack reads.
+    is_real: bool [B, L], which of them are no padding.
+    attention: the attention of the layers.
+    stream: the residual stream.
     lens: the logit lens of the stack that the head reads; None: the model has
       no head over the vocabulary.
-    experts: the experts of stacks that have layers of experts, by name.
+    experts: the routing, of stacks that have layers of experts.
   """
   tokens: dict[str, np.ndarray]
-  real: dict[str, np.ndarray]
-  attention: dict[str, Attention]
-  stream: dict[str, Stream]
-  lens: Lens | None
-  experts: dict[str, Experts]
+  is_real: dict[str, np.ndarray]
+  attention: dict[str, AttentionRecord]
+  stream: dict[str, ResidualStream]
+  lens: LogitLens | None
+  experts: dict[str, ExpertRouting]
 
 
 @functools.partial(jax.jit, static_argnames=('module', 'top'))
-def _look(module: nn.Module, params: Any, arrays: Mapping[str, jax.Array],
-          top: int) -> dict[str, Any]:
-  """Returns the arrays of a model that the record is made of.
+def _run_and_keep_layers(module: nn.Module, params: Any,
+                         arrays: Mapping[str, jax.Array], top: int
+                         ) -> dict[str, Any]:
+  """Runs a model once, and returns its arrays that the record is made of.
 
   Args:
     module: any model.
     params: its parameters.
     arrays: the module's arguments by name.
     top: how many tokens the logit lens gives; 0: there is none.
+
+  Returns:
+    `layers`, the states of the residual stream; `attention` and
+    `cross_attention`, the attention weights; `experts`, the decisions of the
+    routers; `lens`, (probabilities, ids) of each layer. What the model does not
+    have is missing.
   """
   output: Any = module.apply({'params': params}, keep_layers=True,
                              keep_attention=True, **arrays)
@@ -137,24 +148,26 @@ def _look(module: nn.Module, params: Any, arrays: Mapping[str, jax.Array],
   for name in ('layers', 'attention', 'cross_attention', 'experts'):
     if name in output.aux:
       kept[name] = output.aux[name]
-  # A generator's head reads no layer of the encoder.
-  if output.head is None or module.config.find(GeneratorConfig) or not top:
+
+  # The head of a generator (ELECTRA's) reads no layer of the encoder.
+  has_generator = module.config.find(GeneratorConfig)
+  if output.head is None or has_generator or not top:
     return kept
 
-  def likeliest(x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def likeliest_tokens(x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the probabilities and the ids of the likeliest tokens."""
     logits_BLV = output.head.logits(x_BLD)
-    count = min(top, logits_BLV.shape[-1])
-    return jax.lax.top_k(jax.nn.softmax(logits_BLV, -1), count)
+    num_tokens = min(top, logits_BLV.shape[-1])
+    return jax.lax.top_k(jax.nn.softmax(logits_BLV, -1), num_tokens)
 
   # One layer at a time: logits of all would be large.
-  kept['lens'] = jax.lax.map(likeliest, output.aux['readouts'])
+  kept['lens'] = jax.lax.map(likeliest_tokens, output.aux['readouts'])
   return kept
 
 
-def of(module: nn.Module, params: Any, arrays: Mapping[str, Any],
-       top: int = TOP) -> Inspection:
-  """Returns the record of a model.
+def inspect_model(module: nn.Module, params: Any, arrays: Mapping[str, Any],
+                  top: int = NUM_LENS_TOKENS) -> Inspection:
+  """Runs a model on some tokens, and returns the record of its layers.
 
   Args:
     module: any model.
@@ -162,96 +175,127 @@ def of(module: nn.Module, params: Any, arrays: Mapping[str, Any],
     arrays: the module's arguments by name.
     top: how many tokens the logit lens gives; 0: there is none.
   """
-  kept = jax.device_get(_look(module, params, dict(arrays), top))
+  kept = jax.device_get(_run_and_keep_layers(module, params, dict(arrays), top))
   config: ModelConfig = module.config  # type: ignore[attr-defined]
-  tokens, real = _inputs(config, arrays)
+  tokens, is_real = _tokens_by_stack(config, arrays)
 
-  # The arrays of each stack: the layers of all stacks follow one another.
-  kinds = _layers(config)
-  moe = {}
-  for name, layers in kinds.items():
-    moe[name] = np.flatnonzero([kind.ffn == 'moe' for kind in layers])
-  counts = [len(layers) for layers in kinds.values()]
-  states = _apart(kept['layers'], [count + 1 for count in counts])
-  weights = _apart(kept['attention'], counts)
-  routed = {}
+  # Which layers each stack has, and which of these have experts.
+  layer_kinds = _layers_by_stack(config)
+  num_layers = [len(kinds) for kinds in layer_kinds.values()]
+  expert_layers = {}
+  for stack, kinds in layer_kinds.items():
+    expert_layers[stack] = np.flatnonzero([kind.ffn == 'moe' for kind in kinds])
+  num_expert_layers = [len(layers) for layers in expert_layers.values()]
+
+  # The arrays of each stack: in those of the model, the layers of the stacks
+  # follow one another.
+  num_states = [count + 1 for count in num_layers]
+  states = _split_by_stack(kept['layers'], num_states)
+  weights = _split_by_stack(kept['attention'], num_layers)
+  routing = {}
   for field, arrays_of_layers in kept.get('experts', {}).items():
-    routed[field] = _apart(arrays_of_layers, [len(n) for n in moe.values()])
+    routing[field] = _split_by_stack(arrays_of_layers, num_expert_layers)
 
   # The figures of each stack.
   attention = {}
   stream = {}
   experts = {}
-  for i, name in enumerate(tokens):
-    attention[name] = _attention(weights[i])._replace(
-        previous=previous(weights[i], real[name]),
-        induction=induction(weights[i], tokens[name], real[name]))
-    stream[name] = _stream(states[i], real[name])
-    if len(moe[name]):
-      of_stack = {field: x[i] for field, x in routed.items()}
-      experts[name] = Experts(layers=moe[name], **of_stack)
+  for i, stack in enumerate(tokens):
+    attention[stack] = _measure_attention(weights[i])._replace(
+        previous_token=previous_token_weight(weights[i], is_real[stack]),
+        induction=induction_score(weights[i], tokens[stack], is_real[stack]))
+    stream[stack] = _measure_stream(states[i], is_real[stack])
+    if len(expert_layers[stack]):
+      routing_of_stack = {field: split[i] for field, split in routing.items()}
+      experts[stack] = ExpertRouting(layers=expert_layers[stack],
+                                     **routing_of_stack)
   if 'cross_attention' in kept:
-    attention['cross'] = _attention(np.asarray(kept['cross_attention']))
+    cross_weights = np.asarray(kept['cross_attention'])
+    attention['cross'] = _measure_attention(cross_weights)
   lens = None
   if 'lens' in kept:
     probabilities, ids = kept['lens']
-    lens = Lens(ids=ids, probabilities=probabilities)
-  return Inspection(tokens=tokens, real=real, attention=attention,
+    lens = LogitLens(ids=ids, probabilities=probabilities)
+  return Inspection(tokens=tokens, is_real=is_real, attention=attention,
                     stream=stream, lens=lens, experts=experts)
 
 
-def _layers(config: ModelConfig) -> dict[str, list]:
-  """Returns the kind of each layer, by stack, in the order in which the model
-  keeps them."""
-  kinds = config.layer_kinds
-  name = architectures.stack(config)
-  if name != 'encoder-decoder':
-    return {name: kinds(config.num_layers)}
-  return {'encoder': kinds(config.num_layers, causal=False),
-          'decoder': kinds(config.num_decoder_layers, cross=True)}
+def _layers_by_stack(config: ModelConfig) -> dict[str, Sequence]:
+  """Returns {'encoder' or 'decoder': the kind of each of its layers}, in the
+  order in which the model returns their arrays. A layer's kind is the fields of
+  the config that differ between layers."""
+  stack = architectures.stack(config)
+  if stack != 'encoder-decoder':
+    return {stack: config.layer_kinds(config.num_layers)}
+  return {'encoder': config.layer_kinds(config.num_layers, causal=False),
+          'decoder': config.layer_kinds(config.num_decoder_layers, cross=True)}
 
 
-def _inputs(config: ModelConfig, arrays: Mapping[str, Any]
-            ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-  """Returns tokens, and which are no padding, by stack."""
-  # The arguments that hold the tokens of a stack, and that are 0 on padding.
-  ids: dict[str, str]
-  masks: dict[str, tuple[str, ...]]
-  name = architectures.stack(config)
-  if name == 'encoder-decoder':
-    ids = {'encoder': 'tokens_BM', 'decoder': 'decoder_tokens_BL'}
-    masks = {'encoder': ('segment_ids_BM',),
-             'decoder': ('decoder_segment_ids_BL',)}
+def _tokens_by_stack(config: ModelConfig, arrays: Mapping[str, Any]
+                     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+  """Returns the tokens that each stack of a model reads, and which are real.
+
+  Args:
+    config: the config of the model.
+    arrays: the arguments of its module by name.
+
+  Returns:
+    Two dicts by stack, 'encoder' or 'decoder': the tokens, int [B, L]; and
+    which of them are no padding, bool [B, L].
+  """
+  # The arguments with the tokens of a stack, and those that are 0 on padding.
+  token_argument: dict[str, str]
+  mask_arguments: dict[str, tuple[str, ...]]
+  stack = architectures.stack(config)
+  if stack == 'encoder-decoder':
+    token_argument = {'encoder': 'tokens_BM', 'decoder': 'decoder_tokens_BL'}
+    mask_arguments = {'encoder': ('segment_ids_BM',),
+                      'decoder': ('decoder_segment_ids_BL',)}
+    # A decoder that is given no tokens reads those of the encoder.
     arrays = {'decoder_tokens_BL': arrays['tokens_BM'], **arrays}
   else:
-    ids = {name: 'tokens_BL'}
-    masks = {name: ('segment_ids_BL', 'valid_BL')}
+    token_argument = {stack: 'tokens_BL'}
+    mask_arguments = {stack: ('segment_ids_BL', 'valid_BL')}
 
-  # The masks of the call tell which tokens are real; without any, all are.
+  # A token is real unless a mask of the call is 0 on it.
   tokens = {}
-  real = {}
-  for stack in ids:
-    tokens[stack] = np.asarray(arrays[ids[stack]])
-    real[stack] = np.ones(tokens[stack].shape, bool)
-    for mask in masks[stack]:
+  is_real = {}
+  for name in token_argument:
+    tokens[name] = np.asarray(arrays[token_argument[name]])
+    is_real[name] = np.ones(tokens[name].shape, bool)
+    for mask in mask_arguments[name]:
       if mask in arrays:
-        real[stack] &= np.asarray(arrays[mask]) != 0
-  return tokens, real
+        is_real[name] &= np.asarray(arrays[mask]) != 0
+  return tokens, is_real
 
 
-def _apart(kept: Any, counts: list[int]) -> list[np.ndarray]:
-  """Returns the arrays of each stack, of layers that follow one another."""
+def _split_by_stack(arrays_of_layers: Any, counts: list[int]
+                    ) -> list[np.ndarray]:
+  """Splits the arrays of the layers of several stacks, one array a layer, which
+  follow one another.
+
+  Args:
+    arrays_of_layers: the array of each layer, [...].
+    counts: how many of them each stack has.
+
+  Returns:
+    An array for each stack, [count, ...]; for a count of 0, an empty one.
+  """
   stacks = []
-  first = 0
+  start = 0
   for count in counts:
-    end = first + count
-    stacks.append(np.stack(kept[first:end]) if count else np.zeros(0))
-    first = end
+    end = start + count
+    if count:
+      stacks.append(np.stack(arrays_of_layers[start:end]))
+    else:
+      stacks.append(np.zeros(0))
+    start = end
   return stacks
 
 
-def _attention(weights_NBHLM: np.ndarray) -> Attention:
-  """Returns the figures of maps of attention that hold for any tokens."""
+def _measure_attention(weights_NBHLM: np.ndarray) -> AttentionRecord:
+  """Returns the figures of attention weights that need no knowledge of the
+  tokens: the entropy, the weight on the first token, and the sink's share."""
   sink_NBHL = np.maximum(1 - weights_NBHLM.sum(-1, dtype=np.float64), 0)
 
   # The entropy of n keys that weigh the same is log n; a sink counts as a key.
@@ -261,46 +305,61 @@ def _attention(weights_NBHLM: np.ndarray) -> Attention:
   entropy_NBHL = -(p_NBHLM * log_p_NBHLM).sum(-1)
 
   # Models that have no sink keep one in the first token (Xiao et al. 2023).
-  return Attention(weights=weights_NBHLM, entropy=entropy_NBHL,
-                   first=weights_NBHLM[..., 0], sink=sink_NBHL)
+  return AttentionRecord(
+      weights=weights_NBHLM, entropy=entropy_NBHL,
+      first_token=weights_NBHLM[..., 0], sink=sink_NBHL)
 
 
-def _stream(states_NBLD: np.ndarray, real_BL: np.ndarray) -> Stream:
-  """Returns the figures of a residual stream; real_BL says which tokens are no
-  padding."""
+def _measure_stream(states_NBLD: np.ndarray, is_real_BL: np.ndarray
+                    ) -> ResidualStream:
+  """Returns the figures of a residual stream.
+
+  Args:
+    states_NBLD: what the first layer is given and what each layer returns.
+    is_real_BL: bool, which tokens are no padding.
+  """
   states_NBLD = np.asarray(states_NBLD, np.float32)
   median = []
   rms = []
   peaks = []
-  outlying = []
-  for b, real_L in enumerate(real_BL):
-    magnitudes_NTD = np.abs(states_NBLD[:, b, real_L])  # of the T real tokens
+  outliers = []
+  for b, is_real_L in enumerate(is_real_BL):
+    # The magnitudes of the T real tokens of the row.
+    magnitudes_NTD = np.abs(states_NBLD[:, b, is_real_L])
     median.append(np.median(magnitudes_NTD, (1, 2)))
     square_N = np.square(magnitudes_NTD).mean((1, 2))
     rms.append(np.sqrt(square_N))
     peaks.append(magnitudes_NTD.max(1))
-    outlying.append(outliers(magnitudes_NTD))
-  return Stream(
+    outliers.append(find_outlier_features(magnitudes_NTD))
+  return ResidualStream(
       norms=np.linalg.norm(states_NBLD, axis=-1),
       median=np.stack(median, 1), rms=np.stack(rms, 1),
-      peaks=np.stack(peaks, 1), outliers=np.stack(outlying))
+      peaks=np.stack(peaks, 1), outliers=np.stack(outliers))
 
 
-def previous(weights_NBHLM: np.ndarray, real_BL: np.ndarray) -> np.ndarray:
-  """Returns the mean weight on the token just before the query, [N, B, H];
-  the first token, which has none, and padding do not count."""
-  before_NBHL = np.diagonal(weights_NBHLM, offset=-1, axis1=-2, axis2=-1)
-  return mean_of_queries(before_NBHL, real_BL[:, 1:])
+def previous_token_weight(weights_NBHLM: np.ndarray, is_real_BL: np.ndarray
+                          ) -> np.ndarray:
+  """Returns the mean attention weight on the token just before the query,
+  [N, B, H]; the first token, which has none, and padding do not count."""
+  previous_NBHL = np.diagonal(weights_NBHLM, offset=-1, axis1=-2, axis2=-1)
+  return mean_over_queries(previous_NBHL, is_real_BL[:, 1:])
 
 
-def induction(weights_NBHLM: np.ndarray, tokens_BL: np.ndarray,
-              real_BL: np.ndarray) -> np.ndarray:
-  """Returns the prefix-matching score of each head, [N, B, H]: the weight on
-  the tokens that followed the query's token where it stood before, as a mean
-  over the queries that stood before; nan where none did.
+def induction_score(weights_NBHLM: np.ndarray, tokens_BL: np.ndarray,
+                    is_real_BL: np.ndarray) -> np.ndarray:
+  """Returns the prefix-matching score of each head, [N, B, H].
 
-  On random tokens that come twice it is that of Olsson et al. 2022, of whom a
-  head that scores near 1 is called an induction head.
+  Where the query's token stood earlier in the row, the score is the attention
+  weight on the tokens that followed it there. It is averaged over the queries
+  whose token stood earlier; nan where none did.
+
+  On random tokens that come twice it is the score of Olsson et al. 2022, who
+  call a head that scores near 1 an induction head.
+
+  Args:
+    weights_NBHLM: the attention weights.
+    tokens_BL: the tokens, which are both queries and keys.
+    is_real_BL: bool, which tokens are no padding.
   """
   # follows[b, l, m]: token m - 1 is that of query l, and m is not after l.
   L = tokens_BL.shape[1]
@@ -308,22 +367,28 @@ def induction(weights_NBHLM: np.ndarray, tokens_BL: np.ndarray,
   follows_BLM = np.zeros_like(same_BLM)
   follows_BLM[..., 1:] = same_BLM[..., :-1]
   follows_BLM &= np.tri(L, k=-1, dtype=bool)
-  follows_BLM &= real_BL[:, :, None]
+  follows_BLM &= is_real_BL[:, :, None]
 
   matched_NBHL = (weights_NBHLM * follows_BLM[None, :, None]).sum(-1)
-  return mean_of_queries(matched_NBHL, follows_BLM.any(-1))
+  return mean_over_queries(matched_NBHL, follows_BLM.any(-1))
 
 
-def mean_of_queries(values_NBHL: np.ndarray, counted_BL: np.ndarray
-                    ) -> np.ndarray:
-  """Returns the mean over the queries that count, [N, B, H]; nan of none."""
+def mean_over_queries(values_NBHL: np.ndarray, counted_BL: np.ndarray
+                      ) -> np.ndarray:
+  """Returns the mean of a value of each query over the queries that count,
+  [N, B, H]; nan where none counts.
+
+  Args:
+    values_NBHL: the value of each query, by layer, row and head.
+    counted_BL: bool, which queries of each row count.
+  """
   counted_BHL = np.broadcast_to(counted_BL[:, None], values_NBHL.shape[1:])
   sums_NBH = (values_NBHL * counted_BHL).sum(-1, dtype=np.float64)
   with np.errstate(invalid='ignore'):
     return sums_NBH / counted_BHL.sum(-1)
 
 
-def outliers(states_NLD: np.ndarray) -> np.ndarray:
+def find_outlier_features(states_NLD: np.ndarray) -> np.ndarray:
   """Returns which features are outliers by the criterion of Dettmers et al.
   2022, bool [D].
 
@@ -331,7 +396,11 @@ def outliers(states_NLD: np.ndarray) -> np.ndarray:
     states_NLD: the residual stream of one row, without padding: what the first
       layer is given and what each layer returns.
   """
-  large_NLD = np.abs(states_NLD) >= MAGNITUDE
-  layers_D = large_NLD.any(1).mean(0)  # the share of layers with such a token
-  tokens_D = large_NLD.mean((0, 1))  # the share of tokens of all layers
-  return (layers_D >= LAYERS) & (tokens_D >= TOKENS)
+  is_large_NLD = np.abs(states_NLD) >= OUTLIER_MAGNITUDE
+  # The share of layers in which some token is large, and the share of tokens
+  # of all layers that are.
+  share_of_layers_D = is_large_NLD.any(1).mean(0)
+  share_of_tokens_D = is_large_NLD.mean((0, 1))
+  in_many_layers_D = share_of_layers_D >= OUTLIER_SHARE_OF_LAYERS
+  of_many_tokens_D = share_of_tokens_D >= OUTLIER_SHARE_OF_TOKENS
+  return in_many_layers_D & of_many_tokens_D

@@ -21,7 +21,7 @@ from training import evals
 from training.workdir import storage
 
 
-def of(scores: Sequence[float], names: Iterable[Any],
+def record_scores(scores: Sequence[float], names: Iterable[Any],
        weights: Sequence[float] | None = None) -> dict[str, Any]:
   """Returns the record of a figure, which is the mean of `scores` by `weights`.
 
@@ -37,7 +37,8 @@ def of(scores: Sequence[float], names: Iterable[Any],
   return record
 
 
-def of_samples(results: Mapping[str, Any], samples: Sequence[Mapping]
+def record_lm_eval_samples(results: Mapping[str, Any],
+                           samples: Sequence[Mapping]
                ) -> dict[str, dict]:
   """Returns the records of the figures of a task of lm_eval that are means of
   what its samples score; a perplexity is none.
@@ -59,11 +60,11 @@ def of_samples(results: Mapping[str, Any], samples: Sequence[Mapping]
     # A figure that is not the mean of its scores is a perplexity, or the like.
     if np.isclose(np.mean(scores), value):
       names = [row['doc_hash'] for row in rows]
-      records[called(name)] = of(scores, names)
+      records[shorten_figure_name(name)] = record_scores(scores, names)
   return records
 
 
-def called(name: str) -> str:
+def shorten_figure_name(name: str) -> str:
   """Returns what a figure of lm_eval is called without the name of a filter
   that does nothing."""
   figure, _, kind = name.partition(',')
@@ -72,7 +73,7 @@ def called(name: str) -> str:
   return f'{figure} ({kind})'
 
 
-def paired(pairs: Iterable[Sequence[Mapping | None]]
+def pair_scores(pairs: Iterable[Sequence[Mapping | None]]
            ) -> tuple[np.ndarray, np.ndarray, Any] | None:
   """Returns the scores of the first and of the second of each pair of records,
   [pairs, items], and the weights of the items; None where a record is, or they
@@ -87,15 +88,15 @@ def paired(pairs: Iterable[Sequence[Mapping | None]]
     return None
   if len({record['of'] for record in every}) > 1:
     return None
-  return _scores(first), _scores(second), every[0].get('weights')
+  return _stack_scores(first), _stack_scores(second), every[0].get('weights')
 
 
-def _scores(records: Iterable[Mapping]) -> np.ndarray:
+def _stack_scores(records: Iterable[Mapping]) -> np.ndarray:
   """Returns the scores of records of the same items, [records, items]."""
   return np.array([record['scores'] for record in records], float)
 
 
-def read(path: pathlib.Path) -> dict[str, dict]:
+def read_records(path: pathlib.Path) -> dict[str, dict]:
   """Returns the records that a file of eval.py's --json holds; or the folder of
   a run (eval.json, and what was evaluated in training), or of lm_eval's
   --output_path with --log_samples: by TASK/FIGURE.
@@ -105,7 +106,7 @@ def read(path: pathlib.Path) -> dict[str, dict]:
   """
   # Files of eval.py, and of the last evaluation in training.
   records: dict[str, dict] = {}
-  files = [path / 'eval.json', path / evals.ITEMS]
+  files = [path / 'eval.json', path / evals.ITEMS_FILE]
   if path.is_file():
     files = [path]
   for file in files:
@@ -128,7 +129,7 @@ def read(path: pathlib.Path) -> dict[str, dict]:
     results = storage.read_json(summary)['results'][task]
     samples = []
     for line in file.read_text().splitlines():
-      samples.append(storage.parse_json_object(line, str(file)))
-    for name, record in of_samples(results, samples).items():
+      samples.append(storage.parse(line, str(file)))
+    for name, record in record_lm_eval_samples(results, samples).items():
       records[f'{task}/{name}'] = record
   return records

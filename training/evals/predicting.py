@@ -104,7 +104,7 @@ def of_words(view: records.Sentences, scores: Sequence[np.ndarray]
   return predicted
 
 
-def of_best(best: answers.Best) -> Answer:
+def of_best(best: answers.BestSpans) -> Answer:
   """Returns the answer that was chosen of the best ones."""
   scores = [score for _, _, score in best.stretches]
   none = best.null_minus_best
@@ -162,7 +162,7 @@ def predict(module: Any, params: Any, config: objectives.Config, tokenizer: Any,
   del scores[len(view):]
   if kind != 'question_answering':
     return OF_VIEW[kind](view, scores)
-  best = answers.answers(view, scores=scores,
+  best = answers.answer_questions(view, scores=scores,
                          kind=architectures.stack(module.config),
                          options=options)
   return [of_best(one) for one in best]

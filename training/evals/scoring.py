@@ -23,11 +23,11 @@ from training.distributed import devices
 from training.evals import Evaluation
 from training.objectives import losses
 
-SHORTEST = 8
-TOKENS = 2 ** 12  # of a batch, padding included
+SHORTEST_ROW = 8
+TOKENS_OF_BATCH = 2 ** 12  # of a batch, padding included
 
 
-class Question(NamedTuple):
+class Continuation(NamedTuple):
   """Some tokens, the last `scored` of which are to be judged.
 
   Attributes:
@@ -38,7 +38,7 @@ class Question(NamedTuple):
   scored: int
 
 
-class Answer(NamedTuple):
+class TokenScores(NamedTuple):
   """The answer to a question: of each token that was scored, [scored].
 
   Attributes:
@@ -49,7 +49,7 @@ class Answer(NamedTuple):
   greedy: np.ndarray
 
 
-class Shape(NamedTuple):
+class BatchShape(NamedTuple):
   """The shape that a program is compiled for.
 
   Attributes:
@@ -65,7 +65,7 @@ class Shape(NamedTuple):
 Row = list[int]  # the numbers of the questions about one text
 
 
-def unfit(config: ml_collections.ConfigDict) -> str:
+def why_not_scorable(config: ml_collections.ConfigDict) -> str:
   """Returns why the model of a run cannot be asked; '': it can."""
   objective = objectives.of(config)
   if objective.stacks == ('decoder',) and objective.writes:
@@ -74,8 +74,9 @@ def unfit(config: ml_collections.ConfigDict) -> str:
           'model that writes text, so a text has no probability')
 
 
-def answer(questions: Sequence[Question], evaluation: Evaluation, doing: str
-           ) -> list[Answer]:
+def score_continuations(questions: Sequence[Continuation],
+                        evaluation: Evaluation, doing: str
+           ) -> list[TokenScores]:
   """Returns the answers in the order of the questions.
 
   Args:
@@ -84,13 +85,15 @@ def answer(questions: Sequence[Question], evaluation: Evaluation, doing: str
     doing: what is done, for who watches.
   """
   prefix = objectives.of(evaluation.run.config).prefix
-  step = evaluation.program(_program(evaluation, prefix), 'scoring')
-  most = max(SHORTEST, evaluation.run.model.max_len)
-  groups = list(batches(questions, most=most, apart=prefix,
+  step = evaluation.jit_once(_make_score_function(evaluation, prefix),
+                             'scoring')
+  most = max(SHORTEST_ROW, evaluation.run.model.max_len)
+  groups = list(group_into_batches(questions, most=most, apart=prefix,
                         shards=evaluation.run.mesh.size))
-  answers: dict[int, Answer] = {}
-  for shape, rows in progress.show_items(groups, doing):
-    batch = devices.put(_batch(shape, rows, questions), evaluation.run.place)
+  answers: dict[int, TokenScores] = {}
+  for shape, rows in progress.each(groups, doing):
+    batch = devices.put(_make_batch(shape, rows, questions),
+                        evaluation.run.place)
     losses_P, greedy_P = jax.device_get(step(evaluation.params, batch))
 
     # The places P are those of one question after the other.
@@ -98,14 +101,15 @@ def answer(questions: Sequence[Question], evaluation: Evaluation, doing: str
     for row in rows:
       for i in row:
         here = slice(at, at + questions[i].scored)
-        answers[i] = Answer(log_probs=-losses_P[here].astype(np.float64),
+        answers[i] = TokenScores(log_probs=-losses_P[here].astype(np.float64),
                             greedy=greedy_P[here])
         at = here.stop
   return [answers[i] for i in range(len(questions))]
 
 
-def batches(questions: Sequence[Question], most: int, shards: int,
-            apart: bool = False) -> Iterator[tuple[Shape, list[Row]]]:
+def group_into_batches(questions: Sequence[Continuation], most: int,
+                       shards: int,
+            apart: bool = False) -> Iterator[tuple[BatchShape, list[Row]]]:
   """Yields (shape, rows) of each batch, the longest first, so that what is too
   large for a device is so at once.
 
@@ -125,53 +129,54 @@ def batches(questions: Sequence[Question], most: int, shards: int,
   by_length: dict[int, list[Row]] = {}
   for row in rows.values():
     length = len(questions[row[0]].tokens) - 1
-    by_length.setdefault(rounded(length, most), []).append(row)
+    by_length.setdefault(padded_length(length, most), []).append(row)
 
   def places(row: Row) -> int:
     """Returns how many places the questions of a row ask about."""
     return sum(questions[i].scored for i in row)
 
   # Groups of rows that ask about as many places as each other.
-  multiple = int(np.lcm(SHORTEST, shards))
+  multiple = int(np.lcm(SHORTEST_ROW, shards))
   for length, several in sorted(by_length.items(), reverse=True):
     several.sort(key=places, reverse=True)
-    count = -(-len(several) // max(TOKENS // length, 1))
+    count = -(-len(several) // max(TOKENS_OF_BATCH // length, 1))
     groups = [several[i::count] for i in range(count)]
     most_places = 0
     for group in groups:
       most_places = max(most_places, sum(map(places, group)))
-    shape = Shape(rows=_up(len(groups[0]), shards), length=length,
-                  places=_up(most_places, multiple))
+    shape = BatchShape(rows=_round_up(len(groups[0]), shards), length=length,
+                  places=_round_up(most_places, multiple))
     for group in groups:
       yield shape, group
 
 
-def _up(number: int, multiple: int) -> int:
+def _round_up(number: int, multiple: int) -> int:
   """Returns the least multiple of `multiple` that is as large as a number."""
   return -(-number // multiple) * multiple
 
 
-def rounded(length: int, most: int) -> int:
+def padded_length(length: int, most: int) -> int:
   """Returns the least of 8, 12, 16, 24, 32, 48, ... that is as long."""
-  power = max(SHORTEST, 1 << (length - 1).bit_length())
+  power = max(SHORTEST_ROW, 1 << (length - 1).bit_length())
   smaller = power * 3 // 4
-  if max(length, SHORTEST) <= smaller:
+  if max(length, SHORTEST_ROW) <= smaller:
     return min(smaller, most)
   return min(power, most)
 
 
-def padded(rows: Mapping[int, np.ndarray], most: int
+def pad_into_batches(rows: Mapping[int, np.ndarray], most: int
            ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
   """Yields (which rows, tokens [B, L], lengths [B]) of batches of few shapes,
   the longest first; in what fills a batch up, a row has one token."""
   # Rows of similar lengths, of which all are padded to one.
   by_length: dict[int, list[int]] = {}
   for i, row in rows.items():
-    length = rounded(len(row), most)
+    length = padded_length(len(row), most)
     by_length.setdefault(length, []).append(i)
   for length, group in sorted(by_length.items(), reverse=True):
     # A batch has about TOKENS tokens, and a power of two rows if these are few.
-    count = min(max(TOKENS // length, 1), 1 << (len(group) - 1).bit_length())
+    count = min(max(TOKENS_OF_BATCH // length, 1),
+                1 << (len(group) - 1).bit_length())
     for start in range(0, len(group), count):
       chosen = group[start:start + count]
       tokens_BL = np.zeros((count, length), np.int32)
@@ -182,7 +187,8 @@ def padded(rows: Mapping[int, np.ndarray], most: int
       yield chosen, tokens_BL, lengths_B
 
 
-def _batch(shape: Shape, rows: list[Row], questions: Sequence[Question]
+def _make_batch(shape: BatchShape, rows: list[Row],
+                questions: Sequence[Continuation]
            ) -> dict[str, np.ndarray]:
   """Returns the arrays of a batch.
 
@@ -215,7 +221,7 @@ def _batch(shape: Shape, rows: list[Row], questions: Sequence[Question]
   return batch
 
 
-def _program(evaluation: Evaluation, prefix: bool):
+def _make_score_function(evaluation: Evaluation, prefix: bool):
   """Returns score(params, batch) of a decoder, which is a prefix LM or not."""
   # With a capacity, a text's probability would hang on the batch.
   model = without_capacity(evaluation.run.model)

@@ -82,7 +82,8 @@ def test_items_are_compared_by_the_mean_of_sizes_of_each_seed():
 
   def with_documents(x):
     scores = losses[x.variant, x.size, x.seed] = rng.normal(3, 0.1, 4)
-    return x._replace(items={'loss': items.of(scores, tokens, tokens)})
+    record = items.record_scores(scores, tokens, tokens)
+    return x._replace(items={'loss': record})
 
   outcomes = [*map(with_documents, _phase(
       'confirm', _values(), lost=[('b', 0, 0)]))]
@@ -97,7 +98,7 @@ def test_items_are_compared_by_the_mean_of_sizes_of_each_seed():
     alone = statistics.crossed(table.mean(0)[None], tokens)
     assert row.item_noise == pytest.approx((alone.high - alone.low) / 2)
   # Where they are not the same, or not known, nothing is said.
-  other = items.of([1.0] * 4, tokens[::-1], tokens[::-1])
+  other = items.record_scores([1.0] * 4, tokens[::-1], tokens[::-1])
   for first in ({'loss': other}, {}):
     row = decide.confirm_variants(PLAN, [outcomes[0]._replace(items=first),
                                          *outcomes[1:]])[0]

@@ -275,7 +275,7 @@ def test_figures_of_tasks_are_the_same_whenever_they_were_done():
            'labels': {'f1': 0.5, 'by_label': {'a': 0.25}}}
   row = dict(step=8, split='eval', **{'other/f1': 0.7})
   for task, values in tasks.items():
-    row |= in_training.numbers_of(values, task)
+    row |= in_training.flatten_numbers(values, task)
   during = curves.Run(0, 'done', '', {
       'train.steps': 8, 'eval.tasks': 'lm_eval:mmlu,labels,gone'},
                       (row | {'step': 4, 'labels/f1': 0.1}, row), {})

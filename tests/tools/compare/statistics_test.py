@@ -274,10 +274,10 @@ def test_runs_of_seeds_are_compared_over_seeds_and_items(tmp_path):
       folder.mkdir(parents=True)
       for file, task, scored in (
           ('eval.json', 'documents', {
-              'loss': eval_items.of(losses_Q, [1], weights)}),
+              'loss': eval_items.record_scores(losses_Q, [1], weights)}),
           ('items.json', 'probe', {
-              'accuracy': eval_items.of(losses_Q, [seed]),
-              'rows_right': eval_items.of(losses_Q > 0, [name])})):
+              'accuracy': eval_items.record_scores(losses_Q, [seed]),
+              'rows_right': eval_items.record_scores(losses_Q > 0, [name])})):
         (folder / file).write_text(json.dumps({
             'step': 8, task: {'items': scored}}))
   a, b = str(tmp_path / 'a'), str(tmp_path / 'b')

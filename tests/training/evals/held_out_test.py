@@ -60,7 +60,7 @@ def judged(c, loss_of):
     return {'loss': objectives.Mean(
         (loss_of(batch['targets']) * weights).sum(), weights.sum())}
   loaders = pipeline.held_out(c, BYTES)
-  return held_out.means(held_out.evaluate(
+  return held_out.average_figures(held_out.sum_held_out(
       step, None, loaders, 0, runs.build(
           c, runs.resolve_model(c, BYTES)[0], evaluations.one_device()).put,
       lambda: False), loaders)
@@ -75,7 +75,7 @@ def test_evaluations_share_a_program_where_its_inputs_alone_differ():
     evaluation = evals.Evaluation(
         run=types.SimpleNamespace(config=config, model=None), params=None,
         step=0, tokenizer=None, options=None, workdir=None, programs=programs)
-    return evaluation.program(abs, 'loss')
+    return evaluation.jit_once(abs, 'loss')
 
   config = base.base()
   first = program(config)
@@ -97,15 +97,16 @@ def test_a_text_that_is_named_is_evaluated_whole(folder, monkeypatch):
   monkeypatch.setattr(runs, 'load_run_config', lambda _: c)
   restored = types.SimpleNamespace(state=None, step=0, what='')
   monkeypatch.setattr(
-      parameters, 'read_parameters_of_run', lambda run, **_: restored)
-  evaluation = evals.load(folder, ['loss'], None, step=None,
-                               text=f'text:{folder}/[bc].txt')
+      parameters, 'of_run', lambda run, **_: types.SimpleNamespace(
+          state=None, step=0, what=''))
+  evaluation = evals.load_evaluation(folder, ['loss'], None, step=None,
+                                     text=f'text:{folder}/[bc].txt')
   loader, = pipeline.held_out(evaluation.run.config, BYTES)
   assert loader.num_tokens == 120 + 60 + 2
   with pytest.raises(RequestError, match='its layers are run once'):
-    evals.load(folder, ['loss'], None, step=None, passes=6)
+    evals.load_evaluation(folder, ['loss'], None, step=None, passes=6)
   c.model.update(loop='add', loops=dict(passes=3, gradient_passes=2))
-  run = evals.load(folder, ['loss'], None, step=None, passes=6).run
+  run = evals.load_evaluation(folder, ['loss'], None, step=None, passes=6).run
   assert run.model.part(LoopsConfig).passes == 6 and c.model.loops.passes == 3
 
 
@@ -145,7 +146,8 @@ def test_each_token_that_training_evaluates_is_of_its_document(
   c.data.update(source=source, eval_source=source, length=16, batch_size=3)
   c.eval.batches = batches
   of_letter = lambda ids: (ids - 96) * (ids < 256) / 10
-  monkeypatch.setattr(loss_task, 'documents_program', lambda module, config: (
+  monkeypatch.setattr(
+      loss_task, 'make_token_loss_function', lambda module, config: (
       lambda params, batch: jnp.stack([
           of_letter(batch['targets']) * batch['weights'], batch['weights']])))
   figures = evaluations.run('documents', evaluations.make(c))
@@ -167,14 +169,15 @@ def test_each_token_that_training_evaluates_is_of_its_document(
   # As it trains, a run keeps them in its folder.
   c.eval.tasks = 'documents'
   made = evaluations.make(c, tmp_path)
-  assert in_training.Tasks(made.run, made.tokenizer).of(
+  assert in_training.TasksInTraining(made.run, made.tokenizer).run_for_member(
       made.params, 3, tmp_path, lambda: False).figures == {
           'documents/loss': figures['loss']}
-  assert items.read(tmp_path) == {'documents/loss': figures['items']['loss']}
+  assert items.read_records(tmp_path) == {
+      'documents/loss': figures['items']['loss']}
   if not batches:
     assert tokens(figures) * weights.sum() == pytest.approx(
         [n + 1 for n in letters])
-    monkeypatch.setattr(loss_task, 'DOCUMENTS', 4)  # two by two
+    monkeypatch.setattr(loss_task, 'MOST_DOCUMENT_GROUPS', 4)  # two by two
     assert nats_of(evaluations.run('documents', evaluations.make(c))
                    ) == pytest.approx(nats.reshape(3, 2).sum(1))
 
@@ -194,7 +197,7 @@ def test_extrapolation_counts_the_tokens_that_there_are(folder, capsys):
   rows = {line.split()[0]: line.split()[1:]
           for line in capsys.readouterr().out.splitlines()[2:4]}
   assert rows['tokens'] == ['61'] * 4
-  for place, multiple in enumerate(extrapolation.MULTIPLES):
+  for place, multiple in enumerate(extrapolation.LENGTH_MULTIPLES):
     tokens = figures['texts'][str(multiple)]['tokens']
     length = 16 * multiple
     assert sum(tokens) == 61 and (np.array(tokens) > 0).sum() == min(length, 61)
@@ -280,10 +283,11 @@ def test_what_no_training_can_do_is_refused(texts, fields, sentence):
 
 def test_levels_of_training_then_longer_rows():
   settings = probes.Settings(41, tuple(range(1, 21)), 16, 100, 100)
-  cells = list(probe_task.cells(settings, grows=True))
+  cells = list(probe_task.list_cells(settings, grows=True))
   assert [cell.level for cell in cells] == [1, 5, 9, 12, 16, 20, 40, 80]
   assert [cell.length for cell in cells][-3:] == [41, 82, 164]
-  fixed = list(probe_task.cells(settings._replace(levels=(3,)), grows=False))
+  fixed = list(probe_task.list_cells(settings._replace(levels=(3,)),
+                                     grows=False))
   assert [tuple(cell) for cell in fixed] == [
       (3, 41, 1), (3, 82, 2), (3, 164, 4)]
 
@@ -298,7 +302,8 @@ def test_a_constant_answer_is_not_chosen_on_what_it_is_scored_on():
       held_out=probe_task.CONSTANT_ROWS), 'eval', 0)
   counts = np.bincount([row.targets[row.asked][0] for row in rows])
   assert counts.max() / probe_task.CONSTANT_ROWS > 1 / 60 + 0.003
-  assert probe_task.constant(config) == pytest.approx(1 / 60, abs=0.003)
+  score = probe_task.score_constant_answer(config)
+  assert score == pytest.approx(1 / 60, abs=0.003)
 
 
 def test_counts_are_those_of_numpy():
@@ -314,7 +319,7 @@ def test_counts_are_those_of_numpy():
       head=heads.Head(jnp.eye(5)))
   module = types.SimpleNamespace(apply=lambda *_: output)
   objective = objectives.OBJECTIVES['probe']
-  counts = jax.jit(probe_task._counts(module, objective))({}, dict(
+  counts = jax.jit(probe_task._make_count_function(module, objective))({}, dict(
       tokens=tokens, targets=targets, weights=asked.astype(np.float32)))
   right = (answers == targets)
   assert counts.tolist() == [

@@ -60,16 +60,16 @@ def test_heads_that_were_built_are_found(built):
   attention = built[1].attention['decoder']
   queries = np.ones((2, L), bool)
   queries[:, 0] = False  # it sees but itself
-  np.testing.assert_allclose(attention.previous[0],
+  np.testing.assert_allclose(attention.previous_token[0],
                              [[1, 1 / (L - 1)]] * 2, atol=1e-3)
   np.testing.assert_allclose(
-      measures.mean_of_queries(attention.first, queries)[0],
+      measures.mean_over_queries(attention.first_token, queries)[0],
       [[1 / (L - 1), 1]] * 2, atol=1e-3)
   assert (attention.entropy[0] < 1e-2).all()
   uniform_L = np.log(np.arange(1, L + 1))
   np.testing.assert_allclose(attention.entropy[1],
                              np.broadcast_to(uniform_L, (2, 2, L)), atol=1e-5)
-  np.testing.assert_allclose(attention.previous[1],
+  np.testing.assert_allclose(attention.previous_token[1],
                              (1 / np.arange(2, L + 1)).mean(), atol=1e-6)
   assert (attention.sink < 1e-6).all()
 
@@ -79,11 +79,11 @@ def test_induction_is_the_weight_on_what_followed():
   tokens_BL = np.array([[7, 8, 9, 7, 8, 5, 9, 7]])
   real_BL = np.array([[1] * 7 + [0]], bool)
   weights = np.random.default_rng(0).dirichlet(np.ones(8), size=(1, 1, 2, 8))
-  scores = measures.induction(weights, tokens_BL, real_BL)
+  scores = measures.induction_score(weights, tokens_BL, real_BL)
   w_HLM = weights[0, 0]
   np.testing.assert_allclose(
       scores[0, 0], (w_HLM[:, 3, 1] + w_HLM[:, 4, 2] + w_HLM[:, 6, 3]) / 3)
-  assert np.isnan(measures.induction(weights, np.arange(8)[None], real_BL)
+  assert np.isnan(measures.induction_score(weights, np.arange(8)[None], real_BL)
                   ).all()
 
 
@@ -111,7 +111,8 @@ def test_an_outlier_is_one_by_dettmers_criterion(layers, tokens, size, result):
   """Of 8 layers a quarter are 2; of the 80 tokens of all, 6 % are 4.8."""
   states = np.zeros((8, 10, 3), np.float32)
   states[:layers, :tokens, 1] = size
-  assert measures.outliers(states).tolist() == [False, result, False]
+  found = measures.find_outlier_features(states)
+  assert found.tolist() == [False, result, False]
 
 
 @pytest.mark.parametrize('system', [

@@ -37,7 +37,8 @@ def test_figures_are_those_of_their_formulas(count):
   rng = np.random.default_rng(count)
   right, scores = rng.integers(0, count, 40), rng.normal(size=(40, count))
   ours = scores.argmax(1)
-  measured = labels.of_scores(_view(right, tuple('abc'[:count])), [*scores])
+  measured = labels.measure_labels(_view(right, tuple('abc'[:count])),
+                                   [*scores])
   figures, f1 = measured.figures, []
   for k in range(count):
     hits = ((ours == k) & (right == k)).sum()
@@ -59,18 +60,18 @@ def test_correlations_are_those_of_their_formulas():
   rng = np.random.default_rng(0)
   right = rng.normal(size=30)
   ours = right + rng.normal(size=30)
-  figures = labels.of_numbers(_view(right), [*ours[:, None]]).figures
+  figures = labels.measure_numbers(_view(right), [*ours[:, None]]).figures
   assert figures['pearson'] == pytest.approx(np.corrcoef(right, ours)[0, 1])
   assert figures['mean_squared_error'] == pytest.approx(
       np.mean((right - ours) ** 2))
-  constant = labels.of_numbers(_view(right), [np.zeros(1)] * 30)
+  constant = labels.measure_numbers(_view(right), [np.zeros(1)] * 30)
   assert np.isnan(constant.figures['pearson'])
 
 
 def _of_texts(written):
   view = [seq2seq.Pair(np.frombuffer(b'text', np.uint8), None, True)
           for _ in written]
-  return labels.of_texts(view, written, types.SimpleNamespace(
+  return labels.measure_written_labels(view, written, types.SimpleNamespace(
       tokenizer=tokenizers.load('bytes')))
 
 
@@ -82,7 +83,7 @@ def test_a_text_that_is_no_label_is_never_right():
   assert json.loads(measured.files[''].splitlines()[2]) == {
       'texts': ['text'], 'label': 'yes', 'predicted': 'perhaps'}
   assert figures['accuracy'] == 0.5
-  assert figures['labels'] == ['no', 'yes', labels.NONE]
+  assert figures['labels'] == ['no', 'yes', labels.NO_LABEL]
   assert figures['f1'] == pytest.approx(2 * 1 / (1 + 3))
   numbers = _of_texts([
       (text, target, text == target) for text, target in (
@@ -148,7 +149,7 @@ def test_entities_are_measured_and_written(tmp_path):
   config = evaluation.run.config
   loader, = pipeline.held_out(config, evaluation.tokenizer, in_order=True)
   with evaluation.run.context():
-    scores = labels.scores(evaluation, loader)
+    scores = labels.compute_scores(evaluation, loader)
   record, (view,) = objectives.of(config), loader.views
   assert len(scores) == len(view) > config.data.batch_size
   apply = jax.jit(lambda batch: record.apply(
@@ -223,7 +224,7 @@ def test_rows_without_labels_get_the_predictions_of_those_with(
     ('The', ['a.', 'x'], 0, 0), ('x', ['a.', 'x'], 1, 1),
     ('a b b c', ['b b d', 'b c'], 0, 4 / 5)])
 def test_scores_by_the_official_rules(answer, right, exact, f1):
-  assert answers.score(answer, right) == pytest.approx((exact, f1))
+  assert answers.score_answer(answer, right) == pytest.approx((exact, f1))
 
 
 @pytest.mark.parametrize('may_be_null', [False, True])
@@ -234,10 +235,11 @@ def test_the_best_stretches_are_the_best_of_all(may_be_null):
   higher = 0
   for seed in range(20):
     rng = np.random.default_rng(seed)
-    windows = [answers.Window(rng.normal(size=e - f), rng.normal(size=e - f),
+    windows = [answers.ContextWindow(rng.normal(size=e - f),
+                                     rng.normal(size=e - f),
                               places[f:e], float(rng.normal(4, 2)))
                for f, e in records.windows(len(places), 12, 5)]
-    best = lambda null, threshold=0.0, windows=windows: answers.best(
+    best = lambda null, threshold=0.0, windows=windows: answers.choose_answer(
         context, windows, most=4, count=10, may_be_null=null,
         threshold=threshold)
     scores = {}
@@ -262,10 +264,11 @@ def test_the_best_stretches_are_the_best_of_all(may_be_null):
 
 def test_space_and_a_character_of_several_tokens_take_no_place_of_others():
   """A space scores the most, and the two tokens of one letter come next."""
-  window = answers.Window(np.array([9., 5, 5, 1]), np.array([9., 5, 5, 1]),
+  window = answers.ContextWindow(np.array([9., 5, 5, 1]),
+                                 np.array([9., 5, 5, 1]),
                           np.array([(0, 1), (1, 2), (1, 2), (2, 3)]), 0.0)
   for count in (1, 2):
-    answer = answers.best(' äb', [window], most=1, count=count,
+    answer = answers.choose_answer(' äb', [window], most=1, count=count,
                          may_be_null=False)
     assert answer.stretches == [('ä', 1, 10.0), ('b', 2, 2.0)][:count]
 
@@ -276,7 +279,7 @@ RIGHT = [['B-per', 'I-per', 'O', 'B-loc'], ['O', 'B-loc', 'I-loc', 'B-loc']]
 def test_entities_are_found_where_type_and_ends_are_right():
   tags = [['B-per', 'I-per', 'O', 'B-per'],  # one right, one of a wrong type
            ['O', 'B-loc', 'O', 'B-loc']]  # one too short, one right
-  figures, _ = labels.entities(RIGHT, tags)
+  figures, _ = labels.measure_entities(RIGHT, tags)
   assert (figures['precision'], figures['recall'], figures['f1']) == (.5,) * 3
   assert figures['entities'] == 4 and figures['strict_f1'] == 0.5
   assert figures['types']['loc'] == dict(
@@ -284,12 +287,12 @@ def test_entities_are_found_where_type_and_ends_are_right():
       entities=3)
   # conlleval's rule, which is the default, takes I after O as a beginning.
   tags = [['I-per', 'I-per', 'O', 'B-loc'], RIGHT[1]]
-  figures, _ = labels.entities(RIGHT, tags)
+  figures, _ = labels.measure_entities(RIGHT, tags)
   assert figures['f1'] == 1
   assert (figures['strict_precision'], figures['strict_recall']) == (1, 3 / 4)
 
 
 def test_many_labels_are_not_printed_one_by_one():
-  rows = [(str(i), str(i), True) for i in range(labels.MOST + 1)]
+  rows = [(str(i), str(i), True) for i in range(labels.MOST_PRINTED_LABELS + 1)]
   assert _of_texts(rows).lines[-1] == '  41 labels, whose figures --json writes'
   assert len(_of_texts(rows).figures['by_label']) == 41

@@ -93,7 +93,7 @@ def test_a_vector_is_pooled_of_the_text_alone(tmp_path, kind):
 def test_a_line_without_a_text_is_refused(tmp_path, name, content, sentence):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(RequestError, match=sentence):
-    reading.read(str(tmp_path / name))
+    reading.read_texts(str(tmp_path / name))
 
 
 VOCAB = ('[PAD] [UNK] [CLS] [SEP] [MASK] paris is the capital of france a city '
@@ -130,12 +130,13 @@ def test_a_mask_is_filled_with_the_likeliest_words(
   assert [line.strip() for line in shown.splitlines()
           if line.startswith('  ')] == lines
   letters = tokenizers.load('bytes')
-  assert [reading.readable(i, letters) for i in letters.encode(' \n')] == [
-      '␣', '↵']
+  spelled = [reading.spell_token_visibly(i, letters)
+             for i in letters.encode(' \n')]
+  assert spelled == ['␣', '↵']
   evaluation.options.prompt = '[MASK] ' + 'a ' * 13 + 'a'
-  monkeypatch.setattr(evals, 'load', lambda *_, **__: evaluation)
+  monkeypatch.setattr(evals, 'load_evaluation', lambda *_, **__: evaluation)
   with pytest.raises(RequestError, match='has 17 tokens.*max_len 16'):
-    evals.evaluate(tmp_path, ['loss', 'fill_mask'], evaluation.options)
+    evals.evaluate_run(tmp_path, ['loss', 'fill_mask'], evaluation.options)
   assert capsys.readouterr().out == ''  # before the loss is computed
 
 
@@ -151,19 +152,20 @@ def test_a_flag_that_no_task_reads_is_refused():
   """Whichever it is: each asks for its task, or is refused without it."""
   for flag in {flag.name for task in evals.TASKS.values()
                for flag in task.flags}:
-    readers = evals.readers(flag)
+    readers = evals.find_tasks_reading_flag(flag)
     for name, reader in readers.items():
-      needs = [reader.needs] if reader.needs else []
-      assert evals.asked_for([name], given(flag, *needs)) == [name]
+      needs = [reader.needed_flag] if reader.needed_flag else []
+      assert evals.choose_tasks([name], given(flag, *needs)) == [name]
       with pytest.raises(RequestError, match=f'--{flag} is read beside --'
                          ) if needs else contextlib.nullcontext():
-        evals.asked_for([name], given(flag))
-    asks = [name for name, reader in readers.items() if reader.asks]
+        evals.choose_tasks([name], given(flag))
+    asks = [name for name, reader in readers.items() if reader.requests_task]
     if asks:
-      assert {*evals.asked_for(['routing'], given(flag))} == {'routing', *asks}
+      chosen = evals.choose_tasks(['routing'], given(flag))
+      assert {*chosen} == {'routing', *asks}
       continue
     with pytest.raises(RequestError, match=rf'--{flag} is read by') as e:
-      evals.asked_for(['routing'], given(flag))
+      evals.choose_tasks(['routing'], given(flag))
     assert all(name in str(e.value) for name in readers)
 
 
@@ -172,7 +174,7 @@ def test_a_flag_that_no_task_reads_is_refused():
     ('samples', 'next_token', 'top_k', {'temperature': 0}),
     ('samples', 'next_token', 'top_p', {'beams': 2})])
 def test_a_flag_of_what_is_not_done_is_refused(name, objective, flag, beside):
-  row, config = evals.task(name), types.SimpleNamespace(objective=objective)
+  row, config = evals.get_task(name), types.SimpleNamespace(objective=objective)
   options = {one.name: one.default for one in row.flags} | beside
   row.check(types.SimpleNamespace(**options), config)
   with pytest.raises(RequestError, match=f'--({flag}|top_k|temperature)'):
@@ -210,10 +212,10 @@ def test_a_decoder_reads_the_prompt_after_the_separator(gpt):
   np.testing.assert_allclose(
       by_head['entropy'], attention.entropy.mean(-1)[:, 0], atol=1e-4)
   np.testing.assert_allclose(
-      by_head['first token'], attention.first[..., 1:].mean(-1)[:, 0],
+      by_head['first token'], attention.first_token[..., 1:].mean(-1)[:, 0],
       atol=1e-5)
   np.testing.assert_allclose(by_head['previous token'],
-                             attention.previous[:, 0], atol=1e-5)
+                             attention.previous_token[:, 0], atol=1e-5)
   np.testing.assert_allclose(figures['stream']['decoder']['norms'],
                              result.stream['decoder'].norms[:, 0], rtol=1e-4)
   top = [[cell[0]['id'] for cell in layer] for layer in figures['lens']]

@@ -19,7 +19,7 @@ from training import evals, objectives, runs
 from training.data import tokenizers
 from training.evals import scoring
 from training.evals.lm_eval_tasks import local
-from training.evals.scoring import Question
+from training.evals.scoring import Continuation
 from training.evals.tasks import lm_eval
 
 SMALL = dict(d_model=16, num_layers=1, num_heads=2, num_kv_heads=0, d_ff=24,
@@ -39,7 +39,7 @@ def _questions(seed=1, count=14, most=12):
     if i % 3:
       shared = int(rng.integers(1, len(ids)))
       ids[:shared] = stem[:shared]
-    questions.append(Question(ids.astype(np.int32),
+    questions.append(Continuation(ids.astype(np.int32),
                           int(rng.integers(1, len(ids)))))
   return questions
 
@@ -64,7 +64,7 @@ def _alone(evaluation, questions, prefix):
 
 def _answers(evaluation, questions):
   with evaluation.run.context():
-    return scoring.answer(questions, evaluation, 'scoring')
+    return scoring.score_continuations(questions, evaluation, 'scoring')
 
 
 @pytest.mark.slow
@@ -111,14 +111,15 @@ def test_several_devices_answer_as_one():
 @pytest.mark.parametrize('shards', [1, 3])
 def test_few_shapes_are_compiled_whatever_the_lengths(shards):
   questions = _questions(count=900, most=200)
-  questions += [Question(np.append(q.tokens[:-1], np.int32(7)), 1)
+  questions += [Continuation(np.append(q.tokens[:-1], np.int32(7)), 1)
                 for q in questions]
-  batches = list(scoring.batches(questions, 200, shards))
+  batches = list(scoring.group_into_batches(questions, 200, shards))
   assert sorted(i for _, rows in batches for row in rows for i in row) == list(
       range(len(questions)))
   for shape, rows in batches:
     assert shape.rows % shards == shape.places % shards == 0
-    assert len(rows) <= shape.rows <= scoring.TOKENS // shape.length + shards
+    most_rows = scoring.TOKENS_OF_BATCH // shape.length + shards
+    assert len(rows) <= shape.rows <= most_rows
     assert sum(questions[i].scored for row in rows for i in row) <= shape.places
     for row in rows:  # of questions about one text
       assert len(row) > 1 and len({
@@ -166,20 +167,20 @@ def test_each_token_is_predicted_once_from_enough(tmp_path, stride):
 
 
 def test_a_name_says_what_to_evaluate():
-  assert evals.task('lm_eval:blimp_files') is evals.TASKS['lm_eval']
+  assert evals.get_task('lm_eval:blimp_files') is evals.TASKS['lm_eval']
   for name in ('lm_eval:', 'loss:x'):
     with pytest.raises(RequestError, match=f"has {name!r}: write "):
-      evals.task(name)
+      evals.get_task(name)
   with pytest.raises(RequestError, match='is told what to evaluate'):
-    evals.check_without_flags('lm_eval', 'TASKS')
+    evals.check_task_without_flags('lm_eval', 'TASKS')
   for system, objective in (('bert', 'mlm'), ('t5', 'span')):
-    assert f'objective {objective!r}' in lm_eval.TASKS['lm_eval'].unfit(
+    assert f'objective {objective!r}' in lm_eval.TASKS['lm_eval'].why_unfit(
         evaluations.config(system, objective))
 
 
 def test_pairs_are_counted_by_phenomenon(tmp_path, monkeypatch):
   """Without the package of Hugging Face's datasets."""
-  local._documents.cache_clear()
+  local._load_documents.cache_clear()
   monkeypatch.setitem(__import__('sys').modules, 'datasets',
                       types.SimpleNamespace(Dataset=types.SimpleNamespace(
                           from_list=list)))
@@ -208,10 +209,10 @@ def _model(workdir, config=None, step=1):
 def test_what_lm_eval_refuses_is_a_sentence_and_a_fault_of_ours_is_none():
   from lm_eval import tasks
   with pytest.raises(RequestError, match='lm_eval refuses it: .*no_such'):
-    with lm_eval.failures('it'):
+    with lm_eval.report_failures('it'):
       tasks.TaskManager(include_defaults=False).load(['no_such'])
-  with pytest.raises(TypeError), lm_eval.failures('it'):
-    scoring.unfit()
+  with pytest.raises(TypeError), lm_eval.report_failures('it'):
+    scoring.why_not_scorable()
 
 
 @needs_lm_eval

@@ -111,7 +111,8 @@ def test_the_bound_is_the_loss_of_a_text_in_a_random_order():
   batch = dict(tokens=np.tile(ids, (rows, 1)), targets=np.tile(ids, (rows, 1)),
                segment_ids=np.ones((rows, L), np.int32),
                weights=np.zeros((rows, L), np.float32))
-  program = jax.jit(loss_task.bound_program(module, config, BYTES.mask_id, 6))
+  program = jax.jit(
+      loss_task.make_bound_function(module, config, BYTES.mask_id, 6))
   sums = np.asarray(program(params, batch, np.uint32(0)), np.float64)
   assert sums[[1, 4, 5]].tolist() == [rows * L, rows * L ** 2, rows]
   bound = sums[0] / rows
@@ -123,7 +124,7 @@ def test_the_bound_is_the_loss_of_a_text_in_a_random_order():
   error = (np.mean([np.var(x) for x in kinds]) / (rows * 6)) ** 0.5
   assert bound == pytest.approx(np.mean(orders), abs=4 * error)
   # Every row is the same text, so that they differ by their draws alone.
-  estimate = loss_task.bound_error(*sums) * L
+  estimate = loss_task.standard_error_of_bound(*sums) * L
   assert estimate < error < 0.01 * np.mean(orders)
   assert np.ptp([np.mean(x) for x in kinds]) > 8 * error
 
@@ -135,10 +136,10 @@ def test_the_error_of_a_bound_is_that_of_a_ratio_over_rows():
     n = rng.integers(5, 20, 60).astype(float)
     x = n * rng.normal(2, 0.3, 60)
     ratios.append(x.sum() / n.sum())
-    errors.append(loss_task.bound_error(
+    errors.append(loss_task.standard_error_of_bound(
         x.sum(), n.sum(), (x ** 2).sum(), (x * n).sum(), (n ** 2).sum(), 60))
   assert np.mean(errors) == pytest.approx(np.std(ratios), rel=0.1)
-  assert np.isnan(loss_task.bound_error(3.0, 2.0, 9.0, 6.0, 4.0, 1))
+  assert np.isnan(loss_task.standard_error_of_bound(3.0, 2.0, 9.0, 6.0, 4.0, 1))
 
 
 def by_numpy(module, params, prompt, new, steps, mask):

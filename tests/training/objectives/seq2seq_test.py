@@ -115,7 +115,7 @@ def test_translation_counts_pairs_and_reads_to_the_end(monkeypatch):
   written = np.array([[65, 66, END, END], [65, 67, END, END], [1, 1, 1, 1]])
   monkeypatch.setattr(generate, 'generate',
                       lambda *args, **kwargs: written)
-  assert writing.translate(None, None, batch, TOKENIZER) == [
+  assert writing.write_targets_of_batch(None, None, batch, TOKENIZER) == [
       ('AB', 'AB', True), ('AC', 'AB', False)]
 
 

@@ -8,12 +8,12 @@ from typing import Any
 from common.errors import RequestError, require
 from training.data import texts
 
-DATA = 'ARCHETYPE_DATA'
+DATA_VARIABLE = 'ARCHETYPE_DATA'
 
 
 def blimp(folder: str = '', **_: Any):
   """Returns the pairs of BLiMP's files."""
-  return _documents(folder, 'blimp', (
+  return _load_documents(folder, 'blimp', (
       'sentence_good', 'sentence_bad', 'linguistics_term'))
 
 
@@ -28,7 +28,7 @@ def blimp_results(doc: dict, results: list[tuple[float, bool]]
 
 def cloze(folder: str = '', **_: Any):
   """Returns the texts of files as LAMBADA's."""
-  return _documents(folder, 'cloze', ('text',))
+  return _load_documents(folder, 'cloze', ('text',))
 
 
 def cloze_results(doc: dict, results: list[tuple[float, bool]]
@@ -41,7 +41,7 @@ def cloze_results(doc: dict, results: list[tuple[float, bool]]
 
 
 @functools.lru_cache  # a run that is evaluated as it trains asks again
-def _documents(folder: str, name: str, fields: tuple[str, ...]):
+def _load_documents(folder: str, name: str, fields: tuple[str, ...]):
   """Returns {'validation': the objects of all *.jsonl of a folder}.
 
   Args:
@@ -54,13 +54,13 @@ def _documents(folder: str, name: str, fields: tuple[str, ...]):
   """
   import datasets
   # The files.
-  root = folder or os.environ.get(DATA, '')
+  root = folder or os.environ.get(DATA_VARIABLE, '')
   require(bool(root), f'lm_eval reads the folder {name} of a data folder, and '
-          f'none is named: pass --lm_eval_data=DIR, or set {DATA}')
+          f'none is named: pass --lm_eval_data=DIR, or set {DATA_VARIABLE}')
   place = pathlib.Path(root) / name
   files = sorted(place.glob('*.jsonl'))
   require(bool(files), f'{place} holds no *.jsonl: lm_eval reads the folder '
-          f'{name} of --lm_eval_data, or of {DATA}')
+          f'{name} of --lm_eval_data, or of {DATA_VARIABLE}')
 
   # Their lines.
   documents = []

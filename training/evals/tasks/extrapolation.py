@@ -29,16 +29,16 @@ from training.evals import Evaluation, Flag, Task
 from training.objectives import pipeline
 from training.workdir import storage
 
-FILE = 'extrapolation.png'
-MULTIPLES = (1, 2, 4, 8)
-TOKENS = 2 ** 17  # at each length, at least
+PICTURE_FILE = 'extrapolation.png'
+LENGTH_MULTIPLES = (1, 2, 4, 8)
+LEAST_TOKENS = 2 ** 17  # at each length, at least
 
 # The loss by position of each variant of the model, by multiple of the length:
 # {variant: {multiple: [L]}}; None: the model refuses the length.
 Curves = Mapping[str, Mapping[int, np.ndarray | None]]
 
 
-class Text(NamedTuple):
+class TokensByPosition(NamedTuple):
   """The tokens that a length is measured on, by position, [L].
 
   Attributes:
@@ -49,7 +49,7 @@ class Text(NamedTuple):
   weights: np.ndarray
 
 
-class Source(NamedTuple):
+class SourceBatches(NamedTuple):
   """A source as rows of one length.
 
   Attributes:
@@ -64,15 +64,16 @@ class Extrapolation(Task):
   """Prints the losses as a table; writes extrapolation.png into the workdir."""
 
   help = 'loss by position at 1, 2, 4 and 8 times the training length'
-  lacks = 'does not predict every token, so it has no loss by position'
-  file = FILE
-  figures = ('length', 'loss at *')
+  why_not_allowed = ('does not predict every token, so it has no loss '
+                     'by position')
+  file = PICTURE_FILE
+  figure_names = ('length', 'loss at *')
   flags = (
       Flag(name='interpolate', default=False,
            help='Stretch learned positions past max_len.'),
   )
 
-  def allows(self, objective: objectives.Objective) -> bool:
+  def allows_objective(self, objective: objectives.Objective) -> bool:
     return objective.every_token
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
@@ -82,28 +83,30 @@ class Extrapolation(Task):
 
     # Each variant of the model reads each length.
     curves: dict[str, dict[int, np.ndarray | None]] = {}
-    texts: dict[int, Text] = {}
-    for multiple in MULTIPLES:
-      sources = list(_sources(evaluation, multiple))
-      texts[multiple] = _text(sources)
+    texts: dict[int, TokensByPosition] = {}
+    for multiple in LENGTH_MULTIPLES:
+      sources = list(_load_sources(evaluation, multiple))
+      texts[multiple] = _count_tokens(sources)
       variants = positions.of(model).longer(
           model, length, multiple, evaluation.options.interpolate)
       for name, variant in variants.items():
         curve = None
         if variant is not None:  # else the model refuses the length
-          curve = _by_position(evaluation, model=variant, sources=sources,
+          curve = _loss_by_position(evaluation, model=variant, sources=sources,
                                text=texts[multiple])
         curves.setdefault(name, {})[multiple] = curve
 
     # The table and the picture.
-    print(table(curves, texts, length))
-    path = evaluation.workdir / FILE
-    plot(curves, texts=texts, length=length, path=path)
+    print(format_table(curves, texts, length))
+    path = evaluation.workdir / PICTURE_FILE
+    draw_losses(curves, texts=texts, length=length, path=path)
     print(f'loss by position: {path}')
-    return _figures(curves, texts=texts, length=length, position=model.position)
+    return _figures_for_json(curves, texts=texts, length=length,
+                             position=model.position)
 
 
-def _figures(curves: Curves, texts: Mapping[int, Text], length: int,
+def _figures_for_json(curves: Curves, texts: Mapping[int, TokensByPosition],
+                      length: int,
              position: str) -> dict[str, Any]:
   """Returns what goes into --json: the curves, and the loss at each length.
 
@@ -128,11 +131,12 @@ def _figures(curves: Curves, texts: Mapping[int, Text], length: int,
       figure = f'loss at {multiple} × length'
       if name != position:
         figure += f' ({name})'
-      figures[figure] = loss_at(curve, texts[multiple])
+      figures[figure] = mean_loss(curve, texts[multiple])
   return figures
 
 
-def loss_at(curve: Any, text: Text, where: slice = slice(None)) -> float:
+def mean_loss(curve: Any, text: TokensByPosition,
+              where: slice = slice(None)) -> float:
   """Returns the loss of the tokens at some positions; nan: there are none."""
   losses = curve[where]
   weights = text.weights[where]
@@ -142,14 +146,15 @@ def loss_at(curve: Any, text: Text, where: slice = slice(None)) -> float:
   return float(np.average(losses[there], weights=weights[there]))
 
 
-def _sources(evaluation: Evaluation, multiple: int) -> Iterator[Source]:
+def _load_sources(evaluation: Evaluation,
+                  multiple: int) -> Iterator[SourceBatches]:
   """Yields each source, in as many tokens a batch as the mesh allows, but of
   the same rows whatever their number. The rows are those of the longest
   multiple, cut into pieces of this one's length: at each length the same tokens
   are predicted."""
   config = evaluation.run.config.copy_and_resolve_references()
   place = evaluation.run.place
-  longest = max(MULTIPLES)
+  longest = max(LENGTH_MULTIPLES)
   length = config.data.length * longest
   pieces = longest // multiple
   # Rows of the longest text, as many as a batch of training has tokens for.
@@ -163,15 +168,15 @@ def _sources(evaluation: Evaluation, multiple: int) -> Iterator[Source]:
                                   process_index=index, process_count=count):
     batches = []
     tokens = 0.0
-    for whole in loader.cut(-(-TOKENS // length)).iterate():
-      cut = _cut(whole, pieces, evaluation.tokenizer)
+    for whole in loader.cut(-(-LEAST_TOKENS // length)).iterate():
+      cut = _cut_rows(whole, pieces, evaluation.tokenizer)
       batch = devices.put(cut, place)
       batches.append(batch)
       tokens += float(batch['weights'].sum())
-    yield Source(token_weight=loader.share / tokens, batches=batches)
+    yield SourceBatches(token_weight=loader.share / tokens, batches=batches)
 
 
-def _cut(batch: Mapping[str, np.ndarray], pieces: int, tokenizer: Tokenizer
+def _cut_rows(batch: Mapping[str, np.ndarray], pieces: int, tokenizer: Tokenizer
          ) -> dict[str, np.ndarray]:
   """Returns the rows of a batch cut into so many, each of which begins anew."""
   cut = {name: x.reshape(len(x) * pieces, -1) for name, x in batch.items()}
@@ -190,7 +195,7 @@ def _cut(batch: Mapping[str, np.ndarray], pieces: int, tokenizer: Tokenizer
   return cut
 
 
-def _sum(function: Callable, batches: Sequence) -> np.ndarray:
+def _sum_over_batches(function: Callable, batches: Sequence) -> np.ndarray:
   """Returns the sum of a function of batches, [L], in float64."""
   length = batches[0]['tokens'].shape[1]
   total = np.zeros(length)
@@ -200,18 +205,19 @@ def _sum(function: Callable, batches: Sequence) -> np.ndarray:
   return total
 
 
-def _text(sources: Sequence[Source]) -> Text:
+def _count_tokens(sources: Sequence[SourceBatches]) -> TokensByPosition:
   """Returns how many tokens the sources predict at each position, and what
   these count."""
   count = jax.jit(lambda batch: batch['weights'].sum(0))
-  counts = [_sum(count, source.batches) for source in sources]
+  counts = [_sum_over_batches(count, source.batches) for source in sources]
   token_weights = [source.token_weight for source in sources]
-  return Text(tokens=np.sum(counts, axis=0).astype(int),
+  return TokensByPosition(tokens=np.sum(counts, axis=0).astype(int),
               weights=np.dot(token_weights, counts))
 
 
-def _by_position(evaluation: Evaluation, model: ModelConfig,
-                 sources: Sequence[Source], text: Text) -> np.ndarray:
+def _loss_by_position(evaluation: Evaluation, model: ModelConfig,
+                      sources: Sequence[SourceBatches], text: TokensByPosition
+                      ) -> np.ndarray:
   """Returns the mean loss at each position, [L], in nats; nan where there is
   no token.
 
@@ -229,32 +235,34 @@ def _by_position(evaluation: Evaluation, model: ModelConfig,
     loss_BL = objective.token_losses(module, params, batch).loss
     return jnp.sum(loss_BL * batch['weights'], 0)
 
-  step = evaluation.program(sums_of, 'extrapolation', model)
+  step = evaluation.jit_once(sums_of, 'extrapolation', model)
   # A source counts as much as its share of the held-out text.
   total_L = np.zeros(len(text.tokens))
   for source in sources:
-    sums_L = _sum(lambda batch: step(evaluation.params, batch), source.batches)
+    sums_L = _sum_over_batches(lambda batch: step(evaluation.params, batch),
+                               source.batches)
     total_L += source.token_weight * sums_L
   loss_L = np.full(total_L.shape, np.nan)
   return np.divide(total_L, text.weights, out=loss_L, where=text.tokens > 0)
 
 
-def table(curves: Curves, texts: Mapping[int, Text], length: int) -> str:
+def format_table(curves: Curves, texts: Mapping[int, TokensByPosition],
+                 length: int) -> str:
   """Returns the mean loss at each length, by variant, and over how many tokens;
   '—': what is stretched for longer texts is not tried at this length."""
-  rows = {'': [f'{multiple}x' for multiple in MULTIPLES]}
+  rows = {'': [f'{multiple}x' for multiple in LENGTH_MULTIPLES]}
   for name, by_multiple in curves.items():
     rows[name] = []
-    for multiple in MULTIPLES:
+    for multiple in LENGTH_MULTIPLES:
       curve = by_multiple.get(multiple)
       # Not every variant is tried at every length.
       cell = '—'
       if curve is not None:
-        cell = f'{loss_at(curve, texts[multiple]):.3f}'
+        cell = f'{mean_loss(curve, texts[multiple]):.3f}'
       elif multiple in by_multiple:
         cell = 'refused'
       rows[name].append(cell)
-  rows['tokens'] = [f'{texts[m].tokens.sum():,}' for m in MULTIPLES]
+  rows['tokens'] = [f'{texts[m].tokens.sum():,}' for m in LENGTH_MULTIPLES]
 
   # Columns of one width.
   lines = [f'loss in nats per token at multiples of the training length '
@@ -265,7 +273,8 @@ def table(curves: Curves, texts: Mapping[int, Text], length: int) -> str:
   return '\n'.join(lines)
 
 
-def plot(curves: Curves, texts: Mapping[int, Text], length: int, path: Any
+def draw_losses(curves: Curves, texts: Mapping[int, TokensByPosition],
+                length: int, path: Any
          ) -> None:
   """Draws the loss by position at the longest length that each one takes.
 
@@ -291,7 +300,7 @@ def plot(curves: Curves, texts: Mapping[int, Text], length: int, path: Any
     edges = np.unique(places.astype(int))
     losses = []
     for first, end in zip(edges, edges[1:]):
-      losses.append(loss_at(curve, text, slice(first, end)))
+      losses.append(mean_loss(curve, text, slice(first, end)))
     middles = np.sqrt(edges[:-1] * edges[1:])
     axes.plot(middles, losses, label=name)
 

@@ -25,24 +25,38 @@ from training import generate, objectives
 from training.costs import totals
 from training.data import texts as text_files
 from training.evals import Evaluation, Flag, Task, inspection
-from training.evals.inspection import Experts, Inspection, Lens, Stream
+from training.evals.inspection import ExpertRouting, Inspection
+from training.evals.inspection import LogitLens, ResidualStream
 from training.evals.tasks import reading
 from training.hf import generation as hf_generation
 from training.workdir import storage
 
-FILE = 'inspect.html'
-MOST = 512  # tokens, whose attention maps a browser can show
-WRITTEN = 32  # tokens that an encoder-decoder writes, where none are given
-REPEATED, ROWS = 25, 4  # random tokens that come twice, in some rows
-FEATURES = 3  # of a layer, that are named
-OUTLIERS = 64  # features, that are named
-SHARES = 8  # of a router, the largest, that are named
-QUERIES = {'encoder': 'encoder', 'decoder': 'decoder', 'cross': 'decoder'}
-KEYS = QUERIES | {'cross': 'encoder'}
-TITLES = {'encoder': "the encoder's self-attention",
-          'decoder': "the decoder's self-attention",
-          'cross': "the decoder's attention to the encoder's output"}
-MEANINGS = {
+PAGE_FILE = 'inspect.html'
+# The longest text. Its attention maps grow with the square of its length, and a
+# browser has to draw them.
+MOST_TOKENS = 512
+# How many tokens an encoder-decoder itself writes where --target is not given:
+# enough to see what its decoder looks at.
+MOST_WRITTEN_TOKENS = 32
+# The induction score is measured on rows of random tokens that come twice.
+NUM_REPEATED_TOKENS = 25
+NUM_REPEATED_ROWS = 4
+# How many are named in the page's tables, the largest first.
+MOST_FEATURES_OF_LAYER = 3
+MOST_OUTLIER_FEATURES = 64
+MOST_ROUTER_PROBABILITIES = 8
+
+# The stack whose tokens are the queries of an attention, and the stack whose
+# tokens are its keys, by the name of the attention in the record.
+STACK_OF_QUERIES = {
+    'encoder': 'encoder', 'decoder': 'decoder', 'cross': 'decoder'}
+STACK_OF_KEYS = {
+    'encoder': 'encoder', 'decoder': 'decoder', 'cross': 'encoder'}
+TITLE_OF_ATTENTION = {
+    'encoder': "the encoder's self-attention",
+    'decoder': "the decoder's self-attention",
+    'cross': "the decoder's attention to the encoder's output"}
+MEANING_OF_FIGURE = {
     'entropy': 'of a query’s weights, in nats; log n where n keys weigh alike',
     'first token': 'the mean weight on the first token, on which many models '
                    'put what they need nowhere else (Xiao et al. 2023)',
@@ -52,47 +66,55 @@ MEANINGS = {
                  'followed the query’s token before (Olsson et al. 2022)'}
 
 
-class Read(NamedTuple):
-  """The text that the model reads.
+class TextForModel(NamedTuple):
+  """The text that the model reads, as the arguments of its module.
 
   Attributes:
     arrays: the module's arguments by name, of one row.
-    tokens: int [L], by stack.
-    notes: sentences on how it came to be.
+    tokens: the tokens that each stack reads: {'encoder' or 'decoder': int [L]}.
+    notes: sentences for the reader on how the text came to be.
   """
   arrays: dict[str, np.ndarray]
   tokens: dict[str, np.ndarray]
   notes: list[str]
 
 
-class Cell(NamedTuple):
-  """A cell of a table: its colour is as strong as its value, from 0 to 1, or
-  of the hue of an expert; the tip is shown beside it on request."""
+class TableCell(NamedTuple):
+  """A coloured cell of a table of the page.
+
+  Attributes:
+    text: what stands in it.
+    value: how strong its colour is, from 0 to 1.
+    tip: what is shown beside it where the mouse points at it.
+    hue: the hue of the colour in degrees; None: that of all tables.
+  """
   text: str
   value: float
   tip: str
   hue: int | None = None
 
 
-class Guess(NamedTuple):
+class LensGuess(NamedTuple):
   """A token of the logit lens, and its probability."""
   token: int
   probability: float
 
 
-# {name of attention: {figure: [N, H]}}, one number a head.
-Measures = Mapping[str, Mapping[str, np.ndarray]]
-Spell = Callable[[int], str]  # an id -> the token as a reader is shown it
+# {name of attention: {figure: [N, H]}}, one number for each head of each layer.
+FiguresByHead = Mapping[str, Mapping[str, np.ndarray]]
+# A function: the id of a token -> the token as a reader is shown it.
+SpellToken = Callable[[int], str]
 
 
 class Inspect(Task):
-  """Writes inspect.html into the workdir."""
+  """Writes inspect.html into the run's folder: attention maps, residual stream,
+  logit lens and experts as the model reads --prompt."""
 
   help = ('attention maps, residual stream, logit lens and experts as the '
           'model reads --prompt, as an HTML page')
-  lacks = reading.NO_TEXT
-  file = FILE
-  held_out = False
+  why_not_allowed = reading.READS_NO_TEXT
+  file = PAGE_FILE
+  reads_held_out = False
   flags = (
       Flag(name='prompt', default='', help='The text to read.'),
       Flag(name='target', default='',
@@ -103,10 +125,11 @@ class Inspect(Task):
            most=1000),
   )
 
-  def allows(self, objective: objectives.Objective) -> bool:
+  def allows_objective(self, objective: objectives.Objective) -> bool:
     return reading.reads_text(objective)
 
   def check(self, options: Any, config: Any) -> None:
+    """Raises RequestError where --prompt is not one text."""
     require(bool(options.prompt.strip()), 'task inspect reads a text: pass '
             "--prompt='My fellow citizens'")
     require('|||' not in options.prompt, "task inspect shows one prompt: pass "
@@ -114,8 +137,14 @@ class Inspect(Task):
     for name in ('prompt', 'target'):
       text_files.checked(getattr(options, name), f'--{name}')
 
-  def shown(self, evaluation: Evaluation) -> Read:
-    """Lays out --prompt, and --target of an encoder-decoder."""
+  def prepare(self, evaluation: Evaluation) -> TextForModel:
+    """Returns --prompt as the model reads it, and --target of an
+    encoder-decoder.
+
+    Raises:
+      RequestError: for a text without a token, or with too many, and for a
+        --target that the model has no decoder for.
+    """
     tokenizer = evaluation.tokenizer
     prompt = evaluation.options.prompt
     target = evaluation.options.target
@@ -125,239 +154,290 @@ class Inspect(Task):
                          'other text to be shown than its prompt')
     require(len(tokenizer.encode(prompt)) > 0, f'the prompt {short(prompt)} '
             f'has no token that the tokenizer {tokenizer.name!r} knows')
-    # A map of attention grows with the square of the length.
-    read = _read(evaluation, stack)
-    most = min(evaluation.run.model.max_len, MOST)
-    for name, ids_L in read.tokens.items():
-      text = '--target' if name == 'decoder' and target else 'prompt'
+
+    text = _lay_out_text(evaluation, stack)
+    most = min(evaluation.run.model.max_len, MOST_TOKENS)
+    for name, ids_L in text.tokens.items():
+      flag = '--target' if name == 'decoder' and target else 'prompt'
       require(len(ids_L) <= most, f'the {name} is shown {len(ids_L)} tokens, '
-              f'and {most} can be shown: shorten the {text}')
-    return read
+              f'and {most} can be shown: shorten the {flag}')
+    return text
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    """Writes the page on what the model does with the prompt."""
+    """Writes the page, and returns the figures behind it, without the maps."""
     model = evaluation.run.model
     tokenizer = evaluation.tokenizer
-    read = evaluation.shown
+    text = evaluation.prepared
 
-    # The record of the model, with the induction that is measured apart.
-    inspected = inspection.of(
-        evaluation.run.module, params=evaluation.params, arrays=read.arrays,
+    # The record of the model as it reads the text, and the induction score,
+    # which is measured on random tokens.
+    inspected = inspection.inspect_model(
+        evaluation.run.module, params=evaluation.params, arrays=text.arrays,
         top=min(evaluation.options.top_tokens, model.vocab_size))
-    measures = by_head(inspected, _repeated(evaluation))
+    measures = figures_by_head(inspected, _measure_induction(evaluation))
 
     # The tokens as a reader is shown them.
     def spell(token: int) -> str:
-      return reading.readable(token, tokenizer)
+      return reading.spell_token_visibly(token, tokenizer)
 
-    texts = {}
-    for name, ids_L in read.tokens.items():
-      texts[name] = [spell(token) for token in ids_L]
+    spelled_tokens = {}
+    for name, ids_L in text.tokens.items():
+      spelled_tokens[name] = [spell(token) for token in ids_L]
 
-    # The page.
+    # The page, under sentences on the model and on the text.
     about = [f'{model.arch} of {evaluation.workdir}, step {evaluation.step}, '
-             f'reading {evaluation.options.prompt!r}.', *read.notes,
+             f'reading {evaluation.options.prompt!r}.', *text.notes,
              *totals.describe_layers(model)]
     if inspected.lens is None:
       about.append("There is no logit lens: the model's head scores no tokens "
                    'of the vocabulary.')
-    path = evaluation.workdir / FILE
-    storage.write_file(path, page(
-        inspected, title=f'Inside {model.arch}', about=about, texts=texts,
-        spell=spell, measures=measures))
+    path = evaluation.workdir / PAGE_FILE
+    storage.write(path, render_page(
+        inspected, title=f'Inside {model.arch}', about=about,
+        spelled_tokens=spelled_tokens, spell=spell, measures=measures))
     print('\n'.join([*about[1:], f'attention maps and all else: {path}']))
-    figures = _figures(inspected, texts=texts, measures=measures, spell=spell)
+
+    figures = _figures_for_json(inspected, spelled_tokens=spelled_tokens,
+                                measures=measures, spell=spell)
     figures['page'] = str(path)
     return figures
 
 
-def _read(evaluation: Evaluation, stack: str) -> Read:
-  """Returns what a model that stacks `stack` reads, as in training."""
+def _lay_out_text(evaluation: Evaluation, stack: str) -> TextForModel:
+  """Returns --prompt as the model reads texts in training.
+
+  Args:
+    evaluation: the evaluation, with --prompt and --target.
+    stack: 'encoder', 'decoder' or 'encoder-decoder'.
+  """
   config = evaluation.run.config
   tokenizer = evaluation.tokenizer
   prompt = evaluation.options.prompt
   objective = objectives.of(config)
-  # A source and a target.
+
+  # An encoder-decoder reads the prompt as its source, and a target.
   if stack == 'encoder-decoder':
     prompts = objective.prompt([prompt], config, tokenizer)
     source_1M = prompts.arguments['source_BM']
-    shown_1L, note = _target(evaluation, prompts)
-    return Read(
-        arrays=dict(tokens_BM=source_1M, decoder_tokens_BL=shown_1L),
-        tokens=dict(encoder=source_1M[0], decoder=shown_1L[0]), notes=[note])
+    target_1L, note = _decoder_tokens(evaluation, prompts)
+    return TextForModel(
+        arrays=dict(tokens_BM=source_1M, decoder_tokens_BL=target_1L),
+        tokens=dict(encoder=source_1M[0], decoder=target_1L[0]), notes=[note])
 
-  # A text that the model would go on from.
+  # A model that writes reads the prompt as what it would go on from.
   if objective.writes:
     folder = hf_generation.published(evaluation.workdir, evaluation.step)
     prompts, _ = hf_generation.shown([prompt], config=config,
                                      tokenizer=tokenizer, generation=folder)
-    return Read(arrays=dict(tokens_BL=prompts.tokens, **prompts.arguments),
-                tokens={stack: prompts.tokens[0]}, notes=[])
+    return TextForModel(
+        arrays=dict(tokens_BL=prompts.tokens, **prompts.arguments),
+        tokens={stack: prompts.tokens[0]}, notes=[])
 
-  # A text that is read as a whole, as an encoder is trained.
-  before, after = reading.around(evaluation)
-  ids = reading.with_masks(prompt, tokenizer)
-  ids_L = np.concatenate([before, ids, after]).astype(np.int32)
-  return Read(arrays=dict(tokens_BL=ids_L[None]), tokens={stack: ids_L},
-              notes=[])
+  # Others read the prompt as a whole text, as an encoder is trained.
+  tokens_before, tokens_after = reading.tokens_around_text(evaluation)
+  prompt_ids = reading.encode_with_masks(prompt, tokenizer)
+  ids_L = np.concatenate([tokens_before, prompt_ids, tokens_after])
+  ids_L = ids_L.astype(np.int32)
+  return TextForModel(arrays=dict(tokens_BL=ids_L[None]), tokens={stack: ids_L},
+                      notes=[])
 
 
-def _target(evaluation: Evaluation, prompts: objectives.Prompts
-            ) -> tuple[np.ndarray, str]:
-  """Returns what the decoder of an encoder-decoder is shown, [1, L], and a
-  sentence on it."""
+def _decoder_tokens(evaluation: Evaluation, prompts: objectives.Prompts
+                    ) -> tuple[np.ndarray, str]:
+  """Returns what the decoder of an encoder-decoder reads, and a note on it.
+
+  That is --target, or else the likeliest tokens that the model itself writes
+  for the prompt, after the tokens that begin each target.
+
+  Args:
+    evaluation: the evaluation of the run.
+    prompts: the prompt as the source, with the tokens that begin a target.
+
+  Returns:
+    The tokens, int [1, L], and a sentence for the reader.
+  """
   tokenizer = evaluation.tokenizer
   target = evaluation.options.target
   start_1L = prompts.tokens
   if target:
-    ids = tokenizer.encode(target)
+    target_ids = tokenizer.encode(target)
     note = f'The decoder is shown {target!r}.'
   else:
-    # A longer source is refused afterwards.
-    room = min(WRITTEN, evaluation.run.model.max_len - start_1L.shape[1])
-    end = tokenizer.separator_id
+    # Write as many tokens as fit; the check of the lengths comes afterwards.
+    room = evaluation.run.model.max_len - start_1L.shape[1]
+    end_token = tokenizer.separator_id
     written_1T = np.asarray(generate.generate(
         evaluation.run.module, evaluation.params, start_1L, prompts.lengths,
-        jax.random.key(0), max_new_tokens=room, stop_token=end,
-        sampling=generate.Sampling(temperature=0), **prompts.arguments))
-    ids = generate.tokens_before_stop(written_1T[0], end)
-    note = (f'The decoder is shown the {len(ids)} tokens that the model itself '
-            f'writes: {tokenizer.decode(ids)!r}.')
-  shown_L = np.concatenate([start_1L[0], ids]).astype(np.int32)
-  return shown_L[None], note
+        jax.random.key(0), max_new_tokens=min(MOST_WRITTEN_TOKENS, room),
+        stop_token=end_token, sampling=generate.Sampling(temperature=0),
+        **prompts.arguments))
+    target_ids = generate.until(written_1T[0], end_token)
+    note = (f'The decoder is shown the {len(target_ids)} tokens that the model '
+            f'itself writes: {tokenizer.decode(target_ids)!r}.')
+  ids_L = np.concatenate([start_1L[0], target_ids]).astype(np.int32)
+  return ids_L[None], note
 
 
-def _repeated(evaluation: Evaluation) -> np.ndarray | None:
+def _measure_induction(evaluation: Evaluation) -> np.ndarray | None:
   """Returns the induction score of each head of a decoder, [N, H], on random
-  tokens that come twice; None of other models, and of very short ones."""
+  tokens that come twice.
+
+  None: the model is no decoder, or has no room or tokens for such rows.
+  """
   model = evaluation.run.model
   tokenizer = evaluation.tokenizer
   if architectures.stack(model) != 'decoder':
     return None
 
-  # If there were fewer usual tokens, some would come more than twice.
-  size = min(REPEATED, (model.max_len - 1) // 2)
-  every = np.arange(min(tokenizer.vocab_size, model.vocab_size))
-  special = [*tokenizer.special_ids.values(), *tokenizer.sentinel_ids]
-  usual = np.setdiff1d(every, special)
-  if size < 4 or size > len(usual):
+  # Draw from the tokens of text. Where these are fewer than a row takes, some
+  # would come more than twice.
+  num_tokens = min(NUM_REPEATED_TOKENS, (model.max_len - 1) // 2)
+  all_tokens = np.arange(min(tokenizer.vocab_size, model.vocab_size))
+  special_tokens = [*tokenizer.special_ids.values(), *tokenizer.sentinel_ids]
+  text_tokens = np.setdiff1d(all_tokens, special_tokens)
+  if num_tokens < 4 or num_tokens > len(text_tokens):
     return None
 
+  # Each row: the separator, random tokens, and the same tokens again.
   random = np.random.default_rng(0)
   rows = []
-  for _ in range(ROWS):
-    drawn = random.choice(usual, size, replace=False)
+  for _ in range(NUM_REPEATED_ROWS):
+    drawn = random.choice(text_tokens, num_tokens, replace=False)
     rows.append(np.concatenate([[tokenizer.separator_id], drawn, drawn]))
   tokens_BL = np.stack(rows).astype(np.int32)
-  inspected = inspection.of(evaluation.run.module, params=evaluation.params,
-                            arrays=dict(tokens_BL=tokens_BL), top=0)
+  inspected = inspection.inspect_model(
+      evaluation.run.module, params=evaluation.params,
+      arrays=dict(tokens_BL=tokens_BL), top=0)
   return inspected.attention['decoder'].induction.mean(1)
 
 
-def by_head(inspected: Inspection, induction_NH: np.ndarray | None
-            ) -> dict[str, dict[str, np.ndarray]]:
-  """Returns one number a head of each figure, [N, H], by name of attention.
+def figures_by_head(inspected: Inspection, induction_NH: np.ndarray | None
+                    ) -> dict[str, dict[str, np.ndarray]]:
+  """Returns {name of attention: {figure: [N, H]}}: for each head of each layer
+  one number of each figure of MEANING_OF_FIGURE.
 
   Args:
     inspected: the record, of whose rows the first counts.
-    induction_NH: the induction score of a decoder, which is measured apart.
+    induction_NH: the induction score of a decoder, of `_measure_induction`.
   """
   measures = {}
   for name, attention in inspected.attention.items():
-    # A causal query sees nothing but the first token, where that is its own.
-    every_BL = inspected.real[QUERIES[name]]
-    later_BL = every_BL.copy()
-    if name == 'decoder' and every_BL.shape[1] > 1:
-      later_BL[:, 0] = False
+    # The first query of a causal model sees the first token alone, so all its
+    # weight is there.
+    all_queries_BL = inspected.is_real[STACK_OF_QUERIES[name]]
+    later_queries_BL = all_queries_BL.copy()
+    if name == 'decoder' and all_queries_BL.shape[1] > 1:
+      later_queries_BL[:, 0] = False
 
-    measures[name] = heads = {}
-    heads['entropy'] = _mean(attention.entropy, every_BL)
-    heads['first token'] = _mean(attention.first, later_BL)
-    if attention.sink.max() > 1e-3:
-      heads['learned sink'] = _mean(attention.sink, every_BL)
-    if attention.previous is not None:
-      heads['previous token'] = attention.previous[:, 0]
+    figures = {}
+    figures['entropy'] = _mean_of_heads(attention.entropy, all_queries_BL)
+    figures['first token'] = _mean_of_heads(attention.first_token,
+                                            later_queries_BL)
+    if attention.sink.max() > 1e-3:  # more than a row's rounding
+      figures['learned sink'] = _mean_of_heads(attention.sink, all_queries_BL)
+    if attention.previous_token is not None:
+      figures['previous token'] = attention.previous_token[:, 0]
     if name == 'decoder' and induction_NH is not None:
-      heads['induction'] = induction_NH
+      figures['induction'] = induction_NH
+    measures[name] = figures
   return measures
 
 
-def _mean(values_NBHL: np.ndarray, counted_BL: np.ndarray) -> np.ndarray:
-  """Returns the mean of each head over the queries that count of the first
-  row, [N, H]."""
-  return inspection.mean_of_queries(values_NBHL, counted_BL)[:, 0]
+def _mean_of_heads(values_NBHL: np.ndarray, counted_BL: np.ndarray
+                   ) -> np.ndarray:
+  """Returns for each head of each layer the mean of a value of each query,
+  [N, H], over those queries of the first row that count (bool)."""
+  return inspection.mean_over_queries(values_NBHL, counted_BL)[:, 0]
 
 
-def _figures(inspected: Inspection, texts: Mapping[str, Sequence[str]],
-             measures: Measures, spell: Spell) -> dict[str, Any]:
-  """Returns what goes into --json; the maps themselves stand in the page.
+def _figures_for_json(inspected: Inspection,
+                      spelled_tokens: Mapping[str, Sequence[str]],
+                      measures: FiguresByHead, spell: SpellToken
+                      ) -> dict[str, Any]:
+  """Returns the figures of the page as lists, for --json; the attention maps
+  stand in the page alone. The arguments are those of `render_page`.
 
-  Args:
-    inspected, texts, spell, measures: those of `page`.
+  Returns:
+    tokens, attention, stream and experts, each a dict by 'encoder', 'decoder'
+    or 'cross'; and lens, where there is a logit lens.
   """
   # One row was looked at: the first of each array.
-  figures: dict[str, Any] = {
-      'tokens': dict(texts), 'attention': {}, 'stream': {}, 'experts': {}}
-  for name, heads in measures.items():
-    figures['attention'][name] = {
-        figure: values_NH.tolist() for figure, values_NH in heads.items()}
+  attention = {}
+  for name, figures in measures.items():
+    attention[name] = {
+        figure: values_NH.tolist() for figure, values_NH in figures.items()}
+  streams = {}
   for name, stream in inspected.stream.items():
-    figures['stream'][name] = {
+    streams[name] = {
         'norms': stream.norms[:, 0].tolist(),
         'median': stream.median[:, 0].tolist(),
         'rms': stream.rms[:, 0].tolist(),
         'outliers': np.flatnonzero(stream.outliers[0]).tolist()}
-  for name, experts in inspected.experts.items():
-    figures['experts'][name] = {
-        'layers': experts.layers.tolist(),
-        'gates': experts.gates[:, 0].tolist(),
-        'probabilities': experts.probabilities[:, 0].tolist()}
-  if inspected.lens is None:
-    return figures
+  experts = {}
+  for name, routing in inspected.experts.items():
+    experts[name] = {
+        'layers': routing.layers.tolist(),
+        'gates': routing.gates[:, 0].tolist(),
+        'probabilities': routing.probabilities[:, 0].tolist()}
 
-  # The logit lens: for each layer, the guesses at each token.
-  figures['lens'] = []
-  for layer in _guesses(inspected.lens):
-    places = []
-    for guesses in layer:
-      place = []
+  figures_for_json = {'tokens': dict(spelled_tokens), 'attention': attention,
+                      'stream': streams, 'experts': experts}
+  if inspected.lens is not None:
+    figures_for_json['lens'] = _lens_for_json(inspected.lens, spell)
+  return figures_for_json
+
+
+def _lens_for_json(lens: LogitLens, spell: SpellToken
+                   ) -> list[list[list[dict[str, Any]]]]:
+  """Returns the guesses of the logit lens as objects of JSON, by layer, then by
+  token of the text, the best guess first."""
+  layers = []
+  for guesses_of_layer in _guesses_by_layer(lens):
+    tokens = []
+    for guesses in guesses_of_layer:
+      objects = []
       for guess in guesses:
-        place.append(dict(text=spell(guess.token), id=guess.token,
-                          probability=guess.probability))
-      places.append(place)
-    figures['lens'].append(places)
-  return figures
+        objects.append(dict(text=spell(guess.token), id=guess.token,
+                            probability=guess.probability))
+      tokens.append(objects)
+    layers.append(tokens)
+  return layers
 
 
-def _guesses(lens: Lens) -> list[list[list[Guess]]]:
-  """Returns the likeliest tokens by layer and place, the best first."""
+def _guesses_by_layer(lens: LogitLens) -> list[list[list[LensGuess]]]:
+  """Returns the likeliest next tokens of the first row, by layer, then by token
+  of the text, the best guess first."""
   layers = []
   for ids_LK, p_LK in zip(lens.ids[:, 0].tolist(),
                           lens.probabilities[:, 0].tolist()):
     layer = []
     for ids_K, p_K in zip(ids_LK, p_LK):
-      layer.append([Guess(*pair) for pair in zip(ids_K, p_K)])
+      guesses = []
+      for token, probability in zip(ids_K, p_K):
+        guesses.append(LensGuess(token=token, probability=probability))
+      layer.append(guesses)
     layers.append(layer)
   return layers
 
 
-def page(inspected: Inspection, title: str, about: Sequence[str],
-         texts: Mapping[str, Sequence[str]], spell: Spell, measures: Measures
-         ) -> str:
-  """Returns the whole file.
+def render_page(inspected: Inspection, title: str, about: Sequence[str],
+                spelled_tokens: Mapping[str, Sequence[str]], spell: SpellToken,
+                measures: FiguresByHead) -> str:
+  """Returns the whole page as HTML.
 
   Args:
     inspected: the record; of several rows, the first is shown.
-    title: a short one.
+    title: a short title.
     about: sentences on what was looked at.
-    texts: the tokens as a reader is shown them, by name.
-    spell: an id -> the token as a reader is shown it.
+    spelled_tokens: the tokens as a reader is shown them, by stack ('encoder' or
+      'decoder').
+    spell: a function that returns the token of an id as a reader is shown it.
     measures: {attention: {figure: [N, H]}}, one number a head; nan: none.
   """
   # The data that inspect.js draws. '<' would end the script early if a token
   # held </script>.
-  drawn = {'tokens': {name: list(row) for name, row in texts.items()},
-           'maps': _maps(inspected, measures)}
+  tokens = {name: list(texts) for name, texts in spelled_tokens.items()}
+  drawn = {'tokens': tokens, 'maps': _maps_for_script(inspected, measures)}
   data = json.dumps(drawn, allow_nan=False).replace('<', '\\u003c')
 
   # An undefined name in the template is an error.
@@ -366,180 +446,257 @@ def page(inspected: Inspection, title: str, about: Sequence[str],
       loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True,
       undefined=jinja2.StrictUndefined)
   template = environment.get_template('inspect.html')
-  sections = list(_sections(inspected, texts=texts, spell=spell,
-                            measures=measures))
+
+  # The sections, in the order of the page.
+  sections = [
+      *_attention_sections(measures),
+      *_stream_sections(inspected.stream, spelled_tokens),
+      *_lens_sections(inspected, spelled_tokens, spell),
+      *_expert_sections(inspected.experts, spelled_tokens)]
   return template.render(
       title=title, about=about, data=data, sections=sections).lstrip()
 
 
-def _maps(inspected: Inspection, measures: Measures) -> list[dict[str, Any]]:
-  """Returns what inspect.js draws of each attention, as JSON has it."""
+def _maps_for_script(inspected: Inspection, measures: FiguresByHead
+                     ) -> list[dict[str, Any]]:
+  """Returns the attention maps as inspect.js reads them, as objects of JSON."""
   maps = []
   for name, attention in inspected.attention.items():
-    # Weights as integers of 16 bits.
+    # Weights as integers of 16 bits, little-endian, in base64.
     weights_NHLM = attention.weights[:, 0]
     units = np.round(np.clip(weights_NHLM, 0, 1) * 65535).astype('<u2')
-    text = base64.b64encode(units.tobytes()).decode('ascii')
+    encoded_weights = base64.b64encode(units.tobytes()).decode('ascii')
 
     # Figures to four digits; null: there is none.
     figures = {}
     for figure, values_NH in measures[name].items():
-      figures[figure] = rows = []
+      layers = []
       for values_H in values_NH:
-        rows.append([_rounded(x) for x in values_H])
-    maps.append(dict(name=name, queries=QUERIES[name], keys=KEYS[name],
-                     shape=weights_NHLM.shape, weights=text, measures=figures))
+        layers.append([_round_or_none(value) for value in values_H])
+      figures[figure] = layers
+    maps.append(dict(
+        name=name, queries=STACK_OF_QUERIES[name], keys=STACK_OF_KEYS[name],
+        shape=weights_NHLM.shape, weights=encoded_weights, measures=figures))
   return maps
 
 
-def _rounded(x: float) -> float | None:
+def _round_or_none(value: float) -> float | None:
   """Returns a number to four digits; None: it is nan."""
-  if np.isnan(x):
+  if np.isnan(value):
     return None
-  return round(float(x), 4)
+  return round(float(value), 4)
 
 
-def _sections(inspected: Inspection, texts: Mapping[str, Sequence[str]],
-              spell: Spell, measures: Measures) -> Iterator[dict[str, Any]]:
-  """Yields what the template is given of each section, as a dict. A table is a
-  tuple: its columns, the names of its rows, and the rows.
+# Each of the next functions yields sections of the page: dicts of what the
+# template inspect.html reads. A table is a tuple: its columns, the names of its
+# rows, and the rows.
 
-  Args:
-    inspected, texts, spell, measures: those of `page`.
-  """
-  for name in inspected.attention:
-    notes = [f'{figure}: {MEANINGS[figure]}' for figure in measures[name]]
-    yield dict(id=f'maps-{name}', heading=f'Attention: {TITLES[name]}',
+
+def _attention_sections(measures: FiguresByHead) -> Iterator[dict[str, Any]]:
+  """Yields a section of attention maps for each attention, which explains the
+  figures of its heads."""
+  for name, figures in measures.items():
+    notes = [f'{figure}: {MEANING_OF_FIGURE[figure]}' for figure in figures]
+    yield dict(id=f'maps-{name}',
+               heading=f'Attention: {TITLE_OF_ATTENTION[name]}',
                kind='maps', notes=notes)
-  for name, stream in inspected.stream.items():
-    yield dict(id=f'stream-{name}', heading=f'Residual stream of the {name}',
-               kind='stream', **_stream(stream, texts[name]))
-  # The lens shows the stack that predicts tokens, its last layer on top.
-  if inspected.lens is not None:
-    name = 'encoder'
-    predicted = 'the token itself'
-    if 'decoder' in inspected.stream:
-      name = 'decoder'
-      predicted = 'the next token'
-    rows = _lens(inspected.lens, texts[name], spell)
-    yield dict(id='lens', heading='Logit lens', kind='lens',
-               predicted=predicted,
-               table=(texts[name], _layers(len(rows))[::-1], rows[::-1]))
-  # A cell of this table is a layer of experts at a token.
-  for name, experts in inspected.experts.items():
+
+
+def _stream_sections(streams: Mapping[str, ResidualStream],
+                     spelled_tokens: Mapping[str, Sequence[str]]
+                     ) -> Iterator[dict[str, Any]]:
+  """Yields a section on the residual stream of each stack: the norms of the
+  tokens, the largest features of each layer, and the outlier features."""
+  for name, stream in streams.items():
+    tokens = spelled_tokens[name]
+    layer_names = _name_layers(len(stream.norms))
+    yield dict(
+        id=f'stream-{name}', heading=f'Residual stream of the {name}',
+        kind='stream', table=(tokens, layer_names, _norm_rows(stream, tokens)),
+        layers=_feature_rows(stream), outliers=_list_outliers(stream))
+
+
+def _lens_sections(inspected: Inspection,
+                   spelled_tokens: Mapping[str, Sequence[str]],
+                   spell: SpellToken) -> Iterator[dict[str, Any]]:
+  """Yields the section of the logit lens, where there is one: a table with a
+  row for each layer, the last one on top, and a column for each token."""
+  if inspected.lens is None:
+    return
+  # The lens is of the stack that predicts tokens.
+  stack = 'encoder'
+  predicted = 'the token itself'
+  if 'decoder' in inspected.stream:
+    stack = 'decoder'
+    predicted = 'the next token'
+  tokens = spelled_tokens[stack]
+  rows = _lens_rows(inspected.lens, tokens, spell)
+  layer_names = _name_layers(len(rows))
+  yield dict(id='lens', heading='Logit lens', kind='lens',
+             predicted=predicted,
+             table=(tokens, layer_names[::-1], rows[::-1]))
+
+
+def _expert_sections(experts: Mapping[str, ExpertRouting],
+                     spelled_tokens: Mapping[str, Sequence[str]]
+                     ) -> Iterator[dict[str, Any]]:
+  """Yields a section on the experts of each stack that has some: a table with a
+  row for each layer of experts, and a column for each token."""
+  for name, routing in experts.items():
+    tokens = spelled_tokens[name]
     rows = []
-    for n in range(len(experts.layers)):
-      row = []
-      for i in range(len(texts[name])):
-        row.append(_expert(experts, n=n, i=i, texts=texts[name]))
-      rows.append(row)
+    for n in range(len(routing.layers)):
+      cells = []
+      for i in range(len(tokens)):
+        cells.append(_expert_cell(routing, n=n, i=i, spelled_tokens=tokens))
+      rows.append(cells)
     yield dict(id=f'experts-{name}', heading=f'Experts of the {name}',
-               kind='experts', count=experts.probabilities.shape[-1],
-               table=(texts[name], experts.layers, rows))
+               kind='experts', count=routing.probabilities.shape[-1],
+               table=(tokens, routing.layers, rows))
 
 
-def _lens(lens: Lens, texts: Sequence[str], spell: Spell) -> list[list[Cell]]:
-  """Returns the rows of the logit lens, a layer each."""
+def _lens_rows(lens: LogitLens, spelled_tokens: Sequence[str],
+               spell: SpellToken) -> list[list[TableCell]]:
+  """Returns the cells of the logit lens: a row for each layer, and in it a cell
+  for each token of the text."""
   rows = []
-  for n, layer in enumerate(_guesses(lens)):
-    row = []
-    for i, guesses in enumerate(layer):
-      # A reader sees the best guess, and all guesses where the mouse points.
-      tip = [_where(texts, i), _after(n)]
+  for n, guesses_of_layer in enumerate(_guesses_by_layer(lens)):
+    cells = []
+    for i, guesses in enumerate(guesses_of_layer):
+      # The cell shows the best guess, and its tip shows all of them.
+      tip_lines = [_describe_token(spelled_tokens, i), _describe_layer(n)]
       for guess in guesses:
-        tip.append(f'{guess.probability:.4f}  {spell(guess.token)}')
-      best = guesses[0]
-      row.append(Cell(text=spell(best.token), value=best.probability,
-                      tip='\n'.join(tip)))
-    rows.append(row)
+        tip_lines.append(f'{guess.probability:.4f}  {spell(guess.token)}')
+      best_guess = guesses[0]
+      cells.append(TableCell(
+          text=spell(best_guess.token), value=best_guess.probability,
+          tip='\n'.join(tip_lines)))
+    rows.append(cells)
   return rows
 
 
-def _stream(stream: Stream, texts: Sequence[str]) -> dict[str, Any]:
-  """Returns the table of norms, the largest features of each layer, and which
-  features are outliers."""
-  # The norm of each token after each layer: the darker the larger.
+def _norm_rows(stream: ResidualStream, spelled_tokens: Sequence[str]
+               ) -> list[list[TableCell]]:
+  """Returns the cells of the table of norms: a row for what the first layer is
+  given and for what each layer returns, and in it a cell for each token, the
+  darker the larger its norm."""
+  # The colours span the logarithms of the norms of the whole table.
   norms_NL = stream.norms[:, 0]
   logs_NL = np.log(np.maximum(norms_NL, 1e-9))
-  least = logs_NL.min()
-  most = logs_NL.max()
-  heat_NL = (logs_NL - least) / max(most - least, 1e-9)
+  lowest = logs_NL.min()
+  highest = logs_NL.max()
+  heat_NL = (logs_NL - lowest) / max(highest - lowest, 1e-9)
+
   rows = []
   for n in range(len(norms_NL)):
-    row = []
+    cells = []
     for i, norm in enumerate(norms_NL[n]):
-      tip = f'{_where(texts, i)}\n{_after(n)}\nnorm {norm:.5g}'
-      row.append(Cell(text=f'{norm:.3g}', value=heat_NL[n, i], tip=tip))
-    rows.append(row)
+      tip_lines = [_describe_token(spelled_tokens, i), _describe_layer(n),
+                   f'norm {norm:.5g}']
+      cells.append(TableCell(text=f'{norm:.3g}', value=heat_NL[n, i],
+                             tip='\n'.join(tip_lines)))
+    rows.append(cells)
+  return rows
 
-  # The largest features of each layer.
-  names = _layers(len(norms_NL))
-  layers = []
+
+def _feature_rows(stream: ResidualStream) -> list[tuple[str, ...]]:
+  """Returns a row of texts for each layer: its name, the mean norm, the median
+  and the root mean square of a feature, and the largest features."""
+  norms_NL = stream.norms[:, 0]
+  layer_names = _name_layers(len(norms_NL))
+  rows = []
   for n, peaks_D in enumerate(stream.peaks[:, 0]):
     median = stream.median[n, 0]
     rms = stream.rms[n, 0]
-    largest = []
-    for d in np.argsort(-peaks_D, kind='stable')[:FEATURES].tolist():
+    largest_features = np.argsort(-peaks_D, kind='stable')
+    descriptions = []
+    for d in largest_features[:MOST_FEATURES_OF_LAYER].tolist():
       peak = peaks_D[d]
-      largest.append(f'{d}: {peak:.3g} (× {_times(peak, median)}, × '
-                     f'{_times(peak, rms)})')
-    layers.append((names[n], f'{norms_NL[n].mean():.4g}', f'{median:.3g}',
-                   f'{rms:.3g}', '; '.join(largest)))
+      descriptions.append(f'{d}: {peak:.3g} (× {_format_ratio(peak, median)}, '
+                          f'× {_format_ratio(peak, rms)})')
+    rows.append((layer_names[n], f'{norms_NL[n].mean():.4g}', f'{median:.3g}',
+                 f'{rms:.3g}', '; '.join(descriptions)))
+  return rows
 
-  # The outliers.
+
+def _list_outliers(stream: ResidualStream) -> str:
+  """Returns the numbers of the outlier features as a text; of many, the first
+  ones and how many more there are."""
   features = np.flatnonzero(stream.outliers[0]).tolist()
-  outliers = ', '.join(map(str, features[:OUTLIERS])) or 'none'
-  if len(features) > OUTLIERS:
-    outliers += f' and {len(features) - OUTLIERS} more'
-  return dict(table=(texts, names, rows), layers=layers, outliers=outliers)
+  if not features:
+    return 'none'
+  text = ', '.join(map(str, features[:MOST_OUTLIER_FEATURES]))
+  if len(features) > MOST_OUTLIER_FEATURES:
+    text += f' and {len(features) - MOST_OUTLIER_FEATURES} more'
+  return text
 
 
-def _times(x: float, of: float) -> str:
-  """Returns how many times as large x is as a magnitude, for a reader."""
-  return f'{x / of:.3g}' if of > 0 else '∞'
+def _format_ratio(value: float, reference: float) -> str:
+  """Returns value / reference for a reader; ∞ where the reference is 0."""
+  if reference > 0:
+    return f'{value / reference:.3g}'
+  return '∞'
 
 
-def _expert(experts: Experts, n: int, i: int, texts: Sequence[str]) -> Cell:
-  """Returns the cell of token i in layer n of the layers of experts."""
-  gates_E = experts.gates[n, 0, i]
-  shares_E = experts.probabilities[n, 0, i]
+def _expert_cell(routing: ExpertRouting, n: int, i: int,
+                 spelled_tokens: Sequence[str]) -> TableCell:
+  """Returns the cell of a token in a layer of experts: the experts to which it
+  goes, those that had no room for it struck out.
+
+  Args:
+    routing: the decisions of the routers of a stack.
+    n: which of the layers of experts.
+    i: which token of the first row.
+    spelled_tokens: the tokens as a reader is shown them.
+  """
+  gates_E = routing.gates[n, 0, i]
+  probabilities_E = routing.probabilities[n, 0, i]
+  tip_lines = [_describe_token(spelled_tokens, i), f'layer {routing.layers[n]}']
 
   # The experts that the router chose, the largest gate first.
-  chosen = np.flatnonzero(experts.chosen[n, 0, i])
+  chosen = np.flatnonzero(routing.chosen[n, 0, i])
   chosen = chosen[np.argsort(-gates_E[chosen], kind='stable')]
-  names: list[Any] = []
-  tip = [f'{_where(texts, i)}\nlayer {experts.layers[n]}']
+  numbers: list[Any] = []
   for e in chosen:
-    gate = f'expert {e}: gate {gates_E[e]:.4f}'
+    line = f'expert {e}: gate {gates_E[e]:.4f}'
     if gates_E[e]:
-      names.append(e)
+      numbers.append(e)
     else:
-      names.append(markupsafe.Markup('<s class="lost">{}</s>').format(e))
-      gate += ', no room'
-    tip.append(gate)
-  text = markupsafe.Markup(' ').join(names) or '–'
+      struck_out = markupsafe.Markup('<s class="lost">{}</s>').format(e)
+      numbers.append(struck_out)
+      line += ', no room'
+    tip_lines.append(line)
+  text = markupsafe.Markup(' ').join(numbers) or '–'
 
   # The largest of the router's probabilities.
-  likeliest = np.argsort(-shares_E, kind='stable')[:SHARES]
-  shares = [f'{e} {shares_E[e]:.3f}' for e in likeliest]
-  tip.append('router: ' + ', '.join(shares))
+  likeliest = np.argsort(-probabilities_E, kind='stable')
+  likeliest = likeliest[:MOST_ROUTER_PROBABILITIES]
+  probabilities = [f'{e} {probabilities_E[e]:.3f}' for e in likeliest]
+  tip_lines.append('router: ' + ', '.join(probabilities))
 
+  # The expert with the largest gate gives the colour.
   hue = None
   if len(chosen):
     hue = 360 * int(chosen[0]) // len(gates_E)
-  return Cell(text=text, value=0.0, tip='\n'.join(tip), hue=hue)
+  return TableCell(text=text, value=0.0, tip='\n'.join(tip_lines), hue=hue)
 
 
-def _layers(count: int) -> list[str]:
-  return ['embedding', *map(str, range(count - 1))]
+def _name_layers(num_states: int) -> list[str]:
+  """Returns the names of the states of a stack: what the first layer is given,
+  and what each layer returns."""
+  return ['embedding', *map(str, range(num_states - 1))]
 
 
-def _after(n: int) -> str:
-  return f'after layer {n - 1}' if n else 'before the first layer'
+def _describe_layer(n: int) -> str:
+  """Returns where state n of a stack lies; 0: what the first layer is given."""
+  if n == 0:
+    return 'before the first layer'
+  return f'after layer {n - 1}'
 
 
-def _where(texts: Sequence[str], i: int) -> str:
-  return f'{texts[i]} (token {i})'
+def _describe_token(spelled_tokens: Sequence[str], i: int) -> str:
+  """Returns the text and the number of a token."""
+  return f'{spelled_tokens[i]} (token {i})'
 
 
 TASKS = {'inspect': Inspect()}

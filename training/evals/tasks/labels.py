@@ -38,13 +38,13 @@ from training.evals.tasks import writing
 from training.objectives import Config, pipeline
 from training.workdir import storage
 
-NONE = '(none of these)'
-MOST = 40  # labels whose figures are printed
+NO_LABEL = '(none of these)'
+MOST_PRINTED_LABELS = 40  # labels whose figures are printed
 
-OF_ANSWERS = (  # to questions
+ANSWER_FLAGS = (  # to questions
     Flag(name='n_best', default=20,
          help='How many of the best answers to a question are written.',
-         least=1, most=1000, needs='predictions'),
+         least=1, most=1000, needed_flag='predictions'),
     Flag(name='max_answer_length', default=30,
          help='The most tokens of an answer.', least=1, most=10_000),
     Flag(name='null_threshold', default=0.0,
@@ -53,7 +53,7 @@ OF_ANSWERS = (  # to questions
 )
 
 
-class Measured(NamedTuple):
+class MeasuredPredictions(NamedTuple):
   """The measures of some records.
 
   Attributes:
@@ -73,19 +73,21 @@ class Labels(Task):
   """Measures the answers to all that is held out, each source on its own."""
 
   help = 'accuracy, F1, correlations: what labelled data say'
-  figures = ('accuracy', 'f1', 'f1_macro', 'mcc', 'rows', 'pearson', 'spearman',
+  figure_names = ('accuracy', 'f1', 'f1_macro', 'mcc', 'rows', 'pearson',
+                  'spearman',
              'mean_squared_error', 'mean_absolute_error', 'words', 'sentences',
              'without_tokens', 'precision', 'recall', 'entities', 'strict_*',
-             'types/*', *answers.FIGURES, 'sources/*')
+             'types/*', *answers.FIGURE_NAMES, 'sources/*')
   flags = (
       Flag(name='predictions', default='',
            help='A file for what is predicted of each record: words with '
-           'labels, answers as JSON, or a table in a .csv.', asks=True),
-      *OF_ANSWERS,
+           'labels, answers as JSON, or a table in a .csv.',
+           requests_task=True),
+      *ANSWER_FLAGS,
   )
 
-  def unfit(self, config: Config) -> str:
-    if config.objective not in MEASURES:
+  def why_unfit(self, config: Config) -> str:
+    if config.objective not in MEASURE_OF_OBJECTIVE:
       return f'objective {config.objective!r} learns no labels'
     spec = config.data.eval_source or config.data.source
     if all(source.records for _, source in sources.parse(spec)):
@@ -103,7 +105,7 @@ class Labels(Task):
       storage.checked_output_file(options.predictions, '--predictions')
     if config is None or config.objective == 'question_answering':
       return
-    for flag in OF_ANSWERS:
+    for flag in ANSWER_FLAGS:
       if getattr(options, flag.name) != flag.default:
         raise RequestError(f'--{flag.name} is of answers to questions, and '
                            f'objective {config.objective!r} gives none')
@@ -117,20 +119,19 @@ class Labels(Task):
     _check_loaders(loaders, evaluation)
 
     # The answers of each source, and how good they are.
-    measure = MEASURES[evaluation.run.config.objective]
+    measure = MEASURE_OF_OBJECTIVE[evaluation.run.config.objective]
     results = []
     for loader in loaders:
       if loader.objective.head == 'lm':
-        outputs: list[Any] = writing.written(evaluation, loader)
+        outputs: list[Any] = writing.write_targets(evaluation, loader)
       else:
-        outputs = scores(evaluation, loader)
+        outputs = compute_scores(evaluation, loader)
       measured = measure(loader.views[0], outputs, evaluation)
       results.append(measured)
       print('\n'.join([f'{loader.text}:', *measured.lines]))
     if evaluation.options.predictions:
-      path = storage.checked_path(evaluation.options.predictions,
-                                  '--predictions')
-      _write(path, results)
+      path = storage.path(evaluation.options.predictions, '--predictions')
+      _write_predictions(path, results)
     if len(results) == 1:
       return results[0].figures
 
@@ -140,12 +141,12 @@ class Labels(Task):
     for name, value in results[0].figures.items():
       everywhere = all(name in one.figures for one in results)
       if isinstance(value, float) and everywhere:
-        figures[name] = held_out.mix([one.figures[name] for one in results],
-                                     loaders)
+        values = [one.figures[name] for one in results]
+        figures[name] = held_out.mean_of_sources(values, loaders)
     if figures:
       shares = [f'{loader.share:.3g} {loader.name}' for loader in loaders]
       print('\n'.join([f'the mean by weight, {", ".join(shares)}:',
-                       *_lines(figures)]))
+                       *_format_figures(figures)]))
     each = {loader.name: one.figures for loader, one in zip(loaders, results)}
     return figures | {'sources': each}
 
@@ -171,10 +172,11 @@ def _check_loaders(loaders: Sequence[pipeline.Loader], evaluation: Evaluation
   if evaluation.run.config.objective == 'question_answering' and predictions:
     require(len(loaders) == 1, '--predictions is one file, and '
             f'{len(loaders)} sources are evaluated: evaluate one by --text')
-    answers.check_ids(loaders[0].views[0])
+    answers.check_question_ids(loaders[0].views[0])
 
 
-def _write(path: Any, results: Sequence[Measured]) -> None:
+def _write_predictions(path: Any,
+                       results: Sequence[MeasuredPredictions]) -> None:
   """Writes the predictions of all sources: as a table, where the name of the
   file ends in .csv."""
   # The texts by the kind that the name of the file gets; '': none. A table is
@@ -184,7 +186,7 @@ def _write(path: Any, results: Sequence[Measured]) -> None:
     rows = []
     for one in results:
       rows += one.table
-    files[''] = _csv(rows)
+    files[''] = _format_csv(rows)
   else:
     for kind in results[0].files:
       files[kind] = ''.join(one.files[kind] for one in results)
@@ -196,7 +198,8 @@ def _write(path: Any, results: Sequence[Measured]) -> None:
     print(f'written: {file}')
 
 
-def scores(evaluation: Evaluation, loader: pipeline.Loader) -> list[np.ndarray]:
+def compute_scores(evaluation: Evaluation,
+                   loader: pipeline.Loader) -> list[np.ndarray]:
   """Returns the scores of each row of a loader's view, in its order: [K], or
   of each token [L, K], where L is the length that its batch was padded to."""
   objective = loader.objective
@@ -206,14 +209,15 @@ def scores(evaluation: Evaluation, loader: pipeline.Loader) -> list[np.ndarray]:
     """Returns the scores of each row of a batch."""
     return objective.apply(module, params, batch).extra['scores']
 
-  step = evaluation.program(scores_of, 'labels')
+  step = evaluation.jit_once(scores_of, 'labels')
   rows: list[np.ndarray] = []
-  for batch_scores in evaluation.results(step, loader, 'answering'):
+  for batch_scores in evaluation.run_on_batches(step, loader, 'answering'):
     rows += list(batch_scores)
   return rows[:loader.num_windows]  # without what fills up the last batch
 
 
-def of_scores(view: Any, scores: Sequence[np.ndarray], *_: Any) -> Measured:
+def measure_labels(view: Any, scores: Sequence[np.ndarray],
+                   *_: Any) -> MeasuredPredictions:
   """Measures the label with the highest score of each row.
 
   Args:
@@ -225,30 +229,30 @@ def of_scores(view: Any, scores: Sequence[np.ndarray], *_: Any) -> Measured:
   predictions = []
   table = []
   for record, one in zip(view.records, predicted):
-    predictions.append(_record(record) | {
+    predictions.append(_record_as_json(record) | {
         'predicted': one.label, 'probabilities': one.probabilities})
-    row = _columns(record) | {'predicted': one.label}
+    row = _record_as_columns(record) | {'predicted': one.label}
     for label, probability in one.probabilities.items():
       row[f'probability of {label}'] = probability
     table.append(row)
   if not view.bare:
     targets = np.array([item.target for item in view.items])
-    return _classified(
+    return _measure_classification(
         names=view.labels, targets=targets,
         predicted=np.stack(scores).argmax(1), predictions=predictions,
         table=table)
 
   # How often each label is predicted, where none is known.
   counts = collections.Counter(one.label for one in predicted)
-  lines = [_bare(len(predicted), 'records')]
-  for label in view.labels[:MOST]:
+  lines = [_count_of_unlabelled(len(predicted), 'records')]
+  for label in view.labels[:MOST_PRINTED_LABELS]:
     lines.append(f'  {label:<22} {counts[label]:,}')
-  return Measured(figures={'rows': len(predicted)}, lines=lines,
-                  files=_jsonl(predictions), table=table)
+  return MeasuredPredictions(figures={'rows': len(predicted)}, lines=lines,
+                  files=_format_jsonl(predictions), table=table)
 
 
-def of_texts(view: Any, written: Sequence[tuple[str, str, bool]],
-             evaluation: Evaluation) -> Measured:
+def measure_written_labels(view: Any, written: Sequence[tuple[str, str, bool]],
+             evaluation: Evaluation) -> MeasuredPredictions:
   """Measures labels that are written as text.
 
   Args:
@@ -269,7 +273,7 @@ def of_texts(view: Any, written: Sequence[tuple[str, str, bool]],
   targets = np.array([numbers[target] for _, target in rows])
   names = [*labels]
   if (predicted == none).any():
-    names.append(NONE)
+    names.append(NO_LABEL)
 
   # The predictions.
   predictions = []
@@ -278,13 +282,14 @@ def of_texts(view: Any, written: Sequence[tuple[str, str, bool]],
     source = evaluation.tokenizer.decode(pair.source)
     predictions.append({'texts': [source], 'label': target, 'predicted': text})
     table.append({'text': source, 'label': target, 'predicted': text})
-  return _classified(names=names, targets=targets, predicted=predicted,
+  return _measure_classification(names=names, targets=targets,
+                                 predicted=predicted,
                      predictions=predictions, table=table, count=len(labels))
 
 
-def _classified(names: Sequence[str], targets: np.ndarray,
+def _measure_classification(names: Sequence[str], targets: np.ndarray,
                 predicted: np.ndarray, predictions: list[dict],
-                table: list[dict], count: int = 0) -> Measured:
+                table: list[dict], count: int = 0) -> MeasuredPredictions:
   """Returns the measures of labels.
 
   Args:
@@ -312,8 +317,8 @@ def _classified(names: Sequence[str], targets: np.ndarray,
       'mcc': float(metrics.matthews_corrcoef(targets, predicted))}
 
   # For a reader.
-  lines = [f'{len(targets):,} records', *_lines(figures)]
-  if count <= MOST:
+  lines = [f'{len(targets):,} records', *_format_figures(figures)]
+  if count <= MOST_PRINTED_LABELS:
     report = metrics.classification_report(
         targets, predicted, target_names=names[:count], digits=4, **labels)
     lines += report.splitlines()
@@ -328,26 +333,30 @@ def _classified(names: Sequence[str], targets: np.ndarray,
         'recall': float(recall[i]), 'f1': float(f1[i]), 'rows': int(rows[i])})
   confusion = metrics.confusion_matrix(targets, predicted,
                                        labels=range(len(names)))
-  right = items.of(predicted == targets, _asked(predictions))
+  right = items.record_scores(predicted == targets,
+                              _identify_items(predictions))
   figures |= {'rows': len(targets), 'by_label': by_label, 'labels': [*names],
               'confusion': confusion.tolist(), 'items': {'accuracy': right}}
-  return Measured(figures=figures, lines=lines, files=_jsonl(predictions),
+  return MeasuredPredictions(figures=figures, lines=lines,
+                             files=_format_jsonl(predictions),
                   table=table)
 
 
-def of_numbers(view: Any, scores: Sequence[np.ndarray], *_: Any) -> Measured:
+def measure_numbers(view: Any, scores: Sequence[np.ndarray],
+                    *_: Any) -> MeasuredPredictions:
   """Measures numbers, [1] of each row."""
   # The predictions.
   predicted = np.array(predicting.of_numbers(view, scores))
   predictions = []
   table = []
   for record, value in zip(view.records, predicted):
-    predictions.append(_record(record) | {'predicted': float(value)})
-    table.append(_columns(record) | {'predicted': float(value)})
-  files = _jsonl(predictions)
+    predictions.append(_record_as_json(record) | {'predicted': float(value)})
+    table.append(_record_as_columns(record) | {'predicted': float(value)})
+  files = _format_jsonl(predictions)
   if view.bare:
-    return Measured(figures={'rows': len(predicted)},
-                    lines=[_bare(len(predicted), 'records')], files=files,
+    return MeasuredPredictions(figures={'rows': len(predicted)},
+                    lines=[_count_of_unlabelled(len(predicted),
+                                                'records')], files=files,
                     table=table)
 
   # How good they are.
@@ -359,12 +368,14 @@ def of_numbers(view: Any, scores: Sequence[np.ndarray], *_: Any) -> Measured:
       'pearson': pearson, 'spearman': spearman,
       'mean_squared_error': float(np.mean(squares)),
       'mean_absolute_error': float(np.mean(magnitudes))}
-  lines = [f'{len(targets):,} records', *_lines(figures)]
-  asked = _asked(predictions)
+  lines = [f'{len(targets):,} records', *_format_figures(figures)]
+  asked = _identify_items(predictions)
   figures['rows'] = len(targets)
-  figures['items'] = {'mean_squared_error': items.of(squares, asked),
-                      'mean_absolute_error': items.of(magnitudes, asked)}
-  return Measured(figures=figures, lines=lines, files=files, table=table)
+  figures['items'] = {'mean_squared_error': items.record_scores(squares, asked),
+                      'mean_absolute_error': items.record_scores(magnitudes,
+                                                                 asked)}
+  return MeasuredPredictions(figures=figures, lines=lines, files=files,
+                             table=table)
 
 
 def _correlations(targets: np.ndarray, predicted: np.ndarray
@@ -381,8 +392,9 @@ def _correlations(targets: np.ndarray, predicted: np.ndarray
   return float(pearson), float(spearman)
 
 
-def of_words(view: records.Sentences, scores: Sequence[np.ndarray], *_: Any
-             ) -> Measured:
+def measure_word_labels(view: records.Sentences, scores: Sequence[np.ndarray],
+                        *_: Any
+             ) -> MeasuredPredictions:
   """Measures the likeliest label of each word of each sentence.
 
   Args:
@@ -397,14 +409,15 @@ def of_words(view: records.Sentences, scores: Sequence[np.ndarray], *_: Any
   for number, record in enumerate(view.records):
     sentence = sentences[number]
     without += int(np.isnan(sentence.probabilities).sum())
-    table += _words(number + 1, record, sentence)
+    table += _word_rows(number + 1, record, sentence)
   counts = dict(words=len(table), sentences=len(sentences),
                 without_tokens=without)
   lines = [f'{len(sentences):,} sentences of {len(table):,} words, of which '
            f'{without:,} have no token']
   if view.bare:
     columns = ('word', 'predicted', 'probability')
-    return Measured(figures=counts, lines=lines, files=_conll(table, columns),
+    return MeasuredPredictions(figures=counts, lines=lines,
+                               files=_format_conll(table, columns),
                     table=table)
 
   # How good they are.
@@ -412,18 +425,19 @@ def of_words(view: records.Sentences, scores: Sequence[np.ndarray], *_: Any
   figures: dict[str, Any] = dict(accuracy=sum(same) / len(same), **counts)
   lines.append(f'  accuracy         {figures["accuracy"]:.4f}')
   if labelled.marks_entities(view.labels):
-    entity_figures, report = entities(
+    entity_figures, report = measure_entities(
         right=[record.labels for record in view.records],
         predicted=[sentence.labels for sentence in sentences])
     figures |= entity_figures
     lines += report
   # The columns of CoNLL's own script, conlleval.
   columns = ('word', 'label', 'predicted')
-  return Measured(figures=figures, lines=lines, files=_conll(table, columns),
+  return MeasuredPredictions(figures=figures, lines=lines,
+                             files=_format_conll(table, columns),
                   table=table)
 
 
-def _conll(table: Sequence[dict[str, Any]], names: Sequence[str]
+def _format_conll(table: Sequence[dict[str, Any]], names: Sequence[str]
            ) -> dict[str, str]:
   """Returns these columns of a table of words, a word a line, with an empty
   line after each sentence."""
@@ -436,7 +450,7 @@ def _conll(table: Sequence[dict[str, Any]], names: Sequence[str]
   return {'': ''.join(line + '\n' for line in lines)}
 
 
-def _words(number: int, record: labelled.Sentence,
+def _word_rows(number: int, record: labelled.Sentence,
            sentence: predicting.Words) -> list[dict[str, Any]]:
   """Returns the rows of a table of one sentence, a word each."""
   rows = []
@@ -450,7 +464,8 @@ def _words(number: int, record: labelled.Sentence,
   return rows
 
 
-def entities(right: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
+def measure_entities(right: Sequence[Sequence[str]],
+                     predicted: Sequence[Sequence[str]]
              ) -> tuple[dict[str, Any], list[str]]:
   """Returns precision, recall and F1 of entities, and a table of them.
 
@@ -465,8 +480,8 @@ def entities(right: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
   """
   # An entity may begin with I-; in the strict mode it begins with B-.
   from seqeval import metrics, scheme
-  lenient = _entity_figures(right, predicted)
-  strict = _entity_figures(right, predicted=predicted, mode='strict',
+  lenient = _seqeval_figures(right, predicted)
+  strict = _seqeval_figures(right, predicted=predicted, mode='strict',
                            scheme=scheme.IOB2)
 
   # The rows of types stand beside those of averages.
@@ -482,10 +497,10 @@ def entities(right: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
       figures['types'][name] = row
   table = metrics.classification_report(right, predicted, digits=4,
                                         zero_division=0)
-  return figures, [*table.splitlines(), *_lines(strict_figures)]
+  return figures, [*table.splitlines(), *_format_figures(strict_figures)]
 
 
-def _entity_figures(right: Sequence[Sequence[str]],
+def _seqeval_figures(right: Sequence[Sequence[str]],
                     predicted: Sequence[Sequence[str]], **how: Any
                     ) -> dict[str, dict[str, Any]]:
   """Returns seqeval's figures of each type of entity, and its averages."""
@@ -500,12 +515,12 @@ def _entity_figures(right: Sequence[Sequence[str]],
   return figures
 
 
-def of_questions(view: records.Questions, scores: Sequence[np.ndarray],
-                 evaluation: Evaluation) -> Measured:
+def measure_answers(view: records.Questions, scores: Sequence[np.ndarray],
+                 evaluation: Evaluation) -> MeasuredPredictions:
   """Measures answers to questions."""
   # The predictions.
   kind = architectures.stack(evaluation.run.model)
-  predictions = answers.answers(view, scores=scores, kind=kind,
+  predictions = answers.answer_questions(view, scores=scores, kind=kind,
                                 options=evaluation.options)
   table = []
   for question, best in zip(view.questions, predictions):
@@ -516,26 +531,28 @@ def of_questions(view: records.Questions, scores: Sequence[np.ndarray],
         'probability': chosen.probability})
 
   # How good they are.
-  files = answers.written(view, predictions)
+  files = answers.format_prediction_files(view, predictions)
   if view.bare:
-    return Measured(figures={'total': len(predictions)},
-                    lines=[_bare(len(predictions), 'questions')], files=files,
+    return MeasuredPredictions(figures={'total': len(predictions)},
+                    lines=[_count_of_unlabelled(len(predictions),
+                                                'questions')], files=files,
                     table=table)
-  figures = answers.figures(view, predictions)
-  return Measured(figures=figures, lines=answers.lines(figures), files=files,
+  figures = answers.measure_answers(view, predictions)
+  return MeasuredPredictions(figures=figures,
+                             lines=answers.format_report(figures), files=files,
                   table=table)
 
 
-def _bare(count: int, what: str) -> str:
+def _count_of_unlabelled(count: int, what: str) -> str:
   return f'{count:,} {what} without labels or answers, which are predicted'
 
 
-def _jsonl(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
+def _format_jsonl(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
   lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in rows]
   return {'': ''.join(lines)}
 
 
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
+def _format_csv(rows: Sequence[dict[str, Any]]) -> str:
   """Returns rows as a table with a line of names."""
   names: dict[str, None] = {}  # in the order in which they come first
   for row in rows:
@@ -547,14 +564,14 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
   return text.getvalue()
 
 
-def _columns(record: labelled.Record) -> dict[str, Any]:
+def _record_as_columns(record: labelled.Record) -> dict[str, Any]:
   """Returns the columns of a table that say which record a row is of."""
-  row = _record(record)
+  row = _record_as_json(record)
   texts = dict(zip(('text', 'second text'), row.pop('texts')))
   return {'where': row.pop('where'), **texts, **row}
 
 
-def _record(record: Any) -> dict[str, Any]:
+def _record_as_json(record: Any) -> dict[str, Any]:
   """Returns a record as an object of JSON, with its label if it has one."""
   row = {'where': record.where.rstrip(','), 'texts': [*record.texts]}
   if record.label:
@@ -562,24 +579,25 @@ def _record(record: Any) -> dict[str, Any]:
   return row
 
 
-def _asked(predictions: Iterable[dict[str, Any]]) -> list[tuple]:
+def _identify_items(predictions: Iterable[dict[str, Any]]) -> list[tuple]:
   """Returns what tells the records of predictions from others."""
   return [(row.get('texts'), row['label']) for row in predictions]
 
 
-def _lines(figures: Mapping[str, float]) -> list[str]:
+def _format_figures(figures: Mapping[str, float]) -> list[str]:
   """Returns a line for each figure."""
   lines = []
   for name, value in figures.items():
     words = name.replace('_', ' ')
-    lines.append(f'  {words:<22} {held_out.shown(value)}')
+    lines.append(f'  {words:<22} {held_out.format_figure(value)}')
   return lines
 
 
 # How the answers to a view are measured, by objective: (view, answers,
 # evaluation) -> Measured. The answers are the scores of each row or, of a model
 # without a head of its own, what it wrote.
-MEASURES = {'classification': of_scores, 'regression': of_numbers,
-            'token_classification': of_words,
-            'question_answering': of_questions, 'seq2seq': of_texts}
+MEASURE_OF_OBJECTIVE = {
+    'classification': measure_labels, 'regression': measure_numbers,
+    'token_classification': measure_word_labels,
+    'question_answering': measure_answers, 'seq2seq': measure_written_labels}
 TASKS = {'labels': Labels()}

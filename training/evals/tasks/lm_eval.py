@@ -21,12 +21,12 @@ from common.errors import suggest_name
 from training.evals import Evaluation, Flag, Task, items, scoring
 from training.objectives import Config
 
-OWN = pathlib.Path(__file__).parents[1] / 'lm_eval_tasks'
+OWN_TASKS_FOLDER = pathlib.Path(__file__).parents[1] / 'lm_eval_tasks'
 # How often a figure is resampled for its standard error; a mean has one without
 # that.
-BOOTSTRAPS = 100
+NUM_BOOTSTRAPS = 100
 # The packages whose code may run in a task of lm_eval: its own, and ours.
-PACKAGES = ('common', 'configs', 'lm_eval', 'training')
+KNOWN_PACKAGES = ('common', 'configs', 'lm_eval', 'training')
 
 
 class LMEval(Task):
@@ -37,11 +37,12 @@ class LMEval(Task):
   'acc,none' is acc, and 'exact_match,strict' is exact_match (strict)."""
 
   help = 'tasks of lm_eval, named as lm_eval:NAME'
-  held_out = False
-  argument = 'lm_eval'
-  beside = ('stderr', 'examples', 'items')
+  reads_held_out = False
+  argument_flag = 'lm_eval'
+  other_groups = ('stderr', 'examples', 'items')
   flags = (
-      Flag(name='lm_eval', default='', help='The tasks, NAME,NAME.', asks=True),
+      Flag(name='lm_eval', default='', help='The tasks, NAME,NAME.',
+           requests_task=True),
       Flag(name='lm_eval_tasks', default='',
            help='A folder of further task files (YAML).'),
       Flag(name='lm_eval_data', default='',
@@ -55,12 +56,12 @@ class LMEval(Task):
            least=-1, most=1000),
   )
 
-  def unfit(self, config: Config) -> str:
-    return scoring.unfit(config)
+  def why_unfit(self, config: Config) -> str:
+    return scoring.why_not_scorable(config)
 
   def check(self, options: Any, config: Any) -> None:
     """Raises RequestError where a task is not there, or its files are not."""
-    names = _names(options)
+    names = _parse_names(options)
     require(bool(names), 'task lm_eval is told what to evaluate: '
             '--tasks=lm_eval:NAME, or --tasks=lm_eval --lm_eval=NAME,NAME')
     require(importlib.util.find_spec('lm_eval') is not None, 'task lm_eval '
@@ -68,19 +69,19 @@ class LMEval(Task):
     folder = options.lm_eval_tasks
     require(not folder or os.path.isdir(folder), '--lm_eval_tasks is '
             f'{folder!r}, which is no folder')
-    with failures(', '.join(names)):
-      manager = _manager(options)
+    with report_failures(', '.join(names)):
+      manager = _choose_task_manager(options)
       for name in names:
         require(name in manager.all_tasks, f'lm_eval has no task {name!r}: '
                 '`lm_eval ls tasks` lists its own, and blimp_files and '
-                'cloze_files are here.' + suggest_name(name, manager.all_tasks))
-      if manager is _listed(folder, options.lm_eval_data, True):
+                'cloze_files are here.' + hint(name, manager.all_tasks))
+      if manager is _make_task_manager(folder, options.lm_eval_data, True):
         manager.load(names)  # whose files are on this machine
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Prints and returns the figures that lm_eval gives of its tasks."""
-    names = _names(evaluation.options)
-    results = _evaluated(evaluation, names)
+    names = _parse_names(evaluation.options)
+    results = _run_lm_eval(evaluation, names)
 
     # The figures, their standard errors, and what each item scores.
     figures: dict[str, float] = {}
@@ -91,12 +92,13 @@ class LMEval(Task):
       for name, value in row.items():
         if not isinstance(value, float):
           continue
-        called = before + items.called(name.replace('_stderr', ''))
+        called = before + items.shorten_figure_name(name.replace('_stderr', ''))
         if '_stderr' in name:
           errors[called] = value
         else:
           figures[called] = value
-      scored = items.of_samples(row, _samples(results, task))
+      scored = items.record_lm_eval_samples(row,
+                                            _samples_of_task(results, task))
       for name, record in scored.items():
         records[before + name] = record
 
@@ -113,36 +115,38 @@ class LMEval(Task):
         'stderr': errors, 'examples': examples, 'items': records}
 
 
-def _evaluated(evaluation: Evaluation, names: Sequence[str]) -> dict[str, Any]:
+def _run_lm_eval(evaluation: Evaluation, names: Sequence[str]) -> dict[str,
+                                                                       Any]:
   """Returns what lm_eval says of some of its tasks."""
   from training.evals import harness
   # lm_eval is an optional package, and slow to import.
   options = evaluation.options
   fewshot = options.lm_eval_fewshot
-  with failures(', '.join(names)):
+  with report_failures(', '.join(names)):
     from lm_eval import evaluator
     return evaluator.simple_evaluate(
         harness.Model(evaluation), tasks=names,
         limit=options.lm_eval_limit or None,
         num_fewshot=None if fewshot < 0 else fewshot,
-        task_manager=_manager(options), bootstrap_iters=BOOTSTRAPS,
+        task_manager=_choose_task_manager(options),
+        bootstrap_iters=NUM_BOOTSTRAPS,
         log_samples=True, random_seed=None, numpy_random_seed=None,
         torch_random_seed=None)
 
 
-def _samples(results: Mapping[str, Any], task: str) -> list[dict]:
+def _samples_of_task(results: Mapping[str, Any], task: str) -> list[dict]:
   """Returns the samples of a task; or those of all parts of a group."""
   samples = results['samples'].get(task)
   if samples:
     return samples
   samples = []
   for part in results['group_subtasks'].get(task, ()):
-    samples += _samples(results, part)
+    samples += _samples_of_task(results, part)
   return samples
 
 
 @contextlib.contextmanager
-def failures(what: str) -> Iterator[None]:
+def report_failures(what: str) -> Iterator[None]:
   """Around lm_eval's work on `what`: says what it fails at in a sentence."""
   os.environ.setdefault('TQDM_DISABLE', '1')  # of lm_eval; ours is its bar
   # It resamples in forks of the process, which may stand still: a fork has
@@ -156,42 +160,42 @@ def failures(what: str) -> Iterator[None]:
     raise EnvironmentFailure(f'lm_eval cannot load the data of {what}: {first}'
                              ) from error
   except Exception as error:
-    if _raised_by(error) != 'lm_eval':
+    if _package_that_raised(error) != 'lm_eval':
       raise
     reason = ' '.join(str(error).split()) or 'no message'
     raise RequestError(f'lm_eval refuses {what}: {type(error).__name__}: '
                        f'{reason}') from error
 
 
-def _raised_by(error: Exception) -> str:
+def _package_that_raised(error: Exception) -> str:
   """Returns which of PACKAGES raised an error, or called what did: what
   lm_eval's own code refuses is a wrong request, what ours raises is a bug."""
   raised_by = ''
   for frame, _ in traceback.walk_tb(error.__traceback__):
     package = frame.f_globals.get('__name__', '').partition('.')[0]
-    if package in PACKAGES:
+    if package in KNOWN_PACKAGES:
       raised_by = package
   return raised_by
 
 
-def _names(options: Any) -> list[str]:
+def _parse_names(options: Any) -> list[str]:
   names = [name.strip() for name in options.lm_eval.split(',')]
   return [name for name in names if name]
 
 
-def _manager(options: Any) -> Any:
+def _choose_task_manager(options: Any) -> Any:
   """Returns lm_eval's list of tasks: ours and those of a folder, and where one
   of --lm_eval is none of these, its own thousands, too."""
   folder = options.lm_eval_tasks
   data = options.lm_eval_data
-  manager = _listed(folder, data, True)
-  if {*_names(options)} <= {*manager.all_tasks}:
+  manager = _make_task_manager(folder, data, True)
+  if {*_parse_names(options)} <= {*manager.all_tasks}:
     return manager
-  return _listed(folder, data, False)
+  return _make_task_manager(folder, data, False)
 
 
 @functools.lru_cache(maxsize=8)
-def _listed(folder: str, data: str, alone: bool) -> Any:
+def _make_task_manager(folder: str, data: str, alone: bool) -> Any:
   """Returns lm_eval's list of tasks.
 
   Args:
@@ -200,7 +204,7 @@ def _listed(folder: str, data: str, alone: bool) -> Any:
     alone: whether lm_eval's own tasks are left out.
   """
   from lm_eval import tasks
-  paths = [str(OWN)]
+  paths = [str(OWN_TASKS_FOLDER)]
   if folder:
     paths.append(folder)
   return tasks.TaskManager(include_path=paths, include_defaults=not alone,

@@ -35,10 +35,10 @@ from training.evals import Evaluation, Flag, Task, held_out, items, scoring
 from training.objectives import pipeline
 from training.runs import make_eval_step
 
-DOCUMENTS = 256  # of a source, whose losses are told apart
+MOST_DOCUMENT_GROUPS = 256  # of a source, whose losses are told apart
 
 
-class Loss(Task):
+class HeldOutLoss(Task):
   """Evaluates every held-out token once."""
 
   help = 'held-out loss, perplexity and bits per byte'
@@ -55,7 +55,7 @@ class Loss(Task):
     stride = options.stride
     if not stride:
       return
-    reason = scoring.unfit(config)
+    reason = scoring.why_not_scorable(config)
     require(not reason, f'{reason}: leave --stride at 0')
     data = config.data
     require(stride < data.length, f'--stride is {stride}, but a window has '
@@ -72,62 +72,65 @@ class Loss(Task):
     """Prints and returns the figures of the held-out data, of each source and
     in all."""
     if evaluation.options.stride:
-      return strided(evaluation)
-    loaders = evaluation.held_out()
-    step = evaluation.program(
+      return measure_with_stride(evaluation)
+    loaders = evaluation.held_out_loaders()
+    step = evaluation.jit_once(
         make_eval_step(evaluation.run.module, evaluation.run.config), 'loss')
     sums = []
     for loader in loaders:
-      results = evaluation.results(step, loader, 'evaluating')
-      sums.append(held_out.sums(results))
+      results = evaluation.run_on_batches(step, loader, 'evaluating')
+      sums.append(held_out.sum_figures(results))
 
     # The figures of each source, and their means.
     each = {}
     for loader, total in zip(loaders, sums):
-      each[loader.name] = _report(loader.text, [total], [loader])
+      each[loader.name] = _print_figures(loader.text, [total], [loader])
     if len(loaders) == 1:
       return each[loaders[0].name]
     shares = [f'{loader.share:.3g} {loader.name}' for loader in loaders]
-    figures = _report(
+    figures = _print_figures(
         f'the mean by weight, {", ".join(shares)}', sums, loaders)
     figures['sources'] = each
     return figures
 
 
-def _report(text: str, sums: Sequence, loaders: Sequence) -> dict[str, Any]:
+def _print_figures(text: str, sums: Sequence, loaders: Sequence) -> dict[str,
+                                                                         Any]:
   """Prints and returns the figures of some sources together."""
-  figures = held_out.means(sums, loaders)
+  figures = held_out.average_figures(sums, loaders)
   count = sum(loader.num_tokens for loader in loaders)
-  size = held_out.mix([loader.bytes_per_token for loader in loaders], loaders)
+  sizes = [loader.bytes_per_token for loader in loaders]
+  size = held_out.mean_of_sources(sizes, loaders)
   counted = f'{count:,} tokens'
   if size:  # a probe has no text
     counted += f' of {size:.2f} bytes'
   print(f'{text}, {counted}:')
   for name, value in figures.items():
-    print(f'  {name.replace("_", " "):<16} {held_out.shown(value)}')
+    print(f'  {name.replace("_", " "):<16} {held_out.format_figure(value)}')
   return figures | {'tokens': count, 'text': text}
 
 
-def strided(evaluation: Evaluation) -> dict[str, Any]:
+def measure_with_stride(evaluation: Evaluation) -> dict[str, Any]:
   """Prints and returns the figures of all of a source's documents."""
-  name, documents = _documents(evaluation)
+  name, documents = _held_out_documents(evaluation)
   length = evaluation.run.config.data.length
   stride = evaluation.options.stride
   tokenizer = evaluation.tokenizer
 
   # The log-probabilities of all tokens.
-  questions: list[scoring.Question] = []
+  questions: list[scoring.Continuation] = []
   for ids in tokenizer.encode_batch(documents):
     document = np.concatenate([[tokenizer.separator_id], ids])
-    questions += windows(document, length, stride)
-  answers = scoring.answer(questions, evaluation, 'reading windows')
+    questions += cut_into_windows(document, length, stride)
+  answers = scoring.score_continuations(questions, evaluation,
+                                        'reading windows')
   nats = 0.0
   for answer in answers:
     nats -= float(answer.log_probs.sum())
   count = sum(question.scored for question in questions)
 
   # Their mean by token, by word and by byte.
-  figures = measures(nats, count, documents)
+  figures = measure_text(nats, count, documents)
   print(f'{name}, {count:,} tokens, each from {length - stride:,} to '
         f'{length - 1:,} before it:')
   for key, value in figures.items():
@@ -137,21 +140,22 @@ def strided(evaluation: Evaluation) -> dict[str, Any]:
   return figures | {'stride': stride, 'length': length, 'text': name}
 
 
-def windows(ids: np.ndarray, length: int, stride: int
-            ) -> Iterator[scoring.Question]:
+def cut_into_windows(ids: np.ndarray, length: int, stride: int
+            ) -> Iterator[scoring.Continuation]:
   """Yields the windows of a document, [T] with the token that begins it, as
   questions; all tokens but that one are predicted."""
   ids = ids.astype(np.int32)
   done = 1
   for start in range(0, len(ids) - 1, stride):
     stop = min(start + length, len(ids))
-    yield scoring.Question(ids[start:stop], stop - done)
+    yield scoring.Continuation(ids[start:stop], stop - done)
     done = stop
     if stop == len(ids):
       return
 
 
-def measures(nats: float, tokens: int, documents: list[str]) -> dict[str, Any]:
+def measure_text(nats: float, tokens: int, documents: list[str]) -> dict[str,
+                                                                         Any]:
   """Returns the figures of text that costs `nats` in all.
 
   Its words are what white space separates, and the ends of its lines: the
@@ -163,18 +167,19 @@ def measures(nats: float, tokens: int, documents: list[str]) -> dict[str, Any]:
     words += len(text.split()) + text.count('\n')
     size += len(text.encode())
   return dict(
-      loss=nats / tokens, perplexity=_exp(nats / tokens),
+      loss=nats / tokens, perplexity=_exp_or_inf(nats / tokens),
       bits_per_byte=nats / math.log(2) / size,
-      word_perplexity=_exp(nats / max(words, 1)), tokens=tokens, words=words,
+      word_perplexity=_exp_or_inf(nats / max(words,
+                                             1)), tokens=tokens, words=words,
       bytes=size)
 
 
-def _exp(x: float) -> float:
+def _exp_or_inf(x: float) -> float:
   """Returns e to the power x; inf where no float is as large."""
   return math.exp(x) if x < 700 else math.inf
 
 
-def _documents(evaluation: Evaluation) -> tuple[str, list[str]]:
+def _held_out_documents(evaluation: Evaluation) -> tuple[str, list[str]]:
   """Returns the name of the source, and the documents that are held out."""
   data = evaluation.run.config.data
   part = evaluation.run.config.eval.part
@@ -222,25 +227,26 @@ class DiffusionBound(Task):
   """Prints the bound in nats a token and in bits a byte of text."""
 
   help = 'the bound of masked diffusion on the held-out loss, by many draws'
-  lacks = 'is no masked diffusion, of which the task is'
-  figures = ('loss', 'bits_per_byte', 'standard_error', 'samples', 'tokens')
+  why_not_allowed = 'is no masked diffusion, of which the task is'
+  figure_names = ('loss', 'bits_per_byte', 'standard_error', 'samples',
+                  'tokens')
   flags = (
       Flag(name='bound_samples', default=32,
            help='Draws of each row, of how many tokens are masked and which.',
            least=1, most=100_000),
   )
 
-  def allows(self, objective: objectives.Objective) -> bool:
+  def allows_objective(self, objective: objectives.Objective) -> bool:
     return objective.bound
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Prints and returns the bound on the loss in nats per token."""
     run = evaluation.run
-    loaders = evaluation.held_out()
+    loaders = evaluation.held_out_loaders()
     count = evaluation.options.bound_samples
-    program = bound_program(run.module, config=run.config,
+    program = make_bound_function(run.module, config=run.config,
                             mask=evaluation.tokenizer.mask_id, count=count)
-    step = evaluation.program(program, 'diffusion_bound', count)
+    step = evaluation.jit_once(program, 'diffusion_bound', count)
 
     # The bound of each source, and its standard error.
     bounds = []
@@ -255,13 +261,14 @@ class DiffusionBound(Task):
         total_6 += np.float64(jax.device_get(sums_6))
       sums = BoundSums(*total_6)
       bounds.append(sums.nats / sums.tokens)
-      errors.append(bound_error(*sums))
+      errors.append(standard_error_of_bound(*sums))
       tokens += float(sums.tokens)
 
     # Their means by weight.
     shares = np.array([loader.share for loader in loaders])
-    size = held_out.mix([loader.bytes_per_token for loader in loaders], loaders)
-    loss = held_out.mix(bounds, loaders)
+    sizes = [loader.bytes_per_token for loader in loaders]
+    size = held_out.mean_of_sources(sizes, loaders)
+    loss = held_out.mean_of_sources(bounds, loaders)
     bits = loss / (math.log(2) * size)
     error = float(np.hypot.reduce(shares * errors) / shares.sum())
     print(f'bound of {tokens:,.0f} tokens by {count} draws of each row:\n'
@@ -271,7 +278,8 @@ class DiffusionBound(Task):
                 samples=count, tokens=tokens)
 
 
-def bound_error(nats: float, tokens: float, squares: float, products: float,
+def standard_error_of_bound(nats: float, tokens: float, squares: float,
+                            products: float,
                 lengths: float, rows: float) -> float:
   """Returns the standard error of nats / tokens, a ratio over rows (Cochran
   1977, section 2.11); the arguments are the fields of BoundSums."""
@@ -282,7 +290,7 @@ def bound_error(nats: float, tokens: float, squares: float, products: float,
   return math.sqrt(spread * rows / (rows - 1)) / tokens
 
 
-def bound_program(module: Any, config: Any, mask: int, count: int):
+def make_bound_function(module: Any, config: Any, mask: int, count: int):
   """Returns sums(params, batch, number), for batch `number` of a source.
 
   Args:
@@ -339,7 +347,7 @@ def bound_program(module: Any, config: Any, mask: int, count: int):
   return sums
 
 
-class Documents(Task):
+class DocumentLoss(Task):
   """Measures the loss of each document, whose weights are its tokens, of the
   rows that training evaluates after its last step: from their spread follows
   what another text of the kind would give. Documents beside each other are
@@ -349,20 +357,22 @@ class Documents(Task):
 
   help = ('the loss of each held-out document, of the rows that training '
           'evaluates')
-  lacks = 'does not predict every token, so it has no loss of a document'
-  figures = ('loss',)
+  why_not_allowed = ('does not predict every token, so it has no loss '
+                     'of a document')
+  figure_names = ('loss',)
 
-  def allows(self, objective: objectives.Objective) -> bool:
+  def allows_objective(self, objective: objectives.Objective) -> bool:
     return objective.every_token
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Prints the loss of all documents, and returns that of each."""
-    program = documents_program(evaluation.run.module, evaluation.run.config)
-    step = evaluation.program(program, 'documents')
+    program = make_token_loss_function(evaluation.run.module,
+                                       evaluation.run.config)
+    step = evaluation.jit_once(program, 'documents')
     nats: list[float] = []
     counts: list[float] = []
-    for loader in evaluation.held_out():
-      sums_2D = _document_sums(evaluation, step, loader)
+    for loader in evaluation.held_out_loaders():
+      sums_2D = _sum_by_document(evaluation, step, loader)
       tokens_D = sums_2D[1]
       weighted_2D = sums_2D[:, tokens_D > 0] * loader.share / tokens_D.sum()
       nats += weighted_2D[0].tolist()
@@ -370,10 +380,11 @@ class Documents(Task):
     loss = sum(nats) / sum(counts)
     print(f'loss of {len(nats):,} documents: {loss:.4f}')
     losses = np.divide(nats, counts)
-    return {'loss': loss, 'items': {'loss': items.of(losses, counts, counts)}}
+    return {'loss': loss,
+            'items': {'loss': items.record_scores(losses, counts, counts)}}
 
 
-def _document_sums(evaluation: Evaluation, step: Any, loader: pipeline.Loader
+def _sum_by_document(evaluation: Evaluation, step: Any, loader: pipeline.Loader
                    ) -> np.ndarray:
   """Returns the losses in nats and the tokens of each document, [2, documents].
 
@@ -393,13 +404,14 @@ def _document_sums(evaluation: Evaluation, step: Any, loader: pipeline.Loader
   last = view[len(view) - 1]
   begins_NL[-1, last.size - 1:] = False
   document_NL = np.cumsum(begins_NL).reshape(begins_NL.shape) - 1
-  several = document_NL.max() // DOCUMENTS + 1
+  several = document_NL.max() // MOST_DOCUMENT_GROUPS + 1
   group_NL = document_NL // several
 
   # The sums of the rows that are evaluated.
   count = min(loader.first(config.eval.batches) * size, loader.num_windows)
   sums_2D = np.zeros((2, group_NL.max() + 1))
-  results = evaluation.results(step, loader.cut(count), 'evaluating documents')
+  results = evaluation.run_on_batches(step, loader.cut(count),
+                                      'evaluating documents')
   for n, sums_2BL in enumerate(results):
     for i in range(size):
       number = n * size + i
@@ -411,7 +423,7 @@ def _document_sums(evaluation: Evaluation, step: Any, loader: pipeline.Loader
   return sums_2D
 
 
-def documents_program(module: Any, config: Any):
+def make_token_loss_function(module: Any, config: Any):
   """Returns losses(params, batch) of a model; see below."""
   objective = objectives.of(config)
 
@@ -424,7 +436,7 @@ def documents_program(module: Any, config: Any):
 
 
 TASKS = {
-    'loss': Loss(),
-    'documents': Documents(),
+    'loss': HeldOutLoss(),
+    'documents': DocumentLoss(),
     'diffusion_bound': DiffusionBound(),
 }

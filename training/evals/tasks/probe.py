@@ -31,22 +31,22 @@ from training.distributed import devices
 from training.evals import Evaluation, Flag, Task, items
 from training.objectives import pipeline
 
-FACTORS = (2, 4)  # lengths beyond training
-LEVELS = 6  # at most so many of the levels of training are measured
+LENGTH_FACTORS = (2, 4)  # lengths beyond training
+MOST_LEVELS = 6  # at most so many of the levels of training are measured
 
-CONSTANT_ROWS, FOLDS = 4096, 8  # of a constant answer, over all levels
+CONSTANT_ROWS, CONSTANT_FOLDS = 4096, 8  # of a constant answer, over all levels
 # In `accuracy` all answers count alike; in a task's figures all levels do.
 CONSTANT_FIGURES = ('accuracy', 'probe/accuracy', 'probe/rows_right')
 
 
-class Cell(NamedTuple):
+class ProbeCell(NamedTuple):
   """Rows that are measured at once: those of one level and length."""
   level: int | float
   length: int
   beyond: int  # how many times the length of training; 1: as in training
 
 
-class Measured(NamedTuple):
+class MeasuredCell(NamedTuple):
   """The scores of rows of one level and length.
 
   Attributes:
@@ -64,15 +64,15 @@ class Probe(Task):
 
   help = ('the accuracy of a probe by difficulty and beyond the length of '
           'training')
-  lacks = 'is not trained on a probe'
-  held_out = False
-  figures = ('accuracy', 'rows_right', 'rows', 'level/*', 'beyond/*')
+  why_not_allowed = 'is not trained on a probe'
+  reads_held_out = False
+  figure_names = ('accuracy', 'rows_right', 'rows', 'level/*', 'beyond/*')
   flags = (
       Flag(name='probe_rows', default=512, help='Rows of each difficulty.',
            least=1, most=2**20),
   )
 
-  def allows(self, objective: objectives.Objective) -> bool:
+  def allows_objective(self, objective: objectives.Objective) -> bool:
     return objective.record_kind == probes.KIND
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
@@ -89,14 +89,14 @@ class Probe(Task):
     figures: dict[str, Any] = {'level': {}, 'beyond': {}, 'table': []}
     shares = []
     weights = []
-    for cell in cells(settings, probe.grows, probe.longer):
-      reason = _refused(evaluation, cell)
+    for cell in list_cells(settings, probe.grows, probe.longer):
+      reason = _why_not_measurable(evaluation, cell)
       if reason:
         print(f'{cell.level:>20} {cell.length:>7}   refused: {reason}')
         continue
-      measured = measure(evaluation, cell, rows)
+      measured = measure_cell(evaluation, cell, rows)
       scores = measured.figures
-      print(_line(cell, scores))
+      print(_format_row(cell, scores))
       figures['table'].append(cell._asdict() | scores)
       if cell.beyond == 1:
         shares.append(measured.share_R)
@@ -119,12 +119,12 @@ class Probe(Task):
     share_N = np.concatenate(shares)
     weight_N = np.concatenate(weights)
     figures['items'] = {
-        'accuracy': items.of(share_N, names=names, weights=weight_N),
-        'rows_right': items.of(share_N == 1, names)}
+        'accuracy': items.record_scores(share_N, names=names, weights=weight_N),
+        'rows_right': items.record_scores(share_N == 1, names)}
     return figures
 
 
-def _refused(evaluation: Evaluation, cell: Cell) -> str:
+def _why_not_measurable(evaluation: Evaluation, cell: ProbeCell) -> str:
   """Returns why rows of a level and length cannot be measured; '': they can."""
   config = evaluation.run.config
   reach = positions.reach(evaluation.run.model)
@@ -134,7 +134,7 @@ def _refused(evaluation: Evaluation, cell: Cell) -> str:
   return probes.of(config).limit(settings, cell.level)
 
 
-def _line(cell: Cell, scores: dict[str, Any]) -> str:
+def _format_row(cell: ProbeCell, scores: dict[str, Any]) -> str:
   """Returns the line of a level and length for a reader."""
   low, high = scores['accuracy_95']
   accuracy = f'{scores["accuracy"]:>9.4f} [{low:.4f}, {high:.4f}]'
@@ -143,7 +143,8 @@ def _line(cell: Cell, scores: dict[str, Any]) -> str:
   return f'{cell.level:>20} {cell.length:>7} {accuracy} {rows_right}'
 
 
-def cells(settings: Any, grows: bool, longer: bool = True) -> Iterator[Cell]:
+def list_cells(settings: Any, grows: bool,
+               longer: bool = True) -> Iterator[ProbeCell]:
   """Yields what is measured.
 
   Args:
@@ -152,18 +153,19 @@ def cells(settings: Any, grows: bool, longer: bool = True) -> Iterator[Cell]:
     longer: whether there are longer rows, as Probe.longer says.
   """
   levels = sorted(set(settings.levels))
-  places = np.linspace(0, len(levels) - 1, min(LEVELS, len(levels)))
+  places = np.linspace(0, len(levels) - 1, min(MOST_LEVELS, len(levels)))
   for place in np.unique(np.rint(places).astype(int)):
-    yield Cell(level=levels[place], length=settings.length, beyond=1)
+    yield ProbeCell(level=levels[place], length=settings.length, beyond=1)
   if not longer:
     return
   hardest = levels[-1]
-  for factor in FACTORS:
+  for factor in LENGTH_FACTORS:
     level = hardest * factor if grows else hardest
-    yield Cell(level=level, length=settings.length * factor, beyond=factor)
+    yield ProbeCell(level=level, length=settings.length * factor, beyond=factor)
 
 
-def measure(evaluation: Evaluation, cell: Cell, count: int) -> Measured:
+def measure_cell(evaluation: Evaluation, cell: ProbeCell,
+                 count: int) -> MeasuredCell:
   """Returns the figures of `count` held-out rows of one level and length, and
   what each row scores."""
   # The rows.
@@ -184,9 +186,9 @@ def measure(evaluation: Evaluation, cell: Cell, count: int) -> Measured:
 
   # Right answers and answers that are asked for, by row; those of what fills
   # up a batch are left out.
-  counts = _counts(evaluation.run.module, objectives.of(config))
-  step = evaluation.program(counts, 'probe')
-  results = list(evaluation.results(
+  counts = _make_count_function(evaluation.run.module, objectives.of(config))
+  step = evaluation.jit_once(counts, 'probe')
+  results = list(evaluation.run_on_batches(
       step, loader, f'{probe.level}: {cell.level}'))
   right_R, asked_R = np.concatenate(results, axis=1).astype(float)
   real_R = asked_R > 0
@@ -200,13 +202,16 @@ def measure(evaluation: Evaluation, cell: Cell, count: int) -> Measured:
   rows_right = np.mean(right_R == asked_R)
   effective_rows = asked ** 2 / np.sum(asked_R ** 2)
   figures = dict(
-      accuracy=float(accuracy), accuracy_95=wilson(accuracy, effective_rows),
-      rows_right=float(rows_right), rows_right_95=wilson(rows_right, seen),
+      accuracy=float(accuracy), accuracy_95=wilson_interval(accuracy,
+                                                            effective_rows),
+      rows_right=float(rows_right), rows_right_95=wilson_interval(rows_right,
+                                                                  seen),
       answers=int(asked), rows=seen)
-  return Measured(figures=figures, share_R=right_R / asked_R, asked_R=asked_R)
+  return MeasuredCell(figures=figures, share_R=right_R / asked_R,
+                      asked_R=asked_R)
 
 
-def _counts(module: Any, objective: Any):
+def _make_count_function(module: Any, objective: Any):
   """Returns step(params, batch) -> [2, B]: of each row the answers that are
   right, and those that it is asked for; 0 of what fills a batch up."""
   def step(params: Any, batch: Any):
@@ -217,7 +222,8 @@ def _counts(module: Any, objective: Any):
   return step
 
 
-def constant(config: ml_collections.ConfigDict, figure: str = 'probe/accuracy'
+def score_constant_answer(config: ml_collections.ConfigDict,
+                          figure: str = 'probe/accuracy'
              ) -> float:
   """Returns the figure of the constant answer that is the best one for it.
 
@@ -226,13 +232,14 @@ def constant(config: ml_collections.ConfigDict, figure: str = 'probe/accuracy'
     figure: one of CONSTANT_FIGURES.
   """
   one_of('figure', figure, CONSTANT_FIGURES)
-  return _constant(
+  return _cross_validate_constant(
       name=probes.name_of(config.data.source), settings=probes.settings(config),
       seed=probes.held_out_seed(config), figure=figure)
 
 
 @functools.cache
-def _constant(name: str, settings: probes.Settings, seed: int, figure: str
+def _cross_validate_constant(name: str, settings: probes.Settings, seed: int,
+                             figure: str
               ) -> float:
   """Returns the figure of the best constant answer by cross-validation: for
   each fold of the rows, the answer that is the best one for the other folds is
@@ -249,25 +256,25 @@ def _constant(name: str, settings: probes.Settings, seed: int, figure: str
   levels: list[tuple] = [()]
   if figure != 'accuracy':
     levels = []
-    for cell in cells(settings, probe.grows, longer=False):
+    for cell in list_cells(settings, probe.grows, longer=False):
       levels.append((cell.level,))
 
   # How often each answer is right, and how many are asked for, by level and
   # fold.
   vocab = probe.vocab_size(settings)
   count = CONSTANT_ROWS // len(levels)
-  right_NKV = np.zeros((len(levels), FOLDS, vocab), int)
-  asked_NK1 = np.zeros((len(levels), FOLDS, 1), int)
+  right_NKV = np.zeros((len(levels), CONSTANT_FOLDS, vocab), int)
+  asked_NK1 = np.zeros((len(levels), CONSTANT_FOLDS, 1), int)
   for n, level in enumerate(levels):
     rows = probes.Rows(
         probe=probe, settings=settings._replace(held_out=count), split='eval',
         seed=seed, levels=level)
-    for k in range(FOLDS):
-      fold = [rows[i] for i in range(k, count, FOLDS)]
+    for k in range(CONSTANT_FOLDS):
+      fold = [rows[i] for i in range(k, count, CONSTANT_FOLDS)]
       if figure == 'probe/rows_right':
-        answers, asked = _row_answers(fold)
+        answers, asked = _list_row_answers(fold)
       else:
-        answers = _answers(fold)
+        answers = _list_answers(fold)
         asked = len(answers)
       right_NKV[n, k] = np.bincount(answers, minlength=vocab)
       asked_NK1[n, k] = asked
@@ -277,15 +284,15 @@ def _constant(name: str, settings: probes.Settings, seed: int, figure: str
   rest_NK1 = asked_NK1.sum(1, keepdims=True) - asked_NK1
   best_K = (rest_NKV / rest_NK1).mean(0).argmax(1)
   score_KV = (right_NKV / asked_NK1).mean(0)
-  return float(score_KV[np.arange(FOLDS), best_K].mean())
+  return float(score_KV[np.arange(CONSTANT_FOLDS), best_K].mean())
 
 
-def _answers(rows: Sequence[probes.Row]) -> np.ndarray:
+def _list_answers(rows: Sequence[probes.Row]) -> np.ndarray:
   """Returns the answers that rows ask for."""
   return np.concatenate([row.targets[row.asked] for row in rows])
 
 
-def _row_answers(rows: Sequence[probes.Row]) -> tuple[np.ndarray, int]:
+def _list_row_answers(rows: Sequence[probes.Row]) -> tuple[np.ndarray, int]:
   """Returns the answers of the rows that ask for one alone, however often, and
   how many rows ask for any."""
   answers = []
@@ -300,7 +307,7 @@ def _row_answers(rows: Sequence[probes.Row]) -> tuple[np.ndarray, int]:
   return np.array(answers, int), asking
 
 
-def wilson(share: float, count: float) -> tuple[float, float]:
+def wilson_interval(share: float, count: float) -> tuple[float, float]:
   """Returns the bounds of Wilson's 95 % interval (1927) of a share of `count`.
 
   scipy's binomtest has it for whole numbers of successes alone.

@@ -33,12 +33,12 @@ from training.hf import generation as hf_generation
 from training.workdir import storage
 
 # The module's argument that is 0 on padding, by what it stacks.
-PADDING = {'encoder': 'segment_ids_BL', 'decoder': 'valid_BL',
+MASK_ARGUMENT_OF_STACK = {'encoder': 'segment_ids_BL', 'decoder': 'valid_BL',
            'encoder-decoder': 'segment_ids_BM'}
 # How a reader sees what is blank.
-SPACES = str.maketrans({' ': '␣', '\n': '↵', '\t': '⇥', '\r': '␍'})
+VISIBLE_SPACES = str.maketrans({' ': '␣', '\n': '↵', '\t': '⇥', '\r': '␍'})
 POOLINGS = 'mean', 'last', 'first', 'pooler'
-NO_TEXT = 'reads rows of a probe, whose ids stand for no text'
+READS_NO_TEXT = 'reads rows of a probe, whose ids stand for no text'
 
 
 def reads_text(objective: Any) -> bool:
@@ -51,8 +51,8 @@ class Embed(Task):
   """Writes the vectors of --texts to --vectors, [N, D] in the file's order."""
 
   help = 'vectors of the texts of a file'
-  lacks = NO_TEXT
-  held_out = False
+  why_not_allowed = READS_NO_TEXT
+  reads_held_out = False
   flags = (
       Flag(name='texts', default='',
            help="A file with a text a line, or jsonl with 'text'."),
@@ -64,7 +64,7 @@ class Embed(Task):
            help='Scale each vector to length 1.'),
   )
 
-  def allows(self, objective: objectives.Objective) -> bool:
+  def allows_objective(self, objective: objectives.Objective) -> bool:
     return reads_text(objective)
 
   def check(self, options: Any, config: Any) -> None:
@@ -72,16 +72,16 @@ class Embed(Task):
     require(options.vectors.endswith('.npy'), '--vectors is '
             f'{options.vectors!r}: choose a file OUT.npy')
     one_of('--pooling', options.pooling, POOLINGS)
-    storage.checked_output_file(options.vectors, '--vectors')
-    read(options.texts)
+    storage.output(options.vectors, '--vectors')
+    read_texts(options.texts)
 
-  def shown(self, evaluation: Evaluation) -> list[np.ndarray]:
+  def prepare(self, evaluation: Evaluation) -> list[np.ndarray]:
     """Returns the tokens that the model is shown of each text of --texts, int32
     [L]."""
-    lines = read(evaluation.options.texts)
+    lines = read_texts(evaluation.options.texts)
     tokenizer = evaluation.tokenizer
     most = evaluation.run.model.max_len
-    before, after = around(evaluation)
+    before, after = tokens_around_text(evaluation)
     if architectures.stack(evaluation.run.model) == 'decoder':
       # Imported weights may have begun with a bos.
       folder = hf_generation.published(evaluation.workdir, evaluation.step)
@@ -100,15 +100,16 @@ class Embed(Task):
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Writes a vector of each text to a file."""
     options = evaluation.options
-    rows = evaluation.shown
+    rows = evaluation.prepared
 
     # Texts of about one length go through the model together.
     pooling = options.pooling
     normalize = options.normalize
-    step = evaluation.program(
-        _embedding(evaluation, pooling, normalize), 'embed', pooling, normalize)
+    step = evaluation.jit_once(
+        _make_embed_function(evaluation, pooling,
+                             normalize), 'embed', pooling, normalize)
     most = evaluation.run.model.max_len
-    groups = list(scoring.padded(dict(enumerate(rows)), most))
+    groups = list(scoring.pad_into_batches(dict(enumerate(rows)), most))
     vectors: dict[int, np.ndarray] = {}
     for chosen, tokens_BL, lengths_B in progress.show_items(groups,
                                                             'embedding'):
@@ -132,7 +133,7 @@ class Embed(Task):
             'vectors': str(file)}
 
 
-def read(name: str) -> list[tuple[str, str]]:
+def read_texts(name: str) -> list[tuple[str, str]]:
   """Returns (file and line, text) of each line of a file.
 
   Args:
@@ -158,7 +159,7 @@ def read(name: str) -> list[tuple[str, str]]:
   return lines
 
 
-def around(evaluation: Evaluation) -> tuple[list, list]:
+def tokens_around_text(evaluation: Evaluation) -> tuple[list, list]:
   """Returns the tokens before a text in training, and those after it."""
   tokenizer = evaluation.tokenizer
   stack = architectures.stack(evaluation.run.model)
@@ -170,7 +171,7 @@ def around(evaluation: Evaluation) -> tuple[list, list]:
   return [tokenizer.cls_id], [tokenizer.sep_id]
 
 
-def _embedding(evaluation: Evaluation, pooling: str, normalize: bool):
+def _make_embed_function(evaluation: Evaluation, pooling: str, normalize: bool):
   """Returns vectors(params, tokens_BL, lengths_B) -> float32 [B, D].
 
   Args:
@@ -191,7 +192,7 @@ def _embedding(evaluation: Evaluation, pooling: str, normalize: bool):
     """Returns float32 [B, D]."""
     places_1L = jnp.arange(tokens_BL.shape[1])[None]
     real_BL = places_1L < lengths_B[:, None]
-    options = {PADDING[stack]: real_BL.astype(jnp.int32),
+    options = {MASK_ARGUMENT_OF_STACK[stack]: real_BL.astype(jnp.int32),
                'lengths_B': lengths_B}
     if prefix:
       options['prefix_B'] = lengths_B
@@ -199,7 +200,7 @@ def _embedding(evaluation: Evaluation, pooling: str, normalize: bool):
     counted_BL = real_BL
     if stack == 'decoder':  # whose first token sees nothing of the text
       counted_BL = real_BL & (places_1L >= 1)
-    vectors_BD = _pooled(output, counted_BL, pooling)
+    vectors_BD = _pool_states(output, counted_BL, pooling)
     if normalize:
       norms_B1 = jnp.linalg.norm(vectors_BD, axis=-1, keepdims=True)
       vectors_BD /= jnp.maximum(norms_B1, 1e-12)
@@ -207,7 +208,7 @@ def _embedding(evaluation: Evaluation, pooling: str, normalize: bool):
   return vectors
 
 
-def _pooled(output: Any, counted_BL: jax.Array, pooling: str) -> jax.Array:
+def _pool_states(output: Any, counted_BL: jax.Array, pooling: str) -> jax.Array:
   """Returns a vector of each row in float32, [B, D].
 
   Args:
@@ -239,8 +240,9 @@ class FillMask(Task):
   prompts, by '|||'), with their probabilities."""
 
   help = 'the likeliest fillings of each [MASK] of --prompt'
-  lacks = 'predicts no masked tokens of a text between [CLS] and [SEP]'
-  held_out = False
+  why_not_allowed = ('predicts no masked tokens of a text between [CLS] '
+                     'and [SEP]')
+  reads_held_out = False
   flags = (
       Flag(name='prompt', default='',
            help="A text with [MASK] in it; several: 'A|||B'."),
@@ -248,7 +250,7 @@ class FillMask(Task):
            help='So many of the likeliest tokens.', least=1, most=2**26),
   )
 
-  def allows(self, objective: objectives.Objective) -> bool:
+  def allows_objective(self, objective: objectives.Objective) -> bool:
     return 'data.mask_rate' in objective.reads
 
   def check(self, options: Any, config: Any) -> None:
@@ -256,7 +258,7 @@ class FillMask(Task):
     require(bool(options.prompt), 'task fill_mask reads a text: pass '
             "--prompt='Paris is the [MASK] of France'")
 
-  def shown(self, evaluation: Evaluation) -> list[np.ndarray]:
+  def prepare(self, evaluation: Evaluation) -> list[np.ndarray]:
     """Returns the tokens of each prompt, int32 [L]; a RequestError where there
     is no mask in one, or it is longer than the model takes."""
     tokenizer = evaluation.tokenizer
@@ -265,7 +267,7 @@ class FillMask(Task):
     sep = tokenizer.sep_id
     rows = []
     for text in evaluation.options.prompt.split('|||'):
-      ids = with_masks(text, tokenizer)
+      ids = encode_with_masks(text, tokenizer)
       require(tokenizer.mask_id in ids, f'the prompt {short(text)} has no '
               'mask: write [MASK] where a token is to be filled in')
       row_L = np.concatenate([[cls], ids, [sep]]).astype(np.int32)
@@ -282,13 +284,15 @@ class FillMask(Task):
     texts = evaluation.options.prompt.split('|||')
 
     # The places P of the masks, in all prompts.
-    tokens_BL, lengths_B = objectives.padded(evaluation.shown)
+    tokens_BL, lengths_B = objectives.padded(evaluation.prepared)
     real_BL = np.arange(tokens_BL.shape[1])[None] < lengths_B[:, None]
     rows_P, places_P = np.nonzero(real_BL & (tokens_BL == tokenizer.mask_id))
 
     # The K likeliest tokens of each.
     top = min(evaluation.options.top_fillings, model.vocab_size)
-    step = evaluation.program(_filling(evaluation, top), 'fill_mask', top)
+    step = evaluation.jit_once(_make_fill_function(evaluation, top),
+                               'fill_mask',
+                              top)
     likely_PK, ids_PK = jax.device_get(step(
         evaluation.params, tokens_BL, real_BL.astype(np.int32), rows_P,
         places_P))
@@ -296,7 +300,8 @@ class FillMask(Task):
     for row, likely_K, ids_K in zip(rows_P, likely_PK, ids_PK):
       fillings = []
       for token, probability in zip(ids_K, likely_K):
-        fillings.append({'text': spelt(token, tokenizer), 'id': int(token),
+        fillings.append({'text': spell_token(token, tokenizer),
+                         'id': int(token),
                          'probability': float(probability)})
       prompts[row]['masks'].append(fillings)
 
@@ -305,7 +310,7 @@ class FillMask(Task):
     return {'prompts': prompts}
 
 
-def _filling(evaluation: Evaluation, top: int):
+def _make_fill_function(evaluation: Evaluation, top: int):
   """Returns a function that gives the likeliest `top` tokens of masks."""
   # No token is dropped, however many choose an expert.
   module = evaluation.run.module.clone(
@@ -329,12 +334,12 @@ def _print_fillings(prompt: dict[str, Any], tokenizer: Any) -> None:
   for number, fillings in enumerate(masks, 1):
     print(f'mask {number} of {len(masks)}:')
     for filling in fillings:
-      token = readable(filling['id'], tokenizer)
+      token = spell_token_visibly(filling['id'], tokenizer)
       print(f'  {filling["probability"]:.4f}  {token}')
   print()
 
 
-def with_masks(text: str, tokenizer: Any) -> np.ndarray:
+def encode_with_masks(text: str, tokenizer: Any) -> np.ndarray:
   """Returns the tokens of a text, int32 [L], with a mask where it writes one
   ([MASK], or as the tokenizer does) that the vocabulary has."""
   if 'mask' not in tokenizer.special_ids:
@@ -347,7 +352,7 @@ def with_masks(text: str, tokenizer: Any) -> np.ndarray:
   return np.concatenate(parts).astype(np.int32)
 
 
-def spelt(token: int, tokenizer: Any) -> str:
+def spell_token(token: int, tokenizer: Any) -> str:
   """Returns a token for a reader: [SEP], of a special one; \\xc3, of a byte
   that is no character; <500>, of an id that the tokenizer has not."""
   if token >= tokenizer.vocab_size:
@@ -356,14 +361,14 @@ def spelt(token: int, tokenizer: Any) -> str:
   return spelling or tokenizer.piece(int(token))
 
 
-def readable(token: int, tokenizer: Any) -> str:
+def spell_token_visibly(token: int, tokenizer: Any) -> str:
   """Returns a token for a reader, its spaces and line breaks to be seen."""
-  text = spelt(int(token), tokenizer)
+  text = spell_token(int(token), tokenizer)
   if token < tokenizer.vocab_size and not text.startswith(' '):
     if tokenizer.piece(int(token)).startswith('▁'):
       text = ' ' + text  # sentencepiece takes it off
   characters = []
-  for character in text.translate(SPACES):
+  for character in text.translate(VISIBLE_SPACES):
     if not character.isprintable():
       character = ascii(character)[1:-1]
     characters.append(character)

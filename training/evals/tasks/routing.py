@@ -15,10 +15,10 @@ from training.evals import Evaluation, Task
 from training.objectives import Config
 from training.workdir import storage
 
-FILE = 'routing.png'
-ROWS = 512  # of each source, at most
+PICTURE_FILE = 'routing.png'
+MOST_ROWS = 512  # of each source, at most
 # The figures of the table, and their headings: see parts/moe/routing.py.
-COLUMNS = {
+HEADING_OF_FIGURE = {
     'dropped': 'dropped', 'unserved': 'unserved', 'load_max': 'max/mean',
     'load_entropy': 'load entropy', 'unused': 'unused',
     'confidence': 'confidence', 'router_entropy': 'router entropy',
@@ -31,10 +31,10 @@ class Routing(Task):
   """Prints the figures as a table; writes routing.png into the workdir."""
 
   help = 'how a mixture of experts routes held-out text'
-  file = FILE
-  figures = ()
+  file = PICTURE_FILE
+  figure_names = ()
 
-  def unfit(self, config: Config) -> str:
+  def why_unfit(self, config: Config) -> str:
     model = config.model
     networks = [model.ffn]
     for kind in model.kinds.values():
@@ -54,13 +54,13 @@ class Routing(Task):
       return output.aux['health'], objective.tokens(batch)
 
     # The figures of each batch, and the weight of each.
-    step = evaluation.program(panel, 'routing')
+    step = evaluation.jit_once(panel, 'routing')
     panels = []
     weights = []
-    for loader in evaluation.held_out():
+    for loader in evaluation.held_out_loaders():
       counts = []
-      for batch_panel, tokens in evaluation.results(
-          step, loader.cut(ROWS), 'evaluating'):
+      for batch_panel, tokens in evaluation.run_on_batches(
+          step, loader.cut(MOST_ROWS), 'evaluating'):
         panels.append(batch_panel)
         counts.append(tokens)
       weights += [loader.share * tokens / sum(counts) for tokens in counts]
@@ -76,27 +76,27 @@ class Routing(Task):
       figures[name] = np.asarray(values)
 
     # The table, and a picture of it.
-    print(table(figures))
-    path = evaluation.workdir / FILE
-    plot(figures['load_E'], path)
+    print(format_table(figures))
+    path = evaluation.workdir / PICTURE_FILE
+    draw_load(figures['load_E'], path)
     print(f'load by layer and expert: {path}')
     return {name: values.tolist() for name, values in figures.items()}
 
 
-def table(figures: Mapping[str, np.ndarray]) -> str:
+def format_table(figures: Mapping[str, np.ndarray]) -> str:
   """Returns the table of the figures, a row for each layer of experts."""
-  headings = [f'{heading:>17}' for heading in COLUMNS.values()]
+  headings = [f'{heading:>17}' for heading in HEADING_OF_FIGURE.values()]
   lines = [f'{"layer":<6}' + ''.join(headings)]
   for layer in range(len(figures['load_E'])):
     cells = []
-    for name in COLUMNS:
+    for name in HEADING_OF_FIGURE:
       text = f'{figures[name][layer]:.4f}'
       cells.append(f'{text:>17}')
     lines.append(f'{layer:<6}' + ''.join(cells))
   return '\n'.join(lines)
 
 
-def plot(load_NE: np.ndarray, path: Any) -> None:
+def draw_load(load_NE: np.ndarray, path: Any) -> None:
   """Draws the load of each expert, 1 where it is even."""
   from matplotlib import figure as figures, ticker
   layers, experts = load_NE.shape

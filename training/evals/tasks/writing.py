@@ -22,14 +22,15 @@ from training.evals import Evaluation, Flag, Task, held_out, items
 from training.hf import generation as hf_generation
 from training.objectives import pipeline
 
-SEPARATOR = '|||'  # of the prompts of --prompt, and of the strings of --stop
+# Between the prompts of --prompt, and between the strings of --stop.
+PROMPT_SEPARATOR = '|||'
 
 # How a token is drawn, and where a text ends.
-TEMPERATURE = Flag(
+TEMPERATURE_FLAG = Flag(
     name='temperature', default=1.0,
     help='Divides the logits; 0: always the likeliest token.')
-SAMPLING = (
-    TEMPERATURE,
+SAMPLING_FLAGS = (
+    TEMPERATURE_FLAG,
     Flag(name='top_k', default=0,
          help='Draw from the k likeliest tokens; 0: from all.', least=0,
          most=2**26),
@@ -48,34 +49,35 @@ SAMPLING = (
 )
 
 # Beam search instead of draws, or of the likeliest token each time.
-BEAMS = (
+BEAM_FLAGS = (
     Flag(name='beams', default=1,
          help='Texts that a beam search follows; 1: no beam search.', least=1,
          most=1000),
     Flag(name='length_penalty', default=0.6,
          help="The exponent of a beam search's penalty of length; 0: none.",
-         needs='beams'),
+         needed_flag='beams'),
     Flag(name='penalty', default='gnmt',
          help='What that exponent is of: gnmt, (5 + length) / 6, as for the '
-         'Transformer; or power, length, as in transformers.', needs='beams'),
+         'Transformer; or power, length, as in transformers.',
+         needed_flag='beams'),
 )
 
 # A number of rows, and not of batches, so that no figure depends on their size.
-TARGETS = Flag(name='targets', default=512,
+TARGETS_FLAG = Flag(name='targets', default=512,
                help='Held-out targets to write of each source; 0: all.',
                least=0, most=2**24)
-SAMPLES = Flag(name='samples', default=1,
+SAMPLES_FLAG = Flag(name='samples', default=1,
                help='Texts to write for each prompt.', least=1, most=10_000)
-PROMPT = Flag(name='prompt', default='',
+PROMPT_FLAG = Flag(name='prompt', default='',
               help="What a text begins with; several: 'A|||B'.")
-LENGTH = Flag(name='max_new_tokens', default=0,
+LENGTH_FLAG = Flag(name='max_new_tokens', default=0,
               help='Tokens to write; 0: as many as fit, 256 at most.', least=0,
               most=2**24)
-SEED = Flag(name='sample_seed', default=0, help='The seed of the draws.',
+SEED_FLAG = Flag(name='sample_seed', default=0, help='The seed of the draws.',
             least=0, most=2**32 - 1)
 
 
-class Shown(NamedTuple):
+class PreparedPrompts(NamedTuple):
   """The prompts of a model that writes.
 
   Attributes:
@@ -94,19 +96,21 @@ class Samples(Task):
 
   help = ('texts that the model writes, also asked for by --samples or '
           '--prompt')
-  lacks = 'does not write text'
-  figures = ()
-  held_out = False
-  flags = (SAMPLES._replace(asks=True), PROMPT._replace(asks=True), LENGTH,
-           *SAMPLING, *BEAMS, SEED)
+  why_not_allowed = 'does not write text'
+  figure_names = ()
+  reads_held_out = False
+  flags = (SAMPLES_FLAG._replace(requests_task=True),
+           PROMPT_FLAG._replace(requests_task=True),
+           LENGTH_FLAG,
+           *SAMPLING_FLAGS, *BEAM_FLAGS, SEED_FLAG)
 
-  def allows(self, objective: objectives.Objective) -> bool:
+  def allows_objective(self, objective: objectives.Objective) -> bool:
     return objective.writes
 
   def check(self, options: Any, config: Any) -> None:
     """Raises RequestError for flags that do not fit each other, or the run."""
     text_files.checked(options.prompt, '--prompt')
-    drawn = sampling(options)
+    drawn = make_sampling(options)
     seed = options.sample_seed
     if options.temperature <= 0:
       # A penalty of repetition changes which token is the likeliest.
@@ -116,7 +120,7 @@ class Samples(Task):
         raise RequestError(
             '--temperature=0 draws no token: leave out the other flags of how '
             'one is drawn, such as --top_k and --sample_seed')
-    if beams(options) is None:
+    if make_beams(options) is None:
       return
     likeliest = generate.Sampling(temperature=0)
     if drawn not in (generate.Sampling(), likeliest) or seed:
@@ -126,25 +130,26 @@ class Samples(Task):
     require(options.samples <= options.beams, f'--samples is {options.samples},'
             f' but --beams={options.beams} finds no more than that many texts')
 
-  def shown(self, evaluation: Evaluation) -> Shown:
+  def prepare(self, evaluation: Evaluation) -> PreparedPrompts:
     """Returns the prompts as the model is shown them, one row for each
     sample."""
     options = evaluation.options
     each = options.samples
-    if beams(options):  # which finds all texts of a prompt at once
+    if make_beams(options):  # which finds all texts of a prompt at once
       each = 1
     folder = hf_generation.published(evaluation.workdir, evaluation.step)
     prompts, ends = hf_generation.shown(
-        _prompts(options, each), config=evaluation.run.config,
+        _repeat_prompts(options, each), config=evaluation.run.config,
         tokenizer=evaluation.tokenizer, generation=folder)
-    return Shown(prompts=prompts, ends=ends, count=_room(evaluation, prompts))
+    return PreparedPrompts(prompts=prompts, ends=ends,
+                           count=_num_tokens_to_write(evaluation, prompts))
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Prints and returns texts that go on from the prompts."""
     options = evaluation.options
-    shown = evaluation.shown
+    shown = evaluation.prepared
     prompts = shown.prompts
-    how = beams(options)
+    how = make_beams(options)
     args = (evaluation.run.module, evaluation.params, prompts.tokens,
             prompts.lengths)
     more = dict(max_new_tokens=shown.count, stop_token=shown.ends,
@@ -152,7 +157,8 @@ class Samples(Task):
     with progress.show_task('writing'):
       if how is None:
         key = jax.random.key(options.sample_seed)
-        tokens_BT = generate.generate(*args, key, sampling=sampling(options),
+        tokens_BT = generate.generate(*args, key,
+                                      sampling=make_sampling(options),
                                       **more)
       else:  # the best texts of each prompt
         best_BKT, _ = generate.beam_search(*args, beams=how, **more)
@@ -160,43 +166,45 @@ class Samples(Task):
         tokens_BT = best_BKT.reshape(-1, shown.count)
       tokens_BT = jax.device_get(tokens_BT)
     return {'samples': _print_samples(evaluation, shown=shown,
-                                      tokens_BT=tokens_BT, stop=stops(options))}
+                                      tokens_BT=tokens_BT,
+                                      stop=split_stop_strings(options))}
 
 
 class DiffusionSamples(Task):
   """Prints the texts that a model of masked diffusion writes."""
 
   help = 'texts that a model of masked diffusion writes'
-  lacks = 'is no masked diffusion, of which the task is'
-  figures = ('steps',)
-  held_out = False
+  why_not_allowed = 'is no masked diffusion, of which the task is'
+  figure_names = ('steps',)
+  reads_held_out = False
   flags = (
-      SAMPLES, PROMPT, LENGTH,
+      SAMPLES_FLAG, PROMPT_FLAG, LENGTH_FLAG,
       Flag(name='diffusion_steps', default=0,
            help='Steps in which they are written; 0: one for each token.',
            least=0, most=2**24),
-      TEMPERATURE, SEED,
+      TEMPERATURE_FLAG, SEED_FLAG,
   )
 
-  def allows(self, objective: objectives.Objective) -> bool:
+  def allows_objective(self, objective: objectives.Objective) -> bool:
     return objective.bound
 
   def check(self, options: Any, config: Any) -> None:
     generate.Sampling(options.temperature)
     text_files.checked(options.prompt, '--prompt')
 
-  def shown(self, evaluation: Evaluation) -> Shown:
+  def prepare(self, evaluation: Evaluation) -> PreparedPrompts:
     options = evaluation.options
     tokenizer = evaluation.tokenizer
     prompts = objectives.after_separator(
-        _prompts(options, options.samples), evaluation.run.config, tokenizer)
-    return Shown(prompts=prompts, ends=tokenizer.separator_id,
-                 count=_room(evaluation, prompts))
+        _repeat_prompts(options,
+                        options.samples), evaluation.run.config, tokenizer)
+    return PreparedPrompts(prompts=prompts, ends=tokenizer.separator_id,
+                 count=_num_tokens_to_write(evaluation, prompts))
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Prints and returns texts that are written by unmasking."""
     options = evaluation.options
-    shown = evaluation.shown
+    shown = evaluation.prepared
     prompts = shown.prompts
     steps = options.diffusion_steps or shown.count
     write = jax.jit(generate.generate_by_unmasking, static_argnums=0,
@@ -211,15 +219,16 @@ class DiffusionSamples(Task):
             'steps': steps}
 
 
-def _prompts(options: Any, each: int) -> list[str]:
+def _repeat_prompts(options: Any, each: int) -> list[str]:
   """Returns the prompts, each of them as often as it is gone on from."""
   prompts = []
-  for text in options.prompt.split(SEPARATOR):
+  for text in options.prompt.split(PROMPT_SEPARATOR):
     prompts += [text] * each
   return prompts
 
 
-def _room(evaluation: Evaluation, prompts: objectives.Prompts) -> int:
+def _num_tokens_to_write(evaluation: Evaluation,
+                         prompts: objectives.Prompts) -> int:
   """Returns how many tokens are written after prompts."""
   length = prompts.tokens.shape[1]
   most = evaluation.run.model.max_len
@@ -234,7 +243,8 @@ def _room(evaluation: Evaluation, prompts: objectives.Prompts) -> int:
   return new or min(256, room)
 
 
-def _print_samples(evaluation: Evaluation, shown: Shown, tokens_BT: np.ndarray,
+def _print_samples(evaluation: Evaluation, shown: PreparedPrompts,
+                   tokens_BT: np.ndarray,
                    stop: Sequence[str] = ()) -> list[dict[str, str]]:
   """Prints and returns what was written after each prompt, up to its end.
 
@@ -246,7 +256,7 @@ def _print_samples(evaluation: Evaluation, shown: Shown, tokens_BT: np.ndarray,
   """
   options = evaluation.options
   prompts = shown.prompts
-  texts = _prompts(options, options.samples)
+  texts = _repeat_prompts(options, options.samples)
   each = len(tokens_BT) // len(prompts.tokens)  # texts of a row of prompts
   results = []
   for i, (prompt, row_T) in enumerate(zip(texts, tokens_BT)):
@@ -258,7 +268,7 @@ def _print_samples(evaluation: Evaluation, shown: Shown, tokens_BT: np.ndarray,
   return results
 
 
-def sampling(options: Any) -> generate.Sampling:
+def make_sampling(options: Any) -> generate.Sampling:
   """Returns how a token is drawn by the flags of SAMPLING."""
   return generate.Sampling(
       temperature=options.temperature, top_k=options.top_k,
@@ -266,7 +276,7 @@ def sampling(options: Any) -> generate.Sampling:
       repetition_penalty=options.repetition_penalty)
 
 
-def beams(options: Any) -> generate.Beams | None:
+def make_beams(options: Any) -> generate.Beams | None:
   """Returns how texts are searched by the flags of BEAMS; None of a single
   beam, which takes the likeliest token each time, as generate.generate does."""
   how = generate.Beams(count=options.beams, penalty=options.penalty,
@@ -274,16 +284,16 @@ def beams(options: Any) -> generate.Beams | None:
   return how if how.count > 1 else None
 
 
-def stops(options: Any) -> list[str]:
+def split_stop_strings(options: Any) -> list[str]:
   """Returns the stop strings of --stop; an escape of a line break is one."""
   strings = []
-  for stop in options.stop.split(SEPARATOR):
+  for stop in options.stop.split(PROMPT_SEPARATOR):
     if stop:
       strings.append(stop.replace('\\n', '\n'))
   return strings
 
 
-class Pair(NamedTuple):
+class WrittenTarget(NamedTuple):
   """A target that was written.
 
   Attributes:
@@ -300,64 +310,66 @@ class Exact(Task):
   """Writes --targets held-out targets of each source."""
 
   help = 'the share of held-out targets that are written exactly'
-  lacks = 'has no targets to write'
-  figures = ('exact', 'targets', 'exact/*')
-  flags = (TARGETS, *BEAMS)
+  why_not_allowed = 'has no targets to write'
+  figure_names = ('exact', 'targets', 'exact/*')
+  flags = (TARGETS_FLAG, *BEAM_FLAGS)
 
-  def allows(self, objective: objectives.Objective) -> bool:
+  def allows_objective(self, objective: objectives.Objective) -> bool:
     return 'encoder-decoder' in objective.stacks
 
   def check(self, options: Any, config: Any) -> None:
-    beams(options)
+    make_beams(options)
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    return _scored(evaluation, 'targets', exact=_share)
+    return _write_and_score(evaluation, 'targets', exact=_share_of_exact)
 
 
 class Translation(Task):
   """Translates --targets held-out pairs of each source."""
 
   help = 'BLEU of held-out pairs, and exact'
-  lacks = 'has no pairs to translate'
-  figures = ('bleu', 'exact', 'pairs', 'bleu/*')
-  flags = (TARGETS, *BEAMS)
+  why_not_allowed = 'has no pairs to translate'
+  figure_names = ('bleu', 'exact', 'pairs', 'bleu/*')
+  flags = (TARGETS_FLAG, *BEAM_FLAGS)
 
-  def allows(self, objective: objectives.Objective) -> bool:
+  def allows_objective(self, objective: objectives.Objective) -> bool:
     return 'data.target_length' in objective.reads
 
   def check(self, options: Any, config: Any) -> None:
-    _bleu()
-    beams(options)
+    _load_bleu()
+    make_beams(options)
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Prints and returns the BLEU of what the model writes."""
-    bleu = _bleu()
+    bleu = _load_bleu()
 
-    def score(pairs: Sequence[Pair]) -> float:
+    def score(pairs: Sequence[WrittenTarget]) -> float:
       """Returns the corpus BLEU of some pairs."""
       hypotheses = [pair.hypothesis for pair in pairs]
       references = [pair.reference for pair in pairs]
       return bleu.corpus_score(hypotheses, [references]).score
 
-    figures = _scored(evaluation, things='pairs', bleu=score, exact=_share)
+    figures = _write_and_score(evaluation, things='pairs', bleu=score,
+                               exact=_share_of_exact)
     figures['signature'] = str(bleu.get_signature())
     print(f'  {figures["signature"]}')
     return figures
 
 
-def _bleu() -> Any:
+def _load_bleu() -> Any:
   """Returns sacrebleu's metric, with its own tokenisation (13a)."""
   return text_files.imported('sacrebleu.metrics', 'task translation',
                              'bleu').BLEU()
 
 
-def _share(pairs: Sequence[Pair]) -> float:
+def _share_of_exact(pairs: Sequence[WrittenTarget]) -> float:
   """Returns the share of one source's targets that were written exactly."""
   return float(np.mean([pair.same for pair in pairs]))
 
 
-def _scored(evaluation: Evaluation, things: str,
-            **scores: Callable[[Sequence[Pair]], float]) -> dict[str, Any]:
+def _write_and_score(evaluation: Evaluation, things: str,
+            **scores: Callable[[Sequence[WrittenTarget]], float]) -> dict[str,
+                                                                          Any]:
   """Prints and returns the scores of what is written for --targets held-out
   targets, of each source and in the mean by weight.
 
@@ -378,7 +390,8 @@ def _scored(evaluation: Evaluation, things: str,
   written_by_source = []
   for loader in loaders:
     loader.cut(options.targets)
-    written_by_source.append(written(evaluation, loader, beams(options)))
+    written_by_source.append(write_targets(evaluation, loader,
+                                           make_beams(options)))
 
   # The scores of each source, and their means.
   each = []
@@ -386,7 +399,8 @@ def _scored(evaluation: Evaluation, things: str,
     each.append({name: score(pairs) for name, score in scores.items()})
   figures: dict[str, Any] = {}
   for name in scores:
-    figures[name] = held_out.mix([one[name] for one in each], loaders)
+    figures[name] = held_out.mean_of_sources([one[name] for one in each],
+                                             loaders)
   for loader, pairs, one in zip(loaders, written_by_source, each):
     print(f'{loader.text}: {len(pairs)} held-out {things}: {said(one)}')
   if len(loaders) > 1:
@@ -401,23 +415,25 @@ def _scored(evaluation: Evaluation, things: str,
     [pairs] = written_by_source
     same = [pair.same for pair in pairs]
     references = [pair.reference for pair in pairs]
-    figures['items'] = {'exact': items.of(same, references)}
+    figures['items'] = {'exact': items.record_scores(same, references)}
   return figures
 
 
-def written(evaluation: Evaluation, loader: pipeline.Loader,
-            how: generate.Beams | None = None) -> list[Pair]:
+def write_targets(evaluation: Evaluation, loader: pipeline.Loader,
+            how: generate.Beams | None = None) -> list[WrittenTarget]:
   """Returns what `translate` returns of a loader's batches."""
   pairs = []
-  for batch in progress.show_items(loader.iterate(), 'writing',
-                                   loader.num_batches):
-    pairs += translate(evaluation.run.module, params=evaluation.params,
+  for batch in progress.each(loader.iterate(), 'writing', loader.num_batches):
+    pairs += write_targets_of_batch(evaluation.run.module,
+                                    params=evaluation.params,
                        batch=batch, tokenizer=evaluation.tokenizer, how=how)
   return pairs
 
 
-def translate(module: Any, params: Any, batch: Mapping[str, np.ndarray],
-              tokenizer: Any, how: generate.Beams | None = None) -> list[Pair]:
+def write_targets_of_batch(module: Any, params: Any,
+                           batch: Mapping[str, np.ndarray],
+                           tokenizer: Any, how: generate.Beams | None = None
+                           ) -> list[WrittenTarget]:
   """Returns what a model writes of each pair of a batch; rows without a weight
   are no pairs.
 
@@ -451,9 +467,9 @@ def translate(module: Any, params: Any, batch: Mapping[str, np.ndarray],
     if not size:
       continue
     target = target_T[:size]
-    written = generate.tokens_before_stop(row_T, end)
-    expected = generate.tokens_before_stop(target, end)
-    pairs.append(Pair(
+    written = generate.until(row_T, end)
+    expected = generate.until(target, end)
+    pairs.append(WrittenTarget(
         hypothesis=tokenizer.decode(written),
         reference=tokenizer.decode(expected),
         same=np.array_equal(row_T[:size], target)))
