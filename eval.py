@@ -56,9 +56,9 @@ def main():
   args = flags.FLAGS
   if not args.workdir:
     raise RequestError('pass --workdir DIR, the folder of a run')
-  workdir = storage.path(args.workdir)
-  json_file = storage.output(args.json, '--json')
-  step = checkpoints.named_step(args.step)
+  workdir = storage.checked_path(args.workdir)
+  json_file = storage.checked_output_file(args.json, '--json')
+  step = checkpoints.parse_step(args.step)
   tasks = evals.choose_tasks(evals.parse_task_names(args.tasks), args,
                              args.text)
   if args.text:

@@ -111,9 +111,9 @@ def _session(args: Any, overrides: dict[str, Any]) -> Any:
 
   options = _options(speaker.options, overrides)
   context = min(args.context, speaker.module.config.max_len)
-  engine = chat.Engine(speaker.module, speaker.params, context,
-                       writing.make_sampling(options), args.seed)
-  session = chat.Session(
+  engine = chat.CachedDecoder(speaker.module, speaker.params, context,
+                              writing.make_sampling(options), args.seed)
+  session = chat.ChatSession(
       engine, speaker.tokenizer, speaker.talk, most=args.max_new_tokens,
       stops=writing.split_stop_strings(options), system=args.system)
 

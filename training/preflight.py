@@ -52,10 +52,10 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   refuse_unread_fields(by_hand, config, module.config)
   mup.check_optimizer(module.config, config.optim.name)
   runs.parameter_shares(module, config.optim)  # refuses a pattern of nothing
-  _check_length(config, module.config)
-  _check_objective(config.objective, module)
+  _check_row_length(config, module.config)
+  _check_objective_fits_model(config.objective, module)
   evals.check_tasks_in_training(config)
-  hook.load(config)
+  hook.load_hooks(config)
 
 
 def _check_enabling_fields(config: ml_collections.ConfigDict) -> None:

@@ -386,12 +386,13 @@ def _evaluate(folders: Sequence[pathlib.Path], tasks: list[str]) -> int:
         log), contextlib.redirect_stderr(log):
       try:
         figures = evals.evaluate_run(
-            storage.path(folder), tasks, None, step=None, programs=programs)
+            storage.checked_path(folder), tasks, None, step=None,
+            programs=programs)
       except (RequestError, EnvironmentFailure, OSError) as error:
         print(f'error: {error}')  # of this run: the others go on
         code = EXIT_CODE_UNFINISHED
       else:
-        evals.write_figures(storage.path(folder / 'eval.json'), figures)
+        evals.write_figures(storage.checked_path(folder / 'eval.json'), figures)
   return code
 
 

@@ -85,7 +85,7 @@ class Evaluation:
     """
     fields = []
     for name, value in run_config.flatten(self.run.config).items():
-      if name not in runs.INPUTS:
+      if name not in runs.TYPE_OF_TRACED_FIELD:
         fields.append((name, value))
     whole_key = (*key, self.run.model, *fields)
     return self.programs.setdefault(whole_key, jax.jit(function))
@@ -99,7 +99,8 @@ class Evaluation:
       loader: the loader.
       doing: what the progress bar says is done.
     """
-    for batch in progress.each(loader.iterate(), doing, loader.num_batches):
+    for batch in progress.show_items(loader.iterate(), doing,
+                                     loader.num_batches):
       yield jax.device_get(step(self.params, self.run.put(batch)))
 
 
@@ -405,7 +406,8 @@ def check_task_without_flags(name: str, where: str) -> Task:
 
 
 def load_evaluation(workdir: epath.Path, names: Sequence[str], options: Any, *,
-                    step: int | str | checkpoints.Mean | None, text: str = '',
+                    step: int | str | checkpoints.MeanOfSteps | None,
+                    text: str = '',
                     programs: dict | None = None, live: bool = False,
                     passes: int = 0) -> Evaluation:
   """Returns a run's checkpoint as tasks are given it, after a check that the
@@ -429,11 +431,11 @@ def load_evaluation(workdir: epath.Path, names: Sequence[str], options: Any, *,
     check_task(name, options, config)
     file = get_task(name).file
     if file:
-      storage.try_file(workdir / file, '--workdir')
+      storage.check_file_is_writable(workdir / file, '--workdir')
 
   # Warn where the data have changed since training. A task that reads no data
   # is done even where they are no longer there.
-  tokenizer = runs.tokenizer_of(workdir, config)
+  tokenizer = runs.load_run_tokenizer(workdir, config)
   if not text:
     with contextlib.suppress(RequestError, OSError):
       changes = provenance.check_data(
@@ -444,9 +446,10 @@ def load_evaluation(workdir: epath.Path, names: Sequence[str], options: Any, *,
         print(f'warning: {line}', file=sys.stderr)
 
   # The model and its parameters.
-  model, _ = runs.resolve(config, tokenizer)
+  model, _ = runs.resolve_model(config, tokenizer)
   run = runs.build(config, model)
-  restored = parameters.of_run(run, workdir=workdir, step=step, live=live)
+  restored = parameters.read_parameters_of_run(
+      run, workdir=workdir, step=step, live=live)
   if programs is None:
     programs = {}
   return Evaluation(
@@ -485,7 +488,7 @@ def evaluate_run(workdir: epath.Path, names: Sequence[str], options: Any,
   # Layers that loop may be evaluated with more passes than in training.
   passes = loading.get('passes', 0)
   if passes:
-    trained_passes = runs.config_of(workdir).model.loops.passes
+    trained_passes = runs.load_run_config(workdir).model.loops.passes
     figures['passes'] = dict(evaluated=passes, trained=trained_passes)
     print(f'evaluated with {passes} passes of the layers that loop, trained '
           f'with {trained_passes}')
@@ -501,7 +504,7 @@ def evaluate_run(workdir: epath.Path, names: Sequence[str], options: Any,
 def write_figures(file: epath.Path | None, figures: dict[str, Any]) -> None:
   """Writes the figures of `evaluate_run` as one JSON file, where a file is
   given; a number that is not finite becomes null."""
-  storage.write_json(file, metrics.plain(figures))
+  storage.write_json(file, metrics.as_json_value(figures))
 
 
 def parse_task_names(names: str | Sequence[str]) -> list[str]:

@@ -124,7 +124,7 @@ class Model(api.TemplateLM):
     # lm_eval has read a number as an int already.
     step = arguments.pop('step')
     if step is not None:
-      step = checkpoints.named_step(str(step))
+      step = checkpoints.parse_step(str(step))
     evaluation = evals.load_evaluation(workdir, names=(), options=None,
                                        step=step)
     return cls(evaluation, **arguments)
@@ -276,7 +276,7 @@ class Model(api.TemplateLM):
     run = self.evaluation.run
     has_prefix = objectives.of(run.config).prefix
     batches = list(scoring.pad_into_batches(rows, room))
-    for chosen, tokens_BL, lengths_B in progress.each(batches, 'writing'):
+    for chosen, tokens_BL, lengths_B in progress.show_items(batches, 'writing'):
       prefix = {}
       if has_prefix:
         prefix = {'prefix_B': lengths_B}

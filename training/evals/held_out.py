@@ -41,7 +41,7 @@ def sum_held_out(step: Callable, params: Any,
   try:
     # A signal may come in the middle of a source.
     return [sum_figures(results(loader)) for loader in loaders]
-  except progress.Stopped:
+  except progress.WorkStopped:
     return None
 
 

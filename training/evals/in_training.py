@@ -93,7 +93,7 @@ class TasksInTraining:
         with (self._run.context(), progress.stop_work_of_run(stop),
               contextlib.redirect_stdout(printed)):
           figures = evals.run_task(name, evaluation)
-      except progress.Stopped:
+      except progress.WorkStopped:
         return None
 
       # Its figures, and a line for a reader.

@@ -129,7 +129,7 @@ def read_records(path: pathlib.Path) -> dict[str, dict]:
     results = storage.read_json(summary)['results'][task]
     samples = []
     for line in file.read_text().splitlines():
-      samples.append(storage.parse(line, str(file)))
+      samples.append(storage.parse_json_object(line, str(file)))
     for name, record in record_lm_eval_samples(results, samples).items():
       records[f'{task}/{name}'] = record
   return records

@@ -91,7 +91,7 @@ def score_continuations(questions: Sequence[Continuation],
   groups = list(group_into_batches(questions, most=most, apart=prefix,
                         shards=evaluation.run.mesh.size))
   answers: dict[int, TokenScores] = {}
-  for shape, rows in progress.each(groups, doing):
+  for shape, rows in progress.show_items(groups, doing):
     batch = devices.put(_make_batch(shape, rows, questions),
                         evaluation.run.place)
     losses_P, greedy_P = jax.device_get(step(evaluation.params, batch))

@@ -97,8 +97,7 @@ def test_a_text_that_is_named_is_evaluated_whole(folder, monkeypatch):
   monkeypatch.setattr(runs, 'load_run_config', lambda _: c)
   restored = types.SimpleNamespace(state=None, step=0, what='')
   monkeypatch.setattr(
-      parameters, 'of_run', lambda run, **_: types.SimpleNamespace(
-          state=None, step=0, what=''))
+      parameters, 'read_parameters_of_run', lambda run, **_: restored)
   evaluation = evals.load_evaluation(folder, ['loss'], None, step=None,
                                      text=f'text:{folder}/[bc].txt')
   loader, = pipeline.held_out(evaluation.run.config, BYTES)

@@ -192,7 +192,7 @@ class Inspect(Task):
       about.append("There is no logit lens: the model's head scores no tokens "
                    'of the vocabulary.')
     path = evaluation.workdir / PAGE_FILE
-    storage.write(path, render_page(
+    storage.write_file(path, render_page(
         inspected, title=f'Inside {model.arch}', about=about,
         spelled_tokens=spelled_tokens, spell=spell, measures=measures))
     print('\n'.join([*about[1:], f'attention maps and all else: {path}']))
@@ -271,7 +271,7 @@ def _decoder_tokens(evaluation: Evaluation, prompts: objectives.Prompts
         jax.random.key(0), max_new_tokens=min(MOST_WRITTEN_TOKENS, room),
         stop_token=end_token, sampling=generate.Sampling(temperature=0),
         **prompts.arguments))
-    target_ids = generate.until(written_1T[0], end_token)
+    target_ids = generate.tokens_before_stop(written_1T[0], end_token)
     note = (f'The decoder is shown the {len(target_ids)} tokens that the model '
             f'itself writes: {tokenizer.decode(target_ids)!r}.')
   ids_L = np.concatenate([start_1L[0], target_ids]).astype(np.int32)

@@ -130,7 +130,8 @@ class Labels(Task):
       results.append(measured)
       print('\n'.join([f'{loader.text}:', *measured.lines]))
     if evaluation.options.predictions:
-      path = storage.path(evaluation.options.predictions, '--predictions')
+      path = storage.checked_path(evaluation.options.predictions,
+                                  '--predictions')
       _write_predictions(path, results)
     if len(results) == 1:
       return results[0].figures

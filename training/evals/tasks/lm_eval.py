@@ -74,7 +74,7 @@ class LMEval(Task):
       for name in names:
         require(name in manager.all_tasks, f'lm_eval has no task {name!r}: '
                 '`lm_eval ls tasks` lists its own, and blimp_files and '
-                'cloze_files are here.' + hint(name, manager.all_tasks))
+                'cloze_files are here.' + suggest_name(name, manager.all_tasks))
       if manager is _make_task_manager(folder, options.lm_eval_data, True):
         manager.load(names)  # whose files are on this machine
 

@@ -72,7 +72,7 @@ class Embed(Task):
     require(options.vectors.endswith('.npy'), '--vectors is '
             f'{options.vectors!r}: choose a file OUT.npy')
     one_of('--pooling', options.pooling, POOLINGS)
-    storage.output(options.vectors, '--vectors')
+    storage.checked_output_file(options.vectors, '--vectors')
     read_texts(options.texts)
 
   def prepare(self, evaluation: Evaluation) -> list[np.ndarray]:

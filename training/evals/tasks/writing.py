@@ -423,7 +423,8 @@ def write_targets(evaluation: Evaluation, loader: pipeline.Loader,
             how: generate.Beams | None = None) -> list[WrittenTarget]:
   """Returns what `translate` returns of a loader's batches."""
   pairs = []
-  for batch in progress.each(loader.iterate(), 'writing', loader.num_batches):
+  for batch in progress.show_items(loader.iterate(), 'writing',
+                                   loader.num_batches):
     pairs += write_targets_of_batch(evaluation.run.module,
                                     params=evaluation.params,
                        batch=batch, tokenizer=evaluation.tokenizer, how=how)
@@ -467,8 +468,8 @@ def write_targets_of_batch(module: Any, params: Any,
     if not size:
       continue
     target = target_T[:size]
-    written = generate.until(row_T, end)
-    expected = generate.until(target, end)
+    written = generate.tokens_before_stop(row_T, end)
+    expected = generate.tokens_before_stop(target, end)
     pairs.append(WrittenTarget(
         hypothesis=tokenizer.decode(written),
         reference=tokenizer.decode(expected),
