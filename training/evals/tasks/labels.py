@@ -38,10 +38,11 @@ from training.evals.tasks import writing
 from training.objectives import Config, pipeline
 from training.workdir import storage
 
-NO_LABEL = '(none of these)'
-MOST_PRINTED_LABELS = 40  # labels whose figures are printed
+NO_LABEL = '(none of these)'  # what stands for a written text that is no label
+MOST_PRINTED_LABELS = 40  # more labels would be more than a screen
 
-ANSWER_FLAGS = (  # to questions
+# The flags that answers to questions alone read.
+ANSWER_FLAGS = (
     Flag(name='n_best', default=20,
          help='How many of the best answers to a question are written.',
          least=1, most=1000, needed_flag='predictions'),
@@ -54,13 +55,14 @@ ANSWER_FLAGS = (  # to questions
 
 
 class MeasuredPredictions(NamedTuple):
-  """The measures of some records.
+  """The predictions for the records of a source, and how good they are.
 
   Attributes:
-    figures: by name; a dict holds those of a part.
-    lines: for a reader.
-    files: the texts of files of predictions, by what is put before the suffix
-      of their name.
+    figures: the measures by name; a dict among them holds those of a part, such
+      as a type of entity.
+    lines: the measures as lines for a reader.
+    files: the texts of the files for --predictions, by what is put before the
+      suffix of the file's name; '': nothing.
     table: the predictions as rows of a .csv: cells by the names of columns.
   """
   figures: dict[str, Any]
@@ -73,11 +75,11 @@ class Labels(Task):
   """Measures the answers to all that is held out, each source on its own."""
 
   help = 'accuracy, F1, correlations: what labelled data say'
-  figure_names = ('accuracy', 'f1', 'f1_macro', 'mcc', 'rows', 'pearson',
-                  'spearman',
-             'mean_squared_error', 'mean_absolute_error', 'words', 'sentences',
-             'without_tokens', 'precision', 'recall', 'entities', 'strict_*',
-             'types/*', *answers.FIGURE_NAMES, 'sources/*')
+  figure_names = (
+      'accuracy', 'f1', 'f1_macro', 'mcc', 'rows', 'pearson', 'spearman',
+      'mean_squared_error', 'mean_absolute_error', 'words', 'sentences',
+      'without_tokens', 'precision', 'recall', 'entities', 'strict_*',
+      'types/*', *answers.FIGURE_NAMES, 'sources/*')
   flags = (
       Flag(name='predictions', default='',
            help='A file for what is predicted of each record: words with '
@@ -87,6 +89,8 @@ class Labels(Task):
   )
 
   def why_unfit(self, config: Config) -> str:
+    """Returns why a run with this config has no labels to measure; '': it has.
+    """
     if config.objective not in MEASURE_OF_OBJECTIVE:
       return f'objective {config.objective!r} learns no labels'
     spec = config.data.eval_source or config.data.source
@@ -103,6 +107,8 @@ class Labels(Task):
               f"needs the package {name}: pip install 'archetype[finetune]'")
     if options.predictions:
       storage.checked_output_file(options.predictions, '--predictions')
+
+    # The flags of answers have no effect on labels and numbers.
     if config is None or config.objective == 'question_answering':
       return
     for flag in ANSWER_FLAGS:
@@ -118,10 +124,11 @@ class Labels(Task):
                                 bare=True)
     _check_loaders(loaders, evaluation)
 
-    # The answers of each source, and how good they are.
+    # The predictions for each source, and how good they are.
     measure = MEASURE_OF_OBJECTIVE[evaluation.run.config.objective]
     results = []
     for loader in loaders:
+      # A model without a head of its own for the labels writes them as text.
       if loader.objective.head == 'lm':
         outputs: list[Any] = writing.write_targets(evaluation, loader)
       else:
@@ -136,20 +143,30 @@ class Labels(Task):
     if len(results) == 1:
       return results[0].figures
 
-    # The means of the figures that all sources have: some have no questions
-    # without answers.
-    figures = {}
-    for name, value in results[0].figures.items():
-      everywhere = all(name in one.figures for one in results)
-      if isinstance(value, float) and everywhere:
-        values = [one.figures[name] for one in results]
-        figures[name] = held_out.mean_of_sources(values, loaders)
-    if figures:
+    # The means over the sources, of figures that all of them have: a figure of
+    # questions without answers, for example, may be missing in one.
+    means = _average_sources(results, loaders)
+    if means:
       shares = [f'{loader.share:.3g} {loader.name}' for loader in loaders]
       print('\n'.join([f'the mean by weight, {", ".join(shares)}:',
-                       *_format_figures(figures)]))
-    each = {loader.name: one.figures for loader, one in zip(loaders, results)}
-    return figures | {'sources': each}
+                       *_format_figures(means)]))
+    figures_by_source = {}
+    for loader, measured in zip(loaders, results):
+      figures_by_source[loader.name] = measured.figures
+    return means | {'sources': figures_by_source}
+
+
+def _average_sources(results: Sequence[MeasuredPredictions],
+                     loaders: Sequence[pipeline.Loader]) -> dict[str, Any]:
+  """Returns the means by the sources' weights of the fractions that all sources
+  have among their figures."""
+  means = {}
+  for name, value in results[0].figures.items():
+    is_everywhere = all(name in measured.figures for measured in results)
+    if isinstance(value, float) and is_everywhere:
+      values = [measured.figures[name] for measured in results]
+      means[name] = held_out.mean_of_sources(values, loaders)
+  return means
 
 
 def _check_loaders(loaders: Sequence[pipeline.Loader], evaluation: Evaluation
@@ -158,14 +175,14 @@ def _check_loaders(loaders: Sequence[pipeline.Loader], evaluation: Evaluation
   do not go together."""
   predictions = evaluation.options.predictions
   # A figure is of all sources, and needs the labels of each.
-  bare = []
+  is_unlabelled = []
   for loader in loaders:
     view = loader.views[0]
-    bare.append(isinstance(view, records.Rows) and view.bare)
-  if any(bare) and not all(bare):
+    is_unlabelled.append(isinstance(view, records.Rows) and view.bare)
+  if any(is_unlabelled) and not all(is_unlabelled):
     raise RequestError('some sources have labels or answers, and others have '
                        'none: evaluate them one by one')
-  if any(bare) and not predictions:
+  if any(is_unlabelled) and not predictions:
     raise RequestError('there are no labels or answers to measure by: pass '
                        '--predictions=FILE for what is predicted')
 
@@ -176,284 +193,329 @@ def _check_loaders(loaders: Sequence[pipeline.Loader], evaluation: Evaluation
     answers.check_question_ids(loaders[0].views[0])
 
 
-def _write_predictions(path: Any,
-                       results: Sequence[MeasuredPredictions]) -> None:
-  """Writes the predictions of all sources: as a table, where the name of the
-  file ends in .csv."""
-  # The texts by the kind that the name of the file gets; '': none. A table is
-  # of all sources, and other files are put one after the other.
+def _write_predictions(path: Any, results: Sequence[MeasuredPredictions]
+                       ) -> None:
+  """Writes the predictions for all sources.
+
+  Args:
+    path: the file of --predictions; its suffix .csv asks for one table. Without
+      it the files are those of the kind of predictions, such as JSON, of which
+      some kinds have several.
+    results: the predictions for each source.
+  """
+  # The text of each file, by what is put before the suffix of its name. The
+  # sources follow one another.
   files = {}
   if path.suffix == '.csv':
     rows = []
-    for one in results:
-      rows += one.table
+    for measured in results:
+      rows += measured.table
     files[''] = _format_csv(rows)
   else:
-    for kind in results[0].files:
-      files[kind] = ''.join(one.files[kind] for one in results)
-  for kind, text in files.items():
+    for infix in results[0].files:
+      files[infix] = ''.join(measured.files[infix] for measured in results)
+
+  for infix, text in files.items():
     file = path
-    if kind:
-      file = path.with_name(f'{path.stem}.{kind}{path.suffix}')
+    if infix:
+      file = path.with_name(f'{path.stem}.{infix}{path.suffix}')
     storage.write_file(file, text)
     print(f'written: {file}')
 
 
-def compute_scores(evaluation: Evaluation,
-                   loader: pipeline.Loader) -> list[np.ndarray]:
-  """Returns the scores of each row of a loader's view, in its order: [K], or
-  of each token [L, K], where L is the length that its batch was padded to."""
+def compute_scores(evaluation: Evaluation, loader: pipeline.Loader
+                   ) -> list[np.ndarray]:
+  """Returns the scores that the model's head gives each row of a loader.
+
+  Args:
+    evaluation: the evaluation of the run.
+    loader: the loader; the scores are in the order of its rows.
+
+  Returns:
+    The scores of the K labels, [K]; or of each token [L, K], where L is the
+    length that the row's batch was padded to.
+  """
   objective = loader.objective
   module = evaluation.run.module
 
-  def scores_of(params: Any, batch: Any):
+  def score_batch(params: Any, batch: Any):
     """Returns the scores of each row of a batch."""
     return objective.apply(module, params, batch).extra['scores']
 
-  step = evaluation.jit_once(scores_of, 'labels')
-  rows: list[np.ndarray] = []
+  step = evaluation.jit_once(score_batch, 'labels')
+  scores_of_rows: list[np.ndarray] = []
   for batch_scores in evaluation.run_on_batches(step, loader, 'answering'):
-    rows += list(batch_scores)
-  return rows[:loader.num_windows]  # without what fills up the last batch
+    scores_of_rows += list(batch_scores)
+  # What fills up the last batch is no row.
+  return scores_of_rows[:loader.num_windows]
 
 
-def measure_labels(view: Any, scores: Sequence[np.ndarray],
-                   *_: Any) -> MeasuredPredictions:
-  """Measures the label with the highest score of each row.
+def measure_labels(view: Any, scores: Sequence[np.ndarray], *_: Any
+                   ) -> MeasuredPredictions:
+  """Measures the label with the highest score of each text.
 
   Args:
-    view: a view of training/data/records.py, with labels.
-    scores: the scores of the labels of each of its rows, [U].
+    view: the texts, as a view of training/data/records.py.
+    scores: the scores of the U labels for each text, [U].
   """
-  # The predictions.
+  # The predictions, as objects of JSON and as rows of a .csv.
   predicted = predicting.of_texts(view, scores)
-  predictions = []
+  objects = []
   table = []
-  for record, one in zip(view.records, predicted):
-    predictions.append(_record_as_json(record) | {
-        'predicted': one.label, 'probabilities': one.probabilities})
-    row = _record_as_columns(record) | {'predicted': one.label}
-    for label, probability in one.probabilities.items():
+  for record, prediction in zip(view.records, predicted):
+    objects.append(_record_as_json(record) | {
+        'predicted': prediction.label,
+        'probabilities': prediction.probabilities})
+    row = _record_as_columns(record) | {'predicted': prediction.label}
+    for label, probability in prediction.probabilities.items():
       row[f'probability of {label}'] = probability
     table.append(row)
+
   if not view.bare:
     targets = np.array([item.target for item in view.items])
     return _measure_classification(
         names=view.labels, targets=targets,
-        predicted=np.stack(scores).argmax(1), predictions=predictions,
-        table=table)
+        predicted=np.stack(scores).argmax(1), objects=objects, table=table)
 
-  # How often each label is predicted, where none is known.
-  counts = collections.Counter(one.label for one in predicted)
-  lines = [_count_of_unlabelled(len(predicted), 'records')]
+  # Without known labels, say how often each one is predicted.
+  counts = collections.Counter(prediction.label for prediction in predicted)
+  lines = [_describe_unlabelled(len(predicted), 'records')]
   for label in view.labels[:MOST_PRINTED_LABELS]:
     lines.append(f'  {label:<22} {counts[label]:,}')
-  return MeasuredPredictions(figures={'rows': len(predicted)}, lines=lines,
-                  files=_format_jsonl(predictions), table=table)
+  return MeasuredPredictions(
+      figures={'rows': len(predicted)}, lines=lines,
+      files=_format_jsonl(objects), table=table)
 
 
-def measure_written_labels(view: Any, written: Sequence[tuple[str, str, bool]],
-             evaluation: Evaluation) -> MeasuredPredictions:
-  """Measures labels that are written as text.
+def measure_written_labels(view: Any,
+                           written: Sequence[tuple[str, str, bool]],
+                           evaluation: Evaluation) -> MeasuredPredictions:
+  """Measures labels that a model writes as text.
 
   Args:
     view: a view of training/objectives/seq2seq.py.
-    written: what the model wrote, the label, and more, of each row. The space
-      that some tokenizers put before a text is no part of either.
+    written: for each row, what the model wrote, the right label, and whether
+      the two have the same tokens. The space that some tokenizers put before a
+      text is no part of either.
     evaluation: the evaluation whose tokenizer the rows are of.
   """
-  rows = [(text.strip(), target.strip()) for text, target, *_ in written]
-  labels = records.in_order(target for _, target in rows)
+  text_pairs = []
+  for text, target, _ in written:
+    text_pairs.append((text.strip(), target.strip()))
+  labels = records.in_order(target for _, target in text_pairs)
   require(len(labels) > 1, f'what is held out has one label, {labels[0]!r}: '
           'there is nothing to measure')
 
   # The numbers of the labels; what is no label has the number after them.
-  numbers = {label: i for i, label in enumerate(labels)}
-  none = len(labels)
-  predicted = np.array([numbers.get(text, none) for text, _ in rows])
-  targets = np.array([numbers[target] for _, target in rows])
+  number_of_label = {label: i for i, label in enumerate(labels)}
+  no_label = len(labels)
+  targets = np.array([number_of_label[target] for _, target in text_pairs])
+  predicted = np.array(
+      [number_of_label.get(text, no_label) for text, _ in text_pairs])
   names = [*labels]
-  if (predicted == none).any():
+  if (predicted == no_label).any():
     names.append(NO_LABEL)
 
-  # The predictions.
-  predictions = []
+  # The predictions, as objects of JSON and as rows of a .csv.
+  objects = []
   table = []
-  for (text, target), pair in zip(rows, view):
+  for (text, target), pair in zip(text_pairs, view):
     source = evaluation.tokenizer.decode(pair.source)
-    predictions.append({'texts': [source], 'label': target, 'predicted': text})
+    objects.append({'texts': [source], 'label': target, 'predicted': text})
     table.append({'text': source, 'label': target, 'predicted': text})
-  return _measure_classification(names=names, targets=targets,
-                                 predicted=predicted,
-                     predictions=predictions, table=table, count=len(labels))
+  return _measure_classification(
+      names=names, targets=targets, predicted=predicted, objects=objects,
+      table=table, num_labels=len(labels))
 
 
 def _measure_classification(names: Sequence[str], targets: np.ndarray,
-                predicted: np.ndarray, predictions: list[dict],
-                table: list[dict], count: int = 0) -> MeasuredPredictions:
-  """Returns the measures of labels.
+                            predicted: np.ndarray, objects: list[dict],
+                            table: list[dict], num_labels: int = 0
+                            ) -> MeasuredPredictions:
+  """Returns accuracy, F1, Matthews' correlation and the confusion matrix of
+  predicted labels.
 
   Args:
     names: the labels by number.
     targets: the number of the right label of each record.
     predicted: the number of the label that the model gives it.
-    predictions: the predictions as objects of JSON.
+    objects: the predictions as objects of JSON.
     table: the predictions as rows of a .csv.
-    count: how many labels there are; 0: as many as names. Names after them are
-      never right.
+    num_labels: how many of the names are labels, the first ones; 0: all. The
+      names after them are never right.
   """
   from sklearn import metrics
-  count = count or len(names)
-  labels = dict(labels=range(count), zero_division=0.0)
+  num_labels = num_labels or len(names)
+  label_options = dict(labels=range(num_labels), zero_division=0.0)
 
-  # Over all labels; the mean is of the labels that occur.
-  precision, recall, f1, rows = metrics.precision_recall_fscore_support(
-      targets, predicted, **labels)
-  occur = np.union1d(targets, predicted)
-  macro = float(np.mean(f1[occur[occur < count]]))
+  # The figures over all labels. The macro F1 is the mean over the labels that
+  # occur.
+  precision, recall, f1, num_rows = metrics.precision_recall_fscore_support(
+      targets, predicted, **label_options)
+  occurring = np.union1d(targets, predicted)
+  f1_macro = float(np.mean(f1[occurring[occurring < num_labels]]))
+  f1_main = f1_macro
+  if num_labels == 2:  # that of the second label, the positive one
+    f1_main = float(f1[1])
   figures: dict[str, Any] = {
       'accuracy': float(metrics.accuracy_score(targets, predicted)),
-      'f1': float(f1[1]) if count == 2 else macro,
-      'f1_macro': macro,
+      'f1': f1_main,
+      'f1_macro': f1_macro,
       'mcc': float(metrics.matthews_corrcoef(targets, predicted))}
 
-  # For a reader.
+  # The lines for a reader.
   lines = [f'{len(targets):,} records', *_format_figures(figures)]
-  if count <= MOST_PRINTED_LABELS:
+  if num_labels <= MOST_PRINTED_LABELS:
     report = metrics.classification_report(
-        targets, predicted, target_names=names[:count], digits=4, **labels)
+        targets, predicted, target_names=names[:num_labels], digits=4,
+        **label_options)
     lines += report.splitlines()
   else:
-    lines.append(f'  {count:,} labels, whose figures --json writes')
+    lines.append(f'  {num_labels:,} labels, whose figures --json writes')
 
   # The figures of each label, and of each record.
-  by_label = []
-  for i, name in enumerate(names[:count]):
-    by_label.append({
+  figures_by_label = []
+  for i, name in enumerate(names[:num_labels]):
+    figures_by_label.append({
         'label': name, 'precision': float(precision[i]),
-        'recall': float(recall[i]), 'f1': float(f1[i]), 'rows': int(rows[i])})
+        'recall': float(recall[i]), 'f1': float(f1[i]),
+        'rows': int(num_rows[i])})
   confusion = metrics.confusion_matrix(targets, predicted,
                                        labels=range(len(names)))
-  right = items.record_scores(predicted == targets,
-                              _identify_items(predictions))
-  figures |= {'rows': len(targets), 'by_label': by_label, 'labels': [*names],
-              'confusion': confusion.tolist(), 'items': {'accuracy': right}}
+  accuracy_of_items = items.record_scores(predicted == targets,
+                                          _identify_items(objects))
+  figures |= {'rows': len(targets), 'by_label': figures_by_label,
+              'labels': [*names], 'confusion': confusion.tolist(),
+              'items': {'accuracy': accuracy_of_items}}
   return MeasuredPredictions(figures=figures, lines=lines,
-                             files=_format_jsonl(predictions),
-                  table=table)
+                             files=_format_jsonl(objects), table=table)
 
 
-def measure_numbers(view: Any, scores: Sequence[np.ndarray],
-                    *_: Any) -> MeasuredPredictions:
-  """Measures numbers, [1] of each row."""
-  # The predictions.
+def measure_numbers(view: Any, scores: Sequence[np.ndarray], *_: Any
+                    ) -> MeasuredPredictions:
+  """Measures predicted numbers by their correlation with the right ones, and
+  by their errors.
+
+  Args:
+    view: the texts, as a view of training/data/records.py.
+    scores: the number that the model gives each text, [1].
+  """
+  # The predictions, as objects of JSON and as rows of a .csv.
   predicted = np.array(predicting.of_numbers(view, scores))
-  predictions = []
+  objects = []
   table = []
-  for record, value in zip(view.records, predicted):
-    predictions.append(_record_as_json(record) | {'predicted': float(value)})
-    table.append(_record_as_columns(record) | {'predicted': float(value)})
-  files = _format_jsonl(predictions)
+  for record, number in zip(view.records, predicted):
+    objects.append(_record_as_json(record) | {'predicted': float(number)})
+    table.append(_record_as_columns(record) | {'predicted': float(number)})
+  files = _format_jsonl(objects)
   if view.bare:
-    return MeasuredPredictions(figures={'rows': len(predicted)},
-                    lines=[_count_of_unlabelled(len(predicted),
-                                                'records')], files=files,
-                    table=table)
+    lines = [_describe_unlabelled(len(predicted), 'records')]
+    return MeasuredPredictions(figures={'rows': len(predicted)}, lines=lines,
+                               files=files, table=table)
 
-  # How good they are.
+  # How good they are, in all and for each record.
   targets = np.array([item.target for item in view.items])
-  pearson, spearman = _correlations(targets, predicted)
-  squares = (predicted - targets) ** 2
-  magnitudes = np.abs(predicted - targets)
+  pearson, spearman = _correlate(targets, predicted)
+  squared_errors = (predicted - targets) ** 2
+  absolute_errors = np.abs(predicted - targets)
   figures: dict[str, Any] = {
       'pearson': pearson, 'spearman': spearman,
-      'mean_squared_error': float(np.mean(squares)),
-      'mean_absolute_error': float(np.mean(magnitudes))}
+      'mean_squared_error': float(np.mean(squared_errors)),
+      'mean_absolute_error': float(np.mean(absolute_errors))}
   lines = [f'{len(targets):,} records', *_format_figures(figures)]
-  asked = _identify_items(predictions)
+  names = _identify_items(objects)
   figures['rows'] = len(targets)
-  figures['items'] = {'mean_squared_error': items.record_scores(squares, asked),
-                      'mean_absolute_error': items.record_scores(magnitudes,
-                                                                 asked)}
+  figures['items'] = {
+      'mean_squared_error': items.record_scores(squared_errors, names),
+      'mean_absolute_error': items.record_scores(absolute_errors, names)}
   return MeasuredPredictions(figures=figures, lines=lines, files=files,
                              table=table)
 
 
-def _correlations(targets: np.ndarray, predicted: np.ndarray
-                  ) -> tuple[float, float]:
+def _correlate(targets: np.ndarray, predicted: np.ndarray
+               ) -> tuple[float, float]:
   """Returns Pearson's and Spearman's correlation. Where one side is constant
   there is none: nan, which is shown as n/a."""
   from scipy import stats
   if len(predicted) < 2:
     return np.nan, np.nan
   with warnings.catch_warnings():
-    warnings.simplefilter('ignore')
+    warnings.simplefilter('ignore')  # scipy warns of a constant side
     pearson = stats.pearsonr(targets, predicted).statistic
     spearman = stats.spearmanr(targets, predicted).statistic
   return float(pearson), float(spearman)
 
 
 def measure_word_labels(view: records.Sentences, scores: Sequence[np.ndarray],
-                        *_: Any
-             ) -> MeasuredPredictions:
+                        *_: Any) -> MeasuredPredictions:
   """Measures the likeliest label of each word of each sentence.
 
   Args:
-    view: the sentences.
-    scores: the scores of each item, [L, K]: of its row's tokens, padding or
-      not.
+    view: the sentences, each split into rows that the model can take.
+    scores: the scores of the K labels for the tokens of each row, [L, K],
+      padding or not.
   """
-  # The predictions.
+  # The predictions, as a table with a row for each word.
   sentences = predicting.of_words(view, scores)
-  without = 0
+  without_tokens = 0
   table = []
-  for number, record in enumerate(view.records):
-    sentence = sentences[number]
-    without += int(np.isnan(sentence.probabilities).sum())
-    table += _word_rows(number + 1, record, sentence)
+  for number, (record, sentence) in enumerate(zip(view.records, sentences), 1):
+    without_tokens += int(np.isnan(sentence.probabilities).sum())
+    table += _word_rows(number, record, sentence)
   counts = dict(words=len(table), sentences=len(sentences),
-                without_tokens=without)
+                without_tokens=without_tokens)
   lines = [f'{len(sentences):,} sentences of {len(table):,} words, of which '
-           f'{without:,} have no token']
+           f'{without_tokens:,} have no token']
   if view.bare:
     columns = ('word', 'predicted', 'probability')
     return MeasuredPredictions(figures=counts, lines=lines,
-                               files=_format_conll(table, columns),
-                    table=table)
+                               files=_format_conll(table, columns), table=table)
 
   # How good they are.
-  same = [row['label'] == row['predicted'] for row in table]
-  figures: dict[str, Any] = dict(accuracy=sum(same) / len(same), **counts)
-  lines.append(f'  accuracy         {figures["accuracy"]:.4f}')
+  is_right = [row['label'] == row['predicted'] for row in table]
+  accuracy = sum(is_right) / len(is_right)
+  figures: dict[str, Any] = dict(accuracy=accuracy, **counts)
+  lines.append(f'  accuracy         {accuracy:.4f}')
   if labelled.marks_entities(view.labels):
     entity_figures, report = measure_entities(
         right=[record.labels for record in view.records],
         predicted=[sentence.labels for sentence in sentences])
     figures |= entity_figures
     lines += report
-  # The columns of CoNLL's own script, conlleval.
+
+  # The file has the columns of CoNLL's own script, conlleval.
   columns = ('word', 'label', 'predicted')
   return MeasuredPredictions(figures=figures, lines=lines,
-                             files=_format_conll(table, columns),
-                  table=table)
+                             files=_format_conll(table, columns), table=table)
 
 
-def _format_conll(table: Sequence[dict[str, Any]], names: Sequence[str]
-           ) -> dict[str, str]:
-  """Returns these columns of a table of words, a word a line, with an empty
-  line after each sentence."""
+def _format_conll(table: Sequence[dict[str, Any]], columns: Sequence[str]
+                  ) -> dict[str, str]:
+  """Returns the file of a table of words, as `MeasuredPredictions.files` has
+  it: a line for each word, and an empty line after each sentence.
+
+  Args:
+    table: rows of words, in the order of their sentences.
+    columns: the columns that are written.
+  """
   lines = []
   for _, words in itertools.groupby(table, lambda row: row['sentence']):
     for row in words:
-      cells = [str(row[name]) for name in names]
+      cells = [str(row[column]) for column in columns]
       lines.append(' '.join(cells))
     lines.append('')
   return {'': ''.join(line + '\n' for line in lines)}
 
 
 def _word_rows(number: int, record: labelled.Sentence,
-           sentence: predicting.Words) -> list[dict[str, Any]]:
-  """Returns the rows of a table of one sentence, a word each."""
+               sentence: predicting.Words) -> list[dict[str, Any]]:
+  """Returns the rows of a table of words for one sentence.
+
+  Args:
+    number: the number of the sentence.
+    record: its words, with their labels if these are known.
+    sentence: the labels that the model gives its words.
+  """
   rows = []
   for i, word in enumerate(record.words):
     row = {'sentence': number, 'word': word}
@@ -467,25 +529,27 @@ def _word_rows(number: int, record: labelled.Sentence,
 
 def measure_entities(right: Sequence[Sequence[str]],
                      predicted: Sequence[Sequence[str]]
-             ) -> tuple[dict[str, Any], list[str]]:
-  """Returns precision, recall and F1 of entities, and a table of them.
+                     ) -> tuple[dict[str, Any], list[str]]:
+  """Returns precision, recall and F1 of named entities, by seqeval.
 
   Args:
-    right: the labels of each sentence.
+    right: the right labels of each sentence, such as B-PER, I-PER and O.
     predicted: the labels that a model gives.
 
   Returns:
-    precision, recall, f1: of all entities (micro averages), from 0 to 1;
-    strict_precision, strict_recall, strict_f1; entities, how many there are;
-    types: {type: {precision, recall, f1, entities}}.
+    The figures: precision, recall and f1 of all entities (micro averages), from
+    0 to 1; strict_precision, strict_recall and strict_f1; entities, how many
+    there are; types, {type: {precision, recall, f1, entities}}. And lines of a
+    table for a reader.
   """
-  # An entity may begin with I-; in the strict mode it begins with B-.
+  # By default an entity may begin with I-; in the strict mode it begins with
+  # B-.
   from seqeval import metrics, scheme
   lenient = _seqeval_figures(right, predicted)
   strict = _seqeval_figures(right, predicted=predicted, mode='strict',
-                           scheme=scheme.IOB2)
+                            scheme=scheme.IOB2)
 
-  # The rows of types stand beside those of averages.
+  # seqeval's report has a row for each type, and rows of averages.
   figures: dict[str, Any] = dict(lenient['micro avg'])
   strict_figures = {}
   for name, value in strict['micro avg'].items():
@@ -493,21 +557,26 @@ def measure_entities(right: Sequence[Sequence[str]],
       strict_figures[f'strict_{name}'] = value
   figures |= strict_figures
   figures['types'] = {}
-  for name, row in lenient.items():
+  for name, figures_of_type in lenient.items():
     if not name.endswith(' avg'):
-      figures['types'][name] = row
-  table = metrics.classification_report(right, predicted, digits=4,
-                                        zero_division=0)
-  return figures, [*table.splitlines(), *_format_figures(strict_figures)]
+      figures['types'][name] = figures_of_type
+  report = metrics.classification_report(right, predicted, digits=4,
+                                         zero_division=0)
+  return figures, [*report.splitlines(), *_format_figures(strict_figures)]
 
 
 def _seqeval_figures(right: Sequence[Sequence[str]],
-                    predicted: Sequence[Sequence[str]], **how: Any
-                    ) -> dict[str, dict[str, Any]]:
-  """Returns seqeval's figures of each type of entity, and its averages."""
+                     predicted: Sequence[Sequence[str]], **options: Any
+                     ) -> dict[str, dict[str, Any]]:
+  """Returns {type or average: {precision, recall, f1, entities}} of entities.
+
+  Args:
+    right, predicted: the labels of each sentence.
+    **options: those of seqeval's classification_report, such as its mode.
+  """
   from seqeval import metrics
   report = metrics.classification_report(
-      right, predicted, output_dict=True, zero_division=0, **how)
+      right, predicted, output_dict=True, zero_division=0, **options)
   figures = {}
   for name, row in report.items():
     figures[name] = dict(
@@ -517,12 +586,19 @@ def _seqeval_figures(right: Sequence[Sequence[str]],
 
 
 def measure_answers(view: records.Questions, scores: Sequence[np.ndarray],
-                 evaluation: Evaluation) -> MeasuredPredictions:
-  """Measures answers to questions."""
-  # The predictions.
-  kind = architectures.stack(evaluation.run.model)
-  predictions = answers.answer_questions(view, scores=scores, kind=kind,
-                                options=evaluation.options)
+                    evaluation: Evaluation) -> MeasuredPredictions:
+  """Measures answers to questions by the rules of SQuAD.
+
+  Args:
+    view: the questions and their contexts.
+    scores: for each window of a context, the scores of its tokens as the first
+      and as the last one of the answer, [L, 2].
+    evaluation: the evaluation, with the flags of ANSWER_FLAGS.
+  """
+  # The predictions, as rows of a .csv.
+  stack = architectures.stack(evaluation.run.model)
+  predictions = answers.answer_questions(view, scores=scores, kind=stack,
+                                         options=evaluation.options)
   table = []
   for question, best in zip(view.questions, predictions):
     chosen = predicting.of_best(best)
@@ -534,39 +610,43 @@ def measure_answers(view: records.Questions, scores: Sequence[np.ndarray],
   # How good they are.
   files = answers.format_prediction_files(view, predictions)
   if view.bare:
-    return MeasuredPredictions(figures={'total': len(predictions)},
-                    lines=[_count_of_unlabelled(len(predictions),
-                                                'questions')], files=files,
-                    table=table)
+    lines = [_describe_unlabelled(len(predictions), 'questions')]
+    return MeasuredPredictions(figures={'total': len(predictions)}, lines=lines,
+                               files=files, table=table)
   figures = answers.measure_answers(view, predictions)
-  return MeasuredPredictions(figures=figures,
-                             lines=answers.format_report(figures), files=files,
-                  table=table)
+  return MeasuredPredictions(
+      figures=figures, lines=answers.format_report(figures), files=files,
+      table=table)
 
 
-def _count_of_unlabelled(count: int, what: str) -> str:
-  return f'{count:,} {what} without labels or answers, which are predicted'
+def _describe_unlabelled(count: int, things: str) -> str:
+  """Returns a line that says how many records, or other things, have no labels
+  to measure by."""
+  return f'{count:,} {things} without labels or answers, which are predicted'
 
 
-def _format_jsonl(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
-  lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in rows]
+def _format_jsonl(objects: Iterable[dict[str, Any]]) -> dict[str, str]:
+  """Returns the file of some objects, as `MeasuredPredictions.files` has it:
+  a line of JSON for each."""
+  lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in objects]
   return {'': ''.join(lines)}
 
 
 def _format_csv(rows: Sequence[dict[str, Any]]) -> str:
-  """Returns rows as a table with a line of names."""
-  names: dict[str, None] = {}  # in the order in which they come first
+  """Returns the text of a .csv with a first line of the names of the columns,
+  in the order in which these first occur."""
+  columns: dict[str, None] = {}
   for row in rows:
-    names |= dict.fromkeys(row)
+    columns |= dict.fromkeys(row)
   text = io.StringIO()
-  writer = csv.DictWriter(text, [*names])
+  writer = csv.DictWriter(text, [*columns])
   writer.writeheader()
   writer.writerows(rows)
   return text.getvalue()
 
 
 def _record_as_columns(record: labelled.Record) -> dict[str, Any]:
-  """Returns the columns of a table that say which record a row is of."""
+  """Returns the columns of a .csv that say which record a row is of."""
   row = _record_as_json(record)
   texts = dict(zip(('text', 'second text'), row.pop('texts')))
   return {'where': row.pop('where'), **texts, **row}
@@ -574,15 +654,16 @@ def _record_as_columns(record: labelled.Record) -> dict[str, Any]:
 
 def _record_as_json(record: Any) -> dict[str, Any]:
   """Returns a record as an object of JSON, with its label if it has one."""
-  row = {'where': record.where.rstrip(','), 'texts': [*record.texts]}
+  json_object = {'where': record.where.rstrip(','), 'texts': [*record.texts]}
   if record.label:
-    row['label'] = record.label
-  return row
+    json_object['label'] = record.label
+  return json_object
 
 
-def _identify_items(predictions: Iterable[dict[str, Any]]) -> list[tuple]:
-  """Returns what tells the records of predictions from others."""
-  return [(row.get('texts'), row['label']) for row in predictions]
+def _identify_items(objects: Iterable[dict[str, Any]]) -> list[tuple]:
+  """Returns the texts and the label of each prediction, which tell it from the
+  others; see items.py."""
+  return [(row.get('texts'), row['label']) for row in objects]
 
 
 def _format_figures(figures: Mapping[str, float]) -> list[str]:
@@ -594,11 +675,14 @@ def _format_figures(figures: Mapping[str, float]) -> list[str]:
   return lines
 
 
-# How the answers to a view are measured, by objective: (view, answers,
-# evaluation) -> Measured. The answers are the scores of each row or, of a model
-# without a head of its own, what it wrote.
+# The function that measures the predictions on a view, by objective:
+# measure(view, outputs, evaluation) -> MeasuredPredictions. The outputs are the
+# scores of each row or, of a model without a head of its own for the labels,
+# what it wrote.
 MEASURE_OF_OBJECTIVE = {
-    'classification': measure_labels, 'regression': measure_numbers,
+    'classification': measure_labels,
+    'regression': measure_numbers,
     'token_classification': measure_word_labels,
-    'question_answering': measure_answers, 'seq2seq': measure_written_labels}
+    'question_answering': measure_answers,
+    'seq2seq': measure_written_labels}
 TASKS = {'labels': Labels()}
