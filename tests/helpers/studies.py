@@ -165,11 +165,12 @@ class Written(study.Trainer):
     self.loss, self.stop_after, self.did = loss, stop_after, []
 
   def work(self, path, ledger):
-    name, description = ledger.register(), layout.load_sweep_description(path)
+    name = ledger.register_runner()
+    description = layout.load_sweep_description(path)
     for row in ledger.runs(layout.PENDING):
       if self.stop_after is not None and len(self.did) >= self.stop_after:
         raise Stopped
-      if ledger.claim([row.id], name):
+      if ledger.claim_runs([row.id], name):
         config = layout.config_of_run(description, row.point, row.seed)
         folder = layout.run_folder(path, row.point, row.seed)
         if not folder.exists():
@@ -177,7 +178,7 @@ class Written(study.Trainer):
         with mock.patch.dict(os.environ, {
             provenance.PLAN_VARIABLE: description['plan']}):
           state, error = leave(folder, config, self.loss(config))
-        ledger.settle(row.id, name, state, error)
+        ledger.settle_run(row.id, name, state, error)
         self.did.append((path.name, row.point, row.seed))
 
 

@@ -51,13 +51,14 @@ def write(root, points, match='', states=None):
       base_config=config.to_dict(), points=rows)
   layout.save_sweep_description(root, description)
   with layout.Ledger(root) as ledger:
-    ledger.add((p['name'], seed, ()) for p in points for seed in p['seeds'])
-    runner = ledger.register()
+    ledger.add_runs(
+        (p['name'], seed, ()) for p in points for seed in p['seeds'])
+    runner = ledger.register_runner()
     for run in ledger.runs():
       state, error = states.get((run.point, run.seed), (layout.DONE, ''))
       if state != layout.PENDING:
-        ledger.claim([run.id], runner)
-        ledger.settle(run.id, runner, state, error)
+        ledger.claim_runs([run.id], runner)
+        ledger.settle_run(run.id, runner, state, error)
         p = next(p for p in points if p['name'] == run.point)
         folder = layout.run_folder(root, run.point, run.seed)
         run_config.save_config(

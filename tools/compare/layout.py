@@ -88,7 +88,8 @@ CREATE TABLE begun (
   seed INTEGER NOT NULL,
   {_checksum('time, plan, folder, point, seed')})""".split(';\n')
 # SQLite's codes for a file that is none of its own, or that it cannot read.
-_DAMAGE = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_CODES_OF_DAMAGE = {
+    sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
 def add_workdir_arguments(parser) -> None:
@@ -99,13 +100,18 @@ def add_workdir_arguments(parser) -> None:
 
 
 def parse_workdir(args) -> str:
-  """Returns the workdir that a command line names in one of both ways."""
+  """Returns the workdir of a command line, which names it in one of two ways.
+
+  Raises:
+    RequestError: where it names none, or both.
+  """
   require(bool(args.where) != bool(args.workdir), 'say once which workdir: '
           'WORKDIR, or --workdir=WORKDIR')
   return args.where or args.workdir
 
 
 def is_study(workdir) -> bool:
+  """Returns whether a folder holds a study, and not a sweep."""
   return (pathlib.Path(workdir) / 'study.json').exists()
 
 
@@ -119,25 +125,26 @@ def check_workdir(workdir, marker: str = 'sweep.json') -> None:
 
 
 def align_columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-  """Returns the lines of a table for a terminal.
+  """Returns the lines of a table for a terminal, with columns of even width.
 
   Args:
     rows: the cells, those of the headings first.
     left: how many columns are words, and stand to the left; the others are
-      figures.
+      figures, and stand to the right.
   """
   widths = [max(map(len, column)) for column in zip(*rows)]
   lines = []
   for row in rows:
     cells = []
-    for place, (cell, width) in enumerate(zip(row, widths)):
-      is_word = place < left
+    for i, (cell, width) in enumerate(zip(row, widths)):
+      is_word = i < left
       cells.append(cell.ljust(width) if is_word else cell.rjust(width))
     lines.append('  '.join(cells).rstrip())
   return lines
 
 
 def run_folder(workdir, point: str, seed: int) -> pathlib.Path:
+  """Returns the folder of the run of a point with a seed."""
   return pathlib.Path(workdir) / 'points' / point / f'seed-{seed}'
 
 
@@ -150,7 +157,11 @@ def save_with_checksum(path: pathlib.Path, tree: dict) -> None:
 
 
 def load_with_checksum(path: pathlib.Path) -> dict:
-  """Returns what `save_checked` wrote; RequestError where it is damaged."""
+  """Returns what `save_with_checksum` wrote.
+
+  Raises:
+    RequestError: where the file is damaged.
+  """
   tree = storage.parse_json_object(path.read_bytes(), str(path))
   require(
       tree.pop('checksum', '') == json_checksum(tree), f'{path} is damaged: '
@@ -159,13 +170,18 @@ def load_with_checksum(path: pathlib.Path) -> dict:
 
 
 def json_checksum(tree: Any) -> str:
-  """Returns a hash of what can be written as JSON."""
+  """Returns a hash of what can be written as JSON: 16 digits of its SHA-256."""
   text = json.dumps(tree, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def load_sweep_description(workdir) -> dict:
-  """Returns what sweep.json holds; RequestError where there is none."""
+  """Returns what sweep.json holds: the points of a sweep with their changes,
+  costs and seeds, and the config of its base.
+
+  Raises:
+    RequestError: where there is none, or it is damaged.
+  """
   path = pathlib.Path(workdir) / 'sweep.json'
   require(path.is_file(), f'{path} is missing: no sweep was checked or run in '
           'this workdir')
@@ -175,60 +191,66 @@ def load_sweep_description(workdir) -> dict:
 
 
 def save_sweep_description(workdir, description: dict) -> None:
-  """Writes sweep.json, which keeps the points and seeds that it had before.
+  """Writes sweep.json. The points and seeds that it had before are kept.
+
+  Args:
+    workdir: the folder of the sweep.
+    description: what sweep.json is to hold.
 
   Raises:
-    RequestError: where it is of another sweep.
+    RequestError: where sweep.json is of another sweep.
   """
   path = pathlib.Path(workdir) / 'sweep.json'
   if path.exists():
-    description = _joined(workdir, load_with_checksum(path), description)
+    description = _merge_descriptions(
+        workdir, load_with_checksum(path), description)
   save_with_checksum(path, description)
 
 
-def _joined(workdir, old: dict, new: dict) -> dict:
-  """Returns a description with the points and seeds that an older one of the
-  same sweep has beside it.
+def _merge_descriptions(workdir, old: dict, new: dict) -> dict:
+  """Returns the description of a sweep with the points and seeds of an older
+  description of the same sweep added.
 
   Raises:
     RequestError: where they are of different sweeps.
   """
-  # Sources that only one of both has seen do not differ.
+  # They may differ in nothing that is fixed for the points of both. Sources
+  # that only one of both has seen do not differ.
   sources = old['sources'] | new['sources']
-  fixed_before = _fixed(old)
+  fixed_before = _fixed_part(old)
   fixed_before['sources'] = new['sources'] | old['sources']
-  fixed_now = _fixed(new, old['points'])
+  fixed_now = _fixed_part(new, old['points'])
   fixed_now['sources'] = sources
   different = differing_names(fixed_before, fixed_now)
   require(not different, f'{workdir} holds another sweep, which differs in '
           f'{", ".join(different)}: take another --workdir')
 
-  # The points of the new one, each with the seeds of both, and the others.
-  left = {row['name']: row for row in old['points']}
+  # The new points, each with the seeds of both, and then the other old ones.
+  old_point_by_name = {point['name']: point for point in old['points']}
   points = []
-  for row in new['points']:
-    before = left.pop(row['name'], row)
-    seeds = {*before['seeds'], *row['seeds']}
-    points.append(row | {'seeds': sorted(seeds)})
-  points += left.values()
+  for point in new['points']:
+    old_point = old_point_by_name.pop(point['name'], point)
+    seeds = {*old_point['seeds'], *point['seeds']}
+    points.append(point | {'seeds': sorted(seeds)})
+  points += old_point_by_name.values()
   return new | {'points': points, 'sources': sources}
 
 
-def _fixed(description: dict, points: Sequence[dict] = ()) -> dict:
-  """Returns the part of a description that no later one may change.
+def _fixed_part(description: dict, points: Sequence[dict] = ()) -> dict:
+  """Returns the part of a sweep's description that no later one may change.
 
   Args:
     description: the description.
     points: the points whose changes are a part of it; (): all of its own.
   """
-  names = [row['name'] for row in points or description['points']]
-  changes = {}
-  for row in description['points']:
-    if row['name'] in names:
-      changes[row['name']] = row['changes']
-  fixed: dict[str, Any] = {'points': changes}
-  for name in ('base', 'match', 'match_field', 'base_config'):
-    fixed[name] = description.get(name)
+  names = [point['name'] for point in points or description['points']]
+  changes_by_name = {}
+  for point in description['points']:
+    if point['name'] in names:
+      changes_by_name[point['name']] = point['changes']
+  fixed: dict[str, Any] = {'points': changes_by_name}
+  for key in ('base', 'match', 'match_field', 'base_config'):
+    fixed[key] = description.get(key)
   # Whether a study goes on with other files, its plan says (plan.adopted).
   if not description.get('plan'):
     fixed['files'] = description.get('files')
@@ -237,7 +259,7 @@ def _fixed(description: dict, points: Sequence[dict] = ()) -> dict:
 
 def differing_names(old: dict, new: dict) -> list[str]:
   """Returns the dotted names at which two trees of JSON differ."""
-  before, after = _flat(old), _flat(new)
+  before, after = _flatten_as_json(old), _flatten_as_json(new)
   different = []
   for name in {**before, **after}:
     is_in_both = name in before and name in after
@@ -246,18 +268,24 @@ def differing_names(old: dict, new: dict) -> list[str]:
   return different
 
 
-def _flat(tree: dict) -> dict:
+def _flatten_as_json(tree: dict) -> dict:
   """Returns a tree by dotted names, as it is once it was written as JSON."""
   return run_config.flatten(json.loads(json.dumps(tree)))
 
 
 def point_row(description: dict, point: str) -> dict:
-  """Returns what sweep.json says of a point; RequestError where it has none,
-  which a ledger of another sweep may name."""
-  rows = [row for row in description['points'] if row['name'] == point]
-  require(rows, f'sweep.json has no point {point!r}, which the ledger has: '
-          'they are of different sweeps')
-  return rows[0]
+  """Returns what the description of a sweep says of one point.
+
+  Raises:
+    RequestError: where it has no such point, which a ledger of another sweep
+      may name.
+  """
+  for row in description['points']:
+    if row['name'] == point:
+      return row
+  raise RequestError(
+      f'sweep.json has no point {point!r}, which the ledger has: '
+      'they are of different sweeps')
 
 
 def config_of_run(description: dict, point: str, seed: int):
@@ -271,8 +299,13 @@ def config_of_run(description: dict, point: str, seed: int):
 
 def fields_unlike_sweep(description: dict, workdir, point: str, seed: int
                         ) -> list[str]:
-  """Returns the fields in which the run on disk is not the sweep's.
+  """Returns the fields of the config in which a run on disk differs from what
+  its sweep says.
 
+  Args:
+    description: what sweep.json holds.
+    workdir: the folder of the sweep.
+    point, seed: the run.
   Raises:
     ValueError: where its config.json is missing or damaged.
   """
@@ -288,22 +321,28 @@ def fields_unlike_sweep(description: dict, workdir, point: str, seed: int
 
 
 def why_not_of_sweep(description: dict, workdir, point: str, seed: int) -> str:
-  """Returns why what lies in a run's folder is not that run, or ''."""
+  """Returns why what lies in the folder of a run is not that run, or ''.
+
+  Args:
+    description: what sweep.json holds.
+    workdir: the folder of the sweep.
+    point, seed: the run.
+  """
   folder = run_folder(workdir, point, seed)
   try:
-    wrong = fields_unlike_sweep(description, workdir, point, seed)
+    different = fields_unlike_sweep(description, workdir, point, seed)
   except RequestError as error:
     return str(error)
-  if not wrong:
+  if not different:
     return ''
   return (f'{folder} holds a run of another config than sweep.json says, in '
-          f'{", ".join(wrong)}: move it away, and --retry; '
+          f'{", ".join(different)}: move it away, and --retry; '
           f'{description["file"]} may have changed since the sweep began')
 
 
 def codes_of_runs(workdir, description: Mapping[str, Any]) -> list[str]:
-  """Returns the different codes that trained the runs of a sweep, as far as
-  they are known."""
+  """Returns the different versions of the code (commits and changes) that
+  trained the runs of a sweep, as far as they are known."""
   starts = []
   for row in description['points']:
     for seed in row['seeds']:
@@ -328,8 +367,9 @@ def plan_hashes_of_runs(workdir) -> set[str]:
   return plans
 
 
-def describe_changed_code(codes: list[str]) -> str:
-  """Says that the code of a sweep changed in the middle of it."""
+def describe_changed_code(codes: Sequence[str]) -> str:
+  """Returns the warning that the code changed in the middle of a sweep, with
+  the different versions of it."""
   return ('The code changed in the middle of this sweep, so that its runs may '
           f'not be compared: {"; ".join(codes)}.')
 
@@ -345,16 +385,21 @@ def read_metrics(folder: pathlib.Path, split: str) -> list[dict]:
 
 
 def is_trained(folder: pathlib.Path, train) -> bool:
-  """Returns whether the run took its last step and saved it, and did not end
-  there after too many bad ones; `train` is config.train of the run."""
-  last = None
+  """Returns whether a run took its last step and saved it, and did not end
+  there after too many steps that were skipped for bad gradients.
+
+  Args:
+    folder: the folder of the run.
+    train: config.train of the run.
+  """
+  last_row = None
   for row in read_metrics(folder, 'train'):
     if row['step'] == train.steps:
-      last = row
+      last_row = row
   is_saved = (folder / 'checkpoints' / str(train.steps)).is_dir()
-  if last is None or not is_saved:
+  if last_row is None or not is_saved:
     return False
-  return last.get('bad_in_row', -1) < train.max_bad_steps
+  return last_row.get('bad_in_row', -1) < train.max_bad_steps
 
 
 def load_evaluation(folder: pathlib.Path) -> dict:
@@ -372,21 +417,22 @@ def load_evaluation(folder: pathlib.Path) -> dict:
 
 
 def is_evaluated(folder: pathlib.Path, tasks: Iterable[str]) -> bool:
-  """Returns whether eval.json holds every task."""
+  """Returns whether the eval.json of a run has the results of every task."""
   return set(tasks) <= load_evaluation(folder).keys()
 
 
 def append_to_log(folder: pathlib.Path, line: str) -> None:
-  """Adds a line to what a run printed."""
+  """Adds a line to the log of a run, which holds what it printed."""
   with storage.GrowingFile(folder / 'log.txt') as file:
     file.write(f'{line}\n'.encode())
 
 
 def read_error_of_log(folder: pathlib.Path) -> str:
-  """Returns the sentence that a failed run's log gives, or ends with."""
+  """Returns why a run failed: the first line of its last command in its log
+  that begins with 'error: ', or else the last line."""
   text = (folder / 'log.txt').read_text(errors='replace')
-  last_command = text.rpartition('\n$ ')[2]
-  lines = [line.strip() for line in last_command.splitlines()]
+  text_of_last_command = text.rpartition('\n$ ')[2]
+  lines = [line.strip() for line in text_of_last_command.splitlines()]
   lines = [line for line in lines if line]
   errors = [line for line in lines if line.startswith('error: ')]
   return (errors or lines)[-1].removeprefix('error: ')
@@ -394,27 +440,40 @@ def read_error_of_log(folder: pathlib.Path) -> str:
 
 def train_command(description: dict, workdir, point: str, seed: int
                   ) -> list[str]:
-  """Returns the words that train one run, from `train.py` on."""
+  """Returns the words of the command that trains one run, from `train.py` on.
+
+  Args:
+    description: what sweep.json holds.
+    workdir: the folder of the sweep.
+    point, seed: the run.
+  """
   folder = run_folder(workdir, point, seed)
   words = ['train.py', '--config', description['file'],
            '--workdir', str(folder)]
   changes = point_row(description, point)['changes'] | {'seed': seed}
-  for key, value in changes.items():
-    words.append(f'--config.{key}={spec.tuples(value)}')
+  for field, value in changes.items():
+    words.append(f'--config.{field}={spec.tuples(value)}')
   return words
 
 
 def group_command(workdir, runs: Iterable[tuple[str, int]], tasks: str = ''
                   ) -> list[str]:
-  """Returns the words that train several runs as one program, or that do in
-  one process what they owe."""
+  """Returns the words of the command that trains several runs as one program,
+  or that evaluates them in one process.
+
+  Args:
+    workdir: the folder of the sweep.
+    runs: the point and the seed of each run.
+    tasks: the evaluations to do, as 'TASK,TASK'; '': the runs are trained.
+  """
   names = ','.join(f'{point}/{seed}' for point, seed in runs)
   return ['-m', 'tools.compare.local', '--workdir', str(workdir),
           f'--runs={names}', f'--evaluate={tasks}']
 
 
-def shell_command_of_run(description: dict, workdir, run) -> str:
-  """Returns one line for a shell: all that a run still needs."""
+def shell_command_of_run(description: dict, workdir, run: 'Run') -> str:
+  """Returns one line for a shell that trains a run and does the evaluations
+  that it owes."""
   commands = [train_command(description, workdir, run.point, run.seed)]
   if run.tasks:
     folder = run_folder(workdir, run.point, run.seed)
@@ -448,57 +507,66 @@ class Run(NamedTuple):
   error: str
 
   @property
-  def owes(self) -> list[str]:
+  def owed_tasks(self) -> list[str]:
+    """The evaluations that the run owes once it is trained."""
     return self.tasks.split(',') if self.tasks else []
 
 
 class Ledger:
-  """Opens or makes WORKDIR/ledger.sqlite; a context that closes it. A file that
-  is damaged is set aside, which is said, and written anew.
+  """The database of a sweep, WORKDIR/ledger.sqlite: which runs there are, their
+  states, and which runner (a process that trains them) holds which.
+
+  It is opened, or made, and is a context that closes it. A file that is damaged
+  is set aside with a warning, and written anew.
 
   Attributes:
-    doubtful: whether a runner that holds runs has shown no sign of life since
-      `recover` saw it first.
-    anew: what a new file has in place of one that was damaged.
-    again: what to do about one that cannot be used.
+    has_doubtful_runners: whether a runner that holds runs has shown no sign of
+      life since `free_runs_of_dead_runners` saw it first.
+    file_name: the name of the file.
+    tables: the statements that make its tables.
+    note_on_rewritten: what a new file has in place of one that was damaged.
+    note_on_unusable: what to do about one that cannot be used.
   """
-  file, schema = 'ledger.sqlite', SWEEP_TABLES
-  anew = ('written anew from the folders of the runs; what had failed is taken '
-          'up again')
-  again = 'run the sweep again; what is done is known by what lies on disk'
+  file_name, tables = 'ledger.sqlite', SWEEP_TABLES
+  note_on_rewritten = ('written anew from the folders of the runs; what had '
+                       'failed is taken up again')
+  note_on_unusable = ('run the sweep again; what is done is known by what lies '
+                      'on disk')
 
   def __init__(self, workdir):
-    self._path = pathlib.Path(workdir) / self.file
-    self._watched: dict[str, _Heartbeat] = {}
-    self.doubtful = False
+    self._path = pathlib.Path(workdir) / self.file_name
+    self._heartbeat_of_runner: dict[str, _Heartbeat] = {}
+    self.has_doubtful_runners = False
     self._path.parent.mkdir(parents=True, exist_ok=True)
 
     # One process at a time looks whether the file is whole.
     lock = self._path.with_suffix('.lock')
     with storage.explain_write_failures(lock), lock.open('w') as file:
       fcntl.lockf(file, fcntl.LOCK_EX)
-      damage = self._open()
+      damage = self._connect()
       if damage:
-        self._set_aside(damage)
-        self._open()
+        self._set_file_aside(damage)
+        self._connect()
 
     # One that was deleted or emptied was made anew, and has no runs.
     is_of_sweep = (self._path.parent / 'sweep.json').is_file()
-    if is_of_sweep and not self._rows('SELECT id FROM runs LIMIT 1'):
+    if is_of_sweep and not self._select('SELECT id FROM runs LIMIT 1'):
       reconcile_ledger(workdir, self)
 
-  def _set_aside(self, damage: str) -> None:
-    """Renames the file, which is damaged, and says so."""
+  def _set_file_aside(self, damage: str) -> None:
+    """Renames the file, which is damaged, and prints a warning."""
     self._connection.close()
     aside = self._path.with_name(f'{self._path.name}.aside-{time.time_ns()}')
     self._path.rename(aside)
     print(f'warning: {self._path} is damaged ({short(damage)}): it is set '
-          f'aside as {aside.name}, and {self.anew}', file=sys.stderr)
+          f'aside as {aside.name}, and {self.note_on_rewritten}',
+          file=sys.stderr)
 
-  def _open(self) -> str:
-    """Connects to the file, and makes its tables where it has none; returns
-    what is wrong with it, or ''."""
-    with self._failing():  # each statement is a transaction of its own
+  def _connect(self) -> str:
+    """Connects to the file, makes its tables where it has none, and checks it;
+    returns what is wrong with it, or ''."""
+    with self._explaining_errors():
+      # Each statement is a transaction of its own (isolation_level=None).
       self._connection = sqlite3.connect(
           self._path, timeout=BUSY_SECONDS, isolation_level=None)
       self._connection.create_function(
@@ -506,22 +574,24 @@ class Ledger:
       try:
         rows = self._connection.execute(
             "SELECT sql FROM sqlite_schema WHERE type = 'table'").fetchall()
-        wrong, = self._connection.execute(
+        verdict, = self._connection.execute(
             'PRAGMA integrity_check(1)').fetchone()
       # SQLite's own sentence may have a name that is no UTF-8.
       except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         # The last byte of a code is its kind.
         code = getattr(error, 'sqlite_errorcode', sqlite3.SQLITE_ERROR)
-        if code & 0xff not in _DAMAGE:
+        if code & 0xff not in _CODES_OF_DAMAGE:
           raise
         return str(error)
-    if wrong != 'ok':
-      return wrong
-    tables = [sql for sql, in rows]
-    if not tables:
-      for statement in self.schema:
+    if verdict != 'ok':
+      return verdict
+
+    # A new file has no tables yet.
+    tables_of_file = [sql for sql, in rows]
+    if not tables_of_file:
+      for statement in self.tables:
         self._change(statement)
-    elif tables != self.schema:
+    elif tables_of_file != self.tables:
       return 'its tables are others'
     return ''
 
@@ -531,14 +601,14 @@ class Ledger:
   def __exit__(self, *error):
     self._connection.close()
 
-  def _rows(self, statement: str, *values) -> list[tuple]:
+  def _select(self, statement: str, *values) -> list[tuple]:
     """Executes a statement; returns the rows that it gives."""
-    with self._failing():
+    with self._explaining_errors():
       return self._connection.execute(statement, values).fetchall()
 
   def _change(self, statement: str, *values) -> int:
     """Executes a statement; returns how many rows it changed."""
-    with self._failing():
+    with self._explaining_errors():
       return self._connection.execute(statement, values).rowcount
 
   @contextlib.contextmanager
@@ -554,22 +624,28 @@ class Ledger:
         self._change('ROLLBACK')
 
   @contextlib.contextmanager
-  def _failing(self):
-    """Makes a sentence of SQLite's errors."""
+  def _explaining_errors(self):
+    """Turns errors of SQLite inside into an EnvironmentFailure that says what
+    to do."""
     try:
       yield
     except sqlite3.ProgrammingError:
       raise  # a mistake of ours
     except sqlite3.DatabaseError as error:
       raise EnvironmentFailure(
-          f'{self._path} cannot be used ({error}): {self.again}') from error
+          f'{self._path} cannot be used ({error}): '
+          f'{self.note_on_unusable}') from error
 
-  def add(self, rows: Iterable[tuple[str, int, Sequence[str]]]) -> None:
-    """Adds (point, seed, tasks) where missing; a run that is done and owes a
-    task which it did not owe before is pending again."""
+  def add_runs(self, rows: Iterable[tuple[str, int, Sequence[str]]]) -> None:
+    """Adds runs that the ledger does not have, and the evaluations that they
+    owe; a run that is done and owes another one now is pending again.
+
+    Args:
+      rows: the point, the seed and the tasks of each run.
+    """
     with self.transaction():
-      for point, seed, names in rows:
-        tasks = ','.join(names)
+      for point, seed, task_names in rows:
+        tasks = ','.join(task_names)
         self._change(
             'INSERT OR IGNORE INTO runs (point, seed, tasks) VALUES (?, ?, ?)',
             point, seed, tasks)
@@ -583,7 +659,7 @@ class Ledger:
     """Returns the runs in some states, or all, by seed and then in file order.
     """
     columns = ', '.join(Run._fields)
-    rows = self._rows(f'SELECT {columns} FROM runs ORDER BY seed, id')
+    rows = self._select(f'SELECT {columns} FROM runs ORDER BY seed, id')
     wanted = states or STATES
     runs = []
     for row in rows:
@@ -592,25 +668,33 @@ class Ledger:
         runs.append(run)
     return runs
 
-  def register(self) -> str:
-    """Adds this process as a runner; returns its name."""
+  def register_runner(self) -> str:
+    """Adds this process as a runner, which may claim runs; returns its name."""
     name = f'{storage.host_name()}:{os.getpid()}:{time.time_ns()}'
     self._change('INSERT INTO runners (name, host, pid) VALUES (?, ?, ?)',
                  name, storage.host_name(), os.getpid())
     return name
 
-  def claim(self, ids: Sequence[int], runner: str) -> list[int]:
-    """Takes those runs of `ids` that are still pending, for a runner as
-    `register` named it; returns them."""
-    claimed = self._rows(
+  def claim_runs(self, ids: Sequence[int], runner: str) -> list[int]:
+    """Takes runs for a runner, as far as no other runner has taken them yet.
+
+    Args:
+      ids: the numbers of the runs.
+      runner: the name of the runner, as `register_runner` returned it.
+
+    Returns:
+      The numbers of those that it has now.
+    """
+    claimed = self._select(
         "UPDATE runs SET state = ?, runner = ?, error = '' WHERE state = ? "
-        f'AND id IN ({_places(ids)}) RETURNING id',
+        f'AND id IN ({_placeholders(ids)}) RETURNING id',
         RUNNING, runner, PENDING, *ids)
     return sorted(id for id, in claimed)
 
-  def settle(self, id: int, runner: str, state: str, error: str = '',
-             alone: bool = False) -> bool:
-    """Writes how a claimed run ended; False if the claim was lost meanwhile.
+  def settle_run(self, id: int, runner: str, state: str, error: str = '',
+                 alone: bool = False) -> bool:
+    """Writes how a claimed run ended; returns False if another runner has it by
+    now.
 
     Args:
       id: the number of the run.
@@ -624,37 +708,42 @@ class Ledger:
         'alone = max(alone, ?) WHERE id = ? AND runner = ?',
         state, error, alone, id, runner) == 1
 
-  def adopt(self, run: Run, state: str, error: str = '') -> None:
-    """Moves a run that nobody has claimed meanwhile into another state."""
+  def set_state_of_unclaimed(self, run: Run, state: str, error: str = ''
+                             ) -> None:
+    """Moves a run into another state, unless a runner has changed it since it
+    was read."""
     self._change(
         'UPDATE runs SET state = ?, error = ? WHERE id = ? AND state = ?',
         state, error, run.id, run.state)
 
-  def retry(self) -> None:
-    """Makes what failed pending again."""
+  def retry_failed_runs(self) -> None:
+    """Makes the runs that failed pending again."""
     self._change("UPDATE runs SET state = ?, error = '' WHERE state = ?",
                  PENDING, FAILED)
 
-  def beat(self, runner: str) -> set[int]:
-    """Says that the runner lives; returns the runs that are still its own."""
+  def record_heartbeat(self, runner: str) -> set[int]:
+    """Records that a runner lives; returns the numbers of the runs that it
+    still holds."""
     self._change('UPDATE runners SET beats = beats + 1 WHERE name = ?', runner)
-    rows = self._rows('SELECT id FROM runs WHERE runner = ?', runner)
+    rows = self._select('SELECT id FROM runs WHERE runner = ?', runner)
     return {id for id, in rows}
 
-  def recover(self) -> list[str]:
-    """Frees what dead runners hold; returns 'point, seed S' of each run.
+  def free_runs_of_dead_runners(self) -> list[str]:
+    """Makes the runs that dead runners hold pending again; returns
+    'point, seed S' of each run.
 
     To be called every BEAT_SECONDS. A runner is dead once its process is gone,
-    if it is of this host; or once its heartbeat stood still for STALE_LOOKS.
+    if it is of this host; or once its heartbeat, a number that it raises, has
+    stood still for LOOKS_UNTIL_DEAD calls.
     """
-    holders = self._rows(
+    runners_with_runs = self._select(
         'SELECT name, host, pid, beats FROM runners WHERE name IN '
         '(SELECT runner FROM runs WHERE state = ?)', RUNNING)
 
     # The runners whose heartbeat stands still, or whose process is gone.
-    watched, dead = {}, []
-    for name, host, pid, beats in holders:
-      heartbeat = self._watched.get(name)
+    heartbeat_of_runner, dead_runners = {}, []
+    for name, host, pid, beats in runners_with_runs:
+      heartbeat = self._heartbeat_of_runner.get(name)
       if heartbeat is None:
         heartbeat = _Heartbeat(first=beats, last=beats, looks=0)
       elif beats == heartbeat.last:
@@ -664,21 +753,25 @@ class Ledger:
       is_gone = (host == storage.host_name()
                  and not storage.is_process_alive(pid))
       if is_gone or heartbeat.looks >= LOOKS_UNTIL_DEAD:
-        dead.append(name)
+        dead_runners.append(name)
       else:
-        watched[name] = heartbeat
-    self._watched = watched
-    self.doubtful = any(heartbeat.first == heartbeat.last
-                        for heartbeat in watched.values())
+        heartbeat_of_runner[name] = heartbeat
+    self._heartbeat_of_runner = heartbeat_of_runner
+    # One that has not beaten since the first call may be dead or alive.
+    self.has_doubtful_runners = any(
+        heartbeat.first == heartbeat.last
+        for heartbeat in heartbeat_of_runner.values())
 
-    freed = self._rows(
+    freed = self._select(
         "UPDATE runs SET state = ?, runner = '' WHERE state = ? AND runner IN "
-        f'({_places(dead)}) RETURNING point, seed', PENDING, RUNNING, *dead)
+        f'({_placeholders(dead_runners)}) RETURNING point, seed',
+        PENDING, RUNNING, *dead_runners)
     return [f'{point}, seed {seed}' for point, seed in freed]
 
 
 class _Heartbeat(NamedTuple):
-  """The heartbeats of a runner that another one has seen.
+  """The heartbeats of a runner (numbers that rise as long as it lives) that
+  another runner has seen.
 
   Attributes:
     first: the heartbeat at the first look.
@@ -690,76 +783,98 @@ class _Heartbeat(NamedTuple):
   looks: int
 
 
-def _places(values: Sequence) -> str:
-  """Returns the places of some values in a statement: '?, ?, ?'."""
+def _placeholders(values: Sequence) -> str:
+  """Returns a placeholder of SQL for each of some values: '?, ?, ?'."""
   return ', '.join('?' * len(values))
 
 
 class StudyLedger(Ledger):
-  """WORKDIR/study.sqlite: every plan that a study had, and each run that began
-  in a new folder. Rows are only ever added."""
-  file, schema = 'study.sqlite', STUDY_TABLES
-  anew = ('begun anew; the plan is that of study.json, and the report counts '
-          'the runs whose beginning is no longer known')
-  again = 'run the study again; its runs have ledgers of their own'
+  """The database of a study, WORKDIR/study.sqlite: every plan that it had, and
+  each run that began in a new folder. Rows are only ever added."""
+  file_name, tables = 'study.sqlite', STUDY_TABLES
+  note_on_rewritten = ('begun anew; the plan is that of study.json, and the '
+                       'report counts the runs whose beginning is no longer '
+                       'known')
+  note_on_unusable = 'run the study again; its runs have ledgers of their own'
 
   def add_plan(self, hash: str, tree: Any) -> None:
+    """Adds a plan, as a tree of JSON, with its hash."""
     self._change('INSERT INTO plans (time, hash, tree) VALUES (?, ?, ?)',
                  time.time(), hash, json.dumps(tree))
 
-  def plan(self) -> Any:
+  def last_plan(self) -> Any:
     """Returns the tree of the last plan; None where there is none."""
-    rows = self._rows('SELECT tree FROM plans ORDER BY id DESC LIMIT 1')
+    rows = self._select('SELECT tree FROM plans ORDER BY id DESC LIMIT 1')
     return json.loads(rows[0][0]) if rows else None
 
-  def add_begun(self, plan: str, runs: Iterable[tuple[str, str, int]]) -> None:
-    """Adds (folder of a phase, point, seed) of runs that begin anew."""
-    for run in runs:
-      self._change('INSERT INTO begun (time, plan, folder, point, seed) '
-                   'VALUES (?, ?, ?, ?, ?)', time.time(), plan, *run)
+  def add_begun_runs(self, plan: str, runs: Iterable[tuple[str, str, int]]
+                     ) -> None:
+    """Adds runs that begin in a new folder.
 
-  def begun(self) -> list[tuple[str, str, int]]:
-    """Returns what `add_begun` was given, in order."""
-    return self._rows('SELECT folder, point, seed FROM begun ORDER BY id')
+    Args:
+      plan: the hash of the plan that they are of.
+      runs: the folder of the phase, the point and the seed of each.
+    """
+    for folder, point, seed in runs:
+      self._change('INSERT INTO begun (time, plan, folder, point, seed) '
+                   'VALUES (?, ?, ?, ?, ?)',
+                   time.time(), plan, folder, point, seed)
+
+  def begun_runs(self) -> list[tuple[str, str, int]]:
+    """Returns the folder of the phase, the point and the seed of each run that
+    began, in order."""
+    return self._select('SELECT folder, point, seed FROM begun ORDER BY id')
 
 
 def load_ledger_runs(workdir) -> list[Run]:
-  """Returns what the ledger of a sweep holds."""
+  """Returns the runs that the ledger of a sweep has."""
   with Ledger(workdir) as ledger:
     return ledger.runs()
 
 
 def _crc32(*values: Any) -> int:
+  """Returns the CRC-32 of some columns of a row."""
   return zlib.crc32(repr(values).encode())
 
 
-def begin_sweep(workdir, ledger, description: dict) -> dict:
-  """Writes sweep.json and brings the ledger up to it and to what lies on disk
-  (`reconcile`), once it is known of every runner that holds runs whether it
-  lives. Returns what sweep.json holds.
+def begin_sweep(workdir, ledger: Ledger, description: dict) -> dict:
+  """Writes sweep.json, and brings the ledger of the sweep up to it and to what
+  lies on disk (`reconcile_ledger`).
+
+  It waits until it is known of every runner that holds runs whether it lives.
+
+  Args:
+    workdir: the folder of the sweep.
+    ledger: its ledger.
+    description: what sweep.json is to hold.
+
+  Returns:
+    What sweep.json holds: also the points and seeds that it had before.
 
   Raises:
     RequestError: where the workdir holds another sweep.
   """
   with ledger.transaction():  # another one may add to it at the same time
     save_sweep_description(workdir, description)
-  ledger.recover()
-  if ledger.doubtful:
+  ledger.free_runs_of_dead_runners()
+  if ledger.has_doubtful_runners:
     print('waiting for a sign of life of those who hold runs', file=sys.stderr)
-  while ledger.doubtful:
+  while ledger.has_doubtful_runners:
     time.sleep(BEAT_SECONDS)
-    ledger.recover()
+    ledger.free_runs_of_dead_runners()
   return reconcile_ledger(workdir, ledger)
 
 
-def reconcile_ledger(workdir, ledger) -> dict:
-  """Brings the ledger of a sweep up to what lies on disk; returns what
-  sweep.json holds.
+def reconcile_ledger(workdir, ledger: Ledger) -> dict:
+  """Brings the ledger of a sweep up to what lies on disk.
 
   Runs that sweep.json has and the ledger has not are added. A run is marked as
   done where it is so on disk and the ledger has not seen it: it is of a printed
   command, or of a ledger that was lost; as failed, where it was trained there
   by another config; and as pending again, where it was done and is gone.
+
+  Returns:
+    What sweep.json holds.
   """
   # The runs that the ledger has not.
   rows = []
@@ -767,25 +882,26 @@ def reconcile_ledger(workdir, ledger) -> dict:
     for seed in point['seeds']:
       rows.append((point['name'], seed, point['tasks']))
   rows.sort(key=lambda row: row[1])  # all points of a seed, then the next
-  ledger.add(rows)
+  ledger.add_runs(rows)
 
-  # The runs whose state is another one on disk.
+  # The runs whose state is another one on disk. sweep.json is read again after
+  # the ledger, so that it has all points of these runs.
   runs = ledger.runs(PENDING, DONE)
-  description = load_sweep_description(workdir)  # it has all of these points
+  description = load_sweep_description(workdir)
   for run in runs:
     folder = run_folder(workdir, run.point, run.seed)
     if run.state == DONE:
       if not (folder / 'config.json').exists():
         print(f'the run in {folder} is gone: it is trained anew',
               file=sys.stderr)
-        ledger.adopt(run, PENDING)
+        ledger.set_state_of_unclaimed(run, PENDING)
       continue
-    if not is_trained(
-        folder, config_of_run(description, run.point, run.seed).train):
+    train = config_of_run(description, run.point, run.seed).train
+    if not is_trained(folder, train):
       continue
     error = why_not_of_sweep(description, workdir, run.point, run.seed)
     if error:
-      ledger.adopt(run, FAILED, error)
-    elif is_evaluated(folder, run.owes):
-      ledger.adopt(run, DONE)
+      ledger.set_state_of_unclaimed(run, FAILED, error)
+    elif is_evaluated(folder, run.owed_tasks):
+      ledger.set_state_of_unclaimed(run, DONE)
   return description

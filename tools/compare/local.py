@@ -41,65 +41,67 @@ class Job:
     runs: the runs.
     evaluates: whether it evaluates them, and does not train them.
     process: the process.
-    slot: its place among those that run at once, from 0 on.
-    signals: how many signals were passed on to it.
+    slot: its number among those that run at once, from 0 on; the cores and GPUs
+      of this machine are shared out by it.
+    num_signals: how many signals were passed on to it.
   """
   runs: list[layout.Run]
   evaluates: bool
   process: subprocess.Popen
   slot: int
-  signals: int = 0
+  num_signals: int = 0
 
 
 class Runner:
-  """Takes what is pending until nothing is, `parallel` processes at once.
+  """Trains and evaluates the pending runs of a sweep on this machine, several
+  processes at once.
 
   Args:
     workdir: the folder of the sweep.
-    ledger: its ledger.
+    ledger: its ledger, the database of the states of its runs.
     parallel: how many processes run at once; they share the cores out.
     group: how many runs may train as one program; 1: none do.
     begun: a function that is given the runs whose folder is new, before they
       are trained.
   """
 
-  def __init__(self, workdir, ledger, parallel: int, group: int,
+  def __init__(self, workdir, ledger: layout.Ledger, parallel: int, group: int,
                begun: Callable[[Sequence], None] = lambda runs: None):
     self._workdir = pathlib.Path(workdir)
     self._ledger = ledger
     self._parallel = parallel
     self._group = group
-    self._begun = begun
-    self._name = ledger.register()
+    self._on_begun = begun
+    self._name = ledger.register_runner()
     self._jobs: list[Job] = []
     self._signals = signals.Count()
-    self._beaten = 0.0
+    self._time_of_heartbeat = 0.0
 
   def run(self, wait: bool = False) -> None:
-    """Returns once nothing is left.
+    """Runs jobs until no run of the sweep is pending.
 
     Args:
       wait: whether to wait for the runs that other runners have, too.
 
     Raises:
-      Stopped: after a signal, where something is.
+      Stopped: after a signal, where a run is still pending.
     """
-    unended = [layout.PENDING]
+    unended_states = [layout.PENDING]
     if wait:
-      unended.append(layout.RUNNING)
+      unended_states.append(layout.RUNNING)
     self._description = layout.load_sweep_description(self._workdir)
-    self._printed = self._since = time.monotonic()
-    self._before = self._trained()
-    # It counts alone: it may come while a job is being started.
+    self._start_time = self._time_of_progress = time.monotonic()
+    self._trained_at_start = self._count_trained()
+    # A signal is only counted: it may come while a job is being started.
     with signals.handled(self._signals.add):
       try:
         while True:
-          self._beat()
-          self._tell()
+          self._record_heartbeat()
+          self._print_progress()
           self._end_jobs()
           self._start_jobs()
           if not self._jobs:
-            if not self._ledger.runs(*unended):
+            if not self._ledger.runs(*unended_states):
               return
             if self._signals.n:
               raise Stopped
@@ -111,227 +113,261 @@ class Runner:
   def _end_jobs(self) -> None:
     """Passes signals on to the jobs, and takes away those that have ended."""
     for job in list(self._jobs):
-      self._pass_on(job)
+      self._pass_signals_on(job)
       if job.process.poll() is not None:
         self._jobs.remove(job)
-        self._ended(job)
+        self._settle_job(job)
 
   def _start_jobs(self) -> None:
     """Starts jobs until there are `parallel`, or nothing is left to take; none
     after a signal."""
     while not self._signals.n and len(self._jobs) < self._parallel:
-      if not self._start():
+      if not self._start_job():
         return
 
-  def _pass_on(self, job: Job) -> None:
-    """Passes signals on: the first lets a run save and end; the second kills
-    it."""
-    signals = self._signals.n  # one more may come any moment
-    if job.signals < signals and job.process.poll() is None:
-      if not job.signals:
+  def _pass_signals_on(self, job: Job) -> None:
+    """Passes on to a job the signals that came: the first lets it save and end;
+    the second kills it."""
+    num_signals = self._signals.n  # one more may come any moment
+    if job.num_signals < num_signals and job.process.poll() is None:
+      if not job.num_signals:
         print(f'{job.runs[0].point}, seed {job.runs[0].seed}: stopping: it is '
               'saved first; once more ends it at once', flush=True)
       job.process.send_signal(
-          signal.SIGTERM if signals == 1 else signal.SIGKILL)
-    job.signals = signals
+          signal.SIGTERM if num_signals == 1 else signal.SIGKILL)
+    job.num_signals = num_signals
 
-  def _beat(self) -> None:
-    """Says from time to time that this runner lives, and frees what dead ones
-    held."""
-    if time.monotonic() - self._beaten < layout.BEAT_SECONDS:
+  def _record_heartbeat(self) -> None:
+    """Records from time to time that this runner lives, and frees the runs of
+    dead ones."""
+    if time.monotonic() - self._time_of_heartbeat < layout.BEAT_SECONDS:
       return
-    self._beaten = time.monotonic()
-    ours = self._ledger.beat(self._name)
+    self._time_of_heartbeat = time.monotonic()
+    ids_of_our_runs = self._ledger.record_heartbeat(self._name)
     for job in self._jobs:
-      if not any(run.id in ours for run in job.runs):
+      if not any(run.id in ids_of_our_runs for run in job.runs):
         job.process.kill()  # we were taken for dead; another has them
-    for run in self._ledger.recover():
+    for run in self._ledger.free_runs_of_dead_runners():
       print(f'{run}: its runner died; it goes on here', flush=True)
 
-  def _trained(self) -> float:
-    """Returns how many runs are trained, and parts of runs; one that failed is
-    over."""
-    trained = 0.0
+  def _count_trained(self) -> float:
+    """Returns how many runs are trained, with fractions for those that are
+    trained in part; one that failed is over."""
+    num_trained = 0.0
     for run in self._ledger.runs():
       if run.state in (layout.DONE, layout.FAILED):
-        trained += 1.0
+        num_trained += 1.0
         continue
       rows = layout.read_metrics(self._folder(run), 'train')
       if rows:
-        trained += rows[-1]['step'] / self._config(run).train.steps
-    return trained
+        num_trained += rows[-1]['step'] / self._config(run).train.steps
+    return num_trained
 
-  def _tell(self) -> None:
+  def _print_progress(self) -> None:
     """Prints from time to time how much is done, and how long the rest takes if
     it goes on as fast as since the start."""
     now = time.monotonic()
-    if now - self._printed < SECONDS_BETWEEN_PROGRESS:
+    if now - self._time_of_progress < SECONDS_BETWEEN_PROGRESS:
       return
-    self._printed = now
-    trained, number = self._trained(), len(self._ledger.runs())
-    line = f'{trained:.1f} of {number} runs are trained'
-    since = trained - self._before
-    if since > 0:
-      left = (number - trained) * (now - self._since) / max(since, 1e-9)
-      line += f', some {progress.format_seconds(left)} left'
+    self._time_of_progress = now
+    num_trained, num_runs = self._count_trained(), len(self._ledger.runs())
+    line = f'{num_trained:.1f} of {num_runs} runs are trained'
+    trained_since_start = num_trained - self._trained_at_start
+    if trained_since_start > 0:
+      seconds_since_start = now - self._start_time
+      seconds_left = ((num_runs - num_trained) * seconds_since_start
+                      / max(trained_since_start, 1e-9))
+      line += f', some {progress.format_seconds(seconds_left)} left'
     print(line, flush=True)
 
-  def _start(self) -> bool:
-    """Starts one more job; returns whether there was one to take."""
-    waiting = self._ledger.runs(layout.PENDING)
+  def _start_job(self) -> bool:
+    """Starts one more job; returns whether there was a run to take."""
+    pending_runs = self._ledger.runs(layout.PENDING)
     # Read later than the ledger, it has all of these points.
     self._description = layout.load_sweep_description(self._workdir)
-    for group in self._groups(waiting):
-      claimed = self._ledger.claim([run.id for run in group], self._name)
-      runs = [run for run in group if run.id in claimed]
+    for group in self._group_runs(pending_runs):
+      # Another runner may have taken some of them, or all.
+      ids = [run.id for run in group]
+      claimed_ids = self._ledger.claim_runs(ids, self._name)
+      runs = [run for run in group if run.id in claimed_ids]
       if not runs:
         continue
+
       # A job of runs that are all trained evaluates them beside the others.
-      left = [run for run in runs if not self._is_trained(run)]
-      evaluates = not left and bool(runs[0].tasks)
-      taken = {job.slot for job in self._jobs}
-      slot = min(set(range(self._parallel)) - taken)
-      process = self._process(left or runs, evaluates, slot)
+      untrained = [run for run in runs if not self._is_trained(run)]
+      evaluates = not untrained and bool(runs[0].tasks)
+      slots_in_use = {job.slot for job in self._jobs}
+      slot = min(set(range(self._parallel)) - slots_in_use)
+      process = self._start_process(
+          runs=untrained or runs, evaluates=evaluates, slot=slot)
       self._jobs.append(Job(runs=runs, evaluates=evaluates, process=process,
                             slot=slot))
       return True
     return False
 
-  def _groups(self, waiting: list[layout.Run]) -> list[list[layout.Run]]:
-    """Returns the runs that train as one program, `group` of them at most."""
-    alone, others = [], []
-    for run in waiting:
+  def _group_runs(self, runs: list[layout.Run]) -> list[list[layout.Run]]:
+    """Returns runs in groups that train as one program, of `group` at most;
+    those that must train alone come last."""
+    single_groups, groupable = [], []
+    for run in runs:
       if run.alone or self._group == 1:
-        alone.append([run])
+        single_groups.append([run])
       else:
-        others.append(run)
+        groupable.append(run)
     groups = []
-    configs = [self._config(run) for run in others]
-    for places in vectorised.group_configs(configs):
-      for first in range(0, len(places), self._group):
-        together = places[first:first + self._group]
-        groups.append([others[place] for place in together])
-    return groups + alone
+    configs = [self._config(run) for run in groupable]
+    for indices in vectorised.group_configs(configs):
+      for start in range(0, len(indices), self._group):
+        indices_of_group = indices[start:start + self._group]
+        groups.append([groupable[i] for i in indices_of_group])
+    return groups + single_groups
 
-  def _process(self, runs: list[layout.Run], evaluates: bool, slot: int
-               ) -> subprocess.Popen:
-    """Starts the process that trains or evaluates runs in a slot."""
+  def _start_process(self, runs: list[layout.Run], evaluates: bool, slot: int
+                     ) -> subprocess.Popen:
+    """Starts the process that trains or evaluates runs.
+
+    Args:
+      runs: the runs.
+      evaluates: whether to evaluate them, and not to train them.
+      slot: the number of the process among those that run at once.
+    """
     # The command.
     names = [(run.point, run.seed) for run in runs]
     tasks = runs[0].tasks if evaluates else ''
     if evaluates or len(runs) > 1:
       words = layout.group_command(self._workdir, names, tasks)
     else:
-      words = layout.train_command(self._description, self._workdir, *names[0])
+      point, seed = names[0]
+      words = layout.train_command(
+          self._description, self._workdir, point, seed)
 
     # Each run's log says so; that of the first has what is printed.
     log = self._folder(runs[0]) / 'log.txt'
-    self._begun([run for run in runs
-                 if not (self._folder(run) / 'log.txt').exists()])
+    self._on_begun([run for run in runs
+                    if not (self._folder(run) / 'log.txt').exists()])
     for run in runs:
-      what = 'evaluating' if evaluates else 'training'
-      print(f'{run.point}, seed {run.seed}: {what}', flush=True)
+      activity = 'evaluating' if evaluates else 'training'
+      print(f'{run.point}, seed {run.seed}: {activity}', flush=True)
       layout.append_to_log(
           self._folder(run), f'$ {shlex.join(["python", *words])}')
     if not evaluates:  # else each prints into its own
       for run in runs[1:]:
         layout.append_to_log(self._folder(run), f'What it printed: {log}')
 
-    environment = _environment(slot, self._parallel)
+    # The process, which ends with this one, on the cores and GPUs of its slot.
+    environment = _environment_of_slot(slot, self._parallel)
     environment[provenance.PLAN_VARIABLE] = self._description.get('plan', '')
     words = dies_with_parent.words([sys.executable, *words],
-                                   _cores(slot, self._parallel))
+                                   _cores_of_slot(slot, self._parallel))
     with log.open('a') as file:
       # A session of its own: Ctrl-C reaches it through our handler alone.
       return subprocess.Popen(
           words, stdin=subprocess.DEVNULL, stdout=file,
           stderr=subprocess.STDOUT, start_new_session=True, env=environment)
 
-  def _folder(self, run) -> pathlib.Path:
+  def _folder(self, run: layout.Run) -> pathlib.Path:
+    """Returns the folder of a run."""
     return layout.run_folder(self._workdir, run.point, run.seed)
 
-  def _config(self, run):
+  def _config(self, run: layout.Run):
+    """Returns the config of a run."""
     return layout.config_of_run(self._description, run.point, run.seed)
 
-  def _is_trained(self, run) -> bool:
+  def _is_trained(self, run: layout.Run) -> bool:
+    """Returns whether a run took its last step and saved it."""
     return layout.is_trained(self._folder(run), self._config(run).train)
 
-  def _ended(self, job: Job) -> None:
-    """Writes into the ledger how a job ended, run by run."""
+  def _settle_job(self, job: Job) -> None:
+    """Writes into the ledger how each run of a job ended, and prints it.
+
+    Where a program of several runs ended in an error of all, each of them is
+    pending again and trains alone from now on, so that the error is that of one
+    run.
+    """
     code = job.process.returncode
-    # A group that none of its runs ended, but an error of all.
     is_error_of_all = (
         len(job.runs) > 1 and code not in (0, EXIT_CODE_UNFINISHED)
         and not self._signals.n)
     for run in job.runs:
       # Tasks may be added at any moment but between these two.
       with self._ledger.transaction():
-        by_id = {row.id: row for row in self._ledger.runs()}
-        state, error = self._outcome(run, by_id[run.id].owes, job.evaluates,
-                                     code)
-        alone = is_error_of_all and state == layout.FAILED
-        if alone:
+        run_by_id = {row.id: row for row in self._ledger.runs()}
+        state, error = self._state_after_job(
+            run=run, owed_tasks=run_by_id[run.id].owed_tasks,
+            was_evaluated=job.evaluates, code=code)
+        goes_on_alone = is_error_of_all and state == layout.FAILED
+        if goes_on_alone:
           state = layout.PENDING
-        settled = self._ledger.settle(
+        is_settled = self._ledger.settle_run(
             id=run.id, runner=self._name, state=state,
-            error='' if alone else error, alone=alone)
-      if not settled:
+            error='' if goes_on_alone else error, alone=goes_on_alone)
+      if not is_settled:
         continue
       line = f'{run.point}, seed {run.seed}: {state}'
-      if alone:
+      if goes_on_alone:
         line = (f'{run.point}, seed {run.seed}: goes on alone, since its group '
                 'failed')
       if error:
         line += f': {error}'
       print(line, flush=True)
 
-  def _outcome(self, run: layout.Run, owes: list[str], evaluated: bool,
-               code: int) -> tuple[str, str]:
-    """Returns the state of a run that ended, and why it failed; PENDING where
-    it is trained and owes evaluations.
+  def _state_after_job(self, run: layout.Run, owed_tasks: list[str],
+                       was_evaluated: bool, code: int) -> tuple[str, str]:
+    """Returns the state of a run whose process ended, and why it failed.
+
+    The order matters: a run that is done is so even after a signal.
 
     Args:
       run: the run as it was when it was claimed.
-      owes: the evaluations that it owes by now.
-      evaluated: whether its process was to evaluate it.
+      owed_tasks: the evaluations that it owes by now.
+      was_evaluated: whether its process was to evaluate it.
       code: the exit code of the process.
+
+    Returns:
+      The state, which is PENDING where the run is trained and owes evaluations;
+      and the error, or ''.
     """
+    # A folder that holds another run.
     folder = self._folder(run)
     if (folder / 'config.json').exists():
       error = layout.why_not_of_sweep(
           self._description, self._workdir, run.point, run.seed)
       if error:
         return layout.FAILED, error
+
     is_trained = self._is_trained(run)
-    if is_trained and layout.is_evaluated(folder, owes):
+    if is_trained and layout.is_evaluated(folder, owed_tasks):
       return layout.DONE, ''
     # It saved and left, or had nothing to save yet.
     if self._signals.n:
       return layout.PENDING, ''
     # It is to be evaluated, also where a task was added while the others were
     # done.
-    if is_trained and not evaluated:
+    if is_trained and not was_evaluated:
       return layout.PENDING, ''
-    if is_trained and layout.is_evaluated(folder, run.owes):
+    if is_trained and layout.is_evaluated(folder, run.owed_tasks):
       return layout.PENDING, ''
-    how = f'exit code {code}'
+
+    # All else is a failure.
+    exit_text = f'exit code {code}'
     if code < 0:
-      how = f'killed by {signal.Signals(-code).name}'
-    return layout.FAILED, f'{layout.read_error_of_log(folder)} ({how})'
+      exit_text = f'killed by {signal.Signals(-code).name}'
+    return layout.FAILED, f'{layout.read_error_of_log(folder)} ({exit_text})'
 
 
-def _cores(slot: int, parallel: int) -> str:
-  """Returns the cores of one of `parallel` slots; '' where there are too few,
-  or no way to say it."""
+def _cores_of_slot(slot: int, parallel: int) -> str:
+  """Returns the CPU cores of one of `parallel` processes as 'CORE,CORE'; ''
+  where there are fewer than processes, or no way to choose them."""
   if not hasattr(os, 'sched_getaffinity'):
     return ''
   cores = sorted(os.sched_getaffinity(0))
   return ','.join(map(str, cores[slot::parallel]))
 
 
-def _environment(slot: int, parallel: int) -> dict[str, str]:
-  """Returns the environment of one slot: its share of the GPUs that
-  CUDA_VISIBLE_DEVICES names; all of them where there are fewer than slots."""
+def _environment_of_slot(slot: int, parallel: int) -> dict[str, str]:
+  """Returns the environment of one of `parallel` processes: with its share of
+  the GPUs that CUDA_VISIBLE_DEVICES names, or with all of them where there are
+  fewer than processes."""
   environment = dict(os.environ)
   gpus = [gpu for gpu in os.environ.get(GPUS_VARIABLE, '').split(',') if gpu]
   if len(gpus) >= parallel:
@@ -340,7 +376,8 @@ def _environment(slot: int, parallel: int) -> dict[str, str]:
 
 
 def main() -> int:
-  """Trains several runs of a sweep as one program, or evaluates them."""
+  """Trains several runs of a sweep as one program, or evaluates them; returns
+  the exit code."""
   parser = cli.Parser(description=__doc__)
   parser.add_argument('--workdir', required=True, help='of the sweep')
   parser.add_argument('--runs', required=True, help='POINT/SEED,POINT/SEED')
@@ -348,20 +385,26 @@ def main() -> int:
                       help='what to evaluate instead of training')
   args = parser.parse_args()
   cpu.prepare()
+
+  # The folder of each run.
   runs = []
-  for run in args.runs.split(','):
-    point, seed = run.split('/')
+  for run_text in args.runs.split(','):
+    point, seed = run_text.split('/')
     runs.append((point, int(seed)))
-  folders = [layout.run_folder(args.workdir, *run) for run in runs]
+  folders = [layout.run_folder(args.workdir, point, seed)
+             for point, seed in runs]
+
   if args.evaluate:
-    return _evaluate(folders, args.evaluate.split(','))
+    return _evaluate_runs(folders, args.evaluate.split(','))
   description = layout.load_sweep_description(args.workdir)
-  configs = [layout.config_of_run(description, *run) for run in runs]
-  return _train(configs, folders)
+  configs = [layout.config_of_run(description, point, seed)
+             for point, seed in runs]
+  return _train_as_one_program(configs, folders)
 
 
-def _train(configs: Sequence, folders: Sequence[pathlib.Path]) -> int:
-  """Trains runs as one program, and says in the log of each why it did not
+def _train_as_one_program(configs: Sequence, folders: Sequence[pathlib.Path]
+                          ) -> int:
+  """Trains runs as one program, and writes into the log of each why it did not
   reach its last step; returns the exit code."""
   code = 0
   for writer in vectorised.train_group(configs, folders):
@@ -377,9 +420,13 @@ def _train(configs: Sequence, folders: Sequence[pathlib.Path]) -> int:
   return code
 
 
-def _evaluate(folders: Sequence[pathlib.Path], tasks: list[str]) -> int:
-  """Evaluates runs one after the other, each into its own log; those of one
-  model and data share what was compiled."""
+def _evaluate_runs(folders: Sequence[pathlib.Path], tasks: list[str]) -> int:
+  """Evaluates runs one after the other and writes the eval.json of each;
+  returns the exit code.
+
+  Each prints into its own log. Runs of one model and data share what was
+  compiled.
+  """
   code, programs = 0, {}
   for folder in folders:
     with (folder / 'log.txt').open('a') as log, contextlib.redirect_stdout(

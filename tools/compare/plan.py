@@ -327,7 +327,7 @@ def save(workdir, frozen: Frozen) -> None:
 def _save(ledger, workdir, frozen: Frozen) -> None:
   """Writes study.json, and adds a plan that is new to the ledger."""
   tree = to_json(frozen)
-  if ledger.plan() != tree:
+  if ledger.last_plan() != tree:
     ledger.add_plan(frozen.hash, tree)
   layout.save_with_checksum(pathlib.Path(workdir) / 'study.json', tree)
 
@@ -341,7 +341,7 @@ def load(workdir) -> Frozen:
   tree = last = layout.load_with_checksum(path)
   if path.with_name(layout.StudyLedger.file).is_file():
     with layout.StudyLedger(workdir) as ledger, ledger.transaction():
-      tree, last = layout.load_with_checksum(path), ledger.plan()
+      tree, last = layout.load_with_checksum(path), ledger.last_plan()
   require(last in (None, tree), f'{path} is not the plan that the ledger beside'
           ' it has: remove it, and `run` puts back what was planned')
   return _frozen(tree)
@@ -352,7 +352,7 @@ def last(workdir) -> Frozen | None:
   if not (pathlib.Path(workdir) / layout.StudyLedger.file).is_file():
     return None
   with layout.StudyLedger(workdir) as ledger, ledger.transaction():
-    tree = ledger.plan()
+    tree = ledger.last_plan()
   return tree and _frozen(tree)
 
 
@@ -395,7 +395,7 @@ def adopted(workdir, frozen: Frozen, reason: str = '') -> Frozen:
   path = pathlib.Path(workdir) / 'study.json'
   with layout.StudyLedger(workdir) as ledger, ledger.transaction():
     # The plan before; where there was none, that of now.
-    tree = ledger.plan()
+    tree = ledger.last_plan()
     if not tree and path.is_file():
       tree = layout.load_with_checksum(path)
     if tree:
@@ -496,7 +496,7 @@ def predicted(workdir, frozen: Frozen, phase: str, rows: Sequence) -> dict:
   this plan: `rows`, which stand in the ledger from then on, if there is none.
   """
   with layout.StudyLedger(workdir) as ledger, ledger.transaction():
-    kept = ledger.plan().get('predictions', [])
+    kept = ledger.last_plan().get('predictions', [])
     record = None
     for before in kept:
       if record is None and before['plan'] == frozen.hash:
@@ -540,7 +540,7 @@ def _seen(workdir, ledger, plan: Plan) -> dict[str, int]:
   for path in pathlib.Path(workdir).glob('*/points/*/seed-*'):
     seed = int(path.name.removeprefix('seed-'))
     begun.add((phase_of(path.parents[2]), seed))
-  for folder, _, seed in ledger.begun():
+  for folder, _, seed in ledger.begun_runs():
     begun.add((phase_of(pathlib.Path(folder)), seed))
   seeds: dict[str, int] = {}
   for phase in plan.seeds:

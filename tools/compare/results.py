@@ -141,7 +141,7 @@ def _begun(workdir) -> tuple[dict[str, int], int]:
   """Returns how many times runs of each phase were begun anew, and how many
   runs are on disk that the ledger of the study did not see begin."""
   with layout.StudyLedger(workdir) as ledger:
-    begun = ledger.begun()
+    begun = ledger.begun_runs()
 
   # The runs that were begun more than once, by phase.
   repeated: dict[str, int] = {}

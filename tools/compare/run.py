@@ -58,7 +58,7 @@ def main(args) -> int:
     print(check.render_cost_table(description), file=sys.stderr)
   with layout.Ledger(args.workdir) as ledger:
     if args.retry:
-      ledger.retry()
+      ledger.retry_failed_runs()
     description = layout.begin_sweep(args.workdir, ledger, description)
     waiting = ledger.runs(layout.PENDING)
     if args.launcher == 'print':

@@ -184,7 +184,7 @@ def run(args, submit: Callable[..., None]) -> int:
   if args.retry:
     for folder in results.folders(args.workdir):
       with layout.Ledger(folder) as ledger:
-        ledger.retry()
+        ledger.retry_failed_runs()
   if args.launcher == 'slurm':
     submit(args, args.jobs or 1)
     return 0
@@ -349,7 +349,7 @@ class Trainer:
     """Notes in the study's ledger that runs of a phase begin from nothing."""
     rows = [(path.name, run.point, run.seed) for run in runs]
     with layout.StudyLedger(self._workdir) as ledger:
-      ledger.add_begun(self._frozen.hash, rows)
+      ledger.add_begun_runs(self._frozen.hash, rows)
 
   def describe(self, folder: str, runs: Sequence[phases.Run]) -> dict:
     """Returns what sweep.json holds of a phase."""

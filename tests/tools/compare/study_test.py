@@ -432,7 +432,7 @@ def test_a_prediction_is_frozen_once_and_says_whether_it_was_blind(
   assert plans.adopted(tmp_path, frozen).predictions == [first]
   # By a changed plan there is another, which is late once runs have begun.
   with layout.StudyLedger(tmp_path) as ledger:
-    ledger.add_begun(plan.hash, [('confirm', 'text.s.base', 30_000)])
+    ledger.add_begun_runs(plan.hash, [('confirm', 'text.s.base', 30_000)])
   plan = plans.adopted(tmp_path, _with(frozen, effect=0.2), 'a reason')
   late = plans.predicted(tmp_path, plan, 'confirm', other)
   assert not late['blind'] and late['rows'] == other
@@ -636,7 +636,7 @@ def test_runs_that_fail_otherwise_end_the_study_and_are_retried(
                        match='6 runs failed that did not diverge: .*no space'):
       start(tmp_path, frozen, loss=loss)
   with layout.Ledger(tmp_path / 'noise') as book:
-    book.retry()
+    book.retry_failed_runs()
   trainer = start(tmp_path, frozen, until='noise', anyway=True)
   assert {seed for *_, seed in trainer.did} == {lost} and len(trainer.did) == 6
 

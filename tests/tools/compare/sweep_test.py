@@ -186,10 +186,10 @@ def test_a_runner_tells_the_time_left(tmp_path, monkeypatch, capsys):
   with layout.Ledger(tmp_path) as ledger:
     runner = local.Runner(tmp_path, ledger, 1, 1)
     runner._description = layout.load_sweep_description(tmp_path)
-    runner._before, runner._printed = 3.0, float('-inf')
-    runner._since = time.monotonic() - 100  # for two runs; one is left
-    runner._tell()
-    runner._tell()  # not again so soon
+    runner._trained_at_start, runner._time_of_progress = 3.0, float('-inf')
+    runner._start_time = time.monotonic() - 100  # for two runs; one is left
+    runner._print_progress()
+    runner._print_progress()  # not again so soon
   assert capsys.readouterr().out == (
       '5.0 of 6 runs are trained, some 0:00:50 left\n')
 
@@ -261,18 +261,18 @@ def book(tmp_path):
 
 def test_a_run_goes_through_its_states(book):
   rows = [('a', 0, ()), ('a', 1, ()), ('b', 0, ('routing',))]
-  book.add(rows)
-  book.add(rows)  # again: the same rows
+  book.add_runs(rows)
+  book.add_runs(rows)  # again: the same rows
   assert [(r.point, r.seed) for r in book.runs()] == [
       ('a', 0), ('b', 0), ('a', 1)]
-  me = book.register()
-  assert book.claim([3], me) == [3]
-  assert book.claim([3], me) == []  # it is taken
-  assert book.settle(3, me, layout.PENDING)
-  assert not book.settle(3, me, layout.DONE)  # no claim of ours any more
-  assert book.claim([3], me) == [3]
-  assert book.settle(3, me, layout.DONE)
-  book.add([('b', 0, ('routing', 'loss'))])  # a new task is pending
+  me = book.register_runner()
+  assert book.claim_runs([3], me) == [3]
+  assert book.claim_runs([3], me) == []  # it is taken
+  assert book.settle_run(3, me, layout.PENDING)
+  assert not book.settle_run(3, me, layout.DONE)  # no claim of ours any more
+  assert book.claim_runs([3], me) == [3]
+  assert book.settle_run(3, me, layout.DONE)
+  book.add_runs([('b', 0, ('routing', 'loss'))])  # a new task is pending
   assert book.runs()[1].state == layout.PENDING
 
 
@@ -280,8 +280,8 @@ def _claimed_elsewhere(book, monkeypatch, *ids):
   """Lets a runner of another host take runs; returns its name."""
   with monkeypatch.context() as elsewhere:
     elsewhere.setattr(layout.storage, 'host_name', lambda: 'elsewhere')
-    other = book.register()
-  assert book.claim(ids, other) == list(ids)
+    other = book.register_runner()
+  assert book.claim_runs(ids, other) == list(ids)
   return other
 
 
@@ -293,18 +293,18 @@ def test_a_runner_of_another_host_is_dead_once_it_stands_still(
     freed = []
     for _ in range(times):
       if beats:
-        assert book.beat(other) == {1, 2}
-      freed += book.recover()
+        assert book.record_heartbeat(other) == {1, 2}
+      freed += book.free_runs_of_dead_runners()
     return freed
 
-  book.add([('a', 0, ()), ('a', 1, ())])
+  book.add_runs([('a', 0, ()), ('a', 1, ())])
   other = _claimed_elsewhere(book, monkeypatch, 1, 2)
-  assert look(layout.LOOKS_UNTIL_DEAD) == [] and book.doubtful
-  assert look(
-      5 * layout.LOOKS_UNTIL_DEAD, beats=True) == [] and not book.doubtful
+  assert look(layout.LOOKS_UNTIL_DEAD) == [] and book.has_doubtful_runners
+  assert look(5 * layout.LOOKS_UNTIL_DEAD, beats=True) == []
+  assert not book.has_doubtful_runners
   assert look(layout.LOOKS_UNTIL_DEAD - 1) == []
   assert look(1) == ['a, seed 0', 'a, seed 1']
-  assert book.beat(other) == set()  # and the runner finds out
+  assert book.record_heartbeat(other) == set()  # and the runner finds out
 
 
 def _trained(tmp_path):
@@ -315,7 +315,7 @@ def _trained(tmp_path):
     for run in book.runs()[1:]:
       studies.leave(layout.run_folder(workdir, run.point, run.seed),
                     layout.config_of_run(description, run.point, run.seed), 2.0)
-      book.adopt(run, layout.DONE)
+      book.set_state_of_unclaimed(run, layout.DONE)
   return description, workdir
 
 
@@ -354,7 +354,7 @@ def test_no_flipped_bit_of_a_ledger_gets_through(tmp_path, capsys):
     file.write_text('no ledger')
     assert states(workdir) == before
     with pytest.raises(EnvironmentFailure, match='run the sweep again'):
-      book.register()  # in what was set aside
+      book.register_runner()  # in what was set aside
 
 
 # Claims what is pending in the ledger of a folder; says so, and lives on.
@@ -362,18 +362,18 @@ CLAIM = '''
 import sys
 from tools.compare import layout
 with layout.Ledger(sys.argv[1]) as book:
-  me = book.register()
+  me = book.register_runner()
   print('ready', flush=True)
   sys.stdin.readline()
   print(*(id for run in book.runs('pending')
-          for id in book.claim([run.id], me)), flush=True)
+          for id in book.claim_runs([run.id], me)), flush=True)
   sys.stdin.readline()
 '''
 
 
 @pytest.mark.slow
 def test_two_processes_never_share_a_run(book, tmp_path):
-  book.add(('p', seed, ()) for seed in range(200))
+  book.add_runs(('p', seed, ()) for seed in range(200))
   claimers = [subprocess.Popen(
       [sys.executable, '-c', CLAIM, str(tmp_path)], cwd=ROOT, text=True,
       stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
@@ -385,10 +385,10 @@ def test_two_processes_never_share_a_run(book, tmp_path):
   got = [process.stdout.readline().split() for process in claimers]
   assert sorted(int(x) for taken in got for x in taken) == sorted(
       row.id for row in book.runs())
-  assert book.recover() == []  # both live
+  assert book.free_runs_of_dead_runners() == []  # both live
   claimers[0].kill()
   claimers[0].wait()
-  freed = book.recover()
+  freed = book.free_runs_of_dead_runners()
   assert len(freed) == len(got[0]) == len(book.runs('pending'))
   claimers[1].communicate('end\n')
 
@@ -423,7 +423,7 @@ def test_print_gives_a_line_a_run_and_runs_none(tmp_path, capsys):
 
 def test_a_runner_that_leaves_runs_to_others_does_not_say_all_is_done(
     tmp_path, monkeypatch):
-  monkeypatch.setattr(local.Runner, 'run', lambda self: self._ledger.claim(
+  monkeypatch.setattr(local.Runner, 'run', lambda self: self._ledger.claim_runs(
       [row.id for row in self._ledger.runs()], 'another'))
   args = sweeps.arguments(sweeps.write(tmp_path), f'--workdir={tmp_path}')
   assert run.main(args) == STOPPED
@@ -630,7 +630,7 @@ def test_the_log_of_a_run_says_why_it_ended_in_its_group(
     monkeypatch.setattr(
         local.vectorised, 'train_group', lambda configs, folders: [
             x for x in writers if x.workdir.name in names])
-    return local._train([], [])
+    return local._train_as_one_program([], [])
 
   assert train('whole', 'early') == 0
   assert train('bad') == train('stopped') == local.EXIT_CODE_UNFINISHED
@@ -672,7 +672,7 @@ def test_a_task_that_is_added_is_not_lost(tmp_path, monkeypatch):
     of = getattr(layout, name)
     def act(*words):
       with layout.Ledger(workdir) as opened:
-        opened.add((point, 0, tasks) for point in names)
+        opened.add_runs((point, 0, tasks) for point in names)
       return of(*words)
     monkeypatch.setattr(layout, name, act)
 
