@@ -157,10 +157,11 @@ def explain(config: Any, mesh: dict[str, int]) -> dict:
   placed = devices.make_mesh(mesh, jax.devices()[:count])
   run = runs.build(config, model, placed)
   one_host = np.zeros(count, int)
+  sent = predict.predict_collectives(run, one_host)
   return dict(
       model=model.arch, mesh=dict(mesh), rules=config.mesh.rules,
       parameters=parameters(run), activations=activations(run),
-      collectives=collectives.table(predict.sent(run, one_host)))
+      collectives=collectives.sum_by_kind(sent))
 
 
 def text(report: dict) -> str:

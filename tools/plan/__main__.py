@@ -47,22 +47,22 @@ def main() -> int:
           'decode')
   os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported
   from tools.plan import chips
-  topology = chips.parse(args.topology, args.slices)
-  chips.environment(topology)
+  topology = chips.parse_topology(args.topology, args.slices)
+  chips.set_environment(topology)
 
   from tools.plan import programs, report
   from training import preflight
   preflight.check_config(args.config, cli.overridden_fields())
   if args.search:
     from tools.plan import search
-    plans = search.search(args.config, topology, args.search)
+    plans = search.search_plans(args.config, topology, args.search)
     if args.json:
       print(json.dumps(plans, indent=2))
     else:
-      print(search.text(plans))
+      print(search.plans_as_text(plans))
     return 0
   run = programs.run_on(args.config, topology, args.mesh)
-  plan = programs.plan(run, topology, args.programs)
+  plan = programs.make_plan(run, topology, args.programs)
   if args.json:
     print(json.dumps(plan, indent=2))
   elif plan['programs']:

@@ -134,7 +134,7 @@ class Topology(NamedTuple):
     return self.shape[2]
 
 
-def parse(name: str, slices: int = 1) -> Topology:
+def parse_topology(name: str, slices: int = 1) -> Topology:
   """Returns the topology that a name such as v5p:4x4x8 or h100:1x8x8 stands
   for. The compilers accept shapes that no pod has.
 
@@ -144,7 +144,7 @@ def parse(name: str, slices: int = 1) -> Topology:
   kind, _, text = name.partition(':')
   one_of('chip in --topology', kind, CHIPS)
   chip = CHIPS[kind]
-  shape = _shape(name, kind, text)
+  shape = _parse_shape(name, kind, text)
   if slices != 1 and (chip.platform != 'tpu' or slices < 1):
     raise RequestError(
         f'--slices is {slices}: it must be >= 1, and 1 for GPUs, written as '
@@ -152,7 +152,7 @@ def parse(name: str, slices: int = 1) -> Topology:
 
   # A slice of TPUs has a shape that is sold.
   if chip.platform == 'tpu':
-    if text not in chip.shapes and not _is_of_cubes(chip, shape):
+    if text not in chip.shapes and not _is_shape_of_cubes(chip, shape):
       more = ''
       if chip.shapes != _PLANES:
         more = (', or three multiples of 4 in rising order, such as 4x4x8, of '
@@ -168,7 +168,7 @@ def parse(name: str, slices: int = 1) -> Topology:
   return Topology(name=name, chip=chip, shape=shape, slices=slices)
 
 
-def _shape(name: str, kind: str, text: str) -> tuple[int, ...]:
+def _parse_shape(name: str, kind: str, text: str) -> tuple[int, ...]:
   """Returns the shape that `text` writes, as 4x4x8.
 
   Raises:
@@ -186,7 +186,7 @@ def _shape(name: str, kind: str, text: str) -> tuple[int, ...]:
   return tuple(int(side) for side in sides)
 
 
-def _is_of_cubes(chip: Chip, shape: tuple[int, ...]) -> bool:
+def _is_shape_of_cubes(chip: Chip, shape: tuple[int, ...]) -> bool:
   """Whether a slice of so many cubes of 4x4x4 chips is sold."""
   if chip.shapes != _CUBES or math.prod(shape) > chip.most:
     return False
@@ -198,7 +198,7 @@ def _is_of_cubes(chip: Chip, shape: tuple[int, ...]) -> bool:
 # memory of a core and of a block, those of the L2 cache, and the clock in GHz.
 # docs.nvidia.com/cuda: programming guide, compute capabilities;
 # the whitepapers of A100, H100 and Blackwell.
-_GPUS = {
+_TARGET_OF_GPU = {
     'a100': (108, '8', '0', 64, 167936, 166912, 41943040, 1.41),
     'h100': (132, '9', '0', 128, 233472, 232448, 52428800, 1.98),
     'h200': (132, '9', '0', 128, 233472, 232448, 52428800, 1.98),
@@ -206,7 +206,7 @@ _GPUS = {
 }
 
 
-def compiler(topology: Topology) -> str:
+def installed_compiler(topology: Topology) -> str:
   """Returns the compiler for a topology that is installed here, such as
   'libtpu 0.0.45'; '': there is none."""
   names = ['libtpu']
@@ -223,7 +223,7 @@ def compiler(topology: Topology) -> str:
   return f'{names[0]} {versions[0]}'
 
 
-def dense(topology: Topology) -> tuple[str, ...]:
+def products_of_all_groups(topology: Topology) -> tuple[str, ...]:
   """Returns the entries of flops.GROUPED, jax.lax.ragged_dot's products, that
   the compiler makes of all rows and all groups.
 
@@ -238,7 +238,7 @@ def dense(topology: Topology) -> tuple[str, ...]:
   return ()
 
 
-def environment(topology: Topology) -> None:
+def set_environment(topology: Topology) -> None:
   """Sets the variables that libtpu, the CUDA plugin and XLA read when they
   load. Without a compiler, it makes as many virtual CPU devices as the topology
   has."""
@@ -249,15 +249,15 @@ def environment(topology: Topology) -> None:
         'TPU_MIN_LOG_LEVEL': '3', 'TPU_STDERR_LOG_LEVEL': '3'}
   else:
     os.environ['JAX_SKIP_CUDA_CONSTRAINTS_CHECK'] = '1'
-  if not compiler(topology):
+  if not installed_compiler(topology):
     import jax
     jax.config.update('jax_num_cpu_devices', topology.devices)
 
 
-def devices(topology: Topology) -> list:
+def described_devices(topology: Topology) -> list:
   """Returns the topology's devices, or virtual ones in their place."""
   import jax
-  if not compiler(topology):
+  if not installed_compiler(topology):
     return jax.devices('cpu')[:topology.devices]
   from jax.experimental import topologies
   shape = 'x'.join(str(side) for side in topology.shape)
@@ -275,7 +275,7 @@ def devices(topology: Topology) -> list:
       options['chip_config_name'] = 'megacore'
     if topology.chips == topology.slices:
       options['chips_per_host_bounds'] = (1, 1, 1)
-  with _quiet():
+  with _stderr_hidden():
     described = topologies.get_topology_desc(
         platform=topology.chip.platform, topology_name=name, **options)
     return list(described.devices)
@@ -284,7 +284,7 @@ def devices(topology: Topology) -> list:
 def _target_config(kind: str, chip: Chip) -> str:
   """Returns the text of a GpuTargetConfigProto, which describes a GPU to
   XLA."""
-  cores, major, minor, fpus, per_core, optin, l2, clock = _GPUS[kind]
+  cores, major, minor, fpus, per_core, optin, l2, clock = _TARGET_OF_GPU[kind]
   return f"""gpu_device_info {{
     threads_per_block_limit: 1024 threads_per_warp: 32
     shared_memory_per_block: 49152 shared_memory_per_core: {per_core}
@@ -303,7 +303,7 @@ def _target_config(kind: str, chip: Chip) -> str:
 
 
 @contextlib.contextmanager
-def _quiet():
+def _stderr_hidden():
   """Hides what libtpu writes to file descriptor 2 when it finds no TPU."""
   sys.stderr.flush()
   before, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)

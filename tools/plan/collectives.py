@@ -19,7 +19,7 @@ import numpy as np
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
          'ragged-all-to-all', 'collective-permute', 'collective-broadcast',
          'send')
-_WHOLE = ('collective-permute', 'collective-broadcast', 'send')
+_SENDS_WHOLE_OPERAND = ('collective-permute', 'collective-broadcast', 'send')
 
 
 class Collective(NamedTuple):
@@ -51,7 +51,7 @@ class Collective(NamedTuple):
   def sent(self) -> float:
     """The bytes that a chip sends in one run."""
     n = self.size
-    if self.kind in _WHOLE:
+    if self.kind in _SENDS_WHOLE_OPERAND:
       return self.payload
     if self.kind == 'reduce-scatter':  # payload is 1 / n of the operand
       return (n - 1) * self.payload
@@ -69,7 +69,7 @@ class Collective(NamedTuple):
     h, n = self.hosts, self.size
     if h == 1:
       return 0.0
-    if self.kind in _WHOLE:
+    if self.kind in _SENDS_WHOLE_OPERAND:
       return self.sent
     if self.kind in ('all-to-all', 'ragged-all-to-all'):
       return self.payload * (n - n // h) / n
@@ -82,7 +82,7 @@ class Collective(NamedTuple):
     return passes * whole * (h - 1) / h / (n // h)
 
 
-def total(sent: list[Collective]) -> tuple[float, float]:
+def bytes_sent(sent: list[Collective]) -> tuple[float, float]:
   """Returns the bytes that a device sends in a step within its slice or host,
   and those that it sends to others."""
   everything = sum(one.sent * one.runs for one in sent)
@@ -90,7 +90,7 @@ def total(sent: list[Collective]) -> tuple[float, float]:
   return everything - outside, outside
 
 
-def table(sent: list[Collective]) -> list[dict]:
+def sum_by_kind(sent: list[Collective]) -> list[dict]:
   """Sums the collectives by kind, axes and dtype, those with most bytes
   first."""
   rows: dict = {}
@@ -118,7 +118,7 @@ _LISTED_GROUPS = re.compile(
     r'(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}')
 
 
-def groups(rest: str) -> np.ndarray | None:
+def parse_groups(rest: str) -> np.ndarray | None:
   """Returns the devices of each group, [groups, devices].
 
   It reads the three syntaxes {{0,1},{2,3}}, [2,2]<=[4]T(...) and
@@ -133,18 +133,18 @@ def groups(rest: str) -> np.ndarray | None:
   shaped = _SHAPED_GROUPS.search(rest)
   if shaped:
     shape, dims, order = shaped.groups()
-    return _iota(dims, order).reshape(_integers(shape))
+    return _parse_iota(dims, order).reshape(_parse_integers(shape))
   on_mesh = _MESH_GROUPS.search(rest)
   if on_mesh:
-    return _groups_of_a_mesh(*on_mesh.groups())
+    return _groups_of_mesh(*on_mesh.groups())
   listed = _LISTED_GROUPS.search(rest)
   if listed:
     members = re.findall(r'\{([\d,]+)\}', listed[1])
-    return np.array([_integers(group) for group in members])
+    return np.array([_parse_integers(group) for group in members])
   return None
 
 
-def _groups_of_a_mesh(axes: str, order: str, along: str) -> np.ndarray:
+def _groups_of_mesh(axes: str, order: str, along: str) -> np.ndarray:
   """Returns the devices of each group, [groups, devices], of a mesh.
 
   Args:
@@ -159,7 +159,7 @@ def _groups_of_a_mesh(axes: str, order: str, along: str) -> np.ndarray:
   # The devices, one axis of the mesh a dimension.
   turned = re.search(_IOTA, order)
   if turned:
-    devices = _iota(*turned.groups())
+    devices = _parse_iota(*turned.groups())
   else:
     devices = np.arange(math.prod(sizes.values()))
   devices = devices.reshape(list(sizes.values()))
@@ -173,20 +173,21 @@ def _groups_of_a_mesh(axes: str, order: str, along: str) -> np.ndarray:
   return np.moveaxis(devices, places, last).reshape(-1, count)
 
 
-def _iota(dims: str, order: str | None) -> np.ndarray:
+def _parse_iota(dims: str, order: str | None) -> np.ndarray:
   """Returns the array that XLA writes as <=[dims]T(order)."""
-  shape = _integers(dims)
+  shape = _parse_integers(dims)
   devices = np.arange(math.prod(shape)).reshape(shape)
   if order is None:
     return devices.transpose()
-  return devices.transpose(_integers(order))
+  return devices.transpose(_parse_integers(order))
 
 
-def _integers(text: str) -> list[int]:
+def _parse_integers(text: str) -> list[int]:
   return [int(number) for number in text.split(',')]
 
 
-def axes_of(members: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
+def axes_of_groups(members: np.ndarray, mesh: Mapping[str, int]
+                   ) -> tuple[str, ...]:
   """Returns the mesh axes along which the devices of a group differ.
 
   Args:
@@ -201,7 +202,7 @@ def axes_of(members: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
   return tuple(axes)
 
 
-def read(text: str, mesh: Mapping[str, int], *, host_of: np.ndarray,
+def read_collectives(text: str, mesh: Mapping[str, int], *, host_of: np.ndarray,
          ragged_rows: int = 0, passes: int | None = None
          ) -> list[Collective]:
   """Returns every collective of a compiled program.
@@ -216,8 +217,8 @@ def read(text: str, mesh: Mapping[str, int], *, host_of: np.ndarray,
       otherwise; None: they are not, and one is counted.
   """
   sent, seen = [], set()
-  for place in _walk(text, passes):
-    one = _collective(place, mesh, host_of, ragged_rows)
+  for place in _walk_instructions(text, passes):
+    one = _collective_of_instruction(place, mesh, host_of, ragged_rows)
     if one is None or one.size == 1 or not one.runs:
       continue
 
@@ -233,7 +234,7 @@ def read(text: str, mesh: Mapping[str, int], *, host_of: np.ndarray,
   return sent
 
 
-class _Place(NamedTuple):
+class _Instruction(NamedTuple):
   """An instruction, `name = shape op(rest`, and how often a step runs it.
 
   Attributes:
@@ -262,15 +263,15 @@ _CALLED = re.compile(r'\b(calls|to_apply|body|condition|true_computation|'
 _BRANCHES = re.compile(r'(?:branch|called)_computations=\{([^}]*)\}')
 
 
-def _walk(text: str, passes: int | None) -> Iterator[_Place]:
+def _walk_instructions(text: str, passes: int | None) -> Iterator[_Instruction]:
   """Yields each instruction that a step reaches.
 
   Every branch of a conditional is walked, because it is not known which of them
   runs.
   """
-  computations, entry = _computations(text)
+  computations, entry = _parse_computations(text)
 
-  def visit(name: str, runs: int, known: bool) -> Iterator[_Place]:
+  def visit(name: str, runs: int, known: bool) -> Iterator[_Instruction]:
     for place in computations[name]:
       yield place._replace(runs=runs, known=known)
       times: int | None = 1
@@ -281,17 +282,17 @@ def _walk(text: str, passes: int | None) -> Iterator[_Place]:
       inner_known = known and times is not None
       if times is None:
         times = 1
-      for callee in _callees(place):
+      for callee in _called_computations(place):
         if callee in computations:
           yield from visit(callee, runs * times, inner_known)
 
   yield from visit(entry, 1, True)
 
 
-def _computations(text: str) -> tuple[dict[str, list[_Place]], str]:
+def _parse_computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
   """Returns the instructions of each computation of a program, and the name of
   the computation at which it begins."""
-  computations: dict[str, list[_Place]] = {}
+  computations: dict[str, list[_Instruction]] = {}
   current = entry = ''
   for line in text.splitlines():
     head = _COMPUTATION.match(line)
@@ -304,13 +305,13 @@ def _computations(text: str) -> tuple[dict[str, list[_Place]], str]:
     instruction = _INSTRUCTION.match(line)
     if current and instruction:
       name, shape, op, rest = instruction.groups()
-      place = _Place(
+      place = _Instruction(
           computation=current, name=name, shape=shape, op=op, rest=rest)
       computations[current].append(place)
   return computations, entry
 
 
-def _callees(place: _Place) -> list[str]:
+def _called_computations(place: _Instruction) -> list[str]:
   """Returns the names of the computations that an instruction calls."""
   names = [name for _, name in _CALLED.findall(place.rest)]
   for branches in _BRANCHES.findall(place.rest):
@@ -318,9 +319,9 @@ def _callees(place: _Place) -> list[str]:
   return names
 
 
-def _trip_count(place: _Place, computations: Mapping[str, list[_Place]]
-                ) -> int | None:
-  """Returns how often a while runs its body; None: it depends on data.
+def _trip_count(place: _Instruction,
+                computations: Mapping[str, list[_Instruction]]) -> int | None:
+  """Returns how often a while loop runs its body; None: it depends on data.
 
   XLA says so on CPU and GPU. libtpu leaves only the comparison of the counter
   with a constant, as jax writes a scan.
@@ -352,7 +353,7 @@ class _Array(NamedTuple):
   nbytes: int
 
 
-def _arrays(shape: str) -> list[_Array]:
+def _parse_arrays(shape: str) -> list[_Array]:
   """Returns each array of a shape's text."""
   without_layouts = re.sub(r'\{[^{}]*\}', '', shape)
   arrays = []
@@ -364,22 +365,25 @@ def _arrays(shape: str) -> list[_Array]:
   return arrays
 
 
-def _collective(place: _Place, mesh: Mapping[str, int], host_of: np.ndarray,
-                ragged_rows: int) -> Collective | None:
-  """Returns the collective of an instruction; None: it is none.
+def _collective_of_instruction(place: _Instruction, mesh: Mapping[str, int],
+                               host_of: np.ndarray, ragged_rows: int
+                               ) -> Collective | None:
+  """Returns the collective that an instruction of a program is; None: it is
+  none.
 
   Args:
     place: the instruction.
-    mesh: as in `read`.
-    host_of: as in `read`.
-    ragged_rows: as in `read`.
+    mesh: the size of each axis; devices are numbered in its order.
+    host_of: for each device in that order, its slice (TPU) or host (GPU).
+    ragged_rows: the rows that a device sends in a ragged all-to-all; 0: count
+      all of the array.
   """
   kind = place.op.removesuffix('-start')
   if kind not in KINDS:
     return None
 
   # The groups; without any, all devices are one.
-  members = groups(place.rest)
+  members = parse_groups(place.rest)
   if members is None:
     members = np.arange(math.prod(mesh.values()))[None]
   size = members.shape[1]
@@ -389,8 +393,8 @@ def _collective(place: _Place, mesh: Mapping[str, int], host_of: np.ndarray,
       size = 2
 
   # The bytes.
-  shape = _result_shape(place)
-  arrays = _results(kind, place, shape)
+  shape = _text_of_results(place)
+  arrays = _arrays_of_result(kind, place, shape)
   payload = sum(array.nbytes for array in arrays)
   if kind == 'all-reduce' and place.computation.startswith(
       'all-reduce-scatter'):
@@ -401,14 +405,14 @@ def _collective(place: _Place, mesh: Mapping[str, int], host_of: np.ndarray,
     payload = payload * min(rows, ragged_rows) // rows
 
   return Collective(
-      kind=kind, axes=axes_of(members, mesh), size=size,
+      kind=kind, axes=axes_of_groups(members, mesh), size=size,
       hosts=max(len(set(host_of[group])) for group in members),
       dtype=max(arrays, key=lambda array: array.nbytes).dtype,
       elements=sum(array.elements for array in arrays), payload=payload,
       runs=place.runs, known=place.known)
 
 
-def _result_shape(place: _Place) -> str:
+def _text_of_results(place: _Instruction) -> str:
   """Returns the text of the results' shape: where an operation only starts,
   its text ((operands), results, contexts) holds more than these."""
   shape = place.shape
@@ -425,10 +429,11 @@ def _result_shape(place: _Place) -> str:
   return shape
 
 
-def _results(kind: str, place: _Place, shape: str) -> list[_Array]:
+def _arrays_of_result(kind: str, place: _Instruction, shape: str
+                      ) -> list[_Array]:
   """Returns the arrays of a collective's result, without operands and contexts
   that stand beside them."""
-  arrays = _arrays(shape)
+  arrays = _parse_arrays(shape)
   if place.op.endswith('-start'):
     if place.shape.startswith('(('):
       context = 'u32', 1

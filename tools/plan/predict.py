@@ -29,7 +29,8 @@ from training.runs import parameter_roles
 _BATCH_AXES = ('data', 'fsdp', 'expert')
 
 
-def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
+def predict_collectives(run: runs.Run, host_of: np.ndarray
+                        ) -> list[collectives.Collective]:
   """Returns the collectives that a step must run: they gather weights, reduce
   gradients, sum products over `tensor`, and carry tokens to experts and back.
 
@@ -58,7 +59,8 @@ class _Step:
   def add(self, kind: str, axes: tuple[str, ...], payload: float,
           times: int) -> None:
     """Adds a collective along some axes, if these have several devices."""
-    size, hosts = _group(tuple(self.mesh.items()), axes, self.host_of.tobytes())
+    shape = tuple(self.mesh.items())
+    size, hosts = _size_of_group(shape, axes, self.host_of.tobytes())
     if size > 1:
       self.sent.append(collectives.Collective(
           kind=kind, axes=axes, size=size, hosts=hosts, dtype=self.model.dtype,
@@ -143,7 +145,7 @@ def _layers_run(model: ModelConfig, back: bool) -> tuple[LayerKind, ...]:
 
 
 @functools.lru_cache
-def _group(shape: tuple, axes: tuple[str, ...], host_of: bytes
+def _size_of_group(shape: tuple, axes: tuple[str, ...], host_of: bytes
            ) -> tuple[int, int]:
   """Returns the number of devices, and of hosts, of a group along some axes of
   a mesh."""
@@ -155,7 +157,7 @@ def _group(shape: tuple, axes: tuple[str, ...], host_of: bytes
   return count, max(len(set(group)) for group in rows.tolist())
 
 
-def peak_flops(topology: Topology, dtype: str) -> float:
+def require_peak_flops(topology: Topology, dtype: str) -> float:
   """Returns the published FLOP/s of one device, as jax multiplies `dtype`.
 
   Raises:
@@ -170,21 +172,31 @@ def peak_flops(topology: Topology, dtype: str) -> float:
   return peak
 
 
-def times(topology: Topology, dtype: str, *, flops: float, hbm_bytes: float,
-          sent: float, sent_outside: float, model_flops: float) -> dict:
-  """Returns the least seconds that a step takes, by each bound; which of them
-  is the longest, and the highest MFU.
+def step_times(topology: Topology, dtype: str, *, flops: float,
+               hbm_bytes: float, sent: float, sent_outside: float,
+               model_flops: float) -> dict:
+  """Returns the roofline of a step: the least seconds that it takes by its
+  products, by its memory traffic and by what it sends.
 
   Args:
-    topology: the topology whose figures to take.
+    topology: the devices, whose published figures are taken.
     dtype: the dtype of the products.
     flops: the FLOPs of one device, recomputation included.
     hbm_bytes: the bytes that one device reads and writes.
     sent: the bytes that a device sends within its slice or host.
     sent_outside: the bytes that it sends to other slices or hosts.
     model_flops: the FLOPs that the model needs of one device, and no more.
+
+  Returns:
+    seconds: the least time by each bound.
+    bound: the name of the bound with the longest time.
+    step_seconds: that time.
+    highest_mfu: the model FLOPs utilisation of a step that takes that time.
+    peak_flops: the peak FLOP/s of a device.
+    unknown: the bounds of which no figure is published.
   """
-  chip, peak = topology.chip, peak_flops(topology, dtype)
+  chip = topology.chip
+  peak = require_peak_flops(topology, dtype)
   seconds = {
       'compute': flops / peak,
       'hbm': hbm_bytes / chip.hbm_rate,
@@ -198,21 +210,24 @@ def times(topology: Topology, dtype: str, *, flops: float, hbm_bytes: float,
 
   bound = max(seconds, key=seconds.get)
   step = seconds[bound]
+  highest_mfu = 0.0
+  if step:
+    highest_mfu = model_flops / peak / step
   return dict(
-      seconds=seconds, bound=bound, step_seconds=step,
-      highest_mfu=model_flops / peak / step if step else 0.0,
+      seconds=seconds, bound=bound, step_seconds=step, highest_mfu=highest_mfu,
       peak_flops=peak, unknown=unknown)
 
 
-def hbm_bytes(run: runs.Run, products: float, training: bool) -> float:
-  """Returns the bytes that a device moves to and from its memory, at least.
+def memory_traffic(run: runs.Run, products: float, training: bool) -> float:
+  """Returns the bytes that a device moves to and from its memory in a step, at
+  the least.
 
-  They are its share of the operands and results of the products, once each, or,
-  if these are more, the weights (gathered), which are among the operands: read
-  once, and in training, if all are trained, again by the backward pass. As many
-  experts of a layer are read as tokens choose in even load, and of a table of
-  embeddings only some rows. In training, the state of what is trained is read
-  and written besides.
+  They are the larger of two sums. The first is the device's share of the
+  operands and results of all products, once each. The second is the gathered
+  weights, which are among the operands: they are read once, and in training, if
+  all are trained, again by the backward pass. Of a layer's experts as many are
+  read as tokens choose in even load, and of a table of embeddings only some
+  rows. In training, the state of what is trained is read and written besides.
 
   Args:
     run: the run, on the topology's devices.
@@ -220,30 +235,36 @@ def hbm_bytes(run: runs.Run, products: float, training: bool) -> float:
       that each device has whole may count once.
     training: whether the program is the training step.
   """
-  model, mesh = run.model, run.mesh.shape
-  state, back, accumulation = 0, False, 1
+  model = run.model
+  mesh = run.mesh.shape
+
+  # The state is read and written once.
+  state = 0
+  has_backward_pass = False
+  accumulation = 1
   if training:
     accumulation = run.config.train.grad_accumulation
     trained = devices.on_device(memory.trained_parameters(run))
     state_bytes = memory.state_bytes(run) | {'parameters': trained}
     state = 2 * sum(state_bytes.values())
-    # Below what is trained there is no backward pass.
-    back = not (run.config.optim.freeze or model.lora.rank)
+    # Where some parameters are frozen, the backward pass may not reach them.
+    has_backward_pass = not (run.config.optim.freeze or model.lora.rank)
 
   # Each weight is read whole, but only the experts that tokens choose.
   roles = paths.flatten(parameter_roles(run.module))
-  share = _share_of_experts(run, training, accumulation)
+  share_of_experts = _share_of_experts(run, training, accumulation)
   weights = 0.0
   for path, x in paths.flatten(run.abstract.params).items():
     role = roles[path]
     if role.kind == 'embedding':
       continue
     reads = layers.passes(model, path)
-    if back:
+    if has_backward_pass:
       reads += layers.passes(model, path, back=True)
+    if 'experts' in role.axes:
+      reads *= share_of_experts
     itemsize = min(model.compute_dtype.itemsize, x.dtype.itemsize)
-    nbytes = memory.gathered_size(x, mesh) * itemsize
-    weights += reads * nbytes * (share if 'experts' in role.axes else 1)
+    weights += reads * memory.gathered_size(x, mesh) * itemsize
 
   operands = products / math.prod(mesh.values())
   return max(operands, accumulation * weights) + state
@@ -261,10 +282,10 @@ def _share_of_experts(run: runs.Run, training: bool, accumulation: int
   tokens = run.config.data.batch_size * length // accumulation
   shards = devices.shards('experts', run.mesh.shape, run.config.mesh.rules)
   experts = run.model.part(MoEConfig).num_experts // shards
-  return min(experts, expert_rows(run, tokens)) / experts
+  return min(experts, rows_of_experts(run, tokens)) / experts
 
 
-def expert_rows(run: runs.Run, tokens: float) -> int:
+def rows_of_experts(run: runs.Run, tokens: float) -> int:
   """Returns the rows that a device has for the experts of a layer, in even
   load; 0: it has none.
 

@@ -23,10 +23,11 @@ from training.distributed import devices
 from training.runs import make_train_step
 
 GIB = chips.GIB
-DRAWN = {'prefill': 1, 'decode': 64}  # tokens that are added to each prompt
+# How many tokens a program of generation adds to each prompt.
+NEW_TOKENS_OF_PROGRAM = {'prefill': 1, 'decode': 64}
 # A plan names so many of the largest parameters that stand whole along fsdp, if
 # they have so many bytes at least.
-LARGEST, SMALL = 5, 2 ** 20
+MOST_PARAMETERS_NAMED, LEAST_BYTES_NAMED = 5, 2 ** 20
 
 
 class Program(NamedTuple):
@@ -69,30 +70,39 @@ def run_on(config, topology: chips.Topology, mesh: str) -> runs.Run:
   else:
     shape = devices.mesh_shape(config.mesh, topology.devices)
   model, _ = runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
-  predict.peak_flops(topology, model.dtype)  # or there is no bound to print
+  # Without a published peak, there is no bound to print.
+  predict.require_peak_flops(topology, model.dtype)
   require(config.mesh.slices in (0, topology.slices), 'mesh.slices is '
           f'{config.mesh.slices}, but --slices is {topology.slices}: leave '
           'the first at 0')
-  placed = devices.make_mesh(shape, chips.devices(topology), topology.slices)
-  return runs.build(config, model, placed)
+  described = chips.described_devices(topology)
+  mesh_of_devices = devices.make_mesh(shape, described, topology.slices)
+  return runs.build(config, model, mesh_of_devices)
 
 
-def plan(run: runs.Run, topology: chips.Topology, names: list[str]) -> dict:
-  """Returns the plan: the run and its devices, the reports of the programs that
-  fit, whether all do, and why not.
+def make_plan(run: runs.Run, topology: chips.Topology, names: list[str]
+              ) -> dict:
+  """Compiles programs of a run for devices that are not there, and returns the
+  plan: the model, its devices and settings, the report of each program that
+  fits, whether all do, and why not.
+
+  Args:
+    run: the run, on the topology's devices.
+    topology: the devices.
+    names: the programs: any of train, prefill and decode.
 
   Raises:
     RequestError: for a program that the run's model does not have, before any
       is compiled.
   """
   for name in names:
-    check(run, topology, name)
+    check_program(run, topology, name)
 
   # The programs.
   reports, reasons = [], []
   for name in names:
     try:
-      reports.append(analyse(run, topology, name))
+      reports.append(analyse_program(run, topology, name))
     except DoesNotFit as error:
       reasons.append(str(error))
 
@@ -101,7 +111,7 @@ def plan(run: runs.Run, topology: chips.Topology, names: list[str]) -> dict:
   accumulation = config.train.grad_accumulation
   parameters, active = totals.count_parameters(model)
   shards = devices.shards('batch', run.mesh.shape, config.mesh.rules)
-  compiler = chips.compiler(topology)
+  compiler = chips.installed_compiler(topology)
   return dict(
       model=model.arch, parameters=parameters, active_parameters=active,
       topology=topology.name, slices=topology.slices,
@@ -125,60 +135,81 @@ def whole_along_fsdp(run: runs.Run) -> list[dict]:
     return []
   rows = []
   for name, x in paths.flatten(run.abstract.params).items():
-    size = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    if 'fsdp' not in memory.sharded_axes(x.sharding) and size >= SMALL:
-      rows.append(dict(name=name, bytes_per_device=size))
+    nbytes = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    is_whole = 'fsdp' not in memory.sharded_axes(x.sharding)
+    if is_whole and nbytes >= LEAST_BYTES_NAMED:
+      rows.append(dict(name=name, bytes_per_device=nbytes))
   rows.sort(key=lambda row: -row['bytes_per_device'])
-  return rows[:LARGEST]
+  return rows[:MOST_PARAMETERS_NAMED]
 
 
-def check(run: runs.Run, topology: chips.Topology, name: str) -> None:
-  """Raises RequestError for a program that cannot be planned."""
-  one_of('program in --programs', name, ('train', *DRAWN))
+def check_program(run: runs.Run, topology: chips.Topology, name: str) -> None:
+  """Raises RequestError for a program that cannot be planned.
+
+  Args:
+    run: the run, on the topology's devices.
+    topology: the devices.
+    name: the program.
+  """
+  one_of('program in --programs', name, ('train', *NEW_TOKENS_OF_PROGRAM))
   if name == 'train':
     return
-  objective, length = objectives.of(run.config), run.config.data.length
-  require(chips.compiler(topology), f'--programs has {name!r}, of which there '
-          f'is no estimate, and no compiler for {topology.name} is installed: '
-          "pip install 'archetype[plan]', or [plan-gpu]")
+
+  # A program of generation needs a compiler, a decoder, and rows that are
+  # longer than what it writes.
+  objective = objectives.of(run.config)
+  length = run.config.data.length
+  require(chips.installed_compiler(topology), f'--programs has {name!r}, of '
+          'which there is no estimate, and no compiler for '
+          f"{topology.name} is installed: pip install 'archetype[plan]', or "
+          '[plan-gpu]')
   require(objective.writes and 'decoder' in objective.stacks,
           f'--programs has {name!r}, but a plan of generation is for decoders, '
           f'and model.arch is {run.model.arch!r}: choose train')
-  require(length > DRAWN[name], f'data.length is {length}: {name} needs more '
-          f'than {DRAWN[name]}')
+  new_tokens = NEW_TOKENS_OF_PROGRAM[name]
+  require(length > new_tokens, f'data.length is {length}: {name} needs more '
+          f'than {new_tokens}')
 
 
-def program(run: runs.Run, name: str) -> Program:
-  """Returns a program of a run.
+def make_program(run: runs.Run, name: str) -> Program:
+  """Returns a program of a run: a function, and the shapes of its arguments.
 
-  `train` is the training step, as training/loop.py compiles it. The others
-  generate DRAWN[name] tokens after prompts that, with these, are data.length
-  long.
+  `train` is the training step, as training/loop.py compiles it. `prefill` and
+  `decode` write NEW_TOKENS_OF_PROGRAM[name] tokens after prompts that, with
+  these, are data.length tokens long.
+
+  Args:
+    run: the run, on the topology's devices.
+    name: train, prefill or decode.
   """
   if name == 'train':
     return _training_step(run)
-  data, tokens = run.config.data, DRAWN[name]
-  prefix = objectives.of(run.config).prefix
+  data = run.config.data
+  new_tokens = NEW_TOKENS_OF_PROGRAM[name]
+  prompts_are_prefixes = objectives.of(run.config).prefix
 
-  def function(params, prompts_BL, lengths_B, seed):
+  def write_text(params, prompts_BL, lengths_B, seed):
+    prefix_B = lengths_B if prompts_are_prefixes else None
     return generate.generate(
         run.module, params, prompts_BL, lengths_B, jax.random.key(seed),
-        max_new_tokens=tokens, prefix_B=lengths_B if prefix else None)
+        max_new_tokens=new_tokens, prefix_B=prefix_B)
 
   def integers(shape, sharding):
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
-  prompts_BL = integers((data.batch_size, data.length - tokens), run.place)
+  # The rows of prompts are split over devices; the seed is everywhere.
+  prompt_shape = data.batch_size, data.length - new_tokens
+  prompts_BL = integers(prompt_shape, run.place)
   lengths_B = integers((data.batch_size,), run.place)
   seed = integers((), NamedSharding(run.mesh, PartitionSpec()))
   return Program(
-      name=name, function=function,
+      name=name, function=write_text,
       args=(run.abstract.params, prompts_BL, lengths_B, seed), options={},
-      passes=tokens - 1)
+      passes=new_tokens - 1)
 
 
 def _training_step(run: runs.Run) -> Program:
-  """Returns the training step of a run."""
+  """Returns the training step of a run: a function of its state and a batch."""
   batch = {}
   for key, (shape, dtype) in objectives.shapes(run.config).items():
     batch[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=run.place)
@@ -188,13 +219,13 @@ def _training_step(run: runs.Run) -> Program:
       options=dict(donate_argnums=0, out_shardings=(run.shardings, None)))
 
 
-def lower(run: runs.Run, what: Program):
+def trace_program(run: runs.Run, what: Program):
   """Returns a program as jax traces it: its jaxpr, and .lower()."""
   with run.context():
     return jax.jit(what.function, **what.options).trace(*what.args)
 
 
-def build(run: runs.Run, what: Program, traced: Any, hbm: float):
+def compile_program(run: runs.Run, what: Program, traced: Any, hbm: float):
   """Returns the compiled program.
 
   Args:
@@ -208,7 +239,7 @@ def build(run: runs.Run, what: Program, traced: Any, hbm: float):
       program pass that the device has no room for (GPUs).
     RequestError: where a kernel needs more on-chip memory than there is.
   """
-  with run.context(), _refusals(what.name), progress.show_task(
+  with run.context(), _as_does_not_fit(what.name), progress.show_task(
       f'compiling {what.name}'):
     executable = traced.lower().compile()
   _check_peak(what.name, peak_bytes(executable.memory_analysis()), hbm)
@@ -216,7 +247,7 @@ def build(run: runs.Run, what: Program, traced: Any, hbm: float):
 
 
 @contextlib.contextmanager
-def _refusals(name: str) -> Iterator[None]:
+def _as_does_not_fit(name: str) -> Iterator[None]:
   """Says in a sentence that the compiler finds too little memory."""
   try:
     yield
@@ -251,37 +282,40 @@ def peak_bytes(stats: Any) -> int:
           + stats.output_size_in_bytes - stats.alias_size_in_bytes)
 
 
-def analyse(run: runs.Run, topology: chips.Topology, name: str) -> dict:
-  """Returns the report of one program.
+def analyse_program(run: runs.Run, topology: chips.Topology, name: str) -> dict:
+  """Compiles one program of a run, and returns the report: its memory, its
+  collectives, its FLOPs, and the shortest time that a step can take.
 
   Args:
     run: the run, on the topology's devices.
-    topology: the topology.
-    name: the name of the program.
+    topology: the devices.
+    name: the program: train, prefill or decode.
 
   Raises:
     DoesNotFit: with figures, where a device has too little memory.
   """
   hbm = topology.chip.hbm
-  state = _state(run, topology, name)
-  what, begun = program(run, name), time.monotonic()
-  traced = lower(run, what)
+  state = _state_bytes(run, topology, name)
+  what = make_program(run, name)
+  begun = time.monotonic()
+  traced = trace_program(run, what)
 
   # Memory and collectives, by the compiler or by an estimate.
-  if chips.compiler(topology):
-    executable = build(run, what, traced, hbm)
-    sizes = state | _memory(executable.memory_analysis())
-    sent = collectives.read(
-        executable.as_text(), run.mesh.shape, host_of=hosts(run, topology),
+  if chips.installed_compiler(topology):
+    executable = compile_program(run, what, traced, hbm)
+    sizes = state | _memory_of_program(executable.memory_analysis())
+    sent = collectives.read_collectives(
+        executable.as_text(), run.mesh.shape,
+        host_of=host_of_devices(run, topology),
         ragged_rows=ragged_rows(run, name), passes=what.passes)
   else:
     sizes = memory.estimate_peak_bytes(run, platform=topology.chip.platform)
     _check_peak(name, sizes['peak'], hbm, ', by an estimate')
-    sent = predict.sent(run, hosts(run, topology))
+    sent = predict.predict_collectives(run, host_of_devices(run, topology))
 
   # The products, those that the model needs, and the bounds of a step.
   count = topology.devices
-  work = _work(run, topology, what, traced.jaxpr)
+  work = _work_of_program(run, topology, what, traced.jaxpr)
   needed = model_flops(run, name)
   all_needed = sum(needed.values())
   figures = dict(
@@ -292,29 +326,32 @@ def analyse(run: runs.Run, topology: chips.Topology, name: str) -> dict:
       ratio=work.flops / all_needed,
       loops_counted_once=work.loops,
       all_groups_per_device=work.dense / count)
-  inside, outside = collectives.total(sent)
-  roofline = predict.times(
+  inside, outside = collectives.bytes_sent(sent)
+  roofline = predict.step_times(
       topology, run.model.dtype, flops=figures['per_device'],
-      hbm_bytes=predict.hbm_bytes(run, work.nbytes, name == 'train'),
+      hbm_bytes=predict.memory_traffic(run, work.nbytes, name == 'train'),
       sent=inside, sent_outside=outside,
       model_flops=figures['model_per_device'])
 
   return dict(
-      program=name, estimate=not chips.compiler(topology), fits=True,
+      program=name, estimate=not chips.installed_compiler(topology), fits=True,
       compile_seconds=round(time.monotonic() - begun, 1),
-      memory=dict(hbm=int(hbm), **sizes), collectives=collectives.table(sent),
+      memory=dict(hbm=int(hbm), **sizes),
+      collectives=collectives.sum_by_kind(sent),
       flops=figures, roofline=roofline)
 
 
-def _state(run: runs.Run, topology: chips.Topology, name: str
+def _state_bytes(run: runs.Run, topology: chips.Topology, name: str
            ) -> dict[str, int]:
-  """Returns the bytes of what a program keeps on a device.
+  """Returns the bytes of a run's state on a device, as a program needs it: in
+  training with the optimiser's state, in generation the parameters alone.
 
   Raises:
     DoesNotFit: where these alone are more than the device has.
   """
-  hbm, state = topology.chip.hbm, memory.state_bytes(run)
-  if name != 'train':  # a generation has no optimiser
+  hbm = topology.chip.hbm
+  state = memory.state_bytes(run)
+  if name != 'train':
     state = {'parameters': state['parameters']}
   if sum(state.values()) > hbm:
     parts = ', '.join(f'{part} {n / GIB:,.1f} GiB' for part, n in state.items())
@@ -325,7 +362,7 @@ def _state(run: runs.Run, topology: chips.Topology, name: str
   return state
 
 
-def _memory(stats: Any) -> dict[str, int]:
+def _memory_of_program(stats: Any) -> dict[str, int]:
   """Returns the bytes of a compiled program on a device."""
   sizes = dict(
       arguments=stats.argument_size_in_bytes,
@@ -335,47 +372,64 @@ def _memory(stats: Any) -> dict[str, int]:
   return sizes
 
 
-def _work(run: runs.Run, topology: chips.Topology, what: Program, jaxpr: Any
-          ) -> flops.Work:
-  """Returns the work of a program, experts in even load."""
-  data, rows = run.config.data, ragged_rows(run, what.name)
-  if what.name == 'decode':  # reads the prompt, then a token of each row
-    prompt = data.length - DRAWN['decode']
-    rows = predict.expert_rows(run, data.batch_size * prompt)
+def _work_of_program(run: runs.Run, topology: chips.Topology, what: Program,
+                     jaxpr: Any) -> flops.Work:
+  """Returns the FLOPs and bytes of a program where tokens come to experts in
+  even load.
+
+  Args:
+    run: the run, on the topology's devices.
+    topology: the devices.
+    what: the program.
+    jaxpr: the program, as jax traced it.
+  """
+  data = run.config.data
+  rows = ragged_rows(run, what.name)
+  # Decoding reads the whole prompt first, then a token of each row.
+  if what.name == 'decode':
+    prompt = data.length - NEW_TOKENS_OF_PROGRAM['decode']
+    rows = predict.rows_of_experts(run, data.batch_size * prompt)
   place = flops.Place(
       platform=topology.chip.platform, rows=rows, passes=what.passes,
-      dense=chips.dense(topology),
-      loop_rows=predict.expert_rows(run, data.batch_size))
+      dense=chips.products_of_all_groups(topology),
+      loop_rows=predict.rows_of_experts(run, data.batch_size))
   return flops.count_work(jaxpr, place)
 
 
 def model_flops(run: runs.Run, name: str) -> dict[str, float]:
   """Returns the FLOPs that the model needs for a step, on all devices.
 
-  `weights` is 6 N_active T in training, N_active the weights that a token is
-  multiplied with and T the tokens, less the gradients of what is frozen.
-  `attention` is what its mask leaves.
+  Args:
+    run: the run.
+    name: the program: train, prefill or decode.
+
+  Returns:
+    `weights`: in training 6 N_active T, with N_active the weights that a token
+      is multiplied with and T the tokens, less the gradients of what is frozen.
+    `attention`: the products of attention that its mask leaves.
   """
-  config, model = run.config, run.model
-  rows = config.data.batch_size
+  config = run.config
+  model = run.model
+  num_rows = config.data.batch_size
   if name == 'train':
-    of_a_row = flops.training_flops_of_row(config, model)
-    return {part: rows * n for part, n in of_a_row.items()}
+    flops_of_row = flops.training_flops_of_row(config, model)
+    return {part: num_rows * n for part, n in flops_of_row.items()}
 
   # A generation reads the prompt and, one at a time, all tokens after it but
   # the last: in the sum, a forward pass over them.
   objective = objectives.of(config)
   length = objective.row_lengths(config)[0]
   needed = flops.forward_flops(model, length - 1)
-  prompt = length - DRAWN[name]
+  prompt = length - NEW_TOKENS_OF_PROGRAM[name]
   if objective.prefix:  # and in the prompt, later tokens are seen too
     both_ways = flops.forward_flops(model, prompt, prompt=True)
     causal = flops.forward_flops(model, prompt, prompt=False)
     needed['attention'] += both_ways['attention'] - causal['attention']
 
-  # The head reads those that a token is drawn after.
+  # The head reads only the tokens after which one is drawn: of the prompt, the
+  # last.
   needed['weights'] -= (prompt - 1) * 2 * model.d_model * model.vocab_size
-  return {part: rows * n for part, n in needed.items()}
+  return {part: num_rows * n for part, n in needed.items()}
 
 
 def ragged_rows(run: runs.Run, name: str) -> int:
@@ -388,10 +442,10 @@ def ragged_rows(run: runs.Run, name: str) -> int:
     parts = run.config.train.grad_accumulation
   lengths = objectives.of(run.config).row_lengths(run.config)
   tokens = run.config.data.batch_size * max(lengths)
-  return predict.expert_rows(run, tokens / parts)
+  return predict.rows_of_experts(run, tokens / parts)
 
 
-def hosts(run: runs.Run, topology: chips.Topology) -> np.ndarray:
+def host_of_devices(run: runs.Run, topology: chips.Topology) -> np.ndarray:
   """Returns the slice (TPU) or host (GPU) of each device, in mesh order."""
   placed = run.mesh.devices.reshape(-1)
   if topology.slices > 1:  # `data` goes over the slices, and comes first

@@ -24,10 +24,10 @@ from training.data import tokenizers
 from training.distributed import devices
 from training.objectives import pipeline
 
-BOUNDS = ('step_seconds', 'highest_mfu', 'bound')
+KEYS_OF_BOUNDS = ('step_seconds', 'highest_mfu', 'bound')
 
 
-def meshes(config: ml_collections.ConfigDict, model: ModelConfig,
+def possible_meshes(config: ml_collections.ConfigDict, model: ModelConfig,
            topology: chips.Topology) -> Iterator[dict[str, int]]:
   """Yields every mesh that the model and the batch allow, `tensor` within the
   devices that the fast network joins, and 16 at most."""
@@ -47,48 +47,58 @@ def meshes(config: ml_collections.ConfigDict, model: ModelConfig,
     yield shape
 
 
-def candidates(config: ml_collections.ConfigDict, topology: chips.Topology
-               ) -> list[dict]:
-  """Returns every plan of a checked config whose estimate fits, shortest step
-  first."""
+def plans_by_estimate(config: ml_collections.ConfigDict,
+                      topology: chips.Topology) -> list[dict]:
+  """Returns every plan that fits by an estimate, the one with the shortest step
+  first. A plan is a mesh, a remat policy and an accumulation of gradients.
+
+  Args:
+    config: the config of the run, checked; its mesh, model.remat and
+      train.grad_accumulation are replaced.
+    topology: the devices.
+  """
   model, _ = runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
-  predict.peak_flops(topology, model.dtype)  # or there is no order of plans
+  # Without a published peak, plans have no order.
+  predict.require_peak_flops(topology, model.dtype)
   config = config.copy_and_resolve_references()
   config.train.grad_accumulation = 1  # the plans have their own
-  placed = chips.devices(topology)
+  placed = chips.described_devices(topology)
   plans: list[dict] = []
   activations: dict[str, tuple[int, int]] = {}  # those that a policy keeps
-  shapes = list(meshes(config, model, topology))
+  shapes = list(possible_meshes(config, model, topology))
   for shape in progress.show_items(shapes, 'meshes estimated'):
     mesh = devices.make_mesh(shape, placed, topology.slices)
     run = runs.build(config, model, mesh)
     if sum(memory.state_bytes(run).values()) <= topology.chip.hbm:
-      plans += _plans_of(run, topology, activations)
+      plans += _plans_of_mesh(run, topology, activations)
   plans.sort(key=lambda plan: (plan['step_seconds'], plan['peak_bytes']))
   return plans
 
 
-def _plans_of(run: runs.Run, topology: chips.Topology,
+def _plans_of_mesh(run: runs.Run, topology: chips.Topology,
               activations: dict[str, tuple[int, int]]) -> list[dict]:
-  """Returns the plans of a mesh that fit: for each remat policy the one with
-  the least accumulation, since more accumulation only sends more.
+  """Returns the plans of one mesh that fit by an estimate: for each remat
+  policy the one that accumulates the fewest gradients, as more of them only
+  send more.
 
   Args:
     run: the run on that mesh.
-    topology: the topology.
-    activations: memory.kept by the name of a policy, which is the same on each
-      mesh; it is filled here.
+    topology: the devices.
+    activations: what memory.bytes_kept_for_backward returns, by the name of a
+      policy. It is the same on each mesh, and is filled in here.
   """
-  accumulations = _accumulations(run)
+  accumulations = _possible_accumulations(run)
   plans = []
   least = math.inf  # the accumulation of this mesh's plans so far
   for name, policy in layers.REMAT.items():
     if name not in activations:
-      activations[name] = memory.bytes_kept_for_backward(_variant(run, name, 1))
+      activations[name] = memory.bytes_kept_for_backward(
+          _with_policy(run, name, 1))
     for parts in accumulations:
       if policy.to_host and parts >= least:
         break  # the way to the host is in no bound: it must save sending
-      plan = _score(_variant(run, name, parts), topology, activations[name])
+      plan = _estimate_plan(
+          _with_policy(run, name, parts), topology, activations[name])
       if plan['peak_bytes'] < topology.chip.hbm:
         plans.append(plan)
         least = min(least, parts)
@@ -96,16 +106,18 @@ def _plans_of(run: runs.Run, topology: chips.Topology,
   return plans
 
 
-def _accumulations(run: runs.Run) -> Sequence[int]:
-  """Returns the powers of two into which a device's rows can be cut, at each
-  step of the run."""
-  config, shape = run.config, run.mesh.shape
-  sizes = (*pipeline.ramp_of(config).sizes, config.data.batch_size)
+def _possible_accumulations(run: runs.Run) -> Sequence[int]:
+  """Returns the powers of two into which the rows of a device can be cut in
+  every
+  batch of the run, as values of train.grad_accumulation."""
+  config = run.config
+  shape = run.mesh.shape
+  batch_sizes = (*pipeline.ramp_of(config).sizes, config.data.batch_size)
   shards = shape['data'] * shape['fsdp'] * shape['expert']
   accumulations = []
   for power in range(12):
     parts = 2 ** power
-    if all(size % (shards * parts) == 0 for size in sizes):
+    if all(size % (shards * parts) == 0 for size in batch_sizes):
       accumulations.append(parts)
   return accumulations
 
@@ -119,7 +131,7 @@ def with_policy(config: ml_collections.ConfigDict, policy: str,
   return config
 
 
-def _variant(run: runs.Run, policy: str, accumulation: int) -> runs.Run:
+def _with_policy(run: runs.Run, policy: str, accumulation: int) -> runs.Run:
   """Returns the run with another remat policy and accumulation."""
   model = dataclasses.replace(run.model, remat=policy)
   return dataclasses.replace(
@@ -127,29 +139,33 @@ def _variant(run: runs.Run, policy: str, accumulation: int) -> runs.Run:
       module=run.module.clone(config=model))
 
 
-def _score(run: runs.Run, topology: chips.Topology, kept: tuple[int, int]
-           ) -> dict:
-  """Returns one plan, with its flags and its bounds.
+def _estimate_plan(run: runs.Run, topology: chips.Topology,
+                   kept: tuple[int, int]) -> dict:
+  """Returns one plan without compiling it: its flags, its peak memory, and the
+  shortest time that its step can take.
 
   Args:
-    run: the run.
-    topology: the topology.
-    kept: the figures of memory.kept for its remat policy.
+    run: the run with the plan's mesh, remat policy and accumulation.
+    topology: the devices.
+    kept: what memory.bytes_kept_for_backward returns for its remat policy.
   """
-  model, accumulation = run.model, run.config.train.grad_accumulation
+  model = run.model
+  accumulation = run.config.train.grad_accumulation
 
-  # The FLOPs of a device: recomputation is a forward pass more, a third.
+  # The FLOPs of a device. Where the backward pass computes the layers again, a
+  # step has four forward passes in place of three.
   needed = sum(programs.model_flops(run, 'train').values()) / topology.devices
   computed = needed
   if layers.remat(model).again:
     computed = needed * 4 / 3
 
   # The bounds, and the peak of its memory.
-  sent = predict.sent(run, programs.hosts(run, topology))
-  inside, outside = collectives.total(sent)
-  bounds = predict.times(
+  sent = predict.predict_collectives(
+      run, programs.host_of_devices(run, topology))
+  inside, outside = collectives.bytes_sent(sent)
+  bounds = predict.step_times(
       topology, model.dtype, flops=computed,
-      hbm_bytes=predict.hbm_bytes(run, 0.0, True), sent=inside,
+      hbm_bytes=predict.memory_traffic(run, 0.0, True), sent=inside,
       sent_outside=outside, model_flops=needed)
   estimate = memory.estimate_peak_bytes(run, kept, topology.chip.platform)
 
@@ -158,26 +174,36 @@ def _score(run: runs.Run, topology: chips.Topology, kept: tuple[int, int]
   return dict(
       mesh=dict(run.mesh.shape), remat=model.remat,
       grad_accumulation=accumulation,
-      **{name: bounds[name] for name in BOUNDS},
+      **{name: bounds[name] for name in KEYS_OF_BOUNDS},
       peak_bytes=estimate['peak'],
       flags=f'--mesh {mesh} --config.model.remat={model.remat} '
       f'--config.train.grad_accumulation={accumulation}', estimate=True)
 
 
-def search(config: ml_collections.ConfigDict, topology: chips.Topology,
+def search_plans(config: ml_collections.ConfigDict, topology: chips.Topology,
            wanted: int) -> dict:
-  """Returns the `wanted` best plans, compiled where that is possible.
+  """Returns the best plans of a run that fit its devices, compiled where there
+  is a compiler.
+
+  Args:
+    config: the config of the run, checked.
+    topology: the devices.
+    wanted: how many plans to return.
+
+  Returns:
+    topology: its name. candidates: how many plans fit by the estimate. plans:
+    the best ones. refused: those that the compiler found too large.
 
   Raises:
     DoesNotFit: where no candidate does.
   """
-  listed = candidates(config, topology)
+  listed = plans_by_estimate(config, topology)
   plans, refused = [], []
   for plan in listed[:4 * wanted]:
     if len(plans) == wanted:
       break
     try:
-      plans.append(_compiled(config, topology, plan))
+      plans.append(_compile_plan(config, topology, plan))
     except programs.DoesNotFit as error:
       refused.append(plan | dict(reason=str(error)))
   if not plans:
@@ -194,7 +220,7 @@ def search(config: ml_collections.ConfigDict, topology: chips.Topology,
               plans=plans)
 
 
-def _compiled(config: ml_collections.ConfigDict, topology: chips.Topology,
+def _compile_plan(config: ml_collections.ConfigDict, topology: chips.Topology,
               plan: dict) -> dict:
   """Returns a plan with the compiler's figures, or as it is where there is no
   compiler.
@@ -202,18 +228,18 @@ def _compiled(config: ml_collections.ConfigDict, topology: chips.Topology,
   Raises:
     DoesNotFit: where the compiler refuses it.
   """
-  if not chips.compiler(topology):
+  if not chips.installed_compiler(topology):
     return plan
   mesh = ','.join(f'{axis}={n}' for axis, n in plan['mesh'].items())
   config = with_policy(config, plan['remat'], plan['grad_accumulation'])
   run = programs.run_on(config, topology, mesh)
-  report = programs.analyse(run, topology, 'train')
-  bounds = {name: report['roofline'][name] for name in BOUNDS}
+  report = programs.analyse_program(run, topology, 'train')
+  bounds = {name: report['roofline'][name] for name in KEYS_OF_BOUNDS}
   return plan | bounds | dict(
       estimate=False, peak_bytes=report['memory']['peak'])
 
 
-def text(plans: dict) -> str:
+def plans_as_text(plans: dict) -> str:
   """Returns the plans as a table."""
   lines = [f'{plans["topology"]}: {plans["candidates"]} plans fit by an '
            'estimate; best first, by the shortest step that published figures '

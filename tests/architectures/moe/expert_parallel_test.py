@@ -19,7 +19,7 @@ from architectures.parts.moe.layer import MoE
 from architectures.parts.moe.routing import MoEConfig
 from configs import base, sharding as tables
 from tests.helpers import models
-from tools.plan.collectives import groups
+from tools.plan.collectives import parse_groups
 
 B, L, D, F, E, X = 8, 8, 16, 32, 8, 2
 BATCH = ('data', 'fsdp', 'expert')
@@ -123,7 +123,7 @@ def collectives(hlo: str, kind: str):
     sizes = collections.Counter()
     for dtype, shape in re.findall(r'(\w+)\[([\d,]*)\]', match[1]):
       sizes[dtype] += math.prod(int(d) for d in shape.split(',') if d)
-    yield sizes, groups(line)
+    yield sizes, parse_groups(line)
 
 
 def along(members: np.ndarray, shape: dict, axis: str) -> bool:

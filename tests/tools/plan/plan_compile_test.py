@@ -21,7 +21,7 @@ tpu = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None,
     reason="libtpu is not installed: pip install -e '.[plan]'")
 gpu = pytest.mark.skipif(
-    not chips.compiler(chips.parse('h100:1x2x8')),
+    not chips.installed_compiler(chips.parse_topology('h100:1x2x8')),
     reason="the CUDA plugin of jax's own release is not installed: "
     "pip install -e '.[plan-gpu]', with Python 3.12 or later")
 
@@ -33,22 +33,23 @@ def run_on(topology, mesh, config):
 
 
 def compiled(run, topology):
-  what = programs.program(run, 'train')
-  return programs.build(run, what, programs.lower(run, what), topology.chip.hbm)
+  what = programs.make_program(run, 'train')
+  traced = programs.trace_program(run, what)
+  return programs.compile_program(run, what, traced, topology.chip.hbm)
 
 
 @tpu
 @pytest.mark.parametrize('preset', ['fsdp', 'ep_fsdp_tp'])
 def test_experts_cross_by_all_to_all_and_tokens_are_not_gathered(preset):
-  topology = chips.parse('v5p:2x2x2')
+  topology = chips.parse_topology('v5p:2x2x2')
   config = mixtral.get_config()
   config.model.update(num_layers=2, d_model=256, d_ff=128, num_kv_heads=4)
   config.model.moe.num_experts = 8
   config.data.batch_size = 64  # so that tokens are more than a dense weight
   run = run_on(topology, preset, config)
-  sent = collectives.read(
+  sent = collectives.read_collectives(
       compiled(run, topology).as_text(), run.mesh.shape,
-      host_of=programs.hosts(run, topology),
+      host_of=programs.host_of_devices(run, topology),
       ragged_rows=programs.ragged_rows(run, 'train'))
   crossings = [c for c in sent if c.kind == 'ragged-all-to-all'
                and c.dtype == 'bf16']  # of rows, not of gates
@@ -59,9 +60,9 @@ def test_experts_cross_by_all_to_all_and_tokens_are_not_gathered(preset):
     tokens = config.data.batch_size * config.data.length // (
         8 // run.mesh.shape['tensor'])
     assert all(c.payload == tokens * 2 * 256 * 2 for c in crossings)
-    foretold = next(
-        c for c in predict.sent(run, programs.hosts(run, topology))
-        if c.kind == 'all-to-all')
+    host_of = programs.host_of_devices(run, topology)
+    foretold = next(c for c in predict.predict_collectives(run, host_of)
+                    if c.kind == 'all-to-all')
     assert foretold.runs == 8
     assert foretold.sent * 8 == sum(c.sent * c.runs for c in crossings)
   else:
@@ -75,14 +76,14 @@ def test_experts_cross_by_all_to_all_and_tokens_are_not_gathered(preset):
 @tpu
 def test_no_weight_is_summed_whole_on_a_mesh_of_fsdp_alone():
   """By gathers and scatters instead, which send half of an all-reduce."""
-  topology = chips.parse('v5p:4x4x4')
+  topology = chips.parse_topology('v5p:4x4x4')
   config = llama.get_config()
   config.model.update(num_layers=2, d_model=512, d_ff=1024, remat='full')
   config.data.batch_size = 64
   run = run_on(topology, 'fsdp=64', config)
-  sent = collectives.read(
+  sent = collectives.read_collectives(
       compiled(run, topology).as_text(), run.mesh.shape,
-      host_of=programs.hosts(run, topology))
+      host_of=programs.host_of_devices(run, topology))
   # Norms, and the ids of tokens.
   assert not [c for c in sent if c.kind == 'all-reduce' and c.size == 64
               and c.elements > 4 * 512 and c.dtype != 's32']
@@ -101,7 +102,7 @@ def test_no_weight_is_summed_whole_on_a_mesh_of_fsdp_alone():
 def test_what_is_large_is_scattered_and_gathered(preset, kinds):
   """Sums over `tensor`, along the length, and the gradients of experts, both
   those that end with d_model and those that do not."""
-  topology = chips.parse('v5p:2x2x2')
+  topology = chips.parse_topology('v5p:2x2x2')
   config = mixtral.get_config()
   config.model.update(num_layers=2, d_model=1024, d_ff=512, num_kv_heads=4)
   config.model.moe.update(num_experts=4, d_ff=512)
@@ -110,9 +111,9 @@ def test_what_is_large_is_scattered_and_gathered(preset, kinds):
   config.data.update(batch_size=64, length=1024)
   config.model.update(max_len=1024, remat='full')
   run = run_on(topology, preset, config)
-  sent = collectives.read(
+  sent = collectives.read_collectives(
       compiled(run, topology).as_text(), run.mesh.shape,
-      host_of=programs.hosts(run, topology),
+      host_of=programs.host_of_devices(run, topology),
       ragged_rows=programs.ragged_rows(run, 'train'))
   # What a reduce-scatter returns is one of its shards.
   whole = lambda c: c.elements * (c.size if c.kind == 'reduce-scatter' else 1)
@@ -133,7 +134,7 @@ def quickly():
 
 @tpu
 def test_what_does_not_fit_is_refused_by_the_compiler():
-  topology = chips.parse('v5e:2x2')
+  topology = chips.parse_topology('v5e:2x2')
   config = gpt.get_config()
   config.data.update(batch_size=4 * 64, length=4096)
   config.model.update(max_len=4096, num_heads=64, d_model=512)
@@ -144,8 +145,8 @@ def test_what_does_not_fit_is_refused_by_the_compiler():
 @tpu
 @pytest.mark.parametrize('name', ['v5e:2x2', 'v5p:2x2x1'])
 def test_grouped_products_are_counted_as_the_compiler_makes_them(name):
-  topology = chips.parse(name)
-  one = jax.sharding.SingleDeviceSharding(chips.devices(topology)[0])
+  topology = chips.parse_topology(name)
+  one = jax.sharding.SingleDeviceSharding(chips.described_devices(topology)[0])
   shape = lambda *size, dtype='bfloat16': jax.ShapeDtypeStruct(
       size, dtype, sharding=one)
   def products(x_RK, w_EKN, counts_E, d_RN):
@@ -155,7 +156,7 @@ def test_grouped_products_are_counted_as_the_compiler_makes_them(name):
   traced = jax.jit(products).trace(
       shape(512, 256), shape(4, 256, 128), shape(4, dtype='int32'),
       shape(512, 128))
-  place = flops.Place('tpu', dense=chips.dense(topology))
+  place = flops.Place('tpu', dense=chips.products_of_all_groups(topology))
   counted = flops.count_work(traced.jaxpr, place).flops
   made = traced.lower().compile().cost_analysis()['flops']
   assert counted == pytest.approx(made, rel=0.1)
@@ -164,7 +165,7 @@ def test_grouped_products_are_counted_as_the_compiler_makes_them(name):
 @tpu
 @pytest.mark.parametrize('remat, keep', [('full', 'none'), ('offload', 'down')])
 def test_the_peak_is_near_the_estimate(remat, keep):
-  topology = chips.parse('v5p:2x2x1')
+  topology = chips.parse_topology('v5p:2x2x1')
   config = gpt.get_config()
   config.model.update(d_model=1024, num_heads=16, num_layers=8, remat=remat,
                       keep_gathered=keep)
@@ -178,21 +179,21 @@ def test_the_peak_is_near_the_estimate(remat, keep):
 
 @tpu
 def test_two_slices_send_over_the_network_between_them():
-  topology = chips.parse('v5p:2x2x1', 2)
+  topology = chips.parse_topology('v5p:2x2x1', 2)
   run = run_on(topology, 'data=2,fsdp=4', gpt.get_config())
-  report = programs.analyse(run, topology, 'train')
-  assert set(programs.hosts(run, topology)) == {0, 1}
+  report = programs.analyse_program(run, topology, 'train')
+  assert set(programs.host_of_devices(run, topology)) == {0, 1}
   outside = report['roofline']['seconds']['network_outside']
   assert outside > report['roofline']['seconds']['network']
 
 
 @tpu
 def test_generation_holds_weights_and_cache():
-  topology = chips.parse('v5p:2x2x1')
+  topology = chips.parse_topology('v5p:2x2x1')
   config = gpt.get_config()
   run = run_on(topology, 'fsdp=4', config)
-  prefill = programs.analyse(run, topology, 'prefill')
-  decode = programs.analyse(run, topology, 'decode')
+  prefill = programs.analyse_program(run, topology, 'prefill')
+  decode = programs.analyse_program(run, topology, 'decode')
   cache = (2 * config.model.num_layers * config.data.batch_size // 4
            * config.data.length * config.model.d_model * 2)
   for report in (prefill, decode):
@@ -205,12 +206,12 @@ def test_generation_holds_weights_and_cache():
 
 @gpu
 def test_gpus_of_two_hosts():
-  topology = chips.parse('h100:1x2x8')
+  topology = chips.parse_topology('h100:1x2x8')
   config = mixtral.get_config()
   config.model.attention_kernel = 'xla'
   run = run_on(topology, 'data=2,fsdp=4,expert=2', config)
-  assert set(programs.hosts(run, topology)) == {0, 1}
-  report = programs.analyse(run, topology, 'train')
+  assert set(programs.host_of_devices(run, topology)) == {0, 1}
+  report = programs.analyse_program(run, topology, 'train')
   assert report['memory']['peak'] > report['memory']['parameters'] > 0
   kinds = {(row['kind'], tuple(row['axes'])) for row in report['collectives']}
   assert any('all-to-all' in kind and axes == ('expert',)
@@ -219,4 +220,4 @@ def test_gpus_of_two_hosts():
   needed = 1.1 * report['memory']['arguments']
   tight = topology._replace(chip=topology.chip._replace(hbm=needed))
   with pytest.raises(DoesNotFit, match='GiB at its peak, and a device has'):
-    programs.analyse(run, tight, 'train')
+    programs.analyse_program(run, tight, 'train')

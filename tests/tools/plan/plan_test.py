@@ -28,9 +28,9 @@ def test_names_say_chips_devices_and_what_is_together():
   cases = {'v5p:4x4x8': (128, 128, 128), 'v5e:4x8': (32, 32, 32),
            'tpu7x:2x2x1': (4, 8, 8), 'h100:1x8x8': (64, 64, 8)}
   for name, figures in cases.items():
-    t = chips.parse(name)
+    t = chips.parse_topology(name)
     assert (t.chips, t.devices, t.together) == figures, name
-  t = chips.parse('v5p:2x2x2', 2)
+  t = chips.parse_topology('v5p:2x2x2', 2)
   assert (t.chips, t.together) == (16, 8)
 
 
@@ -43,16 +43,16 @@ def test_names_say_chips_devices_and_what_is_together():
     ('v4:2x2x1', 0, 'must be >= 1')])
 def test_wrong_names_are_refused_with_choices(name, slices, words):
   with pytest.raises(ValueError, match=words):
-    chips.parse(name, slices)
+    chips.parse_topology(name, slices)
 
 
 def test_every_chip_has_a_published_peak():
   for name, chip in chips.CHIPS.items():
     assert flops.peak_flops_per_second(chip.kind, 'bfloat16', chip.cores), name
-  v5p = chips.parse('v5p:2x2x1')
-  assert predict.peak_flops(v5p, 'bfloat16') == 459e12
-  assert 2 * predict.peak_flops(
-      chips.parse('tpu7x:2x2x1'), 'bfloat16') == 2307e12
+  v5p = chips.parse_topology('v5p:2x2x1')
+  assert predict.require_peak_flops(v5p, 'bfloat16') == 459e12
+  assert 2 * predict.require_peak_flops(
+      chips.parse_topology('tpu7x:2x2x1'), 'bfloat16') == 2307e12
 
 
 def test_products_are_counted_through_loops_branches_and_shards():
@@ -99,7 +99,7 @@ def test_products_are_counted_through_loops_branches_and_shards():
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-  monkeypatch.setattr(chips, 'compiler', lambda topology: '')
+  monkeypatch.setattr(chips, 'installed_compiler', lambda topology: '')
 
 
 def small(config):
@@ -117,9 +117,9 @@ def run_on_cpu(config, preset):
 
 @pytest.mark.slow
 def test_without_a_compiler_every_figure_is_an_estimate(no_compiler):
-  t = chips.parse('v5p:2x2x2')
+  t = chips.parse_topology('v5p:2x2x2')
   run = programs.run_on(small(mixtral.get_config()), t, 'ep_fsdp_tp')
-  plan = programs.plan(run, t, ['train'])
+  plan = programs.make_plan(run, t, ['train'])
   [one] = plan['programs']
   assert plan['estimate'] and one['estimate'] and plan['fits']
   assert one['memory']['peak'] > one['memory']['parameters'] > 0
@@ -132,14 +132,14 @@ def test_without_a_compiler_every_figure_is_an_estimate(no_compiler):
   assert figures and all('~' in line for line in figures)
   json.dumps(plan)
   with pytest.raises(RequestError, match='no estimate'):
-    programs.plan(run, t, ['prefill'])
+    programs.make_plan(run, t, ['prefill'])
 
 
 def test_a_plan_names_the_largest_of_what_stands_whole(
     no_compiler, monkeypatch):
   """Of a GPT, in which fsdp cuts d_model, the biases of d_ff numbers."""
-  monkeypatch.setattr(programs, 'SMALL', 2 * 64 * 4)
-  t = chips.parse('v5p:2x2x2')
+  monkeypatch.setattr(programs, 'LEAST_BYTES_NAMED', 2 * 64 * 4)
+  t = chips.parse_topology('v5p:2x2x2')
   run = programs.run_on(small(gpt.get_config()), t, 'fsdp')
   row, = programs.whole_along_fsdp(run)
   assert row['bytes_per_device'] == 2 * 64 * 4
@@ -149,16 +149,17 @@ def test_a_plan_names_the_largest_of_what_stands_whole(
 
 
 def test_what_does_not_fit_is_refused_with_figures(no_compiler):
-  t = chips.parse('v5p:2x2x2')
+  t = chips.parse_topology('v5p:2x2x2')
   run = programs.run_on(small(gpt.get_config()), t, 'fsdp')
   for hbm, words in ((2 ** 16, r'at its peak, and a device has 0.00'),
                      (2 ** 10, 'parameters 0.0 GiB, optimizer 0.0')):
     with pytest.raises(DoesNotFit, match=words):
-      programs.analyse(run, t._replace(chip=t.chip._replace(hbm=hbm)), 'train')
+      tight = t._replace(chip=t.chip._replace(hbm=hbm))
+      programs.analyse_program(run, tight, 'train')
 
 
 def test_the_state_on_a_device(no_compiler):
-  t = chips.parse('v5p:2x2x2')
+  t = chips.parse_topology('v5p:2x2x2')
   alone, spread = (memory.state_bytes(programs.run_on(
       small(gpt.get_config()), t, mesh)) for mesh in ('dp', 'fsdp'))
   params = 4 * runs.count_parameters(programs.run_on(
@@ -170,30 +171,30 @@ def test_the_state_on_a_device(no_compiler):
 
 @pytest.mark.slow
 def test_a_search_ranks_what_fits(no_compiler):
-  t = chips.parse('v5p:2x2x1')
+  t = chips.parse_topology('v5p:2x2x1')
   config = small(gpt.get_config())
-  listed = search.candidates(config, t)
+  listed = search.plans_by_estimate(config, t)
   assert listed == sorted(listed, key=lambda one: one['step_seconds'])
   assert {one['remat'] for one in listed} == {'none', 'dots', 'full'}
   assert {one['mesh']['data'] for one in listed} >= {1, 4}
   assert all(one['peak_bytes'] < t.chip.hbm for one in listed)
   whole = memory.state_bytes(programs.run_on(config, t, 'data=4'))
   tight = t._replace(chip=t.chip._replace(hbm=1.1 * sum(whole.values())))
-  for one in search.candidates(config, tight):  # no state lies whole
+  for one in search.plans_by_estimate(config, tight):  # no state lies whole
     assert one['mesh']['fsdp'] * one['mesh']['tensor'] > 1
-  result = search.search(config, t, 2)
+  result = search.search_plans(config, t, 2)
   assert len(result['plans']) == 2 and '--mesh' in result['plans'][0]['flags']
-  assert search.text(result).count('~') >= 6
+  assert search.plans_as_text(result).count('~') >= 6
   nothing = t._replace(chip=t.chip._replace(hbm=2 ** 10))
   with pytest.raises(DoesNotFit, match='0 plans'):
-    search.search(config, nothing, 1)
+    search.search_plans(config, nothing, 1)
 
 
 def test_bytes_between_hosts_count_in_a_search():
   for mesh, gathers in ((dict(data=2, fsdp=4), False), (dict(data=8), False),
                         (dict(data=1, fsdp=8), True)):
     run = run_on_cpu(small(gpt.get_config()), tables.PRESETS['dp'] | mesh)
-    messages = predict.sent(run, np.arange(8) // 4)
+    messages = predict.predict_collectives(run, np.arange(8) // 4)
     kinds = {one.kind for one in messages if one.sent_outside}
     assert 'all-reduce' in kinds and ('all-gather' in kinds) == gathers, mesh
     assert sum(one.sent for one in messages) > sum(
@@ -213,15 +214,16 @@ def test_a_generation_needs_the_head_for_tokens_that_are_drawn(name, drawn):
 def test_the_slowest_of_compute_memory_and_network_bounds_a_step():
   figures = dict(flops=2 * 459e12, hbm_bytes=2765e9, sent=60e9,
                  sent_outside=0.0, model_flops=459e12)
-  t = chips.parse('v5p:2x2x1')
-  times = predict.times(t, 'bfloat16', **figures)
+  t = chips.parse_topology('v5p:2x2x1')
+  times = predict.step_times(t, 'bfloat16', **figures)
   assert times['seconds'] == pytest.approx(
       {'compute': 2.0, 'hbm': 1.0, 'network': 0.1})
   assert (times['bound'], times['highest_mfu']) == ('compute', 0.5)
   figures['sent_outside'] = 62.5e9
-  times = predict.times(t, 'bfloat16', **figures)
+  times = predict.step_times(t, 'bfloat16', **figures)
   assert times['bound'] == 'network_outside' and times['step_seconds'] == 10
-  v4 = predict.times(chips.parse('v4:2x2x1', 2), 'bfloat16', **figures)
+  v4 = predict.step_times(
+      chips.parse_topology('v4:2x2x1', 2), 'bfloat16', **figures)
   assert v4['unknown'] == ['network_outside'] and v4['bound'] == 'compute'
 
 
@@ -238,9 +240,9 @@ def test_weights_are_read_whole_once_a_pass(rules, mesh):
     whole = sum(x.size * 2 // (shards if '/ffn/' in path and x.ndim == 4 else 1)
                 for path, x in paths.flatten(run.abstract.params).items()
                 if not path.startswith('embed/'))
-    assert predict.hbm_bytes(run, 0.0, False) == whole, dtype
+    assert predict.memory_traffic(run, 0.0, False) == whole, dtype
     state = 2 * sum(memory.state_bytes(run).values())
-    assert predict.hbm_bytes(run, 0.0, True) == 2 * whole + state, dtype
+    assert predict.memory_traffic(run, 0.0, True) == 2 * whole + state, dtype
 
 
 def test_passes_cost_what_as_many_layers_do():
@@ -250,9 +252,9 @@ def test_passes_cost_what_as_many_layers_do():
     config = small(mixtral.get_config())
     config.model.update(changes)
     run = run_on_cpu(config, 'ep_fsdp_tp')
-    figures = {'read': predict.hbm_bytes(run, 0.0, True)
+    figures = {'read': predict.memory_traffic(run, 0.0, True)
                - 2 * sum(memory.state_bytes(run).values())}
-    for one in predict.sent(run, np.zeros(8, int)):
+    for one in predict.predict_collectives(run, np.zeros(8, int)):
       key = one.kind, *one.axes
       figures[key] = figures.get(key, 0) + one.sent * one.runs
     return figures
@@ -292,13 +294,13 @@ def test_every_pass_keeps_its_activations():
     ('source_target_pairs={{0,1},{1,0}}', [[0, 1], [1, 0]]),
     ('channel_id=3', None)])
 def test_groups_in_every_syntax(text, members):
-  got = collectives.groups(text)
+  got = collectives.parse_groups(text)
   assert (got.tolist() if got is not None else None) == members
 
 
 def test_axes_are_those_along_which_a_group_differs():
   mesh = dict(data=1, fsdp=2, expert=2, tensor=2)
-  axes = lambda *rows: collectives.axes_of(np.array(rows), mesh)
+  axes = lambda *rows: collectives.axes_of_groups(np.array(rows), mesh)
   assert axes([0, 4], [1, 5]) == ('fsdp',)
   assert axes([0, 2], [1, 3]) == ('expert',)
   assert axes([0, 1, 4, 5]) == ('fsdp', 'tensor')
@@ -369,7 +371,7 @@ MESH = dict(data=1, fsdp=4, expert=1, tensor=2)
 
 
 def test_every_collective_is_read_with_its_runs_and_bytes():
-  moves = collectives.read(PROGRAM, MESH, host_of=np.zeros(8, int),
+  moves = collectives.read_collectives(PROGRAM, MESH, host_of=np.zeros(8, int),
                            ragged_rows=20)
   rows = {(c.kind, c.axes, c.runs, c.known): c for c in moves}
   assert len(rows) == len(moves)
@@ -383,10 +385,11 @@ def test_every_collective_is_read_with_its_runs_and_bytes():
       ('collective-permute', ('tensor',), 4, False): 16,
       ('collective-permute', ('tensor',), 3, True): 16,
       ('all-reduce', ('fsdp', 'tensor'), 1, True): 2 * 7 / 8 * 40}
-  again = collectives.read(PROGRAM, MESH, host_of=np.zeros(8, int), passes=6)
+  again = collectives.read_collectives(
+      PROGRAM, MESH, host_of=np.zeros(8, int), passes=6)
   assert all(c.known for c in again)
   assert {c.runs for c in again if c.kind == 'collective-permute'} == {24, 3}
-  table = collectives.table(moves)
+  table = collectives.sum_by_kind(moves)
   permutes = next(r for r in table if r['kind'] == 'collective-permute')
   assert permutes['runs_per_step'] == 7 and not permutes['exact']
   assert permutes['bytes_sent_per_device'] == 7 * 16
@@ -414,7 +417,8 @@ def test_a_gather_that_several_fusions_print_is_one():
   text = ''.join(fusion.format(i, channel) for i, channel in enumerate(
       (5, 5, 6))) + 'ENTRY %main (x: bf16[1,4]) -> bf16[8,4] {\n' + '\n'.join(
           call.format(i) for i in range(3)) + '\n}\n'
-  sent = collectives.read(text, dict(fsdp=8), host_of=np.zeros(8, int))
+  sent = collectives.read_collectives(
+      text, dict(fsdp=8), host_of=np.zeros(8, int))
   assert [c.kind for c in sent] == ['all-gather'] * 2
 
 
