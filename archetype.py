@@ -292,15 +292,16 @@ class Model:
       RequestError: for a field, a value or a combination that there is not.
     """
     module = architectures.build(changed_model(self.config, fields))
-    before, fresh = paths.flatten(self.params), _draw_parameters(module, seed)
+    before = paths.flatten_by_path(self.params)
+    fresh = _draw_parameters(module, seed)
     drawn = []
-    for name, x in paths.flatten(fresh).items():
+    for name, x in paths.flatten_by_path(fresh).items():
       if name not in before or before[name].shape != x.shape:
         drawn.append(name)
 
     def kept(key: tuple, x: jax.Array) -> jax.Array:
       """Returns the parameter of a path: its value before, where it has one."""
-      name = paths.join(key)
+      name = paths.path_to_string(key)
       if name in drawn:
         return x
       return before[name]
@@ -550,9 +551,9 @@ def changed_model(config: ModelConfig, fields: Mapping[str, Any]
     require(name not in _FIELDS_BEHIND_OTHERS,
             f'model.{name} decides the sizes of other '
             'parts: build a model with it, from a file of configs/')
-  tree = ml_collections.ConfigDict(flat.defaults())
+  tree = ml_collections.ConfigDict(flat.default_tree())
   with tree.ignore_type():
-    tree.update(flat.as_dict(config))
+    tree.update(flat.to_dict(config))
     if config.lora.alpha == config.lora.rank:
       tree.lora.alpha = 0
     if architectures.stack(config) != 'encoder-decoder':
@@ -569,8 +570,8 @@ def _refuse_unread_fields(config: ModelConfig, fields: Mapping[str, Any],
   would not read."""
   if not fields:
     return
-  unread = flat.unread(config, tree)
-  for name in flat.flatten(fields):
+  unread = flat.fields_that_are_unread(config, tree)
+  for name in flat.flatten_groups(fields):
     if name in unread:
       raise RequestError(f'model.{name} is not read by this model: it is read '
                          f'where {unread[name].where}')

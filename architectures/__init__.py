@@ -134,7 +134,7 @@ def resolve(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
   """
   config = model
   if not isinstance(config, ModelConfig):
-    config = flat.make(config)
+    config = flat.make_model(config)
   tables.check_model(config, system(config.arch).STACK, _archs)
   return config
 

@@ -33,7 +33,7 @@ class ModernBERT(Encoder):
                logits_bias=True, prefix='first', pattern='local,local,global',
                kinds=dict(first=dict(block='ffn_norm')))
 
-  def scored(self, x: jax.Array, of_row: bool):
+  def input_of_task_head(self, x: jax.Array, of_row: bool):
     return self.transform(x), {}
 
 

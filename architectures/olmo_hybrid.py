@@ -113,5 +113,6 @@ class HF(llama.Family):
 
   def check(self, c: ModelConfig) -> None:
     layer_types.check_attention(c)
-    require(blocks.with_state(c), 'all layers attend: transformers runs an '
-            'olmo_hybrid with some recurrences only')
+    require(blocks.has_layers_with_state(c),
+            'all layers attend: transformers runs an olmo_hybrid with some '
+            'recurrences only')

@@ -104,8 +104,9 @@ class HF(qwen3_5_moe.HF):
     layers = fields['num_layers']
     every = reader('full_attention_interval', 4)
     layer_types.check_number('num_hidden_layers', layers)
-    reader.must(indexer_kv_heads=1, split_ngram_parts=1, seed=lookup.SEED,
-                make_ngram_vocab_size_divisible_by=lookup.PADDED_TO)
+    reader.must(indexer_kv_heads=1, split_ngram_parts=1,
+                seed=lookup.SEED_OF_MULTIPLIERS,
+                make_ngram_vocab_size_divisible_by=lookup.ROWS_ARE_MULTIPLE_OF)
 
     # The order of the layers, of which one linear one looks up n-grams.
     words = layer_types.each(reader, 'layer_types', layers, TYPES)
@@ -144,9 +145,9 @@ class HF(qwen3_5_moe.HF):
   def constants(self, c: ModelConfig) -> dict[str, np.ndarray]:
     # The numbers that n-grams are hashed by, which their files hold too.
     ngrams = c.part(NGramsConfig)
-    sizes = lookup.primes(ngrams.rows, ngrams.tables)
+    sizes = lookup.first_primes(ngrams.rows, ngrams.tables)
     values = dict(
-        layer_multipliers=lookup.multipliers(c.vocab_size, ngrams.order),
+        layer_multipliers=lookup.hash_multipliers(c.vocab_size, ngrams.order),
         ngram_heads_vocab_sizes=sizes,
         ngram_heads_offsets=np.cumsum((0, *sizes[:-1])))
     tensors = {}

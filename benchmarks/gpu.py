@@ -103,7 +103,7 @@ def time_attention(run_config: ml_collections.ConfigDict
                                         softcap=0.0, sink_H=None)
     return jnp.square(out.astype(jnp.float32)).sum()
 
-  platform = sharding.platform()
+  platform = sharding.traced_platform()
   names = ['xla']
   for name, kernel in kernels.KERNELS.items():
     if kernel.platform == platform:

@@ -119,7 +119,7 @@ def layer_of_mixer(run_config: ml_collections.ConfigDict) -> Contender:
   """Returns the forward and backward pass of one mixer on one row, to be timed.
   """
   config = architectures.resolve(run_config.model)
-  mixer = blocks.mixer_of(config)
+  mixer = blocks.mixer_of_layers(config)
   module = mixer.module(config, config.layer_kinds(1)[0])
   length = run_config.data.length
   compiled, inputs = compile_gradient(module, config, 1, length, None)
@@ -140,7 +140,7 @@ def decoding_with_mixer(run_config: ml_collections.ConfigDict) -> Contender:
   module = architectures.build(config)
   params = jax.jit(module.init)(
       jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
-  params, cache = jax.jit(skeletons.one_by_one)(
+  params, cache = jax.jit(skeletons.unstack_layers)(
       params, architectures.init_cache(config, 1, length))
 
   def write_tokens(params: Any, cache: Any) -> tuple[jax.Array, Any]:

@@ -349,7 +349,7 @@ def find(name: str) -> DeclaredField | None:
   of_kind = re.fullmatch(r'model\.kinds\.\w+\.(\w+)(.*)', name)
   if of_kind:
     field_name, rest = of_kind.groups()
-    name = f'model.{flat.OF_LAYERS.get(field_name, "")}{rest}'
+    name = f'model.{flat.FIELDS_OF_LAYER_KINDS.get(field_name, "")}{rest}'
   return FIELDS.get(name)
 
 
@@ -363,7 +363,7 @@ def check(tree: Mapping[str, Any], who: str = '') -> None:
     who: the words that the sentence begins with.
   """
   values = []
-  for name, value in flat.flatten(tree).items():
+  for name, value in flat.flatten_groups(tree).items():
     leaf = FIELDS.get(name) or find(name)
     if leaf is None:
       raise RequestError(f'{who}{short(name)} is no config field')
@@ -393,4 +393,4 @@ def resume(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Effect:
 def base() -> ml_collections.ConfigDict:
   """Returns a config with every field of a run at its default."""
   return ml_collections.ConfigDict(
-      dataclasses.asdict(Run()) | {'model': flat.defaults()})
+      dataclasses.asdict(Run()) | {'model': flat.default_tree()})

@@ -137,7 +137,7 @@ def test_what_is_not_read_is_refused_by_hand_and_is_nowhere(system):
   config = base.base()
   config.model = models.config(system)
   c = architectures.resolve(config.model)
-  unread = flat.unread(c, config.model)
+  unread = flat.fields_that_are_unread(c, config.model)
   assert ('head_dim' in unread) == (system in ('deepseek_v3', 'kimi_linear'))
   assert {name.split('.')[0] for name in unread} >= {'mamba2', 'streams'}
   for name in flat.FIELDS:
@@ -152,12 +152,13 @@ def test_what_is_not_read_is_refused_by_hand_and_is_nowhere(system):
     else:
       preflight.refuse_unread_fields([f'model.{name}'], config, c)
     set_in(config, f'model.{name}', was)
-  read = flat.flatten(run_config.without_unread_fields(config, c))
-  assert not {f'model.{name}' for name in flat.unread(c)} & read.keys()
-  assert flat.make(flat.as_dict(c)) == c
+  read = flat.flatten_groups(run_config.without_unread_fields(config, c))
+  unread = flat.fields_that_are_unread(c)
+  assert not {f'model.{name}' for name in unread} & read.keys()
+  assert flat.make_model(flat.to_dict(c)) == c
   for group, part in flat.GROUPS.items():
-    gone = all(name in unread for name in flat.fields_of(group))
-    assert (c.find(part) is None) == gone or group == flat.LORA
+    gone = all(name in unread for name in flat.fields_of_group(group))
+    assert (c.find(part) is None) == gone or group == flat.GROUP_OF_LORA
 
 
 @pytest.mark.slow

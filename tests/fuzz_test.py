@@ -178,7 +178,8 @@ def calls(draw, model: archetype.Model) -> tuple[str, dict[str, Any]]:
   name = draw(st.sampled_from(sorted(PUBLIC)))
   names = [x.name for x in inspect.signature(PUBLIC[name]).parameters.values()
            if x.name not in ('self', 'inputs', 'fields')]
-  names += flat.defaults() if 'build' in name or 'with' in name else ['mask']
+  takes_model = 'build' in name or 'with' in name
+  names += flat.default_tree() if takes_model else ['mask']
   return name, needed(name, model) | draw(st.dictionaries(
       st.sampled_from(names), VALUES, max_size=2))
 

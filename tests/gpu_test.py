@@ -16,7 +16,7 @@ import pytest
 
 import architectures
 from architectures.parts.attention import kernels
-from architectures.parts.layers import Hidden
+from architectures.parts.layers import HiddenUnits
 from architectures.parts.moe import dispatch, grouped
 from configs import sharding as tables
 from tests.helpers import models
@@ -133,7 +133,7 @@ def test_products_of_experts_equal_a_loop(counts, dtype):
   w = dispatch.ExpertWeights(normal(2, E, D, F), normal(3, E, F, D),
                       normal(4, E, D, F))
   gate_P = jax.random.uniform(jax.random.key(5), (rows,)) + 0.5
-  kind = Hidden('swiglu')
+  kind = HiddenUnits('swiglu')
 
   def ours(again, x_PD, gate_P, w):
     y_PD = grouped.grouped_ffn(

@@ -92,7 +92,7 @@ def parameters(run: runs.Run) -> list[dict]:
   """Returns the row of each parameter."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(
       abstract_params(run.module), is_leaf=lambda x: hasattr(x, 'names'))
-  return [row(run, paths.join(path), box.value, box.names)
+  return [row(run, paths.path_to_string(path), box.value, box.names)
           for path, box in leaves]
 
 
@@ -127,7 +127,7 @@ def _constraints(jaxpr: Any, above: str
     jaxpr: a jaxpr.
     above: the names around it.
   """
-  scope = re.compile(rf'{sharding.AXES}\(([^()]*)\)')
+  scope = re.compile(rf'{sharding.SCOPE_OF_CONSTRAINT}\(([^()]*)\)')
   for eqn in jaxpr.eqns:
     name = f'{above}/{eqn.source_info.name_stack}'
     declared = scope.search(name)

@@ -163,11 +163,11 @@ class CachedDecoder:
     self._apart = config.num_decoder_layers <= generate.UNROLLED_LAYERS
     self._cache = architectures.init_cache(config, 1, context)
     if self._apart:
-      self._params, self._cache = jax.jit(skeletons.one_by_one)(
+      self._params, self._cache = jax.jit(skeletons.unstack_layers)(
           params, self._cache)
     self._key = jax.random.key(seed)
     self._ids = np.zeros(0, np.int32)  # the tokens in the cache
-    self._has_state = blocks.with_state(config)
+    self._has_state = blocks.has_layers_with_state(config)
     self._ends = generate.lengths_to_reread_at(module)
     self.context = context
     self.num_read = 0

@@ -516,7 +516,7 @@ def check_config(config: Any, who: str) -> None:
     raise RequestError(
         f'{who} returned {short(config)}, which is no ConfigDict: end it with '
         '`return c`, where c began as base.base()')
-  missing = base.FIELDS.keys() - flat.flatten(config)
+  missing = base.FIELDS.keys() - flat.flatten_groups(config)
   if missing:
     raise RequestError(
         f'{who}: the fields {short(sorted(missing))} are missing: begin with '
@@ -544,10 +544,10 @@ def declare_field(config: ml_collections.ConfigDict,
   # The field of a kind, and the model's field or group of that meaning.
   kind, field = match.groups()
   name, _, inner = field.partition('.')
-  of_model = flat.OF_LAYERS.get(name, '')
-  choices: Collection[str] = flat.OF_LAYERS
+  of_model = flat.FIELDS_OF_LAYER_KINDS.get(name, '')
+  choices: Collection[str] = flat.FIELDS_OF_LAYER_KINDS
   if of_model in flat.GROUPS:
-    choices = [f'{name}.{x}' for x in flat.defaults()[of_model]]
+    choices = [f'{name}.{x}' for x in flat.default_tree()[of_model]]
   one_of(f'field of model.kinds.{kind}', field, choices)
   flat.check_kinds({kind: {}})
 

@@ -40,7 +40,7 @@ import architectures
 from architectures.parts import blocks, positions
 from architectures.parts.cache import Cache
 from architectures.parts.moe.layer import without_capacity
-from architectures.parts.skeletons import one_by_one
+from architectures.parts.skeletons import unstack_layers
 from common.errors import one_of
 from common.fields import check_number
 
@@ -251,7 +251,7 @@ def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
   places = 'positions_BL'
   if source_BM is None:
     options['prefix_B'] = prefix_B
-    if blocks.with_state(module.config):
+    if blocks.has_layers_with_state(module.config):
       options['valid_BL'] = _token_mask(prompts_BL, lengths_B)
   else:
     assert source_lengths_B is not None, 'a source comes with its lengths'
@@ -272,7 +272,7 @@ def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
   cache = output.cache
   apart = _is_unrolled(module)
   if apart:
-    params, cache = one_by_one(params, cache)
+    params, cache = unstack_layers(params, cache)
   if copies > 1:
     cache = _repeat_rows(cache, copies, _row_axis_of_cache(module))
     prompts_BL, lengths_B, prefix_B, fixed = _repeat_rows(
@@ -319,7 +319,7 @@ def lengths_to_reread_at(module: Any) -> tuple[int, ...]:
   """Returns the lengths, ascending, past which a text is read again."""
   if not module.REREADS:
     return ()
-  return positions.lengths_apart(module.config)
+  return positions.lengths_that_change_rotation(module.config)
 
 
 def _reread_outgrown_rows(module: nn.Module, params: Any, cache: Any,

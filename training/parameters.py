@@ -282,7 +282,7 @@ def _read_weights_of_run(run: runs.Run, source: epath.Path, drawn: Any,
   if step is None:
     _warn_of_damaged_checkpoints(restored)
   params = checkpoints.nest_by_path(
-      paths.flatten(initial) | paths.flatten(restored.state))
+      paths.flatten_by_path(initial) | paths.flatten_by_path(restored.state))
   if not same_adapters:
     params = weights.beside(params, drawn)
   return params, skipped
@@ -292,7 +292,7 @@ def _split_by_fit(wanted: Any, saved: dict[str, dict]
                   ) -> tuple[dict, dict[str, str]]:
   """Returns the part of `wanted` that is alike in `saved`, and a line for each
   path of the rest."""
-  flat = paths.flatten(wanted)
+  flat = paths.flatten_by_path(wanted)
   lines = {}
   for name, line in checkpoints.list_array_differences(saved, flat).items():
     if name in flat or name.startswith('params/'):
@@ -361,7 +361,8 @@ def _list_model_differences(ours: ModelConfig, theirs: ModelConfig,
     theirs = dataclasses.replace(
         theirs, head=ours.head, pooling=ours.pooling,
         num_labels=ours.num_labels)
-  if ours.position == theirs.position and math.isinf(positions.reach(ours)):
+  has_no_end = math.isinf(positions.longest_supported_length(ours))
+  if ours.position == theirs.position and has_no_end:
     theirs = dataclasses.replace(theirs, max_len=ours.max_len)
   different = hf_config.different(ours, theirs)
   lines = [f'{line} as in its config.json' for line in different.values()]
@@ -395,7 +396,7 @@ def read_parameters(folder: epath.Path, params: Any, step: StepChoice = None, *,
   def wanted(saved: dict[str, Any]) -> dict[str, Any]:
     """Returns the arrays to read, given those that were saved."""
     leaves = {}
-    for path, x in paths.flatten(params).items():
+    for path, x in paths.flatten_by_path(params).items():
       if not live and f'ema/{path}' in saved:
         leaves[f'ema/{path}'] = jax.ShapeDtypeStruct(
             x.shape, jnp.float32, sharding=x.sharding)
@@ -408,13 +409,13 @@ def read_parameters(folder: epath.Path, params: Any, step: StepChoice = None, *,
 
   # The tree of parameters, whichever part of the state each one is from.
   arrays = {}
-  for path, x in paths.flatten(restored.state).items():
+  for path, x in paths.flatten_by_path(restored.state).items():
     _, _, name = path.partition('/')
     arrays[name] = x
 
   def restored_array(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
     """Returns the array that was read for a parameter, in its type."""
-    return arrays[paths.join(path)].astype(x.dtype)
+    return arrays[paths.path_to_string(path)].astype(x.dtype)
 
   state = jax.tree_util.tree_map_with_path(restored_array, params)
   what = 'the average (optim.ema)' if 'ema' in restored.state else ''

@@ -74,10 +74,10 @@ def _check_row_length(config: ml_collections.ConfigDict, model: ModelConfig
                       ) -> None:
   """Raises RequestError for rows that are longer than learned positions."""
   longest = max(objectives.of(config).row_lengths(config))
-  require(longest <= positions.reach(model), 'model.max_len is '
-          f'{model.max_len}, and rows of {longest} tokens (data.length,'
-          ' or data.target_length) are longer than these learned positions: '
-          f'set it to {longest} or more')
+  require(longest <= positions.longest_supported_length(model),
+          f'model.max_len is {model.max_len}, and rows of {longest} tokens '
+          '(data.length, or data.target_length) are longer than these learned '
+          f'positions: set it to {longest} or more')
 
 
 def _check_best_figure(e: ml_collections.ConfigDict) -> None:
@@ -124,7 +124,7 @@ def refuse_unread_fields(names: Iterable[str],
     model: its resolved ModelConfig.
   """
   names = {name for name in names if name.startswith('model.')}
-  unread = flat.unread(model, config.model) if names else {}
+  unread = flat.fields_that_are_unread(model, config.model) if names else {}
   for inner, why in unread.items():
     name = f'model.{inner}'
     of_kind = inner.startswith('kinds.')
@@ -154,7 +154,7 @@ def _check_objective_fits_model(name: str, module: nn.Module) -> None:
         f'objective is {name!r}, which does not fit model.arch '
         f'{module.config.arch} ({stack}): choose from {", ".join(choices)}')
   # A prefix is read in both directions.
-  if objective.prefix and blocks.with_state(module.config):
+  if objective.prefix and blocks.has_layers_with_state(module.config):
     raise RequestError(
         f'objective is {name!r}, whose first tokens see each other, and some '
         'layers read a row in one direction (a state of model.mixer, '

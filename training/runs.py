@@ -87,7 +87,7 @@ def parameter_roles(module: nn.Module):
   Raises:
     RequestError: for a parameter that declares none.
   """
-  return sharding.roles(abstract_params(module))
+  return sharding.roles_of_parameters(abstract_params(module))
 
 
 def build_optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
@@ -508,7 +508,7 @@ class Run:
   def context(self):
     """Sets the mesh and the axis rules, for all that is traced inside."""
     rules = tables.RULES[self.config.mesh.rules]
-    with jax.set_mesh(self.mesh), sharding.rules(rules):
+    with jax.set_mesh(self.mesh), sharding.install_rules(rules):
       yield
 
   def new_state(self) -> TrainState:

@@ -24,7 +24,7 @@ from architectures.parts.cache import LayerCache
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.layers import FFN, NO_FFN, norm
-from architectures.parts.mixer import is_state, Mixer
+from architectures.parts.mixer import has_array_of_fixed_size, Mixer
 from architectures.parts.moe.layer import MoE
 from architectures.parts.recurrent import features
 from architectures.parts.recurrent import linear_attention, mamba
@@ -32,32 +32,32 @@ from architectures.parts.recurrent import mamba2, mamba3, rwkv7, short_conv
 from architectures.parts.recurrent.layer import Recurrence
 from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
-from architectures.parts.streams import residual, Streams, X
+from architectures.parts.streams import pin_residual, Streams, LayerInput
 
 
-def mixer_of(c: ModelConfig) -> Mixer:
+def mixer_of_layers(c: ModelConfig) -> Mixer:
   """Returns the mixer of a model, or of its layers of one kind."""
   return MIXERS[c.mixer]
 
 
-def with_state(c: ModelConfig) -> bool:
+def has_layers_with_state(c: ModelConfig) -> bool:
   """Whether some layers of a model read a row in one direction alone and keep
   a state of it: a recurrence, a short convolution before attention or after a
   branch, a memory by n-grams, or an indexer of blocks."""
   for layer_ in c.distinct_layers:
-    if mixer_of(layer_).keeps_state(layer_):
+    if mixer_of_layers(layer_).keeps_state(layer_):
       return True
-    if is_state(functools.partial(empty_cache, layer_)):
+    if has_array_of_fixed_size(functools.partial(empty_cache_of_layer, layer_)):
       return True
   return False
 
 
-def empty_cache(c: ModelConfig, shape: tuple[int, ...]) -> LayerCache:
+def empty_cache_of_layer(c: ModelConfig, shape: tuple[int, ...]) -> LayerCache:
   """Returns the cache of a layer that has read nothing; `shape` is [..., B, M].
   """
   memory = None
-  if lookup.keeps(c):
-    memory = lookup.empty(c, shape)
+  if lookup.keeps_last_tokens(c):
+    memory = lookup.empty_state(c, shape)
   # The last results of the branches, where these have convolutions.
   inputs = {}
   if c.branch_conv:
@@ -66,7 +66,7 @@ def empty_cache(c: ModelConfig, shape: tuple[int, ...]) -> LayerCache:
     if c.ffn != NO_FFN:
       inputs['ffn'] = jnp.zeros(last, c.compute_dtype)
   return LayerCache(
-      mixer=mixer_of(c).cache(c, shape), memory=memory, inputs=inputs)
+      mixer=mixer_of_layers(c).cache(c, shape), memory=memory, inputs=inputs)
 
 
 # The mixers of a layer's tokens, by the values of model.mixer. A new one is a
@@ -119,34 +119,41 @@ class Block(nn.Module):
   kind: LayerKind
 
   @nn.compact
-  def __call__(self, x: X, ctx: Context, cache: Optional[LayerCache]
-               ) -> tuple[X, Optional[LayerCache], Report]:
+  def __call__(self, x: LayerInput, ctx: Context, cache: Optional[LayerCache]
+               ) -> tuple[LayerInput, Optional[LayerCache], Report]:
     """Returns x, the cache, and the report of the layer. A layer that reads a
     memory adds what it reads to its input, or to its result. With
     model.layer_scale the result is multiplied by a number of the layer."""
     c = self.config
     memory = lookup.MEMORIES[c.memory]
-    if memory and not memory.after:
+    if memory and not memory.is_read_after_layer:
       x, cache = self._read_tables(memory, x, ctx, cache)
-    x, cache, report = self.wired(x, ctx, cache)
-    if memory and memory.after:
-      x = residual(x + memory.module(c, name='memory')(x, ctx))
+    x, cache, report = self.run_branches(x, ctx, cache)
+    if memory and memory.is_read_after_layer:
+      x = pin_residual(x + memory.module(c, name='memory')(x, ctx))
     if c.layer_scale:
       scale_1 = declare(self, 'layer_scale', nn.initializers.ones, (1,),
                         Role(axes=(None,)))
       scaled = x.astype(jnp.float32) * scale_1[None, None]
-      x = residual(scaled.astype(x.dtype))
+      x = pin_residual(scaled.astype(x.dtype))
     return x, cache, report
 
-  def wired(self, x: X, ctx: Context, cache: Optional[LayerCache]
-            ) -> tuple[X, Optional[LayerCache], Report]:
+  def run_branches(self,
+  x: LayerInput,
+  ctx: Context,
+  cache: Optional[LayerCache] ) -> tuple[LayerInput,
+  Optional[LayerCache],
+   Report]:
     """Returns what `__call__` does, without a memory and without the layer's
     factor."""
     raise NotImplementedError
 
-  def _read_tables(self, memory: lookup.Memory, x: X, ctx: Context,
-                   cache: Optional[LayerCache]
-                   ) -> tuple[X, Optional[LayerCache]]:
+  def _read_tables(self,
+  memory: lookup.TableMemory,
+  x: LayerInput,
+  ctx: Context,
+  cache: Optional[LayerCache] ) -> tuple[LayerInput,
+   Optional[LayerCache]]:
     """Returns x with what the layer reads of its tables added to it, and the
     cache with the last tokens."""
     state = None if cache is None else cache.memory
@@ -159,7 +166,7 @@ class Block(nn.Module):
       x = x + y
     if cache is not None:
       cache = cache.replace(memory=state)
-    return residual(x), cache
+    return pin_residual(x), cache
 
   def norm(self, name: str) -> Callable[[jax.Array], jax.Array]:
     """Returns the config's norm, whose parameters stand under `name`."""
@@ -169,10 +176,10 @@ class Block(nn.Module):
                 cache: Optional[LayerCache]
                 ) -> tuple[jax.Array, Optional[LayerCache], Report]:
     """Returns A(x_BLD), the cache, and the report."""
-    mixer = mixer_of(self.config).module(
+    mixer = mixer_of_layers(self.config).module(
         self.config, self.kind, name='attention')
-    y_BLD, cache, report = self._mixed(mixer, x_BLD, ctx, cache)
-    y_BLD, cache = self._convolved('attention', y_BLD, ctx, cache)
+    y_BLD, cache, report = self._run_mixer(mixer, x_BLD, ctx, cache)
+    y_BLD, cache = self._add_convolution('attention', y_BLD, ctx, cache)
     return y_BLD, cache, report
 
   def cross_attention(self, x_BLD: jax.Array, ctx: Context,
@@ -181,10 +188,10 @@ class Block(nn.Module):
     """Returns C(x_BLD), the cache, and the report."""
     module = multi_head.CrossAttention(
         self.config, self.kind, name='cross_attention')
-    return self._mixed(module, x_BLD, ctx, cache)
+    return self._run_mixer(module, x_BLD, ctx, cache)
 
   @staticmethod
-  def _mixed(module: Callable, x_BLD: jax.Array, ctx: Context,
+  def _run_mixer(module: Callable, x_BLD: jax.Array, ctx: Context,
              cache: Optional[LayerCache]
              ) -> tuple[jax.Array, Optional[LayerCache], Report]:
     """Returns what a mixer makes of x, the layer's cache, and the report."""
@@ -202,10 +209,10 @@ class Block(nn.Module):
     else:
       network = FFN(self.config, self.kind.ffn, name='ffn')
     y_BLD, report = network(x_BLD, ctx)
-    y_BLD, cache = self._convolved('ffn', y_BLD, ctx, cache)
+    y_BLD, cache = self._add_convolution('ffn', y_BLD, ctx, cache)
     return y_BLD, cache, report
 
-  def _convolved(self, name: str, y_BLD: jax.Array, ctx: Context,
+  def _add_convolution(self, name: str, y_BLD: jax.Array, ctx: Context,
                  cache: Optional[LayerCache]
                  ) -> tuple[jax.Array, Optional[LayerCache]]:
     """Returns the result of a branch plus, with model.branch_conv, a
@@ -227,7 +234,7 @@ class Block(nn.Module):
     return y_BLD + z_BLD, cache
 
   @staticmethod
-  def branches(kind: LayerKind) -> int:
+  def count_branches(kind: LayerKind) -> int:
     """Returns how often a layer of this wiring adds to x."""
     count = 1
     if kind.cross:
@@ -236,7 +243,7 @@ class Block(nn.Module):
       count += 1
     return count
 
-  def drop(self, x: jax.Array, ctx: Context) -> jax.Array:
+  def apply_dropout(self, x: jax.Array, ctx: Context) -> jax.Array:
     """Returns x with dropout."""
     return layers.Dropout(self.config.dropout)(
         x, deterministic=ctx.deterministic)
@@ -248,51 +255,63 @@ class Sequential(Block):
   branches, and how x goes on from it."""
   CROSS = WITHOUT_FFN = STREAMS = True
 
-  def before(self, part: str, x_BLD: jax.Array) -> jax.Array:
+  def input_of_branch(self, part: str, x_BLD: jax.Array) -> jax.Array:
     """Returns the input of a part, made of what its branch reads of x."""
     return x_BLD
 
-  def after(self, part: str, y_BLD: jax.Array) -> jax.Array:
+  def result_of_branch(self, part: str, y_BLD: jax.Array) -> jax.Array:
     """Returns the result of a part as it is added to x."""
     return y_BLD
 
-  def onward(self, part: str, x: X) -> X:
+  def after_sum(self, part: str, x: LayerInput) -> LayerInput:
     """Returns x as the next branch is given it, after the sum."""
     return x
 
-  def wired(self, x: X, ctx: Context, cache: Optional[LayerCache]
-            ) -> tuple[X, Optional[LayerCache], Report]:
+  def run_branches(self,
+  x: LayerInput,
+  ctx: Context,
+  cache: Optional[LayerCache] ) -> tuple[LayerInput,
+  Optional[LayerCache],
+   Report]:
     # Attention.
-    x_BLD, weights = streams.read(self.config, 'attention', x)
+    x_BLD, weights = streams.read_streams(self.config, 'attention', x)
     y_BLD, cache, report = self.attention(
-        self.before('attention', x_BLD), ctx, cache)
-    x = self._sum('attention', x, y_BLD, weights, ctx)
+        self.input_of_branch('attention', x_BLD), ctx, cache)
+    x = self._add_result('attention', x, y_BLD, weights, ctx)
     # Attention to a memory.
     if self.kind.cross:
-      x_BLD, weights = streams.read(self.config, 'cross', x)
+      x_BLD, weights = streams.read_streams(self.config, 'cross', x)
       y_BLD, cache, more = self.cross_attention(
-          self.before('cross', x_BLD), ctx, cache)
-      x = self._sum('cross', x, y_BLD, weights, ctx)
-      report = report.joined(more)
+          self.input_of_branch('cross', x_BLD), ctx, cache)
+      x = self._add_result('cross', x, y_BLD, weights, ctx)
+      report = report.merge(more)
     # The network.
     if self.kind.ffn == NO_FFN:
-      return residual(x), cache, report
-    x_BLD, weights = streams.read(self.config, 'ffn', x)
-    y_BLD, cache, more = self.ffn(self.before('ffn', x_BLD), ctx, cache)
-    x = self._sum('ffn', x, y_BLD, weights, ctx)
-    return residual(x), cache, report.joined(more)
+      return pin_residual(x), cache, report
+    x_BLD, weights = streams.read_streams(self.config, 'ffn', x)
+    y_BLD, cache, more = self.ffn(
+  self.input_of_branch(
+    'ffn', x_BLD), ctx, cache)
+    x = self._add_result('ffn', x, y_BLD, weights, ctx)
+    return pin_residual(x), cache, report.merge(more)
 
-  def _sum(self, part: str, x: X, y_BLD: jax.Array,
-           weights: Optional[streams.Weights], ctx: Context) -> X:
+  def _add_result(self,
+  part: str,
+  x: LayerInput,
+  y_BLD: jax.Array,
+  weights: Optional[streams.StreamWeights],
+   ctx: Context) -> LayerInput:
     """Returns x after a branch whose part returned y."""
-    y_BLD = self.drop(self.after(part, y_BLD), ctx)
-    return self.onward(part, streams.add(self.config, x, y_BLD, weights))
+    y_BLD = self.apply_dropout(self.result_of_branch(part, y_BLD), ctx)
+    return self.after_sum(
+  part, streams.add_to_streams(
+    self.config, x, y_BLD, weights))
 
 
 class PreNorm(Sequential):
   """x + A(n(x)); x + F(n(x)) (GPT-2, LLaMA)."""
 
-  def before(self, part: str, x_BLD: jax.Array) -> jax.Array:
+  def input_of_branch(self, part: str, x_BLD: jax.Array) -> jax.Array:
     return self.norm(f'{part}_norm')(x_BLD)
 
 
@@ -307,7 +326,7 @@ class FfnNorm(Sequential):
   normalised already)."""
   WITHOUT_FFN = False  # it would have no norm
 
-  def before(self, part: str, x_BLD: jax.Array) -> jax.Array:
+  def input_of_branch(self, part: str, x_BLD: jax.Array) -> jax.Array:
     if part != 'ffn':
       return x_BLD
     return self.norm('ffn_norm')(x_BLD)
@@ -320,24 +339,24 @@ class PostNorm(Sequential):
   itself."""
   FINAL_NORM = STREAMS = False
 
-  def onward(self, part: str, x: X) -> X:
+  def after_sum(self, part: str, x: LayerInput) -> LayerInput:
     return self.norm(f'{part}_norm')(x)
 
 
 class Sandwich(Sequential):
   """x + n(A(n(x))); x + n(F(n(x))) (CogView, Gemma 2)."""
 
-  def before(self, part: str, x_BLD: jax.Array) -> jax.Array:
+  def input_of_branch(self, part: str, x_BLD: jax.Array) -> jax.Array:
     return self.norm(f'{part}_norm')(x_BLD)
 
-  def after(self, part: str, y_BLD: jax.Array) -> jax.Array:
+  def result_of_branch(self, part: str, y_BLD: jax.Array) -> jax.Array:
     return self.norm(f'{part}_out_norm')(y_BLD)
 
 
 class OutNorm(Sequential):
   """x + n(A(x)); x + n(F(x)) (OLMo 2: arXiv 2501.00656, 3.1)."""
 
-  def after(self, part: str, y_BLD: jax.Array) -> jax.Array:
+  def result_of_branch(self, part: str, y_BLD: jax.Array) -> jax.Array:
     return self.norm(f'{part}_out_norm')(y_BLD)
 
 
@@ -346,37 +365,41 @@ class Parallel(Block):
   CROSS = STREAMS = True  # without F it would be pre_norm
 
   @staticmethod
-  def branches(kind: LayerKind) -> int:
+  def count_branches(kind: LayerKind) -> int:
     return 1
 
-  def inputs(self, parts: list[str], x_BLD: jax.Array
+  def normed_inputs(self, parts: list[str], x_BLD: jax.Array
              ) -> dict[str, jax.Array]:
     """Returns the input of each part, by its name."""
     return {part: self.norm(f'{part}_norm')(x_BLD) for part in parts}
 
-  def wired(self, x: X, ctx: Context, cache: Optional[LayerCache]
-            ) -> tuple[X, Optional[LayerCache], Report]:
+  def run_branches(self,
+  x: LayerInput,
+  ctx: Context,
+  cache: Optional[LayerCache] ) -> tuple[LayerInput,
+  Optional[LayerCache],
+   Report]:
     parts = ['attention', 'ffn']
     if self.kind.cross:
       parts = ['attention', 'cross', 'ffn']
-    x_BLD, weights = streams.read(self.config, 'attention', x)
-    n_BLD = self.inputs(parts, x_BLD)
+    x_BLD, weights = streams.read_streams(self.config, 'attention', x)
+    n_BLD = self.normed_inputs(parts, x_BLD)
     # The sum of the parts.
     y_BLD, cache, report = self.attention(n_BLD['attention'], ctx, cache)
     if self.kind.cross:
       z_BLD, cache, more = self.cross_attention(n_BLD['cross'], ctx, cache)
-      y_BLD, report = y_BLD + z_BLD, report.joined(more)
+      y_BLD, report = y_BLD + z_BLD, report.merge(more)
     z_BLD, cache, more = self.ffn(n_BLD['ffn'], ctx, cache)
-    y_BLD = self.drop(y_BLD + z_BLD, ctx)
+    y_BLD = self.apply_dropout(y_BLD + z_BLD, ctx)
     # One branch adds it to x.
-    x = streams.add(self.config, x, y_BLD, weights)
-    return residual(x), cache, report.joined(more)
+    x = streams.add_to_streams(self.config, x, y_BLD, weights)
+    return pin_residual(x), cache, report.merge(more)
 
 
 class SharedNorm(Parallel):
   """x + A(n(x)) + F(n(x)) (GPT-J, PaLM, Falcon-7B)."""
 
-  def inputs(self, parts: list[str], x_BLD: jax.Array
+  def normed_inputs(self, parts: list[str], x_BLD: jax.Array
              ) -> dict[str, jax.Array]:
     return dict.fromkeys(parts, self.norm('attention_norm')(x_BLD))
 
@@ -393,10 +416,10 @@ BLOCKS = {
 }
 
 
-def branches(c: ModelConfig, kinds: tuple[LayerKind, ...]) -> int:
+def count_branches(c: ModelConfig, kinds: tuple[LayerKind, ...]) -> int:
   """Returns how often layers of these kinds, one after another, add to x."""
   count = 0
   for kind in kinds:
     block = BLOCKS[c.of_kind(kind.name).block]
-    count += block.branches(kind)
+    count += block.count_branches(kind)
   return count

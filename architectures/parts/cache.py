@@ -1,7 +1,7 @@
 """The cache of a layer: what decoding keeps of the tokens that were read.
 
-An entry of a model's cache is a LayerCache. In it stands what the mixer keeps:
-a Cache of keys and values, or the state of a recurrence.
+A model's cache holds one LayerCache for each layer. In it stands what the mixer
+of the layer keeps: a Cache of keys and values, or the state of a recurrence.
 """
 
 from typing import Any, Optional
@@ -10,28 +10,35 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-# The axis M of keys, and of values, that are turned.
-KEY_AXIS, VALUE_AXIS = 3, 2
+# Arrays of a cache are [B, M, J, K], where M numbers the slots, one for each
+# token. In reordered arrays, [B, J, K, M] of keys and [B, J, M, K] of values, M
+# is at these axes. The other arrays have it at SLOT_AXIS.
+SLOT_AXIS = 1
+SLOT_AXIS_OF_REORDERED_KEYS = 3
+SLOT_AXIS_OF_REORDERED_VALUES = 2
 
 
 @struct.dataclass
 class Cache:
   """A layer's keys and values; slot m holds the token at position m.
 
-  A single token's products with keys and values are quick on CPU where these
-  lie in the products' order of axes: `turned` ones do, keys as [B, J, K, M] and
-  values as [B, J, M, K]. `slots` and `memory` give them as they are elsewhere.
+  On CPU, a single token is multiplied with keys and values faster where the
+  axes of these lie in the order of the product. Such a cache is `reordered`:
+  its keys are [B, J, K, M] and its values [B, J, M, K]. The properties `slots`
+  and `memory` return [B, M, J, K] in either case.
 
   Attributes:
     key_BMJK: the keys; None: the layer has none of its own.
     value_BMJK: the values; None: they are a part of the keys (latent.py).
     index_BMJK: the keys of an indexer, of one head; None: there is none.
-    memory_key_BMJK: the keys of the memory, which are put in when a decoder is
-      given it with the cache, and stand for it from then on.
+    memory_key_BMJK: the keys of the memory (an encoder's output, to which a
+      decoder attends). They are written when the decoder is called with both
+      the memory and the cache, and replace the memory from then on.
     memory_value_BMJK: the values of the memory, likewise.
     inputs: the last inputs of convolutions, by name.
-    layer: the arrays are [N, ...], of N layers: which of them this one is.
-    turned: whether the axes are in the products' order.
+    layer: the index of the layer, if the arrays are [N, ...] and hold those of
+      N layers; None: they hold one layer.
+    is_reordered: whether the axes are in the order of the products.
   """
   key_BMJK: Optional[jax.Array] = None
   value_BMJK: Optional[jax.Array] = None
@@ -40,122 +47,171 @@ class Cache:
   memory_value_BMJK: Optional[jax.Array] = None
   inputs: dict[str, jax.Array] = struct.field(default_factory=dict)
   layer: Optional[jax.Array] = None
-  turned: bool = struct.field(pytree_node=False, default=False)
+  is_reordered: bool = struct.field(pytree_node=False, default=False)
 
   @property
   def num_slots(self) -> int:
     """How many tokens there is room for."""
-    return self.key_BMJK.shape[-1 if self.turned else -3]
+    return self.key_BMJK.shape[-1 if self.is_reordered else -3]
 
   @property
   def slots(self) -> tuple[jax.Array, jax.Array, Optional[jax.Array]]:
     """Keys, values and the keys of an indexer, [B, M, J, K]."""
     slots = self.key_BMJK, self.value_BMJK, self.index_BMJK
     if self.layer is None:
-      return self._upright(*slots)
-    return jax.tree.map(self._row, slots)
+      return self._in_slot_order(*slots)
+    return jax.tree.map(self._select_layer, slots)
 
   @property
   def memory(self) -> tuple[jax.Array, jax.Array]:
     """Keys and values of the memory, [B, M, J, K]."""
-    key, value, _ = self._upright(
+    key, value, _ = self._in_slot_order(
         self.memory_key_BMJK, self.memory_value_BMJK)
     return key, value
 
-  def _row(self, x_NBMJK: jax.Array) -> jax.Array:
-    """Returns the row of the layer."""
+  def _select_layer(self, x_NBMJK: jax.Array) -> jax.Array:
+    """Returns this layer's row of an array that holds those of N layers."""
     return jax.lax.dynamic_index_in_dim(x_NBMJK, self.layer, keepdims=False)
 
-  def _upright(self, key: jax.Array, value: Optional[jax.Array],
-               index: Optional[jax.Array] = None) -> tuple:
-    """Returns the arrays with M as their second axis, as numbers."""
-    if not self.turned:
+  def _in_slot_order(self, key: jax.Array, value: Optional[jax.Array],
+                     index: Optional[jax.Array] = None) -> tuple:
+    """Returns keys, values and an indexer's keys as [B, M, J, K], with bits of
+    bfloat16 turned back into numbers."""
+    if not self.is_reordered:
       return key, value, index
-    return (_moved(_from_bits(key), KEY_AXIS, 1),
-            _moved(_from_bits(value), VALUE_AXIS, 1),
-            _moved(_from_bits(index), KEY_AXIS, 1))
+    return (
+        _move_axis(_bits_to_bfloat16(key), SLOT_AXIS_OF_REORDERED_KEYS,
+                   SLOT_AXIS),
+        _move_axis(_bits_to_bfloat16(value), SLOT_AXIS_OF_REORDERED_VALUES,
+                   SLOT_AXIS),
+        _move_axis(_bits_to_bfloat16(index), SLOT_AXIS_OF_REORDERED_KEYS,
+                   SLOT_AXIS))
 
-  def turn(self) -> 'Cache':
-    """Returns the cache of one layer as a loop over single tokens takes it on
-    CPU: turned, unless its values are a part of its keys, and bfloat16 as bits,
-    for a scatter would make float32 of all slots, and bfloat16 again."""
-    turned = self.value_BMJK is not None
-    key_axis = KEY_AXIS if turned else 1
-    value_axis = VALUE_AXIS if turned else 1
+  def _slot_axes(self) -> tuple[int, int]:
+    """Returns which axis of the keys, and which of the values, is M."""
+    if self.is_reordered:
+      return SLOT_AXIS_OF_REORDERED_KEYS, SLOT_AXIS_OF_REORDERED_VALUES
+    return SLOT_AXIS, SLOT_AXIS
+
+  def reorder_for_single_tokens(self) -> 'Cache':
+    """Returns this cache, of one layer, as a loop over single tokens reads it
+    on CPU.
+
+    Its axes are in the order of the products, unless its values are a part of
+    its keys. Numbers in bfloat16 are kept as bits of uint16: XLA's CPU backend
+    would convert all slots to float32 and back for each token that is written.
+    """
+    is_reordered = self.value_BMJK is not None
+    key_axis, value_axis = self.replace(is_reordered=is_reordered)._slot_axes()
     return self.replace(
-        turned=turned,
-        key_BMJK=_moved(_to_bits(self.key_BMJK), 1, key_axis),
-        value_BMJK=_moved(_to_bits(self.value_BMJK), 1, value_axis),
-        index_BMJK=_moved(_to_bits(self.index_BMJK), 1, key_axis),
-        memory_key_BMJK=_moved(_to_bits(self.memory_key_BMJK), 1, key_axis),
-        memory_value_BMJK=_moved(
-            _to_bits(self.memory_value_BMJK), 1, value_axis))
+        is_reordered=is_reordered,
+        key_BMJK=_move_axis(
+            _bfloat16_to_bits(self.key_BMJK), SLOT_AXIS, key_axis),
+        value_BMJK=_move_axis(
+            _bfloat16_to_bits(self.value_BMJK), SLOT_AXIS, value_axis),
+        index_BMJK=_move_axis(
+            _bfloat16_to_bits(self.index_BMJK), SLOT_AXIS, key_axis),
+        memory_key_BMJK=_move_axis(
+            _bfloat16_to_bits(self.memory_key_BMJK), SLOT_AXIS, key_axis),
+        memory_value_BMJK=_move_axis(
+            _bfloat16_to_bits(self.memory_value_BMJK), SLOT_AXIS, value_axis))
 
   def write(self, key_BLJK: jax.Array, value_BLJK: Optional[jax.Array],
             positions_BL: jax.Array, index_BLJK: Optional[jax.Array] = None
             ) -> 'Cache':
-    """Puts L new tokens at their positions (a row's are consecutive)."""
-    key_axis = KEY_AXIS if self.turned else 1
-    value_axis = VALUE_AXIS if self.turned else 1
-    return self.replace(
-        key_BMJK=self._put(
-            self.key_BMJK, key_BLJK, positions_BL, key_axis),
-        value_BMJK=self._put(
-            self.value_BMJK, value_BLJK, positions_BL, value_axis),
-        index_BMJK=self._put(
-            self.index_BMJK, index_BLJK, positions_BL, key_axis))
+    """Returns the cache with the keys and values of L new tokens in it.
 
-  def _put(self, slots: Optional[jax.Array], new_BLJK: Optional[jax.Array],
-           positions_BL: jax.Array, axis: int) -> Optional[jax.Array]:
-    """Returns slots, whose axis `axis` is M, with the new tokens in them."""
+    Args:
+      key_BLJK: the keys of the new tokens.
+      value_BLJK: their values; None: they are a part of the keys.
+      positions_BL: their positions, which are consecutive in each row.
+      index_BLJK: their keys of an indexer; None: there is no indexer.
+    """
+    key_axis, value_axis = self._slot_axes()
+    return self.replace(
+        key_BMJK=self._write_array(
+            self.key_BMJK, key_BLJK, positions_BL, slot_axis=key_axis),
+        value_BMJK=self._write_array(
+            self.value_BMJK, value_BLJK, positions_BL, slot_axis=value_axis),
+        index_BMJK=self._write_array(
+            self.index_BMJK, index_BLJK, positions_BL, slot_axis=key_axis))
+
+  def _write_array(self, slots: Optional[jax.Array],
+                   new_BLJK: Optional[jax.Array], positions_BL: jax.Array,
+                   slot_axis: int) -> Optional[jax.Array]:
+    """Returns one array of the cache with the new tokens written into it.
+
+    Args:
+      slots: the array, [B, M, J, K] or reordered, and with an axis of layers
+        in front where `layer` is set.
+      new_BLJK: the new tokens; None: `slots` is returned unchanged.
+      positions_BL: the positions of the new tokens.
+      slot_axis: which axis of a layer's array is M.
+    """
     if new_BLJK is None:
       return slots
+    # The new tokens in the type of the array, which may be bits of bfloat16.
     if slots.dtype == jnp.uint16:
-      new_BLJK = _to_bits(new_BLJK.astype(jnp.bfloat16))
+      new_BLJK = _bfloat16_to_bits(new_BLJK.astype(jnp.bfloat16))
     new_BLJK = new_BLJK.astype(slots.dtype)
-    # The slots of several layers are [N, B, M, J, K].
+    # The index of the layer comes first where an array holds several.
     layer = () if self.layer is None else (self.layer,)
-    if len(positions_BL) > 1 or axis > 1:
-      return _scattered(slots, new_BLJK, positions_BL, layer, axis)
+    has_several_rows = len(positions_BL) > 1
+    if has_several_rows or slot_axis > 1:
+      return _scatter_tokens(
+          slots, new_BLJK, positions_BL, layer=layer, slot_axis=slot_axis)
+    # The tokens of a single row are one slice.
     new = new_BLJK.reshape((1,) * len(layer) + new_BLJK.shape)
     return jax.lax.dynamic_update_slice(
         slots, new, (*layer, 0, positions_BL[0, 0], 0, 0))
 
 
-def _scattered(slots: jax.Array, new_BLJK: jax.Array, positions_BL: jax.Array,
-               layer: tuple[jax.Array, ...], axis: int) -> jax.Array:
-  """Returns slots with the new tokens of each row at its positions.
+def _scatter_tokens(slots: jax.Array, new_BLJK: jax.Array,
+                    positions_BL: jax.Array, layer: tuple[jax.Array, ...],
+                    slot_axis: int) -> jax.Array:
+  """Returns an array of the cache with the new tokens of each row at the row's
+  own positions.
 
-  A scatter over rows writes them where they lie; under vmap, XLA moves them for
-  it on TPU. A turned token of a single row is written twice: written once,
-  XLA's CPU backend copies all slots four times.
+  It indexes rows explicitly: under vmap, XLA would move all slots on TPU.
+
+  Args:
+    slots: the array of the cache.
+    new_BLJK: the new tokens.
+    positions_BL: their positions.
+    layer: the index of the layer where the array holds several, else ().
+    slot_axis: which axis of a layer's array is M.
   """
-  single = new_BLJK.shape[:2] == (1, 1)
-  times = 2 if axis > 1 and single else 1
+  # A single token of a reordered array is written twice: if it were written
+  # once, XLA's CPU backend would copy all slots four times.
+  is_single_token = new_BLJK.shape[:2] == (1, 1)
+  times_written = 2 if slot_axis > 1 and is_single_token else 1
+  new_BLJK = jnp.repeat(new_BLJK, times_written, 1)
+  positions_BL = jnp.repeat(positions_BL, times_written, 1)
+  # The index of each token: its layer, row, all heads (and features), slot.
   rows_B1 = jnp.arange(len(new_BLJK))[:, None]
-  between = (slice(None),) * (axis - 1)
-  places = *layer, rows_B1, *between, jnp.repeat(positions_BL, times, 1)
-  return slots.at[places].set(
-      jnp.repeat(new_BLJK, times, 1), indices_are_sorted=True,
-      unique_indices=times == 1)
+  axes_between = (slice(None),) * (slot_axis - 1)
+  index = *layer, rows_B1, *axes_between, positions_BL
+  return slots.at[index].set(
+      new_BLJK, indices_are_sorted=True, unique_indices=times_written == 1)
 
 
-def _moved(x: Optional[jax.Array], source: int, target: int
-           ) -> Optional[jax.Array]:
-  """Returns x with an axis moved; None: there is no array."""
+def _move_axis(x: Optional[jax.Array], source: int, target: int
+               ) -> Optional[jax.Array]:
+  """Returns x with one axis moved; None stays None."""
   return None if x is None else jnp.moveaxis(x, source, target)
 
 
-def _to_bits(x: Optional[jax.Array]) -> Optional[jax.Array]:
-  """Returns numbers in bfloat16 as bits, others as they are."""
+def _bfloat16_to_bits(x: Optional[jax.Array]) -> Optional[jax.Array]:
+  """Returns an array of bfloat16 as its bits, in uint16, and any other as it
+  is."""
   if x is None or x.dtype != jnp.bfloat16:
     return x
   return jax.lax.bitcast_convert_type(x, jnp.uint16)
 
 
-def _from_bits(x: Optional[jax.Array]) -> Optional[jax.Array]:
-  """Returns bits as the numbers in bfloat16 that they are, others as they are.
-  """
+def _bits_to_bfloat16(x: Optional[jax.Array]) -> Optional[jax.Array]:
+  """Returns the numbers in bfloat16 whose bits are an array of uint16, and any
+  other array as it is."""
   if x is None or x.dtype != jnp.uint16:
     return x
   return jax.lax.bitcast_convert_type(x, jnp.bfloat16)
@@ -176,34 +232,49 @@ class LayerCache:
   inputs: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
-# The arrays that Cache.write puts into an entry, by name; {}: its mixer keeps a
-# state.
-Slots = Optional[tuple[dict[str, Optional[jax.Array]], ...]]
+# For each entry of a cache, the arrays that Cache.write changes, by the name of
+# their field; {} where the mixer of the layer keeps a state.
+SlotsOfEntries = Optional[tuple[dict[str, Optional[jax.Array]], ...]]
 
 
-def apart(entries: tuple[LayerCache, ...]) -> tuple[Slots, tuple]:
-  """Returns the keys and values of entries, and the entries without."""
-  slots, rest = [], []
+def split_off_slots(entries: tuple[LayerCache, ...]
+                    ) -> tuple[SlotsOfEntries, tuple]:
+  """Splits entries of a cache into keys and values, and all else.
+
+  Returns:
+    For each entry its keys and values by the name of their field, and the
+    entries with None in the place of these. `put_slots_back` is the inverse.
+  """
+  slots, entries_without_slots = [], []
   for entry in entries:
-    cache, written = entry.mixer, {}
+    cache = entry.mixer
+    arrays = {}
     if isinstance(cache, Cache):
-      written = dict(key_BMJK=cache.key_BMJK, value_BMJK=cache.value_BMJK,
-                     index_BMJK=cache.index_BMJK)
+      arrays = dict(key_BMJK=cache.key_BMJK, value_BMJK=cache.value_BMJK,
+                    index_BMJK=cache.index_BMJK)
       cache = cache.replace(key_BMJK=None, value_BMJK=None, index_BMJK=None,
                             layer=None)
-    slots.append(written)
-    rest.append(entry.replace(mixer=cache))
-  return tuple(slots), tuple(rest)
+    slots.append(arrays)
+    entries_without_slots.append(entry.replace(mixer=cache))
+  return tuple(slots), tuple(entries_without_slots)
 
 
-def joined(slots: Slots, rest: tuple[LayerCache, ...],
-           layer: Optional[jax.Array] = None) -> tuple[LayerCache, ...]:
-  """Returns what `apart` was given; if `layer` is, entries of this layer, to
-  which `rest` belongs, with the slots of all."""
+def put_slots_back(slots: SlotsOfEntries,
+                   entries_without_slots: tuple[LayerCache, ...],
+                   layer: Optional[jax.Array] = None
+                   ) -> tuple[LayerCache, ...]:
+  """Returns the entries that `split_off_slots` split.
+
+  Args:
+    slots: the keys and values of each entry.
+    entries_without_slots: the entries without these.
+    layer: the index of the layer that the entries are of, where `slots` are
+      those of several layers, [N, ...]; None: they are of one layer.
+  """
   entries = []
-  for entry, written in zip(rest, slots, strict=True):
-    if written.get('key_BMJK') is not None:
-      cache = entry.mixer.replace(**written, layer=layer)
+  for entry, arrays in zip(entries_without_slots, slots, strict=True):
+    if arrays.get('key_BMJK') is not None:
+      cache = entry.mixer.replace(**arrays, layer=layer)
       entry = entry.replace(mixer=cache)
     entries.append(entry)
   return tuple(entries)

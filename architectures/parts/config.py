@@ -38,23 +38,23 @@ PARAMETRIZATIONS = ('standard', 'mup')
 DTYPES = ('float32', 'bfloat16')
 
 
-class Frozen(dict):
+class FrozenDict(dict):
   """A dict that nobody changes, so that it can be hashed."""
 
   def __hash__(self) -> int:  # type: ignore[override]
-    return hash(_frozen(self))
+    return hash(_dicts_as_tuples(self))
 
 
-def _frozen(value: Any) -> Any:
+def _dicts_as_tuples(value: Any) -> Any:
   """Returns a value, or nested dicts as tuples of names and values."""
   if not isinstance(value, dict):
     return value
-  pairs = [(name, _frozen(inner)) for name, inner in value.items()]
+  pairs = [(name, _dicts_as_tuples(inner)) for name, inner in value.items()]
   return tuple(sorted(pairs))
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class LayerOverrides:
   """The fields that the layers of a kind have in place of the model's.
 
   Attributes:
@@ -62,9 +62,9 @@ class Kind:
     fields: the fields of the model that differ, by name.
     parts: pairs of the class of a part, and those of its fields that differ.
   """
-  said: Frozen
-  fields: Frozen
-  parts: tuple[tuple[type, Frozen], ...] = ()
+  overrides: FrozenDict
+  fields: FrozenDict
+  parts: tuple[tuple[type, FrozenDict], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Section(NamedTuple):
 # No model is as deep; the programs of deeper ones would take hours to make.
 MOST_LAYERS = 10_000  # of one function, repeated
 MOST_MODULES = 64  # each of which is written out
-MOST_WIDE = 2**20  # A device could not index the matrices of wider models.
+MOST_FEATURES = 2**20  # A device could not index the matrices of wider models.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ class ModelConfig:
   parts that were chosen, each a value of its own class."""
   arch: str = field('gpt', 'The system, a page of architectures/.')
   d_model: int = field(128, 'The width of the residual stream.', above=0,
-                       most=MOST_WIDE, resume=SHAPES, about=SIZE)
+                       most=MOST_FEATURES, resume=SHAPES, about=SIZE)
   num_layers: int = field(
       4, 'The number of layers, in an encoder-decoder of the encoder.', above=0,
       most=MOST_LAYERS, resume=SHAPES, about=SIZE)
@@ -129,14 +129,18 @@ class ModelConfig:
       0, "The number of layers of an encoder-decoder's decoder; derived: "
       'num_layers.', most=MOST_LAYERS, resume=SHAPES, about=SIZE)
   num_heads: int = field(
-      4, 'The number of heads of queries.', above=0, most=MOST_WIDE,
+      4, 'The number of heads of queries.', above=0, most=MOST_FEATURES,
       resume=SHAPES, about=SIZE, of_layers=True)
   num_kv_heads: int = field(
       0, 'The number of heads of keys and values; derived: num_heads.',
-      most=MOST_WIDE, resume=SHAPES, about=SIZE, of_layers=True)
+      most=MOST_FEATURES, resume=SHAPES, about=SIZE, of_layers=True)
   head_dim: int = field(
-      0, 'The size of a head; derived: d_model / num_heads.', most=MOST_WIDE,
-      resume=SHAPES, about=SIZE, of_layers=True)
+  0,
+  'The size of a head; derived: d_model / num_heads.',
+  most=MOST_FEATURES,
+  resume=SHAPES,
+  about=SIZE,
+   of_layers=True)
   d_ff: int = field(
       0, 'The hidden units of the feed-forward network; derived: 4 d_model.',
       resume=SHAPES, about=SIZE, of_layers=True)
@@ -205,7 +209,7 @@ class ModelConfig:
   suffix: str = field(
       '', 'The kinds of the layers after the last period, likewise.')
   # For each kind of layer, by its name, what differs in its layers: a Kind.
-  kinds: Frozen = dataclasses.field(default_factory=Frozen)
+  kinds: FrozenDict = dataclasses.field(default_factory=FrozenDict)
   attention_kernel: str = field(
       'auto', 'The program that computes attention over whole sequences. auto: '
       'splash on TPU and cudnn on GPU, where they can. Decoding with a cache '
@@ -337,7 +341,7 @@ class ModelConfig:
     parts[parts.index(part)] = changed
     return dataclasses.replace(self, parts=tuple(parts))
 
-  def without(self, kind: type[Any]) -> 'ModelConfig':
+  def without_part(self, kind: type[Any]) -> 'ModelConfig':
     """Returns the config without a part."""
     parts = [part for part in self.parts if type(part) is not kind]
     return dataclasses.replace(self, parts=tuple(parts))
@@ -361,7 +365,7 @@ class ModelConfig:
     return jnp.dtype(self.dtype)
 
   @property
-  def of_embedding(self) -> 'ModelConfig':
+  def config_of_embedding(self) -> 'ModelConfig':
     """The config as the embedding and the head of masked words read it."""
     if not self.embed_dim:
       return self
@@ -410,20 +414,20 @@ class ModelConfig:
     parts, and no pattern; '': layers that are as the model says."""
     if not (name or self.pattern or self.prefix or self.suffix):
       return self
-    if name not in self._known_kinds:
-      self._known_kinds[name] = self._layer(name)
-    return self._known_kinds[name]
+    if name not in self._configs_by_kind:
+      self._configs_by_kind[name] = self._make_layer_config(name)
+    return self._configs_by_kind[name]
 
   @functools.cached_property
-  def _known_kinds(self) -> dict[str, 'ModelConfig']:
+  def _configs_by_kind(self) -> dict[str, 'ModelConfig']:
     """The layers that `of_kind` has returned: layers of one kind are one
     value."""
     return {}
 
-  def _layer(self, name: str) -> 'ModelConfig':
+  def _make_layer_config(self, name: str) -> 'ModelConfig':
     """Makes a layer of the model's fields and of those of its kind."""
     layer = dataclasses.replace(self, pattern='', prefix='', suffix='',
-                                kinds=Frozen())
+                                kinds=FrozenDict())
     if not name:
       return layer
     kind = self.kinds[name]
@@ -433,7 +437,7 @@ class ModelConfig:
     return layer
 
   @functools.cached_property
-  def names_of_layers(self) -> tuple[tuple[str, ...], ...]:
+  def kind_names_of_sections(self) -> tuple[tuple[str, ...], ...]:
     """The kinds of the layers before the first period, of a period, and of
     those after the last; '' is the kind of layers that are as the model says.
     """
@@ -447,7 +451,7 @@ class ModelConfig:
   @functools.cached_property
   def kinds_used(self) -> tuple[str, ...]:
     """The kinds of all layers, each once, in the order of the layers."""
-    first, period, last = self.names_of_layers
+    first, period, last = self.kind_names_of_sections
     return tuple(dict.fromkeys((*first, *period, *last)))
 
   @property
@@ -472,7 +476,7 @@ class ModelConfig:
       causal: whether a token sees no later one.
       cross: whether the layers attend to the encoder's tokens too.
     """
-    first, period, last = self.names_of_layers
+    first, period, last = self.kind_names_of_sections
     repeated = (num_layers - len(first) - len(last)) // len(period)
     passes = 1
     if self.loop != 'none':
@@ -506,7 +510,7 @@ class ModelConfig:
     layers = []
     for i, name in enumerate(names):
       c = configs[len(before) + i]
-      source = _source(configs, i, len(before))
+      source = _find_lender_of_keys(configs, i, len(before))
       layers.append(LayerKind(
           attention=c.attention, ffn=c.ffn, causal=causal, cross=cross,
           name=name, source=source))
@@ -522,7 +526,10 @@ class ModelConfig:
     return layers
 
 
-def _source(layers: list[ModelConfig], i: int, first: int) -> int | None:
+def _find_lender_of_keys(
+  layers: list[ModelConfig],
+  i: int,
+   first: int) -> int | None:
   """Returns the place of the layer that lends layer i its keys and values: the
   nearest one before it that has some, of as many tokens. None: the layer has
   its own, or there is no lender.
@@ -537,12 +544,13 @@ def _source(layers: list[ModelConfig], i: int, first: int) -> int | None:
     return None
   for j in reversed(range(-first, i)):
     lender = layers[first + j]
-    if not lender.shares_keys and _sees(lender) == _sees(reader):
+    if not lender.shares_keys and _rule_of_visible_tokens(
+      lender) == _rule_of_visible_tokens(reader):
       return j
   return None
 
 
-def _sees(layer: ModelConfig) -> tuple:
+def _rule_of_visible_tokens(layer: ModelConfig) -> tuple:
   """Returns what decides which tokens a layer sees."""
   window = 0
   if layer.attention != 'global':

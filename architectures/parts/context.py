@@ -36,7 +36,7 @@ class Memory:
 
 
 @struct.dataclass
-class First:
+class FirstLayerValues:
   """The values of the first layer, on their way to the others.
 
   Attributes:
@@ -48,14 +48,14 @@ class First:
 
 
 @struct.dataclass
-class Keys:
+class KeysAndValues:
   """Keys and values of a layer, on their way to those that read them too."""
   key_BMJK: jax.Array
   value_BMJK: jax.Array
 
 
 @struct.dataclass
-class Shared:
+class SharedArrays:
   """The arrays that the attention of one layer shares with that of others.
 
   Attributes:
@@ -63,8 +63,8 @@ class Shared:
     keys: keys and values that the layer reads instead of its own.
     lends: whether later layers read those of this one, so that it reports them.
   """
-  first: Optional[First] = None
-  keys: Optional[Keys] = None
+  first_values: Optional[FirstLayerValues] = None
+  keys: Optional[KeysAndValues] = None
   lends: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -101,13 +101,13 @@ class Context:
   valid_BL: Optional[jax.Array] = None
   routed_BL: Optional[jax.Array] = None
   lengths_B: Optional[jax.Array] = None
-  shared: Shared = Shared()
+  shared: SharedArrays = SharedArrays()
   in_order: bool = struct.field(pytree_node=False, default=True)
   deterministic: bool = struct.field(pytree_node=False, default=True)
   keep_layers: bool = struct.field(pytree_node=False, default=False)
   keep_attention: bool = struct.field(pytree_node=False, default=False)
 
-  def counted(self, B: int, L: int) -> jax.Array:
+  def real_tokens(self, B: int, L: int) -> jax.Array:
     """Returns bool [B, L]: which tokens are neither padding nor, for the
     modules that predict further tokens, join two texts."""
     counted_BL = jnp.ones((B, L), bool)

@@ -47,7 +47,8 @@ from architectures.parts.layers import norm
 from common.errors import require
 from common.fields import field, RUN, SHAPES, ReadIf
 
-FEW = 32  # tokens, at most, of which a tied head reads the table as it lies
+# tokens, at most, of which a tied head reads the table as it lies
+MOST_TOKENS_WITH_TABLE_FIRST = 32
 
 
 @struct.dataclass
@@ -66,16 +67,22 @@ class Head:
     Of few tokens XLA's CPU backend reads a table on the left as it lies, and
     copies one on the right. The barrier keeps it from changing their order.
     """
-    if (self.tied and x_BLD.size <= FEW * x_BLD.shape[-1]
-        and x_BLD.dtype == jnp.float32 and sharding.one_cpu()):
+    num_tokens = x_BLD.size // x_BLD.shape[-1]
+    if (self.tied and num_tokens <= MOST_TOKENS_WITH_TABLE_FIRST
+        and x_BLD.dtype == jnp.float32 and sharding.is_single_cpu()):
       logits_VT = jax.lax.optimization_barrier(layers.einsum(
           'VD,TD->VT', self.kernel_DV.T, x_BLD.reshape(-1, x_BLD.shape[-1]),
           x_BLD.dtype, jnp.float32))
-      return self.finish(logits_VT.T.reshape(*x_BLD.shape[:-1], -1))
-    return self.finish(layers.einsum('...D,DV->...V', x_BLD, self.kernel_DV,
-                                     x_BLD.dtype, jnp.float32))
+      return self.finish_logits(logits_VT.T.reshape(*x_BLD.shape[:-1], -1))
+    return self.finish_logits(
+  layers.einsum(
+    '...D,DV->...V',
+    x_BLD,
+    self.kernel_DV,
+    x_BLD.dtype,
+     jnp.float32))
 
-  def finish(self, logits_BLV: jax.Array) -> jax.Array:
+  def finish_logits(self, logits_BLV: jax.Array) -> jax.Array:
     """The logits of the bare products x W."""
     if self.bias_V is not None:
       logits_BLV = layers.add_bias(logits_BLV, self.bias_V)
@@ -139,7 +146,8 @@ class Unfold(nn.Module):
   def __call__(self, x_BD: jax.Array, length: int) -> tuple[jax.Array, Head]:
     c = self.config
     # fairseq's positions begin at 2, and the published ones at 0.
-    places_LD = positions.sinusoid(jnp.arange(length) - 2, c.d_model, 'fairseq')
+    places_LD = positions.sinusoidal_encoding(
+  jnp.arange(length) - 2, c.d_model, 'fairseq')
     x_BLD = x_BD[:, None] + places_LD[None].astype(x_BD.dtype)
     for i in range(2):
       y_BLD = norm(c, f'norm_{i}')(x_BLD)
@@ -156,7 +164,7 @@ class Unfold(nn.Module):
     return norm(c, 'norm_2')(x_BLD), Head(kernel_DV, bias_V, 1 / c.widening)
 
 
-def last(x_BLD: jax.Array, valid_BL: Optional[jax.Array],
+def pool_last_token(x_BLD: jax.Array, valid_BL: Optional[jax.Array],
          segment_ids_BL: Optional[jax.Array]) -> jax.Array:
   """Returns the last token of each row that is not padding, [B, D].
 
@@ -173,7 +181,8 @@ def last(x_BLD: jax.Array, valid_BL: Optional[jax.Array],
   return jnp.take_along_axis(x_BLD, last_B[:, None, None], 1)[:, 0]
 
 
-def mean(x_BLD: jax.Array, segment_ids_BL: Optional[jax.Array]) -> jax.Array:
+def pool_mean_of_tokens(x_BLD: jax.Array,
+   segment_ids_BL: Optional[jax.Array]) -> jax.Array:
   """Returns the mean over each row's tokens that are not padding, [B, D].
 
   Args:
@@ -189,7 +198,8 @@ def mean(x_BLD: jax.Array, segment_ids_BL: Optional[jax.Array]) -> jax.Array:
 
 # A pooling turns an encoder's row into what a head reads:
 # (tokens [B, L, D], segments [B, L]) -> [B, D].
-POOLINGS = {'cls': lambda x_BLD, segment_ids_BL: x_BLD[:, 0], 'mean': mean}
+POOLINGS = {'cls': lambda x_BLD,
+  segment_ids_BL: x_BLD[:, 0], 'mean': pool_mean_of_tokens}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +248,7 @@ def _check_generator(c: ModelConfig) -> None:
           'generator has layers of one kind, as its model must')
 
 
-class Kind(NamedTuple):
+class HeadKind(NamedTuple):
   """An entry of HEADS.
 
   Attributes:
@@ -252,31 +262,58 @@ class Kind(NamedTuple):
       None: it fits every model.
   """
   outputs: Callable[[ModelConfig], int]
-  of_row: bool = False
-  unfolds: bool = False
-  detects: bool = False
+  is_for_rows: bool = False
+  has_logits_of_tokens: bool = False
+  has_detector: bool = False
   settings: Optional[type] = None
   fields: tuple[str, ...] = ()
   check: Optional[Callable[[ModelConfig], None]] = None
 
 
-def _needs_labels(c: ModelConfig) -> None:
+def _check_num_labels(c: ModelConfig) -> None:
   require(c.num_labels > 0, f'model.num_labels is {c.num_labels}: model.head '
           f'{c.head!r} needs 1 or more (derived from the labels of the '
           'training data at the start of a run)')
 
 
-_LABELS = ('num_labels', 'head_dropout')
-_LOGITS = ('tie_embeddings', 'logits_bias', 'logits_scale', 'logits_softcap')
+_FIELDS_OF_LABEL_HEADS = ('num_labels', 'head_dropout')
+_FIELDS_OF_LOGITS = (
+  'tie_embeddings',
+  'logits_bias',
+  'logits_scale',
+   'logits_softcap')
 HEADS = {
-    'lm': Kind(lambda c: 0, fields=(*_LOGITS, 'next_sentence', 'mtp_depth')),
-    'replaced': Kind(lambda c: 1, detects=True, settings=GeneratorConfig,
-                     fields=_LOGITS, check=_check_generator),
-    'sequence': Kind(lambda c: c.num_labels, of_row=True,
-                     fields=(*_LABELS, 'pooling'), check=_needs_labels),
-    'tokens': Kind(lambda c: c.num_labels, fields=_LABELS,
-                   check=_needs_labels),
-    'span': Kind(lambda c: 2, fields=('head_dropout',)),
-    'vector': Kind(lambda c: 0, of_row=True, unfolds=True,
-                   check=positions.check_sinusoids),
-}
+  'lm': HeadKind(
+    lambda c: 0,
+    fields=(
+      *_FIELDS_OF_LOGITS,
+      'next_sentence',
+      'mtp_depth')),
+      'replaced': HeadKind(
+        lambda c: 1,
+        has_detector=True,
+        settings=GeneratorConfig,
+        fields=_FIELDS_OF_LOGITS,
+        check=_check_generator),
+        'sequence': HeadKind(
+          lambda c: c.num_labels,
+          is_for_rows=True,
+          fields=(
+            *_FIELDS_OF_LABEL_HEADS,
+            'pooling'),
+            check=_check_num_labels),
+            'tokens': HeadKind(
+              lambda c: c.num_labels,
+              fields=_FIELDS_OF_LABEL_HEADS,
+              check=_check_num_labels),
+              'span': HeadKind(
+                lambda c: 2,
+                fields=(
+                  'head_dropout',
+                  )),
+                  'vector': HeadKind(
+                    lambda c: 0,
+                    is_for_rows=True,
+                    has_logits_of_tokens=True,
+                    check=positions.check_width_for_sinusoids),
+                     }

@@ -24,8 +24,9 @@ from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from common.fields import field, FUNCTION
 
-INITS = ('normal', 'scaled_normal', 'fan_in')  # see _initializer
-PRODUCT = 'product'  # the name of a product's result that remat 'dots' keeps
+WEIGHT_DISTRIBUTIONS = ('normal', 'scaled_normal', 'fan_in')  # see _initializer
+# The name of a product's result, which remat 'dots' keeps.
+NAME_OF_PRODUCT = 'product'
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...],
@@ -142,14 +143,15 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
   # The product, of the whole weight where that lies in shards.
   x, w = x.astype(dtype), w.astype(dtype)
   multiply = functools.partial(_product, spec, out_dtype)
-  places = sharding.product_places(spec, x, w, axes)
+  places = sharding.sharding_of_product(spec, x, w, axes)
   if places is None:
     y = multiply(x, w)
   else:
-    y = sharding.gathered_product(multiply, x, w, places, keep, kept_as)
+    y = sharding.multiply_by_gathered_weight(
+      multiply, x, w, places, keep, kept_as)
   if is_batched:
     return y
-  return checkpoint_name(y, PRODUCT)
+  return checkpoint_name(y, NAME_OF_PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -187,14 +189,14 @@ def _product_bwd(spec: str, out_dtype: jax.typing.DTypeLike,
   x_letters, w_letters, y_letters = spec.replace('->', ',').split(',')
   d = d.astype(x.dtype)
   dx = _product(f'{y_letters},{w_letters}->{x_letters}', x.dtype, d, w)
-  dw = _of_weight(x_letters, y_letters, w_letters, w.dtype, x, d)
+  dw = _gradient_of_weight(x_letters, y_letters, w_letters, w.dtype, x, d)
   return dx, dw
 
 
 _product.defvjp(_product_fwd, _product_bwd)
 
 
-def of_weight(x_RI: jax.Array, d_RO: jax.Array) -> jax.Array:
+def gradient_of_weight(x_RI: jax.Array, d_RO: jax.Array) -> jax.Array:
   """Returns x^T dy of R rows in float32, [I, O]: the gradient of a weight with
   I inputs and O outputs. In bfloat16 XLA's CPU backend is fast at it only where
   the rows are two axes."""
@@ -202,10 +204,10 @@ def of_weight(x_RI: jax.Array, d_RO: jax.Array) -> jax.Array:
     return jnp.matmul(x_RI.T, d_RO, preferred_element_type=jnp.float32)
   x_BLI = x_RI.reshape(2, -1, x_RI.shape[1])
   d_BLO = d_RO.reshape(2, -1, d_RO.shape[1])
-  return _of_weight('BLI', 'BLO', 'IO', jnp.float32, x_BLI, d_BLO)
+  return _gradient_of_weight('BLI', 'BLO', 'IO', jnp.float32, x_BLI, d_BLO)
 
 
-def _of_weight(x_letters: str, y_letters: str, w_letters: str,
+def _gradient_of_weight(x_letters: str, y_letters: str, w_letters: str,
                dtype: jax.typing.DTypeLike, x: jax.Array, d: jax.Array
                ) -> jax.Array:
   """Returns the gradient of w, x^T dy. XLA's CPU backend transposes the first
@@ -223,7 +225,7 @@ def _of_weight(x_letters: str, y_letters: str, w_letters: str,
   n = sum(letter in x_letters for letter in w_letters)
   ins, outs = w_letters[:n], w_letters[n:]
   no_batch = set(ins) <= set(x_letters) - set(y_letters)
-  if d.size < x.size and no_batch and sharding.one_cpu():
+  if d.size < x.size and no_batch and sharding.is_single_cpu():
     turned = _product(f'{y_letters},{x_letters}->{outs}{ins}', dtype, d, x)
     turned = jax.lax.optimization_barrier(turned)
     return jnp.moveaxis(turned, range(len(outs)), range(n, n + len(outs)))
@@ -231,10 +233,11 @@ def _of_weight(x_letters: str, y_letters: str, w_letters: str,
 
 
 # The products of a layer that may have a low-rank adapter, and all of them.
-PRODUCTS = ('query', 'key', 'value', 'output_gate', 'in', 'out', 'up',
+NAMES_OF_PRODUCTS = ('query', 'key', 'value', 'output_gate', 'in', 'out', 'up',
             'gate', 'down', 'query_down', 'query_up', 'kv_down', 'kv_up')
-ALL = 'all-linear'
-LORA_A, LORA_B = '_lora_a', '_lora_b'  # after the name of the weight
+ALL_PRODUCTS = 'all-linear'
+# after the name of the weight
+SUFFIX_OF_LORA_A, SUFFIX_OF_LORA_B = '_lora_a', '_lora_b'
 
 
 def product(module: nn.Module, name: str, spec: str, x: jax.Array,
@@ -258,17 +261,17 @@ def product(module: nn.Module, name: str, spec: str, x: jax.Array,
     deterministic: whether nothing is dropped.
   """
   c = module.config
-  stays_whole = keeps_gathered(c, name)
+  stays_whole = keeps_weight_gathered(c, name)
   y = einsum(spec, x, w, c.compute_dtype, axes=axes,
              keep=stays_whole or c.remat != 'none',
-             kept_as=sharding.KEPT if stays_whole else '')
-  if not adapted(c, name):
+             kept_as=sharding.NAME_OF_KEPT_WEIGHT if stays_whole else '')
+  if not has_adapter(c, name):
     return y
   # The adapter's product, through the rank Z.
   x_letters, w_letters, y_letters = spec.replace('->', ',').split(',')
   n = sum(letter not in y_letters for letter in w_letters)
   ins, outs = w_letters[:n], w_letters[n:]
-  a, b = _adapter(module, name, w.shape, axes, n)
+  a, b = _declare_adapter(module, name, w.shape, axes, n)
   if c.lora.dropout:
     dropout = Dropout(c.lora.dropout, name=f'{name}_lora_dropout')
     x = dropout(x, deterministic=deterministic)
@@ -297,23 +300,23 @@ def adapted_weight(module: nn.Module, name: str, w: jax.Array,
   """Returns W + (alpha / rank) A B, by which `product` multiplies where nothing
   is dropped. The first axis alone of W is an input."""
   c = module.config
-  if not adapted(c, name):
+  if not has_adapter(c, name):
     return w
-  a, b = _adapter(module, name, w.shape, axes, 1)
+  a, b = _declare_adapter(module, name, w.shape, axes, 1)
   return w + c.lora.scale * jnp.tensordot(a, b, 1)
 
 
-def adapted(c: ModelConfig, name: str) -> bool:
+def has_adapter(c: ModelConfig, name: str) -> bool:
   """Whether the product `name` has a low-rank adapter."""
   if c.lora.rank <= 0:
     return False
   targets = c.lora.targets.split(',')
-  if ALL in targets:
-    return name in PRODUCTS
+  if ALL_PRODUCTS in targets:
+    return name in NAMES_OF_PRODUCTS
   return name in targets
 
 
-def keeps_gathered(c: ModelConfig, name: str = '') -> bool:
+def keeps_weight_gathered(c: ModelConfig, name: str = '') -> bool:
   """Whether the weight of the product `name`, or of any product (''), stays
   gathered from the forward to the backward pass."""
   if c.keep_gathered == 'none':
@@ -321,10 +324,10 @@ def keeps_gathered(c: ModelConfig, name: str = '') -> bool:
   if not name:
     return True
   names = c.keep_gathered.split(',')
-  return ALL in names or name in names
+  return ALL_PRODUCTS in names or name in names
 
 
-def _adapter(module: nn.Module, name: str, shape: tuple[int, ...],
+def _declare_adapter(module: nn.Module, name: str, shape: tuple[int, ...],
              axes: tuple[str | None, ...], n: int
              ) -> tuple[jax.Array, jax.Array]:
   """Declares A and B of a weight whose first `n` axes are inputs."""
@@ -334,29 +337,32 @@ def _adapter(module: nn.Module, name: str, shape: tuple[int, ...],
       1 / 3, mode='fan_in', distribution='uniform', in_axis=inputs)
   a_role = Role(axes=(*axes[:n], None), inputs=inputs, tuned=True)
   b_role = Role(axes=(None, *axes[n:]), inputs=(0,), tuned=True)
-  a = declare(module, name + LORA_A, init, (*shape[:n], rank), a_role)
-  b = declare(module, name + LORA_B, nn.initializers.zeros, (rank, *shape[n:]),
-              b_role)
+  a = declare(module, name + SUFFIX_OF_LORA_A, init, (*shape[:n], rank), a_role)
+  b = declare(module, name + SUFFIX_OF_LORA_B,
+              nn.initializers.zeros, (rank, *shape[n:]), b_role)
   return a, b
 
 
-USEFUL = 'useful_{}_of_{}_{}_in_a_prompt'
+SCOPE_OF_USEFUL_FLOPS = 'useful_{}_of_{}_{}_in_a_prompt'
 
 
-def useful(part: int, whole: int, prompt: int | None = None):
+def count_flops_as_useful_part(
+  part: int,
+  whole: int,
+   prompt: int | None = None):
   """Returns a scope whose products count as part / whole of themselves where a
   model's FLOPs are counted (training/costs/flops.py): a mask hides the rest.
   `prompt` is the part where all tokens are a prompt, if that is another."""
   if prompt is None:
     prompt = part
-  return jax.named_scope(USEFUL.format(part, whole, prompt))
+  return jax.named_scope(SCOPE_OF_USEFUL_FLOPS.format(part, whole, prompt))
 
 
-COUNTED = 'counted_{}_of_{}'
+NAME_OF_COUNTED_FUNCTION = 'counted_{}_of_{}'
 
 
 @functools.lru_cache(maxsize=1024)
-def counted(f: Callable[..., jax.Array], part: int, whole: int = 1
+def count_flops_by_result(f: Callable[..., jax.Array], part: int, whole: int = 1
             ) -> Callable[..., jax.Array]:
   """Returns f, which counts as part / whole FLOPs for each number of its
   result where a model's FLOPs are counted: its own products do not say what a
@@ -370,7 +376,7 @@ def counted(f: Callable[..., jax.Array], part: int, whole: int = 1
   """
   def named(*args: Any) -> jax.Array:
     return f(*args)
-  named.__name__ = COUNTED.format(part, whole)
+  named.__name__ = NAME_OF_COUNTED_FUNCTION.format(part, whole)
   return jax.jit(named)
 
 
@@ -386,7 +392,7 @@ def add_bias(x: jax.Array, b: jax.Array) -> jax.Array:
   return y.astype(x.dtype)
 
 
-def times(x: jax.Array, factor: float) -> jax.Array:
+def multiply_exactly(x: jax.Array, factor: float) -> jax.Array:
   """Returns x * factor, in x's dtype. It is float32 until the result, unless
   x's dtype has the factor: rounded to bfloat16 that would be off by up to
   0.4 %, and everything alike."""
@@ -405,7 +411,8 @@ def times(x: jax.Array, factor: float) -> jax.Array:
 # alone: it is the same on any mesh, and when it is drawn again for a gradient.
 
 
-_STEP = 0x9E3779B9  # 2^32 over the golden ratio: multiples of it lie far apart
+# 2^32 over the golden ratio: multiples of it lie far apart
+STEP_BETWEEN_COLUMNS = 0x9E3779B9
 
 
 class Dropout(nn.Module):
@@ -417,17 +424,17 @@ class Dropout(nn.Module):
   def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
     if deterministic or not self.rate:
       return x
-    return drop(x, self.rate, self.make_rng('dropout'))
+    return apply_dropout(x, self.rate, self.make_rng('dropout'))
 
 
-def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+def apply_dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
   """Returns x with the share `rate`, in [0, 1), at 0, and the others divided by
   the share that is kept."""
-  kept = bits(key, x.shape) >= jnp.uint32(int(rate * 2**32))
+  kept = random_bits(key, x.shape) >= jnp.uint32(int(rate * 2**32))
   return jnp.where(kept, x * (1 / (1 - rate)), 0)
 
 
-def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Returns 32 random bits for each element, as uint32.
 
   In a row with the words a and b, column c has mix(a + c * _STEP) + b, as
@@ -437,11 +444,11 @@ def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   *rows, columns = shape or (1,)
   words = jax.random.bits(key, (2, *rows, 1))
   column = jax.lax.broadcasted_iota(jnp.uint32, (*rows, columns), len(rows))
-  counted_ = words[0] + column * jnp.uint32(_STEP)
-  return (mix(counted_) + words[1]).reshape(shape)
+  counted_ = words[0] + column * jnp.uint32(STEP_BETWEEN_COLUMNS)
+  return (hash_uint32(counted_) + words[1]).reshape(shape)
 
 
-def mix(x: jax.Array) -> jax.Array:
+def hash_uint32(x: jax.Array) -> jax.Array:
   """Returns each uint32 as another one, scattered evenly (the finaliser of
   murmur3)."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x85ebca6b)
@@ -461,7 +468,7 @@ def layernorm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None,
   centred = x32 - mean
   var = jnp.square(centred).mean(-1, keepdims=True)
   y = centred * jax.lax.rsqrt(var + eps)
-  return _affine(y, scale_D, bias_D, x.dtype)
+  return _scale_and_shift(y, scale_D, bias_D, x.dtype)
 
 
 def rmsnorm(x: jax.Array, scale_D: Optional[jax.Array],
@@ -471,10 +478,10 @@ def rmsnorm(x: jax.Array, scale_D: Optional[jax.Array],
   x32 = x.astype(jnp.float32)
   mean_square = jnp.square(x32).mean(-1, keepdims=True)
   y = x32 * jax.lax.rsqrt(mean_square + eps)
-  return _affine(y, scale_D, None, x.dtype)
+  return _scale_and_shift(y, scale_D, None, x.dtype)
 
 
-def _affine(y: jax.Array, scale_D: Optional[jax.Array],
+def _scale_and_shift(y: jax.Array, scale_D: Optional[jax.Array],
             bias_D: Optional[jax.Array], dtype: jax.typing.DTypeLike
             ) -> jax.Array:
   """Returns y * scale + bias, with those of them that there are."""
@@ -488,7 +495,7 @@ def _affine(y: jax.Array, scale_D: Optional[jax.Array],
 
 # The gradient computes a norm, or an activation, again: cheaper than to keep
 # what it computes on its way.
-recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+recompute_in_backward = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 class Norm(nn.Module):
@@ -503,7 +510,11 @@ class Norm(nn.Module):
   config: ModelConfig
   axis: str = 'embed'
 
-  def vector(self, name: str, init: Callable, x: jax.Array) -> jax.Array:
+  def declare_per_feature(
+  self,
+  name: str,
+  init: Callable,
+   x: jax.Array) -> jax.Array:
     """Declares a parameter for each feature."""
     return declare(self, name, init, x.shape[-1:], Role((self.axis,)))
 
@@ -513,9 +524,10 @@ class LayerNorm(Norm):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale_D = self.vector('scale', nn.initializers.ones, x)
-    bias_D = self.vector('bias', nn.initializers.zeros, x)
-    return recomputed(layernorm)(x, scale_D, bias_D, self.config.norm_eps)
+    scale_D = self.declare_per_feature('scale', nn.initializers.ones, x)
+    bias_D = self.declare_per_feature('bias', nn.initializers.zeros, x)
+    return recompute_in_backward(layernorm)(
+  x, scale_D, bias_D, self.config.norm_eps)
 
 
 class LayerNormNoBias(Norm):
@@ -523,8 +535,9 @@ class LayerNormNoBias(Norm):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale_D = self.vector('scale', nn.initializers.ones, x)
-    return recomputed(layernorm)(x, scale_D, None, self.config.norm_eps)
+    scale_D = self.declare_per_feature('scale', nn.initializers.ones, x)
+    return recompute_in_backward(layernorm)(
+      x, scale_D, None, self.config.norm_eps)
 
 
 class RMSNorm(Norm):
@@ -532,8 +545,8 @@ class RMSNorm(Norm):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale_D = self.vector('scale', nn.initializers.ones, x)
-    return recomputed(rmsnorm)(x, scale_D, self.config.norm_eps)
+    scale_D = self.declare_per_feature('scale', nn.initializers.ones, x)
+    return recompute_in_backward(rmsnorm)(x, scale_D, self.config.norm_eps)
 
 
 class RMSNorm1P(Norm):
@@ -542,9 +555,9 @@ class RMSNorm1P(Norm):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    offset_D = self.vector('offset', nn.initializers.zeros, x)
+    offset_D = self.declare_per_feature('offset', nn.initializers.zeros, x)
     scale_D = 1.0 + offset_D.astype(jnp.float32)
-    return recomputed(rmsnorm)(x, scale_D, self.config.norm_eps)
+    return recompute_in_backward(rmsnorm)(x, scale_D, self.config.norm_eps)
 
 
 class PlainRMSNorm(Norm):
@@ -555,7 +568,7 @@ class PlainRMSNorm(Norm):
     def plain(x: jax.Array) -> jax.Array:
       return rmsnorm(x, None, self.config.norm_eps)
 
-    return recomputed(plain)(x)
+    return recompute_in_backward(plain)(x)
 
 
 # A norm is a module. It may have `settings`, the group of fields of
@@ -575,7 +588,7 @@ def norm(config: ModelConfig, name: str, axis: str = 'embed') -> nn.Module:
   return NORMS[config.norm](config, axis, name=name)
 
 
-def norms(config: ModelConfig, name: str) -> nn.Module:
+def norm_of_streams(config: ModelConfig, name: str) -> nn.Module:
   """Returns the config's norm of streams, [..., U, D], each of which has
   parameters of its own."""
   module = nn.vmap(
@@ -631,7 +644,7 @@ class Network(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Hidden:
+class HiddenUnits:
   """The function that makes the hidden units; it is hashable, so a program can
   be keyed on it.
 
@@ -672,7 +685,10 @@ def relu2(x: jax.Array) -> jax.Array:
   return jnp.square(jax.nn.relu(x))
 
 
-def clamped(gate: jax.Array, up: jax.Array, clamp: ClampConfig) -> jax.Array:
+def clamped_swiglu(
+  gate: jax.Array,
+  up: jax.Array,
+   clamp: ClampConfig) -> jax.Array:
   """Returns g sigmoid(alpha g) (u + offset), with g = min(gate, limit) and
   u = up, bounded by limit on both sides (gpt-oss: OpenAI 2025, section 2.2)."""
   gate = jnp.minimum(gate, clamp.limit)
@@ -699,7 +715,7 @@ class FFN(nn.Module):
     """Returns FFN(x), [B, L, D], and a report: it has nothing to say."""
     c = self.config
     D, F = c.d_model, self.width or c.d_ff
-    hidden = Hidden(kind=self.kind, clamp=c.find(ClampConfig))
+    hidden = HiddenUnits(kind=self.kind, clamp=c.find(ClampConfig))
     multiply = functools.partial(product, self,
                                  deterministic=ctx.deterministic)
     into, out = ('embed', 'mlp'), ('mlp', 'embed')
@@ -707,21 +723,25 @@ class FFN(nn.Module):
     down_FD = weight(self, 'down', (F, D), out, residual=True)
     # The hidden units.
     h_BLF = multiply('up', 'BLD,DF->BLF', x_BLD, up_DF, into)
-    h_BLF = self._add_bias('up', h_BLF, 'mlp')
+    h_BLF = self._add_bias_of_product('up', h_BLF, 'mlp')
     if hidden.gated:
       gate_DF = weight(self, 'gate', (D, F), into)
       g_BLF = multiply('gate', 'BLD,DF->BLF', x_BLD, gate_DF, into)
-      g_BLF = self._add_bias('gate', g_BLF, 'mlp')
-      h_BLF = recomputed(hidden)(h_BLF, g_BLF)
+      g_BLF = self._add_bias_of_product('gate', g_BLF, 'mlp')
+      h_BLF = recompute_in_backward(hidden)(h_BLF, g_BLF)
     else:
-      h_BLF = recomputed(hidden)(h_BLF)
+      h_BLF = recompute_in_backward(hidden)(h_BLF)
     h_BLF = Dropout(c.ffn_dropout)(h_BLF, deterministic=ctx.deterministic)
     h_BLF = sharding.constrain(h_BLF, 'batch', 'length', 'mlp')
     # Back to the width of the model.
     y_BLD = multiply('down', 'BLF,FD->BLD', h_BLF, down_FD, out)
-    return self._add_bias('down', y_BLD, 'embed'), Report()
+    return self._add_bias_of_product('down', y_BLD, 'embed'), Report()
 
-  def _add_bias(self, name: str, y: jax.Array, axis: str) -> jax.Array:
+  def _add_bias_of_product(
+  self,
+  name: str,
+  y: jax.Array,
+   axis: str) -> jax.Array:
     """Returns the product `name` with its bias, where networks have one."""
     if not self.config.ffn_bias:
       return y
@@ -738,7 +758,7 @@ FFNS = {
     'geglu': Network(gelu, gated=True),
     'geglu_tanh': Network(gelu_tanh, gated=True),
     'swiglu': Network(jax.nn.silu, gated=True),
-    'swiglu_clamped': Network(jax.nn.silu, gated=True, join=clamped,
+    'swiglu_clamped': Network(jax.nn.silu, gated=True, join=clamped_swiglu,
                               settings=ClampConfig),
 }
 
@@ -748,8 +768,8 @@ FFNS = {
 # `checkpoint_name`), by which an entry of REMAT keeps them.
 
 
-INPUT = 'block_input'
-HOST = 'pinned_host'  # the kind of memory
+NAME_OF_BLOCK_INPUT = 'block_input'
+MEMORY_OF_HOST = 'pinned_host'  # the kind of memory
 
 
 class Remat(NamedTuple):
@@ -761,25 +781,26 @@ class Remat(NamedTuple):
     to_host: whether the input of each layer waits in the host's memory.
     again: whether the products of a layer are computed again.
   """
-  keeps: tuple[str, ...] = ()
-  to_host: bool = False
-  again: bool = True
+  kept_names: tuple[str, ...] = ()
+  keeps_input_on_host: bool = False
+  recomputes_products: bool = True
 
 
 REMAT = {
-    'none': Remat(again=False),  # each layer keeps all that its gradient needs
-    'dots': Remat(keeps=(PRODUCT,), again=False),
+    # each layer keeps all that its gradient needs
+    'none': Remat(recomputes_products=False),
+    'dots': Remat(kept_names=(NAME_OF_PRODUCT,), recomputes_products=False),
     'full': Remat(),
-    'offload': Remat(to_host=True),
+    'offload': Remat(keeps_input_on_host=True),
 }
 
 
-def remat(c: ModelConfig) -> Remat:
+def remat_of_model(c: ModelConfig) -> Remat:
   """Returns the config's policy."""
   return REMAT[c.remat]
 
 
-def with_remat(kind: type[nn.Module], c: ModelConfig, prevent_cse: bool
+def apply_remat(kind: type[nn.Module], c: ModelConfig, prevent_cse: bool
           ) -> type[nn.Module]:
   """Returns a kind of block whose backward pass computes again what the config
   says.
@@ -792,27 +813,30 @@ def with_remat(kind: type[nn.Module], c: ModelConfig, prevent_cse: bool
   """
   if c.remat == 'none':
     return kind
-  if remat(c).to_host:
-    kind = _named(kind)
+  if remat_of_model(c).keeps_input_on_host:
+    kind = _name_input_of_block(kind)
   return nn.remat(kind, policy=remat_policy(c), prevent_cse=prevent_cse)
 
 
 def remat_policy(c: ModelConfig) -> Optional[Callable[..., object]]:
   """Returns the config's policy as jax.checkpoint takes it."""
-  keeps = remat(c).keeps
-  if keeps_gathered(c):
-    keeps += (sharding.KEPT,)
+  keeps = remat_of_model(c).kept_names
+  if keeps_weight_gathered(c):
+    keeps += (sharding.NAME_OF_KEPT_WEIGHT,)
   policies = jax.checkpoint_policies
-  if remat(c).to_host:
+  if remat_of_model(c).keeps_input_on_host:
     return policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=keeps, names_which_can_be_offloaded=[INPUT],
-        offload_src='device', offload_dst=HOST)
+  names_which_can_be_saved=keeps,
+  names_which_can_be_offloaded=[NAME_OF_BLOCK_INPUT],
+  offload_src='device',
+   offload_dst=MEMORY_OF_HOST)
   if keeps:
     return policies.save_only_these_names(*keeps)
   return None
 
 
-def gathers(c: ModelConfig, path: str, axes: tuple[str | None, ...]) -> int:
+def count_gathers_of_weight(
+  c: ModelConfig, path: str, axes: tuple[str | None, ...]) -> int:
   """Returns how often a step gathers a sharded parameter: for the product and
   again for its gradient, or once.
 
@@ -822,12 +846,13 @@ def gathers(c: ModelConfig, path: str, axes: tuple[str | None, ...]) -> int:
     axes: its logical axes.
   """
   name = path.split('/')[-1]
-  if keeps_gathered(c, name) and 'experts' not in axes:
-    return passes(c, path)
-  return passes(c, path) + passes(c, path, back=True)
+  if keeps_weight_gathered(c, name) and 'experts' not in axes:
+    return count_reads_of_weight(c, path)
+  return count_reads_of_weight(
+    c, path) + count_reads_of_weight(c, path, back=True)
 
 
-def passes(c: ModelConfig, path: str, back: bool = False) -> int:
+def count_reads_of_weight(c: ModelConfig, path: str, back: bool = False) -> int:
   """Returns how often a forward pass, or a backward one, reads a parameter."""
   loops = c.find(LoopsConfig)
   in_loop = '/layers/' in path or '/loop/' in path
@@ -838,12 +863,12 @@ def passes(c: ModelConfig, path: str, back: bool = False) -> int:
   return loops.passes
 
 
-def _named(kind: type[nn.Module]) -> type[nn.Module]:
+def _name_input_of_block(kind: type[nn.Module]) -> type[nn.Module]:
   """Returns the kind of block with a name for its input. Only what is computed
   inside of jax.checkpoint can go to the host: not an argument."""
 
   def name(leaf: jax.Array) -> jax.Array:
-    return checkpoint_name(leaf, INPUT)
+    return checkpoint_name(leaf, NAME_OF_BLOCK_INPUT)
 
   class Named(kind):
 

@@ -66,9 +66,9 @@ from architectures.parts.streams import StreamsConfig
 from common.errors import require
 from common.fields import field, FUNCTION, SHAPES
 
-NO_MEMORY = 'none'  # model.memory of layers that read nothing
-PADDED_TO = 128  # rows of all tables together are a multiple of it
-SEED = 1234  # of a_i, as in transformers
+NAME_OF_NO_MEMORY = 'none'  # model.memory of layers that read nothing
+ROWS_ARE_MULTIPLE_OF = 128  # rows of all tables together are a multiple of it
+SEED_OF_MULTIPLIERS = 1234  # of a_i, as in transformers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,27 +116,27 @@ class State:
 # Hashing: integers of 64 bits as two of 32, high and low, as JAX has no others.
 
 
-_GAMMA, _BITS = 0x9E3779B97F4A7C15, 2**64 - 1
+_STEP_OF_SPLITMIX, _MASK_OF_64_BITS = 0x9E3779B97F4A7C15, 2**64 - 1
 
 
-def _scattered(x: int) -> int:
+def _splitmix64(x: int) -> int:
   """SplitMix64 (Steele et al. 2014)."""
-  x = (x + _GAMMA) & _BITS
-  x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _BITS
-  x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _BITS
+  x = (x + _STEP_OF_SPLITMIX) & _MASK_OF_64_BITS
+  x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_OF_64_BITS
+  x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK_OF_64_BITS
   return x ^ (x >> 31)
 
 
-def multipliers(vocab_size: int, order: int) -> list[int]:
+def hash_multipliers(vocab_size: int, order: int) -> list[int]:
   """Returns a_i: odd, and so small that no product with a token reaches 2^63.
   """
   most = max(1, (2**63 - 1) // vocab_size // 2)
-  return [2 * (_scattered((SEED + i * _GAMMA) & _BITS) % most) + 1
-          for i in range(1, order + 1)]
+  return [2 * (_splitmix64((SEED_OF_MULTIPLIERS + i * _STEP_OF_SPLITMIX)
+               & _MASK_OF_64_BITS) % most) + 1 for i in range(1, order + 1)]
 
 
 @functools.cache
-def primes(least: int, count: int) -> tuple[int, ...]:
+def first_primes(least: int, count: int) -> tuple[int, ...]:
   """Returns the first so many primes from `least` on."""
   is_prime = lambda n: n > 1 and all(
       n % divisor for divisor in range(2, math.isqrt(n) + 1))
@@ -144,7 +144,7 @@ def primes(least: int, count: int) -> tuple[int, ...]:
                                 count))
 
 
-def _times(t: jax.Array, a: int) -> tuple[jax.Array, jax.Array]:
+def _multiply_to_64_bits(t: jax.Array, a: int) -> tuple[jax.Array, jax.Array]:
   """Returns t * a, of uint32 and an integer below 2^63, as high and low."""
   a0, a1, high = (np.uint32(x) for x in (a & 0xffff, a >> 16 & 0xffff, a >> 32))
   t0, t1, half = t & 0xffff, t >> 16, lambda x: x & 0xffff
@@ -153,7 +153,8 @@ def _times(t: jax.Array, a: int) -> tuple[jax.Array, jax.Array]:
           + t * high, half(t0 * a0) | middle << 16)
 
 
-def _modulo(high: jax.Array, low: jax.Array, by: tuple[int, ...]) -> jax.Array:
+def _remainders_of_64_bits(
+  high: jax.Array, low: jax.Array, by: tuple[int, ...]) -> jax.Array:
   """Returns the number modulo each of `by`, which becomes the last axis: a long
   division, whose digits have as many bits as fit beside a rest."""
   by_K = jnp.asarray(by, jnp.uint32).reshape((1,) * low.ndim + (-1,))
@@ -166,7 +167,7 @@ def _modulo(high: jax.Array, low: jax.Array, by: tuple[int, ...]) -> jax.Array:
   return rest
 
 
-def hashed(c: ModelConfig, all_BM: jax.Array,
+def hash_ngrams(c: ModelConfig, all_BM: jax.Array,
            segment_ids_BL: Optional[jax.Array] = None) -> jax.Array:
   """Returns which rows each token reads, [B, L, tables]: orders one after
   another, all tables counted through.
@@ -177,11 +178,11 @@ def hashed(c: ModelConfig, all_BM: jax.Array,
     segment_ids_BL: documents; the leading axis may be 1.
   """
   m, places = c.part(NGramsConfig), []
-  by = primes(m.rows, m.tables)
+  by = first_primes(m.rows, m.tables)
   L = all_BM.shape[1] - m.order + 1
   mixed: tuple[jax.Array, ...] = ()
   over_BL = jnp.zeros((1, 1), bool)
-  for back, a in enumerate(multipliers(c.vocab_size, m.order)):
+  for back, a in enumerate(hash_multipliers(c.vocab_size, m.order)):
     t_BL = all_BM[:, m.order - 1 - back:][:, :L]
     if segment_ids_BL is not None:
       t_BL = m.pad_token + features.of_one_document(
@@ -189,17 +190,18 @@ def hashed(c: ModelConfig, all_BM: jax.Array,
     if m.stops and back:
       over_BL |= t_BL == m.pad_token
       t_BL = jnp.where(over_BL, m.pad_token, t_BL)
-    product = _times(t_BL.astype(jnp.uint32), a)
+    product = _multiply_to_64_bits(t_BL.astype(jnp.uint32), a)
     if not back:
       mixed = product
       continue
     mixed = tuple(x ^ y for x, y in zip(mixed, product))
-    places.append(_modulo(*mixed, by[(back - 1) * m.heads:back * m.heads]))
+    places.append(_remainders_of_64_bits(
+      *mixed, by[(back - 1) * m.heads:back * m.heads]))
   first = np.cumsum((0, *by[:-1]))[None, None]
   return jnp.concatenate(places, -1).astype(jnp.int32) + first
 
 
-def _looked_up(module: nn.Module, ctx: Context, state: Optional[State]
+def _read_ngram_tables(module: nn.Module, ctx: Context, state: Optional[State]
                ) -> tuple[jax.Array, jax.Array]:
   """Returns e, [B, L, U], and the last N - 1 tokens."""
   c: Any = module.config  # type: ignore[attr-defined]
@@ -208,27 +210,33 @@ def _looked_up(module: nn.Module, ctx: Context, state: Optional[State]
   before_BW = state.tokens_BW if state else jnp.full(
       (len(tokens_BL), m.order - 1), m.pad_token, tokens_BL.dtype)
   all_BM = jnp.concatenate([before_BW, tokens_BL], 1)
-  e_BLUS = _rows(module, sum(primes(m.rows, m.tables)), m.size,
-                 hashed(c, all_BM, ctx.segment_ids_BL))
+  e_BLUS = _read_rows_of_table(
+  module, sum(
+    first_primes(
+      m.rows, m.tables)), m.size, hash_ngrams(
+        c, all_BM, ctx.segment_ids_BL))
   after_BW = features.last(all_BM, m.order - 1, tokens_BL.shape[1],
                            None if state is None else ctx.valid_BL)
   e_BLU = e_BLUS.reshape(*tokens_BL.shape, -1)
   return sharding.constrain(e_BLU, 'batch', 'length', 'mlp'), after_BW
 
 
-def _rows(module: nn.Module, rows: int, size: int, ids_BLU: jax.Array
-          ) -> jax.Array:
+def _read_rows_of_table(
+  module: nn.Module,
+  rows: int,
+  size: int,
+   ids_BLU: jax.Array ) -> jax.Array:
   """Declares a table and returns the rows of these ids, [B, L, U, size]."""
   c: Any = module.config  # type: ignore[attr-defined]
   table_IS = declare(
       module, 'table', nn.initializers.normal(c.init_stddev),
-      (-(-rows // PADDED_TO) * PADDED_TO, size),
+      (-(-rows // ROWS_ARE_MULTIPLE_OF) * ROWS_ARE_MULTIPLE_OF, size),
       Role(('table', None), inputs=(0,), kind='embedding',
            reads=ids_BLU.shape[-1]))
-  return sharding.looked_up_rows(table_IS, ids_BLU, c.compute_dtype)
+  return sharding.look_up_sharded_rows(table_IS, ids_BLU, c.compute_dtype)
 
 
-def _product(module: nn.Module, name: str, x_BLI: jax.Array, size: int = 0,
+def _project(module: nn.Module, name: str, x_BLI: jax.Array, size: int = 0,
              axes: tuple[str, str] = ('mlp', 'embed'), **how: Any) -> jax.Array:
   c: Any = module.config  # type: ignore[attr-defined]
   w_IO = layers.weight(module, name, (x_BLI.shape[-1], size or c.d_model), axes,
@@ -236,7 +244,7 @@ def _product(module: nn.Module, name: str, x_BLI: jax.Array, size: int = 0,
   return layers.einsum('BLI,IO->BLO', x_BLI, w_IO, c.compute_dtype, axes=axes)
 
 
-def gated(key_BLD: jax.Array, x_BLD: jax.Array, value_BLD: jax.Array
+def gate_values(key_BLD: jax.Array, x_BLD: jax.Array, value_BLD: jax.Array
           ) -> jax.Array:
   """Returns v of the module's docstring, of n(W_K e), n(x) and W_V e; the first
   two may be of streams, [B, L, U, D]. The root is of 1e-6 at least, as in the
@@ -259,12 +267,12 @@ class Engram(nn.Module):
     c, shape = self.config, x_BLD.shape
     m, size = c.part(NGramsConfig), math.prod(shape[2:])
     norm = functools.partial(
-        layers.norm if x_BLD.ndim == 3 else layers.norms, c)
-    e_BLU, tokens_BW = _looked_up(self, ctx, state)
-    v_BLD = layers.recomputed(gated)(
-        norm('key_norm')(_product(self, 'key', e_BLU, size).reshape(shape)),
+        layers.norm if x_BLD.ndim == 3 else layers.norm_of_streams, c)
+    e_BLU, tokens_BW = _read_ngram_tables(self, ctx, state)
+    v_BLD = layers.recompute_in_backward(gate_values)(
+        norm('key_norm')(_project(self, 'key', e_BLU, size).reshape(shape)),
         norm('query_norm')(x_BLD),
-        _product(self, 'value', e_BLU, residual=True))
+        _project(self, 'value', e_BLU, residual=True))
     w_WD = declare(self, 'conv', nn.initializers.zeros, (m.kernel, size),
                    Role((None, 'embed')))
     y_BLD, inputs_BWD = features.convolve(
@@ -284,8 +292,8 @@ class OverEncoding(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, state: Optional[State]):
-    e_BLU, tokens_BW = _looked_up(self, ctx, state)
-    y_BLD = _product(self, 'value', e_BLU)
+    e_BLU, tokens_BW = _read_ngram_tables(self, ctx, state)
+    y_BLD = _project(self, 'value', e_BLU)
     return y_BLD, None if state is None else State(tokens_BW)
 
 
@@ -297,24 +305,31 @@ class PerLayer(nn.Module):
   def __call__(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
     c, size = self.config, self.config.part(PerLayerConfig).size
     assert ctx.tokens_BL is not None and ctx.embedded_BLD is not None
-    row_BLS = _rows(self, c.vocab_size, size, ctx.tokens_BL[..., None])[:, :, 0]
-    into = functools.partial(_product, self, size=size, axes=('embed', 'mlp'))
-    seen_BLS = layers.norm(c, 'input_norm', 'mlp')(layers.times(
+    row_BLS = _read_rows_of_table(
+      self, c.vocab_size, size, ctx.tokens_BL[..., None])[:, :, 0]
+    into = functools.partial(_project, self, size=size, axes=('embed', 'mlp'))
+    seen_BLS = layers.norm(c, 'input_norm', 'mlp')(layers.multiply_exactly(
         into('input', ctx.embedded_BLD), c.d_model ** -0.5))
-    e_BLS = layers.times(seen_BLS + layers.times(row_BLS, size ** 0.5),
-                         2 ** -0.5)
-    gate_BLS = layers.recomputed(layers.gelu_tanh)(into('gate', x_BLD))
+    e_BLS = layers.multiply_exactly(
+  seen_BLS +
+  layers.multiply_exactly(
+    row_BLS,
+    size ** 0.5),
+    2 ** -
+    0.5)
+    gate_BLS = layers.recompute_in_backward(
+      layers.gelu_tanh)(into('gate', x_BLD))
     return layers.norm(c, 'out_norm')(
-        _product(self, 'out', gate_BLS * e_BLS, residual=True))
+        _project(self, 'out', gate_BLS * e_BLS, residual=True))
 
 
-def keeps(c: ModelConfig) -> bool:
+def keeps_last_tokens(c: ModelConfig) -> bool:
   """Whether the layers of one kind keep the last tokens of a row."""
   memory = MEMORIES[c.memory]
   return memory is not None and memory.settings is NGramsConfig
 
 
-def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
+def empty_state(c: ModelConfig, shape: tuple[int, ...]) -> State:
   """Returns the state of rows without a token; `shape` is [..., B, M], and the
   state does not depend on M."""
   m = c.part(NGramsConfig)
@@ -328,7 +343,7 @@ def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
       (*shape[:-1], (m.kernel - 1) * m.order, size), c.compute_dtype))
 
 
-def check(c: ModelConfig) -> None:
+def check_memory(c: ModelConfig) -> None:
   """Raises RequestError for what a layer that reads tables cannot be."""
   reads = f'model.memory is {c.memory!r}'
   require(c.residual == 'plain' or (
@@ -338,7 +353,7 @@ def check(c: ModelConfig) -> None:
   require(c.parametrization == 'standard', f'{reads}, for which '
           f'model.parametrization {c.parametrization!r} has no rules: set it '
           "to 'standard'")
-  if not keeps(c):
+  if not keeps_last_tokens(c):
     return
   m = c.part(NGramsConfig)
   require(m.size > 0, f'{reads}, and model.d_model {c.d_model} has not a '
@@ -351,7 +366,7 @@ def check(c: ModelConfig) -> None:
           'counted in 32 bits')
 
 
-class Memory(NamedTuple):
+class TableMemory(NamedTuple):
   """A memory, which a layer reads beside its input.
 
   Attributes:
@@ -364,12 +379,13 @@ class Memory(NamedTuple):
   module: type[nn.Module]
   settings: type = NGramsConfig
   fields: tuple[str, ...] = ()
-  after: bool = False
+  is_read_after_layer: bool = False
 
 
-MEMORIES: dict[str, Optional[Memory]] = {
-    NO_MEMORY: None,
-    'engram': Memory(Engram, fields=('ngrams.kernel',)),
-    'over_encoding': Memory(OverEncoding),
-    'per_layer': Memory(PerLayer, PerLayerConfig, after=True),
+MEMORIES: dict[str, Optional[TableMemory]] = {
+    NAME_OF_NO_MEMORY: None,
+    'engram': TableMemory(Engram, fields=('ngrams.kernel',)),
+    'over_encoding': TableMemory(OverEncoding),
+    'per_layer': TableMemory(
+        PerLayer, PerLayerConfig, is_read_after_layer=True),
 }

@@ -33,14 +33,16 @@ from architectures.parts.context import Context
 from architectures.parts.lora import LoraConfig
 from common.errors import RequestError
 
-# The fields that every form of attention reads for its scores, and those that
-# most forms read.
-SCORES = ('attention_softcap', 'attention_sinks', 'attention_dropout')
-ATTENTION = ('attention_gate', 'attention_kernel', *SCORES, 'attention_bias',
-             'attention_out_bias')
-Divided = Sequence[tuple[str, str]]
+# The fields of config.model that every form of attention reads for its scores,
+# and those that most forms of attention read.
+FIELDS_OF_SCORES = ('attention_softcap', 'attention_sinks', 'attention_dropout')
+FIELDS_OF_ATTENTION = (
+    'attention_gate', 'attention_kernel', *FIELDS_OF_SCORES, 'attention_bias',
+    'attention_out_bias')
+# Pairs of a mesh axis and the field of config.model that it must divide.
+AxesAndFields = Sequence[tuple[str, str]]
 # The logical axes of parameters that lie over the mesh axis tensor.
-OVER_TENSOR = ('heads', 'kv_heads', 'groups', 'joined', 'mlp')
+AXES_SHARDED_OVER_TENSOR = ('heads', 'kv_heads', 'groups', 'joined', 'mlp')
 
 
 class Mixer:
@@ -55,22 +57,23 @@ class Mixer:
       every model has.
     sources: fields of config.model that it reads only to derive sizes which
       are left open.
-    whole: fields of `divided` that a mesh need not divide where they are 1,
-      since all devices have the same.
-    positional: whether it turns or biases by positions. If not, model.position
-      is not read in its layers, but for what it adds to the embedding.
-    turns_heads: whether positions turn heads of head_dim features. If other
-      features are turned, `check` says what they may be.
-    scores: whether a token is weighed against each other one, by scores
-      [B, H, L, M]; FUSED of its module says whether a kernel may do without.
+    may_be_one: those fields of `fields_to_divide` that a mesh axis need not
+      divide where they are 1, since all devices then have the same.
+    positional: whether it rotates heads or adds biases by positions. If not,
+      its layers read model.position only for what it adds to the embedding.
+    turns_heads: whether positions rotate heads of head_dim features. If other
+      features are rotated, `check` says what they may be.
+    has_scores: whether each token has a score of each other one,
+      [B, H, L, M]; FUSED of its module says whether a kernel may avoid to
+      hold all scores at once.
   """
   module: Any
   fields: tuple[str, ...] = ()
   sources: tuple[str, ...] = ()
-  whole: tuple[str, ...] = ()
+  may_be_one: tuple[str, ...] = ()
   positional = False
   turns_heads = False
-  scores = False
+  has_scores = False
 
   @property
   def settings(self) -> Optional[type]:
@@ -89,53 +92,62 @@ class Mixer:
         'with room for M tokens')
 
   def keeps_state(self, c: ModelConfig) -> bool:
-    """Whether the cache holds a state: an array of one size, however many
-    tokens there is room for. What has been read cannot be taken back from a
-    state, padding must be told apart, and a row stays on one device."""
-    return is_state(functools.partial(self.cache, c))
+    """Returns whether the cache holds a state: an array whose size does not
+    depend on the number of tokens that there is room for.
+
+    A token that was read cannot be removed from a state, padding must not be
+    read into it, and a row stays on one device.
+    """
+    return has_array_of_fixed_size(functools.partial(self.cache, c))
 
   def products(self, c: ModelConfig) -> set[str]:
-    """Returns which of layers.PRODUCTS the module has: the products that may
-    have an adapter of low rank, or a weight that stays gathered."""
-    adapters = LoraConfig(rank=1, targets=layers.ALL)
+    """Returns which of layers.NAMES_OF_PRODUCTS the module has: the products
+    that may have a low-rank adapter, or a weight that stays gathered."""
+    # Each product declares the parameters of an adapter where all get one.
+    adapters = LoraConfig(rank=1, targets=layers.ALL_PRODUCTS)
     names = set()
     for path in self._parameters(dataclasses.replace(c, lora=adapters)):
-      if path.endswith(layers.LORA_A):
-        names.add(path.removesuffix(layers.LORA_A))
+      if path.endswith(layers.SUFFIX_OF_LORA_A):
+        names.add(path.removesuffix(layers.SUFFIX_OF_LORA_A))
     return names
 
-  def divided(self, c: ModelConfig) -> Divided:
+  def fields_to_divide(self, c: ModelConfig) -> AxesAndFields:
     """Returns mesh axes, each with a field of config.model that it must
     divide."""
     del c
     return ()
 
-  def cut(self, c: ModelConfig, tensor: int) -> dict[str, int]:
-    """Returns the sizes that the mesh axis tensor, of this size, must divide in
-    a mixer that names no fields in `divided`: those of the axes that lie over
-    it, by the parameters that have them."""
+  def sizes_over_tensor(self, c: ModelConfig, tensor: int) -> dict[str, int]:
+    """Returns the sizes that the mesh axis tensor must divide, by the path of
+    the parameter that has an axis of this size over it. {} where
+    `fields_to_divide` names the sizes.
+
+    Args:
+      c: the config of the layer.
+      tensor: the number of devices along the mesh axis tensor.
+    """
     sizes: dict[str, int] = {}
-    if tensor == 1 or self.divided(c):
+    if tensor == 1 or self.fields_to_divide(c):
       return sizes
     for path, box in self._parameters(c).items():
-      names = getattr(box, 'names', ())
-      for size, axis in zip(jnp.shape(nn.meta.unbox(box)), names):
-        if axis in OVER_TENSOR:
+      logical_axes = getattr(box, 'names', ())
+      for size, axis in zip(jnp.shape(nn.meta.unbox(box)), logical_axes):
+        if axis in AXES_SHARDED_OVER_TENSOR:
           sizes[path] = size
     return sizes
 
-  def at_once(self, c: ModelConfig, length: int) -> int:
-    """Returns how many numbers of a token the widest step of a mixer without
-    scores holds: those of the largest array of its program.
+  def widest_step_of_token(self, c: ModelConfig, length: int) -> int:
+    """Returns how many numbers of each token the largest array holds that the
+    program of a mixer without scores computes.
 
     Args:
       c: the config of the layer.
       length: the number of tokens of a row.
     """
-    module, *inputs = self._call(c, length)
+    module, *inputs = self._arguments_of_call(c, length)
     variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
     program = jax.make_jaxpr(module.apply)(nn.meta.unbox(variables), *inputs)
-    return -(-_largest(program.jaxpr) // length)
+    return -(-_size_of_largest_array(program.jaxpr) // length)  # rounded up
 
   def check(self, c: ModelConfig, stack: str) -> None:
     """Refuses what a layer of this mixer cannot be; without an override, what a
@@ -149,83 +161,90 @@ class Mixer:
       RequestError: for such a layer.
     """
     if self.keeps_state(c):
-      check_state(c, stack)
+      check_layer_of_recurrence(c, stack)
 
-  def _call(self, c: ModelConfig, length: int) -> tuple:
-    """Returns the module, and shapes of what it is called with for one row: x,
-    the context and no cache."""
+  def _arguments_of_call(self, c: ModelConfig, length: int) -> tuple:
+    """Returns the module, and the shapes of the arguments with which it is
+    called for one row of `length` tokens: x, the context, and no cache."""
     module = self.module(c, LayerKind(attention=c.attention, ffn=c.ffn))
     x_BLD = jax.ShapeDtypeStruct((1, length, c.d_model), c.compute_dtype)
     positions_BL: Any = jax.ShapeDtypeStruct((1, length), jnp.int32)
     return module, x_BLD, Context(positions_BL=positions_BL), None
 
   def _parameters(self, c: ModelConfig) -> dict[str, Any]:
-    """Returns the module's parameters in their boxes, by their paths."""
-    module, *inputs = self._call(c, length=1)
+    """Returns the shapes of the module's parameters by their paths, each in the
+    box that has its logical axes."""
+    module, *inputs = self._arguments_of_call(c, length=1)
     variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
     leaves, _ = jax.tree_util.tree_flatten_with_path(
         variables['params'], is_leaf=nn.meta.is_axis_metadata)
-    return {paths.join(path): box for path, box in leaves}
+    return {paths.path_to_string(path): box for path, box in leaves}
 
 
-def is_state(cache: Callable[[tuple[int, ...]], Any]) -> bool:
-  """Whether a cache holds an array of one size, however many tokens there is
-  room for.
+def has_array_of_fixed_size(cache: Callable[[tuple[int, ...]], Any]) -> bool:
+  """Returns whether a cache holds an array whose size does not depend on the
+  number of tokens that there is room for.
 
   Args:
     cache: a function from the shape of a cache, [B, M], to the cache.
   """
-  short = jax.eval_shape(lambda: cache((1, 1024)))
-  long = jax.eval_shape(lambda: cache((1, 2048)))
-  pairs = zip(jax.tree.leaves(short), jax.tree.leaves(long), strict=True)
-  return any(one.shape == other.shape for one, other in pairs)
+  cache_of_1024 = jax.eval_shape(lambda: cache((1, 1024)))
+  cache_of_2048 = jax.eval_shape(lambda: cache((1, 2048)))
+  pairs = zip(jax.tree.leaves(cache_of_1024), jax.tree.leaves(cache_of_2048),
+              strict=True)
+  return any(shorter.shape == longer.shape for shorter, longer in pairs)
 
 
-def _largest(program: Any) -> int:
-  """Returns the numbers of the largest array that a jaxpr computes."""
+def _size_of_largest_array(program: Any) -> int:
+  """Returns how many numbers the largest array has that a jaxpr computes, the
+  jaxprs inside of it included."""
   largest = 0
   for equation in program.eqns:
     for result in equation.outvars:
-      largest = max(largest, math.prod(getattr(result.aval, 'shape', ())))
+      size = math.prod(getattr(result.aval, 'shape', ()))
+      largest = max(largest, size)
     for inner in jaxprs_in_params(equation.params):
-      largest = max(largest, _largest(getattr(inner, 'jaxpr', inner)))
+      size = _size_of_largest_array(getattr(inner, 'jaxpr', inner))
+      largest = max(largest, size)
   return largest
 
 
-def check_context(name: str, ctx: Context) -> None:
-  """Raises RequestError for what a state cannot do with a row.
+def check_context_of_recurrence(name: str, ctx: Context) -> None:
+  """Raises RequestError where a call asks for what a mixer with a state cannot
+  do: it reads a row from left to right, and has no attention weights.
 
   Args:
     name: the value of model.mixer.
     ctx: the context of the call.
   """
-  who = f'model.mixer is {name!r}, which reads a row from left to right'
+  mixer = f'model.mixer is {name!r}, which reads a row from left to right'
   if ctx.prefix_B is not None:
     raise RequestError(
-        f'{who}: it has no prefix whose tokens see each other')
+        f'{mixer}: it has no prefix whose tokens see each other')
   if ctx.keep_attention:
     raise RequestError(
-        f'{who} into a state: it has no attention weights to show')
+        f'{mixer} into a state: it has no attention weights to show')
 
 
-def check_state(c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what a layer with a state cannot be.
+def check_layer_of_recurrence(c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for what a layer whose mixer keeps a state cannot be.
 
   Args:
     c: the config of the layer.
     stack: 'encoder', 'decoder' or 'encoder-decoder'.
   """
-  who = f'model.mixer is {c.mixer!r}'
+  mixer = f'model.mixer is {c.mixer!r}'
   if stack != 'decoder':
     raise RequestError(
-        f'{who}, which reads a row in one direction and has no attention to a '
-        f'memory; model.arch {c.arch!r} is an {stack}: choose attention')
+        f'{mixer}, which reads a row in one direction and has no attention to '
+        f'a memory; model.arch {c.arch!r} is an {stack}: choose attention')
   if c.attention != 'global':
     raise RequestError(
-        f'{who}, which keeps no keys and has no window, and model.attention is '
-        f'{c.attention!r}: set it to global, or window to 0 in a kind of layer')
-  if positions.of(c).stack_bias:
+        f'{mixer}, which keeps no keys and has no window, and model.attention '
+        f'is {c.attention!r}: set it to global, or window to 0 in a kind of '
+        'layer')
+  if positions.position_of(c).stack_bias:
     raise RequestError(
-        f'{who}, which has no scores for the bias of model.position '
+        f'{mixer}, which has no scores for the bias of model.position '
         f'{c.position!r}: set it to none, at least in the kinds of layer that '
         'have this mixer')

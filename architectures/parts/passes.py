@@ -40,8 +40,12 @@ class Plain:
   fields: tuple[str, ...] = ()
   settings: type = LoopsConfig
 
-  def enter(self, module: nn.Module, state: streams.X, inputs: streams.X,
-            n: Any) -> streams.X:
+  def input_of_pass(
+  self,
+  module: nn.Module,
+  state: streams.LayerInput,
+  inputs: streams.LayerInput,
+   n: Any) -> streams.LayerInput:
     """Returns what pass n reads, where n counts from 0.
 
     Args:
@@ -58,10 +62,14 @@ class Add(Plain):
   """Pass t reads s_(t-1) + e, with s_0 = 0 (Yang et al. 2024, arXiv
   2311.12424)."""
 
-  def enter(self, module: nn.Module, state: streams.X, inputs: streams.X,
-            n: Any) -> streams.X:
+  def input_of_pass(
+  self,
+  module: nn.Module,
+  state: streams.LayerInput,
+  inputs: streams.LayerInput,
+   n: Any) -> streams.LayerInput:
     is_first = n == 0
-    return streams.residual(jnp.where(is_first, inputs, state + inputs))
+    return streams.pin_residual(jnp.where(is_first, inputs, state + inputs))
 
 
 class Concat(Plain):
@@ -69,10 +77,16 @@ class Concat(Plain):
   arXiv 2502.05171, section 3.2). Huginn draws s_0; here it is 0, so that a
   model is a function of its tokens."""
 
-  def enter(self, module: nn.Module, state: streams.X, inputs: streams.X,
-            n: Any) -> streams.X:
+  def input_of_pass(
+  self,
+  module: nn.Module,
+  state: streams.LayerInput,
+  inputs: streams.LayerInput,
+   n: Any) -> streams.LayerInput:
     state = jnp.where(n == 0, 0, state)
-    return streams.residual(concatenated(module, 'join', state, inputs))
+    return streams.pin_residual(
+  project_concatenation(
+    module, 'join', state, inputs))
 
 
 class Gate(Plain):
@@ -88,13 +102,17 @@ class Gate(Plain):
   """
   fields = ('loops.gate_rank', 'norm_eps')
 
-  def enter(self, module: nn.Module, state: streams.X, inputs: streams.X,
-            n: Any) -> streams.X:
+  def input_of_pass(
+  self,
+  module: nn.Module,
+  state: streams.LayerInput,
+  inputs: streams.LayerInput,
+   n: Any) -> streams.LayerInput:
     is_first = n == 0
-    gated_BLD = self._gated(module, state, inputs)
-    return streams.residual(jnp.where(is_first, inputs, gated_BLD))
+    gated_BLD = self._mix_through_gates(module, state, inputs)
+    return streams.pin_residual(jnp.where(is_first, inputs, gated_BLD))
 
-  def _gated(self, module: nn.Module, state_BLD: jax.Array,
+  def _mix_through_gates(self, module: nn.Module, state_BLD: jax.Array,
              inputs_BLD: jax.Array) -> jax.Array:
     """Returns (1 - f) * e + g * s; U are the features of e and s side by side,
     and R those of r."""
@@ -127,7 +145,7 @@ LOOPS: dict[str, Optional[Plain]] = {
 }
 
 
-def concatenated(module: nn.Module, name: str, one_BLD: jax.Array,
+def project_concatenation(module: nn.Module, name: str, one_BLD: jax.Array,
                  other_BLD: jax.Array) -> jax.Array:
   """Returns [one; other] W, [B, L, D], with W the parameter `name` of a module;
   U are the features of both side by side."""
@@ -147,14 +165,22 @@ class Enter(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, state: streams.X, inputs: streams.X, n: Any) -> streams.X:
+  def __call__(
+  self,
+  state: streams.LayerInput,
+  inputs: streams.LayerInput,
+   n: Any) -> streams.LayerInput:
     loop = LOOPS[self.config.loop]
     assert loop is not None
-    return loop.enter(self, state, inputs, n)
+    return loop.input_of_pass(self, state, inputs, n)
 
 
-def enter(c: ModelConfig, params: Any, state: streams.X, inputs: streams.X,
-          n: Any) -> streams.X:
+def input_of_pass(
+  c: ModelConfig,
+  params: Any,
+  state: streams.LayerInput,
+  inputs: streams.LayerInput,
+   n: Any) -> streams.LayerInput:
   """Returns what pass n reads.
 
   Args:

@@ -17,15 +17,15 @@ from common.errors import RequestError
 from common.kinds import SECTIONS
 
 
-def join(key_path: Any) -> str:
+def path_to_string(key_path: Any) -> str:
   """Returns a jax key path as its '/'-joined string."""
   return jax.tree_util.keystr(key_path, simple=True, separator='/')
 
 
-def flatten(tree: Any) -> dict[str, Any]:
+def flatten_by_path(tree: Any) -> dict[str, Any]:
   """Returns {path: leaf}, in the tree's own order."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {join(path): leaf for path, leaf in leaves}
+  return {path_to_string(path): leaf for path, leaf in leaves}
 
 
 class Stacks:
@@ -62,7 +62,7 @@ class Stacks:
                    for stack, layers in self._layers.items()}
 
   @classmethod
-  def has(cls, path: str) -> bool:
+  def is_in_stack(cls, path: str) -> bool:
     """Whether a parameter is one of a stack's layers."""
     return cls._PATH.fullmatch(path) is not None
 
@@ -71,7 +71,7 @@ class Stacks:
     stack, _, _, name = self._match(path)
     return stack, name
 
-  def layers(self, path: str) -> list[int]:
+  def layer_numbers(self, path: str) -> list[int]:
     """Returns the number of the layer that each row of a parameter is of."""
     stack, section, block, _ = self._match(path)
     numbers = []
@@ -80,7 +80,7 @@ class Stacks:
         numbers.append(n)
     return numbers
 
-  def place(self, path: str, n: int) -> tuple[str, int]:
+  def path_and_row(self, path: str, n: int) -> tuple[str, int]:
     """Returns the path and the row of the same parameter of layer n."""
     stack, name = self.split(path)
     section, block, row = self._layers[stack][n]
@@ -115,12 +115,13 @@ def first_match(patterns: Sequence[tuple[str, Any]], path: str,
       "('.*', VALUE) for all the others")
 
 
-def match(patterns: Sequence[tuple[str, Any]], tree: Any, name: str) -> Any:
+def map_by_pattern(
+  patterns: Sequence[tuple[str, Any]], tree: Any, name: str) -> Any:
   """Returns `tree` with each leaf replaced by its pattern's value.
 
   The values are scalars: a 0/1 mask, a learning-rate multiplier, a label.
   """
   def value(path: Any, _: Any) -> Any:
-    return first_match(patterns, join(path), name)
+    return first_match(patterns, path_to_string(path), name)
 
   return jax.tree_util.tree_map_with_path(value, tree)

@@ -129,7 +129,7 @@ def rope_frequencies(config: ModelConfig, length: int | jax.Array = 0
     each, factor = scaling.frequencies(rope, dim, length)
     return jnp.where(jnp.arange(pairs) < turned, each, 0), factor
 
-  if not scaling.by_length or isinstance(length, int):
+  if not scaling.depends_on_length or isinstance(length, int):
     return frequencies(length)
 
   def of_row(length: jax.Array) -> jax.Array:
@@ -150,8 +150,8 @@ class Scaling:
       it is for, so that any model can be tried with it.
   """
   fields: tuple[str, ...] = ()
-  by_length = False
-  by_multiple = True
+  depends_on_length = False
+  needs_factor_only = True
 
   def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
                   ) -> tuple[jax.Array, float]:
@@ -162,9 +162,9 @@ class Scaling:
       dim: how many features of a head are in pairs that may turn.
       length: how many tokens a row has: an int, or a scalar on the device.
     """
-    return unscaled(rope.theta, dim), 1.0
+    return base_frequencies(rope.theta, dim), 1.0
 
-  def refuse(self, rope: RopeConfig, dim: int) -> str:
+  def reason_against(self, rope: RopeConfig, dim: int) -> str:
     """Returns why it cannot be; '': it can."""
     return ''
 
@@ -173,7 +173,7 @@ class Scaling:
     return 1.0
 
 
-def unscaled(theta: float | jax.Array, dim: int) -> jax.Array:
+def base_frequencies(theta: float | jax.Array, dim: int) -> jax.Array:
   """Returns theta^(-2i / dim) of pair i, [dim / 2] (Su et al. 2021)."""
   steps = jnp.arange(0, dim, 2, dtype=jnp.float32)
   return theta ** (-steps / dim)
@@ -185,7 +185,7 @@ class Linear(Scaling):
 
   def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
                   ) -> tuple[jax.Array, float]:
-    return unscaled(rope.theta, dim) / rope.factor, 1.0
+    return base_frequencies(rope.theta, dim) / rope.factor, 1.0
 
 
 class Ntk(Scaling):
@@ -195,9 +195,9 @@ class Ntk(Scaling):
 
   def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
                   ) -> tuple[jax.Array, float]:
-    return unscaled(ntk_theta(rope, dim), dim), 1.0
+    return base_frequencies(ntk_theta(rope, dim), dim), 1.0
 
-  def refuse(self, rope: RopeConfig, dim: int) -> str:
+  def reason_against(self, rope: RopeConfig, dim: int) -> str:
     if dim > 2:
       return ''
     return f'only {dim} features of a head are rotated: it needs 4 or more'
@@ -212,8 +212,8 @@ class Dynamic(Ntk):
   """The stretch of ntk, by the length of the row: factor length / original_len
   - (factor - 1) in place of factor, of lengths past original_len."""
   fields = ('rope.factor', 'rope.original_len')
-  by_length = True
-  by_multiple = False
+  depends_on_length = True
+  needs_factor_only = False
 
   def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
                   ) -> tuple[jax.Array, float]:
@@ -224,7 +224,7 @@ class Dynamic(Ntk):
       times = jnp.maximum(times, 1.0)
     stretch = rope.factor * times - (rope.factor - 1)
     theta = rope.theta * stretch ** (dim / (dim - 2))
-    return unscaled(theta, dim), 1.0
+    return base_frequencies(theta, dim), 1.0
 
 
 class LongRope(Scaling):
@@ -233,21 +233,22 @@ class LongRope(Scaling):
   """
   fields = ('rope.factor', 'rope.original_len', 'rope.short_factor',
             'rope.long_factor', 'rope.attention_factor')
-  by_length = True
-  by_multiple = False
+  depends_on_length = True
+  needs_factor_only = False
 
   def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
                   ) -> tuple[jax.Array, float]:
     where = np.where if isinstance(length, int) else jnp.where
     divided_by = where(length > rope.original_len, np.array(rope.long_factor),
                        np.array(rope.short_factor))
-    frequency = unscaled(rope.theta, dim) / jnp.asarray(divided_by, jnp.float32)
+    frequency = base_frequencies(rope.theta, dim) / \
+                                 jnp.asarray(divided_by, jnp.float32)
     factor = rope.attention_factor
     if not factor:
       factor = longrope_factor(rope.factor, rope.original_len)
     return frequency, factor
 
-  def refuse(self, rope: RopeConfig, dim: int) -> str:
+  def reason_against(self, rope: RopeConfig, dim: int) -> str:
     for name in ('short_factor', 'long_factor'):
       factors = getattr(rope, name)
       positive = [x for x in factors if type(x) in (int, float) and x > 0]
@@ -279,7 +280,7 @@ class Llama3(Scaling):
 
   def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
                   ) -> tuple[jax.Array, float]:
-    frequency = unscaled(rope.theta, dim)
+    frequency = base_frequencies(rope.theta, dim)
     turns = rope.original_len * frequency / (2 * math.pi)
     between = rope.high_freq_factor - rope.low_freq_factor
     if not between:
@@ -287,7 +288,7 @@ class Llama3(Scaling):
     keep = jnp.clip((turns - rope.low_freq_factor) / between, 0, 1)
     return (1 - keep) * frequency / rope.factor + keep * frequency, 1.0
 
-  def refuse(self, rope: RopeConfig, dim: int) -> str:
+  def reason_against(self, rope: RopeConfig, dim: int) -> str:
     if rope.high_freq_factor >= rope.low_freq_factor:
       return ''
     return (f'model.rope.high_freq_factor is {rope.high_freq_factor}: it needs '
@@ -305,10 +306,10 @@ class Yarn(Scaling):
 
   def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
                   ) -> tuple[jax.Array, float]:
-    frequency = unscaled(rope.theta, dim)
+    frequency = base_frequencies(rope.theta, dim)
     # The pairs between which the ramp is.
-    low = self._pair(rope, dim, rope.beta_fast)
-    high = self._pair(rope, dim, rope.beta_slow)
+    low = self._pair_that_turns(rope, dim, rope.beta_fast)
+    high = self._pair_that_turns(rope, dim, rope.beta_slow)
     if rope.truncate:  # as the authors' program; gpt-oss does not
       low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -316,15 +317,16 @@ class Yarn(Scaling):
     # How much of each frequency is kept.
     keep = 1 - jnp.clip(ramp, 0, 1)
     mixed = (1 - keep) * frequency / rope.factor + keep * frequency
-    return mixed, yarn_factor(rope.factor, rope.mscale, rope.mscale_all_dim)
+    return mixed, yarn_rotation_factor(
+  rope.factor, rope.mscale, rope.mscale_all_dim)
 
   @staticmethod
-  def _pair(rope: RopeConfig, dim: int, turns: float) -> float:
+  def _pair_that_turns(rope: RopeConfig, dim: int, turns: float) -> float:
     """Returns which pair makes so many turns in original_len."""
     wave = rope.original_len / (turns * 2 * math.pi)
     return dim * math.log(wave) / (2 * math.log(rope.theta))
 
-  def refuse(self, rope: RopeConfig, dim: int) -> str:
+  def reason_against(self, rope: RopeConfig, dim: int) -> str:
     if rope.beta_fast >= rope.beta_slow and rope.theta > 1:
       return ''
     return (f'model.rope.beta_fast is {rope.beta_fast}: it needs at least '
@@ -343,7 +345,10 @@ def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
   return 0.1 * mscale * math.log(factor) + 1.0
 
 
-def yarn_factor(factor: float, mscale: float, mscale_all_dim: float) -> float:
+def yarn_rotation_factor(
+  factor: float,
+  mscale: float,
+   mscale_all_dim: float) -> float:
   """Returns the factor on cos and sin that is left of the temperature where
   DeepSeek-V2's mscale_all_dim puts a part of it on whole scores."""
   turned = yarn_temperature(factor, mscale)
@@ -376,12 +381,15 @@ def check_rope(c: ModelConfig, stack: str = '', head: str = 'model.head_dim'
   require(dim % 2 == 0 and dim > 0, f'model.rope.fraction {rope.fraction} of '
           f'{head} {c.head_dim} is {dim}: rotary positions turn pairs, so it '
           'must be even and > 0')
-  why = SCALINGS[rope.scaling].refuse(rope, dim)
+  why = SCALINGS[rope.scaling].reason_against(rope, dim)
   require(not why, f'model.rope.scaling is {rope.scaling}, but {why}')
 
 
-def rotate(x_BLHK: jax.Array, positions_BL: jax.Array, config: ModelConfig,
-           length: int | jax.Array = 0) -> jax.Array:
+def rotate_heads(
+  x_BLHK: jax.Array,
+  positions_BL: jax.Array,
+  config: ModelConfig,
+   length: int | jax.Array = 0) -> jax.Array:
   """Returns queries or keys of which the first `rope.fraction` of each head, or
   of its pairs, is turned by its position (Su et al. 2021, equation 34):
 
@@ -446,7 +454,7 @@ class Position:
     settings: the group of fields of config.model that it reads.
   """
   embed: Optional[Callable] = None
-  rotate: Optional[Callable] = None
+  rotate_heads: Optional[Callable] = None
   layer_bias: Optional[Callable] = None
   stack_bias: Optional[type[nn.Module]] = None
   stack_table: Optional[type[nn.Module]] = None
@@ -460,11 +468,11 @@ class Position:
     """Raises RequestError for fields that do not fit together. `stack` is what
     architectures.stack returns."""
 
-  def reach(self, c: ModelConfig) -> float:
+  def longest_supported_length(self, c: ModelConfig) -> float:
     """Returns how many positions there are."""
     return math.inf
 
-  def longer(self, c: ModelConfig, length: int, multiple: int,
+  def variants_for_longer_rows(self, c: ModelConfig, length: int, multiple: int,
              interpolate: bool) -> dict[str, Optional[ModelConfig]]:
     """Returns how a model is evaluated on longer texts, by name: a config, or
     None where the model refuses.
@@ -489,25 +497,25 @@ class Position:
     return any(hook is not None for hook in hooks)
 
 
-def of(c: ModelConfig) -> Position:
+def position_of(c: ModelConfig) -> Position:
   """Returns the position encoding of a model."""
   return POSITIONS[c.position]
 
 
-def reach(c: ModelConfig) -> float:
+def longest_supported_length(c: ModelConfig) -> float:
   """Returns how many positions the model has; infinity where they have no end.
   """
-  return of(c).reach(c)
+  return position_of(c).longest_supported_length(c)
 
 
-def lengths_apart(c: ModelConfig) -> tuple[int, ...]:
+def lengths_that_change_rotation(c: ModelConfig) -> tuple[int, ...]:
   """Returns the lengths, ascending, on whose sides a row turns otherwise in
   some layers of a model; (): no length counts. Beyond the last one, rows of
   each length may turn otherwise."""
   lengths = set()
   for layer in c.distinct_layers:
     rope = layer.find(RopeConfig)
-    if rope is not None and SCALINGS[rope.scaling].by_length:
+    if rope is not None and SCALINGS[rope.scaling].depends_on_length:
       lengths.add(rope.original_len)
   return tuple(sorted(lengths))
 
@@ -518,10 +526,12 @@ def check_length(c: ModelConfig, length: int) -> None:
   `positions_BL` that are passed in are values on the device, which a compiled
   program cannot refuse: there a position past the table reads its last row.
   """
-  require(length <= reach(c), f'a sequence of {length} tokens is longer than '
-          f'the {reach(c)} positions that this model has learned: shorten it, '
-          f'or set model.learned.stretch to {-(-length // c.max_len)} to '
-          'interpolate')
+  longest = longest_supported_length(c)
+  stretch = -(-length // c.max_len)  # rounded up
+  require(length <= longest,
+          f'a sequence of {length} tokens is longer than the {longest} '
+          'positions that this model has learned: shorten it, or set '
+          f'model.learned.stretch to {stretch} to interpolate')
 
 
 # Rotary positions.
@@ -533,7 +543,7 @@ class Rope(Position):
 
   def rotate(self, x_BLHK: jax.Array, positions_BL: jax.Array,
              config: ModelConfig, length: int | jax.Array = 0) -> jax.Array:
-    return rotate(x_BLHK, positions_BL, config, length)
+    return rotate_heads(x_BLHK, positions_BL, config, length)
 
   def score_factor(self, c: ModelConfig) -> float:
     rope = c.part(RopeConfig)
@@ -542,7 +552,7 @@ class Rope(Position):
   def check(self, c: ModelConfig, stack: str) -> None:
     check_rope(c, stack)
 
-  def longer(self, c: ModelConfig, length: int, multiple: int,
+  def variants_for_longer_rows(self, c: ModelConfig, length: int, multiple: int,
              interpolate: bool) -> dict[str, Optional[ModelConfig]]:
     """Returns the model as it is and, unless it is stretched already, with each
     scaling that a factor alone tells."""
@@ -551,7 +561,7 @@ class Rope(Position):
       return {f'rope, {rope.scaling}': c}
     ways = {'rope': c}
     for name, scaling in SCALINGS.items():
-      if not scaling.by_multiple or name == 'none':
+      if not scaling.needs_factor_only or name == 'none':
         continue
       ways[f'rope, {name}'] = c
       if multiple != 1:
@@ -585,16 +595,17 @@ class Learned(Position):
     fields = c.part(LearnedConfig)
     table_LD = layers.embedding(module, name, c.max_len + fields.offset)
     table_LD = sharding.constrain(table_LD, None, None)
-    added_BLD = learned(table_LD, positions_BL, fields.stretch, fields.offset)
+    added_BLD = look_up_learned_positions(
+  table_LD, positions_BL, fields.stretch, fields.offset)
     return x_BLD + added_BLD.astype(x_BLD.dtype)
 
-  def reach(self, c: ModelConfig) -> int:
+  def longest_supported_length(self, c: ModelConfig) -> int:
     # A quotient of lengths times its divisor may lie just below the other.
     return math.floor(c.max_len * c.part(LearnedConfig).stretch + 1e-6)
 
-  def longer(self, c: ModelConfig, length: int, multiple: int,
+  def variants_for_longer_rows(self, c: ModelConfig, length: int, multiple: int,
              interpolate: bool) -> dict[str, Optional[ModelConfig]]:
-    if length * multiple <= self.reach(c):
+    if length * multiple <= self.longest_supported_length(c):
       return {'learned': c}
     ways: dict[str, Optional[ModelConfig]] = {'learned': None}
     if interpolate:
@@ -603,8 +614,11 @@ class Learned(Position):
     return ways
 
 
-def learned(table_LD: jax.Array, positions: jax.Array, stretch: float,
-            offset: int = 0) -> jax.Array:
+def look_up_learned_positions(
+  table_LD: jax.Array,
+  positions: jax.Array,
+  stretch: float,
+   offset: int = 0) -> jax.Array:
   """Returns the rows of the table at `positions`, after the first `offset` of
   them; between two rows where they are stretched."""
   if stretch == 1:
@@ -622,14 +636,14 @@ def learned(table_LD: jax.Array, positions: jax.Array, stretch: float,
 
 
 # The layouts that `sinusoid` knows.
-SINUSOIDS = ('interleaved', 'halves', 'fairseq')
+LAYOUTS_OF_SINUSOIDS = ('interleaved', 'halves', 'fairseq')
 
 
 @dataclasses.dataclass(frozen=True)
 class SinusoidalConfig:
   """The fields of position sinusoidal."""
   layout: str = field('interleaved', 'the order of sines and cosines',
-                      choices=SINUSOIDS, resume=FUNCTION)
+                      choices=LAYOUTS_OF_SINUSOIDS, resume=FUNCTION)
 
 
 class Sinusoidal(Position):
@@ -640,14 +654,14 @@ class Sinusoidal(Position):
             positions_BL: jax.Array, name: str) -> jax.Array:
     c: ModelConfig = module.config  # type: ignore[attr-defined]
     layout = c.part(SinusoidalConfig).layout
-    added_BLD = sinusoid(positions_BL, c.d_model, layout)
+    added_BLD = sinusoidal_encoding(positions_BL, c.d_model, layout)
     return x_BLD + added_BLD.astype(x_BLD.dtype)
 
   def check(self, c: ModelConfig, stack: str) -> None:
-    check_sinusoids(c)
+    check_width_for_sinusoids(c)
 
 
-def sinusoid(positions: jax.Array, d_model: int,
+def sinusoidal_encoding(positions: jax.Array, d_model: int,
              layout: str = 'interleaved') -> jax.Array:
   """Returns sin(pos w_i) and cos(pos w_i), w_i = 10000^(-2i/D), [..., D].
 
@@ -672,7 +686,7 @@ def sinusoid(positions: jax.Array, d_model: int,
   return both.reshape(*positions.shape, d_model)
 
 
-def check_sinusoids(c: ModelConfig) -> None:
+def check_width_for_sinusoids(c: ModelConfig) -> None:
   """Raises RequestError for a width that `sinusoid` cannot have."""
   require(c.d_model % 2 == 0 and c.d_model >= 4, f'model.d_model is '
           f'{c.d_model}: sinusoids need it even and at least 4')
@@ -687,10 +701,10 @@ class Alibi(Position):
   def layer_bias(self, module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
                  k_BMJK: jax.Array, k_positions_BM: jax.Array, ctx: Context
                  ) -> jax.Array:
-    return alibi(ctx.positions_BL, k_positions_BM, q_BLHK.shape[2])
+    return alibi_bias(ctx.positions_BL, k_positions_BM, q_BLHK.shape[2])
 
 
-def alibi(q_positions_BL: jax.Array, k_positions_BM: jax.Array,
+def alibi_bias(q_positions_BL: jax.Array, k_positions_BM: jax.Array,
           num_heads: int) -> jax.Array:
   """Returns the bias -slope_h * |i - j|, [B, H, L, M] (Press et al. 2022)."""
   distance_BLM = jnp.abs(q_positions_BL[:, :, None] - k_positions_BM[:, None])

@@ -7,13 +7,14 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from architectures.parts.context import First, Keys
+from architectures.parts.context import FirstLayerValues, KeysAndValues
 from common.errors import require
 
 
 @struct.dataclass
 class Report:
-  """The things that a layer, or a part of it, says of its work.
+  """The losses and figures that a layer, or a part of it, returns beside its
+  result.
 
   Attributes:
     losses: the terms that it adds to the training loss, by name.
@@ -24,8 +25,10 @@ class Report:
     weights_BHLM: the weights with which self-attention sums the values, with
       context.keep_attention.
     memory_weights_BHLM: the weights of attention to a memory, likewise.
-    first: the values of the first layer, for the layers after this one.
-    keys: its keys and values, where context.shared.lends asks for them.
+    first_values: the values of the first layer, which the layers after this
+      one read, with model.value_residual.
+    keys: the keys and values of this layer, where later layers read them
+      instead of their own (context.shared.lends).
   """
   losses: dict[str, jax.Array] = struct.field(default_factory=dict)
   health: dict[str, jax.Array] = struct.field(default_factory=dict)
@@ -33,142 +36,196 @@ class Report:
   experts: dict[str, jax.Array] = struct.field(default_factory=dict)
   weights_BHLM: Optional[jax.Array] = None
   memory_weights_BHLM: Optional[jax.Array] = None
-  first: Optional[First] = None
-  keys: Optional[Keys] = None
+  first_values: Optional[FirstLayerValues] = None
+  keys: Optional[KeysAndValues] = None
 
-  def joined(self, other: 'Report') -> 'Report':
-    """Returns the report of two parts of one layer, which have no name in
-    common."""
+  def merge(self, other: 'Report') -> 'Report':
+    """Returns one report of two parts of a layer. No name of a loss or a figure
+    is in both."""
     return Report(
         losses=self.losses | other.losses,
         health=self.health | other.health,
         loads=self.loads | other.loads,
         experts=self.experts | other.experts,
-        weights_BHLM=_either(self.weights_BHLM, other.weights_BHLM),
-        memory_weights_BHLM=_either(
+        weights_BHLM=_first_that_exists(self.weights_BHLM, other.weights_BHLM),
+        memory_weights_BHLM=_first_that_exists(
             self.memory_weights_BHLM, other.memory_weights_BHLM),
-        first=_either(self.first, other.first),
-        keys=_either(self.keys, other.keys))
+        first_values=_first_that_exists(self.first_values, other.first_values),
+        keys=_first_that_exists(self.keys, other.keys))
 
 
-def _either(one: Any, other: Any) -> Any:
-  """Returns the first, or the second where the first is None."""
-  return other if one is None else one
+def _first_that_exists(first: Any, second: Any) -> Any:
+  """Returns the first value, or the second where the first is None."""
+  return second if first is None else first
 
 
-def summed(losses: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-  """Returns the sums of losses by name, which not all have."""
-  terms: dict[str, list[jax.Array]] = {}
-  for each in losses:
-    for name, loss in each.items():
-      terms.setdefault(name, []).append(loss)
-  return {name: sum(terms[name]) for name in sorted(terms)}
+def sum_losses_by_name(losses: list[dict[str, jax.Array]]
+                       ) -> dict[str, jax.Array]:
+  """Returns the sum of the losses of each name. A name may be missing in some
+  of the dicts."""
+  terms_by_name: dict[str, list[jax.Array]] = {}
+  for losses_of_layer in losses:
+    for name, loss in losses_of_layer.items():
+      terms_by_name.setdefault(name, []).append(loss)
+  return {name: sum(terms_by_name[name]) for name in sorted(terms_by_name)}
 
 
 # The reports of the layers of a stack, put together in the layers' order.
-# `sections` has for each section of the stack the report of each block of its
-# period, whose arrays are [periods, ...].
+#
+# A stack has up to three sections: its prefix, its repeated period of layers,
+# and its suffix. `sections` holds for each section a report of each layer of
+# its period, whose arrays are [periods, ...].
 
 
-def figures(sections: list[tuple[Report, ...]]) -> dict[str, dict]:
-  """Returns 'losses', the sums over the layers; 'loads' of their experts, by
-  path; 'health' and, with keep_layers, 'experts', of all layers that have some.
-  {}: there are neither losses nor experts."""
+def gather_figures(sections: list[tuple[Report, ...]]) -> dict[str, dict]:
+  """Returns the losses and the figures of all layers of a stack.
+
+  Args:
+    sections: the reports of the layers, see above.
+
+  Returns:
+    'losses': the sums over the layers, by name. 'loads': the loads of experts,
+    by the path of the bias that they move. 'health': the figures of routers,
+    [N, ...] of the N layers that have some. 'experts': with
+    context.keep_layers, the choices of routers, likewise. {} where the layers
+    have neither losses nor experts.
+  """
   reports = [report for section in sections for report in section]
   if not any(report.losses or report.health for report in reports):
     return {}
+  # The sums of losses, and all loads.
   losses, loads = [], {}
   for report in reports:
     losses.append({name: loss_N.sum()
                    for name, loss_N in report.losses.items()})
     loads |= report.loads
-  gathered = {'losses': summed(losses), 'loads': loads,
-              'health': _stacked(sections, 'health')}
+  # The figures, layer by layer.
+  figures = {'losses': sum_losses_by_name(losses), 'loads': loads,
+             'health': _stack_field_by_layer(sections, 'health')}
   if any(report.experts for report in reports):
-    gathered['experts'] = _stacked(sections, 'experts')
-  return gathered
+    figures['experts'] = _stack_field_by_layer(sections, 'experts')
+  return figures
 
 
-def _stacked(sections: list[tuple[Report, ...]], field: str
-             ) -> dict[str, jax.Array]:
-  """Returns [N, ...] by name of what a field of the reports has by name, of the
-  N layers that have something there."""
-  filled = []
+def _stack_field_by_layer(sections: list[tuple[Report, ...]], field: str
+                          ) -> dict[str, jax.Array]:
+  """Returns the arrays in one field of all reports, [N, ...] by name, of the N
+  layers that have some.
+
+  Args:
+    sections: the reports of the layers of each section.
+    field: the field, a dict of arrays by name, such as 'health'.
+  """
+  # The dicts of the layers that have arrays, section by section.
+  sections_with_arrays = []
   for section in sections:
-    named = []
+    arrays_of_layers = []
     for report in section:
       if getattr(report, field):
-        named.append(getattr(report, field))
-    if named:
-      filled.append(named)
-  if not filled:
+        arrays_of_layers.append(getattr(report, field))
+    if arrays_of_layers:
+      sections_with_arrays.append(arrays_of_layers)
+  if not sections_with_arrays:
     return {}
+  # All layers have the same names.
   stacked = {}
-  for name in sorted(filled[0][0]):
+  for name in sorted(sections_with_arrays[0][0]):
     arrays = []
-    for named in filled:
-      arrays.append([of_block[name] for of_block in named])
-    stacked[name] = by_layer(arrays)
+    for arrays_of_layers in sections_with_arrays:
+      arrays.append([by_name[name] for by_name in arrays_of_layers])
+    stacked[name] = stack_by_layer(arrays)
   return stacked
 
 
-def attention_weights(sections: list[tuple[Report, ...]]
-                      ) -> dict[str, jax.Array]:
-  """Returns what the layers weighed the values with, [N, B, H, L, M], as
-  'attention', and the memory's values, as 'cross_attention'; {}: they do not
-  say."""
-  names = {'attention': 'weights_BHLM',
-           'cross_attention': 'memory_weights_BHLM'}
+def gather_attention_weights(sections: list[tuple[Report, ...]]
+                             ) -> dict[str, jax.Array]:
+  """Returns the attention weights of all layers of a stack, [N, B, H, L, M].
+
+  Args:
+    sections: the reports of the layers of each section.
+
+  Returns:
+    'attention': the weights of self-attention. 'cross_attention': those of
+    attention to a memory. A name is missing where the reports have no such
+    weights.
+
+  Raises:
+    RequestError: where layers differ in their number of heads.
+  """
+  fields = {'attention': 'weights_BHLM',
+            'cross_attention': 'memory_weights_BHLM'}
   gathered = {}
-  for name, field in names.items():
+  for name, field in fields.items():
     weights = []
     for section in sections:
       weights.append([getattr(report, field) for report in section])
     if weights[0][0] is None:
       continue
-    heads = set()
-    for section_weights in weights:
-      heads |= {w_NBHLM.shape[-3] for w_NBHLM in section_weights}
-    require(len(heads) == 1,
+    # One array holds the layers only if they have as many heads each.
+    numbers_of_heads = set()
+    for weights_of_section in weights:
+      numbers_of_heads |= {w_NBHLM.shape[-3] for w_NBHLM in weights_of_section}
+    require(len(numbers_of_heads) == 1,
             'attention weights are kept of layers with as many heads each')
-    gathered[name] = by_layer(weights)
+    gathered[name] = stack_by_layer(weights)
   return gathered
 
 
-def by_layer(sections: list[list[jax.Array]]) -> jax.Array:
-  """Returns [N, ...] of the arrays [periods, ...] of each block of a section.
+def stack_by_layer(sections: list[list[jax.Array]]) -> jax.Array:
+  """Returns one array [N, ...] of all layers of a stack, in their order.
+
+  Args:
+    sections: for each section an array [periods, ...] of each of the U layers
+      of its period.
   """
-  parts = []
-  for blocks in sections:
-    layers_NU = jnp.stack(blocks, 1)  # U: the blocks of a period
-    parts.append(layers_NU.reshape(-1, *blocks[0].shape[1:]))
-  return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+  arrays_of_sections = []
+  for arrays_of_period in sections:
+    # The layers of a period follow one another: [periods, U, ...].
+    layers_NU = jnp.stack(arrays_of_period, 1)
+    shape = arrays_of_period[0].shape[1:]
+    arrays_of_sections.append(layers_NU.reshape(-1, *shape))
+  if len(arrays_of_sections) == 1:
+    return arrays_of_sections[0]
+  return jnp.concatenate(arrays_of_sections)
 
 
-def with_losses(aux: dict, losses: dict, loads: dict) -> dict:
-  """Returns what a stack reports, with more losses and loads."""
+def add_losses(aux: dict, losses: dict, loads: dict) -> dict:
+  """Returns the figures of a stack with more losses added to its own.
+
+  Args:
+    aux: the figures, as `gather_figures` returns them.
+    losses: the losses that are added, by name.
+    loads: further loads of experts, by the path of the bias that they move.
+  """
   if not losses and not loads:
     return aux
-  return aux | {'losses': summed([aux['losses'], losses]),
+  return aux | {'losses': sum_losses_by_name([aux['losses'], losses]),
                 'loads': aux['loads'] | loads}
 
 
-def join_stacks(encoder: dict, decoder: dict) -> dict:
-  """Returns what two stacks report, with the sums of their losses; the
-  encoder's layers come first in the rest."""
+def merge_reports_of_stacks(encoder: dict, decoder: dict) -> dict:
+  """Returns the figures of an encoder and a decoder together. Losses are added
+  up; in all arrays by layer, the encoder's layers come first.
+
+  Args:
+    encoder: the figures of the encoder's stack; {}: there are none.
+    decoder: those of the decoder's, with the same names.
+  """
   if not encoder or not decoder:
     return encoder or decoder
-  joined = dict(decoder)
+  merged = dict(decoder)
+  # What every layer returned.
   for name in ('layers', 'attention'):
     if name in decoder:
-      joined[name] = *encoder[name], *decoder[name]
+      merged[name] = *encoder[name], *decoder[name]
+  # Losses, and the figures of routers.
   if 'losses' in decoder:
-    joined = with_losses(joined, encoder['losses'], encoder['loads'])
-    joined['health'] = jax.tree.map(
+    merged = add_losses(merged, encoder['losses'], encoder['loads'])
+    merged['health'] = jax.tree.map(
         lambda *both: jnp.concatenate(both), encoder['health'],
         decoder['health'])
   if 'experts' in decoder:
-    joined['experts'] = {
+    merged['experts'] = {
         name: (*encoder['experts'][name], *chosen_N)
         for name, chosen_N in decoder['experts'].items()}
-  return joined
+  return merged

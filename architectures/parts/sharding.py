@@ -25,8 +25,8 @@ import numpy as np
 from common.errors import one_of, require
 
 # {logical axis: mesh axes}, as pairs: see configs/sharding.py.
-Rules = Sequence[tuple[str, tuple[str, ...]]]
-AXES = 'axes'  # the scope that names a constraint's logical axes
+AxisRules = Sequence[tuple[str, tuple[str, ...]]]
+SCOPE_OF_CONSTRAINT = 'axes'  # the scope that names a constraint's logical axes
 
 # The names that an axis of an array may have. 'stream' is the length of what
 # goes from layer to layer, and 'length' that of what a layer computes of it.
@@ -40,7 +40,7 @@ LOGICAL_AXES = (
     'capacity', 'layers')
 
 
-def known_axes(axes) -> tuple[str | None, ...]:
+def check_logical_axes(axes) -> tuple[str | None, ...]:
   """Returns `axes`; raises ValueError for one that the legend lacks."""
   for axis in {*axes} - {None, *LOGICAL_AXES}:
     one_of('logical axis', axis, LOGICAL_AXES)
@@ -53,19 +53,19 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
   The logical axes are part of the operation's name, for explain_sharding.
   """
-  names = ','.join(map(str, known_axes(axes)))
-  with jax.named_scope(f'{AXES}({names})'):
+  names = ','.join(map(str, check_logical_axes(axes)))
+  with jax.named_scope(f'{SCOPE_OF_CONSTRAINT}({names})'):
     return nn.with_logical_constraint(x, axes)
 
 
-def lies_on(*axes: str | None) -> tuple[tuple[str, ...], ...]:
+def mesh_axes_by_axis(*axes: str | None) -> tuple[tuple[str, ...], ...]:
   """Returns the mesh axes, of more than one device, that each logical axis of
   an array lies on."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not nn.get_logical_axis_rules():
     return ((),) * len(axes)
   places = []
-  for names in nn.logical_to_mesh_axes(known_axes(axes)):
+  for names in nn.logical_to_mesh_axes(check_logical_axes(axes)):
     if names is None:
       names = ()
     if isinstance(names, str):
@@ -76,10 +76,10 @@ def lies_on(*axes: str | None) -> tuple[tuple[str, ...], ...]:
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
   """Returns the mesh axes that an array lies on which has this axis alone."""
-  return lies_on(axis)[0]
+  return mesh_axes_by_axis(axis)[0]
 
 
-def that_divide(names: tuple[str, ...], places: int,
+def mesh_axes_that_divide(names: tuple[str, ...], places: int,
                 shape: Mapping[str, int]) -> tuple[str, ...]:
   """Returns the mesh axes that a weight's dimension of size `places` is sharded
   over: as many of `names`, from the first one on, as together divide it."""
@@ -88,37 +88,37 @@ def that_divide(names: tuple[str, ...], places: int,
   return names
 
 
-def weight_places(shape: tuple[int, ...], axes: tuple[str | None, ...]
+def mesh_axes_of_weight(shape: tuple[int, ...], axes: tuple[str | None, ...]
                   ) -> tuple[tuple[str, ...], ...]:
   """Returns the mesh axes that each axis of a weight lies on."""
   devices_along = jax.sharding.get_abstract_mesh().shape
   places = []
-  for length, names in zip(shape, lies_on(*axes)):
-    places.append(that_divide(names, length, devices_along))
+  for length, names in zip(shape, mesh_axes_by_axis(*axes)):
+    places.append(mesh_axes_that_divide(names, length, devices_along))
   return tuple(places)
 
 
-def size(names: tuple[str, ...]) -> int:
+def count_devices_along(names: tuple[str, ...]) -> int:
   """Returns how many devices lie along mesh axes."""
   mesh = jax.sharding.get_abstract_mesh()
   return math.prod(mesh.shape[name] for name in names)
 
 
-def shards(axis: str, places: int) -> int:
+def count_shards(axis: str, places: int) -> int:
   """Returns how many shards the mesh cuts `places` of a logical axis into; 1
   without a mesh, or where it does not divide them."""
-  count = size(mesh_axes(axis))
+  count = count_devices_along(mesh_axes(axis))
   if places % count:
     return 1
   return count
 
 
-def constrain_if(x: jax.Array, *axes: str | None) -> jax.Array:
+def constrain_where_divisible(x: jax.Array, *axes: str | None) -> jax.Array:
   """Returns `x`, constrained but for each axis that the mesh does not divide.
   """
   divided = []
   for axis, length in zip(axes, x.shape):
-    is_cut = axis is not None and shards(axis, length) > 1
+    is_cut = axis is not None and count_shards(axis, length) > 1
     divided.append(axis if is_cut else None)
   return constrain(x, *divided)
 
@@ -127,11 +127,11 @@ def constrain_stream(x: jax.Array, *axes: str | None) -> jax.Array:
   """Returns an array that goes from layer to layer, [B, L, ...], constrained.
   Its length is sharded as `stream` is or, if that does not divide it, as
   `length`. `axes` are the others."""
-  length = 'stream' if shards('stream', x.shape[1]) > 1 else 'length'
+  length = 'stream' if count_shards('stream', x.shape[1]) > 1 else 'length'
   return constrain(x, 'batch', length, *axes)
 
 
-def platform() -> str:
+def traced_platform() -> str:
   """Returns the kind of device that the program is traced for: cpu, gpu or
   tpu."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -140,19 +140,19 @@ def platform() -> str:
   return mesh.abstract_device.platform
 
 
-def devices() -> int:
+def count_devices() -> int:
   """Returns how many devices the mesh has; 1 without one."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else mesh.size
 
 
-def one_cpu() -> bool:
+def is_single_cpu() -> bool:
   """Whether the program is traced for a CPU that is not part of a mesh."""
-  return platform() == 'cpu' and devices() == 1
+  return traced_platform() == 'cpu' and count_devices() == 1
 
 
 @contextlib.contextmanager
-def rules(table: Rules):
+def install_rules(table: AxisRules):
   """Installs a table of configs/sharding.py for what is traced."""
   with nn.logical_axis_rules(table):
     yield
@@ -210,7 +210,7 @@ class Role:
   reads: int = 0
 
   @property
-  def matrix(self) -> bool:
+  def is_matrix(self) -> bool:
     return bool(self.inputs)
 
   def split(self, ndim: int) -> Axes:
@@ -233,7 +233,7 @@ class Declared(nn.LogicallyPartitioned, eq=False):
   role: Role | None = struct.field(default=None, pytree_node=False)
 
 
-def roles(boxed):
+def roles_of_parameters(boxed):
   """Returns the Role of each parameter of a tree of boxes.
 
   Raises:
@@ -269,7 +269,7 @@ def declare(module: nn.Module, name: str, init: Callable,
   Raises:
     ValueError: for a logical axis that the legend lacks.
   """
-  axes = known_axes(role.axes)
+  axes = check_logical_axes(role.axes)
   dtype = dtype or module.config.param_dtype
 
   def born(key: jax.Array, shape: tuple[int, ...]) -> Declared:
@@ -318,75 +318,78 @@ def parameter_shapes(module: nn.Module):
 
 # The mesh axes of each axis of an array. (A PartitionSpec turns a tuple of one
 # name into the name.)
-Names = tuple[tuple[str, ...], ...]
+MeshAxesByAxis = tuple[tuple[str, ...], ...]
 
-KEPT = 'kept_weight'  # the name of a whole weight that remat is to keep
-LANES = 128  # of a TPU's registers; an array's last axis is padded to them
-LENGTHS = 'LM'  # the letters of axes that are sharded as `length` is
+# the name of a whole weight that remat is to keep
+NAME_OF_KEPT_WEIGHT = 'kept_weight'
+# of a TPU's registers; an array's last axis is padded to them
+LANES_OF_TPU_REGISTER = 128
+LETTERS_OF_LENGTH = 'LM'  # the letters of axes that are sharded as `length` is
 
 
-class Places(NamedTuple):
+class ShardingOfProduct(NamedTuple):
   """How the arrays of a product lie on the mesh.
 
   Attributes:
     tokens: the mesh axes of the activations' token axes, which come first.
     weight: the mesh axes of the weight's axes.
   """
-  tokens: Names
-  weight: Names
+  tokens: MeshAxesByAxis
+  weight: MeshAxesByAxis
 
 
-def _spec(*places: tuple[str, ...]) -> PartitionSpec:
+def _partition_spec(*places: tuple[str, ...]) -> PartitionSpec:
   """Returns the PartitionSpec of an array whose axes lie on these mesh axes."""
   return PartitionSpec(*(names or None for names in places))
 
 
-def _join_all(w: jax.Array, places: Names) -> jax.Array:
+def _gather_all_axes(w: jax.Array, places: MeshAxesByAxis) -> jax.Array:
   """Returns an array whose shards are joined along each axis that lies on some
   of the mesh's."""
   for axis, names in enumerate(places):
     if names:
-      w = join(w, axis, names)
+      w = gather_shards(w, axis, names)
   return w
 
 
-def _scatter_all(d: jax.Array, places: Names) -> jax.Array:
+def _reduce_scatter_all_axes(d: jax.Array, places: MeshAxesByAxis) -> jax.Array:
   """Returns a device's shard of a sum over devices, along each axis that lies
   on some of the mesh's."""
   for axis, names in enumerate(places):
     if names:
-      d = scatter(d, axis, names)
+      d = reduce_scatter(d, axis, names)
   return d
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def join(w: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
+def gather_shards(w: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
   """Returns the shards of an axis joined, in a function that is mapped over the
   mesh. `names` are the mesh axes that the axis is sharded over."""
-  if axis == 0 and w.shape[-1] % LANES == 0:
+  if axis == 0 and w.shape[-1] % LANES_OF_TPU_REGISTER == 0:
     # This is the layout of such a weight on a TPU. Without it XLA copies those
     # of all layers into the order of axes that their product takes, and keeps
     # the copies until the end of the backward pass.
     w = with_layout_constraint(w, Layout(tuple(range(w.ndim))))
-  for over, groups in reversed(_steps(names)):
+  for over, groups in reversed(_steps_of_collective(names)):
     w = jax.lax.all_gather(w, over, axis=axis, tiled=True,
                            axis_index_groups=groups)
   return w
 
 
-def _join_fwd(w: jax.Array, axis: int, names: tuple[str, ...]):
-  return join(w, axis, names), None
+def _gather_shards_fwd(w: jax.Array, axis: int, names: tuple[str, ...]):
+  return gather_shards(w, axis, names), None
 
 
-def _join_bwd(axis: int, names: tuple[str, ...], _: None, d: jax.Array):
-  matrix = scatter(_matrix(d, axis), 0, names)
-  return (_of_matrix(matrix, d.shape, axis),)
+def _gather_shards_bwd(
+  axis: int, names: tuple[str, ...], _: None, d: jax.Array):
+  matrix = reduce_scatter(_to_matrix_with_axis_first(d, axis), 0, names)
+  return (_from_matrix_with_axis_first(matrix, d.shape, axis),)
 
 
-join.defvjp(_join_fwd, _join_bwd)
+gather_shards.defvjp(_gather_shards_fwd, _gather_shards_bwd)
 
 
-def _matrix(d: jax.Array, axis: int) -> jax.Array:
+def _to_matrix_with_axis_first(d: jax.Array, axis: int) -> jax.Array:
   """Returns d with an axis first and all others as one, row by row in memory.
 
   In most other layouts, and with more axes, XLA sums the whole array over the
@@ -396,27 +399,28 @@ def _matrix(d: jax.Array, axis: int) -> jax.Array:
   return with_layout_constraint(d.reshape(len(d), -1), Layout((0, 1)))
 
 
-def _of_matrix(matrix: jax.Array, shape: tuple[int, ...], axis: int
-               ) -> jax.Array:
+def _from_matrix_with_axis_first(
+  matrix: jax.Array, shape: tuple[int, ...], axis: int ) -> jax.Array:
   """Returns the array of this shape that `_matrix` was given; its axis may be
   shorter."""
   others = shape[:axis] + shape[axis + 1:]
   return jnp.moveaxis(matrix.reshape(-1, *others), 0, axis)
 
 
-def scatter(d: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
+def reduce_scatter(d: jax.Array, axis: int,
+                   names: tuple[str, ...]) -> jax.Array:
   """Returns a device's shard, along an axis, of the sum of d over devices.
 
   The axis is moved to the front, because XLA turns a reduce-scatter along the
   last axis in memory into an all-reduce.
   """
   d = jnp.moveaxis(d, axis, 0)
-  for over, groups in _steps(names):
+  for over, groups in _steps_of_collective(names):
     d = jax.lax.psum_scatter(d, over, tiled=True, axis_index_groups=groups)
   return jnp.moveaxis(d, 0, axis)
 
 
-def _steps(names: tuple[str, ...]
+def _steps_of_collective(names: tuple[str, ...]
            ) -> list[tuple[str, list[list[int]] | None]]:
   """Returns the steps in which a sum is scattered: a mesh axis, and the groups
   of devices along it (None: all in one group). Gathers take them in reverse.
@@ -428,15 +432,15 @@ def _steps(names: tuple[str, ...]
   """
   if len(names) > 1:
     return [(name, None) for name in names]
-  n = size(names)
-  first = _first_step(n)
+  n = count_devices_along(names)
+  first = _size_of_first_groups(n)
   if n < jax.sharding.get_abstract_mesh().size or first == n:
     return [(names[0], None)]
   ids = np.arange(n).reshape(first, n // first)
   return [(names[0], ids.T.tolist()), (names[0], ids.tolist())]
 
 
-def _first_step(n: int) -> int:
+def _size_of_first_groups(n: int) -> int:
   """Returns the group size of the first of two steps over n devices: the least
   divisor of n that is not below its root. If that is n, there is one step."""
   group = math.isqrt(n - 1) + 1
@@ -445,8 +449,9 @@ def _first_step(n: int) -> int:
   return group
 
 
-def product_places(letters: str, x: jax.Array, w: jax.Array,
-                   axes: Optional[tuple[str | None, ...]]) -> Optional[Places]:
+def sharding_of_product(letters: str, x: jax.Array, w: jax.Array,
+                        axes: Optional[tuple[str | None, ...]]
+                        ) -> Optional[ShardingOfProduct]:
   """Returns how the arrays of a product lie on the mesh; None: the product is
   left to XLA.
 
@@ -458,24 +463,29 @@ def product_places(letters: str, x: jax.Array, w: jax.Array,
   """
   if axes is None or letters[0] != 'B':
     return None
-  weight = weight_places(w.shape, axes)
+  weight = mesh_axes_of_weight(w.shape, axes)
   weight_axes = set(sum(weight, ()))
   rows = mesh_axes('batch')
   # The weight must lie on mesh axes of the batch alone, which split the rows;
   # and those of `tensor`, where `mlp` lies, must have one device.
   if not weight_axes or not weight_axes <= set(rows):
     return None
-  if mesh_axes('mlp') or shards('batch', x.shape[0]) == 1:
+  if mesh_axes('mlp') or count_shards('batch', x.shape[0]) == 1:
     return None
   lengths = ()
-  if letters[1] in LENGTHS and shards('length', x.shape[1]) > 1:
+  if letters[1] in LETTERS_OF_LENGTH and count_shards('length', x.shape[1]) > 1:
     lengths = mesh_axes('length')
-  return Places(tokens=(rows, lengths), weight=weight)
+  return ShardingOfProduct(tokens=(rows, lengths), weight=weight)
 
 
-def gathered_product(local: Callable[[jax.Array, jax.Array], jax.Array],
-                     x: jax.Array, w: jax.Array, at: Places, keep: bool,
-                     name: str = '') -> jax.Array:
+def multiply_by_gathered_weight(local: Callable[[jax.Array,
+  jax.Array],
+  jax.Array],
+  x: jax.Array,
+  w: jax.Array,
+  at: ShardingOfProduct,
+  keep: bool,
+   name: str = '') -> jax.Array:
   """Returns local(x, the whole weight) of each device's tokens.
 
   Args:
@@ -488,18 +498,22 @@ def gathered_product(local: Callable[[jax.Array, jax.Array], jax.Array],
     name: the name of the whole weight, by which a remat policy keeps it longer;
       '': it has none.
   """
-  on_each = functools.partial(_on_each, local, at.weight, name)
+  on_each = functools.partial(_multiply_on_device, local, at.weight, name)
   if not keep:  # gathers again; the product's gradient does not need its result
     on_each = jax.checkpoint(on_each)
-  tokens, weight = _spec(*at.tokens), _spec(*at.weight)
+  tokens, weight = _partition_spec(*at.tokens), _partition_spec(*at.weight)
   mapped = jax.shard_map(on_each, in_specs=(tokens, weight), out_specs=tokens,
                          check_vma=False)
   return mapped(x, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _on_each(local: Callable, places: Names, name: str, x: jax.Array,
-             w: jax.Array):
+def _multiply_on_device(
+  local: Callable,
+  places: MeshAxesByAxis,
+  name: str,
+  x: jax.Array,
+   w: jax.Array):
   """Returns local(x, the whole weight), in a function that is mapped over the
   mesh. `places` are the mesh axes of the weight's axes.
 
@@ -510,18 +524,22 @@ def _on_each(local: Callable, places: Names, name: str, x: jax.Array,
   compute is on its way meanwhile: libtpu compiles it to a synchronous
   operation.
   """
-  return local(x, _join_all(w, places))
+  return local(x, _gather_all_axes(w, places))
 
 
-def _on_each_fwd(local: Callable, places: Names, name: str, x: jax.Array,
-                 w: jax.Array):
-  w = _join_all(w, places)
+def _multiply_on_device_fwd(
+  local: Callable,
+  places: MeshAxesByAxis,
+  name: str,
+  x: jax.Array,
+   w: jax.Array):
+  w = _gather_all_axes(w, places)
   if name:
     w = checkpoint_name(w, name)
   return local(x, w), (x, w)
 
 
-def _on_each_bwd(local: Callable, places: Names, name: str,
+def _multiply_on_device_bwd(local: Callable, places: MeshAxesByAxis, name: str,
                  operands: tuple[jax.Array, jax.Array], d: jax.Array):
   x, w = operands
   # The gradient of the weight, scattered along the first of its axes that is
@@ -529,21 +547,23 @@ def _on_each_bwd(local: Callable, places: Names, name: str,
   _, of_w = jax.vjp(functools.partial(local, x), w)
   dw, = of_w(d)
   front = next(axis for axis, names in enumerate(places) if names)
-  matrix = scatter(_matrix(dw, front), 0, places[front])
+  matrix = reduce_scatter(
+  _to_matrix_with_axis_first(
+    dw, front), 0, places[front])
   # That of x waits for it.
   matrix, d = jax.lax.optimization_barrier((matrix, d))
   _, of_x = jax.vjp(lambda x: local(x, w), x)
   dx, = of_x(d)
   # The axes that are left.
-  dw = _of_matrix(matrix, dw.shape, front)
+  dw = _from_matrix_with_axis_first(matrix, dw.shape, front)
   others = places[:front] + ((),) + places[front + 1:]
-  return dx, _scatter_all(dw, others)
+  return dx, _reduce_scatter_all_axes(dw, others)
 
 
-_on_each.defvjp(_on_each_fwd, _on_each_bwd)
+_multiply_on_device.defvjp(_multiply_on_device_fwd, _multiply_on_device_bwd)
 
 
-def lookup(table_VD: jax.Array, ids_BL: jax.Array,
+def look_up_embeddings(table_VD: jax.Array, ids_BL: jax.Array,
            dtype: jax.typing.DTypeLike) -> jax.Array:
   """Returns rows of a table of embeddings, [B, L, D], in `dtype`.
 
@@ -552,11 +572,11 @@ def lookup(table_VD: jax.Array, ids_BL: jax.Array,
   each token to its own device. So neither the table nor its gradient, which
   adds up in the table's dtype, is ever whole.
   """
-  at = product_places('BL', ids_BL, table_VD, ('vocab', 'embed'))
+  at = sharding_of_product('BL', ids_BL, table_VD, ('vocab', 'embed'))
   if at is None or not at.weight[1]:
     # Gathered whole over fsdp first: rows that are split over fsdp would have
     # to move to where the batch is split over it.
-    whole_VD = constrain_if(table_VD, 'vocab', None)
+    whole_VD = constrain_where_divisible(table_VD, 'vocab', None)
     return whole_VD[ids_BL].astype(dtype)
   columns = at.weight[1]
 
@@ -567,13 +587,13 @@ def lookup(table_VD: jax.Array, ids_BL: jax.Array,
     return jax.lax.all_to_all(x_BLD, columns, split_axis=0, concat_axis=2,
                               tiled=True)
 
-  tokens, table = _spec(*at.tokens), _spec(*at.weight)
+  tokens, table = _partition_spec(*at.tokens), _partition_spec(*at.weight)
   mapped = jax.shard_map(local, in_specs=(table, tokens), out_specs=tokens,
                          check_vma=False)
   return mapped(table_VD, ids_BL)
 
 
-def looked_up_rows(table_IK: jax.Array, ids_BLU: jax.Array,
+def look_up_sharded_rows(table_IK: jax.Array, ids_BLU: jax.Array,
                    dtype: jax.typing.DTypeLike) -> jax.Array:
   """Returns rows of a table that is sharded by rows, [B, L, U, K], in `dtype`.
 
@@ -582,11 +602,12 @@ def looked_up_rows(table_IK: jax.Array, ids_BLU: jax.Array,
   scattered to where the tokens are. So neither the table nor its gradient is
   ever whole.
   """
-  names, _ = weight_places(table_IK.shape, ('table', None))
+  names, _ = mesh_axes_of_weight(table_IK.shape, ('table', None))
   rows = mesh_axes('batch')
   along_batch = bool(names) and set(names) <= set(rows)
-  if not along_batch or shards('batch', ids_BLU.shape[0]) == 1:
-    return constrain_if(table_IK, None, None)[ids_BLU].astype(dtype)
+  if not along_batch or count_shards('batch', ids_BLU.shape[0]) == 1:
+    return constrain_where_divisible(table_IK, None, None)[
+                                     ids_BLU].astype(dtype)
 
   def local(table_IK: jax.Array, ids_BLU: jax.Array):
     """Looks up a device's rows for the tokens of all `names`."""
@@ -597,68 +618,71 @@ def looked_up_rows(table_IK: jax.Array, ids_BLU: jax.Array,
     # Rows of other devices count as 0 in the sum.
     x_BLUK = table_IK[jnp.clip(ids_BLU, 0, len(table_IK) - 1)]
     x_BLUK = jnp.where(here_BLU[..., None], x_BLUK, 0)
-    return scatter(x_BLUK.astype(dtype), 0, names)
+    return reduce_scatter(x_BLUK.astype(dtype), 0, names)
 
   lengths = ()
-  if shards('length', ids_BLU.shape[1]) > 1:
+  if count_shards('length', ids_BLU.shape[1]) > 1:
     lengths = mesh_axes('length')
-  tokens = _spec(rows, lengths)
-  mapped = jax.shard_map(local, in_specs=(_spec(names), tokens),
+  tokens = _partition_spec(rows, lengths)
+  mapped = jax.shard_map(local, in_specs=(_partition_spec(names), tokens),
                          out_specs=tokens, check_vma=False)
   return mapped(table_IK, ids_BLU)
 
 
-def whole(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+def gather_weight(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   """Returns a weight gathered over the mesh axes of the batch, in its own
   dtype; it stays sharded over `tensor`."""
-  ours, others = _by_batch(w.shape, axes)
+  ours, others = _split_by_batch_axes(w.shape, axes)
   if not any(ours):
     return w
 
   def local(w: jax.Array) -> jax.Array:
-    return _join_all(w, ours)
+    return _gather_all_axes(w, ours)
 
-  mapped = jax.shard_map(local, in_specs=_both(ours, others),
-                         out_specs=_spec(*others), check_vma=False)
+  mapped = jax.shard_map(local, in_specs=_spec_of_both(ours, others),
+                         out_specs=_partition_spec(*others), check_vma=False)
   return mapped(w)
 
 
-def total(d_Q: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+def sum_gradients_of_shards(
+  d_Q: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   """Returns the sum over Q of gradients of a weight, [Q, ...], one for each
   shard of the tokens. The sum is sharded as the weight is."""
-  ours, others = _by_batch(d_Q.shape[1:], axes)
+  ours, others = _split_by_batch_axes(d_Q.shape[1:], axes)
   tokens = mesh_axes('tokens')
   weight_axes = set(sum(ours, ()))
   along_tokens = bool(weight_axes) and weight_axes <= set(tokens)
-  if not along_tokens or size(tokens) != d_Q.shape[0]:
-    return constrain_if(d_Q.sum(0), *axes)
+  if not along_tokens or count_devices_along(tokens) != d_Q.shape[0]:
+    return constrain_where_divisible(d_Q.sum(0), *axes)
 
   def local(d_Q: jax.Array) -> jax.Array:
     """Scatters over the weight's mesh axes, and sums over the others."""
-    d = _scatter_all(d_Q.sum(0), ours)
+    d = _reduce_scatter_all_axes(d_Q.sum(0), ours)
     rest = tuple(name for name in tokens if name not in weight_axes)
     if not rest:
       return d
     return jax.lax.psum(d, rest)
 
-  mapped = jax.shard_map(local, in_specs=_spec(tokens, *others),
-                         out_specs=_both(ours, others), check_vma=False)
+  mapped = jax.shard_map(local, in_specs=_partition_spec(tokens, *others),
+                         out_specs=_spec_of_both(ours, others), check_vma=False)
   return mapped(d_Q)
 
 
-def _by_batch(shape: tuple[int, ...], axes: tuple[str | None, ...]
-              ) -> tuple[Names, Names]:
+def _split_by_batch_axes(shape: tuple[int, ...], axes: tuple[str | None, ...]
+              ) -> tuple[MeshAxesByAxis, MeshAxesByAxis]:
   """Returns how a weight lies on the mesh axes of the batch, and how on the
   others."""
   rows = set(mesh_axes('batch'))
   ours, others = [], []
-  for names in weight_places(shape, axes):
+  for names in mesh_axes_of_weight(shape, axes):
     of_batch = set(names) <= rows
     ours.append(names if of_batch else ())
     others.append(() if of_batch else names)
   return tuple(ours), tuple(others)
 
 
-def _both(ours: Names, others: Names) -> PartitionSpec:
+def _spec_of_both(
+  ours: MeshAxesByAxis,
+   others: MeshAxesByAxis) -> PartitionSpec:
   """Returns the PartitionSpec of a weight that lies on both."""
-  return _spec(*(a + b for a, b in zip(ours, others)))
+  return _partition_spec(*(a + b for a, b in zip(ours, others)))

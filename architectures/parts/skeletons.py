@@ -28,9 +28,9 @@ from architectures.parts.context import Context, Memory
 from architectures.parts.heads import GeneratorConfig
 from architectures.parts.layers import FFNS, norm
 from architectures.parts.moe.routing import MoEConfig
-from architectures.parts.passes import concatenated
-from architectures.parts.stack import any_cache, is_cache, Period, Stack
-from architectures.parts.stack import with_distances
+from architectures.parts.passes import project_concatenation
+from architectures.parts.stack import add_distances, find_cache_of_tokens
+from architectures.parts.stack import is_cache, Period, Stack
 from common.errors import require, short
 from common.kinds import SECTIONS
 
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
     c = self.config
     require(cache is None or segment_ids_BL is None,
             'a cache holds one document a row: pass no segment ids with it')
-    ctx = _context(tokens_BL, positions_BL, segment_ids_BL, **how)
+    ctx = _make_context(tokens_BL, positions_BL, segment_ids_BL, **how)
     # The embedding, the layers and the final norm.
     embed = Embed(c, name='embed')
     embedded_BLD, table_DV = embed(
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
     x_BLD, cache, aux = stack(embedded_BLD, ctx, cache, one_by_one)
     # The head: the next token's, or that of a task.
     if c.head != 'lm':
-      return self._task(x_BLD, ctx).replace(cache=cache, aux=aux)
+      return self._apply_task_head(x_BLD, ctx).replace(cache=cache, aux=aux)
     head = heads.Unembed(c, name='head')(table_DV)
     extra = {}
     shows_layers = ctx.keep_layers or ctx.keep_attention
@@ -128,22 +128,22 @@ class Decoder(nn.Module):
       ahead = Mtp(c, name='mtp')
       extra['mtp'], reports = ahead(x_BLD, embedded_BLD, ctx)
       for each in reports:
-        aux = report.with_losses(aux, each.losses, each.loads)
+        aux = report.add_losses(aux, each.losses, each.loads)
     return Output(hidden=x_BLD, head=head, cache=cache, aux=aux, extra=extra)
 
-  def _task(self, x_BLD: jax.Array, ctx: Context) -> Output:
+  def _apply_task_head(self, x_BLD: jax.Array, ctx: Context) -> Output:
     """Returns what the head of a task makes of the tokens, or of the last token
     of each row."""
     c = self.config
     kind = heads.HEADS[c.head]
     read = x_BLD
-    if kind.of_row:
-      read = heads.last(x_BLD, ctx.valid_BL, ctx.segment_ids_BL)
-    if kind.unfolds:
+    if kind.is_for_rows:
+      read = heads.pool_last_token(x_BLD, ctx.valid_BL, ctx.segment_ids_BL)
+    if kind.has_logits_of_tokens:
       unfold = heads.Unfold(c, name='task')
       hidden_BLD, head = unfold(read, x_BLD.shape[1])
       return Output(hidden=hidden_BLD, head=head)
-    task = heads.Task(c, bias=not kind.of_row, name='task')
+    task = heads.Task(c, bias=not kind.is_for_rows, name='task')
     scores = task(read, deterministic=ctx.deterministic)
     return Output(hidden=x_BLD, head=None, extra=dict(scores=scores))
 
@@ -175,12 +175,13 @@ class Embed(nn.Module):
     if added:
       role = sharding.Role(('vocab', 'embed'), inputs=(0,), kind='embedding')
       table_VD = jax.lax.stop_gradient(table_VD) + sharding.declare(
-          self, ADDED, nn.initializers.zeros, table_VD.shape, role)
-    x_BLD = sharding.lookup(table_VD, tokens_BL, c.compute_dtype)
+          self, NAME_OF_ADDED_TABLE, nn.initializers.zeros, table_VD.shape,
+          role)
+    x_BLD = sharding.look_up_embeddings(table_VD, tokens_BL, c.compute_dtype)
     if c.embed_scale != 1:
       x_BLD = x_BLD * jnp.asarray(c.embed_scale, x_BLD.dtype)
     # Their positions, and which text of a pair they are of; T: the texts.
-    add_positions = positions.of(c).embed
+    add_positions = positions.position_of(c).embed
     if add_positions:
       x_BLD = add_positions(self, x_BLD, positions_BL, f'{prefix}positions')
     if c.type_vocab_size:
@@ -195,7 +196,7 @@ class Embed(nn.Module):
     return sharding.constrain_stream(x_BLD, 'embed'), table_VD.T
 
 
-def _context(tokens_BL: jax.Array, positions_BL: Optional[jax.Array],
+def _make_context(tokens_BL: jax.Array, positions_BL: Optional[jax.Array],
              segment_ids_BL: Optional[jax.Array], **how: Any) -> Context:
   """Returns the Context of some tokens, whose positions are 0..L-1 by default.
   Those that are passed with segment ids promise an order: see Decoder.
@@ -207,7 +208,7 @@ def _context(tokens_BL: jax.Array, positions_BL: Optional[jax.Array],
   chex.assert_rank(tokens_BL, 2)
   is_traced = isinstance(segment_ids_BL, jax.core.Tracer)
   if segment_ids_BL is not None and not is_traced:
-    _check_pieces(np.asarray(segment_ids_BL))
+    _check_segments_are_contiguous(np.asarray(segment_ids_BL))
   in_order = positions_BL is None or segment_ids_BL is not None
   if positions_BL is None:
     positions_BL = jnp.arange(tokens_BL.shape[1])[None]
@@ -215,7 +216,7 @@ def _context(tokens_BL: jax.Array, positions_BL: Optional[jax.Array],
                  tokens_BL=tokens_BL, in_order=in_order, **how)
 
 
-def _check_pieces(segment_ids_BL: np.ndarray) -> None:
+def _check_segments_are_contiguous(segment_ids_BL: np.ndarray) -> None:
   """Raises RequestError for an id in several pieces of a row."""
   for ids_L in segment_ids_BL:
     begins_L = np.diff(ids_L, prepend=0) != 0
@@ -254,16 +255,16 @@ class Mtp(nn.Module):
     hidden, reports = [], []
     for depth in range(1, c.mtp_depth + 1):
       ctx_k = ctx.replace(tokens_BL=jnp.roll(ctx.tokens_BL, -depth, 1),
-                          routed_BL=_followed(ctx, depth))
+                          routed_BL=_mark_tokens_with_successor(ctx, depth))
       # Each place is joined with the embedding of the token `depth` places on.
       ahead_BLD = jnp.roll(embedded_BLD, -depth, 1)
-      joined_BLD = concatenated(
+      joined_BLD = project_concatenation(
           self, f'join_{depth}', norm(c, f'token_norm_{depth}')(ahead_BLD),
           norm(c, f'hidden_norm_{depth}')(x_BLD))
       # One more layer, as a stack of its own.
-      x = streams.begin_streams(c, streams.residual(joined_BLD),
-                                blocks.branches(c, (kind,)))
-      ctx_k = with_distances(c, kind, ctx_k, ctx.positions_BL, f'_{depth}')
+      x = streams.begin_streams(c, streams.pin_residual(joined_BLD),
+                                blocks.count_branches(c, (kind,)))
+      ctx_k = add_distances(c, kind, ctx_k, ctx.positions_BL, f'_{depth}')
       period = Period(c, (kind,), name=f'depth_{depth}')
       (x, _), results = period((x, None), None, ctx_k, {})
       x_BLD = streams.EndOfStreams(c, name=f'streams_{depth}')(x)
@@ -274,7 +275,7 @@ class Mtp(nn.Module):
     return tuple(hidden), reports
 
 
-def _followed(ctx: Context, depth: int) -> jax.Array:
+def _mark_tokens_with_successor(ctx: Context, depth: int) -> jax.Array:
   """Returns [B, L], 1 for tokens that have another one `depth` places on in the
   same document, and 0 for the others, which join two texts and take no expert.
   """
@@ -289,17 +290,19 @@ def _followed(ctx: Context, depth: int) -> jax.Array:
 
 
 # An encoder that tells replaced tokens (model.head 'replaced', heads.py).
-APART = 'generator_'  # what a generator has of its own in `embed` begins so
-ADDED = 'tokens_added'  # the encoder's own part of the table of tokens
+# what a generator has of its own in `embed` begins so
+PREFIX_OF_GENERATOR = 'generator_'
+# the encoder's own part of the table of tokens
+NAME_OF_ADDED_TABLE = 'tokens_added'
 
 
-def generator(c: ModelConfig) -> ModelConfig:
+def config_of_generator(c: ModelConfig) -> ModelConfig:
   """Returns the config of the network that replaces tokens."""
   fields = c.part(GeneratorConfig)
   head_dim = fields.d_model // fields.num_heads
-  embed_width = c.of_embedding.d_model
+  embed_width = c.config_of_embedding.d_model
   return dataclasses.replace(
-      c.without(GeneratorConfig), head='lm', next_sentence=False,
+      c.without_part(GeneratorConfig), head='lm', next_sentence=False,
       d_model=fields.d_model, num_layers=fields.num_layers,
       num_decoder_layers=fields.num_layers, d_ff=fields.d_ff,
       num_heads=fields.num_heads, num_kv_heads=fields.num_heads,
@@ -356,25 +359,33 @@ class Encoder(nn.Module):
       [B, M], is what the encoder reads at them.
     """
     c = self.config
-    ctx = _context(tokens_BL, positions_BL, segment_ids_BL, **how)
+    ctx = _make_context(tokens_BL, positions_BL, segment_ids_BL, **how)
     embed = functools.partial(
-        Embed(c.of_embedding, name='embed'), positions_BL=ctx.positions_BL,
-        type_ids_BL=type_ids_BL, deterministic=ctx.deterministic)
+  Embed(
+    c.config_of_embedding,
+    name='embed'),
+    positions_BL=ctx.positions_BL,
+    type_ids_BL=type_ids_BL,
+     deterministic=ctx.deterministic)
     # With a generator, the encoder reads what that puts at the masked places.
     generated, drawn = None, {}
     drawn_by = c.find(GeneratorConfig)
     own_table = False
     if drawn_by is not None and drawn_by.num_layers > 0:
       own_table = drawn_by.sharing == 'apart'
-      network = type(self)(generator(c), name='generator')
+      network = type(self)(config_of_generator(c), name='generator')
       generated = network(
-          tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL,
-          deterministic=ctx.deterministic,
-          embedded=embed(tokens_BL, prefix=APART if own_table else ''))
+  tokens_BL,
+  positions_BL=positions_BL,
+  segment_ids_BL=segment_ids_BL,
+  deterministic=ctx.deterministic,
+  embedded=embed(
+    tokens_BL,
+     prefix=PREFIX_OF_GENERATOR if own_table else ''))
       if places_BM is not None:
-        generated = _at_places(generated, places_BM)
-        drawn_BM = self._drawn(generated, ctx.deterministic)
-        tokens_BL = _replaced(tokens_BL, places_BM, drawn_BM)
+        generated = _select_positions(generated, places_BM)
+        drawn_BM = self._draw_tokens(generated, ctx.deterministic)
+        tokens_BL = _replace_tokens(tokens_BL, places_BM, drawn_BM)
         drawn = dict(drawn=drawn_BM)
     # The embedding, the layers and the final norm.
     if embedded is None:
@@ -387,13 +398,13 @@ class Encoder(nn.Module):
     x_BLD, _, aux = stack(x_BLD, ctx)
     # The head: that of masked words, or that of a task.
     if c.head == 'lm':
-      return self._pretraining(x_BLD, table_DV, aux)
-    output = self._task(x_BLD, segment_ids_BL, ctx.deterministic)
+      return self._apply_pretraining_head(x_BLD, table_DV, aux)
+    output = self._apply_task_head(x_BLD, segment_ids_BL, ctx.deterministic)
     if generated is not None:
       output = generated.replace(extra=output.extra | drawn)
     return output.replace(aux=aux)
 
-  def _drawn(self, generated: Output, deterministic: bool) -> jax.Array:
+  def _draw_tokens(self, generated: Output, deterministic: bool) -> jax.Array:
     """Returns a token for each place, [B, M], drawn as likely as the generator
     has it, one place after the other, so that no logits [B, M, V] are held.
     Where nothing is dropped the draws are always the same."""
@@ -411,29 +422,31 @@ class Encoder(nn.Module):
     drawn_MB = jax.lax.map(draw, (keys_M, hidden_MBD))
     return drawn_MB.T.astype(jnp.int32)
 
-  def _task(self, x_BLD: jax.Array, segment_ids_BL: Optional[jax.Array],
-            deterministic: bool) -> Output:
+  def _apply_task_head(self,
+  x_BLD: jax.Array,
+  segment_ids_BL: Optional[jax.Array],
+   deterministic: bool) -> Output:
     """Returns what the head of a task makes of the last layer."""
     c = self.config
     kind = heads.HEADS[c.head]
     extra = dict(hidden=x_BLD)
-    if kind.unfolds:
-      last_BD = heads.last(x_BLD, None, segment_ids_BL)
+    if kind.has_logits_of_tokens:
+      last_BD = heads.pool_last_token(x_BLD, None, segment_ids_BL)
       unfold = heads.Unfold(c, name='task')
       hidden_BLD, head = unfold(last_BD, x_BLD.shape[1])
       return Output(hidden=hidden_BLD, head=head, extra=extra)
     x = x_BLD
-    if kind.of_row:
+    if kind.is_for_rows:
       x = heads.POOLINGS[c.pooling](x_BLD, segment_ids_BL)
-    read, more = self.scored(x, kind.of_row)
-    if kind.detects:
-      read = self._act()(self._dense('detector', read, c.d_model))
+    read, more = self.input_of_task_head(x, kind.is_for_rows)
+    if kind.has_detector:
+      read = self._activation()(self._dense('detector', read, c.d_model))
     task = heads.Task(c, name='task')
     scores = task(read, deterministic=deterministic)
     return Output(hidden=x_BLD, head=None,
                   extra=extra | dict(scores=scores) | more)
 
-  def scored(self, x: jax.Array, of_row: bool
+  def input_of_task_head(self, x: jax.Array, of_row: bool
              ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns what the head of a task is applied to, and what else belongs
     into `extra`.
@@ -444,25 +457,32 @@ class Encoder(nn.Module):
     """
     if not of_row:
       return x, {}
-    pooled_BD = self._pooled(x)
+    pooled_BD = self._pool_first_token(x)
     return pooled_BD, dict(pooled=pooled_BD)
 
   def transform(self, x: jax.Array) -> jax.Array:
     """Returns what the head of masked words reads: n(act(x W + b)), [..., D],
     or as wide as the embedding."""
     c = self.config
-    act = self._act(self.HEAD_ACT)
-    y = self._dense('transform', x, c.of_embedding.d_model, bias=self.HEAD_BIAS)
+    act = self._activation(self.HEAD_ACT)
+    y = self._dense(
+  'transform',
+  x,
+  c.config_of_embedding.d_model,
+   bias=self.HEAD_BIAS)
     return norm(c, 'transform_norm')(act(y))
 
-  def _pretraining(self, x_BLD: jax.Array, table_DV: jax.Array, aux: dict
-                   ) -> Output:
+  def _apply_pretraining_head(
+  self,
+  x_BLD: jax.Array,
+  table_DV: jax.Array,
+   aux: dict ) -> Output:
     """Returns the logits of masked words and, where the model has a head for
     them, of next sentences."""
     c = self.config
     extra = dict(hidden=x_BLD)
     if c.next_sentence:
-      pooled_BD = self._pooled(x_BLD[:, 0])
+      pooled_BD = self._pool_first_token(x_BLD[:, 0])
       logits_B2 = self._dense('nsp', pooled_BD, 2, output=True)
       extra |= dict(pooled=pooled_BD,
                     nsp_logits=logits_B2.astype(jnp.float32))
@@ -473,10 +493,10 @@ class Encoder(nn.Module):
       aux = aux | {'readouts': readouts_NBLD}
     else:
       hidden_BLD = self.transform(x_BLD)
-    head = heads.Unembed(c.of_embedding, name='head')(table_DV)
+    head = heads.Unembed(c.config_of_embedding, name='head')(table_DV)
     return Output(hidden=hidden_BLD, head=head, aux=aux, extra=extra)
 
-  def _act(self, name: str = '') -> Callable[[jax.Array], jax.Array]:
+  def _activation(self, name: str = '') -> Callable[[jax.Array], jax.Array]:
     """Returns the activation of a network of FFNS; '': of that of the layers.
     """
     c = self.config
@@ -484,7 +504,7 @@ class Encoder(nn.Module):
       name = c.part(MoEConfig).ffn if c.ffn == 'moe' else c.ffn
     return FFNS[name].act
 
-  def _pooled(self, x_BD: jax.Array) -> jax.Array:
+  def _pool_first_token(self, x_BD: jax.Array) -> jax.Array:
     """Returns act(x W + b), [B, D]."""
     act = FFNS[self.POOLER_ACT].act if self.POOLER_ACT else jnp.tanh
     return act(self._dense('pooler', x_BD, self.config.d_model))
@@ -502,15 +522,17 @@ class Encoder(nn.Module):
     return layers.add_bias(y, b_E)
 
 
-def _at_places(output: Output, places_BM: jax.Array) -> Output:
+def _select_positions(output: Output, places_BM: jax.Array) -> Output:
   """Returns an output with what the head reads at some places of each row."""
   hidden_BMD = jnp.take_along_axis(
       output.hidden, places_BM[..., None], 1, mode='clip')
   return output.replace(hidden=hidden_BMD)
 
 
-def _replaced(tokens_BL: jax.Array, places_BM: jax.Array, new_BM: jax.Array
-              ) -> jax.Array:
+def _replace_tokens(
+  tokens_BL: jax.Array,
+  places_BM: jax.Array,
+   new_BM: jax.Array ) -> jax.Array:
   """Returns the tokens with new ones at some places of each row; a place past
   the row's end is none."""
   tokens_BL = jnp.asarray(tokens_BL)
@@ -584,13 +606,13 @@ class EncoderDecoder(nn.Module):
         positions_BL=decoder_positions_BL,
         segment_ids_BL=decoder_segment_ids_BL, cache=cache,
         one_by_one=one_by_one, **how)
-    return output.replace(aux=report.join_stacks(aux, output.aux))
+    return output.replace(aux=report.merge_reports_of_stacks(aux, output.aux))
 
   def encode(self, tokens_BM: jax.Array, *,
              segment_ids_BM: Optional[jax.Array] = None, **how: Any
              ) -> tuple[jax.Array, dict]:
     """Returns the memory [B, M, D] and what the encoder's layers report."""
-    ctx = _context(tokens_BM, None, segment_ids_BM, **how)
+    ctx = _make_context(tokens_BM, None, segment_ids_BM, **how)
     x_BMD, _ = self.embed(tokens_BM, ctx.positions_BL,
                           deterministic=ctx.deterministic)
     memory_BMD, _, aux = self.encoder(x_BMD, ctx)
@@ -605,12 +627,12 @@ class EncoderDecoder(nn.Module):
     the cache has been given it."""
     has_memory = memory is not None
     if not has_memory and cache is not None:
-      has_memory = any_cache(cache).memory_key_BMJK is not None
+      has_memory = find_cache_of_tokens(cache).memory_key_BMJK is not None
     require(has_memory, 'a decoder attends to a memory: pass the source, '
             '`memory`, or a cache that was filled with one')
     require(cache is None or segment_ids_BL is None,
             'a cache holds one target a row: pass no decoder segment ids')
-    ctx = _context(
+    ctx = _make_context(
         tokens_BL, positions_BL, segment_ids_BL,
         memory=Memory(x_BMD=memory, segment_ids_BM=memory_segment_ids_BM),
         **how)
@@ -638,11 +660,11 @@ def init_cache(config: ModelConfig, batch: int, length: int
     rows = section.periods * section.passes
     for kind in section.kinds:
       layer = config.of_kind(kind.name)
-      entries.append(blocks.empty_cache(layer, (rows, batch, length)))
+      entries.append(blocks.empty_cache_of_layer(layer, (rows, batch, length)))
   return tuple(entries)
 
 
-def one_by_one(params: Any, cache: Any) -> tuple[Any, list]:
+def unstack_layers(params: Any, cache: Any) -> tuple[Any, list]:
   """Returns what a loop over single tokens takes instead of both arguments,
   with `one_by_one=True` in each call of the model: the decoder's layers apart,
   and a list of their slots, of the prefix, each period and the suffix.
@@ -656,27 +678,27 @@ def one_by_one(params: Any, cache: Any) -> tuple[Any, list]:
   for name in SECTIONS:
     if name not in decoder:
       continue
-    weights = _rows(decoder[name])
-    slots += _rows(tuple(itertools.islice(entries, len(decoder[name]))))
+    weights = _unstack_rows(decoder[name])
+    slots += _unstack_rows(tuple(itertools.islice(entries, len(decoder[name]))))
     by_row = {str(i): row for i, row in enumerate(weights)}
     apart[name] = jax.lax.platform_dependent(
-        by_row, cpu=jax.lax.optimization_barrier, default=_unchanged)
-  if sharding.one_cpu():
-    slots = jax.tree.map(_turned, slots, is_leaf=is_cache)
+        by_row, cpu=jax.lax.optimization_barrier, default=_identity)
+  if sharding.is_single_cpu():
+    slots = jax.tree.map(_reorder_if_cache, slots, is_leaf=is_cache)
   return params | {'decoder': decoder | apart}, slots
 
 
-def _rows(stacked: Any) -> list:
+def _unstack_rows(stacked: Any) -> list:
   """Returns the trees of each row of a tree of arrays [rows, ...]."""
   count = jax.tree.leaves(stacked)[0].shape[0]
   return [jax.tree.map(operator.itemgetter(i), stacked) for i in range(count)]
 
 
-def _unchanged(tree: Any) -> Any:
+def _identity(tree: Any) -> Any:
   return tree
 
 
-def _turned(x: Any) -> Any:
+def _reorder_if_cache(x: Any) -> Any:
   """Returns a cache in the order of axes of single tokens, and others as they
   are."""
-  return x.turn() if is_cache(x) else x
+  return x.reorder_for_single_tokens() if is_cache(x) else x

@@ -27,20 +27,22 @@ from architectures.parts import layers, passes, positions, report, sharding
 from architectures.parts import streams
 from architectures.parts.attention import steps
 from architectures.parts.attention.fields import AttentionConfig
-from architectures.parts.blocks import BLOCKS, branches
-from architectures.parts.cache import apart, Cache, joined, LayerCache, Slots
+from architectures.parts.blocks import BLOCKS, count_branches
+from architectures.parts.cache import Cache, LayerCache, put_slots_back
+from architectures.parts.cache import SlotsOfEntries, split_off_slots
 from architectures.parts.config import LayerKind, ModelConfig, Section
-from architectures.parts.context import Context, Distances, First, Keys, Shared
+from architectures.parts.context import Context, Distances, FirstLayerValues
+from architectures.parts.context import KeysAndValues, SharedArrays
 from architectures.parts.loops import LoopsConfig
 from architectures.parts.report import Report
 
 # The state that goes from layer to layer: x, which may be several streams, and
 # with model.value_residual the values of the first layer.
-Carry = tuple[streams.X, Optional[First]]
+Carry = tuple[streams.LayerInput, Optional[FirstLayerValues]]
 
 
 @struct.dataclass
-class Layers:
+class LayerResults:
   """The results of the layers of a period beside x, in their order.
 
   Attributes:
@@ -52,7 +54,7 @@ class Layers:
   caches: Optional[tuple[LayerCache, ...]]
   reports: tuple[Report, ...]
   kept: tuple[Any, ...]
-  lent: dict[int, Keys]
+  lent: dict[int, KeysAndValues]
 
 
 class Stack(nn.Module):
@@ -76,15 +78,15 @@ class Stack(nn.Module):
         that skeletons.one_by_one returns. Both ways update slots in place.
     """
     c = self.config
-    ctx = self._with_facts_of_stack(x_BLD, ctx, cache)
+    ctx = self._complete_context(x_BLD, ctx, cache)
     first = self._first_values(x_BLD)
     kinds = self._layer_kinds()
-    x = streams.begin_streams(c, x_BLD, branches(c, kinds))
+    x = streams.begin_streams(c, x_BLD, count_branches(c, kinds))
     # The layers.
     if one_by_one:
-      (x, _), sections = self._one_by_one((x, first), cache, ctx)
+      (x, _), sections = self._run_one_by_one((x, first), cache, ctx)
     else:
-      (x, _), sections = self._scan((x, first), cache, ctx)
+      (x, _), sections = self._scan_sections((x, first), cache, ctx)
     # The streams end in one, which is normalised. If the length stayed over
     # `tensor`, as the vocabulary is, their product would gather the head.
     end = streams.EndOfStreams(c, name='final_streams')
@@ -92,12 +94,13 @@ class Stack(nn.Module):
     y_BLD = sharding.constrain(final(end(x)), 'batch', 'length', 'embed')
     # The reports of the layers.
     reports = [section.reports for section in sections]
-    aux = report.figures(reports) | report.attention_weights(reports)
+    aux = report.gather_figures(
+      reports) | report.gather_attention_weights(reports)
     if ctx.keep_layers:
       kept = []
       for section in sections:
         kept.append([end(x) for x in section.kept])
-      layers_NBLD = jnp.concatenate([x_BLD[None], report.by_layer(kept)])
+      layers_NBLD = jnp.concatenate([x_BLD[None], report.stack_by_layer(kept)])
       aux = aux | {'layers': layers_NBLD, 'readouts': final(layers_NBLD)}
     if cache is None:
       return y_BLD, None, aux
@@ -117,26 +120,26 @@ class Stack(nn.Module):
     c = self.config
     if BLOCKS[c.of_kind(last.name).block].FINAL_NORM:
       return layers.norm(c, 'final_norm')
-    return _unchanged
+    return _identity
 
-  def _with_facts_of_stack(self, x_BLD: jax.Array, ctx: Context, cache: Any
+  def _complete_context(self, x_BLD: jax.Array, ctx: Context, cache: Any
                            ) -> Context:
     """Returns the context with all that the layers read besides their input:
     how long the rows are, distances, and the embedding of the tokens."""
     c = self.config
     # The keys that queries meet stand in the slots of a cache.
     k_positions_BM = ctx.positions_BL
-    slots = any_cache(cache)
+    slots = find_cache_of_tokens(cache)
     if slots is not None:
       k_positions_BM = jnp.arange(slots.num_slots)[None]
     if cache is not None and ctx.lengths_B is None:
       ctx = ctx.replace(lengths_B=ctx.positions_BL[:, -1] + 1)
-    ctx = with_distances(c, self.sections[0].kinds[0], ctx, k_positions_BM)
+    ctx = add_distances(c, self.sections[0].kinds[0], ctx, k_positions_BM)
     if any(layer.memory == 'per_layer' for layer in c.distinct_layers):
       ctx = ctx.replace(embedded_BLD=x_BLD)
     return ctx
 
-  def _first_values(self, x_BLD: jax.Array) -> Optional[First]:
+  def _first_values(self, x_BLD: jax.Array) -> Optional[FirstLayerValues]:
     """Returns the values that the first layer is given with
     model.value_residual; None: there are none."""
     c = self.config
@@ -149,12 +152,12 @@ class Stack(nn.Module):
 
   # A scan over periods, section by section.
 
-  def _scan(self, carry: Carry, cache: Any, ctx: Context
-            ) -> tuple[Carry, list[Layers]]:
+  def _scan_sections(self, carry: Carry, cache: Any, ctx: Context
+            ) -> tuple[Carry, list[LayerResults]]:
     """Runs the sections one after another. The results of each have an axis of
     periods in front."""
     entries = iter(cache or ())
-    lent: dict[int, Keys] = {}
+    lent: dict[int, KeysAndValues] = {}
     outputs = []
     for section in self.sections:
       section_cache = None
@@ -168,7 +171,8 @@ class Stack(nn.Module):
 
   def _run_section(self, section: Section, carry: Carry,
                    cache: Optional[tuple[LayerCache, ...]], ctx: Context,
-                   lent: dict[int, Keys]) -> tuple[Carry, Layers]:
+                   lent: dict[int, KeysAndValues]
+                   ) -> tuple[Carry, LayerResults]:
     """Runs the periods of one section, all of its passes.
 
     The slots of the cache go along with the carry (see Scanned), and `rest`,
@@ -176,23 +180,23 @@ class Stack(nn.Module):
     """
     slots, rest, n_N = None, None, None
     if cache is not None:
-      slots, rest = apart(cache)
+      slots, rest = split_off_slots(cache)
       n_N = jnp.arange(section.periods)
-    if self._loops(section) and not self.is_initializing():
-      (carry, slots), results = self._loop(
+    if self._is_looped(section) and not self.is_initializing():
+      (carry, slots), results = self._run_passes(
           section, (carry, slots), rest, ctx, lent)
     else:
-      periods = self._periods(section, name=section.name)
+      periods = self._scanned_periods(section, name=section.name)
       (carry, slots), results = periods(
           (carry, slots), (n_N, rest), ctx, lent)
     # A new model runs one pass, and declares what passes are entered with.
-    if self._loops(section) and self.is_initializing():
+    if self._is_looped(section) and self.is_initializing():
       passes.Enter(self.config, name='loop')(carry[0], carry[0], 0)
     if slots is None:
       return carry, results
-    return carry, results.replace(caches=joined(slots, results.caches))
+    return carry, results.replace(caches=put_slots_back(slots, results.caches))
 
-  def _periods(self, section: Section, **named: Any) -> nn.Module:
+  def _scanned_periods(self, section: Section, **named: Any) -> nn.Module:
     """Returns the module that scans the periods of a section; `named` gives it
     a name in the stack, or leaves it unbound."""
     c = self.config
@@ -209,10 +213,14 @@ class Stack(nn.Module):
         metadata_params={nn.PARTITION_NAME: 'layers'})
     several = section.periods * section.passes > 1
     return scanned(
-        config=c, pattern=section.kinds, lends=self._lends(section.name),
-        in_loop=c.scan_layers and several, **named)
+  config=c,
+  pattern=section.kinds,
+  lends=self._places_lent_by_section(
+    section.name),
+    in_loop=c.scan_layers and several,
+     **named)
 
-  def _lends(self, section: str) -> tuple[int, ...]:
+  def _places_lent_by_section(self, section: str) -> tuple[int, ...]:
     """Returns which layers of a section lend their keys to later sections, by
     their place before its end: only those of the prefix do."""
     if section != 'prefix':
@@ -226,12 +234,19 @@ class Stack(nn.Module):
 
   # Layers that loop.
 
-  def _loops(self, section: Section) -> bool:
+  def _is_looped(self, section: Section) -> bool:
     return self.config.loop != 'none' and section.name == 'layers'
 
-  def _loop(self, section: Section, carry: tuple[Carry, Slots], rest: Any,
-            ctx: Context, lent: dict[int, Keys]
-            ) -> tuple[tuple[Carry, Slots], Layers]:
+  def _run_passes(self,
+  section: Section,
+  carry: tuple[Carry,
+  SlotsOfEntries],
+  rest: Any,
+  ctx: Context,
+  lent: dict[int,
+  KeysAndValues] ) -> tuple[tuple[Carry,
+  SlotsOfEntries],
+   LayerResults]:
     """Runs all passes of the section that loops, in a scan over the passes.
 
     All passes read the same parameters, so the periods are an unbound module
@@ -244,18 +259,18 @@ class Stack(nn.Module):
     """
     c, params = self.config, self.variables['params']
     count, periods = section.passes, section.periods
-    module = self._periods(section, parent=None)
+    module = self._scanned_periods(section, parent=None)
     (inputs, _), _ = carry
     keys = {name: jax.random.split(self.make_rng(name), count)
             for name in ('dropout', 'router') if self.has_rng(name)}
 
-    def one_pass(params: Any, inputs: streams.X, ctx: Context,
-                 lent: dict[int, Keys], carry: tuple, own: tuple):
+    def one_pass(params: Any, inputs: streams.LayerInput, ctx: Context,
+                 lent: dict[int, KeysAndValues], carry: tuple, own: tuple):
       """Runs pass n. `own` is what it alone is given: its number, its rows of
       the cache, and its keys of random numbers."""
       (x, first), slots = carry
       n, rest, keys = own
-      x = passes.enter(c, params, x, inputs, n)
+      x = passes.input_of_pass(c, params, x, inputs, n)
       n_N = None if slots is None else n * periods + jnp.arange(periods)
       return module.apply({'params': params[section.name]},
                           ((x, first), slots), (n_N, rest), ctx, lent,
@@ -276,12 +291,13 @@ class Stack(nn.Module):
     shared, parts = (params, inputs, ctx, lent), []
     free = self._passes_without_gradient(count)
     if free:
-      carry, results = run(_stopped(shared), _stopped(carry), 0, free)
-      carry = _stopped(carry)
+      carry, results = run(_stop_gradients(
+        shared), _stop_gradients(carry), 0, free)
+      carry = _stop_gradients(carry)
       parts.append(results)
     carry, results = run(shared, carry, free, count)
     parts.append(results)
-    results = jax.tree.map(_side_by_side, *parts)
+    results = jax.tree.map(_flatten_passes, *parts)
     reports = [self._mean_loads(section, layer_report)
                for layer_report in results.reports]
     return carry, results.replace(reports=tuple(reports))
@@ -306,23 +322,28 @@ class Stack(nn.Module):
 
   # Single tokens: the layers one after another.
 
-  def _one_by_one(self, carry: Carry, cache: Any, ctx: Context
-                  ) -> tuple[Carry, list[Layers]]:
+  def _run_one_by_one(self, carry: Carry, cache: Any, ctx: Context
+                  ) -> tuple[Carry, list[LayerResults]]:
     """Runs the layers period by period, as the program's own loop. `cache` has
     the slots of each period of each pass. The results of each have an axis of
     one period in front, but their caches, which are updated in place."""
     c, params = self.config, self.variables['params']
     entries = iter(cache)
-    lent: dict[int, Keys] = {}
+    lent: dict[int, KeysAndValues] = {}
     outputs = []
     for section in self.sections:
-      period = Period(c, section.kinds, self._lends(section.name), parent=None)
+      period = Period(
+  c,
+  section.kinds,
+  self._places_lent_by_section(
+    section.name),
+     parent=None)
       inputs, _ = carry
       for n in range(section.periods * section.passes):
         pass_, row = divmod(n, section.periods)
-        if self._loops(section) and row == 0:
+        if self._is_looped(section) and row == 0:
           x, first = carry
-          carry = passes.enter(c, params, x, inputs, pass_), first
+          carry = passes.input_of_pass(c, params, x, inputs, pass_), first
         carry, results = period.apply(
             {'params': params[section.name][str(row)]}, carry, next(entries),
             ctx, lent)
@@ -333,7 +354,7 @@ class Stack(nn.Module):
     return carry, outputs
 
 
-def any_cache(cache: Any) -> Optional[Cache]:
+def find_cache_of_tokens(cache: Any) -> Optional[Cache]:
   """Returns one entry of a cache that holds tokens, all of which hold as many:
   [N / period, B, M, J, K], or [B, M, J, K] where the layers are apart. None: no
   entry does, as all are states, or there is no cache."""
@@ -347,21 +368,21 @@ def is_cache(x: Any) -> bool:
   return isinstance(x, Cache)
 
 
-def _unchanged(x: jax.Array) -> jax.Array:
+def _identity(x: jax.Array) -> jax.Array:
   return x
 
 
-def _stopped(tree: Any) -> Any:
+def _stop_gradients(tree: Any) -> Any:
   """Returns a tree of arrays without their gradient."""
   return jax.tree.map(jax.lax.stop_gradient, tree)
 
 
-def _side_by_side(*parts: jax.Array) -> jax.Array:
+def _flatten_passes(*parts: jax.Array) -> jax.Array:
   """Returns [passes * periods, ...] of arrays [some passes, periods, ...]."""
   return jnp.concatenate(parts).reshape(-1, *parts[0].shape[2:])
 
 
-def with_distances(c: ModelConfig, kind: LayerKind, ctx: Context,
+def add_distances(c: ModelConfig, kind: LayerKind, ctx: Context,
                    k_positions_BM: jax.Array, after: str = '') -> Context:
   """Returns the context with what all layers of a stack have of distances.
 
@@ -372,7 +393,7 @@ def with_distances(c: ModelConfig, kind: LayerKind, ctx: Context,
     k_positions_BM: where the keys stand.
     after: the end of the names of the encoding's modules in the stack.
   """
-  encoding = positions.of(c)
+  encoding = positions.position_of(c)
   bias_BHLM, table_UD = None, None
   if encoding.stack_bias:
     bias = encoding.stack_bias(c, kind.causal, name=f'{c.position}_bias{after}')
@@ -404,8 +425,14 @@ class Period(nn.Module):
   in_loop: bool = False
 
   @nn.compact
-  def __call__(self, carry: Carry, cache: Optional[tuple[LayerCache, ...]],
-               ctx: Context, lent: dict[int, Keys]) -> tuple[Any, Layers]:
+  def __call__(self,
+  carry: Carry,
+  cache: Optional[tuple[LayerCache,
+  ...]],
+  ctx: Context,
+  lent: dict[int,
+  KeysAndValues]) -> tuple[Any,
+   LayerResults]:
     """Runs the layers one after another.
 
     Args:
@@ -426,45 +453,57 @@ class Period(nn.Module):
     read |= {end + place for place in self.lends}
     caches, reports, kept = [], [], []
     for i, kind in enumerate(self.pattern):
-      shared = Shared(first=first, keys=lent.get(kind.source), lends=i in read)
+      shared = SharedArrays(
+  first_values=first, keys=lent.get(
+    kind.source), lends=i in read)
       entry = None if cache is None else cache[i]
       x, entry, layer_report = self._run_layer(
           i, kind, x, ctx.replace(shared=shared), entry)
       # Arrays that later layers read go with the carry, not into the report.
-      if layer_report.first is not None:
-        first = layer_report.first
+      if layer_report.first_values is not None:
+        first = layer_report.first_values
       if layer_report.keys is not None:
         lent[i] = layer_report.keys
       caches.append(entry)
-      reports.append(layer_report.replace(first=None, keys=None))
+      reports.append(layer_report.replace(first_values=None, keys=None))
       kept.append(x if ctx.keep_layers else ())
-    return (x, first), Layers(
+    return (x, first), LayerResults(
         caches=None if cache is None else tuple(caches),
         reports=tuple(reports), kept=tuple(kept),
         lent={place: lent[end + place] for place in self.lends})
 
-  def _run_layer(self, i: int, kind: LayerKind, x: streams.X, ctx: Context,
-                 cache: Optional[LayerCache]
-                 ) -> tuple[streams.X, Optional[LayerCache], Report]:
+  def _run_layer(self,
+  i: int,
+  kind: LayerKind,
+  x: streams.LayerInput,
+  ctx: Context,
+  cache: Optional[LayerCache] ) -> tuple[streams.LayerInput,
+  Optional[LayerCache],
+   Report]:
     """Runs layer i of the period. On several devices its gradient waits for
     that of its weights, unless it is the first one of an iteration of a loop,
     whose end waits for all gradients."""
     config = self.config.of_kind(kind.name)
     alone_in_loop = self.in_loop and len(self.pattern) == 1
-    block = layers.with_remat(
+    block = layers.apply_remat(
         BLOCKS[config.block], config, prevent_cse=not alone_in_loop)
     name = f'block_{i}'
     make = functools.partial(block, config, kind, name=name)
     starts_iteration = self.in_loop and i == 0
-    if (sharding.devices() == 1 or self.is_initializing()
+    if (sharding.count_devices() == 1 or self.is_initializing()
         or starts_iteration):
       return make()(x, ctx, cache)
-    return self._after_its_weights(name, make, x, ctx, cache)
+    return self._run_after_weight_gradients(name, make, x, ctx, cache)
 
-  def _after_its_weights(self, name: str, make: Callable[[], nn.Module],
-                         x: streams.X, ctx: Context,
-                         cache: Optional[LayerCache]
-                         ) -> tuple[streams.X, Optional[LayerCache], Report]:
+  def _run_after_weight_gradients(self,
+  name: str,
+  make: Callable[[],
+  nn.Module],
+  x: streams.LayerInput,
+  ctx: Context,
+  cache: Optional[LayerCache] ) -> tuple[streams.LayerInput,
+  Optional[LayerCache],
+   Report]:
     """Returns make()(x, ctx, cache), where `make` makes the layer `name`.
 
     The order of the forward pass is unchanged. In the backward pass the layer's
@@ -476,7 +515,7 @@ class Period(nn.Module):
     several layers have whole gradients at once. In a loop it cannot: the end of
     an iteration needs them.
     """
-    x, weights = _tied(x, self.get_variable('params', name))
+    x, weights = _tie_gradients(x, self.get_variable('params', name))
 
     def with_tied(variables: Any) -> dict:
       """Returns the period's parameters, those of the layer behind the barrier.
@@ -491,20 +530,21 @@ class Period(nn.Module):
 
 
 @jax.custom_vjp
-def _tied(x: streams.X, params: Any) -> tuple[streams.X, Any]:
+def _tie_gradients(x: streams.LayerInput,
+                   params: Any) -> tuple[streams.LayerInput, Any]:
   """Returns both as they are; their gradients wait for one another."""
   return x, params
 
 
-def _tied_fwd(x: streams.X, params: Any):
+def _tie_gradients_fwd(x: streams.LayerInput, params: Any):
   return (x, params), None
 
 
-def _tied_bwd(_, gradients: tuple[streams.X, Any]):
+def _tie_gradients_bwd(_, gradients: tuple[streams.LayerInput, Any]):
   return jax.lax.optimization_barrier(gradients)
 
 
-_tied.defvjp(_tied_fwd, _tied_bwd)
+_tie_gradients.defvjp(_tie_gradients_fwd, _tie_gradients_bwd)
 
 
 class Scanned(Period):
@@ -516,9 +556,9 @@ class Scanned(Period):
   token.
   """
 
-  def __call__(self, carry: tuple[Carry, Slots],
+  def __call__(self, carry: tuple[Carry, SlotsOfEntries],
                xs: tuple[Optional[jax.Array], Any], ctx: Context,
-               lent: dict[int, Keys]) -> tuple[Any, Layers]:
+               lent: dict[int, KeysAndValues]) -> tuple[Any, LayerResults]:
     """Runs the period.
 
     Args:
@@ -532,7 +572,7 @@ class Scanned(Period):
     if slots is None:
       carry, results = super().__call__(carry, None, ctx, lent)
       return (carry, None), results
-    cache = joined(slots, rest, n)
+    cache = put_slots_back(slots, rest, n)
     carry, results = super().__call__(carry, cache, ctx, lent)
-    slots, rest = apart(results.caches)
+    slots, rest = split_off_slots(results.caches)
     return (carry, slots), results.replace(caches=rest)

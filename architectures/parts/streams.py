@@ -75,14 +75,16 @@ import jax.numpy as jnp
 from architectures.parts import layers
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
-from architectures.parts.layers import norm, recomputed, rmsnorm
+from architectures.parts.layers import norm, recompute_in_backward, rmsnorm
 from architectures.parts.sharding import Role, declare
 from common.fields import field, FUNCTION, SHAPES
 
-OFF = -8.0  # logits off A's diagonal in a new mhc
-READ_WEIGHT = 0.75  # how much a branch of a new mhc reads of stream k mod count
-FLOOR = 1e-6  # added in mhc to weights, and to what divides them
-SCALE = 0.01  # the initial factor s of what depends on the token
+LOGIT_OFF_DIAGONAL = -8.0  # logits off A's diagonal in a new mhc
+# how much a branch of a new mhc reads of stream k mod count
+READ_WEIGHT_OF_OWN_STREAM = 0.75
+SMALLEST_WEIGHT = 1e-6  # added in mhc to weights, and to what divides them
+# the initial factor s of what depends on the token
+INITIAL_SCALE_OF_DYNAMIC_PART = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +124,10 @@ class Streams:
 
 
 # The input of a layer: [B, L, D], or Streams.
-X = jax.Array | Streams
+LayerInput = jax.Array | Streams
 
 
-class Weights(NamedTuple):
+class StreamWeights(NamedTuple):
   """How a branch mixes streams, for each token or for all (axes of 1), in
   float32.
 
@@ -150,13 +152,13 @@ class Branch(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x: Streams) -> tuple[jax.Array, Optional[Weights]]:
+  def __call__(self, x: Streams) -> tuple[jax.Array, Optional[StreamWeights]]:
     x_BLD, weights = RESIDUALS[self.config.residual].read(self, x)
     return sharding.constrain_stream(x_BLD, 'embed'), weights
 
 
-def read(c: ModelConfig, name: str, x: X
-         ) -> tuple[jax.Array, Optional[Weights]]:
+def read_streams(c: ModelConfig, name: str, x: LayerInput
+         ) -> tuple[jax.Array, Optional[StreamWeights]]:
   """Returns what a branch reads of x, [B, L, D], and how its result is added.
 
   Args:
@@ -169,8 +171,11 @@ def read(c: ModelConfig, name: str, x: X
   return x, None
 
 
-def add(c: ModelConfig, x: X, y_BLD: jax.Array, weights: Optional[Weights]
-        ) -> X:
+def add_to_streams(
+  c: ModelConfig,
+  x: LayerInput,
+  y_BLD: jax.Array,
+   weights: Optional[StreamWeights] ) -> LayerInput:
   """Returns x with the result of a branch added to it.
 
   Args:
@@ -183,23 +188,26 @@ def add(c: ModelConfig, x: X, y_BLD: jax.Array, weights: Optional[Weights]
     x_BLUD = RESIDUALS[c.residual].add(c, x, y_BLD, weights)
     return x.replace(x_BLUD=x_BLUD, branch=x.branch + 1)
   if c.residual_scale != 1:
-    y_BLD = layers.times(y_BLD, c.residual_scale)
+    y_BLD = layers.multiply_exactly(y_BLD, c.residual_scale)
   return x + y_BLD
 
 
-def slots(c: ModelConfig, branches: int) -> int:
+def count_streams(c: ModelConfig, branches: int) -> int:
   """Returns how many arrays [B, L, D] go from layer to layer in a stack with
   this number of branches."""
   return RESIDUALS[c.residual].slots(c, branches)
 
 
-def begin_streams(c: ModelConfig, x_BLD: jax.Array, branches: int) -> X:
+def begin_streams(
+  c: ModelConfig,
+  x_BLD: jax.Array,
+   branches: int) -> LayerInput:
   """Returns what the first layer is given, in a stack with this number of
   branches."""
-  x_BLUD = RESIDUALS[c.residual].begin(x_BLD, slots(c, branches))
+  x_BLUD = RESIDUALS[c.residual].begin(x_BLD, count_streams(c, branches))
   if x_BLUD is None:
     return x_BLD
-  return Streams(x_BLUD=pin(x_BLUD), branch=jnp.zeros((), jnp.int32),
+  return Streams(x_BLUD=pin_streams(x_BLUD), branch=jnp.zeros((), jnp.int32),
                  branches=branches)
 
 
@@ -209,18 +217,18 @@ class EndOfStreams(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x: X) -> jax.Array:
+  def __call__(self, x: LayerInput) -> jax.Array:
     return RESIDUALS[self.config.residual].end(self, x)
 
 
-def residual(x: X) -> X:
+def pin_residual(x: LayerInput) -> LayerInput:
   """Pins the residual stream, so that XLA never reshards it in between."""
   if isinstance(x, Streams):
-    return x.replace(x_BLUD=pin(x.x_BLUD))
+    return x.replace(x_BLUD=pin_streams(x.x_BLUD))
   return sharding.constrain_stream(x, 'embed')
 
 
-def pin(x_BLUD: jax.Array) -> jax.Array:
+def pin_streams(x_BLUD: jax.Array) -> jax.Array:
   """Keeps XLA from resharding streams between layers."""
   return sharding.constrain_stream(x_BLUD, None, 'embed')
 
@@ -245,12 +253,12 @@ class Plain:
     return None
 
   def read(self, module: Any, x: Streams
-           ) -> tuple[jax.Array, Optional[Weights]]:
+           ) -> tuple[jax.Array, Optional[StreamWeights]]:
     """Returns what a branch reads, and how its result is added."""
     raise NotImplementedError
 
   def add(self, c: ModelConfig, x: Streams, y_BLD: jax.Array,
-          weights: Optional[Weights]) -> jax.Array:
+          weights: Optional[StreamWeights]) -> jax.Array:
     """Returns the streams [B, L, U, D] after a branch that returned y."""
     raise NotImplementedError
 
@@ -272,20 +280,24 @@ class Mixed(Plain):
   def begin(self, x_BLD: jax.Array, slots: int) -> jax.Array:
     return jnp.repeat(x_BLD[:, :, None], slots, 2)
 
-  def weights(self, module: Any, x: Streams) -> Weights:
+  def weights(self, module: Any, x: Streams) -> StreamWeights:
     """Returns how a branch mixes the streams."""
     raise NotImplementedError
 
-  def read(self, module: Any, x: Streams) -> tuple[jax.Array, Weights]:
+  def read(self, module: Any, x: Streams) -> tuple[jax.Array, StreamWeights]:
     weights = self.weights(module, x)
     count = x.x_BLUD.shape[2]
-    weighed = recomputed(layers.counted(_weighed, 2 * count))
+    weighed = recompute_in_backward(
+  layers.count_flops_by_result(
+    _sum_weighted_streams, 2 * count))
     return weighed(x.x_BLUD, weights.read_BLU), weights
 
   def add(self, c: ModelConfig, x: Streams, y_BLD: jax.Array,
-          weights: Optional[Weights]) -> jax.Array:
+          weights: Optional[StreamWeights]) -> jax.Array:
     flops = 2 * (x.x_BLUD.shape[2] + 1)  # for each feature of each stream
-    written = recomputed(layers.counted(_written, flops))
+    written = recompute_in_backward(
+  layers.count_flops_by_result(
+    _mix_and_write_streams, flops))
     return written(x.x_BLUD, y_BLD, weights)
 
   def end(self, module: Any, x: Streams) -> jax.Array:
@@ -293,13 +305,16 @@ class Mixed(Plain):
     return mean_BLD.astype(x.x_BLUD.dtype)
 
 
-def _weighed(x_BLUD: jax.Array, w_BLU: jax.Array) -> jax.Array:
+def _sum_weighted_streams(x_BLUD: jax.Array, w_BLU: jax.Array) -> jax.Array:
   """Returns the sum over u of w_u x_u."""
   y_BLD = (x_BLUD.astype(jnp.float32) * w_BLU[..., None]).sum(-2)
   return y_BLD.astype(x_BLUD.dtype)
 
 
-def _written(x_BLUD: jax.Array, y_BLD: jax.Array, w: Weights) -> jax.Array:
+def _mix_and_write_streams(
+  x_BLUD: jax.Array,
+  y_BLD: jax.Array,
+   w: StreamWeights) -> jax.Array:
   """Returns x_v = sum over u of A_uv x_u + b_v y."""
   x32_BLUD = x_BLUD.astype(jnp.float32)
   mixed_BLUD = x32_BLUD
@@ -311,7 +326,11 @@ def _written(x_BLUD: jax.Array, y_BLD: jax.Array, w: Weights) -> jax.Array:
   return (mixed_BLUD + y_BLUD).astype(x_BLUD.dtype)
 
 
-def _param(module: Any, name: str, init: Callable, *shape: int) -> jax.Array:
+def _declare_in_float32(
+  module: Any,
+  name: str,
+  init: Callable,
+   *shape: int) -> jax.Array:
   """Declares parameters whose number does not depend on the width; returns them
   in float32."""
   role = Role(axes=(None,) * len(shape))
@@ -327,36 +346,36 @@ class Hyper(Mixed):
   """
   fields = ('streams.count', 'streams.dynamic')
 
-  def weights(self, module: Any, x: Streams) -> Weights:
+  def weights(self, module: Any, x: Streams) -> StreamWeights:
     c: ModelConfig = module.config
     count, D = x.x_BLUD.shape[2:]
     # The part of the branch: a_k, b_k and A_k.
-    read_U = _param(module, 'read', nn.initializers.zeros, count)
+    read_U = _declare_in_float32(module, 'read', nn.initializers.zeros, count)
     read_U = read_U + jax.nn.one_hot(x.branch % count, count)
-    write_U = _param(module, 'write', nn.initializers.ones, count)
-    mix_UU = _param(module, 'mix', _identity, count, count)
+    write_U = _declare_in_float32(module, 'write', nn.initializers.ones, count)
+    mix_UU = _declare_in_float32(module, 'mix', _identity_matrix, count, count)
     read_11U, write_11U = read_U[None, None], write_U[None, None]
     mix_11UU = mix_UU[None, None]
     if not c.part(StreamsConfig).dynamic:
-      return Weights(read_BLU=read_11U, write_BLU=write_11U,
+      return StreamWeights(read_BLU=read_11U, write_BLU=write_11U,
                      mix_BLUU=mix_11UU)
     # The part of the token: tanh(n(x) W), for each stream. W makes count + 2
     # features I of it: one of a, one of b, and a row of A.
     role = Role(axes=('embed', None), inputs=(0,), kind='logits')
     w_DI = declare(module, 'dynamic', nn.initializers.zeros, (D, count + 2),
                    role)
-    scale_U = _param(module, 'dynamic_scale',
-                     nn.initializers.constant(SCALE), 2)
+    scale_U = _declare_in_float32(module, 'dynamic_scale',
+                     nn.initializers.constant(INITIAL_SCALE_OF_DYNAMIC_PART), 2)
     n_BLUD = norm(c, 'norm')(x.x_BLUD)
     z_BLUI = layers.einsum('BLUD,DI->BLUI', n_BLUD, w_DI, c.compute_dtype,
                            jnp.float32)
     z_BLUI = jnp.tanh(z_BLUI / c.widening)
-    return Weights(read_BLU=read_11U + scale_U[0] * z_BLUI[..., 0],
+    return StreamWeights(read_BLU=read_11U + scale_U[0] * z_BLUI[..., 0],
                    write_BLU=write_11U + scale_U[1] * z_BLUI[..., 1],
                    mix_BLUU=mix_11UU + scale_U[0] * z_BLUI[..., 2:])
 
 
-def _identity(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
+def _identity_matrix(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
   """Returns A_k = I; an initializer."""
   del key
   return jnp.eye(shape[0], dtype=dtype)
@@ -371,19 +390,24 @@ class MHC(Mixed):
   fields = ('streams.count', 'streams.iterations', 'streams.learned_end',
             'norm_eps')
 
-  def weights(self, module: Any, x: Streams) -> Weights:
+  def weights(self, module: Any, x: Streams) -> StreamWeights:
     c: ModelConfig = module.config
     B, L, count, _ = x.x_BLUD.shape
     fields = c.part(StreamsConfig)
     # The part of the branch: c_k, d_k and d_k of A.
-    first_U = 0 if fields.learned_end else fresh(count, x.branch)
-    read_U = _param(module, 'read', nn.initializers.zeros, count) + first_U
-    write_U = _param(module, 'write', nn.initializers.zeros, count)
-    mix_U = _param(module, 'mix', _off_diagonal, count, count).reshape(-1)
+    first_U = 0 if fields.learned_end else initial_read_logits(count, x.branch)
+    read_U = _declare_in_float32(
+  module,
+  'read',
+  nn.initializers.zeros,
+   count) + first_U
+    write_U = _declare_in_float32(module, 'write', nn.initializers.zeros, count)
+    mix_U = _declare_in_float32(
+      module, 'mix', _logits_of_identity, count, count).reshape(-1)
     # The part of the token: s rms(x) W.
-    z_BLU = _of_all(module, x.x_BLUD, count * (count + 2))
-    scale_U = _param(module, 'dynamic_scale',
-                     nn.initializers.constant(SCALE), 3)
+    z_BLU = _logits_of_all_streams(module, x.x_BLUD, count * (count + 2))
+    scale_U = _declare_in_float32(module, 'dynamic_scale',
+                     nn.initializers.constant(INITIAL_SCALE_OF_DYNAMIC_PART), 3)
     read_BLU, write_BLU, mix_BLU = jnp.split(z_BLU, (count, 2 * count), -1)
     read_BLU = scale_U[0] * read_BLU + read_U[None, None]
     write_BLU = scale_U[1] * write_BLU + write_U[None, None]
@@ -392,32 +416,39 @@ class MHC(Mixed):
     def stochastic(z_BLUU: jax.Array) -> jax.Array:
       return sinkhorn(z_BLUU, fields.iterations)
 
-    mix_BLUU = recomputed(stochastic)(mix_BLU.reshape(B, L, count, count))
-    return Weights(read_BLU=jax.nn.sigmoid(read_BLU) + FLOOR,
+    mix_BLUU = recompute_in_backward(stochastic)(
+      mix_BLU.reshape(B, L, count, count))
+    return StreamWeights(read_BLU=jax.nn.sigmoid(read_BLU) + SMALLEST_WEIGHT,
                    write_BLU=2 * jax.nn.sigmoid(write_BLU), mix_BLUU=mix_BLUU)
 
   def end(self, module: Any, x: Streams) -> jax.Array:
     if not module.config.part(StreamsConfig).learned_end:
       return super().end(module, x)
     count = x.x_BLUD.shape[-2]
-    z_BLU = _of_all(module, x.x_BLUD, count)
-    scale_1 = _param(module, 'dynamic_scale',
-                     nn.initializers.constant(SCALE), 1)
-    read_U = _param(module, 'read', nn.initializers.zeros, count)
+    z_BLU = _logits_of_all_streams(module, x.x_BLUD, count)
+    scale_1 = _declare_in_float32(module, 'dynamic_scale',
+                     nn.initializers.constant(INITIAL_SCALE_OF_DYNAMIC_PART), 1)
+    read_U = _declare_in_float32(module, 'read', nn.initializers.zeros, count)
     read_BLU = read_U.reshape((1,) * (z_BLU.ndim - 1) + (-1,))
     z_BLU = scale_1[0] * z_BLU + read_BLU
-    weighed = recomputed(layers.counted(_weighed, 2 * count))
-    return weighed(x.x_BLUD, jax.nn.sigmoid(z_BLU) + FLOOR)
+    weighed = recompute_in_backward(
+  layers.count_flops_by_result(
+    _sum_weighted_streams, 2 * count))
+    return weighed(x.x_BLUD, jax.nn.sigmoid(z_BLU) + SMALLEST_WEIGHT)
 
 
-def _off_diagonal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
+def _logits_of_identity(
+  key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
   """Returns the logits 0 on the diagonal, and OFF beside it; an initializer.
   """
   del key
-  return OFF * (1 - jnp.eye(shape[0], dtype=dtype))
+  return LOGIT_OFF_DIAGONAL * (1 - jnp.eye(shape[0], dtype=dtype))
 
 
-def _of_all(module: Any, x_BLUD: jax.Array, size: int) -> jax.Array:
+def _logits_of_all_streams(
+  module: Any,
+  x_BLUD: jax.Array,
+   size: int) -> jax.Array:
   """Returns rms(x) W, logits of each token made of all its streams,
   [..., size].
 
@@ -441,14 +472,14 @@ def _of_all(module: Any, x_BLUD: jax.Array, size: int) -> jax.Array:
 
   x_BLI = x_BLUD.reshape(*rows, -1)
   w_IO = w_UDO.reshape(count * D, -1)
-  return recomputed(logits)(x_BLI, w_IO) / c.widening
+  return recompute_in_backward(logits)(x_BLI, w_IO) / c.widening
 
 
-def fresh(count: int, branch: jax.Array) -> jax.Array:
+def initial_read_logits(count: int, branch: jax.Array) -> jax.Array:
   """Returns the logits, [count], of what a branch of a new mhc reads."""
   turn_U = jax.nn.one_hot(branch % count, count)
-  rest = (1 - READ_WEIGHT) / (count - 1)
-  return jnp.where(turn_U > 0, _logit(READ_WEIGHT), _logit(rest))
+  rest = (1 - READ_WEIGHT_OF_OWN_STREAM) / (count - 1)
+  return jnp.where(turn_U > 0, _logit(READ_WEIGHT_OF_OWN_STREAM), _logit(rest))
 
 
 def _logit(p: float) -> float:
@@ -460,19 +491,23 @@ def sinkhorn(logits_BLUU: jax.Array, iterations: int) -> jax.Array:
   divides the rows and then the columns by their sums. As in DeepSeek-V4, the
   first rows are a softmax, and FLOOR is added to it and to later sums, none of
   which is 0."""
-  first_BLUU = _divided(jax.nn.softmax(logits_BLUU) + FLOOR, -2)
-  return layers.counted(_rounds, 0)(first_BLUU, jnp.arange(1, iterations))
+  first_BLUU = _divide_by_sums(
+  jax.nn.softmax(logits_BLUU) + SMALLEST_WEIGHT, -2)
+  return layers.count_flops_by_result(
+  _run_rounds_of_sinkhorn, 0)(
+    first_BLUU, jnp.arange(
+      1, iterations))
 
 
-def _divided(m_BLUU: jax.Array, axis: int) -> jax.Array:
+def _divide_by_sums(m_BLUU: jax.Array, axis: int) -> jax.Array:
   """Returns the matrices over their sums along an axis."""
-  return m_BLUU / (m_BLUU.sum(axis, keepdims=True) + FLOOR)
+  return m_BLUU / (m_BLUU.sum(axis, keepdims=True) + SMALLEST_WEIGHT)
 
 
-def _rounds(m_BLUU: jax.Array, rounds: jax.Array) -> jax.Array:
+def _run_rounds_of_sinkhorn(m_BLUU: jax.Array, rounds: jax.Array) -> jax.Array:
   """Returns the matrices after a round of Sinkhorn's for each of `rounds`."""
   def once(m_BLUU: jax.Array, _):
-    return _divided(_divided(m_BLUU, -1), -2), None
+    return _divide_by_sums(_divide_by_sums(m_BLUU, -1), -2), None
 
   last_BLUU, _ = jax.lax.scan(once, m_BLUU, rounds)
   return last_BLUU
@@ -486,35 +521,37 @@ class Gated(Mixed):
   """
   fields = ('streams.count', 'streams.rank')
 
-  def read(self, module: Any, x: Streams) -> tuple[jax.Array, Weights]:
+  def read(self, module: Any, x: Streams) -> tuple[jax.Array, StreamWeights]:
     c: ModelConfig = module.config
-    read_BLD, n_BLUD = _gated_mean(module, x)
+    read_BLD, n_BLUD = _read_through_gates(module, x)
     count, D = n_BLUD.shape[2:]
     w_UDU = layers.weight(module, 'write', (count, D, count),
                           (None, 'embed', None), in_axes=(0, 1), output=True)
     z_BLU = layers.einsum('BLUD,UDV->BLV', n_BLUD, w_UDU, c.compute_dtype,
                           jnp.float32)
     write_BLU = 2 * jax.nn.sigmoid(z_BLU / (count * c.widening))
-    return read_BLD, Weights(read_BLU=None, write_BLU=write_BLU)
+    return read_BLD, StreamWeights(read_BLU=None, write_BLU=write_BLU)
 
   def add(self, c: ModelConfig, x: Streams, y_BLD: jax.Array,
-          weights: Optional[Weights]) -> jax.Array:
-    written = recomputed(layers.counted(_written, 2))
+          weights: Optional[StreamWeights]) -> jax.Array:
+    written = recompute_in_backward(
+  layers.count_flops_by_result(
+    _mix_and_write_streams, 2))
     return written(x.x_BLUD, y_BLD, weights)
 
   def end(self, module: Any, x: Streams) -> jax.Array:
-    mean_BLD, _ = _gated_mean(module, x)
+    mean_BLD, _ = _read_through_gates(module, x)
     return mean_BLD
 
 
-def _gated_mean(module: Any, x: Streams) -> tuple[jax.Array, jax.Array]:
+def _read_through_gates(module: Any, x: Streams) -> tuple[jax.Array, jax.Array]:
   """Returns the mean over u of g_u * n_u(x_u), and the normalised streams;
   there may be an axis of layers in front. R is the rank of the gates:
 
     g = sigmoid(silu(sum over u of n_u(x_u) W_down,u / count) W_up)
   """
   c: ModelConfig = module.config
-  n_BLUD = layers.norms(c, 'norm')(x.x_BLUD)
+  n_BLUD = layers.norm_of_streams(c, 'norm')(x.x_BLUD)
   count, D = n_BLUD.shape[-2:]
   rank = c.part(StreamsConfig).rank
   down_UDR = layers.weight(module, 'down', (count, D, rank),
@@ -524,11 +561,13 @@ def _gated_mean(module: Any, x: Streams) -> tuple[jax.Array, jax.Array]:
                         jnp.float32)
   z_BLR = jax.nn.silu(z_BLR / (count * c.widening))
   gate_BLUD = layers.einsum('...R,RUD->...UD', z_BLR, up_RUD, c.compute_dtype)
-  opened = recomputed(layers.counted(_opened, 2 * count))
+  opened = recompute_in_backward(
+  layers.count_flops_by_result(
+    _mean_through_gates, 2 * count))
   return opened(gate_BLUD, n_BLUD), n_BLUD
 
 
-def _opened(gate_BLUD: jax.Array, n_BLUD: jax.Array) -> jax.Array:
+def _mean_through_gates(gate_BLUD: jax.Array, n_BLUD: jax.Array) -> jax.Array:
   """Returns the mean over the streams of sigmoid(gate) * n."""
   gate32_BLUD = jax.nn.sigmoid(gate_BLUD.astype(jnp.float32))
   mean_BLD = (gate32_BLUD * n_BLUD.astype(jnp.float32)).mean(-2)
@@ -545,7 +584,7 @@ class Attended(Plain):
   fields = ('streams.block_size', 'norm_eps')
 
   def slots(self, c: ModelConfig, branches: int) -> int:
-    return _sources(c, branches)
+    return _count_attended_slots(c, branches)
 
   def begin(self, x_BLD: jax.Array, slots: int) -> jax.Array:
     first_BL1D = x_BLD[:, :, None]
@@ -554,27 +593,35 @@ class Attended(Plain):
   def read(self, module: Any, x: Streams) -> tuple[jax.Array, None]:
     # 2 FLOPs in the score and 2 in the sum, for each feature of each slot that
     # is attended to: the mean over all branches.
-    seen = sum(_sources(module.config, k) for k in range(x.branches))
-    return _attended(module, x, 4 * seen, x.branches), None
+    seen = sum(
+  _count_attended_slots(
+    module.config,
+    k) for k in range(
+      x.branches))
+    return _attend_to_slots(module, x, 4 * seen, x.branches), None
 
   def add(self, c: ModelConfig, x: Streams, y_BLD: jax.Array,
-          weights: Optional[Weights]) -> jax.Array:
+          weights: Optional[StreamWeights]) -> jax.Array:
     slot = 1 + x.branch // c.part(StreamsConfig).block_size
     into_U = jnp.arange(x.x_BLUD.shape[2]) == slot
     added_BLUD = x.x_BLUD + y_BLD[:, :, None]
     return jnp.where(into_U[None, None, :, None], added_BLUD, x.x_BLUD)
 
   def end(self, module: Any, x: Streams) -> jax.Array:
-    return _attended(module, x, 4 * x.x_BLUD.shape[-2], 1)
+    return _attend_to_slots(module, x, 4 * x.x_BLUD.shape[-2], 1)
 
 
-def _sources(c: ModelConfig, branch: Any) -> Any:
+def _count_attended_slots(c: ModelConfig, branch: Any) -> Any:
   """Returns how many slots a branch attends to; its index may be traced."""
   size = c.part(StreamsConfig).block_size
   return 1 + branch // size + (branch % size > 0)
 
 
-def _attended(module: Any, x: Streams, part: int, whole: int) -> jax.Array:
+def _attend_to_slots(
+  module: Any,
+  x: Streams,
+  part: int,
+   whole: int) -> jax.Array:
   """Returns what the module's query reads of the slots, [B, L, D].
 
   Args:
@@ -589,13 +636,19 @@ def _attended(module: Any, x: Streams, part: int, whole: int) -> jax.Array:
   query_D1 = declare(module, 'query', nn.initializers.zeros, (D, 1), role)
   scale_D = declare(module, 'scale', nn.initializers.ones, (D,),
                     Role(axes=('embed',)))
-  over_slots = recomputed(layers.counted(_over_slots, part, whole))
+  over_slots = recompute_in_backward(
+  layers.count_flops_by_result(
+    _attention_over_slots, part, whole))
   return over_slots(x.x_BLUD, query_D1[:, 0] / c.widening, scale_D,
-                    _sources(c, x.branch), jnp.float32(c.norm_eps))
+                    _count_attended_slots(c, x.branch), jnp.float32(c.norm_eps))
 
 
-def _over_slots(x_BLUD: jax.Array, query_D: jax.Array, scale_D: jax.Array,
-                sources: jax.Array, eps: jax.Array) -> jax.Array:
+def _attention_over_slots(
+  x_BLUD: jax.Array,
+  query_D: jax.Array,
+  scale_D: jax.Array,
+  sources: jax.Array,
+   eps: jax.Array) -> jax.Array:
   """Returns sum over i of p_i v_i, with p = softmax over i of w . rms(v_i): the
   result of attention to the first `sources` slots, in float32. There may be an
   axis of layers in front."""

@@ -59,10 +59,10 @@ CHOICES: dict[str, Collection[str]] = {
     'attention_gate': multi_head.GATES,
     'attention_kernel': collections.ChainMap(
         kernels.KERNELS, dict.fromkeys(('auto', 'xla'))),
-    'init': layers.INITS,
-    'lora.targets': (*layers.PRODUCTS, layers.ALL),
+    'init': layers.WEIGHT_DISTRIBUTIONS,
+    'lora.targets': (*layers.NAMES_OF_PRODUCTS, layers.ALL_PRODUCTS),
     'remat': REMAT,
-    'keep_gathered': ('none', *layers.PRODUCTS, layers.ALL),
+    'keep_gathered': ('none', *layers.NAMES_OF_PRODUCTS, layers.ALL_PRODUCTS),
     'moe.dispatch': ('auto', *dispatch.DISPATCHES),
     'moe.grouped_kernel': grouped.GROUPED_KERNELS,
 }
@@ -91,7 +91,7 @@ def check_model(c: ModelConfig, stack: str,
       if not name:
         raise
       raise RequestError(f'model.kinds.{name}: {error}') from error
-  _check_values(c)
+  _check_value_residual(c)
   if c.find(LoopsConfig):
     _check_loop(c)
   _check_stack(c, stack, archs)
@@ -121,7 +121,7 @@ def _check_head(c: ModelConfig, stack: str,
 def _check_pattern(c: ModelConfig) -> None:
   """Raises RequestError for a pattern that names what is not there, kinds that
   it does not name, and layers that it does not divide."""
-  first, period, last = c.names_of_layers
+  first, period, last = c.kind_names_of_sections
   settings = (f'model.pattern {c.pattern!r}, model.prefix {c.prefix!r}, '
               f'model.suffix {c.suffix!r}')
   for name in c.kinds_used:
@@ -151,10 +151,14 @@ def _check_pattern(c: ModelConfig) -> None:
       if kind.name:
         _check_position(c, kind.name)
       if c.of_kind(kind.name).shares_keys:
-        _check_sharing(c, kind, layers=section.kinds, prefix=sections[0].kinds)
+        _check_shared_keys(
+  c,
+  kind,
+  layers=section.kinds,
+   prefix=sections[0].kinds)
 
 
-def _check_sharing(c: ModelConfig, kind: LayerKind,
+def _check_shared_keys(c: ModelConfig, kind: LayerKind,
                    layers: tuple[LayerKind, ...],
                    prefix: tuple[LayerKind, ...]) -> None:
   """Raises RequestError for a layer that is to read another's keys and values,
@@ -200,7 +204,7 @@ def _check_sharing(c: ModelConfig, kind: LayerKind,
 def _check_position(c: ModelConfig, name: str) -> None:
   """Raises RequestError for an encoding that a layer cannot have alone."""
   layer = c.of_kind(name)
-  position = positions.of(layer)
+  position = positions.position_of(layer)
   if layer.position != c.position and position.of_stack:
     choices = [choice for choice, entry in positions.POSITIONS.items()
                if not entry.of_stack]
@@ -218,7 +222,7 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what the layers of a model, or those of one kind,
   cannot be."""
   # Each chosen part has a check of its own; a mixer may refuse the position.
-  position, mixer = positions.of(c), blocks.MIXERS[c.mixer]
+  position, mixer = positions.position_of(c), blocks.MIXERS[c.mixer]
   mixer.check(c, stack)
   has_positions = mixer.positional or position.of_stack
   turns = mixer.turns_heads or not position.rotate
@@ -227,8 +231,8 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
   check_rule = kernels.RULES[c.attention].check
   if check_rule is not None:
     check_rule(c, stack)
-  if c.memory != lookup.NO_MEMORY:
-    lookup.check(c)
+  if c.memory != lookup.NAME_OF_NO_MEMORY:
+    lookup.check_memory(c)
 
   if c.layer_scale and c.residual != 'plain':
     raise RequestError(
@@ -261,7 +265,7 @@ def _check_block(c: ModelConfig, stack: str) -> None:
           f'choose it from {", ".join(choices)}')
 
 
-def _check_values(c: ModelConfig) -> None:
+def _check_value_residual(c: ModelConfig) -> None:
   """Raises RequestError where the first layer's values fit no other layer."""
   attention = c.find(AttentionConfig)
   if attention is None or not attention.value_residual:
@@ -312,11 +316,11 @@ def _check_loop(c: ModelConfig) -> None:
           'share; set it to none')
 
 
-def products(c: ModelConfig) -> list[str]:
+def products_of_model(c: ModelConfig) -> list[str]:
   """Returns which of layers.PRODUCTS the model has, outside of experts."""
   there: set[str] = set()
   for layer in c.distinct_layers:
-    there |= blocks.mixer_of(layer).products(layer)
+    there |= blocks.mixer_of_layers(layer).products(layer)
     ffn = layer.ffn
     if ffn == 'moe':
       moe = layer.part(MoEConfig)
@@ -326,7 +330,7 @@ def products(c: ModelConfig) -> list[str]:
     there |= {'up', 'down'}
     if FFNS[ffn].gated:
       there.add('gate')
-  return [name for name in layers.PRODUCTS if name in there]
+  return [name for name in layers.NAMES_OF_PRODUCTS if name in there]
 
 
 def _check_products(c: ModelConfig) -> None:
@@ -339,7 +343,7 @@ def _check_products(c: ModelConfig) -> None:
     named['keep_gathered'] = c.keep_gathered
   if not named:
     return
-  there = (*products(c), layers.ALL)
+  there = (*products_of_model(c), layers.ALL_PRODUCTS)
   for field, names in named.items():
     for name in names.split(','):
       if name not in there:
@@ -351,11 +355,11 @@ def _check_products(c: ModelConfig) -> None:
 
 # Fields that only one kind of stack reads: their value without meaning, and the
 # stack. (training/optim/mup.py has rules for the parameters of decoders alone.)
-_OF_STACKS = (
+_FIELDS_OF_ONE_STACK = (
     ('type_vocab_size', 0, 'encoder'), ('next_sentence', False, 'encoder'),
     ('pooling', 'cls', 'encoder'), ('embed_dim', 0, 'encoder'),
     ('mtp_depth', 0, 'decoder'), ('branch_conv', 0, 'decoder'),
-    ('memory', lookup.NO_MEMORY, 'decoder'),
+    ('memory', lookup.NAME_OF_NO_MEMORY, 'decoder'),
     ('parametrization', 'standard', 'decoder'))
 
 
@@ -365,7 +369,7 @@ def _check_stack(c: ModelConfig, stack: str,
   layers_ = [c]
   if c.kinds:
     layers_ += c.distinct_layers
-  fields = (*_OF_STACKS,
+  fields = (*_FIELDS_OF_ONE_STACK,
             ('num_decoder_layers', c.num_layers, 'encoder-decoder'))
   for field, unset, kind in fields:
     if kind == stack:
@@ -401,9 +405,9 @@ def _check_further_tokens(c: ModelConfig) -> None:
   last = c.layer_kinds(c.num_layers)[-1]
   who = (f'model.mtp_depth is {c.mtp_depth}, but the last layer, whose kind '
          'the modules that predict further tokens have, reads ')
-  require(c.of_kind(last.name).memory == lookup.NO_MEMORY,
+  require(c.of_kind(last.name).memory == lookup.NAME_OF_NO_MEMORY,
           f'{who}tables of model.memory: end with a kind of memory '
-          f'{lookup.NO_MEMORY!r}')
+          f'{lookup.NAME_OF_NO_MEMORY!r}')
   require(last.source is None,
           f'{who}the keys of another layer: end the pattern or the suffix with '
           'a kind that has keys of its own')

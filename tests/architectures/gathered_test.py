@@ -41,7 +41,7 @@ def on_mesh(sizes, module, params, fn, *rows):
   mesh = make_mesh(sizes)
   boxed = jax.eval_shape(module.init, jax.random.key(0), models.tokens(1, 1))
   places = devices.param_shardings(boxed['params'], mesh, 'default')
-  with jax.set_mesh(mesh), sharding.rules(
+  with jax.set_mesh(mesh), sharding.install_rules(
       tables.RULES['default']):
     args = jax.tree.map(jax.device_put, jax.device_get(params), places), *rows
     return jax.jit(fn).lower(*args), args
@@ -65,8 +65,8 @@ def test_no_large_matrix_stands_whole_along_fsdp(system):
     for path, box in boxes:
       is_cut = any('fsdp' in rules.get(axis, ()) for axis in box.names)
       count = math.prod(box.value.shape) * box.value.dtype.itemsize
-      assert is_cut or not box.role.matrix or count <= SMALL, (
-          size, paths.join(path), box.names, box.value.shape)
+      assert is_cut or not box.role.is_matrix or count <= SMALL, (
+          size, paths.path_to_string(path), box.names, box.value.shape)
 
 
 @pytest.mark.slow
@@ -144,7 +144,8 @@ def test_shards_are_joined_and_sums_are_cut_up(sizes):
   w = np.arange(3 * 16.0, dtype=np.float32).reshape(3, 16)
   numbers = np.arange(8.0, dtype=np.float32)  # a number of each device
   def local(shard, number):
-    whole, gradient = jax.vjp(lambda w: sharding.join(w, 1, names), shard)
+    whole, gradient = jax.vjp(
+        lambda w: sharding.gather_shards(w, 1, names), shard)
     cut, = gradient(number[:, None] * whole)
     return whole[None], cut[None]
   P = jax.sharding.PartitionSpec
@@ -166,12 +167,12 @@ def test_rows_are_looked_up_where_they_lie(sizes):
   table_IK, d_BLUK = normal(0, 32, 4), normal(1, 8, 3, 2, 4)
   ids_BLU = np.random.default_rng(2).integers(0, 32, (8, 3, 2))
   def rows(table_IK):
-    return sharding.looked_up_rows(table_IK, ids_BLU, jnp.float32)
+    return sharding.look_up_sharded_rows(table_IK, ids_BLU, jnp.float32)
   def both(table_IK):
     x_BLUK, back = jax.vjp(rows, table_IK)
     return x_BLUK, back(d_BLUK)[0]
   want = jax.jit(both)(table_IK)
-  with jax.set_mesh(make_mesh(sizes)), sharding.rules(
+  with jax.set_mesh(make_mesh(sizes)), sharding.install_rules(
       tables.RULES['default']):
     lowered = jax.jit(both).lower(table_IK)
     models.close(want, lowered.compile()(table_IK))
@@ -186,12 +187,13 @@ def test_a_product_gathers_its_weight_again_unless_it_may_be_kept(
   x_BLD, w_DF = normal(0, 8, 4, 16), normal(1, 16, 24)
   local = lambda x, w: jnp.einsum('BLD,DF->BLF', x, w)
   def loss(x_BLD, w_DF):
-    at = sharding.product_places('BLD,DF->BLF', x_BLD, w_DF, ('embed', 'mlp'))
-    y_BLF = sharding.gathered_product(local, x_BLD, w_DF, at, keep)
+    at = sharding.sharding_of_product(
+        'BLD,DF->BLF', x_BLD, w_DF, ('embed', 'mlp'))
+    y_BLF = sharding.multiply_by_gathered_weight(local, x_BLD, w_DF, at, keep)
     return jnp.square(y_BLF).sum()
   want = jax.grad(lambda x, w: jnp.square(local(x, w)).sum(), (0, 1))(
       x_BLD, w_DF)
-  with jax.set_mesh(make_mesh(sizes)), sharding.rules(
+  with jax.set_mesh(make_mesh(sizes)), sharding.install_rules(
       tables.RULES['default']):
     lowered = jax.jit(jax.grad(loss, (0, 1))).lower(x_BLD, w_DF)
     models.close(want, lowered.compile()(x_BLD, w_DF))
@@ -209,11 +211,11 @@ def test_rows_of_a_table_whose_columns_are_split_and_their_gradient():
   table_VD = normal(0, 12, 16)
   ids_BL, d_BLD = models.tokens(8, 5) % 12, jnp.arange(8 * 5 * 16.0)
   def loss(table_VD, ids_BL):
-    rows_BLD = sharding.lookup(table_VD, ids_BL, jnp.float32)
+    rows_BLD = sharding.look_up_embeddings(table_VD, ids_BL, jnp.float32)
     return (rows_BLD * d_BLD.reshape(8, 5, 16)).sum()
   want = jax.value_and_grad(lambda table_VD: (
       table_VD[ids_BL] * d_BLD.reshape(8, 5, 16)).sum())(table_VD)
-  with jax.set_mesh(make_mesh(dict(fsdp=2, expert=4))), sharding.rules(
+  with jax.set_mesh(make_mesh(dict(fsdp=2, expert=4))), sharding.install_rules(
       tables.RULES['default']):
     got = jax.jit(jax.value_and_grad(loss))(table_VD, ids_BL)
   models.close(want, got)

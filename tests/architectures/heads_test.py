@@ -172,7 +172,7 @@ def test_a_module_sees_no_token_that_it_predicts():
 def test_what_no_token_follows_and_padding_take_no_expert():
   """A row that is whole, and one that is padded from its fifth place on."""
   def followed(depth, **fields):
-    return skeletons._followed(Context(
+    return skeletons._mark_tokens_with_successor(Context(
         jnp.arange(7)[None], tokens_BL=jnp.zeros((2, 7), int), **fields), depth)
   valid_BL = jnp.arange(7)[None] < jnp.array([[7], [4]])
   ids_BL = jnp.array([[1, 1, 1, 2, 2, 2, 2], [3] * 7])

@@ -28,7 +28,7 @@ from training import runs
 
 
 RANK = 3
-LORA = dict(rank=RANK, alpha=6.0, targets=layers.ALL)
+LORA = dict(rank=RANK, alpha=6.0, targets=layers.ALL_PRODUCTS)
 
 
 logits = jax.jit(models.logits, static_argnums=0)
@@ -45,7 +45,7 @@ def test_merged_by_numpy_it_is_the_same_function(made):
   """W + 2 A B of each adapted weight, in float64, in the model without."""
   module, params = made
   flat = {path: np.asarray(x, np.float64)
-          for path, x in paths.flatten(params).items()}
+          for path, x in paths.flatten_by_path(params).items()}
   adapted = [path.removesuffix('_lora_a') for path in flat
              if path.endswith('_lora_a')]
   assert {path.split('/')[-1] for path in adapted} == {
@@ -57,7 +57,7 @@ def test_merged_by_numpy_it_is_the_same_function(made):
       w += 2 * np.tensordot(a[layer], b[layer], 1)
   plain = architectures.build(weights.without_adapters(module.config))
   merged = jax.tree_util.tree_map_with_path(
-      lambda key, _: jnp.asarray(flat[paths.join(key)], jnp.float32),
+      lambda key, _: jnp.asarray(flat[paths.path_to_string(key)], jnp.float32),
       weights.without(params))
   tokens_BL = models.tokens()
   with_adapters = logits(module, params, tokens_BL)
@@ -72,12 +72,12 @@ def test_merged_by_numpy_it_is_the_same_function(made):
 
 def test_a_new_adapter_changes_nothing_and_is_drawn_as_by_its_authors():
   module = architectures.build(models.config(lora=LORA))
-  assert layers.adapted(resolved(lora=LORA | dict(rank=1)), 'query')
+  assert layers.has_adapter(resolved(lora=LORA | dict(rank=1)), 'query')
   params = jax.tree.map(
       lambda x: x.value, jax.jit(module.init)(
           jax.random.key(0), models.tokens())['params'],
       is_leaf=lambda x: hasattr(x, 'value'))
-  flat = paths.flatten(jax.device_get(params))
+  flat = paths.flatten_by_path(jax.device_get(params))
   assert not any(x.any() for path, x in flat.items() if path.endswith('_b'))
   for name, fan_in in (('attention/query', 32), ('attention/out', 32),
                        ('ffn/down', 48)):
@@ -106,8 +106,8 @@ def trained():
 
 def test_a_step_changes_the_adapters_alone(trained):
   run, params, state = trained
-  before = paths.flatten(params)
-  for path, x in paths.flatten(state.params).items():
+  before = paths.flatten_by_path(params)
+  for path, x in paths.flatten_by_path(state.params).items():
     assert np.array_equal(x, before[path]) != weights.is_adapter(path), path
   sizes = {path: x.size for path, x in before.items()
            if weights.is_adapter(path)}
@@ -198,7 +198,7 @@ def test_a_part_that_drops_all_inside_is_its_bias(make, bias):
 
 def test_bits_are_scattered_as_the_published_finaliser_scatters():
   """MurmurHash3 of nothing is the finaliser of its seed: two of its vectors."""
-  got = layers.mix(jnp.array([0, 1, 0xFFFFFFFF], jnp.uint32))
+  got = layers.hash_uint32(jnp.array([0, 1, 0xFFFFFFFF], jnp.uint32))
   assert got.tolist() == [0, 0x514E28B7, 0x81F16F39]
 
 
@@ -206,7 +206,8 @@ SHAPE = (4, 6, 64, 96)
 
 
 def dropped(rate, key=0, shape=SHAPE):
-  y = np.asarray(layers.drop(jnp.ones(shape), rate, jax.random.key(key)))
+  y = np.asarray(
+      layers.apply_dropout(jnp.ones(shape), rate, jax.random.key(key)))
   np.testing.assert_allclose(np.unique(y), [0, 1 / (1 - rate)], rtol=1e-6)
   return y == 0
 
@@ -234,7 +235,7 @@ def test_elements_are_dropped_by_their_share_and_independent(rate):
 def test_a_mask_is_the_same_on_a_mesh_under_vmap_and_for_the_gradient():
   x = jax.random.normal(jax.random.key(1), (4, 2, 8, 6))
   keys = jax.random.split(jax.random.key(2), 3)
-  f = jax.jit(lambda x, key: layers.drop(x, 0.3, key))
+  f = jax.jit(lambda x, key: layers.apply_dropout(x, 0.3, key))
   want = jnp.stack([f(x, key) for key in keys])
   np.testing.assert_array_equal(jax.vmap(f, (None, 0))(x, keys), want)
   mesh = jax.make_mesh((2, 2), ('data', 'model'),

@@ -23,8 +23,8 @@ IDS = np.array([[1] * 5 + [2] * 7, [1] * 12])
 def _places(c, tokens_BL):
   """In int64, which no product leaves; token by token. No n-gram reaches over a
   3."""
-  a, by = (np.array(x) for x in (lookup.multipliers(c.vocab_size, 3),
-                                 lookup.primes(40, 4)))
+  a, by = (np.array(x) for x in (lookup.hash_multipliers(c.vocab_size, 3),
+                                 lookup.first_primes(40, 4)))
   places = np.zeros((*tokens_BL.shape, 4), np.int64)
   for b, at in np.ndindex(tokens_BL.shape):
     t = [tokens_BL[b, at - i] if i <= at and IDS[b, at - i] == IDS[b, at]
@@ -43,7 +43,7 @@ def _normed(c, p):
 @pytest.mark.parametrize('streams', [(), (2,)])
 def test_engram_is_its_definition(streams):
   """Streams have keys, norms and convolutions of their own."""
-  assert lookup.primes(40, 4) == (41, 43, 47, 53)
+  assert lookup.first_primes(40, 4) == (41, 43, 47, 53)
   module, params = models.make(
       'llama', memory='engram', ngrams=NGRAMS | dict(stops=True), **dict(
           residual='hyper', streams=dict(count=2)) if streams else {})
@@ -106,6 +106,7 @@ def test_tables_are_told_apart_from_what_multiplies():
   larger, as_active = totals.count_parameters(more)
   assert as_active == active == total - 2 * (256 - 4) * 4
   assert larger > total + 2 * 4 * 3900 * 4
-  shares = paths.flatten(runs.parameter_shares(module, optim(table_rate=5.0)))
+  shares = paths.flatten_by_path(
+      runs.parameter_shares(module, optim(table_rate=5.0)))
   assert {path: x for path, x in shares.items() if x != 1} == {
       'decoder/layers/block_0/memory/table': 5}

@@ -48,7 +48,7 @@ def test_a_loop_is_the_deep_stack_of_copied_weights(system, changes):
   periods = c.sections(c.num_layers)[-1 - bool(c.suffix)].periods
   depth = len(c.layer_kinds(c.num_layers))
   deep = architectures.build(dataclasses.replace(
-      c.without(LoopsConfig), loop='none', num_layers=depth,
+      c.without_part(LoopsConfig), loop='none', num_layers=depth,
       num_decoder_layers=depth))
   copies = lambda x: jnp.concatenate([x] * T)
   stack = params['decoder']
@@ -161,7 +161,8 @@ def test_what_passes_cost():
       several.with_part(LoopsConfig, gradient_passes=k), 16).values())
                  for k in (0, 1))
   assert whole - part == pytest.approx(2 * by_pass, rel=0.02)
-  assert layers.gathers(several, 'decoder/layers/block_0/ffn/up', ()) == 2 * T
+  assert layers.count_gathers_of_weight(
+      several, 'decoder/layers/block_0/ffn/up', ()) == 2 * T
   assert several.part(LoopsConfig).depth == T * several.num_layers
 
 
@@ -174,7 +175,7 @@ def test_what_passes_cost():
     (dict(loop='plain', keep_gathered='all'), 'keep_gathered')])
 def test_what_cannot_loop_is_refused(changes, words):
   with pytest.raises(RequestError, match=words):
-    architectures.resolve(flat.make(models.config('gpt', **changes)))
+    architectures.resolve(flat.make_model(models.config('gpt', **changes)))
 
 
 def test_layers_that_loop_have_no_rate_by_depth():

@@ -61,8 +61,9 @@ def test_weights_are_born_with_the_size_that_the_init_says(init):
   module = architectures.build(models.config(
       d_model=d, d_ff=F, num_layers=N, init=init, init_stddev=0.05,
       init_scale=0.5, tie_embeddings=False, vocab_size=200, num_heads=4))
-  params = jax.device_get(paths.flatten(nn.meta.unbox(jax.jit(module.init)(
-      jax.random.key(0), models.tokens())['params'])))
+  variables = jax.jit(module.init)(jax.random.key(0), models.tokens())
+  params = jax.device_get(
+      paths.flatten_by_path(nn.meta.unbox(variables['params'])))
   residual = 0.05 / (2 * N) ** 0.5 if init == 'scaled_normal' else 0.05
   layer = 'decoder/layers/block_0/'
   sizes = {'attention/query': (d, 0.05), 'attention/out': (d, residual),
@@ -128,7 +129,7 @@ def test_a_norm_rounds_its_result_alone(name):
 
 def test_stretched_positions_lie_between_two_rows():
   table_LD = np.asarray(normal(0, 4, D))
-  learned = jax.jit(positions.learned, static_argnums=2)
+  learned = jax.jit(positions.look_up_learned_positions, static_argnums=2)
   got = learned(table_LD, jnp.array([0, 1, 2, 3, 7]), 2.0)
   want = [table_LD[0], (table_LD[0] + table_LD[1]) / 2, table_LD[1],
           (table_LD[1] + table_LD[2]) / 2, table_LD[3]]
@@ -191,7 +192,7 @@ def test_proportional_positions_turn_the_first_pairs_of_a_whole_head():
   c = resolved(position='rope', head_dim=8, rope=dict(
       fraction=0.6, proportional=True, scaling='linear', factor=2.0))
   x, at = np.float64(normal(0, 1, 3, 1, 8)), np.array([[0, 1, 5]])
-  got = positions.rotate(x.astype(np.float32), at, c)
+  got = positions.rotate_heads(x.astype(np.float32), at, c)
   angle = np.float64([0.5, 1e4 ** (-2 / 8) / 2, 0, 0]) * at[0][:, None]
   turned = (x[0, :, 0, :4] + 1j * x[0, :, 0, 4:]) * np.exp(1j * angle)
   np.testing.assert_allclose(
@@ -272,9 +273,9 @@ UP, GATE = np.random.default_rng(0).normal(size=(2, 40, 8)) * 6
 
 def test_relu2_and_reglu_by_hand():
   up, gate = jnp.asarray(UP), jnp.asarray(GATE)
-  np.testing.assert_allclose(layers.Hidden('relu2')(up),
+  np.testing.assert_allclose(layers.HiddenUnits('relu2')(up),
                              np.where(UP > 0, UP ** 2, 0), rtol=1e-5)
-  np.testing.assert_allclose(layers.Hidden('reglu')(up, gate),
+  np.testing.assert_allclose(layers.HiddenUnits('reglu')(up, gate),
                              np.where(GATE > 0, GATE * UP, 0), rtol=1e-5)
 
 
@@ -283,7 +284,7 @@ def test_clamped_swiglu_by_hand():
   assert GATE.max() > limit and min(UP.min(), GATE.min()) < -limit
   g, u = np.minimum(GATE, limit), np.clip(UP, -limit, limit)
   want = g / (1 + np.exp(-alpha * g)) * (u + 1)
-  got = layers.Hidden('swiglu_clamped', ClampConfig(alpha, limit))(
+  got = layers.HiddenUnits('swiglu_clamped', ClampConfig(alpha, limit))(
       jnp.asarray(UP), jnp.asarray(GATE))
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
@@ -291,7 +292,7 @@ def test_clamped_swiglu_by_hand():
 @pytest.mark.parametrize('kind', layers.FFNS)
 def test_hidden_units_of_bfloat16_are_rounded_once(kind):
   """And so are their gradients."""
-  hidden = layers.Hidden(kind, ClampConfig(1.3, 5.0))
+  hidden = layers.HiddenUnits(kind, ClampConfig(1.3, 5.0))
   narrow = [jnp.asarray(x, jnp.bfloat16) for x in (UP, GATE)]
   narrow = narrow[:1 + hidden.gated]
   wide = [x.astype(jnp.float32) for x in narrow]
@@ -351,8 +352,8 @@ def test_dynamic_grows_theta_with_the_length(length):
 
 def test_layouts_of_sinusoids():
   where = jnp.arange(7)
-  paper = positions.sinusoid(where, 16)
-  halves = positions.sinusoid(where, 16, 'halves')
+  paper = positions.sinusoidal_encoding(where, 16)
+  halves = positions.sinusoidal_encoding(where, 16, 'halves')
   order = np.concatenate([np.arange(0, 16, 2), np.arange(1, 16, 2)])
   np.testing.assert_allclose(paper[:, order], halves)
   np.testing.assert_allclose(paper[3, 2], np.sin(3 / 10000 ** (2 / 16)),
@@ -363,7 +364,7 @@ def boxes(module) -> dict[str, Declared]:
   leaves, _ = jax.tree_util.tree_flatten_with_path(
       abstract_params(module),
       is_leaf=lambda x: isinstance(x, Declared))
-  return {paths.join(path): box for path, box in leaves}
+  return {paths.path_to_string(path): box for path, box in leaves}
 
 
 def test_axes_as_a_picture():
@@ -378,7 +379,7 @@ def test_axes_as_a_picture():
   last = Role(('embed', 'mlp', 'experts'), (0,), (2,))
   assert split(last, 3) == ((2,), (0,), (1,))
   bias = Role(('experts', 'mlp'), batch=(0,))
-  assert split(bias, 3) == ((0, 1), (), (2,)) and not bias.matrix
+  assert split(bias, 3) == ((0, 1), (), (2,)) and not bias.is_matrix
   assert query.split(4).sizes((2, 3, 5, 7)) == (3, 35)
 
 
@@ -408,16 +409,16 @@ def test_a_parameters_role_agrees_with_its_name_and_its_axes(arch, fields):
     headwise = path.endswith('/value_gate') or (
         path.endswith('/output_gate') and box.value.ndim == 3)
     # Heads and what they hold are one side of a matrix.
-    if box.role.matrix:
+    if box.role.is_matrix:
       matrices += 1
       for side in (axes.inputs, axes.outputs):
         assert ('head' in named(side)) == bool(
             {'heads', 'kv_heads'} & set(named(side))) or headwise, path
-    assert box.role.matrix != any(
+    assert box.role.is_matrix != any(
         w in path for w in ('norm', 'bias', 'sink', 'residual')), path
     assert (box.role.kind == 'embedding') == (
         path.startswith('embed/') or path.endswith('/value_embedding')) or (
-            not box.role.matrix), path
+            not box.role.is_matrix), path
     assert (box.role.kind == 'logits') == (
         path.startswith(('head/', 'nsp'))
         or path.endswith(('/router', '/shared_gate')) or headwise), path

@@ -13,7 +13,7 @@ from architectures.parts.attention.multi_head import SelfAttention
 from architectures.parts.config import LayerKind
 from architectures.parts.context import Context
 from architectures.parts.hf import tensor_map
-from architectures.parts.sharding import rules
+from architectures.parts.sharding import install_rules
 from configs import sharding
 from tests.helpers import models
 from architectures.parts import paths
@@ -83,7 +83,7 @@ def test_decoding_with_a_cache_is_the_forward_pass(apart):
       (1, 2, 16, 4, 8)]
   got, ours = [first], params
   if apart:
-    ours, cache = jax.jit(skeletons.one_by_one)(params, cache)
+    ours, cache = jax.jit(skeletons.unstack_layers)(params, cache)
   step = jax.jit(lambda token, at, cache: (lambda out: (
       out.logits, out.cache))(module.apply(
           {'params': ours}, token, positions_BL=at, cache=cache,
@@ -115,32 +115,32 @@ def test_what_no_pattern_can_be_is_refused(fields, words):
 def test_what_follows_from_heads_is_of_their_kind():
   c = architectures.resolve(models.config('gpt', pattern='a,b', kinds=dict(
       a=dict(num_heads=2, head_dim=32), b={})))
-  assert c.kinds['a'].said == dict(num_heads=2, num_kv_heads=2, head_dim=32,
-                              attention_scale=32 ** -0.5)
+  assert c.kinds['a'].overrides == dict(
+      num_heads=2, num_kv_heads=2, head_dim=32, attention_scale=32 ** -0.5)
   assert c.of_kind('b').score_scale == 8 ** -0.5
-  assert architectures.resolve(flat.as_dict(c)) == c
+  assert architectures.resolve(flat.to_dict(c)) == c
   assert architectures.resolve(models.config('t5')).logits_scale == 32 ** -0.5
 
 
 def test_groups_are_read_where_an_expert_has_a_capacity():
   c = architectures.resolve(models.config('mixtral', moe=dict(
       capacity_factor=0.5, eval_capacity_factor=0.0)))
-  assert 'moe.group_size' in flat.takes(c)
+  assert 'moe.group_size' in flat.fields_of_layers(c)
 
 
 def test_every_layer_has_one_place_and_one_name():
   _, params = mixed()
-  flat = paths.flatten(params)
+  flat = paths.flatten_by_path(params)
   stacks = paths.Stacks(flat)
   queries = [path for path in flat if path.endswith('attention/query')]
   assert stacks.counts == {'decoder': 7}
-  assert {path: list(stacks.layers(path)) for path in queries} == {
+  assert {path: list(stacks.layer_numbers(path)) for path in queries} == {
       'decoder/prefix/block_0/attention/query': [0],
       'decoder/layers/block_0/attention/query': [1, 3],
       'decoder/layers/block_1/attention/query': [2, 4],
       'decoder/suffix/block_0/attention/query': [5],
       'decoder/suffix/block_1/attention/query': [6]}
-  assert [stacks.place(queries[0], n) for n in range(7)] == [
+  assert [stacks.path_and_row(queries[0], n) for n in range(7)] == [
       ('decoder/prefix/block_0/attention/query', 0),
       *((f'decoder/layers/block_{b}/attention/query', row)
         for row in range(2) for b in range(2)),
@@ -149,7 +149,7 @@ def test_every_layer_has_one_place_and_one_name():
   tensors = tensor_map.expand(
       [row], {path: flat[path].shape for path in queries})
   assert {t.name: (t.paths[0], *t.index) for t in tensors} == {
-      f'h.{n}.q': stacks.place(queries[0], n) for n in range(7)}
+      f'h.{n}.q': stacks.path_and_row(queries[0], n) for n in range(7)}
 
 
 @pytest.mark.slow
@@ -162,7 +162,7 @@ def test_a_gradient_waits_for_those_of_the_weights_above(devices, waits):
       dict.fromkeys(sharding.MESH_AXES, 1) | dict(fsdp=devices),
       jax.devices()[:devices])
   loss = lambda p, t: jnp.square(models.logits(module, p, t)).sum()
-  with jax.set_mesh(mesh), rules(sharding.RULES['default']):
+  with jax.set_mesh(mesh), install_rules(sharding.RULES['default']):
     jaxpr = jax.make_jaxpr(jax.grad(loss))(params, models.tokens(8))
   of_block = 1 + len(jax.tree.leaves(params['decoder']['layers']['block_1']))
   barriers = [eqn for eqn in models.equations(jaxpr.jaxpr)

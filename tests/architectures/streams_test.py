@@ -61,7 +61,7 @@ def branch_of(c, x, k, y_of):
 
   def run(module, x):
     read, weights = module(x)
-    return streams.add(c, x, y_of(read), weights)
+    return streams.add_to_streams(c, x, y_of(read), weights)
   after = jax.jit(nn.apply(run, module))({'params': params}, given)
   assert after.branch == k + 1
   return after, params

@@ -91,7 +91,7 @@ def drawn(shapes, seed: int = 0):
   random = np.random.default_rng(seed)
   return jax.device_put(jax.tree_util.tree_map_with_path(
       lambda path, x: np.asarray(0.2 * random.standard_normal(x.shape) + (
-          paths.join(path).endswith('scale')), x.dtype), shapes))
+          paths.path_to_string(path).endswith('scale')), x.dtype), shapes))
 
 
 class Bigram(nn.Module):

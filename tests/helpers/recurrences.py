@@ -71,7 +71,7 @@ def layer_of(mixer: str, dtype: str = 'float32', **changes):
   """Returns (layer, its parameters off their tidy initial values)."""
   c = architectures.resolve(models.config('llama', dtype=dtype, num_layers=1,
                                           **fields(mixer, **changes)))
-  return blocks.mixer_of(c).module(c, None), _drawn(
+  return blocks.mixer_of_layers(c).module(c, None), _drawn(
       mixer, tuple(sorted(changes.items())))
 
 
@@ -79,7 +79,7 @@ def layer_of(mixer: str, dtype: str = 'float32', **changes):
 def _drawn(mixer: str, changes: tuple):
   c = architectures.resolve(models.config(
       'llama', num_layers=1, **fields(mixer, **dict(changes))))
-  layer = blocks.mixer_of(c).module(c, None)
+  layer = blocks.mixer_of_layers(c).module(c, None)
   shapes = nn.meta.unbox(jax.eval_shape(lambda: layer.init(
       jax.random.key(0), jnp.zeros((1, 2, WIDTH)),
       Context(jnp.arange(2)[None]), None)['params']))
@@ -107,4 +107,5 @@ def applied(layer, params, x_BLD: jax.Array, cache=None, first: int = 0,
 
 def empty(layer, batch: int, length: int = 1):
   """Returns the cache of rows without a token."""
-  return blocks.mixer_of(layer.config).cache(layer.config, (batch, length))
+  mixer = blocks.mixer_of_layers(layer.config)
+  return mixer.cache(layer.config, (batch, length))

@@ -90,7 +90,7 @@ def save(store, step, state, **changes):
 
 def host(state):
   """Copies: a view would see what the next donated step writes."""
-  return {name: np.array(x) for name, x in paths.flatten(state).items()}
+  return {name: np.array(x) for name, x in paths.flatten_by_path(state).items()}
 
 
 def assert_bitwise(state, expected):

@@ -86,7 +86,8 @@ def findings_of(recording: Recording, rope: dict | None = None,
     return findings
   theirs = weights.read_params(module, files.Files(recording.grads)).params
   findings.append(Finding('grads', grad_error(
-      paths.flatten(grads), paths.flatten(theirs)), LIMITS['grads']))
+      paths.flatten_by_path(grads), paths.flatten_by_path(theirs)),
+                          LIMITS['grads']))
   if recording.greedy:
     findings.append(Finding('greedy', _greedy(module, params, recording),
                          LIMITS['greedy']))
@@ -216,7 +217,7 @@ def _scores(out):
 
 
 def _decoder(module, params, inputs):
-  weighs = not blocks.with_state(module.config)
+  weighs = not blocks.has_layers_with_state(module.config)
   out = module.apply({'params': params}, inputs['tokens'],
                      positions_BL=inputs.get('positions'),
                      segment_ids_BL=inputs['mask'], keep_layers=True,

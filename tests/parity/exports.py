@@ -145,7 +145,7 @@ def export_findings(system: str) -> Iterator[compare.Finding]:
     error, why = _error(system, module)
     # A state accumulates the rounding of all tokens before.
     limit = compare.LIMITS['output'] * (
-        3 if blocks.with_state(module.config) else 1)
+        3 if blocks.has_layers_with_state(module.config) else 1)
     yield compare.Finding(f'{words(change)}{why}', error, limit)
 
 
@@ -166,7 +166,7 @@ def _error(system: str, module: nn.Module) -> tuple[float, str]:
   inputs = compare.inputs(architectures.stack(module.config), dict(
       vocab_size=module.config.vocab_size,
       type_vocab_size=module.config.type_vocab_size,
-      pad_token_id=max(0, flat.get(module.config, 'learned.offset') - 1)))
+      pad_token_id=max(0, flat.get_field(module.config, 'learned.offset') - 1)))
   if head != 'lm':
     inputs = compare.padded(inputs, left=False)
   with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +185,7 @@ def random(module: nn.Module):
   like = nn.meta.unbox(abstract_params(module))
   return jax.tree_util.tree_map_with_path(
       lambda path, x: (
-          paths.join(path).endswith('scale')
+          paths.path_to_string(path).endswith('scale')
           + 0.15 * draw.standard_normal(x.shape)).astype(x.dtype), like)
 
 

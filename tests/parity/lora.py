@@ -61,7 +61,7 @@ def findings(system: str) -> list[compare.Finding]:
       return compare.objective(outputs, inputs, jnp.asarray), outputs
 
     grads, outputs = jax.jit(jax.grad(loss, has_aux=True))(params)
-    grads = {path: x for path, x in paths.flatten(grads).items()
+    grads = {path: x for path, x in paths.flatten_by_path(grads).items()
              if weights.is_adapter(path)}
     _, wanted = peft.read(plain, folder / 'grads')
     peft.write(model, params, folder / 'ours', '')
@@ -70,7 +70,7 @@ def findings(system: str) -> list[compare.Finding]:
             {k: np.asarray(v) for k, v in outputs.items()}, theirs.outputs,
             theirs.inputs), compare.LIMITS['output']),
         compare.Finding('grads', compare.grad_error(
-            grads, paths.flatten(wanted)), compare.LIMITS['grads']),
+            grads, paths.flatten_by_path(wanted)), compare.LIMITS['grads']),
         compare.Finding('export', compare.error(
             _loaded(system, folder / 'ours', theirs.inputs),
             theirs.outputs['logits']), compare.LIMITS['output'])]

@@ -42,7 +42,7 @@ def _folder(path, system, **changes):
   """Returns the parameters of a language model, whose tensors are written."""
   module, params = models.make(system, **changes)
   weights.to_hf(module, params, path)
-  return paths.flatten(params)
+  return paths.flatten_by_path(params)
 
 
 def _workdir(path, system, **changes):
@@ -54,7 +54,7 @@ def _workdir(path, system, **changes):
                                keep_every=0) as saved:
     saved.save(0, {'params': params}, next_batch=0, tokens=0,
                config=run.config)
-  return paths.flatten(params)
+  return paths.flatten_by_path(params)
 
 
 BERT = {'transform', 'transform_bias', 'transform_norm/scale',
@@ -69,7 +69,7 @@ def test_a_head_begins_on_a_language_model(tmp_path, capsys, write, system,
                                            drawn, left):
   """All but the head of the task is theirs; both heads are listed."""
   theirs = write(tmp_path, system)
-  ours = paths.flatten(_start(tmp_path, system))
+  ours = paths.flatten_by_path(_start(tmp_path, system))
   lines = [x for x in capsys.readouterr().out.splitlines()
            if x.startswith('skipped: ')]
   assert ours.keys() - drawn == theirs.keys() - left
@@ -81,7 +81,7 @@ def test_a_head_begins_on_a_language_model(tmp_path, capsys, write, system,
 
 def test_a_head_begins_on_an_encoder_that_told_replaced_tokens(tmp_path):
   theirs = _workdir(tmp_path, 'electra', head='replaced')
-  ours = paths.flatten(_start(tmp_path, 'electra'))
+  ours = paths.flatten_by_path(_start(tmp_path, 'electra'))
   new = {'task/kernel', 'task/bias', 'pooler', 'pooler_bias'}
   for path in ours.keys() - new:
     np.testing.assert_array_equal(ours[path], theirs[path], path)
@@ -103,7 +103,7 @@ def test_another_function_is_refused(tmp_path, write):
     (_folder,), (_folder, _workdir)))
 def test_the_same_head_goes_on(tmp_path, capsys, write):
   theirs = write(tmp_path, 'bert', **HEAD)
-  params = paths.flatten(_start(tmp_path, 'bert'))
+  params = paths.flatten_by_path(_start(tmp_path, 'bert'))
   assert 'skipped' not in capsys.readouterr().out
   jax.tree.map(np.testing.assert_array_equal, params, dict(theirs))
 

@@ -314,7 +314,7 @@ def test_micro_batches_add_up_in_float32():
     return {'w': micro['x'].sum().astype(jnp.bfloat16)}, ({}, {})
 
   batch = {'x': np.array([256, 1, 1, 1], np.float32)}
-  with jax.set_mesh(one_device()), sharding.rules(
+  with jax.set_mesh(one_device()), sharding.install_rules(
       tables.RULES['default']):
     grads, _ = _accumulate_gradients(grad_fn, {}, batch, jax.random.key(0), {},
                                      4)

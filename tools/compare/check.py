@@ -191,10 +191,10 @@ def _follows(sweep: spec.Sweep, point: spec.Point, config
   written = run_config.flatten(config.to_dict())
   # A part that the base does not have is, in the base, as its config says.
   before = run_config.flatten(sweep.base.to_dict())
-  before |= run_config.flatten({'model': flat.as_dict(base)})
-  after = run_config.flatten({'model': flat.as_dict(model)})
+  before |= run_config.flatten({'model': flat.to_dict(base)})
+  after = run_config.flatten({'model': flat.to_dict(model)})
   aside = {*point.changes}
-  for name in flat.unread(model):
+  for name in flat.fields_that_are_unread(model):
     aside.add(f'model.{name}')
   follows = {}
   for key, value in after.items():

@@ -315,7 +315,8 @@ def fields_unlike_sweep(description: dict, workdir, point: str, seed: int
   if not different:
     return []
   # A run's config.json does not hold what its model does not read.
-  unread = flat.unread(runs.resolve_model_without_tokenizer(wanted))
+  unread = flat.fields_that_are_unread(
+      runs.resolve_model_without_tokenizer(wanted))
   return [name for name in different
           if name.removeprefix('model.') not in unread]
 

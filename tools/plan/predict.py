@@ -40,7 +40,7 @@ def predict_collectives(run: runs.Run, host_of: np.ndarray
   """
   step = _Step(run, host_of)
   times = memory.gathers_per_step(run)
-  for path, x in paths.flatten(run.abstract.params).items():
+  for path, x in paths.flatten_by_path(run.abstract.params).items():
     step.add_parameter(path, x, times[path])
   step.add_layers()
   return step.sent
@@ -75,7 +75,8 @@ class _Step:
       gathers: how often a micro-batch gathers it.
     """
     shard = math.prod(x.sharding.shard_shape(x.shape)) * self.itemsize
-    reductions = self.accumulation * layers.passes(self.model, path, back=True)
+    reads = layers.count_reads_of_weight(self.model, path, back=True)
+    reductions = self.accumulation * reads
 
     # It is gathered along one axis after the other, so it grows on the way.
     part = shard
@@ -102,7 +103,7 @@ class _Step:
     ahead = _layers_run(model, back=False)
     back = _layers_run(model, back=True)
     kinds = ahead + back
-    if layers.remat(model).again:
+    if layers.remat_of_model(model).recomputes_products:
       kinds += back
 
     # Over tensor, the products of a mixer and of a network are summed. Between
@@ -135,7 +136,7 @@ def _layers_run(model: ModelConfig, back: bool) -> tuple[LayerKind, ...]:
   stacks = [model.num_layers]
   if architectures.stack(model) == 'encoder-decoder':
     stacks.append(model.num_decoder_layers)
-  most = layers.passes(model, '/layers/', back)
+  most = layers.count_reads_of_weight(model, '/layers/', back)
   kinds: tuple[LayerKind, ...] = ()
   for num_layers in stacks:
     for section in model.sections(num_layers):
@@ -251,16 +252,16 @@ def memory_traffic(run: runs.Run, products: float, training: bool) -> float:
     has_backward_pass = not (run.config.optim.freeze or model.lora.rank)
 
   # Each weight is read whole, but only the experts that tokens choose.
-  roles = paths.flatten(parameter_roles(run.module))
+  roles = paths.flatten_by_path(parameter_roles(run.module))
   share_of_experts = _share_of_experts(run, training, accumulation)
   weights = 0.0
-  for path, x in paths.flatten(run.abstract.params).items():
+  for path, x in paths.flatten_by_path(run.abstract.params).items():
     role = roles[path]
     if role.kind == 'embedding':
       continue
-    reads = layers.passes(model, path)
+    reads = layers.count_reads_of_weight(model, path)
     if has_backward_pass:
-      reads += layers.passes(model, path, back=True)
+      reads += layers.count_reads_of_weight(model, path, back=True)
     if 'experts' in role.axes:
       reads *= share_of_experts
     itemsize = min(model.compute_dtype.itemsize, x.dtype.itemsize)

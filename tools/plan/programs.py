@@ -134,7 +134,7 @@ def whole_along_fsdp(run: runs.Run) -> list[dict]:
   if run.mesh.shape['fsdp'] == 1:
     return []
   rows = []
-  for name, x in paths.flatten(run.abstract.params).items():
+  for name, x in paths.flatten_by_path(run.abstract.params).items():
     nbytes = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     is_whole = 'fsdp' not in memory.sharded_axes(x.sharding)
     if is_whole and nbytes >= LEAST_BYTES_NAMED:

@@ -95,7 +95,7 @@ def _plans_of_mesh(run: runs.Run, topology: chips.Topology,
       activations[name] = memory.bytes_kept_for_backward(
           _with_policy(run, name, 1))
     for parts in accumulations:
-      if policy.to_host and parts >= least:
+      if policy.keeps_input_on_host and parts >= least:
         break  # the way to the host is in no bound: it must save sending
       plan = _estimate_plan(
           _with_policy(run, name, parts), topology, activations[name])
@@ -156,7 +156,7 @@ def _estimate_plan(run: runs.Run, topology: chips.Topology,
   # step has four forward passes in place of three.
   needed = sum(programs.model_flops(run, 'train').values()) / topology.devices
   computed = needed
-  if layers.remat(model).again:
+  if layers.remat_of_model(model).recomputes_products:
     computed = needed * 4 / 3
 
   # The bounds, and the peak of its memory.

@@ -2,23 +2,24 @@
 
 Those of a program are counted in its jaxpr, loops multiplied, recomputation
 included, whatever XLA makes of it. Only matrix products and convolutions count,
-and functions that say what they count as (layers.counted). Splash attention is
-known by its name; another kernel counts with the estimate that it carries. A
-product of [a, b] and [b, c] is 2abc.
+and functions that say what they count as (layers.count_flops_by_result). Splash
+attention is known by its name; another kernel counts with the estimate that it
+carries. A product of [a, b] and [b, c] is 2abc.
 
 Those of a model are counted in the program of a forward pass, so that a part is
 counted without being described a second time. The program that is traced pads
 no expert and skips no masked block, and attention declares which share of its
-products the mask shows (`layers.useful`; with a prefix, in the mean over those
-of training, or of a whole prompt). So the work that an implementation wastes on
-masked keys, padding, idle expert slots or recomputation lowers utilisation
-(MFU, Chowdhery et al. 2022, appendix B; theirs counts all keys). A token counts
-with the experts that its router chooses, whether or not they have room. A
-recurrence that multiplies no matrices counts what it computes element by
-element: one FLOP for each number of a sum, a product or a function, in a scan
-without a matrix product and in what `jax.lax.associative_scan` writes out. A
-backward pass costs twice the forward, the gradient of both factors, less what
-is only there for parameters that are not trained.
+products the mask shows (`layers.count_flops_as_useful_part`; with a prefix, in
+the mean over those of training, or of a whole prompt). So the work that an
+implementation wastes on masked keys, padding, idle expert slots or
+recomputation lowers utilisation (MFU, Chowdhery et al. 2022, appendix B; theirs
+counts all keys). A token counts with the experts that its router chooses,
+whether or not they have room. A recurrence that multiplies no matrices counts
+what it computes element by element: one FLOP for each number of a sum, a
+product or a function, in a scan without a matrix product and in what
+`jax.lax.associative_scan` writes out. A backward pass costs twice the forward,
+the gradient of both factors, less what is only there for parameters that are
+not trained.
 """
 
 from collections.abc import Sequence
@@ -364,10 +365,10 @@ def _cache_with_memory(config: ModelConfig, cache: Any, keys: int, memory: int
 
 def without_sharing(config: ModelConfig) -> ModelConfig:
   """Returns the model whose layers all have keys and values of their own."""
-  tree = flat.as_dict(config)
+  tree = flat.to_dict(config)
   for fields in (tree, *tree['kinds'].values()):
     fields['kv_sharing'] = False
-  return flat.make(tree)
+  return flat.make_model(tree)
 
 
 def _row_flops(config: ModelConfig, program: Any, *args, unread: int = 0,
@@ -435,8 +436,9 @@ class Place(NamedTuple):
       known otherwise.
     dense: the entries of GROUPED that the compiler makes of all rows and all
       groups, and masks.
-    useful: whether products count as the shares that layers.useful declares,
-      and functions as layers.counted says, instead of as they are computed.
+    useful: whether products count as the shares that
+      layers.count_flops_as_useful_part declares, and functions as
+      layers.count_flops_by_result says, instead of as they are computed.
     prompt: whether these are the shares of a prompt.
     loop_rows: `rows` in a pass of the loop that `passes` is about.
     elements: whether what is computed element by element counts.
@@ -525,8 +527,8 @@ def _useful_work(work: Work, eqn: jex.JaxprEqn, prompt: bool) -> Work:
   """Returns the share of an equation's work that a mask leaves.
 
   Attention declares that share in a name scope around its products
-  (layers.useful), which the equation's name stack shows. Where nothing is
-  declared, all of the work is returned.
+  (layers.count_flops_as_useful_part), which the equation's name stack shows.
+  Where nothing is declared, all of the work is returned.
 
   Args:
     work: the work of the equation.
@@ -544,8 +546,10 @@ def _useful_work(work: Work, eqn: jex.JaxprEqn, prompt: bool) -> Work:
   return work
 
 
-_DECLARED = re.compile(layers.USEFUL.format(r'(\d+)', r'(\d+)', r'(\d+)'))
-_COUNTED = re.compile(layers.COUNTED.format(r'(\d+)', r'(\d+)'))
+_DECLARED = re.compile(
+    layers.SCOPE_OF_USEFUL_FLOPS.format(r'(\d+)', r'(\d+)', r'(\d+)'))
+_COUNTED = re.compile(
+    layers.NAME_OF_COUNTED_FUNCTION.format(r'(\d+)', r'(\d+)'))
 
 
 # The primitives that compute element by element: one FLOP for each number of

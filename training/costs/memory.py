@@ -131,7 +131,7 @@ def estimate_peak_bytes(run: runs.Run,
   parts['kept_for_backward'] = on_devices // num_pieces
 
   # Weights that stay gathered from the forward pass to the backward one.
-  params = paths.flatten(run.abstract.params)
+  params = paths.flatten_by_path(run.abstract.params)
   if model.keep_gathered != 'none':
     parts['kept_gathered'] = itemsize * _kept_gathered(run, params)
 
@@ -170,10 +170,10 @@ def _kept_gathered(run: runs.Run, params: Mapping[str, Any]) -> int:
 def _largest_weight_of_layer(run: runs.Run, params: Mapping[str, Any]) -> int:
   """Returns the numbers of the largest weight of one layer, apart from tables
   whose rows are looked up."""
-  roles = paths.flatten(parameter_roles(run.module))
+  roles = paths.flatten_by_path(parameter_roles(run.module))
   largest = 0
   for path, x in params.items():
-    if paths.Stacks.has(path) and not roles[path].reads:
+    if paths.Stacks.is_in_stack(path) and not roles[path].reads:
       largest = max(largest, x.size // x.shape[0])
   return largest
 
@@ -181,8 +181,8 @@ def _largest_weight_of_layer(run: runs.Run, params: Mapping[str, Any]) -> int:
 def gathers_per_step(run: runs.Run) -> dict[str, int]:
   """Returns how often a training step gathers each parameter that is sharded
   over fsdp, by the path of the parameter."""
-  roles = paths.flatten(parameter_roles(run.module))
-  return {path: layers.gathers(run.model, path, role.axes)
+  roles = paths.flatten_by_path(parameter_roles(run.module))
+  return {path: layers.count_gathers_of_weight(run.model, path, role.axes)
           for path, role in roles.items()}
 
 
@@ -221,10 +221,10 @@ def _score_bytes(config: Config, layer: ModelConfig, tokens: int, platform: str
     platform: the platform of the device.
   """
   # A recurrence has no scores, but numbers that exist at once for each token.
-  mixer = blocks.mixer_of(layer)
+  mixer = blocks.mixer_of_layers(layer)
   length = config.data.length
-  if not mixer.scores:
-    return 4 * tokens * mixer.at_once(layer, length)
+  if not mixer.has_scores:
+    return 4 * tokens * mixer.widest_step_of_token(layer, length)
 
   # Splash attention writes no scores, if it can do all masks of the model.
   rule = kernels.RULES[layer.attention]
@@ -232,7 +232,7 @@ def _score_bytes(config: Config, layer: ModelConfig, tokens: int, platform: str
   for causal in _causal_of_stack(architectures.stack(layer)):
     mask = kernels.Mask(
         causal=causal,
-        bias=positions.of(layer).has_bias,
+        bias=positions.position_of(layer).has_bias,
         window=rule.window(layer) if rule.window else 0,
         rule=bool(rule.top),
         prefix=causal and objectives.of(config).prefix,

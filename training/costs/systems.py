@@ -96,7 +96,8 @@ def changes(config: ml_collections.ConfigDict, arch: str, size: str = 'tiny'
     target.model.update_from_flattened_dict(wanted | {'arch': arch})
     target.model.kinds = system.kinds.copy_and_resolve_references()
   try:
-    unread = flat.unread(resolve_model_without_tokenizer(target))
+    unread = flat.fields_that_are_unread(
+        resolve_model_without_tokenizer(target))
   except RequestError as error:
     raise RequestError(f'model.arch {arch!r} cannot have the sizes of the '
                        f'base: {error}') from error
@@ -137,7 +138,7 @@ def _fields_of_a_system(model: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns the fields of config.model that tell a system, by dotted name, but
   for its kinds of layer."""
   fields = {}
-  for name, value in flat.flatten(model).items():
+  for name, value in flat.flatten_groups(model).items():
     if not name.startswith('kinds.') and name not in KEPT:
       fields[name] = value
   return fields
@@ -149,7 +150,7 @@ def _sizes(arch: str) -> Mapping[str, ml_collections.ConfigDict]:
   in configs/, the parts that its page names."""
   name = f'configs.{architectures.file_name(arch)}'
   if importlib.util.find_spec(name) is None:
-    config = ml_collections.ConfigDict(flat.defaults())
+    config = ml_collections.ConfigDict(flat.default_tree())
     config.update(architectures.systems()[arch].PARTS, arch=arch)
     return {'tiny': config}
   module = importlib.import_module(name)
@@ -162,7 +163,7 @@ def _parts(arch: str) -> tuple[str, ...]:
   """Returns the dotted names of the fields that tell a system, but for those of
   kinds of layer: those that its page names, every other choice or switch of a
   part, and the factors and bounds of scores and logits."""
-  named = flat.flatten(architectures.system(arch).PARTS)
+  named = flat.flatten_groups(architectures.system(arch).PARTS)
   names = []
   for name, leaf in flat.FIELDS.items():
     is_choice = isinstance(leaf.default, str | bool)
@@ -176,23 +177,23 @@ def _parts(arch: str) -> tuple[str, ...]:
 def _with_parts(model: ModelConfig, system: ml_collections.ConfigDict
                 ) -> ModelConfig:
   """Returns the model with the parts of a system, and sizes of its own."""
-  fields = flat.as_dict(model)
+  fields = flat.to_dict(model)
   for field in _parts(model.arch):
     group, _, name = field.rpartition('.')
     group_fields = fields
     if group:
       group_fields = fields.setdefault(group, {})
     group_fields[name] = system[field]
-  return flat.make(fields | {'kinds': system.kinds.to_dict()})
+  return flat.make_model(fields | {'kinds': system.kinds.to_dict()})
 
 
 def _unlike(model: ModelConfig, system: ModelConfig) -> list[Difference]:
   """Returns the fields in which two models differ that both of them read."""
   rows = []
-  read = flat.reads(model) & flat.reads(system)
+  read = flat.fields_that_are_read(model) & flat.fields_that_are_read(system)
   for field in _parts(model.arch):
-    ours = flat.get(model, field)
-    theirs = flat.get(system, field)
+    ours = flat.get_field(model, field)
+    theirs = flat.get_field(system, field)
     if ours != theirs and field in read:
       rows.append(Difference(field=field, value=ours, published=theirs))
   if any(row.field in LAYERS for row in rows):
@@ -201,8 +202,8 @@ def _unlike(model: ModelConfig, system: ModelConfig) -> list[Difference]:
   for kind in model.kinds_used:
     if not kind:
       continue  # layers that are as the model says
-    fields = {**run_config.flatten(model.kinds[kind].said),
-              **run_config.flatten(system.kinds[kind].said)}
+    fields = {**run_config.flatten(model.kinds[kind].overrides),
+              **run_config.flatten(system.kinds[kind].overrides)}
     for field in fields:
       ours, theirs = (_of_kind(c, kind, field) for c in (model, system))
       if ours != theirs:
@@ -215,15 +216,15 @@ def _of_kind(c: ModelConfig, kind: str, field: str) -> Any:
   """Returns the value that the layers of a kind have for a field of kinds; for
   a size or a number that goes with sizes, whether there is one."""
   name, _, inner = field.partition('.')
-  fields = run_config.flatten(c.kinds[kind].said)
+  fields = run_config.flatten(c.kinds[kind].overrides)
   # A kind says the field itself, or has the model's.
   if field in fields:
     value = fields[field]
   else:
-    of_model = flat.OF_LAYERS[name]
+    of_model = flat.FIELDS_OF_LAYER_KINDS[name]
     if inner:
       of_model += f'.{inner}'
-    value = flat.get(c.of_kind(kind), of_model)
+    value = flat.get_field(c.of_kind(kind), of_model)
   if isinstance(value, str | bool) or inner:
     return value
   return bool(value)

@@ -42,7 +42,9 @@ def count_costs(config: Config, length: int = 0,
   """
   model = model or resolve_model_without_tokenizer(config)
   module = architectures.build(model)
-  length = length or int(min(config.data.length, positions.reach(model)))
+  if not length:
+    most = positions.longest_supported_length(model)
+    length = int(min(config.data.length, most))
   sides = _row_lengths(config, model, length)
   is_encoder_decoder = architectures.stack(model) == 'encoder-decoder'
 
@@ -207,7 +209,7 @@ def describe_kinds_of_layer(model: ModelConfig) -> list[dict]:
     per_token, per_row = _cache_bytes_of_layer(layer)
     changes = {}
     if name:
-      changes = run_config.flatten(model.kinds[name].said)
+      changes = run_config.flatten(model.kinds[name].overrides)
     rows.append({
         'kind': name,
         'layers': names.count(name),
@@ -252,8 +254,8 @@ def _parameter_sizes(module: nn.Module) -> tuple[dict, dict]:
     Two dicts by the paths of the parameters.
   """
   moe = module.config.find(MoEConfig)
-  roles = paths.flatten(parameter_roles(module))
-  shapes = paths.flatten(parameter_shapes(module))
+  roles = paths.flatten_by_path(parameter_roles(module))
+  shapes = paths.flatten_by_path(parameter_shapes(module))
   # The share of all experts that one token goes through.
   share_of_experts = 1.0
   if moe is not None:
@@ -325,7 +327,8 @@ def _cache_bytes_of_layer(layer: ModelConfig) -> tuple[int, int]:
   """Returns the bytes that a layer caches for each token, and for each row
   besides: the slope and the intercept of its cache's size over the length."""
   def bytes_of_length(length: int) -> int:
-    cache = jax.eval_shape(lambda: blocks.empty_cache(layer, (1, length)))
+    cache = jax.eval_shape(
+        lambda: blocks.empty_cache_of_layer(layer, (1, length)))
     return _nbytes(cache)
 
   one_token = bytes_of_length(1)

@@ -128,7 +128,7 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
 def check_mesh(model: ModelConfig, shape: Mapping[str, int]) -> None:
   """Raises ValueError where the mesh does not divide the model."""
   # An axis that cuts rows suits no layer that reads them in order.
-  if shape['context'] != 1 and blocks.with_state(model):
+  if shape['context'] != 1 and blocks.has_layers_with_state(model):
     raise RequestError(
         f'mesh.context is {shape["context"]}, and some layers keep each '
         'row on one device (a state of model.mixer, '
@@ -159,12 +159,12 @@ def _check_kind(model: ModelConfig, name: str, shape: Mapping[str, int]
   of a kind."""
   # The mesh axes, each with a field that it must divide.
   c = model.of_kind(name)
-  mixer = blocks.mixer_of(c)
-  for path, size in mixer.cut(c, shape['tensor']).items():
+  mixer = blocks.mixer_of_layers(c)
+  for path, size in mixer.sizes_over_tensor(c, shape['tensor']).items():
     require(size % shape['tensor'] == 0, f'mesh.tensor is {shape["tensor"]}, '
             f'which does not divide the {size} of the parameter {path} of '
             f'model.mixer {c.mixer!r}: choose from {_divisors(size)}')
-  divided = [*mixer.divided(c), ('fsdp', 'd_model')]
+  divided = [*mixer.fields_to_divide(c), ('fsdp', 'd_model')]
   if model.has_experts:
     divided += [('tensor', 'moe.d_ff'), ('fsdp', 'moe.latent_dim')]
   if c.ffn != NO_FFN:
@@ -172,11 +172,11 @@ def _check_kind(model: ModelConfig, name: str, shape: Mapping[str, int]
 
   # A size of 1 that every device holds whole need not be divided.
   for axis, field in divided:
-    size = flat.get(c, field)
-    if size % shape[axis] == 0 or size == 1 and field in mixer.whole:
+    size = flat.get_field(c, field)
+    if size % shape[axis] == 0 or size == 1 and field in mixer.may_be_one:
       continue
     where = ''
-    if name in model.kinds and field in model.kinds[name].said:
+    if name in model.kinds and field in model.kinds[name].overrides:
       where = f'kinds.{name}.'
     raise RequestError(
         f'mesh.{axis} is {shape[axis]}, which does not divide '
@@ -291,7 +291,8 @@ def spec(shape: Sequence[int], names: Sequence[str | None], mesh: Mesh,
   for axes, size in zip(wanted, shape):
     if isinstance(axes, str):
       axes = (axes,)
-    fitting = sharding.that_divide(tuple(axes or ()), size, mesh.shape)
+    fitting = sharding.mesh_axes_that_divide(
+        tuple(axes or ()), size, mesh.shape)
     entries.append(fitting or None)
   return PartitionSpec(*entries)
 

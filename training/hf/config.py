@@ -273,7 +273,7 @@ def _known_fields() -> dict[str, Any]:
 
 def _check(config: ModelConfig) -> None:
   """Raises RequestError for a model that transformers does not run."""
-  architectures.hugging_face(config.arch).check(flat.whole(config))
+  architectures.hugging_face(config.arch).check(flat.with_all_parts(config))
 
 
 # The class that asks transformers to unpack weights as it loads them, by
@@ -312,7 +312,7 @@ def model_of(reader: Reader) -> ml_collections.ConfigDict:
   fields |= _read_head(reader, page)
 
   # The parts of the system, its fields, and what the page reads by itself.
-  model = ml_collections.ConfigDict(flat.defaults())
+  model = ml_collections.ConfigDict(flat.default_tree())
   model.update(architectures.system(arch).PARTS, arch=arch)
   model.update_from_flattened_dict(fields)
   read = page.read(reader, fields)
@@ -430,7 +430,7 @@ def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
   # The fields that the page's table has, then those that it writes itself.
   tree = dict(model_type=page.model_type, architectures=[architecture])
   tree |= _write_table(config, page)
-  tree |= page.write(flat.whole(config))
+  tree |= page.write(flat.with_all_parts(config))
   tree |= _write_head(config, labels)
   # A field that a config.json has no words for is found as it is read again.
   check_same(config, read(tree),
@@ -445,7 +445,7 @@ def _write_table(config: ModelConfig, page: hf.HuggingFace) -> dict[str, Any]:
     group = ours.rpartition('.')[0]
     if group and config.find(flat.GROUPS[group]) is None:
       continue  # No layer reads it, so the default of its readers does.
-    value = flat.get(config, ours)
+    value = flat.get_field(config, ours)
     if choices:
       value = hf.theirs(choices[0], value, ours)
     tree[names.split('|')[-1]] = value
@@ -548,9 +548,10 @@ def _of_kind(c: ModelConfig, name: str) -> ModelConfig:
 def computed(config: ModelConfig) -> dict[str, Any]:
   """Returns the fields that tell what is computed, by dotted name, of a model
   whose layers are all alike."""
-  unused = {*flat.unread(config), *blocks.mixer_of(config).sources}
+  unused = {*flat.fields_that_are_unread(config),
+            *blocks.mixer_of_layers(config).sources}
   fields = {}
-  for name, value in run_config.flatten(flat.as_dict(config)).items():
+  for name, value in run_config.flatten(flat.to_dict(config)).items():
     if name in unused:
       continue
     field = flat.FIELDS.get(name)

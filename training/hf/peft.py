@@ -56,7 +56,7 @@ def rows(c: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
   page = architectures.hugging_face(c.arch)
   for ours, axes, theirs, their_axes in page.rows(c):
     names = ours.rpartition('/')[2].split('|')
-    has_adapter = any(layers.adapted(c, name) for name in names)
+    has_adapter = any(layers.has_adapter(c, name) for name in names)
     if 'E' in axes or not has_adapter:
       continue
     require(len(names) == 1, f'model.lora.targets is {c.lora.targets!r}: '
@@ -69,17 +69,17 @@ def rows(c: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
       into, out = out, into
     module = PREFIX + theirs.removesuffix('.weight').replace(*page.module, 1)
     # Z is the rank.
-    yield ((ours + layers.LORA_A, f'{into}Z', f'{module}.lora_A.weight',
-            f'Z {into}'), lies_so)
-    yield ((ours + layers.LORA_B, f'Z{out}', f'{module}.lora_B.weight',
-            f'{out} Z'), lies_so)
+    yield ((ours + layers.SUFFIX_OF_LORA_A, f'{into}Z',
+            f'{module}.lora_A.weight', f'Z {into}'), lies_so)
+    yield ((ours + layers.SUFFIX_OF_LORA_B, f'Z{out}',
+            f'{module}.lora_B.weight', f'{out} Z'), lies_so)
 
 
 def tensors(c: ModelConfig, params: Any) -> list[tensor_map.Tensor]:
   """Returns each A and B of a model. Its other parameters, or their shapes,
   tell which layer of theirs is which: not all have an adapter."""
   page = architectures.hugging_face(c.arch)
-  shapes = {path: x.shape for path, x in paths.flatten(params).items()}
+  shapes = {path: x.shape for path, x in paths.flatten_by_path(params).items()}
   every_row = [*page.rows(c)]
   for row, _ in rows(c):
     every_row.append(row)
@@ -117,7 +117,7 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
 
   # The tensors.
   flat = {}
-  for path, x in paths.flatten(params).items():
+  for path, x in paths.flatten_by_path(params).items():
     if weights.is_adapter(path):
       flat[path] = np.asarray(x)
   written = {}
@@ -177,7 +177,7 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
   # Each is put where it stands among the layers.
   names = weights.Names(architectures.hugging_face(c.arch), source, c)
   flat = {}
-  for path, x in paths.flatten(shapes).items():
+  for path, x in paths.flatten_by_path(shapes).items():
     if weights.is_adapter(path):
       flat[path] = np.zeros(x.shape, np.float32)
   for tensor in wanted:
@@ -257,7 +257,7 @@ def _with_adapters(c: ModelConfig, tree: Mapping[str, Any], names: set[str],
 
   # A product has an adapter in some layer: the first may have no such product.
   targets = []
-  for product in layers.PRODUCTS:
+  for product in layers.NAMES_OF_PRODUCTS:
     if product in fused:
       continue
     theirs = [_pattern(row) for row, _ in rows(with_targets(product))]

@@ -92,10 +92,11 @@ def params(module: nn.Module, like: Any, dense: Any, seed: int) -> Any:
     seed: the seed of the routers.
   """
   # The old parameters lie on the mixture's devices.
-  shapes = paths.flatten(nn.meta.unbox(like))
+  shapes = paths.flatten_by_path(nn.meta.unbox(like))
   places = {path: x.sharding for path, x in shapes.items()}
   mesh = next(iter(places.values())).mesh
-  old = {path: _on_mesh(x, mesh) for path, x in paths.flatten(dense).items()}
+  old = {path: _on_mesh(x, mesh)
+         for path, x in paths.flatten_by_path(dense).items()}
   theirs = paths.Stacks(old)
   ours = paths.Stacks(shapes)
 
@@ -112,7 +113,7 @@ def params(module: nn.Module, like: Any, dense: Any, seed: int) -> Any:
     for path, x in shapes.items():
       if path in drawn:
         flat[path] = drawn[path]
-      elif paths.Stacks.has(path):
+      elif paths.Stacks.is_in_stack(path):
         flat[path] = _layers(old, path=path, shape=x.shape, theirs=theirs,
                              ours=ours)
       else:
@@ -121,7 +122,7 @@ def params(module: nn.Module, like: Any, dense: Any, seed: int) -> Any:
 
   flat = jax.jit(make, out_shardings=places)(old, drawn)
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: flat[paths.join(path)], nn.meta.unbox(like))
+      lambda path, _: flat[paths.path_to_string(path)], nn.meta.unbox(like))
 
 
 def _on_mesh(x: jax.Array, mesh: Any) -> jax.Array:
@@ -145,8 +146,8 @@ def _layers(old: dict[str, jax.Array], path: str, shape: tuple[int, ...],
     ours: where the layers of the mixture stand.
   """
   rows = []
-  for n in ours.layers(path):
-    place, row = theirs.place(path, n)
+  for n in ours.layer_numbers(path):
+    place, row = theirs.path_and_row(path, n)
     x = old[place][row]
     if x.ndim < len(shape) - 1:
       x = x[None]  # for every expert

@@ -110,7 +110,8 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
   """
   page = architectures.hugging_face(module.config.arch)
   like = nn.meta.unbox(like or parameter_shapes(module))
-  shapes = {path: leaf.shape for path, leaf in paths.flatten(like).items()}
+  shapes = {path: leaf.shape
+            for path, leaf in paths.flatten_by_path(like).items()}
   rows = page.rows(module.config)
   needed = tensor_map.count(rows, shapes)
   count = len(list(source))
@@ -146,7 +147,7 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
   with progress.show_task('reading parameters', len(shapes)) as advance:
 
     def read(key: Any, leaf: Any) -> jax.Array:
-      path = paths.join(key)
+      path = paths.path_to_string(key)
       if path in drawn:
         x = drawn[path]
       else:
@@ -411,10 +412,10 @@ def draw(module: nn.Module, like: Any, wanted: set[str], seed: int
   def init(key: jax.Array) -> dict[str, jax.Array]:
     tokens_BL = jnp.zeros((1, 1), jnp.int32)
     params = module.init(key, tokens_BL)['params']
-    flat = paths.flatten(nn.meta.unbox(params))
+    flat = paths.flatten_by_path(nn.meta.unbox(params))
     return {path: flat[path] for path in wanted}
 
-  flat = paths.flatten(like)
+  flat = paths.flatten_by_path(like)
   shardings = {path: getattr(flat[path], 'sharding', None) for path in wanted}
   return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
@@ -457,7 +458,7 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
     options = generation.options
 
   # The tensors, of which the range of each is checked before any is written.
-  export = _Export(config, paths.flatten(nn.meta.unbox(params)), dtype)
+  export = _Export(config, paths.flatten_by_path(nn.meta.unbox(params)), dtype)
   export.check_ranges()
   files = hf_files.shards(export.sizes(), shard_bytes)
 
@@ -549,8 +550,8 @@ def left_out(module: nn.Module, theirs: ModelConfig
              ) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of the parameters, by path, that the model `theirs` has
   and `module`, with its head of a task, has not."""
-  ours = paths.flatten(parameter_shapes(module))
-  others = paths.flatten(parameter_shapes(architectures.build(theirs)))
+  ours = paths.flatten_by_path(parameter_shapes(module))
+  others = paths.flatten_by_path(parameter_shapes(architectures.build(theirs)))
   return {path: x.shape for path, x in others.items() if path not in ours}
 
 
@@ -562,12 +563,12 @@ def without_generator(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
   if drawn_by is None or not drawn_by.num_layers:
     return module, params
   # The encoder's table may be the generator's plus an addition.
-  of_generator = 'generator/', f'embed/{skeletons.APART}'
+  of_generator = 'generator/', f'embed/{skeletons.PREFIX_OF_GENERATOR}'
   flat = {}
-  for path, x in paths.flatten(nn.meta.unbox(params)).items():
+  for path, x in paths.flatten_by_path(nn.meta.unbox(params)).items():
     if not path.startswith(of_generator):
       flat[path] = x
-  added = flat.pop(f'embed/{skeletons.ADDED}', None)
+  added = flat.pop(f'embed/{skeletons.NAME_OF_ADDED_TABLE}', None)
   if added is not None:
     flat['embed/tokens'] = flat['embed/tokens'] + added
   alone = config.with_part(GeneratorConfig, num_layers=0)
@@ -602,25 +603,26 @@ def same_adapters(one: ModelConfig, other: ModelConfig) -> bool:
 
 def _adapted(c: ModelConfig) -> list[str]:
   """Returns the names of the products that have an adapter."""
-  return [name for name in tables.products(c) if layers.adapted(c, name)]
+  return [name for name in tables.products_of_model(c)
+          if layers.has_adapter(c, name)]
 
 
 def is_adapter(path: str) -> bool:
   """Whether the parameter at `path` is A or B of an adapter."""
-  return path.endswith((layers.LORA_A, layers.LORA_B))
+  return path.endswith((layers.SUFFIX_OF_LORA_A, layers.SUFFIX_OF_LORA_B))
 
 
 def without(params: Any) -> Any:
   """Returns the parameters that are no adapters."""
-  flat = paths.flatten(params)
+  flat = paths.flatten_by_path(params)
   return checkpoints.nest_by_path(
       {path: x for path, x in flat.items() if not is_adapter(path)})
 
 
 def beside(params: Any, others: Any) -> Any:
   """Returns `params` with the adapters of `others` beside them."""
-  flat = dict(paths.flatten(params))
-  for path, x in paths.flatten(others).items():
+  flat = dict(paths.flatten_by_path(params))
+  for path, x in paths.flatten_by_path(others).items():
     if is_adapter(path):
       flat[path] = x
   return checkpoints.nest_by_path(flat)
@@ -638,7 +640,7 @@ def merge(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
   config = module.config
   if not config.lora.rank:
     return module, params
-  flat = paths.flatten(nn.meta.unbox(params))
+  flat = paths.flatten_by_path(nn.meta.unbox(params))
   merged = {}
   for path, x in flat.items():
     if not is_adapter(path):
@@ -658,10 +660,10 @@ def _merged(path: str, w: jax.Array, flat: Mapping[str, jax.Array],
     flat: all parameters, by path.
     scale: the factor of the product.
   """
-  if path + layers.LORA_A not in flat:
+  if path + layers.SUFFIX_OF_LORA_A not in flat:
     return w
-  a = jnp.asarray(flat[path + layers.LORA_A], jnp.float32)
-  b = jnp.asarray(flat[path + layers.LORA_B], jnp.float32)
+  a = jnp.asarray(flat[path + layers.SUFFIX_OF_LORA_A], jnp.float32)
+  b = jnp.asarray(flat[path + layers.SUFFIX_OF_LORA_B], jnp.float32)
   # Matrices, behind the axes of the layers (and the experts).
   stacked = a.ndim + b.ndim - 2 - w.ndim
   lead = w.shape[:stacked]

@@ -120,7 +120,7 @@ def _token_losses(settings: _Settings, hidden_BLD: jax.Array, head: Head,
   def of_chunk(_: None, chunk: tuple[jax.Array, ...]):
     """Returns the losses of a chunk."""
     x_QBPD, targets_QBP = chunk
-    logits_QBPV = head.finish(_product(x_QBPD, kernel_DV))
+    logits_QBPV = head.finish_logits(_product(x_QBPD, kernel_DV))
     return None, _losses(settings, logits_QBPV, targets_QBP)
 
   # The logits of one chunk exist at a time.
@@ -151,7 +151,7 @@ def _loss_sum_fwd(settings: _Settings, *args):
 
   kernel_DV = _kernel(head, hidden_BLD)
   kernel_VD = kernel_DV.T
-  if sharding.platform() == 'cpu':
+  if sharding.traced_platform() == 'cpu':
     # Both products read the kernel along its rows: one copy for all chunks.
     kernel_VD = jax.lax.optimization_barrier(kernel_VD)
 
@@ -160,7 +160,7 @@ def _loss_sum_fwd(settings: _Settings, *args):
     chunk, and the gradient of its hidden states."""
     # The losses, and the gradient of the head's products.
     x_QBPD, targets_QBP, weights_QBP = chunk
-    logits_QBPV, pull = jax.vjp(head.finish, _product(x_QBPD, kernel_DV))
+    logits_QBPV, pull = jax.vjp(head.finish_logits, _product(x_QBPD, kernel_DV))
     losses = _losses(settings, logits_QBPV, targets_QBP)
     d_logits_QBPV = _gradient(settings, logits_QBPV=logits_QBPV,
                               targets_QBP=targets_QBP, weights_QBP=weights_QBP,
@@ -190,7 +190,7 @@ def _loss_sum_fwd(settings: _Settings, *args):
   d_head = head.replace(
       kernel_DV=_whole(d_kernel, head.kernel_DV, 'embed', 'vocab'),
       bias_V=_whole(d_bias, head.bias_V, 'vocab'))
-  if sharding.devices() > 1:
+  if sharding.count_devices() > 1:
     # The head's gradient is scattered before the layers' are computed: whole,
     # and in float32, it would lie there until the end.
     d_hidden, d_head = jax.lax.optimization_barrier((d_hidden, d_head))
@@ -223,7 +223,7 @@ def _kernel_gradient(x_QBPD: jax.Array, d_QBPV: jax.Array) -> jax.Array:
   that is the hidden states. The barrier keeps it from turning the product of a
   tied kernel around, into one of bfloat16 that it does not have.
   """
-  if sharding.one_cpu():
+  if sharding.is_single_cpu():
     d_QDV = layers.einsum('QBPD,QBPV->QDV', x_QBPD, d_QBPV,
                           dtype=x_QBPD.dtype, out_dtype=jnp.float32)
     return jax.lax.optimization_barrier(d_QDV)
@@ -234,7 +234,7 @@ def _kernel_gradient(x_QBPD: jax.Array, d_QBPV: jax.Array) -> jax.Array:
 def _turned(kernel_DV: jax.Array) -> jax.Array:
   """Returns the kernel as its gradient is added up: [V, D], but on one CPU
   [D, V]."""
-  return kernel_DV if sharding.one_cpu() else kernel_DV.T
+  return kernel_DV if sharding.is_single_cpu() else kernel_DV.T
 
 
 def _losses(settings: _Settings, logits_QBPV: jax.Array, targets_QBP: jax.Array
@@ -247,7 +247,7 @@ def _losses(settings: _Settings, logits_QBPV: jax.Array, targets_QBP: jax.Array
 
   # The target's logit. On a mesh it is a masked sum: a gather would collect a
   # sharded vocabulary on every device.
-  if sharding.one_cpu():
+  if sharding.is_single_cpu():
     target_QBP = jnp.take_along_axis(
         logits_QBPV, targets_QBP[..., None], -1, mode='clip')[..., 0]
   else:
@@ -307,8 +307,8 @@ def _settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
   """
   # The shards.
   batch, length, _ = hidden_BLD.shape
-  rows = sharding.shards('batch', batch)
-  lengths = sharding.shards('length', length)
+  rows = sharding.count_shards('batch', batch)
+  lengths = sharding.count_shards('length', length)
 
   # The chunks of a shard's length.
   vocab = head.kernel_DV.shape[1]
@@ -346,7 +346,8 @@ def _cut(settings: _Settings, arrays: tuple[jax.Array, ...]):
     # Chunks come first, to be scanned. Then Q is the device's part.
     x = jnp.moveaxis(x, (3, 2), (0, 2))
     x = x.reshape(chunks, rows * lengths, batch, *x.shape[4:])
-    return sharding.constrain_if(x, None, 'tokens', *(None,) * (x.ndim - 2))
+    unsharded = (None,) * (x.ndim - 2)
+    return sharding.constrain_where_divisible(x, None, 'tokens', *unsharded)
 
   return jax.tree.map(cut, arrays)
 
@@ -374,7 +375,7 @@ def _join(settings: _Settings, arrays: tuple[jax.Array, ...],
 def _kernel(head: Head, hidden_BLD: jax.Array):
   """Returns the head's kernel as every chunk reads it: cast, and gathered,
   once."""
-  return sharding.whole(head.kernel_DV.astype(hidden_BLD.dtype),
+  return sharding.gather_weight(head.kernel_DV.astype(hidden_BLD.dtype),
                         ('embed', 'vocab'))
 
 
@@ -386,13 +387,13 @@ def _zeros(settings: _Settings, asked: Any, x: jax.Array):
   shards = settings.rows * settings.lengths
   zeros = jnp.zeros((shards, *x.shape), jnp.float32)
   others = (None,) * (x.ndim - 1)
-  return sharding.constrain_if(zeros, 'tokens', 'vocab', *others)
+  return sharding.constrain_where_divisible(zeros, 'tokens', 'vocab', *others)
 
 
 def _whole(d: jax.Array | None, x: jax.Array, *axes: str):
   """Returns the shards' gradients of x, added up and laid out as x is."""
   if d is None:
     return None
-  if sharding.one_cpu():
+  if sharding.is_single_cpu():
     return d[0].astype(x.dtype)
-  return sharding.total(d, axes[::-1]).T.astype(x.dtype)
+  return sharding.sum_gradients_of_shards(d, axes[::-1]).T.astype(x.dtype)

@@ -294,7 +294,8 @@ def masked_words(output: Output, batch: Batch, config: Config) -> Figures:
   weights_BL = batch['weights']
   L = weights_BL.shape[1]
   M = most(config.data.mask_rate, L)
-  if config.data.whole_words or sharding.shards('length', L) > 1 or M >= L:
+  has_shards = sharding.count_shards('length', L) > 1
+  if config.data.whole_words or has_shards or M >= L:
     return objectives.token_loss(output, batch, config)
 
   # The places of the M first tokens that are chosen; L stands for none.

@@ -288,7 +288,7 @@ def _padded(x: jax.Array, axes: Axes, homes: list[tuple]) -> jax.Array:
   if not axes.batch:
     return x
   first = axes.batch[0]
-  more = -x.shape[first] % sharding.size(homes[-1][first])
+  more = -x.shape[first] % sharding.count_devices_along(homes[-1][first])
   padding = [(0, 0)] * x.ndim
   padding[first] = (0, more)
   return jnp.pad(x, padding)
@@ -310,7 +310,7 @@ def _homes(shape: tuple[int, ...], role: Role, axes: Axes) -> list[tuple]:
   """
   # Axes in front, such as that of scanned layers, lie whole on each device.
   lead = len(shape) - len(role.axes)
-  homes = [sharding.weight_places(shape, (None,) * lead + role.axes)]
+  homes = [sharding.mesh_axes_of_weight(shape, (None,) * lead + role.axes)]
   is_lone = math.prod(shape[i] for i in axes.batch) == 1
   for side in axes.inputs + axes.outputs:
     # This step makes one more axis of the matrices whole.
@@ -330,6 +330,6 @@ def _host(shape: tuple[int, ...], axes: Axes, places: list, names: tuple
   """Returns the axis of the batch that mesh axes go to: one that they divide,
   or the first."""
   for axis in axes.batch:
-    if shape[axis] % sharding.size(places[axis] + names) == 0:
+    if shape[axis] % sharding.count_devices_along(places[axis] + names) == 0:
       return axis
   return axes.batch[0]

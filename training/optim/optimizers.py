@@ -106,11 +106,11 @@ def sgd(optim: Optim, roles: Any) -> Transformation:
 
 
 def _is_matrix(role: Role) -> bool:
-  return role.matrix
+  return role.is_matrix
 
 
 def _is_hidden(role: Role) -> bool:
-  return role.matrix and role.kind == 'hidden'
+  return role.is_matrix and role.kind == 'hidden'
 
 
 def _with_adam(optim: Optim, roles: Any, direction: Transformation,
@@ -324,9 +324,9 @@ def make(optim: Optim, steps: int, roles: Any,
 def _decays(optim: Optim, roles: Any) -> Any:
   """Returns which parameters decay, as a tree of truth values."""
   if optim.decay_mask:
-    return paths.match(optim.decay_mask, roles, 'optim.decay_mask')
+    return paths.map_by_pattern(optim.decay_mask, roles, 'optim.decay_mask')
   return jax.tree.map(
-      lambda role: role.matrix and role.kind != 'embedding', roles)
+      lambda role: role.is_matrix and role.kind != 'embedding', roles)
 
 
 def _with_rates(tx: Transformation, rates: Any

@@ -54,13 +54,13 @@ def of(optim: ml_collections.ConfigDict, roles: Any, shapes: Any,
   require(optim.table_rate == 1 or has_tables,
           f'optim.table_rate is {optim.table_rate}, and the model has no '
           'tables that n-grams look up: leave it at 1, or set model.memory')
-  stacks = paths.Stacks(paths.flatten(shapes))
+  stacks = paths.Stacks(paths.flatten_by_path(shapes))
   names: list[str] = []
   matched = set()
 
   def share(key: Any, role: Role, x: Any) -> float | np.ndarray:
     """Returns the share of a parameter, of its rows where these differ."""
-    path = paths.join(key)
+    path = paths.path_to_string(key)
     rows = []
     # Each row of a scanned parameter is of another layer.
     for name, power in _rows_of(path, stacks):
@@ -108,14 +108,14 @@ def _rows_of(path: str, stacks: paths.Stacks) -> list[tuple[str, int]]:
   depth = sum(stacks.counts.values())
   if path.startswith('embed/'):
     return [(path, depth + 1)]
-  if not paths.Stacks.has(path):
+  if not paths.Stacks.is_in_stack(path):
     return [(path, 0)]
   stack, name = stacks.split(path)
   below = 0  # layers of the stacks before this one
   for other in STACKS[:STACKS.index(stack)]:
     below += stacks.counts.get(other, 0)
   return [(f'{stack}/layers/{n}/{name}', depth - below - n)
-          for n in stacks.layers(path)]
+          for n in stacks.layer_numbers(path)]
 
 
 def trained(shares: Any, tree: Any):

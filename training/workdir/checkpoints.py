@@ -283,7 +283,7 @@ class Checkpoints:
       return False
 
     # The record, with what each array is to be checked by.
-    leaves = paths.flatten(state)
+    leaves = paths.flatten_by_path(state)
     sums = compute_checksums(state)
     arrays = {}
     for name, x in leaves.items():
@@ -527,7 +527,7 @@ def _read_step(folder: epath.Path, abstract: Any, partial: bool):
     if callable(abstract):
       abstract = abstract(record['arrays'])
     if abstract is not None:
-      _check_fits(folder, record=record, wanted=paths.flatten(abstract),
+      _check_fits(folder, record=record, wanted=paths.flatten_by_path(abstract),
                   partial=partial)
       state = _read_arrays(folder, record, abstract)
   except (CheckpointMismatch, MemoryError):
@@ -574,7 +574,7 @@ def _read_arrays(folder: epath.Path, record: dict[str, Any], abstract: Any
   the record has, and compares them with its own, which may be damaged."""
   import orbax.checkpoint as ocp
 
-  wanted = paths.flatten(abstract)
+  wanted = paths.flatten_by_path(abstract)
   # A placeholder stands for an array that is not read.
   item = {}
   restore_args = {}
@@ -590,13 +590,13 @@ def _read_arrays(folder: epath.Path, record: dict[str, Any], abstract: Any
   args = ocp.args.PyTreeRestore(
       item=nest_by_path(item), restore_args=nest_by_path(restore_args))
   with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-    leaves = paths.flatten(handler.restore(folder / 'state', args=args))
+    leaves = paths.flatten_by_path(handler.restore(folder / 'state', args=args))
   # Orbax returns what it could not read as it was given it.
   for name in wanted:
     if not isinstance(leaves[name], jax.Array):
       raise _DamagedCheckpoint(f'{name} is not read as an array')
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: leaves[paths.join(path)], abstract)
+      lambda path, _: leaves[paths.path_to_string(path)], abstract)
 
 
 def _newest_record(folder: epath.Path, step: int | None = None
@@ -724,7 +724,7 @@ _UNSIGNED_TYPE_OF_BYTES = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 def compute_checksums(tree: Any) -> dict[str, int]:
   """Returns the checksum of each leaf, by path."""
-  leaves = paths.flatten(tree)
+  leaves = paths.flatten_by_path(tree)
   if not leaves:
     return {}
   # The mesh of all leaves that lie on one; None: they lie on one device.

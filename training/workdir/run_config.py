@@ -177,7 +177,7 @@ def config_from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
   kinds = tree.get('model', {}).get('kinds', {})
   config = base.base()
   config.model.kinds = ml_collections.ConfigDict(kinds)
-  for name, value in flat.flatten(tree).items():
+  for name, value in flat.flatten_groups(tree).items():
     if not name.startswith('model.kinds.'):
       config.update_from_flattened_dict({name: value})
   return config.lock()
@@ -190,8 +190,8 @@ def without_unread_fields(config: ml_collections.ConfigDict, model: ModelConfig,
   """
   tree = config.to_dict()
   if resolved:
-    tree['model'] = flat.as_dict(model)
-  for name in flat.unread(model):
+    tree['model'] = flat.to_dict(model)
+  for name in flat.fields_that_are_unread(model):
     if name == 'position':
       # By default positions are learned, which is read under every mixer.
       tree['model'][name] = 'none'
@@ -210,7 +210,7 @@ def without_unread_fields(config: ml_collections.ConfigDict, model: ModelConfig,
 def flatten(tree: Mapping[str, Any] | ml_collections.ConfigDict
             ) -> dict[str, Any]:
   """Returns {'model.d_model': 128, ...} for a config or for nested dicts."""
-  return flat.flatten(tree)
+  return flat.flatten_groups(tree)
 
 
 # Changes of a config half-way.

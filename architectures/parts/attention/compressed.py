@@ -147,7 +147,7 @@ class Entries(nn.Module):
       both_BMU = jnp.concatenate([before_BMU, both_BMU], 1)
       after_BMU = features.last(both_BMU, before_BMU.shape[1], L, ctx.valid_BL)
     both_BMU = sharding.constrain(both_BMU, 'batch', None, None)
-    pooled = layers.counted(_pooled, 4 * self.rate * self.parts)
+    pooled = layers.count_flops_by_result(_pooled, 4 * self.rate * self.parts)
     e_BWK = pooled(both_BMU, bias_PU, at.at_BWS, at.there_BWS)
     return layers.norm(c, 'norm', 'head')(e_BWK), after_BMU
 
@@ -243,7 +243,8 @@ class SWA(Attention):
       k_BM1K = jnp.concatenate([k_BM1K, e_BW1K], 1)
       seen_BLM = _joined(seen_BLM, seen_BLW)
     k_BM1K = sharding.constrain(k_BM1K, 'batch', None, None, 'head')
-    with layers.useful(self._pairs(L, M), L * k_BM1K.shape[1]):
+    with layers.count_flops_as_useful_part(
+        self._pairs(L, M), L * k_BM1K.shape[1]):
       o_BLHK, report = self.weigh(
           q_BLHK, k_BM1K, k_BM1K, kernels.Seen(kernels.Mask(), seen_BLM), ctx,
           scored=scored)
@@ -344,7 +345,8 @@ class SWA(Attention):
         x_BLD, asks_BLU, ctx, turn=turned, keys=keys)
     M = cache.num_slots if slots else L
     entries = index.key_BMJK.shape[1]
-    with layers.useful(self._pairs(L, M, whole=True), L * entries):
+    with layers.count_flops_as_useful_part(
+        self._pairs(L, M, whole=True), L * entries):
       return Scored(indexer.scores(index)), kept
 
   def _pairs(self, queries: int, keys: int, whole: bool = False) -> int:
@@ -415,7 +417,7 @@ def turn(x_BLHK: jax.Array, positions_BL: jax.Array, c: ModelConfig,
          length: int | jax.Array, of_index: bool = False) -> jax.Array:
   """Returns x whose last features are turned, as many as of a head; pairs `of
   index` are those of an indexer."""
-  rotate = positions.of(c).rotate
+  rotate = positions.position_of(c).rotate
   if not rotate:
     return x_BLHK
   dim, rope = positions.rotary_dim(c), c.part(RopeConfig)
@@ -430,8 +432,8 @@ def turn(x_BLHK: jax.Array, positions_BL: jax.Array, c: ModelConfig,
 
 class Compressed(mixer.Mixer):
   """The entry of an attention to entries in the table of mixers."""
-  positional = turns_heads = scores = True
-  whole = ('compressed.out_groups',)
+  positional = turns_heads = has_scores = True
+  may_be_one = ('compressed.out_groups',)
 
   def __init__(self, module: type[SWA], *fields: str):
     """Initialises the entry.
@@ -441,7 +443,8 @@ class Compressed(mixer.Mixer):
       *fields: the fields of config.model that it reads and SWA does not.
     """
     self.module = module
-    self.fields = ('attention_scale', 'norm_eps', *mixer.SCORES, *fields)
+    self.fields = (
+        'attention_scale', 'norm_eps', *mixer.FIELDS_OF_SCORES, *fields)
 
   def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Cache:
     *rows, M = shape
@@ -463,7 +466,7 @@ class Compressed(mixer.Mixer):
   def keeps_state(self, c: ModelConfig) -> bool:
     return True  # an entry of several tokens, or a window, is read as a whole
 
-  def divided(self, c: ModelConfig) -> mixer.Divided:
+  def fields_to_divide(self, c: ModelConfig) -> mixer.AxesAndFields:
     return (('tensor', 'num_heads'), ('fsdp', 'compressed.q_rank'),
             ('tensor', 'compressed.out_groups'))
 
@@ -476,8 +479,9 @@ class Compressed(mixer.Mixer):
             f'sees: set model.attention {c.attention!r} to global')
     require(c.parametrization != 'mup', f'{who}, for whose ranks '
             "model.parametrization 'mup' has no rule: choose standard")
-    require(not positions.of(c).has_bias, f'{who}, which has no bias by '
-            f'distances as model.position {c.position!r}: choose rope')
+    require(not positions.position_of(c).has_bias,
+            f'{who}, which has no bias by distances as model.position '
+            f'{c.position!r}: choose rope')
     require(c.num_heads % m.out_groups == 0, 'model.compressed.out_groups is '
             f'{m.out_groups}, which does not divide model.num_heads '
             f'{c.num_heads}')
@@ -486,7 +490,7 @@ class Compressed(mixer.Mixer):
     sizes = c.part(IndexerConfig)
     require(not sizes.block, f'{who}, whose entries are chosen one by one: set '
             'model.indexer.block to 0')
-    if positions.of(c).rotate:
+    if positions.position_of(c).rotate:
       require(indexer.turned(c) <= sizes.head_dim, 'model.indexer.head_dim '
               f'is {sizes.head_dim}, and rotary positions turn '
               f'{indexer.turned(c)} features of a head: choose as many or more')

@@ -75,9 +75,10 @@ def _projected(module: nn.Module, name: str, table_UD: jax.Array) -> jax.Array:
   c: ModelConfig = module.config  # type: ignore[attr-defined]
   of = lambda name: nn.meta.unbox(module.get_variable('params', name))
   w_DHK = of(name)
-  if layers.adapted(c, name):
+  if layers.has_adapter(c, name):
     w_DHK = w_DHK + c.lora.scale * jnp.tensordot(
-        of(name + layers.LORA_A), of(name + layers.LORA_B), 1)
+        of(name + layers.SUFFIX_OF_LORA_A),
+        of(name + layers.SUFFIX_OF_LORA_B), 1)
   y_UHK = layers.einsum('UD,DHK->UHK', table_UD, w_DHK, c.compute_dtype,
                         axes=('embed', 'heads', 'head'))
   return layers.add_bias(y_UHK, of(f'{name}_bias')) if (

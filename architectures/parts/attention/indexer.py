@@ -176,7 +176,7 @@ class Indexer(nn.Module):
                          axes=axes)
 
   def _turn(self, x_BLHK: jax.Array, ctx: Context, back: int = 0) -> jax.Array:
-    c, rotate = self.config, positions.of(self.config).rotate
+    c, rotate = self.config, positions.position_of(self.config).rotate
     if not rotate:
       return x_BLHK
     head, rest = jnp.split(x_BLHK, (turned(c),), -1)
@@ -271,7 +271,8 @@ def scores(index: Index) -> jax.Array:
   """Returns I, float32 [B, L, M]."""
   key_BMJK = sharding.constrain(index.key_BMJK, 'batch', None, None, 'head')
   return sharding.constrain(
-      layers.recomputed(_scores)(index.query_BLHK, index.weight_BLH, key_BMJK),
+      layers.recompute_in_backward(_scores)(
+          index.query_BLHK, index.weight_BLH, key_BMJK),
       'batch', 'length', None)
 
 
@@ -282,7 +283,7 @@ def _scores(q_BLHK: jax.Array, w_BLH: jax.Array, k_BMJK: jax.Array
   s_BHLM = layers.einsum('BLHK,BMK->BHLM', q_BLHK, k_BMJK[:, :, 0],
                          q_BLHK.dtype, jnp.float32)
   s_BHLM = jax.nn.relu(s_BHLM)
-  w_BLH = layers.times(w_BLH, (H * K) ** -0.5)
+  w_BLH = layers.multiply_exactly(w_BLH, (H * K) ** -0.5)
   return layers.einsum('BLH,BHLM->BLM', w_BLH, s_BHLM, jnp.float32)
 
 
@@ -334,7 +335,7 @@ def divergence(target_BLM: jax.Array, scores_BLM: jax.Array,
   nats_BLM = jnp.log(jnp.where(there_BLM, p_BLM, 1)) - jax.nn.log_softmax(
       scores_BLM)
   kl_BL = jnp.where(there_BLM, p_BLM * nats_BLM, 0).sum(-1)
-  counted_BL = ctx.counted(*kl_BL.shape)
+  counted_BL = ctx.real_tokens(*kl_BL.shape)
   return (kl_BL * counted_BL).sum() / jnp.maximum(counted_BL.sum(), 1)
 
 
@@ -379,7 +380,7 @@ def check(c: ModelConfig, stack: str) -> None:
   i = c.part(IndexerConfig)
   require(not i.block or i.top_k % i.block == 0, f'model.indexer.block is '
           f'{i.block}, which does not divide model.indexer.top_k {i.top_k}')
-  if positions.of(c).rotate:
+  if positions.position_of(c).rotate:
     require(turned(c) <= i.head_dim, 'model.indexer.head_dim is '
             f'{i.head_dim}, and rotary positions turn {turned(c)} '
             'features of a head: choose as many or more')

@@ -334,7 +334,7 @@ def _scores(how: _How, rows: slice, keys: slice, mask_BLM: Optional[jax.Array],
             bias_BJRLM: Optional[jax.Array]) -> jax.Array:
   """Returns scale q k + bias of the queries `rows` and the keys `keys`, MASKED
   where a key is hidden, float32."""
-  q_BJRLK = layers.times(q_BJRLK[..., rows, :], how.scale)
+  q_BJRLK = layers.multiply_exactly(q_BJRLK[..., rows, :], how.scale)
   s_BJRLM = _times_keys(q_BJRLK, k_BJMK[..., keys, :])
   if how.softcap:
     s_BJRLM = how.softcap * jnp.tanh(s_BJRLM / how.softcap)
@@ -346,7 +346,7 @@ def _scores(how: _How, rows: slice, keys: slice, mask_BLM: Optional[jax.Array],
 
 
 def _plus(s_BJRLM: jax.Array, bias_BJRLM: jax.Array) -> jax.Array:
-  if len(bias_BJRLM) == len(s_BJRLM) or not sharding.one_cpu():
+  if len(bias_BJRLM) == len(s_BJRLM) or not sharding.is_single_cpu():
     return s_BJRLM + bias_BJRLM
   return _plus_one(s_BJRLM, bias_BJRLM.astype(s_BJRLM.dtype))
 
@@ -363,7 +363,7 @@ def _plus_one_fwd(s_BJRLM: jax.Array, bias_1JRLM: jax.Array):
 
 
 def _plus_one_bwd(_, d_BJRLM: jax.Array):
-  return d_BJRLM, layers.counted(_over_rows, 0)(d_BJRLM)
+  return d_BJRLM, layers.count_flops_by_result(_over_rows, 0)(d_BJRLM)
 
 
 _plus_one.defvjp(_plus_one_fwd, _plus_one_bwd)
@@ -381,7 +381,7 @@ def _weigh(how: _How, rows: slice, keys: slice, key: Optional[jax.Array],
   """Returns the sums over keys of p v, where dropout leaves a part of p."""
   if key is not None:
     part_key = jax.random.fold_in(key, rows.start)
-    p_BJRLM = layers.drop(p_BJRLM, how.dropout, part_key)
+    p_BJRLM = layers.apply_dropout(p_BJRLM, how.dropout, part_key)
   return _times_values(p_BJRLM, v_BJMK[..., keys, :])
 
 
@@ -466,7 +466,7 @@ def _attend_fwd(how: _How, q_BJRLK: jax.Array, k_BJMK: jax.Array,
   # Where remat keeps products, it keeps what the gradient needs of these.
   o_BJRLK, top_BJRL1, sum_BJRL1 = checkpoint_name(
       (jnp.concatenate(outs, 3), jnp.concatenate(tops, 3),
-       jnp.concatenate(sums, 3)), layers.PRODUCT)
+       jnp.concatenate(sums, 3)), layers.NAME_OF_PRODUCT)
   return o_BJRLK, (q_BJRLK, k_BJMK, v_BJMK, bias_BJRLM, sink_1JR11, mask_BLM,
                    key, top_BJRL1, sum_BJRL1)
 
@@ -554,7 +554,7 @@ class Mask:
     keys part by part: as `causal` of `attend`."""
     if not self.causal or not self.in_order or self.prefix:
       return False
-    return sharding.shards('length', queries) == 1
+    return sharding.count_shards('length', queries) == 1
 
 
 class Seen(NamedTuple):
@@ -579,7 +579,7 @@ def seen(kind: LayerKind, c: ModelConfig, ctx: Context,
                      ctx.prefix_B)
   # A layer may have another encoding than the stack, without its bias.
   bias_BHLM = None
-  if positions.of(c).stack_bias:
+  if positions.position_of(c).stack_bias:
     bias_BHLM = ctx.distances.bias_BHLM
   ids_BL = parts(kind, c, ctx.positions_BL, ids_BL)
   mask = Mask(
@@ -613,7 +613,7 @@ def choose(c: ModelConfig, mask: Mask, q_length: int, k_length: int, *,
     ValueError: where config.attention_kernel names one that cannot do it, and
       `strict` asks for no other.
   """
-  name, device = c.attention_kernel, sharding.platform()
+  name, device = c.attention_kernel, sharding.traced_platform()
   names = KERNELS if name == 'auto' else [name]
   for kernel in names:
     why = refusal(kernel, c, mask, q_length, k_length, device)
@@ -663,7 +663,7 @@ def refusal(name: str, c: ModelConfig, mask: Mask, q_length: int,
 
 def _refuse_splash(c: ModelConfig, mask: Mask, q_length: int, k_length: int
                    ) -> str:
-  shards = sharding.shards('length', q_length)
+  shards = sharding.count_shards('length', q_length)
   by_places = mask.causal or mask.window > 0
   if mask.prefix or mask.rule or by_places and not mask.in_order:
     return ('which has masks neither for a prefix that all tokens see, nor for '
@@ -732,7 +732,7 @@ class _Places:
 
   def _axes(self, axis: str, size: int) -> tuple[str, ...]:
     """Returns the mesh axes over which an axis of this size is split."""
-    if sharding.shards(axis, size) == 1:
+    if sharding.count_shards(axis, size) == 1:
       return ()
     return sharding.mesh_axes(axis)
 
@@ -762,10 +762,11 @@ def splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, mask: Mask,
                           softcap=softcap, sink_H=sink_H, interpret=interpret)
   # A mask that differs from query to query is cut up with them.
   cut = at.length if mask.causal or mask.window else ()
-  queries = L if cut else L // sharding.size(at.length)
+  queries = L if cut else L // sharding.count_devices_along(at.length)
   kernel = _splash_kernel(
-      mask, heads=H // sharding.size(at.heads), L=queries, M=M,
-      shards=sharding.size(cut), softcap=softcap, interpret=interpret)
+      mask, heads=H // sharding.count_devices_along(at.heads), L=queries, M=M,
+      shards=sharding.count_devices_along(cut), softcap=softcap,
+      interpret=interpret)
   q_ids_BL, k_ids_BM = mask.q_ids_BL, mask.k_ids_BM
   if q_ids_BL is not None:
     q_ids_BL = jnp.broadcast_to(q_ids_BL, (B, L))
@@ -778,7 +779,7 @@ def splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, mask: Mask,
     ids = None
     if q_ids_BL is not None:
       ids = pallas.SegmentIds(q_ids_BL, k_ids_BM)
-    q_BHLK = _heads_first(layers.times(q_BLHK, scale))
+    q_BHLK = _heads_first(layers.multiply_exactly(q_BLHK, scale))
     o_BHLK = _by_splash(kernel, ids, q_BHLK, _heads_first(k_BMJK),
                         _heads_first(v_BMJK), sink_H)
     return _heads_first(o_BHLK)
@@ -861,7 +862,7 @@ def _splash_kernel(mask: Mask, heads: int, L: int, M: int, shards: int,
           block_kv_dkv=k, block_kv_dkv_compute=k, block_q_dq=q, block_kv_dq=k),
       attn_logits_soft_cap=softcap or None, interpret=interpret,
       # Where remat keeps products, it keeps what the gradient needs of these.
-      residual_checkpoint_name=layers.PRODUCT)
+      residual_checkpoint_name=layers.NAME_OF_PRODUCT)
 
 
 def cudnn(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,

@@ -86,7 +86,7 @@ class LatentAttention(Attention):
 
   @property
   def scale(self) -> float:
-    return self.config.part(LatentConfig).scale * positions.of(
+    return self.config.part(LatentConfig).scale * positions.position_of(
         self.config).score_factor(self.config)
 
   def _asks(self, x_BLD: jax.Array, ctx: Context) -> tuple[jax.Array, str]:
@@ -141,7 +141,7 @@ class LatentAttention(Attention):
     return sharding.constrain(y_BLU, 'batch', 'length', None)
 
   def _turn(self, x_BLHK: jax.Array, ctx: Context) -> jax.Array:
-    rotate = positions.of(self.config).rotate
+    rotate = positions.position_of(self.config).rotate
     if not rotate:
       return x_BLHK
     return rotate(x_BLHK, ctx.positions_BL, turned(self.config), ctx.length)
@@ -204,9 +204,9 @@ def turned(c: ModelConfig) -> ModelConfig:
 class Latent(mixer.Mixer):
   """The entry of latent attention in the table of mixers."""
   module = LatentAttention
-  fields = 'norm_eps', *mixer.ATTENTION
+  fields = 'norm_eps', *mixer.FIELDS_OF_ATTENTION
   sources = 'head_dim', 'mup_base_head_dim'
-  positional = scores = True
+  positional = has_scores = True
 
   def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Cache:
     sizes = c.part(LatentConfig)
@@ -214,7 +214,7 @@ class Latent(mixer.Mixer):
     return Cache(key_BMJK=key_BM1K, index_BMJK=indexer.empty(c, shape),
                  inputs=indexer.inputs(c, shape))
 
-  def divided(self, c: ModelConfig) -> mixer.Divided:
+  def fields_to_divide(self, c: ModelConfig) -> mixer.AxesAndFields:
     return (('tensor', 'num_heads'), ('fsdp', 'latent.kv_rank'),
             ('fsdp', 'latent.q_rank'))
 
@@ -230,7 +230,7 @@ class Latent(mixer.Mixer):
             f'{sizes.key_dim} features and whose values {sizes.v_dim}: '
             f'model.attention_kernel {c.attention_kernel} takes heads of one '
             'size, so choose auto or xla')
-    if positions.of(c).rotate:
+    if positions.position_of(c).rotate:
       rope = c.part(RopeConfig)
       require(rope.fraction == 1, f'model.rope.fraction is {rope.fraction}, '
               f'and {who}, of whose heads model.latent.rope_dim features are '

@@ -31,7 +31,7 @@ from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.attention.indexer import IndexerConfig
 from architectures.parts.cache import Cache
 from architectures.parts.config import LayerKind, ModelConfig
-from architectures.parts.context import Context, First, Keys
+from architectures.parts.context import Context, FirstLayerValues, KeysAndValues
 from architectures.parts.report import Report
 from common.errors import RequestError
 
@@ -51,7 +51,7 @@ class Attention(nn.Module):
   @property
   def scale(self) -> float:
     """The factor of the products of queries and keys."""
-    return self.config.score_scale * positions.of(
+    return self.config.score_scale * positions.position_of(
         self.config).score_factor(self.config)
 
   def project(self, name: str, x_BLD: jax.Array, ctx: Context) -> jax.Array:
@@ -73,7 +73,7 @@ class Attention(nn.Module):
              ) -> kernels.Seen:
     """Returns what the queries see, with the bias that the layer makes itself,
     where its position encoding has one."""
-    bias = positions.of(self.config).layer_bias
+    bias = positions.position_of(self.config).layer_bias
     if not bias:
       return seen
     bias_BHLM = bias(self, x_BLD, q_BLHK, k_BMJK, at_BM, ctx)
@@ -154,11 +154,11 @@ class Attention(nn.Module):
 
   def useful(self, queries: jax.Array, keys: jax.Array, ctx: Context) -> Any:
     """Returns a scope whose products count as those of the pairs of a query and
-    a key that the mask shows: see layers.useful."""
+    a key that the mask shows: see layers.count_flops_as_useful_part."""
     part, whole, prompt = kernels.share(
         self.kind, self.config, queries.shape[1], keys.shape[1],
         prefix=ctx.prefix_B is not None)
-    return layers.useful(part, whole, prompt)
+    return layers.count_flops_as_useful_part(part, whole, prompt)
 
   # An indexer (indexer.py) chooses the keys that a query sees.
 
@@ -191,7 +191,7 @@ class Attention(nn.Module):
     # All keys that a query may see are scored.
     whole = dataclasses.replace(self.kind, attention='global')
     share = kernels.share(whole, c, L, M, prefix=ctx.prefix_B is not None)
-    with layers.useful(*share):
+    with layers.count_flops_as_useful_part(*share):
       scored = indexer.scored(c, index, None if slots else ctx.segment_ids_BL)
     gathers = (slots and indexer.gathers(top, (B, L, M))
                and ctx.distances.bias_BHLM is None and not ctx.keep_attention)
@@ -264,8 +264,8 @@ class SelfAttention(Attention):
           q_BLHK, k_BMJK, steps.values_of_pairs(c, v_BMJK), seen, ctx,
           fused=not slots, strict=cache is None, scored=scored)
     o_BLHK = steps.subtracted(self, o_BLHK)
-    lent = Keys(k_BMJK, v_BMJK) if ctx.shared.lends else None
-    report = report.replace(first=first, keys=lent)
+    lent = KeysAndValues(k_BMJK, v_BMJK) if ctx.shared.lends else None
+    report = report.replace(first_values=first, keys=lent)
     return self.output(x_BLD, o_BLHK, ctx), cache, report
 
   def queries(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
@@ -278,7 +278,8 @@ class SelfAttention(Attention):
 
   def keys_and_values(self, x_BLD: jax.Array, ctx: Context,
                       cache: Optional[Cache]
-                      ) -> tuple[Keys, Optional[First], Optional[Cache]]:
+                      ) -> tuple[KeysAndValues, Optional[FirstLayerValues],
+                                 Optional[Cache]]:
     """Returns the tokens' keys and values, the values of the first layer with
     model.value_residual, and the cache."""
     k_BLJK, cache = self.projected('key', x_BLD, ctx, cache)
@@ -288,11 +289,11 @@ class SelfAttention(Attention):
     for step in steps.VALUES:
       v_BLJK = step(self, 'value', v_BLJK, ctx)
     v_BLJK, first = steps.mixed_with_first(
-        self, x_BLD, v_BLJK, ctx.shared.first)
+        self, x_BLD, v_BLJK, ctx.shared.first_values)
     v_BLJK = steps.with_embedding(self, x_BLD, v_BLJK, ctx)
     for step in steps.KEYS:
       k_BLJK = step(self, 'key', k_BLJK, ctx)
-    return Keys(k_BLJK, v_BLJK), first, cache
+    return KeysAndValues(k_BLJK, v_BLJK), first, cache
 
   def projected(self, name: str, x_BLD: jax.Array, ctx: Context,
                 cache: Optional[Cache]
@@ -307,9 +308,10 @@ class SelfAttention(Attention):
     return sharding.constrain(x_BLHK, 'batch', 'length', axis, 'head'), cache
 
 
-def remembered(keys: Keys, index: Optional[indexer.Index], ctx: Context,
-               cache: Optional[Cache], slots: bool
-               ) -> tuple[Keys, Optional[indexer.Index], Optional[Cache]]:
+def remembered(keys: KeysAndValues, index: Optional[indexer.Index],
+               ctx: Context, cache: Optional[Cache], slots: bool
+               ) -> tuple[KeysAndValues, Optional[indexer.Index],
+                          Optional[Cache]]:
   """Returns the keys and values that queries meet, and an indexer's keys: those
   of the tokens or, where `slots` says so, of all tokens in the cache; and the
   cache, with the tokens in it."""
@@ -323,7 +325,7 @@ def remembered(keys: Keys, index: Optional[indexer.Index], ctx: Context,
   k_BMJK, v_BMJK, index_BMJK = cache.slots
   if index is not None:
     index = index.replace(key_BMJK=index_BMJK)
-  return Keys(k_BMJK, v_BMJK), index, cache
+  return KeysAndValues(k_BMJK, v_BMJK), index, cache
 
 
 class CrossAttention(Attention):
@@ -350,7 +352,7 @@ class CrossAttention(Attention):
     k_BMJK = sharding.constrain(k_BMJK, 'batch', None, 'kv_heads', 'head')
     v_BMJK = sharding.constrain(v_BMJK, 'batch', None, 'kv_heads', 'head')
     v_BMJK = steps.values_of_pairs(self.config, v_BMJK)
-    with layers.useful(1, 1):
+    with layers.count_flops_as_useful_part(1, 1):
       o_BLHK, report = self.weigh(
           q_BLHK, k_BMJK, v_BMJK, seen_of_memory(ctx), ctx,
           fused=cache is None, strict=cache is None)
@@ -398,8 +400,8 @@ def seen_of_memory(ctx: Context) -> kernels.Seen:
 class MultiHead(mixer.Mixer):
   """The entry of attention in the table of mixers."""
   module = SelfAttention
-  fields = 'num_kv_heads', 'attention_scale', *mixer.ATTENTION
-  positional = turns_heads = scores = True
+  fields = 'num_kv_heads', 'attention_scale', *mixer.FIELDS_OF_ATTENTION
+  positional = turns_heads = has_scores = True
 
   def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Cache:
     key_BMJK = value_BMJK = None
@@ -427,7 +429,7 @@ class MultiHead(mixer.Mixer):
         there.add('value')
     return there
 
-  def divided(self, c: ModelConfig) -> mixer.Divided:
+  def fields_to_divide(self, c: ModelConfig) -> mixer.AxesAndFields:
     return ('tensor', 'num_heads'), ('tensor', 'num_kv_heads')
 
   def check(self, c: ModelConfig, stack: str) -> None:
@@ -490,7 +492,7 @@ def _opened(module: Any, z: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def gate_products(gate: str) -> set[str]:
-  """Returns which of layers.PRODUCTS a layer has for its gate."""
+  """Returns which of layers.NAMES_OF_PRODUCTS a layer has for its gate."""
   return {GATE} if GATES[gate] else set()
 
 

@@ -22,7 +22,7 @@ from architectures.parts import sharding
 from architectures.parts.attention.fields import AttentionConfig
 from architectures.parts.cache import Cache
 from architectures.parts.config import ModelConfig
-from architectures.parts.context import Context, First
+from architectures.parts.context import Context, FirstLayerValues
 from architectures.parts.recurrent import features
 from architectures.parts.sharding import Role, declare
 
@@ -99,7 +99,7 @@ def turned(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
            ) -> jax.Array:
   """Turns x by its position, R_l x_l, where the encoding is rotary."""
   del name
-  rotate = positions.of(module.config).rotate
+  rotate = positions.position_of(module.config).rotate
   if not rotate:
     return x_BLHK
   return rotate(x_BLHK, ctx.positions_BL, module.config, ctx.length)
@@ -139,16 +139,18 @@ def plainly_normalised(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
 # weighed.
 
 
-def first_values(c: ModelConfig, x_BLD: jax.Array) -> First:
+def first_values(c: ModelConfig, x_BLD: jax.Array) -> FirstLayerValues:
   """Returns what the first layer is given, whose config is `c`."""
   shape = *x_BLD.shape[:2], c.num_kv_heads, c.head_dim
   zeros_BLJK = jnp.zeros(shape, c.compute_dtype)
-  return First(sharding.constrain(zeros_BLJK, *VALUE_AXES), jnp.array(False))
+  return FirstLayerValues(
+      value_BLJK=sharding.constrain(zeros_BLJK, *VALUE_AXES),
+      known=jnp.array(False))
 
 
 def mixed_with_first(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
-                     first: Optional[First]
-                     ) -> tuple[jax.Array, Optional[First]]:
+                     first: Optional[FirstLayerValues]
+                     ) -> tuple[jax.Array, Optional[FirstLayerValues]]:
   """Value residual (Zhou et al. 2024, arXiv 2410.17897; with one learned number
   a layer, as in modded-nanogpt). Returns the values, mixed with those of the
   first layer, and the latter for the next layer:
@@ -179,7 +181,8 @@ def mixed_with_first(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
   v32_BLJK = v_BLJK.astype(jnp.float32)
   first32_BLJK = first_BLJK.astype(jnp.float32)
   mixed_BLJK = v32_BLJK + share * (first32_BLJK - v32_BLJK)
-  return mixed_BLJK.astype(v_BLJK.dtype), First(first_BLJK, jnp.array(True))
+  first = FirstLayerValues(value_BLJK=first_BLJK, known=jnp.array(True))
+  return mixed_BLJK.astype(v_BLJK.dtype), first
 
 
 def with_embedding(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
@@ -203,7 +206,8 @@ def with_embedding(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
       (c.vocab_size, J, K),
       Role(('rows', 'kv_heads', 'head'), inputs=(0,), kind='embedding'))
   # Gathered whole over fsdp first, as the embedding of tokens.
-  whole_VJK = sharding.constrain_if(table_VJK, None, 'kv_heads', 'head')
+  whole_VJK = sharding.constrain_where_divisible(
+      table_VJK, None, 'kv_heads', 'head')
   e_BLJK = whole_VJK[ctx.tokens_BL].astype(v_BLJK.dtype)
   gate_DJ = declare(
       module, 'value_gate', nn.initializers.zeros, (x_BLD.shape[-1], J),

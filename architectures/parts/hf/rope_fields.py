@@ -134,7 +134,7 @@ def _read(reader: hf.Reader, section: hf.Reader, *, theta: tuple[str, float],
   # The fields that a scaling has alone.
   if scaling == 'yarn':
     rope |= _temperature(section, on_scores, temperature)
-    section.must(attention_factor=positions.yarn_factor(
+    section.must(attention_factor=positions.yarn_rotation_factor(
         factor=rope['factor'], mscale=rope['mscale'],
         mscale_all_dim=rope['mscale_all_dim']))
   if scaling == 'dynamic':

@@ -61,7 +61,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from architectures.parts import layers, sharding
-from architectures.parts.layers import Hidden, mix
+from architectures.parts.layers import HiddenUnits, hash_uint32
 from architectures.parts.moe import grouped, routing
 from architectures.parts.moe.routing import MoEConfig, Routing, ranks
 from common.errors import RequestError
@@ -107,13 +107,14 @@ class ExpertDropout:
     """Returns the factors of the hidden units, 0 or 1 / (1 - rate), in float32
     [P, num_units], for rows whose assignments have the ids `id_P`."""
     unit_F = (jnp.arange(num_units) + self.first_unit).astype(jnp.uint32)
-    row_hash_P = mix(id_P.astype(jnp.uint32) ^ self.seed)
-    bits_PF = mix(row_hash_P[:, None] + unit_F[None] * jnp.uint32(0x9e3779b9))
+    row_hash_P = hash_uint32(id_P.astype(jnp.uint32) ^ self.seed)
+    bits_PF = hash_uint32(
+        row_hash_P[:, None] + unit_F[None] * jnp.uint32(0x9e3779b9))
     keep_PF = bits_PF >= jnp.uint32(int(self.rate * 2 ** 32))
     return keep_PF / (1 - self.rate)
 
 
-def batched_ffn(rows_ECD: jax.Array, w: ExpertWeights, hidden: Hidden,
+def batched_ffn(rows_ECD: jax.Array, w: ExpertWeights, hidden: HiddenUnits,
                 mask_ECF: Optional[jax.Array] = None) -> jax.Array:
   """Returns FFN_e(row) of the C rows of every expert e, [E, C, D].
 
@@ -479,7 +480,7 @@ def mixture_mesh_axes() -> Optional[MixtureAxes]:
   """Returns the mesh axes that the installed sharding rules split a mixture
   over; None: each device has all of it."""
   tokens = sharding.mesh_axes('tokens')
-  experts, mlp, embed = sharding.lies_on('experts', 'mlp', 'embed')
+  experts, mlp, embed = sharding.mesh_axes_by_axis('experts', 'mlp', 'embed')
   axes = MixtureAxes(tokens=tokens, experts=experts, mlp=mlp, embed=embed)
   if not any(axes):
     return None
@@ -491,7 +492,7 @@ def num_expert_shards() -> int:
   axes = mixture_mesh_axes()
   if axes is None:
     return 1
-  return sharding.size(axes.experts)
+  return sharding.count_devices_along(axes.experts)
 
 
 def slots_of_expert(m: MoEConfig, factor: float, tokens: int, groups: int,
@@ -537,7 +538,7 @@ def choose_dispatch(m: MoEConfig, factor: float, tokens: int, groups: int,
 
 def compute_experts(
     m: MoEConfig, x_TD: jax.Array, routed: Routing, w: ExpertWeights,
-    hidden: Hidden, groups: int, dropout: Optional[ExpertDropout], *,
+    hidden: HiddenUnits, groups: int, dropout: Optional[ExpertDropout], *,
     train: bool, recompute: bool = False) -> tuple[jax.Array, jax.Array]:
   """Returns the tokens' results, y_t = sum over the assignments (t, e, g) of
   g * FFN_e(x_t), [T, D]; and bool [A]: the assignments that found room.
@@ -564,7 +565,7 @@ def compute_experts(
 
   # Each device computes its share of the tokens, which are filled up to whole
   # shards before.
-  shards = sharding.size(axes.tokens)
+  shards = sharding.count_devices_along(axes.tokens)
   _check_routing_groups(
       T, groups, shards=shards, experts_choose=routed.experts_choose)
   num_padding = -T % shards
@@ -629,7 +630,7 @@ def _pad_tokens(x_TD: jax.Array, routed: Routing, num_padding: int
 
 def _compute_on_device(
     axes: MixtureAxes, x_TD: jax.Array, routed: Routing, w: ExpertWeights,
-    dropout: Optional[ExpertDropout], *, m: MoEConfig, hidden: Hidden,
+    dropout: Optional[ExpertDropout], *, m: MoEConfig, hidden: HiddenUnits,
     factor: float, tokens: int, groups: int, recompute: bool
     ) -> tuple[jax.Array, jax.Array]:
   """Computes one device's share: its tokens, and the experts that it has.
@@ -651,9 +652,9 @@ def _compute_on_device(
     The tokens' results, [T, D], and bool [A]: the assignments that found room.
   """
   T, E = x_TD.shape[0], m.num_experts
-  shards = sharding.size(axes.tokens)
+  shards = sharding.count_devices_along(axes.tokens)
   shard_index = jax.lax.axis_index(axes.tokens) if axes.tokens else 0
-  devices = sharding.size(axes.experts)
+  devices = sharding.count_devices_along(axes.experts)
 
   # The assignments that have room; the rows of an expert (slots), and those
   # that this device may send to another one (most_rows_sent).
@@ -702,7 +703,7 @@ def _void_choices_over_capacity(
   """Returns the choices of this device's T tokens, void where they exceed what
   an expert takes of a group. Args as for `_compute_on_device`."""
   E, X = m.num_experts, routed.choices
-  shards = sharding.size(axes.tokens)
+  shards = sharding.count_devices_along(axes.tokens)
   token_A = jnp.arange(T * X, dtype=jnp.int32) // X
   routed = routed.replace(token_A=token_A)
   if not factor:
@@ -727,7 +728,7 @@ def _gather_weights(w: ExpertWeights, axes: MixtureAxes) -> ExpertWeights:
     """Returns an array whose axis of 'embed' is whole."""
     if x is None:
       return None
-    return sharding.join(x, axis, axes.embed)
+    return sharding.gather_shards(x, axis, axes.embed)
 
   if axes.embed:
     w = w.replace(
@@ -753,7 +754,7 @@ def _count_choices_of_group(axes: MixtureAxes, groups: int,
     count_1XE: how often this shard's tokens chose each expert.
   """
   # Q counts the shards.
-  shards = sharding.size(axes.tokens)
+  shards = sharding.count_devices_along(axes.tokens)
   count_QXE = jax.lax.all_gather(count_1XE[0], axes.tokens)
   index_Q, index = jnp.arange(shards), jax.lax.axis_index(axes.tokens)
   shards_of_group = shards // groups
@@ -785,7 +786,7 @@ class SpreadExperts:
   @property
   def devices(self) -> int:
     """The number of devices that the experts lie on, n."""
-    return sharding.size((self.axis,))
+    return sharding.count_devices_along((self.axis,))
 
   def dropout_ids(self, assignment_P: jax.Array) -> jax.Array:
     """Returns the ids that dropout knows assignments by, on any device."""
@@ -947,7 +948,7 @@ def exchange_over_mesh(x: jax.Array, send_n: Optional[jax.Array],
   # Where only full rows travel, TPU pads a number for each row to LANES of
   # them. The numbers of all rows are fewer.
   exchange_of_platform = {'cpu': exchange_all_rows}
-  if x.ndim == 2 and x.shape[0] <= sharding.LANES:
+  if x.ndim == 2 and x.shape[0] <= sharding.LANES_OF_TPU_REGISTER:
     exchange_of_platform['tpu'] = exchange_all_rows
   exchange_full_rows = functools.partial(_exchange_full_rows, axis)
   return jax.lax.platform_dependent(

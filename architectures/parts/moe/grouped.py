@@ -42,7 +42,7 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import layers, sharding
-from architectures.parts.layers import Hidden
+from architectures.parts.layers import HiddenUnits
 from architectures.parts.moe.routing import MoEConfig
 from common.errors import RequestError
 
@@ -77,7 +77,7 @@ class GroupedSettings(NamedTuple):
       computes the hidden units again, one slice of them after another. This is
       for layers that are computed again anyway: then the result need not be.
   """
-  activation: Hidden
+  activation: HiddenUnits
   even_rows: int
   kernel: str
   recompute: bool = False
@@ -168,8 +168,8 @@ def _compute_for_platform(kernel: str, by_blocks: Callable, at_once: Callable,
   return jax.lax.platform_dependent(*args, cpu=by_blocks, default=at_once)
 
 
-def _activation_with_dropout(activation: Hidden, mask_PF: Optional[jax.Array]
-                             ) -> Callable:
+def _activation_with_dropout(activation: HiddenUnits,
+                             mask_PF: Optional[jax.Array]) -> Callable:
   """Returns the function from the inputs of the activation, (up,) or
   (up, gate), to the hidden units [P, F]."""
   def compute_hidden_units(activation_inputs: tuple[jax.Array, ...]
@@ -230,7 +230,7 @@ def _bias_of_each_row(b_EO: jax.Array, count_E: jax.Array, num_rows: int
   return b_EO.at[expert_P].get(mode='fill', fill_value=0)
 
 
-def _forward_at_once(grouped_product: Callable, activation: Hidden,
+def _forward_at_once(grouped_product: Callable, activation: HiddenUnits,
                      recompute: bool, rows_PD: jax.Array, count_E: jax.Array,
                      w: Any, mask_PF: Optional[jax.Array]):
   """Returns FFN_e(row) of each row, [P, D], and the inputs of the activation.
@@ -270,7 +270,7 @@ def _forward_at_once(grouped_product: Callable, activation: Hidden,
 
 
 def _backward_at_once(
-    grouped_product: Callable, activation: Hidden, rows_PD: jax.Array,
+    grouped_product: Callable, activation: HiddenUnits, rows_PD: jax.Array,
     count_E: jax.Array, gate_P: jax.Array, w: Any,
     mask_PF: Optional[jax.Array],
     activation_inputs: Optional[tuple[jax.Array, ...]], dy_PD: jax.Array):
@@ -554,8 +554,8 @@ def _affine_in_float32(x: jax.Array, m: jax.Array, b: Optional[jax.Array]
   return y + b[None]
 
 
-def _forward_by_blocks(activation: Hidden, even_rows: int, rows_PD: jax.Array,
-                       count_E: jax.Array, w: Any,
+def _forward_by_blocks(activation: HiddenUnits, even_rows: int,
+                       rows_PD: jax.Array, count_E: jax.Array, w: Any,
                        mask_PF: Optional[jax.Array]):
   """Returns FFN_e(row) of each row, [P, D], and the inputs of the activation,
   (up,) or (up, gate), each [P, F], computed block by block."""
@@ -595,7 +595,7 @@ def _forward_by_blocks(activation: Hidden, even_rows: int, rows_PD: jax.Array,
 
 
 def _backward_by_blocks(
-    activation: Hidden, even_rows: int, rows_PD: jax.Array,
+    activation: HiddenUnits, even_rows: int, rows_PD: jax.Array,
     count_E: jax.Array, gate_P: jax.Array, w: Any,
     mask_PF: Optional[jax.Array],
     activation_inputs: Optional[tuple[jax.Array, ...]], dy_PD: jax.Array):
@@ -612,7 +612,7 @@ def _backward_by_blocks(
   def affine_gradients(x: jax.Array, dy: jax.Array, b: Optional[jax.Array]
                        ) -> tuple[jax.Array, Optional[jax.Array]]:
     """Returns the gradients of m and b in y = x m + b."""
-    dm = layers.of_weight(x, dy)
+    dm = layers.gradient_of_weight(x, dy)
     if b is None:
       return dm, None
     return dm, dy.astype(jnp.float32).sum(0)
@@ -687,7 +687,7 @@ def choose_grouped_kernel(m: MoEConfig) -> str:
   Raises:
     RequestError: where config.moe.grouped_kernel names one that cannot do it.
   """
-  device = sharding.platform()
+  device = sharding.traced_platform()
   check_grouped_kernel(m, device)
   if m.grouped_kernel != 'auto':
     return m.grouped_kernel

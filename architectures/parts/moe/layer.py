@@ -53,7 +53,7 @@ class MoE(nn.Module):
                ) -> tuple[jax.Array, Report]:
     c, m = self.config, self.config.part(MoEConfig)
     B, L, D = x_BLD.shape
-    valid_T = ctx.counted(B, L).reshape(-1)
+    valid_T = ctx.real_tokens(B, L).reshape(-1)
     # If the length is sharded over `tensor`, XLA makes one axis of batch and
     # length by collecting all rows on every device.
     x_BLD = sharding.constrain(x_BLD, 'batch', 'length', 'embed')
@@ -114,11 +114,12 @@ class MoE(nn.Module):
     """Returns what the experts make of their tokens, y_TD, and which
     assignments found room, bool [A]."""
     c, m = self.config, self.config.part(MoEConfig)
-    hidden = layers.Hidden(kind=m.ffn, clamp=c.find(ClampConfig))
+    hidden = layers.HiddenUnits(kind=m.ffn, clamp=c.find(ClampConfig))
     return dispatch.compute_experts(
         m, x_TD, routed=routing.networks(m, routed), w=self._weights(),
         hidden=hidden, groups=inputs.groups, dropout=self._dropout(ctx),
-        train=inputs.train, recompute=layers.remat(c).again)
+        train=inputs.train,
+        recompute=layers.remat_of_model(c).recomputes_products)
 
   def _product(self, name: str, x_BLD: jax.Array, ctx: Context) -> jax.Array:
     """Returns a product into the space of the experts, or out of it."""
@@ -164,7 +165,7 @@ class MoE(nn.Module):
 
     logits_TE = jnp.einsum('TD,DE->TE', x_TD, router_DE.astype(jnp.float32),
                            precision=jax.lax.Precision.HIGHEST)
-    logits_TE = checkpoint_name(logits_TE, layers.PRODUCT)
+    logits_TE = checkpoint_name(logits_TE, layers.NAME_OF_PRODUCT)
     logits_TE = logits_TE / self.config.widening  # muP's output multiplier
     if m.logit_bias:  # gpt-oss; muP's multiplier is not the bias's
       bias_E = layers.bias(

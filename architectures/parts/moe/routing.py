@@ -63,7 +63,7 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts.config import ModelConfig
-from architectures.parts.layers import mix
+from architectures.parts.layers import hash_uint32
 from architectures.parts.report import Report
 from common.errors import RequestError, require
 from common.fields import field, FUNCTION, RECIPE, REGULARISATION, Effect
@@ -548,7 +548,7 @@ def _fixed(m: MoEConfig, expert_TX: jax.Array, valid_T: jax.Array) -> Routing:
 
 def hashed(m: MoEConfig, tokens_T: jax.Array) -> jax.Array:
   """Returns the experts of these token ids, [T, X]."""
-  spread_T = mix(tokens_T.astype(jnp.uint32) + jnp.uint32(1))
+  spread_T = hash_uint32(tokens_T.astype(jnp.uint32) + jnp.uint32(1))
   first_T = (spread_T % m.num_experts).astype(jnp.int32)
   return _following(m, first_T)
 

@@ -82,7 +82,8 @@ class RMSNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     scale_K = declare(self, 'scale', nn.initializers.ones, x.shape[-1:],
                       Role(('head',)))
-    return layers.recomputed(rmsnorm)(x, scale_K, self.config.norm_eps)
+    return layers.recompute_in_backward(rmsnorm)(
+        x, scale_K, self.config.norm_eps)
 
 
 # A short convolution of each feature by itself:
@@ -144,7 +145,8 @@ def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
   if before_BWHK is None:
     before_BWHK = jnp.zeros((B, reach, *shape), x_BLHK.dtype)
   all_BMHK = jnp.concatenate([before_BWHK.astype(x_BLHK.dtype), x_BLHK], 1)
-  y_BLHK = layers.counted(_at(_activated if silu else _biased, apart), 2 * W)(
+  convolve_once = _at(_activated if silu else _biased, apart)
+  y_BLHK = layers.count_flops_by_result(convolve_once, 2 * W)(
       all_BMHK, w_WHK, bias_HK, segment_ids_BL)
   return y_BLHK.astype(x_BLHK.dtype), last(all_BMHK, reach, L, valid_BL)
 

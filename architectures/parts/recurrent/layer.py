@@ -104,7 +104,7 @@ class Layer(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
     c, d, n = self.config, self.sizes, self.sizes.householders
-    mixer.check_context(c.mixer, ctx)
+    mixer.check_context_of_recurrence(c.mixer, ctx)
     valid_BL = None if cache is None else ctx.valid_BL
     q_BLJK, query_BWJK = self._read(
         'query', x_BLD, (d.key_heads, d.key_dim), ctx, valid_BL,
@@ -289,11 +289,11 @@ class Recurrence(mixer.Mixer):
         key_BWJK=before(sizes.key_heads * n, sizes.key_dim),
         value_BWHU=before(sizes.value_heads * n, sizes.value_dim))
 
-  def divided(self, c: ModelConfig) -> mixer.Divided:
+  def fields_to_divide(self, c: ModelConfig) -> mixer.AxesAndFields:
     names = {field.name for field in dataclasses.fields(self.module.settings)}
     return [('tensor', f'{c.mixer}.{name}') for name in HEADS if name in names]
 
-  def at_once(self, c: ModelConfig, length: int) -> int:
+  def widest_step_of_token(self, c: ModelConfig, length: int) -> int:
     """Returns how many numbers of a token the pieces of a row hold at once: a
     piece's weights, its triangular system, and the inverse of that."""
     sizes = c.part(self.module.settings)

@@ -298,7 +298,7 @@ class RetNet(layer.Layer):
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
     del x_BLD
     c, d = self.config, self.sizes
-    rotate = positions.of(c).rotate
+    rotate = positions.position_of(c).rotate
     if rotate:
       q_BLJK, k_BLJK = (rotate(x, ctx.positions_BL, turned(c), ctx.length)
                         for x in (q_BLJK, k_BLJK))
@@ -321,13 +321,14 @@ class Retention(layer.Recurrence):
 
   def check(self, c: ModelConfig, stack: str) -> None:
     super().check(c, stack)
-    require(not positions.of(c).has_bias, "model.mixer is 'retnet', which has "
-            f'no scores for the bias of model.position {c.position!r}: choose '
-            'rope or none')
-    if positions.of(c).rotate:
+    require(not positions.position_of(c).has_bias,
+            "model.mixer is 'retnet', which has no scores for the bias of "
+            f'model.position {c.position!r}: choose rope or none')
+    if positions.position_of(c).rotate:
       rope = c.part(RopeConfig)
-      require(not positions.SCALINGS[rope.scaling].by_length, 'model.mixer is '
-              "'retnet', whose state holds keys that were turned when the row "
-              f'was shorter, and model.rope.scaling {rope.scaling!r} turns by '
-              'the length of the row: choose another')
+      require(not positions.SCALINGS[rope.scaling].depends_on_length,
+              "model.mixer is 'retnet', whose state holds keys that were "
+              'turned when the row was shorter, and model.rope.scaling '
+              f'{rope.scaling!r} turns by the length of the row: choose '
+              'another')
       positions.check_rope(turned(c), head='model.retnet.key_dim')

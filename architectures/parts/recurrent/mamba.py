@@ -75,7 +75,7 @@ class Mamba(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
-    mixer.check_context('mamba', ctx)
+    mixer.check_context_of_recurrence('mamba', ctx)
     c, m = self.config, self.config.part(MambaConfig)
     valid_BL = None if cache is None else ctx.valid_BL
 
@@ -104,7 +104,7 @@ class Mamba(nn.Module):
     kept_BL = jnp.ones(x_BLD.shape[:2])  # 0 where a document begins
     if ctx.segment_ids_BL is not None:
       kept_BL *= ~features.begins(ctx.segment_ids_BL)
-    scanned = layers.counted(_scanned, 4 * m.state)
+    scanned = layers.count_flops_by_result(_scanned, 4 * m.state)
     y_BLI, state_BIN = scanned(
         a_IN, dt_BLI, dt_BLI * x32_BLI, b_BLN.astype(jnp.float32),
         c_BLN.astype(jnp.float32), kept_BL, state_BIN)
@@ -241,10 +241,10 @@ class MambaMixer(mixer.Mixer):
         state_BIN=jnp.zeros((*rows, inner, m.state)),
         input_BWI=jnp.zeros((*rows, m.conv - 1, inner), c.compute_dtype))
 
-  def divided(self, c: ModelConfig) -> mixer.Divided:
+  def fields_to_divide(self, c: ModelConfig) -> mixer.AxesAndFields:
     return [('tensor', 'd_model')]
 
-  def at_once(self, c: ModelConfig, length: int) -> int:
+  def widest_step_of_token(self, c: ModelConfig, length: int) -> int:
     """Returns how many numbers of a token a piece of a row holds at once:
     decays and states, before and after the scan."""
     m = c.part(MambaConfig)

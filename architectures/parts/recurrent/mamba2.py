@@ -132,7 +132,7 @@ class Mamba2(layer.Layer):
     groups = m.groups if m.norm_over == 'group' else 1
     norm = functools.partial(
         gated_norm, groups=groups, eps=self.config.norm_eps)
-    return layers.recomputed(norm)(o_BLHU, gate_BLHU, scale_HU)
+    return layers.recompute_in_backward(norm)(o_BLHU, gate_BLHU, scale_HU)
 
   def step(self, x_BLD: jax.Array) -> jax.Array:
     """Returns dt, float32 [B, L, H]."""

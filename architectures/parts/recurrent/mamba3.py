@@ -80,7 +80,7 @@ class Mamba3(mamba2.Mamba2):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
     m, L = self.sizes, x_BLD.shape[1]
-    mixer.check_context(self.config.mixer, ctx)
+    mixer.check_context_of_recurrence(self.config.mixer, ctx)
     valid_BL = None if cache is None else ctx.valid_BL
     before = cache or empty(self.config, x_BLD.shape[:2])
 
@@ -152,7 +152,7 @@ class Mamba3(mamba2.Mamba2):
     if valid_BL is not None:
       turn_BLHA = jnp.where(valid_BL[..., None, None] != 0, turn_BLHA, 0)
     turns = jnp.concatenate([before_B1HA, turn_BLHA], 1)
-    return layers.counted(_sums_of_turns, 0)(turns)[:, 1:]
+    return layers.count_flops_by_result(_sums_of_turns, 0)(turns)[:, 1:]
 
   def _turned(self, name: str, x_BLD: jax.Array, angle_BLHA: jax.Array,
               ctx: Context) -> jax.Array:

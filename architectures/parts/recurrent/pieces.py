@@ -127,7 +127,8 @@ in_groups.defvjp(lambda f, most, x: (in_groups(f, most, x), x), _in_groups_bwd)
 def decays(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns the decay after place j up to i, [..., i, j], 0 where j is later;
   and that of the piece up to i, [..., i]."""
-  sums, upto = layers.counted(_sums, 0)(jnp.maximum(log_decay, FORGETS))
+  sums, upto = layers.count_flops_by_result(_sums, 0)(
+      jnp.maximum(log_decay, FORGETS))
   return jnp.where(_lower(log_decay), jnp.exp(sums), 0), jnp.exp(upto)
 
 
@@ -175,7 +176,7 @@ def paired(rows: Sequence[jax.Array], k_BHPK: jax.Array,
     keys = blocks(k_BHPK)[0] * jnp.exp(after)
     over = []
     for x, one_of in zip(rows, (steps, 1)):
-      with layers.useful(1, one_of):
+      with layers.count_flops_as_useful_part(1, one_of):
         over.append(jnp.einsum('BHUNK,BHUMK->BHUNM',
                                blocks(x)[1] * jnp.exp(later_upto), keys))
     met = [_joined(*_halves(x), y) for x, y in zip(met, over)]

@@ -131,7 +131,7 @@ def _step(i: int, x: Inputs, state_BHKU: jax.Array
   each = lambda x: jnp.repeat(x, v.shape[1] // x.shape[1], 1)
   q_BHK, k_BHK = each(q), each(k)
   state_BHKU = jnp.exp(log_decay)[..., None] * state_BHKU
-  with layers.useful(1, 1):
+  with layers.count_flops_as_useful_part(1, 1):
     if rate is not None:
       old_BHU = jnp.einsum('BHK,BHKU->BHU', k_BHK, state_BHKU)
       v = rate[..., None] * (v - old_BHU)
@@ -181,12 +181,12 @@ def _forward(places: int, steps: int, x: Inputs, state_BHKU: jax.Array):
       write_BHPU -= read_BHPK @ state_BHKU
     return (decay_BHK1 * state_BHKU + _t(k_BHPK) @ write_BHPU,
             (write_BHPU, state_BHKU))
-  with layers.useful(1, 1):
+  with layers.count_flops_as_useful_part(1, 1):
     last_BHKU, (write, states) = jax.lax.scan(
         step, state_BHKU, (p.k_BHPK, p.decay_BHK1, p.write_BHPU, p.read_BHPK))
-  with layers.useful(1, steps):
+  with layers.count_flops_as_useful_part(1, steps):
     o_BHPU = p.q_BHPK @ states
-  with layers.useful(places + steps, 2 * places * steps):
+  with layers.count_flops_as_useful_part(places + steps, 2 * places * steps):
     o_BHPU += p.pairs.weights_BHPQ @ write
   return (_joined(o_BHPU, x.v_BLHU.shape[1]), last_BHKU), (x, states)
 
@@ -320,7 +320,7 @@ def _pieces(x: Inputs, pairs: _Pairs) -> _Pieces:
     inverse = _inverse(rate[..., None] * pairs.key_weights_BHPQ)
     solve = inverse * rate[..., None, :]
   finds = k if erase is None else _each(v.shape[2], erase)
-  with layers.useful(P + 1, 2 * P):
+  with layers.count_flops_as_useful_part(P + 1, 2 * P):
     return _Pieces(*whole, solve @ v, solve @ (pairs.first_BHPK * finds),
                    inverse)
 
@@ -341,9 +341,9 @@ def _meet_by_head(steps: int, x: Inputs) -> _Pairs:
   q, k, v, log_decay = x[:4]
   P = k.shape[-2]
   pair, first = pieces.decays(log_decay[..., 0])
-  with layers.useful(P + steps, 2 * P * steps):
+  with layers.count_flops_as_useful_part(P + steps, 2 * P * steps):
     weights = pair * _each(v.shape[2], q @ _t(k))
-  with layers.useful(P - 1, 2 * P):
+  with layers.count_flops_as_useful_part(P - 1, 2 * P):
     key_weights = pair * _each(v.shape[2], _finds(x) @ _t(k))
   return _Pairs(weights, key_weights, first[..., None], pair[..., -1, :, None])
 
@@ -357,10 +357,10 @@ def _meet_by_feature(steps: int, x: Inputs) -> _Pairs:
   rows = [q_BHPK]
   if x.corrects:
     rows.append(k_BHPK if x.erase_BLJK is None else each(x.erase_BLJK))
-  with layers.useful(1, 1):
+  with layers.count_flops_as_useful_part(1, 1):
     met, upto_BHPK, after_BHPK = pieces.paired(
         rows, k_BHPK, log_decay_BHPK, steps)
-  with layers.useful(1, steps):
+  with layers.count_flops_as_useful_part(1, steps):
     diagonal_BHP = each(jnp.einsum('BJPK,BJPK->BJP', q_BJPK, k_BJPK))
   weights_BHPQ = met[0] + diagonal_BHP[..., None] * jnp.eye(
       q_BHPK.shape[2])[None, None]
@@ -373,8 +373,10 @@ def _inverse(a_BHPQ: jax.Array) -> jax.Array:
   substitution, in which an entry d places below the diagonal is a sum of d - 1
   products and of A's entry."""
   P = a_BHPQ.shape[-1]
-  with layers.useful(1, 1):
-    return layers.counted(pieces.inverse, (P - 1) * (P - 2), 3 * P)(a_BHPQ)
+  with layers.count_flops_as_useful_part(1, 1):
+    inverse = layers.count_flops_by_result(
+        pieces.inverse, (P - 1) * (P - 2), 3 * P)
+    return inverse(a_BHPQ)
 
 
 # Recurrences that add to the state, whatever it is: there is no delta rule, and
@@ -398,7 +400,7 @@ def _additive(places: int, x: Inputs, state_BHKU: jax.Array):
 def _additive_forward(places: int, x: Inputs, state_BHKU: jax.Array):
   q, k, v, log_decay = _cut_heads(places, x)
   pair, first, after = _decays(log_decay)
-  with layers.useful(places + 1, 2 * places):
+  with layers.count_flops_as_useful_part(places + 1, 2 * places):
     met = _met(q, k)
     o = jnp.einsum('nbjrpm,nbmjru->nbpjru', pair * met[:, :, :, None], v)
 
@@ -406,7 +408,7 @@ def _additive_forward(places: int, x: Inputs, state_BHKU: jax.Array):
     k, v, decay = here
     added_BJKRU = jnp.einsum('bpjk,bpjru->bjkru', k, v)
     return _by(decay, state_BJKRU) + added_BJKRU, state_BJKRU
-  with layers.useful(1, 1):
+  with layers.count_flops_as_useful_part(1, 1):
     last, states = jax.lax.scan(
         step, _side_by_side(x.k_BLJK.shape[2], state_BHKU),
         (k, after[..., None] * v, first[:, :, -1]))

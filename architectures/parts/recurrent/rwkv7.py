@@ -96,7 +96,7 @@ class RWKV7(layer.Layer):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
     d = self.sizes
-    mixer.check_context(self.config.mixer, ctx)
+    mixer.check_context_of_recurrence(self.config.mixer, ctx)
     valid_BL = None if cache is None else ctx.valid_BL
     x, input_B1D = self._shifted(x_BLD, ctx, cache, valid_BL)
     keys, values = (d.heads, d.key_dim), (d.heads, d.value_dim)
@@ -131,7 +131,7 @@ class RWKV7(layer.Layer):
       cache = State(state_BHKU, input_B1D)
     norm = functools.partial(group_norm,
                              eps=d.value_dim * self.config.norm_eps)
-    o_BLHU = layers.recomputed(norm)(
+    o_BLHU = layers.recompute_in_backward(norm)(
         o_BLHU, self._vector('out_norm_scale', nn.initializers.ones, values),
         self._vector('out_norm_bias', nn.initializers.zeros, values))
     bonus_HK = self._vector(

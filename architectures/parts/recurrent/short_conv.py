@@ -52,7 +52,7 @@ class ShortConv(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
-    mixer.check_context('short_conv', ctx)
+    mixer.check_context_of_recurrence('short_conv', ctx)
     D, kernel = self.config.d_model, self.config.part(ShortConvConfig).kernel
     how: dict[str, Any] = dict(with_bias=self.config.part(ShortConvConfig).bias,
                                deterministic=ctx.deterministic)
@@ -83,8 +83,8 @@ class ShortConvMixer(mixer.Mixer):
     last = *shape[:-1], c.part(ShortConvConfig).kernel - 1, c.d_model
     return State(input_BWI=jnp.zeros(last, c.compute_dtype))
 
-  def divided(self, c: ModelConfig) -> mixer.Divided:
+  def fields_to_divide(self, c: ModelConfig) -> mixer.AxesAndFields:
     return [('tensor', 'd_model')]
 
-  def at_once(self, c: ModelConfig, length: int) -> int:
+  def widest_step_of_token(self, c: ModelConfig, length: int) -> int:
     return 3 * c.d_model  # B, C and x

@@ -78,9 +78,11 @@ def test_the_last_features_are_turned_or_as_many_pairs_of_all():
   for proportional in (False, True):
     c = architectures.resolve(models.config('llama', mixer='hca', rope=dict(
         fraction=0.5, proportional=proportional)))
-    got, whole = compressed.turn(x, at, c, 3), positions.rotate(x, at, c, 3)
+    got, whole = compressed.turn(x, at, c, 3), positions.rotate_heads(
+        x, at, c, 3)
     if not proportional:
-      whole = jnp.roll(positions.rotate(jnp.roll(x, 4, -1), at, c, 3), 4, -1)
+      rolled = positions.rotate_heads(jnp.roll(x, 4, -1), at, c, 3)
+      whole = jnp.roll(rolled, 4, -1)
     np.testing.assert_array_equal(got, whole)
 
 

@@ -87,7 +87,7 @@ def test_the_divergence_is_a_mean_over_the_tokens_that_count(counted):
     q = np.exp(scores[b, i, :i + 1])
     q /= q.sum()
     nats.append(sum(x * np.log(x / y) for x, y in zip(p, q) if x))
-  ctx = types.SimpleNamespace(counted=lambda *shape: ids.astype(np.float32))
+  ctx = types.SimpleNamespace(real_tokens=lambda *shape: ids.astype(np.float32))
   np.testing.assert_allclose(indexer.divergence(
       *(jnp.asarray(x, jnp.float32) for x in (target, scores)), seen, ctx),
       np.mean(nats) if nats else 0, rtol=1e-5)

@@ -131,7 +131,7 @@ def lowered(system, mesh, **changes):
   put = lambda x, spec: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
   plain = nn.meta.unbox(boxed)
-  with jax.set_mesh(mesh), sharding.rules(
+  with jax.set_mesh(mesh), sharding.install_rules(
       tables.RULES['default']):
     specs = nn.logical_to_mesh(nn.get_partition_spec(boxed))
     tokens = put(jax.ShapeDtypeStruct((8, 256), jnp.int32),
@@ -178,7 +178,7 @@ def test_auto_is_splash_in_a_tpu_program(name):
 def _gpu(monkeypatch):
   """A GPU with cuDNN, as far as tracing and lowering look."""
   from jax._src.cudnn import fused_attention_stablehlo
-  monkeypatch.setattr(sharding, 'platform', lambda: 'gpu')
+  monkeypatch.setattr(sharding, 'traced_platform', lambda: 'gpu')
   monkeypatch.setattr(kernels, '_cudnn_is_here', lambda: True)
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version',
                       lambda: 91000)
@@ -228,7 +228,7 @@ def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
   for lengths in ((8, 7), (7, 8)):
     with pytest.raises(ValueError, match='which takes even lengths'):
       kernels.choose(c, kernels.Mask(causal=True), *lengths)
-  monkeypatch.setattr(sharding, 'platform', lambda: 'tpu')
+  monkeypatch.setattr(sharding, 'traced_platform', lambda: 'tpu')
   c = architectures.build(models.config(attention_kernel='splash')).config
   for mask in (dict(in_order=False), dict(prefix=True), dict(dropout=True),
                dict(bias=True)):
@@ -236,7 +236,7 @@ def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
       kernels.choose(c, kernels.Mask(causal=True, **mask), 128, 128)
   # A row that a mesh cuts is not padded, as its shards have to be whole blocks.
   with jax.set_mesh(_mesh(jax.devices(), context=8)), (
-      sharding.rules(
+      sharding.install_rules(
       tables.RULES['default'])), pytest.raises(ValueError, match='of 1024'):
     kernels.choose(c, kernels.Mask(causal=True), 256, 256)
 
@@ -254,6 +254,6 @@ def test_splash_with_split_queries_equals_one_device(causal, window):
         *x, mask, scale=0.2, interpret=True)).sum(), (0, 1, 2))(q, k, v)
   want = jax.jit(grads)(q, k, v)
   with jax.set_mesh(make_mesh(dict(data=2, context=4))), (
-      sharding.rules(
+      sharding.install_rules(
       tables.RULES['default'])):
     models.close(want, jax.jit(grads)(q, k, v))

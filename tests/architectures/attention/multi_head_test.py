@@ -315,8 +315,9 @@ def test_a_loop_over_tokens_writes_as_on_one_cpu_as_elsewhere(
     return (out.logits.argmax(-1), out.cache), out.logits
   made = {}
   for turned in (True, False):
-    monkeypatch.setattr(sharding, 'one_cpu', lambda turned=turned: turned)
-    ours, slots = jax.jit(skeletons.one_by_one)(params, cache)
+    monkeypatch.setattr(
+        sharding, 'is_single_cpu', lambda turned=turned: turned)
+    ours, slots = jax.jit(skeletons.unstack_layers)(params, cache)
     shape = ','.join(map(str, slots[0][0].mixer.key_BMJK.shape))
     run = jax.jit(lambda params, slots: jax.lax.scan(
         functools.partial(step, params), (jnp.ones((rows, 1), int), slots),

@@ -73,7 +73,7 @@ def compile_on(shape, c):
   """Returns (compiled value and gradients, its arguments on the mesh)."""
   loss, params, x_BLD, logical = setup(c)
   mesh = mesh_of(shape)
-  with jax.set_mesh(mesh), sharding.rules(
+  with jax.set_mesh(mesh), sharding.install_rules(
       tables.RULES['default']):
     specs = nn.logical_to_mesh(logical)
     put = lambda x, spec: jax.device_put(
@@ -205,7 +205,7 @@ def test_accelerators_send_only_full_rows(remat, times):
   if remat != 'none':
     apply = jax.checkpoint(apply, policy=layers.remat_policy(
         models.make('mixtral', remat=remat)[0].config))
-  with jax.set_mesh(mesh_of(tables.PRESETS['ep'])), sharding.rules(
+  with jax.set_mesh(mesh_of(tables.PRESETS['ep'])), sharding.install_rules(
       tables.RULES['default']):
     traced = jax.jit(jax.grad(apply, (0, 1))).trace(params, x_BLD)
     lower = lambda name: traced.lower(lowering_platforms=(name,)).as_text()

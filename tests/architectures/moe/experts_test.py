@@ -27,7 +27,7 @@ from training.runs import make_train_step
 
 
 B, L, D, F, E = 2, 16, 8, 12, 4
-SWIGLU = layers.Hidden('swiglu')
+SWIGLU = layers.HiddenUnits('swiglu')
 
 
 def config(*, dtype='float32', bias=True, **moe):

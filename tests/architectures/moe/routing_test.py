@@ -247,7 +247,8 @@ def model(balance='switch', **changes):
 def losses_of(*args, **kwargs):
   """(aux, the gradient of each loss by the routers) of a model."""
   module, params = model(*args, **kwargs)
-  flat, path = paths.flatten(params), 'decoder/layers/block_1/ffn/router'
+  flat = paths.flatten_by_path(params)
+  path = 'decoder/layers/block_1/ffn/router'
   def losses(router):
     aux = module.apply({'params': traverse_util.unflatten_dict(
         flat | {path: router}, sep='/')}, models.tokens()).aux

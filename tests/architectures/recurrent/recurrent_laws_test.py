@@ -211,10 +211,10 @@ def test_flops_are_those_of_the_products(mixer):
   c = architectures.resolve(models.config('llama',
                                           **recurrences.fields(mixer)))
   module = architectures.build(c)
-  params = paths.flatten(nn.meta.unbox(abstract_params(module)))
-  roles = paths.flatten(parameter_roles(module))
+  params = paths.flatten_by_path(nn.meta.unbox(abstract_params(module)))
+  roles = paths.flatten_by_path(parameter_roles(module))
   weights = sum(params[path].size for path, role in roles.items() if (
-      role.matrix and role.kind != 'embedding' or path.endswith('_conv')))
+      role.is_matrix and role.kind != 'embedding' or path.endswith('_conv')))
   d = recurrences.part_of(c, c.mixer)
   n = getattr(d, 'householders', 1)
   N, L, H, K, U = c.num_layers, 16 // n, 4, 6, 5

@@ -33,7 +33,7 @@ def weights_at_work(c) -> float:
   """Returns how many weights a token is multiplied with: of experts, those of
   its choice, and the profiles of a bias with each head."""
   module = architectures.build(c)
-  roles = paths.flatten(runs.parameter_roles(module))
+  roles = paths.flatten_by_path(runs.parameter_roles(module))
   chosen = 1.0
   if c.ffn == 'moe':
     moe = c.part(MoEConfig)
@@ -41,8 +41,9 @@ def weights_at_work(c) -> float:
   return c.tie_embeddings * c.d_model * c.vocab_size + sum(
       x.size * (chosen if roles[path].axes[0] == 'experts' else 1)
       * (c.num_heads if path.endswith('profiles') else 1)
-      for path, x in paths.flatten(runs.parameter_shapes(module)).items()
-      if roles[path].matrix and roles[path].kind != 'embedding'
+      for path, x in paths.flatten_by_path(
+          runs.parameter_shapes(module)).items()
+      if roles[path].is_matrix and roles[path].kind != 'embedding'
       or path.endswith('_conv'))
 
 
@@ -114,7 +115,8 @@ def test_a_recurrence_without_matrices_counts_element_by_element():
   # `after` has 3 FLOPs and is applied less than twice a place; further sums put
   # its results where they belong.
   assert LENGTH * 2 * 5 < work(associative) < 3 * 3 * LENGTH * 2 * 5
-  assert work(layers.counted(associative, 7)) == 7 * LENGTH * 2 * 5
+  counted = layers.count_flops_by_result(associative, 7)
+  assert work(counted) == 7 * LENGTH * 2 * 5
 
 
 def test_what_lies_between_the_products_of_a_scan_does_not_count():

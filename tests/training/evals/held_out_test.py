@@ -218,7 +218,8 @@ def test_extrapolation_counts_the_tokens_that_there_are(folder, capsys):
 def test_which_variants_a_length_is_tried_with():
   def variants(multiple, interpolate=False, **changes):
     model = architectures.resolve(models.config(max_len=32, **changes))
-    return positions.of(model).longer(model, 32, multiple, interpolate)
+    return positions.position_of(model).variants_for_longer_rows(
+        model, 32, multiple, interpolate)
 
   assert list(variants(4, position='alibi')) == ['alibi']
   assert list(variants(1)) == ['learned']

@@ -64,7 +64,7 @@ def test_a_run_starts_from_a_model_without_adapters(
   for _, params in (start(folder, imported, LORA), started):
     jax.tree.map(np.testing.assert_array_equal, weights.without(params),
                  made[1])
-    flat = paths.flatten(params)
+    flat = paths.flatten_by_path(params)
     names = [path for path in flat if weights.is_adapter(path)]
     assert len(names) == 2 * 7
     assert all(flat[path].any() == path.endswith('a') for path in names)
@@ -78,7 +78,8 @@ def test_merged_it_is_a_model_like_any_other(imported, started, tmp_path):
   nothing."""
   run, params = started
   params = jax.tree_util.tree_map_with_path(
-      lambda path, x, new: new if weights.is_adapter(paths.join(path)) else x,
+      lambda path, x, new: (
+          new if weights.is_adapter(paths.path_to_string(path)) else x),
       params, models.drawn(params))
   config = run.config.copy_and_resolve_references()
   with config.unlocked():
@@ -114,10 +115,10 @@ def test_pefts_format_there_and_back(system, targets, tmp_path):
   size = peft.write(module.config, params, tmp_path, 'base')
   model, tree = peft.read(weights.without_adapters(module.config), tmp_path)
   assert weights.same_adapters(model, module.config)
-  flat = {path: x for path, x in paths.flatten(params).items()
+  flat = {path: x for path, x in paths.flatten_by_path(params).items()
           if weights.is_adapter(path)}
   assert size == sum(x.size for x in flat.values())
-  tree = paths.flatten(tree)
+  tree = paths.flatten_by_path(tree)
   assert tree.keys() == flat.keys()
   for path, x in flat.items():
     np.testing.assert_array_equal(x, tree[path])
@@ -127,7 +128,7 @@ def test_pefts_names_and_the_order_of_its_axes(tmp_path):
   module, params = models.make('llama', lora=LORA, num_kv_heads=2)
   peft.write(module.config, params, tmp_path, 'base')
   tensors = load_file(tmp_path / peft.WEIGHTS)
-  flat = paths.flatten(params)
+  flat = paths.flatten_by_path(params)
   name = 'base_model.model.model.layers.1.self_attn.{}_proj.lora_{}.weight'
   layer = 'decoder/layers/block_0/attention/'
   np.testing.assert_array_equal(

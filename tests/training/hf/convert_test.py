@@ -66,7 +66,7 @@ def test_a_mixture_starts_as_its_dense_model(system):
   assert run.model.ffn == 'moe' and upcycling.is_the_same_function(run.model)
   assert jax.tree.structure(mixture) == jax.tree.structure(run.abstract.params)
   _check_same_logits(module, params, run, mixture)
-  flat = paths.flatten(mixture)
+  flat = paths.flatten_by_path(mixture)
   routers = [x for path, x in flat.items() if path.endswith('ffn/router')]
   assert system == 'gpt_neox' or routers
   for x in routers:
@@ -322,7 +322,7 @@ def test_a_folder_may_lack_heads(kind, tmp_path, capsys):
   assert config.model.next_sentence == next_sentence
   named = {name for line in lines
            for name in line.rpartition(': ')[2].split(', ')}
-  assert named == new and new <= paths.flatten(params).keys()
+  assert named == new and new <= paths.flatten_by_path(params).keys()
   convert.export(run, tmp_path / 'out', step=None)
   before, after = (load_file(folder / hf_files.SAFE)
                    for folder in (given, tmp_path / 'out'))
@@ -339,7 +339,7 @@ def test_files_tell_of_a_pooler_whatever_config_json_says(tmp_path):
       hf_config.load_config_json(folder)).next_sentence
   module, params = weights.from_hf(folder)
   assert module.config.next_sentence
-  assert NSP | POOLER <= paths.flatten(params).keys()
+  assert NSP | POOLER <= paths.flatten_by_path(params).keys()
 
 
 def test_a_head_that_is_there_in_part_is_damage(tmp_path):

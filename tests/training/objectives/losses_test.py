@@ -187,7 +187,7 @@ def on_mesh(name, fn, args):
   the program's text)."""
   mesh = devices.make_mesh(tables.PRESETS[name])
   hidden, head, targets, weights = args
-  with jax.set_mesh(mesh), sharding.rules(
+  with jax.set_mesh(mesh), sharding.install_rules(
       tables.RULES['default']):
     def put(x, *axes):
       spec = nn.logical_to_mesh_axes(axes)

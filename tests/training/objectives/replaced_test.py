@@ -106,7 +106,8 @@ def test_the_encoder_judges_what_the_generator_drew(sharing):
   assert means['loss'] == pytest.approx(
       means['generator_loss'] + 50 * nats[real].mean(), 1e-4)
   generator, encoder = (
-      {path for path, x in paths.flatten(g).items() if np.abs(x).max() > 0}
+      {path for path, x in paths.flatten_by_path(g).items()
+       if np.abs(x).max() > 0}
       for g in grads)
   assert not any(path.startswith('generator') for path in encoder)
   assert 'encoder/layers/block_0/ffn/up' in encoder - generator

@@ -253,16 +253,16 @@ def test_muon_is_that_of_optax_on_any_mesh(sizes, capfd):
     ours, _ = muon_steps(tx)
   else:
     mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1) | sizes)
-    with jax.set_mesh(mesh), sharding.rules(
+    with jax.set_mesh(mesh), sharding.install_rules(
       tables.RULES['default']):
       homes = {}
       for name, role in ROLES.items():
         lead = len(SHAPES[name]) - len(role.axes)
         homes[name] = NamedSharding(mesh, PartitionSpec(*(
-            names or None for names in sharding.weight_places(
+            names or None for names in sharding.mesh_axes_of_weight(
                 SHAPES[name], (None,) * lead + role.axes))))
       if 'data' in sizes:  # four experts, not three layers, divide the devices
-        assert sharding.size(matrices._homes(
+        assert sharding.count_devices_along(matrices._homes(
             SHAPES['experts'], EXPERTS, EXPERTS.split(4))[-1][0]) == 1
       ours, text = muon_steps(tx, lambda tree: jax.device_put(tree, homes))
     # A product over a side that is split would be summed.

@@ -30,7 +30,7 @@ def scaled(system, width=BASE, **changes):
 
 
 def flat(module):
-  return paths.flatten(nn.meta.unbox(abstract_params(module)))
+  return paths.flatten_by_path(nn.meta.unbox(abstract_params(module)))
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_at_the_base_all_is_as_in_the_standard_form(system):
 
 
 def test_a_wider_model_is_born_as_table_8_has_it():
-  narrow, wide = (paths.flatten(nn.meta.unbox(jax.jit(scaled(
+  narrow, wide = (paths.flatten_by_path(nn.meta.unbox(jax.jit(scaled(
       'gpt', width, tie_embeddings=False).init)(
           jax.random.key(0), models.tokens())['params']))
                   for width in (BASE, 4 * BASE))
@@ -95,7 +95,7 @@ def test_rates_agree_with_the_shapes(system, parts):
     return architectures.build(c)
   narrow, wide = make(BASE), make(BASE * r)
   small, large, roles = flat(narrow), flat(wide), parameter_roles(wide)
-  trees = {name: paths.flatten(mup.rates(wide.config, name, roles))
+  trees = {name: paths.flatten_by_path(mup.rates(wide.config, name, roles))
            for name in mup.RATES}
   for path, x in large.items():
     widths = [b // a for a, b in zip(small[path].shape, x.shape) if a != b]

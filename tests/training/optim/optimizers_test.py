@@ -109,9 +109,9 @@ def test_decay_is_decoupled_and_masked(name):
                  weight_decay=0.1)
   tree = params()
   tx = optimizers.make(config, 10, roles())
-  after = paths.flatten(stepping(tx)(
+  after = paths.flatten_by_path(stepping(tx)(
       jax.tree.map(np.zeros_like, tree), jax.jit(tx.init)(tree), tree)[0])
-  for path, before in paths.flatten(tree).items():
+  for path, before in paths.flatten_by_path(tree).items():
     factor = 1.0 if any(w in path for w in ('norm', 'bias', 'embed')) else 0.95
     np.testing.assert_allclose(after[path], before * factor, rtol=1e-6,
                                err_msg=path)
@@ -220,9 +220,9 @@ def test_update_if(name):
     moved, moved_state = step(True, g, moved_state, moved)
   shapes = lambda x: jax.tree.map(lambda a: (a.shape, a.dtype), x)
   assert shapes((moved, moved_state)) == shapes((tree, state))
-  for path, value in paths.flatten(jax.device_get(moved)).items():
+  for path, value in paths.flatten_by_path(jax.device_get(moved)).items():
     assert np.isfinite(value).all(), path
-    assert not np.array_equal(value, paths.flatten(tree)[path]), path
+    assert not np.array_equal(value, paths.flatten_by_path(tree)[path]), path
 
 
 @pytest.mark.slow
@@ -243,10 +243,11 @@ def test_state_lies_where_the_parameters_lie(name):
   state = optimizers.opt_state_shardings(tx, shapes, where)
   placed = jax.device_put(tree, where)
   born = jax.jit(tx.init, out_shardings=state)(placed)
-  wanted = paths.flatten(where)
-  shape_of = {path: x.shape for path, x in paths.flatten(shapes).items()}
+  wanted = paths.flatten_by_path(where)
+  shape_of = {path: x.shape
+              for path, x in paths.flatten_by_path(shapes).items()}
   moments = 0
-  for path, leaf in paths.flatten(born).items():
+  for path, leaf in paths.flatten_by_path(born).items():
     match = [p for p in wanted if path.endswith(p)]
     if not match:
       assert leaf.sharding.is_fully_replicated, path

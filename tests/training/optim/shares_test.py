@@ -22,7 +22,7 @@ LAYERS = dict(num_layers=4, **models.banded(8))
 
 def flat_shares(system='gpt', changes=None, **fields):
   module, _ = models.make(system, **(LAYERS if changes is None else changes))
-  return paths.flatten(parameter_shares(module, optim(**fields)))
+  return paths.flatten_by_path(parameter_shares(module, optim(**fields)))
 
 
 def test_layer_decay_has_the_powers_of_beit():
@@ -75,11 +75,11 @@ def test_an_update_is_that_of_numpy(name):
   plain, (updates, state) = jax.jit(lambda params: (
       usual.update(grads, usual.init(params), params)[0],
       tx.update(grads, tx.init(params), params)))(params)
-  plain = paths.flatten(plain)
+  plain = paths.flatten_by_path(plain)
   assert isinstance(updates['embed']['tokens'], optax.MaskedNode)
-  flat = paths.flatten(updates)
+  flat = paths.flatten_by_path(updates)
   assert set(flat) == {path for path in plain if 'embed' not in path}
-  assert not any('embed' in path for path in paths.flatten(state))
+  assert not any('embed' in path for path in paths.flatten_by_path(state))
   for path, u in flat.items():
     share = 1.0
     if '/block_' in path:
@@ -95,16 +95,16 @@ def test_a_step_leaves_what_is_frozen_as_it_was():
                        'decoder/layers/0/.*', optim__clip_norm=1e-3)
   _, params = models.make()
   _, state, seen = step_test.train(c, step_test.one_device(), params=params)
-  before = paths.flatten(params)
-  for path, x in paths.flatten(state.params).items():
+  before = paths.flatten_by_path(params)
+  for path, x in paths.flatten_by_path(state.params).items():
     old = before[path]
     if path.startswith('embed/'):
       np.testing.assert_array_equal(x, old)
     elif '/layers/' in path:
       np.testing.assert_array_equal(x[0], old[0])
       assert 'key_bias' in path or np.abs(x[1] - old[1]).max() > 0, path
-  moments = {path: x for path, x in paths.flatten(state.opt_state).items()
-             if '/layers/' in path}
+  of_optimizer = paths.flatten_by_path(state.opt_state)
+  moments = {path: x for path, x in of_optimizer.items() if '/layers/' in path}
   assert moments and not any(x[0].any() for x in moments.values())
   whole = step_test.train(step_test.config(), step_test.one_device(), 1,
                           params=params)[2]
@@ -148,14 +148,15 @@ def test_a_step_averages_what_it_trains():
       state, _ = step(state, devices.put(b, run.place))
       states.append(jax.device_get(state))
       evaluated.append(jax.device_get(run.evaluated(state)))
-  for path, last in paths.flatten(evaluated[-1]).items():
-    params = [paths.flatten(state.params)[path] for state in states]
+  for path, last in paths.flatten_by_path(evaluated[-1]).items():
+    params = [paths.flatten_by_path(state.params)[path] for state in states]
     expected = averages(0.75, [params[i] for i in (0, 2, 3)])
     for i, value in zip((0, 2, 3), expected):
-      np.testing.assert_allclose(paths.flatten(evaluated[i])[path], value,
-                                 atol=1e-6, err_msg=path)
+      np.testing.assert_allclose(
+          paths.flatten_by_path(evaluated[i])[path], value, atol=1e-6,
+          err_msg=path)
     if path.startswith('embed/'):
       np.testing.assert_array_equal(last, params[0])
   assert not any(path.startswith('embed/')
-                 for path in paths.flatten(states[0].ema))
+                 for path in paths.flatten_by_path(states[0].ema))
   jax.tree.map(np.testing.assert_array_equal, *evaluated[:2])

@@ -70,7 +70,7 @@ def test_another_mesh_gets_the_same_bits(run, shape):
   restored = checkpoints.restore_checkpoint(
       checkpoints.checkpoint_folder(workdir), toy_run.abstract(*shape))
   toy_run.assert_bitwise(restored.state, states[30])
-  for name, x in paths.flatten(restored.state['params']).items():
+  for name, x in paths.flatten_by_path(restored.state['params']).items():
     assert x.sharding.mesh == toy_run.make_mesh(*shape), name
   after = toy_run.trainer(*shape)(restored.state)
   assert int(after['step']) == 31
@@ -184,7 +184,7 @@ def test_no_flipped_bit_of_any_file_gets_through(run, copy):
         noticed |= {path.name} if restored.damaged else set()
         expected = states[restored.step]
         toy_run.assert_bitwise(restored.state, {
-            name: expected[name] for name in paths.flatten(wanted)})
+            name: expected[name] for name in paths.flatten_by_path(wanted)})
       toy_run.flip(path, place, bit)
   assert {'_METADATA', 'metadata', 'manifest.ocdbt'} <= noticed
 

@@ -87,7 +87,7 @@ class Extrapolation(Task):
     for multiple in LENGTH_MULTIPLES:
       sources = list(_load_sources(evaluation, multiple))
       texts[multiple] = _count_tokens(sources)
-      variants = positions.of(model).longer(
+      variants = positions.position_of(model).variants_for_longer_rows(
           model, length, multiple, evaluation.options.interpolate)
       for name, variant in variants.items():
         curve = None

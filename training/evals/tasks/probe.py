@@ -127,7 +127,7 @@ class Probe(Task):
 def _why_not_measurable(evaluation: Evaluation, cell: ProbeCell) -> str:
   """Returns why rows of a level and length cannot be measured; '': they can."""
   config = evaluation.run.config
-  reach = positions.reach(evaluation.run.model)
+  reach = positions.longest_supported_length(evaluation.run.model)
   if cell.length > reach:
     return f'the positions of the model end at {reach:g}'
   settings = probes.settings(config)._replace(length=cell.length)
