@@ -454,7 +454,7 @@ class Position:
     settings: the group of fields of config.model that it reads.
   """
   embed: Optional[Callable] = None
-  rotate_heads: Optional[Callable] = None
+  rotate: Optional[Callable] = None
   layer_bias: Optional[Callable] = None
   stack_bias: Optional[type[nn.Module]] = None
   stack_table: Optional[type[nn.Module]] = None
