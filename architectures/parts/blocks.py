@@ -32,7 +32,12 @@ from architectures.parts.recurrent import mamba2, mamba3, rwkv7, short_conv
 from architectures.parts.recurrent.layer import Recurrence
 from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
-from architectures.parts.streams import pin_residual, Streams, LayerInput
+from architectures.parts.streams import LayerInput, pin_residual, Streams
+
+# The results of a layer, or of one of its branches: what it computes, the
+# layer's cache (None: no cache went in), and the report.
+LayerResult = tuple[LayerInput, Optional[LayerCache], Report]
+BranchResult = tuple[jax.Array, Optional[LayerCache], Report]
 
 
 def mixer_of_layers(c: ModelConfig) -> Mixer:
@@ -41,32 +46,41 @@ def mixer_of_layers(c: ModelConfig) -> Mixer:
 
 
 def has_layers_with_state(c: ModelConfig) -> bool:
-  """Whether some layers of a model read a row in one direction alone and keep
-  a state of it: a recurrence, a short convolution before attention or after a
-  branch, a memory by n-grams, or an indexer of blocks."""
-  for layer_ in c.distinct_layers:
-    if mixer_of_layers(layer_).keeps_state(layer_):
+  """Returns whether some layers of a model keep a state, for which they read a
+  row in one direction alone.
+
+  Such layers have a recurrence, a short convolution before attention or after a
+  branch, a memory by n-grams, or an indexer of blocks.
+  """
+  for layer in c.distinct_layers:
+    if mixer_of_layers(layer).keeps_state(layer):
       return True
-    if has_array_of_fixed_size(functools.partial(empty_cache_of_layer, layer_)):
+    cache_of_shape = functools.partial(empty_cache_of_layer, layer)
+    if has_array_of_fixed_size(cache_of_shape):
       return True
   return False
 
 
 def empty_cache_of_layer(c: ModelConfig, shape: tuple[int, ...]) -> LayerCache:
-  """Returns the cache of a layer that has read nothing; `shape` is [..., B, M].
+  """Returns the cache of a layer that has read nothing.
+
+  Args:
+    c: the config of the layer.
+    shape: [..., B, M], of B rows with room for M tokens.
   """
+  # The last tokens, where the layer looks up tables by n-grams.
   memory = None
   if lookup.keeps_last_tokens(c):
     memory = lookup.empty_state(c, shape)
   # The last results of the branches, where these have convolutions.
   inputs = {}
   if c.branch_conv:
-    last = *shape[:-1], c.branch_conv - 1, c.d_model
-    inputs['attention'] = jnp.zeros(last, c.compute_dtype)
+    shape_of_inputs = *shape[:-1], c.branch_conv - 1, c.d_model
+    inputs['attention'] = jnp.zeros(shape_of_inputs, c.compute_dtype)
     if c.ffn != NO_FFN:
-      inputs['ffn'] = jnp.zeros(last, c.compute_dtype)
-  return LayerCache(
-      mixer=mixer_of_layers(c).cache(c, shape), memory=memory, inputs=inputs)
+      inputs['ffn'] = jnp.zeros(shape_of_inputs, c.compute_dtype)
+  mixer = mixer_of_layers(c)
+  return LayerCache(mixer=mixer.cache(c, shape), memory=memory, inputs=inputs)
 
 
 # The mixers of a layer's tokens, by the values of model.mixer. A new one is a
@@ -97,9 +111,10 @@ MIXERS: dict[str, Mixer] = {
 # self-attention and, in a decoder with a memory, C follows it wired alike. With
 # model.ffn 'none' a block ends before F, as Mamba-2's do: x + A(n(x)).
 #
-# To add one, write a class with `before` or `after`, or with `wired`, and its
-# entry in BLOCKS. What else it can do than self-attention and F on one stream
-# it says by the attributes of Block; what it does not say is refused.
+# To add one, write a class with `input_of_branch` or `result_of_branch`, or
+# with `run_branches`, and its entry in BLOCKS. What else it can do than
+# self-attention and F on one stream it says by the attributes of Block; what it
+# does not say is refused.
 
 
 class Block(nn.Module):
@@ -109,7 +124,8 @@ class Block(nn.Module):
   CROSS: whether it has C too, where its kind of layer asks for it.
   WITHOUT_FFN: whether it ends before F, where its kind of layer has none.
   STREAMS: whether x may be several streams (streams.py): everything that the
-    block adds to x is added by `streams.add`, as often as `branches` says.
+    block adds to x is added by `streams.add_to_streams`, as often as
+    `count_branches` says.
   """
   FINAL_NORM = True
   CROSS = False
@@ -120,15 +136,29 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: LayerInput, ctx: Context, cache: Optional[LayerCache]
-               ) -> tuple[LayerInput, Optional[LayerCache], Report]:
-    """Returns x, the cache, and the report of the layer. A layer that reads a
-    memory adds what it reads to its input, or to its result. With
-    model.layer_scale the result is multiplied by a number of the layer."""
+               ) -> LayerResult:
+    """Runs the layer.
+
+    With model.memory, the layer looks up tables, and adds the rows to its input
+    or to its result. With model.layer_scale, the result is multiplied by a
+    learned number.
+
+    Args:
+      x: the residual stream [B, L, D], or several of them.
+      ctx: what all layers read besides their input.
+      cache: the cache of this layer; None: there is none.
+
+    Returns:
+      x after the layer, the cache with the tokens in it, and the report.
+    """
     c = self.config
     memory = lookup.MEMORIES[c.memory]
+    # Tables that are read before the branches.
     if memory and not memory.is_read_after_layer:
       x, cache = self._read_tables(memory, x, ctx, cache)
+    # Attention and the network.
     x, cache, report = self.run_branches(x, ctx, cache)
+    # Tables that are read after them, and the factor of the layer.
     if memory and memory.is_read_after_layer:
       x = pin_residual(x + memory.module(c, name='memory')(x, ctx))
     if c.layer_scale:
@@ -138,32 +168,32 @@ class Block(nn.Module):
       x = pin_residual(scaled.astype(x.dtype))
     return x, cache, report
 
-  def run_branches(self,
-  x: LayerInput,
-  ctx: Context,
-  cache: Optional[LayerCache] ) -> tuple[LayerInput,
-  Optional[LayerCache],
-   Report]:
-    """Returns what `__call__` does, without a memory and without the layer's
-    factor."""
+  def run_branches(self, x: LayerInput, ctx: Context,
+                   cache: Optional[LayerCache]) -> LayerResult:
+    """Returns x after attention and the network, the cache, and the report: the
+    wiring, which each subclass defines. Arguments are those of `__call__`."""
     raise NotImplementedError
 
-  def _read_tables(self,
-  memory: lookup.TableMemory,
-  x: LayerInput,
-  ctx: Context,
-  cache: Optional[LayerCache] ) -> tuple[LayerInput,
-   Optional[LayerCache]]:
-    """Returns x with what the layer reads of its tables added to it, and the
-    cache with the last tokens."""
+  def _read_tables(self, memory: lookup.TableMemory, x: LayerInput,
+                   ctx: Context, cache: Optional[LayerCache]
+                   ) -> tuple[LayerInput, Optional[LayerCache]]:
+    """Returns x plus the rows that the layer looks up in its tables, and the
+    cache with the last tokens.
+
+    Args:
+      memory: the entry of lookup.MEMORIES that is model.memory.
+      x: the residual stream, or several.
+      ctx: the context of the call, which has the tokens.
+      cache: the cache of the layer; None: there is none.
+    """
     state = None if cache is None else cache.memory
-    read = memory.module(self.config, name='memory')
+    tables = memory.module(self.config, name='memory')
     if isinstance(x, Streams):
-      y, state = read(x.x_BLUD, ctx, state)
-      x = x.replace(x_BLUD=x.x_BLUD + y)
+      rows_BLUD, state = tables(x.x_BLUD, ctx, state)
+      x = x.replace(x_BLUD=x.x_BLUD + rows_BLUD)
     else:
-      y, state = read(x, ctx, state)
-      x = x + y
+      rows_BLD, state = tables(x, ctx, state)
+      x = x + rows_BLD
     if cache is not None:
       cache = cache.replace(memory=state)
     return pin_residual(x), cache
@@ -173,9 +203,8 @@ class Block(nn.Module):
     return norm(self.config, name)
 
   def attention(self, x_BLD: jax.Array, ctx: Context,
-                cache: Optional[LayerCache]
-                ) -> tuple[jax.Array, Optional[LayerCache], Report]:
-    """Returns A(x_BLD), the cache, and the report."""
+                cache: Optional[LayerCache]) -> BranchResult:
+    """Returns A(x_BLD), [B, L, D], the cache, and the report."""
     mixer = mixer_of_layers(self.config).module(
         self.config, self.kind, name='attention')
     y_BLD, cache, report = self._run_mixer(mixer, x_BLD, ctx, cache)
@@ -183,26 +212,25 @@ class Block(nn.Module):
     return y_BLD, cache, report
 
   def cross_attention(self, x_BLD: jax.Array, ctx: Context,
-                      cache: Optional[LayerCache]
-                      ) -> tuple[jax.Array, Optional[LayerCache], Report]:
-    """Returns C(x_BLD), the cache, and the report."""
+                      cache: Optional[LayerCache]) -> BranchResult:
+    """Returns C(x_BLD), [B, L, D], the cache, and the report."""
     module = multi_head.CrossAttention(
         self.config, self.kind, name='cross_attention')
     return self._run_mixer(module, x_BLD, ctx, cache)
 
   @staticmethod
   def _run_mixer(module: Callable, x_BLD: jax.Array, ctx: Context,
-             cache: Optional[LayerCache]
-             ) -> tuple[jax.Array, Optional[LayerCache], Report]:
-    """Returns what a mixer makes of x, the layer's cache, and the report."""
+                 cache: Optional[LayerCache]) -> BranchResult:
+    """Returns the result of a mixer's module on x, the cache of the layer, and
+    the report. The module reads and returns `cache.mixer` alone."""
     if cache is None:
       return module(x_BLD, ctx, None)
-    y_BLD, mixer, report = module(x_BLD, ctx, cache.mixer)
-    return y_BLD, cache.replace(mixer=mixer), report
+    y_BLD, cache_of_mixer, report = module(x_BLD, ctx, cache.mixer)
+    return y_BLD, cache.replace(mixer=cache_of_mixer), report
 
   def ffn(self, x_BLD: jax.Array, ctx: Context, cache: Optional[LayerCache]
-          ) -> tuple[jax.Array, Optional[LayerCache], Report]:
-    """Returns F(x_BLD), the cache, and the report."""
+          ) -> BranchResult:
+    """Returns F(x_BLD), [B, L, D], the cache, and the report."""
     network: nn.Module
     if self.kind.ffn == 'moe':
       network = MoE(self.config, name='ffn')
@@ -213,25 +241,38 @@ class Block(nn.Module):
     return y_BLD, cache, report
 
   def _add_convolution(self, name: str, y_BLD: jax.Array, ctx: Context,
-                 cache: Optional[LayerCache]
-                 ) -> tuple[jax.Array, Optional[LayerCache]]:
-    """Returns the result of a branch plus, with model.branch_conv, a
-    convolution over its last W tokens, which is 0 at first (Inkling, whose keys
-    and values have one too); and the cache."""
+                       cache: Optional[LayerCache]
+                       ) -> tuple[jax.Array, Optional[LayerCache]]:
+    """Returns y plus a convolution over the last W tokens of y, with
+    model.branch_conv W (Inkling, whose keys and values have one too).
+
+    The weights of the convolution are 0 at first. Without model.branch_conv, y
+    is returned as it is.
+
+    Args:
+      name: the name of the branch, 'attention' or 'ffn'.
+      y_BLD: the result of the branch.
+      ctx: the context of the call.
+      cache: the cache of the layer; None: there is none.
+
+    Returns:
+      The sum, [B, L, D], and the cache with the last tokens of y in it.
+    """
     c = self.config
     if not c.branch_conv:
       return y_BLD, cache
     w_WD = declare(self, f'{name}_conv', nn.initializers.zeros,
                    (c.branch_conv, c.d_model), Role(axes=(None, 'embed')))
+    # What the cache has of the tokens before, and which tokens are no padding.
     before_BWD = valid_BL = None
     if cache is not None:
       before_BWD, valid_BL = cache.inputs[name], ctx.valid_BL
-    z_BLD, last_BWD = features.convolve(
+    convolved_BLD, last_BWD = features.convolve(
         y_BLD, w_WD, before_BWHK=before_BWD,
         segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL)
     if cache is not None:
       cache = cache.replace(inputs=cache.inputs | {name: last_BWD})
-    return y_BLD + z_BLD, cache
+    return y_BLD + convolved_BLD, cache
 
   @staticmethod
   def count_branches(kind: LayerKind) -> int:
@@ -244,75 +285,80 @@ class Block(nn.Module):
     return count
 
   def apply_dropout(self, x: jax.Array, ctx: Context) -> jax.Array:
-    """Returns x with dropout."""
+    """Returns x with the share model.dropout of its numbers at 0."""
     return layers.Dropout(self.config.dropout)(
         x, deterministic=ctx.deterministic)
 
 
 class Sequential(Block):
   """Attention, attention to a memory where there is one, and the network, one
-  after another. A wiring says what stands `before` and `after` each of these
-  branches, and how x goes on from it."""
+  after another.
+
+  The branches are called 'attention', 'cross' and 'ffn'. A wiring overrides how
+  the input of a branch is made, how its result is changed before it is added to
+  x, and how x is changed after the sum.
+  """
   CROSS = WITHOUT_FFN = STREAMS = True
 
-  def input_of_branch(self, part: str, x_BLD: jax.Array) -> jax.Array:
-    """Returns the input of a part, made of what its branch reads of x."""
+  def input_of_branch(self, branch: str, x_BLD: jax.Array) -> jax.Array:
+    """Returns the input of a branch, made of the residual stream."""
     return x_BLD
 
-  def result_of_branch(self, part: str, y_BLD: jax.Array) -> jax.Array:
-    """Returns the result of a part as it is added to x."""
+  def result_of_branch(self, branch: str, y_BLD: jax.Array) -> jax.Array:
+    """Returns the result of a branch as it is added to x."""
     return y_BLD
 
-  def after_sum(self, part: str, x: LayerInput) -> LayerInput:
-    """Returns x as the next branch is given it, after the sum."""
+  def after_sum(self, branch: str, x: LayerInput) -> LayerInput:
+    """Returns x, with the result of a branch in it, as the next branch reads
+    it."""
     return x
 
-  def run_branches(self,
-  x: LayerInput,
-  ctx: Context,
-  cache: Optional[LayerCache] ) -> tuple[LayerInput,
-  Optional[LayerCache],
-   Report]:
+  def run_branches(self, x: LayerInput, ctx: Context,
+                   cache: Optional[LayerCache]) -> LayerResult:
     # Attention.
     x_BLD, weights = streams.read_streams(self.config, 'attention', x)
     y_BLD, cache, report = self.attention(
         self.input_of_branch('attention', x_BLD), ctx, cache)
-    x = self._add_result('attention', x, y_BLD, weights, ctx)
+    x = self._add_result('attention', x, y_BLD, weights=weights, ctx=ctx)
     # Attention to a memory.
     if self.kind.cross:
       x_BLD, weights = streams.read_streams(self.config, 'cross', x)
-      y_BLD, cache, more = self.cross_attention(
+      y_BLD, cache, report_of_cross = self.cross_attention(
           self.input_of_branch('cross', x_BLD), ctx, cache)
-      x = self._add_result('cross', x, y_BLD, weights, ctx)
-      report = report.merge(more)
+      x = self._add_result('cross', x, y_BLD, weights=weights, ctx=ctx)
+      report = report.merge(report_of_cross)
     # The network.
     if self.kind.ffn == NO_FFN:
       return pin_residual(x), cache, report
     x_BLD, weights = streams.read_streams(self.config, 'ffn', x)
-    y_BLD, cache, more = self.ffn(
-  self.input_of_branch(
-    'ffn', x_BLD), ctx, cache)
-    x = self._add_result('ffn', x, y_BLD, weights, ctx)
-    return pin_residual(x), cache, report.merge(more)
+    y_BLD, cache, report_of_ffn = self.ffn(
+        self.input_of_branch('ffn', x_BLD), ctx, cache)
+    x = self._add_result('ffn', x, y_BLD, weights=weights, ctx=ctx)
+    return pin_residual(x), cache, report.merge(report_of_ffn)
 
-  def _add_result(self,
-  part: str,
-  x: LayerInput,
-  y_BLD: jax.Array,
-  weights: Optional[streams.StreamWeights],
-   ctx: Context) -> LayerInput:
-    """Returns x after a branch whose part returned y."""
-    y_BLD = self.apply_dropout(self.result_of_branch(part, y_BLD), ctx)
-    return self.after_sum(
-  part, streams.add_to_streams(
-    self.config, x, y_BLD, weights))
+  def _add_result(self, branch: str, x: LayerInput, y_BLD: jax.Array,
+                  weights: Optional[streams.StreamWeights], ctx: Context
+                  ) -> LayerInput:
+    """Returns x with the result of a branch added to it.
+
+    Args:
+      branch: the name of the branch.
+      x: the residual stream, or several.
+      y_BLD: the result of the branch.
+      weights: how the result is added to several streams; None: there is one.
+      ctx: the context of the call, which says whether dropout is applied.
+    """
+    y_BLD = self.result_of_branch(branch, y_BLD)
+    y_BLD = self.apply_dropout(y_BLD, ctx)
+    x = streams.add_to_streams(self.config, x, y_BLD, weights=weights)
+    return self.after_sum(branch, x)
 
 
 class PreNorm(Sequential):
   """x + A(n(x)); x + F(n(x)) (GPT-2, LLaMA)."""
 
-  def input_of_branch(self, part: str, x_BLD: jax.Array) -> jax.Array:
-    return self.norm(f'{part}_norm')(x_BLD)
+  def input_of_branch(self, branch: str, x_BLD: jax.Array) -> jax.Array:
+    return self.norm(f'{branch}_norm')(x_BLD)
 
 
 class NoNorm(Sequential):
@@ -326,8 +372,8 @@ class FfnNorm(Sequential):
   normalised already)."""
   WITHOUT_FFN = False  # it would have no norm
 
-  def input_of_branch(self, part: str, x_BLD: jax.Array) -> jax.Array:
-    if part != 'ffn':
+  def input_of_branch(self, branch: str, x_BLD: jax.Array) -> jax.Array:
+    if branch != 'ffn':
       return x_BLD
     return self.norm('ffn_norm')(x_BLD)
 
@@ -339,25 +385,25 @@ class PostNorm(Sequential):
   itself."""
   FINAL_NORM = STREAMS = False
 
-  def after_sum(self, part: str, x: LayerInput) -> LayerInput:
-    return self.norm(f'{part}_norm')(x)
+  def after_sum(self, branch: str, x: LayerInput) -> LayerInput:
+    return self.norm(f'{branch}_norm')(x)
 
 
 class Sandwich(Sequential):
   """x + n(A(n(x))); x + n(F(n(x))) (CogView, Gemma 2)."""
 
-  def input_of_branch(self, part: str, x_BLD: jax.Array) -> jax.Array:
-    return self.norm(f'{part}_norm')(x_BLD)
+  def input_of_branch(self, branch: str, x_BLD: jax.Array) -> jax.Array:
+    return self.norm(f'{branch}_norm')(x_BLD)
 
-  def result_of_branch(self, part: str, y_BLD: jax.Array) -> jax.Array:
-    return self.norm(f'{part}_out_norm')(y_BLD)
+  def result_of_branch(self, branch: str, y_BLD: jax.Array) -> jax.Array:
+    return self.norm(f'{branch}_out_norm')(y_BLD)
 
 
 class OutNorm(Sequential):
   """x + n(A(x)); x + n(F(x)) (OLMo 2: arXiv 2501.00656, 3.1)."""
 
-  def result_of_branch(self, part: str, y_BLD: jax.Array) -> jax.Array:
-    return self.norm(f'{part}_out_norm')(y_BLD)
+  def result_of_branch(self, branch: str, y_BLD: jax.Array) -> jax.Array:
+    return self.norm(f'{branch}_out_norm')(y_BLD)
 
 
 class Parallel(Block):
@@ -368,40 +414,39 @@ class Parallel(Block):
   def count_branches(kind: LayerKind) -> int:
     return 1
 
-  def normed_inputs(self, parts: list[str], x_BLD: jax.Array
-             ) -> dict[str, jax.Array]:
-    """Returns the input of each part, by its name."""
-    return {part: self.norm(f'{part}_norm')(x_BLD) for part in parts}
+  def normed_inputs(self, branches: list[str], x_BLD: jax.Array
+                    ) -> dict[str, jax.Array]:
+    """Returns the input of each branch, [B, L, D], by its name."""
+    return {branch: self.norm(f'{branch}_norm')(x_BLD) for branch in branches}
 
-  def run_branches(self,
-  x: LayerInput,
-  ctx: Context,
-  cache: Optional[LayerCache] ) -> tuple[LayerInput,
-  Optional[LayerCache],
-   Report]:
-    parts = ['attention', 'ffn']
+  def run_branches(self, x: LayerInput, ctx: Context,
+                   cache: Optional[LayerCache]) -> LayerResult:
+    # All branches read the same x, each through a norm.
+    branches = ['attention', 'ffn']
     if self.kind.cross:
-      parts = ['attention', 'cross', 'ffn']
+      branches = ['attention', 'cross', 'ffn']
     x_BLD, weights = streams.read_streams(self.config, 'attention', x)
-    n_BLD = self.normed_inputs(parts, x_BLD)
-    # The sum of the parts.
-    y_BLD, cache, report = self.attention(n_BLD['attention'], ctx, cache)
+    inputs = self.normed_inputs(branches, x_BLD)
+    # The sum of their results.
+    y_BLD, cache, report = self.attention(inputs['attention'], ctx, cache)
     if self.kind.cross:
-      z_BLD, cache, more = self.cross_attention(n_BLD['cross'], ctx, cache)
-      y_BLD, report = y_BLD + z_BLD, report.merge(more)
-    z_BLD, cache, more = self.ffn(n_BLD['ffn'], ctx, cache)
-    y_BLD = self.apply_dropout(y_BLD + z_BLD, ctx)
-    # One branch adds it to x.
-    x = streams.add_to_streams(self.config, x, y_BLD, weights)
-    return pin_residual(x), cache, report.merge(more)
+      cross_BLD, cache, report_of_cross = self.cross_attention(
+          inputs['cross'], ctx, cache)
+      y_BLD = y_BLD + cross_BLD
+      report = report.merge(report_of_cross)
+    ffn_BLD, cache, report_of_ffn = self.ffn(inputs['ffn'], ctx, cache)
+    y_BLD = self.apply_dropout(y_BLD + ffn_BLD, ctx)
+    # It is added to x once.
+    x = streams.add_to_streams(self.config, x, y_BLD, weights=weights)
+    return pin_residual(x), cache, report.merge(report_of_ffn)
 
 
 class SharedNorm(Parallel):
   """x + A(n(x)) + F(n(x)) (GPT-J, PaLM, Falcon-7B)."""
 
-  def normed_inputs(self, parts: list[str], x_BLD: jax.Array
-             ) -> dict[str, jax.Array]:
-    return dict.fromkeys(parts, self.norm('attention_norm')(x_BLD))
+  def normed_inputs(self, branches: list[str], x_BLD: jax.Array
+                    ) -> dict[str, jax.Array]:
+    return dict.fromkeys(branches, self.norm('attention_norm')(x_BLD))
 
 
 BLOCKS = {
@@ -417,7 +462,12 @@ BLOCKS = {
 
 
 def count_branches(c: ModelConfig, kinds: tuple[LayerKind, ...]) -> int:
-  """Returns how often layers of these kinds, one after another, add to x."""
+  """Returns how often layers of these kinds, one after another, add to x.
+
+  Args:
+    c: the model.
+    kinds: the kind of each layer.
+  """
   count = 0
   for kind in kinds:
     block = BLOCKS[c.of_kind(kind.name).block]

@@ -79,11 +79,13 @@ from architectures.parts.layers import norm, recompute_in_backward, rmsnorm
 from architectures.parts.sharding import Role, declare
 from common.fields import field, FUNCTION, SHAPES
 
-LOGIT_OFF_DIAGONAL = -8.0  # logits off A's diagonal in a new mhc
-# how much a branch of a new mhc reads of stream k mod count
+# In a new mhc: the logits of A off its diagonal, and the weight with which
+# branch k reads stream k mod count.
+LOGIT_OFF_DIAGONAL = -8.0
 READ_WEIGHT_OF_OWN_STREAM = 0.75
-SMALLEST_WEIGHT = 1e-6  # added in mhc to weights, and to what divides them
-# the initial factor s of what depends on the token
+# mhc adds it to weights, and to sums that it divides by, so that none is 0.
+SMALLEST_WEIGHT = 1e-6
+# The first value of s, the factor of what depends on the token.
 INITIAL_SCALE_OF_DYNAMIC_PART = 0.01
 
 
@@ -114,9 +116,10 @@ class Streams:
   """The state that goes from layer to layer, where that is not one array.
 
   Attributes:
-    x_BLUD: the streams, or what is attended to; slots not yet written are 0.
+    x_BLUD: the U streams; or, with residual attention, what the branches
+      returned, in slots of which those not yet written are 0.
     branch: how many branches have run so far, int32.
-    branches: how many the whole stack has.
+    branches: how many branches the whole stack has.
   """
   x_BLUD: jax.Array
   branch: jax.Array
@@ -128,8 +131,8 @@ LayerInput = jax.Array | Streams
 
 
 class StreamWeights(NamedTuple):
-  """How a branch mixes streams, for each token or for all (axes of 1), in
-  float32.
+  """How a branch mixes streams, in float32; B and L are 1 where all tokens are
+  mixed alike.
 
   Attributes:
     read_BLU: how much of each stream the branch reads; None: it reads them
@@ -146,8 +149,8 @@ class StreamWeights(NamedTuple):
 class Branch(nn.Module):
   """The module that holds the parameters with which a branch reads streams.
 
-  Streams -> (what the branch reads of them, x_BLD; how its result is added, as
-  `add` takes it).
+  Streams -> (the input of the branch, x_BLD; how its result is added to the
+  streams, as `add_to_streams` takes it).
   """
   config: ModelConfig
 
@@ -158,31 +161,29 @@ class Branch(nn.Module):
 
 
 def read_streams(c: ModelConfig, name: str, x: LayerInput
-         ) -> tuple[jax.Array, Optional[StreamWeights]]:
-  """Returns what a branch reads of x, [B, L, D], and how its result is added.
+                 ) -> tuple[jax.Array, Optional[StreamWeights]]:
+  """Returns the input of a branch, [B, L, D], and how its result is added to
+  the streams.
 
   Args:
     c: the model.
     name: the name of the branch, which begins that of its parameters.
-    x: the input of the layer, or what the branches before have made of it.
+    x: the residual stream as the branches before have left it, or several.
   """
   if isinstance(x, Streams):
     return Branch(c, name=f'{name}_streams')(x)
   return x, None
 
 
-def add_to_streams(
-  c: ModelConfig,
-  x: LayerInput,
-  y_BLD: jax.Array,
-   weights: Optional[StreamWeights] ) -> LayerInput:
+def add_to_streams(c: ModelConfig, x: LayerInput, y_BLD: jax.Array,
+                   weights: Optional[StreamWeights]) -> LayerInput:
   """Returns x with the result of a branch added to it.
 
   Args:
     c: the model.
-    x: the argument of `read`.
+    x: the argument of `read_streams`.
     y_BLD: the result of the branch.
-    weights: how it is added, as `read` says.
+    weights: how it is added, as `read_streams` says.
   """
   if isinstance(x, Streams):
     x_BLUD = RESIDUALS[c.residual].add(c, x, y_BLD, weights)
@@ -195,16 +196,20 @@ def add_to_streams(
 def count_streams(c: ModelConfig, branches: int) -> int:
   """Returns how many arrays [B, L, D] go from layer to layer in a stack with
   this number of branches."""
-  return RESIDUALS[c.residual].slots(c, branches)
+  return RESIDUALS[c.residual].count(c, branches)
 
 
-def begin_streams(
-  c: ModelConfig,
-  x_BLD: jax.Array,
-   branches: int) -> LayerInput:
-  """Returns what the first layer is given, in a stack with this number of
-  branches."""
-  x_BLUD = RESIDUALS[c.residual].begin(x_BLD, count_streams(c, branches))
+def begin_streams(c: ModelConfig, x_BLD: jax.Array, branches: int
+                  ) -> LayerInput:
+  """Returns the input of the first layer.
+
+  Args:
+    c: the model.
+    x_BLD: the embedding of the tokens.
+    branches: how many branches the stack has.
+  """
+  count = count_streams(c, branches)
+  x_BLUD = RESIDUALS[c.residual].begin(x_BLD, count)
   if x_BLUD is None:
     return x_BLD
   return Streams(x_BLUD=pin_streams(x_BLUD), branch=jnp.zeros((), jnp.int32),
@@ -212,8 +217,11 @@ def begin_streams(
 
 
 class EndOfStreams(nn.Module):
-  """The end of streams: the result of a layer -> x_BLD, as the final norm reads
-  it. The arrays may have an axis of layers in front of theirs."""
+  """The module that makes one array of the streams after the last layer.
+
+  The result of a layer -> x_BLD, the input of the final norm. The arrays may
+  have an axis of layers in front of theirs.
+  """
   config: ModelConfig
 
   @nn.compact
@@ -222,14 +230,16 @@ class EndOfStreams(nn.Module):
 
 
 def pin_residual(x: LayerInput) -> LayerInput:
-  """Pins the residual stream, so that XLA never reshards it in between."""
+  """Returns the residual stream, or several, constrained to their place on the
+  mesh, so that XLA never reshards them between two layers."""
   if isinstance(x, Streams):
     return x.replace(x_BLUD=pin_streams(x.x_BLUD))
   return sharding.constrain_stream(x, 'embed')
 
 
 def pin_streams(x_BLUD: jax.Array) -> jax.Array:
-  """Keeps XLA from resharding streams between layers."""
+  """Returns several streams constrained to their place on the mesh, so that XLA
+  never reshards them between two layers."""
   return sharding.constrain_stream(x_BLUD, None, 'embed')
 
 
@@ -243,27 +253,31 @@ class Plain:
   settings: Optional[type] = None
   fields: tuple[str, ...] = ('residual_scale',)
 
-  def slots(self, c: ModelConfig, branches: int) -> int:
-    """Returns how many arrays go from layer to layer in a stack."""
+  def count(self, c: ModelConfig, branches: int) -> int:
+    """Returns how many arrays go from layer to layer in a stack with this
+    number of branches."""
     return 1
 
-  def begin(self, x_BLD: jax.Array, slots: int) -> Optional[jax.Array]:
-    """Returns the streams of the first layer, made of the embedding; None: the
-    form has one stream."""
+  def begin(self, x_BLD: jax.Array, count: int) -> Optional[jax.Array]:
+    """Returns the `count` streams of the first layer, [B, L, U, D], made of the
+    embedding of the tokens; None: the form has one stream."""
     return None
 
   def read(self, module: Any, x: Streams
            ) -> tuple[jax.Array, Optional[StreamWeights]]:
-    """Returns what a branch reads, and how its result is added."""
+    """Returns the input of a branch, [B, L, D], and how its result is added to
+    the streams. The form declares its parameters in `module`."""
     raise NotImplementedError
 
   def add(self, c: ModelConfig, x: Streams, y_BLD: jax.Array,
           weights: Optional[StreamWeights]) -> jax.Array:
-    """Returns the streams [B, L, U, D] after a branch that returned y."""
+    """Returns the streams, [B, L, U, D], with the result y of a branch added to
+    them."""
     raise NotImplementedError
 
   def end(self, module: Any, x: Any) -> jax.Array:
-    """Returns what the final norm reads."""
+    """Returns the input of the final norm, [B, L, D]. The form declares its
+    parameters in `module`."""
     return x
 
 
@@ -274,31 +288,30 @@ class Mixed(Plain):
   """Streams that begin as copies of the embedding, and end as their mean."""
   settings = StreamsConfig
 
-  def slots(self, c: ModelConfig, branches: int) -> int:
+  def count(self, c: ModelConfig, branches: int) -> int:
     return c.part(StreamsConfig).count
 
-  def begin(self, x_BLD: jax.Array, slots: int) -> jax.Array:
-    return jnp.repeat(x_BLD[:, :, None], slots, 2)
+  def begin(self, x_BLD: jax.Array, count: int) -> jax.Array:
+    return jnp.repeat(x_BLD[:, :, None], count, 2)
 
   def weights(self, module: Any, x: Streams) -> StreamWeights:
-    """Returns how a branch mixes the streams."""
+    """Returns how a branch mixes the streams. Its parameters are declared in
+    `module`."""
     raise NotImplementedError
 
   def read(self, module: Any, x: Streams) -> tuple[jax.Array, StreamWeights]:
     weights = self.weights(module, x)
-    count = x.x_BLUD.shape[2]
-    weighed = recompute_in_backward(
-  layers.count_flops_by_result(
-    _sum_weighted_streams, 2 * count))
-    return weighed(x.x_BLUD, weights.read_BLU), weights
+    flops = 2 * x.x_BLUD.shape[2]  # for each feature of the sum
+    weighted_sum = recompute_in_backward(
+        layers.count_flops_by_result(_sum_weighted_streams, flops))
+    return weighted_sum(x.x_BLUD, weights.read_BLU), weights
 
   def add(self, c: ModelConfig, x: Streams, y_BLD: jax.Array,
           weights: Optional[StreamWeights]) -> jax.Array:
     flops = 2 * (x.x_BLUD.shape[2] + 1)  # for each feature of each stream
-    written = recompute_in_backward(
-  layers.count_flops_by_result(
-    _mix_and_write_streams, flops))
-    return written(x.x_BLUD, y_BLD, weights)
+    mix_and_write = recompute_in_backward(
+        layers.count_flops_by_result(_mix_and_write_streams, flops))
+    return mix_and_write(x.x_BLUD, y_BLD, weights)
 
   def end(self, module: Any, x: Streams) -> jax.Array:
     mean_BLD = x.x_BLUD.astype(jnp.float32).mean(-2)
@@ -306,33 +319,37 @@ class Mixed(Plain):
 
 
 def _sum_weighted_streams(x_BLUD: jax.Array, w_BLU: jax.Array) -> jax.Array:
-  """Returns the sum over u of w_u x_u."""
+  """Returns the sum over u of w_u x_u, [B, L, D]."""
   y_BLD = (x_BLUD.astype(jnp.float32) * w_BLU[..., None]).sum(-2)
   return y_BLD.astype(x_BLUD.dtype)
 
 
-def _mix_and_write_streams(
-  x_BLUD: jax.Array,
-  y_BLD: jax.Array,
-   w: StreamWeights) -> jax.Array:
-  """Returns x_v = sum over u of A_uv x_u + b_v y."""
+def _mix_and_write_streams(x_BLUD: jax.Array, y_BLD: jax.Array,
+                           weights: StreamWeights) -> jax.Array:
+  """Returns x'_v = sum over u of A_uv x_u + b_v y, [B, L, U, D].
+
+  Args:
+    x_BLUD: the streams.
+    y_BLD: the result of a branch.
+    weights: A (`mix_BLUU`; None: the identity) and b (`write_BLU`).
+  """
   x32_BLUD = x_BLUD.astype(jnp.float32)
+  # The mixture of the streams, as a sum over u.
   mixed_BLUD = x32_BLUD
-  if w.mix_BLUU is not None:
+  if weights.mix_BLUU is not None:
     mixed_BLUD = sum(
-        x32_BLUD[:, :, u, None] * w.mix_BLUU[:, :, u, :, None]
+        x32_BLUD[:, :, u, None] * weights.mix_BLUU[:, :, u, :, None]
         for u in range(x_BLUD.shape[2]))
-  y_BLUD = y_BLD[:, :, None].astype(jnp.float32) * w.write_BLU[..., None]
-  return (mixed_BLUD + y_BLUD).astype(x_BLUD.dtype)
+  # The result of the branch, added to each.
+  y32_BL1D = y_BLD[:, :, None].astype(jnp.float32)
+  written_BLUD = y32_BL1D * weights.write_BLU[..., None]
+  return (mixed_BLUD + written_BLUD).astype(x_BLUD.dtype)
 
 
-def _declare_in_float32(
-  module: Any,
-  name: str,
-  init: Callable,
-   *shape: int) -> jax.Array:
-  """Declares parameters whose number does not depend on the width; returns them
-  in float32."""
+def _declare_in_float32(module: Any, name: str, init: Callable, *shape: int
+                        ) -> jax.Array:
+  """Declares parameters whose number does not depend on the model's width, and
+  returns them in float32."""
   role = Role(axes=(None,) * len(shape))
   return declare(module, name, init, shape, role).astype(jnp.float32)
 
@@ -358,25 +375,28 @@ class Hyper(Mixed):
     mix_11UU = mix_UU[None, None]
     if not c.part(StreamsConfig).dynamic:
       return StreamWeights(read_BLU=read_11U, write_BLU=write_11U,
-                     mix_BLUU=mix_11UU)
+                           mix_BLUU=mix_11UU)
     # The part of the token: tanh(n(x) W), for each stream. W makes count + 2
     # features I of it: one of a, one of b, and a row of A.
     role = Role(axes=('embed', None), inputs=(0,), kind='logits')
     w_DI = declare(module, 'dynamic', nn.initializers.zeros, (D, count + 2),
                    role)
-    scale_U = _declare_in_float32(module, 'dynamic_scale',
-                     nn.initializers.constant(INITIAL_SCALE_OF_DYNAMIC_PART), 2)
+    scale_2 = _declare_in_float32(
+        module, 'dynamic_scale',
+        nn.initializers.constant(INITIAL_SCALE_OF_DYNAMIC_PART), 2)
     n_BLUD = norm(c, 'norm')(x.x_BLUD)
     z_BLUI = layers.einsum('BLUD,DI->BLUI', n_BLUD, w_DI, c.compute_dtype,
                            jnp.float32)
     z_BLUI = jnp.tanh(z_BLUI / c.widening)
-    return StreamWeights(read_BLU=read_11U + scale_U[0] * z_BLUI[..., 0],
-                   write_BLU=write_11U + scale_U[1] * z_BLUI[..., 1],
-                   mix_BLUU=mix_11UU + scale_U[0] * z_BLUI[..., 2:])
+    return StreamWeights(
+        read_BLU=read_11U + scale_2[0] * z_BLUI[..., 0],
+        write_BLU=write_11U + scale_2[1] * z_BLUI[..., 1],
+        mix_BLUU=mix_11UU + scale_2[0] * z_BLUI[..., 2:])
 
 
-def _identity_matrix(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
-  """Returns A_k = I; an initializer."""
+def _identity_matrix(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype
+                     ) -> jax.Array:
+  """Returns the identity matrix, as an initializer of A_k."""
   del key
   return jnp.eye(shape[0], dtype=dtype)
 
@@ -394,71 +414,75 @@ class MHC(Mixed):
     c: ModelConfig = module.config
     B, L, count, _ = x.x_BLUD.shape
     fields = c.part(StreamsConfig)
-    # The part of the branch: c_k, d_k and d_k of A.
-    first_U = 0 if fields.learned_end else initial_read_logits(count, x.branch)
-    read_U = _declare_in_float32(
-  module,
-  'read',
-  nn.initializers.zeros,
-   count) + first_U
-    write_U = _declare_in_float32(module, 'write', nn.initializers.zeros, count)
-    mix_U = _declare_in_float32(
-      module, 'mix', _logits_of_identity, count, count).reshape(-1)
-    # The part of the token: s rms(x) W.
-    z_BLU = _logits_of_all_streams(module, x.x_BLUD, count * (count + 2))
-    scale_U = _declare_in_float32(module, 'dynamic_scale',
-                     nn.initializers.constant(INITIAL_SCALE_OF_DYNAMIC_PART), 3)
-    read_BLU, write_BLU, mix_BLU = jnp.split(z_BLU, (count, 2 * count), -1)
-    read_BLU = scale_U[0] * read_BLU + read_U[None, None]
-    write_BLU = scale_U[1] * write_BLU + write_U[None, None]
-    mix_BLU = scale_U[2] * mix_BLU + mix_U[None, None]
+    # The part of the branch: c_k, and d_k of b and of A.
+    initial_U = 0
+    if not fields.learned_end:
+      initial_U = initial_read_logits(count, x.branch)
+    read_U = initial_U + _declare_in_float32(
+        module, 'read', nn.initializers.zeros, count)
+    write_U = _declare_in_float32(
+        module, 'write', nn.initializers.zeros, count)
+    mix_UU = _declare_in_float32(
+        module, 'mix', _logits_of_identity, count, count)
+    # The part of the token: s rms(x) W, with a factor s for each of a, b, A.
+    z_BLI = _logits_of_all_streams(module, x.x_BLUD, count * (count + 2))
+    scale_3 = _declare_in_float32(
+        module, 'dynamic_scale',
+        nn.initializers.constant(INITIAL_SCALE_OF_DYNAMIC_PART), 3)
+    read_BLU, write_BLU, mix_BLI = jnp.split(z_BLI, (count, 2 * count), -1)
+    # Their sums.
+    read_BLU = scale_3[0] * read_BLU + read_U[None, None]
+    write_BLU = scale_3[1] * write_BLU + write_U[None, None]
+    mix_BLI = scale_3[2] * mix_BLI + mix_UU.reshape(-1)[None, None]
 
-    def stochastic(z_BLUU: jax.Array) -> jax.Array:
-      return sinkhorn(z_BLUU, fields.iterations)
+    def make_doubly_stochastic(logits_BLUU: jax.Array) -> jax.Array:
+      return sinkhorn(logits_BLUU, fields.iterations)
 
-    mix_BLUU = recompute_in_backward(stochastic)(
-      mix_BLU.reshape(B, L, count, count))
-    return StreamWeights(read_BLU=jax.nn.sigmoid(read_BLU) + SMALLEST_WEIGHT,
-                   write_BLU=2 * jax.nn.sigmoid(write_BLU), mix_BLUU=mix_BLUU)
+    mix_BLUU = recompute_in_backward(make_doubly_stochastic)(
+        mix_BLI.reshape(B, L, count, count))
+    return StreamWeights(
+        read_BLU=jax.nn.sigmoid(read_BLU) + SMALLEST_WEIGHT,
+        write_BLU=2 * jax.nn.sigmoid(write_BLU), mix_BLUU=mix_BLUU)
 
   def end(self, module: Any, x: Streams) -> jax.Array:
     if not module.config.part(StreamsConfig).learned_end:
       return super().end(module, x)
+    # The logits of each stream, z = s rms(x) W + d.
     count = x.x_BLUD.shape[-2]
     z_BLU = _logits_of_all_streams(module, x.x_BLUD, count)
-    scale_1 = _declare_in_float32(module, 'dynamic_scale',
-                     nn.initializers.constant(INITIAL_SCALE_OF_DYNAMIC_PART), 1)
+    scale_1 = _declare_in_float32(
+        module, 'dynamic_scale',
+        nn.initializers.constant(INITIAL_SCALE_OF_DYNAMIC_PART), 1)
     read_U = _declare_in_float32(module, 'read', nn.initializers.zeros, count)
     read_BLU = read_U.reshape((1,) * (z_BLU.ndim - 1) + (-1,))
     z_BLU = scale_1[0] * z_BLU + read_BLU
-    weighed = recompute_in_backward(
-  layers.count_flops_by_result(
-    _sum_weighted_streams, 2 * count))
-    return weighed(x.x_BLUD, jax.nn.sigmoid(z_BLU) + SMALLEST_WEIGHT)
+    # The sum over u of sigmoid(z_u) x_u.
+    weighted_sum = recompute_in_backward(
+        layers.count_flops_by_result(_sum_weighted_streams, 2 * count))
+    return weighted_sum(x.x_BLUD, jax.nn.sigmoid(z_BLU) + SMALLEST_WEIGHT)
 
 
-def _logits_of_identity(
-  key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
-  """Returns the logits 0 on the diagonal, and OFF beside it; an initializer.
-  """
+def _logits_of_identity(key: jax.Array, shape: tuple[int, ...],
+                        dtype: jnp.dtype) -> jax.Array:
+  """Returns logits of a matrix that is nearly the identity, as an initializer:
+  0 on the diagonal, and LOGIT_OFF_DIAGONAL beside it."""
   del key
   return LOGIT_OFF_DIAGONAL * (1 - jnp.eye(shape[0], dtype=dtype))
 
 
-def _logits_of_all_streams(
-  module: Any,
-  x_BLUD: jax.Array,
-   size: int) -> jax.Array:
+def _logits_of_all_streams(module: Any, x_BLUD: jax.Array, size: int
+                           ) -> jax.Array:
   """Returns rms(x) W, logits of each token made of all its streams,
-  [..., size].
+  [..., size]. There may be an axis of layers in front of B.
 
   Args:
     module: the module that holds W.
-    x_BLUD: the streams.
-    size: the number of logits, O. I are the features of all streams.
+    x_BLUD: the streams. Below, I are the features of all streams of a token.
+    size: the number of logits, O.
   """
   c: ModelConfig = module.config
   *rows, count, D = x_BLUD.shape
+  # W is 0 at first, but where DeepSeek-V4's form draws it.
   init = nn.initializers.zeros
   if c.part(StreamsConfig).learned_end:
     init = nn.initializers.normal(c.init_stddev)
@@ -476,40 +500,56 @@ def _logits_of_all_streams(
 
 
 def initial_read_logits(count: int, branch: jax.Array) -> jax.Array:
-  """Returns the logits, [count], of what a branch of a new mhc reads."""
-  turn_U = jax.nn.one_hot(branch % count, count)
-  rest = (1 - READ_WEIGHT_OF_OWN_STREAM) / (count - 1)
-  return jnp.where(turn_U > 0, _logit(READ_WEIGHT_OF_OWN_STREAM), _logit(rest))
+  """Returns c_k of mhc, [count]: the logits of how much branch k of a new model
+  reads of each stream.
+
+  They are those of 3/4 for stream k mod count, and of equal parts of the rest
+  for the other streams.
+
+  Args:
+    count: the number of streams.
+    branch: k.
+  """
+  is_own_U = jax.nn.one_hot(branch % count, count) > 0
+  weight_of_others = (1 - READ_WEIGHT_OF_OWN_STREAM) / (count - 1)
+  return jnp.where(is_own_U, _logit(READ_WEIGHT_OF_OWN_STREAM),
+                   _logit(weight_of_others))
 
 
 def _logit(p: float) -> float:
+  """Returns the number whose sigmoid is p."""
   return math.log(p / (1 - p))
 
 
 def sinkhorn(logits_BLUU: jax.Array, iterations: int) -> jax.Array:
-  """Returns exp(logits) after rounds of Sinkhorn's algorithm, each of which
-  divides the rows and then the columns by their sums. As in DeepSeek-V4, the
-  first rows are a softmax, and FLOOR is added to it and to later sums, none of
-  which is 0."""
+  """Returns exp(logits) made doubly stochastic by rounds of Sinkhorn's
+  algorithm, each of which divides the rows and then the columns by their sums.
+
+  As in DeepSeek-V4, the first rows are a softmax, and SMALLEST_WEIGHT is added
+  to it and to later sums, so that none is 0.
+  """
   first_BLUU = _divide_by_sums(
-  jax.nn.softmax(logits_BLUU) + SMALLEST_WEIGHT, -2)
-  return layers.count_flops_by_result(
-  _run_rounds_of_sinkhorn, 0)(
-    first_BLUU, jnp.arange(
-      1, iterations))
+      jax.nn.softmax(logits_BLUU) + SMALLEST_WEIGHT, axis=-2)
+  later_rounds = jnp.arange(1, iterations)
+  run_rounds = layers.count_flops_by_result(_run_rounds_of_sinkhorn, 0)
+  return run_rounds(first_BLUU, later_rounds)
 
 
-def _divide_by_sums(m_BLUU: jax.Array, axis: int) -> jax.Array:
-  """Returns the matrices over their sums along an axis."""
-  return m_BLUU / (m_BLUU.sum(axis, keepdims=True) + SMALLEST_WEIGHT)
+def _divide_by_sums(matrix_BLUU: jax.Array, axis: int) -> jax.Array:
+  """Returns the matrices divided by their sums along an axis."""
+  sums = matrix_BLUU.sum(axis, keepdims=True) + SMALLEST_WEIGHT
+  return matrix_BLUU / sums
 
 
-def _run_rounds_of_sinkhorn(m_BLUU: jax.Array, rounds: jax.Array) -> jax.Array:
-  """Returns the matrices after a round of Sinkhorn's for each of `rounds`."""
-  def once(m_BLUU: jax.Array, _):
-    return _divide_by_sums(_divide_by_sums(m_BLUU, -1), -2), None
+def _run_rounds_of_sinkhorn(matrix_BLUU: jax.Array, rounds: jax.Array
+                            ) -> jax.Array:
+  """Returns the matrices after one round of Sinkhorn's algorithm, of rows and
+  then columns, for each number in `rounds`."""
+  def run_round(matrix_BLUU: jax.Array, _):
+    rows_BLUU = _divide_by_sums(matrix_BLUU, axis=-1)
+    return _divide_by_sums(rows_BLUU, axis=-2), None
 
-  last_BLUU, _ = jax.lax.scan(once, m_BLUU, rounds)
+  last_BLUU, _ = jax.lax.scan(run_round, matrix_BLUU, rounds)
   return last_BLUU
 
 
@@ -524,6 +564,7 @@ class Gated(Mixed):
   def read(self, module: Any, x: Streams) -> tuple[jax.Array, StreamWeights]:
     c: ModelConfig = module.config
     read_BLD, n_BLUD = _read_through_gates(module, x)
+    # b, of the normalised streams.
     count, D = n_BLUD.shape[2:]
     w_UDU = layers.weight(module, 'write', (count, D, count),
                           (None, 'embed', None), in_axes=(0, 1), output=True)
@@ -534,41 +575,49 @@ class Gated(Mixed):
 
   def add(self, c: ModelConfig, x: Streams, y_BLD: jax.Array,
           weights: Optional[StreamWeights]) -> jax.Array:
-    written = recompute_in_backward(
-  layers.count_flops_by_result(
-    _mix_and_write_streams, 2))
-    return written(x.x_BLUD, y_BLD, weights)
+    write = recompute_in_backward(
+        layers.count_flops_by_result(_mix_and_write_streams, 2))
+    return write(x.x_BLUD, y_BLD, weights)
 
   def end(self, module: Any, x: Streams) -> jax.Array:
     mean_BLD, _ = _read_through_gates(module, x)
     return mean_BLD
 
 
-def _read_through_gates(module: Any, x: Streams) -> tuple[jax.Array, jax.Array]:
-  """Returns the mean over u of g_u * n_u(x_u), and the normalised streams;
-  there may be an axis of layers in front. R is the rank of the gates:
+def _read_through_gates(module: Any, x: Streams
+                        ) -> tuple[jax.Array, jax.Array]:
+  """Returns the mean over u of g_u * n_u(x_u), [B, L, D], and the normalised
+  streams n_u(x_u), [B, L, U, D], with the gates
 
     g = sigmoid(silu(sum over u of n_u(x_u) W_down,u / count) W_up)
+
+  whose product has the rank R. There may be an axis of layers in front of B.
+
+  Args:
+    module: the module that holds the norms and the weights.
+    x: the streams.
   """
   c: ModelConfig = module.config
+  # The weights.
   n_BLUD = layers.norm_of_streams(c, 'norm')(x.x_BLUD)
   count, D = n_BLUD.shape[-2:]
   rank = c.part(StreamsConfig).rank
   down_UDR = layers.weight(module, 'down', (count, D, rank),
                            (None, 'embed', None), in_axes=(0, 1), output=True)
   up_RUD = layers.weight(module, 'up', (rank, count, D), (None, None, 'embed'))
+  # The gates, before their sigmoid.
   z_BLR = layers.einsum('...UD,UDR->...R', n_BLUD, down_UDR, c.compute_dtype,
                         jnp.float32)
   z_BLR = jax.nn.silu(z_BLR / (count * c.widening))
   gate_BLUD = layers.einsum('...R,RUD->...UD', z_BLR, up_RUD, c.compute_dtype)
-  opened = recompute_in_backward(
-  layers.count_flops_by_result(
-    _mean_through_gates, 2 * count))
-  return opened(gate_BLUD, n_BLUD), n_BLUD
+  # The mean.
+  mean_through_gates = recompute_in_backward(
+      layers.count_flops_by_result(_mean_through_gates, 2 * count))
+  return mean_through_gates(gate_BLUD, n_BLUD), n_BLUD
 
 
 def _mean_through_gates(gate_BLUD: jax.Array, n_BLUD: jax.Array) -> jax.Array:
-  """Returns the mean over the streams of sigmoid(gate) * n."""
+  """Returns the mean over the streams u of sigmoid(gate_u) * n_u, [B, L, D]."""
   gate32_BLUD = jax.nn.sigmoid(gate_BLUD.astype(jnp.float32))
   mean_BLD = (gate32_BLUD * n_BLUD.astype(jnp.float32)).mean(-2)
   return mean_BLD.astype(n_BLUD.dtype)
@@ -583,52 +632,58 @@ class Attended(Plain):
   settings = StreamsConfig
   fields = ('streams.block_size', 'norm_eps')
 
-  def slots(self, c: ModelConfig, branches: int) -> int:
+  def count(self, c: ModelConfig, branches: int) -> int:
     return _count_attended_slots(c, branches)
 
-  def begin(self, x_BLD: jax.Array, slots: int) -> jax.Array:
+  def begin(self, x_BLD: jax.Array, count: int) -> jax.Array:
     first_BL1D = x_BLD[:, :, None]
-    return jnp.pad(first_BL1D, ((0, 0), (0, 0), (0, slots - 1), (0, 0)))
+    return jnp.pad(first_BL1D, ((0, 0), (0, 0), (0, count - 1), (0, 0)))
 
   def read(self, module: Any, x: Streams) -> tuple[jax.Array, None]:
     # 2 FLOPs in the score and 2 in the sum, for each feature of each slot that
     # is attended to: the mean over all branches.
-    seen = sum(
-  _count_attended_slots(
-    module.config,
-    k) for k in range(
-      x.branches))
-    return _attend_to_slots(module, x, 4 * seen, x.branches), None
+    slots_of_all_branches = sum(
+        _count_attended_slots(module.config, k) for k in range(x.branches))
+    y_BLD = _attend_to_slots(module, x, flops=4 * slots_of_all_branches,
+                             divisor=x.branches)
+    return y_BLD, None
 
   def add(self, c: ModelConfig, x: Streams, y_BLD: jax.Array,
           weights: Optional[StreamWeights]) -> jax.Array:
+    # The slot of this branch: a block of branches adds up in one.
     slot = 1 + x.branch // c.part(StreamsConfig).block_size
-    into_U = jnp.arange(x.x_BLUD.shape[2]) == slot
+    is_slot_U = jnp.arange(x.x_BLUD.shape[2]) == slot
     added_BLUD = x.x_BLUD + y_BLD[:, :, None]
-    return jnp.where(into_U[None, None, :, None], added_BLUD, x.x_BLUD)
+    return jnp.where(is_slot_U[None, None, :, None], added_BLUD, x.x_BLUD)
 
   def end(self, module: Any, x: Streams) -> jax.Array:
-    return _attend_to_slots(module, x, 4 * x.x_BLUD.shape[-2], 1)
+    return _attend_to_slots(
+        module, x, flops=4 * x.x_BLUD.shape[-2], divisor=1)
 
 
 def _count_attended_slots(c: ModelConfig, branch: Any) -> Any:
-  """Returns how many slots a branch attends to; its index may be traced."""
+  """Returns how many slots branch k attends to: the embedding's, one for each
+  whole block of branches before it, and one for a block that has begun.
+
+  Args:
+    c: the model.
+    branch: k, an int or a scalar on the device.
+  """
   size = c.part(StreamsConfig).block_size
-  return 1 + branch // size + (branch % size > 0)
+  has_begun_block = branch % size > 0
+  return 1 + branch // size + has_begun_block
 
 
-def _attend_to_slots(
-  module: Any,
-  x: Streams,
-  part: int,
-   whole: int) -> jax.Array:
-  """Returns what the module's query reads of the slots, [B, L, D].
+def _attend_to_slots(module: Any, x: Streams, flops: int, divisor: int
+                     ) -> jax.Array:
+  """Returns the attention of a learned query to the results of the branches so
+  far, [B, L, D].
 
   Args:
     module: the module that holds the query.
-    x: the slots.
-    part: the FLOPs that are counted for each feature, times `whole`.
-    whole: the number that divides them.
+    x: the results of the branches, in slots.
+    flops: the FLOPs that are counted for each feature, times `divisor`.
+    divisor: the number that divides them.
   """
   c: ModelConfig = module.config
   D = x.x_BLUD.shape[-1]
@@ -636,29 +691,38 @@ def _attend_to_slots(
   query_D1 = declare(module, 'query', nn.initializers.zeros, (D, 1), role)
   scale_D = declare(module, 'scale', nn.initializers.ones, (D,),
                     Role(axes=('embed',)))
-  over_slots = recompute_in_backward(
-  layers.count_flops_by_result(
-    _attention_over_slots, part, whole))
-  return over_slots(x.x_BLUD, query_D1[:, 0] / c.widening, scale_D,
-                    _count_attended_slots(c, x.branch), jnp.float32(c.norm_eps))
+  attend = recompute_in_backward(
+      layers.count_flops_by_result(_attention_over_slots, flops, divisor))
+  return attend(x.x_BLUD, query_D1[:, 0] / c.widening, scale_D,
+                _count_attended_slots(c, x.branch), jnp.float32(c.norm_eps))
 
 
-def _attention_over_slots(
-  x_BLUD: jax.Array,
-  query_D: jax.Array,
-  scale_D: jax.Array,
-  sources: jax.Array,
-   eps: jax.Array) -> jax.Array:
-  """Returns sum over i of p_i v_i, with p = softmax over i of w . rms(v_i): the
-  result of attention to the first `sources` slots, in float32. There may be an
-  axis of layers in front."""
+def _attention_over_slots(x_BLUD: jax.Array, query_D: jax.Array,
+                          scale_D: jax.Array, num_slots: jax.Array,
+                          eps: jax.Array) -> jax.Array:
+  """Returns sum over i of p_i v_i, [B, L, D], with p = softmax over i of
+  w . rms(v_i), computed in float32 (Kimi Team 2026, equations 2 to 4).
+
+  There may be an axis of layers in front of B.
+
+  Args:
+    x_BLUD: v_i, in slots.
+    query_D: w.
+    scale_D: the scale of rms.
+    num_slots: how many slots are attended to, from the first one on; with an
+      axis of layers, that of each.
+    eps: the number that rms adds to the mean square.
+  """
+  # The logits of the slots.
   x32_BLUD = x_BLUD.astype(jnp.float32)
   keys_BLUD = rmsnorm(x32_BLUD, scale_D, eps)
   logits_BLU = jnp.einsum('...D,D->...', keys_BLUD, query_D.astype(jnp.float32))
-  place_U = jnp.arange(x_BLUD.shape[-2])
-  place_BLU = place_U.reshape((1,) * (logits_BLU.ndim - 1) + (-1,))
-  seen_BLU = place_BLU < sources.reshape(*sources.shape, 1, 1, 1)
-  p_BLU = jax.nn.softmax(jnp.where(seen_BLU, logits_BLU, -jnp.inf))
+  # Which of them are attended to.
+  slot_U = jnp.arange(x_BLUD.shape[-2])
+  slot_BLU = slot_U.reshape((1,) * (logits_BLU.ndim - 1) + (-1,))
+  is_seen_BLU = slot_BLU < num_slots.reshape(*num_slots.shape, 1, 1, 1)
+  # The weighted sum.
+  p_BLU = jax.nn.softmax(jnp.where(is_seen_BLU, logits_BLU, -jnp.inf))
   y_BLD = (p_BLU[..., None] * x32_BLUD).sum(-2)
   return y_BLD.astype(x_BLUD.dtype)
 
