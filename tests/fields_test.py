@@ -144,8 +144,9 @@ def test_what_is_not_read_is_refused_by_hand_and_is_nowhere(system):
     was, value = config[f'model.{name}'], another(f'model.{name}')
     set_in(config, f'model.{name}', value)
     if name in unread:
+      # The function takes long, and its result is known.
       with pytest.raises(RequestError) as refusal, mock.patch.object(
-          flat, 'fields_that_are_unread', lambda *_: unread):  # which takes long to make
+          flat, 'fields_that_are_unread', lambda *_: unread):
         preflight.refuse_unread_fields([f'model.{name}'], config, c)
       assert all(word in str(refusal.value) for word in (
           f'model.{name} is {value}', unread[name].where, 'Leave it at'))
