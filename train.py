@@ -72,7 +72,7 @@ def main():
   request = begin.check_request(config, workdir,
                                 by_hand=cli.overridden_fields(),
                                 allow_config_change=args.allow_config_change)
-  for line in request.notes():
+  for line in request.describe_changes():
     print(line)
   config, tokenizer = request.config, request.tokenizer
 
@@ -113,7 +113,8 @@ def main():
       state = begin.create_first_state(run)
 
     # 5. The loop. The record is of what is trained.
-    run_config.save_config(workdir, request.asked, request.derived, contents,
+    run_config.save_config(workdir, request.given_config, request.derived,
+                           contents,
                            run.model)
     code = loop.train_run(run, state, start.step, train_data, eval_data, saved,
                           workdir, args.profile_steps)

@@ -28,7 +28,7 @@ class RunRequest(NamedTuple):
   """A run that was asked for, and that can be.
 
   Attributes:
-    asked: its config, as it was given.
+    given_config: the config of the run, as it was given.
     config: the config with what follows from the training data filled in.
     workdir: the folder of the run.
     tokenizer: its tokenizer.
@@ -37,7 +37,7 @@ class RunRequest(NamedTuple):
     changes: how the config differs from that of the run in the workdir.
     allow_config_change: whether the run may go on all the same.
   """
-  asked: ml_collections.ConfigDict
+  given_config: ml_collections.ConfigDict
   config: ml_collections.ConfigDict
   workdir: epath.Path
   tokenizer: tokenizers.Tokenizer
@@ -46,7 +46,7 @@ class RunRequest(NamedTuple):
   changes: Sequence[run_config.FieldChange]
   allow_config_change: bool
 
-  def notes(self) -> list[str]:
+  def describe_changes(self) -> list[str]:
     """Returns lines on what differs from the last start of the run: fields of
     the config, and the code."""
     lines = provenance.list_code_changes(run_config.load_starts(self.workdir))
@@ -86,7 +86,7 @@ def check_request(config: ml_collections.ConfigDict, workdir: epath.Path,
   changes = run_config.list_changes(workdir, filled, derived)
   run_config.refuse_changes(changes, allow_config_change)
   return RunRequest(
-      asked=config, config=filled, workdir=workdir, tokenizer=tokenizer,
+      given_config=config, config=filled, workdir=workdir, tokenizer=tokenizer,
       model=model, derived=derived, changes=changes,
       allow_config_change=allow_config_change)
 

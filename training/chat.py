@@ -58,7 +58,7 @@ class ChatModel(NamedTuple):
 
 def load_from_run(workdir: epath.Path, step: int | str | None = None,
                   template: str = '') -> ChatModel:
-  """Returns the model of a run.
+  """Loads the model of a training run, to be talked with.
 
   Args:
     workdir: the folder of the run.
@@ -73,7 +73,7 @@ def load_from_run(workdir: epath.Path, step: int | str | None = None,
   require(objective.talks,
           f'objective {config.objective!r}: {ADVICE_FOR_OTHER_MODELS}')
 
-  # The model.
+  # The model and its parameters.
   tokenizer = runs.load_run_tokenizer(workdir, config)
   generation = hf_generation.kept(workdir)
   module = architectures.build(runs.load_run_model_config(workdir, config))
@@ -84,7 +84,7 @@ def load_from_run(workdir: epath.Path, step: int | str | None = None,
   if generation is not None or template:
     is_published = hf_generation.is_published(workdir, restored.step)
     talk = _choose_talk(tokenizer, generation=generation, template=template,
-                        usual=talk, published=is_published)
+                        usual=talk, is_published=is_published)
   options = None
   if generation is not None:
     options = generation.options
@@ -93,60 +93,74 @@ def load_from_run(workdir: epath.Path, step: int | str | None = None,
 
 
 def load_from_folder(folder: epath.Path, template: str = '') -> ChatModel:
-  """Returns the model of a Hugging Face folder; see `of_run`."""
+  """Loads the model of a folder in the Hugging Face format, to be talked with.
+
+  Args:
+    folder: the folder.
+    template: a chat template, as data.chat_template names one; '': that of the
+      folder.
+
+  Raises:
+    RequestError: for a model that cannot be talked with.
+  """
   model = hf_config.read(hf_config.load_config_json(folder))
   if architectures.stack(model) != 'decoder' or model.head != 'lm':
     raise RequestError(f'{folder}: {ADVICE_FOR_OTHER_MODELS}')
-  # How it is talked with, then its weights, which take the time.
+  # How it is talked with comes first: to read the weights takes the time.
   tokenizer = tokenizers.load(str(folder))
   generation = hf_generation.of_folder(folder)
-  talk = _choose_talk(tokenizer, generation=generation, template=template,
-                      usual=causal.goes_on(tokenizer), published=True)
+  talk = _choose_talk(
+      tokenizer, generation=generation, template=template,
+      usual=causal.goes_on(tokenizer), is_published=True)
   module, params = weights.from_hf(folder)
   return ChatModel(module=module, params=params, tokenizer=tokenizer, talk=talk,
                    options=generation.options or {})
 
 
 def _choose_talk(tokenizer: Tokenizer,
-                 generation: hf_generation.Generation | None,
-                 template: str, usual: Talk, published: bool) -> Talk:
-  """Returns how an imported model is talked with: by its chat template, and
-  with the tokens of its generation_config.json.
+                 generation: hf_generation.Generation | None, template: str,
+                 usual: Talk, is_published: bool) -> Talk:
+  """Returns how an imported model is talked with (how a conversation becomes
+  tokens, and which tokens end an answer): by its chat template, and with the
+  tokens of its generation_config.json.
 
   Args:
     tokenizer: the tokenizer of the model.
-    generation: what the model's folder says of generation.
+    generation: the generation_config.json of the model's folder, if any.
     template: the chat template to use; '': that of the folder, if it has one.
     usual: how the model is talked with where there is none.
-    published: whether the weights are the folder's, not trained here; else a
-      text begins with the separator, as in training.
+    is_published: whether the weights are as they were imported, not trained
+      here; else a text begins with the separator, as in training.
   """
-  end_ids = hf_generation.ids(generation).get('eos_token_id', ())
-  ends = frozenset(end_ids)
-  # A template that was asked for, then what the model was trained with.
+  token_ids = hf_generation.ids(generation)
+  end_tokens = frozenset(token_ids.get('eos_token_id', ()))
+  # A template that was asked for comes first, then what the model was trained
+  # with here.
   if template:
-    given = conversations.read(template, tokenizer)
-    return causal.templated(given, ends, '')
+    asked_template = conversations.read(template, tokenizer)
+    return causal.templated(asked_template, end_tokens, '')
   if not usual.plain:
-    return usual._replace(ends=ends or usual.ends)
-  # A model that goes on from plain text may have a template in its folder.
+    return usual._replace(ends=end_tokens or usual.ends)
+  # A model that continues plain text may have a template in its folder.
   folder = epath.Path(tokenizer.name)
   if conversations.in_folder(folder) is not None:
-    of_model = conversations.read(str(folder), tokenizer)
-    return causal.templated(of_model, ends, 'answers by its chat template')
-  if published:
+    template_of_folder = conversations.read(str(folder), tokenizer)
+    return causal.templated(template_of_folder, end_tokens,
+                            'answers by its chat template')
+  if is_published:
     return hf_generation.plain(tokenizer, generation)
   return usual
 
 
 class CachedDecoder:
-  """One row of text, and what draws from it.
+  """A model with the cache of one text, which draws the token after the text.
 
   What the cache holds already is not computed again. Tokens are read in pieces
   of a few sizes, so that few programs are compiled, whatever the lengths of the
-  messages; a single new token is a piece, too. A state cannot take back what it
-  has read: where the text is another, all of it is read again. So is the text
-  of a model that REREADS, where it has come to be longer than what turns alike.
+  messages; a single new token is a piece, too. The state of a recurrent layer
+  cannot take back what it has read: where the text is another, all of it is
+  read again. So is a text that grows past a length at which its positions
+  change (generate.lengths_to_reread_at).
 
   Attributes:
     context: the number of tokens that the cache has room for.
@@ -160,45 +174,48 @@ class CachedDecoder:
     self._module = module.clone(config=config)
     self._params = params
     self._sampling = sampling
-    self._apart = config.num_decoder_layers <= generate.UNROLLED_LAYERS
+    self._is_unrolled = config.num_decoder_layers <= generate.UNROLLED_LAYERS
     self._cache = architectures.init_cache(config, 1, context)
-    if self._apart:
+    if self._is_unrolled:
       self._params, self._cache = jax.jit(skeletons.unstack_layers)(
           params, self._cache)
     self._key = jax.random.key(seed)
     self._ids = np.zeros(0, np.int32)  # the tokens in the cache
     self._has_state = blocks.has_layers_with_state(config)
-    self._ends = generate.lengths_to_reread_at(module)
+    self._lengths_to_reread_at = generate.lengths_to_reread_at(module)
     self.context = context
     self.num_read = 0
 
-  def draw(self, ids: Sequence[int] | np.ndarray) -> int:
-    """Returns the token drawn after `ids`, int32 [T], where T <= context.
+  def draw_token(self, ids: Sequence[int] | np.ndarray) -> int:
+    """Returns the token that is drawn after a text, and reads the text into the
+    cache from the first token on that differs from what the cache holds.
 
-    Tokens are read from the first one on that differs from the cache.
+    Args:
+      ids: the tokens of the text, int32 [T], where 0 < T <= context.
     """
     ids = np.asarray(ids, np.int32)
     assert 0 < len(ids) <= self.context
     vocab_size = self._module.config.vocab_size
     inputs.check_ids('the text', ids, vocab_size)
 
-    # The key of this draw, and the tokens that a penalty counts.
+    # The random key of this draw, and the tokens that a penalty counts.
     self._key, key = jax.random.split(self._key)
     seen_1V = None
-    if self._sampling.remembers:
+    if self._sampling.needs_seen_tokens:
       seen_1V = np.zeros((1, vocab_size), bool)
       seen_1V[0, ids] = True
 
-    # Read what is new, piece by piece; what the last piece draws counts.
-    start = self._first_to_read(ids)
+    # Read what is new, piece by piece; the token after the last piece counts.
+    start = self._index_of_first_unread(ids)
     while start < len(ids):
       size = self._piece_size(start, len(ids))
       piece = ids[start:start + size]
       padded_1P = np.pad(piece, (0, size - len(piece)))[None]
       token, self._cache = _read_and_draw(
-          module=self._module, sampling=self._sampling, apart=self._apart,
-          params=self._params, cache=self._cache, tokens_1P=padded_1P,
-          start=np.int32(start), last=np.int32(len(piece) - 1),
+          module=self._module, sampling=self._sampling,
+          is_unrolled=self._is_unrolled, params=self._params, cache=self._cache,
+          tokens_1P=padded_1P, start=np.int32(start),
+          last=np.int32(len(piece) - 1),
           lengths_1=np.array([len(ids)], np.int32), key=key, seen_1V=seen_1V,
           has_state=self._has_state)
       self.num_read += len(piece)
@@ -206,66 +223,77 @@ class CachedDecoder:
     self._ids = ids
     return int(token)
 
-  def _first_to_read(self, ids: np.ndarray) -> int:
-    """Returns the place from which tokens have to be read, the last one at the
-    latest. Where it is the first of all, the cache is emptied if need be."""
-    known = min(len(self._ids), len(ids) - 1)
-    differ = np.flatnonzero(self._ids[:known] != ids[:known])
-    start = int(differ[0]) if differ.size else known
-    passed_before, passed = np.searchsorted(
-        self._ends, [len(self._ids), len(ids)])
-    takes_back = self._has_state and start < len(self._ids)
-    if passed_before == passed and not takes_back:
+  def _index_of_first_unread(self, ids: np.ndarray) -> int:
+    """Returns the index of the first token of a text that has to be read, given
+    what the cache holds; empties the cache where all of it has to be read.
+
+    Args:
+      ids: the tokens of the text, [T]. The last one is always read, since the
+        new token is drawn from its output.
+    """
+    # The first difference between the text and the cache.
+    num_common = min(len(self._ids), len(ids) - 1)
+    differences = np.flatnonzero(self._ids[:num_common] != ids[:num_common])
+    start = num_common
+    if differences.size:
+      start = int(differences[0])
+
+    # A state cannot go back, and some positions change with the length.
+    num_passed_before, num_passed = np.searchsorted(
+        self._lengths_to_reread_at, [len(self._ids), len(ids)])
+    goes_back = self._has_state and start < len(self._ids)
+    if num_passed_before == num_passed and not goes_back:
       return start
     self._cache = jax.tree.map(jnp.zeros_like, self._cache)
     return 0
 
   def _piece_size(self, start: int, end: int) -> int:
-    """Returns the size of the next piece: the smallest one that takes all that
-    is left, and else the largest one that is filled by it."""
-    left = end - start
+    """Returns the size of the next piece to read of the tokens from `start` to
+    `end`: the smallest one that takes all of them, else the largest one that
+    they fill."""
+    num_left = end - start
     room = self.context - start
     for size in PIECE_SIZES:
-      if left <= size <= room:
+      if num_left <= size <= room:
         return size
-    return max(size for size in PIECE_SIZES if size <= left)
+    return max(size for size in PIECE_SIZES if size <= num_left)
 
 
 @functools.partial(
-    jax.jit, static_argnames=('module', 'sampling', 'apart', 'has_state'),
+    jax.jit, static_argnames=('module', 'sampling', 'is_unrolled', 'has_state'),
     donate_argnames='cache')
-def _read_and_draw(module: nn.Module, sampling: generate.Sampling, apart: bool,
-                   params: Any, cache: Any, tokens_1P: jax.Array,
-                   start: jax.Array,
-                   last: jax.Array, lengths_1: jax.Array, key: jax.Array,
-                   seen_1V: jax.Array | None,
-                   has_state: bool) -> tuple[jax.Array, Any]:
-  """Reads P tokens into the cache, and draws the token after them.
+def _read_and_draw(module: nn.Module, sampling: generate.Sampling,
+                   is_unrolled: bool, params: Any, cache: Any,
+                   tokens_1P: jax.Array, start: jax.Array, last: jax.Array,
+                   lengths_1: jax.Array, key: jax.Array,
+                   seen_1V: jax.Array | None, has_state: bool
+                   ) -> tuple[jax.Array, Any]:
+  """Reads P tokens of one text into the cache, and draws the token after them.
 
   Args:
     module, params: the model.
     sampling: how the token is drawn.
-    apart: whether its layers follow one another in the program.
+    is_unrolled: whether the layers follow one another in the program.
     cache: the cache.
     tokens_1P: the tokens, padded on the right.
-    start: the slot of the first of them.
+    start: the position of the first of them in the text.
     last: the index of the last one that is no padding.
     lengths_1: the length of the whole text.
-    key: the key of the draw.
+    key: the random key of the draw.
     seen_1V: bool, the tokens that the text has; None: the draw needs none.
-    has_state: whether the model has a state, which is told what is padding.
+    has_state: whether a layer has a state, which is told what is padding.
 
   Returns:
     The token, and the cache.
   """
-  places_1P = jnp.arange(tokens_1P.shape[1])[None]
+  indices_1P = jnp.arange(tokens_1P.shape[1])[None]
   # A state would take in the padding, where attention only masks it.
   options = {}
   if has_state:
-    options['valid_BL'] = (places_1P <= last).astype(jnp.int32)
+    options['valid_BL'] = (indices_1P <= last).astype(jnp.int32)
   output: Any = module.apply(
-      {'params': params}, tokens_1P, positions_BL=start + places_1P,
-      cache=cache, one_by_one=apart, lengths_B=lengths_1, **options)
+      {'params': params}, tokens_1P, positions_BL=start + indices_1P,
+      cache=cache, one_by_one=is_unrolled, lengths_B=lengths_1, **options)
 
   # The head is applied to the last real token alone.
   last_11D = jax.lax.dynamic_slice_in_dim(output.hidden, last, 1, axis=1)
@@ -292,7 +320,7 @@ class AnswerStream:
 
   def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (),
                lead: str = '', prompt: Sequence[int] = ()):
-    """Begins with an answer of no token."""
+    """Begins with an empty answer."""
     self._tokenizer = tokenizer
     self._stops = stops
     self._lead = lead
@@ -301,49 +329,53 @@ class AnswerStream:
     self._shown = 0
     self.stopped = False
 
-  def add(self, token: int) -> str:
-    """Returns what can be shown more, now that this token has come."""
+  def add_token(self, token: int) -> str:
+    """Adds a token to the answer, and returns the text that can be shown now
+    and was not before; '' where the token writes no whole character yet."""
     self._ids.append(token)
-    text = self._decoded(whole=False)
-    cut = generate.text_before_stop(text, self._stops)
-    self.stopped = len(cut) < len(text)
+    text = self._decode(is_complete=False)
+    before_stop = generate.text_before_stop(text, self._stops)
+    self.stopped = len(before_stop) < len(text)
     if self.stopped:
-      return self._show(cut)
+      return self._take_unshown(before_stop)
 
-    # The longest end of the text that a stop string may begin with waits.
-    waiting = 0
+    # An end of the text with which a stop string may begin is held back.
+    num_held_back = 0
     for stop in self._stops:
       for size in range(1, len(stop)):
-        if cut.endswith(stop[:size]):
-          waiting = max(waiting, size)
-    return self._show(cut[:len(cut) - waiting])
+        if text.endswith(stop[:size]):
+          num_held_back = max(num_held_back, size)
+    return self._take_unshown(text[:len(text) - num_held_back])
 
-  def end(self) -> str:
-    """Returns what is left to show, now that no token follows."""
-    return self._show(self.text)
+  def finish(self) -> str:
+    """Returns the text that was held back, now that no token follows."""
+    return self._take_unshown(self.text)
 
   @property
   def text(self) -> str:
-    """The whole answer so far."""
-    return generate.text_before_stop(self._decoded(whole=True), self._stops)
+    """The whole answer so far, up to a stop string."""
+    text = self._decode(is_complete=True)
+    return generate.text_before_stop(text, self._stops)
 
-  def _show(self, text: str) -> str:
-    """Returns the part of a text that was not shown before."""
-    new = text[self._shown:]
+  def _take_unshown(self, text: str) -> str:
+    """Returns the part of the answer's text that was not shown before, and
+    notes that it is shown now."""
+    unshown = text[self._shown:]
     self._shown = max(self._shown, len(text))
-    return new
+    return unshown
 
-  def _decoded(self, whole: bool) -> str:
-    """Returns the text of all tokens, without its lead.
+  def _decode(self, is_complete: bool) -> str:
+    """Returns the text of all tokens so far, without the lead.
 
     Args:
-      whole: whether no token follows; else a last character whose bytes have
-        not all come is left out.
+      is_complete: whether no token follows; else a last character whose bytes
+        have not all come is left out.
     """
-    data = tokenizers.spelt(self._tokenizer, self._ids, self._prompt)
+    utf8 = tokenizers.spelt(self._tokenizer, self._ids, self._prompt)
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
-    text = decoder.decode(data, final=whole)
-    if not whole:  # some tokenizers decode to text, and write it themselves
+    text = decoder.decode(utf8, final=is_complete)
+    if not is_complete:
+      # Some tokenizers decode to text, and write this character themselves.
       text = text.rstrip(REPLACEMENT_CHARACTER)
       if self._lead.startswith(text):
         return ''
@@ -399,37 +431,42 @@ class ChatSession:
 
   def ask(self, text: str, stopped: Callable[[], bool] = lambda: False
           ) -> Iterator[str]:
-    """Yields the answer to a message in pieces, as it is written.
+    """Adds a message of the user to the conversation, and yields the answer in
+    pieces as it is written.
 
     Args:
       text: the message.
-      stopped: whether to end the answer here; asked after each token.
+      stopped: whether to end the answer here; called after each token.
 
     Raises:
       RequestError: where the conversation has become too long, or its template
         refuses it; it is as before, then.
     """
-    asked = [*self.messages, dict(role='user', content=text)]
-    ids = self._talk.encode(self._system + asked)
+    # The conversation with this message, as tokens.
+    messages = [*self.messages, dict(role='user', content=text)]
+    ids = self._talk.encode(self._system + messages)
     context = self._engine.context
     require(0 < len(ids) < context, f'the conversation has {len(ids):,} tokens '
             f'with this message, and there is room for {context:,}, with the '
             'answer: shorten it, begin another with /reset, or pass a larger '
             '--context, up to the max_len of the model')
-    self.messages = asked
+    self.messages = messages
+
+    # The answer, which becomes part of the conversation even if it is cut
+    # short.
     prompt = ids.tolist() if self._talk.plain else ()
     stream = AnswerStream(self._tokenizer, stops=self._stops,
-                          lead=self._talk.lead,
-                          prompt=prompt)
-    # Even an answer that is cut short becomes part of the conversation.
+                          lead=self._talk.lead, prompt=prompt)
     try:
-      yield from self._written(ids, stream, stopped)
+      yield from self._write_answer(ids, stream, stopped)
     finally:
-      self.messages = [*asked, dict(role='assistant', content=stream.text)]
+      answer = dict(role='assistant', content=stream.text)
+      self.messages = [*messages, answer]
 
-  def _written(self, ids: np.ndarray, stream: AnswerStream,
-               stopped: Callable[[], bool]) -> Iterator[str]:
-    """Yields the pieces of an answer, and sets `ended`.
+  def _write_answer(self, ids: np.ndarray, stream: AnswerStream,
+                    stopped: Callable[[], bool]) -> Iterator[str]:
+    """Draws the tokens of an answer and yields its text in pieces; sets `ended`
+    to the reason of its end.
 
     Args:
       ids: the tokens of the conversation, [T].
@@ -438,21 +475,21 @@ class ChatSession:
     """
     self.ended = 'length'
     for _ in range(self._most):
-      token = self._engine.draw(ids)
+      token = self._engine.draw_token(ids)
       if token in self._talk.ends:
         self.ended = 'end'
         break
       ids = np.append(ids, np.int32(token))
       # A token may be no whole character yet, and write nothing.
-      piece = stream.add(token)
+      piece = stream.add_token(token)
       if piece:
         yield piece
       reason = self._reason_to_end(len(ids), stream, stopped)
       if reason:
         self.ended = reason
         break
-    # The end of the text waited, as a stop string might have begun there.
-    piece = stream.end()
+    # The end of the text was held back, as a stop string might begin with it.
+    piece = stream.finish()
     if piece:
       yield piece
 

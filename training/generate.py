@@ -79,36 +79,38 @@ class Sampling:
     check_number('repetition_penalty', self.repetition_penalty, [('>', 0)])
 
   @property
-  def remembers(self) -> bool:
+  def needs_seen_tokens(self) -> bool:
     """Whether a draw depends on which tokens the text has already."""
     return self.repetition_penalty != 1
 
   def __call__(self, logits_BV: jax.Array, key: jax.Array,
                seen_BV: jax.Array | None = None) -> jax.Array:
-    """Returns one token a row, [B].
+    """Draws the next token of each row, [B].
 
     Args:
       logits_BV: the logits of the next token.
-      key: the key of the draw.
-      seen_BV: bool, the tokens that each row has already; it is needed where
-        `remembers`.
+      key: the random key of the draw.
+      seen_BV: bool, the tokens that each row has already; not None where
+        `needs_seen_tokens` is true.
     """
-    if self.remembers:
+    if self.needs_seen_tokens:
       assert seen_BV is not None
       logits_BV = self.penalize(logits_BV, seen_BV)
     if self.temperature == 0:
       return logits_BV.argmax(-1)
-    return jax.random.categorical(key, self.filter(logits_BV))
+    return jax.random.categorical(key, self.mask_unlikely(logits_BV))
 
   def penalize(self, logits_BV: jax.Array, seen_BV: jax.Array) -> jax.Array:
-    """Returns the logits, lower where a token has been seen."""
+    """Returns the logits with the repetition penalty: lower for each token that
+    its row has already (seen_BV, bool)."""
     penalty = self.repetition_penalty
     lower_BV = jnp.where(logits_BV < 0, logits_BV * penalty,
                          logits_BV / penalty)
     return jnp.where(seen_BV, lower_BV, logits_BV)
 
-  def filter(self, logits_BV: jax.Array) -> jax.Array:
-    """Returns the logits over the temperature, -inf where none is drawn."""
+  def mask_unlikely(self, logits_BV: jax.Array) -> jax.Array:
+    """Returns the logits over the temperature, with -inf for the tokens that
+    top_k, top_p or min_p leave out."""
     logits_BV = logits_BV / self.temperature
     if self.top_k:
       k = min(self.top_k, logits_BV.shape[-1])
@@ -117,16 +119,17 @@ class Sampling:
       logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
     if self.top_p < 1:
       sorted_BV = jnp.sort(logits_BV, -1, descending=True)
-      p_BV = jax.nn.softmax(sorted_BV, -1)
-      # A token stays while those before it have not reached p.
-      kept_BV = jnp.cumsum(p_BV, -1) - p_BV < self.top_p
-      kept_logits_BV = jnp.where(kept_BV, sorted_BV, jnp.inf)
+      probs_BV = jax.nn.softmax(sorted_BV, -1)
+      # A token stays while the likelier ones have not reached top_p.
+      probs_before_BV = jnp.cumsum(probs_BV, -1) - probs_BV
+      is_kept_BV = probs_before_BV < self.top_p
+      kept_logits_BV = jnp.where(is_kept_BV, sorted_BV, jnp.inf)
       least_B1 = kept_logits_BV.min(-1, keepdims=True)
       logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
     if self.min_p:
-      p_BV = jax.nn.softmax(logits_BV, -1)
-      least_B1 = self.min_p * p_BV.max(-1, keepdims=True)
-      logits_BV = jnp.where(p_BV < least_B1, -jnp.inf, logits_BV)
+      probs_BV = jax.nn.softmax(logits_BV, -1)
+      least_prob_B1 = self.min_p * probs_BV.max(-1, keepdims=True)
+      logits_BV = jnp.where(probs_BV < least_prob_B1, -jnp.inf, logits_BV)
     return logits_BV
 
 
@@ -160,7 +163,7 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
   chex.assert_rank([prompts_BL, lengths_B], [2, 1])
   B, L = prompts_BL.shape
   module = module.clone(config=without_capacity(module.config))
-  stops = as_stop_tokens(stop_token)
+  stop_tokens = as_stop_tokens(stop_token)
   rows_B = jnp.arange(B)
 
   # Read the prompts.
@@ -168,7 +171,7 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
       module, params=params, prompts_BL=prompts_BL, lengths_B=lengths_B,
       room=max_new_tokens, **inputs)
   seen_BV = None
-  if sampling.remembers:
+  if sampling.needs_seen_tokens:
     V = module.config.vocab_size
     is_prompt_BL = jnp.arange(L)[None] < lengths_B[:, None]
     # Padding stands for token V, which does not exist and is dropped.
@@ -176,43 +179,43 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
     seen_BV = jnp.zeros((B, V), bool)
     seen_BV = seen_BV.at[rows_B[:, None], ids_BL].set(True, mode='drop')
 
-  def draw(logits_BV: jax.Array, t: jax.Array | int,
-           seen_BV: jax.Array | None):
+  def draw_token(logits_BV: jax.Array, t: jax.Array | int,
+                 seen_BV: jax.Array | None):
     """Returns the new token t of each row, and the tokens seen by then."""
     token_key = jax.random.fold_in(key, t)
-    new_B = sampling(logits_BV, token_key, seen_BV).astype(jnp.int32)
+    token_B = sampling(logits_BV, token_key, seen_BV).astype(jnp.int32)
     if seen_BV is not None:
-      seen_BV = seen_BV.at[rows_B, new_B].set(True)
-    return new_B, seen_BV
+      seen_BV = seen_BV.at[rows_B, token_B].set(True)
+    return token_B, seen_BV
 
   # The first token.
-  first_B, seen_BV = draw(logits_BV, 0, seen_BV)
-  tokens_BL = jnp.zeros((B, max_new_tokens), jnp.int32)
-  if stops:  # a row that ends early is filled up with the stop token
-    tokens_BL = tokens_BL.at[:, 1:].set(stops[0])
-  tokens_BL = tokens_BL.at[:, 0].set(first_B)
-  done_B = jnp.isin(first_B, jnp.array(stops, jnp.int32))
+  first_token_B, seen_BV = draw_token(logits_BV, 0, seen_BV)
+  new_tokens_BT = jnp.zeros((B, max_new_tokens), jnp.int32)
+  if stop_tokens:  # a row that ends early is filled up with the stop token
+    new_tokens_BT = new_tokens_BT.at[:, 1:].set(stop_tokens[0])
+  new_tokens_BT = new_tokens_BT.at[:, 0].set(first_token_B)
+  is_done_B = jnp.isin(first_token_B, jnp.array(stop_tokens, jnp.int32))
 
   # The others, until every row is done.
-  def unfinished(carry: Any):
-    t, _, done_B, *_ = carry
-    return (t < max_new_tokens) & ~jnp.all(done_B)
+  def is_unfinished(carry: Any):
+    t, _, is_done_B, *_ = carry
+    return (t < max_new_tokens) & ~jnp.all(is_done_B)
 
-  def step(carry: Any):
+  def add_token(carry: Any):
     """Adds the new token t to each row."""
-    t, tokens_BL, done_B, cache, seen_BV = carry
-    logits_BV, cache = advance(cache, tokens_BL, t)
-    new_B, seen_BV = draw(logits_BV, t, seen_BV)
-    if stops:
-      new_B = jnp.where(done_B, stops[0], new_B)
-      done_B |= jnp.isin(new_B, jnp.array(stops, jnp.int32))
-    tokens_BL = tokens_BL.at[:, t].set(new_B)
-    return t + 1, tokens_BL, done_B, cache, seen_BV
+    t, new_tokens_BT, is_done_B, cache, seen_BV = carry
+    logits_BV, cache = advance(cache, new_tokens_BT, t)
+    token_B, seen_BV = draw_token(logits_BV, t, seen_BV)
+    if stop_tokens:
+      token_B = jnp.where(is_done_B, stop_tokens[0], token_B)
+      is_done_B |= jnp.isin(token_B, jnp.array(stop_tokens, jnp.int32))
+    new_tokens_BT = new_tokens_BT.at[:, t].set(token_B)
+    return t + 1, new_tokens_BT, is_done_B, cache, seen_BV
 
-  one = jnp.ones((), jnp.int32)
-  _, tokens_BL, *_ = jax.lax.while_loop(
-      unfinished, step, (one, tokens_BL, done_B, cache, seen_BV))
-  return tokens_BL
+  t = jnp.ones((), jnp.int32)
+  _, new_tokens_BT, *_ = jax.lax.while_loop(
+      is_unfinished, add_token, (t, new_tokens_BT, is_done_B, cache, seen_BV))
+  return new_tokens_BT
 
 
 def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
@@ -221,11 +224,12 @@ def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
                  source_lengths_B: Optional[jax.Array] = None,
                  prefix_B: Optional[jax.Array] = None, copies: int = 1
                  ) -> tuple[jax.Array, Any, Callable]:
-  """Reads the prompts, and the sources of an encoder-decoder.
+  """Reads the prompts into a new cache, and returns what is needed to continue
+  them: the logits of the first new token, and a function that goes on.
 
   Args:
     module, params, prompts_BL, lengths_B: those of `generate`.
-    room: the number of tokens that may follow.
+    room: the number of new tokens that the cache has room for.
     source_BM: the tokens that an encoder-decoder reads, padded on the right.
       They are encoded once; the prompts are the beginnings of the targets.
     source_lengths_B: the number of tokens of each source.
@@ -235,9 +239,10 @@ def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
       own.
 
   Returns:
-    The logits of the first new tokens, [B, V]; a cache with room for all; and
-    a function advance(cache, new tokens [B, T], t) -> (logits, cache), which
-    reads new token t - 1 and gives the logits of token t.
+    Three things, of B rows (B times `copies` in the cache and in `advance`):
+    the logits of the first new token, [B, V]; the cache; and the function
+    advance(cache, new tokens [B, T], t) -> (logits, cache), which reads new
+    token t - 1 and gives the logits of token t, [B, V].
   """
   apply: Callable[..., Any] = module.apply
   B, L = prompts_BL.shape
@@ -246,37 +251,40 @@ def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
 
   # The inputs of every step. An encoder-decoder encodes its source here, and
   # its steps are given None in the source's place.
-  leading: tuple[None, ...] = ()
-  fixed: dict[str, jax.Array] = {}
-  places = 'positions_BL'
+  source_argument: tuple[None, ...] = ()
+  source_inputs: dict[str, jax.Array] = {}
+  positions_name = 'positions_BL'
   if source_BM is None:
     options['prefix_B'] = prefix_B
     if blocks.has_layers_with_state(module.config):
       options['valid_BL'] = _token_mask(prompts_BL, lengths_B)
   else:
     assert source_lengths_B is not None, 'a source comes with its lengths'
-    leading = (None,)
-    fixed['segment_ids_BM'] = _token_mask(source_BM, source_lengths_B)
-    places = 'decoder_positions_BL'
-    options['memory'], _ = apply({'params': params}, source_BM, method='encode',
-                                 lengths_B=source_lengths_B, **fixed)
+    source_argument = (None,)
+    source_inputs['segment_ids_BM'] = _token_mask(source_BM, source_lengths_B)
+    positions_name = 'decoder_positions_BL'
+    options['memory'], _ = apply(
+        {'params': params}, source_BM, method='encode',
+        lengths_B=source_lengths_B, **source_inputs)
 
   # Read the prompts; the last token of each gives the first new token.
-  output = apply({'params': params}, *leading, prompts_BL, **fixed, **options)
+  output = apply({'params': params}, *source_argument, prompts_BL,
+                 **source_inputs, **options)
   last_B11 = (lengths_B - 1)[:, None, None]
   last_B1D = jnp.take_along_axis(output.hidden, last_B11, axis=1)
   assert output.head is not None  # each objective with a prompt trains a head
   logits_BV = output.head.logits(last_B1D)[:, 0]
 
-  # The rows are the first axis of a layer's cache, and the second of a stack's.
+  # The steps after this run a shallow stack's layers one by one. Where several
+  # texts follow each prompt, all of them have a row.
   cache = output.cache
-  apart = _is_unrolled(module)
-  if apart:
+  is_unrolled = _is_unrolled(module)
+  if is_unrolled:
     params, cache = unstack_layers(params, cache)
   if copies > 1:
     cache = _repeat_rows(cache, copies, _row_axis_of_cache(module))
-    prompts_BL, lengths_B, prefix_B, fixed = _repeat_rows(
-        (prompts_BL, lengths_B, prefix_B, fixed), copies, 0)
+    prompts_BL, lengths_B, prefix_B, source_inputs = _repeat_rows(
+        (prompts_BL, lengths_B, prefix_B, source_inputs), copies, 0)
 
   def advance(cache: Any, new_BT: jax.Array, t: jax.Array):
     """Returns the logits of new token t, and the cache that has read t - 1."""
@@ -285,50 +293,54 @@ def read_prompts(module: nn.Module, params: Any, prompts_BL: jax.Array,
                                   lengths_B=lengths_B, prefix_B=prefix_B,
                                   new_BT=new_BT, t=t)
     token_B1 = jax.lax.dynamic_slice_in_dim(new_BT, t - 1, 1, axis=1)
-    places_B1 = (lengths_B + t - 1)[:, None]
-    output = apply({'params': params}, *leading, token_B1, cache=cache,
-                   one_by_one=apart, **{places: places_B1}, **fixed)
+    positions_B1 = (lengths_B + t - 1)[:, None]
+    output = apply({'params': params}, *source_argument, token_B1, cache=cache,
+                   one_by_one=is_unrolled, **{positions_name: positions_B1},
+                   **source_inputs)
     return output.head.logits(output.hidden)[:, 0], output.cache
 
   return logits_BV, cache, advance
 
 
 def _token_mask(tokens_BL: jax.Array, lengths_B: jax.Array) -> jax.Array:
-  """Returns 1 where a place holds a token and 0 where it is padding, [B, L]."""
-  places_1L = jnp.arange(tokens_BL.shape[1])[None]
-  return (places_1L < lengths_B[:, None]).astype(jnp.int32)
+  """Returns 1 for a token and 0 for padding after a row's length, [B, L]."""
+  positions_1L = jnp.arange(tokens_BL.shape[1])[None]
+  return (positions_1L < lengths_B[:, None]).astype(jnp.int32)
 
 
 def _repeat_rows(tree: Any, copies: int, axis: int) -> Any:
-  """Returns the tree with each row of its arrays `copies` times in a row."""
+  """Returns a tree of arrays in which each row, along `axis`, stands `copies`
+  times in succession."""
   return jax.tree.map(lambda x: jnp.repeat(x, copies, axis), tree)
 
 
 def _is_unrolled(module: Any) -> bool:
-  """Whether the layers of a step follow one another in the program."""
+  """Whether the layers of a decoding step stand one after another in the
+  program, as in a stack that is not deep, and not in a scan."""
   return module.config.num_decoder_layers <= UNROLLED_LAYERS
 
 
 def _row_axis_of_cache(module: Any) -> int:
   """Returns the axis of a cache's arrays along which the rows of a batch lie:
-  the first one is that of the layers where these are stacked."""
+  the first one, or the second where the caches of all layers are stacked."""
   return 0 if _is_unrolled(module) else 1
 
 
 def lengths_to_reread_at(module: Any) -> tuple[int, ...]:
-  """Returns the lengths, ascending, past which a text is read again."""
+  """Returns the lengths, ascending, at which a model's positions change: a text
+  that grows past one has to be read again from its beginning."""
   if not module.REREADS:
     return ()
   return positions.lengths_that_change_rotation(module.config)
 
 
-def _reread_outgrown_rows(module: nn.Module, params: Any, cache: Any,
-                          prompts_BL: jax.Array,
-                          lengths_B: jax.Array, prefix_B: Optional[jax.Array],
-                          new_BT: jax.Array, t: jax.Array) -> Any:
-  """Returns the cache where the model has yet to read the last of `t` new
-  tokens. Rows that this token makes longer than one of `rereads_at` are read
-  again up to there.
+def _reread_outgrown_rows(
+    module: nn.Module, params: Any, cache: Any, prompts_BL: jax.Array,
+    lengths_B: jax.Array, prefix_B: Optional[jax.Array], new_BT: jax.Array,
+    t: jax.Array) -> Any:
+  """Returns the cache with which the model reads the last of `t` new tokens. A
+  row that this token makes longer than one of `lengths_to_reread_at` is read
+  again up to the token, since the positions of its earlier tokens have changed.
 
   Args:
     module, params, prompts_BL, lengths_B, prefix_B: those of `generate`.
@@ -338,42 +350,43 @@ def _reread_outgrown_rows(module: nn.Module, params: Any, cache: Any,
   """
   B, T = new_BT.shape
   M = prompts_BL.shape[1] + T
-  apart = _is_unrolled(module)
-  ends = [n for n in lengths_to_reread_at(module) if n < M - 1]
-  if not ends:
+  is_unrolled = _is_unrolled(module)
+  lengths = [n for n in lengths_to_reread_at(module) if n < M - 1]
+  if not lengths:
     return cache
-  outgrown_B = jnp.isin(lengths_B + t, jnp.array(ends) + 1)
+  is_outgrown_B = jnp.isin(lengths_B + t, jnp.array(lengths) + 1)
 
-  def again() -> Any:
-    """Returns the cache with the rows that have outgrown a length read
-    again."""
-    # The texts so far, from an empty cache, without their last token.
+  def reread() -> Any:
+    """Returns the cache with the outgrown rows read again."""
+    # Read the texts so far, without their last token, into an empty cache.
     texts_BM = jnp.pad(prompts_BL, ((0, 0), (0, T)))
     rows_B1 = jnp.arange(B)[:, None]
-    places_BT = lengths_B[:, None] + jnp.arange(T)[None]
-    texts_BM = texts_BM.at[rows_B1, places_BT].set(new_BT)
-    empty = jax.tree.map(jnp.zeros_like, cache)
+    positions_BT = lengths_B[:, None] + jnp.arange(T)[None]
+    texts_BM = texts_BM.at[rows_B1, positions_BT].set(new_BT)
+    empty_cache = jax.tree.map(jnp.zeros_like, cache)
     output: Any = module.apply(
-        {'params': params}, texts_BM, cache=empty,
+        {'params': params}, texts_BM, cache=empty_cache,
         valid_BL=_token_mask(texts_BM, lengths_B + t - 1),
-        lengths_B=lengths_B + t, prefix_B=prefix_B, one_by_one=apart)
+        lengths_B=lengths_B + t, prefix_B=prefix_B, one_by_one=is_unrolled)
 
-    # Only the rows that have outgrown a length take what was read again.
-    rows = outgrown_B
-    if not apart:
-      rows = rows[None]
+    # The other rows keep their cache. A stack's cache has an axis of the layers
+    # before that of the rows.
+    is_outgrown = is_outgrown_B
+    if not is_unrolled:
+      is_outgrown = is_outgrown[None]
 
     def choose(new: jax.Array, old: jax.Array) -> jax.Array:
-      later_axes = range(rows.ndim, new.ndim)
-      return jnp.where(jnp.expand_dims(rows, later_axes), new, old)
+      later_axes = range(is_outgrown.ndim, new.ndim)
+      return jnp.where(jnp.expand_dims(is_outgrown, later_axes), new, old)
 
     return jax.tree.map(choose, output.cache, cache)
 
-  return jax.lax.cond(outgrown_B.any(), again, lambda: cache)
+  return jax.lax.cond(is_outgrown_B.any(), reread, lambda: cache)
 
 
 def as_stop_tokens(stop: int | tuple[int, ...] | None) -> tuple[int, ...]:
-  """Returns the tokens that end a text."""
+  """Returns the tokens that end a text as a tuple, given one, several or
+  none."""
   if stop is None:
     return ()
   if isinstance(stop, tuple):
@@ -381,20 +394,28 @@ def as_stop_tokens(stop: int | tuple[int, ...] | None) -> tuple[int, ...]:
   return (stop,)
 
 
-def tokens_before_stop(row: np.ndarray,
-                       stop: int | tuple[int, ...]) -> np.ndarray:
-  """Returns the tokens of a row before the first that is `stop`, or in it."""
-  ends = np.flatnonzero(np.isin(row, as_stop_tokens(stop)))
-  return row[:ends[0]] if ends.size else row
+def tokens_before_stop(row: np.ndarray, stop: int | tuple[int, ...]
+                       ) -> np.ndarray:
+  """Returns the tokens of a row, [T], up to the first that ends the text.
+
+  Args:
+    row: the tokens.
+    stop: the token that ends the text, or several.
+  """
+  indices = np.flatnonzero(np.isin(row, as_stop_tokens(stop)))
+  if not indices.size:
+    return row
+  return row[:indices[0]]
 
 
 def text_before_stop(text: str, stops: Sequence[str]) -> str:
-  """Returns a text up to the first of the stop strings in it."""
+  """Returns a text up to the first of the stop strings that it contains, or all
+  of it."""
   end = len(text)
   for stop in stops:
-    place = text.find(stop)
-    if place >= 0:
-      end = min(end, place)
+    start_of_stop = text.find(stop)
+    if start_of_stop >= 0:
+      end = min(end, start_of_stop)
   return text[:end]
 
 
@@ -416,48 +437,49 @@ class Beams:
   """How the likeliest texts are searched.
 
   Attributes:
-    count: K, the number of texts that are followed at once. The Transformer's
-      paper has 4 (Vaswani et al. 2017, section 6.1).
+    num_beams: K, the number of texts that are followed at once. The
+      Transformer's paper has 4 (Vaswani et al. 2017, section 6.1).
     length_penalty: the exponent alpha of the penalty; 0: none. The paper has
       0.6.
     penalty: the entry of PENALTIES that gives the base of the penalty.
   """
-  count: int = 4
+  num_beams: int = 4
   length_penalty: float = 0.6
   penalty: str = 'gnmt'
 
   def __post_init__(self):
-    check_number('beams', self.count, [('>=', 1), ('<=', MOST_BEAMS)])
+    check_number('beams', self.num_beams, [('>=', 1), ('<=', MOST_BEAMS)])
     one_of('penalty', self.penalty, LENGTH_PENALTY_BASES)
     check_number('length_penalty', self.length_penalty,
                  [('>=', -10), ('<=', 10)])
 
   def divisor(self, length: jax.Array | int) -> jax.Array | float:
-    """Returns the length penalty base(length)^alpha, by which the
-    log-probability of a text is divided."""
+    """Returns the length penalty base(length)^alpha for a text of `length` new
+    tokens: its score is its log-probability divided by this."""
     base = LENGTH_PENALTY_BASES[self.penalty](length)
     return base ** self.length_penalty
 
 
 class _ScoredTexts(NamedTuple):
-  """K texts of each row: their new tokens, and their scores."""
+  """K texts of each row of a batch: their new tokens, and their scores."""
   tokens_BKT: jax.Array
   score_BK: jax.Array
 
 
 class _SearchState(NamedTuple):
-  """The texts that the search has come upon for each row.
+  """The texts that a beam search has found for each row so far.
 
   Attributes:
-    running: the texts that go on, by their log-probability.
-    ended: the texts that have ended, by their score.
-    full_BK: bool, which of the K places of `ended` hold a text.
-    open_B: bool, the rows that may yet find a better one.
+    running: the texts that go on; their scores are log-probabilities.
+    ended: the texts that have ended; their scores are log-probabilities over
+      the length penalty.
+    is_text_BK: bool, which of the K entries of `ended` hold a text.
+    is_open_B: bool, the rows that may yet find a better text.
   """
   running: _ScoredTexts
   ended: _ScoredTexts
-  full_BK: jax.Array
-  open_B: jax.Array
+  is_text_BK: jax.Array
+  is_open_B: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=(
@@ -467,8 +489,8 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
                 beams: Beams = Beams(),
                 stop_token: int | tuple[int, ...] | None = None,
                 **inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Continues each prompt by the likeliest texts of up to T tokens.
-
+  """Continues each prompt by the K likeliest texts of up to T tokens that a
+  beam search finds.
   Args:
     module, params, prompts_BL, lengths_B, **inputs: those of `generate`.
     max_new_tokens: T, the largest number of new tokens.
@@ -485,10 +507,10 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
   """
   chex.assert_rank([prompts_BL, lengths_B], [2, 1])
   B = len(prompts_BL)
-  K = beams.count
+  K = beams.num_beams
   T = max_new_tokens
   module = module.clone(config=without_capacity(module.config))
-  stops = as_stop_tokens(stop_token)
+  stop_tokens = as_stop_tokens(stop_token)
 
   # Read the prompts, and choose the first tokens. Only the first beam counts
   # then, since the others would be equal to it.
@@ -496,64 +518,67 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
       module, params=params, prompts_BL=prompts_BL, lengths_B=lengths_B,
       room=T, copies=K, **inputs)
   logits_BKV = jnp.repeat(logits_BV[:, None], K, axis=1)
-  state = _first_search_state(B=B, K=K, T=T, stops=stops)
-  state, _ = _extend_texts(beams, stops=stops, state=state,
-                           logits_BKV=logits_BKV,
-                           t=0)
+  state = _first_search_state(B=B, K=K, T=T, stop_tokens=stop_tokens)
+  state, _ = _extend_texts(beams, stop_tokens=stop_tokens, state=state,
+                           logits_BKV=logits_BKV, t=0)
 
-  def unfinished(carry: Any):
+  def is_unfinished(carry: Any):
     t, state, _ = carry
-    return (t < T) & state.open_B.any()
+    return (t < T) & state.is_open_B.any()
 
-  def step(carry: Any):
+  def add_token(carry: Any):
     """Adds the new token t to each text of each row."""
     t, state, cache = carry
     tokens = state.running.tokens_BKT.reshape(B * K, T)
     logits, cache = advance(cache, tokens, t)
     logits_BKV = logits.reshape(B, K, -1)
-    state, parent_BK = _extend_texts(beams, stops=stops, state=state,
-                                     logits_BKV=logits_BKV, t=t)
+    state, parent_BK = _extend_texts(
+        beams, stop_tokens=stop_tokens, state=state, logits_BKV=logits_BKV, t=t)
     # Each text goes on with the cache of the text that it extends.
-    first_B1 = K * jnp.arange(B)[:, None]
-    rows = (parent_BK + first_B1).reshape(-1)
-    return t + 1, state, _reorder_cache(cache, rows, _row_axis_of_cache(module))
+    first_row_B1 = K * jnp.arange(B)[:, None]
+    parent_rows = (parent_BK + first_row_B1).reshape(-1)
+    cache = _reorder_cache(cache, parent_rows, _row_axis_of_cache(module))
+    return t + 1, state, cache
 
-  one = jnp.ones((), jnp.int32)
-  _, state, _ = jax.lax.while_loop(unfinished, step, (one, state, cache))
+  t = jnp.ones((), jnp.int32)
+  _, state, _ = jax.lax.while_loop(is_unfinished, add_token, (t, state, cache))
   return state.ended.tokens_BKT, state.ended.score_BK
 
 
-def _first_search_state(B: int, K: int, T: int,
-                        stops: tuple[int, ...]) -> _SearchState:
-  """Returns the state before the first token: one empty text for each row."""
-  filler = stops[0] if stops else 0
+def _first_search_state(B: int, K: int, T: int, stop_tokens: tuple[int, ...]
+                        ) -> _SearchState:
+  """Returns the state of a beam search before the first token: for each of B
+  rows one empty running text, and K - 1 entries that may not be chosen."""
+  filler = stop_tokens[0] if stop_tokens else 0
   tokens_BKT = jnp.full((B, K, T), filler, jnp.int32)
-  never_BK = jnp.full((B, K), SCORE_OF_NO_TEXT)
-  first_BK = never_BK.at[:, 0].set(0)
+  no_score_BK = jnp.full((B, K), SCORE_OF_NO_TEXT)
+  running_score_BK = no_score_BK.at[:, 0].set(0)
   return _SearchState(
-      running=_ScoredTexts(tokens_BKT=tokens_BKT, score_BK=first_BK),
-      ended=_ScoredTexts(tokens_BKT=tokens_BKT, score_BK=never_BK),
-      full_BK=jnp.zeros((B, K), bool),
-      open_B=jnp.ones(B, bool))
+      running=_ScoredTexts(tokens_BKT=tokens_BKT, score_BK=running_score_BK),
+      ended=_ScoredTexts(tokens_BKT=tokens_BKT, score_BK=no_score_BK),
+      is_text_BK=jnp.zeros((B, K), bool),
+      is_open_B=jnp.ones(B, bool))
 
 
-def _extend_texts(beams: Beams, stops: tuple[int, ...], state: _SearchState,
-                  logits_BKV: jax.Array, t: jax.Array | int
-                  ) -> tuple[_SearchState, jax.Array]:
-  """Adds token t to the running texts: one step of the beam search.
+def _extend_texts(beams: Beams, stop_tokens: tuple[int, ...],
+                  state: _SearchState, logits_BKV: jax.Array,
+                  t: jax.Array | int) -> tuple[_SearchState, jax.Array]:
+  """Extends the running texts of a beam search by token t, and keeps the K best
+  that go on and the K best that have ended.
 
-  The axis C is that of the candidates, which are each row's likeliest
-  extensions of a running text by one token.
+  The axis C is that of the candidates: each row's likeliest extensions of a
+  running text by one token.
 
   Args:
     beams: how to search.
-    stops: the tokens that end a text.
+    stop_tokens: the tokens that end a text.
     state: the state of t tokens.
     logits_BKV: the logits of token t after each running text.
     t: the index of the token.
 
   Returns:
-    The state; and [B, K], which running text each one goes on from.
+    The state of t + 1 tokens; and int [B, K], the running text of `state` that
+    each new running text extends.
   """
   B, K, V = logits_BKV.shape
   T = state.running.tokens_BKT.shape[2]
@@ -561,93 +586,100 @@ def _extend_texts(beams: Beams, stops: tuple[int, ...], state: _SearchState,
   # The candidates: so many that at least K go on, whichever of them end.
   log_p_BKV = jax.nn.log_softmax(logits_BKV, -1)
   score_BKV = state.running.score_BK[..., None] + log_p_BKV
-  count = K * min(max(2, 1 + len(stops)), V)
-  score_BC, place_BC = jax.lax.top_k(score_BKV.reshape(B, K * V), count)
-  parent_BC = place_BC // V
-  token_BC = place_BC % V
+  num_candidates = K * min(max(2, 1 + len(stop_tokens)), V)
+  score_BC, index_BC = jax.lax.top_k(
+      score_BKV.reshape(B, K * V), num_candidates)
+  parent_BC = index_BC // V
+  token_BC = index_BC % V
   tokens_BCT = _select_texts(state.running.tokens_BKT, parent_BC)
   tokens_BCT = tokens_BCT.at[:, :, t].set(token_BC)
   ends_BC = jnp.broadcast_to(t + 1 == T, token_BC.shape)
-  if stops:
-    ends_BC |= jnp.isin(token_BC, jnp.array(stops, jnp.int32))
+  if stop_tokens:
+    ends_BC |= jnp.isin(token_BC, jnp.array(stop_tokens, jnp.int32))
 
   # The K best of those that go on.
-  going_BC = jnp.where(ends_BC, SCORE_OF_NO_TEXT + score_BC, score_BC)
-  going_BK, chosen_BK = jax.lax.top_k(going_BC, K)
+  running_score_BC = jnp.where(ends_BC, SCORE_OF_NO_TEXT + score_BC, score_BC)
+  running_score_BK, chosen_BK = jax.lax.top_k(running_score_BC, K)
   running = _ScoredTexts(tokens_BKT=_select_texts(tokens_BCT, chosen_BK),
-                         score_BK=going_BK)
+                         score_BK=running_score_BK)
 
   # A text that ends counts where it is one of the K best, and where its row
-  # is not done. (Those below NEVER go on from a text that is none.)
-  best_1C = jnp.arange(count)[None] < K
-  new_BC = ends_BC & best_1C & (score_BC > SCORE_OF_NO_TEXT / 2)
-  final_BC = jnp.where(new_BC & state.open_B[:, None],
-                       score_BC / beams.divisor(t + 1), SCORE_OF_NO_TEXT)
+  # is not done. (Those below SCORE_OF_NO_TEXT extend an entry that is no text.)
+  is_best_1C = jnp.arange(num_candidates)[None] < K
+  is_text_BC = ends_BC & is_best_1C & (score_BC > SCORE_OF_NO_TEXT / 2)
+  final_score_BC = jnp.where(
+      is_text_BC & state.is_open_B[:, None],
+      score_BC / beams.divisor(t + 1), SCORE_OF_NO_TEXT)
 
   # The K best of these and of those that had ended before.
-  every_score = jnp.concatenate([state.ended.score_BK, final_BC], axis=1)
-  every_text = jnp.concatenate([state.ended.tokens_BKT, tokens_BCT], axis=1)
-  every_full = jnp.concatenate([state.full_BK, new_BC], axis=1)
-  ended_BK, kept_BK = jax.lax.top_k(every_score, K)
-  ended = _ScoredTexts(tokens_BKT=_select_texts(every_text, kept_BK),
-                       score_BK=ended_BK)
-  full_BK = jnp.take_along_axis(every_full, kept_BK, axis=1)
+  all_scores = jnp.concatenate([state.ended.score_BK, final_score_BC], axis=1)
+  all_tokens = jnp.concatenate([state.ended.tokens_BKT, tokens_BCT], axis=1)
+  all_is_text = jnp.concatenate([state.is_text_BK, is_text_BC], axis=1)
+  ended_score_BK, kept_BK = jax.lax.top_k(all_scores, K)
+  ended = _ScoredTexts(tokens_BKT=_select_texts(all_tokens, kept_BK),
+                       score_BK=ended_score_BK)
+  is_text_BK = jnp.take_along_axis(all_is_text, kept_BK, axis=1)
 
   # A row is done when its best running text, were it to end now, would not
   # beat the worst of K finished ones.
-  hope_B = running.score_BK[:, 0] / beams.divisor(t + 1)
-  worst_B = jnp.where(full_BK.all(1), ended.score_BK.min(1), SCORE_OF_NO_TEXT)
-  state = _SearchState(running=running, ended=ended, full_BK=full_BK,
-                       open_B=state.open_B & (hope_B > worst_B))
+  best_running_B = running.score_BK[:, 0] / beams.divisor(t + 1)
+  worst_ended_B = jnp.where(is_text_BK.all(1), ended.score_BK.min(1),
+                            SCORE_OF_NO_TEXT)
+  is_open_B = state.is_open_B & (best_running_B > worst_ended_B)
+  state = _SearchState(running=running, ended=ended, is_text_BK=is_text_BK,
+                       is_open_B=is_open_B)
   return state, jnp.take_along_axis(parent_BC, chosen_BK, axis=1)
 
 
 def _select_texts(tokens_BCT: jax.Array, chosen_BK: jax.Array) -> jax.Array:
-  """Returns the K chosen ones of C texts a row, [B, K, T]."""
+  """Returns the tokens of the chosen ones of each row's C texts, [B, K, T];
+  chosen_BK has their indices along C."""
   return jnp.take_along_axis(tokens_BCT, chosen_BK[..., None], axis=1)
 
 
-def _reorder_cache(cache: Any, rows: jax.Array, axis: int) -> Any:
-  """Returns the cache whose rows are those of the texts that go on; the beams
-  of a row share what is kept of its memory.
+def _reorder_cache(cache: Any, parent_rows: jax.Array, axis: int) -> Any:
+  """Returns a cache whose rows are copied from those of the texts that are
+  extended. What a Cache keeps of a memory is the same for all beams of a row,
+  and stays as it is.
 
   Args:
     cache: the caches of the layers: a Cache, or the arrays of a state.
-    rows: the row that each text goes on from, [B * K].
+    parent_rows: the row that each text is copied from, [B * K].
     axis: the axis of the rows in each array.
   """
 
-  def take(x: jax.Array) -> jax.Array:
-    return jnp.take(x, rows, axis)
+  def take_rows(x: jax.Array) -> jax.Array:
+    return jnp.take(x, parent_rows, axis)
 
-  def reorder_entry(entry: Any) -> Any:
-    """Returns the cache of one layer in the new order."""
-    if not isinstance(entry, Cache):  # an array of a state
-      return take(entry)
+  def reorder_layer(layer_cache: Any) -> Any:
+    """Returns the cache of one layer with its rows in the new order."""
+    if not isinstance(layer_cache, Cache):  # an array of a state
+      return take_rows(layer_cache)
     return dataclasses.replace(
-        entry,
-        key_BMJK=jax.tree.map(take, entry.key_BMJK),
-        value_BMJK=jax.tree.map(take, entry.value_BMJK),
-        index_BMJK=jax.tree.map(take, entry.index_BMJK),
-        inputs=jax.tree.map(take, entry.inputs))
+        layer_cache,
+        key_BMJK=jax.tree.map(take_rows, layer_cache.key_BMJK),
+        value_BMJK=jax.tree.map(take_rows, layer_cache.value_BMJK),
+        index_BMJK=jax.tree.map(take_rows, layer_cache.index_BMJK),
+        inputs=jax.tree.map(take_rows, layer_cache.inputs))
 
-  return jax.tree.map(reorder_entry, cache,
+  return jax.tree.map(reorder_layer, cache,
                       is_leaf=lambda x: isinstance(x, Cache))
 
 
-def generate_by_unmasking(module: nn.Module, params: Any, prompts_BL: jax.Array,
-                          lengths_B: jax.Array, key: jax.Array, *, new: int,
-                          steps: int, mask: int,
-                          temperature: float) -> jax.Array:
-  """Returns the text that follows each prompt, int32 [B, new], by masked
-  diffusion (LLaDA, arXiv 2502.09992, algorithm 5).
+def generate_by_unmasking(
+    module: nn.Module, params: Any, prompts_BL: jax.Array,
+    lengths_B: jax.Array, key: jax.Array, *, new: int, steps: int, mask: int,
+    temperature: float) -> jax.Array:
+  """Returns the text that follows each prompt, int32 [B, new], written by
+  masked diffusion (LLaDA, arXiv 2502.09992, algorithm 5): all new tokens begin
+  as masks, and each step fills in those of which the model is surest.
 
   Args:
     module: an encoder that gives logits of tokens.
     params: its parameters.
     prompts_BL: the prompts' tokens, padded on the right.
     lengths_B: the number of tokens of each prompt.
-    key: the key of the draws.
+    key: the random key of the draws.
     new: N, the number of tokens to write.
     steps: S, the number of steps of unmasking; at most N are taken.
     mask: the id that stands for a masked token, which is never written.
@@ -659,48 +691,52 @@ def generate_by_unmasking(module: nn.Module, params: Any, prompts_BL: jax.Array,
   L = prompts_BL.shape[1]
 
   # The prompt, and after it `new` masks.
-  places_1L = jnp.arange(L + new)[None]
+  positions_1L = jnp.arange(L + new)[None]
   ends_B1 = lengths_B[:, None] + new
-  asked_BL = (places_1L >= lengths_B[:, None]) & (places_1L < ends_B1)
-  real_BL = (places_1L < ends_B1).astype(jnp.int32)
-  padded_BL = jnp.pad(prompts_BL, ((0, 0), (0, new)))
-  tokens_BL = jnp.where(asked_BL, mask, padded_BL)
+  is_new_BL = (positions_1L >= lengths_B[:, None]) & (positions_1L < ends_B1)
+  is_token_BL = (positions_1L < ends_B1).astype(jnp.int32)
+  padded_prompts_BL = jnp.pad(prompts_BL, ((0, 0), (0, new)))
+  tokens_BL = jnp.where(is_new_BL, mask, padded_prompts_BL)
 
-  def step(s: jax.Array, tokens_BL: jax.Array) -> jax.Array:
-    """Returns the tokens after step s: some more of them are no masks."""
-    masked_BL = asked_BL & (tokens_BL == mask)
+  def unmask_step(s: jax.Array, tokens_BL: jax.Array) -> jax.Array:
+    """Returns the tokens after step s, some more of which are no masks."""
+    is_masked_BL = is_new_BL & (tokens_BL == mask)
     output: Any = module.apply({'params': params}, tokens_BL,
-                               segment_ids_BL=real_BL,
+                               segment_ids_BL=is_token_BL,
                                lengths_B=ends_B1[:, 0])
 
     # Fill every mask: the largest of logits with Gumbel noise is a draw.
     logits_BLV = output.logits.at[..., mask].set(-jnp.inf)
-    drawn_BLV = logits_BLV
+    noisy_logits_BLV = logits_BLV
     if temperature:
       noise_BLV = jax.random.gumbel(jax.random.fold_in(key, s),
                                     logits_BLV.shape)
-      drawn_BLV = logits_BLV / temperature + noise_BLV
-    filled_BL = drawn_BLV.argmax(-1).astype(tokens_BL.dtype)
+      noisy_logits_BLV = logits_BLV / temperature + noise_BLV
+    filled_BL = noisy_logits_BLV.argmax(-1).astype(tokens_BL.dtype)
 
-    # The surest fillings stay. Those that have stayed before count as surer
-    # (2) than any probability, and the prompt and the padding as less (-1).
-    p_BLV = jax.nn.softmax(logits_BLV, -1)
-    sure_BL1 = jnp.take_along_axis(p_BLV, filled_BL[..., None], -1)
-    other_BL = jnp.where(asked_BL, 2.0, -1.0)
-    sure_BL = jnp.where(masked_BL, sure_BL1[..., 0], other_BL)
-    stays_BL = is_among_largest(sure_BL, new * (s + 1) // steps)
-    return jnp.where(masked_BL & stays_BL, filled_BL, tokens_BL)
+    # The surest of them stay, and the others are masked again. Those that have
+    # stayed before count as surer (2) than any probability, and the prompt and
+    # the padding as less sure (-1).
+    probs_BLV = jax.nn.softmax(logits_BLV, -1)
+    prob_of_filled_BL1 = jnp.take_along_axis(
+        probs_BLV, filled_BL[..., None], -1)
+    sureness_of_others_BL = jnp.where(is_new_BL, 2.0, -1.0)
+    sureness_BL = jnp.where(is_masked_BL, prob_of_filled_BL1[..., 0],
+                            sureness_of_others_BL)
+    stays_BL = is_among_largest(sureness_BL, new * (s + 1) // steps)
+    return jnp.where(is_masked_BL & stays_BL, filled_BL, tokens_BL)
 
-  tokens_BL = jax.lax.fori_loop(0, steps, step, tokens_BL)
+  tokens_BL = jax.lax.fori_loop(0, steps, unmask_step, tokens_BL)
 
-  def cut(row: jax.Array, start: jax.Array) -> jax.Array:
+  def take_new_tokens(row: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(row, start, new)
 
-  return jax.vmap(cut)(tokens_BL, lengths_B)
+  return jax.vmap(take_new_tokens)(tokens_BL, lengths_B)
 
 
 def is_among_largest(x_BL: jax.Array, count: jax.Array | int) -> jax.Array:
-  """Returns which `count` of each row are the largest, bool [B, L]; of equal
-  ones, the first."""
+  """Returns whether each number is among the `count` largest of its row, bool
+  [B, L]; of equal numbers, the first ones are."""
   order_BL = jnp.argsort(-x_BL, axis=1, stable=True)
-  return jnp.argsort(order_BL, axis=1) < count
+  rank_BL = jnp.argsort(order_BL, axis=1)
+  return rank_BL < count

@@ -55,14 +55,15 @@ class Report(Hook):
     self._deferred = progress.DeferredFigures(loop.meter.now)
 
   def after_step(self, loop: Loop, figures: Any) -> None:
-    self._report(loop, self._deferred.push(loop.n, figures))
+    self._report_figures(loop, self._deferred.push(loop.n, figures))
 
   def flush(self, loop: Loop) -> None:
     """Reports the step whose figures are still held: before evaluating and
     saving."""
-    self._report(loop, self._deferred.flush())
+    self._report_figures(loop, self._deferred.flush())
 
-  def _report(self, loop: Loop, read: progress.StepFigures | None) -> None:
+  def _report_figures(self, loop: Loop,
+                      read: progress.StepFigures | None) -> None:
     """Writes and prints the figures of a step that were read; None: there are
     none."""
     if read is None:
@@ -73,12 +74,12 @@ class Report(Hook):
     # Each run takes its figures; too many bad steps end it.
     ended = []
     for row, writer in live.items():
-      was_over = writer.too_many_bad
-      writer.read(loop.program.part(read.figures, row))
-      if writer.too_many_bad and not was_over:
+      was_over = writer.has_too_many_bad_steps
+      writer.take_figures(loop.program.figures_of_run(read.figures, row))
+      if writer.has_too_many_bad_steps and not was_over:
         ended.append(writer)
       for hook in loop.hooks:
-        hook.on_figures(loop, writer, n, writer.last)
+        hook.on_figures(loop, writer, n, writer.last_figures)
 
     # A line of metrics.
     due = n % loop.config.log.every_steps == 0 or n == loop.steps
@@ -89,14 +90,14 @@ class Report(Hook):
       return
     lap = loop.meter.lap(n, read.done) | loop.program.figures
     for writer in reported:
-      figures = writer.last | lap
+      figures = writer.last_figures | lap
       for hook in loop.hooks:
         figures |= hook.more_figures(loop, writer)
-      writer.write(n, 'train', figures)
+      writer.write_figures(n, 'train', figures)
 
     # The line that is shown: the mean loss of the runs.
     if live and due:
-      losses = [writer.last['loss'] for writer in live.values()]
+      losses = [writer.last_figures['loss'] for writer in live.values()]
       loop.bar.update(n, lap | {'loss': float(np.mean(losses))})
 
 
@@ -171,16 +172,14 @@ class Evaluate(Hook):
     # A figure is that of a task, TASK/FIGURE, or one of the held-out data.
     task, is_task, _ = best.figure.partition('/')
     if is_task:
-      params = next(iter(program.split(loop.state.params)))
-      names = self._tasks.list_figure_names(task, params,
-                                            loop.writers[0].workdir,
+      params = next(iter(program.split_by_run(loop.state.params)))
+      names = self._tasks.list_figure_names(task, params, loop.writers[0].workdir,
                                 lambda: self._stop.at_once)
     else:
-      names = held_out.list_figure_names(program.eval_step,
-                                         params=loop.state.params,
+      names = held_out.list_figure_names(program.eval_step, params=loop.state.params,
                              loaders=self._eval_data, put=program.put,
-                             part=program.part)
-    best.is_in(names or [best.figure])
+                             part=program.figures_of_run)
+    best.check_is_among(names or [best.figure])
 
   def compile(self, loop: Loop) -> None:
     if loop.config.eval.every_steps:
@@ -191,8 +190,8 @@ class Evaluate(Hook):
     """Does the evaluation that a signal kept from being done before the run was
     resumed."""
     late = [writer for writer in loop.live.values()
-            if self._lacks(loop, writer)]
-    if late and self._due(loop):
+            if self._lacks_evaluation(loop, writer)]
+    if late and self._is_due(loop):
       loop.stopped = not self._evaluate(loop)
     for writer in late:
       if writer.best is not None and writer.best.is_over:
@@ -201,34 +200,34 @@ class Evaluate(Hook):
   def after_step(self, loop: Loop, figures: Any) -> None:
     """Evaluates where an evaluation is due, and at the end."""
     is_last = loop.n == loop.steps
-    if not self._due(loop) or loop.stopped and not is_last:
+    if not self._is_due(loop) or loop.stopped and not is_last:
       return
     try:
       self._evaluate(loop)
     except Exception:
       # Tasks are done by one process alone, so that no other waits, and what
       # the runs have learned does not hang on them.
-      if self._tasks_due(loop):
-        self._save.without_tasks(loop)
+      if self._are_tasks_due(loop):
+        self._save.save_after_failed_evaluation(loop)
       raise
     loop.stopped = self._stop.at_once
 
-  def _lacks(self, loop: Loop, writer: RunWriter) -> bool:
+  def _lacks_evaluation(self, loop: Loop, writer: RunWriter) -> bool:
     """Whether a run lacks the evaluation after the steps that are done."""
-    if not writer.evaluated:
+    if not writer.has_evaluation:
       return True
     return writer.best is not None and writer.best.seen < loop.n
 
-  def _due(self, loop: Loop) -> bool:
-    return self._held_out_due(loop) or self._tasks_due(loop)
+  def _is_due(self, loop: Loop) -> bool:
+    return self._is_held_out_due(loop) or self._are_tasks_due(loop)
 
-  def _held_out_due(self, loop: Loop) -> bool:
+  def _is_held_out_due(self, loop: Loop) -> bool:
     every = loop.config.eval.every_steps
     if not every:
       return False
     return loop.n % every == 0 or loop.n == loop.steps
 
-  def _tasks_due(self, loop: Loop) -> bool:
+  def _are_tasks_due(self, loop: Loop) -> bool:
     every = loop.config.eval.tasks_every_steps
     if not loop.config.eval.tasks:
       return False
@@ -248,9 +247,10 @@ class Evaluate(Hook):
     figures: dict[int, dict] = {row: {} for row in live}
     # The time of an evaluation is none of training's.
     with loop.meter.paused():
-      if self._held_out_due(loop) and not self._on_held_out(loop, figures):
+      if self._is_held_out_due(loop) and not self._evaluate_held_out(loop,
+                                                                     figures):
         return False
-      if self._tasks_due(loop) and not self._do_tasks(loop, figures):
+      if self._are_tasks_due(loop) and not self._evaluate_tasks(loop, figures):
         return False
     # The figures of all evaluations of a run make one row.
     for row, writer in live.items():
@@ -260,11 +260,11 @@ class Evaluate(Hook):
           hook.on_evaluation(loop, writer, loop.n, figures[row])
     return True
 
-  def _on_held_out(self, loop: Loop, figures: dict[int, dict]) -> bool:
+  def _evaluate_held_out(self, loop: Loop, figures: dict[int, dict]) -> bool:
     """Adds the figures of what is held out; returns False if cut short."""
     program = loop.program
     # With optim.ema the average is evaluated, and maybe the parameters as well.
-    evaluated = {'': program.run.evaluated(loop.state)}
+    evaluated = {'': program.run.parameters_to_evaluate(loop.state)}
     if loop.config.eval.live:
       evaluated['live/'] = loop.state.params
     for prefix, params in evaluated.items():
@@ -276,15 +276,17 @@ class Evaluate(Hook):
         return False
       # One evaluation is of all runs of a group.
       for row, writer in loop.live.items():
-        sums_of_run = [program.part(of_source, row) for of_source in sums]
+        sums_of_run = [program.figures_of_run(of_source,
+                                              row) for of_source in sums]
         means = held_out.average_figures(sums_of_run, self._eval_data)
         for name, value in means.items():
           figures[row][prefix + name] = value
-        self._show(loop, writer=writer, prefix=prefix, means=means)
+        self._print_held_out_figures(loop, writer=writer, prefix=prefix,
+                                     means=means)
     return True
 
-  def _show(self, loop: Loop, writer: RunWriter, prefix: str,
-            means: dict[str, float]) -> None:
+  def _print_held_out_figures(self, loop: Loop, writer: RunWriter, prefix: str,
+                              means: dict[str, float]) -> None:
     """Shows the held-out figures of a run; of one among many its loss alone.
 
     Args:
@@ -305,13 +307,14 @@ class Evaluate(Hook):
     which = prefix.replace('/', ' ')
     loop.bar.say(f'step {loop.n}  held-out {which}{text}{label}')
 
-  def _do_tasks(self, loop: Loop, figures: dict[int, dict]) -> bool:
+  def _evaluate_tasks(self, loop: Loop, figures: dict[int, dict]) -> bool:
     """Adds the figures of eval.tasks; returns False if cut short."""
     program = loop.program
     live = loop.live
     # Nothing is shown before the tasks of all runs are done.
     results = {}
-    params_of_runs = program.split(program.run.evaluated(loop.state))
+    params = program.run.parameters_to_evaluate(loop.state)
+    params_of_runs = program.split_by_run(params)
     for row, params in enumerate(params_of_runs):
       if row not in live:
         continue
@@ -335,44 +338,45 @@ class Save(Hook):
     self._report = report
 
   def after_step(self, loop: Loop, figures: Any) -> None:
-    self._save(loop, all_end=loop.ends)
+    self._save_runs(loop, all_end=loop.ends)
 
-  def _save(self, loop: Loop, all_end: bool) -> None:
+  def _save_runs(self, loop: Loop, all_end: bool) -> None:
     """Saves what is due; `all_end` says that no run trains further."""
     n = loop.n
-    runs = self._asking(loop, all_end)
+    runs = self._runs_to_save(loop, all_end)
     if not runs:
       return
     self._report.flush(loop)
     with loop.meter.paused():
-      for row, state in enumerate(loop.program.split(loop.state)):
+      for row, state in enumerate(loop.program.split_by_run(loop.state)):
         if row not in runs:
           continue
-        if runs[row].sound:
+        if runs[row].is_sound:
           runs[row].save(n, state, loop.batches.tokens_before(n))
         else:
           loop.say(runs[row], f'step {n} is not saved: its parameters are not '
                    'finite')
     for writer in runs.values():
-      if writer.too_many_bad or n == loop.steps and not writer.sound:
+      has_diverged = n == loop.steps and not writer.is_sound
+      if writer.has_too_many_bad_steps or has_diverged:
         writer.end(DIVERGED, n)
       elif writer.best is not None and writer.best.is_over and n < loop.steps:
         writer.end(ENDED_EARLY, n)
       if writer.code and writer.label:  # the others go on
         loop.say(writer, writer.sentence)
 
-  def _asking(self, loop: Loop, all_end: bool) -> dict[int, RunWriter]:
+  def _runs_to_save(self, loop: Loop, all_end: bool) -> dict[int, RunWriter]:
     """Returns the runs to be saved, by row: all, where it is time for one,
     since their clocks began together; else those that ask for it."""
     live = loop.live
-    if all_end or any(writer.saved.due(loop.n) for writer in live.values()):
+    if all_end or any(writer.saved.is_due(loop.n) for writer in live.values()):
       return live
     return {row: writer for row, writer in live.items()
-            if writer.asks_to_be_saved(loop.n)}
+            if writer.needs_save(loop.n)}
 
-  def without_tasks(self, loop: Loop) -> None:
+  def save_after_failed_evaluation(self, loop: Loop) -> None:
     """Saves after an evaluation that failed."""
-    self._save(loop, all_end=True)
+    self._save_runs(loop, all_end=True)
     for writer in loop.writers:
       writer.saved.wait()
     loop.bar.say(f'step {loop.n} is saved, without all that eval.tasks names')

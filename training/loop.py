@@ -53,7 +53,7 @@ def _print_how_run_ended(writer: RunWriter) -> None:
   elif writer.code:
     print(writer.sentence)
   if writer.code in (0, ENDED_EARLY):
-    for line in writer.lowest():
+    for line in writer.describe_lowest_loss():
       print(line)
 
 
@@ -75,14 +75,14 @@ def rehearse_run(run: runs.Run, train_data: pipeline.Loader,
   evaluated = 0.0
   with program.context():
     state = program.new_state()
-    batches.begin(0)
+    batches.start_streams(0)
     for n in range(min(NUM_REHEARSED_STEPS + 1, config.train.steps)):
-      (state, _), seconds = train_step.timed(state, batches.after(n))
+      (state, _), seconds = train_step.run_timed(state, batches.batch_after(n))
       times.append(seconds)
     batches.close()
     if config.eval.every_steps:
       batch = program.put(eval_data[0].batch(0))
-      _, evaluated = eval_step.timed(state.params, batch)
+      _, evaluated = eval_step.run_timed(state.params, batch)
 
   # The first step is slow.
   step_seconds = float(np.median(times[2:] or times[1:]))
@@ -91,11 +91,11 @@ def rehearse_run(run: runs.Run, train_data: pipeline.Loader,
   compiling = batches.meter.compiled
   total = training + evaluating + compiling
   return [
-      description.describe_run(run, start=0, tokens=batches.tokens,
+      description.describe_run(run, start=0, tokens=batches.most_tokens,
                                train_data=train_data, eval_data=eval_data),
       f'a step: {step_seconds:.3g} s, '
-      f'{batches.tokens / step_seconds:,.0f} tokens/s, '
-      f'{train_step.memory() / 2**30:,.2f} GiB on each device',
+      f'{batches.most_tokens / step_seconds:,.0f} tokens/s, '
+      f'{train_step.bytes_per_device() / 2**30:,.2f} GiB on each device',
       f'about {total:,.0f} s in all, without saving and eval.tasks: steps '
       f'{progress.format_seconds(training)}, evaluating '
       f'{progress.format_seconds(evaluating)}, '
@@ -132,11 +132,12 @@ def train_runs(program: Program, writers: Sequence[RunWriter],
   """
   # 1. A run that resumes drops the lines of metrics.jsonl after `start`, ...
   for writer in writers:
-    writer.begin(start)
+    writer.open_metrics(start)
   batches = TrainingBatches(program, loaders, num_runs=len(writers))
   if devices.primary():
     print(program.title + description.describe_run(
-        program.run, start=start, tokens=batches.tokens, train_data=loaders[0],
+        program.run, start=start, tokens=batches.most_tokens,
+        train_data=loaders[0],
         eval_data=eval_data))
   with program.context(), signals.Stop() as stop:
     loop = hook.Loop(program, writers=list(writers), batches=batches,
@@ -148,8 +149,8 @@ def train_runs(program: Program, writers: Sequence[RunWriter],
         *program.hooks]
 
     # 2. ... goes on with the data at batch `start`, ...
-    batches.begin(start)
-    batch = batches.after(start)
+    batches.start_streams(start)
+    batch = batches.batch_after(start)
     for each in loop.hooks:
       each.check(loop)
 
@@ -177,7 +178,7 @@ def train_runs(program: Program, writers: Sequence[RunWriter],
       loop.bar.step(loop.n)
       if loop.n < loop.steps:
         with loop.meter.waiting():
-          batch = batches.after(loop.n)
+          batch = batches.batch_after(loop.n)
       for each in loop.hooks:
         each.after_step(loop, figures)
 

@@ -15,7 +15,8 @@ class Program:
   """One run on its mesh.
 
   A group of runs (vectorised.RunGroup) is a subclass: its arrays have a leading
-  axis of runs, which `split`, `join` and `part` take apart and put together.
+  axis of runs, which `split_by_run` and `figures_of_run` take apart, and
+  `join_runs` puts together.
 
   Attributes:
     run: the run; in a group, one of its runs alone.
@@ -63,16 +64,16 @@ class Program:
     batch, = batches
     return self.run.put(batch)
 
-  def split(self, tree: Any) -> Sequence[Any]:
+  def split_by_run(self, tree: Any) -> Sequence[Any]:
     """Returns the part of each run in a tree of arrays, such as a state."""
     return [tree]
 
-  def join(self, trees: Sequence[Any]) -> Any:
-    """Returns the tree that `split` would take apart into `trees`."""
+  def join_runs(self, trees: Sequence[Any]) -> Any:
+    """Returns the tree that `split_by_run` would take apart into `trees`."""
     tree, = trees
     return tree
 
-  def part(self, figures: Any, row: int) -> Any:
+  def figures_of_run(self, figures: Any, row: int) -> Any:
     """Returns what one run has of figures, or of sums, on the host."""
     del row  # there is one run
     return figures

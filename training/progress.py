@@ -357,7 +357,7 @@ class StepTimer:
       if not self._pauses:
         self._paused += self._clock() - start
 
-  def does(self, step: int, tokens: int, flops: float) -> None:
+  def note_work(self, step: int, tokens: int, flops: float) -> None:
     """Notes the work of a step, where that is not what most steps have."""
     self._others[step] = tokens, flops
 

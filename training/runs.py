@@ -43,10 +43,10 @@ from training.objectives import pipeline
 from training.optim import mup, optimizers, shares
 from training.workdir import provenance, run_config
 
-RANDOM_STREAMS = ('dropout',
-                  'router')  # The random streams that a model draws from.
-# The fields that a program takes as inputs, so that runs which differ in these
-# alone share it, and the type of each.
+# The names of the random streams that a model draws from.
+RANDOM_STREAMS = ('dropout', 'router')
+# The fields of the config that a compiled step takes as inputs, and the type of
+# each: runs that differ in these fields alone share one compiled step.
 TYPE_OF_TRACED_FIELD = {
     'seed': np.uint32,
     'init_seed': np.uint32,
@@ -82,95 +82,119 @@ class TrainState:
 
 
 def parameter_roles(module: nn.Module):
-  """Returns the Role of each parameter of `module`, as a tree.
+  """Returns the Role of each parameter of `module` (which of its axes a product
+  sums over, and whether it is hidden, an embedding or gives logits), as a tree.
 
   Raises:
-    RequestError: for a parameter that declares none.
+    RequestError: for a parameter that declares no role.
   """
   return sharding.roles_of_parameters(abstract_params(module))
 
 
 def build_optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
                     steps: int) -> optax.GradientTransformation:
-  """Returns config.optim's optimiser for the parameters of `module`. Some of
-  its fields may be traced; preflight.check_config checks those that are not.
+  """Returns the optimiser that config.optim describes, for the parameters of a
+  model.
+
+  Args:
+    module: the model.
+    optim: config.optim. Some of its fields may be traced;
+      preflight.check_config checks those that are not.
+    steps: train.steps, over which the learning rate is scheduled.
   """
-  tree = parameter_roles(module)
-  rates = mup.rates(module.config, optim.name, tree)
-  parts = parameter_shares(module, optim)
-  return optimizers.make(optim, steps=steps, roles=tree, rates=rates,
-                         parts=parts)
+  roles = parameter_roles(module)
+  rate_multipliers = mup.rates(module.config, optim.name, roles)
+  rate_shares = parameter_shares(module, optim)
+  return optimizers.make(optim, steps=steps, roles=roles,
+                         rates=rate_multipliers, parts=rate_shares)
 
 
 def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):
-  """Returns the share of the learning rate that each parameter of `module`
-  has, None where all have the whole; see shares.of.
+  """Returns the factor of the learning rate for each parameter of `module`, as
+  a tree: 0 for frozen ones, less than 1 for early layers with layer_decay.
+  None: every parameter is trained with the whole rate.
+
+  Args:
+    module: the model.
+    optim: config.optim; see shares.of.
 
   Raises:
-    RequestError: for rates by depth of layers that loop.
+    RequestError: for rates by depth (layer_decay) of layers that loop.
   """
   loop = module.config.loop
   if optim.layer_decay != 1 and loop != 'none':
     raise RequestError(f'optim.layer_decay is {optim.layer_decay}, and with '
                        f'model.loop {loop!r} a layer is run at several depths: '
                        'leave it at 1')
-  # With adapters, the model's own parameters rest.
-  adapted = module.config.lora.rank > 0
-  if (optim.freeze or adapted
+  # With low-rank adapters, the model's own parameters are frozen.
+  has_adapters = module.config.lora.rank > 0
+  if (optim.freeze or has_adapters
       or optim.layer_decay != 1 or optim.table_rate != 1):
     roles = parameter_roles(module)
     shapes = parameter_shapes(module)
-    return shares.of(optim, roles=roles, shapes=shapes, adapted=adapted)
+    return shares.of(optim, roles=roles, shapes=shapes, adapted=has_adapters)
   return None
 
 
 def abstract_state(module: nn.Module, tx: optax.GradientTransformation,
                    mesh: Mesh, rules: str, optim: ml_collections.ConfigDict
                    ) -> TrainState:
-  """Returns the state's shapes with their shardings: to plan, to make and to
-  restore it. An average lies where its parameter lies.
+  """Returns the training state with a jax.ShapeDtypeStruct for each array: its
+  shape, dtype and sharding, without values. A run is planned, initialised and
+  restored with it.
 
   Args:
     module: the model.
     tx: the optimiser.
-    mesh: the mesh.
-    rules: mesh.rules, which maps logical axes to those of the mesh.
+    mesh: the mesh of devices.
+    rules: mesh.rules, the table that maps logical axes to axes of the mesh.
     optim: config.optim.
   """
-  boxed = abstract_params(module)
-  params = nn.meta.unbox(boxed)
-  parts = parameter_shares(module, optim)
-  shapes = jax.eval_shape(
-      functools.partial(_make_first_state, tx=tx, optim=optim, parts=parts),
-      params)
+  boxed_params = abstract_params(module)
+  params = nn.meta.unbox(boxed_params)
+  rate_shares = parameter_shares(module, optim)
+  make_state = functools.partial(
+      _make_first_state, tx=tx, optim=optim, rate_shares=rate_shares)
+  shapes = jax.eval_shape(make_state, params)
 
-  # Where each array of the state lies.
-  places = devices.param_shardings(boxed, mesh, rules)
-  on_all = NamedSharding(mesh, PartitionSpec())
-  ema_places = None
+  # Each array of the optimiser, and each average, lies where its parameter
+  # lies; the counts are on every device.
+  param_shardings = devices.param_shardings(boxed_params, mesh, rules)
+  replicated = NamedSharding(mesh, PartitionSpec())
+  ema_shardings = None
   if optim.ema:
-    ema_places = shares.trained(parts, places)
+    ema_shardings = shares.trained(rate_shares, param_shardings)
   shardings = TrainState(
-      step=on_all,
-      params=places,
-      opt_state=optimizers.opt_state_shardings(tx, params, places),
-      bad_steps=on_all,
-      bad_in_row=on_all,
-      ema=ema_places)
-  return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      shapes, shardings)
+      step=replicated,
+      params=param_shardings,
+      opt_state=optimizers.opt_state_shardings(tx, params, param_shardings),
+      bad_steps=replicated,
+      bad_in_row=replicated,
+      ema=ema_shardings)
+
+  def with_sharding(array: jax.ShapeDtypeStruct, array_sharding: NamedSharding
+                    ) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype,
+                                sharding=array_sharding)
+
+  return jax.tree.map(with_sharding, shapes, shardings)
 
 
-# 2^32 over the golden ratio: multiples of it lie far from each other.
+# The distance between the seeds of two init_seeds, 2^32 over the golden ratio:
+# multiples of it modulo 2^32 lie far from each other.
 _INIT_SEED_STRIDE = 0x9E3779B9
-# The init_seed by which a seed has the first parameters of the next seed.
+# With this init_seed (the inverse of the stride modulo 2^32), a run of seed s
+# begins with the parameters of a run of seed s + 1.
 INIT_SEED_OF_NEXT_SEED = pow(_INIT_SEED_STRIDE, -1, 2 ** 32)
 
 
 def seed_of_parameters(config: ml_collections.ConfigDict) -> jax.Array:
-  """Returns the seed of the first parameters, a uint32: `seed`, where init_seed
-  is 0. Either field may be traced."""
+  """Returns the seed from which the initial parameters are drawn, a uint32:
+
+    seed + init_seed * stride  mod 2^32,
+
+  which is `seed` where init_seed is 0. Either field may be traced.
+  """
   seed = jnp.asarray(config.seed, jnp.uint32)
   init_seed = jnp.asarray(config.init_seed, jnp.uint32)
   return seed + init_seed * jnp.uint32(_INIT_SEED_STRIDE)
@@ -179,23 +203,32 @@ def seed_of_parameters(config: ml_collections.ConfigDict) -> jax.Array:
 def init_state(module: nn.Module, tx: optax.GradientTransformation,
                key: jax.Array, optim: ml_collections.ConfigDict
                ) -> TrainState:
-  """Returns a new state, a pure function of its key."""
+  """Returns the training state before the first step, with parameters drawn
+  from `key`.
+
+  Args:
+    module: the model.
+    tx: the optimiser.
+    key: the random key; the state depends on nothing else that is random.
+    optim: config.optim.
+  """
   tokens = jnp.zeros((1, 1), jnp.int32)
   params = nn.meta.unbox(module.init(key, tokens)['params'])
-  parts = parameter_shares(module, optim)
-  return _make_first_state(params, tx=tx, optim=optim, parts=parts)
+  rate_shares = parameter_shares(module, optim)
+  return _make_first_state(params, tx=tx, optim=optim, rate_shares=rate_shares)
 
 
 def _make_first_state(params: Any, tx: optax.GradientTransformation,
-                      optim: ml_collections.ConfigDict,
-                      parts: Any) -> TrainState:
-  """Returns the state before the first step with these parameters.
+                      optim: ml_collections.ConfigDict, rate_shares: Any
+                      ) -> TrainState:
+  """Returns the training state before the first step with given parameters.
 
   Args:
     params: the parameters.
     tx: the optimiser.
     optim: config.optim.
-    parts: the share of the learning rate that each parameter has.
+    rate_shares: the factor of the learning rate for each parameter; see
+      parameter_shares.
   """
   # Each count is an array of its own: a shared one that is donated would be
   # freed twice.
@@ -203,7 +236,7 @@ def _make_first_state(params: Any, tx: optax.GradientTransformation,
   bad_steps = jnp.zeros((), jnp.int32)
   bad_in_row = jnp.zeros((), jnp.int32)
   opt_state = tx.init(params)
-  average = shares.start_average(optim, parts, params)
+  average = shares.start_average(optim, rate_shares, params)
   return TrainState(
       step=step, params=params, opt_state=opt_state, bad_steps=bad_steps,
       bad_in_row=bad_in_row, ema=average)
@@ -212,15 +245,16 @@ def _make_first_state(params: Any, tx: optax.GradientTransformation,
 def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
                     config: ml_collections.ConfigDict,
                     taps: Sequence[Callable] = ()) -> Callable:
-  """Returns step(state, batch) -> (state, metrics), to be jitted with the
-  state donated; trace it under the mesh and sharding.rules.
+  """Returns the function step(state, batch) -> (state, metrics) that computes
+  the gradient of one batch and updates the parameters. To be jitted with the
+  state donated, and traced under the mesh and sharding.rules.
 
   Args:
     module: the model.
     tx: the optimiser.
     config: the config of the run.
-    taps: further figures of a step, each (params, grads) -> {name: array}; see
-      Hook.trace.
+    taps: functions that compute further metrics of a step, each
+      (params, grads) -> {name: array}; see Hook.trace.
 
   Returns:
     The step. Its metrics are those of the whole batch: loss (nats per token),
@@ -231,50 +265,50 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
   """
   objective = objectives.of(config)
   schedule = optimizers.rate(config.optim, config.train.steps)
-  parts = parameter_shares(module, config.optim)
+  rate_shares = parameter_shares(module, config.optim)
 
   def step(state: TrainState, batch: Any):
-    """Returns the state after a step, and the step's figures."""
-    # The gradient is that of the trained parameters alone: a frozen product
-    # has no gradient of its weights.
-    trained = shares.trained(parts, state.params)
+    """Returns the state after one update, and the metrics of the step."""
+    # The gradient is that of the trained parameters alone: no product with a
+    # frozen weight needs the gradient of that weight.
+    trained = shares.trained(rate_shares, state.params)
 
-    def loss_of_trained(trained: Any, *args):
-      params = shares.whole(parts, trained, state.params)
-      return _micro_batch_loss(module, config, params,
-                               *args)  # batch, key, whole
+    def loss_of_trained(trained: Any, *batch_key_and_totals):
+      params = shares.whole(rate_shares, trained, state.params)
+      return _micro_batch_loss(module, config, params, *batch_key_and_totals)
 
-    # The gradient and the figures of the whole batch.
+    # The gradient and the figures, summed over the whole batch. The sums are
+    # divided by the batch's weight, its number of predicted tokens.
     grad_fn = jax.grad(loss_of_trained, has_aux=True)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    whole = objective.weights(batch) | {'tokens': objective.tokens(batch)}
-    grads, (figures, panel, loads) = _accumulate_gradients(
-        grad_fn, params=trained, batch=batch, key=key, whole=whole,
-        parts=config.train.grad_accumulation)
-    grads = jax.tree.map(lambda g: g / whole[objective.main], grads)
-    grads = shares.without_frozen_rows(parts, grads)
-    metrics = objective.means(figures) | panel
-    if panel:
-      metrics['health/tokens'] = whole['tokens']
+    totals = objective.weights(batch) | {'tokens': objective.tokens(batch)}
+    grads, (figures, expert_metrics, expert_loads) = _accumulate_gradients(
+        grad_fn, params=trained, batch=batch, key=key, totals=totals,
+        num_micro_batches=config.train.grad_accumulation)
+    grads = jax.tree.map(lambda g: g / totals[objective.main], grads)
+    grads = shares.without_frozen_rows(rate_shares, grads)
+    metrics = objective.means(figures) | expert_metrics
+    if expert_metrics:
+      metrics['health/tokens'] = totals['tokens']
 
-    # The update, unless the loss or a gradient is not finite.
+    # The update, which is skipped where the loss or a gradient is not finite.
     grad_norm = optax.tree.norm(grads)
-    ok = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
+    is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
     updated, opt_state = optimizers.update_if(
-        ok, tx=tx, grads=grads, state=state.opt_state, params=trained)
-    moved = moe.move_biases(module.config, params=updated, loads=loads,
-                            applied=ok)
-    updated = shares.with_frozen_rows(parts, moved, updated)
-    params = shares.whole(parts, updated, state.params)
+        is_finite, tx=tx, grads=grads, state=state.opt_state, params=trained)
+    with_biases = moe.move_biases(module.config, params=updated,
+                                  loads=expert_loads, applied=is_finite)
+    updated = shares.with_frozen_rows(rate_shares, with_biases, updated)
+    params = shares.whole(rate_shares, updated, state.params)
 
-    # The counts, and the average of the parameters.
-    bad_in_row = jnp.where(ok, 0, state.bad_in_row + 1)
-    bad_steps = state.bad_steps + jnp.where(ok, 0, 1)
+    # The counts of skipped steps, and the average of the parameters.
+    bad_in_row = jnp.where(is_finite, 0, state.bad_in_row + 1)
+    bad_steps = state.bad_steps + jnp.where(is_finite, 0, 1)
     good_steps = state.step + 1 - bad_steps
     ema = shares.update_average(config.optim, average=state.ema, params=updated,
-                                updates=good_steps, ok=ok)
+                                updates=good_steps, ok=is_finite)
 
-    # The other figures.
+    # The other metrics.
     metrics['grad_norm'] = grad_norm
     metrics['param_norm'] = _global_norm(params)
     metrics['learning_rate'] = schedule(state.step - state.bad_steps)
@@ -291,102 +325,117 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
 
 
 def _micro_batch_loss(module: nn.Module, config: ml_collections.ConfigDict,
-                      params: Any,
-                      batch: Any, key: jax.Array, whole: Any):
-  """Returns the loss of a micro-batch, and its figures.
+                      params: Any, batch: Any, key: jax.Array, totals: Any):
+  """Returns the training loss of one micro-batch, and its figures.
 
   Args:
     module: the model.
     config: the config of the run.
     params: the parameters.
     batch: the micro-batch.
-    key: the key of the step.
-    whole: the weights of the whole batch, by name, and its tokens.
+    key: the random key of the micro-batch.
+    totals: the sums over the whole batch: the weight of each loss by name, and
+      the number of `tokens`.
 
   Returns:
-    The loss, times its weight in `whole`; and the figures of the objective,
-    the share of this micro-batch in the auxiliary losses and health figures,
-    and that in the loads that move the experts' biases.
+    The loss, summed over the micro-batch, and three dicts that add up over the
+    micro-batches: the figures of the objective; the auxiliary losses (aux/NAME)
+    and health figures (health/NAME) of the experts; and the expert loads, by
+    the path of the layer, from which the experts' biases are moved.
   """
+  # The model draws from a random stream for each use.
   objective = objectives.of(config)
-  rngs = {name: jax.random.fold_in(key, i) for i,
-          name in enumerate(RANDOM_STREAMS)}
+  rngs = {}
+  for i, name in enumerate(RANDOM_STREAMS):
+    rngs[name] = jax.random.fold_in(key, i)
   output = objective.apply(module, params, batch, deterministic=False,
                            rngs=rngs)
-  total, figures = objective.loss(output, batch, config, whole=whole)
+  total_loss, figures = objective.loss(output, batch, config, whole=totals)
   if not output.aux:
-    return total, (figures, {}, {})
+    return total_loss, (figures, {}, {})
 
-  # A micro-batch counts by its tokens in what the experts report.
-  share = objective.tokens(batch) / whole['tokens']
-  panel = {}
-  loads = {}
+  # What the experts report is a mean over tokens, so that a micro-batch counts
+  # by its share of the tokens.
+  share = objective.tokens(batch) / totals['tokens']
+  expert_metrics = {}
+  expert_loads = {}
   for name, value in output.aux['health'].items():
-    panel[f'health/{name}'] = share * value
-  losses = [share * value for value in output.aux['losses'].values()]
-  for name, value in zip(output.aux['losses'], losses):
-    panel[f'aux/{name}'] = value
+    expert_metrics[f'health/{name}'] = share * value
+  aux_losses = [share * value for value in output.aux['losses'].values()]
+  for name, value in zip(output.aux['losses'], aux_losses):
+    expert_metrics[f'aux/{name}'] = value
   for path, load in output.aux['loads'].items():
-    loads[path] = share * load
-  total = total + whole[objective.main] * sum(losses)
-  return total, (figures, panel, loads)
+    expert_loads[path] = share * load
+  # The loss is divided by its weight afterwards; an auxiliary loss must not be.
+  total_loss = total_loss + totals[objective.main] * sum(aux_losses)
+  return total_loss, (figures, expert_metrics, expert_loads)
 
 
 def _global_norm(tree: Any) -> jax.Array:
-  """Returns the joint norm of all leaves, in float32 whatever they are in."""
+  """Returns the Euclidean norm of all arrays of a tree together, computed in
+  float32 whatever their dtype."""
   return optax.tree.norm(
       jax.tree.map(lambda x: x.astype(jnp.float32), tree))
 
 
 def _accumulate_gradients(grad_fn: Callable, params: Any, batch: Any,
-                          key: jax.Array,
-                          whole: Any, parts: int):
-  """Sums gradients and figures over `parts` micro-batches, by a scan.
+                          key: jax.Array, totals: Any, num_micro_batches: int):
+  """Returns the sums of gradients and figures over the micro-batches of a
+  batch, computed one after another by a scan to save memory.
 
-  Micro-batch i takes rows i, i + parts, ...: each device cuts up its own.
-  Gradients in bfloat16 add up in float32.
+  Micro-batch i takes rows i, i + n, i + 2n, ... of n micro-batches, so that
+  each device cuts up its own rows. Gradients in bfloat16 add up in float32.
 
   Args:
-    grad_fn: (params, batch, key, whole) -> (gradients, figures).
+    grad_fn: (params, batch, key, totals) -> (gradients, figures).
     params: the parameters that are trained.
-    batch: the whole batch.
-    key: the key of the step; each micro-batch has a key of its own.
-    whole: the weights of the whole batch, by name.
-    parts: the number of micro-batches.
+    batch: the whole batch, arrays of [B, ...].
+    key: the random key of the step; each micro-batch has a key of its own.
+    totals: the sums over the whole batch; see _micro_batch_loss.
+    num_micro_batches: train.grad_accumulation; it divides B.
   """
-  if parts == 1:
-    return grad_fn(params, batch, key, whole)
+  if num_micro_batches == 1:
+    return grad_fn(params, batch, key, totals)
 
-  def cut(x: jax.Array) -> jax.Array:
-    """Returns [parts, rows of a micro-batch, ...]."""
-    x = jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+  def split_rows(x: jax.Array) -> jax.Array:
+    """Returns [micro-batches, rows of a micro-batch, ...] of [B, ...]."""
+    interleaved = x.reshape(-1, num_micro_batches, *x.shape[1:])
+    x = jnp.swapaxes(interleaved, 0, 1)
     other_axes = (None,) * (x.ndim - 2)
     return sharding.constrain(x, None, 'batch', *other_axes)
 
-  def zero(x: jax.ShapeDtypeStruct) -> jax.Array:
+  def zeros_of_sum(x: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
 
-  def add(total: Any, part: Any):
-    i, micro = part
-    result = grad_fn(params, micro, jax.random.fold_in(key, i), whole)
+  def add_micro_batch(total: Any, index_and_batch: Any):
+    i, micro_batch = index_and_batch
+    result = grad_fn(params, micro_batch, jax.random.fold_in(key, i), totals)
     return jax.tree.map(jnp.add, total, result), None
 
-  # The sums begin at zeros of the shapes that one micro-batch gives.
-  micros = jax.tree.map(cut, batch)
-  first = jax.tree.map(lambda x: x[0], micros)
-  shapes = jax.eval_shape(grad_fn, params, first, key, whole)
-  total, _ = jax.lax.scan(
-      add, jax.tree.map(zero, shapes), (jnp.arange(parts), micros))
+  # The sums begin at zeros, of the shapes that one micro-batch gives.
+  micro_batches = jax.tree.map(split_rows, batch)
+  first_micro_batch = jax.tree.map(lambda x: x[0], micro_batches)
+  shapes = jax.eval_shape(grad_fn, params, first_micro_batch, key, totals)
+  zeros = jax.tree.map(zeros_of_sum, shapes)
+  indices = jnp.arange(num_micro_batches)
+  total, _ = jax.lax.scan(add_micro_batch, zeros, (indices, micro_batches))
   return total
 
 
 def make_eval_step(module: nn.Module, config: ml_collections.ConfigDict
                    ) -> Callable:
-  """Returns step(params, batch) -> {figure: Mean}, without label
-  smoothing, z-loss or auxiliary losses."""
+  """Returns the function step(params, batch) -> {figure: Mean} that evaluates a
+  model on a batch, by the plain loss: without label smoothing, z-loss or
+  auxiliary losses.
+
+  Args:
+    module: the model.
+    config: the config of the run.
+  """
   objective = objectives.of(config)
   config = config.copy_and_resolve_references()
-  config.train.z_loss = config.train.label_smoothing = 0.0
+  config.train.z_loss = 0.0
+  config.train.label_smoothing = 0.0
 
   def step(params: Any, batch: Any) -> dict[str, Mean]:
     output = objective.apply(module, params, batch)
@@ -404,7 +453,16 @@ DERIVED_MODEL_FIELDS = ('vocab_size', 'max_len', 'head', 'num_labels')
 def resolve_model(config: ml_collections.ConfigDict,
                   tokenizer: tokenizers.Tokenizer
                   ) -> tuple[ModelConfig, dict[str, Any]]:
-  """Returns the validated model config, and the fields that were derived.
+  """Returns the model config of a run, checked and complete, and the values of
+  the fields that were left empty and derived.
+
+  Args:
+    config: the config of the run.
+    tokenizer: its tokenizer, which gives the size of the vocabulary.
+
+  Returns:
+    The model config; and a dict from the dotted name of each derived field,
+    such as model.vocab_size, to its value.
 
   Raises:
     ValueError: for anything in the config that a run could not honour.
@@ -412,22 +470,23 @@ def resolve_model(config: ml_collections.ConfigDict,
   config = objectives.with_labels(config)
   objective = objectives.of(config)
   model = config.model.to_dict()
-  least_vocab = objective.vocab_size(config, tokenizer)
-  model['vocab_size'] = model['vocab_size'] or least_vocab
+  least_vocab_size = objective.vocab_size(config, tokenizer)
+  model['vocab_size'] = model['vocab_size'] or least_vocab_size
   _fill_derived_fields(model, config)
 
   # The sizes that were given must have room for the data.
-  labels = objective.num_labels(config)
-  require(labels in (0, model['num_labels']), f'model.num_labels is '
+  num_labels = objective.num_labels(config)
+  require(num_labels in (0, model['num_labels']), f'model.num_labels is '
           f'{model["num_labels"]}, and the data of objective '
-          f'{config.objective!r} have {labels}: leave it at 0, to be derived')
-  if least_vocab == tokenizer.vocab_size:
-    # An import may be without the ids that no text gives.
-    least_vocab = tokenizer.least_size
-  require(model['vocab_size'] >= least_vocab, 'model.vocab_size is '
+          f'{config.objective!r} have {num_labels}: leave it at 0, to be '
+          'derived')
+  if least_vocab_size == tokenizer.vocab_size:
+    # An imported model may lack the ids that no text gives.
+    least_vocab_size = tokenizer.least_size
+  require(model['vocab_size'] >= least_vocab_size, 'model.vocab_size is '
           f'{model["vocab_size"]}, but data.source {config.data.source!r} by '
-          f'the tokenizer {config.data.tokenizer!r} has {least_vocab} ids: set '
-          'it to 0, to be derived, or to more')
+          f'the tokenizer {config.data.tokenizer!r} has {least_vocab_size} '
+          'ids: set it to 0, to be derived, or to more')
 
   resolved = architectures.resolve(model)
   derived = {f'model.{name}': model[name] for name in DERIVED_MODEL_FIELDS}
@@ -438,7 +497,8 @@ def resolve_model(config: ml_collections.ConfigDict,
 
 def _fill_derived_fields(model: dict[str, Any],
                          config: ml_collections.ConfigDict) -> None:
-  """Fills in what is derived from the data's length and the objective."""
+  """Sets the fields of `model`, a dict of config.model, that were left empty
+  and follow from the length of the rows and from the objective."""
   objective = objectives.of(config)
   model['max_len'] = model['max_len'] or config.data.length
   model['head'] = model['head'] or objective.head
@@ -447,11 +507,11 @@ def _fill_derived_fields(model: dict[str, Any],
 
 def resolve_model_without_tokenizer(config: ml_collections.ConfigDict
                                     ) -> ModelConfig:
-  """Returns the model config where the tokenizer is not at hand: all but its
-  vocabulary is as in the run."""
+  """Returns the model config of a run where neither the tokenizer nor the data
+  are read: a vocabulary or a number of labels that is to be derived from them
+  has a usual size; all else is as in the run."""
   model = config.model.to_dict()
   _fill_derived_fields(model, config)
-  # The real sizes come with the tokenizer and the data; these stand in.
   model['vocab_size'] = model['vocab_size'] or tokenizers.Bytes.USUAL
   head = heads.HEADS.get(model['head'], heads.HEADS['lm'])
   if 'num_labels' in head.fields:
@@ -460,7 +520,7 @@ def resolve_model_without_tokenizer(config: ml_collections.ConfigDict
 
 
 def count_parameters(params: Any) -> int:
-  """Returns the number of parameters."""
+  """Returns the number of parameters in a tree of arrays or of shapes."""
   return sum(x.size for x in jax.tree.leaves(nn.meta.unbox(params)))
 
 
@@ -487,9 +547,10 @@ class Run:
   place: NamedSharding
 
   @classmethod
-  def of(cls, config: ml_collections.ConfigDict, model: ModelConfig,
-         mesh: Mesh) -> 'Run':
-    """Returns the run on a mesh that fits it; see `build`."""
+  def on_mesh(cls, config: ml_collections.ConfigDict, model: ModelConfig,
+              mesh: Mesh) -> 'Run':
+    """Returns the run on a mesh of devices that is known to fit it; `build`
+    checks that it does."""
     rules = config.mesh.rules
     module = architectures.build(model)
     tx = build_optimizer(module, config.optim, config.train.steps)
@@ -506,13 +567,15 @@ class Run:
 
   @contextlib.contextmanager
   def context(self):
-    """Sets the mesh and the axis rules, for all that is traced inside."""
+    """Sets the mesh, and the rules that map logical axes to it, for all that is
+    traced in the `with` block."""
     rules = tables.RULES[self.config.mesh.rules]
     with jax.set_mesh(self.mesh), sharding.install_rules(rules):
       yield
 
   def new_state(self) -> TrainState:
-    """Returns a state before its first step, each shard drawn where it lies."""
+    """Returns a training state before its first step, with parameters drawn by
+    the config's seed; each device draws only its own shard."""
     init = functools.partial(init_state, self.module, self.tx,
                              optim=self.config.optim)
     with self.context():
@@ -520,21 +583,23 @@ class Run:
       return jax.jit(init, out_shardings=self.shardings)(key)
 
   def with_params(self, state: TrainState, params: Any) -> TrainState:
-    """Returns a state before its first step with other parameters."""
-    parts = parameter_shares(self.module, self.config.optim)
-    start = functools.partial(shares.start_average, self.config.optim, parts)
+    """Returns a training state before its first step with other parameters, and
+    with the average of parameters (optim.ema) started anew from them."""
+    rate_shares = parameter_shares(self.module, self.config.optim)
+    start_average = functools.partial(
+        shares.start_average, self.config.optim, rate_shares)
     with self.context():
-      ema = jax.jit(start, out_shardings=self.shardings.ema)(params)
+      ema = jax.jit(start_average, out_shardings=self.shardings.ema)(params)
     return state.replace(params=params, ema=ema)
 
-  def evaluated(self, state: TrainState):
-    """Returns the parameters that a state is evaluated with: with optim.ema
-    their average."""
-    parts = parameter_shares(self.module, self.config.optim)
-    return shares.evaluated(parts, state.ema, state.params)
+  def parameters_to_evaluate(self, state: TrainState):
+    """Returns the parameters with which a training state is evaluated: their
+    average, in a run with optim.ema, and else the parameters themselves."""
+    rate_shares = parameter_shares(self.module, self.config.optim)
+    return shares.evaluated(rate_shares, state.ema, state.params)
 
   def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Puts this process's rows of a batch on its devices."""
+    """Returns a batch on the devices, given the rows of this process."""
     return devices.put(batch, self.place)
 
   def train_step(self, taps: Sequence[Callable] = ()) -> jax.stages.Wrapped:
@@ -552,57 +617,74 @@ class Run:
 
 def build(config: ml_collections.ConfigDict, model: ModelConfig,
           mesh: Mesh | None = None) -> Run:
-  """Builds a run's mesh, module and optimiser; nothing is computed.
+  """Returns a run with its mesh, module and optimiser; nothing is computed.
 
   Args:
     config: the config of the run.
-    model: its model, resolved.
-    mesh: the mesh, for tests and plans; None: config.mesh over all devices.
+    model: its resolved model config.
+    mesh: the mesh of devices, for tests and plans; None: that which config.mesh
+      describes, over all devices.
 
   Raises:
-    ValueError: where the mesh does not fit the devices, model or batch.
+    ValueError: where the mesh does not fit the devices, model or batch, or a
+      kernel that the model names does not run on them.
   """
+  # The mesh.
   if mesh is None:
     shape = devices.mesh_shape(config.mesh, jax.device_count())
     mesh = devices.make_mesh(shape, slices=config.mesh.slices)
   check_mesh(config, model, mesh.shape)
+
+  # The kernels that the model names.
   platform = mesh.devices.flat[0].platform
   kernels.check_kernel(model, platform)
   if model.has_experts:
     grouped.check_grouped_kernel(model.part(MoEConfig), platform)
-  return Run.of(config, model, mesh)
+  return Run.on_mesh(config, model, mesh)
 
 
 def check_mesh(config: ml_collections.ConfigDict, model: ModelConfig,
                shape: Mapping[str, int]) -> None:
-  """Refuses a mesh that does not divide the model, the batches or the rows."""
+  """Checks that the sizes of a mesh divide those of the model and of its data.
+
+  Args:
+    config: the config of the run.
+    model: its resolved model config.
+    shape: the size of each axis of the mesh, by name.
+
+  Raises:
+    RequestError: where an axis does not divide a dimension of the model, the
+      rows of a batch, or the length of a row.
+  """
   devices.check_mesh(model, shape)
-  # Each micro-batch has as many rows on each device.
-  shards = shape['data'] * shape['fsdp'] * shape['expert']
-  parts = config.train.grad_accumulation
+  # Each micro-batch has as many rows on each device. With a ramp
+  # (data.batch_ramp), batches have several sizes.
+  num_shards = shape['data'] * shape['fsdp'] * shape['expert']
+  num_micro_batches = config.train.grad_accumulation
   ramp = pipeline.ramp_of(config)
-  multiple = shards * parts
+  multiple = num_shards * num_micro_batches
   for size in (ramp.last, *ramp.sizes):
     name = 'a size of data.batch_ramp'
     if size == ramp.last:
       name = 'data.batch_size'
     require(size % multiple == 0, f'{name} is {size}, which the '
-            f'{shards} batch shards of mesh.data x mesh.fsdp x mesh.expert '
-            f'times train.grad_accumulation {parts} do not divide: choose a '
-            f'multiple of {multiple}')
+            f'{num_shards} batch shards of mesh.data x mesh.fsdp x mesh.expert '
+            f'times train.grad_accumulation {num_micro_batches} do not divide: '
+            f'choose a multiple of {multiple}')
 
   # Each device of the context axis has an equal part of every row.
   for name in ('length', 'target_length'):
-    size = config.data[name]
-    require(size % shape['context'] == 0, f'mesh.context is '
-            f'{shape["context"]}, which does not divide data.{name} {size}: '
+    length = config.data[name]
+    require(length % shape['context'] == 0, f'mesh.context is '
+            f'{shape["context"]}, which does not divide data.{name} {length}: '
             'choose a multiple of it')
 
 
 def fit_mesh_to_this_machine(config: ml_collections.ConfigDict
                              ) -> ml_collections.ConfigDict:
-  """Returns the config with this machine's mesh, to evaluate a run: all devices
-  in `data` where its own mesh does not fit them."""
+  """Returns a copy of a run's config with which the run can be evaluated on
+  this machine: where the mesh of the config does not fit the devices here, all
+  of them share the rows of a batch (the axis `data`)."""
   config = config.copy_and_resolve_references()
   _let_kernels_be_chosen(config.model)
   # An evaluation takes whole batches.
@@ -619,8 +701,8 @@ def fit_mesh_to_this_machine(config: ml_collections.ConfigDict
 
 
 def load_run_config(workdir: epath.Path) -> ml_collections.ConfigDict:
-  """Returns the config of a run, with what it derived from its training data,
-  which need not be there."""
+  """Returns the config of the run in a folder, with the values that the run
+  derived from its training data, so that these need not be there."""
   config = run_config.load_config(workdir)
   for name, value in run_config.load_derived_fields(workdir).items():
     if name.startswith(('data.', 'probe.')):
@@ -630,12 +712,17 @@ def load_run_config(workdir: epath.Path) -> ml_collections.ConfigDict:
 
 def load_run_tokenizer(workdir: epath.Path, config: ml_collections.ConfigDict
                        ) -> tokenizers.Tokenizer:
-  """Returns the tokenizer of a run, and warns where the file of that name holds
-  another one than the run was trained with; `config` is the run's."""
+  """Returns the tokenizer of a run; prints a warning where its file no longer
+  holds what it held when the run was trained.
+
+  Args:
+    workdir: the folder of the run.
+    config: the config of the run, which names the tokenizer.
+  """
   tokenizer = tokenizers.load(config.data.tokenizer)
   starts = run_config.load_starts(workdir)
-  contents = pipeline.of_tokenizer(config, tokenizer)
-  for line in provenance.check_data(starts, contents, allowed=True):
+  hash_of_file = pipeline.of_tokenizer(config, tokenizer)
+  for line in provenance.check_data(starts, hash_of_file, allowed=True):
     print(f'warning: {line}', file=sys.stderr)
   return tokenizer
 
@@ -643,8 +730,12 @@ def load_run_tokenizer(workdir: epath.Path, config: ml_collections.ConfigDict
 def load_run_model_config(workdir: epath.Path,
                           config: ml_collections.ConfigDict | None = None
                           ) -> ModelConfig:
-  """Returns the model of a run; its tokenizer need not be there. `config` is
-  the result of `config_of`, where that was read already."""
+  """Returns the resolved model config of a run, without reading its tokenizer.
+
+  Args:
+    workdir: the folder of the run.
+    config: the result of `load_run_config`, where it was read already.
+  """
   if config is None:
     config = load_run_config(workdir)
   model = config.model.to_dict()
@@ -656,8 +747,9 @@ def load_run_model_config(workdir: epath.Path,
 
 
 def _let_kernels_be_chosen(model: Any) -> None:
-  """Leaves the kernels that a run names to `auto`, to use the model and not to
-  train it: this machine may lack them, or they cannot do what is asked.
+  """Sets the kernels that a run names to `auto`, for a use of the model other
+  than its training: this machine may lack them, or they cannot do what is
+  asked.
 
   Args:
     model: config.model, or a dict of it, which is changed.

@@ -23,7 +23,7 @@ class TrainingBatches:
   """The batches on the devices, and what a step on one has to do.
 
   Attributes:
-    tokens: how many tokens a step of one run has at most.
+    most_tokens: how many tokens a step of one run has at most.
     meter: the times of the steps.
   """
 
@@ -36,7 +36,7 @@ class TrainingBatches:
     self._ramp = pipeline.ramp_of(config)
     row = loaders[0].objective.row_lengths(config)
     self._row_tokens = sum(row)  # at most
-    self.tokens = self._ramp.last * self._row_tokens
+    self.most_tokens = self._ramp.last * self._row_tokens
     self._peak = flops.total_peak(program.devices, program.run.model.dtype)
 
     # Batches may have fewer rows than data.batch_size (a ramp), and rows that
@@ -62,20 +62,20 @@ class TrainingBatches:
       total = num_runs * num_rows * sum(of_row.values())
     return StepWork(tokens=num_rows * sum(row), flops=total)
 
-  def begin(self, start: int) -> None:
+  def start_streams(self, start: int) -> None:
     """Starts the streams at batch `start`."""
     steps = self._program.run.config.train.steps
     self._streams: list[Iterator] = [
         loader.iterate(start, steps) for loader in self._loaders]
 
-  def after(self, n: int) -> Any:
+  def batch_after(self, n: int) -> Any:
     """Returns the batch of the step after step n."""
     batches = [next(stream) for stream in self._streams]
     if len(self._work) > 1:
       num_rows = self._ramp.rows(n)
       key = num_rows, batches[0]['tokens'].shape[1]
       work = self._work.get(key, self._work[num_rows, 0])
-      self.meter.does(n + 1, work.tokens, work.flops)
+      self.meter.note_work(n + 1, work.tokens, work.flops)
     return self._program.put(*batches)
 
   def tokens_before(self, n: int) -> int:
@@ -105,7 +105,7 @@ class CompiledPerShape:
     self._compiled[_shapes_of_batch(batch)] = self._step.lower(state,
                                                                batch).compile()
 
-  def prepare(self, state: Any, batch: Any) -> None:
+  def compile_if_new(self, state: Any, batch: Any) -> None:
     """Compiles for the shape of a batch, unless that is done."""
     if _shapes_of_batch(batch) in self._compiled:
       return
@@ -113,14 +113,14 @@ class CompiledPerShape:
       self.compile(state, batch)
       devices.sync('compiled')
 
-  def timed(self, state: Any, batch: Any) -> tuple[Any, float]:
+  def run_timed(self, state: Any, batch: Any) -> tuple[Any, float]:
     """Returns what a step returns, and its seconds without compiling."""
-    self.prepare(state, batch)
+    self.compile_if_new(state, batch)
     start = time.perf_counter()
     result = jax.block_until_ready(self(state, batch))
     return result, time.perf_counter() - start
 
-  def memory(self) -> int:
+  def bytes_per_device(self) -> int:
     """Returns the bytes that the largest program needs on each device."""
     sizes = []
     for program in self._compiled.values():
@@ -130,7 +130,7 @@ class CompiledPerShape:
     return max(sizes)
 
   def __call__(self, state: Any, batch: Any) -> Any:
-    self.prepare(state, batch)
+    self.compile_if_new(state, batch)
     return self._compiled[_shapes_of_batch(batch)](state, batch)
 
 

@@ -183,7 +183,7 @@ def _train_members(run: runs.Run, members: Sequence[GroupMember],
     # No record is written of what is not trained.
     for member in part:
       request = member.request
-      run_config.save_config(member.writer.workdir, config=request.asked,
+      run_config.save_config(member.writer.workdir, config=request.given_config,
                              derived=request.derived, data=contents)
     _train_members_at_one_step(run, part)
 
@@ -208,7 +208,7 @@ def _train_members_at_one_step(run: runs.Run,
   if start.state is None:
     state = program.new_state()
   else:
-    state = program.join([member.start.state for member in part])
+    state = program.join_runs([member.start.state for member in part])
   n = loop.train_runs(program, writers=writers, state=state, start=start.step,
                       loaders=loaders,
                       eval_data=pipeline.held_out(config, tokenizer))
@@ -256,7 +256,7 @@ class RunGroup(Program):
     for name in differ or ['seed']:
       rows = [fields[i][name] for i in self._rows]
       values[name] = np.array(rows, runs.TYPE_OF_TRACED_FIELD[name])
-    self._values = self._put(values)
+    self._values = self._put_on_mesh(values)
 
     # All other fields are those of the first run.
     first = writers[0].config
@@ -272,10 +272,11 @@ class RunGroup(Program):
   def context(self) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()  # each run is on one device
 
-  def _put(self, tree: Any, spec: PartitionSpec = _SPLIT_OVER_RUNS) -> Any:
+  def _put_on_mesh(self, tree: Any,
+                   spec: PartitionSpec = _SPLIT_OVER_RUNS) -> Any:
     return jax.device_put(tree, NamedSharding(self._mesh, spec))
 
-  def _over_runs(self, function: Callable, in_axes: tuple) -> Callable:
+  def _map_over_runs(self, function: Callable, in_axes: tuple) -> Callable:
     """Returns `function` over the runs: on each device over those it holds."""
     specs = jax.tree.map(_partition_spec, in_axes,
                          is_leaf=lambda axis: axis is None)
@@ -298,7 +299,7 @@ class RunGroup(Program):
       return init_state(run.module.clone(config=model), tx=run.tx, key=key,
                         optim=config.optim)
 
-    return jax.jit(self._over_runs(init, (0,)))(self._values)
+    return jax.jit(self._map_over_runs(init, (0,)))(self._values)
 
   def make_train_step(self) -> jax.stages.Wrapped:
     """Returns the training step of all runs, compiled as one program."""
@@ -315,7 +316,7 @@ class RunGroup(Program):
     batch_axis = None  # one batch is for all runs
     if len(self.seeds) > 1:
       batch_axis = 0
-    over_runs = self._over_runs(step, (0, (batch_axis, 0)))
+    over_runs = self._map_over_runs(step, (0, (batch_axis, 0)))
     return jax.jit(over_runs, donate_argnums=0)
 
   def make_eval_step(self) -> jax.stages.Wrapped:
@@ -325,34 +326,34 @@ class RunGroup(Program):
       batch, _ = inputs
       return eval_step(params, batch)
 
-    return jax.jit(self._over_runs(step, (0, (None, 0))))
+    return jax.jit(self._map_over_runs(step, (0, (None, 0))))
 
   def put(self, *batches: dict[str, np.ndarray]) -> tuple[dict, dict]:
     """Returns (batch, values) on the devices; one batch is for all runs, and
     several are those of `seeds`."""
     if len(batches) == 1:
-      return self._put(batches[0], _SHARED_BY_RUNS), self._values
+      return self._put_on_mesh(batches[0], _SHARED_BY_RUNS), self._values
     of_seed = dict(zip(self.seeds, batches, strict=True))
     of_row = [of_seed[self._seed_of[i]] for i in self._rows]
     stacked = {}
     for name in of_row[0]:
       stacked[name] = np.stack([batch[name] for batch in of_row])
-    return self._put(stacked), self._values
+    return self._put_on_mesh(stacked), self._values
 
-  def join(self, trees: Sequence[Any]) -> Any:
+  def join_runs(self, trees: Sequence[Any]) -> Any:
     on_host = jax.device_get(list(trees))
 
     def stack(*arrays: np.ndarray) -> np.ndarray:
       return np.stack([arrays[i] for i in self._rows])
 
-    return self._put(jax.tree.map(stack, *on_host))
+    return self._put_on_mesh(jax.tree.map(stack, *on_host))
 
-  def split(self, tree: Any) -> Iterator[Any]:
+  def split_by_run(self, tree: Any) -> Iterator[Any]:
     on_host = jax.device_get(tree)
     for row in range(self.num_runs):
-      yield jax.tree.map(jnp.asarray, self.part(on_host, row))
+      yield jax.tree.map(jnp.asarray, self.figures_of_run(on_host, row))
 
-  def part(self, figures: Any, row: int) -> Any:
+  def figures_of_run(self, figures: Any, row: int) -> Any:
     # Lists are figures too: those of one layer, for each run.
     return jax.tree.map(lambda x: x[row], figures,
                         is_leaf=lambda x: isinstance(x, list))

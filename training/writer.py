@@ -39,66 +39,66 @@ class RunWriter:
     workdir: the folder of the run.
     saved: the checkpoints of the run.
     label: the name of the run in messages; '' where it trains alone.
-    last: the figures of the last step that the loop has read.
-    bad: the number of bad steps in a row, up to that step.
+    last_figures: the figures of the last step that the loop has read.
+    num_bad_in_row: the number of bad steps in a row, up to that step.
     code: how the run ended: 0, STOPPED, DIVERGED or EARLY.
     sentence: why the run did not reach its last step; '' where it did.
-    evaluated: whether the figures of an evaluation after the step that the run
-      was resumed at are in its metrics, or it was not resumed.
+    has_evaluation: whether the figures of an evaluation after the step that the
+      run was resumed at are in its metrics, or it was not resumed.
     stop_requested: whether a signal came, be it too late to stop the run.
   """
   config: ml_collections.ConfigDict
   workdir: pathlib.Path
   saved: checkpoints.Checkpoints
   label: str = ''
-  last: dict[str, Any] = dataclasses.field(default_factory=dict)
-  bad: int = 0
+  last_figures: dict[str, Any] = dataclasses.field(default_factory=dict)
+  num_bad_in_row: int = 0
   code: int = 0
   sentence: str = ''
-  evaluated: bool = True
+  has_evaluation: bool = True
   stop_requested: bool = False
 
-  def begin(self, start: int) -> None:
+  def open_metrics(self, start: int) -> None:
     """Opens the metrics files, and drops the rows after step `start`."""
     self._files = metrics.open_writers(self.workdir,
                                        config=self.config.to_dict(),
                                        resumed_step=start,
                                        primary=devices.primary())
-    self.best = BestEvaluation.of(self.config, self.saved.best)
+    self.best = BestEvaluation.begin_or_resume(self.config, self.saved.best)
     if start > 0:
       # Only process 0 has the rows: it answers for all.
       kept = any(file.has_kept(start, 'eval') for file in self._files[:1])
       answer = checkpoints.broadcast_from_process_0(np.int32(kept))
-      self.evaluated = bool(answer)
+      self.has_evaluation = bool(answer)
 
-  def read(self, figures: dict[str, Any]) -> None:
+  def take_figures(self, figures: dict[str, Any]) -> None:
     """Takes the figures of a step."""
     # A step that was under way when there were too many bad ones is read too,
     # but a good loss does not save the run any more.
-    if not self.too_many_bad:
-      self.bad = figures['bad_in_row']
-    self.last = figures
+    if not self.has_too_many_bad_steps:
+      self.num_bad_in_row = figures['bad_in_row']
+    self.last_figures = figures
 
-  def write(self, n: int, split: str, figures: dict[str, Any]) -> None:
+  def write_figures(self, n: int, split: str, figures: dict[str, Any]) -> None:
     """Writes a line of metrics, of step `n`."""
     for file in self._files:
       file.write(n, split, figures)
 
   @property
-  def too_many_bad(self) -> bool:
+  def has_too_many_bad_steps(self) -> bool:
     """Whether so many steps in a row were bad that the run ends."""
-    return self.bad >= self.config.train.max_bad_steps
+    return self.num_bad_in_row >= self.config.train.max_bad_steps
 
   @property
-  def sound(self) -> bool:
+  def is_sound(self) -> bool:
     """Whether the parameters are finite. No later step can mend parameters
     that are not finite, so they are not saved."""
-    return math.isfinite(self.last['param_norm'])
+    return math.isfinite(self.last_figures['param_norm'])
 
-  def asks_to_be_saved(self, n: int) -> bool:
+  def needs_save(self, n: int) -> bool:
     """Whether the run is saved after step `n`, due or not: the step is the best
     so far, or one of too many that were bad, or the run ends there."""
-    if self.too_many_bad:
+    if self.has_too_many_bad_steps:
       return True
     if self.best is None:
       return False
@@ -107,9 +107,9 @@ class RunWriter:
   def evaluate(self, n: int, figures: dict[str, Any]) -> None:
     """Takes and writes the figures of the evaluation after step `n`."""
     if self.best is not None and self.best.seen < n:
-      self.best.take(n, figures)
+      self.best.add_evaluation(n, figures)
       self.saved.best = self.best.record()
-    self.write(n, 'eval', figures)
+    self.write_figures(n, 'eval', figures)
 
   def save(self, n: int, state: TrainState, tokens: int) -> None:
     """Saves the state after step `n`; the run has seen so many `tokens`."""
@@ -119,9 +119,9 @@ class RunWriter:
     if self.best is not None:
       best = self.best.record()
     self.saved.save(n, state, next_batch=n, tokens=tokens, config=self.config,
-                    good=not self.last['bad_in_row'], best=best)
+                    good=not self.last_figures['bad_in_row'], best=best)
 
-  def lowest(self) -> list[str]:
+  def describe_lowest_loss(self) -> list[str]:
     """Returns a line that says where the held-out loss was lowest, unless that
     is the end, of a run whose figures lie on disk."""
     path = pathlib.Path(self.workdir) / metrics.METRICS_FILE
@@ -157,13 +157,13 @@ class RunWriter:
     self.code = code
     newest = self.saved.newest
     if code == DIVERGED:
-      self.sentence = _explain_divergence(n, self.bad, newest)
+      self.sentence = _explain_divergence(n, self.num_bad_in_row, newest)
     elif code == ENDED_EARLY:
-      self.sentence = self.best.sentence(n)
+      self.sentence = self.best.explain_end(n)
     else:
-      self.sentence = self._stopped(n, newest)
+      self.sentence = self._explain_stop(n, newest)
 
-  def _stopped(self, n: int, newest: int | None) -> str:
+  def _explain_stop(self, n: int, newest: int | None) -> str:
     """Returns where a run that a signal stopped goes on; `newest` is the step
     of its newest checkpoint."""
     step = f'step {n}'
@@ -221,10 +221,10 @@ def explain_if_ended_early(config: ml_collections.ConfigDict,
       on from.
     step: the step of that checkpoint.
   """
-  best = BestEvaluation.of(config, record)
+  best = BestEvaluation.begin_or_resume(config, record)
   if best is None or not best.is_over:
     return ''
-  return best.sentence(step)
+  return best.explain_end(step)
 
 
 @dataclasses.dataclass
@@ -249,8 +249,9 @@ class BestEvaluation:
   seen: int = 0
 
   @classmethod
-  def of(cls, config: ml_collections.ConfigDict,
-         record: Mapping[str, Any] | None) -> 'BestEvaluation | None':
+  def begin_or_resume(cls, config: ml_collections.ConfigDict,
+                      record: Mapping[str,
+                                      Any] | None) -> 'BestEvaluation | None':
     """Returns what a run has to begin with; None where eval.best is empty.
 
     Args:
@@ -279,11 +280,11 @@ class BestEvaluation:
     del fields['patience']  # a run that is resumed may have another
     return fields
 
-  def take(self, n: int, figures: Mapping[str, float]) -> None:
+  def add_evaluation(self, n: int, figures: Mapping[str, float]) -> None:
     """Takes the figures of the evaluation after step `n`, if this figure is
-    among them; raises as `is_in` does."""
+    among them; raises as `check_is_among` does."""
     self.seen = n
-    if not self.is_in(figures):
+    if not self.check_is_among(figures):
       return
     value = float(figures[self.figure])
     # Every process decides as process 0 does.
@@ -304,7 +305,7 @@ class BestEvaluation:
       return value > self.value
     return value < self.value
 
-  def is_in(self, names: Collection[str]) -> bool:
+  def check_is_among(self, names: Collection[str]) -> bool:
     """Returns whether it is one of the figures of an evaluation.
 
     Raises:
@@ -325,7 +326,7 @@ class BestEvaluation:
     """Whether the run is to end."""
     return 0 < self.patience <= self.waited
 
-  def sentence(self, n: int) -> str:
+  def explain_end(self, n: int) -> str:
     """Returns why the run ends after step `n`."""
     best = 'no evaluation had a number'
     if self.step is not None:

@@ -107,7 +107,7 @@ def run(workdir):
   with open_store(workdir) as store:
     for step in range(1, 31):
       state = train_step(state)
-      if store.due(step):
+      if store.is_due(step):
         states[step] = host(state)
         assert save(store, step, state)
   return states

@@ -120,7 +120,7 @@ def sampler_differs(name: str) -> float:
     scores_BV = process(torch.tensor(ids_BL), scores_BV)
   seen_BV = np.zeros((4, 60), bool)
   np.put_along_axis(seen_BV, ids_BL, True, 1)
-  ours_BV = sampling.filter(sampling.penalize(logits_BV, seen_BV))
+  ours_BV = sampling.mask_unlikely(sampling.penalize(logits_BV, seen_BV))
   return float(np.abs(
       torch.softmax(torch.tensor(np.asarray(ours_BV)), -1).numpy()
       - torch.softmax(scores_BV, -1).numpy()).max())

@@ -55,7 +55,7 @@ def test_with_enough_beams_the_texts_are_the_best_of_all(penalty, alpha):
     score[text] = p[np.arange(n), row[:n]].sum() / _divisor(penalty, alpha)(n)
   best = sorted(score, key=score.get, reverse=True)
   assert len(best) == 40
-  tokens, scores = search(model, prompt, 3, STOP, [2], count=41,
+  tokens, scores = search(model, prompt, 3, STOP, [2], num_beams=41,
                           penalty=penalty, length_penalty=alpha)
   assert [tuple(row) for row in tokens[0, :40]] == best
   np.testing.assert_allclose(scores[0, :40], [score[text] for text in best],
@@ -132,7 +132,7 @@ def test_rows_are_searched_as_by_the_book(gpt, rows, monkeypatch, count,
   """With the caches of layers apart, and stacked, as those of a deep model."""
   monkeypatch.setattr(generate, 'UNROLLED_LAYERS', unrolled_layers)
   prompts, log_ps = rows
-  tokens, scores = search(gpt, prompts, count=count)
+  tokens, scores = search(gpt, prompts, num_beams=count)
   for row, score, log_p in zip(tokens, scores, log_ps):
     expected = by_the_book(log_p, count, _divisor('gnmt', 0.6))
     assert len(expected) == count
@@ -153,7 +153,7 @@ def test_every_penalty_of_a_length_is_as_by_the_book(penalty, alpha, stops,
     log_p = table - np.log(np.exp(table).sum(-1, keepdims=True))
     tokens, scores = search(
         models.bigram(table), np.zeros((1, 1), np.int32), 6, stops, [1],
-        count=count, penalty=penalty, length_penalty=alpha)
+        num_beams=count, penalty=penalty, length_penalty=alpha)
     expected = by_the_book(
         lambda text, log_p=log_p: log_p[len(text), (0, *text)[-1]], count,
         _divisor(penalty, alpha), stops, 6)

@@ -128,11 +128,11 @@ def test_two_turns_are_what_a_forward_pass_says_up_to_the_last_slot(model):
   for new in ([], [8, 8, 1], [6] * 5):
     ids += new
     for _ in range(2 if len(ids) < 20 else CONTEXT - len(ids)):
-      token = engine.draw(ids)
+      token = engine.draw_token(ids)
       assert token == _next(model, ids), len(ids)
       assert engine.num_read == len(ids)  # each once
       ids.append(token)
-  assert engine.draw(ids) == _next(model, ids) and len(ids) == CONTEXT
+  assert engine.draw_token(ids) == _next(model, ids) and len(ids) == CONTEXT
 
 
 def test_a_text_that_outgrows_a_length_is_as_if_written_in_one_go():
@@ -144,17 +144,17 @@ def test_a_text_that_outgrows_a_length_is_as_if_written_in_one_go():
       *model, jnp.array([ids]), jnp.array([5]), jax.random.key(0),
       max_new_tokens=9, sampling=GREEDY)[0]
   for token in written:
-    assert engine.draw(ids) == token, len(ids)
+    assert engine.draw_token(ids) == token, len(ids)
     ids.append(int(token))
 
 
 def test_what_changes_is_read_again_from_there(model):
   engine = chat.CachedDecoder(*model, CONTEXT, GREEDY)
   first = [5, 17, 3, 44, 9, 12]
-  engine.draw([*first, 50, 51, 52])
+  engine.draw_token([*first, 50, 51, 52])
   for ids, read in (([*first, 50, 9], 1), (first, 1), ([1, *first], 7)):
     before = engine.num_read
-    assert engine.draw(ids) == _next(model, ids)
+    assert engine.draw_token(ids) == _next(model, ids)
     assert engine.num_read == before + read  # the last one, for its logits
 
 
@@ -162,14 +162,14 @@ def test_what_changes_is_read_again_from_there(model):
 def test_draws_follow_the_seed_and_a_penalty_counts_the_conversation(model):
   def draws(seed):
     engine = chat.CachedDecoder(*model, CONTEXT, generate.Sampling(5.0), seed)
-    return [engine.draw([1, 2, 3]) for _ in range(8)]
+    return [engine.draw_token([1, 2, 3]) for _ in range(8)]
   assert draws(0) == draws(0) != draws(1)
   assert len(set(draws(0))) > 1
   engine = chat.CachedDecoder(*model, CONTEXT, generate.Sampling(
       temperature=0, repetition_penalty=1e6))
   ids = [5, 17, 3]
   for _ in range(6):
-    ids.append(engine.draw(ids))
+    ids.append(engine.draw_token(ids))
   assert len(set(ids)) == len(ids)
 
 
@@ -180,10 +180,10 @@ def _pieces(text, **settings):
   stream = chat.AnswerStream(BYTES, **settings)
   pieces = []
   for token in text.encode():
-    pieces.append(stream.add(token))
+    pieces.append(stream.add_token(token))
     if stream.stopped:
       break
-  return [*pieces, stream.end()], stream
+  return [*pieces, stream.finish()], stream
 
 
 @pytest.mark.parametrize('text, pieces', [

@@ -157,7 +157,7 @@ def test_the_sampler_against_its_definition(settings):
   logits = rng.normal(size=(20, 11)).astype(np.float32) * 2
   seen = rng.random((20, 11)) < 0.4
   sampling = generate.Sampling(**settings)
-  left = sampling.filter(sampling.penalize(logits, seen))
+  left = sampling.mask_unlikely(sampling.penalize(logits, seen))
   want = [by_the_papers(*row, settings) for row in zip(logits, seen)]
   np.testing.assert_allclose(jax.nn.softmax(left), want, rtol=2e-5, atol=1e-7)
   greedy = dataclasses.replace(sampling, temperature=0)

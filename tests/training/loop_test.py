@@ -401,16 +401,17 @@ def test_a_best_that_cannot_be_meant_is_refused(fields, words):
 
 def test_another_figure_begins_anew():
   kept = writer.BestEvaluation('loss', False, 1, 4, 0.5, 3).record()
-  assert writer.BestEvaluation.of(config(best='loss', patience=9),
-                                  kept).waited == 3
-  assert writer.BestEvaluation.of(config(best='perplexity'), kept).step is None
+  assert writer.BestEvaluation.begin_or_resume(config(best='loss', patience=9),
+                                               kept).waited == 3
+  assert writer.BestEvaluation.begin_or_resume(config(best='perplexity'),
+                                               kept).step is None
   assert not writer.explain_if_ended_early(config(best='loss', patience=4),
                                            kept, 8)
   assert 'is 0.5, of step 4' in writer.explain_if_ended_early(
       config(best='loss', patience=3), kept, 8)
   # So does another best value of it; to say what it has been does not.
   other = dict(best='loss', best_is='largest', patience=3)
-  begun = writer.BestEvaluation.of(config(**other), kept)
+  begun = writer.BestEvaluation.begin_or_resume(config(**other), kept)
   assert (begun.largest, begun.step, begun.waited) == (True, None, 0)
   assert not writer.explain_if_ended_early(config(**other), kept, 8)
   assert writer.explain_if_ended_early(config(**other | dict(best_is='least')),
@@ -463,7 +464,8 @@ def test_a_run_says_where_the_held_out_loss_was_lowest(losses, lines, tmp_path):
     files.write(step, 'eval', {'loss': loss})
   run = loop.RunWriter(None, tmp_path, None)
   run.best = None
-  assert [line.partition(': ')[0] for line in run.lowest()] == lines
+  said = [line.partition(': ')[0] for line in run.describe_lowest_loss()]
+  assert said == lines
 
 
 class Notes(hook.Hook):

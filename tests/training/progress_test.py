@@ -103,7 +103,7 @@ def test_the_meter_by_hand():
   clock.now += 8
   with meter.compiling():
     clock.now += 7
-  meter.does(5, 3000, 2e9)
+  meter.note_work(5, 3000, 2e9)
   assert meter.lap(6, meter.now()) == pytest.approx(dict(
       step_seconds=4.0, tokens_per_second=500.0, data_seconds=0.0, mfu=0.1,
       compile_seconds=7.0))

@@ -219,11 +219,11 @@ def test_experts_too(texts, tmp_path):
 
 @pytest.mark.parametrize('bad', models.long_but((0,), (0, 1)))
 def test_a_run_that_blows_up_ends_alone(texts, tmp_path, bad, monkeypatch):
-  asked, due = {}, checkpoints.Checkpoints.due
+  asked, due = {}, checkpoints.Checkpoints.is_due
   def spy(self, step):
     asked[self.directory.parent.name] = step
     return due(self, step)
-  monkeypatch.setattr(checkpoints.Checkpoints, 'due', spy)
+  monkeypatch.setattr(checkpoints.Checkpoints, 'is_due', spy)
   configs = [config(texts, optim__name='sgd', optim__clip_norm=0.0,
                     train__max_bad_steps=2, optim__weight_decay=0.0,
                     optim__warmup_steps=0, optim__lr=lr)

@@ -82,7 +82,7 @@ def run_on_described_mesh(config: Config, model: ModelConfig,
   # the config names may run on others alone.
   traced = dataclasses.replace(model, attention_kernel='auto')
   traced = traced.with_part(MoEConfig, grouped_kernel='auto')
-  run = runs.Run.of(config, traced, mesh)
+  run = runs.Run.on_mesh(config, traced, mesh)
   return dataclasses.replace(run, model=model)
 
 

@@ -224,7 +224,7 @@ class Checkpoints:
         item_handlers=dict(
             state=state_handler, record=ocp.JsonCheckpointHandler()))
 
-  def due(self, step: int) -> bool:
+  def is_due(self, step: int) -> bool:
     """Whether to save after `step`. Every process gets the same answer."""
     if self._every_steps and step % self._every_steps == 0:
       return True

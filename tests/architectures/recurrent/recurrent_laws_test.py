@@ -138,7 +138,7 @@ def test_beams_are_those_of_a_model_that_reads_each_text_anew(mixer):
   prompts, lengths = np.asarray(models.tokens(2, 5)), (3, 5)
   texts, scores = jax.device_get(generate.beam_search(
       module, params, jnp.asarray(prompts), jnp.array(lengths),
-      max_new_tokens=4, beams=generate.Beams(count=3, length_penalty=0.0)))
+      max_new_tokens=4, beams=generate.Beams(num_beams=3, length_penalty=0.0)))
   logits = jax.jit(lambda rows: jax.nn.log_softmax(
       models.logits(module, params, rows)))
   for row, length in enumerate(lengths):

@@ -272,7 +272,7 @@ def test_due_by_step_or_by_time_since_the_last(
       clock=lambda: now[0]) as store:
     for step in range(1, 14):
       now[0] += 60
-      if store.due(step):
+      if store.is_due(step):
         toy_run.save(store, step, state)
         saved.append(step)
   assert saved == due

@@ -279,7 +279,7 @@ def make_sampling(options: Any) -> generate.Sampling:
 def make_beams(options: Any) -> generate.Beams | None:
   """Returns how texts are searched by the flags of BEAMS; None of a single
   beam, which takes the likeliest token each time, as generate.generate does."""
-  how = generate.Beams(count=options.beams, penalty=options.penalty,
+  how = generate.Beams(num_beams=options.beams, penalty=options.penalty,
                        length_penalty=options.length_penalty)
   return how if how.count > 1 else None
 
