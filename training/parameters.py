@@ -46,19 +46,24 @@ StepChoice = int | str | checkpoints.MeanOfSteps | None
 
 def restore_run(run: runs.Run, saved: checkpoints.Checkpoints
                 ) -> checkpoints.RestoredCheckpoint | None:
-  """Returns the newest good checkpoint of a run, and goes on from it; None
-  where the run begins. One that tools.convert made has parameters alone: its
-  state is that of a run before its first step with them."""
+  """Restores a run from its newest good checkpoint; returns None where it has
+  none, and begins. A run that tools.convert made has parameters alone: its
+  state is that before its first step with them.
+
+  Args:
+    run: the run.
+    saved: its checkpoints, which go on from the one that is restored.
+  """
   if not checkpoints.list_steps(saved.directory):
     return None
 
-  def wanted(arrays: dict[str, dict]) -> runs.TrainState | None:
-    """Returns the state to read; None: there is only a record to read."""
+  def state_to_read(arrays: dict[str, dict]) -> runs.TrainState | None:
+    """Returns the shapes of the state; None: only the record is read."""
     if checkpoints.has_only_parameters(arrays):
       return None
     return run.abstract
 
-  restored = checkpoints.restore_checkpoint(saved.directory, wanted)
+  restored = checkpoints.restore_checkpoint(saved.directory, state_to_read)
   if devices.primary():
     _warn_of_damaged_checkpoints(restored)
   # A converted run has parameters and nothing else.
@@ -73,7 +78,8 @@ def restore_run(run: runs.Run, saved: checkpoints.Checkpoints
 
 def _warn_of_damaged_checkpoints(restored: checkpoints.RestoredCheckpoint
                                  ) -> None:
-  """Prints which checkpoints were passed over because they are damaged."""
+  """Prints a warning for each later checkpoint that was passed over because it
+  is damaged."""
   for sentence in restored.damaged:
     print(f'warning: {sentence}', file=sys.stderr)
 
@@ -82,17 +88,18 @@ def _warn_of_damaged_checkpoints(restored: checkpoints.RestoredCheckpoint
 
 
 def create_state(run: runs.Run, source: str | epath.Path,
-                 step: int | None = None
-                 ) -> runs.TrainState:
-  """Returns the state of a run before its first step.
+                 step: int | None = None) -> runs.TrainState:
+  """Returns the training state of a run before its first step, with parameters
+  that are drawn, or are those of another training.
 
   Args:
     run: the run.
-    source: config.init_from; '' for none.
-    step: the checkpoint of a workdir; None: the newest good one.
+    source: config.init_from, the folder of another run or of weights in the
+      Hugging Face format; '': all parameters are drawn.
+    step: the checkpoint of another run; None: the newest good one.
 
   Raises:
-    RequestError: for a source that is none, or of another model.
+    RequestError: for a source that is not there, or of another model.
   """
   state = run.new_state()
   if not str(source):
@@ -100,10 +107,10 @@ def create_state(run: runs.Run, source: str | epath.Path,
   check_init_from(str(source))
   path = _path_of_source(source)
   _check_labels(run, path)
-  # The source is a folder of a run, or one of Hugging Face.
+  # The source is the folder of a run, or one of Hugging Face.
   if storage.has_checkpoints(path):
-    params, skipped = _read_weights_of_run(run, source=path, drawn=state.params,
-                                           step=step)
+    params, skipped = _read_weights_of_run(
+        run, source=path, drawn=state.params, step=step)
   else:
     params, skipped = _read_hugging_face_weights(run, path, state.params)
   for line in skipped:
@@ -112,7 +119,8 @@ def create_state(run: runs.Run, source: str | epath.Path,
 
 
 def check_init_from(source: str) -> None:
-  """Raises RequestError where config.init_from names nothing that is there."""
+  """Raises RequestError where config.init_from names a folder or file that is
+  not there, or a run without a checkpoint. A bucket is not looked at."""
   path = _path_of_source(source)
   if not source or storage.is_in_bucket(path):
     return
@@ -125,21 +133,28 @@ def check_init_from(source: str) -> None:
 
 
 def check_tokenizer_of_weights(config: objectives.Config,
-                               ours: Tokenizer) -> None:
-  """Raises RequestError where the ids of a run stand for other pieces of text
-  than those for which the weights of config.init_from were trained, unless
-  init_partial; their tokenizer is not compared where it cannot be read."""
+                               our_tokenizer: Tokenizer) -> None:
+  """Raises RequestError where the token ids of a run stand for other texts than
+  those for which the weights of config.init_from were trained.
+
+  Nothing is checked with init_partial, and where the tokenizer of the weights
+  cannot be read.
+
+  Args:
+    config: the config of the run.
+    our_tokenizer: the tokenizer of the run.
+  """
   from training.data import tokenizers
   from training.hf import tokenizer as hf_tokenizer
-  ignored = 'data.tokenizer' in objectives.of(config).ignores
-  if not config.init_from or config.init_partial or ignored:
+  is_ignored = 'data.tokenizer' in objectives.of(config).ignores
+  if not config.init_from or config.init_partial or is_ignored:
     return
 
   # The tokenizer of the weights, by its name or folder.
   path = _path_of_source(config.init_from)
   if storage.has_checkpoints(path):
     spec = run_config.load_config(path).data.tokenizer
-    _check_tokenizer_file(config, ours, path)
+    _check_tokenizer_file(config, our_tokenizer, path)
   elif hub.repository_of_name(config.init_from):
     spec = config.init_from
   else:
@@ -149,67 +164,80 @@ def check_tokenizer_of_weights(config: objectives.Config,
   if spec == config.data.tokenizer or hf_tokenizer.is_stand_in(spec):
     return
   try:
-    theirs = tokenizers.load(spec)
+    their_tokenizer = tokenizers.load(spec)
   except RequestError:
     return
-  require(ours.vocabulary == theirs.vocabulary, f'init_from is '
-          f'{config.init_from!r}, whose weights have another tokenizer than '
-          f'data.tokenizer {ours.name!r}: pass --config.data.tokenizer={spec}, '
-          'or --config.init_partial=True to take the weights all the same')
+  require(our_tokenizer.vocabulary == their_tokenizer.vocabulary,
+          f'init_from is {config.init_from!r}, whose weights have another '
+          f'tokenizer than data.tokenizer {our_tokenizer.name!r}: pass '
+          f'--config.data.tokenizer={spec}, or --config.init_partial=True to '
+          'take the weights all the same')
 
 
-def _check_tokenizer_file(config: objectives.Config, ours: Tokenizer,
+def _check_tokenizer_file(config: objectives.Config, tokenizer: Tokenizer,
                           source: epath.Path) -> None:
-  """Raises RequestError where the tokenizer of a run holds something else than
-  it held when the run in `source` was trained with it."""
+  """Raises RequestError where the tokenizer's file was replaced since the run
+  in the folder `source`, whose weights are taken, was trained with it.
+
+  Args:
+    config: the config of the new run.
+    tokenizer: its tokenizer.
+    source: the folder of the run whose weights are taken.
+  """
   starts = run_config.load_starts(source)
-  contents = pipeline.of_tokenizer(config, ours)
-  replaced = provenance.check_data(starts, contents, allowed=True)
-  require(not replaced, f'init_from is {config.init_from!r}, whose weights '
-          f'were trained with what data.tokenizer {ours.name!r} held before '
-          'it was replaced: put the file back, or pass '
+  hash_of_file = pipeline.of_tokenizer(config, tokenizer)
+  changes = provenance.check_data(starts, hash_of_file, allowed=True)
+  require(not changes, f'init_from is {config.init_from!r}, whose weights '
+          f'were trained with what data.tokenizer {tokenizer.name!r} held '
+          'before it was replaced: put the file back, or pass '
           '--config.init_partial=True to take the weights all the same')
 
 
 def _check_labels(run: runs.Run, source: epath.Path) -> None:
-  """Raises RequestError where the outputs of the head that is taken stand for
-  other labels than those of the run."""
+  """Raises RequestError where the weights of a classifier, in the folder
+  `source`, were trained for other labels than those of the run, or for the same
+  ones in another order."""
   from training.hf import config as hf_config
   if run.model.head == 'lm' or run.config.init_partial:
     return
-  theirs: tuple[str, ...] = ()
+
+  # The labels of the weights.
+  their_labels: tuple[str, ...] = ()
   if storage.has_checkpoints(source):
-    theirs = hf_config.meaningful_labels(run_config.load_labels(source))
+    their_labels = hf_config.meaningful_labels(run_config.load_labels(source))
   else:
     tree = hf_config.load_config_json(_folder_of_weights(source))
     # A language model's table of labels says nothing.
     if hf_config.read(tree).head != 'lm':
-      theirs = hf_config.labels(tree)
-  ours = tuple(objectives.with_labels(run.config).data.labels)
-  if ours and theirs and ours != theirs:
+      their_labels = hf_config.labels(tree)
+
+  # They are compared where both are known.
+  our_labels = tuple(objectives.with_labels(run.config).data.labels)
+  if our_labels and their_labels and our_labels != their_labels:
     raise RequestError(
-        f'init_from {str(source)!r} has the labels {short(", ".join(theirs))}, '
-        f'in this order, and the run {short(", ".join(ours))}: set data.labels '
-        'to the first')
+        f'init_from {str(source)!r} has the labels '
+        f'{short(", ".join(their_labels))}, in this order, and the run '
+        f'{short(", ".join(our_labels))}: set data.labels to the first')
 
 
 def _path_of_source(source: str | epath.Path) -> epath.Path:
-  """Returns the path of a source on this machine or in a bucket."""
+  """Returns the path of config.init_from, on this machine or in a bucket; what
+  is named on the Hugging Face hub is downloaded first."""
   return storage.checked_path(hub.download_if_on_hub(source), 'init_from')
 
 
 def _folder_of_weights(path: epath.Path) -> epath.Path:
-  """Returns the folder of a file, or the folder itself."""
+  """Returns the folder of a file of weights, or the folder itself."""
   return path.parent if path.is_file() else path
 
 
 def _read_hugging_face_weights(run: runs.Run, source: epath.Path, drawn: Any
                                ) -> tuple[Any, list[str]]:
-  """Reads the weights of a Hugging Face folder or file.
+  """Reads the parameters of a run from weights in the Hugging Face format.
 
   Args:
     run: the run.
-    source: the folder or file.
+    source: the folder or file of the weights.
     drawn: the parameters of the run as they were drawn, of which its low-rank
       adapters are taken.
 
@@ -217,27 +245,32 @@ def _read_hugging_face_weights(run: runs.Run, source: epath.Path, drawn: Any
     The parameters, and a line for each thing that was skipped.
   """
   from training.hf import config as hf_config, files, weights
-  partial = run.config.init_partial
+  is_partial = run.config.init_partial
   module = architectures.build(weights.without_adapters(run.model))
+
+  # The model of the weights, compared with that of the run. A head for the next
+  # sentence is optional: it is drawn or passed over.
   config_json = hf_config.load_config_json(_folder_of_weights(source))
-  theirs = hf_config.read(config_json)
-  # Optional heads are drawn or passed over.
-  theirs = dataclasses.replace(
-      theirs, next_sentence=module.config.next_sentence)
-  skipped = _list_model_differences(module.config, theirs=theirs, path=source,
-                                    partial=partial)
+  their_model = hf_config.read(config_json)
+  their_model = dataclasses.replace(
+      their_model, next_sentence=module.config.next_sentence)
+  skipped = _list_model_differences(
+      module.config, their_model=their_model, path=source,
+      is_partial=is_partial)
+
+  # The weights, and beside them the adapters.
   with run.context():
     loaded = weights.read_params(
-        module, source=files.Files(pathlib.Path(source)), partial=partial,
+        module, source=files.Files(pathlib.Path(source)), partial=is_partial,
         like=weights.without(run.abstract.params),
         seed=int(runs.seed_of_parameters(run.config)),
-        new_head=weights.is_new_head(module.config, theirs))
+        new_head=weights.is_new_head(module.config, their_model))
   return weights.beside(loaded.params, drawn), skipped + loaded.skipped
 
 
 def _read_weights_of_run(run: runs.Run, source: epath.Path, drawn: Any,
                          step: int | None) -> tuple[Any, list[str]]:
-  """Reads the weights of a checkpoint of another run.
+  """Reads the parameters of a run from a checkpoint of another run.
 
   Args:
     run: the run.
@@ -251,72 +284,87 @@ def _read_weights_of_run(run: runs.Run, source: epath.Path, drawn: Any,
     The parameters, and a line for each thing that was skipped.
   """
   from training.hf import weights
-  theirs = runs.load_run_model_config(source)
-  model = run.model
-  abstract = run.abstract.params
-  initial = drawn
-  same_adapters = weights.same_adapters(model, theirs)
-  if not same_adapters:
-    require(not theirs.lora.rank, f'init_from is {str(source)!r}, whose model '
-            'has other low-rank adapters than the run: begin with its export, '
-            'which python -m tools.convert export writes')
-    model = weights.without_adapters(model)
-    abstract = weights.without(abstract)
-    initial = weights.without(drawn)
+  their_model = runs.load_run_model_config(source)
+  our_model = run.model
+  abstract_params = run.abstract.params
+  initial_params = drawn
+  has_same_adapters = weights.same_adapters(our_model, their_model)
+  if not has_same_adapters:
+    require(not their_model.lora.rank, f'init_from is {str(source)!r}, whose '
+            'model has other low-rank adapters than the run: begin with its '
+            'export, which python -m tools.convert export writes')
+    our_model = weights.without_adapters(our_model)
+    abstract_params = weights.without(abstract_params)
+    initial_params = weights.without(drawn)
 
   # The differences of the models, and of their parameters.
-  partial = run.config.init_partial
+  is_partial = run.config.init_partial
   folder = checkpoints.checkpoint_folder(source)
-  skipped = _list_model_differences(model, theirs=theirs, path=source,
-                                    partial=partial)
-  wanted = {'params': abstract}
-  saved = checkpoints.read_array_records(folder, step)
-  if saved and (partial or weights.is_new_head(model, theirs)):
-    wanted, lines = _split_by_fit(wanted, saved)
-    _check_unfitting(model, theirs=theirs, source=source, wanted=wanted,
-                     lines=lines, partial=partial)
-    skipped += lines.values()
+  skipped = _list_model_differences(
+      our_model, their_model=their_model, path=source, is_partial=is_partial)
+  wanted = {'params': abstract_params}
+  saved_arrays = checkpoints.read_array_records(folder, step)
+  is_new_head = weights.is_new_head(our_model, their_model)
+  if saved_arrays and (is_partial or is_new_head):
+    wanted, misfit_lines = _split_by_fit(wanted, saved_arrays)
+    _check_unfitting(our_model, their_model=their_model, source=source,
+                     wanted=wanted, misfit_lines=misfit_lines,
+                     is_partial=is_partial)
+    skipped += misfit_lines.values()
 
   # The parameters that fit are read, and the others are as they were drawn.
   restored = read_parameters(folder, wanted['params'], step)
   if step is None:
     _warn_of_damaged_checkpoints(restored)
   params = checkpoints.nest_by_path(
-      paths.flatten_by_path(initial) | paths.flatten_by_path(restored.state))
-  if not same_adapters:
+      paths.flatten_by_path(initial_params) | paths.flatten_by_path(restored.state))
+  if not has_same_adapters:
     params = weights.beside(params, drawn)
   return params, skipped
 
 
-def _split_by_fit(wanted: Any, saved: dict[str, dict]
+def _split_by_fit(wanted: Any, saved_arrays: dict[str, dict]
                   ) -> tuple[dict, dict[str, str]]:
-  """Returns the part of `wanted` that is alike in `saved`, and a line for each
-  path of the rest."""
-  flat = paths.flatten_by_path(wanted)
-  lines = {}
-  for name, line in checkpoints.list_array_differences(saved, flat).items():
-    if name in flat or name.startswith('params/'):
-      lines[name] = line
-  fitting = {name: x for name, x in flat.items() if name not in lines}
-  return checkpoints.nest_by_path(fitting), lines
-
-
-def _check_unfitting(ours: ModelConfig, theirs: ModelConfig, source: epath.Path,
-                     wanted: dict, lines: dict[str, str],
-                     partial: bool) -> None:
-  """Raises RequestError unless the parameters that fit may be taken without
-  those that do not.
+  """Splits the parameters of a run by whether a checkpoint has them in the same
+  shape and dtype.
 
   Args:
-    ours: the model of the run.
-    theirs: the model of the weights.
+    wanted: the parameters, a tree of ShapeDtypeStructs.
+    saved_arrays: {name: {shape, dtype, ...}} of the checkpoint's arrays.
+
+  Returns:
+    The part of `wanted` that fits; and for each parameter that does not, or
+    that the checkpoint alone has, a line by its path.
+  """
+  wanted_arrays = paths.flatten_by_path(wanted)
+  misfit_lines = {}
+  differences = checkpoints.list_array_differences(saved_arrays, wanted_arrays)
+  for name, line in differences.items():
+    if name in wanted_arrays or name.startswith('params/'):
+      misfit_lines[name] = line
+  fitting = {}
+  for name, x in wanted_arrays.items():
+    if name not in misfit_lines:
+      fitting[name] = x
+  return checkpoints.nest_by_path(fitting), misfit_lines
+
+
+def _check_unfitting(our_model: ModelConfig, their_model: ModelConfig,
+                     source: epath.Path, wanted: dict,
+                     misfit_lines: dict[str, str], is_partial: bool) -> None:
+  """Raises RequestError unless the parameters of a checkpoint that fit a run
+  may be taken without those that do not.
+
+  Args:
+    our_model: the model of the run.
+    their_model: the model of the weights.
     source: the folder of the weights.
     wanted: the parameters that fit.
-    lines: a line for each path of the others.
-    partial: config.init_partial.
+    misfit_lines: a line for each path of the others.
+    is_partial: config.init_partial.
   """
   from training.hf import weights
-  generator = theirs.find(GeneratorConfig)
+  generator = their_model.find(GeneratorConfig)
   if generator is not None and generator.num_layers and (
       generator.sharing != 'whole'):
     raise RequestError(
@@ -324,49 +372,53 @@ def _check_unfitting(ours: ModelConfig, theirs: ModelConfig, source: epath.Path,
         'two: begin with its export, which python -m tools.convert export '
         'writes')
 
-  # The head of a task, and what one of the two models is without, may differ.
-  ours_apart = weights.left_out(architectures.build(ours), theirs)
-  theirs_apart = weights.left_out(architectures.build(theirs), ours)
-  wrong = []
-  for path, line in lines.items():
+  # The head of a task may differ, and a part that only one of the models has.
+  only_ours = weights.left_out(architectures.build(our_model), their_model)
+  only_theirs = weights.left_out(architectures.build(their_model), our_model)
+  wrong_lines = []
+  for path, line in misfit_lines.items():
     name = path.removeprefix('params/')
-    is_task = path.startswith(f'params/{weights.TASK}')
-    if not is_task and name not in ours_apart | theirs_apart:
-      wrong.append(line)
-  if wrong and not partial:
+    is_task_head = path.startswith(f'params/{weights.TASK}')
+    if not is_task_head and name not in only_ours | only_theirs:
+      wrong_lines.append(line)
+  if wrong_lines and not is_partial:
     raise RequestError(
-        f'init_from {str(source)!r}: {"; ".join(wrong)}. To take what fits all '
-        'the same: --config.init_partial=True')
+        f'init_from {str(source)!r}: {"; ".join(wrong_lines)}. To take what '
+        'fits all the same: --config.init_partial=True')
   require(bool(wanted), f'init_from is {str(source)!r}, of which nothing fits '
           'this model')
 
 
-def _list_model_differences(ours: ModelConfig, theirs: ModelConfig,
-                            path: epath.Path,
-                            partial: bool) -> list[str]:
-  """Returns a line for each field by which weights are those of another
-  function than the run's model. The length may differ where no position is
-  learned.
+def _list_model_differences(our_model: ModelConfig, their_model: ModelConfig,
+                            path: epath.Path, is_partial: bool) -> list[str]:
+  """Returns a line for each field of the model config in which weights are
+  those of another function than the run's model.
 
   Args:
-    ours: the model of the run.
-    theirs: the model of the weights.
+    our_model: the model of the run.
+    their_model: the model of the weights.
     path: the folder of the weights.
-    partial: config.init_partial, without which such a field is refused.
+    is_partial: config.init_partial, without which such a field is refused.
+
+  Raises:
+    RequestError: where there is such a field, without init_partial.
   """
   from training.hf import config as hf_config, weights
   # The head of a new task may differ, and the longest text where no position
   # is learned.
-  if weights.is_new_head(ours, theirs):
-    theirs = dataclasses.replace(
-        theirs, head=ours.head, pooling=ours.pooling,
-        num_labels=ours.num_labels)
-  has_no_end = math.isinf(positions.longest_supported_length(ours))
-  if ours.position == theirs.position and has_no_end:
-    theirs = dataclasses.replace(theirs, max_len=ours.max_len)
-  different = hf_config.different(ours, theirs)
+  if weights.is_new_head(our_model, their_model):
+    their_model = dataclasses.replace(
+        their_model, head=our_model.head, pooling=our_model.pooling,
+        num_labels=our_model.num_labels)
+  if our_model.position == their_model.position and (
+      math.isinf(positions.longest_supported_length(our_model))):
+    their_model = dataclasses.replace(their_model, max_len=our_model.max_len)
+
+  # The fields that differ all the same.
+  different = hf_config.different(our_model, their_model)
   lines = [f'{line} as in its config.json' for line in different.values()]
-  require(partial or not lines, f'init_from {str(path)!r}: {"; ".join(lines)}. '
+  require(is_partial or not lines,
+          f'init_from {str(path)!r}: {"; ".join(lines)}. '
           'Set these fields to begin with all of it, or take what fits all the '
           'same: --config.init_partial=True')
   return lines
@@ -377,14 +429,18 @@ def _list_model_differences(ours: ModelConfig, theirs: ModelConfig,
 
 def read_parameters(folder: epath.Path, params: Any, step: StepChoice = None, *,
                     live: bool = False) -> checkpoints.RestoredCheckpoint:
-  """Returns a checkpoint whose `state` are parameters.
+  """Reads the parameters of a checkpoint, without the optimiser's state: their
+  average, in a run with optim.ema, and else the parameters themselves.
 
   Args:
     folder: the folder that checkpoints.checkpoint_folder(workdir) returns.
     params: the parameters to read, as ShapeDtypeStructs with shardings.
     step: the checkpoint, or the checkpoints whose mean is taken; None: the
       newest good one.
-    live: take the parameters themselves, where an average is kept as well.
+    live: read the parameters themselves, where there is an average too.
+
+  Returns:
+    The checkpoint, with the parameters as its `state`.
 
   Raises:
     RequestError: there is no such checkpoint, or not of these parameters.
@@ -393,8 +449,9 @@ def read_parameters(folder: epath.Path, params: Any, step: StepChoice = None, *,
     return _read_mean_of_checkpoints(folder, params=params, wanted=step,
                                      live=live)
 
-  def wanted(saved: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arrays to read, given those that were saved."""
+  def arrays_to_read(saved: dict[str, Any]) -> dict[str, Any]:
+    """Returns the tree of the arrays to read, given those that were saved. An
+    average is kept in float32, of trained parameters alone."""
     leaves = {}
     for path, x in paths.flatten_by_path(params).items():
       if not live and f'ema/{path}' in saved:
@@ -404,20 +461,20 @@ def read_parameters(folder: epath.Path, params: Any, step: StepChoice = None, *,
         leaves[f'params/{path}'] = x
     return checkpoints.nest_by_path(leaves)
 
-  restored = checkpoints.restore_checkpoint(folder, abstract=wanted, step=step,
-                                            partial=True)
+  restored = checkpoints.restore_checkpoint(folder, abstract=arrays_to_read,
+                                            step=step, partial=True)
 
-  # The tree of parameters, whichever part of the state each one is from.
+  # The arrays by the path of their parameter, whether they are averages or not.
   arrays = {}
   for path, x in paths.flatten_by_path(restored.state).items():
     _, _, name = path.partition('/')
     arrays[name] = x
 
-  def restored_array(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
-    """Returns the array that was read for a parameter, in its type."""
+  def array_of_parameter(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns the array that was read for a parameter, in its dtype."""
     return arrays[paths.path_to_string(path)].astype(x.dtype)
 
-  state = jax.tree_util.tree_map_with_path(restored_array, params)
+  state = jax.tree_util.tree_map_with_path(array_of_parameter, params)
   what = 'the average (optim.ema)' if 'ema' in restored.state else ''
   return restored._replace(state=state, what=what)
 
@@ -425,10 +482,11 @@ def read_parameters(folder: epath.Path, params: Any, step: StepChoice = None, *,
 def _read_mean_of_checkpoints(folder: epath.Path, params: Any,
                               wanted: checkpoints.MeanOfSteps, live: bool
                               ) -> checkpoints.RestoredCheckpoint:
-  """Returns the mean of several checkpoints; see `of_checkpoint`.
+  """Reads several checkpoints, and returns the mean of their parameters as the
+  `state` of the newest of them.
 
   Args:
-    folder, params, live: those of `of_checkpoint`.
+    folder, params, live: those of `read_parameters`.
     wanted: the checkpoints whose mean is taken.
   """
   available = checkpoints.list_steps(folder)
@@ -437,72 +495,83 @@ def _read_mean_of_checkpoints(folder: epath.Path, params: Any,
     raise RequestError(
         f'the mean of the last {wanted.last} checkpoints was asked for, and '
         f'{folder} has {len(available)}: {names}')
+
+  # Read each of them.
   steps = sorted(wanted.steps) or available[-wanted.last:]
-  each = []
+  restored_steps = []
   for step in steps:
-    each.append(read_parameters(folder, params=params, step=step, live=live))
+    restored = read_parameters(folder, params=params, step=step, live=live)
+    restored_steps.append(restored)
+
   # The record of the mean is that of the newest one.
-  newest = each[-1]
+  newest = restored_steps[-1]
   what = f'the mean of steps {", ".join(map(str, steps))}'
   if newest.what:
     what += f', each {newest.what}'
-  return newest._replace(
-      state=mean_of_trees([restored.state for restored in each]), what=what)
+  mean = mean_of_trees([restored.state for restored in restored_steps])
+  return newest._replace(state=mean, what=what)
 
 
 def mean_of_trees(trees: Sequence[Any]):
-  """Returns the mean of trees of parameters, taken in float32, in their own
-  dtype."""
-  def mean_leaf(*leaves: jax.Array) -> jax.Array:
-    total = sum(x.astype(jnp.float32) for x in leaves)
-    return (total / len(leaves)).astype(leaves[0].dtype)
-  return jax.tree.map(mean_leaf, *trees)
+  """Returns the mean of several trees of arrays of the same shapes, such as
+  parameters: added up in float32, and returned in the dtype of each array."""
+  def mean_of_arrays(*arrays: jax.Array) -> jax.Array:
+    total = sum(x.astype(jnp.float32) for x in arrays)
+    return (total / len(arrays)).astype(arrays[0].dtype)
+  return jax.tree.map(mean_of_arrays, *trees)
 
 
-def read_parameters_on_one_device(workdir: epath.Path, module: nn.Module,
-                                  step: StepChoice = None
-                                  ) -> checkpoints.RestoredCheckpoint:
-  """Returns the parameters of a checkpoint that are evaluated, as its `state`,
-  all on one device of this process; warns of checkpoints that were passed over
-  because they are damaged.
+def read_parameters_on_one_device(
+    workdir: epath.Path, module: nn.Module, step: StepChoice = None
+    ) -> checkpoints.RestoredCheckpoint:
+  """Reads the parameters of a run with which it is evaluated, all onto the
+  first device of this process; prints a warning for each checkpoint that was
+  passed over because it is damaged.
 
   Args:
     workdir: the folder of the run.
     module: the model of the run.
     step: the checkpoint; 'best'; None: the newest good one.
+
+  Returns:
+    The checkpoint, with the parameters as its `state`.
   """
-  # Every parameter is placed on the first device of this process.
-  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  on_first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   params = nn.meta.unbox(runs.abstract_params(module))
   shapes = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), params)
-  restored = read_parameters(checkpoints.checkpoint_folder(workdir), shapes,
-                             step)
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype,
+                                     sharding=on_first_device), params)
+  folder = checkpoints.checkpoint_folder(workdir)
+  restored = read_parameters(folder, shapes, step)
   _warn_of_damaged_checkpoints(restored)
   return restored
 
 
 def read_parameters_of_run(run: runs.Run, workdir: epath.Path,
-                           step: StepChoice = None,
-                           live: bool = False
+                           step: StepChoice = None, live: bool = False
                            ) -> checkpoints.RestoredCheckpoint:
-  """Returns the parameters of a checkpoint of a run, as its `state`; prints
-  which it is, and the checkpoints that were passed over as damaged.
+  """Reads the parameters of a checkpoint of a run onto its mesh; prints which
+  checkpoint it is, and a warning for each one that was passed over because it
+  is damaged.
 
   Args:
-    run: the run of `workdir`.
+    run: the run in `workdir`.
     workdir: the folder of the run.
     step: the checkpoint; 'best'; several, for their mean; None: the newest
       good one.
     live: with optim.ema, the parameters themselves and not their average.
+
+  Returns:
+    The checkpoint, with the parameters as its `state`.
   """
   if live and not run.config.optim.ema:
     raise RequestError(f'{workdir} keeps no average of its parameters '
                        '(optim.ema is 0): there is nothing to choose. Leave '
                        'out --live')
-  restored = read_parameters(checkpoints.checkpoint_folder(workdir),
-                             params=run.abstract.params, step=step, live=live)
+  restored = read_parameters(
+      checkpoints.checkpoint_folder(workdir), params=run.abstract.params,
+      step=step, live=live)
   _warn_of_damaged_checkpoints(restored)
-  which = f': {restored.what}' if restored.what else ''
-  print(f'{workdir}, step {restored.step}{which}')
+  which_parameters = f': {restored.what}' if restored.what else ''
+  print(f'{workdir}, step {restored.step}{which_parameters}')
   return restored

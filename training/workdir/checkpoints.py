@@ -61,12 +61,16 @@ class MeanOfSteps(NamedTuple):
 
 def parse_step(text: str | None, name: str = '--step'
                ) -> int | str | MeanOfSteps | None:
-  """Returns what --step names: a step, BEST, several steps whose mean is
-  meant, as `100,200` or `last:2`, or None for the newest.
+  """Returns the checkpoint, or checkpoints, that a text such as the value of
+  --step names.
 
   Args:
     text: the text as a user writes it; None: there is none.
     name: the name of the flag or argument, for messages.
+
+  Returns:
+    The number of a step; BEST_STEP_NAME; a MeanOfSteps for several steps, as in
+    `100,200` or `last:2`; or None for the newest.
 
   Raises:
     RequestError: for a text that is none of these.
@@ -120,32 +124,35 @@ class _DamagedCheckpoint(Exception):
 
 def steps_to_keep(steps: Sequence[int], is_good: Callable[[int], bool],
                   best: int | None, *, keep: int, keep_every: int) -> set[int]:
-  """Returns those of `steps` to keep: never a stretch of bad steps instead of
+  """Returns the steps whose checkpoints are kept, of those that there are; all
+  others are deleted. While a loss is not finite, bad checkpoints do not replace
   the last good ones.
 
   Args:
     steps: the steps that there are, ascending.
-    is_good: whether a step is of no bad stretch.
+    is_good: whether the loss and the gradients of a step were finite.
     best: the step of the best evaluation, which is kept; None: there is none.
     keep: how many of the newest good steps are kept. The newest step is kept in
       any case, since the run goes on from it.
     keep_every: all multiples of this number are kept; 0: none.
   """
-  good: list[int] = []
+  # The newest good ones.
+  newest_good: list[int] = []
   for step in sorted(steps, reverse=True):
-    if len(good) == keep:
+    if len(newest_good) == keep:
       break  # older records need not be read
     if is_good(step):
-      good.append(step)
+      newest_good.append(step)
 
-  result = set(good)
+  # The newest of all, the multiples and the best.
+  kept_steps = set(newest_good)
   if steps:
-    result.add(max(steps))
+    kept_steps.add(max(steps))
   for step in steps:
     is_multiple = keep_every > 0 and step % keep_every == 0
     if is_multiple or step == best:
-      result.add(step)
-  return result
+      kept_steps.add(step)
+  return kept_steps
 
 
 class Checkpoints:
@@ -225,7 +232,8 @@ class Checkpoints:
             state=state_handler, record=ocp.JsonCheckpointHandler()))
 
   def is_due(self, step: int) -> bool:
-    """Whether to save after `step`. Every process gets the same answer."""
+    """Whether the state after `step` is to be saved, by the number of the step
+    or by the time since the last save. Every process gets the same answer."""
     if self._every_steps and step % self._every_steps == 0:
       return True
     if not self._every_seconds:
@@ -237,18 +245,21 @@ class Checkpoints:
 
   def should_preserve(self, checkpoints: Sequence, *, context: Any
                       ) -> list[bool]:
-    """Orbax asks this after each save, and deletes what is not to be kept."""
+    """Returns for each checkpoint whether it is kept. Orbax calls this after
+    each save, and deletes the others."""
     del context
     best_step = None
     if self.best:
       best_step = self.best['step']
-    steps_there = [checkpoint.step for checkpoint in checkpoints]
-    to_keep = steps_to_keep(steps_there, is_good=self._is_good, best=best_step,
-                            keep=self._keep, keep_every=self._keep_every)
-    return [step in to_keep for step in steps_there]
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    kept_steps = steps_to_keep(
+        steps, is_good=self._is_good, best=best_step, keep=self._keep,
+        keep_every=self._keep_every)
+    return [step in kept_steps for step in steps]
 
   def _is_good(self, step: int) -> bool:
-    """Whether a checkpoint is of a good step; one that is damaged is not."""
+    """Whether the loss and the gradients were finite at the step of a
+    checkpoint; False for a damaged one."""
     if step not in self._good:
       try:
         self._good[step] = _read_record(self.directory / str(step))['good']
@@ -308,19 +319,19 @@ class Checkpoints:
     return True
 
   def go_on_from(self, restored: RestoredCheckpoint) -> None:
-    """Begins where a checkpoint that was restored ends.
+    """Takes a checkpoint that was restored for the newest one of the run.
 
-    Later steps, damaged or left behind by a `step` from before them, are set
-    aside, as STEP.aside-TIME: the run is about to write these steps anew. No
-    later save removes them: who has looked at them may."""
+    Later checkpoints, which are damaged or were passed over on purpose, are
+    renamed to STEP.aside-TIME, since the run is about to write these steps
+    anew. No save deletes them; whoever has looked at them may."""
     self.newest, self._last_time = restored.step, self._clock()
     self.best = restored.record['best']
     steps = list_steps(self.directory)
-    later = [step for step in steps if step > restored.step]
-    if not later:
+    later_steps = [step for step in steps if step > restored.step]
+    if not later_steps:
       return
     if jax.process_index() == 0:
-      for step in later:
+      for step in later_steps:
         target = self.directory / f'{step}.aside-{time.time_ns()}'
         logging.warning('checkpoint %d is set aside as %s', step, target)
         (self.directory / str(step)).rename(target)
@@ -357,45 +368,51 @@ class Checkpoints:
 
 
 def _is_worth_logging(record: std_logging.LogRecord) -> bool:
-  """Whether a record is to be printed. Each of Orbax's threads logs a traceback
-  of a failure of the environment, and raises the failure too, of which
-  storage.explain_write_failures makes one sentence."""
+  """Whether a log record is to be printed: not the traceback with which each of
+  Orbax's threads logs a failure of the environment, such as a full disk. The
+  failure is raised too, and storage.explain_write_failures makes one sentence
+  of it."""
   if not record.exc_info or 'orbax' not in record.pathname:
     return True
   return not storage.environment_reason(record.exc_info[1])
 
 
 def describe_environment() -> dict[str, Any]:
-  """Returns what a bitwise resume depends on beside the config: versions and
-  devices."""
-  result: dict[str, Any] = dict(python=platform.python_version())
+  """Returns what a run that is resumed bit for bit depends on beside its
+  config: the versions of packages, and the devices."""
+  environment: dict[str, Any] = dict(python=platform.python_version())
   for name in ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint'):
-    result[name] = importlib.metadata.version(name)
-  result['devices'] = jax.device_count()
-  result['processes'] = jax.process_count()
-  result['device_kind'] = jax.devices()[0].device_kind
-  return result
+    environment[name] = importlib.metadata.version(name)
+  environment['devices'] = jax.device_count()
+  environment['processes'] = jax.process_count()
+  environment['device_kind'] = jax.devices()[0].device_kind
+  return environment
 
 
 def list_environment_changes(record: dict[str, Any]) -> list[str]:
-  """Returns a line for each thing that differs now from where the checkpoint's
-  run was.
+  """Returns a line for each version or device that differs from those with
+  which a checkpoint was written.
 
-  Not empty: the run goes on with the same batches, and losses that are equal
-  to about 1e-5, but not bit for bit.
+  Where there is one, the run goes on with the same batches, and with losses
+  that are equal to about 1e-5, but not bit for bit.
+
+  Args:
+    record: the record of the checkpoint.
   """
-  old = record['environment']
+  old_environment = record['environment']
   lines = []
   for name, value in describe_environment().items():
-    if old.get(name) != value:
-      lines.append(f'{name}: {old.get(name)} -> {value}')
+    old_value = old_environment.get(name)
+    if old_value != value:
+      lines.append(f'{name}: {old_value} -> {value}')
   return lines
 
 
 def checkpoint_folder(workdir: epath.Path):
   """Returns the folder of a run's checkpoints, as an absolute path."""
   path = storage.checked_path(workdir)
-  # Orbax wants it so; a bucket's paths are, and epath would prepend the folder.
+  # Orbax demands an absolute path. That of a bucket is one, and epath would
+  # prepend the current folder to it.
   if not storage.is_in_bucket(path):
     path = path.absolute()
   return path / storage.CHECKPOINTS_FOLDER
@@ -406,26 +423,30 @@ _MOST_STEPS_LISTED = 4096
 
 
 def list_steps(folder: epath.Path) -> list[int]:
-  """Returns the steps in `folder` that were saved whole, ascending, as process
-  0 sees it."""
+  """Returns the steps of the checkpoints in a folder that were saved whole,
+  ascending, as process 0 sees them."""
   import orbax.checkpoint as ocp
-  there = np.full(_MOST_STEPS_LISTED, -1, np.int32)
+  steps = np.full(_MOST_STEPS_LISTED, -1, np.int32)
   if jax.process_index() == 0 and folder.is_dir():
     # A folder of a higher number is not of a run, which counts in int32.
     largest = np.iinfo(np.int32).max
-    named = [step for step in ocp.utils.checkpoint_steps(folder)
-             if step <= largest]
-    newest = sorted(named)[-_MOST_STEPS_LISTED:]
-    there[:len(newest)] = newest
+    steps_on_disk = [step for step in ocp.utils.checkpoint_steps(folder)
+                     if step <= largest]
+    newest = sorted(steps_on_disk)[-_MOST_STEPS_LISTED:]
+    steps[:len(newest)] = newest
 
   # The others see what process 0 sees, even where a disk is slow.
-  of_process_0 = broadcast_from_process_0(there)
-  return of_process_0[of_process_0 >= 0].tolist()
+  steps = broadcast_from_process_0(steps)
+  return steps[steps >= 0].tolist()
 
 
 def find_best_step(folder: epath.Path) -> int:
-  """Returns the step whose evaluation was the best, as the newest record that
-  can be read has it; RequestError where none is kept."""
+  """Returns the step whose evaluation was the best so far, as the newest
+  readable record in the folder of checkpoints says.
+
+  Raises:
+    RequestError: where the run kept no best step.
+  """
   record = _newest_record(folder) or {}
   best = record.get('best') or {'step': None}
   require(best['step'] is not None, f'there is no best checkpoint in {folder}: '
@@ -435,24 +456,30 @@ def find_best_step(folder: epath.Path) -> int:
 
 def read_array_records(folder: epath.Path, step: int | None = None
                        ) -> dict[str, dict[str, Any]]:
-  """Returns {name: {shape, dtype, ...}} of the newest step with a record that
-  can be read, or of `step`; {} where there is none."""
+  """Returns what the record of a checkpoint says of its arrays, {name: {shape,
+  dtype, checksum}}; {} where no record can be read.
+
+  Args:
+    folder: the folder of the checkpoints.
+    step: the checkpoint; None: the newest with a record that can be read.
+  """
   record = _newest_record(folder, step)
   return record['arrays'] if record else {}
 
 
 def has_only_parameters(arrays: dict[str, dict[str, Any]]) -> bool:
-  """Whether a checkpoint has no optimiser's state, as an import has none."""
+  """Whether a checkpoint with these arrays, by name, has no optimiser's state,
+  as that of imported weights has none."""
   return bool(arrays) and all(name.startswith('params/') for name in arrays)
 
 
 def restore_checkpoint(folder: epath.Path, abstract: Any,
                        step: int | str | None = None,
                        *, partial: bool = False) -> RestoredCheckpoint:
-  """Returns the newest good checkpoint of `folder`, or that of `step`.
+  """Reads and checks the newest good checkpoint of a folder, or that of `step`.
 
   Args:
-    folder: the folder that `directory(workdir)` returns.
+    folder: the folder that `checkpoint_folder(workdir)` returns.
     abstract: a pytree of ShapeDtypeStructs with shardings; or a function that
       returns it, given {name: {shape, dtype, ...}} of the arrays of a step;
       where it returns None, only the record is read.
@@ -496,9 +523,9 @@ def restore_checkpoint(folder: epath.Path, abstract: Any,
   raise EnvironmentFailure('; '.join([*damaged, way_on]))
 
 
-# An error whose text has one of these words, or the name of one of these
-# errors of the operating system, is no fault of the files, but of their storage
-# or of this machine.
+# An error whose text has one of these words, or the text of one of these errors
+# of the operating system, is no fault of the files, but of their storage or of
+# this machine.
 _WORDS_OF_ENVIRONMENT_ERRORS = ('DEADLINE_EXCEEDED', 'PERMISSION_DENIED',
                                 'PermissionError',
                                 'RESOURCE_EXHAUSTED', 'UNAUTHENTICATED',
@@ -509,17 +536,22 @@ _NUMBERS_OF_ENVIRONMENT_ERRORS = (
 
 
 def _read_step(folder: epath.Path, abstract: Any, partial: bool):
-  """Returns (state, record) of one step.
+  """Reads the checkpoint of one step, and checks its arrays by their checksums.
 
   Args:
     folder: the folder of the step.
-    abstract, partial: those of `restore`.
+    abstract, partial: those of `restore_checkpoint`.
+
+  Returns:
+    The state, a tree of arrays, and the record, a JSON object.
 
   Raises:
-    Mismatch: it does not fit.
+    CheckpointMismatch: the checkpoint does not fit `abstract`.
     EnvironmentFailure: this machine or the storage cannot read it now.
-    _Damaged: it cannot be read, on this process or another, or not as it was.
+    _DamagedCheckpoint: it cannot be read, on this process or another, or is not
+      as it was saved.
   """
+  # Read the record, and then the arrays, if their shapes are as expected.
   reason = ''
   state = None
   try:
@@ -543,21 +575,25 @@ def _read_step(folder: epath.Path, abstract: Any, partial: bool):
   # All processes take the step, or none does.
   if not _holds_on_all_processes(not reason):
     raise _DamagedCheckpoint(reason or 'another process cannot read it')
-  wrong = []
+
+  # The arrays are those that were saved.
+  wrong_arrays = []
   for name, checksum in compute_checksums(state).items():
     if checksum != record['arrays'][name]['checksum']:
-      wrong.append(name)
-  if wrong:
-    raise _DamagedCheckpoint(f'the checksum of {", ".join(wrong[:8])} is not '
-                             'the one saved')
+      wrong_arrays.append(name)
+  if wrong_arrays:
+    names = ', '.join(wrong_arrays[:8])
+    raise _DamagedCheckpoint(
+        f'the checksum of {names} is not the one saved')
   return state, record
 
 
 def _is_fault_of_environment(reason: str) -> bool:
-  """Whether an error says that storage or this machine is at fault."""
-  # TensorStore's errors name those of the operating system too.
-  names = [os.strerror(number) for number in _NUMBERS_OF_ENVIRONMENT_ERRORS]
-  return any(word in reason for word in (*_WORDS_OF_ENVIRONMENT_ERRORS, *names))
+  """Whether the text of an error says that the storage or this machine is at
+  fault, and not the files."""
+  # TensorStore's errors have the texts of the operating system's errors too.
+  texts = [os.strerror(number) for number in _NUMBERS_OF_ENVIRONMENT_ERRORS]
+  return any(text in reason for text in (*_WORDS_OF_ENVIRONMENT_ERRORS, *texts))
 
 
 def _holds_on_all_processes(condition: bool) -> bool:
@@ -570,8 +606,17 @@ def _holds_on_all_processes(condition: bool) -> bool:
 
 def _read_arrays(folder: epath.Path, record: dict[str, Any], abstract: Any
                  ) -> Any:
-  """Returns the arrays that are asked for. Orbax is given the names of all that
-  the record has, and compares them with its own, which may be damaged."""
+  """Reads the arrays of one step.
+
+  Args:
+    folder: the folder of the step.
+    record: its record. Orbax is given the names of all arrays that the record
+      has, and compares them with its own list, which may be damaged.
+    abstract: the arrays to read, a tree of ShapeDtypeStructs with shardings.
+
+  Returns:
+    The arrays, in the tree of `abstract`.
+  """
   import orbax.checkpoint as ocp
 
   wanted = paths.flatten_by_path(abstract)
@@ -591,7 +636,7 @@ def _read_arrays(folder: epath.Path, record: dict[str, Any], abstract: Any
       item=nest_by_path(item), restore_args=nest_by_path(restore_args))
   with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
     leaves = paths.flatten_by_path(handler.restore(folder / 'state', args=args))
-  # Orbax returns what it could not read as it was given it.
+  # What Orbax could not read, it returns as it was given it.
   for name in wanted:
     if not isinstance(leaves[name], jax.Array):
       raise _DamagedCheckpoint(f'{name} is not read as an array')
@@ -601,8 +646,8 @@ def _read_arrays(folder: epath.Path, record: dict[str, Any], abstract: Any
 
 def _newest_record(folder: epath.Path, step: int | None = None
                    ) -> dict[str, Any] | None:
-  """Returns the record of `step`, or the newest that can be read; None: none
-  can."""
+  """Returns the record of `step`, or the newest record that can be read where
+  `step` is None; None where none can be read."""
   candidates = [step]
   if step is None:
     candidates = list_steps(folder)[::-1]
@@ -613,18 +658,24 @@ def _newest_record(folder: epath.Path, step: int | None = None
 
 
 def _read_record(folder: epath.Path) -> dict[str, Any]:
-  """Returns the record of a step; _Damaged where it is not as it was saved."""
+  """Returns the record of one step, the JSON object beside its arrays.
+
+  Raises:
+    _DamagedCheckpoint: the record is not as it was saved, or of another step.
+  """
   import orbax.checkpoint as ocp
 
   try:
-    sealed = ocp.JsonCheckpointHandler().restore(folder / 'record')
+    with_digest = ocp.JsonCheckpointHandler().restore(folder / 'record')
   except FileNotFoundError as error:
     raise _DamagedCheckpoint('its record is missing') from error
   except ValueError as error:  # of JSON, or of UTF-8
     raise _DamagedCheckpoint('its record is not JSON') from error
-  if not isinstance(sealed, dict) or sealed != add_digest(sealed.get('record')):
+  is_sound = isinstance(with_digest, dict) and (
+      with_digest == add_digest(with_digest.get('record')))
+  if not is_sound:
     raise _DamagedCheckpoint('the checksum of its record is not the one saved')
-  record = sealed['record']
+  record = with_digest['record']
   if str(record['step']) != folder.name:
     raise _DamagedCheckpoint(f'it holds step {record["step"]}: its folder was '
                              'renamed or copied')
@@ -632,55 +683,75 @@ def _read_record(folder: epath.Path) -> dict[str, Any]:
 
 
 def add_digest(record: Any) -> dict[str, Any]:
-  """Returns what is written: the record, and a digest to check it by."""
+  """Returns the record of a checkpoint as it is written, together with a digest
+  (SHA-256) by which it is checked when it is read."""
   text = json.dumps(record, sort_keys=True)
   return dict(record=record, sha256=hashlib.sha256(text.encode()).hexdigest())
 
 
 def _check_fits(folder: epath.Path, record: dict[str, Any],
                 wanted: dict[str, Any], partial: bool):
-  """Raises Mismatch with the name of each array that is not the same."""
-  wrong = []
+  """Checks that the arrays of a checkpoint have the shapes and dtypes that are
+  expected of them.
+
+  Args:
+    folder: the folder of the step.
+    record: its record.
+    wanted: the arrays to read, by name, as ShapeDtypeStructs.
+    partial: whether the checkpoint may have others too.
+
+  Raises:
+    CheckpointMismatch: with the name of each array that differs.
+  """
+  wrong_lines = []
   for name, line in list_array_differences(record['arrays'], wanted).items():
     if not partial or name in wanted:
-      wrong.append(line)
-  if wrong:
+      wrong_lines.append(line)
+  if wrong_lines:
     raise CheckpointMismatch(
         f'checkpoint {folder.name} in {folder.parent} does not fit this '
-        f'config: {"; ".join(wrong[:8])}')
+        f'config: {"; ".join(wrong_lines[:8])}')
 
 
-def list_array_differences(saved: dict[str, dict[str, Any]],
-                           wanted: dict[str, Any]
-                           ) -> dict[str, str]:
-  """Returns a line for each array, by name, that is not the same in a record
-  and as it is wanted."""
-  there = {name: f'{x["dtype"]}{x["shape"]}' for name, x in saved.items()}
-  here = {name: f'{x.dtype}{list(x.shape)}' for name, x in wanted.items()}
+def list_array_differences(
+    saved: dict[str, dict[str, Any]], wanted: dict[str, Any]) -> dict[str, str]:
+  """Compares the shapes and dtypes of the arrays in a checkpoint's record with
+  those that are wanted.
+
+  Args:
+    saved: {name: {shape, dtype, ...}} of the record.
+    wanted: {name: ShapeDtypeStruct}.
+
+  Returns:
+    A line for each array that differs, or is on one of the two sides alone, by
+    name.
+  """
+  saved_types = {name: f'{x["dtype"]}{x["shape"]}' for name, x in saved.items()}
+  wanted_types = {name: f'{x.dtype}{list(x.shape)}'
+                  for name, x in wanted.items()}
   # An array that one of the two lacks is written as 'not'.
   lines = {}
-  for name in here | there:
-    in_checkpoint = there.get(name, 'not')
-    as_wanted = here.get(name, 'not')
-    if in_checkpoint != as_wanted:
-      lines[name] = (f'{name} is {in_checkpoint} in the checkpoint and '
-                     f'{as_wanted} here')
+  for name in wanted_types | saved_types:
+    saved_type = saved_types.get(name, 'not')
+    wanted_type = wanted_types.get(name, 'not')
+    if saved_type != wanted_type:
+      lines[name] = (f'{name} is {saved_type} in the checkpoint and '
+                     f'{wanted_type} here')
   return lines
 
 
 def _describe_first_cause(error: BaseException) -> str:
-  """Returns the first cause of an error as one short line.
-
-  Orbax wraps what TensorStore found more than once, and TensorStore adds
-  where in its own source it was found.
-  """
+  """Returns the first cause of an error as one short line, without the place in
+  TensorStore's source where it was found. Orbax wraps the errors that
+  TensorStore raises more than once."""
   # The cause that was raised first.
   while not isinstance(error, _DamagedCheckpoint):
     cause = error.__cause__ or error.__context__
     if cause is None:
       break
     error = cause
-  # Without where in TensorStore's own source it was raised.
+
+  # Its first line, without the place in TensorStore's source.
   line = str(error).split('\n')[0].rstrip(':')
   line = re.sub(r' in OCDBT database at \w+ file "[^"]*"', '', line)
   line = re.split(r' \[(?:source locations|tensorstore_spec)', line)[0]
@@ -690,15 +761,17 @@ def _describe_first_cause(error: BaseException) -> str:
 
 
 def nest_by_path(leaves: dict[str, Any]) -> dict[str, Any]:
-  """Turns {'a/b': x} into {'a': {'b': x}}: what Orbax stores, and others read.
+  """Returns the nested dicts {'a': {'b': x}} of a flat {'a/b': x}.
 
-  Plain dicts, so that the files know nothing of optax's or our own classes.
+  Orbax stores these plain dicts, so that the files know nothing of optax's
+  classes or of ours.
   """
   return traverse_util.unflatten_dict(leaves, sep='/')
 
 
 def broadcast_from_process_0(value: np.ndarray) -> np.ndarray:
-  """Returns process 0's value on every process, once all have asked."""
+  """Returns process 0's value on every process; waits until each of them has
+  called this."""
   if jax.process_count() == 1:
     return value
   return np.asarray(multihost_utils.broadcast_one_to_all(value))
@@ -716,31 +789,36 @@ def broadcast_from_process_0(value: np.ndarray) -> np.ndarray:
 # 1.0 has its lowest set bit at 2^23, which leaves 9 bits of such a sum.)
 # Addition of integers is associative: the sum is the same on every mesh.
 
-_ELEMENTS_SUMMED_AT_ONCE = 2**20  # elements that are summed at a time
-_GOLDEN_RATIO_FACTOR = np.uint32(0x9E3779B1)  # 2^32 / golden ratio, odd
+# More would take memory on a CPU, which holds what goes into a sum.
+_ELEMENTS_SUMMED_AT_ONCE = 2**20
+# 2^32 over the golden ratio, odd: products with it differ for each position.
+_GOLDEN_RATIO_FACTOR = np.uint32(0x9E3779B1)
 # The unsigned integer type of each size in bytes, in which an element is read.
 _UNSIGNED_TYPE_OF_BYTES = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 def compute_checksums(tree: Any) -> dict[str, int]:
-  """Returns the checksum of each leaf, by path."""
+  """Returns the checksum (defined above) of each array of a tree, by its
+  path."""
   leaves = paths.flatten_by_path(tree)
   if not leaves:
     return {}
-  # The mesh of all leaves that lie on one; None: they lie on one device.
+  # The mesh of all arrays; None where they lie on one device.
   mesh = None
   for x in leaves.values():
     if isinstance(x.sharding, NamedSharding):
       mesh = x.sharding.mesh
       break
-  # A sum for each leaf on the devices, and then all of them at once.
-  parts = []
+  # The sum of each device's part of each array, and then the totals of all
+  # arrays at once.
+  device_sums = []
   for x in leaves.values():
     spec = P()
     if isinstance(x.sharding, NamedSharding):
       spec = x.sharding.spec
-    parts.append(_make_device_sums(mesh, spec)(x))
-  totals = np.asarray(_make_total(mesh)(parts))
+    sum_on_devices = _make_device_sums(mesh, spec)
+    device_sums.append(sum_on_devices(x))
+  totals = np.asarray(_make_total(mesh)(device_sums))
   return dict(zip(leaves, totals.tolist()))
 
 
@@ -748,30 +826,38 @@ def compute_checksums(tree: Any) -> dict[str, int]:
 # share theirs with the parameters, and it is compiled in a third of the time.
 @functools.cache
 def _make_device_sums(mesh: Mesh | None, spec: Any):
-  """Returns a function from one leaf to [devices], the part of each device."""
-  axes = tuple(_mesh_axes(entry) for entry in spec)
-  split = set().union(*axes)
+  """Returns the compiled function from one array to uint32 [devices], the
+  checksum of the part that lies on each device.
 
-  def local(shard: Any) -> jax.Array:
-    """Returns the sum of a device's part of the leaf, [1]."""
-    part = _sum_of_shard(shard, axes, mesh)
+  Args:
+    mesh: the mesh of the array; None: it lies on one device.
+    spec: its PartitionSpec.
+  """
+  axes_of_dimensions = tuple(_mesh_axes(entry) for entry in spec)
+  split_axes = set().union(*axes_of_dimensions)
+
+  def sum_on_device(shard: Any) -> jax.Array:
+    """Returns the checksum of a device's part of the array, [1]."""
+    shard_sum = _sum_of_shard(shard, axes_of_dimensions, mesh)
     if mesh is None:
-      return part[None]
+      return shard_sum[None]
     for name in mesh.axis_names:
-      if name not in split:  # copies: the first of them counts
-        part = jnp.where(jax.lax.axis_index(name) == 0, part, 0)
-    return part[None]
+      if name not in split_axes:  # of copies, the first one counts
+        is_first = jax.lax.axis_index(name) == 0
+        shard_sum = jnp.where(is_first, shard_sum, 0)
+    return shard_sum[None]
 
   if mesh is None:
-    return jax.jit(local)
+    return jax.jit(sum_on_device)
   on_each_device = jax.shard_map(
-      local, mesh=mesh, in_specs=spec, out_specs=P(mesh.axis_names),
+      sum_on_device, mesh=mesh, in_specs=spec, out_specs=P(mesh.axis_names),
       check_vma=False)
   return jax.jit(on_each_device)
 
 
 def _mesh_axes(entry: Any) -> tuple[str, ...]:
-  """Returns the mesh axes over which one dimension of an array is split."""
+  """Returns the names of the mesh axes over which one dimension of an array is
+  split, given its entry in a PartitionSpec."""
   if entry is None:
     return ()
   if isinstance(entry, tuple):
@@ -781,30 +867,36 @@ def _mesh_axes(entry: Any) -> tuple[str, ...]:
 
 @functools.cache
 def _make_total(mesh: Mesh | None):
-  """Returns a function from the parts of all leaves to their sums, [leaves]."""
-  # On every device of the mesh, so that every process can read it.
-  everywhere = None
+  """Returns the compiled function from the sums [devices] of several arrays to
+  their checksums, uint32 [arrays]."""
+  # The result lies on every device of the mesh, so that every process can read
+  # it.
+  replicated = None
   if mesh is not None:
-    everywhere = NamedSharding(mesh, P())
+    replicated = NamedSharding(mesh, P())
 
-  def total(parts: Sequence[jax.Array]) -> jax.Array:
-    return jnp.sum(jnp.stack(parts), axis=1, dtype=jnp.uint32)
+  def add_devices(device_sums: Sequence[jax.Array]) -> jax.Array:
+    return jnp.sum(jnp.stack(device_sums), axis=1, dtype=jnp.uint32)
 
-  return jax.jit(total, out_shardings=everywhere)
+  return jax.jit(add_devices, out_shardings=replicated)
 
 
 def _sum_of_shard(x: jax.Array, axes: tuple[tuple[str, ...], ...],
-                  mesh: Mesh | None
-                  ) -> jax.Array:
-  """Returns the sum over one shard, whose dimensions are split over mesh
-  `axes`.
+                  mesh: Mesh | None) -> jax.Array:
+  """Returns the checksum of one device's part of an array: the sum of the mixed
+  bits of its elements, each with its position in the whole array.
 
-  Goes by rows of the last axis, about a million elements at a time: a CPU does
-  not fuse a sum with what goes into it, and would hold x once more. The axes
-  named U below are of rows and columns of this shard.
+  It goes by rows of the last axis, about a million elements at a time: a CPU
+  does not fuse a sum with what goes into it, and would hold x once more. The
+  axes named U below are of rows and columns of this shard.
+
+  Args:
+    x: the device's part of the array.
+    axes: the mesh axes over which each dimension of the array is split.
+    mesh: the mesh; None: the array lies on one device.
   """
   # Where the shard starts in each dimension of the whole array, and how many
-  # places of the whole array one step along that dimension is.
+  # positions of the whole array one step along that dimension is.
   shape = x.shape or (1,)
   axes += ((),) * (len(shape) - len(axes))
   starts = []
@@ -817,49 +909,56 @@ def _sum_of_shard(x: jax.Array, axes: tuple[tuple[str, ...], ...],
     stride *= size * math.prod(mesh.shape[name] for name in names)
 
   x_UU = x.reshape(-1, shape[-1])
-  rows, columns = x_UU.shape
-  column_U = starts[-1] + jnp.arange(columns, dtype=jnp.uint32)
+  num_rows, num_columns = x_UU.shape
+  column_U = starts[-1] + jnp.arange(num_columns, dtype=jnp.uint32)
 
-  def part(first: Any, count: Any) -> jax.Array:
-    """Returns the sum over `count` rows from the row `first` on."""
-    # The place of each row's first element in the whole array.
-    row_U = jnp.uint32(first) + jnp.arange(count, dtype=jnp.uint32)
-    index_U = jnp.zeros(count, jnp.uint32)
+  def sum_of_rows(first_row: Any, count: Any) -> jax.Array:
+    """Returns the checksum of `count` rows from `first_row` on."""
+    # The position of each row's first element in the whole array.
+    row_U = jnp.uint32(first_row) + jnp.arange(count, dtype=jnp.uint32)
+    position_U = jnp.zeros(count, jnp.uint32)
     for size, start, stride in reversed(
         list(zip(shape[:-1], starts, strides))):
-      index_U += (start + row_U % np.uint32(size)) * stride
+      position_U += (start + row_U % np.uint32(size)) * stride
       row_U //= np.uint32(size)
 
-    # Each element's bits are mixed with its place, so that none can change
-    # places unseen.
-    place_UU = (index_U[:, None] + column_U[None]) * _GOLDEN_RATIO_FACTOR
-    bits_UU = _bits_of_elements(jax.lax.dynamic_slice_in_dim(x_UU, first,
-                                                             count))
+    # Each element's bits are mixed with its position, so that two elements
+    # cannot be exchanged unnoticed.
+    position_UU = position_U[:, None] + column_U[None]
+    place_UU = position_UU * _GOLDEN_RATIO_FACTOR
+    bits_UU = _bits_of_elements(
+        jax.lax.dynamic_slice_in_dim(x_UU, first_row, count))
     # dtype: without it jnp.sum would widen to uint64 where x64 is on.
     return jnp.sum(_mix_bits(bits_UU ^ place_UU), dtype=jnp.uint32)
 
-  count = min(rows, max(1, _ELEMENTS_SUMMED_AT_ONCE // columns))
+  # Equal groups of rows, and the rows that are left.
+  rows_at_once = min(num_rows, max(1, _ELEMENTS_SUMMED_AT_ONCE // num_columns))
+  num_groups = num_rows // rows_at_once
   total = jax.lax.fori_loop(
-      0, rows // count, lambda i, total: total + part(i * count, count),
+      0, num_groups,
+      lambda i, total: total + sum_of_rows(i * rows_at_once, rows_at_once),
       jnp.uint32(0))
-  rest = rows % count
-  if rest:
-    total += part(rows - rest, rest)
+  num_left = num_rows % rows_at_once
+  if num_left:
+    total += sum_of_rows(num_rows - num_left, num_left)
   return total
 
 
 def _mix_bits(h: jax.Array) -> jax.Array:
-  """Returns MurmurHash3's finalizer of each uint32."""
+  """Returns MurmurHash3's finalizer of each uint32: an invertible function in
+  which each bit of the input changes about half of the bits of the result."""
   h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
   h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
   return h ^ (h >> np.uint32(16))
 
 
 def _bits_of_elements(x: jax.Array) -> jax.Array:
-  """Returns the elements of x as uint32."""
+  """Returns the bits of each element of x, read as an unsigned integer, as
+  uint32."""
   is_small = jnp.issubdtype(x.dtype, jnp.integer) and (
       jnp.iinfo(x.dtype).bits < 8)
   if x.dtype == jnp.bool_ or is_small:
     return x.astype(jnp.uint32)
-  word = _UNSIGNED_TYPE_OF_BYTES[x.dtype.itemsize]  # no run has another
-  return jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+  # No run has elements of another size.
+  unsigned_type = _UNSIGNED_TYPE_OF_BYTES[x.dtype.itemsize]
+  return jax.lax.bitcast_convert_type(x, unsigned_type).astype(jnp.uint32)
