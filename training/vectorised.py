@@ -35,31 +35,34 @@ from training.workdir import checkpoints, metrics, run_config, storage
 from training.writer import RunWriter
 
 RUN_AXIS = 'runs'  # the mesh axis, and the leading axis of every array
+# How an array is laid out: one part for each run, or the same for all of them.
 _SPLIT_OVER_RUNS = PartitionSpec(RUN_AXIS)
 _SHARED_BY_RUNS = PartitionSpec()
 
 
 def group_configs(configs: Sequence[ml_collections.ConfigDict]
                   ) -> list[list[int]]:
-  """Returns the places of the configs that may train as one program.
+  """Returns the indices of the configs in groups, each of which may train as
+  one program.
 
   A config that needs several devices, starts from weights, reports to a
-  tracker, or is trained by SOAP stands alone: train.py is for it.
+  tracker, or is trained by SOAP makes a group of its own: train.py is for it.
   """
-  alike: dict[object, list[int]] = {}
+  indices_of_group: dict[object, list[int]] = {}
   for i, config in enumerate(configs):
-    key: object = i
+    group_key: object = i
     if not _must_train_alone(config):
-      key = _shared_fields(config)
-    alike.setdefault(key, []).append(i)
-  return list(alike.values())
+      group_key = _shared_fields(config)
+    indices_of_group.setdefault(group_key, []).append(i)
+  return list(indices_of_group.values())
 
 
 def _must_train_alone(config: ml_collections.ConfigDict) -> bool:
-  """Returns whether a run cannot train beside others; see `groups`."""
+  """Whether a run cannot be part of a program of several runs; `group_configs`
+  gives the reasons."""
   if config.init_from or config.seed >= 2 ** 32:
     return True
-  # SOAP's bases of several runs would turn at each step.
+  # SOAP's bases of several runs would all be computed at each step.
   if config.optim.name == 'soap':
     return True
   for name in metrics.TRACKERS:
@@ -74,27 +77,28 @@ def _must_train_alone(config: ml_collections.ConfigDict) -> bool:
 
 
 def _shared_fields(config: ml_collections.ConfigDict) -> tuple:
-  """Returns what the configs of one group have in common."""
-  shared = []
+  """Returns the fields of a config that runs of one program must have in
+  common, as pairs of a dotted name and a value."""
+  shared_fields = []
   for name, value in run_config.flatten(config).items():
     if name not in runs.TYPE_OF_TRACED_FIELD:
-      shared.append((name, value))
-  return tuple(shared)
+      shared_fields.append((name, value))
+  return tuple(shared_fields)
 
 
 def train_group(configs: Sequence[ml_collections.ConfigDict],
                 workdirs: Sequence) -> list[RunWriter]:
-  """Trains a group of runs, each into its own workdir, or goes on with them.
-
-  Runs that stopped at different steps go on as one program for each step.
+  """Trains several runs as one program, each into its own workdir, or goes on
+  with them. Runs that stopped at different steps go on as one program for each
+  of these steps.
 
   Args:
-    configs: the configs of one group; see `groups`.
+    configs: the configs of one group that `group_configs` returned.
     workdirs: a folder for each.
 
   Returns:
-    How each of them ended: the `sentence` of one that did not reach its last
-    step, after a signal, or where its loss was not finite in
+    The writer of each run. Its `sentence` says why the run did not reach its
+    last step: after a signal, or where its loss was not finite in
     train.max_bad_steps steps in a row; all that was trained is saved.
 
   Raises:
@@ -110,13 +114,14 @@ def train_group(configs: Sequence[ml_collections.ConfigDict],
   for config, workdir in zip(configs, workdirs):
     request = begin.check_request(config, storage.checked_path(workdir))
     requests.append(request)
-  first = requests[0]
-  sizes = dict.fromkeys(tables.MESH_AXES, 1)
-  one_device = devices.make_mesh(sizes, jax.devices()[:1])
-  run = begin.build_on_devices(first, one_device)
-  contents = pipeline.contents(first.config, first.tokenizer)
+  first_request = requests[0]
+  mesh_sizes = dict.fromkeys(tables.MESH_AXES, 1)
+  one_device = devices.make_mesh(mesh_sizes, jax.devices()[:1])
+  run = begin.build_on_devices(first_request, one_device)
+  hash_of_source = pipeline.contents(
+      first_request.config, first_request.tokenizer)
   for request in requests:
-    begin.check_data(request, contents)
+    begin.check_data(request, hash_of_source)
 
   # All folders and checkpoints stay open until the last run has ended.
   with contextlib.ExitStack() as stack:
@@ -124,7 +129,7 @@ def train_group(configs: Sequence[ml_collections.ConfigDict],
     for request in requests:
       member = _open_member(request, run, stack)
       members.append(member)
-    _train_members(run, members, contents)
+    _train_members(run, members, hash_of_source)
   return [member.writer for member in members]
 
 
@@ -137,21 +142,25 @@ class GroupMember(NamedTuple):
 
 def _open_member(request: begin.RunRequest, run: runs.Run,
                  stack: contextlib.ExitStack) -> GroupMember:
-  """Returns a run of the group with its folder and its checkpoints open.
+  """Opens the folder and the checkpoints of one run of a group, and finds where
+  the run goes on.
 
   Args:
     request: the request of the run.
     run: the first run of the group, alone on a device.
     stack: closes what is opened.
   """
+  # The folder is this process's until the group has ended.
   config = request.config
   workdir = pathlib.Path(request.workdir)
   stack.enter_context(storage.lock_workdir(workdir))
   saved = stack.enter_context(checkpoints.Checkpoints(
       workdir, **config.checkpoint, agree_every=config.log.every_steps))
-  alone = dataclasses.replace(run, config=config, model=request.model,
-                              module=architectures.build(request.model))
-  start = begin.find_starting_point(request, run=alone, saved=saved,
+
+  # Where it goes on is found as for a run that trains alone.
+  run_alone = dataclasses.replace(run, config=config, model=request.model,
+                                  module=architectures.build(request.model))
+  start = begin.find_starting_point(request, run=run_alone, saved=saved,
                                     label=f'{workdir}: ')
   writer = RunWriter(config=config, workdir=workdir, saved=saved,
                      label=str(workdir), code=start.code,
@@ -160,47 +169,65 @@ def _open_member(request: begin.RunRequest, run: runs.Run,
 
 
 def _train_members(run: runs.Run, members: Sequence[GroupMember],
-                   contents: dict[str, str]) -> None:
-  """Trains the runs that have not ended: those that are at one step as one
-  program. Of two that begin, one may have the parameters of an import."""
-  going = [member for member in members if not member.writer.sentence]
-  parts: dict[tuple[int, bool], list[GroupMember]] = {}
-  for member in going:
-    key = member.start.step, member.start.state is None
-    parts.setdefault(key, []).append(member)
+                   hash_of_source: dict[str, str]) -> None:
+  """Trains the runs of a group that have not ended: those that go on from the
+  same step as one program, one such program after another.
 
-  for (step, _), part in sorted(parts.items()):
-    steps = run.config.train.steps
-    if step >= steps:
-      print(f'{len(part)} of {len(going)} runs are complete: {step} steps of '
-            f'{steps}')
+  Args:
+    run: the first run of the group.
+    members: all runs of the group.
+    hash_of_source: the hashes of the data, for the record of each run.
+  """
+  # Runs are together where they are at the same step. At the first step, those
+  # that begin with given parameters (an import) are apart from the others.
+  unfinished = [member for member in members if not member.writer.sentence]
+  members_at_step: dict[tuple[int, bool], list[GroupMember]] = {}
+  for member in unfinished:
+    key = member.start.step, member.start.state is None
+    members_at_step.setdefault(key, []).append(member)
+
+  for (step, _), together in sorted(members_at_step.items()):
+    last_step = run.config.train.steps
+    if step >= last_step:
+      print(f'{len(together)} of {len(unfinished)} runs are complete: {step} '
+            f'steps of {last_step}')
       continue
-    if any(member.writer.code == STOPPED or member.writer.stop_requested
-           for member in going):
-      for member in part:
+    # A signal that stopped one program stops the programs after it.
+    was_stopped = any(
+        member.writer.code == STOPPED or member.writer.stop_requested
+        for member in unfinished)
+    if was_stopped:
+      for member in together:
         member.writer.sentence = f'stopped before step {step}'
       continue
-    # No record is written of what is not trained.
-    for member in part:
+    # A config is recorded only of a run that is trained.
+    for member in together:
       request = member.request
-      run_config.save_config(member.writer.workdir, config=request.given_config,
-                             derived=request.derived, data=contents)
-    _train_members_at_one_step(run, part)
+      run_config.save_config(
+          member.writer.workdir, config=request.given_config,
+          derived=request.derived, data=hash_of_source)
+    _train_members_at_one_step(run, together)
 
 
-def _train_members_at_one_step(run: runs.Run,
-                               part: Sequence[GroupMember]) -> None:
-  """Trains those of the runs that are at one step."""
-  writers = [member.writer for member in part]
-  start = part[0].start
-  tokenizer = part[0].request.tokenizer
+def _train_members_at_one_step(run: runs.Run, members: Sequence[GroupMember]
+                               ) -> None:
+  """Trains runs that go on from the same step as one program, to their last
+  step.
+
+  Args:
+    run: the first run of the group.
+    members: the runs.
+  """
+  writers = [member.writer for member in members]
+  start = members[0].start
+  tokenizer = members[0].request.tokenizer
   program = RunGroup(run, writers)
   config = program.run.config
   # Runs of one seed share their batches. Those of all seeds have one shape.
   loaders = []
   for seed in program.seeds:
-    of_seed = config_with_traced_values(config, {'seed': seed})
-    loaders.append(pipeline.training_loader(of_seed, tokenizer))
+    config_of_seed = config_with_traced_values(config, {'seed': seed})
+    loaders.append(pipeline.training_loader(config_of_seed, tokenizer))
   for loader in loaders:
     loader.beside = loaders
 
@@ -208,12 +235,12 @@ def _train_members_at_one_step(run: runs.Run,
   if start.state is None:
     state = program.new_state()
   else:
-    state = program.join_runs([member.start.state for member in part])
-  n = loop.train_runs(program, writers=writers, state=state, start=start.step,
-                      loaders=loaders,
-                      eval_data=pipeline.held_out(config, tokenizer))
+    state = program.join_runs([member.start.state for member in members])
+  num_steps = loop.train_runs(
+      program, writers=writers, state=state, start=start.step, loaders=loaders,
+      eval_data=pipeline.held_out(config, tokenizer))
   if any(writer.code == STOPPED for writer in writers):
-    print(f'stopped after step {n}: the same request goes on.')
+    print(f'stopped after step {num_steps}: the same request goes on.')
 
 
 class RunGroup(Program):
@@ -232,36 +259,38 @@ class RunGroup(Program):
   """
 
   def __init__(self, run: runs.Run, writers: Sequence[RunWriter]):
-    """Lays the runs out over the devices, and finds the fields in which they
-    differ."""
+    """Lays the runs out over the devices, and finds the fields of the config in
+    which they differ."""
     self.num_runs = len(writers)
-    self._seed_of = [writer.config.seed for writer in writers]
-    self.seeds = list(dict.fromkeys(self._seed_of))
+    self._seed_of_run = [writer.config.seed for writer in writers]
+    self.seeds = list(dict.fromkeys(self._seed_of_run))
 
-    # The runs on the devices: as few devices as hold them in so many rows.
-    rows_each = -(-self.num_runs // jax.device_count())
-    used = -(-self.num_runs // rows_each)
-    self._rows = np.minimum(np.arange(rows_each * used), self.num_runs - 1)
-    self._mesh = jax.make_mesh((used,), (RUN_AXIS,), (AxisType.Auto,),
-                               devices=jax.devices()[:used])
+    # The runs on the devices: as few devices as hold them, with as many runs
+    # on each. The last places are filled with copies of the last run.
+    runs_per_device = -(-self.num_runs // jax.device_count())
+    num_devices = -(-self.num_runs // runs_per_device)
+    self._run_of_row = np.minimum(np.arange(runs_per_device * num_devices),
+                                  self.num_runs - 1)
+    self._mesh = jax.make_mesh((num_devices,), (RUN_AXIS,), (AxisType.Auto,),
+                               devices=jax.devices()[:num_devices])
 
-    # The fields in which the runs differ.
-    fields = [run_config.flatten(writer.config) for writer in writers]
-    differ = []
+    # The fields in which the runs differ, an array of each.
+    fields_of_run = [run_config.flatten(writer.config) for writer in writers]
+    differing_fields = []
     for name in runs.TYPE_OF_TRACED_FIELD:
-      different = {each[name] for each in fields}
-      if len(different) > 1:
-        differ.append(name)
-    values = {}
-    for name in differ or ['seed']:
-      rows = [fields[i][name] for i in self._rows]
-      values[name] = np.array(rows, runs.TYPE_OF_TRACED_FIELD[name])
-    self._values = self._put_on_mesh(values)
+      values = {fields[name] for fields in fields_of_run}
+      if len(values) > 1:
+        differing_fields.append(name)
+    arrays = {}
+    for name in differing_fields or ['seed']:
+      value_of_row = [fields_of_run[i][name] for i in self._run_of_row]
+      arrays[name] = np.array(value_of_row, runs.TYPE_OF_TRACED_FIELD[name])
+    self._values = self._put_on_mesh(arrays)
 
     # All other fields are those of the first run.
-    first = writers[0].config
-    super().__init__(dataclasses.replace(run, config=first),
-                     hook.load_hooks(first))
+    first_config = writers[0].config
+    first_run = dataclasses.replace(run, config=first_config)
+    super().__init__(first_run, hook.load_hooks(first_config))
     self.title = f'{self.num_runs} runs at once, each of them:\n'
     self.figures = {'runs_at_once': self.num_runs}
 
@@ -272,12 +301,20 @@ class RunGroup(Program):
   def context(self) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()  # each run is on one device
 
-  def _put_on_mesh(self, tree: Any,
-                   spec: PartitionSpec = _SPLIT_OVER_RUNS) -> Any:
+  def _put_on_mesh(self, tree: Any, spec: PartitionSpec = _SPLIT_OVER_RUNS
+                   ) -> Any:
+    """Returns a tree of arrays on the devices, laid out as `spec` says."""
     return jax.device_put(tree, NamedSharding(self._mesh, spec))
 
   def _map_over_runs(self, function: Callable, in_axes: tuple) -> Callable:
-    """Returns `function` over the runs: on each device over those it holds."""
+    """Returns the function that applies `function`, which is that of one run,
+    to all runs: on each device to those that it holds, by vmap.
+
+    Args:
+      function: a function of trees of arrays.
+      in_axes: for each argument 0, its axis of runs, or None, for one that all
+        runs share; as for jax.vmap.
+    """
     specs = jax.tree.map(_partition_spec, in_axes,
                          is_leaf=lambda axis: axis is None)
     return jax.shard_map(jax.vmap(function, in_axes), mesh=self._mesh,
@@ -285,11 +322,11 @@ class RunGroup(Program):
                          check_vma=False)
 
   def new_state(self) -> TrainState:
-    """Returns the states of all runs before their first step."""
+    """Returns the training states of all runs before their first step."""
     run = self.run
 
-    def init(values: dict[str, jax.Array]) -> TrainState:
-      """Returns the state of one run."""
+    def init_one_run(values: dict[str, jax.Array]) -> TrainState:
+      """Returns the state of one run, given the fields that are its own."""
       config = config_with_traced_values(run.config, values)
       # Each run begins with its own seed and its own scale of parameters.
       model = dataclasses.replace(
@@ -299,15 +336,16 @@ class RunGroup(Program):
       return init_state(run.module.clone(config=model), tx=run.tx, key=key,
                         optim=config.optim)
 
-    return jax.jit(self._map_over_runs(init, (0,)))(self._values)
+    return jax.jit(self._map_over_runs(init_one_run, (0,)))(self._values)
 
   def make_train_step(self) -> jax.stages.Wrapped:
-    """Returns the training step of all runs, compiled as one program."""
+    """Returns the jitted training step of all runs: step(state, (batch,
+    values)) -> (state, metrics)."""
     run = self.run
-    taps = [each.trace for each in self.hooks]
+    taps = [each_hook.trace for each_hook in self.hooks]
 
-    def step(state: TrainState, inputs: tuple[dict, dict]):
-      batch, values = inputs
+    def step_of_one_run(state: TrainState, batch_and_values: tuple[dict, dict]):
+      batch, values = batch_and_values
       config = config_with_traced_values(run.config, values)
       tx = build_optimizer(run.module, config.optim, config.train.steps)
       step = make_train_step(run.module, tx=tx, config=config, taps=taps)
@@ -316,37 +354,45 @@ class RunGroup(Program):
     batch_axis = None  # one batch is for all runs
     if len(self.seeds) > 1:
       batch_axis = 0
-    over_runs = self._map_over_runs(step, (0, (batch_axis, 0)))
-    return jax.jit(over_runs, donate_argnums=0)
+    step_of_all_runs = self._map_over_runs(
+        step_of_one_run, (0, (batch_axis, 0)))
+    return jax.jit(step_of_all_runs, donate_argnums=0)
 
   def make_eval_step(self) -> jax.stages.Wrapped:
+    """Returns the jitted evaluation step of all runs on one batch:
+    step(params, (batch, values)) -> {figure: Mean}."""
     eval_step = make_eval_step(self.run.module, self.run.config)
 
-    def step(params: Any, inputs: tuple[dict, dict]):
-      batch, _ = inputs
+    def step_of_one_run(params: Any, batch_and_values: tuple[dict, dict]):
+      batch, _ = batch_and_values
       return eval_step(params, batch)
 
-    return jax.jit(self._map_over_runs(step, (0, (None, 0))))
+    return jax.jit(self._map_over_runs(step_of_one_run, (0, (None, 0))))
 
   def put(self, *batches: dict[str, np.ndarray]) -> tuple[dict, dict]:
-    """Returns (batch, values) on the devices; one batch is for all runs, and
-    several are those of `seeds`."""
+    """Returns what a step takes beside the state, on the devices: the batch,
+    and the values of the fields in which the runs differ.
+
+    Args:
+      *batches: one batch for all runs, or a batch for each of `seeds`.
+    """
     if len(batches) == 1:
       return self._put_on_mesh(batches[0], _SHARED_BY_RUNS), self._values
-    of_seed = dict(zip(self.seeds, batches, strict=True))
-    of_row = [of_seed[self._seed_of[i]] for i in self._rows]
+    batch_of_seed = dict(zip(self.seeds, batches, strict=True))
+    batch_of_row = [batch_of_seed[self._seed_of_run[i]]
+                    for i in self._run_of_row]
     stacked = {}
-    for name in of_row[0]:
-      stacked[name] = np.stack([batch[name] for batch in of_row])
+    for name in batch_of_row[0]:
+      stacked[name] = np.stack([batch[name] for batch in batch_of_row])
     return self._put_on_mesh(stacked), self._values
 
   def join_runs(self, trees: Sequence[Any]) -> Any:
     on_host = jax.device_get(list(trees))
 
-    def stack(*arrays: np.ndarray) -> np.ndarray:
-      return np.stack([arrays[i] for i in self._rows])
+    def stack_runs(*arrays: np.ndarray) -> np.ndarray:
+      return np.stack([arrays[i] for i in self._run_of_row])
 
-    return self._put_on_mesh(jax.tree.map(stack, *on_host))
+    return self._put_on_mesh(jax.tree.map(stack_runs, *on_host))
 
   def split_by_run(self, tree: Any) -> Iterator[Any]:
     on_host = jax.device_get(tree)
@@ -360,7 +406,8 @@ class RunGroup(Program):
 
 
 def _partition_spec(axis: int | None) -> PartitionSpec:
-  """Returns where an argument of a function over the runs lies."""
+  """Returns how an argument of a function over the runs is laid out: split over
+  the devices by its axis of runs, or, with None, the same on each device."""
   if axis is None:
     return _SHARED_BY_RUNS
   return _SPLIT_OVER_RUNS
@@ -368,7 +415,8 @@ def _partition_spec(axis: int | None) -> PartitionSpec:
 
 def config_with_traced_values(config: ml_collections.ConfigDict, values: Any
                               ) -> ml_collections.ConfigDict:
-  """Returns a copy of `config` that holds traced values in some fields."""
+  """Returns a copy of `config` in which some fields, by dotted name, have the
+  given values; these may be traced arrays in place of numbers."""
   config = config.copy_and_resolve_references()
   with config.unlocked(), config.ignore_type():
     config.update_from_flattened_dict(values)

@@ -46,71 +46,89 @@ _STALE_SECONDS = 24 * 3600
 
 
 def check_folder_name(text: str | os.PathLike, name: str = '--workdir') -> None:
-  """Raises RequestError for what is neither on disk nor in a bucket, and
-  cannot be."""
+  """Raises RequestError for a text that can be the name neither of a folder on
+  disk nor of one in a bucket, gs://BUCKET/NAME. Nothing is looked up.
+
+  Args:
+    text: the name of the folder.
+    name: the flag or field that holds it, for the message.
+  """
+  # A bucket and a name in it, or a path without '://'; and in either no
+  # character that a file's name cannot have.
   usable = re.fullmatch(
       r'(?s)(gs://[^/]+/+[^/]|(?!.*://))[^\0\ud800-\udc7f]*', str(text))
   require(usable is not None, f'{name} is {str(text)!r}: choose a folder on '
           'disk, or a bucket as gs://BUCKET/NAME')
 
 
-def checked_path(text: str | os.PathLike,
-                 name: str = '--workdir') -> epath.Path:
-  """Returns a folder or file, which need not be there, as a path.
+def checked_path(text: str | os.PathLike, name: str = '--workdir'
+                 ) -> epath.Path:
+  """Returns a folder or file, which need not exist, as a path, once it is known
+  that its name is one and that the packages to reach it are installed.
 
   Args:
     text: a path on disk, or gs://BUCKET/NAME.
-    name: the flag or field that holds it, for what is refused.
+    name: the flag or field that holds it, for the message.
+
+  Raises:
+    RequestError: for a name that cannot be one, and for a bucket without gcsfs.
   """
   check_folder_name(text, name)
   if is_in_bucket(text):
     require(importlib.util.find_spec('gcsfs') is not None, f'{name} is '
             f"{str(text)!r}, and gcsfs is not installed: run pip install -e "
             "'.[gcs]', or choose a folder on disk")
-    # Listings are cached, else, and other processes write into the bucket; so
-    # does TensorStore in this one.
+    # Listings would be cached, and other processes, and TensorStore in this
+    # one, write into the bucket.
     import fsspec
     fsspec.config.conf.setdefault('gs', {})['use_listings_cache'] = False
   return epath.Path(text)
 
 
 def is_in_bucket(text: str | os.PathLike) -> bool:
-  """Whether a path is that of a bucket, and not on disk."""
+  """Whether a path is that of a bucket, as gs://BUCKET/NAME, and not on
+  disk."""
   return '://' in str(text)
 
 
 def file_size(file: epath.Path) -> int:
-  """Returns how many bytes a file has. On disk epath's stat() would look up the
-  name of its owner, which a container or a shared folder may not know."""
+  """Returns how many bytes a file has. (On disk, epath's stat() would look up
+  the name of its owner, which a container or a shared folder may not know.)"""
   if is_in_bucket(file):
     return file.stat().length
   return os.stat(file).st_size
 
 
 def write_file(file: epath.Path, data: str | bytes) -> None:
-  """Writes a file whole or not at all, see `whole`."""
+  """Writes a file whole or not at all; see `write_atomically`."""
   if isinstance(data, str):
     data = data.encode()
-  with write_atomically(file) as write_:
-    write_(data)
+  with write_atomically(file) as write_bytes:
+    write_bytes(data)
 
 
 def write_json(file: epath.Path | None, tree: Any) -> None:
-  """Writes what JSON can hold to a file that a flag names; None: it names none.
-  """
+  """Writes numbers, texts, lists and dicts to a file as JSON; does nothing
+  where `file` is None, as for a flag that names no file."""
   if file is not None:
     write_file(file, json.dumps(tree, indent=1) + '\n')
 
 
 def write_picture(file: epath.Path, figure: Any) -> None:
-  """Writes a drawing of matplotlib in the format that the ending of the file's
+  """Writes a figure of matplotlib in the format that the ending of the file's
   name names: .png, .svg or .pdf."""
-  write_file(file, render_picture(figure, file.suffix[1:], 150))
+  write_file(file, render_picture(figure, kind=file.suffix[1:], dpi=150))
 
 
 def render_picture(figure: Any, kind: str, dpi: int) -> bytes:
-  """Returns a drawing of matplotlib as a file of a kind holds it, without the
-  time at which it was drawn."""
+  """Returns a figure of matplotlib as the bytes of a file, without the time at
+  which it was drawn, so that the same figure gives the same bytes.
+
+  Args:
+    figure: the figure.
+    kind: the format of the file: png, svg or pdf.
+    dpi: the dots per inch.
+  """
   metadata = {'svg': {'Date': None}, 'pdf': {'CreationDate': None}}
   file = io.BytesIO()
   figure.savefig(file, format=kind, dpi=dpi, metadata=metadata.get(kind))
@@ -119,77 +137,84 @@ def render_picture(figure: Any, kind: str, dpi: int) -> bytes:
 
 @contextlib.contextmanager
 def write_atomically(target: epath.Path) -> Iterator[Callable[[bytes], None]]:
-  """Gives write(data) of a file that is there once the block has ended, and
-  never a part of it, whoever else writes it too. What killed processes left in
-  its folder of what they were writing is removed.
+  """Gives the `with` block a function write(data) for a file that appears once
+  the block has ended, and never in part, whoever else writes it too. Files that
+  killed processes left half written in the same folder are removed.
+
+  Args:
+    target: the file.
 
   Raises:
     EnvironmentFailure: where it cannot be written. What the block itself
       raises passes through.
   """
-  # On disk it is written under another name, and moved to its place.
-  on_disk = not is_in_bucket(target)
-  partial = target
+  # On disk it is written under another name, and moved to its place. An object
+  # in a bucket appears only when it is whole.
+  is_on_disk = not is_in_bucket(target)
+  partial_file = target
   with explain_write_failures(target):
     target.parent.mkdir(parents=True, exist_ok=True)
-    if on_disk:
+    if is_on_disk:
       _remove_abandoned_files(target.parent)
       unique = f'{host_name()}-{os.getpid()}-{uuid.uuid4().hex}'
-      partial = target.with_name(f'{_PARTIAL_FILE_PREFIX}{unique}')
-    file = partial.open('wb')
+      partial_file = target.with_name(f'{_PARTIAL_FILE_PREFIX}{unique}')
+    file = partial_file.open('wb')
 
-  def write_(data: bytes) -> None:
+  def write_bytes(data: bytes) -> None:
     with explain_write_failures(target):
       file.write(data)
 
+  # The block writes; then the file is moved to its place.
   try:
-    yield write_
+    yield write_bytes
     with explain_write_failures(target):
-      if on_disk:
+      if is_on_disk:
         file.flush()
         os.fsync(file.fileno())  # or a crash may leave it empty
       file.close()
-      if on_disk:
-        partial.replace(target)
+      if is_on_disk:
+        partial_file.replace(target)
   finally:
-    with contextlib.suppress(OSError):  # after the one that was told
+    # After a failure this may fail too, and the first one is raised.
+    with contextlib.suppress(OSError):
       file.close()
-    if on_disk:
-      partial.unlink(missing_ok=True)
+    if is_on_disk:
+      partial_file.unlink(missing_ok=True)
 
 
 def _remove_abandoned_files(folder: epath.Path) -> None:
-  """Removes the files that `whole` began to write and whose process is gone.
-  Those of other machines, or under names of another form, are removed once
-  nothing was written to them for a day."""
-  beginning = re.escape(f'{_PARTIAL_FILE_PREFIX}{host_name()}')
-  name = re.compile(f'{beginning}-([0-9]{{1,9}})-.*')
-  for left in pathlib.Path(folder).glob(f'{_PARTIAL_FILE_PREFIX}*'):
+  """Removes the files in a folder that `write_atomically` began to write and
+  whose process has ended. Of other machines the processes are not known: their
+  files are removed once nothing was written to them for a day."""
+  prefix = re.escape(f'{_PARTIAL_FILE_PREFIX}{host_name()}')
+  name_of_this_host = re.compile(f'{prefix}-([0-9]{{1,9}})-.*')
+  for file in pathlib.Path(folder).glob(f'{_PARTIAL_FILE_PREFIX}*'):
     # A file may have been moved to its place by now.
     with contextlib.suppress(OSError):
-      ours = name.fullmatch(left.name)
-      is_gone = ours is not None and not is_process_alive(int(ours[1]))
-      age = time.time() - left.stat().st_mtime
-      if not is_gone and age <= _STALE_SECONDS:
+      match = name_of_this_host.fullmatch(file.name)
+      has_ended = match is not None and not is_process_alive(int(match[1]))
+      age = time.time() - file.stat().st_mtime
+      if not has_ended and age <= _STALE_SECONDS:
         continue
-      if left.is_dir():
-        shutil.rmtree(left)
+      if file.is_dir():
+        shutil.rmtree(file)
       else:
-        left.unlink()
+        file.unlink()
 
 
 def host_name() -> str:
-  """Returns a name of this machine, and of the space of its process numbers if
-  it has several."""
-  spaces = '/proc/self/ns/pid'  # on Linux
-  space = 0
-  if os.path.exists(spaces):
-    space = os.stat(spaces).st_ino
-  return f'{socket.gethostname()}.{space}'
+  """Returns a name of this machine that processes share only where their
+  process numbers mean the same: on Linux with the number of the PID namespace,
+  of which each container may have its own."""
+  namespace_file = '/proc/self/ns/pid'  # on Linux
+  namespace = 0
+  if os.path.exists(namespace_file):
+    namespace = os.stat(namespace_file).st_ino
+  return f'{socket.gethostname()}.{namespace}'
 
 
 def is_process_alive(pid: int) -> bool:
-  """Whether a process of this machine runs."""
+  """Whether a process with this number runs on this machine."""
   try:
     os.kill(pid, 0)
   except ProcessLookupError:
@@ -200,11 +225,12 @@ def is_process_alive(pid: int) -> bool:
 
 
 def read_small(file: epath.Path) -> bytes:
-  """Returns the bytes of a file that is small, as a JSON file is.
+  """Returns the bytes of a file that is expected to be small, such as a JSON
+  file.
 
   Raises:
     RequestError: for a device or a pipe, which may have no end, and for more
-      than MOST_SMALL bytes.
+      than MOST_BYTES_READ_WHOLE bytes.
   """
   if is_in_bucket(file):
     return file.read_bytes()
@@ -212,22 +238,22 @@ def read_small(file: epath.Path) -> bytes:
   require(stat.S_ISREG(status.st_mode), f'{file} is no file that can be read '
           'to its end, but a folder, a device or a pipe')
   require(status.st_size <= MOST_BYTES_READ_WHOLE,
-          f'{file} has {status.st_size:,} bytes, '
-          f'and such a file has at most {MOST_BYTES_READ_WHOLE:,}')
+          f'{file} has {status.st_size:,} bytes, and such a file has at most '
+          f'{MOST_BYTES_READ_WHOLE:,}')
   with open(file, 'rb') as opened:
     return opened.read(status.st_size)
 
 
 def read_json(file: epath.Path, fields: Mapping[str, Any] = {}
               ) -> dict[str, Any]:
-  """Returns the object that a file of JSON holds; see `parse`."""
+  """Returns the JSON object that a file holds; the arguments and errors are
+  those of `parse_json_object`."""
   return parse_json_object(read_small(file), str(file), fields)
 
 
 def parse_json_object(text: str | bytes, who: str,
-                      fields: Mapping[str, Any] = {}
-                      ) -> dict[str, Any]:
-  """Returns the object that JSON text holds.
+                      fields: Mapping[str, Any] = {}) -> dict[str, Any]:
+  """Returns the object that JSON text holds, and checks its fields.
 
   Args:
     text: the text of a whole file, or of a line.
@@ -235,7 +261,8 @@ def parse_json_object(text: str | bytes, who: str,
     fields: the types of fields that must be there, by name.
 
   Raises:
-    RequestError: where it is no JSON, no object, or a field is another.
+    RequestError: for a text that is no JSON or no object, and for a field that
+      is missing or of another type.
   """
   try:
     tree = json.loads(text)
@@ -243,40 +270,41 @@ def parse_json_object(text: str | bytes, who: str,
     raise RequestError(f'{who} is damaged, and is no JSON: {error}') from error
   require(isinstance(tree, dict), f'{who} is damaged: it is {short(tree)}, and '
           'must be an object')
-  for name, kind in fields.items():
-    require(isinstance(tree.get(name), kind), f'{who} is damaged: its {name!r} '
-            f'is {short(tree.get(name))}')
+  for name, field_type in fields.items():
+    require(isinstance(tree.get(name), field_type),
+            f'{who} is damaged: its {name!r} is {short(tree.get(name))}')
   return tree
 
 
 # Before any work.
 
 
-def check_folder_is_writable(folder: str | os.PathLike,
-                             name: str = '--workdir') -> None:
-  """Raises RequestError unless files can be written in a folder that is named,
-  or where it would be made; nothing is made. A bucket is not tried.
+def check_folder_is_writable(folder: str | os.PathLike, name: str = '--workdir'
+                             ) -> None:
+  """Raises RequestError unless files can be written in a folder, or in the one
+  where it would be made; nothing is made. A bucket is not tried.
 
   Args:
     folder: a folder on disk, or in a bucket.
-    name: the flag or field that holds it.
+    name: the flag or field that holds it, for the message.
   """
   require(str(folder) != '', f"{name} is '': name a folder")
   if is_in_bucket(folder):
     return
   try:
-    # The first folder above it that is there.
-    nearest = pathlib.Path(folder).absolute()
-    while not nearest.exists():
-      nearest = nearest.parent
-    tempfile.TemporaryFile(dir=nearest).close()
+    # The nearest folder above it that exists is tried with a temporary file.
+    existing_folder = pathlib.Path(folder).absolute()
+    while not existing_folder.exists():
+      existing_folder = existing_folder.parent
+    tempfile.TemporaryFile(dir=existing_folder).close()
   except OSError as error:
     raise RequestError(f'{name} is {str(folder)!r}, where nothing can be '
                        f'written: {error.strerror}') from error
 
 
 def check_file_is_writable(file: str | os.PathLike, name: str) -> None:
-  """Raises RequestError unless a file can be written, or written anew."""
+  """Raises RequestError unless a file can be written, or replaced; `name` is
+  the flag that holds it. A bucket is not tried."""
   if is_in_bucket(file):
     return
   require(not os.path.isdir(file), f'{name} is {str(file)!r}, which is a '
@@ -285,24 +313,29 @@ def check_file_is_writable(file: str | os.PathLike, name: str) -> None:
 
 
 def checked_output_file(text: str, name: str) -> epath.Path | None:
-  """Returns the file that a flag names, once it is known that it can be
-  written; None where the flag is ''."""
+  """Returns the file to which a flag's value asks a program to write, once it
+  is known that it can be written; None where the value is ''.
+
+  Args:
+    text: the value of the flag.
+    name: the flag, for the message.
+  """
   if not text:
     return None
   check_file_is_writable(text, name)
   return checked_path(text, name)
 
 
-def refuse_folder_of_run(folder: str | os.PathLike, name: str,
-                         marker: str = '') -> None:
-  """Raises RequestError for the folder of a training run.
+def refuse_folder_of_run(folder: str | os.PathLike, name: str, marker: str = ''
+                         ) -> None:
+  """Raises RequestError where a program that is no training run would write
+  among the files of one.
 
   Args:
-    folder: the folder of something that is no run itself, and would write among
-      its files.
-    name: the flag that holds it.
-    marker: a file that says that it was written there before, and may go on;
-      '': there is none.
+    folder: the folder to which the program writes.
+    name: the flag that holds it, for the message.
+    marker: a file by which the program knows a folder that it wrote before, and
+      may go on with; '': there is none.
   """
   folder = checked_path(folder, name)
   if marker and (folder / marker).exists():
@@ -313,9 +346,14 @@ def refuse_folder_of_run(folder: str | os.PathLike, name: str,
 
 
 def refuse_folder_of_others(folder: str | os.PathLike, name: str) -> None:
-  """Raises RequestError where a run would write among the files of a sweep or
-  a study, or over the config.json of something else, such as Hugging Face's
-  weights; `name` is the flag's."""
+  """Raises RequestError where a training run would write among the files of a
+  sweep or a study, or over the config.json of something else, such as weights
+  in the Hugging Face format.
+
+  Args:
+    folder: the folder of the run.
+    name: the flag that holds it, for the message.
+  """
   folder = checked_path(folder, name)
   for marker in ('sweep.json', 'study.json'):
     require(not (folder / marker).exists(),
@@ -328,23 +366,24 @@ def refuse_folder_of_others(folder: str | os.PathLike, name: str) -> None:
 
 
 def has_checkpoints(folder: epath.Path) -> bool:
-  """Whether a folder is that of a run which has begun to train."""
+  """Whether a folder holds a run that has begun to train."""
   return (folder / CHECKPOINTS_FOLDER).exists()
 
 
 def has_config(folder: str | os.PathLike) -> bool:
-  """Whether there is a config.json in a folder, and it is that of a run."""
+  """Whether a folder has a config.json that a run of this project wrote."""
   return DERIVED_KEY in _names_in_config_json(folder)
 
 
 def is_hugging_face(folder: str | os.PathLike) -> bool:
-  """Whether there is a config.json in a folder, and it is that of Hugging
-  Face's weights."""
+  """Whether a folder has a config.json of weights in the Hugging Face
+  format."""
   return 'model_type' in _names_in_config_json(folder)
 
 
 def _names_in_config_json(folder: str | os.PathLike) -> Collection[str]:
-  """Returns the names of the fields in a folder's config.json; (): none."""
+  """Returns the names of the top-level fields in a folder's config.json; ()
+  where there is none, or one that cannot be read."""
   try:
     tree = json.loads(read_small(epath.Path(folder) / CONFIG_FILE))
   except (OSError, ValueError, RecursionError):
@@ -354,17 +393,18 @@ def _names_in_config_json(folder: str | os.PathLike) -> Collection[str]:
 
 def lock_workdir(workdir: str | os.PathLike, primary: bool = True
                  ) -> contextlib.AbstractContextManager:
-  """Locks the workdir for this process, while the context lasts.
+  """Locks the folder of a run for this process, until the returned context
+  ends, so that no second process trains in it.
 
-  In a bucket nothing can be locked, and nothing is done. A file system without
-  locks is warned of.
+  In a bucket nothing can be locked, and nothing is done. On a file system
+  without locks a warning is printed.
 
   Args:
     workdir: the folder of the run.
     primary: whether this is process 0, the only one of a run that locks.
 
   Raises:
-    RequestError: where another run has it.
+    RequestError: where another process has locked it.
   """
   if not primary or is_in_bucket(workdir):
     return contextlib.nullcontext()
@@ -380,6 +420,7 @@ def lock_workdir(workdir: str | os.PathLike, primary: bool = True
   except OSError as error:  # as Lustre mounted without flock
     print(f'warning: {workdir} has no file locks ({error.strerror}): nothing '
           'keeps a second process from training in it', file=sys.stderr)
+  # The lock lasts until the file is closed, with which its context ends.
   return file
 
 
@@ -421,10 +462,11 @@ class GrowingFile:
 
 
 class BucketUploads:
-  """Files that grow, and belong into a folder that may be in a bucket.
+  """Files that grow, of a folder that may be in a bucket: they are written in a
+  folder on disk, and copied into the bucket from time to time.
 
   Attributes:
-    local: the folder to write them to; that on disk itself, if it is there.
+    local: the folder to write them to; the folder itself, where it is on disk.
   """
 
   def __init__(self, folder: epath.Path):
@@ -437,26 +479,27 @@ class BucketUploads:
       self.local = epath.Path(self._temporary.name)
 
   def fetch(self, name: str) -> None:
-    """Brings a file from the bucket, to be gone on with."""
+    """Copies a file from the bucket to the local folder, to append to it."""
     if is_in_bucket(self._folder) and (self._folder / name).exists():
       (self.local / name).write_bytes((self._folder / name).read_bytes())
 
   def push(self) -> None:
-    """Copies into the bucket what has changed since the last time."""
+    """Copies into the bucket the local files that have changed since the last
+    time; does nothing where the folder is on disk."""
     if not is_in_bucket(self._folder):
       return
     for file in pathlib.Path(self.local).rglob('*'):
-      # Size and time tell whether a file was copied as it is now.
+      # By its size and its time a file is known to have changed.
       status = file.stat()
-      state = status.st_size, status.st_mtime_ns
-      if file.is_dir() or self._sent.get(file) == state:
+      size_and_time = status.st_size, status.st_mtime_ns
+      if file.is_dir() or self._sent.get(file) == size_and_time:
         continue
       target = self._folder / str(file.relative_to(self.local))
       with explain_write_failures(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with file.open('rb') as source, target.open('wb') as sink:
           shutil.copyfileobj(source, sink, 2**20)
-      self._sent[file] = state
+      self._sent[file] = size_and_time
 
 
 # Refusals of the environment.
@@ -473,31 +516,35 @@ _BUCKET_CLIENTS = ('aiohttp', 'gcsfs')
 
 @contextlib.contextmanager
 def explain_write_failures(what: str | os.PathLike) -> Iterator[None]:
-  """Turns a failure of the environment into a sentence, while the `with` block
-  writes.
+  """Turns an error of the environment, such as a full disk, that the `with`
+  block meets while it writes into an EnvironmentFailure with one sentence.
 
   Args:
     what: the file, or words for it; it follows 'cannot write'.
 
   Raises:
-    EnvironmentFailure: instead of an error whose reason lies outside of the
-      program. Every other error passes through as it is.
+    EnvironmentFailure: in place of an error that lies outside of the program.
+      Every other error passes through as it is.
   """
   try:
     yield
   except (EnvironmentFailure, RequestError):
     raise
   except Exception as error:  # those of TensorStore have many types
-    why = environment_reason(error)
-    if not why:
+    reason = environment_reason(error)
+    if not reason:
       raise
-    raise EnvironmentFailure(f'cannot write {what}: {why}; once that is '
+    raise EnvironmentFailure(f'cannot write {what}: {reason}; once that is '
                              'mended, the same command goes on') from error
 
 
 def environment_reason(error: BaseException | None) -> str:
-  """Returns the reason of an error that the environment caused; '': the
-  environment did not cause it."""
+  """Returns in a few words why the environment caused an error, as 'No space
+  left on device'; '' for an error that it did not cause.
+
+  Args:
+    error: the error, whose causes are searched too.
+  """
   chain = []
   while error is not None:
     chain.append(error)
@@ -505,17 +552,19 @@ def environment_reason(error: BaseException | None) -> str:
 
   # The failure that TensorStore met comes first: Orbax, which cleans up after
   # it, may have met more.
-  for one in chain:
-    text = str(one).split('\n')[0]
-    number = re.search(r"\[os_error_code='(\d+)'", text)
-    if number:
-      return os.strerror(int(number[1]))
-    status = _REFUSAL_OF_BUCKET.match(text)
-    if status and isinstance(one, ValueError):
-      return status[1].split(' [')[0][:300]
-  for one in chain:
-    if isinstance(one, OSError):
-      return one.strerror or str(one) or type(one).__name__
-    if type(one).__module__.partition('.')[0] in _BUCKET_CLIENTS:
-      return f'{type(one).__name__}: {one}'
+  for cause in chain:
+    text = str(cause).split('\n')[0]
+    os_error_code = re.search(r"\[os_error_code='(\d+)'", text)
+    if os_error_code:
+      return os.strerror(int(os_error_code[1]))
+    refusal = _REFUSAL_OF_BUCKET.match(text)
+    if refusal and isinstance(cause, ValueError):
+      return refusal[1].split(' [')[0][:300]
+
+  # Python's own errors, and those of the packages that write to a bucket.
+  for cause in chain:
+    if isinstance(cause, OSError):
+      return cause.strerror or str(cause) or type(cause).__name__
+    if type(cause).__module__.partition('.')[0] in _BUCKET_CLIENTS:
+      return f'{type(cause).__name__}: {cause}'
   return ''
