@@ -32,12 +32,11 @@ _FORMAT_KEY = 'format'
 _DERIVED_KEY = storage.DERIVED_KEY
 _STARTS_KEY = 'starts'
 _FILES_KEY = 'files'
-MISSING_VALUE = '(none)'
+MISSING_VALUE = '(none)'  # stands for the value of a field that is not there
 
 
 class FieldChange(NamedTuple):
-  """One field that differs.
-
+  """One field of the config that differs from that of the run so far.
   Attributes:
     name: the dotted name of the field.
     old, new: its values; MISSING on a side that lacks it.
@@ -55,10 +54,10 @@ def save_config(workdir: epath.Path, config: ml_collections.ConfigDict,
                 derived: Mapping[str, Any] | None = None,
                 data: Mapping[str, str] | None = None,
                 model: ModelConfig | None = None):
-  """Writes config.json, from process 0, whole or not at all.
+  """Writes the config.json of a run, from process 0, whole or not at all.
 
   Args:
-    workdir: a folder, which is made if it isn't there.
+    workdir: the folder of the run, which is made if it isn't there.
     config: the config of the run.
     derived: the resolved value of fields left at 0 or '', by dotted name.
     data: the hashes of the sources and the tokenizer; see
@@ -72,13 +71,12 @@ def save_config(workdir: epath.Path, config: ml_collections.ConfigDict,
   else:
     fields = without_unread_fields(config, model)
   # A start like the one before it, with the same code and data, is not noted.
-  every_start = load_starts(workdir)
-  now = provenance.describe_this_start(data)
-  if not every_start or every_start[-1] != now:
-    every_start.append(now)
+  starts = load_starts(workdir)
+  this_start = provenance.describe_this_start(data)
+  if not starts or starts[-1] != this_start:
+    starts.append(this_start)
   tree = {_FORMAT_KEY: FORMAT_VERSION, **fields,
-          _DERIVED_KEY: dict(derived or {}),
-          _STARTS_KEY: every_start}
+          _DERIVED_KEY: dict(derived or {}), _STARTS_KEY: starts}
   if plugins.text_of_loaded_file:
     tree[_FILES_KEY] = plugins.text_of_loaded_file
   text = json.dumps(tree, indent=2, allow_nan=False)
@@ -86,43 +84,50 @@ def save_config(workdir: epath.Path, config: ml_collections.ConfigDict,
 
 
 def load_config(workdir: epath.Path) -> ml_collections.ConfigDict:
-  """Returns the config that `save` wrote; see from_json."""
+  """Returns the config of a run that `save_config` wrote, locked."""
   return config_from_json(_config_fields(_load_config_json(workdir)))
 
 
 def _config_fields(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the config tree of what config.json holds."""
-  others = _FORMAT_KEY, _DERIVED_KEY, _STARTS_KEY, _FILES_KEY
-  return {name: value for name, value in tree.items() if name not in others}
+  """Returns the fields of the config out of all that config.json holds."""
+  other_keys = _FORMAT_KEY, _DERIVED_KEY, _STARTS_KEY, _FILES_KEY
+  fields = {}
+  for name, value in tree.items():
+    if name not in other_keys:
+      fields[name] = value
+  return fields
 
 
 def load_derived_fields(workdir: epath.Path) -> dict[str, Any]:
-  """Returns the values of the fields that were derived, by dotted name."""
+  """Returns the values of the fields of a run's config that were left empty and
+  derived, by dotted name."""
   return _load_config_json(workdir)[_DERIVED_KEY]
 
 
 def load_labels(workdir: epath.Path) -> tuple[str, ...]:
-  """Returns the labels that the outputs of a run's model stand for:
-  data.labels."""
+  """Returns the labels that the outputs of a run's classifier stand for, in
+  their order (data.labels); () for another model."""
   fields = flatten(load_config(workdir)) | load_derived_fields(workdir)
   return tuple(fields.get('data.labels', ()))
 
 
 def load_starts(workdir: epath.Path) -> list[dict[str, Any]]:
-  """Returns what is remembered of each start of a run that has begun, the last
-  start last; a start that equals the one before it counts once."""
+  """Returns what config.json remembers of each start of a run (its code, its
+  command, its data), the last start last; [] for a run that has not begun. A
+  start that equals the one before it is there once."""
   if not config_file(workdir).exists() or not has_begun(workdir):
     return []
   return list(_load_config_json(workdir)[_STARTS_KEY])
 
 
 def config_file(workdir: epath.Path):
-  """Returns where the config of a run lies."""
+  """Returns the path of a run's config.json."""
   return storage.checked_path(workdir) / storage.CONFIG_FILE
 
 
 def has_begun(workdir: epath.Path) -> bool:
-  """Whether there is a checkpoint to go on from; its config ought to be."""
+  """Whether the run in a folder has a checkpoint, so that it has begun to
+  train."""
   folder = checkpoints.checkpoint_folder(workdir)
   if not folder.exists():
     return False
@@ -130,30 +135,34 @@ def has_begun(workdir: epath.Path) -> bool:
 
 
 def _load_config_json(workdir: epath.Path) -> dict[str, Any]:
-  """Returns the whole of config.json, checked; RequestError where it cannot be
-  used."""
+  """Returns all that a run's config.json holds, checked.
+
+  Raises:
+    RequestError: where the file is missing, damaged, or of another format.
+  """
   path = config_file(workdir)
-  begun = has_begun(workdir)
+  is_begun = has_begun(workdir)
   # Without it there is no run, or one that cannot be known.
   if not path.exists():
-    way_on = 'no run was started in this workdir'
-    if begun:
-      way_on = 'put it back, or take another --workdir'
-    raise RequestError(f'{path} is missing: {way_on}')
-  if not begun and storage.is_hugging_face(workdir):
+    advice = 'no run was started in this workdir'
+    if is_begun:
+      advice = 'put it back, or take another --workdir'
+    raise RequestError(f'{path} is missing: {advice}')
+  if not is_begun and storage.is_hugging_face(workdir):
     raise RequestError(
         f'{workdir} is a folder in the Hugging Face format, which python -m '
         'tools.chat takes as its --folder, and not that of a run, which '
         'python -m tools.convert import makes of it')
   # The file was written by this version of the code.
-  tree = lists_to_tuples(storage.read_json(path,
-                                           {_DERIVED_KEY: dict,
-                                            _STARTS_KEY: list}))
+  json_tree = storage.read_json(
+      path, {_DERIVED_KEY: dict, _STARTS_KEY: list})
+  tree = lists_to_tuples(json_tree)
   require(tree.get(_FORMAT_KEY) == FORMAT_VERSION, f'{path} is of format '
           f'{short(tree.get(_FORMAT_KEY))}, and this version of the code reads '
           f'{FORMAT_VERSION}: go on with the version that wrote it, or train '
           'anew')
-  # Fields of parts from outside the tree are known only after these are read.
+  # A part that a file from outside the tree declares, and its fields, are known
+  # only after that file is read.
   plugins.restore_declared_parts(tree.get(_FILES_KEY, {}))
   base.check(_config_fields(tree), f'{path} is damaged: ')
   base.check(tree[_DERIVED_KEY], f'{path} is damaged: ')
@@ -161,8 +170,8 @@ def _load_config_json(workdir: epath.Path) -> dict[str, Any]:
 
 
 def lists_to_tuples(value: Any):
-  """Returns a value out of JSON with tuples for its lists, since configs have
-  tuples."""
+  """Returns a value that was read from JSON with tuples in place of its lists,
+  as configs have them."""
   if isinstance(value, (list, tuple)):
     return tuple(lists_to_tuples(item) for item in value)
   if isinstance(value, dict):
@@ -171,12 +180,12 @@ def lists_to_tuples(value: Any):
 
 
 def config_from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
-  """Returns the config, locked, as that of a command line is. What is not there
-  has its default."""
+  """Returns a run's config, locked, given its fields as JSON holds them, in
+  nested dicts. A field that is not there has its default."""
   tree = lists_to_tuples(tree)
-  kinds = tree.get('model', {}).get('kinds', {})
+  layer_kinds = tree.get('model', {}).get('kinds', {})
   config = base.base()
-  config.model.kinds = ml_collections.ConfigDict(kinds)
+  config.model.kinds = ml_collections.ConfigDict(layer_kinds)
   for name, value in flat.flatten_groups(tree).items():
     if not name.startswith('model.kinds.'):
       config.update_from_flattened_dict({name: value})
@@ -185,8 +194,14 @@ def config_from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 def without_unread_fields(config: ml_collections.ConfigDict, model: ModelConfig,
                           resolved: bool = False) -> dict[str, Any]:
-  """Returns a run's config as a dict, without the fields of config.model that
-  the model does not read; `resolved`: with those filled in that are derived.
+  """Returns a run's config as nested dicts, without the fields of config.model
+  that its model does not read, such as those of experts in a dense model.
+
+  Args:
+    config: the config of the run.
+    model: its resolved config.model.
+    resolved: whether fields that were left empty get the values that were
+      derived for them.
   """
   tree = config.to_dict()
   if resolved:
@@ -196,14 +211,15 @@ def without_unread_fields(config: ml_collections.ConfigDict, model: ModelConfig,
       # By default positions are learned, which is read under every mixer.
       tree['model'][name] = 'none'
       continue
-    # The dicts that the field lies in, from the outermost one.
-    *groups, last = name.split('.')
-    nested = [tree['model']]
-    for group in groups:
-      nested.append(nested[-1].get(group, {}))
-    nested[-1].pop(last, None)
-    if not nested[-1] and groups[-1] in flat.GROUPS:
-      nested[-2].pop(groups[-1], None)
+    # The dicts in which the field lies, from the outermost one.
+    *group_names, field_name = name.split('.')
+    nested_dicts = [tree['model']]
+    for group_name in group_names:
+      nested_dicts.append(nested_dicts[-1].get(group_name, {}))
+    # The field is removed, and its group too if that is empty then.
+    nested_dicts[-1].pop(field_name, None)
+    if not nested_dicts[-1] and group_names[-1] in flat.GROUPS:
+      nested_dicts[-2].pop(group_names[-1], None)
   return tree
 
 
@@ -218,78 +234,91 @@ def flatten(tree: Mapping[str, Any] | ml_collections.ConfigDict
 
 def list_changes(workdir: epath.Path, config: ml_collections.ConfigDict,
                  derived: Mapping[str, Any]) -> list[FieldChange]:
-  """Returns what differs from the run that has begun in a workdir, if any."""
+  """Returns the fields in which a config differs from that of the run that has
+  begun in a folder; [] where none has begun.
+
+  Args:
+    workdir: the folder of the run.
+    config: the config with which the run would go on.
+    derived: the values of its fields that were left empty, by dotted name.
+  """
   if not has_begun(workdir):
     return []
-  old = load_config(workdir)
+  old_config = load_config(workdir)
   old_derived = load_derived_fields(workdir)
-  # A file that somebody changed by hand may hold a field that cannot be.
+  # A config.json that somebody changed by hand may be of no possible model.
   try:
-    before = fields_that_run_reads(old, old_derived)
+    old_fields = fields_that_run_reads(old_config, old_derived)
   except RequestError as error:
     raise RequestError(f'{config_file(workdir)} is damaged: {error}') from error
-  return compare_fields(before, fields_that_run_reads(config, derived))
+  return compare_fields(old_fields, fields_that_run_reads(config, derived))
 
 
 def fields_that_run_reads(config: ml_collections.ConfigDict,
-                          derived: Mapping[str, Any]
-                          ) -> dict[str, Any]:
-  """Returns the fields that a run reads, by dotted name; those that are left at
-  0 or '' have their values in `derived`.
+                          derived: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields of a config that its run reads, by dotted name.
+
+  Args:
+    config: the config of the run.
+    derived: the values of its fields that were left at 0 or '', by dotted name,
+      which take their place.
 
   Raises:
     RequestError: for a model that cannot be.
   """
   config = config.copy_and_resolve_references().unlock()
   config.update_from_flattened_dict(derived)
-  return flatten(without_unread_fields(config,
-                                       architectures.resolve(config.model)))
+  model = architectures.resolve(config.model)
+  return flatten(without_unread_fields(config, model))
 
 
-def compare_fields(old: Mapping[str, Any],
-                   new: Mapping[str, Any]) -> list[FieldChange]:
-  """Returns the fields that differ, worst class first.
+def compare_fields(old: Mapping[str, Any], new: Mapping[str, Any]
+                   ) -> list[FieldChange]:
+  """Returns the fields that differ between two configs of one run, those first
+  that forbid the run to go on.
 
   Args:
-    old: the fields that a run has read so far; see `read_fields`. There 0 is
-      the same as the value that it stands for, and a derived value that changes
-      with another field is a change too.
+    old: the fields that the run has read so far, from `fields_that_run_reads`.
+      There 0 is the same as the value that it stands for, and a derived value
+      that changes with another field is a change too.
     new: the fields that it would read from now on.
   """
   changes = []
   for name in old | new:
-    before = old.get(name, MISSING_VALUE)
-    after = new.get(name, MISSING_VALUE)
-    if type(before) is type(after) and before == after:
+    old_value = old.get(name, MISSING_VALUE)
+    new_value = new.get(name, MISSING_VALUE)
+    if type(old_value) is type(new_value) and old_value == new_value:
       continue
-    kind, why = base.resume(name, old, new)
-    changes.append(FieldChange(
-        name=name, old=before, new=after, kind=kind, why=why))
+    change_class, why = base.resume(name, old, new)
+    changes.append(FieldChange(name=name, old=old_value, new=new_value,
+                               kind=change_class, why=why))
   # A change that forbids to go on is read first.
   order = (INCOMPATIBLE, OPTIMISATION, SAFE)
   return sorted(changes, key=lambda change: order.index(change.kind))
 
 
-def refuse_changes(changes: list[FieldChange],
-                   allow_config_change: bool) -> None:
-  """Raises RequestError where changes need --allow_config_change and lack it.
+def refuse_changes(changes: list[FieldChange], allow_config_change: bool
+                   ) -> None:
+  """Raises RequestError where a run may not go on with a changed config, since
+  a change does more than compute the same in another way.
 
   Args:
     changes: the changes from the run's config.
-    allow_config_change: whether the flag is there.
+    allow_config_change: whether the user has passed --allow_config_change.
   """
   names = ', '.join(change.name for change in changes if change.kind != SAFE)
-  way = advise_on_incompatible(changes) or ('Take another --workdir, or pass '
-                                            '--allow_config_change to go on')
+  advice = advise_on_incompatible(changes)
+  if not advice:
+    advice = ('Take another --workdir, or pass --allow_config_change to go on')
   # A sweep keeps the first line where one of its runs has failed.
   require(allow_config_change or not names, 'the config differs from that of '
-          f'the run in this workdir in {names}. {way}:\n'
+          f'the run in this workdir in {names}. {advice}:\n'
           f'{format_changes(changes)}')
 
 
 def advise_on_incompatible(changes: list[FieldChange]) -> str:
-  """Returns what there is to do where a run cannot go on with `changes`; ''
-  where none of them is incompatible."""
+  """Returns what a user can do about the changes with which a run cannot go on;
+  '' where none of them is incompatible."""
   names = [change.name for change in changes if change.kind == INCOMPATIBLE]
   if not names:
     return ''
@@ -299,7 +328,8 @@ def advise_on_incompatible(changes: list[FieldChange]) -> str:
 
 
 def format_changes(changes: list[FieldChange]) -> str:
-  """Renders changes for a terminal: field, old, new, class, why."""
+  """Returns changes of a config as a table for a terminal, with the columns
+  field, old, new, class and why."""
   rows = [('field', 'old', 'new', 'class', 'why')]
   for change in changes:
     rows.append((change.name, short(change.old), short(change.new),
@@ -316,9 +346,14 @@ def format_changes(changes: list[FieldChange]) -> str:
 
 
 def training_command(workdir: str | os.PathLike,
-                     config: ml_collections.ConfigDict
-                     ) -> str:
-  """Returns the command that trains in `workdir` with this very config."""
+                     config: ml_collections.ConfigDict) -> str:
+  """Returns the command line of train.py that trains a config, in `workdir`.
+
+  Args:
+    workdir: the folder of the run.
+    config: the config, each field of which that differs from the file of its
+      system becomes a flag.
+  """
   arch = config.model.arch
   file_of_config = f'configs/{architectures.file_name(arch)}.py'
   if arch in architectures.SYSTEMS:
@@ -327,20 +362,21 @@ def training_command(workdir: str | os.PathLike,
            f'--workdir={workdir}']
 
   # The fields that differ from those of the file.
-  in_file = default_config_of_system(arch)
-  defaults = flatten(in_file)
+  config_of_file = default_config_of_system(arch)
+  values_in_file = flatten(config_of_file)
   for name, value in flatten(config).items():
-    if not name.startswith('model.kinds.') and value != defaults[name]:
+    if not name.startswith('model.kinds.') and value != values_in_file[name]:
       words.append(f'--config.{name}={value}')
-  kinds = config.model.kinds.to_dict()
-  if kinds != in_file.model.kinds.to_dict():
-    words.append(f'--config.model.kinds={kinds}')
+  layer_kinds = config.model.kinds.to_dict()
+  if layer_kinds != config_of_file.model.kinds.to_dict():
+    words.append(f'--config.model.kinds={layer_kinds}')
   return shlex.join(words)
 
 
 def default_config_of_system(arch: str) -> ml_collections.ConfigDict:
-  """Returns the `tiny` size of a system's file in configs/; for a system from
-  outside the tree, the parts that its class names."""
+  """Returns the config of a system (model.arch) before any field is set: the
+  `tiny` size of its file in configs/; for a system that a file from outside the
+  tree declares, the defaults with the parts that its class names."""
   if arch in architectures.SYSTEMS:
     config = base.base()
     config.model.update(architectures.SYSTEMS[arch].PARTS, arch=arch)
