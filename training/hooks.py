@@ -173,12 +173,12 @@ class Evaluate(Hook):
     task, is_task, _ = best.figure.partition('/')
     if is_task:
       params = next(iter(program.split_by_run(loop.state.params)))
-      names = self._tasks.list_figure_names(task, params, loop.writers[0].workdir,
-                                lambda: self._stop.at_once)
+      names = self._tasks.list_figure_names(
+          task, params, loop.writers[0].workdir, lambda: self._stop.at_once)
     else:
-      names = held_out.list_figure_names(program.eval_step, params=loop.state.params,
-                             loaders=self._eval_data, put=program.put,
-                             part=program.figures_of_run)
+      names = held_out.list_figure_names(
+          program.eval_step, params=loop.state.params, loaders=self._eval_data,
+          put=program.put, part=program.figures_of_run)
     best.check_is_among(names or [best.figure])
 
   def compile(self, loop: Loop) -> None:

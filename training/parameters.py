@@ -316,8 +316,9 @@ def _read_weights_of_run(run: runs.Run, source: epath.Path, drawn: Any,
   restored = read_parameters(folder, wanted['params'], step)
   if step is None:
     _warn_of_damaged_checkpoints(restored)
-  params = checkpoints.nest_by_path(
-      paths.flatten_by_path(initial_params) | paths.flatten_by_path(restored.state))
+  arrays = paths.flatten_by_path(initial_params)
+  arrays |= paths.flatten_by_path(restored.state)
+  params = checkpoints.nest_by_path(arrays)
   if not has_same_adapters:
     params = weights.beside(params, drawn)
   return params, skipped
