@@ -21,21 +21,24 @@ from tools.compare import results as results_lib
 from training import evals
 
 LEARNING_RATE_FIELD = 'optim.lr'
+# What stands in the column of verdicts for the base, and for a variant that no
+# phase has compared yet.
 BASE, NOT_DONE_YET = 'base', 'not done yet'
 # The figures that an estimate takes from the comparison of a phase.
-_COMPARED = ('effect', 'low', 'high', 'n', 'p', 'p_corrected', 'p_robust',
-             'p_equivalent', 'p_not_worse', 'diverged', 'base_diverged',
-             'item_noise')
+_FIGURES_OF_COMPARISON = (
+    'effect', 'low', 'high', 'n', 'p', 'p_corrected', 'p_robust',
+    'p_equivalent', 'p_not_worse', 'diverged', 'base_diverged', 'item_noise')
 # The costs of a point, and what they are called in a sentence.
-_COSTS = {'tokens': 'tokens', 'params': 'parameters',
-          'flops_per_token': 'FLOPs a token'}
+_NAME_OF_COST = {'tokens': 'tokens', 'params': 'parameters',
+                 'flops_per_token': 'FLOPs a token'}
 
 
 def first_row_with(rows: Sequence[Mapping[str, Any]], **wanted: Any
                    ) -> Mapping[str, Any]:
-  """Returns the first row that has these values; {} where none has them."""
+  """Returns the first row that has the wanted values of some columns; {} where
+  none has them."""
   for row in rows:
-    if all(row[name] == x for name, x in wanted.items()):
+    if all(row[column] == value for column, value in wanted.items()):
       return row
   return {}
 
@@ -69,10 +72,12 @@ class Comparison:
 
   @property
   def plan(self) -> plans.Plan:
+    """The plan of the study, or that in its place for a sweep."""
     return self.frozen.plan
 
   @property
   def is_study(self) -> bool:
+    """Whether it is a study; a sweep has one size."""
     return len(self.plan.sizes) > 1
 
   @property
@@ -81,27 +86,35 @@ class Comparison:
     return (self.plan.base, *self.plan.variants)
 
   @property
-  def comparing(self) -> list[phases_lib.Phase]:
-    """The phases that compare variants with the base."""
-    others = phases_lib.Noise | phases_lib.Tune
+  def comparing_phases(self) -> list[phases_lib.Phase]:
+    """The phases that compare variants with the base, in order."""
+    other_phases = phases_lib.Noise | phases_lib.Tune
     return [phase for phase in phases_lib.of(self.plan.seeds)
-            if not isinstance(phase, others)]
+            if not isinstance(phase, other_phases)]
 
   def values(self, phase: str, variant: str, size: str,
              measure: plans.Measure) -> dict[int, float]:
-    """Returns a measure of each run of a phase that has it, by seed."""
+    """Returns the value of a measure in each run of a variant that has it, by
+    seed.
+
+    Args:
+      phase: the phase that the runs are of.
+      variant, size: the variant, and its size.
+      measure: the measure.
+    """
     wanted = phase, variant, size, measure.workload
-    values = {}
+    value_by_seed = {}
     for run in self.outcomes:
       value = run.values.get(measure.name)
       is_wanted = (run.phase, run.variant, run.size, run.workload) == wanted
       if is_wanted and page.known(value):
-        values[run.seed] = value
-    return values
+        value_by_seed[run.seed] = value
+    return value_by_seed
 
   def effect(self, phase: str, variant: str, measure: str, size: str = ''
              ) -> Mapping[str, Any]:
-    """Returns what a phase found of a variant, as decide gives it.
+    """Returns the difference of a variant from the base that a phase found, as
+    a row of decide.Verdict, or of decide.Effect at one of several sizes.
 
     Args:
       phase: the name of the phase.
@@ -118,17 +131,21 @@ class Comparison:
       return row
     return first_row_with(row['sizes'], size=size)
 
-  def standing(self, variant: str) -> str:
-    """Returns how far a variant came, in the words of the verdict's column."""
+  def verdict_or_stage(self, variant: str) -> str:
+    """Returns how far a variant came in a study, in the words of the column of
+    verdicts: the verdict of the last phase that compared it, but for one that
+    only lets it pass to the next phase."""
     if variant == self.plan.base:
       return BASE
-    names = [phase.name for phase in self.comparing]
-    until_verdict = names[:names.index('confirm') + 1]
-    for name in reversed(until_verdict):
+    names = [phase.name for phase in self.comparing_phases]
+    until_confirmation = names[:names.index('confirm') + 1]
+    for name in reversed(until_confirmation):
       row = self.effect(name, variant, self.plan.primary.name)
-      if row:
-        return NOT_DONE_YET if row[
-            'verdict'] == decide.PASSED else row['verdict']
+      if not row:
+        continue
+      if row['verdict'] == decide.PASSED:
+        return NOT_DONE_YET
+      return row['verdict']
     return NOT_DONE_YET
 
   @functools.cached_property
@@ -138,7 +155,7 @@ class Comparison:
 
     The rows of the confirmation come first, and in each phase those that its
     verdict is on."""
-    verdict_first = sorted(self.comparing,
+    verdict_first = sorted(self.comparing_phases,
                            key=lambda phase: phase.name != 'confirm')
     rows = []
     for phase in verdict_first:
@@ -159,8 +176,12 @@ class Comparison:
 
   def _estimate(self, phase: str, measure: plans.Measure, size: str,
                 variant: str, is_verdict: bool) -> dict[str, Any]:
-    """Returns one row of `estimates`; `is_verdict` says that the verdict of the
-    phase is on it."""
+    """Returns one row of `estimates`, with None for what is not known.
+
+    Args:
+      phase, measure, size, variant: what the row is of.
+      is_verdict: whether the verdict of the phase is on it.
+    """
     values = list(self.values(phase, variant, size, measure).values())
     compared = self.effect(phase, variant, measure.name, size)
 
@@ -174,28 +195,27 @@ class Comparison:
       row['sd'] = float(np.std(values, ddof=1))
 
     # Its difference from the base over seeds, and over seeds and items.
-    for name in _COMPARED:
-      row[name] = compared.get(name)
-    both = compared.get('both') or {}
-    for name in ('effect', 'low', 'high', 'p'):
-      row[f'both_{name}'] = both.get(name)
+    for figure in _FIGURES_OF_COMPARISON:
+      row[figure] = compared.get(figure)
+    over_seeds_and_items = compared.get('both') or {}
+    for figure in ('effect', 'low', 'high', 'p'):
+      row[f'both_{figure}'] = over_seeds_and_items.get(figure)
     row['verdict'] = None
     if is_verdict and phase == 'confirm':
-      row['verdict'] = self.standing(variant)
+      row['verdict'] = self.verdict_or_stage(variant)
     elif is_verdict:
       row['verdict'] = compared.get('verdict')
 
     # How the difference changes with the size, and what it is worth.
     trend = compared.get('trend') or {}
-    for name in ('effect', 'low', 'high'):
-      row[f'trend_{name}'] = trend.get(name)
-    over_sizes = self.effect(phase, variant, measure.name)
+    for figure in ('effect', 'low', 'high'):
+      row[f'trend_{figure}'] = trend.get(figure)
+    speed_ups = self.effect(phase, variant, measure.name).get('speed_ups', ())
     for by in efficiency.WAYS_TO_COUNT_SPENDING:
-      speed_up = first_row_with(
-          over_sizes.get('speed_ups', ()), size=size, by=by)
+      speed_up = first_row_with(speed_ups, size=size, by=by)
       row[f'speed_up_{by}'] = speed_up.get('factor')
-      for name in ('low', 'high', 'fit_error'):
-        row[f'speed_up_{by}_{name}'] = speed_up.get(name)
+      for figure in ('low', 'high', 'fit_error'):
+        row[f'speed_up_{by}_{figure}'] = speed_up.get(figure)
     return row
 
   def verdicts(self) -> list[dict[str, Any]]:
@@ -204,7 +224,8 @@ class Comparison:
 
 
 def load_comparison(workdir, rows: str = '') -> Comparison:
-  """Returns what lies in a workdir, from its files alone.
+  """Returns the plan and the results of a sweep or a study, from the files in
+  its folder alone.
 
   Args:
     workdir: the folder of a sweep or a study.
@@ -215,40 +236,52 @@ def load_comparison(workdir, rows: str = '') -> Comparison:
     RequestError: where no sweep or study was run there, or a file is damaged.
   """
   if not layout.is_study(workdir):
-    return _sweep(workdir, rows)
+    return _comparison_of_sweep(workdir, rows)
   require(not rows, f'--rows is of a sweep, and {workdir} holds '
           'a study, whose plan was written down before it ran')
-  return _study(workdir)
+  return _comparison_of_study(workdir)
 
 
-def format_config_value(x: Any) -> str:
-  """Returns a config's value as a flag would have it."""
-  return x if isinstance(x, str) and x else json.dumps(x)
+def format_config_value(value: Any) -> str:
+  """Returns a config's value as a flag would have it: a text as it is, and all
+  else as JSON."""
+  is_text = isinstance(value, str) and value != ''
+  return value if is_text else json.dumps(value)
 
 
 def format_changes(changes: Mapping[str, Any]) -> str:
-  """Returns 'field=value, field=value'."""
-  return ', '.join(
-      f'{name}={format_config_value(x)}' for name, x in changes.items())
+  """Returns changes of a config as 'field=value, field=value'."""
+  return ', '.join(f'{field}={format_config_value(value)}'
+                   for field, value in changes.items())
 
 
-def changes_from_base(
-    frozen: plans.Frozen, row: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what a point changes in the base of its size and workload."""
-  point = frozen.point(frozen.plan.base, row['size'], row['workload'])
-  base = point['changes']
+def changes_from_base(frozen: plans.Frozen, row: Mapping[str, Any]
+                      ) -> dict[str, Any]:
+  """Returns the fields of the config that a variant changes in the base of the
+  same size and workload.
+
+  Args:
+    frozen: the plan of the study.
+    row: a row of the variant, with 'size', 'workload' and 'changes'.
+  """
+  base_point = frozen.point(frozen.plan.base, row['size'], row['workload'])
+  base_changes = base_point['changes']
   changes = {}
-  for name, x in row['changes'].items():
-    if name not in base or base[name] != x:
-      changes[name] = x
+  for field, value in row['changes'].items():
+    if field not in base_changes or base_changes[field] != value:
+      changes[field] = value
   return changes
 
 
 # A study.
 
 
-def _study(workdir) -> Comparison:
-  """Returns what study.json and results.json of a folder say."""
+def _comparison_of_study(workdir) -> Comparison:
+  """Returns the comparison of what study.json planned and results.json has.
+
+  Raises:
+    RequestError: where both are of different plans.
+  """
   frozen = plans.load(workdir)
   results = results_lib.load(workdir)
   study = results['study']
@@ -258,7 +291,7 @@ def _study(workdir) -> Comparison:
 
   # The runs that have curves, and those that are left out.
   outcomes = [plans.outcome_from_json(row) for row in results['outcomes']]
-  lines, excluded = {}, []
+  curves_of_runs, excluded = {}, []
   for run in outcomes:
     if run.diverged:
       excluded.append({
@@ -268,13 +301,13 @@ def _study(workdir) -> Comparison:
       continue
     is_confirmed_text = run.phase == 'confirm' and run.workload == plans.TEXT
     if is_confirmed_text and run.curve:
-      lines[run.variant, run.size, run.seed] = {'eval': run.curve}
+      curves_of_runs[run.variant, run.size, run.seed] = {'eval': run.curve}
   return Comparison(
       workdir=workdir,
       frozen=frozen,
       results=results,
       outcomes=outcomes,
-      curves=lines,
+      curves=curves_of_runs,
       excluded=excluded,
       about=[frozen.plan.question],
       warnings=_study_warnings(frozen.plan, results),
@@ -287,12 +320,14 @@ def _study_warnings(plan: plans.Plan, results: Mapping[str, Any]) -> list[str]:
   confirmed = results.get('confirm', ())
 
   # Phases that are not over, and runs that were not planned.
-  over = [name for name, row in results['phases'].items() if row['finished']]
-  left = [name for name in plan.seeds if name not in over]
-  if left:
-    verb = 'is' if len(left) == 1 else 'are'
-    warnings.append(
-        f'This study is not over: {", ".join(left)} {verb} to be done.')
+  finished_phases = [
+      name for name, row in results['phases'].items() if row['finished']]
+  remaining_phases = [
+      name for name in plan.seeds if name not in finished_phases]
+  if remaining_phases:
+    verb = 'is' if len(remaining_phases) == 1 else 'are'
+    warnings.append(f'This study is not over: {", ".join(remaining_phases)} '
+                    f'{verb} to be done.')
   if results['as_planned']['differences']:
     warnings.append('What ran is not what was planned at first: see "Planned '
                     'and run".')
@@ -302,114 +337,136 @@ def _study_warnings(plan: plans.Plan, results: Mapping[str, Any]) -> list[str]:
   if announced and not announced['enough']:
     warnings.append(announced['sentence'] + ' That no difference is shown does '
                     'not mean that there is none.')
-  over_seeds_alone = _shown_over_seeds_alone(plan, confirmed)
-  if over_seeds_alone:
+  shown_over_seeds_alone = _shown_over_seeds_alone(plan, confirmed)
+  if shown_over_seeds_alone:
     warnings.append(
-        f'The difference of {"; ".join(over_seeds_alone)} is not shown over '
-        'seeds and items (documents, questions) together: other '
+        f'The difference of {"; ".join(shown_over_seeds_alone)} is not shown '
+        'over seeds and items (documents, questions) together: other '
         'items of their kind may show none.')
 
   # Values that were tuned too narrowly.
-  edges = dict.fromkeys(
+  variants_at_edge = dict.fromkeys(  # each once, in order
       row['variant'] for row in results['tuned'] if row['at_edge'])
-  if edges:
+  if variants_at_edge:
     warnings.append('Tuning ended at the edge of what was tried for '
-                    f'{", ".join(edges)}: a better value may lie beyond.')
+                    f'{", ".join(variants_at_edge)}: a better value may lie '
+                    'beyond.')
   return warnings + doubt_normal_noise(plan, confirmed)
 
 
 def _shown_over_seeds_alone(plan: plans.Plan,
                             rows: Sequence[Mapping[str, Any]]) -> list[str]:
   """Returns 'VARIANT in MEASURE' of each difference that a confirmation shows
-  over seeds, and that is not shown over seeds and items together."""
+  over seeds, and that is not shown over seeds and items together.
+
+  Args:
+    plan: the plan of the study.
+    rows: the rows of the confirmation.
+  """
   names = []
   for row in rows:
     is_shown = row['verdict'] in (decide.BETTER, decide.WORSE)
-    both = row.get('both')
-    if is_shown and both and both['p'] > plan.alpha:
+    over_seeds_and_items = row.get('both')
+    if not is_shown or not over_seeds_and_items:
+      continue
+    if over_seeds_and_items['p'] > plan.alpha:
       names.append(f'{row["variant"]} in {row["measure"]}')
   return names
 
 
-def doubt_normal_noise(
-    plan: plans.Plan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Says where the noise of a confirmation is not what Student's test takes it
-  for, and where the robust test does not agree with it."""
-  primary = [row for row in rows if row['measure'] == plan.primary.name]
-  sentences = []
+def doubt_normal_noise(plan: plans.Plan, rows: Sequence[Mapping[str, Any]]
+                       ) -> list[str]:
+  """Returns warnings where the noise of a confirmation does not look normal, as
+  Student's test takes it to be, and where a permutation test of the trimmed
+  mean, which is robust, does not agree with Student's.
 
-  # The test of the shape is one of all variants together.
-  shape = 1.0
-  for row in primary:
+  Args:
+    plan: the plan of the study.
+    rows: the rows of the confirmation.
+  """
+  primary_rows = [row for row in rows if row['measure'] == plan.primary.name]
+  warnings = []
+
+  # The test of normality is one of all variants together, so any row has it.
+  p_of_shape = 1.0
+  for row in primary_rows:
     if page.known(row.get('p_shape')):
-      shape = row['p_shape']
+      p_of_shape = row['p_shape']
       break
-  if shape <= statistics.IRREGULAR:
-    sentences.append(
-        f'The differences look skewed or have outliers (p = {shape:.2g} of '
-        'normal noise): p and intervals are the more cautious of Student\'s '
+  if p_of_shape <= statistics.IRREGULAR:
+    warnings.append(
+        f'The differences look skewed or have outliers (p = {p_of_shape:.2g} '
+        'of normal noise): p and intervals are the more cautious of Student\'s '
         'and of those by the differences of all variants together.')
 
   # The robust test is of each variant.
   disagreeing = []
-  for row in primary:
+  for row in primary_rows:
     p, p_robust = row['p'], row.get('p_robust')
     if p is None or p_robust is None:
       continue
     if (p <= plan.alpha) != (p_robust <= plan.alpha):
       disagreeing.append(f'{row["variant"]} (p = {p:.2g} and {p_robust:.2g})')
   if disagreeing:
-    sentences.append(
+    warnings.append(
         'Student\'s test and the permutation test of the trimmed mean '
         f'disagree, before correction, on {", ".join(disagreeing)}.')
-  return sentences
+  return warnings
 
 
 # A sweep.
 
 
-def _sweep(workdir, rows: str) -> Comparison:
-  """Returns what a sweep's folder says, as a study that was only confirmed;
-  `rows` is a CSV of further variants, or ''."""
+def _comparison_of_sweep(workdir, rows: str) -> Comparison:
+  """Returns the comparison of the points of a sweep, as a study that has no
+  phase but the confirmation.
+
+  Args:
+    workdir: the folder of the sweep.
+    rows: a CSV of further variants; '': none.
+  """
   sweep = curves.load_sweep(workdir)
   if rows:
     sweep = curves.add_variants_of_csv(sweep, rows)
 
   # The results that a study would have in its files.
-  outcomes = _outcomes(sweep)
-  plan = _plan(sweep, outcomes)
+  outcomes = _sweep_outcomes(sweep)
+  plan = _sweep_plan(sweep, outcomes)
   records = {'confirm': decide.judge_sweep(plan, outcomes),
-             'tuned': _rates(sweep),
+             'tuned': _tuned_learning_rates(sweep),
              'provenance': {'codes': sweep.codes, 'devices': [],
                             'versions': {}}}
   results = results_lib.NOTHING | plans.to_json(records)
 
   # The points, and the runs that have curves or are left out.
   finished = {(run.variant, run.seed) for run in outcomes if not run.diverged}
-  lines, excluded = {}, []
+  curves_of_runs, excluded = {}, []
   for point in sweep.points:
     for seed, run in point.runs.items():
       if (point.name, seed) in finished:
-        lines[point.name, '', seed] = _curves(point, seed)
-      if run.diverged or not run.is_whole:
-        excluded.append(_excluded(point, run))
+        curves_of_runs[point.name, '', seed] = _curves_by_figure(point, seed)
+      if run.diverged or not run.has_all_results:
+        excluded.append(_excluded_row(point, run))
   frozen = plans.Frozen(
       plan=plan, base_config=sweep.base_tree,
-      points=[_point_row(point) for point in sweep.points], sources={}, code={})
+      points=[_frozen_row(point) for point in sweep.points], sources={},
+      code={})
+  warnings = _sweep_warnings(sweep)
+  warnings += doubt_normal_noise(plan, results['confirm'])
   return Comparison(
       workdir=workdir,
       frozen=frozen,
       results=results,
       outcomes=outcomes,
-      curves=lines,
+      curves=curves_of_runs,
       excluded=excluded,
-      about=[_about(sweep)],
-      warnings=_sweep_warnings(
-          sweep) + doubt_normal_noise(plan, results['confirm']))
+      about=[_describe_sweep(sweep)],
+      warnings=warnings)
 
 
-def _point_row(point: curves.Point) -> dict[str, Any]:
-  """Returns the row of plans.Frozen.points of a point."""
+def _frozen_row(point: curves.Point) -> dict[str, Any]:
+  """Returns what a point of a sweep changes and costs, as a row of the points
+  of a study's plan (plans.Frozen.points)."""
   return {
       'variant': point.name, 'size': '', 'workload': plans.TEXT,
       'changes': point.changes, 'matched': point.matched,
@@ -417,16 +474,16 @@ def _point_row(point: curves.Point) -> dict[str, Any]:
       'flops_per_token': point.flops_per_token, 'tokens': point.tokens}
 
 
-def _plan(sweep: curves.Sweep, outcomes: Sequence[plans.Outcome]
-          ) -> plans.Plan:
-  """Returns a sweep as the plan of a study: its measures are the figures that
-  its runs have."""
+def _sweep_plan(sweep: curves.Sweep, outcomes: Sequence[plans.Outcome]
+                ) -> plans.Plan:
+  """Returns a sweep as the plan of a study with one phase, the confirmation,
+  whose measures are the figures that its runs have."""
   # The loss comes first, whatever the runs have.
   figures = ['loss']
   for run in outcomes:
     figures += run.values
   measures = []
-  for name in dict.fromkeys(figures):
+  for name in dict.fromkeys(figures):  # each once, in order
     measures.append(plans.Measure(
         name=name, workload=plans.TEXT, figure=name, better=plans.LOWER,
         chance=math.nan))
@@ -447,61 +504,70 @@ def _plan(sweep: curves.Sweep, outcomes: Sequence[plans.Outcome]
       match=sweep.match)
 
 
-def _curves(point: curves.Point, seed: int) -> dict[str, dict[str, list]]:
-  """Returns the curves that a run has, by figure."""
-  each = {}
-  for name in curves.FIGURES:
-    curve = point.curve(seed, name)
+def _curves_by_figure(point: curves.Point, seed: int
+                      ) -> dict[str, dict[str, list]]:
+  """Returns the curves that the run of a point with a seed has, by the name of
+  the figure (curves.FIGURES)."""
+  curve_by_figure = {}
+  for figure in curves.FIGURES:
+    curve = point.curve(seed, figure)
     if curve:
-      each[name] = curve
-  return each
+      curve_by_figure[figure] = curve
+  return curve_by_figure
 
 
-def _excluded(point: curves.Point, run: curves.Run) -> dict[str, Any]:
-  """Returns the row of Comparison.excluded of a run."""
-  why = run.error.strip()
-  if not why and run.state == 'done':
-    why = 'no finite held-out loss at the last step (eval.every_steps)'
+def _excluded_row(point: curves.Point, run: curves.Run) -> dict[str, Any]:
+  """Returns why a run is left out, as a row of Comparison.excluded."""
+  reason = run.error.strip()
+  if not reason and run.state == 'done':
+    reason = 'no finite held-out loss at the last step (eval.every_steps)'
   state = run.state
   if run.diverged:
     state = 'diverged'
   return {'phase': '', 'variant': point.name, 'size': '', 'workload': '',
-          'seed': run.seed, 'state': state, 'why': why}
+          'seed': run.seed, 'state': state, 'why': reason}
 
 
-def _outcomes(sweep: curves.Sweep) -> list[plans.Outcome]:
-  """Returns what became of the runs of a sweep that have a figure, and of those
-  that diverged, which count as such and have no figures."""
-  # A run that diverged has NaN in place of every figure that another one has.
-  values, unknown = {}, {}
+def _sweep_outcomes(sweep: curves.Sweep) -> list[plans.Outcome]:
+  """Returns the outcome of each run of a sweep that has a figure, and of each
+  that diverged, which has NaN in place of every figure that another one has."""
+  # The figures of the runs that did not diverge.
+  values_of_run, nan_by_name = {}, {}
   for point in sweep.points:
     for seed, run in point.runs.items():
       if not run.diverged:
-        figures = _values(run)
-        values[point.name, seed] = figures
-        unknown |= dict.fromkeys(figures, math.nan)
+        values = _final_values(run)
+        values_of_run[point.name, seed] = values
+        nan_by_name |= dict.fromkeys(values, math.nan)
+
   outcomes = []
   for point in sweep.points:
     for seed, run in point.runs.items():
-      figures = dict(unknown)
+      values = dict(nan_by_name)
       if not run.diverged:
-        figures = values[point.name, seed]
-      if figures:
-        outcomes.append(_outcome(point, run, figures))
+        values = values_of_run[point.name, seed]
+      if values:
+        outcomes.append(_outcome(point, run, values))
   return outcomes
 
 
 def _outcome(point: curves.Point, run: curves.Run, values: dict[str, float]
              ) -> plans.Outcome:
-  """Returns what became of a run that has these figures."""
+  """Returns the outcome of a run of a sweep, as a run of a confirmation.
+
+  Args:
+    point: the point that the run is of.
+    run: the run.
+    values: its figures by name.
+  """
   # The compute and the time up to its last step.
   spent = {'flops': math.nan, 'seconds': math.nan}
   for name, column in point.curve(run.seed, 'train').items():
     spent[name] = column[-1]
-  scores = {}
+  scores_of_items = {}
   for name in run.items:
     if name in values:
-      scores[name] = run.items[name]
+      scores_of_items[name] = run.items[name]
   return plans.Outcome(
       phase='confirm',
       variant=point.name,
@@ -515,143 +581,159 @@ def _outcome(point: curves.Point, run: curves.Run, values: dict[str, float]
       params=point.params,
       changes=point.changes,
       curve=point.curve(run.seed),
-      items=scores)
+      items=scores_of_items)
 
 
-def _values(run: curves.Run) -> dict[str, float]:
-  """Returns the figures of a run after its last step.
+def _final_values(run: curves.Run) -> dict[str, float]:
+  """Returns the figures of a run after its last step, by name.
 
   They are its held-out loss, fractions that tasks found, as TASK/FIGURE, and
   the last figures of its routers. Counts, groups of figures and curves are left
   out, and so is what is not finite.
   """
   values = {}
-  if run.final is not None:
-    values['loss'] = run.final
+  if run.final_loss is not None:
+    values['loss'] = run.final_loss
   values |= _task_values(run)
   if values:  # routers alone are no result
     values |= _router_values(run)
-  return {name: x for name, x in values.items() if math.isfinite(x)}
+  return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _task_values(run: curves.Run) -> dict[str, float]:
-  """Returns the fractions that tasks found, while a run trained and after it.
-  """
+  """Returns the fractions that evaluation tasks found, while a run trained and
+  after it, by TASK/FIGURE."""
   values = {}
 
   # The tasks of eval.tasks, by the names in metrics.jsonl.
   held_out = run.held_out
   if held_out:
     tasks = evals.parse_task_names(run.config['eval.tasks'])
-    for name, x in held_out.items():
-      is_of_task = any(_is_figure_of(task, name) for task in tasks)
-      if type(x) is float and is_of_task:
-        values[name] = x
+    for name, value in held_out.items():
+      is_of_task = any(_is_figure_of_task(task, name) for task in tasks)
+      if type(value) is float and is_of_task:
+        values[name] = value
 
   # The tasks that it owed, of eval.json.
   for task, figures in run.evaluations.items():
     if not isinstance(figures, Mapping):
       continue
-    for name, x in figures.items():
-      if type(x) is float:
-        values[f'{task}/{name}'] = x
+    for name, value in figures.items():
+      if type(value) is float:
+        values[f'{task}/{name}'] = value
   return values
 
 
 def _router_values(run: curves.Run) -> dict[str, float]:
-  """Returns the last figures of a run's routers, each a mean over layers."""
+  """Returns the last figures that a run reported of the routers of its experts,
+  each a mean over layers, by their names to a reader; {} where it has none."""
   for row in reversed(run.rows):
     if row['split'] != 'train' or row.keys().isdisjoint(curves.FIGURES):
       continue
     values = {}
-    for name, words in curves.FIGURES.items():
+    for name, title in curves.FIGURES.items():
       if name in row:
-        values[words] = float(np.mean(np.asarray(row[name], float)))
+        values[title] = float(np.mean(np.asarray(row[name], float)))
     return values
   return {}
 
 
-def _is_figure_of(task: str, name: str) -> bool:
-  """Returns whether a name of metrics.jsonl is one of a task's own figures, and
-  not of a group of them, whose names are joined there by a slash, too."""
+def _is_figure_of_task(task: str, name: str) -> bool:
+  """Returns whether a figure of metrics.jsonl is an evaluation task's own
+  result, TASK/FIGURE or TASK/PART/FIGURE, and not one of a group of further
+  figures, whose names are joined by a slash, too.
+
+  Args:
+    task: the task, as eval.tasks names it.
+    name: the name of the figure.
+  """
   if name.rpartition('/')[0] == task:
     return True
-  row = evals.TASKS.get(task.partition(':')[0])
+  definition = evals.TASKS.get(task.partition(':')[0])
   # A task of another version is not known, and most tasks have no parts.
-  if row is None or row.other_groups is None:
+  if definition is None or definition.other_groups is None:
     return False
   if not name.startswith(f'{task}/'):
     return False
-  first = name.removeprefix(f'{task}/').partition('/')[0]
-  return first not in row.other_groups
+  part_or_group = name.removeprefix(f'{task}/').partition('/')[0]
+  return part_or_group not in definition.other_groups
 
 
-def _rates(sweep: curves.Sweep) -> list[dict[str, Any]]:
-  """Returns the groups of points that differ in the learning rate alone, as
-  plans.Tuned says what was tried."""
-  # The points of each group, by the rest of what they change.
-  groups: dict[str, dict[float, curves.Point]] = {}
+def _tuned_learning_rates(sweep: curves.Sweep) -> list[dict[str, Any]]:
+  """Returns the best learning rate of each group of points that differ in the
+  rate alone, as rows of plans.Tuned."""
+  # The points of each group by their rate; a group is what else they change.
+  points_of_group: dict[str, dict[float, curves.Point]] = {}
   for point in sweep.points:
-    rest = dict(point.changes)
-    lr = rest.pop(LEARNING_RATE_FIELD, sweep.base_config[LEARNING_RATE_FIELD])
-    groups.setdefault(format_changes(rest) or sweep.base.name, {})[lr] = point
+    other_changes = dict(point.changes)
+    rate = other_changes.pop(LEARNING_RATE_FIELD,
+                             sweep.base_config[LEARNING_RATE_FIELD])
+    group = format_changes(other_changes) or sweep.base.name
+    points_of_group.setdefault(group, {})[rate] = point
 
   tuned = []
-  for name, points in groups.items():
-    row = _rate_row(name, points)
+  for group, point_by_rate in points_of_group.items():
+    row = _tuned_row(group, point_by_rate)
     if row is not None:
       tuned.append(row)
   return tuned
 
 
-def _rate_row(name: str, points: Mapping[float, curves.Point]
-              ) -> dict[str, Any] | None:
-  """Returns what a group of points found, as plans.Tuned says it; None where
-  fewer than two rates have a loss.
+def _tuned_row(group: str, point_by_rate: Mapping[float, curves.Point]
+               ) -> dict[str, Any] | None:
+  """Returns the best learning rate of a group of points, as a row of
+  plans.Tuned; None where fewer than two rates have a loss.
 
   Args:
-    name: the name of the group.
-    points: its points by their learning rate.
+    group: the name of the group.
+    point_by_rate: its points by their learning rate.
   """
-  tried = []
-  for lr in sorted(points):
-    if points[lr].finals:
-      tried.append(_trial(lr, points[lr]))
-  if len(tried) < 2:
+  trials = []
+  for rate in sorted(point_by_rate):
+    if point_by_rate[rate].final_losses:
+      trials.append(_trial_row(rate, point_by_rate[rate]))
+  if len(trials) < 2:
     return None
-  best = min(tried, key=lambda trial: (trial['diverged'], trial['value']))
-  at_edge = []
-  if best['changes'][LEARNING_RATE_FIELD] in (min(points), max(points)):
-    at_edge.append(LEARNING_RATE_FIELD)
-  first = next(iter(points.values()))
+
+  # The best rate is one at which no run diverged, if there is any.
+  best = min(trials, key=lambda trial: (trial['diverged'], trial['value']))
+  fields_at_edge = []
+  edges = (min(point_by_rate), max(point_by_rate))
+  if best['changes'][LEARNING_RATE_FIELD] in edges:
+    fields_at_edge.append(LEARNING_RATE_FIELD)
+
+  points = [*point_by_rate.values()]
+  num_runs = sum(len(point.final_losses) for point in points)
   return {
-      'variant': name, 'size': '', 'workload': '', 'changes': best['changes'],
-      'look': first.name, 'at_edge': at_edge,
-      'runs': sum(len(point.finals) for point in points.values()),
-      'tried': tried}
+      'variant': group, 'size': '', 'workload': '', 'changes': best['changes'],
+      'look': points[0].name, 'at_edge': fields_at_edge, 'runs': num_runs,
+      'tried': trials}
 
 
-def _trial(lr: float, point: curves.Point) -> dict[str, Any]:
-  """Returns what a point found at a learning rate, as in plans.Tuned.tried."""
-  losses = statistics.interval([*point.finals.values()])
-  diverged = any(run.diverged for run in point.runs.values())
-  return {'rung': 0, 'changes': {LEARNING_RATE_FIELD: lr}, 'diverged': diverged,
-          'value': losses.mean, 'low': losses.low, 'high': losses.high}
+def _trial_row(rate: float, point: curves.Point) -> dict[str, Any]:
+  """Returns the loss of a point at a learning rate with its interval, as a row
+  of plans.Tuned.tried."""
+  losses = statistics.interval([*point.final_losses.values()])
+  has_diverged = any(run.diverged for run in point.runs.values())
+  return {'rung': 0, 'changes': {LEARNING_RATE_FIELD: rate},
+          'diverged': has_diverged, 'value': losses.mean, 'low': losses.low,
+          'high': losses.high}
 
 
-def _about(sweep: curves.Sweep) -> str:
-  """Returns a sentence that says what a sweep is."""
-  matched = 'sizes are not matched'
+def _describe_sweep(sweep: curves.Sweep) -> str:
+  """Returns a sentence that says what a sweep compares, and how much of it is
+  done."""
+  matching = 'sizes are not matched'
   if sweep.match:
-    matched = f'{sweep.match} matched to the base\'s within 1 %'
-  paired = ('points differ in their data, so that seeds pair less than they do '
-            'elsewhere')
+    matching = f'{sweep.match} matched to the base\'s within 1 %'
+  pairing = ('points differ in their data, so that seeds pair less than they '
+             'do elsewhere')
   if sweep.paired:
-    paired = 'seed by seed, every point sees the same data in the same order'
-  done = sum(run.state == 'done' for run in sweep.runs)
+    pairing = 'seed by seed, every point sees the same data in the same order'
+  num_done = sum(run.state == 'done' for run in sweep.runs)
   return (f'{sweep.file}: {len(sweep.points)} points, '
-          f'{done} of {len(sweep.runs)} runs done; base '
-          f'{sweep.base.name}; {matched}; {paired}.')
+          f'{num_done} of {len(sweep.runs)} runs done; base '
+          f'{sweep.base.name}; {matching}; {pairing}.')
 
 
 def _sweep_warnings(sweep: curves.Sweep) -> list[str]:
@@ -659,30 +741,31 @@ def _sweep_warnings(sweep: curves.Sweep) -> list[str]:
   warnings = []
 
   # Runs that are not there.
-  left = [run for run in sweep.runs
-          if run.state != 'done' and not run.diverged]
-  if left:
-    warnings.append(f'{len(left)} of {len(sweep.runs)} runs failed or are not '
-                    'done: they are listed at the end, and are in no verdict.')
-  if not sweep.base.finals:
+  unfinished = [run for run in sweep.runs
+                if run.state != 'done' and not run.diverged]
+  if unfinished:
+    warnings.append(f'{len(unfinished)} of {len(sweep.runs)} runs failed or '
+                    'are not done: they are listed at the end, and are in no '
+                    'verdict.')
+  if not sweep.base.final_losses:
     warnings.append(f'The base {sweep.base.name} has no finished run with a '
                     'held-out loss: no loss can be compared with it.')
 
   # Points that cost more or less than the base.
-  for name, words in _COSTS.items():
-    if name == sweep.match:
+  for cost, name_of_cost in _NAME_OF_COST.items():
+    if cost == sweep.match:
       continue
-    base = getattr(sweep.base, name)
-    far = [point.name for point in sweep.points
-           if abs(getattr(point, name) / base - 1) > 0.01]
-    if far:
-      warnings.append(f'The {words} of {", ".join(far)} differ from the '
-                      "base's by more than 1 %.")
+    base_cost = getattr(sweep.base, cost)
+    unequal = [point.name for point in sweep.points
+               if abs(getattr(point, cost) / base_cost - 1) > 0.01]
+    if unequal:
+      warnings.append(f'The {name_of_cost} of {", ".join(unequal)} differ from '
+                      "the base's by more than 1 %.")
 
   # Runs of another code, or of another config.
   if len(sweep.codes) > 1:
     warnings.append(layout.describe_changed_code(sweep.codes))
-  if sweep.strangers:
+  if sweep.runs_of_other_config:
     warnings.append('Not of the config that sweep.json says, though in these '
-                    f'figures: {"; ".join(sweep.strangers)}.')
+                    f'figures: {"; ".join(sweep.runs_of_other_config)}.')
   return warnings

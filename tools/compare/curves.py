@@ -25,19 +25,20 @@ AXES = {'tokens': 'tokens', 'flops': 'FLOPs of the model',
         'seconds': 'seconds of training', 'step': 'steps'}
 # The routers' figures over a window of steps: an expert is unused if no step of
 # the window used it.
-_ROUTERS = {
+_NAME_OF_ROUTER_FIGURE = {
     'dropped': 'dropped', 'unserved': 'unserved',
     'window_load_max': 'load, max/mean', 'window_load_entropy': 'load entropy',
     'window_unused': 'unused', 'confidence': 'confidence',
     'router_entropy': 'router entropy'}
-# The figures that a curve can show.
+# The figures that a curve can show, and their names to a reader.
 FIGURES = {'eval': 'held-out loss', 'train': 'training loss'} | {
-    f'health/{name}': f'experts: {words}' for name, words in _ROUTERS.items()}
+    f'health/{name}': f'experts: {title}'
+    for name, title in _NAME_OF_ROUTER_FIGURE.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One seed of a point.
+  """A run of a sweep: one point (a variant of the config) with one seed.
 
   Attributes:
     seed: the seed.
@@ -46,7 +47,7 @@ class Run:
     config: the config by dotted name; empty where the run never started.
     rows: the lines of its metrics.jsonl.
     evaluations: what its eval.json holds, by task.
-    strange: the fields in which its config is not the sweep's.
+    differing_fields: the fields in which its config is not the sweep's.
     items: what each item scored, by the names of figures, as
       items.read_records gives
       it; of the held-out loss they are the documents.
@@ -57,7 +58,7 @@ class Run:
   config: Mapping[str, Any]
   rows: tuple[Mapping[str, Any], ...]
   evaluations: Mapping[str, Any]
-  strange: tuple[str, ...] = ()
+  differing_fields: tuple[str, ...] = ()
   items: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
 
   @property
@@ -77,22 +78,22 @@ class Run:
     return figures
 
   @property
-  def final(self) -> float | None:
+  def final_loss(self) -> float | None:
     """The held-out loss after the last step; None where there is none."""
     return self.held_out.get('loss')
 
   @property
-  def is_whole(self) -> bool:
+  def has_all_results(self) -> bool:
     """Whether it is done and has all that it was to have: a held-out loss,
     unless it was to do tasks alone."""
     if self.state != 'done':
       return False
-    if self.final is not None:
+    if self.final_loss is not None:
       return True
     return bool(self.config) and not self.config['eval.every_steps']
 
   @property
-  def ended_badly(self) -> bool:
+  def has_ended_badly(self) -> bool:
     """Whether it ended after too many bad steps, or with parameters that are
     not finite; not whether it failed otherwise."""
     rows = [row for row in self.rows if row['split'] == 'train']
@@ -101,15 +102,15 @@ class Run:
     if rows[-1].get('param_norm', 0) is None:
       return True
     # The step after so many was under way, and may have been a good one.
-    most = self.config['train.max_bad_steps']
-    return any(row.get('bad_in_row', 0) >= most for row in rows)
+    max_bad_steps = self.config['train.max_bad_steps']
+    return any(row.get('bad_in_row', 0) >= max_bad_steps for row in rows)
 
   @property
   def diverged(self) -> bool:
     """Whether it ended badly, or at a held-out loss that is not finite."""
-    if self.ended_badly:
+    if self.has_ended_badly:
       return True
-    return 'loss' in self.held_out and self.final is None
+    return 'loss' in self.held_out and self.final_loss is None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,18 +137,25 @@ class Point:
   runs: Mapping[int, Run]
 
   @functools.cached_property
-  def finals(self) -> dict[int, float]:
+  def final_losses(self) -> dict[int, float]:
     """The final held-out loss of each seed that has one."""
-    losses = {seed: run.final for seed, run in self.runs.items()}
+    losses = {seed: run.final_loss for seed, run in self.runs.items()}
     return {seed: loss for seed, loss in losses.items() if loss is not None}
 
   def curve(self, seed: int, figure: str = 'eval') -> dict[str, list]:
-    """Returns one of FIGURES of a run at rising steps; {}: there is none.
+    """Returns how a figure of a run changes over its steps.
 
-    Lists by 'step', 'tokens', 'flops' and 'seconds' (of training steps so far,
-    without compiling, evaluating and saving), 'loss' (the figure, a mean over
-    layers), and 'warm': whether the learning rate had reached its height. NaN
-    where one is not known or not finite.
+    Args:
+      seed: the seed of the run.
+      figure: the figure, one of FIGURES.
+
+    Returns:
+      Lists at rising steps; {} where the run does not have the figure.
+      'step', 'tokens', 'flops', 'seconds': what was spent so far; seconds are
+        of training steps, without compiling, evaluating and saving.
+      'loss': the figure, a mean over layers.
+      'warm': whether the learning rate had reached its height.
+      Where one is not known or not finite, it is NaN.
     """
     run = self.runs[seed]
     split, name = figure, 'loss'
@@ -158,11 +166,11 @@ class Point:
         tokens=self.tokens, flops_per_token=self.flops_per_token)
 
 
-def curve_from_rows(rows: Sequence[Mapping[str, Any]], split: str, name: str,
-                    config: Mapping[
-                        str, Any], tokens: int, flops_per_token: float
-                    ) -> dict[str, list]:
-  """Returns a figure of a run as Point.curve does.
+def curve_from_rows(
+    rows: Sequence[Mapping[str, Any]], split: str, name: str,
+    config: Mapping[str, Any], tokens: int, flops_per_token: float
+    ) -> dict[str, list]:
+  """Returns how a figure of a run changes over its steps, as Point.curve does.
 
   Args:
     rows: the lines of its metrics.jsonl.
@@ -172,50 +180,63 @@ def curve_from_rows(rows: Sequence[Mapping[str, Any]], split: str, name: str,
     tokens: the number of tokens of the whole run.
     flops_per_token: the FLOPs of training on one token.
   """
-  having = [row for row in rows if row['split'] == split and name in row]
-  if not having:
+  rows_with_figure = [
+      row for row in rows if row['split'] == split and name in row]
+  if not rows_with_figure:
     return {}
-  step = np.array([row['step'] for row in having], float)
+  steps = np.array([row['step'] for row in rows_with_figure], float)
 
   # The figure; those of layers are lists, of which it is the mean.
   figure = []
-  for row in having:
-    of_layers = np.asarray(row[name], float)
-    figure.append(float(np.mean(of_layers)))
+  for row in rows_with_figure:
+    value_of_layers = np.asarray(row[name], float)
+    figure.append(float(np.mean(value_of_layers)))
 
-  # The tokens so far, by the batches so far.
-  batches = pipeline.parse_ramp(config['data.batch_ramp'],
-                                config['data.batch_size'])
-  all_batches = batches.before(config['train.steps'])
-  tokens_so_far = tokens * batches.before(step) / all_batches
+  # The tokens so far, by the rows of the batches so far, which may grow.
+  batch_ramp = pipeline.parse_ramp(config['data.batch_ramp'],
+                                   config['data.batch_size'])
+  rows_of_run = batch_ramp.before(config['train.steps'])
+  tokens_so_far = tokens * batch_ramp.before(steps) / rows_of_run
   flops = tokens_so_far * flops_per_token
-  is_warm = step >= config['optim.warmup_steps']
+  is_warm = steps >= config['optim.warmup_steps']
   return {
-      'step': step.tolist(),
+      'step': steps.tolist(),
       'tokens': tokens_so_far.tolist(),
       'flops': flops.tolist(),
-      'seconds': _seconds(rows, step).tolist(),
+      'seconds': _training_seconds(rows, steps).tolist(),
       'loss': figure,
       'warm': is_warm.tolist()}
 
 
 def ends_cooled_down(config: Mapping[str, Any]) -> bool:
-  """Returns whether a run of a config, by dotted names, ends at a learning rate
-  that fell to the end of its schedule, to a half or less: in the middle of a
-  decay, and without one, a loss is not the best that its FLOPs buy."""
+  """Returns whether a run ends at a learning rate that fell to the end of its
+  schedule, to a half or less.
+
+  In the middle of a decay, and without one, a loss is not the best that its
+  FLOPs buy.
+
+  Args:
+    config: the config of the run, by dotted name.
+  """
   return (config['optim.schedule'] in ('cosine', 'linear', 'wsd')
           and config['optim.decay_steps'] <= config['train.steps']
           and config['optim.final_fraction'] <= 0.5)
 
 
-def mean_curve(each: Sequence[Mapping[str, list]]) -> dict[str, np.ndarray]:
-  """Returns the mean of curves, at the steps that all of them have."""
-  steps = functools.reduce(np.intersect1d, [curve['step'] for curve in each])
+def mean_curve(curves: Sequence[Mapping[str, list]]) -> dict[str, np.ndarray]:
+  """Returns the mean of the curves of some runs, at the steps that all of them
+  have.
+
+  Args:
+    curves: the curves, as Point.curve returns them.
+  """
+  shared_steps = functools.reduce(
+      np.intersect1d, [curve['step'] for curve in curves])
   means = {}
   for name in (*AXES, 'loss'):
     columns = []
-    for curve in each:
-      is_shared = np.isin(curve['step'], steps)
+    for curve in curves:
+      is_shared = np.isin(curve['step'], shared_steps)
       column = np.asarray(curve[name], float)
       columns.append(column[is_shared])
     means[name] = np.mean(columns, axis=0)
@@ -256,27 +277,29 @@ class Sweep:
     return runs
 
   @property
-  def strangers(self) -> list[str]:
-    """The runs that had another config than the sweep says, in words."""
-    strangers = []
+  def runs_of_other_config(self) -> list[str]:
+    """The runs that had another config than the sweep says, each as 'POINT,
+    seed SEED (FIELD, FIELD)'."""
+    descriptions = []
     for point in self.points:
       for seed, run in point.runs.items():
-        if run.strange:
-          fields = ', '.join(run.strange)
-          strangers.append(f'{point.name}, seed {seed} ({fields})')
-    return strangers
+        if run.differing_fields:
+          fields = ', '.join(run.differing_fields)
+          descriptions.append(f'{point.name}, seed {seed} ({fields})')
+    return descriptions
 
 
 def load_sweep(workdir) -> Sweep:
-  """Returns the sweep of a folder, its states from the ledger there.
+  """Returns the points and runs of a sweep's folder, and prints a warning for
+  each run of another config.
 
   Raises:
     ValueError: where no sweep was run.
   """
   description = layout.load_sweep_description(workdir)
   sweep = read_sweep(workdir, description, layout.load_ledger_runs(workdir))
-  for stranger in sweep.strangers:
-    print(f'warning: not of the config that sweep.json says: {stranger}',
+  for run in sweep.runs_of_other_config:
+    print(f'warning: not of the config that sweep.json says: {run}',
           file=sys.stderr)
   return sweep
 
@@ -293,14 +316,16 @@ def add_variants_of_csv(sweep: Sweep, file: str) -> Sweep:
   Raises:
     RequestError: for a row that is none, or a name that the sweep has.
   """
-  variants = _rows_of_file(file, sweep.base_config['train.steps'])
-  again = variants.keys() & {point.name for point in sweep.points}
-  require(not again, f'{file}: the sweep has a variant of the name '
-          f'{min(again, default="")!r}, too: call it otherwise')
+  variants = _read_csv_of_losses(file, sweep.base_config['train.steps'])
+  names_of_sweep = {point.name for point in sweep.points}
+  names_of_both = variants.keys() & names_of_sweep
+  require(not names_of_both, f'{file}: the sweep has a variant of the name '
+          f'{min(names_of_both, default="")!r}, too: call it otherwise')
+
   points = list(sweep.points)
-  for name, by_seed in variants.items():
+  for name, rows_by_seed in variants.items():
     runs = {}
-    for seed, rows in by_seed.items():
+    for seed, rows in rows_by_seed.items():
       runs[seed] = Run(
           seed=seed, state=layout.DONE, error='',
           config={**sweep.base_config, 'seed': seed}, rows=tuple(rows),
@@ -317,10 +342,17 @@ def add_variants_of_csv(sweep: Sweep, file: str) -> Sweep:
   return dataclasses.replace(sweep, points=tuple(points))
 
 
-def _rows_of_file(file: str, steps: int
-                  ) -> dict[str, dict[int, list[dict[str, Any]]]]:
-  """Returns the rows of a CSV as those of metrics.jsonl, by variant and seed;
-  a row that names no step is of the last of `steps`."""
+def _read_csv_of_losses(file: str, last_step: int
+                        ) -> dict[str, dict[int, list[dict[str, Any]]]]:
+  """Returns the rows of a CSV as those of metrics.jsonl, by variant and seed.
+
+  Args:
+    file: the CSV.
+    last_step: the step of a row that names none.
+
+  Raises:
+    RequestError: for a row without variant, seed or loss.
+  """
   variants: dict[str, dict[int, list]] = {}
   with open(file, newline='') as text:
     table = csv.DictReader(text)
@@ -328,34 +360,34 @@ def _rows_of_file(file: str, steps: int
       try:
         variant, seed = row['variant'], int(row['seed'])
         loss: float | None = float(row['loss'])
-        step = int(row.get('step') or steps)
+        step = int(row.get('step') or last_step)
       except (KeyError, TypeError, ValueError) as error:
         raise RequestError(f'{file}, line {table.line_num}, has no variant, '
                            f'seed or loss: {error}') from error
       if not math.isfinite(loss):
         loss = None
-      by_seed = variants.setdefault(variant, {})
-      rows = by_seed.setdefault(seed, [])
+      rows_by_seed = variants.setdefault(variant, {})
+      rows = rows_by_seed.setdefault(seed, [])
       rows.append({'split': 'eval', 'step': step, 'loss': loss})
   return variants
 
 
 def read_sweep(workdir, description: Mapping[str, Any],
-               rows: Sequence[layout.Run]) -> Sweep:
-  """Returns the sweep of a folder.
+               ledger_runs: Sequence[layout.Run]) -> Sweep:
+  """Returns the points and runs of a sweep's folder.
 
   Args:
     workdir: the folder.
     description: what sweep.json holds.
-    rows: the runs of the ledger.
+    ledger_runs: the runs of the ledger, with their states.
   """
   base_config = run_config.flatten(description['base_config'])
-  by_run = {(row.point, row.seed): row for row in rows}
+  ledger_run_of = {(run.point, run.seed): run for run in ledger_runs}
   points = {}
   for row in description['points']:
-    points[row['name']] = _point(
-        workdir=workdir, description=description, row=row, base=base_config,
-        by_run=by_run)
+    points[row['name']] = _read_point(
+        workdir=workdir, description=description, row=row,
+        base_config=base_config, ledger_run_of=ledger_run_of)
   return Sweep(
       name=description['name'],
       file=description['file'],
@@ -368,33 +400,34 @@ def read_sweep(workdir, description: Mapping[str, Any],
       codes=tuple(layout.codes_of_runs(workdir, description)))
 
 
-def _point(workdir, description, row: Mapping[str, Any],
-           base: Mapping[str, Any],
-           by_run: Mapping[tuple[str, int], layout.Run]) -> Point:
-  """Returns the point that a row of sweep.json describes.
+def _read_point(workdir, description: Mapping[str, Any], row: Mapping[str, Any],
+                base_config: Mapping[str, Any],
+                ledger_run_of: Mapping[tuple[str, int], layout.Run]) -> Point:
+  """Returns a point of a sweep with its runs.
 
   Args:
     workdir: the folder of the sweep.
     description: what sweep.json holds.
     row: its row of the point.
-    base: the config of the base, by dotted name.
-    by_run: the runs of the ledger by point and seed.
+    base_config: the config of the base, by dotted name.
+    ledger_run_of: the runs of the ledger by point and seed.
   """
   name = row['name']
   runs = {}
   for seed in row['seeds']:
     state, error = 'not run', ''
-    if (name, seed) in by_run:
-      run = by_run[name, seed]
-      state, error = run.state, run.error
-    runs[seed] = _run(workdir=workdir, description=description, point=name,
-                      seed=seed, state=state, error=error)
+    if (name, seed) in ledger_run_of:
+      ledger_run = ledger_run_of[name, seed]
+      state, error = ledger_run.state, ledger_run.error
+    runs[seed] = _read_run(
+        workdir=workdir, description=description, point=name, seed=seed,
+        state=state, error=error)
 
   # The base need not have the kinds of layer that a point has.
   changes = {}
-  for key, value in row['changes'].items():
-    if key not in base or value != base[key]:
-      changes[key] = value
+  for field, value in row['changes'].items():
+    if field not in base_config or value != base_config[field]:
+      changes[field] = value
   return Point(
       name=name,
       changes=changes,
@@ -406,37 +439,60 @@ def _point(workdir, description, row: Mapping[str, Any],
       runs=runs)
 
 
-def _run(workdir, description, point: str, seed: int, state: str, error: str
-         ) -> Run:
-  """Returns what lies in the folder of a run, which the ledger has in a state
-  and with an error."""
+def _read_run(workdir, description: Mapping[str, Any], point: str, seed: int,
+              state: str, error: str) -> Run:
+  """Returns a run with all that lies in its folder.
+
+  Args:
+    workdir: the folder of the sweep.
+    description: what sweep.json holds.
+    point, seed: the run.
+    state, error: its state in the ledger, and why it failed.
+  """
   folder = layout.run_folder(workdir, point, seed)
-  config, strange, rows = {}, (), ()
+  config, differing_fields, rows = {}, (), ()
   is_started = (folder / 'config.json').exists()
   if is_started:
     config = run_config.flatten(run_config.load_config(folder))
-  scored = items.read_records(folder)
-  if 'documents/loss' in scored:
-    scored['loss'] = scored['documents/loss']
-  file = folder / 'metrics.jsonl'
-  if file.exists():
-    rows = tuple(metrics.read_metrics(file))
+  scores_of_items = items.read_records(folder)
+  if 'documents/loss' in scores_of_items:
+    scores_of_items['loss'] = scores_of_items['documents/loss']
+  metrics_file = folder / 'metrics.jsonl'
+  if metrics_file.exists():
+    rows = tuple(metrics.read_metrics(metrics_file))
   evaluations = layout.load_evaluation(folder)
   if is_started:
-    strange = tuple(
+    differing_fields = tuple(
         layout.fields_unlike_sweep(description, workdir, point, seed))
-  return Run(seed=seed, state=state, error=error, config=config, rows=rows,
-             evaluations=evaluations, strange=strange, items=scored)
+  return Run(
+      seed=seed, state=state, error=error, config=config, rows=rows,
+      evaluations=evaluations, differing_fields=differing_fields,
+      items=scores_of_items)
 
 
-def _seconds(rows, step: np.ndarray) -> np.ndarray:
-  """Returns the seconds of training up to each of `step`, from the rows'
-  step_seconds; of runs that trained as one program, each one's share."""
-  laps = [row for row in rows if row['split'] == 'train']
-  if not laps or any(row.get('step_seconds') is None for row in laps):
-    return np.full(len(step), np.nan)
-  ends = np.array([row['step'] for row in laps], float)
+def _training_seconds(rows: Sequence[Mapping[str, Any]], steps: np.ndarray
+                      ) -> np.ndarray:
+  """Returns the seconds of training up to each of some steps.
+
+  They are summed from the time of a step that each row reports, and linear in
+  between. Of runs that trained as one program, each has its share.
+
+  Args:
+    rows: the lines of the run's metrics.jsonl.
+    steps: the steps.
+
+  Returns:
+    The seconds; NaN where the rows do not report the time of a step.
+  """
+  train_rows = [row for row in rows if row['split'] == 'train']
+  has_times = all(row.get('step_seconds') is not None for row in train_rows)
+  if not train_rows or not has_times:
+    return np.full(len(steps), np.nan)
+
+  # The steps of a row times the seconds of each, as a running sum.
+  last_steps = np.array([row['step'] for row in train_rows], float)
   seconds_a_step = [row['step_seconds'] / row.get('runs_at_once', 1)
-                    for row in laps]
-  spent = np.cumsum(np.diff(ends, prepend=0.0) * seconds_a_step)
-  return np.interp(step, [0.0, *ends], [0.0, *spent])
+                    for row in train_rows]
+  num_steps = np.diff(last_steps, prepend=0.0)
+  seconds_so_far = np.cumsum(num_steps * seconds_a_step)
+  return np.interp(steps, [0.0, *last_steps], [0.0, *seconds_so_far])

@@ -2,7 +2,7 @@
 pages in the page's own ink.
 
 A variant has the same colour and dashes in every figure. Sizes are a journal's:
-one column, or two. `c` is a comparison.Comparison.
+one column, or two.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,8 @@ import re
 from typing import Any
 
 from tools.compare import curves, measures, page, statistics
+from tools.compare.comparison import Comparison
+from tools.compare.plan import Measure
 from training.workdir import metrics, storage
 
 FILE_FORMATS = ('svg', 'png', 'pdf')
@@ -23,15 +25,18 @@ COLOURS = ('#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7')
 # The dashes of the first six variants, of the next six, and so on; as in
 # report.css.
 DASHES = ('-', (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
-# The colours in whose place a page puts its own, which are others at night. The
-# ink is of the base's line, axes and letters, and of nothing else.
-INK, GREY, COLOUR_OF_BETTER, COLOUR_OF_WORSE, COLOUR_OF_NOISE = (
-    '#1b1d21', '#8a9099', '#00664a', '#a63f00', '#6a707a')
-_VARIABLES = {INK: 'currentColor', COLOUR_OF_BETTER: 'var(--better)',
-              COLOUR_OF_WORSE: 'var(--worse)', COLOUR_OF_NOISE: 'var(--noise)'}
-_VERDICTS = {
-    'better': COLOUR_OF_BETTER, 'worse': COLOUR_OF_WORSE}  # by page.MARKS
-_STYLE = {
+# The ink is of the base's line, axes and letters, and of nothing else.
+INK = '#1b1d21'
+GREY = '#8a9099'
+COLOUR_OF_BETTER = '#00664a'
+COLOUR_OF_WORSE = '#a63f00'
+COLOUR_OF_NOISE = '#6a707a'
+# The colours in whose place a page puts its own, which are others at night.
+_CSS_COLOUR = {INK: 'currentColor', COLOUR_OF_BETTER: 'var(--better)',
+               COLOUR_OF_WORSE: 'var(--worse)', COLOUR_OF_NOISE: 'var(--noise)'}
+# By the marks that page.MARKS gives to verdicts.
+_COLOUR_OF_MARK = {'better': COLOUR_OF_BETTER, 'worse': COLOUR_OF_WORSE}
+_MATPLOTLIB_SETTINGS = {
     'font.size': 7, 'axes.titlesize': 7.5, 'axes.labelsize': 7,
     'xtick.labelsize': 6.5, 'ytick.labelsize': 6.5, 'legend.fontsize': 6.5,
     'axes.linewidth': 0.6, 'lines.linewidth': 1.2, 'xtick.major.width': 0.6,
@@ -44,11 +49,11 @@ _STYLE = {
     'svg.fonttype': 'path',
     'text.parse_math': False}  # a name may hold a '$'
 MARKERS = ('D', 'o', 's', '^', 'v', 'P', 'X', '*')  # of all sizes, and of each
-_DASHED = (0, (4, 3))
+_DASHES_OF_REFERENCE = (0, (4, 3))  # of a line at zero, or at chance
 
 
 def drawing_style(name: str) -> Any:
-  """Returns a context in which to draw.
+  """Returns a context in which matplotlib draws in the style of reports.
 
   Args:
     name: the name of the figure; the ids in its SVG come from it, so that
@@ -56,112 +61,166 @@ def drawing_style(name: str) -> Any:
       again.
   """
   import matplotlib
-  return matplotlib.rc_context(_STYLE | {'svg.hashsalt': name})
+  return matplotlib.rc_context(_MATPLOTLIB_SETTINGS | {'svg.hashsalt': name})
 
 
-def _inline(svg: str, name: str, alt: str) -> str:
-  """Returns a drawing as it stands within a page: without its head, with the
-  page's ink, on no paper of its own, and named for who cannot see it."""
+def _svg_for_page(svg: str, name: str, alt: str) -> str:
+  """Returns an SVG file as it stands within an HTML page: without its head,
+  with the page's ink and no background, and with a text for screen readers.
+
+  Args:
+    svg: the file, as matplotlib writes it.
+    name: the name of the figure, which becomes a part of each id.
+    alt: the text.
+  """
+  # Without the head, the metadata and the white rectangle behind all.
   body = svg[svg.index('<svg'):]
   body = re.sub(r'<metadata>.*?</metadata>', '', body, flags=re.DOTALL)
   body = re.sub(r'(<g id="patch_1">\s*<path [^>]*?)style="fill: #ffffff"',
                 r'\1style="fill: none"', body, count=1)
-  head, inner = re.match(r'<svg([^>]*)>(.*)', body, re.DOTALL).groups()
-  # Ids are looked up in the whole page.
+  attributes, inner = re.match(r'<svg([^>]*)>(.*)', body, re.DOTALL).groups()
+
+  # Ids are looked up in the whole page, so each gets the figure's name.
   inner = re.sub(r'id="([^"]*)"', rf'id="{name}-\1"', inner)
   inner = re.sub(r'(href="|url\()#', rf'\1#{name}-', inner)
-  for colour, variable in _VARIABLES.items():
-    inner = inner.replace(colour, variable)
-  box = re.search(r'viewBox="([^"]*)"', head)[1]
-  points_wide = float(box.split()[2])
-  width = 'column' if points_wide / 72 < 5 else 'page'
+  for colour, css_colour in _CSS_COLOUR.items():
+    inner = inner.replace(colour, css_colour)
+
+  # As wide as a column or a page; 72 points are an inch.
+  view_box = re.search(r'viewBox="([^"]*)"', attributes)[1]
+  inches_wide = float(view_box.split()[2]) / 72
+  css_class = 'column' if inches_wide < 5 else 'page'
   return (f'<svg xmlns="http://www.w3.org/2000/svg" '
-          f'xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}" '
-          f'class="{width}" role="img" '
+          f'xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{view_box}" '
+          f'class="{css_class}" role="img" '
           f'aria-labelledby="{name}-alt"><title id="{name}-alt">'
           f'{html.escape(alt)}</title>{inner}')
 
 
-def line_styles(base: str, others: Sequence[str]) -> dict[str, dict[str, Any]]:
-  """Returns how the line of each variant is drawn: the base's in ink, without
-  dashes; the others take the colours in turn, and then the colours dashed."""
-  each = {base: dict(color=INK, linestyle='-')}
-  for i, name in enumerate(others):
-    rounds, place = divmod(i, len(COLOURS))
-    each[name] = dict(color=COLOURS[place],
-                      linestyle=DASHES[rounds % len(DASHES)])
-  return each
+def line_styles(base: str, variants: Sequence[str]
+                ) -> dict[str, dict[str, Any]]:
+  """Returns the colour and dashes of the line of each variant, as keywords of
+  matplotlib.
+
+  The base's is in ink, without dashes. The others take the colours in turn, and
+  then the colours dashed.
+
+  Args:
+    base: the name of the base.
+    variants: the names of the others.
+  """
+  style_by_name = {base: dict(color=INK, linestyle='-')}
+  for i, name in enumerate(variants):
+    rounds, i_colour = divmod(i, len(COLOURS))
+    style_by_name[name] = dict(color=COLOURS[i_colour],
+                               linestyle=DASHES[rounds % len(DASHES)])
+  return style_by_name
 
 
-def css_line_classes(c, name: str, turn: int = 0) -> str:
-  """Returns how the line of a variant is drawn as classes of report.css;
-  another `turn` gives other dashes to another line of the variant."""
-  if name == c.plan.base:
+def css_line_classes(comparison: Comparison, variant: str, turn: int = 0
+                     ) -> str:
+  """Returns the classes of report.css that draw the line of a variant in its
+  colour (`ink`, or `c0`, `c1`, ...) and dashes (`d0`, `d1`, ...).
+
+  Args:
+    comparison: the comparison that the report is of.
+    variant: the name of the variant.
+    turn: another number gives other dashes to another line of the variant.
+  """
+  plan = comparison.plan
+  if variant == plan.base:
     return f'ink d{turn % len(DASHES)}' if turn else 'ink'
-  rounds, place = divmod(c.plan.variants.index(name), len(COLOURS))
-  return f'c{place} d{(turn or rounds) % len(DASHES)}'
+  rounds, i_colour = divmod(plan.variants.index(variant), len(COLOURS))
+  return f'c{i_colour} d{(turn or rounds) % len(DASHES)}'
 
 
 def shorten_labels(names: Sequence[str], most: int = 22) -> dict[str, str]:
-  """Returns the label of each name in a figure: of at most `most` characters,
-  but for names that would then look alike. A longer name loses its middle:
-  names of one sweep often differ at the end."""
+  """Returns the label of each name in a figure, which loses its middle where it
+  is long: names of one sweep often differ at the end.
+
+  Args:
+    names: the names.
+    most: the most characters of a label. Names that would then look alike stay
+      as they are.
+  """
   tail = (most - 1) // 2
   head = most - 1 - tail
-  labels = {}
+  label_by_name = {}
   for name in names:
-    labels[name] = name
+    label_by_name[name] = name
     if len(name) > most:
-      labels[name] = f'{name[:head]}…{name[len(name) - tail:]}'
-  every = list(labels.values())
-  return {name: name if every.count(label) > 1 else label
-          for name, label in labels.items()}
+      label_by_name[name] = f'{name[:head]}…{name[len(name) - tail:]}'
+
+  labels = list(label_by_name.values())
+  for name, label in label_by_name.items():
+    if labels.count(label) > 1:
+      label_by_name[name] = name
+  return label_by_name
 
 
-def draw_outcome(c) -> Any:
-  """Returns the figure of what was found: on the left the held-out loss by
-  tokens, the mean over seeds, at the largest size; on the right the difference
-  of each variant with its interval and verdict, the best at the top."""
+def draw_outcome(comparison: Comparison) -> Any:
+  """Returns the matplotlib figure of what a comparison found.
+
+  On the left is the held-out loss by tokens, the mean over seeds, at the
+  largest size. On the right is the difference of each variant from the base
+  with its interval and verdict, the best at the top.
+  """
   from matplotlib.figure import Figure
-  plan = c.plan
-  rows = [row for row in c.verdicts() if page.known(row['effect'])]
+  plan = comparison.plan
+  rows = [row for row in comparison.verdicts() if page.known(row['effect'])]
   rows.sort(key=lambda row: -plan.primary.sign * row['effect'])
-  bars_a_row = len(plan.sizes) + 1 if len(plan.sizes) > 1 else 1
-  height = max(0.17 * 8, 0.17 * len(rows) * min(bars_a_row, 2.6))
-  unit = measures.format_unit(c.frozen, plan.primary, ', ')
-  base = shorten_labels(c.variants)[plan.base]
+
+  # High enough for all bars, which lie closer where there are several sizes.
+  bars_of_variant = len(plan.sizes) + 1 if len(plan.sizes) > 1 else 1
+  inches_of_bars = 0.17 * len(rows) * min(bars_of_variant, 2.6)
+  height = 1.2 + max(0.17 * 8, inches_of_bars)
+
+  unit = measures.format_unit(comparison.frozen, plan.primary, ', ')
+  base_label = shorten_labels(comparison.variants)[plan.base]
   with drawing_style('outcome'):
-    figure = Figure(figsize=(PAGE_WIDTH, 1.2 + height))
+    figure = Figure(figsize=(PAGE_WIDTH, height))
     left, right = figure.subplots(1, 2)
-    _loss_curves(left, c, unit)
+    _draw_loss_curves(left, comparison, unit)
     if left.lines:
       figure.legend(*left.get_legend_handles_labels(), ncols=4,
                     loc='outside lower center')
-    _forest(right, c, rows, shorten_labels(c.variants, 40))
-    right.set(xlabel=f'{plan.primary.name} minus that of {base}{unit}',
+    _draw_effects(axes=right, comparison=comparison, rows=rows,
+                  label_by_name=shorten_labels(comparison.variants, 40))
+    right.set(xlabel=f'{plan.primary.name} minus that of {base_label}{unit}',
               title='difference from the base')
     figure.draw_without_rendering()  # under this style, wherever it is written
   return figure
 
 
-def _loss_curves(axes: Any, c, unit: str) -> None:
+def _draw_loss_curves(axes: Any, comparison: Comparison, unit: str) -> None:
   """Draws the held-out loss of each variant at the largest size by tokens: the
-  mean over its seeds, and each seed's last."""
+  mean over its seeds, and each seed's last as a dot.
+
+  Args:
+    axes: matplotlib's axes.
+    comparison: the comparison.
+    unit: the unit of the loss, with a comma before it.
+  """
   from matplotlib import ticker
-  look = line_styles(c.plan.base, c.plan.variants)
-  label = shorten_labels(c.variants)
-  largest = c.plan.sizes[-1]
-  for name in c.variants:
-    seeds = []
-    for (variant, size, _), drawn in c.curves.items():
-      if (variant, size) == (name, largest) and 'eval' in drawn:
-        seeds.append(drawn['eval'])
-    if not seeds:
+  plan = comparison.plan
+  style_by_name = line_styles(plan.base, plan.variants)
+  label_by_name = shorten_labels(comparison.variants)
+  largest = plan.sizes[-1]
+  for name in comparison.variants:
+    # The curve of each seed.
+    curve_of_seeds = []
+    for (variant, size, _), curve_by_figure in comparison.curves.items():
+      if (variant, size) == (name, largest) and 'eval' in curve_by_figure:
+        curve_of_seeds.append(curve_by_figure['eval'])
+    if not curve_of_seeds:
       continue
-    _dots(axes, x=[line['tokens'][-1] for line in seeds],
-          y=[line['loss'][-1] for line in seeds], colour=look[name]['color'])
-    curve = curves.mean_curve(seeds)
-    axes.plot(curve['tokens'], curve['loss'], label=label[name], **look[name])
+
+    style = style_by_name[name]
+    _draw_dots(axes=axes, x=[curve['tokens'][-1] for curve in curve_of_seeds],
+               y=[curve['loss'][-1] for curve in curve_of_seeds],
+               colour=style['color'])
+    mean = curves.mean_curve(curve_of_seeds)
+    axes.plot(mean['tokens'], mean['loss'], label=label_by_name[name], **style)
   axes.set(xlabel='training tokens', ylabel=f'held-out loss{unit}',
            title=' '.join(['loss curves', largest]))
   axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
@@ -169,131 +228,167 @@ def _loss_curves(axes: Any, c, unit: str) -> None:
   axes.grid(axis='y')
 
 
-def _dots(axes: Any, x: Sequence[float], y: Sequence[float], colour: str
-          ) -> None:
-  """Draws each run, or each difference of two."""
+def _draw_dots(axes: Any, x: Sequence[float], y: Sequence[float], colour: str
+               ) -> None:
+  """Draws a small dot for each run, or for each difference of two runs."""
   axes.plot(x, y, '.', color=colour, markersize=3, alpha=0.5, zorder=1,
             markeredgewidth=0)
 
 
-def _forest(axes: Any, c, rows: Sequence[Mapping], label: Mapping) -> None:
-  """Draws a bar for each row, and below it one for each of several sizes, in
-  the colour of the verdict, which the corrected p decides; hollow marks are of
-  those that are neither better nor worse."""
-  sizes = [''] if len(c.plan.sizes) == 1 else ['', *c.plan.sizes]
-  y, ticks = 0.0, {}
+def _draw_effects(axes: Any, comparison: Comparison, rows: Sequence[Mapping],
+                  label_by_name: Mapping[str, str]) -> None:
+  """Draws a forest plot: a bar for the effect of each variant with its
+  interval, and below it one for each of several sizes.
+
+  Bars have the colour of the verdict, which the corrected p decides. Hollow
+  marks are of variants that are neither better nor worse.
+
+  Args:
+    axes: matplotlib's axes.
+    comparison: the comparison.
+    rows: the estimates that the verdicts are on, from the top.
+    label_by_name: the label of each variant.
+  """
+  sizes = comparison.plan.sizes
+  bars = ['']  # the bar over all sizes comes first
+  if len(sizes) > 1:
+    bars += sizes
+  y, tick_labels = 0.0, {}
   for row in rows:
     verdict = row['verdict']
-    colour = _VERDICTS.get(page.MARKS.get(verdict), COLOUR_OF_NOISE)
-    for i, size in enumerate(sizes):
-      estimate = c.effect('confirm', row['variant'], row['measure'], size)
+    colour = _COLOUR_OF_MARK.get(page.MARKS.get(verdict), COLOUR_OF_NOISE)
+    for i, size in enumerate(bars):
+      estimate = comparison.effect('confirm', row['variant'], row['measure'],
+                                   size)
       if not estimate or not page.known(estimate['effect']):
         continue
-      _bar(axes, y=y, estimate=estimate, colour=colour,
-           marker=MARKERS[i % len(MARKERS)], is_main=not size)
-      ticks[y] = size
+      _draw_bar(axes=axes, y=y, estimate=estimate, colour=colour,
+                marker=MARKERS[i % len(MARKERS)], is_main=not size)
+      tick_labels[y] = size
       if not size:
-        ticks[y] = label[row['variant']]
+        tick_labels[y] = label_by_name[row['variant']]
         axes.text(1.02, y, verdict, va='center', fontsize=6.5,
                   transform=axes.get_yaxis_transform(), color=colour)
       y += 1.0
-    if len(sizes) > 1:
+    if len(bars) > 1:  # some space between variants
       y += 0.6
-  axes.axvline(0, color=INK, linewidth=0.6, linestyle=_DASHED)
-  axes.set_yticks(list(ticks), ticks.values())
+
+  # The line of no effect, and the first variant at the top.
+  axes.axvline(0, color=INK, linewidth=0.6, linestyle=_DASHES_OF_REFERENCE)
+  axes.set_yticks(list(tick_labels), tick_labels.values())
   axes.set_ylim(y - 0.4, -0.8)
   axes.grid(axis='x')
   axes.locator_params(axis='x', nbins=4)
   axes.tick_params(axis='y', length=0)
 
 
-def _bar(axes: Any, y: float, estimate: Mapping[str, Any], colour: str,
-         marker: str, is_main: bool) -> None:
-  """Draws an effect with its interval, and the difference of each pair below
-  it; the bar of one of several sizes, which is not the main one, is thinner."""
-  # The seeds, then the interval, then the mean; hollow where it says nothing.
-  seeds = estimate.get('differences') or ()
-  _dots(axes, x=seeds, y=[y + 0.25] * len(seeds), colour=colour)
-  width, size = 0.8, 3.3
+def _draw_bar(axes: Any, y: float, estimate: Mapping[str, Any], colour: str,
+              marker: str, is_main: bool) -> None:
+  """Draws an effect with its interval, and the difference of each pair of runs
+  below it.
+
+  Args:
+    axes: matplotlib's axes.
+    y: the height at which to draw.
+    estimate: the effect, as Comparison.effect returns it.
+    colour: the colour, which is that of the verdict.
+    marker: matplotlib's marker of the effect.
+    is_main: whether the bar is over all sizes; that of one size is thinner.
+  """
+  line_width, marker_size = 0.8, 3.3
   if is_main:
-    width, size = 1.6, 4.1
+    line_width, marker_size = 1.6, 4.1
+
+  # The seeds, then the interval, then the mean; hollow where it says nothing.
+  differences = estimate.get('differences') or ()
+  _draw_dots(axes=axes, x=differences, y=[y + 0.25] * len(differences),
+             colour=colour)
   low, high = estimate['low'], estimate['high']
   if page.known(low):
-    axes.plot([low, high], [y, y], color=colour, linewidth=width,
+    axes.plot([low, high], [y, y], color=colour, linewidth=line_width,
               solid_capstyle='butt')
   fill = colour
   if colour == COLOUR_OF_NOISE:
     fill = 'none'
-  axes.plot(estimate['effect'], y, marker, color=colour, markersize=size,
+  axes.plot(estimate['effect'], y, marker, color=colour, markersize=marker_size,
             markeredgewidth=0.8, markerfacecolor=fill)
 
 
-def draw_measures_by_size(c) -> Any:
-  """Returns the figure of the measures that are not the primary one: means over
-  the seeds with their intervals, by size, and what guessing gives."""
+def draw_measures_by_size(comparison: Comparison) -> Any:
+  """Returns the matplotlib figure of the measures that are not the primary one:
+  means over the seeds with their intervals, by size, and the score of guessing.
+  """
   from matplotlib.figure import Figure
-  others = c.plan.measures[1:]
-  columns = min(len(others), 4)
-  rows = math.ceil(len(others) / columns)
-  width = PAGE_WIDTH if columns > 1 else COLUMN_WIDTH
+  other_measures = comparison.plan.measures[1:]
+  num_columns = min(len(other_measures), 4)
+  num_rows = math.ceil(len(other_measures) / num_columns)
+  width = PAGE_WIDTH if num_columns > 1 else COLUMN_WIDTH
   with drawing_style('measures'):
-    figure = Figure(figsize=(width, 1.9 * rows + 0.6))
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat[len(others):]:
+    figure = Figure(figsize=(width, 1.9 * num_rows + 0.6))
+    grid = figure.subplots(num_rows, num_columns, squeeze=False)
+    for axes in grid.flat[len(other_measures):]:
       axes.set_visible(False)
-    for axes, measure in zip(grid.flat, others):
-      _scores(axes, c, measure)
+    for axes, measure in zip(grid.flat, other_measures):
+      _draw_scores(axes, comparison, measure)
     figure.legend(*grid[0, 0].get_legend_handles_labels(),
-                  loc='outside lower center', ncols=min(2 * columns, 4))
-    figure.draw_without_rendering()
+                  loc='outside lower center', ncols=min(2 * num_columns, 4))
+    figure.draw_without_rendering()  # under this style, wherever it is written
   return figure
 
 
-def _scores(axes: Any, c, measure) -> None:
+def _draw_scores(axes: Any, comparison: Comparison, measure: Measure) -> None:
   """Draws a measure of each variant by size: the mean over seeds with its
-  interval, each run as a dot, and what guessing gives."""
-  plan = c.plan
-  look, label = line_styles(
-      plan.base, plan.variants), shorten_labels(c.variants)
-  # Those of one size stand a little apart, so that no interval hides another.
-  apart = min(0.12, 0.7 / len(c.variants))
-  for i, name in enumerate(c.variants):
-    scores = {}
+  interval, each run as a dot, and the score of guessing as a line."""
+  plan = comparison.plan
+  style_by_name = line_styles(plan.base, plan.variants)
+  label_by_name = shorten_labels(comparison.variants)
+  # The variants at one size stand a little apart, so that no interval hides
+  # another.
+  distance = min(0.12, 0.7 / len(comparison.variants))
+  for i, name in enumerate(comparison.variants):
+    scores_at_x = {}
     for x, size in enumerate(plan.sizes):
-      values = c.values('confirm', name, size, measure)
+      values = comparison.values('confirm', name, size, measure)
       if values:
-        scores[x] = [*values.values()]
-    if not scores:
+        scores_at_x[x] = [*values.values()]
+    if not scores_at_x:
       continue
-    aside = apart * (i - len(c.variants) / 2)
-    beside_mean = apart * (i - (len(c.variants) + 1) / 2)
-    for x, each in scores.items():  # not behind their mean
-      _dots(axes, x=[x + beside_mean] * len(each), y=each,
-            colour=look[name]['color'])
-    down_and_up = [_reach(measure, each) for each in scores.values()]
-    axes.errorbar(
-        [x + aside for x in scores],
-        [sum(each) / len(each) for each in scores.values()],
-        [*zip(*down_and_up)], elinewidth=0.8, marker='o', markersize=2.5,
-        label=label[name], **look[name])
 
-  # Guessing far from all runs is said in the title: with it in sight, runs that
-  # are alike would be one dot.
+    # The dots, which stand beside their mean and not behind it.
+    offset_of_mean = distance * (i - len(comparison.variants) / 2)
+    offset_of_dots = distance * (i - (len(comparison.variants) + 1) / 2)
+    for x, scores in scores_at_x.items():
+      _draw_dots(axes=axes, x=[x + offset_of_dots] * len(scores), y=scores,
+                 colour=style_by_name[name]['color'])
+
+    # The means, with their intervals.
+    means = [sum(scores) / len(scores) for scores in scores_at_x.values()]
+    below_and_above = [_interval_arms(measure, scores)
+                       for scores in scores_at_x.values()]
+    axes.errorbar(
+        [x + offset_of_mean for x in scores_at_x], means,
+        [*zip(*below_and_above)], elinewidth=0.8, marker='o', markersize=2.5,
+        label=label_by_name[name], **style_by_name[name])
+
+  # The score of guessing. Where it is far from all runs, the title says it:
+  # with it in sight, runs that are alike would be one dot.
   low, high = axes.get_ylim()  # of the runs
   chance = measure.chance
-  axes.axhline(chance, color=GREY, linewidth=0.8, linestyle=_DASHED, zorder=0)
+  axes.axhline(chance, color=GREY, linewidth=0.8,
+               linestyle=_DASHES_OF_REFERENCE, zorder=0)
   title = measure.name
   if max(low - chance, chance - high) > 3 * (high - low):
     axes.set_ylim(low, high)
     title += f' (guessing: {chance:.3g})'
+  unit = measures.format_unit(comparison.frozen, measure, ', ')
   axes.set_xticks(range(len(plan.sizes)), plan.sizes)
-  axes.set(title=title,
-           ylabel='score' + measures.format_unit(c.frozen, measure, ', '))
+  axes.set(title=title, ylabel='score' + unit)
   axes.grid(axis='y')
 
 
-def _reach(measure, values: Sequence[float]) -> list[float]:
-  """Returns how far the 95 % interval of a mean reaches down and up."""
+def _interval_arms(measure: Measure, values: Sequence[float]) -> list[float]:
+  """Returns how far the 95 % interval of a mean reaches below and above it; NaN
+  for both where there is none."""
   if measure.figure.rpartition('/')[2] in metrics.FIGURES_BETWEEN_0_AND_1:
     mean, low, high, _ = statistics.share_interval(values)
   else:
@@ -303,15 +398,17 @@ def _reach(measure, values: Sequence[float]) -> list[float]:
   return [mean - low, high - mean]
 
 
-def draw_figures(c) -> list[page.Figure]:
-  """Returns every figure that there are numbers for."""
-  plan, drawn = c.plan, []
+def draw_figures(comparison: Comparison) -> list[page.Figure]:
+  """Returns every figure of a report that there are numbers for."""
+  plan, figures = comparison.plan, []
+
+  # The outcome.
   effects = []
-  for row in c.verdicts():
+  for row in comparison.verdicts():
     if page.known(row['effect']):
       effect = page.estimate(row['effect'], row['low'], row['high']).text
       effects.append(f'{row["variant"]} {effect}')
-  if c.curves or effects:
+  if comparison.curves or effects:
     side = 'left' if plan.primary.sign < 0 else 'right'
     sizes = ''
     if len(plan.sizes) > 1:
@@ -322,36 +419,47 @@ def draw_figures(c) -> list[page.Figure]:
         f'line is better than {plan.base}. Each interval is of its variant '
         'alone; colours and filled marks are of verdicts, which count all '
         'variants. Dots are the runs, and the differences of their pairs.')
-    drawn.append(_drawn(name='outcome', title='Outcome', caption=caption,
-                        words='; '.join(effects), figure=draw_outcome(c)))
-  if len(plan.sizes) > 1 and _has_other_measures(c):
+    figures.append(_page_figure(
+        name='outcome', title='Outcome', caption=caption,
+        description='; '.join(effects), figure=draw_outcome(comparison)))
+
+  # The other measures.
+  if len(plan.sizes) > 1 and _has_other_measures(comparison):
     caption = (
         'Means over the seeds of the confirmation with their 95 % intervals, '
         'and each run as a dot; '
         'the dashed line, or a number in the title, is what guessing gives.')
-    drawn.append(_drawn(name='measures', title='Other measures',
-                        caption=caption, words='', figure=draw_measures_by_size(
-                            c)))
-  return drawn
+    figures.append(_page_figure(
+        name='measures', title='Other measures', caption=caption,
+        description='', figure=draw_measures_by_size(comparison)))
+  return figures
 
 
-def _has_other_measures(c) -> bool:
-  """Returns whether the base has a figure that is not of the primary measure.
-  """
-  for size in c.plan.sizes:
-    for measure in c.plan.measures[1:]:
-      if c.values('confirm', c.plan.base, size, measure):
+def _has_other_measures(comparison: Comparison) -> bool:
+  """Returns whether any run of the base's confirmation has a measure that is
+  not the primary one."""
+  plan = comparison.plan
+  for size in plan.sizes:
+    for measure in plan.measures[1:]:
+      if comparison.values('confirm', plan.base, size, measure):
         return True
   return False
 
 
-def _drawn(name: str, title: str, caption: str, words: str,
-           figure: Any) -> page.Figure:
-  """Returns a figure; `words` says it to who cannot see it."""
+def _page_figure(name: str, title: str, caption: str, description: str,
+                 figure: Any) -> page.Figure:
+  """Returns a drawing with its files and texts, as a page has it.
+
+  Args:
+    name: the name of its files.
+    title, caption: the texts that stand beside it.
+    description: what it shows, for those who cannot see it.
+    figure: the matplotlib figure.
+  """
   with drawing_style(name):
-    files = {kind: storage.render_picture(figure, kind, DPI)
-             for kind in FILE_FORMATS}
-  alt = f'{title}. {caption} {words}'
-  return page.Figure(name=name, title=title, caption=caption,
-                     svg=_inline(files['svg'].decode(), name, alt),
+    files = {file_format: storage.render_picture(figure, file_format, DPI)
+             for file_format in FILE_FORMATS}
+  alt = f'{title}. {caption} {description}'
+  svg = _svg_for_page(svg=files['svg'].decode(), name=name, alt=alt)
+  return page.Figure(name=name, title=title, caption=caption, svg=svg,
                      files=files)

@@ -178,8 +178,8 @@ def judge_variant(base: pathlib.Path, variant: pathlib.Path) -> dict[str, Any]:
     if seed in diverged[base_name] | diverged[variant_name]:
       differences[seed] = None
     else:
-      differences[seed] = (runs[variant_name][seed].final
-                           - runs[base_name][seed].final)
+      differences[seed] = (runs[variant_name][seed].final_loss
+                           - runs[base_name][seed].final_loss)
 
   # Which question that is, of all that were asked here: one asker at a time.
   lock_file = folder / '.judging'
@@ -292,7 +292,7 @@ def _ended_seeds(runs: Mapping[str, RunBySeed], names: Sequence[str]
   unfinished_runs: list[str] = []
   for seed in sorted(shared_seeds):
     for name in names:
-      if seed not in diverged[name] and runs[name][seed].final is None:
+      if seed not in diverged[name] and runs[name][seed].final_loss is None:
         unfinished_runs.append(f'{name}/seed-{seed}')
     if unfinished_runs:
       break

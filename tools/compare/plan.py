@@ -339,7 +339,7 @@ def load(workdir) -> Frozen:
   require(path.is_file(), f'{path} is missing: no study was run in this '
           'workdir')
   tree = last = layout.load_with_checksum(path)
-  if path.with_name(layout.StudyLedger.file).is_file():
+  if path.with_name(layout.StudyLedger.file_name).is_file():
     with layout.StudyLedger(workdir) as ledger, ledger.transaction():
       tree, last = layout.load_with_checksum(path), ledger.last_plan()
   require(last in (None, tree), f'{path} is not the plan that the ledger beside'
@@ -349,7 +349,7 @@ def load(workdir) -> Frozen:
 
 def last(workdir) -> Frozen | None:
   """Returns the plan that the ledger of a workdir has last, if any."""
-  if not (pathlib.Path(workdir) / layout.StudyLedger.file).is_file():
+  if not (pathlib.Path(workdir) / layout.StudyLedger.file_name).is_file():
     return None
   with layout.StudyLedger(workdir) as ledger, ledger.transaction():
     tree = ledger.last_plan()

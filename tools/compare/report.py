@@ -153,7 +153,7 @@ def html(c: Comparison, drawn: Sequence[page.Figure]) -> str:
               plots=[plots.tuning_plot(c)]),
       Section(name='noise', heading='Noise and power',
               paragraphs=_power(c.results), tables=[tables.noise(c)])]
-  for phase in c.comparing:
+  for phase in c.comparing_phases:
     if phase.name != 'confirm':
       sections.append(phase_section(c, phase))
   sections.append(prediction_section(c))

@@ -138,13 +138,13 @@ def data(points, count: str, who: str, beside: str = '') -> Runs:
   """
   for point in points:
     _check_sizes(point, beside)
-  done = [point for point in points if point.finals]
+  done = [point for point in points if point.final_losses]
   require(bool(done), f'{who} has no finished run')
   done.sort(key=lambda point: (point.tokens, getattr(point, count)))
   _check_rungs(done, count)
   params, tokens, losses, flops_per_token = [], [], [], []
   for point in done:
-    for _, loss in sorted(point.finals.items()):
+    for _, loss in sorted(point.final_losses.items()):
       params.append(getattr(point, count))
       tokens.append(point.tokens)
       losses.append(loss)
@@ -521,7 +521,7 @@ def _rungs(points: Sequence) -> list[tuple]:
   rungs = []
   for point in points:
     rank = sizes.index(point.params)
-    rungs += [(point.tokens, rank, seed) for seed in point.finals]
+    rungs += [(point.tokens, rank, seed) for seed in point.final_losses]
   return sorted(rungs)
 
 

@@ -298,7 +298,7 @@ class Trainer:
       point = points[run.point]
       result = point.runs[run.seed]
       is_evaluated = bool(result.held_out) and result.state != layout.FAILED
-      if result.ended_badly or is_evaluated:
+      if result.has_ended_badly or is_evaluated:
         outcomes.append(self._outcome(run, point, result))
       else:
         why = result.error or 'it was not evaluated after its last step'
@@ -319,8 +319,10 @@ class Trainer:
     require(not others, f'{path} holds runs of another plan than the study has '
             f'had ({names}): move them away, or '
             'give the reason why they are of this study by --amend=REASON')
-    require(not sweep.strangers, f'{path} holds runs of another config than '
-            f'the plan says: {"; ".join(sweep.strangers[:3])}; move them away')
+    runs_of_other_config = '; '.join(sweep.runs_of_other_config[:3])
+    require(not sweep.runs_of_other_config,
+            f'{path} holds runs of another config than the plan says: '
+            f'{runs_of_other_config}; move them away')
 
   def predicted(self, phase: str, rows: Sequence) -> dict:
     """Freezes what a phase is expected to find, once."""
@@ -406,11 +408,11 @@ class Trainer:
       result: its result, as it lies on disk.
     """
     planned = self._frozen.point_of(run)
-    loss = result.final
+    loss = result.final_loss
     if loss is None:
       loss = math.inf
     learnt = math.isfinite(loss) and loss <= GUESSING * planned['guess']
-    diverged = result.ended_badly or not learnt
+    diverged = result.has_ended_badly or not learnt
 
     # The figures of the run, and the scores of the items that it was asked.
     values, scores = {}, {}

@@ -158,7 +158,7 @@ def test_what_cannot_be_judged_is_refused_and_what_diverges_not_better(ask):
   file.write_text(whole + json.dumps({
       'step': 201, 'split': 'train', 'param_norm': None}) + '\n')
   assert curves.Run(0, '', '', {}, ({'split': 'train', 'param_norm': None},), {}
-                    ).ended_badly
+                    ).has_ended_badly
   code, answer = ask('base', 'wild')
   assert (code, answer['verdict'], answer['p']) == (3, 'unstable', None)
   assert answer['diverged'] == {'base': 0, 'wild': 1}
