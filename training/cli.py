@@ -40,19 +40,20 @@ from training import plugins
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
-# Called with the exit code of a program that fails, once its sentence is
-# printed: a run of several processes does not wait for the others then.
+# The function by which a program that fails exits, given its exit code. A run
+# of several processes sets another one, which does not wait for the others.
 exit_after_failure: Callable[[int], None] = sys.exit
 
 
 def run(main: Callable[[], int | None]) -> None:
-  """Calls main() and exits with its code, None for 0, or with that of its
-  failure: see the head of this file."""
+  """Calls the main function of a program, and exits with the code that it
+  returns, 0 for None; where it raises, prints one sentence and exits with the
+  code of the failure (the head of this file lists them)."""
   try:
     code = main() or 0
     sys.stdout.flush()
     sys.exit(code)
-  except BrokenPipeError:  # `| head` has read enough
+  except BrokenPipeError:  # the reader, such as `| head`, has read enough
     # Python would fail once more at its exit, with a code of its own.
     for stream in (1, 2):
       os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
@@ -67,13 +68,17 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _exit_code_and_sentence(error: BaseException) -> tuple[int, str] | None:
-  """Returns the exit code of a failure and its sentence; None for a bug."""
+  """Returns the exit code of a program that raised `error`, and the sentence to
+  print; None for an error that is a bug, whose traceback is printed."""
+  # The errors that the project raises itself, and signals.
   if isinstance(error, RequestError):
     return 2, f'error: {error}'
   if isinstance(error, Stopped):
     return STOPPED, 'stopped: the same command goes on'
   if isinstance(error, KeyboardInterrupt):
     return 128 + signal.SIGINT, '\nSIGINT: ended'
+
+  # Failures of the environment.
   if isinstance(error, (EnvironmentFailure, OSError)):
     # A name that is too long for a disk is too long at each further try.
     if getattr(error, 'errno', None) == errno.ENAMETOOLONG:
@@ -81,22 +86,22 @@ def _exit_code_and_sentence(error: BaseException) -> tuple[int, str] | None:
     return 1, f'error: {error}'
   if isinstance(error, MemoryError):
     reason = ''
-    why = str(error).partition('\n')[0]
-    if why:
-      reason = f' ({why})'
+    first_line = str(error).partition('\n')[0]
+    if first_line:
+      reason = f' ({first_line})'
     return 1, (f'error: this machine has no memory left{reason}: end other '
                'programs, read smaller files, or take a machine with more')
   if is_out_of_memory(error):
-    why = str(error).splitlines()[0]
+    first_line = str(error).splitlines()[0]
     return 1, ('error: a device has no memory left: take a smaller '
                'data.batch_size, a larger train.grad_accumulation, '
                'model.remat=full, or more devices over which mesh.fsdp cuts '
-               f'the state ({why})')
+               f'the state ({first_line})')
   return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-  """Whether XLA could not have the memory of a device that it asked for."""
+  """Whether XLA raised `error` because a device had no memory left."""
   jax = sys.modules.get('jax')  # not imported for this alone
   if jax is None or not isinstance(error, jax.errors.JaxRuntimeError):
     return False
@@ -105,8 +110,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter,
                     argparse.ArgumentDefaultsHelpFormatter):
-  """--help of a program with subcommands: the text keeps its layout, and each
-  flag shows its default."""
+  """Formats the --help of a program with subcommands: the text keeps its
+  layout, and each flag shows its default."""
 
   def _get_help_string(self, action: argparse.Action):
     if action.nargs == 0 or _needs_no_default(action.help, action.default):
@@ -127,8 +132,8 @@ class Parser(argparse.ArgumentParser):
 
 
 class _StoreOnce(argparse.Action):
-  """Stores the value of an option, which may be given once: of two values one
-  would not be read."""
+  """Stores the value of an option that may be given once. A second one is
+  refused, since one of the two values would not be read."""
 
   is_given = False
 
@@ -142,7 +147,7 @@ class _StoreOnce(argparse.Action):
 
 
 def _parse_finite_number(text: str) -> float:
-  """Returns the finite number that a text says."""
+  """Returns the number that a text says, which must be finite."""
   number = float(text)
   if not math.isfinite(number):
     raise argparse.ArgumentTypeError(f'{text} is not a finite number')
@@ -151,34 +156,35 @@ def _parse_finite_number(text: str) -> float:
 
 def run_subcommand(prog: str, doc: str | None,
                    commands: Mapping[str, tuple[str, str]]) -> int:
-  """Runs a program with subcommands; returns its exit code.
+  """Parses the command line of a program with subcommands, runs the one that it
+  names, and returns the exit code.
 
   Args:
     prog: the words by which the program is called.
     doc: the description that --help prints.
-    commands: by the name of a subcommand, a module that has
+    commands: by the name of a subcommand, the name of a module that has
       add_arguments(parser) and main(args), and what the subcommand does.
   """
   parser = Parser(prog=prog, description=doc)
   subparsers = parser.add_subparsers(dest='command', required=True)
-  for name, (module, text) in commands.items():
+  for name, (module_name, text) in commands.items():
     subparser = subparsers.add_parser(name, help=text, description=text)
-    importlib.import_module(module).add_arguments(subparser)
+    importlib.import_module(module_name).add_arguments(subparser)
   args = parser.parse_args()
-  module, _ = commands[args.command]
-  return importlib.import_module(module).main(args)
+  module_name, _ = commands[args.command]
+  return importlib.import_module(module_name).main(args)
 
 
 def _needs_no_default(text: str | None, default: object) -> bool:
-  """Whether a flag's --help needs no default behind its text: there is none,
-  or the text says what it means."""
+  """Whether --help shows no default after the text of a flag: where the flag
+  has none, or its text says already what the default means."""
   return default in (None, '', []) or 'default:' in (text or '')
 
 
 # Flags.
 
-# The parts of the command line that `parse` has read: FILE.py:SIZE, and the
-# texts that were given for fields of the config, by dotted name.
+# What `parse` has read of the command line: FILE.py:SIZE of --config, and the
+# texts of the flags --config.FIELD, by the dotted name of the field.
 _config_file: list[str] = []
 _text_of_overridden_field: dict[str, str] = {}
 
@@ -186,34 +192,42 @@ _text_of_overridden_field: dict[str, str] = {}
 def define_config(text: str = 'A file of configs/ and its size, as gpt:tiny, '
                   'or the path of a file, FILE.py:SIZE; any field is a flag: '
                   '--config.optim.lr=3e-4.') -> None:
-  """Defines --config for the program that calls; once, so that one process
-  may import several programs."""
+  """Defines the flag --config, with the help `text`. A second call does
+  nothing, so that one process may import several programs."""
   if 'config' not in flags.FLAGS:
     flags.DEFINE_string('config', None, text)
 
 
 def define_workdir() -> None:
-  """Defines --workdir, likewise."""
+  """Defines the flag --workdir. A second call does nothing."""
   if 'workdir' not in flags.FLAGS:
     flags.DEFINE_string('workdir', '', 'The folder of the run.')
 
 
 def define_choices(name: str, default: Sequence[str], choices: Collection[str],
                    text: str) -> None:
-  """Defines a flag of names that are separated by commas, each of `choices`;
-  `text` says what they are."""
+  """Defines a flag whose value is a list of names with commas between.
+
+  Args:
+    name: the name of the flag.
+    default: the names that it has by default.
+    choices: the names that there are.
+    text: what --help says of it, before the choices.
+  """
   flags.DEFINE_list(name, [*default], f'{text} Of {", ".join(choices)}.')
 
   @flags.validator(name)
-  def check(values: Sequence[str]) -> bool:
+  def check_names(values: Sequence[str]) -> bool:
     for value in values:
       one_of(f'--{name}', value, choices)
     return True
 
 
 def parse(doc: str, argv: Sequence[str] | None = None) -> None:
-  """Parses absl flags; afterwards flags.FLAGS.config is the config of the file
-  that --config names, with the fields that --config.FIELD flags set.
+  """Parses the command line of a program into absl's flags.FLAGS. Afterwards
+  FLAGS.config is the config of the file that --config names, with the fields
+  that --config.FIELD flags set. Prints --help, or the sentence of a wrong flag,
+  and exits, where there is one.
 
   Args:
     doc: the program's docstring, printed by --help above the flags.
@@ -241,24 +255,33 @@ def _print_help(doc: str) -> None:
 
 
 def _read_flags(argv: list[str]) -> None:
-  """Gives the flags the values of a command line, and checks them."""
+  """Gives absl's flags the values that a command line has for them, and checks
+  these; loads the config.
+
+  Raises:
+    RequestError: for a flag that there is not, and for a wrong value.
+  """
+  # Each flag may be given once.
   program_flags = _flags_of_program()
   for name in program_flags:
     flags.FLAGS[name].allow_overwrite = False
 
   # absl's own search for flags with a similar name fails at a long one, so it
   # gives back what it does not know, and the first such word is refused here.
-  expanded = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
-  _, *unknown = flags.FLAGS(_take_out_overrides(expanded), known_only=True)
-  if unknown:
-    _refuse_unknown_word(unknown[0])
+  expanded_argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+  argv_of_flags = _take_out_overrides(expanded_argv)
+  _, *unknown_words = flags.FLAGS(argv_of_flags, known_only=True)
+  if unknown_words:
+    _refuse_unknown_word(unknown_words[0])
 
+  # The values, and the config with its fields.
   for name in program_flags:
     _check_value(f'--{name}', flags.FLAGS[name].value)
   if 'config' in flags.FLAGS:
     _load_config_of_flag(flags.FLAGS['config'])
   elif _text_of_overridden_field:
-    _refuse_unknown_word(f'--config.{next(iter(_text_of_overridden_field))}')
+    first_field = next(iter(_text_of_overridden_field))
+    _refuse_unknown_word(f'--config.{first_field}')
 
 
 def _check_value(flag: str, value: Any) -> None:
@@ -271,43 +294,50 @@ def _check_value(flag: str, value: Any) -> None:
 
 
 def overridden_fields() -> tuple[str, ...]:
-  """Returns the fields that --config.FIELD flags set, by dotted name. After
-  `parse`."""
+  """Returns the dotted names of the config's fields that the command line sets
+  by --config.FIELD flags; to be called after `parse`."""
   return tuple(_text_of_overridden_field)
 
 
 def words_to_repeat_command(names: Sequence[str]) -> list[str]:
-  """Returns what sets the flags `names` and fields of the config again, each as
-  --name=value. After `parse`."""
-  result = [f'--config={_config_file[0]}']
+  """Returns the words of a command line that set the config, its fields and
+  some flags as this process's command line does; to be called after `parse`.
+
+  Args:
+    names: the names of the flags, those left out that were not given.
+  """
+  words = [f'--config={_config_file[0]}']
   for name, text in _text_of_overridden_field.items():
-    result.append(f'--config.{name}={text}')
+    words.append(f'--config.{name}={text}')
   for name in names:
     if name == 'config' or name not in flags.FLAGS:
       continue
     if flags.FLAGS[name].present:
-      result.append(flags.FLAGS[name].serialize())
-  return result
+      words.append(flags.FLAGS[name].serialize())
+  return words
 
 
 def _refuse_unknown_word(word: str):
-  """Raises RequestError for a word that is no flag of the program."""
+  """Raises RequestError for a word of the command line that is no flag of the
+  program, with the flags that there are and the one that may be meant."""
   name = word.partition('=')[0].lstrip('-')
   if not word.startswith('-') or not name:
     raise RequestError(f'unexpected argument {short(word)}: every setting is a '
                        '--flag')
   # A misspelt word may be meant for a flag, or for a field of the config.
-  known = {flag: flags.FLAGS[flag].help for flag in _flags_of_program()}
-  sentences = dict(known)
-  if 'config' in known:
+  help_of_flag = {flag: flags.FLAGS[flag].help for flag in _flags_of_program()}
+  sentence_of_name = dict(help_of_flag)
+  if 'config' in help_of_flag:
     for field, text in base.SENTENCES.items():
-      sentences[f'config.{field}'] = text
-  raise RequestError(f'unknown flag --{name}: choose from {", ".join(known)}.'
-                     + suggest_name(name, sentences, '--'))
+      sentence_of_name[f'config.{field}'] = text
+  suggestion = suggest_name(name, sentence_of_name, '--')
+  raise RequestError(f'unknown flag --{name}: choose from '
+                     f'{", ".join(help_of_flag)}.{suggestion}')
 
 
 def _exit_with_error(sentence: str):
-  """Prints why a command line is refused, and exits."""
+  """Prints the sentence that says why a command line is refused, and exits with
+  code 2."""
   print(f'error: {cut_long_words(sentence)}', file=sys.stderr, flush=True)
   sys.exit(2)
 
@@ -320,7 +350,8 @@ def _flags_of_program() -> list[str]:
 
 
 def _describe_flag(flag: flags.Flag) -> str:
-  """Returns the lines of --help for one flag, with its default."""
+  """Returns the lines of --help for one flag: its name, its text and its
+  default."""
   name = f'[no]{flag.name}' if flag.boolean else flag.name
   text = f'--{name}: {flag.help}'
   if not _needs_no_default(flag.help, flag.default):
@@ -334,36 +365,42 @@ def _describe_flag(flag: flags.Flag) -> str:
 
 
 def _take_out_overrides(argv: Sequence[str]) -> list[str]:
-  """Returns the words that set no field of the config; notes the others."""
+  """Takes the words --config.FIELD=VALUE, which set fields of the config, out
+  of a command line and notes them; returns the other words.
+
+  Raises:
+    RequestError: for a field that is given twice, or not as it must be.
+  """
   _text_of_overridden_field.clear()
-  rest: list[str] = []
-  following = iter(argv)
-  for word in following:
+  other_words: list[str] = []
+  remaining_words = iter(argv)
+  for word in remaining_words:
     match = re.fullmatch(r'--?(no)?config\.([^=]+)(?:=(.*))?', word, re.S)
     if not match:
-      rest.append(word)
+      other_words.append(word)
       continue
-    no, name, text = match.groups()
+    has_no, name, text = match.groups()
 
     # --config.NAME and --noconfig.NAME set a field that is true or false.
-    leaf = base.find(name)
-    is_bool = leaf is not None and leaf.type is bool
+    field = base.find(name)
+    is_bool = field is not None and field.type is bool
     if is_bool and text is None:
-      text = 'False' if no else 'True'
-    elif no:
+      text = 'False' if has_no else 'True'
+    elif has_no:
       raise RequestError(f'{word}: write --config.{name}=VALUE')
     require(name not in _text_of_overridden_field,
             f'--config.{name} is given twice: give it once')
 
     # Without an equals sign, the value is the next word.
     if text is None:
-      text = next(following, '')
+      text = next(remaining_words, '')
     _text_of_overridden_field[name] = text
-  return rest
+  return other_words
 
 
 def _load_config_of_flag(flag: flags.Flag) -> None:
-  """Gives --config the config that its value names."""
+  """Replaces the value of --config, FILE.py:SIZE, by the config that it names,
+  with the fields that the command line sets."""
   if flag.value is None:
     if _text_of_overridden_field:
       name = next(iter(_text_of_overridden_field))
@@ -376,28 +413,37 @@ def _load_config_of_flag(flag: flags.Flag) -> None:
   flag.value = config.lock()
 
 
-def _set_config_field(config: ml_collections.ConfigDict, name: str,
-                      text: str) -> None:
-  """Sets a field of a config as a command line says."""
-  leaf = declare_field(config, name)
-  default: Any = {}  # of model.kinds, which is a group and no field
-  if leaf is not None:
-    default = leaf.default
+def _set_config_field(config: ml_collections.ConfigDict, name: str, text: str
+                      ) -> None:
+  """Sets a field of a config to the value that a command line has for it.
+
+  Args:
+    config: the config, which is changed.
+    name: the dotted name of the field.
+    text: the value, as the user wrote it.
+
+  Raises:
+    RequestError: for a field that there is not, or a wrong value.
+  """
+  field = declare_field(config, name)
+  default: Any = {}  # of model.kinds, which is a group of fields and no field
+  if field is not None:
+    default = field.default
   elif name != 'model.kinds':
     raise RequestError(f'--config.{name} is no field of the config.'
                        + suggest_name(name, base.SENTENCES, '--config.')
                        + _sentence_of_fields_in_group(name))
-  # A group is read as a whole, from its dict.
+  # The group is given as a whole, as a dict.
   value = parse_value(text, default, f'--config.{name}')
-  if leaf is None:
+  if field is None:
     flat.check_kinds(value)
     value = ml_collections.ConfigDict(value)
   config.update_from_flattened_dict({name: value})
 
 
 def _sentence_of_fields_in_group(name: str) -> str:
-  """Returns a sentence that lists the fields of the group in which a name
-  stands; '' where there is no such group."""
+  """Returns a sentence that lists the fields of the group of `name`, as those
+  of `optim` for optim.xyz; '' where there is no such group."""
   group = name.rpartition('.')[0]
   fields = [x for x in base.FIELDS if x.rpartition('.')[0] == group]
   if not fields:
@@ -415,7 +461,8 @@ _WORDS_FOR_TYPE = {bool: 'True or False', int: 'a whole number',
 
 
 def parse_value(text: str, default: Any, flag: str) -> Any:
-  """Returns a value of the type that the default of a field has.
+  """Returns the value of a field of the config that a text says, of the type
+  that the field's default has.
 
   Args:
     text: the value as a user writes it.
@@ -425,20 +472,21 @@ def parse_value(text: str, default: Any, flag: str) -> Any:
   Raises:
     RequestError: for a text that is no value of that type.
   """
-  kind = type(default)
+  value_type = type(default)
   try:
-    if kind is bool:
+    if value_type is bool:
       return _BOOLEAN_OF_TEXT[text.lower()]
-    if kind in (int, float, str):
-      return kind(text)
+    if value_type in (int, float, str):
+      return value_type(text)
     value = ast.literal_eval(text)
-    if kind is tuple and not isinstance(value, tuple | list):
+    if value_type is tuple and not isinstance(value, tuple | list):
       value = (value,)
-    return kind(value)
+    return value_type(value)
   except (KeyError, ValueError, SyntaxError, TypeError, MemoryError,
           RecursionError) as error:  # the last two for too deep a nesting
-    wanted = _WORDS_FOR_TYPE.get(kind, "a group of fields, as {'NAME': VALUE}")
-    raise RequestError(f'{flag} is {short(text)}: it must be {wanted}'
+    expected = _WORDS_FOR_TYPE.get(
+        value_type, "a group of fields, as {'NAME': VALUE}")
+    raise RequestError(f'{flag} is {short(text)}: it must be {expected}'
                        ) from error
 
 
@@ -446,8 +494,11 @@ def parse_value(text: str, default: Any, flag: str) -> Any:
 
 
 def load_config_file(spec: str) -> ml_collections.ConfigDict:
-  """Returns the config that FILE.py:SIZE describes; FILE.py is a path, or the
-  name of a file of configs/, such as `gpt`.
+  """Returns the config that the get_config() of a Python file makes.
+
+  Args:
+    spec: FILE.py:SIZE, where FILE.py is a path, or the name of a file of
+      configs/, such as `gpt`.
 
   Raises:
     RequestError: where the file is missing, fails, or returns no config; the
@@ -468,8 +519,8 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
 
 
 def run_user_file(file: str) -> types.ModuleType:
-  """Returns the module that a Python file of the user defines, and takes up
-  the parts that it declares (plugins.py).
+  """Runs a Python file of the user and returns its module; adds the parts of a
+  model that the file declares, such as norms, to the project's (plugins.py).
 
   Raises:
     RequestError: where the file fails, with the line.
@@ -481,13 +532,18 @@ def run_user_file(file: str) -> types.ModuleType:
 
 
 def read_python_file(file: str) -> str:
-  """Returns what a Python file holds."""
-  with tokenize.open(file) as opened:  # in the encoding that it names
+  """Returns the text of a Python file, decoded as its first lines say."""
+  with tokenize.open(file) as opened:
     return opened.read()
 
 
 def call_user_function(file: str, function: Callable, *args):
-  """Calls a function of a user's file.
+  """Calls a function of a user's file with `args`, and returns what it does.
+
+  Args:
+    file: the path of the file, for the message.
+    function: the function.
+    *args: its arguments.
 
   Raises:
     RequestError: where it fails, with the file, the line and the reason.
@@ -499,74 +555,88 @@ def call_user_function(file: str, function: Callable, *args):
   except (Exception, SystemExit) as error:  # whatever the user's code raises
     # The last line of the file that was run; there is none where the file
     # fails before.
-    where = file
+    place = file
     for frame in traceback.extract_tb(error.__traceback__):
       if frame.filename == file:
-        where = f'{file}, line {frame.lineno}'
+        place = f'{file}, line {frame.lineno}'
     if isinstance(error, SyntaxError) and error.filename == file:
-      where = f'{file}, line {error.lineno}'
+      place = f'{file}, line {error.lineno}'
     reason = ' '.join(str(error).split()) or 'no message'
-    raise RequestError(f'{where}: {type(error).__name__}: {reason}') from error
+    raise RequestError(f'{place}: {type(error).__name__}: {reason}') from error
 
 
 def check_config(config: Any, who: str) -> None:
-  """Raises RequestError unless `config` has the fields of configs/base.py, each
-  of the type and in the range that is declared there."""
+  """Checks that what a user's function returned is a config: that it has the
+  fields of configs/base.py, each of the type and in the range declared there.
+
+  Args:
+    config: what was returned.
+    who: the function, as the subject of a sentence.
+
+  Raises:
+    RequestError: where it is none.
+  """
   if not isinstance(config, ml_collections.ConfigDict):
     raise RequestError(
         f'{who} returned {short(config)}, which is no ConfigDict: end it with '
         '`return c`, where c began as base.base()')
-  missing = base.FIELDS.keys() - flat.flatten_groups(config)
-  if missing:
+  missing_fields = base.FIELDS.keys() - flat.flatten_groups(config)
+  if missing_fields:
     raise RequestError(
-        f'{who}: the fields {short(sorted(missing))} are missing: begin with '
-        'base.base() of configs/base.py')
+        f'{who}: the fields {short(sorted(missing_fields))} are missing: begin '
+        'with base.base() of configs/base.py')
   base.check(config.to_dict(), f'{who}: ')
 
 
 def declare_field(config: ml_collections.ConfigDict,
-                  full: str) -> DeclaredField | None:
-  """Returns the field that a dotted name stands for, so that it can be set;
-  None: there is no such field. A field of a kind of layer, which may be a new
-  kind, gets the model's value where it had none.
+                  full_name: str) -> DeclaredField | None:
+  """Returns the declaration of the field of the config with a dotted name, and
+  makes room for its value; None: there is no such field.
+
+  A kind of layer (a named set of fields, model.kinds.KIND) has only the fields
+  that differ from the model's. One that it lacks is added here with the model's
+  value, and so is a new kind.
 
   Args:
     config: the config of a run.
-    full: the dotted name.
+    full_name: the dotted name.
 
   Raises:
-    RequestError: for a field that a kind does not have.
+    RequestError: for a field that a kind of layer cannot have.
   """
-  match = re.fullmatch(r'model\.kinds\.(\w+)\.([\w.]+)', full)
+  match = re.fullmatch(r'model\.kinds\.(\w+)\.([\w.]+)', full_name)
   if match is None:
-    return base.find(full)
+    return base.find(full_name)
 
-  # The field of a kind, and the model's field or group of that meaning.
-  kind, field = match.groups()
-  name, _, inner = field.partition('.')
-  of_model = flat.FIELDS_OF_LAYER_KINDS.get(name, '')
+  # The field of the kind, which may be in a group, and the model's field or
+  # group of that meaning.
+  layer_kind, field = match.groups()
+  name, _, name_in_group = field.partition('.')
+  name_in_model = flat.FIELDS_OF_LAYER_KINDS.get(name, '')
   choices: Collection[str] = flat.FIELDS_OF_LAYER_KINDS
-  if of_model in flat.GROUPS:
-    choices = [f'{name}.{x}' for x in flat.default_tree()[of_model]]
-  one_of(f'field of model.kinds.{kind}', field, choices)
-  flat.check_kinds({kind: {}})
+  if name_in_model in flat.GROUPS:
+    choices = [f'{name}.{x}' for x in flat.default_tree()[name_in_model]]
+  one_of(f'field of model.kinds.{layer_kind}', field, choices)
+  flat.check_kinds({layer_kind: {}})
 
+  # A field that the kind lacks gets the model's value.
   model = config.model
   with model.unlocked():
-    value = model[of_model]
-    group = _get_or_add_group(model.kinds, kind)
-    if inner:
-      value = value[inner]
-      group = _get_or_add_group(group, name)
-      name = inner
-    if name not in group:
-      group[name] = value
-  return base.find(full)
+    model_value = model[name_in_model]
+    fields_of_kind = _get_or_add_group(model.kinds, layer_kind)
+    if name_in_group:
+      model_value = model_value[name_in_group]
+      fields_of_kind = _get_or_add_group(fields_of_kind, name)
+      name = name_in_group
+    if name not in fields_of_kind:
+      fields_of_kind[name] = model_value
+  return base.find(full_name)
 
 
 def _get_or_add_group(config: ml_collections.ConfigDict, name: str
                       ) -> ml_collections.ConfigDict:
-  """Returns the group of that name in a config, an empty one if it is new."""
+  """Returns the group `name` of a config's fields, which is added, without a
+  field, if it is not there."""
   if name not in config:
     config[name] = ml_collections.ConfigDict()
   return config[name]
@@ -574,7 +644,8 @@ def _get_or_add_group(config: ml_collections.ConfigDict, name: str
 
 def set_model_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any]
                      ) -> None:
-  """Sets fields of config.model, and of the groups in it.
+  """Sets fields of config.model, given by name; a group of fields, such as
+  `moe`, is given as a dict.
 
   Raises:
     RequestError: for an unknown field, or a value that it cannot have.
@@ -587,7 +658,8 @@ def set_model_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any]
 
 
 def _with_python_numbers(value: Any) -> Any:
-  """Returns a value, or a tree of values, with numpy's numbers as Python's."""
+  """Returns a value, or nested dicts of values, with Python's numbers in place
+  of numpy's."""
   if isinstance(value, np.generic):
     return value.item()
   if hasattr(value, 'items'):

@@ -66,12 +66,13 @@ MODULE_OF_TABLE = {
 
 # The files of this process that declare something: {path: text}.
 text_of_loaded_file: dict[str, str] = {}
-# Who has declared an entry: {(table, name): the text of the file}.
+# The text of the file that has declared an entry: {(table, name): text}.
 _text_that_declared: dict[tuple[str, str], str] = {}
 
 
 def execute_file(file: str, text: str) -> types.ModuleType:
-  """Returns the module that the text of a file defines.
+  """Executes the text of a Python file, and returns the module that it defines.
+  A text that was executed before under this path is not executed again.
 
   Args:
     file: the path of the file, for messages.
@@ -95,17 +96,18 @@ def execute_file(file: str, text: str) -> types.ModuleType:
 
 
 def declare_parts(file: str, text: str, module: types.ModuleType) -> None:
-  """Adds what a module declares to the tables of the tree.
+  """Adds the parts that a file from outside the tree declares, such as NORMS =
+  {'half': Half}, to the tables of the same names in the tree.
 
   Args:
     file: the path of the file.
     text: what it holds.
-    module: the module that `run` returned.
+    module: the module that `execute_file` returned.
 
   Raises:
     RequestError: for an entry that the tree, or another file, has already.
   """
-  before = len(_text_that_declared)
+  num_before = len(_text_that_declared)
   for table_name in MODULE_OF_TABLE:
     entries = getattr(module, table_name, None)
     if not isinstance(entries, Mapping):
@@ -117,13 +119,15 @@ def declare_parts(file: str, text: str, module: types.ModuleType) -> None:
       _add_entry(table_name, table=table, name=name, entry=entry, file=file,
                  text=text)
     remember_file(file, text)
-  if len(_text_that_declared) > before:
+  # What is made from the tables, such as the flags, is made again.
+  if len(_text_that_declared) > num_before:
     _refresh_derived_tables()
 
 
 def _add_entry(table_name: str, table: Any, name: str, entry: Any, file: str,
                text: str) -> None:
-  """Adds one entry of a file from outside the tree to a table.
+  """Adds one entry of a file from outside the tree, such as the norm 'half', to
+  a table of the tree, such as NORMS.
 
   Args:
     table_name: the name of the table, as the file has it.
@@ -132,24 +136,29 @@ def _add_entry(table_name: str, table: Any, name: str, entry: Any, file: str,
     entry: the entry.
     file: the path of the file.
     text: what the file holds.
+
+  Raises:
+    RequestError: where the tree, or another file, has an entry of that name.
   """
   key = table_name, name
   if name in table:
     # A file may be read again, and may have changed meanwhile.
-    is_own = key in _text_that_declared and _text_that_declared[key] in (
+    is_same_entry = key in _text_that_declared and _text_that_declared[key] in (
         text, text_of_loaded_file.get(file))
-    require(is_own, f'{file}: {table_name} has {name!r}, which '
+    require(is_same_entry, f'{file}: {table_name} has {name!r}, which '
             f'{MODULE_OF_TABLE[table_name]} has already: call it otherwise')
   table[name] = entry
   _text_that_declared[key] = text
 
 
 def remember_file(file: str, text: str) -> None:
-  """Notes that a run of this process needs a file."""
+  """Notes that the runs of this process need a file, whose text they write to
+  their config.json."""
   text_of_loaded_file[file] = text
 
 
 def _find_table(name: str) -> Any:
+  """Returns the table of the tree with a name, such as NORMS."""
   return getattr(importlib.import_module(MODULE_OF_TABLE[name]), name)
 
 
@@ -161,8 +170,13 @@ def _refresh_derived_tables() -> None:
 
 
 def restore_declared_parts(files: Mapping[str, str]) -> None:
-  """Declares what the files of a run that was started before have declared,
-  as they were then; a file that this process has loaded itself stays."""
+  """Declares the parts that a run which was started before has taken from files
+  outside the tree, as these were then. A file that this process has loaded
+  itself stays as it is.
+
+  Args:
+    files: the text of each file, by its path, as config.json has them.
+  """
   for file, text in files.items():
     if file not in text_of_loaded_file:
       declare_parts(file, text, execute_file(file, text))
@@ -175,5 +189,5 @@ def hash_loaded_files() -> dict[str, str]:
 
 
 def hash_text(text: str) -> str:
-  """Returns a short hash of what a file holds."""
+  """Returns a short hash of a file's text."""
   return hashlib.sha256(text.encode()).hexdigest()[:16]
