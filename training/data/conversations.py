@@ -36,44 +36,46 @@ import numpy as np
 from common.errors import RequestError, one_of, require, short
 from training import hub
 from training.data import texts
-from training.data.tokenizers import Tokenizer, named_tokens
+from training.data.tokenizers import Tokenizer, read_special_tokens
 from training.workdir import storage
 
 # Who speaks, as files spell it: our kind of part.
-ROLES = {'system': 'system', 'user': 'user', 'human': 'user',
+ROLE_OF_SPELLING = {'system': 'system', 'user': 'user', 'human': 'user',
          'prompter': 'user', 'assistant': 'assistant', 'gpt': 'assistant',
          'chatgpt': 'assistant', 'bot': 'assistant'}
 # The parts that a conversation is made of: those of the published templates,
 # and those of a Jinja template.
-KINDS = ('question', 'answer', 'shown', 'said')
-ANSWERS = ('answer', 'said')  # those predicted
+KINDS_OF_PARTS = ('question', 'answer', 'shown', 'said')
+KINDS_OF_ANSWERS = ('answer', 'said')  # those predicted
 PUBLISHED_NAME = 'published'  # data.chat_template of Vicuna's and Alpaca's
-SYSTEM = (
+VICUNA_SYSTEM_MESSAGE = (
     'A chat between a curious user and an artificial intelligence assistant. '
     "The assistant gives helpful, detailed, and polite answers to the user's "
     'questions.')
-PROMPT = (
+ALPACA_PROMPT = (
     'Below is an instruction that describes a task. Write a response that '
     'appropriately completes the request.\n\n'
     '### Instruction:\n{instruction}\n\n### Response:')
-PROMPT_INPUT = (
+ALPACA_PROMPT_WITH_INPUT = (
     'Below is an instruction that describes a task, paired with an input that '
     'provides further context. Write a response that appropriately completes '
     'the request.\n\n'
     '### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n'
     '### Response:')
-MARKS = '\ue010', '\ue011'
-FILE = 'chat_template.jinja'
-TEXT = 'jinja:'  # before the text of a template that a run keeps
+MARKS_OF_SPELT_TEXT = '\ue010', '\ue011'
+CHAT_TEMPLATE_FILE = 'chat_template.jinja'
+# The config of a run keeps the text of its template after this prefix.
+PREFIX_OF_TEMPLATE_TEXT = 'jinja:'
 # Text of a rendered conversation, and what stands between two marks in it. A
 # template may have taken a mark from its pair: alone, it means nothing.
-_PIECES = re.compile('{0}(?P<spelt>[^{0}{1}]+){1}|(?P<text>[^{0}{1}]+)'.format(
-    *MARKS))
-_BLOCK = re.compile(r'\{%-?\s*generation\s*-?%\}')
+_PATTERN_OF_PIECES = re.compile(
+    '{0}(?P<spelt>[^{0}{1}]+){1}|(?P<text>[^{0}{1}]+)'.format(
+        *MARKS_OF_SPELT_TEXT))
+_PATTERN_OF_ANSWER_BLOCK = re.compile(r'\{%-?\s*generation\s*-?%\}')
 Messages = Sequence[dict[str, str]]
 
 
-def parse(turns: Sequence, where: str) -> list[tuple[str, str]]:
+def parse_turns(turns: Sequence, where: str) -> list[tuple[str, str]]:
   """Returns the (role, text) turns of one conversation.
 
   Raises:
@@ -86,10 +88,10 @@ def parse(turns: Sequence, where: str) -> list[tuple[str, str]]:
     # Both spellings are published: role and content, from and value.
     role = turn.get('role', turn.get('from'))
     role = str(role)
-    one_of(f'role in {where}', role, ROLES)
+    one_of(f'role in {where}', role, ROLE_OF_SPELLING)
     content = turn.get('content', turn.get('value'))
-    text = texts.checked(content, f'{where} turn of {role!r}')
-    parts.append((ROLES[role], text))
+    text = texts.check_text(content, f'{where} turn of {role!r}')
+    parts.append((ROLE_OF_SPELLING[role], text))
   return parts
 
 
@@ -107,18 +109,18 @@ class Layout:
     raise NotImplementedError
 
 
-class Published(Layout):
+class PublishedLayout(Layout):
   """Vicuna's template for turns; instructions have Alpaca's already."""
 
   key = PUBLISHED_NAME
 
   def of(self, document: Any) -> Any:
-    if _is_turns(document):
-      return vicuna(document)
+    if _is_conversation(document):
+      return lay_out_vicuna_turns(document)
     return document
 
 
-class Jinja(Layout):
+class JinjaLayout(Layout):
   """A Jinja template.
 
   Args:
@@ -130,14 +132,14 @@ class Jinja(Layout):
     tokenizer = template.tokenizer
     special, special_or_written = template.markers
     described = json.dumps([
-        template.text, template.specials, tokenizer.special_texts,
+        template.text, template.special_tokens, tokenizer.special_texts,
         *sorted(special_or_written - special)])
     digest = hashlib.sha256(described.encode()).hexdigest()
     self.key = f'jinja {digest}'
     self._template = template
 
   def of(self, document: Any) -> Any:
-    if _is_turns(document):
+    if _is_conversation(document):
       messages = [dict(role=role, content=text) for role, text in document]
       return self._template.parts(messages)
     if not isinstance(document, str) and not _has_roles(document):
@@ -146,7 +148,7 @@ class Jinja(Layout):
     return document
 
 
-def layout(template: str, tokenizer: Any) -> Layout:
+def choose_layout(template: str, tokenizer: Any) -> Layout:
   """Returns the layout that data.chat_template names.
 
   Args:
@@ -157,11 +159,11 @@ def layout(template: str, tokenizer: Any) -> Layout:
     RequestError: where it names no template.
   """
   if template == PUBLISHED_NAME:
-    return PUBLISHED
-  return Jinja(read(template, tokenizer))
+    return PUBLISHED_LAYOUT
+  return JinjaLayout(read_template(template, tokenizer))
 
 
-def _is_turns(document: Any) -> bool:
+def _is_conversation(document: Any) -> bool:
   """Returns whether a document is a conversation in which something is said."""
   if isinstance(document, str):
     return False
@@ -171,18 +173,18 @@ def _is_turns(document: Any) -> bool:
 def _has_roles(document: Sequence[tuple[str, str]]) -> bool:
   """Returns whether the parts of a document are turns."""
   role, _ = document[0]
-  return role in ROLES.values()
+  return role in ROLE_OF_SPELLING.values()
 
 
-PUBLISHED = Published()
+PUBLISHED_LAYOUT = PublishedLayout()
 
 
-def vicuna(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def lay_out_vicuna_turns(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
   """Returns turns by `parse` as (kind, text) parts, the kinds `question` and
   `answer`. Joined, with the separator after each answer, they are the
   template's text."""
   parts = []
-  asked = '' if turns[0][0] == 'system' else f'{SYSTEM} '
+  asked = '' if turns[0][0] == 'system' else f'{VICUNA_SYSTEM_MESSAGE} '
   for kind, text in turns:
     if kind == 'system':
       asked += f'{text} '
@@ -205,18 +207,19 @@ def read_alpaca(path: str) -> Iterator[list[tuple[str, str]]]:
   Raises:
     ValueError: naming the record that is none.
   """
-  for where, record in texts.rows(path):
-    asked = texts.checked(record.get('instruction'), f'{where}, instruction')
-    context = texts.checked(record.get('input', ''), f'{where}, input')
-    answer = texts.checked(record.get('output'), f'{where}, output')
+  for where, record in texts.read_rows(path):
+    asked = texts.check_text(record.get('instruction'), f'{where}, instruction')
+    context = texts.check_text(record.get('input', ''), f'{where}, input')
+    answer = texts.check_text(record.get('output'), f'{where}, output')
     yield [('question', alpaca_prompt(asked, context)), ('answer', answer)]
 
 
 def alpaca_prompt(instruction: str, context: str = '') -> str:
   """Returns the text before an answer; `context` is the record's input."""
   if context:
-    return PROMPT_INPUT.format(instruction=instruction, input=context)
-  return PROMPT.format(instruction=instruction)
+    return ALPACA_PROMPT_WITH_INPUT.format(instruction=instruction,
+                                           input=context)
+  return ALPACA_PROMPT.format(instruction=instruction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,12 +230,12 @@ class Template:
     name: where it is from, for messages.
     text: the template itself.
     tokenizer: what its text is encoded with.
-    specials: {'bos_token': '<s>', ...}, as the template knows them.
+    special_tokens: {'bos_token': '<s>', ...}, as the template knows them.
   """
   name: str
   text: str
   tokenizer: Tokenizer
-  specials: dict[str, str]
+  special_tokens: dict[str, str]
 
   @functools.cached_property
   def markers(self) -> tuple[frozenset[int], frozenset[int]]:
@@ -253,7 +256,8 @@ class Template:
       messages: dicts with role and content.
       answer: whether the assistant's next message is about to begin.
     """
-    [ids_T] = encode([self.render(messages, answer)], self.tokenizer)
+    [ids_T] = encode_rendered_parts([self.render(messages, answer)],
+                                    self.tokenizer)
     return ids_T
 
   def render(self, messages: Messages, answer: bool = False,
@@ -276,7 +280,7 @@ class Template:
         that asks for the answer.
     """
     text, spans = self._render(messages)
-    if not _BLOCK.search(self.text):
+    if not _PATTERN_OF_ANSWER_BLOCK.search(self.text):
       spans = self._differences(messages, text)
     parts = []
     end_of_last = 0
@@ -332,7 +336,7 @@ class Template:
       return len(text)
     end = max(ends)
     # That one may have been said, too.
-    if MARKS[1] in text[end:]:
+    if MARKS_OF_SPELT_TEXT[1] in text[end:]:
       return len(text)
     return end
 
@@ -349,18 +353,21 @@ class Template:
         markers = special
       marked_message = {}
       for key, value in message.items():
-        marked_message[key] = marked(value, self.tokenizer, markers)
+        marked_message[key] = mark_special_tokens(value, self.tokenizer,
+                                                  markers)
       chat.append(marked_message)
     options = dict(
-        self.specials, add_generation_prompt=answer,
+        self.special_tokens, add_generation_prompt=answer,
         continue_final_message=goes_on,
-        return_assistant_tokens_mask=bool(_BLOCK.search(self.text)))
+        return_assistant_tokens_mask=bool(
+            _PATTERN_OF_ANSWER_BLOCK.search(self.text)))
     # The template comes with a model, and may do anything.
-    return limited.call(f'the chat template {self.name} fails', 'render',
-                        self.text, chat, options, keep=True)
+    return limited.call_with_limits(f'the chat template {self.name} fails',
+                                    'render', self.text, chat, options,
+                                    keep=True)
 
 
-def read(spec: str, tokenizer: Tokenizer) -> Template:
+def read_template(spec: str, tokenizer: Tokenizer) -> Template:
   """Returns the template of data.chat_template.
 
   Args:
@@ -371,40 +378,42 @@ def read(spec: str, tokenizer: Tokenizer) -> Template:
   Raises:
     RequestError: where there is none.
   """
-  name, text = source(spec)
-  return make(name, text, tokenizer)
+  name, text = read_template_text(spec)
+  return make_template(name, text, tokenizer)
 
 
-def source(spec: str) -> tuple[str, str]:
+def read_template_text(spec: str) -> tuple[str, str]:
   """Returns where the template of data.chat_template is from, and its text;
   RequestError: there is none."""
-  if spec.startswith(TEXT):
-    return 'of the run', spec.removeprefix(TEXT)
+  if spec.startswith(PREFIX_OF_TEMPLATE_TEXT):
+    return 'of the run', spec.removeprefix(PREFIX_OF_TEMPLATE_TEXT)
   # A name on the Hugging Face hub is a folder of its cache.
   path = pathlib.Path(hub.download_if_on_hub(spec, weights=False)).expanduser()
   text = None
   if path.is_dir():
-    text = in_folder(path)
+    text = read_template_of_folder(path)
   elif path.is_file():
-    text = texts.read(str(path))
+    text = texts.read_text(str(path))
   if text is None:
     raise RequestError(
         f'data.chat_template is {short(spec)}, which is no file, and no folder '
-        f'with a {FILE} or a template in its tokenizer_config.json: choose '
-        'from published, a Jinja file, and a Hugging Face folder')
+        f'with a {CHAT_TEMPLATE_FILE} or a template in its '
+        'tokenizer_config.json: choose from published, a Jinja file, and a '
+        'Hugging Face folder')
   return str(path), text
 
 
-def make(name: str, text: str, tokenizer: Tokenizer) -> Template:
+def make_template(name: str, text: str, tokenizer: Tokenizer) -> Template:
   """Returns a template with the special tokens of a tokenizer."""
   return Template(name=name, text=text, tokenizer=tokenizer,
-                  specials=specials(tokenizer))
+                  special_tokens=special_tokens_of_template(tokenizer))
 
 
-def in_folder(folder: Any) -> str | None:
+def read_template_of_folder(folder: Any) -> str | None:
   """Returns the chat template of a Hugging Face folder; None: it has none."""
-  if (folder / FILE).is_file():
-    return texts.decoded((folder / FILE).read_bytes(), str(folder / FILE))
+  if (folder / CHAT_TEMPLATE_FILE).is_file():
+    return texts.decode_text((folder / CHAT_TEMPLATE_FILE).read_bytes(),
+                             str(folder / CHAT_TEMPLATE_FILE))
   path = folder / 'tokenizer_config.json'
   if not path.is_file():
     return None
@@ -415,24 +424,27 @@ def in_folder(folder: Any) -> str | None:
   return template if isinstance(template, str) else None
 
 
-def marked(text: str, tokenizer: Tokenizer, markers: Set[int]) -> str:
+def mark_special_tokens(text: str, tokenizer: Tokenizer,
+                        markers: Set[int]) -> str:
   """Returns what somebody says, with MARKS around each stretch that the
   tokenizer takes for one of `markers`, however it is written: a normaliser may
   turn other letters into a special token's."""
-  text = unmarked(text)
+  text = remove_marks(text)
   ids_T, spans_T2 = tokenizer.encode_placed(text)
-  spans = _spans_of(markers, ids_T, spans_T2)
+  spans = _find_spans_of_tokens(markers, ids_T, spans_T2)
   if spans:
     # An unknown word is [UNK] when it is spelt, too.
     ids_T, spans_T2 = tokenizer.encode_typed(text)
-    spans -= _spans_of(markers, ids_T, spans_T2)
+    spans -= _find_spans_of_tokens(markers, ids_T, spans_T2)
+  begin_mark, end_mark = MARKS_OF_SPELT_TEXT
   for first, end in sorted(spans, reverse=True):
-    text = f'{text[:first]}{MARKS[0]}{text[first:end]}{MARKS[1]}{text[end:]}'
+    spelt = f'{begin_mark}{text[first:end]}{end_mark}'
+    text = text[:first] + spelt + text[end:]
   return text
 
 
-def _spans_of(markers: Set[int], ids_T: np.ndarray, spans_T2: np.ndarray
-              ) -> set[tuple[int, int]]:
+def _find_spans_of_tokens(markers: Set[int], ids_T: np.ndarray,
+                          spans_T2: np.ndarray) -> set[tuple[int, int]]:
   """Returns the spans of those tokens of a text that are in `markers`."""
   spans = set()
   for i, (first, end) in zip(ids_T.tolist(), spans_T2.tolist()):
@@ -441,12 +453,13 @@ def _spans_of(markers: Set[int], ids_T: np.ndarray, spans_T2: np.ndarray
   return spans
 
 
-def unmarked(text: str) -> str:
+def remove_marks(text: str) -> str:
   """Returns a text without MARKS."""
-  return re.sub(f'[{"".join(MARKS)}]', '', text)
+  return re.sub(f'[{"".join(MARKS_OF_SPELT_TEXT)}]', '', text)
 
 
-def encode(parts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
+def encode_rendered_parts(parts: Sequence[str],
+                          tokenizer: Tokenizer) -> list[np.ndarray]:
   """Returns the ids [T] of each part of a rendered text.
 
   The parts are encoded as one text. An id belongs to the first of the odd
@@ -456,7 +469,7 @@ def encode(parts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
   # The ids of the whole text, and where each of them stands in it.
   ids = []
   places = []
-  for piece in re.finditer(_PIECES, ''.join(parts)):
+  for piece in re.finditer(_PATTERN_OF_PIECES, ''.join(parts)):
     if piece['spelt']:
       group = 'spelt'
       piece_ids, spans = tokenizer.encode_typed(piece[group])
@@ -486,7 +499,7 @@ def encode(parts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
   return np.split(ids_T, cuts)
 
 
-def specials(tokenizer: Tokenizer) -> dict[str, str]:
+def special_tokens_of_template(tokenizer: Tokenizer) -> dict[str, str]:
   """Returns the special tokens as transformers gives them to a template: those
   that the tokenizer's own files name, where they name any."""
   folder = pathlib.Path(tokenizer.name)
@@ -495,7 +508,7 @@ def specials(tokenizer: Tokenizer) -> dict[str, str]:
     folder = folder.parent
   named = {}
   if not tokenizer.name.startswith('bytes'):
-    named = named_tokens(folder)
+    named = read_special_tokens(folder)
   if named:
     return named
   # No file names them: those that the tokenizer itself has.

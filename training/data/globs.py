@@ -9,22 +9,22 @@ import os
 _ANY_DEPTH = '**'
 
 
-def files(pattern: str) -> tuple[str, ...]:
+def find_files(pattern: str) -> tuple[str, ...]:
   """Returns the files that an absolute pattern matches, sorted by their paths.
 
   In it ** stands for no folder, or several, whose names do not begin with a
   dot. Links are followed. A file to which several paths lead is there once, by
   a path that ends in no link where there is one.
   """
-  paths = sorted({*filter(os.path.isfile, _matching(pattern))})
+  paths = sorted({*filter(os.path.isfile, _find_paths(pattern))})
   paths.sort(key=os.path.islink)
   path_of: dict[tuple[int, int], str] = {}
   for path in paths:
-    path_of.setdefault(_identity(path), path)
+    path_of.setdefault(_inode_of_path(path), path)
   return tuple(sorted(path_of.values()))
 
 
-def _matching(pattern: str) -> Iterator[str]:
+def _find_paths(pattern: str) -> Iterator[str]:
   """Yields the paths that a pattern matches, some perhaps twice."""
   parts = pattern.split(os.sep)
   if _ANY_DEPTH not in parts:
@@ -33,11 +33,11 @@ def _matching(pattern: str) -> Iterator[str]:
   place = parts.index(_ANY_DEPTH)
   above = os.sep.join(parts[:place]) or os.sep
   below = os.sep.join(parts[place + 1:]) or '*'
-  for folder in _folders(sorted(glob.glob(above))):
-    yield from _matching(os.path.join(glob.escape(folder), below))
+  for folder in _walk_folders(sorted(glob.glob(above))):
+    yield from _find_paths(os.path.join(glob.escape(folder), below))
 
 
-def _folders(tops: list[str]) -> Iterator[str]:
+def _walk_folders(tops: list[str]) -> Iterator[str]:
   """Yields some folders and all below them, each once: one to which a link
   leads, too, only where no other path leads to it."""
   seen = set()
@@ -49,13 +49,13 @@ def _folders(tops: list[str]) -> Iterator[str]:
       folder = folders.pop()
     else:
       folder = links.pop(0)
-    if not os.path.isdir(folder) or _identity(folder) in seen:
+    if not os.path.isdir(folder) or _inode_of_path(folder) in seen:
       continue
-    seen.add(_identity(folder))
+    seen.add(_inode_of_path(folder))
     yield folder
 
     # The folders in it come before its neighbours, in the order of the names.
-    inner = _inside(folder)
+    inner = _list_folders(folder)
     for path in inner:
       if os.path.islink(path):
         links.append(path)
@@ -64,7 +64,7 @@ def _folders(tops: list[str]) -> Iterator[str]:
         folders.append(path)
 
 
-def _inside(folder: str) -> list[str]:
+def _list_folders(folder: str) -> list[str]:
   """Returns the folders in a folder, and the links to folders; of one that may
   not be read none, as the shell has it."""
   inner = []
@@ -80,7 +80,7 @@ def _inside(folder: str) -> list[str]:
   return sorted(inner)
 
 
-def _identity(path: str) -> tuple[int, int]:
+def _inode_of_path(path: str) -> tuple[int, int]:
   """Returns what tells a file or a folder from all others."""
   status = os.stat(path)
   return status.st_dev, status.st_ino

@@ -10,7 +10,7 @@ import numpy as np
 from common.errors import require, short
 
 # The names of inputs and of the module's arguments, by stack.
-NAMES = {
+ARGUMENT_OF_INPUT = {
     'decoder': dict(tokens='tokens_BL', mask='segment_ids_BL'),
     'encoder': dict(tokens='tokens_BL', mask='segment_ids_BL',
                     types='type_ids_BL'),
@@ -21,7 +21,7 @@ NAMES = {
 }
 
 
-def arrays(stack: str, values: Mapping[str, Any], vocab_size: int
+def arguments_of_module(stack: str, values: Mapping[str, Any], vocab_size: int
            ) -> dict[str, jax.Array]:
   """Returns the module's arguments by name, int32 [B, L]; [L] is one row.
 
@@ -34,11 +34,11 @@ def arrays(stack: str, values: Mapping[str, Any], vocab_size: int
   Raises:
     RequestError: for what is none, or is not as long as its tokens.
   """
-  names = NAMES[stack]
+  names = ARGUMENT_OF_INPUT[stack]
   for name in values:
     require(name in names, f'a {stack} takes no input {name!r}: choose from '
             f'{", ".join(names)}')
-  values = {name: rows(name, value) for name, value in values.items()}
+  values = {name: array_of_rows(name, value) for name, value in values.items()}
 
   for name, array in values.items():
     require(array.size > 0, f'{name} is empty')
@@ -67,7 +67,7 @@ def arrays(stack: str, values: Mapping[str, Any], vocab_size: int
           for name, array in values.items()}
 
 
-def rows(name: str, value: Any) -> Any:
+def array_of_rows(name: str, value: Any) -> Any:
   """Returns an array [B, L] of numbers, of jax or of numpy.
 
   Raises:

@@ -55,20 +55,20 @@ SQUAD_FIELDS = ('context', 'question', 'answers')  # in a data set
 
 # How a line of names calls the columns of texts, that of the label, and those
 # that number the rows, in lower case.
-TEXT_NAMES = (
+NAMES_OF_TEXT_COLUMNS = (
     'text', 'text1', 'text2', 'text_a', 'text_b', 'sentence', 'sentence1',
     'sentence2', 'premise', 'hypothesis', 'question', 'question1', 'question2',
     'passage', 'paragraph', 'content', 'body', 'title', 'headline', 'document',
     'abstract', 'description', 'review', 'comment', 'message', 'tweet', 'post',
     'query', 'utterance', 'first', 'second', 'input', 'x')
-LABEL_NAMES = (
+NAMES_OF_LABEL_COLUMNS = (
     'label', 'labels', 'class', 'category', 'target', 'gold', 'gold_label',
     'score', 'stars', 'rating', 'sentiment', 'polarity', 'emotion', 'intent',
     'topic', 'verdict', 'similarity', 'output', 'y')
-NUMBER_NAMES = ('', 'unnamed: 0', 'index', 'idx', 'id', 'guid')
+NAMES_OF_NUMBER_COLUMNS = ('', 'unnamed: 0', 'index', 'idx', 'id', 'guid')
 
-_USUAL_NAMES = {2: ('text', 'label'), 3: ('first', 'second', 'label')}
-_TAG = re.compile(r'(O|[BI]-\S+)')
+_USUAL_COLUMN_NAMES = {2: ('text', 'label'), 3: ('first', 'second', 'label')}
+_PATTERN_OF_ENTITY_LABEL = re.compile(r'(O|[BI]-\S+)')
 
 
 class Record(NamedTuple):
@@ -126,7 +126,7 @@ class Paragraph(NamedTuple):
   questions: tuple[Question, ...]
 
 
-def is_bare(record: Any) -> bool:
+def has_nothing_to_predict(record: Any) -> bool:
   """Returns whether a record has nothing to learn or to measure: it is a text
   or a sentence without labels, or questions whose answers are not known."""
   if isinstance(record, Record):
@@ -136,17 +136,17 @@ def is_bare(record: Any) -> bool:
   return isinstance(record, Paragraph) and record.questions[0].answers is None
 
 
-def refuse_bare(name: str, records: Iterable[Any]) -> None:
+def check_all_labelled(name: str, records: Iterable[Any]) -> None:
   """Raises RequestError where there is nothing to learn or to measure of the
   records of the source `name`."""
-  if any(map(is_bare, records)):
+  if any(map(has_nothing_to_predict, records)):
     raise RequestError(
         f'data source {name!r} has no labels or answers, so that nothing can '
         'be learned or measured of it: eval.py --tasks=labels '
         f'--text={name} --predictions=FILE predicts them')
 
 
-def fields_of(name: str, written: str) -> tuple[str, ...]:
+def parse_fields(name: str, written: str) -> tuple[str, ...]:
   """Returns the columns that FIELDS names, the label's last, which is '' where
   rows have none; () where FIELDS is left out.
 
@@ -171,7 +171,7 @@ def fields_of(name: str, written: str) -> tuple[str, ...]:
   return fields
 
 
-def columns_of(name: str, written: str) -> tuple[int, ...]:
+def parse_columns(name: str, written: str) -> tuple[int, ...]:
   """Returns the columns of words and of labels that COLUMNS names; of words
   alone, if they have no labels."""
   numbers = (written or '0+-1').split('+')
@@ -187,21 +187,21 @@ def columns_of(name: str, written: str) -> tuple[int, ...]:
 def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
   """Yields the records of a file; `fields` by fields_of."""
   # Columns are named.
-  is_table = path.endswith(texts.TABLES)
+  is_table = path.endswith(texts.TABLE_ENDINGS)
   if not is_table or (fields and not fields[0].isdigit()):
     columns = fields or ('text', 'label')
-    for where, row in texts.rows(path):
-      yield _record(where, row=row, columns=columns, names=columns)
+    for where, row in texts.read_rows(path):
+      yield _record_of_row(where, row=row, columns=columns, names=columns)
     return
 
   # Columns are numbered, though the first line may be one of names.
   columns = fields
   names: tuple[str, ...] = ()
   size = 0
-  for number, (where, row) in enumerate(texts.rows(path, names=False)):
+  for number, (where, row) in enumerate(texts.read_rows(path, names=False)):
     if number == 0:
       size = len(row)
-      named = _named_columns(where, row, fields)
+      named = _find_named_columns(where, row, fields)
       if named:
         columns = named
         cells = [row.get(column, '') for column in named]
@@ -214,11 +214,11 @@ def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
           f'{where}, has {len(row)} columns: name those of the text and of the '
           'label, as in labelled:GLOB:sentence+label where line 1 has names, '
           'or labelled:GLOB:0+1')
-    yield _record(where, row=row, columns=columns,
-                  names=names or _USUAL_NAMES[len(columns)])
+    yield _record_of_row(where, row=row, columns=columns,
+                  names=names or _USUAL_COLUMN_NAMES[len(columns)])
 
 
-def _named_columns(where: str, row: dict[str, str], fields: tuple[str, ...]
+def _find_named_columns(where: str, row: dict[str, str], fields: tuple[str, ...]
                    ) -> tuple[str, ...]:
   """Returns the columns of the texts and, last, of the label, where the first
   line of a table names them; () where it is a record.
@@ -237,11 +237,11 @@ def _named_columns(where: str, row: dict[str, str], fields: tuple[str, ...]
   named_numbers = []
   for column, cell in row.items():
     name = cell.strip().lower()
-    if name in TEXT_NAMES:
+    if name in NAMES_OF_TEXT_COLUMNS:
       named_texts.append(column)
-    if name in LABEL_NAMES:
+    if name in NAMES_OF_LABEL_COLUMNS:
       named_labels.append(column)
-    if name in NUMBER_NAMES:
+    if name in NAMES_OF_NUMBER_COLUMNS:
       named_numbers.append(column)
 
   # Where fields are chosen, the line has to name each of them.
@@ -263,17 +263,17 @@ def _named_columns(where: str, row: dict[str, str], fields: tuple[str, ...]
   return tuple(read)
 
 
-def hint(where: str) -> str:
+def advice_for_line_of_names(where: str) -> str:
   """Returns what to do where a record of a table is its line of names, as the
   end of a sentence; '' where it cannot be one."""
   match = re.fullmatch(r'(.*), line 1,?', where)
-  if match is None or not match[1].endswith(texts.TABLES):
+  if match is None or not match[1].endswith(texts.TABLE_ENDINGS):
     return ''
   return ('. If that is a line of names, name the columns: labelled:GLOB:'
           'sentence+label')
 
 
-def _record(where: str, row: dict[str, Any], columns: Sequence[str],
+def _record_of_row(where: str, row: dict[str, Any], columns: Sequence[str],
             names: Sequence[str]) -> Record:
   """Returns the record of a row.
 
@@ -289,12 +289,12 @@ def _record(where: str, row: dict[str, Any], columns: Sequence[str],
   # The cells of the texts and, last, of the label.
   values = [row[column] for column in of_texts]
   if label:
-    values.append(_label(row[label], where))
+    values.append(_label_as_text(row[label], where))
 
   # Each must be text that can be written as UTF-8, and none may be empty.
   cells = []
   for name, value in zip(names, values):
-    cells.append(texts.checked(value, f'{where} field {name!r},'))
+    cells.append(texts.check_text(value, f'{where} field {name!r},'))
   for name, cell in zip(names, cells):
     require(bool(cell.strip()), f'{where} column {name!r}, is empty: a record '
             'has a text, or two, and a label')
@@ -303,14 +303,15 @@ def _record(where: str, row: dict[str, Any], columns: Sequence[str],
                 names=tuple(names[:-1]))
 
 
-def _label(value: Any, where: str) -> str:
+def _label_as_text(value: Any, where: str) -> str:
   """Returns a label as text."""
   require(isinstance(value, str | int | float), f'{where} has the label '
           f'{short(value)}: a label is a text or a number')
   return str(value)
 
 
-def dataset_rows(name: str, fields: Sequence[str], dataset: Any) -> texts.Rows:
+def read_dataset_rows(name: str, fields: Sequence[str],
+                      dataset: Any) -> texts.Rows:
   """Yields the rows of a data set of the package datasets. A label that is a
   number, of which the data set knows the name, is the name."""
   # The names of the labels of each column that has some.
@@ -327,13 +328,13 @@ def dataset_rows(name: str, fields: Sequence[str], dataset: Any) -> texts.Rows:
       if not names or value is None:
         continue
       if isinstance(value, list):
-        row[column] = [_name_of(label, names, where) for label in value]
+        row[column] = [_name_of_label(label, names, where) for label in value]
       else:
-        row[column] = _name_of(value, names, where)
+        row[column] = _name_of_label(value, names, where)
     yield where, row
 
 
-def _name_of(label: int, names: Sequence[str], where: str) -> str:
+def _name_of_label(label: int, names: Sequence[str], where: str) -> str:
   """Returns the name of a label that is a number."""
   require(0 <= label < len(names), f'{where} has the label {label}, and the '
           f'set has {len(names)}: one whose labels are kept back has -1 for '
@@ -341,7 +342,7 @@ def _name_of(label: int, names: Sequence[str], where: str) -> str:
   return names[label]
 
 
-def of_rows(name: str, fields: tuple[str, ...], features: Any
+def choose_reader_of_rows(name: str, fields: tuple[str, ...], features: Any
             ) -> tuple[str, Callable[[texts.Rows], Iterator[Any]]]:
   """Returns what columns of a data set hold, and what makes records of its
   rows: of columns that are lists, words and their labels.
@@ -352,17 +353,17 @@ def of_rows(name: str, fields: tuple[str, ...], features: Any
     features: the type of each column.
   """
   if fields == SQUAD_FIELDS:
-    return QUESTIONS, _questions_of_rows
+    return QUESTIONS, _read_questions_of_rows
   # A column of lists has a word, or a label, in each place.
   named = [field for field in fields if field]
   are_lists = [hasattr(features[field], 'feature') for field in named]
   if not any(are_lists):
-    fields_of(name, '+'.join(fields))
+    parse_fields(name, '+'.join(fields))
 
     def records(rows: texts.Rows) -> Iterator[Record]:
       """Yields a text, or a pair of texts, of each row."""
       for where, row in rows:
-        yield _record(where, row=row, columns=fields, names=fields)
+        yield _record_of_row(where, row=row, columns=fields, names=fields)
     return TEXTS, records
 
   # Sentences have words and, for each word, a label.
@@ -374,14 +375,14 @@ def of_rows(name: str, fields: tuple[str, ...], features: Any
   def sentences(rows: texts.Rows) -> Iterator[Sentence]:
     """Yields the sentence of each row."""
     for where, row in rows:
-      yield _sentence(where, *[row[field] or [] for field in named])
+      yield _sentence_of_words(where, *[row[field] or [] for field in named])
   return SENTENCES, sentences
 
 
-def _questions_of_rows(rows: texts.Rows) -> Iterator[Paragraph]:
+def _read_questions_of_rows(rows: texts.Rows) -> Iterator[Paragraph]:
   """Yields the paragraphs of a data set with SQUAD_FIELDS, whose rows are
   questions; neighbours with one context are of one paragraph."""
-  def asked() -> Iterator[_Asked]:
+  def asked() -> Iterator[_WrittenQuestion]:
     """Yields the question of each row as SQuAD's files have it."""
     for where, row in rows:
       # The data set has the answers' texts and starts in two lists.
@@ -392,13 +393,13 @@ def _questions_of_rows(rows: texts.Rows) -> Iterator[Paragraph]:
       question = dict(
           id=str(row.get('id', where)), question=row['question'],
           is_impossible=not row['answers']['text'], answers=answers)
-      yield _Asked(where=where, context=row['context'], question=question,
-                   paragraph=row['context'])
-  return _paragraphs(asked())
+      yield _WrittenQuestion(where=where, context=row['context'],
+                             question=question, paragraph=row['context'])
+  return _group_into_paragraphs(asked())
 
 
-def _sentence(where: str, words: list[Any], labels: list[Any] | None = None
-              ) -> Sentence:
+def _sentence_of_words(where: str, words: list[Any], labels: list[Any]
+                       | None = None) -> Sentence:
   """Returns a sentence of words and, if there are any, a label for each."""
   require(bool(words), f'{where}, has no words')
   if labels is None:
@@ -409,10 +410,10 @@ def _sentence(where: str, words: list[Any], labels: list[Any] | None = None
   # The place of each word is kept for messages.
   sentence = Sentence(words=[], labels=[], lines=[])
   for number, word in enumerate(words, 1):
-    sentence.words.append(texts.checked(word, f'{where},'))
+    sentence.words.append(texts.check_text(word, f'{where},'))
     sentence.lines.append(f'{where}, word {number}')
   for label, line in zip(labels, sentence.lines):
-    sentence.labels.append(_label(label, f'{line},'))
+    sentence.labels.append(_label_as_text(label, f'{line},'))
   return sentence
 
 
@@ -421,16 +422,16 @@ def read_pairs(path: str) -> Iterator[list[tuple[str, str]]]:
   target a line, or in a .jsonl an object with both."""
   # Objects with a source and a target.
   if path.endswith('.jsonl'):
-    for where, row in texts.rows(path):
+    for where, row in texts.read_rows(path):
       parts = []
       for kind in PAIR:
-        text = texts.checked(row.get(kind), f'{where}, field {kind!r},')
+        text = texts.check_text(row.get(kind), f'{where}, field {kind!r},')
         parts.append((kind, text))
       yield parts
     return
 
   # Lines of a source, a tab and a target.
-  for where, text in texts.lines(path):
+  for where, text in texts.read_lines(path):
     pair = text.split('\t')
     require(len(pair) == 2, f'{where}, has {len(pair)} fields: a pair is a '
             'source, one tab and a target')
@@ -441,7 +442,7 @@ def read_sentences(columns: tuple[int, ...], path: str) -> Iterator[Sentence]:
   """Yields the sentences of a file, in order; `columns` by columns_of."""
   sentence = Sentence(words=[], labels=[], lines=[])
   shape = None  # that of the first line that is surely a word's
-  for where, text in texts.lines(path, all_lines=True):
+  for where, text in texts.read_lines(path, all_lines=True):
     # A word may hold other spaces, such as one that breaks no line.
     has_tab = '\t' in text
     fields = text.split('\t') if has_tab else re.split(' +', text.strip(' '))
@@ -463,7 +464,7 @@ def read_sentences(columns: tuple[int, ...], path: str) -> Iterator[Sentence]:
     # A word.
     if shape is None:
       shape = form
-    word, *labels = _cells(fields, columns, where)
+    word, *labels = _word_and_label(fields, columns, where)
     sentence.words.append(word)
     sentence.labels.extend(labels)
     sentence.lines.append(where)
@@ -471,7 +472,7 @@ def read_sentences(columns: tuple[int, ...], path: str) -> Iterator[Sentence]:
     yield sentence
 
 
-def _cells(fields: Sequence[str], columns: tuple[int, ...], where: str
+def _word_and_label(fields: Sequence[str], columns: tuple[int, ...], where: str
            ) -> list[str]:
   """Returns the word and, if it has one, the label of a line."""
   cells = []
@@ -490,7 +491,8 @@ def check_entities(sentence: Sentence) -> None:
   """Raises RequestError where the labels of a sentence mark no entities."""
   before = 'O'
   for label, where in zip(sentence.labels, sentence.lines):
-    require(bool(_TAG.fullmatch(label)), f'{where}, has the label {label!r} '
+    require(bool(_PATTERN_OF_ENTITY_LABEL.fullmatch(label)),
+            f'{where}, has the label {label!r} '
             'among labels of entities, which are O, B-TYPE and I-TYPE')
     if label.startswith('I') and before[2:] != label[2:]:
       raise RequestError(f'{where}, has the label {label!r} after {before!r}: '
@@ -501,7 +503,8 @@ def check_entities(sentence: Sentence) -> None:
 def marks_entities(labels: Sequence[str]) -> bool:
   """Returns whether a set of labels is one of entities: all are O, B-TYPE or
   I-TYPE, and one at least is not O."""
-  return set(labels) != {'O'} and all(map(_TAG.fullmatch, labels))
+  return set(labels) != {'O'} and all(map(_PATTERN_OF_ENTITY_LABEL.fullmatch,
+                                          labels))
 
 
 def read_questions(path: str) -> Iterator[Paragraph]:
@@ -511,9 +514,10 @@ def read_questions(path: str) -> Iterator[Paragraph]:
     RequestError: for a file that is not of this form, or an answer that does
       not stand in its context where it says.
   """
-  document = texts.parsed(texts.read(path), path)
+  document = texts.parse_json(texts.read_text(path), path)
   try:
-    paragraphs = list(_paragraphs(_asked_of(document, path)))
+    paragraphs = list(_group_into_paragraphs(_read_written_questions(document,
+                                                                     path)))
   except (KeyError, TypeError, AttributeError) as error:
     raise RequestError(f'{path} is no file of SQuAD: {type(error).__name__}: '
                        f'{error}.') from error
@@ -531,7 +535,7 @@ def read_questions(path: str) -> Iterator[Paragraph]:
   yield from paragraphs
 
 
-class _Asked(NamedTuple):
+class _WrittenQuestion(NamedTuple):
   """A question as a file has it.
 
   Attributes:
@@ -546,39 +550,42 @@ class _Asked(NamedTuple):
   paragraph: Any
 
 
-def _asked_of(document: Any, path: str) -> Iterator[_Asked]:
+def _read_written_questions(document: Any,
+                            path: str) -> Iterator[_WrittenQuestion]:
   """Yields the questions of a file of SQuAD."""
   for article in document['data']:
     for paragraph in article['paragraphs']:
       for question in paragraph['qas']:
-        yield _Asked(where=path, context=paragraph['context'],
+        yield _WrittenQuestion(where=path, context=paragraph['context'],
                      question=question, paragraph=id(paragraph))
 
 
-def _paragraphs(asked: Iterable[_Asked]) -> Iterator[Paragraph]:
+def _group_into_paragraphs(
+    asked: Iterable[_WrittenQuestion]) -> Iterator[Paragraph]:
   """Yields the paragraphs of questions that follow one another."""
   for _, group in itertools.groupby(asked, lambda row: row.paragraph):
     rows = list(group)
     where = rows[0].where
     context = rows[0].context
-    text = _text(context, where)
-    questions = [_question(row.question, context, where) for row in rows]
+    text = _check_not_empty(context, where)
+    questions = [_check_question(row.question, context, where) for row in rows]
     yield Paragraph(context=text, questions=tuple(questions))
 
 
-def _question(asked: dict[str, Any], context: str, path: str) -> Question:
+def _check_question(asked: dict[str, Any], context: str, path: str) -> Question:
   """Returns a question, whose answers stand in the context."""
   where = f'{path}, question {short(asked["id"])}'
   if 'answers' not in asked and 'is_impossible' not in asked:
-    return Question(id=_text(asked['id'], where), answers=None, where=where,
-                    question=_text(asked['question'], where))
+    return Question(id=_check_not_empty(asked['id'], where), answers=None,
+                    where=where, question=_check_not_empty(asked['question'],
+                                                           where))
 
   # For an impossible question, a file may hold answers that only look right.
   impossible = bool(asked.get('is_impossible', False))
   given = [] if impossible else asked['answers']
   answers = []
   for answer in given:
-    text = _text(answer['text'], where)
+    text = _check_not_empty(answer['text'], where)
     start = answer['answer_start']
     there = context[start:start + len(text)] if start >= 0 else ''
     require(there == text, f'{where}, has the answer {short(text)}, but its '
@@ -587,13 +594,13 @@ def _question(asked: dict[str, Any], context: str, path: str) -> Question:
   require(impossible or bool(answers), f'{where}, has no answer, and '
           'is_impossible is not true: leave out `answers` where they are not '
           'known')
-  return Question(id=_text(asked['id'], where),
-                  question=_text(asked['question'], where),
+  return Question(id=_check_not_empty(asked['id'], where),
+                  question=_check_not_empty(asked['question'], where),
                   answers=tuple(answers), where=where)
 
 
-def _text(value: Any, where: str) -> str:
+def _check_not_empty(value: Any, where: str) -> str:
   """Returns a text that is not empty."""
-  require(bool(texts.checked(value, f'{where}, a text,').strip()),
+  require(bool(texts.check_text(value, f'{where}, a text,').strip()),
           f'{where}, has an empty text')
   return value

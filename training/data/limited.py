@@ -22,20 +22,22 @@ from typing import Any
 from common.errors import require
 from training.data import texts
 
-SECONDS = 10
-BYTES = 2**30
-WAITS = 30  # times SECONDS until one that waits for something is ended, too
+MOST_SECONDS = 10
+MOST_BYTES = 2**30
+# A process that waits for something is ended after so many times MOST_SECONDS.
+WAITING_FACTOR = 30
 # A template may write so many characters, and so many times what is said; a
 # tokenizer so many times a text.
-MOST_MORE = 2**20
-MOST_TIMES = 8
+ALLOWED_CHARACTERS = 2**20
+MOST_GROWTH = 8
 # A rule that makes texts long, or a regular expression slow, does so with some
 # of these.
-_PROBE = ''.join(chr(i) * 32 for i in [*range(1, 0x180), 0x2581, 0x65e5])
+_LONG_TEXT = ''.join(chr(i) * 32 for i in [*range(1, 0x180), 0x2581, 0x65e5])
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def call(what: str, function: str, *args: Any, keep: bool = False) -> Any:
+def call_with_limits(what: str, function: str, *args: Any,
+                     keep: bool = False) -> Any:
   """Returns what a function of this file returns in the process with limits.
 
   Args:
@@ -49,7 +51,7 @@ def call(what: str, function: str, *args: Any, keep: bool = False) -> Any:
     RequestError: with `what`, and why: an exception, or a limit.
   """
   with _ONE_AT_A_TIME:
-    process = _process(os.getpid())
+    process = _start_limited_process(os.getpid())
     reply = ''
     try:
       # One line goes in, and one line comes out.
@@ -60,23 +62,25 @@ def call(what: str, function: str, *args: Any, keep: bool = False) -> Any:
       if not (keep and reply):  # without one, the caller may be interrupted
         process.kill()
         process.communicate()
-        _process.cache_clear()
+        _start_limited_process.cache_clear()
 
   # A process that has ended wrote no line: it ran into a limit.
   value, why = json.loads(reply or '[null, "MemoryError"]')
-  require(why != 'MemoryError', f'{what}: it takes more than {SECONDS} seconds '
-          f'or {BYTES >> 20:,} MiB of memory, or ends the process it is in')
+  require(
+      why != 'MemoryError',
+      f'{what}: it takes more than {MOST_SECONDS} seconds '
+      f'or {MOST_BYTES >> 20:,} MiB of memory, or ends the process it is in')
   require(not why, f'{what}: {why}')
   return value
 
 
 @functools.cache
-def _process(_: int) -> Any:
+def _start_limited_process(_: int) -> Any:
   """Returns the process with limits of the process of this number."""
   paths = os.pathsep.join(map(os.path.abspath, sys.path))
   return subprocess.Popen(
       [sys.executable, '-P', '-m', __name__,
-       *map(str, (SECONDS, BYTES, WAITS * SECONDS))],
+       *map(str, (MOST_SECONDS, MOST_BYTES, WAITING_FACTOR * MOST_SECONDS))],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
       text=True, env=os.environ | {'PYTHONPATH': paths})
 
@@ -94,7 +98,8 @@ def render(template: str, chat: Sequence[Mapping[str, str]],
     chat: the messages.
     options: the keywords of transformers' render_jinja_template.
   """
-  utils = texts.imported('transformers.utils.chat_template_utils', 'it', 'hf')
+  utils = texts.import_extra('transformers.utils.chat_template_utils', 'it',
+                             'hf')
   (text,), spans = utils.render_jinja_template(
       [chat], chat_template=template, **options)
 
@@ -102,9 +107,9 @@ def render(template: str, chat: Sequence[Mapping[str, str]],
   num_chars = 0
   for message in chat:
     num_chars += sum(map(len, message.values()))
-  require(len(text) <= MOST_MORE + MOST_TIMES * num_chars, 'it writes '
-          f'{len(text):,} characters where {num_chars:,} are said')
-  text = texts.checked(text, 'its text')
+  require(len(text) <= ALLOWED_CHARACTERS + MOST_GROWTH * num_chars,
+          'it writes ' f'{len(text):,} characters where {num_chars:,} are said')
+  text = texts.check_text(text, 'its text')
   if not spans:
     return text, []
   return text, spans[0]
@@ -113,31 +118,31 @@ def render(template: str, chat: Sequence[Mapping[str, str]],
 def read_json(file: str) -> None:
   """Reads a tokenizer.json and tries it."""
   import tokenizers
-  _try(tokenizers.Tokenizer.from_file(file))
+  _try_tokenizer(tokenizers.Tokenizer.from_file(file))
 
 
 def read_others(folder: str, kinds: Sequence[str]
                 ) -> tuple[str, dict[str, int | None]]:
   """Returns the tokenizer.json that transformers makes of a folder without one,
   and the ids of these kinds of special tokens."""
-  transformers = texts.imported('transformers', 'it', 'hf')
+  transformers = texts.import_extra('transformers', 'it', 'hf')
   theirs = transformers.AutoTokenizer.from_pretrained(
       folder, local_files_only=True)
-  _try(theirs.backend_tokenizer)
+  _try_tokenizer(theirs.backend_tokenizer)
   ids = {kind: getattr(theirs, f'{kind}_token_id') for kind in kinds}
   return theirs.backend_tokenizer.to_str(), ids
 
 
-def _try(pipeline: Any) -> None:
+def _try_tokenizer(pipeline: Any) -> None:
   """Encodes and decodes short texts and a long one, within this process's
   limits."""
   pipeline.decode(pipeline.encode('a', 'b').ids)
   if pipeline.normalizer:
-    size = len(pipeline.normalizer.normalize_str(_PROBE))
-    require(size <= MOST_TIMES * len(_PROBE), f'it makes {size:,} characters '
-            f'of {len(_PROBE):,}')
+    size = len(pipeline.normalizer.normalize_str(_LONG_TEXT))
+    require(size <= MOST_GROWTH * len(_LONG_TEXT),
+            f'it makes {size:,} characters ' f'of {len(_LONG_TEXT):,}')
   with contextlib.suppress(Exception):  # of an alphabet with fewer characters
-    pipeline.decode(pipeline.encode(_PROBE).ids)
+    pipeline.decode(pipeline.encode(_LONG_TEXT).ids)
 
 
 def main() -> None:

@@ -23,28 +23,31 @@ from common.errors import RequestError, one_of, require, short
 from training.data import labelled, sources, tokens
 from training.data.tokenizers import Tokenizer
 
-MANY_LABELS = 50  # so many may be a column of something else than labels
-MOST_WORD_LABELS = 1000
-SHOWN_LABELS = 20
-SHOWN_RARE = 5
+# A column with more different values than these may hold something else than
+# labels.
+MOST_LABELS_OF_TEXTS = 50
+MOST_LABELS_OF_WORDS = 1000
+NUM_SHOWN_LABELS = 20
+NUM_SHOWN_RARE_LABELS = 5
 NO_WORD = -1
-AROUND = 2  # tokens of a row beside a sentence: one before, one after it
+# A row of a sentence has one special token before it and one after it.
+SPECIAL_TOKENS_OF_SENTENCE = 2
 
 
-def of_training(config: Any) -> list[Any]:
+def read_training_records(config: Any) -> list[Any]:
   """Returns the records that a run trains on, of all its sources."""
   data = config.data
   training = []
   every = 0 if data.eval_source else data.holdout_every
-  for _, source in sources.parse(data.source):
+  for _, source in sources.parse_sources(data.source):
     records = list(source.records())
-    labelled.refuse_bare(source.name, records)
-    ours = tokens.chosen(np.arange(len(records)), every, 'train')
+    labelled.check_all_labelled(source.name, records)
+    ours = tokens.select_documents(np.arange(len(records)), every, 'train')
     training += itertools.compress(records, ours)
   return training
 
 
-def labels_of(config: Any) -> tuple[str, ...]:
+def find_labels(config: Any) -> tuple[str, ...]:
   """Returns the labels of a run: data.labels, or those of its training data,
   numbers by their size and others by the alphabet.
 
@@ -53,23 +56,23 @@ def labels_of(config: Any) -> tuple[str, ...]:
   """
   if config.data.labels:
     return tuple(config.data.labels)
-  records = of_training(config)
+  records = read_training_records(config)
   # Texts, or numbers of rows, in the place of labels are seldom the same twice.
-  most = max(MANY_LABELS, len(records) / 2)
+  most = max(MOST_LABELS_OF_TEXTS, len(records) / 2)
   labels: set[str] = set()
   for record in records:
     if isinstance(record, labelled.Sentence):
       labels.update(record.labels)
-      most = MOST_WORD_LABELS
+      most = MOST_LABELS_OF_WORDS
     else:
       labels.add(record.label)
   require(1 < len(labels) <= most, f'data source {config.data.source!r} has '
           f'{len(labels):,} label(s) in {len(records):,} training records: two '
           'or more are needed, and many may be another column')
-  return in_order(labels)
+  return sort_labels(labels)
 
 
-def label_lines(views: Sequence[Any]) -> list[str]:
+def describe_labels(views: Sequence[Any]) -> list[str]:
   """Returns a line that says how many rows, or words, of training have each
   label, and a warning of labels that one alone has, or none; [] where what the
   rows hold has no labels.
@@ -92,30 +95,30 @@ def label_lines(views: Sequence[Any]) -> list[str]:
     return []
 
   # The first labels, and those that are too rare to be learned.
-  listed = [f'{label} {counts[label]:,}' for label in labels[:SHOWN_LABELS]]
-  if len(labels) > SHOWN_LABELS:
+  listed = [f'{label} {counts[label]:,}' for label in labels[:NUM_SHOWN_LABELS]]
+  if len(labels) > NUM_SHOWN_LABELS:
     listed.append('...')
   lines = [f'labels: {len(labels)}, in training {", ".join(listed)}']
   rare = [label for label in labels if counts[label] <= 1]
   if rare:
-    lines.append(_rare_line(rare, places))
+    lines.append(_warn_of_rare_labels(rare, places))
   return lines
 
 
-def _rare_line(rare: Sequence[str], places: Mapping[str, str]) -> str:
+def _warn_of_rare_labels(rare: Sequence[str], places: Mapping[str, str]) -> str:
   """Returns a warning of labels that stand once, or nowhere."""
   shown = []
-  for label in rare[:SHOWN_RARE]:
+  for label in rare[:NUM_SHOWN_RARE_LABELS]:
     shown.append(f'{label!r} ({places.get(label, "none")})')
   hint = ''
   for label in rare:
     if label in places:
-      hint = hint or labelled.hint(places[label])
+      hint = hint or labelled.advice_for_line_of_names(places[label])
   return ('warning: one record of training alone, or none, has the label '
           f'{", ".join(shown)}{hint}')
 
 
-def in_order(labels: Iterable[str]) -> tuple[str, ...]:
+def sort_labels(labels: Iterable[str]) -> tuple[str, ...]:
   """Returns labels, numbers by their size and others by the alphabet."""
   labels = set(labels)
   if all(label.removeprefix('-').isdecimal() for label in labels):
@@ -146,7 +149,7 @@ def class_weights(config: Any, labels: Sequence[str]) -> np.ndarray:
     return np.ones(len(labels))
   if written == 'balanced':
     # A label counts the more, the fewer records have it.
-    of_records = [record.label for record in of_training(config)]
+    of_records = [record.label for record in read_training_records(config)]
     counts = np.array([of_records.count(label) for label in labels])
     require(counts.all(), f'data.class_weights is {written!r}, but no training '
             f'record has the label {labels[counts.argmin()]!r}')
@@ -183,7 +186,8 @@ class Item(NamedTuple):
   @property
   def length(self) -> int:
     """The number of tokens of its row."""
-    return sum(map(len, self.texts)) + around(len(self.texts), self.between)
+    return sum(map(len, self.texts)) + count_special_tokens(len(self.texts),
+                                                            self.between)
 
 
 class Rows:
@@ -227,7 +231,7 @@ class Texts(Rows):
     """Tokenises all records, and cuts each to the length of a row."""
     # The tokens of all texts, encoded at once.
     self.records = list(corpus.records)
-    self.bare = any(map(labelled.is_bare, self.records))
+    self.bare = any(map(labelled.has_nothing_to_predict, self.records))
     texts: list[str] = []
     for record in self.records:
       texts += record.texts
@@ -235,12 +239,13 @@ class Texts(Rows):
 
     # The row of each record. A record without a label has the target 0.
     weights = self.weights(corpus)
-    between = separators(corpus.config)
+    between = separators_between_texts(corpus.config)
     self.items: list[Item] = []
     self.cut = 0
     for record in self.records:
       rows = [next(ids) for _ in record.texts]
-      kept = _fitted(record, rows=rows, corpus=corpus, between=between)
+      kept = _cut_texts_to_row(record, rows=rows, corpus=corpus,
+                               between=between)
       if sum(map(len, kept)) < sum(map(len, rows)):
         self.cut += 1
       target = 0
@@ -269,7 +274,7 @@ class Texts(Rows):
     raise NotImplementedError
 
 
-def _fitted(record: labelled.Record, rows: Sequence[np.ndarray],
+def _cut_texts_to_row(record: labelled.Record, rows: Sequence[np.ndarray],
             corpus: sources.Corpus, between: int) -> list[np.ndarray]:
   """Returns the tokens of a record's texts, as many as a row has room for.
 
@@ -283,11 +288,11 @@ def _fitted(record: labelled.Record, rows: Sequence[np.ndarray],
     require(len(row) > 0, f'{record.where} column {name!r}, has no token that '
             f'the tokenizer {corpus.tokenizer.name!r} knows')
   length = corpus.config.data.length
-  more = around(len(rows), between)
+  more = count_special_tokens(len(rows), between)
   room = length - more
   require(room >= len(rows), f'data.length is {length}: a row of '
           f'{len(rows)} text(s) needs {more + len(rows)} or more')
-  sizes = fitting([len(row) for row in rows], room)
+  sizes = cut_sizes([len(row) for row in rows], room)
   return [row[:size] for row, size in zip(rows, sizes)]
 
 
@@ -295,7 +300,7 @@ class Classes(Texts):
   """Texts with one of some labels."""
 
   def __init__(self, corpus: sources.Corpus):
-    self.labels = labels_of(corpus.config)
+    self.labels = find_labels(corpus.config)
     self._number = {label: i for i, label in enumerate(self.labels)}
     super().__init__(corpus)
 
@@ -310,7 +315,8 @@ class Classes(Texts):
     try:
       one_of(f'label in {where}:', record.label, self._number)
     except RequestError as error:
-      raise RequestError(f'{error}{labelled.hint(where)}') from error
+      raise RequestError(
+          f'{error}{labelled.advice_for_line_of_names(where)}') from error
     return self._number[record.label]
 
   def marks(self) -> Iterator[tuple[str, str]]:
@@ -329,11 +335,12 @@ class Numbers(Texts):
       number = math.nan
     require(math.isfinite(number), f'{record.where} has the label '
             f'{short(record.label)}, which is no number: objective '
-            "'regression' learns numbers" + labelled.hint(record.where))
+            "'regression' learns numbers"
+            + labelled.advice_for_line_of_names(record.where))
     return number
 
 
-def fitting(sizes: Sequence[int], room: int) -> list[int]:
+def cut_sizes(sizes: Sequence[int], room: int) -> list[int]:
   """Returns how many tokens of one text, or of each of two, are kept: as the
   strategy longest_first of the package tokenizers has it."""
   if sum(sizes) <= room:
@@ -347,14 +354,14 @@ def fitting(sizes: Sequence[int], room: int) -> list[int]:
   return [room - shorter, shorter]
 
 
-def separators(config: Any) -> int:
+def separators_between_texts(config: Any) -> int:
   """Returns how many separators stand between two texts of a row."""
   import architectures  # here, for eval.py --help answers without JAX
   system = architectures.systems()[config.model.arch]
   return getattr(system, 'PAIR_SEPARATORS', 1)
 
 
-def around(texts: int, between: int) -> int:
+def count_special_tokens(texts: int, between: int) -> int:
   """Returns how many tokens a row has beside those of one text or of two:
   `between` these stand as many separators."""
   return 2 + between * (texts - 1)
@@ -381,18 +388,18 @@ class Words(NamedTuple):
   first_T: np.ndarray
 
 
-def words_of(sentences: Sequence[Sequence[str]], tokenizer: Tokenizer
+def tokenize_words(sentences: Sequence[Sequence[str]], tokenizer: Tokenizer
              ) -> list[Words]:
   """Returns the tokens of sentences, whose words a space parts."""
   texts = [' '.join(words) for words in sentences]
   encoded = tokenizer.encode_spans(texts)
   tokenised = []
   for words, (ids, spans_T2) in zip(sentences, encoded):
-    tokenised.append(_words(words, ids, spans_T2))
+    tokenised.append(_align_words(words, ids, spans_T2))
   return tokenised
 
 
-def _words(words: Sequence[str], ids: np.ndarray, spans_T2: np.ndarray
+def _align_words(words: Sequence[str], ids: np.ndarray, spans_T2: np.ndarray
            ) -> Words:
   """Returns the tokens of one sentence of W words.
 
@@ -450,27 +457,27 @@ class Sentences(Rows):
     # The sentences and their labels.
     config = corpus.config
     self.records = list(corpus.records)
-    self.bare = any(map(labelled.is_bare, self.records))
-    self.labels = labels_of(config)
+    self.bare = any(map(labelled.has_nothing_to_predict, self.records))
+    self.labels = find_labels(config)
     self._number = {label: i for i, label in enumerate(self.labels)}
     if labelled.marks_entities(self.labels) and not self.bare:
       for sentence in self.records:
         labelled.check_entities(sentence)
-    room = config.data.length - AROUND
+    room = config.data.length - SPECIAL_TOKENS_OF_SENTENCE
     require(room > 0, f'data.length is {config.data.length}: a row of a '
-            f'sentence needs {AROUND + 1} or more')
+            f'sentence needs {SPECIAL_TOKENS_OF_SENTENCE + 1} or more')
 
     # Their tokens, cut into rows.
-    tokenised = words_of([sentence.words for sentence in self.records],
+    tokenised = tokenize_words([sentence.words for sentence in self.records],
                          corpus.tokenizer)
     self.items: list[Piece] = []
     self.num_tokens = 0
     self.num_bytes = 0
     for i, (sentence, words) in enumerate(zip(self.records, tokenised)):
       numbers_W = self._numbers(sentence)
-      shared = stride(config, room, sentence.lines[0])
-      self.items += _pieces(i, words=words, numbers=numbers_W, shared=shared,
-                            room=room)
+      shared = choose_stride(config, room, sentence.lines[0])
+      self.items += _cut_sentence(i, words=words, numbers=numbers_W,
+                                  shared=shared, room=room)
       self.num_tokens += len(words.ids)
       self.num_bytes += len(' '.join(sentence.words).encode('utf-8'))
 
@@ -487,7 +494,7 @@ class Sentences(Rows):
       yield from zip(sentence.labels, sentence.lines)
 
 
-def _pieces(sentence: int, words: Words, numbers: np.ndarray,
+def _cut_sentence(sentence: int, words: Words, numbers: np.ndarray,
             shared: int, room: int) -> list[Piece]:
   """Returns the rows of one sentence.
 
@@ -499,8 +506,8 @@ def _pieces(sentence: int, words: Words, numbers: np.ndarray,
     room: the tokens of a row.
   """
   size = len(words.ids)
-  spans = windows(size, room, shared)
-  owner_T = owners(spans, size)
+  spans = cut_into_windows(size, room, shared)
+  owner_T = find_owners(spans, size)
   pieces = []
   for i, (first, end) in enumerate(spans):
     # A word counts in one row alone, at its first token.
@@ -548,7 +555,7 @@ class Questions(Rows):
     """Tokenises all questions, and cuts long paragraphs into several rows."""
     # The tokens of all questions, and of all paragraphs.
     paragraphs = corpus.records
-    self.bare = any(map(labelled.is_bare, paragraphs))
+    self.bare = any(map(labelled.has_nothing_to_predict, paragraphs))
     self.questions: list[labelled.Question] = []
     for paragraph in paragraphs:
       self.questions += paragraph.questions
@@ -565,8 +572,9 @@ class Questions(Rows):
       for question in paragraph.questions:
         number = len(self.contexts)
         self.contexts.append((paragraph.context, spans_T2))
-        self.items += _windows(question, number=number, asked=asked[number],
-                               ids=ids, spans_T2=spans_T2, corpus=corpus)
+        self.items += _cut_paragraph(question, number=number,
+                                     asked=asked[number], ids=ids,
+                                     spans_T2=spans_T2, corpus=corpus)
         for text in (question.question, paragraph.context):
           self.num_bytes += len(text.encode('utf-8'))
     # A window counts as often as it is shown.
@@ -575,7 +583,7 @@ class Questions(Rows):
       self.num_tokens += len(item.question) + len(item.context)
 
 
-def _windows(question: labelled.Question, number: int, asked: np.ndarray,
+def _cut_paragraph(question: labelled.Question, number: int, asked: np.ndarray,
              ids: np.ndarray, spans_T2: np.ndarray, corpus: sources.Corpus
              ) -> list[Window]:
   """Returns the rows of one question.
@@ -590,8 +598,8 @@ def _windows(question: labelled.Question, number: int, asked: np.ndarray,
   """
   where = question.where
   length = corpus.config.data.length
-  between = separators(corpus.config)
-  room = length - around(2, between) - len(asked)
+  between = separators_between_texts(corpus.config)
+  room = length - count_special_tokens(2, between) - len(asked)
   require(room > 0, f'{where}, has {len(asked)} tokens, which leave no room '
           f'for its paragraph in data.length {length}: choose a larger one')
 
@@ -599,14 +607,14 @@ def _windows(question: labelled.Question, number: int, asked: np.ndarray,
   answer = None
   if question.answers:
     text, start = question.answers[0]
-    answer = tokens_of(spans_T2, start, start + len(text))
+    answer = find_tokens(spans_T2, start, start + len(text))
     require(answer is not None, f'{where}, has an answer without a token that '
             f'the tokenizer {corpus.tokenizer.name!r} knows')
 
   # The parts of the paragraph, of which some show all of it.
-  shared = stride(corpus.config, room, f'the paragraph of {where}')
+  shared = choose_stride(corpus.config, room, f'the paragraph of {where}')
   rows = []
-  for first, end in windows(len(ids), room, shared):
+  for first, end in cut_into_windows(len(ids), room, shared):
     shown = None
     if answer is not None:
       begin, last = answer
@@ -618,7 +626,7 @@ def _windows(question: labelled.Question, number: int, asked: np.ndarray,
   return rows
 
 
-def stride(config: Any, room: int, where: str) -> int:
+def choose_stride(config: Any, room: int, where: str) -> int:
   """Returns how many tokens two neighbouring windows share.
 
   Args:
@@ -639,7 +647,8 @@ def stride(config: Any, room: int, where: str) -> int:
   return data.stride
 
 
-def windows(size: int, room: int, stride: int) -> list[tuple[int, int]]:
+def cut_into_windows(size: int, room: int, stride: int) -> list[tuple[int,
+                                                                      int]]:
   """Returns the (first, end) of the windows that show `size` tokens, at most
   `room` at once; two neighbours share `stride` tokens.
 
@@ -652,7 +661,7 @@ def windows(size: int, room: int, stride: int) -> list[tuple[int, int]]:
   return [(start, min(start + room, size)) for start in starts]
 
 
-def owners(windows_W2: Sequence[tuple[int, int]], size: int) -> np.ndarray:
+def find_owners(windows_W2: Sequence[tuple[int, int]], size: int) -> np.ndarray:
   """Returns int32 [size], the window in which each token has the most context:
   the most tokens on that side where it has fewer, as in BERT's code
   (run_squad.py, _check_is_max_context); the first of several."""
@@ -672,7 +681,7 @@ def owners(windows_W2: Sequence[tuple[int, int]], size: int) -> np.ndarray:
   return np.argmax(score_WT, 0).astype(np.int32)
 
 
-def tokens_of(spans_T2: np.ndarray, start: int, end: int
+def find_tokens(spans_T2: np.ndarray, start: int, end: int
               ) -> tuple[int, int] | None:
   """Returns the first and the last token of a part of a text.
 

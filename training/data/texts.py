@@ -18,14 +18,14 @@ from typing import Any
 
 from common.errors import RequestError, require, short
 
-MOST_LINE = 1 << 28  # bytes
+MOST_BYTES_OF_LINE = 1 << 28  # bytes
 _CHECKED_BYTES = 1 << 20
 # Control characters of ASCII, but for those that move a cursor or begin an
 # escape sequence; so many of them are no sign of anything.
-_CONTROLS = bytes({*range(8), *range(14, 27), *range(28, 32), 127})
-_FEW_CONTROLS = 8
+_CONTROL_CHARACTERS = bytes({*range(8), *range(14, 27), *range(28, 32), 127})
+_ALLOWED_CONTROL_CHARACTERS = 8
 # How files begin that are no text, and what they are.
-_FORMS = {
+_ADVICE_FOR_FIRST_BYTES = {
     b'\x1f\x8b': 'compressed (gzip): unpack it',
     b'BZh91AY&SY': 'compressed (bzip2): unpack it',
     b'\xfd7zXZ\0': 'compressed (xz): unpack it',
@@ -34,11 +34,11 @@ _FORMS = {
     b'PAR1\x15': 'a parquet file: write parquet:GLOB:FIELD',
     b'\xff\xfe': 'UTF-16: write it as UTF-8',
     b'\xfe\xff': 'UTF-16: write it as UTF-8'}
-TABLES = ('.tsv', '.csv')
+TABLE_ENDINGS = ('.tsv', '.csv')
 Rows = Iterator[tuple[str, dict[str, Any]]]  # where it stands, and what it has
 
 
-def decoded(data: bytes, where: str) -> str:
+def decode_text(data: bytes, where: str) -> str:
   """Returns UTF-8 bytes as text.
 
   Raises:
@@ -46,13 +46,14 @@ def decoded(data: bytes, where: str) -> str:
       control characters that it was not written as such.
   """
   # A file of another form is known by how it begins.
-  for start, form in _FORMS.items():
+  for start, form in _ADVICE_FOR_FIRST_BYTES.items():
     require(not data.startswith(start), f'{where} is {form}')
   # Damaged and binary data may be valid UTF-8, too.
   for at in range(0, len(data), _CHECKED_BYTES):
     part = data[at:at + _CHECKED_BYTES]
-    controls = len(part) - len(part.translate(None, _CONTROLS))
-    require(controls <= max(_FEW_CONTROLS, len(part) // 20), f'{where} is no '
+    controls = len(part) - len(part.translate(None, _CONTROL_CHARACTERS))
+    require(controls <= max(_ALLOWED_CONTROL_CHARACTERS, len(part) // 20),
+            f'{where} is no '
             f'text: of {len(part):,} bytes from byte {at:,} on {controls:,} '
             'are control characters, as in UTF-16, of which UTF-8 has to be '
             'made, or in a damaged or binary file')
@@ -71,23 +72,24 @@ def check_size(where: str, size: int) -> None:
           'memory: cut it into several')
 
 
-def read(path: str) -> str:
+def read_text(path: str) -> str:
   """Returns the text of a file."""
   check_size(path, os.stat(path).st_size)
-  return decoded(pathlib.Path(path).read_bytes(), path)
+  return decode_text(pathlib.Path(path).read_bytes(), path)
 
 
-def lines(path: str, all_lines: bool = False) -> Iterator[tuple[str, str]]:
+def read_lines(path: str, all_lines: bool = False) -> Iterator[tuple[str, str]]:
   """Yields (where it stands, text) of the lines of a file, or of those that
   hold text."""
   with open(path, 'rb') as file:
     number = 0
-    while line := file.readline(MOST_LINE):
+    while line := file.readline(MOST_BYTES_OF_LINE):
       number += 1
       where = f'{path}, line {number}'
-      require(len(line) < MOST_LINE, f'{where}, has {MOST_LINE:,} bytes or '
+      require(len(line) < MOST_BYTES_OF_LINE,
+              f'{where}, has {MOST_BYTES_OF_LINE:,} bytes or '
               'more: it is no file of lines')
-      text = decoded(line, f'{where},').rstrip('\r\n')
+      text = decode_text(line, f'{where},').rstrip('\r\n')
       # Some editors begin a file with a byte order mark.
       if number == 1:
         text = text.removeprefix('\ufeff')
@@ -95,16 +97,16 @@ def lines(path: str, all_lines: bool = False) -> Iterator[tuple[str, str]]:
         yield where, text
 
 
-def parsed(data: bytes | str, where: str) -> Any:
+def parse_json(data: bytes | str, where: str) -> Any:
   """Returns what UTF-8 JSON holds."""
-  text = data if isinstance(data, str) else decoded(data, where)
+  text = data if isinstance(data, str) else decode_text(data, where)
   try:
     return json.loads(text)
   except (ValueError, RecursionError) as error:
     raise RequestError(f'{where} is broken JSON: {error}.') from error
 
 
-def checked(text: Any, where: str) -> str:
+def check_text(text: Any, where: str) -> str:
   """Returns a string that can be written as UTF-8: JSON may hold half of a
   surrogate pair."""
   if not isinstance(text, str):
@@ -116,7 +118,7 @@ def checked(text: Any, where: str) -> str:
   return text
 
 
-def rows(path: str, names: bool = True) -> Rows:
+def read_rows(path: str, names: bool = True) -> Rows:
   """Yields the rows of a .tsv or a .csv, or of a file of JSON: the objects of a
   list, or one a line.
 
@@ -124,36 +126,36 @@ def rows(path: str, names: bool = True) -> Rows:
     path: the file.
     names: whether the first line of a table names its columns.
   """
-  if path.endswith(TABLES):
-    yield from _table(path, names)
+  if path.endswith(TABLE_ENDINGS):
+    yield from _read_table(path, names)
     return
   with open(path, 'rb') as file:
     is_list = file.read(1) == b'['
-  values = _records(path) if is_list else _lines_of_json(path)
+  values = _read_json_list(path) if is_list else _read_json_lines(path)
   for where, row in values:
     require(isinstance(row, dict), f'{where}, is not a JSON object')
     yield where, row
 
 
-def _records(path: str) -> Iterator[tuple[str, Any]]:
+def _read_json_list(path: str) -> Iterator[tuple[str, Any]]:
   """Yields (where it stands, value) of each value of a list of JSON."""
-  for number, row in enumerate(parsed(read(path), path), 1):
+  for number, row in enumerate(parse_json(read_text(path), path), 1):
     yield f'{path}, record {number}', row
 
 
-def _lines_of_json(path: str) -> Iterator[tuple[str, Any]]:
+def _read_json_lines(path: str) -> Iterator[tuple[str, Any]]:
   """Yields (where it stands, value) of a file with a value of JSON a line."""
-  for where, line in lines(path):
-    yield where, parsed(line, f'{where},')
+  for where, line in read_lines(path):
+    yield where, parse_json(line, f'{where},')
 
 
-def _table(path: str, names: bool) -> Rows:
+def _read_table(path: str, names: bool) -> Rows:
   """Yields the rows of a .tsv or a .csv; see `rows`."""
   csv.field_size_limit(2**31 - 1)  # else a field of 131,073 is refused
   form: dict[str, Any] = {}
   if path.endswith('.tsv'):
     form = dict(delimiter='\t', quoting=csv.QUOTE_NONE)
-  text = io.StringIO(read(path).removeprefix('\ufeff'), newline='')
+  text = io.StringIO(read_text(path).removeprefix('\ufeff'), newline='')
   reader = csv.reader(text, strict=True, **form)
   columns = None
   begin = 1
@@ -179,7 +181,7 @@ def check_columns(columns: Iterable[str], names: Iterable[str], where: str
             f'{", ".join(columns)}')
 
 
-def imported(module: str, who: str, extra: str) -> Any:
+def import_extra(module: str, who: str, extra: str) -> Any:
   """Returns a module; RequestError: of a package that is not installed."""
   # transformers would advise all users to install PyTorch.
   os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')

@@ -27,7 +27,7 @@ from common.errors import RequestError, require
 from training import hub
 from training.workdir import storage
 
-SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>
+NUM_SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>
 
 # Where a file's own tokenizer_config.json says nothing, the special tokens
 # are the first of these that the vocabulary holds.
@@ -40,9 +40,9 @@ SPECIAL_NAMES = {
     'sep': ('[SEP]', '<sep>'),
 }
 # The files by which a folder is read; the first that are all there win.
-FOLDERS = (('tokenizer.json',), ('vocab.json', 'merges.txt'), ('vocab.txt',),
-           ('tokenizer.model',), ('spiece.model',))
-CONFIG = 'tokenizer_config.json'
+FILES_OF_TOKENIZERS = (('tokenizer.json',), ('vocab.json', 'merges.txt'),
+                       ('vocab.txt',), ('tokenizer.model',), ('spiece.model',))
+CONFIG_FILE = 'tokenizer_config.json'
 
 
 class Tokenizer:
@@ -200,7 +200,7 @@ class Bytes(Tokenizer):
     for i, name in enumerate(self.SPECIAL):
       self.special_ids[name] = self._base + i
     self.added_texts = {self.piece(i): i for i in self.special_ids.values()}
-    sentinels = min(SENTINELS, size - self._base - special)
+    sentinels = min(NUM_SENTINELS, size - self._base - special)
     self.sentinel_ids = tuple(range(size - sentinels, size))
 
   @property
@@ -224,7 +224,7 @@ class Bytes(Tokenizer):
       sizes = [len(character.encode('utf-8')) * len(self._shifts)
                for character in text]
       places = np.repeat(np.arange(len(sizes)), sizes)
-      encoded.append((ids, _spans(np.stack([places, places + 1], 1))))
+      encoded.append((ids, _array_of_spans(np.stack([places, places + 1], 1))))
     return encoded
 
   def decode_bytes(self, ids: Iterable[int]):
@@ -260,7 +260,7 @@ class Bytes(Tokenizer):
       special[self.piece(i)] = i
     for number, i in enumerate(self.sentinel_ids):
       special[f'<extra_id_{number}>'] = i
-    vocab = _byte_of() | special
+    vocab = _byte_of_character() | special
 
     # Each byte is a token: nothing is merged, and no text is cut up before.
     pipeline = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
@@ -312,7 +312,7 @@ class HuggingFace(Tokenizer):
     self.vocab_size = 1 + max(vocab.values())
     require(self.vocab_size <= 2**31, f'tokenizer {name!r} has the id '
             f'{self.vocab_size - 1:,}: they must be below {2**31:,}')
-    self._bytes_of_id = _byte_level_table(tokenizer, vocab)
+    self._bytes_of_id = _bytes_of_byte_level_ids(tokenizer, vocab)
     self._added = tokenizer.get_added_tokens_decoder()
     self.added_texts = {token.content: i for i, token in self._added.items()}
     # Some, as WordPiece's [UNK], are pieces besides, which plain text gives.
@@ -324,16 +324,16 @@ class HuggingFace(Tokenizer):
     self.more_ids = frozenset(more)
 
     # The tokens that have a use.
-    self.special_ids = _framing(tokenizer) | special_ids
+    self.special_ids = _find_cls_and_sep(tokenizer) | special_ids
     sentinel_ids = []
-    for number in range(SENTINELS):
+    for number in range(NUM_SENTINELS):
       sentinel = f'<extra_id_{number}>'
       if sentinel in vocab:
         sentinel_ids.append(vocab[sentinel])
     self.sentinel_ids = tuple(sentinel_ids)
     if 'mask' in special_ids:
       self.mask_pattern = self._masks(special_ids['mask'])
-    self.added_ids = _before_text(tokenizer)
+    self.added_ids = _find_ids_before_text(tokenizer)
 
     described = json.dumps([tokenizer.to_str(), special_ids])
     self.fingerprint = hashlib.blake2b(described.encode('utf-8'),
@@ -354,13 +354,13 @@ class HuggingFace(Tokenizer):
 
   def encode_spans(self, texts: Sequence[str]):
     encodings = self._encode('encode_batch', self._tokenizer, list(texts))
-    return [*map(_placed, encodings)]
+    return [*map(_ids_and_spans, encodings)]
 
   def encode_placed(self, text: str):
-    return _placed(self._encode('encode', self._obeying, text))
+    return _ids_and_spans(self._encode('encode', self._obeying, text))
 
   def encode_typed(self, text: str):
-    return _placed(self._encode('encode', self._spelling, text))
+    return _ids_and_spans(self._encode('encode', self._spelling, text))
 
   def _encode(self, how: str, pipeline: Any, text: str | list[str]) -> Any:
     """Returns what a method of the library makes of a text or several, which
@@ -433,12 +433,12 @@ def load(spec: str) -> Tokenizer:
   spec = str(hub.download_if_on_hub(spec, weights=False))
   path = pathlib.Path(spec).expanduser()
   if path.is_dir():
-    names = files_in(path)
+    names = find_tokenizer_files(path)
     if not names:
-      readable = '; '.join(' + '.join(files) for files in FOLDERS)
+      readable = '; '.join(' + '.join(files) for files in FILES_OF_TOKENIZERS)
       raise RequestError(f'tokenizer folder {spec!r} holds none of: {readable}')
     if names != ('tokenizer.json',):
-      return _read_others(spec, path, names)
+      return _read_with_transformers(spec, path, names)
     path = path / 'tokenizer.json'
 
   # A tokenizer.json.
@@ -448,26 +448,27 @@ def load(spec: str) -> Tokenizer:
         'bytes, bytes:N, a tokenizer.json, or a folder of Hugging Face with a '
         'tokenizer, of the hub hf://ORG/NAME')
   from training.data import limited
-  limited.call(f'tokenizer {spec!r} cannot be read as a Hugging Face '
-               'tokenizer.json', 'read_json', str(path.absolute()))
-  return _read_json(spec, path)
+  limited.call_with_limits(
+      f'tokenizer {spec!r} cannot be read as a Hugging Face ' 'tokenizer.json',
+      'read_json', str(path.absolute()))
+  return _read_tokenizer_json(spec, path)
 
 
-def files_in(folder: pathlib.Path) -> tuple[str, ...]:
+def find_tokenizer_files(folder: pathlib.Path) -> tuple[str, ...]:
   """Returns the files by which `load` reads a folder; () if it does not."""
-  for names in FOLDERS:
+  for names in FILES_OF_TOKENIZERS:
     if all((folder / name).is_file() for name in names):
       return names
   return ()
 
 
-def named_tokens(folder: pathlib.Path) -> dict[str, str]:
+def read_special_tokens(folder: pathlib.Path) -> dict[str, str]:
   """Returns {'bos_token': '<s>', ...} as the files of a folder name them: its
   tokenizer_config.json and, for what that leaves out, a
   special_tokens_map.json, as folders of earlier versions of transformers have
   one."""
   named = {}
-  for name in ('special_tokens_map.json', CONFIG):
+  for name in ('special_tokens_map.json', CONFIG_FILE):
     if not (folder / name).is_file():
       continue
     for key, value in storage.read_json(folder / name).items():
@@ -478,7 +479,7 @@ def named_tokens(folder: pathlib.Path) -> dict[str, str]:
   return named
 
 
-def _read_json(spec: str, path: pathlib.Path) -> Tokenizer:
+def _read_tokenizer_json(spec: str, path: pathlib.Path) -> Tokenizer:
   """Returns the tokenizer of a tokenizer.json, and of what stands beside it."""
   import tokenizers
   pipeline = tokenizers.Tokenizer.from_file(str(path))
@@ -488,7 +489,7 @@ def _read_json(spec: str, path: pathlib.Path) -> Tokenizer:
       special[token.content] = i
 
   # The files beside it name the special tokens, or else usual names do.
-  named = named_tokens(path.parent)
+  named = read_special_tokens(path.parent)
   ids: dict[str, int | None] = {}
   for kind, names in SPECIAL_NAMES.items():
     ids[kind] = pipeline.token_to_id(named.get(f'{kind}_token', ''))
@@ -501,19 +502,19 @@ def _read_json(spec: str, path: pathlib.Path) -> Tokenizer:
   return HuggingFace(spec, pipeline, ids)
 
 
-def _read_others(spec: str, folder: pathlib.Path, names: tuple[str, ...]
-                 ) -> Tokenizer:
+def _read_with_transformers(
+    spec: str, folder: pathlib.Path, names: tuple[str, ...]) -> Tokenizer:
   """Returns the tokenizer of a folder, whose files the class of transformers
   that it names reads."""
   import tokenizers
   from training.data import limited
-  text, ids = limited.call(
+  text, ids = limited.call_with_limits(
       f'tokenizer {spec!r}: transformers cannot read {" + ".join(names)}',
       'read_others', str(folder), [*SPECIAL_NAMES])
   return HuggingFace(spec, tokenizers.Tokenizer.from_str(text), ids)
 
 
-def _framing(tokenizer: Any) -> dict[str, int]:
+def _find_cls_and_sep(tokenizer: Any) -> dict[str, int]:
   """Returns cls and sep, where a pipeline puts texts between them as BERT and
   RoBERTa do: cls, a text, sep; cls, a text, one sep or two, another text, sep.
   """
@@ -534,7 +535,7 @@ def _framing(tokenizer: Any) -> dict[str, int]:
   return {'cls': cls, 'sep': sep}
 
 
-def _before_text(tokenizer: Any) -> tuple[int, ...]:
+def _find_ids_before_text(tokenizer: Any) -> tuple[int, ...]:
   """Returns the ids that a pipeline puts before each text."""
   row = tokenizer.encode('a')
   before = []
@@ -545,7 +546,7 @@ def _before_text(tokenizer: Any) -> tuple[int, ...]:
   return tuple(before)
 
 
-def _byte_of() -> dict[str, int]:
+def _byte_of_character() -> dict[str, int]:
   """Returns the byte that each character of a byte-level vocabulary stands for
   (GPT-2's encoder.py, bytes_to_unicode)."""
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -556,7 +557,7 @@ def _byte_of() -> dict[str, int]:
   return byte_of
 
 
-def _byte_level_table(tokenizer: Any, vocab: dict[str, int]
+def _bytes_of_byte_level_ids(tokenizer: Any, vocab: dict[str, int]
                      ) -> dict[int, bytes] | None:
   """Returns {id: the bytes it spells} of a byte-level BPE, or None.
 
@@ -566,7 +567,7 @@ def _byte_level_table(tokenizer: Any, vocab: dict[str, int]
   import tokenizers
   if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
     return None
-  byte_of = _byte_of()
+  byte_of = _byte_of_character()
   table = {}
   added = tokenizer.get_added_tokens_decoder()
   for token, i in vocab.items():
@@ -578,20 +579,20 @@ def _byte_level_table(tokenizer: Any, vocab: dict[str, int]
   return table
 
 
-def _placed(encoding: Any) -> tuple[np.ndarray, np.ndarray]:
+def _ids_and_spans(encoding: Any) -> tuple[np.ndarray, np.ndarray]:
   """Returns the ids and the spans of an encoding of the package tokenizers."""
-  return np.asarray(encoding.ids, np.int32), _spans(encoding.offsets)
+  return np.asarray(encoding.ids, np.int32), _array_of_spans(encoding.offsets)
 
 
-def _spans(pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+def _array_of_spans(pairs: Sequence[tuple[int, int]]) -> np.ndarray:
   return np.asarray(pairs, np.int32).reshape(-1, 2)
 
 
 # How many tokens of a prompt are decoded with what follows.
-_CONTEXT = 8
+_TOKENS_OF_CONTEXT = 8
 
 
-def spelt(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray,
+def decode_after_prompt(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray,
           prompt: Sequence[int] | np.ndarray = ()) -> bytes:
   """Returns the bytes that ids add to the text of a prompt.
 
@@ -599,7 +600,7 @@ def spelt(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray,
   it, what is decoded alone begins without one: so the end of the prompt is
   decoded along, and cut off.
   """
-  end = [int(token) for token in prompt[-_CONTEXT:]]
+  end = [int(token) for token in prompt[-_TOKENS_OF_CONTEXT:]]
   before = tokenizer.decode_bytes(end)
   whole = tokenizer.decode_bytes([*end, *ids])
   # A decoder that tidies up may change the end of the prompt.

@@ -46,22 +46,23 @@ from training.data.tokenizers import Tokenizer
 from training.workdir import storage
 
 # The kinds of a part of a document: text, one of a pair, or of a conversation.
-KINDS = ('text', *labelled.PAIR, *conversations.KINDS)
-FORMAT = 3  # raise it when the layout changes
-BEGUN = 'begun.json'
+KINDS_OF_PARTS = ('text', *labelled.PAIR, *conversations.KINDS_OF_PARTS)
+FORMAT_VERSION = 3  # raise it when the layout changes
+BEGUN_FILE = 'begun.json'
 BLOCK_BYTES = 1 << 14  # of ids, with one checksum
-TABLES, BLOCKS = 64, 1024  # kept in memory: the blocks are 16 MiB
-THREADS = 32  # each waits for a small file
-PARTS = ('', 'first', 'second')  # eval.part: all, or one of every two documents
+MOST_TABLES, MOST_BLOCKS = 64, 1024  # kept in memory: the blocks are 16 MiB
+NUM_THREADS = 32  # each waits for a small file
+# The values of eval.part: all held-out documents, or one of every two.
+HELD_OUT_PARTS = ('', 'first', 'second')
 
 # numpy parses the header of an array with `ast`, which fails in Python 3.11 if
 # several threads do so at the same time ("AST constructor recursion depth
 # mismatch").
-_PARSE = threading.Lock()
+_LOCK_OF_PARSER = threading.Lock()
 
 
-def chosen(numbers: np.ndarray, every: int | None, split: str, part: str = ''
-           ) -> np.ndarray:
+def select_documents(numbers: np.ndarray, every: int | None, split: str,
+                     part: str = '') -> np.ndarray:
   """Tells which documents belong to a split.
 
   Args:
@@ -85,7 +86,7 @@ def chosen(numbers: np.ndarray, every: int | None, split: str, part: str = ''
 
   # The parts of what is held out take turns.
   if part and split == 'eval':
-    is_second = PARTS.index(part) - 1
+    is_second = HELD_OUT_PARTS.index(part) - 1
     wanted = wanted & (order % 2 == is_second)
   return wanted
 
@@ -109,7 +110,8 @@ class Table(NamedTuple):
   def of_documents(self) -> np.ndarray:
     """Returns the ids and the bytes of each document, int64 [2, documents]."""
     ends = np.cumsum(self.counts)
-    totals = np.stack([bounds(self.sizes), bounds(self.bytes)])
+    totals = np.stack([sizes_to_bounds(self.sizes),
+                       sizes_to_bounds(self.bytes)])
     return totals[:, ends] - totals[:, ends - self.counts]
 
 
@@ -126,12 +128,12 @@ class Tokens:
     self.folder = folder
     self.begun = begun
     self._dtype = np.dtype(begun['dtype'])
-    self.table = functools.lru_cache(TABLES)(self._table)
-    self._block = functools.lru_cache(BLOCKS)(self._read_block)
+    self.table = functools.lru_cache(MOST_TABLES)(self._table)
+    self._block = functools.lru_cache(MOST_BLOCKS)(self._read_block)
 
   def tables(self) -> Iterator[Table]:
     """Yields the tables of all shards, in order."""
-    with futures.ThreadPoolExecutor(THREADS) as pool:
+    with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
       yield from pool.map(self.table, range(self.begun['shards']))
 
   def read(self, shard: int, first: int, end: int) -> np.ndarray:
@@ -153,7 +155,7 @@ class Tokens:
     path = f'{self.folder}/{shard:05}.tokens'
     data = read_bytes(path, block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES)
     if zlib.crc32(data) != self.table(shard).checksums[block]:
-      raise damaged(path, f'block {block:,} has another checksum')
+      raise damaged_file(path, f'block {block:,} has another checksum')
     return np.frombuffer(data, self._dtype)
 
   def _table(self, shard: int) -> Table:
@@ -164,8 +166,8 @@ class Tokens:
     content = data[4:]
     # The checksum of nothing is 0, as a file of zeros would have it.
     if not content or checksum != zlib.crc32(content).to_bytes(4, 'little'):
-      raise damaged(path, 'it has another checksum')
-    with _PARSE:
+      raise damaged_file(path, 'it has another checksum')
+    with _LOCK_OF_PARSER:
       arrays = np.load(io.BytesIO(content))
       table = Table(**{name: arrays[name] for name in Table._fields})
 
@@ -173,7 +175,7 @@ class Tokens:
     size = int(table.sizes.sum()) * self._dtype.itemsize
     length = storage.file_size(ids)
     if length != size:
-      raise damaged(ids, f'{length:,} bytes, and not {size:,}')
+      raise damaged_file(ids, f'{length:,} bytes, and not {size:,}')
     return table
 
 
@@ -203,7 +205,7 @@ class Split:
     first = 0
     for table in tokens.tables():
       count = len(table.counts)
-      wanted = chosen(first + np.arange(count), *self._chosen)
+      wanted = select_documents(first + np.arange(count), *self._chosen)
       sizes, num_bytes = table.of_documents()[:, wanted].sum(1)
       totals.append([wanted.sum(), sizes, num_bytes])
       counts.append(count)
@@ -211,15 +213,15 @@ class Split:
       first += count
 
     # Where each shard begins, in documents and in the stream.
-    self.kinds = frozenset(KINDS[kind] for kind in kinds)
-    self._firsts = bounds(counts)
+    self.kinds = frozenset(KINDS_OF_PARTS[kind] for kind in kinds)
+    self._firsts = sizes_to_bounds(counts)
     documents, sizes, num_bytes = np.array(totals, np.int64).T
-    self._starts = bounds(documents + sizes)
+    self._starts = sizes_to_bounds(documents + sizes)
     self.documents = int(documents.sum())
     self.of = int(self._firsts[-1])
     self.num_tokens = int(self._starts[-1])
     self.num_bytes = int(num_bytes.sum())
-    self._places = functools.lru_cache(TABLES)(self._find_places)
+    self._places = functools.lru_cache(MOST_TABLES)(self._find_places)
 
   def fill(self, tokens: np.ndarray, first: int) -> None:
     """Fills `tokens`, which are separators, with the stream from token `first`
@@ -261,12 +263,13 @@ class Split:
     and at last where that ends; and where each begins among the ids."""
     sizes, _ = self.tokens.table(shard).of_documents()
     wanted = self.wanted(shard)
-    return bounds(sizes[wanted] + 1), bounds(sizes)[:-1][wanted]
+    return sizes_to_bounds(sizes[wanted]
+                           + 1), sizes_to_bounds(sizes)[:-1][wanted]
 
   def wanted(self, shard: int) -> np.ndarray:
     """Tells which documents of a shard belong to the split."""
     numbers = np.arange(self._firsts[shard], self._firsts[shard + 1])
-    return chosen(numbers, *self._chosen)
+    return select_documents(numbers, *self._chosen)
 
 
 class Documents:
@@ -288,8 +291,8 @@ class Documents:
     counts = np.concatenate([table.counts for table in tables])
     self.num_bytes = np.concatenate([table.bytes for table in tables])
     self.kinds = np.concatenate([table.kinds for table in tables])
-    self.parts = bounds(sizes)
-    self._shards = bounds([table.sizes.sum() for table in tables])
+    self.parts = sizes_to_bounds(sizes)
+    self._shards = sizes_to_bounds([table.sizes.sum() for table in tables])
 
     # The documents of the split.
     wanted_of_shards = []
@@ -316,11 +319,11 @@ class Documents:
     parts = []
     for p in range(self.first[n], self.end[n]):
       ids = self.read(self.parts[p], self.parts[p + 1])
-      parts.append((KINDS[self.kinds[p]], ids))
+      parts.append((KINDS_OF_PARTS[self.kinds[p]], ids))
     return parts
 
 
-def load(text: str, name: str) -> Tokens:
+def load_tokens(text: str, name: str) -> Tokens:
   """Returns the tokens of a folder.
 
   Args:
@@ -335,34 +338,37 @@ def load(text: str, name: str) -> Tokens:
   folder = storage.checked_path(text, f'the folder of data source {name!r}'
                                 ).expanduser()
   # A folder of tokens, of which every shard is finished.
-  require((folder / BEGUN).exists(), f'data source {name!r} has no {BEGUN}, '
+  require((folder / BEGUN_FILE).exists(),
+          f'data source {name!r} has no {BEGUN_FILE}, '
           'so it is no folder that tools.tokenize has written')
-  begun = begun_of(folder)
-  done = finished(folder, begun)
+  begun = read_begun(folder)
+  done = find_finished_shards(folder, begun)
   require(all(done), f'data source {name!r} is half finished, {sum(done)} of '
           f'{len(done)} shards: give the command that made it again, with '
           f'--out={folder}')
   return Tokens(folder, begun)
 
 
-def begun_of(folder: epath.Path) -> dict[str, Any]:
+def read_begun(folder: epath.Path) -> dict[str, Any]:
   """Returns what begun.json holds, less the checksum that it may have."""
   try:
-    begun = dict(json.loads(storage.read_small(folder / BEGUN)))
+    begun = dict(json.loads(storage.read_small(folder / BEGUN_FILE)))
   except (TypeError, ValueError, RecursionError) as error:
-    raise damaged(folder / BEGUN, 'it is no JSON') from error
+    raise damaged_file(folder / BEGUN_FILE, 'it is no JSON') from error
   # The checksum is of everything else.
   checksum = begun.pop('checksum', None)
-  if checksum is not None and checksum != digest(begun):
-    raise damaged(folder / BEGUN, 'it has another checksum')
+  if checksum is not None and checksum != digest_json(begun):
+    raise damaged_file(folder / BEGUN_FILE, 'it has another checksum')
   written = begun.get('format')
-  require(written == FORMAT, f'{folder} has the format {short(written)} of '
-          f'tokens, and this program reads {FORMAT}: tokenise into another '
-          'folder')
+  require(
+      written == FORMAT_VERSION, f'{folder} has the format {short(written)} of '
+      f'tokens, and this program reads {FORMAT_VERSION}: tokenise into another '
+      'folder')
   return begun
 
 
-def finished(folder: epath.Path, begun: dict[str, Any]) -> list[bool]:
+def find_finished_shards(folder: epath.Path, begun: dict[str,
+                                                         Any]) -> list[bool]:
   """Tells of which shards all files are there."""
   names = {path.name for path in folder.iterdir()}
   are_there = []
@@ -382,12 +388,12 @@ def check_tokenizer(tokens: Tokens, tokenizer: Tokenizer, name: str) -> None:
           'tokens, or tokenise into another folder')
 
 
-def bounds(sizes: Any) -> np.ndarray:
+def sizes_to_bounds(sizes: Any) -> np.ndarray:
   """Returns where things of these sizes begin, and where the last one ends."""
   return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
-def digest(described: Any) -> str:
+def digest_json(described: Any) -> str:
   """Returns a hash of what JSON can hold."""
   return hashlib.blake2b(json.dumps(described).encode('utf-8'),
                          digest_size=16).hexdigest()
@@ -400,8 +406,8 @@ def read_bytes(path: str, start: int, end: int) -> bytes:
     EnvironmentFailure: where it cannot be read.
   """
   try:
-    if storage.is_in_bucket(path):
-      return _bucket().cat_file(path, start=start, end=end)
+    if storage.in_bucket(path):
+      return _open_buckets().cat_file(path, start=start, end=end)
     with open(path, 'rb', buffering=0) as file:
       return os.pread(file.fileno(), end - start, start)
   except Exception as error:  # those of a bucket's client have many types
@@ -414,14 +420,14 @@ def read_bytes(path: str, start: int, end: int) -> bytes:
 
 
 @functools.cache
-def _bucket() -> Any:
+def _open_buckets() -> Any:
   import fsspec
   storage.checked_path('gs://bucket/folder',
                        'data.source')  # sees what others write
   return fsspec.filesystem('gs')
 
 
-def damaged(path: Any, why: str) -> EnvironmentFailure:
+def damaged_file(path: Any, why: str) -> EnvironmentFailure:
   return EnvironmentFailure(
       f'{path} is damaged ({why}): delete it, and the command that made the '
       'folder makes it again')

@@ -34,7 +34,7 @@ from common import lazy
 from common.errors import RequestError, one_of, require, short
 from configs import base
 from training.data import conversations, records, sources
-from training.data.tokenizers import Tokenizer, spelt
+from training.data.tokenizers import Tokenizer, decode_after_prompt
 from training.objectives import losses
 
 Config: TypeAlias = ml_collections.ConfigDict
@@ -81,7 +81,8 @@ class Prompts(NamedTuple):
     prompt: Sequence[int] | np.ndarray = ()
     if not self.gap:
       prompt = self.tokens[row, :self.lengths[row]]
-    text = spelt(tokenizer, ids, prompt).decode('utf-8', 'replace')
+    text = decode_after_prompt(tokenizer, ids, prompt).decode('utf-8',
+                                                              'replace')
     return text.removeprefix(self.lead)
 
 
@@ -105,18 +106,18 @@ class Talk(NamedTuple):
   plain: bool = False
 
 
-def fill_id(tokenizer: Tokenizer) -> int:
+def padding_id(tokenizer: Tokenizer) -> int:
   """Returns the token that fills rows up: padding, or the separator where there
   is none."""
   return tokenizer.special_ids.get('pad', tokenizer.separator_id)
 
 
-def targets(batch: Batch) -> jax.Array:
+def count_targets(batch: Batch) -> jax.Array:
   """Returns how many tokens of a batch are to be predicted, by weight."""
   return batch['weights'].astype(jnp.float32).sum()
 
 
-def token_loss(output: Output, batch: Batch, config: Config) -> Figures:
+def token_loss_figures(output: Output, batch: Batch, config: Config) -> Figures:
   """Returns the cross-entropy of targets [B, L], where weights [B, L] count
   them: of the next tokens, or of the masked ones."""
   train = config.train
@@ -128,17 +129,17 @@ def token_loss(output: Output, batch: Batch, config: Config) -> Figures:
   sums['loss'] = loss
   weight = sums.pop('weight')
   figures = {name: Mean(total, weight) for name, total in sums.items()}
-  return figures | mtp_sums(output, batch, train)
+  return figures | multi_token_figures(output, batch, train)
 
 
-def lacks_ids(config: Config, tokenizer: Tokenizer) -> bool:
+def model_lacks_ids(config: Config, tokenizer: Tokenizer) -> bool:
   """Returns whether the tokenizer has tokens that the model does not have, as
   that of an import may (Tokenizer.least_size)."""
   return 0 < config.model.vocab_size < tokenizer.vocab_size
 
 
-def known_ids(ids: np.ndarray, config: Config, tokenizer: Tokenizer, what: str
-              ) -> None:
+def check_model_has_ids(ids: np.ndarray, config: Config, tokenizer: Tokenizer,
+                        what: str) -> None:
   """Raises RequestError for a token that the model does not have.
 
   Args:
@@ -147,7 +148,7 @@ def known_ids(ids: np.ndarray, config: Config, tokenizer: Tokenizer, what: str
     tokenizer: the tokenizer of the run.
     what: what has these tokens, for messages.
   """
-  if not lacks_ids(config, tokenizer):
+  if not model_lacks_ids(config, tokenizer):
     return
   size = config.model.vocab_size
   most = int(np.max(ids, initial=0))
@@ -158,7 +159,7 @@ def known_ids(ids: np.ndarray, config: Config, tokenizer: Tokenizer, what: str
         'or out of the chat template')
 
 
-def text_arrays(config: Config, *more: str) -> dict[str, Shape]:
+def arrays_of_text(config: Config, *more: str) -> dict[str, Shape]:
   """Returns the arrays of a row of data.length tokens, each predicted at its
   own place, and `more` arrays of as many integers."""
   shape = (config.data.length,)
@@ -170,15 +171,15 @@ def text_arrays(config: Config, *more: str) -> dict[str, Shape]:
   return arrays
 
 
-def document_arrays(config: Config) -> dict[str, Shape]:
+def arrays_of_documents(config: Config) -> dict[str, Shape]:
   """Returns `text_arrays` for rows of segments; with data.document_mask these
   are documents, each with positions of its own."""
   if config.data.document_mask:
-    return text_arrays(config, 'segment_ids', 'positions')
-  return text_arrays(config, 'segment_ids')
+    return arrays_of_text(config, 'segment_ids', 'positions')
+  return arrays_of_text(config, 'segment_ids')
 
 
-def documents(starts_L: np.ndarray) -> dict[str, np.ndarray]:
+def number_documents(starts_L: np.ndarray) -> dict[str, np.ndarray]:
   """Returns segment_ids and positions [L] of packed documents: one begins
   wherever starts_L is true, and one at the beginning of the row."""
   index_L = np.arange(len(starts_L))
@@ -186,7 +187,7 @@ def documents(starts_L: np.ndarray) -> dict[str, np.ndarray]:
   return dict(segment_ids=1 + np.cumsum(starts_L), positions=index_L - first_L)
 
 
-def padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def pad_prompts(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   """Returns prompts of unequal lengths as [B, L], and their lengths [B]."""
   lengths = np.array([len(row) for row in rows], np.int32)
   tokens = np.zeros((len(rows), lengths.max()), np.int32)
@@ -195,13 +196,13 @@ def padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   return tokens, lengths
 
 
-def after_separator(texts: Sequence[str], config: Config, tokenizer: Tokenizer
-                    ) -> Prompts:
+def prompt_after_separator(texts: Sequence[str], config: Config,
+                           tokenizer: Tokenizer) -> Prompts:
   """Returns texts that a document begins with, for a decoder to go on from."""
   rows = []
   for ids in tokenizer.encode_batch(texts):
     rows.append(np.concatenate([[tokenizer.separator_id], ids]))
-  tokens, lengths = padded(rows)
+  tokens, lengths = pad_prompts(rows)
   return Prompts(tokens=tokens, lengths=lengths)
 
 
@@ -295,7 +296,7 @@ class Objective:
 
   def fill(self, tokenizer: Tokenizer) -> int:
     """Returns the token that rows are filled up with."""
-    return fill_id(tokenizer)
+    return padding_id(tokenizer)
 
   def vocab_size(self, config: Config, tokenizer: Tokenizer) -> int:
     """Returns how many ids its data have."""
@@ -307,11 +308,11 @@ class Objective:
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
     """Returns {name: Mean} of a batch; losses are in nats."""
-    return token_loss(output, batch, config)
+    return token_loss_figures(output, batch, config)
 
   def weights(self, batch: Batch) -> dict[str, jax.Array]:
     """Returns what each of `terms` is divided by in this batch."""
-    return {self.main: targets(batch)}
+    return {self.main: count_targets(batch)}
 
   def unread(self, config: Config, length: int) -> int:
     """Returns how many places of a row of `length` tokens the head does not
@@ -370,7 +371,7 @@ class Objective:
       if key.endswith(('tokens', 'targets')):
         filling = self.fill(tokenizer)
       batch[key] = np.full((len(examples), *shape), filling, dtype)
-    may_lack = lacks_ids(config, tokenizer)
+    may_lack = model_lacks_ids(config, tokenizer)
 
     # A value may be shorter than its row of the array.
     for row, (item, rng) in enumerate(examples):
@@ -378,7 +379,7 @@ class Objective:
       assert values.keys() == batch.keys(), (values.keys(), batch.keys())
       for key, value in values.items():
         if may_lack and self._has_ids(key):
-          known_ids(value, config=config, tokenizer=tokenizer,
+          check_model_has_ids(value, config=config, tokenizer=tokenizer,
                     what='a row of the data')
         rows = batch[key]
         if np.shape(value) == rows.shape[1:]:
@@ -475,7 +476,7 @@ class Objective:
     share = figures[self.main].total
     for name in self.terms[1:]:
       share += figures[name].total * (whole[self.main] / whole[name])
-    return share + mtp_share(figures, config), figures
+    return share + multi_token_loss(figures, config), figures
 
   def means(self, figures: Mapping[str, Mean]) -> dict[str, Any]:
     """Returns the figures' values, `loss` among them."""
@@ -490,13 +491,13 @@ OBJECTIVES: Mapping[str, Objective] = lazy.LazyTable(
     without=('losses', 'pipeline'))
 
 
-def of(config: Config) -> Objective:
+def find_objective(config: Config) -> Objective:
   """Returns the record of a run's objective; RequestError if there is none."""
   one_of('objective', config.objective, OBJECTIVES)
   return OBJECTIVES[config.objective]
 
 
-def with_head(model: ModelConfig) -> str:
+def find_objective_of_head(model: ModelConfig) -> str:
   """Returns the objective that trains a model's head.
 
   Raises:
@@ -515,50 +516,53 @@ def with_head(model: ModelConfig) -> str:
 
 def check_fits(config: Config, source: sources.Source) -> None:
   """Raises RequestError for a source of which the objective cannot learn."""
-  reads = of(config).holds
+  reads = find_objective(config).holds
   require(bool(set(reads) & set(source.holds)), f'objective '
           f'{config.objective!r} reads {" or ".join(reads)}, but data source '
           f'{source.name!r} holds {source.holds[0]}: choose from '
-          f'{sources.forms(reads)}')
+          f'{sources.list_forms(reads)}')
 
 
-def with_labels(config: Config) -> Config:
+def fill_in_labels(config: Config) -> Config:
   """Returns a run's config with data.labels as its training data have them,
   where the objective has labels and the config names none."""
-  objective = of(config)
+  objective = find_objective(config)
   if not objective.has_labels or config.data.labels:
     return config
-  for _, source in sources.parse(config.data.source):
+  for _, source in sources.parse_sources(config.data.source):
     check_fits(config, source)
   config = config.copy_and_resolve_references()
   config.data.labels = objective.labels(config)
   return config
 
 
-def shapes(config: Config) -> dict[str, Shape]:
+def shapes_of_batch(config: Config) -> dict[str, Shape]:
   """Returns the shape and dtype of each array of a run's batches."""
-  return {key: ((config.data.batch_size, *shape), dtype)
-          for key, (shape, dtype) in of(config).arrays(config).items()}
+  rows = config.data.batch_size
+  shapes: dict[str, Shape] = {}
+  for key, (shape, dtype) in find_objective(config).arrays(config).items():
+    shapes[key] = (rows, *shape), dtype
+  return shapes
 
 
 def check_objective(config: Config) -> None:
   """Raises RequestError for an unknown objective, and for a field that was set,
   so that it differs from its default, and that the objective does not read."""
-  objective = of(config)
+  objective = find_objective(config)
   if config.data.chat_template != conversations.PUBLISHED_NAME:
-    conversations.source(config.data.chat_template)
+    conversations.read_template_text(config.data.chat_template)
   read_by_some: set[str] = set()
   for other in OBJECTIVES.values():
     read_by_some.update(other.reads)
   for name in sorted(read_by_some.union(objective.ignores)):
     if name not in objective.reads:
-      _check_unread(config, name)
+      _check_field_unset(config, name)
   _check_mtp(config, objective)
   records.check_labels(config.data.labels)
   objective.check(config)
 
 
-def _check_unread(config: Config, name: str) -> None:
+def _check_field_unset(config: Config, name: str) -> None:
   """Raises RequestError unless a field that the objective does not read has its
   default."""
   value = config[name]
@@ -601,7 +605,7 @@ def _check_mtp(config: Config, objective: Objective) -> None:
 MTP_LOSS = 'mtp_{}_loss'  # the name of the loss at a depth
 
 
-def mtp_shifted(batch: Batch, depth: int
+def shift_targets(batch: Batch, depth: int
                 ) -> tuple[jax.Array, jax.Array]:
   """Returns the targets of a depth, [B, L], and their weights."""
   targets_BL = jnp.roll(batch['targets'], -depth, 1)
@@ -614,14 +618,14 @@ def mtp_shifted(batch: Batch, depth: int
   return targets_BL, jnp.where(there_BL, weights_BL, 0)
 
 
-def mtp_sums(output: Any, batch: Batch, train: Config) -> Figures:
+def multi_token_figures(output: Any, batch: Batch, train: Config) -> Figures:
   """Returns the loss and the accuracy of each depth, of tokens, targets and
   weights [B, L]; {} of a model that looks no further than the next token."""
   figures = {}
   hidden_of_depths = output.extra.get('mtp', ())
   for depth, hidden_BLD in enumerate(hidden_of_depths, 1):
     # Each depth looks one token further than the one before it.
-    targets_BL, weights_BL = mtp_shifted(batch, depth)
+    targets_BL, weights_BL = shift_targets(batch, depth)
     loss, sums = losses.cross_entropy(
         hidden_BLD, head=output.head, targets_BL=targets_BL,
         weights_BL=weights_BL, z_loss=train.z_loss,
@@ -631,7 +635,7 @@ def mtp_sums(output: Any, batch: Batch, train: Config) -> Figures:
   return figures
 
 
-def mtp_share(figures: Mapping[str, Any], config: Config):
+def multi_token_loss(figures: Mapping[str, Any], config: Config):
   """Returns what these losses add to the sum of the tokens' losses.
 
   Args:

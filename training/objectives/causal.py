@@ -112,20 +112,20 @@ class Causal(Objective):
     predicted_L = np.arange(len(tokens_L)) < item.size - 1
     row = dict(tokens=tokens_L, targets=targets_L, weights=predicted_L)
     if config.data.document_mask:
-      row |= objectives.documents(tokens_L == tokenizer.separator_id)
+      row |= objectives.number_documents(tokens_L == tokenizer.separator_id)
     return row
 
   def arrays(self, config: Config) -> dict[str, Shape]:
     if config.data.document_mask:
-      return objectives.text_arrays(config, 'segment_ids', 'positions')
-    return objectives.text_arrays(config)
+      return objectives.arrays_of_text(config, 'segment_ids', 'positions')
+    return objectives.arrays_of_text(config)
 
   def prompt(self, texts: Sequence[str], config: Config, tokenizer: Tokenizer
              ) -> Prompts:
-    return objectives.after_separator(texts, config, tokenizer)
+    return objectives.prompt_after_separator(texts, config, tokenizer)
 
   def talk(self, config: Config, tokenizer: Tokenizer) -> Talk:
-    return goes_on(tokenizer)
+    return talk_by_continuing(tokenizer)
 
 
 class Prefix(Objective):
@@ -161,17 +161,17 @@ class Prefix(Objective):
   def prompt(self, texts: Sequence[str], config: Config, tokenizer: Tokenizer
              ) -> Prompts:
     """Returns prompts whose tokens all see each other."""
-    prompts = objectives.after_separator(texts, config, tokenizer)
+    prompts = objectives.prompt_after_separator(texts, config, tokenizer)
     return prompts._replace(arguments=dict(prefix_B=prompts.lengths))
 
 
 def _valid_arrays(config: Config) -> dict[str, Shape]:
   """Returns the arrays of a row of text, of which `valid` tells padding."""
-  row = objectives.text_arrays(config)
+  row = objectives.arrays_of_text(config)
   return row | dict(valid=row['weights'])
 
 
-def goes_on(tokenizer: Tokenizer, start: int | None = None) -> Talk:
+def talk_by_continuing(tokenizer: Tokenizer, start: int | None = None) -> Talk:
   """Returns how a model of plain text is talked with: each message is a line
   of its text, which the model goes on from.
 
@@ -204,8 +204,8 @@ class Conversations:
   def __init__(self, corpus: sources.Corpus):
     """Raises RequestError for a source without answers of an assistant."""
     kinds = corpus.tokens.kinds
-    require(kinds <= {*conversations.KINDS}
-            and bool(kinds & {*conversations.ANSWERS}),
+    require(kinds <= {*conversations.KINDS_OF_PARTS}
+            and bool(kinds & {*conversations.KINDS_OF_ANSWERS}),
             f'objective {corpus.config.objective!r} predicts the answers of '
             f'the assistant, but data source {corpus.name!r} holds none: name '
             'a field with a list of turns, some of the role assistant')
@@ -239,7 +239,7 @@ class Chat(Objective):
       weights, 1 where the target is the assistant's; and valid, which is 1.
     """
     L = config.data.length
-    ids, predicted = layout(item, tokenizer)
+    ids, predicted = lay_out_conversation(item, tokenizer)
     return dict(tokens=ids[:L], targets=ids[1:L + 1],
                 weights=predicted[1:L + 1], valid=np.ones(len(ids[:L])))
 
@@ -252,26 +252,26 @@ class Chat(Objective):
     name = config.data.chat_template
     if name == conversations.PUBLISHED_NAME:
       return {}
-    _, text = conversations.source(name)
-    return {'data.chat_template': conversations.TEXT + text}
+    _, text = conversations.read_template_text(name)
+    return {'data.chat_template': conversations.PREFIX_OF_TEMPLATE_TEXT + text}
 
   def prompt(self, texts: Sequence[str], config: Config, tokenizer: Tokenizer
              ) -> Prompts:
     """Returns each text as a question."""
-    rows = [question(text, config, tokenizer) for text in texts]
-    tokens, lengths = objectives.padded(rows)
-    lead = talk(config, tokenizer).lead
+    rows = [encode_question(text, config, tokenizer) for text in texts]
+    tokens, lengths = objectives.pad_prompts(rows)
+    lead = talk_by_config(config, tokenizer).lead
     return Prompts(tokens=tokens, lengths=lengths, gap='\n', lead=lead)
 
   def talk(self, config: Config, tokenizer: Tokenizer) -> Talk:
-    return talk(config, tokenizer)
+    return talk_by_config(config, tokenizer)
 
   def chat_template(self, config: Config, tokenizer: Tokenizer) -> str:
-    return jinja(config, tokenizer)
+    return write_chat_template(config, tokenizer)
 
 
-def layout(parts: list[tuple[str, np.ndarray]], tokenizer: Tokenizer
-           ) -> tuple[np.ndarray, np.ndarray]:
+def lay_out_conversation(parts: list[tuple[str, np.ndarray]],
+                         tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
   """Returns the ids [T] of a conversation, and which of them are predicted."""
   # An answer ends with the separator. A template that was rendered has its own
   # ends of turns.
@@ -285,7 +285,7 @@ def layout(parts: list[tuple[str, np.ndarray]], tokenizer: Tokenizer
   # Answers are predicted, and all else is only read.
   for kind, text in parts:
     piece = np.asarray(text, np.int32)
-    is_answer = kind in conversations.ANSWERS
+    is_answer = kind in conversations.KINDS_OF_ANSWERS
     if is_answer:
       piece = np.concatenate([piece, end])
     pieces.append(piece)
@@ -293,19 +293,21 @@ def layout(parts: list[tuple[str, np.ndarray]], tokenizer: Tokenizer
   return np.concatenate(pieces), np.concatenate(predicted)
 
 
-def question(text: str, config: Config, tokenizer: Tokenizer) -> np.ndarray:
+def encode_question(text: str, config: Config,
+                    tokenizer: Tokenizer) -> np.ndarray:
   """Returns the ids after which the model answers `text`, by the template of
   the run's data; of no text, a conversation's start."""
   if not text:
     return np.array([tokenizer.separator_id], np.int32)
-  return talk(config, tokenizer).encode([dict(role='user', content=text)])
+  return talk_by_config(config, tokenizer).encode([dict(role='user',
+                                                        content=text)])
 
 
-def talk(config: Config, tokenizer: Tokenizer) -> Talk:
+def talk_by_config(config: Config, tokenizer: Tokenizer) -> Talk:
   """Returns how a run is talked with: by the template of its data."""
   name = config.data.chat_template
   if name != conversations.PUBLISHED_NAME:
-    return templated(conversations.read(name, tokenizer))
+    return talk_by_template(conversations.read_template(name, tokenizer))
   is_alpaca = 'alpaca:' in config.data.source
 
   def encode(messages: Messages) -> np.ndarray:
@@ -322,13 +324,14 @@ def talk(config: Config, tokenizer: Tokenizer) -> Talk:
           parts.append(('answer', content))
     else:
       turns = [(message['role'], message['content']) for message in messages]
-      parts.extend(conversations.vicuna([*turns, ('assistant', '')]))
+      parts.extend(conversations.lay_out_vicuna_turns([*turns, ('assistant',
+                                                                '')]))
     parts.append(('answer', ''))
 
     # They are laid out as in training, without the end of that answer.
-    rows = [row for row, _ in sources.encode(tokenizer, [parts])]
+    rows = [row for row, _ in sources.encode_parts(tokenizer, [parts])]
     kinds = [kind for kind, _ in parts]
-    ids, _ = layout(list(zip(kinds, rows)), tokenizer)
+    ids, _ = lay_out_conversation(list(zip(kinds, rows)), tokenizer)
     return ids[:-1]
 
   ends = frozenset({tokenizer.separator_id})
@@ -339,7 +342,7 @@ def talk(config: Config, tokenizer: Tokenizer) -> Talk:
               lead=' ')
 
 
-def templated(template: conversations.Template, ends: Iterable[int] = (),
+def talk_by_template(template: conversations.Template, ends: Iterable[int] = (),
               words: str = '') -> Talk:
   """Returns how a model is talked with by a Jinja template.
 
@@ -359,7 +362,7 @@ def templated(template: conversations.Template, ends: Iterable[int] = (),
   return Talk(words=words, encode=encode, ends=frozenset(ends))
 
 
-def jinja(config: Config, tokenizer: Tokenizer) -> str:
+def write_chat_template(config: Config, tokenizer: Tokenizer) -> str:
   """Returns the template of a run's data as transformers takes one, a Jinja
   template.
 
@@ -368,7 +371,7 @@ def jinja(config: Config, tokenizer: Tokenizer) -> str:
   """
   # A Jinja template is copied.
   if config.data.chat_template != conversations.PUBLISHED_NAME:
-    return conversations.source(config.data.chat_template)[1]
+    return conversations.read_template_text(config.data.chat_template)[1]
   # The separator, by the name that a template knows it by.
   kind = 'eos'
   if tokenizer.special_ids.get('eos') != tokenizer.separator_id:
@@ -378,11 +381,12 @@ def jinja(config: Config, tokenizer: Tokenizer) -> str:
   # Alpaca's template, then Vicuna's.
   if 'alpaca:' in config.data.source:
     return (end + "{% for m in messages %}{% if m.role == 'user' %}"
-            + conversations.PROMPT.format(instruction='{{ m.content }}')
+            + conversations.ALPACA_PROMPT.format(instruction='{{ m.content }}')
             + assistant + '{{ m.content }}' + end + '{% endif %}{% endfor %}')
   return (
       end + "{% if messages[0].role == 'system' %}{{ messages[0].content }}"
-      f"{{% else %}}{conversations.SYSTEM}{{% endif %}}{{{{ ' ' }}}}"
+      f'{{% else %}}{conversations.VICUNA_SYSTEM_MESSAGE}{{% endif %}}'
+      "{{ ' ' }}"
       "{% for m in messages %}{% if m.role == 'user' %}"
       "USER: {{ m.content }}{{ ' ' }}"
       + assistant + 'ASSISTANT: {{ m.content }}' + end

@@ -47,27 +47,27 @@ from training.data.tokenizers import Tokenizer
 from training.objectives import Batch, Config, Figures, Mean, Objective, Row
 from training.objectives import Shape
 
-NEVER = -1e30  # the score of padding
+SCORE_OF_PADDING = -1e30  # the score of padding
 
 
-def stack(config: Config) -> str:
+def find_stack(config: Config) -> str:
   """Returns what the model of a run stacks, however far it is resolved."""
   return architectures.systems()[config.model.arch].STACK
 
 
-def _arrays(config: Config, **numbers: type) -> dict[str, Shape]:
+def arrays_of_texts(config: Config, **numbers: type) -> dict[str, Shape]:
   """Returns the arrays of a row of one or two texts, and numbers by name."""
   ids = (config.data.length,), np.int32
   arrays = dict(tokens=ids, segment_ids=ids, weights=((), np.float32))
   for name, dtype in numbers.items():
     arrays[name] = (), dtype
-  if stack(config) == 'encoder':
+  if find_stack(config) == 'encoder':
     arrays['types'] = ids
   return arrays
 
 
-def classified(output: Output, batch: Batch, config: Config, targets: str
-               ) -> Figures:
+def classification_figures(output: Output, batch: Batch, config: Config,
+                           targets: str) -> Figures:
   """Returns the cross-entropy of batch[targets], [B] or [B, L], and how many
   are likeliest.
 
@@ -90,22 +90,22 @@ def classified(output: Output, batch: Batch, config: Config, targets: str
           'accuracy': Mean((counts * right).sum(), counts.sum())}
 
 
-def begin(item: records.Window) -> int:
+def start_of_paragraph(item: records.Window) -> int:
   """Returns where the paragraph begins in a row."""
   return 1 + len(item.question) + item.between
 
 
-def length(item: records.Window) -> int:
+def length_of_row(item: records.Window) -> int:
   """Returns how many tokens a row has."""
   return (len(item.question) + len(item.context)
-          + records.around(2, item.between))
+          + records.count_special_tokens(2, item.between))
 
 
-def null_place(item: records.Window, kind: str) -> int:
+def place_of_null_token(item: records.Window, kind: str) -> int:
   """Returns where the token stands whose scores are those of no answer."""
   if kind == 'encoder':
     return 0
-  return length(item) - 1
+  return length_of_row(item) - 1
 
 
 class Labelled(Objective):
@@ -133,7 +133,7 @@ class TextObjective(Labelled):
       weight [], under targets and weights.
     """
     # A separator follows each text, and some systems have two between texts.
-    first, after = records.special_tokens(tokenizer, stack(config))
+    first, after = records.special_tokens(tokenizer, find_stack(config))
     pieces = [[first]]
     types = [0]
     last = len(item.texts) - 1
@@ -146,7 +146,7 @@ class TextObjective(Labelled):
     row = dict(tokens=np.concatenate(pieces).astype(np.int32),
                segment_ids=np.ones(len(types)), targets=item.target,
                weights=item.weight)
-    if stack(config) == 'encoder':
+    if find_stack(config) == 'encoder':
       row['types'] = types
     return row
 
@@ -162,13 +162,14 @@ class Classification(TextObjective):
   has_labels = True
 
   def arrays(self, config: Config) -> dict[str, Shape]:
-    return _arrays(config, targets=np.int32)
+    return arrays_of_texts(config, targets=np.int32)
 
   def labels(self, config: Config) -> tuple[str, ...]:
-    return records.labels_of(config)
+    return records.find_labels(config)
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
-    return classified(output, batch=batch, config=config, targets='targets')
+    return classification_figures(output, batch=batch, config=config,
+                                  targets='targets')
 
 
 class Regression(TextObjective):
@@ -179,7 +180,7 @@ class Regression(TextObjective):
   loss_unit = ''
 
   def arrays(self, config: Config) -> dict[str, Shape]:
-    return _arrays(config, targets=np.float32)
+    return arrays_of_texts(config, targets=np.float32)
 
   def num_labels(self, config: Config) -> int:
     return 1
@@ -218,7 +219,7 @@ class TokenClassification(Labelled):
       labels, the number of the label of each token; and weights, 1 where a
       label counts.
     """
-    first, after = records.special_tokens(tokenizer, stack(config))
+    first, after = records.special_tokens(tokenizer, find_stack(config))
     tokens = np.concatenate([[first], item.ids, [after]])
     return dict(tokens=tokens, segment_ids=np.ones(len(tokens)),
                 labels=np.pad(item.targets, 1), weights=np.pad(item.weights, 1))
@@ -230,13 +231,14 @@ class TokenClassification(Labelled):
                 weights=(shape, np.float32))
 
   def labels(self, config: Config) -> tuple[str, ...]:
-    return records.labels_of(config)
+    return records.find_labels(config)
 
   def length(self, item: records.Piece) -> int:
-    return len(item.ids) + records.AROUND
+    return len(item.ids) + records.SPECIAL_TOKENS_OF_SENTENCE
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
-    return classified(output, batch=batch, config=config, targets='labels')
+    return classification_figures(output, batch=batch, config=config,
+                                  targets='labels')
 
 
 class QuestionAnswering(Labelled):
@@ -256,25 +258,25 @@ class QuestionAnswering(Labelled):
       also types [up to L], 1 for tokens of the paragraph; starts and ends [],
       the places of the first and the last token of the answer; weights [], 1.
     """
-    kind = stack(config)
+    kind = find_stack(config)
     first, after = records.special_tokens(tokenizer, kind)
     tokens = np.concatenate([[first], item.question, [after] * item.between,
                              item.context, [after]])
     # The place of the null token stands for no answer.
-    start = end = null_place(item, kind)
+    start = end = place_of_null_token(item, kind)
     if item.answer is not None:
-      start, end = (begin(item) + place for place in item.answer)
+      start, end = (start_of_paragraph(item) + place for place in item.answer)
     row = dict(tokens=tokens, segment_ids=np.ones(len(tokens)), starts=start,
                ends=end, weights=1.0)
     if kind == 'encoder':
-      row['types'] = np.arange(len(tokens)) >= begin(item)
+      row['types'] = np.arange(len(tokens)) >= start_of_paragraph(item)
     return row
 
   def arrays(self, config: Config) -> dict[str, Shape]:
-    return _arrays(config, starts=np.int32, ends=np.int32)
+    return arrays_of_texts(config, starts=np.int32, ends=np.int32)
 
   def length(self, item: records.Window) -> int:
-    return length(item)
+    return length_of_row(item)
 
   def guessing(self, config: Config, vocab: int) -> float:
     return math.log(config.data.length)
@@ -284,7 +286,7 @@ class QuestionAnswering(Labelled):
     rows both are likeliest."""
     # U, the last axis, stands for the start and the end of an answer.
     real_BL1 = batch['segment_ids'][..., None] != 0
-    scores_BLU = jnp.where(real_BL1, output.extra['scores'], NEVER)
+    scores_BLU = jnp.where(real_BL1, output.extra['scores'], SCORE_OF_PADDING)
     places_BU = jnp.stack([batch['starts'], batch['ends']], axis=1)
     log_p_BLU = jax.nn.log_softmax(scores_BLU, axis=1)
     log_p_B1U = jnp.take_along_axis(log_p_BLU, places_BU[:, None], axis=1)

@@ -27,8 +27,8 @@ from architectures.parts.heads import Head
 
 # Where `chunk` is 0: float32 logits of 64 MiB a device, but tokens enough to
 # be worth a reading of the head's weights.
-AUTO_LOGITS = 2 ** 24
-AUTO_TOKENS = 512
+MOST_LOGITS_OF_CHUNK = 2 ** 24
+LEAST_TOKENS_OF_CHUNK = 512
 
 
 class TokenLosses(NamedTuple):
@@ -44,7 +44,7 @@ class TokenLosses(NamedTuple):
   correct: jax.Array
 
 
-class _Settings(NamedTuple):
+class _LossSettings(NamedTuple):
   """The terms of the loss, and how the tokens are cut up.
 
   Attributes:
@@ -81,11 +81,11 @@ def cross_entropy(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array,
     The sum to differentiate, and sums that nothing is differentiated through:
     `weight`, `accuracy` and, where there is one, `z_loss`.
   """
-  settings = _settings(hidden_BLD, head=head, z_loss=z_loss,
+  settings = _choose_settings(hidden_BLD, head=head, z_loss=z_loss,
                        label_smoothing=label_smoothing, chunk=chunk)
   weights_BL = weights_BL.astype(jnp.float32)
   chex.assert_equal_shape([targets_BL, weights_BL])
-  loss, tokens = _loss_sum(settings, hidden_BLD, head, targets_BL, weights_BL)
+  loss, tokens = _sum_losses(settings, hidden_BLD, head, targets_BL, weights_BL)
 
   # Figures are of the same tokens, and nothing learns from them.
   tokens = jax.lax.stop_gradient(tokens)
@@ -99,14 +99,14 @@ def cross_entropy(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array,
 def token_losses(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array, *,
                  chunk: int = 0) -> TokenLosses:
   """Returns each token's negative log-likelihood; for evaluation."""
-  settings = _settings(hidden_BLD, head=head, z_loss=0.0, label_smoothing=0.0,
-                       chunk=chunk)
-  return _token_losses(settings, hidden_BLD=hidden_BLD, head=head,
+  settings = _choose_settings(hidden_BLD, head=head, z_loss=0.0,
+                              label_smoothing=0.0, chunk=chunk)
+  return _scan_token_losses(settings, hidden_BLD=hidden_BLD, head=head,
                        targets_BL=targets_BL)
 
 
-def _token_losses(settings: _Settings, hidden_BLD: jax.Array, head: Head,
-                  targets_BL: jax.Array) -> TokenLosses:
+def _scan_token_losses(settings: _LossSettings, hidden_BLD: jax.Array,
+                       head: Head, targets_BL: jax.Array) -> TokenLosses:
   """Returns the losses of all tokens, a chunk at a time.
 
   Args:
@@ -115,31 +115,31 @@ def _token_losses(settings: _Settings, hidden_BLD: jax.Array, head: Head,
     head: the output projection.
     targets_BL: token ids.
   """
-  kernel_DV = _kernel(head, hidden_BLD)
+  kernel_DV = _gather_kernel(head, hidden_BLD)
 
   def of_chunk(_: None, chunk: tuple[jax.Array, ...]):
     """Returns the losses of a chunk."""
     x_QBPD, targets_QBP = chunk
-    logits_QBPV = head.finish_logits(_product(x_QBPD, kernel_DV))
-    return None, _losses(settings, logits_QBPV, targets_QBP)
+    logits_QBPV = head.finish_logits(_project_to_vocabulary(x_QBPD, kernel_DV))
+    return None, _losses_of_logits(settings, logits_QBPV, targets_QBP)
 
   # The logits of one chunk exist at a time.
   _, losses = jax.lax.scan(
-      of_chunk, None, _cut(settings, (hidden_BLD, targets_BL)))
-  return _join(settings, losses, targets_BL.shape)
+      of_chunk, None, _split_into_chunks(settings, (hidden_BLD, targets_BL)))
+  return _join_chunks(settings, losses, targets_BL.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss_sum(settings: _Settings, hidden_BLD: jax.Array, head: Head,
+def _sum_losses(settings: _LossSettings, hidden_BLD: jax.Array, head: Head,
               targets_BL: jax.Array, weights_BL: jax.Array):
   """Returns (sum of weights * losses, TokenLosses, through which no gradient
   goes)."""
-  tokens = _token_losses(settings, hidden_BLD=hidden_BLD, head=head,
+  tokens = _scan_token_losses(settings, hidden_BLD=hidden_BLD, head=head,
                          targets_BL=targets_BL)
   return (weights_BL * tokens.loss).sum(), tokens
 
 
-def _loss_sum_fwd(settings: _Settings, *args):
+def _sum_losses_forward(settings: _LossSettings, *args):
   """Returns the sum and, in the same pass, such of its gradients as are asked
   for."""
   # The arguments, and which of their gradients are asked for.
@@ -149,7 +149,7 @@ def _loss_sum_fwd(settings: _Settings, *args):
       lambda x: x.perturbed, args)
   ask_bias = head.bias_V is not None and ask_head.bias_V
 
-  kernel_DV = _kernel(head, hidden_BLD)
+  kernel_DV = _gather_kernel(head, hidden_BLD)
   kernel_VD = kernel_DV.T
   if sharding.traced_platform() == 'cpu':
     # Both products read the kernel along its rows: one copy for all chunks.
@@ -160,9 +160,10 @@ def _loss_sum_fwd(settings: _Settings, *args):
     chunk, and the gradient of its hidden states."""
     # The losses, and the gradient of the head's products.
     x_QBPD, targets_QBP, weights_QBP = chunk
-    logits_QBPV, pull = jax.vjp(head.finish_logits, _product(x_QBPD, kernel_DV))
-    losses = _losses(settings, logits_QBPV, targets_QBP)
-    d_logits_QBPV = _gradient(settings, logits_QBPV=logits_QBPV,
+    logits_QBPV, pull = jax.vjp(head.finish_logits, _project_to_vocabulary(x_QBPD,
+                                                                    kernel_DV))
+    losses = _losses_of_logits(settings, logits_QBPV, targets_QBP)
+    d_logits_QBPV = _gradient_of_logits(settings, logits_QBPV=logits_QBPV,
                               targets_QBP=targets_QBP, weights_QBP=weights_QBP,
                               log_z_QBP=losses.log_z)
     [d_QBPV] = pull(d_logits_QBPV)
@@ -173,23 +174,24 @@ def _loss_sum_fwd(settings: _Settings, *args):
       d_bias += d_QBPV.sum((1, 2))
     d_QBPV = d_QBPV.astype(x_QBPD.dtype)
     if ask_head.kernel_DV:
-      d_kernel += _kernel_gradient(x_QBPD, d_QBPV)
+      d_kernel += _gradient_of_kernel(x_QBPD, d_QBPV)
     dx_QBPD = None
     if ask_hidden:
       dx_QBPD = layers.einsum('QBPV,VD->QBPD', d_QBPV, kernel_VD, x_QBPD.dtype)
     return (d_kernel, d_bias), (losses, dx_QBPD)
 
   # All chunks.
-  zeros = (_zeros(settings, ask_head.kernel_DV, _turned(head.kernel_DV)),
-           _zeros(settings, ask_bias, head.bias_V))
-  chunks = _cut(settings, (hidden_BLD, targets_BL, weights_BL))
+  zeros = (_zero_gradients(settings, ask_head.kernel_DV,
+                           _transpose_for_gradient(head.kernel_DV)),
+           _zero_gradients(settings, ask_bias, head.bias_V))
+  chunks = _split_into_chunks(settings, (hidden_BLD, targets_BL, weights_BL))
   (d_kernel, d_bias), (losses, dx_QBPD) = jax.lax.scan(of_chunk, zeros, chunks)
 
   # Their losses and gradients, laid out as the arguments are.
-  tokens, d_hidden = _join(settings, (losses, dx_QBPD), targets_BL.shape)
+  tokens, d_hidden = _join_chunks(settings, (losses, dx_QBPD), targets_BL.shape)
   d_head = head.replace(
-      kernel_DV=_whole(d_kernel, head.kernel_DV, 'embed', 'vocab'),
-      bias_V=_whole(d_bias, head.bias_V, 'vocab'))
+      kernel_DV=_total_gradient(d_kernel, head.kernel_DV, 'embed', 'vocab'),
+      bias_V=_total_gradient(d_bias, head.bias_V, 'vocab'))
   if sharding.count_devices() > 1:
     # The head's gradient is scattered before the layers' are computed: whole,
     # and in float32, it would lie there until the end.
@@ -199,7 +201,8 @@ def _loss_sum_fwd(settings: _Settings, *args):
   return ((weights_BL * tokens.loss).sum(), tokens), gradients
 
 
-def _loss_sum_bwd(settings: _Settings, gradients: Any, cotangents: Any):
+def _sum_losses_backward(settings: _LossSettings, gradients: Any,
+                         cotangents: Any):
   """Returns the gradients of the forward pass times the sum's cotangent."""
   scale, _ = cotangents
   if isinstance(scale, jax.custom_derivatives.SymbolicZero):
@@ -207,16 +210,17 @@ def _loss_sum_bwd(settings: _Settings, gradients: Any, cotangents: Any):
   return jax.tree.map(lambda x: (x * scale).astype(x.dtype), gradients)
 
 
-_loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd, symbolic_zeros=True)
+_sum_losses.defvjp(_sum_losses_forward, _sum_losses_backward,
+                   symbolic_zeros=True)
 
 
-def _product(x_QBPD: jax.Array, kernel_DV: jax.Array):
+def _project_to_vocabulary(x_QBPD: jax.Array, kernel_DV: jax.Array):
   """Returns the products of hidden states and the kernel, in float32."""
   return layers.einsum('QBPD,DV->QBPV', x_QBPD, kernel_DV,
                        dtype=x_QBPD.dtype, out_dtype=jnp.float32)
 
 
-def _kernel_gradient(x_QBPD: jax.Array, d_QBPV: jax.Array) -> jax.Array:
+def _gradient_of_kernel(x_QBPD: jax.Array, d_QBPV: jax.Array) -> jax.Array:
   """Returns each shard's gradient of the kernel, `_turned`, in float32.
 
   XLA's CPU backend transposes the first operand of such a product, so there
@@ -231,14 +235,14 @@ def _kernel_gradient(x_QBPD: jax.Array, d_QBPV: jax.Array) -> jax.Array:
                        dtype=x_QBPD.dtype, out_dtype=jnp.float32)
 
 
-def _turned(kernel_DV: jax.Array) -> jax.Array:
+def _transpose_for_gradient(kernel_DV: jax.Array) -> jax.Array:
   """Returns the kernel as its gradient is added up: [V, D], but on one CPU
   [D, V]."""
   return kernel_DV if sharding.is_single_cpu() else kernel_DV.T
 
 
-def _losses(settings: _Settings, logits_QBPV: jax.Array, targets_QBP: jax.Array
-            ) -> TokenLosses:
+def _losses_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,
+                      targets_QBP: jax.Array) -> TokenLosses:
   """Returns the loss of each token, log_z - q . l + c log_z^2."""
   # The logarithm of the softmax's denominator.
   max_QBP1 = logits_QBPV.max(-1, keepdims=True)
@@ -251,8 +255,8 @@ def _losses(settings: _Settings, logits_QBPV: jax.Array, targets_QBP: jax.Array
     target_QBP = jnp.take_along_axis(
         logits_QBPV, targets_QBP[..., None], -1, mode='clip')[..., 0]
   else:
-    masked_QBPV = jnp.where(_is_target(logits_QBPV, targets_QBP), logits_QBPV,
-                            0)
+    masked_QBPV = jnp.where(_one_hot_targets(logits_QBPV, targets_QBP),
+                            logits_QBPV, 0)
     target_QBP = masked_QBPV.sum(-1)
   rivals_QBP = (logits_QBPV >= target_QBP[..., None]).sum(-1)
 
@@ -266,7 +270,7 @@ def _losses(settings: _Settings, logits_QBPV: jax.Array, targets_QBP: jax.Array
   return TokenLosses(loss=loss_QBP, log_z=log_z_QBP, correct=rivals_QBP == 1)
 
 
-def _gradient(settings: _Settings, logits_QBPV: jax.Array,
+def _gradient_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,
               targets_QBP: jax.Array, weights_QBP: jax.Array,
               log_z_QBP: jax.Array):
   """Returns the gradient of the weighted losses in the logits l,
@@ -283,7 +287,8 @@ def _gradient(settings: _Settings, logits_QBPV: jax.Array,
   smooth = settings.label_smoothing
   z_loss = settings.z_loss
   p_QBPV = jnp.exp(logits_QBPV - log_z_QBP[..., None])
-  q_QBPV = jnp.where(_is_target(logits_QBPV, targets_QBP), 1 - smooth, 0.0)
+  q_QBPV = jnp.where(_one_hot_targets(logits_QBPV, targets_QBP), 1 - smooth,
+                     0.0)
   if smooth:
     q_QBPV += smooth / logits_QBPV.shape[-1]
   if z_loss:
@@ -291,14 +296,14 @@ def _gradient(settings: _Settings, logits_QBPV: jax.Array,
   return (p_QBPV - q_QBPV) * weights_QBP[..., None]
 
 
-def _is_target(logits_QBPV: jax.Array, targets_QBP: jax.Array):
+def _one_hot_targets(logits_QBPV: jax.Array, targets_QBP: jax.Array):
   """Returns onehot(y) as truth values."""
   ids_QBPV = jax.lax.broadcasted_iota(jnp.int32, logits_QBPV.shape, 3)
   return ids_QBPV == targets_QBP[..., None]
 
 
-def _settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
-              label_smoothing: float, chunk: int) -> _Settings:
+def _choose_settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
+              label_smoothing: float, chunk: int) -> _LossSettings:
   """Returns how the tokens are cut up: shards of the batch, and of the length
   chunks as even as can be.
 
@@ -312,16 +317,16 @@ def _settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
 
   # The chunks of a shard's length.
   vocab = head.kernel_DV.shape[1]
-  tokens = chunk or max(AUTO_TOKENS, AUTO_LOGITS // vocab)
+  tokens = chunk or max(LEAST_TOKENS_OF_CHUNK, MOST_LOGITS_OF_CHUNK // vocab)
   most = max(1, tokens * rows // batch)
   length //= lengths
   chunks = -(-length // most)
-  return _Settings(
+  return _LossSettings(
       z_loss=z_loss, label_smoothing=label_smoothing, rows=rows,
       lengths=lengths, positions=-(-length // chunks))
 
 
-def _cut(settings: _Settings, arrays: tuple[jax.Array, ...]):
+def _split_into_chunks(settings: _LossSettings, arrays: tuple[jax.Array, ...]):
   """Returns arrays [B, L, ...] as [chunks, Q, B / rows, P, ...], the length of
   a shard padded with zeros; the weight of a padded token is one of them."""
   rows = settings.rows
@@ -352,7 +357,7 @@ def _cut(settings: _Settings, arrays: tuple[jax.Array, ...]):
   return jax.tree.map(cut, arrays)
 
 
-def _join(settings: _Settings, arrays: tuple[jax.Array, ...],
+def _join_chunks(settings: _LossSettings, arrays: tuple[jax.Array, ...],
           shape: tuple[int, ...]):
   """Returns arrays [chunks, Q, B / rows, P, ...] as [B, L, ...]: undoes `_cut`.
   """
@@ -372,14 +377,14 @@ def _join(settings: _Settings, arrays: tuple[jax.Array, ...],
   return jax.tree.map(join, arrays)
 
 
-def _kernel(head: Head, hidden_BLD: jax.Array):
+def _gather_kernel(head: Head, hidden_BLD: jax.Array):
   """Returns the head's kernel as every chunk reads it: cast, and gathered,
   once."""
   return sharding.gather_weight(head.kernel_DV.astype(hidden_BLD.dtype),
                         ('embed', 'vocab'))
 
 
-def _zeros(settings: _Settings, asked: Any, x: jax.Array):
+def _zero_gradients(settings: _LossSettings, asked: Any, x: jax.Array):
   """Returns zeros that a gradient of x adds up in, with a copy for each shard
   of the tokens; None: the gradient is not asked for."""
   if not asked:
@@ -390,7 +395,7 @@ def _zeros(settings: _Settings, asked: Any, x: jax.Array):
   return sharding.constrain_where_divisible(zeros, 'tokens', 'vocab', *others)
 
 
-def _whole(d: jax.Array | None, x: jax.Array, *axes: str):
+def _total_gradient(d: jax.Array | None, x: jax.Array, *axes: str):
   """Returns the shards' gradients of x, added up and laid out as x is."""
   if d is None:
     return None

@@ -60,7 +60,7 @@ class Passages(causal.Windows):
   AROUND = 2
 
 
-def framed(window: causal.Window, config: Config, tokenizer: Tokenizer
+def frame_text(window: causal.Window, config: Config, tokenizer: Tokenizer
            ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
   """Returns a window of text as a row of an encoder.
 
@@ -81,7 +81,7 @@ def framed(window: causal.Window, config: Config, tokenizer: Tokenizer
   segments = dict(segment_ids=np.ones(len(ids)))
   if config.data.document_mask:
     starts[-1] = False  # the end of the row begins no document
-    segments = objectives.documents(starts)
+    segments = objectives.number_documents(starts)
   return ids, special, segments
 
 
@@ -151,7 +151,7 @@ class Stretches:
     return self._documents.read(low, low + size)
 
 
-def _two_texts(first: np.ndarray, second: np.ndarray, target: bool,
+def _mask_pair(first: np.ndarray, second: np.ndarray, target: bool,
                rng: np.random.Generator, config: Config, tokenizer: Tokenizer
                ) -> Row:
   """Returns [CLS] first [SEP] second [SEP], masked, as a row whose nsp_targets
@@ -171,7 +171,7 @@ def _two_texts(first: np.ndarray, second: np.ndarray, target: bool,
   # [CLS] and both [SEP] are never masked.
   special = np.zeros(len(ids), bool)
   special[[0, after_first, -1]] = True
-  row = _masked(ids, special=special, rng=rng, config=config,
+  row = _mask_row(ids, special=special, rng=rng, config=config,
                 tokenizer=tokenizer)
 
   # The second text begins after the first [SEP].
@@ -181,23 +181,23 @@ def _two_texts(first: np.ndarray, second: np.ndarray, target: bool,
   return row
 
 
-def _masked(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
+def _mask_row(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
             config: Config, tokenizer: Tokenizer) -> Row:
   """Returns tokens, targets and weights of a row."""
-  masked, chosen = mask(ids, special=special, rng=rng, tokenizer=tokenizer,
-                        rate=config.data.mask_rate,
-                        whole_words=config.data.whole_words,
-                        size=config.model.vocab_size)
+  masked, chosen = mask_tokens(ids, special=special, rng=rng,
+                               tokenizer=tokenizer, rate=config.data.mask_rate,
+                               whole_words=config.data.whole_words,
+                               size=config.model.vocab_size)
   return dict(tokens=masked, targets=ids, weights=chosen)
 
 
-def most(rate: float, length: int) -> int:
+def most_targets(rate: float, length: int) -> int:
   """Returns how many tokens of `length` are chosen at most; where words are
   masked whole, the last word may exceed it."""
   return max(1, round(rate * length))
 
 
-def mask(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
+def mask_tokens(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
          tokenizer: Tokenizer, *, rate: float, whole_words: bool, size: int = 0
          ) -> tuple[np.ndarray, np.ndarray]:
   """Returns (ids with some masked, which of them are to be predicted).
@@ -214,12 +214,12 @@ def mask(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
   # Units are words or tokens; unit_L says which one each token is of.
   starts_L = np.ones(len(ids), bool)
   if whole_words:
-    starts_L = _starts(ids, tokenizer)
+    starts_L = _find_word_starts(ids, tokenizer)
   unit_L = np.cumsum(starts_L)
 
   # Units are chosen in a random order until they have tokens enough.
   places = np.flatnonzero(~special)
-  wanted = most(rate, len(places))
+  wanted = most_targets(rate, len(places))
   order = rng.permutation(np.unique(unit_L[places]))
   tokens_of_unit = np.bincount(unit_L[places], minlength=unit_L[-1] + 1)
   sizes = tokens_of_unit[order]
@@ -237,15 +237,16 @@ def mask(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
   return masked_L.astype(np.int32), chosen_L
 
 
-def _starts(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+def _find_word_starts(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
   """Returns bool [L]: whether a word begins at a token."""
-  begins, ends = _words(tokenizer)
+  begins, ends = _find_tokens_at_word_ends(tokenizer)
   after = np.concatenate([[True], ends[ids[:-1]]])
   return begins[ids] | after
 
 
 @functools.lru_cache(maxsize=4)
-def _words(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def _find_tokens_at_word_ends(tokenizer: Tokenizer) -> tuple[np.ndarray,
+                                                             np.ndarray]:
   """Returns bool [V] twice: which tokens begin a word, which end one."""
   special = set(tokenizer.special_ids.values())
   pieces = []
@@ -270,33 +271,34 @@ def _words(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
   return begins, ends
 
 
-def rows(batch: Batch) -> jax.Array:
+def count_rows(batch: Batch) -> jax.Array:
   """Returns how many rows are not padding."""
-  return _real_B(batch).sum()
+  return _is_real_row_B(batch).sum()
 
 
-def _real_B(batch: Batch) -> jax.Array:
+def _is_real_row_B(batch: Batch) -> jax.Array:
   return (batch['segment_ids'] != 0).any(1).astype(jnp.float32)
 
 
-def unread(config: Config, length: int) -> int:
+def count_unread_places(config: Config, length: int) -> int:
   """Returns how many places of a row `masked_words` leaves out."""
   if config.data.whole_words or config.mesh.context > 1:
     return 0
-  return max(length - most(config.data.mask_rate, length), 0)
+  return max(length - most_targets(config.data.mask_rate, length), 0)
 
 
-def masked_words(output: Output, batch: Batch, config: Config) -> Figures:
+def masked_word_figures(output: Output, batch: Batch,
+                        config: Config) -> Figures:
   """Returns objectives.token_loss of the tokens to predict: the head reads no
   other places. `mask` chooses at most `most` tokens of a row; if a batch has
   more, the loss is nan. If words are masked whole, which may exceed that, or if
   a row is split over devices, the head reads every place."""
   weights_BL = batch['weights']
   L = weights_BL.shape[1]
-  M = most(config.data.mask_rate, L)
+  M = most_targets(config.data.mask_rate, L)
   has_shards = sharding.count_shards('length', L) > 1
   if config.data.whole_words or has_shards or M >= L:
-    return objectives.token_loss(output, batch, config)
+    return objectives.token_loss_figures(output, batch, config)
 
   # The places of the M first tokens that are chosen; L stands for none.
   chosen_BL = weights_BL != 0
@@ -313,22 +315,23 @@ def masked_words(output: Output, batch: Batch, config: Config) -> Figures:
   too_many = chosen_BL.sum() > exists_BM.sum()
   weights_BM = jnp.where(too_many, jnp.nan, weights_BM)
   chosen = dict(targets=at_places(batch['targets']), weights=weights_BM)
-  return objectives.token_loss(
+  return objectives.token_loss_figures(
       output.replace(hidden=at_places(output.hidden)), chosen, config)
 
 
-def mlm_and_nsp(output: Output, batch: Batch, config: Config) -> Figures:
+def masked_word_and_sentence_figures(output: Output, batch: Batch,
+                                     config: Config) -> Figures:
   """Returns BERT's losses: of the masked words, and of whether the second text
   follows the first. One is a mean over these words, the other over rows."""
   # The masked words. The sum of both losses is the one to minimise.
   figures = {}
-  for name, mean in masked_words(output, batch, config).items():
+  for name, mean in masked_word_figures(output, batch, config).items():
     if name in ('loss', 'accuracy'):
       name = f'mlm_{name}'
     figures[name] = mean
 
   # Whether the second text follows, one answer a row.
-  real_B = _real_B(batch)
+  real_B = _is_real_row_B(batch)
   logits_B2 = output.extra['nsp_logits']
   log_p_B2 = jax.nn.log_softmax(logits_B2, -1)
   targets_B1 = batch['nsp_targets'][:, None]
@@ -339,7 +342,7 @@ def mlm_and_nsp(output: Output, batch: Batch, config: Config) -> Figures:
   return figures
 
 
-def tokens(batch: Batch) -> jax.Array:
+def count_tokens(batch: Batch) -> jax.Array:
   """Returns how many tokens of a batch are text, masked or not."""
   return (batch['segment_ids'] != 0).astype(jnp.float32).sum()
 
@@ -359,19 +362,19 @@ class MaskedWords(Objective):
       to be predicted; and segment_ids. With data.document_mask a document is a
       segment, from its separator on, and its positions begin with 0.
     """
-    ids, special, segments = framed(item, config, tokenizer)
-    row = _masked(ids, special=special, rng=rng, config=config,
+    ids, special, segments = frame_text(item, config, tokenizer)
+    row = _mask_row(ids, special=special, rng=rng, config=config,
                   tokenizer=tokenizer)
     return row | segments
 
   def arrays(self, config: Config) -> dict[str, Shape]:
-    return objectives.document_arrays(config)
+    return objectives.arrays_of_documents(config)
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
-    return masked_words(output, batch, config)
+    return masked_word_figures(output, batch, config)
 
   def unread(self, config: Config, length: int) -> int:
-    return unread(config, length)
+    return count_unread_places(config, length)
 
 
 class NextSentence(Objective):
@@ -398,11 +401,11 @@ class NextSentence(Objective):
     from_elsewhere = rng.random() >= 0.5
     if from_elsewhere:
       second = item.elsewhere(rng, len(second))
-    return _two_texts(first, second=second, target=from_elsewhere, rng=rng,
+    return _mask_pair(first, second=second, target=from_elsewhere, rng=rng,
                       config=config, tokenizer=tokenizer)
 
   def arrays(self, config: Config) -> dict[str, Shape]:
-    row = objectives.text_arrays(config, 'types', 'segment_ids')
+    row = objectives.arrays_of_text(config, 'types', 'segment_ids')
     return row | dict(nsp_targets=((), np.int32))
 
   def check(self, config: Config) -> None:
@@ -417,13 +420,14 @@ class NextSentence(Objective):
           "True, or choose objective 'mlm'")
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
-    return mlm_and_nsp(output, batch, config)
+    return masked_word_and_sentence_figures(output, batch, config)
 
   def weights(self, batch: Batch) -> dict[str, jax.Array]:
-    return {'mlm_loss': objectives.targets(batch), 'nsp_loss': rows(batch)}
+    return {'mlm_loss': objectives.count_targets(batch),
+            'nsp_loss': count_rows(batch)}
 
   def unread(self, config: Config, length: int) -> int:
-    return unread(config, length)
+    return count_unread_places(config, length)
 
   def guessing(self, config: Config, vocab: int) -> float:
     return math.log(vocab) + math.log(2)
@@ -441,7 +445,7 @@ class SentenceOrder(NextSentence):
     swapped = rng.random() < 0.5
     if swapped:
       first, second = second, first
-    return _two_texts(first, second=second, target=swapped, rng=rng,
+    return _mask_pair(first, second=second, target=swapped, rng=rng,
                       config=config, tokenizer=tokenizer)
 
 
@@ -470,22 +474,22 @@ class MaskedDiffusion(Objective):
 
     segments = dict(segment_ids=np.ones(len(ids)))
     if config.data.document_mask:
-      segments = objectives.documents(ids == tokenizer.separator_id)
+      segments = objectives.number_documents(ids == tokenizer.separator_id)
     return row | segments
 
   def arrays(self, config: Config) -> dict[str, Shape]:
-    return objectives.document_arrays(config)
+    return objectives.arrays_of_documents(config)
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
     """Returns the weighted losses of the masked tokens over the number of all
     tokens; the accuracy is a mean over the masked ones, by weight."""
-    figures = objectives.token_loss(output, batch, config)
+    figures = objectives.token_loss_figures(output, batch, config)
     for name in figures.keys() - {'accuracy'}:
-      figures[name] = Mean(figures[name].total, tokens(batch))
+      figures[name] = Mean(figures[name].total, count_tokens(batch))
     return figures
 
   def weights(self, batch: Batch) -> dict[str, jax.Array]:
-    return {'loss': tokens(batch)}
+    return {'loss': count_tokens(batch)}
 
 
 OBJECTIVES = {

@@ -31,8 +31,9 @@ from training.data.tokenizers import Tokenizer
 from training.objectives import Config
 
 EVAL_SEED = 0  # One order of evaluation for all runs, whatever their seed.
-PREFETCH = 4  # Batches prepared ahead, or as many as there are threads.
-SIZES = 15  # of batches that grow, beside data.batch_size
+# So many batches are prepared ahead, or as many as there are threads.
+NUM_PREPARED_BATCHES = 4
+MOST_BATCH_SIZES = 15  # of batches that grow, beside data.batch_size
 
 
 class Loader:
@@ -69,17 +70,17 @@ class Loader:
     self._config = config
     self.tokenizer = tokenizer
     self._split = split
-    self.objective = objectives.of(config)
+    self.objective = objectives.find_objective(config)
     self.beside: Sequence[Loader] = [self]
     self._place = process_index, process_count
 
     # The sizes of batches, and the lengths of their rows.
     if split == 'train':
-      self.ramp = ramp_of(config)
+      self.ramp = read_ramp(config)
     else:
       self.ramp = parse_ramp('', config.data.batch_size)
     self._config_of = {}
-    for length in lengths(config):
+    for length in padded_lengths(config):
       self._config_of[length] = config.copy_and_resolve_references()
       self._config_of[length].data.length = length
 
@@ -152,8 +153,9 @@ class Loader:
       return
     # Some batches are prepared while the devices compute.
     threads = self._config.data.threads
-    options = grain.ReadOptions(
-        num_threads=threads, prefetch_buffer_size=max(threads, PREFETCH))
+    options = grain.ReadOptions(num_threads=threads,
+                                prefetch_buffer_size=max(threads,
+                                                         NUM_PREPARED_BATCHES))
     batches = grain.MapDataset.range(start, stop).map(self.batch)
     iterator = iter(batches.to_iter_dataset(options))
     try:
@@ -182,7 +184,7 @@ class Loader:
     return np.random.default_rng([seed, g])
 
 
-class _Ordered:
+class _OrderedItems:
   """The items of views, one view after another, in the order of `places`.
 
   Grain puts the places in order, not the items: for each item that goes through
@@ -201,12 +203,12 @@ class _Ordered:
     return self._views[view][place - self._starts[view]]
 
 
-def lengths(config: Config) -> tuple[int, ...]:
+def padded_lengths(config: Config) -> tuple[int, ...]:
   """Returns the lengths that the rows of a batch may be padded to: data.length
   and, for labelled data, up to data.length_buckets - 1 shorter ones, as far
   from each other as eight tokens or more that mesh.context divides."""
   length = config.data.length
-  if not objectives.of(config).has_lengths:
+  if not objectives.find_objective(config).has_lengths:
     return (length,)
   most = config.data.length_buckets
   step = math.lcm(8, max(config.mesh.context, 1))
@@ -214,7 +216,7 @@ def lengths(config: Config) -> tuple[int, ...]:
   return (*range(step, length, step), length)
 
 
-def training_loader(config: Config, tokenizer: Tokenizer,
+def make_training_loader(config: Config, tokenizer: Tokenizer,
                     process_index: int = 0, process_count: int = 1) -> Loader:
   """Returns the endless loader of training, tokenising its sources if need be.
 
@@ -228,7 +230,7 @@ def training_loader(config: Config, tokenizer: Tokenizer,
     ValueError: for a source that is missing, empty or unreadable.
   """
   import grain
-  weights, corpora, views = _views(config, tokenizer, 'train')
+  weights, corpora, views = _open_views(config, tokenizer, 'train')
 
   # Grain permutes epoch e by seed + e. Hashed seeds keep the second epoch
   # of seed 0 from being the first of seed 1.
@@ -248,14 +250,15 @@ def training_loader(config: Config, tokenizer: Tokenizer,
   text = ' and '.join(corpus.text for corpus in corpora)
   return Loader(
       name=config.data.source, share=1.0, text=text,
-      dataset=_Ordered(places, views), views=views, config=config,
+      dataset=_OrderedItems(places, views), views=views, config=config,
       tokenizer=tokenizer, split='train', process_index=process_index,
       process_count=process_count)
 
 
-def held_out(config: Config, tokenizer: Tokenizer, process_index: int = 0,
-             process_count: int = 1, in_order: bool = False,
-             bare: bool = False) -> list[Loader]:
+def make_evaluation_loaders(config: Config, tokenizer: Tokenizer,
+                            process_index: int = 0, process_count: int = 1,
+                            in_order: bool = False,
+                            bare: bool = False) -> list[Loader]:
   """Returns a loader of each source that is held out, of one pass each.
 
   A figure of the whole is the mean of the sources' own by their `share`, the
@@ -268,15 +271,15 @@ def held_out(config: Config, tokenizer: Tokenizer, process_index: int = 0,
   Args and raises: those of `training_loader`.
   """
   import grain
-  weights, corpora, views = _views(config, tokenizer=tokenizer, split='eval',
-                                   bare=bare)
+  weights, corpora, views = _open_views(config, tokenizer=tokenizer,
+                                        split='eval', bare=bare)
   loaders = []
   for weight, corpus, view in zip(weights, corpora, views):
     # Shuffled, the first batches are a fair sample of the source.
     dataset = view
     if not in_order:
       places = grain.MapDataset.range(len(view)).shuffle(seed=EVAL_SEED)
-      dataset = _Ordered(places, [view])
+      dataset = _OrderedItems(places, [view])
     loaders.append(Loader(
         name=corpus.name, share=weight / sum(weights), text=corpus.text,
         dataset=dataset, views=[view], config=config, tokenizer=tokenizer,
@@ -285,12 +288,12 @@ def held_out(config: Config, tokenizer: Tokenizer, process_index: int = 0,
   return loaders
 
 
-def _views(config: Config, tokenizer: Tokenizer, split: str,
+def _open_views(config: Config, tokenizer: Tokenizer, split: str,
            bare: bool = False) -> tuple[Sequence, Sequence, list]:
   """Returns the weights, corpora and views of a split's sources."""
-  view = objectives.of(config).view
-  weights, corpora = zip(*_corpora(config, tokenizer=tokenizer, split=split,
-                                   bare=bare))
+  view = objectives.find_objective(config).view
+  weights, corpora = zip(*_open_corpora(config, tokenizer=tokenizer,
+                                        split=split, bare=bare))
   return weights, corpora, [view(corpus) for corpus in corpora]
 
 
@@ -299,40 +302,42 @@ def check_sources(config: Config) -> None:
   that cannot be written; reads no text."""
   sources.check_cache_dir(config.data.cache_dir)
   for spec in filter(None, (config.data.source, config.data.eval_source)):
-    for _, source in sources.parse(spec):
+    for _, source in sources.parse_sources(spec):
       objectives.check_fits(config, source)
 
 
-def contents(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
+def digest_contents(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
   """Returns a hash of all that a run is made of, by its name: of what turns
   text into numbers, of what the sources hold, and of files from outside the
   tree. Where a run is labelled or chats, its labels and its template are in its
   config."""
-  return (of_tokenizer(config, tokenizer) | of_sources(config, tokenizer)
-          | plugins.hash_loaded_files())
+  return (digest_tokenizer(config, tokenizer) | digest_sources(config,
+                                                               tokenizer)
+          | plugins.digests())
 
 
-def of_tokenizer(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
+def digest_tokenizer(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
   """Returns a hash of the tokenizer of a run, by its name; {}: the objective
   does not read it."""
-  if 'data.tokenizer' in objectives.of(config).ignores:
+  if 'data.tokenizer' in objectives.find_objective(config).ignores:
     return {}
   return {f'tokenizer {config.data.tokenizer}': tokenizer.fingerprint}
 
 
-def of_sources(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
+def digest_sources(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
   """Returns a hash of what each source of a run holds, by its name; where it is
   drawn, of its first rows."""
   data = config.data
   hashes = {}
   for spec in filter(None, (data.source, data.eval_source)):
-    for _, source in _parsed(spec, config, tokenizer):
+    for _, source in _parse_sources(spec, config, tokenizer):
       # A source may be cut into what is trained on and what is held out.
-      source = sources.cut(source, _holdout_every(data))
+      source = sources.hold_out_end_of_text(source, _holdout_every(data))
       if source.tokens or source.drawn:
         hashes[source.name] = source.digest()
       else:
-        hashes[source.name] = sources.content(source, tokenizer, data.cache_dir)
+        hashes[source.name] = sources.content_digest(source, tokenizer,
+                                                     data.cache_dir)
   return hashes
 
 
@@ -342,18 +347,18 @@ def _holdout_every(data: Config) -> int | None:
   return None if data.eval_source else data.holdout_every
 
 
-def _parsed(spec: str, config: Config, tokenizer: Tokenizer
+def _parse_sources(spec: str, config: Config, tokenizer: Tokenizer
             ) -> list[tuple[float, sources.Source]]:
   """Returns the (weight, source) pairs of a spec, with conversations laid out
   by the template of the run."""
   def layout() -> conversations.Layout:
     """Returns the layout, which only sources of conversations ask for."""
-    return conversations.layout(config.data.chat_template, tokenizer)
+    return conversations.choose_layout(config.data.chat_template, tokenizer)
 
-  return sources.parse(spec, layout)
+  return sources.parse_sources(spec, layout)
 
 
-def _corpora(config: Config, tokenizer: Tokenizer, split: str,
+def _open_corpora(config: Config, tokenizer: Tokenizer, split: str,
              bare: bool = False) -> Iterator[tuple[float, sources.Corpus]]:
   """Yields (weight, sources.Corpus) of each source of the split.
 
@@ -375,21 +380,21 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str,
     part = config.eval.part
 
   # Each source's documents, by the kind of what it holds.
-  for weight, source in _parsed(spec, config, tokenizer):
+  for weight, source in _parse_sources(spec, config, tokenizer):
     objectives.check_fits(config, source)
     if source.drawn:
       corpus = sources.Corpus(name=source.name, text=source.name, split=split,
                               tokenizer=tokenizer, config=config)
-    elif objectives.of(config).record_kind:
-      corpus = _of_records(source, config=config, tokenizer=tokenizer,
+    elif objectives.find_objective(config).record_kind:
+      corpus = _open_records(source, config=config, tokenizer=tokenizer,
                            split=split, part=part, bare=bare)
     else:
-      corpus = _of_text(source, config=config, tokenizer=tokenizer, split=split,
-                        part=part)
+      corpus = _open_text(source, config=config, tokenizer=tokenizer,
+                          split=split, part=part)
     yield weight, corpus
 
 
-def _of_records(source: sources.Source, config: Config, tokenizer: Tokenizer,
+def _open_records(source: sources.Source, config: Config, tokenizer: Tokenizer,
                 split: str, part: str, bare: bool) -> sources.Corpus:
   """Returns the records of a source that belong to a split.
 
@@ -404,18 +409,18 @@ def _of_records(source: sources.Source, config: Config, tokenizer: Tokenizer,
   every = _holdout_every(config.data)
   records = list(source.records())
   if not bare:
-    labelled.refuse_bare(source.name, records)
+    labelled.check_all_labelled(source.name, records)
   # Records are held out by their number, as documents are.
-  chosen = tokens.chosen(np.arange(len(records)), every=every, split=split,
-                         part=part)
-  text = _words(source, every=every, split=split, part=part, taken=chosen.sum(),
-                of=len(records))
+  chosen = tokens.select_documents(np.arange(len(records)), every=every,
+                                   split=split, part=part)
+  text = _describe_part(source, every=every, split=split, part=part,
+                        taken=chosen.sum(), of=len(records))
   return sources.Corpus(
       name=source.name, text=text, split=split, tokenizer=tokenizer,
       config=config, records=list(itertools.compress(records, chosen)))
 
 
-def _of_text(source: sources.Source, config: Config, tokenizer: Tokenizer,
+def _open_text(source: sources.Source, config: Config, tokenizer: Tokenizer,
              split: str, part: str) -> sources.Corpus:
   """Returns the tokens of a source that belong to a split.
 
@@ -428,26 +433,26 @@ def _of_text(source: sources.Source, config: Config, tokenizer: Tokenizer,
   """
   # The tokens of all documents.
   every = _holdout_every(config.data)
-  source = sources.cut(source, every, part)
+  source = sources.hold_out_end_of_text(source, every, part)
   if source.tokens:
-    whole = tokens.load(source.tokens, source.name)
+    whole = tokens.load_tokens(source.tokens, source.name)
     tokens.check_tokenizer(whole, tokenizer, source.name)
   else:
-    whole = sources.cached(source, tokenizer, config.data.cache_dir)
+    whole = sources.load_or_tokenize(source, tokenizer, config.data.cache_dir)
 
   # Those of the split. Where a source is cut, document 0 is the part already.
   chosen = tokens.Split(whole, every=every, split=split,
                         part='' if source.is_cut else part,
                         separator=tokenizer.separator_id)
-  text = _words(source, every=every, split=split, part=part,
+  text = _describe_part(source, every=every, split=split, part=part,
                 taken=chosen.documents, of=chosen.of)
   return sources.Corpus(
       name=source.name, text=text, split=split, tokenizer=tokenizer,
       config=config, tokens=chosen)
 
 
-def _words(source: sources.Source, every: int | None, split: str, part: str,
-           taken: int, of: int) -> str:
+def _describe_part(source: sources.Source, every: int | None, split: str,
+                   part: str, taken: int, of: int) -> str:
   """Returns in words which part of a source is in a split.
 
   Args:
@@ -513,7 +518,7 @@ class Ramp:
     return total + self.last * np.clip(n - start, 0, None)
 
 
-def ramp_of(config: Config) -> Ramp:
+def read_ramp(config: Config) -> Ramp:
   """Returns the ramp of a run.
 
   Raises:
@@ -535,24 +540,24 @@ def parse_ramp(text: str, batch_size: int) -> Ramp:
       step, size = map(int, stage.split(':'))
       until.append(step)
       sizes.append(size)
-    is_ramp = _rises([0, *until]) and _rises([0, *sizes, batch_size])
+    is_ramp = _is_rising([0, *until]) and _is_rising([0, *sizes, batch_size])
   except ValueError:
     is_ramp = False
-  if not is_ramp or len(until) > SIZES:
+  if not is_ramp or len(until) > MOST_BATCH_SIZES:
     raise RequestError(
         f'data.batch_ramp is {text!r}: write STEP:ROWS with commas between, '
-        f"such as '100:8,300:16', at most {SIZES}; the steps must rise from 1 "
-        'on, and the rows too, to less than data.batch_size '
+        f"such as '100:8,300:16', at most {MOST_BATCH_SIZES}; the steps must "
+        'rise from 1 on, and the rows too, to less than data.batch_size '
         f'{batch_size}')
   return Ramp(until=tuple(until), sizes=tuple(sizes), last=batch_size)
 
 
-def _rises(values: Sequence[int]) -> bool:
+def _is_rising(values: Sequence[int]) -> bool:
   """Returns whether each number is larger than the one before."""
   return all(a < b for a, b in itertools.pairwise(values))
 
 
-def scaled_ramp(text: str, steps: int, short: int) -> str:
+def scale_ramp(text: str, steps: int, short: int) -> str:
   """Returns the ramp of a run of `steps` steps for one of `short`; a size that
   no batch would have is left out."""
   stages: dict[int, str] = {}
@@ -564,7 +569,7 @@ def scaled_ramp(text: str, steps: int, short: int) -> str:
 
 def check_ramp(config: Config) -> None:
   """Raises RequestError for a ramp that the run could not honour."""
-  ramp = ramp_of(config)
+  ramp = read_ramp(config)
   steps = config.train.steps
   if ramp.until and ramp.until[-1] >= steps:
     raise RequestError(

@@ -24,9 +24,9 @@ class Rows(probes.Rows):
     config = corpus.config
     require(corpus.name == config.data.source, 'a run on a probe is evaluated '
             f'on its own, {config.data.source!r}, and not on {corpus.name!r}')
-    super().__init__(probes.of(config), probes.settings(config), corpus.split,
-                     config.seed if corpus.split == 'train' else
-                     probes.held_out_seed(config))
+    super().__init__(probes.find_probe(config), probes.read_settings(config),
+                     corpus.split, config.seed if corpus.split == 'train'
+                     else probes.held_out_seed(config))
 
 
 class Probe(Objective):
@@ -35,7 +35,7 @@ class Probe(Objective):
   view = Rows
   reads = tuple(f'probe.{name}' for name in probes.FIELDS)
   ignores = ('data.tokenizer', 'data.eval_source', 'data.holdout_every')
-  record_kind = probes.KIND
+  record_kind = probes.KIND_OF_SOURCE
   mtp = True
 
   def example(self, item: probes.Row, rng: np.random.Generator | None,
@@ -50,13 +50,13 @@ class Probe(Objective):
                 segment_ids=np.ones(len(item.tokens)))
 
   def arrays(self, config: Config) -> dict[str, Shape]:
-    return objectives.text_arrays(config, 'segment_ids')
+    return objectives.arrays_of_text(config, 'segment_ids')
 
   def check(self, config: Config) -> None:
     """Raises RequestError where the model could read the answers off the
     row."""
-    probes.check(config)
-    probe = probes.of(config)
+    probes.check_probe(config)
+    probe = probes.find_probe(config)
     require(config.objective == probe.objective, f'{config.data.source} is '
             f'trained by objective {probe.objective!r}, and objective is '
             f'{config.objective!r}')
@@ -75,12 +75,12 @@ class Probe(Objective):
     return 0
 
   def vocab_size(self, config: Config, tokenizer: Tokenizer) -> int:
-    return probes.of(config).vocab_size(probes.settings(config))
+    return probes.find_probe(config).vocab_size(probes.read_settings(config))
 
   def derived(self, config: Config) -> dict[str, Any]:
-    settings = probes.settings(config)
+    settings = probes.read_settings(config)
     return {f'probe.{name}': getattr(settings, name)
-            for name in probes.DERIVED}
+            for name in probes.DERIVED_FIELDS}
 
 
 class Compression(Probe):

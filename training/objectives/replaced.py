@@ -52,24 +52,24 @@ class ReplacedTokens(Objective):
       data.document_mask also positions; and those of its M masks: places [M],
       which are L where there is no mask, targets and weights [up to M].
     """
-    ids, special, segments = mlm.framed(item, config, tokenizer)
+    ids, special, segments = mlm.frame_text(item, config, tokenizer)
     # Masks in the places of words, never of special tokens.
     usual = np.flatnonzero(~special)
-    count = min(len(usual), mlm.most(config.data.mask_rate, len(usual)))
+    count = min(len(usual), mlm.most_targets(config.data.mask_rate, len(usual)))
     chosen = np.sort(rng.permutation(usual)[:count])
 
     # A place past the row's end stands for no mask.
     tokens = ids.copy()
     tokens[chosen] = tokenizer.mask_id
-    places = np.full(_masks(config), config.data.length)
+    places = np.full(most_masks(config), config.data.length)
     places[:count] = chosen
     row = dict(tokens=tokens, places=places, targets=ids[chosen],
                weights=np.ones(count))
     return row | segments
 
   def arrays(self, config: Config) -> dict[str, Shape]:
-    shape = (_masks(config),)
-    row = objectives.document_arrays(config)
+    shape = (most_masks(config),)
+    row = objectives.arrays_of_documents(config)
     return row | dict(places=(shape, np.int32), targets=(shape, np.int32),
                       weights=(shape, np.float32))
 
@@ -85,7 +85,8 @@ class ReplacedTokens(Objective):
     """Returns the losses of both, and the shares of masks that the generator
     fills as the text, and of tokens that the encoder tells aright."""
     figures = {}
-    for name, mean in objectives.token_loss(output, batch, config).items():
+    for name, mean in objectives.token_loss_figures(output, batch,
+                                                    config).items():
       figures[f'generator_{name}'] = mean
 
     # Which tokens the generator has replaced by others than the text's.
@@ -98,7 +99,7 @@ class ReplacedTokens(Objective):
 
     def mean_over_tokens(x_BL: jax.Array) -> Mean:
       real_BL = batch['segment_ids'] != 0
-      return Mean((real_BL * x_BL).sum(), mlm.tokens(batch))
+      return Mean((real_BL * x_BL).sum(), mlm.count_tokens(batch))
 
     # Whether each real token was told aright.
     loss = mean_over_tokens(optax.sigmoid_binary_cross_entropy(
@@ -112,20 +113,20 @@ class ReplacedTokens(Objective):
     return figures
 
   def weights(self, batch: Batch) -> dict[str, jax.Array]:
-    return {'generator_loss': objectives.targets(batch),
-            'weighted_detection_loss': mlm.tokens(batch)}
+    return {'generator_loss': objectives.count_targets(batch),
+            'weighted_detection_loss': mlm.count_tokens(batch)}
 
   def unread(self, config: Config, length: int) -> int:
-    return max(length - mlm.most(config.data.mask_rate, length), 0)
+    return max(length - mlm.most_targets(config.data.mask_rate, length), 0)
 
   def guessing(self, config: Config, vocab: int) -> float:
     weight = config.model.generator.loss_weight
     return math.log(vocab) + weight * math.log(2)
 
 
-def _masks(config: Config) -> int:
+def most_masks(config: Config) -> int:
   """Returns how many masks a row has at most."""
-  return mlm.most(config.data.mask_rate, config.data.length)
+  return mlm.most_targets(config.data.mask_rate, config.data.length)
 
 
 OBJECTIVES = {'replaced_tokens': ReplacedTokens()}

@@ -55,7 +55,7 @@ def start_id(config: Config, tokenizer: Tokenizer) -> int:
   system = architectures.system(config.model.arch)
   if getattr(system, 'STARTS_AFTER_END', False):
     return tokenizer.separator_id
-  return objectives.fill_id(tokenizer)
+  return objectives.padding_id(tokenizer)
 
 
 class Pair(NamedTuple):
@@ -291,7 +291,7 @@ class SequenceToSequence(Objective):
     rows = []
     for ids in tokenizer.encode_batch(texts):
       rows.append(np.append(ids, tokenizer.separator_id))
-    source_BM, lengths_B = objectives.padded(rows)
+    source_BM, lengths_B = objectives.pad_prompts(rows)
 
     # The targets, which have one token.
     start = start_id(config, tokenizer)

@@ -24,34 +24,36 @@ for _file in pkgutil.iter_modules(__path__):
   if _file.name != 'record':
     PROBES |= importlib.import_module(f'{__name__}.{_file.name}').PROBES
 
-PREFIX = 'probe:'
-KIND = labelled.PROBE_ROWS
-_STREAMS = {'train': 0, 'eval': 1}
-_HELD_OUT = {'': 0, 'first': 1, 'second': 2}  # by eval.part
-_HASHED_ROWS = 8  # of each split
-DERIVED = ('levels', 'vocab', 'examples', 'held_out')  # fields of config.probe
-FIELDS = (*DERIVED, 'random_non_queries')
+PREFIX_OF_SOURCE = 'probe:'
+KIND_OF_SOURCE = labelled.PROBE_ROWS
+_STREAM_OF_SPLIT = {'train': 0, 'eval': 1}
+_SEED_OF_HELD_OUT_PART = {'': 0, 'first': 1, 'second': 2}  # by eval.part
+_NUM_HASHED_ROWS = 8  # of each split
+# The fields of config.probe that the published settings of a probe fill in.
+DERIVED_FIELDS = ('levels', 'vocab', 'examples', 'held_out')
+FIELDS = (*DERIVED_FIELDS, 'random_non_queries')
 
 
-def of(config: ml_collections.ConfigDict) -> Probe:
+def find_probe(config: ml_collections.ConfigDict) -> Probe:
   """Returns the probe that data.source names; RequestError: it names none."""
-  return PROBES[name_of(config.data.source)]
+  return PROBES[parse_probe_name(config.data.source)]
 
 
-def name_of(source: str) -> str:
+def parse_probe_name(source: str) -> str:
   """Returns the NAME of 'probe:NAME'; RequestError where there is no such."""
-  require(source.startswith(PREFIX), f'data.source is {source!r}, and '
+  require(source.startswith(PREFIX_OF_SOURCE),
+          f'data.source is {source!r}, and '
           "objective 'probe' reads a probe: write probe:NAME, with a NAME of "
           f'{", ".join(PROBES)}')
-  name = source.removeprefix(PREFIX)
+  name = source.removeprefix(PREFIX_OF_SOURCE)
   one_of('probe', name, PROBES)
   return name
 
 
-def settings(config: ml_collections.ConfigDict) -> Settings:
+def read_settings(config: ml_collections.ConfigDict) -> Settings:
   """Returns the settings of a run's probe: where its config leaves a field
   empty or at 0, what is published."""
-  probe = of(config)
+  probe = find_probe(config)
   fields = config.probe
   return Settings(
       length=config.data.length, levels=tuple(fields.levels) or probe.levels,
@@ -64,15 +66,15 @@ def settings(config: ml_collections.ConfigDict) -> Settings:
 def held_out_seed(config: ml_collections.ConfigDict) -> int:
   """Returns the seed of the rows that are held out: of each eval.part others,
   and the same for all runs."""
-  return _HELD_OUT[config.eval.part]
+  return _SEED_OF_HELD_OUT_PART[config.eval.part]
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check_probe(config: ml_collections.ConfigDict) -> None:
   """Raises RequestError for settings of which no row can be drawn, or that the
   probe does not read."""
-  name = name_of(config.data.source)
+  name = parse_probe_name(config.data.source)
   probe = PROBES[name]
-  chosen = settings(config)
+  chosen = read_settings(config)
   # A field that the probe does not read keeps its default.
   require(bool(probe.vocab) or not config.probe.vocab,
           f'probe.vocab is {config.probe.vocab}, which probe {name!r} does not '
@@ -111,7 +113,7 @@ def check_level(name: str, level: Level, chosen: Settings) -> None:
 
 
 @functools.cache
-def digest(name: str) -> str:
+def digest_probe(name: str) -> str:
   """Returns a hash of the first rows that a probe draws as it is published, of
   training and of those held out."""
   probe = PROBES[name]
@@ -120,9 +122,9 @@ def digest(name: str) -> str:
       examples=probe.examples, held_out=probe.held_out)
   hashed = hashlib.blake2b(digest_size=16)
   # A change of the generator or of a stream changes these rows.
-  for split in _STREAMS:
+  for split in _STREAM_OF_SPLIT:
     rows = Rows(probe, settings=published, split=split, seed=0)
-    for number in range(_HASHED_ROWS):
+    for number in range(_NUM_HASHED_ROWS):
       for array in rows[number]:
         hashed.update(array.astype(np.int64).tobytes())
   return hashed.hexdigest()
@@ -145,7 +147,7 @@ class Rows:
     self._probe = probe
     self._settings = settings._replace(test=split == 'eval')
     self._levels = levels or settings.levels
-    self._key = (_STREAMS[split], seed)
+    self._key = (_STREAM_OF_SPLIT[split], seed)
     self._len = settings.held_out if split == 'eval' else settings.examples
     self.num_tokens = self._len * settings.length
     self.num_bytes = 0  # there is no text

@@ -51,7 +51,7 @@ class SelectiveCopying(Probe):
     spread = np.insert(letters, places, blank)
     tokens = np.concatenate([spread, [mark], np.full(count, blank)])
     asking = np.arange(len(tokens) - count, len(tokens))
-    return record.asking(tokens, asking, letters)
+    return record.ask_at_places(tokens, asking, letters)
 
   def size(self, count: int, settings: Settings) -> int:
     return 2 * count + 1
@@ -78,7 +78,7 @@ class Copy(Probe):
     mark = settings.vocab
     end = settings.vocab + 1
     answer = self.answer(letters)
-    return record.writing(np.append(letters, mark), np.append(answer, end))
+    return record.ask_to_write(np.append(letters, mark), np.append(answer, end))
 
   def answer(self, letters: np.ndarray) -> np.ndarray:
     """Returns what is to be written after some letters."""
@@ -131,7 +131,7 @@ class Addition(Probe):
     first, second = terms
     question = np.concatenate([first, [PLUS], second, [EQUALS]])
     answer = [int(digit) for digit in str(total)]
-    return record.writing(question, np.array([*answer, END]))
+    return record.ask_to_write(question, np.array([*answer, END]))
 
   def size(self, digits: int, settings: Settings) -> int:
     return 3 * digits + 3
@@ -156,7 +156,7 @@ class Compression(Probe):
     """Returns so many letters and a mark; every token asks for itself."""
     mark = settings.vocab
     tokens = np.append(rng.integers(0, settings.vocab, letters), mark)
-    return record.asking(tokens, np.arange(len(tokens)), tokens)
+    return record.ask_at_places(tokens, np.arange(len(tokens)), tokens)
 
   def size(self, letters: int, settings: Settings) -> int:
     return letters + 1

@@ -38,16 +38,16 @@ import numpy as np
 from training.data.probes import record
 from training.data.probes.record import Probe, Row, Settings
 
-NOISE = 16  # ids of the noise, as published
+NUM_NOISE_IDS = 16  # ids of the noise, as published
 
 
-def _alphabets(vocab: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+def _keys_and_values(vocab: int, most: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns the keys and the values of `vocab` letters, of an alphabet of
   `most`: its first half are keys."""
   return np.arange(vocab // 2), most // 2 + np.arange(vocab // 2)
 
 
-def _pairs(rng: np.random.Generator, keys: np.ndarray, values: np.ndarray,
+def _draw_pairs(rng: np.random.Generator, keys: np.ndarray, values: np.ndarray,
            noise: float, first_noise: int, settings: Settings) -> Row:
   """Returns a row of pairs, of which a share is noise instead.
 
@@ -71,14 +71,14 @@ def _pairs(rng: np.random.Generator, keys: np.ndarray, values: np.ndarray,
 
   # The tokens.
   tokens = np.stack([keys[chosen], of_key[chosen]], 1)
-  tokens[noisy] = first_noise + rng.integers(0, NOISE, (noisy.sum(), 2))
+  tokens[noisy] = first_noise + rng.integers(0, NUM_NOISE_IDS, (noisy.sum(), 2))
 
   # A key that has been before asks; noise has a number of its own.
   numbers = np.where(noisy, -1 - np.arange(count), chosen)
   _, first = np.unique(numbers, return_index=True)
   again = ~noisy
   again[first] = False
-  return record.asking(tokens.reshape(-1), 2 * np.flatnonzero(again),
+  return record.ask_at_places(tokens.reshape(-1), 2 * np.flatnonzero(again),
                        of_key[chosen[again]])
 
 
@@ -92,8 +92,8 @@ class Recall(Probe):
   def draw(self, rng: np.random.Generator, vocab: int, settings: Settings
            ) -> Row:
     """Returns a row of pairs of `vocab` letters, half of them keys."""
-    keys, values = _alphabets(vocab, settings.most)
-    return _pairs(rng, keys=keys, values=values, noise=0.0, first_noise=0,
+    keys, values = _keys_and_values(vocab, settings.most)
+    return _draw_pairs(rng, keys=keys, values=values, noise=0.0, first_noise=0,
                   settings=settings)
 
   def size(self, vocab: int, settings: Settings) -> int:
@@ -105,7 +105,7 @@ class Recall(Probe):
   def limit(self, settings: Settings, vocab: int) -> str:
     if vocab % 2:
       return 'half of the letters are keys'
-    return record.trained(settings, vocab)
+    return record.limit_to_training_levels(settings, vocab)
 
 
 class NoisyRecall(Probe):
@@ -119,15 +119,15 @@ class NoisyRecall(Probe):
   def draw(self, rng: np.random.Generator, noise: float, settings: Settings
            ) -> Row:
     """Returns a row of pairs, of which a share is two ids of noise instead."""
-    keys, values = _alphabets(settings.vocab, settings.vocab)
-    return _pairs(rng, keys=keys, values=values, noise=noise,
+    keys, values = _keys_and_values(settings.vocab, settings.vocab)
+    return _draw_pairs(rng, keys=keys, values=values, noise=noise,
                   first_noise=settings.vocab, settings=settings)
 
   def size(self, noise: float, settings: Settings) -> int:
     return 4
 
   def vocab_size(self, settings: Settings) -> int:
-    return settings.vocab + NOISE
+    return settings.vocab + NUM_NOISE_IDS
 
   def limit(self, settings: Settings, noise: float) -> str:
     return '' if noise < 1 else 'a share is below 1'
@@ -165,9 +165,9 @@ class FuzzyRecall(Probe):
     # Pairs, while there is room for the last one.
     room = settings.length - 2 * motif
     while True:
-      key = tuple(_motif(rng, keys, motif))
+      key = tuple(_draw_motif(rng, keys, motif))
       if key not in of_key:
-        of_key[key] = _motif(rng, values, motif)
+        of_key[key] = _draw_motif(rng, values, motif)
       if seen and len(tokens) + len(key) + len(of_key[key]) > room:
         break
       add(key)
@@ -176,7 +176,7 @@ class FuzzyRecall(Probe):
     # A place asks for the token after it.
     row = np.array(tokens)
     asking = np.array(places)
-    return record.asking(row, asking, row[asking + 1])
+    return record.ask_at_places(row, asking, row[asking + 1])
 
   def size(self, motif: int, settings: Settings) -> int:
     return 4 * motif
@@ -191,14 +191,14 @@ class FuzzyRecall(Probe):
     return f'{settings.vocab} letters have {keys} keys of one'
 
 
-def _motif(rng: np.random.Generator, letters: np.ndarray, most: int
+def _draw_motif(rng: np.random.Generator, letters: np.ndarray, most: int
            ) -> np.ndarray:
   """Returns one to `most` different letters."""
   return rng.choice(letters, rng.integers(1, most + 1), replace=False)
 
 
-POWER = 0.01  # of the gaps' distribution: power_a of the published code
-FILLER = 0  # the id between the queries, if they are not drawn
+POWER_OF_GAPS = 0.01  # of the gaps' distribution: power_a of the published code
+FILLER_ID = 0  # the id between the queries, if they are not drawn
 
 
 class MQAR(Probe):
@@ -229,23 +229,23 @@ class MQAR(Probe):
     half = settings.vocab // 2
     keys = rng.choice(np.arange(1, half), pairs, replace=False)
     values = rng.choice(np.arange(half, settings.vocab), pairs, replace=False)
-    tokens = np.full(settings.length, FILLER, np.int32)
+    tokens = np.full(settings.length, FILLER_ID, np.int32)
     context = 2 * pairs
     tokens[:context:2] = keys
     tokens[1:context:2] = values
 
     # The queries.
     slots = np.arange(1, (settings.length - context) // 2 + 1)
-    weight = slots ** (POWER - 1)
+    weight = slots ** (POWER_OF_GAPS - 1)
     gaps = rng.choice(slots - 1, pairs, replace=False, p=weight / weight.sum())
     places = context + 2 * gaps
     tokens[places] = keys
 
     # The ids between them.
     if settings.random_non_queries:
-      fillers = tokens == FILLER
+      fillers = tokens == FILLER_ID
       tokens[fillers] = rng.integers(0, settings.vocab, fillers.sum())
-    return record.asking(tokens, places, values)
+    return record.ask_at_places(tokens, places, values)
 
   def size(self, pairs: int, settings: Settings) -> int:
     return 4 * pairs
@@ -260,14 +260,14 @@ class MQAR(Probe):
     return f'{settings.vocab} letters have {half - 1} keys'
 
 
-SEED = 12345  # of the table, as published
+SEED_OF_TABLE = 12345  # of the table, as published
 
 
 @functools.lru_cache(maxsize=8)
-def table(keys: int) -> np.ndarray:
+def value_of_key(keys: int) -> np.ndarray:
   """Returns the value of each key, [keys]: a fixed permutation of the published
   seed, but ours: the published one has one value more."""
-  return keys + np.random.default_rng(SEED).permutation(keys)
+  return keys + np.random.default_rng(SEED_OF_TABLE).permutation(keys)
 
 
 class Memorisation(Probe):
@@ -287,7 +287,8 @@ class Memorisation(Probe):
     tokens = np.full((len(chosen), 2), 2 * most)  # the mark that asks
     tokens[:, 0] = chosen
     places = 1 + 2 * np.arange(len(chosen))
-    return record.asking(tokens.reshape(-1), places, table(most)[chosen])
+    return record.ask_at_places(tokens.reshape(-1), places,
+                                value_of_key(most)[chosen])
 
   def size(self, keys: int, settings: Settings) -> int:
     return 2
@@ -296,39 +297,41 @@ class Memorisation(Probe):
     return 2 * settings.most + 1
 
   def limit(self, settings: Settings, keys: int) -> str:
-    return record.trained(settings, keys)
+    return record.limit_to_training_levels(settings, keys)
 
 
-NAMES = ('amber', 'birch', 'cedar', 'delta', 'ember', 'fjord', 'grove',
-         'heron', 'islet', 'jolly', 'knoll', 'larch', 'maple', 'north',
-         'opal', 'pearl')
-DIGITS = 5
-HAY = ('The grass is green. ', 'The sky is blue. ', 'The sun is yellow. ',
-       'Here we go. ', 'There and back again. ')
-NEEDLE = 'The magic number for {name} is {number}. '
+NAMES_OF_NUMBERS = ('amber', 'birch', 'cedar', 'delta', 'ember', 'fjord',
+                    'grove', 'heron', 'islet', 'jolly', 'knoll', 'larch',
+                    'maple', 'north', 'opal', 'pearl')
+NUM_DIGITS = 5
+FILLING_SENTENCES = ('The grass is green. ', 'The sky is blue. ',
+                     'The sun is yellow. ', 'Here we go. ',
+                     'There and back again. ')
+FACT = 'The magic number for {name} is {number}. '
 QUESTION = 'What is the magic number for {name}? It is '
-_LONGEST = max(NAMES, key=len)
-_NEEDLE = len(NEEDLE.format(name=_LONGEST, number=10 ** (DIGITS - 1)))
-_QUESTION = len(QUESTION.format(name=_LONGEST))
+_LONGEST_NAME = max(NAMES_OF_NUMBERS, key=len)
+_MOST_BYTES_OF_FACT = len(FACT.format(name=_LONGEST_NAME,
+                                      number=10 ** (NUM_DIGITS - 1)))
+_MOST_BYTES_OF_QUESTION = len(QUESTION.format(name=_LONGEST_NAME))
 
 
-def passkey_text(rng: np.random.Generator, needles: int, length: int
+def draw_passkey_text(rng: np.random.Generator, needles: int, length: int
                  ) -> tuple[str, str]:
   """Returns a text, of at most `length` bytes with its answer, and the answer.
   """
   # The facts, and the question about one of them.
-  names = rng.choice(NAMES, needles, replace=False)
-  drawn = rng.integers(10 ** (DIGITS - 1), 10 ** DIGITS, needles)
+  names = rng.choice(NAMES_OF_NUMBERS, needles, replace=False)
+  drawn = rng.integers(10 ** (NUM_DIGITS - 1), 10 ** NUM_DIGITS, needles)
   facts = []
   for name, number in zip(names, drawn):
-    facts.append(NEEDLE.format(name=name, number=number))
+    facts.append(FACT.format(name=name, number=number))
   asked = rng.integers(needles)
   question = QUESTION.format(name=names[asked])
 
   # Sentences fill the room that is left.
-  room = length - sum(map(len, facts)) - len(question) - DIGITS + 1
+  room = length - sum(map(len, facts)) - len(question) - NUM_DIGITS + 1
   hay: list[str] = []
-  for sentence in itertools.cycle(HAY):
+  for sentence in itertools.cycle(FILLING_SENTENCES):
     if len(sentence) > room:
       break
     hay.append(sentence)
@@ -353,18 +356,19 @@ class Passkey(Probe):
     """Returns the bytes of a text that nearly fills settings.length. Lengths
     are in bytes, for which no tokenizer is needed; the sentences around are
     those of the passkey, in a circle, and not essays."""
-    prompt, answer = passkey_text(rng, needles, settings.length)
-    return record.writing(np.frombuffer(prompt.encode(), np.uint8),
+    prompt, answer = draw_passkey_text(rng, needles, settings.length)
+    return record.ask_to_write(np.frombuffer(prompt.encode(), np.uint8),
                           np.frombuffer(answer.encode(), np.uint8))
 
   def size(self, needles: int, settings: Settings) -> int:
-    return needles * _NEEDLE + _QUESTION + DIGITS
+    return needles * _MOST_BYTES_OF_FACT + _MOST_BYTES_OF_QUESTION + NUM_DIGITS
 
   def vocab_size(self, settings: Settings) -> int:
     return 256
 
   def limit(self, settings: Settings, needles: int) -> str:
-    return '' if needles <= len(NAMES) else f'there are {len(NAMES)} names'
+    return '' if needles <= len(
+        NAMES_OF_NUMBERS) else f'there are {len(NAMES_OF_NUMBERS)} names'
 
 
 PROBES = {

@@ -53,7 +53,8 @@ class Row(NamedTuple):
   asked: np.ndarray
 
 
-def asking(tokens: np.ndarray, places: np.ndarray, answers: np.ndarray) -> Row:
+def ask_at_places(tokens: np.ndarray, places: np.ndarray,
+                  answers: np.ndarray) -> Row:
   """Returns the row that asks for `answers` at `places` of its tokens."""
   targets = np.zeros(len(tokens), np.int32)
   asked = np.zeros(len(tokens), bool)
@@ -62,15 +63,15 @@ def asking(tokens: np.ndarray, places: np.ndarray, answers: np.ndarray) -> Row:
   return Row(tokens=np.asarray(tokens, np.int32), targets=targets, asked=asked)
 
 
-def writing(prompt: np.ndarray, answer: np.ndarray) -> Row:
+def ask_to_write(prompt: np.ndarray, answer: np.ndarray) -> Row:
   """Returns the row in which `answer` is to be written after `prompt`: each of
   its ids is asked for at the place before it."""
   tokens = np.concatenate([prompt, answer])
   places = np.arange(len(prompt) - 1, len(tokens) - 1)
-  return asking(tokens[:-1], places, answer)
+  return ask_at_places(tokens[:-1], places, answer)
 
 
-def trained(settings: Settings, level: Level) -> str:
+def limit_to_training_levels(settings: Settings, level: Level) -> str:
   """Returns the limit of a probe whose rows of a level have letters or signs of
   their own, which a model knows up to the hardest one of training."""
   if level <= settings.most:

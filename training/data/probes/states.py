@@ -60,7 +60,7 @@ from training.data.probes.record import Probe, Row, Settings
 
 
 @functools.lru_cache(maxsize=8)
-def permutations(things: int, even: bool = False
+def list_permutations(things: int, even: bool = False
                  ) -> tuple[np.ndarray, np.ndarray]:
   """Returns all permutations, or the even ones, [P, things], in lexicographic
   order, and the table [P, P] of their products: table[a, b] is b after a."""
@@ -76,10 +76,10 @@ def permutations(things: int, even: bool = False
   return rows, order[np.searchsorted(code[order], codes)].T
 
 
-def _tagged(first: int, tokens: np.ndarray, states: np.ndarray) -> Row:
+def _ask_for_states(first: int, tokens: np.ndarray, states: np.ndarray) -> Row:
   """Returns the row that asks for a state at each token after `first`."""
   places = 1 + np.arange(len(tokens))
-  return record.asking(np.append(first, tokens), places, states)
+  return record.ask_at_places(np.append(first, tokens), places, states)
 
 
 class Counting(Probe):
@@ -101,7 +101,7 @@ class Counting(Probe):
   def counted(self, rng: np.random.Generator, count: int, modulus: int) -> Row:
     """Returns so many numbers below a modulus, and at each their sum so far."""
     tokens = rng.integers(0, modulus, count)
-    return _tagged(modulus, tokens, np.cumsum(tokens) % modulus)
+    return _ask_for_states(modulus, tokens, np.cumsum(tokens) % modulus)
 
   def size(self, count: int, settings: Settings) -> int:
     return count + 1
@@ -141,17 +141,18 @@ class Permutations(Counting):
   def draw(self, rng: np.random.Generator, count: int, settings: Settings
            ) -> Row:
     """Returns permutations by number, and at each the product so far."""
-    _, table = permutations(self._things, self._even)
+    _, table = list_permutations(self._things, self._even)
     tokens = rng.integers(0, len(table), count)
     states = itertools.accumulate(tokens, lambda state, one: table[state, one])
-    return _tagged(len(table), tokens, np.fromiter(states, np.int64, count))
+    return _ask_for_states(len(table), tokens, np.fromiter(states, np.int64,
+                                                           count))
 
   def vocab_size(self, settings: Settings) -> int:
-    rows, _ = permutations(self._things, self._even)
+    rows, _ = list_permutations(self._things, self._even)
     return len(rows) + 1
 
 
-def successors(letters_T: np.ndarray) -> np.ndarray:
+def find_successors(letters_T: np.ndarray) -> np.ndarray:
   """Returns for each place t the latest j <= t with letters[j - 1] =
   letters[t]; -1 where there is none."""
   successor_T = np.full(len(letters_T), -1)
@@ -176,10 +177,10 @@ class Induction(Probe):
     """Returns a row that fills settings.length: an id that says how many hops,
     then letters. A place from which there are not so many asks for nothing."""
     letters_T = rng.integers(0, settings.vocab, settings.length - 1)
-    place_T = places(letters_T, hops)
+    place_T = follow_hops(letters_T, hops)
     asks = np.flatnonzero(place_T >= 0)
     tokens = np.concatenate([[settings.vocab + hops - 1], letters_T])
-    return record.asking(tokens, 1 + asks, letters_T[place_T[asks]])
+    return record.ask_at_places(tokens, 1 + asks, letters_T[place_T[asks]])
 
   def size(self, hops: int, settings: Settings) -> int:
     return hops + 2
@@ -188,12 +189,12 @@ class Induction(Probe):
     return settings.vocab + settings.most
 
   def limit(self, settings: Settings, hops: int) -> str:
-    return record.trained(settings, hops)
+    return record.limit_to_training_levels(settings, hops)
 
 
-def places(letters_T: np.ndarray, hops: int) -> np.ndarray:
+def follow_hops(letters_T: np.ndarray, hops: int) -> np.ndarray:
   """Returns where each place's hops end; -1: there are not so many."""
-  step_T = successors(letters_T)
+  step_T = find_successors(letters_T)
   place_T = np.arange(len(letters_T))
   for _ in range(hops):
     place_T = np.where(place_T < 0, -1, step_T[place_T])
@@ -220,10 +221,11 @@ class Hops(Probe):
     none = settings.vocab + settings.most + 1
     steps_T = rng.integers(1, vocab, settings.length - 1)
     letters_T = (rng.integers(vocab) + np.cumsum(steps_T)) % vocab
-    place_T = places(letters_T, hops)
+    place_T = follow_hops(letters_T, hops)
     answers_T = np.where(place_T < 0, none, letters_T[place_T])
     tokens = np.concatenate([[vocab + hops], letters_T])
-    return record.asking(tokens, np.arange(1, settings.length), answers_T)
+    return record.ask_at_places(tokens, np.arange(1, settings.length),
+                                answers_T)
 
   def size(self, hops: int, settings: Settings) -> int:
     return 2
@@ -232,38 +234,38 @@ class Hops(Probe):
     return settings.vocab + settings.most + 2
 
   def limit(self, settings: Settings, hops: int) -> str:
-    return record.trained(settings, hops)
+    return record.limit_to_training_levels(settings, hops)
 
 
-QUESTIONS = 10  # of a row, at most: M of the published code
+MOST_QUESTIONS = 10  # of a row, at most: M of the published code
 
-_Words = tuple[int, int]  # the least and the most tokens of a word
+_WordLengths = tuple[int, int]  # the least and the most tokens of a word
 
 
-def _room(words: _Words, count: int) -> int:
+def _most_tokens_of_row(words: _WordLengths, count: int) -> int:
   """Returns how many tokens a row of so many words has at most."""
   _, most = words
-  return 2 * count * most + min(count, QUESTIONS) * (2 + 2 * most)
+  return 2 * count * most + min(count, MOST_QUESTIONS) * (2 + 2 * most)
 
 
-def most_words(words: _Words, length: int) -> int:
+def most_words_of_row(words: _WordLengths, length: int) -> int:
   """Returns how many words rows of `length` tokens may tell of: the published
   N."""
   _, most = words
-  asked = QUESTIONS * (2 + 2 * most)
+  asked = MOST_QUESTIONS * (2 + 2 * most)
   count = (length - asked) // (2 * most)
-  return count if count >= QUESTIONS else length // (4 * most + 2)
+  return count if count >= MOST_QUESTIONS else length // (4 * most + 2)
 
 
 @functools.lru_cache(maxsize=8)
-def _shares(most: int) -> np.ndarray:
+def _probability_of_word_count(most: int) -> np.ndarray:
   """Returns how often a row of training tells of 3, 4, ... `most` words."""
   weight = 1 / (np.arange(3, most + 1) + most ** 0.5)
   return weight / weight.sum()
 
 
-def _spelled(rng: np.random.Generator, count: int, words: _Words, letters: int
-             ) -> list[tuple[int, ...]]:
+def _draw_words(rng: np.random.Generator, count: int, words: _WordLengths,
+                letters: int) -> list[tuple[int, ...]]:
   """Returns as many different words, in the order of the circle."""
   circle: dict[tuple[int, ...], None] = {}  # in order, as a set is not
   while len(circle) < count:
@@ -286,11 +288,11 @@ class Depo(Probe):
   level = 'hops'
   examples = 100_000
 
-  def __init__(self, words: _Words, letters: int, hops: int, count: int):
+  def __init__(self, words: _WordLengths, letters: int, hops: int, count: int):
     self._words = words
     self.vocab = letters
     self.levels = tuple(range(1, hops + 1))
-    self.length = _room(words, count)
+    self.length = _most_tokens_of_row(words, count)
 
   def draw(self, rng: np.random.Generator, hops: int, settings: Settings
            ) -> Row:
@@ -299,11 +301,11 @@ class Depo(Probe):
     `hops`, and there are as many words as fit settings.length, as published."""
     # The words, and the hops of each question.
     letters = settings.vocab
-    count = most = most_words(self._words, settings.length)
+    count = most = most_words_of_row(self._words, settings.length)
     if not settings.test:
-      count = 3 + rng.choice(most - 2, p=_shares(most))
-    circle = _spelled(rng, count=count, words=self._words, letters=letters)
-    asked = rng.permutation(count)[:QUESTIONS]
+      count = 3 + rng.choice(most - 2, p=_probability_of_word_count(most))
+    circle = _draw_words(rng, count=count, words=self._words, letters=letters)
+    asked = rng.permutation(count)[:MOST_QUESTIONS]
     if settings.test:
       steps = np.full(len(asked), hops)
     else:
@@ -326,10 +328,10 @@ class Depo(Probe):
       tokens += word
     row = np.array(tokens)
     places_A = np.array(asking)
-    return record.asking(row[:-1], places_A, row[places_A + 1])
+    return record.ask_at_places(row[:-1], places_A, row[places_A + 1])
 
   def size(self, hops: int, settings: Settings) -> int:
-    return _room(self._words, 3)
+    return _most_tokens_of_row(self._words, 3)
 
   def vocab_size(self, settings: Settings) -> int:
     return 2 * settings.vocab + 2 + settings.most
@@ -337,7 +339,7 @@ class Depo(Probe):
   def limit(self, settings: Settings, hops: int) -> str:
     """Returns why no row of these settings can ask for so many hops; '': one
     can."""
-    reason = record.trained(settings, hops)
+    reason = record.limit_to_training_levels(settings, hops)
     if reason:
       return reason
     # All different words, of all their sizes, cannot stand in one row.
@@ -345,7 +347,7 @@ class Depo(Probe):
     spelled = 0
     for size in range(least, longest + 1):
       spelled += settings.vocab ** size
-    most = most_words(self._words, settings.length)
+    most = most_words_of_row(self._words, settings.length)
     if most <= spelled:
       return ''
     return (f'{settings.vocab} letters spell {spelled} words, and rows of '
@@ -353,7 +355,7 @@ class Depo(Probe):
 
 
 OPERATORS = (np.add, np.subtract, np.multiply)  # 'asm' of the published code
-FORMS = 2
+FORMS_OF_SIGN = 2
 
 
 class Mano(Probe):
@@ -372,15 +374,15 @@ class Mano(Probe):
     """Returns a formula of so many operators, which asks for its value."""
     # The first of the ids of the start, and of the number of operators.
     modulus = settings.vocab
-    start = modulus + FORMS * len(OPERATORS)
-    lengths = start + FORMS + 2 * FORMS * (operators - 1)
+    start = modulus + FORMS_OF_SIGN * len(OPERATORS)
+    lengths = start + FORMS_OF_SIGN + 2 * FORMS_OF_SIGN * (operators - 1)
 
     # The last token asks for the value.
-    formula, value = _formula(rng, operators, modulus)
-    tokens = [_either(rng, start), _either(rng, lengths), *formula]
-    tokens.append(_either(rng, lengths + FORMS))
+    formula, value = _draw_formula(rng, operators, modulus)
+    tokens = [_draw_form(rng, start), _draw_form(rng, lengths), *formula]
+    tokens.append(_draw_form(rng, lengths + FORMS_OF_SIGN))
     last = len(tokens) - 1
-    return record.asking(
+    return record.ask_at_places(
         np.array(tokens), np.array([last]), np.array([value]))
 
   def size(self, operators: int, settings: Settings) -> int:
@@ -388,18 +390,18 @@ class Mano(Probe):
 
   def vocab_size(self, settings: Settings) -> int:
     signs = len(OPERATORS) + 1 + 2 * settings.most
-    return settings.vocab + FORMS * signs
+    return settings.vocab + FORMS_OF_SIGN * signs
 
   def limit(self, settings: Settings, operators: int) -> str:
-    return record.trained(settings, operators)
+    return record.limit_to_training_levels(settings, operators)
 
 
-def _either(rng: np.random.Generator, first: int) -> int:
+def _draw_form(rng: np.random.Generator, first: int) -> int:
   """Returns one of the forms of a sign, of which `first` is the first."""
-  return int(first + rng.integers(FORMS))
+  return int(first + rng.integers(FORMS_OF_SIGN))
 
 
-def _formula(rng: np.random.Generator, count: int, modulus: int
+def _draw_formula(rng: np.random.Generator, count: int, modulus: int
              ) -> tuple[list[int], int]:
   """Returns a formula of `count` operators, and its value."""
   if count == 0:
@@ -408,9 +410,9 @@ def _formula(rng: np.random.Generator, count: int, modulus: int
   # An operator, and the number of those in its first argument.
   which = int(rng.integers(len(OPERATORS)))
   left = int(rng.integers(count))
-  sign = _either(rng, modulus + FORMS * which)
-  first, x = _formula(rng, left, modulus)
-  second, y = _formula(rng, count - 1 - left, modulus)
+  sign = _draw_form(rng, modulus + FORMS_OF_SIGN * which)
+  first, x = _draw_formula(rng, left, modulus)
+  second, y = _draw_formula(rng, count - 1 - left, modulus)
   value = int(OPERATORS[which](x, y)) % modulus
   return [sign, *first, *second], value
 
