@@ -42,7 +42,7 @@ from training import runs
 from training.costs import totals
 from training.data import inputs as inputs_of
 from training.data import tokenizers
-from training.data.texts import checked
+from training.data.texts import check_text
 from training.distributed import devices
 from training.evals import inspection, predicting
 from training.hf import config as hf_config, generation as hf_generation
@@ -96,12 +96,12 @@ class Model:
 
   def encode(self, text: str) -> jax.Array:
     """Returns the tokens of a text, [1, L]; a document's start is not added."""
-    ids = self._tokenizer().encode(checked(text, 'text'))
+    ids = self._tokenizer().encode(check_text(text, 'text'))
     return jnp.asarray(ids)[None]
 
   def decode(self, tokens: Tokens) -> str:
     """Returns the text of the tokens of one row, [L] or [1, L]."""
-    ids = inputs_of.rows('tokens', tokens).reshape(-1)
+    ids = inputs_of.array_of_rows('tokens', tokens).reshape(-1)
     inputs_of.check_ids('tokens', ids, self.config.vocab_size)
     return self._tokenizer().decode(ids)
 
@@ -200,12 +200,12 @@ class Model:
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     require(bool(texts), 'prompts is empty: pass a text, or a list of texts')
     for text in texts:
-      checked(text, 'the prompt')
+      check_text(text, 'the prompt')
     stops = [stop] if isinstance(stop, str) else list(stop)
     require('' not in stops, f'stop is {short(stop)}: every text begins with '
             "''")
     config, tokenizer = self._run_config(), self._tokenizer()
-    require(objectives.of(config).writes
+    require(objectives.find_objective(config).writes
             and self.config.head == 'lm', 'this model writes no text: its '
             f'objective is {config.objective} and its head '
             f'{self.config.head!r}')
@@ -257,7 +257,7 @@ class Model:
     config = self._run_config().copy_and_resolve_references()
     require(config.objective in predicting.OBJECTIVES, 'this model predicts no '
             f'labels, numbers or answers: its objective is {config.objective}')
-    if objectives.of(config).has_labels:
+    if objectives.find_objective(config).has_labels:
       numbers = tuple(map(str, range(self.config.num_labels)))
       config.data.labels = self.labels or config.data.labels or numbers
     is_single = isinstance(rows, str)
@@ -357,7 +357,7 @@ class Model:
     if self.run is not None:
       return self.run
     config = base.base()
-    config.objective = objectives.with_head(self.config)
+    config.objective = objectives.find_objective_of_head(self.config)
     config.model.arch = self.config.arch
     config.data.length = self.config.max_len
     return config
@@ -374,7 +374,8 @@ class Model:
     arguments = dict(inputs, tokens=tokens)
     if decoder_tokens is not None:
       arguments['decoder_tokens'] = decoder_tokens
-    return inputs_of.arrays(self.stack, arguments, self.config.vocab_size)
+    return inputs_of.arguments_of_module(self.stack, arguments,
+                                         self.config.vocab_size)
 
   def _of_stacks(self, kept: Any, more: int) -> Any:
     """Returns what the layers have kept, in numpy; in an encoder-decoder by
@@ -458,7 +459,7 @@ def load(path: str | os.PathLike, *, step: int | str | None = None,
   folder = place
   if place.is_file():
     folder = place.parent
-  if tokenizer is None and tokenizers.files_in(folder):
+  if tokenizer is None and tokenizers.find_tokenizer_files(folder):
     tokenizer = str(folder)
   vocabulary = None
   if tokenizer:

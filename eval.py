@@ -62,7 +62,7 @@ def main():
   tasks = evals.choose_tasks(evals.parse_task_names(args.tasks), args,
                              args.text)
   if args.text:
-    sources.parse(args.text)
+    sources.parse_sources(args.text)
 
   cpu.prepare()
   figures = evals.evaluate_run(workdir, tasks, args, step=step, text=args.text,

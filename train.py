@@ -84,9 +84,9 @@ def main():
 
   # 3. The data.
   index, count = devices.batch_shard(run.place, config.data.batch_size)
-  train_data = pipeline.training_loader(config, tokenizer, index, count)
-  eval_data = pipeline.held_out(config, tokenizer, index, count)
-  contents = pipeline.contents(config, tokenizer)
+  train_data = pipeline.make_training_loader(config, tokenizer, index, count)
+  eval_data = pipeline.make_evaluation_loaders(config, tokenizer, index, count)
+  contents = pipeline.digest_contents(config, tokenizer)
   for line in begin.check_data(request, contents):
     print(line)
 

@@ -22,12 +22,12 @@ class Trainer:
     # The run and its first batch.
     cpu.prepare()
     config = run_config.config_from_json(request['config'])
-    config = objectives.with_labels(config)
+    config = objectives.fill_in_labels(config)
     tokenizer = rival.load_tokenizer(config)
     model, _ = runs.resolve_model(config, tokenizer)
     self.run = runs.build(config, model)
     self.batch = self.run.put(
-        pipeline.training_loader(config, tokenizer).batch(0))
+        pipeline.make_training_loader(config, tokenizer).batch(0))
 
     # The state and the step. Memory that initialisation and compilation freed
     # is given back, so that the peak is that of training.

@@ -57,7 +57,7 @@ def check_pytorch_has(config: Config) -> None:
   architectures.hugging_face(config.model.arch)
 
   # The loss must be one of the vocabulary, of arrays that transformers takes.
-  objective = objectives.of(config)
+  objective = objectives.find_objective(config)
   unknown_arrays = sorted(
       {*objective.arrays(config)} - {*HF_NAME_OF_ARRAY, 'targets', 'weights'})
   if objective.head != 'lm' or objective.bound or unknown_arrays:
@@ -96,7 +96,7 @@ def request_of_pytorch(config: Config) -> dict[str, Any]:
   is_decoder = architectures.stack(model) == 'decoder'
 
   # The first batch of the run.
-  batch = pipeline.training_loader(config, tokenizer).batch(0)
+  batch = pipeline.make_training_loader(config, tokenizer).batch(0)
   inputs = arguments_of_transformers(batch, causal=is_decoder)
 
   # BERT's class for both of its losses has none for masked words alone.
@@ -150,6 +150,7 @@ def load_tokenizer(config: Config) -> tokenizers.Tokenizer:
   reads plain text, so that any vocabulary can be timed; otherwise that of the
   run.
   """
-  if sources.TEXT in objectives.of(config).holds and config.model.vocab_size:
+  if sources.TEXT in objectives.find_objective(
+      config).holds and config.model.vocab_size:
     return tokenizers.Bytes(config.model.vocab_size)
   return tokenizers.load(config.data.tokenizer)

@@ -108,7 +108,7 @@ class Largest(Hook):
 
 SYSTEMS = {'seed_oss': SeedOSS}
 OBJECTIVES = {'every_other': EveryOther()}
-SOURCES = {'numbers': sources.Form(numbers, 'numbers:COUNT')}
+SOURCES = {'numbers': sources.SourceForm(numbers, 'numbers:COUNT')}
 
 
 def get_config():

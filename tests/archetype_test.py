@@ -175,7 +175,7 @@ def _tagger(objective, tmp_path, **data):
   source, bare = data_files.bare(tmp_path)[objective]
   c = evaluations.config('bert', objective, num_layers=1, max_len=64)
   c.data.update(dict(source=source, eval_source=bare, length=64) | data)
-  return archetype.build(objectives.with_labels(c), seed=1)
+  return archetype.build(objectives.fill_in_labels(c), seed=1)
 
 
 def test_a_classifier_reads_a_text_between_cls_and_sep(tmp_path):

@@ -55,12 +55,13 @@ def _write(workdir: Any, folder: pathlib.Path) -> None:
 
   # The batches of each file.
   streams = {}
-  train = pipeline.training_loader(config, tokenizer)
+  train = pipeline.make_training_loader(config, tokenizer)
   steps = config.train.steps
   for first in range(0, steps, STEPS):
     last = min(first + STEPS, steps)
     streams[f'train-{first}'] = train.iterate(first, last)
-  for i, loader in enumerate(pipeline.held_out(config, tokenizer)):
+  for i, loader in enumerate(pipeline.make_evaluation_loaders(config,
+                                                              tokenizer)):
     count = loader.first(config.eval.batches)
     streams[f'held_out-{i}'] = loader.iterate(0, count)
 

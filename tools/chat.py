@@ -136,7 +136,7 @@ def converse(session: Any, in_terminal: bool) -> None:
       if line.strip() == '/reset':
         session.reset()
       elif line.strip():
-        message = texts.checked(line.rstrip('\r\n'), f'line {number}')
+        message = texts.check_text(line.rstrip('\r\n'), f'line {number}')
         _answer(session, message)
         if in_terminal and session.ended in NOTES:
           print(NOTES[session.ended], file=sys.stderr)
@@ -152,7 +152,7 @@ def _lines(in_terminal: bool) -> Iterator[str]:
   if not in_terminal:
     from training.data import texts
     for data in sys.stdin.buffer:
-      yield texts.decoded(data, 'standard input')
+      yield texts.decode_text(data, 'standard input')
     return
   with contextlib.suppress(ImportError):
     import readline as _  # noqa: F401  lines can be edited, and come back

@@ -99,9 +99,9 @@ def parameters(run: runs.Run) -> list[dict]:
 def activations(run: runs.Run) -> list[dict]:
   """Returns the row of each array that the forward pass constrains, once for
   all layers that are alike."""
-  objective = objectives.of(run.config)
+  objective = objectives.find_objective(run.config)
   batch = {}
-  for key, (shape, dtype) in objectives.shapes(run.config).items():
+  for key, (shape, dtype) in objectives.shapes_of_batch(run.config).items():
     batch[key] = jax.ShapeDtypeStruct(shape, dtype)
 
   def loss(params, batch):

@@ -26,7 +26,7 @@ from training.workdir import storage
 
 def _parser() -> argparse.ArgumentParser:
   parser = cli.Parser(prog='python -m tools.tokenize', description=__doc__)
-  parser.add_argument('source', help=sources.forms((sources.TEXT,)))
+  parser.add_argument('source', help=sources.list_forms((sources.TEXT,)))
   parser.add_argument('--out', required=True, metavar='FOLDER',
                       help='of the shards, on disk or gs://BUCKET/NAME')
   parser.add_argument('--tokenizer', default=base.base().data.tokenizer,
@@ -81,12 +81,12 @@ class _Plain(conversations.Layout):
 
 def _source(spec: str) -> sources.Source:
   """Returns the one source of plain text that a spec names."""
-  (_, source), *others = sources.parse(spec, lambda: _Plain(spec))
+  (_, source), *others = sources.parse_sources(spec, lambda: _Plain(spec))
   require(not others, f'data source {spec!r} is a mixture: tokenise each of '
           "its sources, and mix them in the run, '0.7*tokens:A,0.3*tokens:B'")
   require(sources.TEXT in source.holds and not source.tokens, 'data source '
           f'{source.name!r} holds {source.holds[0]}, and tools.tokenize takes '
-          f'text: choose from {sources.forms((sources.TEXT,))}')
+          f'text: choose from {sources.list_forms((sources.TEXT,))}')
   return source
 
 
@@ -95,25 +95,25 @@ def tokenise(args: argparse.Namespace) -> dict[str, Any]:
   started, out = time.monotonic(), storage.checked_path(args.out,
                                                         '--out').expanduser()
   storage.check_folder_is_writable(out, '--out')
-  storage.refuse_folder_of_run(out, '--out', tokens.BEGUN)
+  storage.refuse_folder_of_run(out, '--out', tokens.BEGUN_FILE)
   tokenizer, source = tokenizers.load(args.tokenizer), _source(args.source)
-  parts, sizes = sources.plan(source, args.shard_mib << 20)
-  content = tokens.digest([source.reader, source.content, [
+  parts, sizes = sources.plan_shards(source, args.shard_mib << 20)
+  content = tokens.digest_json([source.reader, source.content, [
       [os.path.basename(path), size]
-      for path, size, _ in sources.stats(source)]])
-  begun = sources.begin(out, source, parts, content, tokenizer)
-  done = tokens.finished(out, begun)
+      for path, size, _ in sources.file_stats(source)]])
+  begun = sources.begin_folder(out, source, parts, content, tokenizer)
+  done = tokens.find_finished_shards(out, begun)
   # Each job has about as much to do.
   order = sorted(range(len(parts)), key=lambda i: -sizes[i])
   for i in order[args.job::args.jobs]:
     if not done[i]:
-      sources.shard(out, i, parts[i], tokenizer, begun)
-  done = tokens.finished(out, begun)
+      sources.write_shard(out, i, parts[i], tokenizer, begun)
+  done = tokens.find_finished_shards(out, begun)
   figures = {'shards': f'{sum(done)} of {len(done)}',
              'seconds': round(time.monotonic() - started, 1)}
   if all(done):
-    whole = tokens.Split(tokens.load(str(out), f'tokens:{out}'), None, 'train',
-                         '', 0)
+    whole = tokens.Split(tokens.load_tokens(str(out), f'tokens:{out}'), None,
+                         'train', '', 0)
     figures |= {'documents': whole.documents, 'bytes': whole.num_bytes,
                 'tokens': whole.num_tokens - whole.documents,
                 'read_as': f'data.source=tokens:{out}'}

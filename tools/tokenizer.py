@@ -91,11 +91,12 @@ def train(kind: str, documents: Iterator[str], size: int, more: list[str]
 
 def _texts(spec: str, every: int) -> Iterator[str]:
   """Yields the texts of a source that are not held out."""
-  for _, source in sources.parse(spec):
+  for _, source in sources.parse_sources(spec):
     require(sources.TEXT in source.holds, f'data source {source.name!r} holds '
             f'{source.holds[0]}, and no text: choose another')
-    for i, document in enumerate(sources.cut(source, every).documents()):
-      if not tokens.chosen(np.array([i]), every, 'train').any():
+    for i, document in enumerate(
+        sources.hold_out_end_of_text(source, every).documents()):
+      if not tokens.select_documents(np.array([i]), every, 'train').any():
         continue
       if isinstance(document, str):
         yield document

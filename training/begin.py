@@ -79,7 +79,7 @@ def check_request(config: ml_collections.ConfigDict, workdir: epath.Path,
 
   # The labels, the tokenizer and the sizes of the model follow from the data.
   # A run that has begun must have the same.
-  filled = objectives.with_labels(config)
+  filled = objectives.fill_in_labels(config)
   tokenizer = tokenizers.load(filled.data.tokenizer)
   parameters.check_tokenizer_of_weights(filled, tokenizer)
   model, derived = runs.resolve_model(filled, tokenizer)
@@ -111,7 +111,7 @@ def check_data(request: RunRequest, contents: dict[str, str]) -> list[str]:
 
   Args:
     request: the request.
-    contents: what pipeline.contents returns.
+    contents: what pipeline.digest_contents returns.
 
   Raises:
     RequestError: where a source has changed, unless that is allowed.

@@ -69,7 +69,7 @@ def load_from_run(workdir: epath.Path, step: int | str | None = None,
     RequestError: for a model that cannot be talked with.
   """
   config = runs.load_run_config(workdir)
-  objective = objectives.of(config)
+  objective = objectives.find_objective(config)
   require(objective.talks,
           f'objective {config.objective!r}: {ADVICE_FOR_OTHER_MODELS}')
 
@@ -111,7 +111,7 @@ def load_from_folder(folder: epath.Path, template: str = '') -> ChatModel:
   generation = hf_generation.of_folder(folder)
   talk = _choose_talk(
       tokenizer, generation=generation, template=template,
-      usual=causal.goes_on(tokenizer), is_published=True)
+      usual=causal.talk_by_continuing(tokenizer), is_published=True)
   module, params = weights.from_hf(folder)
   return ChatModel(module=module, params=params, tokenizer=tokenizer, talk=talk,
                    options=generation.options or {})
@@ -137,15 +137,15 @@ def _choose_talk(tokenizer: Tokenizer,
   # A template that was asked for comes first, then what the model was trained
   # with here.
   if template:
-    asked_template = conversations.read(template, tokenizer)
-    return causal.templated(asked_template, end_tokens, '')
+    asked_template = conversations.read_template(template, tokenizer)
+    return causal.talk_by_template(asked_template, end_tokens, '')
   if not usual.plain:
     return usual._replace(ends=end_tokens or usual.ends)
   # A model that continues plain text may have a template in its folder.
   folder = epath.Path(tokenizer.name)
-  if conversations.in_folder(folder) is not None:
-    template_of_folder = conversations.read(str(folder), tokenizer)
-    return causal.templated(template_of_folder, end_tokens,
+  if conversations.read_template_of_folder(folder) is not None:
+    template_of_folder = conversations.read_template(str(folder), tokenizer)
+    return causal.talk_by_template(template_of_folder, end_tokens,
                             'answers by its chat template')
   if is_published:
     return hf_generation.plain(tokenizer, generation)
@@ -371,7 +371,8 @@ class AnswerStream:
       is_complete: whether no token follows; else a last character whose bytes
         have not all come is left out.
     """
-    utf8 = tokenizers.spelt(self._tokenizer, self._ids, self._prompt)
+    utf8 = tokenizers.decode_after_prompt(self._tokenizer, self._ids,
+                                          self._prompt)
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
     text = decoder.decode(utf8, final=is_complete)
     if not is_complete:

@@ -73,8 +73,8 @@ def _devices_line(run: runs.Run) -> str:
 def _step_lines(run: runs.Run, start: int, tokens: int) -> list[str]:
   """Returns the lines of the steps: their rows, their tokens, their number."""
   config = run.config
-  ramp = pipeline.ramp_of(config)
-  *shorter, longest = pipeline.lengths(config)
+  ramp = pipeline.read_ramp(config)
+  *shorter, longest = pipeline.padded_lengths(config)
 
   # The size of a step.
   rows = f'{config.data.batch_size:,} rows'
@@ -104,7 +104,7 @@ def _data_lines(run: runs.Run, train_data: pipeline.Loader) -> list[str]:
   source = train_data.text
   passes = 0.0  # those of a mixture are not counted
   if len(train_data.views) == 1:
-    rows = int(pipeline.ramp_of(config).before(config.train.steps))
+    rows = int(pipeline.read_ramp(config).before(config.train.steps))
     passes = rows / train_data.num_windows
     source = f'{passes:.3g} passes over {source}'
 
@@ -114,7 +114,7 @@ def _data_lines(run: runs.Run, train_data: pipeline.Loader) -> list[str]:
     source += (f', {cut:,} of whose {train_data.num_windows:,} rows are longer '
                f'than data.length {config.data.length}, and cut off')
 
-  lines = [f'data: {source}', *records.label_lines(train_data.views)]
+  lines = [f'data: {source}', *records.describe_labels(train_data.views)]
   evaluates = config.eval.every_steps > 0
   watched = config.eval.best or config.objective in probe.OBJECTIVES
   if passes > MANY_PASSES_OVER_DATA and evaluates and not watched:

@@ -146,7 +146,7 @@ def check_tokenizer_of_weights(config: objectives.Config,
   """
   from training.data import tokenizers
   from training.hf import tokenizer as hf_tokenizer
-  is_ignored = 'data.tokenizer' in objectives.of(config).ignores
+  is_ignored = 'data.tokenizer' in objectives.find_objective(config).ignores
   if not config.init_from or config.init_partial or is_ignored:
     return
 
@@ -185,7 +185,7 @@ def _check_tokenizer_file(config: objectives.Config, tokenizer: Tokenizer,
     source: the folder of the run whose weights are taken.
   """
   starts = run_config.load_starts(source)
-  hash_of_file = pipeline.of_tokenizer(config, tokenizer)
+  hash_of_file = pipeline.digest_tokenizer(config, tokenizer)
   changes = provenance.check_data(starts, hash_of_file, allowed=True)
   require(not changes, f'init_from is {config.init_from!r}, whose weights '
           f'were trained with what data.tokenizer {tokenizer.name!r} held '
@@ -212,7 +212,7 @@ def _check_labels(run: runs.Run, source: epath.Path) -> None:
       their_labels = hf_config.labels(tree)
 
   # They are compared where both are known.
-  our_labels = tuple(objectives.with_labels(run.config).data.labels)
+  our_labels = tuple(objectives.fill_in_labels(run.config).data.labels)
   if our_labels and their_labels and our_labels != their_labels:
     raise RequestError(
         f'init_from {str(source)!r} has the labels '

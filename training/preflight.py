@@ -44,7 +44,7 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   pipeline.check_ramp(config)
   optimizers.check_optim(config.optim)
   _check_best_figure(config.eval)
-  one_of('eval.part', config.eval.part, tokens.PARTS)
+  one_of('eval.part', config.eval.part, tokens.HELD_OUT_PARTS)
   metrics.check_writers(config.log)
 
   # The model, and what depends on it.
@@ -73,7 +73,7 @@ def _check_enabling_fields(config: ml_collections.ConfigDict) -> None:
 def _check_row_length(config: ml_collections.ConfigDict, model: ModelConfig
                       ) -> None:
   """Raises RequestError for rows that are longer than learned positions."""
-  longest = max(objectives.of(config).row_lengths(config))
+  longest = max(objectives.find_objective(config).row_lengths(config))
   require(longest <= positions.longest_supported_length(model),
           f'model.max_len is {model.max_len}, and rows of {longest} tokens '
           '(data.length, or data.target_length) are longer than these learned '
@@ -180,6 +180,6 @@ def config_to_print(config: ml_collections.ConfigDict,
   """Returns the config as a run reads it: checked, and with every field of
   the model that is derived filled in; `by_hand` is as for `check_config`."""
   check_config(config, by_hand)
-  config = objectives.with_labels(config)
+  config = objectives.fill_in_labels(config)
   model, _ = runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
   return run_config.without_unread_fields(config, model, resolved=True)

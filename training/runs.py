@@ -263,7 +263,7 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     aux/NAME, each health figure, by layer, as health/NAME, and the tokens that
     these are means over as health/tokens.
   """
-  objective = objectives.of(config)
+  objective = objectives.find_objective(config)
   schedule = optimizers.rate(config.optim, config.train.steps)
   rate_shares = parameter_shares(module, config.optim)
 
@@ -344,7 +344,7 @@ def _micro_batch_loss(module: nn.Module, config: ml_collections.ConfigDict,
     the path of the layer, from which the experts' biases are moved.
   """
   # The model draws from a random stream for each use.
-  objective = objectives.of(config)
+  objective = objectives.find_objective(config)
   rngs = {}
   for i, name in enumerate(RANDOM_STREAMS):
     rngs[name] = jax.random.fold_in(key, i)
@@ -432,7 +432,7 @@ def make_eval_step(module: nn.Module, config: ml_collections.ConfigDict
     module: the model.
     config: the config of the run.
   """
-  objective = objectives.of(config)
+  objective = objectives.find_objective(config)
   config = config.copy_and_resolve_references()
   config.train.z_loss = 0.0
   config.train.label_smoothing = 0.0
@@ -467,8 +467,8 @@ def resolve_model(config: ml_collections.ConfigDict,
   Raises:
     ValueError: for anything in the config that a run could not honour.
   """
-  config = objectives.with_labels(config)
-  objective = objectives.of(config)
+  config = objectives.fill_in_labels(config)
+  objective = objectives.find_objective(config)
   model = config.model.to_dict()
   least_vocab_size = objective.vocab_size(config, tokenizer)
   model['vocab_size'] = model['vocab_size'] or least_vocab_size
@@ -499,7 +499,7 @@ def _fill_derived_fields(model: dict[str, Any],
                          config: ml_collections.ConfigDict) -> None:
   """Sets the fields of `model`, a dict of config.model, that were left empty
   and follow from the length of the rows and from the objective."""
-  objective = objectives.of(config)
+  objective = objectives.find_objective(config)
   model['max_len'] = model['max_len'] or config.data.length
   model['head'] = model['head'] or objective.head
   model['num_labels'] = model['num_labels'] or objective.num_labels(config)
@@ -661,7 +661,7 @@ def check_mesh(config: ml_collections.ConfigDict, model: ModelConfig,
   # (data.batch_ramp), batches have several sizes.
   num_shards = shape['data'] * shape['fsdp'] * shape['expert']
   num_micro_batches = config.train.grad_accumulation
-  ramp = pipeline.ramp_of(config)
+  ramp = pipeline.read_ramp(config)
   multiple = num_shards * num_micro_batches
   for size in (ramp.last, *ramp.sizes):
     name = 'a size of data.batch_ramp'
@@ -721,7 +721,7 @@ def load_run_tokenizer(workdir: epath.Path, config: ml_collections.ConfigDict
   """
   tokenizer = tokenizers.load(config.data.tokenizer)
   starts = run_config.load_starts(workdir)
-  hash_of_file = pipeline.of_tokenizer(config, tokenizer)
+  hash_of_file = pipeline.digest_tokenizer(config, tokenizer)
   for line in provenance.check_data(starts, hash_of_file, allowed=True):
     print(f'warning: {line}', file=sys.stderr)
   return tokenizer

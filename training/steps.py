@@ -33,7 +33,7 @@ class TrainingBatches:
     self._program = program
     self._loaders = loaders
     config = program.run.config
-    self._ramp = pipeline.ramp_of(config)
+    self._ramp = pipeline.read_ramp(config)
     row = loaders[0].objective.row_lengths(config)
     self._row_tokens = sum(row)  # at most
     self.most_tokens = self._ramp.last * self._row_tokens
@@ -42,7 +42,7 @@ class TrainingBatches:
     # Batches may have fewer rows than data.batch_size (a ramp), and rows that
     # are padded less far than to data.length (length 0 stands for that).
     rows_of_length = {0: row}
-    for length in pipeline.lengths(config)[:-1]:
+    for length in pipeline.padded_lengths(config)[:-1]:
       rows_of_length[length] = (length,)
     self._work = {}
     for num_rows in (*self._ramp.sizes, self._ramp.last):

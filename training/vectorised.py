@@ -118,7 +118,7 @@ def train_group(configs: Sequence[ml_collections.ConfigDict],
   mesh_sizes = dict.fromkeys(tables.MESH_AXES, 1)
   one_device = devices.make_mesh(mesh_sizes, jax.devices()[:1])
   run = begin.build_on_devices(first_request, one_device)
-  hash_of_source = pipeline.contents(
+  hash_of_source = pipeline.digest_contents(
       first_request.config, first_request.tokenizer)
   for request in requests:
     begin.check_data(request, hash_of_source)
@@ -227,7 +227,7 @@ def _train_members_at_one_step(run: runs.Run, members: Sequence[GroupMember]
   loaders = []
   for seed in program.seeds:
     config_of_seed = config_with_traced_values(config, {'seed': seed})
-    loaders.append(pipeline.training_loader(config_of_seed, tokenizer))
+    loaders.append(pipeline.make_training_loader(config_of_seed, tokenizer))
   for loader in loaders:
     loader.beside = loaders
 
@@ -238,7 +238,8 @@ def _train_members_at_one_step(run: runs.Run, members: Sequence[GroupMember]
     state = program.join_runs([member.start.state for member in members])
   num_steps = loop.train_runs(
       program, writers=writers, state=state, start=start.step, loaders=loaders,
-      eval_data=pipeline.held_out(config, tokenizer))
+      eval_data=pipeline.make_evaluation_loaders(config,
+                                                                 tokenizer))
   if any(writer.code == STOPPED for writer in writers):
     print(f'stopped after step {num_steps}: the same request goes on.')
 

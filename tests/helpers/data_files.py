@@ -124,7 +124,7 @@ def wordpiece(folder: pathlib.Path) -> str:
 
 def corpus(config_: Any) -> sources.Corpus:
   """Returns all records of data.source."""
-  (_, source), = sources.parse(config_.data.source)
+  (_, source), = sources.parse_sources(config_.data.source)
   records = [record for path in source.files for record in source.read(path)]
   return sources.Corpus(source.name, source.name, 'train',
                         tokenizers.load(config_.data.tokenizer), config_,

@@ -80,11 +80,11 @@ def template_differs(source: str) -> float:
 def _laid_out(messages, config, tokenizer) -> list[int]:
   """Returns the ids before the answer to the last message."""
   if len(messages) == 1:
-    return causal.question(
+    return causal.encode_question(
         messages[0]['content'], config, tokenizer).tolist()
-  parts = conversations.PUBLISHED.of([
-      *conversations.parse(messages, 'the chat'), ('assistant', 'x')])
-  ids, _ = causal.layout(
+  parts = conversations.PUBLISHED_LAYOUT.of([
+      *conversations.parse_turns(messages, 'the chat'), ('assistant', 'x')])
+  ids, _ = causal.lay_out_conversation(
       [(kind, tokenizer.encode(text)) for kind, text in parts], tokenizer)
   return ids.tolist()[:-3]  # a space, x, the separator
 

@@ -30,7 +30,7 @@ def test_the_batches_are_those_of_the_run(tmp_path, monkeypatch):
                                     f'--out={tmp_path / "out"}'])
   assert batches.main() == 0
   folder, tokenizer = tmp_path / 'out/run', tokenizers.load('bytes')
-  train = pipeline.training_loader(config, tokenizer)
+  train = pipeline.make_training_loader(config, tokenizer)
   for first, steps in ((0, 3), (3, 2)):
     arrays = np.load(folder / f'train-{first}.npz')
     assert set(arrays) == set(train.batch(0)) >= {

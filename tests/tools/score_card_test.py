@@ -47,7 +47,7 @@ def test_every_suite_can_be_run(file):
   suite = suites.load(str(file), base())
   assert len(suite.seeds) >= 3
   for task, config in suite.configs.items():
-    assert task.startswith(probes.name_of(config.data.source))
+    assert task.startswith(probes.parse_probe_name(config.data.source))
 
 
 def test_a_run_for_each_rate_and_seed(file):

@@ -207,7 +207,7 @@ def test_the_lead_is_no_part_of_the_answer():
 # A conversation of several turns.
 
 ROOM = 64
-TALK = causal.templated(conversations.make('a template', (
+TALK = causal.talk_by_template(conversations.make_template('a template', (
     "{% for m in messages %}{{ m.role[0] + m.content + eos_token }}"
     '{% endfor %}{% if add_generation_prompt %}a{% endif %}'), BYTES))
 
@@ -289,7 +289,7 @@ def test_the_system_text_and_a_new_conversation(writer):
   session.reset()
   assert ask(session, 'a') == alone
   with pytest.raises(RequestError, match='goes on from the text'):
-    make(writer, causal.goes_on(BYTES), system='x')
+    make(writer, causal.talk_by_continuing(BYTES), system='x')
 
 
 # The program.

@@ -42,7 +42,7 @@ def test_what_the_cache_holds_is_read(cache, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, theirs.params, ours.params)
   assert theirs.encode('a').tolist() == ours.encode('a').tolist()
   assert tokenizers.load(NAME).name == str(cache)
-  assert conversations.source(NAME)[1] == chat_test.OF_FOLDER
+  assert conversations.read_template_text(NAME)[1] == chat_test.OF_FOLDER
   assert hub.download_if_on_hub(f'{NAME}@{"a" * 40}') == str(cache)
   parameters.check_init_from(NAME)
 

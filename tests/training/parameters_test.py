@@ -156,7 +156,7 @@ def test_weights_are_not_trained_with_a_tokenizer_that_was_replaced(
   config.data.tokenizer = data_files.wordpiece(tmp_path)
   before = tokenizers.load(config.data.tokenizer)
   run_config.save_config(epath.Path(tmp_path), config,
-                         data=pipeline.of_tokenizer(config, before))
+                         data=pipeline.digest_tokenizer(config, before))
   (tmp_path / 'checkpoints/0').mkdir(parents=True)
   runs.load_run_tokenizer(tmp_path, config)
   assert not capsys.readouterr().err

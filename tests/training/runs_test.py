@@ -29,8 +29,8 @@ def _outline(tmp_path, start=0, **fields):
   config.update_from_flattened_dict(fields)
   tokenizer = tokenizers.load('bytes')
   run = runs.build(config, runs.resolve_model(config, tokenizer)[0])
-  loaders = (pipeline.training_loader(config, tokenizer),
-             pipeline.held_out(config, tokenizer))
+  loaders = (pipeline.make_training_loader(config, tokenizer),
+             pipeline.make_evaluation_loaders(config, tokenizer))
   lines = description.describe_run(run, start, 128, *loaders).splitlines()
   return run, loaders, dict(line.split(': ', 1) for line in lines)
 
@@ -135,9 +135,9 @@ def test_a_run_in_batches_of_several_lengths_goes_on_bit_for_bit(
 def test_a_run_says_how_rows_are_padded_and_cut(labelled):
   tokenizer = tokenizers.load('bytes')
   run = runs.build(labelled, runs.resolve_model(labelled, tokenizer)[0])
-  train = pipeline.training_loader(labelled, tokenizer)
+  train = pipeline.make_training_loader(labelled, tokenizer)
   text = description.describe_run(run, 0, 256, train,
-                       pipeline.held_out(labelled, tokenizer))
+                       pipeline.make_evaluation_loaders(labelled, tokenizer))
   assert ('step: 8 rows padded to 16 or 32 tokens (a program each), at most '
           '256 tokens\n') in text
   assert re.search('[1-9][0-9]* of whose 1[0-9]+ rows are longer than '

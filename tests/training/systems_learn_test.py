@@ -37,8 +37,8 @@ def test_a_system_learns_and_is_judged(system, tmp_path):
   request = begin.check_request(config, tmp_path)
   tokenizer, run = request.tokenizer, begin.build_on_devices(request)
   rows = devices.batch_shard(run.place, config.data.batch_size)
-  texts = [pipeline.training_loader(config, tokenizer, *rows),
-           pipeline.held_out(config, tokenizer, *rows)]
+  texts = [pipeline.make_training_loader(config, tokenizer, *rows),
+           pipeline.make_evaluation_loaders(config, tokenizer, *rows)]
   with checkpoints.Checkpoints(
       tmp_path, **config.checkpoint,
       agree_every=config.log.every_steps) as saved:

@@ -53,10 +53,10 @@ def alone(c, workdir):
     start = begin.find_starting_point(request, run, saved)
     state = start.state or begin.create_first_state(run)
     run_config.save_config(workdir, c, request.derived,
-                           pipeline.contents(c, tokenizer))
+                           pipeline.digest_contents(c, tokenizer))
     return loop.train_run(
-        run, state, start.step, pipeline.training_loader(c, tokenizer),
-        pipeline.held_out(c, tokenizer), saved, workdir)
+        run, state, start.step, pipeline.make_training_loader(c, tokenizer),
+        pipeline.make_evaluation_loaders(c, tokenizer), saved, workdir)
 
 
 def rows(workdir, split='train'):

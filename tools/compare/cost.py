@@ -50,9 +50,9 @@ def keep_off_accelerators() -> None:
 
 def cost_of_run(config) -> Cost:
   """Returns what a run of `config` costs; ValueError for a bad model."""
-  length = sum(objectives.of(config).row_lengths(config))
+  length = sum(objectives.find_objective(config).row_lengths(config))
   params, active_params = _parameters(resolve_model(config))
-  rows = int(pipeline.ramp_of(config).before(config.train.steps))
+  rows = int(pipeline.read_ramp(config).before(config.train.steps))
   return Cost(params=params, active_params=active_params,
               flops_per_token=_flops_per_token(config), tokens=rows * length)
 
@@ -61,7 +61,8 @@ def _flops_per_token(config) -> float:
   """Returns the FLOPs of training on one token."""
   flops_by_part = flops.training_flops_of_row(config, resolve_model(config))
   flops_of_row = sum(flops_by_part.values())
-  return flops_of_row / sum(objectives.of(config).row_lengths(config))
+  return flops_of_row / sum(
+      objectives.find_objective(config).row_lengths(config))
 
 
 def share_of_flops_without_vocabulary(config) -> float:
@@ -101,7 +102,8 @@ def hash_data_of_configs(configs) -> dict[str, str]:
   by_data = {str(config.data): config for config in configs}
   hashes = {}
   for config in by_data.values():
-    hashes |= pipeline.contents(config, _tokenizer(config.data.tokenizer))
+    hashes |= pipeline.digest_contents(config,
+                                       _tokenizer(config.data.tokenizer))
   return hashes
 
 

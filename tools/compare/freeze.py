@@ -496,7 +496,7 @@ def _check_halves(config) -> float:
           'data.holdout_every is 0: a study needs text that is held out')
   for part in ('first', 'second'):  # see Phase.part
     half = spec.changed(config, {'eval.part': part}, 'it')
-    loaders = pipeline.held_out(half, tokenizer)
+    loaders = pipeline.make_evaluation_loaders(half, tokenizer)
   # The mean over the sources, each by its share.
   shares = sum(x.share for x in loaders)
   return sum(x.share * x.bytes_per_token for x in loaders) / shares

@@ -153,7 +153,8 @@ def loss_of_guessing(measures: Sequence[dict], config, vocab: int) -> float:
 def _guessing(config, vocab: int) -> float | None:
   """Returns the loss of a model to which all answers are alike; None where the
   objective has none."""
-  return objectives.of(config).guessing(objectives.with_labels(config), vocab)
+  return objectives.find_objective(
+      config).guessing(objectives.fill_in_labels(config), vocab)
 
 
 def score_of_guessing(
@@ -172,7 +173,7 @@ def score_of_guessing(
   """
   if 'chance' in measure:
     return float(measure['chance'])
-  objective = objectives.of(config)
+  objective = objectives.find_objective(config)
   guessing = _guessing(config, vocab)
   figure = measure['figure']
 
@@ -187,7 +188,7 @@ def score_of_guessing(
     return math.log2(vocab) / bytes_per_token
 
   # Figures of a probe, and an accuracy among more answers than are counted.
-  is_probe = objective.record_kind == probes.KIND
+  is_probe = objective.record_kind == probes.KIND_OF_SOURCE
   if is_probe and figure in probe_task.CONSTANT_FIGURES:
     return probe_task.score_constant_answer(config, figure)
   require(figure == 'accuracy', f'{file}: measure {measure["name"]!r} needs a '

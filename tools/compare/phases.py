@@ -453,7 +453,7 @@ def shorten(changes: dict, base: dict, share: float) -> None:
     changes[field] = min(before[field], short)
   stages = before['data.batch_ramp']
   if stages:
-    changes['data.batch_ramp'] = pipeline.scaled_ramp(stages, steps, short)
+    changes['data.batch_ramp'] = pipeline.scale_ramp(stages, steps, short)
 
 
 @dataclasses.dataclass

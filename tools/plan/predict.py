@@ -96,7 +96,8 @@ class _Step:
     tensor = mesh['tensor']
 
     # The bytes of an activation on a device, and the layers that run.
-    lengths = objectives.of(self.run.config).row_lengths(self.run.config)
+    lengths = objectives.find_objective(
+        self.run.config).row_lengths(self.run.config)
     tokens = data.batch_size * sum(lengths)
     shards = math.prod(mesh[axis] for axis in _BATCH_AXES)
     activation = tokens * model.d_model * self.itemsize / shards

@@ -157,7 +157,8 @@ def check_program(run: runs.Run, topology: chips.Topology, name: str) -> None:
 
   # A program of generation needs a compiler, a decoder, and rows that are
   # longer than what it writes.
-  objective = objectives.of(run.config)
+  objective = objectives.find_objective(
+      run.config)
   length = run.config.data.length
   require(chips.installed_compiler(topology), f'--programs has {name!r}, of '
           'which there is no estimate, and no compiler for '
@@ -186,7 +187,7 @@ def make_program(run: runs.Run, name: str) -> Program:
     return _training_step(run)
   data = run.config.data
   new_tokens = NEW_TOKENS_OF_PROGRAM[name]
-  prompts_are_prefixes = objectives.of(run.config).prefix
+  prompts_are_prefixes = objectives.find_objective(run.config).prefix
 
   def write_text(params, prompts_BL, lengths_B, seed):
     prefix_B = lengths_B if prompts_are_prefixes else None
@@ -211,7 +212,7 @@ def make_program(run: runs.Run, name: str) -> Program:
 def _training_step(run: runs.Run) -> Program:
   """Returns the training step of a run: a function of its state and a batch."""
   batch = {}
-  for key, (shape, dtype) in objectives.shapes(run.config).items():
+  for key, (shape, dtype) in objectives.shapes_of_batch(run.config).items():
     batch[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=run.place)
   return Program(
       name='train', function=make_train_step(run.module, run.tx, run.config),
@@ -417,7 +418,7 @@ def model_flops(run: runs.Run, name: str) -> dict[str, float]:
 
   # A generation reads the prompt and, one at a time, all tokens after it but
   # the last: in the sum, a forward pass over them.
-  objective = objectives.of(config)
+  objective = objectives.find_objective(config)
   length = objective.row_lengths(config)[0]
   needed = flops.forward_flops(model, length - 1)
   prompt = length - NEW_TOKENS_OF_PROGRAM[name]
@@ -440,7 +441,7 @@ def ragged_rows(run: runs.Run, name: str) -> int:
   parts = 1
   if name == 'train':
     parts = run.config.train.grad_accumulation
-  lengths = objectives.of(run.config).row_lengths(run.config)
+  lengths = objectives.find_objective(run.config).row_lengths(run.config)
   tokens = run.config.data.batch_size * max(lengths)
   return predict.rows_of_experts(run, tokens / parts)
 

@@ -112,7 +112,7 @@ def _possible_accumulations(run: runs.Run) -> Sequence[int]:
   batch of the run, as values of train.grad_accumulation."""
   config = run.config
   shape = run.mesh.shape
-  batch_sizes = (*pipeline.ramp_of(config).sizes, config.data.batch_size)
+  batch_sizes = (*pipeline.read_ramp(config).sizes, config.data.batch_size)
   shards = shape['data'] * shape['fsdp'] * shape['expert']
   accumulations = []
   for power in range(12):

@@ -193,7 +193,7 @@ def _row(suite: Suite, task: str, workdir: epath.Path) -> dict[str, Any]:
   config = suite.configs[task]
   return dict(
       steps=config.train.steps, diverged=diverged, lr=best,
-      what=probes.of(config).level,
+      what=probes.find_probe(config).level,
       commonest=probe_task.score_constant_answer(config),
       accuracy_by_lr=mean, level=_below('level/', over_seeds),
       beyond=_below('beyond/', over_seeds),

@@ -126,7 +126,7 @@ def training_flops_of_row(config: ml_collections.ConfigDict, model: ModelConfig,
     lengths: the number of tokens of the row; for an encoder-decoder, those of
       the source and of the target; (): the lengths that the run's rows have.
   """
-  objective = objectives.of(config)
+  objective = objectives.find_objective(config)
   lengths = lengths or objective.row_lengths(config)
   return training_flops(
       model, *lengths, unread=objective.unread(config, lengths[0]),

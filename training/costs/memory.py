@@ -235,7 +235,7 @@ def _score_bytes(config: Config, layer: ModelConfig, tokens: int, platform: str
         bias=positions.position_of(layer).has_bias,
         window=rule.window(layer) if rule.window else 0,
         rule=bool(rule.top),
-        prefix=causal and objectives.of(config).prefix,
+        prefix=causal and objectives.find_objective(config).prefix,
         dropout=bool(layer.attention_dropout))
     reason = kernels.refusal('splash', c=layer, mask=mask, q_length=length,
                              k_length=length, device=platform)
@@ -278,13 +278,13 @@ def bytes_kept_for_backward(run: runs.Run) -> tuple[int, int]:
     The bytes on devices, and the bytes that wait in the memory of hosts.
   """
   config = run.config
-  objective = objectives.of(run.config)
+  objective = objectives.find_objective(run.config)
   module = run.module.clone(
       config=dataclasses.replace(run.model, keep_gathered='none'))
   run = dataclasses.replace(run, module=module)
   # A batch of the run, of which only the shapes matter.
   batch = {}
-  for key, (size, dtype) in objectives.shapes(config).items():
+  for key, (size, dtype) in objectives.shapes_of_batch(config).items():
     batch[key] = jax.ShapeDtypeStruct(size, dtype)
 
   def residuals(params: Any, batch: Any):

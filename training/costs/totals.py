@@ -55,9 +55,10 @@ def count_costs(config: Config, length: int = 0,
 
   # FLOPs, and the bytes that a decoder keeps; None where it does not apply.
   training = flops.training_flops_of_row(config, model, sides)
+  has_prefix = objectives.find_objective(config).prefix
   flops_per_token = {
       'training': _per_token(training, sides),
-      **_inference_flops(model, length, objectives.of(config).prefix),
+      **_inference_flops(model, length, has_prefix),
   }
   per_token = per_row = memory_per_token = None
   if _writes_text(model):
@@ -171,7 +172,7 @@ def _row_lengths(config: Config, model: ModelConfig, length: int) -> list[int]:
   if its data.length is `length`."""
   config = config.copy_and_resolve_references()
   config.data.length = length
-  sides = [*objectives.of(config).row_lengths(config)]
+  sides = [*objectives.find_objective(config).row_lengths(config)]
   num_sides = 1
   if architectures.stack(model) == 'encoder-decoder':
     num_sides = 2

@@ -658,7 +658,8 @@ def begin_folder(folder: epath.Path, source: Source, parts: list[Source],
             name=tokenizer.name, fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size))
     written['checksum'] = tokens.digest_json(written)
-    storage.write_file(folder / tokens.BEGUN_FILE, json.dumps(written, indent=1))
+    storage.write_file(folder / tokens.BEGUN_FILE, json.dumps(written,
+                                                              indent=1))
 
   # Another process, or an earlier one, may have begun it.
   begun = tokens.read_begun(folder)

@@ -406,7 +406,7 @@ def read_bytes(path: str, start: int, end: int) -> bytes:
     EnvironmentFailure: where it cannot be read.
   """
   try:
-    if storage.in_bucket(path):
+    if storage.is_in_bucket(path):
       return _open_buckets().cat_file(path, start=start, end=end)
     with open(path, 'rb', buffering=0) as file:
       return os.pread(file.fileno(), end - start, start)

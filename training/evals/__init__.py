@@ -68,7 +68,7 @@ class Evaluation:
     of several processes each one loads its part of the batches."""
     config = self.run.config
     index, count = devices.batch_shard(self.run.place, config.data.batch_size)
-    return pipeline.held_out(config, tokenizer=self.tokenizer,
+    return pipeline.make_evaluation_loaders(config, tokenizer=self.tokenizer,
                              process_index=index, process_count=count)
 
   def jit_once(self, function: Callable, *key: Hashable) -> Callable:
@@ -185,7 +185,7 @@ class Task:
 
   def why_unfit(self, config: Config) -> str:
     """Returns why a run with this config has nothing to measure; '': it has."""
-    if self.allows_objective(objectives.of(config)):
+    if self.allows_objective(objectives.find_objective(config)):
       return ''
     return f'objective {config.objective!r} {self.why_not_allowed}'
 
@@ -440,7 +440,7 @@ def load_evaluation(workdir: epath.Path, names: Sequence[str], options: Any, *,
     with contextlib.suppress(RequestError, OSError):
       changes = provenance.check_data(
           run_config.load_starts(workdir),
-          pipeline.of_sources(config, tokenizer),
+          pipeline.digest_sources(config, tokenizer),
           allowed=True)
       for line in changes:
         print(f'warning: {line}', file=sys.stderr)

@@ -158,10 +158,10 @@ def answer_questions(view: Questions, scores: Sequence[np.ndarray], kind: str,
   for item, scores_L2 in zip(view.items, scores, strict=True):
     scores_L2 = np.asarray(scores_L2, np.float64)
     size = len(item.context)
-    begin = labelled.begin(item)
+    begin = labelled.start_of_paragraph(item)
     shown_T2 = scores_L2[begin:begin + size]
     _, spans = view.contexts[item.asked]
-    null = scores_L2[labelled.null_place(item, kind)].sum()
+    null = scores_L2[labelled.place_of_null_token(item, kind)].sum()
     windows[item.asked].append(ContextWindow(
         starts_T=shown_T2[:, 0], ends_T=shown_T2[:, 1],
         spans_T2=spans[item.first:item.first + size], null=float(null)))

@@ -76,7 +76,7 @@ class Model(api.TemplateLM):
     token_ids = hf_generation.ids(hf_generation.kept(evaluation.workdir))
     ends = token_ids.get('eos_token_id', ())
     if not ends:
-      ends = objectives.of(config).ends(config, tokens)
+      ends = objectives.find_objective(config).ends(config, tokens)
     self._ends = tuple(ends)
 
     # The tokens that begin one.
@@ -144,11 +144,12 @@ class Model(api.TemplateLM):
   @functools.cached_property
   def _template(self) -> conversations.Template:
     config = self.evaluation.run.config
-    text = objectives.of(config).chat_template(config, self._tokens)
-    text = text or conversations.in_folder(epath.Path(self._tokens.name))
+    text = objectives.find_objective(config).chat_template(config, self._tokens)
+    text = text or conversations.read_template_of_folder(
+        epath.Path(self._tokens.name))
     require(bool(text), 'a chat template is asked for, and neither the run nor '
             f'the folder of its tokenizer {self._tokens.name!r} has one')
-    return conversations.make('of the run', text, self._tokens)
+    return conversations.make_template('of the run', text, self._tokens)
 
   def chat_template(self, chat_template: bool | str = False) -> str | None:
     """Returns the template of the run, as lm_eval records it."""
@@ -160,7 +161,7 @@ class Model(api.TemplateLM):
                           add_generation_prompt: bool = True) -> str:
     """Returns the text of a conversation: with what begins an answer, or
     without what ends the last message, which is then gone on from."""
-    return conversations.unmarked(self._template.render(
+    return conversations.remove_marks(self._template.render(
         chat_history, add_generation_prompt, not add_generation_prompt))
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None,
@@ -274,7 +275,7 @@ class Model(api.TemplateLM):
 
     # Contexts of about one length go through the model together.
     run = self.evaluation.run
-    has_prefix = objectives.of(run.config).prefix
+    has_prefix = objectives.find_objective(run.config).prefix
     batches = list(scoring.pad_into_batches(rows, room))
     for chosen, tokens_BL, lengths_B in progress.show_items(batches, 'writing'):
       prefix = {}

@@ -26,7 +26,7 @@ def sum_held_out(step: Callable, params: Any,
   Args:
     step: the compiled evaluation step.
     params: the parameters.
-    loaders: the loaders of pipeline.held_out.
+    loaders: those of pipeline.make_evaluation_loaders.
     batches: how many of each source; 0: all, each token exactly once.
     put: puts a batch on the devices.
     stop: asked before each batch, whether to leave it at that.
@@ -64,7 +64,7 @@ def average_figures(totals: Sequence[dict[str, Mean]],
 
   Args:
     totals: `sums` of each loader.
-    loaders: the loaders of pipeline.held_out.
+    loaders: those of pipeline.make_evaluation_loaders.
 
   Returns:
     The objective's figures, nan where there is nothing to average; of tokens

@@ -135,7 +135,7 @@ def predict(module: Any, params: Any, config: objectives.Config, tokenizer: Any,
     RequestError: for a row that is none of these, or has no token.
   """
   # The rows as the records of a source.
-  objective = objectives.of(config)
+  objective = objectives.find_objective(config)
   kind = config.objective
   record = _RECORDS[objective.record_kind]
   corpus = sources.Corpus(
@@ -212,7 +212,7 @@ def _paragraph(row: Any, where: str) -> labelled.Paragraph:
 
 
 def _text(value: Any, where: str) -> str:
-  require(bool(texts.checked(value, where).strip()), f'{where} has an empty '
+  require(bool(texts.check_text(value, where).strip()), f'{where} has an empty '
           'text')
   return value
 

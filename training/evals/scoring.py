@@ -67,7 +67,7 @@ Row = list[int]  # the numbers of the questions about one text
 
 def why_not_scorable(config: ml_collections.ConfigDict) -> str:
   """Returns why the model of a run cannot be asked; '': it can."""
-  objective = objectives.of(config)
+  objective = objectives.find_objective(config)
   if objective.stacks == ('decoder',) and objective.writes:
     return ''
   return (f'objective {config.objective!r} does not train a decoder-only '
@@ -84,7 +84,7 @@ def score_continuations(questions: Sequence[Continuation],
     evaluation: the evaluation of a decoder.
     doing: what is done, for who watches.
   """
-  prefix = objectives.of(evaluation.run.config).prefix
+  prefix = objectives.find_objective(evaluation.run.config).prefix
   step = evaluation.jit_once(_make_score_function(evaluation, prefix),
                              'scoring')
   most = max(SHORTEST_ROW, evaluation.run.model.max_len)

@@ -21,7 +21,7 @@ from training.data import tokenizers
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 from training.objectives import causal, seq2seq
-from training.objectives import Prompts, Talk, known_ids, padded
+from training.objectives import Prompts, Talk, check_model_has_ids, pad_prompts
 from training.workdir import storage
 
 KEPT = 'generation.json'  # in a workdir
@@ -72,8 +72,8 @@ def of_run(config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Any
   for name in ('bos', 'eos', 'pad'):
     ids[f'{name}_token_id'] = special.get(name)
   # A model that writes ends and begins its texts as in training.
-  if objectives.of(config).writes:
-    end, *more = objectives.of(config).ends(config, tokenizer)
+  if objectives.find_objective(config).writes:
+    end, *more = objectives.find_objective(config).ends(config, tokenizer)
     ids['eos_token_id'] = [end, *more] if more else end
     if special.get('bos') is None:
       ids['bos_token_id'] = end
@@ -145,7 +145,7 @@ def plain(tokenizer: tokenizers.Tokenizer, generation: Generation | None
   and up to its eos; where the folder names none, the separator."""
   named = ids(generation)
   begins = named.get('bos_token_id', [])
-  usual = causal.goes_on(tokenizer, begins[0] if begins else None)
+  usual = causal.talk_by_continuing(tokenizer, begins[0] if begins else None)
   ends = frozenset(named.get('eos_token_id', ()))
   return usual._replace(ends=ends or usual.ends)
 
@@ -163,16 +163,16 @@ def shown(texts: Sequence[str], config: ml_collections.ConfigDict,
     generation: what the folder says from which the weights come; None: they
       come from no folder.
   """
-  objective = objectives.of(config)
+  objective = objectives.find_objective(config)
   # Published weights go on from a text as their own folder says.
   from_folder = generation is not None and objective.talks
   if from_folder and objective.talk(config, tokenizer).plain:
     talk = plain(tokenizer, generation)
     rows = [talk.encode([dict(role='user', content=text)]) for text in texts]
-    tokens, lengths = padded(rows)
+    tokens, lengths = pad_prompts(rows)
     return Prompts(tokens=tokens, lengths=lengths), tuple(sorted(talk.ends))
   prompts = objective.prompt(texts, config, tokenizer)
-  known_ids(prompts.tokens, config=config, tokenizer=tokenizer,
+  check_model_has_ids(prompts.tokens, config=config, tokenizer=tokenizer,
             what='the prompt')
   return prompts, objective.ends(config, tokenizer)
 

@@ -18,17 +18,20 @@ from training.data import conversations, tokenizers
 from training.hf import files
 from training.workdir import storage
 
-TEMPLATE = conversations.FILE
+TEMPLATE = conversations.CHAT_TEMPLATE_FILE
 PIPELINE = 'tokenizer.json'
 # Files that are copied beside the only file of a tokenizer.
-BESIDE = (tokenizers.CONFIG, 'special_tokens_map.json', 'added_tokens.json')
+BESIDE = (tokenizers.CONFIG_FILE, 'special_tokens_map.json',
+          'added_tokens.json')
 # Files that go along with a folder: those that training/data/tokenizers.py
 # reads; Marian's and NLLB's, whose numbers are not the pieces' own, for the way
 # out; and those that sentence-transformers reads beside the model.
-NAMES = (*dict.fromkeys(itertools.chain.from_iterable(tokenizers.FOLDERS)),
-         *BESIDE, 'source.spm', 'target.spm', 'sentencepiece.bpe.model',
-         TEMPLATE, 'modules.json', 'sentence_bert_config.json',
-         'config_sentence_transformers.json', '1_Pooling/config.json')
+NAMES = (
+    *dict.fromkeys(
+        itertools.chain.from_iterable(tokenizers.FILES_OF_TOKENIZERS)), *BESIDE,
+    'source.spm', 'target.spm', 'sentencepiece.bpe.model', TEMPLATE,
+    'modules.json', 'sentence_bert_config.json',
+    'config_sentence_transformers.json', '1_Pooling/config.json')
 # The special tokens around a text, or a pair of texts with their types, that
 # the training of a system puts there, where its tokenizer.json puts none.
 FRAMES = {'bert': '{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1',
@@ -55,7 +58,7 @@ def take(folder: epath.Path, workdir: epath.Path,
     return []
   # A tokenizer that cannot be read is refused before anything is written.
   tokenizer = None
-  if tokenizers.files_in(folder):
+  if tokenizers.find_tokenizer_files(folder):
     tokenizer = tokenizers.load(str(folder))
   target = folder
   copied = {}
@@ -74,7 +77,7 @@ def take(folder: epath.Path, workdir: epath.Path,
       # which is not copied: the run reads it without transformers.
       tokenizer.save(target / PIPELINE)
       copied[PIPELINE] = target / PIPELINE
-  if tokenizers.files_in(target):
+  if tokenizers.find_tokenizer_files(target):
     config.data.tokenizer = str(target.absolute())
   return [*copied]
 
@@ -121,8 +124,8 @@ def refuse_left(workdir: epath.Path, config: ml_collections.ConfigDict,
   arguments, would leave in a folder."""
   written = {*_tokenizer_files(workdir, config, step)}
   if not is_stand_in(config.data.tokenizer):
-    written |= {tokenizers.CONFIG, PIPELINE}
-    if objectives.of(config).has_chat_template:
+    written |= {tokenizers.CONFIG_FILE, PIPELINE}
+    if objectives.find_objective(config).has_chat_template:
       written.add(TEMPLATE)
   files.refuse_left(folder, written, NAMES)
 
@@ -159,8 +162,8 @@ def refuse_others(tokenizer: tokenizers.Tokenizer,
                   ) -> None:
   """Raises RequestError for files of another tokenizer, which `save`, with the
   same arguments, would leave in a folder."""
-  written = {*_own_files(tokenizer), tokenizers.CONFIG, PIPELINE}
-  if objectives.of(config).has_chat_template:
+  written = {*_own_files(tokenizer), tokenizers.CONFIG_FILE, PIPELINE}
+  if objectives.find_objective(config).has_chat_template:
     written.add(TEMPLATE)
   files.refuse_left(folder, written, NAMES)
 
@@ -196,15 +199,15 @@ def _complete(tokenizer: tokenizers.Tokenizer,
   for kind, i in tokenizer.special_ids.items():
     names[kind] = tokenizer.piece(i)
   _frame(folder / PIPELINE, FRAMES.get(config.model.arch, ''), names)
-  if tokenizers.CONFIG not in copied:
+  if tokenizers.CONFIG_FILE not in copied:
     # transformers knows no special token by its spelling alone.
     described = {'tokenizer_class': 'PreTrainedTokenizerFast'}
     for kind, name in names.items():
       described[f'{kind}_token'] = name
-    described |= conversations.specials(tokenizer)
+    described |= conversations.special_tokens_of_template(tokenizer)
     text = json.dumps(described, indent=2)
-    (folder / tokenizers.CONFIG).write_text(text + '\n')
-  template = objectives.of(config).chat_template(config, tokenizer)
+    (folder / tokenizers.CONFIG_FILE).write_text(text + '\n')
+  template = objectives.find_objective(config).chat_template(config, tokenizer)
   if template is not None:
     (folder / TEMPLATE).write_text(template)
 

@@ -160,8 +160,8 @@ def _sum_losses_forward(settings: _LossSettings, *args):
     chunk, and the gradient of its hidden states."""
     # The losses, and the gradient of the head's products.
     x_QBPD, targets_QBP, weights_QBP = chunk
-    logits_QBPV, pull = jax.vjp(head.finish_logits, _project_to_vocabulary(x_QBPD,
-                                                                    kernel_DV))
+    logits_QBPV, pull = jax.vjp(head.finish_logits,
+                                _project_to_vocabulary(x_QBPD, kernel_DV))
     losses = _losses_of_logits(settings, logits_QBPV, targets_QBP)
     d_logits_QBPV = _gradient_of_logits(settings, logits_QBPV=logits_QBPV,
                               targets_QBP=targets_QBP, weights_QBP=weights_QBP,

@@ -311,9 +311,9 @@ def digest_contents(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
   text into numbers, of what the sources hold, and of files from outside the
   tree. Where a run is labelled or chats, its labels and its template are in its
   config."""
-  return (digest_tokenizer(config, tokenizer) | digest_sources(config,
-                                                               tokenizer)
-          | plugins.digests())
+  digest_of_tokenizer = digest_tokenizer(config, tokenizer)
+  digest_of_source = digest_sources(config, tokenizer)
+  return digest_of_tokenizer | digest_of_source | plugins.hash_loaded_files()
 
 
 def digest_tokenizer(config: Config, tokenizer: Tokenizer) -> dict[str, str]:

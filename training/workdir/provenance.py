@@ -28,7 +28,7 @@ def describe_this_start(data: Mapping[str, str] | None = None) -> dict[str,
     are in no commit; '' for nothing, and None where there is no commit.
   command: the command line.
   data: a hash of what each source and the tokenizer hold, by their names
-    (pipeline.contents); there only if `data` was given.
+    (pipeline.digest_contents); there only if `data` was given.
   files: a short hash of each file from outside the tree, by its path; there
     only if there is one.
   plan: the hash of the study's plan, and when it was frozen; there only for a

@@ -212,12 +212,12 @@ def test_a_step_of_masked_words_is_what_its_program_multiplies(whole_words):
                       vocab_size=5000)
   config.data.whole_words = whole_words
   c, L = runs.resolve_model_without_tokenizer(config), config.data.length
-  module, objective = architectures.build(c), objectives.of(config)
+  module, objective = architectures.build(c), objectives.find_objective(config)
   loss = lambda params, batch: objective.loss(objective.apply(
       module, params, batch), batch, config)[0]
   program = jax.make_jaxpr(jax.grad(loss))(runs.parameter_shapes(module), {
       key: jax.ShapeDtypeStruct(shape, dtype) for key, (shape, dtype)
-      in objectives.shapes(config).items()})
+      in objectives.shapes_of_batch(config).items()})
   multiplied = flops.count_work(program, flops.Place('gpu', useful=True)).flops
   unread = objective.unread(config, L)
   assert unread == (0 if whole_words else L - round(0.15 * L))

@@ -35,7 +35,7 @@ TALK = [dict(role='user', content='Hé'), dict(role='assistant', content='Hi!'),
 
 
 def make(text, tokenizer=BYTES):
-  return conversations.make('a template', text, tokenizer)
+  return conversations.make_template('a template', text, tokenizer)
 
 
 def rendered(text, **message):
@@ -58,12 +58,13 @@ def test_what_is_no_template_is_a_sentence(tmp_path):
     rendered('a\n{% for %}')
   for spec in 'nowhere', str(tmp_path):
     with pytest.raises(RequestError, match='no file, .*: choose from publishe'):
-      conversations.read(spec, BYTES)
+      conversations.read_template(spec, BYTES)
 
 
 def _pieces(template, messages):
   parts = template.parts(messages)
-  ids = conversations.encode([text for _, text in parts], template.tokenizer)
+  ids = conversations.encode_rendered_parts([text for _, text in parts],
+                                            template.tokenizer)
   assert [kind for kind, _ in parts] == [
       ('shown', 'said')[i % 2] for i in range(len(parts))]
   return [_spelt(i) for i in ids]
@@ -101,9 +102,10 @@ def test_a_mark_that_a_template_has_parted_from_its_pair_means_nothing():
   assert parted.encode(typed)[-1] == BYTES.eos_id
 
 
-_TYPED = strategies.lists(strategies.sampled_from((
-    *conversations.MARKS, '[EOS]', '[E', 'OS]', 'a', '\nassistant: ')),
-                          max_size=5).map(''.join)
+_TYPED = strategies.lists(
+    strategies.sampled_from((*conversations.MARKS_OF_SPELT_TEXT, '[EOS]', '[E',
+                             'OS]', 'a', '\nassistant: ')),
+    max_size=5).map(''.join)
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,7 +117,7 @@ def test_nobody_forges_a_token_or_undoes_one_whatever_they_type(typed):
   messages = [dict(role=role, content=text)
               for role, text in zip(('user', 'assistant', 'user'), typed)]
   ids = make(CHATML).encode(messages)
-  bare = [''.join(c for c in text if c not in conversations.MARKS)
+  bare = [''.join(c for c in text if c not in conversations.MARKS_OF_SPELT_TEXT)
           for text in typed]
   wanted = [*zip(('user: ', 'assistant: ', 'user: '), bare)]
   ends = np.flatnonzero(ids == BYTES.eos_id)
@@ -169,7 +171,7 @@ def test_an_answer_does_not_end_where_it_spells_a_special_token():
   bare = ('{% for m in messages %}{{ m.content }}!{% endfor %}')
   parts = make(bare).parts([dict(role='user', content='x'),
                             dict(role='assistant', content='a[EOS]b')])
-  assert [conversations.unmarked(text) for _, text in parts] == [
+  assert [conversations.remove_marks(text) for _, text in parts] == [
       'x!', 'a[EOS]b!', '']
 
 
@@ -200,10 +202,11 @@ def test_tokens_belong_to_the_answer_by_their_places(tmp_path):
   """The rule of transformers' assistant mask: a token that has a character of
   an answer is the answer's."""
   tokenizer = _words(tmp_path)
-  template = conversations.read(str(tmp_path), tokenizer)
+  template = conversations.read_template(str(tmp_path), tokenizer)
   assert template.specials == dict(bos_token='<s>', eos_token='[EOS]')
   parts = template.parts(TALK)
-  ids = conversations.encode([text for _, text in parts], tokenizer)
+  ids = conversations.encode_rendered_parts([text for _, text in parts],
+                                            tokenizer)
   whole, places = tokenizer.encode_placed(template.render(TALK))
   np.testing.assert_array_equal(np.concatenate(ids), whole)
   bounds = np.cumsum([0, *(len(text) for _, text in parts)])
@@ -229,19 +232,19 @@ def test_a_run_is_taught_what_the_template_says_is_said(template, tmp_path):
   config = _config(tmp_path, f'jsonl:{tmp_path}/talks.jsonl:messages',
                    chat_template=str(tmp_path / 'a.jinja'))
   objectives.check_objective(config)
-  batch = pipeline.training_loader(config, BYTES).batch(0)
+  batch = pipeline.make_training_loader(config, BYTES).batch(0)
   tokens, targets, weights, valid = (
       batch[k][0] for k in ('tokens', 'targets', 'weights', 'valid'))
   ids = make(template).encode(TALK)
   np.testing.assert_array_equal(tokens[valid == 1], ids)
   np.testing.assert_array_equal(targets[:len(ids) - 1], ids[1:])
   assert _spelt(targets[weights == 1]) == 'Hi![EOS]c[EOS]'
-  assert causal.jinja(config, BYTES) == template
+  assert causal.write_chat_template(config, BYTES) == template
   # It is asked as it is taught.
-  asked = causal.question('Hé', config, BYTES)
+  asked = causal.encode_question('Hé', config, BYTES)
   if template is CHATML:
     np.testing.assert_array_equal(asked, ids[:len(asked)])
-  assert causal.talk(config, BYTES).ends == {BYTES.eos_id}
+  assert causal.talk_by_config(config, BYTES).ends == {BYTES.eos_id}
 
 
 def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
@@ -255,11 +258,11 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
                    chat_template=str(tmp_path / 'a.jinja'))
   with pytest.raises(RequestError,
                      match='talks.jsonl, conversation 3: .*user first'):
-    pipeline.training_loader(config, BYTES)
+    pipeline.make_training_loader(config, BYTES)
   (tmp_path / 'x.json').write_text('[{"instruction": "a", "output": "b"}]')
   config.data.source = f'alpaca:{tmp_path}/x.json'
   with pytest.raises(RequestError, match='chat_template to published'):
-    pipeline.training_loader(config, BYTES)
+    pipeline.make_training_loader(config, BYTES)
 
 
 def test_a_run_keeps_the_text_of_its_template(tmp_path):
@@ -270,7 +273,7 @@ def test_a_run_keeps_the_text_of_its_template(tmp_path):
   config.data.chat_template = str(file)
   _, derived = runs.resolve_model(config, BYTES)
   run_config.save_config(tmp_path, config, derived)
-  before = causal.question('x', config, BYTES)
+  before = causal.encode_question('x', config, BYTES)
   file.write_text(CHATML)
   _, other = runs.resolve_model(config, BYTES)
   change, = run_config.compare_fields(run_config.fields_that_run_reads(config,
@@ -282,8 +285,9 @@ def test_a_run_keeps_the_text_of_its_template(tmp_path):
     run_config.refuse_changes([change], allow_config_change=False)
   file.unlink()
   kept = runs.load_run_config(tmp_path)
-  np.testing.assert_array_equal(causal.question('x', kept, BYTES), before)
-  assert causal.jinja(kept, BYTES) == MARKED
-  assert causal.talk(kept, BYTES).words == (
+  np.testing.assert_array_equal(causal.encode_question('x', kept, BYTES),
+                                before)
+  assert causal.write_chat_template(kept, BYTES) == MARKED
+  assert causal.talk_by_config(kept, BYTES).words == (
       'answers by the chat template of the run')
   assert runs.resolve_model(kept, BYTES)[1] == derived

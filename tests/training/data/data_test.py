@@ -46,8 +46,8 @@ def config_of(folder, **fields):
 def load(folder, split='train', index=0, count=1, **fields):
   config = config_of(folder, **fields)
   if split == 'train':
-    return pipeline.training_loader(config, BYTES, index, count)
-  loader, = pipeline.held_out(config, BYTES, index, count)
+    return pipeline.make_training_loader(config, BYTES, index, count)
+  loader, = pipeline.make_evaluation_loaders(config, BYTES, index, count)
   return loader
 
 
@@ -333,7 +333,7 @@ def test_the_order_of_the_rows_is_that_without_a_ramp(folder):
 
 
 def test_a_ramp_is_scaled_with_the_steps_of_a_run():
-  scaled = pipeline.scaled_ramp
+  scaled = pipeline.scale_ramp
   assert scaled('100:8,300:16', 1000, 500) == '50:8,150:16'
   assert scaled('1:2,3:4,100:8', 400, 4) == '1:8'  # no batch has 2 or 4
   assert scaled('99:4', 100, 50) == '49:4'  # still ends before the run

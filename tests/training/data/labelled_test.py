@@ -19,7 +19,7 @@ BYTES = tokenizers.load('bytes')
 
 
 def _read(spec):
-  (_, source), = sources.parse(spec)
+  (_, source), = sources.parse_sources(spec)
   return list(source.records())
 
 
@@ -28,7 +28,7 @@ def _config(source, objective='classification', arch='bert', **fields):
 
 
 def _loader(*args, **fields):
-  return pipeline.training_loader(_config(*args, **fields), BYTES)
+  return pipeline.make_training_loader(_config(*args, **fields), BYTES)
 
 
 # Texts with labels.
@@ -67,7 +67,7 @@ PANDAS = [('Nice, and "new"', 'good'), ('Two\nlines', 'bad'), ('So', 'good')]
     ('sentence1', 'sentence2', 'label')])
 def test_the_line_of_names_of_pandas_is_no_record(tmp_path, names, index):
   pandas = pytest.importorskip('pandas')
-  is_label = [name in labelled.LABEL_NAMES for name in names]
+  is_label = [name in labelled.NAMES_OF_LABEL_COLUMNS for name in names]
   rows = [{name: label if of_label else text
            for name, of_label in zip(names, is_label)}
           for text, label in PANDAS]
@@ -99,16 +99,16 @@ def test_a_run_says_how_many_records_have_each_label(tmp_path):
   (tmp_path / 'a.csv').write_text('remark,mood\na,good\nb,bad\nc,bad\nd,good\n')
   source = f'labelled:{tmp_path}/a.csv'
   loader = _loader(source, labels=('good', 'bad', 'mood', 'odd'))
-  counts, warning = records.label_lines(loader.views)
+  counts, warning = records.describe_labels(loader.views)
   assert counts == 'labels: 4, in training good 2, bad 2, mood 1, odd 0'
   assert f"has the label 'mood' ({tmp_path}/a.csv, line 1), 'odd' (none)" in (
       warning) and 'name the columns' in warning
   named = _loader(f'{source}:remark+mood')
-  assert records.label_lines(named.views) == [
+  assert records.describe_labels(named.views) == [
       'labels: 2, in training bad 2, good 2']
   (tmp_path / 'a.conll').write_text('an O\nant B-x\n\nan O\nelk B-x\n')
   words = _loader(f'conll:{tmp_path}/a.conll', 'token_classification')
-  assert records.label_lines(words.views) == [
+  assert records.describe_labels(words.views) == [
       'labels: 2, in training B-x 2, O 2']
 
 
@@ -138,16 +138,16 @@ def _source(tmp_path, *rows, name='a'):
 
 def test_labels_are_those_of_training_in_order(tmp_path):
   source = _source(tmp_path, ('a', '10'), ('b', '9'), ('c', '-1'), ('d', '9'))
-  assert records.labels_of(_config(source)) == ('-1', '9', '10')
+  assert records.find_labels(_config(source)) == ('-1', '9', '10')
   # The first of four is held out.
-  assert records.labels_of(_config(source, holdout_every=4)) == ('-1', '9')
+  assert records.find_labels(_config(source, holdout_every=4)) == ('-1', '9')
   words = _source(tmp_path, ('a', 'no'), ('b', 'No'), ('c', '1'))
-  assert records.labels_of(_config(words)) == ('1', 'No', 'no')
+  assert records.find_labels(_config(words)) == ('1', 'No', 'no')
   config = _config(words, labels=('no', 'No', '1'))
-  assert objectives.with_labels(config) is config
+  assert objectives.fill_in_labels(config) is config
   other = _source(tmp_path, ('a', '1'), ('b', 'z'), name='other')
   with pytest.raises(ValueError, match="other.tsv, line 2: 'z': choose from 1"):
-    pipeline.held_out(_config(words, eval_source=other), BYTES)
+    pipeline.make_evaluation_loaders(_config(words, eval_source=other), BYTES)
 
 
 @pytest.mark.parametrize('labels', [
@@ -193,8 +193,9 @@ def test_balanced_weights_are_scikit_learns(tmp_path):
   np.testing.assert_allclose(
       ours['weights'], np.array([1, 2, 0.5])[ours['targets']])
   # An evaluation weighs all rows alike.
-  loader, = pipeline.held_out(_config(source, class_weights='balanced',
-                                    eval_source=source), BYTES)
+  loader, = pipeline.make_evaluation_loaders(_config(source,
+                                                     class_weights='balanced',
+                                                     eval_source=source), BYTES)
   assert {*loader.batch(0)['weights']} == {1.0}
 
 
@@ -325,8 +326,8 @@ def test_sets_of_the_hub():
     dataset = type('Dataset', (list,), dict(
         features=features, select_columns=lambda self, names: self,
         column_names=(*features,)))(rows)
-    _, of_rows = labelled.of_rows('hf:x', fields, features)
-    return list(of_rows(labelled.dataset_rows('hf:x', fields, dataset)))
+    _, of_rows = labelled.choose_reader_of_rows('hf:x', fields, features)
+    return list(of_rows(labelled.read_dataset_rows('hf:x', fields, dataset)))
 
   named = types.SimpleNamespace(names=['O', 'B-x'])
   lists = dict(w=types.SimpleNamespace(feature=None),
@@ -361,21 +362,21 @@ def test_sets_of_the_hub():
 def test_rows_without_labels_are_the_same_rows(objective, tmp_path):
   """Where they are allowed; a run neither learns from them nor measures."""
   source, bare = files.bare(tmp_path)[objective]
-  view = lambda spec: pipeline.held_out(
+  view = lambda spec: pipeline.make_evaluation_loaders(
       _config(source, objective, length=64, eval_source=spec), BYTES,
       in_order=True, bare=True)[0].views[0]
   ours, theirs = view(bare), view(source)
   assert ours.bare and not theirs.bare and len(ours) == len(theirs) > 3
   config = _config(source, objective, length=64)
   for a, b in zip(ours, theirs):
-    rows = [files.row(objectives.of(config), item, None, config, BYTES)
-            for item in (a, b)]
+    rows = [files.row(objectives.find_objective(config), item, None, config,
+                      BYTES) for item in (a, b)]
     np.testing.assert_array_equal(*(row['tokens'] for row in rows))
   for wrong in (dict(source=bare), dict(source=source, eval_source=bare)):
     with pytest.raises(RequestError, match='has no labels or answers'):
       config = _config(**dict(wrong, objective=objective, length=64))
-      pipeline.training_loader(config, BYTES)
-      pipeline.held_out(config, BYTES)
+      pipeline.make_training_loader(config, BYTES)
+      pipeline.make_evaluation_loaders(config, BYTES)
 
 
 def test_two_texts_without_a_label_and_columns_by_number(tmp_path):
@@ -447,7 +448,7 @@ def test_tokens_and_the_characters_that_they_stand_for(kind, every):
       covered[first:end] = True
     assert all(covered[i] for i, c in enumerate(text) if not c.isspace())
   # Each word alone gives the tokens that begin in it.
-  words, = records.words_of([WORDS], tokenizer)
+  words, = records.tokenize_words([WORDS], tokenizer)
   between = {'bpe': ' ', 'untrimmed': ' '}.get(kind, '')
   for i, word in enumerate(WORDS):
     alone = tokenizer.encode(between * (i > 0) + word).tolist()
@@ -460,19 +461,19 @@ def test_tokens_and_the_characters_that_they_stand_for(kind, every):
   (_, spans), = tokenizer.encode_spans([TEXT])
   for word in WORDS:
     start = TEXT.index(word)
-    first, last = records.tokens_of(spans, start, start + len(word))
+    first, last = records.find_tokens(spans, start, start + len(word))
     assert TEXT[spans[first, 0]:spans[last, 1]].strip() == word
-  assert records.tokens_of(spans, len(TEXT), len(TEXT)) is None
+  assert records.find_tokens(spans, len(TEXT), len(TEXT)) is None
 
 
 @pytest.mark.parametrize('size, room, stride', [
     (0, 4, 1), (4, 4, 3), (5, 4, 3), (10, 4, 0), (100, 7, 5), (383, 382, 127)])
 def test_strides_cover_each_token(size, room, stride):
-  windows = records.windows(size, room, stride)
+  windows = records.cut_into_windows(size, room, stride)
   assert windows[0][0] == 0 and windows[-1][1] == size
   for (first, end), (next_, end_) in zip(windows, windows[1:]):
     assert end - first == room and end - next_ == stride and end < end_
-  for token, owner in enumerate(records.owners(windows, size)):
+  for token, owner in enumerate(records.find_owners(windows, size)):
     # BERT's rule, written as in its code.
     scores = [min(token - first, end - 1 - token) + 0.01 * (end - first)
               if first <= token < end else -9 for first, end in windows]
@@ -487,8 +488,8 @@ def test_what_is_too_long_is_cut_as_tokenizers_does_it():
     for n in range(1, 9):
       for m in range(1, 9):
         ids = tokenizer.encode('a ' * n, 'b ' * m).ids
-        assert records.fitting([n, m], room) == [ids.count(0), ids.count(1)]
-      assert records.fitting([n], room) == [min(n, room)]
+        assert records.cut_sizes([n, m], room) == [ids.count(0), ids.count(1)]
+      assert records.cut_sizes([n], room) == [min(n, room)]
 
 
 @pytest.fixture(scope='module')

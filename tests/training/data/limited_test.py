@@ -16,7 +16,7 @@ OVER = 'it takes more than .* seconds or 1,024 MiB of memory, or ends the proc'
 
 
 def rendered(text, content='x'):
-  return conversations.make('of models/a', text, BYTES).render(
+  return conversations.make_template('of models/a', text, BYTES).render(
       [dict(role='user', content=content)])
 
 
@@ -31,8 +31,8 @@ def rendered(text, content='x'):
     (r'{{ "\ud800" }}', 'its text is not text')])
 def test_a_template_has_limits(text, why, monkeypatch):
   if why == OVER:
-    monkeypatch.setattr(limited, 'SECONDS', 2)
-    limited._process.cache_clear()
+    monkeypatch.setattr(limited, 'MOST_SECONDS', 2)
+    limited._start_limited_process.cache_clear()
   with pytest.raises(RequestError, match='^the chat template of models/a fails'
                      f': {why}') as caught:
     rendered(text)
@@ -58,11 +58,11 @@ def test_an_interrupted_call_answers_no_other(monkeypatch):
 
 def test_what_waits_has_a_limit(tmp_path, monkeypatch):
   os.mkfifo(tmp_path / 'a.json')
-  monkeypatch.setattr(limited, 'WAITS', 1)
-  monkeypatch.setattr(limited, 'SECONDS', 2)
-  limited._process.cache_clear()
+  monkeypatch.setattr(limited, 'WAITING_FACTOR', 1)
+  monkeypatch.setattr(limited, 'MOST_SECONDS', 2)
+  limited._start_limited_process.cache_clear()
   with pytest.raises(RequestError, match=f'^a.json: {OVER}'):
-    limited.call('a.json', 'read_json', str(tmp_path / 'a.json'))
+    limited.call_with_limits('a.json', 'read_json', str(tmp_path / 'a.json'))
 
 
 SLOW = dict(type='Split', pattern=dict(Regex='(b+)+c'), behavior='Isolated',

@@ -189,7 +189,7 @@ def compression(tokens, settings):
 def memorisation(tokens, settings):
   """The table itself is checked by another test."""
   from training.data.probes import recall as task
-  table = task.table(settings.most)
+  table = task.value_of_key(settings.most)
   return {i: int(table[tokens[i - 1]]) for i in range(1, len(tokens), 2)}
 
 
@@ -314,9 +314,10 @@ def test_what_stands_between_the_queries_of_zoology_may_be_random():
   config.data.length, config.probe.vocab = 64, 80
   plain, drawn = [], []
   for rows in (plain, drawn):
-    probes.check(config)
-    rows += itertools.islice(probes.Rows(
-        probes.of(config), probes.settings(config), 'train', 0), 200)
+    probes.check_probe(config)
+    rows += itertools.islice(probes.Rows(probes.find_probe(config),
+                                         probes.read_settings(config), 'train',
+                                         0), 200)
     config.probe.random_non_queries = True
   for before, after in zip(plain, drawn):
     assert np.array_equal(before.targets, after.targets)
@@ -328,7 +329,7 @@ def test_what_stands_between_the_queries_of_zoology_may_be_random():
   assert stats.chisquare(np.bincount(filled, minlength=80)).pvalue > 0.001
   config.data.source, config.probe.vocab = 'probe:copy', 0
   with pytest.raises(RequestError, match='random_non_queries is True, which'):
-    probes.check(config)
+    probes.check_probe(config)
 
 
 def test_each_half_of_what_is_held_out_has_rows_of_its_own():
@@ -338,7 +339,7 @@ def test_each_half_of_what_is_held_out_has_rows_of_its_own():
   for part in ('', 'first', 'second'):
     config.eval.part = part
     rows[part] = [tuple(row.tokens) for row in itertools.islice(probes.Rows(
-        probes.of(config), probes.settings(config), 'eval',
+        probes.find_probe(config), probes.read_settings(config), 'eval',
         probes.held_out_seed(config)), 20)]
   assert not set(rows['first']) & set(rows['second'])
   assert rows[''] not in (rows['first'], rows['second'])

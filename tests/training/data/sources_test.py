@@ -18,7 +18,7 @@ TEXTS = ['First.', 'Second, é.\nTwo lines.', 'Third.']
 
 
 def read(spec):
-  return [document for _, source in sources.parse(spec)
+  return [document for _, source in sources.parse_sources(spec)
           for document in source.documents()]
 
 
@@ -76,7 +76,7 @@ def test_without_links_a_pattern_matches_as_in_glob(pattern, tmp_path):
   _tree(tmp_path, '1.txt', 'a/2.txt', 'a/b/3.txt', 'a/b/a/b/4.txt', 'c/.5.txt',
         '.h/6.txt', 'a [b]/7.txt', 'a/b/8.md')
   full = f'{tmp_path}/{pattern}'
-  assert list(globs.files(full)) == sorted(
+  assert list(globs.find_files(full)) == sorted(
       {*filter(os.path.isfile, glob.glob(full, recursive=True))})
 
 
@@ -90,7 +90,7 @@ def test_a_file_is_one_document_however_many_links_lead_to_it(tmp_path):
   (texts / 'b/hard.txt').hardlink_to(texts / 'a.txt')
   assert read(f'text:{texts}/**/*.txt') == plain == ['texts/a.txt',
                                                      'texts/b/c.txt']
-  assert globs.files(f'{texts}/**/*.txt')[1] == f'{texts}/b/c.txt'
+  assert globs.find_files(f'{texts}/**/*.txt')[1] == f'{texts}/b/c.txt'
   # A link to what lies elsewhere is followed, once.
   for name in 'far', 'again':
     (texts / name).symlink_to(tmp_path / 'elsewhere')
@@ -133,7 +133,7 @@ def test_hf(fake_datasets):
 
 def test_digest_follows_content_field_and_order(folder):
   def digest(spec):
-    return sources.parse(spec)[0][1].digest()
+    return sources.parse_sources(spec)[0][1].digest()
 
   spec = f'text:{folder}/txt/*.txt'
   first = digest(spec)
@@ -184,7 +184,7 @@ FOLDER = os.path.dirname(__file__)
 ])
 def test_a_wrong_spec_is_refused(spec, message):
   with pytest.raises(ValueError, match=message) as caught:
-    sources.parse(spec)
+    sources.parse_sources(spec)
   assert '\n' not in str(caught.value)
 
 
@@ -226,7 +226,7 @@ TEXT = 'It is a law of nature. ' * 400
 def test_what_is_no_text_is_said_to_be_none(form, data, message, tmp_path):
   (tmp_path / 'x').write_bytes(data)
   with pytest.raises(RequestError, match=message):
-    for _, source in sources.parse(f'{form}:{tmp_path}/x'):
+    for _, source in sources.parse_sources(f'{form}:{tmp_path}/x'):
       list(source.records())
 
 
@@ -243,10 +243,10 @@ def test_what_has_no_end_or_no_room_is_refused(tmp_path):
   with open(tmp_path / 'sparse', 'wb') as file:
     file.truncate(1 << 42)
   with pytest.raises(RequestError, match='4,096.0 GiB, which are read at once'):
-    sources.parse(f'text:{tmp_path}/sparse')
+    sources.parse_sources(f'text:{tmp_path}/sparse')
   assert os.path.isfile('/proc/version')  # it has text, and no size
   with pytest.raises(RequestError, match='/proc/version holds nothing'):
-    sources.parse('text:/proc/version')
+    sources.parse_sources('text:/proc/version')
 
 
 def test_a_parquet_file_of_a_few_bytes_does_not_unpack_to_many(tmp_path):

@@ -163,8 +163,8 @@ def test_rare_special_tokens_at_the_end_need_no_row(tmp_path):
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
   """transformers is imported once: the process that reads them stays."""
-  monkeypatch.setattr(limited, 'call', functools.partial(
-      limited.call, keep=True))
+  monkeypatch.setattr(limited, 'call_with_limits', functools.partial(
+      limited.call_with_limits, keep=True))
 
 
 def _files(kind, folder, trained, corpus):

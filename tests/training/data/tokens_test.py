@@ -65,8 +65,8 @@ def config_of(corpus, folder, source='', **fields):
 
 
 def loaders(config):
-  return [pipeline.training_loader(config, BYTES),
-          *pipeline.held_out(config, BYTES)]
+  return [pipeline.make_training_loader(config, BYTES),
+          *pipeline.make_evaluation_loaders(config, BYTES)]
 
 
 def assert_same(ours, theirs, batches=12):
@@ -90,8 +90,8 @@ def corpus(tmp_path_factory):
 def small(monkeypatch):
   """Blocks and shards of a size at which there are many."""
   monkeypatch.setattr(tokens, 'BLOCK_BYTES', 1024)
-  real = sources.plan
-  monkeypatch.setattr(sources, 'plan', lambda source, size=0: real(
+  real = sources.plan_shards
+  monkeypatch.setattr(sources, 'plan_shards', lambda source, size=0: real(
       source, 100_000))
 
 
@@ -103,8 +103,8 @@ def shards(corpus, tmp_path, small):
 
 def entry(spec, folder, tokenizer=BYTES):
   """Returns the cache's folder of a source, and its tokens."""
-  (_, source), = sources.parse(spec)
-  entry = sources.cached(source, tokenizer, str(folder / 'cache'))
+  (_, source), = sources.parse_sources(spec)
+  entry = sources.load_or_tokenize(source, tokenizer, str(folder / 'cache'))
   return pathlib.Path(entry.folder), entry
 
 
@@ -124,14 +124,15 @@ def test_batches_are_those_of_the_text(fields, corpus, shards):
 
 def test_every_token_stands_where_the_text_has_it(corpus, shards):
   """All windows, in order, of each of the sets that a run may read."""
-  (_, source), = sources.parse(spec_of(corpus))
+  (_, source), = sources.parse_sources(spec_of(corpus))
   texts = list(source.documents())
-  read = tokens.load(str(shards), 'it')
+  read = tokens.load_tokens(str(shards), 'it')
   assert read.begun['shards'] > 3
   for every in (None, 4, 3):
     for split, part in (('train', ''), ('eval', ''), ('eval', 'first'),
                         ('eval', 'second')):
-      chosen = tokens.chosen(np.arange(len(texts)), every, split, part)
+      chosen = tokens.select_documents(np.arange(len(texts)), every, split,
+                                       part)
       kept = [text for text, is_in in zip(texts, chosen) if is_in]
       stream = np.array([EOS, *(i for text in kept
                                 for i in (*text.encode(), EOS))])
@@ -181,7 +182,7 @@ def test_jobs_make_what_one_makes(corpus, shards, capsys, monkeypatch):
   assert tokenize(corpus, other, '--jobs=2', '--job=1') == 0
   with pytest.raises(RequestError, match=r'half finished, \d of \d shards: giv'
                      'e the command that made it again, with --out='):
-    sources.parse(f'tokens:{other}')
+    sources.parse_sources(f'tokens:{other}')
   monkeypatch.setenv('SLURM_ARRAY_TASK_ID', '0')
   assert tokenize(corpus, other, '--jobs=2') == 0
   assert contents(other) == contents(shards)
@@ -194,16 +195,17 @@ def test_what_was_killed_goes_on_and_of_two_processes_one_reads(tmp_path):
   program = textwrap.dedent(f"""
       import sys
       from training.data import sources, tokenizers, tokens
-      plan, shard = sources.plan, sources.shard
-      sources.plan = lambda source: plan(source, 1)
+      plan, shard = sources.plan_shards, sources.write_shard
+      sources.plan_shards = lambda source: plan(source, 1)
       def slow(*args, **kwargs):
         made = shard(*args, **kwargs)
         print('made', flush=True)
         sys.argv[1:] and __import__('time').sleep(60)
         return made
-      sources.shard = slow
-      (_, source), = sources.parse('text:{tmp_path}/*.txt')
-      sources.cached(source, tokenizers.load('bytes'), '{tmp_path}/cache')
+      sources.write_shard = slow
+      (_, source), = sources.parse_sources('text:{tmp_path}/*.txt')
+      sources.load_or_tokenize(source, tokenizers.load('bytes'),
+                               '{tmp_path}/cache')
       """)
   start = lambda *words: subprocess.Popen(
       [sys.executable, '-c', program, *words], cwd=ROOT, text=True,
@@ -243,7 +245,7 @@ def test_an_entry_is_keyed_by_files_and_tokenizer(tmp_path, monkeypatch):
   spec = f'text:{tmp_path}/*.txt'
   path, _ = entry(spec, tmp_path)
   with monkeypatch.context() as patch:
-    patch.setattr(sources, 'shard', None)  # nothing is tokenised again
+    patch.setattr(sources, 'write_shard', None)  # nothing is tokenised again
     assert entry(spec, tmp_path)[0] == path
   assert entry(spec, tmp_path, tokenizers.load('bytes:64'))[0] != path
   (tmp_path / '0.txt').write_text('changed')
@@ -258,13 +260,13 @@ def test_an_entry_is_keyed_by_files_and_tokenizer(tmp_path, monkeypatch):
 def test_a_cache_serves_whoever_may_write_in_its_folder(
     mode, of_folders, of_files, corpus, tmp_path):
   """And where its first user alone may, what is made is that user's."""
-  (_, source), = sources.parse(spec_of(corpus))
+  (_, source), = sources.parse_sources(spec_of(corpus))
   cache = tmp_path / 'cache'
   cache.mkdir()
   cache.chmod(mode)
   usual = os.umask(0o077)
   try:
-    sources.cached(source, BYTES, str(cache))
+    sources.load_or_tokenize(source, BYTES, str(cache))
   finally:
     assert os.umask(usual) == 0o077
   made = [*cache.rglob('*')]
@@ -293,7 +295,7 @@ def test_a_missing_shard_is_named_and_made_again(corpus, shards):
   for error, words in ((EnvironmentFailure, '00001.tokens is damaged'),
                        (RequestError, 'is half finished')):
     with pytest.raises(error, match=words):
-      pipeline.training_loader(config, BYTES)
+      pipeline.make_training_loader(config, BYTES)
     (shards / '00001.tokens').unlink(missing_ok=True)
   assert tokenize(corpus, shards) == 0
   assert contents(shards) == before
@@ -301,7 +303,7 @@ def test_a_missing_shard_is_named_and_made_again(corpus, shards):
 
 def test_shards_that_are_cut_short_under_a_run_are_named(corpus, shards):
   """A map of a file that has become shorter would end the process."""
-  source = tokens.load(str(shards), 'tokens')
+  source = tokens.load_tokens(str(shards), 'tokens')
   for i, table in enumerate(source.tables()):
     os.truncate(shards / f'{i:05}.tokens', 0)
     if size := int(table.sizes.sum()):
@@ -331,7 +333,7 @@ def test_wrong_requests_are_sentences(corpus, shards, tmp_path):
   spec = f'tokens:{shards}'
   with pytest.raises(RequestError, match="with 'bytes', 384 ids, and "
                      "data.tokenizer is 'bytes:64'"):
-    pipeline.training_loader(config_of(corpus, tmp_path, spec),
+    pipeline.make_training_loader(config_of(corpus, tmp_path, spec),
                              tokenizers.load('bytes:64'))
   for fields, words in (
       ({'objective': 'chat'}, "'chat' reads conversations"),

@@ -59,7 +59,7 @@ def judged(c, loss_of):
     weights = batch['weights']
     return {'loss': objectives.Mean(
         (loss_of(batch['targets']) * weights).sum(), weights.sum())}
-  loaders = pipeline.held_out(c, BYTES)
+  loaders = pipeline.make_evaluation_loaders(c, BYTES)
   return held_out.average_figures(held_out.sum_held_out(
       step, None, loaders, 0, runs.build(
           c, runs.resolve_model(c, BYTES)[0], evaluations.one_device()).put,
@@ -100,7 +100,7 @@ def test_a_text_that_is_named_is_evaluated_whole(folder, monkeypatch):
       parameters, 'read_parameters_of_run', lambda run, **_: restored)
   evaluation = evals.load_evaluation(folder, ['loss'], None, step=None,
                                      text=f'text:{folder}/[bc].txt')
-  loader, = pipeline.held_out(evaluation.run.config, BYTES)
+  loader, = pipeline.make_evaluation_loaders(evaluation.run.config, BYTES)
   assert loader.num_tokens == 120 + 60 + 2
   with pytest.raises(RequestError, match='its layers are run once'):
     evals.load_evaluation(folder, ['loss'], None, step=None, passes=6)
@@ -150,7 +150,7 @@ def test_each_token_that_training_evaluates_is_of_its_document(
       lambda params, batch: jnp.stack([
           of_letter(batch['targets']) * batch['weights'], batch['weights']])))
   figures = evaluations.run('documents', evaluations.make(c))
-  loader, = pipeline.held_out(c, BYTES)
+  loader, = pipeline.make_evaluation_loaders(c, BYTES)
   rows = [batch for batch in loader.iterate(0, loader.first(batches))]
   targets, weights = (np.concatenate([row[name].ravel() for row in rows])
                       for name in ('targets', 'weights'))
@@ -298,8 +298,10 @@ def test_a_constant_answer_is_not_chosen_on_what_it_is_scored_on():
   config.update_from_flattened_dict({
       'objective': 'probe', 'data.source': 'probe:a5', 'data.length': 24,
       'probe.levels': (1,)})
-  rows = probes.Rows(probes.of(config), probes.settings(config)._replace(
-      held_out=probe_task.CONSTANT_ROWS), 'eval', 0)
+  rows = probes.Rows(
+      probes.find_probe(config),
+      probes.read_settings(config)._replace(held_out=probe_task.CONSTANT_ROWS),
+      'eval', 0)
   counts = np.bincount([row.targets[row.asked][0] for row in rows])
   assert counts.max() / probe_task.CONSTANT_ROWS > 1 / 60 + 0.003
   score = probe_task.score_constant_answer(config)
@@ -357,7 +359,7 @@ def test_a_figure_is_of_as_many_rows_whatever_the_batch(
   c.data.update(eval_source=f'text:{folder}/d.txt', batch_size=size)
   figures = evaluations.run('exact', evaluations.make(c, targets=5))
   c.data.batch_size = 5
-  first, = pipeline.held_out(c, BYTES)
+  first, = pipeline.make_evaluation_loaders(c, BYTES)
   assert figures['targets'] == 5 and first.num_windows > 8
   assert shown[:5] == first.batch(0)['tokens'].tolist()
 

@@ -94,7 +94,7 @@ def test_a_text_that_is_no_label_is_never_right():
 def _evaluation(system, objective, source, length=32, **options):
   c = evaluations.config(system, objective, num_layers=1, max_len=length)
   c.data.update(source=source, eval_source=source, length=length)
-  return evaluations.make(objectives.with_labels(c), **options)
+  return evaluations.make(objectives.fill_in_labels(c), **options)
 
 
 @pytest.mark.parametrize('system, objective', [
@@ -147,10 +147,11 @@ def test_entities_are_measured_and_written(tmp_path):
       sum(a == b for _, a, b in rows) / len(rows))
   # Scores are those of each row alone, in rows of the full length.
   config = evaluation.run.config
-  loader, = pipeline.held_out(config, evaluation.tokenizer, in_order=True)
+  loader, = pipeline.make_evaluation_loaders(config, evaluation.tokenizer,
+                                             in_order=True)
   with evaluation.run.context():
     scores = labels.compute_scores(evaluation, loader)
-  record, (view,) = objectives.of(config), loader.views
+  record, (view,) = objectives.find_objective(config), loader.views
   assert len(scores) == len(view) > config.data.batch_size
   apply = jax.jit(lambda batch: record.apply(
       evaluation.run.module, evaluation.params, batch).extra['scores'])
@@ -238,7 +239,7 @@ def test_the_best_stretches_are_the_best_of_all(may_be_null):
     windows = [answers.ContextWindow(rng.normal(size=e - f),
                                      rng.normal(size=e - f),
                               places[f:e], float(rng.normal(4, 2)))
-               for f, e in records.windows(len(places), 12, 5)]
+               for f, e in records.cut_into_windows(len(places), 12, 5)]
     best = lambda null, threshold=0.0, windows=windows: answers.choose_answer(
         context, windows, most=4, count=10, may_be_null=null,
         threshold=threshold)

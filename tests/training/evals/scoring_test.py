@@ -151,7 +151,7 @@ def test_each_token_is_predicted_once_from_enough(tmp_path, stride):
       assert i - start >= min(length - stride, i)
       contexts.append(ids[start:i])
       targets.append(ids[i])
-  tokens_BL, lengths_B = objectives.padded(contexts)
+  tokens_BL, lengths_B = objectives.pad_prompts(contexts)
   logits_BLV = np.asarray(jax.jit(lambda params: models.logits(
       evaluation.run.module, params, tokens_BL))(evaluation.params))
   rows = np.arange(len(targets))

@@ -52,7 +52,7 @@ def test_a_run_of_our_own_says_what_its_sequences_look_like(
       system, vocab_size=tokenizer.vocab_size, head_dim=8,
       moe=dict(eval_capacity_factor=0.0)))
   fields, options = hf_generation.of_run(config, model, tokenizer)
-  batch = pipeline.training_loader(config, tokenizer).batch(0)
+  batch = pipeline.make_training_loader(config, tokenizer).batch(0)
   for name in ('bos', 'pad'):
     if name in tokenizer.special_ids and f'{name}_token_id' in fields:
       assert fields[f'{name}_token_id'] == tokenizer.special_ids[name]
@@ -165,7 +165,7 @@ def test_a_model_needs_no_row_for_what_no_text_gives(tmp_path):
   config.model.vocab_size = size - 1
   config.data.update(source=f'text:{folder}/a.txt', holdout_every=2)
   assert runs.resolve_model(config, tokenizer)[0].vocab_size == size - 1
-  batch = pipeline.training_loader(config, tokenizer).batch(0)
+  batch = pipeline.make_training_loader(config, tokenizer).batch(0)
   assert batch['tokens'].max() < size - 1  # IMAGE is spelt in plain text
   config.model.vocab_size = 0
   assert runs.resolve_model(config, tokenizer)[0].vocab_size == size

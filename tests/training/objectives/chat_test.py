@@ -30,7 +30,7 @@ VICUNA = (f'{SYSTEM} USER: Hello! ASSISTANT: Hi!</s>'
 @pytest.mark.parametrize('start', [None, 5])
 def test_each_message_of_a_user_is_a_line_of_plain_text(start):
   """The model's own goes on where the line ends."""
-  talk = causal.goes_on(BYTES, start)
+  talk = causal.talk_by_continuing(BYTES, start)
   messages = [dict(role=role, content=content) for role, content in (
       ('user', 'a'), ('assistant', ' b'), ('user', 'c'))]
   first = BYTES.separator_id if start is None else start
@@ -56,7 +56,7 @@ def _text(ids, tokenizer=BYTES) -> str:
 
 
 def test_turns_are_laid_out_by_vicunas_template(talks):
-  batch = pipeline.training_loader(files.config(
+  batch = pipeline.make_training_loader(files.config(
       f'{talks}:messages', 'chat', 350), BYTES).batch(0)
   tokens, targets, weights, valid = (
       batch[k][0] for k in ('tokens', 'targets', 'weights', 'valid'))
@@ -67,12 +67,12 @@ def test_turns_are_laid_out_by_vicunas_template(talks):
 
 def test_a_question_is_the_start_of_a_conversation(talks):
   config = files.config(f'{talks}:messages', 'chat', 350)
-  row = pipeline.training_loader(config, BYTES).batch(0)['tokens'][0]
-  asked = causal.question('Hello!', config, BYTES)
+  row = pipeline.make_training_loader(config, BYTES).batch(0)['tokens'][0]
+  asked = causal.encode_question('Hello!', config, BYTES)
   np.testing.assert_array_equal(asked, row[:len(asked)])
   assert _text(asked) == f'</s>{SYSTEM} USER: Hello! ASSISTANT:'
   assert BYTES.decode(row[len(asked):]).startswith(' Hi!')
-  assert causal.question('', config, BYTES).tolist() == [row[0]]
+  assert causal.encode_question('', config, BYTES).tolist() == [row[0]]
 
 
 def _llama_like(tmp_path):
@@ -94,7 +94,7 @@ def _llama_like(tmp_path):
 def test_a_question_and_its_answer_are_tokenised_as_one(talks, tmp_path):
   """As in both published codes: an answer alone would begin otherwise."""
   tokenizer = _llama_like(tmp_path)
-  batch = pipeline.training_loader(
+  batch = pipeline.make_training_loader(
       files.config(f'{talks}:messages', 'chat', 350), tokenizer).batch(0)
   targets, weights = batch['targets'][0], batch['weights'][0]
   turns = VICUNA.split('</s>')[:2]
@@ -105,7 +105,7 @@ def test_a_question_and_its_answer_are_tokenised_as_one(talks, tmp_path):
   assert alone not in [expected[i:i + len(alone)]
                        for i in range(len(expected))]
   config = files.config('jsonl:x:y', 'chat')
-  asked = causal.question('Hello!', config, tokenizer)
+  asked = causal.encode_question('Hello!', config, tokenizer)
   assert asked[1:].tolist() == expected[:len(asked) - 1]
   assert not weights[:len(asked) - 1].any() and weights[len(asked) - 1]
 
@@ -132,7 +132,7 @@ def test_alpacas_records_are_laid_out_by_its_template(kind, tmp_path):
                   '\n'.join(map(json.dumps, RECORDS)) + '\n')
   config = files.config(f'alpaca:{path}', 'chat', 300, batch_size=3,
                         cache_dir=str(tmp_path))
-  batch = pipeline.training_loader(config, BYTES).batch(0)
+  batch = pipeline.make_training_loader(config, BYTES).batch(0)
   end, pairs = BYTES.separator_id, set()
   for tokens, targets, weights, valid in zip(*(
       batch[k] for k in ('tokens', 'targets', 'weights', 'valid'))):
@@ -144,5 +144,5 @@ def test_alpacas_records_are_laid_out_by_its_template(kind, tmp_path):
     pairs.add((BYTES.decode(prompt), BYTES.decode(answer)))
   assert pairs == {(text, record['output'])
                    for text, record in zip(LAID_OUT, RECORDS)}
-  asked = causal.question('Sing!', config, BYTES)
+  asked = causal.encode_question('Sing!', config, BYTES)
   assert asked[0] == end and BYTES.decode(asked) == LAID_OUT[1]

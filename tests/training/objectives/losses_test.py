@@ -157,7 +157,8 @@ def test_large_logits_stay_finite_and_nan_shows():
 def test_logits_of_64_mebibytes_or_of_512_tokens_are_there_at_once(vocab):
   """Where no size is asked for; and no fewer than half of these."""
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
-  settings = losses._settings(shape(4, 8192, D), Head(shape(D, vocab)), 0, 0, 0)
+  settings = losses._choose_settings(shape(4, 8192, D), Head(shape(D, vocab)),
+                                     0, 0, 0)
   most = max(512, 2**26 // (4 * vocab))
   assert 4 * settings.positions <= most
   assert 4 * settings.positions > most / 2 or settings.positions == 8192
@@ -260,8 +261,9 @@ def test_each_depth_predicts_the_tokens_of_its_own_document():
     if segments is not None:
       batch['segment_ids'] = jnp.asarray(segments)
     output = types.SimpleNamespace(extra={'mtp': [*hidden]}, head=head)
-    figures = jax.jit(lambda batch, output=output: objectives.mtp_sums(
-        output, batch, config.train))(batch)
+    figures = jax.jit(
+        lambda batch, output=output: objectives.multi_token_figures(
+            output, batch, config.train))(batch)
     totals = []
     for k in range(1, depths + 1):
       ahead, counts = np.zeros((2, B, L))
@@ -275,6 +277,6 @@ def test_each_depth_predicts_the_tokens_of_its_own_document():
       assert right.total == pytest.approx((counts * want['correct']).sum())
       totals.append(want['sum'])
     assert len(figures) == 2 * depths
-    assert objectives.mtp_share(figures, config) == pytest.approx(
+    assert objectives.multi_token_loss(figures, config) == pytest.approx(
         0.3 / depths * sum(totals), rel=1e-5)
-  assert objectives.mtp_share({}, config) == 0
+  assert objectives.multi_token_loss({}, config) == 0

@@ -26,7 +26,7 @@ def _texts(tmp_path, monkeypatch):
 
 
 def test_pairs_are_laid_out_as_bert_has_them(texts):
-  loader = pipeline.training_loader(files.config(texts, 'mlm_nsp'), BYTES)
+  loader = pipeline.make_training_loader(files.config(texts, 'mlm_nsp'), BYTES)
   batches = [loader.batch(n) for n in range(20)]
   tokens = np.concatenate([b['targets'] for b in batches])
   types = np.concatenate([b['types'] for b in batches])
@@ -47,7 +47,7 @@ def test_the_second_text_is_what_its_target_says(texts, objective):
   document. 1: of next sentences the second is from another document, from each
   of the others as often; of their order, it stood before the first."""
   config = files.config(texts, objective, batch_size=50)
-  loader = pipeline.training_loader(config, BYTES)
+  loader = pipeline.make_training_loader(config, BYTES)
   documents = {letter: ' '.join(letter * (1 + (i + j) % 5) for j in range(300))
                for i, letter in enumerate('abcdef')}
   targets, distances = [], []
@@ -98,7 +98,7 @@ def test_fifteen_percent_are_told_eighty_ten_ten(texts):
   ids = rng.integers(97, 123, 20000).astype(np.int32)
   special = np.zeros(len(ids), bool)
   special[:1000] = True
-  masked, chosen = mlm.mask(ids, special, rng, BYTES, rate=0.15,
+  masked, chosen = mlm.mask_tokens(ids, special, rng, BYTES, rate=0.15,
                             whole_words=False)
   assert not chosen[:1000].any() and chosen.sum() == round(0.15 * 19000)
   assert (masked[~chosen] == ids[~chosen]).all()
@@ -109,8 +109,8 @@ def test_fifteen_percent_are_told_eighty_ten_ten(texts):
 
 def _rows(texts, split='train', **changes):
   config = files.config(texts, 'mlm', **changes)
-  loader = (pipeline.training_loader(config, BYTES) if split == 'train'
-            else pipeline.held_out(config, BYTES)[0])
+  loader = (pipeline.make_training_loader(config, BYTES) if split == 'train'
+            else pipeline.make_evaluation_loaders(config, BYTES)[0])
   return [{key: x[b] for key, x in loader.batch(n).items()}
           for n in range(loader.num_batches) for b in range(4)]
 
@@ -153,7 +153,7 @@ def test_whole_words_are_masked_whole():
   text = 'some plain words of unequal length, and a few more of them'
   ids = BYTES.encode(text)
   special = np.zeros(len(ids), bool)
-  _, chosen = mlm.mask(ids, special, np.random.default_rng(1), BYTES,
+  _, chosen = mlm.mask_tokens(ids, special, np.random.default_rng(1), BYTES,
                            rate=0.3, whole_words=True)
   assert 0 < chosen.sum() < len(ids)
   place = 0
@@ -265,7 +265,7 @@ def test_each_draw_of_a_row_is_a_new_one(texts, objective):
   for seed in (0, 1):
     config = files.config(texts, objective, batch_size=1)
     config.seed = seed
-    loader = pipeline.training_loader(config, BYTES)
+    loader = pipeline.make_training_loader(config, BYTES)
     for n in range(2 * loader.num_windows):
       text, row = loader._dataset[n].tokens.tobytes(), loader.batch(n)
       whole = b''.join(row[key].tobytes() for key in sorted(row))
@@ -281,8 +281,8 @@ def test_each_draw_of_a_row_is_a_new_one(texts, objective):
 def test_every_token_is_told_as_often_as_any_other(whole_words):
   ids, special = np.array([*b'ab cde f gh ijkl m no pq'], np.int32), np.zeros(
       24, bool)
-  means = np.mean([
-      mlm.mask(ids, special, np.random.default_rng(seed), BYTES, rate=0.25,
-                   whole_words=whole_words)[1] for seed in range(3000)], 0)
+  means = np.mean([mlm.mask_tokens(ids, special, np.random.default_rng(seed),
+                                   BYTES, rate=0.25, whole_words=whole_words)[1]
+                   for seed in range(3000)], 0)
   spread = 0.04 if whole_words else 5 * (0.25 * 0.75 / 3000) ** 0.5
   assert np.ptp(means) < 2 * spread, means

@@ -23,7 +23,7 @@ def config_of(name='induction', length=32, **fields):
 
 
 def loader(config, index=0, count=1):
-  return pipeline.training_loader(
+  return pipeline.make_training_loader(
       config, tokenizers.load(config.data.tokenizer), index, count)
 
 
@@ -44,14 +44,14 @@ def test_a_pass_has_each_row_once_and_held_out_rows_are_others():
   rows = np.concatenate([ours.batch(n)['tokens'] for n in range(10)])
   of_pass = [set(map(bytes, rows[i:i + 40])) for i in (0, 40)]
   assert of_pass[0] == of_pass[1] and len(of_pass[0]) == 40
-  heldout, = pipeline.held_out(config, ours.tokenizer)
+  heldout, = pipeline.make_evaluation_loaders(config, ours.tokenizer)
   batches = list(heldout.iterate())
   weights = np.concatenate([batch['weights'] for batch in batches])
   shown = set(map(bytes, np.concatenate(
       [batch['tokens'] for batch in batches])[:20]))
   assert len(batches) == 3 and not weights[20:].any()
   assert len(shown) == 20 and not shown & of_pass[0]
-  other, = pipeline.held_out(config_of(**{
+  other, = pipeline.make_evaluation_loaders(config_of(**{
       'seed': 5, 'probe.held_out': 20}), ours.tokenizer)
   np.testing.assert_array_equal(other.batch(0)['tokens'],
                                 batches[0]['tokens'])
@@ -61,8 +61,8 @@ def test_a_pass_has_each_row_once_and_held_out_rows_are_others():
 def test_batches_hold_the_rows_of_the_probe(name):
   probe = probes.PROBES[name]
   config = config_of(name, probe.length)
-  batch, settings = loader(config).batch(0), probes.settings(config)
-  shapes = objectives.shapes(config)
+  batch, settings = loader(config).batch(0), probes.read_settings(config)
+  shapes = objectives.shapes_of_batch(config)
   assert {key: (x.shape, x.dtype) for key, x in batch.items()} == {
       key: (shape, np.dtype(dtype)) for key, (shape, dtype) in shapes.items()}
   assert batch['tokens'].max() < probe.vocab_size(settings)

@@ -44,9 +44,9 @@ def test_shapes_are_the_loaders(objective, fields, tmp_path):
               else f'text:{tmp_path}/*.txt'),
       cache_dir=str(tmp_path / 'cache'), length=64, batch_size=4,
       holdout_every=0) | fields)
-  batch = pipeline.training_loader(c, BYTES).batch(0)
+  batch = pipeline.make_training_loader(c, BYTES).batch(0)
   got = {key: (x.shape, x.dtype) for key, x in batch.items()}
-  assert got == objectives.shapes(c)
+  assert got == objectives.shapes_of_batch(c)
   if objective in ('span', 'seq2seq'):
     c.model.update(arch='t5', d_model=32)
   seen = sum(batch[key].size for key in ('tokens', 'decoder_tokens')
@@ -57,7 +57,7 @@ def test_shapes_are_the_loaders(objective, fields, tmp_path):
 def test_rows_are_laid_out_as_pictured(tmp_path):
   def rows(arch, text):
     (tmp_path / 'one.tsv').write_text(text)
-    batch = pipeline.training_loader(files.config(
+    batch = pipeline.make_training_loader(files.config(
         f'labelled:{tmp_path}/one.tsv', 'classification', 8, arch,
         batch_size=2), BYTES).batch(0)
     order = np.argsort(batch['targets'])
@@ -86,11 +86,11 @@ def test_a_batch_is_as_long_as_its_longest_row_needs(tmp_path):
       rng.integers(1, 20, 96))] + ['a' * 50 + '\ta\n'] * 4
   (tmp_path / 'a.tsv').write_text(''.join(rows))
   c = files.config(f'labelled:{tmp_path}/a.tsv', 'classification', arch='bert')
-  loader = pipeline.training_loader(c, BYTES)
-  parts = [pipeline.training_loader(c, BYTES, i, 4) for i in range(4)]
+  loader = pipeline.make_training_loader(c, BYTES)
+  parts = [pipeline.make_training_loader(c, BYTES, i, 4) for i in range(4)]
   c = c.copy_and_resolve_references()
   c.data.length_buckets = 1
-  whole = pipeline.training_loader(c, BYTES)
+  whole = pipeline.make_training_loader(c, BYTES)
   seen = set()
   for n in range(50):
     batch = loader.batch(n)
@@ -122,14 +122,14 @@ def test_pairs_equal_those_of_the_package_tokenizers(length, tmp_path):
   c = files.config(f'labelled:{tmp_path}/a.tsv', 'classification', length,
                    'roberta', tokenizer=str(folder))
   view = records.Classes(files.corpus(c))
-  record, ours = objectives.of(c), tokenizers.load(str(folder))
+  record, ours = objectives.find_objective(c), tokenizers.load(str(folder))
   rows = [files.row(record, item, np.random.default_rng(0), c, ours)['tokens'][
       :record.length(item)].tolist() for item in view.items]
   assert rows == [theirs.encode(*pair).ids for pair in PAIRS]
   assert view.cut == (3 if length == 12 else 0)
   for arch, between in (('roberta', 2), ('bert', 1), ('gpt', 1)):
     c.model.arch = arch
-    assert records.separators(c) == between
+    assert records.separators_between_texts(c) == between
   transformers = pytest.importorskip('transformers')
   slow = transformers.RobertaTokenizerFast.from_pretrained(str(folder))
   assert rows == [slow(*pair, truncation=True, max_length=length).input_ids
@@ -140,9 +140,9 @@ def _asked(tmp_path, objective, arch='bert', length=64):
   source = (f'conll:{files.conll(tmp_path / "a.conll")}'
             if objective == 'token_classification' else
             f'squad:{files.squad(tmp_path / "a.json")}')
-  c = objectives.with_labels(
+  c = objectives.fill_in_labels(
       files.config(source, objective, length, arch, stride=16))
-  record = objectives.of(c)
+  record = objectives.find_objective(c)
   view = record.view(files.corpus(c))
   return record, c, [
       files.row(record, item, None, c, BYTES) for item in view.items], view
@@ -153,7 +153,7 @@ def test_words_are_laid_out_as_pictured(tmp_path):
   c = files.config(f'conll:{tmp_path}/a', 'token_classification', 8)
   for arch, before, after in ('bert', CLS, SEP), ('gpt', END, END):
     c.model.arch = arch
-    record = objectives.of(c)
+    record = objectives.find_objective(c)
     item, = records.Sentences(files.corpus(c)).items
     row = {key: value.tolist() for key, value in files.row(
         record, item, None, c, BYTES).items()}
@@ -182,8 +182,9 @@ def test_questions_are_laid_out_as_pictured(tmp_path):
   for arch in 'bert', 'gpt':  # the null token is the one that has seen all
     _, _, rows, view = _asked(tmp_path, 'question_answering', arch, 128)
     size = int((rows[2]['segment_ids'] != 0).sum())
+    stack = architectures.systems()[arch].STACK
     assert rows[2]['starts'] == (0 if arch == 'bert' else size - 1) == (
-        labelled.null_place(view.items[2], architectures.systems()[arch].STACK))
+        labelled.place_of_null_token(view.items[2], stack))
 
 
 def test_a_window_shows_an_answer_that_it_has_whole(tmp_path):
@@ -320,15 +321,15 @@ def test_an_objective_names_the_fields_that_it_reads(
   c = files.config(source, objective, 64, cache_dir=str(tmp_path / 'cache'))
   for arch in ('gpt', 'bert', 't5'):
     c.model.arch = arch
-    if architectures.stack(c.model) in objectives.of(c).stacks:
+    if architectures.stack(c.model) in objectives.find_objective(c).stacks:
       break
-  c = objectives.with_labels(c)
+  c = objectives.fill_in_labels(c)
   read = set()
   get = ml_collections.ConfigDict.__getattr__
   with monkeypatch.context() as patched:
     patched.setattr(ml_collections.ConfigDict, '__getattr__',
                     lambda self, name: read.add(name) or get(self, name))
-    pipeline.training_loader(c, BYTES).batch(0)
+    pipeline.make_training_loader(c, BYTES).batch(0)
 
   def last(names):
     """Returns the fields of some dotted names."""
@@ -337,4 +338,4 @@ def test_an_objective_names_the_fields_that_it_reads(
   read_by_some = set()
   for other in objectives.OBJECTIVES.values():
     read_by_some |= last(other.reads)
-  assert read & read_by_some == last(objectives.of(c).reads)
+  assert read & read_by_some == last(objectives.find_objective(c).reads)

@@ -17,7 +17,7 @@ from training.evals.tasks import writing
 from training.objectives import causal, seq2seq
 
 TOKENIZER = tokenizers.load('bytes')
-END, START = TOKENIZER.separator_id, objectives.fill_id(TOKENIZER)
+END, START = TOKENIZER.separator_id, objectives.padding_id(TOKENIZER)
 
 
 def _window(n=64, seed=0, length=64):
@@ -78,7 +78,7 @@ def test_pairs_of_a_file(kind, tmp_path):
           dict(zip(labelled.PAIR, pair))) for pair in texts) + '\n')
   config = files.config(f'parallel:{path}', 'seq2seq', batch_size=8,
                         eval_source=f'parallel:{path}')
-  loader, = pipeline.held_out(config, TOKENIZER)
+  loader, = pipeline.make_evaluation_loaders(config, TOKENIZER)
   batch = loader.batch(0)
   assert loader.num_windows == 3 and loader.num_bytes == 7 + 3 + 80
   assert loader.num_tokens == 90 + 3

@@ -112,11 +112,11 @@ def _start(place, source, objective, **data):
   is remembered if there was none."""
   source = source.format(place)
   tokenizer_file = str(place / 'tokenizer.json')
-  config = objectives.with_labels(data_files.config(
+  config = objectives.fill_in_labels(data_files.config(
       source, objective, eval_source=source, tokenizer=tokenizer_file, **data))
   tokenizer = tokenizers.load(config.data.tokenizer)
   _, derived = runs.resolve_model(config, tokenizer)
-  contents = pipeline.contents(config, tokenizer)
+  contents = pipeline.digest_contents(config, tokenizer)
   if not run_config.has_begun(place):
     run_config.save_config(place, config, derived, contents)
     (place / 'checkpoints/1').mkdir(parents=True)
@@ -151,7 +151,7 @@ def _another_probe(place, monkeypatch):
       return row._replace(tokens=row.tokens[::-1])
 
   monkeypatch.setitem(probes.PROBES, 'recall', Turned())
-  probes.digest.cache_clear()
+  probes.digest_probe.cache_clear()
 
 
 def _hugging_face(place):
@@ -199,8 +199,8 @@ def test_a_start_notices_whatever_makes_other_rows(
   numbers is compared with what it was."""
   run = {key: value.format(place) for key, value in run.items()}
   start = lambda: _start(place, **run)
-  probes.digest.cache_clear()
+  probes.digest_probe.cache_clear()
   assert not start() and not start()
   change(place, monkeypatch)
   assert any(name in line for line in start())
-  probes.digest.cache_clear()
+  probes.digest_probe.cache_clear()

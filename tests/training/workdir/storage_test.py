@@ -247,7 +247,7 @@ def _write(folder):
 def _tokens(folder):
   (folder / 'a.txt').write_text('All the tokens of this text. ' * 99)
   with files_of_at_most(1000):
-    sources.cached(sources.parse(f'text:{folder}/*.txt')[0][1],
+    sources.load_or_tokenize(sources.parse_sources(f'text:{folder}/*.txt')[0][1],
                    tokenizers.load('bytes'), str(folder / 'cache'))
 
 

@@ -65,10 +65,10 @@ def _load_documents(folder: str, name: str, fields: tuple[str, ...]):
   # Their lines.
   documents = []
   for file in files:
-    for where, row in texts.rows(str(file)):
+    for where, row in texts.read_rows(str(file)):
       document = {}
       for field in fields:
-        text = texts.checked(row.get(field), f'{where}, field {field!r},')
+        text = texts.check_text(row.get(field), f'{where}, field {field!r},')
         document[field] = text.strip()
         if field == 'text' and ' ' not in document[field]:
           raise RequestError(f'{where}, has one word alone: the last word of a '

@@ -164,8 +164,10 @@ def _load_sources(evaluation: Evaluation,
 
   # Each process reads its slice of the rows, and cuts them up.
   index, count = devices.batch_shard(place, rows)
-  for loader in pipeline.held_out(config, tokenizer=evaluation.tokenizer,
-                                  process_index=index, process_count=count):
+  for loader in pipeline.make_evaluation_loaders(config,
+                                                 tokenizer=evaluation.tokenizer,
+                                                 process_index=index,
+                                                 process_count=count):
     batches = []
     tokens = 0.0
     for whole in loader.cut(-(-LEAST_TOKENS // length)).iterate():
@@ -187,7 +189,7 @@ def _cut_rows(batch: Mapping[str, np.ndarray], pieces: int, tokenizer: Tokenizer
   segments = []
   places = []
   for row_L in cut['tokens']:
-    documents = objectives.documents(row_L == tokenizer.separator_id)
+    documents = objectives.number_documents(row_L == tokenizer.separator_id)
     segments.append(documents['segment_ids'])
     places.append(documents['positions'])
   cut['segment_ids'] = np.stack(segments)
@@ -228,7 +230,7 @@ def _loss_by_position(evaluation: Evaluation, model: ModelConfig,
     text: how many tokens there are at each position, and what they count.
   """
   module = architectures.build(model)
-  objective = objectives.of(evaluation.run.config)
+  objective = objectives.find_objective(evaluation.run.config)
 
   def sums_of(params: Any, batch: Any):
     """Returns the sum of a batch's losses at each position, [L]."""

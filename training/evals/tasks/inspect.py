@@ -135,7 +135,7 @@ class Inspect(Task):
     require('|||' not in options.prompt, "task inspect shows one prompt: pass "
             "--prompt without '|||'")
     for name in ('prompt', 'target'):
-      text_files.checked(getattr(options, name), f'--{name}')
+      text_files.check_text(getattr(options, name), f'--{name}')
 
   def prepare(self, evaluation: Evaluation) -> TextForModel:
     """Returns --prompt as the model reads it, and --target of an
@@ -213,7 +213,7 @@ def _lay_out_text(evaluation: Evaluation, stack: str) -> TextForModel:
   config = evaluation.run.config
   tokenizer = evaluation.tokenizer
   prompt = evaluation.options.prompt
-  objective = objectives.of(config)
+  objective = objectives.find_objective(config)
 
   # An encoder-decoder reads the prompt as its source, and a target.
   if stack == 'encoder-decoder':

@@ -94,7 +94,7 @@ class Labels(Task):
     if config.objective not in MEASURE_OF_OBJECTIVE:
       return f'objective {config.objective!r} learns no labels'
     spec = config.data.eval_source or config.data.source
-    if all(source.records for _, source in sources.parse(spec)):
+    if all(source.records for _, source in sources.parse_sources(spec)):
       return ''
     return f'data source {spec!r} has no labels'
 
@@ -119,7 +119,7 @@ class Labels(Task):
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Measures and writes the predictions on each source; returns the
     figures."""
-    loaders = pipeline.held_out(evaluation.run.config,
+    loaders = pipeline.make_evaluation_loaders(evaluation.run.config,
                                 tokenizer=evaluation.tokenizer, in_order=True,
                                 bare=True)
     _check_loaders(loaders, evaluation)
@@ -302,7 +302,7 @@ def measure_written_labels(view: Any,
   text_pairs = []
   for text, target, _ in written:
     text_pairs.append((text.strip(), target.strip()))
-  labels = records.in_order(target for _, target in text_pairs)
+  labels = records.sort_labels(target for _, target in text_pairs)
   require(len(labels) > 1, f'what is held out has one label, {labels[0]!r}: '
           'there is nothing to measure')
 

@@ -63,7 +63,7 @@ class HeldOutLoss(Task):
             'predicted: choose a smaller one')
     # Windows that overlap are made of a text, and tokens are cut already.
     spec = data.eval_source or data.source
-    parsed = sources.parse(spec)
+    parsed = sources.parse_sources(spec)
     if len(parsed) != 1 or parsed[0][1].tokens:
       raise RequestError(f'--stride reads one source of text, which {spec!r} '
                          'is not: name one by --text')
@@ -183,18 +183,18 @@ def _held_out_documents(evaluation: Evaluation) -> tuple[str, list[str]]:
   """Returns the name of the source, and the documents that are held out."""
   data = evaluation.run.config.data
   part = evaluation.run.config.eval.part
-  [(_, whole)] = sources.parse(data.eval_source or data.source)
+  [(_, whole)] = sources.parse_sources(data.eval_source or data.source)
   every = data.holdout_every
   if data.eval_source:
     every = None
-  source = sources.cut(whole, every, part)
+  source = sources.hold_out_end_of_text(whole, every, part)
   if source.is_cut:  # to the part
     part = ''
 
   # The documents of the split, each of which must be text.
   documents = list(source.documents())
-  chosen = tokens.chosen(np.arange(len(documents)), every=every, split='eval',
-                         part=part)
+  chosen = tokens.select_documents(np.arange(len(documents)), every=every,
+                                   split='eval', part=part)
   kept = [document for document, keep in zip(documents, chosen) if keep]
   for document in kept:
     require(isinstance(document, str), f'{source.name} holds pairs or '
@@ -299,7 +299,7 @@ def make_bound_function(module: Any, config: Any, mask: int, count: int):
     mask: the id of the mask token.
     count: how many draws a row gets.
   """
-  objective = objectives.of(config)
+  objective = objectives.find_objective(config)
 
   def sums(params: Any, batch: Any, number: jax.Array) -> jax.Array:
     """Returns the sums of BoundSums over the rows of a batch, [6]."""
@@ -425,7 +425,7 @@ def _sum_by_document(evaluation: Evaluation, step: Any, loader: pipeline.Loader
 
 def make_token_loss_function(module: Any, config: Any):
   """Returns losses(params, batch) of a model; see below."""
-  objective = objectives.of(config)
+  objective = objectives.find_objective(config)
 
   def losses(params: Any, batch: Any) -> jax.Array:
     """Returns the weighted losses and the weights of all tokens, [2, B, L]."""

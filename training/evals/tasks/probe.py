@@ -73,13 +73,13 @@ class Probe(Task):
   )
 
   def allows_objective(self, objective: objectives.Objective) -> bool:
-    return objective.record_kind == probes.KIND
+    return objective.record_kind == probes.KIND_OF_SOURCE
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Prints and returns the accuracy at each level and length."""
     config = evaluation.run.config
-    probe = probes.of(config)
-    settings = probes.settings(config)
+    probe = probes.find_probe(config)
+    settings = probes.read_settings(config)
     rows = evaluation.options.probe_rows
     print(f'{config.data.source}: {rows:,} rows of each kind\n'
           f'{probe.level:>20} {"length":>7} {"accuracy":>9} {"95 %":>16} '
@@ -130,8 +130,8 @@ def _why_not_measurable(evaluation: Evaluation, cell: ProbeCell) -> str:
   reach = positions.longest_supported_length(evaluation.run.model)
   if cell.length > reach:
     return f'the positions of the model end at {reach:g}'
-  settings = probes.settings(config)._replace(length=cell.length)
-  return probes.of(config).limit(settings, cell.level)
+  settings = probes.read_settings(config)._replace(length=cell.length)
+  return probes.find_probe(config).limit(settings, cell.level)
 
 
 def _format_row(cell: ProbeCell, scores: dict[str, Any]) -> str:
@@ -172,8 +172,8 @@ def measure_cell(evaluation: Evaluation, cell: ProbeCell,
   place = evaluation.run.place
   config = evaluation.run.config.copy_and_resolve_references()
   config.data.length = cell.length
-  probe = probes.of(config)
-  settings = probes.settings(config)._replace(held_out=count)
+  probe = probes.find_probe(config)
+  settings = probes.read_settings(config)._replace(held_out=count)
   rows = probes.Rows(
       probe=probe, settings=settings, split='eval',
       seed=probes.held_out_seed(config), levels=(cell.level,))
@@ -186,7 +186,8 @@ def measure_cell(evaluation: Evaluation, cell: ProbeCell,
 
   # Right answers and answers that are asked for, by row; those of what fills
   # up a batch are left out.
-  counts = _make_count_function(evaluation.run.module, objectives.of(config))
+  counts = _make_count_function(evaluation.run.module,
+                                objectives.find_objective(config))
   step = evaluation.jit_once(counts, 'probe')
   results = list(evaluation.run_on_batches(
       step, loader, f'{probe.level}: {cell.level}'))
@@ -233,8 +234,9 @@ def score_constant_answer(config: ml_collections.ConfigDict,
   """
   one_of('figure', figure, CONSTANT_FIGURES)
   return _cross_validate_constant(
-      name=probes.name_of(config.data.source), settings=probes.settings(config),
-      seed=probes.held_out_seed(config), figure=figure)
+      name=probes.parse_probe_name(config.data.source),
+      settings=probes.read_settings(config), seed=probes.held_out_seed(config),
+      figure=figure)
 
 
 @functools.cache

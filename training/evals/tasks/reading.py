@@ -44,7 +44,7 @@ READS_NO_TEXT = 'reads rows of a probe, whose ids stand for no text'
 def reads_text(objective: Any) -> bool:
   """Returns whether an objective's rows are of text, which a tokenizer
   encodes."""
-  return objective.record_kind != probes.KIND
+  return objective.record_kind != probes.KIND_OF_SOURCE
 
 
 class Embed(Task):
@@ -147,11 +147,11 @@ def read_texts(name: str) -> list[tuple[str, str]]:
   require(path.is_file(), f'--texts is {name!r}, which is no file')
   lines = []
   if path.suffix == '.jsonl':
-    for where, row in text_files.rows(name):
-      text = text_files.checked(row.get('text'), f"{where}, field 'text',")
+    for where, row in text_files.read_rows(name):
+      text = text_files.check_text(row.get('text'), f"{where}, field 'text',")
       lines.append((where, text))
   else:
-    lines += text_files.lines(name, all_lines=True)
+    lines += text_files.read_lines(name, all_lines=True)
   require(bool(lines), f'--texts is {name!r}, which is empty')
   # An empty line would shift all that follow it.
   for where, text in lines:
@@ -166,7 +166,8 @@ def tokens_around_text(evaluation: Evaluation) -> tuple[list, list]:
   if stack == 'encoder-decoder':
     return [], [tokenizer.separator_id]
   # Rows of masked diffusion are stretches of text, as what it writes is.
-  if stack == 'decoder' or objectives.of(evaluation.run.config).bound:
+  if stack == 'decoder' or objectives.find_objective(
+      evaluation.run.config).bound:
     return [tokenizer.separator_id], []
   return [tokenizer.cls_id], [tokenizer.sep_id]
 
@@ -179,7 +180,7 @@ def _make_embed_function(evaluation: Evaluation, pooling: str, normalize: bool):
     pooling: which states become a vector, of POOLINGS.
     normalize: whether each vector is scaled to length 1.
   """
-  prefix = objectives.of(evaluation.run.config).prefix
+  prefix = objectives.find_objective(evaluation.run.config).prefix
   stack = architectures.stack(evaluation.run.model)
   if pooling == 'first' and stack == 'decoder' and not prefix:
     raise RequestError("--pooling is 'first', but the first token of a decoder "
@@ -254,7 +255,7 @@ class FillMask(Task):
     return 'data.mask_rate' in objective.reads
 
   def check(self, options: Any, config: Any) -> None:
-    text_files.checked(options.prompt, '--prompt')
+    text_files.check_text(options.prompt, '--prompt')
     require(bool(options.prompt), 'task fill_mask reads a text: pass '
             "--prompt='Paris is the [MASK] of France'")
 
@@ -284,7 +285,7 @@ class FillMask(Task):
     texts = evaluation.options.prompt.split('|||')
 
     # The places P of the masks, in all prompts.
-    tokens_BL, lengths_B = objectives.padded(evaluation.prepared)
+    tokens_BL, lengths_B = objectives.pad_prompts(evaluation.prepared)
     real_BL = np.arange(tokens_BL.shape[1])[None] < lengths_B[:, None]
     rows_P, places_P = np.nonzero(real_BL & (tokens_BL == tokenizer.mask_id))
 

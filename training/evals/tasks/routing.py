@@ -46,7 +46,7 @@ class Routing(Task):
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Prints, draws and returns how tokens are spread over the experts."""
     module = evaluation.run.module
-    objective = objectives.of(evaluation.run.config)
+    objective = objectives.find_objective(evaluation.run.config)
 
     def panel(params: Any, batch: Any):
       """Returns the figures of a batch, and how many tokens it has."""

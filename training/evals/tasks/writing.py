@@ -109,7 +109,7 @@ class Samples(Task):
 
   def check(self, options: Any, config: Any) -> None:
     """Raises RequestError for flags that do not fit each other, or the run."""
-    text_files.checked(options.prompt, '--prompt')
+    text_files.check_text(options.prompt, '--prompt')
     drawn = make_sampling(options)
     seed = options.sample_seed
     if options.temperature <= 0:
@@ -190,12 +190,12 @@ class DiffusionSamples(Task):
 
   def check(self, options: Any, config: Any) -> None:
     generate.Sampling(options.temperature)
-    text_files.checked(options.prompt, '--prompt')
+    text_files.check_text(options.prompt, '--prompt')
 
   def prepare(self, evaluation: Evaluation) -> PreparedPrompts:
     options = evaluation.options
     tokenizer = evaluation.tokenizer
-    prompts = objectives.after_separator(
+    prompts = objectives.prompt_after_separator(
         _repeat_prompts(options,
                         options.samples), evaluation.run.config, tokenizer)
     return PreparedPrompts(prompts=prompts, ends=tokenizer.separator_id,
@@ -358,7 +358,7 @@ class Translation(Task):
 
 def _load_bleu() -> Any:
   """Returns sacrebleu's metric, with its own tokenisation (13a)."""
-  return text_files.imported('sacrebleu.metrics', 'task translation',
+  return text_files.import_extra('sacrebleu.metrics', 'task translation',
                              'bleu').BLEU()
 
 
@@ -380,7 +380,8 @@ def _write_and_score(evaluation: Evaluation, things: str,
       given of each source.
   """
   options = evaluation.options
-  loaders = pipeline.held_out(evaluation.run.config, evaluation.tokenizer)
+  loaders = pipeline.make_evaluation_loaders(evaluation.run.config,
+                                             evaluation.tokenizer)
 
   def said(figures: Mapping[str, float]) -> str:
     """Returns the scores for a reader."""
