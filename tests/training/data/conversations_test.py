@@ -203,7 +203,7 @@ def test_tokens_belong_to_the_answer_by_their_places(tmp_path):
   an answer is the answer's."""
   tokenizer = _words(tmp_path)
   template = conversations.read_template(str(tmp_path), tokenizer)
-  assert template.specials == dict(bos_token='<s>', eos_token='[EOS]')
+  assert template.special_tokens == dict(bos_token='<s>', eos_token='[EOS]')
   parts = template.parts(TALK)
   ids = conversations.encode_rendered_parts([text for _, text in parts],
                                             tokenizer)
