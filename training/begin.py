@@ -1,11 +1,11 @@
 """How a run begins, in the order in which it happens; the same for one run, for
 a group of runs that train as one program, and for a dry run.
 
-  1. `check`: everything wrong in a request is said before any device work.
-  2. `on_devices`: the run on its mesh.
+  1. `check_request`: everything wrong in it is said before any device work.
+  2. `build_on_devices`: the run on its mesh.
   3. `check_data`: the data are those that the run was trained on so far.
-  4. `take_up`: the state and the step that it goes on from, or that it has
-     ended.
+  4. `find_starting_point`: the state and the step that it goes on from, or that
+     it has ended.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,7 +25,7 @@ from training.workdir import checkpoints, provenance, run_config
 
 
 class RunRequest(NamedTuple):
-  """A run that was asked for, and that can be.
+  """A run that was asked for, once it is known that it can be trained.
 
   Attributes:
     given_config: the config of the run, as it was given.
@@ -47,9 +47,10 @@ class RunRequest(NamedTuple):
   allow_config_change: bool
 
   def describe_changes(self) -> list[str]:
-    """Returns lines on what differs from the last start of the run: fields of
-    the config, and the code."""
-    lines = provenance.list_code_changes(run_config.load_starts(self.workdir))
+    """Returns lines that say what differs from the last start of the run: the
+    fields of the config, and the code."""
+    starts = run_config.load_starts(self.workdir)
+    lines = provenance.list_code_changes(starts)
     if self.changes:
       lines.insert(0, run_config.format_changes(self.changes))
     return lines
@@ -58,7 +59,8 @@ class RunRequest(NamedTuple):
 def check_request(config: ml_collections.ConfigDict, workdir: epath.Path,
                   by_hand: Iterable[str] = (), allow_config_change: bool = False
                   ) -> RunRequest:
-  """Returns a checked request; no device is touched.
+  """Checks everything that can be wrong in the request for a run before any
+  device is used, and returns the request with all that follows from it.
 
   Args:
     config: the config of the run.
@@ -78,28 +80,31 @@ def check_request(config: ml_collections.ConfigDict, workdir: epath.Path,
   parameters.check_init_from(config.init_from)
 
   # The labels, the tokenizer and the sizes of the model follow from the data.
-  # A run that has begun must have the same.
-  filled = objectives.fill_in_labels(config)
-  tokenizer = tokenizers.load(filled.data.tokenizer)
-  parameters.check_tokenizer_of_weights(filled, tokenizer)
-  model, derived = runs.resolve_model(filled, tokenizer)
-  changes = run_config.list_changes(workdir, filled, derived)
+  config_with_labels = objectives.fill_in_labels(config)
+  tokenizer = tokenizers.load(config_with_labels.data.tokenizer)
+  parameters.check_tokenizer_of_weights(config_with_labels, tokenizer)
+  model, derived = runs.resolve_model(config_with_labels, tokenizer)
+
+  # A run that has begun goes on with the same config, unless it may change.
+  changes = run_config.list_changes(workdir, config_with_labels, derived)
   run_config.refuse_changes(changes, allow_config_change)
   return RunRequest(
-      given_config=config, config=filled, workdir=workdir, tokenizer=tokenizer,
-      model=model, derived=derived, changes=changes,
+      given_config=config, config=config_with_labels, workdir=workdir,
+      tokenizer=tokenizer, model=model, derived=derived, changes=changes,
       allow_config_change=allow_config_change)
 
 
 def build_on_devices(request: RunRequest, mesh: Mesh | None = None) -> runs.Run:
-  """Returns the run on its devices; nothing is computed.
+  """Returns the run that a request asks for, on its devices; nothing is
+  computed.
 
   Args:
     request: the request.
-    mesh: instead of config.mesh over all devices.
+    mesh: the mesh of devices; None: that of config.mesh, over all devices.
 
   Raises:
-    RequestError: where the mesh does not fit, or the state the devices.
+    RequestError: where the mesh does not fit the run, or the training state
+      does not fit into the memory of the devices.
   """
   run = runs.build(request.config, request.model, mesh)
   devices.check_memory(run.abstract, run.mesh)
@@ -107,11 +112,13 @@ def build_on_devices(request: RunRequest, mesh: Mesh | None = None) -> runs.Run:
 
 
 def check_data(request: RunRequest, contents: dict[str, str]) -> list[str]:
-  """Returns a line for each source that has changed since the run was started.
+  """Returns a line for each source of data that has changed since the run was
+  started.
 
   Args:
-    request: the request.
-    contents: what pipeline.digest_contents returns.
+    request: the request of the run.
+    contents: a hash of what each source holds now, by its name, as
+      pipeline.digest_contents returns them.
 
   Raises:
     RequestError: where a source has changed, unless that is allowed.
@@ -121,8 +128,7 @@ def check_data(request: RunRequest, contents: dict[str, str]) -> list[str]:
 
 
 class StartingPoint(NamedTuple):
-  """Where a run goes on.
-
+  """The state and the step from which a run goes on, or how it has ended.
   Attributes:
     state: the state of the newest good checkpoint; None where the run begins.
     step: the index of the next batch.
@@ -136,15 +142,17 @@ class StartingPoint(NamedTuple):
 
 
 def find_starting_point(request: RunRequest, run: runs.Run,
-                        saved: checkpoints.Checkpoints,
-                        label: str = '') -> StartingPoint:
-  """Returns where a run goes on, or how it has ended.
+                        saved: checkpoints.Checkpoints, label: str = ''
+                        ) -> StartingPoint:
+  """Restores the newest good checkpoint of a run, and returns the step from
+  which the run goes on, or how it has ended.
 
   Args:
-    request: the request.
+    request: the request of the run.
     run: the run, alone on its devices.
     saved: its checkpoints.
-    label: what is printed before each line; '' of a run that trains alone.
+    label: the text before each line that is printed; '' for a run that trains
+      alone.
 
   Raises:
     RequestError: where the checkpoint is not of such a model, or of a later
@@ -153,28 +161,31 @@ def find_starting_point(request: RunRequest, run: runs.Run,
   try:
     restored = parameters.restore_run(run, saved)
   except checkpoints.CheckpointMismatch as error:  # which lists the shapes
-    way_on = run_config.advise_on_incompatible(request.changes)
-    raise RequestError(way_on or str(error)) from error
+    advice = run_config.advise_on_incompatible(request.changes)
+    raise RequestError(advice or str(error)) from error
   if restored is None:
     return StartingPoint(state=None, step=0)
 
   state = restored.state
   step = restored.record['next_batch']
-  steps = request.config.train.steps
-  require(step <= steps, f'train.steps is {steps}, and the run in '
+  last_step = request.config.train.steps
+  require(step <= last_step, f'train.steps is {last_step}, and the run in '
           f'{request.workdir} has trained {step} steps: ask for more, or take '
           'another --workdir')
 
-  # With another config a run that ended badly may go on.
-  badly = writer.explain_if_diverged(state, request.config)
-  if badly and not request.changes:
+  # A run that diverged does not go on, unless its config has changed; nor does
+  # one that was stopped early.
+  divergence = writer.explain_if_diverged(state, request.config)
+  if divergence and not request.changes:
     return StartingPoint(state=state, step=step, code=writer.DIVERGED,
-                         sentence=badly)
-  early = writer.explain_if_ended_early(request.config, saved.best, step)
-  if early:
+                         sentence=divergence)
+  early_end = writer.explain_if_ended_early(request.config, saved.best, step)
+  if early_end:
     return StartingPoint(state=state, step=step, code=writer.ENDED_EARLY,
-                         sentence=early)
-  if devices.primary() and 0 < step < steps:
+                         sentence=early_end)
+
+  # Any other goes on from its step.
+  if devices.primary() and 0 < step < last_step:
     print(f'{label}going on from step {step}')
     for change in checkpoints.list_environment_changes(restored.record):
       print(f'{label}not bit for bit, since this has changed: {change}')
@@ -182,8 +193,8 @@ def find_starting_point(request: RunRequest, run: runs.Run,
 
 
 def create_first_state(run: runs.Run) -> TrainState:
-  """Returns the state of a run before its first step: drawn, or with the
-  parameters of init_from."""
+  """Returns the training state of a run before its first step, with parameters
+  that are drawn, or are those of init_from; prints which."""
   config = run.config
   state = parameters.create_state(run, config.init_from)
   if not devices.primary():

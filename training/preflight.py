@@ -19,7 +19,7 @@ from training.objectives import pipeline
 from training.optim import mup, optimizers
 from training.workdir import checkpoints, metrics, run_config, storage
 
-# Fields that are read only where another one is set.
+# For each field that is read only where another one is set, the other one.
 FIELD_THAT_ENABLES = {
     'eval.best_is': 'eval.best', 'eval.patience': 'eval.best',
     'eval.live': 'optim.ema', 'init_partial': 'init_from',
@@ -59,97 +59,123 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
 
 
 def _check_enabling_fields(config: ml_collections.ConfigDict) -> None:
-  """Raises RequestError for a field that is set and not read, since the field
-  beside it is not set."""
-  for name, other in FIELD_THAT_ENABLES.items():
+  """Raises RequestError for a field that is set but would not be read, since it
+  needs another field, which is not set."""
+  for name, enabling_field in FIELD_THAT_ENABLES.items():
     value = config[name]
     default = base.FIELDS[name].default
-    if value != default and not config[other]:
+    if value != default and not config[enabling_field]:
       raise RequestError(
-          f'{name} is {value!r}, which is not read while {other} is not set: '
-          f'leave it at {default!r}, or set {other}')
+          f'{name} is {value!r}, which is not read while {enabling_field} is '
+          f'not set: leave it at {default!r}, or set {enabling_field}')
 
 
 def _check_row_length(config: ml_collections.ConfigDict, model: ModelConfig
                       ) -> None:
-  """Raises RequestError for rows that are longer than learned positions."""
-  longest = max(objectives.find_objective(config).row_lengths(config))
-  require(longest <= positions.longest_supported_length(model),
-          f'model.max_len is {model.max_len}, and rows of {longest} tokens '
+  """Raises RequestError where the rows of the data have more tokens than the
+  model has learned positions."""
+  longest_row = max(objectives.find_objective(config).row_lengths(config))
+  require(longest_row <= positions.longest_supported_length(model),
+          f'model.max_len is {model.max_len}, and rows of {longest_row} tokens '
           '(data.length, or data.target_length) are longer than these learned '
-          f'positions: set it to {longest} or more')
+          f'positions: set it to {longest_row} or more')
 
 
-def _check_best_figure(e: ml_collections.ConfigDict) -> None:
-  """Raises RequestError for fields of config.eval that do not fit together."""
-  one_of('eval.best_is', e.best_is, ('', 'least', 'largest'))
-  if not e.best:
+def _check_best_figure(eval_config: ml_collections.ConfigDict) -> None:
+  """Checks that eval.best names a figure (such as `loss`, or TASK/FIGURE) that
+  the evaluations of the run will have, and of which the best value is known.
+
+  Args:
+    eval_config: config.eval.
+
+  Raises:
+    RequestError: where it does not, or eval.best_is is none of its values.
+  """
+  one_of('eval.best_is', eval_config.best_is, ('', 'least', 'largest'))
+  best = eval_config.best
+  if not best:
     return
 
-  # eval.best is a figure of the held-out data, or TASK/FIGURE.
-  figure = e.best.rpartition('/')[2]
-  if '/' in e.best:
-    task = e.best.partition('/')[0]
-    tasks = evals.parse_task_names(e.tasks)
-    require(task in tasks, f'eval.best is {e.best!r}, and eval.tasks has no '
+  # The figure is one of a task, TASK/FIGURE, or one of the held-out data.
+  figure = best.rpartition('/')[2]
+  if '/' in best:
+    task = best.partition('/')[0]
+    tasks = evals.parse_task_names(eval_config.tasks)
+    require(task in tasks, f'eval.best is {best!r}, and eval.tasks has no '
             f'{task!r}: it has {", ".join(tasks) or "none"}')
     # A task may also be run once, after the last step; patience needs more.
-    is_known = e.tasks_every_steps or not e.patience
-    every = 'tasks_every_steps'
+    is_evaluated = eval_config.tasks_every_steps or not eval_config.patience
+    interval_field = 'tasks_every_steps'
   else:
-    is_known = e.every_steps
-    every = 'every_steps'
-  if not is_known:
+    is_evaluated = eval_config.every_steps
+    interval_field = 'every_steps'
+  if not is_evaluated:
     raise RequestError(
-        f'eval.best is {e.best!r} and eval.patience {e.patience}, but '
-        f'eval.{every} is 0: nothing of it is known while training')
+        f'eval.best is {best!r} and eval.patience {eval_config.patience}, but '
+        f'eval.{interval_field} is 0: nothing of it is known while training')
 
+  # Whether the least or the largest value is the best.
   has_usual_best = figure in (*metrics.FIGURES_BEST_WHEN_LEAST,
                               *metrics.FIGURES_BEST_WHEN_LARGEST)
-  if not e.best_is and not has_usual_best:
+  if not eval_config.best_is and not has_usual_best:
     raise RequestError(
-        f'eval.best is {e.best!r}, of which it is not known which value is '
+        f'eval.best is {best!r}, of which it is not known which value is '
         'the best: set eval.best_is to least or largest')
 
 
 def refuse_unread_fields(names: Iterable[str],
                          config: ml_collections.ConfigDict,
                          model: ModelConfig) -> None:
-  """Raises RequestError for a field of config.model that was set by hand, to
+  """Raises RequestError for a field of config.model that a user has set to
   another value than its default, and that the model does not read.
 
   Args:
-    names: of the fields that were set.
-    config: the run's.
-    model: its resolved ModelConfig.
+    names: the dotted names of the fields that the user has set.
+    config: the config of the run.
+    model: its resolved config.model.
   """
-  names = {name for name in names if name.startswith('model.')}
-  unread = flat.fields_that_are_unread(model, config.model) if names else {}
-  for inner, why in unread.items():
-    name = f'model.{inner}'
-    of_kind = inner.startswith('kinds.')
-    # A kind's fields are set by setting model.kinds.
-    if name not in names and not (of_kind and 'model.kinds' in names):
+  model_names = {name for name in names if name.startswith('model.')}
+  if not model_names:
+    return
+  unread_fields = flat.fields_that_are_unread(model, config.model)
+  for name_in_model, unread in unread_fields.items():
+    name = f'model.{name_in_model}'
+    is_of_layer_kind = name_in_model.startswith('kinds.')
+    # The fields of a kind of layer are set by setting model.kinds, too.
+    is_set = name in model_names or (
+        is_of_layer_kind and 'model.kinds' in model_names)
+    if not is_set:
       continue
     default = base.find(name).default
     value = config[name]
-    if value == default and not of_kind:
+    if value == default and not is_of_layer_kind:
       continue
-    way_on = 'away'
-    if not of_kind:
-      others = ' or '.join(f'model.{other}' for other in why.others)
-      way_on = f'at {default}, or set {others}'
+
+    # It is refused, with what would make the model read it.
+    advice = 'away'
+    if not is_of_layer_kind:
+      others = ' or '.join(f'model.{other}' for other in unread.others)
+      advice = f'at {default}, or set {others}'
     raise RequestError(f'{name} is {value}, which this model does not read: it '
-                       f'is read where {why.where}. Leave it {way_on}')
+                       f'is read where {unread.where}. Leave it {advice}')
 
 
 def _check_objective_fits_model(name: str, module: nn.Module) -> None:
-  """Raises RequestError where the objective does not train such a model."""
+  """Raises RequestError where an objective (what is learned, such as `causal`)
+  cannot train a model, because of its stack, its layers or its head.
+
+  Args:
+    name: the name of the objective.
+    module: the model.
+  """
+  # The stack: a decoder, an encoder or both.
   objective = objectives.OBJECTIVES[name]
   stack = architectures.stack(module.config)
   if stack not in objective.stacks:
-    choices = [key for key, row in objectives.OBJECTIVES.items()
-               if stack in row.stacks]
+    choices = []
+    for other_name, other_objective in objectives.OBJECTIVES.items():
+      if stack in other_objective.stacks:
+        choices.append(other_name)
     raise RequestError(
         f'objective is {name!r}, which does not fit model.arch '
         f'{module.config.arch} ({stack}): choose from {", ".join(choices)}')
@@ -166,7 +192,8 @@ def _check_objective_fits_model(name: str, module: nn.Module) -> None:
 
 
 def check_workdir_is_writable(workdir: epath.Path) -> None:
-  """Raises RequestError where a run could not write its files."""
+  """Raises RequestError where a run could not write its files into a folder, or
+  would write over those of something else."""
   storage.check_folder_is_writable(checkpoints.checkpoint_folder(workdir))
   for file in (run_config.config_file(workdir), workdir / metrics.METRICS_FILE):
     storage.check_file_is_writable(file, '--workdir')
@@ -175,11 +202,12 @@ def check_workdir_is_writable(workdir: epath.Path) -> None:
 
 
 def config_to_print(config: ml_collections.ConfigDict,
-                    by_hand: Iterable[str] = ()
-                    ) -> dict[str, Any]:
-  """Returns the config as a run reads it: checked, and with every field of
-  the model that is derived filled in; `by_hand` is as for `check_config`."""
+                    by_hand: Iterable[str] = ()) -> dict[str, Any]:
+  """Returns the config as a run reads it, in nested dicts: checked, without the
+  fields that the model does not read, and with the values of those that are
+  derived. The arguments and errors are those of `check_config`."""
   check_config(config, by_hand)
   config = objectives.fill_in_labels(config)
-  model, _ = runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  model, _ = runs.resolve_model(config, tokenizer)
   return run_config.without_unread_fields(config, model, resolved=True)
