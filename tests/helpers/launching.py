@@ -40,7 +40,7 @@ touch {0}
 
 def args_of(module, *words):
   args = flags.FlagValues()
-  job.define(job.FLAGS + module.FLAGS, args)
+  job.define_flags(job.FLAGS + module.FLAGS, args)
   args(['launch', *words])
   return args
 

@@ -44,7 +44,7 @@ def base(**fields):
 @pytest.mark.parametrize('file', sorted(
     pathlib.Path('configs/probes').glob('[a-z]*.py')), ids=lambda p: p.stem)
 def test_every_suite_can_be_run(file):
-  suite = suites.load(str(file), base())
+  suite = suites.load_suite(str(file), base())
   assert len(suite.seeds) >= 3
   for task, config in suite.configs.items():
     assert task.startswith(probes.parse_probe_name(config.data.source))
@@ -55,7 +55,7 @@ def test_a_run_for_each_rate_and_seed(file):
   file.write_text(SUITE + """
   add('parity', label='bits_4', **{'data.length': 5, 'probe.levels': (4,)})
 """)
-  suite = suites.load(str(file), base(), seeds=3)
+  suite = suites.load_suite(str(file), base(), seeds=3)
   runs = list(suite.runs('bits_4'))
   assert [(run.lr, run.seed) for run in runs] == [
       (lr, seed) for lr in (1e-3, 1e-2) for seed in (0, 1, 2)]
@@ -77,7 +77,7 @@ def test_a_run_for_each_rate_and_seed(file):
 def test_suites_that_are_refused(file, old, new, words):
   file.write_text(SUITE.replace(old, new))
   with pytest.raises(RequestError, match=words):
-    suites.load(str(file), base())
+    suites.load_suite(str(file), base())
 
 
 @pytest.mark.parametrize('old, new, field', [
@@ -87,7 +87,7 @@ def test_suites_that_are_refused(file, old, new, words):
     ("'parity',", "'s3', label='parity',", 'data.source')])
 def test_a_suite_that_has_changed_is_noticed(file, tmp_path, old, new, field):
   """A run that has begun is refused, and the card has another hash."""
-  suite = suites.load(str(file), base())
+  suite = suites.load_suite(str(file), base())
   run = next(suite.runs('parity'))
   request = begin.check_request(run.config, run.folder(epath.Path(tmp_path)))
   run_config.save_config(request.workdir, run.config, request.derived)
@@ -96,7 +96,7 @@ def test_a_suite_that_has_changed_is_noticed(file, tmp_path, old, new, field):
 
   assert old in SUITE
   file.write_text(SUITE.replace(old, new))
-  changed = suites.load(str(file), base())
+  changed = suites.load_suite(str(file), base())
   assert changed.digest != suite.digest
   with pytest.raises(RequestError, match=f'config differs.* in .*{field}'):
     begin.check_request(next(changed.runs('parity')).config, request.workdir)
@@ -119,10 +119,10 @@ def written(suite, workdir, figures):
 
 def test_the_card_has_the_best_rate_and_the_interval_of_its_logit(
     file, tmp_path):
-  suite = suites.load(str(file), base(), seeds=3)
+  suite = suites.load_suite(str(file), base(), seeds=3)
   workdir = epath.Path(tmp_path)
   written(suite, workdir, {1e-3: [0.5, 0.6, 0.7], 1e-2: [0.4, 0.9, 0.2]})
-  row = suites.card_of(suite, workdir)['tasks']['parity']
+  row = suites.make_card(suite, workdir)['tasks']['parity']
   assert row['lr'] == 1e-3 and row['accuracy']['seeds'] == [0.5, 0.6, 0.7]
   low, high = stats.t.interval(0.95, 2, 0.6, stats.sem([0.5, 0.6, 0.7]))
   of_logit = special.logit([row['accuracy'][end] for end in ('low', 'high')])
@@ -135,13 +135,13 @@ def test_the_card_has_the_best_rate_and_the_interval_of_its_logit(
 
 @pytest.mark.long  # it compiles a group of runs
 def test_a_suite_is_trained_once(file, tmp_path, capsys):
-  suite = suites.load(str(file), base())
+  suite = suites.load_suite(str(file), base())
   workdir = epath.Path(tmp_path)
-  suites.train(suite, workdir)
-  card = suites.card_of(suite, workdir)
+  suites.train_suite(suite, workdir)
+  card = suites.make_card(suite, workdir)
   assert len(card['tasks']['parity']['accuracy']['seeds']) == 2
   capsys.readouterr()
-  suites.train(suite, workdir)
+  suites.train_suite(suite, workdir)
   assert '4 of 4 runs are complete' in capsys.readouterr().out
 
 
@@ -149,13 +149,14 @@ def test_a_suite_that_is_stopped_is_not_done(file, tmp_path, monkeypatch):
   monkeypatch.setattr(vectorised, 'train_group', lambda configs, folders: [
       types.SimpleNamespace(code=loop.STOPPED, stop_requested=True)])
   with pytest.raises(Stopped):
-    suites.train(suites.load(str(file), base()), epath.Path(tmp_path))
+    suite = suites.load_suite(str(file), base())
+    suites.train_suite(suite, epath.Path(tmp_path))
 
 
 def test_a_rate_at_which_a_run_diverges_is_left_out(
     file, tmp_path, monkeypatch):
   file.write_text(SUITE + "  add('copy', **{'train.steps': 2})\n")
-  suite = suites.load(str(file), base())
+  suite = suites.load_suite(str(file), base())
   workdir, asked = epath.Path(tmp_path / 'w'), []
   def train(configs, folders):
     """Stands in for the training: both tasks diverge at a rate or all."""
@@ -171,17 +172,17 @@ def test_a_rate_at_which_a_run_diverges_is_left_out(
         code=loop.DIVERGED * bad, stop_requested=False)
             for _, bad in asked[-len(configs):]]
   monkeypatch.setattr(vectorised, 'train_group', train)
-  suites.train(suite, workdir)
+  suites.train_suite(suite, workdir)
   assert [task for task, _ in asked] == ['parity'] * 4 + ['copy'] * 4
-  card = suites.card_of(suite, workdir)
+  card = suites.make_card(suite, workdir)
   parity = card['tasks']['parity']
   assert parity['lr'] == 1e-3 and parity['diverged'] == {1e-2: [1]}
   assert parity['accuracy']['seeds'] == [0.5, 0.6]
-  lines = suites.text(card).splitlines()
+  lines = suites.card_as_text(card).splitlines()
   assert 'parity, lr 0.001: 0.5500 (the' in lines[1]  # two seeds: no interval
   assert lines[2] == '  left out, since runs diverged: lr 0.01 (1 of 2 runs)'
-  suites.write(card, workdir)
-  kept = json.loads((workdir / suites.JSON).read_text())
+  suites.write_card(card, workdir)
+  kept = json.loads((workdir / suites.CARD_FILE).read_text())
   assert kept['suite_digest'] == suite.digest
   assert kept['tasks']['copy']['lr'] is None
-  assert (workdir / suites.PICTURE).read_bytes()[:4] == b'\x89PNG'
+  assert (workdir / suites.PICTURE_FILE).read_bytes()[:4] == b'\x89PNG'

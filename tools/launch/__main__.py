@@ -43,11 +43,11 @@ def main() -> int:
   from tools.launch import job
   cli.define_config()
   cli.define_workdir()
-  job.define(job.FLAGS + module.FLAGS)
+  job.define_flags(job.FLAGS + module.FLAGS)
   flags.adopt_module_key_flags(job)
   cli.parse(module.__doc__, [sys.argv[0], *sys.argv[2:]])
   args = flags.FLAGS
-  return module.launch(job.make(module.size(args)), args)
+  return module.launch(job.make_job(module.size(args)), args)
 
 
 if __name__ == '__main__':

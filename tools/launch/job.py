@@ -30,11 +30,11 @@ FLAGS = (
      'default: logs in the workdir, or logs/NAME here for one in a bucket.'),
 )
 # The variables that tell a process who it is.
-_OF_THE_LAUNCHER = (
+_VARIABLES_OF_LAUNCHER = (
     'JAX_PROCESS_ID', 'JAX_NUM_PROCESSES', 'JAX_COORDINATOR_ADDRESS',
     'JAX_COORDINATOR_BIND_ADDRESS', 'JAX_LOCAL_DEVICE_IDS')
 # The flags that are train.py's own.
-_OF_TRAIN = ('config', 'workdir', 'profile_steps', 'allow_config_change')
+_FLAGS_OF_TRAIN = ('config', 'workdir', 'profile_steps', 'allow_config_change')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +59,9 @@ class Job:
   dry_run: bool
 
 
-def make(num_devices: int) -> Job:
-  """Returns the job that the flags describe.
+def make_job(num_devices: int) -> Job:
+  """Returns the job that the flags of the command line describe, after all that
+  train.py would refuse was checked.
 
   Args:
     num_devices: the number of devices of all processes; 0: not known here.
@@ -87,22 +88,23 @@ def make(num_devices: int) -> Job:
 
   workdir = args.workdir.rstrip('/')
   parent = workdir.rpartition('/')[0] or '.'
-  name = named(workdir)
+  name = job_name_of_workdir(workdir)
   logs = args.logs or f'{workdir}/logs'
   if not args.logs and storage.is_in_bucket(workdir):
     logs = f'logs/{name}'
   return Job(
       name=name,
       words=('python', '-u', 'train.py',
-             *cli.words_to_repeat_command(_OF_TRAIN),
+             *cli.words_to_repeat_command(_FLAGS_OF_TRAIN),
              f'--stopped_exit_code={STOPPED}'),
       workdir=workdir, logs=logs,
-      env=environment(args, f'{parent}/jax_cache'),
+      env=environment_of_processes(args, f'{parent}/jax_cache'),
       max_restarts=args.max_restarts, dry_run=args.dry_run)
 
 
-def environment(args, compile_cache: str) -> dict[str, str]:
-  """Returns the variables that each process finds in its environment.
+def environment_of_processes(args, compile_cache: str) -> dict[str, str]:
+  """Returns the variables that every process of a job finds in its environment:
+  the folder of jax's cache of compiled programs, and those of --env.
 
   Args:
     args: the flags.
@@ -115,7 +117,7 @@ def environment(args, compile_cache: str) -> dict[str, str]:
       'JAX_COMPILATION_CACHE_DIR': args.compile_cache or compile_cache,
       # JAX leaves out what compiles within a second.
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-  taken = (*env, *_OF_THE_LAUNCHER)
+  taken = (*env, *_VARIABLES_OF_LAUNCHER)
   added = parse_assignments(args.env, '--env')
   for name, value in added.items():
     if name.isidentifier() and name not in taken:
@@ -127,10 +129,12 @@ def environment(args, compile_cache: str) -> dict[str, str]:
   return env | added
 
 
-def named(workdir: str) -> str:
-  """Returns the name of the job that trains in a workdir: a DNS label, which
-  every place takes. Two workdirs, which may both end in runs/a, have two names,
-  and one workdir has one."""
+def job_name_of_workdir(workdir: str) -> str:
+  """Returns the name of the job that trains in a workdir.
+
+  It is a DNS label, which every launcher takes. It ends in a hash of the whole
+  path, so that two workdirs have two names even where both end in runs/a.
+  """
   if not storage.is_in_bucket(workdir):
     workdir = os.path.abspath(workdir)
   workdir = workdir.rstrip('/')
@@ -139,14 +143,14 @@ def named(workdir: str) -> str:
   return f'run-{label[:24].strip("-")}-{digest[:8]}'.replace('--', '-')
 
 
-def require_here(job: Job) -> None:
+def check_folders_are_writable(job: Job) -> None:
   """Raises RequestError where this machine, which writes them, cannot write the
   workdir or the logs."""
   storage.check_folder_is_writable(job.workdir)
   storage.check_folder_is_writable(job.logs, '--logs')
 
 
-def need(*names: str) -> None:
+def require_programs(*names: str) -> None:
   """Raises RequestError where a program is not on this machine."""
   for name in names:
     require(shutil.which(name) is not None, f'{name} is not on the PATH of '
@@ -154,7 +158,7 @@ def need(*names: str) -> None:
             'or only look at what would be done with --dry_run')
 
 
-def define(table, args: flags.FlagValues = flags.FLAGS) -> None:
+def define_flags(table, args: flags.FlagValues = flags.FLAGS) -> None:
   """Defines the flags of the place that is launched on. Others may have flags
   of the same name."""
   for kind, name, default, text, *bounds in table:

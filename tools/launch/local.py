@@ -57,49 +57,56 @@ def _platform(platform: str) -> str:
 
 def launch(job: job_lib.Job, args) -> int:
   """Runs the job; returns the exit code of this program."""
-  job_lib.require_here(job)
+  job_lib.check_folders_are_writable(job)
   kind = _platform(args.platform)
   words = [sys.executable, *job.words[1:]]
   if job.dry_run:
-    for env in environments(job.env, args.processes, args.devices, kind,
-                            '127.0.0.1:PORT'):
+    envs = environments_of_processes(
+        env=job.env, processes=args.processes, devices=args.devices,
+        platform=kind, coordinator='127.0.0.1:PORT')
+    for env in envs:
       variables = [f'{name}={value}' for name, value in env.items()]
       print(shlex.join(variables + words))
     return 0
-  return supervise(words, job.env, args.processes, args.devices, kind,
-                   job.logs, job.max_restarts)
+  return run_until_complete(
+      words, env=job.env, processes=args.processes, devices=args.devices,
+      platform=kind, logs=job.logs, max_restarts=job.max_restarts)
 
 
-def environments(env: Mapping[str, str], processes: int, devices: int,
-                 kind: str, coordinator: str) -> list[dict[str, str]]:
-  """Returns what is added to the environment of each process.
+def environments_of_processes(env: Mapping[str, str], processes: int,
+                              devices: int, platform: str, coordinator: str
+                              ) -> list[dict[str, str]]:
+  """Returns the variables that each process of a run gets besides those of this
+  program: by them jax finds the other processes and its own devices.
 
   Args:
     env: the variables that all of them have.
     processes: the number of processes.
     devices: the number of devices of each.
-    kind: cpu or gpu.
+    platform: cpu or gpu.
     coordinator: the host:port of process 0.
   """
-  result = []
+  envs = []
   for i in range(processes):
     process_env = dict(env)
+    # Who the process is, where there are several.
     if processes > 1:
       process_env |= {
           'JAX_COORDINATOR_ADDRESS': coordinator,
           'JAX_NUM_PROCESSES': str(processes), 'JAX_PROCESS_ID': str(i)}
-    if kind == 'cpu':
-      outer = os.environ.get('XLA_FLAGS', '')
+    # Its devices. Of two equal flags of XLA, the last one counts.
+    if platform == 'cpu':
+      flags_of_xla = os.environ.get('XLA_FLAGS', '')
       process_env['JAX_PLATFORMS'] = 'cpu'
-      process_env['XLA_FLAGS'] = (  # of two flags alike, the last counts
-          f'{outer} --xla_force_host_platform_device_count={devices}')
+      process_env['XLA_FLAGS'] = (
+          f'{flags_of_xla} --xla_force_host_platform_device_count={devices}')
     elif processes > 1:
       ids = range(i * devices, (i + 1) * devices)
       process_env['JAX_LOCAL_DEVICE_IDS'] = ','.join(map(str, ids))
-    else:  # JAX reads that only where it joins several
+    else:  # JAX reads JAX_LOCAL_DEVICE_IDS only where it joins several
       process_env[_GPUS] = _first_gpus(process_env, devices)
-    result.append(process_env)
-  return result
+    envs.append(process_env)
+  return envs
 
 
 def _first_gpus(env: Mapping[str, str], devices: int) -> str:
@@ -112,66 +119,84 @@ def _first_gpus(env: Mapping[str, str], devices: int) -> str:
   return ','.join(names[:devices])
 
 
-def supervise(words: list[str], env: dict[str, str], processes: int,
-              devices: int, kind: str, logs: str, max_restarts: int) -> int:
-  """Runs the processes, again where they were preempted or failed.
+def run_until_complete(words: list[str], env: dict[str, str], processes: int,
+                       devices: int, platform: str, logs: str,
+                       max_restarts: int) -> int:
+  """Runs the processes of a job, again and again where they were preempted or
+  failed.
+
+  Args:
+    words: the command of each process.
+    env: the variables that all of them have.
+    processes: the number of processes.
+    devices: the number of devices of each.
+    platform: cpu or gpu.
+    logs: the folder of the output of all but process 0.
+    max_restarts: how often they are started again after a failure.
 
   Returns:
-    0: complete; STOPPED: by a signal to this process; 2: a wrong request, or a
-    loss that was not finite: it would end so again; 1: failed once more than
-    max_restarts.
+    The exit code. 0: complete. STOPPED: a signal came to this process. 2: a
+    wrong request, or a loss that was not finite, which would end so again. 1:
+    they failed once more than max_restarts.
   """
-  was_told = {0, job_lib.STOPPED, -signal.SIGTERM, -signal.SIGHUP}
-  failures, heard = 0, Signals()
-  with signals.handled(heard.add):
+  codes_of_stopped = {0, job_lib.STOPPED, -signal.SIGTERM, -signal.SIGHUP}
+  failures = 0
+  received = Signals()
+  with signals.handled(received.add):
     while True:
-      if heard.n:  # between two runs
+      if received.n:  # between two runs
         return job_lib.STOPPED
       coordinator = f'127.0.0.1:{free_port()}'
-      envs = environments(env, processes, devices, kind, coordinator)
-      codes = run(words, envs, pathlib.Path(logs), heard)
+      envs = environments_of_processes(
+          env=env, processes=processes, devices=devices, platform=platform,
+          coordinator=coordinator)
+      codes = run_once(words, envs, pathlib.Path(logs), received)
 
-      # It is complete, was told to stop, or would end so again.
+      # It is complete, was told to stop, or would end so again. Process 0 stops
+      # too where nobody reads its output any more.
       if not any(codes):
         return 0
-      stopped = set(codes) <= was_told
-      if heard.n or signals.is_unread(1):  # which process 0 prints to
-        return job_lib.STOPPED if stopped else 1
+      has_stopped = set(codes) <= codes_of_stopped
+      if received.n or signals.is_unread(1):
+        return job_lib.STOPPED if has_stopped else 1
       if 2 in codes:
         return 2
 
       # It starts again.
-      if stopped:
-        _say('stopped before the last step: starting it again')
+      if has_stopped:
+        _print_line('stopped before the last step: starting it again')
         continue
       failures += 1
       if failures > max_restarts:
-        _say(f'failed {failures} times (--max_restarts={max_restarts}): '
+        _print_line(f'failed {failures} times (--max_restarts={max_restarts}): '
              'giving up')
         return 1
-      _say(f'failed: starting it again, {failures} of {max_restarts}')
+      _print_line(f'failed: starting it again, {failures} of {max_restarts}')
 
 
-def run(words: list[str], envs: list[dict[str, str]], logs: pathlib.Path,
-        heard: 'Signals') -> list[int]:
-  """Runs the processes once; returns their exit codes.
+def run_once(words: list[str], envs: list[dict[str, str]], logs: pathlib.Path,
+             received: 'Signals') -> list[int]:
+  """Runs the processes of a job once, and returns their exit codes.
+
+  While they run, signals to this process are passed on to them, one that is
+  stopped is named, and where one fails the others are ended.
 
   Args:
-    words: the command of each.
+    words: the command of each process.
     envs: what is added to the environment of each.
     logs: the folder of the output of all but process 0.
-    heard: the signals that came to this process.
+    received: the signals that came to this process.
   """
-  group = _Group(words, envs, logs)
+  group = _ProcessGroup(words, envs, logs)
   while group.runs():
     time.sleep(POLL_SECONDS)
     group.say_who_is_stopped()
-    group.pass_on(heard.to_pass_on)
+    group.pass_on(received.to_pass_on)
     group.end_after_a_failure()
   return [process.returncode for process in group.processes]
 
 
-class _Group:
+class _ProcessGroup:
   """Processes that end together: where one fails, the others must end too."""
 
   def __init__(self, words: list[str], envs: list[dict[str, str]],
@@ -202,12 +227,12 @@ class _Group:
     """Names the processes that a signal has stopped since the last call."""
     stopped = set()
     for i, process in enumerate(self.processes):
-      if process.poll() is None and _is_stopped(process.pid):
+      if process.poll() is None and _is_stopped_by_signal(process.pid):
         stopped.add(i)
     for i in sorted(stopped - self._stopped):
-      _say(f'process {i} is stopped, as by SIGSTOP: the others wait for it, '
-           f'and end without it; kill -CONT {self.processes[i].pid} lets it go '
-           'on')
+      _print_line(f'process {i} is stopped, as by SIGSTOP: the others wait for '
+                  'it, and end without it; kill -CONT '
+                  f'{self.processes[i].pid} lets it go on')
     self._stopped = stopped
 
   def pass_on(self, numbers: set[int]) -> None:
@@ -226,7 +251,7 @@ class _Group:
         if self._deadline and time.monotonic() > self._deadline:
           self._failed.add(i)
           process.kill()
-          _say(f'process {i} did not end by itself then, and was killed')
+          _print_line(f'process {i} did not end by itself then, and was killed')
       elif code not in (0, job_lib.STOPPED) and i not in self._failed:
         self._failed.add(i)
         if self._deadline is None:
@@ -236,10 +261,10 @@ class _Group:
           how = f'was killed by {signal.Signals(-code).name}'
         if i > 0:
           how += f'; its output: {self._logs}/process-{i}.log'
-        _say(f'process {i} {how}')
+        _print_line(f'process {i} {how}')
 
 
-def _is_stopped(pid: int) -> bool:
+def _is_stopped_by_signal(pid: int) -> bool:
   """Whether a signal has stopped a process that has not ended."""
   how = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
   return os.waitid(os.P_PID, pid, how) is not None
@@ -271,5 +296,5 @@ def free_port() -> int:
     return probe.getsockname()[1]
 
 
-def _say(text: str) -> None:
+def _print_line(text: str) -> None:
   print(f'launch: {text}', file=sys.stderr, flush=True)

@@ -45,12 +45,12 @@ def size(args) -> int:
 
 def launch(job: job_lib.Job, args) -> int:
   """Submits the job; returns the exit code of this program."""
-  job_lib.require_here(job)
+  job_lib.check_folders_are_writable(job)
   command = words(job, args)
   if job.dry_run:
     print(shlex.join(command))
     return 0
-  job_lib.need('sbatch')
+  job_lib.require_programs('sbatch')
   logs = pathlib.Path(job.logs).absolute()
   logs.mkdir(parents=True, exist_ok=True)
   log = logs / 'process-0.log'

@@ -66,7 +66,7 @@ def launch(job: job_lib.Job, args) -> int:
   if job.dry_run:
     print(shlex.join(command))
     return 0
-  job_lib.need('gcloud', 'bash')
+  job_lib.require_programs('gcloud', 'bash')
   os.execvp('bash', command)
 
 

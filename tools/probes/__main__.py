@@ -49,14 +49,15 @@ def main() -> int:
   from training.workdir import storage
   workdir = storage.checked_path(args.workdir)
   storage.check_folder_is_writable(workdir)
-  storage.refuse_folder_of_run(workdir, '--workdir', suites.JSON)
-  suite = suites.load(args.suite, args.config, args.only, args.seeds,
+  storage.refuse_folder_of_run(workdir, '--workdir', suites.CARD_FILE)
+  suite = suites.load_suite(args.suite, args.config, args.only, args.seeds,
                       cli.overridden_fields())
-  suites.train(suite, workdir)
-  card = suites.card_of(suite, workdir)
-  suites.write(card, workdir)
-  print(suites.text(card))
-  print(f'written: {workdir / suites.JSON}, {workdir / suites.PICTURE}')
+  suites.train_suite(suite, workdir)
+  card = suites.make_card(suite, workdir)
+  suites.write_card(card, workdir)
+  print(suites.card_as_text(card))
+  card_file = workdir / suites.CARD_FILE
+  print(f'written: {card_file}, {workdir / suites.PICTURE_FILE}')
   return 0
 
 

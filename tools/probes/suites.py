@@ -24,8 +24,9 @@ from training import cli, plugins
 from training.data import probes
 from training.workdir import storage
 
-JSON, PICTURE = 'card.json', 'card.png'
-_OF_RUNS = ('seed', 'optim.lr')  # fields by which the runs of a task differ
+CARD_FILE, PICTURE_FILE = 'card.json', 'card.png'
+# The fields by which the runs of a task differ.
+_FIELDS_OF_RUNS = ('seed', 'optim.lr')
 
 
 class Run(NamedTuple):
@@ -65,9 +66,11 @@ class Suite(NamedTuple):
         yield Run(task=task, lr=lr, seed=seed, config=config.lock())
 
 
-def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
-         seeds: int = 0, overrides: Collection[str] = ()) -> Suite:
-  """Returns the suite of a file for the architecture of `base`.
+def load_suite(file: str, base: ml_collections.ConfigDict,
+               only: Sequence[str] = (), seeds: int = 0,
+               overrides: Collection[str] = ()) -> Suite:
+  """Reads a file of configs/probes/, and returns its suite of tasks for an
+  architecture, each task with the config of its runs.
 
   Args:
     file: a file of configs/probes/.
@@ -96,21 +99,22 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
 
     # A run is evaluated and saved at its end alone.
     steps = fields.get('train.steps', base.train.steps)
-    usual = {
+    fields_of_tasks = {
         'objective': probes.PROBES[task].objective,
         'data.source': f'probe:{task}', 'model.vocab_size': 0,
         'model.max_len': 0, 'eval.tasks': 'probe', 'eval.every_steps': steps,
         'checkpoint.every_steps': steps, 'checkpoint.keep': 1,
         'log.every_steps': max(steps // 10, 1),
         'optim.warmup_steps': steps // 10}
-    fields = usual | fields
+    fields = fields_of_tasks | fields
 
     # A flag does not set what the suite sets.
     if not only or label in only:
       for field in overrides:
-        require(field not in (*_OF_RUNS, *fields), f'--config.{field} is set, '
-                f'which the suite {file} sets itself in its task {label!r}: '
-                'leave it out, or change the suite')
+        is_free = field not in (*_FIELDS_OF_RUNS, *fields)
+        require(is_free, f'--config.{field} is set, which the suite {file} '
+                f'sets itself in its task {label!r}: leave it out, or change '
+                'the suite')
     configs[label] = spec.changed(base, fields, f'{file}, task {task!r}')
 
   cli.call_user_function(file, module.suite, add)
@@ -128,9 +132,13 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
   return suite
 
 
-def train(suite: Suite, workdir: epath.Path) -> None:
-  """Trains what is not trained yet, a task after the other. Where a run
-  diverges the others go on.
+def train_suite(suite: Suite, workdir: epath.Path) -> None:
+  """Trains the runs of a suite that are not trained yet, one task after the
+  other. Where a run diverges the others go on.
+
+  Args:
+    suite: the suite.
+    workdir: the folder of the suite, which holds one of each run.
 
   Raises:
     Stopped: after a signal.
@@ -148,8 +156,9 @@ def train(suite: Suite, workdir: epath.Path) -> None:
           raise Stopped
 
 
-def card_of(suite: Suite, workdir: epath.Path) -> dict[str, Any]:
-  """Returns the card: for each task the figures of its best learning rate.
+def make_card(suite: Suite, workdir: epath.Path) -> dict[str, Any]:
+  """Returns the score card of a suite: for each task the figures of its best
+  learning rate.
 
   A figure has its mean over the seeds, its 95 % interval (None with fewer than
   three, or where all are alike), and the figure of each seed. The rate is
@@ -157,67 +166,74 @@ def card_of(suite: Suite, workdir: epath.Path) -> dict[str, Any]:
   papers that give the best of several learning rates. A rate at which a run
   diverged cannot be chosen.
   """
-  tasks = {task: _row(suite, task, workdir) for task in suite.configs}
+  tasks = {task: _row_of_task(suite, task, workdir) for task in suite.configs}
   return dict(suite=suite.file, suite_digest=suite.digest,
               seeds=list(suite.seeds), tasks=tasks)
 
 
-def _row(suite: Suite, task: str, workdir: epath.Path) -> dict[str, Any]:
-  """Returns the row of a task in the card."""
+def _row_of_task(suite: Suite, task: str, workdir: epath.Path
+                 ) -> dict[str, Any]:
+  """Returns the row of a task in the score card: the accuracy at each learning
+  rate, and the figures of the best one over the seeds."""
   from training.evals.tasks import probe as probe_task
 
-  # The figures of the runs at each learning rate, or the seeds that diverged.
-  by_lr: dict[float, list[dict[str, float]]] = {}
+  # The figures of the runs at each learning rate, and the seeds that diverged.
+  figures_by_lr: dict[float, list[dict[str, float]]] = {}
   diverged: dict[float, list[int]] = {}
   for run in suite.runs(task):
-    figures = _figures(run, workdir)
+    figures = _figures_of_run(run, workdir)
     if figures:
-      by_lr.setdefault(run.lr, []).append(figures)
+      figures_by_lr.setdefault(run.lr, []).append(figures)
     else:
       diverged.setdefault(run.lr, []).append(run.seed)
 
-  # The best learning rate, and its figures over the seeds.
-  mean = {}
-  for lr, runs in by_lr.items():
+  # The mean accuracy at each learning rate at which no run diverged.
+  mean_accuracy = {}
+  for lr, figures_of_runs in figures_by_lr.items():
     if lr not in diverged:
-      mean[lr] = float(np.mean([run['accuracy'] for run in runs]))
-  best = None
+      accuracies = [figures['accuracy'] for figures in figures_of_runs]
+      mean_accuracy[lr] = float(np.mean(accuracies))
+
+  # The best learning rate, and its figures over the seeds.
+  best_lr = None
   over_seeds = {}
-  if mean:
-    best = max(mean, key=lambda lr: mean[lr])
-    for name in by_lr[best][0]:
-      seeds = [run[name] for run in by_lr[best]]
-      interval = statistics.share_interval(seeds)._asdict()
-      over_seeds[name] = interval | {'seeds': seeds}
+  if mean_accuracy:
+    best_lr = max(mean_accuracy, key=lambda lr: mean_accuracy[lr])
+    figures_of_runs = figures_by_lr[best_lr]
+    for name in figures_of_runs[0]:
+      values = [figures[name] for figures in figures_of_runs]
+      interval = statistics.share_interval(values)._asdict()
+      over_seeds[name] = interval | {'seeds': values}
 
   config = suite.configs[task]
   return dict(
-      steps=config.train.steps, diverged=diverged, lr=best,
+      steps=config.train.steps, diverged=diverged, lr=best_lr,
       what=probes.find_probe(config).level,
       commonest=probe_task.score_constant_answer(config),
-      accuracy_by_lr=mean, level=_below('level/', over_seeds),
-      beyond=_below('beyond/', over_seeds),
+      accuracy_by_lr=mean_accuracy, level=_with_prefix('level/', over_seeds),
+      beyond=_with_prefix('beyond/', over_seeds),
       accuracy=over_seeds.get('accuracy'),
       rows_right=over_seeds.get('rows_right'))
 
 
-def _below(prefix: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+def _with_prefix(prefix: str, figures: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the figures whose names begin with a prefix, without it."""
   return {name.removeprefix(prefix): figure for name, figure in figures.items()
           if name.startswith(prefix)}
 
 
-def _figures(run: Run, workdir: epath.Path) -> dict[str, float]:
-  """Returns the figures of the task at the end of a run; {}: it diverged."""
+def _figures_of_run(run: Run, workdir: epath.Path) -> dict[str, float]:
+  """Returns what a run's task measured after its last step, as its metrics file
+  has it; {}: the run diverged before."""
   lines = (run.folder(workdir) / 'metrics.jsonl').read_text().splitlines()
   for line in reversed(lines):
     row = json.loads(line)
     if 'probe/accuracy' in row and row['step'] == run.config.train.steps:
-      return _below('probe/', row)
+      return _with_prefix('probe/', row)
   return {}
 
 
-def text(card: Mapping[str, Any]) -> str:
+def card_as_text(card: Mapping[str, Any]) -> str:
   """Renders a card for a terminal."""
   seeds = len(card['seeds'])
   lines = [f'accuracy over {seeds} seeds, at the best learning rate: mean and '
@@ -226,33 +242,34 @@ def text(card: Mapping[str, Any]) -> str:
     if row['lr'] is None:
       lines.append(f'{task}: no figures')
     else:
+      accuracy = _figure_with_interval(row['accuracy'])
       lines.append(
-          f'{task}, lr {row["lr"]:g}: {_shown(row["accuracy"])} (the commonest '
-          f'answer: {row["commonest"]:.4f}); by {row["what"]}:')
+          f'{task}, lr {row["lr"]:g}: {accuracy} (the commonest answer: '
+          f'{row["commonest"]:.4f}); by {row["what"]}:')
     for lr, runs in row['diverged'].items():
       lines.append(f'  left out, since runs diverged: lr {lr:g} '
                    f'({len(runs)} of {seeds} runs)')
     for name, figure in row['level'].items():
-      lines.append(f'  {name:<22} {_shown(figure)}')
+      lines.append(f'  {name:<22} {_figure_with_interval(figure)}')
     for name, figure in row['beyond'].items():
       label = f'beyond training {name}'
-      lines.append(f'  {label:<22} {_shown(figure)}')
+      lines.append(f'  {label:<22} {_figure_with_interval(figure)}')
   return '\n'.join(lines)
 
 
-def _shown(figure: Mapping[str, Any], digits: int = 4) -> str:
+def _figure_with_interval(figure: Mapping[str, Any], digits: int = 4) -> str:
   """Returns a figure with its interval."""
   return page.estimate(figure['mean'], figure['low'], figure['high'],
                        f'.{digits}f').text
 
 
-def write(card: Mapping[str, Any], workdir: epath.Path) -> None:
+def write_card(card: Mapping[str, Any], workdir: epath.Path) -> None:
   """Writes card.json and card.png."""
-  storage.write_file(workdir / JSON, json.dumps(card, indent=1) + '\n')
-  storage.write_picture(workdir / PICTURE, _draw(card))
+  storage.write_file(workdir / CARD_FILE, json.dumps(card, indent=1) + '\n')
+  storage.write_picture(workdir / PICTURE_FILE, _draw_card(card))
 
 
-def _draw(card: Mapping[str, Any]) -> Any:
+def _draw_card(card: Mapping[str, Any]) -> Any:
   """Draws a row of cells for each task: its levels, then longer rows."""
   from matplotlib.figure import Figure
   tasks = card['tasks']
@@ -270,7 +287,7 @@ def _draw(card: Mapping[str, Any]) -> Any:
       cells.append((x, (f'{name} length', cell)))
     for x, (name, cell) in cells:
       values[y, x] = cell['mean']
-      words = '\n'.join([name, *_shown(cell, 2).split(' ', 1)])
+      words = '\n'.join([name, *_figure_with_interval(cell, 2).split(' ', 1)])
       color = 'white' if cell['mean'] < 0.6 else 'black'
       axes.text(x, y, words, ha='center', va='center', fontsize=8, color=color)
   image = axes.imshow(values, vmin=0, vmax=1, cmap='viridis', aspect='auto')

@@ -31,8 +31,8 @@ def test_scripts_pass_shellcheck():
 
 
 def supervise(j, processes=2, devices=1):
-  return local.supervise(list(j.words), j.env, processes, devices, 'cpu',
-                         j.logs, j.max_restarts)
+  return local.run_until_complete(
+      list(j.words), j.env, processes, devices, 'cpu', j.logs, j.max_restarts)
 
 
 @pytest.mark.parametrize('codes, code, count', [
@@ -144,8 +144,8 @@ def test_a_local_run_whose_terminal_is_closed_is_saved(tmp_path):
 
 
 def test_local_loses_no_signal_between_two_starts(tmp_path, monkeypatch):
-  say = local._say
-  monkeypatch.setattr(local, '_say', lambda text: (
+  say = local._print_line
+  monkeypatch.setattr(local, '_print_line', lambda text: (
       say(text), os.kill(os.getpid(), signal.SIGINT)))
   assert supervise(make_job(tmp_path, '75 0'), 1) == job.STOPPED
   assert len(starts(tmp_path)) == 1
@@ -153,13 +153,13 @@ def test_local_loses_no_signal_between_two_starts(tmp_path, monkeypatch):
 
 def test_local_gives_each_process_its_gpus(monkeypatch):
   """Without a coordinator JAX does not read JAX_LOCAL_DEVICE_IDS."""
-  envs = local.environments({}, 2, 2, 'gpu', 'host:1')
+  envs = local.environments_of_processes({}, 2, 2, 'gpu', 'host:1')
   assert [e['JAX_LOCAL_DEVICE_IDS'] for e in envs] == ['0,1', '2,3']
   for outer, expected in ((None, '0,1'), ('4,GPU-a,6', '4,GPU-a')):
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
     if outer is not None:
       monkeypatch.setenv('CUDA_VISIBLE_DEVICES', outer)
-    [env] = local.environments({}, 1, 2, 'gpu', 'host:1')
+    [env] = local.environments_of_processes({}, 1, 2, 'gpu', 'host:1')
     assert env['CUDA_VISIBLE_DEVICES'] == expected
 
 
@@ -401,8 +401,8 @@ def test_a_signal_ends_the_wait_for_a_slice(tpu_run, tmp_path, monkeypatch):
     ('gs://alice/runs/a', 'gs://bob/runs/a'), ('/alice/runs/a', 'runs/a'),
     ('gs://b/' + 60 * 'a', 'gs://b/' + 61 * 'a')])
 def test_two_workdirs_have_two_names(one, other):
-  names = [job.named(one), job.named(other)]
-  assert names[0] != names[1] and names[0] == job.named(one + '/')
+  names = [job.job_name_of_workdir(one), job.job_name_of_workdir(other)]
+  assert names[0] != names[1] and names[0] == job.job_name_of_workdir(one + '/')
   assert all(re.fullmatch('[a-z][a-z0-9-]{,39}', name) for name in names)
 
 
@@ -417,7 +417,7 @@ def test_what_no_place_has_is_refused(tmp_path, module, words, message):
   with pytest.raises(RequestError, match=message):
     args = args_of(module, *words)
     module.size(args)
-    job.environment(args, '')
+    job.environment_of_processes(args, '')
     module.words(make_job(
         tmp_path, '0', 'runs/a' if 'workdir' in message else 'gs://b/a'), args)
 

@@ -41,7 +41,7 @@ def launch(folder, processes, devices, words, faults=(), max_restarts=0):
   """Runs the processes to their end; returns the launcher's exit code."""
   command = [sys.executable, '-m', 'tests.helpers.pod_worker',
              json.dumps(dict(words=words, faults=list(faults)))]
-  return local.supervise(
+  return local.run_until_complete(
       command, {'PYTHONPATH': str(train_test.ROOT)}, processes, devices, 'cpu',
       str(folder / 'logs'), max_restarts)
 
@@ -109,12 +109,12 @@ def test_a_lost_process_ends_all_and_the_run_goes_on(folder, texts, monkeypatch,
   raises, and each time the launcher starts them again."""
   shutil.copytree(folder / 'two', folder / 'lost')
   ends = []
-  local_run = local.run
+  local_run = local.run_once
   def run(*args):
     codes = local_run(*args)
     ends.append((time.time(), codes))
     return codes
-  monkeypatch.setattr(local, 'run', run)
+  monkeypatch.setattr(local, 'run_once', run)
   where = folder / 'faults'
   where.mkdir()
   fault = dict(folder=str(where), workdir=str(folder / 'lost'))
