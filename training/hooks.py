@@ -26,7 +26,8 @@ from training.writer import DIVERGED, ENDED_EARLY, RunWriter
 def usual_hooks(stop: signals.Stop, tokenizer: Tokenizer,
                 eval_data: Sequence[pipeline.Loader], profile_steps: str,
                 workdir: epath.Path) -> list[Hook]:
-  """Returns the hooks that every run has.
+  """Returns the hooks that every run has (what is done between its steps), in
+  the order in which the loop calls them.
 
   Args:
     stop: whether a signal came.
@@ -58,33 +59,39 @@ class Report(Hook):
     self._report_figures(loop, self._deferred.push(loop.n, figures))
 
   def flush(self, loop: Loop) -> None:
-    """Reports the step whose figures are still held: before evaluating and
-    saving."""
+    """Reports the last step, whose figures are still held back: before the runs
+    are evaluated or saved."""
     self._report_figures(loop, self._deferred.flush())
 
-  def _report_figures(self, loop: Loop,
-                      read: progress.StepFigures | None) -> None:
-    """Writes and prints the figures of a step that were read; None: there are
-    none."""
+  def _report_figures(self, loop: Loop, read: progress.StepFigures | None
+                      ) -> None:
+    """Gives each run the figures of a step, and writes and shows them where
+    that is due.
+
+    Args:
+      loop: the loop.
+      read: the step and its figures; None: there are none yet.
+    """
     if read is None:
       return
     n = read.step
     live = loop.live
 
-    # Each run takes its figures; too many bad steps end it.
+    # Each run takes its figures. One with too many bad steps ends here, and
+    # these figures are its last.
     ended = []
     for row, writer in live.items():
-      was_over = writer.has_too_many_bad_steps
+      had_too_many = writer.has_too_many_bad_steps
       writer.take_figures(loop.program.figures_of_run(read.figures, row))
-      if writer.has_too_many_bad_steps and not was_over:
+      if writer.has_too_many_bad_steps and not had_too_many:
         ended.append(writer)
       for hook in loop.hooks:
         hook.on_figures(loop, writer, n, writer.last_figures)
 
-    # A line of metrics.
-    due = n % loop.config.log.every_steps == 0 or n == loop.steps
+    # A line of metrics, for all runs where it is due.
+    is_due = n % loop.config.log.every_steps == 0 or n == loop.steps
     reported = ended
-    if due:
+    if is_due:
       reported = list(live.values())
     if not reported:
       return
@@ -96,7 +103,7 @@ class Report(Hook):
       writer.write_figures(n, 'train', figures)
 
     # The line that is shown: the mean loss of the runs.
-    if live and due:
+    if live and is_due:
       losses = [writer.last_figures['loss'] for writer in live.values()]
       loop.bar.update(n, lap | {'loss': float(np.mean(losses))})
 
@@ -158,10 +165,11 @@ class Evaluate(Hook):
     self._save = save
 
   def check(self, loop: Loop) -> None:
-    """Refuses an eval.best that is none of the figures of the evaluations.
+    """Raises RequestError for an eval.best that is none of the figures of the
+    evaluations.
 
-    The figures of held-out data are traced, and those of a task that are not
-    known come of doing the task once.
+    The names of the figures of held-out data come of tracing an evaluation. A
+    task whose figures are not known is done once, to see their names.
     """
     self._tasks = in_training.TasksInTraining(loop.program.run, self._tokenizer)
     program = loop.program
@@ -169,7 +177,7 @@ class Evaluate(Hook):
     if best is None or best.seen:
       return
 
-    # A figure is that of a task, TASK/FIGURE, or one of the held-out data.
+    # The figure is that of a task, TASK/FIGURE, or one of the held-out data.
     task, is_task, _ = best.figure.partition('/')
     if is_task:
       params = next(iter(program.split_by_run(loop.state.params)))
@@ -187,8 +195,8 @@ class Evaluate(Hook):
       loop.eval_step.compile(loop.state.params, batch)
 
   def begin(self, loop: Loop) -> None:
-    """Does the evaluation that a signal kept from being done before the run was
-    resumed."""
+    """Does the evaluation after the step at which a run is resumed, where a
+    signal had kept it from being done."""
     late = [writer for writer in loop.live.values()
             if self._lacks_evaluation(loop, writer)]
     if late and self._is_due(loop):
@@ -198,15 +206,16 @@ class Evaluate(Hook):
         writer.end(ENDED_EARLY, loop.n)
 
   def after_step(self, loop: Loop, figures: Any) -> None:
-    """Evaluates where an evaluation is due, and at the end."""
+    """Evaluates the runs where that is due, and after the last step."""
     is_last = loop.n == loop.steps
     if not self._is_due(loop) or loop.stopped and not is_last:
       return
     try:
       self._evaluate(loop)
     except Exception:
-      # Tasks are done by one process alone, so that no other waits, and what
-      # the runs have learned does not hang on them.
+      # A task may fail for reasons of its own, and what the runs have learned
+      # must not be lost with it. One process alone does the tasks, so that no
+      # other one waits for this save.
       if self._are_tasks_due(loop):
         self._save.save_after_failed_evaluation(loop)
       raise
@@ -235,59 +244,73 @@ class Evaluate(Hook):
       return True
     return every > 0 and loop.n % every == 0
 
-  def _cut_short(self, loop: Loop) -> bool:
+  def _is_cut_short(self, loop: Loop) -> bool:
     """Whether a signal ends an evaluation. The last one goes on: the run was
     for it."""
     return self._stop.at_once and loop.n < loop.steps
 
   def _evaluate(self, loop: Loop) -> bool:
-    """Evaluates all runs; returns False where a signal cut it short."""
+    """Evaluates all runs by what is due, and writes their figures; returns
+    False, and writes nothing, where a signal cut the evaluation short."""
     self._report.flush(loop)
     live = loop.live
-    figures: dict[int, dict] = {row: {} for row in live}
+    figures_of_row: dict[int, dict] = {row: {} for row in live}
     # The time of an evaluation is none of training's.
     with loop.meter.paused():
-      if self._is_held_out_due(loop) and not self._evaluate_held_out(loop,
-                                                                     figures):
-        return False
-      if self._are_tasks_due(loop) and not self._evaluate_tasks(loop, figures):
-        return False
+      if self._is_held_out_due(loop):
+        if not self._evaluate_held_out(loop, figures_of_row):
+          return False
+      if self._are_tasks_due(loop):
+        if not self._evaluate_tasks(loop, figures_of_row):
+          return False
     # The figures of all evaluations of a run make one row.
     for row, writer in live.items():
-      if figures[row]:
-        writer.evaluate(loop.n, figures[row])
+      figures = figures_of_row[row]
+      if figures:
+        writer.evaluate(loop.n, figures)
         for hook in loop.hooks:
-          hook.on_evaluation(loop, writer, loop.n, figures[row])
+          hook.on_evaluation(loop, writer, loop.n, figures)
     return True
 
-  def _evaluate_held_out(self, loop: Loop, figures: dict[int, dict]) -> bool:
-    """Adds the figures of what is held out; returns False if cut short."""
+  def _evaluate_held_out(self, loop: Loop, figures_of_row: dict[int, dict]
+                         ) -> bool:
+    """Evaluates all runs on the held-out data, and prints their figures.
+
+    Args:
+      loop: the loop.
+      figures_of_row: the figures of each run, by its row in the joint arrays,
+        to which those of held-out data are added.
+
+    Returns:
+      False where a signal cut the evaluation short.
+    """
     program = loop.program
     # With optim.ema the average is evaluated, and maybe the parameters as well.
-    evaluated = {'': program.run.parameters_to_evaluate(loop.state)}
+    params_of_prefix = {'': program.run.parameters_to_evaluate(loop.state)}
     if loop.config.eval.live:
-      evaluated['live/'] = loop.state.params
-    for prefix, params in evaluated.items():
+      params_of_prefix['live/'] = loop.state.params
+    for prefix, params in params_of_prefix.items():
       sums = held_out.sum_held_out(
           loop.eval_step, params=params, loaders=self._eval_data,
           batches=loop.config.eval.batches, put=program.put,
-          stop=lambda: self._cut_short(loop))
+          stop=lambda: self._is_cut_short(loop))
       if sums is None:
         return False
-      # One evaluation is of all runs of a group.
+      # The sums are those of all runs of a group.
       for row, writer in loop.live.items():
-        sums_of_run = [program.figures_of_run(of_source,
-                                              row) for of_source in sums]
+        sums_of_run = [program.figures_of_run(sums_of_source, row)
+                       for sums_of_source in sums]
         means = held_out.average_figures(sums_of_run, self._eval_data)
         for name, value in means.items():
-          figures[row][prefix + name] = value
+          figures_of_row[row][prefix + name] = value
         self._print_held_out_figures(loop, writer=writer, prefix=prefix,
                                      means=means)
     return True
 
   def _print_held_out_figures(self, loop: Loop, writer: RunWriter, prefix: str,
                               means: dict[str, float]) -> None:
-    """Shows the held-out figures of a run; of one among many its loss alone.
+    """Prints a line with the held-out figures of a run; for one of a group of
+    runs, its loss alone.
 
     Args:
       loop: the loop.
@@ -304,27 +327,38 @@ class Evaluate(Hook):
       words = name.replace('_', ' ')
       parts.append(f'{words} {held_out.format_figure(value)}')
     text = '  '.join(parts)
-    which = prefix.replace('/', ' ')
-    loop.bar.say(f'step {loop.n}  held-out {which}{text}{label}')
+    which_parameters = prefix.replace('/', ' ')
+    loop.bar.say(f'step {loop.n}  held-out {which_parameters}{text}{label}')
 
-  def _evaluate_tasks(self, loop: Loop, figures: dict[int, dict]) -> bool:
-    """Adds the figures of eval.tasks; returns False if cut short."""
+  def _evaluate_tasks(self, loop: Loop, figures_of_row: dict[int, dict]
+                      ) -> bool:
+    """Does the tasks of eval.tasks with each run, and prints their results.
+
+    Args:
+      loop: the loop.
+      figures_of_row: the figures of each run, by its row in the joint arrays,
+        to which those of the tasks are added.
+
+    Returns:
+      False where a signal cut the evaluation short.
+    """
     program = loop.program
     live = loop.live
     # Nothing is shown before the tasks of all runs are done.
-    results = {}
+    result_of_row = {}
     params = program.run.parameters_to_evaluate(loop.state)
     params_of_runs = program.split_by_run(params)
     for row, params in enumerate(params_of_runs):
       if row not in live:
         continue
-      result = self._tasks.run_for_member(params, loop.n, live[row].workdir,
-                              stop=lambda: self._cut_short(loop))
+      result = self._tasks.run_for_member(
+          params, loop.n, live[row].workdir,
+          stop=lambda: self._is_cut_short(loop))
       if result is None:
         return False
-      results[row] = result
-    for row, result in results.items():
-      figures[row] |= result.figures
+      result_of_row[row] = result
+    for row, result in result_of_row.items():
+      figures_of_row[row] |= result.figures
       for text in result.lines:
         loop.say(live[row], f'step {loop.n}  {text}')
     return True
@@ -341,22 +375,33 @@ class Save(Hook):
     self._save_runs(loop, all_end=loop.ends)
 
   def _save_runs(self, loop: Loop, all_end: bool) -> None:
-    """Saves what is due; `all_end` says that no run trains further."""
+    """Saves the runs for which that is due, and ends those that diverged or
+    stop early.
+
+    Args:
+      loop: the loop.
+      all_end: whether no run trains further, so that all are saved.
+    """
     n = loop.n
-    runs = self._runs_to_save(loop, all_end)
-    if not runs:
+    writer_of_row = self._runs_to_save(loop, all_end)
+    if not writer_of_row:
       return
+
+    # Parameters that are not finite are not saved.
     self._report.flush(loop)
     with loop.meter.paused():
       for row, state in enumerate(loop.program.split_by_run(loop.state)):
-        if row not in runs:
+        if row not in writer_of_row:
           continue
-        if runs[row].is_sound:
-          runs[row].save(n, state, loop.batches.tokens_before(n))
+        writer = writer_of_row[row]
+        if writer.is_sound:
+          writer.save(n, state, loop.batches.tokens_before(n))
         else:
-          loop.say(runs[row], f'step {n} is not saved: its parameters are not '
+          loop.say(writer, f'step {n} is not saved: its parameters are not '
                    'finite')
-    for writer in runs.values():
+
+    # The runs that end here.
+    for writer in writer_of_row.values():
       has_diverged = n == loop.steps and not writer.is_sound
       if writer.has_too_many_bad_steps or has_diverged:
         writer.end(DIVERGED, n)
@@ -366,8 +411,9 @@ class Save(Hook):
         loop.say(writer, writer.sentence)
 
   def _runs_to_save(self, loop: Loop, all_end: bool) -> dict[int, RunWriter]:
-    """Returns the runs to be saved, by row: all, where it is time for one,
-    since their clocks began together; else those that ask for it."""
+    """Returns the writers of the runs to be saved, by their row in the joint
+    arrays: of all runs where one of them is due, since their clocks began
+    together; else of those that need it, as after their best evaluation."""
     live = loop.live
     if all_end or any(writer.saved.is_due(loop.n) for writer in live.values()):
       return live
@@ -375,7 +421,7 @@ class Save(Hook):
             if writer.needs_save(loop.n)}
 
   def save_after_failed_evaluation(self, loop: Loop) -> None:
-    """Saves after an evaluation that failed."""
+    """Saves all runs, so that nothing is lost where an evaluation fails."""
     self._save_runs(loop, all_end=True)
     for writer in loop.writers:
       writer.saved.wait()

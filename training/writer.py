@@ -59,20 +59,20 @@ class RunWriter:
   stop_requested: bool = False
 
   def open_metrics(self, start: int) -> None:
-    """Opens the metrics files, and drops the rows after step `start`."""
-    self._files = metrics.open_writers(self.workdir,
-                                       config=self.config.to_dict(),
-                                       resumed_step=start,
-                                       primary=devices.primary())
+    """Opens the files of metrics, and drops their rows after step `start`, from
+    which the run goes on."""
+    self._files = metrics.open_writers(
+        self.workdir, config=self.config.to_dict(), resumed_step=start,
+        primary=devices.primary())
     self.best = BestEvaluation.begin_or_resume(self.config, self.saved.best)
     if start > 0:
       # Only process 0 has the rows: it answers for all.
-      kept = any(file.has_kept(start, 'eval') for file in self._files[:1])
-      answer = checkpoints.broadcast_from_process_0(np.int32(kept))
+      has_row = any(file.has_kept(start, 'eval') for file in self._files[:1])
+      answer = checkpoints.broadcast_from_process_0(np.int32(has_row))
       self.has_evaluation = bool(answer)
 
   def take_figures(self, figures: dict[str, Any]) -> None:
-    """Takes the figures of a step."""
+    """Takes the figures of a step, as they were read from the devices."""
     # A step that was under way when there were too many bad ones is read too,
     # but a good loss does not save the run any more.
     if not self.has_too_many_bad_steps:
@@ -80,7 +80,13 @@ class RunWriter:
     self.last_figures = figures
 
   def write_figures(self, n: int, split: str, figures: dict[str, Any]) -> None:
-    """Writes a line of metrics, of step `n`."""
+    """Writes a row of metrics.
+
+    Args:
+      n: the step.
+      split: 'train' or 'eval'.
+      figures: the figures, by name.
+    """
     for file in self._files:
       file.write(n, split, figures)
 
@@ -96,8 +102,9 @@ class RunWriter:
     return math.isfinite(self.last_figures['param_norm'])
 
   def needs_save(self, n: int) -> bool:
-    """Whether the run is saved after step `n`, due or not: the step is the best
-    so far, or one of too many that were bad, or the run ends there."""
+    """Whether the run is saved after step `n`, even where no save is due: the
+    step is the best so far, or one of too many that were bad, or the run ends
+    there."""
     if self.has_too_many_bad_steps:
       return True
     if self.best is None:
@@ -105,47 +112,56 @@ class RunWriter:
     return self.best.step == n or self.best.is_over
 
   def evaluate(self, n: int, figures: dict[str, Any]) -> None:
-    """Takes and writes the figures of the evaluation after step `n`."""
+    """Takes the figures of the evaluation after step `n`: writes them, and
+    notes whether they are the best so far."""
     if self.best is not None and self.best.seen < n:
       self.best.add_evaluation(n, figures)
       self.saved.best = self.best.record()
     self.write_figures(n, 'eval', figures)
 
   def save(self, n: int, state: TrainState, tokens: int) -> None:
-    """Saves the state after step `n`; the run has seen so many `tokens`."""
+    """Saves a checkpoint of the training state.
+
+    Args:
+      n: the number of steps that are done.
+      state: the state after them.
+      tokens: the number of tokens that the run has been trained on.
+    """
+    # No checkpoint is without the figures before it.
     for file in self._files:
       file.flush()
     best = None
     if self.best is not None:
       best = self.best.record()
+    is_good = not self.last_figures['bad_in_row']
     self.saved.save(n, state, next_batch=n, tokens=tokens, config=self.config,
-                    good=not self.last_figures['bad_in_row'], best=best)
+                    good=is_good, best=best)
 
   def describe_lowest_loss(self) -> list[str]:
-    """Returns a line that says where the held-out loss was lowest, unless that
-    is the end, of a run whose figures lie on disk."""
+    """Returns a line that says at which step the held-out loss was lowest, with
+    advice; [] where it was lowest at the end, or no figures lie on disk."""
     path = pathlib.Path(self.workdir) / metrics.METRICS_FILE
     if not path.exists():
       return []
     # Rows of earlier starts of the run are there, too.
-    losses = {}
+    loss_of_step = {}
     for row in metrics.read_metrics(path):
       if row['split'] == 'eval' and row.get('loss') is not None:
-        losses[row['step']] = row['loss']
-    if not losses:
+        loss_of_step[row['step']] = row['loss']
+    if not loss_of_step:
       return []
-    lowest = min(losses, key=losses.get)
-    last = max(losses)
+    best_step = min(loss_of_step, key=loss_of_step.get)
+    last_step = max(loss_of_step)
     # A run that still improves needs no advice.
-    if lowest == last:
+    if best_step == last_step:
       return []
     advice = ('to keep the best, train with --config.eval.best=loss, and with '
               '--config.eval.patience=3 to end soon after it')
     if self.best is not None:
       advice = 'eval.py --step=best judges the best'
-    return [f'held-out loss was lowest at step {lowest:,}, '
-            f'{losses[lowest]:.4f}, and is {losses[last]:.4f} at step '
-            f'{last:,}: {advice}']
+    return [f'held-out loss was lowest at step {best_step:,}, '
+            f'{loss_of_step[best_step]:.4f}, and is '
+            f'{loss_of_step[last_step]:.4f} at step {last_step:,}: {advice}']
 
   def close(self) -> None:
     """Closes the metrics files."""
@@ -153,58 +169,61 @@ class RunWriter:
       file.close()
 
   def end(self, code: int, n: int) -> None:
-    """Records that the run ends after step `n`, as `code` says."""
+    """Notes that the run ends after step `n`, and sets `sentence` to the
+    reason; `code` is STOPPED, DIVERGED or ENDED_EARLY."""
     self.code = code
-    newest = self.saved.newest
+    newest_step = self.saved.newest
     if code == DIVERGED:
-      self.sentence = _explain_divergence(n, self.num_bad_in_row, newest)
+      self.sentence = _explain_divergence(n, self.num_bad_in_row, newest_step)
     elif code == ENDED_EARLY:
       self.sentence = self.best.explain_end(n)
     else:
-      self.sentence = self._explain_stop(n, newest)
+      self.sentence = self._explain_stop(n, newest_step)
 
-  def _explain_stop(self, n: int, newest: int | None) -> str:
-    """Returns where a run that a signal stopped goes on; `newest` is the step
-    of its newest checkpoint."""
+  def _explain_stop(self, n: int, newest_step: int | None) -> str:
+    """Returns the sentence for a run that a signal stopped after step `n`: from
+    where it goes on, given the step of its newest checkpoint."""
     step = f'step {n}'
     if self.label:
       step = f'step {n} of {self.config.train.steps}'
-    if newest == n:
+    if newest_step == n:
       return f'stopped after {step}, saved: the same command goes on from it.'
-    start = f'step {newest}'
-    if newest is None:
+    start = f'step {newest_step}'
+    if newest_step is None:
       start = 'the beginning'
     return (f'stopped after {step}, not saved: the same command goes on from '
             f'{start}.')
 
 
-def _explain_divergence(n: int, bad: int, newest: int | None) -> str:
-  """Returns why a run ends after step `n`.
+def _explain_divergence(n: int, num_bad: int, newest_step: int | None) -> str:
+  """Returns the sentence for a run that ends because it has diverged.
 
   Args:
-    n: the step.
-    bad: how many of the last steps were not finite.
-    newest: the step of the checkpoint that the run has.
+    n: the step after which it ends.
+    num_bad: how many of its last steps were bad: a loss or a gradient was not
+      finite.
+    newest_step: the step of the newest checkpoint that the run has.
   """
   reason = f'the parameters are not finite after the last step, {n}'
-  if bad:
-    reason = (f'{REASON_OF_BAD_STEP}, in {bad} steps in a row '
+  if num_bad:
+    reason = (f'{REASON_OF_BAD_STEP}, in {num_bad} steps in a row '
               '(train.max_bad_steps), which changed no parameter')
-  return (f'{reason}. The newest checkpoint is of step {newest}. Try a smaller '
-          'optim.lr, a longer optim.warmup_steps, optim.clip_norm=1, or '
-          'model.dtype=float32, with --allow_config_change.')
+  return (f'{reason}. The newest checkpoint is of step {newest_step}. Try a '
+          'smaller optim.lr, a longer optim.warmup_steps, optim.clip_norm=1, '
+          'or model.dtype=float32, with --allow_config_change.')
 
 
-def explain_if_diverged(state: TrainState,
-                        config: ml_collections.ConfigDict) -> str:
-  """Returns why a run is not gone on with from `state` unless its config is
-  another: it ended there after too many bad steps. '': it did not."""
-  bad = int(state.bad_in_row)
+def explain_if_diverged(state: TrainState, config: ml_collections.ConfigDict
+                        ) -> str:
+  """Returns the sentence for a run that is to go on from `state` but ended
+  there after too many bad steps, and would do so again with the same config;
+  '' for a run that did not."""
+  num_bad = int(state.bad_in_row)
   step = int(state.step)
-  if bad < config.train.max_bad_steps:
+  if num_bad < config.train.max_bad_steps:
     return ''
   return (f'the run in this workdir ended at step {step}: '
-          f'{REASON_OF_BAD_STEP}, in {bad} steps in a row '
+          f'{REASON_OF_BAD_STEP}, in {num_bad} steps in a row '
           '(train.max_bad_steps), and the same config would end in the same '
           'way. Change what made it so, with '
           '--allow_config_change, or move the latest folders out of '
@@ -213,12 +232,13 @@ def explain_if_diverged(state: TrainState,
 
 def explain_if_ended_early(config: ml_collections.ConfigDict,
                            record: Mapping[str, Any] | None, step: int) -> str:
-  """Returns why a run that is at `step` does not go on; '' where it does.
+  """Returns the sentence for a run that ended early, since its evaluations were
+  no better any more; '' for a run that goes on.
 
   Args:
     config: the config of the run.
-    record: what Best.record returned, in the checkpoint that the run would go
-      on from.
+    record: what BestEvaluation.record returned, in the checkpoint that the run
+      would go on from.
     step: the step of that checkpoint.
   """
   best = BestEvaluation.begin_or_resume(config, record)
@@ -250,9 +270,10 @@ class BestEvaluation:
 
   @classmethod
   def begin_or_resume(cls, config: ml_collections.ConfigDict,
-                      record: Mapping[str,
-                                      Any] | None) -> 'BestEvaluation | None':
-    """Returns what a run has to begin with; None where eval.best is empty.
+                      record: Mapping[str, Any] | None
+                      ) -> 'BestEvaluation | None':
+    """Returns the best evaluation of a run so far: that of its record, if the
+    run is resumed, else none yet. None where eval.best is empty.
 
     Args:
       config: the config of the run.
@@ -266,7 +287,8 @@ class BestEvaluation:
     if best_is:
       largest = best_is == 'largest'
     else:
-      largest = figure.rpartition('/')[2] in metrics.FIGURES_BEST_WHEN_LARGEST
+      name = figure.rpartition('/')[2]
+      largest = name in metrics.FIGURES_BEST_WHEN_LARGEST
 
     # A run goes on from its record, but not where another figure decides now.
     patience = config.eval.patience
@@ -275,20 +297,25 @@ class BestEvaluation:
     return cls(figure=figure, largest=largest, patience=patience)
 
   def record(self) -> dict[str, Any]:
-    """Returns what a checkpoint keeps of it."""
+    """Returns the fields that a checkpoint keeps, for `begin_or_resume`."""
     fields = dataclasses.asdict(self)
     del fields['patience']  # a run that is resumed may have another
     return fields
 
   def add_evaluation(self, n: int, figures: Mapping[str, float]) -> None:
-    """Takes the figures of the evaluation after step `n`, if this figure is
-    among them; raises as `check_is_among` does."""
+    """Takes the figures of the evaluation after step `n`, and notes whether it
+    is the best so far; does nothing where eval.best is none of these figures.
+
+    Raises:
+      RequestError: as `check_is_among` does.
+    """
     self.seen = n
     if not self.check_is_among(figures):
       return
     value = float(figures[self.figure])
     # Every process decides as process 0 does.
-    if checkpoints.broadcast_from_process_0(np.int32(self._is_better(value))):
+    is_better = np.int32(self._is_better(value))
+    if checkpoints.broadcast_from_process_0(is_better):
       self.step = n
       self.value = value
       self.waited = 0
@@ -306,15 +333,18 @@ class BestEvaluation:
     return value < self.value
 
   def check_is_among(self, names: Collection[str]) -> bool:
-    """Returns whether it is one of the figures of an evaluation.
+    """Returns whether eval.best is one of the figures of an evaluation.
+
+    Args:
+      names: the names of these figures.
 
     Raises:
-      RequestError: where these are the figures of its own task, and it is not
-        among them.
+      RequestError: where these are the figures of the task that eval.best
+        names, and it is not among them.
     """
-    task, is_task, _ = self.figure.partition('/')
+    task, is_of_task, _ = self.figure.partition('/')
     choices = list(names)
-    if is_task:
+    if is_of_task:
       choices = [name for name in names if name.partition('/')[0] == task]
     require(self.figure in names or not choices,
             f'eval.best is {self.figure!r}, which is no figure of these '
@@ -327,7 +357,7 @@ class BestEvaluation:
     return 0 < self.patience <= self.waited
 
   def explain_end(self, n: int) -> str:
-    """Returns why the run ends after step `n`."""
+    """Returns the sentence for a run that ends early after step `n`."""
     best = 'no evaluation had a number'
     if self.step is not None:
       best = f'the best is {self.value:.6g}, of step {self.step}'

@@ -252,7 +252,7 @@ class Scripted:
   def __init__(self, text):
     self.left = [*text.encode(), BYTES.eos_id]
 
-  def draw(self, ids):
+  def draw_token(self, ids):
     return self.left.pop(0)
 
 
