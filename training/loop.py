@@ -29,7 +29,17 @@ def train_run(run: runs.Run, state: TrainState, start: int,
               train_data: pipeline.Loader, eval_data: Sequence[pipeline.Loader],
               saved: checkpoints.Checkpoints, workdir: pathlib.Path,
               profile_steps: str = '') -> int:
-  """Trains one run, as `train_all` does, and prints how it ended.
+  """Trains one run to its last step, and prints how it ended.
+
+  Args:
+    run: the run.
+    state: its training state after `start` steps.
+    start: the index of the next batch.
+    train_data: the loader of training batches.
+    eval_data: a loader for each held-out source.
+    saved: the checkpoints of the run.
+    workdir: the folder of the run.
+    profile_steps: which steps to trace; see progress.parse_profiled_steps.
 
   Returns:
     The exit code: 0, STOPPED or DIVERGED.
@@ -59,10 +69,16 @@ def _print_how_run_ended(writer: RunWriter) -> None:
 
 def rehearse_run(run: runs.Run, train_data: pipeline.Loader,
                  eval_data: Sequence[pipeline.Loader]) -> list[str]:
-  """Times some steps of a run that starts anew, without writing anything.
+  """Times some steps of a run that starts anew, without writing anything: a
+  dry run.
+
+  Args:
+    run: the run.
+    train_data: the loader of training batches.
+    eval_data: a loader for each held-out source.
 
   Returns:
-    What the run is about to do, and its time and memory, in some lines.
+    Lines that describe the run, and estimate its time and its memory.
   """
   config = run.config
   program = Program(run, hook.load_hooks(config))
@@ -71,31 +87,34 @@ def rehearse_run(run: runs.Run, train_data: pipeline.Loader,
   eval_step = CompiledPerShape(program.eval_step, batches.meter)
 
   # Some steps, and an evaluation on one batch.
-  times = [0.0]
-  evaluated = 0.0
+  seconds_of_steps = [0.0]
+  eval_batch_seconds = 0.0
   with program.context():
     state = program.new_state()
     batches.start_streams(0)
     for n in range(min(NUM_REHEARSED_STEPS + 1, config.train.steps)):
-      (state, _), seconds = train_step.run_timed(state, batches.batch_after(n))
-      times.append(seconds)
+      batch = batches.batch_after(n)
+      (state, _), seconds = train_step.run_timed(state, batch)
+      seconds_of_steps.append(seconds)
     batches.close()
     if config.eval.every_steps:
       batch = program.put(eval_data[0].batch(0))
-      _, evaluated = eval_step.run_timed(state.params, batch)
+      _, eval_batch_seconds = eval_step.run_timed(state.params, batch)
 
   # The first step is slow.
-  step_seconds = float(np.median(times[2:] or times[1:]))
+  step_seconds = float(np.median(seconds_of_steps[2:] or seconds_of_steps[1:]))
   training = config.train.steps * step_seconds
-  evaluating = evaluated * _count_eval_batches(config, eval_data)
+  evaluating = eval_batch_seconds * _count_eval_batches(config, eval_data)
   compiling = batches.meter.compiled
   total = training + evaluating + compiling
+  tokens_per_second = batches.most_tokens / step_seconds
+  gib_per_device = train_step.bytes_per_device() / 2**30
   return [
-      description.describe_run(run, start=0, tokens=batches.most_tokens,
-                               train_data=train_data, eval_data=eval_data),
-      f'a step: {step_seconds:.3g} s, '
-      f'{batches.most_tokens / step_seconds:,.0f} tokens/s, '
-      f'{train_step.bytes_per_device() / 2**30:,.2f} GiB on each device',
+      description.describe_run(
+          run, start=0, tokens=batches.most_tokens, train_data=train_data,
+          eval_data=eval_data),
+      f'a step: {step_seconds:.3g} s, {tokens_per_second:,.0f} tokens/s, '
+      f'{gib_per_device:,.2f} GiB on each device',
       f'about {total:,.0f} s in all, without saving and eval.tasks: steps '
       f'{progress.format_seconds(training)}, evaluating '
       f'{progress.format_seconds(evaluating)}, '
@@ -103,12 +122,14 @@ def rehearse_run(run: runs.Run, train_data: pipeline.Loader,
 
 
 def _count_eval_batches(config, eval_data: Sequence[pipeline.Loader]) -> int:
-  """Returns how many batches a run evaluates on, in all its evaluations."""
+  """Returns the number of batches that a run evaluates on, in all of its
+  evaluations together."""
   if not config.eval.every_steps:
     return 0
-  evaluations = -(-config.train.steps // config.eval.every_steps)
-  return evaluations * sum(
+  num_evaluations = -(-config.train.steps // config.eval.every_steps)
+  batches_each = sum(
       loader.first(config.eval.batches) for loader in eval_data)
+  return num_evaluations * batches_each
 
 
 def train_runs(program: Program, writers: Sequence[RunWriter],

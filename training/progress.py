@@ -27,13 +27,19 @@ _should_stop: Callable[[], bool] | None = None  # set inside a run
 
 
 class WorkStopped(Exception):
-  """The work that `each` goes through is not wanted any more."""
+  """The work on some items, which `show_items` yields one by one, is to end
+  before the last of them, since a signal has come."""
 
 
 @contextlib.contextmanager
 def stop_work_of_run(stop: Callable[[], bool]) -> Iterator[None]:
-  """While the `with` block runs nothing is drawn here, because the run has a
-  bar of its own, and `each` raises Stopped as soon as `stop` says so."""
+  """Makes the work of a training run that the `with` block does, such as an
+  evaluation, end soon after a signal: `show_items` raises WorkStopped before
+  the next item. Nothing is drawn here, because the run has a bar of its own.
+
+  Args:
+    stop: whether the work is to end.
+  """
   global _should_stop
   _should_stop = stop
   try:
@@ -45,7 +51,8 @@ def stop_work_of_run(stop: Callable[[], bool]) -> Iterator[None]:
 @contextlib.contextmanager
 def show_task(text: str, total: int | None = None
               ) -> Iterator[Callable[[], None]]:
-  """Shows what is being done while the `with` block runs, and for how long.
+  """Shows on the terminal what is being done while the `with` block runs, and
+  for how long.
 
   Args:
     text: the words for what is being done.
@@ -59,8 +66,8 @@ def show_task(text: str, total: int | None = None
     yield lambda: None
     return
   # One bar shows everything that is under way.
-  outermost = _tasks_bar is None
-  if outermost:
+  is_outermost = _tasks_bar is None
+  if is_outermost:
     _tasks_bar = _make_tasks_bar()
     _tasks_bar.start()
   task = _tasks_bar.add_task(text, total=total)
@@ -68,7 +75,7 @@ def show_task(text: str, total: int | None = None
     yield lambda: _tasks_bar.advance(task)
   finally:
     _tasks_bar.remove_task(task)
-    if outermost:
+    if is_outermost:
       _tasks_bar.stop()
       _tasks_bar = None
 
@@ -91,12 +98,16 @@ def _make_tasks_bar() -> Any:
 
 def show_items(items: Iterable[Item], text: str, total: int | None = None
                ) -> Iterator[Item]:
-  """Yields `items`, and shows how many of them are done.
+  """Yields items one by one, and shows on the terminal how many of them are
+  done.
 
   Args:
     items: any items.
     text: the words for what is being done with them.
     total: the number of items; None: as len() says, if it does.
+
+  Raises:
+    WorkStopped: inside a training run, once a signal has come.
   """
   if total is None and isinstance(items, Sized):
     total = len(items)
@@ -109,8 +120,8 @@ def show_items(items: Iterable[Item], text: str, total: int | None = None
 
 
 def _make_console(stream: TextIO):
-  """Returns rich's console, which leaves the cursor alone: a process that is
-  killed could not show it again."""
+  """Returns a console of rich that never hides the cursor, since a process that
+  is killed could not show it again."""
   from rich import console as rich_console
 
   class Console(rich_console.Console):
@@ -190,7 +201,9 @@ class _ProgressBar:
 def make_run_progress(total: int, first: int = 0, primary: bool = True,
                       stream: TextIO | None = None
                       ) -> ProgressLines | _ProgressBar:
-  """Returns what shows a run's progress: step(), update(), say(), close().
+  """Returns the object that shows the progress of a training run: a bar on a
+  terminal, and plain lines elsewhere. Its methods are step(), update(), say()
+  and close().
 
   Args:
     total: train.steps.
@@ -208,13 +221,13 @@ def make_run_progress(total: int, first: int = 0, primary: bool = True,
 
 @contextlib.contextmanager
 def show_compilation(primary: bool = True):
-  """Says that the `with` block compiles, before the first step, and how long
-  it took; process 0 alone does."""
+  """Prints that the `with` block compiles the first step, and afterwards how
+  long it took; `primary` says whether this is process 0, which alone does."""
   if not primary:
     yield
     return
   start = time.monotonic()
-  if not sys.stderr.isatty():  # where `during` shows nothing
+  if not sys.stderr.isatty():  # where `show_task` shows nothing
     print('compiling', flush=True)
   with show_task('compiling'):
     yield
@@ -222,13 +235,19 @@ def show_compilation(primary: bool = True):
 
 
 def format_seconds(seconds: float) -> str:
-  """Returns a time as 1:02:03."""
+  """Returns a number of seconds as hours, minutes and seconds: 1:02:03."""
   return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def _format_figures(step: int, total: int, figures: Mapping[str, Any]) -> str:
-  """Returns the figures that are known in one line: loss 3.1416  12,345
-  tokens/s  MFU 43.2%  1:02:03 left."""
+  """Returns one line with the figures of a step that are known, as in: loss
+  3.1416  12,345 tokens/s  MFU 43.2%  1:02:03 left.
+
+  Args:
+    step: the step.
+    total: the last step of the run.
+    figures: the figures, by name.
+  """
   parts = []
   if 'loss' in figures:
     parts.append(f'loss {figures["loss"]:.4f}')
@@ -237,8 +256,8 @@ def _format_figures(step: int, total: int, figures: Mapping[str, Any]) -> str:
   if figures.get('mfu') is not None:  # no peak is known of a CPU
     parts.append(f'MFU {figures["mfu"]:.1%}')
   if 'step_seconds' in figures:
-    seconds = (total - step) * figures['step_seconds']
-    parts.append(f'{format_seconds(seconds)} left')
+    seconds_left = (total - step) * figures['step_seconds']
+    parts.append(f'{format_seconds(seconds_left)} left')
   return '  '.join(parts)
 
 
@@ -246,7 +265,8 @@ def _format_figures(step: int, total: int, figures: Mapping[str, Any]) -> str:
 
 
 class StepFigures(NamedTuple):
-  """The figures of a step, and when it was done."""
+  """The figures of a step, read from the devices, and the time at which the
+  step was done, as DeferredFigures was told to take it."""
   step: int
   figures: dict[str, Any]
   done: Any
@@ -267,24 +287,31 @@ class DeferredFigures:
     self._now = now
 
   def push(self, step: int, metrics: Mapping[str, Any]) -> StepFigures | None:
-    """Takes the metrics of `step`, jax arrays, which has been dispatched;
-    returns those of the last one, None at the first call."""
+    """Takes the metrics of a step that was dispatched, and returns those of the
+    step before it, read from the devices; None at the first call.
+
+    Args:
+      step: the step.
+      metrics: its metrics, arrays that may not be computed yet.
+    """
     import jax  # late: what only draws progress needs no jax
     leaves = jax.tree.leaves(metrics)
     for value in leaves:
       value.copy_to_host_async()
-    # Before the time of this step is taken: it is done after the last one.
-    read = self.flush()
+    # The last step is read before the time of this one is taken, since this one
+    # is done after it.
+    last_figures = self.flush()
     # A CPU computes in the thread that dispatches (distributed/cpu.py):
     # there the step is done by now, and not when it is read, a step later.
     done = None
     if all(x.is_ready() for x in leaves):
       done = self._now()
     self._waiting = step, metrics, done
-    return read
+    return last_figures
 
   def flush(self) -> StepFigures | None:
-    """Returns what is held, or None: before evaluating, saving and ending."""
+    """Returns the metrics of the last step, which are held back, or None where
+    there are none: before an evaluation, a save and the end."""
     if self._waiting is None:
       return None
     import jax
@@ -296,8 +323,8 @@ class DeferredFigures:
 
 
 class StepTimer:
-  """Times steps: between laps, less what is paused (evaluation, saving).
-
+  """Measures the time of training steps, and the figures that follow from it: a
+  lap is the time of some steps, less what was paused (evaluating, saving).
   Args:
     tokens_per_step: the tokens of the global batch.
     flops_per_step: the model FLOPs of a training step
@@ -323,8 +350,8 @@ class StepTimer:
     self.begin(0)
 
   def now(self) -> tuple[float, float]:
-    """Returns the seconds so far, less those that were paused, and how many of
-    them waited for a batch."""
+    """Returns the seconds of training so far, without those that were paused,
+    and how many of them were spent waiting for a batch."""
     return self._clock() - self._paused, self._waited
 
   @contextlib.contextmanager
@@ -338,16 +365,16 @@ class StepTimer:
 
   @contextlib.contextmanager
   def waiting(self):
-    """Times the fetch of the next batch."""
+    """Counts the time of the `with` block as spent waiting for a batch."""
     start = self._clock()
     yield
     self._waited += self._clock() - start
 
   @contextlib.contextmanager
   def paused(self):
-    """Leaves out the time of what is no training step. A pause within another
-    one counts once: an evaluation may compile its step for rows of another
-    length."""
+    """Leaves out the time of the `with` block, which does no training step. A
+    pause within another one counts once: an evaluation may compile its step for
+    rows of another length."""
     start = self._clock()
     self._pauses += 1
     try:
@@ -358,7 +385,8 @@ class StepTimer:
         self._paused += self._clock() - start
 
   def note_work(self, step: int, tokens: int, flops: float) -> None:
-    """Notes the work of a step, where that is not what most steps have."""
+    """Notes how many tokens and FLOPs a step has, where these are not the usual
+    ones."""
     self._others[step] = tokens, flops
 
   def begin(self, step: int) -> None:
@@ -367,14 +395,19 @@ class StepTimer:
 
   def lap(self, step: int, done: tuple[float, float]
           ) -> dict[str, float | None]:
-    """Returns the figures since the last lap; `done` is what `now` was when
-    `step` was done."""
-    # The time and the work of the steps since then.
+    """Ends a lap, and returns its figures: the seconds of a step, tokens per
+    second, seconds of waiting for data, MFU, and the seconds of compiling.
+
+    Args:
+      step: the last step of the lap.
+      done: what `now` returned when that step was done.
+    """
+    # The time and the work of the steps of this lap.
     end, waited_by_end = done
     start, waited_by_start = self._since
     seconds = end - start
     waited = waited_by_end - waited_by_start
-    steps = step - self._step
+    num_steps = step - self._step
     tokens = 0
     flops = 0
     for n in range(self._step + 1, step + 1):
@@ -384,9 +417,9 @@ class StepTimer:
 
     # Seconds of compiling are told once, apart from those of steps.
     figures: dict[str, float | None] = {
-        'step_seconds': seconds / steps,
+        'step_seconds': seconds / num_steps,
         'tokens_per_second': tokens / seconds,
-        'data_seconds': waited / steps,
+        'data_seconds': waited / num_steps,
         'mfu': flops / seconds / self._peak if self._peak else None}
     if self.compiled:
       figures['compile_seconds'] = self.compiled
@@ -398,10 +431,15 @@ class StepTimer:
 
 def parse_profiled_steps(steps: str, total: float = math.inf
                          ) -> tuple[int, int] | None:
-  """Parses 'START:STOP', as a slice of a run's `total` steps; '': no profile.
+  """Returns the first step to profile and the step after the last one, given
+  the text of --profile_steps, 'START:STOP'; None for ''.
+
+  Args:
+    steps: the text.
+    total: the number of steps of the run.
 
   Raises:
-    RequestError: for anything else.
+    RequestError: for any other text, and for steps after the last one.
   """
   if not steps:
     return None

@@ -63,18 +63,22 @@ class TrainingBatches:
     return StepWork(tokens=num_rows * sum(row), flops=total)
 
   def start_streams(self, start: int) -> None:
-    """Starts the streams at batch `start`."""
+    """Starts the streams of training batches at batch `start`, one for each
+    loader."""
     steps = self._program.run.config.train.steps
     self._streams: list[Iterator] = [
         loader.iterate(start, steps) for loader in self._loaders]
 
   def batch_after(self, n: int) -> Any:
-    """Returns the batch of the step after step n."""
+    """Returns the batch of the step after step n, on the devices; to be called
+    for each n in turn."""
     batches = [next(stream) for stream in self._streams]
+    # The work of the step, where batches differ in their shape.
     if len(self._work) > 1:
       num_rows = self._ramp.rows(n)
-      key = num_rows, batches[0]['tokens'].shape[1]
-      work = self._work.get(key, self._work[num_rows, 0])
+      row_length = batches[0]['tokens'].shape[1]
+      usual_work = self._work[num_rows, 0]
+      work = self._work.get((num_rows, row_length), usual_work)
       self.meter.note_work(n + 1, work.tokens, work.flops)
     return self._program.put(*batches)
 
@@ -114,7 +118,8 @@ class CompiledPerShape:
       devices.sync('compiled')
 
   def run_timed(self, state: Any, batch: Any) -> tuple[Any, float]:
-    """Returns what a step returns, and its seconds without compiling."""
+    """Runs the step, and returns what it returns and how many seconds it took,
+    without compiling."""
     self.compile_if_new(state, batch)
     start = time.perf_counter()
     result = jax.block_until_ready(self(state, batch))
@@ -135,4 +140,5 @@ class CompiledPerShape:
 
 
 def _shapes_of_batch(batch: Any) -> tuple:
+  """Returns the shapes of all arrays of a batch."""
   return tuple(x.shape for x in jax.tree.leaves(batch))

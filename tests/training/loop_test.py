@@ -33,7 +33,7 @@ class Fake(program.Program):
     self.rows, self.done = rows, []
     super().__init__(types.SimpleNamespace(
         config=config, model=types.SimpleNamespace(dtype='float32'),
-        evaluated=lambda state: state.params), self.own)
+        parameters_to_evaluate=lambda state: state.params), self.own)
     if len(rows) > 1:
       self.figures = {'runs_at_once': len(rows)}
 
@@ -59,11 +59,11 @@ class Fake(program.Program):
     return _state(state.step + 1), {
         name: jnp.array([row[name] for row in each]) for name in each[0]}
 
-  def split(self, state):
+  def split_by_run(self, state):
     step = getattr(state, 'step', None)  # of a state, and not of parameters
     return [(row, step) for row in range(len(self.rows))]
 
-  def part(self, figures, row):
+  def figures_of_run(self, figures, row):
     if row == 0 and 'loss' in figures:
       self.done.append(('read', self.done[-1][1]))
     return {name: x[row] for name, x in figures.items()}
