@@ -73,7 +73,7 @@ def main() -> None:
 
 def _options(generation: dict[str, Any], overrides: dict[str, Any]
              ) -> types.SimpleNamespace:
-  """Returns the options of writing.SAMPLING.
+  """Returns the options of writing.SAMPLING_FLAGS.
 
   Args:
     generation: the fields of a folder's generation_config.json; {}: none.

@@ -186,7 +186,7 @@ class Evaluate(Hook):
     else:
       names = held_out.list_figure_names(
           program.eval_step, params=loop.state.params, loaders=self._eval_data,
-          put=program.put, part=program.figures_of_run)
+          put=program.put, sums_of_run=program.figures_of_run)
     best.check_is_among(names or [best.figure])
 
   def compile(self, loop: Loop) -> None:
@@ -353,7 +353,7 @@ class Evaluate(Hook):
         continue
       result = self._tasks.run_for_member(
           params, loop.n, live[row].workdir,
-          stop=lambda: self._is_cut_short(loop))
+          stop=lambda: self._cut_short(loop))
       if result is None:
         return False
       result_of_row[row] = result

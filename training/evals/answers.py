@@ -3,13 +3,14 @@ scripts, evaluate-v1.1.py and evaluate-v2.0.py (Rajpurkar et al. 2016;
 Rajpurkar, Jia and Liang 2018), and the files of what a model answers, which
 they read.
 
-An answer is a stretch of the context. A stretch from token i to token j has the
-score start_i + end_j (Devlin et al. 2019, section 4.2). All stretches of at
-most `most` tokens of all windows of a context are compared. A stretch that
-several windows show counts where its score is highest. Where a question may
-have no answer, that has the score of the null token, start_0 + end_0, the
-lowest of the windows: each window has to agree (section 4.3). The answer is the
-best stretch unless the null score is higher by more than a threshold.
+An answer is a span of the context. A span from token i to token j has the score
+start_i + end_j (Devlin et al. 2019, section 4.2). A long context is read in
+several windows, and the spans of a bounded number of tokens of all of them are
+compared. A span that several windows show counts where its score is highest.
+Where a question may have no answer, that has the score of the null token,
+start_0 + end_0, the lowest of the windows: each window has to agree (section
+4.3). The answer is the best span unless the null score is higher by more than a
+threshold.
 
 In an answer neither case counts, nor punctuation, nor the articles a, an and
 the, nor how much space there is. `exact` is whether what is left is the same;
@@ -35,159 +36,198 @@ from training.objectives import labelled
 # The names of what is measured; all but the first three only where questions
 # have no answer.
 FIGURE_NAMES = 'exact', 'f1', 'total', 'HasAns_*', 'NoAns_*'
-# How much higher null scores where there is no stretch.
+# How much higher the null score is where no window holds a span: a number that
+# JSON can hold, above every threshold.
 NULL_LEAD_WITHOUT_SPANS = 1e30
 _ARTICLES = re.compile(r'\b(a|an|the)\b')
-_PUNCTUATION = str.maketrans('', '', string.punctuation)
+_DELETE_PUNCTUATION = str.maketrans('', '', string.punctuation)
 
 
 class ContextWindow(NamedTuple):
-  """The scores of one window of a context.
+  """A window of a context: T of its tokens, with their scores.
 
   Attributes:
-    starts_T, ends_T: [T], the scores of the context's tokens that it shows.
-    spans_T2: [T, 2], the characters that each stands for.
+    starts_T, ends_T: [T], the scores of each token as the first and as the last
+      one of the answer.
+    characters_T2: [T, 2], the first character that each token stands for, and
+      the one after its last.
     null: the score of no answer.
   """
   starts_T: np.ndarray
   ends_T: np.ndarray
-  spans_T2: np.ndarray
+  characters_T2: np.ndarray
   null: float
 
 
-class BestSpans(NamedTuple):
-  """The answers to one question.
+class ScoredSpan(NamedTuple):
+  """A span of the context that may be the answer.
+
+  Attributes:
+    text: its text.
+    start: its first character in the context, before space was stripped.
+    score: the score of its first token plus that of its last.
+  """
+  text: str
+  start: int
+  score: float
+
+
+class ChosenAnswer(NamedTuple):
+  """The answer to one question, and the spans that it was chosen from.
 
   Attributes:
     text: the answer; '': the context has none.
-    stretches: (text, first character, score) of the best ones, best first.
-    null_minus_best: how much higher the null score is than the best stretch's.
+    spans: the best spans, the best first.
+    null_minus_best: how much higher the null score is than the best span's.
   """
   text: str
-  stretches: list[tuple[str, int, float]]
+  spans: list[ScoredSpan]
   null_minus_best: float
 
 
-def best_spans_of_window(context: str, window: ContextWindow, most: int,
-                         count: int
-           ) -> dict[tuple[int, int], float]:
-  """Returns the scores of the best `count` stretches of a window, best first,
-  by the first of their characters and the one after the last; of equals the
-  earlier and shorter one. Space alone is no stretch, and what several tokens of
-  one character make is one.
+def best_spans_of_window(context: str, window: ContextWindow, most_tokens: int,
+                         count: int) -> dict[tuple[int, int], float]:
+  """Returns the scores of the best spans of a window, the best first.
+
+  Of equal ones the earlier and shorter one comes first. Space alone is no span.
+  Spans of different tokens and the same characters, which several tokens of one
+  character make, are one.
 
   Args:
     context: the text that the window shows.
     window: the window.
-    most: tokens of a stretch.
-    count: how many of the best stretches are wanted.
+    most_tokens: the longest span.
+    count: how many spans are wanted.
+
+  Returns:
+    {(first character, the one after the last): score}.
   """
-  # The score of each stretch, of S tokens at most.
+  # The score of each span by its first token T and how many more tokens it has.
   T = len(window.starts_T)
-  S = min(most, T)
+  S = min(most_tokens, T)
   last_TS = np.arange(T)[:, None] + np.arange(S)[None]
   ends_T = np.append(window.ends_T, -np.inf)  # there is no token past the last
   ends_TS = ends_T[np.minimum(last_TS, T)]
   scores_TS = window.starts_T[:, None] + ends_TS
 
   # The best ones; a stable sort leaves equals in order.
-  best_scores: dict[tuple[int, int], float] = {}
-  for place in np.argsort(-scores_TS, axis=None, kind='stable'):
-    first, more = divmod(int(place), S)
-    score = float(scores_TS[first, more])
-    if len(best_scores) == count or not np.isfinite(score):
+  score_of_span: dict[tuple[int, int], float] = {}
+  for index in np.argsort(-scores_TS, axis=None, kind='stable'):
+    first_token, num_more = divmod(int(index), S)
+    score = float(scores_TS[first_token, num_more])
+    if len(score_of_span) == count or not np.isfinite(score):
       break
-    start = int(window.spans_T2[first, 0])
-    end = int(window.spans_T2[first + more, 1])
-    if (start, end) not in best_scores and context[start:end].strip():
-      best_scores[start, end] = score
-  return best_scores
+    start = int(window.characters_T2[first_token, 0])
+    end = int(window.characters_T2[first_token + num_more, 1])
+    is_new = (start, end) not in score_of_span
+    if is_new and context[start:end].strip():
+      score_of_span[start, end] = score
+  return score_of_span
 
 
-def choose_answer(context: str, windows: Sequence[ContextWindow], *, most: int,
-                  count: int,
-         may_be_null: bool, threshold: float = 0.0) -> BestSpans:
-  """Returns the answers that a context holds.
+def choose_answer(context: str, windows: Sequence[ContextWindow], *,
+                  most_tokens: int, count: int, may_be_null: bool,
+                  threshold: float = 0.0) -> ChosenAnswer:
+  """Returns the answer to a question that a context holds.
 
   Args:
     context: the text that the windows show.
     windows: its windows, which together show all of it.
-    most: tokens of a stretch.
-    count: how many of the best stretches are wanted.
-    may_be_null: whether there may be no answer.
-    threshold: how much higher the null score has to be for that.
+    most_tokens: the longest answer.
+    count: how many of the best spans are wanted.
+    may_be_null: whether the context may hold no answer.
+    threshold: how much higher than the best span's the null score has to be for
+      no answer.
   """
-  # The best score of each stretch.
-  scores: dict[tuple[int, int], float] = {}
+  # The best score of each span over the windows that show it.
+  score_of_span: dict[tuple[int, int], float] = {}
   for window in windows:
-    for place, value in best_spans_of_window(context, window=window, most=most,
-                               count=count).items():
-      scores[place] = max(value, scores.get(place, -np.inf))
-  ranked = sorted(scores.items(), key=lambda item: (-item[1], item[0]))
-  stretches = []
-  for (first, end), value in ranked[:count]:
-    stretches.append((context[first:end].strip(), first, value))
-  if not stretches:
-    return BestSpans(text='', stretches=[],
-                     null_minus_best=NULL_LEAD_WITHOUT_SPANS)
+    spans_of_window = best_spans_of_window(
+        context, window=window, most_tokens=most_tokens, count=count)
+    for span, score in spans_of_window.items():
+      score_of_span[span] = max(score, score_of_span.get(span, -np.inf))
+
+  # The best spans of all; of equals the earlier and shorter one.
+  ranked = sorted(score_of_span.items(), key=lambda item: (-item[1], item[0]))
+  spans = []
+  for (start, end), score in ranked[:count]:
+    spans.append(ScoredSpan(text=context[start:end].strip(), start=start,
+                            score=score))
+  if not spans:
+    return ChosenAnswer(text='', spans=[],
+                        null_minus_best=NULL_LEAD_WITHOUT_SPANS)
 
   # Each window has to agree that there is no answer.
-  null = min(window.null for window in windows)
-  text, _, highest = stretches[0]
-  gap = float(null - highest)
-  if may_be_null and gap > threshold:
+  null_score = min(window.null for window in windows)
+  null_minus_best = float(null_score - spans[0].score)
+  text = spans[0].text
+  if may_be_null and null_minus_best > threshold:
     text = ''
-  return BestSpans(text=text, stretches=stretches, null_minus_best=gap)
+  return ChosenAnswer(text=text, spans=spans, null_minus_best=null_minus_best)
 
 
 def answer_questions(view: Questions, scores: Sequence[np.ndarray], kind: str,
-            options: Any) -> list[BestSpans]:
-  """Returns the answer to each question of a view.
+                     options: Any) -> list[ChosenAnswer]:
+  """Returns the answer to each question of a source.
 
-  There may be none where a question of the view has none.
+  There may be no answer where some question of the source is known to have
+  none.
 
   Args:
-    view: the questions.
-    scores: the scores of each item, [L, 2]: of its row's tokens, padding or
-      not.
-    kind: what the model stacks, as architectures.stack names it.
+    view: the questions, their contexts, and the windows of these.
+    scores: for each window, the scores of its row's tokens as the first and as
+      the last one of the answer, [L, 2], padding or not.
+    kind: 'encoder' or 'decoder', as architectures.stack names it; the null
+      token is the first one of an encoder's row, and the last of a decoder's.
     options: max_answer_length, n_best and null_threshold.
   """
   # The windows of each question.
-  windows: list[list[ContextWindow]] = [[] for _ in view.questions]
+  windows_by_question: list[list[ContextWindow]] = [
+      [] for _ in view.questions]
   for item, scores_L2 in zip(view.items, scores, strict=True):
+    # A row holds the question, then T tokens of the context.
     scores_L2 = np.asarray(scores_L2, np.float64)
-    size = len(item.context)
-    begin = labelled.start_of_paragraph(item)
-    shown_T2 = scores_L2[begin:begin + size]
-    _, spans = view.contexts[item.asked]
-    null = scores_L2[labelled.place_of_null_token(item, kind)].sum()
-    windows[item.asked].append(ContextWindow(
-        starts_T=shown_T2[:, 0], ends_T=shown_T2[:, 1],
-        spans_T2=spans[item.first:item.first + size], null=float(null)))
+    num_tokens = len(item.context)
+    start = labelled.begin(item)
+    context_T2 = scores_L2[start:start + num_tokens]
+    null_score = scores_L2[labelled.null_place(item, kind)].sum()
+    _, characters = view.contexts[item.asked]
+    windows_by_question[item.asked].append(ContextWindow(
+        starts_T=context_T2[:, 0], ends_T=context_T2[:, 1],
+        characters_T2=characters[item.first:item.first + num_tokens],
+        null=float(null_score)))
 
-  # Their answers.
+  # The answers.
   may_be_null = not all(question.answers for question in view.questions)
-  chosen = []
-  for (context, _), shown in zip(view.contexts, windows, strict=True):
-    chosen.append(choose_answer(context, windows=shown,
-                                most=options.max_answer_length,
-                       count=options.n_best, may_be_null=may_be_null,
-                       threshold=options.null_threshold))
-  return chosen
+  chosen_answers = []
+  for (context, _), windows in zip(view.contexts, windows_by_question,
+                                   strict=True):
+    chosen_answers.append(choose_answer(
+        context, windows=windows, most_tokens=options.max_answer_length,
+        count=options.n_best, may_be_null=may_be_null,
+        threshold=options.null_threshold))
+  return chosen_answers
 
 
 def normalize_answer(answer: str) -> str:
-  """Returns what counts in an answer: its words, with one space between."""
-  text = answer.lower().translate(_PUNCTUATION)
+  """Returns the words of an answer that count, with one space between them: in
+  lower case, without punctuation and the articles a, an and the."""
+  text = answer.lower().translate(_DELETE_PUNCTUATION)
   return ' '.join(_ARTICLES.sub(' ', text).split())
 
 
-def score_answer(answer: str, right: Sequence[str]) -> tuple[float, float]:
-  """Returns the best `exact` and `f1` of an answer, from 0 to 1, over the right
-  ones; (): '' is right."""
-  # Right answers of punctuation or an article alone are left out, as in v2.0.
-  golds = [normalize_answer(text) for text in right]
+def score_answer(answer: str, right_answers: Sequence[str]
+                 ) -> tuple[float, float]:
+  """Returns whether an answer is exactly right, and its F1, from 0 to 1.
+
+  Args:
+    answer: the answer; '': that there is none.
+    right_answers: the right answers, of which the best one counts; (): '' is
+      right.
+  """
+  # Right answers of punctuation or an article alone are left out, as in
+  # evaluate-v2.0.py.
+  golds = [normalize_answer(text) for text in right_answers]
   golds = [gold for gold in golds if gold] or ['']
   predicted = normalize_answer(answer)
   exact = float(predicted in golds)
@@ -200,18 +240,18 @@ def _f1_of_words(gold: Sequence[str], predicted: Sequence[str]) -> float:
   precision p = same / predicted and the recall r = same / gold."""
   if not gold or not predicted:
     return float(gold == predicted)
-  common = collections.Counter(gold) & collections.Counter(predicted)
-  return 2 * common.total() / (len(gold) + len(predicted))
+  same = collections.Counter(gold) & collections.Counter(predicted)
+  return 2 * same.total() / (len(gold) + len(predicted))
 
 
-def squad_figures(predictions: Sequence[str], right: Sequence[Sequence[str]]
-          ) -> dict[str, Any]:
-  """Returns the figures of the official scripts, in percent.
+def squad_figures(predictions: Sequence[str],
+                  right_answers: Sequence[Sequence[str]]) -> dict[str, Any]:
+  """Returns the figures of SQuAD's official scripts, in percent.
 
   Args:
-    predictions: the answer that was found to each question; '': that it has
+    predictions: the answer that was given to each question; '': that it has
       none.
-    right: the right answers to each question; (): it has none.
+    right_answers: the right answers to each question; (): it has none.
 
   Returns:
     exact, f1, total; where some questions have no answer also HasAns_exact, ...
@@ -219,104 +259,117 @@ def squad_figures(predictions: Sequence[str], right: Sequence[Sequence[str]]
   """
   # The exact match and F1 of each of the N questions.
   scores = []
-  for answer, texts in zip(predictions, right, strict=True):
+  for answer, texts in zip(predictions, right_answers, strict=True):
     scores.append(score_answer(answer, texts))
   scores_N2 = np.array(scores)
 
   # Questions with and without an answer are measured apart, too.
-  answered_N = np.array([bool(texts) for texts in right])
-  parts = {'': np.ones(len(right), bool)}
-  if not answered_N.all():
-    parts['HasAns_'] = answered_N
-    parts['NoAns_'] = ~answered_N
+  has_answer_N = np.array([bool(texts) for texts in right_answers])
+  groups = {'': np.ones(len(right_answers), bool)}
+  if not has_answer_N.all():
+    groups['HasAns_'] = has_answer_N
+    groups['NoAns_'] = ~has_answer_N
+
   figures: dict[str, Any] = {}
-  for prefix, chosen_N in parts.items():
-    if not chosen_N.any():
+  for prefix, in_group_N in groups.items():
+    if not in_group_N.any():
       continue
-    exact, f1 = 100 * scores_N2[chosen_N].mean(0)
+    exact, f1 = 100 * scores_N2[in_group_N].mean(0)
     figures[f'{prefix}exact'] = float(exact)
     figures[f'{prefix}f1'] = float(f1)
-    figures[f'{prefix}total'] = int(chosen_N.sum())
+    figures[f'{prefix}total'] = int(in_group_N.sum())
   return figures
 
 
-def measure_answers(view: Questions,
-                    predictions: Sequence[BestSpans]) -> dict[str, Any]:
-  """Returns the figures of SQuAD's scripts, in percent."""
-  # Over all questions.
-  right = []
-  for question in view.questions:
-    right.append([text for text, _ in question.answers])
-  chosen = [answer.text for answer in predictions]
-  overall = squad_figures(chosen, right)
+def measure_answers(view: Questions, predictions: Sequence[ChosenAnswer]
+                    ) -> dict[str, Any]:
+  """Returns the figures of `squad_figures`, and among them as `items` the
+  scores of each question (see items.py).
 
-  # For each question.
+  Args:
+    view: the questions, with their right answers.
+    predictions: the answer that was given to each of them.
+  """
+  # Over all questions.
+  right_answers = []
+  for question in view.questions:
+    right_answers.append([text for text, _ in question.answers])
+  answers = [prediction.text for prediction in predictions]
+  figures = squad_figures(answers, right_answers)
+
+  # For each question, which its text and its context tell from the others.
   scores = []
-  for answer, texts in zip(chosen, right):
+  for answer, texts in zip(answers, right_answers):
     scores.append(score_answer(answer, texts))
   scores_N2 = 100 * np.array(scores)
   names = []
   for question, (context, _) in zip(view.questions, view.contexts):
     names.append((question.question, context))
-  overall['items'] = {'exact': items.record_scores(scores_N2[:, 0], names),
+  figures['items'] = {'exact': items.record_scores(scores_N2[:, 0], names),
                       'f1': items.record_scores(scores_N2[:, 1], names)}
-  return overall
+  return figures
 
 
 def format_report(figures: dict[str, Any]) -> list[str]:
-  """Returns `figures` for a reader."""
-  parts = {'HasAns': 'of those with an answer', 'NoAns': 'without'}
-  report = [f'{figures["total"]:,} questions']
-  for kind in ('exact', 'f1'):
-    line = f'  {kind:<16} {figures[kind]:.2f}'
-    for part, words in parts.items():
-      if f'{part}_{kind}' in figures:
-        line += f', {words} {figures[f"{part}_{kind}"]:.2f}'
-    report.append(line)
-  return report
+  """Returns the figures of `squad_figures` as lines for a reader."""
+  words_of_group = {'HasAns': 'of those with an answer', 'NoAns': 'without'}
+  lines = [f'{figures["total"]:,} questions']
+  for name in ('exact', 'f1'):
+    line = f'  {name:<16} {figures[name]:.2f}'
+    for group, words in words_of_group.items():
+      if f'{group}_{name}' in figures:
+        line += f', {words} {figures[f"{group}_{name}"]:.2f}'
+    lines.append(line)
+  return lines
 
 
 def check_question_ids(view: Questions) -> None:
-  """Raises RequestError where `written` could not tell two questions apart.
-  """
-  names = [question.id for question in view.questions]
-  require(len({*names}) == len(names), 'two questions have one id, and '
+  """Raises RequestError where two questions have one id, so that the files of
+  `format_prediction_files` could not tell them apart."""
+  ids = [question.id for question in view.questions]
+  require(len({*ids}) == len(ids), 'two questions have one id, and '
           '--predictions names each answer by its id: evaluate the files one '
           'by one')
 
 
 def format_prediction_files(view: Questions,
-                            predictions: Sequence[BestSpans]) -> dict[str, str]:
+                            predictions: Sequence[ChosenAnswer]
+                            ) -> dict[str, str]:
   """Returns the texts of three JSON files, by what stands in their names.
 
-  '': {question: answer}, as evaluate-v2.0.py reads it; 'nbest': {question: the
-  best answers}; 'null_odds': {question: how much higher the null score is},
-  which that script reads as --na-prob-file. `check_ids` holds for the view.
+  Args:
+    view: the questions, whose ids `check_question_ids` has checked.
+    predictions: the answer that was given to each of them.
+
+  Returns:
+    '': {question: answer}, as evaluate-v2.0.py reads it. 'nbest': {question:
+    the best spans}. 'null_odds': {question: how much higher the null score is},
+    which that script reads as --na-prob-file.
   """
-  best_texts = {}
-  stretches = {}
-  odds = {}
-  for question, answer in zip(view.questions, predictions):
-    best_texts[question.id] = answer.text
-    stretches[question.id] = _spans_with_probabilities(answer)
-    odds[question.id] = answer.null_minus_best
-  return {'': _format_json(best_texts), 'nbest': _format_json(stretches),
-          'null_odds': _format_json(odds)}
+  answer_by_id = {}
+  spans_by_id = {}
+  null_odds_by_id = {}
+  for question, prediction in zip(view.questions, predictions):
+    answer_by_id[question.id] = prediction.text
+    spans_by_id[question.id] = _spans_for_json(prediction.spans)
+    null_odds_by_id[question.id] = prediction.null_minus_best
+  return {'': _format_json(answer_by_id), 'nbest': _format_json(spans_by_id),
+          'null_odds': _format_json(null_odds_by_id)}
 
 
-def _format_json(by_question: dict[str, Any]) -> str:
-  """Returns the text of a JSON file."""
-  return json.dumps(by_question, indent=1, ensure_ascii=False) + '\n'
+def _format_json(value_by_id: dict[str, Any]) -> str:
+  """Returns the text of a JSON file of a value for each question."""
+  return json.dumps(value_by_id, indent=1, ensure_ascii=False) + '\n'
 
 
-def _spans_with_probabilities(answer: BestSpans) -> list[dict[str, Any]]:
-  """Returns the best stretches with their probabilities among one another, as
-  the predictions of BERT's code have them."""
-  scores = np.array([score for _, _, score in answer.stretches])
-  shares = np.exp(scores - scores.max(initial=-np.inf))
-  shares /= shares.sum()
-  rows = []
-  for (text, first, score), share in zip(answer.stretches, shares):
-    rows.append(dict(text=text, start=first, score=score,
-                     probability=float(share)))
-  return rows
+def _spans_for_json(spans: Sequence[ScoredSpan]) -> list[dict[str, Any]]:
+  """Returns spans with their probabilities among one another, by the softmax of
+  their scores, as the predictions of BERT's code have them."""
+  scores = np.array([span.score for span in spans])
+  probabilities = np.exp(scores - scores.max(initial=-np.inf))
+  probabilities /= probabilities.sum()
+  objects = []
+  for span, probability in zip(spans, probabilities):
+    objects.append(dict(text=span.text, start=span.start, score=span.score,
+                        probability=float(probability)))
+  return objects

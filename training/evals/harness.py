@@ -52,17 +52,22 @@ class Model(api.TemplateLM):
                prefix_token_id: int | None = None,
                max_length: int | None = None,
                max_gen_toks: PositiveSize = 256):
-    """Fits the run to lm_eval: its lengths, its first token, its ends of
-    texts."""
+    """Takes from the run what lm_eval asks for: the lengths, and the tokens
+    that begin and end a text.
+
+    Raises:
+      RequestError: where the run's model gives texts no probability, or an
+        argument does not fit it.
+    """
     super().__init__()
     config = evaluation.run.config
     model = evaluation.run.model
-    tokens = evaluation.tokenizer
+    tokenizer = evaluation.tokenizer
     reason = scoring.why_not_scorable(config)
     require(not reason, f'{reason}, and lm_eval has nothing to ask')
     self.evaluation = evaluation
-    self._tokens = tokens
-    self._num_written = 0  # batches, of which each has draws of its own
+    self._tokenizer = tokenizer
+    self._num_batches_written = 0
 
     # How many tokens there may be.
     if max_length is None:
@@ -72,34 +77,36 @@ class Model(api.TemplateLM):
     self.max_length = max_length
     self.max_gen_toks = max_gen_toks
 
-    # The tokens that end a text.
+    # The tokens that end a text: those of the Hugging Face folder that the run
+    # was imported from, or else those of its training.
     token_ids = hf_generation.ids(hf_generation.kept(evaluation.workdir))
-    ends = token_ids.get('eos_token_id', ())
-    if not ends:
-      ends = objectives.find_objective(config).ends(config, tokens)
-    self._ends = tuple(ends)
+    end_tokens = token_ids.get('eos_token_id', ())
+    if not end_tokens:
+      end_tokens = objectives.of(config).ends(config, tokenizer)
+    self._end_tokens = tuple(end_tokens)
 
-    # The tokens that begin one.
-    published = hf_generation.is_published(evaluation.workdir, evaluation.step)
-    bos = tokens.special_ids.get('bos')
+    # The tokens that stand before every text.
+    is_published = hf_generation.is_published(evaluation.workdir,
+                                              evaluation.step)
+    bos = tokenizer.special_ids.get('bos')
     if add_bos_token is None:
-      self._begin = tokens.added_ids if published else ()
+      self._tokens_at_start = tokenizer.added_ids if is_published else ()
     elif not add_bos_token:
-      self._begin = ()
+      self._tokens_at_start = ()
     elif bos is not None:
-      self._begin = (bos,)
+      self._tokens_at_start = (bos,)
     else:
       raise RequestError('add_bos_token is True, but the tokenizer '
-                         f'{tokens.name!r} has no bos token')
+                         f'{tokenizer.name!r} has no bos token')
 
-    # The token that begins a text without a context.
+    # The token that stands before a text without a context.
     if prefix_token_id is not None:
-      self._prefix = prefix_token_id
-    elif published and bos is not None:
-      self._prefix = bos
+      self._first_token = prefix_token_id
+    elif is_published and bos is not None:
+      self._first_token = bos
     else:
-      self._prefix = tokens.separator_id
-    inputs.check_ids('prefix_token_id', self._prefix, model.vocab_size)
+      self._first_token = tokenizer.separator_id
+    inputs.check_ids('prefix_token_id', self._first_token, model.vocab_size)
 
   @classmethod
   def create_from_arg_obj(cls, arg_dict: dict[str, Any],
@@ -111,12 +118,15 @@ class Model(api.TemplateLM):
       arg_dict: `workdir`, `step` and the arguments of Model.
       additional_config: lm_eval's batch size and device, which the run's mesh
         and the lengths of the texts decide here.
+
+    Raises:
+      RequestError: for an argument that is not known, or no run's folder.
     """
     arguments = {'step': None} | arg_dict
     # The arguments are these two and those of the class, less `evaluation`.
     known = ('workdir', 'step', *[*inspect.signature(cls).parameters][1:])
-    strange = [name for name in arguments if name not in known]
-    require(not strange, f'--model_args has {", ".join(strange)}: choose from '
+    unknown = [name for name in arguments if name not in known]
+    require(not unknown, f'--model_args has {", ".join(unknown)}: choose from '
             f'{", ".join(known)}')
     require(bool(arguments.get('workdir')),
             'pass --model_args workdir=DIR, the folder of a run')
@@ -131,188 +141,247 @@ class Model(api.TemplateLM):
 
   @property
   def eot_token_id(self) -> int:
-    return self._tokens.separator_id
+    """The token that ends a document."""
+    return self._tokenizer.separator_id
 
   @property
   def prefix_token_id(self) -> int:
-    return self._prefix
+    """The token that stands before a text without a context."""
+    return self._first_token
 
   @property
   def tokenizer_name(self) -> str:
-    return self._tokens.fingerprint
+    """The fingerprint of the tokenizer, under which lm_eval caches answers."""
+    return self._tokenizer.fingerprint
 
   @functools.cached_property
   def _template(self) -> conversations.Template:
+    """The chat template of the run, or else of its tokenizer's folder."""
     config = self.evaluation.run.config
-    text = objectives.find_objective(config).chat_template(config, self._tokens)
-    text = text or conversations.read_template_of_folder(
-        epath.Path(self._tokens.name))
+    text = objectives.of(config).chat_template(config, self._tokenizer)
+    text = text or conversations.in_folder(epath.Path(self._tokenizer.name))
     require(bool(text), 'a chat template is asked for, and neither the run nor '
-            f'the folder of its tokenizer {self._tokens.name!r} has one')
-    return conversations.make_template('of the run', text, self._tokens)
+            f'the folder of its tokenizer {self._tokenizer.name!r} has one')
+    return conversations.make('of the run', text, self._tokenizer)
 
   def chat_template(self, chat_template: bool | str = False) -> str | None:
-    """Returns the template of the run, as lm_eval records it."""
+    """Returns the text of the chat template, as lm_eval records it; None: no
+    template is asked for."""
     require(not isinstance(chat_template, str), 'a chat template is asked for '
             f'by the name {chat_template!r}: a run has one, without a name')
     return self._template.text if chat_template else None
 
   def apply_chat_template(self, chat_history: list[dict[str, str]],
                           add_generation_prompt: bool = True) -> str:
-    """Returns the text of a conversation: with what begins an answer, or
-    without what ends the last message, which is then gone on from."""
-    return conversations.remove_marks(self._template.render(
+    """Returns a conversation as one text.
+
+    Args:
+      chat_history: the messages, with their roles.
+      add_generation_prompt: whether the text ends with what begins an answer;
+        else it ends without what ends the last message, which the model then
+        goes on from.
+    """
+    return conversations.unmarked(self._template.render(
         chat_history, add_generation_prompt, not add_generation_prompt))
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None,
                  **kwargs) -> list[int]:
-    """Returns the ids of a text, with what a text begins with."""
-    ids = self._tokens.encode(string)
+    """Returns the ids of a text, with the tokens that stand before every text.
+
+    Args:
+      string: the text.
+      add_special_tokens: whether they stand there; None: unless the text begins
+        with the prefix token itself.
+      **kwargs: options of lm_eval that change nothing here.
+    """
+    ids = self._tokenizer.encode(string)
     # A special token that is written in a text counts as that token.
-    if any(word in string for word in self._tokens.special_texts):
-      ids, _ = self._tokens.encode_placed(string)
+    special_texts = self._tokenizer.special_texts
+    if any(special_text in string for special_text in special_texts):
+      ids, _ = self._tokenizer.encode_placed(string)
       inputs.check_ids(f'the text {short(string)}', ids,
                        self.evaluation.run.model.vocab_size)
     # A text that begins with the prefix needs no second one.
     if add_special_tokens is None:
-      prefix = self._tokens.piece(self._prefix)
+      prefix = self._tokenizer.piece(self._first_token)
       add_special_tokens = not string.startswith(prefix)
     ids = np.asarray(ids).tolist()
     if add_special_tokens:
-      return [*self._begin, *ids]
+      return [*self._tokens_at_start, *ids]
     return ids
 
   def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True
                     ) -> list[tuple[float, bool]]:
-    """Returns what the base class does, without a bar beside ours."""
+    """Returns what the base class does, without its progress bar beside ours.
+    """
     return super().loglikelihood(requests, disable_tqdm=True)
 
   def _loglikelihood_tokens(self, requests: Sequence[tuple], **kwargs
                             ) -> list[tuple[float, bool]]:
-    """Returns (log-probability, whether greedy) of each continuation; a request
-    is ((context, continuation), their ids, and its ids)."""
-    questions = []
-    for (_, text), before, ids in requests:
-      questions.append(self._question([*before, *ids], len(ids), text))
+    """Returns the log-probability of each continuation, and whether each of its
+    tokens is the likeliest one.
+
+    Args:
+      requests: ((context, continuation), the ids of the context, those of the
+        continuation), as the base class encodes them.
+      **kwargs: options of lm_eval that change no figure.
+    """
+    continuations = []
+    for (_, text), context_ids, text_ids in requests:
+      continuations.append(self._make_continuation(
+          ids=[*context_ids, *text_ids], num_scored=len(text_ids), text=text))
     results = []
-    for answer in self._answer(questions):
-      results.append((float(answer.log_probs.sum()),
-                      bool(answer.greedy.all())))
+    for scores in self._score(continuations):
+      results.append((float(scores.log_probs.sum()),
+                      bool(scores.is_greedy.all())))
     return results
 
-  def _question(self, ids: Sequence[int], scored: int,
-                text: str) -> Continuation:
-    """Returns the question about the last `scored` of some tokens, of which the
-    continuation `text` has as many."""
-    require(scored > 0, f'the continuation {short(text)} has no token of its '
-            'own, so there is nothing to score')
-    require(scored <= self.max_length, f'the continuation {short(text)} has '
-            f'{scored} tokens, and the model takes {self.max_length}')
-    last = ids[-(self.max_length + 1):]
-    return Continuation(tokens=np.asarray(last, np.int32), scored=scored)
+  def _make_continuation(self, ids: Sequence[int], num_scored: int, text: str
+                         ) -> Continuation:
+    """Returns the last tokens of a text for scoring, as many as the model
+    takes.
 
-  def _answer(self,
-              questions: Sequence[Continuation]) -> list[scoring.TokenScores]:
+    Args:
+      ids: the tokens of the context and of the continuation.
+      num_scored: how many of them the continuation has.
+      text: the continuation, for the message.
+
+    Raises:
+      RequestError: where the continuation has no token, or too many.
+    """
+    require(num_scored > 0, f'the continuation {short(text)} has no token of '
+            'its own, so there is nothing to score')
+    require(num_scored <= self.max_length, f'the continuation {short(text)} '
+            f'has {num_scored} tokens, and the model takes {self.max_length}')
+    # The last token is predicted, and not shown.
+    last_ids = ids[-(self.max_length + 1):]
+    return Continuation(tokens=np.asarray(last_ids, np.int32),
+                        num_scored=num_scored)
+
+  def _score(self, continuations: Sequence[Continuation]
+             ) -> list[scoring.TokenScores]:
+    """Returns the scores of the tokens of each continuation."""
     with self.evaluation.run.context():
-      return scoring.score_continuations(questions, self.evaluation, 'scoring')
+      return scoring.score_continuations(continuations, self.evaluation,
+                                         'scoring')
 
   def loglikelihood_rolling(self, requests: Sequence[Any],
                             disable_tqdm: bool = False) -> list[float]:
     """Returns the log-probability of each whole text, in windows that predict
     each token once (lm_eval's get_rolling_token_windows)."""
     texts = [request.args[0] for request in requests]
-    # A text is cut into windows, each a question of its own.
-    questions = []
-    owners = []
+    # A text is cut into windows, each a continuation of its own.
+    continuations = []
+    text_of_window = []
     for i, text in enumerate(texts):
-      for pair in utils.get_rolling_token_windows(
-          self.tok_encode(text), self._prefix, self.max_length, 1):
-        before, after = utils.make_disjoint_window(pair)
-        questions.append(self._question([*before, *after], len(after), text))
-        owners.append(i)
+      windows = utils.get_rolling_token_windows(
+          self.tok_encode(text), self._first_token, self.max_length, 1)
+      for window in windows:
+        context_ids, text_ids = utils.make_disjoint_window(window)
+        continuations.append(self._make_continuation(
+            ids=[*context_ids, *text_ids], num_scored=len(text_ids), text=text))
+        text_of_window.append(i)
 
     # The log-probability of a text is the sum of those of its windows.
-    totals = [0.0] * len(texts)
-    for i, answer in zip(owners, self._answer(questions)):
-      totals[i] += float(answer.log_probs.sum())
-    return totals
+    log_probs = [0.0] * len(texts)
+    for i, scores in zip(text_of_window, self._score(continuations)):
+      log_probs[i] += float(scores.log_probs.sum())
+    return log_probs
 
   def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False
                      ) -> list[str]:
     """Returns what the model writes after each context, up to a stop string.
     """
     # Requests with the same options are written together.
-    alike: dict[str, list[int]] = {}
+    requests_by_options: dict[str, list[int]] = {}
     for i, request in enumerate(requests):
       _, options = request.args
-      alike.setdefault(repr(options), []).append(i)
+      requests_by_options.setdefault(repr(options), []).append(i)
     texts: dict[int, str] = {}
-    for group in alike.values():
-      contexts = {i: requests[i].args[0] for i in group}
-      _, options = requests[group[0]].args
-      texts |= self._written(contexts, options)
+    for numbers in requests_by_options.values():
+      contexts = {i: requests[i].args[0] for i in numbers}
+      _, options = requests[numbers[0]].args
+      texts |= self._write_texts(contexts, options)
     return [texts[i] for i in range(len(requests))]
 
-  def _written(self, contexts: dict[int, str], options: dict[str, Any]
-               ) -> Iterator[tuple[int, str]]:
-    """Yields (which, text) of requests with the same options."""
+  def _write_texts(self, contexts: dict[int, str], options: dict[str, Any]
+                   ) -> Iterator[tuple[int, str]]:
+    """Writes what follows the contexts of requests with the same options.
+
+    Args:
+      contexts: the context of each request, by the request's number.
+      options: the options of the task of lm_eval.
+
+    Yields:
+      The number of a request and the text, in any order.
+
+    Raises:
+      RequestError: where the model takes no more tokens than are written.
+    """
     # How texts are drawn, and where they end.
     options = model_utils.normalize_gen_kwargs(options, self.max_gen_toks)
     stops = model_utils.handle_stop_sequences(options.get('until'), eos=None)
-    sampling = _sampling(options)
-    end = self.eot_token_id
-    ends = tuple(dict.fromkeys((end, *self._ends, *self._holding(stops))))
-    count = options['max_gen_toks']
-    room = self.max_length - count
-    require(room > 0, f'a task writes up to {count} tokens (max_gen_toks), and '
-            f'the model takes {self.max_length} with the prompt: choose fewer')
+    sampling = _make_sampling(options)
+    separator = self.eot_token_id
+    stop_tokens = tuple(dict.fromkeys(
+        (separator, *self._end_tokens, *self._tokens_with_stop(stops))))
+    max_new_tokens = options['max_gen_toks']
+    room = self.max_length - max_new_tokens
+    require(room > 0, f'a task writes up to {max_new_tokens} tokens '
+            f'(max_gen_toks), and the model takes {self.max_length} with the '
+            'prompt: choose fewer')
 
     # The last tokens of the contexts that there is room for.
     rows = {}
     for i, text in contexts.items():
-      ids = self.tok_encode(text) or [self._prefix]
+      ids = self.tok_encode(text) or [self._first_token]
       rows[i] = np.array(ids)[-room:]
 
     # Contexts of about one length go through the model together.
     run = self.evaluation.run
-    has_prefix = objectives.find_objective(run.config).prefix
+    is_prefix_lm = objectives.of(run.config).prefix
     batches = list(scoring.pad_into_batches(rows, room))
-    for chosen, tokens_BL, lengths_B in progress.show_items(batches, 'writing'):
+    for numbers, tokens_BL, lengths_B in progress.show_items(
+        batches, 'writing'):
       prefix = {}
-      if has_prefix:
+      if is_prefix_lm:
         prefix = {'prefix_B': lengths_B}
-      key = jax.random.fold_in(jax.random.key(0), self._num_written)
+      # Each batch has draws of its own.
+      key = jax.random.fold_in(jax.random.key(0), self._num_batches_written)
       with run.context():
         written_BT = jax.device_get(generate.generate(
             run.module, self.evaluation.params, tokens_BL, lengths_B, key,
-            max_new_tokens=count, sampling=sampling, stop_token=ends, **prefix))
-      self._num_written += 1
-      for i, row_T in zip(chosen, written_BT):
-        text = self._tokens.decode(generate.tokens_before_stop(row_T, end))
+            max_new_tokens=max_new_tokens, sampling=sampling,
+            stop_token=stop_tokens, **prefix))
+      self._num_batches_written += 1
+      for i, row_T in zip(numbers, written_BT):
+        ids = generate.tokens_before_stop(row_T, separator)
+        text = self._tokenizer.decode(ids)
         yield i, model_utils.postprocess_generated_text(text, stops, None)
 
-  def _holding(self, stops: Sequence[str]) -> list[int]:
+  def _tokens_with_stop(self, stops: Sequence[str]) -> list[int]:
     """Returns the tokens that hold a stop string, after which nothing of a
     text is read. A special token holds its own name, which it does not spell.
     """
-    wanted = [stop.encode() for stop in stops if stop]
-    holding = []
-    for token in range(self._tokens.vocab_size):
-      spelling = self._spelling(token)
-      if any(stop in spelling for stop in wanted):
-        holding.append(token)
-    return holding
+    stops_in_bytes = [stop.encode() for stop in stops if stop]
+    tokens = []
+    for token in range(self._tokenizer.vocab_size):
+      spelling = self._spell(token)
+      if any(stop in spelling for stop in stops_in_bytes):
+        tokens.append(token)
+    return tokens
 
-  def _spelling(self, token: int) -> bytes:
+  def _spell(self, token: int) -> bytes:
     """Returns the bytes of a token, or the name of a special one."""
-    name = self._tokens.piece(token)
-    if name in self._tokens.special_texts:
+    name = self._tokenizer.piece(token)
+    if name in self._tokenizer.special_texts:
       return name.encode()
-    return self._tokens.decode_bytes([token])
+    return self._tokenizer.decode_bytes([token])
 
 
-def _sampling(options: dict[str, Any]) -> generate.Sampling:
-  """Returns how a token is drawn by the options of a task of lm_eval."""
+def _make_sampling(options: dict[str, Any]) -> generate.Sampling:
+  """Returns how a token is drawn by the options of a task of lm_eval: the
+  likeliest one, unless `do_sample` and a temperature are set."""
   penalty = options.get('repetition_penalty', 1.0)
   if not options.get('do_sample') or not options.get('temperature'):
     return generate.Sampling(temperature=0, repetition_penalty=penalty)

@@ -18,20 +18,21 @@ from training.objectives import Mean
 
 
 def sum_held_out(step: Callable, params: Any,
-                 loaders: Sequence[pipeline.Loader],
-             batches: int, put: Callable, stop: Callable[[], bool]
-             ) -> list[dict[str, Mean]] | None:
-  """Returns the `sums` of what is held out, for `means`; None if stopped.
+                 loaders: Sequence[pipeline.Loader], batches: int,
+                 put: Callable, stop: Callable[[], bool]
+                 ) -> list[dict[str, Mean]] | None:
+  """Runs the evaluation step on the held-out batches, and returns for each
+  source the sums of its figures, for `average_figures`; None if stopped.
 
   Args:
     step: the compiled evaluation step.
     params: the parameters.
-    loaders: those of pipeline.make_evaluation_loaders.
+    loaders: the loaders of pipeline.held_out, one for each source.
     batches: how many of each source; 0: all, each token exactly once.
     put: puts a batch on the devices.
     stop: asked before each batch, whether to leave it at that.
   """
-  def results(loader: pipeline.Loader) -> Iterator[Any]:
+  def run_batches(loader: pipeline.Loader) -> Iterator[Any]:
     """Yields what the step returns of each batch of a loader."""
     for batch in loader.iterate(0, loader.first(batches)):
       if stop():
@@ -40,31 +41,31 @@ def sum_held_out(step: Callable, params: Any,
 
   try:
     # A signal may come in the middle of a source.
-    return [sum_figures(results(loader)) for loader in loaders]
+    return [sum_figures(run_batches(loader)) for loader in loaders]
   except progress.WorkStopped:
     return None
 
 
 def sum_figures(results: Iterable[dict[str, Mean]]) -> dict[str, Mean]:
-  """Returns {figure: Mean} of what a step returned of some batches, on the
-  host."""
-  total: Any = None
-  for one in results:
-    more = jax.tree.map(np.float64, jax.device_get(one))
-    if total is None:
-      total = more
+  """Returns the sums over some batches of what the evaluation step returned of
+  each: {figure: Mean}, on the host and in float64."""
+  sums: Any = None
+  for result in results:
+    sums_of_batch = jax.tree.map(np.float64, jax.device_get(result))
+    if sums is None:
+      sums = sums_of_batch
     else:
-      total = jax.tree.map(np.add, total, more)
-  return total
+      sums = jax.tree.map(np.add, sums, sums_of_batch)
+  return sums
 
 
-def average_figures(totals: Sequence[dict[str, Mean]],
-          loaders: Sequence[pipeline.Loader]) -> dict[str, float]:
+def average_figures(sums_by_source: Sequence[dict[str, Mean]],
+                    loaders: Sequence[pipeline.Loader]) -> dict[str, float]:
   """Returns the figures of an evaluation: means over the sources by share.
 
   Args:
-    totals: `sums` of each loader.
-    loaders: those of pipeline.make_evaluation_loaders.
+    sums_by_source: the `sum_figures` of each source.
+    loaders: the loaders of pipeline.held_out, one for each source.
 
   Returns:
     The objective's figures, nan where there is nothing to average; of tokens
@@ -74,44 +75,47 @@ def average_figures(totals: Sequence[dict[str, Mean]],
   # The objective's figures, the loss first.
   objective = loaders[0].objective
   with np.errstate(divide='ignore', invalid='ignore'):
-    each = [objective.means(total) for total in totals]
-  others = sorted({*each[0]} - {'loss'})
+    means_by_source = [objective.means(sums) for sums in sums_by_source]
+  other_names = sorted({*means_by_source[0]} - {'loss'})
   figures = {}
-  for name in ['loss', *others]:
-    if name in each[0]:
-      figures[name] = mean_of_sources([one[name] for one in each], loaders)
+  for name in ['loss', *other_names]:
+    if name in means_by_source[0]:
+      values = [means[name] for means in means_by_source]
+      figures[name] = mean_of_sources(values, loaders)
 
   # The figures that follow from them.
   if objective.perplexity:
     with np.errstate(over='ignore'):
       figures['perplexity'] = float(np.exp(figures[objective.main]))
   if objective.every_token or objective.bound:
-    size = mean_of_sources([loader.bytes_per_token for loader in loaders],
-                           loaders)
-    figures['bits_per_byte'] = figures['loss'] / (math.log(2) * size)
+    sizes = [loader.bytes_per_token for loader in loaders]
+    bytes_per_token = mean_of_sources(sizes, loaders)
+    figures['bits_per_byte'] = figures['loss'] / (math.log(2) * bytes_per_token)
   if len(loaders) > 1:
-    for loader, one in zip(loaders, each):
-      figures[f'loss/{loader.name}'] = float(one['loss'])
+    for loader, means in zip(loaders, means_by_source):
+      figures[f'loss/{loader.name}'] = float(means['loss'])
   return figures
 
 
 def list_figure_names(step: Callable, params: Any,
-                      loaders: Sequence[pipeline.Loader],
-          put: Callable, part: Callable) -> list[str]:
-  """Returns the names of the figures of an evaluation; none is done.
+                      loaders: Sequence[pipeline.Loader], put: Callable,
+                      sums_of_run: Callable) -> list[str]:
+  """Returns the names of the figures of an evaluation, without doing it.
 
   Args:
     step: the evaluation step, jitted or not.
-    params, loaders, put: as for `evaluate`.
-    part: the function of the program that gives a member's part of sums.
+    params, loaders, put: as for `sum_held_out`.
+    sums_of_run: the function of the program that takes one run's sums from
+      those of all runs that train together: sums_of_run(sums, number of the
+      run).
   """
-  # The sums of one run, of which only the shapes are known: ones in them.
+  # Average sums that are ones, of the shapes that the step would return.
   batch = put(loaders[0].batch(0))
   shapes = jax.eval_shape(step, params, batch)
   ones = jax.tree.map(lambda x: np.ones(x.shape), shapes)
-  ones_of_run = part(ones, 0)
-  of_sources = [ones_of_run] * len(loaders)
-  return list(average_figures(of_sources, loaders))
+  ones_of_run = sums_of_run(ones, 0)
+  ones_by_source = [ones_of_run] * len(loaders)
+  return list(average_figures(ones_by_source, loaders))
 
 
 def format_figure(value: float) -> str:
@@ -121,6 +125,7 @@ def format_figure(value: float) -> str:
 
 def mean_of_sources(values: Sequence[float],
                     loaders: Sequence[pipeline.Loader]) -> float:
-  """Returns the mean of the sources' values, by their share."""
+  """Returns the mean of the sources' values, weighted by their share of the
+  text that training draws."""
   shares = [loader.share for loader in loaders]
   return float(np.dot(shares, values) / sum(shares))

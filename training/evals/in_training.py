@@ -33,7 +33,8 @@ class TaskResults(NamedTuple):
 
 
 class TasksInTraining:
-  """The tasks of a run, or of a group of runs; see `of`.
+  """The tasks of eval.tasks, for a run or for the runs of a group that train
+  together.
 
   Args:
     run: the run; of a group, one of its runs alone.
@@ -45,20 +46,26 @@ class TasksInTraining:
 
   def __init__(self, run: runs.Run, tokenizer: Tokenizer):
     """Reads eval.tasks, which one process alone can do."""
-    self._names = evals.parse_task_names(run.config.eval.tasks)
+    self._task_names = evals.parse_task_names(run.config.eval.tasks)
     self._run = run
     self._tokenizer = tokenizer
     self._programs: dict = {}
-    if self._names and jax.process_count() > 1:
+    if self._task_names and jax.process_count() > 1:
       raise RequestError(
           f'eval.tasks is {run.config.eval.tasks!r}, which is for training in '
           f'one process, and there are {jax.process_count()}: leave it empty, '
           'and evaluate the checkpoints by eval.py')
 
   def list_figure_names(self, task: str, params: Any, workdir: epath.Path,
-            stop: Callable[[], bool]) -> list[str] | None:
-    """Returns the names of the figures of one of the tasks, as `of` does it;
-    None where they are known without, and were compared with the config."""
+                        stop: Callable[[], bool]) -> list[str] | None:
+    """Returns the names of the figures of one of the tasks, which is done for
+    that. None: they are known without, and were compared with the config; or
+    the task was stopped.
+
+    Args:
+      task: the name of the task.
+      params, workdir, stop: as for `run_for_member`.
+    """
     if evals.get_task(task).figure_names is not None:
       return None
     results = self.run_for_member(params, 0, workdir, stop, [task])
@@ -67,27 +74,25 @@ class TasksInTraining:
     return list(results.figures)
 
   def run_for_member(self, params: Any, n: int, workdir: epath.Path,
-         stop: Callable[[],
-                        bool], names: Sequence[str] = ()) -> TaskResults | None:
-    """Does the tasks for one member.
+                     stop: Callable[[], bool], names: Sequence[str] = ()
+                     ) -> TaskResults | None:
+    """Does the tasks for one run of a group, and writes what its items score
+    into its folder; None: stopped.
 
     Args:
-      params: the parameters of the member.
+      params: the parameters of the run.
       n: the step that they are of.
-      workdir: the folder of the member, where pictures go.
+      workdir: the folder of the run, where pictures go.
       stop: asked again and again, whether to leave it at that.
-      names: the names of the tasks; default: all.
-
-    Returns:
-      None: stopped.
+      names: the names of the tasks; (): all of eval.tasks.
     """
     evaluation = Evaluation(
         run=self._run, params=params, step=n, tokenizer=self._tokenizer,
         options=None, workdir=workdir, programs=self._programs)
     results = TaskResults(figures={}, lines=[])
-    items = {}
-    for name in names or self._names:
-      # The task, whose lines are kept.
+    items_by_task = {}
+    for name in names or self._task_names:
+      # Do the task, and keep what it prints.
       printed = io.StringIO()
       try:
         with (self._run.context(), progress.stop_work_of_run(stop),
@@ -99,30 +104,33 @@ class TasksInTraining:
       # Its figures, and a line for a reader.
       results.figures.update(flatten_numbers(figures, name))
       if 'items' in figures:
-        items[name] = {'items': figures['items']}
+        items_by_task[name] = {'items': figures['items']}
       line = _summarize_figures(name, figures) or printed.getvalue().rstrip()
       results.lines.append(line)
-    if items:
-      evals.write_figures(workdir / evals.ITEMS_FILE, {'step': n} | items)
+    if items_by_task:
+      evals.write_figures(workdir / evals.ITEMS_FILE,
+                          {'step': n} | items_by_task)
     return results
 
 
 def _summarize_figures(task: str, figures: Mapping[str, Any]) -> str:
   """Returns the fractions among the figures of a task, and not its counts, in a
-  line; '': there are none."""
-  shown = []
+  line for a reader; '': there are none."""
+  texts = []
   for name, value in figures.items():
     is_number = isinstance(value, numbers.Real)
     if is_number and not isinstance(value, numbers.Integral):
-      shown.append(f'{name.replace("_", " ")} {held_out.format_figure(value)}')
-  if not shown:
+      words = name.replace('_', ' ')
+      texts.append(f'{words} {held_out.format_figure(value)}')
+  if not texts:
     return ''
-  return f'{task}: {"  ".join(shown)}'
+  return f'{task}: {"  ".join(texts)}'
 
 
-def flatten_numbers(figures: Mapping[str, Any], prefix: str) -> dict[str,
-                                                                     float]:
-  """Returns the numbers among figures, also of groups: {'labels/f1': 0.5}."""
+def flatten_numbers(figures: Mapping[str, Any], prefix: str
+                    ) -> dict[str, float]:
+  """Returns the numbers among figures and their groups, by their path: with the
+  prefix 'labels', {'f1': 0.5} becomes {'labels/f1': 0.5}."""
   flat = {}
   for name, value in figures.items():
     if isinstance(value, Mapping):

@@ -22,13 +22,17 @@ from training.workdir import storage
 
 
 def record_scores(scores: Sequence[float], names: Iterable[Any],
-       weights: Sequence[float] | None = None) -> dict[str, Any]:
+                  weights: Sequence[float] | None = None) -> dict[str, Any]:
   """Returns the record of a figure, which is the mean of `scores` by `weights`.
 
   Args:
     scores: the score of each item.
     names: what tells these items, in this order, from others.
     weights: the weight of each item; None: all count alike.
+
+  Returns:
+    `of`, a digest of the names, by which two records are known to be of the
+    same items; `scores`; and `weights` if there are some.
   """
   digest = hashlib.sha256(repr([*names]).encode()).hexdigest()
   record = {'of': digest[:16], 'scores': np.asarray(scores, float).tolist()}
@@ -38,57 +42,68 @@ def record_scores(scores: Sequence[float], names: Iterable[Any],
 
 
 def record_lm_eval_samples(results: Mapping[str, Any],
-                           samples: Sequence[Mapping]
-               ) -> dict[str, dict]:
-  """Returns the records of the figures of a task of lm_eval that are means of
-  what its samples score; a perplexity is none.
+                           samples: Sequence[Mapping]) -> dict[str, dict]:
+  """Returns the records of those figures of a task of lm_eval that are means
+  over its samples; a perplexity is none.
 
   Args:
     results: the figures of the task, by 'FIGURE,FILTER'.
-    samples: its own, or those of all tasks of a group, as lm_eval logs them.
+    samples: the samples of the task, or those of all tasks of a group, as
+      lm_eval logs them.
+
+  Returns:
+    {name of figure: record}.
   """
   records = {}
-  for name, value in results.items():
-    figure, _, kind = name.partition(',')
-    # The scores of the items, under the name and the filter of the figure.
-    rows = [row for row in samples if row['filter'] == kind]
-    scores = [row.get(figure) for row in rows]
-    if not rows or not isinstance(value, numbers.Real):
+  for full_name, value in results.items():
+    # The scores of the samples, under the name and the filter of the figure.
+    figure, _, filter_name = full_name.partition(',')
+    filtered = [row for row in samples if row['filter'] == filter_name]
+    scores = [row.get(figure) for row in filtered]
+    if not filtered or not isinstance(value, numbers.Real):
       continue
     if not all(isinstance(score, numbers.Real) for score in scores):
       continue
     # A figure that is not the mean of its scores is a perplexity, or the like.
     if np.isclose(np.mean(scores), value):
-      names = [row['doc_hash'] for row in rows]
-      records[shorten_figure_name(name)] = record_scores(scores, names)
+      names = [row['doc_hash'] for row in filtered]
+      records[shorten_figure_name(full_name)] = record_scores(scores, names)
   return records
 
 
-def shorten_figure_name(name: str) -> str:
-  """Returns what a figure of lm_eval is called without the name of a filter
-  that does nothing."""
-  figure, _, kind = name.partition(',')
-  if kind in ('', 'none'):
+def shorten_figure_name(full_name: str) -> str:
+  """Returns the name of a figure of lm_eval without that of a filter that does
+  nothing: 'acc,none' is acc, and 'exact_match,strict' exact_match (strict)."""
+  figure, _, filter_name = full_name.partition(',')
+  if filter_name in ('', 'none'):
     return figure
-  return f'{figure} ({kind})'
+  return f'{figure} ({filter_name})'
 
 
 def pair_scores(pairs: Iterable[Sequence[Mapping | None]]
-           ) -> tuple[np.ndarray, np.ndarray, Any] | None:
-  """Returns the scores of the first and of the second of each pair of records,
-  [pairs, items], and the weights of the items; None where a record is, or they
-  are not all of the same items."""
-  first = []
-  second = []
-  for one, other in pairs:
-    first.append(one)
-    second.append(other)
-  every = first + second
-  if not every or None in every:
+                ) -> tuple[np.ndarray, np.ndarray, Any] | None:
+  """Returns the scores of pairs of records, such as those of two runs.
+
+  Args:
+    pairs: (record, record), each of `record_scores` or None: there is none.
+
+  Returns:
+    The scores of the first of each pair, [pairs, items]; those of the second;
+    and the weights of the items, or None: all count alike. None where a record
+    is missing, or they are not all of the same items.
+  """
+  first_records = []
+  second_records = []
+  for first, second in pairs:
+    first_records.append(first)
+    second_records.append(second)
+  records = first_records + second_records
+  if not records or None in records:
     return None
-  if len({record['of'] for record in every}) > 1:
+  if len({record['of'] for record in records}) > 1:
     return None
-  return _stack_scores(first), _stack_scores(second), every[0].get('weights')
+  return (_stack_scores(first_records), _stack_scores(second_records),
+          records[0].get('weights'))
 
 
 def _stack_scores(records: Iterable[Mapping]) -> np.ndarray:
@@ -97,9 +112,12 @@ def _stack_scores(records: Iterable[Mapping]) -> np.ndarray:
 
 
 def read_records(path: pathlib.Path) -> dict[str, dict]:
-  """Returns the records that a file of eval.py's --json holds; or the folder of
-  a run (eval.json, and what was evaluated in training), or of lm_eval's
-  --output_path with --log_samples: by TASK/FIGURE.
+  """Returns the records that a file or a folder holds, by TASK/FIGURE.
+
+  Args:
+    path: a file of eval.py's --json; or the folder of a run, with its eval.json
+      and what was evaluated in training; or that of lm_eval's --output_path
+      with --log_samples.
 
   Raises:
     RequestError: where a file is damaged.
@@ -113,20 +131,22 @@ def read_records(path: pathlib.Path) -> dict[str, dict]:
     if not file.is_file():
       continue
     for task, figures in storage.read_json(file).items():
-      if not isinstance(figures, Mapping):
+      if not isinstance(figures, Mapping):  # a number, such as the step
         continue
       for name, record in figures.get('items', {}).items():
         records[f'{task}/{name}'] = record
 
   # Files of lm_eval, which makes a folder of each model.
-  for file in sorted([*path.glob('samples_*.jsonl'),
-                      *path.glob('*/samples_*.jsonl')]):
+  sample_files = [*path.glob('samples_*.jsonl'),
+                  *path.glob('*/samples_*.jsonl')]
+  for file in sorted(sample_files):
     # samples_TASK_DATE.jsonl, beside results_DATE.json.
     stem = file.name.removeprefix('samples_').removesuffix('.jsonl')
     task, _, date = stem.rpartition('_')
-    summary = file.with_name(f'results_{date}.json')
-    require(summary.is_file(), f'{file} has no {summary.name} beside it')
-    results = storage.read_json(summary)['results'][task]
+    results_file = file.with_name(f'results_{date}.json')
+    require(results_file.is_file(),
+            f'{file} has no {results_file.name} beside it')
+    results = storage.read_json(results_file)['results'][task]
     samples = []
     for line in file.read_text().splitlines():
       samples.append(storage.parse_json_object(line, str(file)))

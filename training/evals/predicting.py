@@ -104,16 +104,16 @@ def of_words(view: records.Sentences, scores: Sequence[np.ndarray]
   return predicted
 
 
-def of_best(best: answers.BestSpans) -> Answer:
+def of_best(best: answers.ChosenAnswer) -> Answer:
   """Returns the answer that was chosen of the best ones."""
-  scores = [score for _, _, score in best.stretches]
+  scores = [score for _, _, score in best.spans]
   none = best.null_minus_best
   if scores:
     none += scores[0]
   shares = special.softmax([*scores, none])
   if not best.text:
     return Answer(text='', start=-1, probability=float(shares[-1]))
-  _, start, _ = best.stretches[0]
+  _, start, _ = best.spans[0]
   return Answer(text=best.text, start=start, probability=float(shares[0]))
 
 

@@ -1,14 +1,14 @@
 """The log-probabilities that a decoder gives to tokens of texts: what lm_eval,
 and perplexity with a stride, are made of.
 
-Texts of about one length go through the model together. Questions about one
+Texts of about one length go through the model together. Continuations of one
 text have one row, which holds it once. Only the places that are asked about go
 through the head. There are a few lengths of rows, and for each one number of
 rows and of places, so that what is compiled stays bounded whatever the texts
 are.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -23,30 +23,31 @@ from training.distributed import devices
 from training.evals import Evaluation
 from training.objectives import losses
 
-SHORTEST_ROW = 8
-TOKENS_OF_BATCH = 2 ** 12  # of a batch, padding included
+SHORTEST_ROW = 8  # tokens; shorter texts are padded to them
+TOKENS_OF_BATCH = 2 ** 12  # padding included
 
 
 class Continuation(NamedTuple):
-  """Some tokens, the last `scored` of which are to be judged.
+  """A text, the last tokens of which are scored given all tokens before each.
 
   Attributes:
     tokens: int32 [T], all but the last of which the model is shown.
-    scored: how many are judged, from 1 to T - 1.
+    num_scored: how many of the last tokens are scored, from 1 to T - 1.
   """
   tokens: np.ndarray
-  scored: int
+  num_scored: int
 
 
 class TokenScores(NamedTuple):
-  """The answer to a question: of each token that was scored, [scored].
+  """The scores of a continuation, one for each token that is scored.
 
   Attributes:
-    log_probs: its log-probability in nats, given all tokens before it.
-    greedy: whether it is the likeliest.
+    log_probs: [num_scored], the log-probability of the token in nats, given all
+      tokens before it.
+    is_greedy: bool [num_scored], whether it is the likeliest token there.
   """
   log_probs: np.ndarray
-  greedy: np.ndarray
+  is_greedy: np.ndarray
 
 
 class BatchShape(NamedTuple):
@@ -55,99 +56,109 @@ class BatchShape(NamedTuple):
   Attributes:
     rows: how many rows a batch has.
     length: the tokens of a row.
-    places: how many places are asked about in all rows.
+    places: how many tokens are scored in all rows.
   """
   rows: int
   length: int
   places: int
 
 
-Row = list[int]  # the numbers of the questions about one text
+# The indices of the continuations that share the tokens that the model is
+# shown, and so have one row of a batch.
+RowOfIndices = list[int]
 
 
 def why_not_scorable(config: ml_collections.ConfigDict) -> str:
-  """Returns why the model of a run cannot be asked; '': it can."""
-  objective = objectives.find_objective(config)
+  """Returns why a run's model gives texts no probability; '': it does."""
+  objective = objectives.of(config)
   if objective.stacks == ('decoder',) and objective.writes:
     return ''
   return (f'objective {config.objective!r} does not train a decoder-only '
           'model that writes text, so a text has no probability')
 
 
-def score_continuations(questions: Sequence[Continuation],
+def score_continuations(continuations: Sequence[Continuation],
                         evaluation: Evaluation, doing: str
-           ) -> list[TokenScores]:
-  """Returns the answers in the order of the questions.
+                        ) -> list[TokenScores]:
+  """Returns the scores of each continuation, in their order.
 
   Args:
-    questions: questions of at most max_len + 1 tokens each.
+    continuations: texts of at most max_len + 1 tokens each.
     evaluation: the evaluation of a decoder.
-    doing: what is done, for who watches.
+    doing: what the progress bar says is done.
   """
-  prefix = objectives.find_objective(evaluation.run.config).prefix
-  step = evaluation.jit_once(_make_score_function(evaluation, prefix),
-                             'scoring')
-  most = max(SHORTEST_ROW, evaluation.run.model.max_len)
-  groups = list(group_into_batches(questions, most=most, apart=prefix,
-                        shards=evaluation.run.mesh.size))
-  answers: dict[int, TokenScores] = {}
-  for shape, rows in progress.show_items(groups, doing):
-    batch = devices.put(_make_batch(shape, rows, questions),
-                        evaluation.run.place)
-    losses_P, greedy_P = jax.device_get(step(evaluation.params, batch))
+  is_prefix_lm = objectives.of(evaluation.run.config).prefix
+  step = evaluation.jit_once(
+      _make_score_function(evaluation, is_prefix_lm), 'scoring')
 
-    # The places P are those of one question after the other.
-    at = 0
+  # A prefix LM sees the whole prefix, which differs between continuations of
+  # one text, so each has a row of its own.
+  longest = max(SHORTEST_ROW, evaluation.run.model.max_len)
+  batches = list(group_into_batches(
+      continuations, longest=longest, shards=evaluation.run.mesh.size,
+      one_per_row=is_prefix_lm))
+  scores_by_index: dict[int, TokenScores] = {}
+  for shape, rows in progress.show_items(batches, doing):
+    batch = devices.put(_make_batch(shape, rows, continuations),
+                        evaluation.run.place)
+    losses_P, is_greedy_P = jax.device_get(step(evaluation.params, batch))
+
+    # The P places of a batch are those of one continuation after the other.
+    start = 0
     for row in rows:
       for i in row:
-        here = slice(at, at + questions[i].scored)
-        answers[i] = TokenScores(log_probs=-losses_P[here].astype(np.float64),
-                            greedy=greedy_P[here])
-        at = here.stop
-  return [answers[i] for i in range(len(questions))]
+        places = slice(start, start + continuations[i].num_scored)
+        scores_by_index[i] = TokenScores(
+            log_probs=-losses_P[places].astype(np.float64),
+            is_greedy=is_greedy_P[places])
+        start = places.stop
+  return [scores_by_index[i] for i in range(len(continuations))]
 
 
-def group_into_batches(questions: Sequence[Continuation], most: int,
-                       shards: int,
-            apart: bool = False) -> Iterator[tuple[BatchShape, list[Row]]]:
+def group_into_batches(continuations: Sequence[Continuation], longest: int,
+                       shards: int, one_per_row: bool = False
+                       ) -> Iterator[tuple[BatchShape, list[RowOfIndices]]]:
   """Yields (shape, rows) of each batch, the longest first, so that what is too
-  large for a device is so at once.
+  large for a device fails at once.
 
   Args:
-    questions: in any order.
-    most: the longest that the model takes.
+    continuations: in any order.
+    longest: the longest row that the model takes.
     shards: what the numbers of rows and of places are multiples of.
-    apart: whether each question has a row to itself.
+    one_per_row: whether each continuation has a row to itself.
   """
-  # Questions about the same text have one row.
-  rows: dict[Any, Row] = {}
-  for i, question in enumerate(questions):
-    key = i if apart else question.tokens[:-1].tobytes()
-    rows.setdefault(key, []).append(i)
+  # Continuations of the same text have one row.
+  row_by_text: dict[Any, RowOfIndices] = {}
+  for i, continuation in enumerate(continuations):
+    text = continuation.tokens[:-1].tobytes()
+    key = i if one_per_row else text
+    row_by_text.setdefault(key, []).append(i)
 
   # Rows by the length that they are padded to.
-  by_length: dict[int, list[Row]] = {}
-  for row in rows.values():
-    length = len(questions[row[0]].tokens) - 1
-    by_length.setdefault(padded_length(length, most), []).append(row)
+  rows_by_length: dict[int, list[RowOfIndices]] = {}
+  for row in row_by_text.values():
+    length = len(continuations[row[0]].tokens) - 1
+    rows_by_length.setdefault(padded_length(length, longest), []).append(row)
 
-  def places(row: Row) -> int:
-    """Returns how many places the questions of a row ask about."""
-    return sum(questions[i].scored for i in row)
+  def count_places(row: RowOfIndices) -> int:
+    """Returns how many tokens are scored in a row."""
+    return sum(continuations[i].num_scored for i in row)
 
-  # Groups of rows that ask about as many places as each other.
-  multiple = int(np.lcm(SHORTEST_ROW, shards))
-  for length, several in sorted(by_length.items(), reverse=True):
-    several.sort(key=places, reverse=True)
-    count = -(-len(several) // max(TOKENS_OF_BATCH // length, 1))
-    groups = [several[i::count] for i in range(count)]
+  # Deal the rows of a length out to batches, those with the most places first,
+  # so that the batches have about as many places as each other.
+  multiple_of_places = int(np.lcm(SHORTEST_ROW, shards))
+  for length, rows in sorted(rows_by_length.items(), reverse=True):
+    rows.sort(key=count_places, reverse=True)
+    most_rows = max(TOKENS_OF_BATCH // length, 1)
+    num_batches = -(-len(rows) // most_rows)
+    batches = [rows[i::num_batches] for i in range(num_batches)]
     most_places = 0
-    for group in groups:
-      most_places = max(most_places, sum(map(places, group)))
-    shape = BatchShape(rows=_round_up(len(groups[0]), shards), length=length,
-                  places=_round_up(most_places, multiple))
-    for group in groups:
-      yield shape, group
+    for batch in batches:
+      most_places = max(most_places, sum(map(count_places, batch)))
+    shape = BatchShape(rows=_round_up(len(batches[0]), shards), length=length,
+                       places=_round_up(most_places, multiple_of_places))
+    for batch in batches:
+      yield shape, batch
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -155,75 +166,100 @@ def _round_up(number: int, multiple: int) -> int:
   return -(-number // multiple) * multiple
 
 
-def padded_length(length: int, most: int) -> int:
-  """Returns the least of 8, 12, 16, 24, 32, 48, ... that is as long."""
-  power = max(SHORTEST_ROW, 1 << (length - 1).bit_length())
-  smaller = power * 3 // 4
-  if max(length, SHORTEST_ROW) <= smaller:
-    return min(smaller, most)
-  return min(power, most)
+def padded_length(length: int, longest: int) -> int:
+  """Returns the length that a row is padded to: the least of 8, 12, 16, 24, 32,
+  48, ... that is as long, and `longest` at most."""
+  power_of_two = max(SHORTEST_ROW, 1 << (length - 1).bit_length())
+  three_quarters = power_of_two * 3 // 4
+  if max(length, SHORTEST_ROW) <= three_quarters:
+    return min(three_quarters, longest)
+  return min(power_of_two, longest)
 
 
-def pad_into_batches(rows: Mapping[int, np.ndarray], most: int
-           ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-  """Yields (which rows, tokens [B, L], lengths [B]) of batches of few shapes,
-  the longest first; in what fills a batch up, a row has one token."""
+def pad_into_batches(rows: Mapping[int, np.ndarray], longest: int
+                     ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+  """Yields the rows in batches of few shapes, the longest rows first.
+
+  Args:
+    rows: the tokens of each row, [L], by a number.
+    longest: the longest row that the model takes.
+
+  Yields:
+    The numbers of the rows of a batch; their tokens, int32 [B, L], padded with
+    0; and their lengths, int32 [B]. In what fills a batch up, a row has one
+    token.
+  """
   # Rows of similar lengths, of which all are padded to one.
-  by_length: dict[int, list[int]] = {}
-  for i, row in rows.items():
-    length = padded_length(len(row), most)
-    by_length.setdefault(length, []).append(i)
-  for length, group in sorted(by_length.items(), reverse=True):
-    # A batch has about TOKENS tokens, and a power of two rows if these are few.
-    count = min(max(TOKENS_OF_BATCH // length, 1),
-                1 << (len(group) - 1).bit_length())
-    for start in range(0, len(group), count):
-      chosen = group[start:start + count]
-      tokens_BL = np.zeros((count, length), np.int32)
-      lengths_B = np.ones(count, np.int32)
-      for place, i in enumerate(chosen):
-        tokens_BL[place, :len(rows[i])] = rows[i]
-        lengths_B[place] = len(rows[i])
-      yield chosen, tokens_BL, lengths_B
+  numbers_by_length: dict[int, list[int]] = {}
+  for number, tokens_L in rows.items():
+    length = padded_length(len(tokens_L), longest)
+    numbers_by_length.setdefault(length, []).append(number)
+
+  for length, numbers in sorted(numbers_by_length.items(), reverse=True):
+    # A batch has about TOKENS_OF_BATCH tokens, and a power of two rows if these
+    # are few.
+    most_rows = max(TOKENS_OF_BATCH // length, 1)
+    batch_size = min(most_rows, 1 << (len(numbers) - 1).bit_length())
+    for start in range(0, len(numbers), batch_size):
+      numbers_of_batch = numbers[start:start + batch_size]
+      tokens_BL = np.zeros((batch_size, length), np.int32)
+      lengths_B = np.ones(batch_size, np.int32)
+      for b, number in enumerate(numbers_of_batch):
+        tokens_BL[b, :len(rows[number])] = rows[number]
+        lengths_B[b] = len(rows[number])
+      yield numbers_of_batch, tokens_BL, lengths_B
 
 
-def _make_batch(shape: BatchShape, rows: list[Row],
-                questions: Sequence[Continuation]
-           ) -> dict[str, np.ndarray]:
+def _make_batch(shape: BatchShape, rows: list[RowOfIndices],
+                continuations: Sequence[Continuation]
+                ) -> dict[str, np.ndarray]:
   """Returns the arrays of a batch.
 
   Args:
     shape: the shape of the batch.
-    rows: the questions of each row.
-    questions: all questions.
+    rows: the continuations of each row, by their indices.
+    continuations: all continuations.
+
+  Returns:
+    tokens [B, L]; lengths [B]; known [B], how many tokens of a row stand before
+    the first one that is scored; places [P], the places of the batch as one
+    row, after which the scored tokens stand; targets [P], these tokens.
   """
   batch = dict(tokens=np.zeros((shape.rows, shape.length), np.int32),
                lengths=np.zeros(shape.rows, np.int32),
                known=np.ones(shape.rows, np.int32),
                places=np.zeros(shape.places, np.int32),
                targets=np.zeros(shape.places, np.int32))
-  at = 0
+  start = 0
   for n, row in enumerate(rows):
     # The text of the row.
-    text = questions[row[0]].tokens[:-1]
+    first_of_row = continuations[row[0]]
+    text = first_of_row.tokens[:-1]
     batch['tokens'][n, :len(text)] = text
     batch['lengths'][n] = len(text)
-    batch['known'][n] = len(text) + 1 - questions[row[0]].scored
+    batch['known'][n] = len(text) + 1 - first_of_row.num_scored
 
-    # The places that its questions ask about, in the batch as one row.
+    # The places of each of its continuations.
     for i in row:
-      tokens, scored = questions[i]
-      here = slice(at, at + scored)
-      first = n * shape.length + len(text) - scored
-      batch['places'][here] = np.arange(first, first + scored)
-      batch['targets'][here] = tokens[-scored:]
-      at = here.stop
+      tokens, num_scored = continuations[i]
+      places = slice(start, start + num_scored)
+      first_place = n * shape.length + len(text) - num_scored
+      batch['places'][places] = np.arange(first_place, first_place + num_scored)
+      batch['targets'][places] = tokens[-num_scored:]
+      start = places.stop
   return batch
 
 
-def _make_score_function(evaluation: Evaluation, prefix: bool):
-  """Returns score(params, batch) of a decoder, which is a prefix LM or not."""
-  # With a capacity, a text's probability would hang on the batch.
+def _make_score_function(evaluation: Evaluation, is_prefix_lm: bool
+                         ) -> Callable:
+  """Returns score(params, batch), which returns the loss of each target and
+  whether it is the likeliest token.
+
+  Args:
+    evaluation: the evaluation of a decoder.
+    is_prefix_lm: whether tokens that are known see each other.
+  """
+  # With a capacity, a text's probability would depend on the batch.
   model = without_capacity(evaluation.run.model)
   # A kernel that training names may not take rows of these lengths.
   kernel = 'xla' if model.attention_kernel == 'xla' else 'auto'
@@ -232,21 +268,21 @@ def _make_score_function(evaluation: Evaluation, prefix: bool):
 
   def score(params: Any, batch: dict[str, jax.Array]
             ) -> tuple[jax.Array, jax.Array]:
-    """Returns the losses of the targets, [P], and whether each is the likeliest
-    token; what the model knows beforehand is a prefix LM's prefix."""
+    """Returns the losses of the targets in nats, [P], and whether each is the
+    likeliest token, bool [P]; `batch` is of `_make_batch`."""
     # The states of the model.
     tokens_BL = batch['tokens']
     lengths_B = batch['lengths']
     places_1L = jnp.arange(tokens_BL.shape[1])[None]
-    real_BL = (places_1L < lengths_B[:, None]).astype(jnp.int32)
-    options = {'prefix_B': batch['known']} if prefix else {}
-    output = module.apply({'params': params}, tokens_BL, valid_BL=real_BL,
+    is_real_BL = (places_1L < lengths_B[:, None]).astype(jnp.int32)
+    options = {'prefix_B': batch['known']} if is_prefix_lm else {}
+    output = module.apply({'params': params}, tokens_BL, valid_BL=is_real_BL,
                           lengths_B=lengths_B, **options)
 
     # The head, at the places that are asked about.
-    size = output.hidden.shape[-1]
-    hidden_PD = output.hidden.reshape(-1, size)[batch['places']]
-    judged = losses.token_losses(hidden_PD[None], output.head,
-                                 batch['targets'][None])
-    return judged.loss[0], judged.correct[0]
+    d_model = output.hidden.shape[-1]
+    hidden_PD = output.hidden.reshape(-1, d_model)[batch['places']]
+    token_losses = losses.token_losses(hidden_PD[None], output.head,
+                                       batch['targets'][None])
+    return token_losses.loss[0], token_losses.correct[0]
   return score

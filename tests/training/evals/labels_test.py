@@ -238,20 +238,20 @@ def test_the_best_stretches_are_the_best_of_all(may_be_null):
     rng = np.random.default_rng(seed)
     windows = [answers.ContextWindow(rng.normal(size=e - f),
                                      rng.normal(size=e - f),
-                              places[f:e], float(rng.normal(4, 2)))
-               for f, e in records.cut_into_windows(len(places), 12, 5)]
+                                     places[f:e], float(rng.normal(4, 2)))
+               for f, e in records.windows(len(places), 12, 5)]
     best = lambda null, threshold=0.0, windows=windows: answers.choose_answer(
-        context, windows, most=4, count=10, may_be_null=null,
+        context, windows, most_tokens=4, count=10, may_be_null=null,
         threshold=threshold)
     scores = {}
     for w in windows:
       for i in range(len(w.starts_T)):
         for j in range(i, min(i + 4, len(w.ends_T))):
-          text = context[w.spans_T2[i, 0]:w.spans_T2[j, 1]]
+          text = context[w.characters_T2[i, 0]:w.characters_T2[j, 1]]
           scores[text] = max(scores.get(text, -99), w.starts_T[i] + w.ends_T[j])
     answer, order = best(may_be_null), sorted(scores, key=scores.get)[:-11:-1]
-    assert [text for text, _, _ in answer.stretches] == order
-    for text, first, score in answer.stretches:
+    assert [text for text, _, _ in answer.spans] == order
+    for text, first, score in answer.spans:
       assert context[first:first + len(text)] == text
       assert score == pytest.approx(scores[text])
     gap = min(w.null for w in windows) - scores[order[0]]
@@ -265,13 +265,14 @@ def test_the_best_stretches_are_the_best_of_all(may_be_null):
 
 def test_space_and_a_character_of_several_tokens_take_no_place_of_others():
   """A space scores the most, and the two tokens of one letter come next."""
-  window = answers.ContextWindow(np.array([9., 5, 5, 1]),
-                                 np.array([9., 5, 5, 1]),
-                          np.array([(0, 1), (1, 2), (1, 2), (2, 3)]), 0.0)
+  scores_T = np.array([9., 5, 5, 1])
+  window = answers.ContextWindow(
+      starts_T=scores_T, ends_T=scores_T,
+      characters_T2=np.array([(0, 1), (1, 2), (1, 2), (2, 3)]), null=0.0)
   for count in (1, 2):
-    answer = answers.choose_answer(' äb', [window], most=1, count=count,
-                         may_be_null=False)
-    assert answer.stretches == [('ä', 1, 10.0), ('b', 2, 2.0)][:count]
+    answer = answers.choose_answer(' äb', [window], most_tokens=1,
+                                   count=count, may_be_null=False)
+    assert answer.spans == [('ä', 1, 10.0), ('b', 2, 2.0)][:count]
 
 
 RIGHT = [['B-per', 'I-per', 'O', 'B-loc'], ['O', 'B-loc', 'I-loc', 'B-loc']]

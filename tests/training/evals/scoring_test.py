@@ -39,8 +39,8 @@ def _questions(seed=1, count=14, most=12):
     if i % 3:
       shared = int(rng.integers(1, len(ids)))
       ids[:shared] = stem[:shared]
-    questions.append(Continuation(ids.astype(np.int32),
-                          int(rng.integers(1, len(ids)))))
+    num_scored = int(rng.integers(1, len(ids)))
+    questions.append(Continuation(ids.astype(np.int32), num_scored))
   return questions
 
 
@@ -49,7 +49,7 @@ def _alone(evaluation, questions, prefix):
   tokens_BL = np.zeros((len(questions), SMALL['max_len']), np.int32)
   for row, question in zip(tokens_BL, questions):
     row[:len(question.tokens) - 1] = question.tokens[:-1]
-  known_B = np.array([len(q.tokens) - q.scored for q in questions])
+  known_B = np.array([len(q.tokens) - q.num_scored for q in questions])
   logits_BLV = np.asarray(jax.jit(lambda params: models.logits(
       evaluation.run.module, params, tokens_BL,
       **dict(prefix_B=known_B) if prefix else {}))(evaluation.params))
@@ -59,7 +59,7 @@ def _alone(evaluation, questions, prefix):
     log_p = (logits_LV - np.log(np.exp(logits_LV).sum(-1, keepdims=True)))[
         np.arange(len(targets)), targets]
     greedy = np.argmax(logits_LV, -1) == targets
-    yield log_p[-question.scored:], greedy[-question.scored:]
+    yield log_p[-question.num_scored:], greedy[-question.num_scored:]
 
 
 def _answers(evaluation, questions):
@@ -87,7 +87,7 @@ def test_each_answer_is_that_of_its_text_alone(system, objective):
   for answer, (log_p, greedy) in zip(answers, _alone(
       evaluation, questions, objective == 'prefix'), strict=True):
     np.testing.assert_allclose(answer.log_probs, log_p, atol=2e-5)
-    np.testing.assert_array_equal(answer.greedy, greedy)
+    np.testing.assert_array_equal(answer.is_greedy, greedy)
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_several_devices_answer_as_one():
   for ours, theirs in zip(*(
       _answers(each, questions) for each in (several, one)), strict=True):
     np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=2e-5)
-    np.testing.assert_array_equal(ours.greedy, theirs.greedy)
+    np.testing.assert_array_equal(ours.is_greedy, theirs.is_greedy)
 
 
 @pytest.mark.parametrize('shards', [1, 3])
@@ -120,7 +120,8 @@ def test_few_shapes_are_compiled_whatever_the_lengths(shards):
     assert shape.rows % shards == shape.places % shards == 0
     most_rows = scoring.TOKENS_OF_BATCH // shape.length + shards
     assert len(rows) <= shape.rows <= most_rows
-    assert sum(questions[i].scored for row in rows for i in row) <= shape.places
+    places = [questions[i].num_scored for row in rows for i in row]
+    assert sum(places) <= shape.places
     for row in rows:  # of questions about one text
       assert len(row) > 1 and len({
           questions[i].tokens[:-1].tobytes() for i in row}) == 1
@@ -250,7 +251,7 @@ def test_a_text_begins_as_in_the_training_of_the_weights(tmp_path, monkeypatch):
   asked = _model(tmp_path)
   assert asked.tok_encode('a[SEP]b') == [97, ids['sep'], 98]
   assert asked.tok_encode('[EOS]') == [ids['eos']]
-  monkeypatch.setitem(asked._tokens.added_texts, '[PAD]', 400)
+  monkeypatch.setitem(asked._tokenizer.added_texts, '[PAD]', 400)
   with pytest.raises(RequestError, match=r"'a\[PAD\]' has the id 400, which"):
     asked.tok_encode('a[PAD]')
 

@@ -8,32 +8,54 @@ from typing import Any
 from common.errors import RequestError, require
 from training.data import texts
 
+# The environment variable that names the data folder.
 DATA_VARIABLE = 'ARCHETYPE_DATA'
 
 
 def blimp(folder: str = '', **_: Any):
-  """Returns the pairs of BLiMP's files."""
+  """Returns the pairs of sentences of BLiMP's files, as lm_eval reads them.
+
+  Args:
+    folder: the data folder, of which the folder blimp is read.
+    **_: other metadata of the task.
+  """
   return _load_documents(folder, 'blimp', (
       'sentence_good', 'sentence_bad', 'linguistics_term'))
 
 
 def blimp_results(doc: dict, results: list[tuple[float, bool]]
                   ) -> dict[str, float]:
-  """Returns whether the good sentence is the likelier one, in all and by the
-  phenomenon of its pair."""
+  """Returns whether the good sentence is the likelier one: 1 or 0, in all and
+  by the phenomenon of the pair.
+
+  Args:
+    doc: the pair.
+    results: (log-probability, whether greedy) of the good sentence and of the
+      bad one.
+  """
   (good, _), (bad, _) = results
-  right = float(good > bad)
-  return {'acc': right, f'acc {doc["linguistics_term"]}': right}
+  is_right = float(good > bad)
+  return {'acc': is_right, f'acc {doc["linguistics_term"]}': is_right}
 
 
 def cloze(folder: str = '', **_: Any):
-  """Returns the texts of files as LAMBADA's."""
+  """Returns the texts of files as LAMBADA's, whose last words are asked for.
+
+  Args:
+    folder: the data folder, of which the folder cloze is read.
+    **_: other metadata of the task.
+  """
   return _load_documents(folder, 'cloze', ('text',))
 
 
 def cloze_results(doc: dict, results: list[tuple[float, bool]]
                   ) -> dict[str, Any]:
-  """Returns the figures of the last word of a text."""
+  """Returns what lm_eval averages into the figures of last words.
+
+  Args:
+    doc: the text.
+    results: [(log-probability of the last word, whether it is the likeliest)].
+  """
   [(log_prob, greedy)] = results
   word = ' ' + doc['text'].rsplit(' ', 1)[1]
   return {'acc': float(greedy), 'perplexity': log_prob,
@@ -57,15 +79,16 @@ def _load_documents(folder: str, name: str, fields: tuple[str, ...]):
   root = folder or os.environ.get(DATA_VARIABLE, '')
   require(bool(root), f'lm_eval reads the folder {name} of a data folder, and '
           f'none is named: pass --lm_eval_data=DIR, or set {DATA_VARIABLE}')
-  place = pathlib.Path(root) / name
-  files = sorted(place.glob('*.jsonl'))
-  require(bool(files), f'{place} holds no *.jsonl: lm_eval reads the folder '
-          f'{name} of --lm_eval_data, or of {DATA_VARIABLE}')
+  data_folder = pathlib.Path(root) / name
+  files = sorted(data_folder.glob('*.jsonl'))
+  require(bool(files), f'{data_folder} holds no *.jsonl: lm_eval reads the '
+          f'folder {name} of --lm_eval_data, or of {DATA_VARIABLE}')
 
   # Their lines.
   documents = []
   for file in files:
-    for where, row in texts.read_rows(str(file)):
+    for where, row in texts.rows(str(file)):
+      # The fields that the task reads, each a text.
       document = {}
       for field in fields:
         text = texts.check_text(row.get(field), f'{where}, field {field!r},')
@@ -74,5 +97,5 @@ def _load_documents(folder: str, name: str, fields: tuple[str, ...]):
           raise RequestError(f'{where}, has one word alone: the last word of a '
                              'text is asked for')
       documents.append(document)
-  require(bool(documents), f'{place} holds no line')
+  require(bool(documents), f'{data_folder} holds no line')
   return {'validation': datasets.Dataset.from_list(documents)}

@@ -30,30 +30,32 @@ from training.objectives import pipeline
 from training.workdir import storage
 
 PICTURE_FILE = 'extrapolation.png'
+# The lengths that are read, as multiples of the training length.
 LENGTH_MULTIPLES = (1, 2, 4, 8)
-LEAST_TOKENS = 2 ** 17  # at each length, at least
+LEAST_TOKENS = 2 ** 17  # that each length is measured on, where there are such
 
-# The loss by position of each variant of the model, by multiple of the length:
+# The loss by position of each variant of the model (its position encoding as it
+# is, or scaled for longer texts), by multiple of the training length:
 # {variant: {multiple: [L]}}; None: the model refuses the length.
 Curves = Mapping[str, Mapping[int, np.ndarray | None]]
 
 
 class TokensByPosition(NamedTuple):
-  """The tokens that a length is measured on, by position, [L].
+  """The tokens that a length is measured on.
 
   Attributes:
-    tokens: how many tokens are predicted there.
-    weights: what they count in all.
+    num_tokens: int [L], how many tokens are predicted at each position.
+    weights: [L], the sum of their weights, which depend on their source.
   """
-  tokens: np.ndarray
+  num_tokens: np.ndarray
   weights: np.ndarray
 
 
 class SourceBatches(NamedTuple):
-  """A source as rows of one length.
+  """A source of held-out text as rows of one length.
 
   Attributes:
-    token_weight: what each of its tokens counts.
+    token_weight: the weight of each of its tokens in a mean over all sources.
     batches: its batches, on the devices.
   """
   token_weight: float
@@ -61,11 +63,12 @@ class SourceBatches(NamedTuple):
 
 
 class Extrapolation(Task):
-  """Prints the losses as a table; writes extrapolation.png into the workdir."""
+  """Prints the losses as a table; writes extrapolation.png into the run's
+  folder."""
 
   help = 'loss by position at 1, 2, 4 and 8 times the training length'
-  why_not_allowed = ('does not predict every token, so it has no loss '
-                     'by position')
+  why_not_allowed = ('does not predict every token, so it has no loss by '
+                     'position')
   file = PICTURE_FILE
   figure_names = ('length', 'loss at *')
   flags = (
@@ -83,226 +86,282 @@ class Extrapolation(Task):
 
     # Each variant of the model reads each length.
     curves: dict[str, dict[int, np.ndarray | None]] = {}
-    texts: dict[int, TokensByPosition] = {}
+    tokens_by_multiple: dict[int, TokensByPosition] = {}
     for multiple in LENGTH_MULTIPLES:
       sources = list(_load_sources(evaluation, multiple))
-      texts[multiple] = _count_tokens(sources)
+      tokens = _count_tokens(sources)
+      tokens_by_multiple[multiple] = tokens
       variants = positions.position_of(model).variants_for_longer_rows(
           model, length, multiple, evaluation.options.interpolate)
       for name, variant in variants.items():
         curve = None
         if variant is not None:  # else the model refuses the length
           curve = _loss_by_position(evaluation, model=variant, sources=sources,
-                               text=texts[multiple])
+                                    tokens=tokens)
         curves.setdefault(name, {})[multiple] = curve
 
     # The table and the picture.
-    print(format_table(curves, texts, length))
+    print(format_table(curves, tokens_by_multiple, length))
     path = evaluation.workdir / PICTURE_FILE
-    draw_losses(curves, texts=texts, length=length, path=path)
+    draw_losses(curves, tokens_by_multiple=tokens_by_multiple, length=length,
+                path=path)
     print(f'loss by position: {path}')
-    return _figures_for_json(curves, texts=texts, length=length,
-                             position=model.position)
+    return _figures_for_json(curves, tokens_by_multiple=tokens_by_multiple,
+                             length=length, position=model.position)
 
 
-def _figures_for_json(curves: Curves, texts: Mapping[int, TokensByPosition],
-                      length: int,
-             position: str) -> dict[str, Any]:
-  """Returns what goes into --json: the curves, and the loss at each length.
+def _figures_for_json(curves: Curves,
+                      tokens_by_multiple: Mapping[int, TokensByPosition],
+                      length: int, position: str) -> dict[str, Any]:
+  """Returns the curves, and the mean loss at each length, for --json.
 
   Args:
     curves: the losses by position.
-    texts: the texts that they were measured on, by multiple.
+    tokens_by_multiple: the tokens that they were measured on.
     length: the training length.
-    position: the position encoding of the model as it was trained.
+    position: the position encoding of the model as it was trained, whose
+      figures have no variant in their names.
   """
   figures: dict[str, Any] = {'length': length, 'texts': {}, 'curves': {}}
-  for multiple, text in texts.items():
+  for multiple, tokens in tokens_by_multiple.items():
     figures['texts'][str(multiple)] = {
-        'tokens': text.tokens.tolist(), 'weights': text.weights.tolist()}
-  for name, by_multiple in curves.items():
-    figures['curves'][name] = lists = {}
-    for multiple, curve in by_multiple.items():
+        'tokens': tokens.num_tokens.tolist(),
+        'weights': tokens.weights.tolist()}
+
+  for name, curve_by_multiple in curves.items():
+    losses_by_multiple: dict[str, list | None] = {}
+    for multiple, curve in curve_by_multiple.items():
       # The model refuses texts of this length.
       if curve is None:
-        lists[str(multiple)] = None
+        losses_by_multiple[str(multiple)] = None
         continue
-      lists[str(multiple)] = curve.tolist()
-      figure = f'loss at {multiple} × length'
+      losses_by_multiple[str(multiple)] = curve.tolist()
+      figure_name = f'loss at {multiple} × length'
       if name != position:
-        figure += f' ({name})'
-      figures[figure] = mean_loss(curve, texts[multiple])
+        figure_name += f' ({name})'
+      figures[figure_name] = mean_loss(curve, tokens_by_multiple[multiple])
+    figures['curves'][name] = losses_by_multiple
   return figures
 
 
-def mean_loss(curve: Any, text: TokensByPosition,
-              where: slice = slice(None)) -> float:
-  """Returns the loss of the tokens at some positions; nan: there are none."""
-  losses = curve[where]
-  weights = text.weights[where]
-  there = text.tokens[where] > 0
-  if not there.any():
+def mean_loss(curve: Any, tokens: TokensByPosition,
+              positions_averaged: slice = slice(None)) -> float:
+  """Returns the mean loss over the tokens at some positions; nan: there are
+  none.
+
+  Args:
+    curve: the loss at each position, [L].
+    tokens: the tokens at each position.
+    positions_averaged: the positions.
+  """
+  losses = curve[positions_averaged]
+  weights = tokens.weights[positions_averaged]
+  has_tokens = tokens.num_tokens[positions_averaged] > 0
+  if not has_tokens.any():
     return math.nan
-  return float(np.average(losses[there], weights=weights[there]))
+  return float(np.average(losses[has_tokens], weights=weights[has_tokens]))
 
 
-def _load_sources(evaluation: Evaluation,
-                  multiple: int) -> Iterator[SourceBatches]:
-  """Yields each source, in as many tokens a batch as the mesh allows, but of
-  the same rows whatever their number. The rows are those of the longest
-  multiple, cut into pieces of this one's length: at each length the same tokens
-  are predicted."""
-  config = evaluation.run.config.copy_and_resolve_references()
-  place = evaluation.run.place
-  longest = max(LENGTH_MULTIPLES)
-  length = config.data.length * longest
-  pieces = longest // multiple
-  # Rows of the longest text, as many as a batch of training has tokens for.
-  shards = math.prod(evaluation.run.mesh.shape.values())
-  rows = max(config.data.batch_size // longest // shards, 1) * shards
-  config.data.update(length=length, batch_size=rows)
+def _load_sources(evaluation: Evaluation, multiple: int
+                  ) -> Iterator[SourceBatches]:
+  """Yields each source of held-out text in rows of a multiple of the training
+  length.
 
-  # Each process reads its slice of the rows, and cuts them up.
-  index, count = devices.batch_shard(place, rows)
-  for loader in pipeline.make_evaluation_loaders(config,
-                                                 tokenizer=evaluation.tokenizer,
-                                                 process_index=index,
-                                                 process_count=count):
-    batches = []
-    tokens = 0.0
-    for whole in loader.cut(-(-LEAST_TOKENS // length)).iterate():
-      cut = _cut_rows(whole, pieces, evaluation.tokenizer)
-      batch = devices.put(cut, place)
-      batches.append(batch)
-      tokens += float(batch['weights'].sum())
-    yield SourceBatches(token_weight=loader.share / tokens, batches=batches)
-
-
-def _cut_rows(batch: Mapping[str, np.ndarray], pieces: int, tokenizer: Tokenizer
-         ) -> dict[str, np.ndarray]:
-  """Returns the rows of a batch cut into so many, each of which begins anew."""
-  cut = {name: x.reshape(len(x) * pieces, -1) for name, x in batch.items()}
-  if 'positions' not in cut:
-    return cut
-
-  # The rows are packed documents, which are counted from a row's beginning.
-  segments = []
-  places = []
-  for row_L in cut['tokens']:
-    documents = objectives.number_documents(row_L == tokenizer.separator_id)
-    segments.append(documents['segment_ids'])
-    places.append(documents['positions'])
-  cut['segment_ids'] = np.stack(segments)
-  cut['positions'] = np.stack(places)
-  return cut
-
-
-def _sum_over_batches(function: Callable, batches: Sequence) -> np.ndarray:
-  """Returns the sum of a function of batches, [L], in float64."""
-  length = batches[0]['tokens'].shape[1]
-  total = np.zeros(length)
-  for batch in progress.show_items(
-      batches, f'evaluating rows of {length:,} tokens'):
-    total += np.asarray(jax.device_get(function(batch)), np.float64)
-  return total
-
-
-def _count_tokens(sources: Sequence[SourceBatches]) -> TokensByPosition:
-  """Returns how many tokens the sources predict at each position, and what
-  these count."""
-  count = jax.jit(lambda batch: batch['weights'].sum(0))
-  counts = [_sum_over_batches(count, source.batches) for source in sources]
-  token_weights = [source.token_weight for source in sources]
-  return TokensByPosition(tokens=np.sum(counts, axis=0).astype(int),
-              weights=np.dot(token_weights, counts))
-
-
-def _loss_by_position(evaluation: Evaluation, model: ModelConfig,
-                      sources: Sequence[SourceBatches], text: TokensByPosition
-                      ) -> np.ndarray:
-  """Returns the mean loss at each position, [L], in nats; nan where there is
-  no token.
+  The rows are those of the longest multiple, cut into pieces, so that at each
+  length the same tokens are predicted. A batch has as many tokens as the mesh
+  allows; whatever their number, the rows are the same.
 
   Args:
     evaluation: the evaluation of the run.
-    model: the variant of the model that reads the text.
+    multiple: one of LENGTH_MULTIPLES.
+  """
+  config = evaluation.run.config.copy_and_resolve_references()
+  device_placement = evaluation.run.place
+  longest_multiple = max(LENGTH_MULTIPLES)
+  longest_length = config.data.length * longest_multiple
+  num_pieces = longest_multiple // multiple
+
+  # Rows of the longest text, as many as a batch of training has tokens for, in
+  # a multiple of the devices.
+  num_devices = math.prod(evaluation.run.mesh.shape.values())
+  rows_of_device = config.data.batch_size // longest_multiple // num_devices
+  num_rows = max(rows_of_device, 1) * num_devices
+  config.data.update(length=longest_length, batch_size=num_rows)
+
+  # Each process reads its slice of the rows, and cuts them up.
+  index, count = devices.batch_shard(device_placement, num_rows)
+  loaders = pipeline.held_out(config, tokenizer=evaluation.tokenizer,
+                              process_index=index, process_count=count)
+  for loader in loaders:
+    batches = []
+    num_tokens = 0.0
+    least_rows = -(-LEAST_TOKENS // longest_length)
+    for long_batch in loader.cut(least_rows).iterate():
+      cut_batch = _cut_rows(long_batch, num_pieces, evaluation.tokenizer)
+      batch = devices.put(cut_batch, device_placement)
+      batches.append(batch)
+      num_tokens += float(batch['weights'].sum())
+    yield SourceBatches(token_weight=loader.share / num_tokens, batches=batches)
+
+
+def _cut_rows(batch: Mapping[str, np.ndarray], num_pieces: int,
+              tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+  """Cuts each row of a batch into pieces of one length, which become rows.
+
+  Args:
+    batch: arrays of [B, L].
+    num_pieces: the pieces of a row.
+    tokenizer: the tokenizer, whose separator stands between packed documents.
+
+  Returns:
+    Arrays of [B num_pieces, L / num_pieces]. Documents and positions count from
+    the beginning of each new row.
+  """
+  cut_batch = {}
+  for name, x_BL in batch.items():
+    cut_batch[name] = x_BL.reshape(len(x_BL) * num_pieces, -1)
+  if 'positions' not in cut_batch:
+    return cut_batch
+
+  # The rows are packed documents, which are counted anew.
+  segments = []
+  positions_of_rows = []
+  for tokens_L in cut_batch['tokens']:
+    documents = objectives.documents(tokens_L == tokenizer.separator_id)
+    segments.append(documents['segment_ids'])
+    positions_of_rows.append(documents['positions'])
+  cut_batch['segment_ids'] = np.stack(segments)
+  cut_batch['positions'] = np.stack(positions_of_rows)
+  return cut_batch
+
+
+def _sum_over_batches(function: Callable, batches: Sequence) -> np.ndarray:
+  """Returns the sum over batches of function(batch), an array of [L], in
+  float64."""
+  length = batches[0]['tokens'].shape[1]
+  sum_L = np.zeros(length)
+  for batch in progress.show_items(
+      batches, f'evaluating rows of {length:,} tokens'):
+    sum_L += np.asarray(jax.device_get(function(batch)), np.float64)
+  return sum_L
+
+
+def _count_tokens(sources: Sequence[SourceBatches]) -> TokensByPosition:
+  """Returns how many tokens the sources predict at each position, and the sum
+  of their weights."""
+  count_by_position = jax.jit(lambda batch: batch['weights'].sum(0))
+  counts = []
+  for source in sources:
+    counts.append(_sum_over_batches(count_by_position, source.batches))
+  token_weights = [source.token_weight for source in sources]
+  return TokensByPosition(num_tokens=np.sum(counts, axis=0).astype(int),
+                          weights=np.dot(token_weights, counts))
+
+
+def _loss_by_position(evaluation: Evaluation, model: ModelConfig,
+                      sources: Sequence[SourceBatches],
+                      tokens: TokensByPosition) -> np.ndarray:
+  """Returns the mean loss at each position in nats, [L]; nan where there is no
+  token.
+
+  Args:
+    evaluation: the evaluation of the run.
+    model: the config of the variant of the model that reads the text.
     sources: the batches of each source.
-    text: how many tokens there are at each position, and what they count.
+    tokens: the tokens at each position.
   """
   module = architectures.build(model)
   objective = objectives.find_objective(evaluation.run.config)
 
-  def sums_of(params: Any, batch: Any):
+  def sum_losses(params: Any, batch: Any) -> jax.Array:
     """Returns the sum of a batch's losses at each position, [L]."""
     loss_BL = objective.token_losses(module, params, batch).loss
     return jnp.sum(loss_BL * batch['weights'], 0)
 
-  step = evaluation.jit_once(sums_of, 'extrapolation', model)
+  step = evaluation.jit_once(sum_losses, 'extrapolation', model)
   # A source counts as much as its share of the held-out text.
-  total_L = np.zeros(len(text.tokens))
+  total_L = np.zeros(len(tokens.num_tokens))
   for source in sources:
-    sums_L = _sum_over_batches(lambda batch: step(evaluation.params, batch),
-                               source.batches)
-    total_L += source.token_weight * sums_L
+    sum_L = _sum_over_batches(lambda batch: step(evaluation.params, batch),
+                              source.batches)
+    total_L += source.token_weight * sum_L
   loss_L = np.full(total_L.shape, np.nan)
-  return np.divide(total_L, text.weights, out=loss_L, where=text.tokens > 0)
+  return np.divide(total_L, tokens.weights, out=loss_L,
+                   where=tokens.num_tokens > 0)
 
 
-def format_table(curves: Curves, texts: Mapping[int, TokensByPosition],
+def format_table(curves: Curves,
+                 tokens_by_multiple: Mapping[int, TokensByPosition],
                  length: int) -> str:
-  """Returns the mean loss at each length, by variant, and over how many tokens;
-  '—': what is stretched for longer texts is not tried at this length."""
+  """Returns a table of the mean loss of each variant of the model at each
+  length, and of how many tokens it is over.
+
+  In a cell, 'refused' says that the model does not take the length, and '—'
+  that the variant, which is scaled for longer texts, is not tried at it.
+
+  Args:
+    curves: the losses by position.
+    tokens_by_multiple: the tokens that they were measured on.
+    length: the training length.
+  """
   rows = {'': [f'{multiple}x' for multiple in LENGTH_MULTIPLES]}
-  for name, by_multiple in curves.items():
-    rows[name] = []
+  for name, curve_by_multiple in curves.items():
+    cells = []
     for multiple in LENGTH_MULTIPLES:
-      curve = by_multiple.get(multiple)
-      # Not every variant is tried at every length.
+      curve = curve_by_multiple.get(multiple)
       cell = '—'
       if curve is not None:
-        cell = f'{mean_loss(curve, texts[multiple]):.3f}'
-      elif multiple in by_multiple:
+        cell = f'{mean_loss(curve, tokens_by_multiple[multiple]):.3f}'
+      elif multiple in curve_by_multiple:
         cell = 'refused'
-      rows[name].append(cell)
-  rows['tokens'] = [f'{texts[m].tokens.sum():,}' for m in LENGTH_MULTIPLES]
+      cells.append(cell)
+    rows[name] = cells
+  rows['tokens'] = []
+  for multiple in LENGTH_MULTIPLES:
+    num_tokens = tokens_by_multiple[multiple].num_tokens.sum()
+    rows['tokens'].append(f'{num_tokens:,}')
 
   # Columns of one width.
   lines = [f'loss in nats per token at multiples of the training length '
            f'{length}']
   for name, cells in rows.items():
-    padded = [f'{cell:>9}' for cell in cells]
-    lines.append(f'{name:<24}' + ''.join(padded))
+    padded_cells = [f'{cell:>9}' for cell in cells]
+    lines.append(f'{name:<24}' + ''.join(padded_cells))
   return '\n'.join(lines)
 
 
-def draw_losses(curves: Curves, texts: Mapping[int, TokensByPosition],
-                length: int, path: Any
-         ) -> None:
-  """Draws the loss by position at the longest length that each one takes.
+def draw_losses(curves: Curves,
+                tokens_by_multiple: Mapping[int, TokensByPosition],
+                length: int, path: Any) -> None:
+  """Draws the loss by position of each variant of the model, at the longest
+  length that it takes.
 
   Args:
     curves: the losses by position.
-    texts: the texts that they were measured on, by multiple.
+    tokens_by_multiple: the tokens that they were measured on.
     length: the training length.
     path: the file of the picture.
   """
   from matplotlib.figure import Figure
   figure = Figure(figsize=(8, 4.5), layout='constrained')
   axes = figure.subplots()
-  for name, by_multiple in curves.items():
-    taken = [m for m, curve in by_multiple.items() if curve is not None]
-    if not taken:
+  for name, curve_by_multiple in curves.items():
+    curves_taken = {}
+    for multiple, curve in curve_by_multiple.items():
+      if curve is not None:
+        curves_taken[multiple] = curve
+    if not curves_taken:
       continue
-    longest = max(taken)
-    curve = by_multiple[longest]
-    text = texts[longest]
+    longest = max(curves_taken)
+    curve = curves_taken[longest]
 
     # Bins of equal width on the logarithmic axis; a loss of nan is a gap.
-    places = np.geomspace(1, len(curve), 25)
-    edges = np.unique(places.astype(int))
+    edges = np.geomspace(1, len(curve), 25)
+    edges = np.unique(edges.astype(int))
     losses = []
-    for first, end in zip(edges, edges[1:]):
-      losses.append(mean_loss(curve, text, slice(first, end)))
+    for start, end in zip(edges, edges[1:]):
+      losses.append(
+          mean_loss(curve, tokens_by_multiple[longest], slice(start, end)))
     middles = np.sqrt(edges[:-1] * edges[1:])
     axes.plot(middles, losses, label=name)
 

@@ -21,6 +21,7 @@ from common.errors import suggest_name
 from training.evals import Evaluation, Flag, Task, items, scoring
 from training.objectives import Config
 
+# The folder of the tasks that are ours, as files of lm_eval.
 OWN_TASKS_FOLDER = pathlib.Path(__file__).parents[1] / 'lm_eval_tasks'
 # How often a figure is resampled for its standard error; a mean has one without
 # that.
@@ -30,11 +31,13 @@ KNOWN_PACKAGES = ('common', 'configs', 'lm_eval', 'training')
 
 
 class LMEval(Task):
-  """Prints a line for each figure, and returns them: of one task as they are
-  called, of several as TASK/FIGURE, those of the parts of a group likewise.
+  """Prints and returns the figures of tasks of lm_eval.
 
-  Their names are lm_eval's without the name of a filter that does nothing:
-  'acc,none' is acc, and 'exact_match,strict' is exact_match (strict)."""
+  Of one task the figures have their own names, and of several TASK/FIGURE; the
+  tasks of a group of lm_eval have names likewise. The names are lm_eval's
+  without that of a filter that does nothing: 'acc,none' is acc, and
+  'exact_match,strict' is exact_match (strict).
+  """
 
   help = 'tasks of lm_eval, named as lm_eval:NAME'
   reads_held_out = False
@@ -75,32 +78,37 @@ class LMEval(Task):
         require(name in manager.all_tasks, f'lm_eval has no task {name!r}: '
                 '`lm_eval ls tasks` lists its own, and blimp_files and '
                 'cloze_files are here.' + suggest_name(name, manager.all_tasks))
-      if manager is _make_task_manager(folder, options.lm_eval_data, True):
-        manager.load(names)  # whose files are on this machine
+      # Without lm_eval's own tasks, all files are on this machine: load them.
+      without_own = _make_task_manager(folder, options.lm_eval_data,
+                                       without_own=True)
+      if manager is without_own:
+        manager.load(names)
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Prints and returns the figures that lm_eval gives of its tasks."""
-    names = _parse_names(evaluation.options)
-    results = _run_lm_eval(evaluation, names)
+    asked_tasks = _parse_names(evaluation.options)
+    results = _run_lm_eval(evaluation, asked_tasks)
 
     # The figures, their standard errors, and what each item scores.
     figures: dict[str, float] = {}
     errors: dict[str, float] = {}
     records: dict[str, dict] = {}
-    for task, row in results['results'].items():
-      before = '' if names == [task] else f'{task}/'
-      for name, value in row.items():
+    for task, figures_of_task in results['results'].items():
+      prefix = '' if asked_tasks == [task] else f'{task}/'
+      for full_name, value in figures_of_task.items():
         if not isinstance(value, float):
           continue
-        called = before + items.shorten_figure_name(name.replace('_stderr', ''))
-        if '_stderr' in name:
-          errors[called] = value
+        # lm_eval calls the error of 'acc,none' 'acc_stderr,none'.
+        name = prefix + items.shorten_figure_name(
+            full_name.replace('_stderr', ''))
+        if '_stderr' in full_name:
+          errors[name] = value
         else:
-          figures[called] = value
-      scored = items.record_lm_eval_samples(row,
-                                            _samples_of_task(results, task))
-      for name, record in scored.items():
-        records[before + name] = record
+          figures[name] = value
+      records_of_task = items.record_lm_eval_samples(
+          figures_of_task, _samples_of_task(results, task))
+      for name, record in records_of_task.items():
+        records[prefix + name] = record
 
     # A line for each figure, with its standard error where lm_eval has one.
     for name, value in figures.items():
@@ -108,47 +116,59 @@ class LMEval(Task):
       if name in errors:
         line += f' ± {errors[name]:.4f}'
       print(line)
-    examples = {}
+    num_examples = {}
     for task, counts in results['n-samples'].items():
-      examples[task] = counts['effective']
+      num_examples[task] = counts['effective']
     return figures | {
-        'stderr': errors, 'examples': examples, 'items': records}
+        'stderr': errors, 'examples': num_examples, 'items': records}
 
 
-def _run_lm_eval(evaluation: Evaluation, names: Sequence[str]) -> dict[str,
-                                                                       Any]:
-  """Returns what lm_eval says of some of its tasks."""
-  from training.evals import harness
+def _run_lm_eval(evaluation: Evaluation, tasks: Sequence[str]
+                 ) -> dict[str, Any]:
+  """Evaluates a run by lm_eval on some of its tasks, and returns the results as
+  lm_eval has them."""
   # lm_eval is an optional package, and slow to import.
+  from training.evals import harness
   options = evaluation.options
-  fewshot = options.lm_eval_fewshot
-  with report_failures(', '.join(names)):
+  num_fewshot = options.lm_eval_fewshot
+  if num_fewshot < 0:
+    num_fewshot = None  # as the task says
+  with report_failures(', '.join(tasks)):
     from lm_eval import evaluator
     return evaluator.simple_evaluate(
-        harness.Model(evaluation), tasks=names,
-        limit=options.lm_eval_limit or None,
-        num_fewshot=None if fewshot < 0 else fewshot,
+        harness.Model(evaluation), tasks=tasks,
+        limit=options.lm_eval_limit or None, num_fewshot=num_fewshot,
         task_manager=_choose_task_manager(options),
-        bootstrap_iters=NUM_BOOTSTRAPS,
-        log_samples=True, random_seed=None, numpy_random_seed=None,
-        torch_random_seed=None)
+        bootstrap_iters=NUM_BOOTSTRAPS, log_samples=True, random_seed=None,
+        numpy_random_seed=None, torch_random_seed=None)
 
 
 def _samples_of_task(results: Mapping[str, Any], task: str) -> list[dict]:
-  """Returns the samples of a task; or those of all parts of a group."""
+  """Returns the samples that lm_eval logged of a task; or those of all tasks of
+  a group, which has none of its own."""
   samples = results['samples'].get(task)
   if samples:
     return samples
   samples = []
-  for part in results['group_subtasks'].get(task, ()):
-    samples += _samples_of_task(results, part)
+  for task_of_group in results['group_subtasks'].get(task, ()):
+    samples += _samples_of_task(results, task_of_group)
   return samples
 
 
 @contextlib.contextmanager
-def report_failures(what: str) -> Iterator[None]:
-  """Around lm_eval's work on `what`: says what it fails at in a sentence."""
-  os.environ.setdefault('TQDM_DISABLE', '1')  # of lm_eval; ours is its bar
+def report_failures(task_names: str) -> Iterator[None]:
+  """Says in a sentence what lm_eval fails at, where it does so inside the with
+  statement.
+
+  Args:
+    task_names: what lm_eval works on there, for the message.
+
+  Raises:
+    EnvironmentFailure: where lm_eval cannot load the data.
+    RequestError: where it refuses the request.
+  """
+  # lm_eval's own progress bars would stand beside ours.
+  os.environ.setdefault('TQDM_DISABLE', '1')
   # It resamples in forks of the process, which may stand still: a fork has
   # one of JAX's threads, and the locks of them all.
   os.environ['DISABLE_MULTIPROC'] = '1'
@@ -156,59 +176,62 @@ def report_failures(what: str) -> Iterator[None]:
   try:
     yield
   except (ConnectionError, FileNotFoundError) as error:
-    first = str(error).strip().partition('\n')[0]
-    raise EnvironmentFailure(f'lm_eval cannot load the data of {what}: {first}'
-                             ) from error
+    first_line = str(error).strip().partition('\n')[0]
+    raise EnvironmentFailure(f'lm_eval cannot load the data of {task_names}: '
+                             f'{first_line}') from error
   except Exception as error:
     if _package_that_raised(error) != 'lm_eval':
       raise
     reason = ' '.join(str(error).split()) or 'no message'
-    raise RequestError(f'lm_eval refuses {what}: {type(error).__name__}: '
+    raise RequestError(f'lm_eval refuses {task_names}: {type(error).__name__}: '
                        f'{reason}') from error
 
 
 def _package_that_raised(error: Exception) -> str:
-  """Returns which of PACKAGES raised an error, or called what did: what
+  """Returns which of KNOWN_PACKAGES raised an error, or called what did: what
   lm_eval's own code refuses is a wrong request, what ours raises is a bug."""
-  raised_by = ''
+  package_that_raised = ''
   for frame, _ in traceback.walk_tb(error.__traceback__):
     package = frame.f_globals.get('__name__', '').partition('.')[0]
     if package in KNOWN_PACKAGES:
-      raised_by = package
-  return raised_by
+      package_that_raised = package
+  return package_that_raised
 
 
 def _parse_names(options: Any) -> list[str]:
+  """Returns the names of tasks that --lm_eval lists."""
   names = [name.strip() for name in options.lm_eval.split(',')]
   return [name for name in names if name]
 
 
 def _choose_task_manager(options: Any) -> Any:
-  """Returns lm_eval's list of tasks: ours and those of a folder, and where one
-  of --lm_eval is none of these, its own thousands, too."""
+  """Returns lm_eval's list of tasks: ours and those of --lm_eval_tasks, and
+  where one of --lm_eval is none of these, lm_eval's own thousands, too."""
   folder = options.lm_eval_tasks
-  data = options.lm_eval_data
-  manager = _make_task_manager(folder, data, True)
+  data_folder = options.lm_eval_data
+  manager = _make_task_manager(folder, data_folder, without_own=True)
   if {*_parse_names(options)} <= {*manager.all_tasks}:
     return manager
-  return _make_task_manager(folder, data, False)
+  return _make_task_manager(folder, data_folder, without_own=False)
 
 
 @functools.lru_cache(maxsize=8)
-def _make_task_manager(folder: str, data: str, alone: bool) -> Any:
+def _make_task_manager(folder: str, data_folder: str, without_own: bool) -> Any:
   """Returns lm_eval's list of tasks.
 
   Args:
     folder: a folder of further task files; '': none.
-    data: the folder that blimp_files and cloze_files read.
-    alone: whether lm_eval's own tasks are left out.
+    data_folder: the folder that blimp_files and cloze_files read.
+    without_own: whether lm_eval's own tasks are left out, which are slow to
+      list.
   """
   from lm_eval import tasks
   paths = [str(OWN_TASKS_FOLDER)]
   if folder:
     paths.append(folder)
-  return tasks.TaskManager(include_path=paths, include_defaults=not alone,
-                           metadata={'folder': data})
+  return tasks.TaskManager(
+      include_path=paths, include_defaults=not without_own,
+      metadata={'folder': data_folder})
 
 
 TASKS = {'lm_eval': LMEval()}

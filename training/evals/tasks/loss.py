@@ -11,16 +11,16 @@ no window before it did: each token once, from at least length - stride tokens
 documentation, "Perplexity of fixed-length models", with the separator as the
 first token.
 
-The bound on the loss of masked diffusion is told by many draws. In a row of n
-tokens each draw masks l of them, and counts the losses of the masked tokens
-n / l times. l is uniform from 1 to n, which gives the same mean as a random
-share of masked tokens and spreads less (LLaDA, arXiv 2502.09992, equation 6).
-The draws of a row take its l evenly spread, from a random start. The standard
-error is that of the mean over rows: of another held-out text of the same kind,
-and by other draws.
+The bound on the loss of masked diffusion is estimated by many draws. In a row
+of n tokens each draw masks l of them, and counts the losses of the masked
+tokens n / l times. l is uniform from 1 to n, which gives the same mean as a
+random share of masked tokens and spreads less (LLaDA, arXiv 2502.09992,
+equation 6). The draws of a row take its l evenly spread, from a random start.
+The standard error is that of the mean over rows: of another held-out text of
+the same kind, and by other draws.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import math
 from typing import Any, NamedTuple
 
@@ -35,7 +35,9 @@ from training.evals import Evaluation, Flag, Task, held_out, items, scoring
 from training.objectives import pipeline
 from training.runs import make_eval_step
 
-MOST_DOCUMENT_GROUPS = 256  # of a source, whose losses are told apart
+# How many losses of single documents are written of each source. Where it has
+# more documents, neighbours are taken together.
+MOST_DOCUMENT_GROUPS = 256
 
 
 class HeldOutLoss(Task):
@@ -63,8 +65,8 @@ class HeldOutLoss(Task):
             'predicted: choose a smaller one')
     # Windows that overlap are made of a text, and tokens are cut already.
     spec = data.eval_source or data.source
-    parsed = sources.parse_sources(spec)
-    if len(parsed) != 1 or parsed[0][1].tokens:
+    weighted_sources = sources.parse(spec)
+    if len(weighted_sources) != 1 or weighted_sources[0][1].tokens:
       raise RequestError(f'--stride reads one source of text, which {spec!r} '
                          'is not: name one by --text')
 
@@ -73,6 +75,8 @@ class HeldOutLoss(Task):
     in all."""
     if evaluation.options.stride:
       return measure_with_stride(evaluation)
+
+    # The sums over the batches of each source.
     loaders = evaluation.held_out_loaders()
     step = evaluation.jit_once(
         make_eval_step(evaluation.run.module, evaluation.run.config), 'loss')
@@ -82,125 +86,157 @@ class HeldOutLoss(Task):
       sums.append(held_out.sum_figures(results))
 
     # The figures of each source, and their means.
-    each = {}
-    for loader, total in zip(loaders, sums):
-      each[loader.name] = _print_figures(loader.text, [total], [loader])
+    figures_by_source = {}
+    for loader, sums_of_source in zip(loaders, sums):
+      figures_by_source[loader.name] = _print_figures(
+          loader.text, [sums_of_source], [loader])
     if len(loaders) == 1:
-      return each[loaders[0].name]
+      return figures_by_source[loaders[0].name]
     shares = [f'{loader.share:.3g} {loader.name}' for loader in loaders]
     figures = _print_figures(
         f'the mean by weight, {", ".join(shares)}', sums, loaders)
-    figures['sources'] = each
+    figures['sources'] = figures_by_source
     return figures
 
 
-def _print_figures(text: str, sums: Sequence, loaders: Sequence) -> dict[str,
-                                                                         Any]:
-  """Prints and returns the figures of some sources together."""
+def _print_figures(text: str, sums: Sequence, loaders: Sequence
+                   ) -> dict[str, Any]:
+  """Prints and returns the figures of some sources together.
+
+  Args:
+    text: what the reader is told that the figures are of.
+    sums: the sums over the batches of each source, by held_out.sum_figures.
+    loaders: the loader of each source.
+  """
   figures = held_out.average_figures(sums, loaders)
-  count = sum(loader.num_tokens for loader in loaders)
-  sizes = [loader.bytes_per_token for loader in loaders]
-  size = held_out.mean_of_sources(sizes, loaders)
-  counted = f'{count:,} tokens'
-  if size:  # a probe has no text
-    counted += f' of {size:.2f} bytes'
-  print(f'{text}, {counted}:')
+  num_tokens = sum(loader.num_tokens for loader in loaders)
+  bytes_per_token = held_out.mean_of_sources(
+      [loader.bytes_per_token for loader in loaders], loaders)
+  size = f'{num_tokens:,} tokens'
+  if bytes_per_token:  # a probe has no text
+    size += f' of {bytes_per_token:.2f} bytes'
+  print(f'{text}, {size}:')
   for name, value in figures.items():
     print(f'  {name.replace("_", " "):<16} {held_out.format_figure(value)}')
-  return figures | {'tokens': count, 'text': text}
+  return figures | {'tokens': num_tokens, 'text': text}
 
 
 def measure_with_stride(evaluation: Evaluation) -> dict[str, Any]:
-  """Prints and returns the figures of all of a source's documents."""
-  name, documents = _held_out_documents(evaluation)
+  """Prints and returns the loss, perplexity and bits per byte of a source's
+  held-out documents, read in windows that overlap, as --stride asks."""
+  source_name, documents = _held_out_documents(evaluation)
   length = evaluation.run.config.data.length
   stride = evaluation.options.stride
   tokenizer = evaluation.tokenizer
 
   # The log-probabilities of all tokens.
-  questions: list[scoring.Continuation] = []
+  continuations: list[scoring.Continuation] = []
   for ids in tokenizer.encode_batch(documents):
     document = np.concatenate([[tokenizer.separator_id], ids])
-    questions += cut_into_windows(document, length, stride)
-  answers = scoring.score_continuations(questions, evaluation,
-                                        'reading windows')
+    continuations += cut_into_windows(document, length, stride)
+  token_scores = scoring.score_continuations(
+      continuations, evaluation, 'reading windows')
   nats = 0.0
-  for answer in answers:
-    nats -= float(answer.log_probs.sum())
-  count = sum(question.scored for question in questions)
+  for scores in token_scores:
+    nats -= float(scores.log_probs.sum())
+  num_tokens = sum(window.num_scored for window in continuations)
 
   # Their mean by token, by word and by byte.
-  figures = measure_text(nats, count, documents)
-  print(f'{name}, {count:,} tokens, each from {length - stride:,} to '
-        f'{length - 1:,} before it:')
-  for key, value in figures.items():
+  figures = measure_text(nats, num_tokens, documents)
+  print(f'{source_name}, {num_tokens:,} tokens, each from {length - stride:,} '
+        f'to {length - 1:,} before it:')
+  for name, value in figures.items():
     if isinstance(value, float):
-      print(f'  {key.replace("_", " "):<16} {value:.4f}')
+      print(f'  {name.replace("_", " "):<16} {value:.4f}')
   print(f'  {"words":<16} {figures["words"]:,}, ends of lines included')
-  return figures | {'stride': stride, 'length': length, 'text': name}
+  return figures | {'stride': stride, 'length': length, 'text': source_name}
 
 
 def cut_into_windows(ids: np.ndarray, length: int, stride: int
-            ) -> Iterator[scoring.Continuation]:
-  """Yields the windows of a document, [T] with the token that begins it, as
-  questions; all tokens but that one are predicted."""
+                     ) -> Iterator[scoring.Continuation]:
+  """Yields the windows of a document, each with the tokens to be predicted at
+  its end.
+
+  Args:
+    ids: int [T], the document with the token that begins it, which alone is
+      not predicted.
+    length: the tokens of a window.
+    stride: how many tokens after each other the windows begin.
+  """
   ids = ids.astype(np.int32)
-  done = 1
+  num_done = 1
   for start in range(0, len(ids) - 1, stride):
     stop = min(start + length, len(ids))
-    yield scoring.Continuation(ids[start:stop], stop - done)
-    done = stop
+    yield scoring.Continuation(tokens=ids[start:stop],
+                               num_scored=stop - num_done)
+    num_done = stop
     if stop == len(ids):
       return
 
 
-def measure_text(nats: float, tokens: int, documents: list[str]) -> dict[str,
-                                                                         Any]:
-  """Returns the figures of text that costs `nats` in all.
+def measure_text(nats: float, num_tokens: int, documents: list[str]
+                 ) -> dict[str, Any]:
+  """Returns loss, perplexity and bits per byte of a text, and its size.
 
   Its words are what white space separates, and the ends of its lines: the
   convention of WikiText, whose test set has 245,569 such words.
+
+  Args:
+    nats: minus the log-probability of the whole text.
+    num_tokens: the tokens that it is the sum over.
+    documents: the text.
   """
-  words = 0
-  size = 0
+  num_words = 0
+  num_bytes = 0
   for text in documents:
-    words += len(text.split()) + text.count('\n')
-    size += len(text.encode())
+    num_words += len(text.split()) + text.count('\n')
+    num_bytes += len(text.encode())
+  loss = nats / num_tokens
+  nats_per_word = nats / max(num_words, 1)
   return dict(
-      loss=nats / tokens, perplexity=_exp_or_inf(nats / tokens),
-      bits_per_byte=nats / math.log(2) / size,
-      word_perplexity=_exp_or_inf(nats / max(words,
-                                             1)), tokens=tokens, words=words,
-      bytes=size)
+      loss=loss, perplexity=_exp_or_inf(loss),
+      bits_per_byte=nats / math.log(2) / num_bytes,
+      word_perplexity=_exp_or_inf(nats_per_word), tokens=num_tokens,
+      words=num_words, bytes=num_bytes)
 
 
 def _exp_or_inf(x: float) -> float:
   """Returns e to the power x; inf where no float is as large."""
-  return math.exp(x) if x < 700 else math.inf
+  if x >= 700:
+    return math.inf
+  return math.exp(x)
 
 
 def _held_out_documents(evaluation: Evaluation) -> tuple[str, list[str]]:
-  """Returns the name of the source, and the documents that are held out."""
+  """Returns the name of the run's source, and its held-out documents.
+
+  Raises:
+    RequestError: where the source holds something other than text, or holds
+      nothing out.
+  """
   data = evaluation.run.config.data
   part = evaluation.run.config.eval.part
-  [(_, whole)] = sources.parse_sources(data.eval_source or data.source)
-  every = data.holdout_every
+  [(_, source)] = sources.parse(data.eval_source or data.source)
+  holdout_every = data.holdout_every
   if data.eval_source:
-    every = None
-  source = sources.hold_out_end_of_text(whole, every, part)
+    holdout_every = None  # all of that source is held out
+  source = sources.cut(source, holdout_every, part)
   if source.is_cut:  # to the part
     part = ''
 
   # The documents of the split, each of which must be text.
   documents = list(source.documents())
-  chosen = tokens.select_documents(np.arange(len(documents)), every=every,
-                                   split='eval', part=part)
-  kept = [document for document, keep in zip(documents, chosen) if keep]
-  for document in kept:
-    require(isinstance(document, str), f'{source.name} holds pairs or '
-            'conversations: --stride is for text')
-  require(kept, f'{source.name} has no document that is held out: pass --text')
-  return source.name, kept
+  is_held_out = tokens.chosen(np.arange(len(documents)), every=holdout_every,
+                              split='eval', part=part)
+  held_out_documents = []
+  for document, is_chosen in zip(documents, is_held_out):
+    if is_chosen:
+      require(isinstance(document, str), f'{source.name} holds pairs or '
+              'conversations: --stride is for text')
+      held_out_documents.append(document)
+  require(bool(held_out_documents), f'{source.name} has no document that is '
+          'held out: pass --text')
+  return source.name, held_out_documents
 
 
 class BoundSums(NamedTuple):
@@ -243,122 +279,143 @@ class DiffusionBound(Task):
     """Prints and returns the bound on the loss in nats per token."""
     run = evaluation.run
     loaders = evaluation.held_out_loaders()
-    count = evaluation.options.bound_samples
-    program = make_bound_function(run.module, config=run.config,
-                            mask=evaluation.tokenizer.mask_id, count=count)
-    step = evaluation.jit_once(program, 'diffusion_bound', count)
+    num_draws = evaluation.options.bound_samples
+    sum_bound = make_bound_function(
+        run.module, config=run.config, mask_id=evaluation.tokenizer.mask_id,
+        num_draws=num_draws)
+    step = evaluation.jit_once(sum_bound, 'diffusion_bound', num_draws)
 
     # The bound of each source, and its standard error.
     bounds = []
     errors = []
-    tokens = 0.0
+    num_tokens = 0.0
     for loader in loaders:
       total_6 = np.zeros(len(BoundSums._fields))
       batches = progress.show_items(
           loader.iterate(), 'evaluating', loader.num_batches)
-      for n, batch in enumerate(batches):
-        sums_6 = step(evaluation.params, run.put(batch), np.uint32(n))
+      for batch_number, batch in enumerate(batches):
+        sums_6 = step(evaluation.params, run.put(batch),
+                      np.uint32(batch_number))
         total_6 += np.float64(jax.device_get(sums_6))
       sums = BoundSums(*total_6)
       bounds.append(sums.nats / sums.tokens)
       errors.append(standard_error_of_bound(*sums))
-      tokens += float(sums.tokens)
+      num_tokens += float(sums.tokens)
 
-    # Their means by weight.
+    # Their means by weight. The errors of the sources are independent, so their
+    # squares add up.
     shares = np.array([loader.share for loader in loaders])
-    sizes = [loader.bytes_per_token for loader in loaders]
-    size = held_out.mean_of_sources(sizes, loaders)
+    bytes_per_token = held_out.mean_of_sources(
+        [loader.bytes_per_token for loader in loaders], loaders)
     loss = held_out.mean_of_sources(bounds, loaders)
-    bits = loss / (math.log(2) * size)
+    bits_per_byte = loss / (math.log(2) * bytes_per_token)
     error = float(np.hypot.reduce(shares * errors) / shares.sum())
-    print(f'bound of {tokens:,.0f} tokens by {count} draws of each row:\n'
-          f'  loss <=          {loss:.4f} (standard error {error:.4f})\n'
-          f'  bits per byte <= {bits:.4f}')
-    return dict(loss=loss, bits_per_byte=bits, standard_error=error,
-                samples=count, tokens=tokens)
+    print(f'bound of {num_tokens:,.0f} tokens by {num_draws} draws of each '
+          f'row:\n  loss <=          {loss:.4f} (standard error {error:.4f})\n'
+          f'  bits per byte <= {bits_per_byte:.4f}')
+    return dict(loss=loss, bits_per_byte=bits_per_byte, standard_error=error,
+                samples=num_draws, tokens=num_tokens)
 
 
 def standard_error_of_bound(nats: float, tokens: float, squares: float,
-                            products: float,
-                lengths: float, rows: float) -> float:
-  """Returns the standard error of nats / tokens, a ratio over rows (Cochran
-  1977, section 2.11); the arguments are the fields of BoundSums."""
+                            products: float, lengths: float, rows: float
+                            ) -> float:
+  """Returns the standard error of nats / tokens, a ratio of sums over rows;
+  nan where there is one row alone.
+
+  With x the nats of a row, n its tokens, and r = sum x / sum n, it is
+    sqrt(sum (x - r n)^2 rows / (rows - 1)) / sum n
+  (Cochran 1977, section 2.11). The arguments are the fields of BoundSums.
+  """
   if rows < 2:
     return math.nan
-  mean = nats / tokens
-  spread = max(squares - 2 * mean * products + mean ** 2 * lengths, 0.0)
-  return math.sqrt(spread * rows / (rows - 1)) / tokens
+  ratio = nats / tokens
+  residuals = squares - 2 * ratio * products + ratio ** 2 * lengths
+  residuals = max(residuals, 0.0)  # below 0 by rounding
+  return math.sqrt(residuals * rows / (rows - 1)) / tokens
 
 
-def make_bound_function(module: Any, config: Any, mask: int, count: int):
-  """Returns sums(params, batch, number), for batch `number` of a source.
+def make_bound_function(module: Any, config: Any, mask_id: int, num_draws: int
+                        ) -> Callable:
+  """Returns sum_bound(params, batch, batch_number), which returns the sums of
+  BoundSums over the rows of a batch, [6].
 
   Args:
     module: the model.
     config: the config of its run.
-    mask: the id of the mask token.
-    count: how many draws a row gets.
+    mask_id: the id of the mask token.
+    num_draws: how many draws a row gets.
   """
   objective = objectives.find_objective(config)
 
-  def sums(params: Any, batch: Any, number: jax.Array) -> jax.Array:
-    """Returns the sums of BoundSums over the rows of a batch, [6]."""
-    real_BL = batch['segment_ids'] != 0
-    n_B = real_BL.sum(1)
+  def sum_bound(params: Any, batch: Any, batch_number: jax.Array) -> jax.Array:
+    """Returns the sums of BoundSums over the rows of a batch, [6].
+
+    Args:
+      params: the parameters.
+      batch: the batch, of rows of n tokens each.
+      batch_number: the number of the batch in its source.
+    """
+    is_token_BL = batch['segment_ids'] != 0
+    n_B = is_token_BL.sum(1)
     # A row's draws are its own, whatever rows are beside it in a batch.
-    row_B = number * len(n_B) + jnp.arange(len(n_B))
+    row_B = batch_number * len(n_B) + jnp.arange(len(n_B))
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), row_B)
 
-    def uniform(k: Any, *shape: int) -> jax.Array:
+    def draw_uniform(k: Any, *shape: int) -> jax.Array:
       """Returns draw k of each row, [B, *shape], from 0 to 1."""
-      def of_row(key: jax.Array) -> jax.Array:
+      def draw_for_row(key: jax.Array) -> jax.Array:
         return jax.random.uniform(jax.random.fold_in(key, k), shape)
-      return jax.vmap(of_row)(key_B)
+      return jax.vmap(draw_for_row)(key_B)
 
-    start_B = uniform(count)
+    # One more draw than those of the bound: where the masked shares of a row
+    # begin.
+    start_B = draw_uniform(num_draws)
 
-    def draw(_: None, k: jax.Array):
-      """Returns the bound of each row by draw k, in nats, [B]."""
-      # The draw says how many tokens are masked, at random places.
-      share_B = (start_B + k / count) % 1.0
+    def draw_bound(_: None, k: jax.Array) -> tuple[None, jax.Array]:
+      """Returns the bound of each row by draw k, in nats, [B]; jax.lax.scan has
+      nothing to carry."""
+      # The draw says how many tokens l are masked, at random places.
+      share_B = (start_B + k / num_draws) % 1.0
       l_B = jnp.minimum(1 + (share_B * n_B).astype(jnp.int32), n_B)
-      noise_BL = jnp.where(real_BL, uniform(k, real_BL.shape[1]), -1.0)
-      largest_BL = generate.is_among_largest(noise_BL, l_B[:, None])
-      masked_BL = real_BL & largest_BL
-      shown_BL = jnp.where(masked_BL, mask, batch['targets'])
+      noise_BL = draw_uniform(k, is_token_BL.shape[1])
+      noise_BL = jnp.where(is_token_BL, noise_BL, -1.0)
+      is_largest_BL = generate.is_among_largest(noise_BL, l_B[:, None])
+      is_masked_BL = is_token_BL & is_largest_BL
+      tokens_BL = jnp.where(is_masked_BL, mask_id, batch['targets'])
 
       # n / l times the losses of the masked tokens (equation 6).
       nats_BL = objective.token_losses(
-          module, params, batch | dict(tokens=shown_BL)).loss
-      sum_B = jnp.where(masked_BL, nats_BL, 0).sum(1)
+          module, params, batch | dict(tokens=tokens_BL)).loss
+      sum_B = jnp.where(is_masked_BL, nats_BL, 0).sum(1)
       return None, sum_B * n_B / jnp.maximum(l_B, 1)
 
-    _, draws_KB = jax.lax.scan(draw, None, jnp.arange(count))
+    _, draws_KB = jax.lax.scan(draw_bound, None, jnp.arange(num_draws))
     x_B = draws_KB.mean(0)
 
     # A row of padding has no tokens, and is none.
     n_B = n_B.astype(jnp.float32)
     is_row_B = (n_B > 0).astype(jnp.float32)
-    bound = BoundSums(
+    sums = BoundSums(
         nats=x_B.sum(), tokens=n_B.sum(), squares=(x_B ** 2).sum(),
         products=(x_B * n_B).sum(), lengths=(n_B ** 2).sum(),
         rows=is_row_B.sum())
-    return jnp.stack(bound)
-  return sums
+    return jnp.stack(sums)
+  return sum_bound
 
 
 class DocumentLoss(Task):
   """Measures the loss of each document, whose weights are its tokens, of the
   rows that training evaluates after its last step: from their spread follows
   what another text of the kind would give. Documents beside each other are
-  taken together where there are more than DOCUMENTS. With several sources each
-  counts by its weight.
+  taken together where there are more than MOST_DOCUMENT_GROUPS. With several
+  sources each counts by its weight.
   """
 
   help = ('the loss of each held-out document, of the rows that training '
           'evaluates')
-  why_not_allowed = ('does not predict every token, so it has no loss '
-                     'of a document')
+  why_not_allowed = ('does not predict every token, so it has no loss of a '
+                     'document')
   figure_names = ('loss',)
 
   def allows_objective(self, objective: objectives.Objective) -> bool:
@@ -366,73 +423,84 @@ class DocumentLoss(Task):
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Prints the loss of all documents, and returns that of each."""
-    program = make_token_loss_function(evaluation.run.module,
-                                       evaluation.run.config)
-    step = evaluation.jit_once(program, 'documents')
+    compute_losses = make_token_loss_function(evaluation.run.module,
+                                              evaluation.run.config)
+    step = evaluation.jit_once(compute_losses, 'documents')
+
+    # The nats and the tokens of each document, as shares of all sources.
     nats: list[float] = []
-    counts: list[float] = []
+    weights: list[float] = []
     for loader in evaluation.held_out_loaders():
       sums_2D = _sum_by_document(evaluation, step, loader)
       tokens_D = sums_2D[1]
       weighted_2D = sums_2D[:, tokens_D > 0] * loader.share / tokens_D.sum()
       nats += weighted_2D[0].tolist()
-      counts += weighted_2D[1].tolist()
-    loss = sum(nats) / sum(counts)
+      weights += weighted_2D[1].tolist()
+
+    loss = sum(nats) / sum(weights)
     print(f'loss of {len(nats):,} documents: {loss:.4f}')
-    losses = np.divide(nats, counts)
-    return {'loss': loss,
-            'items': {'loss': items.record_scores(losses, counts, counts)}}
+    losses = np.divide(nats, weights)
+    record = items.record_scores(losses, names=weights, weights=weights)
+    return {'loss': loss, 'items': {'loss': record}}
 
 
-def _sum_by_document(evaluation: Evaluation, step: Any, loader: pipeline.Loader
-                   ) -> np.ndarray:
-  """Returns the losses in nats and the tokens of each document, [2, documents].
+def _sum_by_document(evaluation: Evaluation, step: Any,
+                     loader: pipeline.Loader) -> np.ndarray:
+  """Returns the losses in nats and the tokens of each document, or of each
+  group of neighbours, [2, documents].
 
   Args:
     evaluation: the evaluation of the run.
-    step: the compiled `documents_program`.
+    step: the function of `make_token_loss_function`, compiled.
     loader: the loader of the source.
   """
   config = evaluation.run.config
   view = loader.views[0]
-  size = config.data.batch_size
+  batch_size = config.data.batch_size
 
   # The document of each token of each row. A document begins with the
   # separator that stands before it; separators fill up the last row, too.
   rows = [view[i].tokens[:-1] for i in range(len(view))]
-  begins_NL = np.stack(rows) == view.separator
-  last = view[len(view) - 1]
-  begins_NL[-1, last.size - 1:] = False
-  document_NL = np.cumsum(begins_NL).reshape(begins_NL.shape) - 1
-  several = document_NL.max() // MOST_DOCUMENT_GROUPS + 1
-  group_NL = document_NL // several
+  is_start_NL = np.stack(rows) == view.separator
+  last_row = view[len(view) - 1]
+  is_start_NL[-1, last_row.size - 1:] = False
+  document_NL = np.cumsum(is_start_NL).reshape(is_start_NL.shape) - 1
+  documents_of_group = document_NL.max() // MOST_DOCUMENT_GROUPS + 1
+  group_NL = document_NL // documents_of_group
 
-  # The sums of the rows that are evaluated.
-  count = min(loader.first(config.eval.batches) * size, loader.num_windows)
+  # The sums over the rows that are evaluated.
+  num_batches = loader.first(config.eval.batches)
+  num_rows = min(num_batches * batch_size, loader.num_windows)
   sums_2D = np.zeros((2, group_NL.max() + 1))
-  results = evaluation.run_on_batches(step, loader.cut(count),
+  results = evaluation.run_on_batches(step, loader.cut(num_rows),
                                       'evaluating documents')
-  for n, sums_2BL in enumerate(results):
-    for i in range(size):
-      number = n * size + i
-      if number >= count:  # the row fills up the batch
+  for n, losses_2BL in enumerate(results):
+    for i in range(batch_size):
+      row_number = n * batch_size + i
+      if row_number >= num_rows:  # the row fills up the batch
         break
-      group_L = group_NL[loader.place(number)]
-      row_2L = np.float64(sums_2BL[:, i])
-      np.add.at(sums_2D, (slice(None), group_L), row_2L)
+      group_L = group_NL[loader.place(row_number)]
+      losses_2L = np.float64(losses_2BL[:, i])
+      np.add.at(sums_2D, (slice(None), group_L), losses_2L)
   return sums_2D
 
 
-def make_token_loss_function(module: Any, config: Any):
-  """Returns losses(params, batch) of a model; see below."""
-  objective = objectives.find_objective(config)
+def make_token_loss_function(module: Any, config: Any) -> Callable:
+  """Returns compute_losses(params, batch), which returns the weighted losses
+  and the weights of all tokens of a batch, [2, B, L].
 
-  def losses(params: Any, batch: Any) -> jax.Array:
+  Args:
+    module: the model.
+    config: the config of its run.
+  """
+  objective = objectives.of(config)
+
+  def compute_losses(params: Any, batch: Any) -> jax.Array:
     """Returns the weighted losses and the weights of all tokens, [2, B, L]."""
     loss_BL = objective.token_losses(module, params, batch).loss
     weights_BL = batch['weights'].astype(jnp.float32)
     return jnp.stack([loss_BL * weights_BL, weights_BL])
-  return losses
+  return compute_losses
 
 
 TASKS = {

@@ -14,11 +14,12 @@ seven eighths of them it is chosen, on the last eighth scored, and so for each
 eighth.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import functools
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -31,23 +32,36 @@ from training.distributed import devices
 from training.evals import Evaluation, Flag, Task, items
 from training.objectives import pipeline
 
-LENGTH_FACTORS = (2, 4)  # lengths beyond training
-MOST_LEVELS = 6  # at most so many of the levels of training are measured
+# The rows that are longer than in training, as multiples of its length.
+LENGTH_FACTORS = (2, 4)
+# How many of the levels of difficulty of training are measured; of more, some
+# that are evenly spread.
+MOST_LEVELS = 6
 
-CONSTANT_ROWS, CONSTANT_FOLDS = 4096, 8  # of a constant answer, over all levels
-# In `accuracy` all answers count alike; in a task's figures all levels do.
+# The rows that a constant answer is chosen and scored on, in all levels
+# together, and the folds of its cross-validation.
+CONSTANT_ROWS = 4096
+CONSTANT_FOLDS = 8
+# The figures of a constant answer. In `accuracy` all answers count alike; in
+# the figures of this task all levels do.
 CONSTANT_FIGURES = ('accuracy', 'probe/accuracy', 'probe/rows_right')
 
 
 class ProbeCell(NamedTuple):
-  """Rows that are measured at once: those of one level and length."""
+  """A level of difficulty and a length, whose rows are measured together.
+
+  Attributes:
+    level: the level, as the probe's settings have it.
+    length: the length of the rows.
+    beyond: how many times the length of training that is; 1: as in training.
+  """
   level: int | float
   length: int
-  beyond: int  # how many times the length of training; 1: as in training
+  beyond: int
 
 
 class MeasuredCell(NamedTuple):
-  """The scores of rows of one level and length.
+  """The scores of R rows of one level and length.
 
   Attributes:
     figures: the figures by name.
@@ -78,10 +92,10 @@ class Probe(Task):
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Prints and returns the accuracy at each level and length."""
     config = evaluation.run.config
-    probe = probes.find_probe(config)
-    settings = probes.read_settings(config)
-    rows = evaluation.options.probe_rows
-    print(f'{config.data.source}: {rows:,} rows of each kind\n'
+    probe = probes.of(config)
+    settings = probes.settings(config)
+    num_rows = evaluation.options.probe_rows
+    print(f'{config.data.source}: {num_rows:,} rows of each kind\n'
           f'{probe.level:>20} {"length":>7} {"accuracy":>9} {"95 %":>16} '
           f'{"rows right":>11} {"95 %":>16}')
 
@@ -89,12 +103,12 @@ class Probe(Task):
     figures: dict[str, Any] = {'level': {}, 'beyond': {}, 'table': []}
     shares = []
     weights = []
-    for cell in list_cells(settings, probe.grows, probe.longer):
+    for cell in list_cells(settings, grows=probe.grows, longer=probe.longer):
       reason = _why_not_measurable(evaluation, cell)
       if reason:
         print(f'{cell.level:>20} {cell.length:>7}   refused: {reason}')
         continue
-      measured = measure_cell(evaluation, cell, rows)
+      measured = measure_cell(evaluation, cell, num_rows)
       scores = measured.figures
       print(_format_row(cell, scores))
       figures['table'].append(cell._asdict() | scores)
@@ -106,16 +120,18 @@ class Probe(Task):
         figures['beyond'][f'{cell.beyond}x'] = scores['accuracy']
 
     # The means over the levels of training.
-    trained = [row for row in figures['table'] if row['beyond'] == 1]
+    trained_cells = [row for row in figures['table'] if row['beyond'] == 1]
     for name in ('accuracy', 'rows_right'):
-      scores_of_levels = [row[name] for row in trained]
+      scores_of_levels = [row[name] for row in trained_cells]
       figures[name] = float(np.mean(scores_of_levels))
     print(f'the mean over the levels of training: accuracy '
           f'{figures["accuracy"]:.4f}, rows right {figures["rows_right"]:.4f}')
-    figures['rows'] = rows
+    figures['rows'] = num_rows
 
-    # The scores of each row.
-    names = config.data.source, settings, probes.held_out_seed(config), rows
+    # The scores of each row; what the rows were drawn with tells them from
+    # others.
+    names = (config.data.source, settings, probes.held_out_seed(config),
+             num_rows)
     share_N = np.concatenate(shares)
     weight_N = np.concatenate(weights)
     figures['items'] = {
@@ -127,15 +143,20 @@ class Probe(Task):
 def _why_not_measurable(evaluation: Evaluation, cell: ProbeCell) -> str:
   """Returns why rows of a level and length cannot be measured; '': they can."""
   config = evaluation.run.config
-  reach = positions.longest_supported_length(evaluation.run.model)
-  if cell.length > reach:
-    return f'the positions of the model end at {reach:g}'
-  settings = probes.read_settings(config)._replace(length=cell.length)
-  return probes.find_probe(config).limit(settings, cell.level)
+  longest = positions.longest_supported_length(evaluation.run.model)
+  if cell.length > longest:
+    return f'the positions of the model end at {longest:g}'
+  settings = probes.settings(config)._replace(length=cell.length)
+  return probes.of(config).limit(settings, cell.level)
 
 
 def _format_row(cell: ProbeCell, scores: dict[str, Any]) -> str:
-  """Returns the line of a level and length for a reader."""
+  """Returns the line of a level and length for a reader.
+
+  Args:
+    cell: the level and length.
+    scores: the figures of `measure_cell`.
+  """
   low, high = scores['accuracy_95']
   accuracy = f'{scores["accuracy"]:>9.4f} [{low:.4f}, {high:.4f}]'
   low, high = scores['rows_right_95']
@@ -143,9 +164,12 @@ def _format_row(cell: ProbeCell, scores: dict[str, Any]) -> str:
   return f'{cell.level:>20} {cell.length:>7} {accuracy} {rows_right}'
 
 
-def list_cells(settings: Any, grows: bool,
-               longer: bool = True) -> Iterator[ProbeCell]:
-  """Yields what is measured.
+def list_cells(settings: Any, grows: bool, longer: bool = True
+               ) -> Iterator[ProbeCell]:
+  """Yields the levels and lengths that are measured.
+
+  These are MOST_LEVELS levels of training at its length, evenly spread from the
+  easiest to the hardest, and then the hardest one at longer lengths.
 
   Args:
     settings: the settings of the run's probe.
@@ -153,9 +177,9 @@ def list_cells(settings: Any, grows: bool,
     longer: whether there are longer rows, as Probe.longer says.
   """
   levels = sorted(set(settings.levels))
-  places = np.linspace(0, len(levels) - 1, min(MOST_LEVELS, len(levels)))
-  for place in np.unique(np.rint(places).astype(int)):
-    yield ProbeCell(level=levels[place], length=settings.length, beyond=1)
+  indices = np.linspace(0, len(levels) - 1, min(MOST_LEVELS, len(levels)))
+  for i in np.unique(np.rint(indices).astype(int)):
+    yield ProbeCell(level=levels[i], length=settings.length, beyond=1)
   if not longer:
     return
   hardest = levels[-1]
@@ -164,73 +188,84 @@ def list_cells(settings: Any, grows: bool,
     yield ProbeCell(level=level, length=settings.length * factor, beyond=factor)
 
 
-def measure_cell(evaluation: Evaluation, cell: ProbeCell,
-                 count: int) -> MeasuredCell:
-  """Returns the figures of `count` held-out rows of one level and length, and
-  what each row scores."""
-  # The rows.
-  place = evaluation.run.place
+def measure_cell(evaluation: Evaluation, cell: ProbeCell, num_rows: int
+                 ) -> MeasuredCell:
+  """Returns the scores of `num_rows` held-out rows of one level and length.
+
+  Among the figures are accuracy and rows_right, their 95 % intervals
+  accuracy_95 and rows_right_95, and how many answers and rows they are over.
+  """
+  # The rows of the probe, in batches.
   config = evaluation.run.config.copy_and_resolve_references()
   config.data.length = cell.length
-  probe = probes.find_probe(config)
-  settings = probes.read_settings(config)._replace(held_out=count)
+  probe = probes.of(config)
+  settings = probes.settings(config)._replace(held_out=num_rows)
   rows = probes.Rows(
       probe=probe, settings=settings, split='eval',
       seed=probes.held_out_seed(config), levels=(cell.level,))
-  index, number = devices.batch_shard(place, config.data.batch_size)
+  process_index, num_processes = devices.batch_shard(
+      evaluation.run.place, config.data.batch_size)
   loader = pipeline.Loader(
       name=config.data.source, share=1.0, text=config.data.source,
       dataset=rows, views=[rows], config=config,
-      tokenizer=evaluation.tokenizer, split='eval', process_index=index,
-      process_count=number)
+      tokenizer=evaluation.tokenizer, split='eval', process_index=process_index,
+      process_count=num_processes)
 
-  # Right answers and answers that are asked for, by row; those of what fills
-  # up a batch are left out.
-  counts = _make_count_function(evaluation.run.module,
-                                objectives.find_objective(config))
-  step = evaluation.jit_once(counts, 'probe')
-  results = list(evaluation.run_on_batches(
+  # The answers of each row that are right, and those that it is asked for. What
+  # fills up a batch is asked for none, and left out.
+  count_answers = _make_count_function(evaluation.run.module,
+                                       objectives.of(config))
+  step = evaluation.jit_once(count_answers, 'probe')
+  counts = list(evaluation.run_on_batches(
       step, loader, f'{probe.level}: {cell.level}'))
-  right_R, asked_R = np.concatenate(results, axis=1).astype(float)
-  real_R = asked_R > 0
-  right_R = right_R[real_R]
-  asked_R = asked_R[real_R]
+  right_R, asked_R = np.concatenate(counts, axis=1).astype(float)
+  is_row_R = asked_R > 0
+  right_R = right_R[is_row_R]
+  asked_R = asked_R[is_row_R]
 
-  # Their shares, and the intervals of these.
-  asked = asked_R.sum()
-  seen = len(asked_R)
-  accuracy = right_R.sum() / asked
+  # Their shares, and the intervals of these. Rows that ask for unequal numbers
+  # of answers count as fewer ones.
+  num_asked = asked_R.sum()
+  num_rows_read = len(asked_R)
+  num_effective_rows = num_asked ** 2 / np.sum(asked_R ** 2)
+  accuracy = right_R.sum() / num_asked
   rows_right = np.mean(right_R == asked_R)
-  effective_rows = asked ** 2 / np.sum(asked_R ** 2)
   figures = dict(
-      accuracy=float(accuracy), accuracy_95=wilson_interval(accuracy,
-                                                            effective_rows),
-      rows_right=float(rows_right), rows_right_95=wilson_interval(rows_right,
-                                                                  seen),
-      answers=int(asked), rows=seen)
+      accuracy=float(accuracy),
+      accuracy_95=wilson_interval(accuracy, num_effective_rows),
+      rows_right=float(rows_right),
+      rows_right_95=wilson_interval(rows_right, num_rows_read),
+      answers=int(num_asked), rows=num_rows_read)
   return MeasuredCell(figures=figures, share_R=right_R / asked_R,
                       asked_R=asked_R)
 
 
-def _make_count_function(module: Any, objective: Any):
-  """Returns step(params, batch) -> [2, B]: of each row the answers that are
-  right, and those that it is asked for; 0 of what fills a batch up."""
-  def step(params: Any, batch: Any):
-    right_BL = objective.token_losses(module, params, batch).correct
-    asked_BL = batch['weights'] > 0
-    return jnp.stack([(right_BL & asked_BL).sum(1), asked_BL.sum(1)])
+def _make_count_function(module: Any, objective: Any) -> Callable:
+  """Returns count_answers(params, batch), which returns for each row of a batch
+  how many answers are right and how many it is asked for, [2, B]."""
 
-  return step
+  def count_answers(params: Any, batch: Any) -> jax.Array:
+    """Returns the right answers and all answers of each row, [2, B]; 0 of what
+    fills a batch up."""
+    is_right_BL = objective.token_losses(module, params, batch).correct
+    is_asked_BL = batch['weights'] > 0
+    num_right_B = (is_right_BL & is_asked_BL).sum(1)
+    return jnp.stack([num_right_B, is_asked_BL.sum(1)])
+
+  return count_answers
 
 
 def score_constant_answer(config: ml_collections.ConfigDict,
-                          figure: str = 'probe/accuracy'
-             ) -> float:
-  """Returns the figure of the constant answer that is the best one for it.
+                          figure: str = 'probe/accuracy') -> float:
+  """Returns what a model scores that gives one answer to everything, the answer
+  that is best for the figure.
 
   Args:
     config: the config of a run whose source is a probe.
     figure: one of CONSTANT_FIGURES.
+
+  Raises:
+    RequestError: for another figure.
   """
   one_of('figure', figure, CONSTANT_FIGURES)
   return _cross_validate_constant(
@@ -241,8 +276,7 @@ def score_constant_answer(config: ml_collections.ConfigDict,
 
 @functools.cache
 def _cross_validate_constant(name: str, settings: probes.Settings, seed: int,
-                             figure: str
-              ) -> float:
+                             figure: str) -> float:
   """Returns the figure of the best constant answer by cross-validation: for
   each fold of the rows, the answer that is the best one for the other folds is
   scored on this one.
@@ -253,73 +287,82 @@ def _cross_validate_constant(name: str, settings: probes.Settings, seed: int,
     seed: the seed of the rows.
     figure: one of CONSTANT_FIGURES.
   """
-  # The levels whose scores count alike; (): all levels as one.
+  # The groups of levels that count alike: for `accuracy` all levels are one
+  # group, (), and else each is a group of its own.
   probe = probes.PROBES[name]
-  levels: list[tuple] = [()]
+  level_groups: list[tuple] = [()]
   if figure != 'accuracy':
-    levels = []
+    level_groups = []
     for cell in list_cells(settings, probe.grows, longer=False):
-      levels.append((cell.level,))
+      level_groups.append((cell.level,))
 
-  # How often each answer is right, and how many are asked for, by level and
-  # fold.
-  vocab = probe.vocab_size(settings)
-  count = CONSTANT_ROWS // len(levels)
-  right_NKV = np.zeros((len(levels), CONSTANT_FOLDS, vocab), int)
-  asked_NK1 = np.zeros((len(levels), CONSTANT_FOLDS, 1), int)
-  for n, level in enumerate(levels):
+  # How often each answer V is right, and how many are asked for, by the N
+  # groups and the K folds.
+  vocab_size = probe.vocab_size(settings)
+  num_rows = CONSTANT_ROWS // len(level_groups)
+  right_NKV = np.zeros((len(level_groups), CONSTANT_FOLDS, vocab_size), int)
+  asked_NK1 = np.zeros((len(level_groups), CONSTANT_FOLDS, 1), int)
+  for n, levels in enumerate(level_groups):
     rows = probes.Rows(
-        probe=probe, settings=settings._replace(held_out=count), split='eval',
-        seed=seed, levels=level)
+        probe=probe, settings=settings._replace(held_out=num_rows),
+        split='eval', seed=seed, levels=levels)
     for k in range(CONSTANT_FOLDS):
-      fold = [rows[i] for i in range(k, count, CONSTANT_FOLDS)]
+      rows_of_fold = [rows[i] for i in range(k, num_rows, CONSTANT_FOLDS)]
       if figure == 'probe/rows_right':
-        answers, asked = _list_row_answers(fold)
+        answers, num_asked = _list_row_answers(rows_of_fold)
       else:
-        answers = _list_answers(fold)
-        asked = len(answers)
-      right_NKV[n, k] = np.bincount(answers, minlength=vocab)
-      asked_NK1[n, k] = asked
+        answers = _list_answers(rows_of_fold)
+        num_asked = len(answers)
+      right_NKV[n, k] = np.bincount(answers, minlength=vocab_size)
+      asked_NK1[n, k] = num_asked
 
   # The best answer of the other folds, and what it scores on each fold.
-  rest_NKV = right_NKV.sum(1, keepdims=True) - right_NKV
-  rest_NK1 = asked_NK1.sum(1, keepdims=True) - asked_NK1
-  best_K = (rest_NKV / rest_NK1).mean(0).argmax(1)
+  other_right_NKV = right_NKV.sum(1, keepdims=True) - right_NKV
+  other_asked_NK1 = asked_NK1.sum(1, keepdims=True) - asked_NK1
+  best_answer_K = (other_right_NKV / other_asked_NK1).mean(0).argmax(1)
   score_KV = (right_NKV / asked_NK1).mean(0)
-  return float(score_KV[np.arange(CONSTANT_FOLDS), best_K].mean())
+  return float(score_KV[np.arange(CONSTANT_FOLDS), best_answer_K].mean())
 
 
 def _list_answers(rows: Sequence[probes.Row]) -> np.ndarray:
-  """Returns the answers that rows ask for."""
+  """Returns all answers that rows ask for, one after the other."""
   return np.concatenate([row.targets[row.asked] for row in rows])
 
 
 def _list_row_answers(rows: Sequence[probes.Row]) -> tuple[np.ndarray, int]:
-  """Returns the answers of the rows that ask for one alone, however often, and
-  how many rows ask for any."""
+  """Returns the answers that would make a whole row right if they were given to
+  everything, and how many rows ask for an answer.
+
+  A row has such an answer where it asks for one alone, however often.
+  """
   answers = []
-  asking = 0
+  num_asking = 0
   for row in rows:
     targets = row.targets[row.asked]
     if not len(targets):
       continue
-    asking += 1
+    num_asking += 1
     if (targets == targets[0]).all():
       answers.append(targets[0])
-  return np.array(answers, int), asking
+  return np.array(answers, int), num_asking
 
 
 def wilson_interval(share: float, count: float) -> tuple[float, float]:
-  """Returns the bounds of Wilson's 95 % interval (1927) of a share of `count`.
+  """Returns the bounds of Wilson's 95 % interval (1927) of a share p of n:
+  (p + z^2/2n ± z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n).
 
   scipy's binomtest has it for whole numbers of successes alone.
+
+  Args:
+    share: p, from 0 to 1.
+    count: n, which may be a fraction.
   """
-  z2 = 1.959963984540054 ** 2
-  scale = 1 + z2 / count
-  middle = (share + z2 / (2 * count)) / scale
-  variance = share * (1 - share) / count + z2 / (4 * count ** 2)
-  half = math.sqrt(z2 * variance) / scale
-  return max(middle - half, 0.0), min(middle + half, 1.0)
+  z_squared = 1.959963984540054 ** 2  # of the normal distribution's 97.5 %
+  scale = 1 + z_squared / count
+  middle = (share + z_squared / (2 * count)) / scale
+  variance = share * (1 - share) / count + z_squared / (4 * count ** 2)
+  half_width = math.sqrt(z_squared * variance) / scale
+  return max(middle - half_width, 0.0), min(middle + half_width, 1.0)
 
 
 TASKS = {'probe': Probe()}

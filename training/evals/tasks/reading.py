@@ -15,6 +15,7 @@ Each mask is filled on its own, as in the fill-mask pipeline of transformers:
 the model sees the others as masks.
 """
 
+from collections.abc import Callable
 import re
 from typing import Any
 
@@ -32,19 +33,20 @@ from training.evals import Evaluation, Flag, Task, scoring
 from training.hf import generation as hf_generation
 from training.workdir import storage
 
-# The module's argument that is 0 on padding, by what it stacks.
-MASK_ARGUMENT_OF_STACK = {'encoder': 'segment_ids_BL', 'decoder': 'valid_BL',
-           'encoder-decoder': 'segment_ids_BM'}
-# How a reader sees what is blank.
+# The module's argument that is 0 on padding.
+MASK_ARGUMENT_OF_STACK = {
+    'encoder': 'segment_ids_BL', 'decoder': 'valid_BL',
+    'encoder-decoder': 'segment_ids_BM'}
+# The signs by which a reader sees what is blank.
 VISIBLE_SPACES = str.maketrans({' ': '␣', '\n': '↵', '\t': '⇥', '\r': '␍'})
 POOLINGS = 'mean', 'last', 'first', 'pooler'
 READS_NO_TEXT = 'reads rows of a probe, whose ids stand for no text'
 
 
 def reads_text(objective: Any) -> bool:
-  """Returns whether an objective's rows are of text, which a tokenizer
-  encodes."""
-  return objective.record_kind != probes.KIND_OF_SOURCE
+  """Returns whether an objective trains on text that a tokenizer encodes, and
+  not on the rows of a probe."""
+  return objective.record_kind != probes.KIND
 
 
 class Embed(Task):
@@ -68,6 +70,8 @@ class Embed(Task):
     return reads_text(objective)
 
   def check(self, options: Any, config: Any) -> None:
+    """Raises RequestError for --texts that cannot be read, --vectors that
+    cannot be written, and a --pooling that is not known."""
     require(bool(options.texts), 'task embed reads texts: pass --texts=FILE')
     require(options.vectors.endswith('.npy'), '--vectors is '
             f'{options.vectors!r}: choose a file OUT.npy')
@@ -77,24 +81,30 @@ class Embed(Task):
 
   def prepare(self, evaluation: Evaluation) -> list[np.ndarray]:
     """Returns the tokens that the model is shown of each text of --texts, int32
-    [L]."""
-    lines = read_texts(evaluation.options.texts)
+    [L].
+
+    Raises:
+      RequestError: for a text without a token, or with too many.
+    """
+    texts = read_texts(evaluation.options.texts)
     tokenizer = evaluation.tokenizer
-    most = evaluation.run.model.max_len
-    before, after = tokens_around_text(evaluation)
+    max_len = evaluation.run.model.max_len
+
+    # The tokens around each text. Imported weights may have begun with a bos.
+    tokens_before, tokens_after = tokens_around_text(evaluation)
     if architectures.stack(evaluation.run.model) == 'decoder':
-      # Imported weights may have begun with a bos.
       folder = hf_generation.published(evaluation.workdir, evaluation.step)
-      before = hf_generation.plain(tokenizer, folder).encode([])
-    encoded = tokenizer.encode_batch([text for _, text in lines])
+      tokens_before = hf_generation.plain(tokenizer, folder).encode([])
+
+    encoded_texts = tokenizer.encode_batch([text for _, text in texts])
     rows = []
-    for (where, _), ids in zip(lines, encoded):
+    for (where, _), ids in zip(texts, encoded_texts):
       require(len(ids) > 0, f'{where}, has no token that the tokenizer '
               f'{tokenizer.name!r} knows')
-      row_L = np.concatenate([before, ids, after]).astype(np.int32)
-      require(len(row_L) <= most, f'{where}, has {len(row_L)} tokens, and '
-              f'the model takes max_len {most}: shorten it')
-      rows.append(row_L)
+      row_L = np.concatenate([tokens_before, ids, tokens_after])
+      require(len(row_L) <= max_len, f'{where}, has {len(row_L)} tokens, and '
+              f'the model takes max_len {max_len}: shorten it')
+      rows.append(row_L.astype(np.int32))
     return rows
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
@@ -105,19 +115,18 @@ class Embed(Task):
     # Texts of about one length go through the model together.
     pooling = options.pooling
     normalize = options.normalize
-    step = evaluation.jit_once(
-        _make_embed_function(evaluation, pooling,
-                             normalize), 'embed', pooling, normalize)
-    most = evaluation.run.model.max_len
-    groups = list(scoring.pad_into_batches(dict(enumerate(rows)), most))
-    vectors: dict[int, np.ndarray] = {}
-    for chosen, tokens_BL, lengths_B in progress.show_items(groups,
-                                                            'embedding'):
+    embed = _make_embed_function(evaluation, pooling, normalize)
+    step = evaluation.jit_once(embed, 'embed', pooling, normalize)
+    max_len = evaluation.run.model.max_len
+    batches = list(scoring.pad_into_batches(dict(enumerate(rows)), max_len))
+    vector_by_row: dict[int, np.ndarray] = {}
+    for row_numbers, tokens_BL, lengths_B in progress.show_items(
+        batches, 'embedding'):
       vectors_BD = jax.device_get(
           step(evaluation.params, tokens_BL, lengths_B))
-      for i, vector_D in zip(chosen, vectors_BD):
-        vectors[i] = vector_D
-    vectors_ND = np.stack([vectors[i] for i in range(len(rows))])
+      for i, vector_D in zip(row_numbers, vectors_BD):
+        vector_by_row[i] = vector_D
+    vectors_ND = np.stack([vector_by_row[i] for i in range(len(rows))])
 
     # The file.
     file = storage.checked_path(options.vectors, '--vectors')
@@ -125,16 +134,16 @@ class Embed(Task):
       file.parent.mkdir(parents=True, exist_ok=True)
       with file.open('wb') as sink:
         np.save(sink, vectors_ND)
-    tokens = sum(map(len, rows))
-    size = vectors_ND.shape[1]
-    print(f'{len(rows):,} texts of {tokens:,} tokens, each in {size:,} '
-          f'numbers: {file}')
-    return {'texts': len(rows), 'tokens': tokens, 'size': size,
+    num_tokens = sum(map(len, rows))
+    vector_size = vectors_ND.shape[1]
+    print(f'{len(rows):,} texts of {num_tokens:,} tokens, each in '
+          f'{vector_size:,} numbers: {file}')
+    return {'texts': len(rows), 'tokens': num_tokens, 'size': vector_size,
             'vectors': str(file)}
 
 
 def read_texts(name: str) -> list[tuple[str, str]]:
-  """Returns (file and line, text) of each line of a file.
+  """Returns the texts of a file, as (file and line, text), one for each line.
 
   Args:
     name: the name of a text file; or of a .jsonl file, whose objects have a
@@ -160,80 +169,106 @@ def read_texts(name: str) -> list[tuple[str, str]]:
 
 
 def tokens_around_text(evaluation: Evaluation) -> tuple[list, list]:
-  """Returns the tokens before a text in training, and those after it."""
+  """Returns the special tokens that stood before a text in training, and those
+  that stood after it."""
   tokenizer = evaluation.tokenizer
   stack = architectures.stack(evaluation.run.model)
   if stack == 'encoder-decoder':
     return [], [tokenizer.separator_id]
-  # Rows of masked diffusion are stretches of text, as what it writes is.
-  if stack == 'decoder' or objectives.find_objective(
-      evaluation.run.config).bound:
+  # Rows of masked diffusion are cut out of running text, as what it writes is.
+  if stack == 'decoder' or objectives.of(evaluation.run.config).bound:
     return [tokenizer.separator_id], []
   return [tokenizer.cls_id], [tokenizer.sep_id]
 
 
-def _make_embed_function(evaluation: Evaluation, pooling: str, normalize: bool):
-  """Returns vectors(params, tokens_BL, lengths_B) -> float32 [B, D].
+def _make_embed_function(evaluation: Evaluation, pooling: str, normalize: bool
+                         ) -> Callable:
+  """Returns embed(params, tokens_BL, lengths_B), which returns a vector of each
+  text, float32 [B, D].
 
   Args:
     evaluation: the evaluation of the model.
     pooling: which states become a vector, of POOLINGS.
     normalize: whether each vector is scaled to length 1.
+
+  Raises:
+    RequestError: where the first token of a decoder is asked for.
   """
-  prefix = objectives.find_objective(evaluation.run.config).prefix
+  is_prefix_lm = objectives.of(evaluation.run.config).prefix
   stack = architectures.stack(evaluation.run.model)
-  if pooling == 'first' and stack == 'decoder' and not prefix:
+  if pooling == 'first' and stack == 'decoder' and not is_prefix_lm:
     raise RequestError("--pooling is 'first', but the first token of a decoder "
                        'sees none of those after it: choose mean or last')
-  # With a capacity, what a text's experts are would hang on the batch.
+  # With a capacity, a text's experts would depend on the batch.
   module = evaluation.run.module.clone(
       config=without_capacity(evaluation.run.model))
 
-  def vectors(params: Any, tokens_BL: jax.Array, lengths_B: jax.Array):
-    """Returns float32 [B, D]."""
+  def embed(params: Any, tokens_BL: jax.Array, lengths_B: jax.Array
+            ) -> jax.Array:
+    """Returns a vector of each text, float32 [B, D].
+
+    Args:
+      params: the parameters.
+      tokens_BL: the tokens of the texts, with padding.
+      lengths_B: how many of them are no padding.
+    """
+    # The states of the model.
     places_1L = jnp.arange(tokens_BL.shape[1])[None]
-    real_BL = places_1L < lengths_B[:, None]
-    options = {MASK_ARGUMENT_OF_STACK[stack]: real_BL.astype(jnp.int32),
+    is_real_BL = places_1L < lengths_B[:, None]
+    options = {MASK_ARGUMENT_OF_STACK[stack]: is_real_BL.astype(jnp.int32),
                'lengths_B': lengths_B}
-    if prefix:
+    if is_prefix_lm:
       options['prefix_B'] = lengths_B
     output = module.apply({'params': params}, tokens_BL, **options)
-    counted_BL = real_BL
-    if stack == 'decoder':  # whose first token sees nothing of the text
-      counted_BL = real_BL & (places_1L >= 1)
-    vectors_BD = _pool_states(output, counted_BL, pooling)
+
+    # The vectors. The first token of a decoder sees nothing of the text.
+    is_counted_BL = is_real_BL
+    if stack == 'decoder':
+      is_counted_BL = is_real_BL & (places_1L >= 1)
+    vectors_BD = _pool_states(output, is_counted_BL, pooling)
     if normalize:
       norms_B1 = jnp.linalg.norm(vectors_BD, axis=-1, keepdims=True)
       vectors_BD /= jnp.maximum(norms_B1, 1e-12)
     return vectors_BD
-  return vectors
+  return embed
 
 
-def _pool_states(output: Any, counted_BL: jax.Array, pooling: str) -> jax.Array:
-  """Returns a vector of each row in float32, [B, D].
+def _pool_states(output: Any, is_counted_BL: jax.Array, pooling: str
+                 ) -> jax.Array:
+  """Returns one vector of each row made of the states of its tokens, float32
+  [B, D].
 
   Args:
     output: the output of the model.
-    counted_BL: bool, the tokens that count.
+    is_counted_BL: bool, the tokens that count.
     pooling: which states become a vector, of POOLINGS.
+
+  Raises:
+    RequestError: for the pooler of a model that has none.
   """
   if pooling == 'pooler':
     require('pooled' in output.extra, "--pooling is 'pooler', which this model "
             'has not (BERT has one): choose mean or last')
     return output.extra['pooled'].astype(jnp.float32)
-  states_BLD = output.memory  # the states of an encoder-decoder's encoder
-  if states_BLD is None:  # BERT's `hidden` is what its head makes of them
+
+  # The states of an encoder-decoder's encoder, or those of the only stack.
+  # BERT's `hidden` is what its head makes of them.
+  states_BLD = output.memory
+  if states_BLD is None:
     states_BLD = output.extra.get('hidden', output.hidden)
   states_BLD = states_BLD.astype(jnp.float32)
   if pooling == 'mean':
-    weights_BL = counted_BL.astype(jnp.float32)
+    weights_BL = is_counted_BL.astype(jnp.float32)
     sums_BD = (states_BLD * weights_BL[..., None]).sum(1)
     return sums_BD / weights_BL.sum(1)[:, None].clip(1)
+
+  # One token of each row.
   if pooling == 'first':
-    places_B = counted_BL.argmax(1)
+    place_B = is_counted_BL.argmax(1)
   else:  # the last one
-    places_B = counted_BL.shape[1] - 1 - counted_BL[:, ::-1].argmax(1)
-  return states_BLD[jnp.arange(len(places_B)), places_B]
+    num_after_B = is_counted_BL[:, ::-1].argmax(1)
+    place_B = is_counted_BL.shape[1] - 1 - num_after_B
+  return states_BLD[jnp.arange(len(place_B)), place_B]
 
 
 class FillMask(Task):
@@ -255,15 +290,20 @@ class FillMask(Task):
     return 'data.mask_rate' in objective.reads
 
   def check(self, options: Any, config: Any) -> None:
-    text_files.check_text(options.prompt, '--prompt')
+    """Raises RequestError where there is no --prompt."""
+    text_files.checked(options.prompt, '--prompt')
     require(bool(options.prompt), 'task fill_mask reads a text: pass '
             "--prompt='Paris is the [MASK] of France'")
 
   def prepare(self, evaluation: Evaluation) -> list[np.ndarray]:
-    """Returns the tokens of each prompt, int32 [L]; a RequestError where there
-    is no mask in one, or it is longer than the model takes."""
+    """Returns the tokens of each prompt, int32 [L].
+
+    Raises:
+      RequestError: where there is no mask in a prompt, or it is longer than the
+        model takes.
+    """
     tokenizer = evaluation.tokenizer
-    most = evaluation.run.model.max_len
+    max_len = evaluation.run.model.max_len
     cls = tokenizer.cls_id
     sep = tokenizer.sep_id
     rows = []
@@ -272,9 +312,9 @@ class FillMask(Task):
       require(tokenizer.mask_id in ids, f'the prompt {short(text)} has no '
               'mask: write [MASK] where a token is to be filled in')
       row_L = np.concatenate([[cls], ids, [sep]]).astype(np.int32)
-      require(len(row_L) <= most, f'the prompt {short(text)} has '
+      require(len(row_L) <= max_len, f'the prompt {short(text)} has '
               f'{len(row_L)} tokens, [CLS] and [SEP] included, and the model '
-              f'takes max_len {most}: shorten it')
+              f'takes max_len {max_len}: shorten it')
       rows.append(row_L)
     return rows
 
@@ -284,26 +324,27 @@ class FillMask(Task):
     model = evaluation.run.model
     texts = evaluation.options.prompt.split('|||')
 
-    # The places P of the masks, in all prompts.
-    tokens_BL, lengths_B = objectives.pad_prompts(evaluation.prepared)
-    real_BL = np.arange(tokens_BL.shape[1])[None] < lengths_B[:, None]
-    rows_P, places_P = np.nonzero(real_BL & (tokens_BL == tokenizer.mask_id))
+    # The rows and the places of the P masks, in all prompts.
+    tokens_BL, lengths_B = objectives.padded(evaluation.prepared)
+    is_real_BL = np.arange(tokens_BL.shape[1])[None] < lengths_B[:, None]
+    is_mask_BL = is_real_BL & (tokens_BL == tokenizer.mask_id)
+    rows_P, places_P = np.nonzero(is_mask_BL)
 
     # The K likeliest tokens of each.
-    top = min(evaluation.options.top_fillings, model.vocab_size)
-    step = evaluation.jit_once(_make_fill_function(evaluation, top),
-                               'fill_mask',
-                              top)
-    likely_PK, ids_PK = jax.device_get(step(
-        evaluation.params, tokens_BL, real_BL.astype(np.int32), rows_P,
+    num_tokens = min(evaluation.options.top_fillings, model.vocab_size)
+    fill_masks = _make_fill_function(evaluation, num_tokens)
+    step = evaluation.jit_once(fill_masks, 'fill_mask', num_tokens)
+    probabilities_PK, ids_PK = jax.device_get(step(
+        evaluation.params, tokens_BL, is_real_BL.astype(np.int32), rows_P,
         places_P))
+
+    # The fillings of each prompt, mask by mask.
     prompts: list[dict] = [{'prompt': text, 'masks': []} for text in texts]
-    for row, likely_K, ids_K in zip(rows_P, likely_PK, ids_PK):
+    for row, probabilities_K, ids_K in zip(rows_P, probabilities_PK, ids_PK):
       fillings = []
-      for token, probability in zip(ids_K, likely_K):
+      for token, probability in zip(ids_K, probabilities_K):
         fillings.append({'text': spell_token(token, tokenizer),
-                         'id': int(token),
-                         'probability': float(probability)})
+                         'id': int(token), 'probability': float(probability)})
       prompts[row]['masks'].append(fillings)
 
     for prompt in prompts:
@@ -311,25 +352,45 @@ class FillMask(Task):
     return {'prompts': prompts}
 
 
-def _make_fill_function(evaluation: Evaluation, top: int):
-  """Returns a function that gives the likeliest `top` tokens of masks."""
+def _make_fill_function(evaluation: Evaluation, num_tokens: int) -> Callable:
+  """Returns fill_masks(params, tokens_BL, is_real_BL, rows_P, places_P), which
+  returns the likeliest tokens of P masks.
+
+  Args:
+    evaluation: the evaluation of an encoder.
+    num_tokens: K, how many tokens of each mask.
+  """
   # No token is dropped, however many choose an expert.
   module = evaluation.run.module.clone(
       config=without_capacity(evaluation.run.model))
 
-  def fill(params: Any, tokens_BL: jax.Array, real_BL: jax.Array,
-           rows_P: jax.Array, places_P: jax.Array):
-    """Returns the probabilities of the likeliest tokens, and their ids."""
+  def fill_masks(params: Any, tokens_BL: jax.Array, is_real_BL: jax.Array,
+                 rows_P: jax.Array, places_P: jax.Array
+                 ) -> tuple[jax.Array, jax.Array]:
+    """Returns the probabilities of the likeliest tokens and their ids, [P, K].
+
+    Args:
+      params: the parameters.
+      tokens_BL: the tokens of the prompts, with padding.
+      is_real_BL: int, 0 on padding and else 1.
+      rows_P, places_P: where the masks stand in tokens_BL.
+    """
     output = module.apply({'params': params}, tokens_BL,
-                          segment_ids_BL=real_BL, lengths_B=real_BL.sum(1))
+                          segment_ids_BL=is_real_BL,
+                          lengths_B=is_real_BL.sum(1))
     hidden_PD = output.hidden[rows_P, places_P]
     logits_1PV = output.head.logits(hidden_PD[None])
-    return jax.lax.top_k(jax.nn.softmax(logits_1PV[0], -1), top)
-  return fill
+    return jax.lax.top_k(jax.nn.softmax(logits_1PV[0], -1), num_tokens)
+  return fill_masks
 
 
 def _print_fillings(prompt: dict[str, Any], tokenizer: Any) -> None:
-  """Prints a prompt and the fillings of each of its masks."""
+  """Prints a prompt and the fillings of each of its masks.
+
+  Args:
+    prompt: its text as `prompt`, and as `masks` the fillings of each mask.
+    tokenizer: the tokenizer of the run.
+  """
   masks = prompt['masks']
   print(prompt['prompt'])
   for number, fillings in enumerate(masks, 1):
@@ -341,21 +402,22 @@ def _print_fillings(prompt: dict[str, Any], tokenizer: Any) -> None:
 
 
 def encode_with_masks(text: str, tokenizer: Any) -> np.ndarray:
-  """Returns the tokens of a text, int32 [L], with a mask where it writes one
-  ([MASK], or as the tokenizer does) that the vocabulary has."""
+  """Returns the tokens of a text, int32 [L]. Where the text writes a mask
+  ([MASK], or as the tokenizer does) that the vocabulary has, its token stands.
+  """
   if 'mask' not in tokenizer.special_ids:
     return tokenizer.encode(text)
-  first, *others = tokenizer.encode_batch(
+  first_part, *later_parts = tokenizer.encode_batch(
       re.split(tokenizer.mask_pattern, text))
-  parts = [first]
-  for piece in others:
-    parts += [[tokenizer.mask_id], piece]
-  return np.concatenate(parts).astype(np.int32)
+  ids = [first_part]
+  for ids_of_part in later_parts:
+    ids += [[tokenizer.mask_id], ids_of_part]
+  return np.concatenate(ids).astype(np.int32)
 
 
 def spell_token(token: int, tokenizer: Any) -> str:
-  """Returns a token for a reader: [SEP], of a special one; \\xc3, of a byte
-  that is no character; <500>, of an id that the tokenizer has not."""
+  """Returns the text of a token for a reader: [SEP], of a special one; \\xc3,
+  of a byte that is no character; <500>, of an id that the tokenizer has not."""
   if token >= tokenizer.vocab_size:
     return f'<{token}>'
   spelling = tokenizer.decode_bytes([token]).decode('utf-8', 'backslashreplace')
@@ -363,11 +425,14 @@ def spell_token(token: int, tokenizer: Any) -> str:
 
 
 def spell_token_visibly(token: int, tokenizer: Any) -> str:
-  """Returns a token for a reader, its spaces and line breaks to be seen."""
+  """Returns the text of a token for a reader, with signs for its spaces, its
+  line breaks and whatever cannot be printed."""
   text = spell_token(int(token), tokenizer)
+  # sentencepiece takes off the space before a word.
   if token < tokenizer.vocab_size and not text.startswith(' '):
     if tokenizer.piece(int(token)).startswith('▁'):
-      text = ' ' + text  # sentencepiece takes it off
+      text = ' ' + text
+
   characters = []
   for character in text.translate(VISIBLE_SPACES):
     if not character.isprintable():

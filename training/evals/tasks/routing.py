@@ -16,8 +16,9 @@ from training.objectives import Config
 from training.workdir import storage
 
 PICTURE_FILE = 'routing.png'
-MOST_ROWS = 512  # of each source, at most
-# The figures of the table, and their headings: see parts/moe/routing.py.
+MOST_ROWS = 512  # of each source, enough for steady means
+# The figures of the table in its order, with their headings; what each is, the
+# router's report says (parts/moe/routing.py).
 HEADING_OF_FIGURE = {
     'dropped': 'dropped', 'unserved': 'unserved', 'load_max': 'max/mean',
     'load_entropy': 'load entropy', 'unused': 'unused',
@@ -28,17 +29,20 @@ HEADING_OF_FIGURE = {
 
 
 class Routing(Task):
-  """Prints the figures as a table; writes routing.png into the workdir."""
+  """Prints the figures of the routers as a table; writes routing.png into the
+  run's folder."""
 
   help = 'how a mixture of experts routes held-out text'
   file = PICTURE_FILE
   figure_names = ()
 
   def why_unfit(self, config: Config) -> str:
+    """Returns why a run with this config has no experts; '': it has some."""
     model = config.model
     networks = [model.ffn]
-    for kind in model.kinds.values():
-      networks.append(kind.get('ffn', ''))
+    # Kinds of layer may have a network of their own.
+    for layer_kind in model.kinds.values():
+      networks.append(layer_kind.get('ffn', ''))
     if 'moe' in networks:
       return ''
     return f'model.ffn is {model.ffn!r}, which has no experts to route to'
@@ -48,32 +52,36 @@ class Routing(Task):
     module = evaluation.run.module
     objective = objectives.find_objective(evaluation.run.config)
 
-    def panel(params: Any, batch: Any):
-      """Returns the figures of a batch, and how many tokens it has."""
+    def report_routing(params: Any, batch: Any) -> tuple[Any, Any]:
+      """Returns the figures of a batch by name, each with an entry for each
+      layer of experts, and how many tokens the batch has."""
       output = objective.apply(module, params, batch)
       return output.aux['health'], objective.tokens(batch)
 
-    # The figures of each batch, and the weight of each.
-    step = evaluation.jit_once(panel, 'routing')
-    panels = []
+    # The figures of each batch, and the weight of each: its share of the tokens
+    # of its source, times the source's share.
+    step = evaluation.jit_once(report_routing, 'routing')
+    reports = []
     weights = []
     for loader in evaluation.held_out_loaders():
-      counts = []
-      for batch_panel, tokens in evaluation.run_on_batches(
+      token_counts = []
+      for report, num_tokens in evaluation.run_on_batches(
           step, loader.cut(MOST_ROWS), 'evaluating'):
-        panels.append(batch_panel)
-        counts.append(tokens)
-      weights += [loader.share * tokens / sum(counts) for tokens in counts]
+        reports.append(report)
+        token_counts.append(num_tokens)
+      tokens_of_source = sum(token_counts)
+      for num_tokens in token_counts:
+        weights.append(loader.share * num_tokens / tokens_of_source)
     weights_W = np.array(weights, np.float32)
 
-    # Their means. An expert is unused if no batch of them all used it.
-    stacked = jax.tree.map(lambda *xs: np.stack(xs), *panels)
+    # The means over the batches. An expert is unused if no batch used it.
+    stacked = jax.tree.map(lambda *xs: np.stack(xs), *reports)
     figures = {}
-    for name, values in stacked.items():
-      figures[name] = np.average(values, 0, weights_W)
-    window = routing.window(stacked['load_E'], weights_W)
-    for name, values in window.items():
-      figures[name] = np.asarray(values)
+    for name, values_WN in stacked.items():
+      figures[name] = np.average(values_WN, 0, weights_W)
+    load_figures = routing.window(stacked['load_E'], weights_W)
+    for name, values_N in load_figures.items():
+      figures[name] = np.asarray(values_N)
 
     # The table, and a picture of it.
     print(format_table(figures))
@@ -84,28 +92,40 @@ class Routing(Task):
 
 
 def format_table(figures: Mapping[str, np.ndarray]) -> str:
-  """Returns the table of the figures, a row for each layer of experts."""
+  """Returns the table of the figures, a row for each layer of experts.
+
+  Args:
+    figures: those of HEADING_OF_FIGURE, [N], and load_E, the share of the
+      assignments that each expert gets, [N, E].
+  """
   headings = [f'{heading:>17}' for heading in HEADING_OF_FIGURE.values()]
   lines = [f'{"layer":<6}' + ''.join(headings)]
   for layer in range(len(figures['load_E'])):
     cells = []
     for name in HEADING_OF_FIGURE:
-      text = f'{figures[name][layer]:.4f}'
-      cells.append(f'{text:>17}')
+      value = f'{figures[name][layer]:.4f}'
+      cells.append(f'{value:>17}')
     lines.append(f'{layer:<6}' + ''.join(cells))
   return '\n'.join(lines)
 
 
 def draw_load(load_NE: np.ndarray, path: Any) -> None:
-  """Draws the load of each expert, 1 where it is even."""
-  from matplotlib import figure as figures, ticker
-  layers, experts = load_NE.shape
+  """Draws the load of each expert over the mean of its layer, as a picture with
+  a row for each layer of experts.
+
+  Args:
+    load_NE: the share of the assignments that each expert gets.
+    path: the file of the picture.
+  """
+  from matplotlib import figure as matplotlib_figure, ticker
+  num_layers, num_experts = load_NE.shape
   # A picture that grows with the model, up to a page.
-  width = max(4, min(12, experts / 2))
-  height = max(2, min(10, 1 + layers / 3))
-  figure = figures.Figure(figsize=(width, height), layout='constrained')
+  width = max(4, min(12, num_experts / 2))
+  height = max(2, min(10, 1 + num_layers / 3))
+  figure = matplotlib_figure.Figure(figsize=(width, height),
+                                    layout='constrained')
   axes = figure.subplots()
-  image = axes.imshow(load_NE * experts, aspect='auto', vmin=0, vmax=2,
+  image = axes.imshow(load_NE * num_experts, aspect='auto', vmin=0, vmax=2,
                       cmap='RdBu_r')
   axes.set(xlabel='expert', ylabel='layer of experts',
            title='load of an expert over the mean')

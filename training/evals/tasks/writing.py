@@ -63,31 +63,36 @@ BEAM_FLAGS = (
 )
 
 # A number of rows, and not of batches, so that no figure depends on their size.
-TARGETS_FLAG = Flag(name='targets', default=512,
-               help='Held-out targets to write of each source; 0: all.',
-               least=0, most=2**24)
-SAMPLES_FLAG = Flag(name='samples', default=1,
-               help='Texts to write for each prompt.', least=1, most=10_000)
-PROMPT_FLAG = Flag(name='prompt', default='',
-              help="What a text begins with; several: 'A|||B'.")
-LENGTH_FLAG = Flag(name='max_new_tokens', default=0,
-              help='Tokens to write; 0: as many as fit, 256 at most.', least=0,
-              most=2**24)
-SEED_FLAG = Flag(name='sample_seed', default=0, help='The seed of the draws.',
-            least=0, most=2**32 - 1)
+TARGETS_FLAG = Flag(
+    name='targets', default=512,
+    help='Held-out targets to write of each source; 0: all.', least=0,
+    most=2**24)
+SAMPLES_FLAG = Flag(
+    name='samples', default=1, help='Texts to write for each prompt.', least=1,
+    most=10_000)
+PROMPT_FLAG = Flag(
+    name='prompt', default='',
+    help="What a text begins with; several: 'A|||B'.")
+LENGTH_FLAG = Flag(
+    name='max_new_tokens', default=0,
+    help='Tokens to write; 0: as many as fit, 256 at most.', least=0,
+    most=2**24)
+SEED_FLAG = Flag(
+    name='sample_seed', default=0, help='The seed of the draws.', least=0,
+    most=2**32 - 1)
 
 
 class PreparedPrompts(NamedTuple):
-  """The prompts of a model that writes.
+  """The prompts that a model goes on from, and how long it writes.
 
   Attributes:
-    prompts: the prompts.
-    ends: the tokens that end a text.
-    count: how many tokens are written at most.
+    prompts: the prompts as the model is shown them.
+    stop_tokens: the token, or tokens, that end a text.
+    num_tokens: how many tokens are written at most.
   """
   prompts: objectives.Prompts
-  ends: Any
-  count: int
+  stop_tokens: Any
+  num_tokens: int
 
 
 class Samples(Task):
@@ -100,8 +105,7 @@ class Samples(Task):
   figure_names = ()
   reads_held_out = False
   flags = (SAMPLES_FLAG._replace(requests_task=True),
-           PROMPT_FLAG._replace(requests_task=True),
-           LENGTH_FLAG,
+           PROMPT_FLAG._replace(requests_task=True), LENGTH_FLAG,
            *SAMPLING_FLAGS, *BEAM_FLAGS, SEED_FLAG)
 
   def allows_objective(self, objective: objectives.Objective) -> bool:
@@ -109,21 +113,26 @@ class Samples(Task):
 
   def check(self, options: Any, config: Any) -> None:
     """Raises RequestError for flags that do not fit each other, or the run."""
-    text_files.check_text(options.prompt, '--prompt')
-    drawn = make_sampling(options)
+    text_files.checked(options.prompt, '--prompt')
+    sampling = make_sampling(options)
     seed = options.sample_seed
+
+    # Without draws, flags of drawing would be ignored. A penalty of repetition
+    # is none of them: it changes which token is the likeliest.
     if options.temperature <= 0:
-      # A penalty of repetition changes which token is the likeliest.
-      plain = generate.Sampling(
+      greedy_with_penalty = generate.Sampling(
           temperature=0, repetition_penalty=options.repetition_penalty)
-      if drawn != plain or seed:
+      if sampling != greedy_with_penalty or seed:
         raise RequestError(
             '--temperature=0 draws no token: leave out the other flags of how '
             'one is drawn, such as --top_k and --sample_seed')
     if make_beams(options) is None:
       return
-    likeliest = generate.Sampling(temperature=0)
-    if drawn not in (generate.Sampling(), likeliest) or seed:
+
+    # So they would be beside a beam search.
+    default = generate.Sampling()
+    greedy = generate.Sampling(temperature=0)
+    if sampling not in (default, greedy) or seed:
       raise RequestError(
           f'--beams is {options.beams}, which looks for the likeliest text: '
           'leave out the flags of how a token is drawn, such as --temperature')
@@ -134,40 +143,41 @@ class Samples(Task):
     """Returns the prompts as the model is shown them, one row for each
     sample."""
     options = evaluation.options
-    each = options.samples
+    rows_of_prompt = options.samples
     if make_beams(options):  # which finds all texts of a prompt at once
-      each = 1
+      rows_of_prompt = 1
     folder = hf_generation.published(evaluation.workdir, evaluation.step)
-    prompts, ends = hf_generation.shown(
-        _repeat_prompts(options, each), config=evaluation.run.config,
+    prompts, stop_tokens = hf_generation.shown(
+        _repeat_prompts(options, rows_of_prompt), config=evaluation.run.config,
         tokenizer=evaluation.tokenizer, generation=folder)
-    return PreparedPrompts(prompts=prompts, ends=ends,
-                           count=_num_tokens_to_write(evaluation, prompts))
+    return PreparedPrompts(
+        prompts=prompts, stop_tokens=stop_tokens,
+        num_tokens=_num_tokens_to_write(evaluation, prompts))
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Prints and returns texts that go on from the prompts."""
     options = evaluation.options
-    shown = evaluation.prepared
-    prompts = shown.prompts
-    how = make_beams(options)
+    prepared = evaluation.prepared
+    prompts = prepared.prompts
+    beams = make_beams(options)
     args = (evaluation.run.module, evaluation.params, prompts.tokens,
             prompts.lengths)
-    more = dict(max_new_tokens=shown.count, stop_token=shown.ends,
-                **prompts.arguments)
+    keywords = dict(max_new_tokens=prepared.num_tokens,
+                    stop_token=prepared.stop_tokens, **prompts.arguments)
     with progress.show_task('writing'):
-      if how is None:
+      if beams is None:
         key = jax.random.key(options.sample_seed)
-        tokens_BT = generate.generate(*args, key,
-                                      sampling=make_sampling(options),
-                                      **more)
-      else:  # the best texts of each prompt
-        best_BKT, _ = generate.beam_search(*args, beams=how, **more)
+        tokens_BT = generate.generate(
+            *args, key, sampling=make_sampling(options), **keywords)
+      else:
+        # The best texts of each prompt, those of one after those of another.
+        best_BKT, _ = generate.beam_search(*args, beams=beams, **keywords)
         best_BKT = best_BKT[:, :options.samples]
-        tokens_BT = best_BKT.reshape(-1, shown.count)
+        tokens_BT = best_BKT.reshape(-1, prepared.num_tokens)
       tokens_BT = jax.device_get(tokens_BT)
-    return {'samples': _print_samples(evaluation, shown=shown,
-                                      tokens_BT=tokens_BT,
-                                      stop=split_stop_strings(options))}
+    samples = _print_samples(evaluation, prepared=prepared, tokens_BT=tokens_BT,
+                             stop_strings=split_stop_strings(options))
+    return {'samples': samples}
 
 
 class DiffusionSamples(Task):
@@ -189,87 +199,101 @@ class DiffusionSamples(Task):
     return objective.bound
 
   def check(self, options: Any, config: Any) -> None:
+    """Raises RequestError for a bad --temperature or --prompt."""
     generate.Sampling(options.temperature)
     text_files.check_text(options.prompt, '--prompt')
 
   def prepare(self, evaluation: Evaluation) -> PreparedPrompts:
+    """Returns the prompts, each after the separator, one row for each sample.
+    """
     options = evaluation.options
     tokenizer = evaluation.tokenizer
-    prompts = objectives.prompt_after_separator(
-        _repeat_prompts(options,
-                        options.samples), evaluation.run.config, tokenizer)
-    return PreparedPrompts(prompts=prompts, ends=tokenizer.separator_id,
-                 count=_num_tokens_to_write(evaluation, prompts))
+    prompts = objectives.after_separator(
+        _repeat_prompts(options, options.samples), evaluation.run.config,
+        tokenizer)
+    return PreparedPrompts(
+        prompts=prompts, stop_tokens=tokenizer.separator_id,
+        num_tokens=_num_tokens_to_write(evaluation, prompts))
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Prints and returns texts that are written by unmasking."""
     options = evaluation.options
-    shown = evaluation.prepared
-    prompts = shown.prompts
-    steps = options.diffusion_steps or shown.count
+    prepared = evaluation.prepared
+    prompts = prepared.prompts
+    num_steps = options.diffusion_steps or prepared.num_tokens
     write = jax.jit(generate.generate_by_unmasking, static_argnums=0,
                     static_argnames=('new', 'steps', 'mask', 'temperature'))
     with progress.show_task('writing'):
       tokens_BT = jax.device_get(write(
           evaluation.run.module, evaluation.params, prompts.tokens,
           prompts.lengths, jax.random.key(options.sample_seed),
-          new=shown.count, steps=steps, mask=evaluation.tokenizer.mask_id,
-          temperature=options.temperature))
-    return {'samples': _print_samples(evaluation, shown, tokens_BT),
-            'steps': steps}
+          new=prepared.num_tokens, steps=num_steps,
+          mask=evaluation.tokenizer.mask_id, temperature=options.temperature))
+    samples = _print_samples(evaluation, prepared, tokens_BT)
+    return {'samples': samples, 'steps': num_steps}
 
 
-def _repeat_prompts(options: Any, each: int) -> list[str]:
-  """Returns the prompts, each of them as often as it is gone on from."""
+def _repeat_prompts(options: Any, times: int) -> list[str]:
+  """Returns the prompts of --prompt, each of them `times` times in a row."""
   prompts = []
   for text in options.prompt.split(PROMPT_SEPARATOR):
-    prompts += [text] * each
+    prompts += [text] * times
   return prompts
 
 
-def _num_tokens_to_write(evaluation: Evaluation,
-                         prompts: objectives.Prompts) -> int:
-  """Returns how many tokens are written after prompts."""
-  length = prompts.tokens.shape[1]
-  most = evaluation.run.model.max_len
-  room = most - length
-  new = evaluation.options.max_new_tokens
-  # Masked diffusion writes them all at once.
-  at_once = evaluation.run.config.objective == 'masked_diffusion'
-  if room <= 0 or (at_once and new > room):
-    raise RequestError(f'the prompt has {length} tokens and --max_new_tokens '
-                       f'is {new}, and the model takes max_len {most}: shorten '
-                       'one of them')
-  return new or min(256, room)
+def _num_tokens_to_write(evaluation: Evaluation, prompts: objectives.Prompts
+                         ) -> int:
+  """Returns how many tokens are written after prompts: --max_new_tokens, or as
+  many as fit.
+
+  Raises:
+    RequestError: where the model takes no more tokens than the prompts have, or
+      a text of masked diffusion, which is written as a whole, does not fit.
+  """
+  prompt_length = prompts.tokens.shape[1]
+  max_len = evaluation.run.model.max_len
+  room = max_len - prompt_length
+  asked = evaluation.options.max_new_tokens
+  is_written_at_once = evaluation.run.config.objective == 'masked_diffusion'
+  if room <= 0 or (is_written_at_once and asked > room):
+    raise RequestError(f'the prompt has {prompt_length} tokens and '
+                       f'--max_new_tokens is {asked}, and the model takes '
+                       f'max_len {max_len}: shorten one of them')
+  return asked or min(256, room)
 
 
-def _print_samples(evaluation: Evaluation, shown: PreparedPrompts,
-                   tokens_BT: np.ndarray,
-                   stop: Sequence[str] = ()) -> list[dict[str, str]]:
+def _print_samples(evaluation: Evaluation, prepared: PreparedPrompts,
+                   tokens_BT: np.ndarray, stop_strings: Sequence[str] = ()
+                   ) -> list[dict[str, str]]:
   """Prints and returns what was written after each prompt, up to its end.
 
   Args:
     evaluation: the evaluation of the run.
-    shown: the prompts, and the tokens that end a text.
-    tokens_BT: the tokens that were written.
-    stop: texts that end a text, too.
+    prepared: the prompts, and the tokens that end a text.
+    tokens_BT: the tokens that were written, of --samples texts of each prompt.
+    stop_strings: texts that end a text, too.
+
+  Returns:
+    The `prompt` and the `text` of each sample.
   """
   options = evaluation.options
-  prompts = shown.prompts
-  texts = _repeat_prompts(options, options.samples)
-  each = len(tokens_BT) // len(prompts.tokens)  # texts of a row of prompts
-  results = []
-  for i, (prompt, row_T) in enumerate(zip(texts, tokens_BT)):
-    ids = generate.tokens_before_stop(row_T, shown.ends)
-    whole = prompts.text(i // each, ids, evaluation.tokenizer)
-    text = generate.text_before_stop(whole, stop)
-    print(f'sample {i + 1} of {len(texts)}:\n{prompt}{prompts.gap}{text}\n')
-    results.append({'prompt': prompt, 'text': text})
-  return results
+  prompts = prepared.prompts
+  prompt_of_sample = _repeat_prompts(options, options.samples)
+  # A beam search writes several texts for one row of the prompts.
+  texts_of_row = len(tokens_BT) // len(prompts.tokens)
+  samples = []
+  for i, (prompt, row_T) in enumerate(zip(prompt_of_sample, tokens_BT)):
+    ids = generate.tokens_before_stop(row_T, prepared.stop_tokens)
+    whole_text = prompts.text(i // texts_of_row, ids, evaluation.tokenizer)
+    text = generate.text_before_stop(whole_text, stop_strings)
+    print(f'sample {i + 1} of {len(prompt_of_sample)}:\n'
+          f'{prompt}{prompts.gap}{text}\n')
+    samples.append({'prompt': prompt, 'text': text})
+  return samples
 
 
 def make_sampling(options: Any) -> generate.Sampling:
-  """Returns how a token is drawn by the flags of SAMPLING."""
+  """Returns how a token is drawn, by the flags of SAMPLING_FLAGS."""
   return generate.Sampling(
       temperature=options.temperature, top_k=options.top_k,
       top_p=options.top_p, min_p=options.min_p,
@@ -277,33 +301,36 @@ def make_sampling(options: Any) -> generate.Sampling:
 
 
 def make_beams(options: Any) -> generate.Beams | None:
-  """Returns how texts are searched by the flags of BEAMS; None of a single
-  beam, which takes the likeliest token each time, as generate.generate does."""
-  how = generate.Beams(num_beams=options.beams, penalty=options.penalty,
-                       length_penalty=options.length_penalty)
-  return how if how.count > 1 else None
+  """Returns the beam search that the flags of BEAM_FLAGS ask for; None of a
+  single beam, which takes the likeliest token each time, as generate.generate
+  does."""
+  beams = generate.Beams(num_beams=options.beams, penalty=options.penalty,
+                         length_penalty=options.length_penalty)
+  if beams.num_beams > 1:
+    return beams
+  return None
 
 
 def split_stop_strings(options: Any) -> list[str]:
-  """Returns the stop strings of --stop; an escape of a line break is one."""
-  strings = []
+  """Returns the strings of --stop, in which \\n stands for a line break."""
+  stop_strings = []
   for stop in options.stop.split(PROMPT_SEPARATOR):
     if stop:
-      strings.append(stop.replace('\\n', '\n'))
-  return strings
+      stop_strings.append(stop.replace('\\n', '\n'))
+  return stop_strings
 
 
 class WrittenTarget(NamedTuple):
-  """A target that was written.
+  """What a model wrote for a held-out pair, beside the pair's target.
 
   Attributes:
     hypothesis: the text that the model wrote.
     reference: the target.
-    same: whether their tokens are the same.
+    is_exact: whether their tokens are the same.
   """
   hypothesis: str
   reference: str
-  same: bool
+  is_exact: bool
 
 
 class Exact(Task):
@@ -318,10 +345,12 @@ class Exact(Task):
     return 'encoder-decoder' in objective.stacks
 
   def check(self, options: Any, config: Any) -> None:
+    """Raises RequestError for a beam search that there is not."""
     make_beams(options)
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    return _write_and_score(evaluation, 'targets', exact=_share_of_exact)
+    """Prints and returns the share of targets that are written exactly."""
+    return _write_and_score(evaluation, things='targets', exact=_share_of_exact)
 
 
 class Translation(Task):
@@ -336,6 +365,8 @@ class Translation(Task):
     return 'data.target_length' in objective.reads
 
   def check(self, options: Any, config: Any) -> None:
+    """Raises RequestError where sacrebleu is missing, and for a beam search
+    that there is not."""
     _load_bleu()
     make_beams(options)
 
@@ -343,13 +374,13 @@ class Translation(Task):
     """Prints and returns the BLEU of what the model writes."""
     bleu = _load_bleu()
 
-    def score(pairs: Sequence[WrittenTarget]) -> float:
-      """Returns the corpus BLEU of some pairs."""
-      hypotheses = [pair.hypothesis for pair in pairs]
-      references = [pair.reference for pair in pairs]
+    def corpus_bleu(targets: Sequence[WrittenTarget]) -> float:
+      """Returns the corpus BLEU of what was written."""
+      hypotheses = [target.hypothesis for target in targets]
+      references = [target.reference for target in targets]
       return bleu.corpus_score(hypotheses, [references]).score
 
-    figures = _write_and_score(evaluation, things='pairs', bleu=score,
+    figures = _write_and_score(evaluation, things='pairs', bleu=corpus_bleu,
                                exact=_share_of_exact)
     figures['signature'] = str(bleu.get_signature())
     print(f'  {figures["signature"]}')
@@ -362,120 +393,130 @@ def _load_bleu() -> Any:
                              'bleu').BLEU()
 
 
-def _share_of_exact(pairs: Sequence[WrittenTarget]) -> float:
+def _share_of_exact(targets: Sequence[WrittenTarget]) -> float:
   """Returns the share of one source's targets that were written exactly."""
-  return float(np.mean([pair.same for pair in pairs]))
+  return float(np.mean([target.is_exact for target in targets]))
 
 
 def _write_and_score(evaluation: Evaluation, things: str,
-            **scores: Callable[[Sequence[WrittenTarget]], float]) -> dict[str,
-                                                                          Any]:
-  """Prints and returns the scores of what is written for --targets held-out
-  targets, of each source and in the mean by weight.
+                     **scores: Callable[[Sequence[WrittenTarget]], float]
+                     ) -> dict[str, Any]:
+  """Lets the model write --targets held-out targets of each source; prints and
+  returns their scores, of each source and in the mean by weight.
 
   Args:
     evaluation: the evaluation of the run.
-    things: the name of what is counted.
-    scores: each score of the pairs of a source, by name; the first is also
-      given of each source.
+    things: what the targets are called in the lines and the figures.
+    **scores: functions that score the targets of a source, by name; the first
+      score is also given of each source.
   """
   options = evaluation.options
   loaders = pipeline.make_evaluation_loaders(evaluation.run.config,
                                              evaluation.tokenizer)
 
-  def said(figures: Mapping[str, float]) -> str:
-    """Returns the scores for a reader."""
-    return ', '.join(f'{name} {figures[name]:.4f}' for name in scores)
-
   # All is written before anything is scored.
-  written_by_source = []
+  targets_by_source = []
   for loader in loaders:
     loader.cut(options.targets)
-    written_by_source.append(write_targets(evaluation, loader,
-                                           make_beams(options)))
+    targets_by_source.append(
+        write_targets(evaluation, loader, make_beams(options)))
 
-  # The scores of each source, and their means.
-  each = []
-  for pairs in written_by_source:
-    each.append({name: score(pairs) for name, score in scores.items()})
+  # The scores of each source.
+  scores_by_source = []
+  for targets in targets_by_source:
+    scores_of_source = {}
+    for name, score in scores.items():
+      scores_of_source[name] = score(targets)
+    scores_by_source.append(scores_of_source)
+  for loader, targets, scores_of_source in zip(
+      loaders, targets_by_source, scores_by_source):
+    print(f'{loader.text}: {len(targets)} held-out {things}: '
+          f'{_format_scores(scores_of_source)}')
+
+  # Their means.
   figures: dict[str, Any] = {}
   for name in scores:
-    figures[name] = held_out.mean_of_sources([one[name] for one in each],
-                                             loaders)
-  for loader, pairs, one in zip(loaders, written_by_source, each):
-    print(f'{loader.text}: {len(pairs)} held-out {things}: {said(one)}')
+    scores_of_name = [by_name[name] for by_name in scores_by_source]
+    figures[name] = held_out.mean_of_sources(scores_of_name, loaders)
   if len(loaders) > 1:
-    print(f'the mean by weight: {said(figures)}')
-    main = next(iter(scores))
-    for loader, one in zip(loaders, each):
-      figures[f'{main}/{loader.name}'] = one[main]
-  figures[things] = sum(map(len, written_by_source))
+    print(f'the mean by weight: {_format_scores(figures)}')
+    first_name = next(iter(scores))
+    for loader, scores_of_source in zip(loaders, scores_by_source):
+      figures[f'{first_name}/{loader.name}'] = scores_of_source[first_name]
+  figures[things] = sum(map(len, targets_by_source))
 
   # The score of each target, of a single source.
   if len(loaders) == 1:
-    [pairs] = written_by_source
-    same = [pair.same for pair in pairs]
-    references = [pair.reference for pair in pairs]
-    figures['items'] = {'exact': items.record_scores(same, references)}
+    [targets] = targets_by_source
+    is_exact = [target.is_exact for target in targets]
+    references = [target.reference for target in targets]
+    figures['items'] = {'exact': items.record_scores(is_exact, references)}
   return figures
 
 
+def _format_scores(score_by_name: Mapping[str, float]) -> str:
+  """Returns scores in one line for a reader."""
+  texts = [f'{name} {score:.4f}' for name, score in score_by_name.items()]
+  return ', '.join(texts)
+
+
 def write_targets(evaluation: Evaluation, loader: pipeline.Loader,
-            how: generate.Beams | None = None) -> list[WrittenTarget]:
-  """Returns what `translate` returns of a loader's batches."""
-  pairs = []
+                  beams: generate.Beams | None = None) -> list[WrittenTarget]:
+  """Lets the model write the target of each pair of a loader; see
+  `write_targets_of_batch`."""
+  targets = []
   for batch in progress.show_items(loader.iterate(), 'writing',
                                    loader.num_batches):
-    pairs += write_targets_of_batch(evaluation.run.module,
-                                    params=evaluation.params,
-                       batch=batch, tokenizer=evaluation.tokenizer, how=how)
-  return pairs
+    targets += write_targets_of_batch(
+        evaluation.run.module, params=evaluation.params, batch=batch,
+        tokenizer=evaluation.tokenizer, beams=beams)
+  return targets
 
 
 def write_targets_of_batch(module: Any, params: Any,
-                           batch: Mapping[str, np.ndarray],
-                           tokenizer: Any, how: generate.Beams | None = None
+                           batch: Mapping[str, np.ndarray], tokenizer: Any,
+                           beams: generate.Beams | None = None
                            ) -> list[WrittenTarget]:
-  """Returns what a model writes of each pair of a batch; rows without a weight
-  are no pairs.
+  """Lets an encoder-decoder write the target of each pair of a batch.
 
   Args:
     module: the model.
     params: its parameters.
-    batch: the pairs.
+    batch: the pairs; a row without a weight is none.
     tokenizer: the tokenizer of the run.
-    how: how texts are searched; None: the likeliest token each time.
+    beams: the beam search; None: the likeliest token each time.
   """
   # The model writes until it ends its text.
   start_B1 = jnp.asarray(batch['decoder_tokens'][:, :1])
   args = module, params, start_B1, jnp.ones(len(start_B1), jnp.int32)
-  end = tokenizer.separator_id
-  more = dict(max_new_tokens=batch['targets'].shape[1], stop_token=end,
-              source_BM=jnp.asarray(batch['tokens']),
-              source_lengths_B=jnp.asarray(batch['segment_ids'].sum(1)))
-  if how is None:
-    tokens_BT = generate.generate(*args, jax.random.key(0), **more,
+  end_token = tokenizer.separator_id
+  keywords = dict(max_new_tokens=batch['targets'].shape[1],
+                  stop_token=end_token,
+                  source_BM=jnp.asarray(batch['tokens']),
+                  source_lengths_B=jnp.asarray(batch['segment_ids'].sum(1)))
+  if beams is None:
+    tokens_BT = generate.generate(*args, jax.random.key(0), **keywords,
                                   sampling=generate.Sampling(temperature=0))
   else:
-    best_BKT, _ = generate.beam_search(*args, beams=how, **more)
+    best_BKT, _ = generate.beam_search(*args, beams=beams, **keywords)
     tokens_BT = best_BKT[:, 0]
   tokens_BT = jax.device_get(tokens_BT)
 
-  # Each beside its target.
-  pairs = []
-  for row_T, target_T, weights_T in zip(tokens_BT, batch['targets'],
-                                        batch['weights']):
-    size = int((weights_T > 0).sum())
-    if not size:
+  # Each beside its target, without what pads either.
+  written_targets = []
+  for row_T, padded_target_T, weights_T in zip(tokens_BT, batch['targets'],
+                                               batch['weights']):
+    target_length = int((weights_T > 0).sum())
+    if not target_length:
       continue
-    target = target_T[:size]
-    written = generate.tokens_before_stop(row_T, end)
-    expected = generate.tokens_before_stop(target, end)
-    pairs.append(WrittenTarget(
-        hypothesis=tokenizer.decode(written),
-        reference=tokenizer.decode(expected),
-        same=np.array_equal(row_T[:size], target)))
-  return pairs
+    target = padded_target_T[:target_length]
+    written_ids = generate.tokens_before_stop(row_T, end_token)
+    target_ids = generate.tokens_before_stop(target, end_token)
+    written_targets.append(WrittenTarget(
+        hypothesis=tokenizer.decode(written_ids),
+        reference=tokenizer.decode(target_ids),
+        is_exact=np.array_equal(row_T[:target_length], target)))
+  return written_targets
 
 
 TASKS = {
