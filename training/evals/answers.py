@@ -188,9 +188,9 @@ def answer_questions(view: Questions, scores: Sequence[np.ndarray], kind: str,
     # A row holds the question, then T tokens of the context.
     scores_L2 = np.asarray(scores_L2, np.float64)
     num_tokens = len(item.context)
-    start = labelled.begin(item)
+    start = labelled.start_of_paragraph(item)
     context_T2 = scores_L2[start:start + num_tokens]
-    null_score = scores_L2[labelled.null_place(item, kind)].sum()
+    null_score = scores_L2[labelled.place_of_null_token(item, kind)].sum()
     _, characters = view.contexts[item.asked]
     windows_by_question[item.asked].append(ContextWindow(
         starts_T=context_T2[:, 0], ends_T=context_T2[:, 1],

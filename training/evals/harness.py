@@ -82,7 +82,7 @@ class Model(api.TemplateLM):
     token_ids = hf_generation.ids(hf_generation.kept(evaluation.workdir))
     end_tokens = token_ids.get('eos_token_id', ())
     if not end_tokens:
-      end_tokens = objectives.of(config).ends(config, tokenizer)
+      end_tokens = objectives.find_objective(config).ends(config, tokenizer)
     self._end_tokens = tuple(end_tokens)
 
     # The tokens that stand before every text.
@@ -158,11 +158,14 @@ class Model(api.TemplateLM):
   def _template(self) -> conversations.Template:
     """The chat template of the run, or else of its tokenizer's folder."""
     config = self.evaluation.run.config
-    text = objectives.of(config).chat_template(config, self._tokenizer)
-    text = text or conversations.in_folder(epath.Path(self._tokenizer.name))
+    objective = objectives.find_objective(config)
+    text = objective.chat_template(config, self._tokenizer)
+    if not text:
+      folder = epath.Path(self._tokenizer.name)
+      text = conversations.read_template_of_folder(folder)
     require(bool(text), 'a chat template is asked for, and neither the run nor '
             f'the folder of its tokenizer {self._tokenizer.name!r} has one')
-    return conversations.make('of the run', text, self._tokenizer)
+    return conversations.make_template('of the run', text, self._tokenizer)
 
   def chat_template(self, chat_template: bool | str = False) -> str | None:
     """Returns the text of the chat template, as lm_eval records it; None: no
@@ -181,7 +184,7 @@ class Model(api.TemplateLM):
         else it ends without what ends the last message, which the model then
         goes on from.
     """
-    return conversations.unmarked(self._template.render(
+    return conversations.remove_marks(self._template.render(
         chat_history, add_generation_prompt, not add_generation_prompt))
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None,
@@ -339,7 +342,7 @@ class Model(api.TemplateLM):
 
     # Contexts of about one length go through the model together.
     run = self.evaluation.run
-    is_prefix_lm = objectives.of(run.config).prefix
+    is_prefix_lm = objectives.find_objective(run.config).prefix
     batches = list(scoring.pad_into_batches(rows, room))
     for numbers, tokens_BL, lengths_B in progress.show_items(
         batches, 'writing'):

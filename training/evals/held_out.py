@@ -27,7 +27,7 @@ def sum_held_out(step: Callable, params: Any,
   Args:
     step: the compiled evaluation step.
     params: the parameters.
-    loaders: the loaders of pipeline.held_out, one for each source.
+    loaders: those of pipeline.make_evaluation_loaders, one for each source.
     batches: how many of each source; 0: all, each token exactly once.
     put: puts a batch on the devices.
     stop: asked before each batch, whether to leave it at that.
@@ -65,7 +65,7 @@ def average_figures(sums_by_source: Sequence[dict[str, Mean]],
 
   Args:
     sums_by_source: the `sum_figures` of each source.
-    loaders: the loaders of pipeline.held_out, one for each source.
+    loaders: those of pipeline.make_evaluation_loaders, one for each source.
 
   Returns:
     The objective's figures, nan where there is nothing to average; of tokens

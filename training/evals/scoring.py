@@ -70,7 +70,7 @@ RowOfIndices = list[int]
 
 def why_not_scorable(config: ml_collections.ConfigDict) -> str:
   """Returns why a run's model gives texts no probability; '': it does."""
-  objective = objectives.of(config)
+  objective = objectives.find_objective(config)
   if objective.stacks == ('decoder',) and objective.writes:
     return ''
   return (f'objective {config.objective!r} does not train a decoder-only '
@@ -87,7 +87,7 @@ def score_continuations(continuations: Sequence[Continuation],
     evaluation: the evaluation of a decoder.
     doing: what the progress bar says is done.
   """
-  is_prefix_lm = objectives.of(evaluation.run.config).prefix
+  is_prefix_lm = objectives.find_objective(evaluation.run.config).prefix
   step = evaluation.jit_once(
       _make_score_function(evaluation, is_prefix_lm), 'scoring')
 

@@ -239,7 +239,7 @@ def test_the_best_stretches_are_the_best_of_all(may_be_null):
     windows = [answers.ContextWindow(rng.normal(size=e - f),
                                      rng.normal(size=e - f),
                                      places[f:e], float(rng.normal(4, 2)))
-               for f, e in records.windows(len(places), 12, 5)]
+               for f, e in records.cut_into_windows(len(places), 12, 5)]
     best = lambda null, threshold=0.0, windows=windows: answers.choose_answer(
         context, windows, most_tokens=4, count=10, may_be_null=null,
         threshold=threshold)

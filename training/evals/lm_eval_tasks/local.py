@@ -87,7 +87,7 @@ def _load_documents(folder: str, name: str, fields: tuple[str, ...]):
   # Their lines.
   documents = []
   for file in files:
-    for where, row in texts.rows(str(file)):
+    for where, row in texts.read_rows(str(file)):
       # The fields that the task reads, each a text.
       document = {}
       for field in fields:

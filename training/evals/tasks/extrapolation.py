@@ -190,8 +190,9 @@ def _load_sources(evaluation: Evaluation, multiple: int
 
   # Each process reads its slice of the rows, and cuts them up.
   index, count = devices.batch_shard(device_placement, num_rows)
-  loaders = pipeline.held_out(config, tokenizer=evaluation.tokenizer,
-                              process_index=index, process_count=count)
+  loaders = pipeline.make_evaluation_loaders(
+      config, tokenizer=evaluation.tokenizer, process_index=index,
+      process_count=count)
   for loader in loaders:
     batches = []
     num_tokens = 0.0
@@ -227,7 +228,7 @@ def _cut_rows(batch: Mapping[str, np.ndarray], num_pieces: int,
   segments = []
   positions_of_rows = []
   for tokens_L in cut_batch['tokens']:
-    documents = objectives.documents(tokens_L == tokenizer.separator_id)
+    documents = objectives.number_documents(tokens_L == tokenizer.separator_id)
     segments.append(documents['segment_ids'])
     positions_of_rows.append(documents['positions'])
   cut_batch['segment_ids'] = np.stack(segments)

@@ -65,7 +65,7 @@ class HeldOutLoss(Task):
             'predicted: choose a smaller one')
     # Windows that overlap are made of a text, and tokens are cut already.
     spec = data.eval_source or data.source
-    weighted_sources = sources.parse(spec)
+    weighted_sources = sources.parse_sources(spec)
     if len(weighted_sources) != 1 or weighted_sources[0][1].tokens:
       raise RequestError(f'--stride reads one source of text, which {spec!r} '
                          'is not: name one by --text')
@@ -216,18 +216,18 @@ def _held_out_documents(evaluation: Evaluation) -> tuple[str, list[str]]:
   """
   data = evaluation.run.config.data
   part = evaluation.run.config.eval.part
-  [(_, source)] = sources.parse(data.eval_source or data.source)
+  [(_, source)] = sources.parse_sources(data.eval_source or data.source)
   holdout_every = data.holdout_every
   if data.eval_source:
     holdout_every = None  # all of that source is held out
-  source = sources.cut(source, holdout_every, part)
+  source = sources.hold_out_end_of_text(source, holdout_every, part)
   if source.is_cut:  # to the part
     part = ''
 
   # The documents of the split, each of which must be text.
   documents = list(source.documents())
-  is_held_out = tokens.chosen(np.arange(len(documents)), every=holdout_every,
-                              split='eval', part=part)
+  is_held_out = tokens.select_documents(
+      np.arange(len(documents)), every=holdout_every, split='eval', part=part)
   held_out_documents = []
   for document, is_chosen in zip(documents, is_held_out):
     if is_chosen:
@@ -493,7 +493,7 @@ def make_token_loss_function(module: Any, config: Any) -> Callable:
     module: the model.
     config: the config of its run.
   """
-  objective = objectives.of(config)
+  objective = objectives.find_objective(config)
 
   def compute_losses(params: Any, batch: Any) -> jax.Array:
     """Returns the weighted losses and the weights of all tokens, [2, B, L]."""

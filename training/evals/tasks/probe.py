@@ -92,8 +92,8 @@ class Probe(Task):
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Prints and returns the accuracy at each level and length."""
     config = evaluation.run.config
-    probe = probes.of(config)
-    settings = probes.settings(config)
+    probe = probes.find_probe(config)
+    settings = probes.read_settings(config)
     num_rows = evaluation.options.probe_rows
     print(f'{config.data.source}: {num_rows:,} rows of each kind\n'
           f'{probe.level:>20} {"length":>7} {"accuracy":>9} {"95 %":>16} '
@@ -146,8 +146,8 @@ def _why_not_measurable(evaluation: Evaluation, cell: ProbeCell) -> str:
   longest = positions.longest_supported_length(evaluation.run.model)
   if cell.length > longest:
     return f'the positions of the model end at {longest:g}'
-  settings = probes.settings(config)._replace(length=cell.length)
-  return probes.of(config).limit(settings, cell.level)
+  settings = probes.read_settings(config)._replace(length=cell.length)
+  return probes.find_probe(config).limit(settings, cell.level)
 
 
 def _format_row(cell: ProbeCell, scores: dict[str, Any]) -> str:
@@ -198,8 +198,8 @@ def measure_cell(evaluation: Evaluation, cell: ProbeCell, num_rows: int
   # The rows of the probe, in batches.
   config = evaluation.run.config.copy_and_resolve_references()
   config.data.length = cell.length
-  probe = probes.of(config)
-  settings = probes.settings(config)._replace(held_out=num_rows)
+  probe = probes.find_probe(config)
+  settings = probes.read_settings(config)._replace(held_out=num_rows)
   rows = probes.Rows(
       probe=probe, settings=settings, split='eval',
       seed=probes.held_out_seed(config), levels=(cell.level,))
@@ -214,7 +214,7 @@ def measure_cell(evaluation: Evaluation, cell: ProbeCell, num_rows: int
   # The answers of each row that are right, and those that it is asked for. What
   # fills up a batch is asked for none, and left out.
   count_answers = _make_count_function(evaluation.run.module,
-                                       objectives.of(config))
+                                       objectives.find_objective(config))
   step = evaluation.jit_once(count_answers, 'probe')
   counts = list(evaluation.run_on_batches(
       step, loader, f'{probe.level}: {cell.level}'))

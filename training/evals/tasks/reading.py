@@ -46,7 +46,7 @@ READS_NO_TEXT = 'reads rows of a probe, whose ids stand for no text'
 def reads_text(objective: Any) -> bool:
   """Returns whether an objective trains on text that a tokenizer encodes, and
   not on the rows of a probe."""
-  return objective.record_kind != probes.KIND
+  return objective.record_kind != probes.KIND_OF_SOURCE
 
 
 class Embed(Task):
@@ -176,7 +176,8 @@ def tokens_around_text(evaluation: Evaluation) -> tuple[list, list]:
   if stack == 'encoder-decoder':
     return [], [tokenizer.separator_id]
   # Rows of masked diffusion are cut out of running text, as what it writes is.
-  if stack == 'decoder' or objectives.of(evaluation.run.config).bound:
+  objective = objectives.find_objective(evaluation.run.config)
+  if stack == 'decoder' or objective.bound:
     return [tokenizer.separator_id], []
   return [tokenizer.cls_id], [tokenizer.sep_id]
 
@@ -194,7 +195,7 @@ def _make_embed_function(evaluation: Evaluation, pooling: str, normalize: bool
   Raises:
     RequestError: where the first token of a decoder is asked for.
   """
-  is_prefix_lm = objectives.of(evaluation.run.config).prefix
+  is_prefix_lm = objectives.find_objective(evaluation.run.config).prefix
   stack = architectures.stack(evaluation.run.model)
   if pooling == 'first' and stack == 'decoder' and not is_prefix_lm:
     raise RequestError("--pooling is 'first', but the first token of a decoder "
@@ -291,7 +292,7 @@ class FillMask(Task):
 
   def check(self, options: Any, config: Any) -> None:
     """Raises RequestError where there is no --prompt."""
-    text_files.checked(options.prompt, '--prompt')
+    text_files.check_text(options.prompt, '--prompt')
     require(bool(options.prompt), 'task fill_mask reads a text: pass '
             "--prompt='Paris is the [MASK] of France'")
 
@@ -325,7 +326,7 @@ class FillMask(Task):
     texts = evaluation.options.prompt.split('|||')
 
     # The rows and the places of the P masks, in all prompts.
-    tokens_BL, lengths_B = objectives.padded(evaluation.prepared)
+    tokens_BL, lengths_B = objectives.pad_prompts(evaluation.prepared)
     is_real_BL = np.arange(tokens_BL.shape[1])[None] < lengths_B[:, None]
     is_mask_BL = is_real_BL & (tokens_BL == tokenizer.mask_id)
     rows_P, places_P = np.nonzero(is_mask_BL)

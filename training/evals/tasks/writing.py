@@ -113,7 +113,7 @@ class Samples(Task):
 
   def check(self, options: Any, config: Any) -> None:
     """Raises RequestError for flags that do not fit each other, or the run."""
-    text_files.checked(options.prompt, '--prompt')
+    text_files.check_text(options.prompt, '--prompt')
     sampling = make_sampling(options)
     seed = options.sample_seed
 
@@ -208,7 +208,7 @@ class DiffusionSamples(Task):
     """
     options = evaluation.options
     tokenizer = evaluation.tokenizer
-    prompts = objectives.after_separator(
+    prompts = objectives.prompt_after_separator(
         _repeat_prompts(options, options.samples), evaluation.run.config,
         tokenizer)
     return PreparedPrompts(
