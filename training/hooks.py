@@ -353,7 +353,7 @@ class Evaluate(Hook):
         continue
       result = self._tasks.run_for_member(
           params, loop.n, live[row].workdir,
-          stop=lambda: self._cut_short(loop))
+          stop=lambda: self._is_cut_short(loop))
       if result is None:
         return False
       result_of_row[row] = result
