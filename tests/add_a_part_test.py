@@ -184,7 +184,7 @@ class Leaky(nn.Module):
   @nn.compact
   def __call__(self, x_BLD, ctx, cache):
     c, sizes = self.config, self.config.part(LeakyConfig)
-    mixer.check_context(c.mixer, ctx)
+    mixer.check_context_of_recurrence(c.mixer, ctx)
 
     def dense(name, x_BLD, spec, shape, axes):
       return layers.dense(self, name, spec, x_BLD, shape, axes, with_bias=False,

@@ -225,7 +225,7 @@ SURFACES = {
         names='seeds match match_field parallel group')), check_sweep),
     'probes': (50, words_of('run', 'CONFIG', '--workdir=card', '--seeds=1',
                             names='suite only seeds'), functools.partial(
-        program, 'tools.probes.__main__', 'tools.probes.suites.train')),
+        program, 'tools.probes.__main__', 'tools.probes.suites.train_suite')),
     'chat': (100, words_of('--workdir=run', names='folder step template system '
                            'context temperature top_k stop'),
              functools.partial(program, 'tools.chat', 'tools.chat.converse')),
