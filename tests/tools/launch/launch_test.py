@@ -90,8 +90,8 @@ def started(j, processes):
   code = textwrap.dedent(f'''
       import sys
       from tools.launch import local
-      sys.exit(local.run_until_complete({list(j.words)!r}, {{}}, {processes}, 1, 'cpu',
-                               {j.logs!r}, 1))''')
+      sys.exit(local.run_until_complete(
+          {list(j.words)!r}, {{}}, {processes}, 1, 'cpu', {j.logs!r}, 1))''')
   return subprocess.Popen([sys.executable, '-c', code], cwd=ROOT)
 
 
@@ -134,8 +134,8 @@ def test_a_local_run_whose_terminal_is_closed_is_saved(tmp_path):
   launcher = textwrap.dedent(f"""
       import sys
       from tools.launch import local
-      code = local.run_until_complete([sys.executable, '-c', {run!r}], {{}}, 1, 1, 'cpu',
-                             {logs!r}, 0)
+      code = local.run_until_complete(
+          [sys.executable, '-c', {run!r}], {{}}, 1, 1, 'cpu', {logs!r}, 0)
       print('ended', flush=True)
       sys.exit(code)""")
   assert terminals.run_until_closed(
