@@ -247,8 +247,9 @@ class Model:
         to be that there is none.
 
     Returns:
-      A list of predicting.Label, with the probability of each label; of floats;
-      of predicting.Words, or of predicting.Answer. For one text, its own alone.
+      A list of predicting.TextLabel, with the probability of each label; of
+      floats; of predicting.WordLabels, or of predicting.QuestionAnswer. For one
+      text, its own alone.
 
     Raises:
       RequestError: for a model whose head is of no such task, and for a row
@@ -266,7 +267,7 @@ class Model:
     options = types.SimpleNamespace(
         max_answer_length=max_answer_length, n_best=20,
         null_threshold=null_threshold)
-    predictions = predicting.predict(
+    predictions = predicting.predict_rows(
         module=self.module, params=self.params, config=config,
         tokenizer=self._tokenizer(), rows=[rows] if is_single else rows,
         options=options)

@@ -23,19 +23,19 @@ from training.evals import answers
 from training.objectives import pipeline
 
 
-class Label(NamedTuple):
-  """The label of a text or of a pair of texts.
+class TextLabel(NamedTuple):
+  """The predicted label of a text or of a pair of texts.
 
   Attributes:
-    label: the likeliest one.
+    label: the likeliest label.
     probabilities: the probability of each label; they add up to 1.
   """
   label: str
   probabilities: dict[str, float]
 
 
-class Words(NamedTuple):
-  """The labels of the words of a sentence.
+class WordLabels(NamedTuple):
+  """The predicted labels of the words of a sentence.
 
   Attributes:
     words: the words of the sentence.
@@ -49,77 +49,94 @@ class Words(NamedTuple):
   probabilities: list[float]
 
 
-class Answer(NamedTuple):
-  """The answer to a question.
+class QuestionAnswer(NamedTuple):
+  """The predicted answer to a question.
 
   Attributes:
-    text: a stretch of the context; '': the context holds no answer.
+    text: a span of the context; '': the context holds no answer.
     start: its first character in the context; -1: there is no answer.
-    probability: its share among the best stretches and no answer, by their
-      scores.
+    probability: its share among the best spans and no answer, by their scores.
   """
   text: str
   start: int
   probability: float
 
 
-def of_texts(view: records.Classes, scores: Sequence[np.ndarray]
-             ) -> list[Label]:
-  """Returns the label of each text of a view, whose scores are [U]."""
+def predict_labels(view: records.Classes, scores: Sequence[np.ndarray]
+                   ) -> list[TextLabel]:
+  """Returns the likeliest label of each text, with the probabilities of all.
+
+  Args:
+    view: the texts, and the names of the U labels.
+    scores: the scores of the labels for each text, [U].
+  """
   scores_NU = np.stack(scores).astype(np.float64)
-  labels = []
+  predictions = []
   for p_U in special.softmax(scores_NU, axis=1):
     likeliest = view.labels[int(p_U.argmax())]
     probabilities = dict(zip(view.labels, p_U.tolist()))
-    labels.append(Label(label=likeliest, probabilities=probabilities))
-  return labels
+    predictions.append(TextLabel(label=likeliest, probabilities=probabilities))
+  return predictions
 
 
-def of_numbers(view: records.Numbers, scores: Sequence[np.ndarray]
-               ) -> list[float]:
-  """Returns the number of each text of a view, whose scores are [1]."""
+def predict_numbers(view: records.Numbers, scores: Sequence[np.ndarray]
+                    ) -> list[float]:
+  """Returns the number that the model gives each text of a view, which is its
+  score, [1]."""
   return [float(score_1[0]) for score_1 in scores]
 
 
-def of_words(view: records.Sentences, scores: Sequence[np.ndarray]
-             ) -> list[Words]:
-  """Returns the labels of each sentence of a view; the scores are those of the
-  tokens of its items, [L, K], padding or not."""
+def predict_word_labels(view: records.Sentences, scores: Sequence[np.ndarray]
+                        ) -> list[WordLabels]:
+  """Returns the likeliest label of each word of each sentence.
+
+  Args:
+    view: the sentences, the long ones split into several rows of tokens, and
+      the names of the K labels.
+    scores: the scores of the labels for the tokens of each row, [L, K], padding
+      or not.
+  """
   # Words without a token stay as they are here.
-  outside = 'O' if 'O' in view.labels else '_'
-  predicted = []
+  label_without_token = 'O' if 'O' in view.labels else '_'
+  predictions = []
   for sentence in view.records:
-    size = len(sentence.words)
-    predicted.append(Words(words=list(sentence.words), labels=[outside] * size,
-                           probabilities=[np.nan] * size))
+    num_words = len(sentence.words)
+    predictions.append(WordLabels(
+        words=list(sentence.words), labels=[label_without_token] * num_words,
+        probabilities=[np.nan] * num_words))
 
-  for piece, scores_LK in zip(view.items, scores, strict=True):
-    sentence = predicted[piece.sentence]
+  # A word has the label of the token with which it begins.
+  for row, scores_LK in zip(view.items, scores, strict=True):
+    prediction = predictions[row.sentence]
     p_LK = special.softmax(scores_LK.astype(np.float64), axis=-1)
-    for place in np.flatnonzero(piece.words != records.NO_WORD):
-      word = piece.words[place]
+    for place in np.flatnonzero(row.words != records.NO_WORD):
+      word = row.words[place]
       p_K = p_LK[1 + place]  # before the sentence stands one token
-      sentence.labels[word] = view.labels[int(p_K.argmax())]
-      sentence.probabilities[word] = float(p_K.max())
-  return predicted
+      prediction.labels[word] = view.labels[int(p_K.argmax())]
+      prediction.probabilities[word] = float(p_K.max())
+  return predictions
 
 
-def of_best(best: answers.ChosenAnswer) -> Answer:
-  """Returns the answer that was chosen of the best ones."""
-  scores = [score for _, _, score in best.spans]
-  none = best.null_minus_best
-  if scores:
-    none += scores[0]
-  shares = special.softmax([*scores, none])
-  if not best.text:
-    return Answer(text='', start=-1, probability=float(shares[-1]))
-  _, start, _ = best.spans[0]
-  return Answer(text=best.text, start=start, probability=float(shares[0]))
+def predict_answer(chosen: answers.ChosenAnswer) -> QuestionAnswer:
+  """Returns the answer that was chosen among the best spans, with its
+  probability: the softmax over the scores of these spans and of no answer."""
+  span_scores = [span.score for span in chosen.spans]
+  null_score = chosen.null_minus_best
+  if span_scores:
+    null_score += span_scores[0]
+  probabilities = special.softmax([*span_scores, null_score])
+  if not chosen.text:
+    return QuestionAnswer(text='', start=-1,
+                          probability=float(probabilities[-1]))
+  return QuestionAnswer(text=chosen.text, start=chosen.spans[0].start,
+                        probability=float(probabilities[0]))
 
 
-def predict(module: Any, params: Any, config: objectives.Config, tokenizer: Any,
-            rows: Sequence[Any], options: types.SimpleNamespace) -> list[Any]:
-  """Returns what a model says of each row: Label, a number, Words or Answer.
+def predict_rows(module: Any, params: Any, config: objectives.Config,
+                 tokenizer: Any, rows: Sequence[Any],
+                 options: types.SimpleNamespace) -> list[Any]:
+  """Returns what a model predicts for each row: a TextLabel, a number,
+  WordLabels or a QuestionAnswer.
 
   Args:
     module: the model.
@@ -134,22 +151,24 @@ def predict(module: Any, params: Any, config: objectives.Config, tokenizer: Any,
   Raises:
     RequestError: for a row that is none of these, or has no token.
   """
-  # The rows as the records of a source.
+  # The rows as the records of a source of data.
   objective = objectives.find_objective(config)
-  kind = config.objective
-  record = _RECORDS[objective.record_kind]
+  make_record = _RECORD_OF_KIND[objective.record_kind]
+  corpus_records = []
+  for number, row in enumerate(rows):
+    corpus_records.append(make_record(row, f'row {number}'))
   corpus = sources.Corpus(
       name='the rows', text='the rows', split='eval', tokenizer=tokenizer,
-      config=config, records=[record(row, f'row {number}')
-                              for number, row in enumerate(rows)])
+      config=config, records=corpus_records)
   view = objective.view(corpus)
 
-  # Batches of few shapes, so that few programs are compiled.
+  # Batches of few shapes, so that few programs are compiled: of a length that
+  # is a power of two.
   longest = max(map(objective.length, view))
-  power = 1 << (longest - 1).bit_length()
+  power_of_two = 1 << (longest - 1).bit_length()
   config.data.update(
       batch_size=min(config.data.batch_size, len(view)), length_buckets=1,
-      length=min(config.data.length, power))
+      length=min(config.data.length, power_of_two))
   loader = pipeline.Loader(
       name=corpus.name, share=1.0, text=corpus.text, dataset=view, views=[view],
       config=config, tokenizer=tokenizer, split='eval', process_index=0,
@@ -158,70 +177,103 @@ def predict(module: Any, params: Any, config: objectives.Config, tokenizer: Any,
   # The scores of each item; what fills up the last batch is none.
   scores: list[np.ndarray] = []
   for batch in loader.iterate():
-    scores += list(jax.device_get(_scores(module, kind, params, batch)))
+    scores += list(jax.device_get(
+        _compute_scores(module, config.objective, params, batch)))
   del scores[len(view):]
-  if kind != 'question_answering':
-    return OF_VIEW[kind](view, scores)
-  best = answers.answer_questions(view, scores=scores,
-                         kind=architectures.stack(module.config),
-                         options=options)
-  return [of_best(one) for one in best]
+
+  # The predictions from them; an answer is that of several windows.
+  if config.objective != 'question_answering':
+    return PREDICT_BY_OBJECTIVE[config.objective](view, scores)
+  chosen_answers = answers.answer_questions(
+      view, scores=scores, kind=architectures.stack(module.config),
+      options=options)
+  return [predict_answer(chosen) for chosen in chosen_answers]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _scores(module: Any, objective: str, params: Any, batch: Any) -> jax.Array:
-  """Returns the scores of each row of a batch, by an objective's name."""
-  row = objectives.OBJECTIVES[objective]
-  return row.apply(module, params, batch).extra['scores']
+def _compute_scores(module: Any, objective_name: str, params: Any, batch: Any
+                    ) -> jax.Array:
+  """Returns the scores that the head of an objective gives each row of a
+  batch."""
+  objective = objectives.OBJECTIVES[objective_name]
+  return objective.apply(module, params, batch).extra['scores']
 
 
-def _record(row: Any, where: str) -> labelled.Record:
-  """Returns a text, or a pair of texts, as a record."""
-  parts = [row] if isinstance(row, str) else row
-  if not isinstance(parts, Sequence) or len(parts) not in (1, 2):
+def _make_text_record(row: Any, where: str) -> labelled.Record:
+  """Returns a text, or a pair of texts, as a record without a label.
+
+  Args:
+    row: the text or the pair.
+    where: which row it is, for messages.
+
+  Raises:
+    RequestError: where it is neither, or a text is empty.
+  """
+  texts_of_row = [row] if isinstance(row, str) else row
+  is_sequence = isinstance(texts_of_row, Sequence)
+  if not is_sequence or len(texts_of_row) not in (1, 2):
     raise RequestError(f'{where} is {short(row)}: pass a text, or a pair of '
                        'texts')
-  names = ('first', 'second') if len(parts) == 2 else ('text',)
-  return labelled.Record(
-      texts=tuple(_text(part, where) for part in parts), label='',
-      where=f'{where},', names=names)
+  names = ('first', 'second') if len(texts_of_row) == 2 else ('text',)
+  checked_texts = tuple(_check_not_empty(text, where) for text in texts_of_row)
+  return labelled.Record(texts=checked_texts, label='', where=f'{where},',
+                         names=names)
 
 
-def _sentence(row: Any, where: str) -> labelled.Sentence:
-  """Returns a sentence, or a list of its words, as a record."""
+def _make_sentence(row: Any, where: str) -> labelled.Sentence:
+  """Returns a sentence, or a list of its words, as a record without labels.
+
+  Args:
+    row: the sentence, whose words spaces part, or the words.
+    where: which row it is, for messages.
+
+  Raises:
+    RequestError: where it is neither, or has no word.
+  """
   words = row.split() if isinstance(row, str) else row
   if not isinstance(words, Sequence) or not len(words):
     raise RequestError(f'{where} is {short(row)}: pass a sentence, or a list '
                        'of its words')
-  return labelled.Sentence(
-      words=[_text(word, where) for word in words], labels=[],
-      lines=[where] * len(words))
+  checked_words = [_check_not_empty(word, where) for word in words]
+  return labelled.Sentence(words=checked_words, labels=[],
+                           lines=[where] * len(words))
 
 
-def _paragraph(row: Any, where: str) -> labelled.Paragraph:
-  """Returns a pair of a question and the text that has the answer as a
-  record."""
+def _make_paragraph(row: Any, where: str) -> labelled.Paragraph:
+  """Returns a pair of a question and the text that has the answer as a record
+  without an answer.
+
+  Args:
+    row: the pair.
+    where: which row it is, for messages.
+
+  Raises:
+    RequestError: where it is no such pair, or a text is empty.
+  """
   is_pair = isinstance(row, Sequence) and not isinstance(row, str)
   if not is_pair or len(row) != 2:
     raise RequestError(f'{where} is {short(row)}: pass a pair of a question '
                        'and the text that has the answer')
-  question, context = (_text(part, where) for part in row)
-  asked = labelled.Question(id=where, question=question, answers=None,
-                            where=where)
-  return labelled.Paragraph(context=context, questions=(asked,))
+  question_text, context = (_check_not_empty(text, where) for text in row)
+  question = labelled.Question(id=where, question=question_text, answers=None,
+                               where=where)
+  return labelled.Paragraph(context=context, questions=(question,))
 
 
-def _text(value: Any, where: str) -> str:
+def _check_not_empty(value: Any, where: str) -> str:
+  """Returns a text; RequestError where it is none, or holds space alone."""
   require(bool(texts.check_text(value, where).strip()), f'{where} has an empty '
           'text')
   return value
 
 
-# How a row becomes a record, by what an objective reads.
-_RECORDS = {labelled.TEXTS: _record, labelled.SENTENCES: _sentence,
-            labelled.QUESTIONS: _paragraph}
-# The predictions of a view by its scores, by objective; an answer is that of
-# several windows.
-OF_VIEW = {'classification': of_texts, 'regression': of_numbers,
-           'token_classification': of_words}
-OBJECTIVES = (*OF_VIEW, 'question_answering')
+# The function that makes a record of a row, by what an objective reads.
+_RECORD_OF_KIND = {labelled.TEXTS: _make_text_record,
+                   labelled.SENTENCES: _make_sentence,
+                   labelled.QUESTIONS: _make_paragraph}
+# The function that predicts from the scores of a view, by objective; an answer
+# to a question takes the scores of several windows.
+PREDICT_BY_OBJECTIVE = {'classification': predict_labels,
+                        'regression': predict_numbers,
+                        'token_classification': predict_word_labels}
+OBJECTIVES = (*PREDICT_BY_OBJECTIVE, 'question_answering')

@@ -259,7 +259,7 @@ def measure_labels(view: Any, scores: Sequence[np.ndarray], *_: Any
     scores: the scores of the U labels for each text, [U].
   """
   # The predictions, as objects of JSON and as rows of a .csv.
-  predicted = predicting.of_texts(view, scores)
+  predicted = predicting.predict_labels(view, scores)
   objects = []
   table = []
   for record, prediction in zip(view.records, predicted):
@@ -401,7 +401,7 @@ def measure_numbers(view: Any, scores: Sequence[np.ndarray], *_: Any
     scores: the number that the model gives each text, [1].
   """
   # The predictions, as objects of JSON and as rows of a .csv.
-  predicted = np.array(predicting.of_numbers(view, scores))
+  predicted = np.array(predicting.predict_numbers(view, scores))
   objects = []
   table = []
   for record, number in zip(view.records, predicted):
@@ -456,7 +456,7 @@ def measure_word_labels(view: records.Sentences, scores: Sequence[np.ndarray],
       padding or not.
   """
   # The predictions, as a table with a row for each word.
-  sentences = predicting.of_words(view, scores)
+  sentences = predicting.predict_word_labels(view, scores)
   without_tokens = 0
   table = []
   for number, (record, sentence) in enumerate(zip(view.records, sentences), 1):
@@ -508,7 +508,7 @@ def _format_conll(table: Sequence[dict[str, Any]], columns: Sequence[str]
 
 
 def _word_rows(number: int, record: labelled.Sentence,
-               sentence: predicting.Words) -> list[dict[str, Any]]:
+               sentence: predicting.WordLabels) -> list[dict[str, Any]]:
   """Returns the rows of a table of words for one sentence.
 
   Args:
@@ -600,12 +600,12 @@ def measure_answers(view: records.Questions, scores: Sequence[np.ndarray],
   predictions = answers.answer_questions(view, scores=scores, kind=stack,
                                          options=evaluation.options)
   table = []
-  for question, best in zip(view.questions, predictions):
-    chosen = predicting.of_best(best)
+  for question, chosen in zip(view.questions, predictions):
+    answer = predicting.predict_answer(chosen)
     table.append({
         'id': question.id, 'question': question.question,
-        'predicted': chosen.text, 'start': chosen.start,
-        'probability': chosen.probability})
+        'predicted': answer.text, 'start': answer.start,
+        'probability': answer.probability})
 
   # How good they are.
   files = answers.format_prediction_files(view, predictions)
