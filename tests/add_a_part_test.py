@@ -311,7 +311,7 @@ from tools.compare import decide, phases
 class Again(phases.Phase):
   """The variants that were confirmed as better, on seeds that are fresh."""
 
-  def enter(self, plan, records):
+  def choose_variants(self, plan, records):
     return [row.variant for row in records['confirm']
             if row.verdict == decide.BETTER]
 
@@ -338,7 +338,7 @@ def loss(config):
   return 2.0 - noise
 
 
-frozen = plan.load('w')
+frozen = plan.load_frozen_plan('w')
 trainer = studies.Written('w', frozen, loss=loss)
 study.go('w', frozen, trainer, studies.arguments(until='again', anyway=True))
 print(report.html(comparison.load_comparison('w'), ()))

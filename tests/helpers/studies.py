@@ -27,7 +27,7 @@ def plan(**changes) -> plans.Plan:
       tuned_sizes=('s', 'm', 'l')), **changes)
 
 
-def frozen(of: plans.Plan, steps: int = 100) -> plans.Frozen:
+def frozen(of: plans.Plan, steps: int = 100) -> plans.FrozenPlan:
   base = {'train': {'steps': steps}, 'optim': {
       'lr': 2e-3, 'warmup_steps': 10, 'decay_steps': 0},
           'checkpoint': {'every_steps': 50, 'average': 0},
@@ -39,9 +39,9 @@ def frozen(of: plans.Plan, steps: int = 100) -> plans.Frozen:
        'matched': [], 'params': 1000 << i, 'active_params': 1000 << i,
        'flops_per_token': 6000.0 * 2 ** i, 'tokens': 10_000, 'vocab': 256,
        'guess': 5.5}
-      for i, size in enumerate(of.every_size) for workload in of.workloads
+      for i, size in enumerate(of.all_sizes) for workload in of.workloads
       for variant in (of.base, *of.variants)]
-  return plans.Frozen(of, base, points, {}, {'commit': None, 'diff': None})
+  return plans.FrozenPlan(of, base, points, {}, {'commit': None, 'diff': None})
 
 
 def spread(seed: int, *names) -> float:
@@ -60,7 +60,7 @@ class Trainer:
     foretold: the predictions, with what had been asked for before.
   """
 
-  def __init__(self, of: plans.Frozen, noise: float = 0.02, effects=None):
+  def __init__(self, of: plans.FrozenPlan, noise: float = 0.02, effects=None):
     self.frozen, self.noise = of, noise
     self.effects = effects or {'good': 0.3}
     self.asked: dict[str, list] = {}
@@ -75,7 +75,7 @@ class Trainer:
     return [self._outcome(run) for run in runs]
 
   def _outcome(self, run) -> plans.Outcome:
-    point = self.frozen.point_of(run)
+    point = self.frozen.point_of_run(run)
     best = BEST_LR.get(run.variant, BEST_LR['base'])
     lr = run.changes.get('optim.lr', best)
     effect = self.effects.get(run.variant, 0.0)

@@ -44,7 +44,7 @@ def frozen(of):
             for variant in (of.base, *of.variants)
             for i, (size, params) in enumerate(zip(SIZES, PARAMS))
             for workload in of.workloads]
-  return plans.Frozen(
+  return plans.FrozenPlan(
       of, helpers.small_gpt_config(STEPS).to_dict(), points,
       {'file': '0123456789abcdef', 'text': 'fedcba98765432'},
       {'commit': 'f5ac5de0123456789', 'diff': ''})
@@ -57,12 +57,12 @@ def outcomes(of, phase, names, effects=None):
                    shared, rng)
           for i in range(1 if phase == 'screen' else 3)
           for workload in of.workloads
-          for seed in phases.PHASES[phase].seeds_of(of)
+          for seed in phases.PHASES[phase].seeds_of_phase(of)
           for shared in [rng.normal(0, 0.03)] for name in names]
 
 
 def _outcome(of, phase, name, i, workload, seed, effect, shared, rng):
-  measure = of.of_workload(workload)[0]
+  measure = of.measures_of_workload(workload)[0]
   loss = 2.6 - 0.25 * i + shared + (effect or 0.0) + rng.normal(0, 0.02)
   accuracy = np.clip(0.5 + 0.12 * i + shared - (effect or 0.0)
                      + rng.normal(0, 0.02), 0, 1)
@@ -88,7 +88,7 @@ def results(of, upto='confirm', effects=None):
   names = [*of.seeds][:[*of.seeds].index(upto) + 1] if upto else ()
   runs, records = [], {}
   if 'noise' in names:
-    runs += outcomes(of, 'noise', (of.base, plans.AGAIN))
+    runs += outcomes(of, 'noise', (of.base, plans.SECOND_BASE))
     records['noise'] = noise.measure_noise(of, runs)
     records['announced'] = noise.AnnouncedPower(
         0.84, True,
@@ -137,6 +137,6 @@ def write(root, of=None, tree=None, **changes):
   root, of = pathlib.Path(root), of or plan()
   root.mkdir(parents=True, exist_ok=True)
   tree = results(of) if tree is None else tree
-  plans.save(root, dataclasses.replace(frozen(of), **changes))
+  plans.save_frozen_plan(root, dataclasses.replace(frozen(of), **changes))
   layout.save_with_checksum(root / 'results.json', tree)
   return tree

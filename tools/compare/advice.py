@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tools.compare.plan import AGAIN, TEXT, Outcome, Plan
+from tools.compare.plan import SECOND_BASE, TEXT, Outcome, Plan
 from training.runs import INIT_SEED_OF_NEXT_SEED
 
 MIN_PAIRS = 3  # with two, every correlation is 1 or -1
@@ -158,7 +158,7 @@ def _noise_runs(plan: Plan, outcomes: Iterable[Outcome]) -> _NoiseRuns:
   runs = {(x.variant, x.size, x.seed): x for x in outcomes
           if x.phase == 'noise' and x.workload == TEXT}
   seeds = sorted({seed for _, _, seed in runs})
-  variants = [plan.base, AGAIN]
+  variants = [plan.base, SECOND_BASE]
   whole = []
   for seed in seeds:
     of_seed = []

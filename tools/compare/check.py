@@ -51,11 +51,13 @@ def add_file_arguments(parser: argparse.ArgumentParser) -> None:
   add_flag_of_kind(parser, 'sweep', '--seeds', type=int, default=0,
                    help="how many: 0, 1, ...; default: the file's, or 3")
   add_flag_of_kind(
-      parser, 'sweep', '--match', default='', choices=('', *spec.MATCH),
+      parser, 'sweep', '--match', default='',
+      choices=('', *spec.MATCHABLE_COSTS),
       help="give every point the base's cost")
   add_flag_of_kind(
       parser, 'sweep', '--match_field', default='',
-      help=f'the field that is solved for it; default: {spec.MATCH_FIELD}')
+      help='the field that is solved for it; default: '
+      f'{spec.DEFAULT_MATCH_FIELD}')
   parser.add_argument('--parallel', type=int, default=1,
                       help='processes at once (%(default)s)')
   parser.add_argument('--group', type=int, default=8, help='how many runs that '
@@ -109,19 +111,19 @@ def describe_sweep(args) -> dict:
   sweep = spec.read_sweep_file(args.file, args.seeds)
   require(bool(args.match) or not args.match_field, f'--match_field is '
           f'{args.match_field}, but nothing is matched: pass --match, of '
-          f'{", ".join(spec.MATCH)}')
+          f'{", ".join(spec.MATCHABLE_COSTS)}')
   match_field = ''
   if args.match:
-    match_field = args.match_field or spec.MATCH_FIELD
+    match_field = args.match_field or spec.DEFAULT_MATCH_FIELD
     sweep = cost.match_costs(sweep, args.match, match_field)
 
   # Points that make their batches otherwise share none.
   paired = True
   for point in sweep.points:
     for key in point.changes:
-      if key.startswith(spec.BATCHES):
+      if key.startswith(spec.FIELDS_OF_BATCHES):
         paired = False
-  sources = cost.hash_data_of_configs(map(sweep.config, sweep.points))
+  sources = cost.hash_data_of_configs(map(sweep.config_of_point, sweep.points))
   points = []
   for point in progress.show_items(sweep.points, 'points checked'):
     points.append(_row(sweep, point))
@@ -158,11 +160,11 @@ def _seconds(description: dict, row: dict) -> float:
 
 def _row(sweep: spec.Sweep, point: spec.Point) -> dict:
   """Returns what sweep.json says of a point, once it is checked."""
-  config = sweep.config(point)
-  with spec.naming(f'point {point.name!r}'):
+  config = sweep.config_of_point(point)
+  with spec.prefix_errors(f'point {point.name!r}'):
     cost.check_config_of_point(config, point.changes)
     figures = cost.cost_of_run(config)
-    tasks = sweep.owed(point)
+    tasks = sweep.tasks_of_point(point)
     has_figures = config.eval.every_steps or config.eval.tasks or tasks
     require(bool(has_figures),
             'eval.every_steps is 0 and no task is '

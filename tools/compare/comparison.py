@@ -61,7 +61,7 @@ class Comparison:
     target: the held-out loss that is to be reached; None: none is.
   """
   workdir: str
-  frozen: plans.Frozen
+  frozen: plans.FrozenPlan
   results: Mapping[str, Any]
   outcomes: Sequence[plans.Outcome]
   curves: Mapping[tuple[str, str, int], Mapping[str, Mapping]]
@@ -89,7 +89,7 @@ class Comparison:
   def comparing_phases(self) -> list[phases_lib.Phase]:
     """The phases that compare variants with the base, in order."""
     other_phases = phases_lib.Noise | phases_lib.Tune
-    return [phase for phase in phases_lib.of(self.plan.seeds)
+    return [phase for phase in phases_lib.phases_of_study(self.plan.seeds)
             if not isinstance(phase, other_phases)]
 
   def values(self, phase: str, variant: str, size: str,
@@ -120,14 +120,14 @@ class Comparison:
       phase: the name of the phase.
       variant: the name of the variant.
       measure: the name of the measure.
-      size: one of the sizes; '' or decide.ALL: over all of them.
+      size: one of the sizes; '' or decide.ALL_SIZES: over all of them.
 
     Returns:
       The row; {} where the phase has not compared the variant.
     """
     rows = self.results.get(phase, ())
     row = first_row_with(rows, variant=variant, measure=measure)
-    if not row or size in ('', decide.ALL) or len(row['sizes']) == 1:
+    if not row or size in ('', decide.ALL_SIZES) or len(row['sizes']) == 1:
       return row
     return first_row_with(row['sizes'], size=size)
 
@@ -161,10 +161,10 @@ class Comparison:
     for phase in verdict_first:
       if phase.name != 'confirm' and phase.name not in self.results:
         continue
-      plan = phase.narrow(self.plan)
+      plan = phase.narrow_plan(self.plan)
       sizes = [*reversed(plan.sizes)]
       if len(sizes) > 1:
-        sizes.insert(0, decide.ALL)
+        sizes.insert(0, decide.ALL_SIZES)
       for measure in plan.measures:
         for size in sizes:
           is_verdict = measure == plan.primary and size == sizes[0]
@@ -255,7 +255,7 @@ def format_changes(changes: Mapping[str, Any]) -> str:
                    for field, value in changes.items())
 
 
-def changes_from_base(frozen: plans.Frozen, row: Mapping[str, Any]
+def changes_from_base(frozen: plans.FrozenPlan, row: Mapping[str, Any]
                       ) -> dict[str, Any]:
   """Returns the fields of the config that a variant changes in the base of the
   same size and workload.
@@ -282,7 +282,7 @@ def _comparison_of_study(workdir) -> Comparison:
   Raises:
     RequestError: where both are of different plans.
   """
-  frozen = plans.load(workdir)
+  frozen = plans.load_frozen_plan(workdir)
   results = results_lib.load(workdir)
   study = results['study']
   require(not study or study['hash'] == frozen.hash,
@@ -393,7 +393,7 @@ def doubt_normal_noise(plan: plans.Plan, rows: Sequence[Mapping[str, Any]]
     if page.known(row.get('p_shape')):
       p_of_shape = row['p_shape']
       break
-  if p_of_shape <= statistics.IRREGULAR:
+  if p_of_shape <= statistics.MAX_P_OF_IRREGULAR:
     warnings.append(
         f'The differences look skewed or have outliers (p = {p_of_shape:.2g} '
         'of normal noise): p and intervals are the more cautious of Student\'s '
@@ -447,7 +447,7 @@ def _comparison_of_sweep(workdir, rows: str) -> Comparison:
         curves_of_runs[point.name, '', seed] = _curves_by_figure(point, seed)
       if run.diverged or not run.has_all_results:
         excluded.append(_excluded_row(point, run))
-  frozen = plans.Frozen(
+  frozen = plans.FrozenPlan(
       plan=plan, base_config=sweep.base_tree,
       points=[_frozen_row(point) for point in sweep.points], sources={},
       code={})
@@ -713,7 +713,7 @@ def _tuned_row(group: str, point_by_rate: Mapping[float, curves.Point]
 def _trial_row(rate: float, point: curves.Point) -> dict[str, Any]:
   """Returns the loss of a point at a learning rate with its interval, as a row
   of plans.Tuned.tried."""
-  losses = statistics.interval([*point.final_losses.values()])
+  losses = statistics.student_interval([*point.final_losses.values()])
   has_diverged = any(run.diverged for run in point.runs.values())
   return {'rung': 0, 'changes': {LEARNING_RATE_FIELD: rate},
           'diverged': has_diverged, 'value': losses.mean, 'low': losses.low,

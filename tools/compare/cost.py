@@ -76,8 +76,8 @@ def share_of_flops_without_vocabulary(config) -> float:
 
 
 def one_cost_figure(config, what: str) -> float:
-  """Returns one figure of a Cost alone, of spec.MATCH: each takes a trace that
-  the others do not need."""
+  """Returns one figure of a Cost alone, of spec.MATCHABLE_COSTS: each takes a
+  trace that the others do not need."""
   if what == 'flops_per_token':
     return _flops_per_token(config)
   params, active_params = _parameters(resolve_model(config))
@@ -121,18 +121,18 @@ def match_costs(sweep: spec.Sweep, what: str, field: str) -> spec.Sweep:
 
   Args:
     sweep: the sweep that was read.
-    what: the figure of a Cost that is made equal, of spec.MATCH.
+    what: the figure of a Cost that is made equal, of spec.MATCHABLE_COSTS.
     field: an integer field of the config by which the cost grows.
 
   Raises:
     RequestError: naming the point that cannot be matched, and why.
   """
-  spec.changed(
+  spec.apply_changes(
       sweep.base, {field: STEP_OF_WIDTHS}, '--match_field')  # it is an integer
   target = one_cost_figure(sweep.base, what)
   points = []
   for point in sweep.points:
-    with spec.naming(f'point {point.name!r}'):
+    with spec.prefix_errors(f'point {point.name!r}'):
       points.append(_solved(sweep, point, what, field, target))
   return dataclasses.replace(sweep, points=tuple(points))
 
@@ -145,13 +145,13 @@ def _solved(sweep: spec.Sweep, point: spec.Point, what: str, field: str,
   def cost(value: int) -> float:
     """Returns the cost of the point with a value of the field."""
     changes = {**point.changes, field: value}
-    return one_cost_figure(spec.changed(sweep.base, changes, 'it'), what)
+    return one_cost_figure(spec.apply_changes(sweep.base, changes, 'it'), what)
 
   def off(value: int) -> float:
     """Returns how far the cost of a value is from the target."""
     return abs(cost(value) / target - 1)
 
-  config = sweep.config(point)
+  config = sweep.config_of_point(point)
   if abs(one_cost_figure(config, what) / target - 1) <= SHARE_OFF_LEFT_ALONE:
     return point
   require(field not in point.changes, f'it sets {field}, which --match={what} '
@@ -184,8 +184,8 @@ def _solved(sweep: spec.Sweep, point: spec.Point, what: str, field: str,
   raise RequestError(
       f'it cannot be matched: no {field} gives it the {what} '
       f'of the base, {target:,.0f}, within {LARGEST_SHARE_OFF:.0%}{near}. '
-      f'Match something else of {", ".join(spec.MATCH)}, or by another '
-      '--match_field')
+      f'Match something else of {", ".join(spec.MATCHABLE_COSTS)}, or by '
+      'another --match_field')
 
 
 def _around(cost, target: float, step: int) -> list[int]:

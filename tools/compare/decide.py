@@ -6,7 +6,7 @@ truth is known; four rules are as they are because of it:
 
 - Noise that is not normal, by the skewness or the largest of the differences
   of all variants, breaks Student's test. The spread of all variants together
-  must then find a difference, too (statistics.Pooled).
+  must then find a difference, too (statistics.PooledDeviation).
 - A run that diverged is no figure of a mean, but a result of its own. Counted
   at what guessing gives, it is an outlier a hundred times the spread: an
   interval then holds the truth far less often than it says, and a variant as
@@ -31,8 +31,8 @@ import numpy as np
 
 from tools.compare import efficiency, pairing, statistics
 from tools.compare.efficiency import SpeedUp
-from tools.compare.pairing import ALL, Outcomes
-from tools.compare.plan import AGAIN, Measure, Plan
+from tools.compare.pairing import ALL_SIZES, Outcomes
+from tools.compare.plan import SECOND_BASE, Measure, Plan
 from training.evals import items
 
 BETTER, WORSE, NONE_SHOWN = 'better', 'worse', 'no difference shown'
@@ -235,7 +235,7 @@ def confirm_variants(plan: Plan, outcomes: Outcomes, phase='confirm'
   primary = [(variant, plan.primary) for variant in variants]
 
   # A variant may lack the runs that another measure is of.
-  runs = pairing.of_phase(outcomes, phase)
+  runs = pairing.outcomes_of_phase(outcomes, phase)
   secondary = []
   for measure in plan.measures[1:]:
     for variant in variants:
@@ -288,7 +288,7 @@ def describe_detectable_difference(plan: Plan) -> str:
   num_seeds = plan.seeds['confirm']
   num_tests = len(plan.variants)
   level = plan.alpha / num_tests
-  deviations, p_of_signs = statistics.shows(num_seeds, level)
+  deviations, p_of_signs = statistics.least_significant_mean(num_seeds, level)
   note_on_signs = ''
   if p_of_signs > level:
     note_on_signs = ', so that differences that are all alike show nothing'
@@ -306,7 +306,8 @@ def describe_detectable_difference(plan: Plan) -> str:
 
 def _variants_that_ran(plan: Plan, outcomes: Outcomes, phase: str) -> list[str]:
   """Returns the variants that have runs of a phase, in the plan's order."""
-  ran = {variant for variant, _, _ in pairing.of_phase(outcomes, phase)}
+  ran = {variant
+         for variant, _, _ in pairing.outcomes_of_phase(outcomes, phase)}
   return [variant for variant in plan.variants if variant in ran]
 
 
@@ -316,7 +317,7 @@ def _pair_with_base(plan: Plan, runs: pairing.Runs, variant: str,
   """Returns the pairs of a variant and the base at each of some sizes."""
   pairs_by_size = []
   for size in sizes:
-    pairs_by_size.append(pairing.pairs_of(
+    pairs_by_size.append(pairing.pair_with_base(
         runs=runs, variant=variant, base=plan.base, size=size, measure=measure))
   return pairs_by_size
 
@@ -333,10 +334,10 @@ def _test_family(plan: Plan, outcomes: Outcomes, phase: str,
     phase: the phase whose runs are compared.
     variants_and_measures: what each test compares: a variant, by a measure.
     sizes: the sizes of which the mean is tested.
-    method: the correction, as of statistics.corrected.
+    method: the correction, as of statistics.correct_p_values.
   """
   # The pairs of each test.
-  runs = pairing.of_phase(outcomes, phase)
+  runs = pairing.outcomes_of_phase(outcomes, phase)
   members = []
   for variant, measure in variants_and_measures:
     pairs_by_size = _pair_with_base(plan=plan, runs=runs, variant=variant,
@@ -372,7 +373,7 @@ def _test_family(plan: Plan, outcomes: Outcomes, phase: str,
 
 
 def _test_member(plan: Plan, member: FamilyMember,
-                 shape: statistics.Shape | None) -> PValues:
+                 shape: statistics.NoiseShape | None) -> PValues:
   """Returns the p-values of a variant and a measure before they are corrected:
   of Student's paired t-test, of McNemar's exact test (1947), and of two
   one-sided tests of equivalence (Schuirmann 1987).
@@ -382,22 +383,22 @@ def _test_member(plan: Plan, member: FamilyMember,
     member: the variant, the measure, and the pairs of runs.
     shape: the shape of the noise of all variants; None where it is not known.
   """
-  means = pairing.means(member.differences)
+  means = pairing.mean_differences(member.differences)
   pooled = _pooled_spread(shape, mean_over_sizes)
 
   # Student's test of no effect, by the means over the sizes.
-  p = statistics.p_value(means, pooled)
+  p = statistics.student_p_value(means, pooled)
 
   # McNemar's test of diverging no more often than the base.
   variant_diverged = [pair.ours.diverged for pair in member.pairs]
   base_diverged = [pair.base.diverged for pair in member.pairs]
-  p_diverged = statistics.mcnemar(
+  p_diverged = statistics.mcnemar_p_value(
       ours=variant_diverged, theirs=base_diverged, alternative='greater')
 
   # The tests of the plan's margin, which is of the primary measure.
   p_equivalent = p_not_worse = None
   if plan.margin and member.measure == plan.primary:
-    p_equivalent, p_not_worse = statistics.p_within(
+    p_equivalent, p_not_worse = statistics.equivalence_p_values(
         values=means, margin=plan.margin, sign=member.measure.sign,
         pooled=pooled)
   return PValues(p=p, p_diverged=p_diverged, p_equivalent=p_equivalent,
@@ -411,12 +412,12 @@ def _correct_family(tests: Sequence[PValues], method: str) -> list[PValues]:
   for name in PValues._fields:
     ps = [getattr(test, name) for test in tests]
     method_of_column = 'holm' if name == 'p_diverged' else method
-    corrected_columns.append(statistics.corrected(ps, method_of_column))
+    corrected_columns.append(statistics.correct_p_values(ps, method_of_column))
   return [PValues._make(ps) for ps in zip(*corrected_columns)]
 
 
 def _member_row(plan: Plan, member: FamilyMember,
-                shape: statistics.Shape | None, uncorrected: PValues,
+                shape: statistics.NoiseShape | None, uncorrected: PValues,
                 corrected: PValues) -> Verdict:
   """Returns all figures of a variant and a measure, without the verdict.
 
@@ -428,18 +429,18 @@ def _member_row(plan: Plan, member: FamilyMember,
       its family.
   """
   # The effect over all sizes, and at each size by itself.
-  means = pairing.means(member.differences)
+  means = pairing.mean_differences(member.differences)
   pooled = _pooled_spread(shape, mean_over_sizes)
-  over_sizes = _student_effect(ALL, means, pooled)
+  over_sizes = _student_effect(ALL_SIZES, means, pooled)
   at_sizes = []
   for i, size in enumerate(member.sizes):
     differences = pairing.differences_by_seed(
         [member.pairs_by_size[i]], member.measure)
     pooled_at_size = None
     if shape is not None:
-      pooled_at_size = shape.pooled_at(i)
+      pooled_at_size = shape.pooled_deviation_at_size(i)
     at_sizes.append(_student_effect(
-        size, pairing.means(differences), pooled_at_size))
+        size, pairing.mean_differences(differences), pooled_at_size))
 
   p_shape = None
   if shape is not None:
@@ -456,7 +457,7 @@ def _member_row(plan: Plan, member: FamilyMember,
       sizes=at_sizes,
       p=uncorrected.p,
       p_corrected=corrected.p,
-      p_robust=statistics.robust_p(means),
+      p_robust=statistics.permutation_p_value(means),
       p_shape=p_shape,
       p_equivalent=corrected.p_equivalent,
       p_not_worse=corrected.p_not_worse,
@@ -525,7 +526,7 @@ def _diverged_share_of_base(plan: Plan, outcomes: Outcomes, measure: Measure
   in which learning rates are tried."""
   runs = []
   for outcome in outcomes:
-    is_base = outcome.variant in (plan.base, AGAIN)
+    is_base = outcome.variant in (plan.base, SECOND_BASE)
     is_of_measure = outcome.workload == measure.workload
     if is_base and is_of_measure and outcome.phase != 'tune':
       runs.append(outcome)
@@ -542,14 +543,14 @@ def _has_too_many_diverged(plan: Plan, row: Verdict, base_share: float) -> bool:
 
 
 def _shape_of_noise(members: Sequence[FamilyMember], measure: Measure
-                    ) -> statistics.Shape | None:
+                    ) -> statistics.NoiseShape | None:
   """Returns the skewness and outliers of the differences of all variants from
   the base; None where there are too few."""
   differences_of_variants = []  # of each variant [seeds, sizes]
   for member in members:
     if member.measure == measure and member.differences:
       differences_of_variants.append(np.array([*member.differences.values()]))
-  return statistics.shape(differences_of_variants)
+  return statistics.measure_noise_shape(differences_of_variants)
 
 
 def mean_over_sizes(differences: np.ndarray) -> np.ndarray:
@@ -557,9 +558,9 @@ def mean_over_sizes(differences: np.ndarray) -> np.ndarray:
   return differences.mean(1)
 
 
-def _pooled_spread(shape: statistics.Shape | None,
+def _pooled_spread(shape: statistics.NoiseShape | None,
                    figure: Callable[[np.ndarray], np.ndarray]
-                   ) -> statistics.Pooled | None:
+                   ) -> statistics.PooledDeviation | None:
   """Returns the spread of a figure over the seeds of all variants together,
   where their noise does not look normal; else None.
 
@@ -571,7 +572,7 @@ def _pooled_spread(shape: statistics.Shape | None,
 
 
 def _student_effect(size: str, differences: Sequence[float],
-                    pooled: statistics.Pooled | None = None) -> Effect:
+                    pooled: statistics.PooledDeviation | None = None) -> Effect:
   """Returns the mean of paired differences with Student's interval and p.
 
   Args:
@@ -581,10 +582,11 @@ def _student_effect(size: str, differences: Sequence[float],
   """
   mean = low = high = None
   if differences:
-    mean, low, high, _ = statistics.interval(differences, pooled)
+    mean, low, high, _ = statistics.student_interval(differences, pooled)
   return Effect(
       size=size, effect=mean, low=low, high=high, n=len(differences),
-      p=statistics.p_value(differences, pooled), differences=differences)
+      p=statistics.student_p_value(differences, pooled),
+      differences=differences)
 
 
 def _effect_over_items(member: FamilyMember
@@ -619,20 +621,20 @@ def _effect_over_items(member: FamilyMember
   differences_SQ = by_size.mean(1)
 
   # The interval over both, and that over the items of the mean of the seeds.
-  crossed = statistics.crossed(differences_SQ, weights_Q)
-  over_items = statistics.crossed(
+  crossed = statistics.estimate_over_seeds_and_items(differences_SQ, weights_Q)
+  over_items = statistics.estimate_over_seeds_and_items(
       differences_SQ.mean(0, keepdims=True), weights_Q)
   both = item_noise = None
   if crossed.p is not None and len(seeds) > 1:
     both = Effect(
-        size=ALL, effect=crossed.mean, low=crossed.low, high=crossed.high,
+        size=ALL_SIZES, effect=crossed.mean, low=crossed.low, high=crossed.high,
         n=differences_SQ.shape[1], p=crossed.p)
   if over_items.p is not None:
     item_noise = over_items.high - over_items.mean
   return both, item_noise
 
 
-def _trend_over_sizes(member: FamilyMember, shape: statistics.Shape | None
+def _trend_over_sizes(member: FamilyMember, shape: statistics.NoiseShape | None
                       ) -> Effect | None:
   """Returns the slope of the effect over log10 of the base's parameters.
 
@@ -659,4 +661,5 @@ def _trend_over_sizes(member: FamilyMember, shape: statistics.Shape | None
 
   differences = np.array([*member.differences.values()])
   slope_of_seeds = slopes(differences).tolist()
-  return _student_effect(ALL, slope_of_seeds, _pooled_spread(shape, slopes))
+  return _student_effect(ALL_SIZES, slope_of_seeds,
+                         _pooled_spread(shape, slopes))

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tools.compare import pairing, statistics
-from tools.compare.pairing import ALL
+from tools.compare.pairing import ALL_SIZES
 from tools.compare.plan import LOWER, Measure, Outcome, Plan
 
 WAYS_TO_COUNT_SPENDING = ('flops', 'seconds')  # what a speed-up counts
-# Where the figures of statistics.scaled stand.
+# Where the figures of statistics.jackknife_scaling_figures stand.
 FLOOR, LOSS, DIFFERENCE, MULTIPLIER = range(4)
 
 
@@ -117,13 +117,13 @@ def compute_multipliers(plan: Plan, sizes: Sequence[str],
   for name, flops in runs.flops.items():
     # One law has a floor that is fitted, and one has one that is pinned.
     for floor in (None, plan.floor or 0.0):
-      figures, halves = statistics.scaled(
+      figures, halves = statistics.jackknife_scaling_figures(
           compute=flops, losses=runs.losses, ahead=flops[:, -1], floor=floor)
       by = name
       if floor is not None:
         by = f'{name}, pinned'
       fitted_floor, *_ = value_and_ends(figures[FLOOR], 0.0)
-      for size, log, half in zip((ALL, *sizes), figures[MULTIPLIER:],
+      for size, log, half in zip((ALL_SIZES, *sizes), figures[MULTIPLIER:],
                                  halves[MULTIPLIER:]):
         factor, low, high = _exponentials(value_and_ends(log, half))
         rows.append(SpeedUp(
@@ -160,7 +160,7 @@ def fit_speed_ups(sizes: Sequence[str], pairs_by_size: Sequence[pairing.Pairs]
       continue
     for by in WAYS_TO_COUNT_SPENDING:
       laws = [(_law(pair.ours, by), _law(pair.base, by)) for pair in pairs]
-      mean, error = statistics.over_seeds(laws)
+      mean, error = statistics.mean_speed_up(laws)
       factor = low = high = None
       if mean is not None:
         factor, low, high, _ = mean
@@ -175,7 +175,7 @@ def _law(outcome: Outcome, by: str) -> statistics.PowerLaw | None:
   is_warm = np.array(curve.get('warm', True), bool)
   spent = np.array(curve.get(by, []))
   loss = np.array(curve.get('loss', []))
-  return statistics.power_law(
+  return statistics.fit_power_law(
       compute=np.where(is_warm, spent, math.nan),
       loss=np.where(is_warm, loss, math.nan))
 
@@ -195,18 +195,20 @@ def predict_largest_size(
     outcomes: the outcomes so far.
     flops: the FLOPs of a run of that size, by variant, the base too.
   """
-  runs = pairing.of_phase(outcomes, 'confirm')
+  runs = pairing.outcomes_of_phase(outcomes, 'confirm')
   rows = []
   for variant in flops:
     pairs_by_size = [
-        pairing.pairs_of(runs=runs, variant=variant, base=plan.base, size=size,
+        pairing.pair_with_base(runs=runs, variant=variant, base=plan.base,
+                               size=size,
                          measure=plan.primary) for size in plan.sizes]
     samples = cooled_ladder(plan.primary, pairs_by_size)
     if samples is None:
       continue
     compute = next(iter(samples.flops.values()))
     ahead = np.array([flops[plan.base], flops[variant]])
-    values, halves = statistics.scaled(compute, samples.losses, ahead)
+    values, halves = statistics.jackknife_scaling_figures(compute,
+                                                          samples.losses, ahead)
     # The base stands beside itself.
     if variant == plan.base:
       figure = LOSS
@@ -217,7 +219,7 @@ def predict_largest_size(
     # The interval of a mean narrows with the root of the number of seeds.
     at_last_size = by_seed[:, -1]
     fewer = math.sqrt(len(at_last_size) / plan.seeds['largest'])
-    seen = statistics.half_width(at_last_size) * fewer
+    seen = statistics.half_width_of_interval(at_last_size) * fewer
     value, low, high = value_and_ends(
         values[figure], math.hypot(halves[figure], seen))
     rows.append({'variant': variant, 'value': value, 'low': low, 'high': high})

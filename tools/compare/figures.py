@@ -390,9 +390,9 @@ def _interval_arms(measure: Measure, values: Sequence[float]) -> list[float]:
   """Returns how far the 95 % interval of a mean reaches below and above it; NaN
   for both where there is none."""
   if measure.figure.rpartition('/')[2] in metrics.FIGURES_BETWEEN_0_AND_1:
-    mean, low, high, _ = statistics.share_interval(values)
+    mean, low, high, _ = statistics.logit_interval(values)
   else:
-    mean, low, high, _ = statistics.interval(values)
+    mean, low, high, _ = statistics.student_interval(values)
   if low is None:
     return [math.nan, math.nan]
   return [mean - low, high - mean]

@@ -37,7 +37,7 @@ DEFAULT_OF_CONSTANT: dict[str, Any] = {
     # Each is {'workload', 'figure', 'better', 'name', 'chance'}; derived: the
     # loss of the text, and the accuracy of each probe.
     'MEASURES': (),
-    'SEEDS': {},  # by phase; derived: those of phases.usual_seeds
+    'SEEDS': {},  # by phase; derived: those of phases.default_seeds_by_phase
     # 'fields': the values of each that are tried; derived: half of the base's
     # learning rate, the rate, and twice the rate.
     'TUNING': {},
@@ -46,7 +46,7 @@ DEFAULT_OF_CONSTANT: dict[str, Any] = {
     'MARGIN': 0.0,  # of equivalence; 0: that is not asked for
     'LEAST_SNR': 0.0,  # of measures beside the first one; 0: all go on
     'TARGET': 0.0,  # a loss of the text to be reached; 0: none
-    'MATCH': '', 'MATCH_FIELD': spec.MATCH_FIELD,
+    'MATCH': '', 'MATCH_FIELD': spec.DEFAULT_MATCH_FIELD,
     # Another number gives fresh seeds to a second study of the same; -1: drawn
     # by the plan's hash.
     'REPLICATION': 1, 'SEED_OFFSET': -1,
@@ -60,10 +60,12 @@ FEWEST_SIZES = 3
 # Fields that are the study's own.
 _STUDY_FIELDS = ('seed', 'init_seed', 'eval.part')
 # Fields by which a run sees other data, or more of it, than the base's.
-_DATA = (*spec.BATCHES, 'train.steps', 'train.grad_accumulation', 'eval.')
+_DATA = (*spec.FIELDS_OF_BATCHES, 'train.steps', 'train.grad_accumulation',
+         'eval.')
 
 
-def freeze_plan(file: str, kept: plans.Frozen | None = None) -> plans.Frozen:
+def freeze_plan(file: str,
+                kept: plans.FrozenPlan | None = None) -> plans.FrozenPlan:
   """Returns the plan of a study's file.
 
   Args:
@@ -89,11 +91,12 @@ def freeze_plan(file: str, kept: plans.Frozen | None = None) -> plans.Frozen:
     points = kept.points
   else:
     points = _points(sweep, constants)
-  configs = [spec.changed(sweep.base, row['changes'], 'it') for row in points]
+  configs = [spec.apply_changes(sweep.base, row['changes'], 'it')
+             for row in points]
 
   plan = _plan(file=file, sweep=sweep, constants=constants, points=points,
                configs=configs)
-  frozen = plans.Frozen(
+  frozen = plans.FrozenPlan(
       plan=plan, base_config=sweep.base.to_dict(), points=points,
       sources=cost.hash_data_of_configs(configs), code=code, inputs=inputs,
       files=dict(plugins.text_of_loaded_file))
@@ -101,7 +104,7 @@ def freeze_plan(file: str, kept: plans.Frozen | None = None) -> plans.Frozen:
   # Which seeds the study has may hang on everything else that is planned.
   offset = constants['SEED_OFFSET']
   if offset < 0:
-    offset = frozen.drawn
+    offset = frozen.seed_offset_of_hash
   return dataclasses.replace(
       frozen, plan=dataclasses.replace(plan, offset=offset))
 
@@ -201,15 +204,15 @@ def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
   Raises:
     RequestError: for what no study can be made of.
   """
-  module = spec.module_of(file)
+  module = spec.load_sweep_module(file)
   constants = {}
   for name, default in DEFAULT_OF_CONSTANT.items():
     constants[name] = getattr(module, name, default)
     _check_form(file, name, constants[name])
-  phases.check(file)
-  seeds = phases.usual_seeds() | constants['SEEDS']
+  phases.check_phases(file)
+  seeds = phases.default_seeds_by_phase() | constants['SEEDS']
   constants['SEEDS'] = _checked_seeds(file, seeds)
-  for phase in phases.of(seeds):
+  for phase in phases.phases_of_study(seeds):
     for name, default in phase.constants.items():
       constants[name] = getattr(module, name, default)
       check_type(constants[name], default, f'{file}: {name}')
@@ -246,11 +249,12 @@ def _checked_seeds(file: str, seeds: Mapping[str, Any]) -> dict[str, int]:
   for phase in seeds:
     one_of('phase of SEEDS', phase, phases.PHASES)
   ordered = {}
-  for phase in phases.of(seeds):
+  for phase in phases.phases_of_study(seeds):
     number = ordered[phase.name] = seeds[phase.name]
-    require(type(number) is int and phase.least <= number <= phases.APART,
+    require(type(number) is int and phase.min_seeds <= number
+            <= phases.SEEDS_BETWEEN_PHASES,
             f'{file}: SEEDS has {number!r} for {phase.name}: choose a whole '
-            f'number from {phase.least} to {phases.APART:,}')
+            f'number from {phase.min_seeds} to {phases.SEEDS_BETWEEN_PHASES:,}')
   return ordered
 
 
@@ -266,14 +270,15 @@ _RANGES = {
     'TARGET': (('>=', 0), ('<', 1e30)),
     'UNSTABLE': (('>=', 0), ('<=', 1)),
     'REPLICATION': (('>=', 1), ('<=', 10_000)),
-    'SEED_OFFSET': (('>=', -1), ('<=', plans.STUDY_APART * plans.PLACES))}
+    'SEED_OFFSET': (('>=', -1), ('<=', plans.SEEDS_BETWEEN_STUDIES
+                                 * plans.NUM_SEED_RANGES))}
 
 
 def _check_ranges(file: str, constants: Mapping) -> None:
   """Raises RequestError for a number outside its range, and another match."""
   for name, bounds in _RANGES.items():
     check_number(f'{file}: {name}', constants[name], bounds)
-  one_of('MATCH', constants['MATCH'], ('', *spec.MATCH))
+  one_of('MATCH', constants['MATCH'], ('', *spec.MATCHABLE_COSTS))
 
 
 def _check_names(file: str, constants: Mapping) -> None:
@@ -317,7 +322,7 @@ def _tuning(file: str, entries: Mapping, base) -> plans.Tuning:
             f'{who} is {short(values)}: write two values or more above 0, '
             'rising')
     for value in values:
-      spec.changed(base, {name: value}, who)
+      spec.apply_changes(base, {name: value}, who)
   is_search = (_is_whole(tuning.rungs, 1, 10) and 0 < tuning.keep < 1
                and _is_whole(tuning.extend, 0, 10))
   require(is_search, f'{file}: TUNING is {short(entries)}: keep '
@@ -339,9 +344,9 @@ def _check_overlaps(file: str, sweep: spec.Sweep, constants: Mapping) -> None:
   """Raises RequestError for a field that two would set, or by which variants
   would not see the same data."""
   points = {point.name: point.changes for point in sweep.points}
-  require(plans.AGAIN not in points, f'{file}: a variant is called '
-          f'{plans.AGAIN!r}, which is what the study calls its base with other '
-          'first parameters: call it otherwise')
+  require(plans.SECOND_BASE not in points, f'{file}: a variant is called '
+          f'{plans.SECOND_BASE!r}, which is what the study calls its base '
+          'with other first parameters: call it otherwise')
   for name in _STUDY_FIELDS:
     value = sweep.base[name]
     require(not value, f'{file}: get_config() sets {name} to '
@@ -396,10 +401,10 @@ def _matched(sweep: spec.Sweep, constants: Mapping, size: str
   the text, and is the same on every workload."""
   who = f'{sweep.file}, size {size!r}'
   changes = _workload(sweep, constants, size, plans.TEXT)
-  base = spec.changed(sweep.base, changes, who)
+  base = spec.apply_changes(sweep.base, changes, who)
   if not constants['MATCH']:
     return sweep.points
-  with spec.naming(who):
+  with spec.prefix_errors(who):
     at_size = dataclasses.replace(sweep, base=base)
     solved = cost.match_costs(
         at_size, constants['MATCH'], constants['MATCH_FIELD'])
@@ -443,12 +448,12 @@ def _row(sweep: spec.Sweep, constants: Mapping, size: str, workload: str,
   where = f'{sweep.file}, {variant} at size {size!r} on {workload!r}'
   asked = [measure for measure in constants['MEASURES']
            if measure['workload'] == workload]
-  with spec.naming(where):
+  with spec.prefix_errors(where):
     # The config of its runs.
     tasks = measures_lib.tasks_of_workload(constants['MEASURES'], workload)
     changes = _workload(sweep=sweep, constants=constants, size=size,
                         workload=workload, tasks=tasks) | point.changes
-    config = spec.changed(sweep.base, changes, 'it')
+    config = spec.apply_changes(sweep.base, changes, 'it')
 
     # Whether they can run, with each value that is tried, and be compared.
     for measure in asked:
@@ -461,7 +466,7 @@ def _row(sweep: spec.Sweep, constants: Mapping, size: str, workload: str,
             'train.steps, or to less for curves and speed-ups')
     require(not config.init_from, f'init_from is {config.init_from!r}: a run '
             'of a study begins with parameters of its own')
-    share = phases.share(constants['TUNING'], 0)
+    share = phases.share_of_steps(constants['TUNING'], 0)
     require(config.train.steps * share >= 1, 'TUNING buys less than one run: '
             f'its first rung trains {share:.3g} of {config.train.steps} steps, '
             'which is less than one step; take fewer rungs, or a larger keep')
@@ -481,7 +486,7 @@ def _check_tuned(config, tuning: plans.Tuning) -> None:
   """Raises RequestError for a value of the search that a run cannot have."""
   for name, values in tuning.fields.items():
     for value in values:
-      tried = spec.changed(config, {name: value}, 'TUNING')
+      tried = spec.apply_changes(config, {name: value}, 'TUNING')
       preflight.check_config(tried, [name])
 
 
@@ -495,7 +500,7 @@ def _check_halves(config) -> float:
   require(bool(config.data.holdout_every or config.data.eval_source),
           'data.holdout_every is 0: a study needs text that is held out')
   for part in ('first', 'second'):  # see Phase.part
-    half = spec.changed(config, {'eval.part': part}, 'it')
+    half = spec.apply_changes(config, {'eval.part': part}, 'it')
     loaders = pipeline.make_evaluation_loaders(half, tokenizer)
   # The mean over the sources, each by its share.
   shares = sum(x.share for x in loaders)

@@ -5,8 +5,8 @@ as --json, the folder of a run, or what lm_eval (or tools.lm_eval) wrote into
 --output_path with --log_samples, of any model; or a folder of seed-0, seed-1,
 ... that are such folders. Of one run each, the test is over the items, paired:
 McNemar's exact one where they are right or wrong. Of 3 seeds or more, it is of
-both, crossed (statistics.crossed). The corrected p is Holm's, over all
-figures.
+both, crossed (statistics.estimate_over_seeds_and_items). The corrected p is
+Holm's, over all figures.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def compare_items(base: str, variant: str) -> list[dict[str, Any]]:
           'same seeds')
 
   # Each as one of several.
-  corrected = statistics.corrected([row['p'] for row in rows])
+  corrected = statistics.correct_p_values([row['p'] for row in rows])
   for row, p in zip(rows, corrected):
     row['p_corrected'] = p
   return rows
@@ -90,14 +90,15 @@ def _row(theirs_SQ: np.ndarray, ours_SQ: np.ndarray,
     weights_Q: the weights of the items; None: all count alike.
   """
   num_seeds, num_items = ours_SQ.shape
-  difference = statistics.crossed(ours_SQ - theirs_SQ, weights_Q)
+  difference = statistics.estimate_over_seeds_and_items(ours_SQ - theirs_SQ,
+                                                        weights_Q)
 
   # The test that fits the scores.
   scores = {*theirs_SQ.flat, *ours_SQ.flat}
   if num_seeds > 1:
     test, p = 'seeds and items', difference.p
   elif weights_Q is None and scores <= {0.0, 1.0}:
-    test, p = 'McNemar', statistics.mcnemar(ours_SQ[0], theirs_SQ[0])
+    test, p = 'McNemar', statistics.mcnemar_p_value(ours_SQ[0], theirs_SQ[0])
   else:
     test, p = 'items', difference.p
 

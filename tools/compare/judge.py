@@ -19,7 +19,7 @@ and the shares of all sum to 1 or less:
 
 Noise that is skewed or has outliers, by the differences from the base of all
 that was looked at so far, makes a test more cautious, as in studies
-(statistics.Pooled).
+(statistics.PooledDeviation).
 
 The exit code is 0 for better, 3 where that is not shown, and 4 for worse; as
 elsewhere 2 for a wrong request, such as too few seeds, and 1 for a failure.
@@ -123,7 +123,7 @@ class PairedTest(NamedTuple):
 
 
 def paired_test(differences: Sequence[float], share: float,
-                pooled: statistics.Pooled | None = None) -> PairedTest:
+                pooled: statistics.PooledDeviation | None = None) -> PairedTest:
   """Returns Student's paired t-test at the level ALPHA * share.
 
   Args:
@@ -132,8 +132,9 @@ def paired_test(differences: Sequence[float], share: float,
       p / share, as of a weighted Bonferroni correction.
     pooled: the spread of all that was compared, where noise is not normal.
   """
-  p = statistics.p_value(differences, pooled)
-  mean, low, high, _ = statistics.interval(differences, pooled, ALPHA * share)
+  p = statistics.student_p_value(differences, pooled)
+  mean, low, high, _ = statistics.student_interval(
+      differences, pooled, ALPHA * share)
   interval = None if low is None else (low, high)
   return PairedTest(effect=mean, interval=interval, p=p,
                     p_corrected=min(p / share, 1.0))
@@ -343,7 +344,7 @@ def _changed_fields(config_pairs: Sequence[tuple[Mapping, Mapping]]
 
   # Runs on other batches can be, but pairs cancel less noise.
   fields_of_batches = [name for name in changes
-                       if name.startswith((*spec.BATCHES, 'seed'))]
+                       if name.startswith((*spec.FIELDS_OF_BATCHES, 'seed'))]
   warnings = []
   if fields_of_batches:
     warnings.append(f'{", ".join(fields_of_batches)} differ, so that a seed '
@@ -353,7 +354,8 @@ def _changed_fields(config_pairs: Sequence[tuple[Mapping, Mapping]]
 
 def _register_look(record: dict, folder: pathlib.Path, names: tuple[str, str],
                    differences: DifferenceBySeed
-                   ) -> tuple[list[str], dict, statistics.Pooled | None]:
+                   ) -> tuple[list[str], dict,
+                              statistics.PooledDeviation | None]:
   """Returns the question that a look at a pair answers; a new question and a
   new look are added to the record.
 
@@ -402,7 +404,7 @@ def _register_look(record: dict, folder: pathlib.Path, names: tuple[str, str],
     look['pooled'] = _pooled_spread_of_looks(record['looked'], base)
   pooled = None
   if look.get('pooled') is not None:
-    pooled = statistics.Pooled._make(look['pooled'])
+    pooled = statistics.PooledDeviation._make(look['pooled'])
 
   warnings = []
   if not are_same_runs:
@@ -444,7 +446,7 @@ def _new_question(questions: Sequence[Mapping], folder: pathlib.Path,
 
 
 def _pooled_spread_of_looks(looks: Sequence[Mapping], base: str
-                            ) -> statistics.Pooled | None:
+                            ) -> statistics.PooledDeviation | None:
   """Returns the spread of the differences from a base of all that was looked
   at, where their noise does not look normal; else None."""
   differences_of_variants = []  # of each variant [seeds, 1]
@@ -453,7 +455,7 @@ def _pooled_spread_of_looks(looks: Sequence[Mapping], base: str
       ended = [value for _, value in look['values'] if value is not None]
       if ended:
         differences_of_variants.append(np.array(ended).reshape(-1, 1))
-  shape = statistics.shape(differences_of_variants)
+  shape = statistics.measure_noise_shape(differences_of_variants)
   if shape is None:
     return None
   return shape.pooled(np.ravel)

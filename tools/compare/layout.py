@@ -293,7 +293,7 @@ def config_of_run(description: dict, point: str, seed: int):
   file says by now."""
   base = run_config.config_from_json(description['base_config'])
   row = point_row(description, point)
-  return spec.changed(base, {**row['changes'], 'seed': seed},
+  return spec.apply_changes(base, {**row['changes'], 'seed': seed},
                       f'point {point!r}')
 
 
@@ -453,7 +453,7 @@ def train_command(description: dict, workdir, point: str, seed: int
            '--workdir', str(folder)]
   changes = point_row(description, point)['changes'] | {'seed': seed}
   for field, value in changes.items():
-    words.append(f'--config.{field}={spec.tuples(value)}')
+    words.append(f'--config.{field}={spec.lists_to_tuples(value)}')
   return words
 
 

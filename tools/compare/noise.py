@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tools.compare import pairing, statistics
-from tools.compare.pairing import ALL
-from tools.compare.plan import AGAIN, Measure, Plan
+from tools.compare.pairing import ALL_SIZES
+from tools.compare.plan import SECOND_BASE, Measure, Plan
 
 # A share of runs on a plateau that is so small that a screening may meet none.
 SHARE_OF_RARE_PLATEAUS = 0.1
@@ -102,7 +102,7 @@ def measure_noise(plan: Plan, outcomes: pairing.Outcomes, phase='noise'
     outcomes: the outcomes of the runs of all phases so far.
     phase: the name of the phase that ran the base twice.
   """
-  runs = pairing.of_phase(outcomes, phase)
+  runs = pairing.outcomes_of_phase(outcomes, phase)
   snr_by_measure = {}
   for measure in plan.measures:
     snr_by_measure[measure.name] = signal_to_noise(plan, runs, measure)
@@ -113,7 +113,7 @@ def measure_noise(plan: Plan, outcomes: pairing.Outcomes, phase='noise'
   # is a mean of.
   tests = [(size, 'confirm', (size,)) for size in plan.sizes]
   tests.append((plan.sizes[0], 'screen', plan.sizes[:1]))
-  tests.append((ALL, 'confirm', plan.sizes))
+  tests.append((ALL_SIZES, 'confirm', plan.sizes))
 
   rows = []
   for measure in plan.measures:
@@ -121,8 +121,9 @@ def measure_noise(plan: Plan, outcomes: pairing.Outcomes, phase='noise'
     pairs_at_size = {}
     runs_of_pairs = []
     for size in plan.sizes:
-      pairs_at_size[size] = pairing.pairs_of(
-          runs=runs, variant=AGAIN, base=plan.base, size=size, measure=measure)
+      pairs_at_size[size] = pairing.pair_with_base(
+          runs=runs, variant=SECOND_BASE, base=plan.base, size=size,
+          measure=measure)
       for pair in pairs_at_size[size].values():
         runs_of_pairs += pair
     diverged_share = pairing.diverged_share(runs_of_pairs)
@@ -159,8 +160,8 @@ def signal_to_noise(plan: Plan, runs: pairing.Runs, measure: Measure
   mean_by_size, variance_by_size = [], []
   for size in plan.sizes:
     values = []
-    for variant in (plan.base, AGAIN):
-      outcomes = pairing.with_measure(runs, variant, size, measure)
+    for variant in (plan.base, SECOND_BASE):
+      outcomes = pairing.outcomes_with_measure(runs, variant, size, measure)
       values += [outcome.values[measure.name] for outcome in outcomes.values()
                  if not outcome.diverged]
     if len(values) < 2:
@@ -240,7 +241,7 @@ def _noise_of_test(plan: Plan, measure: Measure, size: str, phase: str,
   # How far the pairs are apart: at each size, and as means over the sizes.
   differences = np.array([*differences_by_seed.values()])  # [seeds, sizes]
   sds = np.std(differences, axis=0, ddof=1)
-  sd = float(np.std(pairing.means(differences_by_seed), ddof=1))
+  sd = float(np.std(pairing.mean_differences(differences_by_seed), ddof=1))
   test: dict[str, Any] = dict(
       sd=sd, sds=sds, df=len(differences_by_seed) - 1, level=row.level,
       rate=diverged_share, limit=plan.unstable)
@@ -249,14 +250,14 @@ def _noise_of_test(plan: Plan, measure: Measure, size: str, phase: str,
   # What a seed's data do to all sizes is looked for in the base's own runs,
   # since differences are without it.
   base_means = _base_means(pairs_by_size, measure, differences_by_seed)
-  shape_of_base = statistics.shape([base_means])
-  shape_of_differences = statistics.shape([differences])
+  shape_of_base = statistics.measure_noise_shape([base_means])
+  shape_of_differences = statistics.measure_noise_shape([differences])
   if shape_of_base is not None and shape_of_differences is not None:
     row = dataclasses.replace(
         row, skew=shape_of_base.skew, outliers=shape_of_differences.outliers)
     if is_irregular(row) and sds.all():
       test['seen'] = differences
-      error = statistics.errs(
+      error = statistics.simulate_false_positive_rate(
           seen=differences, sds=sds, seeds=num_seeds, level=row.level,
           variants=len(plan.variants))
       row = dataclasses.replace(row, error=error)
@@ -270,11 +271,11 @@ def _noise_of_test(plan: Plan, measure: Measure, size: str, phase: str,
     return row
   power_within = None
   if plan.margin:
-    power_within = statistics.power(
+    power_within = statistics.power_to_find(
         plan.margin, seeds=num_seeds, within=True, **test)
   return dataclasses.replace(
       row,
-      power=statistics.power(plan.effect, seeds=num_seeds, **test),
+      power=statistics.power_to_find(plan.effect, seeds=num_seeds, **test),
       power_within=power_within,
       seeds_needed=statistics.seeds_needed(plan.effect, plan.power, **test))
 
@@ -294,7 +295,7 @@ def is_irregular(row: Noise) -> bool:
   smaller p of its two tests of normality, corrected by Bonferroni, is small."""
   if row.skew is None:
     return False
-  return 2 * min(row.skew, row.outliers) <= statistics.IRREGULAR
+  return 2 * min(row.skew, row.outliers) <= statistics.MAX_P_OF_IRREGULAR
 
 
 def announce_power(plan: Plan, rows: Sequence[Noise]) -> AnnouncedPower:
@@ -345,7 +346,7 @@ def _tests_of_primary(plan: Plan, rows: Sequence[Noise]) -> list[Noise]:
   another: the screening at the smallest size, and the confirmation over all."""
   row_of_phase = {}
   for row in rows:
-    is_test = row.phase == 'screen' or row.size == ALL
+    is_test = row.phase == 'screen' or row.size == ALL_SIZES
     if row.measure == plan.primary.name and is_test:
       row_of_phase[row.phase] = row
   return [row_of_phase['screen'], row_of_phase['confirm']]
@@ -406,7 +407,7 @@ def _describe_needed_seeds(plan: Plan, row: Noise) -> str:
   phase = NAME_OF_PHASE[row.phase]
   if row.sd is None:
     return f'fewer than 2 pairs of the base ended for the {row.phase}ing'
-  needs = f'more than {statistics.MOST_SEEDS:,} seeds'
+  needs = f'more than {statistics.MAX_SEEDS:,} seeds'
   if row.seeds_needed:
     needs = f'{row.seeds_needed} seeds'
   return f'{plan.power:.0%} in the {phase} alone takes {needs}'

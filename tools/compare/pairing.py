@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tools.compare.plan import Measure, Outcome
 
-ALL = 'all sizes'  # the size of a row about the mean over sizes
+ALL_SIZES = 'all sizes'  # the size of a row about the mean over sizes
 
 Outcomes = Iterable[Outcome]
 Runs = Mapping[tuple[str, str, str], Mapping[int, Outcome]]
@@ -24,7 +24,7 @@ class Pair(NamedTuple):
 Pairs = Mapping[int, Pair]  # by seed, at one size
 
 
-def of_phase(outcomes: Outcomes, phase: str) -> Runs:
+def outcomes_of_phase(outcomes: Outcomes, phase: str) -> Runs:
   """Returns {(variant, size, workload): {seed: outcome}}."""
   by_point: dict[tuple[str, str, str], dict[int, Outcome]] = {}
   for outcome in outcomes:
@@ -34,7 +34,7 @@ def of_phase(outcomes: Outcomes, phase: str) -> Runs:
   return by_point
 
 
-def with_measure(runs: Runs, variant: str, size: str, measure: Measure
+def outcomes_with_measure(runs: Runs, variant: str, size: str, measure: Measure
                  ) -> dict[int, Outcome]:
   """Returns the outcomes of a variant at a size that have a measure, by seed.
   """
@@ -43,11 +43,12 @@ def with_measure(runs: Runs, variant: str, size: str, measure: Measure
           if measure.name in outcome.values}
 
 
-def pairs_of(runs: Runs, variant: str, base: str, size: str, measure: Measure
+def pair_with_base(runs: Runs, variant: str, base: str, size: str,
+                   measure: Measure
              ) -> Pairs:
   """Returns the pairs of the seeds of which both runs have a measure."""
-  ours = with_measure(runs, variant, size, measure)
-  theirs = with_measure(runs, base, size, measure)
+  ours = outcomes_with_measure(runs, variant, size, measure)
+  theirs = outcomes_with_measure(runs, base, size, measure)
   seeds = sorted(ours.keys() & theirs.keys())
   return {seed: Pair(ours=ours[seed], base=theirs[seed]) for seed in seeds}
 
@@ -80,7 +81,7 @@ def differences_by_seed(pairs_by_size: Sequence[Pairs], measure: Measure
   return differences
 
 
-def means(by_seed: Mapping[int, list[float]]) -> list[float]:
+def mean_differences(by_seed: Mapping[int, list[float]]) -> list[float]:
   """Returns the mean over the sizes of the differences of each seed."""
   return [sum(values) / len(values) for values in by_seed.values()]
 

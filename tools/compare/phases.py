@@ -34,8 +34,10 @@ from training import runs as starts
 from training.objectives import pipeline
 from training.workdir import run_config
 
-APART = 10_000  # seeds from the first of a phase to the first of the next
-BLOCKS = plans.STUDY_APART // APART  # how many phases the seeds of a study fit
+# seeds from the first of a phase to the first of the next
+SEEDS_BETWEEN_PHASES = 10_000
+# how many phases the seeds of a study fit
+NUM_SEED_BLOCKS = plans.SEEDS_BETWEEN_STUDIES // SEEDS_BETWEEN_PHASES
 Changes = dict[str, Any]
 
 
@@ -60,7 +62,7 @@ class Run(NamedTuple):
 
 
 @dataclasses.dataclass
-class State:
+class StudyState:
   """The findings of a study so far.
 
   Attributes:
@@ -91,17 +93,17 @@ class State:
     return announced.sentence
 
 
-def of(seeds: Collection[str]) -> list['Phase']:
+def phases_of_study(seeds: Collection[str]) -> list['Phase']:
   """Returns the phases that a study has, in order; `seeds` are its plan's."""
   return [phase for name, phase in PHASES.items() if name in seeds]
 
 
-def usual_seeds() -> dict[str, int]:
+def default_seeds_by_phase() -> dict[str, int]:
   """Returns how many seeds each phase has in a study that does not say it."""
   return {name: phase.seeds for name, phase in PHASES.items() if phase.seeds}
 
 
-def check(file: str) -> None:
+def check_phases(file: str) -> None:
   """Raises RequestError for an entry of PHASES whose runs or results could not
   be told from those of another; `file` names the study's file."""
   blocks: dict[int, str] = {}
@@ -112,16 +114,18 @@ def check(file: str) -> None:
             '...)}')
     require(re.fullmatch('[a-z_]+', name) is not None, f'{who}, which names a '
             'folder and a row of results.json: choose lower-case letters and _')
-    require(0 <= phase.block < BLOCKS, f'{who} with block={phase.block}: '
-            f'choose a whole number from 0 to {BLOCKS - 1}')
+    require(0 <= phase.block < NUM_SEED_BLOCKS,
+            f'{who} with block={phase.block}: '
+            f'choose a whole number from 0 to {NUM_SEED_BLOCKS - 1}')
     other = blocks.setdefault(phase.block, name)
     require(other == name, f'{who} with block={phase.block}, which is that of '
             f'{other!r}, so that both would have the same seeds: choose '
-            f'another, from 0 to {BLOCKS - 1}')
+            f'another, from 0 to {NUM_SEED_BLOCKS - 1}')
 
 
-def run(frozen: plans.Frozen, trainer: Any, until: str = plans.REPORT,
-        anyway: bool = False) -> Iterator[State]:
+def run_phases(frozen: plans.FrozenPlan, trainer: Any,
+               until: str = plans.REPORT,
+        anyway: bool = False) -> Iterator[StudyState]:
   """Goes through the phases; yields all that is found, after each.
 
   Args:
@@ -134,8 +138,8 @@ def run(frozen: plans.Frozen, trainer: Any, until: str = plans.REPORT,
     RequestError: after `noise`, where the study cannot find the effect that it
       is after, unless `anyway`.
   """
-  state = State(trainer)
-  for phase in of(frozen.plan.seeds):
+  state = StudyState(trainer)
+  for phase in phases_of_study(frozen.plan.seeds):
     # Measures of too little signal to noise go no further.
     snrs = {row.measure: row.snr for row in state.records.get('noise', ())}
     going = dataclasses.replace(
@@ -185,32 +189,33 @@ class Phase:
   block: int
   seeds: int
   part: str = 'second'
-  least: int = statistics.MIN_SEEDS
+  min_seeds: int = statistics.MIN_SEEDS
   decide: Callable[..., list] = decide.confirm_variants
   methods: str = ''
   constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-  def enter(self, plan: plans.Plan, records: Mapping[str, Any]
+  def choose_variants(self, plan: plans.Plan, records: Mapping[str, Any]
             ) -> Sequence[str]:
     """Returns the variants that are run; a record has a row of each measure, so
     a variant may stand in it more than once."""
     return plan.variants
 
-  def narrow(self, plan: plans.Plan) -> plans.Plan:
+  def narrow_plan(self, plan: plans.Plan) -> plans.Plan:
     """Returns the plan with the sizes and the measures that this phase
     compares; by default all of them."""
     return plan
 
-  def note(self, plan: plans.Plan) -> str:
+  def note_on_cost(self, plan: plans.Plan) -> str:
     """Returns what stands beside its costs."""
     return ''
 
-  def seeds_of(self, plan: plans.Plan) -> tuple[int, ...]:
+  def seeds_of_phase(self, plan: plans.Plan) -> tuple[int, ...]:
     """Returns the seeds of its runs."""
-    first = (plan.offset or 0) + self.block * APART
+    first = (plan.offset or 0) + self.block * SEEDS_BETWEEN_PHASES
     return tuple(range(first, first + plan.seeds[self.name]))
 
-  def runs(self, frozen: plans.Frozen, best: Callable[[str, str, str], Changes],
+  def runs(self, frozen: plans.FrozenPlan,
+           best: Callable[[str, str, str], Changes],
            variants: Sequence[str]) -> list[Run]:
     """Returns the runs of the base and of variants.
 
@@ -220,22 +225,22 @@ class Phase:
         were tuned; of a size that was not, those of the largest that was.
       variants: the variants that are run.
     """
-    plan = self.narrow(frozen.plan)
+    plan = self.narrow_plan(frozen.plan)
     runs = []
     for size in plan.sizes:
       tuned_size = size if size in plan.tuned_sizes else plan.tuned_sizes[-1]
       for workload in plan.workloads:
-        if not plan.of_workload(workload):
+        if not plan.measures_of_workload(workload):
           continue
         for variant in dict.fromkeys((plan.base, *variants)):
-          for seed in self.seeds_of(plan):
-            runs.append(run_of(
+          for seed in self.seeds_of_phase(plan):
+            runs.append(make_run(
                 frozen=frozen, phase=self.name, variant=variant, size=size,
                 workload=workload, seed=seed,
                 more=best(variant, tuned_size, workload)))
     return runs
 
-  def most(self, frozen: plans.Frozen) -> list[Run]:
+  def largest_set_of_runs(self, frozen: plans.FrozenPlan) -> list[Run]:
     """Returns the runs that it asks for at most, whatever is found before."""
     plan = frozen.plan
     first = {name: values[0] for name, values in plan.tuning.fields.items()}
@@ -245,7 +250,7 @@ class Phase:
 
     return self.runs(frozen, any_value, plan.variants)
 
-  def run(self, frozen: plans.Frozen, state: State) -> dict[str, Any]:
+  def run(self, frozen: plans.FrozenPlan, state: StudyState) -> dict[str, Any]:
     """Trains what follows from what was found; returns what it decides, by the
     keys of results.json."""
     tuned = {(row.variant, row.size, row.workload): row.changes
@@ -254,10 +259,10 @@ class Phase:
       return tuned[variant, size, workload]
 
     # The runs of what goes on, if anything does.
-    variants = self.enter(frozen.plan, state.records)
+    variants = self.choose_variants(frozen.plan, state.records)
     if variants:
       state.train(self, self.runs(frozen, best, variants))
-    plan = self.narrow(frozen.plan)
+    plan = self.narrow_plan(frozen.plan)
     return {self.name: self.decide(plan, state.outcomes, self.name)}
 
   def summary(self, records: Mapping[str, Any]) -> list[str]:
@@ -278,12 +283,12 @@ class Noise(Phase):
 
   def runs(self, frozen, best, variants):
     changes = {frozen.plan.base: {},
-               plans.AGAIN: {'init_seed': starts.INIT_SEED_OF_NEXT_SEED}}
+               plans.SECOND_BASE: {'init_seed': starts.INIT_SEED_OF_NEXT_SEED}}
 
     def apart(variant: str, size: str, workload: str) -> Changes:
       return changes[variant]
 
-    return super().runs(frozen, apart, [plans.AGAIN])
+    return super().runs(frozen, apart, [plans.SECOND_BASE])
 
   def run(self, frozen, state):
     rows = super().run(frozen, state)[self.name]
@@ -302,41 +307,42 @@ class Noise(Phase):
 class Tune(Phase):
   """The search of each variant and the base, rung by rung."""
 
-  def note(self, plan):
-    searched = len(searches(plan)) * len(plan.tuning.fields)
+  def note_on_cost(self, plan):
+    searched = len(make_searches(plan)) * len(plan.tuning.fields)
     more = searched * plan.tuning.extend * plan.seeds['tune']
     if not more:
       return ''
     return f'and at most {more} more runs, where an optimum is at an edge'
 
-  def runs_of(self, frozen: plans.Frozen, search: 'Search') -> list[list[Run]]:
+  def runs_of(self, frozen: plans.FrozenPlan,
+              search: 'Search') -> list[list[Run]]:
     """Returns the runs of each candidate of a search."""
     runs = []
     for changes in search.candidates:
       of_candidate = []
-      for seed in self.seeds_of(frozen.plan):
-        of_candidate.append(run_of(
+      for seed in self.seeds_of_phase(frozen.plan):
+        of_candidate.append(make_run(
             frozen=frozen, phase=self.name, variant=search.variant,
             size=search.size, workload=search.workload, seed=seed,
             more=changes, share=search.share))
       runs.append(of_candidate)
     return runs
 
-  def most(self, frozen):
+  def largest_set_of_runs(self, frozen):
     """Returns the runs of all rungs: which candidates survive does not matter
     here."""
     runs, tuning = [], frozen.plan.tuning
-    for search in searches(frozen.plan):
+    for search in make_searches(frozen.plan):
       for rung in range(tuning.rungs):
         search.rung = rung
         for candidate in self.runs_of(frozen, search):
           runs += candidate
-        survivors = kept(tuning, len(search.candidates))
+        survivors = num_survivors(tuning, len(search.candidates))
         search.candidates = search.candidates[:survivors]
     return runs
 
   def run(self, frozen, state):
-    each = searches(frozen.plan)
+    each = make_searches(frozen.plan)
     for rung in itertools.count(1):
       going = [search for search in each if search.candidates]
       if not going:
@@ -367,7 +373,7 @@ class Tune(Phase):
 class Screen(Phase):
   """All variants at the smallest size, by the primary measure."""
 
-  def narrow(self, plan):
+  def narrow_plan(self, plan):
     return dataclasses.replace(
         plan, sizes=plan.sizes[:1], measures=plan.measures[:1])
 
@@ -375,11 +381,11 @@ class Screen(Phase):
 class Rescreen(Phase):
   """The most promising of the variants that were stopped, at the next size."""
 
-  def enter(self, plan, records):
+  def choose_variants(self, plan, records):
     promising = decide.list_promising_variants(plan, records['screen'])
     return promising[:plan.settings['KEEP']]
 
-  def narrow(self, plan):
+  def narrow_plan(self, plan):
     return dataclasses.replace(
         plan, sizes=plan.sizes[1:2], measures=plan.measures[:1])
 
@@ -387,7 +393,7 @@ class Rescreen(Phase):
 class Confirm(Phase):
   """The variants that passed a screening, at all sizes."""
 
-  def enter(self, plan, records):
+  def choose_variants(self, plan, records):
     passed = []
     for name in ('screen', 'rescreen'):
       for row in records.get(name, ()):
@@ -395,7 +401,7 @@ class Confirm(Phase):
           passed.append(row.variant)
     return passed
 
-  def note(self, plan):
+  def note_on_cost(self, plan):
     return 'if every variant passes the screening'
 
 
@@ -403,13 +409,13 @@ class Largest(Phase):
   """The largest size, which no other phase has, once it was predicted; the
   verdict does not depend on it."""
 
-  def enter(self, plan, records):
+  def choose_variants(self, plan, records):
     return [row.variant for row in records['confirm']]
 
-  def narrow(self, plan):
+  def narrow_plan(self, plan):
     return dataclasses.replace(plan, sizes=(plan.largest,))
 
-  def note(self, plan):
+  def note_on_cost(self, plan):
     return 'if every variant is confirmed'
 
   def run(self, frozen, state):
@@ -423,15 +429,15 @@ class Largest(Phase):
     return {'predicted': predicted} | super().run(frozen, state)
 
 
-def run_of(frozen: plans.Frozen, phase: str, variant: str, size: str,
+def make_run(frozen: plans.FrozenPlan, phase: str, variant: str, size: str,
            workload: str, seed: int, more: dict, share: float = 1.0) -> Run:
   """Returns a run of a point of the plan, with `more` changes."""
-  of_point = frozen.plan.base if variant == plans.AGAIN else variant
+  of_point = frozen.plan.base if variant == plans.SECOND_BASE else variant
   row = frozen.point(of_point, size, workload)
   changes = {**row['changes'], **more, 'eval.part': PHASES[phase].part}
   if share < 1:
-    shorten(changes, frozen.base_config, share)
-  if phase not in plans.WITH_CURVES:
+    shorten_run(changes, frozen.base_config, share)
+  if phase not in plans.PHASES_WITH_CURVES:
     changes['eval.every_steps'] = frozen.steps(changes)
   name = f'{workload}.{size}.{variant}'
   if phase == 'tune':  # each candidate is a point of its own
@@ -441,7 +447,7 @@ def run_of(frozen: plans.Frozen, phase: str, variant: str, size: str,
              seed=seed, point=name, changes=changes, share=share)
 
 
-def shorten(changes: dict, base: dict, share: float) -> None:
+def shorten_run(changes: dict, base: dict, share: float) -> None:
   """Makes a run a share as long, with a whole schedule of its own."""
   before = run_config.flatten(base) | changes
   steps = before['train.steps']
@@ -489,7 +495,7 @@ class Search:
   @property
   def share(self) -> float:
     """The share of train.steps that the candidates train."""
-    return share(self.plan.tuning, self.rung)
+    return share_of_steps(self.plan.tuning, self.rung)
 
   def take(self, steps: int, outcomes: Sequence[Sequence[plans.Outcome]]
            ) -> None:
@@ -499,7 +505,7 @@ class Search:
       steps: the number of steps that the candidates trained.
       outcomes: the outcomes of each candidate, over the seeds of tuning.
     """
-    measure, *_ = self.plan.of_workload(self.workload)
+    measure, *_ = self.plan.measures_of_workload(self.workload)
     rows = []
     for changes, runs in zip(self.candidates, outcomes, strict=True):
       values = [run.values[measure.name] for run in runs]
@@ -522,7 +528,7 @@ class Search:
     ranked = sorted(rows, key=worse)
     tuning = self.plan.tuning
     if self.rung < tuning.rungs:
-      survivors = ranked[:kept(tuning, len(ranked))]
+      survivors = ranked[:num_survivors(tuning, len(ranked))]
       self.candidates = tuple(row['changes'] for row in survivors)
       return
 
@@ -535,7 +541,7 @@ class Search:
       best = self.best['changes']
       for field in self.at_edge:
         edge, inner = self._edge(field)
-        candidate = best | {field: further_out(edge, inner)}
+        candidate = best | {field: move_edge_outwards(edge, inner)}
         if candidate != best:
           further.append(candidate)
     self.candidates = tuple(further)
@@ -566,7 +572,7 @@ class Search:
         runs=self.runs, tried=tuple(self.tried))
 
 
-def further_out(edge: float, inner: float) -> float:
+def move_edge_outwards(edge: float, inner: float) -> float:
   """Returns the value beyond an edge, as many times as far from it as the edge
   is from the value within; of whole numbers the edge, where none is left."""
   out = edge * edge / inner
@@ -576,18 +582,18 @@ def further_out(edge: float, inner: float) -> float:
   return edge + 1 if out == edge > inner else out
 
 
-def kept(tuning: plans.Tuning, candidates: int) -> int:
+def num_survivors(tuning: plans.Tuning, candidates: int) -> int:
   """Returns how many of a rung's candidates survive it."""
   return max(1, math.ceil(tuning.keep * candidates))
 
 
-def share(tuning: plans.Tuning, rung: int) -> float:
+def share_of_steps(tuning: plans.Tuning, rung: int) -> float:
   """Returns the share of train.steps that a candidate of a rung trains."""
   rungs_to_come = max(tuning.rungs - 1 - rung, 0)
   return tuning.keep ** rungs_to_come
 
 
-def searches(plan: plans.Plan) -> list[Search]:
+def make_searches(plan: plans.Plan) -> list[Search]:
   """Returns the searches of a study, before their first rung."""
   each = []
   for size in plan.tuned_sizes:
@@ -601,7 +607,7 @@ def searches(plan: plans.Plan) -> list[Search]:
 PHASES = {phase.name: phase for phase in (
     Noise(name='noise', block=0, seeds=5, part='first',
           decide=noise.measure_noise),
-    Tune(name='tune', block=1, seeds=1, part='first', least=1),
+    Tune(name='tune', block=1, seeds=1, part='first', min_seeds=1),
     Screen(name='screen', block=2, seeds=5, part='first',
            decide=decide.screen_variants),
     Rescreen(

@@ -32,12 +32,13 @@ from training import plugins
 
 REPORT = 'report'  # what follows the last phase
 TEXT = 'text'  # the workload that every study has, and that comes first
-AGAIN = 'base-again'  # the base with other first parameters, of `noise`
+SECOND_BASE = 'base-again'  # the base with other first parameters, of `noise`
 LOWER, HIGHER = 'lower', 'higher'  # which value of a measure is better
-WITH_CURVES = ('noise', 'confirm')  # whose runs are evaluated as they train
+# whose runs are evaluated as they train
+PHASES_WITH_CURVES = ('noise', 'confirm')
 # Seeds from the first of a study to the first of another, and how many such
 # places there are: all seeds are below 2^31.
-STUDY_APART, PLACES = 100_000, 20_000
+SEEDS_BETWEEN_STUDIES, NUM_SEED_RANGES = 100_000, 20_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Plan:
   target: float | None = None
 
   @property
-  def every_size(self) -> tuple[str, ...]:
+  def all_sizes(self) -> tuple[str, ...]:
     """The sizes, and the one that is predicted."""
     if self.largest is None:
       return self.sizes
@@ -162,7 +163,7 @@ class Plan:
     """The measure that the verdict is on."""
     return self.measures[0]
 
-  def of_workload(self, workload: str) -> tuple[Measure, ...]:
+  def measures_of_workload(self, workload: str) -> tuple[Measure, ...]:
     """Returns the measures that runs of a workload give."""
     return tuple(measure for measure in self.measures
                  if measure.workload == workload)
@@ -235,7 +236,7 @@ class Tuned:
 
 
 @dataclasses.dataclass
-class Frozen:
+class FrozenPlan:
   """The content of study.json.
 
   Attributes:
@@ -288,17 +289,17 @@ class Frozen:
     return layout.json_checksum(planned)
 
   @property
-  def known(self) -> set[str]:
+  def known_hashes(self) -> set[str]:
     """The hashes of this plan and of those that it was amended from."""
     return {self.hash, *(change['before'] for change in self.amendments)}
 
   @property
-  def drawn(self) -> int:
+  def seed_offset_of_hash(self) -> int:
     """The offset of seeds that the plan draws by its hash, in which its
     replication is."""
     plan = dataclasses.replace(self.plan, offset=None)
     blank = dataclasses.replace(self, plan=plan)
-    return STUDY_APART * (1 + int(blank.hash, 16) % PLACES)
+    return SEEDS_BETWEEN_STUDIES * (1 + int(blank.hash, 16) % NUM_SEED_RANGES)
 
   def point(self, variant: str, size: str, workload: str) -> dict:
     """Returns the row of `points` that has these names."""
@@ -308,9 +309,9 @@ class Frozen:
         return row
     raise KeyError(wanted)
 
-  def point_of(self, run: Any) -> dict:
+  def point_of_run(self, run: Any) -> dict:
     """Returns the point of a run, or of its Outcome."""
-    variant = self.plan.base if run.variant == AGAIN else run.variant
+    variant = self.plan.base if run.variant == SECOND_BASE else run.variant
     return self.point(variant, run.size, run.workload)
 
   def steps(self, changes: Mapping[str, Any]) -> int:
@@ -318,13 +319,13 @@ class Frozen:
     return changes.get('train.steps', self.base_config['train']['steps'])
 
 
-def save(workdir, frozen: Frozen) -> None:
+def save_frozen_plan(workdir, frozen: FrozenPlan) -> None:
   """Writes study.json, and what it holds into the ledger beside it."""
   with layout.StudyLedger(workdir) as ledger, ledger.transaction():
-    _save(ledger, workdir, frozen)
+    _write_with_ledger(ledger, workdir, frozen)
 
 
-def _save(ledger, workdir, frozen: Frozen) -> None:
+def _write_with_ledger(ledger, workdir, frozen: FrozenPlan) -> None:
   """Writes study.json, and adds a plan that is new to the ledger."""
   tree = to_json(frozen)
   if ledger.last_plan() != tree:
@@ -332,7 +333,7 @@ def _save(ledger, workdir, frozen: Frozen) -> None:
   layout.save_with_checksum(pathlib.Path(workdir) / 'study.json', tree)
 
 
-def load(workdir) -> Frozen:
+def load_frozen_plan(workdir) -> FrozenPlan:
   """Returns what study.json holds; RequestError where there is none, or where
   it is not what the ledger has."""
   path = pathlib.Path(workdir) / 'study.json'
@@ -344,39 +345,39 @@ def load(workdir) -> Frozen:
       tree, last = layout.load_with_checksum(path), ledger.last_plan()
   require(last in (None, tree), f'{path} is not the plan that the ledger beside'
           ' it has: remove it, and `run` puts back what was planned')
-  return _frozen(tree)
+  return _frozen_plan_from_json(tree)
 
 
-def last(workdir) -> Frozen | None:
+def load_last_plan(workdir) -> FrozenPlan | None:
   """Returns the plan that the ledger of a workdir has last, if any."""
   if not (pathlib.Path(workdir) / layout.StudyLedger.file_name).is_file():
     return None
   with layout.StudyLedger(workdir) as ledger, ledger.transaction():
     tree = ledger.last_plan()
-  return tree and _frozen(tree)
+  return tree and _frozen_plan_from_json(tree)
 
 
-def _frozen(tree: Mapping[str, Any]) -> Frozen:
+def _frozen_plan_from_json(tree: Mapping[str, Any]) -> FrozenPlan:
   """Returns what `to_json` wrote of a plan, and declares what its files do."""
   plugins.restore_declared_parts(tree.get('files', {}))
-  fields = spec.tuples(tree['plan'])
+  fields = spec.lists_to_tuples(tree['plan'])
   measures = tuple(Measure(**row) for row in fields['measures'])
   tuning = Tuning(**fields['tuning'])
   plan = Plan(**fields | {'measures': measures, 'tuning': tuning})
-  return Frozen(**tree | {'plan': plan})
+  return FrozenPlan(**tree | {'plan': plan})
 
 
-def date(seconds: float) -> str:
+def format_date(seconds: float) -> str:
   """Returns a time as a report writes it."""
   return time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(seconds))
 
 
-def phase_of(folder: pathlib.Path) -> str:
+def phase_of_folder(folder: pathlib.Path) -> str:
   """Returns the phase whose runs a folder of a study has."""
   return folder.name.partition('-')[0]
 
 
-def adopted(workdir, frozen: Frozen, reason: str = '') -> Frozen:
+def adopt_plan(workdir, frozen: FrozenPlan, reason: str = '') -> FrozenPlan:
   """Returns the plan that goes on in a workdir, and writes it there.
 
   What was planned before is what the ledger has last: so study.json may be
@@ -399,23 +400,23 @@ def adopted(workdir, frozen: Frozen, reason: str = '') -> Frozen:
     if not tree and path.is_file():
       tree = layout.load_with_checksum(path)
     if tree:
-      old = _frozen(tree)
+      old = _frozen_plan_from_json(tree)
     else:
       old = dataclasses.replace(frozen, time=time.time())
-    new = _with_seeds_of(old, frozen)
+    new = _keep_seeds_of_older_plan(old, frozen)
 
     # The fields that have changed since, and runs that are of other plans.
-    changed = _changed(old, new)
+    changed = _changed_fields(old, new)
     _check_unchanged(workdir, changed, reason)
-    others = _others(workdir, old.known)
-    _check_none_of_others(workdir, others, reason)
+    others = _results_of_other_plans(workdir, old.known_hashes)
+    _check_no_other_plans(workdir, others, reason)
 
     # Each is an amendment, of which the report tells.
     amendments = list(old.amendments)
     told = {'reason': reason, 'time': time.time()}
-    seen = _seen(workdir, ledger, old.plan)
+    seen = _count_begun_seeds(workdir, ledger, old.plan)
     for hash in others:
-      changed_from = [f'from {_plan(hash)}, which is not kept']
+      changed_from = [f'from {_name_of_plan(hash)}, which is not kept']
       amendments.append(
           told | {'before': hash, 'changed': changed_from, 'seen': seen})
     if changed:
@@ -424,14 +425,15 @@ def adopted(workdir, frozen: Frozen, reason: str = '') -> Frozen:
     going = dataclasses.replace(
         new if changed else old, time=old.time, notes=old.notes,
         predictions=list(old.predictions), amendments=amendments)
-    _save(ledger, workdir, going)
+    _write_with_ledger(ledger, workdir, going)
   return going
 
 
-def _with_seeds_of(old: Frozen, frozen: Frozen) -> Frozen:
+def _keep_seeds_of_older_plan(old: FrozenPlan,
+                              frozen: FrozenPlan) -> FrozenPlan:
   """Returns a plan with the seeds of an older one: an amendment keeps them,
   unless the file asks for others."""
-  is_drawn = frozen.plan.offset == frozen.drawn
+  is_drawn = frozen.plan.offset == frozen.seed_offset_of_hash
   is_replication = frozen.plan.replication != old.plan.replication
   if not is_drawn or is_replication:
     return frozen
@@ -439,19 +441,20 @@ def _with_seeds_of(old: Frozen, frozen: Frozen) -> Frozen:
   return dataclasses.replace(frozen, plan=plan)
 
 
-def _changed(old: Frozen, new: Frozen) -> list[str]:
+def _changed_fields(old: FrozenPlan, new: FrozenPlan) -> list[str]:
   """Returns the names of what is planned otherwise."""
-  before, after = _planned(old), _planned(new)
+  before, after = _fixed_by_plan(old), _fixed_by_plan(new)
   # A figure of a point that an older version does not have is as planned.
   for name, row in before['points'].items():
     if name in after['points']:
-      after['points'][name] = _shared(after['points'][name], row)
+      after['points'][name] = _common_entries(after['points'][name], row)
   # Data of which the old plan has no hash are as planned.
-  after['sources'] = _shared(new.sources, old.sources)
+  after['sources'] = _common_entries(new.sources, old.sources)
   return layout.differing_names(before, after)
 
 
-def _shared(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+def _common_entries(new: Mapping[str, Any],
+                    old: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the entries of a dict that another one has, too."""
   return {name: new[name] for name in new if name in old}
 
@@ -469,7 +472,7 @@ def _check_unchanged(workdir, changed: Sequence[str], reason: str) -> None:
       '--amend=REASON, which the report will tell')
 
 
-def _check_none_of_others(workdir, others: Mapping[str, Sequence[str]],
+def _check_no_other_plans(workdir, others: Mapping[str, Sequence[str]],
                           reason: str) -> None:
   """Raises RequestError where runs or results are of other plans, without a
   reason.
@@ -483,7 +486,7 @@ def _check_none_of_others(workdir, others: Mapping[str, Sequence[str]],
     return
   each = []
   for hash, where in others.items():
-    each.append(f'{", ".join(where)} by {_plan(hash)}')
+    each.append(f'{", ".join(where)} by {_name_of_plan(hash)}')
   raise RequestError(
       f'{workdir} holds what is of another plan than this study has had: '
       f'{"; ".join(each)}. Move it away, take another --workdir, or give the '
@@ -491,7 +494,8 @@ def _check_none_of_others(workdir, others: Mapping[str, Sequence[str]],
       'tell')
 
 
-def predicted(workdir, frozen: Frozen, phase: str, rows: Sequence) -> dict:
+def record_prediction(workdir, frozen: FrozenPlan, phase: str,
+                      rows: Sequence) -> dict:
   """Returns the prediction of what a phase will find that was frozen first by
   this plan: `rows`, which stand in the ledger from then on, if there is none.
   """
@@ -503,22 +507,22 @@ def predicted(workdir, frozen: Frozen, phase: str, rows: Sequence) -> dict:
         record = before
     if record is None:
       # It is blind where no run of what it predicts has begun.
-      is_blind = phase not in _seen(workdir, ledger, frozen.plan)
+      is_blind = phase not in _count_begun_seeds(workdir, ledger, frozen.plan)
       record = {
           'time': time.time(), 'plan': frozen.hash,
           'hash': layout.json_checksum(rows), 'rows': rows, 'blind': is_blind}
       kept = [*kept, record]
     frozen.predictions[:] = kept
-    _save(ledger, workdir, frozen)
+    _write_with_ledger(ledger, workdir, frozen)
   return record
 
 
-def _plan(hash: str) -> str:
+def _name_of_plan(hash: str) -> str:
   """Returns what a plan is called in messages; a run may have none."""
   return f'the plan {hash}' if hash else 'no plan'
 
 
-def _others(workdir, known: set[str]) -> dict[str, list[str]]:
+def _results_of_other_plans(workdir, known: set[str]) -> dict[str, list[str]]:
   """Returns the folders and files of a study that are of no plan of `known`,
   by the hash of their plan; '': of none."""
   others: dict[str, list[str]] = {}
@@ -533,15 +537,15 @@ def _others(workdir, known: set[str]) -> dict[str, list[str]]:
   return others
 
 
-def _seen(workdir, ledger, plan: Plan) -> dict[str, int]:
+def _count_begun_seeds(workdir, ledger, plan: Plan) -> dict[str, int]:
   """Returns how many seeds of each phase have been begun, also of runs that are
   deleted since."""
   begun = set()  # pairs of a phase and a seed
   for path in pathlib.Path(workdir).glob('*/points/*/seed-*'):
     seed = int(path.name.removeprefix('seed-'))
-    begun.add((phase_of(path.parents[2]), seed))
+    begun.add((phase_of_folder(path.parents[2]), seed))
   for folder, _, seed in ledger.begun_runs():
-    begun.add((phase_of(pathlib.Path(folder)), seed))
+    begun.add((phase_of_folder(pathlib.Path(folder)), seed))
   seeds: dict[str, int] = {}
   for phase in plan.seeds:
     number = sum(name == phase for name, _ in begun)
@@ -550,7 +554,7 @@ def _seen(workdir, ledger, plan: Plan) -> dict[str, int]:
   return seeds
 
 
-def _planned(frozen: Frozen) -> dict:
+def _fixed_by_plan(frozen: FrozenPlan) -> dict:
   """Returns what must not change of a plan; the code may, which
   results.as_planned tells."""
   points = {}

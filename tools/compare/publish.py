@@ -57,7 +57,7 @@ def main(args) -> int:
   published = [_opened(path) for path in folder.glob('*.tar.gz')]
   published.sort(key=lambda c: (c.frozen.time, c.plan.name), reverse=True)
   storage.write_file(target, page.render(
-      'verdicts.md', date=plans.date, rows=rows, studies=published))
+      'verdicts.md', date=plans.format_date, rows=rows, studies=published))
   print(target)
   return 0
 
@@ -118,7 +118,7 @@ def _row(c: Comparison, verdict: Mapping[str, Any]) -> dict[str, str]:
   # The compute that it is worth, and what it does to other measures.
   confirmed = c.effect('confirm', variant, plan.primary.name)
   multiplier = comparison.first_row_with(
-      confirmed.get('multipliers', ()), size=decide.ALL, by='multiplier')
+      confirmed.get('multipliers', ()), size=decide.ALL_SIZES, by='multiplier')
   worth = page.estimate(
       mean=multiplier.get('factor'), low=multiplier.get('low'),
       high=multiplier.get('high'), form='.2f')

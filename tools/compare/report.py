@@ -219,7 +219,7 @@ def _power(results: Mapping[str, Any]) -> list[str]:
 
 def phase_section(c: Comparison, phase: phases_lib.Phase) -> Section:
   """Returns what a phase found that the verdicts are not of."""
-  sizes = phase.narrow(c.plan).sizes
+  sizes = phase.narrow_plan(c.plan).sizes
   title = f'At {", ".join(sizes)}'
   if sizes == c.plan.sizes[:1]:
     title = f'At the smallest size, {sizes[0]}'
@@ -245,7 +245,7 @@ def prediction_section(c: Comparison) -> Section:
       when = 'before any run of this size began.'
     paragraphs.append(
         f'The prediction {record["hash"]} of {c.plan.largest} was recorded on '
-        f'{plans.date(record["time"])}, {when}')
+        f'{plans.format_date(record["time"])}, {when}')
   return Section(name='predicted', heading='Predicted and seen',
                  paragraphs=paragraphs, tables=[table])
 
@@ -321,7 +321,7 @@ def _is_excluded(plan: plans.Plan, row: Mapping[str, Any]) -> bool:
   return max(sign * row['low'], sign * row['high']) < plan.effect
 
 
-def methods(frozen: plans.Frozen,
+def methods(frozen: plans.FrozenPlan,
             results: Mapping[str, Any] = results_lib.NOTHING) -> list[str]:
   """Returns the paragraphs that a paper needs to say how a study was done, or
   will be: then there are no results yet. Nothing is said of a phase that had no
@@ -334,7 +334,7 @@ def methods(frozen: plans.Frozen,
 
   # The phases that had runs, and the values that were tuned.
   phases = []
-  for phase in phases_lib.of(plan.seeds):
+  for phase in phases_lib.phases_of_study(plan.seeds):
     phase_result = results['phases'].get(phase.name)
     is_empty = (phase_result and phase_result['finished']
                 and not phase_result['done'])
@@ -358,13 +358,13 @@ def methods(frozen: plans.Frozen,
       shows=decide.describe_detectable_difference(plan),
       amount=measures_lib.format_amount(frozen, plan.effect),
       # The functions that the template calls.
-      date=plans.date, changed=format_changes, changes=changes,
+      date=plans.format_date, changed=format_changes, changes=changes,
       alone=changes_from_base,
       unit_text=measures_lib.format_unit)
   return [' '.join(part.split()) for part in rendered.split('\n---\n')]
 
 
-def _changes_of_size(frozen: plans.Frozen, row: Mapping[str, Any]) -> str:
+def _changes_of_size(frozen: plans.FrozenPlan, row: Mapping[str, Any]) -> str:
   """Returns what a size and a workload change in the base; where most of it is
   as at the smallest size, the rest alone."""
   plan, fields = frozen.plan, row['changes']

@@ -23,7 +23,7 @@ NOTHING: dict[str, Any] = {
     'provenance': {'codes': [], 'devices': [], 'versions': {}}}
 
 
-def write(workdir, frozen: plans.Frozen, state: phases.State) -> None:
+def write(workdir, frozen: plans.FrozenPlan, state: phases.StudyState) -> None:
   """Writes results.json, unless it holds later phases of the same plan.
 
   Args:
@@ -40,7 +40,7 @@ def write(workdir, frozen: plans.Frozen, state: phases.State) -> None:
 
   ran = codes(workdir)
   phases_spent = {}
-  for phase in phases.of(frozen.plan.seeds):
+  for phase in phases.phases_of_study(frozen.plan.seeds):
     phases_spent[phase.name] = _spent(frozen, phase, state)
   tree = {
       'study': {'name': frozen.plan.name, 'hash': frozen.hash},
@@ -77,12 +77,13 @@ def folders(workdir, phase: str = '') -> list[pathlib.Path]:
   ordered = []
   for name in wanted:
     for sweep in sweeps:
-      if plans.phase_of(sweep) == name:
+      if plans.phase_of_folder(sweep) == name:
         ordered.append(sweep)
   return ordered
 
 
-def _spent(frozen: plans.Frozen, phase: phases.Phase, state) -> dict[str, Any]:
+def _spent(frozen: plans.FrozenPlan, phase: phases.Phase, state) -> dict[str,
+                                                                         Any]:
   """Returns what a phase has taken so far."""
   done = failed = 0
   tokens, flops, seconds = 0.0, 0.0, 0.0
@@ -91,16 +92,17 @@ def _spent(frozen: plans.Frozen, phase: phases.Phase, state) -> dict[str, Any]:
       continue
     done += 1
     failed += run.diverged
-    tokens += run.flops / frozen.point_of(run)['flops_per_token']
+    tokens += run.flops / frozen.point_of_run(run)['flops_per_token']
     flops += run.flops
     if not math.isnan(run.seconds):
       seconds += run.seconds
-  return {'planned': len(phase.most(frozen)), 'done': done, 'failed': failed,
+  return {'planned': len(phase.largest_set_of_runs(frozen)), 'done': done,
+          'failed': failed,
           'tokens': tokens, 'flops': flops, 'seconds': seconds,
           'finished': phase.name in state.finished}
 
 
-def as_planned(workdir, frozen: plans.Frozen, ran: Sequence[str]
+def as_planned(workdir, frozen: plans.FrozenPlan, ran: Sequence[str]
                ) -> dict[str, Any]:
   """Returns whether what ran, by these codes, is what was planned, and what is
   not."""
@@ -147,7 +149,7 @@ def _begun(workdir) -> tuple[dict[str, int], int]:
   repeated: dict[str, int] = {}
   for (folder, _, _), times in collections.Counter(begun).items():
     if times > 1:
-      phase = plans.phase_of(pathlib.Path(folder))
+      phase = plans.phase_of_folder(pathlib.Path(folder))
       repeated[phase] = repeated.get(phase, 0) + times - 1
 
   on_disk = set()
@@ -205,7 +207,7 @@ class Cost(NamedTuple):
   note: str = ''
 
 
-def costs(frozen: plans.Frozen, group: int, times: Times | None
+def costs(frozen: plans.FrozenPlan, group: int, times: Times | None
           ) -> list[Cost]:
   """Returns the costs of all phases, at most: every variant is confirmed, and
   no edge of what is tuned is moved (of which its `note` says how much it is).
@@ -216,20 +218,20 @@ def costs(frozen: plans.Frozen, group: int, times: Times | None
     times: the seconds of a step; None: not measured.
   """
   each = []
-  for phase in phases.of(frozen.plan.seeds):
+  for phase in phases.phases_of_study(frozen.plan.seeds):
     each.append(_cost(frozen=frozen, group=group, times=times, phase=phase))
   return each
 
 
-def _cost(frozen: plans.Frozen, group: int, times: Times | None,
+def _cost(frozen: plans.FrozenPlan, group: int, times: Times | None,
           phase: phases.Phase) -> Cost:
   """Returns the cost of a phase, as `costs` does."""
-  runs = phase.most(frozen)
+  runs = phase.largest_set_of_runs(frozen)
   tokens = flops = seconds = 0.0
   alike: collections.Counter[tuple] = collections.Counter()
   for run in runs:
     # A run may train a part of the steps of its point.
-    row = frozen.point_of(run)
+    row = frozen.point_of_run(run)
     steps = frozen.steps(run.changes)
     part = steps / frozen.steps(row['changes'])
     tokens += row['tokens'] * part
@@ -245,7 +247,7 @@ def _cost(frozen: plans.Frozen, group: int, times: Times | None,
       tokens=tokens,
       flops=flops,
       seconds=seconds if times else None,
-      note=phase.note(frozen.plan))
+      note=phase.note_on_cost(frozen.plan))
 
 
 def _program(run: phases.Run) -> tuple:
@@ -259,14 +261,14 @@ def _program(run: phases.Run) -> tuple:
   return tuple(sorted(others))
 
 
-def times_of(workdir, frozen: plans.Frozen) -> Times | None:
+def times_of(workdir, frozen: plans.FrozenPlan) -> Times | None:
   """Returns what the runs in a study's folder took; None where a size on a
   workload has none yet with a known time. What an earlier plan had and this one
   has not is left out."""
   plan = frozen.plan
-  variants = (plan.base, plans.AGAIN, *plan.variants)
+  variants = (plan.base, plans.SECOND_BASE, *plan.variants)
   steps, seconds = {}, {}
-  for size in plan.every_size:
+  for size in plan.all_sizes:
     for workload in plan.workloads:
       steps[size, workload] = seconds[size, workload] = 0.0
   for row in load(workdir)['outcomes']:

@@ -25,15 +25,16 @@ import configs
 from configs import base as fields
 from training import cli, evals, plugins
 
-CONSTANTS = ('SEEDS', 'TASKS')  # that a sweep's file may hold
-OF_A_STUDY = ('SIZES', 'EFFECT')  # that a study's file must hold
-SEEDS, MOST_SEEDS = 3, 10_000
-BASE = 'base'  # the name of the point that changes nothing, by default
+CONSTANTS_OF_SWEEP = ('SEEDS', 'TASKS')  # that a sweep's file may hold
+CONSTANTS_OF_STUDY = ('SIZES', 'EFFECT')  # that a study's file must hold
+DEFAULT_NUM_SEEDS, MAX_SEEDS = 3, 10_000
+# the name of the point that changes nothing, by default
+DEFAULT_BASE_NAME = 'base'
 # Fields by which a batch is made: points that differ in one share no batches.
-BATCHES = ('data.', 'objective', 'span.', 'probe.')
+FIELDS_OF_BATCHES = ('data.', 'objective', 'span.', 'probe.')
 # The costs that matching makes equal, and the field that it solves by default.
-MATCH = ('params', 'active_params', 'flops_per_token')
-MATCH_FIELD = 'model.d_ff'
+MATCHABLE_COSTS = ('params', 'active_params', 'flops_per_token')
+DEFAULT_MATCH_FIELD = 'model.d_ff'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +72,14 @@ class Sweep:
   seeds: tuple[int, ...]
   tasks: tuple[str, ...]
 
-  def config(self, point: Point) -> ml_collections.ConfigDict:
+  def config_of_point(self, point: Point) -> ml_collections.ConfigDict:
     """Returns the locked config of a point, but for its seed."""
-    return changed(self.base, point.changes, f'point {point.name!r}')
+    return apply_changes(self.base, point.changes, f'point {point.name!r}')
 
-  def owed(self, point: Point) -> tuple[str, ...]:
+  def tasks_of_point(self, point: Point) -> tuple[str, ...]:
     """Returns the evaluations that a run of `point` owes once it is trained:
     those of TASKS that measure something of it."""
-    config = self.config(point)
+    config = self.config_of_point(point)
     owed = []
     for task in self.tasks:
       if not evals.get_task(task).why_unfit(config):
@@ -86,7 +87,7 @@ class Sweep:
     return tuple(owed)
 
 
-class Add:
+class PointCollector:
   """The argument of `sweep(add)` of a file: add(name, **changes) adds a point,
   and add.system(arch) one that is another system."""
 
@@ -124,13 +125,13 @@ class Add:
     """
     from training.costs import systems
     name = name or arch
-    with naming(f'{self._file}: point {name!r}'):
+    with prefix_errors(f'{self._file}: point {name!r}'):
       of_system = systems.changes(self._base, arch, size)
     self(name, **{**of_system, **changes})
 
 
 @contextlib.contextmanager
-def naming(who: str) -> Iterator[None]:
+def prefix_errors(who: str) -> Iterator[None]:
   """Lets a RequestError inside begin with the name of who is wrong."""
   try:
     yield
@@ -140,11 +141,12 @@ def naming(who: str) -> Iterator[None]:
 
 def is_study(file: str) -> bool:
   """Returns whether a file describes a study, and not a sweep alone."""
-  return any(hasattr(module_of(file), name) for name in OF_A_STUDY)
+  return any(hasattr(load_sweep_module(file), name)
+             for name in CONSTANTS_OF_STUDY)
 
 
 def read_sweep_file(file: str, seeds: int = 0,
-                    known: Collection[str] = CONSTANTS) -> Sweep:
+                    known: Collection[str] = CONSTANTS_OF_SWEEP) -> Sweep:
   """Reads a sweep's file; the point that changes nothing is added if missing.
 
   Args:
@@ -155,8 +157,8 @@ def read_sweep_file(file: str, seeds: int = 0,
   Raises:
     RequestError: for what no sweep can be made of.
   """
-  file = path_of(file)
-  module = module_of(file)
+  file = path_of_sweep_file(file)
+  module = load_sweep_module(file)
   for name in vars(module):
     is_read = name in known or name in plugins.MODULE_OF_TABLE
     require(not name.isupper() or name.startswith('_') or is_read,
@@ -166,7 +168,7 @@ def read_sweep_file(file: str, seeds: int = 0,
   # The base and the points.
   base = cli.call_user_function(file, module.get_config)
   cli.check_config(base, f'{file}: get_config()')
-  add = Add(file, base)
+  add = PointCollector(file, base)
   cli.call_user_function(file, module.sweep, add)
 
   # The constants beside them.
@@ -175,11 +177,11 @@ def read_sweep_file(file: str, seeds: int = 0,
           f'{file}: TASKS is {tasks!r}: write a tuple of names')
   for task in tasks:
     evals.check_task_without_flags(task, f'{file}: TASKS')
-  if not seeds and known is CONSTANTS:
-    seeds = getattr(module, 'SEEDS', SEEDS)
-  require(type(seeds) is int and 1 <= seeds <= MOST_SEEDS, f'SEEDS or --seeds '
-          f'is {seeds!r}: choose a whole number from 1 to {MOST_SEEDS:,}')
-  return _with_base(Sweep(
+  if not seeds and known is CONSTANTS_OF_SWEEP:
+    seeds = getattr(module, 'SEEDS', DEFAULT_NUM_SEEDS)
+  require(type(seeds) is int and 1 <= seeds <= MAX_SEEDS, f'SEEDS or --seeds '
+          f'is {seeds!r}: choose a whole number from 1 to {MAX_SEEDS:,}')
+  return _include_base(Sweep(
       name=pathlib.Path(file).stem,
       file=file,
       base=base.lock(),
@@ -189,13 +191,13 @@ def read_sweep_file(file: str, seeds: int = 0,
       tasks=tuple(tasks)))
 
 
-def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
+def apply_changes(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
             who: str) -> ml_collections.ConfigDict:
   """Returns a locked copy of `base` with `changes` made; ValueError, naming
   `who` wants it, for a key that is not there or a value of another type."""
   config = base.copy_and_resolve_references()
   for key, value in changes.items():
-    value, leaf = tuples(value), cli.declare_field(config, key)
+    value, leaf = lists_to_tuples(value), cli.declare_field(config, key)
     if key == 'model.kinds':
       flat.check_kinds(value, f'{who}: model.kinds')
       value = ml_collections.ConfigDict(value)
@@ -208,23 +210,23 @@ def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
   return config.lock()
 
 
-def tuples(value: Any) -> Any:
+def lists_to_tuples(value: Any) -> Any:
   """Returns lists, which JSON makes of tuples, as the tuples that they were."""
   if isinstance(value, Mapping):  # kinds of layer
-    return {name: tuples(x) for name, x in value.items()}
+    return {name: lists_to_tuples(x) for name, x in value.items()}
   if isinstance(value, list | tuple):
-    return tuple(map(tuples, value))
+    return tuple(map(lists_to_tuples, value))
   return value
 
 
-def path_of(file: str) -> str:
+def path_of_sweep_file(file: str) -> str:
   """Returns the path of a sweep's or a study's file, as configs.file_of."""
   return configs.file_of(file, 'file', ('sweeps', 'studies'))
 
 
-def module_of(file: str):
+def load_sweep_module(file: str):
   """Returns the module that a sweep's or a study's file is."""
-  file = path_of(file)
+  file = path_of_sweep_file(file)
   module = cli.run_user_file(file)
   for name, given in ('get_config', ''), ('sweep', 'add'):
     require(callable(getattr(module, name, None)),
@@ -232,24 +234,26 @@ def module_of(file: str):
   return module
 
 
-def _with_base(sweep: Sweep) -> Sweep:
+def _include_base(sweep: Sweep) -> Sweep:
   """Finds the point that equals the base, or puts one before the others.
 
   Raises:
     RequestError: for two points that train the same.
   """
   points = list(sweep.points)
-  base = _base_of(sweep)
+  base = _point_equal_to_base(sweep)
   if base is None:
-    require(BASE not in [point.name for point in points], f'{sweep.file}: the '
-            f'point called {BASE!r} changes the base: call it otherwise')
-    base = Point(name=BASE, changes={})
+    require(DEFAULT_BASE_NAME not in [point.name for point in points],
+            f'{sweep.file}: the '
+            f'point called {DEFAULT_BASE_NAME!r} changes the base: call it '
+            'otherwise')
+    base = Point(name=DEFAULT_BASE_NAME, changes={})
     points.insert(0, base)
   require(len(points) > 1,
           f'{sweep.file}: sweep(add) adds nothing but the base')
   before: list[tuple[str, Any]] = []
   for point in points:
-    trained = _trained(sweep.config(point))
+    trained = _trained_model(sweep.config_of_point(point))
     for name, other in before:
       require(other != trained, f'{sweep.file}: points {name!r} and '
               f'{point.name!r} train the same; model.arch alone is a name, '
@@ -259,16 +263,16 @@ def _with_base(sweep: Sweep) -> Sweep:
   return dataclasses.replace(sweep, points=tuple(points), base_name=base.name)
 
 
-def _base_of(sweep: Sweep) -> Point | None:
+def _point_equal_to_base(sweep: Sweep) -> Point | None:
   """Returns the first point that equals the base; None where none does."""
   base = sweep.base.to_dict()
   for point in sweep.points:
-    if sweep.config(point).to_dict() == base:
+    if sweep.config_of_point(point).to_dict() == base:
       return point
   return None
 
 
-def _trained(config: ml_collections.ConfigDict) -> tuple[dict, dict]:
+def _trained_model(config: ml_collections.ConfigDict) -> tuple[dict, dict]:
   """Returns what a config trains, whatever its system is called."""
   import architectures
   tree = config.to_dict()

@@ -15,15 +15,18 @@ from typing import NamedTuple
 import numpy as np
 
 MIN_SEEDS = 3  # with fewer, the spread itself is not known
-MIN_POINTS = 6  # of a curve whose three constants are fitted
-DRAWS, MOST_SEEDS = 2048, 10_000  # to announce a power
-ROBUST_SEEDS = 6  # from which on signs alone can show something: 2^-5 < 0.05
-MOST_SHAPED = 50  # seeds, above which a mean is normal whatever the noise is
-IRREGULAR = 0.2  # p below which the noise is not taken for normal
-REACH = 4.0  # times the compute of a ladder, within which its law is read
+MIN_POINTS_OF_CURVE = 6  # of a curve whose three constants are fitted
+NUM_SIMULATED_STUDIES, MAX_SEEDS = 2048, 10_000  # to announce a power
+# from which on signs alone can show something: 2^-5 < 0.05
+MIN_SEEDS_OF_PERMUTATION = 6
+# seeds, above which a mean is normal whatever the noise is
+MAX_SEEDS_OF_NOISE_SHAPE = 50
+MAX_P_OF_IRREGULAR = 0.2  # p below which the noise is not taken for normal
+# times the compute of a ladder, within which its law is read
+MAX_EXTRAPOLATION = 4.0
 
 
-class Pooled(NamedTuple):
+class PooledDeviation(NamedTuple):
   """The standard deviation of a seed's difference, of all variants together
   (their pooled variance), and its degrees of freedom.
 
@@ -45,28 +48,31 @@ class Interval(NamedTuple):
   seeds: int
 
 
-def half_width(values: Sequence[float], level: float = 0.05,
-               pooled: Pooled | None = None) -> float:
+def half_width_of_interval(values: Sequence[float], level: float = 0.05,
+               pooled: PooledDeviation | None = None) -> float:
   """Returns half of Student's interval of a mean of two or more values, or of
   that by `pooled` if it is wider; the mean is outside with a probability of
   `level`."""
   from scipy.special import stdtrit
   widths = []
-  for sd, df in _spreads(values, pooled):
+  for sd, df in _deviations_to_pass(values, pooled):
     quantile = float(stdtrit(df, 1 - level / 2))
     widths.append(quantile * sd / math.sqrt(len(values)))
   return max(widths)
 
 
-def _spreads(values: Sequence[float], pooled: Pooled | None) -> list[Pooled]:
+def _deviations_to_pass(values: Sequence[
+    float], pooled: PooledDeviation | None) -> list[PooledDeviation]:
   """Returns the spread of the values themselves, and that of all variants."""
-  spreads = [Pooled(sd=float(np.std(values, ddof=1)), df=len(values) - 1)]
+  spreads = [
+      PooledDeviation(sd=float(np.std(values, ddof=1)), df=len(values) - 1)]
   if pooled is not None:
     spreads.append(pooled)
   return spreads
 
 
-def interval(values: Sequence[float], pooled: Pooled | None = None,
+def student_interval(values: Sequence[float],
+                     pooled: PooledDeviation | None = None,
              level: float = 0.05) -> Interval:
   """Returns the mean and Student's interval around it.
 
@@ -77,17 +83,17 @@ def interval(values: Sequence[float], pooled: Pooled | None = None,
     level: the probability of a mean that is outside.
   """
   n, mean = len(values), float(np.mean(values))
-  if n < MIN_SEEDS or _is_even(values):
+  if n < MIN_SEEDS or _are_all_alike(values):
     return Interval(mean=mean, low=None, high=None, seeds=n)
-  half = half_width(values, level, pooled)
+  half = half_width_of_interval(values, level, pooled)
   return Interval(mean=mean, low=mean - half, high=mean + half, seeds=n)
 
 
-def share_interval(values: Sequence[float]) -> Interval:
+def logit_interval(values: Sequence[float]) -> Interval:
   """Returns the mean of shares, such as accuracies, and an interval around it
   inside 0 to 1: Student's of the mean's logit, by the delta method (that of
   shares of clusters in surveys: Lumley 2010, R's svyciprop)."""
-  of_share = interval(values)
+  of_share = student_interval(values)
   if of_share.low is None:
     return of_share
   from scipy.special import expit, logit
@@ -98,12 +104,12 @@ def share_interval(values: Sequence[float]) -> Interval:
                   high=float(expit(logit(mean) + half)), seeds=of_share.seeds)
 
 
-def _is_even(values: Sequence[float]) -> bool:
+def _are_all_alike(values: Sequence[float]) -> bool:
   """Returns whether the values are all alike, but for rounding."""
   return float(np.std(values)) <= 1e-12 * abs(float(np.mean(values)))
 
 
-class Crossed(NamedTuple):
+class CrossedEstimate(NamedTuple):
   """A mean over seeds and items, its 95 % interval and its p; None where they
   are too few, or all alike."""
   mean: float
@@ -112,8 +118,9 @@ class Crossed(NamedTuple):
   p: float | None
 
 
-def crossed(values_SQ: np.ndarray, weights_Q: Sequence[float] | None = None
-            ) -> Crossed:
+def estimate_over_seeds_and_items(values_SQ: np.ndarray,
+                                  weights_Q: Sequence[float] | None = None
+            ) -> CrossedEstimate:
   """Returns what differences say, each of a seed and an item, where both are
   samples of many; of one seed, over its items alone.
 
@@ -137,7 +144,7 @@ def crossed(values_SQ: np.ndarray, weights_Q: Sequence[float] | None = None
     x_SQ = mean + weighed_SQ / np.mean(weights_Q)
   are_alike = np.ptp(x_SQ) <= 1e-12 * abs(mean)
   if Q < 2 or 1 < S < MIN_SEEDS or are_alike:
-    return Crossed(mean=mean, low=None, high=None, p=None)
+    return CrossedEstimate(mean=mean, low=None, high=None, p=None)
 
   # The table's mean squares: of seeds, of items, and of the rest.
   seeds_S1 = x_SQ.mean(1, keepdims=True) - mean
@@ -158,10 +165,10 @@ def crossed(values_SQ: np.ndarray, weights_Q: Sequence[float] | None = None
   error = math.sqrt(variance / (S * Q))
   half = float(stdtrit(df, 0.975)) * error
   p = float(2 * stdtr(df, -abs(mean) / error))
-  return Crossed(mean=mean, low=mean - half, high=mean + half, p=p)
+  return CrossedEstimate(mean=mean, low=mean - half, high=mean + half, p=p)
 
 
-def mcnemar(ours: Sequence[float], theirs: Sequence[float],
+def mcnemar_p_value(ours: Sequence[float], theirs: Sequence[float],
             alternative: str = 'two-sided') -> float:
   """Returns the exact p of McNemar's test of items that are right (1) or wrong
   (0); `alternative` is scipy's."""
@@ -174,7 +181,8 @@ def mcnemar(ours: Sequence[float], theirs: Sequence[float],
   return float(test.pvalue)
 
 
-def p_value(values: Sequence[float], pooled: Pooled | None = None
+def student_p_value(values: Sequence[float],
+                    pooled: PooledDeviation | None = None
             ) -> float | None:
   """Returns the two-sided p of a mean of 0: Student's, or that by `pooled` if
   it is larger; None for too few values.
@@ -183,20 +191,20 @@ def p_value(values: Sequence[float], pooled: Pooled | None = None
   solved wholly at every seed or not at all. Their p is that of the sign test:
   2^(1 - n), and 1 where they are all 0.
   """
-  tails = _tails(values, 0.0, pooled)
+  tails = _one_sided_p_values(values, 0.0, pooled)
   if tails is None:
     return None
   return min(2 * min(tails), 1.0)
 
 
-def p_within(values: Sequence[float], margin: float, sign: int,
-             pooled: Pooled | None = None
+def equivalence_p_values(values: Sequence[float], margin: float, sign: int,
+             pooled: PooledDeviation | None = None
              ) -> tuple[float | None, float | None]:
   """Returns the p of a mean that lies between -margin and margin (the larger of
   two one-sided tests: Schuirmann 1987), and of one that is not worse than by
   the margin, where `sign` is that of an improvement."""
-  at_low_end = _tails(values, -margin, pooled)
-  at_high_end = _tails(values, margin, pooled)
+  at_low_end = _one_sided_p_values(values, -margin, pooled)
+  at_high_end = _one_sided_p_values(values, margin, pooled)
   if at_low_end is None or at_high_end is None:
     return None, None
   _, above = at_low_end
@@ -205,14 +213,16 @@ def p_within(values: Sequence[float], margin: float, sign: int,
   return max(above, below), not_worse
 
 
-def p_below(values: Sequence[float], target: float) -> float | None:
+def p_value_below_target(values: Sequence[float],
+                         target: float) -> float | None:
   """Returns the one-sided p of a mean that is not below a target (Student's);
   None for too few values."""
-  tails = _tails(values, target, None)
+  tails = _one_sided_p_values(values, target, None)
   return None if tails is None else tails[0]
 
 
-def _tails(values: Sequence[float], center: float, pooled: Pooled | None
+def _one_sided_p_values(values: Sequence[float], center: float,
+                        pooled: PooledDeviation | None
            ) -> tuple[float, float] | None:
   """Returns the p of a mean that is not below `center`, and of one that is not
   above it; None for too few values."""
@@ -220,7 +230,7 @@ def _tails(values: Sequence[float], center: float, pooled: Pooled | None
   if n < MIN_SEEDS:
     return None
   mean = float(np.mean(values)) - center
-  if _is_even(values):  # their signs are alike: the p of the sign test
+  if _are_all_alike(values):  # their signs are alike: the p of the sign test
     all_alike = 2.0 ** -n
     not_below = 1.0 if mean >= 0 else all_alike
     not_above = 1.0 if mean <= 0 else all_alike
@@ -228,20 +238,20 @@ def _tails(values: Sequence[float], center: float, pooled: Pooled | None
   from scipy.special import stdtr
   # The largest p of all spreads: each of them must find a difference.
   not_below, not_above = [], []
-  for sd, df in _spreads(values, pooled):
+  for sd, df in _deviations_to_pass(values, pooled):
     t = mean * math.sqrt(n) / sd
     not_below.append(float(stdtr(df, t)))
     not_above.append(float(stdtr(df, -t)))
   return max(not_below), max(not_above)
 
 
-def robust_p(values: Sequence[float]) -> float | None:
+def permutation_p_value(values: Sequence[float]) -> float | None:
   """Returns the p of the paired permutation test (of signs; Fisher 1935) of the
   mean without the fifth of the values at each end, or of the whole mean of six,
   of which a trimmed one has no p below 0.06; None for fewer than ROBUST_SEEDS.
   It asks for noise that is symmetric, and for no shape beside."""
   n = len(values)
-  if n < ROBUST_SEEDS:
+  if n < MIN_SEEDS_OF_PERMUTATION:
     return None
   # The given signs come first: [drawn, n], a row of 1 and -1 each.
   if n <= 12:
@@ -251,14 +261,14 @@ def robust_p(values: Sequence[float]) -> float | None:
     bits[0] = 0
   signs = 1 - 2 * bits
   # The trimmed mean under each of these signs.
-  cut = n // 5 if n > ROBUST_SEEDS else 0
+  cut = n // 5 if n > MIN_SEEDS_OF_PERMUTATION else 0
   ordered = np.sort(np.asarray(values) * signs, axis=1)
   means = np.abs(ordered[:, cut:n - cut].mean(1))
   seen = means[0] * (1 - 1e-12)
   return float(np.mean(means >= seen))
 
 
-class Shape(NamedTuple):
+class NoiseShape(NamedTuple):
   """The shape of noise: whether it looks normal.
 
   Attributes:
@@ -275,20 +285,21 @@ class Shape(NamedTuple):
     """The p of normal noise, by both together (Bonferroni)."""
     return min(2 * min(self.skew, self.outliers), 1.0)
 
-  def pooled(self, of: Callable[[np.ndarray], np.ndarray]) -> Pooled | None:
+  def pooled(self,
+             of: Callable[[np.ndarray], np.ndarray]) -> PooledDeviation | None:
     """Returns the spread of what is tested, of all variants together; None
     where the noise looks normal.
 
     Args:
       of: a function that maps [seeds, sizes] to the [seeds] that are tested.
     """
-    if self.p > IRREGULAR:
+    if self.p > MAX_P_OF_IRREGULAR:
       return None
     df = sum(len(group) - 1 for group in self.groups)
     squares = sum(np.var(of(group)) * len(group) for group in self.groups)
-    return Pooled(sd=math.sqrt(squares / df), df=df)
+    return PooledDeviation(sd=math.sqrt(squares / df), df=df)
 
-  def pooled_at(self, size: int) -> Pooled | None:
+  def pooled_deviation_at_size(self, size: int) -> PooledDeviation | None:
     """Returns the spread at one size. It is no less, beside the median distance
     from the mean, than that of all sizes: a tail may be seen at another one."""
     pooled = self.pooled(lambda group: group[:, size])
@@ -296,43 +307,46 @@ class Shape(NamedTuple):
       return None
     residuals = np.concatenate(
         [group - np.mean(group, axis=0) for group in self.groups])
-    variances = np.mean(_scaled(residuals) ** 2, axis=0)  # [sizes]
+    # [sizes]
+    variances = np.mean(_scale_by_median_distance(residuals) ** 2, axis=0)
     more = variances.mean() / max(variances[size], 1e-300)
     return pooled._replace(sd=pooled.sd * math.sqrt(max(more, 1.0)))
 
 
-def shape(groups: Sequence[np.ndarray]) -> Shape | None:
+def measure_noise_shape(groups: Sequence[np.ndarray]) -> NoiseShape | None:
   """Returns the shape of the noise of paired differences: of each variant
   [seeds, sizes], all minus the same base. None where nothing tells it."""
   telling = []
   for group in groups:
-    is_even = all(_is_even(column) for column in group.T)
-    if MIN_SEEDS <= len(group) <= MOST_SHAPED and not is_even:
+    is_even = all(_are_all_alike(column) for column in group.T)
+    if MIN_SEEDS <= len(group) <= MAX_SEEDS_OF_NOISE_SHAPE and not is_even:
       telling.append(group)
   if not telling:
     return None
   residuals = np.concatenate(
       [group - np.median(group, axis=0) for group in telling])
-  skewness, largest = _shapes(residuals)
+  skewness, largest = _skewness_and_largest(residuals)
   # How often normal noise of as many seeds has as large ones.
   lengths = tuple(len(group) for group in telling)
-  normal_skewness, normal_largest = _normal_shapes(lengths, residuals.shape[1])
+  normal_skewness, normal_largest = _simulate_normal_shapes(
+      lengths, residuals.shape[1])
   skew = np.mean(normal_skewness >= skewness * (1 - 1e-9))
   outliers = np.mean(normal_largest >= largest * (1 - 1e-9))
-  return Shape(skew=float(skew), outliers=float(outliers), groups=telling)
+  return NoiseShape(skew=float(skew), outliers=float(outliers), groups=telling)
 
 
-def _shapes(residuals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _skewness_and_largest(residuals: np.ndarray) -> tuple[np.ndarray,
+                                                          np.ndarray]:
   """Returns the skewness and the largest value of [..., values, sizes], without
   their signs."""
-  z = _scaled(residuals)
+  z = _scale_by_median_distance(residuals)
   z = z - np.mean(z, (-2, -1), keepdims=True)
   variance = np.maximum(np.mean(z ** 2, (-2, -1)), 1e-300)
   skewness = np.abs(np.mean(z ** 3, (-2, -1))) / variance ** 1.5
   return skewness, np.max(np.abs(z), (-2, -1))
 
 
-def _scaled(residuals: np.ndarray) -> np.ndarray:
+def _scale_by_median_distance(residuals: np.ndarray) -> np.ndarray:
   """Returns [..., values, sizes], each size over its median distance from 0."""
   size = np.abs(residuals)
   scale = np.median(size, -2, keepdims=True)
@@ -341,22 +355,23 @@ def _scaled(residuals: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=32)
-def _normal_shapes(lengths: tuple[int, ...], sizes: int
+def _simulate_normal_shapes(lengths: tuple[int, ...], sizes: int
                    ) -> tuple[np.ndarray, np.ndarray]:
   """Returns what `_shapes` gives for many draws of normal noise of variants
   with so many seeds."""
   rng = np.random.default_rng(0)
-  drawn = min(DRAWS, max(4_000_000 // (sum(lengths) * sizes), 200))
+  drawn = min(NUM_SIMULATED_STUDIES,
+              max(4_000_000 // (sum(lengths) * sizes), 200))
   # All variants are beside the same base, which ties them together.
   base = rng.normal(size=(drawn, max(lengths), sizes))
   residuals = []
   for n in lengths:
     group = rng.normal(size=(drawn, n, sizes)) - base[:, :n]
     residuals.append(group - np.median(group, 1, keepdims=True))
-  return _shapes(np.concatenate(residuals, 1))
+  return _skewness_and_largest(np.concatenate(residuals, 1))
 
 
-def shows(seeds: int, level: float) -> tuple[float, float]:
+def least_significant_mean(seeds: int, level: float) -> tuple[float, float]:
   """Returns how many standard deviations of a paired difference a mean needs to
   be significant at a level, and the least p that signs alone can have."""
   from scipy.special import stdtrit
@@ -364,7 +379,7 @@ def shows(seeds: int, level: float) -> tuple[float, float]:
   return quantile / math.sqrt(seeds), 2.0 ** (1 - seeds)
 
 
-def corrected(p: Sequence[float | None], method: str = 'holm'
+def correct_p_values(p: Sequence[float | None], method: str = 'holm'
               ) -> list[float | None]:
   """Returns the p-values as corrected for being several.
 
@@ -422,7 +437,7 @@ class PowerLaw:
     return float(ratio ** (1 / self.exponent))
 
 
-def power_law(compute: Sequence[float], loss: Sequence[float]
+def fit_power_law(compute: Sequence[float], loss: Sequence[float]
               ) -> PowerLaw | None:
   """Fits a saturating power law by least squares; None where it cannot.
 
@@ -432,7 +447,7 @@ def power_law(compute: Sequence[float], loss: Sequence[float]
   x, y = np.asarray(compute, float), np.asarray(loss, float)
   is_known = np.isfinite(x) & np.isfinite(y) & (x > 0)
   x, y = x[is_known], y[is_known]
-  if len(x) < MIN_POINTS or np.ptp(x) == 0:
+  if len(x) < MIN_POINTS_OF_CURVE or np.ptp(x) == 0:
     return None
   from scipy.optimize import minimize_scalar, nnls
   unit = np.exp(np.mean(np.log(x)))  # the geometric mean of the compute
@@ -481,7 +496,7 @@ def speed_up(ours: PowerLaw | None, theirs: PowerLaw | None) -> float | None:
   return base / needed
 
 
-def over_seeds(pairs: Sequence[tuple[PowerLaw | None, PowerLaw | None]]
+def mean_speed_up(pairs: Sequence[tuple[PowerLaw | None, PowerLaw | None]]
                ) -> tuple[Interval | None, float | None]:
   """Returns the geometric mean over seeds of speed-ups, with its interval, and
   the largest error of the fits, in nats; None where a seed gives no speed-up,
@@ -491,7 +506,7 @@ def over_seeds(pairs: Sequence[tuple[PowerLaw | None, PowerLaw | None]]
     return None, None
   error = max(max(ours.rms, theirs.rms) for ours, theirs in pairs)
   # The geometric mean is the exponential of the mean of the logarithms.
-  of_logs = interval(np.log(ratios))
+  of_logs = student_interval(np.log(ratios))
   low = high = None
   if of_logs.low is not None:
     low, high = math.exp(of_logs.low), math.exp(of_logs.high)
@@ -521,7 +536,8 @@ def jackknife(samples: np.ndarray, of: Callable[[np.ndarray], np.ndarray]
   return of(np.mean(samples, axis=0)), stdtrit(n - 1, 0.975) * spread
 
 
-def ladder(compute: np.ndarray, loss: np.ndarray, floor: float | None = None
+def fit_compute_multiplier(compute: np.ndarray, loss: np.ndarray,
+                           floor: float | None = None
            ) -> tuple[PowerLaw | None, float]:
   """Fits the law of a base over sizes and the compute multiplier of a variant,
   whose loss is law.loss(multiplier * compute), to the losses of both by least
@@ -575,7 +591,7 @@ def ladder(compute: np.ndarray, loss: np.ndarray, floor: float | None = None
   return law, multiplier
 
 
-def multipliers(law: PowerLaw, compute: np.ndarray, loss: np.ndarray
+def multiplier_at_each_size(law: PowerLaw, compute: np.ndarray, loss: np.ndarray
                 ) -> np.ndarray:
   """Returns the multiplier of each size alone: what the base needs to differ
   from its own loss there by as much as the variant does, over what the variant
@@ -594,11 +610,13 @@ def multipliers(law: PowerLaw, compute: np.ndarray, loss: np.ndarray
   # scale / C^exponent is `share` times as much where C is this many times.
   times = np.exp(np.minimum(-np.log(share) / law.exponent, 50))
   needed = base_compute * times
-  is_inside = (needed >= law.first / REACH) & (needed <= law.last * REACH)
+  is_inside = (needed >= law.first / MAX_EXTRAPOLATION) & (needed <= law.last
+                                                           * MAX_EXTRAPOLATION)
   return np.where(is_inside, needed / our_compute, np.nan)
 
 
-def scaled(compute: np.ndarray, losses: np.ndarray, ahead: np.ndarray,
+def jackknife_scaling_figures(compute: np.ndarray, losses: np.ndarray,
+                              ahead: np.ndarray,
            floor: float | None = None) -> tuple[np.ndarray, np.ndarray]:
   """Returns figures of the law of `ladder`, and half of their 95 % intervals
   over seeds (`jackknife`): the floor; what the base loses, and the variant
@@ -613,11 +631,11 @@ def scaled(compute: np.ndarray, losses: np.ndarray, ahead: np.ndarray,
   """
   def figures(mean: np.ndarray) -> np.ndarray:
     """Returns the figures of losses [2, sizes], a mean over seeds."""
-    law, factor = ladder(compute, mean, floor)
+    law, factor = fit_compute_multiplier(compute, mean, floor)
     if law is None:
       return np.full(compute.shape[1] + 4, np.nan)
     base, ours = law.loss(ahead * [1.0, factor])
-    at_sizes = multipliers(law, compute, mean)
+    at_sizes = multiplier_at_each_size(law, compute, mean)
     logs = np.log([factor, *at_sizes])
     return np.array([law.floor, base, ours - base, *logs])
 
@@ -644,42 +662,46 @@ def scaled(compute: np.ndarray, losses: np.ndarray, ahead: np.ndarray,
 
 
 @functools.lru_cache(maxsize=32)
-def _uniform(dims: int) -> np.ndarray:
+def _sobol_points(dims: int) -> np.ndarray:
   """Returns [DRAWS, dims]: scrambled Sobol points, always the same."""
   from scipy.stats import qmc
-  points = qmc.Sobol(dims, seed=0).random(DRAWS)
+  points = qmc.Sobol(dims, seed=0).random(NUM_SIMULATED_STUDIES)
   return np.clip(points, 1e-9, 1 - 1e-9)
 
 
 @functools.lru_cache(maxsize=32)
-def _normal(dims: int) -> np.ndarray:
+def _normal_points(dims: int) -> np.ndarray:
   """Returns [DRAWS, dims]: `_uniform` as normal noise."""
   from scipy.special import ndtri
-  return ndtri(_uniform(dims))
+  return ndtri(_sobol_points(dims))
 
 
 @functools.lru_cache(maxsize=1024)
-def _spread(df: float, column: int, dims: int) -> np.ndarray:
+def _draw_relative_deviations(df: float, column: int, dims: int) -> np.ndarray:
   """Returns sqrt(chi2_df / df) of one column of the points: dear, and so kept
   for the next time. Where df is large, by Wilson and Hilferty (1931), who err
   by less than 1e-4 there."""
   if df > 40:
     part = 2 / (9 * df)
-    z = _normal(dims)[:, column]
+    z = _normal_points(dims)[:, column]
     return (1 - part + z * part ** 0.5) ** 1.5
   from scipy.special import gammaincinv
-  u = _uniform(dims)[:, column]
+  u = _sobol_points(dims)[:, column]
   return np.sqrt(2 * gammaincinv(df / 2, u) / df)
 
 
 @functools.lru_cache(maxsize=256)
-def _lost(runs: int, rate: float) -> tuple[np.ndarray, np.ndarray]:
+def _draw_diverged_runs(runs: int, rate: float
+                        ) -> tuple[np.ndarray, np.ndarray]:
   """Returns how many of the variant's runs and of the base's diverge."""
   rng = np.random.default_rng(0)
-  return rng.binomial(runs, rate, DRAWS), rng.binomial(runs, rate, DRAWS)
+  of_variant = rng.binomial(runs, rate, NUM_SIMULATED_STUDIES)
+  of_base = rng.binomial(runs, rate, NUM_SIMULATED_STUDIES)
+  return of_variant, of_base
 
 
-def least_effects(sd: float, sds: Sequence[float], df: float, seeds: int,
+def simulate_least_effects(sd: float, sds: Sequence[float], df: float,
+                           seeds: int,
                   level: float, rate: float = 0.0, limit: float = 1.0,
                   seen: np.ndarray | None = None, within: bool = False
                   ) -> np.ndarray:
@@ -703,9 +725,9 @@ def least_effects(sd: float, sds: Sequence[float], df: float, seeds: int,
       by two one-sided tests, and at all sizes, what has no effect.
   """
   from scipy.special import stdtrit
-  sizes, sds, shared = _sizes(sd, np.asarray(sds, float))
+  sizes, sds, shared = _correlate_sizes(sd, np.asarray(sds, float))
   if seeds < MIN_SEEDS:
-    return np.full(DRAWS, np.inf)
+    return np.full(NUM_SIMULATED_STUDIES, np.inf)
   # The columns of the points: one of each size, the spread that the test will
   # see, the true spread, and what the sizes of a seed share.
   dims = sizes + 3
@@ -714,24 +736,24 @@ def least_effects(sd: float, sds: Sequence[float], df: float, seeds: int,
   n, is_void = np.array([seeds]), np.array([False])
   if rate:
     runs = seeds * sizes
-    ours, base = _lost(runs, rate)
+    ours, base = _draw_diverged_runs(runs, rate)
     n = seeds - np.minimum(ours + base, seeds)
     is_unstable = ours / runs > limit + rate + 1e-9
     is_void = (n < MIN_SEEDS) | is_unstable
     n = np.maximum(n, MIN_SEEDS)
 
   # The mean at each size, and the spread of the means over sizes.
-  if seen is not None and seeds <= MOST_SHAPED:
-    means, spread = _as_seen(seen, sds, n)
+  if seen is not None and seeds <= MAX_SEEDS_OF_NOISE_SHAPE:
+    means, spread = _resample_means(seen, sds, n)
   else:
-    z = _normal(dims)
+    z = _normal_points(dims)
     together = z[:, -1:] * shared ** 0.5
     apart = z[:, :sizes] * (1 - shared) ** 0.5
     means = (apart + together) * sds / np.sqrt(n)[:, None]
-    spread = np.empty(DRAWS)
+    spread = np.empty(NUM_SIMULATED_STUDIES)
     for k in set(n.tolist()):
       at = n == k if len(n) > 1 else slice(None)
-      spread[at] = sd * _spread(float(k - 1), sizes, dims)[at]
+      spread[at] = sd * _draw_relative_deviations(float(k - 1), sizes, dims)[at]
 
   # The mean over sizes must exceed this, and each size must point to it.
   tail = level if within else level / 2
@@ -742,15 +764,16 @@ def least_effects(sd: float, sds: Sequence[float], df: float, seeds: int,
   need = means.mean(1) + half
   if sizes > 1:
     need = np.maximum(need, means.max(1))
-  need = need / _spread(round(df, 1), sizes + 1, dims)
+  need = need / _draw_relative_deviations(round(df, 1), sizes + 1, dims)
   return np.where(is_void, np.inf, need)
 
 
-def _as_seen(seen: np.ndarray, sds: np.ndarray, n: np.ndarray
+def _resample_means(seen: np.ndarray, sds: np.ndarray, n: np.ndarray
              ) -> tuple[np.ndarray, np.ndarray]:
   """Returns [DRAWS, sizes], the means of n seeds drawn from differences that
   were seen, and the spread of their means over the sizes."""
-  drawn = _drawn_as_seen(seen, sds, int(n.max()))  # [DRAWS, seeds, sizes]
+  # [DRAWS, seeds, sizes]
+  drawn = _resample_differences(seen, sds, int(n.max()))
   draws, seeds, _ = drawn.shape
   # Each study has the first n of its seeds.
   has_seed = np.arange(seeds) < n[:, None]
@@ -762,26 +785,28 @@ def _as_seen(seen: np.ndarray, sds: np.ndarray, n: np.ndarray
   return means, np.sqrt(variance)
 
 
-def _drawn_as_seen(seen: np.ndarray, sds: np.ndarray, n: int) -> np.ndarray:
+def _resample_differences(seen: np.ndarray, sds: np.ndarray,
+                          n: int) -> np.ndarray:
   """Returns [DRAWS, n, sizes], drawn from differences that were seen. Which of
   the two runs of a pair is the first says nothing, so each is drawn with either
   sign."""
   rng = np.random.default_rng(0)
-  pairs = rng.integers(len(seen), size=(DRAWS, n))
-  signs = rng.choice((-1, 1), size=(DRAWS, n, 1))
+  pairs = rng.integers(len(seen), size=(NUM_SIMULATED_STUDIES, n))
+  signs = rng.choice((-1, 1), size=(NUM_SIMULATED_STUDIES, n, 1))
   # To each size its own spread.
   scale = sds / np.sqrt(np.mean(seen ** 2, axis=0))
   return seen[pairs] * signs * scale
 
 
-def errs(seen: np.ndarray, sds: Sequence[float], seeds: int, level: float,
+def simulate_false_positive_rate(seen: np.ndarray, sds: Sequence[float],
+                                 seeds: int, level: float,
          variants: int = 1) -> float:
   """Returns how often a variant without effect is found to have one at a level,
   in studies of so many variants whose noise is drawn from what was seen: by
   p_value, with the spread of all where a study's differences look so, too."""
   from scipy.special import stdtr
-  drawn = _drawn_as_seen(seen, np.asarray(sds), seeds)
-  whole = DRAWS // variants * variants
+  drawn = _resample_differences(seen, np.asarray(sds), seeds)
+  whole = NUM_SIMULATED_STUDIES // variants * variants
   # [studies, variants, seeds, sizes]
   studies = drawn[:whole].reshape(-1, variants, *drawn.shape[1:])
   means = studies.mean(3)
@@ -798,18 +823,19 @@ def errs(seen: np.ndarray, sds: Sequence[float], seeds: int, level: float,
   for study, study_means, found in zip(studies, means, is_found):
     if not found.any():
       continue
-    noise = shape(study)
+    noise = measure_noise_shape(study)
     pooled = None
     if noise is not None:
       pooled = noise.pooled(lambda differences: differences.mean(1))
     for values in study_means[found]:
-      p = p_value(values, pooled)
+      p = student_p_value(values, pooled)
       if p is not None and p <= level:
         wrong += 1
   return wrong / is_found.size
 
 
-def _sizes(sd: float, sds: np.ndarray) -> tuple[int, np.ndarray, float]:
+def _correlate_sizes(sd: float, sds: np.ndarray) -> tuple[int, np.ndarray,
+                                                          float]:
   """Returns the number of sizes, their deviations, and the correlation of
   each two, with which their mean has the deviation `sd`."""
   sizes = len(sds)
@@ -822,15 +848,15 @@ def _sizes(sd: float, sds: np.ndarray) -> tuple[int, np.ndarray, float]:
   return sizes, sds, min(correlation, 1.0)
 
 
-def power(effect: float, *args, **kwargs) -> float:
+def power_to_find(effect: float, *args, **kwargs) -> float:
   """Returns the share of drawn studies that find `effect`; the other arguments
   are those of `least_effects`."""
-  return float(np.mean(least_effects(*args, **kwargs) <= effect))
+  return float(np.mean(simulate_least_effects(*args, **kwargs) <= effect))
 
 
 def smallest_effect(wanted: float, *args, **kwargs) -> float | None:
   """Returns the effect that a share `wanted` of drawn studies finds."""
-  least = least_effects(*args, **kwargs)
+  least = simulate_least_effects(*args, **kwargs)
   effect = float(np.quantile(least, wanted, method='higher'))
   return effect if np.isfinite(effect) else None
 
@@ -840,9 +866,10 @@ def seeds_needed(effect: float, wanted: float, sd: float, sds, df: float,
   """Returns the least number of seeds with the power `wanted`; None where
   MOST_SEEDS are too few."""
   def is_enough(seeds: int) -> bool:
-    return power(effect, sd=sd, sds=sds, df=df, seeds=seeds, level=level,
+    return power_to_find(effect, sd=sd, sds=sds, df=df, seeds=seeds,
+                         level=level,
                  **kwargs) >= wanted
 
-  numbers = range(MIN_SEEDS, MOST_SEEDS + 1)
+  numbers = range(MIN_SEEDS, MAX_SEEDS + 1)
   at = bisect.bisect_left(numbers, True, key=is_enough)
   return numbers[at] if at < len(numbers) else None

@@ -40,7 +40,7 @@ def main(args) -> int:
 def _study(workdir, as_json: bool) -> int:
   """Prints how far each phase of a study is."""
   from tools.compare import plan, results
-  frozen = plan.load(workdir)
+  frozen = plan.load_frozen_plan(workdir)
   phases = []
   for cost in results.costs(frozen, 1, None):
     runs = []
@@ -57,7 +57,7 @@ def _study(workdir, as_json: bool) -> int:
                       'phases': rows}, indent=2))
     return 0
   print(f'study {frozen.plan.name}, plan {frozen.hash}, frozen on '
-        f'{plan.date(frozen.time)}')
+        f'{plan.format_date(frozen.time)}')
   width = max(len(cost.phase) for cost, _ in phases)
   for cost, runs in phases:
     print(f'{cost.phase:<{width}} {states(runs) or "not begun"}, {cost.runs} '

@@ -38,7 +38,7 @@ def check(args) -> int:
   """Prints the plan of a study's file and the costs of its phases."""
   kept = None
   if args.workdir:
-    kept = plans.load(args.workdir)
+    kept = plans.load_frozen_plan(args.workdir)
   frozen = freeze.freeze_plan(args.file, kept)
   print(described(frozen), flush=True)
 
@@ -79,7 +79,7 @@ class Timing:
     seconds: the measured seconds of one step, likewise.
   """
 
-  def __init__(self, frozen: plans.Frozen, parallel: int, group: int):
+  def __init__(self, frozen: plans.FrozenPlan, parallel: int, group: int):
     self._frozen, self._parallel = frozen, parallel
     plan = frozen.plan
     self.alike = min(group, plan.seeds['confirm'])
@@ -87,7 +87,7 @@ class Timing:
     self.flops: dict[Key, float] = {}
     self.seconds: dict[Key, float] = {}
     for workload in plan.workloads:
-      for size in plan.every_size:
+      for size in plan.all_sizes:
         row = frozen.point(plan.base, size, workload)
         steps = frozen.steps(row['changes'])
         self.steps[size, workload] = steps
@@ -104,7 +104,7 @@ class Timing:
     for size, workload in keys:
       share = min(TIMED_STEPS / self.steps[size, workload], 0.999)
       for seed in range(self.alike):
-        runs.append(phases.run_of(
+        runs.append(phases.make_run(
             frozen=self._frozen, phase='screen',
             variant=self._frozen.plan.base, size=size, workload=workload,
             seed=seed, more={'eval.batches': 1, 'eval.tasks': ''}, share=share))
@@ -138,7 +138,7 @@ class Timing:
     return times
 
 
-def timed(frozen: plans.Frozen, parallel: int, group: int) -> results.Times:
+def timed(frozen: plans.FrozenPlan, parallel: int, group: int) -> results.Times:
   """Returns the seconds of a step at each size on each workload.
 
   The smallest size comes first. Runs that by their FLOPs would then take longer
@@ -177,9 +177,9 @@ def run(args, submit: Callable[..., None]) -> int:
     submit: a function that submits runners to SLURM, of (args, jobs).
   """
   layout.check_workdir(args.workdir, 'study.json')
-  frozen = freeze.freeze_plan(args.file, plans.last(args.workdir))
+  frozen = freeze.freeze_plan(args.file, plans.load_last_plan(args.workdir))
   one_of('--until', args.until, ('freeze', *frozen.plan.seeds, plans.REPORT))
-  frozen = plans.adopted(args.workdir, frozen, args.amend)
+  frozen = plans.adopt_plan(args.workdir, frozen, args.amend)
   print(described(frozen), flush=True)
   if args.retry:
     for folder in results.folders(args.workdir):
@@ -195,11 +195,11 @@ def run(args, submit: Callable[..., None]) -> int:
   return go(args.workdir, frozen, trainer, args)
 
 
-def described(frozen: plans.Frozen) -> str:
+def described(frozen: plans.FrozenPlan) -> str:
   """Returns the methods of a plan, and how large its models are."""
   plan = frozen.plan
   rows = [('size', 'parameters', 'FLOPs a token')]
-  for size in plan.every_size:
+  for size in plan.all_sizes:
     point = frozen.point(plan.base, size, plans.TEXT)
     rows.append((size, f'{point["params"]:,}',
                  f'{point["flops_per_token"]:,.0f}'))
@@ -210,7 +210,7 @@ def described(frozen: plans.Frozen) -> str:
   return '\n\n'.join(parts)
 
 
-def go(workdir, frozen: plans.Frozen, trainer: Any, args) -> int:
+def go(workdir, frozen: plans.FrozenPlan, trainer: Any, args) -> int:
   """Goes through the phases with a trainer.
 
   Args:
@@ -227,7 +227,7 @@ def go(workdir, frozen: plans.Frozen, trainer: Any, args) -> int:
   before = costs()
   print(f'\n{results.table(before, args.parallel)}\n', flush=True)
   is_time_known = all(cost.seconds is not None for cost in before)
-  for state in phases.run(frozen, trainer, args.until, args.anyway):
+  for state in phases.run_phases(frozen, trainer, args.until, args.anyway):
     if args.anyway and state.weakness:
       _note(workdir, frozen, 'The study went on although it was too weak for '
             f'what it wants. {state.weakness}')
@@ -243,7 +243,7 @@ def go(workdir, frozen: plans.Frozen, trainer: Any, args) -> int:
   return 0
 
 
-def _found(state: phases.State, ends: bool) -> list[str]:
+def _found(state: phases.StudyState, ends: bool) -> list[str]:
   """Returns what the phase that is over has found, in lines; not its summary
   where the study `ends` with it, since a refusal then says the same."""
   phase = phases.PHASES[state.finished[-1]]
@@ -255,12 +255,12 @@ def _found(state: phases.State, ends: bool) -> list[str]:
   return lines
 
 
-def _note(workdir, frozen: plans.Frozen, sentence: str) -> None:
+def _note(workdir, frozen: plans.FrozenPlan, sentence: str) -> None:
   """Notes in the plan, once, that it went on; before anything more is run, so
   that a study which is killed later tells it too."""
   if sentence not in [note['told'] for note in frozen.notes]:
     frozen.notes.append({'time': time.time(), 'told': sentence})
-    plans.save(workdir, frozen)
+    plans.save_frozen_plan(workdir, frozen)
 
 
 class Trainer:
@@ -273,7 +273,7 @@ class Trainer:
     group: how many runs one program holds at most.
   """
 
-  def __init__(self, workdir, frozen: plans.Frozen, parallel: int = 1,
+  def __init__(self, workdir, frozen: plans.FrozenPlan, parallel: int = 1,
                group: int = 8):
     self._workdir = pathlib.Path(workdir)
     self._frozen = frozen
@@ -314,7 +314,7 @@ class Trainer:
   def _check_of_this_plan(self, path: pathlib.Path, sweep: curves.Sweep
                           ) -> None:
     """Raises RequestError for runs of another plan, or of another config."""
-    others = layout.plan_hashes_of_runs(path) - self._frozen.known
+    others = layout.plan_hashes_of_runs(path) - self._frozen.known_hashes
     names = ', '.join(sorted(others)) or 'none'
     require(not others, f'{path} holds runs of another plan than the study has '
             f'had ({names}): move them away, or '
@@ -326,7 +326,7 @@ class Trainer:
 
   def predicted(self, phase: str, rows: Sequence) -> dict:
     """Freezes what a phase is expected to find, once."""
-    return plans.predicted(self._workdir, self._frozen, phase, rows)
+    return plans.record_prediction(self._workdir, self._frozen, phase, rows)
 
   def trained(self, folder: str, runs: Sequence[phases.Run]) -> curves.Sweep:
     """Returns the sweep of some runs, once all of them have ended."""
@@ -372,11 +372,11 @@ class Trainer:
         'points': list(rows.values()),
         'sources': frozen.sources,
         'files': dict(plugins.text_of_loaded_file),
-        'plan': f'{frozen.hash} {plans.date(frozen.time)}'}
+        'plan': f'{frozen.hash} {plans.format_date(frozen.time)}'}
 
   def _row(self, run: phases.Run) -> dict[str, Any]:
     """Returns what sweep.json says of the point of a run, without its seeds."""
-    point = self._frozen.point_of(run)
+    point = self._frozen.point_of_run(run)
     # A run may take fewer steps than its point.
     tokens_a_step = point['tokens'] / self._frozen.steps(point['changes'])
     row = {
@@ -407,7 +407,7 @@ class Trainer:
       point: its point, as it lies on disk.
       result: its result, as it lies on disk.
     """
-    planned = self._frozen.point_of(run)
+    planned = self._frozen.point_of_run(run)
     loss = result.final_loss
     if loss is None:
       loss = math.inf
@@ -417,7 +417,7 @@ class Trainer:
     # The figures of the run, and the scores of the items that it was asked.
     values, scores = {}, {}
     keeps_items = run.phase not in ('noise', 'tune')
-    for measure in self._frozen.plan.of_workload(run.workload):
+    for measure in self._frozen.plan.measures_of_workload(run.workload):
       values[measure.name] = _value(run, measure, result, diverged)
       if keeps_items and measure.figure in result.items:
         scores[measure.name] = result.items[measure.figure]
@@ -427,7 +427,7 @@ class Trainer:
     for name, column in point.curve(run.seed, 'train').items():
       spent[name] = column[-1]
     curve = {}
-    if run.phase in plans.WITH_CURVES:
+    if run.phase in plans.PHASES_WITH_CURVES:
       curve = point.curve(run.seed)
     return plans.Outcome(
         phase=run.phase, variant=run.variant, size=run.size,

@@ -167,7 +167,8 @@ def reached(each: Sequence[Mapping[str, Sequence]], target: float
   for curve in each:
     is_shared = np.isin(curve['step'], at['step'])
     losses.append(np.asarray(curve['loss'], float)[is_shared])
-  ps = [statistics.p_below(seeds, target) for seeds in zip(*losses)]
+  ps = [statistics.p_value_below_target(seeds, target)
+        for seeds in zip(*losses)]
   if not ps:
     return {'p': None}
 
@@ -304,7 +305,7 @@ def effects(c: Comparison) -> Table:
     for pair in pairs:
       by_pair.append(float(np.mean([*pair.values()])))
 
-    mean, low, high, _ = statistics.interval(by_seed)
+    mean, low, high, _ = statistics.student_interval(by_seed)
     least, most = min(by_pair), max(by_pair)
     rows.append({
         'change': label(change),
@@ -362,7 +363,8 @@ def tuning(c: Comparison) -> Table:
 def _tuning_cells(c: Comparison, row: Mapping[str, Any]) -> dict[str, Cell]:
   """Returns the row of a plans.Tuned."""
   trials = row['tried']
-  measure, *_ = c.plan.of_workload(row['workload']) or (c.plan.primary,)
+  measure, *_ = c.plan.measures_of_workload(row['workload']) or (c.plan.primary,
+                                                                 )
 
   # The values that were tried of each field.
   tried = []
@@ -429,7 +431,7 @@ def _next_best(c: Comparison, row: Mapping[str, Any], measure: plans.Measure
   chosen, second, *_ = sorted(trials, key=order)
   apart = np.subtract(second.get('values', [second['value']]),
                       chosen.get('values', [chosen['value']]))
-  mean, low, high, _ = statistics.interval(apart)
+  mean, low, high, _ = statistics.student_interval(apart)
   return page.estimate(mean=mean, low=low, high=high)
 
 
@@ -487,7 +489,7 @@ def ranks(c: Comparison) -> Table:
   from scipy.stats import kendalltau
   # The difference of each variant from the base, by size.
   by_size = {}
-  for size in c.plan.every_size:
+  for size in c.plan.all_sizes:
     phase = 'largest' if size == c.plan.largest else 'confirm'
     differences = [0.0]  # the base's own
     for variant in c.plan.variants:
@@ -596,7 +598,7 @@ def provenance(c: Comparison) -> Table:
   if c.is_study:
     commit = c.frozen.code.get('commit')
     rows.append(('plan', f'{c.frozen.hash}, frozen on '
-                 f'{plans.date(c.frozen.time)} at commit {commit}'))
+                 f'{plans.format_date(c.frozen.time)} at commit {commit}'))
   for code in record['codes']:
     rows.append(('code', code))
   for device in record['devices']:

@@ -115,12 +115,12 @@ def load_suite(file: str, base: ml_collections.ConfigDict,
         require(is_free, f'--config.{field} is set, which the suite {file} '
                 f'sets itself in its task {label!r}: leave it out, or change '
                 'the suite')
-    configs[label] = spec.changed(base, fields, f'{file}, task {task!r}')
+    configs[label] = spec.apply_changes(base, fields, f'{file}, task {task!r}')
 
   cli.call_user_function(file, module.suite, add)
   for task in only:
     one_of('--only', task, configs)
-  seeds = seeds or getattr(module, 'SEEDS', spec.SEEDS)
+  seeds = seeds or getattr(module, 'SEEDS', spec.DEFAULT_NUM_SEEDS)
   chosen = {task: config for task, config in configs.items()
             if not only or task in only}
   suite = Suite(
@@ -202,7 +202,7 @@ def _row_of_task(suite: Suite, task: str, workdir: epath.Path
     figures_of_runs = figures_by_lr[best_lr]
     for name in figures_of_runs[0]:
       values = [figures[name] for figures in figures_of_runs]
-      interval = statistics.share_interval(values)._asdict()
+      interval = statistics.logit_interval(values)._asdict()
       over_seeds[name] = interval | {'seeds': values}
 
   config = suite.configs[task]

@@ -33,7 +33,7 @@ PLAN = plans.Plan(
 def _phase(name, values, workload='text', lost=()):
   """Outcomes of {variant: array [seed, size]}; `lost` holds (variant, seed,
   size) of those that diverged, by index."""
-  first = phases.PHASES[name].block * phases.APART
+  first = phases.PHASES[name].block * phases.SEEDS_BETWEEN_PHASES
   measure = 'loss' if workload == 'text' else workload
   return [plans.Outcome(
       name, variant, SIZES[k], workload, first + s,
@@ -94,8 +94,10 @@ def test_items_are_compared_by_the_mean_of_sizes_of_each_seed():
         [losses[row.variant, size, seed] - losses['base', size, seed]
          for size in SIZES], 0) for seed in subset])
     assert (row.both.effect, row.both.low, row.both.high, row.both.p
-            ) == pytest.approx(statistics.crossed(table, tokens))
-    alone = statistics.crossed(table.mean(0)[None], tokens)
+            ) == pytest.approx(
+                statistics.estimate_over_seeds_and_items(table, tokens))
+    alone = statistics.estimate_over_seeds_and_items(table.mean(0)[None],
+                                                     tokens)
     assert row.item_noise == pytest.approx((alone.high - alone.low) / 2)
   # Where they are not the same, or not known, nothing is said.
   other = items.record_scores([1.0] * 4, tokens[::-1], tokens[::-1])
@@ -116,7 +118,7 @@ def test_measures_go_on_by_their_signal_to_noise():
       x._replace(values=x.values | {
           'rises': SIZES.index(x.size) + rng.normal(0, 0.1),
           'noise': rng.normal()})
-      for phase, names in (('noise', ('base', plans.AGAIN)), (
+      for phase, names in (('noise', ('base', plans.SECOND_BASE)), (
           'confirm', ('base', *PLAN.variants)))
       for x in _phase(phase, {name: rng.normal(size=(5, 3)) for name in names})]
   rows = noise_lib.measure_noise(plan, outcomes)
@@ -356,7 +358,7 @@ def test_multipliers_are_of_runs_that_were_cooled_down():
   names = ('multiplier', 'multiplier, pinned', 'multiplier, no embeddings',
            'multiplier, no embeddings, pinned')
   assert [(x.by, x.size) for x in row.multipliers] == [
-      (name, size) for name in names for size in (decide.ALL, *SIZES)]
+      (name, size) for name in names for size in (decide.ALL_SIZES, *SIZES)]
   for x in row.multipliers:
     assert x.low < x.factor < x.high
     if x.by.endswith('pinned'):
@@ -415,7 +417,7 @@ def test_the_most_promising_of_the_stopped_look_better_than_the_base():
 def _noise(sds, seeds, rng, plan=PLAN):
   return _phase('noise', {name: rng.normal(
       3, np.array(sds) / np.sqrt(2), (seeds, 3))
-                          for name in ('base', plans.AGAIN)})
+                          for name in ('base', plans.SECOND_BASE)})
 
 
 def test_noise_rows_are_the_deviations_of_the_pairs():
@@ -429,9 +431,9 @@ def test_noise_rows_are_the_deviations_of_the_pairs():
           for row in noise_lib.measure_noise(plan, outcomes)}
   values = {x: np.reshape([y.values['loss'] for y in outcomes
                            if y.variant == x], (6, 3))
-            for x in ('base', plans.AGAIN)}
-  d = values[plans.AGAIN] - values['base']
-  for size, apart in (*zip(SIZES, d.T), (decide.ALL, d.mean(1))):
+            for x in ('base', plans.SECOND_BASE)}
+  d = values[plans.SECOND_BASE] - values['base']
+  for size, apart in (*zip(SIZES, d.T), (decide.ALL_SIZES, d.mean(1))):
     row = rows['loss', size, 'confirm']
     assert row.sd == pytest.approx(np.std(apart, ddof=1))
   assert (row.level, row.pairs) == (0.025, 6)
@@ -442,15 +444,15 @@ def test_noise_rows_are_the_deviations_of_the_pairs():
   far = [x._replace(values=dict.fromkeys(x.values, 4.0))
          if x is outcomes[0] else x for x in outcomes]
   apart = next(x for x in noise_lib.measure_noise(plan, far)
-               if (x.measure, x.size) == ('loss', decide.ALL))
+               if (x.measure, x.size) == ('loss', decide.ALL_SIZES))
   assert apart.outliers < 0.01 and apart.error is not None
   assert apart.smallest_effect > 2 * row.smallest_effect
   assert 'does not look normal' in noise_lib.announce_power(
       plan, noise_lib.measure_noise(plan, far)).sentence
   # Two variants, and three measures beside the primary one.
-  assert rows['y', decide.ALL, 'confirm'].level == 0.05 / (2 * 3)
+  assert rows['y', decide.ALL_SIZES, 'confirm'].level == 0.05 / (2 * 3)
   assert rows['y', 's', 'screen'].level == 0.05 / 2
-  assert rows['y', decide.ALL, 'confirm'].smallest_effect > (
+  assert rows['y', decide.ALL_SIZES, 'confirm'].smallest_effect > (
       1.1 * row.smallest_effect)
 
 
@@ -465,7 +467,7 @@ def test_a_study_that_cannot_find_what_it_wants_says_so():
   rows = noise_lib.measure_noise(smaller, outcomes)
   assert noise_lib.announce_power(smaller, rows).power == math.prod(
       row.power for row in rows if row.phase == 'screen'
-      or row.size == decide.ALL) < 0.9
+      or row.size == decide.ALL_SIZES) < 0.9
   assert strong.enough and 'less than' not in strong.sentence
   assert not weak.enough and weak.power < 0.8 <= strong.power
   assert 'less than the 80% that the plan wants' in weak.sentence
@@ -533,7 +535,7 @@ def test_what_lowers_the_noise_is_measured_on_its_pairs():
   rng, outcomes = np.random.default_rng(5), []
   paired = rng.normal(0, 0.1, (200, 3))
   walk = rng.normal(0, 0.02, (2, 200, 3, 8))
-  for name, steps in zip(('base', plans.AGAIN), walk):
+  for name, steps in zip(('base', plans.SECOND_BASE), walk):
     # The noise half-way is twice that of the end; that of its last quarter is
     # a mean of two.
     losses = 3 + paired[..., None] + steps * [9, 9, 9, 2, 9, 9, 1, 1]

@@ -58,7 +58,7 @@ def test_the_spread_of_all_that_was_looked_at_makes_an_answer_more_cautious(
   assert pooled == pytest.approx((math.sqrt(sum(squares) / 25), 25))
   t = -0.11 * 3 ** 0.5 / 0.06
   for share, is_shown in ((0.5, True), (0.02, False)):
-    test = judge.paired_test(d, share, statistics.Pooled(0.06, 25))
+    test = judge.paired_test(d, share, statistics.PooledDeviation(0.06, 25))
     assert test.p == pytest.approx(2 * stats.t.sf(-t, 25))
     assert (test.interval[1] < 0) == is_shown == (test.p_corrected <= 0.05)
     assert judge.paired_test(d, share).p < test.p

@@ -157,7 +157,7 @@ def test_what_is_not_known_is_said(sweep, tmp_path):
   assert comparison.load_comparison(tmp_path / 'b').warnings == [
       "The FLOPs a token of far differ from the base's by more than 1 %."]
   folder = layout.run_folder(tmp_path / 'b', 'norm', 1)
-  run_config.save_config(folder, spec.changed(
+  run_config.save_config(folder, spec.apply_changes(
       run_config.load_config(folder), {'optim.b1': 0.5}, 'a test'))
   assert 'figures: norm, seed 1 (optim.b1).' in report.text(
       comparison.load_comparison(tmp_path / 'b'))
@@ -314,7 +314,7 @@ def test_a_studys_tables_and_sheet_have_the_results_numbers(study):
                for row in results['confirm']}
   assert len(confirmed) == len(results['confirm']) == 2 * 4
   for (variant, measure), result in confirmed.items():
-    row = sheet['confirm', measure, variant, decide.ALL]
+    row = sheet['confirm', measure, variant, decide.ALL_SIZES]
     for name in ('effect', 'low', 'high', 'p', 'p_corrected'):
       assert row[name] == result[name]
     for size in result['sizes']:
@@ -363,7 +363,7 @@ def test_multipliers_predictions_and_what_a_screening_lost_are_told(tmp_path):
            if (x.phase, x.size, x.workload) == ('confirm', 'large', 'text')]
   rows = efficiency.predict_largest_size(plan, runs, dict.fromkeys(
       ('learned', 'rope', 'alibi'), 1e15))
-  narrowed = phases.PHASES['largest'].narrow(plan)
+  narrowed = phases.PHASES['largest'].narrow_plan(plan)
   results |= plans.to_json({
       'confirm': decide.confirm_variants(
           plan, runs), 'outcomes': [*runs, *ahead],

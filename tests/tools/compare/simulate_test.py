@@ -83,7 +83,8 @@ def _plan(variants: int = 5, seeds=(6, 2, 5, 5), **changes) -> plans.Plan:
       variants=tuple(f'v{i + 1}' for i in range(variants)), sizes=SIZES,
       workloads=(plans.TEXT,), measures=(plans.Measure(
           'loss', plans.TEXT, 'loss', plans.LOWER, math.log(256)),),
-      seeds=dict(zip(phases.usual_seeds(), seeds)), tuning=plans.Tuning(
+      seeds=dict(zip(phases.default_seeds_by_phase(), seeds)),
+      tuning=plans.Tuning(
           {RATE: (1e-3, 2e-3, 4e-3, 8e-3)}), effect=0.03,
       tuned_sizes=SIZES), **changes)
 
@@ -126,7 +127,8 @@ def test_no_effects_are_found_as_rarely_as_promised(diverge, monkeypatch):
   for name, share in shares.items():
     assert share == pytest.approx(0.95, abs=0.03), name
   if not diverge:
-    monkeypatch.setattr(statistics, 'corrected', lambda p, method='': list(p))
+    monkeypatch.setattr(statistics, 'correct_p_values',
+                        lambda p, method='': list(p))
     assert _confirmation(60)['wrong'] > 0.12
 
 
@@ -196,9 +198,9 @@ def test_as_much_is_found_as_is_announced():
   def one(number, add):
     world = World(plan, number)
     rows = noise_lib.measure_noise(
-        plan, world.train('', phases.PHASES['noise'].most(
+        plan, world.train('', phases.PHASES['noise'].largest_set_of_runs(
         studies.frozen(plan))))
-    whole = next(row for row in rows if row.size == decide.ALL)
+    whole = next(row for row in rows if row.size == decide.ALL_SIZES)
     naive = statistics.smallest_effect(
         plan.power, whole.sd, [whole.sd], 1e7, whole.seeds, whole.level)
     for name, effect in (('announced', whole.smallest_effect),

@@ -26,17 +26,17 @@ def test_intervals_and_p_values_are_scipys():
   for n in (3, 5, 12):
     values = rng.normal(0.1, 0.3, n)
     test = stats.ttest_1samp(values, 0)
-    _, low, high, seeds = statistics.interval(values)
+    _, low, high, seeds = statistics.student_interval(values)
     assert seeds == n
     assert (low, high) == pytest.approx(test.confidence_interval(0.95))
-    assert statistics.p_value(values) == pytest.approx(test.pvalue)
-  assert statistics.p_value([0.1, 0.2]) is None
-  assert statistics.interval([0.1, 0.2]).low is None
-  assert statistics.p_value([0.0] * 4) == 1
+    assert statistics.student_p_value(values) == pytest.approx(test.pvalue)
+  assert statistics.student_p_value([0.1, 0.2]) is None
+  assert statistics.student_interval([0.1, 0.2]).low is None
+  assert statistics.student_p_value([0.0] * 4) == 1
   # What has no spread has no interval, and the p of the sign test.
-  assert statistics.p_value([1.0] * 4) == 1 / 8
-  assert statistics.interval([1.0] * 4)[1:3] == (None, None)
-  assert statistics.shows(5, 0.05) == pytest.approx(
+  assert statistics.student_p_value([1.0] * 4) == 1 / 8
+  assert statistics.student_interval([1.0] * 4)[1:3] == (None, None)
+  assert statistics.least_significant_mean(5, 0.05) == pytest.approx(
       (stats.t.isf(0.025, 4) / np.sqrt(5), 1 / 16))
 
 
@@ -45,14 +45,14 @@ def test_the_interval_of_shares_stays_inside_and_covers():
   Student's interval covers less often, and passes 1."""
   shares = np.random.default_rng(0).beta(4.5, 0.5, (2000, 3))
   ours, plain = (np.array([of(x)[1:3] for x in shares]) for of in (
-      statistics.share_interval, statistics.interval))
+      statistics.logit_interval, statistics.student_interval))
   covers = lambda ends: np.mean((ends[:, 0] < 0.9) & (0.9 < ends[:, 1]))
   assert ours.min() > 0 and ours.max() < 1 < np.median(plain[:, 1])
   assert covers(ours) > 0.91 and covers(plain) < 0.88
   # Few runs that are nearly alike have Student's interval.
-  assert statistics.share_interval([0.5, 0.501, 0.502])[1:3] == pytest.approx(
-      statistics.interval([0.5, 0.501, 0.502])[1:3], abs=1e-5)
-  assert statistics.share_interval([1.0] * 3)[1:3] == (None, None)
+  assert statistics.logit_interval([0.5, 0.501, 0.502])[1:3] == pytest.approx(
+      statistics.student_interval([0.5, 0.501, 0.502])[1:3], abs=1e-5)
+  assert statistics.logit_interval([1.0] * 3)[1:3] == (None, None)
 
 
 @pytest.mark.parametrize('n, cut', [(6, 0), (7, 0.2), (9, 0.2)])
@@ -63,11 +63,11 @@ def test_the_robust_test_is_scipys_permutation_of_a_trimmed_mean(n, cut):
     test = stats.permutation_test(
         (values,), lambda x, axis: stats.trim_mean(x, cut, axis=axis),
         permutation_type='samples', n_resamples=np.inf, vectorized=True)
-    assert statistics.robust_p(values) == pytest.approx(test.pvalue)
-  assert statistics.robust_p(values[:5]) is None
+    assert statistics.permutation_p_value(values) == pytest.approx(test.pvalue)
+  assert statistics.permutation_p_value(values[:5]) is None
   # What differs at every seed can be told from nothing.
-  assert statistics.robust_p(np.arange(1.0, n + 1)) <= 0.05
-  assert statistics.robust_p([*values] * 4) <= 0.01
+  assert statistics.permutation_p_value(np.arange(1.0, n + 1)) <= 0.05
+  assert statistics.permutation_p_value([*values] * 4) <= 0.01
 
 
 def test_equivalence_is_statsmodels_two_one_sided_tests():
@@ -76,12 +76,13 @@ def test_equivalence_is_statsmodels_two_one_sided_tests():
     values = rng.normal(shift, 0.05, 8)
     whole, (_, above, _), (_, below, _) = ttost_paired(
         values, np.zeros(8), -0.1, 0.1)
-    p, not_larger = statistics.p_within(values, 0.1, -1)
+    p, not_larger = statistics.equivalence_p_values(values, 0.1, -1)
     assert (p, not_larger) == pytest.approx((whole, below))
-    assert statistics.p_within(values, 0.1, 1)[1] == pytest.approx(above)
-  assert statistics.p_within([0.05] * 4, 0.1, 1)[0] == 1 / 16
-  assert statistics.p_within([0.2] * 4, 0.1, 1) == (1.0, 1 / 16)
-  assert statistics.p_within([0.1] * 2, 0.1, 1) == (None, None)
+    assert statistics.equivalence_p_values(values, 0.1,
+                                           1)[1] == pytest.approx(above)
+  assert statistics.equivalence_p_values([0.05] * 4, 0.1, 1)[0] == 1 / 16
+  assert statistics.equivalence_p_values([0.2] * 4, 0.1, 1) == (1.0, 1 / 16)
+  assert statistics.equivalence_p_values([0.1] * 2, 0.1, 1) == (None, None)
 
 
 def _groups(rng, draw, variants=5, seeds=5):
@@ -91,7 +92,7 @@ def _groups(rng, draw, variants=5, seeds=5):
 
 def test_normal_noise_looks_as_normal_as_it_says_and_tails_do_not():
   rng = np.random.default_rng(0)
-  ps = lambda draw: [statistics.shape(_groups(rng, draw)).p
+  ps = lambda draw: [statistics.measure_noise_shape(_groups(rng, draw)).p
                      for _ in range(200)]
   normal = np.array(ps(lambda size: rng.normal(size=size)))
   for level in (0.05, 0.2):
@@ -99,8 +100,8 @@ def test_normal_noise_looks_as_normal_as_it_says_and_tails_do_not():
   plateau = lambda size: rng.normal(size=size) + 50 * (rng.random(size) < 0.1)
   assert np.mean(np.array(ps(plateau)) <= 0.05) > 0.97
   skewed = lambda size: 3 * rng.exponential(size=size)
-  assert np.mean(np.array(ps(skewed)) <= statistics.IRREGULAR) > 0.7
-  assert statistics.shape([np.zeros((5, 3))]) is None
+  assert np.mean(np.array(ps(skewed)) <= statistics.MAX_P_OF_IRREGULAR) > 0.7
+  assert statistics.measure_noise_shape([np.zeros((5, 3))]) is None
 
 
 def test_the_shape_of_noise_is_by_its_skewness_and_its_largest_value():
@@ -109,14 +110,14 @@ def test_the_shape_of_noise_is_by_its_skewness_and_its_largest_value():
   show in the second alone."""
   x = np.random.default_rng(0).normal(size=24)
   x -= np.median(x)
-  skew, largest = statistics._shapes(x[:, None])
+  skew, largest = statistics._skewness_and_largest(x[:, None])
   assert skew == pytest.approx(abs(stats.skew(x)))
   assert largest == pytest.approx(
       np.abs(x - x.mean()).max() / np.median(np.abs(x)))
-  plain = statistics.shape([x[:, None]])
+  plain = statistics.measure_noise_shape([x[:, None]])
   assert min(plain.skew, plain.outliers) > 0.05
   x[[np.argmin(x), np.argmax(x)]] = -12, 12
-  faced = statistics.shape([x[:, None]])
+  faced = statistics.measure_noise_shape([x[:, None]])
   assert faced.skew > 0.05 and faced.outliers < 0.001
 
 
@@ -125,8 +126,8 @@ def test_the_spread_of_all_variants_is_statsmodels_and_never_says_more():
   rng = np.random.default_rng(1)
   groups = _groups(rng, lambda size: 3 * rng.exponential(size=size))
   groups[0] = groups[0][:3]  # of which two seeds diverged
-  shape = statistics.shape(groups)
-  assert shape.p <= statistics.IRREGULAR
+  shape = statistics.measure_noise_shape(groups)
+  assert shape.p <= statistics.MAX_P_OF_IRREGULAR
   pooled = shape.pooled(lambda x: x.mean(1))
   values = [x.mean(1) for x in groups]
   each = np.repeat(np.eye(5), [*map(len, values)], 0)
@@ -135,17 +136,19 @@ def test_the_spread_of_all_variants_is_statsmodels_and_never_says_more():
   by_all = fit.t_test(np.eye(5))
   for x, p, ends in zip(values, by_all.pvalue, by_all.conf_int()):
     student, (_, low, high, _) = (stats.ttest_1samp(x, 0),
-                                  statistics.interval(x, pooled))
-    assert statistics.p_value(x, pooled) == pytest.approx(
+                                  statistics.student_interval(x, pooled))
+    assert statistics.student_p_value(x, pooled) == pytest.approx(
         max(p, student.pvalue))
     assert high - low == pytest.approx(max(
         np.ptp(ends), np.ptp(student.confidence_interval(0.95))))
   # Runs without a value of the tail lie close together, and below the mean.
   close = [-0.1, -0.11, -0.12]
-  far = statistics.Pooled(0.3, 20)
-  assert statistics.p_value(close, far) > 0.05 > statistics.p_value(close)
-  assert statistics.interval(close, far).high > 0
-  assert statistics.shape([x for x in rng.normal(size=(5, 5, 3))]).pooled(
+  far = statistics.PooledDeviation(0.3, 20)
+  assert statistics.student_p_value(
+      close, far) > 0.05 > statistics.student_p_value(close)
+  assert statistics.student_interval(close, far).high > 0
+  assert statistics.measure_noise_shape(
+      [x for x in rng.normal(size=(5, 5, 3))]).pooled(
       lambda x: x.mean(1)) is None
 
 
@@ -155,9 +158,10 @@ def test_power_resampled_from_much_normal_noise_is_that_of_normal_noise():
   rule = dict(sd=float(np.std(seen.mean(1), ddof=1)), sds=sds, df=KNOWN,
               seeds=5, level=0.02)
   for effect in (0.015, 0.03):
-    assert statistics.power(effect, **rule, seen=seen) == pytest.approx(
-        statistics.power(effect, **rule), abs=0.03)
-  assert statistics.errs(seen[:, :1], sds[:1], 5, 0.05) == pytest.approx(
+    assert statistics.power_to_find(effect, **rule, seen=seen) == pytest.approx(
+        statistics.power_to_find(effect, **rule), abs=0.03)
+  assert statistics.simulate_false_positive_rate(seen[:, :1], sds[:1], 5,
+                                                 0.05) == pytest.approx(
       0.05, abs=0.015)
 
 
@@ -171,10 +175,11 @@ def test_the_announced_error_is_that_of_the_test_that_is_used():
   student = stats.ttest_1samp(drawn, 0, axis=2).pvalue <= level
   used = []
   for study in drawn:
-    noise = statistics.shape([x[:, None] for x in study])
+    noise = statistics.measure_noise_shape([x[:, None] for x in study])
     pooled = noise and noise.pooled(np.ravel)
-    used += [statistics.p_value(x, pooled) <= level for x in study]
-  announced = statistics.errs(seen, seen.std(0, ddof=1), 5, level, 10)
+    used += [statistics.student_p_value(x, pooled) <= level for x in study]
+  announced = statistics.simulate_false_positive_rate(
+      seen, seen.std(0, ddof=1), 5, level, 10)
   assert np.mean(student) > 3 * level
   assert announced == pytest.approx(np.mean(used), abs=0.004)
   assert announced < np.mean(student) / 3
@@ -188,12 +193,13 @@ def test_the_noise_of_documents_is_statsmodels_and_covers():
   losses = 0.02 + rng.normal(0, 0.05, sizes.shape)  # of a token, by document
   fit = sm.WLS(losses[0], np.ones(60), weights=sizes[0]).fit(
       cov_type='HC1', use_t=True)
-  one_seed = statistics.crossed(losses[:1], sizes[0])
+  one_seed = statistics.estimate_over_seeds_and_items(losses[:1], sizes[0])
   (low, high), = fit.conf_int()
   assert (one_seed.low, one_seed.high, one_seed.p) == pytest.approx(
       (low, high, fit.pvalues[0]))
   covered = [each.low < 0.02 < each.high for each in (
-      statistics.crossed(x[None], n) for x, n in zip(losses, sizes))]
+      statistics.estimate_over_seeds_and_items(x[None], n) for x,
+      n in zip(losses, sizes))]
   assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
 
 
@@ -207,7 +213,8 @@ def test_the_interval_over_seeds_and_items_covers(
   tables = (rng.normal(0.1, of_seeds, size[:2] + (1,))
             + rng.normal(0, of_items, (2000, 1, 60))
             + rng.normal(0, rest, size))
-  intervals = [statistics.crossed(table) for table in tables]
+  intervals = [statistics.estimate_over_seeds_and_items(table)
+               for table in tables]
   assert np.mean([x.low < 0.1 < x.high for x in intervals]) == pytest.approx(
       0.95, abs=0.02)
 
@@ -227,14 +234,16 @@ def test_a_table_has_the_mean_squares_of_statsmodels():
   assert squares[0] < variance and df > 3
   low, high = stats.t.interval(
       0.95, df, table.mean(), math.sqrt(variance / table.size))
-  both = statistics.crossed(table)
+  both = statistics.estimate_over_seeds_and_items(table)
   assert both[:3] == pytest.approx((table.mean(), low, high))
   # The p is that of the level at which the interval ends at 0.
   assert stats.t.isf(both.p / 2, df) * (high - table.mean()) == pytest.approx(
       abs(table.mean()) * stats.t.isf(0.025, df))
-  assert statistics.crossed(table[:2])[1:] == (None,) * 3
-  assert statistics.crossed(np.ones((4, 30)))[1:] == (None,) * 3
-  assert statistics.crossed(table[:, :1])[1:] == (None,) * 3
+  assert statistics.estimate_over_seeds_and_items(table[:2])[1:] == (None,) * 3
+  assert statistics.estimate_over_seeds_and_items(np.ones((4, 30)))[1:] == (
+      None,) * 3
+  assert statistics.estimate_over_seeds_and_items(table[:, :1])[1:] == (None,
+                                                                        ) * 3
 
 
 def test_paired_items_show_what_two_standard_errors_do_not(tmp_path):
@@ -261,7 +270,7 @@ def test_paired_items_show_what_two_standard_errors_do_not(tmp_path):
       'arc_easy/acc', pytest.approx(122 / 220), 'McNemar')
   assert '+0.0818 [+0.0247, +0.1390]  McNemar  0.0079' in items.render_rows(
       [row])
-  assert statistics.mcnemar(right[0], right[0]) == 1
+  assert statistics.mcnemar_p_value(right[0], right[0]) == 1
 
 
 def test_runs_of_seeds_are_compared_over_seeds_and_items(tmp_path):
@@ -282,7 +291,8 @@ def test_runs_of_seeds_are_compared_over_seeds_and_items(tmp_path):
             'step': 8, task: {'items': scored}}))
   a, b = str(tmp_path / 'a'), str(tmp_path / 'b')
   row, = items.compare_items(a, b)
-  table = statistics.crossed(scores[1] - scores[0], weights)
+  table = statistics.estimate_over_seeds_and_items(scores[1] - scores[0],
+                                                   weights)
   assert (row['effect'], row['low'], row['high'], row['p']) == pytest.approx(
       table)
   assert (row['figure'], row['items'], row['seeds']) == (
@@ -298,19 +308,19 @@ def test_runs_of_seeds_are_compared_over_seeds_and_items(tmp_path):
 
 def test_corrected_p_values_are_those_of_the_papers():
   # Holm 1979: the smallest times 4, the next times 3, ..., never falling.
-  assert statistics.corrected([0.01, 0.04, 0.03, 0.005]) == (
+  assert statistics.correct_p_values([0.01, 0.04, 0.03, 0.005]) == (
       pytest.approx([0.03, 0.06, 0.06, 0.02]))
   # Benjamini and Hochberg 1995: p_i m / i, from the largest down.
-  assert statistics.corrected([0.01, 0.04, 0.03, 0.005], 'bh') == (
+  assert statistics.correct_p_values([0.01, 0.04, 0.03, 0.005], 'bh') == (
       pytest.approx([0.02, 0.04, 0.04, 0.02]))
   # A test that could not be done is of the family.
-  assert statistics.corrected([0.2, None]) == [0.4, None]
+  assert statistics.correct_p_values([0.2, None]) == [0.4, None]
 
 
 @pytest.mark.parametrize('floor, scale, exponent', [
     (1.5, 300.0, 0.25), (0.0, 40.0, 0.1), (2.0, 1e6, 0.6)])
 def test_power_law_finds_known_constants(floor, scale, exponent):
-  law = statistics.power_law(COMPUTE, floor + scale * COMPUTE ** -exponent)
+  law = statistics.fit_power_law(COMPUTE, floor + scale * COMPUTE ** -exponent)
   assert law.exponent == pytest.approx(exponent, rel=1e-3)
   assert law.floor == pytest.approx(floor, abs=1e-3)
   assert law.scale == pytest.approx(scale, rel=1e-2)
@@ -321,15 +331,15 @@ def test_power_law_is_scipys_least_squares_or_none():
   from scipy.optimize import curve_fit
   rng = np.random.default_rng(2)
   noisy = 1.5 + 300 * COMPUTE ** -0.25 + rng.normal(0, 0.01, len(COMPUTE))
-  law = statistics.power_law(COMPUTE, noisy)
+  law = statistics.fit_power_law(COMPUTE, noisy)
   x = COMPUTE / 1e11
   fit, _ = curve_fit(lambda x, e, a, p: e + a * x ** -p, x, noisy,
                        p0=(1.5, 0.5, 0.25), xtol=1e-14, ftol=1e-14)
   np.testing.assert_allclose(law.loss(COMPUTE),
                              fit[0] + fit[1] * x ** -fit[2], atol=1e-5)
-  assert statistics.power_law(COMPUTE[:5], np.arange(5.0, 0, -1)) is None
-  assert statistics.power_law(COMPUTE, np.linspace(1, 2, 20)) is None
-  assert statistics.power_law(COMPUTE, np.full(20, np.nan)) is None
+  assert statistics.fit_power_law(COMPUTE[:5], np.arange(5.0, 0, -1)) is None
+  assert statistics.fit_power_law(COMPUTE, np.linspace(1, 2, 20)) is None
+  assert statistics.fit_power_law(COMPUTE, np.full(20, np.nan)) is None
 
 
 def test_a_fit_whose_floor_would_be_negative_is_the_best_without_one():
@@ -337,7 +347,7 @@ def test_a_fit_whose_floor_would_be_negative_is_the_best_without_one():
   other constants alone: scipy's, of these."""
   from scipy.optimize import curve_fit
   x, y = COMPUTE / 1e11, (COMPUTE / 1e11) ** -0.25 - 0.05
-  law = statistics.power_law(COMPUTE, y)
+  law = statistics.fit_power_law(COMPUTE, y)
   (scale, exponent), _ = curve_fit(lambda x, a, p: a * x ** -p, x, y,
                                    p0=(1, 0.25), xtol=1e-14, ftol=1e-14)
   best = scale * x ** -exponent
@@ -348,7 +358,7 @@ def test_a_fit_whose_floor_would_be_negative_is_the_best_without_one():
 
 
 def _law(floor=1.5, factor=1.0):
-  return statistics.power_law(
+  return statistics.fit_power_law(
       COMPUTE, floor + 300 * (COMPUTE / factor) ** -0.25)
 
 
@@ -362,10 +372,10 @@ def test_speed_up_is_the_factor_of_compute_within_what_was_fitted():
         1 / factor, rel=1e-3)
   assert statistics.speed_up(_law(9.5), law) is None  # they do not meet
   pairs = [(_law(factor=f), law) for f in (0.5, 1.0, 2.0)]
-  mean, error = statistics.over_seeds(pairs)
+  mean, error = statistics.mean_speed_up(pairs)
   assert mean.mean == pytest.approx(1.0, rel=1e-3)
   assert mean.low * mean.high == pytest.approx(1.0, rel=1e-3) and error < 1e-5
-  assert statistics.over_seeds([*pairs, (None, law)]) == (None, None)
+  assert statistics.mean_speed_up([*pairs, (None, law)]) == (None, None)
 
 
 SPENT = 1e13 * 4.0 ** np.arange(3)
@@ -383,20 +393,21 @@ def _ladder(floor=1.5, exponent=0.15, factor=1.2, cost=1.1):
 def test_a_planted_multiplier_is_found(floor, exponent, factor):
   compute, losses = _ladder(floor, exponent, factor)
   for pinned in (None, floor):
-    law, fitted = statistics.ladder(compute, losses, pinned)
+    law, fitted = statistics.fit_compute_multiplier(compute, losses, pinned)
     assert (fitted, law.exponent) == pytest.approx((factor, exponent), rel=1e-3)
     assert law.floor == pytest.approx(floor, abs=0.02)
     np.testing.assert_allclose(law.loss(SPENT), losses[0], rtol=1e-5)
     np.testing.assert_allclose(
-        statistics.multipliers(law, compute, losses), factor, rtol=1e-3)
+        statistics.multiplier_at_each_size(law, compute, losses), factor,
+        rtol=1e-3)
   # What no compute of the base reaches has no multiplier, nor what lies far
   # beyond its sizes.
   for share, wanted in ((0.0, [np.nan] * 3), (
       8 ** -exponent, [8 / 1.1, 8 / 1.1, np.nan])):
     less = floor + share * (losses[0] - floor)
-    np.testing.assert_allclose(statistics.multipliers(
+    np.testing.assert_allclose(statistics.multiplier_at_each_size(
         law, compute, np.stack([losses[0], less])), wanted, rtol=1e-3)
-  assert statistics.ladder(compute, losses[:, ::-1])[0] is None
+  assert statistics.fit_compute_multiplier(compute, losses[:, ::-1])[0] is None
 
 
 def test_a_jackknife_of_a_mean_is_students_interval_and_a_ratios_is_its_own():
@@ -424,7 +435,8 @@ def test_one_size_of_known_noise_has_statsmodels_power_and_seeds():
     expected = TTestPower().solve_power(effect / 0.03, None, 0.05, 0.8)
     assert needed == max(np.ceil(expected), 3) or abs(
         needed / expected - 1) < 0.02
-    assert statistics.power(effect, 0.03, [0.03], KNOWN, needed, 0.05) >= 0.8
+    assert statistics.power_to_find(effect, 0.03, [0.03], KNOWN, needed,
+                                    0.05) >= 0.8
 
 
 def test_noise_that_no_number_of_seeds_beats_is_said_to_be_so():
@@ -437,7 +449,7 @@ def test_noise_that_no_number_of_seeds_beats_is_said_to_be_so():
 
 def test_just_the_share_of_runs_that_may_diverge_costs_nothing():
   """32 of 100 where 0.03 more than 0.29 may."""
-  void = [np.isinf(statistics.least_effects(
+  void = [np.isinf(statistics.simulate_least_effects(
       1.0, [1.0], 9, 100, 0.05, rate=0.29, limit=x)).sum()
           for x in (0.0299, 0.03, 0.0399)]
   assert void[0] > void[1] == void[2] > 0
@@ -448,7 +460,8 @@ def test_equivalence_is_shown_as_often_as_is_announced():
   d = rng.normal(0, 0.02, (20_000, 5, 1))[..., 0]
   p = np.max([stats.ttest_1samp(d, end, axis=1, alternative=side).pvalue
               for end, side in ((-0.03, 'greater'), (0.03, 'less'))], axis=0)
-  assert statistics.power(0.03, 0.02, [0.02], KNOWN, 5, 0.02, within=True) == (
+  assert statistics.power_to_find(0.03, 0.02, [0.02], KNOWN, 5, 0.02,
+                                  within=True) == (
       pytest.approx(np.mean(p <= 0.02), abs=0.02))
 
 
@@ -479,6 +492,6 @@ def test_sizes_that_must_agree_and_runs_that_diverge_cost_what_is_said(
   rule = dict(level=0.02, rate=rate, limit=0.1)
   for effect in (0.015, 0.03):
     sd = np.sqrt(np.sum(np.square(sds))) / len(sds)
-    announced = statistics.power(effect, sd, sds, KNOWN, seeds, **rule)
+    announced = statistics.power_to_find(effect, sd, sds, KNOWN, seeds, **rule)
     assert announced == pytest.approx(
         _drawn(sds, seeds, effect=effect, **rule), abs=0.03)

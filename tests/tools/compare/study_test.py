@@ -29,7 +29,7 @@ PROBE = ("WORKLOADS = {'text': {}, 'copy': {'data.length': 8, "
          "'probe.levels': (1, 2), 'train.steps': 8}}")
 
 
-noise_runs = phases.PHASES['noise'].most
+noise_runs = phases.PHASES['noise'].largest_set_of_runs
 
 
 # Its file.
@@ -63,10 +63,10 @@ def test_the_plan_is_what_the_file_says(probed, folder, tmp_path):
                                pytest.approx(2 / (2 + 3), abs=0.01))
   assert set(probed.sources) == {
       f'text:{folder}/texts/*.txt', 'tokenizer bytes', 'probe:copy'}
-  plans.save(tmp_path, probed)
-  back = plans.load(tmp_path)
+  plans.save_frozen_plan(tmp_path, probed)
+  back = plans.load_frozen_plan(tmp_path)
   assert back.hash == probed.hash and back.plan == plan
-  assert plans.adopted(tmp_path, probed).hash == probed.hash
+  assert plans.adopt_plan(tmp_path, probed).hash == probed.hash
   assert noise_runs(back)[3].point == noise_runs(probed)[3].point
 
 
@@ -242,16 +242,17 @@ def test_another_replication_has_fresh_seeds_and_the_same_has_its_own(folder):
       studies.write(folder, constants)
       ).plan
   seeds = lambda plan: {
-      seed for phase in phases.of(plan.seeds) for seed in phase.seeds_of(plan)}
+      seed for phase in phases.phases_of_study(
+          plan.seeds) for seed in phase.seeds_of_phase(plan)}
   first, second = plan(), plan('REPLICATION = 2')
   assert first == plan() and first.replication == 1
-  assert first.offset % plans.STUDY_APART == 0 != first.offset
+  assert first.offset % plans.SEEDS_BETWEEN_STUDIES == 0 != first.offset
   assert len(seeds(first)) == 3 + 1 + 3 + 3
   assert not seeds(first) & seeds(second) and max(seeds(second)) < 2 ** 31
   assert seeds(plan('SEED_OFFSET = 70')) == {
       seed - first.offset + 70 for seed in seeds(first)}
   # Of 2,000 plans, as few share seeds as of such draws do.
-  offsets = [studies.frozen(studies.plan(effect=1 / n)).drawn
+  offsets = [studies.frozen(studies.plan(effect=1 / n)).seed_offset_of_hash
              for n in range(1, 2001)]
   assert 1860 < len(set(offsets)) < 1945  # 20,000 (1 - e^-0.1) = 1,903
 
@@ -260,7 +261,7 @@ def test_its_ratios_divide_the_layers():
   sweep, _ = freeze.read_study_file('configs/studies/hybrids.py')
   attention = {}
   for point in sweep.points:
-    model = sweep.config(point).model
+    model = sweep.config_of_point(point).model
     names = model.pattern.split(',') if model.pattern else [None]
     mixers = [model.kinds[name].mixer if name else model.mixer
               for name in names]
@@ -284,10 +285,10 @@ def test_its_ratios_divide_the_layers():
      'choose lower-case letters and _')])
 def test_a_phase_that_cannot_be_told_from_others_is_refused(
     name, phase, sentence, monkeypatch):
-  phases.check('file')
+  phases.check_phases('file')
   monkeypatch.setitem(phases.PHASES, name, phase)
   with pytest.raises(RequestError, match=sentence):
-    phases.check('file')
+    phases.check_phases('file')
 
 
 @pytest.fixture(scope='module')
@@ -295,7 +296,7 @@ def made():
   frozen = studies.frozen(studies.plan())
   trainer = studies.Trainer(frozen)
   seen = []
-  for state in phases.run(frozen, trainer):
+  for state in phases.run_phases(frozen, trainer):
     seen.append(list(state.finished))
   return frozen, trainer, state, seen
 
@@ -317,7 +318,7 @@ def test_each_phase_asks_for_its_runs(made):
   plan = frozen.plan
   noise = trainer.asked['noise']
   assert len(noise) == 3 * 2 * 2 * 6  # sizes, workloads, base and again, seeds
-  again = [run for run in noise if run.variant == plans.AGAIN]
+  again = [run for run in noise if run.variant == plans.SECOND_BASE]
   assert len(again) == len(noise) / 2
   assert all(run.changes['init_seed'] for run in again)
   assert {(run.size, run.workload) for run in trainer.asked['screen']} == {
@@ -328,7 +329,7 @@ def test_each_phase_asks_for_its_runs(made):
   for folder, runs in trainer.asked.items():
     phase = folder.partition('-')[0]
     assert {run.seed for run in runs} == set(
-        phases.PHASES[phase].seeds_of(plan))
+        phases.PHASES[phase].seeds_of_phase(plan))
     # What confirms has a half of what is held out that nothing else has seen.
     assert {run.changes['eval.part'] for run in runs} == {
         'second' if phase == 'confirm' else 'first'}
@@ -368,10 +369,10 @@ def test_a_study_that_is_too_weak_stops_before_it_spends():
   kept = []
   with pytest.raises(RequestError, match='less than the 80% .*pairing, which '
                      'is in it already: .*--anyway'):
-    kept.extend(phases.run(frozen, trainer))
+    kept.extend(phases.run_phases(frozen, trainer))
   assert list(trainer.asked) == ['noise']
   assert kept[-1].records['noise'] and kept[-1].weakness
-  *_, state = phases.run(frozen, trainer, anyway=True)
+  *_, state = phases.run_phases(frozen, trainer, anyway=True)
   assert state.finished == list(frozen.plan.seeds)
   # None passed.
   assert 'confirm' not in trainer.asked and not state.records['confirm']
@@ -388,7 +389,7 @@ def test_a_second_look_and_a_prediction_before_the_largest_size():
       settings={'KEEP': 1}))
   trainer = studies.Trainer(frozen, effects={
       'good': 0.3, 'bad': -0.3, 'late': {'s': 0.02}}, noise=0.05)
-  *_, state = phases.run(frozen, trainer, anyway=True)
+  *_, state = phases.run_phases(frozen, trainer, anyway=True)
   assert [*trainer.asked][-4:] == ['screen', 'rescreen', 'confirm', 'largest']
   asked = lambda name: ({run.variant for run in trainer.asked[name]},
                         {run.size for run in trainer.asked[name]})
@@ -413,30 +414,31 @@ def test_a_second_look_and_a_prediction_before_the_largest_size():
 
 def test_a_prediction_is_frozen_once_and_says_whether_it_was_blind(
     frozen, tmp_path):
-  plan = plans.adopted(tmp_path, frozen)
+  plan = plans.adopt_plan(tmp_path, frozen)
   rows = [{'variant': 'base', 'value': 2.0, 'low': 1.9, 'high': 2.1}]
-  first = plans.predicted(tmp_path, plan, 'confirm', rows)
+  first = plans.record_prediction(tmp_path, plan, 'confirm', rows)
   assert first['blind'] and first['plan'] == plan.hash
   assert first['hash'] == layout.json_checksum(rows)
   other = [rows[0] | {'value': 3.0}]
   # Another runner, and whoever has seen the outcome, gets the first one.
-  assert plans.predicted(tmp_path, plans.load(tmp_path), 'confirm', other) == (
+  assert plans.record_prediction(tmp_path, plans.load_frozen_plan(tmp_path),
+                                 'confirm', other) == (
       first)
-  assert plans.load(tmp_path).predictions == [first]
-  assert plans.adopted(tmp_path, frozen).predictions == [first]
+  assert plans.load_frozen_plan(tmp_path).predictions == [first]
+  assert plans.adopt_plan(tmp_path, frozen).predictions == [first]
   path = tmp_path / 'study.json'
   path.write_text(path.read_text().replace('1.9', '0.9'))
   with pytest.raises(RequestError, match='is not as it was written'):
-    plans.load(tmp_path)
+    plans.load_frozen_plan(tmp_path)
   path.unlink()  # it is put back from the ledger
-  assert plans.adopted(tmp_path, frozen).predictions == [first]
+  assert plans.adopt_plan(tmp_path, frozen).predictions == [first]
   # By a changed plan there is another, which is late once runs have begun.
   with layout.StudyLedger(tmp_path) as ledger:
     ledger.add_begun_runs(plan.hash, [('confirm', 'text.s.base', 30_000)])
-  plan = plans.adopted(tmp_path, _with(frozen, effect=0.2), 'a reason')
-  late = plans.predicted(tmp_path, plan, 'confirm', other)
+  plan = plans.adopt_plan(tmp_path, _with(frozen, effect=0.2), 'a reason')
+  late = plans.record_prediction(tmp_path, plan, 'confirm', other)
   assert not late['blind'] and late['rows'] == other
-  assert plans.load(tmp_path).predictions == [first, late]
+  assert plans.load_frozen_plan(tmp_path).predictions == [first, late]
 
 
 def test_the_size_that_is_predicted_is_no_other_phases(folder):
@@ -446,14 +448,16 @@ def test_the_size_that_is_predicted_is_no_other_phases(folder):
   plan = frozen.plan
   assert (plan.sizes, plan.largest, plan.floor) == (('s', 'm', 'l'), 'xl', 0.5)
   assert plan.tuned_sizes == plan.sizes and plan.settings == {'KEEP': 2}
-  assert {run.size for run in phases.PHASES['largest'].most(frozen)} == {'xl'}
+  assert {run.size for run in phases.PHASES['largest'].largest_set_of_runs(
+      frozen)} == {'xl'}
   # Nothing is said of the second look where no variant had one.
   done = {'rescreen': {'finished': True, 'done': 0}}
   assert 'looked at again' in ' '.join(report.methods(frozen))
   assert 'looked at again' not in ' '.join(report.methods(
       frozen, results.NOTHING | {'phases': done}))
   assert not {'xl'} & {run.size for name in ('noise', 'tune', 'confirm')
-                       for run in phases.PHASES[name].most(frozen)}
+                       for run in phases.PHASES[name].largest_set_of_runs(
+                           frozen)}
   # Embeddings cost no product on their way in; the head is one of d x vocab.
   for row in frozen.points:
     head = 6 * row['changes']['model.d_model'] * row['vocab']
@@ -490,7 +494,7 @@ def test_the_better_half_survives_a_rung():
   tuned = search.result()
   assert tuned.changes == {'optim.lr': 2e-3} and tuned.at_edge == ()
   assert tuned.runs == 7
-  assert phases.kept(plans.Tuning({}), 3) == 2  # the larger half
+  assert phases.num_survivors(plans.Tuning({}), 3) == 2  # the larger half
 
 
 def test_an_edge_moves_as_often_as_the_plan_says_and_is_marked_then():
@@ -515,7 +519,7 @@ def test_an_edge_moves_as_often_as_the_plan_says_and_is_marked_then():
 
 
 def test_the_hash_is_of_all_that_is_planned_and_of_nothing_else():
-  frozen = plans.Frozen(studies.plan(), {'seed': 0}, [], {'text': 'a'}, {})
+  frozen = plans.FrozenPlan(studies.plan(), {'seed': 0}, [], {'text': 'a'}, {})
   for changed in (dict(plan=studies.plan(effect=0.02)),
                   dict(base_config={'seed': 1}),
                   dict(sources={'text': 'b'}), dict(code={'commit': 'c'})):
@@ -541,10 +545,10 @@ def test_points_are_checked_once_for_the_same_file_and_code(
       checked.append(args) or frozen.points))
   monkeypatch.setattr(freeze.provenance, 'describe_this_start', lambda: code)
   write = lambda *text: studies.write(tmp_path, *text)
-  assert plans.last(tmp_path / 'w') is None
+  assert plans.load_last_plan(tmp_path / 'w') is None
   layout.check_workdir(tmp_path / 'w', 'study.json')
-  first = plans.adopted(tmp_path / 'w', freeze.freeze_plan(write()))
-  kept = plans.last(tmp_path / 'w')
+  first = plans.adopt_plan(tmp_path / 'w', freeze.freeze_plan(write()))
+  kept = plans.load_last_plan(tmp_path / 'w')
   assert freeze.freeze_plan(write(), kept).hash == first.hash
   assert len(checked) == 1
   freeze.freeze_plan(write('ALPHA = 0.01'), kept)
@@ -565,7 +569,7 @@ def loss_of(config):
 
 def start(workdir, frozen, loss=loss_of, stop_after=None, amend='', **args):
   """Freezes and runs as `run` does; returns the trainer."""
-  plan = plans.adopted(workdir, dataclasses.replace(
+  plan = plans.adopt_plan(workdir, dataclasses.replace(
       frozen, notes=[], amendments=[]), amend)
   trainer = studies.Written(workdir, plan, loss=loss, stop_after=stop_after)
   assert study.go(workdir, plan, trainer, studies.arguments(**args)) == 0
@@ -599,7 +603,7 @@ def test_what_a_study_found_is_in_its_results(whole, frozen, capsys):
   assert all(row['changes'] == {'optim.lr': 4e-3} for row in results['tuned'])
   curves = [x['curve'] for x in results['outcomes'] if x['curve']]
   assert len(curves) == sum(results['phases'][name]['done']
-                            for name in plans.WITH_CURVES)
+                            for name in plans.PHASES_WITH_CURVES)
   assert curves[0]['step'] == [2, 4] and curves[0]['seconds'] == [1.0, 2.0]
   assert results['as_planned'] == {
       'same': True, 'differences': [], 'repeated': {}, 'unknown': 0}
@@ -616,7 +620,7 @@ def test_what_a_study_found_is_in_its_results(whole, frozen, capsys):
 @pytest.mark.parametrize('loss', [None, 9.0], ids=(
     'too many bad steps', 'well above guessing'))
 def test_runs_that_diverge_are_results(frozen, tmp_path, loss):
-  lost = phases.PHASES['noise'].seeds_of(frozen.plan)[0]
+  lost = phases.PHASES['noise'].seeds_of_phase(frozen.plan)[0]
   start(tmp_path, frozen, until='noise', anyway=True, loss=lambda config: (
       loss if config.seed == lost and not config.init_seed
       else loss_of(config)))
@@ -629,7 +633,7 @@ def test_runs_that_diverge_are_results(frozen, tmp_path, loss):
 
 def test_runs_that_fail_otherwise_end_the_study_and_are_retried(
     frozen, tmp_path):
-  lost = phases.PHASES['noise'].seeds_of(frozen.plan)[1]
+  lost = phases.PHASES['noise'].seeds_of_phase(frozen.plan)[1]
   loss = lambda config: 'no space' if config.seed == lost else loss_of(config)
   for _ in range(2):
     with pytest.raises(EnvironmentFailure,
@@ -686,7 +690,7 @@ def test_a_plan_cannot_be_swapped(frozen, tmp_path):
   with pytest.raises(RequestError, match='planned otherwise: plan.effect'):
     start(tmp_path, other)
   start(tmp_path, frozen, until='noise')  # which puts it back
-  plans.save(tmp_path / 'other', other)
+  plans.save_frozen_plan(tmp_path / 'other', other)
   shutil.copy(tmp_path / 'other' / 'study.json', path)
   with pytest.raises(RequestError, match='not the plan that the ledger'):
     comparison.load_comparison(tmp_path)
@@ -712,7 +716,7 @@ def test_runs_and_results_of_another_plan_are_no_part_of_it(
   other = _with(frozen, alpha=0.01)
   for name in ('noise', 'results.json'):
     workdir = tmp_path / name
-    plans.adopted(workdir, other)
+    plans.adopt_plan(workdir, other)
     copy = shutil.copy if '.' in name else shutil.copytree
     copy(whole[2] / name, workdir / name)
     with pytest.raises(RequestError, match=f'{name} by the plan {frozen.hash}'):
@@ -725,7 +729,7 @@ def test_runs_and_results_of_another_plan_are_no_part_of_it(
 def test_methods_say_what_had_been_looked_at(whole, frozen, tmp_path):
   shutil.copytree(whole[2], tmp_path / 'w')
   more = _with(frozen, seeds=frozen.plan.seeds | {'confirm': 5})
-  more = _with(more, offset=more.drawn)  # as its file is read
+  more = _with(more, offset=more.seed_offset_of_hash)  # as its file is read
   assert more.plan.offset != frozen.plan.offset
   made = start(tmp_path / 'w', more, amend='it was not enough')
   assert len(made.did) == 2 * 2 * 3  # an amendment keeps the seeds that it has
@@ -758,18 +762,18 @@ def test_seeds_may_be_added_and_other_models_and_data_may_not(
 
 
 def test_a_plan_that_was_written_over_is_refused(frozen, tmp_path):
-  plans.adopted(tmp_path, frozen)
+  plans.adopt_plan(tmp_path, frozen)
   path = tmp_path / 'study.json'
   path.write_text(path.read_text().replace('"effect": 0.5', '"effect": 5.0'))
   with pytest.raises(RequestError, match='is not as it was written'):
-    plans.load(tmp_path)
+    plans.load_frozen_plan(tmp_path)
 
 
 def test_a_damaged_ledger_of_a_study_has_its_own_sentence(
     frozen, tmp_path, capsys):
-  before = plans.adopted(tmp_path, frozen)
+  before = plans.adopt_plan(tmp_path, frozen)
   (tmp_path / 'study.sqlite').write_text('no ledger')
-  assert plans.adopted(tmp_path, frozen).hash == before.hash
+  assert plans.adopt_plan(tmp_path, frozen).hash == before.hash
   stderr = capsys.readouterr().err
   assert 'the plan is that of study.json' in stderr and 'failed' not in stderr
 
@@ -791,7 +795,7 @@ def test_hours_and_states_are_known_of_what_has_run(
   rows = json.loads(capsys.readouterr().out)['phases']
   assert {row['phase']: row['states'] for row in rows} == {
       phase: {'done': row['done']} for phase, row in found['phases'].items()}
-  plans.adopted(tmp_path, frozen)
+  plans.adopt_plan(tmp_path, frozen)
   assert status.main(types.SimpleNamespace(
       where=str(tmp_path), workdir='', json=False)) == 0
   assert 'screen  not begun, 6 planned at most' in capsys.readouterr().out
@@ -888,7 +892,7 @@ def test_an_a_a_study_goes_through_all_phases(tmp_path):
   results = json.loads((workdir / 'results.json').read_text())
   assert all(row['finished'] and row['done'] == row['planned']
              for row in results['phases'].values())
-  frozen = plans.load(workdir)
+  frozen = plans.load_frozen_plan(workdir)
   assert [results['phases'][phase]['done'] for phase in frozen.plan.seeds] == [
       3 * 2 * 3, 2 * 2, 2 * 3, 2 * 3 * 3]
   assert not any(x['diverged'] for x in results['outcomes'])
@@ -898,7 +902,7 @@ def test_an_a_a_study_goes_through_all_phases(tmp_path):
   # Each run has the plan in its record, and each confirmed one its documents.
   records = [run_config.load_starts(path.parent)[-1]['plan']
              for path in workdir.glob('*/points/*/*/config.json')]
-  assert set(records) == {f'{frozen.hash} {plans.date(frozen.time)}'}
+  assert set(records) == {f'{frozen.hash} {plans.format_date(frozen.time)}'}
   assert results['as_planned']['differences'] in ([], [
       frozen.notes[0]['told'] if frozen.notes else ''])
   assert verdict['item_noise'] > 0

@@ -91,7 +91,7 @@ def test_the_base_is_a_point(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('what', spec.MATCH)
+@pytest.mark.parametrize('what', spec.MATCHABLE_COSTS)
 def test_matched_points_cost_what_the_base_costs(what, tmp_path):
   description = described(sweeps.write(tmp_path), what)
   made = points(description)
@@ -240,14 +240,16 @@ def test_printed_commands_give_the_configs_of_the_sweep(tmp_path, monkeypatch):
 def test_a_worked_sweep_is_whole(name):
   sweep = spec.read_sweep_file(f'configs/sweeps/{name}.py')
   assert len(sweep.points) >= (3 if name == 'loops' else 5)
-  assert sweep.owed(sweep.points[-1]) == sweep.tasks
+  assert sweep.tasks_of_point(sweep.points[-1]) == sweep.tasks
   if name == 'routers':  # the dense twin owes no routing
-    assert sweep.base_name == 'dense' and sweep.owed(sweep.points[0]) == ()
+    assert sweep.base_name == 'dense' and sweep.tasks_of_point(
+        sweep.points[0]) == ()
   config = sweep.base
   steps = {*range(0, config.train.steps, config.eval.every_steps),
            config.train.steps}  # and the last step is always evaluated
   after = [n for n in steps if n >= config.optim.warmup_steps]
-  assert len(after) >= statistics.MIN_POINTS or name in ('mup', 'recurrent')
+  assert len(after) >= statistics.MIN_POINTS_OF_CURVE or name in ('mup',
+                                                                  'recurrent')
 
 
 # Its ledger.
@@ -603,7 +605,8 @@ def test_a_run_of_another_config_on_disk_is_not_adopted(tmp_path, monkeypatch):
   assert run.main(args) == 0
   (workdir / 'ledger.sqlite').unlink()
   description = layout.load_sweep_description(workdir)
-  run_config.save_config(layout.run_folder(workdir, 'rms', 0), spec.changed(
+  run_config.save_config(layout.run_folder(workdir, 'rms', 0),
+                         spec.apply_changes(
       layout.config_of_run(description, 'rms', 0),
       {'optim.lr': 1.0, 'eval.batches': 3}, 'a test'))
   (layout.run_folder(workdir, 'swiglu', 0) / 'config.json').unlink()

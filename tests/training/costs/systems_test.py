@@ -50,7 +50,7 @@ def test_what_is_unlike_is_named(config, fields, words):
 def test_a_base_becomes_every_system_of_its_kind(base, arch):
   config = base.get_config('tiny')
   changes = systems.changes(config, arch)
-  made = spec.changed(config, changes, 'it')
+  made = spec.apply_changes(config, changes, 'it')
   model = runs.resolve_model_without_tokenizer(made)
   preflight.refuse_unread_fields(changes, made, model)
   assert model.arch == arch and systems.unlike(model) == []
