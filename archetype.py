@@ -96,14 +96,14 @@ class Model:
 
   def encode(self, text: str) -> jax.Array:
     """Returns the tokens of a text, [1, L]; a document's start is not added."""
-    ids = self._tokenizer().encode(check_text(text, 'text'))
+    ids = self._require_tokenizer().encode(check_text(text, 'text'))
     return jnp.asarray(ids)[None]
 
   def decode(self, tokens: Tokens) -> str:
     """Returns the text of the tokens of one row, [L] or [1, L]."""
     ids = inputs_of.array_of_rows('tokens', tokens).reshape(-1)
     inputs_of.check_ids('tokens', ids, self.config.vocab_size)
-    return self._tokenizer().decode(ids)
+    return self._require_tokenizer().decode(ids)
 
   def __call__(self, tokens: Tokens, decoder_tokens: Tokens | None = None,
                **inputs: Tokens) -> jax.Array:
@@ -120,7 +120,7 @@ class Model:
     Raises:
       RequestError: for an input that this model does not take.
     """
-    return self._run('logits', tokens, decoder_tokens, inputs)
+    return self._compute('logits', tokens, decoder_tokens, inputs)
 
   def hidden_states(self, tokens: Tokens, decoder_tokens: Tokens | None = None,
                     **inputs: Tokens) -> Layers:
@@ -131,8 +131,8 @@ class Model:
     the final norm if there is one. (transformers' `hidden_states` end with the
     normalised one.) The arguments are those of a call of the model.
     """
-    kept = self._run('layers', tokens, decoder_tokens, inputs)
-    return self._of_stacks(kept, 1)
+    states = self._compute('layers', tokens, decoder_tokens, inputs)
+    return self._split_by_stack(states, num_extra=1)
 
   def attention_weights(self, tokens: Tokens,
                         decoder_tokens: Tokens | None = None,
@@ -147,11 +147,12 @@ class Model:
     by plain products, whichever kernel computes the attention itself. The
     arguments are those of a call of the model.
     """
-    kept, cross = self._run('attention', tokens, decoder_tokens, inputs)
-    weights_of = self._of_stacks(kept, 0)
-    if cross is not None:
-      weights_of['cross'] = _as_numpy_float32(cross)
-    return weights_of
+    attention, cross_attention = self._compute(
+        'attention', tokens, decoder_tokens, inputs)
+    result = self._split_by_stack(attention, num_extra=0)
+    if cross_attention is not None:
+      result['cross'] = _as_numpy_float32(cross_attention)
+    return result
 
   def inspect(self, tokens: Tokens, decoder_tokens: Tokens | None = None, *,
               top: Size = inspection.NUM_LENS_TOKENS, **inputs: Tokens
@@ -159,7 +160,7 @@ class Model:
     """Returns what the model computes, in numpy: attention and its entropy,
     the residual stream, the logit lens (`top` tokens) and the experts' choices,
     as inspection.Inspection has them. The arguments are those of a call."""
-    arrays = self._arrays(tokens, decoder_tokens, inputs)
+    arrays = self._as_arguments(tokens, decoder_tokens, inputs)
     return inspection.inspect_model(self.module, self.params, arrays, top)
 
   def generate(self, prompts: str | Sequence[str], *,
@@ -204,11 +205,12 @@ class Model:
     stops = [stop] if isinstance(stop, str) else list(stop)
     require('' not in stops, f'stop is {short(stop)}: every text begins with '
             "''")
-    config, tokenizer = self._run_config(), self._tokenizer()
-    require(objectives.find_objective(config).writes
-            and self.config.head == 'lm', 'this model writes no text: its '
-            f'objective is {config.objective} and its head '
-            f'{self.config.head!r}')
+    config = self._config_of_run()
+    tokenizer = self._require_tokenizer()
+    objective = objectives.find_objective(config)
+    require(objective.writes and self.config.head == 'lm',
+            'this model writes no text: its objective is '
+            f'{config.objective} and its head {self.config.head!r}')
 
     # The prompts as the model was trained to read them.
     shown, end = hf_generation.shown(texts, config, tokenizer, self.generation)
@@ -255,7 +257,7 @@ class Model:
       RequestError: for a model whose head is of no such task, and for a row
         that is not of the kinds above, or has no token.
     """
-    config = self._run_config().copy_and_resolve_references()
+    config = self._config_of_run().copy_and_resolve_references()
     require(config.objective in predicting.OBJECTIVES, 'this model predicts no '
             f'labels, numbers or answers: its objective is {config.objective}')
     if objectives.find_objective(config).has_labels:
@@ -269,7 +271,7 @@ class Model:
         null_threshold=null_threshold)
     predictions = predicting.predict_rows(
         module=self.module, params=self.params, config=config,
-        tokenizer=self._tokenizer(), rows=[rows] if is_single else rows,
+        tokenizer=self._require_tokenizer(), rows=[rows] if is_single else rows,
         options=options)
     if is_single:
       return predictions[0]
@@ -280,7 +282,7 @@ class Model:
     token, also by part; FLOPs per token; bytes of the parameters and of the
     key-value cache. `length`: the tokens of a sequence; default: max_len."""
     length = length or self.config.max_len
-    return totals.count_costs(self._run_config(), length, self.config)
+    return totals.count_costs(self._config_of_run(), length, self.config)
 
   def with_parts(self, *, seed: Seed = 0, **fields: Any) -> 'Model':
     """Returns the model with other fields of `config.model`, for example
@@ -293,26 +295,27 @@ class Model:
       RequestError: for a field, a value or a combination that there is not.
     """
     module = architectures.build(changed_model(self.config, fields))
-    before = paths.flatten_by_path(self.params)
-    fresh = _draw_parameters(module, seed)
+    old_params = paths.flatten_by_path(self.params)
+    new_params = _draw_parameters(module, seed)
     drawn = []
-    for name, x in paths.flatten_by_path(fresh).items():
-      if name not in before or before[name].shape != x.shape:
+    for name, x in paths.flatten_by_path(new_params).items():
+      if name not in old_params or old_params[name].shape != x.shape:
         drawn.append(name)
 
-    def kept(key: tuple, x: jax.Array) -> jax.Array:
-      """Returns the parameter of a path: its value before, where it has one."""
+    def old_or_drawn(key: tuple, x: jax.Array) -> jax.Array:
+      """Returns the old value of a parameter, if it keeps it, else `x`."""
       name = paths.path_to_string(key)
       if name in drawn:
         return x
-      return before[name]
+      return old_params[name]
 
+    params = jax.tree_util.tree_map_with_path(old_or_drawn, new_params)
+    # The names of labels stay where their number does.
     labels = self.labels
     if module.config.num_labels != self.config.num_labels:
       labels = ()
-    return dataclasses.replace(
-        self, module=module, params=jax.tree_util.tree_map_with_path(
-            kept, fresh), drawn=tuple(drawn), labels=labels)
+    return dataclasses.replace(self, module=module, params=params,
+                               drawn=tuple(drawn), labels=labels)
 
   def save(self, folder: str | os.PathLike) -> None:
     """Writes a Hugging Face folder: config.json, the weights, the tokenizer,
@@ -330,8 +333,12 @@ class Model:
         another model; and for a model that transformers does not have.
     """
     storage.check_folder_is_writable(folder, 'folder')
-    folder, tokenizer = pathlib.Path(folder), self.tokenizer
-    config, generation = self._run_config(), self.generation
+    folder = pathlib.Path(folder)
+    config = self._config_of_run()
+    generation = self.generation
+
+    # Whether the tokenizer can be written.
+    tokenizer = self.tokenizer
     if isinstance(tokenizer, tokenizers.Bytes):
       stands_in = generation is not None
       if stands_in or not tokenizer.is_bytewise:
@@ -340,21 +347,23 @@ class Model:
       hf_tokenizer.refuse_others(tokenizer, config, folder)
       generation = generation or hf_generation.of_run(
           config, self.config, tokenizer)
+
+    # The weights with their configs, and the tokenizer beside them.
     weights.to_hf(self.module, self.params, folder, generation=generation,
                   labels=self.labels)
     if tokenizer is not None:
       hf_tokenizer.save(tokenizer, config, folder)
 
-  def _tokenizer(self) -> tokenizers.Tokenizer:
-    """Returns the tokenizer, which has to be there."""
+  def _require_tokenizer(self) -> tokenizers.Tokenizer:
+    """Returns the tokenizer; raises RequestError where the model has none."""
     if self.tokenizer is None:
       raise RequestError('this model came without a tokenizer: load it with '
                          "tokenizer='FILE'")
     return self.tokenizer
 
-  def _run_config(self) -> ml_collections.ConfigDict:
-    """Returns the run's config; without a run, the usual one of such a model.
-    """
+  def _config_of_run(self) -> ml_collections.ConfigDict:
+    """Returns the config of the run that the model is from; for a model from
+    elsewhere the defaults, with the objective that trains such a head."""
     if self.run is not None:
       return self.run
     config = base.base()
@@ -363,39 +372,46 @@ class Model:
     config.data.length = self.config.max_len
     return config
 
-  def _run(self, wanted: str, tokens: Tokens, decoder_tokens: Tokens | None,
-           inputs: Mapping[str, Tokens]) -> Any:
-    """Returns what is `wanted` of the model's output; see `_apply`."""
-    arrays = self._arrays(tokens, decoder_tokens, inputs)
-    return _compute_output(self.module, self.params, arrays, wanted)
+  def _compute(self, wanted: str, tokens: Tokens, decoder_tokens: Tokens | None,
+               inputs: Mapping[str, Tokens]) -> Any:
+    """Returns one part of what the model computes for some tokens.
 
-  def _arrays(self, tokens: Tokens, decoder_tokens: Tokens | None,
-              inputs: Mapping[str, Tokens]) -> dict[str, jax.Array]:
-    """Returns the module's arguments by name."""
+    Args:
+      wanted: which part; see `_compute_output`.
+      tokens, decoder_tokens, inputs: those of a call of the model.
+    """
+    arguments = self._as_arguments(tokens, decoder_tokens, inputs)
+    return _compute_output(self.module, self.params, arguments, wanted)
+
+  def _as_arguments(self, tokens: Tokens, decoder_tokens: Tokens | None,
+                    inputs: Mapping[str, Tokens]) -> dict[str, jax.Array]:
+    """Returns the arguments of a call of the model as arrays, checked, by the
+    names that the module has for them."""
     arguments = dict(inputs, tokens=tokens)
     if decoder_tokens is not None:
       arguments['decoder_tokens'] = decoder_tokens
     return inputs_of.arguments_of_module(self.stack, arguments,
                                          self.config.vocab_size)
 
-  def _of_stacks(self, kept: Any, more: int) -> Any:
-    """Returns what the layers have kept, in numpy; in an encoder-decoder by
-    stack.
+  def _split_by_stack(self, by_layer: Any, num_extra: int) -> Any:
+    """Returns what was computed for each layer, in numpy; in an encoder-decoder
+    as {'encoder': ..., 'decoder': ...}.
 
     Args:
-      kept: what the layers have kept, those of the encoder first.
-      more: how many more entries than layers a stack has.
+      by_layer: an array for each layer, those of the encoder first.
+      num_extra: how many more entries than layers a stack has.
     """
     if self.stack != 'encoder-decoder':
-      return _as_numpy_float32(kept)
-    encoder = more + len(self.config.layer_kinds(self.config.num_layers))
-    return dict(encoder=_as_numpy_float32(jnp.stack(kept[:encoder])),
-                decoder=_as_numpy_float32(jnp.stack(kept[encoder:])))
+      return _as_numpy_float32(by_layer)
+    num_encoder_layers = len(self.config.layer_kinds(self.config.num_layers))
+    num_encoder = num_extra + num_encoder_layers
+    return dict(encoder=_as_numpy_float32(jnp.stack(by_layer[:num_encoder])),
+                decoder=_as_numpy_float32(jnp.stack(by_layer[num_encoder:])))
 
 
 def _as_numpy_float32(x: jax.Array) -> Any:
-  """Returns an array in numpy, in float32: in bfloat16, numpy would add up in
-  it. What is traced stays as it is."""
+  """Returns an array in numpy, in float32 (in bfloat16, numpy's sums would be
+  in it too). An array that is being traced stays as it is."""
   if isinstance(x, jax.core.Tracer):
     return x
   return np.asarray(x, np.float32)
@@ -403,20 +419,19 @@ def _as_numpy_float32(x: jax.Array) -> Any:
 
 @functools.partial(jax.jit, static_argnames=('module', 'wanted'))
 def _compute_output(module: nn.Module, params: Any,
-                    arrays: dict[str, jax.Array],
-                    wanted: str) -> Any:
-  """Returns what is `wanted` of the model's output; nothing else is part of the
-  program.
+                    arguments: dict[str, jax.Array], wanted: str) -> Any:
+  """Runs a model, and returns one part of what it computes; nothing else is
+  part of the compiled program.
 
   Args:
     module: the model.
     params: its parameters.
-    arrays: its arguments, by name.
+    arguments: its arguments, by name.
     wanted: 'logits'; 'layers', the states of all layers; or 'attention', the
       weights of attention and of attention to a memory, None without one.
   """
   options: dict[str, Any] = dict(
-      arrays, keep_layers=wanted == 'layers',
+      arguments, keep_layers=wanted == 'layers',
       keep_attention=wanted == 'attention')
   output: Any = module.apply({'params': params}, **options)
   if wanted == 'logits':
@@ -446,30 +461,29 @@ def load(path: str | os.PathLike, *, step: int | str | None = None,
     EnvironmentFailure: where the checkpoint cannot be read.
   """
   require(str(path) != '', "path is '': name the folder of a run or of weights")
-  named: parameters.StepChoice = step
+  step_choice: parameters.StepChoice = step
   if isinstance(step, str):
-    named = checkpoints.parse_step(step, 'step')
+    step_choice = checkpoints.parse_step(step, 'step')
   path = hub.download_if_on_hub(path)
-  place = storage.checked_path(path)
-  if storage.has_checkpoints(place):
-    return _load_run(place, named, tokenizer)
+  folder = storage.checked_path(path)
+  if storage.has_checkpoints(folder):
+    return _load_run(folder, step_choice, tokenizer)
   require(step is None, f'{path} is no run: it has no step {step}')
 
   # A folder of Hugging Face, or a file of weights in one.
   module, params = weights.from_hf(path)
-  folder = place
-  if place.is_file():
-    folder = place.parent
+  if folder.is_file():
+    folder = folder.parent
   if tokenizer is None and tokenizers.find_tokenizer_files(folder):
     tokenizer = str(folder)
-  vocabulary = None
+  loaded_tokenizer = None
   if tokenizer:
-    vocabulary = tokenizers.load(tokenizer)
+    loaded_tokenizer = tokenizers.load(tokenizer)
   labels: tuple[str, ...] = ()
   if module.config.num_labels:
     labels = hf_config.labels(hf_config.load_config_json(folder))
   return Model(
-      module=module, params=params, tokenizer=vocabulary,
+      module=module, params=params, tokenizer=loaded_tokenizer,
       generation=hf_generation.of_folder(folder), labels=labels)
 
 
@@ -506,38 +520,41 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
 
 def _load_run(workdir: Any, step: parameters.StepChoice, tokenizer: str | None
               ) -> Model:
-  """Returns the model of a run; the arguments are those of `load`."""
+  """Returns the model of a training run; the arguments are those of `load`."""
   config = runs.load_run_config(workdir)
   module = architectures.build(runs.load_run_model_config(workdir, config))
   checkpoint = parameters.read_parameters_on_one_device(workdir, module, step)
   if tokenizer:
-    vocabulary = tokenizers.load(tokenizer)
+    loaded_tokenizer = tokenizers.load(tokenizer)
   else:
-    vocabulary = runs.load_run_tokenizer(workdir, config)
+    loaded_tokenizer = runs.load_run_tokenizer(workdir, config)
   return Model(
-      module=module, params=checkpoint.state, tokenizer=vocabulary, run=config,
+      module=module, params=checkpoint.state, tokenizer=loaded_tokenizer,
+      run=config,
       generation=hf_generation.published(workdir, checkpoint.step),
       labels=run_config.load_labels(workdir))
 
 
 def _draw_parameters(module: nn.Module, seed: int) -> Any:
-  """Returns the parameters that a run of this seed starts from.
+  """Returns the parameters with which a training run of this seed begins.
 
   Raises:
     RequestError: where all memory of a device has no room for them.
   """
   init = jax.jit(module.init)
   inputs = jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)
-  # The program that is traced for the sizes is run afterwards.
-  abstract = nn.meta.unbox(init.eval_shape(*inputs)['params'])
-  size = 0
-  for x in jax.tree.leaves(abstract):
-    size += math.prod(x.shape) * x.dtype.itemsize
-  devices.check_size(size, jax.local_devices()[0], 'the parameters')
+  # Their size is known from their shapes, before anything is allocated. The
+  # program that is traced for the shapes is the one that runs afterwards.
+  shapes = nn.meta.unbox(init.eval_shape(*inputs)['params'])
+  num_bytes = 0
+  for x in jax.tree.leaves(shapes):
+    num_bytes += math.prod(x.shape) * x.dtype.itemsize
+  devices.check_size(num_bytes, jax.local_devices()[0], 'the parameters')
   return nn.meta.unbox(init(*inputs)['params'])
 
 
-# Other fields are derived from these when a run's config is resolved.
+# Fields from which others are derived when a run's config is resolved: they
+# cannot be changed in a model config, which is resolved.
 _FIELDS_BEHIND_OTHERS = ('arch', 'd_model', 'num_heads', 'head_dim', 'kinds',
                          'parametrization', 'mup_base_width',
                          'mup_base_head_dim')
@@ -546,9 +563,18 @@ _FIELDS_BEHIND_OTHERS = ('arch', 'd_model', 'num_heads', 'head_dim', 'kinds',
 @check_argument_types
 def changed_model(config: ModelConfig, fields: Mapping[str, Any]
                   ) -> ModelConfig:
-  """Returns the config with other fields, checked as any config is. A field
-  that is 0 where a config's is derived, is derived: with lora.rank alone,
-  lora.alpha becomes as large."""
+  """Returns a model config with some fields changed, checked as any config is.
+  What is derived from other fields is derived again: where lora.rank is set
+  alone, lora.alpha becomes as large.
+
+  Args:
+    config: the model config.
+    fields: the fields to set, by name.
+
+  Raises:
+    RequestError: for a field on which the sizes of other parts depend, a wrong
+      value, and a field that the model would not read.
+  """
   for name in fields:
     require(name not in _FIELDS_BEHIND_OTHERS,
             f'model.{name} decides the sizes of other '
@@ -568,12 +594,18 @@ def changed_model(config: ModelConfig, fields: Mapping[str, Any]
 
 def _refuse_unread_fields(config: ModelConfig, fields: Mapping[str, Any],
                           tree: Mapping[str, Any]) -> None:
-  """Raises RequestError for a field that the model, which was made of `tree`,
-  would not read."""
+  """Raises RequestError for a field that a user sets and the model does not
+  read.
+
+  Args:
+    config: the model's resolved config.
+    fields: the fields that the user sets, by name.
+    tree: the config.model, with these fields, that `config` was resolved from.
+  """
   if not fields:
     return
-  unread = flat.fields_that_are_unread(config, tree)
+  unread_fields = flat.fields_that_are_unread(config, tree)
   for name in flat.flatten_groups(fields):
-    if name in unread:
+    if name in unread_fields:
       raise RequestError(f'model.{name} is not read by this model: it is read '
-                         f'where {unread[name].where}')
+                         f'where {unread_fields[name].where}')
