@@ -118,8 +118,9 @@ class Saved:
 @pytest.fixture(name='train')
 def _train(tmp_path, monkeypatch):
   """Returns a function that trains; see `Fake`."""
-  monkeypatch.setattr(steps.flops, 'of_a_row', lambda config, model, sides: {
-      'weights': float(sum(sides))})
+  monkeypatch.setattr(
+      steps.flops, 'training_flops_of_row',
+      lambda config, model, sides: {'weights': float(sum(sides))})
   monkeypatch.setattr(description, 'describe_run', lambda *_, **__: 'a program')
 
   def train(*rows, due=(), stop=None, start=0, best=None, **fields):

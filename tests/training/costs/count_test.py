@@ -21,7 +21,7 @@ EXPLAINED = {
 @pytest.mark.long
 def test_every_size_is_near_its_published_figure(monkeypatch):
   # Which flops_test counts, and which takes minutes for all sizes.
-  monkeypatch.setattr(totals.flops, 'of_a_row', lambda *_: {})
+  monkeypatch.setattr(totals.flops, 'training_flops_of_row', lambda *_: {})
   rows = list(count.everything())
   assert len(rows) > 10
   inexact = [r['size'] for r in rows
