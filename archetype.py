@@ -549,7 +549,7 @@ def _draw_parameters(module: nn.Module, seed: int) -> Any:
   num_bytes = 0
   for x in jax.tree.leaves(shapes):
     num_bytes += math.prod(x.shape) * x.dtype.itemsize
-  devices.check_size(num_bytes, jax.local_devices()[0], 'the parameters')
+  devices.check_bytes_fit(num_bytes, jax.local_devices()[0], 'the parameters')
   return nn.meta.unbox(init(*inputs)['params'])
 
 

@@ -64,7 +64,7 @@ def main():
   if args.text:
     sources.parse_sources(args.text)
 
-  cpu.prepare()
+  cpu.configure_cpu()
   figures = evals.evaluate_run(workdir, tasks, args, step=step, text=args.text,
                            live=args.live, passes=args.passes)
   evals.write_figures(json_file, figures)

@@ -66,7 +66,7 @@ def main():
   workdir = storage.checked_path(args.workdir)
 
   # 1. The request: everything wrong in it is said before any device work.
-  several = processes.how_to_join(args.coordinator, args.num_processes,
+  several = processes.arguments_to_join(args.coordinator, args.num_processes,
                                   args.process_id, args.cluster)
   progress.parse_profiled_steps(args.profile_steps, config.train.steps)
   request = begin.check_request(config, workdir,
@@ -77,13 +77,13 @@ def main():
   config, tokenizer = request.config, request.tokenizer
 
   # 2. The devices and their mesh.
-  processes.initialize(several)
-  cpu.prepare()
-  processes.meet()
+  processes.join_processes(several)
+  cpu.configure_cpu()
+  processes.meet_and_print_processes()
   run = begin.build_on_devices(request)
 
   # 3. The data.
-  index, count = devices.batch_shard(run.place, config.data.batch_size)
+  index, count = devices.batch_slice_of_process(run.place, config.data.batch_size)
   train_data = pipeline.make_training_loader(config, tokenizer, index, count)
   eval_data = pipeline.make_evaluation_loaders(config, tokenizer, index, count)
   contents = pipeline.digest_contents(config, tokenizer)
@@ -92,20 +92,20 @@ def main():
 
   if args.dry_run:
     lines = loop.rehearse_run(run, train_data, eval_data)
-    if devices.primary():
+    if devices.is_primary_process():
       print(*lines, sep='\n')
     return 0
 
   # 4. The state: restored from the newest good checkpoint, or new.
-  with storage.lock_workdir(workdir,
-                            devices.primary()), checkpoints.Checkpoints(
+  is_primary = devices.is_primary_process()
+  with storage.lock_workdir(workdir, is_primary), checkpoints.Checkpoints(
       workdir, **config.checkpoint, agree_every=config.log.every_steps
   ) as saved:
     start = begin.find_starting_point(request, run, saved)
     if start.code == writer.DIVERGED:
       raise RequestError(f'{workdir}: {start.sentence}')
     if start.sentence or start.step == config.train.steps:
-      if devices.primary():
+      if devices.is_primary_process():
         print(_complete(request, start))
       return 0
     state = start.state

@@ -29,31 +29,33 @@ SYSTEMS: dict[str, type[Any]] = {}
 
 
 def refresh() -> None:
-  """Takes up systems that were added to SYSTEMS."""
+  """Forgets what was cached, so that systems that were added to SYSTEMS are
+  found."""
   systems.cache_clear()
-  by_model_type.cache_clear()
-  checked: Any = system
-  checked.__wrapped__.cache_clear()  # under the check of its arguments
+  arch_of_model_type.cache_clear()
+  # The cache is under the check of the arguments.
+  typed_system: Any = system
+  typed_system.__wrapped__.cache_clear()
 
 
 @functools.cache
 def systems() -> dict[str, type[Any]]:
-  """Returns {model.arch: the class of its page}, of every page in this folder,
-  and of SYSTEMS."""
+  """Returns the class of each system by its name, model.arch: those of the
+  pages (the modules of this folder), and those of SYSTEMS."""
   classes = {}
-  for file in _pages():
-    cls = _of_page(file)
+  for file in _page_files():
+    cls = _class_of_page(file)
     classes[getattr(cls, 'ARCH', file)] = cls
   return classes | SYSTEMS
 
 
-def _pages() -> list[str]:
+def _page_files() -> list[str]:
   """Returns the names of the pages in this folder."""
   files = pkgutil.iter_modules(__path__)
   return [file.name for file in files if not file.ispkg]
 
 
-def _of_page(file: str) -> type[Any]:
+def _class_of_page(file: str) -> type[Any]:
   """Returns the class that a page defines: the one with a STACK."""
   module = importlib.import_module(f'{__name__}.{file}')
   classes = []
@@ -67,13 +69,14 @@ def _of_page(file: str) -> type[Any]:
 @check_argument_types
 @functools.cache
 def system(arch: str) -> type[Any]:
-  """Returns the class of the page of `arch`; mostly no other page is imported.
+  """Returns the class of a system by its name, model.arch. Its page (a module
+  of this folder) is imported, and mostly no other.
 
   Raises:
-    RequestError: where there is none.
+    RequestError: where there is no such system.
   """
-  if arch in _pages():
-    cls = _of_page(arch)
+  if arch in _page_files():
+    cls = _class_of_page(arch)
     if getattr(cls, 'ARCH', arch) == arch:
       return cls
   # A system that is not called as its file is, or that is no page.
@@ -82,13 +85,14 @@ def system(arch: str) -> type[Any]:
 
 
 def page(arch: str) -> types.ModuleType:
-  """Returns the page of `arch`: a module under architectures/, or the file from
-  outside that has declared it."""
+  """Returns the module that defines the system `arch`: one of this folder, or a
+  file from outside."""
   return importlib.import_module(system(arch).__module__)
 
 
 def hugging_face(arch: str) -> HuggingFace:
-  """Returns what the page of `arch` says of Hugging Face's format.
+  """Returns how the config and the weights of the system `arch` stand in the
+  Hugging Face format.
 
   Raises:
     RequestError: where transformers has no such system.
@@ -100,29 +104,32 @@ def hugging_face(arch: str) -> HuggingFace:
 
 
 @functools.cache
-def by_model_type() -> dict[str, str]:
-  """Returns the system of each model_type that transformers has too."""
+def arch_of_model_type() -> dict[str, str]:
+  """Returns the name of a system, model.arch, by each model_type by which a
+  Hugging Face config.json may name it."""
   archs: dict[str, str] = {}
   for arch, cls in systems().items():
-    record = getattr(sys.modules[cls.__module__], 'HF', None)
-    if record is None:
+    hf_class = getattr(sys.modules[cls.__module__], 'HF', None)
+    if hf_class is None:
       continue
-    for model_type in (record.model_type, *record.also):
+    for model_type in (hf_class.model_type, *hf_class.also):
       archs[model_type] = arch
   return archs
 
 
 def file_name(arch: str) -> str:
-  """Returns the name of a system's page, and of its file of configs/."""
+  """Returns the name of the file of the system `arch` in this folder, which is
+  that of its file in configs/ too."""
   return page(arch).__name__.rpartition('.')[2]
 
 
 @check_argument_types
 def files(stack: str = '') -> list[str]:
-  """Returns the `file_name` of every system, or of those of one stack."""
+  """Returns the name of the file of every system, or of those whose stack is
+  'decoder', 'encoder' or 'encoder-decoder'."""
   archs = list(systems())
   if stack:
-    archs = _archs(stack)
+    archs = _archs_of_skeleton(stack)
   return [file_name(arch) for arch in archs]
 
 
@@ -135,13 +142,14 @@ def resolve(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
   config = model
   if not isinstance(config, ModelConfig):
     config = flat.make_model(config)
-  tables.check_model(config, system(config.arch).STACK, _archs)
+  tables.check_model(config, system(config.arch).STACK, _archs_of_skeleton)
   return config
 
 
-def _archs(kind: str) -> list[str]:
-  """Returns the systems with one kind of stack."""
-  return [arch for arch, cls in systems().items() if cls.STACK == kind]
+def _archs_of_skeleton(stack_name: str) -> list[str]:
+  """Returns the names of the systems whose stack is 'decoder', 'encoder' or
+  'encoder-decoder'."""
+  return [arch for arch, cls in systems().items() if cls.STACK == stack_name]
 
 
 def build(model: ModelConfig | Mapping[str, Any]) -> nn.Module:
@@ -173,7 +181,8 @@ def init_cache(model: ModelConfig | Mapping[str, Any], batch: PositiveSize,
   """
   config = resolve(model)
   if stack(config) == 'encoder':
-    writers = _archs('decoder') + _archs('encoder-decoder')
+    writers = _archs_of_skeleton('decoder')
+    writers += _archs_of_skeleton('encoder-decoder')
     raise RequestError(
         f'model.arch {config.arch} is an encoder: it writes no text and has no '
         f'cache; those that have one are {", ".join(writers)}')

@@ -26,10 +26,10 @@ class ALBERT(Encoder):
   PARTS = bert.BERT.PARTS | dict(ffn='gelu_tanh', loop='plain')
 
 
-OPTIONAL = {'pooler': r'(albert\.)?pooler\..*',
-            'head of the order of sentences': r'sop_classifier\..*',
-            hf.MASKED_WORDS: r'predictions\..*'}
-LAYERS = 'albert.encoder.albert_layer_groups.0.albert_layers.{n}'
+OPTIONAL_PARTS = {'pooler': r'(albert\.)?pooler\..*',
+                  'head of the order of sentences': r'sop_classifier\..*',
+                  hf.MASKED_WORD_HEAD: r'predictions\..*'}
+LAYER_PREFIX = 'albert.encoder.albert_layer_groups.0.albert_layers.{n}'
 
 
 class HF(bert.TwoTasks):
@@ -37,40 +37,41 @@ class HF(bert.TwoTasks):
   model_type = 'albert'
   architecture = 'AlbertForPreTraining'
   names = (
-      *(row for row in bert.stack('albert') if row[0].startswith('embed/')),
-      *hf.dense('widen', 'UD', 'albert.encoder.embedding_hidden_mapping_in',
-                'D U'),
-      *hf.under(
-          'encoder/layers', LAYERS,
-          *hf.under('attention', 'attention', *hf.attention(
+      *bert.embedding_rows('albert'),
+      *hf.dense_rows('widen', 'UD',
+                     'albert.encoder.embedding_hidden_mapping_in', 'D U'),
+      *hf.prefix_rows(
+          'encoder/layers', LAYER_PREFIX,
+          *hf.prefix_rows('attention', 'attention', *hf.attention_rows(
               'query', 'key', 'value', 'dense')),
-          *hf.norm('attention_norm', 'attention.LayerNorm'),
-          *hf.dense('ffn/up', 'DF', 'ffn', 'F D'),
-          *hf.dense('ffn/down', 'FD', 'ffn_output', 'D F'),
-          *hf.norm('ffn_norm', 'full_layer_layer_norm')),
-      *hf.dense('pooler', 'DU', 'albert.pooler', 'U D'),
-      *hf.dense('transform', 'DU', 'predictions.dense', 'U D'),
-      *hf.norm('transform_norm', 'predictions.LayerNorm'),
+          *hf.norm_rows('attention_norm', 'attention.LayerNorm'),
+          *hf.dense_rows('ffn/up', 'DF', 'ffn', 'F D'),
+          *hf.dense_rows('ffn/down', 'FD', 'ffn_output', 'D F'),
+          *hf.norm_rows('ffn_norm', 'full_layer_layer_norm')),
+      *hf.dense_rows('pooler', 'DU', 'albert.pooler', 'U D'),
+      *hf.dense_rows('transform', 'DU', 'predictions.dense', 'U D'),
+      *hf.norm_rows('transform_norm', 'predictions.LayerNorm'),
       ('head/bias', 'V', 'predictions.bias', 'V'),
-      *hf.dense('nsp', 'DU', 'sop_classifier.classifier', 'U D'))
-  fields = hf.fields(
+      *hf.dense_rows('nsp', 'DU', 'sop_classifier.classifier', 'U D'))
+  fields = hf.fields_with_defaults(
       hidden_size=4096, num_attention_heads=64, intermediate_size=16384,
       type_vocab_size=2, layer_norm_eps=1e-12, vocab_size=30000,
       max_position_embeddings=512) | {
           'num_layers': ('inner_group_num', 1),
           'loops.passes': ('num_hidden_layers', 12),
           'embed_dim': ('embedding_size', 128),
-          'ffn': ('hidden_act', 'gelu_new', hf.FFNS)}
-  only = bert.ONLY | dict(num_hidden_groups=1)
+          'ffn': ('hidden_act', 'gelu_new', hf.FFN_OF_ACTIVATION)}
+  only = bert.VALUES_OF_AN_ENCODER | dict(num_hidden_groups=1)
   tied = {'predictions.decoder.weight':
           'albert.embeddings.word_embeddings.weight',
           'predictions.decoder.bias': 'predictions.bias'}
   spellings = (('albert.', ''),)
   ignored = (r'(albert\.)?embeddings\.position_ids',)
-  optional = OPTIONAL
-  heads = hf.heads('Albert', sequence='classifier')
+  optional = OPTIONAL_PARTS
+  heads = hf.task_heads('Albert', sequence='classifier')
 
-  def check(self, c: ModelConfig) -> None:
-    require(c.embed_dim > 0, f'model.embed_dim is {c.embed_dim}: transformers '
+  def check(self, config: ModelConfig) -> None:
+    require(config.embed_dim > 0,
+            f'model.embed_dim is {config.embed_dim}: transformers '
             'has a product behind the embedding of an ALBERT, whatever its '
             'width; set it to model.d_model or less')

@@ -30,21 +30,27 @@ class BART(EncoderDecoder):
                ffn='gelu', tie_embeddings=True)
 
 
-def _embedding(ours: str, stack: str) -> tuple[hf.Row, ...]:
+def _embedding_rows(ours: str, stack: str) -> tuple[hf.Row, ...]:
+  """Returns the rows of the table of positions and the norm of an embedding.
+
+  Args:
+    ours: what our names of the embedding begin with, such as 'decoder_'.
+    stack: 'encoder' or 'decoder', as their names have it.
+  """
   theirs = f'model.{stack}'
   return ((f'embed/{ours}positions', 'LD',
            f'{theirs}.embed_positions.weight', 'L D'),
-          *hf.norm(f'embed/{ours}norm', f'{theirs}.layernorm_embedding'))
+          *hf.norm_rows(f'embed/{ours}norm', f'{theirs}.layernorm_embedding'))
 
 
 class HF(transformer.HF):
   model_type = 'bart'
   architecture = 'BartForConditionalGeneration'
-  names = (*transformer.HF.names, *_embedding('', 'encoder'),
-           *_embedding(BART.DECODER_EMBED, 'decoder'))
-  fields = transformer.FIELDS | hf.fields(vocab_size=50265) | {
+  names = (*transformer.HF.names, *_embedding_rows('', 'encoder'),
+           *_embedding_rows(BART.DECODER_EMBED, 'decoder'))
+  fields = transformer.FIELDS | hf.fields_with_defaults(vocab_size=50265) | {
       'num_decoder_layers': ('decoder_layers', 12),
-      'ffn': ('activation_function', 'gelu', hf.FFNS)}
+      'ffn': ('activation_function', 'gelu', hf.FFN_OF_ACTIVATION)}
   only = dict(is_encoder_decoder=True, tie_word_embeddings=True,
               normalize_before=False, normalize_embedding=True,
               add_final_layer_norm=False, add_bias_logits=False,
@@ -56,9 +62,9 @@ class HF(transformer.HF):
     ours['logits_bias'] = reader('final_logits_bias', True)
     return ours
 
-  def write(self, c: ModelConfig) -> dict:
-    return transformer.write_stacks(c) | dict(
-        final_logits_bias=c.logits_bias,  # as transformer.py has it
+  def write(self, config: ModelConfig) -> dict:
+    return transformer.write_stacks(config) | dict(
+        final_logits_bias=config.logits_bias,  # as transformer.py has it
         bos_token_id=0, pad_token_id=1, eos_token_id=2,
         decoder_start_token_id=2, forced_eos_token_id=None)
 

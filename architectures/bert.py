@@ -44,54 +44,65 @@ class TwoTasks(hf.HuggingFace):
   system: str
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    without = {f'{self.system}ForMaskedLM', f'{self.system}Model'}
-    named = reader.listed('architectures')
-    return dict(next_sentence=without.isdisjoint(named))
+    # The classes without the second task.
+    one_task_classes = {f'{self.system}ForMaskedLM', f'{self.system}Model'}
+    classes = reader.read_list('architectures')
+    return dict(next_sentence=one_task_classes.isdisjoint(classes))
 
-  def write(self, c: ModelConfig) -> dict:
-    tree: dict[str, Any] = dict(tie_word_embeddings=c.tie_embeddings)
-    if c.head == 'lm' and not c.next_sentence:
+  def write(self, config: ModelConfig) -> dict:
+    tree: dict[str, Any] = dict(tie_word_embeddings=config.tie_embeddings)
+    if config.head == 'lm' and not config.next_sentence:
       tree['architectures'] = [f'{self.system}ForMaskedLM']
     return tree
 
   def of_files(self, names: Collection[str]) -> dict:
+    """Returns whether the second task is there, by whether the files have the
+    tensors of a pooler."""
     pooler = self.optional['pooler']
     return dict(next_sentence=any(
         re.fullmatch(pooler, name) for name in names))
 
 
-# The parts that a folder may lack or have too, in words.
-OPTIONAL = {'pooler': r'(bert\.)?pooler\..*',
-            'head of next sentences': r'cls\.seq_relationship\..*',
-            hf.MASKED_WORDS: r'cls\.predictions\..*'}
+# The parts of the model that a folder may lack as a whole, by their names in
+# messages: a pattern of the names of their tensors.
+OPTIONAL_PARTS = {'pooler': r'(bert\.)?pooler\..*',
+                  'head of next sentences': r'cls\.seq_relationship\..*',
+                  hf.MASKED_WORD_HEAD: r'cls\.predictions\..*'}
 
-def stack(name: str) -> tuple[hf.Row, ...]:
-  """Returns the rows of the embedding and of the layers, under `name`."""
-  embedding = hf.under(
+
+def embedding_rows(name: str) -> tuple[hf.Row, ...]:
+  """Returns the rows of the embedding, whose tensors are under `name`."""
+  return hf.prefix_rows(
       'embed', f'{name}.embeddings',
       ('tokens', 'VD', 'word_embeddings.weight', 'V D'),
       ('positions', 'LD', 'position_embeddings.weight', 'L D'),
       ('types', 'UD', 'token_type_embeddings.weight', 'U D'),
-      *hf.norm('norm', 'LayerNorm'))
-  attention = hf.attention(
+      *hf.norm_rows('norm', 'LayerNorm'))
+
+
+def encoder_rows(name: str) -> tuple[hf.Row, ...]:
+  """Returns the rows of the embedding and of the layers, whose tensors are
+  under `name`."""
+  attention = hf.attention_rows(
       'self.query', 'self.key', 'self.value', 'output.dense')
-  layers = hf.under(
+  layers = hf.prefix_rows(
       'encoder/layers', f'{name}.encoder.layer.{{n}}',
-      *hf.under('attention', 'attention', *attention),
-      *hf.norm('attention_norm', 'attention.output.LayerNorm'),
-      *hf.dense('ffn/up', 'DF', 'intermediate.dense', 'F D'),
-      *hf.dense('ffn/down', 'FD', 'output.dense', 'D F'),
-      *hf.norm('ffn_norm', 'output.LayerNorm'))
-  return *embedding, *layers
+      *hf.prefix_rows('attention', 'attention', *attention),
+      *hf.norm_rows('attention_norm', 'attention.output.LayerNorm'),
+      *hf.dense_rows('ffn/up', 'DF', 'intermediate.dense', 'F D'),
+      *hf.dense_rows('ffn/down', 'FD', 'output.dense', 'D F'),
+      *hf.norm_rows('ffn_norm', 'output.LayerNorm'))
+  return *embedding_rows(name), *layers
 
 
 # The fields of every config.json of the family, but how long its rows are.
-FIELDS = hf.fields(
+FIELDS = hf.fields_with_defaults(
     hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
     intermediate_size=3072, type_vocab_size=2, layer_norm_eps=1e-12) | {
-        'ffn': ('hidden_act', 'gelu', hf.FFNS)}
-ONLY = dict(position_embedding_type='absolute', is_decoder=False,
-            add_cross_attention=False, tie_word_embeddings=True)
+        'ffn': ('hidden_act', 'gelu', hf.FFN_OF_ACTIVATION)}
+VALUES_OF_AN_ENCODER = dict(
+    position_embedding_type='absolute', is_decoder=False,
+    add_cross_attention=False, tie_word_embeddings=True)
 
 
 class HF(TwoTasks):
@@ -99,19 +110,21 @@ class HF(TwoTasks):
   model_type = 'bert'
   architecture = 'BertForPreTraining'
   names = (
-      *stack('bert'),
-      *hf.dense('pooler', 'DU', 'bert.pooler.dense', 'U D'),
-      *hf.dense('transform', 'DU', 'cls.predictions.transform.dense', 'U D'),
-      *hf.norm('transform_norm', 'cls.predictions.transform.LayerNorm'),
+      *encoder_rows('bert'),
+      *hf.dense_rows('pooler', 'DU', 'bert.pooler.dense', 'U D'),
+      *hf.dense_rows('transform', 'DU', 'cls.predictions.transform.dense',
+                     'U D'),
+      *hf.norm_rows('transform_norm', 'cls.predictions.transform.LayerNorm'),
       ('head/bias', 'V', 'cls.predictions.bias', 'V'),
-      *hf.dense('nsp', 'DU', 'cls.seq_relationship', 'U D'))
-  fields = FIELDS | hf.fields(vocab_size=30522, max_position_embeddings=512)
-  only = ONLY
+      *hf.dense_rows('nsp', 'DU', 'cls.seq_relationship', 'U D'))
+  fields = FIELDS | hf.fields_with_defaults(vocab_size=30522,
+                                            max_position_embeddings=512)
+  only = VALUES_OF_AN_ENCODER
   tied = {'cls.predictions.decoder.weight':
           'bert.embeddings.word_embeddings.weight',
           'cls.predictions.decoder.bias': 'cls.predictions.bias'}
   spellings = (('bert.', ''), ('LayerNorm.weight', 'LayerNorm.gamma'),
                ('LayerNorm.bias', 'LayerNorm.beta'))
   ignored = (r'(bert\.)?embeddings\.position_ids',)
-  optional = OPTIONAL
-  heads = hf.heads('Bert', sequence='classifier')
+  optional = OPTIONAL_PARTS
+  heads = hf.task_heads('Bert', sequence='classifier')

@@ -26,11 +26,11 @@ class HF(hf.HuggingFace):
   architecture = 'BloomForCausalLM'
   names = (
       ('embed/tokens', 'VD', 'transformer.word_embeddings.weight', 'V D'),
-      *hf.norm('embed/norm', 'transformer.word_embeddings_layernorm'),
-      *gpt_neox.layers('transformer.h.{n}', 'self_attention'),
-      *hf.norm('decoder/final_norm', 'transformer.ln_f'),
+      *hf.norm_rows('embed/norm', 'transformer.word_embeddings_layernorm'),
+      *gpt_neox.layer_rows('transformer.h.{n}', 'self_attention'),
+      *hf.norm_rows('decoder/final_norm', 'transformer.ln_f'),
       ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
-  fields = hf.fields(
+  fields = hf.fields_with_defaults(
       vocab_size=250880, layer_norm_epsilon=1e-5, tie_word_embeddings=True
   ) | {  # of two names for one thing, transformers follows the first
       'd_model': ('n_embed|hidden_size', 64),
@@ -42,4 +42,4 @@ class HF(hf.HuggingFace):
   unread = ('slow_but_exact',)
   tied = {'lm_head.weight': 'transformer.word_embeddings.weight'}
   spellings = (('transformer.', ''),)
-  heads = hf.heads('Bloom')
+  heads = hf.task_heads('Bloom')

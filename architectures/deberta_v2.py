@@ -35,15 +35,16 @@ class DeBERTa(Encoder):
                                  generator=dict(sharing='apart'))
 
 
-TERMS = {'c2p', 'p2c'}
-# Fields of a config.json: transformers' default, and the value known here.
-NOT_USUAL = {'relative_attention': (False, True),
-             'share_att_key': (False, True),
-             'position_biased_input': (True, False),
-             'norm_rel_ebd': ('none', 'layer_norm')}
-
-
-HEAD = 'cls.predictions.'
+# pos_att_type of a config.json: the terms of a score with a position in them,
+# content to position (q K_r) and position to content (k Q_r).
+SCORE_TERMS = {'c2p', 'p2c'}
+# Fields of a config.json: transformers' default, and the only value known here,
+# which v3 has.
+DEFAULT_AND_V3_VALUE = {'relative_attention': (False, True),
+                        'share_att_key': (False, True),
+                        'position_biased_input': (True, False),
+                        'norm_rel_ebd': ('none', 'layer_norm')}
+HEAD_PREFIX = 'cls.predictions.'
 
 
 class HF(hf.HuggingFace):
@@ -54,71 +55,78 @@ class HF(hf.HuggingFace):
        'V D'),
       ('embed/types', 'UD', 'deberta.embeddings.token_type_embeddings.weight',
        'U D'),
-      *hf.norm('embed/norm', 'deberta.embeddings.LayerNorm'),
+      *hf.norm_rows('embed/norm', 'deberta.embeddings.LayerNorm'),
       ('encoder/disentangled/table', 'UD',
        'deberta.encoder.rel_embeddings.weight', 'U D'),
-      *hf.norm('encoder/disentangled/norm', 'deberta.encoder.LayerNorm'),
-      *hf.under(
+      *hf.norm_rows('encoder/disentangled/norm', 'deberta.encoder.LayerNorm'),
+      *hf.prefix_rows(
           'encoder/layers', 'deberta.encoder.layer.{n}',
-          *hf.under('attention', 'attention', *hf.attention(
+          *hf.prefix_rows('attention', 'attention', *hf.attention_rows(
               'self.query_proj', 'self.key_proj', 'self.value_proj',
               'output.dense')),
-          *hf.norm('attention_norm', 'attention.output.LayerNorm'),
-          *hf.dense('ffn/up', 'DF', 'intermediate.dense', 'F D'),
-          *hf.dense('ffn/down', 'FD', 'output.dense', 'D F'),
-          *hf.norm('ffn_norm', 'output.LayerNorm')),
-      *hf.dense('pooler', 'DU', 'pooler.dense', 'U D'),
-      *hf.dense('transform', 'DU', f'{HEAD}transform.dense', 'U D'),
-      *hf.norm('transform_norm', f'{HEAD}transform.LayerNorm'),
-      ('head/bias', 'V', f'{HEAD}bias', 'V'))
-  fields = bert.FIELDS | hf.fields(
+          *hf.norm_rows('attention_norm', 'attention.output.LayerNorm'),
+          *hf.dense_rows('ffn/up', 'DF', 'intermediate.dense', 'F D'),
+          *hf.dense_rows('ffn/down', 'FD', 'output.dense', 'D F'),
+          *hf.norm_rows('ffn_norm', 'output.LayerNorm')),
+      *hf.dense_rows('pooler', 'DU', 'pooler.dense', 'U D'),
+      *hf.dense_rows('transform', 'DU', f'{HEAD_PREFIX}transform.dense', 'U D'),
+      *hf.norm_rows('transform_norm', f'{HEAD_PREFIX}transform.LayerNorm'),
+      ('head/bias', 'V', f'{HEAD_PREFIX}bias', 'V'))
+  fields = bert.FIELDS | hf.fields_with_defaults(
       vocab_size=128100, hidden_size=1536, num_hidden_layers=24,
       num_attention_heads=24, intermediate_size=6144, type_vocab_size=0,
       layer_norm_eps=1e-7, max_position_embeddings=512)
   only = dict(pooler_hidden_act='gelu', tie_word_embeddings=True)
   unread = ('legacy',)
-  tied = {f'{HEAD}decoder.weight': 'deberta.embeddings.word_embeddings.weight',
-          f'{HEAD}decoder.bias': f'{HEAD}bias'}
-  spellings = ((f'{HEAD}transform.', 'lm_predictions.lm_head.'),
-               (HEAD, 'lm_predictions.lm_head.'), ('deberta.', ''))
+  tied = {f'{HEAD_PREFIX}decoder.weight':
+          'deberta.embeddings.word_embeddings.weight',
+          f'{HEAD_PREFIX}decoder.bias': f'{HEAD_PREFIX}bias'}
+  spellings = ((f'{HEAD_PREFIX}transform.', 'lm_predictions.lm_head.'),
+               (HEAD_PREFIX, 'lm_predictions.lm_head.'), ('deberta.', ''))
   ignored = (r'(deberta\.)?embeddings\.position_(ids|embeddings\.weight)',)
-  optional = {hf.MASKED_WORDS: r'(cls\.predictions|lm_predictions)\..*',
+  optional = {hf.MASKED_WORD_HEAD: r'(cls\.predictions|lm_predictions)\..*',
               'head of replaced tokens': r'mask_predictions\..*'}
-  heads = hf.heads('DebertaV2', sequence='classifier')
+  heads = hf.task_heads('DebertaV2', sequence='classifier')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    # Values that v3 always has, and that transformers' defaults are not.
-    for name, (default, known) in NOT_USUAL.items():
+    # Fields whose value in v3 is not transformers' default.
+    for name, (default, known) in DEFAULT_AND_V3_VALUE.items():
       value = reader(name, default)
       require(value == known, f'config.json has {name} {value!r}: only '
               f'{known!r} is known here')
-    terms = reader.listed('pos_att_type')
+
+    # The terms of a score, a list or one string; and the widths.
+    terms = reader.read_list('pos_att_type')
     if not terms:
       terms = reader('pos_att_type', '').split('|')
-    words = {str(term).strip().lower() for term in terms}
-    require(words == TERMS, f'config.json has pos_att_type {terms}: only both '
-            f'of {sorted(TERMS)} are known here')
+    normalized_terms = {str(term).strip().lower() for term in terms}
+    require(normalized_terms == SCORE_TERMS,
+            f'config.json has pos_att_type {terms}: only both '
+            f'of {sorted(SCORE_TERMS)} are known here')
     width = fields['d_model']
-    reader.must(conv_kernel_size=0, embedding_size=width,
-                attention_head_size=width // fields['num_heads'],
-                pooler_hidden_size=width)
+    reader.require_values(conv_kernel_size=0, embedding_size=width,
+                          attention_head_size=width // fields['num_heads'],
+                          pooler_hidden_size=width)
 
-    # The distances.
+    # The distances between tokens: -1 says that there are no buckets, or that
+    # the largest distance is the length of the model.
     buckets = int(reader('position_buckets', -1.0))
     require(buckets >= 4, f'config.json has position_buckets {buckets}: only '
             'distances in buckets are known here, 4 or more on each side')
-    most = int(reader('max_relative_positions', -1.0))
-    if most <= 0:
-      most = fields['max_len']
-    return dict(disentangled=dict(buckets=buckets, max_distance=most))
+    max_distance = int(reader('max_relative_positions', -1.0))
+    if max_distance <= 0:
+      max_distance = fields['max_len']
+    return dict(disentangled=dict(buckets=buckets, max_distance=max_distance))
 
-  def write(self, c: ModelConfig) -> dict:
-    distances = c.part(DisentangledConfig)
-    known = {name: value for name, (_, value) in NOT_USUAL.items()}
-    return known | dict(
-        position_buckets=distances.buckets, pos_att_type=sorted(TERMS),
+  def write(self, config: ModelConfig) -> dict:
+    distances = config.part(DisentangledConfig)
+    v3_values = {}
+    for name, (_, value) in DEFAULT_AND_V3_VALUE.items():
+      v3_values[name] = value
+    return v3_values | dict(
+        position_buckets=distances.buckets, pos_att_type=sorted(SCORE_TERMS),
         max_relative_positions=distances.max_distance,
-        tie_word_embeddings=c.tie_embeddings)
+        tie_word_embeddings=config.tie_embeddings)
 
-  def check(self, c: ModelConfig) -> None:
-    hf.check_heads(c)
+  def check(self, config: ModelConfig) -> None:
+    hf.check_heads_divide_width(config)

@@ -30,34 +30,38 @@ class DeepSeekV2(Decoder):
           router='topk', top_k=6, ffn='swiglu', normalize_gates=False))
 
 
-def read_dense(reader: hf.Reader, fields: dict, dense: int) -> dict:
-  """Returns the kinds of the layers at the start that are dense.
+def read_dense_layers(reader: hf.Reader, fields: dict, dense: int) -> dict:
+  """Returns the fields of the model that say how many of its first layers have
+  a dense network in place of experts.
 
   Args:
     reader: the reader of the config.json.
     fields: the fields that were read.
     dense: how many they are where the config.json does not say.
   """
-  first = reader.count('first_k_dense_replace', dense)
-  require(first < fields['num_layers'], 'config.json has first_k_dense_replace '
-          f'{first} of num_hidden_layers {fields["num_layers"]}: no layer has '
-          'experts')
+  num_dense = reader.read_count('first_k_dense_replace', dense)
+  require(num_dense < fields['num_layers'],
+          f'config.json has first_k_dense_replace {num_dense} of '
+          f'num_hidden_layers {fields["num_layers"]}: no layer has experts')
   kinds = {}
-  if first:
+  if num_dense:
     kinds['dense'] = dict(ffn='dense')
-  return dict(prefix=','.join(['dense'] * first), kinds=kinds)
+  return dict(prefix=','.join(['dense'] * num_dense), kinds=kinds)
 
 
-def write_dense(c: ModelConfig) -> dict:
-  """Returns the field of a config.json that `read_dense` reads."""
-  moe = [kind.ffn == 'moe' for kind in c.layer_kinds(c.num_layers)]
-  require(any(moe), 'no layer of this model has experts')
-  return dict(first_k_dense_replace=moe.index(True))
+def write_dense_layers(config: ModelConfig) -> dict:
+  """Returns the field of a config.json that `read_dense_layers` reads."""
+  has_experts = []
+  for kind in config.layer_kinds(config.num_layers):
+    has_experts.append(kind.ffn == 'moe')
+  require(any(has_experts), 'no layer of this model has experts')
+  return dict(first_k_dense_replace=has_experts.index(True))
 
 
-def read(reader: hf.Reader, fields: dict, *, dense: int, q_rank: int,
-         interleaved: bool = True) -> dict:
-  """Returns what the config.json of V2 and of V3 say alike.
+def read_shared_fields(reader: hf.Reader, fields: dict, *, dense: int,
+                       q_rank: int, interleaved: bool = True) -> dict:
+  """Returns the fields of the model that the config.json of DeepSeek-V2 and of
+  V3 have in common: its dense layers, latent attention and positions.
 
   Args:
     reader: the reader of the config.json.
@@ -66,86 +70,99 @@ def read(reader: hf.Reader, fields: dict, *, dense: int, q_rank: int,
     q_rank: the default of q_lora_rank, whose null says that there is none.
     interleaved: whether rotary pairs are neighbours.
   """
-  reader.must(num_key_value_heads=fields['num_heads'], moe_layer_freq=1)
-  # These are the size of what is turned, always.
-  reader.passes('head_dim', 'qk_head_dim')
+  reader.require_values(num_key_value_heads=fields['num_heads'],
+                        moe_layer_freq=1)
+  # These are always the size of what is rotated.
+  reader.ignore_fields('head_dim', 'qk_head_dim')
   rank = 0
   if not reader.is_null('q_lora_rank'):
     rank = reader('q_lora_rank', q_rank)
-  return read_dense(reader, fields, dense) | dict(
+  return read_dense_layers(reader, fields, dense) | dict(
       head_dim=fields['latent.nope_dim'],
-      latent=dict(q_rank=rank, norm_eps=LATENT_EPS),
-      rope=rope_fields.read(reader, interleaved=interleaved, on_scores=True))
+      latent=dict(q_rank=rank, norm_eps=EPSILON_OF_LATENT_NORMS),
+      rope=rope_fields.read_rope(reader, interleaved=interleaved,
+                                 on_scores=True))
 
 
-def write(c: ModelConfig) -> dict:
-  """Returns the fields of a config.json that `read` reads."""
-  return write_dense(c) | dict(
-      num_key_value_heads=c.num_heads,
-      q_lora_rank=c.part(LatentConfig).q_rank or None,
-      rope_parameters=rope_fields.write(c, on_scores=True))
+def write_shared_fields(config: ModelConfig) -> dict:
+  """Returns the fields of a config.json that `read_shared_fields` reads."""
+  return write_dense_layers(config) | dict(
+      num_key_value_heads=config.num_heads,
+      q_lora_rank=config.part(LatentConfig).q_rank or None,
+      rope_parameters=rope_fields.write_rope(config, on_scores=True))
 
 
-PLAIN, GROUPED = 'greedy', 'group_limited_greedy'  # values of topk_method
-LATENT_EPS = 1e-6  # whatever a config.json says
+# Values of topk_method: whether a token chooses its experts among all of them,
+# or among those of the best groups.
+ALL_EXPERTS, BEST_GROUPS = 'greedy', 'group_limited_greedy'
+EPSILON_OF_LATENT_NORMS = 1e-6  # whatever a config.json says
 # The rows of a layer, without the products for queries, and without networks.
-BLOCK = (
-    *llama.norms(),
-    *hf.dense('attention/kv_down', 'DU', 'self_attn.kv_a_proj_with_mqa', 'U D'),
+LAYER_ROWS = (
+    *llama.norm_rows(),
+    *hf.dense_rows('attention/kv_down', 'DU', 'self_attn.kv_a_proj_with_mqa',
+                   'U D'),
     ('attention/kv_norm/scale', 'U', 'self_attn.kv_a_layernorm.weight', 'U'),
     ('attention/kv_up', 'UHK', 'self_attn.kv_b_proj.weight', 'HK U'),
-    *hf.dense('attention/out', 'HKD', 'self_attn.o_proj', 'D HK'))
-SHARED = hf.under('shared', 'shared_experts', *llama.FFN)
-QUERIES = (('attention/query', 'DHK', 'self_attn.q_proj.weight', 'HK D'),)
-LATENT_QUERIES = (
-    *hf.dense('attention/query_down', 'DU', 'self_attn.q_a_proj', 'U D'),
+    *hf.dense_rows('attention/out', 'HKD', 'self_attn.o_proj', 'D HK'))
+SHARED_EXPERT_ROWS = hf.prefix_rows('shared', 'shared_experts', *llama.FFN_ROWS)
+QUERY_ROWS = (('attention/query', 'DHK', 'self_attn.q_proj.weight', 'HK D'),)
+LATENT_QUERY_ROWS = (
+    *hf.dense_rows('attention/query_down', 'DU', 'self_attn.q_a_proj', 'U D'),
     ('attention/query_norm/scale', 'U', 'self_attn.q_a_layernorm.weight', 'U'),
     ('attention/query_up', 'UHK', 'self_attn.q_b_proj.weight', 'HK U'))
 
 
-def names(c: ModelConfig, *more: hf.Row) -> tuple[hf.Row, ...]:
-  """Returns the rows of V2, and `more` of a layer."""
-  sizes = c.part(LatentConfig)
-  return llama.ends() + llama.layers(
-      *(LATENT_QUERIES if sizes.q_rank else QUERIES), *BLOCK, *hf.under(
-          'ffn', 'mlp', *llama.FFN, *llama.experts(), *SHARED), *more)
+def rows_of_deepseek(config: ModelConfig, *more: hf.Row) -> tuple[hf.Row, ...]:
+  """Returns the rows of a DeepSeek model, and `more` of each layer."""
+  query_rows = QUERY_ROWS
+  if config.part(LatentConfig).q_rank:
+    query_rows = LATENT_QUERY_ROWS
+  return llama.embedding_and_head_rows() + llama.layer_rows(
+      *query_rows, *LAYER_ROWS,
+      *hf.prefix_rows(
+          'ffn', 'mlp', *llama.FFN_ROWS, *llama.expert_rows(),
+          *SHARED_EXPERT_ROWS), *more)
 
 
 # Fields that V3 and Kimi Linear have too.
-LATENT = hf.fields(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
-                   v_head_dim=128, attention_bias=False)
+LATENT_FIELDS = hf.fields_with_defaults(
+    kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
+    v_head_dim=128, attention_bias=False)
 
 
 class HF(llama.Family):
   model_type = 'deepseek_v2'
   architecture = 'DeepseekV2ForCausalLM'
-  fields = LATENT | hf.fields(
+  fields = LATENT_FIELDS | hf.fields_with_defaults(
       hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
       intermediate_size=11008, vocab_size=102400,
       max_position_embeddings=2048, rms_norm_eps=1e-6,
       tie_word_embeddings=False, num_experts_per_tok=6,
       moe_intermediate_size=1407, routed_scaling_factor=1.0,
-      n_routed_experts=64, n_shared_experts=2) | {'moe.ffn': hf.SILU}
+      n_routed_experts=64, n_shared_experts=2) | {'moe.ffn': hf.GATED_FFN_FIELD}
   only = dict(norm_topk_prob=False, scoring_func='softmax')
-  heads = hf.heads('DeepseekV2', only=('sequence',))
+  heads = hf.task_heads('DeepseekV2', only=('sequence',))
 
-  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
-    return names(c)
+  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    return rows_of_deepseek(config)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     groups, chosen = reader('n_group', 1), reader('topk_group', 1)
-    method = reader('topk_method', PLAIN)
-    one_of('topk_method of config.json', method, (PLAIN, GROUPED))
-    ours = read(reader, fields, dense=0, q_rank=1536)
-    if method == GROUPED:
+    method = reader('topk_method', ALL_EXPERTS)
+    one_of('topk_method of config.json', method, (ALL_EXPERTS, BEST_GROUPS))
+    ours = read_shared_fields(reader, fields, dense=0, q_rank=1536)
+    if method == BEST_GROUPS:
       ours['moe'] = dict(expert_groups=groups, top_groups=chosen)
     return ours
 
-  def write(self, c: ModelConfig) -> dict:
-    moe = c.part(MoEConfig)
-    method = GROUPED if moe.expert_groups > 1 else PLAIN
-    return write(c) | dict(topk_method=method, n_group=moe.expert_groups,
-                           topk_group=moe.top_groups)
+  def write(self, config: ModelConfig) -> dict:
+    moe = config.part(MoEConfig)
+    method = ALL_EXPERTS
+    if moe.expert_groups > 1:
+      method = BEST_GROUPS
+    return write_shared_fields(config) | dict(
+        topk_method=method, n_group=moe.expert_groups,
+        topk_group=moe.top_groups)
 
-  def check(self, c: ModelConfig) -> None:
-    hf.check_heads(c)
+  def check(self, config: ModelConfig) -> None:
+    hf.check_heads_divide_width(config)

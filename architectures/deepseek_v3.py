@@ -26,8 +26,9 @@ class DeepSeekV3(Decoder):
       router='sigmoid', top_k=8, ffn='swiglu'))
 
 
-def note_mtp(reader: hf.Reader) -> None:
-  """Notes that the layers that predict further tokens stay behind."""
+def note_multi_token_prediction(reader: hf.Reader) -> None:
+  """Adds a note for the user where a config.json has layers that predict
+  further tokens, which are not imported."""
   depth = reader('num_nextn_predict_layers', 0)
   if depth:
     reader.notes.append(
@@ -39,7 +40,7 @@ class HF(deepseek_v2.HF):
   model_type = 'deepseek_v3'
   architecture = 'DeepseekV3ForCausalLM'
   also = ('kimi_k2',)
-  fields = deepseek_v2.HF.fields | hf.fields(
+  fields = deepseek_v2.HF.fields | hf.fields_with_defaults(
       hidden_size=7168, num_hidden_layers=61, num_attention_heads=128,
       intermediate_size=18432, vocab_size=129280,
       max_position_embeddings=4096, num_experts_per_tok=8,
@@ -49,28 +50,30 @@ class HF(deepseek_v2.HF):
   only = dict(scoring_func='sigmoid', topk_method='noaux_tc')
   # The layers that predict further tokens stand behind the 61 of V3.
   ignored = (*llama.HF.ignored, r'model\.layers\.61\..*')
-  heads = hf.heads('DeepseekV3', tokens='score', only=('sequence', 'tokens'))
+  heads = hf.task_heads('DeepseekV3', tokens='score',
+                        only=('sequence', 'tokens'))
 
-  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
-    return deepseek_v2.names(
-        c, ('ffn/router_bias', 'E', 'mlp.gate.e_score_correction_bias', 'E'))
+  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    router_bias = ('ffn/router_bias', 'E', 'mlp.gate.e_score_correction_bias',
+                   'E')
+    return deepseek_v2.rows_of_deepseek(config, router_bias)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    note_mtp(reader)
+    note_multi_token_prediction(reader)
     hf.check_gates(fields)
-    interleaved = False  # which null says
+    interleaved = False  # A null says so.
     if not reader.is_null('rope_interleave'):
       interleaved = reader('rope_interleave', True)
-    ours = deepseek_v2.read(reader, fields, dense=3, q_rank=1536,
-                            interleaved=interleaved)
-    if reader.is_null('norm_topk_prob'):  # which is no there
+    ours = deepseek_v2.read_shared_fields(
+        reader, fields, dense=3, q_rank=1536, interleaved=interleaved)
+    if reader.is_null('norm_topk_prob'):  # A null says no here.
       ours['moe'] = dict(normalize_gates=False)
     return ours
 
-  def write(self, c: ModelConfig) -> dict:
-    rope = c.part(RopeConfig)
-    return deepseek_v2.write(c) | dict(rope_interleave=rope.interleaved,
-                                       num_nextn_predict_layers=0)
+  def write(self, config: ModelConfig) -> dict:
+    rope = config.part(RopeConfig)
+    return deepseek_v2.write_shared_fields(config) | dict(
+        rope_interleave=rope.interleaved, num_nextn_predict_layers=0)
 
-  def check(self, c: ModelConfig) -> None:
+  def check(self, config: ModelConfig) -> None:
     """Accepts all heads, where DeepSeek-V2 refuses some."""

@@ -23,22 +23,30 @@ class DeepSeekV32(Decoder):
   PARTS = deepseek_v3.DeepSeekV3.PARTS | dict(attention='indexed')
 
 
-def read(reader: hf.Reader, fields: dict, q_rank: int) -> dict:
-  """Returns what the config.json of V3.2 and of GLM-5 say alike; `q_rank` is
-  the default of q_lora_rank."""
-  deepseek_v3.note_mtp(reader)
+def read_shared_fields(reader: hf.Reader, fields: dict, q_rank: int) -> dict:
+  """Returns the fields of the model that the config.json of DeepSeek-V3.2 and
+  of GLM-5 have in common.
+
+  Args:
+    reader: the reader of the config.json.
+    fields: the fields that were read.
+    q_rank: the default of q_lora_rank.
+  """
+  deepseek_v3.note_multi_token_prediction(reader)
   hf.check_gates(fields)
-  ours = deepseek_v2.read(reader, fields, dense=3, q_rank=q_rank)
+  ours = deepseek_v2.read_shared_fields(reader, fields, dense=3, q_rank=q_rank)
   require(ours['latent']['q_rank'], 'config.json has q_lora_rank null, of '
           'which transformers makes no indexer')
-  layers, dense = fields['num_layers'], ours['prefix'].count('dense')
-  reader.must(
-      layer_types=['indexed_attention'] * layers,
-      mlp_layer_types=['dense'] * dense + ['sparse'] * (layers - dense))
+  num_layers = fields['num_layers']
+  num_dense = ours['prefix'].count('dense')
+  reader.require_values(
+      layer_types=['indexed_attention'] * num_layers,
+      mlp_layer_types=(['dense'] * num_dense
+                       + ['sparse'] * (num_layers - num_dense)))
   return ours
 
 
-INDEXER = hf.under(
+INDEXER_ROWS = hf.prefix_rows(
     'attention/indexer', 'self_attn.indexer',
     ('query', 'UHK', 'wq_b.weight', 'HK U'), ('key', 'DK', 'wk.weight', 'K D'),
     ('key_norm/scale', 'K', 'k_norm.weight', 'K'),
@@ -50,17 +58,18 @@ class HF(deepseek_v3.HF):
   model_type = 'deepseek_v32'
   architecture = 'DeepseekV32ForCausalLM'
   also = ()
-  fields = deepseek_v3.HF.fields | hf.fields(
+  fields = deepseek_v3.HF.fields | hf.fields_with_defaults(
       max_position_embeddings=163840, index_topk=2048, index_n_heads=64,
       index_head_dim=128)
   heads = {}
 
-  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
-    return (*super().names_of(c), *llama.layers(*INDEXER))
+  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    return (*super().names_of(config), *llama.layer_rows(*INDEXER_ROWS))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    reader.must(rope_interleave=True, indexer_rope_interleave=False)
-    return read(reader, fields, q_rank=1536)
+    reader.require_values(rope_interleave=True, indexer_rope_interleave=False)
+    return read_shared_fields(reader, fields, q_rank=1536)
 
-  def write(self, c: ModelConfig) -> dict:
-    return deepseek_v2.write(c) | dict(num_nextn_predict_layers=0)
+  def write(self, config: ModelConfig) -> dict:
+    return deepseek_v2.write_shared_fields(config) | dict(
+        num_nextn_predict_layers=0)

@@ -28,61 +28,77 @@ from architectures.parts.positions import RopeConfig
 from architectures.parts.skeletons import Decoder
 from common.errors import require
 
-# layer_types of a config.json by the mixer, and the mixer by each of them.
-WORDS = {'swa': layer_types.WINDOW, 'csa': 'compressed_sparse_attention',
-         'hca': 'heavily_compressed_attention'}
-MIXERS = {word: mixer for mixer, word in WORDS.items()}
-RATIOS = {0: 'swa', 4: 'csa', 128: 'hca'}  # in the published files
-ROPES = {'swa': 'main', 'csa': 'compress', 'hca': 'compress'}
-ROUTED, HASHED = 'moe', 'hash_moe'  # mlp_layer_types of a config.json
+# The entry of layer_types in a config.json by the mixer of a layer, and back.
+LAYER_TYPE_OF_MIXER = {'swa': layer_types.SLIDING_ATTENTION,
+                       'csa': 'compressed_sparse_attention',
+                       'hca': 'heavily_compressed_attention'}
+MIXER_OF_LAYER_TYPE = {
+    layer_type: mixer for mixer, layer_type in LAYER_TYPE_OF_MIXER.items()}
+# The mixer of a layer by its entry of compress_ratios in the published files:
+# the number of tokens that one compressed entry stands for, 0 without entries.
+MIXER_OF_COMPRESS_RATIO = {0: 'swa', 4: 'csa', 128: 'hca'}
+# The object of rope_parameters that holds the positions of a mixer.
+ROPE_SECTION_OF_MIXER = {'swa': 'main', 'csa': 'compress', 'hca': 'compress'}
+# Entries of mlp_layer_types in a config.json.
+ROUTED_EXPERTS, HASHED_EXPERTS = 'moe', 'hash_moe'
 # Not those by the length: transformers has another for entries than for tokens.
-SCALINGS = {'default': 'none', 'yarn': 'yarn'}
+SCALING_OF_ROPE_TYPE = {'default': 'none', 'yarn': 'yarn'}
 
 
-def layers(mixers: list[str], hashed: list[bool], **rope: Any) -> dict:
-  """Returns the order and the kinds of layer.
+def pattern_of_layers(mixers: list[str], hashed: list[bool], **rope: Any
+                      ) -> dict:
+  """Returns the fields of the model that say which kind each layer is: its
+  mixer, and how its experts are chosen.
 
   Args:
-    mixers: the mixer of each layer.
+    mixers: the mixer of each layer: 'swa', 'csa' or 'hca'.
     hashed: whether a table has the experts of each token, by layer.
     **rope: the fields of model.rope of the layers of swa.
   """
-  rope = dict(theta=10000.0, scaling='none') | rope
+  swa_rope = dict(theta=10000.0, scaling='none') | rope
   names, kinds = [], {}
-  for mixer, has_table in zip(mixers, hashed):
+  for mixer, is_hashed in zip(mixers, hashed):
     name = mixer
     kind: dict[str, Any] = dict(mixer=mixer)
-    if has_table:
+    if is_hashed:
       name += '_hashed'
       kind['router'] = 'hash_scored'
     if mixer == 'swa':
-      kind['rope'] = rope
+      kind['rope'] = swa_rope
     names.append(name)
     kinds[name] = kind
-  return layer_types.shortest(names) | dict(kinds=kinds)
+  return layer_types.shortest_pattern(names) | dict(kinds=kinds)
 
 
 class DeepSeekV4(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
-  PARTS = hf.without(llama.LLaMA.PARTS, 'attention_bias') | layers(
-      ['csa', 'hca', 'csa', 'hca'], [True, False, False, False]) | dict(
-          residual='mhc', streams=dict(learned_end=True), attention_sinks=True,
-          rope=dict(fraction=0.125, interleaved=True, theta=160000.0,
-                    mscale=0.0),
-          indexer=dict(interleaved=True), ffn='moe',
-          clamp=dict(alpha=1.0, offset=0.0, limit=10.0),
-          moe=dict(router='sqrt_softplus', top_k=6, ffn='swiglu_clamped',
-                   shared_experts=1))
+  PARTS = dict(
+      hf.drop_entries(llama.LLaMA.PARTS, 'attention_bias'),
+      **pattern_of_layers(mixers=['csa', 'hca', 'csa', 'hca'],
+                          hashed=[True, False, False, False]),
+      residual='mhc', streams=dict(learned_end=True), attention_sinks=True,
+      rope=dict(fraction=0.125, interleaved=True, theta=160000.0, mscale=0.0),
+      indexer=dict(interleaved=True), ffn='moe',
+      clamp=dict(alpha=1.0, offset=0.0, limit=10.0),
+      moe=dict(router='sqrt_softplus', top_k=6, ffn='swiglu_clamped',
+               shared_experts=1))
 
 
-ENTRIES = (('value', 'DU', 'wkv.weight', 'U D'),
-           ('score', 'DU', 'wgate.weight', 'U D'),
-           ('score_bias', 'PU', 'ape', 'P U'),
-           ('norm/scale', 'K', 'norm.weight', 'K'))
+# The rows of a module that compresses tokens into entries.
+COMPRESSED_ENTRY_ROWS = (
+    ('value', 'DU', 'wkv.weight', 'U D'),
+    ('score', 'DU', 'wgate.weight', 'U D'),
+    ('score_bias', 'PU', 'ape', 'P U'), ('norm/scale', 'K', 'norm.weight', 'K'))
 
 
-def _branch(ours: str, theirs: str) -> tuple[hf.Row, ...]:
-  """Returns the rows of a branch's norm and of how it reads streams."""
+def _branch_rows(ours: str, theirs: str) -> tuple[hf.Row, ...]:
+  """Returns the rows of the norm and the hyper-connections before one branch of
+  a layer: the matrices by which it reads and writes the residual streams.
+
+  Args:
+    ours: our name of the branch, 'attention' or 'ffn'.
+    theirs: the name of the branch in transformers.
+  """
   return (
       (f'{ours}_norm/scale', 'D', f'{theirs}_norm.weight', 'D'),
       (f'{ours}_streams/dynamic', 'UDI', f'hc_{theirs}_fn', 'I UD'),
@@ -91,16 +107,16 @@ def _branch(ours: str, theirs: str) -> tuple[hf.Row, ...]:
       (f'{ours}_streams/dynamic_scale', 'U', f'hc_{theirs}_scale', 'U'))
 
 
-NAMES = (
+ROWS = (
     ('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
     ('decoder/final_norm/scale', 'D', 'model.norm.weight', 'D'),
     ('head/kernel', 'DV', 'head.weight', 'V D'),
     ('decoder/final_streams/dynamic', 'UDI', 'model.hc_head.hc_fn', 'I UD'),
     ('decoder/final_streams/read', 'U', 'model.hc_head.hc_base', 'U'),
     ('decoder/final_streams/dynamic_scale', 'U', 'model.hc_head.hc_scale', 'U'),
-    *llama.layers(
-        *_branch('attention', 'attn'), *_branch('ffn', 'ffn'),
-        *hf.under(
+    *llama.layer_rows(
+        *_branch_rows('attention', 'attn'), *_branch_rows('ffn', 'ffn'),
+        *hf.prefix_rows(
             'attention', 'attn', ('query_down', 'DU', 'wq_a.weight', 'U D'),
             ('query_norm/scale', 'U', 'q_norm.weight', 'U'),
             ('query_up', 'UHK', 'wq_b.weight', 'HK U'),
@@ -111,23 +127,24 @@ NAMES = (
             ('sink', 'H', 'attn_sink', 'H'),
             ('indexer/query', 'UHK', 'indexer.wq_b.weight', 'HK U'),
             ('indexer/weights', 'DH', 'indexer.weights_proj.weight', 'H D'),
-            *hf.under('entries', 'compressor', *ENTRIES),
-            *hf.under('indexer/entries', 'indexer.compressor', *ENTRIES)),
-        *hf.under(
-            'ffn', 'ffn', *llama.experts('w1', 'w3', 'w2'),
+            *hf.prefix_rows('entries', 'compressor', *COMPRESSED_ENTRY_ROWS),
+            *hf.prefix_rows('indexer/entries', 'indexer.compressor',
+                            *COMPRESSED_ENTRY_ROWS)),
+        *hf.prefix_rows(
+            'ffn', 'ffn', *llama.expert_rows('w1', 'w3', 'w2'),
             ('router_bias', 'E', 'gate.bias', 'E'),
             ('experts_of', 'VX', 'gate.tid2eid', 'V X'),
-            *hf.under('shared', 'shared_experts',
-                      ('gate', 'DF', 'w1.weight', 'F D'),
-                      ('up', 'DF', 'w3.weight', 'F D'),
-                      ('down', 'FD', 'w2.weight', 'D F')))))
+            *hf.prefix_rows('shared', 'shared_experts',
+                            ('gate', 'DF', 'w1.weight', 'F D'),
+                            ('up', 'DF', 'w3.weight', 'F D'),
+                            ('down', 'FD', 'w2.weight', 'D F')))))
 
 
 class HF(hf.HuggingFace):
   model_type = 'deepseek_v4'
   architecture = 'DeepseekV4ForCausalLM'
-  names = NAMES
-  fields = hf.fields(
+  names = ROWS
+  fields = hf.fields_with_defaults(
       hidden_size=4096, num_hidden_layers=43, num_attention_heads=64,
       head_dim=512, vocab_size=129280, max_position_embeddings=1048576,
       rms_norm_eps=1e-6, moe_intermediate_size=2048, num_experts_per_tok=6,
@@ -151,65 +168,77 @@ class HF(hf.HuggingFace):
   integers = r'.*\.tid2eid'
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    deepseek_v3.note_mtp(reader)
+    deepseek_v3.note_multi_token_prediction(reader)
     hf.check_gates(fields)
-    n = fields['num_layers']
-    layer_types.check_number('num_hidden_layers', n)
-    mixers = self._mixers(reader, n)
+    num_layers = fields['num_layers']
+    layer_types.check_number_of_layers('num_hidden_layers', num_layers)
+    mixers = self._read_mixers(reader, num_layers)
 
-    # Whether a table has the experts of each layer.
-    networks = layer_types.each(
-        reader, 'mlp_layer_types', n, (ROUTED, HASHED))
-    hashed = [word == HASHED for word in networks]
+    # The layers whose experts a table chooses; by default, the first three.
+    networks = layer_types.read_entry_of_each_layer(
+        reader, 'mlp_layer_types', num_layers, (ROUTED_EXPERTS, HASHED_EXPERTS))
+    hashed = [network == HASHED_EXPERTS for network in networks]
     if not networks:
-      first = reader.count('num_hash_layers', 3)
-      hashed = [i < first for i in range(n)]
+      num_hashed = reader.read_count('num_hash_layers', 3)
+      hashed = [n < num_hashed for n in range(num_layers)]
 
-    # The rates of the compressed entries, and positions.
-    rates = reader.section('compress_rates')
+    # The number of tokens that one entry stands for, in layers with entries.
+    rates = reader.read_object('compress_rates')
     compressed = {}
-    for rate, mixer in RATIOS.items():
+    for rate, mixer in MIXER_OF_COMPRESS_RATIO.items():
       if rate:
-        compressed[f'{mixer}_rate'] = rates(WORDS[mixer], rate)
-    size = fields['head_dim']
-    turned = reader('qk_rope_head_dim', size // 8) / size
-    main, rope = rope_fields.read_by_kind(
+        layer_type = LAYER_TYPE_OF_MIXER[mixer]
+        compressed[f'{mixer}_rate'] = rates(layer_type, rate)
+
+    # Positions: one set of fields for layers of swa, one for the others.
+    head_dim = fields['head_dim']
+    rotated_share = reader('qk_rope_head_dim', head_dim // 8) / head_dim
+    swa_rope, rope = rope_fields.read_rope_of_layer_kinds(
         reader, ('main', ('rope_theta', 10000.0)),
         ('compress', ('compress_rope_theta', 160000.0)),
-        fraction=('partial_rotary_factor', turned), interleaved=True,
-        temperature=False, words=SCALINGS)
-    return layers(mixers, hashed, **main) | dict(
+        fraction=('partial_rotary_factor', rotated_share), interleaved=True,
+        temperature=False, words=SCALING_OF_ROPE_TYPE)
+    return pattern_of_layers(mixers, hashed, **swa_rope) | dict(
         rope=rope, compressed=compressed)
 
-  def _mixers(self, reader: hf.Reader, n: int) -> list[str]:
-    """Returns the mixer of each of `n` layers, by layer_types or by
-    compress_ratios of the published files."""
-    ratios = reader.listed('compress_ratios')[:n]
-    types = layer_types.each(reader, 'layer_types', n, MIXERS)
+  def _read_mixers(self, reader: hf.Reader, num_layers: int) -> list[str]:
+    """Returns the mixer of each layer, by layer_types of a config.json or by
+    compress_ratios, which the published files have."""
+    ratios = reader.read_list('compress_ratios')[:num_layers]
+    types = layer_types.read_entry_of_each_layer(
+        reader, 'layer_types', num_layers, MIXER_OF_LAYER_TYPE)
     if types:
-      return [MIXERS[word] for word in types]
-    choices = list(RATIOS)  # a ratio may be no key: a list
-    known = len(ratios) == n and all(ratio in choices for ratio in ratios)
-    require(known, 'config.json has no layer_types and compress_ratios '
+      return [MIXER_OF_LAYER_TYPE[layer_type] for layer_type in types]
+    choices = list(MIXER_OF_COMPRESS_RATIO)  # a ratio may be no key: a list
+    is_known = (len(ratios) == num_layers
+                and all(ratio in choices for ratio in ratios))
+    require(is_known, 'config.json has no layer_types and compress_ratios '
             f'{ratios}: give one of {", ".join(map(str, choices))} for each of '
-            f'{n} layers')
-    return [RATIOS[ratio] for ratio in ratios]
+            f'{num_layers} layers')
+    return [MIXER_OF_COMPRESS_RATIO[ratio] for ratio in ratios]
 
-  def write(self, c: ModelConfig) -> dict:
+  def write(self, config: ModelConfig) -> dict:
+    # The type of each layer, and how its experts are chosen.
     types, networks = [], []
-    for layer in c.layers(c.num_layers):
-      types.append(hf.theirs(MIXERS, layer.mixer, 'mixer'))
-      is_hashed = layer.part(MoEConfig).router == 'hash_scored'
-      networks.append(HASHED if is_hashed else ROUTED)
-    ropes = rope_fields.write_by_kind(
-        c, ROPES, whole_heads=False, temperature=False, words=SCALINGS)
-    # Both must stand there, though no layer has one.
-    first = next(iter(ropes.values()))
-    ropes = dict.fromkeys(ROPES.values(), first) | ropes
-    sizes = c.part(CompressedConfig)
-    rates = {WORDS['csa']: sizes.csa_rate, WORDS['hca']: sizes.hca_rate}
+    for layer in config.layers(config.num_layers):
+      types.append(hf.find_hf_word(MIXER_OF_LAYER_TYPE, layer.mixer, 'mixer'))
+      if layer.part(MoEConfig).router == 'hash_scored':
+        networks.append(HASHED_EXPERTS)
+      else:
+        networks.append(ROUTED_EXPERTS)
+
+    # Positions: both objects must be there, though no layer may read one.
+    ropes = rope_fields.write_rope_of_layer_kinds(
+        config, ROPE_SECTION_OF_MIXER, whole_heads=False, temperature=False,
+        words=SCALING_OF_ROPE_TYPE)
+    any_rope = next(iter(ropes.values()))
+    ropes = dict.fromkeys(ROPE_SECTION_OF_MIXER.values(), any_rope) | ropes
+
+    sizes = config.part(CompressedConfig)
+    rates = {LAYER_TYPE_OF_MIXER['csa']: sizes.csa_rate,
+             LAYER_TYPE_OF_MIXER['hca']: sizes.hca_rate}
     return dict(
         layer_types=types, num_nextn_predict_layers=0,
         mlp_layer_types=networks, compress_rates=rates,
-        partial_rotary_factor=c.part(RopeConfig).fraction,
+        partial_rotary_factor=config.part(RopeConfig).fraction,
         rope_parameters=ropes)

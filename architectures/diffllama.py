@@ -20,37 +20,43 @@ from architectures.parts.hf import layer_types
 from architectures.parts.skeletons import Decoder
 
 
-def by_depth(layers: int) -> dict[str, Any]:
-  """Returns the kinds of so many layers, and their order."""
-  kinds = {f'layer_{n}': dict(attention_difference=share(n))
-           for n in range(layers)}
+def kinds_by_depth(layers: int) -> dict[str, Any]:
+  """Returns the kinds and the order of `layers` layers, each of which subtracts
+  another share of its second attention."""
+  kinds = {}
+  for n in range(layers):
+    kinds[f'layer_{n}'] = dict(attention_difference=initial_lambda(n))
   return dict(pattern=','.join(kinds), prefix='', suffix='', kinds=kinds)
 
 
-def share(layer: int) -> float:
-  """Returns l."""
+def initial_lambda(layer: int) -> float:
+  """Returns l, the share of the second attention that layer `layer` subtracts
+  at first: 0.8 - 0.6 exp(-0.3 layer)."""
   return 0.8 - 0.6 * math.exp(-0.3 * layer)
 
 
 class DiffLlama(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
-  PARTS = llama.LLaMA.PARTS | by_depth(4)
+  PARTS = llama.LLaMA.PARTS | kinds_by_depth(4)
 
 
 class HF(llama.HF):
   model_type = 'diffllama'
   architecture = 'DiffLlamaForCausalLM'
-  names = llama.HF.names + llama.layers(*(
-      (f'attention/difference_{ours}', 'K', f'self_attn.lambda_{theirs}', 'K')
-      for ours, theirs in (('a1', 'q1'), ('b1', 'k1'), ('a2', 'q2'),
-                           ('b2', 'k2'))))
-  fields = hf.without(llama.HF.fields, 'ffn_bias') | hf.fields(
-      hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
-      intermediate_size=8192, rms_norm_eps=1e-5)
+  names = llama.HF.names + llama.layer_rows(
+      ('attention/difference_a1', 'K', 'self_attn.lambda_q1', 'K'),
+      ('attention/difference_b1', 'K', 'self_attn.lambda_k1', 'K'),
+      ('attention/difference_a2', 'K', 'self_attn.lambda_q2', 'K'),
+      ('attention/difference_b2', 'K', 'self_attn.lambda_k2', 'K'))
+  fields = hf.drop_entries(llama.HF.fields, 'ffn_bias') | (
+      hf.fields_with_defaults(
+          hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
+          intermediate_size=8192, rms_norm_eps=1e-5))
   only = {}
   unread = ('lambda_std_dev',)  # It says how weights are drawn.
-  heads = hf.heads('DiffLlama', tokens='score', span=llama.SPAN)
+  heads = hf.task_heads('DiffLlama', tokens='score', span=llama.SPAN_PREFIXES)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    layer_types.check_number('num_hidden_layers', fields['num_layers'])
-    return super().read(reader, fields) | by_depth(fields['num_layers'])
+    layer_types.check_number_of_layers('num_hidden_layers',
+                                       fields['num_layers'])
+    return super().read(reader, fields) | kinds_by_depth(fields['num_layers'])

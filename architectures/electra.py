@@ -27,33 +27,34 @@ class ELECTRA(Encoder):
   PARTS = bert.BERT.PARTS | dict(next_sentence=False)
 
 
-HEAD, JUDGE = 'generator_predictions', 'discriminator_predictions'
+GENERATOR_HEAD = 'generator_predictions'
+DISCRIMINATOR_HEAD = 'discriminator_predictions'
 
 
 class HF(hf.HuggingFace):
   model_type = 'electra'
   architecture = 'ElectraForMaskedLM'
   names = (
-      *bert.stack('electra'),
-      *hf.dense('widen', 'UD', 'electra.embeddings_project', 'D U'),
-      *hf.dense('pooler', 'DU', 'classifier.dense', 'U D'),
-      *hf.dense('detector', 'DU', f'{JUDGE}.dense', 'U D'),
-      *hf.dense('transform', 'DU', f'{HEAD}.dense', 'U D'),
-      *hf.norm('transform_norm', f'{HEAD}.LayerNorm'),
+      *bert.encoder_rows('electra'),
+      *hf.dense_rows('widen', 'UD', 'electra.embeddings_project', 'D U'),
+      *hf.dense_rows('pooler', 'DU', 'classifier.dense', 'U D'),
+      *hf.dense_rows('detector', 'DU', f'{DISCRIMINATOR_HEAD}.dense', 'U D'),
+      *hf.dense_rows('transform', 'DU', f'{GENERATOR_HEAD}.dense', 'U D'),
+      *hf.norm_rows('transform_norm', f'{GENERATOR_HEAD}.LayerNorm'),
       ('head/bias', 'V', 'generator_lm_head.bias', 'V'))
-  fields = bert.FIELDS | hf.fields(
+  fields = bert.FIELDS | hf.fields_with_defaults(
       hidden_size=256, num_attention_heads=4, intermediate_size=1024,
       vocab_size=30522, max_position_embeddings=512)
-  only = bert.ONLY
+  only = bert.VALUES_OF_AN_ENCODER
   tied = {'generator_lm_head.weight':
           'electra.embeddings.word_embeddings.weight'}
   spellings = (('electra.', ''),)
   ignored = (r'(electra\.)?embeddings\.position_ids',)
-  optional = {hf.MASKED_WORDS: r'generator_(predictions|lm_head)\..*',
-              'head of replaced tokens': rf'{JUDGE}\..*'}
-  heads = hf.heads('Electra', sequence='classifier.out_proj') | {
+  optional = {hf.MASKED_WORD_HEAD: r'generator_(predictions|lm_head)\..*',
+              'head of replaced tokens': rf'{DISCRIMINATOR_HEAD}\..*'}
+  heads = hf.task_heads('Electra', sequence='classifier.out_proj') | {
       'replaced': hf.TaskHead('ElectraForPreTraining',
-                              f'{JUDGE}.dense_prediction')}
+                              f'{DISCRIMINATOR_HEAD}.dense_prediction')}
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     size = reader('embedding_size', 128)
@@ -61,6 +62,6 @@ class HF(hf.HuggingFace):
       size = 0  # no product makes d_model of it
     return dict(embed_dim=size)
 
-  def write(self, c: ModelConfig) -> dict:
-    return dict(embedding_size=c.embed_dim or c.d_model,
-                tie_word_embeddings=c.tie_embeddings)
+  def write(self, config: ModelConfig) -> dict:
+    return dict(embedding_size=config.embed_dim or config.d_model,
+                tie_word_embeddings=config.tie_embeddings)

@@ -30,85 +30,89 @@ class Falcon(Decoder):
 class HF(hf.HuggingFace):
   model_type = 'falcon'
   architecture = 'FalconForCausalLM'
-  fields = hf.fields(
+  fields = hf.fields_with_defaults(
       num_hidden_layers=32, num_attention_heads=71, vocab_size=65024,
       max_position_embeddings=2048, layer_norm_epsilon=1e-5,
       tie_word_embeddings=True) | {
           'd_model': ('n_embed|hidden_size', 4544),
           'd_ff': ('ffn_hidden_size', lambda fields: 4 * fields['d_model']),
-          'ffn': ('activation', 'gelu', hf.FFNS)}
+          'ffn': ('activation', 'gelu', hf.FFN_OF_ACTIVATION)}
   only = dict(alibi=False)
   tied = {'lm_head.weight': 'transformer.word_embeddings.weight'}
   spellings = (('transformer.', ''),)
-  heads = hf.heads('Falcon')
+  heads = hf.task_heads('Falcon')
 
-  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
+  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
     norms = 'input_layernorm', 'post_attention_layernorm'
-    if c.block == 'parallel':
+    if config.block == 'parallel':
       norms = 'ln_attn', 'ln_mlp'
     fused = 'self_attention.query_key_value'
     return (
         ('embed/tokens', 'VD', 'transformer.word_embeddings.weight', 'V D'),
-        *hf.under(
+        *hf.prefix_rows(
             'decoder/layers', 'transformer.h.{n}',
-            *hf.norm('attention_norm', norms[0]),
-            *hf.norm('ffn_norm', norms[1]),
+            *hf.norm_rows('attention_norm', norms[0]),
+            *hf.norm_rows('ffn_norm', norms[1]),
             ('attention/query|key|value', 'DHK|DJK|DJK', f'{fused}.weight',
              'J(RK+K+K) D'),
             ('attention/query_bias|key_bias|value_bias', 'HK|JK|JK',
              f'{fused}.bias', 'J(RK+K+K)'),
-            *hf.dense('attention/out', 'HKD', 'self_attention.dense', 'D HK'),
-            *gpt_neox.FFN),
-        *hf.norm('decoder/final_norm', 'transformer.ln_f'),
+            *hf.dense_rows('attention/out', 'HKD', 'self_attention.dense',
+                           'D HK'),
+            *gpt_neox.FFN_ROWS),
+        *hf.norm_rows('decoder/final_norm', 'transformer.ln_f'),
         ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    heads = fields['num_heads']
-    grouped = reader('new_decoder_architecture', False)
-    single = reader('multi_query', True)
-    parallel = reader('parallel_attn', True)
-    norms = reader('num_ln_in_parallel_attn', 2 if grouped else 1)
-    if grouped:
-      known = parallel and norms in (1, 2)
+    # The new architecture has several heads of keys and values (it is grouped),
+    # and its layers are parallel, with one norm or two.
+    num_heads = fields['num_heads']
+    is_grouped = reader('new_decoder_architecture', False)
+    has_single_kv_head = reader('multi_query', True)
+    is_parallel = reader('parallel_attn', True)
+    num_norms = reader('num_ln_in_parallel_attn', 2 if is_grouped else 1)
+    if is_grouped:
+      is_known = is_parallel and num_norms in (1, 2)
     else:
-      known = norms == 1
-    require(known, f'config.json has new_decoder_architecture {grouped}, '
-            f'parallel_attn {parallel} and num_ln_in_parallel_attn {norms}, of '
-            'which transformers has no layers: two norms stand in the new '
-            'architecture alone, and it is always parallel')
+      is_known = num_norms == 1
+    require(is_known, f'config.json has new_decoder_architecture {is_grouped}, '
+            f'parallel_attn {is_parallel} and num_ln_in_parallel_attn '
+            f'{num_norms}, of which transformers has no layers: two norms '
+            'stand in the new architecture alone, and it is always parallel')
 
     # The heads of keys and values.
-    if grouped or single:
-      reader.passes('num_kv_heads')
+    if is_grouped or has_single_kv_head:
+      reader.ignore_fields('num_kv_heads')
     else:
-      reader.must(num_kv_heads=heads)
-    kv_heads = heads
-    if grouped:
-      kv_heads = reader('num_kv_heads', heads)
-    elif single:
-      kv_heads = 1
+      reader.require_values(num_kv_heads=num_heads)
+    num_kv_heads = num_heads
+    if is_grouped:
+      num_kv_heads = reader('num_kv_heads', num_heads)
+    elif has_single_kv_head:
+      num_kv_heads = 1
 
     # The wiring of a layer.
     block = 'shared_norm'
-    if not parallel:
+    if not is_parallel:
       block = 'pre_norm'
-    elif norms == 2:
+    elif num_norms == 2:
       block = 'parallel'
     bias = reader('bias', False)
     return dict(
-        rope=rope_fields.read(reader), block=block, attention_bias=bias,
-        ffn_bias=bias, num_kv_heads=kv_heads)
+        rope=rope_fields.read_rope(reader), block=block, attention_bias=bias,
+        ffn_bias=bias, num_kv_heads=num_kv_heads)
 
-  def write(self, c: ModelConfig) -> dict:
-    parallel = c.block != 'pre_norm'
-    two_norms = c.block == 'parallel'
-    grouped = parallel and (two_norms or c.num_kv_heads > 1)
+  def write(self, config: ModelConfig) -> dict:
+    is_parallel = config.block != 'pre_norm'
+    has_two_norms = config.block == 'parallel'
+    # The new architecture alone has two norms, or groups of heads.
+    is_grouped = is_parallel and (has_two_norms or config.num_kv_heads > 1)
     return dict(
-        rope_parameters=rope_fields.write(c), bias=c.ffn_bias,
-        new_decoder_architecture=grouped, parallel_attn=parallel,
-        multi_query=c.num_kv_heads == 1,
-        num_kv_heads=c.num_kv_heads if grouped else c.num_heads,
-        num_ln_in_parallel_attn=2 if two_norms else 1)
+        rope_parameters=rope_fields.write_rope(config), bias=config.ffn_bias,
+        new_decoder_architecture=is_grouped, parallel_attn=is_parallel,
+        multi_query=config.num_kv_heads == 1,
+        num_kv_heads=config.num_kv_heads if is_grouped else config.num_heads,
+        num_ln_in_parallel_attn=2 if has_two_norms else 1)
 
-  def check(self, c: ModelConfig) -> None:
-    hf.check_heads(c)
+  def check(self, config: ModelConfig) -> None:
+    hf.check_heads_divide_width(config)

@@ -29,79 +29,100 @@ class Gemma2(Decoder):
       logits_softcap=30.0)
 
 
-def read_layers(reader: hf.Reader, fields: dict, every: int, **of_kinds: Any
-                ) -> dict:
-  """Returns the kinds of layer; without layer_types, the last of every so many
-  sees all. `of_kinds` are further arguments of layer_types.read."""
+def read_alternating_layers(reader: hf.Reader, fields: dict, every: int,
+                            **kind_fields: Any) -> dict:
+  """Returns the fields of the model that say which layers see a window of keys,
+  and which see all.
+
+  Args:
+    reader: the reader of the config.json.
+    fields: the fields that were read.
+    every: where there are no layer_types, the last of every `every` layers sees
+      all.
+    **kind_fields: further arguments of layer_types.fields_of_attention_types.
+  """
   layers = fields['num_layers']
-  types = layer_types.listed(reader, layers, lambda n: (n + 1) % every)
+  types = layer_types.read_attention_types(
+      reader, layers, has_window=lambda n: (n + 1) % every)
   window = reader('sliding_window', 4096)
-  return layer_types.read(types, layers, window, **of_kinds)
+  return layer_types.fields_of_attention_types(
+      types, layers, window, **kind_fields)
 
 
 def read_scales(reader: hf.Reader, softcap: float = 30.0) -> dict:
-  """Returns the factor on the scores of Gemma 2 and 3, and the bound of their
-  logits."""
+  """Returns the fields of the model for the factor on the scores of attention
+  and for the soft cap (a bound) of the logits, as Gemma 2 and 3 have them."""
   return dict(
       attention_scale=reader('query_pre_attn_scalar', 256) ** -0.5,
-      logits_softcap=cap(reader, 'final_logit_softcapping', softcap))
+      logits_softcap=read_softcap(reader, 'final_logit_softcapping', softcap))
 
 
-def cap(reader: hf.Reader, name: str, default: float) -> float:
-  """Returns a bound, of which null says that there is none."""
-  reader.passes(name)
+def read_softcap(reader: hf.Reader, name: str, default: float) -> float:
+  """Returns the soft cap that a field of a config.json holds; 0 if it is null,
+  which says that there is none."""
+  reader.ignore_fields(name)
   if reader.is_null(name):
     return 0.0
   if not reader.has(name):
     return default
-  bound = reader(name, default)
-  require(bound > 0, f'config.json has {name} {bound}: it must be > 0, or null')
-  return bound
+  softcap = reader(name, default)
+  require(softcap > 0,
+          f'config.json has {name} {softcap}: it must be > 0, or null')
+  return softcap
 
 
-def write_scales(c: ModelConfig) -> dict:
+def write_scales(config: ModelConfig) -> dict:
   """Returns the fields of a config.json that `read_scales` reads."""
-  return dict(query_pre_attn_scalar=round(c.attention_scale ** -2),
-              final_logit_softcapping=c.logits_softcap or None)
+  return dict(query_pre_attn_scalar=round(config.attention_scale ** -2),
+              final_logit_softcapping=config.logits_softcap or None)
 
 
-def names(norm: str = 'offset') -> tuple[hf.Row, ...]:
-  """Returns the rows; `norm` is our parameter of a norm."""
-  theirs = {'attention_norm': 'input_layernorm',
-            'attention_out_norm': 'post_attention_layernorm',
-            'ffn_norm': 'pre_feedforward_layernorm',
-            'ffn_out_norm': 'post_feedforward_layernorm'}
-  norms = [(f'{ours}/{norm}', 'D', f'{name}.weight', 'D')
-           for ours, name in theirs.items()]
-  network = hf.under('ffn', 'mlp', *llama.FFN)
-  layers = llama.layers(*norms, *llama.attention(), *network)
-  return *llama.ends(norm), *layers
+def decoder_rows(norm: str = 'offset') -> tuple[hf.Row, ...]:
+  """Returns the rows of a Gemma decoder.
+
+  Args:
+    norm: the name of our parameter of a norm, 'offset' where it is w - 1.
+  """
+  hf_name_of_norm = {'attention_norm': 'input_layernorm',
+                     'attention_out_norm': 'post_attention_layernorm',
+                     'ffn_norm': 'pre_feedforward_layernorm',
+                     'ffn_out_norm': 'post_feedforward_layernorm'}
+  norms = []
+  for our_name, hf_name in hf_name_of_norm.items():
+    norms.append((f'{our_name}/{norm}', 'D', f'{hf_name}.weight', 'D'))
+  network = hf.prefix_rows('ffn', 'mlp', *llama.FFN_ROWS)
+  layers = llama.layer_rows(*norms, *llama.attention_rows(), *network)
+  return *llama.embedding_and_head_rows(norm), *layers
 
 
 class HF(llama.Family):
   model_type = 'gemma2'
   architecture = 'Gemma2ForCausalLM'
-  names = names()
-  fields = hf.fields(
+  names = decoder_rows()
+  fields = hf.fields_with_defaults(
       hidden_size=2304, num_hidden_layers=26, num_attention_heads=8,
       num_key_value_heads=4, head_dim=256, intermediate_size=9216,
       vocab_size=256000, max_position_embeddings=8192, rms_norm_eps=1e-6,
       attention_bias=False, tie_word_embeddings=True) | {
-          'ffn': ('hidden_activation', 'gelu_pytorch_tanh', hf.GATED)}
+          'ffn': ('hidden_activation', 'gelu_pytorch_tanh',
+                  hf.GATED_FFN_OF_ACTIVATION)}
   only = dict(use_bidirectional_attention=False)
-  heads = hf.heads(
+  heads = hf.task_heads(
       'Gemma2', tokens='score', only=('sequence', 'tokens'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    softcap = cap(reader, 'attn_logit_softcapping', 50.0)
-    ours = read_layers(reader, fields, every=2)
+    softcap = read_softcap(reader, 'attn_logit_softcapping', 50.0)
+    ours = read_alternating_layers(reader, fields, every=2)
     ours |= read_scales(reader)
     ours |= super().read(reader, fields)
     return ours | dict(attention_softcap=softcap)
 
-  def write(self, c: ModelConfig) -> dict:
-    return write_scales(c) | layer_types.write(c) | super().write(c) | dict(
-        attn_logit_softcapping=c.attention_softcap or None)
+  def write(self, config: ModelConfig) -> dict:
+    tree = write_scales(config)
+    tree |= layer_types.write_attention_types(config)
+    tree |= super().write(config)
+    tree['attn_logit_softcapping'] = config.attention_softcap or None
+    return tree
 
-  def check(self, c: ModelConfig) -> None:
-    hf.check_heads(c)
+  def check(self, config: ModelConfig) -> None:
+    hf.check_heads_divide_width(config)

@@ -29,25 +29,28 @@ class Gemma3(Decoder):
 class HF(gemma2.HF):
   model_type = 'gemma3_text'
   architecture = 'Gemma3ForCausalLM'
-  names = gemma2.names() + llama.layers(*llama.head_norms(norm='offset'))
-  fields = gemma2.HF.fields | hf.fields(
+  names = gemma2.decoder_rows() + llama.layer_rows(
+      *llama.head_norm_rows(norm='offset'))
+  fields = gemma2.HF.fields | hf.fields_with_defaults(
       vocab_size=262208, max_position_embeddings=131072)
   # A bound on scores is a field that transformers has and does not read.
   only = gemma2.HF.only | dict(attn_logit_softcapping=None)
-  heads = hf.heads('Gemma3Text', only=('sequence',))
+  heads = hf.task_heads('Gemma3Text', only=('sequence',))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    local, whole = rope_fields.read_by_kind(
-        reader, (layer_types.WINDOW, ('rope_local_base_freq', 1e4)),
-        (layer_types.WHOLE, ('rope_theta', 1e6)))
+    local_rope, global_rope = rope_fields.read_rope_of_layer_kinds(
+        reader, (layer_types.SLIDING_ATTENTION, ('rope_local_base_freq', 1e4)),
+        (layer_types.FULL_ATTENTION, ('rope_theta', 1e6)))
     ours = gemma2.read_scales(reader, softcap=0.0)
-    ours['rope'] = whole
+    ours['rope'] = global_rope
     # Where all layers have a window, theirs are the positions of the model.
-    ours |= gemma2.read_layers(
+    ours |= gemma2.read_alternating_layers(
         reader, fields, every=reader('sliding_window_pattern', 6),
-        kind_fields={layer_types.WINDOW: dict(rope=local)})
+        kind_fields={layer_types.SLIDING_ATTENTION: dict(rope=local_rope)})
     return ours
 
-  def write(self, c: ModelConfig) -> dict:
-    return gemma2.write_scales(c) | layer_types.write(c) | dict(
-        rope_parameters=rope_fields.write_by_kind(c))
+  def write(self, config: ModelConfig) -> dict:
+    tree = gemma2.write_scales(config)
+    tree |= layer_types.write_attention_types(config)
+    tree['rope_parameters'] = rope_fields.write_rope_of_layer_kinds(config)
+    return tree

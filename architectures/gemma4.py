@@ -23,73 +23,87 @@ from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
 from common.errors import require, short
 
-LOCAL, WHOLE = layer_types.WINDOW, layer_types.WHOLE
-ROPES = {LOCAL: dict(theta=1e4, fraction=1.0, proportional=False),
-         WHOLE: dict(theta=1e6, fraction=0.25, proportional=True)}
+SLIDING, FULL = layer_types.SLIDING_ATTENTION, layer_types.FULL_ATTENTION
+ROPE_OF_LAYER_TYPE = {SLIDING: dict(theta=1e4, fraction=1.0,
+                                    proportional=False),
+                      FULL: dict(theta=1e6, fraction=0.25, proportional=True)}
 
 
 class Gemma4(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
   PARTS = gemma3.Gemma3.PARTS | dict(
       norm='rmsnorm', attention_scale=1.0, value_norm=True, layer_scale=True,
-      logits_softcap=30.0, rope=ROPES[WHOLE],
-      kinds={'local': dict(window=128, rope=ROPES[LOCAL]),
+      logits_softcap=30.0, rope=ROPE_OF_LAYER_TYPE[FULL],
+      kinds={'local': dict(window=128, rope=ROPE_OF_LAYER_TYPE[SLIDING]),
              'global': dict(window=0, keys_as_values=True)})
 
 
-def _heads(reader: hf.Reader, types: list[str], fields: dict) -> dict:
-  """Returns the heads of layers that see all: transformers writes those of each
-  such layer, and published files have them once."""
-  # The form that published files have.
-  same, kv_heads = reader('attention_k_eq_v', False), fields['num_kv_heads']
-  shared_heads = reader('num_global_key_value_heads', kv_heads)
-  heads = dict(head_dim=reader('global_head_dim', 512),
-               num_key_value_heads=shared_heads if same else kv_heads)
-
-  # The form that transformers writes.
-  each = reader('per_layer_config', {})
-  if each:
-    numbers = [str(n) for n, word in enumerate(types) if word == WHOLE]
-    entry = _only_entry(each, numbers, heads.keys())
-    require(entry is not None, f'config.json has per_layer_config '
-            f'{short(each)}: it must have the same {" and ".join(heads)} for '
-            f'each layer of {WHOLE}, and nothing else')
-    heads = dict(head_dim=fields['head_dim'], num_key_value_heads=kv_heads)
-    heads |= entry
-  return dict(keys_as_values=same, head_dim=heads['head_dim'],
-              num_kv_heads=heads['num_key_value_heads'])
-
-
-def _only_entry(each: dict, numbers: list[str], known: Collection[str]
-                ) -> dict[str, int] | None:
-  """Returns the sizes that a per_layer_config has for every layer.
+def _read_heads(reader: hf.Reader, types: list[str], fields: dict) -> dict:
+  """Returns the number and the size of the heads in the layers that see all
+  keys. transformers writes them for each such layer, published files once.
 
   Args:
-    each: the per_layer_config.
+    reader: the reader of the config.json.
+    types: the entry of layer_types of each layer.
+    fields: the fields that were read, with the heads of the other layers.
+  """
+  # The form that published files have.
+  keys_as_values = reader('attention_k_eq_v', False)
+  num_kv_heads = fields['num_kv_heads']
+  num_global_kv_heads = reader('num_global_key_value_heads', num_kv_heads)
+  sizes = dict(head_dim=reader('global_head_dim', 512),
+               num_key_value_heads=num_kv_heads)
+  if keys_as_values:
+    sizes['num_key_value_heads'] = num_global_kv_heads
+
+  # The form that transformers writes, which goes before the other.
+  per_layer_config = reader('per_layer_config', {})
+  if per_layer_config:
+    numbers = []
+    for n, layer_type in enumerate(types):
+      if layer_type == FULL:
+        numbers.append(str(n))
+    sizes_of_each = _find_sizes_of_each(per_layer_config, numbers,
+                                        sizes.keys())
+    require(sizes_of_each is not None, f'config.json has per_layer_config '
+            f'{short(per_layer_config)}: it must have the same '
+            f'{" and ".join(sizes)} for each layer of {FULL}, and nothing else')
+    sizes = dict(head_dim=fields['head_dim'], num_key_value_heads=num_kv_heads)
+    sizes |= sizes_of_each
+  return dict(keys_as_values=keys_as_values, head_dim=sizes['head_dim'],
+              num_kv_heads=sizes['num_key_value_heads'])
+
+
+def _find_sizes_of_each(per_layer_config: dict, numbers: list[str],
+                        known_names: Collection[str]) -> dict[str, int] | None:
+  """Returns the sizes that a per_layer_config has for each of its layers.
+
+  Args:
+    per_layer_config: a field of a config.json, the sizes by the layer's number.
     numbers: the numbers of the layers that it must have, and no others.
-    known: the names of the sizes.
+    known_names: the names of the sizes.
 
   Returns:
-    The sizes; None where layers differ, or something else stands there.
+    The sizes by name; None where layers differ, or something else stands there.
   """
-  if each.keys() != set(numbers):
+  if per_layer_config.keys() != set(numbers):
     return None
-  entry = each[numbers[0]]
-  if not isinstance(entry, dict) or not entry.keys() <= known:
+  sizes = per_layer_config[numbers[0]]
+  if not isinstance(sizes, dict) or not sizes.keys() <= known_names:
     return None
-  if any(other != entry for other in each.values()):
+  if any(entry != sizes for entry in per_layer_config.values()):
     return None
-  if not all(type(size) is int and size > 0 for size in entry.values()):
+  if not all(type(size) is int and size > 0 for size in sizes.values()):
     return None
-  return entry
+  return sizes
 
 
 class HF(gemma2.HF):
   model_type = 'gemma4_text'
   architecture = 'Gemma4ForCausalLM'
-  names = gemma2.names('scale') + llama.layers(
-      *llama.head_norms(), ('layer_scale', 'U', 'layer_scalar', 'U'))
-  fields = gemma2.HF.fields | hf.fields(
+  names = gemma2.decoder_rows('scale') + llama.layer_rows(
+      *llama.head_norm_rows(), ('layer_scale', 'U', 'layer_scalar', 'U'))
+  fields = gemma2.HF.fields | hf.fields_with_defaults(
       num_hidden_layers=30, vocab_size=262144,
       max_position_embeddings=131072)
   only = dict(enable_moe_block=False, num_kv_shared_layers=0,
@@ -100,39 +114,50 @@ class HF(gemma2.HF):
   heads = {}
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    rows = reader.count('hidden_size_per_layer_input', 256)
-    require(rows == 0, 'config.json has hidden_size_per_layer_input '
-            f'{rows}, as Gemma 4 E2B and E4B have: only 0 is known here')
+    # Which layers see all keys; the last one does whatever the file says.
+    input_size = reader.read_count('hidden_size_per_layer_input', 256)
+    require(input_size == 0, 'config.json has hidden_size_per_layer_input '
+            f'{input_size}, as Gemma 4 E2B and E4B have: only 0 is known here')
     layers = fields['num_layers']
-    types = layer_types.listed(reader, layers, lambda n: (n + 1) % 6)
-    types = [*types[:-1], WHOLE]  # the last one, whatever the file says
-    local, whole = ROPES[LOCAL], ROPES[WHOLE]
+    types = layer_types.read_attention_types(
+        reader, layers, has_window=lambda n: (n + 1) % 6)
+    types = [*types[:-1], FULL]
+
+    # The positions and the heads of each kind of layer.
+    local_rope = ROPE_OF_LAYER_TYPE[SLIDING]
+    global_rope = ROPE_OF_LAYER_TYPE[FULL]
     if reader.has('rope_parameters'):
-      local, whole = rope_fields.read_by_kind(
-          reader, (LOCAL, ('rope_theta', 1e4)), (WHOLE, ('rope_theta', 1e4)))
-    kind_fields = {LOCAL: dict(rope=local),
-                   WHOLE: _heads(reader, types, fields)}
+      local_rope, global_rope = rope_fields.read_rope_of_layer_kinds(
+          reader, (SLIDING, ('rope_theta', 1e4)), (FULL, ('rope_theta', 1e4)))
+    kind_fields = {SLIDING: dict(rope=local_rope),
+                   FULL: _read_heads(reader, types, fields)}
     window = reader('sliding_window', 512)
-    softcap = gemma2.cap(reader, 'final_logit_softcapping', 0.0)
-    return layer_types.read(types, layers, window, kind_fields) | dict(
-        rope=whole, logits_softcap=softcap)
+    softcap = gemma2.read_softcap(reader, 'final_logit_softcapping', 0.0)
+    ours = layer_types.fields_of_attention_types(
+        types, layers, window, kind_fields)
+    return ours | dict(rope=global_rope, logits_softcap=softcap)
 
-  def write(self, c: ModelConfig) -> dict:
-    layers = c.layers(c.num_layers)
-    types = [layer_types.type_of(layer) for layer in layers]
-    whole = layers[-1]
-    local = layers[types.index(LOCAL)] if LOCAL in types else whole
-    heads = dict(head_dim=whole.head_dim,
-                 num_key_value_heads=whole.num_kv_heads)
-    per_layer = {str(n): dict(heads) for n, word in enumerate(types)
-                 if word == WHOLE}
-    return layer_types.write(c) | dict(
-        hidden_size_per_layer_input=0, head_dim=local.head_dim,
-        num_key_value_heads=local.num_kv_heads,
-        attention_k_eq_v=whole.part(AttentionConfig).keys_as_values,
-        per_layer_config=per_layer,
-        final_logit_softcapping=c.logits_softcap or None,
-        rope_parameters=rope_fields.write_by_kind(c))
+  def write(self, config: ModelConfig) -> dict:
+    layers = config.layers(config.num_layers)
+    types = [layer_types.attention_type(layer) for layer in layers]
+    # The last layer sees all keys. Where all do, they have the same heads.
+    global_layer = layers[-1]
+    local_layer = global_layer
+    if SLIDING in types:
+      local_layer = layers[types.index(SLIDING)]
+    per_layer_config = {}
+    for n, layer_type in enumerate(types):
+      if layer_type == FULL:
+        per_layer_config[str(n)] = dict(
+            head_dim=global_layer.head_dim,
+            num_key_value_heads=global_layer.num_kv_heads)
+    return layer_types.write_attention_types(config) | dict(
+        hidden_size_per_layer_input=0, head_dim=local_layer.head_dim,
+        num_key_value_heads=local_layer.num_kv_heads,
+        attention_k_eq_v=global_layer.part(AttentionConfig).keys_as_values,
+        per_layer_config=per_layer_config,
+        final_logit_softcapping=config.logits_softcap or None,
+        rope_parameters=rope_fields.write_rope_of_layer_kinds(config))
 
-  def check(self, c: ModelConfig) -> None:
+  def check(self, config: ModelConfig) -> None:
     """Accepts all heads, where Gemma 2 refuses some."""

@@ -30,28 +30,32 @@ class HF(llama.Family):
   model_type = 'glm4_moe'
   architecture = 'Glm4MoeForCausalLM'
   names = (
-      *(row for row in llama.NAMES if 'out_bias' not in row[0]),
-      *llama.layers(*llama.head_norms(), *hf.under(
-          'ffn', 'mlp', *llama.FFN, *llama.experts(), *deepseek_v2.SHARED,
+      *(row for row in llama.ROWS if 'out_bias' not in row[0]),
+      *llama.layer_rows(*llama.head_norm_rows(), *hf.prefix_rows(
+          'ffn', 'mlp', *llama.FFN_ROWS, *llama.expert_rows(),
+          *deepseek_v2.SHARED_EXPERT_ROWS,
           ('router_bias', 'E', 'gate.e_score_correction_bias', 'E'))))
-  fields = hf.fields(
+  fields = hf.fields_with_defaults(
       hidden_size=4096, num_hidden_layers=46, num_attention_heads=96,
-      num_key_value_heads=8, head_dim=hf.split_width, intermediate_size=10944,
+      num_key_value_heads=8, head_dim=hf.default_head_dim,
+      intermediate_size=10944,
       vocab_size=151552, max_position_embeddings=131072, rms_norm_eps=1e-5,
       attention_bias=False, tie_word_embeddings=False,
       moe_intermediate_size=1408, num_experts_per_tok=8, topk_group=1,
       routed_scaling_factor=1.0, norm_topk_prob=True, n_routed_experts=128,
       n_shared_experts=1, n_group=1) | {
-          'qk_norm': ('use_qk_norm', False), 'moe.ffn': hf.SILU}
+          'qk_norm': ('use_qk_norm', False), 'moe.ffn': hf.GATED_FFN_FIELD}
   ignored = (*llama.HF.ignored, r'model\.layers\.(46|92)\..*')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    deepseek_v3.note_mtp(reader)
+    deepseek_v3.note_multi_token_prediction(reader)
     hf.check_gates(fields)
-    rope = rope_fields.read(reader, fraction=('partial_rotary_factor', 0.5))
-    return deepseek_v2.read_dense(reader, fields, dense=1) | dict(rope=rope)
+    rope = rope_fields.read_rope(reader,
+                                 fraction=('partial_rotary_factor', 0.5))
+    dense_layers = deepseek_v2.read_dense_layers(reader, fields, dense=1)
+    return dense_layers | dict(rope=rope)
 
-  def write(self, c: ModelConfig) -> dict:
-    return deepseek_v2.write_dense(c) | dict(
+  def write(self, config: ModelConfig) -> dict:
+    return deepseek_v2.write_dense_layers(config) | dict(
         num_nextn_predict_layers=0,
-        rope_parameters=rope_fields.write(c, whole_heads=False))
+        rope_parameters=rope_fields.write_rope(config, whole_heads=False))

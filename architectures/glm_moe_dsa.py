@@ -25,7 +25,7 @@ class GlmMoeDsa(Decoder):
 class HF(deepseek_v32.HF):
   model_type = 'glm_moe_dsa'
   architecture = 'GlmMoeDsaForCausalLM'
-  fields = deepseek_v32.HF.fields | hf.fields(
+  fields = deepseek_v32.HF.fields | hf.fields_with_defaults(
       hidden_size=6144, num_hidden_layers=78, num_attention_heads=64,
       intermediate_size=12288, vocab_size=154880, rms_norm_eps=1e-5,
       max_position_embeddings=202752, qk_nope_head_dim=192, v_head_dim=256,
@@ -33,8 +33,8 @@ class HF(deepseek_v32.HF):
   ignored = (*llama.HF.ignored, r'model\.layers\.78\..*')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    reader.must(rope_interleave=True, indexer_rope_interleave=True)
-    pattern = reader.listed('indexer_types')
+    reader.require_values(rope_interleave=True, indexer_rope_interleave=True)
+    pattern = reader.read_list('indexer_types')
     if not pattern:
       pattern = reader('index_topk_pattern', '')
     is_shared = 'shared' in pattern or 'S' in pattern
@@ -42,5 +42,5 @@ class HF(deepseek_v32.HF):
             'config.json says by indexer_types or index_topk_freq that layers '
             'share a choice of tokens: only layers that each have an indexer '
             'are known here')
-    reader.passes('index_skip_topk_offset')
-    return deepseek_v32.read(reader, fields, q_rank=2048)
+    reader.ignore_fields('index_skip_topk_offset')
+    return deepseek_v32.read_shared_fields(reader, fields, q_rank=2048)

@@ -29,16 +29,16 @@ class HF(hf.HuggingFace):
   names = (
       ('embed/tokens', 'VD', 'transformer.wte.weight', 'V D'),
       ('embed/positions', 'LD', 'transformer.wpe.weight', 'L D'),
-      *hf.under(
+      *hf.prefix_rows(
           'decoder/layers', 'transformer.h.{n}',
-          *hf.norm('attention_norm', 'ln_1'),
-          *hf.dense('attention/query|key|value', 'DHK', 'attn.c_attn',
-                    'D 3HK'),
-          *hf.dense('attention/out', 'HKD', 'attn.c_proj', 'HK D'),
-          *hf.norm('ffn_norm', 'ln_2'),
-          *hf.dense('ffn/up', 'DF', 'mlp.c_fc', 'D F'),
-          *hf.dense('ffn/down', 'FD', 'mlp.c_proj', 'F D')),
-      *hf.norm('decoder/final_norm', 'transformer.ln_f'),
+          *hf.norm_rows('attention_norm', 'ln_1'),
+          *hf.dense_rows('attention/query|key|value', 'DHK', 'attn.c_attn',
+                         'D 3HK'),
+          *hf.dense_rows('attention/out', 'HKD', 'attn.c_proj', 'HK D'),
+          *hf.norm_rows('ffn_norm', 'ln_2'),
+          *hf.dense_rows('ffn/up', 'DF', 'mlp.c_fc', 'D F'),
+          *hf.dense_rows('ffn/down', 'FD', 'mlp.c_proj', 'F D')),
+      *hf.norm_rows('decoder/final_norm', 'transformer.ln_f'),
       ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
   fields = {
       'd_model': ('n_embd', 768),
@@ -46,7 +46,8 @@ class HF(hf.HuggingFace):
       'num_heads': ('n_head', 12),
       'd_ff': ('n_inner', lambda fields: 4 * fields['d_model']),
       'max_len': ('n_positions', 1024),
-      'ffn': ('activation_function', 'gelu_new', hf.FFNS)} | hf.fields(
+      'ffn': ('activation_function', 'gelu_new',
+              hf.FFN_OF_ACTIVATION)} | hf.fields_with_defaults(
           vocab_size=50257, layer_norm_epsilon=1e-5,
           tie_word_embeddings=True)
   only = dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
@@ -57,4 +58,4 @@ class HF(hf.HuggingFace):
   spellings = (('transformer.', ''),)
   # Causal masks.
   ignored = (r'(transformer\.)?h\.\d+\.attn\.(masked_)?bias',)
-  heads = hf.heads('GPT2')
+  heads = hf.task_heads('GPT2')

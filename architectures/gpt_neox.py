@@ -21,18 +21,25 @@ class GPTNeoX(Decoder):
                tie_embeddings=False)
 
 
-FFN = (*hf.dense('ffn/up', 'DF', 'mlp.dense_h_to_4h', 'F D'),  # Falcon's too
-       *hf.dense('ffn/down', 'FD', 'mlp.dense_4h_to_h', 'D F'))
+# Falcon has these rows too.
+FFN_ROWS = (*hf.dense_rows('ffn/up', 'DF', 'mlp.dense_h_to_4h', 'F D'),
+            *hf.dense_rows('ffn/down', 'FD', 'mlp.dense_4h_to_h', 'D F'))
 
 
-def layers(layer: str, attention: str) -> tuple[hf.Row, ...]:
-  """Returns the rows of the layers, which BLOOM has too."""
-  return hf.under(
-      'decoder/layers', layer, *hf.norm('attention_norm', 'input_layernorm'),
-      *hf.dense('attention/query|key|value', 'DHK',
-                f'{attention}.query_key_value', 'H3K D'),
-      *hf.dense('attention/out', 'HKD', f'{attention}.dense', 'D HK'),
-      *hf.norm('ffn_norm', 'post_attention_layernorm'), *FFN)
+def layer_rows(layer: str, attention: str) -> tuple[hf.Row, ...]:
+  """Returns the rows of the layers, which BLOOM has too.
+
+  Args:
+    layer: the prefix of a layer's tensors, with {n} for its number.
+    attention: the name of the module of attention in a layer.
+  """
+  return hf.prefix_rows(
+      'decoder/layers', layer,
+      *hf.norm_rows('attention_norm', 'input_layernorm'),
+      *hf.dense_rows('attention/query|key|value', 'DHK',
+                     f'{attention}.query_key_value', 'H3K D'),
+      *hf.dense_rows('attention/out', 'HKD', f'{attention}.dense', 'D HK'),
+      *hf.norm_rows('ffn_norm', 'post_attention_layernorm'), *FFN_ROWS)
 
 
 class HF(hf.HuggingFace):
@@ -40,29 +47,32 @@ class HF(hf.HuggingFace):
   architecture = 'GPTNeoXForCausalLM'
   names = (
       ('embed/tokens', 'VD', 'gpt_neox.embed_in.weight', 'V D'),
-      *layers('gpt_neox.layers.{n}', 'attention'),
-      *hf.norm('decoder/final_norm', 'gpt_neox.final_layer_norm'),
+      *layer_rows('gpt_neox.layers.{n}', 'attention'),
+      *hf.norm_rows('decoder/final_norm', 'gpt_neox.final_layer_norm'),
       ('head/kernel', 'DV', 'embed_out.weight', 'V D'))
-  fields = hf.fields(
+  fields = hf.fields_with_defaults(
       hidden_size=6144, num_hidden_layers=44, num_attention_heads=64,
       intermediate_size=24576, vocab_size=50432, max_position_embeddings=2048,
       layer_norm_eps=1e-5, tie_word_embeddings=False) | {
-          'ffn': ('hidden_act', 'gelu', hf.FFNS)}
+          'ffn': ('hidden_act', 'gelu', hf.FFN_OF_ACTIVATION)}
   unread = ('is_decoder',)  # The system has no other way to be.
   tied = {'embed_out.weight': 'gpt_neox.embed_in.weight'}
   spellings = (('gpt_neox.', ''),)
   ignored = (r'.*\.attention\.(masked_bias|bias|rotary_emb\.inv_freq)',)
-  heads = hf.heads('GPTNeoX')
+  heads = hf.task_heads('GPTNeoX')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    rope = rope_fields.read(reader, theta=('rotary_emb_base', 10000.0),
-                            fraction=('rotary_pct', 0.25))
+    rope = rope_fields.read_rope(reader, theta=('rotary_emb_base', 10000.0),
+                                 fraction=('rotary_pct', 0.25))
     # Some versions wrote both under other names as well, which none reads.
-    reader.must(rope_theta=rope['theta'],
-                partial_rotary_factor=rope['fraction'])
-    parallel = reader('use_parallel_residual', True)
-    return dict(rope=rope, block='parallel' if parallel else 'pre_norm')
+    reader.require_values(rope_theta=rope['theta'],
+                          partial_rotary_factor=rope['fraction'])
+    block = 'pre_norm'
+    if reader('use_parallel_residual', True):
+      block = 'parallel'
+    return dict(rope=rope, block=block)
 
-  def write(self, c: ModelConfig) -> dict:
-    return dict(rope_parameters=rope_fields.write(c, whole_heads=False),
-                use_parallel_residual=c.block == 'parallel')
+  def write(self, config: ModelConfig) -> dict:
+    rope = rope_fields.write_rope(config, whole_heads=False)
+    return dict(rope_parameters=rope,
+                use_parallel_residual=config.block == 'parallel')

@@ -33,7 +33,7 @@ class GptOss(Decoder):
 class HF(llama.Family):
   model_type = 'gpt_oss'
   architecture = 'GptOssForCausalLM'
-  names = llama.NAMES + llama.layers(
+  names = llama.ROWS + llama.layer_rows(
       ('attention/sink', 'H', 'self_attn.sinks', 'H'),
       ('ffn/router', 'DE', 'mlp.router.weight', 'E D'),
       ('ffn/logit_bias', 'E', 'mlp.router.bias', 'E'),
@@ -43,7 +43,7 @@ class HF(llama.Family):
        'E F2'),
       ('ffn/down', 'EFD', 'mlp.experts.down_proj', 'E F D'),
       ('ffn/down_bias', 'ED', 'mlp.experts.down_proj_bias', 'E D'))
-  fields = hf.fields(
+  fields = hf.fields_with_defaults(
       hidden_size=2880, num_hidden_layers=36, num_attention_heads=64,
       num_key_value_heads=8, head_dim=64, intermediate_size=2880,
       vocab_size=201088, max_position_embeddings=131072, rms_norm_eps=1e-5,
@@ -52,7 +52,7 @@ class HF(llama.Family):
           'clamp.alpha': ('swiglu_alpha', 1.702),
           'clamp.limit': ('swiglu_limit', 7.0)}
   only = dict(hidden_act='silu')
-  heads = hf.heads(
+  heads = hf.task_heads(
       'GptOss', tokens='score', only=('sequence', 'tokens'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
@@ -62,11 +62,15 @@ class HF(llama.Family):
             'YaRN with a factor of 32 from 4,096 tokens on then; write it '
             'there')
     layers = fields['num_layers']
-    types = layer_types.listed(reader, layers, lambda n: n % 2 == 0)
+    types = layer_types.read_attention_types(
+        reader, layers, has_window=lambda n: n % 2 == 0)
     window = reader('sliding_window', 128)
-    rope = rope_fields.read(reader, theta=('rope_theta', 150000.0))
-    return layer_types.read(types, layers, window) | dict(rope=rope)
+    rope = rope_fields.read_rope(reader, theta=('rope_theta', 150000.0))
+    ours = layer_types.fields_of_attention_types(types, layers, window)
+    return ours | dict(rope=rope)
 
-  def write(self, c: ModelConfig) -> dict:
-    return layer_types.write(c) | super().write(c) | dict(
-        intermediate_size=c.part(MoEConfig).d_ff)
+  def write(self, config: ModelConfig) -> dict:
+    tree = layer_types.write_attention_types(config)
+    tree |= super().write(config)
+    tree['intermediate_size'] = config.part(MoEConfig).d_ff
+    return tree

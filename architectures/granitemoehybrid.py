@@ -24,72 +24,85 @@ from architectures.parts.recurrent.mamba2 import Mamba2Config
 from architectures.parts.skeletons import Decoder
 from common.errors import require
 
-KINDS = {'linear': dict(mixer='mamba2'), 'full': {}}
-# layer_types of their files, and of the published ones: our kinds of layer.
-TYPES = {layer_types.LINEAR: 'linear', layer_types.WHOLE: 'full',
-         'mamba': 'linear', 'attention': 'full'}
-
-
-FACTORS = 'embedding_multiplier', 'attention_multiplier', 'logits_scaling'
+LAYER_KINDS = {'linear': dict(mixer='mamba2'), 'full': {}}
+# Our kind of layer by the entry of layer_types in transformers' files, and in
+# the published ones.
+KIND_OF_LAYER_TYPE = {layer_types.LINEAR_ATTENTION: 'linear',
+                      layer_types.FULL_ATTENTION: 'full',
+                      'mamba': 'linear', 'attention': 'full'}
+# Fields of a config.json that a product or a quotient needs above 0.
+FACTORS_ABOVE_ZERO = ('embedding_multiplier', 'attention_multiplier',
+                      'logits_scaling')
 
 
 class GraniteHybrid(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
   PARTS = llama.LLaMA.PARTS | dict(
-      position='none', pattern='linear,full', kinds=KINDS, tie_embeddings=True,
-      embed_scale=12.0, residual_scale=0.22, attention_scale=1 / 128,
+      position='none', pattern='linear,full', kinds=LAYER_KINDS,
+      tie_embeddings=True, embed_scale=12.0, residual_scale=0.22,
+      attention_scale=1 / 128,
       logits_scale=1 / 6, ffn='moe', moe=dict(
           router='topk', top_k=6, ffn='swiglu', shared_experts=2))
 
 
 def _read_positions(reader: hf.Reader) -> dict:
-  rope = rope_fields.read(reader)
+  """Returns the fields of the model for its positions: rotary ones, or none."""
+  rope = rope_fields.read_rope(reader)
   if reader('position_embedding_type', 'nope') == 'rope':
     return dict(position='rope', rope=rope)
   return dict(position='none')
 
 
 def _read_ffn(reader: hf.Reader) -> dict:
-  """Returns the dense network, or the experts beside it."""
-  experts = reader.count('num_local_experts', 8)
-  shared = reader('shared_intermediate_size', 1024)
-  if not experts:
-    reader.passes('intermediate_size', 'num_experts_per_tok',
-                  'router_aux_loss_coef')
-    return dict(ffn='swiglu', d_ff=shared)
-  width = reader('intermediate_size', 11008)
-  chosen = reader('num_experts_per_tok', 2)
-  hf.check_gates({'moe.top_k': chosen})
-  times = hf.shared_experts(reader, 'shared_intermediate_size', shared, width)
-  return dict(d_ff=shared, moe=dict(
-      num_experts=experts, top_k=chosen, d_ff=width, shared_experts=times,
+  """Returns the fields of the model for its feed-forward networks: one dense
+  network, or experts and a shared one beside them."""
+  num_experts = reader.read_count('num_local_experts', 8)
+  shared_width = reader('shared_intermediate_size', 1024)
+  if not num_experts:
+    reader.ignore_fields('intermediate_size', 'num_experts_per_tok',
+                         'router_aux_loss_coef')
+    return dict(ffn='swiglu', d_ff=shared_width)
+
+  # With experts, the width of the shared network is a multiple of theirs.
+  expert_width = reader('intermediate_size', 11008)
+  top_k = reader('num_experts_per_tok', 2)
+  hf.check_gates({'moe.top_k': top_k})
+  shared_experts = hf.read_shared_experts(
+      reader, 'shared_intermediate_size', default=shared_width,
+      width=expert_width)
+  return dict(d_ff=shared_width, moe=dict(
+      num_experts=num_experts, top_k=top_k, d_ff=expert_width,
+      shared_experts=shared_experts,
       balance_weight=reader('router_aux_loss_coef', 0.001)))
 
 
-def _write_ffn(c: ModelConfig) -> dict:
+def _write_ffn(config: ModelConfig) -> dict:
   """Returns the fields of a config.json that `_read_ffn` reads."""
-  if not c.has_experts:
-    return dict(num_local_experts=0, shared_intermediate_size=c.d_ff)
-  moe = c.part(MoEConfig)
+  if not config.has_experts:
+    return dict(num_local_experts=0, shared_intermediate_size=config.d_ff)
+  moe = config.part(MoEConfig)
   return dict(
       num_local_experts=moe.num_experts, num_experts_per_tok=moe.top_k,
       intermediate_size=moe.d_ff, router_aux_loss_coef=moe.balance_weight,
       shared_intermediate_size=moe.shared_experts * moe.d_ff)
 
 
-def _mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows of a layer's mixer."""
-  if c.mixer == 'mamba2':
-    return hf.under('attention', 'mamba', *mamba2.MIXER)
-  return llama.attention()
+def _mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
+  """Returns the rows of a layer's Mamba-2, or of its attention."""
+  if config.mixer == 'mamba2':
+    return hf.prefix_rows('attention', 'mamba', *mamba2.MIXER_ROWS)
+  return llama.attention_rows()
 
 
-NAMES = llama.ends() + llama.layers(*llama.norms(), *hf.under(
-    'ffn', 'shared_mlp',
-    ('gate|up', 'DF', 'input_linear.weight', '2F D'),
-    ('down', 'FD', 'output_linear.weight', 'D F'),
-    ('shared/gate|up', 'DF', 'input_linear.weight', '2F D'),
-    ('shared/down', 'FD', 'output_linear.weight', 'D F')), *hf.under(
+ROWS = llama.embedding_and_head_rows() + llama.layer_rows(
+    *llama.norm_rows(),
+    *hf.prefix_rows(
+        'ffn', 'shared_mlp',
+        ('gate|up', 'DF', 'input_linear.weight', '2F D'),
+        ('down', 'FD', 'output_linear.weight', 'D F'),
+        ('shared/gate|up', 'DF', 'input_linear.weight', '2F D'),
+        ('shared/down', 'FD', 'output_linear.weight', 'D F')),
+    *hf.prefix_rows(
         'ffn', 'block_sparse_moe',
         ('router', 'DE', 'router.layer.weight', 'E D'),
         ('gate|up', 'EDF', 'input_linear.weight', 'E 2F D'),
@@ -99,9 +112,9 @@ NAMES = llama.ends() + llama.layers(*llama.norms(), *hf.under(
 class HF(llama.Family):
   model_type = 'granitemoehybrid'
   architecture = 'GraniteMoeHybridForCausalLM'
-  fields = hf.fields(
+  fields = hf.fields_with_defaults(
       hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
-      num_key_value_heads=hf.each_head, head_dim=hf.split_width,
+      num_key_value_heads=hf.default_num_kv_heads, head_dim=hf.default_head_dim,
       vocab_size=32000, max_position_embeddings=2048, rms_norm_eps=1e-6,
       attention_bias=False, tie_word_embeddings=False) | {
           'embed_scale': ('embedding_multiplier', 1.0),
@@ -115,54 +128,63 @@ class HF(llama.Family):
   only = dict(hidden_act='silu', mamba_proj_bias=False)
   unread = ('mamba_chunk_size',)
 
-  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
-    return NAMES + hf.by_block(c, 'model.layers.{n}', _mixer)
+  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    return ROWS + hf.rows_of_each_block(config, 'model.layers.{n}', _mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    layers, heads = fields['num_layers'], fields['mamba2.heads']
-    layer_types.check_number('num_hidden_layers', layers)
-    types = layer_types.each(reader, 'layer_types', layers, TYPES)
+    # The type of each layer; by default, all are recurrences.
+    num_layers = fields['num_layers']
+    layer_types.check_number_of_layers('num_hidden_layers', num_layers)
+    types = layer_types.read_entry_of_each_layer(
+        reader, 'layer_types', num_layers, KIND_OF_LAYER_TYPE)
     if not types:
-      types = [layer_types.LINEAR] * layers
-    names = [TYPES[word] for word in types]
-    for name in FACTORS:
+      types = [layer_types.LINEAR_ATTENTION] * num_layers
+    names = [KIND_OF_LAYER_TYPE[layer_type] for layer_type in types]
+    for name in FACTORS_ABOVE_ZERO:
       factor = reader(name, 1.0)
       require(factor > 0, f'config.json has {name} {factor}: it must be > 0')
 
     # The heads of the recurrence.
-    inner = reader('mamba_expand', 2) * fields['d_model']
-    size = reader('mamba_d_head', inner // heads)
-    require(size * heads == inner, f'config.json has mamba_n_heads {heads} of '
-            f'mamba_d_head {size}, which are not mamba_expand times '
-            f'hidden_size, {inner}')
-    limits = mamba2.read_limits(reader)
+    num_heads = fields['mamba2.heads']
+    inner_width = reader('mamba_expand', 2) * fields['d_model']
+    head_dim = reader('mamba_d_head', inner_width // num_heads)
+    require(head_dim * num_heads == inner_width,
+            f'config.json has mamba_n_heads {num_heads} of mamba_d_head '
+            f'{head_dim}, which are not mamba_expand times hidden_size, '
+            f'{inner_width}')
+    mamba2_fields = mamba2.read_step_limits(reader) | dict(head_dim=head_dim)
 
-    ours = layer_types.named(names, KINDS)
+    ours = layer_types.pattern_and_kinds(names, LAYER_KINDS)
     ours |= _read_ffn(reader)
     ours |= _read_positions(reader)
     return ours | dict(logits_scale=1 / reader('logits_scaling', 1.0),
-                       mamba2=limits | dict(head_dim=size))
+                       mamba2=mamba2_fields)
 
-  def write(self, c: ModelConfig) -> dict:
-    is_linear = [layer.mixer == 'mamba2' for layer in c.layers(c.num_layers)]
-    # Sizes that fit each other, where no layer has any.
-    heads, size = 1, c.d_model
-    if any(is_linear):
-      sizes = c.part(Mamba2Config)
-      heads, size = sizes.heads, sizes.head_dim
-    tree = _write_ffn(c) | mamba2.write_limits(c) | dict(
-        layer_types=[layer_types.LINEAR if linear else layer_types.WHOLE
-                     for linear in is_linear],
-        mamba_expand=heads * size // c.d_model, mamba_n_heads=heads,
-        mamba_d_head=size, logits_scaling=1 / c.logits_scale,
-        position_embedding_type='nope')
-    if c.position == 'rope':
+  def write(self, config: ModelConfig) -> dict:
+    # The type of each layer.
+    types = []
+    for layer in config.layers(config.num_layers):
+      if layer.mixer == 'mamba2':
+        types.append(layer_types.LINEAR_ATTENTION)
+      else:
+        types.append(layer_types.FULL_ATTENTION)
+
+    # The heads of the recurrence. Where no layer has one, sizes that fit.
+    num_heads, head_dim = 1, config.d_model
+    if layer_types.LINEAR_ATTENTION in types:
+      sizes = config.part(Mamba2Config)
+      num_heads, head_dim = sizes.heads, sizes.head_dim
+    tree = _write_ffn(config) | mamba2.write_step_limits(config) | dict(
+        layer_types=types, mamba_expand=num_heads * head_dim // config.d_model,
+        mamba_n_heads=num_heads, mamba_d_head=head_dim,
+        logits_scaling=1 / config.logits_scale, position_embedding_type='nope')
+    if config.position == 'rope':
       tree['position_embedding_type'] = 'rope'
-      tree['rope_parameters'] = rope_fields.write(c)
+      tree['rope_parameters'] = rope_fields.write_rope(config)
     return tree
 
-  def check(self, c: ModelConfig) -> None:
-    layer_types.check_attention(c)
-    require(c.head_dim % 2 == 0, f'model.head_dim is {c.head_dim}: '
-            f'transformers refuses a {c.arch} of odd heads, whether or not '
-            'they turn')
+  def check(self, config: ModelConfig) -> None:
+    layer_types.check_has_attention(config)
+    require(config.head_dim % 2 == 0, f'model.head_dim is {config.head_dim}: '
+            f'transformers refuses a {config.arch} of odd heads, whether or '
+            'not they turn')

@@ -46,19 +46,22 @@ class GShard(EncoderDecoder):
       moe=dict(router='gshard', top_k=2, ffn='relu'))
 
 
-FFNS = {'relu': 'relu', 'gelu': 'gelu', 'gelu_new': 'gelu_tanh'}
-ROUTERS = {'random': 'gshard', 'all': 'topk'}
-IN_TRAINING = 'second_expert_policy_in_training'  # a field of our own
+FFN_OF_ACTIVATION = {'relu': 'relu', 'gelu': 'gelu', 'gelu_new': 'gelu_tanh'}
+ROUTER_OF_SECOND_EXPERT_POLICY = {'random': 'gshard', 'all': 'topk'}
+# A field of our own, which transformers ignores.
+POLICY_IN_TRAINING = 'second_expert_policy_in_training'
 
 
-LAYER = (*transformer.attention('attention', 'self_attn'),
-         *hf.norm('attention_norm', 'self_attn_layer_norm'),
-         *hf.norm('ffn_norm', 'ff_layer_norm'),
-         *hf.dense('ffn/up', 'DF', 'ffn.fc1', 'F D'),
-         *hf.dense('ffn/down', 'FD', 'ffn.fc2', 'D F'),
-         ('ffn/router', 'DE', 'ffn.router.classifier.weight', 'E D'),
-         *hf.dense('ffn/up', 'EDF', 'ffn.experts.expert_{e}.fc1', 'F D'),
-         *hf.dense('ffn/down', 'EFD', 'ffn.experts.expert_{e}.fc2', 'D F'))
+LAYER_ROWS = (*transformer.attention_rows('attention', 'self_attn'),
+              *hf.norm_rows('attention_norm', 'self_attn_layer_norm'),
+              *hf.norm_rows('ffn_norm', 'ff_layer_norm'),
+              *hf.dense_rows('ffn/up', 'DF', 'ffn.fc1', 'F D'),
+              *hf.dense_rows('ffn/down', 'FD', 'ffn.fc2', 'D F'),
+              ('ffn/router', 'DE', 'ffn.router.classifier.weight', 'E D'),
+              *hf.dense_rows('ffn/up', 'EDF', 'ffn.experts.expert_{e}.fc1',
+                             'F D'),
+              *hf.dense_rows('ffn/down', 'EFD', 'ffn.experts.expert_{e}.fc2',
+                             'D F'))
 
 
 class HF(hf.HuggingFace):
@@ -66,69 +69,75 @@ class HF(hf.HuggingFace):
   architecture = 'NllbMoeForConditionalGeneration'
   names = (
       ('embed/tokens', 'VD', 'model.shared.weight', 'V D'),
-      *transformer.layers('encoder', *LAYER),
-      *hf.norm('encoder/final_norm', 'model.encoder.layer_norm'),
-      *transformer.layers(
-          'decoder', *LAYER,
-          *transformer.attention('cross_attention', 'cross_attention'),
-          *hf.norm('cross_norm', 'cross_attention_layer_norm')),
-      *hf.norm('decoder/final_norm', 'model.decoder.layer_norm'))
-  fields = transformer.FIELDS | hf.fields(
+      *transformer.layer_rows('encoder', *LAYER_ROWS),
+      *hf.norm_rows('encoder/final_norm', 'model.encoder.layer_norm'),
+      *transformer.layer_rows(
+          'decoder', *LAYER_ROWS,
+          *transformer.attention_rows('cross_attention', 'cross_attention'),
+          *hf.norm_rows('cross_norm', 'cross_attention_layer_norm')),
+      *hf.norm_rows('decoder/final_norm', 'model.decoder.layer_norm'))
+  fields = transformer.FIELDS | hf.fields_with_defaults(
       vocab_size=128112, num_experts=128, router_aux_loss_coef=0.001) | {
-          'moe.ffn': ('activation_function', 'relu', FFNS)}
+          'moe.ffn': ('activation_function', 'relu', FFN_OF_ACTIVATION)}
   only = dict(is_encoder_decoder=True, tie_word_embeddings=True,
               router_bias=False, router_dtype='float32',
               router_ignore_padding_tokens=False, pad_token_id=1,
               batch_prioritized_routing=False)
-  unread = (*transformer.LAYERDROP, 'expert_capacity', 'router_z_loss_coef')
+  unread = (*transformer.LAYERDROP_FIELDS, 'expert_capacity',
+            'router_z_loss_coef')
   tied = transformer.HF.tied
   spellings = transformer.HF.spellings
   ignored = transformer.HF.ignored
   fixed = ('pad_token_id',)  # Positions there count from it.
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    # The last of every few layers has experts, alike in both stacks.
     every = reader('encoder_sparse_step', 4)
-    reader.must(decoder_sparse_step=every)
+    reader.require_values(decoder_sparse_step=every)
     dropout = reader('moe_token_dropout', 0.2)
     require(dropout == 0, f'config.json has moe_token_dropout {dropout}, '
             'which scales the experts in evaluation too: only 0 is known here')
 
-    # The room of an expert in evaluation.
+    # How many tokens an expert takes in evaluation; 0.0: all.
     fraction = reader('moe_eval_capacity_token_fraction', 1.0)
     require(0 < fraction <= 1, 'config.json has '
             f'moe_eval_capacity_token_fraction {fraction}: choose it in (0, 1]')
-    first = reader('normalize_router_prob_before_dropping', False)
-    require(first or fraction == 1,
+    normalizes_first = reader('normalize_router_prob_before_dropping', False)
+    require(normalizes_first or fraction == 1,
             'config.json has normalize_router_prob_before_dropping False and '
             f'drops tokens, moe_eval_capacity_token_fraction {fraction}: gates '
             'are normalised before that here')
-    room = 0.0
+    eval_capacity_factor = 0.0
     if fraction < 1:
-      room = fraction * fields['moe.num_experts'] / 2
+      eval_capacity_factor = fraction * fields['moe.num_experts'] / 2
 
     # The second expert of a token.
     policy = reader('second_expert_policy', 'all')
-    one_of('second_expert_policy of config.json', policy, ROUTERS)
+    one_of('second_expert_policy of config.json', policy,
+           ROUTER_OF_SECOND_EXPERT_POLICY)
     if policy == 'random':
       reader.notes.append(
           "config.json has second_expert_policy 'random': transformers leaves "
           'the second expert of a token out by chance, in evaluation too, and '
           'this import in training alone')
-    router = reader.choose(IN_TRAINING, policy, ROUTERS)
-    moe = dict(router=router, capacity_factor=1.0, eval_capacity_factor=room)
+    router = reader.read_choice(POLICY_IN_TRAINING, policy,
+                                ROUTER_OF_SECOND_EXPERT_POLICY)
+    moe = dict(router=router, capacity_factor=1.0,
+               eval_capacity_factor=eval_capacity_factor)
     ours = transformer.read_stacks(reader, fields, scaled=True)
     return ours | kinds.place_experts({}, every) | dict(moe=moe)
 
-  def write(self, c: ModelConfig) -> dict:
-    moe = c.part(MoEConfig)
-    policy = hf.theirs(ROUTERS, moe.router, 'moe.router')
-    every = layer_types.experts_every(c)
+  def write(self, config: ModelConfig) -> dict:
+    moe = config.part(MoEConfig)
+    policy = hf.find_hf_word(ROUTER_OF_SECOND_EXPERT_POLICY, moe.router,
+                             'moe.router')
+    every = layer_types.interval_of_expert_layers(config)
     fraction = 2 * moe.eval_capacity_factor / moe.num_experts
-    tree = transformer.write_stacks(c) | dict(
+    tree = transformer.write_stacks(config) | dict(
         encoder_sparse_step=every, decoder_sparse_step=every,
         second_expert_policy='all', normalize_router_prob_before_dropping=True,
         moe_eval_capacity_token_fraction=min(1.0, fraction) or 1.0,
         moe_token_dropout=0.0, pad_token_id=1)
     if moe.router != 'topk':
-      tree[IN_TRAINING] = policy
+      tree[POLICY_IN_TRAINING] = policy
     return tree

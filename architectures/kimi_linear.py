@@ -36,45 +36,60 @@ class KimiLinear(Decoder):
       moe=dict(router='sigmoid', top_k=8, ffn='swiglu'))
 
 
-DENSE, SPARSE = 'dense', 'sparse'
+# Entries of mlp_layer_types in a config.json.
+DENSE_NETWORK, EXPERT_NETWORK = 'dense', 'sparse'
 
 
-def _dense_layers(reader: hf.Reader, layers: int) -> list[bool]:
+def _read_dense_layers(reader: hf.Reader, layers: int) -> list[bool]:
   """Returns whether each layer has a dense network in place of experts."""
-  first = reader.count('first_k_dense_replace', 1)
-  networks = layer_types.each(reader, 'mlp_layer_types', layers,
-                              (DENSE, SPARSE))
-  dense = [network == DENSE for network in networks]
+  num_dense = reader.read_count('first_k_dense_replace', 1)
+  networks = layer_types.read_entry_of_each_layer(
+      reader, 'mlp_layer_types', layers, (DENSE_NETWORK, EXPERT_NETWORK))
+  is_dense = [network == DENSE_NETWORK for network in networks]
   if not networks:
-    dense = [n < first for n in range(layers)]
-  require(not all(dense), 'config.json has no layer with experts')
-  return dense
+    is_dense = [n < num_dense for n in range(layers)]
+  require(not all(is_dense), 'config.json has no layer with experts')
+  return is_dense
 
-def _listed(reader: hf.Reader, layers: int) -> list[str]:
-  """Returns the type of each layer, of lists that count them from 1."""
-  whole = reader.listed('full_attn_layers')
-  linear = reader.listed('kda_layers')
+
+def _read_layer_types(reader: hf.Reader, layers: int) -> list[str]:
+  """Returns the entry of layer_types for each layer, by linear_attn_config of a
+  config.json, whose two lists number the layers from 1.
+
+  Args:
+    reader: the reader of linear_attn_config.
+    layers: the number of layers.
+  """
+  full_layers = reader.read_list('full_attn_layers')
+  linear_layers = reader.read_list('kda_layers')
   if not (reader.has('full_attn_layers') and reader.has('kda_layers')):
-    whole = [n + 1 for n in range(layers) if n and n % 4 == 0]
-    return _types(whole, layers)
-  every = whole + linear
-  numbered = all(type(n) is int for n in every)
-  require(numbered and sorted(every) == [*range(1, layers + 1)],
+    full_layers = [n + 1 for n in range(layers) if n and n % 4 == 0]
+    return _types_by_full_layers(full_layers, layers)
+
+  # The two lists must have each layer once.
+  all_layers = full_layers + linear_layers
+  has_numbers = all(type(n) is int for n in all_layers)
+  require(has_numbers and sorted(all_layers) == [*range(1, layers + 1)],
           'config.json has full_attn_layers and kda_layers in '
           f'linear_attn_config: each layer from 1 to {layers} must be in one '
           'of the two, once')
-  return _types(whole, layers)
+  return _types_by_full_layers(full_layers, layers)
 
 
-def _types(whole: list[int], layers: int) -> list[str]:
-  """Returns the type of each layer, where those of attention are numbered from
-  1."""
-  return [layer_types.WHOLE if n in whole else layer_types.LINEAR
-          for n in range(1, layers + 1)]
+def _types_by_full_layers(full_layers: list[int], layers: int) -> list[str]:
+  """Returns the entry of layer_types for each layer, given the numbers, from 1,
+  of those with full attention."""
+  types = []
+  for n in range(1, layers + 1):
+    if n in full_layers:
+      types.append(layer_types.FULL_ATTENTION)
+    else:
+      types.append(layer_types.LINEAR_ATTENTION)
+  return types
 
 
 # Queries and output have the names that latent attention gives them.
-KDA = hf.under(
+DELTA_ATTENTION_ROWS = hf.prefix_rows(
     'attention', 'self_attn',
     ('key', 'DHK', 'k_proj.weight', 'HK D'),
     ('value', 'DHK', 'v_proj.weight', 'HK D'),
@@ -89,16 +104,16 @@ KDA = hf.under(
     ('gate_down', 'DU', 'g_a_proj.weight', 'U D'),
     ('gate_up', 'UHK', 'g_b_proj.weight', 'HK U'),
     ('out_norm/scale', 'K', 'o_norm.weight', 'K'))
-EXPERTS = hf.under(
-    'ffn', 'block_sparse_moe', *llama.experts('w1', 'w3', 'w2'),
+EXPERT_ROWS = hf.prefix_rows(
+    'ffn', 'block_sparse_moe', *llama.expert_rows('w1', 'w3', 'w2'),
     ('router_bias', 'E', 'gate.e_score_correction_bias', 'E'),
-    *deepseek_v2.SHARED)
+    *deepseek_v2.SHARED_EXPERT_ROWS)
 
 
 class HF(hf.HuggingFace):
   model_type = 'kimi_linear'
   architecture = 'KimiLinearForCausalLM'
-  fields = deepseek_v2.LATENT | hf.fields(
+  fields = deepseek_v2.LATENT_FIELDS | hf.fields_with_defaults(
       hidden_size=2304, num_hidden_layers=27, num_attention_heads=32,
       intermediate_size=9216, vocab_size=163840, rms_norm_eps=1e-5,
       moe_intermediate_size=1024, num_experts=256, topk_group=1,
@@ -120,69 +135,75 @@ class HF(hf.HuggingFace):
   spellings = (*llama.HF.spellings, ('.mlp.', '.block_sparse_moe.'))
   ignored = llama.Family.ignored
 
-  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
-    queries = deepseek_v2.QUERIES
-    if c.part(LatentConfig).q_rank:
-      queries += deepseek_v2.LATENT_QUERIES
-    return llama.ends() + llama.layers(
-        *deepseek_v2.BLOCK, *queries, *hf.under('ffn', 'mlp', *llama.FFN),
-        *EXPERTS, *KDA)
+  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    queries = deepseek_v2.QUERY_ROWS
+    if config.part(LatentConfig).q_rank:
+      queries += deepseek_v2.LATENT_QUERY_ROWS
+    return llama.embedding_and_head_rows() + llama.layer_rows(
+        *deepseek_v2.LAYER_ROWS, *queries,
+        *hf.prefix_rows('ffn', 'mlp', *llama.FFN_ROWS),
+        *EXPERT_ROWS, *DELTA_ATTENTION_ROWS)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     layers = fields['num_layers']
-    reader.must(num_key_value_heads=fields['num_heads'])
+    reader.require_values(num_key_value_heads=fields['num_heads'])
     hf.check_gates(fields, 'num_experts_per_token', 'moe_renormalize')
-    dense = _dense_layers(reader, layers)
+    is_dense = _read_dense_layers(reader, layers)
 
     # The recurrence: what stands in the section goes before the other names.
-    linear = reader.section('linear_attn_config')
-    heads = linear('num_heads', reader('linear_num_heads', 32))
-    size = linear('head_dim', reader('linear_head_dim', 128))
-    conv = linear('short_conv_kernel_size',
-                  reader('linear_conv_kernel_dim', 4))
-    kda = dict(key_heads=heads, value_heads=heads, key_dim=size,
-               value_dim=size, rank=size, conv=conv)
+    linear = reader.read_object('linear_attn_config')
+    num_heads = linear('num_heads', reader('linear_num_heads', 32))
+    head_dim = linear('head_dim', reader('linear_head_dim', 128))
+    kernel_size = linear('short_conv_kernel_size',
+                         reader('linear_conv_kernel_dim', 4))
+    kda = dict(key_heads=num_heads, value_heads=num_heads, key_dim=head_dim,
+               value_dim=head_dim, rank=head_dim, conv=kernel_size)
 
     # Latent attention.
     rank = 0
     if reader.has('q_lora_rank'):
       rank = reader('q_lora_rank', 1)
-    latent = dict(q_rank=rank, norm_eps=deepseek_v2.LATENT_EPS)
+    latent = dict(q_rank=rank, norm_eps=deepseek_v2.EPSILON_OF_LATENT_NORMS)
 
     # The order of the layers.
-    types = layer_types.each(reader, 'layer_types', layers, layer_types.MIXERS)
-    listed = _listed(linear, layers)
-    ours = layer_types.mixed(types or listed, dense, 'kda') | dict(
-        head_dim=fields['latent.nope_dim'], latent=latent, kda=kda)
-    if reader.is_null('moe_renormalize'):  # which is no there
+    types = layer_types.read_entry_of_each_layer(
+        reader, 'layer_types', layers, layer_types.KIND_OF_MIXER)
+    types_of_section = _read_layer_types(linear, layers)
+    ours = layer_types.fields_of_recurrent_layers(
+        types or types_of_section, is_dense, mixer='kda')
+    ours |= dict(head_dim=fields['latent.nope_dim'], latent=latent, kda=kda)
+    if reader.is_null('moe_renormalize'):  # A null says no here.
       ours['moe'] = dict(normalize_gates=False)
     return ours
 
-  def write(self, c: ModelConfig) -> dict:
-    networks, whole, linear = [], [], []
-    for n, layer in enumerate(c.layers(c.num_layers), 1):
-      networks.append(SPARSE if layer.ffn == 'moe' else DENSE)
+  def write(self, config: ModelConfig) -> dict:
+    # The network and the mixer of each layer, numbered from 1.
+    networks, full_layers, linear_layers = [], [], []
+    for n, layer in enumerate(config.layers(config.num_layers), 1):
+      networks.append(EXPERT_NETWORK if layer.ffn == 'moe' else DENSE_NETWORK)
       if layer.mixer == 'latent':
-        whole.append(n)
+        full_layers.append(n)
       else:
-        linear.append(n)
-    kda = c.part(KDAConfig)
+        linear_layers.append(n)
+    kda = config.part(KDAConfig)
     return dict(
-        num_key_value_heads=c.num_heads,
-        q_lora_rank=c.part(LatentConfig).q_rank or None,
-        first_k_dense_replace=networks.index(SPARSE),
+        num_key_value_heads=config.num_heads,
+        q_lora_rank=config.part(LatentConfig).q_rank or None,
+        first_k_dense_replace=networks.index(EXPERT_NETWORK),
         mlp_layer_types=networks,
         linear_attn_config=dict(
-            full_attn_layers=whole, kda_layers=linear,
+            full_attn_layers=full_layers, kda_layers=linear_layers,
             num_heads=kda.key_heads, head_dim=kda.key_dim,
             short_conv_kernel_size=kda.conv),
         mla_use_nope=True, moe_router_activation_func='sigmoid',
         moe_layer_freq=1, use_grouped_topk=True, num_nextn_predict_layers=0,
-        **dict.fromkeys(phi3.IDS))  # else ids of the published vocabulary
+        # Left out, they are those of the published vocabulary.
+        **dict.fromkeys(phi3.TOKEN_ID_FIELDS))
 
-  def check(self, c: ModelConfig) -> None:
-    layers = c.distinct_layers
-    require(c.has_experts, 'no layer of this model has experts: a kimi_linear '
+  def check(self, config: ModelConfig) -> None:
+    layers = config.distinct_layers
+    require(config.has_experts,
+            'no layer of this model has experts: a kimi_linear '
             'config.json is of a model with some')
     require(any(layer.mixer == 'latent' for layer in layers),
             'all layers are recurrences: transformers runs a kimi_linear with '

@@ -19,18 +19,21 @@ from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
 from common.errors import require
 
-CONV = 'conv'  # in layer_types, and our kind of layer
-KINDS = {CONV: dict(mixer='short_conv'), 'full': {}}
+SHORT_CONVOLUTION = 'conv'  # in layer_types, and our kind of layer
+LAYER_KINDS = {SHORT_CONVOLUTION: dict(mixer='short_conv'), 'full': {}}
+KIND_OF_LAYER_TYPE = {SHORT_CONVOLUTION: SHORT_CONVOLUTION,
+                      layer_types.FULL_ATTENTION: 'full'}
 
 
 class LFM2(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
   PARTS = llama.LLaMA.PARTS | dict(qk_norm=True, tie_embeddings=True,
-                                   pattern='conv,full', kinds=KINDS)
+                                   pattern='conv,full', kinds=LAYER_KINDS)
 
 
-def _hidden(reader: hf.Reader) -> int:
-  """Returns the hidden units of a network, as Lfm2MLP has them."""
+def _read_hidden_units(reader: hf.Reader) -> int:
+  """Returns the number of hidden units of a feed-forward network, by the rule
+  of transformers' Lfm2MLP."""
   width = reader('block_ff_dim', reader('intermediate_size', 12288))
   factor = reader('block_ffn_dim_multiplier', 1.0)
   multiple = reader('block_multiple_of', 256)
@@ -43,10 +46,15 @@ def _hidden(reader: hf.Reader) -> int:
   return width
 
 
-def names(out: str = 'out_proj', norm: str = 'layernorm') -> tuple[hf.Row, ...]:
-  """Returns the rows; `out` and `norm` are theirs for the last product of
-  attention, and for the norms of queries and keys."""
-  attention = hf.under(
+def decoder_rows(out: str = 'out_proj', norm: str = 'layernorm'
+                 ) -> tuple[hf.Row, ...]:
+  """Returns the rows of an LFM2 decoder.
+
+  Args:
+    out: the name in transformers of the last product of attention.
+    norm: the end of the names there of the norms of queries and keys.
+  """
+  attention = hf.prefix_rows(
       'attention', 'self_attn',
       ('query', 'DHK', 'q_proj.weight', 'HK D'),
       ('key', 'DJK', 'k_proj.weight', 'JK D'),
@@ -54,13 +62,13 @@ def names(out: str = 'out_proj', norm: str = 'layernorm') -> tuple[hf.Row, ...]:
       ('out', 'HKD', f'{out}.weight', 'D HK'),
       ('query_norm/scale', 'K', f'q_{norm}.weight', 'K'),
       ('key_norm/scale', 'K', f'k_{norm}.weight', 'K'))
-  convolution = hf.under(
+  convolution = hf.prefix_rows(
       'attention', 'conv',
-      *hf.dense('in', 'DUI', 'in_proj', 'UI D'),
+      *hf.dense_rows('in', 'DUI', 'in_proj', 'UI D'),
       ('conv', 'WI', 'conv.weight', 'I 1 W'),
       ('conv_bias', 'I', 'conv.bias', 'I'),
-      *hf.dense('out', 'ID', 'out_proj', 'D I'))
-  network = hf.under(
+      *hf.dense_rows('out', 'ID', 'out_proj', 'D I'))
+  network = hf.prefix_rows(
       'ffn', 'feed_forward',
       ('gate', 'DF', 'w1.weight', 'F D'),
       ('up', 'DF', 'w3.weight', 'F D'),
@@ -69,7 +77,7 @@ def names(out: str = 'out_proj', norm: str = 'layernorm') -> tuple[hf.Row, ...]:
       ('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
       ('decoder/final_norm/scale', 'D', 'model.embedding_norm.weight', 'D'),
       ('head/kernel', 'DV', 'lm_head.weight', 'V D'),
-      *llama.layers(
+      *llama.layer_rows(
           ('attention_norm/scale', 'D', 'operator_norm.weight', 'D'),
           ('ffn_norm/scale', 'D', 'ffn_norm.weight', 'D'),
           *attention, *convolution, *network))
@@ -78,10 +86,10 @@ def names(out: str = 'out_proj', norm: str = 'layernorm') -> tuple[hf.Row, ...]:
 class HF(llama.Family):
   model_type = 'lfm2'
   architecture = 'Lfm2ForCausalLM'
-  names = names()
-  fields = hf.fields(
+  names = decoder_rows()
+  fields = hf.fields_with_defaults(
       hidden_size=2560, num_hidden_layers=32, num_attention_heads=32,
-      num_key_value_heads=8, head_dim=hf.split_width, vocab_size=65536,
+      num_key_value_heads=8, head_dim=hf.default_head_dim, vocab_size=65536,
       max_position_embeddings=128000, norm_eps=1e-5) | {
           'tie_embeddings': ('tie_embedding|tie_word_embeddings', True),
           'short_conv.kernel': ('conv_L_cache', 3),
@@ -89,27 +97,35 @@ class HF(llama.Family):
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     layers = fields['num_layers']
-    layer_types.check_number('num_hidden_layers', layers)
-    types = layer_types.each(
-        reader, 'layer_types', layers, (CONV, layer_types.WHOLE))
-    whole = range(layers)
+    layer_types.check_number_of_layers('num_hidden_layers', layers)
+    types = layer_types.read_entry_of_each_layer(
+        reader, 'layer_types', layers, KIND_OF_LAYER_TYPE)
+    # Where they are not listed, the layers of attention may be numbered.
+    full_layers = range(layers)
     if reader.has('full_attn_idxs'):
-      whole = reader.listed('full_attn_idxs')
+      full_layers = reader.read_list('full_attn_idxs')
     if not types:
-      types = [layer_types.WHOLE if n in whole else CONV
-               for n in range(layers)]
-    names = [CONV if word == CONV else 'full' for word in types]
-    rope = rope_fields.read(reader, theta=('rope_theta', 1e6))
-    return layer_types.named(names, KINDS) | dict(
-        d_ff=_hidden(reader), rope=rope)
+      types = [SHORT_CONVOLUTION] * layers
+      for n in range(layers):
+        if n in full_layers:
+          types[n] = layer_types.FULL_ATTENTION
+    names = [KIND_OF_LAYER_TYPE[layer_type] for layer_type in types]
+    rope = rope_fields.read_rope(reader, theta=('rope_theta', 1e6))
+    return layer_types.pattern_and_kinds(names, LAYER_KINDS) | dict(
+        d_ff=_read_hidden_units(reader), rope=rope)
 
-  def write(self, c: ModelConfig) -> dict:
-    types = [CONV if layer.mixer == 'short_conv' else layer_types.WHOLE
-             for layer in c.layers(c.num_layers)]
+  def write(self, config: ModelConfig) -> dict:
+    types = []
+    for layer in config.layers(config.num_layers):
+      if layer.mixer == 'short_conv':
+        types.append(SHORT_CONVOLUTION)
+      else:
+        types.append(layer_types.FULL_ATTENTION)
     return dict(
-        layer_types=types, intermediate_size=c.d_ff,
-        block_auto_adjust_ff_dim=False, rope_parameters=rope_fields.write(c),
-        **dict.fromkeys(phi3.IDS))
+        layer_types=types, intermediate_size=config.d_ff,
+        block_auto_adjust_ff_dim=False,
+        rope_parameters=rope_fields.write_rope(config),
+        **dict.fromkeys(phi3.TOKEN_ID_FIELDS))
 
-  def check(self, c: ModelConfig) -> None:
-    layer_types.check_attention(c)
+  def check(self, config: ModelConfig) -> None:
+    layer_types.check_has_attention(config)

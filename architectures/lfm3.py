@@ -13,21 +13,29 @@ all are seen, where the first half of a head's pairs turns: rope.proportional.
 """
 
 from architectures import lfm2, llama, phi3
-from architectures.lfm2 import CONV
+from architectures.lfm2 import SHORT_CONVOLUTION
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
 from common.errors import require
 
-NAMES = layer_types.NAMES | {CONV: CONV}  # our kinds of layer
-ROPES = {layer_types.WINDOW: dict(theta=1e4, fraction=1.0, proportional=False),
-         layer_types.WHOLE: dict(theta=1e6, fraction=0.5, proportional=True)}
+# Our kind of layer by the entry of layer_types in a config.json.
+KIND_OF_LAYER_TYPE = layer_types.KIND_OF_ATTENTION | {
+    SHORT_CONVOLUTION: SHORT_CONVOLUTION}
+# The positions where a config.json does not say.
+LOCAL_ROPE = dict(theta=1e4, fraction=1.0, proportional=False)
+GLOBAL_ROPE = dict(theta=1e6, fraction=0.5, proportional=True)
 
 
-def _kinds(window: int, rope: dict) -> dict:
-  """Returns model.kinds, by the positions of layers with a window."""
-  return {CONV: dict(mixer='short_conv'), 'global': dict(window=0),
+def _layer_kinds(window: int, rope: dict) -> dict:
+  """Returns model.kinds, the fields of each kind of layer.
+
+  Args:
+    window: the number of keys that a layer with a window sees.
+    rope: the fields of model.rope in layers with a window.
+  """
+  return {SHORT_CONVOLUTION: dict(mixer='short_conv'), 'global': dict(window=0),
           'local': dict(window=window, rope=rope)}
 
 
@@ -35,24 +43,27 @@ class LFM3(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
   PARTS = lfm2.LFM2.PARTS | dict(
       block='sandwich', attention_gate='headwise', short_conv=dict(kernel=7),
-      rope=ROPES[layer_types.WHOLE], pattern='local,conv,global,conv',
-      kinds=_kinds(128, ROPES[layer_types.WINDOW]))
+      rope=GLOBAL_ROPE, pattern='local,conv,global,conv',
+      kinds=_layer_kinds(128, LOCAL_ROPE))
 
 
-def _usual_type(n: int) -> str:
+def _default_layer_type(n: int) -> str:
   """Returns the type of layer n where a config.json does not say."""
   if n == 0 or n % 2 == 1:
-    return CONV
-  return layer_types.WHOLE if n % 4 == 2 else layer_types.WINDOW
+    return SHORT_CONVOLUTION
+  if n % 4 == 2:
+    return layer_types.FULL_ATTENTION
+  return layer_types.SLIDING_ATTENTION
+
 
 class HF(lfm2.HF):
   model_type = 'lfm3'
   architecture = 'Lfm3ForCausalLM'
-  names = lfm2.names('o_proj', 'norm') + llama.layers(
+  names = lfm2.decoder_rows('o_proj', 'norm') + llama.layer_rows(
       ('attention_out_norm/scale', 'D', 'post_operator_norm.weight', 'D'),
       ('ffn_out_norm/scale', 'D', 'post_ffn_norm.weight', 'D'),
       ('attention/output_gate', 'DH', 'self_attn.gate_proj.weight', 'H D'))
-  fields = lfm2.HF.fields | hf.fields(
+  fields = lfm2.HF.fields | hf.fields_with_defaults(
       hidden_size=2048, num_hidden_layers=24, num_attention_heads=16,
       num_key_value_heads=4, head_dim=128, intermediate_size=7680,
       vocab_size=128000, tie_word_embeddings=True) | {
@@ -65,26 +76,36 @@ class HF(lfm2.HF):
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     layers = fields['num_layers']
-    layer_types.check_number('num_hidden_layers', layers)
-    types = layer_types.each(reader, 'layer_types', layers, NAMES)
+    layer_types.check_number_of_layers('num_hidden_layers', layers)
+    types = layer_types.read_entry_of_each_layer(
+        reader, 'layer_types', layers, KIND_OF_LAYER_TYPE)
     if not types:
-      types = [_usual_type(n) for n in range(layers)]
+      types = [_default_layer_type(n) for n in range(layers)]
     has_window = not reader.is_null('sliding_window')
-    require(has_window or layer_types.WINDOW not in types, 'config.json has '
-            f'layers of {layer_types.WINDOW} in layer_types, but no '
-            'sliding_window')
+    require(has_window or layer_types.SLIDING_ATTENTION not in types,
+            f'config.json has layers of {layer_types.SLIDING_ATTENTION} in '
+            'layer_types, but no sliding_window')
     window = reader('sliding_window', 256)
-    local, whole = ROPES[layer_types.WINDOW], ROPES[layer_types.WHOLE]
-    if reader.has('rope_parameters'):
-      local, whole = rope_fields.read_by_kind(
-          reader, (layer_types.WINDOW, ('rope_theta', 1e6)),
-          (layer_types.WHOLE, ('rope_theta', 1e6)))
-    names = [NAMES[word] for word in types]
-    return layer_types.named(names, _kinds(window, local)) | dict(rope=whole)
 
-  def write(self, c: ModelConfig) -> dict:
-    types = [CONV if layer.mixer == 'short_conv' else layer_types.type_of(layer)
-             for layer in c.layers(c.num_layers)]
-    return layer_types.write(c) | dict(
-        layer_types=types, rope_parameters=rope_fields.write_by_kind(c),
-        **dict.fromkeys(phi3.IDS))
+    # The positions of layers with a window, and of those that see all keys.
+    local_rope, global_rope = LOCAL_ROPE, GLOBAL_ROPE
+    if reader.has('rope_parameters'):
+      local_rope, global_rope = rope_fields.read_rope_of_layer_kinds(
+          reader, (layer_types.SLIDING_ATTENTION, ('rope_theta', 1e6)),
+          (layer_types.FULL_ATTENTION, ('rope_theta', 1e6)))
+    names = [KIND_OF_LAYER_TYPE[layer_type] for layer_type in types]
+    ours = layer_types.pattern_and_kinds(
+        names, _layer_kinds(window, local_rope))
+    return ours | dict(rope=global_rope)
+
+  def write(self, config: ModelConfig) -> dict:
+    types = []
+    for layer in config.layers(config.num_layers):
+      if layer.mixer == 'short_conv':
+        types.append(SHORT_CONVOLUTION)
+      else:
+        types.append(layer_types.attention_type(layer))
+    return layer_types.write_attention_types(config) | dict(
+        layer_types=types,
+        rope_parameters=rope_fields.write_rope_of_layer_kinds(config),
+        **dict.fromkeys(phi3.TOKEN_ID_FIELDS))

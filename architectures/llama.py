@@ -27,46 +27,61 @@ class LLaMA(Decoder):
 # Rows that other systems have too.
 
 
-def ends(norm: str = 'scale') -> tuple[hf.Row, ...]:
-  """Returns the rows of the embedding, the final norm and the head."""
+def embedding_and_head_rows(norm: str = 'scale') -> tuple[hf.Row, ...]:
+  """Returns the rows of the embedding, the final norm and the head; `norm` is
+  the name of our parameter in the norm."""
   return (('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
           (f'decoder/final_norm/{norm}', 'D', 'model.norm.weight', 'D'),
           ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
 
 
-def layers(*rows: hf.Row) -> tuple[hf.Row, ...]:
-  """Returns rows of a layer with the layer before them."""
-  return hf.under('decoder/layers', 'model.layers.{n}', *rows)
+def layer_rows(*rows: hf.Row) -> tuple[hf.Row, ...]:
+  """Returns rows of all layers: `rows`, whose names begin within a layer, with
+  the folder and the number of the layer put before them."""
+  return hf.prefix_rows('decoder/layers', 'model.layers.{n}', *rows)
 
 
-def norms(norm: str = 'scale') -> tuple[hf.Row, ...]:
-  """Returns the rows of a layer's norms before its parts."""
+def norm_rows(norm: str = 'scale') -> tuple[hf.Row, ...]:
+  """Returns the rows of the norms before a layer's attention and its
+  feed-forward network; `norm` is the name of our parameter in them."""
   return ((f'attention_norm/{norm}', 'D', 'input_layernorm.weight', 'D'),
           (f'ffn_norm/{norm}', 'D', 'post_attention_layernorm.weight', 'D'))
 
 
-def head_norms(axis: str = 'K', norm: str = 'scale') -> tuple[hf.Row, ...]:
-  """Returns the rows of a layer's norms of queries and keys: of each head, or
-  over all (axis U)."""
+def head_norm_rows(axis: str = 'K', norm: str = 'scale') -> tuple[hf.Row, ...]:
+  """Returns the rows of the norms of a layer's queries and keys.
+
+  Args:
+    axis: the axis of the scale: K where each head has a norm of its own size, U
+      where one goes over all heads.
+    norm: the name of our parameter in them.
+  """
   return (
       (f'attention/query_norm/{norm}', axis, 'self_attn.q_norm.weight', axis),
       (f'attention/key_norm/{norm}', axis, 'self_attn.k_norm.weight', axis))
 
 
-def attention(*more: hf.Row) -> tuple[hf.Row, ...]:
-  """Returns the rows of a layer's attention, and `more` of it."""
-  return hf.under('attention', 'self_attn', *hf.attention(
+def attention_rows(*more: hf.Row) -> tuple[hf.Row, ...]:
+  """Returns the rows of the matrices and biases of a layer's attention, and
+  `more` rows of it."""
+  return hf.prefix_rows('attention', 'self_attn', *hf.attention_rows(
       'q_proj', 'k_proj', 'v_proj', 'o_proj', 'J'), *more)
 
 
-FFN = (*hf.dense('gate', 'DF', 'gate_proj', 'F D'),
-       *hf.dense('up', 'DF', 'up_proj', 'F D'),
-       *hf.dense('down', 'FD', 'down_proj', 'D F'))
+FFN_ROWS = (*hf.dense_rows('gate', 'DF', 'gate_proj', 'F D'),
+            *hf.dense_rows('up', 'DF', 'up_proj', 'F D'),
+            *hf.dense_rows('down', 'FD', 'down_proj', 'D F'))
 
 
-def experts(gate: str = 'gate_proj', up: str = 'up_proj',
-            down: str = 'down_proj') -> tuple[hf.Row, ...]:
-  """Returns the rows of experts whose matrices have these names."""
+def expert_rows(gate: str = 'gate_proj', up: str = 'up_proj',
+                down: str = 'down_proj') -> tuple[hf.Row, ...]:
+  """Returns the rows of a layer's router and experts.
+
+  Args:
+    gate: the name of an expert's gate in transformers.
+    up: the name of the matrix beside it.
+    down: the name of the last matrix.
+  """
   return (('router', 'DE', 'gate.weight', 'E D'),
           ('gate', 'EDF', f'experts.{{e}}.{gate}.weight', 'F D'),
           ('up', 'EDF', f'experts.{{e}}.{up}.weight', 'F D'),
@@ -74,8 +89,9 @@ def experts(gate: str = 'gate_proj', up: str = 'up_proj',
 
 
 # All but the feed-forward networks, as Mixtral has them too.
-NAMES = ends() + layers(*norms(), *attention())
-SPAN = 'model.', 'transformer.'
+ROWS = embedding_and_head_rows() + layer_rows(*norm_rows(), *attention_rows())
+# What names begin with, and what they do in a model that answers questions.
+SPAN_PREFIXES = 'model.', 'transformer.'
 
 
 class Family(hf.HuggingFace):
@@ -86,24 +102,24 @@ class Family(hf.HuggingFace):
   ignored = (r'.*\.rotary_emb\.inv_freq',)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    return dict(rope=rope_fields.read(reader))
+    return dict(rope=rope_fields.read_rope(reader))
 
-  def write(self, c: ModelConfig) -> dict:
-    return dict(rope_parameters=rope_fields.write(c))
+  def write(self, config: ModelConfig) -> dict:
+    return dict(rope_parameters=rope_fields.write_rope(config))
 
 
 class HF(Family):
   model_type = 'llama'
   architecture = 'LlamaForCausalLM'
-  names = NAMES + layers(*hf.under('ffn', 'mlp', *FFN))
-  fields = hf.fields(
+  names = ROWS + layer_rows(*hf.prefix_rows('ffn', 'mlp', *FFN_ROWS))
+  fields = hf.fields_with_defaults(
       hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
-      num_key_value_heads=hf.each_head, head_dim=hf.split_width,
+      num_key_value_heads=hf.default_num_kv_heads, head_dim=hf.default_head_dim,
       intermediate_size=11008, vocab_size=32000, max_position_embeddings=2048,
       rms_norm_eps=1e-6, attention_bias=False, mlp_bias=False,
-      tie_word_embeddings=False) | {'ffn': hf.SILU}
+      tie_word_embeddings=False) | {'ffn': hf.GATED_FFN_FIELD}
   only = dict(rope_interleaved=False)
-  heads = hf.heads('Llama', tokens='score', span=SPAN)
+  heads = hf.task_heads('Llama', tokens='score', span=SPAN_PREFIXES)
 
-  def check(self, c: ModelConfig) -> None:
-    hf.check_heads(c)
+  def check(self, config: ModelConfig) -> None:
+    hf.check_heads_divide_width(config)

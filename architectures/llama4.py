@@ -26,10 +26,10 @@ from architectures.parts.skeletons import Decoder
 from common.errors import require
 from common.kinds import DENSE_NETWORK
 
-CHUNKED = 'chunked_attention'
+CHUNKED_ATTENTION = 'chunked_attention'
 # A norm follows the turning there, so the temperatures of others would vanish.
-SCALINGS = {name: rope_fields.SCALINGS[name]
-            for name in ('default', 'linear', 'dynamic', 'llama3')}
+SCALING_OF_ROPE_TYPE = {name: rope_fields.SCALING_OF_ROPE_TYPE[name]
+                        for name in ('default', 'linear', 'dynamic', 'llama3')}
 
 
 class Llama4(Decoder):
@@ -43,16 +43,17 @@ class Llama4(Decoder):
                           shared_experts=1, gate_inputs=True))
 
 
-def _kind(chunked: bool, turned: bool, moe: bool, norm: bool, scale: float
-          ) -> tuple[str, dict[str, Any]]:
-  """Returns the name and the fields of a kind of layer.
+def _name_and_kind(chunked: bool, turned: bool, moe: bool, norm: bool,
+                   scale: float) -> tuple[str, dict[str, Any]]:
+  """Returns the name of a kind of layer, and the fields of the model that it
+  sets.
 
   Args:
     chunked: whether a token sees its chunk alone.
-    turned: whether queries and keys are turned by their positions.
+    turned: whether queries and keys are rotated by their positions.
     moe: whether the network is one of experts.
-    norm: whether the queries and keys that are turned have a norm.
-    scale: by how much queries that are not turned grow with the position.
+    norm: whether the queries and keys that are rotated have a norm.
+    scale: by how much queries that are not rotated grow with the position.
   """
   name, kind = 'full', {}
   if chunked:
@@ -69,48 +70,54 @@ def _kind(chunked: bool, turned: bool, moe: bool, norm: bool, scale: float
     kind['ffn'] = DENSE_NETWORK
   return name, kind
 
+
 class HF(llama.Family):
   model_type = 'llama4_text'
   architecture = 'Llama4ForCausalLM'
-  names = llama.NAMES + llama.layers(*hf.under(
-      'ffn', 'feed_forward', *llama.FFN,
-      *hf.under('shared', 'shared_expert', *llama.FFN),
+  names = llama.ROWS + llama.layer_rows(*hf.prefix_rows(
+      'ffn', 'feed_forward', *llama.FFN_ROWS,
+      *hf.prefix_rows('shared', 'shared_expert', *llama.FFN_ROWS),
       ('router', 'DE', 'router.weight', 'E D'),
       ('gate|up', 'EDF', 'experts.gate_up_proj', 'E D 2F'),
       ('down', 'EFD', 'experts.down_proj', 'E F D')))
-  fields = hf.fields(
+  fields = hf.fields_with_defaults(
       hidden_size=5120, num_hidden_layers=48, num_attention_heads=40,
       num_key_value_heads=8, head_dim=128, vocab_size=202048,
       max_position_embeddings=131072, rms_norm_eps=1e-5, attention_bias=False,
       tie_word_embeddings=False, num_local_experts=16,
       router_aux_loss_coef=0.001) | {
           'd_ff': ('intermediate_size_mlp', 16384),
-          'moe.d_ff': ('intermediate_size', 8192), 'moe.ffn': hf.SILU}
+          'moe.d_ff': ('intermediate_size', 8192),
+          'moe.ffn': hf.GATED_FFN_FIELD}
   only = dict(num_experts_per_tok=1)
   unread = ('router_jitter_noise',)  # transformers reads none.
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     layers = fields['num_layers']
-    layer_types.check_number('num_hidden_layers', layers)
-    turned = layer_types.turned(reader, layers)
+    layer_types.check_number_of_layers('num_hidden_layers', layers)
+    has_rope = layer_types.read_layers_with_rope(reader, layers)
 
-    # Which layers see a chunk alone.
+    # The layers that see a chunk alone: by default, those with positions.
     chunk = 0
     if not reader.is_null('attention_chunk_size'):
       chunk = reader('attention_chunk_size', 8192)
-    types = layer_types.each(
-        reader, 'layer_types', layers, (CHUNKED, layer_types.WHOLE))
+    types = layer_types.read_entry_of_each_layer(
+        reader, 'layer_types', layers,
+        (CHUNKED_ATTENTION, layer_types.FULL_ATTENTION))
     if not types:
-      types = [CHUNKED if has_positions and chunk else layer_types.WHOLE
-               for has_positions in turned]
-    require(chunk or CHUNKED not in types, 'config.json has layers of '
-            f'{CHUNKED} in layer_types, but no attention_chunk_size')
+      types = [layer_types.FULL_ATTENTION] * layers
+      for n, is_rotated in enumerate(has_rope):
+        if is_rotated and chunk:
+          types[n] = CHUNKED_ATTENTION
+    require(chunk or CHUNKED_ATTENTION not in types,
+            f'config.json has layers of {CHUNKED_ATTENTION} in layer_types, '
+            'but no attention_chunk_size')
 
-    # Which layers have experts.
+    # The layers that have experts.
     step = reader('interleave_moe_layer_step', 1)
     experts = range(step - 1, layers, step)
     if reader.has('moe_layers'):
-      experts = reader.listed('moe_layers')
+      experts = reader.read_list('moe_layers')
 
     # The kinds of layer.
     norm = reader('use_qk_norm', True)
@@ -118,41 +125,49 @@ class HF(llama.Family):
     if not reader('attn_temperature_tuning', True):
       scale = 0.0
     names, kinds = [], {}
-    for n, (word, has_positions) in enumerate(zip(types, turned)):
-      name, kind = _kind(chunked=word == CHUNKED, turned=bool(has_positions),
-                         moe=n in experts, norm=norm, scale=scale)
+    for n, (layer_type, is_rotated) in enumerate(zip(types, has_rope)):
+      name, kind = _name_and_kind(
+          chunked=layer_type == CHUNKED_ATTENTION, turned=bool(is_rotated),
+          moe=n in experts, norm=norm, scale=scale)
       names.append(name)
       kinds[name] = kind
-    rope = rope_fields.read(reader, theta=('rope_theta', 5e5),
-                            interleaved=True, words=SCALINGS)
-    return layer_types.shortest(names) | dict(
+    rope = rope_fields.read_rope(reader, theta=('rope_theta', 5e5),
+                                 interleaved=True, words=SCALING_OF_ROPE_TYPE)
+    return layer_types.shortest_pattern(names) | dict(
         kinds=kinds, attention_chunk=chunk, rope=rope,
         attention_log_from=reader('floor_scale', 8192))
 
-  def write(self, c: ModelConfig) -> dict:
-    types, turned, experts = [], [], []
-    ropes, scales = [], []
-    for n, layer in enumerate(c.layers(c.num_layers)):
-      is_chunked = layer.attention == 'chunked'
-      types.append(CHUNKED if is_chunked else layer_types.WHOLE)
-      turned.append(int(layer.position == 'rope'))
-      if layer.ffn == 'moe':
-        experts.append(n)
-      if layer.position == 'rope':
-        ropes.append(layer)
+  def write(self, config: ModelConfig) -> dict:
+    # What each layer is.
+    types, has_rope, layers_with_experts = [], [], []
+    rotated_layers, scales = [], []
+    for n, layer in enumerate(config.layers(config.num_layers)):
+      if layer.attention == 'chunked':
+        types.append(CHUNKED_ATTENTION)
       else:
-        attention = layer.part(AttentionConfig)
-        scales.append(attention.attention_log_scale)
-    require(ropes, 'no layer of this model has positions: a llama4 config.json '
-            'is of a model with some')
+        types.append(layer_types.FULL_ATTENTION)
+      has_rope.append(int(layer.position == 'rope'))
+      if layer.ffn == 'moe':
+        layers_with_experts.append(n)
+      if layer.position == 'rope':
+        rotated_layers.append(layer)
+      else:
+        scales.append(layer.part(AttentionConfig).attention_log_scale)
+    require(rotated_layers, 'no layer of this model has positions: a llama4 '
+            'config.json is of a model with some')
+
+    # All layers with positions agree, and so do all without.
     scale = max(scales, default=0.0)
+    rope = rope_fields.write_rope(
+        rotated_layers[0], words=SCALING_OF_ROPE_TYPE)
     tree = dict(
-        layer_types=types, no_rope_layers=turned, moe_layers=experts,
-        attention_chunk_size=c.attention_chunk or None,
-        use_qk_norm=ropes[0].part(AttentionConfig).qk_norm,
+        layer_types=types, no_rope_layers=has_rope,
+        moe_layers=layers_with_experts,
+        attention_chunk_size=config.attention_chunk or None,
+        use_qk_norm=rotated_layers[0].part(AttentionConfig).qk_norm,
         attn_temperature_tuning=scale > 0,
-        floor_scale=c.part(AttentionConfig).attention_log_from,
-        rope_parameters=rope_fields.write(ropes[0], words=SCALINGS))
+        floor_scale=config.part(AttentionConfig).attention_log_from,
+        rope_parameters=rope)
     if scale:
       tree['attn_scale'] = scale
     return tree

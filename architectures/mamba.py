@@ -23,13 +23,14 @@ class Mamba(Decoder):
                tie_embeddings=True)
 
 
-def names(*mixer: hf.Row) -> tuple[hf.Row, ...]:
-  """Returns the rows of a model whose layers have these; Mamba-2 is one."""
+def decoder_rows(*mixer: hf.Row) -> tuple[hf.Row, ...]:
+  """Returns the rows of a model whose layers are a Mamba or a Mamba-2, with the
+  rows `mixer`."""
   return (('embed/tokens', 'VD', 'backbone.embeddings.weight', 'V D'),
-          *hf.under(
+          *hf.prefix_rows(
               'decoder/layers', 'backbone.layers.{n}',
               ('attention_norm/scale', 'D', 'norm.weight', 'D'),
-              *hf.under('attention', 'mixer', *mixer)),
+              *hf.prefix_rows('attention', 'mixer', *mixer)),
           ('decoder/final_norm/scale', 'D', 'backbone.norm_f.weight', 'D'),
           ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
 
@@ -37,7 +38,7 @@ def names(*mixer: hf.Row) -> tuple[hf.Row, ...]:
 class HF(hf.HuggingFace):
   model_type = 'mamba'
   architecture = 'MambaForCausalLM'
-  names = names(
+  names = decoder_rows(
       ('value|output_gate', 'DF|DF', 'in_proj.weight', 'F+F D'),
       ('conv', 'WF', 'conv1d.weight', 'F 1 W'),
       ('conv_bias', 'F', 'conv1d.bias', 'F'),
@@ -47,7 +48,7 @@ class HF(hf.HuggingFace):
       ('decay_scale', 'FK', 'A_log', 'F K'),
       ('skip', 'F', 'D', 'F'),
       ('out', 'FD', 'out_proj.weight', 'D F'))
-  fields = hf.fields(
+  fields = hf.fields_with_defaults(
       hidden_size=768, num_hidden_layers=32, vocab_size=50280,
       max_position_embeddings=2048, layer_norm_epsilon=1e-5,
       tie_word_embeddings=True) | {
@@ -62,7 +63,7 @@ class HF(hf.HuggingFace):
   unread = ('residual_in_fp32', 'use_mambapy', 'use_associative_scan', *(
       f'time_step_{name}' for name in (
           'min', 'max', 'floor', 'scale', 'init_scheme')),
-          'intermediate_size')
+            'intermediate_size')
   tied = {'lm_head.weight': 'backbone.embeddings.weight'}
   # The second spelling is that of the authors' own files.
   spellings = (('backbone.embeddings.', 'backbone.embedding.'),)
@@ -71,5 +72,5 @@ class HF(hf.HuggingFace):
     rank = -(-fields['d_model'] // 16)  # what 'auto' is
     return dict(mamba=dict(rank=reader('time_step_rank', rank)))
 
-  def write(self, c: ModelConfig) -> dict:
-    return dict(time_step_rank=c.part(MambaConfig).rank)
+  def write(self, config: ModelConfig) -> dict:
+    return dict(time_step_rank=config.part(MambaConfig).rank)

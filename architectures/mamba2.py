@@ -23,13 +23,14 @@ class Mamba2(Decoder):
 
 
 # How transformers 5 writes a number that JSON lacks, and how others do.
-INFINITY = {'__float__': 'Infinity'}
-INFINITE = INFINITY, float('inf')
+INFINITY_IN_JSON = {'__float__': 'Infinity'}
+INFINITE_VALUES = INFINITY_IN_JSON, float('inf')
 
 
-def read_limits(reader: hf.Reader) -> dict[str, float]:
-  """Returns the bounds of a step, of time_step_limit."""
-  bounds = reader.listed('time_step_limit')
+def read_step_limits(reader: hf.Reader) -> dict[str, float]:
+  """Returns the smallest and the largest step of the recurrence, by
+  time_step_limit of a config.json; 0: there is no bound."""
+  bounds = reader.read_list('time_step_limit')
   wrong = (
       f'config.json has time_step_limit {short(bounds)}: it must be two '
       'numbers, of which the second is above 0 and may be infinite')
@@ -37,29 +38,32 @@ def read_limits(reader: hf.Reader) -> dict[str, float]:
     return dict(least_step=0.0, most_step=0.0)
   require(len(bounds) == 2, wrong)
   least, most = bounds
-  require(least not in INFINITE and most != 0, wrong)
-  if most in INFINITE:
+  require(least not in INFINITE_VALUES and most != 0, wrong)
+  if most in INFINITE_VALUES:
     most = 0  # no bound
-  require(type(least) in (int, float) and type(most) in (int, float), wrong)
+  are_numbers = type(least) in (int, float) and type(most) in (int, float)
+  require(are_numbers, wrong)
   return dict(least_step=float(least), most_step=float(most))
 
 
-def write_limits(c: ModelConfig) -> dict:
-  """Returns the field of a config.json that `read_limits` reads, and nothing
-  where there are no bounds."""
-  sizes = c.part(Mamba2Config)
+def write_step_limits(config: ModelConfig) -> dict:
+  """Returns the field of a config.json that `read_step_limits` reads, and no
+  field where there are no bounds."""
+  sizes = config.part(Mamba2Config)
   if not (sizes.least_step or sizes.most_step):
     return {}
-  return dict(time_step_limit=[sizes.least_step, sizes.most_step or INFINITY])
+  return dict(time_step_limit=[sizes.least_step,
+                               sizes.most_step or INFINITY_IN_JSON])
 
 
-CONVOLVED = 'value', 'key', 'query'  # x, B, C
-MIXER = (  # of hybrids too
-    ('|'.join(('output_gate', *CONVOLVED, 'step')), 'DHK|DHK|DJU|DJU|DH',
+CONVOLVED_INPUTS = 'value', 'key', 'query'  # x, B, C
+# The rows of a layer's recurrence, which hybrid systems have too.
+MIXER_ROWS = (
+    ('|'.join(('output_gate', *CONVOLVED_INPUTS, 'step')), 'DHK|DHK|DJU|DJU|DH',
      'in_proj.weight', 'HK+HK+JU+JU+H D'),
-    ('|'.join(f'{name}_conv' for name in CONVOLVED), 'WHK|WJU|WJU',
+    ('|'.join(f'{name}_conv' for name in CONVOLVED_INPUTS), 'WHK|WJU|WJU',
      'conv1d.weight', 'HK+JU+JU 1 W'),
-    ('|'.join(f'{name}_conv_bias' for name in CONVOLVED), 'HK|JU|JU',
+    ('|'.join(f'{name}_conv_bias' for name in CONVOLVED_INPUTS), 'HK|JU|JU',
      'conv1d.bias', 'HK+JU+JU'),
     ('step_bias', 'H', 'dt_bias', 'H'), ('decay_scale', 'H', 'A_log', 'H'),
     ('skip', 'H', 'D', 'H'), ('out_norm_scale', 'HK', 'norm.weight', 'HK'),
@@ -69,8 +73,8 @@ MIXER = (  # of hybrids too
 class HF(mamba.HF):
   model_type = 'mamba2'
   architecture = 'Mamba2ForCausalLM'
-  names = mamba.names(*MIXER)
-  fields = hf.fields(
+  names = mamba.decoder_rows(*MIXER_ROWS)
+  fields = hf.fields_with_defaults(
       hidden_size=4096, num_hidden_layers=64, vocab_size=32768,
       max_position_embeddings=2048, layer_norm_epsilon=1e-5,
       tie_word_embeddings=False) | {
@@ -89,14 +93,17 @@ class HF(mamba.HF):
       f'time_step_{name}' for name in ('rank', 'min', 'max', 'floor')))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    heads, head_dim = fields['mamba2.heads'], fields['mamba2.head_dim']
+    num_heads = fields['mamba2.heads']
+    head_dim = fields['mamba2.head_dim']
     expand = reader('expand', 2)
-    require(heads * head_dim == expand * fields['d_model'],
-            f'config.json has num_heads {heads} of head_dim {head_dim}, which '
-            f'are not expand {expand} times hidden_size {fields["d_model"]}')
-    return dict(num_heads=max(1, heads // 2), head_dim=head_dim,
-                mamba2=read_limits(reader))
+    require(num_heads * head_dim == expand * fields['d_model'],
+            f'config.json has num_heads {num_heads} of head_dim {head_dim}, '
+            f'which are not expand {expand} times hidden_size '
+            f'{fields["d_model"]}')
+    return dict(num_heads=max(1, num_heads // 2), head_dim=head_dim,
+                mamba2=read_step_limits(reader))
 
-  def write(self, c: ModelConfig) -> dict:
-    m = c.part(Mamba2Config)
-    return dict(expand=m.heads * m.head_dim // c.d_model) | write_limits(c)
+  def write(self, config: ModelConfig) -> dict:
+    sizes = config.part(Mamba2Config)
+    expand = sizes.heads * sizes.head_dim // config.d_model
+    return dict(expand=expand) | write_step_limits(config)

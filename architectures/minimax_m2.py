@@ -27,11 +27,11 @@ class MiniMaxM2(Decoder):
 class HF(mixtral.HF):
   model_type = 'minimax_m2'
   architecture = 'MiniMaxM2ForCausalLM'
-  names = llama.NAMES + llama.layers(
-      *llama.head_norms('U'), *hf.under(
-          'ffn', 'block_sparse_moe', *llama.experts('w1', 'w3', 'w2'),
+  names = llama.ROWS + llama.layer_rows(
+      *llama.head_norm_rows('U'), *hf.prefix_rows(
+          'ffn', 'block_sparse_moe', *llama.expert_rows('w1', 'w3', 'w2'),
           ('router_bias', 'E', 'e_score_correction_bias', 'E')))
-  fields = mixtral.HF.fields | hf.fields(
+  fields = mixtral.HF.fields | hf.fields_with_defaults(
       hidden_size=3072, num_hidden_layers=62, num_attention_heads=48,
       head_dim=128, intermediate_size=1536, vocab_size=200064,
       max_position_embeddings=196608, rms_norm_eps=1e-6,
@@ -43,12 +43,13 @@ class HF(mixtral.HF):
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     if reader.has('attn_type_list'):  # 1: softmax attention
-      reader.must(attn_type_list=[1] * fields['num_layers'])
+      reader.require_values(attn_type_list=[1] * fields['num_layers'])
     share = reader('rotary_dim', fields['head_dim']) / fields['head_dim']
-    rope = rope_fields.read(reader, theta=('rope_theta', 5e6),
-                            fraction=('partial_rotary_factor', share))
+    rope = rope_fields.read_rope(reader, theta=('rope_theta', 5e6),
+                                 fraction=('partial_rotary_factor', share))
     return dict(rope=rope)
 
-  def write(self, c: ModelConfig) -> dict:
-    rope = rope_fields.write(c, whole_heads=False)
-    return dict(intermediate_size=c.part(MoEConfig).d_ff, rope_parameters=rope)
+  def write(self, config: ModelConfig) -> dict:
+    rope = rope_fields.write_rope(config, whole_heads=False)
+    return dict(intermediate_size=config.part(MoEConfig).d_ff,
+                rope_parameters=rope)

@@ -22,24 +22,24 @@ class Mistral(Decoder):
 
 
 # LLaMA's, but those of biases, which transformers does not read here.
-FIELDS = hf.without(llama.HF.fields, 'attention_bias', 'ffn_bias')
+FIELDS = hf.drop_entries(llama.HF.fields, 'attention_bias', 'ffn_bias')
 
 
 class HF(llama.Family):
   model_type = 'mistral'
   architecture = 'MistralForCausalLM'
   names = llama.HF.names
-  fields = FIELDS | hf.fields(
+  fields = FIELDS | hf.fields_with_defaults(
       num_key_value_heads=8, intermediate_size=14336,
       max_position_embeddings=131072)
-  heads = hf.heads('Mistral', tokens='score')
+  heads = hf.task_heads('Mistral', tokens='score')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    window = layer_types.window(reader)
+    window = layer_types.read_sliding_window(reader)
     attention = 'banded' if window else 'global'
     return super().read(reader, fields) | dict(
         sliding_window=window, attention=attention)
 
-  def write(self, c: ModelConfig) -> dict:
-    window = c.sliding_window if c.attention == 'banded' else None
-    return super().write(c) | dict(sliding_window=window)
+  def write(self, config: ModelConfig) -> dict:
+    window = config.sliding_window if config.attention == 'banded' else None
+    return super().write(config) | dict(sliding_window=window)

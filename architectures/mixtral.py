@@ -26,24 +26,26 @@ class Mixtral(Decoder):
 class HF(llama.Family):
   model_type = 'mixtral'
   architecture = 'MixtralForCausalLM'
-  names = llama.NAMES + llama.layers(*hf.under(
-      'ffn', 'block_sparse_moe', *llama.experts('w1', 'w3', 'w2')))
-  fields = hf.fields(
+  names = llama.ROWS + llama.layer_rows(*hf.prefix_rows(
+      'ffn', 'block_sparse_moe', *llama.expert_rows('w1', 'w3', 'w2')))
+  fields = hf.fields_with_defaults(
       hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
-      num_key_value_heads=8, head_dim=hf.split_width, intermediate_size=14336,
+      num_key_value_heads=8, head_dim=hf.default_head_dim,
+      intermediate_size=14336,
       vocab_size=32000, max_position_embeddings=131072, rms_norm_eps=1e-5,
       tie_word_embeddings=False, num_local_experts=8, num_experts_per_tok=2,
       router_jitter_noise=0.0, router_aux_loss_coef=0.001
-  ) | {'moe.ffn': hf.SILU}
-  heads = hf.heads('Mixtral', tokens='score')
+  ) | {'moe.ffn': hf.GATED_FFN_FIELD}
+  heads = hf.task_heads('Mixtral', tokens='score')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     hf.check_gates(fields)
     window = reader('sliding_window', 0)
     attention = 'banded' if window else 'global'
-    rope = rope_fields.read(reader, theta=('rope_theta', 1e6))
+    rope = rope_fields.read_rope(reader, theta=('rope_theta', 1e6))
     return dict(rope=rope, attention=attention, sliding_window=window)
 
-  def write(self, c: ModelConfig) -> dict:
-    return super().write(c) | dict(intermediate_size=c.part(MoEConfig).d_ff,
-                                 sliding_window=c.sliding_window or None)
+  def write(self, config: ModelConfig) -> dict:
+    return super().write(config) | dict(
+        intermediate_size=config.part(MoEConfig).d_ff,
+        sliding_window=config.sliding_window or None)

@@ -34,14 +34,18 @@ class ModernBERT(Encoder):
                kinds=dict(first=dict(block='ffn_norm')))
 
   def input_of_task_head(self, x: jax.Array, of_row: bool):
+    """Returns the states behind the transform, which heads of tasks read."""
     return self.transform(x), {}
 
 
 # Ids whose defaults in transformers are larger than a small vocabulary.
-IDS = [f'{name}_token_id' for name in ('pad', 'bos', 'eos', 'cls', 'sep')]
-# layer_types of config.json: our kind of layer, and the usual theta.
-TYPES = {layer_types.WHOLE: ('global', 160_000.0),
-         layer_types.WINDOW: ('local', 10_000.0)}
+TOKEN_ID_FIELDS = ('pad_token_id', 'bos_token_id', 'eos_token_id',
+                   'cls_token_id', 'sep_token_id')
+# Our kind of layer and the usual theta of its positions, by the entry of
+# layer_types in a config.json.
+KIND_AND_THETA_OF_LAYER_TYPE = {
+    layer_types.FULL_ATTENTION: ('global', 160_000.0),
+    layer_types.SLIDING_ATTENTION: ('local', 10_000.0)}
 
 
 class HF(hf.HuggingFace):
@@ -49,82 +53,90 @@ class HF(hf.HuggingFace):
   architecture = 'ModernBertForMaskedLM'
   names = (
       ('embed/tokens', 'VD', 'model.embeddings.tok_embeddings.weight', 'V D'),
-      *hf.norm('embed/norm', 'model.embeddings.norm'),
-      *hf.under(
+      *hf.norm_rows('embed/norm', 'model.embeddings.norm'),
+      *hf.prefix_rows(
           'encoder/layers', 'model.layers.{n}',
-          *hf.norm('attention_norm', 'attn_norm'),
-          *hf.dense('attention/query|key|value', 'DHK', 'attn.Wqkv', '3HK D'),
-          *hf.dense('attention/out', 'HKD', 'attn.Wo', 'D HK'),
-          *hf.norm('ffn_norm', 'mlp_norm'),
-          *hf.dense('ffn/gate|up', 'DF', 'mlp.Wi', '2F D'),
-          *hf.dense('ffn/down', 'FD', 'mlp.Wo', 'D F')),
-      *hf.norm('encoder/final_norm', 'model.final_norm'),
+          *hf.norm_rows('attention_norm', 'attn_norm'),
+          *hf.dense_rows('attention/query|key|value', 'DHK', 'attn.Wqkv',
+                         '3HK D'),
+          *hf.dense_rows('attention/out', 'HKD', 'attn.Wo', 'D HK'),
+          *hf.norm_rows('ffn_norm', 'mlp_norm'),
+          *hf.dense_rows('ffn/gate|up', 'DF', 'mlp.Wi', '2F D'),
+          *hf.dense_rows('ffn/down', 'FD', 'mlp.Wo', 'D F')),
+      *hf.norm_rows('encoder/final_norm', 'model.final_norm'),
       ('transform', 'DU', 'head.dense.weight', 'U D'),
-      *hf.norm('transform_norm', 'head.norm'),
+      *hf.norm_rows('transform_norm', 'head.norm'),
       ('head/kernel', 'DV', 'decoder.weight', 'V D'),
       ('head/bias', 'V', 'decoder.bias', 'V'))
-  fields = hf.fields(
+  fields = hf.fields_with_defaults(
       hidden_size=768, num_hidden_layers=22, num_attention_heads=12,
       intermediate_size=1152, vocab_size=50368, max_position_embeddings=8192,
       norm_eps=1e-5, attention_bias=False, mlp_bias=False,
       tie_word_embeddings=True) | {
-          'ffn': ('hidden_activation', 'gelu', hf.GATED),
+          'ffn': ('hidden_activation', 'gelu', hf.GATED_FFN_OF_ACTIVATION),
           'logits_bias': ('decoder_bias', True)}
   only = dict(classifier_bias=False, classifier_activation='gelu')
   unread = ('deterministic_flash_attn', 'sparse_prediction',
             'sparse_pred_ignore_index')
   tied = {'decoder.weight': 'model.embeddings.tok_embeddings.weight'}
   spellings = (('model.', ''),)
-  optional = {hf.MASKED_WORDS: r'(head|decoder)\..*'}
-  heads = hf.heads('ModernBert', sequence='classifier') | {
+  optional = {hf.MASKED_WORD_HEAD: r'(head|decoder)\..*'}
+  heads = hf.task_heads('ModernBert', sequence='classifier') | {
       'span': hf.TaskHead('ModernBertForQuestionAnswering', 'classifier')}
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    # The head of a row.
-    pooling = reader.choose('classifier_pooling', 'cls', {
+    # The head that classifies a sequence.
+    pooling = reader.read_choice('classifier_pooling', 'cls', {
         name: name for name in heads.POOLINGS})
     if fields['head'] != 'sequence':
       pooling = 'cls'
 
-    # The positions of each kind.
-    reader.must(rope_scaling=None)
-    sections = reader.section('rope_parameters')
+    # The positions of each kind of layer.
+    reader.require_values(rope_scaling=None)
+    sections = reader.read_object('rope_parameters')
     ropes = {}
-    for word, (name, theta) in TYPES.items():
-      section = sections.section(word)
-      section.must(rope_type='default')
-      theta = reader(f'{name}_rope_theta', theta)
-      ropes[name] = dict(theta=section('rope_theta', theta))
+    for layer_type, kind_and_theta in KIND_AND_THETA_OF_LAYER_TYPE.items():
+      kind, usual_theta = kind_and_theta
+      section = sections.read_object(layer_type)
+      section.require_values(rope_type='default')
+      theta = reader(f'{kind}_rope_theta', usual_theta)
+      ropes[kind] = dict(theta=section('rope_theta', theta))
 
     # The order of the layers, of which the first has one norm less.
     layers = fields['num_layers']
     every = reader('global_attn_every_n_layers', 3)
-    types = layer_types.each(reader, 'layer_types', layers, TYPES)
+    types = layer_types.read_entry_of_each_layer(
+        reader, 'layer_types', layers, KIND_AND_THETA_OF_LAYER_TYPE)
     if not types:
-      types = [layer_types.WINDOW if n % every else layer_types.WHOLE
-               for n in range(layers)]
-    names = [TYPES[word][0] for word in types]
-    window = reader.count('local_attention', 128) // 2 + 1
+      types = [layer_types.SLIDING_ATTENTION] * layers
+      for n in range(0, layers, every):
+        types[n] = layer_types.FULL_ATTENTION
+    names = [KIND_AND_THETA_OF_LAYER_TYPE[layer_type][0]
+             for layer_type in types]
+    window = reader.read_count('local_attention', 128) // 2 + 1
     kinds = {'global': {}, 'local': dict(window=window, rope=ropes['local'])}
     kinds['first'] = kinds[names[0]] | dict(block='ffn_norm')
     has_bias = reader('norm_bias', False)
-    return layer_types.named(['first', *names[1:]], kinds) | dict(
+    return layer_types.pattern_and_kinds(['first', *names[1:]], kinds) | dict(
         pooling=pooling, rope=ropes['global'],
         norm='layernorm' if has_bias else 'layernorm_no_bias')
 
-  def write(self, c: ModelConfig) -> dict:
-    thetas = {word: theta for word, (_, theta) in TYPES.items()}
+  def write(self, config: ModelConfig) -> dict:
+    # The positions of each type of layer, and the type of each layer.
+    ropes = {}
+    for layer_type, (_, theta) in KIND_AND_THETA_OF_LAYER_TYPE.items():
+      ropes[layer_type] = dict(rope_type='default', rope_theta=theta)
     types, windows = [], []
-    for layer in c.layers(c.num_layers):
-      word = layer_types.type_of(layer)
-      types.append(word)
-      thetas[word] = layer.part(RopeConfig).theta
+    for layer in config.layers(config.num_layers):
+      layer_type = layer_types.attention_type(layer)
+      types.append(layer_type)
+      ropes[layer_type]['rope_theta'] = layer.part(RopeConfig).theta
       if layer.sliding_window:
         windows.append(layer.sliding_window)
+
+    # 65 keys are the 64 tokens on one side, and the token itself.
     window = max(windows, default=65)
-    ropes = {word: dict(rope_type='default', rope_theta=theta)
-             for word, theta in thetas.items()}
-    return dict.fromkeys(IDS) | dict(
-        norm_bias=c.norm == 'layernorm', layer_types=types,
-        classifier_pooling=c.pooling, local_attention=2 * (window - 1),
+    return dict.fromkeys(TOKEN_ID_FIELDS) | dict(
+        norm_bias=config.norm == 'layernorm', layer_types=types,
+        classifier_pooling=config.pooling, local_attention=2 * (window - 1),
         rope_parameters=ropes)

@@ -25,22 +25,23 @@ class MT5(EncoderDecoder):
                              logits_scale=1.0)
 
 
-SIZES = hf.fields(vocab_size=250112, d_ff=1024, num_layers=8, num_heads=6) | {
-    'ffn': ('feed_forward_proj', 'gated-gelu', t5.FFNS)}
+DEFAULT_SIZES = hf.fields_with_defaults(vocab_size=250112, d_ff=1024,
+                                        num_layers=8, num_heads=6) | {
+    'ffn': ('feed_forward_proj', 'gated-gelu', t5.FFN_OF_ACTIVATION)}
 
 
 class HF(t5.HF):
   model_type = 'mt5'
   architecture = 'MT5ForConditionalGeneration'
-  fields = hf.without(t5.FIELDS | SIZES, 'tie_embeddings')
+  fields = hf.drop_entries(t5.FIELDS | DEFAULT_SIZES, 'tie_embeddings')
   unread = (*t5.HF.unread, 'tie_word_embeddings')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     t5.check_ffn(reader, fields)
     return {}
 
-  def write(self, c: ModelConfig) -> dict:
-    return super().write(c) | dict(tie_word_embeddings=False)
+  def write(self, config: ModelConfig) -> dict:
+    return super().write(config) | dict(tie_word_embeddings=False)
 
   def of_files(self, names: Collection[str]) -> dict:
     return dict(tie_embeddings='lm_head.weight' not in names)

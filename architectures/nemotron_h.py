@@ -27,21 +27,36 @@ from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.skeletons import Decoder
 from common.errors import require
 
-MAMBA, ATTENTION, MLP, MOE = 'M', '*', '-', 'E'
-WORDS = {layer_types.LINEAR: MAMBA, layer_types.WHOLE: ATTENTION, 'mlp': MLP,
-         'moe': MOE, 'mamba': MAMBA, 'attention': ATTENTION}
-KINDS = {
+MAMBA, ATTENTION, DENSE_NETWORK, EXPERTS = 'M', '*', '-', 'E'
+# The letter by the entry of layers_block_type in a config.json.
+LETTER_OF_BLOCK_TYPE = {
+    layer_types.LINEAR_ATTENTION: MAMBA, layer_types.FULL_ATTENTION: ATTENTION,
+    'mlp': DENSE_NETWORK, 'moe': EXPERTS, 'mamba': MAMBA,
+    'attention': ATTENTION}
+LAYER_KINDS = {
     'mamba': dict(mixer='mamba2', ffn='none'),
     'mamba_mlp': dict(mixer='mamba2', ffn='relu2'),
     'mamba_moe': dict(mixer='mamba2', ffn='moe'),
     'attention': dict(ffn='none'),
     'attention_mlp': dict(ffn='relu2'),
     'attention_moe': dict(ffn='moe')}
-SHARED = 'moe_shared_expert_intermediate_size'  # a field of config.json
+# The field of a config.json for the width of the shared network.
+SHARED_EXPERT_WIDTH = 'moe_shared_expert_intermediate_size'
 
 
-def layers(pattern: Sequence[str]) -> dict[str, Any]:
-  """Returns the fields of the layers that a pattern of M, *, - and E names."""
+def pattern_of_letters(pattern: Sequence[str]) -> dict[str, Any]:
+  """Returns the fields of the model for the layers that letters stand for.
+
+  A letter for a mixer begins a layer, and a letter for a network belongs to the
+  layer before it: M-M* makes the layers mamba_mlp, mamba and attention.
+
+  Args:
+    pattern: letters, M for Mamba-2, * for attention, - for a dense network and
+      E for experts.
+
+  Raises:
+    RequestError: for a network that follows no mixer.
+  """
   names: list[str] = []
   for letter in pattern:
     if letter == MAMBA:
@@ -52,8 +67,9 @@ def layers(pattern: Sequence[str]) -> dict[str, Any]:
       require(names and '_' not in names[-1], 'the layers '
               f'{"".join(pattern)} have a network that follows no Mamba-2 and '
               'no attention: here it belongs to the layer with one of these')
-      names[-1] += '_mlp' if letter == MLP else '_moe'
-  return layer_types.named(names, KINDS) | dict(num_layers=len(names))
+      names[-1] += '_mlp' if letter == DENSE_NETWORK else '_moe'
+  order = layer_types.pattern_and_kinds(names, LAYER_KINDS)
+  return order | dict(num_layers=len(names))
 
 
 class NemotronH(Decoder):
@@ -62,54 +78,60 @@ class NemotronH(Decoder):
       position='none', norm='rmsnorm', block='pre_norm', attention='global',
       attention_bias=False, ffn='relu2', ffn_bias=False, tie_embeddings=False,
       pattern='mamba_mlp,mamba,mamba_mlp,attention_mlp',
-      kinds={name: KINDS[name] for name in (
+      kinds={name: LAYER_KINDS[name] for name in (
           'mamba_mlp', 'mamba', 'attention_mlp')},
       moe=dict(router='sigmoid', top_k=6, ffn='relu2', shared_experts=2))
 
 
-def _mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows of a layer's mixer."""
-  if c.mixer == 'mamba2':
-    return hf.under('attention', 'mixer', *mamba2.MIXER)
-  return hf.under(
+def _mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
+  """Returns the rows of a layer's Mamba-2, or of its attention."""
+  if config.mixer == 'mamba2':
+    return hf.prefix_rows('attention', 'mixer', *mamba2.MIXER_ROWS)
+  return hf.prefix_rows(
       'attention', 'mixer', ('query', 'DHK', 'q_proj.weight', 'HK D'),
       ('key', 'DJK', 'k_proj.weight', 'JK D'),
       ('value', 'DJK', 'v_proj.weight', 'JK D'),
       ('out', 'HKD', 'o_proj.weight', 'D HK'))
 
 
-LAYER = 'backbone.layers.{m}'  # m counts parts with a norm
-NAMES = (
+# transformers counts a mixer and a network as a layer each: {m}.
+LAYER_PREFIX = 'backbone.layers.{m}'
+ROWS = (
     ('embed/tokens', 'VD', 'backbone.embeddings.weight', 'V D'),
-    *hf.under(
-        'decoder/layers', LAYER, ('attention_norm/scale', 'D', 'norm.weight',
-                                  'D'),
-        ('ffn_norm/scale', 'D', 'norm.weight', 'D'), *hf.under(
-            'ffn', 'mixer', *llama.FFN, *llama.experts(), *deepseek_v2.SHARED,
-            *hf.dense('latent_down', 'DU', 'fc1_latent_proj', 'U D'),
-            *hf.dense('latent_up', 'UD', 'fc2_latent_proj', 'D U'),
+    *hf.prefix_rows(
+        'decoder/layers', LAYER_PREFIX,
+        ('attention_norm/scale', 'D', 'norm.weight', 'D'),
+        ('ffn_norm/scale', 'D', 'norm.weight', 'D'),
+        *hf.prefix_rows(
+            'ffn', 'mixer', *llama.FFN_ROWS, *llama.expert_rows(),
+            *deepseek_v2.SHARED_EXPERT_ROWS,
+            *hf.dense_rows('latent_down', 'DU', 'fc1_latent_proj', 'U D'),
+            *hf.dense_rows('latent_up', 'UD', 'fc2_latent_proj', 'D U'),
             ('router_bias', 'E', 'gate.e_score_correction_bias', 'E'))),
     ('decoder/final_norm/scale', 'D', 'backbone.norm_f.weight', 'D'),
     ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
 
 
-def _letters(reader: hf.Reader) -> list[str]:
-  """Returns the letters of what transformers calls layers."""
-  reader.passes('num_hidden_layers', 'hybrid_override_pattern')
+def _read_letters(reader: hf.Reader) -> list[str]:
+  """Returns a letter for each mixer and each network of a config.json, which
+  lists them as words or writes them as one string of letters."""
+  reader.ignore_fields('num_hidden_layers', 'hybrid_override_pattern')
   if reader.has('layers_block_type'):
-    types = reader.listed('layers_block_type')
-    layer_types.each(reader, 'layers_block_type', len(types), WORDS)
-    return [WORDS[word] for word in types]
+    types = reader.read_list('layers_block_type')
+    layer_types.read_entry_of_each_layer(
+        reader, 'layers_block_type', len(types), LETTER_OF_BLOCK_TYPE)
+    return [LETTER_OF_BLOCK_TYPE[block_type] for block_type in types]
   letters = list(reader('hybrid_override_pattern', 'ME*-'))
-  require(set(letters) <= set(WORDS.values()), 'config.json has '
+  require(set(letters) <= set(LETTER_OF_BLOCK_TYPE.values()), 'config.json has '
           f'hybrid_override_pattern {"".join(letters)!r}: its letters are '
           'M, *, - and E')
   return letters
 
+
 class HF(hf.HuggingFace):
   model_type = 'nemotron_h'
   architecture = 'NemotronHForCausalLM'
-  fields = hf.fields(
+  fields = hf.fields_with_defaults(
       hidden_size=4096, num_attention_heads=32, num_key_value_heads=8,
       head_dim=128, intermediate_size=21504, vocab_size=131072,
       max_position_embeddings=4096, layer_norm_epsilon=1e-5,
@@ -138,37 +160,42 @@ class HF(hf.HuggingFace):
   module = ('backbone.', 'model.')
   optional = qwen3_next.HF.optional
 
-  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
-    return NAMES + hf.by_block(c, LAYER, _mixer)
+  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    return ROWS + hf.rows_of_each_block(config, LAYER_PREFIX, _mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    letters = _letters(reader)
+    letters = _read_letters(reader)
     require(letters, 'config.json has no layers: layers_block_type must name '
             'some')
-    layer_types.check_number('layers', len(letters))
-    deepseek_v3.note_mtp(reader)
-    if MOE not in letters:
-      reader.passes(SHARED)
-      return layers(letters)
+    layer_types.check_number_of_layers('layers', len(letters))
+    deepseek_v3.note_multi_token_prediction(reader)
+    if EXPERTS not in letters:
+      reader.ignore_fields(SHARED_EXPERT_WIDTH)
+      return pattern_of_letters(letters)
     hf.check_gates(fields)
-    times = hf.shared_experts(reader, SHARED, 7688, fields['moe.d_ff'])
-    return layers(letters) | dict(moe=dict(shared_experts=times))
+    shared_experts = hf.read_shared_experts(
+        reader, SHARED_EXPERT_WIDTH, default=7688, width=fields['moe.d_ff'])
+    return pattern_of_letters(letters) | dict(
+        moe=dict(shared_experts=shared_experts))
 
-  def write(self, c: ModelConfig) -> dict:
+  def write(self, config: ModelConfig) -> dict:
+    # A layer here is a mixer and, mostly, a network, each a layer there.
     types: list[str] = []
-    for layer in c.layers(c.num_layers):
-      is_linear = layer.mixer == 'mamba2'
-      types.append(layer_types.LINEAR if is_linear else layer_types.WHOLE)
+    for layer in config.layers(config.num_layers):
+      if layer.mixer == 'mamba2':
+        types.append(layer_types.LINEAR_ATTENTION)
+      else:
+        types.append(layer_types.FULL_ATTENTION)
       if layer.ffn == 'moe':
         types.append('moe')
       elif layer.ffn != 'none':
         types.append('mlp')
     tree = dict(layers_block_type=types, num_nextn_predict_layers=0)
-    if c.has_experts:
-      moe = c.part(MoEConfig)
+    if config.has_experts:
+      moe = config.part(MoEConfig)
       tree['moe_latent_size'] = moe.latent_dim or None
-      tree[SHARED] = moe.shared_experts * moe.d_ff
+      tree[SHARED_EXPERT_WIDTH] = moe.shared_experts * moe.d_ff
     return tree
 
-  def check(self, c: ModelConfig) -> None:
-    layer_types.check_attention(c)
+  def check(self, config: ModelConfig) -> None:
+    layer_types.check_has_attention(config)

@@ -21,17 +21,18 @@ class OLMo2(Decoder):
 
 
 # Those of OLMo 3 and Olmo Hybrid too.
-BASE = llama.ends() + llama.layers(
-    *hf.under('ffn', 'mlp', *llama.FFN),
+BASE_ROWS = llama.embedding_and_head_rows() + llama.layer_rows(
+    *hf.prefix_rows('ffn', 'mlp', *llama.FFN_ROWS),
     ('attention_out_norm/scale', 'D', 'post_attention_layernorm.weight', 'D'),
     ('ffn_out_norm/scale', 'D', 'post_feedforward_layernorm.weight', 'D'))
-ATTENTION = (*llama.attention(), *llama.head_norms('U'))
+ATTENTION_ROWS = (*llama.attention_rows(), *llama.head_norm_rows('U'))
 
 
 class HF(llama.Family):
   model_type = 'olmo2'
   architecture = 'Olmo2ForCausalLM'
-  names = BASE + llama.layers(*ATTENTION)
-  fields = hf.without(llama.HF.fields, 'ffn_bias') | hf.fields(
+  names = BASE_ROWS + llama.layer_rows(*ATTENTION_ROWS)
+  fields = hf.drop_entries(llama.HF.fields,
+                           'ffn_bias') | hf.fields_with_defaults(
       vocab_size=50304, rms_norm_eps=1e-5)
-  heads = hf.heads('Olmo2', only=('sequence',))
+  heads = hf.task_heads('Olmo2', only=('sequence',))

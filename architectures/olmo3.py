@@ -27,23 +27,26 @@ class OLMo3(Decoder):
 class HF(olmo2.HF):
   model_type = 'olmo3'
   architecture = 'Olmo3ForCausalLM'
-  heads = hf.heads('Olmo3', only=('sequence',))
+  heads = hf.task_heads('Olmo3', only=('sequence',))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     # Outside of rope_parameters, transformers takes it for one kind alone.
-    reader.must(rope_theta=5e5)
-    local, whole = rope_fields.read_by_kind(
-        reader, (layer_types.WINDOW, ('rope_theta', 5e5)),
-        (layer_types.WHOLE, ('rope_theta', 5e5)))
-    of_kinds = {}
-    if local != whole:
-      of_kinds[layer_types.WINDOW] = dict(rope=local)
+    reader.require_values(rope_theta=5e5)
+    local_rope, global_rope = rope_fields.read_rope_of_layer_kinds(
+        reader, (layer_types.SLIDING_ATTENTION, ('rope_theta', 5e5)),
+        (layer_types.FULL_ATTENTION, ('rope_theta', 5e5)))
+    kind_fields = {}
+    if local_rope != global_rope:
+      kind_fields[layer_types.SLIDING_ATTENTION] = dict(rope=local_rope)
     layers = fields['num_layers']
-    types = layer_types.listed(reader, layers, lambda n: (n + 1) % 4)
-    window = layer_types.window(reader)
+    types = layer_types.read_attention_types(
+        reader, layers, has_window=lambda n: (n + 1) % 4)
+    window = layer_types.read_sliding_window(reader)
     # Where all layers have a window, theirs are the positions of the model.
-    return dict(rope=whole) | layer_types.read(types, layers, window, of_kinds)
+    ours = layer_types.fields_of_attention_types(
+        types, layers, window, kind_fields)
+    return dict(rope=global_rope) | ours
 
-  def write(self, c: ModelConfig) -> dict:
-    return layer_types.write(c) | dict(
-        rope_parameters=rope_fields.write_by_kind(c))
+  def write(self, config: ModelConfig) -> dict:
+    return layer_types.write_attention_types(config) | dict(
+        rope_parameters=rope_fields.write_rope_of_layer_kinds(config))

@@ -18,17 +18,17 @@ from architectures.parts.hf import layer_types, rope_fields
 from architectures.parts.skeletons import Decoder
 from common.errors import require
 
-KINDS = dict(linear=dict(mixer='deltanet', block='pre_norm'), full={})
+LAYER_KINDS = dict(linear=dict(mixer='deltanet', block='pre_norm'), full={})
 
 
 class OlmoHybrid(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
   PARTS = olmo2.OLMo2.PARTS | dict(
-      pattern='linear,linear,linear,full', kinds=KINDS,
+      pattern='linear,linear,linear,full', kinds=LAYER_KINDS,
       deltanet=dict(negative=True))
 
 
-LINEAR = hf.under(
+DELTANET_ROWS = hf.prefix_rows(
     'attention', 'linear_attn',
     ('query', 'DJK', 'q_proj.weight', 'JK D'),
     ('key', 'DJK', 'k_proj.weight', 'JK D'),
@@ -38,34 +38,38 @@ LINEAR = hf.under(
     ('value_conv', 'WHU', 'v_conv1d.weight', 'HU 1 W'),
     ('output_gate', 'DHU', 'g_proj.weight', 'HU D'),
     ('rate', 'DH', 'b_proj.weight', 'H D'),
-    ('decay', 'DH', 'a_proj.weight', 'H D'), *qwen3_next.STATE[1:3],
+    ('decay', 'DH', 'a_proj.weight', 'H D'), *qwen3_next.STATE_ROWS[1:3],
     ('out_norm/scale', 'U', 'o_norm.weight', 'U'),
     ('out', 'HUD', 'o_proj.weight', 'D HU'))
-BASE = olmo2.BASE + llama.layers(
+BASE_ROWS = olmo2.BASE_ROWS + llama.layer_rows(
     ('attention_norm/scale', 'D', 'attention_layer_norm.weight', 'D'),
     ('ffn_norm/scale', 'D', 'feedforward_layer_norm.weight', 'D'))
 
 
-def _mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows of a layer's mixer."""
-  return LINEAR if c.mixer == 'deltanet' else olmo2.ATTENTION
+def _mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
+  """Returns the rows of a layer's gated DeltaNet, or of its attention."""
+  if config.mixer == 'deltanet':
+    return DELTANET_ROWS
+  return olmo2.ATTENTION_ROWS
 
 
-def _key_dim(fields: dict) -> int:
+def _default_key_dim(fields: dict) -> int:
   """Returns linear_key_head_dim where a config.json does not say."""
   return int(0.75 * fields['d_model'] / fields['deltanet.key_heads'])
+
 
 class HF(llama.Family):
   model_type = 'olmo_hybrid'
   architecture = 'OlmoHybridForCausalLM'
-  fields = olmo2.HF.fields | hf.fields(
+  fields = olmo2.HF.fields | hf.fields_with_defaults(
       hidden_size=3840, num_attention_heads=30, vocab_size=100352,
       max_position_embeddings=65536, rms_norm_eps=1e-6,
-      linear_num_key_heads=hf.each_head, linear_num_value_heads=hf.each_head,
-      linear_key_head_dim=_key_dim,
+      linear_num_key_heads=hf.default_num_kv_heads,
+      linear_num_value_heads=hf.default_num_kv_heads,
+      linear_key_head_dim=_default_key_dim,
       linear_value_head_dim=lambda fields: 2 * fields['deltanet.key_dim'],
       linear_conv_kernel_dim=4) | {
-          'ffn': qwen3_next.SILU,
+          'ffn': qwen3_next.SWIGLU_FIELD,
           'deltanet.negative': ('linear_allow_neg_eigval', True)}
   # How weights are drawn.
   unread = ('linear_a_log_min', 'linear_a_log_max', 'linear_dt_min',
@@ -74,45 +78,49 @@ class HF(llama.Family):
   spellings = (*llama.HF.spellings, ('post_attention_layernorm',
                                      'feedforward_layer_norm'))
 
-  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
-    return BASE + hf.by_block(c, 'model.layers.{n}', _mixer)
+  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    return BASE_ROWS + hf.rows_of_each_block(config, 'model.layers.{n}',
+                                             _mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     # The order of the layers.
     layers = fields['num_layers']
-    layer_types.check_number('num_hidden_layers', layers)
-    types = layer_types.each(reader, 'layer_types', layers, layer_types.MIXERS)
-    names = [layer_types.MIXERS[word] for word in types]
+    layer_types.check_number_of_layers('num_hidden_layers', layers)
+    types = layer_types.read_entry_of_each_layer(
+        reader, 'layer_types', layers, layer_types.KIND_OF_MIXER)
+    names = [layer_types.KIND_OF_MIXER[layer_type] for layer_type in types]
     if not types:
       names = ['full' if n % 4 == 3 else 'linear' for n in range(layers)]
       if 'full' not in names:
         names[-1] = 'full'
 
     # Positions, which a theta of null takes away.
-    rope, named = rope_fields.read(reader), reader('rope_parameters', {})
-    if named:
-      turns = named.get('rope_theta', 1) is not None
+    rope = rope_fields.read_rope(reader)
+    rope_parameters = reader('rope_parameters', {})
+    if rope_parameters:
+      has_positions = rope_parameters.get('rope_theta', 1) is not None
     else:
-      turns = not reader.is_null('rope_theta')
-    ours = layer_types.named(names, KINDS)
+      has_positions = not reader.is_null('rope_theta')
+    ours = layer_types.pattern_and_kinds(names, LAYER_KINDS)
     ours['deltanet'] = dict(norm_eps=1e-5)
-    if turns:
+    if has_positions:
       ours['rope'] = rope
     else:
       ours['position'] = 'none'
     return ours
 
-  def write(self, c: ModelConfig) -> dict:
+  def write(self, config: ModelConfig) -> dict:
     rope = dict(rope_type='default', rope_theta=None)
-    if c.position != 'none':
-      rope = rope_fields.write(c)
+    if config.position != 'none':
+      rope = rope_fields.write_rope(config)
+    types = layer_types.write_recurrent_layers(config)['layer_types']
     return dict(
-        layer_types=layer_types.write_mixers(c)['layer_types'],
-        rope_parameters=rope,
-        **dict.fromkeys(phi3.IDS))  # else ids of the published vocabulary
+        layer_types=types, rope_parameters=rope,
+        # Left out, they are those of the published vocabulary.
+        **dict.fromkeys(phi3.TOKEN_ID_FIELDS))
 
-  def check(self, c: ModelConfig) -> None:
-    layer_types.check_attention(c)
-    require(blocks.has_layers_with_state(c),
-            'all layers attend: transformers runs an olmo_hybrid with some '
-            'recurrences only')
+  def check(self, config: ModelConfig) -> None:
+    layer_types.check_has_attention(config)
+    require(blocks.has_layers_with_state(config),
+            'all layers attend: transformers runs an '
+            'olmo_hybrid with some recurrences only')

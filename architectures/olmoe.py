@@ -29,25 +29,26 @@ class OLMoE(Decoder):
 class HF(llama.Family):
   model_type = 'olmoe'
   architecture = 'OlmoeForCausalLM'
-  names = llama.NAMES + llama.layers(
-      *llama.head_norms('U'), *hf.under('ffn', 'mlp', *llama.experts()))
-  fields = hf.fields(
+  names = llama.ROWS + llama.layer_rows(
+      *llama.head_norm_rows('U'),
+      *hf.prefix_rows('ffn', 'mlp', *llama.expert_rows()))
+  fields = hf.fields_with_defaults(
       hidden_size=2048, num_hidden_layers=16, num_attention_heads=16,
-      num_key_value_heads=hf.each_head, intermediate_size=2048,
+      num_key_value_heads=hf.default_num_kv_heads, intermediate_size=2048,
       vocab_size=50304, max_position_embeddings=4096, rms_norm_eps=1e-5,
       attention_bias=False, tie_word_embeddings=False, num_experts_per_tok=8,
       norm_topk_prob=False, router_aux_loss_coef=0.01) | {
-          'moe.ffn': hf.SILU,
+          'moe.ffn': hf.GATED_FFN_FIELD,
           'moe.num_experts': ('num_local_experts|num_experts', 64)}
   only = dict(clip_qkv=None)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     hf.check_gates(fields)
     # transformers has no other: its norms are as wide as the model.
-    reader.must(head_dim=hf.split_width(fields))
+    reader.require_values(head_dim=hf.default_head_dim(fields))
     return super().read(reader, fields)
 
-  def write(self, c: ModelConfig) -> dict:
+  def write(self, config: ModelConfig) -> dict:
     # Left out, a text ends at 50,279 and is padded with 1.
-    return super().write(c) | dict.fromkeys(phi3.IDS) | dict(
-        intermediate_size=c.part(MoEConfig).d_ff)
+    return super().write(config) | dict.fromkeys(phi3.TOKEN_ID_FIELDS) | dict(
+        intermediate_size=config.part(MoEConfig).d_ff)

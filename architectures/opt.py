@@ -27,21 +27,21 @@ class HF(hf.HuggingFace):
       ('embed/tokens', 'VD', 'model.decoder.embed_tokens.weight', 'V D'),
       ('embed/positions', 'LD', 'model.decoder.embed_positions.weight',
        'L D'),
-      *hf.under(
+      *hf.prefix_rows(
           'decoder/layers', 'model.decoder.layers.{n}',
-          *hf.norm('attention_norm', 'self_attn_layer_norm'),
-          *transformer.attention('attention', 'self_attn'),
-          *hf.norm('ffn_norm', 'final_layer_norm'),
-          *hf.dense('ffn/up', 'DF', 'fc1', 'F D'),
-          *hf.dense('ffn/down', 'FD', 'fc2', 'D F')),
-      *hf.norm('decoder/final_norm', 'model.decoder.final_layer_norm'),
+          *hf.norm_rows('attention_norm', 'self_attn_layer_norm'),
+          *transformer.attention_rows('attention', 'self_attn'),
+          *hf.norm_rows('ffn_norm', 'final_layer_norm'),
+          *hf.dense_rows('ffn/up', 'DF', 'fc1', 'F D'),
+          *hf.dense_rows('ffn/down', 'FD', 'fc2', 'D F')),
+      *hf.norm_rows('decoder/final_norm', 'model.decoder.final_layer_norm'),
       ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
-  fields = hf.fields(
+  fields = hf.fields_with_defaults(
       hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
       vocab_size=50272, max_position_embeddings=2048,
       tie_word_embeddings=True) | {
           'd_ff': ('ffn_dim', 3072),
-          'ffn': ('activation_function', 'relu', hf.FFNS)}
+          'ffn': ('activation_function', 'relu', hf.FFN_OF_ACTIVATION)}
   only = dict(do_layer_norm_before=True, enable_bias=True,
               layer_norm_elementwise_affine=True,
               _remove_final_layer_norm=False)
@@ -51,5 +51,5 @@ class HF(hf.HuggingFace):
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     if not reader.is_null('word_embed_proj_dim'):
-      reader.must(word_embed_proj_dim=fields['d_model'])
+      reader.require_values(word_embed_proj_dim=fields['d_model'])
     return dict(learned=dict(offset=2))

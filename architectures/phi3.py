@@ -26,57 +26,62 @@ class Phi3(Decoder):
   REREADS = True
 
 
-# rope_type: our scaling. Early files call longrope by the last two.
-SCALINGS = {'default': 'none', 'longrope': 'longrope', 'su': 'longrope',
-            'yarn': 'longrope'}
+# Our scaling by rope_type. Early files call longrope by the last two.
+SCALING_OF_ROPE_TYPE = {'default': 'none', 'longrope': 'longrope',
+                        'su': 'longrope', 'yarn': 'longrope'}
 
 # Ids without which transformers takes 32,000, past the end of a small
 # vocabulary.
-IDS = [f'{name}_token_id' for name in ('bos', 'eos', 'pad')]
+TOKEN_ID_FIELDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 
 
 class HF(llama.Family):
   model_type = 'phi3'
   architecture = 'Phi3ForCausalLM'
-  names = llama.ends() + llama.layers(
-      *llama.norms(),
+  names = llama.embedding_and_head_rows() + llama.layer_rows(
+      *llama.norm_rows(),
       ('attention/query|key|value', 'DHK|DJK|DJK',
        'self_attn.qkv_proj.weight', 'HK+JK+JK D'),
       ('attention/out', 'HKD', 'self_attn.o_proj.weight', 'D HK'),
       ('ffn/gate|up', 'DF', 'mlp.gate_up_proj.weight', '2F D'),
       ('ffn/down', 'FD', 'mlp.down_proj.weight', 'D F'))
-  fields = hf.fields(
+  fields = hf.fields_with_defaults(
       hidden_size=3072, num_hidden_layers=32, num_attention_heads=32,
-      num_key_value_heads=hf.each_head, head_dim=hf.split_width,
+      num_key_value_heads=hf.default_num_kv_heads, head_dim=hf.default_head_dim,
       intermediate_size=8192, vocab_size=32064, max_position_embeddings=4096,
-      rms_norm_eps=1e-5, tie_word_embeddings=False) | {'ffn': hf.SILU}
+      rms_norm_eps=1e-5, tie_word_embeddings=False) | {
+          'ffn': hf.GATED_FFN_FIELD}
   # Published files have these, Phi-4-mini's all: transformers has no such
   # bias, a window in every layer, and its own class in place of the program
   # that auto_map names.
   only = dict(lm_head_bias=False, full_attn_mod=1, interpolate_factor=1)
   ignored = ()
-  heads = hf.heads('Phi3', tokens='score', only=('sequence', 'tokens'))
+  heads = hf.task_heads('Phi3', tokens='score', only=('sequence', 'tokens'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     window = reader('sliding_window', 0)
     attention = 'banded' if window else 'global'
-    rope = rope_fields.read(reader, fraction=('partial_rotary_factor', 1.0),
-                            words=SCALINGS, original=4096)
+    rope = rope_fields.read_rope(
+        reader, fraction=('partial_rotary_factor', 1.0),
+        words=SCALING_OF_ROPE_TYPE, original=4096)
     return dict(rope=rope, attention=attention, sliding_window=window)
 
-  def write(self, c: ModelConfig) -> dict:
-    rope = c.part(RopeConfig)
-    parameters = rope_fields.write(c, whole_heads=False, words=SCALINGS)
+  def write(self, config: ModelConfig) -> dict:
+    rope = config.part(RopeConfig)
+    parameters = rope_fields.write_rope(config, whole_heads=False,
+                                        words=SCALING_OF_ROPE_TYPE)
     tree = dict(rope_parameters=parameters,
-                sliding_window=c.sliding_window or None, **dict.fromkeys(IDS))
+                sliding_window=config.sliding_window or None,
+                **dict.fromkeys(TOKEN_ID_FIELDS))
     if rope.scaling == 'longrope':
       tree['original_max_position_embeddings'] = rope.original_len
     return tree
 
-  def check(self, c: ModelConfig) -> None:
-    if c.part(RopeConfig).scaling != 'longrope':
+  def check(self, config: ModelConfig) -> None:
+    if config.part(RopeConfig).scaling != 'longrope':
       return
-    require(c.num_heads * c.head_dim == c.d_model, 'model.num_heads is '
-            f'{c.num_heads} of {c.head_dim} features, which are not '
-            f'model.d_model {c.d_model}: transformers counts the factors of a '
-            'phi3 by the width over the heads')
+    require(config.num_heads * config.head_dim == config.d_model,
+            f'model.num_heads is {config.num_heads} of {config.head_dim} '
+            f'features, which are not model.d_model {config.d_model}: '
+            'transformers counts the factors of a phi3 by the width over the '
+            'heads')

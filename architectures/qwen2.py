@@ -23,7 +23,7 @@ class Qwen2(Decoder):
                                    attention_out_bias=False)
 
 
-FIELDS = mistral.FIELDS | hf.fields(
+FIELDS = mistral.FIELDS | hf.fields_with_defaults(
     num_key_value_heads=32, intermediate_size=22016, vocab_size=151936,
     max_position_embeddings=32768)
 
@@ -36,25 +36,29 @@ class HF(llama.Family):
   fields = FIELDS
   # Published files say so; transformers reads it in Qwen2-VL alone.
   only = dict(use_mrope=False)
-  heads = hf.heads('Qwen2', tokens='score', span=llama.SPAN)
+  heads = hf.task_heads('Qwen2', tokens='score', span=llama.SPAN_PREFIXES)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     layers = fields['num_layers']
-    first = reader.count('max_window_layers', 28)
-    window = layer_types.window(reader)
+    # The first max_window_layers layers have no window, whatever it is called.
+    num_full = reader.read_count('max_window_layers', 28)
+    window = layer_types.read_sliding_window(reader)
     if not reader('use_sliding_window', False):
       window = 0
-    types = layer_types.listed(reader, layers, lambda n: window and n >= first)
+    types = layer_types.read_attention_types(
+        reader, layers, has_window=lambda n: window and n >= num_full)
     ours = super().read(reader, fields)
-    ours |= layer_types.read(types, layers, window)
+    ours |= layer_types.fields_of_attention_types(types, layers, window)
     if reader.is_null('num_key_value_heads'):  # left out, there are 32
       ours['num_kv_heads'] = fields['num_heads']
     return ours
 
-  def write(self, c: ModelConfig) -> dict:
-    tree = layer_types.write(c)
-    windows = [n for n, word in enumerate(tree['layer_types'])
-               if word == layer_types.WINDOW]
-    return tree | super().write(c) | dict(
-        use_sliding_window=bool(windows),
-        max_window_layers=min(windows, default=c.num_layers))
+  def write(self, config: ModelConfig) -> dict:
+    tree = layer_types.write_attention_types(config)
+    layers_with_window = []
+    for n, layer_type in enumerate(tree['layer_types']):
+      if layer_type == layer_types.SLIDING_ATTENTION:
+        layers_with_window.append(n)
+    return tree | super().write(config) | dict(
+        use_sliding_window=bool(layers_with_window),
+        max_window_layers=min(layers_with_window, default=config.num_layers))

@@ -22,7 +22,8 @@ class Qwen3(Decoder):
 class HF(qwen2.HF):
   model_type = 'qwen3'
   architecture = 'Qwen3ForCausalLM'
-  names = llama.HF.names + llama.layers(*llama.head_norms())
-  fields = qwen2.FIELDS | hf.fields(head_dim=128, attention_bias=False)
+  names = llama.HF.names + llama.layer_rows(*llama.head_norm_rows())
+  fields = qwen2.FIELDS | hf.fields_with_defaults(head_dim=128,
+                                                  attention_bias=False)
   only = {}
-  heads = hf.heads('Qwen3', tokens='score', span=llama.SPAN)
+  heads = hf.task_heads('Qwen3', tokens='score', span=llama.SPAN_PREFIXES)

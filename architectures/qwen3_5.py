@@ -25,49 +25,51 @@ from architectures.parts.skeletons import Decoder
 class Qwen35(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
   ARCH = 'qwen3_5'
-  PARTS = qwen3_next.HYBRID
+  PARTS = qwen3_next.HYBRID_PARTS
 
 
-def mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows of a layer's mixer."""
-  if c.mixer != 'deltanet':
-    return qwen3_next.attention(c)
-  return hf.under(
+def mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
+  """Returns the rows of a layer's gated DeltaNet, or of its attention."""
+  if config.mixer != 'deltanet':
+    return qwen3_next.attention_rows(config)
+  return hf.prefix_rows(
       'attention', 'linear_attn',
       ('query|key|value', 'DJK|DJK|DHU', 'in_proj_qkv.weight', 'JK+JK+HU D'),
       ('output_gate', 'DHU', 'in_proj_z.weight', 'HU D'),
       ('rate', 'DH', 'in_proj_b.weight', 'H D'),
-      ('decay', 'DH', 'in_proj_a.weight', 'H D'), *qwen3_next.STATE)
+      ('decay', 'DH', 'in_proj_a.weight', 'H D'), *qwen3_next.STATE_ROWS)
 
 
 class HF(llama.Family):
   model_type = 'qwen3_5_text'
   architecture = 'Qwen3_5ForCausalLM'
-  fields = hf.fields(
+  fields = hf.fields_with_defaults(
       hidden_size=4096, num_hidden_layers=32, num_attention_heads=16,
       num_key_value_heads=4, head_dim=256, intermediate_size=12288,
       vocab_size=248320, max_position_embeddings=32768, rms_norm_eps=1e-6,
       attention_bias=False, tie_word_embeddings=False
-  ) | qwen3_next.DELTANET | {'ffn': qwen3_next.SILU}
+  ) | qwen3_next.DELTANET_FIELDS | {'ffn': qwen3_next.SWIGLU_FIELD}
   only = dict(attn_output_gate=True, output_gate_type='swish')
   optional = qwen3_next.HF.optional
-  heads = hf.heads('Qwen3_5Text', only=('sequence',))
+  heads = hf.task_heads('Qwen3_5Text', only=('sequence',))
 
-  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
-    return qwen3_next.BASE + hf.by_block(
-      c, 'model.layers.{n}', mixer)
+  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    return qwen3_next.BASE_ROWS + hf.rows_of_each_block(
+        config, 'model.layers.{n}', mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    reader.must(decoder_sparse_step=1, mlp_only_layers=[])
-    ours = layer_types.read_mixers(reader, fields['num_layers'], 'deltanet')
-    ours['rope'] = rope_fields.read(
+    reader.require_values(decoder_sparse_step=1, mlp_only_layers=[])
+    ours = layer_types.read_recurrent_layers(
+        reader, fields['num_layers'], mixer='deltanet')
+    ours['rope'] = rope_fields.read_rope(
         reader, fraction=('partial_rotary_factor', 0.25),
         unread=('mrope_section',))
     return ours
 
-  def write(self, c: ModelConfig) -> dict:
-    return dict(layer_types=layer_types.write_mixers(c)['layer_types'],
-                rope_parameters=rope_fields.write(c, whole_heads=False))
+  def write(self, config: ModelConfig) -> dict:
+    types = layer_types.write_recurrent_layers(config)['layer_types']
+    rope = rope_fields.write_rope(config, whole_heads=False)
+    return dict(layer_types=types, rope_parameters=rope)
 
-  def check(self, c: ModelConfig) -> None:
-    layer_types.check_attention(c)
+  def check(self, config: ModelConfig) -> None:
+    layer_types.check_has_attention(config)

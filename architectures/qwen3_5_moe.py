@@ -26,10 +26,12 @@ class Qwen35MoE(Decoder):
 class HF(qwen3_5.HF):
   model_type = 'qwen3_5_moe_text'
   architecture = 'Qwen3_5MoeForCausalLM'
-  fields = hf.without(qwen3_5.HF.fields, 'd_ff', 'ffn') | hf.fields(
-      hidden_size=2048, num_hidden_layers=40, num_key_value_heads=2,
-      moe_intermediate_size=512, num_experts=256, num_experts_per_tok=8,
-      router_aux_loss_coef=0.001) | {'moe.ffn': qwen3_next.SILU}
+  fields = hf.drop_entries(qwen3_5.HF.fields, 'd_ff', 'ffn') | (
+      hf.fields_with_defaults(
+          hidden_size=2048, num_hidden_layers=40, num_key_value_heads=2,
+          moe_intermediate_size=512, num_experts=256, num_experts_per_tok=8,
+          router_aux_loss_coef=0.001)
+  ) | {'moe.ffn': qwen3_next.SWIGLU_FIELD}
   unread = ('intermediate_size',)
   heads = {}
 
@@ -37,5 +39,5 @@ class HF(qwen3_5.HF):
     moe = qwen3_next.read_experts(reader, fields)
     return super().read(reader, fields) | dict(moe=moe)
 
-  def write(self, c: ModelConfig) -> dict:
-    return super().write(c) | qwen3_next.write_experts(c)
+  def write(self, config: ModelConfig) -> dict:
+    return super().write(config) | qwen3_next.write_experts(config)

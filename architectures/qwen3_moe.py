@@ -26,25 +26,27 @@ class Qwen3MoE(Decoder):
       qk_norm=True, ffn='moe', moe=dict(router='topk', top_k=8, ffn='swiglu'))
 
 
-FFN = llama.layers(*hf.under('ffn', 'mlp', *llama.FFN, *llama.experts()))
+FFN_ROWS = llama.layer_rows(*hf.prefix_rows('ffn', 'mlp', *llama.FFN_ROWS,
+                                            *llama.expert_rows()))
 
 
 class HF(llama.Family):
   model_type = 'qwen3_moe'
   architecture = 'Qwen3MoeForCausalLM'
-  names = llama.NAMES + llama.layers(*llama.head_norms()) + FFN
-  fields = hf.fields(
+  names = llama.ROWS + llama.layer_rows(*llama.head_norm_rows()) + FFN_ROWS
+  fields = hf.fields_with_defaults(
       hidden_size=2048, num_hidden_layers=24, num_attention_heads=32,
-      num_key_value_heads=4, head_dim=hf.split_width, intermediate_size=6144,
+      num_key_value_heads=4, head_dim=hf.default_head_dim,
+      intermediate_size=6144,
       vocab_size=151936, max_position_embeddings=32768, rms_norm_eps=1e-6,
       attention_bias=False, tie_word_embeddings=False,
       moe_intermediate_size=768, num_experts_per_tok=8, norm_topk_prob=False,
       router_aux_loss_coef=0.001) | {
-          'moe.ffn': hf.SILU,
+          'moe.ffn': hf.GATED_FFN_FIELD,
           'moe.num_experts': ('num_local_experts|num_experts', 128)}
   only = dict(use_sliding_window=False)
   unread = ('sliding_window',)
-  heads = hf.heads('Qwen3Moe', tokens='score', span=llama.SPAN)
+  heads = hf.task_heads('Qwen3Moe', tokens='score', span=llama.SPAN_PREFIXES)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     every = reader('decoder_sparse_step', 1)
@@ -52,9 +54,10 @@ class HF(llama.Family):
     require(layers % every == 0, 'config.json has decoder_sparse_step '
             f'{every}, which does not divide num_hidden_layers {layers}')
     hf.check_gates(fields)
-    reader.must(mlp_only_layers=[])
+    reader.require_values(mlp_only_layers=[])
     return super().read(reader, fields) | kinds.place_experts({}, every)
 
-  def write(self, c: ModelConfig) -> dict:
-    return super().write(c) | dict(
-        mlp_only_layers=[], decoder_sparse_step=layer_types.experts_every(c))
+  def write(self, config: ModelConfig) -> dict:
+    every = layer_types.interval_of_expert_layers(config)
+    return super().write(config) | dict(
+        mlp_only_layers=[], decoder_sparse_step=every)

@@ -28,7 +28,7 @@ from architectures.parts.skeletons import Decoder
 
 
 # Choices that Qwen3.5 has too.
-HYBRID = llama.LLaMA.PARTS | dict(
+HYBRID_PARTS = llama.LLaMA.PARTS | dict(
     rope=dict(fraction=0.25), norm='rmsnorm_1p', attention_gate='elementwise',
     qk_norm=True, pattern='linear,linear,linear,full',
     kinds=dict(linear=dict(mixer='deltanet'), full={}))
@@ -36,38 +36,46 @@ HYBRID = llama.LLaMA.PARTS | dict(
 
 class Qwen3Next(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
-  PARTS = HYBRID | dict(
+  PARTS = HYBRID_PARTS | dict(
       ffn='moe', moe=dict(router='topk', top_k=10, ffn='swiglu',
                           shared_experts=1, shared_gate=True))
 
 
 def read_experts(reader: hf.Reader, fields: dict) -> dict:
-  """Returns the fields of model.moe that the table does not have."""
+  """Returns the fields of model.moe for the shared network beside the experts.
+
+  Args:
+    reader: the reader of the config.json.
+    fields: the fields that were read.
+  """
   hf.check_gates(fields)
-  times = hf.shared_experts(reader, 'shared_expert_intermediate_size', 512,
-                            fields['moe.d_ff'])
-  return dict(shared_experts=times)
+  shared_experts = hf.read_shared_experts(
+      reader, 'shared_expert_intermediate_size', default=512,
+      width=fields['moe.d_ff'])
+  return dict(shared_experts=shared_experts)
 
 
-def write_experts(c: ModelConfig) -> dict:
+def write_experts(config: ModelConfig) -> dict:
   """Returns the field of a config.json that `read_experts` reads."""
-  moe = c.part(MoEConfig)
+  moe = config.part(MoEConfig)
   return dict(shared_expert_intermediate_size=moe.shared_experts * moe.d_ff)
 
 
-BASE = (
-    *llama.ends('offset'), *qwen3_moe.FFN, *llama.layers(
-        *llama.norms('offset'), *hf.under(
-            'ffn', 'mlp', *hf.under('shared', 'shared_expert', *llama.FFN),
+BASE_ROWS = (
+    *llama.embedding_and_head_rows('offset'), *qwen3_moe.FFN_ROWS,
+    *llama.layer_rows(
+        *llama.norm_rows('offset'), *hf.prefix_rows(
+            'ffn', 'mlp', *hf.prefix_rows(
+                'shared', 'shared_expert', *llama.FFN_ROWS),
             ('shared_gate', 'DU', 'shared_expert_gate.weight', 'U D'))))
-ATTENTION = (
-    *hf.dense('attention/query|output_gate', 'DHK', 'self_attn.q_proj',
-              'H2K D'),
-    *llama.attention()[2:], *llama.head_norms(norm='offset'))
+ATTENTION_ROWS = (
+    *hf.dense_rows('attention/query|output_gate', 'DHK', 'self_attn.q_proj',
+                   'H2K D'),
+    *llama.attention_rows()[2:], *llama.head_norm_rows(norm='offset'))
 
 
 # The rows of a recurrence, but for the products with its input.
-STATE = (
+STATE_ROWS = (
     ('query_conv|key_conv|value_conv', 'WJK|WJK|WHU', 'conv1d.weight',
      'JK+JK+HU 1 W'),
     ('decay_scale', 'H', 'A_log', 'H'), ('decay_bias', 'H', 'dt_bias', 'H'),
@@ -75,60 +83,73 @@ STATE = (
     ('out', 'HUD', 'out_proj.weight', 'D HU'))
 
 
-def attention(c: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows of a layer of attention."""
-  return tuple(row for row in ATTENTION
-               if c.attention_bias or not row[2].endswith('bias'))
+def attention_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
+  """Returns the rows of a layer of attention, with those of biases if the model
+  has them."""
+  rows = []
+  for row in ATTENTION_ROWS:
+    _, _, tensor_name, _ = row
+    if config.attention_bias or not tensor_name.endswith('bias'):
+      rows.append(row)
+  return tuple(rows)
 
 
-def _mixer(c: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows of a layer's mixer. Those of a recurrence go through the
-  heads of keys: the query, the key, the values and gates of each."""
-  if c.mixer != 'deltanet':
-    return attention(c)
-  return hf.under(
+def _mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
+  """Returns the rows of a layer's gated DeltaNet, or of its attention.
+
+  A fused tensor of the DeltaNet goes head of keys by head of keys, and has the
+  query, the key, the values and the gates of each.
+  """
+  if config.mixer != 'deltanet':
+    return attention_rows(config)
+  num_key_heads = config.part(DeltaNetConfig).key_heads
+  return hf.prefix_rows(
       'attention', 'linear_attn',
       ('query|key|value|output_gate', 'DJK|DJK|DHU|DHU',
        'in_proj_qkvz.weight', 'J(K+K+RU+RU) D'),
-      ('rate|decay', 'DH', 'in_proj_ba.weight',
-       f'J={c.part(DeltaNetConfig).key_heads}(R+R) D'), *STATE)
+      ('rate|decay', 'DH', 'in_proj_ba.weight', f'J={num_key_heads}(R+R) D'),
+      *STATE_ROWS)
 
 
-DELTANET = hf.fields(
+DELTANET_FIELDS = hf.fields_with_defaults(
     linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
     linear_value_head_dim=128, linear_conv_kernel_dim=4)
 # It is of the convolutions too, which are SiLU's here.
-SILU = 'hidden_act', 'silu', {'silu': 'swiglu'}
+SWIGLU_FIELD = 'hidden_act', 'silu', {'silu': 'swiglu'}
 
 
 class HF(llama.Family):
   model_type = 'qwen3_next'
   architecture = 'Qwen3NextForCausalLM'
-  fields = hf.fields(
+  fields = hf.fields_with_defaults(
       hidden_size=2048, num_hidden_layers=48, num_attention_heads=16,
       num_key_value_heads=2, head_dim=256, intermediate_size=5632,
       vocab_size=151936, max_position_embeddings=32768, rms_norm_eps=1e-6,
       attention_bias=False, tie_word_embeddings=False,
       moe_intermediate_size=512, num_experts=512, num_experts_per_tok=10,
       norm_topk_prob=True, router_aux_loss_coef=0.001
-  ) | DELTANET | {'moe.ffn': SILU}
+  ) | DELTANET_FIELDS | {'moe.ffn': SWIGLU_FIELD}
   only = dict(use_sliding_window=False)
   optional = {'module that predicts a second token': r'mtp\..*'}
-  heads = hf.heads('Qwen3Next', tokens='score', span=llama.SPAN)
+  heads = hf.task_heads('Qwen3Next', tokens='score', span=llama.SPAN_PREFIXES)
 
-  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
-    return BASE + hf.by_block(c, 'model.layers.{n}', _mixer)
+  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    return BASE_ROWS + hf.rows_of_each_block(config, 'model.layers.{n}',
+                                             _mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    ours = layer_types.read_mixers(reader, fields['num_layers'], 'deltanet')
-    ours['rope'] = rope_fields.read(
+    ours = layer_types.read_recurrent_layers(
+        reader, fields['num_layers'], mixer='deltanet')
+    ours['rope'] = rope_fields.read_rope(
         reader, fraction=('partial_rotary_factor', 0.25))
     ours['moe'] = read_experts(reader, fields)
     return ours
 
-  def write(self, c: ModelConfig) -> dict:
-    return layer_types.write_mixers(c) | write_experts(c) | dict(
-        rope_parameters=rope_fields.write(c, whole_heads=False))
+  def write(self, config: ModelConfig) -> dict:
+    tree = layer_types.write_recurrent_layers(config)
+    tree |= write_experts(config)
+    tree['rope_parameters'] = rope_fields.write_rope(config, whole_heads=False)
+    return tree
 
-  def check(self, c: ModelConfig) -> None:
-    layer_types.check_attention(c)
+  def check(self, config: ModelConfig) -> None:
+    layer_types.check_has_attention(config)

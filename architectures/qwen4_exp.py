@@ -29,7 +29,7 @@ from architectures.parts.lookup import NGramsConfig
 from architectures.parts.skeletons import Decoder
 from common.errors import require, short
 
-KINDS = dict(
+LAYER_KINDS = dict(
     linear=dict(mixer='deltanet'), full=dict(attention='indexed'),
     ngrams=dict(mixer='deltanet', memory='engram'))
 
@@ -37,24 +37,32 @@ KINDS = dict(
 class Qwen4Exp(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
   PARTS = qwen3_next.Qwen3Next.PARTS | dict(
-      pattern='linear,ngrams,linear,full', kinds=KINDS, block='no_norm',
+      pattern='linear,ngrams,linear,full', kinds=LAYER_KINDS, block='no_norm',
       residual='gated', deltanet=dict(gate='sigmoid'),
       indexer=dict(block=4), ngrams=dict(stops=True))
 
 
-TYPES = {layer_types.LINEAR: 'linear', 'indexed_attention': 'full',
-         layer_types.WHOLE: 'full'}
+KIND_OF_LAYER_TYPE = {layer_types.LINEAR_ATTENTION: 'linear',
+                      'indexed_attention': 'full',
+                      layer_types.FULL_ATTENTION: 'full'}
 
 
-def _streams(ours: str, theirs: str) -> tuple[hf.Row, ...]:
-  return hf.under(
+def _stream_rows(ours: str, theirs: str) -> tuple[hf.Row, ...]:
+  """Returns the rows of the hyper-connections of one branch: the matrices by
+  which it reads and writes the residual streams.
+
+  Args:
+    ours: the folder of our parameters.
+    theirs: the name of the module in transformers.
+  """
+  return hf.prefix_rows(
       ours, theirs, ('norm/offset', 'UD', 'hc_norm.weight', 'UD'),
       ('down', 'UDC', 'input_mix_weight_down.weight', 'C UD'),
       ('up', 'CUD', 'input_mix_weight_up.weight', 'UD C'),
       ('write', 'UDC', 'block_inject_weight.weight', 'C UD'))
 
 
-NGRAMS = hf.under(
+NGRAM_ROWS = hf.prefix_rows(
     'memory', 'ple',
     ('table', 'IS', 'ple_embedding.ngram_embedding.shard_0.weight', 'I S'),
     ('key', 'IF', 'key_proj.weight', 'F I'),
@@ -64,20 +72,23 @@ NGRAMS = hf.under(
       for name in ('key', 'query', 'conv')))
 
 
-def _layer(c: ModelConfig) -> tuple[hf.Row, ...]:
-  return (*_streams('attention_streams', 'attn_hyper_connection'),
-          *_streams('ffn_streams', 'mlp_hyper_connection'), *NGRAMS,
-          *hf.under('attention/indexer', 'self_attn.indexer',
-                    ('query|key', 'DHK|DK', 'index_qk_proj.weight', 'HK+K D'),
-                    ('query_norm/offset', 'K', 'q_layernorm.weight', 'K'),
-                    ('key_norm/offset', 'K', 'k_layernorm.weight', 'K')),
-          *qwen3_5.mixer(c))
+def _layer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
+  """Returns the rows of a layer, with those of an indexer and of n-grams, which
+  some layers have."""
+  indexer_rows = hf.prefix_rows(
+      'attention/indexer', 'self_attn.indexer',
+      ('query|key', 'DHK|DK', 'index_qk_proj.weight', 'HK+K D'),
+      ('query_norm/offset', 'K', 'q_layernorm.weight', 'K'),
+      ('key_norm/offset', 'K', 'k_layernorm.weight', 'K'))
+  return (*_stream_rows('attention_streams', 'attn_hyper_connection'),
+          *_stream_rows('ffn_streams', 'mlp_hyper_connection'), *NGRAM_ROWS,
+          *indexer_rows, *qwen3_5.mixer_rows(config))
 
 
 class HF(qwen3_5_moe.HF):
   model_type = 'qwen4_exp_text'
   architecture = 'Qwen4ExpForCausalLM'
-  fields = qwen3_5_moe.HF.fields | hf.fields(
+  fields = qwen3_5_moe.HF.fields | hf.fields_with_defaults(
       num_experts=512, num_experts_per_tok=10, norm_topk_prob=True) | {
           'streams.count': ('hc_count', 4),
           'streams.rank': ('hc_lowrank', 320),
@@ -95,64 +106,75 @@ class HF(qwen3_5_moe.HF):
   unread = (*qwen3_5_moe.HF.unread, 'number_of_conv_states')
   fixed = ('eos_token_id',)
 
-  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
+  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
     return (
-      *qwen3_next.BASE, *hf.by_block(c, 'model.layers.{n}', _layer),
-      *_streams('decoder/final_streams', 'model.hyper_connection_mixer'))
+        *qwen3_next.BASE_ROWS,
+        *hf.rows_of_each_block(config, 'model.layers.{n}', _layer_rows),
+        *_stream_rows('decoder/final_streams', 'model.hyper_connection_mixer'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     layers = fields['num_layers']
+    layer_types.check_number_of_layers('num_hidden_layers', layers)
+    reader.require_values(indexer_kv_heads=1, split_ngram_parts=1,
+                          seed=lookup.SEED_OF_MULTIPLIERS,
+                          make_ngram_vocab_size_divisible_by=lookup.ROWS_ARE_MULTIPLE_OF)
+
+    # The kind of each layer; by default, the last of every few sees all keys.
     every = reader('full_attention_interval', 4)
-    layer_types.check_number('num_hidden_layers', layers)
-    reader.must(indexer_kv_heads=1, split_ngram_parts=1,
-                seed=lookup.SEED_OF_MULTIPLIERS,
-                make_ngram_vocab_size_divisible_by=lookup.ROWS_ARE_MULTIPLE_OF)
-
-    # The order of the layers, of which one linear one looks up n-grams.
-    words = layer_types.each(reader, 'layer_types', layers, TYPES)
-    names = [TYPES[word] for word in words]
-    if not words:
+    types = layer_types.read_entry_of_each_layer(
+        reader, 'layer_types', layers, KIND_OF_LAYER_TYPE)
+    names = [KIND_OF_LAYER_TYPE[layer_type] for layer_type in types]
+    if not types:
       names = ['linear' if (n + 1) % every else 'full' for n in range(layers)]
-    linear = [n for n, name in enumerate(names, 1) if name == 'linear']
-    looked_up = reader.listed('ple_layer_ids')
-    require(len(looked_up) == 1 and looked_up[0] in linear, 'config.json has '
-            f'ple_layer_ids {short(looked_up)}: n-grams are known in one '
-            'layer, of linear_attention')
-    names[looked_up[0] - 1] = 'ngrams'
 
-    # The n-grams.
-    tables = (fields['ngrams.order'] - 1) * fields['ngrams.heads']
+    # One of the linear layers, numbered from 1, looks up n-grams.
+    linear_layers = [n for n, name in enumerate(names, 1) if name == 'linear']
+    ngram_layers = reader.read_list('ple_layer_ids')
+    is_known = len(ngram_layers) == 1 and ngram_layers[0] in linear_layers
+    require(is_known, f'config.json has ple_layer_ids {short(ngram_layers)}: '
+            'n-grams are known in one layer, of linear_attention')
+    names[ngram_layers[0] - 1] = 'ngrams'
+
+    # The tables of n-grams share their width; the end of a text pads them.
+    num_tables = (fields['ngrams.order'] - 1) * fields['ngrams.heads']
     width = reader('ple_embed_dim', fields['d_model'])
-    ends = reader.listed('eos_token_id')
-    end = ends[0] if ends else reader.count('eos_token_id', 0)
-    ngrams = dict(stops=True, size=width // tables, pad_token=end)
+    end_tokens = reader.read_list('eos_token_id')
+    if end_tokens:
+      end_token = end_tokens[0]
+    else:
+      end_token = reader.read_count('eos_token_id', 0)
+    ngrams = dict(stops=True, size=width // num_tables, pad_token=end_token)
 
     moe = qwen3_next.read_experts(reader, fields)
-    rope = rope_fields.read(
+    rope = rope_fields.read_rope(
         reader, fraction=('partial_rotary_factor', 1.0),
         unread=('mrope_section',))
-    return layer_types.named(names, KINDS) | dict(
+    return layer_types.pattern_and_kinds(names, LAYER_KINDS) | dict(
         ngrams=ngrams, moe=moe, rope=rope)
 
-  def write(self, c: ModelConfig) -> dict:
-    looked_up = [n for n, layer in enumerate(c.layers(c.num_layers), 1)
-                 if layer.memory == 'engram']
-    ngrams = c.part(NGramsConfig)
-    return super().write(c) | dict(
-        ple_layer_ids=looked_up, ple_embed_dim=ngrams.tables * ngrams.size,
+  def write(self, config: ModelConfig) -> dict:
+    ngram_layers = []
+    for n, layer in enumerate(config.layers(config.num_layers), 1):
+      if layer.memory == 'engram':
+        ngram_layers.append(n)
+    ngrams = config.part(NGramsConfig)
+    return super().write(config) | dict(
+        ple_layer_ids=ngram_layers, ple_embed_dim=ngrams.tables * ngrams.size,
         indexer_kv_heads=1, split_ngram_parts=1, eos_token_id=ngrams.pad_token)
 
-  def constants(self, c: ModelConfig) -> dict[str, np.ndarray]:
-    # The numbers that n-grams are hashed by, which their files hold too.
-    ngrams = c.part(NGramsConfig)
+  def constants(self, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Returns the tensors of the numbers that n-grams are hashed by, which
+    Hugging Face files hold though they follow from the config."""
+    ngrams = config.part(NGramsConfig)
     sizes = lookup.first_primes(ngrams.rows, ngrams.tables)
     values = dict(
-        layer_multipliers=lookup.hash_multipliers(c.vocab_size, ngrams.order),
+        layer_multipliers=lookup.hash_multipliers(
+            config.vocab_size, ngrams.order),
         ngram_heads_vocab_sizes=sizes,
         ngram_heads_offsets=np.cumsum((0, *sizes[:-1])))
     tensors = {}
-    for n in self.write(c)['ple_layer_ids']:
+    for n in self.write(config)['ple_layer_ids']:
       for name, value in values.items():
-        full = f'model.layers.{n - 1}.ple.ple_embedding.{name}'
-        tensors[full] = np.array(value, np.int64)
+        full_name = f'model.layers.{n - 1}.ple.ple_embedding.{name}'
+        tensors[full_name] = np.array(value, np.int64)
     return tensors

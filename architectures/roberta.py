@@ -33,38 +33,39 @@ class RoBERTa(Encoder):
   PARTS = bert.BERT.PARTS | dict(next_sentence=False, learned=dict(offset=2))
 
 
-PADDING = 1  # of the published tokenizer
+PADDING_ID = 1  # of the published tokenizer
 
 
 class HF(hf.HuggingFace):
   model_type = 'roberta'
   architecture = 'RobertaForMaskedLM'
   names = (
-      *bert.stack('roberta'),
-      *hf.dense('pooler', 'DU', 'classifier.dense', 'U D'),
-      *hf.dense('transform', 'DU', 'lm_head.dense', 'U D'),
-      *hf.norm('transform_norm', 'lm_head.layer_norm'),
+      *bert.encoder_rows('roberta'),
+      *hf.dense_rows('pooler', 'DU', 'classifier.dense', 'U D'),
+      *hf.dense_rows('transform', 'DU', 'lm_head.dense', 'U D'),
+      *hf.norm_rows('transform_norm', 'lm_head.layer_norm'),
       ('head/bias', 'V', 'lm_head.bias', 'V'))
-  fields = bert.FIELDS | hf.fields(vocab_size=50265)
-  only = bert.ONLY
+  fields = bert.FIELDS | hf.fields_with_defaults(vocab_size=50265)
+  only = bert.VALUES_OF_AN_ENCODER
   tied = {'lm_head.decoder.weight': 'roberta.embeddings.word_embeddings.weight',
           'lm_head.decoder.bias': 'lm_head.bias'}
   spellings = (('roberta.', ''),)
   ignored = (r'(roberta\.)?embeddings\.position_ids',)
   fixed = ('pad_token_id',)
   optional = {'pooler': r'(roberta\.)?pooler\..*',
-              hf.MASKED_WORDS: r'lm_head\..*'}
-  heads = hf.heads('Roberta', sequence='classifier.out_proj')
+              hf.MASKED_WORD_HEAD: r'lm_head\..*'}
+  heads = hf.task_heads('Roberta', sequence='classifier.out_proj')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    offset = reader.count('pad_token_id', PADDING) + 1
+    offset = reader.read_count('pad_token_id', PADDING_ID) + 1
     rows = reader('max_position_embeddings', 512)
     require(rows > offset, f'config.json has max_position_embeddings {rows}, '
             f'of which {offset} stand before the first token: it must be '
             'larger')
     return dict(learned=dict(offset=offset), max_len=rows - offset)
 
-  def write(self, c: ModelConfig) -> dict:
-    offset = c.part(LearnedConfig).offset
-    return dict(max_position_embeddings=c.max_len + offset,
-                pad_token_id=offset - 1, tie_word_embeddings=c.tie_embeddings)
+  def write(self, config: ModelConfig) -> dict:
+    offset = config.part(LearnedConfig).offset
+    return dict(max_position_embeddings=config.max_len + offset,
+                pad_token_id=offset - 1,
+                tie_word_embeddings=config.tie_embeddings)

@@ -26,31 +26,35 @@ class SmolLM3(Decoder):
       kinds={'rope': {}, 'nope': dict(position='none')})
 
 
-def _layers(types: list[str], turned: list[int], window: int) -> dict:
-  """Returns the kinds of layer.
+def _pattern_of_layers(types: list[str], has_rope: list[int], window: int
+                       ) -> dict:
+  """Returns the fields of the model that say which kind each layer is: with
+  positions or without, with a window or without.
 
   Args:
     types: layer_types of the config.json.
-    turned: no_rope_layers, 1 for each layer that has positions.
+    has_rope: no_rope_layers, 1 for each layer that has positions.
     window: how many tokens the layers with a window see.
   """
-  plain = layer_types.read(types, len(turned), window)
-  if len(set(turned)) == 1:
-    return plain | dict(position='rope' if turned[0] else 'none')
+  # All layers have positions, or none has.
+  ours = layer_types.fields_of_attention_types(types, len(has_rope), window)
+  if len(set(has_rope)) == 1:
+    return ours | dict(position='rope' if has_rope[0] else 'none')
+
   names, kinds = [], {}
-  for word, has_positions in zip(types, turned):
+  for layer_type, is_rotated in zip(types, has_rope):
     name, kind = 'rope', {}
-    if not has_positions:
+    if not is_rotated:
       name = 'nope'
       kind['position'] = 'none'
-    if word == layer_types.WINDOW:
+    if layer_type == layer_types.SLIDING_ATTENTION:
       name += '_local'
       kind['window'] = window
-    elif layer_types.WINDOW in types:
+    elif layer_types.SLIDING_ATTENTION in types:
       kind['window'] = 0
     names.append(name)
     kinds[name] = kind
-  return layer_types.shortest(names) | dict(
+  return layer_types.shortest_pattern(names) | dict(
       position='rope', attention='global', sliding_window=0, kinds=kinds)
 
 
@@ -58,37 +62,40 @@ class HF(llama.Family):
   model_type = 'smollm3'
   architecture = 'SmolLM3ForCausalLM'
   names = llama.HF.names
-  fields = llama.HF.fields | hf.fields(
+  fields = llama.HF.fields | hf.fields_with_defaults(
       hidden_size=2048, num_hidden_layers=36, num_attention_heads=16,
       num_key_value_heads=4, vocab_size=128256, max_position_embeddings=32768,
       tie_word_embeddings=True)
-  heads = hf.heads('SmolLM3', tokens='score', span=llama.SPAN)
+  heads = hf.task_heads('SmolLM3', tokens='score', span=llama.SPAN_PREFIXES)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     layers = fields['num_layers']
-    turned = layer_types.turned(reader, layers)
+    has_rope = layer_types.read_layers_with_rope(reader, layers)
     window = 0
     if reader.has('sliding_window'):
       window = reader('sliding_window', 4096)
     if not reader('use_sliding_window', False):
       window = 0
-    types = layer_types.listed(
-        reader, layers, lambda n: window and not turned[n])
-    ours = _layers(types, turned, window)
+    types = layer_types.read_attention_types(
+        reader, layers, has_window=lambda n: window and not has_rope[n])
+    ours = _pattern_of_layers(types, has_rope, window)
     if reader.is_null('num_key_value_heads'):  # left out, there are 4
       ours['num_kv_heads'] = fields['num_heads']
-    ours['rope'] = rope_fields.read(reader, theta=('rope_theta', 2e6))
+    ours['rope'] = rope_fields.read_rope(reader, theta=('rope_theta', 2e6))
     return ours
 
-  def write(self, c: ModelConfig) -> dict:
-    layers = c.layers(c.num_layers)
-    turned = [layer for layer in layers if layer.position == 'rope']
-    # Where no layer is turned, it says how one would be.
-    rope = rope_fields.write(turned[0] if turned else c)
-    tree = layer_types.write(c)
+  def write(self, config: ModelConfig) -> dict:
+    layers = config.layers(config.num_layers)
+    rotated_layers = [layer for layer in layers if layer.position == 'rope']
+    # Where no layer is rotated, the field says how one would be.
+    if rotated_layers:
+      rope = rope_fields.write_rope(rotated_layers[0])
+    else:
+      rope = rope_fields.write_rope(config)
+    tree = layer_types.write_attention_types(config)
     return tree | dict(
         # Left out, they are those of a vocabulary of 128,256.
-        **dict.fromkeys(phi3.IDS),
+        **dict.fromkeys(phi3.TOKEN_ID_FIELDS),
         rope_parameters=rope,
         no_rope_layers=[int(layer.position == 'rope') for layer in layers],
-        use_sliding_window=layer_types.WINDOW in tree['layer_types'])
+        use_sliding_window=layer_types.SLIDING_ATTENTION in tree['layer_types'])

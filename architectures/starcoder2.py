@@ -24,29 +24,32 @@ class HF(mistral.HF):
   architecture = 'Starcoder2ForCausalLM'
   names = (
       ('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
-      *llama.layers(
-          *hf.norm('attention_norm', 'input_layernorm'), *llama.attention(),
-          *hf.norm('ffn_norm', 'post_attention_layernorm'),
-          *hf.dense('ffn/up', 'DF', 'mlp.c_fc', 'F D'),
-          *hf.dense('ffn/down', 'FD', 'mlp.c_proj', 'D F')),
-      *hf.norm('decoder/final_norm', 'model.norm'),
+      *llama.layer_rows(
+          *hf.norm_rows('attention_norm', 'input_layernorm'),
+          *llama.attention_rows(),
+          *hf.norm_rows('ffn_norm', 'post_attention_layernorm'),
+          *hf.dense_rows('ffn/up', 'DF', 'mlp.c_fc', 'F D'),
+          *hf.dense_rows('ffn/down', 'FD', 'mlp.c_proj', 'D F')),
+      *hf.norm_rows('decoder/final_norm', 'model.norm'),
       ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
-  fields = hf.fields(
+  fields = hf.fields_with_defaults(
       hidden_size=3072, num_hidden_layers=30, num_attention_heads=24,
-      num_key_value_heads=2, head_dim=hf.split_width, intermediate_size=12288,
+      num_key_value_heads=2, head_dim=hf.default_head_dim,
+      intermediate_size=12288,
       vocab_size=49152, max_position_embeddings=4096,
       tie_word_embeddings=True) | {
           'norm_eps': ('norm_epsilon', 1e-5),
-          'ffn': ('hidden_act', 'gelu_pytorch_tanh', hf.FFNS)}
-  heads = hf.heads('Starcoder2', tokens='score', only=('sequence', 'tokens'))
+          'ffn': ('hidden_act', 'gelu_pytorch_tanh', hf.FFN_OF_ACTIVATION)}
+  heads = hf.task_heads('Starcoder2', tokens='score',
+                        only=('sequence', 'tokens'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
     bias = reader('use_bias', True)
     return super().read(reader, fields) | dict(
         attention_bias=bias, ffn_bias=bias)
 
-  def write(self, c: ModelConfig) -> dict:
-    return super().write(c) | dict(use_bias=c.ffn_bias)
+  def write(self, config: ModelConfig) -> dict:
+    return super().write(config) | dict(use_bias=config.ffn_bias)
 
-  def check(self, c: ModelConfig) -> None:
-    hf.check_heads(c)
+  def check(self, config: ModelConfig) -> None:
+    hf.check_heads_divide_width(config)

@@ -38,33 +38,42 @@ class Switch(EncoderDecoder):
       pattern='dense,moe', kinds=dict(dense=dict(ffn='dense'), moe={}))
 
 
-FFNS = {'relu': 'relu', 'gelu_new': 'gelu_tanh', 'gelu': 'gelu'}
+FFN_OF_ACTIVATION = {'relu': 'relu', 'gelu_new': 'gelu_tanh', 'gelu': 'gelu'}
 ANY_CAPACITY = 2 ** 20  # an expert_capacity that no sequence fills
 
 
-def _every(reader: hf.Reader, stack: str, layers: int) -> int:
-  """Returns n where the last of every n layers of a stack has experts."""
-  sparse = reader(f'num_sparse_{stack}_layers', 3)
-  reader.passes(f'{stack}_sparse_step')  # derived
-  every = layers // sparse if sparse else 0
+def _read_interval_of_expert_layers(reader: hf.Reader, stack: str,
+                                    layers: int) -> int:
+  """Returns n where the last of every n layers of a stack has experts.
+
+  Args:
+    reader: the reader of the config.json.
+    stack: 'encoder' or 'decoder'.
+    layers: the number of layers in the stack.
+  """
+  num_with_experts = reader(f'num_sparse_{stack}_layers', 3)
+  reader.ignore_fields(f'{stack}_sparse_step')  # It follows from the former.
+  every = 0
+  if num_with_experts:
+    every = layers // num_with_experts
   require(every in (1, 2), f'config.json has num_sparse_{stack}_layers '
-          f'{sparse} of {layers}: all or every other are known here')
+          f'{num_with_experts} of {layers}: all or every other are known here')
   return every
 
 
 class HF(hf.HuggingFace):
   model_type = 'switch_transformers'
   architecture = 'SwitchTransformersForConditionalGeneration'
-  names = t5.names(*hf.under(
+  names = t5.model_rows(*hf.prefix_rows(
       'ffn', 'mlp', ('up', 'DF', 'wi.weight', 'F D'),
       ('down', 'FD', 'wo.weight', 'D F'),
       ('router', 'DE', 'router.classifier.weight', 'E D'),
       ('up', 'EDF', 'experts.expert_{e}.wi.weight', 'F D'),
       ('down', 'EFD', 'experts.expert_{e}.wo.weight', 'D F')))
-  fields = t5.FIELDS | hf.fields(
+  fields = t5.FIELDS | hf.fields_with_defaults(
       d_model=768, num_layers=12, num_decoder_layers=12, num_heads=12,
       num_experts=8, router_jitter_noise=0.01, router_aux_loss_coef=0.001) | {
-          'moe.ffn': ('dense_act_fn', 'relu', FFNS),
+          'moe.ffn': ('dense_act_fn', 'relu', FFN_OF_ACTIVATION),
           'moe.z_loss_weight': ('router_z_loss_coef', 0.001)}
   # Published files have the last three; the reference does not read them.
   only = dict(is_encoder_decoder=True, router_bias=False,
@@ -77,40 +86,47 @@ class HF(hf.HuggingFace):
   ignored = t5.HF.ignored
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    # How many layers have experts.
-    layers, decoder_layers = fields['num_layers'], fields['num_decoder_layers']
+    # The last of every few layers has experts, alike in both stacks.
+    layers = fields['num_layers']
+    decoder_layers = fields['num_decoder_layers']
     if reader.is_null('num_decoder_layers'):
       decoder_layers = layers
-    every = _every(reader, 'encoder', layers)
-    require(every == _every(reader, 'decoder', decoder_layers),
+    every = _read_interval_of_expert_layers(reader, 'encoder', layers)
+    every_in_decoder = _read_interval_of_expert_layers(
+        reader, 'decoder', decoder_layers)
+    require(every == every_in_decoder,
             "config.json has experts in another share of the decoder's layers "
             "than of the encoder's: only equal shares are known here")
-    reader.must(feed_forward_proj=reader('dense_act_fn', 'relu'))
+    reader.require_values(feed_forward_proj=reader('dense_act_fn', 'relu'))
 
-    # The room of an expert.
-    slots, group = reader('expert_capacity', 64), reader('moe_group_size', 0)
-    factor = slots * fields['moe.num_experts'] / (group or fields['max_len'])
-    if not group and slots < ANY_CAPACITY:
+    # The number of tokens that an expert takes, of a group or of a sequence.
+    capacity = reader('expert_capacity', 64)
+    group_size = reader('moe_group_size', 0)
+    num_tokens = group_size or fields['max_len']
+    factor = capacity * fields['moe.num_experts'] / num_tokens
+    if not group_size and capacity < ANY_CAPACITY:
       reader.notes.append(
-          f'config.json has expert_capacity {slots}: transformers drops what '
-          f'more than {slots} tokens of a sequence send to one expert, in '
-          'evaluation too, and this import drops nothing. The two compute the '
-          f'same for sequences of up to {slots} tokens, and may differ for '
-          'longer ones')
-    moe = dict(group_size=group, capacity_factor=factor,
-               eval_capacity_factor=factor if group else 0.0)
-    ours = t5.head(fields, fields['tie_embeddings'])
+          f'config.json has expert_capacity {capacity}: transformers drops '
+          f'what more than {capacity} tokens of a sequence send to one expert, '
+          'in evaluation too, and this import drops nothing. The two compute '
+          f'the same for sequences of up to {capacity} tokens, and may differ '
+          'for longer ones')
+    moe = dict(group_size=group_size, capacity_factor=factor,
+               eval_capacity_factor=factor if group_size else 0.0)
+    ours = t5.head_fields(fields, fields['tie_embeddings'])
     ours |= kinds.place_experts({}, every)
     return ours | dict(num_decoder_layers=decoder_layers, moe=moe)
 
-  def write(self, c: ModelConfig) -> dict:
-    moe, every = c.part(MoEConfig), layer_types.experts_every(c)
-    tree = t5.write(c) | dict(
-        num_sparse_encoder_layers=c.num_layers // every,
-        num_sparse_decoder_layers=c.num_decoder_layers // every,
+  def write(self, config: ModelConfig) -> dict:
+    moe = config.part(MoEConfig)
+    every = layer_types.interval_of_expert_layers(config)
+    tree = t5.write_usual_fields(config) | dict(
+        num_sparse_encoder_layers=config.num_layers // every,
+        num_sparse_decoder_layers=config.num_decoder_layers // every,
         expert_capacity=ANY_CAPACITY)
-    room = moe.eval_capacity_factor * moe.group_size
-    slots = -int(-room // moe.num_experts)  # rounded up
-    if slots:
-      tree |= dict(expert_capacity=slots, moe_group_size=moe.group_size)
+    # The tokens of a group that an expert takes in evaluation, rounded up.
+    num_choices = moe.eval_capacity_factor * moe.group_size
+    capacity = -int(-num_choices // moe.num_experts)
+    if capacity:
+      tree |= dict(expert_capacity=capacity, moe_group_size=moe.group_size)
     return tree

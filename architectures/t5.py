@@ -30,22 +30,27 @@ class T5(EncoderDecoder):
                logits_scale=0.0)
 
 
-def layers(stack: str, *ffn: hf.Row) -> tuple[hf.Row, ...]:
-  """Returns the rows of a stack, of which `ffn` are the feed-forward
-  network's; Switch has the others too."""
-  # The parts of a block: attention, cross-attention, the network.
+def stack_rows(stack: str, *ffn: hf.Row) -> tuple[hf.Row, ...]:
+  """Returns the rows of the encoder or the decoder, which Switch has too.
+
+  Args:
+    stack: 'encoder' or 'decoder'.
+    *ffn: the rows of a feed-forward network.
+  """
+  # A block is attention, in the decoder cross-attention, and the network.
   block = f'{stack}.block.{{n}}'
-  rows = hf.under(
+  rows = hf.prefix_rows(
       f'{stack}/layers', f'{block}.layer.0',
-      *_attention('attention', 'attention_norm', 'SelfAttention'))
-  last = 1
+      *_attention_rows('attention', 'attention_norm', 'SelfAttention'))
+  number_of_network = 1
   if stack == 'decoder':
-    rows += hf.under(
+    rows += hf.prefix_rows(
         f'{stack}/layers', f'{block}.layer.1',
-        *_attention('cross_attention', 'cross_norm', 'EncDecAttention'))
-    last = 2
-  rows += hf.under(f'{stack}/layers', f'{block}.layer.{last}',
-                   ('ffn_norm/scale', 'D', 'layer_norm.weight', 'D'), *ffn)
+        *_attention_rows('cross_attention', 'cross_norm', 'EncDecAttention'))
+    number_of_network = 2
+  rows += hf.prefix_rows(
+      f'{stack}/layers', f'{block}.layer.{number_of_network}',
+      ('ffn_norm/scale', 'D', 'layer_norm.weight', 'D'), *ffn)
   # The biases, of all layers or of each (UMT5), and the norm at the end.
   bias = 'SelfAttention.relative_attention_bias.weight'
   return (
@@ -58,8 +63,14 @@ def layers(stack: str, *ffn: hf.Row) -> tuple[hf.Row, ...]:
        'D'))
 
 
-def _attention(ours: str, norm: str, theirs: str) -> tuple[hf.Row, ...]:
-  """Returns the rows of one attention and of the norm before it."""
+def _attention_rows(ours: str, norm: str, theirs: str) -> tuple[hf.Row, ...]:
+  """Returns the rows of one attention and of the norm before it.
+
+  Args:
+    ours: our name of the attention.
+    norm: our name of the norm.
+    theirs: the name of the attention in transformers.
+  """
   return (
       (f'{ours}/query', 'DHK', f'{theirs}.q.weight', 'HK D'),
       (f'{ours}/key', 'DHK', f'{theirs}.k.weight', 'HK D'),
@@ -68,15 +79,16 @@ def _attention(ours: str, norm: str, theirs: str) -> tuple[hf.Row, ...]:
       (f'{norm}/scale', 'D', 'layer_norm.weight', 'D'))
 
 
-def names(*ffn: hf.Row) -> tuple[hf.Row, ...]:
+def model_rows(*ffn: hf.Row) -> tuple[hf.Row, ...]:
   """Returns the rows of both stacks, and of the embedding and the head."""
   return (('embed/tokens', 'VD', 'shared.weight', 'V D'),
           ('head/kernel', 'DV', 'lm_head.weight', 'V D'),
-          *layers('encoder', *ffn), *layers('decoder', *ffn))
+          *stack_rows('encoder', *ffn), *stack_rows('decoder', *ffn))
 
 
-FFNS = {'relu': 'relu', 'gated-gelu': 'geglu_tanh', 'gated-silu': 'swiglu'}
-FIELDS = hf.fields(
+FFN_OF_ACTIVATION = {'relu': 'relu', 'gated-gelu': 'geglu_tanh',
+                     'gated-silu': 'swiglu'}
+FIELDS = hf.fields_with_defaults(
     vocab_size=32128, d_model=512, d_ff=2048, num_layers=6,
     num_decoder_layers=lambda fields: fields['num_layers'], num_heads=8,
     layer_norm_epsilon=1e-6, tie_word_embeddings=True) | {
@@ -85,8 +97,9 @@ FIELDS = hf.fields(
         'relative.max_distance': ('relative_attention_max_distance', 128)}
 
 
-def head(fields: dict, tied: bool) -> dict:
-  """Returns the fields of a head that is scaled where it is tied."""
+def head_fields(fields: dict, tied: bool) -> dict:
+  """Returns the fields of the model for its head: where it shares the table of
+  the embedding (`tied`), the logits are multiplied by D^-0.5."""
   scale = 1.0
   if tied:
     scale = fields['d_model'] ** -0.5
@@ -94,17 +107,22 @@ def head(fields: dict, tied: bool) -> dict:
 
 
 def check_ffn(reader: hf.Reader, fields: dict) -> None:
-  """Raises RequestError where a file's words for the network disagree."""
-  # Derived from it where a file has neither; where it has, they count.
-  name = hf.theirs(FFNS, fields['ffn'], 'ffn')
+  """Raises RequestError where the fields of a config.json for the feed-forward
+  network disagree.
+
+  Where a file has no dense_act_fn and is_gated_act, transformers derives them
+  from feed_forward_proj; where it has them, they count.
+  """
+  name = hf.find_hf_word(FFN_OF_ACTIVATION, fields['ffn'], 'ffn')
   function = name.removeprefix('gated-')
   if name == 'gated-gelu':
     function = 'gelu_new'
-  reader.must(dense_act_fn=function, is_gated_act=name.startswith('gated-'))
+  reader.require_values(dense_act_fn=function,
+                        is_gated_act=name.startswith('gated-'))
 
 
-def write(c: ModelConfig) -> dict:
-  """Returns what every T5 or Switch says."""
+def write_usual_fields(config: ModelConfig) -> dict:
+  """Returns the fields of a config.json that every T5 or Switch has alike."""
   return dict(is_encoder_decoder=True, decoder_start_token_id=0,
               pad_token_id=0)
 
@@ -112,7 +130,7 @@ def write(c: ModelConfig) -> dict:
 class HF(hf.HuggingFace):
   model_type = 't5'
   architecture = 'T5ForConditionalGeneration'
-  fields = FIELDS | {'ffn': ('feed_forward_proj', 'relu', FFNS)}
+  fields = FIELDS | {'ffn': ('feed_forward_proj', 'relu', FFN_OF_ACTIVATION)}
   only = dict(is_encoder_decoder=True)
   unread = ('is_decoder',)  # It is a field of the stacks.
   tied = {'encoder.embed_tokens.weight': 'shared.weight',
@@ -122,9 +140,9 @@ class HF(hf.HuggingFace):
   ignored = (r'decoder\.block\.0\.layer\.1\.EncDecAttention\.'
              r'relative_attention_bias\.weight',)
 
-  def names_of(self, c: ModelConfig) -> tuple[hf.Row, ...]:
-    up = 'wi_1' if c.ffn in ('geglu_tanh', 'swiglu') else 'wi'
-    return names(*hf.under(
+  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    up = 'wi_1' if config.ffn in ('geglu_tanh', 'swiglu') else 'wi'
+    return model_rows(*hf.prefix_rows(
         'ffn', 'DenseReluDense', ('gate', 'DF', 'wi_0.weight', 'F D'),
         ('up', 'DF', f'{up}.weight', 'F D'),
         ('down', 'FD', 'wo.weight', 'D F')))
@@ -136,7 +154,7 @@ class HF(hf.HuggingFace):
             'config.json has scale_decoder_outputs null, which transformers '
             'takes for false: write true or false')
     tied = reader('scale_decoder_outputs', fields['tie_embeddings'])
-    return head(fields, tied)
+    return head_fields(fields, tied)
 
-  def write(self, c: ModelConfig) -> dict:
-    return write(c)
+  def write(self, config: ModelConfig) -> dict:
+    return write_usual_fields(config)

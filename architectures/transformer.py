@@ -37,57 +37,67 @@ class Transformer(EncoderDecoder):
                ffn='relu', tie_embeddings=True)
 
 
-def attention(ours: str, theirs: str) -> tuple[hf.Row, ...]:
-  """Returns the rows of one attention, which GShard and OPT have too."""
-  return hf.under(ours, theirs, *hf.attention(
+def attention_rows(ours: str, theirs: str) -> tuple[hf.Row, ...]:
+  """Returns the rows of one attention, which GShard and OPT have too.
+
+  Args:
+    ours: our name of the attention.
+    theirs: the name of it in transformers.
+  """
+  return hf.prefix_rows(ours, theirs, *hf.attention_rows(
       'q_proj', 'k_proj', 'v_proj', 'out_proj'))
 
 
-def layers(stack: str, *rows: hf.Row) -> tuple[hf.Row, ...]:
+def layer_rows(stack: str, *rows: hf.Row) -> tuple[hf.Row, ...]:
   """Returns the rows of a stack's layers, each below its prefix."""
-  return hf.under(f'{stack}/layers', f'model.{stack}.layers.{{n}}', *rows)
+  return hf.prefix_rows(f'{stack}/layers', f'model.{stack}.layers.{{n}}', *rows)
 
 
 def read_stacks(reader: hf.Reader, fields: dict, scaled: bool) -> dict:
-  """Returns embed_scale, and refuses stacks of unequal width or heads.
+  """Returns the fields of the model for the scale of the embedding, and refuses
+  an encoder and a decoder of unequal width or heads.
 
   Args:
     reader: the reader of the config.json.
     fields: the fields that were read.
     scaled: whether the embedding is scaled where the file does not say.
   """
-  for name, default, ours in (('decoder_attention_heads', 16, 'num_heads'),
-                              ('decoder_ffn_dim', 4096, 'd_ff')):
+  sizes = (('decoder_attention_heads', 16, 'num_heads'),
+           ('decoder_ffn_dim', 4096, 'd_ff'))
+  for name, default, our_name in sizes:
     value = reader(name, default)
-    require(value == fields[ours], f'config.json has {name} {value}: only '
-            f'{fields[ours]}, that of the encoder, is known here')
-  reader.must(num_hidden_layers=fields['num_layers'])
+    require(value == fields[our_name], f'config.json has {name} {value}: only '
+            f'{fields[our_name]}, that of the encoder, is known here')
+  reader.require_values(num_hidden_layers=fields['num_layers'])
   scale = 1.0
   if reader('scale_embedding', scaled):
     scale = fields['d_model'] ** 0.5
   return dict(embed_scale=scale)
 
 
-def write_stacks(c: ModelConfig) -> dict:
-  """Returns what `read_stacks` reads, and what every such model says."""
-  return dict(decoder_attention_heads=c.num_heads, decoder_ffn_dim=c.d_ff,
-              scale_embedding=c.embed_scale != 1, is_encoder_decoder=True,
-              tie_word_embeddings=c.tie_embeddings)
+def write_stacks(config: ModelConfig) -> dict:
+  """Returns the fields of a config.json that `read_stacks` reads, and those
+  that every model with an encoder and a decoder has."""
+  return dict(decoder_attention_heads=config.num_heads,
+              decoder_ffn_dim=config.d_ff,
+              scale_embedding=config.embed_scale != 1, is_encoder_decoder=True,
+              tie_word_embeddings=config.tie_embeddings)
 
 
-FIELDS = hf.fields(d_model=1024, max_position_embeddings=1024) | {
+FIELDS = hf.fields_with_defaults(d_model=1024, max_position_embeddings=1024) | {
     'num_heads': ('encoder_attention_heads', 16),
     'd_ff': ('encoder_ffn_dim', 4096), 'num_layers': ('encoder_layers', 12),
     'num_decoder_layers': ('decoder_layers',
                            lambda fields: fields['num_layers'])}
-LAYERDROP = ('encoder_layerdrop', 'decoder_layerdrop')  # in training alone
+# Fields that matter in training alone.
+LAYERDROP_FIELDS = ('encoder_layerdrop', 'decoder_layerdrop')
 
 
-LAYER = (*attention('attention', 'self_attn'),
-         *hf.norm('attention_norm', 'self_attn_layer_norm'),
-         *hf.dense('ffn/up', 'DF', 'fc1', 'F D'),
-         *hf.dense('ffn/down', 'FD', 'fc2', 'D F'),
-         *hf.norm('ffn_norm', 'final_layer_norm'))
+LAYER_ROWS = (*attention_rows('attention', 'self_attn'),
+              *hf.norm_rows('attention_norm', 'self_attn_layer_norm'),
+              *hf.dense_rows('ffn/up', 'DF', 'fc1', 'F D'),
+              *hf.dense_rows('ffn/down', 'FD', 'fc2', 'D F'),
+              *hf.norm_rows('ffn_norm', 'final_layer_norm'))
 
 
 class HF(hf.HuggingFace):
@@ -96,18 +106,18 @@ class HF(hf.HuggingFace):
   names = (
       ('embed/tokens', 'VD', 'model.shared.weight', 'V D'),
       ('head/bias', 'V', 'final_logits_bias', '1 V'),
-      *layers('encoder', *LAYER),
-      *layers('decoder', *LAYER,
-              *attention('cross_attention', 'encoder_attn'),
-              *hf.norm('cross_norm', 'encoder_attn_layer_norm')))
+      *layer_rows('encoder', *LAYER_ROWS),
+      *layer_rows('decoder', *LAYER_ROWS,
+                  *attention_rows('cross_attention', 'encoder_attn'),
+                  *hf.norm_rows('cross_norm', 'encoder_attn_layer_norm')))
   fields = FIELDS | {
       'vocab_size': ('vocab_size', 58101),
-      'ffn': ('activation_function', 'gelu', hf.FFNS)}
+      'ffn': ('activation_function', 'gelu', hf.FFN_OF_ACTIVATION)}
   only = dict(is_encoder_decoder=True, share_encoder_decoder_embeddings=True,
               tie_word_embeddings=True, normalize_before=False,
               normalize_embedding=False, add_final_layer_norm=False,
               add_bias_logits=False, static_position_embeddings=True)
-  unread = (*LAYERDROP, 'is_decoder')
+  unread = (*LAYERDROP_FIELDS, 'is_decoder')
   tied = {'model.encoder.embed_tokens.weight': 'model.shared.weight',
           'model.decoder.embed_tokens.weight': 'model.shared.weight',
           'lm_head.weight': 'model.shared.weight'}
@@ -116,16 +126,17 @@ class HF(hf.HuggingFace):
   ignored = (r'model\.(en|de)coder\.embed_positions\.weights?',)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    reader.must(decoder_vocab_size=fields['vocab_size'])
+    reader.require_values(decoder_vocab_size=fields['vocab_size'])
     ours = read_stacks(reader, fields, scaled=False)
     ours['logits_bias'] = reader('final_logits_bias', True)
     return ours
 
-  def write(self, c: ModelConfig) -> dict:
-    return write_stacks(c) | dict(
-        decoder_vocab_size=c.vocab_size,
+  def write(self, config: ModelConfig) -> dict:
+    return write_stacks(config) | dict(
+        decoder_vocab_size=config.vocab_size,
         # Ours: whether the bias is there; transformers takes zeros where not.
-        final_logits_bias=c.logits_bias,
+        final_logits_bias=config.logits_bias,
         # Any token in the vocabulary serves: theirs must name one.
-        pad_token_id=c.vocab_size - 1, decoder_start_token_id=c.vocab_size - 1,
+        pad_token_id=config.vocab_size - 1,
+        decoder_start_token_id=config.vocab_size - 1,
         eos_token_id=0, forced_eos_token_id=None)

@@ -24,6 +24,6 @@ class UMT5(EncoderDecoder):
 class HF(t5.HF):
   model_type = 'umt5'
   architecture = 'UMT5ForConditionalGeneration'
-  fields = t5.FIELDS | mt5.SIZES
+  fields = t5.FIELDS | mt5.DEFAULT_SIZES
   # Published files have the last, which the reference does not read.
   ignored = ()

@@ -18,5 +18,5 @@ class XLMR(roberta.RoBERTa):
 class HF(roberta.HF):
   model_type = 'xlm-roberta'
   architecture = 'XLMRobertaForMaskedLM'
-  fields = roberta.HF.fields | hf.fields(vocab_size=30522)
-  heads = hf.heads('XLMRoberta', sequence='classifier.out_proj')
+  fields = roberta.HF.fields | hf.fields_with_defaults(vocab_size=30522)
+  heads = hf.task_heads('XLMRoberta', sequence='classifier.out_proj')

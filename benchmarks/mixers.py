@@ -268,7 +268,7 @@ def main() -> None:
     raise RequestError(f'--lengths is {",".join(args.lengths)}: write whole '
                        f'numbers above {NEW_TOKENS}, each once')
   json_file = storage.checked_output_file(args.json, '--json')
-  cpu.prepare()
+  cpu.configure_cpu()
   sizes = dict(d_model=args.d_model, num_heads=args.num_heads)
   rows = []
   for section in args.sections:

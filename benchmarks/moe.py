@@ -48,7 +48,7 @@ def main() -> None:
   """
   flags.DEFINE_integer('rounds', 11, 'How many turns each contender takes.', 1)
   cli.parse(__doc__)
-  cpu.prepare()
+  cpu.configure_cpu()
   for tokens in (2048, 16384):
     contenders = {
         'dense': make_layer(0, tokens),

@@ -20,7 +20,7 @@ class Trainer:
       request: `config`, the config of the run, as JSON has it.
     """
     # The run and its first batch.
-    cpu.prepare()
+    cpu.configure_cpu()
     config = run_config.config_from_json(request['config'])
     config = objectives.fill_in_labels(config)
     tokenizer = rival.load_tokenizer(config)
@@ -33,10 +33,10 @@ class Trainer:
     # is given back, so that the peak is that of training.
     with self.run.context():
       self.state = self.run.new_state()
-      cpu.trim()
+      cpu.release_free_memory()
       self.compiled = self.run.train_step().lower(
           self.state, self.batch).compile()
-    cpu.trim()
+    cpu.release_free_memory()
 
   def step(self) -> float:
     """Takes a step; returns its loss."""

@@ -19,7 +19,7 @@ from configs import deepseek_v2, recipes
 
 
 def _layers(first: str, n: int) -> dict:
-  return deepseek_v4.layers(
+  return deepseek_v4.pattern_of_layers(
       [first] * 2 + ['hca' if i % 2 else 'csa' for i in range(n - 2)],
       [i < 3 for i in range(n)])
 
@@ -36,7 +36,7 @@ SIZES = recipes.table(
     vocab_size=129280, init='normal', init_stddev=0.006)
 SIZES['flash'] |= _layers('swa', 43)
 SIZES['pro'] |= _layers('hca', 61)
-SIZES['tiny'] = deepseek_v4.layers(
+SIZES['tiny'] = deepseek_v4.pattern_of_layers(
     ['swa', 'csa', 'hca', 'csa'], [True, True, False, False]) | dict(
         d_model=128, num_layers=4, num_heads=4, head_dim=64, max_len=256,
         compressed=dict(window=32, hca_rate=16, out_groups=2, out_rank=32,

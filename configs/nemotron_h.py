@@ -17,22 +17,22 @@ from architectures import nemotron_h
 from configs import recipes
 
 SIZES = {
-    '8b': nemotron_h.layers(
+    '8b': nemotron_h.pattern_of_letters(
         'M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-') | dict(
             d_model=4096, num_heads=32, num_kv_heads=8, d_ff=21504,
             mamba2=dict(heads=128, head_dim=64), parameters=8_100_852_736),
-    '9b': nemotron_h.layers(
+    '9b': nemotron_h.pattern_of_letters(
         'M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-') | dict(
             d_model=4480, num_heads=40, num_kv_heads=8, d_ff=15680,
             mamba2=dict(heads=128, head_dim=80), parameters=8_888_227_328),
-    '30b-a3b': nemotron_h.layers(
+    '30b-a3b': nemotron_h.pattern_of_letters(
         'MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME') | dict(
             d_model=2688, num_heads=32, num_kv_heads=2, d_ff=1856,
             mamba2=dict(heads=64, head_dim=64), moe=dict(
                 num_experts=128, d_ff=1856, gate_scale=2.5,
                 balance_weight=0.0001), batch_size=3072, tokens=25e12, lr=1e-3,
             parameters=31_577_937_344),
-    '120b-a12b': nemotron_h.layers(
+    '120b-a12b': nemotron_h.pattern_of_letters(
         'MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*'
         'EMEMEMEM*EMEMEMEME') | dict(
             d_model=4096, num_heads=32, num_kv_heads=2, d_ff=2688,

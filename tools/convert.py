@@ -357,7 +357,8 @@ def main() -> None:
     storage.check_folder_is_writable(args.folder, 'DIR')
     of_gguf(args.source, args.folder)
     return
-  cpu.give_threads()  # not prepare(), with which what is freed would stay
+  # Not configure_cpu(), with which what is freed would stay.
+  cpu.set_number_of_threads()
   step = checkpoints.parse_step(getattr(args, 'step', None))
   args.workdir = storage.checked_path(args.workdir, 'WORKDIR')
   if args.command == 'export':

@@ -46,7 +46,7 @@ def row(run: runs.Run, name: str, x: Any, axes: Sequence[str | None]) -> dict:
     axes: its logical axes.
   """
   mesh, rules = run.mesh.shape, run.config.mesh.rules
-  spec = devices.spec(x.shape, axes, run.mesh, rules)
+  spec = devices.partition_spec(x.shape, axes, run.mesh, rules)
   places: list[tuple[str, ...]] = []  # the mesh axes of each dimension
   for entry in spec:
     if isinstance(entry, str):

@@ -30,7 +30,7 @@ def main() -> None:
           "needs the package lm_eval: pip install -e '.[lm-eval]'")
   if words[0] == 'run' and not {'-h', '--help'} & set(words):
     from training.distributed import cpu
-    cpu.prepare()
+    cpu.configure_cpu()
     sys.argv[2:2] = _defaults({word.partition('=')[0] for word in words})
   from lm_eval import models  # which fills the registry
   from lm_eval.__main__ import cli_evaluate

@@ -107,7 +107,7 @@ def build_on_devices(request: RunRequest, mesh: Mesh | None = None) -> runs.Run:
       does not fit into the memory of the devices.
   """
   run = runs.build(request.config, request.model, mesh)
-  devices.check_memory(run.abstract, run.mesh)
+  devices.check_state_fits(run.abstract, run.mesh)
   return run
 
 
@@ -185,7 +185,7 @@ def find_starting_point(request: RunRequest, run: runs.Run,
                          sentence=early_end)
 
   # Any other goes on from its step.
-  if devices.primary() and 0 < step < last_step:
+  if devices.is_primary_process() and 0 < step < last_step:
     print(f'{label}going on from step {step}')
     for change in checkpoints.list_environment_changes(restored.record):
       print(f'{label}not bit for bit, since this has changed: {change}')
@@ -197,7 +197,7 @@ def create_first_state(run: runs.Run) -> TrainState:
   that are drawn, or are those of init_from; prints which."""
   config = run.config
   state = parameters.create_state(run, config.init_from)
-  if not devices.primary():
+  if not devices.is_primary_process():
     return state
   if config.init_from:
     print(f'starting from the parameters in {config.init_from} (init_from)')

@@ -140,7 +140,7 @@ class StopOnSignal(Hook):
     self._stop = stop
 
   def after_step(self, loop: Loop, figures: Any) -> None:
-    loop.stopped = self._stop.agreed(loop.n)
+    loop.stopped = self._stop.should_stop(loop.n)
 
   def end(self, loop: Loop) -> None:
     for writer in loop.writers:
@@ -182,7 +182,8 @@ class Evaluate(Hook):
     if is_task:
       params = next(iter(program.split_by_run(loop.state.params)))
       names = self._tasks.list_figure_names(
-          task, params, loop.writers[0].workdir, lambda: self._stop.at_once)
+          task, params, loop.writers[0].workdir,
+          lambda: self._stop.can_stop_at_once)
     else:
       names = held_out.list_figure_names(
           program.eval_step, params=loop.state.params, loaders=self._eval_data,
@@ -219,7 +220,7 @@ class Evaluate(Hook):
       if self._are_tasks_due(loop):
         self._save.save_after_failed_evaluation(loop)
       raise
-    loop.stopped = self._stop.at_once
+    loop.stopped = self._stop.can_stop_at_once
 
   def _lacks_evaluation(self, loop: Loop, writer: RunWriter) -> bool:
     """Whether a run lacks the evaluation after the steps that are done."""
@@ -247,7 +248,7 @@ class Evaluate(Hook):
   def _is_cut_short(self, loop: Loop) -> bool:
     """Whether a signal ends an evaluation. The last one goes on: the run was
     for it."""
-    return self._stop.at_once and loop.n < loop.steps
+    return self._stop.can_stop_at_once and loop.n < loop.steps
 
   def _evaluate(self, loop: Loop) -> bool:
     """Evaluates all runs by what is due, and writes their figures; returns

@@ -49,7 +49,7 @@ def train_run(run: runs.Run, state: TrainState, start: int,
   train_runs(program, writers=[writer], state=state, start=start,
              loaders=[train_data], eval_data=eval_data,
              profile_steps=profile_steps)
-  if devices.primary():
+  if devices.is_primary_process():
     _print_how_run_ended(writer)
   if writer.code == ENDED_EARLY:
     return 0
@@ -155,7 +155,7 @@ def train_runs(program: Program, writers: Sequence[RunWriter],
   for writer in writers:
     writer.open_metrics(start)
   batches = TrainingBatches(program, loaders, num_runs=len(writers))
-  if devices.primary():
+  if devices.is_primary_process():
     print(program.title + description.describe_run(
         program.run, start=start, tokens=batches.most_tokens,
         train_data=loaders[0],
@@ -176,14 +176,15 @@ def train_runs(program: Program, writers: Sequence[RunWriter],
       each.check(loop)
 
     # 3. ... and compiles, waits for the other processes, and starts the clock.
-    cpu.trim()
-    with loop.meter.compiling(), progress.show_compilation(devices.primary()):
+    cpu.release_free_memory()
+    is_primary = devices.is_primary_process()
+    with loop.meter.compiling(), progress.show_compilation(is_primary):
       loop.train_step.compile(state, batch)
       for each in loop.hooks:
         each.compile(loop)
-    cpu.trim()
-    devices.sync('compiled')
-    loop.bar = progress.make_run_progress(loop.steps, start, devices.primary())
+    cpu.release_free_memory()
+    devices.wait_for_all_processes('compiled')
+    loop.bar = progress.make_run_progress(loop.steps, start, is_primary)
     loop.meter.begin(start)
     for each in loop.hooks:
       each.begin(loop)

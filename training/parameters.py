@@ -64,13 +64,13 @@ def restore_run(run: runs.Run, saved: checkpoints.Checkpoints
     return run.abstract
 
   restored = checkpoints.restore_checkpoint(saved.directory, state_to_read)
-  if devices.primary():
+  if devices.is_primary_process():
     _warn_of_damaged_checkpoints(restored)
   # A converted run has parameters and nothing else.
   if restored.state is None:
     state = create_state(run, saved.directory.parent, restored.step)
     restored = restored._replace(state=state)
-    if devices.primary():
+    if devices.is_primary_process():
       print('starting from the parameters in this workdir')
   saved.go_on_from(restored)
   return restored

@@ -103,9 +103,9 @@ def build_optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
     steps: train.steps, over which the learning rate is scheduled.
   """
   roles = parameter_roles(module)
-  rate_multipliers = mup.rates(module.config, optim.name, roles)
+  rate_multipliers = mup.learning_rate_factors(module.config, optim.name, roles)
   rate_shares = parameter_shares(module, optim)
-  return optimizers.make(optim, steps=steps, roles=roles,
+  return optimizers.make_optimizer(optim, steps=steps, roles=roles,
                          rates=rate_multipliers, parts=rate_shares)
 
 
@@ -116,7 +116,7 @@ def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):
 
   Args:
     module: the model.
-    optim: config.optim; see shares.of.
+    optim: config.optim; see shares.learning_rate_shares.
 
   Raises:
     RequestError: for rates by depth (layer_decay) of layers that loop.
@@ -132,7 +132,8 @@ def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):
       or optim.layer_decay != 1 or optim.table_rate != 1):
     roles = parameter_roles(module)
     shapes = parameter_shapes(module)
-    return shares.of(optim, roles=roles, shapes=shapes, adapted=has_adapters)
+    return shares.learning_rate_shares(
+        optim, roles=roles, shapes=shapes, adapted=has_adapters)
   return None
 
 
@@ -163,7 +164,7 @@ def abstract_state(module: nn.Module, tx: optax.GradientTransformation,
   replicated = NamedSharding(mesh, PartitionSpec())
   ema_shardings = None
   if optim.ema:
-    ema_shardings = shares.trained(rate_shares, param_shardings)
+    ema_shardings = shares.keep_trained(rate_shares, param_shardings)
   shardings = TrainState(
       step=replicated,
       params=param_shardings,
@@ -264,17 +265,17 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     these are means over as health/tokens.
   """
   objective = objectives.find_objective(config)
-  schedule = optimizers.rate(config.optim, config.train.steps)
+  schedule = optimizers.learning_rate(config.optim, config.train.steps)
   rate_shares = parameter_shares(module, config.optim)
 
   def step(state: TrainState, batch: Any):
     """Returns the state after one update, and the metrics of the step."""
     # The gradient is that of the trained parameters alone: no product with a
     # frozen weight needs the gradient of that weight.
-    trained = shares.trained(rate_shares, state.params)
+    trained = shares.keep_trained(rate_shares, state.params)
 
     def loss_of_trained(trained: Any, *batch_key_and_totals):
-      params = shares.whole(rate_shares, trained, state.params)
+      params = shares.fill_in_frozen(rate_shares, trained, state.params)
       return _micro_batch_loss(module, config, params, *batch_key_and_totals)
 
     # The gradient and the figures, summed over the whole batch. The sums are
@@ -286,7 +287,7 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
         grad_fn, params=trained, batch=batch, key=key, totals=totals,
         num_micro_batches=config.train.grad_accumulation)
     grads = jax.tree.map(lambda g: g / totals[objective.main], grads)
-    grads = shares.without_frozen_rows(rate_shares, grads)
+    grads = shares.zero_frozen_layers(rate_shares, grads)
     metrics = objective.means(figures) | expert_metrics
     if expert_metrics:
       metrics['health/tokens'] = totals['tokens']
@@ -298,8 +299,8 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
         is_finite, tx=tx, grads=grads, state=state.opt_state, params=trained)
     with_biases = moe.move_biases(module.config, params=updated,
                                   loads=expert_loads, applied=is_finite)
-    updated = shares.with_frozen_rows(rate_shares, with_biases, updated)
-    params = shares.whole(rate_shares, updated, state.params)
+    updated = shares.restore_frozen_layers(rate_shares, with_biases, updated)
+    params = shares.fill_in_frozen(rate_shares, updated, state.params)
 
     # The counts of skipped steps, and the average of the parameters.
     bad_in_row = jnp.where(is_finite, 0, state.bad_in_row + 1)
@@ -596,11 +597,11 @@ class Run:
     """Returns the parameters with which a training state is evaluated: their
     average, in a run with optim.ema, and else the parameters themselves."""
     rate_shares = parameter_shares(self.module, self.config.optim)
-    return shares.evaluated(rate_shares, state.ema, state.params)
+    return shares.evaluated_parameters(rate_shares, state.ema, state.params)
 
   def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Returns a batch on the devices, given the rows of this process."""
-    return devices.put(batch, self.place)
+    return devices.put_on_devices(batch, self.place)
 
   def train_step(self, taps: Sequence[Callable] = ()) -> jax.stages.Wrapped:
     """Returns jitted step(state, batch) -> (state, figures), to which the
@@ -631,7 +632,7 @@ def build(config: ml_collections.ConfigDict, model: ModelConfig,
   """
   # The mesh.
   if mesh is None:
-    shape = devices.mesh_shape(config.mesh, jax.device_count())
+    shape = devices.resolve_mesh_shape(config.mesh, jax.device_count())
     mesh = devices.make_mesh(shape, slices=config.mesh.slices)
   check_mesh(config, model, mesh.shape)
 
@@ -691,7 +692,7 @@ def fit_mesh_to_this_machine(config: ml_collections.ConfigDict
   config.train.grad_accumulation = 1
   config.data.batch_ramp = ''
   try:
-    devices.mesh_shape(config.mesh, jax.device_count())
+    devices.resolve_mesh_shape(config.mesh, jax.device_count())
   except RequestError:
     config.mesh.update(data=-1, fsdp=1, expert=1, context=1, tensor=1,
                        slices=0)

@@ -115,7 +115,7 @@ class CompiledPerShape:
       return
     with self._meter.compiling():  # all processes meet the shape at once
       self.compile(state, batch)
-      devices.sync('compiled')
+      devices.wait_for_all_processes('compiled')
 
   def run_timed(self, state: Any, batch: Any) -> tuple[Any, float]:
     """Runs the step, and returns what it returns and how many seconds it took,

@@ -63,7 +63,7 @@ class RunWriter:
     which the run goes on."""
     self._files = metrics.open_writers(
         self.workdir, config=self.config.to_dict(), resumed_step=start,
-        primary=devices.primary())
+        primary=devices.is_primary_process())
     self.best = BestEvaluation.begin_or_resume(self.config, self.saved.best)
     if start > 0:
       # Only process 0 has the rows: it answers for all.

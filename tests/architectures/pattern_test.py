@@ -146,7 +146,7 @@ def test_every_layer_has_one_place_and_one_name():
         for row in range(2) for b in range(2)),
       *((f'decoder/suffix/block_{b}/attention/query', 0) for b in range(2))]
   row = 'decoder/layers/attention/query', 'DHK', 'h.{n}.q', 'HK D'
-  tensors = tensor_map.expand(
+  tensors = tensor_map.map_tensors(
       [row], {path: flat[path].shape for path in queries})
   assert {t.name: (t.paths[0], *t.index) for t in tensors} == {
       f'h.{n}.q': stacks.path_and_row(queries[0], n) for n in range(7)}

@@ -19,7 +19,7 @@ from training.workdir import checkpoints, storage
 
 def main():
   step = int(sys.argv.pop(1))
-  agreed = signals.Stop.agreed
+  agreed = signals.Stop.should_stop
 
   def die_or_go_on(stop, n: int) -> bool:
     if n > step:
@@ -32,7 +32,7 @@ def main():
       os.kill(os.getpid(), signal.SIGKILL)
     return agreed(stop, n)
 
-  signals.Stop.agreed = die_or_go_on
+  signals.Stop.should_stop = die_or_go_on
   sys.argv[0] = 'train.py'
   runpy.run_path('train.py', run_name='__main__')
 

@@ -36,7 +36,7 @@ def _fault(fault: dict) -> None:
 
 def _watch_steps(faults: list[dict]) -> None:
   """Lets each fault happen, and counts exchanges, at the end of each step."""
-  agreed = signals.Stop.agreed
+  agreed = signals.Stop.should_stop
   exchanges = []
 
   def counted(exchange):
@@ -55,7 +55,7 @@ def _watch_steps(faults: list[dict]) -> None:
 
   for name in ('process_allgather', 'broadcast_one_to_all'):
     setattr(multihost_utils, name, counted(getattr(multihost_utils, name)))
-  signals.Stop.agreed = at_step
+  signals.Stop.should_stop = at_step
 
 
 def main():

@@ -100,7 +100,7 @@ def asked(tree: dict[str, Any]) -> set[str]:
   """Returns the names of all fields that our page asks for."""
   hf = hf_config.Reader(tree)
   hf_config.model_of(hf)
-  return hf.asked
+  return hf.names_read
 
 
 def changes(tree: dict[str, Any], more: set[str]

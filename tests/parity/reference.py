@@ -111,7 +111,7 @@ def draw(config: dict, system: str, head: str = 'lm'):
       num_labels=2 if head == 'span' else 3, pad_token_id=0)
   # Some classes take none of what transformers writes for infinity.
   config = kind.config_class.from_dict({
-      name: [float('inf') if x == mamba2.INFINITY else x for x in value]
+      name: [float('inf') if x == mamba2.INFINITY_IN_JSON else x for x in value]
       if isinstance(value, list) else value
       for name, value in (config | of_head).items()})
   if of_head and not getattr(config, 'layer_types', None):

@@ -132,7 +132,7 @@ def _train(tmp_path, monkeypatch):
     config.update_from_flattened_dict(
         {name.replace('__', '.'): value for name, value in fields.items()})
     if stop is not None:
-      monkeypatch.setattr(signals.Stop, 'agreed', lambda _, n: n == stop)
+      monkeypatch.setattr(signals.Stop, 'should_stop', lambda _, n: n == stop)
     fake = Fake(rows, config)
     several = len(rows) > 1
     members = [loop.RunWriter(config, tmp_path / str(i), Saved(due),
@@ -225,9 +225,9 @@ def _signal(monkeypatch, at_once):
   """Lets a signal be there where `at_once`, of the step that was asked about,
   says so."""
   asked = [0]
-  monkeypatch.setattr(signals.Stop, 'agreed', lambda self, step: (
+  monkeypatch.setattr(signals.Stop, 'should_stop', lambda self, step: (
       asked.append(step)))
-  monkeypatch.setattr(signals.Stop, 'at_once', property(
+  monkeypatch.setattr(signals.Stop, 'can_stop_at_once', property(
       lambda self: at_once(asked[-1])))
 
 
@@ -301,7 +301,7 @@ def test_a_run_that_goes_on_decides_as_without_the_break(
   assert (whole.saved.newest, whole.best.step) == (5, 3)
   _, (first,), _ = train({}, **fields, stop=stop)
   assert first.code == loop.STOPPED and first.best.seen == stop - 1
-  monkeypatch.setattr(signals.Stop, 'agreed', lambda self, n: False)
+  monkeypatch.setattr(signals.Stop, 'should_stop', lambda self, n: False)
   n, (member,), _ = train({}, **fields, start=stop, best=first.saved.best)
   assert (n, member.code) == (5, loop.ENDED_EARLY)
   assert member.best == whole.best and member.sentence == whole.sentence
@@ -338,7 +338,7 @@ def test_no_row_is_missing_and_none_is_there_twice(
     train, cheap, monkeypatch, stop, rows):
   """Whether or not an evaluation was due when the signal came."""
   train(*[{}] * rows, stop=stop, **BOTH)
-  monkeypatch.setattr(signals.Stop, 'agreed', lambda self, n: False)
+  monkeypatch.setattr(signals.Stop, 'should_stop', lambda self, n: False)
   n, members, _ = train(*[{}] * rows, start=stop, **BOTH)
   assert n == STEPS
   for member in members:

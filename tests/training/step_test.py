@@ -70,7 +70,7 @@ def train(c, mesh=None, steps=2, batches=None, params=None):
     seen = []
     for n in range(steps):
       b = batches[n] if batches else batch(n)
-      state, metrics = step(state, devices.put(b, run.place))
+      state, metrics = step(state, devices.put_on_devices(b, run.place))
       seen.append(jax.device_get(metrics))
   return run, jax.device_get(state), seen
 

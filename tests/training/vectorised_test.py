@@ -275,7 +275,7 @@ def test_every_optimizer_takes_traced_fields(name, dtype):
   optim.update(name=name, warmup_steps=3)
 
   def update(optim):
-    tx = optimizers.make(optim, 10, roles)
+    tx = optimizers.make_optimizer(optim, 10, roles)
     return tx.update(grads, tx.init(params), params)[0]
 
   traced = jax.jit(jax.vmap(lambda values: update(

@@ -74,7 +74,7 @@ class Runner:
     self._on_begun = begun
     self._name = ledger.register_runner()
     self._jobs: list[Job] = []
-    self._signals = signals.Count()
+    self._signals = signals.SignalCount()
     self._time_of_heartbeat = 0.0
 
   def run(self, wait: bool = False) -> None:
@@ -93,7 +93,7 @@ class Runner:
     self._start_time = self._time_of_progress = time.monotonic()
     self._trained_at_start = self._count_trained()
     # A signal is only counted: it may come while a job is being started.
-    with signals.handled(self._signals.add):
+    with signals.handle_signals(self._signals.add):
       try:
         while True:
           self._record_heartbeat()
@@ -384,7 +384,7 @@ def main() -> int:
   parser.add_argument('--evaluate', default='', metavar='TASK,TASK',
                       help='what to evaluate instead of training')
   args = parser.parse_args()
-  cpu.prepare()
+  cpu.configure_cpu()
 
   # The folder of each run.
   runs = []

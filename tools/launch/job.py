@@ -82,7 +82,7 @@ def make_job(num_devices: int) -> Job:
   preflight.check_config(args.config, cli.overridden_fields())
   if num_devices:
     model = runs.resolve_model_without_tokenizer(args.config)
-    mesh = devices.mesh_shape(args.config.mesh, num_devices)
+    mesh = devices.resolve_mesh_shape(args.config.mesh, num_devices)
     runs.check_mesh(args.config, model, mesh)
   progress.parse_profiled_steps(args.profile_steps, args.config.train.steps)
 

@@ -142,7 +142,7 @@ def run_until_complete(words: list[str], env: dict[str, str], processes: int,
   codes_of_stopped = {0, job_lib.STOPPED, -signal.SIGTERM, -signal.SIGHUP}
   failures = 0
   received = Signals()
-  with signals.handled(received.add):
+  with signals.handle_signals(received.add):
     while True:
       if received.n:  # between two runs
         return job_lib.STOPPED
@@ -157,7 +157,7 @@ def run_until_complete(words: list[str], env: dict[str, str], processes: int,
       if not any(codes):
         return 0
       has_stopped = set(codes) <= codes_of_stopped
-      if received.n or signals.is_unread(1):
+      if received.n or signals.is_reader_gone(1):
         return job_lib.STOPPED if has_stopped else 1
       if 2 in codes:
         return 2
@@ -270,7 +270,7 @@ def _is_stopped_by_signal(pid: int) -> bool:
   return os.waitid(os.P_PID, pid, how) is not None
 
 
-class Signals(signals.Count):
+class Signals(signals.SignalCount):
   """The signals that came: the first is passed on to the processes, the end of
   the terminal as such, since process 0 prints to it too; a second one kills."""
 

@@ -246,7 +246,7 @@ def memory_traffic(run: runs.Run, products: float, training: bool) -> float:
   accumulation = 1
   if training:
     accumulation = run.config.train.grad_accumulation
-    trained = devices.on_device(memory.trained_parameters(run))
+    trained = devices.bytes_on_one_device(memory.trained_parameters(run))
     state_bytes = memory.state_bytes(run) | {'parameters': trained}
     state = 2 * sum(state_bytes.values())
     # Where some parameters are frozen, the backward pass may not reach them.
@@ -282,7 +282,7 @@ def _share_of_experts(run: runs.Run, training: bool, accumulation: int
   if not training:
     length -= 1
   tokens = run.config.data.batch_size * length // accumulation
-  shards = devices.shards('experts', run.mesh.shape, run.config.mesh.rules)
+  shards = devices.num_shards('experts', run.mesh.shape, run.config.mesh.rules)
   experts = run.model.part(MoEConfig).num_experts // shards
   return min(experts, rows_of_experts(run, tokens)) / experts
 
@@ -297,5 +297,5 @@ def rows_of_experts(run: runs.Run, tokens: float) -> int:
   """
   if not run.model.has_experts:
     return 0
-  shards = devices.shards('tokens', run.mesh.shape, run.config.mesh.rules)
+  shards = devices.num_shards('tokens', run.mesh.shape, run.config.mesh.rules)
   return math.ceil(tokens * run.model.part(MoEConfig).top_k / shards)

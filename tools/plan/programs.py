@@ -68,7 +68,7 @@ def run_on(config, topology: chips.Topology, mesh: str) -> runs.Run:
   if mesh:
     shape = devices.parse_mesh(mesh, topology.devices)
   else:
-    shape = devices.mesh_shape(config.mesh, topology.devices)
+    shape = devices.resolve_mesh_shape(config.mesh, topology.devices)
   model, _ = runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
   # Without a published peak, there is no bound to print.
   predict.require_peak_flops(topology, model.dtype)
@@ -110,7 +110,7 @@ def make_plan(run: runs.Run, topology: chips.Topology, names: list[str]
   model, config = run.model, run.config
   accumulation = config.train.grad_accumulation
   parameters, active = totals.count_parameters(model)
-  shards = devices.shards('batch', run.mesh.shape, config.mesh.rules)
+  shards = devices.num_shards('batch', run.mesh.shape, config.mesh.rules)
   compiler = chips.installed_compiler(topology)
   return dict(
       model=model.arch, parameters=parameters, active_parameters=active,

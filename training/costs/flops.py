@@ -400,14 +400,14 @@ def _row_flops(config: ModelConfig, program: Any, *args, unread: int = 0,
   def sum_of_outputs(part: Any, params: Any, *args):
     """Returns a loss that reads all outputs, so that no gradient is dropped."""
     total = 0
-    all_params = shares.whole(trained, part, params)
+    all_params = shares.fill_in_frozen(trained, part, params)
     for x in jax.tree.leaves(outputs(all_params, *args)):
       if jnp.issubdtype(x.dtype, jnp.floating):
         total += x.astype(jnp.float32).sum()
     return total
 
   def gradients(params: Any, *args):
-    part = shares.trained(trained, params)
+    part = shares.keep_trained(trained, params)
     return jax.value_and_grad(sum_of_outputs)(part, params, *args)
 
   function = outputs if trained is None else gradients

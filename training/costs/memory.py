@@ -25,11 +25,11 @@ def state_bytes(run: runs.Run) -> dict[str, int]:
   """Returns the bytes on a device of a run's parameters, optimiser state, and
   with optim.ema of the average of the parameters."""
   nbytes = {
-      'parameters': devices.on_device(run.abstract.params),
-      'optimizer': devices.on_device(run.abstract.opt_state),
+      'parameters': devices.bytes_on_one_device(run.abstract.params),
+      'optimizer': devices.bytes_on_one_device(run.abstract.opt_state),
   }
   if run.abstract.ema is not None:
-    nbytes['average'] = devices.on_device(run.abstract.ema)
+    nbytes['average'] = devices.bytes_on_one_device(run.abstract.ema)
   return nbytes
 
 
@@ -37,7 +37,7 @@ def trained_parameters(run: runs.Run):
   """Returns the shapes of a run's parameters that have a gradient: those that
   are not frozen."""
   parts = parameter_shares(run.module, run.config.optim)
-  return shares.trained(parts, run.abstract.params)
+  return shares.keep_trained(parts, run.abstract.params)
 
 
 def sharded_axes(sharding: Any) -> set[str]:
@@ -120,14 +120,14 @@ def estimate_peak_bytes(run: runs.Run,
   gradients = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding),
       trained_parameters(run))
-  parts['gradients'] = devices.on_device(gradients)
+  parts['gradients'] = devices.bytes_on_one_device(gradients)
 
   # What a micro-batch keeps for the backward pass on this device. It is split
   # over devices as the activations between the layers are.
   if kept_in_all is None:
     kept_in_all = bytes_kept_for_backward(run)
   on_devices, in_hosts = kept_in_all
-  num_pieces = micro_batches * devices.stream_shards(shape, rules, length)
+  num_pieces = micro_batches * devices.num_stream_shards(shape, rules, length)
   parts['kept_for_backward'] = on_devices // num_pieces
 
   # Weights that stay gathered from the forward pass to the backward one.
@@ -138,7 +138,7 @@ def estimate_peak_bytes(run: runs.Run,
   # The largest thing of one layer: the scores, or the hidden units with their
   # gradient and what the activation reads; and a weight with its gradient.
   batch_tokens = run.config.data.batch_size * length
-  token_shards = devices.shards('tokens', shape, rules)
+  token_shards = devices.num_shards('tokens', shape, rules)
   tokens = batch_tokens // (micro_batches * token_shards)
   widest = 0
   for layer in model.distinct_layers:

@@ -231,7 +231,7 @@ def trained_parameters(module: nn.Module, optim: Config) -> int:
     optim: config.optim, whose pattern `freeze` names frozen parameters.
   """
   parts = parameter_shares(module, optim)
-  trained = shares.trained(parts, parameter_shapes(module))
+  trained = shares.keep_trained(parts, parameter_shapes(module))
   return sum(x.size for x in jax.tree.leaves(trained))
 
 

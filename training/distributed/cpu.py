@@ -23,54 +23,65 @@ _TRIM_THRESHOLD = -1
 _TOP_PAD = -2
 _MMAP_MAX = -4
 _ARENA_MAX = -8
-_SETTINGS = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_ARENA_MAX, 1),
-             (_TOP_PAD, 64 << 20))
+_MALLOC_OPTIONS = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_ARENA_MAX, 1),
+                   (_TOP_PAD, 64 << 20))
+
+# With one thread a device, eval.py hung in 10 of 16 trials on 8 devices beside
+# other programs on 2 cores.
+_THREADS_OF_A_DEVICE = 4
 
 
-# The threads for each device. With one, eval.py hung in 10 of 16 trials on 8
-# devices beside other programs on 2 cores.
-_THREADS = 4
+def configure_cpu() -> None:
+  """Configures JAX and malloc for computing on the CPU.
 
-
-def prepare() -> None:
-  """Lets a CPU compute in the thread that calls it, this process keep what it
-  frees, and several devices have threads enough ($PJRT_NPROC, unless it is
-  set). Nothing changes where the device is another one; where the C library
+  A CPU then computes in the thread that calls it, this process keeps the memory
+  that it frees, and several devices have threads enough ($PJRT_NPROC, unless it
+  is set). Nothing changes where the device is another one; where the C library
   has no mallopt, memory is not kept. Call it once, after
-  jax.distributed.initialize and before anything else touches a device."""
-  give_threads()
+  jax.distributed.initialize and before anything else touches a device.
+  """
+  set_number_of_threads()
   jax.config.update('jax_cpu_enable_async_dispatch', False)
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
   if jax.default_backend() == 'cpu' and mallopt is not None:
-    for name, value in _SETTINGS:
-      mallopt(name, value)
+    for option, value in _MALLOC_OPTIONS:
+      mallopt(option, value)
 
 
-def give_threads() -> None:
-  """Sets $PJRT_NPROC, the threads of XLA's pool, unless it is set: where there
-  are several devices, those of four collectives for each, and no fewer than
-  the cores that this process may use, which are XLA's own choice."""
-  devices = _devices()
-  if devices <= 1 and not jax.distributed.is_initialized():
+def set_number_of_threads() -> None:
+  """Sets $PJRT_NPROC, the number of threads in the pool of XLA's CPU backend,
+  where there are several devices, unless it is set.
+
+  Each collective that a device waits in holds a thread, so there are enough for
+  four a device, and no fewer than the cores that this process may use, which
+  are XLA's own choice.
+  """
+  num_devices = _number_of_devices()
+  if num_devices <= 1 and not jax.distributed.is_initialized():
     return
   num_cores = len(os.sched_getaffinity(0))
-  threads = max(_THREADS * devices, num_cores)
-  os.environ.setdefault('PJRT_NPROC', str(threads))
+  num_threads = max(_THREADS_OF_A_DEVICE * num_devices, num_cores)
+  os.environ.setdefault('PJRT_NPROC', str(num_threads))
 
 
-def _devices() -> int:
+def _number_of_devices() -> int:
   """Returns how many CPU devices this process will have, before it has them."""
   flags = os.environ.get('XLA_FLAGS', '')
   counts = re.findall(
       r'--xla_force_host_platform_device_count=(\d+)', flags)
-  forced = int(counts[-1]) if counts else 1
-  return max(jax.config.jax_num_cpu_devices, forced)
+  num_forced = 1
+  if counts:
+    num_forced = int(counts[-1])
+  return max(jax.config.jax_num_cpu_devices, num_forced)
 
 
-def trim() -> None:
-  """Gives the kernel back what is free: after making the state and after
-  compiling, hundreds of MiB that prepare() would keep, in pieces that a step's
-  large arrays don't fit into."""
+def release_free_memory() -> None:
+  """Gives the memory that this process has freed back to the kernel.
+
+  After making the state and after compiling it is hundreds of MiB, which
+  `configure_cpu` would keep, in pieces that a step's large arrays don't fit
+  into.
+  """
   malloc_trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
   if jax.default_backend() == 'cpu' and malloc_trim is not None:
     malloc_trim(0)

@@ -23,43 +23,54 @@ from common.errors import RequestError, require
 from configs import sharding as tables
 
 
-def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
-  """Returns the size of each mesh axis; one may be -1: what the others leave.
+def resolve_mesh_shape(sizes: Mapping[str, int], num_devices: int
+                       ) -> dict[str, int]:
+  """Returns the size of each axis of a mesh that uses all devices.
+
+  Args:
+    sizes: the size of each axis, as config.mesh has them; one may be -1, which
+      stands for what the others leave.
+    num_devices: the number of devices.
 
   Raises:
-    ValueError: where the sizes do not multiply to the number of devices.
+    RequestError: where the sizes do not multiply to the number of devices.
   """
   shape = {axis: sizes[axis] for axis in tables.MESH_AXES}
   text = ', '.join(f'mesh.{axis}={size}' for axis, size in shape.items())
-  free, fixed = [], 1  # the axis of size -1, and the product of the others
+  free_axes = []
+  product_of_sizes = 1
   for axis, size in shape.items():
     require(size >= 1 or size == -1, f'mesh.{axis} is {size}: choose a size '
             '>= 1, or -1 for what the other axes leave')
     if size == -1:
-      free.append(axis)
+      free_axes.append(axis)
     else:
-      fixed *= size
-  require(len(free) <= 1, f'{text}: only one axis may be -1')
+      product_of_sizes *= size
+  require(len(free_axes) <= 1, f'{text}: only one axis may be -1')
 
   # The axes use all devices.
   fault = ''
-  if free and num_devices % fixed:
+  if free_axes and num_devices % product_of_sizes:
     fault = 'does not divide'
-  elif not free and num_devices != fixed:
+  elif not free_axes and num_devices != product_of_sizes:
     fault = 'is not'
   if fault:
     plural = '' if num_devices == 1 else 's'
     raise RequestError(
-        f'{text}: the sizes multiply to {fixed}, which {fault} the '
+        f'{text}: the sizes multiply to {product_of_sizes}, which {fault} the '
         f'{num_devices} device{plural} there are: choose sizes whose product '
         f'is {num_devices}, or -1 for one of them')
-  for axis in free:
-    shape[axis] = num_devices // fixed
+  for axis in free_axes:
+    shape[axis] = num_devices // product_of_sizes
   return shape
 
 
-def on_device(tree: Any) -> int:
-  """Returns the bytes of one device's shards of abstract arrays."""
+def bytes_on_one_device(tree: Any) -> int:
+  """Returns how many bytes one device holds of a tree of arrays.
+
+  Args:
+    tree: arrays or ShapeDtypeStructs, with shardings.
+  """
   total = 0
   for x in jax.tree.leaves(tree):
     shard = x.sharding.shard_shape(x.shape)
@@ -67,24 +78,29 @@ def on_device(tree: Any) -> int:
   return total
 
 
-def check_memory(state: Any, mesh: Mesh) -> None:
-  """Raises RequestError for a state, as abstract arrays, that is larger than
-  all memory of a device, or of this machine where its devices are CPUs."""
-  size = on_device(state)
-  device = mesh.local_devices[0]
-  if device.platform == 'cpu':
-    size *= len(mesh.local_devices)
-  check_size(size, device=device, what='parameters and optimiser',
-             more=', or more devices over which mesh.fsdp cuts them')
-
-
-def check_size(size: int, device: jax.Device, what: str, more: str = ''
-               ) -> None:
-  """Raises RequestError for so many bytes, where all memory of a device, or of
-  this machine if its devices are CPUs, has less.
+def check_state_fits(state: Any, mesh: Mesh) -> None:
+  """Raises RequestError for a training state that is larger than all memory of
+  a device, or of this machine where its devices are CPUs.
 
   Args:
-    size: the number of bytes.
+    state: abstract arrays with shardings.
+    mesh: the mesh that they lie on.
+  """
+  num_bytes = bytes_on_one_device(state)
+  device = mesh.local_devices[0]
+  if device.platform == 'cpu':
+    num_bytes *= len(mesh.local_devices)
+  check_bytes_fit(num_bytes, device=device, what='parameters and optimiser',
+                  more=', or more devices over which mesh.fsdp cuts them')
+
+
+def check_bytes_fit(num_bytes: int, device: jax.Device, what: str,
+                    more: str = '') -> None:
+  """Raises RequestError for more bytes than all memory of a device has, or of
+  this machine if its devices are CPUs.
+
+  Args:
+    num_bytes: the number of bytes.
     device: the device on which they are to be.
     what: the name of what has them, for the message.
     more: what else may be done, for the message.
@@ -94,7 +110,8 @@ def check_size(size: int, device: jax.Device, what: str, more: str = ''
   else:
     stats = device.memory_stats() or {}
     memory = stats.get('bytes_limit', math.inf)
-  require(size <= memory, f'{what} have {size / 2**30:,.1f} GiB on a '
+  require(num_bytes <= memory,
+          f'{what} have {num_bytes / 2**30:,.1f} GiB on a '
           f'{device.device_kind}, which has {memory / 2**30:,.1f}: take a '
           f'smaller model.d_model or model.num_layers{more}')
 
@@ -109,7 +126,7 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     ValueError: for an unknown axis, or sizes that do not fit.
   """
   if text in tables.PRESETS:
-    return mesh_shape(tables.PRESETS[text], num_devices or 8)
+    return resolve_mesh_shape(tables.PRESETS[text], num_devices or 8)
   # The axes that are named, `data` being what they leave.
   sizes = dict.fromkeys(tables.MESH_AXES, 1)
   sizes['data'] = -1
@@ -122,12 +139,17 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     sizes[axis] = int(size)
   if not num_devices:
     num_devices = abs(math.prod(sizes.values()))
-  return mesh_shape(sizes, num_devices)
+  return resolve_mesh_shape(sizes, num_devices)
 
 
 def check_mesh(model: ModelConfig, shape: Mapping[str, int]) -> None:
-  """Raises ValueError where the mesh does not divide the model."""
-  # An axis that cuts rows suits no layer that reads them in order.
+  """Raises RequestError where a mesh cannot divide a model over its devices.
+
+  Args:
+    model: the config of the model.
+    shape: the size of each mesh axis.
+  """
+  # The context axis cuts each row, which a layer with a state reads in order.
   if shape['context'] != 1 and blocks.has_layers_with_state(model):
     raise RequestError(
         f'mesh.context is {shape["context"]}, and some layers keep each '
@@ -135,7 +157,7 @@ def check_mesh(model: ModelConfig, shape: Mapping[str, int]) -> None:
         'model.attention_conv, branch_conv, memory or indexer.block): set '
         'mesh.context=1')
   for name in model.kinds_used:
-    _check_kind(model, name, shape)
+    _check_layer_kind(model, name, shape)
   if shape['tensor'] != 1 and model.keep_gathered != 'none':
     raise RequestError(
         f'model.keep_gathered is {model.keep_gathered!r}, and mesh.tensor '
@@ -153,26 +175,34 @@ def check_mesh(model: ModelConfig, shape: Mapping[str, int]) -> None:
           f'{_divisors(experts)}, or num_experts a multiple of it')
 
 
-def _check_kind(model: ModelConfig, name: str, shape: Mapping[str, int]
-                ) -> None:
+def _check_layer_kind(model: ModelConfig, name: str, shape: Mapping[str, int]
+                      ) -> None:
   """Raises RequestError where a mesh axis does not divide a size of the layers
-  of a kind."""
-  # The mesh axes, each with a field that it must divide.
-  c = model.of_kind(name)
-  mixer = blocks.mixer_of_layers(c)
-  for path, size in mixer.sizes_over_tensor(c, shape['tensor']).items():
+  of one kind.
+
+  Args:
+    model: the config of the model.
+    name: the name of the kind of layer in model.kinds, '' if there are none.
+    shape: the size of each mesh axis.
+  """
+  # The parameters of the mixer that the tensor axis cuts.
+  layer = model.of_kind(name)
+  mixer = blocks.mixer_of_layers(layer)
+  for path, size in mixer.sizes_over_tensor(layer, shape['tensor']).items():
     require(size % shape['tensor'] == 0, f'mesh.tensor is {shape["tensor"]}, '
             f'which does not divide the {size} of the parameter {path} of '
-            f'model.mixer {c.mixer!r}: choose from {_divisors(size)}')
-  divided = [*mixer.fields_to_divide(c), ('fsdp', 'd_model')]
+            f'model.mixer {layer.mixer!r}: choose from {_divisors(size)}')
+
+  # The mesh axes, each with a field of the config that it must divide.
+  axes_and_fields = [*mixer.fields_to_divide(layer), ('fsdp', 'd_model')]
   if model.has_experts:
-    divided += [('tensor', 'moe.d_ff'), ('fsdp', 'moe.latent_dim')]
-  if c.ffn != NO_FFN:
-    divided.append(('tensor', 'd_ff'))
+    axes_and_fields += [('tensor', 'moe.d_ff'), ('fsdp', 'moe.latent_dim')]
+  if layer.ffn != NO_FFN:
+    axes_and_fields.append(('tensor', 'd_ff'))
 
   # A size of 1 that every device holds whole need not be divided.
-  for axis, field in divided:
-    size = flat.get_field(c, field)
+  for axis, field in axes_and_fields:
+    size = flat.get_field(layer, field)
     if size % shape[axis] == 0 or size == 1 and field in mixer.may_be_one:
       continue
     where = ''
@@ -192,7 +222,8 @@ def _divisors(size: int) -> str:
 def make_mesh(shape: Mapping[str, int],
               devices: Sequence[jax.Device] | None = None, slices: int = 0
               ) -> Mesh:
-  """Returns the mesh, its axes left to the compiler between constraints.
+  """Returns the mesh of devices, whose axes the compiler may use as it likes
+  where no constraint says more.
 
   Args:
     shape: the size of each axis, `data` first.
@@ -205,22 +236,24 @@ def make_mesh(shape: Mapping[str, int],
   """
   if devices is None:
     devices = jax.devices()
-  groups = by_slice(list(devices), slices)
-  (axis, size), *others = shape.items()
-  assert axis == 'data', shape
-  require(size % len(groups) == 0, f'mesh.data is {size}, which the '
+  groups = group_by_slice(list(devices), slices)
+  (first_axis, data_size), *other_axes = shape.items()
+  assert first_axis == 'data', shape
+  require(data_size % len(groups) == 0, f'mesh.data is {data_size}, which the '
           f'{len(groups)} slices do not divide: only `data` goes over the '
           f'network between slices, so choose a multiple of {len(groups)}')
 
   # A mesh in each slice, one behind the other along `data`. An axis of 8 x 8
   # fits on 4 x 4 x 4 chips only if physical axes may be split.
-  within = (size // len(groups), *[other for _, other in others])
-  placed = []
+  other_sizes = [size for _, size in other_axes]
+  shape_of_slice = (data_size // len(groups), *other_sizes)
+  meshes_of_slices = []
   for group in groups:
-    placed.append(mesh_utils.create_device_mesh(
-        within, group, allow_split_physical_axes=True))
+    meshes_of_slices.append(mesh_utils.create_device_mesh(
+        shape_of_slice, group, allow_split_physical_axes=True))
   axis_types = (AxisType.Auto,) * len(shape)
-  return Mesh(np.concatenate(placed), tuple(shape), axis_types=axis_types)
+  return Mesh(np.concatenate(meshes_of_slices), tuple(shape),
+              axis_types=axis_types)
 
 
 def slice_index(device: jax.Device) -> int:
@@ -231,16 +264,27 @@ def slice_index(device: jax.Device) -> int:
   return 0
 
 
-def by_slice(devices: Sequence[jax.Device], slices: int) -> list[list]:
-  """Returns the devices of each slice; `slices` is as in `make_mesh`."""
-  # The slices that the devices know.
-  known: dict[int, list] = {}
+def group_by_slice(devices: Sequence[jax.Device], slices: int) -> list[list]:
+  """Returns one list of devices for each slice, a group of devices between
+  which the network is faster than to the others.
+
+  Args:
+    devices: the devices.
+    slices: the number of slices; 0: as many as the devices say.
+
+  Raises:
+    RequestError: for another number of slices than the devices have, or one
+      that does not divide the devices.
+  """
+  # The slices that the devices themselves say they are in.
+  devices_of_slice: dict[int, list] = {}
   for device in devices:
-    known.setdefault(slice_index(device), []).append(device)
-  if len(known) > 1:
-    require(slices in (0, len(known)), f'mesh.slices is {slices}, but the '
-            f'devices are of {len(known)} slices: set it to 0 (what they say)')
-    return [known[index] for index in sorted(known)]
+    devices_of_slice.setdefault(slice_index(device), []).append(device)
+  num_slices = len(devices_of_slice)
+  if num_slices > 1:
+    require(slices in (0, num_slices), f'mesh.slices is {slices}, but the '
+            f'devices are of {num_slices} slices: set it to 0 (what they say)')
+    return [devices_of_slice[index] for index in sorted(devices_of_slice)]
 
   # Groups of the devices in their order, so process by process.
   slices = slices or 1
@@ -252,31 +296,37 @@ def by_slice(devices: Sequence[jax.Device], slices: int) -> list[list]:
 
 
 def param_shardings(abstract: Any, mesh: Mesh, rules: str):
-  """Returns a NamedSharding for each boxed parameter of `abstract`.
+  """Returns a tree with the NamedSharding of each parameter.
 
   Mesh axes that do not divide a dimension are left out of it, the last ones
   first. That happens to `vocab` and `rows` (GPT-2's 50,257), and to `expert`
   after `fsdp`; `check_mesh` refuses all others.
+
+  Args:
+    abstract: the parameters' shapes, in boxes (nn.LogicallyPartitioned) that
+      name their logical axes.
+    mesh: the mesh.
+    rules: the entry of RULES that maps the names to mesh axes.
   """
 
   def is_box(x: Any) -> bool:
     return isinstance(x, nn.LogicallyPartitioned)
 
-  def place(x: Any) -> NamedSharding:
+  def shard_parameter(x: Any) -> NamedSharding:
     # An array without names lies whole on every device.
     names: Sequence[str | None] = ()
     if is_box(x):
       x, names = x.value, x.names
-    return NamedSharding(mesh, spec(x.shape, names=names, mesh=mesh,
-                                    rules=rules))
+    spec = partition_spec(x.shape, names=names, mesh=mesh, rules=rules)
+    return NamedSharding(mesh, spec)
 
-  return jax.tree.map(place, abstract, is_leaf=is_box)
+  return jax.tree.map(shard_parameter, abstract, is_leaf=is_box)
 
 
-def spec(shape: Sequence[int], names: Sequence[str | None], mesh: Mesh,
-         rules: str) -> PartitionSpec:
-  """Returns where an array with these logical axes lies, without the mesh axes
-  that do not divide its dimensions.
+def partition_spec(shape: Sequence[int], names: Sequence[str | None],
+                   mesh: Mesh, rules: str) -> PartitionSpec:
+  """Returns the mesh axes that each axis of an array is split over, without
+  those that do not divide its size.
 
   Args:
     shape: the shape of the array.
@@ -287,28 +337,40 @@ def spec(shape: Sequence[int], names: Sequence[str | None], mesh: Mesh,
   if not names:
     return PartitionSpec()
   entries = []
-  wanted = nn.logical_to_mesh_axes(names, tables.RULES[rules])
-  for axes, size in zip(wanted, shape):
-    if isinstance(axes, str):
-      axes = (axes,)
+  mesh_axes_by_rule = nn.logical_to_mesh_axes(names, tables.RULES[rules])
+  for mesh_axes, size in zip(mesh_axes_by_rule, shape):
+    if isinstance(mesh_axes, str):
+      mesh_axes = (mesh_axes,)
     fitting = sharding.mesh_axes_that_divide(
-        tuple(axes or ()), size, mesh.shape)
+        tuple(mesh_axes or ()), size, mesh.shape)
     entries.append(fitting or None)
   return PartitionSpec(*entries)
 
 
-def shards(axis: str, shape: Mapping[str, int], rules: str) -> int:
-  """Returns into how many parts a mesh of this shape cuts a logical axis."""
+def num_shards(axis: str, shape: Mapping[str, int], rules: str) -> int:
+  """Returns into how many parts a mesh splits a logical axis.
+
+  Args:
+    axis: the name of the logical axis.
+    shape: the size of each mesh axis.
+    rules: the entry of RULES that maps names to mesh axes.
+  """
   return math.prod(shape[name] for name in dict(tables.RULES[rules])[axis])
 
 
-def stream_shards(shape: Mapping[str, int], rules: str, length: int) -> int:
-  """Returns into how many parts a mesh of this shape cuts rows of this length
-  where they go from layer to layer."""
-  parts = shards('stream', shape, rules)
-  if length % parts:
-    parts = shards('length', shape, rules)
-  return shards('batch', shape, rules) * parts
+def num_stream_shards(shape: Mapping[str, int], rules: str, length: int) -> int:
+  """Returns into how many parts a mesh splits the residual stream [B, L, D].
+
+  Args:
+    shape: the size of each mesh axis.
+    rules: the entry of RULES that maps names to mesh axes.
+    length: L, the number of tokens in a row; where the axes of the stream do
+      not divide it, those of the length count.
+  """
+  parts_of_a_row = num_shards('stream', shape, rules)
+  if length % parts_of_a_row:
+    parts_of_a_row = num_shards('length', shape, rules)
+  return num_shards('batch', shape, rules) * parts_of_a_row
 
 
 def batch_sharding(mesh: Mesh, rules: str) -> NamedSharding:
@@ -317,43 +379,60 @@ def batch_sharding(mesh: Mesh, rules: str) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(axes))
 
 
-def batch_shard(sharding_: NamedSharding, batch_size: int) -> tuple[int, int]:
-  """Returns (index, count): which slice of a batch this process loads.
+def batch_slice_of_process(batch_sharding_: NamedSharding, batch_size: int
+                           ) -> tuple[int, int]:
+  """Returns which slice of a global batch this process loads.
+
+  Args:
+    batch_sharding_: the sharding of a batch [B, ...].
+    batch_size: B, the number of rows in the global batch.
+
+  Returns:
+    The index of the slice, and the number of slices.
 
   Raises:
-    ValueError: where a process would hold rows that are not one slice.
+    RequestError: where a process would hold rows that are not one slice.
   """
-  # The rows of each device of this process, (first, past the last).
-  slices = set()
-  indices = sharding_.addressable_devices_indices_map((batch_size,))
+  # The rows on each device of this process, (first, past the last).
+  ranges = set()
+  indices = batch_sharding_.addressable_devices_indices_map((batch_size,))
   for index in indices.values():
     first, end, _ = index[0].indices(batch_size)
-    slices.add((first, end))
+    ranges.add((first, end))
 
-  # They are one slice, and every process has as many.
-  start = min(first for first, _ in slices)
-  stop = max(end for _, end in slices)
-  rows = sum(end - first for first, end in slices)
-  require(rows == stop - start and start % rows == 0,
+  # They must be one slice, and every process must have as many.
+  start = min(first for first, _ in ranges)
+  stop = max(end for _, end in ranges)
+  num_rows = sum(end - first for first, end in ranges)
+  require(num_rows == stop - start and start % num_rows == 0,
           f'process {jax.process_index()} would hold rows of the batch that '
-          f'are not one slice ({sorted(slices)}): keep the tensor axis within '
+          f'are not one slice ({sorted(ranges)}): keep the tensor axis within '
           'a host')
-  return start // rows, batch_size // rows
+  return start // num_rows, batch_size // num_rows
 
 
-def put(batch: Mapping[str, np.ndarray], to: NamedSharding):
-  """Puts this process's rows of a global batch on its devices."""
-  return {name: jax.make_array_from_process_local_data(to, x)
-          for name, x in batch.items()}
+def put_on_devices(batch: Mapping[str, np.ndarray],
+                   batch_sharding_: NamedSharding):
+  """Returns a global batch on all devices, to which each process adds its rows.
+
+  Args:
+    batch: the arrays [rows of this process, ...], by name.
+    batch_sharding_: the sharding of a global batch.
+  """
+  arrays = {}
+  for name, x in batch.items():
+    arrays[name] = jax.make_array_from_process_local_data(batch_sharding_, x)
+  return arrays
 
 
-def primary() -> bool:
+def is_primary_process() -> bool:
   """Whether this is the process that prints and writes."""
   return jax.process_index() == 0
 
 
-def sync(name: str) -> None:
-  """Waits until all processes are here."""
+def wait_for_all_processes(name: str) -> None:
+  """Waits until all processes of the run have called this with the same name.
+  """
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
     multihost_utils.sync_global_devices(name)

@@ -24,12 +24,13 @@ HEARTBEAT_SECONDS = 40
 # An error of this process may be the echo of another's, which is to be read
 # first: the launcher ends all soon after the first has ended.
 GRACE_SECONDS = 1.0
-_LINE = 256  # the bytes of the line by which a process presents itself
+# The bytes of the line by which a process presents itself: all send as many.
+_BYTES_OF_A_LINE = 256
 
 
-def how_to_join(coordinator: str = '', num_processes: int = 0,
-                process_id: int = -1, cluster: bool = False
-                ) -> dict[str, Any] | None:
+def arguments_to_join(coordinator: str = '', num_processes: int = 0,
+                      process_id: int = -1, cluster: bool = False
+                      ) -> dict[str, Any] | None:
   """Returns the arguments with which jax.distributed.initialize joins the
   processes of a run; None where this process is alone.
 
@@ -76,31 +77,43 @@ def how_to_join(coordinator: str = '', num_processes: int = 0,
       coordinator_bind_address=bind_address)
 
 
-def initialize(how: Mapping[str, Any] | None) -> None:
-  """Joins the processes of a run as `how_to_join` says. From then on a process
-  that fails ends at once, without waiting for the others at its exit, and so
-  ends them too."""
-  if how is None:
+def join_processes(arguments: Mapping[str, Any] | None) -> None:
+  """Joins the other processes of a run.
+
+  From then on a process that fails ends at once, without waiting for the others
+  at its exit, and so ends them too.
+
+  Args:
+    arguments: those of jax.distributed.initialize, as `arguments_to_join`
+      returns them; None: this process is alone.
+
+  Raises:
+    RequestError: where there is no cluster that JAX could ask.
+  """
+  if arguments is None:
     return
   try:
     jax.distributed.initialize(
-        **how, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        **arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
   except ValueError as error:  # no environment that JAX knows says who is who
     raise RequestError(
         '--cluster asks the cluster for the coordinator, and here is none '
         f'that JAX knows ({error}): pass --coordinator, --num_processes and '
         '--process_id, or run it by SLURM, Open MPI, Kubernetes or on a TPU'
     ) from error
-  cli.exit_after_failure = _end
 
-  def fail(*error: Any) -> None:
+  # Errors of which the traceback is not shown, and all others.
+  cli.exit_after_failure = _exit_at_once
+
+  def print_and_exit(*error: Any) -> None:
     traceback.print_exception(*error)
-    _end(1)
-  sys.excepthook = fail
+    _exit_at_once(1)
+  sys.excepthook = print_and_exit
 
 
-def _end(code: int) -> None:
-  """Ends this process at once, after what it has printed."""
+def _exit_at_once(code: int) -> None:
+  """Ends this process without waiting for the others, after flushing what it
+  has printed."""
   time.sleep(GRACE_SECONDS)
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
@@ -108,22 +121,23 @@ def _end(code: int) -> None:
   os._exit(code)
 
 
-def meet() -> None:
-  """Waits for all processes; then process 0 prints who they are. Until here
-  no process has touched a device."""
+def meet_and_print_processes() -> None:
+  """Waits for all processes; then process 0 prints a line for each, with its
+  devices and its host. Until here no process has touched a device."""
   if jax.process_count() == 1:
     return
-  here = jax.local_devices()
-  kind = here[0].device_kind
-  number = devices.slice_index(here[0])
-  line = (f'process {jax.process_index()}: {len(here)} x {kind}, slice '
-          f'{number}, pid {os.getpid()} on {socket.gethostname()}')
+  local_devices = jax.local_devices()
+  device_kind = local_devices[0].device_kind
+  slice_index = devices.slice_index(local_devices[0])
+  line = (f'process {jax.process_index()}: {len(local_devices)} x '
+          f'{device_kind}, slice {slice_index}, pid {os.getpid()} on '
+          f'{socket.gethostname()}')
   # Gloo gives a group of devices 30 s to meet for the first time, which a
   # process that still compiles would miss: they meet here.
-  padded = line.encode()[:_LINE].ljust(_LINE)
-  letters = np.frombuffer(padded, np.uint8)
-  lines = multihost_utils.process_allgather(letters)
-  if devices.primary():
-    for line in np.asarray(lines):
-      text = bytes(line).decode()
+  padded = line.encode()[:_BYTES_OF_A_LINE].ljust(_BYTES_OF_A_LINE)
+  line_as_bytes = np.frombuffer(padded, np.uint8)
+  all_lines = multihost_utils.process_allgather(line_as_bytes)
+  if devices.is_primary_process():
+    for line_as_bytes in np.asarray(all_lines):
+      text = bytes(line_as_bytes).decode()
       print(text.rstrip(), flush=True)

@@ -21,17 +21,21 @@ import time
 import types
 from typing import Any
 
-NUMBERS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
-_UNREAD = (signal.SIGHUP, signal.SIGPIPE)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
+# The signals that come when the reader of what is printed is gone.
+_READER_GONE = (signal.SIGHUP, signal.SIGPIPE)
+# The same signal within this time is one: others pass on what they get.
 ECHO_SECONDS = 0.5
-_STDOUT = 1
+_STDOUT = 1  # file descriptors
 _STDERR = 2
 
 
-class Count:
-  """How often a process was told to stop. timeout(1) sends a signal to its
-  program and to the group of processes that the program is in, and others pass
-  on what their children get too: the same signal within ECHO_SECONDS is one.
+class SignalCount:
+  """The number of times that a process was told to stop.
+
+  An echo does not count. timeout(1) sends a signal to its program and to the
+  group of processes that the program is in, and others pass on what their
+  children get too: the same signal within ECHO_SECONDS is one.
   SIGHUP and SIGPIPE after any count as none: a shell and the system both send
   the one, standard output and error may both meet the other, and Ctrl-C ends
   `| tee` too, in either order.
@@ -42,110 +46,127 @@ class Count:
 
   def __init__(self):
     self.n = 0
-    self._last = {}  # by signal: when it came last
+    self._time_of_last = {}  # by signal
 
   def add(self, number: int) -> bool:
     """Counts a signal; returns whether it was no echo."""
     now = time.monotonic()
     if self._is_echo(number, now):
       return False
-    self._last[number] = now
+    self._time_of_last[number] = now
     self.n += 1
     return True
 
   def _is_echo(self, number: int, now: float) -> bool:
-    """Whether a signal says again what one before it has said."""
-    if number in _UNREAD and self.n:
+    """Whether a signal says again what an earlier one has said.
+
+    Args:
+      number: the number of the signal.
+      now: the time at which it came, in seconds.
+    """
+    if number in _READER_GONE and self.n:
       return True
-    for other in (number, *_UNREAD):
-      if now - self._last.get(other, -ECHO_SECONDS) < ECHO_SECONDS:
+    for earlier in (number, *_READER_GONE):
+      time_of_last = self._time_of_last.get(earlier, -ECHO_SECONDS)
+      if now - time_of_last < ECHO_SECONDS:
         return True
     return False
 
 
-class _Printed:
-  """Standard output or error, which goes nowhere once nobody reads it: a
-  terminal may be closed some time before the SIGHUP that says so comes; Python
-  has no signal for a pipe, and `unread` is called."""
+class _StreamWithoutReader:
+  """Standard output or error, which goes nowhere once nobody reads it.
 
-  def __init__(self, stream: Any, unread: Callable[[], None]):
+  A terminal may be closed some time before the SIGHUP that says so comes. There
+  is no signal for a pipe in Python, so `on_closed_pipe` is called.
+  """
+
+  def __init__(self, stream: Any, on_closed_pipe: Callable[[], None]):
     self._stream = stream
-    self._unread = unread
+    self._on_closed_pipe = on_closed_pipe
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._stream, name)
 
   def write(self, text: str) -> int:
-    with self._unless_closed():
+    with self._discard_if_closed():
       self._stream.write(text)
     return len(text)
 
   def flush(self) -> None:
-    with self._unless_closed():
+    with self._discard_if_closed():
       self._stream.flush()
 
   @contextlib.contextmanager
-  def _unless_closed(self) -> Iterator[None]:
-    """Sends what is printed nowhere, once the `with` block cannot print."""
+  def _discard_if_closed(self) -> Iterator[None]:
+    """Sends what is printed nowhere as soon as the `with` block cannot print,
+    as its reader is gone."""
     try:
       yield
     except OSError as error:
       if error.errno not in (errno.EIO, errno.EPIPE):
         raise
       # Standard output and error may be one terminal, which has gone.
-      closed = [self._stream.fileno()]
-      for other in (_STDOUT, _STDERR):
-        if os.path.sameopenfile(closed[0], other):
-          closed.append(other)
-      print_nowhere(closed)
+      closed_fds = [self._stream.fileno()]
+      for fd in (_STDOUT, _STDERR):
+        if os.path.sameopenfile(closed_fds[0], fd):
+          closed_fds.append(fd)
+      discard_output(closed_fds)
       if error.errno == errno.EPIPE:
-        self._unread()
+        self._on_closed_pipe()
 
 
 @contextlib.contextmanager
-def handled(heard: Callable[[int], None],
-            numbers: Collection[int] = NUMBERS) -> Iterator[None]:
-  """Calls heard(number), in the main thread, for each signal while the `with`
-  block runs; a SIGHUP that is ignored, as by nohup, stays so. Calls it with
-  SIGPIPE where nobody reads what is printed. Must be entered in the main
-  thread."""
-  on_terminal = [fd for fd in (_STDOUT, _STDERR) if os.isatty(fd)]
+def handle_signals(on_signal: Callable[[int], None],
+                   numbers: Collection[int] = STOP_SIGNALS) -> Iterator[None]:
+  """Calls a function for each signal that comes while the `with` block runs.
+
+  A SIGHUP that is ignored, as by nohup, stays so. Where nobody reads what is
+  printed, the function is called with SIGPIPE. Must be entered in the main
+  thread.
+
+  Args:
+    on_signal: the function of the number of a signal, called in the main
+      thread.
+    numbers: the numbers of the signals.
+  """
+  terminal_fds = [fd for fd in (_STDOUT, _STDERR) if os.isatty(fd)]
   streams = {'stdout': sys.stdout, 'stderr': sys.stderr}
 
   def handle(number: int, frame: types.FrameType | None) -> None:
     if number == signal.SIGHUP:
-      print_nowhere(on_terminal)
-    heard(number)
+      discard_output(terminal_fds)
+    on_signal(number)
 
-  # The handlers that are there, to be put back at the end.
-  old = {}
+  # The handlers that are there are put back at the end.
+  old_handlers = {}
   for number in numbers:
     is_ignored = signal.getsignal(number) is signal.SIG_IGN
     if number != signal.SIGHUP or not is_ignored:
-      old[number] = signal.signal(number, handle)
+      old_handlers[number] = signal.signal(number, handle)
   try:
-    # The main program is told where nobody reads what is printed.
+    # Printing to a closed pipe counts as a signal too.
     for name, stream in streams.items():
-      printed = _Printed(stream, lambda: heard(signal.SIGPIPE))
-      setattr(sys, name, printed)
+      guarded = _StreamWithoutReader(
+          stream, on_closed_pipe=lambda: on_signal(signal.SIGPIPE))
+      setattr(sys, name, guarded)
     yield
   finally:
     for name, stream in streams.items():
       setattr(sys, name, stream)
-    for number, handler in old.items():
+    for number, handler in old_handlers.items():
       # None: not from Python, and Python cannot put it back.
       signal.signal(number, handler or signal.SIG_DFL)
 
 
-def print_nowhere(fds: Collection[int]) -> None:
-  """Sends what is printed nowhere; to be called where the terminal or the
-  reader is gone, so that printing would be an error."""
-  with open(os.devnull, 'w') as nowhere:
+def discard_output(fds: Collection[int]) -> None:
+  """Sends what is printed to these file descriptors nowhere. Where the terminal
+  or the reader is gone, printing would be an error."""
+  with open(os.devnull, 'w') as devnull:
     for fd in fds:
-      os.dup2(nowhere.fileno(), fd)
+      os.dup2(devnull.fileno(), fd)
 
 
-def is_unread(fd: int) -> bool:
+def is_reader_gone(fd: int) -> bool:
   """Whether the reader of a pipe or a terminal is gone; False for a file."""
   poll = select.poll()
   poll.register(fd, 0)
@@ -153,12 +174,13 @@ def is_unread(fd: int) -> bool:
 
 
 class Stop:
-  """Knows, while its `with` block runs, whether the run was told to stop.
+  """The request to stop a run: knows, while its `with` block runs, whether a
+  signal came, and at which step all processes stop.
 
       with signals.Stop() as stop:
         for step in ...:
           state = train_step(state)
-          if stop.agreed(step):
+          if stop.should_stop(step):
             save and leave
 
   Must be entered in the main thread, after jax.distributed.initialize.
@@ -172,58 +194,59 @@ class Stop:
     """Chooses the signals to listen to; `with` begins to listen."""
     import jax  # late: launchers handle signals too, and need no more
     self.stop_requested = False
-    self._count = Count()
-    self._several = jax.process_count() > 1
-    numbers = list(NUMBERS)
-    if self._several:
+    self._signal_count = SignalCount()
+    self._has_other_processes = jax.process_count() > 1
+    numbers = list(STOP_SIGNALS)
+    if self._has_other_processes:
       numbers.remove(signal.SIGTERM)  # it belongs to the preemption service
-    self._handled = handled(self._heard, numbers)
+    self._handler = handle_signals(self._on_signal, numbers)
 
   def __enter__(self) -> 'Stop':
-    self._handled.__enter__()
+    self._handler.__enter__()
     return self
 
   def __exit__(self, *error) -> None:
-    self._handled.__exit__(*error)
+    self._handler.__exit__(*error)
 
-  def agreed(self, step: int) -> bool:
-    """Whether to save after `step` and leave: the same on all processes.
+  def should_stop(self, step: int) -> bool:
+    """Whether to save after `step` and leave: the answer is the same on all
+    processes.
 
     Each process calls it after each step, with rising numbers.
     """
-    if not self._several:
+    if not self._has_other_processes:
       return self.stop_requested
     from jax.experimental import multihost_utils
     if not multihost_utils.reached_preemption_sync_point(step):
       return False
     if not self.stop_requested:  # it was SIGTERM, or another process's
       self.stop_requested = True
-      self._count.n += 1
-      signal.signal(signal.SIGTERM, lambda number, _: self._heard(number))
+      self._signal_count.n += 1
+      signal.signal(signal.SIGTERM, lambda number, _: self._on_signal(number))
     return True
 
   @property
-  def at_once(self) -> bool:
+  def can_stop_at_once(self) -> bool:
     """Whether this process was told to stop and need not agree with others:
     it may leave what it does between two steps."""
-    return self.stop_requested and not self._several
+    return self.stop_requested and not self._has_other_processes
 
-  def _heard(self, number: int) -> None:
+  def _on_signal(self, number: int) -> None:
     """Notes the first signal; ends the process at the second one."""
-    if not self._count.add(number):
+    if not self._signal_count.add(number):
       return
     name = signal.Signals(number).name
     if self.stop_requested:
-      _print(f'{name}: ending at once, without a save')
+      _print_to_stderr(f'{name}: ending at once, without a save')
       os._exit(128 + number)
     self.stop_requested = True
-    _print(f'{name}: finishing this step, saving, and leaving; once more ends '
-           'at once')
-    if self._several:
+    _print_to_stderr(f'{name}: finishing this step, saving, and leaving; once '
+                     'more ends at once')
+    if self._has_other_processes:
       os.kill(os.getpid(), signal.SIGTERM)  # what the service listens to
 
 
-def _print(text: str) -> None:
+def _print_to_stderr(text: str) -> None:
   """Prints to stderr from a handler, which may have come between two halves of
   another print. The reader, such as `| tee`, may be gone."""
   with contextlib.suppress(OSError):

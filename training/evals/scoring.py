@@ -99,7 +99,7 @@ def score_continuations(continuations: Sequence[Continuation],
       one_per_row=is_prefix_lm))
   scores_by_index: dict[int, TokenScores] = {}
   for shape, rows in progress.show_items(batches, doing):
-    batch = devices.put(_make_batch(shape, rows, continuations),
+    batch = devices.put_on_devices(_make_batch(shape, rows, continuations),
                         evaluation.run.place)
     losses_P, is_greedy_P = jax.device_get(step(evaluation.params, batch))
 

@@ -62,7 +62,7 @@ class Reader:
   and so is what the file leaves out.
 
   Attributes:
-    asked: the names of the fields that were asked for.
+    names_read: the names of the fields that were asked for.
     notes: sentences of the page on what the file says and this import does
       not do.
   """
@@ -70,7 +70,7 @@ class Reader:
   def __init__(self, tree: Mapping[str, Any], name: str = ''):
     """Reads `tree`; `name` is that of the object in config.json, '' for the
     file itself."""
-    self.asked: set[str] = set()
+    self.names_read: set[str] = set()
     self.notes: list[str] = []
     self._tree = tree
     self._name = name
@@ -83,15 +83,15 @@ class Reader:
       RequestError: if the field is of another type than the default, or a
         number below 1 where the default is none.
     """
-    self.asked.add(name)
+    self.names_read.add(name)
     value = self._tree.get(name)
     if value is None:
       return default
     return _typed(f'config.json has {self._full(name)}', value, default)
 
-  def listed(self, name: str) -> list[Any]:
+  def read_list(self, name: str) -> list[Any]:
     """Returns the field `name`, empty if there is none."""
-    self.asked.add(name)
+    self.names_read.add(name)
     value = self._tree.get(name)
     return value if isinstance(value, list) else []
 
@@ -103,29 +103,29 @@ class Reader:
     """Whether the field `name` is there and null."""
     return name in self._tree and self._tree[name] is None
 
-  def count(self, name: str, default: int) -> int:
+  def read_count(self, name: str, default: int) -> int:
     """Returns the field `name`, a whole number of which 0 is a choice and not a
     size that is missing."""
     return self(name, 0 if self.has(name) else default)
 
-  def passes(self, *names: str) -> None:
+  def ignore_fields(self, *names: str) -> None:
     """Says that what these fields hold does not change the model."""
-    self.asked.update(names)
+    self.names_read.update(names)
 
   def __bool__(self) -> bool:
     return bool(self._tree)
 
-  def section(self, name: str) -> 'Reader':
+  def read_object(self, name: str) -> 'Reader':
     """Returns the object `name`, empty if there is none."""
     part = Reader(self(name, {}), self._full(name))
     self._parts.append(part)
     return part
 
-  def must(self, **only: Any) -> None:
+  def require_values(self, **only: Any) -> None:
     """Raises RequestError where a field is not its default, which `only` has.
     """
     for name, known in only.items():
-      self.asked.add(name)
+      self.names_read.add(name)
       value = self._tree.get(name)
       if value is None:
         continue
@@ -134,7 +134,8 @@ class Reader:
         raise RequestError(f'config.json has {self._full(name)} '
                            f'{short(value)}: only {known!r} is known here')
 
-  def choose(self, name: str, default: str, choices: dict[str, Any]) -> Any:
+  def read_choice(self, name: str, default: str,
+                  choices: dict[str, Any]) -> Any:
     """Returns what `choices` has for the field `name`."""
     value = self(name, default)
     require(value in choices, f'config.json has {self._full(name)} '
@@ -146,7 +147,7 @@ class Reader:
     """The name of the system in config.json."""
     return self('model_type', '')
 
-  def finish(self, known: Collection[str] | None) -> list[str]:
+  def refuse_unread_fields(self, known: Collection[str] | None) -> list[str]:
     """Returns the names of the fields that change nothing, as nobody reads
     them.
 
@@ -161,7 +162,7 @@ class Reader:
     refused = []
     for name, value in self._tree.items():
       # A field was read, or matters to nobody.
-      if name in self.asked or NEUTRAL.fullmatch(name) or value is None:
+      if name in self.names_read or NEUTRAL.fullmatch(name) or value is None:
         continue
       if known is None or name in known:
         refused.append(f'{self._full(name)} {short(value)}')
@@ -169,7 +170,7 @@ class Reader:
         unread.append(self._full(name))
     # The objects in it, such as text_config, have fields of their own.
     for part in self._parts:
-      unread += part.finish(known)
+      unread += part.refuse_unread_fields(known)
     require(not refused, 'config.json has fields that transformers knows and '
             f'this architecture does not, {", ".join(refused[:9])}: remove '
             'those that do not change what the model computes')
@@ -236,11 +237,12 @@ def fields_and_notes(tree: dict[str, Any],
   _refuse_quantised(reader)
   model = model_of(reader)
   page = architectures.hugging_face(model.arch)
-  if 'is_encoder_decoder' not in reader.asked:
-    reader.must(is_encoder_decoder=False)  # as old files say of a decoder
+  if 'is_encoder_decoder' not in reader.names_read:
+    # as old files say of a decoder
+    reader.require_values(is_encoder_decoder=False)
 
   # The fields that nobody read.
-  unread = reader.finish(known_fields(page.model_type))
+  unread = reader.refuse_unread_fields(known_fields(page.model_type))
   if unread:
     reader.notes.append(
         f'config.json has {", ".join(unread)}, {UNREAD} in a '
@@ -304,11 +306,12 @@ def _refuse_quantised(reader: Reader) -> None:
 
 def model_of(reader: Reader) -> ml_collections.ConfigDict:
   """Returns config.model as the page of its model_type reads a config.json."""
-  arch = reader.choose('model_type', '', architectures.by_model_type())
+  arch = reader.read_choice('model_type', '',
+                            architectures.arch_of_model_type())
   page = architectures.hugging_face(arch)
   fields = _read_table(reader, page)
-  reader.must(**page.only)
-  reader.passes(*page.unread)
+  reader.require_values(**page.only)
+  reader.ignore_fields(*page.unread)
   fields |= _read_head(reader, page)
 
   # The parts of the system, its fields, and what the page reads by itself.
@@ -321,9 +324,9 @@ def model_of(reader: Reader) -> ml_collections.ConfigDict:
   model.update(read)
 
   # Biases, of which a page need not ask.
-  for name, ours in hf.BIASES.items():
-    if name not in reader.asked:
-      reader.must(**{name: model[ours]})
+  for name, ours in hf.BIAS_FIELDS.items():
+    if name not in reader.names_read:
+      reader.require_values(**{name: model[ours]})
   return model
 
 
@@ -338,7 +341,7 @@ def _read_table(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
       value = default(fields)
     for name in reversed(names.split('|')):
       if choices:
-        value = reader.choose(name, value, choices[0])
+        value = reader.read_choice(name, value, choices[0])
       else:
         value = reader(name, value)
     fields[ours] = value
@@ -351,7 +354,7 @@ CLASSIFICATION = 'single_label_classification'
 
 def _read_head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
   """Returns the fields of the model that say which head it has."""
-  named = reader.listed('architectures')
+  named = reader.read_list('architectures')
   head = 'lm'
   for name, row in page.heads.items():
     if row.architecture in named:
@@ -361,7 +364,7 @@ def _read_head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
     return dict(head=head)
   # One of the labels is right; other problems are refused.
   if head == 'sequence':
-    reader.choose('problem_type', CLASSIFICATION, {
+    reader.read_choice('problem_type', CLASSIFICATION, {
         REGRESSION: REGRESSION, CLASSIFICATION: CLASSIFICATION})
   # transformers has two labels where a config.json names none.
   num_labels = len(reader('id2label', {}))
@@ -447,7 +450,7 @@ def _write_table(config: ModelConfig, page: hf.HuggingFace) -> dict[str, Any]:
       continue  # No layer reads it, so the default of its readers does.
     value = flat.get_field(config, ours)
     if choices:
-      value = hf.theirs(choices[0], value, ours)
+      value = hf.find_hf_word(choices[0], value, ours)
     tree[names.split('|')[-1]] = value
   return tree
 
@@ -531,18 +534,19 @@ def _first_layers(ours: ModelConfig, theirs: ModelConfig
   return first
 
 
-def _kinds(c: ModelConfig, count: int) -> list[str]:
+def _kinds(config: ModelConfig, count: int) -> list[str]:
   """Returns the kind of each of `count` layers; '' where there are no kinds."""
-  if not c.kinds:
+  if not config.kinds:
     return [''] * count
-  return [kind.name for kind in c.layer_kinds(count)]
+  return [kind.name for kind in config.layer_kinds(count)]
 
 
-def _of_kind(c: ModelConfig, name: str) -> ModelConfig:
-  """Returns the config of a kind of layer; all of `c`, where it has none."""
+def _of_kind(config: ModelConfig, name: str) -> ModelConfig:
+  """Returns the config of the layers of one kind; `config` itself where `name`
+  is '', as all layers are alike."""
   if not name:
-    return c
-  return c.of_kind(name)
+    return config
+  return config.of_kind(name)
 
 
 def computed(config: ModelConfig) -> dict[str, Any]:

@@ -46,23 +46,23 @@ NUMBERS = {'r': (1, (('>=', 1), ('<=', 2**16))),
 INITS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica')
 
 
-def rows(c: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
+def rows(config: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
   """Yields the row of each A and B of the model (architectures/parts/hf), and
   whether the weight of the module lies as [inputs, outputs].
 
   Raises:
     RequestError: for a product that transformers has together with others.
   """
-  page = architectures.hugging_face(c.arch)
-  for ours, axes, theirs, their_axes in page.rows(c):
+  page = architectures.hugging_face(config.arch)
+  for ours, axes, theirs, their_axes in page.rows(config):
     names = ours.rpartition('/')[2].split('|')
-    has_adapter = any(layers.has_adapter(c, name) for name in names)
+    has_adapter = any(layers.has_adapter(config, name) for name in names)
     if 'E' in axes or not has_adapter:
       continue
-    require(len(names) == 1, f'model.lora.targets is {c.lora.targets!r}: '
-            f'transformers has {", ".join(names)} of model.arch {c.arch!r} in '
-            'one tensor, of which PEFT has no such adapter. Export the merged '
-            'model instead')
+    require(len(names) == 1, f'model.lora.targets is {config.lora.targets!r}: '
+            f'transformers has {", ".join(names)} of model.arch '
+            f'{config.arch!r} in one tensor, of which PEFT has no such '
+            'adapter. Export the merged model instead')
     into, out = their_axes.split()
     lies_so = axes == into + out
     if not lies_so:
@@ -75,29 +75,29 @@ def rows(c: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
             f'{module}.lora_B.weight', f'{out} Z'), lies_so)
 
 
-def tensors(c: ModelConfig, params: Any) -> list[tensor_map.Tensor]:
+def tensors(config: ModelConfig, params: Any) -> list[tensor_map.Tensor]:
   """Returns each A and B of a model. Its other parameters, or their shapes,
   tell which layer of theirs is which: not all have an adapter."""
-  page = architectures.hugging_face(c.arch)
+  page = architectures.hugging_face(config.arch)
   shapes = {path: x.shape for path, x in paths.flatten_by_path(params).items()}
-  every_row = [*page.rows(c)]
-  for row, _ in rows(c):
+  every_row = [*page.rows(config)]
+  for row, _ in rows(config):
     every_row.append(row)
 
   # The rows of the model are needed only to count its layers.
   adapters = []
-  for tensor in tensor_map.expand(every_row, shapes):
+  for tensor in tensor_map.map_tensors(every_row, shapes):
     if weights.is_adapter(tensor.paths[0]):
       adapters.append(tensor)
   return adapters
 
 
-def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
+def write(config: ModelConfig, params: Any, folder: pathlib.Path, base: str,
           dtype: str = '') -> int:
   """Writes the adapters among `params`; returns how many numbers they have.
 
   Args:
-    c: the model.
+    config: the model.
     params: its parameters.
     folder: where to; made if it is not there.
     base: the name or the folder of the model that they adapt.
@@ -109,9 +109,11 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
   """
   from safetensors.numpy import save_file
   storage.refuse_folder_of_run(folder, 'the folder')
-  require(c.lora.rank, 'this run has no low-rank adapters: its model.lora.rank '
+  require(config.lora.rank,
+          'this run has no low-rank adapters: its model.lora.rank '
           'is 0')
-  require(c.head == 'lm', f'model.head is {c.head!r}: the adapters alone would '
+  require(config.head == 'lm',
+          f'model.head is {config.head!r}: the adapters alone would '
           'leave out the head, which was trained with them. Export the merged '
           'model instead')
 
@@ -121,9 +123,9 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
     if weights.is_adapter(path):
       flat[path] = np.asarray(x)
   written = {}
-  for tensor in tensors(c, params):
+  for tensor in tensors(config, params):
     path = tensor.paths[0]
-    x = tensor.join([flat[path][tensor.index]])
+    x = tensor.join_parameters([flat[path][tensor.index]])
     kind = np.dtype(dtype or x.dtype)
     weights.check_range(path, x, kind)
     written[tensor.name] = x.astype(kind, copy=False)
@@ -136,13 +138,13 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
   for name in written:
     module, _, _ = name.removeprefix(PREFIX).rpartition('.lora_')
     modules.add(module)
-  alpha = c.lora.alpha
+  alpha = config.lora.alpha
   if alpha == int(alpha):
     alpha = int(alpha)
-  lies_transposed = any(lies_so for _, lies_so in rows(c))
-  stack = architectures.stack(c)
+  lies_transposed = any(lies_so for _, lies_so in rows(config))
+  stack = architectures.stack(config)
   tree = ONLY | dict(
-      r=c.lora.rank, lora_alpha=alpha, lora_dropout=c.lora.dropout,
+      r=config.lora.rank, lora_alpha=alpha, lora_dropout=config.lora.dropout,
       base_model_name_or_path=base.removeprefix(hub.HUB_PREFIX),
       task_type=TASKS.get(stack), inference_mode=True,
       target_modules=sorted(modules), fan_in_fan_out=lies_transposed)
@@ -150,11 +152,11 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
   return sum(x.size for x in flat.values())
 
 
-def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
+def read(config: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
   """Returns the model with the adapters of a folder, and these.
 
   Args:
-    c: the model that they adapt.
+    config: the model that they adapt.
     folder: the folder that PEFT has written.
 
   Raises:
@@ -162,11 +164,12 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
   """
   tree = _read_description(folder / CONFIG)
   source = hf_files.Files(folder / WEIGHTS)
-  c = _with_adapters(c, tree=tree, names=set(source), file=folder / CONFIG)
-  shapes = parameter_shapes(architectures.build(c))
+  config = _with_adapters(config, tree=tree, names=set(source),
+                          file=folder / CONFIG)
+  shapes = parameter_shapes(architectures.build(config))
 
   # Each adapter is there, and there is no other.
-  wanted = tensors(c, shapes)
+  wanted = tensors(config, shapes)
   ours = {tensor.name for tensor in wanted}
   for name in sorted(ours ^ set(source)):
     require(name not in source, f'{folder / WEIGHTS} has {name}, which is no '
@@ -175,7 +178,7 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
             'an adapter of the same product in another layer')
 
   # Each is put where it stands among the layers.
-  names = weights.Names(architectures.hugging_face(c.arch), source, c)
+  names = weights.Names(architectures.hugging_face(config.arch), source, config)
   flat = {}
   for path, x in paths.flatten_by_path(shapes).items():
     if weights.is_adapter(path):
@@ -184,12 +187,13 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
     wrong = names.wrong(tensor)
     require(not wrong, f'{folder / WEIGHTS}: {wrong}')
     x = source[tensor.name]
-    weights.check_range(tensor.name, x, np.dtype(c.param_dtype))
+    weights.check_range(tensor.name, x, np.dtype(config.param_dtype))
     whole = {axis: (0, tensor.sizes[axis]) for axis in tensor.ours[0]}
-    part = tensor.part(x.__getitem__, 0, whole)
+    part = tensor.read_parameter(x.__getitem__, 0, whole)
     flat[tensor.paths[0]][tensor.index] = part
-  params = {path: jnp.asarray(x, c.param_dtype) for path, x in flat.items()}
-  return c, checkpoints.nest_by_path(params)
+  params = {path: jnp.asarray(x, config.param_dtype) for path,
+            x in flat.items()}
+  return config, checkpoints.nest_by_path(params)
 
 
 def _read_description(file: pathlib.Path) -> dict[str, Any]:
@@ -226,12 +230,13 @@ def _read_description(file: pathlib.Path) -> dict[str, Any]:
   return tree
 
 
-def _with_adapters(c: ModelConfig, tree: Mapping[str, Any], names: set[str],
+def _with_adapters(config: ModelConfig, tree: Mapping[str, Any],
+                   names: set[str],
                    file: pathlib.Path) -> ModelConfig:
   """Returns the model whose products have adapters as the file's names say.
 
   Args:
-    c: the model.
+    config: the model.
     tree: the adapter_config.json.
     names: the names of the tensors.
     file: the path of the adapter_config.json.
@@ -242,16 +247,16 @@ def _with_adapters(c: ModelConfig, tree: Mapping[str, Any], names: set[str],
   alpha = float(tree['lora_alpha'])
   if tree.get('use_rslora'):  # x W + (alpha / sqrt(rank)) x A B
     alpha *= math.sqrt(tree['r'])
-  lora = dataclasses.replace(c.lora, rank=tree['r'], alpha=alpha,
+  lora = dataclasses.replace(config.lora, rank=tree['r'], alpha=alpha,
                              dropout=float(tree['lora_dropout']))
 
   def with_targets(targets: str) -> ModelConfig:
     return dataclasses.replace(
-        c, lora=dataclasses.replace(lora, targets=targets))
+        config, lora=dataclasses.replace(lora, targets=targets))
 
   # One that shares its tensor is found missing by the names that are left over.
   fused: set[str] = set()
-  for ours, *_ in architectures.hugging_face(c.arch).rows(c):
+  for ours, *_ in architectures.hugging_face(config.arch).rows(config):
     if '|' in ours:
       fused.update(ours.rpartition('/')[2].split('|'))
 
@@ -265,7 +270,7 @@ def _with_adapters(c: ModelConfig, tree: Mapping[str, Any], names: set[str],
     if any(map(of_product.fullmatch, names)):
       targets.append(product)
   require(targets, f'{file.parent / WEIGHTS} has an adapter of no product of '
-          f'model.arch {c.arch!r}: its tensors are such as '
+          f'model.arch {config.arch!r}: its tensors are such as '
           f'{", ".join(sorted(names)[:2])}')
   return architectures.resolve(with_targets(','.join(targets)))
 

@@ -74,10 +74,10 @@ def config(model: ml_collections.ConfigDict, moe: dict,
   return model
 
 
-def is_the_same_function(c: ModelConfig) -> bool:
+def is_the_same_function(config: ModelConfig) -> bool:
   """Whether a mixture of equal experts computes what one of them does, in
   evaluation."""
-  moe = c.part(MoEConfig)
+  moe = config.part(MoEConfig)
   return (routing.whole_gates(moe) and not moe.eval_capacity_factor
           and not moe.shared_experts)
 

@@ -113,13 +113,13 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
   shapes = {path: leaf.shape
             for path, leaf in paths.flatten_by_path(like).items()}
   rows = page.rows(module.config)
-  needed = tensor_map.count(rows, shapes)
+  needed = tensor_map.count_tensors(rows, shapes)
   count = len(list(source))
   if not partial and needed > 2 * count + 100:
     raise RequestError(
         f'config.json is of a model of {needed:,} tensors, of which the files '
         f'hold {count:,}')
-  tensors = tensor_map.expand(rows, shapes)
+  tensors = tensor_map.map_tensors(rows, shapes)
   names = Names(page, source, module.config)
 
   # Tensors that one of the two has and the other has not.
@@ -376,7 +376,7 @@ def _shard(dtype: np.dtype, ranges: tuple, fills: list, names: Names
     # The other axes, of which it has the ranges.
     cut = functools.partial(names.cut, tensor.name)
     rest = dict(zip(tensor.ours[which], ranges[len(lead):]))
-    part = tensor.part(cut, which, rest)
+    part = tensor.read_parameter(cut, which, rest)
     check_range(names.find(tensor.name), part, dtype)
     shard[place] = part
   return shard
@@ -498,7 +498,7 @@ class _Export:
     """Takes the parameters `flat`, by path, and `dtype` of `to_hf`."""
     page = architectures.hugging_face(config.arch)
     shapes = {path: x.shape for path, x in flat.items()}
-    tensors = tensor_map.expand(page.rows(config), shapes)
+    tensors = tensor_map.map_tensors(page.rows(config), shapes)
     self._flat = flat
     self.tensors = {tensor.name: tensor for tensor in tensors}
     self.constants = page.constants(config)
@@ -537,7 +537,7 @@ class _Export:
     tensor = self.tensors[name]
     ours = [np.asarray(self._flat[path][tensor.index])
             for path in tensor.paths]
-    return tensor.join(ours)
+    return tensor.join_parameters(ours)
 
 
 def is_new_head(ours: ModelConfig, theirs: ModelConfig) -> bool:
@@ -583,7 +583,7 @@ def names_left_out(module: nn.Module) -> set[str]:
   page = architectures.hugging_face(lm.arch)
   shapes = left_out(module, lm)
   rows = [row for row in page.rows(lm) if row[0] in shapes]
-  names = {tensor.name for tensor in tensor_map.expand(rows, shapes)}
+  names = {tensor.name for tensor in tensor_map.map_tensors(rows, shapes)}
   return names | set(page.tied)
 
 
@@ -601,10 +601,10 @@ def same_adapters(one: ModelConfig, other: ModelConfig) -> bool:
           and _adapted(one) == _adapted(other))
 
 
-def _adapted(c: ModelConfig) -> list[str]:
+def _adapted(config: ModelConfig) -> list[str]:
   """Returns the names of the products that have an adapter."""
-  return [name for name in tables.products_of_model(c)
-          if layers.has_adapter(c, name)]
+  return [name for name in tables.products_of_model(config)
+          if layers.has_adapter(config, name)]
 
 
 def is_adapter(path: str) -> bool:

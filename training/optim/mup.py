@@ -29,37 +29,40 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.sharding import Role
 from common.errors import one_of
 
-# The rate of a parameter, of how many times as wide as at the base its inputs
-# and its outputs are, and of what its product is divided by. Muon, NorMuon and
-# Adafactor size their steps by the matrix, SOAP turns them, and would need
-# rules of their own.
+# The arguments of each rule: how many times as wide as in the base model the
+# inputs and the outputs of a parameter are, and what its product is divided by.
+# Muon, NorMuon and Adafactor size their steps by the matrix, SOAP rotates them,
+# and would need rules of their own.
 
 
-def _adam(inputs: float, outputs: float, divisor: float) -> float:
-  """Adam's step does not depend on the size of the gradient; nor does Lion's.
-  """
+def _factor_of_adam(inputs: float, outputs: float, divisor: float) -> float:
+  """Returns what muP multiplies Adam's or Lion's learning rate by: their step
+  does not depend on the size of the gradient."""
   del outputs
   return divisor / inputs
 
 
-def _sgd(inputs: float, outputs: float, divisor: float) -> float:
-  """SGD's step follows the gradient: as many times as large as there are
-  outputs, and divided as the product is."""
+def _factor_of_sgd(inputs: float, outputs: float, divisor: float) -> float:
+  """Returns what muP multiplies SGD's learning rate by: its step follows the
+  gradient, which falls with the number of outputs and with the divisor of the
+  product."""
   return divisor ** 2 * outputs / inputs
 
 
-RATES = {'adamw': _adam, 'lion': _adam, 'sgd': _sgd}
+FACTOR_OF_OPTIMIZER = {'adamw': _factor_of_adam, 'lion': _factor_of_adam,
+                       'sgd': _factor_of_sgd}
 
 
 def check_optimizer(config: ModelConfig, optimizer: str) -> None:
-  """Raises ValueError where there are no rules for the optimiser."""
+  """Raises RequestError where muP has no learning rates for the optimiser."""
   if config.parametrization == 'mup':
-    one_of("optim.name with model.parametrization 'mup'", optimizer, RATES)
+    one_of("optim.name with model.parametrization 'mup'", optimizer,
+           FACTOR_OF_OPTIMIZER)
 
 
-def rates(config: ModelConfig, optimizer: str, roles: Any):
-  """Returns what each parameter's learning rate is multiplied by, as a tree;
-  None in the standard form.
+def learning_rate_factors(config: ModelConfig, optimizer: str, roles: Any):
+  """Returns what muP multiplies the learning rate of each parameter by, as a
+  tree (table 8 of the paper); None in the standard form.
 
   Args:
     config: the model's config.
@@ -67,27 +70,30 @@ def rates(config: ModelConfig, optimizer: str, roles: Any):
     roles: the Role of each parameter, as a tree (training/runs.py).
 
   Raises:
-    ValueError: for an optimiser without a rule.
+    RequestError: for an optimiser without a rule.
   """
   if config.parametrization == 'standard':
     return None
   check_optimizer(config, optimizer)
-  # How many times wider than the base model each kind of axis is.
-  r = config.widening
-  head = config.head_widening
-  wider = {'embed': r, 'mlp': r, 'heads': r / head, 'kv_heads': r / head,
-           'joined': r, 'head': head, 'vocab': 1.0, 'rows': 1.0, 'table': 1.0,
-           'experts': 1.0, 'groups': 1.0, None: 1.0}
+  # How many times wider than in the base model each logical axis is.
+  width = config.widening
+  head_dim = config.head_widening
+  num_heads = width / head_dim
+  widening = {'embed': width, 'mlp': width, 'heads': num_heads,
+              'kv_heads': num_heads, 'joined': width, 'head': head_dim,
+              'vocab': 1.0, 'rows': 1.0, 'table': 1.0, 'experts': 1.0,
+              'groups': 1.0, None: 1.0}
+  optimizer_factor = FACTOR_OF_OPTIMIZER[optimizer]
 
-  def rate(role: Role) -> float:
+  def factor_of_parameter(role: Role) -> float:
     """Returns what the learning rate of one parameter is multiplied by."""
     axes = role.split(len(role.axes))
-    inputs = math.prod(wider[role.axes[i]] for i in axes.inputs)
-    outputs = math.prod(wider[role.axes[i]] for i in axes.outputs)
+    inputs = math.prod(widening[role.axes[i]] for i in axes.inputs)
+    outputs = math.prod(widening[role.axes[i]] for i in axes.outputs)
     # Logits are divided by the width in the forward pass.
     divisor = 1.0
     if role.kind == 'logits':
-      divisor = r
-    return RATES[optimizer](inputs, outputs, divisor)
+      divisor = width
+    return optimizer_factor(inputs=inputs, outputs=outputs, divisor=divisor)
 
-  return jax.tree.map(rate, roles)
+  return jax.tree.map(factor_of_parameter, roles)

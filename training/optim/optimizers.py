@@ -42,31 +42,36 @@ Optim = ml_collections.ConfigDict  # config.optim
 Transformation = optax.GradientTransformation
 
 
-# Optimisers: each makes the direction of a step, before the learning rate and
-# the decay, of (config.optim, the Role of each parameter as a tree).
+# Optimisers: each returns the direction of a step, before the learning rate and
+# the decay. Its arguments are config.optim, and a tree with the Role of each
+# parameter, which says which of its axes are inputs of a product.
 
 
 def adamw(optim: Optim, roles: Any) -> Transformation:
-  """Adam (Kingma and Ba 2015), whose decay is decoupled."""
+  """Returns the direction of Adam (Kingma and Ba 2015), whose weight decay is
+  decoupled."""
   del roles
   return optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps)
 
 
 def adafactor(optim: Optim, roles: Any) -> Transformation:
-  """Adafactor (Shazeer and Stern 2018) without momentum; lr is relative to a
-  matrix's own root mean square, as T5 and PaLM use it."""
+  """Returns the direction of Adafactor (Shazeer and Stern 2018) without
+  momentum; lr is relative to a matrix's own root mean square, as T5 and PaLM
+  use it."""
   del optim
   return matrices.scale_by_adafactor(roles)
 
 
 def lion(optim: Optim, roles: Any) -> Transformation:
-  """Lion (Chen et al. 2023): the sign of an interpolated momentum."""
+  """Returns the direction of Lion (Chen et al. 2023): the sign of an
+  interpolated momentum."""
   del roles
   return optax.scale_by_lion(b1=optim.b1, b2=optim.b2)
 
 
 def muon(optim: Optim, roles: Any) -> Transformation:
-  """Muon (Jordan et al. 2024): orthogonalised momentum for the hidden matrices.
+  """Returns the direction of Muon (Jordan et al. 2024): orthogonalised momentum
+  for the hidden matrices.
 
   Embeddings, the head, routers, norms and biases go by Adam. Updates are scaled
   to 0.2 root mean square a matrix, Adam's usual size, so that one optim.lr
@@ -74,31 +79,33 @@ def muon(optim: Optim, roles: Any) -> Transformation:
   its authors' choice.
   """
   direction = matrices.scale_by_muon(roles, optim.momentum)
-  return _with_adam(optim, roles=roles, direction=direction,
-                    is_chosen=_is_hidden)
+  return _combine_with_adam(optim, roles=roles, direction=direction,
+                            is_chosen=_is_hidden)
 
 
 def normuon(optim: Optim, roles: Any) -> Transformation:
-  """NorMuon (Li et al. 2025): Muon with steps of one size for all neurons of a
-  matrix. optim.momentum and optim.b2 are its own; 0.95 is its authors' choice
-  for both."""
+  """Returns the direction of NorMuon (Li et al. 2025): Muon with steps of one
+  size for all neurons of a matrix. optim.momentum and optim.b2 are its own;
+  0.95 is its authors' choice for both."""
   direction = matrices.scale_by_normuon(roles, optim.momentum, optim.b2)
-  return _with_adam(optim, roles=roles, direction=direction,
-                    is_chosen=_is_hidden)
+  return _combine_with_adam(optim, roles=roles, direction=direction,
+                            is_chosen=_is_hidden)
 
 
 def soap(optim: Optim, roles: Any) -> Transformation:
-  """SOAP (Vyas et al. 2024): Adam in the eigenbasis of Shampoo, for all
-  matrices, the embedding and the head too; vectors go by Adam."""
+  """Returns the direction of SOAP (Vyas et al. 2024): Adam in the eigenbasis of
+  Shampoo, for all matrices, the embedding and the head too; vectors go by Adam.
+  """
   direction = scale_by_soap(
       roles, b1=optim.b1, b2=optim.b2, eps=optim.eps,
       every=optim.precondition_every, most=optim.precondition_max)
-  return _with_adam(optim, roles=roles, direction=direction,
-                    is_chosen=_is_matrix)
+  return _combine_with_adam(optim, roles=roles, direction=direction,
+                            is_chosen=_is_matrix)
 
 
 def sgd(optim: Optim, roles: Any) -> Transformation:
-  """Momentum (Sutskever et al. 2013), without Nesterov's look ahead."""
+  """Returns the direction of gradient descent with momentum (Sutskever et al.
+  2013), without Nesterov's look ahead."""
   del roles
   if optim.momentum:
     return optax.trace(optim.momentum)
@@ -113,57 +120,61 @@ def _is_hidden(role: Role) -> bool:
   return role.is_matrix and role.kind == 'hidden'
 
 
-def _with_adam(optim: Optim, roles: Any, direction: Transformation,
-               is_chosen: Callable[[Role], bool]) -> Transformation:
-  """Returns a direction of the parameters that are chosen by their role, and
-  Adam of the others.
+def _combine_with_adam(optim: Optim, roles: Any, direction: Transformation,
+                       is_chosen: Callable[[Role], bool]) -> Transformation:
+  """Returns one optimiser for the parameters that are chosen by their role, and
+  Adam for the others.
 
   Args:
     optim: config.optim.
     roles: the Role of each parameter, as a tree.
-    direction: the direction of those that are chosen.
-    is_chosen: whether the parameter of a role is.
+    direction: the optimiser of the parameters that are chosen.
+    is_chosen: whether the parameter with a Role is chosen.
   """
-  def label(role: Role) -> str:
+  def name_optimizer(role: Role) -> str:
     if is_chosen(role):
       return optim.name
     return 'adam'
 
   return optax.partition(
       {optim.name: direction, 'adam': adamw(optim, roles)},
-      jax.tree.map(label, roles))
+      jax.tree.map(name_optimizer, roles))
 
 
-# Schedules: each returns the share of optim.lr at update t of `steps`.
+# Schedules: each returns the learning rate at update t of `steps`, as a share
+# of optim.lr and without the warm-up.
 
 
 def cosine(t: jax.Array, steps: int, optim: Optim) -> jax.Array:
-  """SGDR (Loshchilov and Hutter 2017, equation 5), without restarts."""
+  """Returns the cosine schedule (Loshchilov and Hutter 2017, equation 5),
+  without restarts: from 1 at the end of the warm-up to final_fraction."""
   low = optim.final_fraction
   progress = _progress(t, optim.warmup_steps, steps)
   return low + (1 - low) * 0.5 * (1 + jnp.cos(math.pi * progress))
 
 
 def linear(t: jax.Array, steps: int, optim: Optim) -> jax.Array:
-  """A line from 1 at the end of the warm-up to final_fraction."""
+  """Returns a line from 1 at the end of the warm-up to final_fraction."""
   progress = _progress(t, optim.warmup_steps, steps)
   return 1 - (1 - optim.final_fraction) * progress
 
 
 def rsqrt(t: jax.Array, steps: int, optim: Optim) -> jax.Array:
-  """1 / sqrt(t), scaled to 1 where the warm-up ends (Vaswani et al. 2017)."""
+  """Returns 1 / sqrt(t), scaled to 1 where the warm-up ends (Vaswani et al.
+  2017)."""
   del steps
   return jnp.minimum(1.0, jnp.sqrt(jnp.maximum(optim.warmup_steps, 1) / t))
 
 
 def wsd(t: jax.Array, steps: int, optim: Optim) -> jax.Array:
-  """Warm-up, stable, decay (Hu et al. 2024): linear over the last share."""
+  """Returns the warm-up, stable, decay schedule (Hu et al. 2024): 1, and a line
+  to final_fraction over the last share of the run, decay_fraction."""
   start = steps - round(optim.decay_fraction * steps)
   return 1 - (1 - optim.final_fraction) * _progress(t, start, steps)
 
 
 def constant(t: jax.Array, steps: int, optim: Optim) -> jax.Array:
-  """1 at every update."""
+  """Returns 1 at every update."""
   del steps, optim
   return jnp.ones_like(t)
 
@@ -174,10 +185,10 @@ def _progress(t: jax.Array, start: float, end: float) -> jax.Array:
 
 
 class Entry(NamedTuple):
-  """One optimiser or schedule.
+  """One optimiser or schedule that optim.name or optim.schedule may choose.
 
   Attributes:
-    make: the function above.
+    make: its function, one of those above.
     reads: the fields of config.optim that it reads and others may not; another
       one that is set is refused, not ignored.
   """
@@ -204,30 +215,32 @@ SCHEDULES = {
 }
 
 
-def rate(optim: Optim, steps: int) -> optax.Schedule:
-  """Returns the learning rate as a function of the number of updates done.
-  optim.lr and optim.warmup_steps may be traced, as where several runs train as
-  one program (training/vectorised.py).
+def learning_rate(optim: Optim, steps: int) -> optax.Schedule:
+  """Returns the learning rate, warm-up included, as a function of the number of
+  updates done. optim.lr and optim.warmup_steps may be traced, as where several
+  runs train as one program (training/vectorised.py).
 
   Args:
     optim: config.optim.
     steps: train.steps of the run, T.
   """
-  shape = SCHEDULES[optim.schedule].make
-  last = optim.decay_steps or steps
+  schedule_shape = SCHEDULES[optim.schedule].make
+  last_step = optim.decay_steps or steps
 
   def schedule(count: jax.Array):
     t = jnp.asarray(count, jnp.float32) + 1
-    warm = t / jnp.maximum(optim.warmup_steps, 1)  # never < 1 without one
-    return optim.lr * jnp.minimum(shape(t, last, optim), warm)
+    # Without a warm-up, this is never below 1.
+    warmup = t / jnp.maximum(optim.warmup_steps, 1)
+    shape = schedule_shape(t, last_step, optim)
+    return optim.lr * jnp.minimum(shape, warmup)
 
   return schedule
 
 
 def check_optim(optim: Optim) -> None:
-  """Raises ValueError for fields of config.optim that are in their ranges, and
-  do not fit each other. A field counts as set where it differs from the default
-  of configs/base.py."""
+  """Raises RequestError for fields of config.optim that do not fit each other,
+  though each is in its range. A field counts as set where it differs from the
+  default of configs/base.py."""
   defaults = base_config.base().optim
   _check_fields('name', table=OPTIMIZERS, optim=optim, defaults=defaults)
   _check_fields('schedule', table=SCHEDULES, optim=optim, defaults=defaults)
@@ -235,9 +248,10 @@ def check_optim(optim: Optim) -> None:
   require(optim.decay_steps == 0 or optim.decay_steps > optim.warmup_steps,
           f'optim.decay_steps is {optim.decay_steps} and optim.warmup_steps '
           f'{optim.warmup_steps}: choose more than these, or 0 for train.steps')
-  for row in optim.decay_mask:
-    is_pair = isinstance(row, tuple | list) and len(row) == 2
-    require(is_pair and row[1] in (0, 1),
+  # The mask is a list of pairs.
+  for entry in optim.decay_mask:
+    is_pair = isinstance(entry, tuple | list) and len(entry) == 2
+    require(is_pair and entry[1] in (0, 1),
             f'optim.decay_mask is {optim.decay_mask!r}: it must be pairs of '
             '(pattern, 1 or 0), 1 for what decays')
 
@@ -271,12 +285,15 @@ def _check_fields(selector: str, table: Mapping[str, Entry], optim: Optim,
             'choose one of these')
 
 
-def make(optim: Optim, steps: int, roles: Any,
-         rates: Any = None, parts: Any = None) -> Transformation:
-  """Builds the optimiser of a run, whose config.optim was checked; lr,
-  warmup_steps and weight_decay may be traced, as where several runs train as
-  one (training/vectorised.py). It takes whole trees, or those that
-  shares.trained returns, and gives updates like the latter.
+def make_optimizer(optim: Optim, steps: int, roles: Any,
+                   rates: Any = None, parts: Any = None) -> Transformation:
+  """Builds the optimiser of a run: clipping, the direction, weight decay and
+  the learning rate.
+
+  config.optim was checked; its lr, warmup_steps and weight_decay may be traced,
+  as where several runs train as one (training/vectorised.py). The optimiser
+  takes whole trees, or those that shares.keep_trained returns, and gives
+  updates like the latter.
 
   Args:
     optim: config.optim.
@@ -287,79 +304,89 @@ def make(optim: Optim, steps: int, roles: Any,
     parts: what its learning rate is multiplied by, its decay included
       (training/optim/shares.py); None: 1.
   """
-  def trained(tree: Any) -> Any:
+  def keep_trained(tree: Any) -> Any:
     if tree is None:
       return None
-    return shares.trained(parts, tree)
+    return shares.keep_trained(parts, tree)
 
-  roles = trained(roles)
+  roles = keep_trained(roles)
   clip = optax.identity()
   if optim.clip_norm:
     clip = clip_by_global_norm(optim.clip_norm)
   direction = OPTIMIZERS[optim.name].make(optim, roles)
-  learning_rate = optax.scale_by_learning_rate(rate(optim, steps))
+  scale_by_rate = optax.scale_by_learning_rate(learning_rate(optim, steps))
   # All four always stand in the chain, so that the state's tree does not
   # depend on numbers that a resumed run may change.
   tx = optax.chain(
       clip,
-      _with_rates(direction, trained(rates)),
-      _add_decay(optim.weight_decay, _decays(optim, roles)),
-      _with_rates(learning_rate, trained(parts)))
+      _multiply_updates(direction, keep_trained(rates)),
+      _add_weight_decay(optim.weight_decay, _decay_mask(optim, roles)),
+      _multiply_updates(scale_by_rate, keep_trained(parts)))
 
-  def cast(tree: Any) -> Any:
+  def cast_to_float32(tree: Any) -> Any:
     """Returns a tree in float32. In bfloat16 a second moment with b2 = 0.999
     would never fall: a thousandth of it is less than half of its last digit.
     """
-    return jax.tree.map(lambda x: x.astype(jnp.float32), trained(tree))
+    return jax.tree.map(lambda x: x.astype(jnp.float32), keep_trained(tree))
 
   def init(params: Any):
-    return tx.init(cast(params))
+    return tx.init(cast_to_float32(params))
 
   def update(grads: Any, state: Any, params: Any):
-    return tx.update(cast(grads), state, cast(params))
+    return tx.update(cast_to_float32(grads), state, cast_to_float32(params))
 
   return Transformation(init, update)
 
 
-def _decays(optim: Optim, roles: Any) -> Any:
-  """Returns which parameters decay, as a tree of truth values."""
+def _decay_mask(optim: Optim, roles: Any) -> Any:
+  """Returns whether weight decay applies to each parameter, as a tree: by
+  optim.decay_mask, or else to all matrices that are no embeddings."""
   if optim.decay_mask:
     return paths.map_by_pattern(optim.decay_mask, roles, 'optim.decay_mask')
   return jax.tree.map(
       lambda role: role.is_matrix and role.kind != 'embedding', roles)
 
 
-def _with_rates(tx: Transformation, rates: Any
-                ) -> Transformation:
-  """Multiplies the updates of `tx` by the leaves of `rates`. Its state stays
-  as it is: a checkpoint is one whether there are rates or not."""
-  if rates is None:
+def _multiply_updates(tx: Transformation, factors: Any) -> Transformation:
+  """Returns an optimiser whose updates are those of `tx`, each multiplied by
+  its leaf of the tree `factors`; None: by 1.
+
+  Its state is that of `tx`: a checkpoint is the same whether there are factors
+  or not.
+  """
+  if factors is None:
     return tx
 
   def update(grads: Any, state: Any, params: Any = None):
     updates, state = tx.update(grads, state, params)
-    return jax.tree.map(lambda u, rate: u * rate, updates, rates), state
+    multiplied = jax.tree.map(lambda u, factor: u * factor, updates, factors)
+    return multiplied, state
 
   return Transformation(tx.init, update)
 
 
-def _add_decay(weight_decay: float | jax.Array, decays: Any
-               ) -> Transformation:
-  """Adds weight_decay * p to the updates of the parameters that `decays`
-  selects. optax's own, given a mask, has another tree of states."""
-  def add(update: jax.Array, param: jax.Array, is_decayed: bool):
+def _add_weight_decay(weight_decay: float | jax.Array, mask: Any
+                      ) -> Transformation:
+  """Returns a transformation that adds weight_decay * p to the update of each
+  parameter p that `mask` has as true.
+
+  optax's own, given a mask, has another tree of states, which would change with
+  the mask.
+  """
+  def decay_parameter(update: jax.Array, param: jax.Array, is_decayed: bool):
     if not is_decayed:
       return update
     return update + weight_decay * param
 
-  def decay(updates: Any, params: Any):
-    return jax.tree.map(add, updates, params, decays)
+  def decay_tree(updates: Any, params: Any):
+    return jax.tree.map(decay_parameter, updates, params, mask)
 
-  return optax.stateless(decay)
+  return optax.stateless(decay_tree)
 
 
 def clip_by_global_norm(limit: float) -> Transformation:
-  """Scales all gradients so that their joint norm is at most `limit`.
+  """Returns a transformation that scales all gradients so that their joint norm
+  is at most `limit`.
 
   optax's own selects between whole arrays, which on CPU keeps XLA from fusing
   the clip into the update: 84 ms against 30 ms at 35M parameters with AdamW.
@@ -374,28 +401,31 @@ def clip_by_global_norm(limit: float) -> Transformation:
 
 def update_if(ok: jax.Array, tx: Transformation, grads: Any,
               state: Any, params: Any):
-  """Returns (params, state) after one update; unchanged unless `ok`.
+  """Updates the parameters with an optimiser if `ok`, else leaves all as it is.
 
   A branch, not a select: on CPU jnp.where over parameters and state costs six
   times the update itself (190 ms against 30 ms at 35M parameters).
 
   Args:
-    ok: whether to update.
+    ok: whether to update, a scalar.
     tx: the optimiser.
     grads: the gradients.
     state: the state of the optimiser.
     params: the parameters that are trained.
+
+  Returns:
+    The parameters and the state of the optimiser.
   """
 
-  def apply(grads: Any, state: Any, params: Any):
+  def apply_update(grads: Any, state: Any, params: Any):
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
-  def skip(grads: Any, state: Any, params: Any):
+  def skip_update(grads: Any, state: Any, params: Any):
     del grads
     return params, state
 
-  return jax.lax.cond(ok, apply, skip, grads, state, params)
+  return jax.lax.cond(ok, apply_update, skip_update, grads, state, params)
 
 
 def opt_state_shardings(tx: Transformation, params: Any,
@@ -413,28 +443,30 @@ def opt_state_shardings(tx: Transformation, params: Any,
   """
   mesh = jax.tree.leaves(shardings)[0].mesh
   leaves = jax.tree_util.tree_leaves_with_path(params)
-  of_parameter = {}  # by path
+  shape_and_spec = {}  # of each parameter, by its path
   for (path, x), sharding in zip(leaves, jax.tree.leaves(shardings),
                                  strict=True):
-    of_parameter[path] = x.shape, sharding.spec
+    shape_and_spec[path] = x.shape, sharding.spec
 
-  def place(path: tuple, leaf: Any):
+  def shard_leaf(path: tuple, leaf: Any):
     """Returns the sharding of a leaf of the state."""
-    shape = ()
-    spec = ()
+    # The parameter whose path the path of the leaf ends with, if any.
+    parameter_shape = ()
+    parameter_spec = ()
     for i in range(len(path)):
-      if path[i:] in of_parameter:
-        shape, spec = of_parameter[path[i:]]
+      if path[i:] in shape_and_spec:
+        parameter_shape, parameter_spec = shape_and_spec[path[i:]]
         break
     # Axes beyond those that the spec names are whole.
-    mesh_axes = (*spec, *(None,) * leaf.ndim)
-    places = []
-    for size, parameter_size, axis in zip(leaf.shape, shape, mesh_axes):
+    mesh_axes = (*parameter_spec, *(None,) * leaf.ndim)
+    leaf_axes = []
+    for size, parameter_size, mesh_axis in zip(leaf.shape, parameter_shape,
+                                               mesh_axes):
       if size != parameter_size:
-        axis = None
-      places.append(axis)
+        mesh_axis = None
+      leaf_axes.append(mesh_axis)
     return jax.sharding.NamedSharding(
-        mesh, jax.sharding.PartitionSpec(*places))
+        mesh, jax.sharding.PartitionSpec(*leaf_axes))
 
   return jax.tree_util.tree_map_with_path(
-      place, jax.eval_shape(tx.init, params))
+      shard_leaf, jax.eval_shape(tx.init, params))

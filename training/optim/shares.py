@@ -32,11 +32,13 @@ from common.errors import RequestError, require
 STACKS = ('encoder', 'decoder')  # from the bottom
 
 
-def of(optim: ml_collections.ConfigDict, roles: Any, shapes: Any,
-       adapted: bool = False):
-  """Returns the share of each parameter, as a tree: a number, or where the
-  layers of a stack differ an array of as many axes as the parameter. 0: it is
-  frozen.
+def learning_rate_shares(optim: ml_collections.ConfigDict, roles: Any,
+                         shapes: Any, adapted: bool = False):
+  """Returns what the learning rate of each parameter is multiplied by, as a
+  tree; 0 for a frozen one.
+
+  A leaf is a number, or where the layers that share an array differ an array
+  [N, 1, ...] of as many axes as the parameter.
 
   Args:
     optim: config.optim.
@@ -49,52 +51,55 @@ def of(optim: ml_collections.ConfigDict, roles: Any, shapes: Any,
       parameter, for a rate of tables that are not there, and where nothing
       would be trained.
   """
-  patterns = _patterns(optim.freeze)
+  patterns = _compile_patterns(optim.freeze)
   has_tables = any(role.reads for role in jax.tree.leaves(roles))
   require(optim.table_rate == 1 or has_tables,
           f'optim.table_rate is {optim.table_rate}, and the model has no '
           'tables that n-grams look up: leave it at 1, or set model.memory')
   stacks = paths.Stacks(paths.flatten_by_path(shapes))
-  names: list[str] = []
-  matched = set()
+  layer_paths: list[str] = []
+  used_patterns = set()
 
-  def share(key: Any, role: Role, x: Any) -> float | np.ndarray:
-    """Returns the share of a parameter, of its rows where these differ."""
+  def share_of_parameter(key: Any, role: Role, x: Any) -> float | np.ndarray:
+    """Returns the share of a parameter, or one for each of its layers."""
     path = paths.path_to_string(key)
-    rows = []
-    # Each row of a scanned parameter is of another layer.
-    for name, power in _rows_of(path, stacks):
-      names.append(name)
-      freezing = []
+    shares = []
+    # Each row of a scanned parameter belongs to another layer.
+    for layer_path, power in _layers_and_powers(path, stacks):
+      layer_paths.append(layer_path)
+      freezing_patterns = []
       for pattern in patterns:
-        if pattern.fullmatch(path) or pattern.fullmatch(name):
-          freezing.append(pattern)
-      matched.update(freezing)
-      if freezing or adapted and not role.tuned:
-        rows.append(0.0)
+        if pattern.fullmatch(path) or pattern.fullmatch(layer_path):
+          freezing_patterns.append(pattern)
+      used_patterns.update(freezing_patterns)
+      if freezing_patterns or adapted and not role.tuned:
+        shares.append(0.0)
       elif role.reads:
-        rows.append(optim.layer_decay ** power * optim.table_rate)
+        shares.append(optim.layer_decay ** power * optim.table_rate)
       else:
-        rows.append(optim.layer_decay ** power)
-    # One number where all rows agree, else one for each row.
-    if len(set(rows)) == 1:
-      return rows[0]
-    return np.array(rows, np.float32).reshape(-1, *(1,) * (len(x.shape) - 1))
+        shares.append(optim.layer_decay ** power)
+    # One number where all layers agree, else one for each layer.
+    if len(set(shares)) == 1:
+      return shares[0]
+    shape = (-1, *(1,) * (len(x.shape) - 1))
+    return np.array(shares, np.float32).reshape(shape)
 
-  tree = jax.tree_util.tree_map_with_path(share, roles, shapes)
+  tree = jax.tree_util.tree_map_with_path(share_of_parameter, roles, shapes)
+
+  # Every pattern freezes something, and something is trained.
   for pattern in patterns:
-    require(pattern in matched, f'optim.freeze has the pattern '
+    require(pattern in used_patterns, f'optim.freeze has the pattern '
             f'{pattern.pattern!r}, which matches no parameter of the model: '
-            f'their paths are such as {", ".join(names[:3])}, and a pattern '
-            'must match all of one')
+            f'their paths are such as {", ".join(layer_paths[:3])}, and a '
+            'pattern must match all of one')
   require(any(map(np.any, jax.tree.leaves(tree))),
           f'optim.freeze is {optim.freeze!r}, which leaves no parameter to '
           'train')
   return tree
 
 
-def _patterns(freeze: str) -> list[re.Pattern]:
-  """Returns the regular expressions of optim.freeze."""
+def _compile_patterns(freeze: str) -> list[re.Pattern]:
+  """Returns the regular expressions of optim.freeze, which commas separate."""
   try:
     return [re.compile(text) for text in freeze.split(',') if text]
   except re.error as error:
@@ -102,70 +107,90 @@ def _patterns(freeze: str) -> list[re.Pattern]:
                        f'regular expression: {error}') from error
 
 
-def _rows_of(path: str, stacks: paths.Stacks) -> list[tuple[str, int]]:
-  """Returns the rows of a parameter: the name of each, which has the number of
-  its layer in it, and how many powers of the decay it has."""
-  depth = sum(stacks.counts.values())
+def _layers_and_powers(path: str, stacks: paths.Stacks
+                       ) -> list[tuple[str, int]]:
+  """Returns, for each layer that a parameter holds, the path of the parameter
+  with the number of the layer in it, and the power of optim.layer_decay that
+  its learning rate is multiplied by.
+
+  A parameter outside of the layers holds one such entry: the embedding with one
+  power more than the first layer, any other with the power 0.
+
+  Args:
+    path: the path of the parameter.
+    stacks: which layers each stacked parameter of the model holds.
+  """
+  num_layers = sum(stacks.counts.values())
   if path.startswith('embed/'):
-    return [(path, depth + 1)]
+    return [(path, num_layers + 1)]
   if not paths.Stacks.is_in_stack(path):
     return [(path, 0)]
   stack, name = stacks.split(path)
-  below = 0  # layers of the stacks before this one
+  layers_below = 0  # layers of the stacks before this one
   for other in STACKS[:STACKS.index(stack)]:
-    below += stacks.counts.get(other, 0)
-  return [(f'{stack}/layers/{n}/{name}', depth - below - n)
-          for n in stacks.layer_numbers(path)]
+    layers_below += stacks.counts.get(other, 0)
+  layers = []
+  for n in stacks.layer_numbers(path):
+    power = num_layers - layers_below - n
+    layers.append((f'{stack}/layers/{n}/{name}', power))
+  return layers
 
 
-def trained(shares: Any, tree: Any):
-  """Returns `tree` with optax.MaskedNode() for each frozen parameter."""
+def keep_trained(shares: Any, tree: Any):
+  """Returns a tree of parameters with optax.MaskedNode() for each frozen one.
+
+  Args:
+    shares: what `learning_rate_shares` returns; None: nothing is frozen.
+    tree: a tree with a leaf for each parameter.
+  """
   if shares is None:
     return tree
 
-  def keep(share: Any, x: Any) -> Any:
+  def keep_unless_frozen(share: Any, x: Any) -> Any:
     if np.any(share):
       return x
     return optax.MaskedNode()
 
-  return jax.tree.map(keep, shares, tree)
+  return jax.tree.map(keep_unless_frozen, shares, tree)
 
 
-def whole(shares: Any, part: Any, params: Any):
-  """Returns `params` with what `trained` has kept of a tree in its places."""
+def fill_in_frozen(shares: Any, trained: Any, params: Any):
+  """Returns the tree `trained`, which lacks the frozen parameters as
+  `keep_trained` returns it, with those of `params` in their places."""
   if shares is None:
-    return part
+    return trained
 
   def choose(share: Any, new: Any, old: Any) -> Any:
     if np.any(share):
       return new
     return old
 
-  return jax.tree.map(choose, shares, part, params)
+  return jax.tree.map(choose, shares, trained, params)
 
 
-def without_frozen_rows(shares: Any, grads: Any):
-  """Returns gradients with zeros for the frozen layers of a stack."""
-  return with_frozen_rows(shares, grads, jax.tree.map(lambda _: 0, grads))
+def zero_frozen_layers(shares: Any, grads: Any):
+  """Returns gradients with zeros for the frozen layers of stacked parameters.
+  """
+  return restore_frozen_layers(shares, grads, jax.tree.map(lambda _: 0, grads))
 
 
-def with_frozen_rows(shares: Any, new: Any, old: Any):
-  """Returns `new` with the rows of `old` for the frozen layers of a stack;
-  both trees are as `trained` returns them."""
+def restore_frozen_layers(shares: Any, new: Any, old: Any):
+  """Returns the tree `new` with the values of `old` in the frozen layers of
+  stacked parameters; both trees are as `keep_trained` returns them."""
   if shares is None:
     return new
 
-  def restore(share: Any, x: Any, before: Any) -> Any:
-    if x is before or np.all(share):
-      return x
-    return jnp.where(share != 0, x, before)
+  def restore(share: Any, new_value: Any, old_value: Any) -> Any:
+    if new_value is old_value or np.all(share):
+      return new_value
+    return jnp.where(share != 0, new_value, old_value)
 
-  return jax.tree.map(restore, trained(shares, shares), new, old)
+  return jax.tree.map(restore, keep_trained(shares, shares), new, old)
 
 
 def start_average(optim: ml_collections.ConfigDict, shares: Any, params: Any):
-  """Returns the average before the first update, a copy of the parameters that
-  are trained; None where optim.ema is 0.
+  """Returns the moving average of the parameters before the first update, a
+  copy of those that are trained; None where optim.ema is 0.
 
   It is in float32, whatever model.param_dtype is: at a decay of 0.999 a
   bfloat16 would not move. A step whose gradient is not finite is no update.
@@ -173,13 +198,15 @@ def start_average(optim: ml_collections.ConfigDict, shares: Any, params: Any):
   if not optim.ema:
     return None
   return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True),
-                      trained(shares, params))
+                      keep_trained(shares, params))
 
 
 def update_average(optim: ml_collections.ConfigDict, average: Any, params: Any,
                    updates: jax.Array, ok: jax.Array):
-  """Returns the average after a step. After update t, with the decay b, it is
-  (Kingma and Ba 2015, section 7.2, "Temporal averaging")
+  """Returns the moving average of the parameters after a step.
+
+  After update t, with the decay b = optim.ema, it is (Kingma and Ba 2015,
+  section 7.2, "Temporal averaging")
 
     m_t = b m_{t-1} + (1 - b) p_t,  m_0 = 0;     average_t = m_t / (1 - b^t).
 
@@ -201,17 +228,17 @@ def update_average(optim: ml_collections.ConfigDict, average: Any, params: Any,
   if not optim.ema:
     return None
   # 1 - b^t without the digits that it would lose where b is nearly 1.
-  total = -jnp.expm1(updates.astype(jnp.float32) * math.log(optim.ema))
-  weight = jnp.where(ok, (1 - optim.ema) / total, 0.0)
+  total_weight = -jnp.expm1(updates.astype(jnp.float32) * math.log(optim.ema))
+  weight = jnp.where(ok, (1 - optim.ema) / total_weight, 0.0)
   return jax.tree.map(lambda m, p: m + weight * (p.astype(jnp.float32) - m),
                       average, params)
 
 
-def evaluated(shares: Any, average: Any, params: Any):
-  """Returns the parameters that a run is evaluated with: the average, in the
-  dtype of the parameters, or where there is none these themselves."""
+def evaluated_parameters(shares: Any, average: Any, params: Any):
+  """Returns the parameters that a run is evaluated with: the average in the
+  dtype of the parameters, or, where there is no average, the parameters."""
   if average is None:
     return params
   cast = jax.tree.map(lambda m, p: m.astype(p.dtype), average,
-                      trained(shares, params))
-  return whole(shares, cast, params)
+                      keep_trained(shares, params))
+  return fill_in_frozen(shares, cast, params)

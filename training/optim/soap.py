@@ -56,7 +56,8 @@ class SoapState(NamedTuple):
 
 def scale_by_soap(roles: Any, b1: float, b2: float, eps: float, every: int,
                   most: int) -> optax.GradientTransformation:
-  """Returns the direction of SOAP.
+  """Returns SOAP's step before the learning rate, by the equations at the head
+  of this file.
 
   Args:
     roles: the Role of each parameter, as a tree.
@@ -64,196 +65,230 @@ def scale_by_soap(roles: Any, b1: float, b2: float, eps: float, every: int,
     every: the steps between two updates of the bases.
     most: the longest side that has a preconditioner.
   """
-  def left_factor(axes: Axes, x: jax.Array) -> jax.Array | None:
-    """Returns zeros for L: the side of the outputs is as long as the inputs'.
-    """
-    size, _ = axes.sizes(x.shape)
-    if size > most:
+  def zero_left_factor(axes: Axes, x: jax.Array) -> jax.Array | None:
+    """Returns zeros in the shape of L [inputs, inputs] for the parameter x;
+    None if it has more inputs than `most`."""
+    num_inputs, _ = axes.sizes(x.shape)
+    if num_inputs > most:
       return None
     shape = list(x.shape)
     for axis in axes.outputs:
       shape[axis] = 1
-    shape[axes.outputs[0]] = size
+    shape[axes.outputs[0]] = num_inputs
     return jnp.zeros(shape, x.dtype)
 
-  def right_factor(axes: Axes, x: jax.Array) -> jax.Array | None:
-    return left_factor(_flipped(axes), x)
+  def zero_right_factor(axes: Axes, x: jax.Array) -> jax.Array | None:
+    return zero_left_factor(_transpose_axes(axes), x)
 
   def init(params: Any) -> SoapState:
+    """Returns the state before the first gradient, which is all zeros."""
     zeros = optax.tree.zeros_like(params)
-    left = matrices.over(roles, left_factor, params)
-    right = matrices.over(roles, right_factor, params)
+    left = matrices.map_over_parameters(roles, zero_left_factor, params)
+    right = matrices.map_over_parameters(roles, zero_right_factor, params)
     return SoapState(count=jnp.zeros([], jnp.int32), mean=zeros, square=zeros,
                      left=left, right=right, left_basis=left,
                      right_basis=right)
 
   def update(grads: Any, state: SoapState, params: Any = None):
-    """Returns the steps and the new state, of each parameter by itself."""
+    """Returns the steps and the new state, parameter by parameter."""
     del params
 
-    def one(axes: Axes, g: jax.Array, *fields: Any):
-      """Returns the step of a parameter, and the new fields of its state."""
-      # A field's own side is its rows.
-      flipped = _flipped(axes)
-      sides = SoapState(count=None, mean=axes, square=axes, left=axes,
-                        right=flipped, left_basis=axes, right_basis=flipped)
-      of_matrices = []
-      for side, x in zip(sides[1:], fields):
-        of_matrices.append(_as_matrices(side, x))
+    def update_parameter(axes: Axes, grad: jax.Array, *fields: Any):
+      """Returns the step of a parameter, and the new fields of its state
+      without the count, one after another."""
+      # R and QR have the outputs of the parameter as their rows.
+      transposed = _transpose_axes(axes)
+      axes_of_fields = [axes, axes, axes, transposed, axes, transposed]
 
-      # The algorithm is of matrices, which the parameter is cut into.
-      g_as_matrices = matrices.as_matrices(axes, g)
-      of_parameter = SoapState(state.count, *of_matrices)
-      step, new = _update(g_as_matrices, s=of_parameter, b1=b1, b2=b2, eps=eps,
-                          every=every)
+      # The algorithm works on matrices: reshape the gradient and the state.
+      grad_matrices = matrices.reshape_to_matrices(axes, grad)
+      field_matrices = []
+      for field_axes, field in zip(axes_of_fields, fields):
+        field_matrices.append(_reshape_to_matrices(field_axes, field))
+      step_matrices, new_state = _update_matrices(
+          grad_matrices, state=SoapState(state.count, *field_matrices), b1=b1,
+          b2=b2, eps=eps, every=every)
 
-      # The step and the fields as the parameter and its fields lie.
+      # Bring the results back into the shapes of the parameter and its state.
+      step = matrices.reshape_from_matrices(axes, step_matrices, grad.shape)
       new_fields = []
-      for side, x, old in zip(sides[1:], new[1:], fields):
-        new_fields.append(_as_before(side, x, old))
-      return matrices.as_before(axes, step, g.shape), *new_fields
+      for field_axes, new, old in zip(axes_of_fields, new_state[1:], fields):
+        new_fields.append(_reshape_from_matrices(field_axes, new, old))
+      return step, *new_fields
 
-    updated = matrices.over(roles, one, grads, *state[1:])
-    step, *fields = matrices.apart(updated, len(SoapState._fields))
-    return step, SoapState(state.count + 1, *fields)
+    updated = matrices.map_over_parameters(
+        roles, update_parameter, grads, *state[1:])
+    steps, *fields = matrices.unzip_tree(updated, len(SoapState._fields))
+    return steps, SoapState(state.count + 1, *fields)
 
   return optax.GradientTransformation(init, update)
 
 
-def _flipped(axes: Axes) -> Axes:
+def _transpose_axes(axes: Axes) -> Axes:
   """Returns the axes of the transposed matrices."""
-  return Axes(axes.batch, axes.outputs, axes.inputs)
+  return Axes(batch=axes.batch, inputs=axes.outputs, outputs=axes.inputs)
 
 
-def _as_matrices(axes: Axes, x: jax.Array | None) -> jax.Array | None:
+def _reshape_to_matrices(axes: Axes, x: jax.Array | None) -> jax.Array | None:
+  """Returns x as matrices [*batch, rows, columns]; None if x is None."""
   if x is None:
     return None
-  return matrices.as_matrices(axes, x)
+  return matrices.reshape_to_matrices(axes, x)
 
 
-def _as_before(axes: Axes, x: jax.Array | None, old: jax.Array | None
-               ) -> jax.Array | None:
+def _reshape_from_matrices(axes: Axes, x: jax.Array | None,
+                           old: jax.Array | None) -> jax.Array | None:
+  """Returns the matrices x in the shape of `old`; None if x is None."""
   if x is None:
     return None
-  return matrices.as_before(axes, x, old.shape)
+  return matrices.reshape_from_matrices(axes, x, old.shape)
 
 
-def _update(g: jax.Array, s: SoapState, b1: float, b2: float, eps: float,
-            every: int) -> tuple[jax.Array, SoapState]:
-  """Returns the step of SOAP and the new state, by the equations above.
+def _update_matrices(grad: jax.Array, state: SoapState, b1: float, b2: float,
+                     eps: float, every: int) -> tuple[jax.Array, SoapState]:
+  """Returns SOAP's step for matrices with the gradient G, and the new state.
+
+    P = QL' G QR                              G in the basis of the step before
+    M = b1 M + (1 - b1) P,   V = b2 V + (1 - b2) P * P
+    step = sqrt(1 - b2^t) / (1 - b1^t) QL (M / (sqrt(V) + eps)) QR'
+    L = b2 L + (1 - b2) G G',   R = b2 R + (1 - b2) G' G
 
   Args:
-    g: G, matrices [*batch, rows, columns].
-    s: the state of these matrices; s.count is t, from 0 at the first gradient.
+    grad: G, matrices [*batch, rows, columns].
+    state: the state of these matrices; its count is t, from 0 at the first
+      gradient.
     b1, b2, eps: those of Adam.
     every: the number of steps between two updates of the bases.
   """
-  is_first = s.count == 0
+  is_first = state.count == 0
 
   def unless_first(new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(is_first, old, new)
 
-  # Adam in the basis. The first step is 0: it is of the mean before.
-  p = _into(g, s.left_basis, s.right_basis)
-  mean = unless_first(b1 * s.mean + (1 - b1) * p, s.mean)
-  square = unless_first(b2 * s.square + (1 - b2) * p * p, s.square)
-  done = jnp.maximum(s.count, 1).astype(g.dtype)
-  debias = jnp.sqrt(1 - b2 ** done) / (1 - b1 ** done)
+  # Adam in the eigenbasis. The first step is 0: there is no basis yet.
+  projected = _project(grad, state.left_basis, state.right_basis)
+  new_mean = b1 * state.mean + (1 - b1) * projected
+  new_square = b2 * state.square + (1 - b2) * projected * projected
+  mean = unless_first(new_mean, state.mean)
+  square = unless_first(new_square, state.square)
+  num_updates = jnp.maximum(state.count, 1).astype(grad.dtype)
+  debias = jnp.sqrt(1 - b2 ** num_updates) / (1 - b1 ** num_updates)
   direction = mean / (jnp.sqrt(square) + eps)
-  step = debias * _out_of(direction, s.left_basis, s.right_basis)
+  step = debias * _project_back(direction, state.left_basis, state.right_basis)
+  state = state._replace(mean=mean, square=square)
 
-  # L = b2 L + (1 - b2) G G', and R of G' G; now and then their bases.
-  s = s._replace(mean=mean, square=square)
-  if s.left is not None:
-    s = s._replace(left=b2 * s.left + (1 - b2) * (g @ g.mT))
-  if s.right is not None:
-    s = s._replace(right=b2 * s.right + (1 - b2) * (g.mT @ g))
-  is_turn = ~is_first & (s.count % every == 0)
-  s = jax.lax.cond(is_first, _begin, _as_it_is, s)
-  s = jax.lax.cond(is_turn, _turn, _as_it_is, s)
-  return step, s
+  # The preconditioners L and R take in the gradient.
+  if state.left is not None:
+    new_left = b2 * state.left + (1 - b2) * (grad @ grad.mT)
+    state = state._replace(left=new_left)
+  if state.right is not None:
+    new_right = b2 * state.right + (1 - b2) * (grad.mT @ grad)
+    state = state._replace(right=new_right)
 
-
-def _as_it_is(s: SoapState) -> SoapState:
-  return s
-
-
-def _begin(s: SoapState) -> SoapState:
-  """Makes the bases of the first preconditioners."""
-  return s._replace(left_basis=_eigenbasis(s.left),
-                    right_basis=_eigenbasis(s.right))
+  # The bases follow them: from the first gradient on, and at every few steps.
+  is_basis_step = ~is_first & (state.count % every == 0)
+  state = jax.lax.cond(is_first, _start_bases, _keep_state, state)
+  state = jax.lax.cond(is_basis_step, _refine_bases, _keep_state, state)
+  return step, state
 
 
-def _turn(s: SoapState) -> SoapState:
-  """Brings QL and QR nearer to the eigenvectors, and M and V into them."""
+def _keep_state(state: SoapState) -> SoapState:
+  return state
+
+
+def _start_bases(state: SoapState) -> SoapState:
+  """Returns the state with the eigenvectors of L and R as its bases."""
+  return state._replace(left_basis=_eigenbasis(state.left),
+                        right_basis=_eigenbasis(state.right))
+
+
+def _refine_bases(state: SoapState) -> SoapState:
+  """Returns the state with its bases QL and QR nearer to the eigenvectors of L
+  and R, and with the moments M and V in these new bases.
+
+  M is rotated from the old bases into the new ones. V, the second moments,
+  cannot be rotated: its rows and columns only change places as the vectors of
+  the bases do.
+  """
   # M leaves the bases before they move, and enters them after.
-  mean = _out_of(s.mean, s.left_basis, s.right_basis)
-  square = s.square
-  left_basis = s.left_basis
-  right_basis = s.right_basis
+  mean = _project_back(state.mean, state.left_basis, state.right_basis)
+  square = state.square
+  left_basis = state.left_basis
+  right_basis = state.right_basis
   # The columns of a basis change places with its eigenvalues, and V with them.
-  if s.left is not None:
-    left_basis, order = _nearer(s.left, left_basis)
+  if state.left is not None:
+    left_basis, order = _refine_basis(state.left, left_basis)
     square = jnp.take_along_axis(square, order[..., :, None], axis=-2)
-  if s.right is not None:
-    right_basis, order = _nearer(s.right, right_basis)
+  if state.right is not None:
+    right_basis, order = _refine_basis(state.right, right_basis)
     square = jnp.take_along_axis(square, order[..., None, :], axis=-1)
-  mean = _into(mean, left_basis, right_basis)
-  return s._replace(mean=mean, square=square, left_basis=left_basis,
-                    right_basis=right_basis)
+  mean = _project(mean, left_basis, right_basis)
+  return state._replace(mean=mean, square=square, left_basis=left_basis,
+                        right_basis=right_basis)
 
 
-def _nearer(factor: jax.Array, basis: jax.Array
-            ) -> tuple[jax.Array, jax.Array]:
-  """Returns a basis that is nearer to the eigenvectors of a factor, by a step
-  of power iteration and a QR decomposition, and the new order of its vectors,
-  those of large values first."""
-  values = jnp.einsum('...ij,...ij->...j', basis, factor @ basis)
-  order = jnp.argsort(values, axis=-1, descending=True)
-  basis = jnp.take_along_axis(basis, order[..., None, :], axis=-1)
-  return _one_by_one(_q_of, factor @ basis), order
+def _refine_basis(factor: jax.Array, basis: jax.Array
+                  ) -> tuple[jax.Array, jax.Array]:
+  """Brings a basis nearer to the eigenvectors of a matrix, by one step of power
+  iteration and a QR decomposition.
+
+  Args:
+    factor: symmetric matrices [*batch, n, n].
+    basis: the old bases [*batch, n, n], one vector a column.
+
+  Returns:
+    The new bases [*batch, n, n], and the order [*batch, n] in which they have
+    the old vectors: those of large eigenvalues first.
+  """
+  eigenvalues = jnp.einsum('...ij,...ij->...j', basis, factor @ basis)
+  order = jnp.argsort(eigenvalues, axis=-1, descending=True)
+  sorted_basis = jnp.take_along_axis(basis, order[..., None, :], axis=-1)
+  return _map_one_by_one(_orthonormalize, factor @ sorted_basis), order
 
 
-def _q_of(x: jax.Array) -> jax.Array:
+def _orthonormalize(x: jax.Array) -> jax.Array:
+  """Returns Q of the QR decomposition of one matrix."""
   q, _ = jnp.linalg.qr(x)
   return q
 
 
 def _eigenvectors(x: jax.Array) -> jax.Array:
+  """Returns the eigenvectors of one symmetric matrix, as columns."""
   _, vectors = jnp.linalg.eigh(x)
   return vectors
 
 
-def _into(x: jax.Array, left: jax.Array | None, right: jax.Array | None
-          ) -> jax.Array:
-  """Returns matrices in the bases; None is the identity."""
-  if left is not None:
-    x = left.mT @ x
-  if right is not None:
-    x = x @ right
+def _project(x: jax.Array, left_basis: jax.Array | None,
+             right_basis: jax.Array | None) -> jax.Array:
+  """Returns QL' x QR, the matrices x in the bases; None is the identity."""
+  if left_basis is not None:
+    x = left_basis.mT @ x
+  if right_basis is not None:
+    x = x @ right_basis
   return x
 
 
-def _out_of(x: jax.Array, left: jax.Array | None, right: jax.Array | None
-            ) -> jax.Array:
-  """Returns matrices out of the bases; None is the identity."""
-  if left is not None:
-    x = left @ x
-  if right is not None:
-    x = x @ right.mT
+def _project_back(x: jax.Array, left_basis: jax.Array | None,
+                  right_basis: jax.Array | None) -> jax.Array:
+  """Returns QL x QR', the inverse of `_project`; None is the identity."""
+  if left_basis is not None:
+    x = left_basis @ x
+  if right_basis is not None:
+    x = x @ right_basis.mT
   return x
 
 
 def _eigenbasis(factor: jax.Array | None) -> jax.Array | None:
-  """Returns the eigenvectors, those of large values first; None of None."""
+  """Returns the eigenvectors of symmetric matrices as columns, those of large
+  eigenvalues first; None of None."""
   if factor is None:
     return None
-  return jnp.flip(_one_by_one(_eigenvectors, factor), -1)
+  return jnp.flip(_map_one_by_one(_eigenvectors, factor), -1)
 
 
-def _one_by_one(fn: Callable[[jax.Array], jax.Array], x: jax.Array
-                ) -> jax.Array:
-  """Returns fn of each matrix of x [..., m, n], one after another.
+def _map_one_by_one(fn: Callable[[jax.Array], jax.Array], x: jax.Array
+                    ) -> jax.Array:
+  """Applies a function to each matrix of x [..., m, n], one after another.
 
   On CPU, a batch of matrices waits for threads of the pool in which it runs
   itself. If several devices of one process do so, no thread is left, and all

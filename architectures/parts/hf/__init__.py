@@ -20,7 +20,7 @@ from common.errors import RequestError, require
 Row = tuple[str, str, str, str]
 # The reader of a config.json, which is in a room above (training/hf/config.py).
 Reader = Any
-MASKED_WORDS = 'head of masked words'  # a name in `HuggingFace.optional`
+MASKED_WORD_HEAD = 'head of masked words'  # a name in `HuggingFace.optional`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,20 +137,20 @@ class HuggingFace:
     """
     return {}
 
-  def write(self, c: ModelConfig) -> dict[str, Any]:
+  def write(self, config: ModelConfig) -> dict[str, Any]:
     """Returns fields of config.json that the table `fields` does not have."""
     return {}
 
-  def check(self, c: ModelConfig) -> None:
+  def check(self, config: ModelConfig) -> None:
     """Raises RequestError for a model that transformers does not run, which is
     neither read nor written."""
 
-  def names_of(self, c: ModelConfig) -> Sequence[Row]:
-    """Returns the rows for the config `c`, without those of a task's head. A
-    system replaces this method where its rows depend on the config."""
+  def names_of(self, config: ModelConfig) -> Sequence[Row]:
+    """Returns the rows for the config `config`, without those of a task's head.
+    A system replaces this method where its rows depend on the config."""
     return self.names
 
-  def constants(self, c: ModelConfig) -> dict[str, Any]:
+  def constants(self, config: ModelConfig) -> dict[str, Any]:
     """Returns the tensors, by name, whose values follow from the config."""
     return {}
 
@@ -159,27 +159,27 @@ class HuggingFace:
     and not its config.json."""
     return {}
 
-  def rows(self, c: ModelConfig) -> Sequence[Row]:
-    """Returns all rows for the config `c`, with those of its head."""
-    rows = self.names_of(c)
-    if c.head in self.heads:
-      return self.heads[c.head].rows(rows)
+  def rows(self, config: ModelConfig) -> Sequence[Row]:
+    """Returns all rows for the config `config`, with those of its head."""
+    rows = self.names_of(config)
+    if config.head in self.heads:
+      return self.heads[config.head].rows(rows)
     return rows
 
-  def spellings_of(self, c: ModelConfig) -> Sequence[tuple[str, str]]:
+  def spellings_of(self, config: ModelConfig) -> Sequence[tuple[str, str]]:
     """Returns `spellings`, and before them the usual prefix where a model with
-    the head of `c` has another one."""
-    if c.head not in self.heads:
+    the head of `config` has another one."""
+    if config.head not in self.heads:
       return tuple(self.spellings)
-    usual, here = self.heads[c.head].prefix
+    usual, here = self.heads[config.head].prefix
     if not here:
       return tuple(self.spellings)
     return ((here, usual), *self.spellings)
 
 
-def heads(system: str, sequence: str = 'score', tokens: str = 'classifier',
-          span: tuple[str, str] = ('', ''),
-          only: Collection[str] = ('sequence', 'tokens', 'span')
+def task_heads(system: str, sequence: str = 'score', tokens: str = 'classifier',
+               span: tuple[str, str] = ('', ''),
+               only: Collection[str] = ('sequence', 'tokens', 'span')
           ) -> dict[str, TaskHead]:
   """Returns the heads that a system has in transformers.
 
@@ -203,7 +203,7 @@ def heads(system: str, sequence: str = 'score', tokens: str = 'classifier',
 
 
 # The field of config.model that a field of config.json mostly is.
-_OURS = {
+_OUR_NAME_OF_HF_FIELD = {
     'hidden_size': 'd_model', 'num_hidden_layers': 'num_layers',
     'num_attention_heads': 'num_heads', 'num_key_value_heads': 'num_kv_heads',
     'intermediate_size': 'd_ff', 'max_position_embeddings': 'max_len',
@@ -229,20 +229,20 @@ _OURS = {
 
 # Any config.json may say whether the model has such biases, and where a page
 # does not ask for the field, it must say what the model has anyway.
-BIASES = {'attention_bias': 'attention_bias', 'mlp_bias': 'ffn_bias'}
+BIAS_FIELDS = {'attention_bias': 'attention_bias', 'mlp_bias': 'ffn_bias'}
 
 
-def fields(**defaults: Any) -> dict[str, tuple]:
+def fields_with_defaults(**defaults: Any) -> dict[str, tuple]:
   """Returns entries of `HuggingFace.fields` by transformers' defaults of fields
   that have their usual names, or ours."""
   entries = {}
   for name, default in defaults.items():
-    ours = _OURS.get(name, name)
+    ours = _OUR_NAME_OF_HF_FIELD.get(name, name)
     entries[ours] = (name, default)
   return entries
 
 
-def without(table: Mapping[str, Any], *names: str) -> dict[str, Any]:
+def drop_entries(table: Mapping[str, Any], *names: str) -> dict[str, Any]:
   """Returns a table without the entries of these names."""
   return {name: entry for name, entry in table.items() if name not in names}
 
@@ -250,17 +250,17 @@ def without(table: Mapping[str, Any], *names: str) -> dict[str, Any]:
 # Defaults that follow from fields which were read before.
 
 
-def each_head(fields: Mapping[str, Any]) -> int:
+def default_num_kv_heads(fields: Mapping[str, Any]) -> int:
   """Returns num_key_value_heads where each head has keys of its own."""
   return fields['num_heads']
 
 
-def split_width(fields: Mapping[str, Any]) -> int:
+def default_head_dim(fields: Mapping[str, Any]) -> int:
   """Returns head_dim where the heads divide the width among them."""
   return fields['d_model'] // fields['num_heads']
 
 
-def under(ours: str, theirs: str, *rows: Row) -> tuple[Row, ...]:
+def prefix_rows(ours: str, theirs: str, *rows: Row) -> tuple[Row, ...]:
   """Returns the rows with a folder of ours and a prefix of theirs before each.
   """
   moved = []
@@ -269,32 +269,33 @@ def under(ours: str, theirs: str, *rows: Row) -> tuple[Row, ...]:
   return tuple(moved)
 
 
-def by_block(c: ModelConfig, theirs: str,
-             rows: Callable[[ModelConfig], Iterable[Row]]) -> tuple[Row, ...]:
+def rows_of_each_block(config: ModelConfig, theirs: str,
+                       rows: Callable[[ModelConfig],
+                                      Iterable[Row]]) -> tuple[Row, ...]:
   """Returns rows of the layers of a decoder whose kinds differ in more than
   which parameters they have.
 
   Args:
-    c: the model.
+    config: the model.
     theirs: the prefix of a layer, with {n}.
     rows: the config of a kind of layer -> its rows, below the layer.
   """
   all_rows: list[Row] = []
-  for section in c.sections(c.num_layers):
+  for section in config.sections(config.num_layers):
     for i, kind in enumerate(section.kinds):
-      layer = c.of_kind(kind.name)
+      layer = config.of_kind(kind.name)
       folder = f'decoder/{section.name}/block_{i}'
-      all_rows += under(folder, theirs, *rows(layer))
+      all_rows += prefix_rows(folder, theirs, *rows(layer))
   return tuple(all_rows)
 
 
-def norm(ours: str, theirs: str) -> tuple[Row, Row]:
+def norm_rows(ours: str, theirs: str) -> tuple[Row, Row]:
   """Returns the rows of a LayerNorm's scale and bias."""
   return ((f'{ours}/scale', 'D', f'{theirs}.weight', 'D'),
           (f'{ours}/bias', 'D', f'{theirs}.bias', 'D'))
 
 
-def dense(ours: str, axes: str, theirs: str, their_axes: str
+def dense_rows(ours: str, axes: str, theirs: str, their_axes: str
           ) -> tuple[Row, Row]:
   """Returns the rows of a matrix and of its bias, which has the axes of the
   output: the last ones of ours."""
@@ -313,7 +314,8 @@ def dense(ours: str, axes: str, theirs: str, their_axes: str
           ('|'.join(names), bias_axes, f'{theirs}.bias', out))
 
 
-def attention(query: str, key: str, value: str, out: str, kv_heads: str = 'H'
+def attention_rows(query: str, key: str, value: str, out: str,
+                   kv_heads: str = 'H'
               ) -> tuple[Row, ...]:
   """Returns the rows of attention's matrices and biases.
 
@@ -325,28 +327,33 @@ def attention(query: str, key: str, value: str, out: str, kv_heads: str = 'H'
     kv_heads: the axis of the heads of keys and values, H or J.
   """
   kv = f'{kv_heads}K'
-  return (*dense('query', 'DHK', query, 'HK D'),
-          *dense('key', f'D{kv}', key, f'{kv} D'),
-          *dense('value', f'D{kv}', value, f'{kv} D'),
-          *dense('out', 'HKD', out, 'D HK'))
+  return (*dense_rows('query', 'DHK', query, 'HK D'),
+          *dense_rows('key', f'D{kv}', key, f'{kv} D'),
+          *dense_rows('value', f'D{kv}', value, f'{kv} D'),
+          *dense_rows('out', 'HKD', out, 'D HK'))
 
 
 # hidden_act: our ffn. Where two names mean one function, export takes the
 # first. gelu_fast and gelu_new are the same tanh approximation.
-FFNS = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_fast': 'gelu_tanh',
-        'gelu_pytorch_tanh': 'gelu_tanh', 'relu': 'relu', 'silu': 'silu',
-        'swish': 'silu', 'relu2': 'relu2'}
-GATED = {'silu': 'swiglu', 'gelu': 'geglu', 'gelu_new': 'geglu_tanh',
-         'gelu_pytorch_tanh': 'geglu_tanh', 'relu': 'reglu'}
-SILU = 'hidden_act', 'silu', GATED  # the entry that most systems have for ffn
+FFN_OF_ACTIVATION = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh',
+                     'gelu_fast': 'gelu_tanh',
+                     'gelu_pytorch_tanh': 'gelu_tanh', 'relu': 'relu',
+                     'silu': 'silu',
+                     'swish': 'silu', 'relu2': 'relu2'}
+GATED_FFN_OF_ACTIVATION = {'silu': 'swiglu', 'gelu': 'geglu',
+                           'gelu_new': 'geglu_tanh',
+                           'gelu_pytorch_tanh': 'geglu_tanh', 'relu': 'reglu'}
+# the entry that most systems have for ffn
+GATED_FFN_FIELD = 'hidden_act', 'silu', GATED_FFN_OF_ACTIVATION
 
 
-def check_heads(c: ModelConfig) -> None:
+def check_heads_divide_width(config: ModelConfig) -> None:
   """Raises RequestError for heads that do not divide the width, of which some
   classes of transformers make no model whatever the size of a head is."""
-  require(c.d_model % c.num_heads == 0, f'model.num_heads is {c.num_heads}, '
-          f'which does not divide model.d_model {c.d_model}: transformers '
-          f'refuses such a {c.arch}')
+  require(config.d_model % config.num_heads == 0,
+          f'model.num_heads is {config.num_heads}, '
+          f'which does not divide model.d_model {config.d_model}: transformers '
+          f'refuses such a {config.arch}')
 
 
 def check_gates(fields: Mapping[str, Any], chosen: str = 'num_experts_per_tok',
@@ -373,7 +380,8 @@ def check_gates(fields: Mapping[str, Any], chosen: str = 'num_experts_per_tok',
       'learns')
 
 
-def shared_experts(reader: Reader, name: str, default: int, width: int) -> int:
+def read_shared_experts(reader: Reader, name: str, default: int,
+                        width: int) -> int:
   """Returns model.moe.shared_experts by the field `name`, the hidden units of
   the shared network, where an expert has `width`."""
   shared = reader(name, default)
@@ -384,7 +392,7 @@ def shared_experts(reader: Reader, name: str, default: int, width: int) -> int:
   return shared // width
 
 
-def theirs(choices: Mapping[str, str], ours: str, field: str) -> str:
+def find_hf_word(choices: Mapping[str, str], ours: str, field: str) -> str:
   """Returns the first of their words for `ours`, the value of model.`field`.
 
   Raises:

@@ -10,15 +10,18 @@ from architectures.parts.config import ModelConfig
 from common import kinds as layer_kinds
 from common.errors import require, short
 
-WINDOW, WHOLE = 'sliding_attention', 'full_attention'
-NAMES = {WINDOW: 'local', WHOLE: 'global'}  # our kinds of layer
-LINEAR = 'linear_attention'
-MIXERS = {LINEAR: 'linear', WHOLE: 'full'}  # our kinds, where some are that
-MOST = 2**12  # layers
+SLIDING_ATTENTION, FULL_ATTENTION = 'sliding_attention', 'full_attention'
+# our kinds of layer
+KIND_OF_ATTENTION = {SLIDING_ATTENTION: 'local', FULL_ATTENTION: 'global'}
+LINEAR_ATTENTION = 'linear_attention'
+# our kinds, where some are that
+KIND_OF_MIXER = {LINEAR_ATTENTION: 'linear', FULL_ATTENTION: 'full'}
+MOST_LAYERS = 2**12  # layers
 
 
-def read(types: Sequence[str], layers: int, window: int,
-         kind_fields: Mapping[str, Mapping[str, Any]] | None = None
+def fields_of_attention_types(types: Sequence[str], layers: int, window: int,
+                              kind_fields: Mapping[
+                                  str, Mapping[str, Any]] | None = None
          ) -> dict[str, Any]:
   """Returns the fields of config.model for layer_types.
 
@@ -28,18 +31,20 @@ def read(types: Sequence[str], layers: int, window: int,
     window: sliding_window of the config.json; 0: none.
     kind_fields: further fields of a kind, by its type.
   """
-  require(len(types) == layers and _are_words(types, NAMES),
+  require(len(types) == layers and _are_words(types, KIND_OF_ATTENTION),
           f'config.json has layer_types {short(types)}: it must have one for '
-          f'each of {layers} layers, of {", ".join(NAMES)}')
-  require(window > 0 or WINDOW not in types, 'config.json has layers of '
-          f'{WINDOW} in layer_types, but no sliding_window')
-  further: dict[str, Mapping[str, Any]] = {WINDOW: {}, WHOLE: {}}
+          f'each of {layers} layers, of {", ".join(KIND_OF_ATTENTION)}')
+  require(window > 0 or SLIDING_ATTENTION not in types,
+          'config.json has layers of '
+          f'{SLIDING_ATTENTION} in layer_types, but no sliding_window')
+  further: dict[str, Mapping[str, Any]] = {SLIDING_ATTENTION: {},
+                                           FULL_ATTENTION: {}}
   further |= kind_fields or {}
 
   # Layers that are all alike.
   if len(set(types)) == 1:
     ours: dict[str, Any] = dict(prefix='', pattern='', suffix='', kinds={})
-    if types[0] == WINDOW:
+    if types[0] == SLIDING_ATTENTION:
       ours |= dict(attention='banded', sliding_window=window)
     else:
       ours |= dict(attention='global', sliding_window=0)
@@ -47,10 +52,10 @@ def read(types: Sequence[str], layers: int, window: int,
     return ours
 
   # Layers of two kinds.
-  kinds = {'local': {'window': window, **further[WINDOW]},
-           'global': {'window': 0, **further[WHOLE]}}
-  names = [NAMES[word] for word in types]
-  return shortest(names) | dict(
+  kinds = {'local': {'window': window, **further[SLIDING_ATTENTION]},
+           'global': {'window': 0, **further[FULL_ATTENTION]}}
+  names = [KIND_OF_ATTENTION[word] for word in types]
+  return shortest_pattern(names) | dict(
       attention='global', sliding_window=0, kinds=kinds)
 
 
@@ -62,7 +67,8 @@ def _are_words(entries: Sequence[Any], words: Collection[str]) -> bool:
   return True
 
 
-def listed(reader: hf.Reader, layers: int, windowed: Callable[[int], Any]
+def read_attention_types(reader: hf.Reader, layers: int,
+                         has_window: Callable[[int], Any]
            ) -> list[str]:
   """Returns layer_types, or what each layer is by its number where there are
   none.
@@ -70,28 +76,29 @@ def listed(reader: hf.Reader, layers: int, windowed: Callable[[int], Any]
   Args:
     reader: the reader of the config.json.
     layers: the number of layers.
-    windowed: the number of a layer -> something true for one with a window.
+    has_window: a function of the number of a layer, whose result is true for
+      one with a window; it is asked where there are no layer_types.
   """
-  reader.passes('layer_types')
+  reader.ignore_fields('layer_types')
   if reader.has('layer_types'):
-    return reader.listed('layer_types')
+    return reader.read_list('layer_types')
   types = []
   for n in range(layers):
-    if windowed(n):
-      types.append(WINDOW)
+    if has_window(n):
+      types.append(SLIDING_ATTENTION)
     else:
-      types.append(WHOLE)
+      types.append(FULL_ATTENTION)
   return types
 
 
-def window(reader: hf.Reader) -> int:
+def read_sliding_window(reader: hf.Reader) -> int:
   """Returns sliding_window: left out it is 4096; null, there is none."""
   if reader.is_null('sliding_window'):
     return 0
   return reader('sliding_window', 4096)
 
 
-def shortest(names: Sequence[str]) -> dict[str, str]:
+def shortest_pattern(names: Sequence[str]) -> dict[str, str]:
   """Returns model.prefix, model.pattern and model.suffix for layers.
 
   Among those that give the kinds of these layers in this order, whose suffix
@@ -120,19 +127,20 @@ def shortest(names: Sequence[str]) -> dict[str, str]:
               suffix=','.join(names[len(names) - last:]))
 
 
-def named(names: Sequence[str], kinds: Mapping[str, Mapping[str, Any]]
+def pattern_and_kinds(names: Sequence[str],
+                      kinds: Mapping[str, Mapping[str, Any]]
           ) -> dict[str, Any]:
   """Returns the order of layers of these kinds, and what each kind is."""
   used = {name: kinds[name] for name in dict.fromkeys(names)}
-  return shortest(names) | dict(kinds=used)
+  return shortest_pattern(names) | dict(kinds=used)
 
 
-def turned(reader: hf.Reader, layers: int) -> list[int]:
+def read_layers_with_rope(reader: hf.Reader, layers: int) -> list[int]:
   """Returns no_rope_layers: for each layer 1, or 0 where it has no positions.
   Where they are not listed, the last of every no_rope_layer_interval layers has
   none."""
   every = reader('no_rope_layer_interval', 4)
-  entries = reader.listed('no_rope_layers')
+  entries = reader.read_list('no_rope_layers')
   if not entries:
     entries = [1] * layers
     for last in range(every - 1, layers, every):
@@ -144,25 +152,26 @@ def turned(reader: hf.Reader, layers: int) -> list[int]:
   return entries
 
 
-def write(c: ModelConfig) -> dict[str, Any]:
+def write_attention_types(config: ModelConfig) -> dict[str, Any]:
   """Returns layer_types and, where a layer has one, sliding_window."""
   types, tree = [], {}
-  for layer in c.layers(c.num_layers):
-    types.append(type_of(layer))
-    if types[-1] == WINDOW:
+  for layer in config.layers(config.num_layers):
+    types.append(attention_type(layer))
+    if types[-1] == SLIDING_ATTENTION:
       tree['sliding_window'] = layer.sliding_window
   return {'layer_types': types, **tree}
 
 
-def type_of(c: ModelConfig) -> str:
-  """Returns the entry of layer_types for the layers of `c`, which are all
+def attention_type(config: ModelConfig) -> str:
+  """Returns the entry of layer_types for the layers of `config`, which are all
   alike."""
-  if kernels.RULES[c.attention].window:
-    return WINDOW
-  return WHOLE
+  if kernels.RULES[config.attention].window:
+    return SLIDING_ATTENTION
+  return FULL_ATTENTION
 
 
-def read_mixers(reader: hf.Reader, layers: int, mixer: str) -> dict[str, Any]:
+def read_recurrent_layers(reader: hf.Reader, layers: int,
+                          mixer: str) -> dict[str, Any]:
   """Returns the order and the kinds of layer of a model in which some are a
   recurrence, and some may have a dense network in place of experts.
 
@@ -171,35 +180,36 @@ def read_mixers(reader: hf.Reader, layers: int, mixer: str) -> dict[str, Any]:
     layers: the number of layers.
     mixer: model.mixer of the recurrence.
   """
-  check_number('num_hidden_layers', layers)
+  check_number_of_layers('num_hidden_layers', layers)
   # Where the types are not listed, the last of every few layers is attention.
   every = reader('full_attention_interval', 4)
-  types = each(reader, 'layer_types', layers=layers, words=MIXERS)
+  types = read_entry_of_each_layer(reader, 'layer_types', layers=layers,
+                                   words=KIND_OF_MIXER)
   if not types:
-    types = [LINEAR] * layers
+    types = [LINEAR_ATTENTION] * layers
     for last in range(every - 1, layers, every):
-      types[last] = WHOLE
+      types[last] = FULL_ATTENTION
 
   # The last of every few layers has experts, unless it is listed as dense.
   step = reader('decoder_sparse_step', 1)
-  listed_dense = reader.listed('mlp_only_layers')
+  listed_dense = reader.read_list('mlp_only_layers')
   dense = []
   for n in range(layers):
     is_last = (n + 1) % step == 0
     dense.append(n in listed_dense or not is_last)
-  return mixed(types, dense, mixer)
+  return fields_of_recurrent_layers(types, dense, mixer)
 
 
-def experts_every(c: ModelConfig) -> int:
+def interval_of_expert_layers(config: ModelConfig) -> int:
   """Returns n of a model in which the last of every n layers has experts.
 
   Raises:
     RequestError: where other layers have them.
   """
-  layers = max(c.num_layers, c.num_decoder_layers)
-  moe = [kind.ffn == 'moe' for kind in c.layer_kinds(layers)]
+  layers = max(config.num_layers, config.num_decoder_layers)
+  moe = [kind.ffn == 'moe' for kind in config.layer_kinds(layers)]
   wrong = (
-      f'model.pattern {c.pattern!r} has experts in layers that this '
+      f'model.pattern {config.pattern!r} has experts in layers that this '
       'config.json cannot name: it knows the last of every n layers')
   require(any(moe), wrong)
   every = moe.index(True) + 1
@@ -208,18 +218,20 @@ def experts_every(c: ModelConfig) -> int:
   return every
 
 
-def check_number(field: str, layers: int) -> None:
+def check_number_of_layers(field: str, layers: int) -> None:
   """Raises RequestError for a field of a config.json that asks for more layers
   than a model may have, before they are listed."""
-  require(layers <= MOST, f'config.json has {field} {layers}: a model has at '
-          f'most {MOST} layers')
+  require(layers <= MOST_LAYERS,
+          f'config.json has {field} {layers}: a model has at '
+          f'most {MOST_LAYERS} layers')
 
 
-def each(reader: hf.Reader, field: str, layers: int, words: Collection[str]
+def read_entry_of_each_layer(reader: hf.Reader, field: str, layers: int,
+                             words: Collection[str]
          ) -> list[str]:
   """Returns what a field of a config.json says of each layer, in these words;
   an empty list if there is no such field."""
-  entries = reader.listed(field)
+  entries = reader.read_list(field)
   if not reader.has(field):
     return entries
   require(len(entries) == layers and _are_words(entries, words),
@@ -228,14 +240,15 @@ def each(reader: hf.Reader, field: str, layers: int, words: Collection[str]
   return entries
 
 
-def check_attention(c: ModelConfig) -> None:
+def check_has_attention(config: ModelConfig) -> None:
   """Raises RequestError for a model without a layer of attention."""
-  require(any(layer.mixer == 'attention' for layer in c.distinct_layers),
+  require(any(layer.mixer == 'attention' for layer in config.distinct_layers),
           'all layers are recurrences or short convolutions: transformers runs '
-          f'a {c.arch} with some layers of attention only')
+          f'a {config.arch} with some layers of attention only')
 
 
-def mixed(types: Sequence[str], dense: Sequence[bool], mixer: str
+def fields_of_recurrent_layers(types: Sequence[str], dense: Sequence[bool],
+                               mixer: str
           ) -> dict[str, Any]:
   """Returns the order and the kinds of layer of a model.
 
@@ -246,22 +259,23 @@ def mixed(types: Sequence[str], dense: Sequence[bool], mixer: str
   """
   names, kinds = [], {}
   for word, is_dense in zip(types, dense, strict=True):
-    name, kind = MIXERS[word], {}
-    if word == LINEAR:
+    name, kind = KIND_OF_MIXER[word], {}
+    if word == LINEAR_ATTENTION:
       kind['mixer'] = mixer
     if is_dense:
       name += '_dense'
       kind['ffn'] = layer_kinds.DENSE_NETWORK
     names.append(name)
     kinds[name] = kind
-  return shortest(names) | dict(kinds=kinds)
+  return shortest_pattern(names) | dict(kinds=kinds)
 
 
-def write_mixers(c: ModelConfig) -> dict[str, Any]:
+def write_recurrent_layers(config: ModelConfig) -> dict[str, Any]:
   """Returns layer_types, and mlp_only_layers."""
   types, dense = [], []
-  for n, layer in enumerate(c.layers(c.num_layers)):
-    types.append(WHOLE if layer.mixer == 'attention' else LINEAR)
+  for n, layer in enumerate(config.layers(config.num_layers)):
+    types.append(
+        FULL_ATTENTION if layer.mixer == 'attention' else LINEAR_ATTENTION)
     if layer.ffn != 'moe':
       dense.append(n)
   return dict(layer_types=types, decoder_sparse_step=1, mlp_only_layers=dense)

@@ -15,23 +15,28 @@ from architectures.parts.positions import RopeConfig
 from common.errors import RequestError, require
 
 # The fields that a scaling alone has, with their defaults.
-_NUMBERS = {'llama3': dict(low_freq_factor=1.0, high_freq_factor=4.0),
-            'yarn': dict(beta_fast=32.0, beta_slow=1.0, truncate=True)}
-_FROM_A_LENGTH = 'llama3', 'yarn', 'longrope'
+_DEFAULTS_OF_SCALING = {'llama3': dict(low_freq_factor=1.0,
+                                       high_freq_factor=4.0),
+                        'yarn': dict(beta_fast=32.0, beta_slow=1.0,
+                                     truncate=True)}
+_SCALINGS_WITH_ORIGINAL_LENGTH = 'llama3', 'yarn', 'longrope'
 # Our scaling by rope_type.
-SCALINGS = {'default': 'none', 'linear': 'linear', 'dynamic': 'dynamic',
-            'llama3': 'llama3', 'yarn': 'yarn', 'longrope': 'longrope'}
+SCALING_OF_ROPE_TYPE = {'default': 'none', 'linear': 'linear',
+                        'dynamic': 'dynamic',
+                        'llama3': 'llama3', 'yarn': 'yarn',
+                        'longrope': 'longrope'}
 # The rope_type of rope.proportional, which may be stretched. Only a system with
 # positions by the kind of layer has it.
 PROPORTIONAL = 'proportional'
 
 
-def read(reader: hf.Reader, *,
-         theta: tuple[str, float] = ('rope_theta', 10000.0),
-         fraction: tuple[str, float] | None = None,
-         interleaved: bool = False, on_scores: bool = False,
-         words: Mapping[str, str] = SCALINGS, original: int = 0,
-         unread: tuple[str, ...] = ()) -> dict:
+def read_rope(reader: hf.Reader, *,
+              theta: tuple[str, float] = ('rope_theta', 10000.0),
+              fraction: tuple[str, float] | None = None,
+              interleaved: bool = False, on_scores: bool = False,
+              words: Mapping[str, str] = SCALING_OF_ROPE_TYPE,
+              original: int = 0,
+              unread: tuple[str, ...] = ()) -> dict:
   """Returns model.rope, of a new config.json (rope_parameters) or an old one
   (rope_theta, rope_scaling).
 
@@ -48,17 +53,19 @@ def read(reader: hf.Reader, *,
       has it outside of these objects and goes by that; 0: in others.
     unread: fields that say nothing of text.
   """
-  new, old = reader.section('rope_parameters'), reader.section('rope_scaling')
+  new, old = reader.read_object(
+      'rope_parameters'), reader.read_object('rope_scaling')
   for section in (new, old):
-    section.passes(*unread)
+    section.ignore_fields(*unread)
   section = old or new
-  return _read(
+  return _read_section(
       reader, section, theta=theta, fraction=fraction, interleaved=interleaved,
       on_scores=on_scores, words=words, original=original)
 
 
-def read_by_kind(reader: hf.Reader, *kinds: tuple[str, tuple[str, float]],
-                 **how: Any) -> list[dict]:
+def read_rope_of_layer_kinds(reader: hf.Reader,
+                             *kinds: tuple[str, tuple[str, float]],
+                             **how: Any) -> list[dict]:
   """Returns model.rope of each kind of layer, of a rope_parameters that has an
   object for each. An old config.json has one rope_scaling, of the last kind.
 
@@ -67,17 +74,18 @@ def read_by_kind(reader: hf.Reader, *kinds: tuple[str, tuple[str, float]],
     *kinds: (the name of the kind there, the `theta` of `read`).
     **how: further arguments of `read`, and `temperature`: whether YaRN has one.
   """
-  parts, old = reader.section('rope_parameters'), reader.section('rope_scaling')
+  parts, old = reader.read_object(
+      'rope_parameters'), reader.read_object('rope_scaling')
   last, _ = kinds[-1]
   ropes = []
   for name, theta in kinds:
-    section = parts.section(name)
+    section = parts.read_object(name)
     if old and name == last:
       section = old
     if section('rope_type', 'default') == PROPORTIONAL:
       rope = _read_proportional(reader, section, theta)
     else:
-      rope = _read(reader, section, theta=theta, by_kind=True, **how)
+      rope = _read_section(reader, section, theta=theta, by_kind=True, **how)
       rope['proportional'] = False
     ropes.append(rope)
   return ropes
@@ -95,10 +103,14 @@ def _read_proportional(reader: hf.Reader, section: hf.Reader,
       scaling=scaling, factor=factor)
 
 
-def _read(reader: hf.Reader, section: hf.Reader, *, theta: tuple[str, float],
-          fraction: tuple[str, float] | None = None, interleaved: bool = False,
-          on_scores: bool = False, words: Mapping[str, str] = SCALINGS,
-          original: int = 0, by_kind: bool = False, temperature: bool = True
+def _read_section(reader: hf.Reader, section: hf.Reader, *,
+                  theta: tuple[str, float],
+                  fraction: tuple[str, float] | None = None,
+                  interleaved: bool = False,
+                  on_scores: bool = False,
+                  words: Mapping[str, str] = SCALING_OF_ROPE_TYPE,
+                  original: int = 0, by_kind: bool = False,
+                  temperature: bool = True
           ) -> dict:
   """Returns model.rope of one section.
 
@@ -110,41 +122,42 @@ def _read(reader: hf.Reader, section: hf.Reader, *, theta: tuple[str, float],
     by_kind: whether the section is of one kind of layer among several.
     temperature: whether YaRN has one.
   """
-  scaling = section.choose('rope_type', section('type', 'default'), words)
+  scaling = section.read_choice('rope_type', section('type', 'default'), words)
   rope: dict[str, Any] = dict(
       theta=section('rope_theta', reader(*theta)), interleaved=interleaved,
-      fraction=_fraction(reader, section, fraction), scaling=scaling)
+      fraction=_read_rotated_fraction(reader, section, fraction),
+      scaling=scaling)
   if original:
-    section.passes('original_max_position_embeddings')
+    section.ignore_fields('original_max_position_embeddings')
     rope['original_len'] = reader('original_max_position_embeddings', original)
   if scaling == 'none':
     return rope
 
   # The factor, the length that it goes by, and the numbers of one scaling.
   rope['factor'] = section('factor', 1.0)
-  if scaling in _FROM_A_LENGTH and not original:
+  if scaling in _SCALINGS_WITH_ORIGINAL_LENGTH and not original:
     length = section('original_max_position_embeddings',
                      reader('max_position_embeddings', 0))
     if not by_kind:  # what stands outside goes before
       length = reader('original_max_position_embeddings', length)
     rope['original_len'] = length
-  for name, default in _NUMBERS.get(scaling, {}).items():
+  for name, default in _DEFAULTS_OF_SCALING.get(scaling, {}).items():
     rope[name] = section(name, default)
 
   # The fields that a scaling has alone.
   if scaling == 'yarn':
-    rope |= _temperature(section, on_scores, temperature)
-    section.must(attention_factor=positions.yarn_rotation_factor(
+    rope |= _read_temperature(section, on_scores, temperature)
+    section.require_values(attention_factor=positions.yarn_rotation_factor(
         factor=rope['factor'], mscale=rope['mscale'],
         mscale_all_dim=rope['mscale_all_dim']))
   if scaling == 'dynamic':
     rope['original_len'] = reader('max_position_embeddings', 0)
   if scaling == 'longrope':
-    rope |= _longrope(reader, section, rope['original_len'])
+    rope |= _read_longrope(reader, section, rope['original_len'])
   return rope
 
 
-def _longrope(reader: hf.Reader, section: hf.Reader, original: int
+def _read_longrope(reader: hf.Reader, section: hf.Reader, original: int
               ) -> dict[str, Any]:
   """Returns the fields of longrope alone. Without a factor, it is how many
   times as long as `original` the model is."""
@@ -153,13 +166,13 @@ def _longrope(reader: hf.Reader, section: hf.Reader, original: int
           'max_position_embeddings, of which it follows')
   times = reader('max_position_embeddings', 0) / (original or 1)
   return dict(
-      short_factor=tuple(section.listed('short_factor')),
-      long_factor=tuple(section.listed('long_factor')),
+      short_factor=tuple(section.read_list('short_factor')),
+      long_factor=tuple(section.read_list('long_factor')),
       attention_factor=section('attention_factor', 0.0),
       factor=section('factor', max(1.0, times)))
 
 
-def _temperature(section: hf.Reader, on_scores: bool, temperature: bool
+def _read_temperature(section: hf.Reader, on_scores: bool, temperature: bool
                  ) -> dict[str, float]:
   """Returns mscale and mscale_all_dim of YaRN's temperature. Where one of
   theirs is 0, transformers reads neither on cos and sin."""
@@ -175,8 +188,8 @@ def _temperature(section: hf.Reader, on_scores: bool, temperature: bool
   return dict(mscale=1.0, mscale_all_dim=0.0)
 
 
-def _fraction(reader: hf.Reader, section: hf.Reader,
-              named: tuple[str, float] | None) -> float:
+def _read_rotated_fraction(reader: hf.Reader, section: hf.Reader,
+                           named: tuple[str, float] | None) -> float:
   """Returns the share of a head that is turned; `named` is the `fraction` of
   `read`."""
   if named:
@@ -189,43 +202,46 @@ def _fraction(reader: hf.Reader, section: hf.Reader,
   return 1.0
 
 
-def write_by_kind(c: ModelConfig, names: Mapping[str, str] | None = None,
-                  **how: Any) -> dict:
+def write_rope_of_layer_kinds(config: ModelConfig,
+                              names: Mapping[str, str] | None = None,
+                              **how: Any) -> dict:
   """Returns rope_parameters with an object for each kind of layer.
 
   Args:
-    c: the model.
+    config: the model.
     names: the name of a kind by its mixer. None: the kinds are the layers with
       a window and those that see all.
     **how: further arguments of `write`.
   """
   ropes: dict[str, dict] = {}
-  for layer in c.layers(c.num_layers):
+  for layer in config.layers(config.num_layers):
     if names:
-      ropes[names[layer.mixer]] = write(layer, **how)
+      ropes[names[layer.mixer]] = write_rope(layer, **how)
     elif layer.mixer == 'attention':
-      ropes[layer_types.type_of(layer)] = write(layer, **how)
+      ropes[layer_types.attention_type(layer)] = write_rope(layer, **how)
   return ropes
 
 
-def write(c: ModelConfig, *, whole_heads: bool = True, on_scores: bool = False,
-          words: Mapping[str, str] = SCALINGS, temperature: bool = True
+def write_rope(config: ModelConfig, *, whole_heads: bool = True,
+               on_scores: bool = False,
+               words: Mapping[str, str] = SCALING_OF_ROPE_TYPE,
+               temperature: bool = True
           ) -> dict:
-  """Returns rope_parameters for the config `c`. A field that they cannot say is
-  found where they are read again.
+  """Returns rope_parameters for the config `config`. A field that they cannot
+  say is found where they are read again.
 
   Args:
-    c: the config.
+    config: the config.
     whole_heads: whether transformers turns whole heads in this system, and
       does not read that it should turn a part.
     on_scores: as for `read`.
     words: as for `read`.
     temperature: as for `read_by_kind`.
   """
-  rope = c.part(RopeConfig)
+  rope = config.part(RopeConfig)
   scaling = rope.scaling
   if scaling == 'ntk':
-    theta = positions.ntk_theta(rope, positions.rotary_dim(c))
+    theta = positions.ntk_theta(rope, positions.rotary_dim(config))
     raise RequestError(
         "model.rope.scaling is 'ntk', which config.json has not: it is the "
         f'same as scaling none with model.rope.theta {theta!r}')
@@ -235,7 +251,7 @@ def write(c: ModelConfig, *, whole_heads: bool = True, on_scores: bool = False,
       known = scaling
     words = {PROPORTIONAL: known}
   tree: dict[str, Any] = dict(
-      rope_type=hf.theirs(words, scaling, 'rope.scaling'),
+      rope_type=hf.find_hf_word(words, scaling, 'rope.scaling'),
       rope_theta=rope.theta)
   if not whole_heads or rope.proportional:
     tree['partial_rotary_factor'] = rope.fraction
@@ -249,7 +265,7 @@ def write(c: ModelConfig, *, whole_heads: bool = True, on_scores: bool = False,
 def _write_scaling(rope: RopeConfig) -> dict[str, Any]:
   """Returns the fields of rope_parameters that a scaling has alone."""
   tree: dict[str, Any] = {}
-  for name in _NUMBERS.get(rope.scaling, ()):
+  for name in _DEFAULTS_OF_SCALING.get(rope.scaling, ()):
     value = getattr(rope, name)
     if name != 'truncate' or not value:
       tree[name] = value
@@ -258,7 +274,7 @@ def _write_scaling(rope: RopeConfig) -> dict[str, Any]:
     tree['long_factor'] = list(rope.long_factor)
     if rope.attention_factor:
       tree['attention_factor'] = rope.attention_factor
-  if rope.scaling in _FROM_A_LENGTH:
+  if rope.scaling in _SCALINGS_WITH_ORIGINAL_LENGTH:
     tree['original_max_position_embeddings'] = rope.original_len
   return tree
 

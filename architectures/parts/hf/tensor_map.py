@@ -1,5 +1,29 @@
-"""The tensors of a Hugging Face folder, and the places of ours that each fills,
-by the rows of its page (parts/hf has their form)."""
+"""Where the parameters of a model stand in the tensors of a Hugging Face
+folder.
+
+A page (the module of a system) has a table whose rows name a parameter of ours
+with its axes, and a tensor of theirs with its axes. Axes are written in a small
+language, of which this file knows all:
+
+  'HK D'           two dimensions, of the sizes H * K and D. Each letter is an
+                   axis of the legend in README.md.
+  'D 3HK'          the second dimension has three parameters one after another,
+                   where the row names three: 3 is the axis of their number.
+  'HK 1 W'         a dimension of size 1, which the parameter does not have.
+  'HK+JK+JK D'     the first dimension has three pieces one after another, each
+                   of its own size, one for each of three parameters.
+  'J(RK+K+K) D'    it has J groups, and in each group these three pieces. R is
+                   H / J, so that the query's axes J and R are H together.
+  'J=2(R+R) D'     the same, with the size of J in the row.
+
+For example, the row
+
+  ('attention/query|key', 'DHK|DJK', 'attn.qk.weight', 'HK+JK D')
+
+with H = 4, J = 2, K = 3 and D = 8 stands for a tensor [18, 8]: `query`
+[8, 4, 3] is its first 12 rows, transposed and reshaped, and `key` [8, 2, 3] the
+other 6.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
@@ -11,18 +35,19 @@ from architectures.parts.hf import Row
 from common.errors import RequestError
 from common.kinds import SECTIONS
 
-# A row of one block, or of all layers.
-_OF_LAYERS = re.compile(rf'/(?:{"|".join(SECTIONS)})/block_\d+/|/layers/')
+# The folder of one block in our path of a row, or that of all layers.
+_LAYER_FOLDER = re.compile(
+    rf'/(?:{"|".join(SECTIONS)})/block_\d+/|/layers/')
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """One tensor of theirs, and the places of ours that it fills.
+  """A tensor of a Hugging Face folder, and the parameters of ours that it has.
 
   Attributes:
     name: the name of the tensor.
     axes: the axes of the tensor, such as 'D 3HK', 'HK+JK+JK D' or
-      'J(RK+K+K) D'.
+      'J(RK+K+K) D'; the head of this file says what they mean.
     paths: the paths of our parameters; several where the tensor is fused.
     ours: the axes of each parameter, without those that `index` picks from.
     index: the leading indices in each of `paths` (layer, expert).
@@ -39,109 +64,137 @@ class Tensor:
   def shape(self) -> tuple[int, ...]:
     """The shape of the tensor."""
     shape = []
-    for dim in self.axes.split():
-      groups, pieces = _pieces(dim)
-      size = 0
-      for piece in pieces:
-        size += self._size(piece)
-      shape.append(self._size(groups) * size)
+    for text in self.axes.split():
+      dimension = _Dimension.parse(text)
+      size_of_group = sum(self._size(piece) for piece in dimension.pieces)
+      shape.append(self._size(dimension.groups) * size_of_group)
     return tuple(shape)
 
-  def part(self, cut: Callable[[tuple[slice, ...]], np.ndarray], which: int,
-           ranges: Mapping[str, tuple[int, int]]) -> np.ndarray:
-    """Returns what the tensor holds for paths[which], by our axes.
+  def read_parameter(self, cut: Callable[[tuple[slice, ...]], np.ndarray],
+                     number: int, ranges: Mapping[str, tuple[int, int]]
+                     ) -> np.ndarray:
+    """Returns a part of a parameter, read from the tensor.
 
     Args:
       cut: a function that returns a slice of the tensor; it is asked for the
         smallest slice that holds the wanted part.
-      which: the number of the path in `paths`.
-      ranges: (start, stop) of our axes, by letter.
-    """
-    letters, places = self._places(which, ranges)
-    # The smallest block of the tensor, the wanted part of that, and the shape
-    # of this part with one dimension for each of our axes.
-    limits, inside = [], []
-    shape: list[int] = []
-    for at in places:
-      first, last = int(at.min()), int(at.max())
-      limits.append(slice(first, last + 1))
-      inside.append(_index(at - first))
-      shape += at.shape
-    block = cut(tuple(limits))
-    wanted = block[tuple(inside)].reshape(shape)
-    order = [letters.index(axis) for axis in self.ours[which]]
-    return wanted.transpose(order)
-
-  def join(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the tensor, made of one array for each of `paths`."""
-    joined = np.empty(self.shape, ours[0].dtype)
-    for which, x in enumerate(ours):
-      # Our axes in the order of the tensor's, and joined as it joins them.
-      axes = self.ours[which]
-      whole = {axis: (0, size) for axis, size in zip(axes, x.shape)}
-      letters, places = self._places(which, whole)
-      order = [axes.index(letter) for letter in letters]
-      sizes = [at.size for at in places]
-      into = [_index(at) for at in places]
-      joined[tuple(into)] = x.transpose(order).reshape(sizes)
-    return joined
-
-  def _places(self, which: int, ranges: Mapping[str, tuple[int, int]]
-              ) -> tuple[str, list[np.ndarray]]:
-    """Returns where paths[which] stands in the tensor.
-
-    Args:
-      which: the number of the path in `paths`.
-      ranges: (start, stop) of our axes, by letter.
+      number: the number of the parameter in `paths`.
+      ranges: (start, stop) of the wanted part along each axis of the parameter,
+        by letter.
 
     Returns:
-      Our axes in the order of the tensor's dimensions, and for each dimension
-      the positions in it, an array whose dimensions are those of our axes that
-      the dimension has, cut to `ranges`.
+      An array with the axes of the parameter, ours[number].
     """
-    letters, places = '', []
-    for dim in self.axes.split():
-      groups, pieces = _pieces(dim)
-      axes, at = self._positions(groups, pieces, which % len(pieces))
+    axes, positions = self._find_parameter(number, ranges)
+    # The smallest slice of the tensor, the positions of the wanted part in it,
+    # and the shape of this part with one dimension for each axis.
+    slices, indices = [], []
+    shape: list[int] = []
+    for positions_in_dimension in positions:
+      first = int(positions_in_dimension.min())
+      last = int(positions_in_dimension.max())
+      slices.append(slice(first, last + 1))
+      indices.append(_as_index(positions_in_dimension - first))
+      shape += positions_in_dimension.shape
+    part = cut(tuple(slices))[tuple(indices)].reshape(shape)
 
-      # A digit is a number of parameters, of which this is one.
-      several = str(len(self.paths))
-      picks: list[int | slice] = []
-      kept = ''
-      for axis in axes:
-        if not axis.isdigit():
-          picks.append(slice(None))
-          kept += axis
-        elif axis == several:
-          picks.append(which)
-        else:
-          picks.append(0)
-      at, axes = at[tuple(picks)], kept
+    # The axes in the order of the parameter.
+    order = [axes.index(axis) for axis in self.ours[number]]
+    return part.transpose(order)
+
+  def join_parameters(self, parameters: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the tensor, made of one array for each of `paths`."""
+    tensor = np.empty(self.shape, parameters[0].dtype)
+    for number, x in enumerate(parameters):
+      # Where the whole parameter stands in the tensor.
+      our_axes = self.ours[number]
+      ranges = {axis: (0, size) for axis, size in zip(our_axes, x.shape)}
+      axes, positions = self._find_parameter(number, ranges)
+
+      # Its axes in the order of the tensor, joined as the tensor joins them.
+      order = [our_axes.index(axis) for axis in axes]
+      shape = [positions_in_dimension.size
+               for positions_in_dimension in positions]
+      indices = [_as_index(positions_in_dimension)
+                 for positions_in_dimension in positions]
+      tensor[tuple(indices)] = x.transpose(order).reshape(shape)
+    return tensor
+
+  def _find_parameter(self, number: int, ranges: Mapping[str, tuple[int, int]]
+                      ) -> tuple[str, list[np.ndarray]]:
+    """Finds a part of a parameter in the tensor.
+
+    Args:
+      number: the number of the parameter in `paths`.
+      ranges: (start, stop) of the part along each axis, by letter.
+
+    Returns:
+      The axes of the parameter in the order of the tensor, and for each
+      dimension of the tensor the positions in it of the part: an array with one
+      dimension for each axis of the parameter that the dimension has.
+    """
+    all_axes, positions = '', []
+    for text in self.axes.split():
+      dimension = _Dimension.parse(text)
+      axes, positions_by_axis = self._positions_of_piece(
+          dimension, dimension.piece_of_parameter(number))
+      axes, positions_by_axis = self._pick_parameter(
+          axes, positions_by_axis, number)
 
       # Our heads H, where theirs are ordered by groups J of R heads.
       if 'JR' in axes:
         first = axes.index('JR')
-        at = at.reshape(*at.shape[:first], -1, *at.shape[first + 2:])
+        shape = positions_by_axis.shape
+        positions_by_axis = positions_by_axis.reshape(
+            *shape[:first], -1, *shape[first + 2:])
         axes = axes.replace('JR', 'H')
       cuts = [slice(*ranges[axis]) for axis in axes]
-      places.append(at[tuple(cuts)])
-      letters += axes
-    return letters, places
+      positions.append(positions_by_axis[tuple(cuts)])
+      all_axes += axes
+    return all_axes, positions
 
-  def _positions(self, groups: str, pieces: Sequence[str], which: int
-                 ) -> tuple[str, np.ndarray]:
-    """Returns the axes of one piece of a dimension, and its positions there.
+  def _positions_of_piece(self, dimension: '_Dimension', piece: int
+                          ) -> tuple[str, np.ndarray]:
+    """Returns the axes of one piece of a dimension of the tensor, and its
+    positions in this dimension, an array with these axes.
 
     Args:
-      groups: the axes of the groups, in each of which all pieces stand.
-      pieces: the axes of the pieces that follow one another in a group.
-      which: the number of the piece.
+      dimension: the dimension.
+      piece: the number of the piece.
     """
-    sizes = [self._size(piece) for piece in pieces]
-    starts = np.arange(self._size(groups)) * sum(sizes) + sum(sizes[:which])
-    at = starts[:, None] + np.arange(sizes[which])[None]
-    axes = groups + pieces[which]
-    return axes, at.reshape([self.sizes[axis] for axis in axes])
+    # In each group, the piece stands behind those before it.
+    sizes = [self._size(axes) for axes in dimension.pieces]
+    starts_of_groups = np.arange(self._size(dimension.groups)) * sum(sizes)
+    starts_of_pieces = starts_of_groups + sum(sizes[:piece])
+    positions = starts_of_pieces[:, None] + np.arange(sizes[piece])[None]
+    axes = dimension.groups + dimension.pieces[piece]
+    return axes, positions.reshape([self.sizes[axis] for axis in axes])
+
+  def _pick_parameter(self, axes: str, positions: np.ndarray, number: int
+                      ) -> tuple[str, np.ndarray]:
+    """Returns the axes and the positions of one parameter, without the axes
+    that are digits.
+
+    The digit that is the number of parameters is the axis along which they lie
+    one after another. The digit 1 is a dimension that no parameter has.
+
+    Args:
+      axes: the axes of a piece.
+      positions: its positions in a dimension of the tensor, by these axes.
+      number: the number of the parameter in `paths`.
+    """
+    axis_of_parameters = str(len(self.paths))
+    indices: list[int | slice] = []
+    letters = ''
+    for axis in axes:
+      if not axis.isdigit():
+        indices.append(slice(None))
+        letters += axis
+      elif axis == axis_of_parameters:
+        indices.append(number)
+      else:
+        indices.append(0)
+    return letters, positions[tuple(indices)]
 
   def _size(self, axes: str) -> int:
     """Returns the size of axes that are one dimension."""
@@ -151,111 +204,90 @@ class Tensor:
     return size
 
 
-def _index(at: np.ndarray) -> slice | np.ndarray:
-  """Returns the index of these places in a dimension, which ascend: a slice,
-  which is faster, where their steps are equal."""
-  at = at.ravel()
+@dataclasses.dataclass(frozen=True)
+class _Dimension:
+  """One dimension of a tensor, as a row writes it.
+
+  Attributes:
+    groups: the axes of the groups, such as 'J' of 'J(RK+K+K)'; '' if there is
+      one group.
+    pieces: the axes of each piece of a group, such as ('RK', 'K', 'K').
+  """
+  groups: str
+  pieces: tuple[str, ...]
+
+  @classmethod
+  def parse(cls, text: str) -> '_Dimension':
+    """Returns the dimension that a text such as 'HK' or 'J(RK+K)' means."""
+    groups, parenthesis, pieces = text.rpartition('(')
+    if parenthesis:
+      pieces = pieces.removesuffix(')')
+    return cls(groups=groups, pieces=tuple(pieces.split('+')))
+
+  def piece_of_parameter(self, number: int) -> int:
+    """Returns the number of the piece that holds a parameter: its own, or the
+    only one, which all parameters share."""
+    if len(self.pieces) == 1:
+      return 0
+    return number
+
+
+def _as_index(positions: np.ndarray) -> slice | np.ndarray:
+  """Returns an index of ascending positions in a dimension: a slice, which is
+  faster, where their steps are equal, else the positions."""
+  positions = positions.ravel()
   step = 1
-  if at.size > 1:
-    step = int(at[1] - at[0])
-  even = slice(int(at[0]), int(at[-1]) + 1, step)
-  if np.array_equal(at, np.arange(even.start, even.stop, step)):
+  if positions.size > 1:
+    step = int(positions[1] - positions[0])
+  even = slice(int(positions[0]), int(positions[-1]) + 1, step)
+  if np.array_equal(positions, np.arange(even.start, even.stop, step)):
     return even
-  return at
+  return positions
 
 
-def _pieces(dim: str) -> tuple[str, list[str]]:
-  """Returns the axes of groups, '' if there are none, and the pieces that
-  follow one another within a group."""
-  groups, is_grouped, rest = dim.rpartition('(')
-  if is_grouped:
-    rest = rest.removesuffix(')')
-  return groups, rest.split('+')
+def map_tensors(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
+                ) -> list[Tensor]:
+  """Returns every tensor of a Hugging Face folder for a model.
 
-
-def expand(rows: Sequence[Row],
-           shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
-  """Returns every tensor of theirs for parameters of these shapes, by path.
+  Args:
+    rows: the rows of the page of its system.
+    shapes: the shapes of its parameters, by path.
 
   Raises:
-    RequestError: naming the parameters for which the table has no row.
+    RequestError: naming the parameters for which there is no row.
   """
   tensors: list[Tensor] = []
-  covered: set[str] = set()
-  for place in places(rows, shapes):
-    tensors += _tensors_of(place, shapes)
-    covered.update(place.paths)
-  bare = sorted(set(shapes) - covered)
-  if bare:
+  paths_with_row: set[str] = set()
+  for match in match_rows(rows, shapes):
+    tensors += _tensors_of_match(match, shapes)
+    paths_with_row.update(match.paths)
+  paths_without_row = sorted(set(shapes) - paths_with_row)
+  if paths_without_row:
     raise RequestError(
-        f'no Hugging Face name for {", ".join(bare)}: this combination of '
-        'parts is none that transformers has under this architecture')
+        f'no Hugging Face name for {", ".join(paths_without_row)}: this '
+        'combination of parts is none that transformers has under this '
+        'architecture')
   return tensors
 
 
-def _tensors_of(place: 'Place', shapes: Mapping[str, tuple[int, ...]]
-                ) -> list[Tensor]:
-  """Returns the tensors of one place, by its layers and experts."""
-  _, axes, theirs, their_axes = place.row
-  each = axes_of(axes, len(place.paths))
-
-  # The sizes of the axes, of which the row may give some, as in J=2.
-  sizes = {}
-  for axis, size in re.findall(r'(\w)=(\d+)', their_axes):
-    sizes[axis] = int(size)
-  their_axes = re.sub(r'=\d+', '', their_axes)
-  for letters, path in zip(each, place.paths):
-    sizes |= zip(letters, shapes[path][-len(letters):])
-  if 'R' in their_axes:
-    sizes['R'] = sizes['H'] // sizes['J']
-  several = len(place.paths)
-  sizes['1'] = 1
-  sizes[str(several)] = several
-
-  # A tensor for each layer and each expert.
-  inner = each
-  if '{e}' in theirs:
-    inner = tuple(letters.replace('E', '') for letters in each)
-  tensors = []
-  for row, layer in enumerate(place.layers):
-    for expert in place.experts:
-      index: tuple[int, ...] = ()
-      if layer is not None:
-        index += (row,)
-      if expert is not None:
-        index += (expert,)
-      tensors.append(Tensor(
-          name=theirs.format(n=layer, m=layer, e=expert), axes=their_axes,
-          paths=place.paths, ours=inner, index=index, sizes=sizes))
-  return tensors
-
-
-def axes_of(axes: str, paths: int) -> tuple[str, ...]:
-  """Returns our axes of each of so many paths, by a row's second item."""
-  each = tuple(axes.split('|'))
-  if len(each) == paths:
-    return each
-  return each * paths
-
-
-def count(rows: Sequence[Row],
-          shapes: Mapping[str, tuple[int, ...]]) -> int:
-  """Returns how many tensors `expand` has, without making them."""
-  total = 0
-  for place in places(rows, shapes):
-    total += len(place.layers) * len(place.experts)
-  return total
+def count_tensors(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
+                  ) -> int:
+  """Returns how many tensors `map_tensors` returns, without making them."""
+  count = 0
+  for match in match_rows(rows, shapes):
+    count += len(match.layers) * len(match.experts)
+  return count
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-  """A row, and a block of ours that has its parameter.
+class RowMatch:
+  """A row of a page, with parameters of one block of the model that it names.
 
   Attributes:
     row: the row of the page.
     paths: the paths of our parameters.
     layers: the numbers of the layers with a tensor each; (None,) where the
-      parameter is of no layer.
+      parameter stands outside of the layers.
     experts: the numbers of the experts with a tensor each; (None,) where one
       tensor holds all, or there are none.
   """
@@ -265,52 +297,111 @@ class Place:
   experts: Sequence[int | None]
 
 
-def places(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
-           ) -> Iterator[Place]:
-  """Yields a Place for each row and each block that has its parameter.
+def _tensors_of_match(match: RowMatch, shapes: Mapping[str, tuple[int, ...]]
+                      ) -> list[Tensor]:
+  """Returns the tensors of a row, one for each layer and each expert.
+
+  Args:
+    match: the row and the parameters that it names.
+    shapes: the shapes of our parameters, by path.
+  """
+  _, our_axes, name, their_axes = match.row
+  axes_of_each = axes_of_parameters(our_axes, len(match.paths))
+
+  # The sizes of the axes, of which the row may give some, as in J=2.
+  sizes = {}
+  for axis, size in re.findall(r'(\w)=(\d+)', their_axes):
+    sizes[axis] = int(size)
+  their_axes = re.sub(r'=\d+', '', their_axes)
+  for axes, path in zip(axes_of_each, match.paths):
+    sizes |= zip(axes, shapes[path][-len(axes):])
+  if 'R' in their_axes:
+    sizes['R'] = sizes['H'] // sizes['J']
+  # A digit stands for its value.
+  num_parameters = len(match.paths)
+  sizes['1'] = 1
+  sizes[str(num_parameters)] = num_parameters
+
+  # A tensor for each layer and each expert.
+  if '{e}' in name:
+    axes_of_each = tuple(axes.replace('E', '') for axes in axes_of_each)
+  tensors = []
+  for row_of_layer, layer in enumerate(match.layers):
+    for expert in match.experts:
+      index: tuple[int, ...] = ()
+      if layer is not None:
+        index += (row_of_layer,)
+      if expert is not None:
+        index += (expert,)
+      tensors.append(Tensor(
+          name=name.format(n=layer, m=layer, e=expert), axes=their_axes,
+          paths=match.paths, ours=axes_of_each, index=index, sizes=sizes))
+  return tensors
+
+
+def axes_of_parameters(axes: str, num_parameters: int) -> tuple[str, ...]:
+  """Returns our axes of each parameter of a row, such as ('DHK', 'DJK').
+
+  Args:
+    axes: the second item of the row, 'DHK|DJK', or 'DHK' if all are alike.
+    num_parameters: the number of parameters that the row names.
+  """
+  axes_of_each = tuple(axes.split('|'))
+  if len(axes_of_each) == num_parameters:
+    return axes_of_each
+  return axes_of_each * num_parameters
+
+
+def match_rows(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
+               ) -> Iterator[RowMatch]:
+  """Yields a RowMatch for each row and each block that has its parameters.
 
   Args:
     rows: the rows of a page.
     shapes: the shapes of our parameters, by path.
   """
   for row in rows:
-    ours, _, theirs, _ = row
-    in_layers = _OF_LAYERS.search(ours)
-    if in_layers is None:  # a parameter beside the layers
-      place = _place(row, ours, shapes, layers=None)
-      if place is not None:
-        yield place
+    our_path, _, name, _ = row
+    # A parameter outside of the layers.
+    layer_folder = _LAYER_FOLDER.search(our_path)
+    if layer_folder is None:
+      match = _match_row(row, our_path, shapes, layers=None)
+      if match is not None:
+        yield match
       continue
-    where = in_layers[0]  # '/layers/', or the folder of one block
-    stack, _, inner = ours.partition(where)
-    by_part = '{m}' in theirs
-    for block in _blocks(stack, shapes, by_part):
-      if where not in ('/layers/', f'/{block.folder}/'):
+
+    # A parameter of all layers, or of one block of the period.
+    folder = layer_folder[0]
+    stack, _, path_in_layer = our_path.partition(folder)
+    counts_networks = '{m}' in name
+    for block in _blocks_of_stack(stack, shapes, counts_networks):
+      if folder not in ('/layers/', f'/{block.folder}/'):
         continue
       first = block.first
-      if by_part and '/ffn' in ours:
+      if counts_networks and '/ffn' in our_path:
         first += 1
       layers = range(first, first + block.step * block.count, block.step)
-      path = f'{stack}/{block.folder}/{inner}'
-      place = _place(row, path, shapes, layers)
-      if place is not None:
-        yield place
+      path = f'{stack}/{block.folder}/{path_in_layer}'
+      match = _match_row(row, path, shapes, layers)
+      if match is not None:
+        yield match
 
 
-def _place(row: Row, ours: str, shapes: Mapping[str, tuple[int, ...]],
-           layers: range | None) -> Place | None:
-  """Returns the place of a row; None where the model has no such parameter with
-  as many axes.
+def _match_row(row: Row, our_path: str, shapes: Mapping[str, tuple[int, ...]],
+               layers: range | None) -> RowMatch | None:
+  """Returns the parameters that a row names in one block; None where the model
+  has no such parameter with as many axes.
 
   Args:
     row: the row of the page.
-    ours: the path of the row in one block, still with several names at its end.
+    our_path: the path of the row in the block, still with several names at its
+      end, such as 'decoder/layers/block_0/attention/query|key'.
     shapes: the shapes of our parameters, by path.
-    layers: the numbers of the layers of the block; None: the parameter is of
-      no layer.
+    layers: the numbers of the layers of the block; None: the parameter stands
+      outside of the layers.
   """
-  _, our_axes, theirs, _ = row
-  folder, _, names = ours.rpartition('/')
+  _, our_axes, tensor_name, _ = row
+  folder, _, names = our_path.rpartition('/')
   paths = []
   for name in names.split('|'):
     path = f'{folder}/{name}'
@@ -318,23 +409,24 @@ def _place(row: Row, ours: str, shapes: Mapping[str, tuple[int, ...]],
 
   # The first parameter tells whether the model has them, and how many experts.
   shape = shapes.get(paths[0])
-  axes = axes_of(our_axes, len(paths))[0]
+  axes = axes_of_parameters(our_axes, len(paths))[0]
   if layers is not None:
     axes = 'N' + axes
   if shape is None or len(shape) != len(axes):
     return None
-  numbers: Sequence[int | None] = (None,)
+  layer_numbers: Sequence[int | None] = (None,)
   if layers is not None:
-    numbers = layers
-  experts: Sequence[int | None] = (None,)
-  if '{e}' in theirs:
-    experts = range(shape[axes.index('E')])
-  return Place(row=row, paths=tuple(paths), layers=numbers, experts=experts)
+    layer_numbers = layers
+  expert_numbers: Sequence[int | None] = (None,)
+  if '{e}' in tensor_name:
+    expert_numbers = range(shape[axes.index('E')])
+  return RowMatch(row=row, paths=tuple(paths), layers=layer_numbers,
+                  experts=expert_numbers)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-  """One block of the period of a section of a stack.
+  """One block of the period of layers that a scan repeats.
 
   Attributes:
     folder: the folder of its parameters in the stack.
@@ -348,37 +440,39 @@ class _Block:
   count: int
 
 
-def _blocks(stack: str, shapes: Mapping[str, tuple[int, ...]],
-            by_part: bool) -> Iterator[_Block]:
-  """Yields the blocks of a stack.
+def _blocks_of_stack(stack: str, shapes: Mapping[str, tuple[int, ...]],
+                     counts_networks: bool) -> Iterator[_Block]:
+  """Yields the blocks of the encoder or the decoder.
 
   Args:
     stack: the folder of the stack.
     shapes: the shapes of our parameters, by path.
-    by_part: whether a layer with a feed-forward network counts as two.
+    counts_networks: whether their files count the feed-forward network of a
+      layer as a layer of its own.
   """
-  before = 0
+  num_layers_before = 0
   for section in SECTIONS:
-    # The blocks of the section, which have as many layers each.
-    names, count = set(), 0
+    # The blocks of the section, which have equally many layers.
+    block_names, layers_of_a_block = set(), 0
     for path, shape in shapes.items():
       if path.startswith(f'{stack}/{section}/'):
-        names.add(path.split('/')[2])
-        count = shape[0]
-    if not names:
+        block_names.add(path.split('/')[2])
+        layers_of_a_block = shape[0]
+    if not block_names:
       continue
 
     # How many layers of theirs a layer of each block is.
-    folders = [f'{section}/block_{n}' for n in range(len(names))]
-    sizes = []
+    folders = [f'{section}/block_{i}' for i in range(len(block_names))]
+    num_hf_layers = []
     for folder in folders:
       has_network = f'{stack}/{folder}/ffn_norm/scale' in shapes
-      if by_part and has_network:
-        sizes.append(2)
+      if counts_networks and has_network:
+        num_hf_layers.append(2)
       else:
-        sizes.append(1)
-    step = sum(sizes)
-    for n, folder in enumerate(folders):
-      yield _Block(folder=folder, first=before + sum(sizes[:n]), step=step,
-                   count=count)
-    before += step * count
+        num_hf_layers.append(1)
+    step = sum(num_hf_layers)
+    for i, folder in enumerate(folders):
+      yield _Block(
+          folder=folder, first=num_layers_before + sum(num_hf_layers[:i]),
+          step=step, count=layers_of_a_block)
+    num_layers_before += step * layers_of_a_block

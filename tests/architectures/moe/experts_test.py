@@ -372,7 +372,7 @@ def test_the_bias_moves_against_the_load_and_evens_it_out():
     step = jax.jit(make_train_step(run.module, run.tx, c))
     biases, loads = [_biases(state.params)], []
     for n in range(STEPS):
-      batch = devices.put(step_test.batch(n), run.place)
+      batch = devices.put_on_devices(step_test.batch(n), run.place)
       state, metrics = step(state, batch)
       biases.append(_biases(state.params))
       load_NE = np.asarray(metrics['health/load_E'])

@@ -126,7 +126,7 @@ def test_a_local_run_whose_terminal_is_closed_is_saved(tmp_path):
       from training.distributed import signals
       with signals.Stop() as stop:
         print('ready', flush=True)
-        while not stop.agreed(1):
+        while not stop.should_stop(1):
           time.sleep(0.01)
         print('saving', flush=True)
         open({str(saved)!r}, 'w').close()

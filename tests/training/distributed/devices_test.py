@@ -51,7 +51,7 @@ def test_slices_are_what_the_devices_say():
   chips = [Chip(id=i, slice_index=i % 2) for i in range(8)]
   grid = np.concatenate([
       mesh_utils.create_device_mesh((2, 2, 1, 1), group)
-      for group in devices.by_slice(chips, 0)])
+      for group in devices.group_by_slice(chips, 0)])
   expected = mesh_utils.create_hybrid_device_mesh(
       (2, 2, 1, 1), (2, 1, 1, 1), chips)
   assert (grid == expected).all()
@@ -70,16 +70,16 @@ def test_what_the_slices_do_not_divide_is_refused(slices, shape, parts):
 
 
 def test_how_a_process_joins_the_others(monkeypatch):
-  assert processes.how_to_join() is None
+  assert processes.arguments_to_join() is None
   monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', '[::1]:1234')
   monkeypatch.setenv('JAX_NUM_PROCESSES', '2')
   monkeypatch.setenv('JAX_PROCESS_ID', '1')
-  how = processes.how_to_join()
+  how = processes.arguments_to_join()
   assert (how['coordinator_address'], how['num_processes'],
           how['process_id']) == ('[::1]:1234', 2, 1)
   assert how['coordinator_bind_address'] == '[::1]:1234'
   monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', 'node-0:1234')
-  assert processes.how_to_join()['coordinator_bind_address'] is None
+  assert processes.arguments_to_join()['coordinator_bind_address'] is None
 
 
 EIGHT = '--xla_force_host_platform_device_count=8'
@@ -94,7 +94,7 @@ def test_devices_get_four_threads_each(monkeypatch, flags, before, cpus, after):
   monkeypatch.delenv('PJRT_NPROC')
   if before:
     monkeypatch.setenv('PJRT_NPROC', before)
-  cpu.give_threads()
+  cpu.set_number_of_threads()
   assert os.environ.get('PJRT_NPROC') == after
 
 

@@ -19,7 +19,7 @@ _LOOP = '''
       print('ready', flush=True)
       for step in itertools.count(1):
         time.sleep(0.01)  # the step, which is always finished
-        if stop.agreed(step):
+        if stop.should_stop(step):
           print('saved', flush=True)
           {then}
           break
@@ -70,7 +70,7 @@ def test_the_end_of_a_terminal_finishes_and_saves(tmp_path):
           time.sleep(0.1)
           print('more', flush=True)
           open({str(tmp_path / 'saved')!r}, 'w').close()""")).replace(
-              'time.sleep(0.01)', """signals.is_unread(1) and (
+              'time.sleep(0.01)', """signals.is_reader_gone(1) and (
           print('step', flush=True), print('step', file=sys.stderr),
           signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP]))""")
   assert terminals.run_until_closed(
@@ -83,7 +83,7 @@ def test_the_end_of_a_terminal_finishes_and_saves(tmp_path):
 def test_who_is_told_by_several_signals_at_once_is_told_once():
   """As by Ctrl-C, which also ends `| tee`."""
   for first in signal.SIGPIPE, signal.SIGHUP, signal.SIGINT:
-    count = signals.Count()
+    count = signals.SignalCount()
     assert [count.add(number) for number in (
         first, signal.SIGINT, signal.SIGPIPE)] == [True, False, False]
 
@@ -104,8 +104,8 @@ def test_a_launcher_hears_a_hangup_and_gives_its_handlers_back():
   """A second hangup, which a shell and the system send, is none."""
   numbers, heard = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM), []
   before = [signal.getsignal(number) for number in numbers]
-  count = signals.Count()
-  with signals.handled(lambda n: heard.append((n, count.add(n)))):
+  count = signals.SignalCount()
+  with signals.handle_signals(lambda n: heard.append((n, count.add(n)))):
     os.kill(os.getpid(), signal.SIGHUP)
     time.sleep(signals.ECHO_SECONDS)
     os.kill(os.getpid(), signal.SIGHUP)
@@ -119,6 +119,6 @@ def test_handlers_come_back():
   before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
   with signals.Stop() as stop:
     assert signal.getsignal(signal.SIGTERM) is not before[1]
-    assert not stop.stop_requested and not stop.agreed(1)
+    assert not stop.stop_requested and not stop.should_stop(1)
   assert before == (
       signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))

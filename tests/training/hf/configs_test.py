@@ -121,7 +121,7 @@ def test_what_transformers_knows_and_a_page_does_not_is_refused(system):
   for name in known - readings.asked(tree):
     if not hf_config.NEUTRAL.fullmatch(name):
       with pytest.raises(RequestError, match=f"knows and .*, {name} 'x'"):
-        hf_config.Reader({name: 'x'}).finish(known)
+        hf_config.Reader({name: 'x'}).refuse_unread_fields(known)
   with pytest.raises(RequestError, match='per_layer_config'):
     hf_config.read(tree | dict(per_layer_config={'0': dict(hidden_size=2)}))
   notes = hf_config.fields_and_notes(tree | dict(nobody_reads='x'))[1]
@@ -144,7 +144,7 @@ def test_phi3_for_long_texts_has_the_factors_of_its_file():
 def test_a_model_of_windows_alone_has_the_positions_of_windows(name, theta):
   """And not those of layers that see all, which are stretched."""
   config = hf_config.read(PUBLISHED[name] | dict(
-      num_hidden_layers=2, layer_types=[layer_types.WINDOW] * 2))
+      num_hidden_layers=2, layer_types=[layer_types.SLIDING_ATTENTION] * 2))
   rope = config.part(RopeConfig)
   assert (config.attention, rope.scaling, rope.theta) == (
       'banded', 'none', theta)
@@ -239,7 +239,8 @@ def test_what_is_read_is_written_as_it_was_and_as_transformers_reads_it(
      dict(max_window_layers=0)),
     (PUBLISHED['qwen2:0.5b'] | dict(
         use_sliding_window=True, sliding_window=8,
-        layer_types=24 * [layer_types.WINDOW]), dict(max_window_layers=0)),
+        layer_types=24 * [layer_types.SLIDING_ATTENTION]),
+     dict(max_window_layers=0)),
     (dict(model_type='modernbert', num_hidden_layers=3),
      dict(local_attention=0))])
 def test_a_zero_that_is_a_choice_is_read_and_written(tree, fields):
@@ -274,7 +275,7 @@ def test_every_field_is_of_its_type_or_refused(system, monkeypatch):
   monkeypatch.setattr(hf_config.Reader, '__init__', remember)
   hf_config.read(tree)
   monkeypatch.undo()
-  fields = [(r._name, name) for r in readers for name in sorted(r.asked)]
+  fields = [(r._name, name) for r in readers for name in sorted(r.names_read)]
   assert len(fields) > 8
   refused = 0
   for n, (section, name) in enumerate(fields):
@@ -349,7 +350,9 @@ def test_modernberts_layers_are_those_that_its_config_json_names():
   with pytest.raises(RequestError, match="classifier_pooling 'max': choose"):
     hf_config.read(rows | dict(classifier_pooling='max'))
 
-D, A, W = layer_types.LINEAR, layer_types.WHOLE, layer_types.WINDOW
+D = layer_types.LINEAR_ATTENTION
+A = layer_types.FULL_ATTENTION
+W = layer_types.SLIDING_ATTENTION
 
 EXPERTS = dict(vocab_size=31, hidden_size=12, num_hidden_layers=3,
                num_experts=4, moe_intermediate_size=8)
@@ -386,7 +389,7 @@ def layered(*choices):
     (34, 6, 4, 6, 0), (26, 2, 0, 2, 0), (4, 6, 0, 1, 0), (7, 6, 0, 7, 0)])
 def test_layers_of_gemma(count, every, first, period, last):
   names = ['local' if (n + 1) % every else 'global' for n in range(count)]
-  fields = layer_types.shortest(names)
+  fields = layer_types.shortest_pattern(names)
   assert [len(kinds.split_kind_names(fields[field])) for field in (
       'prefix', 'pattern', 'suffix')] == [first, period, last]
 

@@ -74,16 +74,17 @@ def test_parts_of_a_tensor_join_to_it(shapes, axes, theirs):
   read as that part of the whole; a slice of theirs is all that is asked for."""
   shapes = {name: shape for names, shape in shapes.items()
             for name in names.split('|')}
-  tensor, = tensor_map.expand([('|'.join(shapes), axes, 'x', theirs)], shapes)
+  row = ('|'.join(shapes), axes, 'x', theirs)
+  tensor, = tensor_map.map_tensors([row], shapes)
   x = np.arange(np.prod(tensor.shape)).reshape(tensor.shape)
   whole = [{a: (0, n) for a, n in zip(letters, shapes[path])}
            for letters, path in zip(tensor.ours, tensor.paths)]
-  parts = [tensor.part(lambda at: x[at], i, ranges)
+  parts = [tensor.read_parameter(lambda at: x[at], i, ranges)
            for i, ranges in enumerate(whole)]
   assert [part.shape for part in parts] == [*shapes.values()]
   assert sorted(np.concatenate([part.ravel() for part in parts])) == list(
       range(x.size))
-  np.testing.assert_array_equal(tensor.join(parts), x)
+  np.testing.assert_array_equal(tensor.join_parameters(parts), x)
   for i, ranges in enumerate(whole):
     for axis, (_, size) in ranges.items():
       if size == 1:
@@ -92,7 +93,7 @@ def test_parts_of_a_tensor_join_to_it(shapes, axes, theirs):
       def cut(at, asked=asked):
         asked.append(x[at].size)
         return x[at]
-      part = tensor.part(cut, i, ranges | {axis: (1, size)})
+      part = tensor.read_parameter(cut, i, ranges | {axis: (1, size)})
       place = tensor.ours[i].index(axis)
       np.testing.assert_array_equal(
           part, np.take(parts[i], range(1, size), axis=place))
@@ -101,8 +102,8 @@ def test_parts_of_a_tensor_join_to_it(shapes, axes, theirs):
 
 def test_a_number_that_a_model_has_not_has_no_tensor():
   row = 'norm/alpha', '', 'alpha', ''
-  assert tensor_map.count([row], {'norm/alpha': ()}) == 1
-  assert tensor_map.count([row], {}) == 0
+  assert tensor_map.count_tensors([row], {'norm/alpha': ()}) == 1
+  assert tensor_map.count_tensors([row], {}) == 0
 
 
 def test_shards_are_written_and_read(gpt, tmp_path):

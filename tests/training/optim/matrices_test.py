@@ -262,8 +262,9 @@ def test_muon_is_that_of_optax_on_any_mesh(sizes, capfd):
             names or None for names in sharding.mesh_axes_of_weight(
                 SHAPES[name], (None,) * lead + role.axes))))
       if 'data' in sizes:  # four experts, not three layers, divide the devices
-        assert sharding.count_devices_along(matrices._homes(
-            SHAPES['experts'], EXPERTS, EXPERTS.split(4))[-1][0]) == 1
+        placements = matrices._placements_to_whole_matrices(
+            SHAPES['experts'], EXPERTS, EXPERTS.split(4))
+        assert sharding.count_devices_along(placements[-1][0]) == 1
       ours, text = muon_steps(tx, lambda tree: jax.device_put(tree, homes))
     # A product over a side that is split would be summed.
     assert 'all-reduce(' not in text and 'reduce-scatter(' not in text

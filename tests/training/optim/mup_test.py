@@ -46,8 +46,8 @@ def test_at_the_base_all_is_as_in_the_standard_form(system):
     return jax.jit(run)(key)
   jax.tree.map(np.testing.assert_array_equal, logits(plain), logits(ours))
   roles = parameter_roles(ours)
-  for name in mup.RATES:
-    rates = mup.rates(ours.config, name, roles)
+  for name in mup.FACTOR_OF_OPTIMIZER:
+    rates = mup.learning_rate_factors(ours.config, name, roles)
     assert set(jax.tree.leaves(rates)) == {1.0}
 
 
@@ -95,8 +95,10 @@ def test_rates_agree_with_the_shapes(system, parts):
     return architectures.build(c)
   narrow, wide = make(BASE), make(BASE * r)
   small, large, roles = flat(narrow), flat(wide), parameter_roles(wide)
-  trees = {name: paths.flatten_by_path(mup.rates(wide.config, name, roles))
-           for name in mup.RATES}
+  trees = {}
+  for name in mup.FACTOR_OF_OPTIMIZER:
+    trees[name] = paths.flatten_by_path(
+        mup.learning_rate_factors(wide.config, name, roles))
   for path, x in large.items():
     widths = [b // a for a, b in zip(small[path].shape, x.shape) if a != b]
     assert set(widths) <= {r} and len(widths) <= 2
@@ -108,7 +110,7 @@ def test_rates_agree_with_the_shapes(system, parts):
 
 
 @pytest.mark.parametrize('name', sorted(
-    optimizers.OPTIMIZERS.keys() - mup.RATES.keys()))
+    optimizers.OPTIMIZERS.keys() - mup.FACTOR_OF_OPTIMIZER.keys()))
 def test_an_optimizer_without_rules_is_refused(name):
   c = base.base()
   c.model.update(parametrization='mup', mup_base_width=64)

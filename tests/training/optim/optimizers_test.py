@@ -78,7 +78,7 @@ def run(tx, tree, steps=3):
 def test_what_cannot_be_honoured_is_refused(fields, words):
   with pytest.raises(ValueError) as error:
     optimizers.check_optim(optim(**fields))
-    optimizers.make(optim(**fields), 10, roles())
+    optimizers.make_optimizer(optim(**fields), 10, roles())
   for word in words:
     assert word in str(error.value)
 
@@ -108,7 +108,7 @@ def test_decay_is_decoupled_and_masked(name):
   config = optim(name=name, lr=0.5, warmup_steps=0, schedule='constant',
                  weight_decay=0.1)
   tree = params()
-  tx = optimizers.make(config, 10, roles())
+  tx = optimizers.make_optimizer(config, 10, roles())
   after = paths.flatten_by_path(stepping(tx)(
       jax.tree.map(np.zeros_like, tree), jax.jit(tx.init)(tree), tree)[0])
   for path, before in paths.flatten_by_path(tree).items():
@@ -122,7 +122,7 @@ def test_adamw_by_hand():
                  weight_decay=0.2, clip_norm=0.5, decay_mask=(('.*', 1),))
   p, m, v = np.float64([1.0, -2.0]), 0.0, 0.0
   tree = {'kernel': jnp.asarray(p, jnp.float32)}
-  tx = optimizers.make(config, 10, plain(tree))
+  tx = optimizers.make_optimizer(config, 10, plain(tree))
   state = tx.init(tree)
   for t, g in enumerate(([3.0, 4.0], [0.1, -0.1]), start=1):
     updates, state = tx.update({'kernel': jnp.float32(g)}, state, tree)
@@ -140,11 +140,12 @@ def test_lion_and_sgd_by_hand():
   g = {'kernel': jnp.float32([3.0, -0.5])}
   tree = {'kernel': jnp.float32([1.0, 1.0])}
   # Lion: the sign alone, so the size of the gradient is lost.
-  tx = optimizers.make(optim(name='lion', **flat), 10, plain(tree))
+  tx = optimizers.make_optimizer(optim(name='lion', **flat), 10, plain(tree))
   updates, _ = tx.update(g, tx.init(tree), tree)
   np.testing.assert_allclose(updates['kernel'], [-0.1, 0.1], rtol=1e-6)
   # SGD: m = g + momentum * m, without clipping.
-  tx = optimizers.make(optim(name='sgd', momentum=0.5, **flat), 10, plain(tree))
+  tx = optimizers.make_optimizer(
+      optim(name='sgd', momentum=0.5, **flat), 10, plain(tree))
   first, state = tx.update(g, tx.init(tree), tree)
   second, _ = tx.update(g, state, tree)
   np.testing.assert_allclose(first['kernel'], [-0.3, 0.05], rtol=1e-6)
@@ -162,7 +163,8 @@ def test_adafactor_equals_optax_on_plain_matrices(size):
   config = optim(name='adafactor', lr=0.01, warmup_steps=0, clip_norm=0.0,
                  weight_decay=0.0, schedule='constant')
   moved = []
-  for tx in (optimizers.make(config, 10, plain(tree)), optax.adafactor(0.01)):
+  for tx in (optimizers.make_optimizer(config, 10, plain(tree)),
+             optax.adafactor(0.01)):
     state, step, after = tx.init(tree), stepping(tx), tree
     for i in range(3):
       grads = jax.tree.map(lambda g: g * size, gradients(tree, i))
@@ -185,12 +187,12 @@ def test_a_stack_learns_as_its_layers_do():
   whole['decoder']['layers'] = jax.tree.map(
       lambda x: x * np.float32([1, 2]).reshape((-1,) + (1,) * (x.ndim - 1)),
       stack(whole))
-  stacked = run(optimizers.make(config, 10, roles()), whole)
+  stacked = run(optimizers.make_optimizer(config, 10, roles()), whole)
 
   def layer(tree, i):
     return jax.tree.map(lambda x: x[i:i + 1], stack(tree))
 
-  tx = optimizers.make(config, 10, stack(roles()))
+  tx = optimizers.make_optimizer(config, 10, stack(roles()))
   init, step = jax.jit(tx.init), stepping(tx)
   for i in range(2):
     tree = layer(whole, i)
@@ -208,7 +210,8 @@ def test_a_stack_learns_as_its_layers_do():
 def test_update_if(name):
   """Not ok: every bit stays. ok: all move, and no type or shape changes."""
   tree = params(jnp.bfloat16)
-  tx = optimizers.make(optim(name=name, warmup_steps=0, lr=0.1), 10, roles())
+  tx = optimizers.make_optimizer(
+      optim(name=name, warmup_steps=0, lr=0.1), 10, roles())
   step = jax.jit(lambda ok, *args: optimizers.update_if(ok, tx, *args))
   g = gradients(tree)
   state = jax.jit(tx.init)(tree)
@@ -239,7 +242,7 @@ def test_state_lies_where_the_parameters_lie(name):
   where['decoder']['layers']['block_0']['attention']['query'] = sharding(
       None, 'fsdp', 'tensor')
   shapes = jax.eval_shape(lambda: tree)
-  tx = optimizers.make(optim(name=name, clip_norm=0.0), 10, roles())
+  tx = optimizers.make_optimizer(optim(name=name, clip_norm=0.0), 10, roles())
   state = optimizers.opt_state_shardings(tx, shapes, where)
   placed = jax.device_put(tree, where)
   born = jax.jit(tx.init, out_shardings=state)(placed)
@@ -285,6 +288,6 @@ def test_state_lies_where_the_parameters_lie(name):
 def test_schedules_by_hand(fields, rates):
   config = optim(lr=2.0, warmup_steps=10, **fields)
   optimizers.check_optim(config)
-  rate = optimizers.rate(config, 100)
+  rate = optimizers.learning_rate(config, 100)
   got = [float(rate(t - 1)) for t in (1, 5, 10, 55, 100, 200)]
   np.testing.assert_allclose(got, rates, rtol=1e-5, atol=1e-7)

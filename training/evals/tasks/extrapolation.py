@@ -189,7 +189,7 @@ def _load_sources(evaluation: Evaluation, multiple: int
   config.data.update(length=longest_length, batch_size=num_rows)
 
   # Each process reads its slice of the rows, and cuts them up.
-  index, count = devices.batch_shard(device_placement, num_rows)
+  index, count = devices.batch_slice_of_process(device_placement, num_rows)
   loaders = pipeline.make_evaluation_loaders(
       config, tokenizer=evaluation.tokenizer, process_index=index,
       process_count=count)
@@ -199,7 +199,7 @@ def _load_sources(evaluation: Evaluation, multiple: int
     least_rows = -(-LEAST_TOKENS // longest_length)
     for long_batch in loader.cut(least_rows).iterate():
       cut_batch = _cut_rows(long_batch, num_pieces, evaluation.tokenizer)
-      batch = devices.put(cut_batch, device_placement)
+      batch = devices.put_on_devices(cut_batch, device_placement)
       batches.append(batch)
       num_tokens += float(batch['weights'].sum())
     yield SourceBatches(token_weight=loader.share / num_tokens, batches=batches)
