@@ -71,6 +71,7 @@ class HF(bert.TwoTasks):
   heads = hf.task_heads('Albert', sequence='classifier')
 
   def check(self, config: ModelConfig) -> None:
+    """Raises RequestError for a model that transformers does not run."""
     require(config.embed_dim > 0,
             f'model.embed_dim is {config.embed_dim}: transformers '
             'has a product behind the embedding of an ALBERT, whatever its '

@@ -58,15 +58,21 @@ class HF(transformer.HF):
   ignored = ()
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     ours = transformer.read_stacks(reader, fields, scaled=False)
     ours['logits_bias'] = reader('final_logits_bias', True)
     return ours
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     return transformer.write_stacks(config) | dict(
         final_logits_bias=config.logits_bias,  # as transformer.py has it
         bos_token_id=0, pad_token_id=1, eos_token_id=2,
         decoder_start_token_id=2, forced_eos_token_id=None)
 
-  def of_files(self, names: Collection[str]) -> dict:
+  def read_tensor_names(self, names: Collection[str]) -> dict:
+    """Returns the fields of the model that are told by the names of the tensors
+    in a folder."""
     return dict(logits_bias='final_logits_bias' in names)

@@ -89,6 +89,8 @@ class HF(hf.HuggingFace):
   heads = hf.task_heads('DebertaV2', sequence='classifier')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     # Fields whose value in v3 is not transformers' default.
     for name, (default, known) in DEFAULT_AND_V3_VALUE.items():
       value = reader(name, default)
@@ -119,6 +121,8 @@ class HF(hf.HuggingFace):
     return dict(disentangled=dict(buckets=buckets, max_distance=max_distance))
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     distances = config.part(DisentangledConfig)
     v3_values = {}
     for name, (_, value) in DEFAULT_AND_V3_VALUE.items():
@@ -129,4 +133,5 @@ class HF(hf.HuggingFace):
         tie_word_embeddings=config.tie_embeddings)
 
   def check(self, config: ModelConfig) -> None:
+    """Raises RequestError for a model that transformers does not run."""
     hf.check_heads_divide_width(config)

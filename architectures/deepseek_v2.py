@@ -143,10 +143,13 @@ class HF(llama.Family):
   only = dict(norm_topk_prob=False, scoring_func='softmax')
   heads = hf.task_heads('DeepseekV2', only=('sequence',))
 
-  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+  def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    """Returns the rows that name the tensor of each parameter of a model."""
     return rows_of_deepseek(config)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     groups, chosen = reader('n_group', 1), reader('topk_group', 1)
     method = reader('topk_method', ALL_EXPERTS)
     one_of('topk_method of config.json', method, (ALL_EXPERTS, BEST_GROUPS))
@@ -156,6 +159,8 @@ class HF(llama.Family):
     return ours
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     moe = config.part(MoEConfig)
     method = ALL_EXPERTS
     if moe.expert_groups > 1:
@@ -165,4 +170,5 @@ class HF(llama.Family):
         topk_group=moe.top_groups)
 
   def check(self, config: ModelConfig) -> None:
+    """Raises RequestError for a model that transformers does not run."""
     hf.check_heads_divide_width(config)

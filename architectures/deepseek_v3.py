@@ -53,12 +53,15 @@ class HF(deepseek_v2.HF):
   heads = hf.task_heads('DeepseekV3', tokens='score',
                         only=('sequence', 'tokens'))
 
-  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+  def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    """Returns the rows that name the tensor of each parameter of a model."""
     router_bias = ('ffn/router_bias', 'E', 'mlp.gate.e_score_correction_bias',
                    'E')
     return deepseek_v2.rows_of_deepseek(config, router_bias)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     note_multi_token_prediction(reader)
     hf.check_gates(fields)
     interleaved = False  # A null says so.
@@ -71,6 +74,8 @@ class HF(deepseek_v2.HF):
     return ours
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     rope = config.part(RopeConfig)
     return deepseek_v2.write_shared_fields(config) | dict(
         rope_interleave=rope.interleaved, num_nextn_predict_layers=0)

@@ -63,13 +63,18 @@ class HF(deepseek_v3.HF):
       index_head_dim=128)
   heads = {}
 
-  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    return (*super().names_of(config), *llama.layer_rows(*INDEXER_ROWS))
+  def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    """Returns the rows that name the tensor of each parameter of a model."""
+    return (*super().rows_of_model(config), *llama.layer_rows(*INDEXER_ROWS))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     reader.require_values(rope_interleave=True, indexer_rope_interleave=False)
     return read_shared_fields(reader, fields, q_rank=1536)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     return deepseek_v2.write_shared_fields(config) | dict(
         num_nextn_predict_layers=0)

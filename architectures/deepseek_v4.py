@@ -168,6 +168,8 @@ class HF(hf.HuggingFace):
   integers = r'.*\.tid2eid'
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     deepseek_v3.note_multi_token_prediction(reader)
     hf.check_gates(fields)
     num_layers = fields['num_layers']
@@ -218,6 +220,8 @@ class HF(hf.HuggingFace):
     return [MIXER_OF_COMPRESS_RATIO[ratio] for ratio in ratios]
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     # The type of each layer, and how its experts are chosen.
     types, networks = [], []
     for layer in config.layers(config.num_layers):

@@ -42,7 +42,8 @@ class HF(hf.HuggingFace):
   spellings = (('transformer.', ''),)
   heads = hf.task_heads('Falcon')
 
-  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+  def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    """Returns the rows that name the tensor of each parameter of a model."""
     norms = 'input_layernorm', 'post_attention_layernorm'
     if config.block == 'parallel':
       norms = 'ln_attn', 'ln_mlp'
@@ -64,6 +65,8 @@ class HF(hf.HuggingFace):
         ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     # The new architecture has several heads of keys and values (it is grouped),
     # and its layers are parallel, with one norm or two.
     num_heads = fields['num_heads']
@@ -103,6 +106,8 @@ class HF(hf.HuggingFace):
         ffn_bias=bias, num_kv_heads=num_kv_heads)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     is_parallel = config.block != 'pre_norm'
     has_two_norms = config.block == 'parallel'
     # The new architecture alone has two norms, or groups of heads.
@@ -115,4 +120,5 @@ class HF(hf.HuggingFace):
         num_ln_in_parallel_attn=2 if has_two_norms else 1)
 
   def check(self, config: ModelConfig) -> None:
+    """Raises RequestError for a model that transformers does not run."""
     hf.check_heads_divide_width(config)

@@ -111,6 +111,8 @@ class HF(llama.Family):
       'Gemma2', tokens='score', only=('sequence', 'tokens'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     softcap = read_softcap(reader, 'attn_logit_softcapping', 50.0)
     ours = read_alternating_layers(reader, fields, every=2)
     ours |= read_scales(reader)
@@ -118,6 +120,8 @@ class HF(llama.Family):
     return ours | dict(attention_softcap=softcap)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     tree = write_scales(config)
     tree |= layer_types.write_attention_types(config)
     tree |= super().write(config)
@@ -125,4 +129,5 @@ class HF(llama.Family):
     return tree
 
   def check(self, config: ModelConfig) -> None:
+    """Raises RequestError for a model that transformers does not run."""
     hf.check_heads_divide_width(config)

@@ -38,6 +38,8 @@ class HF(gemma2.HF):
   heads = hf.task_heads('Gemma3Text', only=('sequence',))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     local_rope, global_rope = rope_fields.read_rope_of_layer_kinds(
         reader, (layer_types.SLIDING_ATTENTION, ('rope_local_base_freq', 1e4)),
         (layer_types.FULL_ATTENTION, ('rope_theta', 1e6)))
@@ -50,6 +52,8 @@ class HF(gemma2.HF):
     return ours
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     tree = gemma2.write_scales(config)
     tree |= layer_types.write_attention_types(config)
     tree['rope_parameters'] = rope_fields.write_rope_of_layer_kinds(config)

@@ -114,6 +114,8 @@ class HF(gemma2.HF):
   heads = {}
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     # Which layers see all keys; the last one does whatever the file says.
     input_size = reader.read_count('hidden_size_per_layer_input', 256)
     require(input_size == 0, 'config.json has hidden_size_per_layer_input '
@@ -138,6 +140,8 @@ class HF(gemma2.HF):
     return ours | dict(rope=global_rope, logits_softcap=softcap)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     layers = config.layers(config.num_layers)
     types = [layer_types.attention_type(layer) for layer in layers]
     # The last layer sees all keys. Where all do, they have the same heads.

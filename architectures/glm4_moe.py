@@ -48,6 +48,8 @@ class HF(llama.Family):
   ignored = (*llama.HF.ignored, r'model\.layers\.(46|92)\..*')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     deepseek_v3.note_multi_token_prediction(reader)
     hf.check_gates(fields)
     rope = rope_fields.read_rope(reader,
@@ -56,6 +58,8 @@ class HF(llama.Family):
     return dense_layers | dict(rope=rope)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     return deepseek_v2.write_dense_layers(config) | dict(
         num_nextn_predict_layers=0,
         rope_parameters=rope_fields.write_rope(config, whole_heads=False))

@@ -33,6 +33,8 @@ class HF(deepseek_v32.HF):
   ignored = (*llama.HF.ignored, r'model\.layers\.78\..*')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     reader.require_values(rope_interleave=True, indexer_rope_interleave=True)
     pattern = reader.read_list('indexer_types')
     if not pattern:

@@ -62,6 +62,8 @@ class HF(hf.HuggingFace):
   heads = hf.task_heads('GPTNeoX')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     rope = rope_fields.read_rope(reader, theta=('rotary_emb_base', 10000.0),
                                  fraction=('rotary_pct', 0.25))
     # Some versions wrote both under other names as well, which none reads.
@@ -73,6 +75,8 @@ class HF(hf.HuggingFace):
     return dict(rope=rope, block=block)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     rope = rope_fields.write_rope(config, whole_heads=False)
     return dict(rope_parameters=rope,
                 use_parallel_residual=config.block == 'parallel')

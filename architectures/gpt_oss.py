@@ -56,6 +56,8 @@ class HF(llama.Family):
       'GptOss', tokens='score', only=('sequence', 'tokens'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     hf.check_gates(fields)
     scaling = reader('rope_parameters', reader('rope_scaling', {}))
     require(scaling, 'config.json has no rope_parameters: transformers takes '
@@ -70,6 +72,8 @@ class HF(llama.Family):
     return ours | dict(rope=rope)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     tree = layer_types.write_attention_types(config)
     tree |= super().write(config)
     tree['intermediate_size'] = config.part(MoEConfig).d_ff

@@ -128,10 +128,13 @@ class HF(llama.Family):
   only = dict(hidden_act='silu', mamba_proj_bias=False)
   unread = ('mamba_chunk_size',)
 
-  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+  def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    """Returns the rows that name the tensor of each parameter of a model."""
     return ROWS + hf.rows_of_each_block(config, 'model.layers.{n}', _mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     # The type of each layer; by default, all are recurrences.
     num_layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', num_layers)
@@ -161,6 +164,8 @@ class HF(llama.Family):
                        mamba2=mamba2_fields)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     # The type of each layer.
     types = []
     for layer in config.layers(config.num_layers):
@@ -184,6 +189,7 @@ class HF(llama.Family):
     return tree
 
   def check(self, config: ModelConfig) -> None:
+    """Raises RequestError for a model that transformers does not run."""
     layer_types.check_has_attention(config)
     require(config.head_dim % 2 == 0, f'model.head_dim is {config.head_dim}: '
             f'transformers refuses a {config.arch} of odd heads, whether or '

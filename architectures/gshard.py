@@ -91,6 +91,8 @@ class HF(hf.HuggingFace):
   fixed = ('pad_token_id',)  # Positions there count from it.
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     # The last of every few layers has experts, alike in both stacks.
     every = reader('encoder_sparse_step', 4)
     reader.require_values(decoder_sparse_step=every)
@@ -128,6 +130,8 @@ class HF(hf.HuggingFace):
     return ours | kinds.place_experts({}, every) | dict(moe=moe)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     moe = config.part(MoEConfig)
     policy = hf.find_hf_word(ROUTER_OF_SECOND_EXPERT_POLICY, moe.router,
                              'moe.router')

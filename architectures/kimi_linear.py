@@ -135,7 +135,8 @@ class HF(hf.HuggingFace):
   spellings = (*llama.HF.spellings, ('.mlp.', '.block_sparse_moe.'))
   ignored = llama.Family.ignored
 
-  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+  def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    """Returns the rows that name the tensor of each parameter of a model."""
     queries = deepseek_v2.QUERY_ROWS
     if config.part(LatentConfig).q_rank:
       queries += deepseek_v2.LATENT_QUERY_ROWS
@@ -145,6 +146,8 @@ class HF(hf.HuggingFace):
         *EXPERT_ROWS, *DELTA_ATTENTION_ROWS)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     layers = fields['num_layers']
     reader.require_values(num_key_value_heads=fields['num_heads'])
     hf.check_gates(fields, 'num_experts_per_token', 'moe_renormalize')
@@ -177,6 +180,8 @@ class HF(hf.HuggingFace):
     return ours
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     # The network and the mixer of each layer, numbered from 1.
     networks, full_layers, linear_layers = [], [], []
     for n, layer in enumerate(config.layers(config.num_layers), 1):
@@ -201,6 +206,7 @@ class HF(hf.HuggingFace):
         **dict.fromkeys(phi3.TOKEN_ID_FIELDS))
 
   def check(self, config: ModelConfig) -> None:
+    """Raises RequestError for a model that transformers does not run."""
     layers = config.distinct_layers
     require(config.has_experts,
             'no layer of this model has experts: a kimi_linear '

@@ -96,6 +96,8 @@ class HF(llama.Family):
           'short_conv.bias': ('conv_bias', False)}
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', layers)
     types = layer_types.read_entry_of_each_layer(
@@ -115,6 +117,8 @@ class HF(llama.Family):
         d_ff=_read_hidden_units(reader), rope=rope)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     types = []
     for layer in config.layers(config.num_layers):
       if layer.mixer == 'short_conv':
@@ -128,4 +132,5 @@ class HF(llama.Family):
         **dict.fromkeys(phi3.TOKEN_ID_FIELDS))
 
   def check(self, config: ModelConfig) -> None:
+    """Raises RequestError for a model that transformers does not run."""
     layer_types.check_has_attention(config)

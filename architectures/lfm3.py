@@ -75,6 +75,8 @@ class HF(lfm2.HF):
   only = dict(rope_scaling=None)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', layers)
     types = layer_types.read_entry_of_each_layer(
@@ -99,6 +101,8 @@ class HF(lfm2.HF):
     return ours | dict(rope=global_rope)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     types = []
     for layer in config.layers(config.num_layers):
       if layer.mixer == 'short_conv':

@@ -102,9 +102,13 @@ class Family(hf.HuggingFace):
   ignored = (r'.*\.rotary_emb\.inv_freq',)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     return dict(rope=rope_fields.read_rope(reader))
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     return dict(rope_parameters=rope_fields.write_rope(config))
 
 
@@ -122,4 +126,5 @@ class HF(Family):
   heads = hf.task_heads('Llama', tokens='score', span=SPAN_PREFIXES)
 
   def check(self, config: ModelConfig) -> None:
+    """Raises RequestError for a model that transformers does not run."""
     hf.check_heads_divide_width(config)

@@ -93,6 +93,8 @@ class HF(llama.Family):
   unread = ('router_jitter_noise',)  # transformers reads none.
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', layers)
     has_rope = layer_types.read_layers_with_rope(reader, layers)
@@ -138,6 +140,8 @@ class HF(llama.Family):
         attention_log_from=reader('floor_scale', 8192))
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     # What each layer is.
     types, has_rope, layers_with_experts = [], [], []
     rotated_layers, scales = [], []

@@ -35,11 +35,15 @@ class HF(llama.Family):
   heads = hf.task_heads('Mistral', tokens='score')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     window = layer_types.read_sliding_window(reader)
     attention = 'banded' if window else 'global'
     return super().read(reader, fields) | dict(
         sliding_window=window, attention=attention)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     window = config.sliding_window if config.attention == 'banded' else None
     return super().write(config) | dict(sliding_window=window)

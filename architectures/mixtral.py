@@ -39,6 +39,8 @@ class HF(llama.Family):
   heads = hf.task_heads('Mixtral', tokens='score')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     hf.check_gates(fields)
     window = reader('sliding_window', 0)
     attention = 'banded' if window else 'global'
@@ -46,6 +48,8 @@ class HF(llama.Family):
     return dict(rope=rope, attention=attention, sliding_window=window)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     return super().write(config) | dict(
         intermediate_size=config.part(MoEConfig).d_ff,
         sliding_window=config.sliding_window or None)

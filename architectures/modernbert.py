@@ -85,6 +85,8 @@ class HF(hf.HuggingFace):
       'span': hf.TaskHead('ModernBertForQuestionAnswering', 'classifier')}
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     # The head that classifies a sequence.
     pooling = reader.read_choice('classifier_pooling', 'cls', {
         name: name for name in heads.POOLINGS})
@@ -122,6 +124,8 @@ class HF(hf.HuggingFace):
         norm='layernorm' if has_bias else 'layernorm_no_bias')
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     # The positions of each type of layer, and the type of each layer.
     ropes = {}
     for layer_type, (_, theta) in KIND_AND_THETA_OF_LAYER_TYPE.items():

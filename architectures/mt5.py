@@ -37,11 +37,17 @@ class HF(t5.HF):
   unread = (*t5.HF.unread, 'tie_word_embeddings')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     t5.check_ffn(reader, fields)
     return {}
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     return super().write(config) | dict(tie_word_embeddings=False)
 
-  def of_files(self, names: Collection[str]) -> dict:
+  def read_tensor_names(self, names: Collection[str]) -> dict:
+    """Returns the fields of the model that are told by the names of the tensors
+    in a folder."""
     return dict(tie_embeddings='lm_head.weight' not in names)

@@ -160,10 +160,13 @@ class HF(hf.HuggingFace):
   module = ('backbone.', 'model.')
   optional = qwen3_next.HF.optional
 
-  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+  def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    """Returns the rows that name the tensor of each parameter of a model."""
     return ROWS + hf.rows_of_each_block(config, LAYER_PREFIX, _mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     letters = _read_letters(reader)
     require(letters, 'config.json has no layers: layers_block_type must name '
             'some')
@@ -179,6 +182,8 @@ class HF(hf.HuggingFace):
         moe=dict(shared_experts=shared_experts))
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     # A layer here is a mixer and, mostly, a network, each a layer there.
     types: list[str] = []
     for layer in config.layers(config.num_layers):
@@ -198,4 +203,5 @@ class HF(hf.HuggingFace):
     return tree
 
   def check(self, config: ModelConfig) -> None:
+    """Raises RequestError for a model that transformers does not run."""
     layer_types.check_has_attention(config)

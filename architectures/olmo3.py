@@ -30,6 +30,8 @@ class HF(olmo2.HF):
   heads = hf.task_heads('Olmo3', only=('sequence',))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     # Outside of rope_parameters, transformers takes it for one kind alone.
     reader.require_values(rope_theta=5e5)
     local_rope, global_rope = rope_fields.read_rope_of_layer_kinds(
@@ -48,5 +50,7 @@ class HF(olmo2.HF):
     return dict(rope=global_rope) | ours
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     return layer_types.write_attention_types(config) | dict(
         rope_parameters=rope_fields.write_rope_of_layer_kinds(config))

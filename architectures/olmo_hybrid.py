@@ -78,11 +78,14 @@ class HF(llama.Family):
   spellings = (*llama.HF.spellings, ('post_attention_layernorm',
                                      'feedforward_layer_norm'))
 
-  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+  def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    """Returns the rows that name the tensor of each parameter of a model."""
     return BASE_ROWS + hf.rows_of_each_block(config, 'model.layers.{n}',
                                              _mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     # The order of the layers.
     layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', layers)
@@ -110,6 +113,8 @@ class HF(llama.Family):
     return ours
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     rope = dict(rope_type='default', rope_theta=None)
     if config.position != 'none':
       rope = rope_fields.write_rope(config)
@@ -120,6 +125,7 @@ class HF(llama.Family):
         **dict.fromkeys(phi3.TOKEN_ID_FIELDS))
 
   def check(self, config: ModelConfig) -> None:
+    """Raises RequestError for a model that transformers does not run."""
     layer_types.check_has_attention(config)
     require(blocks.has_layers_with_state(config),
             'all layers attend: transformers runs an '

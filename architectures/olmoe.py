@@ -43,12 +43,16 @@ class HF(llama.Family):
   only = dict(clip_qkv=None)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     hf.check_gates(fields)
     # transformers has no other: its norms are as wide as the model.
     reader.require_values(head_dim=hf.default_head_dim(fields))
     return super().read(reader, fields)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     # Left out, a text ends at 50,279 and is padded with 1.
     return super().write(config) | dict.fromkeys(phi3.TOKEN_ID_FIELDS) | dict(
         intermediate_size=config.part(MoEConfig).d_ff)

@@ -50,6 +50,8 @@ class HF(hf.HuggingFace):
   spellings = (('model.decoder.', 'decoder.'), ('model.decoder.', ''))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     if not reader.is_null('word_embed_proj_dim'):
       reader.require_values(word_embed_proj_dim=fields['d_model'])
     return dict(learned=dict(offset=2))

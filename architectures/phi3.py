@@ -59,6 +59,8 @@ class HF(llama.Family):
   heads = hf.task_heads('Phi3', tokens='score', only=('sequence', 'tokens'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     window = reader('sliding_window', 0)
     attention = 'banded' if window else 'global'
     rope = rope_fields.read_rope(
@@ -67,6 +69,8 @@ class HF(llama.Family):
     return dict(rope=rope, attention=attention, sliding_window=window)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     rope = config.part(RopeConfig)
     parameters = rope_fields.write_rope(config, whole_heads=False,
                                         words=SCALING_OF_ROPE_TYPE)
@@ -78,6 +82,7 @@ class HF(llama.Family):
     return tree
 
   def check(self, config: ModelConfig) -> None:
+    """Raises RequestError for a model that transformers does not run."""
     if config.part(RopeConfig).scaling != 'longrope':
       return
     require(config.num_heads * config.head_dim == config.d_model,

@@ -39,6 +39,8 @@ class HF(llama.Family):
   heads = hf.task_heads('Qwen2', tokens='score', span=llama.SPAN_PREFIXES)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     layers = fields['num_layers']
     # The first max_window_layers layers have no window, whatever it is called.
     num_full = reader.read_count('max_window_layers', 28)
@@ -54,6 +56,8 @@ class HF(llama.Family):
     return ours
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     tree = layer_types.write_attention_types(config)
     layers_with_window = []
     for n, layer_type in enumerate(tree['layer_types']):

@@ -53,11 +53,14 @@ class HF(llama.Family):
   optional = qwen3_next.HF.optional
   heads = hf.task_heads('Qwen3_5Text', only=('sequence',))
 
-  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+  def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    """Returns the rows that name the tensor of each parameter of a model."""
     return qwen3_next.BASE_ROWS + hf.rows_of_each_block(
         config, 'model.layers.{n}', mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     reader.require_values(decoder_sparse_step=1, mlp_only_layers=[])
     ours = layer_types.read_recurrent_layers(
         reader, fields['num_layers'], mixer='deltanet')
@@ -67,9 +70,12 @@ class HF(llama.Family):
     return ours
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     types = layer_types.write_recurrent_layers(config)['layer_types']
     rope = rope_fields.write_rope(config, whole_heads=False)
     return dict(layer_types=types, rope_parameters=rope)
 
   def check(self, config: ModelConfig) -> None:
+    """Raises RequestError for a model that transformers does not run."""
     layer_types.check_has_attention(config)

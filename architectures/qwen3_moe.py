@@ -49,6 +49,8 @@ class HF(llama.Family):
   heads = hf.task_heads('Qwen3Moe', tokens='score', span=llama.SPAN_PREFIXES)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     every = reader('decoder_sparse_step', 1)
     layers = fields['num_layers']
     require(layers % every == 0, 'config.json has decoder_sparse_step '
@@ -58,6 +60,8 @@ class HF(llama.Family):
     return super().read(reader, fields) | kinds.place_experts({}, every)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     every = layer_types.interval_of_expert_layers(config)
     return super().write(config) | dict(
         mlp_only_layers=[], decoder_sparse_step=every)

@@ -133,11 +133,14 @@ class HF(llama.Family):
   optional = {'module that predicts a second token': r'mtp\..*'}
   heads = hf.task_heads('Qwen3Next', tokens='score', span=llama.SPAN_PREFIXES)
 
-  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+  def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    """Returns the rows that name the tensor of each parameter of a model."""
     return BASE_ROWS + hf.rows_of_each_block(config, 'model.layers.{n}',
                                              _mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     ours = layer_types.read_recurrent_layers(
         reader, fields['num_layers'], mixer='deltanet')
     ours['rope'] = rope_fields.read_rope(
@@ -146,10 +149,13 @@ class HF(llama.Family):
     return ours
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     tree = layer_types.write_recurrent_layers(config)
     tree |= write_experts(config)
     tree['rope_parameters'] = rope_fields.write_rope(config, whole_heads=False)
     return tree
 
   def check(self, config: ModelConfig) -> None:
+    """Raises RequestError for a model that transformers does not run."""
     layer_types.check_has_attention(config)

@@ -106,13 +106,16 @@ class HF(qwen3_5_moe.HF):
   unread = (*qwen3_5_moe.HF.unread, 'number_of_conv_states')
   fixed = ('eos_token_id',)
 
-  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+  def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    """Returns the rows that name the tensor of each parameter of a model."""
     return (
         *qwen3_next.BASE_ROWS,
         *hf.rows_of_each_block(config, 'model.layers.{n}', _layer_rows),
         *_stream_rows('decoder/final_streams', 'model.hyper_connection_mixer'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', layers)
     reader.require_values(indexer_kv_heads=1, split_ngram_parts=1,
@@ -153,6 +156,8 @@ class HF(qwen3_5_moe.HF):
         ngrams=ngrams, moe=moe, rope=rope)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     ngram_layers = []
     for n, layer in enumerate(config.layers(config.num_layers), 1):
       if layer.memory == 'engram':

@@ -69,6 +69,8 @@ class HF(llama.Family):
   heads = hf.task_heads('SmolLM3', tokens='score', span=llama.SPAN_PREFIXES)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     layers = fields['num_layers']
     has_rope = layer_types.read_layers_with_rope(reader, layers)
     window = 0
@@ -85,6 +87,8 @@ class HF(llama.Family):
     return ours
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     layers = config.layers(config.num_layers)
     rotated_layers = [layer for layer in layers if layer.position == 'rope']
     # Where no layer is rotated, the field says how one would be.

@@ -44,12 +44,17 @@ class HF(mistral.HF):
                         only=('sequence', 'tokens'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     bias = reader('use_bias', True)
     return super().read(reader, fields) | dict(
         attention_bias=bias, ffn_bias=bias)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     return super().write(config) | dict(use_bias=config.ffn_bias)
 
   def check(self, config: ModelConfig) -> None:
+    """Raises RequestError for a model that transformers does not run."""
     hf.check_heads_divide_width(config)

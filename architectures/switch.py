@@ -86,6 +86,8 @@ class HF(hf.HuggingFace):
   ignored = t5.HF.ignored
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     # The last of every few layers has experts, alike in both stacks.
     layers = fields['num_layers']
     decoder_layers = fields['num_decoder_layers']
@@ -118,6 +120,8 @@ class HF(hf.HuggingFace):
     return ours | dict(num_decoder_layers=decoder_layers, moe=moe)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     moe = config.part(MoEConfig)
     every = layer_types.interval_of_expert_layers(config)
     tree = t5.write_usual_fields(config) | dict(

@@ -140,7 +140,8 @@ class HF(hf.HuggingFace):
   ignored = (r'decoder\.block\.0\.layer\.1\.EncDecAttention\.'
              r'relative_attention_bias\.weight',)
 
-  def names_of(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+  def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
+    """Returns the rows that name the tensor of each parameter of a model."""
     up = 'wi_1' if config.ffn in ('geglu_tanh', 'swiglu') else 'wi'
     return model_rows(*hf.prefix_rows(
         'ffn', 'DenseReluDense', ('gate', 'DF', 'wi_0.weight', 'F D'),
@@ -148,6 +149,8 @@ class HF(hf.HuggingFace):
         ('down', 'FD', 'wo.weight', 'D F')))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     check_ffn(reader, fields)
     # transformers ties v1.1 in name, and tells it by the missing scale.
     require(not reader.is_null('scale_decoder_outputs'),
@@ -157,4 +160,6 @@ class HF(hf.HuggingFace):
     return head_fields(fields, tied)
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     return write_usual_fields(config)

@@ -126,12 +126,16 @@ class HF(hf.HuggingFace):
   ignored = (r'model\.(en|de)coder\.embed_positions\.weights?',)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell."""
     reader.require_values(decoder_vocab_size=fields['vocab_size'])
     ours = read_stacks(reader, fields, scaled=False)
     ours['logits_bias'] = reader('final_logits_bias', True)
     return ours
 
   def write(self, config: ModelConfig) -> dict:
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     return write_stacks(config) | dict(
         decoder_vocab_size=config.vocab_size,
         # Ours: whether the bias is there; transformers takes zeros where not.

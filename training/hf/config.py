@@ -249,7 +249,7 @@ def fields_and_notes(tree: dict[str, Any],
         f'{reader.model_type}: what the model computes does not depend on it')
 
   if files is not None:
-    model.update(page.of_files(files))
+    model.update(page.read_tensor_names(files))
   _check(architectures.resolve(model))
   return model, reader.notes
 

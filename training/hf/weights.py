@@ -254,7 +254,7 @@ class Names:
     self._page = page
     self._source = source
     self._constants = page.constants(config)
-    self._spellings = page.spellings_of(config)
+    self._spellings = page.spellings_with_head(config)
 
   def find(self, name: str) -> str:
     """Returns the spelling under which the files have `name`, or `name`."""

@@ -1,11 +1,13 @@
-"""How a page says what its system is in the Hugging Face format.
+"""How a page (the module of a system) says what its system is in the Hugging
+Face format.
 
 A page ends with `class HF(hf.HuggingFace)`, which gives values to the fields of
 HuggingFace and replaces the methods that differ. training/hf/ reads an instance
 of that class and nothing else of a page. A system that transformers does not
 have has no `HF`. tests/architectures/pages_test.py checks each of them.
 parts/hf/tensor_map.py finds the tensors of a model by its rows, and
-parts/hf/rope_fields.py has what a config.json says of rotary positions.
+parts/hf/rope_fields.py has what a config.json says of rotary positions, and
+parts/hf/layer_types.py what it says of the type of each layer.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -16,7 +18,8 @@ from typing import Any
 from architectures.parts.config import ModelConfig
 from common.errors import RequestError, require
 
-# The path of a parameter, its axes, the name of the tensor in a file, its axes.
+# A row of a page: the path of a parameter of ours and its axes, the name of the
+# tensor in a Hugging Face file and its axes (tensor_map.py has their language).
 Row = tuple[str, str, str, str]
 # The reader of a config.json, which is in a room above (training/hf/config.py).
 Reader = Any
@@ -25,7 +28,8 @@ MASKED_WORD_HEAD = 'head of masked words'  # a name in `HuggingFace.optional`
 
 @dataclasses.dataclass(frozen=True)
 class TaskHead:
-  """How a model with the head of a task stands in a Hugging Face folder.
+  """How a model with a head for a task, such as the classification of a
+  sequence, stands in a Hugging Face folder.
 
   Attributes:
     architecture: the name of transformers' class, under `architectures` in a
@@ -39,14 +43,18 @@ class TaskHead:
   prefix: tuple[str, str] = ('', '')
 
   def rows(self, names: Iterable[Row]) -> tuple[Row, ...]:
-    """Returns the rows `names` under the prefix of a model with this head, and
-    the rows of the head."""
-    usual, here = self.prefix
+    """Returns the rows of a model with this head.
+
+    Args:
+      names: the rows of the model with the head of a language model, whose
+        tensors may have another prefix.
+    """
+    usual_prefix, prefix_with_head = self.prefix
     rows = []
-    for ours, axes, theirs, their_axes in names:
-      if theirs.startswith(usual):
-        theirs = here + theirs.removeprefix(usual)
-      rows.append((ours, axes, theirs, their_axes))
+    for our_path, our_axes, hf_name, hf_axes in names:
+      if hf_name.startswith(usual_prefix):
+        hf_name = prefix_with_head + hf_name.removeprefix(usual_prefix)
+      rows.append((our_path, our_axes, hf_name, hf_axes))
     rows.append(('task/kernel', 'DU', f'{self.name}.weight', 'U D'))
     rows.append(('task/bias', 'U', f'{self.name}.bias', 'U'))
     return tuple(rows)
@@ -61,19 +69,16 @@ class HuggingFace:
      'model.layers.{n}.self_attn.q_proj.weight', 'HK D')
 
   Axes are letters of the legend in README.md, or U where the legend has none.
-  Only their order and their grouping count: a blank ends a dimension of theirs,
-  and HK is one dimension of size H*K. {n} is the number of the layer, counted
-  through the blocks of the period. {m} is the same number where their files
-  count a layer's feed-forward network as the next layer. {e} is the number of
-  an expert, axis E of ours. 'query|key|value' are several parameters of ours in
-  one tensor of theirs, along its axis 3 (1 is a dimension of theirs that ours
-  does not have). With the axes 'DHK|DJK|DJK' and 'HK+JK+JK D' they follow one
-  another in the tensor, each of its own size, and with 'J(RK+K+K) D' they do so
-  within each group of heads: R is H / J, and J=2 gives the number of groups
-  where no axis of ours does. A row is passed over where the model has no such
+  Only their order and their grouping count; parts/hf/tensor_map.py tells the
+  language in which they are written, with examples. In the name of a tensor,
+  {n} is the number of the layer, counted through the blocks of the period; {m}
+  is the same number where their files count a layer's feed-forward network as
+  the next layer; {e} is the number of an expert, axis E of ours. In our path,
+  'query|key|value' are several parameters in one tensor of theirs, and
+  decoder/layers/block_2 stands for one block of the period alone
+  (`rows_of_each_block`). A row is passed over where the model has no such
   parameter with as many axes, so that a dense and an expert ffn/up may both
-  have one; decoder/layers/block_2 stands for one block of the period alone
-  (`by_block`).
+  have one.
 
   The import starts from the system's PARTS, takes the table `fields`, then what
   `read` returns. The export writes the table `fields`, then what `write`
@@ -84,7 +89,7 @@ class HuggingFace:
       weights a folder holds.
     architecture: the name of transformers' class, under `architectures` in a
       config.json.
-    names: the rows of every model of the system; see `names_of`.
+    names: the rows of every model of the system; see `rows_of_model`.
     fields: {field of config.model: (field of config.json, default)}, or with
       {their word: ours} as a third item. Of 'a|b' the import takes the first
       that is there, and the export writes the last. A default is what
@@ -129,68 +134,75 @@ class HuggingFace:
   optional: Mapping[str, str] = {}
 
   def read(self, reader: Reader, fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns fields of config.model that the table `fields` does not have.
+    """Returns the fields of the model that a config.json of Hugging Face says
+    in another way than the table `fields` can tell.
 
     Args:
       reader: the reader of the config.json.
-      fields: the fields that were read by the table.
+      fields: the fields of the model that were read by the table.
     """
     return {}
 
   def write(self, config: ModelConfig) -> dict[str, Any]:
-    """Returns fields of config.json that the table `fields` does not have."""
+    """Returns the fields of the config.json of a model that the table `fields`
+    does not have."""
     return {}
 
   def check(self, config: ModelConfig) -> None:
-    """Raises RequestError for a model that transformers does not run, which is
-    neither read nor written."""
+    """Raises RequestError for a model of this system that transformers does not
+    run; such a model is neither read nor written."""
 
-  def names_of(self, config: ModelConfig) -> Sequence[Row]:
-    """Returns the rows for the config `config`, without those of a task's head.
-    A system replaces this method where its rows depend on the config."""
+  def rows_of_model(self, config: ModelConfig) -> Sequence[Row]:
+    """Returns the rows that name the tensor of each parameter of a model,
+    without those of a task's head. A system replaces this method where they
+    depend on the config."""
     return self.names
 
   def constants(self, config: ModelConfig) -> dict[str, Any]:
-    """Returns the tensors, by name, whose values follow from the config."""
+    """Returns the tensors of a folder, by name, whose values follow from the
+    config of the model and are no parameters."""
     return {}
 
-  def of_files(self, names: Collection[str]) -> dict[str, Any]:
-    """Returns fields of config.model that the names of a folder's tensors tell,
-    and not its config.json."""
+  def read_tensor_names(self, names: Collection[str]) -> dict[str, Any]:
+    """Returns the fields of the model that are told by the names of the tensors
+    in a folder, and not by its config.json."""
     return {}
 
   def rows(self, config: ModelConfig) -> Sequence[Row]:
-    """Returns all rows for the config `config`, with those of its head."""
-    rows = self.names_of(config)
+    """Returns the rows that name the tensor of each parameter of a model, with
+    those of its head."""
+    rows = self.rows_of_model(config)
     if config.head in self.heads:
       return self.heads[config.head].rows(rows)
     return rows
 
-  def spellings_of(self, config: ModelConfig) -> Sequence[tuple[str, str]]:
-    """Returns `spellings`, and before them the usual prefix where a model with
-    the head of `config` has another one."""
+  def spellings_with_head(self, config: ModelConfig
+                          ) -> Sequence[tuple[str, str]]:
+    """Returns the table `spellings` for a model, whose head for a task may have
+    a prefix of its own: files then have that prefix or the usual one."""
     if config.head not in self.heads:
       return tuple(self.spellings)
-    usual, here = self.heads[config.head].prefix
-    if not here:
+    usual_prefix, prefix_with_head = self.heads[config.head].prefix
+    if not prefix_with_head:
       return tuple(self.spellings)
-    return ((here, usual), *self.spellings)
+    return ((prefix_with_head, usual_prefix), *self.spellings)
 
 
 def task_heads(system: str, sequence: str = 'score', tokens: str = 'classifier',
                span: tuple[str, str] = ('', ''),
                only: Collection[str] = ('sequence', 'tokens', 'span')
           ) -> dict[str, TaskHead]:
-  """Returns the heads that a system has in transformers.
+  """Returns the heads for tasks that a system has in transformers, by
+  model.head.
 
   Args:
     system: the name that its classes begin with.
-    sequence: the name of the module that scores a row.
+    sequence: the name of the module that scores a sequence.
     tokens: the name of the module that scores each token.
     span: the `prefix` of the model that answers questions.
     only: the names of the heads that the system has.
   """
-  every = {
+  all_heads = {
       'sequence': TaskHead(
           architecture=f'{system}ForSequenceClassification', name=sequence),
       'tokens': TaskHead(
@@ -199,7 +211,7 @@ def task_heads(system: str, sequence: str = 'score', tokens: str = 'classifier',
           architecture=f'{system}ForQuestionAnswering', name='qa_outputs',
           prefix=span),
   }
-  return {name: head for name, head in every.items() if name in only}
+  return {name: head for name, head in all_heads.items() if name in only}
 
 
 # The field of config.model that a field of config.json mostly is.
@@ -233,12 +245,17 @@ BIAS_FIELDS = {'attention_bias': 'attention_bias', 'mlp_bias': 'ffn_bias'}
 
 
 def fields_with_defaults(**defaults: Any) -> dict[str, tuple]:
-  """Returns entries of `HuggingFace.fields` by transformers' defaults of fields
-  that have their usual names, or ours."""
+  """Returns entries of the table `HuggingFace.fields`, our field: (field of
+  config.json, default).
+
+  Args:
+    **defaults: transformers' default of each field of config.json. Our field is
+      the one of the usual table above, or else has the same name.
+  """
   entries = {}
-  for name, default in defaults.items():
-    ours = _OUR_NAME_OF_HF_FIELD.get(name, name)
-    entries[ours] = (name, default)
+  for hf_name, default in defaults.items():
+    our_name = _OUR_NAME_OF_HF_FIELD.get(hf_name, hf_name)
+    entries[our_name] = (hf_name, default)
   return entries
 
 
@@ -260,71 +277,93 @@ def default_head_dim(fields: Mapping[str, Any]) -> int:
   return fields['d_model'] // fields['num_heads']
 
 
-def prefix_rows(ours: str, theirs: str, *rows: Row) -> tuple[Row, ...]:
-  """Returns the rows with a folder of ours and a prefix of theirs before each.
+def prefix_rows(our_folder: str, hf_module: str, *rows: Row
+                ) -> tuple[Row, ...]:
+  """Returns rows of a module of the model as rows of what contains it.
+
+  Args:
+    our_folder: the folder of our parameters, to stand before their paths.
+    hf_module: the name of the module in transformers, to stand before the names
+      of the tensors.
+    *rows: rows whose names begin within the module.
   """
-  moved = []
-  for path, axes, name, their_axes in rows:
-    moved.append((f'{ours}/{path}', axes, f'{theirs}.{name}', their_axes))
-  return tuple(moved)
+  prefixed = []
+  for our_path, our_axes, hf_name, hf_axes in rows:
+    prefixed.append((f'{our_folder}/{our_path}', our_axes,
+                     f'{hf_module}.{hf_name}', hf_axes))
+  return tuple(prefixed)
 
 
-def rows_of_each_block(config: ModelConfig, theirs: str,
-                       rows: Callable[[ModelConfig],
-                                      Iterable[Row]]) -> tuple[Row, ...]:
-  """Returns rows of the layers of a decoder whose kinds differ in more than
-  which parameters they have.
+def rows_of_each_block(
+    config: ModelConfig, layer_prefix: str,
+    rows_of_layer: Callable[[ModelConfig], Iterable[Row]]) -> tuple[Row, ...]:
+  """Returns the rows of a decoder whose kinds of layer differ in more than
+  which parameters they have, block by block of the period that is scanned.
 
   Args:
     config: the model.
-    theirs: the prefix of a layer, with {n}.
-    rows: the config of a kind of layer -> its rows, below the layer.
+    layer_prefix: what the names of a layer's tensors begin with, with {n}.
+    rows_of_layer: a function that returns the rows of a layer, whose names
+      begin within it, for the config of its kind.
   """
   all_rows: list[Row] = []
   for section in config.sections(config.num_layers):
     for i, kind in enumerate(section.kinds):
       layer = config.of_kind(kind.name)
       folder = f'decoder/{section.name}/block_{i}'
-      all_rows += prefix_rows(folder, theirs, *rows(layer))
+      all_rows += prefix_rows(folder, layer_prefix, *rows_of_layer(layer))
   return tuple(all_rows)
 
 
 def norm_rows(ours: str, theirs: str) -> tuple[Row, Row]:
-  """Returns the rows of a LayerNorm's scale and bias."""
+  """Returns the rows of a LayerNorm's scale and bias.
+
+  Args:
+    ours: the folder of our parameters.
+    theirs: the name of the norm in transformers.
+  """
   return ((f'{ours}/scale', 'D', f'{theirs}.weight', 'D'),
           (f'{ours}/bias', 'D', f'{theirs}.bias', 'D'))
 
 
-def dense_rows(ours: str, axes: str, theirs: str, their_axes: str
-          ) -> tuple[Row, Row]:
-  """Returns the rows of a matrix and of its bias, which has the axes of the
-  output: the last ones of ours."""
-  # The dimension of theirs that is the output. A digit in it stands for a
-  # number of matrices, of which ours has one each.
-  outputs = []
-  for dim in their_axes.split():
-    letters = re.sub(r'\d', '', dim)
-    if axes.endswith(letters):
-      outputs.append((dim, letters))
-  out, bias_axes = outputs[0]
+def dense_rows(ours: str, our_axes: str, theirs: str, hf_axes: str
+               ) -> tuple[Row, Row]:
+  """Returns the rows of a matrix and of its bias.
+
+  Args:
+    ours: the path of our matrix; the bias is beside it, with _bias at its end.
+      'gate|up' are two matrices in one tensor of theirs.
+    our_axes: its axes, inputs first, such as 'DHK'.
+    theirs: the name of the module in transformers.
+    hf_axes: the axes of its weight, such as 'HK D'.
+  """
+  # The dimension of theirs that is the output has the last axes of ours, and a
+  # digit for the number of matrices that lie there one after another.
+  output_dimensions = []
+  for dimension in hf_axes.split():
+    letters = re.sub(r'\d', '', dimension)
+    if our_axes.endswith(letters):
+      output_dimensions.append((dimension, letters))
+  hf_bias_axes, our_bias_axes = output_dimensions[0]
   if '{e}' in theirs:
-    bias_axes = 'E' + bias_axes
-  names = [f'{name}_bias' for name in ours.split('|')]
-  return ((ours, axes, f'{theirs}.weight', their_axes),
-          ('|'.join(names), bias_axes, f'{theirs}.bias', out))
+    our_bias_axes = 'E' + our_bias_axes
+  bias_names = [f'{name}_bias' for name in ours.split('|')]
+  return ((ours, our_axes, f'{theirs}.weight', hf_axes),
+          ('|'.join(bias_names), our_bias_axes, f'{theirs}.bias',
+           hf_bias_axes))
 
 
 def attention_rows(query: str, key: str, value: str, out: str,
-                   kv_heads: str = 'H'
-              ) -> tuple[Row, ...]:
-  """Returns the rows of attention's matrices and biases.
+                   kv_heads: str = 'H') -> tuple[Row, ...]:
+  """Returns the rows of the matrices and the biases of attention.
 
   Args:
     query: the name of the matrix for queries in transformers.
     key: the name of the matrix for keys.
     value: the name of the matrix for values.
     out: the name of the matrix behind the heads.
-    kv_heads: the axis of the heads of keys and values, H or J.
+    kv_heads: the axis of the heads of keys and values: J where they may be
+      fewer than those of queries, else H.
   """
   kv = f'{kv_heads}K'
   return (*dense_rows('query', 'DHK', query, 'HK D'),
@@ -333,17 +372,17 @@ def attention_rows(query: str, key: str, value: str, out: str,
           *dense_rows('out', 'HKD', out, 'D HK'))
 
 
-# hidden_act: our ffn. Where two names mean one function, export takes the
+# Our model.ffn by hidden_act of a config.json, for a network without a gate and
+# for one with a gate. Where two names mean one function, export takes the
 # first. gelu_fast and gelu_new are the same tanh approximation.
-FFN_OF_ACTIVATION = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh',
-                     'gelu_fast': 'gelu_tanh',
-                     'gelu_pytorch_tanh': 'gelu_tanh', 'relu': 'relu',
-                     'silu': 'silu',
-                     'swish': 'silu', 'relu2': 'relu2'}
-GATED_FFN_OF_ACTIVATION = {'silu': 'swiglu', 'gelu': 'geglu',
-                           'gelu_new': 'geglu_tanh',
-                           'gelu_pytorch_tanh': 'geglu_tanh', 'relu': 'reglu'}
-# the entry that most systems have for ffn
+FFN_OF_ACTIVATION = {
+    'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_fast': 'gelu_tanh',
+    'gelu_pytorch_tanh': 'gelu_tanh', 'relu': 'relu', 'silu': 'silu',
+    'swish': 'silu', 'relu2': 'relu2'}
+GATED_FFN_OF_ACTIVATION = {
+    'silu': 'swiglu', 'gelu': 'geglu', 'gelu_new': 'geglu_tanh',
+    'gelu_pytorch_tanh': 'geglu_tanh', 'relu': 'reglu'}
+# The entry for model.ffn in the table `fields` of most systems.
 GATED_FFN_FIELD = 'hidden_act', 'silu', GATED_FFN_OF_ACTIVATION
 
 
@@ -356,51 +395,70 @@ def check_heads_divide_width(config: ModelConfig) -> None:
           f'refuses such a {config.arch}')
 
 
-def check_gates(fields: Mapping[str, Any], chosen: str = 'num_experts_per_tok',
-                normalised: str = 'norm_topk_prob') -> None:
-  """Raises RequestError where transformers divides a token's only gate by
-  itself.
+def check_gates(fields: Mapping[str, Any],
+                top_k_name: str = 'num_experts_per_tok',
+                normalize_name: str = 'norm_topk_prob') -> None:
+  """Raises RequestError where a token has one expert and transformers divides
+  its gate by itself, so that the gate is 1 and the router does not learn.
 
   Args:
-    fields: what was read so far; a system without moe.normalize_gates always
-      normalises them.
-    chosen: the field of the config.json that says how many experts a token has.
-    normalised: the field that says whether its gates are made to sum to 1.
+    fields: the fields of the model that were read so far; a system without
+      moe.normalize_gates always normalises them.
+    top_k_name: the field of the config.json that says how many experts a token
+      has.
+    normalize_name: the field that says whether its gates are made to sum to 1.
   """
   if fields['moe.top_k'] > 1:
     return
-  condition = f'{chosen} 1'
+  condition = f'{top_k_name} 1'
   if 'moe.normalize_gates' in fields:
     if not fields['moe.normalize_gates']:
       return
-    condition += f' and {normalised} true'
+    condition += f' and {normalize_name} true'
   raise RequestError(
       f'config.json has {condition}: transformers then gives every expert the '
       "gate 1, where the gate here is the router's score, so that the router "
       'learns')
 
 
-def read_shared_experts(reader: Reader, name: str, default: int,
-                        width: int) -> int:
-  """Returns model.moe.shared_experts by the field `name`, the hidden units of
-  the shared network, where an expert has `width`."""
-  shared = reader(name, default)
-  require(shared % width == 0, f'config.json has {name} {shared}, which is no '
-          f'multiple of the {width} hidden units of an expert: '
-          'model.moe.shared_experts says how many times as wide as an expert '
-          'the shared one is')
-  return shared // width
+def read_shared_experts(reader: Reader, name: str, default: int, width: int
+                        ) -> int:
+  """Returns model.moe.shared_experts: how many times as wide as an expert the
+  dense network beside the experts is.
 
-
-def find_hf_word(choices: Mapping[str, str], ours: str, field: str) -> str:
-  """Returns the first of their words for `ours`, the value of model.`field`.
+  Args:
+    reader: the reader of the config.json.
+    name: the field of the config.json with the hidden units of this network.
+    default: transformers' default of the field.
+    width: the hidden units of an expert.
 
   Raises:
-    RequestError: if they have none.
+    RequestError: where the one is no multiple of the other.
   """
-  for word, value in choices.items():
-    if value == ours:
+  shared_width = reader(name, default)
+  require(shared_width % width == 0,
+          f'config.json has {name} {shared_width}, which is no multiple of the '
+          f'{width} hidden units of an expert: model.moe.shared_experts says '
+          'how many times as wide as an expert the shared one is')
+  return shared_width // width
+
+
+def find_hf_word(our_value_of_word: Mapping[str, str], value: str, field: str
+                 ) -> str:
+  """Returns the word in a config.json for a value of one of our fields, the
+  first one where several mean it.
+
+  Args:
+    our_value_of_word: our value, by each word of theirs.
+    value: the value of our field.
+    field: the name of our field, below model.
+
+  Raises:
+    RequestError: if they have no word for it.
+  """
+  for word, our_value in our_value_of_word.items():
+    if our_value == value:
       return word
-  known = ', '.join(dict.fromkeys(choices.values()))
-  raise RequestError(f'model.{field} is {ours!r}, which has no counterpart in '
-                     f'this config.json: choose from {known}')
+  choices = ', '.join(dict.fromkeys(our_value_of_word.values()))
+  raise RequestError(f'model.{field} is {value!r}, which has no counterpart in '
+                     f'this config.json: choose from {choices}')
