@@ -147,7 +147,7 @@ def test_a_step_averages_what_it_trains():
         b['weights'] = b['weights'] * np.nan
       state, _ = step(state, devices.put_on_devices(b, run.place))
       states.append(jax.device_get(state))
-      evaluated.append(jax.device_get(run.evaluated(state)))
+      evaluated.append(jax.device_get(run.parameters_to_evaluate(state)))
   for path, last in paths.flatten_by_path(evaluated[-1]).items():
     params = [paths.flatten_by_path(state.params)[path] for state in states]
     expected = averages(0.75, [params[i] for i in (0, 2, 3)])
