@@ -83,7 +83,8 @@ def main():
   run = begin.build_on_devices(request)
 
   # 3. The data.
-  index, count = devices.batch_slice_of_process(run.place, config.data.batch_size)
+  index, count = devices.batch_slice_of_process(
+      run.place, config.data.batch_size)
   train_data = pipeline.make_training_loader(config, tokenizer, index, count)
   eval_data = pipeline.make_evaluation_loaders(config, tokenizer, index, count)
   contents = pipeline.digest_contents(config, tokenizer)

@@ -67,7 +67,8 @@ class Evaluation:
     """Returns the loaders of the held-out data, one for each source; in a run
     of several processes each one loads its part of the batches."""
     config = self.run.config
-    index, count = devices.batch_slice_of_process(self.run.place, config.data.batch_size)
+    index, count = devices.batch_slice_of_process(
+        self.run.place, config.data.batch_size)
     return pipeline.make_evaluation_loaders(config, tokenizer=self.tokenizer,
                              process_index=index, process_count=count)
 
