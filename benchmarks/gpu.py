@@ -110,7 +110,7 @@ def time_attention(run_config: ml_collections.ConfigDict
       names.append(name)
 
   for name in names:
-    reason = kernels.refusal(name, config, mask, L, L, platform)
+    reason = kernels.reason_of_refusal(name, config, mask, L, L, platform)
     if reason:
       yield dict(way=name, error=f'{name} is refused, {reason}')
       continue

@@ -50,7 +50,8 @@ def cpu():
 def test_this_is_a_gpu_and_auto_takes_its_kernel():
   assert jax.default_backend() == 'gpu'
   c = architectures.resolve(models.config(dtype='bfloat16'))
-  assert kernels.choose(c, kernels.Mask(causal=True), L, L) == 'cudnn'
+  assert kernels.choose_attention_kernel(
+      c, kernels.Mask(causal=True), L, L) == 'cudnn'
 
 
 def attention_case(name, dtype):

@@ -638,7 +638,7 @@ def build(config: ml_collections.ConfigDict, model: ModelConfig,
 
   # The kernels that the model names.
   platform = mesh.devices.flat[0].platform
-  kernels.check_kernel(model, platform)
+  kernels.check_attention_kernel(model, platform)
   if model.has_experts:
     grouped.check_grouped_kernel(model.part(MoEConfig), platform)
   return Run.on_mesh(config, model, mesh)

@@ -148,7 +148,7 @@ class Stack(nn.Module):
       return None
     readers = [layer for layer in c.distinct_layers
                if layer.mixer == 'attention']
-    return steps.first_values(readers[0], x_BLD)
+    return steps.zero_first_values(readers[0], x_BLD)
 
   # A scan over periods, section by section.
 

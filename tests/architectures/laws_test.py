@@ -14,7 +14,7 @@ import pytest
 
 import architectures
 from architectures.parts import blocks, layers
-from architectures.parts.attention.kernels import visible
+from architectures.parts.attention.kernels import visible_keys
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
 from architectures.parts.layers import NORMS
@@ -145,19 +145,19 @@ PICTURES = {
 @pytest.mark.parametrize('attention, causal', PICTURES)
 def test_masks_as_pictures(attention, causal):
   positions = jnp.arange(5)[None]
-  mask = visible(LayerKind(attention, 'gelu', causal), WINDOW, positions,
-                 positions)
+  mask = visible_keys(
+      LayerKind(attention, 'gelu', causal), WINDOW, positions, positions)
   assert _picture(mask) == PICTURES[attention, causal]
 
 
 def test_masks_of_documents_and_prefixes():
   positions, segments = jnp.arange(5)[None], jnp.array([[1, 1, 2, 2, 2]])
   kind = LayerKind('global', 'gelu')
-  assert _picture(visible(kind, WINDOW, positions, positions, segments,
-                          segments)
+  assert _picture(visible_keys(
+      kind, WINDOW, positions, positions, segments, segments)
                   ) == ['x....', 'xx...', '..x..', '..xx.', '..xxx']
-  assert _picture(visible(kind, WINDOW, positions, positions,
-                          prefix_B=jnp.array([3]))
+  assert _picture(visible_keys(
+      kind, WINDOW, positions, positions, prefix_B=jnp.array([3]))
                   ) == ['xxx..', 'xxx..', 'xxx..', 'xxxx.', 'xxxxx']
 
 

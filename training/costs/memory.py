@@ -232,13 +232,14 @@ def _score_bytes(config: Config, layer: ModelConfig, tokens: int, platform: str
   for causal in _causal_of_stack(architectures.stack(layer)):
     mask = kernels.Mask(
         causal=causal,
-        bias=positions.position_of(layer).has_bias,
+        has_bias=positions.position_of(layer).has_bias,
         window=rule.window(layer) if rule.window else 0,
-        rule=bool(rule.top),
-        prefix=causal and objectives.find_objective(config).prefix,
-        dropout=bool(layer.attention_dropout))
-    reason = kernels.refusal('splash', c=layer, mask=mask, q_length=length,
-                             k_length=length, device=platform)
+        has_indexer=bool(rule.top),
+        has_prefix=causal and objectives.find_objective(config).prefix,
+        has_dropout=bool(layer.attention_dropout))
+    reason = kernels.reason_of_refusal(
+        'splash', config=layer, mask=mask, q_length=length, k_length=length,
+        device=platform)
     if reason:
       is_fused = False
   if is_fused:

@@ -70,142 +70,199 @@ class CompressedConfig:
 
 
 class Windows(NamedTuple):
-  """The windows that tokens close, S tokens that each entry is made of.
+  """The windows of tokens that are closed by the tokens that a layer is given:
+  W windows, each with the S tokens that its entry is made of.
 
   Attributes:
-    at_BWS: their places among what is kept of tokens before and the tokens.
-    there_BWS: whether the document has them.
+    index_BWS: the indices of these tokens in the array of the tokens that were
+      kept from before and, after them, the tokens that are given.
+    exists_BWS: whether the document has them.
     number_BW: which entries of the row these are.
-    end_BW: the place of the last token in the row.
-    first_BW: the position of the first token of the window.
+    end_BW: the index of the window's last token in the row.
+    first_position_BW: the position of the window's first token.
   """
-  at_BWS: jax.Array
-  there_BWS: jax.Array
+  index_BWS: jax.Array
+  exists_BWS: jax.Array
   number_BW: jax.Array
   end_BW: jax.Array
-  first_BW: jax.Array
+  first_position_BW: jax.Array
 
 
-def windows(ctx: Context, L: int, rate: int, slots: int, cached: bool
-            ) -> Windows:
-  """Returns the windows of L tokens, with entries of `slots` tokens. There are
-  as many as L tokens can close; those that stay open are seen by no token."""
+def find_closed_windows(ctx: Context, L: int, tokens_of_window: int,
+                        tokens_of_entry: int, cached: bool) -> Windows:
+  """Returns the windows that L tokens close. There are as many as L tokens can
+  close; those that stay open are seen by no token.
+
+  Args:
+    ctx: the context of the layer.
+    L: the number of tokens.
+    tokens_of_window: how many tokens a window has.
+    tokens_of_entry: how many tokens an entry is made of, S: those of one or
+      more windows.
+    cached: whether the tokens follow those in a cache.
+  """
   ids_BL, positions_BL = ctx.segment_ids_BL, ctx.positions_BL
   # With a cache, the row goes on: windows are counted from its beginning, and
   # the tokens of the open one stand before the first token.
-  before, kept = 0, 0
-  number_BW = jnp.arange(max(1, L // rate))[None]
+  num_before, num_kept = 0, 0
+  number_BW = jnp.arange(max(1, L // tokens_of_window))[None]
   if cached:
-    before, kept = positions_BL[:, :1, None], slots - 1
-    number_BW = jnp.arange(-(-L // rate))[None] + positions_BL[:, :1] // rate
-  # The place where each window ends, in the row and in its document.
-  end_BW = stop_BW = number_BW * rate + rate - 1
+    num_before, num_kept = positions_BL[:, :1, None], tokens_of_entry - 1
+    number_BW = (jnp.arange(-(-L // tokens_of_window))[None]
+                 + positions_BL[:, :1] // tokens_of_window)
+
+  # The index of the token that ends each window, in the row (end_BW) and in its
+  # document (end_in_document_BW).
+  end_BW = end_in_document_BW = (
+      number_BW * tokens_of_window + tokens_of_window - 1)
   if ids_BL is not None:
-    place_BL = jnp.arange(L)[None] - features.starts(ids_BL)
-    closed_BL = jnp.cumsum((place_BL + 1) % rate == 0, 1)
-    end_BW = jax.vmap(jnp.searchsorted, (0, None))(closed_BL, number_BW[0] + 1)
-    stop_BW = _take(place_BL, end_BW)
-  last_BW = end_BW if cached else _take(positions_BL, end_BW)
+    index_in_document_BL = jnp.arange(L)[None] - features.starts(ids_BL)
+    num_closed_BL = jnp.cumsum(
+        (index_in_document_BL + 1) % tokens_of_window == 0, 1)
+    end_BW = jax.vmap(jnp.searchsorted, (0, None))(
+        num_closed_BL, number_BW[0] + 1)
+    end_in_document_BW = _take_columns(index_in_document_BL, end_BW)
+  end_position_BW = end_BW if cached else _take_columns(positions_BL, end_BW)
+
   # The tokens of each window, up to its end.
-  back_11S = jnp.arange(1 - slots, 1)[None, None]
-  at_BWS = end_BW[..., None] + back_11S + kept - before
+  offset_11S = jnp.arange(1 - tokens_of_entry, 1)[None, None]
+  index_BWS = end_BW[..., None] + offset_11S + num_kept - num_before
   return Windows(
-      at_BWS=jnp.clip(at_BWS, 0, kept + L - 1),
-      there_BWS=stop_BW[..., None] + back_11S >= 0, number_BW=number_BW,
-      end_BW=end_BW, first_BW=last_BW - rate + 1)
+      index_BWS=jnp.clip(index_BWS, 0, num_kept + L - 1),
+      exists_BWS=end_in_document_BW[..., None] + offset_11S >= 0,
+      number_BW=number_BW, end_BW=end_BW,
+      first_position_BW=end_position_BW - tokens_of_window + 1)
 
 
-def _take(x_BL: jax.Array, at_BW: jax.Array) -> jax.Array:
-  """Returns x at these places of each row; past its end, the last one."""
-  rows, last = max(len(x_BL), len(at_BW)), x_BL.shape[1] - 1
-  at_BW = jnp.minimum(at_BW, last)
-  x_BL = jnp.broadcast_to(x_BL, (rows, x_BL.shape[1]))
-  at_BW = jnp.broadcast_to(at_BW, (rows, at_BW.shape[1]))
-  return jnp.take_along_axis(x_BL, at_BW, 1)
+def _take_columns(x_BL: jax.Array, index_BW: jax.Array) -> jax.Array:
+  """Returns x at these indices of each row, [B, W]; for an index past its end,
+  the last number. Either may have one row that stands for all."""
+  num_rows, last = max(len(x_BL), len(index_BW)), x_BL.shape[1] - 1
+  index_BW = jnp.minimum(index_BW, last)
+  x_BL = jnp.broadcast_to(x_BL, (num_rows, x_BL.shape[1]))
+  index_BW = jnp.broadcast_to(index_BW, (num_rows, index_BW.shape[1]))
+  return jnp.take_along_axis(x_BL, index_BW, 1)
 
 
 class Entries(nn.Module):
-  """(x_BLD, windows, v and z of tokens before) -> (e_BWK, not turned; v and z
-  that the next tokens need). `parts`: of how many windows an entry is made."""
+  """The entries that windows of tokens are compressed to:
+  (x_BLD, windows, context, v and z of tokens before) -> (e_BWK, not rotated; v
+  and z that the next tokens need).
+
+  Attributes:
+    config: the config of the layer.
+    rate: how many tokens a window has.
+    size: K, the features of an entry.
+    parts: of how many windows an entry is made.
+  """
   config: ModelConfig
   rate: int
   size: int
   parts: int
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array, at: Windows, ctx: Context,
-               before_BMU: Optional[jax.Array]):
-    c, L = self.config, x_BLD.shape[1]
+  def __call__(self, x_BLD: jax.Array, windows: Windows, ctx: Context,
+               previous_BMU: Optional[jax.Array]):
+    L = x_BLD.shape[1]
     # v and z side by side, those of tokens before first.
-    both_BMU = jnp.concatenate(
+    values_and_scores_BMU = jnp.concatenate(
         [self._product('value', x_BLD), self._product('score', x_BLD)], -1)
     bias_PU = declare(self, 'score_bias', nn.initializers.zeros,
                       (self.rate, self.parts * self.size), Role((None, None)))
-    after_BMU = None
-    if before_BMU is not None:
-      before_BMU = before_BMU.astype(both_BMU.dtype)
-      both_BMU = jnp.concatenate([before_BMU, both_BMU], 1)
-      after_BMU = features.last(both_BMU, before_BMU.shape[1], L, ctx.valid_BL)
-    both_BMU = sharding.constrain(both_BMU, 'batch', None, None)
-    pooled = layers.count_flops_by_result(_pooled, 4 * self.rate * self.parts)
-    e_BWK = pooled(both_BMU, bias_PU, at.at_BWS, at.there_BWS)
-    return layers.norm(c, 'norm', 'head')(e_BWK), after_BMU
+    next_BMU = None
+    if previous_BMU is not None:
+      previous_BMU = previous_BMU.astype(values_and_scores_BMU.dtype)
+      values_and_scores_BMU = jnp.concatenate(
+          [previous_BMU, values_and_scores_BMU], 1)
+      next_BMU = features.last(
+          values_and_scores_BMU, previous_BMU.shape[1], L, ctx.valid_BL)
+    values_and_scores_BMU = sharding.constrain(
+        values_and_scores_BMU, 'batch', None, None)
+
+    # Their weighted means, which take 4 FLOPs a token and feature.
+    pool_windows = layers.count_flops_by_result(
+        _pool_windows, 4 * self.rate * self.parts)
+    e_BWK = pool_windows(values_and_scores_BMU, bias_PU, windows.index_BWS,
+                         windows.exists_BWS)
+    return layers.norm(self.config, 'norm', 'head')(e_BWK), next_BMU
 
   def _product(self, name: str, x_BLD: jax.Array) -> jax.Array:
-    """Returns W x, of the features of all parts."""
+    """Returns W x with the features of all windows of an entry, [B, L, U],
+    where W is the parameter `name`."""
     axes, size = ('embed', None), self.parts * self.size
     w_DU = layers.weight(self, name, (x_BLD.shape[-1], size), axes)
     return layers.einsum('BLD,DU->BLU', x_BLD, w_DU, self.config.compute_dtype,
                          axes=axes)
 
 
-def _pooled(both_BMU: jax.Array, bias_PU: jax.Array, at_BWS: jax.Array,
-            there_BWS: jax.Array) -> jax.Array:
-  """Returns the weighted means of v by z, both of which are in `both`."""
-  (B, M, _), P = both_BMU.shape, len(bias_PU)
-  parts = at_BWS.shape[-1] // P
-  both_BMVTK = both_BMU.reshape(B, M, 2, parts, -1)
-  at_BWS = jnp.broadcast_to(at_BWS, (B, *at_BWS.shape[1:]))
-  # v and z of each part: of the windows before, and then of the own.
-  of_parts = []
-  for i in range(parts):
-    at_BWP = at_BWS[..., i * P:(i + 1) * P]
-    of_parts.append(jax.vmap(_rows_at)(both_BMVTK[:, :, :, i], at_BWP))
-  both_BWSVK = jnp.concatenate(of_parts, 2).astype(jnp.float32)
-  v_BWSK, z_BWSK = jnp.moveaxis(both_BWSVK, 3, 0)
+def _pool_windows(values_and_scores_BMU: jax.Array, bias_PU: jax.Array,
+                  index_BWS: jax.Array, exists_BWS: jax.Array) -> jax.Array:
+  """Returns e_w = sum over the tokens i of window w of p_i * v_i with
+  p = softmax over i of (z_i + b_i), [B, W, K], for each feature by itself.
+
+  Args:
+    values_and_scores_BMU: v and after it z, each with the features of T
+      windows, which an entry is made of.
+    bias_PU: b, by the place P of a token in its window.
+    index_BWS: the tokens i of each window.
+    exists_BWS: whether the document has them.
+  """
+  (B, M, _), P = values_and_scores_BMU.shape, len(bias_PU)
+  num_windows = index_BWS.shape[-1] // P
+  values_and_scores_BMVTK = values_and_scores_BMU.reshape(
+      B, M, 2, num_windows, -1)
+  index_BWS = jnp.broadcast_to(index_BWS, (B, *index_BWS.shape[1:]))
+
+  # v and z of each window: of the windows before, and then of its own.
+  windows = []
+  for i in range(num_windows):
+    index_BWP = index_BWS[..., i * P:(i + 1) * P]
+    windows.append(jax.vmap(_gather_rows)(
+        values_and_scores_BMVTK[:, :, :, i], index_BWP))
+  values_and_scores_BWSVK = jnp.concatenate(windows, 2).astype(jnp.float32)
+  v_BWSK, z_BWSK = jnp.moveaxis(values_and_scores_BWSVK, 3, 0)
+
   # p = softmax(z + b) over the tokens that the document has.
-  bias_TPK = jnp.moveaxis(bias_PU.reshape(P, parts, -1), 1, 0)
-  bias_SK = bias_TPK.reshape(parts * P, -1).astype(jnp.float32)
-  z_BWSK = jnp.where(there_BWS[..., None], z_BWSK + bias_SK[None, None],
-                     kernels.MASKED)
+  bias_TPK = jnp.moveaxis(bias_PU.reshape(P, num_windows, -1), 1, 0)
+  bias_SK = bias_TPK.reshape(num_windows * P, -1).astype(jnp.float32)
+  z_BWSK = jnp.where(exists_BWS[..., None], z_BWSK + bias_SK[None, None],
+                     kernels.MASKED_SCORE)
   e_BWK = (jax.nn.softmax(z_BWSK, 2) * v_BWSK).sum(2)
-  return e_BWK.astype(both_BMU.dtype)
+  return e_BWK.astype(values_and_scores_BMU.dtype)
 
 
-def _rows_at(x_MVK: jax.Array, at_WP: jax.Array) -> jax.Array:
-  return x_MVK[at_WP]
+def _gather_rows(x_MVK: jax.Array, index_WP: jax.Array) -> jax.Array:
+  """Returns x at these rows, [W, P, V, K]."""
+  return x_MVK[index_WP]
 
 
-class Scored(indexer.Scored):
-  """I of entries, which stand behind plain keys."""
+class ScoredEntries(indexer.ScoredKeys):
+  """An indexer's scores of entries, which stand behind the plain keys."""
 
-  def best(self, seen_BLM: jax.Array, top_k: int) -> jax.Array:
-    count = self.scores_BLM.shape[-1]
-    best_BLW = super().best(seen_BLM[..., -count:], min(top_k, count))
-    return _joined(seen_BLM[..., :-count], best_BLW)
+  def mask_of_best(self, seen_BLM: jax.Array, top_k: int) -> jax.Array:
+    """Returns which keys and entries a query sees, bool [B, L, M + W]: of the
+    entries the top_k best."""
+    num_entries = self.scores_BLM.shape[-1]
+    best_BLW = super().mask_of_best(
+        seen_BLM[..., -num_entries:], min(top_k, num_entries))
+    return _append_entries(seen_BLM[..., :-num_entries], best_BLW)
 
   def divergence(self, target_BLM: jax.Array, seen_BLM: jax.Array, ctx: Context
                  ) -> jax.Array:
-    count = self.scores_BLM.shape[-1]
-    return super().divergence(target_BLM[..., -count:], seen_BLM[..., -count:],
-                              ctx)
+    """Returns the divergence of the scores from the target, over entries."""
+    num_entries = self.scores_BLM.shape[-1]
+    return super().divergence(
+        target_BLM[..., -num_entries:], seen_BLM[..., -num_entries:], ctx)
 
 
-def _joined(*seen: jax.Array) -> jax.Array:
-  """Returns the keys that queries see, and then the entries."""
-  rows = max(map(len, seen))
-  return jnp.concatenate([jnp.broadcast_to(x, (rows, *x.shape[1:]))
-                          for x in seen], -1)
+def _append_entries(seen_BLM: jax.Array, seen_BLW: jax.Array) -> jax.Array:
+  """Returns which keys and, after them, which entries queries see, bool
+  [B, L, M + W]; either may have one row that stands for all."""
+  num_rows = max(len(seen_BLM), len(seen_BLW))
+  masks = []
+  for mask in (seen_BLM, seen_BLW):
+    masks.append(jnp.broadcast_to(mask, (num_rows, *mask.shape[1:])))
+  return jnp.concatenate(masks, -1)
 
 
 class SWA(Attention):
@@ -219,215 +276,296 @@ class SWA(Attention):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
-    c, m = self.config, self.config.part(CompressedConfig)
-    require(not ctx.keep_attention, f'model.mixer {c.mixer!r} weighs entries '
-            'of several tokens each: there is no weight of each token to keep')
+    config, fields = self.config, self.config.part(CompressedConfig)
+    require(not ctx.keep_attention, f'model.mixer {config.mixer!r} weighs '
+            'entries of several tokens each: there is no weight of each token '
+            'to keep')
     # Queries, and a key of each token, which is its value too.
-    asks_BLU, q_BLHK = self._queries(x_BLD, ctx)
-    k_BM1K, at_BM = self._key(x_BLD, ctx), ctx.positions_BL
-    slots = cache is not None and not kernels.begins(self.kind, ctx)
+    query_input_BLU, q_BLHK = self._make_queries(x_BLD, ctx)
+    k_BM1K, k_positions_BM = self._make_keys(x_BLD, ctx), ctx.positions_BL
+    reads_slots = (
+        cache is not None and not kernels.is_start_of_row(self.kind, ctx))
     if cache is not None:
       cache = cache.write(k_BM1K, None, ctx.positions_BL)
-    if slots:
+    if reads_slots:
       k_BM1K, _, _ = cache.slots
-      at_BM = jnp.arange(k_BM1K.shape[1])[None]
+      k_positions_BM = jnp.arange(k_BM1K.shape[1])[None]
+
     # A query sees a window of them, and entries.
-    seen_BLM = kernels.visible(
-        LayerKind('banded', self.kind.ffn),
-        dataclasses.replace(c, sliding_window=m.window), ctx.positions_BL,
-        at_BM, ctx.segment_ids_BL, ctx.segment_ids_BL)
+    banded_config = dataclasses.replace(config, sliding_window=fields.window)
+    seen_BLM = kernels.visible_keys(
+        LayerKind('banded', self.kind.ffn), banded_config,
+        q_positions_BL=ctx.positions_BL, k_positions_BM=k_positions_BM,
+        q_segments_BL=ctx.segment_ids_BL, k_segments_BM=ctx.segment_ids_BL)
     L, M, scored = q_BLHK.shape[1], k_BM1K.shape[1], None
     if self.PARTS:
-      e_BW1K, scored, seen_BLW, cache = self._entries(
-          x_BLD, asks_BLU, ctx, cache, slots)
+      e_BW1K, scored, seen_BLW, cache = self._make_entries(
+          x_BLD, query_input_BLU, ctx, cache=cache, reads_slots=reads_slots)
       k_BM1K = jnp.concatenate([k_BM1K, e_BW1K], 1)
-      seen_BLM = _joined(seen_BLM, seen_BLW)
+      seen_BLM = _append_entries(seen_BLM, seen_BLW)
     k_BM1K = sharding.constrain(k_BM1K, 'batch', None, None, 'head')
-    with layers.count_flops_as_useful_part(
-        self._pairs(L, M), L * k_BM1K.shape[1]):
-      o_BLHK, report = self.weigh(
-          q_BLHK, k_BM1K, k_BM1K, kernels.Seen(kernels.Mask(), seen_BLM), ctx,
-          scored=scored)
-    o_BLHK = turn(o_BLHK, -ctx.positions_BL, c, ctx.length)
-    return self._grouped(o_BLHK, ctx), cache, report
 
-  def _queries(self, x_BLD: jax.Array, ctx: Context
-               ) -> tuple[jax.Array, jax.Array]:
-    """Returns what queries are made of, n(W_dq x), and the queries."""
-    c, m = self.config, self.config.part(CompressedConfig)
-    asks_BLU = self._dense('query_down', 'BLD,DU->BLU', x_BLD,
-                           ('embed', None), ctx, m.q_rank)
-    asks_BLU = layers.norm(c, 'query_norm', 'latent')(asks_BLU)
-    q_BLHK = self._dense('query_up', 'BLU,UHK->BLHK', asks_BLU,
-                         ('latent', 'heads', 'head'), ctx, c.num_heads,
-                         c.head_dim)
-    q_BLHK = layers.PlainRMSNorm(c, name='head_norm')(q_BLHK)
-    q_BLHK = turn(q_BLHK, ctx.positions_BL, c, ctx.length)
-    return asks_BLU, sharding.constrain(
+    # The weighted sums of keys and entries, rotated back.
+    visible = kernels.VisibleKeys(kernels.Mask(), seen_BLM)
+    with layers.count_flops_as_useful_part(
+        self._count_pairs(L, M), L * k_BM1K.shape[1]):
+      o_BLHK, report = self.weigh_values(
+          q_BLHK, k_BM1K, k_BM1K, visible, ctx, scored=scored)
+    o_BLHK = rotate_last_features(
+        o_BLHK, -ctx.positions_BL, config, ctx.length)
+    return self._project_output_of_groups(o_BLHK, ctx), cache, report
+
+  def _make_queries(self, x_BLD: jax.Array, ctx: Context
+                    ) -> tuple[jax.Array, jax.Array]:
+    """Returns the input of the queries' product, n(W_dq x), [B, L, U], and the
+    queries, [B, L, H, K]."""
+    config, fields = self.config, self.config.part(CompressedConfig)
+    query_input_BLU = self._dense('query_down', 'BLD,DU->BLU', x_BLD,
+                                  ('embed', None), ctx, fields.q_rank)
+    query_input_BLU = layers.norm(
+        config, 'query_norm', 'latent')(query_input_BLU)
+    q_BLHK = self._dense('query_up', 'BLU,UHK->BLHK', query_input_BLU,
+                         ('latent', 'heads', 'head'), ctx, config.num_heads,
+                         config.head_dim)
+    q_BLHK = layers.PlainRMSNorm(config, name='head_norm')(q_BLHK)
+    q_BLHK = rotate_last_features(
+        q_BLHK, ctx.positions_BL, config, ctx.length)
+    return query_input_BLU, sharding.constrain(
         q_BLHK, 'batch', 'length', 'heads', 'head')
 
-  def _key(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
+  def _make_keys(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
     """Returns the key of each token, [B, L, 1, K]."""
-    c = self.config
+    config = self.config
     k_BLK = self._dense('key', 'BLD,DK->BLK', x_BLD, ('embed', 'head'), ctx,
-                        c.head_dim)
-    k_BLK = layers.norm(c, 'key_norm', 'head')(k_BLK)
-    return turn(k_BLK[:, :, None], ctx.positions_BL, c, ctx.length)
+                        config.head_dim)
+    k_BLK = layers.norm(config, 'key_norm', 'head')(k_BLK)
+    return rotate_last_features(
+        k_BLK[:, :, None], ctx.positions_BL, config, ctx.length)
 
   def _dense(self, name: str, spec: str, x: jax.Array,
-             axes: tuple[str | None, ...], ctx: Context, *shape: int
+             axes: tuple[str | None, ...], ctx: Context, *outputs: int
              ) -> jax.Array:
-    """Declares a weight of these outputs, and multiplies by it."""
+    """Returns x times a weight, which it declares.
+
+    Args:
+      name: the name of the weight.
+      spec: the einsum of the product.
+      x: the input.
+      axes: the logical axes of the weight.
+      ctx: the context of the layer.
+      *outputs: the sizes of the weight's axes after the first.
+    """
     return layers.dense(
-        self, name, spec, x, (x.shape[-1], *shape), axes, with_bias=False,
+        self, name, spec, x, (x.shape[-1], *outputs), axes, with_bias=False,
         deterministic=ctx.deterministic)
 
-  def _grouped(self, o_BLHK: jax.Array, ctx: Context) -> jax.Array:
-    """Returns the output, of two products, the first for each group."""
-    c, (B, L, H, K) = self.config, o_BLHK.shape
-    m = c.part(CompressedConfig)
+  def _project_output_of_groups(self, o_BLHK: jax.Array, ctx: Context
+                                ) -> jax.Array:
+    """Returns y = W_o [W_g o of the heads of group g], [B, L, D]: the output is
+    made by two products, of which each group of heads has the first one for
+    itself."""
+    config, (B, L, H, K) = self.config, o_BLHK.shape
+    fields = config.part(CompressedConfig)
     axes = 'heads', None, 'head', 'latent'
-    shape = m.out_groups, H // m.out_groups, K
-    w_GHKU = layers.weight(self, 'out_down', (*shape, m.out_rank), axes,
+    shape = fields.out_groups, H // fields.out_groups, K
+    w_GHKU = layers.weight(self, 'out_down', (*shape, fields.out_rank), axes,
                            in_axes=(1, 2), batch_axes=(0,))
     y_BLGU = layers.einsum('BLGHK,GHKU->BLGU', o_BLHK.reshape(B, L, *shape),
-                           w_GHKU, c.compute_dtype, axes=axes)
+                           w_GHKU, config.compute_dtype, axes=axes)
     y_BLGU = sharding.constrain(y_BLGU, 'batch', 'length', 'heads', None)
     return layers.dense(
-        self, 'out', 'BLGU,GUD->BLD', y_BLGU, (*y_BLGU.shape[2:], c.d_model),
-        ('heads', None, 'embed'), in_axes=(0, 1), residual=True,
-        with_bias=False, deterministic=ctx.deterministic)
+        self, 'out', 'BLGU,GUD->BLD', y_BLGU,
+        (*y_BLGU.shape[2:], config.d_model), ('heads', None, 'embed'),
+        in_axes=(0, 1), residual=True, with_bias=False,
+        deterministic=ctx.deterministic)
 
-  def _entries(self, x_BLD: jax.Array, asks_BLU: jax.Array, ctx: Context,
-               cache: Optional[Cache], slots: bool):
-    """Returns the entries, what an indexer scored, which of them each query
-    sees, and the cache with those that are new."""
-    c, L, rate = self.config, x_BLD.shape[1], rate_of(self.config)
-    at = windows(ctx, L, rate, rate * self.PARTS, cache is not None)
-    e_BW1K, kept = made(c, self.PARTS, 'entry', c.head_dim, x_BLD, at, ctx,
-                        cache, slots)
+  def _make_entries(self, x_BLD: jax.Array, query_input_BLU: jax.Array,
+                    ctx: Context, cache: Optional[Cache], reads_slots: bool):
+    """Returns the entries that queries meet, [B, W, 1, K]; an indexer's scores
+    of them, or None; which of them each query sees, bool [B, L, W]; and the
+    cache with the new ones.
+
+    Args:
+      x_BLD: the layer's input.
+      query_input_BLU: the input of the queries' product.
+      ctx: the context of the layer.
+      cache: the layer's cache; None: there is none.
+      reads_slots: whether queries meet all that the cache holds.
+    """
+    config, L = self.config, x_BLD.shape[1]
+    rate = tokens_of_window(config)
+    windows = find_closed_windows(
+        ctx, L, tokens_of_window=rate, tokens_of_entry=rate * self.PARTS,
+        cached=cache is not None)
+    e_BW1K, new_inputs = compress_windows(
+        config, self.PARTS, name='entry', size=config.head_dim, x_BLD=x_BLD,
+        windows=windows, ctx=ctx, cache=cache, reads_slots=reads_slots)
+
     # A query sees those that have ended, in its document.
-    q_BL, end_BW = jnp.arange(L)[None], at.end_BW
+    q_BL, end_BW = jnp.arange(L)[None], windows.end_BW
     if cache is not None:
       q_BL = ctx.positions_BL
-    if slots:
+    if reads_slots:
       end_BW = jnp.arange(1, e_BW1K.shape[1] + 1)[None] * rate - 1
     seen_BLW = end_BW[:, None] <= q_BL[:, :, None]
     if ctx.segment_ids_BL is not None:
       start_BL = features.starts(ctx.segment_ids_BL)
       seen_BLW &= end_BW[:, None] >= start_BL[:, :, None]
+
+    # An indexer scores them by entries of its own.
     scored = None
-    if c.mixer == 'csa':
-      scored, of_index = self._scored(x_BLD, asks_BLU, at, ctx, cache, slots)
-      kept |= of_index
+    if config.mixer == 'csa':
+      scored, index_inputs = self._score_entries(
+          x_BLD, query_input_BLU, windows=windows, ctx=ctx, cache=cache,
+          reads_slots=reads_slots)
+      new_inputs |= index_inputs
     if cache is not None:
-      cache = cache.replace(inputs=cache.inputs | kept)
+      cache = cache.replace(inputs=cache.inputs | new_inputs)
     return e_BW1K, scored, seen_BLW, cache
 
-  def _scored(self, x_BLD: jax.Array, asks_BLU: jax.Array, at: Windows,
-              ctx: Context, cache: Optional[Cache], slots: bool
-              ) -> tuple['Scored', dict[str, jax.Array]]:
+  def _score_entries(
+      self, x_BLD: jax.Array, query_input_BLU: jax.Array, windows: Windows,
+      ctx: Context, cache: Optional[Cache], reads_slots: bool
+      ) -> tuple['ScoredEntries', dict[str, jax.Array]]:
     """Returns an indexer's scores of the entries, by entries of its own, and
-    what a cache keeps of these."""
-    c, L = self.config, x_BLD.shape[1]
-    sizes, kept = c.part(IndexerConfig), {}
+    what a cache keeps of these. Args as for `_make_entries`, with the windows
+    that the tokens close."""
+    config, L = self.config, x_BLD.shape[1]
+    sizes, new_inputs = config.part(IndexerConfig), {}
 
-    def turned(q_BLHK: jax.Array, ctx: Context) -> jax.Array:
-      return turn(q_BLHK, ctx.positions_BL, c, ctx.length, of_index=True)
+    def rotate_queries(q_BLHK: jax.Array, ctx: Context) -> jax.Array:
+      """Returns the indexer's queries, rotated by their positions."""
+      return rotate_last_features(
+          q_BLHK, ctx.positions_BL, config, ctx.length, of_indexer=True)
 
-    def keys(x_BLD: jax.Array) -> jax.Array:
-      e_BW1K, new = made(c, self.PARTS, 'index', sizes.head_dim, x_BLD, at, ctx,
-                         cache, slots)
-      kept.update(new)
+    def make_keys(x_BLD: jax.Array) -> jax.Array:
+      """Returns the indexer's keys, entries of its own; what a cache keeps of
+      them goes into new_inputs."""
+      e_BW1K, inputs = compress_windows(
+          config, self.PARTS, name='index', size=sizes.head_dim, x_BLD=x_BLD,
+          windows=windows, ctx=ctx, cache=cache, reads_slots=reads_slots)
+      new_inputs.update(inputs)
       return e_BW1K
 
-    index = indexer.Indexer(c, 'latent', name='indexer')(
-        x_BLD, asks_BLU, ctx, turn=turned, keys=keys)
-    M = cache.num_slots if slots else L
-    entries = index.key_BMJK.shape[1]
-    with layers.count_flops_as_useful_part(
-        self._pairs(L, M, whole=True), L * entries):
-      return Scored(indexer.scores(index)), kept
+    index = indexer.Indexer(config, 'latent', name='indexer')(
+        x_BLD, query_input_BLU, ctx, rotate_queries=rotate_queries,
+        make_keys=make_keys)
+    M = cache.num_slots if reads_slots else L
+    num_entries = index.key_BMJK.shape[1]
+    pairs = self._count_pairs(L, M, only_all_entries=True)
+    with layers.count_flops_as_useful_part(pairs, L * num_entries):
+      return ScoredEntries(indexer.indexer_scores(index)), new_inputs
 
-  def _pairs(self, queries: int, keys: int, whole: bool = False) -> int:
-    """Returns how many pairs of a query and a key or an entry there are, where
-    the queries are the last of so many tokens; `whole`: of all entries that a
-    query might see."""
-    c, at = self.config, np.arange(keys - queries, keys) + 1
-    seen = 0 if whole else np.minimum(at, c.part(CompressedConfig).window)
+  def _count_pairs(self, queries: int, keys: int,
+                   only_all_entries: bool = False) -> int:
+    """Returns how many pairs of a query and a key or an entry there are.
+
+    Args:
+      queries: how many queries there are: the last of the keys' tokens.
+      keys: how many keys there are.
+      only_all_entries: whether to count the pairs with all entries that have
+        ended before the query, which an indexer scores, and none with keys.
+    """
+    config = self.config
+    tokens_so_far = np.arange(keys - queries, keys) + 1
+    num_seen = 0
+    if not only_all_entries:
+      window = config.part(CompressedConfig).window
+      num_seen = np.minimum(tokens_so_far, window)
     if self.PARTS:
-      entries = at // rate_of(c)
-      if c.mixer == 'csa' and not whole:
-        top = c.part(IndexerConfig).top_k
-        entries = np.minimum(entries, top) if top else entries
-      seen = seen + entries
-    return int(seen.sum())
+      entries = tokens_so_far // tokens_of_window(config)
+      if config.mixer == 'csa' and not only_all_entries:
+        top_k = config.part(IndexerConfig).top_k
+        entries = np.minimum(entries, top_k) if top_k else entries
+      num_seen = num_seen + entries
+    return int(num_seen.sum())
 
 
-def made(c: ModelConfig, parts: int, name: str, size: int, x_BLD: jax.Array,
-         at: Windows, ctx: Context, cache: Optional[Cache], slots: bool
-         ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Returns entries, turned, [B, W, 1, K], and what a cache keeps of them: with
-  `slots` they are all that it has. Their parameters stand in the module that
-  calls: the layer's attention, or its indexer.
+def compress_windows(
+    config: ModelConfig, parts: int, name: str, size: int, x_BLD: jax.Array,
+    windows: Windows, ctx: Context, cache: Optional[Cache], reads_slots: bool
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Returns the entries of windows, rotated, [B, W, 1, K], and what a cache
+  keeps of them.
+
+  With `reads_slots` the entries are all that the cache has. Their parameters
+  stand in the module that calls: the layer's attention, or its indexer.
 
   Args:
-    c: the config of the layer.
+    config: the config of the layer.
     parts: of how many windows an entry is made.
-    name: entry, or index.
+    name: 'entry', or 'index' for those of an indexer.
     size: K, the features of an entry.
     x_BLD: the input of the layer.
-    at: the windows that the tokens close.
-    ctx: the context.
-    cache: what the layer keeps.
-    slots: whether queries meet what the cache holds.
+    windows: the windows that the tokens close.
+    ctx: the context of the layer.
+    cache: the layer's cache; None: there is none.
+    reads_slots: whether queries meet all that the cache holds.
   """
-  before_BMU = None if cache is None else cache.inputs[f'{name}_open']
-  e_BWK, after_BMU = Entries(
-      c, rate=rate_of(c), size=size, parts=parts, name='entries')(
-          x_BLD, at, ctx, before_BMU)
-  e_BW1K = turn(e_BWK[:, :, None], at.first_BW, c, ctx.length,
-                of_index=name == 'index')
+  previous_BMU = None if cache is None else cache.inputs[f'{name}_open']
+  make_entries = Entries(config, rate=tokens_of_window(config), size=size,
+                         parts=parts, name='entries')
+  e_BWK, next_BMU = make_entries(x_BLD, windows, ctx, previous_BMU)
+  e_BW1K = rotate_last_features(
+      e_BWK[:, :, None], windows.first_position_BW, config, ctx.length,
+      of_indexer=name == 'index')
   if cache is None:
     return e_BW1K, {}
-  all_BWK = cache.inputs[name]
-  rows_B1 = jnp.arange(len(all_BWK))[:, None]
-  new_BWK = e_BW1K[:, :, 0].astype(all_BWK.dtype)
-  all_BWK = all_BWK.at[rows_B1, at.number_BW].set(new_BWK, mode='drop')
-  if slots:
-    e_BW1K = all_BWK[:, :, None]
-  return e_BW1K, {name: all_BWK, f'{name}_open': after_BMU}
+
+  # The new entries are written into those of the cache.
+  cached_BWK = cache.inputs[name]
+  row_B1 = jnp.arange(len(cached_BWK))[:, None]
+  new_BWK = e_BW1K[:, :, 0].astype(cached_BWK.dtype)
+  cached_BWK = cached_BWK.at[row_B1, windows.number_BW].set(
+      new_BWK, mode='drop')
+  if reads_slots:
+    e_BW1K = cached_BWK[:, :, None]
+  return e_BW1K, {name: cached_BWK, f'{name}_open': next_BMU}
 
 
 class HCA(SWA):
+  """Attention to a window of keys and to all entries, of one window each."""
   PARTS = 1
 
 
 class CSA(SWA):
+  """Attention to a window of keys and to the entries that an indexer chooses,
+  of two windows each."""
   PARTS = 2
 
 
-def rate_of(c: ModelConfig) -> int:
-  """Returns how many tokens an entry stands for."""
-  m = c.part(CompressedConfig)
-  return m.csa_rate if c.mixer == 'csa' else m.hca_rate
+def tokens_of_window(config: ModelConfig) -> int:
+  """Returns how many tokens a window has, which an entry stands for."""
+  fields = config.part(CompressedConfig)
+  return fields.csa_rate if config.mixer == 'csa' else fields.hca_rate
 
 
-def turn(x_BLHK: jax.Array, positions_BL: jax.Array, c: ModelConfig,
-         length: int | jax.Array, of_index: bool = False) -> jax.Array:
-  """Returns x whose last features are turned, as many as of a head; pairs `of
-  index` are those of an indexer."""
-  rotate = positions.position_of(c).rotate
+def rotate_last_features(
+    x_BLHK: jax.Array, positions_BL: jax.Array, config: ModelConfig,
+    length: int | jax.Array, of_indexer: bool = False) -> jax.Array:
+  """Returns x with the last features of each head rotated by positions, as many
+  as of a head of attention, where the position encoding is rotary.
+
+  Args:
+    x_BLHK: queries, keys or results.
+    positions_BL: the positions.
+    config: the config of the layer.
+    length: the length of the sequence, as rotations take it.
+    of_indexer: whether pairs of features lie as in an indexer's heads.
+  """
+  rotate = positions.position_of(config).rotate
   if not rotate:
     return x_BLHK
-  dim, rope = positions.rotary_dim(c), c.part(RopeConfig)
-  pairs = c.part(IndexerConfig) if of_index else rope
-  of_tail = dataclasses.replace(c, head_dim=dim).with_part(
-      RopeConfig, fraction=rope.fraction if rope.proportional else 1.0,
-      interleaved=pairs.interleaved)
-  rest, tail = jnp.split(x_BLHK, (x_BLHK.shape[-1] - dim,), -1)
-  tail = rotate(tail, positions_BL, of_tail, length)
-  return jnp.concatenate([rest, tail], -1)
+  num_rotated, rope = positions.rotary_dim(config), config.part(RopeConfig)
+  pairs = config.part(IndexerConfig) if of_indexer else rope
+  # The config of a head that has the rotated features alone.
+  fraction = rope.fraction if rope.proportional else 1.0
+  rope_config = dataclasses.replace(config, head_dim=num_rotated).with_part(
+      RopeConfig, fraction=fraction, interleaved=pairs.interleaved)
+  unrotated, rotated = jnp.split(
+      x_BLHK, (x_BLHK.shape[-1] - num_rotated,), -1)
+  rotated = rotate(rotated, positions_BL, rope_config, length)
+  return jnp.concatenate([unrotated, rotated], -1)
 
 
 class Compressed(mixer.Mixer):
@@ -447,19 +585,21 @@ class Compressed(mixer.Mixer):
         'attention_scale', 'norm_eps', *mixer.FIELDS_OF_SCORES, *fields)
 
   def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Cache:
+    """Returns an empty cache of a layer, of `shape` (rows, tokens): the keys of
+    all tokens, the entries, and v and z of windows that are still open."""
     *rows, M = shape
     parts = self.module.PARTS
     inputs = {}
     if parts:
-      sizes = {'entry': c.head_dim}
+      entry_sizes = {'entry': c.head_dim}
       if c.mixer == 'csa':
-        sizes['index'] = c.part(IndexerConfig).head_dim
-      rate = rate_of(c)
-      for name, size in sizes.items():
-        entries = *rows, max(1, M // rate), size
-        inputs[name] = jnp.zeros(entries, c.compute_dtype)
-        last = *rows, rate * parts - 1, 2 * parts * size
-        inputs[f'{name}_open'] = jnp.zeros(last, c.compute_dtype)
+        entry_sizes['index'] = c.part(IndexerConfig).head_dim
+      rate = tokens_of_window(c)
+      for name, size in entry_sizes.items():
+        entries_shape = *rows, max(1, M // rate), size
+        inputs[name] = jnp.zeros(entries_shape, c.compute_dtype)
+        open_shape = *rows, rate * parts - 1, 2 * parts * size
+        inputs[f'{name}_open'] = jnp.zeros(open_shape, c.compute_dtype)
     key_BM1K = jnp.zeros((*shape, 1, c.head_dim), c.compute_dtype)
     return Cache(key_BMJK=key_BM1K, inputs=inputs)
 
@@ -471,26 +611,29 @@ class Compressed(mixer.Mixer):
             ('tensor', 'compressed.out_groups'))
 
   def check(self, c: ModelConfig, stack: str) -> None:
-    m, who = c.part(CompressedConfig), f'model.mixer is {c.mixer!r}'
-    require(stack == 'decoder', f'{who}, whose entries are made of the tokens '
-            f'before, and model.arch {c.arch!r} is no decoder: choose '
+    """Raises RequestError for what attention to entries cannot be."""
+    fields = c.part(CompressedConfig)
+    request = f'model.mixer is {c.mixer!r}'
+    require(stack == 'decoder', f'{request}, whose entries are made of the '
+            f'tokens before, and model.arch {c.arch!r} is no decoder: choose '
             'attention')
-    require(c.attention == 'global', f'{who}, which says itself what a query '
-            f'sees: set model.attention {c.attention!r} to global')
-    require(c.parametrization != 'mup', f'{who}, for whose ranks '
+    require(c.attention == 'global', f'{request}, which says itself what a '
+            f'query sees: set model.attention {c.attention!r} to global')
+    require(c.parametrization != 'mup', f'{request}, for whose ranks '
             "model.parametrization 'mup' has no rule: choose standard")
     require(not positions.position_of(c).has_bias,
-            f'{who}, which has no bias by distances as model.position '
-            f'{c.position!r}: choose rope')
-    require(c.num_heads % m.out_groups == 0, 'model.compressed.out_groups is '
-            f'{m.out_groups}, which does not divide model.num_heads '
+            f'{request}, which has no bias by distances as model.position {c.position!r}: choose rope')
+    require(c.num_heads % fields.out_groups == 0,
+            'model.compressed.out_groups is '
+            f'{fields.out_groups}, which does not divide model.num_heads '
             f'{c.num_heads}')
     if c.mixer != 'csa':
       return
     sizes = c.part(IndexerConfig)
-    require(not sizes.block, f'{who}, whose entries are chosen one by one: set '
-            'model.indexer.block to 0')
+    require(not sizes.block, f'{request}, whose entries are chosen one by one: '
+            'set model.indexer.block to 0')
     if positions.position_of(c).rotate:
-      require(indexer.turned(c) <= sizes.head_dim, 'model.indexer.head_dim '
-              f'is {sizes.head_dim}, and rotary positions turn '
-              f'{indexer.turned(c)} features of a head: choose as many or more')
+      num_rotated = indexer.num_rotated_features(c)
+      require(num_rotated <= sizes.head_dim, 'model.indexer.head_dim '
+              f'is {sizes.head_dim}, and rotary positions turn {num_rotated} '
+              'features of a head: choose as many or more')

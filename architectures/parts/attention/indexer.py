@@ -57,8 +57,12 @@ from common.fields import field, FUNCTION, RECIPE, REGULARISATION, SHAPES
 from common.fields import ReadIf
 
 NORM_EPS = 1e-6  # of the norm of keys, whatever model.norm_eps is
-UNSEEN = -1e30  # finite, as kernels.MASKED
-INPUT = 'index'  # in Cache.inputs: of the means of keys
+UNSEEN_SCORE = -1e30  # finite, as kernels.MASKED_SCORE
+CACHE_INPUT = 'index'  # in Cache.inputs: the last inputs of the keys' means
+# How many times as many keys as are chosen there must be, for the chosen ones
+# to be copied: a copy reads, writes and reads them again, where a mask
+# has all keys read once.
+LEAST_KEYS_OVER_CHOSEN = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +98,14 @@ class IndexerConfig:
 
 @struct.dataclass
 class Index:
-  """The result of an indexer for tokens: queries and their heads' weights, and
-  keys, which are of one head; of blocks, also what the next keys are made of.
+  """The result of an indexer for tokens.
+
+  Attributes:
+    query_BLHK: the queries.
+    weight_BLH: the weights of their heads.
+    key_BMJK: the keys, which are of one head, J = 1.
+    inputs: with blocks, what the keys of the next tokens are made of, for
+      Cache.inputs.
   """
   query_BLHK: jax.Array
   weight_BLH: jax.Array
@@ -104,181 +114,264 @@ class Index:
 
 
 class Indexer(nn.Module):
-  """(x_BLD, what queries are made of, context, Index.inputs of the tokens
-  before) -> Index. `axis` is the logical axis of the second one. Heads are
-  whole on each device, as their scores add up. A layer may turn queries itself,
-  and make keys of x (compressed.py)."""
+  """The queries and keys by which an indexer scores keys:
+  (x_BLD, query_input_BLU, context, previous inputs) -> Index.
+
+  Heads are whole on each device, as their scores add up. A layer may rotate
+  queries itself, and make keys of x (compressed.py).
+
+  Attributes:
+    config: the config of the layer.
+    axis: the logical axis of the features of query_input_BLU.
+  """
   config: ModelConfig
   axis: str
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array, asks_BLU: jax.Array, ctx: Context,
-               before: Optional[dict[str, jax.Array]] = None, *,
-               turn: Optional[Callable[..., jax.Array]] = None,
-               keys: Optional[Callable[[jax.Array], jax.Array]] = None
+  def __call__(self, x_BLD: jax.Array, query_input_BLU: jax.Array,
+               ctx: Context,
+               previous_inputs: Optional[dict[str, jax.Array]] = None, *,
+               rotate_queries: Optional[Callable[..., jax.Array]] = None,
+               make_keys: Optional[Callable[[jax.Array], jax.Array]] = None
                ) -> Index:
-    c, i = self.config, self.config.part(IndexerConfig)
-    x_BLD, asks_BLU = jax.lax.stop_gradient((x_BLD, asks_BLU))
-    q_BLHK = self._product('query', 'BLU,UHK->BLHK', asks_BLU,
-                           (self.axis, None, 'head'), i.heads, i.head_dim)
+    """Returns the indexer's queries and keys of the tokens.
+
+    Args:
+      x_BLD: the layer's input, of which keys are made.
+      query_input_BLU: what queries are made of.
+      ctx: the context of the layer.
+      previous_inputs: Index.inputs of the tokens before; None: there are none.
+      rotate_queries: (q_BLHK, context) -> q_BLHK; None: `_rotate`.
+      make_keys: x_BLD -> k_BMJK, in place of the indexer's own keys.
+    """
+    config, sizes = self.config, self.config.part(IndexerConfig)
+    # No gradient reaches the layer: its indexer has a loss of its own.
+    x_BLD, query_input_BLU = jax.lax.stop_gradient((x_BLD, query_input_BLU))
+
+    # Queries and keys, which are declared in this order.
+    q_BLHK = self._product('query', 'BLU,UHK->BLHK', query_input_BLU,
+                           (self.axis, None, 'head'), sizes.heads,
+                           sizes.head_dim)
     k_BLK, k_BL1K, inputs = None, None, {}
-    if keys is None:
+    if make_keys is None:
       k_BLK = self._product('key', 'BLD,DK->BLK', x_BLD, ('embed', 'head'),
-                            i.head_dim)
-    if i.block:
-      q_BLHK = layers.norm(c, 'query_norm', 'head')(q_BLHK)
-    if keys is None:
-      k_BL1K, inputs = self._keys(k_BLK, ctx, before)
-    # Blocks are chosen by all heads alike.
-    if i.block:
-      w_BLH = jnp.full(q_BLHK.shape[:3], i.heads ** 0.5)
+                            sizes.head_dim)
+    if sizes.block:
+      q_BLHK = layers.norm(config, 'query_norm', 'head')(q_BLHK)
+    if make_keys is None:
+      k_BL1K, inputs = self._normalise_keys(k_BLK, ctx, previous_inputs)
+
+    # The weights of heads. Blocks are chosen by all heads alike.
+    if sizes.block:
+      w_BLH = jnp.full(q_BLHK.shape[:3], sizes.heads ** 0.5)
     else:
       w_BLH = self._product('weights', 'BLD,DH->BLH', x_BLD,
-                            ('embed', 'head'), i.heads, dtype=jnp.float32)
-    # R turns both by their positions.
-    turn = turn or self._turn
-    q_BLHK = turn(q_BLHK, ctx)
-    if keys is None:
-      k_BL1K = self._turn(k_BL1K, ctx, max(i.block - 1, 0))
+                            ('embed', 'head'), sizes.heads, dtype=jnp.float32)
+
+    # Queries and keys are rotated by their positions; the key of a block by
+    # that of its first token.
+    rotate_queries = rotate_queries or self._rotate
+    q_BLHK = rotate_queries(q_BLHK, ctx)
+    if make_keys is None:
+      k_BL1K = self._rotate(k_BL1K, ctx, positions_back=max(sizes.block - 1, 0))
     else:
-      k_BL1K = keys(x_BLD)
+      k_BL1K = make_keys(x_BLD)
     return Index(
         query_BLHK=sharding.constrain(q_BLHK, 'batch', 'length', None, 'head'),
         weight_BLH=sharding.constrain(w_BLH, 'batch', 'length', None),
         key_BMJK=k_BL1K, inputs=inputs)
 
-  def _keys(self, k_BLK: jax.Array, ctx: Context,
-            before: Optional[dict[str, jax.Array]]
-            ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns n(W_k x) of W_k x, or n of its mean over a block of tokens that
-    ends with each, [B, L, 1, K], and Index.inputs."""
-    c, i = self.config, self.config.part(IndexerConfig)
-    if not i.block:
-      norm_config = dataclasses.replace(c, norm_eps=NORM_EPS)
+  def _normalise_keys(
+      self, k_BLK: jax.Array, ctx: Context,
+      previous_inputs: Optional[dict[str, jax.Array]]
+      ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the normalised keys, [B, L, 1, K], and Index.inputs.
+
+    A key is n(W_k x) or, with blocks, n of the mean of W_k x over the tokens of
+    a block that ends with this token.
+
+    Args:
+      k_BLK: the products W_k x.
+      ctx: the context of the layer.
+      previous_inputs: Index.inputs of the tokens before; None: there are none.
+    """
+    config, sizes = self.config, self.config.part(IndexerConfig)
+    if not sizes.block:
+      norm_config = dataclasses.replace(config, norm_eps=NORM_EPS)
       k_BLK = layers.LayerNorm(norm_config, 'head', name='key_norm')(k_BLK)
       return k_BLK[:, :, None], {}
+
+    # The mean is a convolution with equal weights.
     last_BWJK, valid_BL = None, None
-    if before:
-      last_BWJK, valid_BL = before[INPUT], ctx.valid_BL
-    mean_W1K = jnp.full((i.block, 1, i.head_dim), 1 / i.block)
-    mean_BL1K, after_BWJK = features.convolve(
+    if previous_inputs:
+      last_BWJK, valid_BL = previous_inputs[CACHE_INPUT], ctx.valid_BL
+    mean_W1K = jnp.full((sizes.block, 1, sizes.head_dim), 1 / sizes.block)
+    mean_BL1K, next_BWJK = features.convolve(
         k_BLK[:, :, None], mean_W1K, before_BWHK=last_BWJK,
         segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL)
-    k_BLK = layers.norm(c, 'key_norm', 'head')(mean_BL1K[:, :, 0])
-    return k_BLK[:, :, None], {INPUT: after_BWJK}
+    k_BLK = layers.norm(config, 'key_norm', 'head')(mean_BL1K[:, :, 0])
+    return k_BLK[:, :, None], {CACHE_INPUT: next_BWJK}
 
   def _product(self, name: str, spec: str, x: jax.Array,
-               axes: tuple[str | None, ...], *shape: int,
+               axes: tuple[str | None, ...], *outputs: int,
                dtype: jax.typing.DTypeLike = None) -> jax.Array:
-    """Declares a weight of these outputs, and multiplies by it."""
-    w = layers.weight(self, name, (x.shape[-1], *shape), axes)
+    """Returns x times a weight, which it declares.
+
+    Args:
+      name: the name of the weight.
+      spec: the einsum of the product.
+      x: the input.
+      axes: the logical axes of the weight.
+      *outputs: the sizes of the weight's axes after the first.
+      dtype: that of the result; None: that of the model.
+    """
+    w = layers.weight(self, name, (x.shape[-1], *outputs), axes)
     return layers.einsum(spec, x, w, self.config.compute_dtype, dtype,
                          axes=axes)
 
-  def _turn(self, x_BLHK: jax.Array, ctx: Context, back: int = 0) -> jax.Array:
-    c, rotate = self.config, positions.position_of(self.config).rotate
+  def _rotate(self, x_BLHK: jax.Array, ctx: Context, positions_back: int = 0
+              ) -> jax.Array:
+    """Returns x with the first features of each head rotated by its token's
+    position less `positions_back`, where the position encoding is rotary."""
+    config, rotate = self.config, positions.position_of(self.config).rotate
     if not rotate:
       return x_BLHK
-    head, rest = jnp.split(x_BLHK, (turned(c),), -1)
-    of_head = dataclasses.replace(c, head_dim=turned(c)).with_part(
+    num_rotated = num_rotated_features(config)
+    rotated, unrotated = jnp.split(x_BLHK, (num_rotated,), -1)
+    rope_config = dataclasses.replace(config, head_dim=num_rotated).with_part(
         RopeConfig, fraction=1.0,
-        interleaved=c.part(IndexerConfig).interleaved)
-    head = rotate(head, ctx.positions_BL - back, of_head, ctx.length)
-    return jnp.concatenate([head, rest], -1)
+        interleaved=config.part(IndexerConfig).interleaved)
+    rotated = rotate(
+        rotated, ctx.positions_BL - positions_back, rope_config, ctx.length)
+    return jnp.concatenate([rotated, unrotated], -1)
 
 
-def turned(c: ModelConfig) -> int:
-  """Returns how many features of a head rotary positions turn."""
-  if c.mixer == 'latent':
-    return c.part(LatentConfig).rope_dim
-  return positions.rotary_dim(c)
+def num_rotated_features(config: ModelConfig) -> int:
+  """Returns how many features of a head rotary positions rotate."""
+  if config.mixer == 'latent':
+    return config.part(LatentConfig).rope_dim
+  return positions.rotary_dim(config)
 
 
-class Scored(NamedTuple):
-  """I of keys, or of their whole blocks, of which N = M / size or fewer are.
+class ScoredKeys(NamedTuple):
+  """The scores of keys by an indexer, I in the head of this file, or of blocks
+  of keys, of which there are N = M / size or fewer.
 
   Attributes:
     scores_BLM: float32 [B, L, M], or of blocks, [B, L, N].
-    size: of a block; 0: keys stand by themselves.
-    last_BN: the last key of each block; M: there is no such block.
-    of_BM: the block of each key. One that is in no whole block has a number
-      that stands for none of its document.
+    block_size: the keys of a block; 0: keys stand by themselves.
+    last_key_BN: the last key of each block; M: there is no such block.
+    block_of_key_BM: the block of each key. One that is in no whole block has a
+      number that stands for none of its document.
   """
   scores_BLM: jax.Array
-  size: int = 0
-  last_BN: Any = None
-  of_BM: Any = None
+  block_size: int = 0
+  last_key_BN: Any = None
+  block_of_key_BM: Any = None
 
-  def whole(self, seen_BLM: Any) -> jax.Array:
+  def whole_blocks_seen(self, seen_BLM: Any) -> jax.Array:
     """Returns of which blocks each query sees all keys, bool [B, L, N]."""
-    return jnp.take_along_axis(seen_BLM, self.last_BN[:, None], 2,
+    return jnp.take_along_axis(seen_BLM, self.last_key_BN[:, None], 2,
                                mode='fill', fill_value=False)
 
-  def to_keys(self, x_BLN: jax.Array, rest: float | bool) -> jax.Array:
-    """Returns for each key what `x_BLN` has for its block, or `rest`."""
-    return jnp.take_along_axis(x_BLN, self.of_BM[:, None], 2, mode='fill',
-                               fill_value=rest)
+  def expand_blocks_to_keys(self, x_BLN: jax.Array, default: float | bool
+                            ) -> jax.Array:
+    """Returns for each key what `x_BLN` has for its block, [B, L, M], and
+    `default` for a key that is in no whole block."""
+    return jnp.take_along_axis(x_BLN, self.block_of_key_BM[:, None], 2,
+                               mode='fill', fill_value=default)
 
-  def best(self, seen_BLM: Any, top_k: int) -> jax.Array:
-    """Returns which keys are S, bool [B, L, M]."""
-    if not self.size:
-      return best(self.scores_BLM, seen_BLM, top_k)
-    whole_BLN = self.whole(seen_BLM)
-    best_BLN = best(self.scores_BLM, whole_BLN, top_k // self.size)
-    return seen_BLM & self.to_keys(best_BLN | ~whole_BLN, True)
+  def mask_of_best(self, seen_BLM: Any, top_k: int) -> jax.Array:
+    """Returns which of the keys that a query sees are the top_k best, bool
+    [B, L, M]; with blocks, those of the best blocks and of no whole block."""
+    if not self.block_size:
+      return mask_of_best(self.scores_BLM, seen_BLM, top_k)
+    whole_BLN = self.whole_blocks_seen(seen_BLM)
+    best_BLN = mask_of_best(
+        self.scores_BLM, whole_BLN, top_k // self.block_size)
+    return seen_BLM & self.expand_blocks_to_keys(best_BLN | ~whole_BLN, True)
 
-  def places(self, seen_B1M: jax.Array, top_k: int) -> jax.Array:
-    """Returns where the keys of S are, of one query a row of one document:
-    [B, top_k], or a block more of them; and places that it does not see."""
-    if not self.size:
-      return jax.lax.top_k(of_seen(self.scores_BLM, seen_B1M)[:, 0], top_k)[1]
-    whole_B1N = self.whole(seen_B1M)
+  def indices_of_best(self, seen_B1M: jax.Array, top_k: int) -> jax.Array:
+    """Returns the indices of the top_k best keys, [B, top_k], for one query in
+    each row of one document.
+
+    With blocks, those of the block that is not whole yet follow, and there may
+    be indices of keys that the query does not see.
+    """
+    if not self.block_size:
+      visible_scores = hide_unseen_scores(self.scores_BLM, seen_B1M)
+      return jax.lax.top_k(visible_scores[:, 0], top_k)[1]
+
+    # The best blocks, and the one that follows the whole ones.
+    whole_B1N = self.whole_blocks_seen(seen_B1M)
+    visible_scores = hide_unseen_scores(self.scores_BLM, whole_B1N)
     score_BN, block_BN = jax.lax.top_k(
-        of_seen(self.scores_BLM, whole_B1N)[:, 0], top_k // self.size)
-    rest_B1 = jnp.broadcast_to(whole_B1N.sum(-1), (len(block_BN), 1))
+        visible_scores[:, 0], top_k // self.block_size)
+    open_block_B1 = jnp.broadcast_to(whole_B1N.sum(-1), (len(block_BN), 1))
     block_BN = jnp.where(score_BN > -jnp.inf, block_BN, seen_B1M.shape[-1])
-    return (jnp.concatenate([block_BN, rest_B1], 1)[..., None] * self.size
-            + jnp.arange(self.size)[None, None]).reshape(len(block_BN), -1)
+    all_blocks = jnp.concatenate([block_BN, open_block_B1], 1)
+
+    # The keys of these blocks.
+    first_keys = all_blocks[..., None] * self.block_size
+    key_in_block = jnp.arange(self.block_size)[None, None]
+    return (first_keys + key_in_block).reshape(len(block_BN), -1)
 
   def divergence(self, target_BLM: jax.Array, seen_BLM: Any, ctx: Context
                  ) -> jax.Array:
-    """Returns what the function `divergence` does; of blocks, over the keys of
-    those that are whole."""
+    """Returns the `divergence` of these scores from the target; with blocks,
+    over the keys of whole blocks."""
     scores_BLM = self.scores_BLM
-    if self.size:
-      seen_BLM = seen_BLM & self.to_keys(self.whole(seen_BLM), False)
+    if self.block_size:
+      seen_BLM = seen_BLM & self.expand_blocks_to_keys(
+          self.whole_blocks_seen(seen_BLM), False)
       target_BLM = jnp.where(seen_BLM, target_BLM, 0)
-      scores_BLM = self.to_keys(scores_BLM, 0.0)
+      scores_BLM = self.expand_blocks_to_keys(scores_BLM, 0.0)
     return divergence(target_BLM, scores_BLM, seen_BLM, ctx)
 
 
-def scored(c: ModelConfig, index: Index, ids_BM: Optional[jax.Array]) -> Scored:
-  """Returns the scores of all keys, whose documents are `ids_BM`."""
-  size, keys = c.part(IndexerConfig).block, index.key_BMJK.shape[1]
-  if not size:
-    return Scored(scores(index))
-  at_1M = jnp.arange(keys)[None]
+def score_keys(config: ModelConfig, index: Index, ids_BM: Optional[jax.Array]
+               ) -> ScoredKeys:
+  """Returns the scores of all keys, or of their blocks.
+
+  Args:
+    config: the config of the layer.
+    index: the indexer's queries and keys.
+    ids_BM: the documents of the keys; None: there is one.
+  """
+  block_size = config.part(IndexerConfig).block
+  num_keys = index.key_BMJK.shape[1]
+  if not block_size:
+    return ScoredKeys(indexer_scores(index))
+
+  # The last key of each block, counted from the start of its document; its
+  # indexer's key stands for the block.
+  key_1M = jnp.arange(num_keys)[None]
   first_BM = 0 if ids_BM is None else features.starts(ids_BM)
-  ends_BM = (at_1M - first_BM) % size == size - 1
-  last_BN = jnp.sort(jnp.where(ends_BM, at_1M, keys))[:, :max(keys // size, 1)]
-  key_BNJK = jnp.take_along_axis(
-      index.key_BMJK, last_BN[..., None, None], 1, mode='clip')
-  return Scored(scores(index.replace(key_BMJK=key_BNJK)), size, last_BN,
-                jnp.cumsum(ends_BM, -1, dtype=jnp.int32) - ends_BM)
+  is_last_BM = (key_1M - first_BM) % block_size == block_size - 1
+  most_blocks = max(num_keys // block_size, 1)
+  last_key_BN = jnp.sort(
+      jnp.where(is_last_BM, key_1M, num_keys))[:, :most_blocks]
+  block_keys_BNJK = jnp.take_along_axis(
+      index.key_BMJK, last_key_BN[..., None, None], 1, mode='clip')
+  return ScoredKeys(
+      scores_BLM=indexer_scores(index.replace(key_BMJK=block_keys_BNJK)),
+      block_size=block_size, last_key_BN=last_key_BN,
+      block_of_key_BM=(
+          jnp.cumsum(is_last_BM, -1, dtype=jnp.int32) - is_last_BM))
 
 
-def scores(index: Index) -> jax.Array:
-  """Returns I, float32 [B, L, M]."""
+def indexer_scores(index: Index) -> jax.Array:
+  """Returns the scores I of the keys, float32 [B, L, M]."""
   key_BMJK = sharding.constrain(index.key_BMJK, 'batch', None, None, 'head')
   return sharding.constrain(
-      layers.recompute_in_backward(_scores)(
+      layers.recompute_in_backward(_scores_of_heads)(
           index.query_BLHK, index.weight_BLH, key_BMJK),
       'batch', 'length', None)
 
 
-def _scores(q_BLHK: jax.Array, w_BLH: jax.Array, k_BMJK: jax.Array
-            ) -> jax.Array:
-  """Returns (K H)^-1/2 sum over the heads of w relu(q k)."""
+def _scores_of_heads(q_BLHK: jax.Array, w_BLH: jax.Array, k_BMJK: jax.Array
+                     ) -> jax.Array:
+  """Returns (K H)^-1/2 sum over the heads of w relu(q k), [B, L, M]."""
   H, K = q_BLHK.shape[2:]
   s_BHLM = layers.einsum('BLHK,BMK->BHLM', q_BLHK, k_BMJK[:, :, 0],
                          q_BLHK.dtype, jnp.float32)
@@ -287,100 +380,121 @@ def _scores(q_BLHK: jax.Array, w_BLH: jax.Array, k_BMJK: jax.Array
   return layers.einsum('BLH,BHLM->BLM', w_BLH, s_BHLM, jnp.float32)
 
 
-def of_seen(scores_BLM: jax.Array, seen_BLM: Optional[jax.Array]) -> jax.Array:
-  """Returns the scores without a gradient, and low where a key is unseen."""
+def hide_unseen_scores(scores_BLM: jax.Array, seen_BLM: Optional[jax.Array]
+                       ) -> jax.Array:
+  """Returns the scores without a gradient, -inf where a key is unseen."""
   scores_BLM = jax.lax.stop_gradient(scores_BLM)
   if seen_BLM is None:
     return scores_BLM
   return jnp.where(seen_BLM, scores_BLM, -jnp.inf)
 
 
-def best(scores_BLM: jax.Array, seen_BLM: Optional[jax.Array], top_k: int
-         ) -> jax.Array:
-  """Returns which keys are S, bool [B, L, M].
+def mask_of_best(scores_BLM: jax.Array, seen_BLM: Optional[jax.Array],
+                 top_k: int) -> jax.Array:
+  """Returns which keys have the top_k best scores of those that a query sees,
+  bool [B, L, M].
 
   As lax.top_k chooses them, but written with what each device has alone: those
   above the last one's score, and of its equals the first that there is room
   for.
   """
-  scores_BLM = of_seen(scores_BLM, seen_BLM)
-  last_BL1 = jax.lax.top_k(scores_BLM, top_k)[0][..., -1:]
-  above_BLM, level_BLM = scores_BLM > last_BL1, scores_BLM == last_BL1
-  room_BL1 = top_k - above_BLM.sum(-1, keepdims=True)
-  best_BLM = above_BLM | level_BLM & (
-      jnp.cumsum(level_BLM, -1, dtype=jnp.int32) <= room_BL1)
+  scores_BLM = hide_unseen_scores(scores_BLM, seen_BLM)
+  worst_of_best_BL1 = jax.lax.top_k(scores_BLM, top_k)[0][..., -1:]
+  is_above_BLM = scores_BLM > worst_of_best_BL1
+  is_equal_BLM = scores_BLM == worst_of_best_BL1
+  room_BL1 = top_k - is_above_BLM.sum(-1, keepdims=True)
+  equals_so_far_BLM = jnp.cumsum(is_equal_BLM, -1, dtype=jnp.int32)
+  best_BLM = is_above_BLM | is_equal_BLM & (equals_so_far_BLM <= room_BL1)
   return best_BLM if seen_BLM is None else best_BLM & seen_BLM
 
 
-def gathers(top_k: int, shape: tuple[int, ...]) -> bool:
-  """Whether queries that have scores of this shape, [B, L, M], meet a copy of
-  the keys that they choose: of one query each, if it is a small share."""
-  return shape[1] == 1 and 0 < GATHERED * top_k <= shape[2]
-
-
-# Times as many keys, from which on chosen ones are copied: a copy reads them,
-# writes them and reads them again, where a mask has all keys read once.
-GATHERED = 4
+def should_copy_chosen_keys(top_k: int, shape: tuple[int, ...]) -> bool:
+  """Returns whether queries that have scores of this shape, [B, L, M], meet a
+  copy of the keys that they choose: one query in each row, whose choice is a
+  small share of the keys."""
+  return shape[1] == 1 and 0 < LEAST_KEYS_OVER_CHOSEN * top_k <= shape[2]
 
 
 def divergence(target_BLM: jax.Array, scores_BLM: jax.Array,
                seen_BLM: Optional[jax.Array], ctx: Context) -> jax.Array:
-  """Returns the mean over tokens, in nats, of KL(target || softmax of scores),
-  both over the keys that are seen; the target may add up to less than 1."""
+  """Returns the mean over tokens, in nats, of KL(target || softmax of scores).
+
+  Args:
+    target_BLM: weights of the keys, which may add up to less than 1.
+    scores_BLM: the scores.
+    seen_BLM: bool, the keys that both are taken over; None: all.
+    ctx: the context, which says what tokens count.
+  """
   if seen_BLM is not None:
-    scores_BLM = jnp.where(seen_BLM, scores_BLM, UNSEEN)
+    scores_BLM = jnp.where(seen_BLM, scores_BLM, UNSEEN_SCORE)
   total_BL1 = target_BLM.sum(-1, keepdims=True)
   p_BLM = target_BLM / jnp.maximum(total_BL1, 1e-30)
-  there_BLM = p_BLM > 0
-  nats_BLM = jnp.log(jnp.where(there_BLM, p_BLM, 1)) - jax.nn.log_softmax(
-      scores_BLM)
-  kl_BL = jnp.where(there_BLM, p_BLM * nats_BLM, 0).sum(-1)
+  # A key of weight 0 adds nothing, and its logarithm would be infinite.
+  has_weight_BLM = p_BLM > 0
+  log_p_BLM = jnp.log(jnp.where(has_weight_BLM, p_BLM, 1))
+  nats_BLM = log_p_BLM - jax.nn.log_softmax(scores_BLM)
+  kl_BL = jnp.where(has_weight_BLM, p_BLM * nats_BLM, 0).sum(-1)
   counted_BL = ctx.real_tokens(*kl_BL.shape)
   return (kl_BL * counted_BL).sum() / jnp.maximum(counted_BL.sum(), 1)
 
 
-def empty(c: ModelConfig, shape: tuple[int, ...]) -> Optional[jax.Array]:
-  """Returns what a cache of this shape holds of an indexer; None: nothing."""
-  return None if c.attention != 'indexed' else jnp.zeros(
-      (*shape, 1, c.part(IndexerConfig).head_dim), c.compute_dtype)
+def empty_key_cache(config: ModelConfig, shape: tuple[int, ...]
+                    ) -> Optional[jax.Array]:
+  """Returns an indexer's keys in an empty cache of `shape` (rows, tokens),
+  zeros [..., 1, K]; None: the layer has no indexer."""
+  if config.attention != 'indexed':
+    return None
+  head_dim = config.part(IndexerConfig).head_dim
+  return jnp.zeros((*shape, 1, head_dim), config.compute_dtype)
 
 
-def has_blocks(c: ModelConfig) -> bool:
-  """Whether the indexer of a layer, if it has one, chooses blocks."""
-  return c.attention == 'indexed' and c.part(IndexerConfig).block > 0
+def has_blocks(config: ModelConfig) -> bool:
+  """Returns whether the layer has an indexer that chooses blocks of keys."""
+  return config.attention == 'indexed' and config.part(IndexerConfig).block > 0
 
 
-def inputs(c: ModelConfig, shape: tuple[int, ...]) -> dict[str, jax.Array]:
-  """Returns Index.inputs of rows without a token, likewise."""
-  if not has_blocks(c):
+def empty_block_inputs(config: ModelConfig, shape: tuple[int, ...]
+                       ) -> dict[str, jax.Array]:
+  """Returns Index.inputs in an empty cache of `shape` (rows, tokens): zeros for
+  an indexer with blocks, else none."""
+  if not has_blocks(config):
     return {}
-  sizes = c.part(IndexerConfig)
+  sizes = config.part(IndexerConfig)
   shape = *shape[:-1], sizes.block - 1, 1, sizes.head_dim
-  return {INPUT: jnp.zeros(shape, c.compute_dtype)}
+  return {CACHE_INPUT: jnp.zeros(shape, config.compute_dtype)}
 
 
-def kept(c: ModelConfig, seen: np.ndarray) -> np.ndarray:
-  """Returns how many keys queries see that may see so many."""
-  size, top = max(c.part(IndexerConfig).block, 1), c.part(IndexerConfig).top_k
-  return np.minimum(seen // size, top // size) * size + seen % size if (
-      top) else seen
+def count_chosen_keys(config: ModelConfig, num_seen: np.ndarray) -> np.ndarray:
+  """Returns how many keys an indexer leaves queries that may see `num_seen`
+  keys: those of whole blocks up to top_k, and those of the last block that is
+  not whole; all where top_k is 0."""
+  sizes = config.part(IndexerConfig)
+  block_size = max(sizes.block, 1)
+  if not sizes.top_k:
+    return num_seen
+  blocks = np.minimum(num_seen // block_size, sizes.top_k // block_size)
+  return blocks * block_size + num_seen % block_size
 
 
-def check(c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what a layer with an indexer cannot be."""
-  who = "model.attention is 'indexed'"
-  require(stack == 'decoder', f'{who}, whose queries choose of the keys before '
-          f'them, and model.arch {c.arch!r} is no decoder: choose global')
-  require(c.parametrization != 'mup', f'{who}, for whose indexer '
+def check_indexer(config: ModelConfig, stack: str) -> None:
+  """Raises RequestError for what a layer with an indexer cannot be; `stack` is
+  what architectures.stack returns."""
+  request = "model.attention is 'indexed'"
+  require(stack == 'decoder', f'{request}, whose queries choose of the keys '
+          f'before them, and model.arch {config.arch!r} is no decoder: choose '
+          'global')
+  require(config.parametrization != 'mup', f'{request}, for whose indexer '
           "model.parametrization 'mup' has no rule: choose standard")
-  attention = c.find(AttentionConfig)
+  attention = config.find(AttentionConfig)
   if attention is not None and attention.kv_sharing:
-    raise RequestError(f'{who}, and model.kv_sharing is True: a layer chooses '
-                       'of keys of its own, so set it to False')
-  i = c.part(IndexerConfig)
-  require(not i.block or i.top_k % i.block == 0, f'model.indexer.block is '
-          f'{i.block}, which does not divide model.indexer.top_k {i.top_k}')
-  if positions.position_of(c).rotate:
-    require(turned(c) <= i.head_dim, 'model.indexer.head_dim is '
-            f'{i.head_dim}, and rotary positions turn {turned(c)} '
+    raise RequestError(f'{request}, and model.kv_sharing is True: a layer '
+                       'chooses of keys of its own, so set it to False')
+  sizes = config.part(IndexerConfig)
+  require(not sizes.block or sizes.top_k % sizes.block == 0,
+          f'model.indexer.block is {sizes.block}, which does not divide '
+          f'model.indexer.top_k {sizes.top_k}')
+  if positions.position_of(config).rotate:
+    num_rotated = num_rotated_features(config)
+    require(num_rotated <= sizes.head_dim, 'model.indexer.head_dim is '
+            f'{sizes.head_dim}, and rotary positions turn {num_rotated} '
             'features of a head: choose as many or more')

@@ -27,7 +27,9 @@ from common.errors import RequestError, require
 
 # The mask: which keys a query sees, and how many pairs it shows.
 
-MOST = 2**15  # chunks of a document
+# Segment ids with chunks are chunk + this * document, so no document may have
+# more chunks.
+MOST_CHUNKS_OF_A_DOCUMENT = 2**15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,150 +56,191 @@ class Rule:
   check: Optional[Callable[[ModelConfig, str], None]] = None
 
 
-def visible(kind: LayerKind, c: ModelConfig, q_positions_BL: jax.Array,
-            k_positions_BM: jax.Array,
-            q_segments_BL: Optional[jax.Array] = None,
-            k_segments_BM: Optional[jax.Array] = None,
-            prefix_B: Optional[jax.Array] = None) -> Optional[jax.Array]:
+def visible_keys(kind: LayerKind, config: ModelConfig,
+                 q_positions_BL: jax.Array, k_positions_BM: jax.Array,
+                 q_segments_BL: Optional[jax.Array] = None,
+                 k_segments_BM: Optional[jax.Array] = None,
+                 prefix_B: Optional[jax.Array] = None) -> Optional[jax.Array]:
   """Returns which keys each query sees, bool [B or 1, L, M]; None: all.
 
   Args:
-    kind: the layer.
-    c: its config.
-    q_positions_BL: where the queries stand.
-    k_positions_BM: where the keys stand.
+    kind: the kind of the layer, with its rule of attention and causality.
+    config: its config.
+    q_positions_BL: the positions of the queries.
+    k_positions_BM: the positions of the keys.
     q_segments_BL: the documents of the queries; None: there is one.
     k_segments_BM: the documents of the keys.
     prefix_B: how many tokens at the start of a row are seen by all.
   """
-  rule, seen = RULES[kind.attention], []
+  rule, conditions = RULES[kind.attention], []
   q_BL1, k_B1M = q_positions_BL[:, :, None], k_positions_BM[:, None]
   if kind.causal:
-    before_BLM = k_B1M <= q_BL1
+    is_earlier_BLM = k_B1M <= q_BL1
     if prefix_B is not None:
-      before_BLM |= k_B1M < prefix_B[:, None, None]
-    seen.append(before_BLM)
+      is_earlier_BLM |= k_B1M < prefix_B[:, None, None]
+    conditions.append(is_earlier_BLM)
   if rule.window:
-    seen.append(jnp.abs(q_BL1 - k_B1M) < rule.window(c))
+    conditions.append(jnp.abs(q_BL1 - k_B1M) < rule.window(config))
   if rule.chunk:
-    size = rule.chunk(c)
-    seen.append(q_BL1 // size == k_B1M // size)
+    size = rule.chunk(config)
+    conditions.append(q_BL1 // size == k_B1M // size)
   if q_segments_BL is not None:
-    seen.append(q_segments_BL[:, :, None] == k_segments_BM[:, None])
-  if not seen:
+    conditions.append(q_segments_BL[:, :, None] == k_segments_BM[:, None])
+  # A key is seen where all conditions hold.
+  if not conditions:
     return None
-  return functools.reduce(operator.and_, seen)
+  return functools.reduce(operator.and_, conditions)
 
 
-def parts(kind: LayerKind, c: ModelConfig, positions_BL: jax.Array,
-          segments_BL: Optional[jax.Array]) -> Optional[jax.Array]:
-  """Returns segment ids as a kernel takes them, in which the chunks of a
-  document are documents."""
+def segment_ids_with_chunks(
+    kind: LayerKind, config: ModelConfig, positions_BL: jax.Array,
+    segments_BL: Optional[jax.Array]) -> Optional[jax.Array]:
+  """Returns the segment ids that a kernel is given, [B, L], which differ from
+  chunk to chunk of a document, too, where the layer's rule has chunks; None:
+  a row is one segment.
+
+  Args:
+    kind: the kind of the layer.
+    config: its config.
+    positions_BL: the positions of the tokens in their documents.
+    segments_BL: the documents of the tokens; None: there is one.
+  """
   rule = RULES[kind.attention]
   if not rule.chunk:
     return segments_BL
-  chunk_BL = positions_BL // rule.chunk(c)
+  chunk_BL = positions_BL // rule.chunk(config)
   if segments_BL is None:
     return chunk_BL
-  return chunk_BL + MOST * segments_BL
+  return chunk_BL + MOST_CHUNKS_OF_A_DOCUMENT * segments_BL
 
 
-def begins(kind: LayerKind, ctx: Context) -> bool:
-  """Whether the tokens that a cache is given are at 0 ... L - 1 and see none
-  after them: then they see each other alone, whatever it holds."""
+def is_start_of_row(kind: LayerKind, ctx: Context) -> bool:
+  """Returns whether the tokens that a cache is given are at 0 ... L - 1 and see
+  none after them: then they see each other alone, whatever it holds."""
   return kind.causal and ctx.in_order and not ctx.keep_attention
 
 
-def _counts(kind: LayerKind, c: ModelConfig, queries: np.ndarray,
-            keys: np.ndarray) -> np.ndarray:
-  """Returns how many of the keys at these places each query sees."""
-  rule, size = RULES[kind.attention], keys.size
-  # A query sees the keys of its chunk, up to itself where the layer is causal.
-  if rule.chunk:
-    chunk = rule.chunk(c)
-    first = queries - queries % chunk
-    stop = queries + 1 if kind.causal else first + chunk
-    return np.minimum(stop, size) - first
-  # Or it sees those that are less than `reach` away.
-  reach = rule.window(c) if rule.window else size
-  after = 1 if kind.causal else reach
-  first = np.maximum(queries - reach + 1, 0)
-  seen = np.minimum(queries + after, size) - first
-  return rule.top(c, seen) if rule.top else seen
-
-
-def pairs(kind: LayerKind, c: ModelConfig, queries: int, keys: int) -> int:
-  """Returns how many pairs of a query and a key the mask of self-attention
-  shows; with fewer queries than keys, the queries are the last."""
-  at = np.arange(keys)
-  return int(_counts(kind, c, at[keys - queries:], at).sum())
-
-
-def share(kind: LayerKind, c: ModelConfig, queries: int, keys: int,
-          prefix: bool = False) -> tuple[int, int, int]:
-  """Returns the pairs that `pairs` counts, all that there are, and those that
-  are seen where the whole row is a prompt.
+def _count_keys_of_queries(kind: LayerKind, config: ModelConfig,
+                           queries: np.ndarray, keys: np.ndarray
+                           ) -> np.ndarray:
+  """Returns how many keys each query sees, in a row of one document.
 
   Args:
-    kind: the layer.
-    c: its config.
+    kind: the kind of the layer.
+    config: its config.
+    queries: the positions of the queries.
+    keys: the positions of the keys, 0 ... M - 1.
+  """
+  rule, num_keys = RULES[kind.attention], keys.size
+  # A query sees the keys of its chunk, up to itself where the layer is causal.
+  if rule.chunk:
+    chunk = rule.chunk(config)
+    first = queries - queries % chunk
+    stop = queries + 1 if kind.causal else first + chunk
+    return np.minimum(stop, num_keys) - first
+  # Or it sees those that are less than `reach` away.
+  reach = rule.window(config) if rule.window else num_keys
+  reach_after = 1 if kind.causal else reach
+  first = np.maximum(queries - reach + 1, 0)
+  num_seen = np.minimum(queries + reach_after, num_keys) - first
+  # An indexer leaves some of them.
+  return rule.top(config, num_seen) if rule.top else num_seen
+
+
+def count_visible_pairs(kind: LayerKind, config: ModelConfig, queries: int,
+                        keys: int) -> int:
+  """Returns how many pairs of a query and a key the mask of self-attention
+  shows; with fewer queries than keys, the queries are the last."""
+  k_positions = np.arange(keys)
+  q_positions = k_positions[keys - queries:]
+  keys_of_queries = _count_keys_of_queries(
+      kind, config, queries=q_positions, keys=k_positions)
+  return int(keys_of_queries.sum())
+
+
+def count_useful_pairs(kind: LayerKind, config: ModelConfig, queries: int,
+                       keys: int, prefix: bool = False
+                       ) -> tuple[int, int, int]:
+  """Returns three numbers of pairs of a query and a key: those that the mask
+  shows, all that there are, and those that it would show if the whole row were
+  a prompt.
+
+  Args:
+    kind: the kind of the layer.
+    config: its config.
     queries: how many queries there are: the last of the keys' tokens.
     keys: how many keys there are.
     prefix: whether the tokens of a row's prefix see each other. Then all three
       numbers are sums over prefixes of 1 to keys - 1 tokens, which are alike
       likely in training; but a prompt is a prefix of all of its tokens.
   """
-  seen, whole = pairs(kind, c, queries, keys), queries * keys
+  visible_pairs = count_visible_pairs(kind, config, queries, keys)
+  all_pairs = queries * keys
   if not (prefix and kind.causal and queries == keys > 1):
-    return seen, whole, seen
-  prefixes, at_M = keys - 1, np.arange(keys)
+    return visible_pairs, all_pairs, visible_pairs
+
+  # The whole row as a prompt, where each token sees the others both ways.
+  num_prefixes, position_M = keys - 1, np.arange(keys)
   both_ways = dataclasses.replace(kind, causal=False)
-  in_prompt = pairs(both_ways, c, queries, keys) * prefixes
+  prompt_pairs = count_visible_pairs(
+      both_ways, config, queries, keys) * num_prefixes
+
+  # The row with each of the prefixes.
   top = RULES[kind.attention].top
   if top:
-    of_prefixes = _best_of_prefixes(kind, c, keys)
+    prefix_pairs = _count_indexed_pairs_of_prefixes(kind, config, keys)
   else:
     # A query sees a later key in the prefixes that this key is part of. As many
     # see a key from before it as it sees before itself: masks are symmetric.
-    earlier_M = _counts(kind, c, at_M, at_M) - 1
-    later = (earlier_M * (prefixes - at_M)).sum()
-    of_prefixes = seen * prefixes + int(later)
-  return of_prefixes, whole * prefixes, in_prompt
+    earlier_M = _count_keys_of_queries(
+        kind, config, queries=position_M, keys=position_M) - 1
+    later_pairs = (earlier_M * (num_prefixes - position_M)).sum()
+    prefix_pairs = visible_pairs * num_prefixes + int(later_pairs)
+  return prefix_pairs, all_pairs * num_prefixes, prompt_pairs
 
 
-def _best_of_prefixes(kind: LayerKind, c: ModelConfig, keys: int) -> int:
-  """Returns the pairs of all prefixes under an indexer's rule: a query sees
-  max(query + 1, prefix) keys, or the best of them."""
-  top, at_M = RULES[kind.attention].top, np.arange(keys)
-  best_M = top(c, at_M)
+def _count_indexed_pairs_of_prefixes(kind: LayerKind, config: ModelConfig,
+                                     keys: int) -> int:
+  """Returns the sum over all prefixes of 1 to keys - 1 tokens of the pairs that
+  an indexer leaves: a query sees max(query + 1, prefix) keys, or the best of
+  them."""
+  top, position_M = RULES[kind.attention].top, np.arange(keys)
+  best_M = top(config, position_M)
   # Prefixes that end with the query or before it.
-  own_M = np.append(best_M[1:], _counts(kind, c, at_M[-1:], at_M))
-  shorter = (own_M * np.minimum(at_M + 1, keys - 1)).sum()
+  last_count = _count_keys_of_queries(
+      kind, config, queries=position_M[-1:], keys=position_M)
+  up_to_query_M = np.append(best_M[1:], last_count)
+  shorter = (up_to_query_M * np.minimum(position_M + 1, keys - 1)).sum()
   # Prefixes that go on after the query.
-  after_M = best_M.sum() - best_M.cumsum()
-  longer = np.append(after_M[1:], 0).sum()
+  longer_prefixes_M = best_M.sum() - best_M.cumsum()
+  longer = np.append(longer_prefixes_M[1:], 0).sum()
   return int(shorter + longer)
 
 
-def _needs(field: str, what: str) -> Callable[[ModelConfig, str], None]:
-  """Returns Rule.check of a rule that needs the number of `what`."""
-  def check(c: ModelConfig, stack: str) -> None:
+def _check_is_set(field: str, meaning: str
+                  ) -> Callable[[ModelConfig, str], None]:
+  """Returns the Rule.check of a rule that needs a field of config.model to be
+  above 0; `meaning` says what the field counts, for the error's text."""
+  def check(config: ModelConfig, stack: str) -> None:
+    """Raises RequestError where the field is 0."""
     del stack
-    require(getattr(c, field) > 0, f'model.attention has a {c.attention} layer,'
-            f' but model.{field} is 0: set it to the number of {what}')
+    require(getattr(config, field) > 0,
+            f'model.attention has a {config.attention} layer, but '
+            f'model.{field} is 0: set it to the number of {meaning}')
   return check
 
 
 RULES = {
     'global': Rule(),
     'chunked': Rule(chunk=lambda c: c.attention_chunk,  # Llama 4
-                    fields=('attention_chunk',), check=_needs(
+                    fields=('attention_chunk',), check=_check_is_set(
                         'attention_chunk', 'tokens of a chunk')),
     'banded': Rule(window=lambda c: c.sliding_window,
-                   fields=('sliding_window',), check=_needs(
+                   fields=('sliding_window',), check=_check_is_set(
                        'sliding_window', 'keys that such a layer sees')),
-    'indexed': Rule(top=indexer.kept,
-                    settings=indexer.IndexerConfig, check=indexer.check),
+    'indexed': Rule(top=indexer.count_chosen_keys,
+                    settings=indexer.IndexerConfig,
+                    check=indexer.check_indexer),
 }
 
 
@@ -205,32 +248,35 @@ RULES = {
 #
 # The gradient is written out: as FlashAttention's (Dao et al. 2022, appendix B)
 # it works the scores [B, H, L, M] out again rather than keep them. Under a
-# causal mask queries go part by part, and meet only the keys that one of them
+# causal mask queries go block by block, and meet only the keys that one of them
 # may see.
 
-MASKED = -1e30  # finite, so that a row that sees nothing is no NaN
-PARTS = 4  # of queries under a causal mask, which spare 3 of 8 scores; but
-LEAST = 128  # a part has no fewer queries
+MASKED_SCORE = -1e30  # finite, so that a row that sees nothing is no NaN
+# Blocks of queries under a causal mask: four of them spare 3 of 8 scores.
+MOST_QUERY_BLOCKS = 4
+LEAST_QUERIES_OF_A_BLOCK = 128
 
 
-class _How(NamedTuple):
-  """The numbers by which scores are made of products, and weights of scores."""
+class _ScoreSettings(NamedTuple):
+  """The numbers by which scores are made of products, and weights of scores;
+  their meaning is that of the arguments of `attend`."""
   scale: float
   softcap: float
   dropout: float
   causal: bool
   window: int
 
-  def blocks(self, L: int, M: int) -> Iterator[tuple[slice, slice]]:
-    """Yields the parts of L queries, and the part of M keys that each meets."""
+  def query_blocks(self, L: int, M: int) -> Iterator[tuple[slice, slice]]:
+    """Yields the blocks of L queries, each with the slice of M keys that it
+    meets."""
     if not self.causal:
       yield slice(0, L), slice(0, M)
       return
-    count = max(1, min(PARTS, L // LEAST))
-    for i in range(count):
-      start, stop = i * L // count, (i + 1) * L // count
-      first = max(0, start - self.window + 1) if self.window else 0
-      yield slice(start, stop), slice(first, stop)
+    num_blocks = max(1, min(MOST_QUERY_BLOCKS, L // LEAST_QUERIES_OF_A_BLOCK))
+    for i in range(num_blocks):
+      start, stop = i * L // num_blocks, (i + 1) * L // num_blocks
+      first_key = max(0, start - self.window + 1) if self.window else 0
+      yield slice(start, stop), slice(first_key, stop)
 
 
 def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
@@ -239,8 +285,8 @@ def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
            sink_H: Optional[jax.Array] = None, dropout: float = 0.0,
            key: Optional[jax.Array] = None, causal: bool = False,
            window: int = 0) -> jax.Array:
-  """Returns o_l = sum over m of p_lm v_m, [B, L, H, K], where p are `weights`;
-  the softmax is taken in float32.
+  """Returns o_l = sum over m of p_lm v_m, [B, L, H, K], where p are
+  `attention_weights`; the softmax is taken in float32.
 
   Args:
     q_BLHK: queries.
@@ -259,130 +305,167 @@ def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
   B, L, H, K = q_BLHK.shape
   M, J = k_BMJK.shape[1:3]
   chex.assert_shape([k_BMJK, v_BMJK], [(B, M, J, K), (B, M, J, None)])
-  how = _How(scale=scale, softcap=softcap, dropout=dropout, causal=causal,
-             window=window)
-  q_BJRLK = _heads_first(q_BLHK).reshape(B, J, H // J, L, K)
-  o_BJRLK = _attend(
-      how, q_BJRLK, _heads_first(k_BMJK), _heads_first(v_BMJK),
-      _of_groups(bias_BHLM, J), _sink(sink_H, J), mask_BLM, key)
-  return _heads_first(o_BJRLK.reshape(B, H, L, -1))
+  settings = _ScoreSettings(scale=scale, softcap=softcap, dropout=dropout,
+                            causal=causal, window=window)
+  q_BJRLK = _swap_length_and_heads(q_BLHK).reshape(B, J, H // J, L, K)
+  o_BJRLK = _attend_by_key_head(
+      settings, q_BJRLK, _swap_length_and_heads(k_BMJK),
+      _swap_length_and_heads(v_BMJK), _group_bias_by_key_head(bias_BHLM, J),
+      _group_sinks_by_key_head(sink_H, J), mask_BLM, key)
+  return _swap_length_and_heads(o_BJRLK.reshape(B, H, L, -1))
 
 
-def weights(q_BLHK: jax.Array, k_BMJK: jax.Array, *,
-            mask_BLM: Optional[jax.Array] = None,
-            bias_BHLM: Optional[jax.Array] = None,
-            sink_H: Optional[jax.Array] = None, scale: float,
-            softcap: float = 0.0, causal: bool = False, window: int = 0,
-            mean: bool = False) -> jax.Array:
+def attention_weights(
+    q_BLHK: jax.Array, k_BMJK: jax.Array, *,
+    mask_BLM: Optional[jax.Array] = None,
+    bias_BHLM: Optional[jax.Array] = None, sink_H: Optional[jax.Array] = None,
+    scale: float, softcap: float = 0.0, causal: bool = False, window: int = 0,
+    mean: bool = False) -> jax.Array:
   """Returns the weights that `attend` gives the values for these arguments,
 
     p_lm = softmax over m of (scale q_l k_m + bias_lm),
 
   float32 [B, H, L, M], or with `mean` their mean over heads, [B, L, M]. A row
   sums to 1, less the share of the sink where there is one; weights that are
-  hidden are 0.
+  hidden are 0. Args as for `attend`.
   """
   B, L, H, K = q_BLHK.shape
   M, J = k_BMJK.shape[1:3]
-  how = _How(scale=scale, softcap=softcap, dropout=0.0, causal=causal,
-             window=window)
-  q_BJRLK = _heads_first(q_BLHK).reshape(B, J, H // J, L, K)
-  k_BJMK = _heads_first(k_BMJK)
-  bias_BJRLM, sink_1JR11 = _of_groups(bias_BHLM, J), _sink(sink_H, J)
-  parts = []
-  for rows, keys in how.blocks(L, M):
-    s_BJRLM = _scores(how, rows, keys, mask_BLM, q_BJRLK, k_BJMK, bias_BJRLM)
-    if sink_1JR11 is not None:  # a key more, and no value
+  settings = _ScoreSettings(scale=scale, softcap=softcap, dropout=0.0,
+                            causal=causal, window=window)
+  q_BJRLK = _swap_length_and_heads(q_BLHK).reshape(B, J, H // J, L, K)
+  k_BJMK = _swap_length_and_heads(k_BMJK)
+  bias_BJRLM = _group_bias_by_key_head(bias_BHLM, J)
+  sink_1JR11 = _group_sinks_by_key_head(sink_H, J)
+  weights_of_blocks = []
+  for queries, keys in settings.query_blocks(L, M):
+    # The softmax of a block's scores; a sink is a key more, with no value.
+    s_BJRLM = _masked_scores(
+        settings, queries, keys, mask_BLM, q_BJRLK, k_BJMK, bias_BJRLM)
+    if sink_1JR11 is not None:
       sink_BJRL1 = jnp.broadcast_to(sink_1JR11, (*s_BJRLM.shape[:-1], 1))
       s_BJRLM = jnp.concatenate([s_BJRLM, sink_BJRL1], -1)
     p_BJRLM = jax.nn.softmax(s_BJRLM)[..., :keys.stop - keys.start]
     if mask_BLM is not None:
-      p_BJRLM = jnp.where(mask_BLM[:, None, None, rows, keys], p_BJRLM, 0)
+      p_BJRLM = jnp.where(mask_BLM[:, None, None, queries, keys], p_BJRLM, 0)
     if mean:
       p = p_BJRLM.mean((1, 2))
     else:
       p = p_BJRLM.reshape(B, H, *p_BJRLM.shape[3:])
-    # The keys that these queries do not meet.
-    unmet = (keys.start, M - keys.stop)
-    parts.append(jnp.pad(p, (*[(0, 0)] * (p.ndim - 1), unmet)))
-  return jnp.concatenate(parts, -2)
+    # The keys that these queries do not meet have weight 0.
+    unmet_keys = (keys.start, M - keys.stop)
+    padding = (*[(0, 0)] * (p.ndim - 1), unmet_keys)
+    weights_of_blocks.append(jnp.pad(p, padding))
+  return jnp.concatenate(weights_of_blocks, -2)
 
 
-def _heads_first(x_BLHK: jax.Array) -> jax.Array:
+def _swap_length_and_heads(x_BLHK: jax.Array) -> jax.Array:
+  """Returns x with its length and its heads swapped, [B, H, L, K]."""
   return jnp.swapaxes(x_BLHK, 1, 2)
 
 
-def _of_groups(bias_BHLM: Optional[jax.Array], groups: int
-               ) -> Optional[jax.Array]:
-  """Returns a bias by the keys' heads, [B, J, R, L, M]."""
+def _group_bias_by_key_head(bias_BHLM: Optional[jax.Array], key_heads: int
+                            ) -> Optional[jax.Array]:
+  """Returns a bias on the scores by the head of the keys, [B, J, R, L, M]."""
   if bias_BHLM is None:
     return None
-  B, H, *rest = bias_BHLM.shape
-  return bias_BHLM.reshape(-1, groups, H // groups, *rest)
+  B, H, *lengths = bias_BHLM.shape
+  return bias_BHLM.reshape(-1, key_heads, H // key_heads, *lengths)
 
 
-def _sink(sink_H: Optional[jax.Array], groups: int) -> Optional[jax.Array]:
+def _group_sinks_by_key_head(sink_H: Optional[jax.Array], key_heads: int
+                             ) -> Optional[jax.Array]:
   """Returns the scores of the sinks in float32, [1, J, R, 1, 1]."""
   if sink_H is None:
     return None
   return sink_H.astype(jnp.float32).reshape(
-      1, groups, len(sink_H) // groups, 1, 1)
+      1, key_heads, len(sink_H) // key_heads, 1, 1)
 
 
-def _scores(how: _How, rows: slice, keys: slice, mask_BLM: Optional[jax.Array],
-            q_BJRLK: jax.Array, k_BJMK: jax.Array,
-            bias_BJRLM: Optional[jax.Array]) -> jax.Array:
-  """Returns scale q k + bias of the queries `rows` and the keys `keys`, MASKED
-  where a key is hidden, float32."""
-  q_BJRLK = layers.multiply_exactly(q_BJRLK[..., rows, :], how.scale)
-  s_BJRLM = _times_keys(q_BJRLK, k_BJMK[..., keys, :])
-  if how.softcap:
-    s_BJRLM = how.softcap * jnp.tanh(s_BJRLM / how.softcap)
+def _masked_scores(
+    settings: _ScoreSettings, queries: slice, keys: slice,
+    mask_BLM: Optional[jax.Array], q_BJRLK: jax.Array, k_BJMK: jax.Array,
+    bias_BJRLM: Optional[jax.Array]) -> jax.Array:
+  """Returns the scores scale q k + bias of a block of queries and keys,
+  MASKED_SCORE where a key is hidden, float32 [B, J, R, L, M].
+
+  Args:
+    settings: the scale and the softcap.
+    queries: the slice of the queries.
+    keys: the slice of the keys.
+    mask_BLM: bool, which keys a query sees; None: all.
+    q_BJRLK: all queries.
+    k_BJMK: all keys.
+    bias_BJRLM: added to the scores; None: nothing is.
+  """
+  q_BJRLK = layers.multiply_exactly(q_BJRLK[..., queries, :], settings.scale)
+  s_BJRLM = _multiply_queries_and_keys(q_BJRLK, k_BJMK[..., keys, :])
+  if settings.softcap:
+    s_BJRLM = settings.softcap * jnp.tanh(s_BJRLM / settings.softcap)
   if bias_BJRLM is not None:
-    s_BJRLM = _plus(s_BJRLM, bias_BJRLM[..., rows, keys])
+    s_BJRLM = _add_bias(s_BJRLM, bias_BJRLM[..., queries, keys])
   if mask_BLM is not None:
-    s_BJRLM = jnp.where(mask_BLM[:, None, None, rows, keys], s_BJRLM, MASKED)
+    s_BJRLM = jnp.where(
+        mask_BLM[:, None, None, queries, keys], s_BJRLM, MASKED_SCORE)
   return s_BJRLM
 
 
-def _plus(s_BJRLM: jax.Array, bias_BJRLM: jax.Array) -> jax.Array:
+def _add_bias(s_BJRLM: jax.Array, bias_BJRLM: jax.Array) -> jax.Array:
+  """Returns scores plus a bias, of each row or of all rows alike."""
   if len(bias_BJRLM) == len(s_BJRLM) or not sharding.is_single_cpu():
     return s_BJRLM + bias_BJRLM
-  return _plus_one(s_BJRLM, bias_BJRLM.astype(s_BJRLM.dtype))
+  return _add_shared_bias(s_BJRLM, bias_BJRLM.astype(s_BJRLM.dtype))
 
 
 @jax.custom_vjp
-def _plus_one(s_BJRLM: jax.Array, bias_1JRLM: jax.Array) -> jax.Array:
-  """A bias that all rows share. Its gradient, a sum over the rows, is a product
-  with ones: jaxlib 0.10.2 takes 37 times as long for the sum."""
+def _add_shared_bias(s_BJRLM: jax.Array, bias_1JRLM: jax.Array) -> jax.Array:
+  """Returns s + b with a bias b that all rows share.
+
+  Its gradient, a sum over the rows, is a product with ones: jaxlib 0.10.2 takes
+  37 times as long for the sum.
+  """
   return s_BJRLM + bias_1JRLM
 
 
-def _plus_one_fwd(s_BJRLM: jax.Array, bias_1JRLM: jax.Array):
-  return _plus_one(s_BJRLM, bias_1JRLM), None
+def _add_shared_bias_forward(s_BJRLM: jax.Array, bias_1JRLM: jax.Array):
+  """Returns s + b, and what its gradient reads: nothing."""
+  return _add_shared_bias(s_BJRLM, bias_1JRLM), None
 
 
-def _plus_one_bwd(_, d_BJRLM: jax.Array):
-  return d_BJRLM, layers.count_flops_by_result(_over_rows, 0)(d_BJRLM)
+def _add_shared_bias_backward(_, dy_BJRLM: jax.Array):
+  """Returns the gradients of s and b in y = s + b: ds = dy, and db is the sum
+  of dy over the rows. The product that adds them up counts no FLOPs."""
+  return dy_BJRLM, layers.count_flops_by_result(_sum_over_rows, 0)(dy_BJRLM)
 
 
-_plus_one.defvjp(_plus_one_fwd, _plus_one_bwd)
+_add_shared_bias.defvjp(_add_shared_bias_forward, _add_shared_bias_backward)
 
 
-def _over_rows(d_BJRLM: jax.Array) -> jax.Array:
-  """Returns the sum over the rows, as a product with ones."""
-  B, *rest = d_BJRLM.shape
-  sum_1I = jnp.ones((1, B)) @ d_BJRLM.reshape(B, -1)
-  return sum_1I.reshape(1, *rest)
+def _sum_over_rows(x_BJRLM: jax.Array) -> jax.Array:
+  """Returns the sum over the rows of a batch, [1, J, R, L, M], as a product
+  with ones."""
+  B, *shape_of_row = x_BJRLM.shape
+  sum_1I = jnp.ones((1, B)) @ x_BJRLM.reshape(B, -1)
+  return sum_1I.reshape(1, *shape_of_row)
 
 
-def _weigh(how: _How, rows: slice, keys: slice, key: Optional[jax.Array],
-           p_BJRLM: jax.Array, v_BJMK: jax.Array) -> jax.Array:
-  """Returns the sums over keys of p v, where dropout leaves a part of p."""
+def _weigh_values(settings: _ScoreSettings, queries: slice, keys: slice,
+                  key: Optional[jax.Array], p_BJRLM: jax.Array,
+                  v_BJMK: jax.Array) -> jax.Array:
+  """Returns the sums over keys of p v, of the weights p that dropout leaves.
+
+  Args:
+    settings: the share that dropout drops.
+    queries: the slice of the queries, whose start makes the block's own key.
+    keys: the slice of the keys.
+    key: of dropout's random numbers; None: nothing is dropped.
+    p_BJRLM: the weights of this block.
+    v_BJMK: all values.
+  """
   if key is not None:
-    part_key = jax.random.fold_in(key, rows.start)
-    p_BJRLM = layers.apply_dropout(p_BJRLM, how.dropout, part_key)
-  return _times_values(p_BJRLM, v_BJMK[..., keys, :])
+    key_of_block = jax.random.fold_in(key, queries.start)
+    p_BJRLM = layers.apply_dropout(p_BJRLM, settings.dropout, key_of_block)
+  return _multiply_weights_and_values(p_BJRLM, v_BJMK[..., keys, :])
 
 
 # The two products, and their gradients, with axes in such orders that XLA's CPU
@@ -390,67 +473,95 @@ def _weigh(how: _How, rows: slice, keys: slice, key: Optional[jax.Array],
 
 
 @jax.custom_vjp
-def _times_keys(q_BJRLK: jax.Array, k_BJMK: jax.Array) -> jax.Array:
-  """Returns q k, float32."""
+def _multiply_queries_and_keys(q_BJRLK: jax.Array, k_BJMK: jax.Array
+                               ) -> jax.Array:
+  """Returns s_lm = q_l . k_m, float32 [B, J, R, L, M]."""
   return layers.einsum('BJRLK,BJMK->BJRLM', q_BJRLK, k_BJMK, q_BJRLK.dtype,
                        jnp.float32)
 
 
-def _times_keys_fwd(q_BJRLK: jax.Array, k_BJMK: jax.Array):
-  return _times_keys(q_BJRLK, k_BJMK), (q_BJRLK, k_BJMK)
+def _multiply_queries_and_keys_forward(q_BJRLK: jax.Array, k_BJMK: jax.Array):
+  """Returns the products, and what their gradient reads."""
+  return _multiply_queries_and_keys(q_BJRLK, k_BJMK), (q_BJRLK, k_BJMK)
 
 
-def _times_keys_bwd(saved: tuple, d_BJRLM: jax.Array):
+def _multiply_queries_and_keys_backward(saved: tuple, ds_BJRLM: jax.Array):
+  """Returns the gradients of q and k in s_lm = q_l . k_m:
+
+    dq_l = sum over m of ds_lm k_m,    dk_m = sum over l and r of ds_lm q_l
+  """
   q_BJRLK, k_BJMK = saved
-  d_q = layers.einsum('BJRLM,BJMK->BJRLK', d_BJRLM, k_BJMK, q_BJRLK.dtype)
-  return d_q, _by_keys(q_BJRLK, d_BJRLM, k_BJMK.dtype)
+  dq_BJRLK = layers.einsum(
+      'BJRLM,BJMK->BJRLK', ds_BJRLM, k_BJMK, q_BJRLK.dtype)
+  return dq_BJRLK, _sum_over_queries(q_BJRLK, ds_BJRLM, k_BJMK.dtype)
 
 
-def _by_keys(x_BJRLK: jax.Array, w_BJRLM: jax.Array,
-             dtype: jax.typing.DTypeLike) -> jax.Array:
-  """Returns the sums over queries and heads of w x, [B, J, M, K]."""
+def _sum_over_queries(x_BJRLK: jax.Array, w_BJRLM: jax.Array,
+                      dtype: jax.typing.DTypeLike) -> jax.Array:
+  """Returns the sums over queries l, and heads r of a key head, of w_lm x_l,
+  [B, J, M, K]."""
   y_BJKM = layers.einsum('BJRLK,BJRLM->BJKM', x_BJRLK, w_BJRLM, dtype)
   return jnp.swapaxes(y_BJKM, 2, 3)
 
 
 @jax.custom_vjp
-def _times_values(p_BJRLM: jax.Array, v_BJMK: jax.Array) -> jax.Array:
-  """Returns p v, float32."""
+def _multiply_weights_and_values(p_BJRLM: jax.Array, v_BJMK: jax.Array
+                                 ) -> jax.Array:
+  """Returns o_l = sum over m of p_lm v_m, float32 [B, J, R, L, K]."""
   return layers.einsum('BJRLM,BJMK->BJRLK', p_BJRLM, v_BJMK, v_BJMK.dtype,
                        jnp.float32)
 
 
-def _times_values_fwd(p_BJRLM: jax.Array, v_BJMK: jax.Array):
-  return _times_values(p_BJRLM, v_BJMK), (p_BJRLM, v_BJMK)
+def _multiply_weights_and_values_forward(p_BJRLM: jax.Array, v_BJMK: jax.Array):
+  """Returns the products, and what their gradient reads."""
+  return _multiply_weights_and_values(p_BJRLM, v_BJMK), (p_BJRLM, v_BJMK)
 
 
-def _times_values_bwd(saved: tuple, d_BJRLK: jax.Array):
+def _multiply_weights_and_values_backward(saved: tuple, do_BJRLK: jax.Array):
+  """Returns the gradients of p and v in o_l = sum over m of p_lm v_m:
+
+    dp_lm = do_l . v_m,    dv_m = sum over l and r of p_lm do_l
+  """
   p_BJRLM, v_BJMK = saved
-  d_p = layers.einsum('BJRLK,BJMK->BJRLM', d_BJRLK, v_BJMK, v_BJMK.dtype,
-                      p_BJRLM.dtype)
-  return d_p, _by_keys(d_BJRLK, p_BJRLM, v_BJMK.dtype)
+  dp_BJRLM = layers.einsum('BJRLK,BJMK->BJRLM', do_BJRLK, v_BJMK,
+                           v_BJMK.dtype, p_BJRLM.dtype)
+  return dp_BJRLM, _sum_over_queries(do_BJRLK, p_BJRLM, v_BJMK.dtype)
 
 
-_times_keys.defvjp(_times_keys_fwd, _times_keys_bwd)
-_times_values.defvjp(_times_values_fwd, _times_values_bwd)
+_multiply_queries_and_keys.defvjp(
+    _multiply_queries_and_keys_forward, _multiply_queries_and_keys_backward)
+_multiply_weights_and_values.defvjp(
+    _multiply_weights_and_values_forward, _multiply_weights_and_values_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how: _How, *arrays: Optional[jax.Array]) -> jax.Array:
-  """Returns o of `attend`, [B, J, R, L, K], by the arguments of _attend_fwd."""
-  o_BJRLK, _ = _attend_fwd(how, *arrays)
+def _attend_by_key_head(settings: _ScoreSettings, *arrays: Optional[jax.Array]
+                        ) -> jax.Array:
+  """Returns the o of `attend`, [B, J, R, L, K]; the arrays are the arguments of
+  _attend_by_key_head_forward."""
+  o_BJRLK, _ = _attend_by_key_head_forward(settings, *arrays)
   return o_BJRLK
 
 
-def _attend_fwd(how: _How, q_BJRLK: jax.Array, k_BJMK: jax.Array,
-                v_BJMK: jax.Array, bias_BJRLM: Optional[jax.Array],
-                sink_1JR11: Optional[jax.Array], mask_BLM: Optional[jax.Array],
-                key: Optional[jax.Array]):
-  """Returns o, and what the gradient needs: of the softmax its largest score
-  and its sum, and no scores."""
-  outs, tops, sums = [], [], []
-  for rows, keys in how.blocks(q_BJRLK.shape[3], k_BJMK.shape[2]):
-    s_BJRLM = _scores(how, rows, keys, mask_BLM, q_BJRLK, k_BJMK, bias_BJRLM)
+def _attend_by_key_head_forward(
+    settings: _ScoreSettings, q_BJRLK: jax.Array, k_BJMK: jax.Array,
+    v_BJMK: jax.Array, bias_BJRLM: Optional[jax.Array],
+    sink_1JR11: Optional[jax.Array], mask_BLM: Optional[jax.Array],
+    key: Optional[jax.Array]):
+  """Returns o and what its gradient reads, for one block of queries at a time:
+
+    s_lm = scale q_l . k_m + bias_lm,    t_l = max over m of s_lm
+    e_lm = exp(s_lm - t_l),              z_l = sum over m of e_lm
+    o_l  = sum over m of e_lm v_m / z_l
+
+  A sink is a key more, in t and z only. The gradient reads the arguments, t and
+  z, but no scores.
+  """
+  o_of_blocks, top_of_blocks, sum_of_blocks = [], [], []
+  blocks = settings.query_blocks(q_BJRLK.shape[3], k_BJMK.shape[2])
+  for queries, keys in blocks:
+    s_BJRLM = _masked_scores(
+        settings, queries, keys, mask_BLM, q_BJRLK, k_BJMK, bias_BJRLM)
     # e / sum is the softmax; the sink has a share of the sum, and no value.
     top_BJRL1 = s_BJRLM.max(-1, keepdims=True)
     if sink_1JR11 is not None:
@@ -459,54 +570,74 @@ def _attend_fwd(how: _How, q_BJRLK: jax.Array, k_BJMK: jax.Array,
     sum_BJRL1 = e_BJRLM.sum(-1, keepdims=True)
     if sink_1JR11 is not None:
       sum_BJRL1 += jnp.exp(sink_1JR11 - top_BJRL1)
-    o_BJRLK = _weigh(how, rows, keys, key, e_BJRLM, v_BJMK) / sum_BJRL1
-    outs.append(o_BJRLK.astype(v_BJMK.dtype))
-    tops.append(top_BJRL1)
-    sums.append(sum_BJRL1)
+    weighed_BJRLK = _weigh_values(settings, queries, keys, key, e_BJRLM, v_BJMK)
+    o_BJRLK = weighed_BJRLK / sum_BJRL1
+    o_of_blocks.append(o_BJRLK.astype(v_BJMK.dtype))
+    top_of_blocks.append(top_BJRL1)
+    sum_of_blocks.append(sum_BJRL1)
+
   # Where remat keeps products, it keeps what the gradient needs of these.
   o_BJRLK, top_BJRL1, sum_BJRL1 = checkpoint_name(
-      (jnp.concatenate(outs, 3), jnp.concatenate(tops, 3),
-       jnp.concatenate(sums, 3)), layers.NAME_OF_PRODUCT)
+      (jnp.concatenate(o_of_blocks, 3), jnp.concatenate(top_of_blocks, 3),
+       jnp.concatenate(sum_of_blocks, 3)), layers.NAME_OF_PRODUCT)
   return o_BJRLK, (q_BJRLK, k_BJMK, v_BJMK, bias_BJRLM, sink_1JR11, mask_BLM,
                    key, top_BJRL1, sum_BJRL1)
 
 
-def _attend_bwd(how: _How, saved: tuple, d_BJRLK: jax.Array):
-  """Returns the gradients of the arguments of _attend_fwd, which are sums over
-  the parts of the queries."""
+def _attend_by_key_head_backward(settings: _ScoreSettings, saved: tuple,
+                                 do_BJRLK: jax.Array):
+  """Returns the gradients of the arguments of _attend_by_key_head_forward, as
+  sums over the blocks of queries; None for the mask and the key.
+
+  With s, t and z as there, the weights p are made again, and from the gradient
+  do of the result follow
+
+    p_lm  = exp(s_lm - t_l) / z_l
+    dp_lm = do_l . v_m           dv_m = sum over l of p_lm do_l
+    r_l   = sum over m of p_lm dp_lm
+    ds_lm = p_lm dp_lm - p_lm r_l
+    dsink = - sum over l of p_l,sink r_l
+
+  and those of q, k and the bias from ds, by the gradient of the scores.
+  """
   (q_BJRLK, k_BJMK, v_BJMK, bias_BJRLM, sink_1JR11, mask_BLM, key, top_BJRL1,
    sum_BJRL1) = saved
-  d_BJRLK, blocks = d_BJRLK.astype(jnp.float32), []
-  for rows, keys in how.blocks(q_BJRLK.shape[3], k_BJMK.shape[2]):
-    # The weights p again, and the gradient of what they weigh.
-    s_BJRLM, of_scores = jax.vjp(
-        functools.partial(_scores, how, rows, keys, mask_BLM), q_BJRLK, k_BJMK,
-        bias_BJRLM)
-    top_BJRL1_, total_BJRL1 = top_BJRL1[..., rows, :], sum_BJRL1[..., rows, :]
-    p_BJRLM = jnp.exp(s_BJRLM - top_BJRL1_) / total_BJRL1
-    _, of_weighing = jax.vjp(
-        functools.partial(_weigh, how, rows, keys, key), p_BJRLM, v_BJMK)
-    dp_BJRLM, dv_BJMK = of_weighing(d_BJRLK[..., rows, :])
-    # Through the softmax: ds = p dp - p sum(p dp). Not p (dp - mean), which
-    # XLA's CPU backend joins with the product that gives dp: on one core that
-    # takes twice as long.
-    share_BJRLM = p_BJRLM * dp_BJRLM
-    mean_BJRL1 = share_BJRLM.sum(-1, keepdims=True)
-    ds_BJRLM = share_BJRLM - p_BJRLM * mean_BJRL1
+  do_BJRLK, gradients_of_blocks = do_BJRLK.astype(jnp.float32), []
+  blocks = settings.query_blocks(q_BJRLK.shape[3], k_BJMK.shape[2])
+  for queries, keys in blocks:
+    # The weights p again, and the gradients of p and v.
+    s_BJRLM, scores_vjp = jax.vjp(
+        functools.partial(_masked_scores, settings, queries, keys, mask_BLM),
+        q_BJRLK, k_BJMK, bias_BJRLM)
+    block_top_BJRL1 = top_BJRL1[..., queries, :]
+    block_sum_BJRL1 = sum_BJRL1[..., queries, :]
+    p_BJRLM = jnp.exp(s_BJRLM - block_top_BJRL1) / block_sum_BJRL1
+    _, weighing_vjp = jax.vjp(
+        functools.partial(_weigh_values, settings, queries, keys, key), p_BJRLM,
+        v_BJMK)
+    dp_BJRLM, dv_BJMK = weighing_vjp(do_BJRLK[..., queries, :])
+    # Through the softmax. Not p (dp - r), which XLA's CPU backend joins with
+    # the product that gives dp: on one core that takes twice as long.
+    p_dp_BJRLM = p_BJRLM * dp_BJRLM
+    r_BJRL1 = p_dp_BJRLM.sum(-1, keepdims=True)
+    ds_BJRLM = p_dp_BJRLM - p_BJRLM * r_BJRL1
     d_sink = None
     if sink_1JR11 is not None:
-      p_BJRL1 = jnp.exp(sink_1JR11 - top_BJRL1_) / total_BJRL1
-      d_sink = -(p_BJRL1 * mean_BJRL1).sum((0, 3), keepdims=True)
-    blocks.append((*of_scores(ds_BJRLM), dv_BJMK, d_sink))
-  d_q, d_k, d_bias, d_v, d_sink = jax.tree.map(_sum_of_parts, *blocks)
-  return d_q, d_k, d_v, d_bias, d_sink, None, None
+      p_sink_BJRL1 = jnp.exp(sink_1JR11 - block_top_BJRL1) / block_sum_BJRL1
+      d_sink = -(p_sink_BJRL1 * r_BJRL1).sum((0, 3), keepdims=True)
+    gradients_of_blocks.append((*scores_vjp(ds_BJRLM), dv_BJMK, d_sink))
+  dq, dk, d_bias, dv, d_sink = jax.tree.map(
+      _sum_of_arguments, *gradients_of_blocks)
+  return dq, dk, dv, d_bias, d_sink, None, None
 
 
-def _sum_of_parts(*parts: jax.Array) -> jax.Array:
-  return sum(parts)
+def _sum_of_arguments(*terms: jax.Array) -> jax.Array:
+  """Returns the sum of the arguments."""
+  return sum(terms)
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_attend_by_key_head.defvjp(
+    _attend_by_key_head_forward, _attend_by_key_head_backward)
 
 
 # Fused kernels, which never write the scores [B, H, L, M] to memory.
@@ -520,48 +651,50 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 # program compiled ahead of time for a TPU has the TPU's kernel. One that is
 # asked for by name and cannot do it is refused.
 
-TILE = 128  # lanes of a TPU: the lengths that splash takes are multiples
-BLOCKS = (512, 256, 128)  # of queries, and of keys, by what divides
+LANES = 128  # of a TPU: the lengths that splash takes are multiples
+# The sizes of splash's blocks of queries and of keys, in order of choice: the
+# first that divides the length.
+SPLASH_BLOCK_SIZES = (512, 256, 128)
 
 
 @struct.dataclass
 class Mask:
-  """Which keys a query sees, in a kernel's terms.
+  """Which keys a query sees, in the terms that kernels know.
 
   Attributes:
     q_ids_BL: with k_ids_BM, segment ids: a query sees its own alone.
     k_ids_BM: those of the keys.
-    causal: a query sees no later key, by their places in the array.
+    causal: whether a query sees no later key, by their places in the array.
     window: a query sees keys less than this away; 0: any.
-    rule: whether an indexer hides keys besides.
+    has_indexer: whether an indexer hides keys besides.
     in_order: whether places in the array are the tokens' order.
-    prefix: whether keys at the start are seen by all.
-    bias: whether the scores have a bias.
-    dropout: whether weights are dropped.
+    has_prefix: whether keys at the start are seen by all.
+    has_bias: whether the scores have a bias.
+    has_dropout: whether weights are dropped.
   """
   q_ids_BL: Optional[jax.Array] = None
   k_ids_BM: Optional[jax.Array] = None
   causal: bool = struct.field(pytree_node=False, default=False)
   window: int = struct.field(pytree_node=False, default=0)
-  rule: bool = struct.field(pytree_node=False, default=False)
+  has_indexer: bool = struct.field(pytree_node=False, default=False)
   in_order: bool = struct.field(pytree_node=False, default=True)
-  prefix: bool = struct.field(pytree_node=False, default=False)
-  bias: bool = struct.field(pytree_node=False, default=False)
-  dropout: bool = struct.field(pytree_node=False, default=False)
+  has_prefix: bool = struct.field(pytree_node=False, default=False)
+  has_bias: bool = struct.field(pytree_node=False, default=False)
+  has_dropout: bool = struct.field(pytree_node=False, default=False)
 
-  def in_parts(self, queries: int) -> bool:
-    """Whether so many queries, of which later ones see more, may meet their
-    keys part by part: as `causal` of `attend`."""
-    if not self.causal or not self.in_order or self.prefix:
+  def allows_query_blocks(self, queries: int) -> bool:
+    """Returns whether so many queries, of which later ones see more, may meet
+    their keys block by block: the argument `causal` of `attend`."""
+    if not self.causal or not self.in_order or self.has_prefix:
       return False
     return sharding.count_shards('length', queries) == 1
 
 
-class Seen(NamedTuple):
+class VisibleKeys(NamedTuple):
   """Which keys queries see, and what is added to their scores.
 
   Attributes:
-    mask: the keys in a kernel's terms.
+    mask: the keys in the terms that kernels know.
     seen_BLM: the keys written out, bool; None: all.
     bias_BHLM: added to the scores; None: nothing is.
   """
@@ -570,24 +703,35 @@ class Seen(NamedTuple):
   bias_BHLM: Optional[jax.Array] = None
 
 
-def seen(kind: LayerKind, c: ModelConfig, ctx: Context,
-         k_positions_BM: jax.Array) -> Seen:
+def find_visible_keys(kind: LayerKind, config: ModelConfig, ctx: Context,
+                      k_positions_BM: jax.Array) -> VisibleKeys:
   """Returns which of the keys at these positions the tokens of a row see, with
-  the bias on the scores that all layers of a stack have, if there is one."""
+  the bias on the scores that all layers of a stack have, if there is one.
+
+  Args:
+    kind: the kind of the layer, with its rule of attention and causality.
+    config: its config.
+    ctx: the context of the layer, with the tokens' positions and documents.
+    k_positions_BM: the positions of the keys.
+  """
   rule, ids_BL = RULES[kind.attention], ctx.segment_ids_BL
-  seen_BLM = visible(kind, c, ctx.positions_BL, k_positions_BM, ids_BL, ids_BL,
-                     ctx.prefix_B)
+  seen_BLM = visible_keys(
+      kind, config, q_positions_BL=ctx.positions_BL,
+      k_positions_BM=k_positions_BM, q_segments_BL=ids_BL, k_segments_BM=ids_BL,
+      prefix_B=ctx.prefix_B)
   # A layer may have another encoding than the stack, without its bias.
   bias_BHLM = None
-  if positions.position_of(c).stack_bias:
+  if positions.position_of(config).stack_bias:
     bias_BHLM = ctx.distances.bias_BHLM
-  ids_BL = parts(kind, c, ctx.positions_BL, ids_BL)
+  # The same for a kernel that makes its mask itself.
+  kernel_ids_BL = segment_ids_with_chunks(
+      kind, config, positions_BL=ctx.positions_BL, segments_BL=ids_BL)
   mask = Mask(
-      q_ids_BL=ids_BL, k_ids_BM=ids_BL, causal=kind.causal,
-      in_order=ctx.in_order, window=rule.window(c) if rule.window else 0,
-      prefix=kind.causal and ctx.prefix_B is not None,
-      bias=bias_BHLM is not None)
-  return Seen(mask, seen_BLM, bias_BHLM)
+      q_ids_BL=kernel_ids_BL, k_ids_BM=kernel_ids_BL, causal=kind.causal,
+      in_order=ctx.in_order, window=rule.window(config) if rule.window else 0,
+      has_prefix=kind.causal and ctx.prefix_B is not None,
+      has_bias=bias_BHLM is not None)
+  return VisibleKeys(mask=mask, seen_BLM=seen_BLM, bias_BHLM=bias_BHLM)
 
 
 class Kernel(NamedTuple):
@@ -605,311 +749,410 @@ class Kernel(NamedTuple):
   run: Callable[..., jax.Array]
 
 
-def choose(c: ModelConfig, mask: Mask, q_length: int, k_length: int, *,
-           strict: bool = True) -> str:
-  """Returns xla, splash or cudnn.
+def choose_attention_kernel(config: ModelConfig, mask: Mask, q_length: int,
+                            k_length: int, *, strict: bool = True) -> str:
+  """Returns the kernel that attention is computed by: xla, splash or cudnn.
+
+  Args:
+    config: the layer's config; its attention_kernel names one, or auto.
+    mask: which keys a query sees.
+    q_length: the number of queries.
+    k_length: the number of keys.
+    strict: whether a named kernel that cannot do it is an error, and not
+      replaced by xla.
 
   Raises:
     ValueError: where config.attention_kernel names one that cannot do it, and
       `strict` asks for no other.
   """
-  name, device = c.attention_kernel, sharding.traced_platform()
-  names = KERNELS if name == 'auto' else [name]
-  for kernel in names:
-    why = refusal(kernel, c, mask, q_length, k_length, device)
-    if not why:
+  name, device = config.attention_kernel, sharding.traced_platform()
+  candidates = KERNELS if name == 'auto' else [name]
+  for kernel in candidates:
+    reason = reason_of_refusal(kernel, config, mask, q_length, k_length, device)
+    if not reason:
       return kernel
     if strict and name != 'auto':
-      _require(name, why)
+      _raise_refusal(name, reason)
   return 'xla'
 
 
-def check_kernel(c: ModelConfig, device: str) -> None:
-  """Raises ValueError where a named kernel does not run on the platform."""
-  _require(c.attention_kernel, _elsewhere(c.attention_kernel, device))
+def check_attention_kernel(config: ModelConfig, device: str) -> None:
+  """Raises ValueError where the attention kernel that the config names does not
+  run on the platform `device`."""
+  name = config.attention_kernel
+  _raise_refusal(name, _refuse_platform(name, device))
 
 
-def _require(name: str, why: str) -> None:
-  """Raises RequestError where there is a reason why not."""
-  if why:
-    others = [x for x in ('auto', 'xla', *KERNELS) if x != name]
-    raise RequestError(f'model.attention_kernel is {name}, {why}: choose from '
-                       f'{", ".join(others)}')
+def _raise_refusal(name: str, reason: str) -> None:
+  """Raises RequestError where there is a reason why a kernel cannot be used;
+  an empty reason raises nothing."""
+  if reason:
+    choices = [x for x in ('auto', 'xla', *KERNELS) if x != name]
+    listed_choices = ', '.join(choices)
+    raise RequestError(f'model.attention_kernel is {name}, {reason}: choose '
+                       f'from {listed_choices}')
 
 
-def _elsewhere(name: str, device: str) -> str:
-  """Returns why a kernel does not run on the device; '': it does."""
-  home = KERNELS[name].platform if name in KERNELS else device
-  if home == device:
+def _refuse_platform(name: str, device: str) -> str:
+  """Returns why a kernel does not run on the platform `device`; '': it does."""
+  kernels_platform = KERNELS[name].platform if name in KERNELS else device
+  if kernels_platform == device:
     return ''
-  return f'which runs on {home}, and this program is for {device}'
+  return f'which runs on {kernels_platform}, and this program is for {device}'
 
 
-def refusal(name: str, c: ModelConfig, mask: Mask, q_length: int,
-            k_length: int, device: str) -> str:
-  """Returns why the kernel cannot compute this; '': it can."""
+def reason_of_refusal(name: str, config: ModelConfig, mask: Mask, q_length: int,
+                      k_length: int, device: str) -> str:
+  """Returns why a kernel cannot compute the attention, as 'which ...'; '': it
+  can.
+
+  Args:
+    name: the kernel, a name of KERNELS or xla.
+    config: the layer's config.
+    mask: which keys a query sees.
+    q_length: the number of queries.
+    k_length: the number of keys.
+    device: the platform of the program.
+  """
   if name == 'xla':
     return ''
-  if mask.bias or mask.dropout:
+  if mask.has_bias or mask.has_dropout:
     return ('which adds no bias to the scores and drops no weights, as '
-            f'model.position {c.position} and model.attention_dropout '
-            f'{c.attention_dropout} do')
-  attention = c.find(AttentionConfig)
+            f'model.position {config.position} and model.attention_dropout '
+            f'{config.attention_dropout} do')
+  attention = config.find(AttentionConfig)
   if attention is not None and attention.attention_difference:
     return 'which takes no values of two heads (model.attention_difference)'
-  why = _elsewhere(name, device)
-  return why or KERNELS[name].refuse(c, mask, q_length, k_length)
+  reason = _refuse_platform(name, device)
+  return reason or KERNELS[name].refuse(config, mask, q_length, k_length)
 
 
-def _refuse_splash(c: ModelConfig, mask: Mask, q_length: int, k_length: int
-                   ) -> str:
+def _refuse_splash(config: ModelConfig, mask: Mask, q_length: int,
+                   k_length: int) -> str:
+  """Returns why splash cannot compute this, as Kernel.refuse; '': it can."""
   shards = sharding.count_shards('length', q_length)
-  by_places = mask.causal or mask.window > 0
-  if mask.prefix or mask.rule or by_places and not mask.in_order:
+  is_by_place = mask.causal or mask.window > 0
+  is_unordered = is_by_place and not mask.in_order
+  if mask.has_prefix or mask.has_indexer or is_unordered:
     return ('which has masks neither for a prefix that all tokens see, nor for '
             'positions without segment ids, nor for rules of attention but '
             'windows')
-  is_padded = mask.causal and shards == 1 and q_length == k_length > TILE
-  whole = q_length % (TILE * shards) == 0 and k_length % TILE == 0
-  if whole or is_padded:
+  can_be_padded = mask.causal and shards == 1 and q_length == k_length > LANES
+  is_multiple = q_length % (LANES * shards) == 0 and k_length % LANES == 0
+  if is_multiple or can_be_padded:
     return ''
-  return (f'which takes lengths in multiples of {TILE * shards}, and '
+  multiple = LANES * shards
+  return (f'which takes lengths in multiples of {multiple}, and '
           f'{q_length} queries meet {k_length} keys')
 
 
-def _whole(L: int) -> int:
-  """Returns the length that so many tokens under a causal mask are padded to:
-  tiles, or whole blocks that are an eighth of it at most."""
-  if L % TILE == 0:
+def _padded_length(L: int) -> int:
+  """Returns the length that so many tokens under a causal mask are padded to
+  for splash: a multiple of LANES, or of a larger block that is an eighth of the
+  tokens at most."""
+  if L % LANES == 0:
     return L
-  block = next(b for b in BLOCKS if b <= max(TILE, L // 8))
+  largest = max(LANES, L // 8)
+  block = next(size for size in SPLASH_BLOCK_SIZES if size <= largest)
   return -(-L // block) * block
 
 
-def _refuse_cudnn(c: ModelConfig, mask: Mask, q_length: int, k_length: int
+def _refuse_cudnn(config: ModelConfig, mask: Mask, q_length: int, k_length: int
                   ) -> str:
-  if c.compute_dtype != jnp.bfloat16:
-    return f'which computes in bfloat16, and model.dtype is {c.dtype}'
-  if c.attention_softcap or c.attention_sinks:
+  """Returns why cudnn cannot compute this, as Kernel.refuse; '': it can."""
+  if config.compute_dtype != jnp.bfloat16:
+    return f'which computes in bfloat16, and model.dtype is {config.dtype}'
+  if config.attention_softcap or config.attention_sinks:
     return 'which has neither model.attention_softcap nor attention_sinks'
-  if c.head_dim % 8 or c.head_dim > 128:
+  if config.head_dim % 8 or config.head_dim > 128:
     return ('which takes heads of a multiple of 8 features up to 128, and '
-            f'model.head_dim is {c.head_dim}')
+            f'model.head_dim is {config.head_dim}')
   if q_length % 2 or k_length % 2:
     return (f'which takes even lengths, and {q_length} queries meet '
             f'{k_length} keys')
-  if not _cudnn_is_here():
+  if not _has_cudnn():
     return 'whose library must be there to compile for it, and it is not'
   return ''
 
 
-def _cudnn_is_here() -> bool:
+def _has_cudnn() -> bool:
+  """Returns whether the library cuDNN is there: whether this machine computes
+  on a GPU of CUDA."""
   return (jax.default_backend() == 'gpu'
           and 'cuda' in jax.devices()[0].client.platform_version)
 
 
-class _Places:
+class _MeshLayout:
   """How queries and keys lie on the mesh: rows and heads of both are split,
   the length of the queries alone.
 
   Attributes:
-    rows: the mesh axes of the rows.
-    length: those of the queries' length.
-    heads: those of the heads.
-    queries: where queries lie.
-    keys: where keys and values lie.
+    row_axes: the mesh axes of the rows.
+    length_axes: those of the queries' length.
+    head_axes: those of the heads.
+    query_spec: where queries lie.
+    key_spec: where keys and values lie.
   """
 
   def __init__(self, q_BLHK: jax.Array, k_BMJK: jax.Array):
     B, L, H, _ = q_BLHK.shape
-    self.rows = self._axes('batch', B)
-    self.length = self._axes('length', L)
-    self.heads = ()
-    if self._axes('kv_heads', k_BMJK.shape[2]):
-      self.heads = self._axes('heads', H)
-    self.queries = self.spec(self.rows, self.length, self.heads)
-    self.keys = self.spec(self.rows, (), self.heads)
+    self.row_axes = self._mesh_axes('batch', B)
+    self.length_axes = self._mesh_axes('length', L)
+    # Heads are split where those of the keys can be, too.
+    self.head_axes = ()
+    if self._mesh_axes('kv_heads', k_BMJK.shape[2]):
+      self.head_axes = self._mesh_axes('heads', H)
+    self.query_spec = self.spec(
+        self.row_axes, self.length_axes, self.head_axes)
+    self.key_spec = self.spec(self.row_axes, (), self.head_axes)
 
-  def _axes(self, axis: str, size: int) -> tuple[str, ...]:
-    """Returns the mesh axes over which an axis of this size is split."""
+  def _mesh_axes(self, axis: str, size: int) -> tuple[str, ...]:
+    """Returns the mesh axes over which a logical axis of this size is split."""
     if sharding.count_shards(axis, size) == 1:
       return ()
     return sharding.mesh_axes(axis)
 
-  def spec(self, *names: tuple[str, ...]) -> PartitionSpec:
-    return PartitionSpec(*(n or None for n in names))
+  def spec(self, *mesh_axes: tuple[str, ...]) -> PartitionSpec:
+    """Returns the spec of an array by the mesh axes of each of its axes."""
+    return PartitionSpec(*(axes or None for axes in mesh_axes))
 
-  def map(self, local: Callable[..., jax.Array],
-          in_specs: tuple[Optional[PartitionSpec], ...]
-          ) -> Callable[..., jax.Array]:
-    """Returns `local`, applied on each device to its share."""
-    if not self.rows + self.length + self.heads:
-      return local
-    return jax.shard_map(local, in_specs=in_specs, out_specs=self.queries,
+  def apply_on_each_device(
+      self, compute: Callable[..., jax.Array],
+      in_specs: tuple[Optional[PartitionSpec], ...]
+      ) -> Callable[..., jax.Array]:
+    """Returns the function that applies `compute` on each device to its share
+    of the arguments, which lie as `in_specs`; the result lies as queries."""
+    if not self.row_axes + self.length_axes + self.head_axes:
+      return compute
+    return jax.shard_map(compute, in_specs=in_specs, out_specs=self.query_spec,
                          check_vma=False)
 
 
-def splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, mask: Mask,
-           *, scale: float, softcap: float = 0.0,
-           sink_H: Optional[jax.Array] = None, interpret: bool = False
-           ) -> jax.Array:
-  """Returns what `attend` does, by Pallas' splash attention; `interpret`: on
-  CPU."""
+def splash_attention(
+    q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, mask: Mask, *,
+    scale: float, softcap: float = 0.0, sink_H: Optional[jax.Array] = None,
+    interpret: bool = False) -> jax.Array:
+  """Returns what `attend` does, by Pallas' splash attention.
+
+  Args:
+    q_BLHK: queries.
+    k_BMJK: keys.
+    v_BMJK: values.
+    mask: which keys a query sees.
+    scale: as of `attend`.
+    softcap: as of `attend`.
+    sink_H: as of `attend`.
+    interpret: whether the kernel is emulated, so that it runs on CPU.
+  """
   B, L, H, _ = q_BLHK.shape
-  M, at = k_BMJK.shape[1], _Places(q_BLHK, k_BMJK)
-  if _whole(L) > L:
-    return _padded_splash(q_BLHK, k_BMJK, v_BMJK, mask, scale=scale,
-                          softcap=softcap, sink_H=sink_H, interpret=interpret)
-  # A mask that differs from query to query is cut up with them.
-  cut = at.length if mask.causal or mask.window else ()
-  queries = L if cut else L // sharding.count_devices_along(at.length)
-  kernel = _splash_kernel(
-      mask, heads=H // sharding.count_devices_along(at.heads), L=queries, M=M,
-      shards=sharding.count_devices_along(cut), softcap=softcap,
+  M, layout = k_BMJK.shape[1], _MeshLayout(q_BLHK, k_BMJK)
+  if _padded_length(L) > L:
+    return _pad_and_apply_splash(
+        q_BLHK, k_BMJK, v_BMJK, mask, scale=scale, softcap=softcap,
+        sink_H=sink_H, interpret=interpret)
+
+  # A mask that differs from query to query is split over the mesh with them.
+  mask_axes = layout.length_axes if mask.causal or mask.window else ()
+  length_shards = sharding.count_devices_along(layout.length_axes)
+  queries = L if mask_axes else L // length_shards
+  heads = H // sharding.count_devices_along(layout.head_axes)
+  kernel = _make_splash_kernel(
+      mask, heads=heads, L=queries, M=M,
+      shards=sharding.count_devices_along(mask_axes), softcap=softcap,
       interpret=interpret)
   q_ids_BL, k_ids_BM = mask.q_ids_BL, mask.k_ids_BM
   if q_ids_BL is not None:
     q_ids_BL = jnp.broadcast_to(q_ids_BL, (B, L))
     k_ids_BM = jnp.broadcast_to(k_ids_BM, (B, M))
 
-  def local(kernel: Any, q_BLHK: jax.Array, k_BMJK: jax.Array,
-            v_BMJK: jax.Array, q_ids_BL: Optional[jax.Array],
-            k_ids_BM: Optional[jax.Array], sink_H: Optional[jax.Array]):
+  def attend_on_device(
+      kernel: Any, q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
+      q_ids_BL: Optional[jax.Array], k_ids_BM: Optional[jax.Array],
+      sink_H: Optional[jax.Array]):
+    """Returns one device's share of the result."""
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
     ids = None
     if q_ids_BL is not None:
       ids = pallas.SegmentIds(q_ids_BL, k_ids_BM)
-    q_BHLK = _heads_first(layers.multiply_exactly(q_BLHK, scale))
-    o_BHLK = _by_splash(kernel, ids, q_BHLK, _heads_first(k_BMJK),
-                        _heads_first(v_BMJK), sink_H)
-    return _heads_first(o_BHLK)
+    q_BHLK = _swap_length_and_heads(layers.multiply_exactly(q_BLHK, scale))
+    o_BHLK = _apply_splash_to_rows(
+        kernel, ids, q_BHLK, _swap_length_and_heads(k_BMJK),
+        _swap_length_and_heads(v_BMJK), sink_H)
+    return _swap_length_and_heads(o_BHLK)
 
   # Each device computes its rows and heads.
-  mesh, of_kernel = jax.sharding.get_abstract_mesh(), None
+  mesh, kernel_spec = jax.sharding.get_abstract_mesh(), None
   if not mesh.empty:
-    of_kernel = kernel.manual_sharding_spec(
-        NamedSharding(mesh, at.spec((), cut)))
-  on_each_device = at.map(local, (
-      of_kernel, at.queries, at.keys, at.keys, at.spec(at.rows, at.length),
-      at.spec(at.rows), at.spec(at.heads)))
-  return on_each_device(kernel, q_BLHK, k_BMJK, v_BMJK, q_ids_BL, k_ids_BM,
-                        sink_H)
+    kernel_spec = kernel.manual_sharding_spec(
+        NamedSharding(mesh, layout.spec((), mask_axes)))
+  in_specs = (
+      kernel_spec, layout.query_spec, layout.key_spec, layout.key_spec,
+      layout.spec(layout.row_axes, layout.length_axes),
+      layout.spec(layout.row_axes), layout.spec(layout.head_axes))
+  attend_on_devices = layout.apply_on_each_device(attend_on_device, in_specs)
+  return attend_on_devices(
+      kernel, q_BLHK, k_BMJK, v_BMJK, q_ids_BL, k_ids_BM, sink_H)
 
 
-def _padded_splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
-                   mask: Mask, **how: Any) -> jax.Array:
-  """Returns what `splash` does, of tokens that are padded to whole blocks. The
-  mask, which is causal, hides the padding from the tokens."""
+def _pad_and_apply_splash(q_BLHK: jax.Array, k_BMJK: jax.Array,
+                          v_BMJK: jax.Array, mask: Mask, **options: Any
+                          ) -> jax.Array:
+  """Returns what `splash_attention` does, of tokens that are padded to whole
+  blocks. The mask, which is causal, hides the padding from the tokens."""
   L = q_BLHK.shape[1]
-  more = _whole(L) - L
+  num_padding = _padded_length(L) - L
 
-  def pad(x: jax.Array) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)))
+  def pad_length(x: jax.Array) -> jax.Array:
+    """Returns x with zeros after its length, axis 1."""
+    other_axes = [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, ((0, 0), (0, num_padding), *other_axes))
 
   if mask.q_ids_BL is not None:
-    mask = mask.replace(q_ids_BL=pad(mask.q_ids_BL),
-                        k_ids_BM=pad(mask.k_ids_BM))
-  o_BLHK = splash(pad(q_BLHK), pad(k_BMJK), pad(v_BMJK), mask, **how)
+    mask = mask.replace(q_ids_BL=pad_length(mask.q_ids_BL),
+                        k_ids_BM=pad_length(mask.k_ids_BM))
+  o_BLHK = splash_attention(pad_length(q_BLHK), pad_length(k_BMJK),
+                            pad_length(v_BMJK), mask, **options)
   return o_BLHK[:, :L]
 
 
 @jax.custom_vjp
-def _by_splash(kernel: Any, ids: Any, q_BHLK: jax.Array, k_BJMK: jax.Array,
-               v_BJMK: jax.Array, sink_H: Optional[jax.Array]) -> jax.Array:
-  """The kernel, of each row.
+def _apply_splash_to_rows(
+    kernel: Any, ids: Any, q_BHLK: jax.Array, k_BJMK: jax.Array,
+    v_BJMK: jax.Array, sink_H: Optional[jax.Array]) -> jax.Array:
+  """Returns the result of the splash kernel for each row, [B, H, L, K].
 
-  It writes the sums of a row's scores 128 times, [B, H, L, 128] in float32, and
-  its gradient reads them once. Left to itself, XLA takes the one of 128 where
-  the gradient needs it, and keeps all of them until then.
+  The gradient is that of the kernel, behind a barrier: the kernel writes the
+  sums of a row's scores 128 times, [B, H, L, 128] in float32, and its gradient
+  reads them once. Left to itself, XLA takes the one of 128 where the gradient
+  needs it, and keeps all of them until then.
   """
   return jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(
       q_BHLK, k_BJMK, v_BJMK, ids, sink_H)
 
 
-def _by_splash_fwd(kernel: Any, ids: Any, *arrays: Optional[jax.Array]):
-  def of_rows(q_BHLK: jax.Array, k_BJMK: jax.Array, v_BJMK: jax.Array,
-              sink_H: Optional[jax.Array]) -> jax.Array:
+def _apply_splash_forward(kernel: Any, ids: Any, *arrays: Optional[jax.Array]):
+  """Returns the result of the kernel, and its vjp function."""
+  def apply_to_rows(q_BHLK: jax.Array, k_BJMK: jax.Array, v_BJMK: jax.Array,
+                    sink_H: Optional[jax.Array]) -> jax.Array:
+    """Returns the result of the kernel for each row."""
     return jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(
         q_BHLK, k_BJMK, v_BJMK, ids, sink_H)
 
-  return jax.lax.optimization_barrier(jax.vjp(of_rows, *arrays))
+  return jax.lax.optimization_barrier(jax.vjp(apply_to_rows, *arrays))
 
 
-def _by_splash_bwd(pull: Any, d_BHLK: jax.Array):
-  return None, None, *pull(d_BHLK)
+def _apply_splash_backward(vjp: Any, do_BHLK: jax.Array):
+  """Returns the gradients of queries, keys, values and sinks from that of the
+  result, do; None for the kernel and the ids."""
+  return None, None, *vjp(do_BHLK)
 
 
-_by_splash.defvjp(_by_splash_fwd, _by_splash_bwd)
+_apply_splash_to_rows.defvjp(_apply_splash_forward, _apply_splash_backward)
 
 
-def _splash_kernel(mask: Mask, heads: int, L: int, M: int, shards: int,
-                   softcap: float, interpret: bool):
-  """The kernel for `heads` heads; its mask is laid out for `shards` of L."""
+def _make_splash_kernel(mask: Mask, heads: int, L: int, M: int, shards: int,
+                        softcap: float, interpret: bool):
+  """Returns a splash kernel of Pallas.
+
+  Args:
+    mask: which keys a query sees; its segment ids are given to the kernel.
+    heads: the number of heads that a device has.
+    L: the number of queries.
+    M: the number of keys.
+    shards: over how many devices the queries and their mask are split.
+    softcap: as of `attend`.
+    interpret: whether the kernel is emulated, so that it runs on CPU.
+  """
   from jax.experimental.pallas.ops.tpu import splash_attention as pallas
   if mask.window:
-    side = mask.window - 1
-    seen = pallas.LocalMask((L, M), (side, 0 if mask.causal else side), 0)
+    reach = mask.window - 1
+    reach_after = 0 if mask.causal else reach
+    head_mask = pallas.LocalMask((L, M), (reach, reach_after), 0)
   elif mask.causal:
-    seen = pallas.CausalMask((L, M))
+    head_mask = pallas.CausalMask((L, M))
   else:
-    seen = pallas.FullMask((L, M))
-  q = next(b for b in BLOCKS if L // shards % b == 0)
-  k = next(b for b in BLOCKS if M % b == 0)
+    head_mask = pallas.FullMask((L, M))
+
+  # The largest blocks that divide a device's queries, and the keys.
+  sizes = SPLASH_BLOCK_SIZES
+  block_q = next(size for size in sizes if L // shards % size == 0)
+  block_kv = next(size for size in sizes if M % size == 0)
   return pallas.make_splash_mha(
-      pallas.MultiHeadMask([seen] * heads), head_shards=1, q_seq_shards=shards,
+      pallas.MultiHeadMask([head_mask] * heads), head_shards=1,
+      q_seq_shards=shards,
       block_sizes=pallas.BlockSizes(
-          block_q=q, block_kv=k, block_kv_compute=k, block_q_dkv=q,
-          block_kv_dkv=k, block_kv_dkv_compute=k, block_q_dq=q, block_kv_dq=k),
+          block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv,
+          block_q_dkv=block_q, block_kv_dkv=block_kv,
+          block_kv_dkv_compute=block_kv, block_q_dq=block_q,
+          block_kv_dq=block_kv),
       attn_logits_soft_cap=softcap or None, interpret=interpret,
       # Where remat keeps products, it keeps what the gradient needs of these.
       residual_checkpoint_name=layers.NAME_OF_PRODUCT)
 
 
-def cudnn(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
-          mask: Mask, seen_BLM: Optional[jax.Array], *,
-          scale: float) -> jax.Array:
-  """Returns what `attend` does, by cuDNN, in bfloat16; `seen_BLM`: the mask,
-  written out, for what is not a causal, banded or whole one of cuDNN's own."""
-  (B, L), M, at = q_BLHK.shape[:2], k_BMJK.shape[1], _Places(q_BLHK, k_BMJK)
-  by_places = mask.in_order and not mask.prefix and not mask.rule
-  whole = mask.q_ids_BL is None and not at.length
-  native = by_places and whole and (mask.causal or not mask.window)
+def cudnn_attention(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
+                    mask: Mask, seen_BLM: Optional[jax.Array], *, scale: float
+                    ) -> jax.Array:
+  """Returns what `attend` does, by cuDNN, in bfloat16.
+
+  Args:
+    q_BLHK: queries.
+    k_BMJK: keys.
+    v_BMJK: values.
+    mask: which keys a query sees.
+    seen_BLM: the mask, written out, which is read where it is not a causal,
+      banded or whole one of cuDNN's own; None: all keys are seen.
+    scale: as of `attend`.
+  """
+  (B, L), M = q_BLHK.shape[:2], k_BMJK.shape[1]
+  layout = _MeshLayout(q_BLHK, k_BMJK)
+
+  # A mask of cuDNN's own, or one that is written out.
+  is_by_place = mask.in_order and not mask.has_prefix and not mask.has_indexer
+  is_whole_row = mask.q_ids_BL is None and not layout.length_axes
+  is_native = (is_by_place and is_whole_row
+               and (mask.causal or not mask.window))
   window = None
-  if native:
+  if is_native:
     seen_BLM = None
     if mask.window:
       window = (mask.window - 1, 0)
   elif seen_BLM is not None:
     seen_BLM = jnp.broadcast_to(seen_BLM, (B, L, M))
 
-  def local(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
-            seen_BLM: Optional[jax.Array]):
+  def attend_on_device(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
+                       seen_BLM: Optional[jax.Array]):
+    """Returns one device's share of the result."""
     return jax.nn.dot_product_attention(
         q_BLHK, k_BMJK, v_BMJK, scale=scale, implementation='cudnn',
         mask=None if seen_BLM is None else seen_BLM[:, None],
-        is_causal=native and mask.causal, local_window_size=window)
+        is_causal=is_native and mask.causal, local_window_size=window)
 
-  on_each_device = at.map(
-      local, (at.queries, at.keys, at.keys, at.spec(at.rows, at.length)))
-  return on_each_device(q_BLHK, k_BMJK, v_BMJK, seen_BLM)
+  in_specs = (layout.query_spec, layout.key_spec, layout.key_spec,
+              layout.spec(layout.row_axes, layout.length_axes))
+  attend_on_devices = layout.apply_on_each_device(attend_on_device, in_specs)
+  return attend_on_devices(q_BLHK, k_BMJK, v_BMJK, seen_BLM)
 
 
 def _run_splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
-                mask: Mask, seen_BLM: Optional[jax.Array], **how: Any
+                mask: Mask, seen_BLM: Optional[jax.Array], **options: Any
                 ) -> jax.Array:
-  """Runs `splash`, which makes its mask itself."""
+  """Returns the result of `splash_attention` by the arguments of Kernel.run;
+  it makes its mask itself, so `seen_BLM` is not read."""
   del seen_BLM
-  return splash(q_BLHK, k_BMJK, v_BMJK, mask, **how)
+  return splash_attention(q_BLHK, k_BMJK, v_BMJK, mask, **options)
 
 
 def _run_cudnn(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
                mask: Mask, seen_BLM: Optional[jax.Array], *, scale: float,
                softcap: float, sink_H: Optional[jax.Array]) -> jax.Array:
-  """Runs `cudnn`, which refuses softcaps and sinks."""
+  """Returns the result of `cudnn_attention` by the arguments of Kernel.run;
+  softcaps and sinks have been refused."""
   del softcap, sink_H
-  return cudnn(q_BLHK, k_BMJK, v_BMJK, mask, seen_BLM, scale=scale)
+  return cudnn_attention(q_BLHK, k_BMJK, v_BMJK, mask, seen_BLM, scale=scale)
 
 
+# The fused kernels; `auto` takes the first that can compute the attention.
 KERNELS = {
     'splash': Kernel(platform='tpu', refuse=_refuse_splash, run=_run_splash),
     'cudnn': Kernel(platform='gpu', refuse=_refuse_cudnn, run=_run_cudnn),

@@ -50,155 +50,203 @@ class LatentAttention(Attention):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
                ) -> tuple[jax.Array, Optional[Cache], Report]:
-    c = self.config
-    asks_BLU, axis = self._asks(x_BLD, ctx)
-    q_BLHK = self._queries(asks_BLU, axis, ctx)
-    index, cache = self.index(x_BLD, asks_BLU, axis, ctx, cache)
+    config = self.config
+    query_input_BLU, axis = self._make_query_input(x_BLD, ctx)
+    q_BLHK = self._make_queries(query_input_BLU, axis, ctx)
+    index, cache = self.apply_indexer(
+        x_BLD, query_input_BLU, axis, ctx, cache)
+
     # The latents: those of the tokens, or all that the cache holds.
-    slots = cache is not None and not kernels.begins(self.kind, ctx)
-    slot_BM1U, k_positions_BM = self._slots(x_BLD, ctx), ctx.positions_BL
+    reads_slots = (
+        cache is not None and not kernels.is_start_of_row(self.kind, ctx))
+    slot_BM1U = self._make_latents_and_keys(x_BLD, ctx)
+    k_positions_BM = ctx.positions_BL
     if cache is not None:
       index_BLJK = None if index is None else index.key_BMJK
       cache = cache.write(slot_BM1U, None, ctx.positions_BL, index_BLJK)
-    if slots:
+    if reads_slots:
       slot_BM1U, _, index_BMJK = cache.slots
       k_positions_BM = jnp.arange(slot_BM1U.shape[1])[None]
       if index is not None:
         index = index.replace(key_BMJK=index_BMJK)
-    scored, k_positions_BM, (slot_BM1U,) = self.choose(
-        index, k_positions_BM, (slot_BM1U,), ctx, slots)
+    scored, k_positions_BM, (slot_BM1U,) = self.choose_keys(
+        index, k_positions_BM, (slot_BM1U,), ctx, reads_slots)
     # Queries may be split over the mesh along the length; each sees all keys.
     slot_BM1U = sharding.constrain(slot_BM1U, 'batch', None, None, None)
+
+    # The weight that makes keys and values of latents.
     L, M = q_BLHK.shape[1], slot_BM1U.shape[1]
-    sizes = c.part(LatentConfig)
-    up_UHK = layers.weight(
-        self, 'kv_up', (sizes.kv_rank, c.num_heads,
-                        sizes.nope_dim + sizes.v_dim), UP_AXES)
+    sizes = config.part(LatentConfig)
+    shape = sizes.kv_rank, config.num_heads, sizes.nope_dim + sizes.v_dim
+    up_UHK = layers.weight(self, 'kv_up', shape, UP_AXES)
+
     # Queries meet the latents as they are, or keys and values made of them.
-    attend = self._on_heads
-    if slots and ctx.deterministic and is_absorbed(c, L, M):
-      attend = self._on_latents
-    seen = self.biased(
-        kernels.seen(self.kind, c, ctx, k_positions_BM), x_BLD, q_BLHK,
-        slot_BM1U, k_positions_BM, ctx)
-    o_BLHK, report = attend(q_BLHK, slot_BM1U, up_UHK, seen, ctx, scored)
-    return self.output(x_BLD, o_BLHK, ctx), cache, report
+    attend = self._attend_to_heads
+    if reads_slots and ctx.deterministic and is_absorbed(config, L, M):
+      attend = self._attend_to_latents
+    visible = self.add_layer_bias(
+        kernels.find_visible_keys(self.kind, config, ctx, k_positions_BM),
+        x_BLD, q_BLHK, slot_BM1U, k_positions_BM, ctx)
+    o_BLHK, report = attend(q_BLHK, slot_BM1U, up_UHK, visible, ctx, scored)
+    return self.project_output(x_BLD, o_BLHK, ctx), cache, report
 
   @property
   def scale(self) -> float:
+    """The factor of the products of queries and keys."""
     return self.config.part(LatentConfig).scale * positions.position_of(
         self.config).score_factor(self.config)
 
-  def _asks(self, x_BLD: jax.Array, ctx: Context) -> tuple[jax.Array, str]:
-    """Returns what queries are made of, [B, L, U], and its logical axis."""
+  def _make_query_input(self, x_BLD: jax.Array, ctx: Context
+                        ) -> tuple[jax.Array, str]:
+    """Returns the input of the queries' product, [B, L, U], and its logical
+    axis: a latent n(W_dq x) with latent.q_rank, else x itself."""
     q_rank = self.config.part(LatentConfig).q_rank
     if not q_rank:
       return x_BLD, 'embed'
-    down_BLU = self._down('query', x_BLD, q_rank, ctx)
-    return self._normalised('query', down_BLU), 'latent'
+    down_BLU = self._project_down('query', x_BLD, q_rank, ctx)
+    return self._normalise_latent('query', down_BLU), 'latent'
 
-  def _queries(self, asks_BLU: jax.Array, axis: str, ctx: Context
-               ) -> jax.Array:
-    c = self.config
-    sizes = c.part(LatentConfig)
+  def _make_queries(self, query_input_BLU: jax.Array, axis: str, ctx: Context
+                    ) -> jax.Array:
+    """Returns the queries, [B, L, H, K], whose last rope_dim features are
+    rotated by their positions.
+
+    Args:
+      query_input_BLU: the input of the queries' product.
+      axis: its logical axis.
+      ctx: the context of the layer.
+    """
+    config = self.config
+    sizes = config.part(LatentConfig)
     name = 'query_up' if sizes.q_rank else 'query'
-    shape = asks_BLU.shape[-1], c.num_heads, sizes.key_dim
+    shape = query_input_BLU.shape[-1], config.num_heads, sizes.key_dim
     gain = 1.0
-    if c.init == 'fan_in':
+    if config.init == 'fan_in':
       # The query's weights have the factor that the scores lack.
       gain = sizes.key_dim ** -0.5 / sizes.scale
     q_BLHK = layers.dense(
-        self, name, 'BLU,UHK->BLHK', asks_BLU, shape, (axis, 'heads', 'head'),
-        gain=gain, with_bias=False, deterministic=ctx.deterministic)
+        self, name, 'BLU,UHK->BLHK', query_input_BLU, shape,
+        (axis, 'heads', 'head'), gain=gain, with_bias=False,
+        deterministic=ctx.deterministic)
     q_BLHK = sharding.constrain(q_BLHK, 'batch', 'length', 'heads', 'head')
-    plain_BLHK, turned_BLHK = jnp.split(q_BLHK, (sizes.nope_dim,), -1)
-    return jnp.concatenate([plain_BLHK, self._turn(turned_BLHK, ctx)], -1)
+    plain_BLHK, rope_BLHK = jnp.split(q_BLHK, (sizes.nope_dim,), -1)
+    return jnp.concatenate([plain_BLHK, self._rotate(rope_BLHK, ctx)], -1)
 
-  def _slots(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
-    """Returns of each token the latent and the turned key, [B, L, 1, U]."""
-    c = self.config
-    sizes = c.part(LatentConfig)
-    down_BLU = self._down('kv', x_BLD, sizes.slot_dim, ctx)
+  def _make_latents_and_keys(self, x_BLD: jax.Array, ctx: Context
+                             ) -> jax.Array:
+    """Returns what a cache holds of each token, [B, L, 1, U]: its latent, and
+    after it the key that all heads share, rotated by its position."""
+    sizes = self.config.part(LatentConfig)
+    down_BLU = self._project_down('kv', x_BLD, sizes.slot_dim, ctx)
     latent_BLU, key_BLU = jnp.split(down_BLU, (sizes.kv_rank,), -1)
-    latent_BLU = self._normalised('kv', latent_BLU)
-    key_BL1U = self._turn(key_BLU[:, :, None], ctx)
+    latent_BLU = self._normalise_latent('kv', latent_BLU)
+    key_BL1U = self._rotate(key_BLU[:, :, None], ctx)
     return jnp.concatenate([latent_BLU[:, :, None], key_BL1U], -1)
 
-  def _normalised(self, name: str, latent_BLU: jax.Array) -> jax.Array:
-    c = self.config
-    norm_config = dataclasses.replace(c, norm_eps=c.part(LatentConfig).norm_eps)
+  def _normalise_latent(self, name: str, latent_BLU: jax.Array) -> jax.Array:
+    """Returns the norm of a latent, with the parameters `name`_norm."""
+    config = self.config
+    norm_eps = config.part(LatentConfig).norm_eps
+    norm_config = dataclasses.replace(config, norm_eps=norm_eps)
     return layers.norm(norm_config, f'{name}_norm', 'latent')(latent_BLU)
 
-  def _down(self, name: str, x_BLD: jax.Array, size: int, ctx: Context
-            ) -> jax.Array:
-    c, name = self.config, f'{name}_down'
-    y_BLU = layers.dense(self, name, 'BLD,DU->BLU', x_BLD, (c.d_model, size),
-                         ('embed', 'latent'), with_bias=False,
-                         deterministic=ctx.deterministic)
-    if c.attention_bias:
+  def _project_down(self, name: str, x_BLD: jax.Array, size: int, ctx: Context
+                    ) -> jax.Array:
+    """Returns W x, [B, L, size], with a bias where the model's attention has
+    biases; the parameters are named `name`_down."""
+    config, name = self.config, f'{name}_down'
+    y_BLU = layers.dense(
+        self, name, 'BLD,DU->BLU', x_BLD, (config.d_model, size),
+        ('embed', 'latent'), with_bias=False, deterministic=ctx.deterministic)
+    if config.attention_bias:
       bias_U = layers.bias(self, f'{name}_bias', (size,), (None,))
       y_BLU = layers.add_bias(y_BLU, bias_U)
     return sharding.constrain(y_BLU, 'batch', 'length', None)
 
-  def _turn(self, x_BLHK: jax.Array, ctx: Context) -> jax.Array:
+  def _rotate(self, x_BLHK: jax.Array, ctx: Context) -> jax.Array:
+    """Returns x rotated by its tokens' positions, where the position encoding
+    is rotary."""
     rotate = positions.position_of(self.config).rotate
     if not rotate:
       return x_BLHK
-    return rotate(x_BLHK, ctx.positions_BL, turned(self.config), ctx.length)
+    config = config_of_rotated_part(self.config)
+    return rotate(x_BLHK, ctx.positions_BL, config, ctx.length)
 
-  def _on_heads(self, q_BLHK: jax.Array, slot_BM1U: jax.Array,
-                up_UHK: jax.Array, seen: kernels.Seen, ctx: Context,
-                scored: Optional[indexer.Scored]
-                ) -> tuple[jax.Array, Report]:
-    """Meets keys and values that are made of the latents, a head each."""
-    c = self.config
-    sizes = c.part(LatentConfig)
+  def _attend_to_heads(self, q_BLHK: jax.Array, slot_BM1U: jax.Array,
+                       up_UHK: jax.Array, visible: kernels.VisibleKeys,
+                       ctx: Context, scored: Optional[indexer.ScoredKeys]
+                       ) -> tuple[jax.Array, Report]:
+    """Returns the heads' results, [B, L, H, K], and a report, by keys and
+    values that are made of the latents, for each head its own.
+
+    Args:
+      q_BLHK: queries.
+      slot_BM1U: the latents and the rotated keys, as a cache holds them.
+      up_UHK: the weight that makes keys and values of latents.
+      visible: which keys the queries see.
+      ctx: the context of the layer.
+      scored: the scores of the keys by an indexer; None: there is none.
+    """
+    sizes = self.config.part(LatentConfig)
     latent_BM1U, key_BM1K = jnp.split(slot_BM1U, (sizes.kv_rank,), -1)
     kv_BMHK = layers.product(
         self, 'kv_up', 'BMU,UHK->BMHK', latent_BM1U[:, :, 0], up_UHK, UP_AXES,
         deterministic=ctx.deterministic)
     k_BMHK, v_BMHK = jnp.split(kv_BMHK, (sizes.nope_dim,), -1)
+    # The rotated key is appended to the key of every head.
     key_BMHK = jnp.broadcast_to(
         key_BM1K, (*k_BMHK.shape[:3], sizes.rope_dim))
     k_BMHK = jnp.concatenate([k_BMHK, key_BMHK], -1)
-    k_BMHK, v_BMHK = (sharding.constrain(x, 'batch', None, 'heads', 'head')
-                      for x in (k_BMHK, v_BMHK))
-    with self.useful(q_BLHK, k_BMHK, ctx):
-      return self.weigh(q_BLHK, k_BMHK, v_BMHK, seen, ctx, scored=scored)
+    k_BMHK = sharding.constrain(k_BMHK, 'batch', None, 'heads', 'head')
+    v_BMHK = sharding.constrain(v_BMHK, 'batch', None, 'heads', 'head')
+    with self.count_visible_pairs_only(q_BLHK, k_BMHK, ctx):
+      return self.weigh_values(
+          q_BLHK, k_BMHK, v_BMHK, visible, ctx, scored=scored)
 
-  def _on_latents(self, q_BLHK: jax.Array, slot_BM1U: jax.Array,
-                  up_UHK: jax.Array, seen: kernels.Seen, ctx: Context,
-                  scored: Optional[indexer.Scored]
-                  ) -> tuple[jax.Array, Report]:
-    """Meets the latents themselves, as keys and values that all heads share."""
-    c = self.config
+  def _attend_to_latents(self, q_BLHK: jax.Array, slot_BM1U: jax.Array,
+                         up_UHK: jax.Array, visible: kernels.VisibleKeys,
+                         ctx: Context, scored: Optional[indexer.ScoredKeys]
+                         ) -> tuple[jax.Array, Report]:
+    """Returns what `_attend_to_heads` does, by the latents themselves, as keys
+    and values that all heads share: with k = W_k c and v = W_v c,
+
+      q . k = (W_k^T q) . c,    sum of p v = W_v sum of p c
+
+    Args as there.
+    """
+    config = self.config
     up_UHK = layers.adapted_weight(self, 'kv_up', up_UHK, UP_AXES)
-    sizes = c.part(LatentConfig)
+    sizes = config.part(LatentConfig)
     key_UHK, value_UHK = jnp.split(up_UHK, (sizes.nope_dim,), -1)
-    q_BLHK, turned_BLHK = jnp.split(q_BLHK, (sizes.nope_dim,), -1)
-    q_BLHU = layers.einsum('BLHK,UHK->BLHU', q_BLHK, key_UHK, c.compute_dtype)
-    q_BLHU = jnp.concatenate([q_BLHU, turned_BLHK], -1)
+    # Queries by the features of a latent, and then the rotated ones.
+    q_BLHK, rope_BLHK = jnp.split(q_BLHK, (sizes.nope_dim,), -1)
+    q_BLHU = layers.einsum(
+        'BLHK,UHK->BLHU', q_BLHK, key_UHK, config.compute_dtype)
+    q_BLHU = jnp.concatenate([q_BLHU, rope_BLHK], -1)
     value_BM1U = slot_BM1U[..., :sizes.kv_rank]
-    with self.useful(q_BLHU, slot_BM1U, ctx):
-      o_BLHU, report = self.weigh(
-          q_BLHU, slot_BM1U, value_BM1U, seen, ctx, scored=scored)
+    with self.count_visible_pairs_only(q_BLHU, slot_BM1U, ctx):
+      o_BLHU, report = self.weigh_values(
+          q_BLHU, slot_BM1U, value_BM1U, visible, ctx, scored=scored)
     o_BLHK = layers.einsum(
-        'BLHU,UHK->BLHK', o_BLHU, value_UHK, c.compute_dtype)
+        'BLHU,UHK->BLHK', o_BLHU, value_UHK, config.compute_dtype)
     return o_BLHK, report
 
 
-def is_absorbed(c: ModelConfig, queries: int, slots: int) -> bool:
-  """Whether so many queries meet the slots of a cache with fewer products as
-  they are than as keys and values of each head."""
-  dims = c.part(LatentConfig)
-  up = dims.kv_rank * (dims.nope_dim + dims.v_dim)
-  return (queries * (up + slots * (dims.kv_rank + dims.slot_dim))
-          < slots * (up + queries * (dims.key_dim + dims.v_dim)))
+def is_absorbed(config: ModelConfig, queries: int, slots: int) -> bool:
+  """Returns whether so many queries meet the slots of a cache with fewer
+  multiplications by the latents themselves than by keys and values that are
+  made of them for each head."""
+  sizes = config.part(LatentConfig)
+  up = sizes.kv_rank * (sizes.nope_dim + sizes.v_dim)
+  by_latents = queries * (up + slots * (sizes.kv_rank + sizes.slot_dim))
+  by_heads = slots * (up + queries * (sizes.key_dim + sizes.v_dim))
+  return by_latents < by_heads
 
 
-def turned(c: ModelConfig) -> ModelConfig:
-  """Returns a config whose heads are the part that positions turn."""
-  return dataclasses.replace(c, head_dim=c.part(LatentConfig).rope_dim)
+def config_of_rotated_part(config: ModelConfig) -> ModelConfig:
+  """Returns a config whose heads are the features that positions rotate."""
+  rope_dim = config.part(LatentConfig).rope_dim
+  return dataclasses.replace(config, head_dim=rope_dim)
 
 
 class Latent(mixer.Mixer):
@@ -209,30 +257,35 @@ class Latent(mixer.Mixer):
   positional = has_scores = True
 
   def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Cache:
+    """Returns an empty cache of a layer, of `shape` (rows, tokens): latents and
+    rotated keys, and the keys of an indexer."""
     sizes = c.part(LatentConfig)
     key_BM1K = jnp.zeros((*shape, 1, sizes.slot_dim), c.compute_dtype)
-    return Cache(key_BMJK=key_BM1K, index_BMJK=indexer.empty(c, shape),
-                 inputs=indexer.inputs(c, shape))
+    return Cache(key_BMJK=key_BM1K,
+                 index_BMJK=indexer.empty_key_cache(c, shape),
+                 inputs=indexer.empty_block_inputs(c, shape))
 
   def fields_to_divide(self, c: ModelConfig) -> mixer.AxesAndFields:
     return (('tensor', 'num_heads'), ('fsdp', 'latent.kv_rank'),
             ('fsdp', 'latent.q_rank'))
 
   def check(self, c: ModelConfig, stack: str) -> None:
-    who = "model.mixer is 'latent'"
-    require(stack != 'encoder-decoder', f'{who}, which has no attention to the '
-            f'memory of an encoder, as model.arch {c.arch!r} needs: choose '
-            'attention')
-    require(c.parametrization != 'mup', f"{who}, for whose ranks "
+    """Raises RequestError for what latent attention cannot be."""
+    request = "model.mixer is 'latent'"
+    require(stack != 'encoder-decoder', f'{request}, which has no attention '
+            f'to the memory of an encoder, as model.arch {c.arch!r} needs: '
+            'choose attention')
+    require(c.parametrization != 'mup', f"{request}, for whose ranks "
             "model.parametrization 'mup' has no rule: choose standard")
     sizes = c.part(LatentConfig)
-    require(c.attention_kernel in ('auto', 'xla'), f'{who}, whose keys have '
-            f'{sizes.key_dim} features and whose values {sizes.v_dim}: '
+    require(c.attention_kernel in ('auto', 'xla'), f'{request}, whose keys '
+            f'have {sizes.key_dim} features and whose values {sizes.v_dim}: '
             f'model.attention_kernel {c.attention_kernel} takes heads of one '
             'size, so choose auto or xla')
     if positions.position_of(c).rotate:
       rope = c.part(RopeConfig)
       require(rope.fraction == 1, f'model.rope.fraction is {rope.fraction}, '
-              f'and {who}, of whose heads model.latent.rope_dim features are '
-              'turned: set it to 1')
-      positions.check_rope(turned(c), head='model.latent.rope_dim')
+              f'and {request}, of whose heads model.latent.rope_dim features '
+              'are turned: set it to 1')
+      positions.check_rope(
+          config_of_rotated_part(c), head='model.latent.rope_dim')

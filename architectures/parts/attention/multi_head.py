@@ -35,7 +35,7 @@ from architectures.parts.context import Context, FirstLayerValues, KeysAndValues
 from architectures.parts.report import Report
 from common.errors import RequestError
 
-GATE = 'output_gate'  # its weight, and the product for adapters
+GATE = 'output_gate'  # the name of the gate's weight, and of its product
 
 
 class Attention(nn.Module):
@@ -55,35 +55,48 @@ class Attention(nn.Module):
         self.config).score_factor(self.config)
 
   def project(self, name: str, x_BLD: jax.Array, ctx: Context) -> jax.Array:
-    """Returns W x, [B, L, heads, K], for the `name` query, key or value."""
-    c = self.config
-    heads, axis, gain = c.num_kv_heads, 'kv_heads', 1.0
+    """Returns W x, [B, L, heads, K], with the weights of the `name` query, key
+    or value."""
+    config = self.config
+    heads, axis, gain = config.num_kv_heads, 'kv_heads', 1.0
     if name == 'query':
-      heads, axis = c.num_heads, 'heads'
-      if c.init == 'fan_in':
+      heads, axis = config.num_heads, 'heads'
+      if config.init == 'fan_in':
         # The query's weights have the factor that the scores lack (T5).
-        gain = c.base_head_dim ** -0.5 / c.attention_scale
+        gain = config.base_head_dim ** -0.5 / config.attention_scale
     return layers.dense(
-        self, name, 'BLD,DHK->BLHK', x_BLD, (c.d_model, heads, c.head_dim),
-        ('embed', axis, 'head'), gain=gain, with_bias=c.attention_bias,
+        self, name, 'BLD,DHK->BLHK', x_BLD,
+        (config.d_model, heads, config.head_dim), ('embed', axis, 'head'),
+        gain=gain, with_bias=config.attention_bias,
         deterministic=ctx.deterministic)
 
-  def biased(self, seen: kernels.Seen, x_BLD: jax.Array, q_BLHK: jax.Array,
-             k_BMJK: jax.Array, at_BM: jax.Array, ctx: Context
-             ) -> kernels.Seen:
-    """Returns what the queries see, with the bias that the layer makes itself,
-    where its position encoding has one."""
-    bias = positions.position_of(self.config).layer_bias
-    if not bias:
-      return seen
-    bias_BHLM = bias(self, x_BLD, q_BLHK, k_BMJK, at_BM, ctx)
-    return seen._replace(mask=seen.mask.replace(bias=True),
-                         bias_BHLM=bias_BHLM)
+  def add_layer_bias(self, visible: kernels.VisibleKeys, x_BLD: jax.Array,
+                     q_BLHK: jax.Array, k_BMJK: jax.Array,
+                     k_positions_BM: jax.Array, ctx: Context
+                     ) -> kernels.VisibleKeys:
+    """Returns which keys the queries see, with the bias on their scores that
+    the layer makes itself, where its position encoding has one.
 
-  def weigh(self, q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
-            seen: kernels.Seen, ctx: Context, *, fused: bool = True,
-            strict: bool = True, scored: Optional[indexer.Scored] = None
-            ) -> tuple[jax.Array, Report]:
+    Args:
+      visible: which keys the queries see.
+      x_BLD: the layer's input.
+      q_BLHK: queries.
+      k_BMJK: keys.
+      k_positions_BM: the positions of the keys.
+      ctx: the context of the layer.
+    """
+    make_bias = positions.position_of(self.config).layer_bias
+    if not make_bias:
+      return visible
+    bias_BHLM = make_bias(self, x_BLD, q_BLHK, k_BMJK, k_positions_BM, ctx)
+    return visible._replace(mask=visible.mask.replace(has_bias=True),
+                            bias_BHLM=bias_BHLM)
+
+  def weigh_values(self, q_BLHK: jax.Array, k_BMJK: jax.Array,
+                   v_BMJK: jax.Array, visible: kernels.VisibleKeys,
+                   ctx: Context, *, fused: bool = True, strict: bool = True,
+                   scored: Optional[indexer.ScoredKeys] = None
+                   ) -> tuple[jax.Array, Report]:
     """Returns o_l = sum over m of softmax over m (scale q_l k_m) v_m, of the
     keys that l sees, [B, L, H, K].
 
@@ -91,137 +104,185 @@ class Attention(nn.Module):
       q_BLHK: queries.
       k_BMJK: keys.
       v_BMJK: values.
-      seen: which keys the queries see.
+      visible: which keys the queries see.
       ctx: the context.
-      fused: whether a fused kernel may compute it; none meets a cache's slots.
-      strict: as of kernels.choose.
+      fused: whether a fused kernel may compute it; none reads the slots of a
+        cache.
+      strict: as of kernels.choose_attention_kernel.
       scored: the scores of the keys by an indexer; None: there is none.
 
     Returns:
       o, and a report: the weights where the context asks for them, and in
       training the loss of an indexer.
     """
-    c, key, sink_H = self.config, None, None
+    config, key, sink_H = self.config, None, None
     L, M = q_BLHK.shape[1], k_BMJK.shape[1]
     # An indexer hides keys, and dropout hides weights.
     if scored is not None:
-      seen = self._best(seen, scored, M)
-    mask = seen.mask
-    if c.attention_dropout and not ctx.deterministic:
-      key, mask = self.make_rng('dropout'), mask.replace(dropout=True)
-    if c.attention_sinks:
-      sink_H = layers.bias(self, 'sink', (c.num_heads,), ('heads',))
-    scores = dict(mask_BLM=seen.seen_BLM, bias_BHLM=seen.bias_BHLM,
-                  sink_H=sink_H, scale=self.scale, softcap=c.attention_softcap)
+      visible = self._hide_all_but_best_keys(visible, scored, M)
+    mask = visible.mask
+    if config.attention_dropout and not ctx.deterministic:
+      key, mask = self.make_rng('dropout'), mask.replace(has_dropout=True)
+    if config.attention_sinks:
+      sink_H = layers.bias(self, 'sink', (config.num_heads,), ('heads',))
+    score_arguments = dict(
+        mask_BLM=visible.seen_BLM, bias_BHLM=visible.bias_BHLM, sink_H=sink_H,
+        scale=self.scale, softcap=config.attention_softcap)
+
     # The layer reports its weights, which `attend` does not return.
-    causal, report = mask.in_parts(L), Report()
+    causal, report = mask.allows_query_blocks(L), Report()
     if ctx.keep_attention:
-      report = report.replace(
-          weights_BHLM=kernels.weights(q_BLHK, k_BMJK, **scores))
+      weights_BHLM = kernels.attention_weights(
+          q_BLHK, k_BMJK, **score_arguments)
+      report = report.replace(weights_BHLM=weights_BHLM)
     if scored is not None and not ctx.deterministic:
       loss = self._indexer_loss(
-          scored, *jax.lax.stop_gradient((q_BLHK, k_BMJK)), seen.seen_BLM, ctx,
-          causal=causal, **scores)
+          scored, *jax.lax.stop_gradient((q_BLHK, k_BMJK)), visible.seen_BLM,
+          ctx, causal=causal, **score_arguments)
       report = report.replace(losses={'indexer': loss})
+
     # The products, by the kernel that the config asks for.
     kernel = 'xla'
     if self.FUSED and fused and not self.is_initializing():
-      kernel = kernels.choose(c, mask, L, M, strict=strict)
+      kernel = kernels.choose_attention_kernel(
+          config, mask, L, M, strict=strict)
     if kernel == 'xla':
       o_BLHK = kernels.attend(
-          q_BLHK, k_BMJK, v_BMJK, key=key, dropout=c.attention_dropout,
-          causal=causal, window=mask.window, **scores)
+          q_BLHK, k_BMJK, v_BMJK, key=key, dropout=config.attention_dropout,
+          causal=causal, window=mask.window, **score_arguments)
     else:
       o_BLHK = kernels.KERNELS[kernel].run(
-          q_BLHK, k_BMJK, v_BMJK, mask, seen.seen_BLM, scale=self.scale,
-          softcap=c.attention_softcap, sink_H=sink_H)
+          q_BLHK, k_BMJK, v_BMJK, mask, visible.seen_BLM, scale=self.scale,
+          softcap=config.attention_softcap, sink_H=sink_H)
     return o_BLHK, report
 
-  def output(self, x_BLD: jax.Array, o_BLHK: jax.Array, ctx: Context
-             ) -> jax.Array:
-    """Returns y = W_o o, [B, L, D], of what the heads return through a gate,
-    where there is one: see GATES."""
-    c = self.config
-    gate = GATES[c.attention_gate]
-    if gate:
-      o_BLHK = gate(self, x_BLD, o_BLHK, deterministic=ctx.deterministic)
+  def project_output(self, x_BLD: jax.Array, o_BLHK: jax.Array, ctx: Context
+                     ) -> jax.Array:
+    """Returns y = W_o o, [B, L, D], of the heads' results o, which go through a
+    gate first where model.attention_gate names one: see GATES."""
+    config = self.config
+    gate_heads = GATES[config.attention_gate]
+    if gate_heads:
+      o_BLHK = gate_heads(
+          self, x_BLD, o_BLHK, deterministic=ctx.deterministic)
     o_BLHK = sharding.constrain(o_BLHK, 'batch', 'length', 'heads', 'head')
     return layers.dense(
-        self, 'out', 'BLHK,HKD->BLD', o_BLHK, (*o_BLHK.shape[2:], c.d_model),
-        ('heads', 'head', 'embed'), in_axes=(0, 1), residual=True,
-        with_bias=c.attention_bias and c.attention_out_bias,
+        self, 'out', 'BLHK,HKD->BLD', o_BLHK,
+        (*o_BLHK.shape[2:], config.d_model), ('heads', 'head', 'embed'),
+        in_axes=(0, 1), residual=True,
+        with_bias=config.attention_bias and config.attention_out_bias,
         deterministic=ctx.deterministic)
 
-  def useful(self, queries: jax.Array, keys: jax.Array, ctx: Context) -> Any:
-    """Returns a scope whose products count as those of the pairs of a query and
-    a key that the mask shows: see layers.count_flops_as_useful_part."""
-    part, whole, prompt = kernels.share(
+  def count_visible_pairs_only(self, queries: jax.Array, keys: jax.Array,
+                               ctx: Context) -> Any:
+    """Returns a scope in which the FLOPs of products of all queries and keys
+    count as those of the pairs that the mask shows: see
+    layers.count_flops_as_useful_part."""
+    visible_pairs, all_pairs, prompt_pairs = kernels.count_useful_pairs(
         self.kind, self.config, queries.shape[1], keys.shape[1],
         prefix=ctx.prefix_B is not None)
-    return layers.count_flops_as_useful_part(part, whole, prompt)
+    return layers.count_flops_as_useful_part(
+        visible_pairs, all_pairs, prompt_pairs)
 
   # An indexer (indexer.py) chooses the keys that a query sees.
 
-  def index(self, x_BLD: jax.Array, asks_BLU: jax.Array, axis: str,
-            ctx: Context, cache: Optional[Cache]
-            ) -> tuple[Optional[indexer.Index], Optional[Cache]]:
-    """Returns what an indexer makes of the tokens, None: there is none; and the
-    cache with what it keeps of them beside its keys. `axis` is the logical axis
-    of `asks_BLU`, what its queries are made of."""
+  def apply_indexer(self, x_BLD: jax.Array, query_input_BLU: jax.Array,
+                    axis: str, ctx: Context, cache: Optional[Cache]
+                    ) -> tuple[Optional[indexer.Index], Optional[Cache]]:
+    """Returns an indexer's queries and keys of the tokens, or None where the
+    layer has no indexer; and the cache with what the indexer keeps beside its
+    keys.
+
+    Args:
+      x_BLD: the layer's input.
+      query_input_BLU: the input of the product that makes queries.
+      axis: its logical axis.
+      ctx: the context of the layer.
+      cache: the layer's cache; None: there is none.
+    """
     if not kernels.RULES[self.kind.attention].top:
       return None, cache
-    before = None if cache is None else cache.inputs
+    previous_inputs = None if cache is None else cache.inputs
     index = indexer.Indexer(self.config, axis, name='indexer')(
-        x_BLD, asks_BLU, ctx, before)
+        x_BLD, query_input_BLU, ctx, previous_inputs)
     if cache is not None:
       cache = cache.replace(inputs=cache.inputs | index.inputs)
     return index, cache
 
-  def choose(self, index: Optional[indexer.Index], at_BM: jax.Array,
-             arrays: tuple[jax.Array, ...], ctx: Context, slots: bool
-             ) -> tuple[Optional[indexer.Scored], jax.Array, tuple]:
-    """Returns the indexer's scores of the keys, the keys' positions and their
-    arrays [B, M, J, K]. Where one token meets the `slots` of a cache, the keys
-    that it chooses alone are returned, without scores."""
+  def choose_keys(self, index: Optional[indexer.Index],
+                  k_positions_BM: jax.Array, arrays: tuple[jax.Array, ...],
+                  ctx: Context, reads_slots: bool
+                  ) -> tuple[Optional[indexer.ScoredKeys], jax.Array, tuple]:
+    """Returns the indexer's scores of the keys, the keys' positions, and their
+    arrays [B, M, J, K].
+
+    Where one token meets the slots of a cache, only the keys that it chooses
+    are returned, without scores.
+
+    Args:
+      index: the indexer's queries and keys; None: there is no indexer.
+      k_positions_BM: the positions of the keys.
+      arrays: arrays [B, M, J, K] of the keys, such as keys and values.
+      ctx: the context of the layer.
+      reads_slots: whether the keys are the slots of a cache.
+    """
     if index is None:
-      return None, at_BM, arrays
-    c, top = self.config, self.config.part(IndexerConfig).top_k
+      return None, k_positions_BM, arrays
+    config, top_k = self.config, self.config.part(IndexerConfig).top_k
     B, L = index.query_BLHK.shape[:2]
     M = arrays[0].shape[1]
+
     # All keys that a query may see are scored.
-    whole = dataclasses.replace(self.kind, attention='global')
-    share = kernels.share(whole, c, L, M, prefix=ctx.prefix_B is not None)
-    with layers.count_flops_as_useful_part(*share):
-      scored = indexer.scored(c, index, None if slots else ctx.segment_ids_BL)
-    gathers = (slots and indexer.gathers(top, (B, L, M))
-               and ctx.distances.bias_BHLM is None and not ctx.keep_attention)
-    if not gathers:
-      return scored, at_BM, arrays
-    seen_BLM = kernels.seen(self.kind, c, ctx, at_BM).seen_BLM
-    best_BM = scored.places(seen_BLM, top)
+    global_kind = dataclasses.replace(self.kind, attention='global')
+    pairs = kernels.count_useful_pairs(
+        global_kind, config, L, M, prefix=ctx.prefix_B is not None)
+    segment_ids = None if reads_slots else ctx.segment_ids_BL
+    with layers.count_flops_as_useful_part(*pairs):
+      scored = indexer.score_keys(config, index, segment_ids)
+
+    # The best keys are copied, or else a mask hides the others later.
+    copies_keys = (
+        reads_slots and indexer.should_copy_chosen_keys(top_k, (B, L, M))
+        and ctx.distances.bias_BHLM is None and not ctx.keep_attention)
+    if not copies_keys:
+      return scored, k_positions_BM, arrays
+    seen_BLM = kernels.find_visible_keys(
+        self.kind, config, ctx, k_positions_BM).seen_BLM
+    best_BM = scored.indices_of_best(seen_BLM, top_k)
     chosen = [jnp.take_along_axis(x_BMJK, best_BM[..., None, None], 1,
                                   mode='clip') for x_BMJK in arrays]
     return None, best_BM, tuple(chosen)
 
-  def _indexer_loss(self, scored: indexer.Scored, q_BLHK: jax.Array,
+  def _indexer_loss(self, scored: indexer.ScoredKeys, q_BLHK: jax.Array,
                     k_BMJK: jax.Array, seen_BLM: Optional[jax.Array],
-                    ctx: Context, **scores: Any) -> jax.Array:
-    """Returns how far the indexer is from the mean over heads of the weights.
-    """
-    target_BLM = jax.lax.stop_gradient(kernels.weights(
-        q_BLHK, k_BMJK, mean=True, **scores))
-    distance = scored.divergence(target_BLM, seen_BLM, ctx)
-    return self.config.part(IndexerConfig).loss_weight * distance
+                    ctx: Context, **score_arguments: Any) -> jax.Array:
+    """Returns the weighted divergence of the indexer's scores from the mean
+    over heads of the attention's weights.
 
-  def _best(self, seen: kernels.Seen, scored: indexer.Scored, keys: int
-            ) -> kernels.Seen:
-    """Returns which of so many keys are seen, of those that an indexer scores
-    highest."""
-    top = self.config.part(IndexerConfig).top_k
-    if not 0 < top < keys:
-      return seen
-    return seen._replace(seen_BLM=scored.best(seen.seen_BLM, top),
-                         mask=seen.mask.replace(rule=True))
+    Args:
+      scored: the indexer's scores of the keys.
+      q_BLHK: queries.
+      k_BMJK: keys.
+      seen_BLM: which keys a query sees; None: all.
+      ctx: the context of the layer.
+      **score_arguments: the other arguments of kernels.attention_weights.
+    """
+    target_BLM = jax.lax.stop_gradient(kernels.attention_weights(
+        q_BLHK, k_BMJK, mean=True, **score_arguments))
+    divergence = scored.divergence(target_BLM, seen_BLM, ctx)
+    return self.config.part(IndexerConfig).loss_weight * divergence
+
+  def _hide_all_but_best_keys(
+      self, visible: kernels.VisibleKeys, scored: indexer.ScoredKeys,
+      num_keys: int) -> kernels.VisibleKeys:
+    """Returns which of `num_keys` keys are seen: of those in `visible` the
+    top_k that an indexer scores highest, or all where top_k is 0 or more."""
+    top_k = self.config.part(IndexerConfig).top_k
+    if not 0 < top_k < num_keys:
+      return visible
+    best_BLM = scored.mask_of_best(visible.seen_BLM, top_k)
+    return visible._replace(seen_BLM=best_BLM,
+                            mask=visible.mask.replace(has_indexer=True))
 
 
 class SelfAttention(Attention):
@@ -231,96 +292,114 @@ class SelfAttention(Attention):
     q_l = W_q x_l,   k_m = W_k x_m,   v_m = W_v x_m
     y_l = W_o sum over m of softmax over m (scale q_l k_m) v_m
 
-  steps.py has what changes q, k and v; kernels.weights is the softmax.
+  steps.py has what changes q, k and v; kernels.attention_weights is the
+  softmax.
   """
   settings = AttentionConfig
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
                ) -> tuple[jax.Array, Optional[Cache], Report]:
-    c = self.config
-    index, cache = self.index(x_BLD, x_BLD, 'embed', ctx, cache)
-    q_BLHK, cache = self.queries(x_BLD, ctx, cache)
+    config = self.config
+    index, cache = self.apply_indexer(x_BLD, x_BLD, 'embed', ctx, cache)
+    q_BLHK, cache = self.make_queries(x_BLD, ctx, cache)
+
     # Keys and values: an earlier layer's, or the layer's own.
-    slots = cache is not None and not kernels.begins(self.kind, ctx)
+    reads_slots = (
+        cache is not None and not kernels.is_start_of_row(self.kind, ctx))
     keys, first = ctx.shared.keys, None
     if keys is None:
-      keys, first, cache = self.keys_and_values(x_BLD, ctx, cache)
-      keys, index, cache = remembered(keys, index, ctx, cache, slots)
+      keys, first, cache = self.make_keys_and_values(x_BLD, ctx, cache)
+      keys, index, cache = write_and_read_cache(
+          keys, index, ctx, cache=cache, reads_slots=reads_slots)
     k_BMJK, v_BMJK = keys.key_BMJK, keys.value_BMJK
-    at_BM = ctx.positions_BL
-    if slots:
-      at_BM = jnp.arange(k_BMJK.shape[1])[None]
-    scored, at_BM, (k_BMJK, v_BMJK) = self.choose(
-        index, at_BM, (k_BMJK, v_BMJK), ctx, slots)
+    k_positions_BM = ctx.positions_BL
+    if reads_slots:
+      k_positions_BM = jnp.arange(k_BMJK.shape[1])[None]
+    scored, k_positions_BM, (k_BMJK, v_BMJK) = self.choose_keys(
+        index, k_positions_BM, (k_BMJK, v_BMJK), ctx, reads_slots)
     # Queries may be split over the mesh along the length; each sees all keys.
     k_BMJK = sharding.constrain(k_BMJK, 'batch', None, 'kv_heads', 'head')
     v_BMJK = sharding.constrain(v_BMJK, 'batch', None, 'kv_heads', 'head')
-    # Each query weighs the values of the keys that it sees.
-    seen = self.biased(kernels.seen(self.kind, c, ctx, at_BM), x_BLD, q_BLHK,
-                       k_BMJK, at_BM, ctx)
-    with self.useful(q_BLHK, k_BMJK, ctx):
-      o_BLHK, report = self.weigh(
-          q_BLHK, k_BMJK, steps.values_of_pairs(c, v_BMJK), seen, ctx,
-          fused=not slots, strict=cache is None, scored=scored)
-    o_BLHK = steps.subtracted(self, o_BLHK)
-    lent = KeysAndValues(k_BMJK, v_BMJK) if ctx.shared.lends else None
-    report = report.replace(first_values=first, keys=lent)
-    return self.output(x_BLD, o_BLHK, ctx), cache, report
 
-  def queries(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
-              ) -> tuple[jax.Array, Optional[Cache]]:
-    """Returns the queries, and the cache."""
-    q_BLHK, cache = self.projected('query', x_BLD, ctx, cache)
-    for step in steps.QUERIES:
-      q_BLHK = step(self, 'query', q_BLHK, ctx)
+    # Each query weighs the values of the keys that it sees.
+    visible = kernels.find_visible_keys(self.kind, config, ctx, k_positions_BM)
+    visible = self.add_layer_bias(
+        visible, x_BLD, q_BLHK, k_BMJK, k_positions_BM, ctx)
+    with self.count_visible_pairs_only(q_BLHK, k_BMJK, ctx):
+      o_BLHK, report = self.weigh_values(
+          q_BLHK, k_BMJK, steps.join_values_of_head_pairs(config, v_BMJK),
+          visible, ctx, fused=not reads_slots, strict=cache is None,
+          scored=scored)
+    o_BLHK = steps.subtract_head_pairs(self, o_BLHK)
+
+    # What later layers read of this one goes into the report.
+    shared_keys = KeysAndValues(k_BMJK, v_BMJK) if ctx.shared.lends else None
+    report = report.replace(first_values=first, keys=shared_keys)
+    return self.project_output(x_BLD, o_BLHK, ctx), cache, report
+
+  def make_queries(self, x_BLD: jax.Array, ctx: Context,
+                   cache: Optional[Cache]
+                   ) -> tuple[jax.Array, Optional[Cache]]:
+    """Returns the tokens' queries, [B, L, H, K], and the cache."""
+    q_BLHK, cache = self.project_and_convolve('query', x_BLD, ctx, cache)
+    for apply_step in steps.QUERY_STEPS:
+      q_BLHK = apply_step(self, 'query', q_BLHK, ctx)
     return q_BLHK, cache
 
-  def keys_and_values(self, x_BLD: jax.Array, ctx: Context,
-                      cache: Optional[Cache]
-                      ) -> tuple[KeysAndValues, Optional[FirstLayerValues],
-                                 Optional[Cache]]:
+  def make_keys_and_values(
+      self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
+      ) -> tuple[KeysAndValues, Optional[FirstLayerValues], Optional[Cache]]:
     """Returns the tokens' keys and values, the values of the first layer with
     model.value_residual, and the cache."""
-    k_BLJK, cache = self.projected('key', x_BLD, ctx, cache)
+    k_BLJK, cache = self.project_and_convolve('key', x_BLD, ctx, cache)
     v_BLJK = k_BLJK
     if not self.config.part(AttentionConfig).keys_as_values:
-      v_BLJK, cache = self.projected('value', x_BLD, ctx, cache)
-    for step in steps.VALUES:
-      v_BLJK = step(self, 'value', v_BLJK, ctx)
-    v_BLJK, first = steps.mixed_with_first(
+      v_BLJK, cache = self.project_and_convolve('value', x_BLD, ctx, cache)
+    for apply_step in steps.VALUE_STEPS:
+      v_BLJK = apply_step(self, 'value', v_BLJK, ctx)
+    v_BLJK, first = steps.mix_first_values(
         self, x_BLD, v_BLJK, ctx.shared.first_values)
-    v_BLJK = steps.with_embedding(self, x_BLD, v_BLJK, ctx)
-    for step in steps.KEYS:
-      k_BLJK = step(self, 'key', k_BLJK, ctx)
+    v_BLJK = steps.add_value_embedding(self, x_BLD, v_BLJK, ctx)
+    for apply_step in steps.KEY_STEPS:
+      k_BLJK = apply_step(self, 'key', k_BLJK, ctx)
     return KeysAndValues(k_BLJK, v_BLJK), first, cache
 
-  def projected(self, name: str, x_BLD: jax.Array, ctx: Context,
-                cache: Optional[Cache]
-                ) -> tuple[jax.Array, Optional[Cache]]:
-    """Returns W x and, with model.attention_conv, a convolution of it; and the
-    cache, which holds the convolution's last inputs."""
+  def project_and_convolve(
+      self, name: str, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
+      ) -> tuple[jax.Array, Optional[Cache]]:
+    """Returns W x, [B, L, heads, K], for the `name` query, key or value, and
+    with model.attention_conv a convolution of it; and the cache, which holds
+    the convolution's last inputs."""
     axis = 'heads' if name == 'query' else 'kv_heads'
     x_BLHK = self.project(name, x_BLD, ctx)
     if self.config.part(AttentionConfig).attention_conv:
-      x_BLHK, cache = steps.convolved(
+      x_BLHK, cache = steps.convolve_heads(
           self, name, x_BLHK, (axis, 'head'), ctx, cache)
     return sharding.constrain(x_BLHK, 'batch', 'length', axis, 'head'), cache
 
 
-def remembered(keys: KeysAndValues, index: Optional[indexer.Index],
-               ctx: Context, cache: Optional[Cache], slots: bool
-               ) -> tuple[KeysAndValues, Optional[indexer.Index],
-                          Optional[Cache]]:
-  """Returns the keys and values that queries meet, and an indexer's keys: those
-  of the tokens or, where `slots` says so, of all tokens in the cache; and the
-  cache, with the tokens in it."""
+def write_and_read_cache(
+    keys: KeysAndValues, index: Optional[indexer.Index], ctx: Context,
+    cache: Optional[Cache], reads_slots: bool
+    ) -> tuple[KeysAndValues, Optional[indexer.Index], Optional[Cache]]:
+  """Returns the keys and values that the queries meet, the indexer's queries
+  and keys, and the cache with the tokens written into it.
+
+  Args:
+    keys: the keys and values of the tokens.
+    index: the indexer's queries and keys; None: there is no indexer.
+    ctx: the context of the layer.
+    cache: the layer's cache; None: there is none.
+    reads_slots: whether the queries meet all tokens in the cache, and not only
+      the tokens that are given.
+  """
   if cache is None:
     return keys, index, None
   index_BLJK = None if index is None else index.key_BMJK
   cache = cache.write(keys.key_BMJK, keys.value_BMJK, ctx.positions_BL,
                       index_BLJK)
-  if not slots:
+  if not reads_slots:
     return keys, index, cache
   k_BMJK, v_BMJK, index_BMJK = cache.slots
   if index is not None:
@@ -341,60 +420,67 @@ class CrossAttention(Attention):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
                ) -> tuple[jax.Array, Optional[Cache], Report]:
-    q_BLHK = self.projected('query', x_BLD, steps.MEMORY, ctx)
+    # Queries of the tokens, and keys and values of the memory.
+    q_BLHK = self.project_and_apply_steps(
+        'query', x_BLD, steps.CROSS_ATTENTION_STEPS, ctx)
     if ctx.memory.x_BMD is None:
       k_BMJK, v_BMJK = cache.memory
     else:
-      k_BMJK, v_BMJK = self.keys_and_values(ctx.memory.x_BMD, ctx)
+      k_BMJK, v_BMJK = self.make_keys_and_values(ctx.memory.x_BMD, ctx)
       if cache is not None:
         cache = cache.replace(memory_key_BMJK=k_BMJK, memory_value_BMJK=v_BMJK)
     # Queries may be split over the mesh along the length; each sees all keys.
     k_BMJK = sharding.constrain(k_BMJK, 'batch', None, 'kv_heads', 'head')
     v_BMJK = sharding.constrain(v_BMJK, 'batch', None, 'kv_heads', 'head')
-    v_BMJK = steps.values_of_pairs(self.config, v_BMJK)
-    with layers.count_flops_as_useful_part(1, 1):
-      o_BLHK, report = self.weigh(
-          q_BLHK, k_BMJK, v_BMJK, seen_of_memory(ctx), ctx,
-          fused=cache is None, strict=cache is None)
-    o_BLHK = steps.subtracted(self, o_BLHK)
-    report = Report(memory_weights_BHLM=report.weights_BHLM)
-    return self.output(x_BLD, o_BLHK, ctx), cache, report
 
-  def keys_and_values(self, memory_BMD: jax.Array, ctx: Context
-                      ) -> tuple[jax.Array, jax.Array]:
-    """Returns the keys and values of the memory."""
-    k_BMJK = self.projected('key', memory_BMD, (), ctx)
+    # Each query weighs the values of the memory.
+    v_BMJK = steps.join_values_of_head_pairs(self.config, v_BMJK)
+    with layers.count_flops_as_useful_part(1, 1):
+      o_BLHK, report = self.weigh_values(
+          q_BLHK, k_BMJK, v_BMJK, visible_keys_of_memory(ctx), ctx,
+          fused=cache is None, strict=cache is None)
+    o_BLHK = steps.subtract_head_pairs(self, o_BLHK)
+    report = Report(memory_weights_BHLM=report.weights_BHLM)
+    return self.project_output(x_BLD, o_BLHK, ctx), cache, report
+
+  def make_keys_and_values(self, memory_BMD: jax.Array, ctx: Context
+                           ) -> tuple[jax.Array, jax.Array]:
+    """Returns the keys and the values of the memory, [B, M, J, K] each."""
+    k_BMJK = self.project_and_apply_steps('key', memory_BMD, (), ctx)
     v_BMJK = k_BMJK
     if not self.config.part(AttentionConfig).keys_as_values:
-      v_BMJK = self.projected('value', memory_BMD, (), ctx)
-    for step in steps.VALUES:
-      v_BMJK = step(self, 'value', v_BMJK, ctx)
-    for step in steps.MEMORY:
-      k_BMJK = step(self, 'key', k_BMJK, ctx)
+      v_BMJK = self.project_and_apply_steps('value', memory_BMD, (), ctx)
+    for apply_step in steps.VALUE_STEPS:
+      v_BMJK = apply_step(self, 'value', v_BMJK, ctx)
+    # The keys' own steps come after the values, which may be the keys.
+    for apply_step in steps.CROSS_ATTENTION_STEPS:
+      k_BMJK = apply_step(self, 'key', k_BMJK, ctx)
     return k_BMJK, v_BMJK
 
-  def projected(self, name: str, x_BLD: jax.Array, then: tuple, ctx: Context
-                ) -> jax.Array:
-    """Returns W x after the steps `then`."""
+  def project_and_apply_steps(
+      self, name: str, x_BLD: jax.Array, steps_to_apply: tuple, ctx: Context
+      ) -> jax.Array:
+    """Returns W x, [B, L, heads, K], for the `name` query, key or value, after
+    some steps of steps.py."""
     axis = 'heads' if name == 'query' else 'kv_heads'
     x_BLHK = self.project(name, x_BLD, ctx)
     x_BLHK = sharding.constrain(x_BLHK, 'batch', 'length', axis, 'head')
-    for step in then:
-      x_BLHK = step(self, name, x_BLHK, ctx)
+    for apply_step in steps_to_apply:
+      x_BLHK = apply_step(self, name, x_BLHK, ctx)
     return x_BLHK
 
 
-def seen_of_memory(ctx: Context) -> kernels.Seen:
-  """Returns which tokens of the memory each token sees: those of its segment.
-  """
+def visible_keys_of_memory(ctx: Context) -> kernels.VisibleKeys:
+  """Returns which tokens of the memory each token sees: those of its segment,
+  or all where the memory is not cut into segments."""
   k_ids_BM = ctx.memory.segment_ids_BM
   if k_ids_BM is None:
-    return kernels.Seen(kernels.Mask())
-  ids_BL = ctx.segment_ids_BL
-  if ids_BL is None:
-    ids_BL = jnp.ones((1, 1), jnp.int32)
-  seen_BLM = ids_BL[:, :, None] == k_ids_BM[:, None]
-  return kernels.Seen(kernels.Mask(ids_BL, k_ids_BM), seen_BLM)
+    return kernels.VisibleKeys(kernels.Mask())
+  q_ids_BL = ctx.segment_ids_BL
+  if q_ids_BL is None:
+    q_ids_BL = jnp.ones((1, 1), jnp.int32)
+  seen_BLM = q_ids_BL[:, :, None] == k_ids_BM[:, None]
+  return kernels.VisibleKeys(kernels.Mask(q_ids_BL, k_ids_BM), seen_BLM)
 
 
 class MultiHead(mixer.Mixer):
@@ -404,38 +490,42 @@ class MultiHead(mixer.Mixer):
   positional = turns_heads = has_scores = True
 
   def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Cache:
+    """Returns an empty cache of a layer, of `shape` (rows, tokens): keys and
+    values, the keys of an indexer, and the last inputs of convolutions."""
     key_BMJK = value_BMJK = None
     fields = c.part(AttentionConfig)
-    convolved = {'query': c.num_heads}
+    heads_of_convolution = {'query': c.num_heads}
     if not fields.kv_sharing:
-      convolved |= {'key': c.num_kv_heads, 'value': c.num_kv_heads}
+      heads_of_convolution |= {'key': c.num_kv_heads, 'value': c.num_kv_heads}
       slots = *shape, c.num_kv_heads, c.head_dim
       key_BMJK = jnp.zeros(slots, c.compute_dtype)
       value_BMJK = jnp.zeros(slots, c.compute_dtype)
-    inputs = indexer.inputs(c, shape)
+    inputs = indexer.empty_block_inputs(c, shape)
     if fields.attention_conv:
-      for name, heads in convolved.items():
-        last = *shape[:-1], fields.attention_conv - 1, heads, c.head_dim
-        inputs[name] = jnp.zeros(last, c.compute_dtype)
+      for name, heads in heads_of_convolution.items():
+        last_inputs = *shape[:-1], fields.attention_conv - 1, heads, c.head_dim
+        inputs[name] = jnp.zeros(last_inputs, c.compute_dtype)
     return Cache(key_BMJK=key_BMJK, value_BMJK=value_BMJK,
-                 index_BMJK=indexer.empty(c, shape), inputs=inputs)
+                 index_BMJK=indexer.empty_key_cache(c, shape), inputs=inputs)
 
   def products(self, c: ModelConfig) -> set[str]:
+    """Returns the products that a layer has, of those that adapters know."""
     fields = c.part(AttentionConfig)
-    there = {'query', 'out'} | gate_products(c.attention_gate)
+    names = {'query', 'out'} | gate_products(c.attention_gate)
     if not fields.kv_sharing:
-      there.add('key')
+      names.add('key')
       if not fields.keys_as_values:
-        there.add('value')
-    return there
+        names.add('value')
+    return names
 
   def fields_to_divide(self, c: ModelConfig) -> mixer.AxesAndFields:
     return ('tensor', 'num_heads'), ('tensor', 'num_kv_heads')
 
   def check(self, c: ModelConfig, stack: str) -> None:
-    odd = c.num_kv_heads % 2 != 0
+    """Raises RequestError where heads are to be pairs and cannot be."""
+    has_odd_heads = c.num_kv_heads % 2 != 0
     difference = c.part(AttentionConfig).attention_difference
-    if difference and (odd or c.parametrization == 'mup'):
+    if difference and (has_odd_heads or c.parametrization == 'mup'):
       raise RequestError(
           f'model.attention_difference is {difference}: it needs '
           'an even model.num_kv_heads, and model.parametrization standard; '
@@ -448,27 +538,27 @@ class MultiHead(mixer.Mixer):
 #
 #   y = W_o (o * sigmoid(W_g x))
 #
-# x is what the layer's queries are made of, and o what its heads return. The
+# x is the input of the layer's queries, and o the result of its heads. The
 # gate has a number for each feature of each head (elementwise, as in
 # Qwen3-Next), or one for each head (headwise). Where the products of attention
 # have biases, so has that of the gate. An entry of GATES, at the end of this
 # file, is all that there is of one.
 
 
-def _elementwise(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
-                 deterministic: bool) -> jax.Array:
-  """Returns o with each of its features multiplied by a gate."""
+def _gate_features(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
+                   deterministic: bool) -> jax.Array:
+  """Returns o * sigmoid(W_g x), with a gate for each feature of each head."""
   H, K = o_BLHK.shape[2:]
   axes = 'embed', 'heads', 'head'
   z_BLHK = layers.dense(
       module, GATE, 'BLD,DHK->BLHK', x_BLD, (x_BLD.shape[-1], H, K), axes,
       output=False, with_bias=False, deterministic=deterministic)
-  return o_BLHK * _opened(module, z_BLHK, axes[1:])
+  return o_BLHK * _gate_of_logits(module, z_BLHK, axes[1:])
 
 
-def _headwise(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
-              deterministic: bool) -> jax.Array:
-  """Returns o with each head multiplied by a gate.
+def _gate_heads(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
+                deterministic: bool) -> jax.Array:
+  """Returns o * sigmoid(W_g x), with a gate for each head.
 
   A wider model may have as many heads, so in muP the numbers of heads are
   logits, as a router's: divided by how many times as wide it is as its base.
@@ -478,12 +568,19 @@ def _headwise(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
       module, GATE, 'BLD,DH->BLH', x_BLD, (x_BLD.shape[-1], H), axes,
       output=True, with_bias=False, deterministic=deterministic)
   z_BLH = z_BLH / module.config.widening
-  return o_BLHK * _opened(module, z_BLH, axes[1:])[..., None]
+  return o_BLHK * _gate_of_logits(module, z_BLH, axes[1:])[..., None]
 
 
-def _opened(module: Any, z: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-  """Returns the gate of its logits, whose axes after the length are `axes`;
-  muP does not divide the bias."""
+def _gate_of_logits(module: Any, z: jax.Array, axes: tuple[str, ...]
+                    ) -> jax.Array:
+  """Returns the gate sigmoid(z + bias), where the bias is there with
+  model.attention_bias; muP does not divide it.
+
+  Args:
+    module: the layer's attention.
+    z: the logits, [B, L, H, K] or [B, L, H].
+    axes: the logical axes of z after the length.
+  """
   if module.config.attention_bias:
     bias = layers.bias(module, f'{GATE}_bias', z.shape[2:], axes)
     z = layers.add_bias(z, bias)
@@ -493,11 +590,13 @@ def _opened(module: Any, z: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 def gate_products(gate: str) -> set[str]:
   """Returns which of layers.NAMES_OF_PRODUCTS a layer has for its gate."""
-  return {GATE} if GATES[gate] else set()
+  if GATES[gate] is None:
+    return set()
+  return {GATE}
 
 
 GATES = {
     'none': None,
-    'elementwise': _elementwise,
-    'headwise': _headwise,
+    'elementwise': _gate_features,
+    'headwise': _gate_heads,
 }

@@ -1,13 +1,17 @@
 """Steps that change queries, keys and values between their products and the
 scores.
 
-A step is a function of (attention, name, x_BLHK, context), where `name` is
-'query', 'key' or 'value', and returns x_BLHK: unchanged, where the config does
-not ask for the step. Its parameters stand in the layer's attention. QUERIES,
-KEYS and VALUES at the end have the steps in their order.
+A step is a function of (module, name, x_BLHK, ctx) that returns x_BLHK,
+unchanged where the config does not ask for the step:
 
-Convolutions, the mixing of values and the differences of pairs of heads, which
-read or keep more than x, are functions beside them.
+  module    the layer's attention, in which the step declares its parameters
+  name      'query', 'key' or 'value', what x is
+  x_BLHK    queries [B, L, H, K], or keys or values [B, L, J, K]
+  ctx       the context of the layer
+
+QUERY_STEPS, KEY_STEPS, VALUE_STEPS and CROSS_ATTENTION_STEPS at the end have
+the steps in their order. Convolutions, the mixing of values and the differences
+of pairs of heads, which read or keep more than x, are functions beside them.
 """
 
 from typing import Any, Optional
@@ -29,52 +33,69 @@ from architectures.parts.sharding import Role, declare
 VALUE_AXES = 'batch', 'length', 'kv_heads', 'head'
 
 
-def convolved(module: Any, name: str, x_BLHK: jax.Array,
-              axes: tuple[str, str], ctx: Context, cache: Optional[Cache]
-              ) -> tuple[jax.Array, Optional[Cache]]:
-  """Returns x after a short convolution (Primer's multi-DConv-head attention:
-  So et al. 2021, arXiv 2109.08668, section 3, with 3 tokens),
+def convolve_heads(module: Any, name: str, x_BLHK: jax.Array,
+                   axes: tuple[str, str], ctx: Context, cache: Optional[Cache]
+                   ) -> tuple[jax.Array, Optional[Cache]]:
+  """Returns queries, keys or values after a short convolution (Primer's
+  multi-DConv-head attention: So et al. 2021, arXiv 2109.08668, section 3, with
+  3 tokens),
 
     x'_l = sum over i < W of w_i * x_(l - W + 1 + i),   W = model.attention_conv
 
   and the cache, which holds the last W - 1 inputs. Each feature of each head
   has weights of its own. Through it a token sees the W - 1 tokens before it in
   its document.
+
+  Args:
+    module: the layer's attention.
+    name: 'query', 'key' or 'value', what x is.
+    x_BLHK: the inputs of the convolution.
+    axes: the logical axes of its heads and of their features.
+    ctx: the context of the layer.
+    cache: the layer's cache; None: there is none.
   """
-  before_BWHK = None if cache is None else cache.inputs[name]
+  previous_BWHK = None if cache is None else cache.inputs[name]
   W = module.config.part(AttentionConfig).attention_conv
   x_BLHK, last_BWHK = features.convolved(
-      module, f'{name}_conv', x_BLHK, W, axes, before_BWHK=before_BWHK,
+      module, f'{name}_conv', x_BLHK, W, axes, before_BWHK=previous_BWHK,
       segment_ids_BL=ctx.segment_ids_BL, valid_BL=ctx.valid_BL)
   if cache is not None:
     cache = cache.replace(inputs=cache.inputs | {name: last_BWHK})
   return x_BLHK, cache
 
 
-def normalised(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
-               ) -> jax.Array:
-  """QK-norm: n(x), over each head by itself (Qwen3) or over all heads at once
-  (OLMo 2). n is the norm of the model, or one without parameters."""
+def normalise_heads(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
+                    ) -> jax.Array:
+  """Returns the norm n(x) of queries or keys (QK-norm).
+
+  It is taken over each head by itself (Qwen3) or over all heads at once
+  (OLMo 2). n is the norm of the model, or one without parameters.
+  """
   del ctx
-  c: ModelConfig = module.config
-  fields = c.part(AttentionConfig)
+  config: ModelConfig = module.config
+  fields = config.part(AttentionConfig)
   if not fields.qk_norm:
     return x_BLHK
-  over_head = fields.qk_norm_over == 'head'
-  axis = 'head' if over_head else 'joined'
+
+  # The norm that the config asks for, and the features that it is over.
+  is_over_head = fields.qk_norm_over == 'head'
+  axis = 'head' if is_over_head else 'joined'
   if fields.qk_norm_scale:
-    norm = layers.norm(c, f'{name}_norm', axis)
+    norm = layers.norm(config, f'{name}_norm', axis)
   else:
-    norm = layers.PlainRMSNorm(c, axis, name=f'{name}_norm')
-  if over_head:
+    norm = layers.PlainRMSNorm(config, axis, name=f'{name}_norm')
+  if is_over_head:
     return norm(x_BLHK)
+
+  # All features of a token, U = H K, as one vector.
   x_BLU = norm(x_BLHK.reshape(*x_BLHK.shape[:2], -1))
   return x_BLU.reshape(x_BLHK.shape)
 
 
-def clipped(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
-            ) -> jax.Array:
-  """Shortens what is longer than model.qk_clip (Inkling 2):
+def clip_lengths(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
+                 ) -> jax.Array:
+  """Returns queries or keys of which none is longer than model.qk_clip
+  (Inkling 2):
 
     x' = x min(1, clip / |x|)
 
@@ -84,20 +105,24 @@ def clipped(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
   fields = module.config.part(AttentionConfig)
   if not fields.qk_clip:
     return x_BLHK
+
   x32_BLHK = x_BLHK.astype(jnp.float32)
   if name == 'query':
     scale_HK = declare(module, 'query_scale', nn.initializers.ones,
                        x_BLHK.shape[2:], Role(('heads', 'head')))
     x32_BLHK *= scale_HK[None, None]
+
+  # The bound below the root gives it a finite gradient where x is 0.
   squares_BLH1 = jnp.square(x32_BLHK).sum(-1, keepdims=True)
   length_BLH1 = jnp.sqrt(jnp.maximum(squares_BLH1, 1e-30))
   factor_BLH1 = jnp.minimum(fields.qk_clip / (length_BLH1 + 1e-6), 1.0)
   return (x32_BLHK * factor_BLH1).astype(x_BLHK.dtype)
 
 
-def turned(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
-           ) -> jax.Array:
-  """Turns x by its position, R_l x_l, where the encoding is rotary."""
+def rotate_by_position(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
+                       ) -> jax.Array:
+  """Returns queries or keys after the rotation R_l of their position l, where
+  the position encoding is rotary."""
   del name
   rotate = positions.position_of(module.config).rotate
   if not rotate:
@@ -105,10 +130,10 @@ def turned(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
   return rotate(x_BLHK, ctx.positions_BL, module.config, ctx.length)
 
 
-def grown(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
-          ) -> jax.Array:
-  """Lets queries grow with their position, against weights that flatten over
-  more keys (Nakanishi 2025, arXiv 2501.19399; as in Llama 4):
+def scale_queries_by_position(module: Any, name: str, x_BLHK: jax.Array,
+                              ctx: Context) -> jax.Array:
+  """Returns queries that grow with their position, against weights that flatten
+  over more keys (Nakanishi 2025, arXiv 2501.19399; as in Llama 4):
 
     q' = q (1 + attention_log_scale log(1 + n)),
     n  = floor((position + 1) / attention_log_from)
@@ -124,36 +149,43 @@ def grown(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
   return x32_BLHK.astype(x_BLHK.dtype)
 
 
-def plainly_normalised(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
-                       ) -> jax.Array:
-  """Divides each head of values by its root mean square (Gemma 4)."""
+def normalise_values(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
+                     ) -> jax.Array:
+  """Returns values, each head divided by its root mean square (Gemma 4)."""
   del ctx
-  c: ModelConfig = module.config
-  fields = c.part(AttentionConfig)
+  config: ModelConfig = module.config
+  fields = config.part(AttentionConfig)
   if not fields.value_norm:
     return x_BLHK
-  return layers.PlainRMSNorm(c, 'head', name=f'{name}_norm')(x_BLHK)
+  return layers.PlainRMSNorm(config, 'head', name=f'{name}_norm')(x_BLHK)
 
 
-# Values of other sorts are mixed into those of self-attention before they are
-# weighed.
+# Values of the first layer, and values from a table of tokens, are mixed into
+# those of self-attention before they are weighed.
 
 
-def first_values(c: ModelConfig, x_BLD: jax.Array) -> FirstLayerValues:
-  """Returns what the first layer is given, whose config is `c`."""
-  shape = *x_BLD.shape[:2], c.num_kv_heads, c.head_dim
-  zeros_BLJK = jnp.zeros(shape, c.compute_dtype)
+def zero_first_values(config: ModelConfig, x_BLD: jax.Array
+                      ) -> FirstLayerValues:
+  """Returns the values that the first layer is given as those of the first
+  layer: zeros [B, L, J, K], and the mark that they are not known yet.
+
+  Args:
+    config: the config of the first layer.
+    x_BLD: its input.
+  """
+  shape = *x_BLD.shape[:2], config.num_kv_heads, config.head_dim
+  zeros_BLJK = jnp.zeros(shape, config.compute_dtype)
   return FirstLayerValues(
       value_BLJK=sharding.constrain(zeros_BLJK, *VALUE_AXES),
       known=jnp.array(False))
 
 
-def mixed_with_first(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
+def mix_first_values(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
                      first: Optional[FirstLayerValues]
                      ) -> tuple[jax.Array, Optional[FirstLayerValues]]:
-  """Value residual (Zhou et al. 2024, arXiv 2410.17897; with one learned number
-  a layer, as in modded-nanogpt). Returns the values, mixed with those of the
-  first layer, and the latter for the next layer:
+  """Returns the values, mixed with those of the first layer, and the latter for
+  the next layer (value residual: Zhou et al. 2024, arXiv 2410.17897; with one
+  learned number a layer, as in modded-nanogpt):
 
     v'_n = (1 - lambda_n) v_n + lambda_n v_1,   lambda_n = 1/2 at first
 
@@ -163,16 +195,19 @@ def mixed_with_first(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
 
   Args:
     module: the layer's attention.
-    x_BLD: what the values are made of.
-    v_BLJK: what the product of the values returns.
-    first: from the layer before; None: this layer is alone.
+    x_BLD: the input of the product that makes the values.
+    v_BLJK: the values.
+    first: the first layer's values, from the layer before; None: this layer is
+      alone.
   """
-  c: ModelConfig = module.config
-  fields = c.part(AttentionConfig)
+  config: ModelConfig = module.config
+  fields = config.part(AttentionConfig)
   if not fields.value_residual:
     return v_BLJK, None
+
+  # In the first layer its own values stand in for those of the first layer.
   if first is None:
-    first = first_values(c, x_BLD)
+    first = zero_first_values(config, x_BLD)
   first_BLJK = jnp.where(first.known, first.value_BLJK, v_BLJK)
   first_BLJK = sharding.constrain(first_BLJK, *VALUE_AXES)
   share = declare(module, 'value_residual', nn.initializers.constant(0.5),
@@ -185,36 +220,45 @@ def mixed_with_first(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
   return mixed_BLJK.astype(v_BLJK.dtype), first
 
 
-def with_embedding(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
-                   ctx: Context) -> jax.Array:
-  """Value embedding (modded-nanogpt; the gate is nanochat's, which reads a few
-  features of x, and here reads them all). Returns the values and, for each
-  token, a vector of its own:
+def add_value_embedding(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
+                        ctx: Context) -> jax.Array:
+  """Returns the values plus, for each token, a vector of its own (value
+  embedding: modded-nanogpt; the gate is nanochat's, which reads a few features
+  of x, and here reads them all):
 
     v' = v + 2 sigmoid(W_g x) e[token],   W_g = 0 at first
 
   e is a table of the layer's own, with a row of all heads for each token, and
   the gate has one number for each head.
+
+  Args:
+    module: the layer's attention.
+    x_BLD: the layer's input.
+    v_BLJK: the values.
+    ctx: the context of the layer, with the tokens.
   """
-  c: ModelConfig = module.config
-  fields = c.part(AttentionConfig)
+  config: ModelConfig = module.config
+  fields = config.part(AttentionConfig)
   if not fields.value_embedding:
     return v_BLJK
+
+  # The rows of the table, which is gathered whole over fsdp first, as the
+  # embedding of tokens.
   J, K = v_BLJK.shape[2:]
   table_VJK = declare(
-      module, 'value_embedding', nn.initializers.normal(c.init_stddev),
-      (c.vocab_size, J, K),
+      module, 'value_embedding', nn.initializers.normal(config.init_stddev),
+      (config.vocab_size, J, K),
       Role(('rows', 'kv_heads', 'head'), inputs=(0,), kind='embedding'))
-  # Gathered whole over fsdp first, as the embedding of tokens.
-  whole_VJK = sharding.constrain_where_divisible(
+  gathered_VJK = sharding.constrain_where_divisible(
       table_VJK, None, 'kv_heads', 'head')
-  e_BLJK = whole_VJK[ctx.tokens_BL].astype(v_BLJK.dtype)
+  e_BLJK = gathered_VJK[ctx.tokens_BL].astype(v_BLJK.dtype)
+
+  # The gate. A wider model may have as many heads: in muP these are logits.
   gate_DJ = declare(
       module, 'value_gate', nn.initializers.zeros, (x_BLD.shape[-1], J),
       Role(('embed', 'kv_heads'), inputs=(0,), kind='logits'))
-  # A wider model may have as many heads: in muP these are logits.
   z_BLJ = layers.einsum('BLD,DJ->BLJ', x_BLD, gate_DJ, v_BLJK.dtype)
-  gate_BLJ = jax.nn.sigmoid(z_BLJ / c.widening)
+  gate_BLJ = jax.nn.sigmoid(z_BLJ / config.widening)
   return v_BLJK + 2 * gate_BLJ[..., None] * e_BLJK
 
 
@@ -231,40 +275,62 @@ def with_embedding(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
 # which stand for the pair in what follows.
 
 
-def values_of_pairs(c: ModelConfig, v_BMJK: jax.Array) -> jax.Array:
-  """Returns, for each head of keys, the values [v_1, v_2] of its pair."""
-  if not c.part(AttentionConfig).attention_difference:
+def join_values_of_head_pairs(config: ModelConfig, v_BMJK: jax.Array
+                              ) -> jax.Array:
+  """Returns, for each head of keys, the values [v_1, v_2] of its pair of heads,
+  [B, M, J, 2 K], with model.attention_difference; else the values."""
+  if not config.part(AttentionConfig).attention_difference:
     return v_BMJK
   first_BMJK, second_BMJK = jnp.split(v_BMJK, 2, 2)
   pairs_BMJU = jnp.concatenate([first_BMJK, second_BMJK], -1)
   return jnp.concatenate([pairs_BMJU, pairs_BMJU], 2)
 
 
-def subtracted(module: Any, o_BLHU: jax.Array) -> jax.Array:
-  """Returns y [B, L, H, K] of what the heads return of values of pairs."""
-  c: ModelConfig = module.config
-  fields = c.part(AttentionConfig)
+def subtract_head_pairs(module: Any, o_BLHU: jax.Array) -> jax.Array:
+  """Returns the differences of pairs of heads, with model.attention_difference:
+
+    y = (1 - l) n(o_1 - lambda o_2),   o_i = A_i [v_1, v_2]
+
+  as [B, L, H, K], where each pair has the features of two heads; the equations
+  above define l, n and lambda. Else o is returned.
+
+  Args:
+    module: the layer's attention.
+    o_BLHU: the results of the heads, with U = 2 K features each.
+  """
+  config: ModelConfig = module.config
+  fields = config.part(AttentionConfig)
   if not fields.attention_difference:
     return o_BLHU
 
-  def vector(name: str) -> jax.Array:
+  def declare_vector(name: str) -> jax.Array:
+    """Returns a learned vector of a head's size, in float32."""
     vector_K = declare(
         module, f'difference_{name}', nn.initializers.normal(0.1),
-        (c.head_dim,), Role(('head',)))
+        (config.head_dim,), Role(('head',)))
     return vector_K.astype(jnp.float32)
 
-  a1_K, b1_K, a2_K, b2_K = (vector(name) for name in ('a1', 'b1', 'a2', 'b2'))
+  # The share lambda of the second head.
+  a1_K = declare_vector('a1')
+  b1_K = declare_vector('b1')
+  a2_K = declare_vector('a2')
+  b2_K = declare_vector('b2')
   share = (jnp.exp((a1_K * b1_K).sum()) - jnp.exp((a2_K * b2_K).sum())
            + fields.attention_difference).astype(o_BLHU.dtype)
+
   first_BLHU, second_BLHU = jnp.split(o_BLHU, 2, 2)
-  norm = layers.PlainRMSNorm(c, name='difference_norm')
+  norm = layers.PlainRMSNorm(config, name='difference_norm')
   y_BLHU = norm(first_BLHU - share * second_BLHU)
-  y_BLHK = y_BLHU.reshape(*y_BLHU.shape[:2], c.num_heads, c.head_dim)
+  y_BLHK = y_BLHU.reshape(*y_BLHU.shape[:2], config.num_heads, config.head_dim)
   return (1 - fields.attention_difference) * y_BLHK
 
 
-QUERIES = normalised, clipped, turned, grown
-KEYS = normalised, clipped, turned
-VALUES = (plainly_normalised,)
-# Those of a memory, which has no positions here.
-MEMORY = normalised, clipped
+# The order matters: a norm would undo the factors of later steps, and the clip
+# bounds what the norm returns.
+QUERY_STEPS = (normalise_heads, clip_lengths, rotate_by_position,
+               scale_queries_by_position)
+KEY_STEPS = normalise_heads, clip_lengths, rotate_by_position
+VALUE_STEPS = (normalise_values,)
+# The steps of queries and keys in cross-attention, whose memory has no
+# positions here.
+CROSS_ATTENTION_STEPS = normalise_heads, clip_lengths

@@ -78,7 +78,8 @@ def test_the_last_features_are_turned_or_as_many_pairs_of_all():
   for proportional in (False, True):
     c = architectures.resolve(models.config('llama', mixer='hca', rope=dict(
         fraction=0.5, proportional=proportional)))
-    got, whole = compressed.turn(x, at, c, 3), positions.rotate_heads(
+    got = compressed.rotate_last_features(x, at, c, 3)
+    whole = positions.rotate_heads(
         x, at, c, 3)
     if not proportional:
       rolled = positions.rotate_heads(jnp.roll(x, 4, -1), at, c, 3)

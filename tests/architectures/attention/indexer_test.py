@@ -165,7 +165,7 @@ def test_decoding_with_gathered_keys_equals_the_whole(changes, monkeypatch):
   module, params = models.make('llama', num_layers=1, **INDEXED | changes)
   tokens = models.tokens(2, 12)
   gathered = []
-  monkeypatch.setattr(indexer, 'gathers', lambda top_k, shape: (
+  monkeypatch.setattr(indexer, 'should_copy_chosen_keys', lambda top_k, shape: (
       shape[1] == 1 and not gathered.append(shape)))
   models.close(models.logits(module, params, tokens),
                models.decoded(module, params, tokens, 6))
@@ -176,7 +176,7 @@ def test_of_equal_scores_the_first_keys_are_chosen():
   scores_BLM = jnp.array(np.random.default_rng(0).integers(0, 3, (2, 6, 6)),
                          jnp.float32)
   seen_BLM = jnp.tril(jnp.ones((1, 6, 6), bool))
-  best_BLM = indexer.best(scores_BLM, seen_BLM, 3)
+  best_BLM = indexer.mask_of_best(scores_BLM, seen_BLM, 3)
   for b in range(2):
     for at in range(6):
       order = np.argsort(-scores_BLM[b, at, :at + 1], stable=True)
@@ -191,8 +191,8 @@ def test_what_is_seen_is_counted(top_k, block):
   kind, top, size = LayerKind('indexed', 'gelu'), top_k or 9, block or 1
   of = lambda n: min(top, n - n % size) + n % size
   one = sum(of(at + 1) for at in range(9))
-  assert kernels.share(kind, c, 9, 9) == (one, 81, one)
-  assert kernels.share(kind, c, 9, 9, prefix=True) == (
+  assert kernels.count_useful_pairs(kind, c, 9, 9) == (one, 81, one)
+  assert kernels.count_useful_pairs(kind, c, 9, 9, prefix=True) == (
       sum(of(max(at + 1, n)) for n in range(1, 9) for at in range(9)),
       8 * 81, 8 * 9 * of(9))
 

@@ -51,14 +51,15 @@ def test_splash_equals_xla(name):
   options = dict(scale=K ** -0.5, softcap=softcap)
 
   def ours(q, k, v, sink_H=None):
-    seen_BLM = kernels.visible(kind, SimpleNamespace(sliding_window=window),
-                               place_L[None], place_L[None], ids_BL, ids_BL)
+    seen_BLM = kernels.visible_keys(
+        kind, SimpleNamespace(sliding_window=window), place_L[None],
+        place_L[None], ids_BL, ids_BL)
     return (w * kernels.attend(q, k, v, mask_BLM=seen_BLM, sink_H=sink_H,
                                **options)).sum()
 
   def splash(q, k, v, sink_H=None):
-    return (w * kernels.splash(q, k, v, mask, sink_H=sink_H, interpret=True,
-                               **options)).sum()
+    return (w * kernels.splash_attention(
+        q, k, v, mask, sink_H=sink_H, interpret=True, **options)).sum()
 
   wrt = tuple(range(len(args)))
   models.close(jax.jit(jax.value_and_grad(ours, wrt))(*args),
@@ -79,13 +80,13 @@ def test_a_kernel_is_told_of_the_same_keys(attention, causal, restart):
   places = np.arange(ids.size)[None]
   if restart:
     places = np.concatenate([np.arange(n) for n in sizes])[None]
-    places[0, :3] += size * kernels.MOST - 3
+    places[0, :3] += size * kernels.MOST_CHUNKS_OF_A_DOCUMENT - 3
   for segments in (ids, None):
-    told = kernels.parts(kind, c, places, segments)
+    told = kernels.segment_ids_with_chunks(kind, c, places, segments)
     bare = dataclasses.replace(kind, attention='banded' if (
         attention == 'banded') else 'global')
-    shown = kernels.visible(bare, c, places, places, told, told)
-    want = kernels.visible(kind, c, places, places, segments, segments)
+    shown = kernels.visible_keys(bare, c, places, places, told, told)
+    want = kernels.visible_keys(kind, c, places, places, segments, segments)
     assert (shown is None) == (want is None)
     np.testing.assert_array_equal(shown, want)
 
@@ -108,12 +109,12 @@ def test_cudnn_is_asked_for_the_same_function(banded, causal, in_order, ids,
   ids_BL = (jnp.arange(length)[None] > 9).astype(int) if ids else None
   mask = kernels.Mask(ids_BL, ids_BL, causal=causal, window=window,
                       in_order=in_order)
-  seen_BLM = kernels.visible(kind, SimpleNamespace(sliding_window=window),
+  seen_BLM = kernels.visible_keys(kind, SimpleNamespace(sliding_window=window),
                              at_BL, at_BL, ids_BL, ids_BL)
   q, k, v = (normal(i, B, length, H, K) for i in range(3))
   models.close(
       kernels.attend(q, k, v, mask_BLM=seen_BLM, scale=0.2),
-      kernels.cudnn(q, k, v, mask, seen_BLM, scale=0.2))
+      kernels.cudnn_attention(q, k, v, mask, seen_BLM, scale=0.2))
 
 
 def _mesh(devices, **sizes):
@@ -179,7 +180,7 @@ def _gpu(monkeypatch):
   """A GPU with cuDNN, as far as tracing and lowering look."""
   from jax._src.cudnn import fused_attention_stablehlo
   monkeypatch.setattr(sharding, 'traced_platform', lambda: 'gpu')
-  monkeypatch.setattr(kernels, '_cudnn_is_here', lambda: True)
+  monkeypatch.setattr(kernels, '_has_cudnn', lambda: True)
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version',
                       lambda: 91000)
 
@@ -227,18 +228,20 @@ def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
                                           dtype='bfloat16'))
   for lengths in ((8, 7), (7, 8)):
     with pytest.raises(ValueError, match='which takes even lengths'):
-      kernels.choose(c, kernels.Mask(causal=True), *lengths)
+      kernels.choose_attention_kernel(c, kernels.Mask(causal=True), *lengths)
   monkeypatch.setattr(sharding, 'traced_platform', lambda: 'tpu')
   c = architectures.build(models.config(attention_kernel='splash')).config
-  for mask in (dict(in_order=False), dict(prefix=True), dict(dropout=True),
-               dict(bias=True)):
+  for mask in (dict(in_order=False), dict(has_prefix=True),
+               dict(has_dropout=True),
+               dict(has_bias=True)):
     with pytest.raises(ValueError, match='choose from auto, xla, cudnn'):
-      kernels.choose(c, kernels.Mask(causal=True, **mask), 128, 128)
+      kernels.choose_attention_kernel(
+          c, kernels.Mask(causal=True, **mask), 128, 128)
   # A row that a mesh cuts is not padded, as its shards have to be whole blocks.
   with jax.set_mesh(_mesh(jax.devices(), context=8)), (
       sharding.install_rules(
       tables.RULES['default'])), pytest.raises(ValueError, match='of 1024'):
-    kernels.choose(c, kernels.Mask(causal=True), 256, 256)
+    kernels.choose_attention_kernel(c, kernels.Mask(causal=True), 256, 256)
 
 
 @pytest.mark.slow
@@ -250,7 +253,7 @@ def test_splash_with_split_queries_equals_one_device(causal, window):
   ids_BL = 1 + np.int32(np.arange(L)[None] >= np.array([[150], [390]]))
   mask = kernels.Mask(ids_BL, ids_BL, causal=causal, window=window)
   def grads(q, k, v):
-    return jax.value_and_grad(lambda *x: jnp.square(kernels.splash(
+    return jax.value_and_grad(lambda *x: jnp.square(kernels.splash_attention(
         *x, mask, scale=0.2, interpret=True)).sum(), (0, 1, 2))(q, k, v)
   want = jax.jit(grads)(q, k, v)
   with jax.set_mesh(make_mesh(dict(data=2, context=4))), (

@@ -107,11 +107,11 @@ def test_a_wider_model_divides_the_one_number_of_a_head(name, fields):
 
 
 def test_a_causal_layer_meets_its_keys_in_parts(monkeypatch):
-  monkeypatch.setattr(kernels, 'LEAST', 1)
+  monkeypatch.setattr(kernels, 'LEAST_QUERIES_OF_A_BLOCK', 1)
   x, module = normal(0, 2, 6, D), SelfAttention(resolved(), KIND)
   run = lambda p: module.apply({'params': p}, x, context(), None)[0]
   text = str(jax.make_jaxpr(run)(born(module, x, context(), None)))
-  assert text.count('= exp ') == kernels.PARTS
+  assert text.count('= exp ') == kernels.MOST_QUERY_BLOCKS
 
 
 # What is mixed into the values of self-attention, those of the first layer and

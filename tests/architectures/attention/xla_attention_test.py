@@ -84,7 +84,7 @@ def _in_blocks(q, k, v, bias, sink, weight, mask, **kwargs):
 
 @pytest.mark.parametrize('window', [0, 1, 9, 100])
 def test_blocks_of_a_causal_mask_are_the_whole(window, monkeypatch):
-  monkeypatch.setattr(kernels, 'LEAST', 1)
+  monkeypatch.setattr(kernels, 'LEAST_QUERIES_OF_A_BLOCK', 1)
   q, k, v, bias, sink, weight = _inputs(length=22)  # not a multiple
   distance = jnp.arange(22)[None, :, None] - jnp.arange(22)[None, None]
   mask = (distance >= 0) & (distance < (window or 22))
@@ -115,7 +115,8 @@ def test_equal_a_softmax_in_float64():
   bias, sink = random.randn(1, 6, 5, 7), random.randn(6)
   mask = random.rand(2, 5, 7) < 0.7
   mask[..., 0] = True
-  weights = jax.jit(functools.partial(kernels.weights, scale=0.3, softcap=2.0))(
+  weights = jax.jit(functools.partial(
+      kernels.attention_weights, scale=0.3, softcap=2.0))(
       *(x.astype(np.float32) for x in (q, k)), mask_BLM=mask,
       bias_BHLM=bias.astype(np.float32), sink_H=sink.astype(np.float32))
   scores = 0.3 * np.einsum('blhk,bmhk->bhlm', q, k.repeat(2, 2))

@@ -140,9 +140,9 @@ def test_what_lies_between_the_products_of_a_scan_does_not_count():
 def test_keys_are_counted_as_the_mask_has_them(kind, window):
   at = jnp.arange(LENGTH)[None]
   c = types.SimpleNamespace(sliding_window=window, attention_chunk=window)
-  mask = kernels.visible(kind, c, at, at)
+  mask = kernels.visible_keys(kind, c, at, at)
   seen = LENGTH**2 if mask is None else int(mask.sum())
-  assert kernels.pairs(kind, c, LENGTH, LENGTH) == seen
+  assert kernels.count_visible_pairs(kind, c, LENGTH, LENGTH) == seen
 
 
 @pytest.mark.parametrize('name', ['global', 'banded', 'chunked'])
@@ -150,16 +150,18 @@ def test_a_prefix_counts_as_the_mean_over_all_prefixes(name):
   at = jnp.arange(LENGTH)[None]
   c = types.SimpleNamespace(sliding_window=5, attention_chunk=5)
   kind = LayerKind(name, 'gelu', causal=True)
-  seen = [int(kernels.visible(kind, c, at, at, prefix_B=jnp.array([size])
+  seen = [int(kernels.visible_keys(kind, c, at, at, prefix_B=jnp.array([size])
                               ).sum()) for size in range(1, LENGTH)]
-  part, whole, prompt = kernels.share(kind, c, LENGTH, LENGTH, prefix=True)
+  part, whole, prompt = kernels.count_useful_pairs(
+      kind, c, LENGTH, LENGTH, prefix=True)
   assert part / whole == pytest.approx(sum(seen) / len(seen) / LENGTH ** 2)
-  all_of_it = kernels.visible(kind, c, at, at, prefix_B=jnp.array([LENGTH]))
+  all_of_it = kernels.visible_keys(
+      kind, c, at, at, prefix_B=jnp.array([LENGTH]))
   assert prompt / whole == pytest.approx(all_of_it.sum() / LENGTH ** 2)
   # One token has no prefix, and a token with a cache sees all before it.
-  assert kernels.share(kind, c, 1, 1, prefix=True) == (1, 1, 1)
-  assert kernels.share(kind, c, 1, 9, prefix=True) == kernels.share(
-      kind, c, 1, 9)
+  assert kernels.count_useful_pairs(kind, c, 1, 1, prefix=True) == (1, 1, 1)
+  with_prefix = kernels.count_useful_pairs(kind, c, 1, 9, prefix=True)
+  assert with_prefix == kernels.count_useful_pairs(kind, c, 1, 9)
 
 
 def test_decoding_a_sequence_is_its_forward_pass():
