@@ -58,7 +58,7 @@ def test_what_is_seen_is_counted_and_kept(mixer, entries, seen):
   c = architectures.resolve(models.config('llama', mixer=mixer, **FIELDS))
   pairs = seen + sum(min(i + 1, 5) for i in range(16))
   layer = blocks.MIXERS[mixer].module(c, LayerKind('global', 'swiglu'))
-  assert layer._pairs(16, 16) == pairs
+  assert layer._count_pairs(16, 16) == pairs
   of_index = 2 * 4 * 8 * sum((i + 1) // 2 for i in range(16)) * (mixer == 'csa')
   weighed = sum((i + 1) // 2 for i in range(16)) * 2 * 4 * (mixer == 'csa')
   got = flops.forward_flops(c, 16)['attention']
