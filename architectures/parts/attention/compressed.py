@@ -622,7 +622,8 @@ class Compressed(mixer.Mixer):
     require(c.parametrization != 'mup', f'{request}, for whose ranks '
             "model.parametrization 'mup' has no rule: choose standard")
     require(not positions.position_of(c).has_bias,
-            f'{request}, which has no bias by distances as model.position {c.position!r}: choose rope')
+            f'{request}, which has no bias by distances as model.position '
+            f'{c.position!r}: choose rope')
     require(c.num_heads % fields.out_groups == 0,
             'model.compressed.out_groups is '
             f'{fields.out_groups}, which does not divide model.num_heads '
