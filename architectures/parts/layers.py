@@ -24,7 +24,8 @@ from architectures.parts.report import Report
 from architectures.parts.sharding import Role, declare
 from common.fields import field, FUNCTION
 
-WEIGHT_DISTRIBUTIONS = ('normal', 'scaled_normal', 'fan_in')  # see _initializer
+# The distributions of new weights, values of model.init: see _initializer.
+WEIGHT_DISTRIBUTIONS = ('normal', 'scaled_normal', 'fan_in')
 # The name of a product's result, which remat 'dots' keeps.
 NAME_OF_PRODUCT = 'product'
 
@@ -34,7 +35,8 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...],
            batch_axes: tuple[int, ...] = (), residual: bool = False,
            output: bool = False, gain: float = 1.0, tuned: bool = False
            ) -> jax.Array:
-  """Declares a weight of `module` by the config's initialisation.
+  """Declares a weight of `module`, and returns it. Its first value is drawn as
+  model.init says.
 
   Args:
     module: the module, with a `config`.
@@ -74,6 +76,7 @@ def _initializer(config: ModelConfig, role: Role, residual: bool,
     gain: a factor of the standard deviation, with fan_in.
   """
   is_output = role.kind == 'logits'
+  # By the fan-in.
   if config.init == 'fan_in':
     if is_output:
       gain *= config.widening ** 0.5
@@ -82,14 +85,15 @@ def _initializer(config: ModelConfig, role: Role, residual: bool,
         config.init_scale * gain ** 2, mode='fan_in',
         distribution='truncated_normal', in_axis=axes.inputs,
         out_axis=axes.outputs, batch_axis=axes.batch)
+  # By a standard deviation, smaller for what is added to the residual stream.
   stddev = config.init_stddev
   if config.init == 'scaled_normal' and residual:
     loops = config.find(LoopsConfig)
     depth = config.num_layers if loops is None else loops.depth
     stddev /= (2 * depth) ** 0.5
   # The number of inputs without a logical axis does not grow with the width.
-  inputs_grow = any(role.axes[i] for i in role.inputs)
-  if inputs_grow and not is_output:
+  grows_with_width = any(role.axes[i] for i in role.inputs)
+  if grows_with_width and not is_output:
     stddev /= config.widening ** 0.5
   return nn.initializers.normal(stddev)
 
@@ -97,8 +101,8 @@ def _initializer(config: ModelConfig, role: Role, residual: bool,
 def bias(module: nn.Module, name: str, shape: tuple[int, ...],
          axes: tuple[str | None, ...], *, batch_axes: tuple[int, ...] = (),
          output: bool = False, tuned: bool = False) -> jax.Array:
-  """Declares a bias of `module`, born zero; arguments are those of `weight`.
-  """
+  """Declares a bias of `module`, which is 0 at first, and returns it. Its
+  arguments are those of `weight`."""
   kind = 'logits' if output else 'hidden'
   role = Role(axes=axes, batch=batch_axes, kind=kind, tuned=tuned)
   return declare(module, name, nn.initializers.zeros, shape, role)
@@ -106,8 +110,14 @@ def bias(module: nn.Module, name: str, shape: tuple[int, ...],
 
 def embedding(module: nn.Module, name: str, rows: int,
               axis: str | None = None) -> jax.Array:
-  """Declares a table of `module`, [rows, D], whose rows are looked up; `axis`
-  is the logical axis of its rows."""
+  """Declares a table of `module` whose rows are looked up, and returns it.
+
+  Args:
+    module: the module, with a `config`.
+    name: the parameter's name.
+    rows: the number of rows; the table is [rows, D].
+    axis: the logical axis of the rows.
+  """
   config = module.config
   init = nn.initializers.normal(config.init_stddev)
   role = Role(axes=(axis, 'embed'), inputs=(0,), kind='embedding')
@@ -118,7 +128,8 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
            out_dtype: jax.typing.DTypeLike | None = None,
            axes: tuple[str | None, ...] | None = None, keep: bool = True,
            kept_as: str = '') -> jax.Array:
-  """Returns a product in the compute dtype, which adds up in float32.
+  """Returns a product of two arrays in the compute dtype, whose sums add up in
+  float32.
 
   Args:
     spec: the letters of axes, as jnp.einsum takes them for two operands.
@@ -129,26 +140,27 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
     axes: the logical axes of a weight, which is gathered as sharding.py says if
       it is sharded.
     keep: whether the whole weight may be kept for the gradient.
-    kept_as: the name of the whole weight; see sharding.gathered_product.
+    kept_as: the name of the whole weight, by which a remat policy keeps it
+      longer; '': it has none.
   """
   out_dtype = jnp.dtype(out_dtype or dtype)
   operands, y_letters = spec.split('->')
   x_letters, w_letters = operands.split(',')
-  # Letters that all three have number products of their own.
-  shared = set(x_letters) & set(w_letters) & set(y_letters)
-  is_batched = bool(shared - {'.'})
+  # Letters that all three arrays have number products of their own.
+  shared_letters = set(x_letters) & set(w_letters) & set(y_letters)
+  is_batched = bool(shared_letters - {'.'})
   if '...' in spec:  # the leading axes of x get letters of their own
-    leading = x.ndim - (len(x_letters) - len('...'))
-    spec = spec.replace('...', 'ZYXW'[:leading])
-  # The product, of the whole weight where that lies in shards.
+    num_leading_axes = x.ndim - (len(x_letters) - len('...'))
+    spec = spec.replace('...', 'ZYXW'[:num_leading_axes])
+  # The product, with the whole weight where that lies in shards.
   x, w = x.astype(dtype), w.astype(dtype)
   multiply = functools.partial(_product, spec, out_dtype)
-  places = sharding.sharding_of_product(spec, x, w, axes)
-  if places is None:
+  lies = sharding.sharding_of_product(spec, x, w, axes)
+  if lies is None:
     y = multiply(x, w)
   else:
     y = sharding.multiply_by_gathered_weight(
-      multiply, x, w, places, keep, kept_as)
+        multiply, x, w, lies=lies, keep=keep, name=kept_as)
   if is_batched:
     return y
   return checkpoint_name(y, NAME_OF_PRODUCT)
@@ -164,55 +176,74 @@ def _product(spec: str, out_dtype: jax.typing.DTypeLike, x: jax.Array,
   arrays, it is twice as fast as all in float32. So the result is float32 there,
   and the gradient of the result is rounded before it is multiplied. Elsewhere a
   float32 result would only be more to send between devices.
+
+  Args:
+    spec: the letters of axes, as jnp.einsum takes them.
+    out_dtype: the dtype of the result.
+    x: activations.
+    w: a weight, or activations.
   """
-  def narrow(x: jax.Array, w: jax.Array):
+  def multiply_in_result_dtype(x: jax.Array, w: jax.Array):
     return jnp.einsum(spec, x, w, preferred_element_type=out_dtype)
 
-  def wide(x: jax.Array, w: jax.Array):
+  def multiply_in_float32(x: jax.Array, w: jax.Array):
     y = jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
     return y.astype(out_dtype)
 
   if x.dtype == w.dtype == out_dtype == jnp.float32:
-    return narrow(x, w)
-  return jax.lax.platform_dependent(x, w, cpu=wide, default=narrow)
+    return multiply_in_result_dtype(x, w)
+  return jax.lax.platform_dependent(
+      x, w, cpu=multiply_in_float32, default=multiply_in_result_dtype)
 
 
 def _product_fwd(spec: str, out_dtype: jax.typing.DTypeLike, x: jax.Array,
                  w: jax.Array):
+  """Returns the product, and both factors for the gradient."""
   return _product(spec, out_dtype, x, w), (x, w)
 
 
 def _product_bwd(spec: str, out_dtype: jax.typing.DTypeLike,
-                 operands: tuple[jax.Array, jax.Array], d: jax.Array):
+                 operands: tuple[jax.Array, jax.Array], dy: jax.Array):
+  """Returns the gradients of both factors of y = x w: dx = dy w^T and
+  dw = x^T dy, in their dtypes. dy is rounded to that of x first."""
   del out_dtype
   x, w = operands
   x_letters, w_letters, y_letters = spec.replace('->', ',').split(',')
-  d = d.astype(x.dtype)
-  dx = _product(f'{y_letters},{w_letters}->{x_letters}', x.dtype, d, w)
-  dw = _gradient_of_weight(x_letters, y_letters, w_letters, w.dtype, x, d)
+  dy = dy.astype(x.dtype)
+  dx = _product(f'{y_letters},{w_letters}->{x_letters}', x.dtype, dy, w)
+  dw = _gradient_of_weight(x_letters, y_letters, w_letters, dtype=w.dtype, x=x,
+                           dy=dy)
   return dx, dw
 
 
 _product.defvjp(_product_fwd, _product_bwd)
 
 
-def gradient_of_weight(x_RI: jax.Array, d_RO: jax.Array) -> jax.Array:
-  """Returns x^T dy of R rows in float32, [I, O]: the gradient of a weight with
-  I inputs and O outputs. In bfloat16 XLA's CPU backend is fast at it only where
-  the rows are two axes."""
+def gradient_of_weight(x_RI: jax.Array, dy_RO: jax.Array) -> jax.Array:
+  """Returns x^T dy in float32, [I, O]: the gradient of a weight in y = x w.
+
+  In bfloat16, XLA's CPU backend is fast at it only where the rows are two axes.
+
+  Args:
+    x_RI: R rows of I inputs.
+    dy_RO: the gradients of their O outputs.
+  """
   if x_RI.dtype == jnp.float32 or len(x_RI) % 2:
-    return jnp.matmul(x_RI.T, d_RO, preferred_element_type=jnp.float32)
+    return jnp.matmul(x_RI.T, dy_RO, preferred_element_type=jnp.float32)
   x_BLI = x_RI.reshape(2, -1, x_RI.shape[1])
-  d_BLO = d_RO.reshape(2, -1, d_RO.shape[1])
-  return _gradient_of_weight('BLI', 'BLO', 'IO', jnp.float32, x_BLI, d_BLO)
+  dy_BLO = dy_RO.reshape(2, -1, dy_RO.shape[1])
+  return _gradient_of_weight(
+      'BLI', 'BLO', 'IO', dtype=jnp.float32, x=x_BLI, dy=dy_BLO)
 
 
 def _gradient_of_weight(x_letters: str, y_letters: str, w_letters: str,
-               dtype: jax.typing.DTypeLike, x: jax.Array, d: jax.Array
-               ) -> jax.Array:
-  """Returns the gradient of w, x^T dy. XLA's CPU backend transposes the first
-  operand of such a product, so there it is (dy^T x)^T where dy is the smaller
-  one. The barrier keeps XLA from turning the product around.
+                        dtype: jax.typing.DTypeLike, x: jax.Array,
+                        dy: jax.Array) -> jax.Array:
+  """Returns x^T dy: the gradient of a weight in y = x w.
+
+  XLA's CPU backend transposes the first operand of such a product, so there it
+  is computed as (dy^T x)^T where dy is the smaller one. The barrier keeps XLA
+  from exchanging the operands again.
 
   Args:
     x_letters: the letters of x's axes.
@@ -220,23 +251,28 @@ def _gradient_of_weight(x_letters: str, y_letters: str, w_letters: str,
     w_letters: the letters of the weight's, its inputs first.
     dtype: the dtype of the gradient.
     x: the input of the product.
-    d: the gradient of its result.
+    dy: the gradient of its result.
   """
-  n = sum(letter in x_letters for letter in w_letters)
-  ins, outs = w_letters[:n], w_letters[n:]
-  no_batch = set(ins) <= set(x_letters) - set(y_letters)
-  if d.size < x.size and no_batch and sharding.is_single_cpu():
-    turned = _product(f'{y_letters},{x_letters}->{outs}{ins}', dtype, d, x)
-    turned = jax.lax.optimization_barrier(turned)
-    return jnp.moveaxis(turned, range(len(outs)), range(n, n + len(outs)))
-  return _product(f'{x_letters},{y_letters}->{w_letters}', dtype, x, d)
+  num_inputs = sum(letter in x_letters for letter in w_letters)
+  ins, outs = w_letters[:num_inputs], w_letters[num_inputs:]
+  has_no_batch = set(ins) <= set(x_letters) - set(y_letters)
+  if dy.size >= x.size or not has_no_batch or not sharding.is_single_cpu():
+    return _product(f'{x_letters},{y_letters}->{w_letters}', dtype, x, dy)
+  # The transpose of the gradient, [outputs, inputs].
+  transposed = _product(
+      f'{y_letters},{x_letters}->{outs}{ins}', dtype, dy, x)
+  transposed = jax.lax.optimization_barrier(transposed)
+  return jnp.moveaxis(
+      transposed, range(len(outs)),
+      range(num_inputs, num_inputs + len(outs)))
 
 
-# The products of a layer that may have a low-rank adapter, and all of them.
-NAMES_OF_PRODUCTS = ('query', 'key', 'value', 'output_gate', 'in', 'out', 'up',
-            'gate', 'down', 'query_down', 'query_up', 'kv_down', 'kv_up')
-ALL_PRODUCTS = 'all-linear'
-# after the name of the weight
+# The products of a layer that may have a low-rank adapter.
+NAMES_OF_PRODUCTS = (
+    'query', 'key', 'value', 'output_gate', 'in', 'out', 'up', 'gate', 'down',
+    'query_down', 'query_up', 'kv_down', 'kv_up')
+ALL_PRODUCTS = 'all-linear'  # the value that names all of them
+# The names of an adapter's parameters are the name of the weight, and these.
 SUFFIX_OF_LORA_A, SUFFIX_OF_LORA_B = '_lora_a', '_lora_b'
 
 
@@ -248,7 +284,7 @@ def product(module: nn.Module, name: str, spec: str, x: jax.Array,
 
   A, [inputs, rank], is drawn as in the authors' program, uniformly between
   -1 and 1 over the root of the fan-in, and B, [rank, outputs], begins at zero:
-  a new adapter changes nothing. The dropout is of what A is given.
+  a new adapter changes nothing. Dropout is applied to the input of A.
 
   Args:
     module: the module that holds W.
@@ -260,132 +296,171 @@ def product(module: nn.Module, name: str, spec: str, x: jax.Array,
     axes: its logical axes.
     deterministic: whether nothing is dropped.
   """
-  c = module.config
-  stays_whole = keeps_weight_gathered(c, name)
-  y = einsum(spec, x, w, c.compute_dtype, axes=axes,
-             keep=stays_whole or c.remat != 'none',
-             kept_as=sharding.NAME_OF_KEPT_WEIGHT if stays_whole else '')
-  if not has_adapter(c, name):
+  config = module.config
+  # The product with the weight, gathered for the backward pass again or kept.
+  stays_gathered = keeps_weight_gathered(config, name)
+  y = einsum(spec, x, w, config.compute_dtype, axes=axes,
+             keep=stays_gathered or config.remat != 'none',
+             kept_as=sharding.NAME_OF_KEPT_WEIGHT if stays_gathered else '')
+  if not has_adapter(config, name):
     return y
-  # The adapter's product, through the rank Z.
+  # The parameters of the adapter, and dropout before it.
   x_letters, w_letters, y_letters = spec.replace('->', ',').split(',')
-  n = sum(letter not in y_letters for letter in w_letters)
-  ins, outs = w_letters[:n], w_letters[n:]
-  a, b = _declare_adapter(module, name, w.shape, axes, n)
-  if c.lora.dropout:
-    dropout = Dropout(c.lora.dropout, name=f'{name}_lora_dropout')
+  num_inputs = sum(letter not in y_letters for letter in w_letters)
+  ins, outs = w_letters[:num_inputs], w_letters[num_inputs:]
+  a, b = _declare_adapter(module, name, w.shape, axes=axes,
+                          num_inputs=num_inputs)
+  if config.lora.dropout:
+    dropout = Dropout(config.lora.dropout, name=f'{name}_lora_dropout')
     x = dropout(x, deterministic=deterministic)
+  # The product with A, whose result has the rank, Z, as its last axis, and B.
   z_letters = y_letters.removesuffix(outs) + 'Z'
-  z = einsum(f'{x_letters},{ins}Z->{z_letters}', x, a, c.compute_dtype)
-  z = einsum(f'{z_letters},Z{outs}->{y_letters}', z, b, c.compute_dtype)
-  return y + jnp.asarray(c.lora.scale, y.dtype) * z
+  z = einsum(f'{x_letters},{ins}Z->{z_letters}', x, a, config.compute_dtype)
+  z = einsum(f'{z_letters},Z{outs}->{y_letters}', z, b, config.compute_dtype)
+  return y + jnp.asarray(config.lora.scale, y.dtype) * z
 
 
 def dense(module: nn.Module, name: str, spec: str, x: jax.Array,
           shape: tuple[int, ...], axes: tuple[str | None, ...], *,
-          with_bias: bool, deterministic: bool, **how: Any) -> jax.Array:
-  """Declares a weight and returns its product with x, and a bias if there is
-  one: `weight`, whose further arguments are `how`, `product`, and `bias`."""
-  w = weight(module, name, shape, axes, **how)
+          with_bias: bool, deterministic: bool, **weight_options: Any
+          ) -> jax.Array:
+  """Declares a weight W, and a bias b if there is one, and returns x W + b.
+
+  Args:
+    module: the module that holds the parameters.
+    name: the name of W; that of b is `{name}_bias`.
+    spec: the letters of axes, as `einsum` takes them.
+    x: the activations that W is multiplied by.
+    shape: the shape of W.
+    axes: its logical axes.
+    with_bias: whether there is a bias.
+    deterministic: whether nothing is dropped.
+    **weight_options: further arguments of `weight`.
+  """
+  w = weight(module, name, shape, axes, **weight_options)
   y = product(module, name, spec, x, w, axes, deterministic=deterministic)
   if not with_bias:
     return y
-  n = len(how.get('in_axes', (0,)))
-  b = bias(module, f'{name}_bias', shape[n:], axes[n:])
+  num_inputs = len(weight_options.get('in_axes', (0,)))
+  b = bias(module, f'{name}_bias', shape[num_inputs:], axes[num_inputs:])
   return add_bias(y, b)
 
 
 def adapted_weight(module: nn.Module, name: str, w: jax.Array,
                    axes: tuple[str | None, ...]) -> jax.Array:
-  """Returns W + (alpha / rank) A B, by which `product` multiplies where nothing
-  is dropped. The first axis alone of W is an input."""
-  c = module.config
-  if not has_adapter(c, name):
+  """Returns W + (alpha / rank) A B, the weight by which `product` multiplies
+  where nothing is dropped.
+
+  Args:
+    module: the module that holds W.
+    name: the name of W.
+    w: W, of which the first axis alone is an input.
+    axes: its logical axes.
+  """
+  config = module.config
+  if not has_adapter(config, name):
     return w
-  a, b = _declare_adapter(module, name, w.shape, axes, 1)
-  return w + c.lora.scale * jnp.tensordot(a, b, 1)
+  a, b = _declare_adapter(module, name, w.shape, axes=axes, num_inputs=1)
+  return w + config.lora.scale * jnp.tensordot(a, b, 1)
 
 
-def has_adapter(c: ModelConfig, name: str) -> bool:
-  """Whether the product `name` has a low-rank adapter."""
-  if c.lora.rank <= 0:
+def has_adapter(config: ModelConfig, name: str) -> bool:
+  """Returns whether the product `name` has a low-rank adapter."""
+  if config.lora.rank <= 0:
     return False
-  targets = c.lora.targets.split(',')
+  targets = config.lora.targets.split(',')
   if ALL_PRODUCTS in targets:
     return name in NAMES_OF_PRODUCTS
   return name in targets
 
 
-def keeps_weight_gathered(c: ModelConfig, name: str = '') -> bool:
-  """Whether the weight of the product `name`, or of any product (''), stays
-  gathered from the forward to the backward pass."""
-  if c.keep_gathered == 'none':
+def keeps_weight_gathered(config: ModelConfig, name: str = '') -> bool:
+  """Returns whether the sharded weight of the product `name`, or of any product
+  (''), stays gathered from the forward to the backward pass."""
+  if config.keep_gathered == 'none':
     return False
   if not name:
     return True
-  names = c.keep_gathered.split(',')
+  names = config.keep_gathered.split(',')
   return ALL_PRODUCTS in names or name in names
 
 
 def _declare_adapter(module: nn.Module, name: str, shape: tuple[int, ...],
-             axes: tuple[str | None, ...], n: int
-             ) -> tuple[jax.Array, jax.Array]:
-  """Declares A and B of a weight whose first `n` axes are inputs."""
+                     axes: tuple[str | None, ...], num_inputs: int
+                     ) -> tuple[jax.Array, jax.Array]:
+  """Declares the matrices A and B of a weight's low-rank adapter, and returns
+  them.
+
+  Args:
+    module: the module that holds the weight.
+    name: the name of the weight.
+    shape: its shape.
+    axes: its logical axes.
+    num_inputs: how many of its axes, from the first on, are inputs.
+  """
   rank = module.config.lora.rank
-  inputs = tuple(range(n))
+  inputs = tuple(range(num_inputs))
   init = nn.initializers.variance_scaling(
       1 / 3, mode='fan_in', distribution='uniform', in_axis=inputs)
-  a_role = Role(axes=(*axes[:n], None), inputs=inputs, tuned=True)
-  b_role = Role(axes=(None, *axes[n:]), inputs=(0,), tuned=True)
-  a = declare(module, name + SUFFIX_OF_LORA_A, init, (*shape[:n], rank), a_role)
-  b = declare(module, name + SUFFIX_OF_LORA_B,
-              nn.initializers.zeros, (rank, *shape[n:]), b_role)
+  a_role = Role(axes=(*axes[:num_inputs], None), inputs=inputs, tuned=True)
+  b_role = Role(axes=(None, *axes[num_inputs:]), inputs=(0,), tuned=True)
+  a = declare(module, name + SUFFIX_OF_LORA_A, init,
+              (*shape[:num_inputs], rank), a_role)
+  b = declare(module, name + SUFFIX_OF_LORA_B, nn.initializers.zeros,
+              (rank, *shape[num_inputs:]), b_role)
   return a, b
 
 
+# The name of the scope of products that count in part: see below.
 SCOPE_OF_USEFUL_FLOPS = 'useful_{}_of_{}_{}_in_a_prompt'
 
 
-def count_flops_as_useful_part(
-  part: int,
-  whole: int,
-   prompt: int | None = None):
-  """Returns a scope whose products count as part / whole of themselves where a
-  model's FLOPs are counted (training/costs/flops.py): a mask hides the rest.
-  `prompt` is the part where all tokens are a prompt, if that is another."""
-  if prompt is None:
-    prompt = part
-  return jax.named_scope(SCOPE_OF_USEFUL_FLOPS.format(part, whole, prompt))
+def count_flops_as_useful_part(part: int, whole: int,
+                               part_of_prompt: int | None = None):
+  """Returns a scope whose products count as part / whole of their FLOPs where
+  those of a model are counted (training/costs/flops.py): a mask hides the rest.
+
+  Args:
+    part: how many of the numbers that the products compute are seen.
+    whole: how many they compute.
+    part_of_prompt: the part where all tokens of a row are a prompt; None: it is
+      the same.
+  """
+  if part_of_prompt is None:
+    part_of_prompt = part
+  return jax.named_scope(
+      SCOPE_OF_USEFUL_FLOPS.format(part, whole, part_of_prompt))
 
 
+# The name of a function that says what it counts as: see below.
 NAME_OF_COUNTED_FUNCTION = 'counted_{}_of_{}'
 
 
 @functools.lru_cache(maxsize=1024)
-def count_flops_by_result(f: Callable[..., jax.Array], part: int, whole: int = 1
-            ) -> Callable[..., jax.Array]:
-  """Returns f, which counts as part / whole FLOPs for each number of its
-  result where a model's FLOPs are counted: its own products do not say what a
+def count_flops_by_result(f: Callable[..., jax.Array], flops: int,
+                          divisor: int = 1) -> Callable[..., jax.Array]:
+  """Returns f, which counts as flops / divisor FLOPs for each number of its
+  result where those of a model are counted: its own products do not say what a
   model must multiply.
 
   Args:
     f: a function of arrays, defined at the top of a file, so that it is traced
       once.
-    part: the FLOPs of a number of its result, times `whole`.
-    whole: the number that divides them.
+    flops: the FLOPs of a number of its result, times `divisor`.
+    divisor: the number that divides them.
   """
-  def named(*args: Any) -> jax.Array:
+  def counted(*args: Any) -> jax.Array:
     return f(*args)
-  named.__name__ = NAME_OF_COUNTED_FUNCTION.format(part, whole)
-  return jax.jit(named)
+  counted.__name__ = NAME_OF_COUNTED_FUNCTION.format(flops, divisor)
+  return jax.jit(counted)
 
 
 def add_bias(x: jax.Array, b: jax.Array) -> jax.Array:
   """Returns x[..., *b.shape] + b, in x's dtype.
 
-  The sum is float32 until the result, so that the bias's gradient, a sum over
-  all tokens, adds up in float32: in bfloat16 it loses digits, and XLA's CPU
-  backend takes 50 times as long for it.
+  The sum is computed in float32, so that the bias's gradient, a sum over all
+  tokens, adds up in float32: in bfloat16 it loses digits, and XLA's CPU backend
+  takes 50 times as long for it.
   """
   b = b.reshape((1,) * (x.ndim - b.ndim) + b.shape)
   y = x.astype(jnp.float32) + b.astype(jnp.float32)
@@ -393,9 +468,12 @@ def add_bias(x: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def multiply_exactly(x: jax.Array, factor: float) -> jax.Array:
-  """Returns x * factor, in x's dtype. It is float32 until the result, unless
-  x's dtype has the factor: rounded to bfloat16 that would be off by up to
-  0.4 %, and everything alike."""
+  """Returns x * factor, in x's dtype, without rounding the factor.
+
+  Where x's dtype does not have the factor, the product is computed in float32:
+  rounded to bfloat16, the factor would be off by up to 0.4 %, and with it all
+  numbers in the same direction.
+  """
   if float(np.asarray(factor).astype(x.dtype)) == factor:
     return x * factor
   return (x.astype(jnp.float32) * factor).astype(x.dtype)
@@ -412,12 +490,13 @@ def multiply_exactly(x: jax.Array, factor: float) -> jax.Array:
 
 
 # 2^32 over the golden ratio: multiples of it lie far apart
+# 2^32 over the golden ratio: its multiples, modulo 2^32, lie far apart.
 STEP_BETWEEN_COLUMNS = 0x9E3779B9
 
 
 class Dropout(nn.Module):
-  """Dropout of a share `rate`: see `drop`. The key is of the stream 'dropout'.
-  """
+  """Dropout of a share `rate` of the numbers: see `apply_dropout`. It draws
+  from the stream of random numbers 'dropout'."""
   rate: float
 
   @nn.compact
@@ -428,29 +507,40 @@ class Dropout(nn.Module):
 
 
 def apply_dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-  """Returns x with the share `rate`, in [0, 1), at 0, and the others divided by
-  the share that is kept."""
-  kept = random_bits(key, x.shape) >= jnp.uint32(int(rate * 2**32))
-  return jnp.where(kept, x * (1 / (1 - rate)), 0)
+  """Returns x with a share of its numbers at 0, and the others divided by the
+  share that is kept.
+
+  Args:
+    x: an array of any shape.
+    rate: the share that is dropped, in [0, 1).
+    key: the key of random numbers.
+  """
+  threshold = jnp.uint32(int(rate * 2**32))
+  is_kept = random_bits(key, x.shape) >= threshold
+  return jnp.where(is_kept, x * (1 / (1 - rate)), 0)
 
 
 def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Returns 32 random bits for each element, as uint32.
+  """Returns 32 random bits for each element of an array, as uint32.
 
-  In a row with the words a and b, column c has mix(a + c * _STEP) + b, as
-  SplitMix (Steele et al. 2014) counts and scatters. Rows of which the words a
-  are close, which happens by chance, are told apart by b.
+  In a row, which has two random words a and b, column c has
+  hash(a + c * STEP_BETWEEN_COLUMNS) + b, as SplitMix (Steele et al. 2014)
+  counts and scatters. b tells rows apart whose words a are close by chance.
+
+  Args:
+    key: the key of random numbers.
+    shape: the shape of the array.
   """
   *rows, columns = shape or (1,)
   words = jax.random.bits(key, (2, *rows, 1))
   column = jax.lax.broadcasted_iota(jnp.uint32, (*rows, columns), len(rows))
-  counted_ = words[0] + column * jnp.uint32(STEP_BETWEEN_COLUMNS)
-  return (hash_uint32(counted_) + words[1]).reshape(shape)
+  count = words[0] + column * jnp.uint32(STEP_BETWEEN_COLUMNS)
+  return (hash_uint32(count) + words[1]).reshape(shape)
 
 
 def hash_uint32(x: jax.Array) -> jax.Array:
-  """Returns each uint32 as another one, scattered evenly (the finaliser of
-  murmur3)."""
+  """Returns each uint32 as another one, such that all results are equally
+  frequent and close numbers lie far apart (the finaliser of murmur3)."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x85ebca6b)
   x = (x ^ (x >> 13)) * jnp.uint32(0xc2b2ae35)
   return x ^ (x >> 16)
@@ -482,24 +572,25 @@ def rmsnorm(x: jax.Array, scale_D: Optional[jax.Array],
 
 
 def _scale_and_shift(y: jax.Array, scale_D: Optional[jax.Array],
-            bias_D: Optional[jax.Array], dtype: jax.typing.DTypeLike
-            ) -> jax.Array:
-  """Returns y * scale + bias, with those of them that there are."""
-  ones = (1,) * (y.ndim - 1)
+                     bias_D: Optional[jax.Array], dtype: jax.typing.DTypeLike
+                     ) -> jax.Array:
+  """Returns y * scale + bias, [..., D], in a dtype; None: there is no scale, or
+  no bias."""
+  leading_ones = (1,) * (y.ndim - 1)
   if scale_D is not None:
-    y = y * scale_D.astype(jnp.float32).reshape(*ones, -1)
+    y = y * scale_D.astype(jnp.float32).reshape(*leading_ones, -1)
   if bias_D is not None:
-    y = y + bias_D.astype(jnp.float32).reshape(*ones, -1)
+    y = y + bias_D.astype(jnp.float32).reshape(*leading_ones, -1)
   return y.astype(dtype)
 
 
-# The gradient computes a norm, or an activation, again: cheaper than to keep
-# what it computes on its way.
+# The backward pass computes such a function again, a norm or an activation:
+# that is cheaper than to keep what the function computes on its way.
 recompute_in_backward = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 class Norm(nn.Module):
-  """The base of norms, [..., D] -> [..., D].
+  """The base of norms over the last axis, [..., D] -> [..., D].
 
   Attributes:
     fields: the fields of config.model that not every norm reads.
@@ -510,12 +601,10 @@ class Norm(nn.Module):
   config: ModelConfig
   axis: str = 'embed'
 
-  def declare_per_feature(
-  self,
-  name: str,
-  init: Callable,
-   x: jax.Array) -> jax.Array:
-    """Declares a parameter for each feature."""
+  def declare_per_feature(self, name: str, init: Callable, x: jax.Array
+                          ) -> jax.Array:
+    """Declares a parameter with a number for each feature of x, and returns it,
+    [D]."""
     return declare(self, name, init, x.shape[-1:], Role((self.axis,)))
 
 
@@ -565,10 +654,10 @@ class PlainRMSNorm(Norm):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    def plain(x: jax.Array) -> jax.Array:
+    def normalise(x: jax.Array) -> jax.Array:
       return rmsnorm(x, None, self.config.norm_eps)
 
-    return recompute_in_backward(plain)(x)
+    return recompute_in_backward(normalise)(x)
 
 
 # A norm is a module. It may have `settings`, the group of fields of
@@ -583,14 +672,19 @@ NORMS = {
 
 
 def norm(config: ModelConfig, name: str, axis: str = 'embed') -> nn.Module:
-  """Returns the config's norm, as a module whose parameters stand under `name`.
+  """Returns the norm that model.norm chooses, as a module.
+
+  Args:
+    config: the model.
+    name: the name of the module, under which its parameters stand.
+    axis: the logical axis of the features that it normalises.
   """
   return NORMS[config.norm](config, axis, name=name)
 
 
 def norm_of_streams(config: ModelConfig, name: str) -> nn.Module:
-  """Returns the config's norm of streams, [..., U, D], each of which has
-  parameters of its own."""
+  """Returns the norm that model.norm chooses for several streams, [..., U, D],
+  each of which has parameters of its own."""
   module = nn.vmap(
       NORMS[config.norm], in_axes=-2, out_axes=-2, split_rngs={'params': True},
       variable_axes={'params': 0}, metadata_params={nn.PARTITION_NAME: None})
@@ -614,8 +708,8 @@ NO_FFN = 'none'  # model.ffn of layers without such a network
 
 @dataclasses.dataclass(frozen=True)
 class ClampConfig:
-  """The fields of the network swiglu_clamped: see `clamped`. gpt-oss has the
-  defaults, and DeepSeek-V4 alpha 1 and offset 0."""
+  """The fields of the network swiglu_clamped: see `clamped_swiglu`. gpt-oss has
+  the defaults, and DeepSeek-V4 alpha 1 and offset 0."""
   GROUP = 'clamp'
   alpha: float = field(1.702, 'the factor on the gate in its sigmoid', above=0,
                        resume=FUNCTION)
@@ -685,12 +779,16 @@ def relu2(x: jax.Array) -> jax.Array:
   return jnp.square(jax.nn.relu(x))
 
 
-def clamped_swiglu(
-  gate: jax.Array,
-  up: jax.Array,
-   clamp: ClampConfig) -> jax.Array:
+def clamped_swiglu(gate: jax.Array, up: jax.Array, clamp: ClampConfig
+                   ) -> jax.Array:
   """Returns g sigmoid(alpha g) (u + offset), with g = min(gate, limit) and
-  u = up, bounded by limit on both sides (gpt-oss: OpenAI 2025, section 2.2)."""
+  u = up, bounded by limit on both sides (gpt-oss: OpenAI 2025, section 2.2).
+
+  Args:
+    gate: x W_gate.
+    up: x W_up.
+    clamp: alpha, limit and offset.
+  """
   gate = jnp.minimum(gate, clamp.limit)
   up = jnp.clip(up, -clamp.limit, clamp.limit)
   swish = gate * jax.nn.sigmoid(clamp.alpha * gate)
@@ -712,37 +810,41 @@ class FFN(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context
                ) -> tuple[jax.Array, Report]:
-    """Returns FFN(x), [B, L, D], and a report: it has nothing to say."""
-    c = self.config
-    D, F = c.d_model, self.width or c.d_ff
-    hidden = HiddenUnits(kind=self.kind, clamp=c.find(ClampConfig))
+    """Returns FFN(x), [B, L, D], and an empty report."""
+    config = self.config
+    D, F = config.d_model, self.width or config.d_ff
+    compute_hidden = HiddenUnits(kind=self.kind, clamp=config.find(ClampConfig))
     multiply = functools.partial(product, self,
                                  deterministic=ctx.deterministic)
-    into, out = ('embed', 'mlp'), ('mlp', 'embed')
-    up_DF = weight(self, 'up', (D, F), into)
-    down_FD = weight(self, 'down', (F, D), out, residual=True)
+    in_axes, out_axes = ('embed', 'mlp'), ('mlp', 'embed')
+    up_DF = weight(self, 'up', (D, F), in_axes)
+    down_FD = weight(self, 'down', (F, D), out_axes, residual=True)
     # The hidden units.
-    h_BLF = multiply('up', 'BLD,DF->BLF', x_BLD, up_DF, into)
+    h_BLF = multiply('up', 'BLD,DF->BLF', x_BLD, up_DF, in_axes)
     h_BLF = self._add_bias_of_product('up', h_BLF, 'mlp')
-    if hidden.gated:
-      gate_DF = weight(self, 'gate', (D, F), into)
-      g_BLF = multiply('gate', 'BLD,DF->BLF', x_BLD, gate_DF, into)
+    if compute_hidden.gated:
+      gate_DF = weight(self, 'gate', (D, F), in_axes)
+      g_BLF = multiply('gate', 'BLD,DF->BLF', x_BLD, gate_DF, in_axes)
       g_BLF = self._add_bias_of_product('gate', g_BLF, 'mlp')
-      h_BLF = recompute_in_backward(hidden)(h_BLF, g_BLF)
+      h_BLF = recompute_in_backward(compute_hidden)(h_BLF, g_BLF)
     else:
-      h_BLF = recompute_in_backward(hidden)(h_BLF)
-    h_BLF = Dropout(c.ffn_dropout)(h_BLF, deterministic=ctx.deterministic)
+      h_BLF = recompute_in_backward(compute_hidden)(h_BLF)
+    h_BLF = Dropout(config.ffn_dropout)(h_BLF, deterministic=ctx.deterministic)
     h_BLF = sharding.constrain(h_BLF, 'batch', 'length', 'mlp')
     # Back to the width of the model.
-    y_BLD = multiply('down', 'BLF,FD->BLD', h_BLF, down_FD, out)
+    y_BLD = multiply('down', 'BLF,FD->BLD', h_BLF, down_FD, out_axes)
     return self._add_bias_of_product('down', y_BLD, 'embed'), Report()
 
-  def _add_bias_of_product(
-  self,
-  name: str,
-  y: jax.Array,
-   axis: str) -> jax.Array:
-    """Returns the product `name` with its bias, where networks have one."""
+  def _add_bias_of_product(self, name: str, y: jax.Array, axis: str
+                           ) -> jax.Array:
+    """Returns the product `name` with its bias added, where model.ffn_bias asks
+    for one.
+
+    Args:
+      name: the name of the product.
+      y: its result.
+      axis: the logical axis of the features of y.
+    """
     if not self.config.ffn_bias:
       return y
     return add_bias(y, bias(self, f'{name}_bias', y.shape[-1:], (axis,)))
@@ -769,17 +871,18 @@ FFNS = {
 
 
 NAME_OF_BLOCK_INPUT = 'block_input'
-MEMORY_OF_HOST = 'pinned_host'  # the kind of memory
+MEMORY_OF_HOST = 'pinned_host'  # JAX's name of the host's memory
 
 
 class Remat(NamedTuple):
-  """A policy.
+  """An entry of REMAT: which results of a layer are kept for its gradient.
 
   Attributes:
-    keeps: the names of the results that a layer keeps on its device, beside
-      its input.
-    to_host: whether the input of each layer waits in the host's memory.
-    again: whether the products of a layer are computed again.
+    kept_names: the names of the results that a layer keeps on its device,
+      beside its input.
+    keeps_input_on_host: whether the input of each layer waits in the host's
+      memory.
+    recomputes_products: whether the products of a layer are computed again.
   """
   kept_names: tuple[str, ...] = ()
   keeps_input_on_host: bool = False
@@ -787,7 +890,7 @@ class Remat(NamedTuple):
 
 
 REMAT = {
-    # each layer keeps all that its gradient needs
+    # Each layer keeps all that its gradient needs.
     'none': Remat(recomputes_products=False),
     'dots': Remat(kept_names=(NAME_OF_PRODUCT,), recomputes_products=False),
     'full': Remat(),
@@ -795,84 +898,93 @@ REMAT = {
 }
 
 
-def remat_of_model(c: ModelConfig) -> Remat:
-  """Returns the config's policy."""
-  return REMAT[c.remat]
+def remat_of_model(config: ModelConfig) -> Remat:
+  """Returns which results of a layer are kept, by model.remat."""
+  return REMAT[config.remat]
 
 
-def apply_remat(kind: type[nn.Module], c: ModelConfig, prevent_cse: bool
-          ) -> type[nn.Module]:
-  """Returns a kind of block whose backward pass computes again what the config
-  says.
+def apply_remat(block: type[nn.Module], config: ModelConfig, prevent_cse: bool
+                ) -> type[nn.Module]:
+  """Returns a class of blocks whose backward pass computes results again, as
+  model.remat says.
 
   Args:
-    kind: the module of the block, called with (x, *args).
-    c: the config.
+    block: the class of the block, called with (x, *args).
+    config: the model.
     prevent_cse: whether XLA is kept from finding what is computed twice; see
       jax.checkpoint.
   """
-  if c.remat == 'none':
-    return kind
-  if remat_of_model(c).keeps_input_on_host:
-    kind = _name_input_of_block(kind)
-  return nn.remat(kind, policy=remat_policy(c), prevent_cse=prevent_cse)
+  if config.remat == 'none':
+    return block
+  if remat_of_model(config).keeps_input_on_host:
+    block = _name_input_of_block(block)
+  return nn.remat(block, policy=remat_policy(config), prevent_cse=prevent_cse)
 
 
-def remat_policy(c: ModelConfig) -> Optional[Callable[..., object]]:
-  """Returns the config's policy as jax.checkpoint takes it."""
-  keeps = remat_of_model(c).kept_names
-  if keeps_weight_gathered(c):
-    keeps += (sharding.NAME_OF_KEPT_WEIGHT,)
+def remat_policy(config: ModelConfig) -> Optional[Callable[..., object]]:
+  """Returns the policy of jax.checkpoint for model.remat; None: only the input
+  of each layer is kept."""
+  kept_names = remat_of_model(config).kept_names
+  if keeps_weight_gathered(config):
+    kept_names += (sharding.NAME_OF_KEPT_WEIGHT,)
   policies = jax.checkpoint_policies
-  if remat_of_model(c).keeps_input_on_host:
+  if remat_of_model(config).keeps_input_on_host:
     return policies.save_and_offload_only_these_names(
-  names_which_can_be_saved=keeps,
-  names_which_can_be_offloaded=[NAME_OF_BLOCK_INPUT],
-  offload_src='device',
-   offload_dst=MEMORY_OF_HOST)
-  if keeps:
-    return policies.save_only_these_names(*keeps)
+        names_which_can_be_saved=kept_names,
+        names_which_can_be_offloaded=[NAME_OF_BLOCK_INPUT],
+        offload_src='device', offload_dst=MEMORY_OF_HOST)
+  if kept_names:
+    return policies.save_only_these_names(*kept_names)
   return None
 
 
-def count_gathers_of_weight(
-  c: ModelConfig, path: str, axes: tuple[str | None, ...]) -> int:
-  """Returns how often a step gathers a sharded parameter: for the product and
-  again for its gradient, or once.
+def count_gathers_of_weight(config: ModelConfig, path: str,
+                            axes: tuple[str | None, ...]) -> int:
+  """Returns how often a step gathers a sharded parameter: for each product and
+  again for its gradient, or once where it stays gathered.
 
   Args:
-    c: the config.
+    config: the model.
     path: the path of the parameter, such as 'decoder/layers/block_0/ffn/up'.
     axes: its logical axes.
   """
   name = path.split('/')[-1]
-  if keeps_weight_gathered(c, name) and 'experts' not in axes:
-    return count_reads_of_weight(c, path)
-  return count_reads_of_weight(
-    c, path) + count_reads_of_weight(c, path, back=True)
+  forward_reads = count_reads_of_weight(config, path)
+  if keeps_weight_gathered(config, name) and 'experts' not in axes:
+    return forward_reads
+  return forward_reads + count_reads_of_weight(config, path, back=True)
 
 
-def count_reads_of_weight(c: ModelConfig, path: str, back: bool = False) -> int:
-  """Returns how often a forward pass, or a backward one, reads a parameter."""
-  loops = c.find(LoopsConfig)
-  in_loop = '/layers/' in path or '/loop/' in path
-  if loops is None or not in_loop:
+def count_reads_of_weight(config: ModelConfig, path: str, back: bool = False
+                          ) -> int:
+  """Returns how often a step reads a parameter: once, or in each pass over
+  layers that are run several times (model.loop).
+
+  Args:
+    config: the model.
+    path: the path of the parameter.
+    back: whether the backward pass is meant, and not the forward one.
+  """
+  loops = config.find(LoopsConfig)
+  is_in_loop = '/layers/' in path or '/loop/' in path
+  if loops is None or not is_in_loop:
     return 1
   if back and loops.gradient_passes:
     return loops.gradient_passes
   return loops.passes
 
 
-def _name_input_of_block(kind: type[nn.Module]) -> type[nn.Module]:
-  """Returns the kind of block with a name for its input. Only what is computed
-  inside of jax.checkpoint can go to the host: not an argument."""
+def _name_input_of_block(block: type[nn.Module]) -> type[nn.Module]:
+  """Returns a class of blocks that give their input a name, by which a policy
+  sends it to the host. Only what is computed inside of jax.checkpoint can go
+  there, and an argument is not: so the name stands inside."""
 
-  def name(leaf: jax.Array) -> jax.Array:
+  def name_array(leaf: jax.Array) -> jax.Array:
     return checkpoint_name(leaf, NAME_OF_BLOCK_INPUT)
 
-  class Named(kind):
+  class Named(block):
 
     def __call__(self, x, *args):
-      return super().__call__(jax.tree.map(name, x), *args)
+      return super().__call__(jax.tree.map(name_array, x), *args)
 
   return Named

@@ -24,9 +24,10 @@ import numpy as np
 
 from common.errors import one_of, require
 
-# {logical axis: mesh axes}, as pairs: see configs/sharding.py.
+# Pairs of a logical axis and its mesh axes: see configs/sharding.py.
 AxisRules = Sequence[tuple[str, tuple[str, ...]]]
-SCOPE_OF_CONSTRAINT = 'axes'  # the scope that names a constraint's logical axes
+# The scope of a constraint's operation, which names its logical axes.
+SCOPE_OF_CONSTRAINT = 'axes'
 
 # The names that an axis of an array may have. 'stream' is the length of what
 # goes from layer to layer, and 'length' that of what a layer computes of it.
@@ -39,17 +40,25 @@ LOGICAL_AXES = (
     'embed', 'latent', 'rows', 'table', 'length', 'stream', 'tokens', 'head',
     'capacity', 'layers')
 
+# The mesh axes of each axis of an array; () for one that is not sharded. (A
+# PartitionSpec would turn a tuple of one name into the name.)
+MeshAxesByAxis = tuple[tuple[str, ...], ...]
+
 
 def check_logical_axes(axes) -> tuple[str | None, ...]:
-  """Returns `axes`; raises ValueError for one that the legend lacks."""
+  """Returns logical axes as a tuple.
+
+  Raises:
+    ValueError: for a name that is not in LOGICAL_AXES.
+  """
   for axis in {*axes} - {None, *LOGICAL_AXES}:
     one_of('logical axis', axis, LOGICAL_AXES)
   return tuple(axes)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Returns `x`, constrained to the mesh axes of its logical ones; without a
-  mesh, as it is.
+  """Returns an array constrained to lie on the mesh axes of its logical axes;
+  without a mesh, as it is.
 
   The logical axes are part of the operation's name, for explain_sharding.
   """
@@ -58,75 +67,101 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return nn.with_logical_constraint(x, axes)
 
 
-def mesh_axes_by_axis(*axes: str | None) -> tuple[tuple[str, ...], ...]:
-  """Returns the mesh axes, of more than one device, that each logical axis of
-  an array lies on."""
+def mesh_axes_by_axis(*axes: str | None) -> MeshAxesByAxis:
+  """Returns for each logical axis of an array the mesh axes that it lies on,
+  without those of a single device."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not nn.get_logical_axis_rules():
     return ((),) * len(axes)
-  places = []
+  mesh_axes_of_array = []
   for names in nn.logical_to_mesh_axes(check_logical_axes(axes)):
     if names is None:
       names = ()
     if isinstance(names, str):
       names = (names,)
-    places.append(tuple(name for name in names if mesh.shape[name] > 1))
-  return tuple(places)
+    of_several_devices = [name for name in names if mesh.shape[name] > 1]
+    mesh_axes_of_array.append(tuple(of_several_devices))
+  return tuple(mesh_axes_of_array)
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
-  """Returns the mesh axes that an array lies on which has this axis alone."""
+  """Returns the mesh axes that a logical axis lies on where an array has no
+  other axis."""
   return mesh_axes_by_axis(axis)[0]
 
 
-def mesh_axes_that_divide(names: tuple[str, ...], places: int,
-                shape: Mapping[str, int]) -> tuple[str, ...]:
-  """Returns the mesh axes that a weight's dimension of size `places` is sharded
-  over: as many of `names`, from the first one on, as together divide it."""
-  while places % math.prod(shape[name] for name in names):
+def mesh_axes_that_divide(names: tuple[str, ...], length: int,
+                          devices_along: Mapping[str, int]) -> tuple[str, ...]:
+  """Returns the mesh axes over which a dimension of a weight is sharded: as
+  many as together divide it, from the first one on.
+
+  Args:
+    names: the mesh axes of the dimension's logical axis.
+    length: the size of the dimension.
+    devices_along: the number of devices along each mesh axis.
+  """
+  while length % math.prod(devices_along[name] for name in names):
     names = names[:-1]
   return names
 
 
 def mesh_axes_of_weight(shape: tuple[int, ...], axes: tuple[str | None, ...]
-                  ) -> tuple[tuple[str, ...], ...]:
-  """Returns the mesh axes that each axis of a weight lies on."""
+                        ) -> MeshAxesByAxis:
+  """Returns for each axis of a weight the mesh axes that it is sharded over.
+
+  Args:
+    shape: the shape of the weight.
+    axes: its logical axes.
+  """
   devices_along = jax.sharding.get_abstract_mesh().shape
-  places = []
+  mesh_axes_of_array = []
   for length, names in zip(shape, mesh_axes_by_axis(*axes)):
-    places.append(mesh_axes_that_divide(names, length, devices_along))
-  return tuple(places)
+    mesh_axes_of_array.append(
+        mesh_axes_that_divide(names, length, devices_along))
+  return tuple(mesh_axes_of_array)
 
 
 def count_devices_along(names: tuple[str, ...]) -> int:
-  """Returns how many devices lie along mesh axes."""
+  """Returns how many devices lie along mesh axes together."""
   mesh = jax.sharding.get_abstract_mesh()
   return math.prod(mesh.shape[name] for name in names)
 
 
-def count_shards(axis: str, places: int) -> int:
-  """Returns how many shards the mesh cuts `places` of a logical axis into; 1
-  without a mesh, or where it does not divide them."""
+def count_shards(axis: str, length: int) -> int:
+  """Returns how many shards the mesh cuts an axis of an array into; 1 without a
+  mesh, or where it does not divide the axis.
+
+  Args:
+    axis: the logical axis.
+    length: the size of the array along it.
+  """
   count = count_devices_along(mesh_axes(axis))
-  if places % count:
+  if length % count:
     return 1
   return count
 
 
 def constrain_where_divisible(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Returns `x`, constrained but for each axis that the mesh does not divide.
-  """
-  divided = []
+  """Returns an array constrained as by `constrain`, but not along axes that the
+  mesh does not divide."""
+  divisible_axes = []
   for axis, length in zip(axes, x.shape):
-    is_cut = axis is not None and count_shards(axis, length) > 1
-    divided.append(axis if is_cut else None)
-  return constrain(x, *divided)
+    is_divisible = axis is not None and count_shards(axis, length) > 1
+    divisible_axes.append(axis if is_divisible else None)
+  return constrain(x, *divisible_axes)
 
 
 def constrain_stream(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Returns an array that goes from layer to layer, [B, L, ...], constrained.
+  """Returns an array that goes from layer to layer, [B, L, ...], constrained to
+  its place on the mesh.
+
   Its length is sharded as `stream` is or, if that does not divide it, as
-  `length`. `axes` are the others."""
+  `length`.
+
+  Args:
+    x: the array.
+    *axes: the logical axes after B and L.
+  """
   length = 'stream' if count_shards('stream', x.shape[1]) > 1 else 'length'
   return constrain(x, 'batch', length, *axes)
 
@@ -147,13 +182,14 @@ def count_devices() -> int:
 
 
 def is_single_cpu() -> bool:
-  """Whether the program is traced for a CPU that is not part of a mesh."""
+  """Returns whether the program is traced for a CPU that is not part of a
+  mesh."""
   return traced_platform() == 'cpu' and count_devices() == 1
 
 
 @contextlib.contextmanager
 def install_rules(table: AxisRules):
-  """Installs a table of configs/sharding.py for what is traced."""
+  """Installs a table of configs/sharding.py for what is traced inside."""
   with nn.logical_axis_rules(table):
     yield
 
@@ -167,7 +203,7 @@ def install_rules(table: AxisRules):
 
 
 class Axes(NamedTuple):
-  """The axes of an array by role.
+  """The numbers of an array's axes, by what they are to a product.
 
   Attributes:
     batch: the axes of which each index holds a parameter of its own.
@@ -211,13 +247,18 @@ class Role:
 
   @property
   def is_matrix(self) -> bool:
+    """Whether the parameter is a matrix, or a table that is looked up."""
     return bool(self.inputs)
 
   def split(self, ndim: int) -> Axes:
-    """Returns the roles of the axes of an array that holds the parameter.
+    """Returns which axes of an array that holds the parameter are a batch,
+    inputs and outputs.
 
     Axes in front of the declared ones, such as the one over layers that the
     scan adds, are a batch.
+
+    Args:
+      ndim: the number of axes of the array.
     """
     front = ndim - len(self.axes)
     batch = [*range(front), *(front + i for i in self.batch)]
@@ -234,12 +275,15 @@ class Declared(nn.LogicallyPartitioned, eq=False):
 
 
 def roles_of_parameters(boxed):
-  """Returns the Role of each parameter of a tree of boxes.
+  """Returns the Role of each parameter, as a tree.
+
+  Args:
+    boxed: a tree of parameters in their boxes (Declared).
 
   Raises:
     RequestError: for a parameter that declares none.
   """
-  def role(path, box) -> Role:
+  def role_of_box(path, box) -> Role:
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     require(isinstance(box, Declared),
             f'the parameter {name!r} declares no role: make it by weight, bias '
@@ -248,7 +292,7 @@ def roles_of_parameters(boxed):
     return box.role
 
   return jax.tree_util.tree_map_with_path(
-      role, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+      role_of_box, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
 
 
 def declare(module: nn.Module, name: str, init: Callable,
@@ -272,11 +316,11 @@ def declare(module: nn.Module, name: str, init: Callable,
   axes = check_logical_axes(role.axes)
   dtype = dtype or module.config.param_dtype
 
-  def born(key: jax.Array, shape: tuple[int, ...]) -> Declared:
+  def make_box(key: jax.Array, shape: tuple[int, ...]) -> Declared:
     value = init(key, shape, jnp.float32).astype(dtype)
     return Declared(value, axes, role=role)
 
-  return module.param(name, born, shape)
+  return module.param(name, make_box, shape)
 
 
 # The shapes of a module's parameters.
@@ -284,21 +328,24 @@ def declare(module: nn.Module, name: str, init: Callable,
 
 @functools.lru_cache(maxsize=64)  # a program asks for the same ones often
 def abstract_params(module: nn.Module):
-  """Returns the boxed parameters' shapes; nothing is computed."""
+  """Returns the shapes of a model's parameters, each in its box; nothing is
+  computed."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   return jax.eval_shape(module.init, jax.random.key(0), tokens)['params']
 
 
 def parameter_shapes(module: nn.Module):
-  """Returns the parameters' shapes alone, out of their boxes; in a run's
-  context `nn.meta.unbox` would constrain them to its mesh."""
-  def shape(box):
+  """Returns the shapes of a model's parameters, out of their boxes.
+
+  In a run's context, `nn.meta.unbox` would constrain them to its mesh.
+  """
+  def shape_in_box(box):
     if nn.meta.is_axis_metadata(box):
       return box.value
     return box
 
   return jax.tree.map(
-      shape, abstract_params(module), is_leaf=nn.meta.is_axis_metadata)
+      shape_in_box, abstract_params(module), is_leaf=nn.meta.is_axis_metadata)
 
 
 # Weights that lie in shards, gathered where they are used, and their gradients
@@ -316,15 +363,12 @@ def parameter_shapes(module: nn.Module):
 # joins the sums over `tensor` of several products.
 
 
-# The mesh axes of each axis of an array. (A PartitionSpec turns a tuple of one
-# name into the name.)
-MeshAxesByAxis = tuple[tuple[str, ...], ...]
-
-# the name of a whole weight that remat is to keep
+# The name of a whole weight that remat is to keep.
 NAME_OF_KEPT_WEIGHT = 'kept_weight'
-# of a TPU's registers; an array's last axis is padded to them
+# A TPU pads the last axis of an array to the lanes of its registers.
 LANES_OF_TPU_REGISTER = 128
-LETTERS_OF_LENGTH = 'LM'  # the letters of axes that are sharded as `length` is
+# The letters, in an einsum, of axes that are sharded as `length` is.
+LETTERS_OF_LENGTH = 'LM'
 
 
 class ShardingOfProduct(NamedTuple):
@@ -338,24 +382,33 @@ class ShardingOfProduct(NamedTuple):
   weight: MeshAxesByAxis
 
 
-def _partition_spec(*places: tuple[str, ...]) -> PartitionSpec:
-  """Returns the PartitionSpec of an array whose axes lie on these mesh axes."""
-  return PartitionSpec(*(names or None for names in places))
+def _partition_spec(*axes: tuple[str, ...]) -> PartitionSpec:
+  """Returns the PartitionSpec of an array, of the mesh axes of its axes."""
+  return PartitionSpec(*(names or None for names in axes))
 
 
-def _gather_all_axes(w: jax.Array, places: MeshAxesByAxis) -> jax.Array:
-  """Returns an array whose shards are joined along each axis that lies on some
-  of the mesh's."""
-  for axis, names in enumerate(places):
+def _gather_all_axes(w: jax.Array, axes: MeshAxesByAxis) -> jax.Array:
+  """Returns the whole of an array of which each device has a shard.
+
+  Args:
+    w: the shard of this device, in a function that is mapped over the mesh.
+    axes: the mesh axes that each axis is sharded over.
+  """
+  for axis, names in enumerate(axes):
     if names:
       w = gather_shards(w, axis, names)
   return w
 
 
-def _reduce_scatter_all_axes(d: jax.Array, places: MeshAxesByAxis) -> jax.Array:
-  """Returns a device's shard of a sum over devices, along each axis that lies
-  on some of the mesh's."""
-  for axis, names in enumerate(places):
+def _reduce_scatter_all_axes(d: jax.Array, axes: MeshAxesByAxis) -> jax.Array:
+  """Returns this device's shard of the sum of d over devices.
+
+  Args:
+    d: the summand of this device, in a function that is mapped over the mesh.
+    axes: the mesh axes that each axis of the sum is sharded over, and that the
+      sum goes over.
+  """
+  for axis, names in enumerate(axes):
     if names:
       d = reduce_scatter(d, axis, names)
   return d
@@ -363,25 +416,34 @@ def _reduce_scatter_all_axes(d: jax.Array, places: MeshAxesByAxis) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather_shards(w: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
-  """Returns the shards of an axis joined, in a function that is mapped over the
-  mesh. `names` are the mesh axes that the axis is sharded over."""
+  """Returns an array that is whole along one axis, made of the shards of all
+  devices. Its gradient is a reduce-scatter, the transpose of a gather.
+
+  Args:
+    w: the shard of this device, in a function that is mapped over the mesh.
+    axis: the axis that is sharded.
+    names: the mesh axes that it is sharded over.
+  """
   if axis == 0 and w.shape[-1] % LANES_OF_TPU_REGISTER == 0:
     # This is the layout of such a weight on a TPU. Without it XLA copies those
     # of all layers into the order of axes that their product takes, and keeps
     # the copies until the end of the backward pass.
     w = with_layout_constraint(w, Layout(tuple(range(w.ndim))))
-  for over, groups in reversed(_steps_of_collective(names)):
-    w = jax.lax.all_gather(w, over, axis=axis, tiled=True,
+  for mesh_axis, groups in reversed(_steps_of_collective(names)):
+    w = jax.lax.all_gather(w, mesh_axis, axis=axis, tiled=True,
                            axis_index_groups=groups)
   return w
 
 
 def _gather_shards_fwd(w: jax.Array, axis: int, names: tuple[str, ...]):
+  """Returns the whole array, and nothing that the gradient needs."""
   return gather_shards(w, axis, names), None
 
 
-def _gather_shards_bwd(
-  axis: int, names: tuple[str, ...], _: None, d: jax.Array):
+def _gather_shards_bwd(axis: int, names: tuple[str, ...], _: None,
+                       d: jax.Array):
+  """Returns the gradient of the shard: this device's part of the sum over the
+  devices of d, their gradients of the whole array."""
   matrix = reduce_scatter(_to_matrix_with_axis_first(d, axis), 0, names)
   return (_from_matrix_with_axis_first(matrix, d.shape, axis),)
 
@@ -390,7 +452,8 @@ gather_shards.defvjp(_gather_shards_fwd, _gather_shards_bwd)
 
 
 def _to_matrix_with_axis_first(d: jax.Array, axis: int) -> jax.Array:
-  """Returns d with an axis first and all others as one, row by row in memory.
+  """Returns d as a matrix whose rows are one axis of d, and whose columns are
+  all others, row by row in memory.
 
   In most other layouts, and with more axes, XLA sums the whole array over the
   devices where it is to scatter the sum.
@@ -399,31 +462,42 @@ def _to_matrix_with_axis_first(d: jax.Array, axis: int) -> jax.Array:
   return with_layout_constraint(d.reshape(len(d), -1), Layout((0, 1)))
 
 
-def _from_matrix_with_axis_first(
-  matrix: jax.Array, shape: tuple[int, ...], axis: int ) -> jax.Array:
-  """Returns the array of this shape that `_matrix` was given; its axis may be
-  shorter."""
-  others = shape[:axis] + shape[axis + 1:]
-  return jnp.moveaxis(matrix.reshape(-1, *others), 0, axis)
+def _from_matrix_with_axis_first(matrix: jax.Array, shape: tuple[int, ...],
+                                 axis: int) -> jax.Array:
+  """Returns the array that `_to_matrix_with_axis_first` made a matrix of.
+
+  Args:
+    matrix: the matrix, which may have fewer rows than the array had.
+    shape: the shape of the array.
+    axis: the axis of the array that is the rows.
+  """
+  other_axes = shape[:axis] + shape[axis + 1:]
+  return jnp.moveaxis(matrix.reshape(-1, *other_axes), 0, axis)
 
 
-def reduce_scatter(d: jax.Array, axis: int,
-                   names: tuple[str, ...]) -> jax.Array:
-  """Returns a device's shard, along an axis, of the sum of d over devices.
+def reduce_scatter(d: jax.Array, axis: int, names: tuple[str, ...]
+                   ) -> jax.Array:
+  """Returns this device's shard, along one axis, of the sum of d over devices.
 
   The axis is moved to the front, because XLA turns a reduce-scatter along the
   last axis in memory into an all-reduce.
+
+  Args:
+    d: the summand of this device, in a function that is mapped over the mesh.
+    axis: the axis along which the sum is sharded.
+    names: the mesh axes over which the sum goes.
   """
   d = jnp.moveaxis(d, axis, 0)
-  for over, groups in _steps_of_collective(names):
-    d = jax.lax.psum_scatter(d, over, tiled=True, axis_index_groups=groups)
+  for mesh_axis, groups in _steps_of_collective(names):
+    d = jax.lax.psum_scatter(d, mesh_axis, tiled=True, axis_index_groups=groups)
   return jnp.moveaxis(d, 0, axis)
 
 
 def _steps_of_collective(names: tuple[str, ...]
-           ) -> list[tuple[str, list[list[int]] | None]]:
-  """Returns the steps in which a sum is scattered: a mesh axis, and the groups
-  of devices along it (None: all in one group). Gathers take them in reverse.
+                         ) -> list[tuple[str, list[list[int]] | None]]:
+  """Returns the steps in which a sum over mesh axes is scattered: pairs of a
+  mesh axis, and the groups of devices along it (None: all in one group).
+  Gathers take the steps in reverse.
 
   XLA turns a collective over all devices of the mesh into an all-reduce. So
   several axes are taken one after another, and a single axis that has all
@@ -432,21 +506,24 @@ def _steps_of_collective(names: tuple[str, ...]
   """
   if len(names) > 1:
     return [(name, None) for name in names]
-  n = count_devices_along(names)
-  first = _size_of_first_groups(n)
-  if n < jax.sharding.get_abstract_mesh().size or first == n:
+  num_devices = count_devices_along(names)
+  group_size = _size_of_first_groups(num_devices)
+  is_part_of_mesh = num_devices < jax.sharding.get_abstract_mesh().size
+  if is_part_of_mesh or group_size == num_devices:
     return [(names[0], None)]
-  ids = np.arange(n).reshape(first, n // first)
-  return [(names[0], ids.T.tolist()), (names[0], ids.tolist())]
+  # Devices in a grid: its columns are far apart, and its rows are neighbours.
+  grid = np.arange(num_devices).reshape(group_size, num_devices // group_size)
+  return [(names[0], grid.T.tolist()), (names[0], grid.tolist())]
 
 
-def _size_of_first_groups(n: int) -> int:
-  """Returns the group size of the first of two steps over n devices: the least
-  divisor of n that is not below its root. If that is n, there is one step."""
-  group = math.isqrt(n - 1) + 1
-  while n % group:
-    group += 1
-  return group
+def _size_of_first_groups(num_devices: int) -> int:
+  """Returns the size of the groups in the first of two steps: the least divisor
+  of the number of devices that is not below its root. If that is the number
+  itself, there is one step."""
+  group_size = math.isqrt(num_devices - 1) + 1
+  while num_devices % group_size:
+    group_size += 1
+  return group_size
 
 
 def sharding_of_product(letters: str, x: jax.Array, w: jax.Array,
@@ -456,7 +533,7 @@ def sharding_of_product(letters: str, x: jax.Array, w: jax.Array,
   left to XLA.
 
   Args:
-    letters: the letters of the axes of x, which come first.
+    letters: the letters of an einsum, which begin with those of the axes of x.
     x: activations.
     w: a weight.
     axes: its logical axes; None: it is none that is sharded.
@@ -465,57 +542,54 @@ def sharding_of_product(letters: str, x: jax.Array, w: jax.Array,
     return None
   weight = mesh_axes_of_weight(w.shape, axes)
   weight_axes = set(sum(weight, ()))
-  rows = mesh_axes('batch')
+  batch_axes = mesh_axes('batch')
   # The weight must lie on mesh axes of the batch alone, which split the rows;
   # and those of `tensor`, where `mlp` lies, must have one device.
-  if not weight_axes or not weight_axes <= set(rows):
+  if not weight_axes or not weight_axes <= set(batch_axes):
     return None
   if mesh_axes('mlp') or count_shards('batch', x.shape[0]) == 1:
     return None
-  lengths = ()
-  if letters[1] in LETTERS_OF_LENGTH and count_shards('length', x.shape[1]) > 1:
-    lengths = mesh_axes('length')
-  return ShardingOfProduct(tokens=(rows, lengths), weight=weight)
+  length_axes = ()
+  if (letters[1] in LETTERS_OF_LENGTH
+      and count_shards('length', x.shape[1]) > 1):
+    length_axes = mesh_axes('length')
+  return ShardingOfProduct(tokens=(batch_axes, length_axes), weight=weight)
 
 
-def multiply_by_gathered_weight(local: Callable[[jax.Array,
-  jax.Array],
-  jax.Array],
-  x: jax.Array,
-  w: jax.Array,
-  at: ShardingOfProduct,
-  keep: bool,
-   name: str = '') -> jax.Array:
-  """Returns local(x, the whole weight) of each device's tokens.
+def multiply_by_gathered_weight(
+    multiply: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array,
+    w: jax.Array, lies: ShardingOfProduct, keep: bool, name: str = ''
+    ) -> jax.Array:
+  """Returns a product with a sharded weight, which each device gathers and
+  multiplies with its own tokens.
 
   Args:
-    local: the product, whose result begins with the tokens' axes.
+    multiply: the product, (tokens, whole weight) -> result, which begins with
+      the tokens' axes.
     x: activations.
     w: the weight, in the dtype that it is sent in.
-    at: how both lie on the mesh.
+    lies: how both lie on the mesh.
     keep: whether the whole weight may be kept for the gradient. With remat it
       may: it is kept only while its layer is computed again.
     name: the name of the whole weight, by which a remat policy keeps it longer;
       '': it has none.
   """
-  on_each = functools.partial(_multiply_on_device, local, at.weight, name)
+  on_device = functools.partial(
+      _multiply_on_device, multiply, lies.weight, name)
   if not keep:  # gathers again; the product's gradient does not need its result
-    on_each = jax.checkpoint(on_each)
-  tokens, weight = _partition_spec(*at.tokens), _partition_spec(*at.weight)
-  mapped = jax.shard_map(on_each, in_specs=(tokens, weight), out_specs=tokens,
-                         check_vma=False)
-  return mapped(x, w)
+    on_device = jax.checkpoint(on_device)
+  tokens_spec = _partition_spec(*lies.tokens)
+  weight_spec = _partition_spec(*lies.weight)
+  on_mesh = jax.shard_map(
+      on_device, in_specs=(tokens_spec, weight_spec), out_specs=tokens_spec,
+      check_vma=False)
+  return on_mesh(x, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _multiply_on_device(
-  local: Callable,
-  places: MeshAxesByAxis,
-  name: str,
-  x: jax.Array,
-   w: jax.Array):
-  """Returns local(x, the whole weight), in a function that is mapped over the
-  mesh. `places` are the mesh axes of the weight's axes.
+def _multiply_on_device(multiply: Callable, axes: MeshAxesByAxis, name: str,
+                        x: jax.Array, w: jax.Array):
+  """Returns multiply(x, the whole weight), on one device of the mesh.
 
   The gradient of the weight is computed and scattered before that of x is
   computed. So a device holds the whole gradient of one weight at a time, and x
@@ -523,166 +597,211 @@ def _multiply_on_device(
   XLA's scheduler puts the scattering off to the end of the layer, and no
   compute is on its way meanwhile: libtpu compiles it to a synchronous
   operation.
+
+  Args:
+    multiply: the product.
+    axes: the mesh axes that each axis of the weight is sharded over.
+    name: the name of the whole weight for remat; '': it has none.
+    x: the tokens of this device.
+    w: its shard of the weight.
   """
-  return local(x, _gather_all_axes(w, places))
+  return multiply(x, _gather_all_axes(w, axes))
 
 
-def _multiply_on_device_fwd(
-  local: Callable,
-  places: MeshAxesByAxis,
-  name: str,
-  x: jax.Array,
-   w: jax.Array):
-  w = _gather_all_axes(w, places)
+def _multiply_on_device_fwd(multiply: Callable, axes: MeshAxesByAxis, name: str,
+                            x: jax.Array, w: jax.Array):
+  """Returns the product, and x and the whole weight for the gradient."""
+  w = _gather_all_axes(w, axes)
   if name:
     w = checkpoint_name(w, name)
-  return local(x, w), (x, w)
+  return multiply(x, w), (x, w)
 
 
-def _multiply_on_device_bwd(local: Callable, places: MeshAxesByAxis, name: str,
-                 operands: tuple[jax.Array, jax.Array], d: jax.Array):
+def _multiply_on_device_bwd(multiply: Callable, axes: MeshAxesByAxis, name: str,
+                            operands: tuple[jax.Array, jax.Array],
+                            dy: jax.Array):
+  """Returns the gradients of x and of this device's shard of the weight.
+
+  With y = multiply(x, w), these are dx = dy w^T on each device, and
+  dw = sum over devices of x^T dy, of which each keeps its shard.
+  """
   x, w = operands
-  # The gradient of the weight, scattered along the first of its axes that is
-  # sharded, which takes most of the room.
-  _, of_w = jax.vjp(functools.partial(local, x), w)
-  dw, = of_w(d)
-  front = next(axis for axis, names in enumerate(places) if names)
+  # dw, scattered along the first of its axes that is sharded, which leaves the
+  # least of it on the device.
+  _, gradient_of_w = jax.vjp(functools.partial(multiply, x), w)
+  dw, = gradient_of_w(dy)
+  first_axis = next(axis for axis, names in enumerate(axes) if names)
   matrix = reduce_scatter(
-  _to_matrix_with_axis_first(
-    dw, front), 0, places[front])
-  # That of x waits for it.
-  matrix, d = jax.lax.optimization_barrier((matrix, d))
-  _, of_x = jax.vjp(lambda x: local(x, w), x)
-  dx, = of_x(d)
-  # The axes that are left.
-  dw = _from_matrix_with_axis_first(matrix, dw.shape, front)
-  others = places[:front] + ((),) + places[front + 1:]
-  return dx, _reduce_scatter_all_axes(dw, others)
+      _to_matrix_with_axis_first(dw, first_axis), 0, axes[first_axis])
+  # dx is computed after that.
+  matrix, dy = jax.lax.optimization_barrier((matrix, dy))
+  _, gradient_of_x = jax.vjp(lambda x: multiply(x, w), x)
+  dx, = gradient_of_x(dy)
+  # dw, scattered along its other axes.
+  dw = _from_matrix_with_axis_first(matrix, dw.shape, first_axis)
+  other_axes = axes[:first_axis] + ((),) + axes[first_axis + 1:]
+  return dx, _reduce_scatter_all_axes(dw, other_axes)
 
 
 _multiply_on_device.defvjp(_multiply_on_device_fwd, _multiply_on_device_bwd)
 
 
 def look_up_embeddings(table_VD: jax.Array, ids_BL: jax.Array,
-           dtype: jax.typing.DTypeLike) -> jax.Array:
-  """Returns rows of a table of embeddings, [B, L, D], in `dtype`.
+                       dtype: jax.typing.DTypeLike) -> jax.Array:
+  """Returns rows of a table of embeddings, [B, L, D].
 
   If the table's columns are split over devices of the batch, each device looks
   up its columns for the tokens of all these devices, and an all-to-all returns
   each token to its own device. So neither the table nor its gradient, which
   adds up in the table's dtype, is ever whole.
+
+  Args:
+    table_VD: the table.
+    ids_BL: the row of each token.
+    dtype: the type of the result.
   """
-  at = sharding_of_product('BL', ids_BL, table_VD, ('vocab', 'embed'))
-  if at is None or not at.weight[1]:
+  lies = sharding_of_product('BL', ids_BL, table_VD, ('vocab', 'embed'))
+  if lies is None or not lies.weight[1]:
     # Gathered whole over fsdp first: rows that are split over fsdp would have
     # to move to where the batch is split over it.
     whole_VD = constrain_where_divisible(table_VD, 'vocab', None)
     return whole_VD[ids_BL].astype(dtype)
-  columns = at.weight[1]
+  column_axes = lies.weight[1]
 
-  def local(table_VD: jax.Array, ids_BL: jax.Array):
-    """Looks up a device's columns for the tokens of all `columns`."""
-    ids_BL = jax.lax.all_gather(ids_BL, columns, axis=0, tiled=True)
+  def look_up_on_device(table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
+    """Looks up this device's columns for the tokens of all devices that the
+    columns lie on, and exchanges them for all columns of its own tokens."""
+    ids_BL = jax.lax.all_gather(ids_BL, column_axes, axis=0, tiled=True)
     x_BLD = table_VD[ids_BL].astype(dtype)
-    return jax.lax.all_to_all(x_BLD, columns, split_axis=0, concat_axis=2,
+    return jax.lax.all_to_all(x_BLD, column_axes, split_axis=0, concat_axis=2,
                               tiled=True)
 
-  tokens, table = _partition_spec(*at.tokens), _partition_spec(*at.weight)
-  mapped = jax.shard_map(local, in_specs=(table, tokens), out_specs=tokens,
-                         check_vma=False)
-  return mapped(table_VD, ids_BL)
+  tokens_spec = _partition_spec(*lies.tokens)
+  table_spec = _partition_spec(*lies.weight)
+  on_mesh = jax.shard_map(
+      look_up_on_device, in_specs=(table_spec, tokens_spec),
+      out_specs=tokens_spec, check_vma=False)
+  return on_mesh(table_VD, ids_BL)
 
 
 def look_up_sharded_rows(table_IK: jax.Array, ids_BLU: jax.Array,
-                   dtype: jax.typing.DTypeLike) -> jax.Array:
-  """Returns rows of a table that is sharded by rows, [B, L, U, K], in `dtype`.
+                         dtype: jax.typing.DTypeLike) -> jax.Array:
+  """Returns rows of a table that is sharded by rows, [B, L, U, K].
 
   A device is given the ids of all tokens of the devices that the table lies on,
   looks up those that are among its own rows, and the sum over the devices is
   scattered to where the tokens are. So neither the table nor its gradient is
   ever whole.
-  """
-  names, _ = mesh_axes_of_weight(table_IK.shape, ('table', None))
-  rows = mesh_axes('batch')
-  along_batch = bool(names) and set(names) <= set(rows)
-  if not along_batch or count_shards('batch', ids_BLU.shape[0]) == 1:
-    return constrain_where_divisible(table_IK, None, None)[
-                                     ids_BLU].astype(dtype)
 
-  def local(table_IK: jax.Array, ids_BLU: jax.Array):
-    """Looks up a device's rows for the tokens of all `names`."""
+  Args:
+    table_IK: the table, of I rows with K features.
+    ids_BLU: the U rows that each token reads.
+    dtype: the type of the result.
+  """
+  row_axes, _ = mesh_axes_of_weight(table_IK.shape, ('table', None))
+  batch_axes = mesh_axes('batch')
+  lies_along_batch = bool(row_axes) and set(row_axes) <= set(batch_axes)
+  if not lies_along_batch or count_shards('batch', ids_BLU.shape[0]) == 1:
+    whole_IK = constrain_where_divisible(table_IK, None, None)
+    return whole_IK[ids_BLU].astype(dtype)
+
+  def look_up_on_device(table_IK: jax.Array, ids_BLU: jax.Array) -> jax.Array:
+    """Looks up this device's rows for the tokens of all devices that the table
+    lies on, and returns the rows of its own tokens."""
     # The ids, counted from the device's first row on.
-    ids_BLU = jax.lax.all_gather(ids_BLU, names, axis=0, tiled=True)
-    ids_BLU = ids_BLU - jax.lax.axis_index(names) * len(table_IK)
-    here_BLU = (ids_BLU >= 0) & (ids_BLU < len(table_IK))
+    ids_BLU = jax.lax.all_gather(ids_BLU, row_axes, axis=0, tiled=True)
+    ids_BLU = ids_BLU - jax.lax.axis_index(row_axes) * len(table_IK)
+    is_here_BLU = (ids_BLU >= 0) & (ids_BLU < len(table_IK))
     # Rows of other devices count as 0 in the sum.
     x_BLUK = table_IK[jnp.clip(ids_BLU, 0, len(table_IK) - 1)]
-    x_BLUK = jnp.where(here_BLU[..., None], x_BLUK, 0)
-    return reduce_scatter(x_BLUK.astype(dtype), 0, names)
+    x_BLUK = jnp.where(is_here_BLU[..., None], x_BLUK, 0)
+    return reduce_scatter(x_BLUK.astype(dtype), 0, row_axes)
 
-  lengths = ()
+  length_axes = ()
   if count_shards('length', ids_BLU.shape[1]) > 1:
-    lengths = mesh_axes('length')
-  tokens = _partition_spec(rows, lengths)
-  mapped = jax.shard_map(local, in_specs=(_partition_spec(names), tokens),
-                         out_specs=tokens, check_vma=False)
-  return mapped(table_IK, ids_BLU)
+    length_axes = mesh_axes('length')
+  tokens_spec = _partition_spec(batch_axes, length_axes)
+  on_mesh = jax.shard_map(
+      look_up_on_device, in_specs=(_partition_spec(row_axes), tokens_spec),
+      out_specs=tokens_spec, check_vma=False)
+  return on_mesh(table_IK, ids_BLU)
 
 
 def gather_weight(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   """Returns a weight gathered over the mesh axes of the batch, in its own
-  dtype; it stays sharded over `tensor`."""
-  ours, others = _split_by_batch_axes(w.shape, axes)
-  if not any(ours):
+  dtype; it stays sharded over `tensor`.
+
+  Args:
+    w: the weight.
+    axes: its logical axes.
+  """
+  batch_axes, other_axes = _split_by_batch_axes(w.shape, axes)
+  if not any(batch_axes):
     return w
 
-  def local(w: jax.Array) -> jax.Array:
-    return _gather_all_axes(w, ours)
+  def gather_on_device(w: jax.Array) -> jax.Array:
+    return _gather_all_axes(w, batch_axes)
 
-  mapped = jax.shard_map(local, in_specs=_spec_of_both(ours, others),
-                         out_specs=_partition_spec(*others), check_vma=False)
-  return mapped(w)
+  on_mesh = jax.shard_map(
+      gather_on_device, in_specs=_spec_of_both(batch_axes, other_axes),
+      out_specs=_partition_spec(*other_axes), check_vma=False)
+  return on_mesh(w)
 
 
-def sum_gradients_of_shards(
-  d_Q: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-  """Returns the sum over Q of gradients of a weight, [Q, ...], one for each
-  shard of the tokens. The sum is sharded as the weight is."""
-  ours, others = _split_by_batch_axes(d_Q.shape[1:], axes)
-  tokens = mesh_axes('tokens')
-  weight_axes = set(sum(ours, ()))
-  along_tokens = bool(weight_axes) and weight_axes <= set(tokens)
-  if not along_tokens or count_devices_along(tokens) != d_Q.shape[0]:
+def sum_gradients_of_shards(d_Q: jax.Array, axes: tuple[str | None, ...]
+                            ) -> jax.Array:
+  """Returns the sum of the gradients of a weight that the Q shards of the
+  tokens have. The sum is sharded as the weight is.
+
+  Args:
+    d_Q: the gradients, [Q, ...], whose first axis is sharded as the tokens are.
+    axes: the logical axes of the weight.
+  """
+  batch_axes, other_axes = _split_by_batch_axes(d_Q.shape[1:], axes)
+  token_axes = mesh_axes('tokens')
+  weight_axes = set(sum(batch_axes, ()))
+  lies_along_tokens = bool(weight_axes) and weight_axes <= set(token_axes)
+  if not lies_along_tokens or count_devices_along(token_axes) != d_Q.shape[0]:
     return constrain_where_divisible(d_Q.sum(0), *axes)
 
-  def local(d_Q: jax.Array) -> jax.Array:
-    """Scatters over the weight's mesh axes, and sums over the others."""
-    d = _reduce_scatter_all_axes(d_Q.sum(0), ours)
-    rest = tuple(name for name in tokens if name not in weight_axes)
-    if not rest:
+  def sum_on_device(d_Q: jax.Array) -> jax.Array:
+    """Scatters the sum over the weight's mesh axes, and sums over the other
+    ones of the tokens."""
+    d = _reduce_scatter_all_axes(d_Q.sum(0), batch_axes)
+    remaining_axes = tuple(
+        [name for name in token_axes if name not in weight_axes])
+    if not remaining_axes:
       return d
-    return jax.lax.psum(d, rest)
+    return jax.lax.psum(d, remaining_axes)
 
-  mapped = jax.shard_map(local, in_specs=_partition_spec(tokens, *others),
-                         out_specs=_spec_of_both(ours, others), check_vma=False)
-  return mapped(d_Q)
+  on_mesh = jax.shard_map(
+      sum_on_device, in_specs=_partition_spec(token_axes, *other_axes),
+      out_specs=_spec_of_both(batch_axes, other_axes), check_vma=False)
+  return on_mesh(d_Q)
 
 
 def _split_by_batch_axes(shape: tuple[int, ...], axes: tuple[str | None, ...]
-              ) -> tuple[MeshAxesByAxis, MeshAxesByAxis]:
-  """Returns how a weight lies on the mesh axes of the batch, and how on the
-  others."""
-  rows = set(mesh_axes('batch'))
-  ours, others = [], []
+                         ) -> tuple[MeshAxesByAxis, MeshAxesByAxis]:
+  """Returns which mesh axes of the batch each axis of a weight lies on, and
+  which other mesh axes.
+
+  Args:
+    shape: the shape of the weight.
+    axes: its logical axes.
+  """
+  mesh_axes_of_batch = set(mesh_axes('batch'))
+  batch_axes, other_axes = [], []
   for names in mesh_axes_of_weight(shape, axes):
-    of_batch = set(names) <= rows
-    ours.append(names if of_batch else ())
-    others.append(() if of_batch else names)
-  return tuple(ours), tuple(others)
+    is_of_batch = set(names) <= mesh_axes_of_batch
+    batch_axes.append(names if is_of_batch else ())
+    other_axes.append(() if is_of_batch else names)
+  return tuple(batch_axes), tuple(other_axes)
 
 
-def _spec_of_both(
-  ours: MeshAxesByAxis,
-   others: MeshAxesByAxis) -> PartitionSpec:
-  """Returns the PartitionSpec of a weight that lies on both."""
-  return _partition_spec(*(a + b for a, b in zip(ours, others)))
+def _spec_of_both(batch_axes: MeshAxesByAxis, other_axes: MeshAxesByAxis
+                  ) -> PartitionSpec:
+  """Returns the PartitionSpec of a weight that lies on both kinds of mesh
+  axes, as `_split_by_batch_axes` returns them."""
+  both = [of_batch + others
+          for of_batch, others in zip(batch_axes, other_axes)]
+  return _partition_spec(*both)

@@ -36,8 +36,8 @@ from architectures.parts.context import KeysAndValues, SharedArrays
 from architectures.parts.loops import LoopsConfig
 from architectures.parts.report import Report
 
-# The state that goes from layer to layer: x, which may be several streams, and
-# with model.value_residual the values of the first layer.
+# The state that goes from layer to layer: the residual stream x, or several,
+# and with model.value_residual the values of the first layer.
 Carry = tuple[streams.LayerInput, Optional[FirstLayerValues]]
 
 
@@ -46,10 +46,11 @@ class LayerResults:
   """The results of the layers of a period beside x, in their order.
 
   Attributes:
-    caches: their entries of the cache; None: none went in.
+    caches: their entries of the cache; None: no cache went in.
     reports: their reports.
     kept: with context.keep_layers, x after each of them.
-    lent: keys and values that later periods read, by place.
+    lent: keys and values that later periods read, by how far before the end of
+      the period their layer is: -1, ...
   """
   caches: Optional[tuple[LayerCache, ...]]
   reports: tuple[Report, ...]
@@ -66,8 +67,7 @@ class Stack(nn.Module):
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Any = None,
                one_by_one: bool = False
                ) -> tuple[jax.Array, Any, dict[str, Any]]:
-    """Returns the result of the last layer, the cache, and what the layers
-    report.
+    """Runs all layers, and the final norm.
 
     Args:
       x_BLD: the embedding of the tokens.
@@ -75,99 +75,124 @@ class Stack(nn.Module):
       cache: the entries of all layers; None: there is no cache.
       one_by_one: whether the layers follow one another in the program, as a
         scan may copy the weights of each. Parameters and cache are then those
-        that skeletons.one_by_one returns. Both ways update slots in place.
+        that skeletons.unstack_layers returns. Both ways update slots in place.
+
+    Returns:
+      The result, [B, L, D]; the cache with the tokens in it; and what the
+      layers report, by name: see skeletons.Output.aux.
     """
-    c = self.config
+    config = self.config
+    # The input of the first layer, and what all layers read besides.
     ctx = self._complete_context(x_BLD, ctx, cache)
-    first = self._first_values(x_BLD)
+    first_values = self._first_values(x_BLD)
     kinds = self._layer_kinds()
-    x = streams.begin_streams(c, x_BLD, count_branches(c, kinds))
+    x = streams.begin_streams(config, x_BLD, count_branches(config, kinds))
     # The layers.
+    carry = x, first_values
     if one_by_one:
-      (x, _), sections = self._run_one_by_one((x, first), cache, ctx)
+      (x, _), sections = self._run_one_by_one(carry, cache, ctx)
     else:
-      (x, _), sections = self._scan_sections((x, first), cache, ctx)
+      (x, _), sections = self._scan_sections(carry, cache, ctx)
     # The streams end in one, which is normalised. If the length stayed over
     # `tensor`, as the vocabulary is, their product would gather the head.
-    end = streams.EndOfStreams(c, name='final_streams')
-    final = self._final_norm(kinds[-1])
-    y_BLD = sharding.constrain(final(end(x)), 'batch', 'length', 'embed')
+    end_streams = streams.EndOfStreams(config, name='final_streams')
+    final_norm = self._final_norm(kinds[-1])
+    y_BLD = sharding.constrain(
+        final_norm(end_streams(x)), 'batch', 'length', 'embed')
     # The reports of the layers.
     reports = [section.reports for section in sections]
-    aux = report.gather_figures(
-      reports) | report.gather_attention_weights(reports)
+    aux = (report.gather_figures(reports)
+           | report.gather_attention_weights(reports))
     if ctx.keep_layers:
       kept = []
       for section in sections:
-        kept.append([end(x) for x in section.kept])
+        kept.append([end_streams(x) for x in section.kept])
       layers_NBLD = jnp.concatenate([x_BLD[None], report.stack_by_layer(kept)])
-      aux = aux | {'layers': layers_NBLD, 'readouts': final(layers_NBLD)}
+      aux = aux | {'layers': layers_NBLD, 'readouts': final_norm(layers_NBLD)}
     if cache is None:
       return y_BLD, None, aux
     caches = [section.caches for section in sections]
     return y_BLD, caches if one_by_one else sum(caches, ()), aux
 
   def _layer_kinds(self) -> tuple[LayerKind, ...]:
-    """Returns the kind of each layer that a token goes through."""
+    """Returns the kind of each layer that a token goes through, in order."""
     kinds = []
     for section in self.sections:
       kinds += section.layers
     return tuple(kinds)
 
-  def _final_norm(self, last: LayerKind) -> Callable[[jax.Array], jax.Array]:
-    """Returns the norm after the last layer, or a function that changes
-    nothing."""
-    c = self.config
-    if BLOCKS[c.of_kind(last.name).block].FINAL_NORM:
-      return layers.norm(c, 'final_norm')
+  def _final_norm(self, last_kind: LayerKind
+                  ) -> Callable[[jax.Array], jax.Array]:
+    """Returns the norm after the last layer or, where the wiring of that layer
+    needs none, the identity."""
+    config = self.config
+    if BLOCKS[config.of_kind(last_kind.name).block].FINAL_NORM:
+      return layers.norm(config, 'final_norm')
     return _identity
 
   def _complete_context(self, x_BLD: jax.Array, ctx: Context, cache: Any
-                           ) -> Context:
-    """Returns the context with all that the layers read besides their input:
-    how long the rows are, distances, and the embedding of the tokens."""
-    c = self.config
+                        ) -> Context:
+    """Returns the context with what is computed once for all layers of the
+    stack: how long the rows are, distances, and the embedding of the tokens.
+
+    Args:
+      x_BLD: the embedding of the tokens.
+      ctx: the context of the call.
+      cache: the cache of all layers; None: there is none.
+    """
+    config = self.config
     # The keys that queries meet stand in the slots of a cache.
     k_positions_BM = ctx.positions_BL
-    slots = find_cache_of_tokens(cache)
-    if slots is not None:
-      k_positions_BM = jnp.arange(slots.num_slots)[None]
+    cache_of_tokens = find_cache_of_tokens(cache)
+    if cache_of_tokens is not None:
+      k_positions_BM = jnp.arange(cache_of_tokens.num_slots)[None]
     if cache is not None and ctx.lengths_B is None:
       ctx = ctx.replace(lengths_B=ctx.positions_BL[:, -1] + 1)
-    ctx = add_distances(c, self.sections[0].kinds[0], ctx, k_positions_BM)
-    if any(layer.memory == 'per_layer' for layer in c.distinct_layers):
+    first_kind = self.sections[0].kinds[0]
+    ctx = add_distances(config, first_kind, ctx, k_positions_BM)
+    if any(layer.memory == 'per_layer' for layer in config.distinct_layers):
       ctx = ctx.replace(embedded_BLD=x_BLD)
     return ctx
 
   def _first_values(self, x_BLD: jax.Array) -> Optional[FirstLayerValues]:
-    """Returns the values that the first layer is given with
-    model.value_residual; None: there are none."""
-    c = self.config
-    attention = c.find(AttentionConfig)
+    """Returns an empty place for the values of the first layer, which later
+    layers read with model.value_residual; None: they do not."""
+    config = self.config
+    attention = config.find(AttentionConfig)
     if attention is None or not attention.value_residual:
       return None
-    readers = [layer for layer in c.distinct_layers
-               if layer.mixer == 'attention']
-    return steps.zero_first_values(readers[0], x_BLD)
+    layers_of_attention = [layer for layer in config.distinct_layers
+                           if layer.mixer == 'attention']
+    return steps.zero_first_values(layers_of_attention[0], x_BLD)
 
   # A scan over periods, section by section.
 
   def _scan_sections(self, carry: Carry, cache: Any, ctx: Context
-            ) -> tuple[Carry, list[LayerResults]]:
-    """Runs the sections one after another. The results of each have an axis of
-    periods in front."""
+                     ) -> tuple[Carry, list[LayerResults]]:
+    """Runs the sections one after another, each as a scan over its periods.
+
+    Args:
+      carry: what goes from layer to layer.
+      cache: the entries of all layers; None: there is no cache.
+      ctx: what the layers read besides their input.
+
+    Returns:
+      The carry, and the results of each section, whose arrays have an axis of
+      periods in front.
+    """
     entries = iter(cache or ())
     lent: dict[int, KeysAndValues] = {}
-    outputs = []
+    results_of_sections = []
     for section in self.sections:
       section_cache = None
       if cache is not None:
         section_cache = tuple(itertools.islice(entries, len(section.kinds)))
       carry, results = self._run_section(
-          section, carry, section_cache, ctx, lent)
+          section, carry, cache=section_cache, ctx=ctx, lent=lent)
+      # What a section lends, later ones read without its axis of periods.
       lent = jax.tree.map(operator.itemgetter(0), results.lent)
-      outputs.append(results)
-    return carry, outputs
+      results_of_sections.append(results)
+    return carry, results_of_sections
 
   def _run_section(self, section: Section, carry: Carry,
                    cache: Optional[tuple[LayerCache, ...]], ctx: Context,
@@ -175,189 +200,229 @@ class Stack(nn.Module):
                    ) -> tuple[Carry, LayerResults]:
     """Runs the periods of one section, all of its passes.
 
-    The slots of the cache go along with the carry (see Scanned), and `rest`,
-    what else it holds, is given to the periods one by one.
+    The slots of the cache go along with the carry (see Scanned), and what else
+    the cache holds is given to the periods one by one.
+
+    Args:
+      section: the section.
+      carry: what goes from layer to layer.
+      cache: the entries of its layers; None: there is no cache.
+      ctx: what the layers read besides their input.
+      lent: keys and values of layers of the sections before.
+
+    Returns:
+      The carry, and the results, with an axis of periods in front.
     """
-    slots, rest, n_N = None, None, None
+    slots, other_cache, period_N = None, None, None
     if cache is not None:
-      slots, rest = split_off_slots(cache)
-      n_N = jnp.arange(section.periods)
+      slots, other_cache = split_off_slots(cache)
+      period_N = jnp.arange(section.periods)
+    # One scan over the periods, or one in each pass.
     if self._is_looped(section) and not self.is_initializing():
       (carry, slots), results = self._run_passes(
-          section, (carry, slots), rest, ctx, lent)
+          section, (carry, slots), other_cache=other_cache, ctx=ctx, lent=lent)
     else:
       periods = self._scanned_periods(section, name=section.name)
       (carry, slots), results = periods(
-          (carry, slots), (n_N, rest), ctx, lent)
+          (carry, slots), (period_N, other_cache), ctx, lent)
     # A new model runs one pass, and declares what passes are entered with.
     if self._is_looped(section) and self.is_initializing():
       passes.Enter(self.config, name='loop')(carry[0], carry[0], 0)
     if slots is None:
       return carry, results
-    return carry, results.replace(caches=put_slots_back(slots, results.caches))
+    caches = put_slots_back(slots, results.caches)
+    return carry, results.replace(caches=caches)
 
-  def _scanned_periods(self, section: Section, **named: Any) -> nn.Module:
-    """Returns the module that scans the periods of a section; `named` gives it
-    a name in the stack, or leaves it unbound."""
-    c = self.config
+  def _scanned_periods(self, section: Section, **module_options: Any
+                       ) -> nn.Module:
+    """Returns the module that scans the periods of a section.
+
+    Args:
+      section: the section.
+      **module_options: `name`, its name in the stack, or parent=None, which
+        leaves it unbound.
+    """
+    config = self.config
     # If the check were left out, the layers would be traced once and not twice.
     # Where they draw numbers, the draws of both are counted, and what is drawn
     # depends on the count.
-    draws = any(map(self.has_rng, ('params', 'dropout', 'router')))
+    draws_numbers = any(map(self.has_rng, ('params', 'dropout', 'router')))
     scanned = nn.scan(
         Scanned, variable_axes={'params': 0},
         split_rngs={'params': True, 'dropout': True, 'router': True},
         in_axes=(0, nn.broadcast, nn.broadcast), length=section.periods,
-        unroll=1 if c.scan_layers else section.periods,
-        check_constancy_invariants=draws,
+        unroll=1 if config.scan_layers else section.periods,
+        check_constancy_invariants=draws_numbers,
         metadata_params={nn.PARTITION_NAME: 'layers'})
-    several = section.periods * section.passes > 1
+    has_several_periods = section.periods * section.passes > 1
     return scanned(
-  config=c,
-  pattern=section.kinds,
-  lends=self._places_lent_by_section(
-    section.name),
-    in_loop=c.scan_layers and several,
-     **named)
+        config=config, pattern=section.kinds,
+        lends=self._places_lent_by_section(section.name),
+        in_loop=config.scan_layers and has_several_periods, **module_options)
 
-  def _places_lent_by_section(self, section: str) -> tuple[int, ...]:
-    """Returns which layers of a section lend their keys to later sections, by
-    their place before its end: only those of the prefix do."""
-    if section != 'prefix':
+  def _places_lent_by_section(self, section_name: str) -> tuple[int, ...]:
+    """Returns which layers of a section lend their keys and values to later
+    sections, by how far before its end they are: -1, ... Only layers of the
+    prefix do."""
+    if section_name != 'prefix':
       return ()
-    sources = set()
-    for other in self.sections:
-      for kind in other.kinds:
+    places = set()
+    for section in self.sections:
+      for kind in section.kinds:
         if kind.source is not None and kind.source < 0:
-          sources.add(kind.source)
-    return tuple(sorted(sources))
+          places.add(kind.source)
+    return tuple(sorted(places))
 
   # Layers that loop.
 
   def _is_looped(self, section: Section) -> bool:
+    """Returns whether the layers of a section are run several times, with
+    model.loop: those between the prefix and the suffix are."""
     return self.config.loop != 'none' and section.name == 'layers'
 
-  def _run_passes(self,
-  section: Section,
-  carry: tuple[Carry,
-  SlotsOfEntries],
-  rest: Any,
-  ctx: Context,
-  lent: dict[int,
-  KeysAndValues] ) -> tuple[tuple[Carry,
-  SlotsOfEntries],
-   LayerResults]:
-    """Runs all passes of the section that loops, in a scan over the passes.
+  def _run_passes(self, section: Section, carry: tuple[Carry, SlotsOfEntries],
+                  other_cache: Any, ctx: Context,
+                  lent: dict[int, KeysAndValues]
+                  ) -> tuple[tuple[Carry, SlotsOfEntries], LayerResults]:
+    """Runs all passes over a section whose layers are run several times, in a
+    scan over the passes.
 
     All passes read the same parameters, so the periods are an unbound module
     that each pass applies. The first passes may have no gradient: then the scan
     is two, and the first one reads nothing that has a gradient.
 
+    Args:
+      section: the section.
+      carry: what goes from layer to layer, and the slots of the cache.
+      other_cache: what else its entries of the cache hold; None: no cache.
+      ctx: what the layers read besides their input.
+      lent: keys and values of layers of the sections before.
+
     Returns:
       The carry, and the results of all passes with those of a pass side by
       side: [passes * periods, ...].
     """
-    c, params = self.config, self.variables['params']
-    count, periods = section.passes, section.periods
+    config, params = self.config, self.variables['params']
+    num_passes, num_periods = section.passes, section.periods
     module = self._scanned_periods(section, parent=None)
     (inputs, _), _ = carry
-    keys = {name: jax.random.split(self.make_rng(name), count)
+
+    def run_pass(params: Any, inputs: streams.LayerInput, ctx: Context,
+                 lent: dict[int, KeysAndValues], carry: tuple, of_pass: tuple):
+      """Runs one pass. `of_pass` is what it alone is given: its number, its
+      rows of the cache, and its keys of random numbers."""
+      (x, first_values), slots = carry
+      n, other_cache, rngs = of_pass
+      x = passes.input_of_pass(config, params, x, inputs=inputs, n=n)
+      period_N = None
+      if slots is not None:
+        period_N = n * num_periods + jnp.arange(num_periods)
+      return module.apply(
+          {'params': params[section.name]}, ((x, first_values), slots),
+          (period_N, other_cache), ctx, lent, rngs=rngs)
+
+    # What each pass alone is given, with an axis of passes in front.
+    rngs = {name: jax.random.split(self.make_rng(name), num_passes)
             for name in ('dropout', 'router') if self.has_rng(name)}
+    rows_by_pass = jax.tree.map(
+        lambda x: x.reshape(num_passes, num_periods, *x.shape[1:]), other_cache)
+    of_passes = jnp.arange(num_passes), rows_by_pass, rngs
 
-    def one_pass(params: Any, inputs: streams.LayerInput, ctx: Context,
-                 lent: dict[int, KeysAndValues], carry: tuple, own: tuple):
-      """Runs pass n. `own` is what it alone is given: its number, its rows of
-      the cache, and its keys of random numbers."""
-      (x, first), slots = carry
-      n, rest, keys = own
-      x = passes.input_of_pass(c, params, x, inputs, n)
-      n_N = None if slots is None else n * periods + jnp.arange(periods)
-      return module.apply({'params': params[section.name]},
-                          ((x, first), slots), (n_N, rest), ctx, lent,
-                          rngs=keys)
-
-    own = (jnp.arange(count),
-           jax.tree.map(lambda x: x.reshape(count, periods, *x.shape[1:]),
-                        rest), keys)
-
-    def run(shared: tuple, carry: tuple, start: int, end: int):
+    def run_passes(shared: tuple, carry: tuple, start: int, end: int):
       """Runs the passes from `start` to before `end`."""
-      some = jax.tree.map(operator.itemgetter(slice(start, end)), own)
-      unroll = 1 if c.scan_layers else end - start
-      return jax.lax.scan(functools.partial(one_pass, *shared), carry, some,
-                          unroll=unroll)
+      of_these_passes = jax.tree.map(
+          operator.itemgetter(slice(start, end)), of_passes)
+      unroll = 1 if config.scan_layers else end - start
+      return jax.lax.scan(functools.partial(run_pass, *shared), carry,
+                          of_these_passes, unroll=unroll)
 
     # The passes without a gradient, and then those that have one.
-    shared, parts = (params, inputs, ctx, lent), []
-    free = self._passes_without_gradient(count)
-    if free:
-      carry, results = run(_stop_gradients(
-        shared), _stop_gradients(carry), 0, free)
+    shared = params, inputs, ctx, lent
+    results_of_scans = []
+    num_without_gradient = self._passes_without_gradient(num_passes)
+    if num_without_gradient:
+      carry, results = run_passes(
+          _stop_gradients(shared), _stop_gradients(carry), start=0,
+          end=num_without_gradient)
       carry = _stop_gradients(carry)
-      parts.append(results)
-    carry, results = run(shared, carry, free, count)
-    parts.append(results)
-    results = jax.tree.map(_flatten_passes, *parts)
+      results_of_scans.append(results)
+    carry, results = run_passes(
+        shared, carry, start=num_without_gradient, end=num_passes)
+    results_of_scans.append(results)
+    # The results of all passes.
+    results = jax.tree.map(_flatten_passes, *results_of_scans)
     reports = [self._mean_loads(section, layer_report)
                for layer_report in results.reports]
     return carry, results.replace(reports=tuple(reports))
 
-  def _passes_without_gradient(self, count: int) -> int:
-    """Returns how many of the first of `count` passes have no gradient."""
-    with_gradient = self.config.part(LoopsConfig).gradient_passes
-    if not with_gradient:
+  def _passes_without_gradient(self, num_passes: int) -> int:
+    """Returns how many passes, from the first on, have no gradient."""
+    num_with_gradient = self.config.part(LoopsConfig).gradient_passes
+    if not num_with_gradient:
       return 0
-    return max(count - with_gradient, 0)
+    return max(num_passes - num_with_gradient, 0)
 
   def _mean_loads(self, section: Section, layer_report: Report) -> Report:
-    """Returns a report of all passes with the mean load of experts over these,
-    by which a bias moves, and with the whole path of that bias: the unbound
-    module that made the report does not know where it stands."""
-    root = '/'.join((*self.path, section.name))
+    """Returns a layer's report of all passes with the mean load of experts over
+    the passes, by which a bias moves.
+
+    The loads are named by the whole path of that bias: the unbound module that
+    made the report does not know where it stands.
+    """
+    path_of_section = '/'.join((*self.path, section.name))
     loads = {}
     for path, load_NE in layer_report.loads.items():
       by_pass = load_NE.reshape(section.passes, section.periods, -1)
-      loads[f'{root}/{path}'] = by_pass.mean(0)
+      loads[f'{path_of_section}/{path}'] = by_pass.mean(0)
     return layer_report.replace(loads=loads)
 
   # Single tokens: the layers one after another.
 
   def _run_one_by_one(self, carry: Carry, cache: Any, ctx: Context
-                  ) -> tuple[Carry, list[LayerResults]]:
-    """Runs the layers period by period, as the program's own loop. `cache` has
-    the slots of each period of each pass. The results of each have an axis of
-    one period in front, but their caches, which are updated in place."""
-    c, params = self.config, self.variables['params']
+                      ) -> tuple[Carry, list[LayerResults]]:
+    """Runs the layers period by period, as a loop of Python.
+
+    Args:
+      carry: what goes from layer to layer.
+      cache: the entries of each period of each pass.
+      ctx: what the layers read besides their input.
+
+    Returns:
+      The carry, and the results of each period, whose arrays have an axis of
+      one period in front, but for the caches, which are updated in place.
+    """
+    config, params = self.config, self.variables['params']
     entries = iter(cache)
     lent: dict[int, KeysAndValues] = {}
-    outputs = []
+    results_of_periods = []
     for section in self.sections:
-      period = Period(
-  c,
-  section.kinds,
-  self._places_lent_by_section(
-    section.name),
-     parent=None)
+      lends = self._places_lent_by_section(section.name)
+      period = Period(config, section.kinds, lends, parent=None)
       inputs, _ = carry
-      for n in range(section.periods * section.passes):
-        pass_, row = divmod(n, section.periods)
+      for i in range(section.periods * section.passes):
+        n, row = divmod(i, section.periods)  # the pass, and the period in it
         if self._is_looped(section) and row == 0:
-          x, first = carry
-          carry = passes.input_of_pass(c, params, x, inputs, pass_), first
+          x, first_values = carry
+          x = passes.input_of_pass(config, params, x, inputs=inputs, n=n)
+          carry = x, first_values
         carry, results = period.apply(
             {'params': params[section.name][str(row)]}, carry, next(entries),
             ctx, lent)
-        rows = jax.tree.map(lambda x: x[None], results.replace(caches=None))
-        outputs.append(rows.replace(caches=results.caches))
+        with_axis = jax.tree.map(
+            lambda x: x[None], results.replace(caches=None))
+        results_of_periods.append(with_axis.replace(caches=results.caches))
       if section.name == 'prefix':
         lent = results.lent
-    return carry, outputs
+    return carry, results_of_periods
 
 
 def find_cache_of_tokens(cache: Any) -> Optional[Cache]:
-  """Returns one entry of a cache that holds tokens, all of which hold as many:
-  [N / period, B, M, J, K], or [B, M, J, K] where the layers are apart. None: no
-  entry does, as all are states, or there is no cache."""
+  """Returns one entry of a cache that holds tokens; all such entries have room
+  for as many.
+
+  The arrays are [N / period, B, M, J, K], or [B, M, J, K] where the layers are
+  apart. None: there is no cache, or all entries are states.
+  """
   for entry in jax.tree.leaves(cache, is_leaf=is_cache):
     if is_cache(entry) and entry.key_BMJK is not None:
       return entry
@@ -365,10 +430,12 @@ def find_cache_of_tokens(cache: Any) -> Optional[Cache]:
 
 
 def is_cache(x: Any) -> bool:
+  """Returns whether a part of a tree is a cache of keys and values."""
   return isinstance(x, Cache)
 
 
 def _identity(x: jax.Array) -> jax.Array:
+  """Returns x as it is."""
   return x
 
 
@@ -377,34 +444,38 @@ def _stop_gradients(tree: Any) -> Any:
   return jax.tree.map(jax.lax.stop_gradient, tree)
 
 
-def _flatten_passes(*parts: jax.Array) -> jax.Array:
-  """Returns [passes * periods, ...] of arrays [some passes, periods, ...]."""
-  return jnp.concatenate(parts).reshape(-1, *parts[0].shape[2:])
+def _flatten_passes(*of_scans: jax.Array) -> jax.Array:
+  """Returns [passes * periods, ...] of the results of one or two scans over
+  passes, each [some passes, periods, ...]."""
+  return jnp.concatenate(of_scans).reshape(-1, *of_scans[0].shape[2:])
 
 
 def add_distances(c: ModelConfig, kind: LayerKind, ctx: Context,
-                   k_positions_BM: jax.Array, after: str = '') -> Context:
-  """Returns the context with what all layers of a stack have of distances.
+                  k_positions_BM: jax.Array, name_suffix: str = '') -> Context:
+  """Returns the context with what the position encoding computes of the
+  distances between queries and keys, once for all layers of a stack.
 
   Args:
     c: the model.
     kind: a kind of layer of the stack, which says whether it is causal.
     ctx: the context, which says where the queries stand.
     k_positions_BM: where the keys stand.
-    after: the end of the names of the encoding's modules in the stack.
+    name_suffix: the end of the names of the encoding's modules in the stack.
   """
   encoding = positions.position_of(c)
   bias_BHLM, table_UD = None, None
   if encoding.stack_bias:
-    bias = encoding.stack_bias(c, kind.causal, name=f'{c.position}_bias{after}')
-    bias_BHLM = bias(ctx.positions_BL, k_positions_BM)
+    make_bias = encoding.stack_bias(
+        c, kind.causal, name=f'{c.position}_bias{name_suffix}')
+    bias_BHLM = make_bias(ctx.positions_BL, k_positions_BM)
   if encoding.stack_table:
-    table_UD = encoding.stack_table(c, name=f'{c.position}{after}')()
+    make_table = encoding.stack_table(c, name=f'{c.position}{name_suffix}')
+    table_UD = make_table()
   distances = Distances(bias_BHLM=bias_BHLM, table_UD=table_UD)
   return ctx.replace(distances=distances)
 
 
-# One period, and how its layers wait for their gradients.
+# One period, and the order in which the gradients of its layers are computed.
 
 
 class Period(nn.Module):
@@ -425,14 +496,9 @@ class Period(nn.Module):
   in_loop: bool = False
 
   @nn.compact
-  def __call__(self,
-  carry: Carry,
-  cache: Optional[tuple[LayerCache,
-  ...]],
-  ctx: Context,
-  lent: dict[int,
-  KeysAndValues]) -> tuple[Any,
-   LayerResults]:
+  def __call__(self, carry: Carry, cache: Optional[tuple[LayerCache, ...]],
+               ctx: Context, lent: dict[int, KeysAndValues]
+               ) -> tuple[Any, LayerResults]:
     """Runs the layers one after another.
 
     Args:
@@ -445,66 +511,69 @@ class Period(nn.Module):
     Returns:
       The carry, and what the layers return beside it.
     """
-    x, first = carry
+    x, first_values = carry
     lent = dict(lent)
-    end = len(self.pattern)
+    num_layers = len(self.pattern)
     # The layers whose keys and values another one reads, here or later.
-    read = {kind.source for kind in self.pattern}
-    read |= {end + place for place in self.lends}
+    lenders = {kind.source for kind in self.pattern}
+    lenders |= {num_layers + place for place in self.lends}
     caches, reports, kept = [], [], []
     for i, kind in enumerate(self.pattern):
-      shared = SharedArrays(
-  first_values=first, keys=lent.get(
-    kind.source), lends=i in read)
+      shared = SharedArrays(first_values=first_values,
+                            keys=lent.get(kind.source), lends=i in lenders)
       entry = None if cache is None else cache[i]
       x, entry, layer_report = self._run_layer(
-          i, kind, x, ctx.replace(shared=shared), entry)
+          i, kind, x, ctx=ctx.replace(shared=shared), cache=entry)
       # Arrays that later layers read go with the carry, not into the report.
       if layer_report.first_values is not None:
-        first = layer_report.first_values
+        first_values = layer_report.first_values
       if layer_report.keys is not None:
         lent[i] = layer_report.keys
       caches.append(entry)
       reports.append(layer_report.replace(first_values=None, keys=None))
       kept.append(x if ctx.keep_layers else ())
-    return (x, first), LayerResults(
+    results = LayerResults(
         caches=None if cache is None else tuple(caches),
         reports=tuple(reports), kept=tuple(kept),
-        lent={place: lent[end + place] for place in self.lends})
+        lent={place: lent[num_layers + place] for place in self.lends})
+    return (x, first_values), results
 
-  def _run_layer(self,
-  i: int,
-  kind: LayerKind,
-  x: streams.LayerInput,
-  ctx: Context,
-  cache: Optional[LayerCache] ) -> tuple[streams.LayerInput,
-  Optional[LayerCache],
-   Report]:
-    """Runs layer i of the period. On several devices its gradient waits for
-    that of its weights, unless it is the first one of an iteration of a loop,
-    whose end waits for all gradients."""
+  def _run_layer(self, i: int, kind: LayerKind, x: streams.LayerInput,
+                 ctx: Context, cache: Optional[LayerCache]
+                 ) -> tuple[streams.LayerInput, Optional[LayerCache], Report]:
+    """Returns the result of layer i of the period, its cache, and its report.
+
+    On several devices, the layer's gradient is passed on only when those of its
+    weights are there, see `_run_after_weight_gradients`. This is not needed for
+    the first layer in an iteration of a loop, whose end waits for all
+    gradients.
+
+    Args:
+      i: the place of the layer in the period.
+      kind: its kind.
+      x: its input.
+      ctx: what it reads besides.
+      cache: its cache; None: there is none.
+    """
     config = self.config.of_kind(kind.name)
-    alone_in_loop = self.in_loop and len(self.pattern) == 1
+    is_alone_in_loop = self.in_loop and len(self.pattern) == 1
     block = layers.apply_remat(
-        BLOCKS[config.block], config, prevent_cse=not alone_in_loop)
+        BLOCKS[config.block], config, prevent_cse=not is_alone_in_loop)
     name = f'block_{i}'
-    make = functools.partial(block, config, kind, name=name)
+    make_layer = functools.partial(block, config, kind, name=name)
     starts_iteration = self.in_loop and i == 0
     if (sharding.count_devices() == 1 or self.is_initializing()
         or starts_iteration):
-      return make()(x, ctx, cache)
-    return self._run_after_weight_gradients(name, make, x, ctx, cache)
+      return make_layer()(x, ctx, cache)
+    return self._run_after_weight_gradients(
+        name, make_layer, x, ctx=ctx, cache=cache)
 
-  def _run_after_weight_gradients(self,
-  name: str,
-  make: Callable[[],
-  nn.Module],
-  x: streams.LayerInput,
-  ctx: Context,
-  cache: Optional[LayerCache] ) -> tuple[streams.LayerInput,
-  Optional[LayerCache],
-   Report]:
-    """Returns make()(x, ctx, cache), where `make` makes the layer `name`.
+  def _run_after_weight_gradients(
+      self, name: str, make_layer: Callable[[], nn.Module],
+      x: streams.LayerInput, ctx: Context, cache: Optional[LayerCache]
+      ) -> tuple[streams.LayerInput, Optional[LayerCache], Report]:
+    """Returns the result of a layer, its cache and its report. In the backward
+    pass, the gradient of x waits for the gradients of the layer's weights.
 
     The order of the forward pass is unchanged. In the backward pass the layer's
     gradient goes on to the layer before it only when the gradients of its
@@ -514,33 +583,42 @@ class Period(nn.Module):
     XLA's scheduler may otherwise put off the sums over the devices, and then
     several layers have whole gradients at once. In a loop it cannot: the end of
     an iteration needs them.
+
+    Args:
+      name: the name of the layer in the period.
+      make_layer: a function that makes the layer.
+      x: its input.
+      ctx: what it reads besides.
+      cache: its cache; None: there is none.
     """
     x, weights = _tie_gradients(x, self.get_variable('params', name))
 
-    def with_tied(variables: Any) -> dict:
-      """Returns the period's parameters, those of the layer behind the barrier.
-      """
+    def replace_weights(variables: Any) -> dict:
+      """Returns the period's parameters, with those of the layer behind the
+      barrier."""
       return {'params': {**variables['params'], name: weights}}
 
     def run_layer(period: nn.Module):
-      del period  # the parent of what `make` makes
-      return make()(x, ctx, cache)
+      del period  # the parent of the layer
+      return make_layer()(x, ctx, cache)
 
-    return nn.map_variables(run_layer, 'params', with_tied)(self)
+    return nn.map_variables(run_layer, 'params', replace_weights)(self)
 
 
 @jax.custom_vjp
-def _tie_gradients(x: streams.LayerInput,
-                   params: Any) -> tuple[streams.LayerInput, Any]:
+def _tie_gradients(x: streams.LayerInput, params: Any
+                   ) -> tuple[streams.LayerInput, Any]:
   """Returns both as they are; their gradients wait for one another."""
   return x, params
 
 
 def _tie_gradients_fwd(x: streams.LayerInput, params: Any):
+  """Returns both, and nothing that the gradient needs."""
   return (x, params), None
 
 
 def _tie_gradients_bwd(_, gradients: tuple[streams.LayerInput, Any]):
+  """Returns the gradients of both, unchanged, behind one barrier."""
   return jax.lax.optimization_barrier(gradients)
 
 
@@ -566,13 +644,16 @@ class Scanned(Period):
       xs: the period's number n, and what else its entries of the cache hold.
       ctx: what the layers read besides their input.
       lent: keys and values of layers of the sections before.
+
+    Returns:
+      The carry, and what the layers return beside it, without slots.
     """
     carry, slots = carry
-    n, rest = xs
+    n, other_cache = xs
     if slots is None:
       carry, results = super().__call__(carry, None, ctx, lent)
       return (carry, None), results
-    cache = put_slots_back(slots, rest, n)
+    cache = put_slots_back(slots, other_cache, n)
     carry, results = super().__call__(carry, cache, ctx, lent)
-    slots, rest = split_off_slots(results.caches)
-    return (carry, slots), results.replace(caches=rest)
+    slots, other_cache = split_off_slots(results.caches)
+    return (carry, slots), results.replace(caches=other_cache)
