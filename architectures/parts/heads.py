@@ -48,6 +48,8 @@ from common.errors import require
 from common.fields import field, RUN, SHAPES, ReadIf
 
 # tokens, at most, of which a tied head reads the table as it lies
+# Up to this number of tokens, XLA's CPU backend is faster where the table of a
+# tied head is the first operand of the product: see Head.logits.
 MOST_TOKENS_WITH_TABLE_FIRST = 32
 
 
@@ -62,28 +64,31 @@ class Head:
   tied: bool = struct.field(pytree_node=False, default=False)
 
   def logits(self, x_BLD: jax.Array) -> jax.Array:
-    """[..., D] -> float32 [..., V].
+    """Returns the logits of vectors [..., D], in float32 [..., V].
 
-    Of few tokens XLA's CPU backend reads a table on the left as it lies, and
-    copies one on the right. The barrier keeps it from changing their order.
+    For few tokens XLA's CPU backend reads a table that is the first operand as
+    it lies, and copies one that is the second. The barrier keeps it from
+    exchanging them.
     """
     num_tokens = x_BLD.size // x_BLD.shape[-1]
-    if (self.tied and num_tokens <= MOST_TOKENS_WITH_TABLE_FIRST
-        and x_BLD.dtype == jnp.float32 and sharding.is_single_cpu()):
-      logits_VT = jax.lax.optimization_barrier(layers.einsum(
-          'VD,TD->VT', self.kernel_DV.T, x_BLD.reshape(-1, x_BLD.shape[-1]),
-          x_BLD.dtype, jnp.float32))
-      return self.finish_logits(logits_VT.T.reshape(*x_BLD.shape[:-1], -1))
-    return self.finish_logits(
-  layers.einsum(
-    '...D,DV->...V',
-    x_BLD,
-    self.kernel_DV,
-    x_BLD.dtype,
-     jnp.float32))
+    is_table_first = (
+        self.tied and num_tokens <= MOST_TOKENS_WITH_TABLE_FIRST
+        and x_BLD.dtype == jnp.float32 and sharding.is_single_cpu())
+    if not is_table_first:
+      logits_BLV = layers.einsum('...D,DV->...V', x_BLD, self.kernel_DV,
+                                 x_BLD.dtype, jnp.float32)
+      return self.finish_logits(logits_BLV)
+    # The transposed product, with the table as it lies.
+    x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
+    logits_VT = layers.einsum('VD,TD->VT', self.kernel_DV.T, x_TD, x_BLD.dtype,
+                              jnp.float32)
+    logits_VT = jax.lax.optimization_barrier(logits_VT)
+    return self.finish_logits(logits_VT.T.reshape(*x_BLD.shape[:-1], -1))
 
-  def finish_logits(self, logits_BLV: jax.Array) -> jax.Array:
-    """The logits of the bare products x W."""
+  def finish_logits(self, product_BLV: jax.Array) -> jax.Array:
+    """Returns the logits, of the product x W alone: with the bias, the scale
+    and the bound."""
+    logits_BLV = product_BLV
     if self.bias_V is not None:
       logits_BLV = layers.add_bias(logits_BLV, self.bias_V)
     logits_BLV = logits_BLV * self.scale
@@ -93,79 +98,104 @@ class Head:
 
 
 class Unembed(nn.Module):
-  """The output head: tied to the embedding, or a matrix of its own."""
+  """The module that makes the head of a language model, whose matrix is the
+  embedding, transposed, or one of its own."""
   config: ModelConfig
 
   @nn.compact
   def __call__(self, table_DV: jax.Array) -> Head:
+    """Returns the head. `table_DV` is the transpose of the embedding."""
     c = self.config
+    kernel_DV = table_DV
     if not c.tie_embeddings:
-      table_DV = layers.weight(self, 'kernel', (c.d_model, c.vocab_size),
-                               ('embed', 'vocab'), output=True)
-    bias_V = (layers.bias(self, 'bias', (c.vocab_size,), ('vocab',),
-                          output=True)
-              if c.logits_bias else None)
+      kernel_DV = layers.weight(self, 'kernel', (c.d_model, c.vocab_size),
+                                ('embed', 'vocab'), output=True)
+    bias_V = None
+    if c.logits_bias:
+      bias_V = layers.bias(self, 'bias', (c.vocab_size,), ('vocab',),
+                           output=True)
     # muP's output multiplier, of a tied table too; the bias makes up for it by
     # its learning rate.
-    return Head(table_DV, bias_V, c.logits_scale / c.widening,
-                c.logits_softcap, c.tie_embeddings)
+    return Head(kernel_DV=kernel_DV, bias_V=bias_V,
+                scale=c.logits_scale / c.widening, softcap=c.logits_softcap,
+                tied=c.tie_embeddings)
 
 
 class Task(nn.Module):
-  """The head of a task: [B, D] or [B, L, D] -> float32 scores [..., K].
+  """The head of a task, which gives scores: dropout, then a product.
 
-  Dropout, then a product. `bias` says whether one is added.
+  Attributes:
+    config: the model.
+    bias: whether a bias is added.
   """
   config: ModelConfig
   bias: bool = True
 
   @nn.compact
   def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
+    """Returns the scores in float32, [B, K] or [B, L, K].
+
+    Args:
+      x: a vector of each row, [B, D], or of each token, [B, L, D].
+      deterministic: whether nothing is dropped.
+    """
     c = self.config
-    outputs = HEADS[c.head].outputs(c)
+    num_scores = HEADS[c.head].outputs(c)
     # The letter K of the legend is a head's size, V the vocabulary: U is left.
-    kernel_DU = layers.weight(self, 'kernel', (c.d_model, outputs),
+    kernel_DU = layers.weight(self, 'kernel', (c.d_model, num_scores),
                               ('embed', None), output=True, tuned=True)
-    bias_U = (layers.bias(self, 'bias', (outputs,), (None,), output=True,
-                          tuned=True) if self.bias else None)
+    bias_U = None
+    if self.bias:
+      bias_U = layers.bias(self, 'bias', (num_scores,), (None,), output=True,
+                           tuned=True)
     x = layers.Dropout(c.head_dropout)(x, deterministic=deterministic)
-    return Head(kernel_DU, bias_U, 1 / c.widening).logits(x)
+    head = Head(kernel_DV=kernel_DU, bias_V=bias_U, scale=1 / c.widening)
+    return head.logits(x)
 
 
 class Unfold(nn.Module):
-  """The head that tells all tokens of a row from one vector.
+  """The head that predicts all tokens of a row from one vector.
 
-  [B, D], length -> hidden [B, L, D] and its Head: the vector plus the sinusoids
-  of each place; twice a norm, a product and gelu; a norm, and a product with
-  the vocabulary. It is the decoder of MAD's compression (Poli et al. 2024, as
-  in the code published with it), in which no place sees another.
+  The vector plus a sinusoidal encoding of each place goes twice through a norm,
+  a product and gelu, and then through a norm and a product with the vocabulary.
+  It is the decoder of MAD's compression task (Poli et al. 2024, as in the code
+  published with it), in which no place sees another.
   """
   config: ModelConfig
 
   @nn.compact
   def __call__(self, x_BD: jax.Array, length: int) -> tuple[jax.Array, Head]:
+    """Returns the input of the last product, [B, L, D], and the Head with it.
+
+    Args:
+      x_BD: the vector of each row.
+      length: the number of tokens that are predicted, L.
+    """
     c = self.config
     # fairseq's positions begin at 2, and the published ones at 0.
     places_LD = positions.sinusoidal_encoding(
-  jnp.arange(length) - 2, c.d_model, 'fairseq')
+        jnp.arange(length) - 2, c.d_model, 'fairseq')
     x_BLD = x_BD[:, None] + places_LD[None].astype(x_BD.dtype)
+    # Twice a norm, a product and gelu.
     for i in range(2):
-      y_BLD = norm(c, f'norm_{i}')(x_BLD)
+      normed_BLD = norm(c, f'norm_{i}')(x_BLD)
       w_DD = layers.weight(self, f'kernel_{i}', (c.d_model, c.d_model),
                            ('embed', None), tuned=True)
       b_D = layers.bias(self, f'bias_{i}', (c.d_model,), (None,), tuned=True)
-      x_BLD = jax.nn.gelu(layers.add_bias(layers.einsum(
-          'BLD,DE->BLE', y_BLD, w_DD, y_BLD.dtype, y_BLD.dtype), b_D),
-                          approximate=False)
+      product_BLD = layers.einsum('BLD,DE->BLE', normed_BLD, w_DD,
+                                  normed_BLD.dtype, normed_BLD.dtype)
+      x_BLD = layers.gelu(layers.add_bias(product_BLD, b_D))
+    # The product with the vocabulary.
     kernel_DV = layers.weight(self, 'kernel', (c.d_model, c.vocab_size),
                               ('embed', 'vocab'), output=True, tuned=True)
     bias_V = layers.bias(self, 'bias', (c.vocab_size,), ('vocab',),
                          output=True, tuned=True)
-    return norm(c, 'norm_2')(x_BLD), Head(kernel_DV, bias_V, 1 / c.widening)
+    head = Head(kernel_DV=kernel_DV, bias_V=bias_V, scale=1 / c.widening)
+    return norm(c, 'norm_2')(x_BLD), head
 
 
 def pool_last_token(x_BLD: jax.Array, valid_BL: Optional[jax.Array],
-         segment_ids_BL: Optional[jax.Array]) -> jax.Array:
+                    segment_ids_BL: Optional[jax.Array]) -> jax.Array:
   """Returns the last token of each row that is not padding, [B, D].
 
   Args:
@@ -173,16 +203,16 @@ def pool_last_token(x_BLD: jax.Array, valid_BL: Optional[jax.Array],
     valid_BL: 0 on padding; None: `segment_ids_BL` tell.
     segment_ids_BL: 0 on padding; None: nothing is padding.
   """
-  seen_BL = segment_ids_BL if valid_BL is None else valid_BL
-  if seen_BL is None:
+  not_padding_BL = segment_ids_BL if valid_BL is None else valid_BL
+  if not_padding_BL is None:
     return x_BLD[:, -1]
-  places_L = jnp.arange(x_BLD.shape[1])
-  last_B = jnp.where(seen_BL != 0, places_L[None], 0).max(1)
+  index_L = jnp.arange(x_BLD.shape[1])
+  last_B = jnp.where(not_padding_BL != 0, index_L[None], 0).max(1)
   return jnp.take_along_axis(x_BLD, last_B[:, None, None], 1)[:, 0]
 
 
-def pool_mean_of_tokens(x_BLD: jax.Array,
-   segment_ids_BL: Optional[jax.Array]) -> jax.Array:
+def pool_mean_of_tokens(x_BLD: jax.Array, segment_ids_BL: Optional[jax.Array]
+                        ) -> jax.Array:
   """Returns the mean over each row's tokens that are not padding, [B, D].
 
   Args:
@@ -191,15 +221,22 @@ def pool_mean_of_tokens(x_BLD: jax.Array,
   """
   if segment_ids_BL is None:
     return x_BLD.mean(1)
-  seen_BL1 = (segment_ids_BL != 0)[..., None]
-  sum_BD = (x_BLD * seen_BL1).sum(1, dtype=jnp.float32)
-  return (sum_BD / jnp.maximum(seen_BL1.sum(1), 1)).astype(x_BLD.dtype)
+  is_token_BL1 = (segment_ids_BL != 0)[..., None]
+  sum_BD = (x_BLD * is_token_BL1).sum(1, dtype=jnp.float32)
+  num_tokens_B1 = jnp.maximum(is_token_BL1.sum(1), 1)
+  return (sum_BD / num_tokens_B1).astype(x_BLD.dtype)
 
 
-# A pooling turns an encoder's row into what a head reads:
+def pool_first_token(x_BLD: jax.Array, segment_ids_BL: Optional[jax.Array]
+                     ) -> jax.Array:
+  """Returns the first token of each row, [B, D]."""
+  del segment_ids_BL
+  return x_BLD[:, 0]
+
+
+# A pooling makes a vector of an encoder's row, which a head reads:
 # (tokens [B, L, D], segments [B, L]) -> [B, D].
-POOLINGS = {'cls': lambda x_BLD,
-  segment_ids_BL: x_BLD[:, 0], 'mean': pool_mean_of_tokens}
+POOLINGS = {'cls': pool_first_token, 'mean': pool_mean_of_tokens}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,23 +276,29 @@ class GeneratorConfig:
 
 
 def _check_generator(c: ModelConfig) -> None:
-  g = c.part(GeneratorConfig)
-  require(g.d_model % g.num_heads == 0, f'model.generator.num_heads is '
-          f'{g.num_heads}, which does not divide model.generator.d_model '
-          f'{g.d_model}: choose a divisor')
-  require(not g.num_layers or not c.kinds, 'model.generator.num_layers is '
-          f'{g.num_layers}, and model.kinds has {", ".join(c.kinds)}: a '
-          'generator has layers of one kind, as its model must')
+  """Raises RequestError for a generator whose heads do not divide its width, or
+  beside a model with several kinds of layer."""
+  generator = c.part(GeneratorConfig)
+  require(generator.d_model % generator.num_heads == 0,
+          f'model.generator.num_heads is {generator.num_heads}, which does not '
+          f'divide model.generator.d_model {generator.d_model}: choose a '
+          'divisor')
+  require(not generator.num_layers or not c.kinds,
+          f'model.generator.num_layers is {generator.num_layers}, and '
+          f'model.kinds has {", ".join(c.kinds)}: a generator has layers of '
+          'one kind, as its model must')
 
 
 class HeadKind(NamedTuple):
   """An entry of HEADS.
 
   Attributes:
-    outputs: ModelConfig -> how many scores it has; 0: those of the vocabulary.
-    of_row: whether a row has them, not each of its tokens.
-    unfolds: whether it is an Unfold, with logits of tokens and no scores.
-    detects: whether a product and an activation come before it.
+    outputs: ModelConfig -> how many scores it has; 0: it has logits of the
+      vocabulary.
+    is_for_rows: whether a row has the scores, and not each of its tokens.
+    has_logits_of_tokens: whether it is an Unfold, with logits of all tokens of
+      a row and no scores.
+    has_detector: whether a product and an activation come before it.
     settings: the group of fields of the model that it reads.
     fields: the fields of the model that not every head reads.
     check: ModelConfig -> None; raises RequestError for what it cannot be;
@@ -271,49 +314,33 @@ class HeadKind(NamedTuple):
 
 
 def _check_num_labels(c: ModelConfig) -> None:
+  """Raises RequestError for the head of a task without labels."""
   require(c.num_labels > 0, f'model.num_labels is {c.num_labels}: model.head '
           f'{c.head!r} needs 1 or more (derived from the labels of the '
           'training data at the start of a run)')
 
 
+def _count_labels(c: ModelConfig) -> int:
+  """Returns the number of scores of a head with one for each label."""
+  return c.num_labels
+
+
 _FIELDS_OF_LABEL_HEADS = ('num_labels', 'head_dropout')
 _FIELDS_OF_LOGITS = (
-  'tie_embeddings',
-  'logits_bias',
-  'logits_scale',
-   'logits_softcap')
+    'tie_embeddings', 'logits_bias', 'logits_scale', 'logits_softcap')
 HEADS = {
-  'lm': HeadKind(
-    lambda c: 0,
-    fields=(
-      *_FIELDS_OF_LOGITS,
-      'next_sentence',
-      'mtp_depth')),
-      'replaced': HeadKind(
-        lambda c: 1,
-        has_detector=True,
-        settings=GeneratorConfig,
-        fields=_FIELDS_OF_LOGITS,
-        check=_check_generator),
-        'sequence': HeadKind(
-          lambda c: c.num_labels,
-          is_for_rows=True,
-          fields=(
-            *_FIELDS_OF_LABEL_HEADS,
-            'pooling'),
-            check=_check_num_labels),
-            'tokens': HeadKind(
-              lambda c: c.num_labels,
-              fields=_FIELDS_OF_LABEL_HEADS,
-              check=_check_num_labels),
-              'span': HeadKind(
-                lambda c: 2,
-                fields=(
-                  'head_dropout',
-                  )),
-                  'vector': HeadKind(
-                    lambda c: 0,
-                    is_for_rows=True,
-                    has_logits_of_tokens=True,
-                    check=positions.check_width_for_sinusoids),
-                     }
+    'lm': HeadKind(
+        lambda c: 0, fields=(*_FIELDS_OF_LOGITS, 'next_sentence', 'mtp_depth')),
+    'replaced': HeadKind(
+        lambda c: 1, has_detector=True, settings=GeneratorConfig,
+        fields=_FIELDS_OF_LOGITS, check=_check_generator),
+    'sequence': HeadKind(
+        _count_labels, is_for_rows=True,
+        fields=(*_FIELDS_OF_LABEL_HEADS, 'pooling'), check=_check_num_labels),
+    'tokens': HeadKind(
+        _count_labels, fields=_FIELDS_OF_LABEL_HEADS, check=_check_num_labels),
+    'span': HeadKind(lambda c: 2, fields=('head_dropout',)),
+    'vector': HeadKind(
+        lambda c: 0, is_for_rows=True, has_logits_of_tokens=True,
+        check=positions.check_width_for_sinusoids),
+}

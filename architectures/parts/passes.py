@@ -30,8 +30,7 @@ from architectures.parts.loops import LoopsConfig
 class Plain:
   """Pass t reads s_(t-1), with s_0 = e (ALBERT, Ouro).
 
-  It is the base of the other forms too, which override `read` and, where the
-  first pass reads something of its own, `enter`.
+  It is the base of the other forms too, which override `input_of_pass`.
 
   Attributes:
     fields: the fields of config.model that this form reads and others may not.
@@ -40,19 +39,15 @@ class Plain:
   fields: tuple[str, ...] = ()
   settings: type = LoopsConfig
 
-  def input_of_pass(
-  self,
-  module: nn.Module,
-  state: streams.LayerInput,
-  inputs: streams.LayerInput,
-   n: Any) -> streams.LayerInput:
-    """Returns what pass n reads, where n counts from 0.
+  def input_of_pass(self, module: nn.Module, state: streams.LayerInput,
+                    inputs: streams.LayerInput, n: Any) -> streams.LayerInput:
+    """Returns the input of pass n, where n counts from 0.
 
     Args:
       module: the module whose parameters the form may declare.
-      state: what the pass before returned; of the first pass, its input.
+      state: the result of the pass before; of the first pass, its input.
       inputs: the input of the first pass, e.
-      n: which pass it is.
+      n: the number of the pass, an int or a scalar on the device.
     """
     del module, inputs, n
     return state
@@ -62,14 +57,11 @@ class Add(Plain):
   """Pass t reads s_(t-1) + e, with s_0 = 0 (Yang et al. 2024, arXiv
   2311.12424)."""
 
-  def input_of_pass(
-  self,
-  module: nn.Module,
-  state: streams.LayerInput,
-  inputs: streams.LayerInput,
-   n: Any) -> streams.LayerInput:
-    is_first = n == 0
-    return streams.pin_residual(jnp.where(is_first, inputs, state + inputs))
+  def input_of_pass(self, module: nn.Module, state: streams.LayerInput,
+                    inputs: streams.LayerInput, n: Any) -> streams.LayerInput:
+    is_first_pass = n == 0
+    return streams.pin_residual(
+        jnp.where(is_first_pass, inputs, state + inputs))
 
 
 class Concat(Plain):
@@ -77,16 +69,12 @@ class Concat(Plain):
   arXiv 2502.05171, section 3.2). Huginn draws s_0; here it is 0, so that a
   model is a function of its tokens."""
 
-  def input_of_pass(
-  self,
-  module: nn.Module,
-  state: streams.LayerInput,
-  inputs: streams.LayerInput,
-   n: Any) -> streams.LayerInput:
-    state = jnp.where(n == 0, 0, state)
-    return streams.pin_residual(
-  project_concatenation(
-    module, 'join', state, inputs))
+  def input_of_pass(self, module: nn.Module, state: streams.LayerInput,
+                    inputs: streams.LayerInput, n: Any) -> streams.LayerInput:
+    is_first_pass = n == 0
+    state = jnp.where(is_first_pass, 0, state)
+    joined_BLD = project_concatenation(module, 'join', state, inputs)
+    return streams.pin_residual(joined_BLD)
 
 
 class Gate(Plain):
@@ -102,22 +90,26 @@ class Gate(Plain):
   """
   fields = ('loops.gate_rank', 'norm_eps')
 
-  def input_of_pass(
-  self,
-  module: nn.Module,
-  state: streams.LayerInput,
-  inputs: streams.LayerInput,
-   n: Any) -> streams.LayerInput:
-    is_first = n == 0
+  def input_of_pass(self, module: nn.Module, state: streams.LayerInput,
+                    inputs: streams.LayerInput, n: Any) -> streams.LayerInput:
+    is_first_pass = n == 0
     gated_BLD = self._mix_through_gates(module, state, inputs)
-    return streams.pin_residual(jnp.where(is_first, inputs, gated_BLD))
+    return streams.pin_residual(jnp.where(is_first_pass, inputs, gated_BLD))
 
   def _mix_through_gates(self, module: nn.Module, state_BLD: jax.Array,
-             inputs_BLD: jax.Array) -> jax.Array:
-    """Returns (1 - f) * e + g * s; U are the features of e and s side by side,
-    and R those of r."""
+                         inputs_BLD: jax.Array) -> jax.Array:
+    """Returns (1 - f) * e + g * s, [B, L, D], with the gates f and g of the
+    equation above. Below, U are the features of e and s side by side, and R
+    those of r.
+
+    Args:
+      module: the module that holds W_r, W_f and W_g.
+      state_BLD: s, the result of the pass before.
+      inputs_BLD: e, the input of the first pass.
+    """
     c: ModelConfig = module.config  # type: ignore[attr-defined]
     D, R = c.d_model, c.part(LoopsConfig).gate_rank
+    # r, of both inputs.
     both_BLU = jnp.concatenate([
         layers.rmsnorm(inputs_BLD, None, c.norm_eps),
         layers.rmsnorm(state_BLD, None, c.norm_eps)], -1)
@@ -125,11 +117,12 @@ class Gate(Plain):
     rank_BLR = layers.einsum('BLU,UR->BLR', both_BLU, down_UR, c.compute_dtype)
 
     def gate(name: str) -> jax.Array:
-      """Returns tanh(r W), with W the parameter `name`."""
+      """Returns tanh(r W), [B, L, D], with W the parameter `name`."""
       w_RD = layers.weight(module, name, (R, D), (None, 'embed'))
       return jnp.tanh(layers.einsum('BLR,RD->BLD', rank_BLR, w_RD,
                                     c.compute_dtype, jnp.float32))
 
+    # The gates, and the sum.
     forget_BLD = gate('forget')
     message_BLD = gate('message')
     gated_BLD = (1 - forget_BLD) * inputs_BLD + message_BLD * state_BLD
@@ -145,55 +138,55 @@ LOOPS: dict[str, Optional[Plain]] = {
 }
 
 
-def project_concatenation(module: nn.Module, name: str, one_BLD: jax.Array,
-                 other_BLD: jax.Array) -> jax.Array:
-  """Returns [one; other] W, [B, L, D], with W the parameter `name` of a module;
-  U are the features of both side by side."""
+def project_concatenation(module: nn.Module, name: str, first_BLD: jax.Array,
+                          second_BLD: jax.Array) -> jax.Array:
+  """Returns [first; second] W, [B, L, D]: the product of two vectors side by
+  side with a matrix.
+
+  Args:
+    module: the module that holds W.
+    name: the name of W.
+    first_BLD: the first vectors.
+    second_BLD: the second ones. Both together have U features.
+  """
   c: ModelConfig = module.config  # type: ignore[attr-defined]
   axes = ('mlp', 'embed')
   w_UD = layers.weight(module, name, (2 * c.d_model, c.d_model), axes)
-  both_BLU = jnp.concatenate([one_BLD, other_BLD], -1)
+  both_BLU = jnp.concatenate([first_BLD, second_BLD], -1)
   return layers.einsum('BLU,UD->BLD', both_BLU, w_UD, c.compute_dtype,
                        axes=axes, keep=False)
 
 
 class Enter(nn.Module):
-  """The module that holds the parameters with which a pass is entered.
-
-  (state, the input of the first pass, n) -> what pass n reads: see Plain.enter.
-  """
+  """The module that holds the parameters with which the input of a pass is
+  made: see Plain.input_of_pass."""
   config: ModelConfig
 
   @nn.compact
-  def __call__(
-  self,
-  state: streams.LayerInput,
-  inputs: streams.LayerInput,
-   n: Any) -> streams.LayerInput:
+  def __call__(self, state: streams.LayerInput, inputs: streams.LayerInput,
+               n: Any) -> streams.LayerInput:
     loop = LOOPS[self.config.loop]
     assert loop is not None
     return loop.input_of_pass(self, state, inputs, n)
 
 
-def input_of_pass(
-  c: ModelConfig,
-  params: Any,
-  state: streams.LayerInput,
-  inputs: streams.LayerInput,
-   n: Any) -> streams.LayerInput:
-  """Returns what pass n reads.
+def input_of_pass(c: ModelConfig, params: Any, state: streams.LayerInput,
+                  inputs: streams.LayerInput, n: Any) -> streams.LayerInput:
+  """Returns the input of pass n over layers that are run several times.
 
   Args:
     c: the model.
     params: the parameters of the stack.
-    state: what the pass before returned.
+    state: the result of the pass before.
     inputs: the input of the first pass.
-    n: which pass it is, from 0 on.
+    n: the number of the pass, from 0 on.
   """
+  # Between two passes, the state may go through the final norm.
   if c.part(LoopsConfig).boundary == 'norm':
-    is_first = n == 0
+    is_first_pass = n == 0
     final_norm = layers.NORMS[c.norm](c, parent=None)
-    state = jnp.where(is_first, state, final_norm.apply(
-        {'params': params.get('final_norm', {})}, state))
+    normed_state = final_norm.apply(
+        {'params': params.get('final_norm', {})}, state)
+    state = jnp.where(is_first_pass, state, normed_state)
   module = Enter(c, parent=None)
   return module.apply({'params': params.get('loop', {})}, state, inputs, n)

@@ -64,6 +64,11 @@ class Output:
 
   @property
   def logits(self) -> jax.Array:
+    """The logits of the tokens, [B, L, V].
+
+    Raises:
+      RequestError: where the head of the model has none.
+    """
     require(self.head is not None, "a model whose model.head is not 'lm' has "
             "no logits of tokens: its scores are extra['scores']")
     return self.head.logits(self.hidden)
@@ -72,8 +77,9 @@ class Output:
 class Decoder(nn.Module):
   """A decoder-only model (GPT, LLaMA, ...).
 
-  REREADS: whether a text that outgrows one of positions.lengths_apart while it
-    is written is read again, as if all of it had been its prompt.
+  REREADS: whether a text that outgrows one of
+    positions.lengths_that_change_rotation while it is written is read again, as
+    if all of it had been its prompt.
   """
   STACK = 'decoder'
   REREADS = False
@@ -84,7 +90,7 @@ class Decoder(nn.Module):
                positions_BL: Optional[jax.Array] = None,
                segment_ids_BL: Optional[jax.Array] = None,
                cache: Any = None, one_by_one: bool = False,
-               **how: Any) -> Output:
+               **context_fields: Any) -> Output:
     """Runs the model.
 
     Args:
@@ -99,9 +105,9 @@ class Decoder(nn.Module):
         them. Passed with positions, ids also promise that each document is in
         order, and attention skips keys by it.
       cache: the entries of all layers; see init_cache.
-      one_by_one: whether parameters and cache are those that the function of
-        that name returns.
-      **how: further fields of Context: deterministic, keep_layers,
+      one_by_one: whether parameters and cache are those that `unstack_layers`
+        returns.
+      **context_fields: further fields of Context: deterministic, keep_layers,
         keep_attention; `prefix_B`, the number of tokens at a row's start that
         see each other; `valid_BL`, 0 on padding where that is all a row's end:
         it is unseen, and takes no room of an expert; `lengths_B`, the number of
@@ -111,7 +117,8 @@ class Decoder(nn.Module):
     c = self.config
     require(cache is None or segment_ids_BL is None,
             'a cache holds one document a row: pass no segment ids with it')
-    ctx = _make_context(tokens_BL, positions_BL, segment_ids_BL, **how)
+    ctx = _make_context(
+        tokens_BL, positions_BL, segment_ids_BL, **context_fields)
     # The embedding, the layers and the final norm.
     embed = Embed(c, name='embed')
     embedded_BLD, table_DV = embed(
@@ -125,26 +132,36 @@ class Decoder(nn.Module):
     extra = {}
     shows_layers = ctx.keep_layers or ctx.keep_attention
     if c.mtp_depth and cache is None and not shows_layers:
-      ahead = Mtp(c, name='mtp')
-      extra['mtp'], reports = ahead(x_BLD, embedded_BLD, ctx)
-      for each in reports:
-        aux = report.add_losses(aux, each.losses, each.loads)
+      predict_further = Mtp(c, name='mtp')
+      extra['mtp'], reports = predict_further(x_BLD, embedded_BLD, ctx)
+      for layer_report in reports:
+        aux = report.add_losses(
+            aux, losses=layer_report.losses, loads=layer_report.loads)
     return Output(hidden=x_BLD, head=head, cache=cache, aux=aux, extra=extra)
 
   def _apply_task_head(self, x_BLD: jax.Array, ctx: Context) -> Output:
-    """Returns what the head of a task makes of the tokens, or of the last token
-    of each row."""
+    """Returns the output of a model whose head is not that of a language model.
+
+    The head reads each token, or the last token of each row.
+
+    Args:
+      x_BLD: the result of the last layer.
+      ctx: the context of the call, which says which tokens are padding.
+    """
     c = self.config
     kind = heads.HEADS[c.head]
-    read = x_BLD
+    # A vector of each token, or of each row.
+    inputs = x_BLD
     if kind.is_for_rows:
-      read = heads.pool_last_token(x_BLD, ctx.valid_BL, ctx.segment_ids_BL)
+      inputs = heads.pool_last_token(x_BLD, ctx.valid_BL, ctx.segment_ids_BL)
+    # Logits of all tokens of a row, made of its vector.
     if kind.has_logits_of_tokens:
       unfold = heads.Unfold(c, name='task')
-      hidden_BLD, head = unfold(read, x_BLD.shape[1])
+      hidden_BLD, head = unfold(inputs, x_BLD.shape[1])
       return Output(hidden=hidden_BLD, head=head)
+    # Scores.
     task = heads.Task(c, bias=not kind.is_for_rows, name='task')
-    scores = task(read, deterministic=ctx.deterministic)
+    scores = task(inputs, deterministic=ctx.deterministic)
     return Output(hidden=x_BLD, head=None, extra=dict(scores=scores))
 
 
@@ -157,15 +174,15 @@ class Embed(nn.Module):
                type_ids_BL: Optional[jax.Array] = None, prefix: str = '',
                added: bool = False, deterministic: bool = True
                ) -> tuple[jax.Array, jax.Array]:
-    """Returns the embedded tokens, [B, L, D], and the table as a [D, V] kernel
-    for a tied head.
+    """Returns the embedding of the tokens, [B, L, D], and the transpose of its
+    table, [D, V], which is the matrix of a tied head.
 
     Args:
       tokens_BL: the tokens.
       positions_BL: where they stand.
       type_ids_BL: which text of a pair each is of; None: all are of the first.
       prefix: the beginning of the names of the positions and of the norm.
-      added: whether another table is added to that of the tokens, which then
+      added: whether a second table is added to that of the tokens, which then
         has no gradient.
       deterministic: whether nothing is dropped.
     """
@@ -197,9 +214,16 @@ class Embed(nn.Module):
 
 
 def _make_context(tokens_BL: jax.Array, positions_BL: Optional[jax.Array],
-             segment_ids_BL: Optional[jax.Array], **how: Any) -> Context:
-  """Returns the Context of some tokens, whose positions are 0..L-1 by default.
-  Those that are passed with segment ids promise an order: see Decoder.
+                  segment_ids_BL: Optional[jax.Array], **context_fields: Any
+                  ) -> Context:
+  """Returns the Context with which all layers read some tokens.
+
+  Args:
+    tokens_BL: the tokens.
+    positions_BL: where they stand; None: at 0..L-1. Passed with segment ids,
+      they promise an order: see Decoder.
+    segment_ids_BL: an id for each packed document; None: a row is one.
+    **context_fields: further fields of Context.
 
   Raises:
     RequestError: for a segment id in several pieces of a row, unless it is
@@ -213,17 +237,19 @@ def _make_context(tokens_BL: jax.Array, positions_BL: Optional[jax.Array],
   if positions_BL is None:
     positions_BL = jnp.arange(tokens_BL.shape[1])[None]
   return Context(positions_BL=positions_BL, segment_ids_BL=segment_ids_BL,
-                 tokens_BL=tokens_BL, in_order=in_order, **how)
+                 tokens_BL=tokens_BL, in_order=in_order, **context_fields)
 
 
 def _check_segments_are_contiguous(segment_ids_BL: np.ndarray) -> None:
-  """Raises RequestError for an id in several pieces of a row."""
+  """Raises RequestError where a row has a segment id but 0 in several pieces,
+  with other ids between them."""
   for ids_L in segment_ids_BL:
-    begins_L = np.diff(ids_L, prepend=0) != 0
-    pieces = ids_L[(ids_L != 0) & begins_L]  # the id of each
-    require(len(np.unique(pieces)) == len(pieces), 'a row of segment ids, or '
-            f'of a mask, is {short(ids_L.tolist())}: each id but 0, which is '
-            'padding, lies in one piece')
+    is_start_L = np.diff(ids_L, prepend=0) != 0
+    ids_of_pieces = ids_L[(ids_L != 0) & is_start_L]
+    require(len(np.unique(ids_of_pieces)) == len(ids_of_pieces),
+            'a row of segment ids, or of a mask, is '
+            f'{short(ids_L.tolist())}: each id but 0, which is padding, lies '
+            'in one piece')
 
 
 class Mtp(nn.Module):
@@ -232,27 +258,28 @@ class Mtp(nn.Module):
 
     h'_i = M [n(e_(i+k)); n(h_i)],   h_i^k = layer(h'_1 ... h'_i)
 
-  where e is the embedding, h what the head reads of the model, or of the module
-  of depth k - 1, and the layer is one more of the last kind. The head, which is
-  the model's, reads of h_i^k, after a norm, the token at place i + k + 1.
+  where e is the embedding, h the input of the model's head, or of the head as
+  it reads the module of depth k - 1, and the layer is one more of the last
+  kind. The head, which is the model's, reads of h_i^k, after a norm, the token
+  at place i + k + 1.
   """
   config: ModelConfig
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, embedded_BLD: jax.Array, ctx: Context
                ) -> tuple[tuple[jax.Array, ...], list[report.Report]]:
-    """Returns what the head reads of the module of each depth, [B, L, D], and
-    the reports of their layers. The last k places of depth k hold nothing: no
-    token follows them.
+    """Returns the input of the head for the module of each depth, [B, L, D],
+    and the reports of their layers. The last k places of depth k hold nothing:
+    no token follows them.
 
     Args:
-      x_BLD: what the head reads of the model.
+      x_BLD: the input of the head for the model itself.
       embedded_BLD: the embedding of the tokens.
       ctx: the context of the model.
     """
     c = self.config
     kind = c.layer_kinds(c.num_layers)[-1]
-    hidden, reports = [], []
+    inputs_of_head, reports = [], []
     for depth in range(1, c.mtp_depth + 1):
       ctx_k = ctx.replace(tokens_BL=jnp.roll(ctx.tokens_BL, -depth, 1),
                           routed_BL=_mark_tokens_with_successor(ctx, depth))
@@ -263,16 +290,17 @@ class Mtp(nn.Module):
           norm(c, f'hidden_norm_{depth}')(x_BLD))
       # One more layer, as a stack of its own.
       x = streams.begin_streams(c, streams.pin_residual(joined_BLD),
-                                blocks.count_branches(c, (kind,)))
-      ctx_k = add_distances(c, kind, ctx_k, ctx.positions_BL, f'_{depth}')
+                                branches=blocks.count_branches(c, (kind,)))
+      ctx_k = add_distances(
+          c, kind, ctx_k, ctx.positions_BL, name_suffix=f'_{depth}')
       period = Period(c, (kind,), name=f'depth_{depth}')
       (x, _), results = period((x, None), None, ctx_k, {})
       x_BLD = streams.EndOfStreams(c, name=f'streams_{depth}')(x)
       if blocks.BLOCKS[c.of_kind(kind.name).block].FINAL_NORM:
         x_BLD = norm(c, f'norm_{depth}')(x_BLD)
-      hidden.append(x_BLD)
+      inputs_of_head.append(x_BLD)
       reports += results.reports
-    return tuple(hidden), reports
+    return tuple(inputs_of_head), reports
 
 
 def _mark_tokens_with_successor(ctx: Context, depth: int) -> jax.Array:
@@ -280,40 +308,45 @@ def _mark_tokens_with_successor(ctx: Context, depth: int) -> jax.Array:
   same document, and 0 for the others, which join two texts and take no expert.
   """
   B, L = ctx.tokens_BL.shape
-  there_BL = jnp.broadcast_to(jnp.arange(L)[None] < L - depth, (B, L))
+  has_successor_L = jnp.arange(L) < L - depth
+  has_successor_BL = jnp.broadcast_to(has_successor_L[None], (B, L))
   if ctx.segment_ids_BL is not None:
     ids_BL = ctx.segment_ids_BL
-    there_BL &= ids_BL == jnp.roll(ids_BL, -depth, 1)
+    has_successor_BL &= ids_BL == jnp.roll(ids_BL, -depth, 1)
   if ctx.valid_BL is not None:
-    there_BL &= jnp.roll(ctx.valid_BL, -depth, 1) != 0
-  return there_BL.astype(jnp.int32)
+    has_successor_BL &= jnp.roll(ctx.valid_BL, -depth, 1) != 0
+  return has_successor_BL.astype(jnp.int32)
 
 
 # An encoder that tells replaced tokens (model.head 'replaced', heads.py).
 # what a generator has of its own in `embed` begins so
+# The names of what a generator has of its own in `embed` begin so.
 PREFIX_OF_GENERATOR = 'generator_'
-# the encoder's own part of the table of tokens
+# The name of the encoder's own part of the table of tokens.
 NAME_OF_ADDED_TABLE = 'tokens_added'
 
 
 def config_of_generator(c: ModelConfig) -> ModelConfig:
-  """Returns the config of the network that replaces tokens."""
+  """Returns the config of the generator: the small network for masked words
+  that draws the tokens which the model `c` tells from those of the text."""
   fields = c.part(GeneratorConfig)
   head_dim = fields.d_model // fields.num_heads
-  embed_width = c.config_of_embedding.d_model
+  # It has the embedding of the encoder, and a product where that is wider.
+  embed_dim = c.config_of_embedding.d_model
+  if embed_dim == fields.d_model:
+    embed_dim = 0
   return dataclasses.replace(
       c.without_part(GeneratorConfig), head='lm', next_sentence=False,
       d_model=fields.d_model, num_layers=fields.num_layers,
       num_decoder_layers=fields.num_layers, d_ff=fields.d_ff,
       num_heads=fields.num_heads, num_kv_heads=fields.num_heads,
-      head_dim=head_dim, attention_scale=head_dim ** -0.5,
-      embed_dim=embed_width if embed_width != fields.d_model else 0)
+      head_dim=head_dim, attention_scale=head_dim ** -0.5, embed_dim=embed_dim)
 
 
 class Encoder(nn.Module):
   """An encoder, whose tokens all see each other, as BERT's and those that came
-  after it. A page says how its pre-training reads the last layer and, with
-  `scored`, what a task's head is applied to.
+  after it. A page of architectures/ says how its pre-training reads the last
+  layer and, with `input_of_task_head`, what the head of a task is applied to.
 
   HEAD_ACT: the network of FFNS whose activation the head of masked words has;
     '': that of the layers.
@@ -335,7 +368,7 @@ class Encoder(nn.Module):
                segment_ids_BL: Optional[jax.Array] = None,
                places_BM: Optional[jax.Array] = None,
                embedded: Optional[tuple[jax.Array, jax.Array]] = None,
-               **how: Any) -> Output:
+               **context_fields: Any) -> Output:
     """Runs the model.
 
     Args:
@@ -346,7 +379,7 @@ class Encoder(nn.Module):
       places_BM: the places of the masked words, for a generator to fill; one
         past the row's end is none.
       embedded: what Embed returned already.
-      **how: further fields of Context.
+      **context_fields: further fields of Context.
 
     Returns:
       `logits` of the masked words, and in `extra` hidden [B, L, D] of the
@@ -359,29 +392,25 @@ class Encoder(nn.Module):
       [B, M], is what the encoder reads at them.
     """
     c = self.config
-    ctx = _make_context(tokens_BL, positions_BL, segment_ids_BL, **how)
+    ctx = _make_context(
+        tokens_BL, positions_BL, segment_ids_BL, **context_fields)
     embed = functools.partial(
-  Embed(
-    c.config_of_embedding,
-    name='embed'),
-    positions_BL=ctx.positions_BL,
-    type_ids_BL=type_ids_BL,
-     deterministic=ctx.deterministic)
-    # With a generator, the encoder reads what that puts at the masked places.
+        Embed(c.config_of_embedding, name='embed'),
+        positions_BL=ctx.positions_BL, type_ids_BL=type_ids_BL,
+        deterministic=ctx.deterministic)
+    # With a generator, the encoder reads the tokens that the generator puts at
+    # the masked places.
     generated, drawn = None, {}
-    drawn_by = c.find(GeneratorConfig)
-    own_table = False
-    if drawn_by is not None and drawn_by.num_layers > 0:
-      own_table = drawn_by.sharing == 'apart'
+    generator = c.find(GeneratorConfig)
+    has_own_table = False
+    if generator is not None and generator.num_layers > 0:
+      has_own_table = generator.sharing == 'apart'
+      prefix = PREFIX_OF_GENERATOR if has_own_table else ''
       network = type(self)(config_of_generator(c), name='generator')
       generated = network(
-  tokens_BL,
-  positions_BL=positions_BL,
-  segment_ids_BL=segment_ids_BL,
-  deterministic=ctx.deterministic,
-  embedded=embed(
-    tokens_BL,
-     prefix=PREFIX_OF_GENERATOR if own_table else ''))
+          tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL,
+          deterministic=ctx.deterministic,
+          embedded=embed(tokens_BL, prefix=prefix))
       if places_BM is not None:
         generated = _select_positions(generated, places_BM)
         drawn_BM = self._draw_tokens(generated, ctx.deterministic)
@@ -389,7 +418,7 @@ class Encoder(nn.Module):
         drawn = dict(drawn=drawn_BM)
     # The embedding, the layers and the final norm.
     if embedded is None:
-      embedded = embed(tokens_BL, added=own_table)
+      embedded = embed(tokens_BL, added=has_own_table)
     x_BLD, table_DV = embedded
     if c.embed_dim:
       x_BLD = self._dense('widen', x_BLD, c.d_model)
@@ -405,55 +434,71 @@ class Encoder(nn.Module):
     return output.replace(aux=aux)
 
   def _draw_tokens(self, generated: Output, deterministic: bool) -> jax.Array:
-    """Returns a token for each place, [B, M], drawn as likely as the generator
-    has it, one place after the other, so that no logits [B, M, V] are held.
-    Where nothing is dropped the draws are always the same."""
+    """Returns a token for each of M places, [B, M], drawn from the generator's
+    distribution.
+
+    The places are drawn one after the other, so that no logits [B, M, V] are
+    held. Where nothing is dropped the draws are always the same.
+
+    Args:
+      generated: the generator's output at these places.
+      deterministic: whether nothing is dropped.
+    """
     key = jax.random.key(0) if deterministic else self.make_rng('dropout')
     hidden_BMD, head = jax.lax.stop_gradient(
         (generated.hidden, generated.head))
 
-    def draw(at_place: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def draw_at_place(key_and_hidden: tuple[jax.Array, jax.Array]) -> jax.Array:
       """Returns a token for the same place of each row, [B]."""
-      key, hidden_BD = at_place
+      key, hidden_BD = key_and_hidden
       return jax.random.categorical(key, head.logits(hidden_BD))
 
     keys_M = jax.random.split(key, hidden_BMD.shape[1])
     hidden_MBD = jnp.moveaxis(hidden_BMD, 1, 0)
-    drawn_MB = jax.lax.map(draw, (keys_M, hidden_MBD))
+    drawn_MB = jax.lax.map(draw_at_place, (keys_M, hidden_MBD))
     return drawn_MB.T.astype(jnp.int32)
 
-  def _apply_task_head(self,
-  x_BLD: jax.Array,
-  segment_ids_BL: Optional[jax.Array],
-   deterministic: bool) -> Output:
-    """Returns what the head of a task makes of the last layer."""
+  def _apply_task_head(self, x_BLD: jax.Array,
+                       segment_ids_BL: Optional[jax.Array],
+                       deterministic: bool) -> Output:
+    """Returns the output of a model with the head of a task.
+
+    Args:
+      x_BLD: the result of the last layer.
+      segment_ids_BL: 0 on padding; None: there is none.
+      deterministic: whether nothing is dropped.
+    """
     c = self.config
     kind = heads.HEADS[c.head]
     extra = dict(hidden=x_BLD)
+    # Logits of all tokens of a row, made of its last token.
     if kind.has_logits_of_tokens:
       last_BD = heads.pool_last_token(x_BLD, None, segment_ids_BL)
       unfold = heads.Unfold(c, name='task')
       hidden_BLD, head = unfold(last_BD, x_BLD.shape[1])
       return Output(hidden=hidden_BLD, head=head, extra=extra)
+    # The input of the head: each token, or a vector of each row.
     x = x_BLD
     if kind.is_for_rows:
       x = heads.POOLINGS[c.pooling](x_BLD, segment_ids_BL)
-    read, more = self.input_of_task_head(x, kind.is_for_rows)
+    inputs, more_extra = self.input_of_task_head(x, kind.is_for_rows)
     if kind.has_detector:
-      read = self._activation()(self._dense('detector', read, c.d_model))
+      act = self._activation()
+      inputs = act(self._dense('detector', inputs, c.d_model))
+    # Its scores.
     task = heads.Task(c, name='task')
-    scores = task(read, deterministic=deterministic)
+    scores = task(inputs, deterministic=deterministic)
     return Output(hidden=x_BLD, head=None,
-                  extra=extra | dict(scores=scores) | more)
+                  extra=extra | dict(scores=scores) | more_extra)
 
   def input_of_task_head(self, x: jax.Array, of_row: bool
-             ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns what the head of a task is applied to, and what else belongs
-    into `extra`.
+                         ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns what the head of a task is applied to, and further results for
+    `extra` of the output, by name.
 
     Args:
       x: a vector of each row, [B, D], or the tokens, [B, L, D].
-      of_row: which of them it is.
+      of_row: whether x is of rows.
     """
     if not of_row:
       return x, {}
@@ -461,26 +506,27 @@ class Encoder(nn.Module):
     return pooled_BD, dict(pooled=pooled_BD)
 
   def transform(self, x: jax.Array) -> jax.Array:
-    """Returns what the head of masked words reads: n(act(x W + b)), [..., D],
-    or as wide as the embedding."""
+    """Returns the input of the head of masked words, n(act(x W + b)), whose
+    width is that of the embedding."""
     c = self.config
     act = self._activation(self.HEAD_ACT)
-    y = self._dense(
-  'transform',
-  x,
-  c.config_of_embedding.d_model,
-   bias=self.HEAD_BIAS)
+    y = self._dense('transform', x, c.config_of_embedding.d_model,
+                    bias=self.HEAD_BIAS)
     return norm(c, 'transform_norm')(act(y))
 
-  def _apply_pretraining_head(
-  self,
-  x_BLD: jax.Array,
-  table_DV: jax.Array,
-   aux: dict ) -> Output:
-    """Returns the logits of masked words and, where the model has a head for
-    them, of next sentences."""
+  def _apply_pretraining_head(self, x_BLD: jax.Array, table_DV: jax.Array,
+                              aux: dict) -> Output:
+    """Returns the output with the head of masked words and, where the model has
+    one, that of two texts.
+
+    Args:
+      x_BLD: the result of the last layer.
+      table_DV: the transpose of the embedding's table.
+      aux: what the layers report.
+    """
     c = self.config
     extra = dict(hidden=x_BLD)
+    # Whether the second text of a row follows the first.
     if c.next_sentence:
       pooled_BD = self._pool_first_token(x_BLD[:, 0])
       logits_B2 = self._dense('nsp', pooled_BD, 2, output=True)
@@ -496,23 +542,35 @@ class Encoder(nn.Module):
     head = heads.Unembed(c.config_of_embedding, name='head')(table_DV)
     return Output(hidden=hidden_BLD, head=head, aux=aux, extra=extra)
 
-  def _activation(self, name: str = '') -> Callable[[jax.Array], jax.Array]:
-    """Returns the activation of a network of FFNS; '': of that of the layers.
+  def _activation(self, network: str = '') -> Callable[[jax.Array], jax.Array]:
+    """Returns the activation of a feed-forward network.
+
+    Args:
+      network: a name of FFNS; '': the network of the layers.
     """
     c = self.config
-    if not name:
-      name = c.part(MoEConfig).ffn if c.ffn == 'moe' else c.ffn
-    return FFNS[name].act
+    if not network:
+      network = c.part(MoEConfig).ffn if c.ffn == 'moe' else c.ffn
+    return FFNS[network].act
 
-  def _pool_first_token(self, x_BD: jax.Array) -> jax.Array:
-    """Returns act(x W + b), [B, D]."""
+  def _pool_first_token(self, first_BD: jax.Array) -> jax.Array:
+    """Returns act(x W + b), [B, D], of the first token x of each row: BERT's
+    pooler (Devlin et al. 2019)."""
     act = FFNS[self.POOLER_ACT].act if self.POOLER_ACT else jnp.tanh
-    return act(self._dense('pooler', x_BD, self.config.d_model))
+    return act(self._dense('pooler', first_BD, self.config.d_model))
 
   def _dense(self, name: str, x: jax.Array, size: int, output: bool = False,
              bias: bool = True) -> jax.Array:
     """Returns x W + b, [..., size], with the parameters `name` and
-    `{name}_bias`; E are the outputs."""
+    `{name}_bias`.
+
+    Args:
+      name: the name of W.
+      x: the input, [..., D].
+      size: the number of outputs, E.
+      output: whether the result is logits, whose number is no width.
+      bias: whether there is b.
+    """
     w_DE = layers.weight(self, name, (x.shape[-1], size), ('embed', None),
                          output=output)
     y = layers.einsum('...D,DE->...E', x, w_DE, self.config.compute_dtype)
@@ -523,18 +581,26 @@ class Encoder(nn.Module):
 
 
 def _select_positions(output: Output, places_BM: jax.Array) -> Output:
-  """Returns an output with what the head reads at some places of each row."""
+  """Returns an output whose head reads M places of each row alone.
+
+  Args:
+    output: the output for all tokens.
+    places_BM: the places, counted from the row's start.
+  """
   hidden_BMD = jnp.take_along_axis(
       output.hidden, places_BM[..., None], 1, mode='clip')
   return output.replace(hidden=hidden_BMD)
 
 
-def _replace_tokens(
-  tokens_BL: jax.Array,
-  places_BM: jax.Array,
-   new_BM: jax.Array ) -> jax.Array:
-  """Returns the tokens with new ones at some places of each row; a place past
-  the row's end is none."""
+def _replace_tokens(tokens_BL: jax.Array, places_BM: jax.Array,
+                    new_BM: jax.Array) -> jax.Array:
+  """Returns tokens, with new ones at some places of each row.
+
+  Args:
+    tokens_BL: the tokens.
+    places_BM: the places; one past the row's end is left out.
+    new_BM: the token that is put at each place.
+  """
   tokens_BL = jnp.asarray(tokens_BL)
   rows_B1 = jnp.arange(len(tokens_BL))[:, None]
   return tokens_BL.at[rows_B1, places_BM].set(new_BM, mode='drop')
@@ -576,7 +642,7 @@ class EncoderDecoder(nn.Module):
                decoder_positions_BL: Optional[jax.Array] = None,
                decoder_segment_ids_BL: Optional[jax.Array] = None,
                cache: Any = None, memory: Optional[jax.Array] = None,
-               one_by_one: bool = False, **how: Any) -> Output:
+               one_by_one: bool = False, **context_fields: Any) -> Output:
     """Runs both stacks, or the decoder alone.
 
     Args:
@@ -589,15 +655,16 @@ class EncoderDecoder(nn.Module):
       decoder_segment_ids_BL: 0 where the target is padding; as a Decoder's.
       cache: the decoder's cache; see architectures.init_cache.
       memory: the encoder's output, where it is known.
-      one_by_one: whether parameters and cache are those that the function of
-        that name returns.
-      **how: further fields of Context: deterministic; keep_layers and
-        keep_attention, with which the encoder's layers come first in aux, and
-        `readouts` are what the head would read of the decoder's.
+      one_by_one: whether parameters and cache are those that `unstack_layers`
+        returns.
+      **context_fields: further fields of Context: deterministic; keep_layers
+        and keep_attention, with which the encoder's layers come first in aux,
+        and `readouts` are what the head would read of the decoder's.
     """
     aux = {}
     if memory is None and tokens_BM is not None:
-      memory, aux = self.encode(tokens_BM, segment_ids_BM=segment_ids_BM, **how)
+      memory, aux = self.encode(
+          tokens_BM, segment_ids_BM=segment_ids_BM, **context_fields)
     if decoder_tokens_BL is None:
       decoder_tokens_BL = tokens_BM
     output = self.decode(
@@ -605,14 +672,21 @@ class EncoderDecoder(nn.Module):
         memory_segment_ids_BM=segment_ids_BM,
         positions_BL=decoder_positions_BL,
         segment_ids_BL=decoder_segment_ids_BL, cache=cache,
-        one_by_one=one_by_one, **how)
+        one_by_one=one_by_one, **context_fields)
     return output.replace(aux=report.merge_reports_of_stacks(aux, output.aux))
 
   def encode(self, tokens_BM: jax.Array, *,
-             segment_ids_BM: Optional[jax.Array] = None, **how: Any
-             ) -> tuple[jax.Array, dict]:
-    """Returns the memory [B, M, D] and what the encoder's layers report."""
-    ctx = _make_context(tokens_BM, None, segment_ids_BM, **how)
+             segment_ids_BM: Optional[jax.Array] = None,
+             **context_fields: Any             ) -> tuple[jax.Array, dict]:
+    """Returns the memory, which is the encoder's output [B, M, D], and what its
+    layers report.
+
+    Args:
+      tokens_BM: the source.
+      segment_ids_BM: 0 where the source is padding; as a Decoder's.
+      **context_fields: further fields of Context.
+    """
+    ctx = _make_context(tokens_BM, None, segment_ids_BM, **context_fields)
     x_BMD, _ = self.embed(tokens_BM, ctx.positions_BL,
                           deterministic=ctx.deterministic)
     memory_BMD, _, aux = self.encoder(x_BMD, ctx)
@@ -622,9 +696,25 @@ class EncoderDecoder(nn.Module):
              memory_segment_ids_BM: Optional[jax.Array] = None,
              positions_BL: Optional[jax.Array] = None,
              segment_ids_BL: Optional[jax.Array] = None, cache: Any = None,
-             one_by_one: bool = False, **how: Any) -> Output:
-    """Returns what follows each target token; `memory` may be left out where
-    the cache has been given it."""
+             one_by_one: bool = False, **context_fields: Any) -> Output:
+    """Returns the output of the decoder, whose logits predict the token after
+    each one of the target.
+
+    Args:
+      tokens_BL: the target.
+      memory: the encoder's output, [B, M, D]; None where the cache has its keys
+        and values already.
+      memory_segment_ids_BM: 0 where the source is padding; as a Decoder's.
+      positions_BL: where the target's tokens stand; default: 0..L-1.
+      segment_ids_BL: 0 where the target is padding; as a Decoder's.
+      cache: the cache of the decoder; None: there is none.
+      one_by_one: whether parameters and cache are those that `unstack_layers`
+        returns.
+      **context_fields: further fields of Context.
+
+    Raises:
+      RequestError: without a memory, or for segment ids with a cache.
+    """
     has_memory = memory is not None
     if not has_memory and cache is not None:
       has_memory = find_cache_of_tokens(cache).memory_key_BMJK is not None
@@ -635,7 +725,7 @@ class EncoderDecoder(nn.Module):
     ctx = _make_context(
         tokens_BL, positions_BL, segment_ids_BL,
         memory=Memory(x_BMD=memory, segment_ids_BM=memory_segment_ids_BM),
-        **how)
+        **context_fields)
     x_BLD, table_DV = self.embed(tokens_BL, ctx.positions_BL,
                                  prefix=self.DECODER_EMBED,
                                  deterministic=ctx.deterministic)
@@ -646,10 +736,12 @@ class EncoderDecoder(nn.Module):
 
 def init_cache(config: ModelConfig, batch: int, length: int
                ) -> tuple[LayerCache, ...]:
-  """Returns an empty cache for `length` tokens a row: one entry a layer of the
-  prefix or the suffix, [1, B, M, J, K], and a block of the period,
-  [N / period, B, M, J, K], in their order; of layers that loop, those of each
-  pass.
+  """Returns an empty cache for `batch` rows of `length` tokens.
+
+  It has one entry for each layer of the prefix and the suffix,
+  [1, B, M, J, K], and for each layer of the period, [N / period, B, M, J, K],
+  in their order. Layers that are run several times (model.loop) have rows for
+  each pass.
 
   Raises:
     ValueError: where learned positions do not reach `length`.
@@ -657,48 +749,66 @@ def init_cache(config: ModelConfig, batch: int, length: int
   positions.check_length(config, length)
   entries = []
   for section in config.sections(config.num_decoder_layers):
-    rows = section.periods * section.passes
+    num_rows = section.periods * section.passes
     for kind in section.kinds:
       layer = config.of_kind(kind.name)
-      entries.append(blocks.empty_cache_of_layer(layer, (rows, batch, length)))
+      entries.append(
+          blocks.empty_cache_of_layer(layer, (num_rows, batch, length)))
   return tuple(entries)
 
 
 def unstack_layers(params: Any, cache: Any) -> tuple[Any, list]:
-  """Returns what a loop over single tokens takes instead of both arguments,
-  with `one_by_one=True` in each call of the model: the decoder's layers apart,
-  and a list of their slots, of the prefix, each period and the suffix.
+  """Returns parameters and cache as a loop over single tokens takes them, with
+  `one_by_one=True` in each call of the model.
 
   On CPU these are copies of the layers' weights, made once: XLA would make
   them at every turn of the loop. Elsewhere it reads them where they lie.
+
+  Args:
+    params: the parameters of the model, whose arrays stack the layers of each
+      section.
+    cache: the cache of the model, stacked likewise.
+
+  Returns:
+    The parameters, with those of each period of the decoder's layers apart, and
+    a list of the cache's entries of the prefix, each period and the suffix.
   """
   decoder = params['decoder']
   entries = iter(cache)
-  apart, slots = {}, []
+  unstacked_sections, unstacked_cache = {}, []
   for name in SECTIONS:
     if name not in decoder:
       continue
-    weights = _unstack_rows(decoder[name])
-    slots += _unstack_rows(tuple(itertools.islice(entries, len(decoder[name]))))
-    by_row = {str(i): row for i, row in enumerate(weights)}
-    apart[name] = jax.lax.platform_dependent(
-        by_row, cpu=jax.lax.optimization_barrier, default=_identity)
+    # The rows of the weights, and of the cache's entries for these layers.
+    rows_of_weights = _unstack_rows(decoder[name])
+    entries_of_section = tuple(itertools.islice(entries, len(decoder[name])))
+    unstacked_cache += _unstack_rows(entries_of_section)
+    weights_by_row = {str(i): row for i, row in enumerate(rows_of_weights)}
+    # The barrier keeps XLA from slicing the stacked weights inside the loop.
+    unstacked_sections[name] = jax.lax.platform_dependent(
+        weights_by_row, cpu=jax.lax.optimization_barrier, default=_identity)
   if sharding.is_single_cpu():
-    slots = jax.tree.map(_reorder_if_cache, slots, is_leaf=is_cache)
-  return params | {'decoder': decoder | apart}, slots
+    unstacked_cache = jax.tree.map(
+        _reorder_if_cache, unstacked_cache, is_leaf=is_cache)
+  return params | {'decoder': decoder | unstacked_sections}, unstacked_cache
 
 
 def _unstack_rows(stacked: Any) -> list:
-  """Returns the trees of each row of a tree of arrays [rows, ...]."""
-  count = jax.tree.leaves(stacked)[0].shape[0]
-  return [jax.tree.map(operator.itemgetter(i), stacked) for i in range(count)]
+  """Returns the rows of a tree of arrays [rows, ...], each a tree of its
+  own."""
+  num_rows = jax.tree.leaves(stacked)[0].shape[0]
+  rows = []
+  for i in range(num_rows):
+    rows.append(jax.tree.map(operator.itemgetter(i), stacked))
+  return rows
 
 
 def _identity(tree: Any) -> Any:
+  """Returns a tree as it is."""
   return tree
 
 
 def _reorder_if_cache(x: Any) -> Any:
-  """Returns a cache in the order of axes of single tokens, and others as they
-  are."""
+  """Returns a cache of keys and values with its axes in the order in which
+  single tokens are multiplied with them, and anything else as it is."""
   return x.reorder_for_single_tokens() if is_cache(x) else x
