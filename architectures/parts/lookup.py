@@ -47,7 +47,6 @@ that were looked up are sent.
 
 import dataclasses
 import functools
-import itertools
 import math
 from typing import Any, NamedTuple, Optional
 
@@ -66,9 +65,16 @@ from architectures.parts.streams import StreamsConfig
 from common.errors import require
 from common.fields import field, FUNCTION, SHAPES
 
-NAME_OF_NO_MEMORY = 'none'  # model.memory of layers that read nothing
-ROWS_ARE_MULTIPLE_OF = 128  # rows of all tables together are a multiple of it
-SEED_OF_MULTIPLIERS = 1234  # of a_i, as in transformers
+# The value of model.memory of layers that look up no table.
+NAME_OF_NO_MEMORY = 'none'
+# The rows of all tables together are a multiple of it, so that a mesh divides
+# them.
+ROWS_ARE_MULTIPLE_OF = 128
+# The seed from which a_i are drawn, as in transformers.
+SEED_OF_MULTIPLIERS = 1234
+# The least number whose root the gate of engram takes, as in the authors'
+# program: the root of 0 has no gradient.
+LEAST_NUMBER_UNDER_ROOT = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +97,7 @@ class NGramsConfig:
 
   @property
   def tables(self) -> int:
+    """The number of tables."""
     return (self.order - 1) * self.heads
 
   def derived(self, c: ModelConfig) -> 'NGramsConfig':
@@ -108,7 +115,12 @@ class PerLayerConfig:
 
 @struct.dataclass
 class State:
-  """The last N - 1 tokens of each row, and what the convolution saw last."""
+  """What a cache keeps of each row for a layer that reads n-grams.
+
+  Attributes:
+    tokens_BW: the last N - 1 tokens.
+    inputs_BWD: the last inputs of engram's convolution.
+  """
   tokens_BW: jax.Array
   inputs_BWD: Optional[jax.Array] = None
 
@@ -116,11 +128,13 @@ class State:
 # Hashing: integers of 64 bits as two of 32, high and low, as JAX has no others.
 
 
-_STEP_OF_SPLITMIX, _MASK_OF_64_BITS = 0x9E3779B97F4A7C15, 2**64 - 1
+_STEP_OF_SPLITMIX = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
+_MASK_OF_64_BITS = 2**64 - 1
 
 
 def _splitmix64(x: int) -> int:
-  """SplitMix64 (Steele et al. 2014)."""
+  """Returns a random integer of 64 bits that x determines: one step of
+  SplitMix64 (Steele et al. 2014)."""
   x = (x + _STEP_OF_SPLITMIX) & _MASK_OF_64_BITS
   x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_OF_64_BITS
   x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK_OF_64_BITS
@@ -128,253 +142,378 @@ def _splitmix64(x: int) -> int:
 
 
 def hash_multipliers(vocab_size: int, order: int) -> list[int]:
-  """Returns a_i: odd, and so small that no product with a token reaches 2^63.
+  """Returns the factors a_i with which the hash of an n-gram multiplies its
+  tokens: odd, and so small that no product with a token reaches 2^63.
+
+  Args:
+    vocab_size: the number of different tokens.
+    order: how many factors there are: the length of the longest n-gram.
   """
-  most = max(1, (2**63 - 1) // vocab_size // 2)
-  return [2 * (_splitmix64((SEED_OF_MULTIPLIERS + i * _STEP_OF_SPLITMIX)
-               & _MASK_OF_64_BITS) % most) + 1 for i in range(1, order + 1)]
+  limit = max(1, (2**63 - 1) // vocab_size // 2)
+  multipliers = []
+  for i in range(1, order + 1):
+    seed = (SEED_OF_MULTIPLIERS + i * _STEP_OF_SPLITMIX) & _MASK_OF_64_BITS
+    multipliers.append(2 * (_splitmix64(seed) % limit) + 1)
+  return multipliers
 
 
 @functools.cache
 def first_primes(least: int, count: int) -> tuple[int, ...]:
-  """Returns the first so many primes from `least` on."""
-  is_prime = lambda n: n > 1 and all(
-      n % divisor for divisor in range(2, math.isqrt(n) + 1))
-  return tuple(itertools.islice(filter(is_prime, itertools.count(least)),
-                                count))
+  """Returns the first `count` primes that are not below `least`."""
+  primes: list[int] = []
+  number = max(least, 2)
+  while len(primes) < count:
+    possible_divisors = range(2, math.isqrt(number) + 1)
+    if all(number % divisor for divisor in possible_divisors):
+      primes.append(number)
+    number += 1
+  return tuple(primes)
 
 
-def _multiply_to_64_bits(t: jax.Array, a: int) -> tuple[jax.Array, jax.Array]:
-  """Returns t * a, of uint32 and an integer below 2^63, as high and low."""
-  a0, a1, high = (np.uint32(x) for x in (a & 0xffff, a >> 16 & 0xffff, a >> 32))
-  t0, t1, half = t & 0xffff, t >> 16, lambda x: x & 0xffff
-  middle = (t0 * a0 >> 16) + half(t0 * a1) + half(t1 * a0)
-  return (t1 * a1 + (t0 * a1 >> 16) + (t1 * a0 >> 16) + (middle >> 16)
-          + t * high, half(t0 * a0) | middle << 16)
+def _multiply_to_64_bits(token: jax.Array, factor: int
+                         ) -> tuple[jax.Array, jax.Array]:
+  """Returns the high and the low 32 bits of a product of 64 bits.
+
+  With halves of 16 bits, t = t1 2^16 + t0, and a factor
+  a = a2 2^32 + a1 2^16 + a0, it is modulo 2^64
+
+    t a = (t1 a1 + t a2) 2^32 + (t1 a0 + t0 a1) 2^16 + t0 a0
+
+  where no product of two halves exceeds 32 bits.
+
+  Args:
+    token: t, uint32.
+    factor: a, an integer below 2^63.
+  """
+  mask = 0xffff  # the low half of 32 bits
+  a0 = np.uint32(factor & mask)
+  a1 = np.uint32(factor >> 16 & mask)
+  a2 = np.uint32(factor >> 32)
+  t0, t1 = token & mask, token >> 16
+  # The second half from below, whose own high half is carried over.
+  middle = (t0 * a0 >> 16) + (t0 * a1 & mask) + (t1 * a0 & mask)
+  low = t0 * a0 & mask | middle << 16
+  high = (t1 * a1 + (t0 * a1 >> 16) + (t1 * a0 >> 16) + (middle >> 16)
+          + token * a2)
+  return high, low
 
 
-def _remainders_of_64_bits(
-  high: jax.Array, low: jax.Array, by: tuple[int, ...]) -> jax.Array:
-  """Returns the number modulo each of `by`, which becomes the last axis: a long
-  division, whose digits have as many bits as fit beside a rest."""
-  by_K = jnp.asarray(by, jnp.uint32).reshape((1,) * low.ndim + (-1,))
-  rest, left = high[..., None] % by_K, 32
-  while left:
-    bits = min(32 - max(by).bit_length(), left)
-    left -= bits
-    digit = low[..., None] >> left & np.uint32(2**bits - 1)
-    rest = (rest << bits | digit) % by_K
-  return rest
+def _remainders_of_64_bits(high: jax.Array, low: jax.Array,
+                           divisors: tuple[int, ...]) -> jax.Array:
+  """Returns the remainders of numbers of 64 bits by K divisors, [..., K].
+
+  It is a long division, whose digits have as many bits as fit into 32 beside a
+  remainder.
+
+  Args:
+    high: the high 32 bits of the numbers, uint32.
+    low: the low 32 bits.
+    divisors: the divisors, below 2^32.
+  """
+  divisor_K = jnp.asarray(divisors, jnp.uint32)
+  divisor_K = divisor_K.reshape((1,) * low.ndim + (-1,))
+  bits_that_fit = 32 - max(divisors).bit_length()
+  remainder = high[..., None] % divisor_K
+  bits_left = 32
+  while bits_left:
+    bits = min(bits_that_fit, bits_left)
+    bits_left -= bits
+    digit = low[..., None] >> bits_left & np.uint32(2**bits - 1)
+    remainder = (remainder << bits | digit) % divisor_K
+  return remainder
 
 
 def hash_ngrams(c: ModelConfig, all_BM: jax.Array,
-           segment_ids_BL: Optional[jax.Array] = None) -> jax.Array:
-  """Returns which rows each token reads, [B, L, tables]: orders one after
-  another, all tables counted through.
+                segment_ids_BL: Optional[jax.Array] = None) -> jax.Array:
+  """Returns which rows of the tables each token reads, [B, L, tables].
+
+  The tables of an order follow one another, and so do the orders. The rows are
+  counted through all tables.
 
   Args:
     c: the config.
     all_BM: the tokens, after the N - 1 that stand before them.
     segment_ids_BL: documents; the leading axis may be 1.
   """
-  m, places = c.part(NGramsConfig), []
-  by = first_primes(m.rows, m.tables)
-  L = all_BM.shape[1] - m.order + 1
-  mixed: tuple[jax.Array, ...] = ()
-  over_BL = jnp.zeros((1, 1), bool)
-  for back, a in enumerate(hash_multipliers(c.vocab_size, m.order)):
-    t_BL = all_BM[:, m.order - 1 - back:][:, :L]
+  ngrams = c.part(NGramsConfig)
+  divisors = first_primes(ngrams.rows, ngrams.tables)
+  L = all_BM.shape[1] - ngrams.order + 1
+  rows_of_orders = []
+  hashes: tuple[jax.Array, ...] = ()
+  is_past_stop_BL = jnp.zeros((1, 1), bool)
+  multipliers = hash_multipliers(c.vocab_size, ngrams.order)
+  for back, multiplier in enumerate(multipliers):
+    # The token that stands `back` places before each, in the same document.
+    t_BL = all_BM[:, ngrams.order - 1 - back:][:, :L]
     if segment_ids_BL is not None:
-      t_BL = m.pad_token + features.of_one_document(
-          t_BL - m.pad_token, segment_ids_BL, back)
-    if m.stops and back:
-      over_BL |= t_BL == m.pad_token
-      t_BL = jnp.where(over_BL, m.pad_token, t_BL)
-    product = _multiply_to_64_bits(t_BL.astype(jnp.uint32), a)
+      t_BL = ngrams.pad_token + features.of_one_document(
+          t_BL - ngrams.pad_token, segment_ids_BL, back)
+    # From the first pad_token on, all tokens before it count as pad_token.
+    if ngrams.stops and back:
+      is_past_stop_BL |= t_BL == ngrams.pad_token
+      t_BL = jnp.where(is_past_stop_BL, ngrams.pad_token, t_BL)
+    # The hashes of the n-grams of back + 1 tokens, and their rows.
+    product = _multiply_to_64_bits(t_BL.astype(jnp.uint32), multiplier)
     if not back:
-      mixed = product
+      hashes = product
       continue
-    mixed = tuple(x ^ y for x, y in zip(mixed, product))
-    places.append(_remainders_of_64_bits(
-      *mixed, by[(back - 1) * m.heads:back * m.heads]))
-  first = np.cumsum((0, *by[:-1]))[None, None]
-  return jnp.concatenate(places, -1).astype(jnp.int32) + first
+    hashes = tuple([x ^ y for x, y in zip(hashes, product)])
+    high, low = hashes
+    first_table = (back - 1) * ngrams.heads
+    rows_of_orders.append(_remainders_of_64_bits(
+        high, low, divisors[first_table:first_table + ngrams.heads]))
+  # The first row of each table, counted through all tables.
+  first_rows = np.cumsum((0, *divisors[:-1]))[None, None]
+  return jnp.concatenate(rows_of_orders, -1).astype(jnp.int32) + first_rows
 
 
 def _read_ngram_tables(module: nn.Module, ctx: Context, state: Optional[State]
-               ) -> tuple[jax.Array, jax.Array]:
-  """Returns e, [B, L, U], and the last N - 1 tokens."""
+                       ) -> tuple[jax.Array, jax.Array]:
+  """Returns the rows that each token's n-grams look up, side by side, and the
+  last N - 1 tokens of each row of the batch.
+
+  Args:
+    module: the module that holds the table.
+    ctx: the context, which has the tokens.
+    state: the tokens before; None: there are none.
+
+  Returns:
+    The rows e, [B, L, U], and the tokens, [B, N - 1].
+  """
   c: Any = module.config  # type: ignore[attr-defined]
-  m, tokens_BL = c.part(NGramsConfig), ctx.tokens_BL
+  ngrams, tokens_BL = c.part(NGramsConfig), ctx.tokens_BL
   assert tokens_BL is not None
-  before_BW = state.tokens_BW if state else jnp.full(
-      (len(tokens_BL), m.order - 1), m.pad_token, tokens_BL.dtype)
+  # The tokens, after those before them.
+  if state:
+    before_BW = state.tokens_BW
+  else:
+    shape = len(tokens_BL), ngrams.order - 1
+    before_BW = jnp.full(shape, ngrams.pad_token, tokens_BL.dtype)
   all_BM = jnp.concatenate([before_BW, tokens_BL], 1)
+  # Their rows.
+  num_rows = sum(first_primes(ngrams.rows, ngrams.tables))
+  row_ids_BLU = hash_ngrams(c, all_BM, ctx.segment_ids_BL)
   e_BLUS = _read_rows_of_table(
-  module, sum(
-    first_primes(
-      m.rows, m.tables)), m.size, hash_ngrams(
-        c, all_BM, ctx.segment_ids_BL))
-  after_BW = features.last(all_BM, m.order - 1, tokens_BL.shape[1],
-                           None if state is None else ctx.valid_BL)
+      module, num_rows, size=ngrams.size, ids_BLU=row_ids_BLU)
+  # The last tokens that are no padding.
+  valid_BL = None if state is None else ctx.valid_BL
+  after_BW = features.last(
+      all_BM, ngrams.order - 1, tokens_BL.shape[1], valid_BL)
   e_BLU = e_BLUS.reshape(*tokens_BL.shape, -1)
   return sharding.constrain(e_BLU, 'batch', 'length', 'mlp'), after_BW
 
 
-def _read_rows_of_table(
-  module: nn.Module,
-  rows: int,
-  size: int,
-   ids_BLU: jax.Array ) -> jax.Array:
-  """Declares a table and returns the rows of these ids, [B, L, U, size]."""
+def _read_rows_of_table(module: nn.Module, num_rows: int, size: int,
+                        ids_BLU: jax.Array) -> jax.Array:
+  """Declares a table and returns some of its rows, [B, L, U, size].
+
+  Args:
+    module: the module that holds the table.
+    num_rows: the number of rows; the table has as many, rounded up.
+    size: the features of a row.
+    ids_BLU: the U rows that each token reads.
+  """
   c: Any = module.config  # type: ignore[attr-defined]
+  rounded_up = -(-num_rows // ROWS_ARE_MULTIPLE_OF) * ROWS_ARE_MULTIPLE_OF
+  role = Role(axes=('table', None), inputs=(0,), kind='embedding',
+              reads=ids_BLU.shape[-1])
   table_IS = declare(
       module, 'table', nn.initializers.normal(c.init_stddev),
-      (-(-rows // ROWS_ARE_MULTIPLE_OF) * ROWS_ARE_MULTIPLE_OF, size),
-      Role(('table', None), inputs=(0,), kind='embedding',
-           reads=ids_BLU.shape[-1]))
+      (rounded_up, size), role)
   return sharding.look_up_sharded_rows(table_IS, ids_BLU, c.compute_dtype)
 
 
 def _project(module: nn.Module, name: str, x_BLI: jax.Array, size: int = 0,
-             axes: tuple[str, str] = ('mlp', 'embed'), **how: Any) -> jax.Array:
+             axes: tuple[str, str] = ('mlp', 'embed'), **weight_options: Any
+             ) -> jax.Array:
+  """Returns x W, [B, L, O], with W the parameter `name` of a module.
+
+  Args:
+    module: the module that holds W.
+    name: the name of W.
+    x_BLI: x.
+    size: the number of outputs; 0: d_model.
+    axes: the logical axes of W.
+    **weight_options: further arguments of layers.weight.
+  """
   c: Any = module.config  # type: ignore[attr-defined]
   w_IO = layers.weight(module, name, (x_BLI.shape[-1], size or c.d_model), axes,
-                       **how)
+                       **weight_options)
   return layers.einsum('BLI,IO->BLO', x_BLI, w_IO, c.compute_dtype, axes=axes)
 
 
 def gate_values(key_BLD: jax.Array, x_BLD: jax.Array, value_BLD: jax.Array
-          ) -> jax.Array:
-  """Returns v of the module's docstring, of n(W_K e), n(x) and W_V e; the first
-  two may be of streams, [B, L, U, D]. The root is of 1e-6 at least, as in the
-  authors' program."""
-  key, x, value = (a.astype(jnp.float32) for a in (key_BLD, x_BLD, value_BLD))
+                ) -> jax.Array:
+  """Returns the values that engram adds, v = sigmoid(sign(g) sqrt(|g|)) W_V e,
+  with g = n(W_K e) . n(x) / sqrt(D).
+
+  Args:
+    key_BLD: n(W_K e); of several streams, [B, L, U, D].
+    x_BLD: n(x), likewise.
+    value_BLD: W_V e.
+  """
+  key = key_BLD.astype(jnp.float32)
+  x = x_BLD.astype(jnp.float32)
+  value = value_BLD.astype(jnp.float32)
   if x.ndim > value.ndim:
     value = jnp.broadcast_to(value[:, :, None], x.shape)
   g_BL = features.dots(key, x) * x.shape[-1] ** -0.5
-  g_BL = jnp.sign(g_BL) * jnp.sqrt(jnp.maximum(jnp.abs(g_BL), 1e-6))
-  return features.scaled(value, jax.nn.sigmoid(g_BL)).astype(value_BLD.dtype)
+  root_BL = jnp.sqrt(jnp.maximum(jnp.abs(g_BL), LEAST_NUMBER_UNDER_ROOT))
+  gate_BL = jax.nn.sigmoid(jnp.sign(g_BL) * root_BL)
+  return features.scaled(value, gate_BL).astype(value_BLD.dtype)
 
 
 class Engram(nn.Module):
-  """(x_BLD, context, state) -> (what is added to x_BLD, state). x may be
-  several streams, [B, L, U, D]."""
+  """The memory engram: see the equations above.
+
+  (x_BLD, context, state) -> (what is added to x_BLD, state). x may be several
+  streams, [B, L, U, D].
+  """
   config: ModelConfig
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, state: Optional[State]):
     c, shape = self.config, x_BLD.shape
-    m, size = c.part(NGramsConfig), math.prod(shape[2:])
-    norm = functools.partial(
+    ngrams = c.part(NGramsConfig)
+    size = math.prod(shape[2:])  # the features of all streams
+    make_norm = functools.partial(
         layers.norm if x_BLD.ndim == 3 else layers.norm_of_streams, c)
+    # The rows that are looked up, and the values that the gates let through.
     e_BLU, tokens_BW = _read_ngram_tables(self, ctx, state)
+    key_BLD = make_norm('key_norm')(
+        _project(self, 'key', e_BLU, size).reshape(shape))
+    query_BLD = make_norm('query_norm')(x_BLD)
+    value_BLD = _project(self, 'value', e_BLU, residual=True)
     v_BLD = layers.recompute_in_backward(gate_values)(
-        norm('key_norm')(_project(self, 'key', e_BLU, size).reshape(shape)),
-        norm('query_norm')(x_BLD),
-        _project(self, 'value', e_BLU, residual=True))
-    w_WD = declare(self, 'conv', nn.initializers.zeros, (m.kernel, size),
+        key_BLD, query_BLD, value_BLD)
+    # The convolution over them.
+    w_WD = declare(self, 'conv', nn.initializers.zeros, (ngrams.kernel, size),
                    Role((None, 'embed')))
     y_BLD, inputs_BWD = features.convolve(
-        norm('conv_norm')(v_BLD).reshape(*shape[:2], size), w_WD,
+        make_norm('conv_norm')(v_BLD).reshape(*shape[:2], size), w_WD,
         before_BWHK=state and state.inputs_BWD,
         segment_ids_BL=ctx.segment_ids_BL,
         valid_BL=None if state is None else ctx.valid_BL, silu=True,
-        apart=m.order)
+        apart=ngrams.order)
     if state is not None:
-      state = State(tokens_BW, inputs_BWD)
+      state = State(tokens_BW=tokens_BW, inputs_BWD=inputs_BWD)
     return v_BLD + y_BLD.reshape(shape), state
 
 
 class OverEncoding(nn.Module):
-  """(x_BLD, context, state) -> (what is added to x_BLD, state)."""
+  """The memory over_encoding, W e: see the equations above.
+
+  (x_BLD, context, state) -> (what is added to x_BLD, state).
+  """
   config: ModelConfig
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, state: Optional[State]):
     e_BLU, tokens_BW = _read_ngram_tables(self, ctx, state)
     y_BLD = _project(self, 'value', e_BLU)
-    return y_BLD, None if state is None else State(tokens_BW)
+    if state is None:
+      return y_BLD, None
+    return y_BLD, State(tokens_BW=tokens_BW)
 
 
 class PerLayer(nn.Module):
-  """(x_BLD, context) -> what is added to x_BLD."""
+  """The memory per_layer, n(W_out (gelu(W_gate x) * e)): see the equations
+  above.
+
+  (x_BLD, context) -> what is added to x_BLD.
+  """
   config: ModelConfig
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
     c, size = self.config, self.config.part(PerLayerConfig).size
     assert ctx.tokens_BL is not None and ctx.embedded_BLD is not None
+    project_to_row = functools.partial(
+        _project, self, size=size, axes=('embed', 'mlp'))
+    # The row of each token, E_t.
+    ids_BL1 = ctx.tokens_BL[..., None]
     row_BLS = _read_rows_of_table(
-      self, c.vocab_size, size, ctx.tokens_BL[..., None])[:, :, 0]
-    into = functools.partial(_project, self, size=size, axes=('embed', 'mlp'))
-    seen_BLS = layers.norm(c, 'input_norm', 'mlp')(layers.multiply_exactly(
-        into('input', ctx.embedded_BLD), c.d_model ** -0.5))
-    e_BLS = layers.multiply_exactly(
-  seen_BLS +
-  layers.multiply_exactly(
-    row_BLS,
-    size ** 0.5),
-    2 ** -
-    0.5)
-    gate_BLS = layers.recompute_in_backward(
-      layers.gelu_tanh)(into('gate', x_BLD))
-    return layers.norm(c, 'out_norm')(
-        _project(self, 'out', gate_BLS * e_BLS, residual=True))
+        self, c.vocab_size, size=size, ids_BLU=ids_BL1)[:, :, 0]
+    # n(W_0 x_0 / sqrt(D)), of the embedding x_0.
+    projected_BLS = layers.multiply_exactly(
+        project_to_row('input', ctx.embedded_BLD), c.d_model ** -0.5)
+    normed_BLS = layers.norm(c, 'input_norm', 'mlp')(projected_BLS)
+    # e, from both, and the gate.
+    sum_BLS = normed_BLS + layers.multiply_exactly(row_BLS, size ** 0.5)
+    e_BLS = layers.multiply_exactly(sum_BLS, 2 ** -0.5)
+    gate_BLS = layers.recompute_in_backward(layers.gelu_tanh)(
+        project_to_row('gate', x_BLD))
+    y_BLD = _project(self, 'out', gate_BLS * e_BLS, residual=True)
+    return layers.norm(c, 'out_norm')(y_BLD)
 
 
 def keeps_last_tokens(c: ModelConfig) -> bool:
-  """Whether the layers of one kind keep the last tokens of a row."""
+  """Returns whether a layer looks up n-grams, for which its cache keeps the
+  last tokens of a row."""
   memory = MEMORIES[c.memory]
   return memory is not None and memory.settings is NGramsConfig
 
 
 def empty_state(c: ModelConfig, shape: tuple[int, ...]) -> State:
-  """Returns the state of rows without a token; `shape` is [..., B, M], and the
-  state does not depend on M."""
-  m = c.part(NGramsConfig)
-  tokens_BW = jnp.full((*shape[:-1], m.order - 1), m.pad_token, jnp.int32)
+  """Returns the state of rows without a token.
+
+  Args:
+    c: the config of the layer.
+    shape: [..., B, M], of B rows with room for M tokens; the state does not
+      depend on M.
+  """
+  ngrams = c.part(NGramsConfig)
+  tokens_BW = jnp.full(
+      (*shape[:-1], ngrams.order - 1), ngrams.pad_token, jnp.int32)
   if c.memory != 'engram':
-    return State(tokens_BW)
+    return State(tokens_BW=tokens_BW)
+  # The inputs of engram's convolution, of all streams.
   size = c.d_model
   if c.residual != 'plain':
     size *= c.part(StreamsConfig).count
-  return State(tokens_BW, jnp.zeros(
-      (*shape[:-1], (m.kernel - 1) * m.order, size), c.compute_dtype))
+  reach = (ngrams.kernel - 1) * ngrams.order
+  inputs_BWD = jnp.zeros((*shape[:-1], reach, size), c.compute_dtype)
+  return State(tokens_BW=tokens_BW, inputs_BWD=inputs_BWD)
 
 
 def check_memory(c: ModelConfig) -> None:
   """Raises RequestError for what a layer that reads tables cannot be."""
-  reads = f'model.memory is {c.memory!r}'
-  require(c.residual == 'plain' or (
-      c.memory == 'engram' and c.residual != 'attention'),
-          f'{reads}, which adds to one stream, and model.residual '
+  memory = f'model.memory is {c.memory!r}'
+  # The residual stream, and muP.
+  can_have_streams = c.memory == 'engram' and c.residual != 'attention'
+  require(c.residual == 'plain' or can_have_streams,
+          f'{memory}, which adds to one stream, and model.residual '
           f"{c.residual!r} has others: set it to 'plain'")
-  require(c.parametrization == 'standard', f'{reads}, for which '
+  require(c.parametrization == 'standard', f'{memory}, for which '
           f'model.parametrization {c.parametrization!r} has no rules: set it '
           "to 'standard'")
   if not keeps_last_tokens(c):
     return
-  m = c.part(NGramsConfig)
-  require(m.size > 0, f'{reads}, and model.d_model {c.d_model} has not a '
-          f'feature for each of the {m.tables} tables: set model.ngrams.size')
-  require(m.pad_token < c.vocab_size, f'model.ngrams.pad_token is '
-          f'{m.pad_token}, which is no token of {c.vocab_size}')
-  rows = m.rows * m.tables
-  require(rows < 2**31 - 2**20, f'model.ngrams.rows is {m.rows} in each of '
-          f'{m.tables} tables, together {rows}: choose less, as rows are '
-          'counted in 32 bits')
+  # The tables of n-grams.
+  ngrams = c.part(NGramsConfig)
+  require(ngrams.size > 0, f'{memory}, and model.d_model {c.d_model} has not a '
+          f'feature for each of the {ngrams.tables} tables: set '
+          'model.ngrams.size')
+  require(ngrams.pad_token < c.vocab_size, f'model.ngrams.pad_token is '
+          f'{ngrams.pad_token}, which is no token of {c.vocab_size}')
+  # The numbers of rows are primes a little above ngrams.rows; 2^20 is room for
+  # the difference.
+  num_rows = ngrams.rows * ngrams.tables
+  require(num_rows < 2**31 - 2**20, f'model.ngrams.rows is {ngrams.rows} in '
+          f'each of {ngrams.tables} tables, together {num_rows}: choose less, '
+          'as rows are counted in 32 bits')
 
 
 class TableMemory(NamedTuple):
-  """A memory, which a layer reads beside its input.
+  """An entry of MEMORIES: tables that a layer looks up beside its input.
 
   Attributes:
     module: (x_BLD, context, state) -> (what is added to x_BLD, state); of one
       that is read after the layer, without the state.
     settings: the group of fields of config.model that it reads.
     fields: of the group, those that this entry reads and others may not.
-    after: whether it is read of what the layer returns.
+    is_read_after_layer: whether it reads the result of the layer, and not its
+      input.
   """
   module: type[nn.Module]
   settings: type = NGramsConfig

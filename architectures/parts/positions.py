@@ -98,7 +98,7 @@ class RopeConfig:
 
 
 def rotary_dim(c: ModelConfig) -> int:
-  """Returns how many of a head's features are in pairs that may turn."""
+  """Returns how many of a head's features are in pairs that may be rotated."""
   rope = c.part(RopeConfig)
   if rope.proportional:
     return c.head_dim
@@ -107,47 +107,52 @@ def rotary_dim(c: ModelConfig) -> int:
 
 def rope_frequencies(config: ModelConfig, length: int | jax.Array = 0
                      ) -> tuple[jax.Array, float]:
-  """Returns radians per position, and the factor on cos and sin.
+  """Returns the frequencies of rotary positions, and the factor on cos and sin.
 
   Args:
     config: the model.
-    length: how many tokens the rows have so far, by which some scalings decide.
+    length: how many tokens the rows have so far, by which some scalings decide:
+      a number, or that of each row, [B].
 
   Returns:
-    The radians, [K'/2], or [B, K'/2] of lengths that are an array [B], where
-    K' is `rotary_dim`. With rope.proportional, those past rope.fraction of K
-    are 0.
+    The radians per position, [K'/2], or [B, K'/2] of lengths that are an array,
+    where K' is `rotary_dim`. With rope.proportional, those past rope.fraction
+    of K are 0. And the factor.
   """
   rope, dim = config.part(RopeConfig), rotary_dim(config)
   scaling = SCALINGS[rope.scaling]
-  pairs = turned = dim // 2
+  num_pairs = num_rotated = dim // 2
   if rope.proportional:
-    turned = int(rope.fraction * dim // 2)
+    num_rotated = int(rope.fraction * dim // 2)
 
-  def frequencies(length: int | jax.Array) -> tuple[jax.Array, float]:
+  def frequencies_of_length(length: int | jax.Array
+                            ) -> tuple[jax.Array, float]:
     """Returns the radians of rows of one length, and the factor."""
-    each, factor = scaling.frequencies(rope, dim, length)
-    return jnp.where(jnp.arange(pairs) < turned, each, 0), factor
+    frequencies, factor = scaling.frequencies(rope, dim, length)
+    is_rotated = jnp.arange(num_pairs) < num_rotated
+    return jnp.where(is_rotated, frequencies, 0), factor
 
   if not scaling.depends_on_length or isinstance(length, int):
-    return frequencies(length)
+    return frequencies_of_length(length)
 
-  def of_row(length: jax.Array) -> jax.Array:
-    each, _ = frequencies(length)
-    return each
+  def frequencies_of_row(length: jax.Array) -> jax.Array:
+    frequencies, _ = frequencies_of_length(length)
+    return frequencies
 
-  _, factor = frequencies(0)
-  return jax.vmap(of_row)(length), factor
+  _, factor = frequencies_of_length(0)
+  return jax.vmap(frequencies_of_row)(length), factor
 
 
 class Scaling:
-  """No stretch, and the base of the ways to stretch.
+  """A way to stretch rotary positions past the length of training; this one,
+  the base of all, does not stretch them.
 
   Attributes:
     fields: the fields of config.model that it reads.
-    by_length: whether longer rows turn otherwise than shorter ones.
-    by_multiple: whether `factor` alone says how many times the original length
-      it is for, so that any model can be tried with it.
+    depends_on_length: whether longer rows are rotated otherwise than shorter
+      ones.
+    needs_factor_only: whether `factor` alone says how many times the original
+      length it is for, so that any model can be tried with it.
   """
   fields: tuple[str, ...] = ()
   depends_on_length = False
@@ -159,22 +164,28 @@ class Scaling:
 
     Args:
       rope: the fields.
-      dim: how many features of a head are in pairs that may turn.
+      dim: how many features of a head are in pairs that may be rotated.
       length: how many tokens a row has: an int, or a scalar on the device.
     """
     return base_frequencies(rope.theta, dim), 1.0
 
   def reason_against(self, rope: RopeConfig, dim: int) -> str:
-    """Returns why it cannot be; '': it can."""
+    """Returns why a model cannot have it, in words; '': it can.
+
+    Args:
+      rope: the fields.
+      dim: how many features of a head are in pairs that may be rotated.
+    """
     return ''
 
   def score_factor(self, rope: RopeConfig) -> float:
-    """Returns the factor on the scores of turned queries and keys."""
+    """Returns the factor on the scores of rotated queries and keys."""
     return 1.0
 
 
 def base_frequencies(theta: float | jax.Array, dim: int) -> jax.Array:
-  """Returns theta^(-2i / dim) of pair i, [dim / 2] (Su et al. 2021)."""
+  """Returns the frequencies of rotary positions before any stretch: theta^(-2i
+  / dim) of pair i, [dim / 2] (Su et al. 2021)."""
   steps = jnp.arange(0, dim, 2, dtype=jnp.float32)
   return theta ** (-steps / dim)
 
@@ -204,7 +215,8 @@ class Ntk(Scaling):
 
 
 def ntk_theta(rope: RopeConfig, dim: int) -> float:
-  """Returns the base of the frequencies of ntk."""
+  """Returns theta' = theta factor^(dim / (dim - 2)), the base of the
+  frequencies with scaling ntk."""
   return rope.theta * rope.factor ** (dim / (dim - 2))
 
 
@@ -217,12 +229,13 @@ class Dynamic(Ntk):
 
   def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
                   ) -> tuple[jax.Array, float]:
-    times = length / rope.original_len
+    # How many times as long as the original the row is, at least once.
+    multiple = length / rope.original_len
     if isinstance(length, int):
-      times = max(times, 1.0)
+      multiple = max(multiple, 1.0)
     else:
-      times = jnp.maximum(times, 1.0)
-    stretch = rope.factor * times - (rope.factor - 1)
+      multiple = jnp.maximum(multiple, 1.0)
+    stretch = rope.factor * multiple - (rope.factor - 1)
     theta = rope.theta * stretch ** (dim / (dim - 2))
     return base_frequencies(theta, dim), 1.0
 
@@ -239,21 +252,22 @@ class LongRope(Scaling):
   def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
                   ) -> tuple[jax.Array, float]:
     where = np.where if isinstance(length, int) else jnp.where
-    divided_by = where(length > rope.original_len, np.array(rope.long_factor),
-                       np.array(rope.short_factor))
-    frequency = base_frequencies(rope.theta, dim) / \
-                                 jnp.asarray(divided_by, jnp.float32)
+    divisors = where(length > rope.original_len, np.array(rope.long_factor),
+                     np.array(rope.short_factor))
+    frequencies = base_frequencies(rope.theta, dim)
+    frequencies = frequencies / jnp.asarray(divisors, jnp.float32)
     factor = rope.attention_factor
     if not factor:
       factor = longrope_factor(rope.factor, rope.original_len)
-    return frequency, factor
+    return frequencies, factor
 
   def reason_against(self, rope: RopeConfig, dim: int) -> str:
+    num_pairs = dim // 2
     for name in ('short_factor', 'long_factor'):
       factors = getattr(rope, name)
       positive = [x for x in factors if type(x) in (int, float) and x > 0]
-      if len(factors) != dim // 2 or len(positive) != len(factors):
-        return (f'model.rope.{name} is {short(factors)}: it needs {dim // 2} '
+      if len(factors) != num_pairs or len(positive) != len(factors):
+        return (f'model.rope.{name} is {short(factors)}: it needs {num_pairs} '
                 f'numbers > 0, one for each pair of the {dim} features that '
                 'turn')
     if rope.original_len > 1:
@@ -280,13 +294,16 @@ class Llama3(Scaling):
 
   def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
                   ) -> tuple[jax.Array, float]:
-    frequency = base_frequencies(rope.theta, dim)
-    turns = rope.original_len * frequency / (2 * math.pi)
-    between = rope.high_freq_factor - rope.low_freq_factor
-    if not between:
-      between = 1e-30  # a step
-    keep = jnp.clip((turns - rope.low_freq_factor) / between, 0, 1)
-    return (1 - keep) * frequency / rope.factor + keep * frequency, 1.0
+    frequencies = base_frequencies(rope.theta, dim)
+    # How often each wave turns in the original length.
+    turns = rope.original_len * frequencies / (2 * math.pi)
+    width_of_ramp = rope.high_freq_factor - rope.low_freq_factor
+    if not width_of_ramp:
+      width_of_ramp = 1e-30  # a step
+    # The share of each frequency that is kept; the rest of it is stretched.
+    kept = jnp.clip((turns - rope.low_freq_factor) / width_of_ramp, 0, 1)
+    stretched = (1 - kept) * frequencies / rope.factor
+    return stretched + kept * frequencies, 1.0
 
   def reason_against(self, rope: RopeConfig, dim: int) -> str:
     if rope.high_freq_factor >= rope.low_freq_factor:
@@ -306,23 +323,26 @@ class Yarn(Scaling):
 
   def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
                   ) -> tuple[jax.Array, float]:
-    frequency = base_frequencies(rope.theta, dim)
+    frequencies = base_frequencies(rope.theta, dim)
     # The pairs between which the ramp is.
-    low = self._pair_that_turns(rope, dim, rope.beta_fast)
-    high = self._pair_that_turns(rope, dim, rope.beta_slow)
+    low = self._pair_that_turns(rope, dim, turns=rope.beta_fast)
+    high = self._pair_that_turns(rope, dim, turns=rope.beta_slow)
     if rope.truncate:  # as the authors' program; gpt-oss does not
       low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp = (jnp.arange(dim // 2) - low) / ((high - low) or 0.001)
-    # How much of each frequency is kept.
-    keep = 1 - jnp.clip(ramp, 0, 1)
-    mixed = (1 - keep) * frequency / rope.factor + keep * frequency
-    return mixed, yarn_rotation_factor(
-  rope.factor, rope.mscale, rope.mscale_all_dim)
+    width_of_ramp = (high - low) or 0.001  # never 0, as it divides
+    ramp = (jnp.arange(dim // 2) - low) / width_of_ramp
+    # The share of each frequency that is kept; the rest of it is stretched.
+    kept = 1 - jnp.clip(ramp, 0, 1)
+    mixed = (1 - kept) * frequencies / rope.factor + kept * frequencies
+    factor = yarn_rotation_factor(
+        rope.factor, rope.mscale, rope.mscale_all_dim)
+    return mixed, factor
 
   @staticmethod
   def _pair_that_turns(rope: RopeConfig, dim: int, turns: float) -> float:
-    """Returns which pair makes so many turns in original_len."""
+    """Returns the number of the pair of features whose wave turns so often in
+    the original length (Peng et al. 2023)."""
     wave = rope.original_len / (turns * 2 * math.pi)
     return dim * math.log(wave) / (2 * math.log(rope.theta))
 
@@ -339,20 +359,24 @@ class Yarn(Scaling):
 
 def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
   """Returns 0.1 mscale log(factor) + 1, the factor on cos and sin, whose square
-  multiplies the scores (YaRN, equation 15)."""
+  multiplies the scores (YaRN, equation 15); 1 where nothing is stretched."""
   if factor <= 1:
     return 1.0
   return 0.1 * mscale * math.log(factor) + 1.0
 
 
-def yarn_rotation_factor(
-  factor: float,
-  mscale: float,
-   mscale_all_dim: float) -> float:
-  """Returns the factor on cos and sin that is left of the temperature where
-  DeepSeek-V2's mscale_all_dim puts a part of it on whole scores."""
-  turned = yarn_temperature(factor, mscale)
-  return turned / yarn_temperature(factor, mscale_all_dim)
+def yarn_rotation_factor(factor: float, mscale: float, mscale_all_dim: float
+                         ) -> float:
+  """Returns the factor on cos and sin with scaling yarn: the part of the
+  temperature that DeepSeek-V2's mscale_all_dim does not put on whole scores.
+
+  Args:
+    factor: how many times the original length the positions are for.
+    mscale: how much of the temperature is on rotated features.
+    mscale_all_dim: how much of it is on all features of a head.
+  """
+  temperature = yarn_temperature(factor, mscale)
+  return temperature / yarn_temperature(factor, mscale_all_dim)
 
 
 SCALINGS: dict[str, Scaling] = {
@@ -368,7 +392,7 @@ SCALINGS: dict[str, Scaling] = {
 
 def check_rope(c: ModelConfig, stack: str = '', head: str = 'model.head_dim'
                ) -> None:
-  """Raises RequestError for features of a head that cannot be turned.
+  """Raises RequestError for features of a head that cannot be rotated.
 
   Args:
     c: the config.
@@ -381,24 +405,23 @@ def check_rope(c: ModelConfig, stack: str = '', head: str = 'model.head_dim'
   require(dim % 2 == 0 and dim > 0, f'model.rope.fraction {rope.fraction} of '
           f'{head} {c.head_dim} is {dim}: rotary positions turn pairs, so it '
           'must be even and > 0')
-  why = SCALINGS[rope.scaling].reason_against(rope, dim)
-  require(not why, f'model.rope.scaling is {rope.scaling}, but {why}')
+  reason = SCALINGS[rope.scaling].reason_against(rope, dim)
+  require(not reason, f'model.rope.scaling is {rope.scaling}, but {reason}')
 
 
-def rotate_heads(
-  x_BLHK: jax.Array,
-  positions_BL: jax.Array,
-  config: ModelConfig,
-   length: int | jax.Array = 0) -> jax.Array:
-  """Returns queries or keys of which the first `rope.fraction` of each head, or
-  of its pairs, is turned by its position (Su et al. 2021, equation 34):
+def rotate_heads(x_BLHK: jax.Array, positions_BL: jax.Array,
+                 config: ModelConfig, length: int | jax.Array = 0
+                 ) -> jax.Array:
+  """Returns queries or keys with pairs (a, b) of their features rotated by
+  their position (rotary positions: Su et al. 2021, equation 34):
 
     a' = a cos(pos w_i) - b sin(pos w_i)
     b' = b cos(pos w_i) + a sin(pos w_i)
 
-  Feature i is paired with i + K'/2, as in GPT-NeoX and Hugging Face; the
-  paper pairs neighbours (`rope.interleaved`), which is the same up to a
-  permutation of features.
+  The first `rope.fraction` of the features of each head, K', or of its pairs,
+  are rotated. Feature i is paired with i + K'/2, as in GPT-NeoX and Hugging
+  Face; the paper pairs neighbours (`rope.interleaved`), which is the same up to
+  a permutation of features.
 
   Args:
     x_BLHK: queries or keys.
@@ -407,27 +430,28 @@ def rotate_heads(
     length: how many tokens the rows have; see `rope_frequencies`.
   """
   dim = rotary_dim(config)
-  interleaved = config.part(RopeConfig).interleaved
+  is_interleaved = config.part(RopeConfig).interleaved
   # The angle of each pair, [B, L, 1, K'/2].
-  frequency, factor = rope_frequencies(config, length)
-  positions = positions_BL[..., None].astype(jnp.float32)
-  if frequency.ndim == 1:
-    angle_BLK = positions * frequency[None, None]
+  frequencies, factor = rope_frequencies(config, length)
+  positions_BL1 = positions_BL[..., None].astype(jnp.float32)
+  if frequencies.ndim == 1:
+    angle_BLK = positions_BL1 * frequencies[None, None]
   else:
-    angle_BLK = positions * frequency[:, None]
+    angle_BLK = positions_BL1 * frequencies[:, None]
   angle_BL1K = angle_BLK[:, :, None]
   cos = (jnp.cos(angle_BL1K) * factor).astype(x_BLHK.dtype)
   sin = (jnp.sin(angle_BL1K) * factor).astype(x_BLHK.dtype)
-  # The pairs, turned.
-  a, b, rest = jnp.split(x_BLHK, (dim // 2, dim), axis=-1)
-  if interleaved:
+  # The pairs, rotated.
+  a, b, unrotated = jnp.split(x_BLHK, (dim // 2, dim), axis=-1)
+  if is_interleaved:
     a, b = x_BLHK[..., 0:dim:2], x_BLHK[..., 1:dim:2]
-  turned_a, turned_b = a * cos - b * sin, b * cos + a * sin
-  if not interleaved:
-    return jnp.concatenate([turned_a, turned_b, rest], -1)
-  pairs = jnp.stack([turned_a, turned_b], -1)
-  turned = pairs.reshape(*pairs.shape[:-2], dim)
-  return jnp.concatenate([turned, rest], -1)
+  rotated_a, rotated_b = a * cos - b * sin, b * cos + a * sin
+  # Back in the order of the features.
+  if not is_interleaved:
+    return jnp.concatenate([rotated_a, rotated_b, unrotated], -1)
+  pairs = jnp.stack([rotated_a, rotated_b], -1)
+  rotated = pairs.reshape(*pairs.shape[:-2], dim)
+  return jnp.concatenate([rotated, unrotated], -1)
 
 
 # The encodings.
@@ -461,21 +485,27 @@ class Position:
   settings: Optional[type] = None
 
   def score_factor(self, c: ModelConfig) -> float:
-    """Returns the factor on the scores."""
+    """Returns the factor by which the encoding multiplies all scores."""
     return 1.0
 
   def check(self, c: ModelConfig, stack: str) -> None:
-    """Raises RequestError for fields that do not fit together. `stack` is what
-    architectures.stack returns."""
+    """Raises RequestError for fields that do not fit together.
+
+    Args:
+      c: the config of the model or of a layer.
+      stack: 'encoder', 'decoder' or 'encoder-decoder'.
+    """
 
   def longest_supported_length(self, c: ModelConfig) -> float:
-    """Returns how many positions there are."""
+    """Returns how many positions there are; infinity where they have no end."""
     return math.inf
 
-  def variants_for_longer_rows(self, c: ModelConfig, length: int, multiple: int,
-             interpolate: bool) -> dict[str, Optional[ModelConfig]]:
-    """Returns how a model is evaluated on longer texts, by name: a config, or
-    None where the model refuses.
+  def variants_for_longer_rows(
+      self, c: ModelConfig, length: int, multiple: int, interpolate: bool
+      ) -> dict[str, Optional[ModelConfig]]:
+    """Returns the configs with which a model is evaluated on texts that are
+    longer than those of its training, by name; None in place of a config where
+    the model refuses such texts.
 
     Args:
       c: the model.
@@ -492,7 +522,8 @@ class Position:
 
   @property
   def of_stack(self) -> bool:
-    """Whether a stack reads it beside its layers, which share it."""
+    """Whether the encoding has something that all layers of a stack share: what
+    is added to the embedding, or a bias or a table that is made once."""
     hooks = self.embed, self.stack_bias, self.stack_table
     return any(hook is not None for hook in hooks)
 
@@ -509,9 +540,11 @@ def longest_supported_length(c: ModelConfig) -> float:
 
 
 def lengths_that_change_rotation(c: ModelConfig) -> tuple[int, ...]:
-  """Returns the lengths, ascending, on whose sides a row turns otherwise in
-  some layers of a model; (): no length counts. Beyond the last one, rows of
-  each length may turn otherwise."""
+  """Returns the lengths, ascending, at which some layers begin to rotate a row
+  otherwise; () where the length of a row does not matter.
+
+  Beyond the last one, rows of each length may be rotated otherwise.
+  """
   lengths = set()
   for layer in c.distinct_layers:
     rope = layer.find(RopeConfig)
@@ -538,7 +571,7 @@ def check_length(c: ModelConfig, length: int) -> None:
 
 
 class Rope(Position):
-  """Queries and keys are turned: see `rotate`."""
+  """Queries and keys are rotated: see `rotate_heads`."""
   settings = RopeConfig
 
   def rotate(self, x_BLHK: jax.Array, positions_BL: jax.Array,
@@ -552,23 +585,24 @@ class Rope(Position):
   def check(self, c: ModelConfig, stack: str) -> None:
     check_rope(c, stack)
 
-  def variants_for_longer_rows(self, c: ModelConfig, length: int, multiple: int,
-             interpolate: bool) -> dict[str, Optional[ModelConfig]]:
+  def variants_for_longer_rows(
+      self, c: ModelConfig, length: int, multiple: int, interpolate: bool
+      ) -> dict[str, Optional[ModelConfig]]:
     """Returns the model as it is and, unless it is stretched already, with each
-    scaling that a factor alone tells."""
+    scaling that needs a factor alone."""
     rope = c.part(RopeConfig)
     if rope.scaling != 'none':
       return {f'rope, {rope.scaling}': c}
-    ways = {'rope': c}
+    variants: dict[str, Optional[ModelConfig]] = {'rope': c}
     for name, scaling in SCALINGS.items():
       if not scaling.needs_factor_only or name == 'none':
         continue
-      ways[f'rope, {name}'] = c
+      variants[f'rope, {name}'] = c
       if multiple != 1:
-        ways[f'rope, {name}'] = c.with_part(
+        variants[f'rope, {name}'] = c.with_part(
             RopeConfig, scaling=name, factor=float(multiple),
             original_len=length)
-    return ways
+    return variants
 
 
 # Learned positions.
@@ -596,46 +630,55 @@ class Learned(Position):
     table_LD = layers.embedding(module, name, c.max_len + fields.offset)
     table_LD = sharding.constrain(table_LD, None, None)
     added_BLD = look_up_learned_positions(
-  table_LD, positions_BL, fields.stretch, fields.offset)
+        table_LD, positions_BL, stretch=fields.stretch, offset=fields.offset)
     return x_BLD + added_BLD.astype(x_BLD.dtype)
 
   def longest_supported_length(self, c: ModelConfig) -> int:
     # A quotient of lengths times its divisor may lie just below the other.
     return math.floor(c.max_len * c.part(LearnedConfig).stretch + 1e-6)
 
-  def variants_for_longer_rows(self, c: ModelConfig, length: int, multiple: int,
-             interpolate: bool) -> dict[str, Optional[ModelConfig]]:
-    if length * multiple <= self.longest_supported_length(c):
+  def variants_for_longer_rows(
+      self, c: ModelConfig, length: int, multiple: int, interpolate: bool
+      ) -> dict[str, Optional[ModelConfig]]:
+    longer = length * multiple
+    if longer <= self.longest_supported_length(c):
       return {'learned': c}
-    ways: dict[str, Optional[ModelConfig]] = {'learned': None}
+    variants: dict[str, Optional[ModelConfig]] = {'learned': None}
     if interpolate:
-      ways['learned, interpolated'] = c.with_part(
-          LearnedConfig, stretch=length * multiple / c.max_len)
-    return ways
+      variants['learned, interpolated'] = c.with_part(
+          LearnedConfig, stretch=longer / c.max_len)
+    return variants
 
 
-def look_up_learned_positions(
-  table_LD: jax.Array,
-  positions: jax.Array,
-  stretch: float,
-   offset: int = 0) -> jax.Array:
-  """Returns the rows of the table at `positions`, after the first `offset` of
-  them; between two rows where they are stretched."""
+def look_up_learned_positions(table_LD: jax.Array, positions: jax.Array,
+                              stretch: float, offset: int = 0) -> jax.Array:
+  """Returns the rows of a table of learned positions, [..., D].
+
+  Where positions are stretched, pos / stretch lies between two rows, which are
+  interpolated linearly.
+
+  Args:
+    table_LD: the table.
+    positions: the positions, [...].
+    stretch: how many times as many positions as rows there are.
+    offset: how many rows stand before that of position 0.
+  """
   if stretch == 1:
     return table_LD[positions + offset]
   table_LD = table_LD[offset:]
-  last = table_LD.shape[0] - 1
-  place = jnp.minimum(positions / stretch, last)
-  low = jnp.floor(place).astype(jnp.int32)
-  high = jnp.minimum(low + 1, last)
-  part = (place - low)[..., None].astype(table_LD.dtype)
-  return table_LD[low] * (1 - part) + table_LD[high] * part
+  last_row = table_LD.shape[0] - 1
+  # The rows on both sides, and how far from the lower one the position lies.
+  row = jnp.minimum(positions / stretch, last_row)
+  low = jnp.floor(row).astype(jnp.int32)
+  high = jnp.minimum(low + 1, last_row)
+  share = (row - low)[..., None].astype(table_LD.dtype)
+  return table_LD[low] * (1 - share) + table_LD[high] * share
 
 
 # Sinusoids.
 
 
-# The layouts that `sinusoid` knows.
+# The layouts that `sinusoidal_encoding` knows.
 LAYOUTS_OF_SINUSOIDS = ('interleaved', 'halves', 'fairseq')
 
 
@@ -662,7 +705,7 @@ class Sinusoidal(Position):
 
 
 def sinusoidal_encoding(positions: jax.Array, d_model: int,
-             layout: str = 'interleaved') -> jax.Array:
+                        layout: str = 'interleaved') -> jax.Array:
   """Returns sin(pos w_i) and cos(pos w_i), w_i = 10000^(-2i/D), [..., D].
 
   Args:
@@ -673,21 +716,23 @@ def sinusoidal_encoding(positions: jax.Array, d_model: int,
       it. fairseq: halves with w_i = 10000^(-i/(D/2 - 1)), as in tensor2tensor,
       the paper's own code, and the first token at position 2, as in fairseq.
   """
-  pairs, divisor = d_model // 2, d_model // 2
+  num_pairs, divisor = d_model // 2, d_model // 2
   if layout == 'fairseq':
-    divisor = pairs - 1
+    divisor = num_pairs - 1
     positions = positions + 2
-  steps = jnp.arange(pairs) / divisor
-  frequency = (10000.0 ** -steps).reshape((1,) * positions.ndim + (-1,))
-  angle = positions[..., None].astype(jnp.float32) * frequency
+  # The angle of each pair, [..., D/2].
+  steps = jnp.arange(num_pairs) / divisor
+  frequencies = (10000.0 ** -steps).reshape((1,) * positions.ndim + (-1,))
+  angle = positions[..., None].astype(jnp.float32) * frequencies
+  # Sines and cosines, in the order of the layout.
   if layout != 'interleaved':
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
-  both = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1)
-  return both.reshape(*positions.shape, d_model)
+  pairs = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1)
+  return pairs.reshape(*positions.shape, d_model)
 
 
 def check_width_for_sinusoids(c: ModelConfig) -> None:
-  """Raises RequestError for a width that `sinusoid` cannot have."""
+  """Raises RequestError for a width that `sinusoidal_encoding` cannot have."""
   require(c.d_model % 2 == 0 and c.d_model >= 4, f'model.d_model is '
           f'{c.d_model}: sinusoids need it even and at least 4')
 
@@ -713,13 +758,17 @@ def alibi_bias(q_positions_BL: jax.Array, k_positions_BM: jax.Array,
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-  """Returns the slope of each head h of H, from 1 on: 2^(-8h/H). If H is no
-  power of 2, the heads past the last power P below it take every other slope
-  of 2P heads, as in the paper's code."""
+  """Returns the slope of each head h of H, from 1 on: 2^(-8h/H) (Press et al.
+  2022).
+
+  If H is no power of 2, the heads past the last power P below it have every
+  other slope of 2P heads, as in the paper's code.
+  """
   power = 2 ** math.floor(math.log2(num_heads))
   slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
-  between = [2 ** (-8 * (h + 1) / (2 * power)) for h in range(0, 2 * power, 2)]
-  return slopes + between[:num_heads - power]
+  slopes_between = [2 ** (-8 * (h + 1) / (2 * power))
+                    for h in range(0, 2 * power, 2)]
+  return slopes + slopes_between[:num_heads - power]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -735,25 +784,34 @@ class RelativeConfig:
 
 def relative_bucket(offset: jax.Array, *, bidirectional: bool, buckets: int,
                     max_distance: int) -> jax.Array:
-  """Returns T5's bucket of key position minus query position.
+  """Returns the bucket of each distance between a key and a query (T5: Raffel
+  et al. 2020, section 2.1).
 
-  Half of the buckets are exact, the rest widen logarithmically up to
-  max_distance; with `bidirectional`, half of all serve keys that come later.
+  Half of the buckets have one distance each; the others widen logarithmically
+  up to max_distance.
+
+  Args:
+    offset: key position minus query position, an array of integers.
+    bidirectional: whether half of all buckets are for keys that come later.
+    buckets: the number of buckets.
+    max_distance: the distance from which on all fall into the last bucket.
   """
-  start = jnp.zeros_like(offset)
+  first_bucket = jnp.zeros_like(offset)
   if bidirectional:
     buckets //= 2
-    start = jnp.where(offset > 0, buckets, 0)
+    first_bucket = jnp.where(offset > 0, buckets, 0)
     distance = jnp.abs(offset)
   else:
     distance = jnp.maximum(-offset, 0)
-  exact = buckets // 2
+  num_exact = buckets // 2
   # Distances past the exact ones are placed on a logarithmic scale.
-  times = jnp.maximum(distance, 1).astype(jnp.float32) / exact
-  share = jnp.log(times) / math.log(max_distance / exact)
-  far = exact + (share * (buckets - exact)).astype(jnp.int32)
-  far = jnp.minimum(far, buckets - 1)
-  return start + jnp.where(distance < exact, distance, far)
+  multiple = jnp.maximum(distance, 1).astype(jnp.float32) / num_exact
+  share_of_scale = jnp.log(multiple) / math.log(max_distance / num_exact)
+  far_bucket = num_exact + (
+      share_of_scale * (buckets - num_exact)).astype(jnp.int32)
+  far_bucket = jnp.minimum(far_bucket, buckets - 1)
+  bucket = jnp.where(distance < num_exact, distance, far_bucket)
+  return first_bucket + bucket
 
 
 class RelativeBias(nn.Module):
@@ -764,9 +822,15 @@ class RelativeBias(nn.Module):
   @nn.compact
   def __call__(self, q_positions_BL: jax.Array,
                k_positions_BM: jax.Array) -> jax.Array:
-    """Returns the bias, [B or 1, H, L, M]; U are the buckets."""
+    """Returns the bias on the scores, [B or 1, H, L, M].
+
+    Args:
+      q_positions_BL: where the queries stand.
+      k_positions_BM: where the keys stand.
+    """
     c = self.config
     relative = c.part(RelativeConfig)
+    # The table has a number for each of the U buckets and each head.
     stddev = c.base_width ** -0.5 if c.init == 'fan_in' else c.init_stddev
     table_UH = declare(
         self, 'table', nn.initializers.normal(stddev),
@@ -786,18 +850,22 @@ class Relative(Position):
   stack_bias: Optional[type[nn.Module]] = RelativeBias
 
   def check(self, c: ModelConfig, stack: str) -> None:
-    """Raises RequestError where no bucket is left for far distances: a quarter
-    of an encoder's buckets, half of a decoder's, is exact, and the others grow
-    from there to max_distance."""
+    """Raises RequestError where no bucket is left for far distances.
+
+    A quarter of an encoder's buckets, and half of a decoder's, have one
+    distance each, and the others grow from there to max_distance.
+    """
     relative = c.part(RelativeConfig)
-    buckets, most = relative.buckets, relative.max_distance
-    least = 2 if stack == 'decoder' else 4
-    exact = buckets // (4 if stack == 'encoder' else 2)
-    fits = buckets >= least and buckets % 2 == 0 and most > exact
+    buckets, max_distance = relative.buckets, relative.max_distance
+    fewest_buckets = 2 if stack == 'decoder' else 4
+    num_exact = buckets // (4 if stack == 'encoder' else 2)
+    fits = (buckets >= fewest_buckets and buckets % 2 == 0
+            and max_distance > num_exact)
     require(fits, f'model.relative.buckets is {buckets} and '
-            f'model.relative.max_distance {most}: model.arch {c.arch} needs an '
-            f'even number of buckets, {least} or more, {exact} of which are of '
-            'one distance each, and a larger distance')
+            f'model.relative.max_distance {max_distance}: model.arch {c.arch} '
+            f'needs an even number of buckets, {fewest_buckets} or more, '
+            f'{num_exact} of which are of one distance each, and a larger '
+            'distance')
 
 
 class RelativeByLayer(Relative):
@@ -823,8 +891,8 @@ class ProfilesConfig:
 
 
 class RelativeByToken(Position):
-  """A bias that a token makes of its own (Inkling: Thinking Machines 2026, as
-  transformers has it):
+  """A bias on the scores that each query computes from its own token (Inkling:
+  Thinking Machines 2026, as transformers has it):
 
     bias_ij = (W_r x_i) P[:, i - j]     and 0 past the extent and for later keys
 
@@ -836,11 +904,12 @@ class RelativeByToken(Position):
   def layer_bias(self, module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
                  k_BMJK: jax.Array, k_positions_BM: jax.Array, ctx: Context
                  ) -> jax.Array:
-    """Returns the bias, [B, H, L, M]; U are the profiles."""
+    """Returns the bias on the scores, [B, H, L, M]. Below, U are the
+    profiles."""
     c: ModelConfig = module.config  # type: ignore[attr-defined]
     profiles = c.part(ProfilesConfig)
     rank, extent = profiles.rank, profiles.extent
-    # How each token mixes the profiles, and its bias by distance.
+    # How much of each profile a token takes, and its bias by distance.
     mix_BLHU = layers.dense(
         module, 'profile', 'BLD,DHU->BLHU', x_BLD,
         (c.d_model, c.num_heads, rank), ('embed', 'heads', None), output=True,
@@ -852,11 +921,11 @@ class RelativeByToken(Position):
                                      c.compute_dtype, jnp.float32)
     # The bias of each key.
     distance_BLM = ctx.positions_BL[:, :, None] - k_positions_BM[:, None]
-    place_BLM = jnp.clip(distance_BLM, 0, extent - 1)
+    index_BLM = jnp.clip(distance_BLM, 0, extent - 1)
     bias_BHLM = jnp.take_along_axis(
-        by_distance_BHLM, place_BLM[:, None], -1)
-    inside_BLM = (distance_BLM >= 0) & (distance_BLM < extent)
-    return jnp.where(inside_BLM[:, None], bias_BHLM, 0)
+        by_distance_BHLM, index_BLM[:, None], -1)
+    is_in_extent_BLM = (distance_BLM >= 0) & (distance_BLM < extent)
+    return jnp.where(is_in_extent_BLM[:, None], bias_BHLM, 0)
 
   def check(self, c: ModelConfig, stack: str) -> None:
     require(stack == 'decoder' and c.mixer == 'attention',
