@@ -103,7 +103,7 @@ class Saved:
   def __init__(self, due=()):
     self.saves, self.newest, self.best, self._due = [], None, None, due
 
-  def due(self, step):
+  def is_due(self, step):
     return step in self._due
 
   def save(self, step, state, *, next_batch, tokens, config, good, best):
