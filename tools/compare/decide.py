@@ -568,7 +568,7 @@ def _pooled_spread(shape: statistics.NoiseShape | None,
     shape: the shape of the noise; None where it is not known.
     figure: computes the figure of each seed, [seeds], of [seeds, sizes].
   """
-  return None if shape is None else shape.pooled(figure)
+  return None if shape is None else shape.pooled_deviation(figure)
 
 
 def _student_effect(size: str, differences: Sequence[float],

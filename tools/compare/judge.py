@@ -458,7 +458,7 @@ def _pooled_spread_of_looks(looks: Sequence[Mapping], base: str
   shape = statistics.measure_noise_shape(differences_of_variants)
   if shape is None:
     return None
-  return shape.pooled(np.ravel)
+  return shape.pooled_deviation(np.ravel)
 
 
 def render_answer(answer: Mapping[str, Any]) -> str:

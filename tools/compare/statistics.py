@@ -1,8 +1,8 @@
-"""Statistics of differences: intervals over paired seeds, and fits.
+"""Tests, intervals and fits of paired differences between training runs.
 
-Seeds are paired: seed s of every variant sees the same data in the same order,
-so the differences of a pair vary less than the runs themselves, and their
-spread is the noise that a difference must leave behind.
+Seeds are paired: seed s of every variant sees the same data in the same order.
+The differences of a pair therefore vary less than the losses themselves, and
+their standard deviation is the noise that a mean difference is tested against.
 """
 
 import bisect
@@ -14,34 +14,43 @@ from typing import NamedTuple
 
 import numpy as np
 
-MIN_SEEDS = 3  # with fewer, the spread itself is not known
-MIN_POINTS_OF_CURVE = 6  # of a curve whose three constants are fitted
-NUM_SIMULATED_STUDIES, MAX_SEEDS = 2048, 10_000  # to announce a power
-# from which on signs alone can show something: 2^-5 < 0.05
+# With fewer seeds the standard deviation itself is not known.
+MIN_SEEDS = 3
+# A curve needs twice as many points as its law has constants.
+MIN_POINTS_OF_CURVE = 6
+# To find the power of a test: how many studies are simulated, and the largest
+# number of seeds that is tried.
+NUM_SIMULATED_STUDIES, MAX_SEEDS = 2048, 10_000
+# With fewer seeds no choice of signs has a p below 0.05: 2^-4 > 0.05 > 2^-5.
 MIN_SEEDS_OF_PERMUTATION = 6
-# seeds, above which a mean is normal whatever the noise is
+# A mean over more seeds than these is normal whatever the noise is.
 MAX_SEEDS_OF_NOISE_SHAPE = 50
-MAX_P_OF_IRREGULAR = 0.2  # p below which the noise is not taken for normal
-# times the compute of a ladder, within which its law is read
+# Noise whose test of normality has this p or a lower one counts as irregular.
+MAX_P_OF_IRREGULAR = 0.2
+# A law is read up to this many times beyond the compute that it was fitted to.
 MAX_EXTRAPOLATION = 4.0
 
 
 class PooledDeviation(NamedTuple):
-  """The standard deviation of a seed's difference, of all variants together
-  (their pooled variance), and its degrees of freedom.
+  """The standard deviation of a seed's difference, pooled over all variants.
 
   Where noise has a tail to one side, the runs of a variant that have none of it
-  by chance lie close together, and far from their true mean: its own spread is
-  least where it errs most. A variant of such a family has therefore to differ
-  by its own spread and by that of all (an intersection-union test: Berger
-  1982), which never says more than Student's.
+  by chance lie close together, and far from their true mean: a variant's own
+  deviation is least where it errs most. A variant with such noise must
+  therefore differ by its own deviation and by the pooled one, too: an
+  intersection-union test (Berger 1982), which never finds more than Student's.
+
+  Attributes:
+    sd: the root of the pooled variance.
+    df: its degrees of freedom.
   """
   sd: float
   df: int
 
 
 class Interval(NamedTuple):
-  """A mean over seeds, and its 95 % interval; None where these are too few."""
+  """A mean over seeds and the ends of its 95 % interval; the ends are None
+  where there are too few seeds."""
   mean: float
   low: float | None
   high: float | None
@@ -49,10 +58,16 @@ class Interval(NamedTuple):
 
 
 def half_width_of_interval(values: Sequence[float], level: float = 0.05,
-               pooled: PooledDeviation | None = None) -> float:
-  """Returns half of Student's interval of a mean of two or more values, or of
-  that by `pooled` if it is wider; the mean is outside with a probability of
-  `level`."""
+                           pooled: PooledDeviation | None = None) -> float:
+  """Returns half of the width of Student's interval of a mean,
+  t(1 - level / 2, df) sd / sqrt(n).
+
+  Args:
+    values: the value of each of n seeds, two or more.
+    level: the probability that the true mean lies outside.
+    pooled: a deviation over all variants; the interval by it is taken where it
+      is the wider one.
+  """
   from scipy.special import stdtrit
   widths = []
   for sd, df in _deviations_to_pass(values, pooled):
@@ -61,47 +76,60 @@ def half_width_of_interval(values: Sequence[float], level: float = 0.05,
   return max(widths)
 
 
-def _deviations_to_pass(values: Sequence[
-    float], pooled: PooledDeviation | None) -> list[PooledDeviation]:
-  """Returns the spread of the values themselves, and that of all variants."""
-  spreads = [
-      PooledDeviation(sd=float(np.std(values, ddof=1)), df=len(values) - 1)]
-  if pooled is not None:
-    spreads.append(pooled)
-  return spreads
+def _deviations_to_pass(values: Sequence[float],
+                        pooled: PooledDeviation | None
+                        ) -> list[PooledDeviation]:
+  """Returns each standard deviation that a mean is tested by: that of the
+  values themselves, and the pooled one if there is one."""
+  own_deviation = PooledDeviation(
+      sd=float(np.std(values, ddof=1)), df=len(values) - 1)
+  if pooled is None:
+    return [own_deviation]
+  return [own_deviation, pooled]
 
 
 def student_interval(values: Sequence[float],
                      pooled: PooledDeviation | None = None,
-             level: float = 0.05) -> Interval:
-  """Returns the mean and Student's interval around it.
+                     level: float = 0.05) -> Interval:
+  """Returns the mean of some values and Student's t interval around it.
 
   Args:
-    values: the value of each seed. Those that are all alike have no interval:
-      their spread is not known.
-    pooled: the spread of all variants together, of noise that is not normal.
-    level: the probability of a mean that is outside.
+    values: the value of each seed. Values that are all alike get no interval,
+      since they do not tell how much they vary.
+    pooled: the deviation over all variants, where the noise is not normal.
+    level: the probability that the true mean lies outside.
   """
-  n, mean = len(values), float(np.mean(values))
-  if n < MIN_SEEDS or _are_all_alike(values):
-    return Interval(mean=mean, low=None, high=None, seeds=n)
-  half = half_width_of_interval(values, level, pooled)
-  return Interval(mean=mean, low=mean - half, high=mean + half, seeds=n)
+  num_seeds, mean = len(values), float(np.mean(values))
+  if num_seeds < MIN_SEEDS or _are_all_alike(values):
+    return Interval(mean=mean, low=None, high=None, seeds=num_seeds)
+  half_width = half_width_of_interval(values, level, pooled)
+  return Interval(mean=mean, low=mean - half_width, high=mean + half_width,
+                  seeds=num_seeds)
 
 
 def logit_interval(values: Sequence[float]) -> Interval:
   """Returns the mean of shares, such as accuracies, and an interval around it
-  inside 0 to 1: Student's of the mean's logit, by the delta method (that of
-  shares of clusters in surveys: Lumley 2010, R's svyciprop)."""
+  that ends between 0 and 1.
+
+  It is Student's interval of the logit of the mean m, by the delta method: its
+  half width is that of the mean over m (1 - m), the inverse of the logit's
+  derivative (for shares of clusters in surveys: Lumley 2010, svyciprop in R).
+
+  Args:
+    values: the share of each seed.
+  """
   of_share = student_interval(values)
   if of_share.low is None:
     return of_share
   from scipy.special import expit, logit
   mean = of_share.mean
-  # The derivative of the logit is 1 / (mean (1 - mean)).
-  half = (of_share.high - of_share.low) / 2 / (mean * (1 - mean))
-  return Interval(mean=mean, low=float(expit(logit(mean) - half)),
-                  high=float(expit(logit(mean) + half)), seeds=of_share.seeds)
+  half_width = (of_share.high - of_share.low) / 2
+  half_width_of_logit = half_width / (mean * (1 - mean))
+  return Interval(
+      mean=mean,
+      low=float(expit(logit(mean) - half_width_of_logit)),
+      high=float(expit(logit(mean) + half_width_of_logit)),
+      seeds=of_share.seeds)
 
 
 def _are_all_alike(values: Sequence[float]) -> bool:
@@ -110,26 +138,28 @@ def _are_all_alike(values: Sequence[float]) -> bool:
 
 
 class CrossedEstimate(NamedTuple):
-  """A mean over seeds and items, its 95 % interval and its p; None where they
-  are too few, or all alike."""
+  """A mean over seeds and items (documents, questions), the ends of its 95 %
+  interval and its p; these are None where seeds or items are too few, or all
+  values are alike."""
   mean: float
   low: float | None
   high: float | None
   p: float | None
 
 
-def estimate_over_seeds_and_items(values_SQ: np.ndarray,
-                                  weights_Q: Sequence[float] | None = None
-            ) -> CrossedEstimate:
-  """Returns what differences say, each of a seed and an item, where both are
-  samples of many; of one seed, over its items alone.
+def estimate_over_seeds_and_items(
+    values_SQ: np.ndarray, weights_Q: Sequence[float] | None = None
+    ) -> CrossedEstimate:
+  """Returns the mean of differences that are each of a seed and an item, with
+  an interval and a p that take both for samples of many; of one seed alone,
+  over its items.
 
-  The variance of the mean is that of a two-way table of random effects (Searle,
-  Casella and McCulloch 1992, chapter 4): of the mean squares of the S seeds,
-  the Q items and the rest, (seeds + items - rest) / (S Q), with Satterthwaite's
-  degrees of freedom. It is at least that over the seeds alone. Weights make
-  the mean a ratio, whose residuals stand for the values (Cochran 1977, section
-  2.11).
+  This is the two-way random-effects model without replication (Searle, Casella
+  and McCulloch 1992, chapter 4). With the mean squares MS of seeds, of items
+  and of the residuals, the variance of the mean is
+  (MS_seeds + MS_items - MS_residual) / (S Q), and at least MS_seeds / (S Q),
+  with Satterthwaite's degrees of freedom (1946). Weights make the mean a ratio
+  estimate, whose residuals stand for the values (Cochran 1977, section 2.11).
 
   Args:
     values_SQ: the difference of each of S seeds and Q items.
@@ -146,35 +176,42 @@ def estimate_over_seeds_and_items(values_SQ: np.ndarray,
   if Q < 2 or 1 < S < MIN_SEEDS or are_alike:
     return CrossedEstimate(mean=mean, low=None, high=None, p=None)
 
-  # The table's mean squares: of seeds, of items, and of the rest.
-  seeds_S1 = x_SQ.mean(1, keepdims=True) - mean
-  items_Q = x_SQ.mean(0) - mean
-  rest_SQ = x_SQ - seeds_S1 - items_Q - mean
-  of_seeds = Q * np.sum(seeds_S1 ** 2)
-  of_items = S * np.sum(items_Q ** 2)
-  of_rest = np.sum(rest_SQ ** 2)
+  # The mean squares of seeds, of items, and of the residuals.
+  effect_of_seed_S1 = x_SQ.mean(1, keepdims=True) - mean
+  effect_of_item_Q = x_SQ.mean(0) - mean
+  residual_SQ = x_SQ - effect_of_seed_S1 - effect_of_item_Q - mean
+  sum_of_squares = [
+      Q * np.sum(effect_of_seed_S1 ** 2),
+      S * np.sum(effect_of_item_Q ** 2),
+      np.sum(residual_SQ ** 2)]
   dfs = np.maximum((S - 1, Q - 1, (S - 1) * (Q - 1)), 1)
-  squares = np.array([of_seeds, of_items, of_rest]) / dfs
+  mean_squares = np.array(sum_of_squares) / dfs
 
-  # The variance of one value as the mean has it, and its degrees of freedom
-  # (Satterthwaite 1946).
-  variance = max(squares @ (1, 1, -1), squares[0])
-  df = max(variance ** 2 / np.sum(squares ** 2 / dfs), S - 1)
+  # S Q times the variance of the mean, and Satterthwaite's degrees of freedom.
+  variance = max(mean_squares @ (1, 1, -1), mean_squares[0])
+  df = max(variance ** 2 / np.sum(mean_squares ** 2 / dfs), S - 1)
 
   # Student's interval and test of the mean.
-  error = math.sqrt(variance / (S * Q))
-  half = float(stdtrit(df, 0.975)) * error
-  p = float(2 * stdtr(df, -abs(mean) / error))
-  return CrossedEstimate(mean=mean, low=mean - half, high=mean + half, p=p)
+  standard_error = math.sqrt(variance / (S * Q))
+  half_width = float(stdtrit(df, 0.975)) * standard_error
+  p = float(2 * stdtr(df, -abs(mean) / standard_error))
+  return CrossedEstimate(mean=mean, low=mean - half_width,
+                         high=mean + half_width, p=p)
 
 
 def mcnemar_p_value(ours: Sequence[float], theirs: Sequence[float],
-            alternative: str = 'two-sided') -> float:
-  """Returns the exact p of McNemar's test of items that are right (1) or wrong
-  (0); `alternative` is scipy's."""
+                    alternative: str = 'two-sided') -> float:
+  """Returns the p of McNemar's exact test (1947) of two models on the same
+  items: a binomial test of the items that one of them alone gets right.
+
+  Args:
+    ours: 1 or 0 for each item: whether our model is right.
+    theirs: likewise of the other model.
+    alternative: scipy's: 'two-sided', 'greater' or 'less'.
+  """
   from scipy.stats import binomtest
-  apart = np.subtract(ours, theirs, dtype=float)
-  wins, losses = int(np.sum(apart > 0)), int(np.sum(apart < 0))
+  difference = np.subtract(ours, theirs, dtype=float)
+  wins, losses = int(np.sum(difference > 0)), int(np.sum(difference < 0))
   if wins + losses == 0:
     return 1.0
   test = binomtest(wins, wins + losses, alternative=alternative)
@@ -182,14 +219,18 @@ def mcnemar_p_value(ours: Sequence[float], theirs: Sequence[float],
 
 
 def student_p_value(values: Sequence[float],
-                    pooled: PooledDeviation | None = None
-            ) -> float | None:
-  """Returns the two-sided p of a mean of 0: Student's, or that by `pooled` if
-  it is larger; None for too few values.
+                    pooled: PooledDeviation | None = None) -> float | None:
+  """Returns the two-sided p of Student's t-test that the mean is 0; None for
+  fewer than MIN_SEEDS values.
 
-  Values that are all alike have no spread to be measured by, as where a task is
-  solved wholly at every seed or not at all. Their p is that of the sign test:
-  2^(1 - n), and 1 where they are all 0.
+  Values that are all alike have no deviation to be measured by, as where a task
+  is solved wholly at every seed or not at all. Their p is that of the sign
+  test: 2^(1 - n), and 1 where they are all 0.
+
+  Args:
+    values: the value of each of n seeds.
+    pooled: the deviation over all variants; the p by it is taken where it is
+      the larger one.
   """
   tails = _one_sided_p_values(values, 0.0, pooled)
   if tails is None:
@@ -198,82 +239,113 @@ def student_p_value(values: Sequence[float],
 
 
 def equivalence_p_values(values: Sequence[float], margin: float, sign: int,
-             pooled: PooledDeviation | None = None
-             ) -> tuple[float | None, float | None]:
-  """Returns the p of a mean that lies between -margin and margin (the larger of
-  two one-sided tests: Schuirmann 1987), and of one that is not worse than by
-  the margin, where `sign` is that of an improvement."""
+                         pooled: PooledDeviation | None = None
+                         ) -> tuple[float | None, float | None]:
+  """Returns the p of two tests of a mean difference against a margin.
+
+  Args:
+    values: the difference of each seed.
+    margin: the difference that still counts as none.
+    sign: 1 where a positive difference is an improvement, else -1.
+    pooled: the deviation over all variants, where the noise is not normal.
+
+  Returns:
+    The p of equivalence, that is of -margin < mean < margin: the larger one of
+    two one-sided tests (TOST: Schuirmann 1987). And the p of non-inferiority,
+    that is of a mean which is worse by less than the margin. None and None
+    where there are fewer than MIN_SEEDS values.
+  """
   at_low_end = _one_sided_p_values(values, -margin, pooled)
   at_high_end = _one_sided_p_values(values, margin, pooled)
   if at_low_end is None or at_high_end is None:
     return None, None
-  _, above = at_low_end
-  below, _ = at_high_end
-  not_worse = above if sign > 0 else below
-  return max(above, below), not_worse
+  _, p_above_low_end = at_low_end
+  p_below_high_end, _ = at_high_end
+  p_not_worse = p_above_low_end if sign > 0 else p_below_high_end
+  return max(p_above_low_end, p_below_high_end), p_not_worse
 
 
-def p_value_below_target(values: Sequence[float],
-                         target: float) -> float | None:
-  """Returns the one-sided p of a mean that is not below a target (Student's);
-  None for too few values."""
+def p_value_below_target(values: Sequence[float], target: float
+                         ) -> float | None:
+  """Returns the p of Student's one-sided test that a mean is below a target;
+  None for fewer than MIN_SEEDS values."""
   tails = _one_sided_p_values(values, target, None)
   return None if tails is None else tails[0]
 
 
 def _one_sided_p_values(values: Sequence[float], center: float,
                         pooled: PooledDeviation | None
-           ) -> tuple[float, float] | None:
-  """Returns the p of a mean that is not below `center`, and of one that is not
-  above it; None for too few values."""
+                        ) -> tuple[float, float] | None:
+  """Returns both one-sided p of Student's test of a mean against `center`.
+
+  Args:
+    values: the value of each of n seeds.
+    center: the mean under the null hypothesis.
+    pooled: the deviation over all variants, where the noise is not normal.
+
+  Returns:
+    The p of a mean that is below `center`, and of one that is above it; None
+    for fewer than MIN_SEEDS values.
+  """
   n = len(values)
   if n < MIN_SEEDS:
     return None
   mean = float(np.mean(values)) - center
-  if _are_all_alike(values):  # their signs are alike: the p of the sign test
-    all_alike = 2.0 ** -n
-    not_below = 1.0 if mean >= 0 else all_alike
-    not_above = 1.0 if mean <= 0 else all_alike
-    return not_below, not_above
+
+  # All values lie on one side: the p of the sign test.
+  if _are_all_alike(values):
+    p_of_one_sign = 2.0 ** -n
+    p_below = 1.0 if mean >= 0 else p_of_one_sign
+    p_above = 1.0 if mean <= 0 else p_of_one_sign
+    return p_below, p_above
+
+  # The mean must differ by each of the deviations: the largest p counts.
   from scipy.special import stdtr
-  # The largest p of all spreads: each of them must find a difference.
-  not_below, not_above = [], []
+  all_p_below, all_p_above = [], []
   for sd, df in _deviations_to_pass(values, pooled):
     t = mean * math.sqrt(n) / sd
-    not_below.append(float(stdtr(df, t)))
-    not_above.append(float(stdtr(df, -t)))
-  return max(not_below), max(not_above)
+    all_p_below.append(float(stdtr(df, t)))
+    all_p_above.append(float(stdtr(df, -t)))
+  return max(all_p_below), max(all_p_above)
 
 
 def permutation_p_value(values: Sequence[float]) -> float | None:
-  """Returns the p of the paired permutation test (of signs; Fisher 1935) of the
-  mean without the fifth of the values at each end, or of the whole mean of six,
-  of which a trimmed one has no p below 0.06; None for fewer than ROBUST_SEEDS.
-  It asks for noise that is symmetric, and for no shape beside."""
+  """Returns the p of the paired permutation test of a trimmed mean: the share
+  of all flips of signs that give as large a mean (Fisher 1935).
+
+  It asks for noise that is symmetric, and for no further shape. A fifth of the
+  values is trimmed at each end; of six values none is, since no trimmed mean of
+  six has a p below 0.06. More than 12 values get 4,096 random flips.
+
+  Args:
+    values: the difference of each seed; None is returned for fewer than
+      MIN_SEEDS_OF_PERMUTATION.
+  """
   n = len(values)
   if n < MIN_SEEDS_OF_PERMUTATION:
     return None
-  # The given signs come first: [drawn, n], a row of 1 and -1 each.
+  # The signs that are tried, [flips, n]; those of the data come first.
   if n <= 12:
-    bits = np.arange(2 ** n)[:, None] >> np.arange(n) & 1
-  else:  # some of the signs
-    bits = np.random.default_rng(0).integers(2, size=(4096, n))
-    bits[0] = 0
-  signs = 1 - 2 * bits
+    is_flipped = np.arange(2 ** n)[:, None] >> np.arange(n) & 1
+  else:
+    is_flipped = np.random.default_rng(0).integers(2, size=(4096, n))
+    is_flipped[0] = 0
+  signs = 1 - 2 * is_flipped
+
   # The trimmed mean under each of these signs.
-  cut = n // 5 if n > MIN_SEEDS_OF_PERMUTATION else 0
+  num_trimmed = n // 5 if n > MIN_SEEDS_OF_PERMUTATION else 0
   ordered = np.sort(np.asarray(values) * signs, axis=1)
-  means = np.abs(ordered[:, cut:n - cut].mean(1))
-  seen = means[0] * (1 - 1e-12)
-  return float(np.mean(means >= seen))
+  means = np.abs(ordered[:, num_trimmed:n - num_trimmed].mean(1))
+  mean_of_data = means[0] * (1 - 1e-12)
+  return float(np.mean(means >= mean_of_data))
 
 
 class NoiseShape(NamedTuple):
-  """The shape of noise: whether it looks normal.
+  """Two tests of whether the noise of differences is normal.
 
   Attributes:
-    skew, outliers: the p of its skewness, and of its largest value, if it were
-      normal.
+    skew: the p of its skewness, if the noise were normal.
+    outliers: the p of its largest value, if the noise were normal.
     groups: the differences of each variant, [seeds, sizes].
   """
   skew: float
@@ -282,63 +354,82 @@ class NoiseShape(NamedTuple):
 
   @property
   def p(self) -> float:
-    """The p of normal noise, by both together (Bonferroni)."""
+    """The p of normal noise by both tests together (Bonferroni)."""
     return min(2 * min(self.skew, self.outliers), 1.0)
 
-  def pooled(self,
-             of: Callable[[np.ndarray], np.ndarray]) -> PooledDeviation | None:
-    """Returns the spread of what is tested, of all variants together; None
-    where the noise looks normal.
+  def pooled_deviation(self, statistic: Callable[[np.ndarray], np.ndarray]
+                       ) -> PooledDeviation | None:
+    """Returns the standard deviation of a statistic of a seed, pooled over all
+    variants; None where the noise looks normal, and needs no pooling.
 
     Args:
-      of: a function that maps [seeds, sizes] to the [seeds] that are tested.
+      statistic: a function that maps the differences of a variant, [seeds,
+        sizes], to the figure of each seed that is tested, [seeds].
     """
     if self.p > MAX_P_OF_IRREGULAR:
       return None
     df = sum(len(group) - 1 for group in self.groups)
-    squares = sum(np.var(of(group)) * len(group) for group in self.groups)
-    return PooledDeviation(sd=math.sqrt(squares / df), df=df)
+    sum_of_squares = sum(np.var(statistic(group)) * len(group)
+                         for group in self.groups)
+    return PooledDeviation(sd=math.sqrt(sum_of_squares / df), df=df)
 
   def pooled_deviation_at_size(self, size: int) -> PooledDeviation | None:
-    """Returns the spread at one size. It is no less, beside the median distance
-    from the mean, than that of all sizes: a tail may be seen at another one."""
-    pooled = self.pooled(lambda group: group[:, size])
+    """Returns the pooled standard deviation at one size of model, by its index.
+
+    A tail may have been seen at another size alone. So the deviation at this
+    size, in units of its median distance from the mean, is made no less than
+    the root mean square over all sizes.
+    """
+    pooled = self.pooled_deviation(lambda group: group[:, size])
     if pooled is None:
       return None
     residuals = np.concatenate(
         [group - np.mean(group, axis=0) for group in self.groups])
-    # [sizes]
-    variances = np.mean(_scale_by_median_distance(residuals) ** 2, axis=0)
-    more = variances.mean() / max(variances[size], 1e-300)
-    return pooled._replace(sd=pooled.sd * math.sqrt(max(more, 1.0)))
+    variance_by_size = np.mean(
+        _scale_by_median_distance(residuals) ** 2, axis=0)
+    inflation = variance_by_size.mean() / max(variance_by_size[size], 1e-300)
+    return pooled._replace(sd=pooled.sd * math.sqrt(max(inflation, 1.0)))
 
 
 def measure_noise_shape(groups: Sequence[np.ndarray]) -> NoiseShape | None:
-  """Returns the shape of the noise of paired differences: of each variant
-  [seeds, sizes], all minus the same base. None where nothing tells it."""
-  telling = []
+  """Tests whether the noise of paired differences is normal, by its skewness
+  and its largest value, against simulated normal noise of as many seeds.
+
+  Args:
+    groups: the differences of each variant, [seeds, sizes], all minus the same
+      base. Groups of too few or too many seeds, or without noise, are left
+      out; None is returned where none remains.
+  """
+  usable_groups = []
   for group in groups:
-    is_even = all(_are_all_alike(column) for column in group.T)
-    if MIN_SEEDS <= len(group) <= MAX_SEEDS_OF_NOISE_SHAPE and not is_even:
-      telling.append(group)
-  if not telling:
+    has_no_noise = all(_are_all_alike(column) for column in group.T)
+    is_right_length = MIN_SEEDS <= len(group) <= MAX_SEEDS_OF_NOISE_SHAPE
+    if is_right_length and not has_no_noise:
+      usable_groups.append(group)
+  if not usable_groups:
     return None
   residuals = np.concatenate(
-      [group - np.median(group, axis=0) for group in telling])
+      [group - np.median(group, axis=0) for group in usable_groups])
   skewness, largest = _skewness_and_largest(residuals)
+
   # How often normal noise of as many seeds has as large ones.
-  lengths = tuple(len(group) for group in telling)
+  lengths = tuple(len(group) for group in usable_groups)
   normal_skewness, normal_largest = _simulate_normal_shapes(
       lengths, residuals.shape[1])
-  skew = np.mean(normal_skewness >= skewness * (1 - 1e-9))
-  outliers = np.mean(normal_largest >= largest * (1 - 1e-9))
-  return NoiseShape(skew=float(skew), outliers=float(outliers), groups=telling)
+  p_of_skewness = np.mean(normal_skewness >= skewness * (1 - 1e-9))
+  p_of_largest = np.mean(normal_largest >= largest * (1 - 1e-9))
+  return NoiseShape(skew=float(p_of_skewness), outliers=float(p_of_largest),
+                    groups=usable_groups)
 
 
-def _skewness_and_largest(residuals: np.ndarray) -> tuple[np.ndarray,
-                                                          np.ndarray]:
-  """Returns the skewness and the largest value of [..., values, sizes], without
-  their signs."""
+def _skewness_and_largest(residuals: np.ndarray
+                          ) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the absolute skewness E z^3 / (E z^2)^1.5 and the largest |z| of
+  residuals that are scaled size by size.
+
+  Args:
+    residuals: [..., values, sizes]; both results are of shape [...].
+  """
   z = _scale_by_median_distance(residuals)
   z = z - np.mean(z, (-2, -1), keepdims=True)
   variance = np.maximum(np.mean(z ** 2, (-2, -1)), 1e-300)
@@ -347,62 +438,76 @@ def _skewness_and_largest(residuals: np.ndarray) -> tuple[np.ndarray,
 
 
 def _scale_by_median_distance(residuals: np.ndarray) -> np.ndarray:
-  """Returns [..., values, sizes], each size over its median distance from 0."""
-  size = np.abs(residuals)
-  scale = np.median(size, -2, keepdims=True)
-  scale = np.where(scale > 0, scale, np.mean(size, -2, keepdims=True))
+  """Returns residuals [..., values, sizes], those of each size divided by
+  their median distance from 0, or by the mean distance where that is 0."""
+  distance = np.abs(residuals)
+  scale = np.median(distance, -2, keepdims=True)
+  scale = np.where(scale > 0, scale, np.mean(distance, -2, keepdims=True))
   return residuals / np.where(scale > 0, scale, 1.0)
 
 
 @functools.lru_cache(maxsize=32)
-def _simulate_normal_shapes(lengths: tuple[int, ...], sizes: int
-                   ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns what `_shapes` gives for many draws of normal noise of variants
-  with so many seeds."""
+def _simulate_normal_shapes(lengths: tuple[int, ...], num_sizes: int
+                            ) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the skewness and the largest value of many draws of normal noise.
+
+  Args:
+    lengths: the number of seeds of each variant.
+    num_sizes: the number of sizes of model.
+  """
   rng = np.random.default_rng(0)
-  drawn = min(NUM_SIMULATED_STUDIES,
-              max(4_000_000 // (sum(lengths) * sizes), 200))
-  # All variants are beside the same base, which ties them together.
-  base = rng.normal(size=(drawn, max(lengths), sizes))
+  values_per_draw = sum(lengths) * num_sizes
+  num_draws = min(NUM_SIMULATED_STUDIES, max(4_000_000 // values_per_draw, 200))
+  # All variants are compared with the same base, which ties them together.
+  base = rng.normal(size=(num_draws, max(lengths), num_sizes))
   residuals = []
-  for n in lengths:
-    group = rng.normal(size=(drawn, n, sizes)) - base[:, :n]
+  for length in lengths:
+    variant = rng.normal(size=(num_draws, length, num_sizes))
+    group = variant - base[:, :length]
     residuals.append(group - np.median(group, 1, keepdims=True))
   return _skewness_and_largest(np.concatenate(residuals, 1))
 
 
 def least_significant_mean(seeds: int, level: float) -> tuple[float, float]:
-  """Returns how many standard deviations of a paired difference a mean needs to
-  be significant at a level, and the least p that signs alone can have."""
+  """Returns the least that a test over so many seeds can show.
+
+  Args:
+    seeds: the number of seeds, n.
+    level: the two-sided level of the test.
+
+  Returns:
+    The least mean that Student's test finds, in standard deviations of a paired
+    difference: t(1 - level / 2, n - 1) / sqrt(n). And the least p that the test
+    of signs can have: 2^(1 - n).
+  """
   from scipy.special import stdtrit
   quantile = float(stdtrit(seeds - 1, 1 - level / 2))
   return quantile / math.sqrt(seeds), 2.0 ** (1 - seeds)
 
 
 def correct_p_values(p: Sequence[float | None], method: str = 'holm'
-              ) -> list[float | None]:
-  """Returns the p-values as corrected for being several.
+                     ) -> list[float | None]:
+  """Returns p-values corrected for multiple tests.
 
   Args:
-    p: the p of each test; None for one that could not be done, which is a
-      member of the family all the same.
-    method: 'holm' (Holm 1979), for the probability that any of them is wrong,
-      or 'bh' (Benjamini and Hochberg 1995), for the share of wrong ones among
-      those found.
+    p: the p of each test; None for one that could not be done, which counts as
+      a test all the same.
+    method: 'holm' for the family-wise error rate (Holm 1979), or 'bh' for the
+      false discovery rate (Benjamini and Hochberg 1995).
   """
-  every = np.array([1.0 if x is None else x for x in p])
+  values = np.array([1.0 if x is None else x for x in p])
   if method == 'holm':
-    # The smallest times n, the next times n - 1, ..., and none below those
-    # before it.
-    order = np.argsort(every)
-    times = np.arange(len(every), 0, -1)
-    rising = np.maximum.accumulate(every[order] * times)
-    every[order] = np.minimum(rising, 1.0)
-  elif len(every):
+    # The smallest times n, the next times n - 1, and so on; none falls below
+    # the one before it.
+    order = np.argsort(values)
+    factors = np.arange(len(values), 0, -1)
+    rising = np.maximum.accumulate(values[order] * factors)
+    values[order] = np.minimum(rising, 1.0)
+  elif len(values):
     from scipy import stats
-    every = stats.false_discovery_control(every)
+    values = stats.false_discovery_control(values)
   return [None if before is None else after
-          for before, after in zip(p, every.tolist())]
+          for before, after in zip(p, values.tolist())]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -438,11 +543,16 @@ class PowerLaw:
 
 
 def fit_power_law(compute: Sequence[float], loss: Sequence[float]
-              ) -> PowerLaw | None:
-  """Fits a saturating power law by least squares; None where it cannot.
+                  ) -> PowerLaw | None:
+  """Fits loss(C) = floor + scale / C^exponent, floor >= 0, by least squares.
 
-  For each exponent the two other constants are a linear fit (floor >= 0), so
-  one exponent is all there is to search, and no start has to be guessed.
+  For each exponent the two other constants are a linear fit, so one exponent is
+  all there is to search, and no start has to be guessed.
+
+  Args:
+    compute: the compute at each point of a curve.
+    loss: the loss there. Points that are not finite are left out; None is
+      returned where too few remain, or where the loss does not fall.
   """
   x, y = np.asarray(compute, float), np.asarray(loss, float)
   is_known = np.isfinite(x) & np.isfinite(y) & (x > 0)
@@ -452,26 +562,26 @@ def fit_power_law(compute: Sequence[float], loss: Sequence[float]
   from scipy.optimize import minimize_scalar, nnls
   unit = np.exp(np.mean(np.log(x)))  # the geometric mean of the compute
 
-  def linear(exponent: float) -> tuple[np.ndarray, float]:
-    """Returns floor and scale, and the norm of the residuals."""
+  def fit_floor_and_scale(exponent: float) -> tuple[np.ndarray, float]:
+    """Returns [floor, scale], and the norm of the residuals."""
     powers = (x / unit) ** -exponent
     return nnls(np.stack([np.ones_like(x), powers], 1), y)
 
-  def error(exponent: float) -> float:
-    """Returns the norm of the residuals alone."""
-    _, norm = linear(exponent)
+  def norm_of_residuals(exponent: float) -> float:
+    """Returns the error of the best law with this exponent."""
+    _, norm = fit_floor_and_scale(exponent)
     return norm
 
   # The best exponent of a grid, and then the best between its neighbours.
-  tried = np.geomspace(0.01, 5.0, 60)
-  errors = [error(exponent) for exponent in tried]
+  grid = np.geomspace(0.01, 5.0, 60)
+  errors = [norm_of_residuals(exponent) for exponent in grid]
   i = int(np.argmin(errors))
-  bounds = tried[max(i - 1, 0)], tried[min(i + 1, len(tried) - 1)]
-  best = minimize_scalar(error, bounds=bounds, method='bounded',
+  bounds = grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)]
+  best = minimize_scalar(norm_of_residuals, bounds=bounds, method='bounded',
                          options={'xatol': 1e-10})
 
   # The law in the unit of the compute itself.
-  (floor, scale), norm = linear(best.x)
+  (floor, scale), norm = fit_floor_and_scale(best.x)
   if scale <= 0:  # the loss did not fall
     return None
   return PowerLaw(
@@ -484,27 +594,42 @@ def fit_power_law(compute: Sequence[float], loss: Sequence[float]
 
 
 def speed_up(ours: PowerLaw | None, theirs: PowerLaw | None) -> float | None:
-  """Returns how many times the compute of `ours` the other curve needs to
-  reach the same loss: the worse of the two at their ends, which both have
-  reached, so that neither curve is read where it was not measured."""
+  """Returns how many times the compute of our curve the other one needs to
+  reach the same loss; None where one of the curves is None, or they share no
+  loss.
+
+  The loss is the higher one of the two at the ends of the curves. Both have
+  reached it, so neither curve is read where it was not measured.
+  """
   if ours is None or theirs is None:
     return None
-  level = max(float(ours.loss(ours.last)), float(theirs.loss(theirs.last)))
-  needed, base = ours.compute(level), theirs.compute(level)
-  if needed is None or base is None:
+  our_last_loss = float(ours.loss(ours.last))
+  their_last_loss = float(theirs.loss(theirs.last))
+  shared_loss = max(our_last_loss, their_last_loss)
+  our_compute = ours.compute(shared_loss)
+  their_compute = theirs.compute(shared_loss)
+  if our_compute is None or their_compute is None:
     return None
-  return base / needed
+  return their_compute / our_compute
 
 
 def mean_speed_up(pairs: Sequence[tuple[PowerLaw | None, PowerLaw | None]]
-               ) -> tuple[Interval | None, float | None]:
-  """Returns the geometric mean over seeds of speed-ups, with its interval, and
-  the largest error of the fits, in nats; None where a seed gives no speed-up,
-  since the seeds that give one are those that went well."""
+                  ) -> tuple[Interval | None, float | None]:
+  """Returns the geometric mean of the speed-ups of some seeds.
+
+  Args:
+    pairs: the laws of the variant's curve and of the base's, of each seed.
+
+  Returns:
+    The mean with its interval, and the largest error of the fits in nats. None
+    and None where any seed gives no speed-up: the seeds that do are those that
+    went well.
+  """
   ratios = [speed_up(ours, theirs) for ours, theirs in pairs]
   if not ratios or None in ratios:
     return None, None
-  error = max(max(ours.rms, theirs.rms) for ours, theirs in pairs)
+  fit_error = max(max(ours.rms, theirs.rms) for ours, theirs in pairs)
+
   # The geometric mean is the exponential of the mean of the logarithms.
   of_logs = student_interval(np.log(ratios))
   low = high = None
@@ -512,77 +637,92 @@ def mean_speed_up(pairs: Sequence[tuple[PowerLaw | None, PowerLaw | None]]
     low, high = math.exp(of_logs.low), math.exp(of_logs.high)
   mean = Interval(mean=math.exp(of_logs.mean), low=low, high=high,
                   seeds=of_logs.seeds)
-  return mean, error
+  return mean, fit_error
 
 
-def jackknife(samples: np.ndarray, of: Callable[[np.ndarray], np.ndarray]
+def jackknife(samples: np.ndarray,
+              statistic: Callable[[np.ndarray], np.ndarray]
               ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns what `of` makes of the mean over seeds, and half of its 95 %
-  interval: Student's over the pseudo-values of leaving each seed out in turn
-  (Tukey 1958), which keeps what is paired by a seed together.
+  """Returns a statistic of the mean over seeds, and half of the width of its
+  95 % interval by the jackknife (Tukey 1958).
+
+  Each of the n seeds is left out in turn; Student's interval over the
+  pseudo-values has the standard error
+  sd(statistic without a seed) (n - 1) / sqrt(n). What belongs to one seed is
+  left out together.
 
   Args:
     samples: [seeds, ...].
-    of: a function that maps [...] to some numbers, of which those that are not
-      known are NaN.
+    statistic: a function that maps a mean over seeds, [...], to some figures;
+      those that are not known are NaN.
   """
   from scipy.special import stdtrit
   n = len(samples)
-  without = []
+  without_a_seed = []
   for seed in range(n):
-    others = np.delete(samples, seed, axis=0)
-    without.append(of(np.mean(others, axis=0)))
-  spread = np.std(without, axis=0, ddof=1) * (n - 1) / math.sqrt(n)
-  return of(np.mean(samples, axis=0)), stdtrit(n - 1, 0.975) * spread
+    other_seeds = np.delete(samples, seed, axis=0)
+    without_a_seed.append(statistic(np.mean(other_seeds, axis=0)))
+  deviation = np.std(without_a_seed, axis=0, ddof=1)
+  standard_error = deviation * (n - 1) / math.sqrt(n)
+  quantile = stdtrit(n - 1, 0.975)
+  return statistic(np.mean(samples, axis=0)), quantile * standard_error
 
 
 def fit_compute_multiplier(compute: np.ndarray, loss: np.ndarray,
                            floor: float | None = None
-           ) -> tuple[PowerLaw | None, float]:
-  """Fits the law of a base over sizes and the compute multiplier of a variant,
-  whose loss is law.loss(multiplier * compute), to the losses of both by least
-  squares; None and NaN where the loss does not fall.
+                           ) -> tuple[PowerLaw | None, float]:
+  """Fits the scaling law of a base over sizes, and the compute multiplier m of
+  a variant, by least squares over the losses of both:
 
-  For each exponent and multiplier, the two other constants are a linear fit.
+    loss of the base     = floor + scale / C^exponent
+    loss of the variant  = floor + scale / (m C)^exponent
+
+  For each exponent and multiplier, floor and scale are a linear fit.
 
   Args:
-    compute, loss: [2, sizes], of the base and of the variant.
-    floor: the floor at which the law is pinned; None: it is fitted, and is 0 or
-      more.
+    compute: [2, sizes], the compute of the base and of the variant.
+    loss: [2, sizes], their losses.
+    floor: the floor of the law; None: it is fitted, and is 0 or more.
+
+  Returns:
+    The law and the multiplier; None and NaN where the loss does not fall.
   """
   from scipy.optimize import least_squares
   unit = np.exp(np.mean(np.log(compute)))  # the geometric mean of the compute
-  pinned = floor or 0.0
-  y = loss.ravel() - pinned
+  pinned_floor = floor or 0.0
+  y = loss.ravel() - pinned_floor
 
-  def linear(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns floor and scale, of the logarithms of exponent and multiplier,
-    and the residuals."""
+  def fit_floor_and_scale(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns [floor, scale] of the logarithms of exponent and multiplier, and
+    the residuals."""
     log_exponent, log_multiplier = theta
-    times = np.exp([[0.0], [log_multiplier]])  # of the base and the variant
-    spent = compute / unit * times
-    x = spent.ravel() ** -np.exp(log_exponent)
-    rows = np.stack([np.ones_like(x), x], 1)
-    both = np.linalg.lstsq(rows, y, rcond=None)[0]
-    if floor is not None or both[0] < 0:
-      both = np.array([0.0, x @ y / (x @ x)])
-    return both, rows @ both - y
+    multipliers = np.exp([[0.0], [log_multiplier]])  # of base and variant
+    effective_compute = compute / unit * multipliers
+    x = effective_compute.ravel() ** -np.exp(log_exponent)
+    columns = np.stack([np.ones_like(x), x], 1)
+    constants = np.linalg.lstsq(columns, y, rcond=None)[0]
+    if floor is not None or constants[0] < 0:
+      constants = np.array([0.0, x @ y / (x @ x)])
+    return constants, columns @ constants - y
 
-  def residuals(theta: np.ndarray) -> np.ndarray:
-    """Returns the residuals alone."""
-    _, left = linear(theta)
-    return left
+  def residuals_of(theta: np.ndarray) -> np.ndarray:
+    """Returns the residuals alone, which are minimised."""
+    _, residuals = fit_floor_and_scale(theta)
+    return residuals
 
+  # The exponent and the multiplier, as logarithms.
   fit = least_squares(
-      residuals, [-1.6, 0.0], bounds=([-5.0, -3.0], [1.5, 3.0]), x_scale=0.1,
-      xtol=1e-10, ftol=1e-12, gtol=1e-12)
+      residuals_of, [-1.6, 0.0], bounds=([-5.0, -3.0], [1.5, 3.0]),
+      x_scale=0.1, xtol=1e-10, ftol=1e-12, gtol=1e-12)
   exponent, multiplier = np.exp(fit.x).tolist()
-  both, _ = linear(fit.x)
-  above_pinned, scale = both.tolist()
+
+  # The law in the unit of the compute itself.
+  constants, _ = fit_floor_and_scale(fit.x)
+  above_pinned_floor, scale = constants.tolist()
   if scale <= 0:
     return None, math.nan
   law = PowerLaw(
-      floor=above_pinned + pinned,
+      floor=above_pinned_floor + pinned_floor,
       scale=scale * unit ** exponent,
       exponent=exponent,
       first=compute[0].min(),
@@ -591,79 +731,90 @@ def fit_compute_multiplier(compute: np.ndarray, loss: np.ndarray,
   return law, multiplier
 
 
-def multiplier_at_each_size(law: PowerLaw, compute: np.ndarray, loss: np.ndarray
-                ) -> np.ndarray:
-  """Returns the multiplier of each size alone: what the base needs to differ
-  from its own loss there by as much as the variant does, over what the variant
-  has spent; NaN where no compute is enough, or more than REACH times beyond
-  what the base has spent.
+def multiplier_at_each_size(law: PowerLaw, compute: np.ndarray,
+                            loss: np.ndarray) -> np.ndarray:
+  """Returns the compute multiplier of a variant at each size alone.
+
+  It is the compute with which the base, by its law, would differ from its own
+  loss there by as much as the variant does, over the compute of the variant. It
+  is NaN where no compute is enough, or where that compute lies more than
+  MAX_EXTRAPOLATION times beyond what the law was fitted to.
 
   Args:
     law: the law of the base.
-    compute, loss: [2, sizes], of the base and of the variant.
+    compute: [2, sizes], the compute of the base and of the variant.
+    loss: [2, sizes], their losses.
   """
-  base_compute, our_compute = compute
-  base_loss, our_loss = loss
+  base_compute, variant_compute = compute
+  base_loss, variant_loss = loss
   # How far above its floor the law is, and the share of that which is wanted.
-  above = np.maximum(law.loss(base_compute) - law.floor, 1e-300)
-  share = np.maximum((above + our_loss - base_loss) / above, 1e-300)
+  above_floor = np.maximum(law.loss(base_compute) - law.floor, 1e-300)
+  wanted_above_floor = above_floor + variant_loss - base_loss
+  share = np.maximum(wanted_above_floor / above_floor, 1e-300)
   # scale / C^exponent is `share` times as much where C is this many times.
-  times = np.exp(np.minimum(-np.log(share) / law.exponent, 50))
-  needed = base_compute * times
-  is_inside = (needed >= law.first / MAX_EXTRAPOLATION) & (needed <= law.last
-                                                           * MAX_EXTRAPOLATION)
-  return np.where(is_inside, needed / our_compute, np.nan)
+  factor = np.exp(np.minimum(-np.log(share) / law.exponent, 50))
+  needed_compute = base_compute * factor
+  is_inside = ((needed_compute >= law.first / MAX_EXTRAPOLATION)
+               & (needed_compute <= law.last * MAX_EXTRAPOLATION))
+  return np.where(is_inside, needed_compute / variant_compute, np.nan)
 
 
 def jackknife_scaling_figures(compute: np.ndarray, losses: np.ndarray,
-                              ahead: np.ndarray,
-           floor: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-  """Returns figures of the law of `ladder`, and half of their 95 % intervals
-  over seeds (`jackknife`): the floor; what the base loses, and the variant
-  beside it, where they spend `ahead`; and the logarithms of the multiplier, and
-  of that of each size.
+                              ahead: np.ndarray, floor: float | None = None
+                              ) -> tuple[np.ndarray, np.ndarray]:
+  """Returns figures of a scaling law of a base and a variant, and half of the
+  width of their 95 % intervals over seeds (`jackknife`).
 
   Args:
-    compute: [2, sizes], of the base and of the variant.
-    losses: [seeds, 2, sizes].
-    ahead: [2].
-    floor: as of `ladder`.
+    compute: [2, sizes], the compute of the base and of the variant.
+    losses: [seeds, 2, sizes], their losses.
+    ahead: [2], the compute at which their losses are predicted.
+    floor: the floor of the law; None: it is fitted.
+
+  Returns:
+    Two arrays of [4 + sizes], the figures and the half widths: the floor; the
+    predicted loss of the base; that of the variant minus it; the logarithm of
+    the compute multiplier; and the logarithm of that of each size.
   """
-  def figures(mean: np.ndarray) -> np.ndarray:
-    """Returns the figures of losses [2, sizes], a mean over seeds."""
-    law, factor = fit_compute_multiplier(compute, mean, floor)
+  def figures_of_mean(mean_losses: np.ndarray) -> np.ndarray:
+    """Returns the figures of a mean over seeds, [2, sizes]."""
+    law, multiplier = fit_compute_multiplier(compute, mean_losses, floor)
     if law is None:
       return np.full(compute.shape[1] + 4, np.nan)
-    base, ours = law.loss(ahead * [1.0, factor])
-    at_sizes = multiplier_at_each_size(law, compute, mean)
-    logs = np.log([factor, *at_sizes])
-    return np.array([law.floor, base, ours - base, *logs])
+    base_loss, variant_loss = law.loss(ahead * [1.0, multiplier])
+    at_sizes = multiplier_at_each_size(law, compute, mean_losses)
+    log_multipliers = np.log([multiplier, *at_sizes])
+    return np.array([law.floor, base_loss, variant_loss - base_loss,
+                     *log_multipliers])
 
-  return jackknife(losses, figures)
+  return jackknife(losses, figures_of_mean)
 
 
-# The power of a test, announced from a standard deviation that is itself an
+# The power of a test, predicted from a standard deviation that is itself an
 # estimate.
 #
-# A study is drawn a few thousand times: the means of the sizes, the spread that
-# the t-test will see, the runs that diverge, and the true standard deviation,
-# given the estimate s with v degrees of freedom: sigma = s / sqrt(chi2_v / v).
-# Each drawn study needs some least effect to find it, and the share of those
-# that need no more than an effect is the power announced for it.
+# A study is simulated a few thousand times: the means of the sizes, the
+# deviation that the t-test will see, the runs that diverge, and the true
+# standard deviation, given the estimate s with v degrees of freedom:
+# sigma = s / sqrt(chi2_v / v). Each simulated study needs some least effect to
+# find it, and the share of those that need no more than an effect is the power
+# that is predicted for it.
 #
 # Taking s for sigma promises too much: of studies that take the number of seeds
 # that s asks for, more have too few than too many. With sigma drawn, the effect
-# announced for 80 % power is found by 80 % of the studies that announce it,
-# exactly so for each true sigma, since s / sigma has the distribution that was
-# drawn; so do studies that take `seeds_needed` seeds. What is announced for a
-# *fixed* effect and number of seeds is right among studies whose noise differs
-# ("of those that announce 70 %, 70 % find it"), and on average some points too
-# low over studies of one noise (docs/studies.md, "Can it be believed?").
+# that is predicted for 80 % power is found by 80 % of the studies that predict
+# it, exactly so for each true sigma, since s / sigma has the distribution that
+# was drawn; so do studies that take `seeds_needed` seeds. What is predicted for
+# a *fixed* effect and number of seeds is right among studies whose noise
+# differs ("of those that predict 70 %, 70 % find it"), and on average some
+# points too low over studies of one noise (docs/studies.md, "Can it be
+# believed?").
 
 
 @functools.lru_cache(maxsize=32)
 def _sobol_points(dims: int) -> np.ndarray:
-  """Returns [DRAWS, dims]: scrambled Sobol points, always the same."""
+  """Returns [studies, dims] points that fill the unit cube evenly (scrambled
+  Sobol points), the same ones in each call."""
   from scipy.stats import qmc
   points = qmc.Sobol(dims, seed=0).random(NUM_SIMULATED_STUDIES)
   return np.clip(points, 1e-9, 1 - 1e-9)
@@ -671,20 +822,29 @@ def _sobol_points(dims: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=32)
 def _normal_points(dims: int) -> np.ndarray:
-  """Returns [DRAWS, dims]: `_uniform` as normal noise."""
+  """Returns [studies, dims] standard normal numbers, by the inverse of the
+  normal distribution at the Sobol points."""
   from scipy.special import ndtri
   return ndtri(_sobol_points(dims))
 
 
 @functools.lru_cache(maxsize=1024)
 def _draw_relative_deviations(df: float, column: int, dims: int) -> np.ndarray:
-  """Returns sqrt(chi2_df / df) of one column of the points: dear, and so kept
-  for the next time. Where df is large, by Wilson and Hilferty (1931), who err
-  by less than 1e-4 there."""
+  """Returns [studies] draws of sqrt(chi2_df / df): a standard deviation that is
+  estimated with df degrees of freedom, over the true one.
+
+  Where df is large, it is by the cube of a normal number (Wilson and Hilferty
+  1931), which errs by less than 1e-4 there.
+
+  Args:
+    df: the degrees of freedom.
+    column: the column of the points that is used.
+    dims: the number of columns.
+  """
   if df > 40:
-    part = 2 / (9 * df)
+    variance = 2 / (9 * df)
     z = _normal_points(dims)[:, column]
-    return (1 - part + z * part ** 0.5) ** 1.5
+    return (1 - variance + z * variance ** 0.5) ** 1.5
   from scipy.special import gammaincinv
   u = _sobol_points(dims)[:, column]
   return np.sqrt(2 * gammaincinv(df / 2, u) / df)
@@ -700,176 +860,232 @@ def _draw_diverged_runs(runs: int, rate: float
   return of_variant, of_base
 
 
-def simulate_least_effects(sd: float, sds: Sequence[float], df: float,
-                           seeds: int,
-                  level: float, rate: float = 0.0, limit: float = 1.0,
-                  seen: np.ndarray | None = None, within: bool = False
-                  ) -> np.ndarray:
-  """Returns the least effect, of any sign, that each drawn study would find:
-  significant over seeds and of one direction at all sizes.
+def simulate_least_effects(
+    sd: float, sds: Sequence[float], df: float, seeds: int, level: float,
+    rate: float = 0.0, limit: float = 1.0, seen: np.ndarray | None = None,
+    within: bool = False) -> np.ndarray:
+  """Returns the least effect, of either sign, that each of many simulated
+  studies would find: significant over seeds, and of one direction at all sizes.
 
   Args:
-    sd: of a seed's mean over the sizes of the paired differences.
-    sds: of the paired differences at each of these sizes. Where they alone
-      would give the mean another spread than `sd`, the sizes of a seed are
-      drawn as hanging together (more), or all of them as less noisy (less).
-    df: degrees of freedom of the estimate.
+    sd: the standard deviation of a seed's mean over the sizes, of the paired
+      differences.
+    sds: that of the paired differences at each of these sizes. Where they alone
+      would give the mean another deviation than `sd`, the sizes of a seed are
+      drawn as correlated (more), or all of them as less noisy (less).
+    df: the degrees of freedom of the estimate.
     seeds: how many the test has.
-    level: two-sided.
+    level: the two-sided level of the test.
     rate: the share of runs that diverge, of variant and base alike.
     limit: how much above `rate` the share of a variant's runs that diverge
       may be; with more it is unstable, and found nothing.
-    seen: [pairs, sizes]: differences that the noise is resampled from; None:
+    seen: [pairs, sizes], differences that the noise is resampled from; None:
       it is normal.
     within: return the least margin instead, within which each study would show
       by two one-sided tests, and at all sizes, what has no effect.
+
+  Returns:
+    [studies], the least effect or margin; infinite in a study that can find
+    nothing.
   """
   from scipy.special import stdtrit
-  sizes, sds, shared = _correlate_sizes(sd, np.asarray(sds, float))
+  num_sizes, sds, correlation = _correlate_sizes(sd, np.asarray(sds, float))
   if seeds < MIN_SEEDS:
     return np.full(NUM_SIMULATED_STUDIES, np.inf)
-  # The columns of the points: one of each size, the spread that the test will
-  # see, the true spread, and what the sizes of a seed share.
-  dims = sizes + 3
+  # The columns of the points: one of each size, the deviation that the test
+  # will see, the true deviation, and what the sizes of a seed share.
+  dims = num_sizes + 3
 
   # The seeds whose runs end, and the studies whose variant is unstable.
-  n, is_void = np.array([seeds]), np.array([False])
+  num_ended, is_void = np.array([seeds]), np.array([False])
   if rate:
-    runs = seeds * sizes
-    ours, base = _draw_diverged_runs(runs, rate)
-    n = seeds - np.minimum(ours + base, seeds)
-    is_unstable = ours / runs > limit + rate + 1e-9
-    is_void = (n < MIN_SEEDS) | is_unstable
-    n = np.maximum(n, MIN_SEEDS)
+    runs = seeds * num_sizes
+    diverged, diverged_of_base = _draw_diverged_runs(runs, rate)
+    num_ended = seeds - np.minimum(diverged + diverged_of_base, seeds)
+    is_unstable = diverged / runs > limit + rate + 1e-9
+    is_void = (num_ended < MIN_SEEDS) | is_unstable
+    num_ended = np.maximum(num_ended, MIN_SEEDS)
 
-  # The mean at each size, and the spread of the means over sizes.
+  # The mean at each size, and the deviation of the means over sizes.
   if seen is not None and seeds <= MAX_SEEDS_OF_NOISE_SHAPE:
-    means, spread = _resample_means(seen, sds, n)
+    means, deviation = _resample_means(seen, sds, num_ended)
   else:
     z = _normal_points(dims)
-    together = z[:, -1:] * shared ** 0.5
-    apart = z[:, :sizes] * (1 - shared) ** 0.5
-    means = (apart + together) * sds / np.sqrt(n)[:, None]
-    spread = np.empty(NUM_SIMULATED_STUDIES)
-    for k in set(n.tolist()):
-      at = n == k if len(n) > 1 else slice(None)
-      spread[at] = sd * _draw_relative_deviations(float(k - 1), sizes, dims)[at]
+    shared_by_sizes = z[:, -1:] * correlation ** 0.5
+    of_each_size = z[:, :num_sizes] * (1 - correlation) ** 0.5
+    noise = (of_each_size + shared_by_sizes) * sds
+    means = noise / np.sqrt(num_ended)[:, None]
+    deviation = np.empty(NUM_SIMULATED_STUDIES)
+    for n in set(num_ended.tolist()):
+      has_n_seeds = num_ended == n if len(num_ended) > 1 else slice(None)
+      relative = _draw_relative_deviations(float(n - 1), num_sizes, dims)
+      deviation[has_n_seeds] = sd * relative[has_n_seeds]
 
   # The mean over sizes must exceed this, and each size must point to it.
   tail = level if within else level / 2
-  half = stdtrit(n - 1, 1 - tail) * spread / np.sqrt(n)
+  quantile = stdtrit(num_ended - 1, 1 - tail)
+  half_width = quantile * deviation / np.sqrt(num_ended)
   if within:
     means = np.abs(np.column_stack([means, means.mean(1)]))
-    half = half + means[:, -1] - means.mean(1)
-  need = means.mean(1) + half
-  if sizes > 1:
-    need = np.maximum(need, means.max(1))
-  need = need / _draw_relative_deviations(round(df, 1), sizes + 1, dims)
-  return np.where(is_void, np.inf, need)
+    half_width = half_width + means[:, -1] - means.mean(1)
+  least_effect = means.mean(1) + half_width
+  if num_sizes > 1:
+    least_effect = np.maximum(least_effect, means.max(1))
+
+  # The true deviation is drawn, too.
+  true_over_estimate = _draw_relative_deviations(
+      round(df, 1), num_sizes + 1, dims)
+  return np.where(is_void, np.inf, least_effect / true_over_estimate)
 
 
-def _resample_means(seen: np.ndarray, sds: np.ndarray, n: np.ndarray
-             ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns [DRAWS, sizes], the means of n seeds drawn from differences that
-  were seen, and the spread of their means over the sizes."""
-  # [DRAWS, seeds, sizes]
-  drawn = _resample_differences(seen, sds, int(n.max()))
-  draws, seeds, _ = drawn.shape
-  # Each study has the first n of its seeds.
-  has_seed = np.arange(seeds) < n[:, None]
-  mask = has_seed * np.ones((draws, seeds))
-  means = np.einsum('dns,dn->ds', drawn, mask) / n[:, None]
+def _resample_means(seen: np.ndarray, sds: np.ndarray, num_ended: np.ndarray
+                    ) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the means of simulated studies that are drawn from differences that
+  were seen.
+
+  Args:
+    seen: [pairs, sizes], the differences.
+    sds: [sizes], the standard deviation that each size shall have.
+    num_ended: [studies] or [1], the number of seeds of each study.
+
+  Returns:
+    [studies, sizes], the mean at each size; and [studies], the standard
+    deviation over seeds of a seed's mean over the sizes.
+  """
+  # [studies, seeds, sizes]
+  differences = _resample_differences(seen, sds, int(num_ended.max()))
+  num_studies, num_seeds, _ = differences.shape
+  # Each study has the first of its seeds.
+  has_seed = np.arange(num_seeds) < num_ended[:, None]
+  mask = has_seed * np.ones((num_studies, num_seeds))
+  means = (np.einsum('dns,dn->ds', differences, mask)
+           / num_ended[:, None])
   # The variance of a seed's means over the sizes.
-  apart = drawn.mean(2) - means.mean(1)[:, None]
-  variance = (apart ** 2 * mask).sum(1) / (n - 1)
+  residuals = differences.mean(2) - means.mean(1)[:, None]
+  variance = (residuals ** 2 * mask).sum(1) / (num_ended - 1)
   return means, np.sqrt(variance)
 
 
-def _resample_differences(seen: np.ndarray, sds: np.ndarray,
-                          n: int) -> np.ndarray:
-  """Returns [DRAWS, n, sizes], drawn from differences that were seen. Which of
-  the two runs of a pair is the first says nothing, so each is drawn with either
-  sign."""
+def _resample_differences(seen: np.ndarray, sds: np.ndarray, num_seeds: int
+                          ) -> np.ndarray:
+  """Returns [studies, seeds, sizes], drawn with replacement from differences
+  that were seen, [pairs, sizes].
+
+  Which of the two runs of a pair is the first says nothing, so each is drawn
+  with either sign. Each size is scaled to its standard deviation in `sds`.
+  """
   rng = np.random.default_rng(0)
-  pairs = rng.integers(len(seen), size=(NUM_SIMULATED_STUDIES, n))
-  signs = rng.choice((-1, 1), size=(NUM_SIMULATED_STUDIES, n, 1))
-  # To each size its own spread.
+  pairs = rng.integers(len(seen), size=(NUM_SIMULATED_STUDIES, num_seeds))
+  signs = rng.choice((-1, 1), size=(NUM_SIMULATED_STUDIES, num_seeds, 1))
   scale = sds / np.sqrt(np.mean(seen ** 2, axis=0))
   return seen[pairs] * signs * scale
 
 
 def simulate_false_positive_rate(seen: np.ndarray, sds: Sequence[float],
-                                 seeds: int, level: float,
-         variants: int = 1) -> float:
-  """Returns how often a variant without effect is found to have one at a level,
-  in studies of so many variants whose noise is drawn from what was seen: by
-  p_value, with the spread of all where a study's differences look so, too."""
+                                 seeds: int, level: float, variants: int = 1
+                                 ) -> float:
+  """Returns how often a variant without effect is found to have one, in studies
+  whose noise is drawn from differences that were seen.
+
+  The test is `student_p_value`, by the pooled deviation too where the
+  differences of a study do not look normal.
+
+  Args:
+    seen: [pairs, sizes], the differences.
+    sds: the standard deviation at each size.
+    seeds: the number of seeds of a study.
+    level: the two-sided level of the test.
+    variants: the number of variants of a study.
+  """
   from scipy.special import stdtr
-  drawn = _resample_differences(seen, np.asarray(sds), seeds)
-  whole = NUM_SIMULATED_STUDIES // variants * variants
+  differences = _resample_differences(seen, np.asarray(sds), seeds)
+  num_used = NUM_SIMULATED_STUDIES // variants * variants
   # [studies, variants, seeds, sizes]
-  studies = drawn[:whole].reshape(-1, variants, *drawn.shape[1:])
+  studies = differences[:num_used].reshape(-1, variants, *differences.shape[1:])
   means = studies.mean(3)
 
-  # Student's test finds these, with one sign at all sizes. The spread of all
-  # finds nothing more, so only what is found here is looked at again.
-  spread = np.maximum(means.std(2, ddof=1), 1e-300)
-  t = means.mean(2) / spread * seeds ** 0.5
+  # Student's test finds these, with one sign at all sizes. The pooled deviation
+  # finds nothing more, so only what is found here is tested again.
+  deviation = np.maximum(means.std(2, ddof=1), 1e-300)
+  t = means.mean(2) / deviation * seeds ** 0.5
   signs = np.sign(studies.mean(2))
-  agrees = np.ptp(signs, axis=2) == 0
-  is_found = (2 * stdtr(seeds - 1, -np.abs(t)) <= level) & agrees
+  has_one_sign = np.ptp(signs, axis=2) == 0
+  is_significant = 2 * stdtr(seeds - 1, -np.abs(t)) <= level
+  is_found = is_significant & has_one_sign
 
-  wrong = 0
-  for study, study_means, found in zip(studies, means, is_found):
-    if not found.any():
+  # The same test with the pooled deviation of each study.
+  num_false = 0
+  for study, study_means, is_found_in_study in zip(studies, means, is_found):
+    if not is_found_in_study.any():
       continue
     noise = measure_noise_shape(study)
     pooled = None
     if noise is not None:
-      pooled = noise.pooled(lambda differences: differences.mean(1))
-    for values in study_means[found]:
+      pooled = noise.pooled_deviation(lambda group: group.mean(1))
+    for values in study_means[is_found_in_study]:
       p = student_p_value(values, pooled)
       if p is not None and p <= level:
-        wrong += 1
-  return wrong / is_found.size
+        num_false += 1
+  return num_false / is_found.size
 
 
-def _correlate_sizes(sd: float, sds: np.ndarray) -> tuple[int, np.ndarray,
-                                                          float]:
-  """Returns the number of sizes, their deviations, and the correlation of
-  each two, with which their mean has the deviation `sd`."""
-  sizes = len(sds)
-  apart = np.sum(sds ** 2) / sizes ** 2
-  together = (np.sum(sds) / sizes) ** 2
-  if sd * sd <= apart or together <= apart:
-    scale = sd / np.sqrt(apart) if apart else 1.0
-    return sizes, sds * scale, 0.0
-  correlation = (sd * sd - apart) / (together - apart)
-  return sizes, sds, min(correlation, 1.0)
+def _correlate_sizes(sd: float, sds: np.ndarray
+                     ) -> tuple[int, np.ndarray, float]:
+  """Makes the deviations of some sizes agree with the deviation of their mean.
+
+  For k sizes with a correlation r of each two,
+  sd^2 = (1 - r) sum(sds^2) / k^2 + r (sum(sds) / k)^2.
+
+  Args:
+    sd: the standard deviation of the mean over the sizes.
+    sds: the standard deviation at each size.
+
+  Returns:
+    The number of sizes, their deviations, and r. Where even r = 0 gives the
+    mean a larger deviation than `sd`, the deviations are scaled down to it.
+  """
+  num_sizes = len(sds)
+  variance_if_independent = np.sum(sds ** 2) / num_sizes ** 2
+  variance_if_equal = (np.sum(sds) / num_sizes) ** 2
+  needs_no_correlation = (sd * sd <= variance_if_independent
+                          or variance_if_equal <= variance_if_independent)
+  if needs_no_correlation:
+    scale = 1.0
+    if variance_if_independent:
+      scale = sd / np.sqrt(variance_if_independent)
+    return num_sizes, sds * scale, 0.0
+  correlation = ((sd * sd - variance_if_independent)
+                 / (variance_if_equal - variance_if_independent))
+  return num_sizes, sds, min(correlation, 1.0)
 
 
 def power_to_find(effect: float, *args, **kwargs) -> float:
-  """Returns the share of drawn studies that find `effect`; the other arguments
-  are those of `least_effects`."""
+  """Returns the share of simulated studies that find an effect; the further
+  arguments are those of `simulate_least_effects`."""
   return float(np.mean(simulate_least_effects(*args, **kwargs) <= effect))
 
 
 def smallest_effect(wanted: float, *args, **kwargs) -> float | None:
-  """Returns the effect that a share `wanted` of drawn studies finds."""
-  least = simulate_least_effects(*args, **kwargs)
-  effect = float(np.quantile(least, wanted, method='higher'))
+  """Returns the smallest effect that is found with a power of `wanted`; None
+  where no effect is. The further arguments are those of
+  `simulate_least_effects`."""
+  least_effects = simulate_least_effects(*args, **kwargs)
+  effect = float(np.quantile(least_effects, wanted, method='higher'))
   return effect if np.isfinite(effect) else None
 
 
 def seeds_needed(effect: float, wanted: float, sd: float, sds, df: float,
                  level: float, **kwargs) -> int | None:
-  """Returns the least number of seeds with the power `wanted`; None where
-  MOST_SEEDS are too few."""
+  """Returns the least number of seeds with which an effect is found with a
+  power of `wanted`; None where MAX_SEEDS are too few. The further arguments are
+  those of `simulate_least_effects`."""
   def is_enough(seeds: int) -> bool:
-    return power_to_find(effect, sd=sd, sds=sds, df=df, seeds=seeds,
-                         level=level,
-                 **kwargs) >= wanted
+    """Returns whether this many seeds give the power that is wanted."""
+    power = power_to_find(effect, sd=sd, sds=sds, df=df, seeds=seeds,
+                          level=level, **kwargs)
+    return power >= wanted
 
   numbers = range(MIN_SEEDS, MAX_SEEDS + 1)
-  at = bisect.bisect_left(numbers, True, key=is_enough)
-  return numbers[at] if at < len(numbers) else None
+  # The power rises with the number of seeds, so bisection finds the least.
+  index = bisect.bisect_left(numbers, True, key=is_enough)
+  return numbers[index] if index < len(numbers) else None

@@ -128,7 +128,7 @@ def test_the_spread_of_all_variants_is_statsmodels_and_never_says_more():
   groups[0] = groups[0][:3]  # of which two seeds diverged
   shape = statistics.measure_noise_shape(groups)
   assert shape.p <= statistics.MAX_P_OF_IRREGULAR
-  pooled = shape.pooled(lambda x: x.mean(1))
+  pooled = shape.pooled_deviation(lambda x: x.mean(1))
   values = [x.mean(1) for x in groups]
   each = np.repeat(np.eye(5), [*map(len, values)], 0)
   fit = sm.OLS(np.concatenate(values), each).fit()
@@ -148,7 +148,7 @@ def test_the_spread_of_all_variants_is_statsmodels_and_never_says_more():
       close, far) > 0.05 > statistics.student_p_value(close)
   assert statistics.student_interval(close, far).high > 0
   assert statistics.measure_noise_shape(
-      [x for x in rng.normal(size=(5, 5, 3))]).pooled(
+      [x for x in rng.normal(size=(5, 5, 3))]).pooled_deviation(
       lambda x: x.mean(1)) is None
 
 
@@ -176,7 +176,7 @@ def test_the_announced_error_is_that_of_the_test_that_is_used():
   used = []
   for study in drawn:
     noise = statistics.measure_noise_shape([x[:, None] for x in study])
-    pooled = noise and noise.pooled(np.ravel)
+    pooled = noise and noise.pooled_deviation(np.ravel)
     used += [statistics.student_p_value(x, pooled) <= level for x in study]
   announced = statistics.simulate_false_positive_rate(
       seen, seen.std(0, ddof=1), 5, level, 10)
