@@ -1,10 +1,11 @@
 """The arguments of public functions, checked by their annotations, and texts
 that assign values to names.
 
-`typed` wraps a function, or the public methods of a class. What is called with
-an argument that its annotation does not allow raises RequestError with the
-argument's name, before any work; what has too few arguments, or one that there
-is not, raises Python's own TypeError, which names it.
+`check_argument_types` wraps a function, or the public methods of a class. What
+is called with an argument that its annotation does not allow raises
+RequestError with the argument's name, before any work; what has too few
+arguments, or one that there is not, raises Python's own TypeError, which names
+it.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -26,10 +27,17 @@ PositiveSize = Annotated[int, (('>=', 1), ('<=', 2**31 - 1))]
 
 
 def check_argument_types(function: F) -> F:
-  """Returns a function, or a class with its public methods, whose arguments are
-  checked when it is called. `Any` allows everything, and what follows ** is the
-  function's own to check. The elements of a sequence are checked only where
-  they are to be texts: numbers are checked where they become arrays."""
+  """Returns a function that checks its arguments by their annotations when it
+  is called, and raises RequestError for one of a wrong type; of a class, all
+  public methods become such functions.
+
+  `Any` allows everything, and what follows ** is the function's own to check.
+  The elements of a sequence are checked only where they are to be texts:
+  numbers are checked where they become arrays.
+
+  Args:
+    function: the function or class, whose annotations are the types.
+  """
   # A class: each of its public methods.
   if isinstance(function, type):
     for name, method in list(vars(function).items()):
@@ -38,28 +46,29 @@ def check_argument_types(function: F) -> F:
         setattr(function, name, check_argument_types(method))
     return function
 
+  # A function. Its annotations are read at its first call, when all that they
+  # name is defined.
   signature = inspect.signature(function)
 
   @functools.cache
-  def hints() -> dict[str, Any]:
-    """Returns the annotations; late, when all that they name is defined."""
+  def annotations() -> dict[str, Any]:
     return typing.get_type_hints(function, include_extras=True)
 
   @functools.wraps(function)
-  def checked(*args: Any, **kwargs: Any) -> Any:
+  def checked_function(*args: Any, **kwargs: Any) -> Any:
     """Calls the function, if its arguments are what they may be."""
     arguments = signature.bind(*args, **kwargs).arguments
     for name, value in arguments.items():
       if signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD:
-        _check_argument(name, value, hints().get(name, Any))
+        _check_argument(name, value, annotations().get(name, Any))
     return function(*args, **kwargs)
 
-  return checked  # type: ignore[return-value]
+  return checked_function  # type: ignore[return-value]
 
 
 def parse_assignments(words: Iterable[str], flag: str,
                       choices: Collection[str] = ()) -> dict[str, str]:
-  """Returns the value of each name that NAME=VALUE words assign.
+  """Returns the value of each name, given words NAME=VALUE of a command line.
 
   Args:
     words: the assignments, one in each.
@@ -70,49 +79,54 @@ def parse_assignments(words: Iterable[str], flag: str,
     RequestError: for a word that is no assignment, an unknown name, and a name
       that is assigned twice, since one of its values would not be read.
   """
-  values: dict[str, str] = {}
+  value_of_name: dict[str, str] = {}
   for word in words:
     name, equals, value = word.strip().partition('=')
     if choices:
       one_of(f'name in {flag}', name, choices)
     require(bool(name and equals),
             f'{flag} has {short(word)}: write it as NAME=VALUE')
-    require(name not in values, f'{flag} has {name} twice, as '
-            f'{short(values.get(name))} and {short(value)}: give it once')
-    values[name] = value
-  return values
+    require(name not in value_of_name, f'{flag} has {name} twice, as '
+            f'{short(value_of_name.get(name))} and {short(value)}: give it '
+            'once')
+    value_of_name[name] = value
+  return value_of_name
 
 
-def _check_argument(name: str, value: Any, hint: Any) -> None:
-  """Raises RequestError unless an argument is what its annotation allows."""
+def _check_argument(name: str, value: Any, annotation: Any) -> None:
+  """Raises RequestError unless an argument is of the type that its annotation
+  says, and in the range that an Annotated type gives beside it."""
   bounds: Any = ()
-  if typing.get_origin(hint) is Annotated:
-    hint, bounds = typing.get_args(hint)
-  if not _is_of_type(value, hint):  # its text may be long in the making
+  if typing.get_origin(annotation) is Annotated:
+    annotation, bounds = typing.get_args(annotation)
+  # The sentence is made only where it is needed: the text of a value may be
+  # long in the making.
+  if not _is_of_type(value, annotation):
     raise RequestError(
         f'{name} is {short(value)}, of type {type(value).__name__}: it must be '
-        f'of type {inspect.formatannotation(hint)}')
+        f'of type {inspect.formatannotation(annotation)}')
   if bounds:
     check_number(name, value, bounds)
 
 
-def _is_of_type(value: Any, hint: Any) -> bool:
-  """Returns whether a value is of an annotated type; a mapping is anything that
-  has items, such as a ConfigDict."""
-  kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
-  if kind is Any:
+def _is_of_type(value: Any, annotation: Any) -> bool:
+  """Whether a value is of the type that an annotation says. A Mapping is
+  anything that has items, such as a ConfigDict."""
+  outer_type = typing.get_origin(annotation) or annotation
+  inner_types = typing.get_args(annotation)
+  if outer_type is Any:
     return True
-  if kind in (typing.Union, types.UnionType):
-    return any(_is_of_type(value, choice) for choice in inner)
-  if kind is Mapping:
+  if outer_type in (typing.Union, types.UnionType):
+    return any(_is_of_type(value, choice) for choice in inner_types)
+  if outer_type is Mapping:
     return hasattr(value, 'items')
 
   # The class, and the elements of a sequence of texts.
-  if isinstance(value, _CLASSES_EXCLUDED_FROM.get(kind, ())):
+  if isinstance(value, _CLASSES_EXCLUDED_FROM.get(outer_type, ())):
     return False
-  if not isinstance(value, _CLASS_OF_NUMBER_TYPE.get(kind, kind)):
+  if not isinstance(value, _CLASS_OF_NUMBER_TYPE.get(outer_type, outer_type)):
     return False
-  if inner[:1] == (str,):
+  if inner_types[:1] == (str,):
     return all(isinstance(element, str) for element in value)
   return True
 

@@ -36,44 +36,59 @@ class Stopped(Exception):
 
 
 def one_of(name: str, value: str, choices: Collection[str]) -> None:
-  """Raises RequestError unless `value` is one of `choices`."""
+  """Raises RequestError unless `value` is one of `choices`. The message lists
+  them and the one that is spelt most like it.
+
+  Args:
+    name: the name of what has the value, as in 'unknown NAME'.
+    value: the value.
+    choices: the values that there are.
+  """
   if value in choices:
     return
   question = ''
-  near = difflib.get_close_matches(str(value), list(choices), n=1)
-  if near:
-    question = f' Did you mean {near[0]!r}?'
+  similar = difflib.get_close_matches(str(value), list(choices), n=1)
+  if similar:
+    question = f' Did you mean {similar[0]!r}?'
   raise RequestError(f'unknown {name} {short(value)}: choose from '
-                     f'{listed(choices)}.{question}')
+                     f'{join_choices(choices)}.{question}')
 
 
 def suggest_name(name: str, choices: Collection[str], before: str = '') -> str:
-  """Returns the question whether a choice was meant, or several: those whose
-  last name is that of `name`; else the one whose sentence is closest to it, as
-  'the highest learning rate' to learning_rate; else the one that is spelt most
-  like it. '' where there is none.
+  """Returns the question ' Did you mean ...?' with the choice that an unknown
+  name may be meant for; '' where there is none.
+
+  Meant are all dotted choices that end with the name's last part; else the one
+  whose sentence has the name's words, as 'the highest learning rate' for
+  learning_rate; else the one that is spelt most like it.
 
   Args:
     name: a name that is none of the choices.
     choices: dotted names; a mapping has the sentence of each.
     before: the text that stands before each of them in the question.
   """
-  last = name.rpartition('.')[2]
-  near = [choice for choice in choices if choice.rpartition('.')[2] == last]
-  if not near and '_' in last and isinstance(choices, Mapping):
-    near = _choice_with_shortest_sentence(last, choices)
-  if not near:
-    near = difflib.get_close_matches(name, list(choices), n=1)
-  if not near:
+  last_part = name.rpartition('.')[2]
+  likely = [choice for choice in choices
+            if choice.rpartition('.')[2] == last_part]
+  if not likely and '_' in last_part and isinstance(choices, Mapping):
+    likely = _choice_with_shortest_sentence(last_part, choices)
+  if not likely:
+    likely = difflib.get_close_matches(name, list(choices), n=1)
+  if not likely:
     return ''
-  meant = [before + choice for choice in near]
-  return f' Did you mean {" or ".join(meant)}?'
+  suggestions = [before + choice for choice in likely]
+  return f' Did you mean {" or ".join(suggestions)}?'
 
 
-def _choice_with_shortest_sentence(name: str,
-                                   sentences: Mapping[str, str]) -> list[str]:
-  """Returns the choice with the shortest sentence that has the words of a name,
-  as a list; [] where none has them."""
+def _choice_with_shortest_sentence(name: str, sentences: Mapping[str, str]
+                                   ) -> list[str]:
+  """Returns, as a list of one, the choice whose sentence has the words of a
+  name; of several, the one with the shortest sentence; [] where none has them.
+
+  Args:
+    name: a name of words with underscores between, as learning_rate.
+    sentences: the sentence of each choice.
+  """
   pattern = re.escape(name).replace('_', '[ _]')
   words = re.compile(rf'\b{pattern}\b')
   shortest: list[str] = []
@@ -85,8 +100,9 @@ def _choice_with_shortest_sentence(name: str,
   return shortest
 
 
-def listed(choices: Iterable[str]) -> str:
-  """Returns choices as a message lists them; an empty one as ''."""
+def join_choices(choices: Iterable[str]) -> str:
+  """Returns the text of choices in a message, with commas between; an empty
+  choice is written ''."""
   return ', '.join(choice or "''" for choice in choices)
 
 
@@ -97,7 +113,8 @@ def require(condition: bool, sentence: str) -> None:
 
 
 def short(value: Any) -> str:
-  """Returns a value as a message shows it, cut where it is long."""
+  """Returns the text of a value in a message, which is cut off where it is
+  long."""
   if type(value) is int and value.bit_length() > 80:
     # Python does not write out integers of thousands of digits.
     return f'a number of about {value.bit_length() * 3 // 10} digits'
@@ -108,12 +125,11 @@ def short(value: Any) -> str:
 
 
 def cut_long_words(sentence: str) -> str:
-  """Returns a sentence as it is printed: a word of more than 200 characters,
-  such as a flag or a path, is cut in its middle."""
+  """Returns a sentence in which each word of more than 200 characters, such as
+  a long flag or path, is cut in its middle, so that it can be read."""
 
-  def cut(match: re.Match) -> str:
-    """Returns a long word without its middle."""
+  def cut_word(match: re.Match) -> str:
     word = match[0]
     return f'{word[:98]}...{word[-98:]}'
 
-  return re.sub(r'\S{201,}', cut, sentence)
+  return re.sub(r'\S{201,}', cut_word, sentence)

@@ -93,6 +93,7 @@ def field(default: Any, doc: str, *, choices: Collection[str] = (),
       least = 0
     if most is None and below is None:
       most = LARGEST_INT
+  # The bounds that are given, each with its sign: >=, >, <= and <.
   bounds = []
   for sign, bound in zip(_COMPARISON_OF_SIGN, (least, above, most, below)):
     if bound is not None:
@@ -114,11 +115,11 @@ class DeclaredField(NamedTuple):
 
 
 def declared_fields(group: type, prefix: str = '') -> dict[str, DeclaredField]:
-  """Returns the fields that a group declares, and those of groups in it, by
-  their dotted names.
+  """Returns the fields that a group of the config declares, and those of the
+  groups in it, by their dotted names.
 
   Args:
-    group: the frozen dataclass.
+    group: the frozen dataclass, whose fields `field` has made.
     prefix: the text before each name.
   """
   declared = {}
@@ -148,22 +149,31 @@ class FieldValue(NamedTuple):
 
 
 def check_values(values: Iterable[FieldValue]) -> None:
-  """Raises RequestError unless each value is of its field's type, in its range
-  and among its choices. A traced number, where runs train as one, passes."""
-  for leaf, value, who, choices in values:
-    kind = type(leaf.default)
-    if kind is not str and getattr(value, 'shape', None) == ():
+  """Checks values of the config's fields. A traced number, where several runs
+  train as one program, is not checked.
+
+  Args:
+    values: the values, each with its field.
+
+  Raises:
+    RequestError: for a value that is not of its field's type, in its range and
+      among its choices.
+  """
+  for declared, value, who, choices in values:
+    value_type = type(declared.default)
+    is_scalar_array = getattr(value, 'shape', None) == ()
+    if value_type is not str and is_scalar_array:
       continue
-    check_type(value, leaf.default, who)
-    if kind in (int, float):
-      check_number(who, value, leaf.rule.bounds)
+    check_type(value, declared.default, who)
+    if value_type in (int, float):
+      check_number(who, value, declared.rule.bounds)
 
     # A text is one of the choices, or several of them.
-    choices = choices or leaf.rule.choices
+    choices = choices or declared.rule.choices
     if not choices:
       continue
     names = [value]
-    if leaf.rule.several:
+    if declared.rule.several:
       names = value.split(',')
     for name in names:
       if name not in choices:
@@ -172,42 +182,50 @@ def check_values(values: Iterable[FieldValue]) -> None:
 
 def check_type(value: Any, default: Any, who: str) -> None:
   """Raises RequestError unless `value` is of the type that a field's default
-  has; an integer does where a float is expected.
+  has; an integer may stand where a float is expected.
 
   Args:
     value: the value that the field is to have.
     default: the default of the field.
     who: the text that a refusal begins with.
   """
-  kind = type(default)
-  if type(value) is kind:
+  expected_type = type(default)
+  if type(value) is expected_type:
     return
-  if kind is float and type(value) is int:
+  if expected_type is float and type(value) is int:
     return
-  group = isinstance(default, Mapping) or hasattr(default, 'to_dict')
-  if group and hasattr(value, 'items'):
+  # A group of fields may be any mapping, such as a ConfigDict.
+  is_group = isinstance(default, Mapping) or hasattr(default, 'to_dict')
+  if is_group and hasattr(value, 'items'):
     return
-  wanted = f'of type {kind.__name__}, as its default {default!r} is'
-  if group:
-    wanted = 'a group of fields'
+  expected = f'of type {expected_type.__name__}, as its default {default!r} is'
+  if is_group:
+    expected = 'a group of fields'
   raise RequestError(f'{who} is {short(value)}, of type '
-                     f'{type(value).__name__}: it must be {wanted}')
+                     f'{type(value).__name__}: it must be {expected}')
 
 
 def check_number(who: str, value: float, bounds: Collection[tuple[str, float]]
                  ) -> None:
-  """Raises RequestError unless a number is finite and within its bounds: pairs
-  of a sign and a number, such as ('>=', 1)."""
-  fits = -math.inf < value < math.inf
+  """Raises RequestError unless a number is finite and within its bounds.
+
+  Args:
+    who: the name of what has the number, with which the message begins.
+    value: the number.
+    bounds: pairs of a sign and a number, such as ('>=', 1).
+  """
+  is_in_range = -math.inf < value < math.inf
   for sign, bound in bounds:
-    fits = fits and _COMPARISON_OF_SIGN[sign](value, bound)
-  if fits:
+    is_in_range = is_in_range and _COMPARISON_OF_SIGN[sign](value, bound)
+  if is_in_range:
     return
+
+  # The message lists the bounds, whole numbers with commas.
   limits = []
   for sign, bound in bounds:
     number = f'{bound:g}'
     if type(bound) is int:
       number = f'{bound:,}'
     limits.append(f'{sign} {number}')
-  text = ' and '.join(limits) or 'a finite number'
-  raise RequestError(f'{who} is {short(value)}: it must be {text}')
+  expected = ' and '.join(limits) or 'a finite number'
+  raise RequestError(f'{who} is {short(value)}: it must be {expected}')

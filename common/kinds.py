@@ -17,59 +17,66 @@ SECTIONS = 'prefix', REPEATED_SECTION, 'suffix'
 
 
 def split_kind_names(names: str) -> tuple[str, ...]:
-  """Returns the kinds that a pattern, a prefix or a suffix names."""
+  """Returns the names of the kinds of layer that model.pattern, model.prefix or
+  model.suffix lists with commas between; () for ''."""
   if not names:
     return ()
   return tuple(names.split(','))
 
 
 def fewest_layers(model: Mapping[str, Any], least: int = 1) -> int:
-  """Returns how many layers a model of these kinds has at least, and no fewer
-  than `least`."""
-  period = len(split_kind_names(model['pattern'])) or 1
+  """Returns the smallest number of layers, of at least `least`, that a model
+  can have: those of its prefix and suffix, and whole periods of its pattern.
+
+  Args:
+    model: config.model, with its `pattern`, `prefix` and `suffix`.
+    least: the least number of layers.
+  """
+  layers_of_period = len(split_kind_names(model['pattern'])) or 1
   prefix = split_kind_names(model.get('prefix', ''))
   suffix = split_kind_names(model.get('suffix', ''))
-  apart = len(prefix) + len(suffix)
-  periods = math.ceil((least - apart) / period)
-  return apart + period * max(1, periods)
+  layers_outside = len(prefix) + len(suffix)
+  num_periods = math.ceil((least - layers_outside) / layers_of_period)
+  return layers_outside + layers_of_period * max(1, num_periods)
 
 
 def place_experts(model: Mapping[str, Any], every: int) -> dict[str, Any]:
-  """Returns a pattern and its kinds in which the last of every so many layers
-  has experts, and the others the dense network between them, as in GShard and
-  Switch (every other layer, the second first).
+  """Returns the fields `pattern` and `kinds` of a model in which the last of
+  every so many layers has experts, and the layers between have the dense
+  network, as in GShard and Switch (every other layer, the second first).
 
   Args:
     model: config.model, with a pattern of its own or without.
     every: the distance between two layers of experts.
   """
-  names = split_kind_names(model.get('pattern', ''))
+  names_in_pattern = split_kind_names(model.get('pattern', ''))
   kinds = dict(model.get('kinds', {}))
   if every == 1:
-    return {'pattern': ','.join(names), 'kinds': kinds}
+    return {'pattern': ','.join(names_in_pattern), 'kinds': kinds}
 
-  # The kinds of a prefix and a suffix stay.
-  made = {}
+  # The kinds of layer of a prefix and a suffix stay.
+  new_kinds = {}
   for field in ('prefix', 'suffix'):
     for name in split_kind_names(model.get(field, '')):
       if name in kinds:
-        made[name] = kinds[name]
+        new_kinds[name] = kinds[name]
 
   # Each kind of the pattern becomes two: one with experts, and a dense one.
-  pattern = []
-  for i in range(math.lcm(len(names) or 1, every)):
-    kind, changes = '', {}
-    if names:
-      kind = names[i % len(names)]
-      changes = dict(kinds.get(kind, {}))
+  new_pattern = []
+  for i in range(math.lcm(len(names_in_pattern) or 1, every)):
+    old_name = ''
+    fields_of_kind = {}
+    if names_in_pattern:
+      old_name = names_in_pattern[i % len(names_in_pattern)]
+      fields_of_kind = dict(kinds.get(old_name, {}))
     network = DENSE_NETWORK
     if i % every == every - 1:
       network = 'moe'
     else:
-      changes['ffn'] = DENSE_NETWORK
-    name = network
-    if kind:
-      name = f'{kind}_{network}'
-    pattern.append(name)
-    made[name] = changes
-  return {'pattern': ','.join(pattern), 'kinds': made}
+      fields_of_kind['ffn'] = DENSE_NETWORK
+    new_name = network
+    if old_name:
+      new_name = f'{old_name}_{network}'
+    new_pattern.append(new_name)
+    new_kinds[new_name] = fields_of_kind
+  return {'pattern': ','.join(new_pattern), 'kinds': new_kinds}

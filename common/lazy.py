@@ -12,10 +12,11 @@ from typing import Any
 
 
 class LazyTable(Mapping):
-  """The entries of all files of a package, in the order of the files' names.
+  """A table with the entries of all files of a package, in the order of the
+  files' names; a file is imported when an entry of it may be asked for.
 
-  An entry is looked for in the file that is called as it is, and then in all
-  others. One that is set, as from a file outside the tree, comes first.
+  An entry is looked for in the file of the same name, and then in all others.
+  One that is set, as by a file from outside the tree, comes first.
   """
 
   def __init__(self, package: str, path: Any,
