@@ -5,7 +5,7 @@ multiplier is that of a scaling law of the base over its sizes, by runs each of
 which was cooled down at its budget; the same law predicts a larger size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import math
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ from tools.compare.pairing import ALL_SIZES
 from tools.compare.plan import LOWER, Measure, Outcome, Plan
 
 WAYS_TO_COUNT_SPENDING = ('flops', 'seconds')  # what a speed-up counts
-# Where the figures of statistics.jackknife_scaling_figures stand.
+# The indices of the figures that a fitted law gives
+# (statistics.jackknife_scaling_figures).
 FLOOR, LOSS, DIFFERENCE, MULTIPLIER = range(4)
 
 
@@ -24,8 +25,8 @@ class SpeedUp(NamedTuple):
   """How many times what the variant spends the base needs to the same loss.
 
   Attributes:
-    size: a size of the plan; of multipliers also ALL: one factor, fitted to all
-      sizes.
+    size: a size of the plan; of multipliers also ALL_SIZES: one factor, fitted
+      to all sizes.
     by: 'flops' or 'seconds'; of multipliers, which FLOPs and which floor.
     factor, low, high: the geometric mean over seeds, and its interval; low and
       high are None for fewer than 3. Of multipliers the law's, and a jackknife
@@ -51,9 +52,10 @@ def total_flops(outcome: Outcome) -> float:
 def flops_without_embeddings(outcome: Outcome) -> float:
   """Returns the FLOPs of a run that are not for products with the vocabulary; 0
   where they are not known."""
-  if outcome.body is None:
+  share_without_embeddings = outcome.body
+  if share_without_embeddings is None:
     return 0.0
-  return outcome.flops * outcome.body
+  return outcome.flops * share_without_embeddings
 
 
 # Which FLOPs a multiplier counts, by what it is called.
@@ -75,17 +77,26 @@ class Ladder(NamedTuple):
 
 def cooled_ladder(measure: Measure, pairs_by_size: Sequence[pairing.Pairs]
                   ) -> Ladder | None:
-  """Returns the runs that a law is fitted to; None where they give no law: they
-  are too few, a larger value is better, or a run was not cooled down."""
+  """Returns the runs of base and variant at several sizes to which a scaling
+  law can be fitted.
+
+  Args:
+    measure: the measure that is a loss.
+    pairs_by_size: the pairs of variant and base at each size.
+
+  Returns:
+    The runs; None where they give no law: they are too few, a larger value is
+    better, or a run was not cooled down.
+  """
   seeds = pairing.ended_seeds(pairs_by_size)
 
-  def table(figure) -> np.ndarray:
+  def table(figure: Callable[[Outcome], float]) -> np.ndarray:
     """Returns a figure of each run, [seeds, 2, sizes], the base's first."""
     rows = []
     for seed in seeds:
       base = [figure(pairs[seed].base) for pairs in pairs_by_size]
-      ours = [figure(pairs[seed].ours) for pairs in pairs_by_size]
-      rows.append([base, ours])
+      variant = [figure(pairs[seed].ours) for pairs in pairs_by_size]
+      rows.append([base, variant])
     return np.array(rows, float)
 
   # Where there is no law.
@@ -95,9 +106,11 @@ def cooled_ladder(measure: Measure, pairs_by_size: Sequence[pairing.Pairs]
     return None
   if not np.all(table(lambda run: bool(run.cooled))):
     return None
+
+  # The FLOPs of the first seed, since all seeds spend alike.
   flops = {}
-  for name, count in FLOPS_OF_MULTIPLIER.items():
-    spent = table(count)[0]  # all seeds spend alike
+  for name, count_flops in FLOPS_OF_MULTIPLIER.items():
+    spent = table(count_flops)[0]
     if np.all(spent > 0):
       flops[name] = spent
   return Ladder(flops=flops,
@@ -105,72 +118,102 @@ def cooled_ladder(measure: Measure, pairs_by_size: Sequence[pairing.Pairs]
 
 
 def compute_multipliers(plan: Plan, sizes: Sequence[str],
-                        pairs_by_size: Sequence[
-                            pairing.Pairs]) -> list[SpeedUp]:
-  """Returns the compute multipliers of a variant, of one fit of all sizes and
-  at each, by each count of FLOPs, with a floor that is fitted and with one that
-  is pinned; none where the runs give no law."""
-  runs = cooled_ladder(plan.primary, pairs_by_size)
-  if runs is None:
+                        pairs_by_size: Sequence[pairing.Pairs]
+                        ) -> list[SpeedUp]:
+  """Returns how many times the compute of a variant the base needs for the loss
+  of the variant, by a scaling law of the base.
+
+  Args:
+    plan: the plan of the study.
+    sizes: the names of the sizes.
+    pairs_by_size: the pairs of variant and base at each size.
+
+  Returns:
+    The multipliers of one fit of all sizes and at each, by each count of FLOPs,
+    with a floor of the loss that is fitted and with one that is pinned; none
+    where the runs give no law.
+  """
+  ladder = cooled_ladder(plan.primary, pairs_by_size)
+  if ladder is None:
     return []
   rows = []
-  for name, flops in runs.flops.items():
+  for name, flops in ladder.flops.items():
     # One law has a floor that is fitted, and one has one that is pinned.
     for floor in (None, plan.floor or 0.0):
-      figures, halves = statistics.jackknife_scaling_figures(
-          compute=flops, losses=runs.losses, ahead=flops[:, -1], floor=floor)
+      figures, half_widths = statistics.jackknife_scaling_figures(
+          compute=flops, losses=ladder.losses, ahead=flops[:, -1], floor=floor)
       by = name
       if floor is not None:
         by = f'{name}, pinned'
-      fitted_floor, *_ = value_and_ends(figures[FLOOR], 0.0)
-      for size, log, half in zip((ALL_SIZES, *sizes), figures[MULTIPLIER:],
-                                 halves[MULTIPLIER:]):
-        factor, low, high = _exponentials(value_and_ends(log, half))
+      floor_of_law, *_ = value_and_ends(figures[FLOOR], 0.0)
+
+      # The last figures are logarithms: over all sizes, and at each.
+      log_multipliers = figures[MULTIPLIER:]
+      log_half_widths = half_widths[MULTIPLIER:]
+      for i, size in enumerate((ALL_SIZES, *sizes)):
+        interval = value_and_ends(log_multipliers[i], log_half_widths[i])
+        factor, low, high = _exponentials(interval)
         rows.append(SpeedUp(
             size=size, by=by, factor=factor, low=low, high=high, fit_error=None,
-            floor=fitted_floor))
+            floor=floor_of_law))
   return rows
 
 
-def value_and_ends(value: float, half: float) -> list[float | None]:
-  """Returns a value and the ends of its interval; None for what is not known.
-  """
-  ends = (value, value - half, value + half)
+def value_and_ends(value: float, half_width: float) -> list[float | None]:
+  """Returns a value and both ends of its interval; None for what is not finite,
+  and so not known."""
+  ends = (value, value - half_width, value + half_width)
   return [float(x) if math.isfinite(x) else None for x in ends]
 
 
 def _exponentials(logs: Sequence[float | None]) -> list[float | None]:
-  """Returns exp of each figure that is known."""
+  """Returns exp(x) of each figure x that is known, and None of the others."""
   return [None if x is None else math.exp(x) for x in logs]
 
 
 def fit_speed_ups(sizes: Sequence[str], pairs_by_size: Sequence[pairing.Pairs]
                   ) -> list[SpeedUp]:
-  """Returns the speed-up of a variant at each size, by FLOPs and by time, of
-  the curves of the primary measure's runs; none where no curves were kept.
+  """Returns how many times less a variant spends than the base to the same
+  loss, at each size, by FLOPs and by time.
 
-  For each seed, the base's spending over the variant's to the same loss, read
-  from a saturating power law of each curve (statistics.speed_up).
+  For each seed, it is the base's spending over the variant's to the same loss,
+  read from a saturating power law of each loss curve (statistics.speed_up).
+
+  Args:
+    sizes: the names of the sizes.
+    pairs_by_size: the pairs of variant and base at each size.
+
+  Returns:
+    The speed-ups; none of a size at which no curves were kept.
   """
   rows = []
-  for size, by_seed in zip(sizes, pairs_by_size):
-    pairs = [by_seed[seed] for seed in pairing.ended_seeds([by_seed])]
+  for size, pair_by_seed in zip(sizes, pairs_by_size):
+    ended_seeds = pairing.ended_seeds([pair_by_seed])
+    pairs = [pair_by_seed[seed] for seed in ended_seeds]
     has_curves = any(pair.ours.curve or pair.base.curve for pair in pairs)
     if not has_curves:
       continue
     for by in WAYS_TO_COUNT_SPENDING:
-      laws = [(_law(pair.ours, by), _law(pair.base, by)) for pair in pairs]
-      mean, error = statistics.mean_speed_up(laws)
+      laws = [(_fit_curve(pair.ours, by), _fit_curve(pair.base, by))
+              for pair in pairs]
+      interval, fit_error = statistics.mean_speed_up(laws)
       factor = low = high = None
-      if mean is not None:
-        factor, low, high, _ = mean
+      if interval is not None:
+        factor, low, high, _ = interval
       rows.append(SpeedUp(
-          size=size, by=by, factor=factor, low=low, high=high, fit_error=error))
+          size=size, by=by, factor=factor, low=low, high=high,
+          fit_error=fit_error))
   return rows
 
 
-def _law(outcome: Outcome, by: str) -> statistics.PowerLaw | None:
-  """Fits a curve from where the learning rate had reached its height."""
+def _fit_curve(outcome: Outcome, by: str) -> statistics.PowerLaw | None:
+  """Returns the saturating power law of the loss curve of a run, from where its
+  learning rate had reached its height; None where it cannot be fitted.
+
+  Args:
+    outcome: the run.
+    by: what is spent: 'flops' or 'seconds'.
+  """
   curve = outcome.curve
   is_warm = np.array(curve.get('warm', True), bool)
   spent = np.array(curve.get(by, []))
@@ -180,47 +223,54 @@ def _law(outcome: Outcome, by: str) -> statistics.PowerLaw | None:
       loss=np.where(is_warm, loss, math.nan))
 
 
-def predict_largest_size(
-    plan: Plan, outcomes: pairing.Outcomes, flops: Mapping[str, float]
-    ) -> list[dict[str, Any]]:
-  """Returns what the confirmation lets expect of the plan's largest size, as
-  {'variant', 'value', 'low', 'high'}: of the base its primary measure, of the
-  others their differences from it; none where runs were not cooled down.
+def predict_largest_size(plan: Plan, outcomes: pairing.Outcomes,
+                         flops: Mapping[str, float]) -> list[dict[str, Any]]:
+  """Returns what the confirmation lets expect of the plan's largest size, by a
+  scaling law of the base.
 
-  The law is taken for true, and the multiplier for the same at all sizes; the
-  noise of the seeds that will be seen is within the interval.
+  The law is taken for true, and the multiplier of a variant for the same at all
+  sizes. The noise of the seeds that will be seen is within the interval.
 
   Args:
     plan: the plan of the study.
     outcomes: the outcomes so far.
     flops: the FLOPs of a run of that size, by variant, the base too.
+
+  Returns:
+    {'variant', 'value', 'low', 'high'}: of the base its primary measure, of the
+    others their differences from it; none where runs were not cooled down.
   """
   runs = pairing.outcomes_of_phase(outcomes, 'confirm')
   rows = []
   for variant in flops:
+    # The runs to which the law is fitted; the base stands beside itself.
     pairs_by_size = [
         pairing.pair_with_base(runs=runs, variant=variant, base=plan.base,
                                size=size,
                          measure=plan.primary) for size in plan.sizes]
-    samples = cooled_ladder(plan.primary, pairs_by_size)
-    if samples is None:
+    ladder = cooled_ladder(plan.primary, pairs_by_size)
+    if ladder is None:
       continue
-    compute = next(iter(samples.flops.values()))
-    ahead = np.array([flops[plan.base], flops[variant]])
-    values, halves = statistics.jackknife_scaling_figures(compute,
-                                                          samples.losses, ahead)
-    # The base stands beside itself.
+    compute = next(iter(ladder.flops.values()))
+    compute_ahead = np.array([flops[plan.base], flops[variant]])
+    values, half_widths = statistics.jackknife_scaling_figures(
+        compute, ladder.losses, compute_ahead)
+
+    # The loss of the base, or the difference of a variant from it.
     if variant == plan.base:
       figure = LOSS
-      by_seed = samples.losses[:, 0]  # [seeds, sizes]
+      samples = ladder.losses[:, 0]  # [seeds, sizes]
     else:
       figure = DIFFERENCE
-      by_seed = samples.losses[:, 1] - samples.losses[:, 0]
-    # The interval of a mean narrows with the root of the number of seeds.
-    at_last_size = by_seed[:, -1]
-    fewer = math.sqrt(len(at_last_size) / plan.seeds['largest'])
-    seen = statistics.half_width_of_interval(at_last_size) * fewer
-    value, low, high = value_and_ends(
-        values[figure], math.hypot(halves[figure], seen))
+      samples = ladder.losses[:, 1] - ladder.losses[:, 0]
+
+    # The interval has the error of the law, and the noise of the seeds to come:
+    # the interval of a mean narrows with the root of their number.
+    at_last_size = samples[:, -1]
+    seeds_ratio = len(at_last_size) / plan.seeds['largest']
+    half_width_of_seeds = statistics.half_width_of_interval(at_last_size)
+    noise = half_width_of_seeds * math.sqrt(seeds_ratio)
+    half_width = math.hypot(half_widths[figure], noise)
+    value, low, high = value_and_ends(values[figure], half_width)
     rows.append({'variant': variant, 'value': value, 'low': low, 'high': high})
   return rows

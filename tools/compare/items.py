@@ -23,12 +23,14 @@ from training.evals import items
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the arguments of `python -m tools.compare items` to its parser."""
   parser.add_argument('base', metavar='BASE', help='a file or folder')
   parser.add_argument('variant', metavar='VARIANT', help='another one')
   parser.add_argument('--json', action='store_true', help='print JSON')
 
 
 def main(args) -> int:
+  """Prints how base and variant differ by the scores of their items."""
   rows = compare_items(args.base, args.variant)
   if args.json:
     print(json.dumps(rows, indent=2))
@@ -38,40 +40,55 @@ def main(args) -> int:
 
 
 def compare_items(base: str, variant: str) -> list[dict[str, Any]]:
-  """Returns a row of each figure whose items both have.
+  """Returns a paired test of each figure of which base and variant have the
+  scores of the same items, such as questions; corrected by Holm (1979).
 
   Args:
     base, variant: the files or folders of both.
 
+  Returns:
+    A row for each figure, with 'base', 'variant', 'effect', 'low', 'high',
+    'test', 'p', 'p_corrected', and the numbers of 'items' and 'seeds'.
+
   Raises:
-    RequestError: where there is none.
+    RequestError: where there is no such figure.
   """
-  theirs, ours = _read(base), _read(variant)
-  seeds = [seed for seed in theirs if seed in ours]
+  base_records = _read_records_by_seed(base)
+  variant_records = _read_records_by_seed(variant)
+  seeds = [seed for seed in base_records if seed in variant_records]
   figures: dict[str, None] = {}  # in the order of the base's records
   for seed in seeds:
-    figures |= dict.fromkeys(theirs[seed])
+    figures |= dict.fromkeys(base_records[seed])
 
   # The test of each figure.
   rows = []
-  for name in figures:
-    records = [(theirs[seed].get(name), ours[seed].get(name)) for seed in seeds]
-    scores = items.pair_scores(records)
+  for figure in figures:
+    record_pairs = []
+    for seed in seeds:
+      record_pairs.append((base_records[seed].get(figure),
+                           variant_records[seed].get(figure)))
+    scores = items.pair_scores(record_pairs)
     if scores is not None:
-      theirs_SQ, ours_SQ, weights_Q = scores
-      rows.append({'figure': name} | _row(theirs_SQ, ours_SQ, weights_Q))
+      base_SQ, variant_SQ, weights_Q = scores
+      test = _test_figure(base_SQ, variant_SQ, weights_Q)
+      rows.append({'figure': figure} | test)
   require(rows, f'{base} and {variant} have no figure of the same items of the '
           'same seeds')
 
   # Each as one of several.
-  corrected = statistics.correct_p_values([row['p'] for row in rows])
-  for row, p in zip(rows, corrected):
-    row['p_corrected'] = p
+  corrected_ps = statistics.correct_p_values([row['p'] for row in rows])
+  for row, p_corrected in zip(rows, corrected_ps):
+    row['p_corrected'] = p_corrected
   return rows
 
 
-def _read(name: str) -> dict[str, dict[str, dict]]:
-  """Returns the records of each seed; those of one run are of seed ''."""
+def _read_records_by_seed(name: str) -> dict[str, dict[str, dict]]:
+  """Returns the scores of the items of each figure, by seed; those of a single
+  run are of seed ''.
+
+  Args:
+    name: the file or folder.
+  """
   path = pathlib.Path(name)
   require(path.exists(), f'there is no {path}')
   folders = sorted(path.glob('seed-*'))
@@ -80,33 +97,37 @@ def _read(name: str) -> dict[str, dict[str, dict]]:
   return {folder.name: items.read_records(folder) for folder in folders}
 
 
-def _row(theirs_SQ: np.ndarray, ours_SQ: np.ndarray,
-         weights_Q: Sequence[float] | None) -> dict[str, Any]:
-  """Returns the test of a figure: McNemar's (1947) of right and wrong items of
-  one run each, else Student's over the items, or over seeds and items.
+def _test_figure(base_SQ: np.ndarray, variant_SQ: np.ndarray,
+                 weights_Q: Sequence[float] | None) -> dict[str, Any]:
+  """Returns the paired test of a figure by the scores of its items.
+
+  Of right and wrong items of one run each it is McNemar's exact test (1947), of
+  other scores Student's over the items, and of several seeds one over seeds and
+  items crossed (statistics.estimate_over_seeds_and_items).
 
   Args:
-    theirs_SQ, ours_SQ: the scores of base and variant, by S seeds and Q items.
+    base_SQ, variant_SQ: the scores of base and variant, by S seeds and Q items.
     weights_Q: the weights of the items; None: all count alike.
   """
-  num_seeds, num_items = ours_SQ.shape
-  difference = statistics.estimate_over_seeds_and_items(ours_SQ - theirs_SQ,
+  num_seeds, num_items = variant_SQ.shape
+  difference = statistics.estimate_over_seeds_and_items(variant_SQ - base_SQ,
                                                         weights_Q)
 
   # The test that fits the scores.
-  scores = {*theirs_SQ.flat, *ours_SQ.flat}
+  score_values = {*base_SQ.flat, *variant_SQ.flat}
+  are_right_or_wrong = score_values <= {0.0, 1.0}
   if num_seeds > 1:
     test, p = 'seeds and items', difference.p
-  elif weights_Q is None and scores <= {0.0, 1.0}:
-    test, p = 'McNemar', statistics.mcnemar_p_value(ours_SQ[0], theirs_SQ[0])
+  elif weights_Q is None and are_right_or_wrong:
+    test, p = 'McNemar', statistics.mcnemar_p_value(variant_SQ[0], base_SQ[0])
   else:
     test, p = 'items', difference.p
 
-  base = np.average(theirs_SQ.mean(0), weights=weights_Q)
-  variant = np.average(ours_SQ.mean(0), weights=weights_Q)
+  base_mean = np.average(base_SQ.mean(0), weights=weights_Q)
+  variant_mean = np.average(variant_SQ.mean(0), weights=weights_Q)
   return {
-      'base': float(base),
-      'variant': float(variant),
+      'base': float(base_mean),
+      'variant': float(variant_mean),
       'effect': difference.mean,
       'low': difference.low,
       'high': difference.high,
@@ -117,7 +138,7 @@ def _row(theirs_SQ: np.ndarray, ours_SQ: np.ndarray,
 
 
 def render_rows(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Renders rows for a terminal."""
+  """Returns the rows of `compare_items` as a table for a terminal."""
   cells = []
   for row in rows:
     effect = page.estimate(mean=row['effect'], low=row['low'], high=row['high'])
