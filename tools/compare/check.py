@@ -2,6 +2,7 @@
 its phases and what they cost."""
 
 import argparse
+from collections.abc import Sequence
 import json
 import re
 import subprocess
@@ -19,30 +20,33 @@ from training.workdir import run_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the arguments of `python -m tools.compare check` to its parser."""
   add_file_arguments(parser)
   parser.add_argument('--workdir', default='', help='write sweep.json here; of '
                       'a study that has run in part: take the hours from it')
   add_flag_of_kind(parser, 'sweep', '--time', action='store_true',
                    help='time a few steps of each point on this machine')
-  add_flag_of_kind(
-      parser, 'sweep', '--json', action='store_true', help='print JSON')
+  add_flag_of_kind(parser, 'sweep', '--json', action='store_true',
+                   help='print JSON')
 
 
-def add_flag_of_kind(parser: argparse.ArgumentParser, whose: str, flag: str,
-                     **how: Any) -> None:
+def add_flag_of_kind(parser: argparse.ArgumentParser, kind: str, flag: str,
+                     **options: Any) -> None:
   """Adds a flag that only the file of a sweep is read with, or only that of a
   study; `check_arguments` refuses it beside the other kind of file.
 
   Args:
     parser: the parser of a command.
-    whose: 'sweep' or 'study'.
+    kind: 'sweep' or 'study'.
     flag: the name of the flag.
-    **how: the keywords of `add_argument`.
+    **options: the keywords of `add_argument`.
   """
-  how['help'] = f'of a {whose}: {how["help"]}'
-  action = parser.add_argument(flag, **how)
-  defaults = parser.get_default(whose) or {}
-  parser.set_defaults(**{whose: defaults | {action.dest: action.default}})
+  options['help'] = f'of a {kind}: {options["help"]}'
+  action = parser.add_argument(flag, **options)
+  # The defaults of the flags of each kind, by which one that is set is known.
+  default_by_flag = parser.get_default(kind) or {}
+  parser.set_defaults(
+      **{kind: default_by_flag | {action.dest: action.default}})
 
 
 def add_file_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,19 +70,25 @@ def add_file_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(args) -> bool:
-  """Raises RequestError for numbers that cannot be and for flags that the file
-  is not read with; returns whether it is a study's."""
+  """Returns whether the file of a command line is a study's, and not a sweep's.
+
+  Raises:
+    RequestError: for numbers that cannot be, and for flags of the other kind of
+      file.
+  """
   check_number('--parallel', args.parallel, (('>=', 1), ('<=', 512)))
   check_number('--group', args.group, (('>=', 1), ('<=', 100_000)))
   is_study = spec.is_study(args.file)
-  whose = 'sweep' if is_study else 'study'
-  for flag, default in getattr(args, whose, {}).items():
-    require(getattr(args, flag) == default, f'--{flag} is of a {whose}, and '
-            f'{args.file} is none: leave it out')
+  other_kind = 'sweep' if is_study else 'study'
+  for flag, default in getattr(args, other_kind, {}).items():
+    require(getattr(args, flag) == default, f'--{flag} is of a {other_kind}, '
+            f'and {args.file} is none: leave it out')
   return is_study
 
 
 def main(args) -> int:
+  """Checks every point of a sweep, or the plan of a study, and prints what they
+  cost; returns the exit code."""
   if check_arguments(args):
     from tools.compare import study
     return study.check(args)
@@ -90,7 +100,7 @@ def main(args) -> int:
       layout.save_sweep_description(args.workdir, description)
   if args.time:
     for row in progress.show_items(description['points'], 'points timed'):
-      row['seconds'] = _seconds(description, row)
+      row['seconds'] = _seconds_of_run(description, row)
   if args.json:
     print(json.dumps(description, indent=2))
   else:
@@ -99,7 +109,8 @@ def main(args) -> int:
 
 
 def describe_sweep(args) -> dict:
-  """Returns the description of the sweep that sweep.json holds.
+  """Returns what sweep.json is to hold of a sweep: its points, each of which is
+  checked, with their changes and costs, and the config of its base.
 
   Args:
     args: the arguments that add_file_arguments defines.
@@ -117,16 +128,16 @@ def describe_sweep(args) -> dict:
     match_field = args.match_field or spec.DEFAULT_MATCH_FIELD
     sweep = cost.match_costs(sweep, args.match, match_field)
 
-  # Points that make their batches otherwise share none.
-  paired = True
+  # Points that make their batches in another way share none.
+  is_paired = True
   for point in sweep.points:
-    for key in point.changes:
-      if key.startswith(spec.FIELDS_OF_BATCHES):
-        paired = False
+    for field in point.changes:
+      if field.startswith(spec.FIELDS_OF_BATCHES):
+        is_paired = False
   sources = cost.hash_data_of_configs(map(sweep.config_of_point, sweep.points))
   points = []
   for point in progress.show_items(sweep.points, 'points checked'):
-    points.append(_row(sweep, point))
+    points.append(_describe_point(sweep, point))
   return {
       'name': sweep.name,
       'file': sweep.file,
@@ -134,32 +145,41 @@ def describe_sweep(args) -> dict:
       'match_field': match_field,
       'base': sweep.base_name,
       'base_config': sweep.base.to_dict(),
-      'paired': paired,
+      'paired': is_paired,
       'sources': sources,
       'files': dict(plugins.text_of_loaded_file),
       'points': points}
 
 
-def _seconds(description: dict, row: dict) -> float:
-  """Returns how long a run of a point takes here, by a dry run of it.
+def _seconds_of_run(description: dict, row: dict) -> float:
+  """Returns how many seconds a run of a point takes on this machine, as a dry
+  run of it estimates.
+
+  Args:
+    description: what sweep.json holds.
+    row: its row of the point.
 
   Raises:
-    RequestError: where that failed, with its last line.
+    RequestError: where the dry run failed, with its last line.
   """
   words = layout.train_command(
       description=description, workdir=tempfile.gettempdir(),
       point=row['name'], seed=row['seeds'][0])
-  ran = subprocess.run([sys.executable, *words, '--dry_run'],
-                       capture_output=True, text=True)
-  seconds = re.search(r'^about ([\d,]+) s in all', ran.stdout, re.M)
-  last_line = ran.stderr.strip().rpartition('\n')[2]
-  require(ran.returncode == 0 and seconds is not None, f'point {row["name"]!r} '
-          f'cannot be timed: {last_line}')
-  return float(seconds[1].replace(',', ''))
+  process = subprocess.run([sys.executable, *words, '--dry_run'],
+                           capture_output=True, text=True)
+  estimate = re.search(r'^about ([\d,]+) s in all', process.stdout, re.M)
+  last_line = process.stderr.strip().rpartition('\n')[2]
+  require(process.returncode == 0 and estimate is not None,
+          f'point {row["name"]!r} cannot be timed: {last_line}')
+  return float(estimate[1].replace(',', ''))
 
 
-def _row(sweep: spec.Sweep, point: spec.Point) -> dict:
-  """Returns what sweep.json says of a point, once it is checked."""
+def _describe_point(sweep: spec.Sweep, point: spec.Point) -> dict:
+  """Returns what sweep.json says of a point, once its config is checked.
+
+  Raises:
+    RequestError: where it cannot be trained, or gives nothing to compare.
+  """
   config = sweep.config_of_point(point)
   with spec.prefix_errors(f'point {point.name!r}'):
     cost.check_config_of_point(config, point.changes)
@@ -178,39 +198,58 @@ def _row(sweep: spec.Sweep, point: spec.Point) -> dict:
       'name': point.name,
       'changes': dict(point.changes),
       'matched': list(point.matched),
-      'follows': _follows(sweep, point, config),
+      'follows': _derived_changes(sweep, point, config),
       'unlike': unlike,
       **figures._asdict(),
       'seeds': list(sweep.seeds),
       'tasks': list(tasks)}
 
 
-def _follows(sweep: spec.Sweep, point: spec.Point, config
-             ) -> dict[str, list]:
-  """Returns the fields of the model that were left open and that a point
-  resolves otherwise than the base, with both values."""
-  base, model = cost.resolve_model(sweep.base), cost.resolve_model(config)
-  written = run_config.flatten(config.to_dict())
+def _derived_changes(sweep: spec.Sweep, point: spec.Point, config
+                     ) -> dict[str, list]:
+  """Returns the fields of the model that the base leaves open, and that have
+  another value in a point than in the base as a result of its changes.
+
+  Args:
+    sweep: the sweep.
+    point: the point.
+    config: the config of the point.
+
+  Returns:
+    [value of the base, value of the point] by the dotted name of the field.
+  """
+  base_model, model = cost.resolve_model(sweep.base), cost.resolve_model(config)
+  written_values = run_config.flatten(config.to_dict())
   # A part that the base does not have is, in the base, as its config says.
-  before = run_config.flatten(sweep.base.to_dict())
-  before |= run_config.flatten({'model': flat.to_dict(base)})
-  after = run_config.flatten({'model': flat.to_dict(model)})
-  aside = {*point.changes}
+  base_values = run_config.flatten(sweep.base.to_dict())
+  base_values |= run_config.flatten({'model': flat.to_dict(base_model)})
+  point_values = run_config.flatten({'model': flat.to_dict(model)})
+
+  # What the point changes itself, and what its model does not read, is not
+  # derived.
+  left_out = {*point.changes}
   for name in flat.fields_that_are_unread(model):
-    aside.add(f'model.{name}')
-  follows = {}
-  for key, value in after.items():
-    is_of_kinds = 'model.kinds' in aside and key.startswith('model.kinds.')
-    if key in aside or is_of_kinds or written.get(key) == value:
+    left_out.add(f'model.{name}')
+  derived = {}
+  for field, value in point_values.items():
+    is_of_layer_kinds = ('model.kinds' in left_out
+                         and field.startswith('model.kinds.'))
+    is_written = written_values.get(field) == value
+    if field in left_out or is_of_layer_kinds or is_written:
       continue
-    old = before.get(key, '')
-    if value != old:
-      follows[key] = [old, value]
-  return follows
+    base_value = base_values.get(field, '')
+    if value != base_value:
+      derived[field] = [base_value, value]
+  return derived
 
 
 def render_cost_table(description: dict) -> str:
-  """Returns the costs of all points, then how each differs from the base."""
+  """Returns the text that `check` prints of a sweep: the costs of all points,
+  how each differs from the base, and what the runs take.
+
+  Args:
+    description: what sweep.json holds; points may have their 'seconds', too.
+  """
   points = description['points']
   base = layout.point_row(description, description['base'])
   rows = [('point', 'params', 'vs base', 'active', 'vs base', 'FLOPs/token',
@@ -219,10 +258,11 @@ def render_cost_table(description: dict) -> str:
     flops = point['tokens'] * point['flops_per_token']
     rows.append((
         point['name'],
-        f'{point["params"]:,}', _ratio(point, base, 'params'),
-        f'{point["active_params"]:,}', _ratio(point, base, 'active_params'),
+        f'{point["params"]:,}', _share_above_base(point, base, 'params'),
+        f'{point["active_params"]:,}',
+        _share_above_base(point, base, 'active_params'),
         f'{point["flops_per_token"]:,.0f}',
-        _ratio(point, base, 'flops_per_token'),
+        _share_above_base(point, base, 'flops_per_token'),
         f'{point["tokens"]:,}', f'{flops:.3g}'))
   lines = layout.align_columns(rows)
 
@@ -231,24 +271,16 @@ def render_cost_table(description: dict) -> str:
   width = max(len(point['name']) for point in points)
   for point in points:
     if point is not base:
-      changes = _differences(description, point)
+      changes = _describe_changes(description, point)
       lines.append(f'  {point["name"].ljust(width)}  {changes}')
 
   # The number of runs, and how long they take.
-  number = sum(len(point['seeds']) for point in points)
-  lines += ['', f'{len(points)} points, {len(points[0]["seeds"])} seeds each: '
-            f'{number} runs']
+  num_runs = sum(len(point['seeds']) for point in points)
+  num_seeds = len(points[0]['seeds'])
+  lines += ['', f'{len(points)} points, {num_seeds} seeds each: '
+            f'{num_runs} runs']
   if 'seconds' in points[0]:
-    total = sum(point['seconds'] * len(point['seeds']) for point in points)
-    times = []
-    for point in points:
-      seconds = progress.format_seconds(point['seconds'])
-      times.append(f'{seconds} ({point["name"]})')
-    each = ', '.join(times)
-    lines += [f'a run here takes {each}',
-              'all runs, one after another: some '
-              f'{progress.format_seconds(total)}; as one program or beside '
-              'others (--parallel) they take less']
+    lines += _describe_times(points)
 
   # Points that are compared with reserve.
   if not description['paired']:
@@ -261,26 +293,50 @@ def render_cost_table(description: dict) -> str:
   return '\n'.join(lines)
 
 
-def _ratio(point: dict, base: dict, figure: str) -> str:
-  """Returns how far a figure of a point is from the base's."""
+def _describe_times(points: Sequence[dict]) -> list[str]:
+  """Returns the lines about how long a run of each point, and all runs, take.
+  """
+  total_seconds = sum(point['seconds'] * len(point['seeds'])
+                      for point in points)
+  times = ', '.join(
+      f'{progress.format_seconds(point["seconds"])} ({point["name"]})'
+      for point in points)
+  return [f'a run here takes {times}',
+          'all runs, one after another: some '
+          f'{progress.format_seconds(total_seconds)}; as '
+          'one program or beside others (--parallel) they take less']
+
+
+def _share_above_base(point: dict, base: dict, figure: str) -> str:
+  """Returns by which share a figure of a point is above the base's, as '+1.5%'.
+  """
   return f'{point[figure] / base[figure] - 1:+.2%}'
 
 
-def _differences(description: dict, point: dict) -> str:
-  """Returns what a point changes, and what follows of it."""
-  base = run_config.flatten(description['base_config'])
+def _describe_changes(description: dict, point: dict) -> str:
+  """Returns what a point changes, and which open fields have another value as a
+  result, as 'FIELD=VALUE, so FIELD VALUE -> VALUE'.
+
+  Args:
+    description: what sweep.json holds.
+    point: its row of the point.
+  """
+  base_values = run_config.flatten(description['base_config'])
   changes = []
-  for key, value in point['changes'].items():
-    if key in base and value == base[key]:  # a new kind of layer is not there
+  for field, value in point['changes'].items():
+    # A new kind of layer is not in the base.
+    if field in base_values and value == base_values[field]:
       continue
-    change = f'{key}={_short(value)}'
-    if key in point['matched']:
+    change = f'{field}={_format_value(value)}'
+    if field in point['matched']:
       change += ' (matched)'
     changes.append(change)
-  for key, (old, new) in point['follows'].items():
-    changes.append(f'so {key} {_short(old)} -> {_short(new)}')
+  for field, (base_value, value) in point['follows'].items():
+    changes.append(
+        f'so {field} {_format_value(base_value)} -> {_format_value(value)}')
   return ', '.join(changes)
 
 
-def _short(value) -> str:
+def _format_value(value) -> str:
+  """Returns a value of a config, with six digits where it is a fraction."""
   return f'{value:g}' if isinstance(value, float) else str(value)

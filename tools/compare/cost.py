@@ -2,7 +2,7 @@
 points of equal cost. Without device work: the config is checked, and the model
 built by eval_shape."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import math
@@ -17,14 +17,15 @@ from training.costs import flops, totals
 from training.data import tokenizers
 from training.objectives import pipeline
 
-# The shares by which a cost that is made equal to the base's may be off: at
-# most, and so that it is left alone.
-LARGEST_SHARE_OFF, SHARE_OFF_LEFT_ALONE = 0.01, 0.0025
+# The share by which a cost that is made equal to the base's may be off.
+LARGEST_SHARE_OFF = 0.01
+# A cost that is off by this share or less is left as it is.
+SHARE_OFF_LEFT_ALONE = 0.0025
 STEP_OF_WIDTHS = 8  # a width that hardware likes
-LARGEST_WIDTH = 2 ** 24
+LARGEST_WIDTH = 2 ** 24  # beyond which no width is tried
 # Points of a sweep ask for the same ones many times.
-_tokenizer = functools.cache(tokenizers.load)
-_parameters = functools.cache(totals.count_parameters)
+_load_tokenizer = functools.cache(tokenizers.load)
+_count_parameters = functools.cache(totals.count_parameters)
 
 
 class Cost(NamedTuple):
@@ -49,9 +50,13 @@ def keep_off_accelerators() -> None:
 
 
 def cost_of_run(config) -> Cost:
-  """Returns what a run of `config` costs; ValueError for a bad model."""
+  """Returns what a run of a config costs, in parameters, FLOPs and tokens.
+
+  Raises:
+    ValueError: for a model that cannot be built.
+  """
   length = sum(objectives.find_objective(config).row_lengths(config))
-  params, active_params = _parameters(resolve_model(config))
+  params, active_params = _count_parameters(resolve_model(config))
   rows = int(pipeline.read_ramp(config).before(config.train.steps))
   return Cost(params=params, active_params=active_params,
               flops_per_token=_flops_per_token(config), tokens=rows * length)
@@ -67,26 +72,41 @@ def _flops_per_token(config) -> float:
 
 def share_of_flops_without_vocabulary(config) -> float:
   """Returns the share of the FLOPs of training that is not for products with
-  the vocabulary, which grow in proportion to it."""
+  the vocabulary.
+
+  These grow in proportion to the vocabulary, so a vocabulary of twice the size
+  has them twice: the share is (2 f(V) - f(2V)) / f(V) of the FLOPs f.
+  """
   model = resolve_model(config)
   doubled = dataclasses.replace(model, vocab_size=model.vocab_size * 2)
-  once = sum(flops.training_flops_of_row(config, model).values())
-  twice = sum(flops.training_flops_of_row(config, doubled).values())
-  return 2 - twice / once
+  flops_once = sum(flops.training_flops_of_row(config, model).values())
+  flops_twice = sum(flops.training_flops_of_row(config, doubled).values())
+  return 2 - flops_twice / flops_once
 
 
-def one_cost_figure(config, what: str) -> float:
-  """Returns one figure of a Cost alone, of spec.MATCHABLE_COSTS: each takes a
-  trace that the others do not need."""
-  if what == 'flops_per_token':
+def one_cost_figure(config, name: str) -> float:
+  """Returns one figure of the cost of a run alone, since each takes a trace of
+  the model that the others do not need.
+
+  Args:
+    config: the config of the run.
+    name: the figure, one of spec.MATCHABLE_COSTS.
+  """
+  if name == 'flops_per_token':
     return _flops_per_token(config)
-  params, active_params = _parameters(resolve_model(config))
-  return active_params if what == 'active_params' else params
+  params, active_params = _count_parameters(resolve_model(config))
+  return active_params if name == 'active_params' else params
 
 
 def check_config_of_point(config, changes: Mapping) -> None:
-  """Raises RequestError for whatever a run of `config`, of which `changes` were
-  made, would refuse before it starts, and for what no comparison can have."""
+  """Raises RequestError for whatever a run would refuse before it starts, and
+  for what no comparison can have.
+
+  Args:
+    config: the config of the run.
+    changes: the fields that were changed in it; one that nothing reads is
+      refused.
+  """
   preflight.check_config(config)
   preflight.refuse_unread_fields(changes, config,
                                  runs.resolve_model_without_tokenizer(config))
@@ -97,116 +117,151 @@ def check_config_of_point(config, changes: Mapping) -> None:
 
 
 def hash_data_of_configs(configs) -> dict[str, str]:
-  """Returns a hash of what each source and tokenizer of some configs holds, by
-  its name, as far as they lie on this machine."""
-  by_data = {str(config.data): config for config in configs}
+  """Returns a hash of what each source of data and each tokenizer of some
+  configs holds, by its name, as far as they lie on this machine."""
+  config_by_data = {str(config.data): config for config in configs}
   hashes = {}
-  for config in by_data.values():
-    hashes |= pipeline.digest_contents(config,
-                                       _tokenizer(config.data.tokenizer))
+  for config in config_by_data.values():
+    tokenizer = _load_tokenizer(config.data.tokenizer)
+    hashes |= pipeline.digest_contents(config, tokenizer)
   return hashes
 
 
 def resolve_model(config):
-  """Returns the model of a run, its open fields filled in."""
-  model, *_ = runs.resolve_model(config, _tokenizer(config.data.tokenizer))
+  """Returns the model config of a run, with the fields that were left open
+  filled in."""
+  model, *_ = runs.resolve_model(
+      config, _load_tokenizer(config.data.tokenizer))
   return model
 
 
-def match_costs(sweep: spec.Sweep, what: str, field: str) -> spec.Sweep:
-  """Returns the sweep with `field` solved in each point that needs it.
+def match_costs(sweep: spec.Sweep, cost_name: str, field: str) -> spec.Sweep:
+  """Returns a sweep whose points all cost what the base costs, by the value of
+  one field, such as the width of the feed-forward networks.
 
   A point within 0.25 % of the base is left alone. Else the field becomes the
   multiple of 8 that comes as near or, if none does, the nearest integer.
 
   Args:
     sweep: the sweep that was read.
-    what: the figure of a Cost that is made equal, of spec.MATCHABLE_COSTS.
+    cost_name: the figure of a Cost that is made equal, of spec.MATCHABLE_COSTS.
     field: an integer field of the config by which the cost grows.
 
   Raises:
     RequestError: naming the point that cannot be matched, and why.
   """
-  spec.apply_changes(
-      sweep.base, {field: STEP_OF_WIDTHS}, '--match_field')  # it is an integer
-  target = one_cost_figure(sweep.base, what)
+  # A change to an integer is refused where the field is none.
+  spec.apply_changes(sweep.base, {field: STEP_OF_WIDTHS}, '--match_field')
+  target = one_cost_figure(sweep.base, cost_name)
   points = []
   for point in sweep.points:
     with spec.prefix_errors(f'point {point.name!r}'):
-      points.append(_solved(sweep, point, what, field, target))
+      points.append(_match_cost_of_point(
+          sweep=sweep, point=point, cost_name=cost_name, field=field,
+          target=target))
   return dataclasses.replace(sweep, points=tuple(points))
 
 
-def _solved(sweep: spec.Sweep, point: spec.Point, what: str, field: str,
-            target: float) -> spec.Point:
-  """Returns a point with `field` solved, as `match` does; `target` is the cost
-  of the base."""
+def _match_cost_of_point(sweep: spec.Sweep, point: spec.Point, cost_name: str,
+                         field: str, target: float) -> spec.Point:
+  """Returns a point with the value of a field at which it costs what the base
+  costs, as `match_costs` does.
+
+  Args:
+    sweep: the sweep.
+    point: the point.
+    cost_name: the figure of a Cost that is made equal, of spec.MATCHABLE_COSTS.
+    field: the field.
+    target: the cost of the base.
+
+  Raises:
+    RequestError: where the point cannot be matched.
+  """
   @functools.cache  # because it traces a model
   def cost(value: int) -> float:
     """Returns the cost of the point with a value of the field."""
     changes = {**point.changes, field: value}
-    return one_cost_figure(spec.apply_changes(sweep.base, changes, 'it'), what)
+    config = spec.apply_changes(sweep.base, changes, 'it')
+    return one_cost_figure(config, cost_name)
 
-  def off(value: int) -> float:
-    """Returns how far the cost of a value is from the target."""
+  def share_off(value: int) -> float:
+    """Returns by which share the cost of a value is off the target."""
     return abs(cost(value) / target - 1)
 
+  # A point that needs no change, or that allows none.
   config = sweep.config_of_point(point)
-  if abs(one_cost_figure(config, what) / target - 1) <= SHARE_OFF_LEFT_ALONE:
+  if abs(one_cost_figure(config, cost_name) / target
+         - 1) <= SHARE_OFF_LEFT_ALONE:
     return point
-  require(field not in point.changes, f'it sets {field}, which --match={what} '
-          'would solve: name another field with --match_field, or leave it out '
-          'of the point')
+  require(field not in point.changes, f'it sets {field}, which '
+          f'--match={cost_name} would solve: name another field with '
+          '--match_field, or leave it out of the point')
   counts_layers = field.endswith('layers')
   if config.model.parametrization == 'mup' and not counts_layers:
     raise RequestError(
         'it is in muP, whose '
-        f'widths go together, and --match={what} would change {field} alone: '
-        'match by the number of layers (--match_field=model.num_layers), or '
-        'not at all')
+        f'widths go together, and --match={cost_name} would change {field} '
+        'alone: match by the number of layers '
+        '(--match_field=model.num_layers), or not at all')
 
   # A width that hardware likes, or else any.
   heads = 1
   if field == 'model.d_model' and not config.model.head_dim:
     heads = 2 * config.model.num_heads  # they must divide the width
   best = None
-  for step, enough in (
-      (STEP_OF_WIDTHS, SHARE_OFF_LEFT_ALONE), (1, LARGEST_SHARE_OFF)):
+  for step, allowed_share_off in ((STEP_OF_WIDTHS, SHARE_OFF_LEFT_ALONE),
+                                  (1, LARGEST_SHARE_OFF)):
     step = 1 if counts_layers else math.lcm(step, heads)
-    best = min(_around(cost, target, step), key=off, default=None)
-    if best is not None and off(best) <= enough:
+    candidates = _multiples_around_target(cost, target, step)
+    best = min(candidates, key=share_off, default=None)
+    if best is not None and share_off(best) <= allowed_share_off:
       return spec.Point(name=point.name,
                         changes={**point.changes, field: best},
                         matched=(field,))
-  near = ''
+
+  nearest = ''
   if best is not None:
-    near = f': {field}={best} comes nearest, at {cost(best):,.0f}'
+    nearest = f': {field}={best} comes nearest, at {cost(best):,.0f}'
   raise RequestError(
-      f'it cannot be matched: no {field} gives it the {what} '
-      f'of the base, {target:,.0f}, within {LARGEST_SHARE_OFF:.0%}{near}. '
+      f'it cannot be matched: no {field} gives it the {cost_name} '
+      f'of the base, {target:,.0f}, within {LARGEST_SHARE_OFF:.0%}{nearest}. '
       f'Match something else of {", ".join(spec.MATCHABLE_COSTS)}, or by '
       'another --match_field')
 
 
-def _around(cost, target: float, step: int) -> list[int]:
-  """Returns the multiples of `step` on both sides of the target; one or none
-  where the cost does not reach so far."""
-  low, high = 1, 2
+def _multiples_around_target(cost: Callable[[int], float], target: float,
+                             step: int) -> list[int]:
+  """Returns the multiples of a step on both sides of a target cost, by the
+  method of false position (regula falsi): costs are almost linear in a width.
 
-  def on_the_line() -> float:
-    """Costs are almost linear in a width: where a line reaches the target."""
+  Args:
+    cost: the cost of a value, which rises with it.
+    target: the cost to be reached.
+    step: the step.
+
+  Returns:
+    The largest multiple below the target and the next one; the first alone if
+    it reaches the target; none where the cost does not reach so far.
+  """
+  low, high = 1, 2  # as multiples of the step
+
+  def interpolate() -> float:
+    """Returns where the line through both costs reaches the target."""
     rise = (cost(high * step) - cost(low * step)) / (high - low)
     return low + (target - cost(low * step)) / rise
 
+  # Further out, until the target lies between both.
   if cost(step) >= target:
     return [step]
   while cost(high * step) < target:
     if cost(high * step) <= cost(low * step) or high * step > LARGEST_WIDTH:
       return []  # the field changes nothing here
-    further = min(math.ceil(on_the_line()), 2 * LARGEST_WIDTH // step)
+    further = min(math.ceil(interpolate()), 2 * LARGEST_WIDTH // step)
     low, high = high, max(high + 1, further)
+
+  # Nearer, until they are neighbours.
   while high - low > 1:
-    middle = min(max(int(on_the_line()), low + 1), high - 1)
+    middle = min(max(int(interpolate()), low + 1), high - 1)
     if cost(middle * step) < target:
       low = middle
     else:

@@ -28,7 +28,7 @@ import shlex
 import sqlite3
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 import zlib
 
 from etils import epath
@@ -596,7 +596,7 @@ class Ledger:
       return 'its tables are others'
     return ''
 
-  def __enter__(self) -> 'Ledger':
+  def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *error):

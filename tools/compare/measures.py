@@ -12,64 +12,80 @@ from training.evals.tasks import probe as probe_task
 from training.workdir import metrics
 
 # The keys of an entry of MEASURES.
-_ENTRIES = ('workload', 'figure', 'better', 'name', 'chance')
+_KEYS_OF_MEASURE = ('workload', 'figure', 'better', 'name', 'chance')
 
 
 def complete_measures(entries: Sequence, workloads: Collection[str], file: str
                       ) -> list[dict]:
-  """Returns the measures of a file with what they leave out, but for `chance`.
+  """Returns the measures of a study's file with all that their entries leave
+  out, but for the score of guessing ('chance').
 
   Args:
     entries: the entries of MEASURES.
-    workloads: the names of the workloads.
+    workloads: the names of the workloads: the text and the probes that models
+      are trained on.
     file: the file, for messages.
 
   Raises:
-    RequestError: for one that is none.
+    RequestError: for an entry that is no measure, and for workloads without
+      one.
   """
   measures: list[dict] = []
   for entry in entries:
-    _check_entry(entry, f'{file}: the measure {short(entry)}')
+    subject = f'{file}: the measure {short(entry)}'
+    _check_entry(entry, subject)
     workload = entry.get('workload', plans.TEXT)
     one_of('workload of a measure', workload, workloads)
-    better = _better(entry, f'{file}: the measure {short(entry)}')
-    name = _name(entry, workload, taken=[x['name'] for x in measures])
-    require(all(name != other['name'] for other in measures),
-            f'{file}: two measures are called {name!r}: '
+    better = _better_direction(entry, subject)
+    names = [measure['name'] for measure in measures]
+    name = _name_measure(entry, workload, names_in_use=names)
+    require(name not in names, f'{file}: two measures are called {name!r}: '
             "give each a 'name' of its own")
     measures.append(
         entry | {'workload': workload, 'better': better, 'name': name})
 
   # The first one decides, and each workload is for one.
-  measured = [measure['workload'] for measure in measures]
-  require(measured[0] == plans.TEXT, f'{file}: the first measure is of '
-          f'{measured[0]!r}: the first is the one that the verdict is on, and '
-          f'is of {plans.TEXT!r}')
+  measured_workloads = [measure['workload'] for measure in measures]
+  first_workload = measured_workloads[0]
+  require(first_workload == plans.TEXT, f'{file}: the first measure is of '
+          f'{first_workload!r}: the first is the one that the verdict is on, '
+          f'and is of {plans.TEXT!r}')
   for workload in workloads:
-    require(workload in measured, f'{file}: '
+    require(workload in measured_workloads, f'{file}: '
             f'no measure is of workload {workload!r}: add one, or leave the '
             'workload out')
   return measures
 
 
-def _check_entry(entry, who: str) -> None:
-  """Raises RequestError for an entry of MEASURES that is of another form."""
-  require(isinstance(entry, dict) and 'figure' in entry, f'{who} has no '
+def _check_entry(entry, subject: str) -> None:
+  """Raises RequestError for an entry of MEASURES that is of another form.
+
+  Args:
+    entry: the entry.
+    subject: what the message is about.
+  """
+  require(isinstance(entry, dict) and 'figure' in entry, f'{subject} has no '
           "figure: write {'workload': 'text', 'figure': 'loss'}")
-  for key, x in entry.items():
-    one_of('entry of a measure', key, _ENTRIES)
+  for key, value in entry.items():
+    one_of('entry of a measure', key, _KEYS_OF_MEASURE)
     if key == 'chance':
-      is_right = type(x) in (int, float) and math.isfinite(x)
-      kind = 'number'
+      is_right = type(value) in (int, float) and math.isfinite(value)
+      expected = 'number'
     else:
-      is_right = isinstance(x, str)
-      kind = 'text'
-    require(is_right, f'{who} has {short(x)} as {key}: write a {kind}')
+      is_right = isinstance(value, str)
+      expected = 'text'
+    require(is_right,
+            f'{subject} has {short(value)} as {key}: write a {expected}')
 
 
-def _better(entry: dict, who: str) -> str:
-  """Returns which value of a measure is better: as its entry says, or as is
-  known of its figure."""
+def _better_direction(entry: dict, subject: str) -> str:
+  """Returns whether a lower or a higher value of a measure is better: as its
+  entry says, or as is known of its figure.
+
+  Args:
+    entry: the entry of MEASURES.
+    subject: what a message is about.
+  """
   figure = entry['figure'].rpartition('/')[2]
   if 'better' in entry:
     one_of('better of a measure', entry['better'], (plans.LOWER, plans.HIGHER))
@@ -77,72 +93,81 @@ def _better(entry: dict, who: str) -> str:
   if figure in metrics.FIGURES_BEST_WHEN_LEAST:
     return plans.LOWER
   require(figure in metrics.FIGURES_BEST_WHEN_LARGEST or figure == 'rows_right',
-          f'{who}:'
+          f'{subject}:'
           " it is not known which value of it is better: write 'better': "
           "'lower' or 'higher'")
   return plans.HIGHER
 
 
-def _name(entry: dict, workload: str, taken: Collection[str]) -> str:
+def _name_measure(entry: dict, workload: str, names_in_use: Collection[str]
+                  ) -> str:
   """Returns what a measure is called: as its entry says, or by its figure on
-  the text, and by its probe elsewhere; by both where that is taken."""
+  the text, and by its probe elsewhere; by both where that is in use."""
   if 'name' in entry:
     return entry['name']
   figure = entry['figure']
   name = workload
   if workload == plans.TEXT:
     name = figure.rpartition('/')[2]
-  if name in taken:
+  if name in names_in_use:
     return f'{workload}-{figure.replace("/", "-")}'
   return name
 
 
-def tasks_of_workload(
-    measures: Sequence[dict], workload: str) -> tuple[str, ...]:
-  """Returns the evaluation tasks that the measures of a workload are figures
-  of."""
-  names = {}
+def tasks_of_workload(measures: Sequence[dict], workload: str
+                      ) -> tuple[str, ...]:
+  """Returns the evaluation tasks that give the measures of a workload: TASK of
+  each figure that is called TASK/FIGURE."""
+  tasks = {}
   for measure in measures:
-    task, is_task, _ = measure['figure'].partition('/')
-    if is_task and measure['workload'] == workload:
-      names[task] = None
-  return tuple(names)
+    task, slash, _ = measure['figure'].partition('/')
+    if slash and measure['workload'] == workload:
+      tasks[task] = None
+  return tuple(tasks)
 
 
-def check_task_has_figure(measure: dict, config, who: str) -> None:
-  """Raises RequestError where a measure is a figure of a task that a run of
-  `config` does not have."""
-  task, is_task, figure = measure['figure'].partition('/')
-  if not is_task:
+def check_task_has_figure(measure: dict, config, subject: str) -> None:
+  """Raises RequestError where a measure is a figure of an evaluation task, and
+  a run cannot do the task, or the task does not give the figure.
+
+  Args:
+    measure: the measure, as `complete_measures` returns it.
+    config: the config of the run.
+    subject: the run, for messages.
+  """
+  task_name, slash, figure = measure['figure'].partition('/')
+  if not slash:
     return
-  which = (f'measure {measure["name"]!r} is {measure["figure"]!r} of '
-           f'{measure["workload"]}')
-  row = evals.check_task_without_flags(task, which)
-  reason = row.why_unfit(config)
-  require(not reason, f'{which}, which {who} cannot have: {reason}')
-  if row.figure_names is None:
+  measure_text = (f'measure {measure["name"]!r} is {measure["figure"]!r} of '
+                  f'{measure["workload"]}')
+  task = evals.check_task_without_flags(task_name, measure_text)
+  reason = task.why_unfit(config)
+  require(not reason, f'{measure_text}, which {subject} cannot have: {reason}')
+  if task.figure_names is None:
     return  # the task does not say which it has
-  is_known = any(fnmatch.fnmatchcase(figure, x) for x in row.figure_names)
-  require(is_known, f'{which}, which {who} cannot have: the figures of {task} '
-          f'are {", ".join(row.figure_names) or "none"}')
+  is_known = any(fnmatch.fnmatchcase(figure, pattern)
+                 for pattern in task.figure_names)
+  require(is_known, f'{measure_text}, which {subject} cannot have: the figures '
+          f'of {task_name} are {", ".join(task.figure_names) or "none"}')
 
 
 def loss_of_guessing(measures: Sequence[dict], config, vocab: int) -> float:
-  """Returns the loss of guessing of a run, above which it counts as diverged.
+  """Returns the loss of a model that guesses, above which a run counts as
+  diverged.
 
   Args:
-    measures: the measures of its workload, as `completed` returns them.
+    measures: the measures of its workload, as `complete_measures` returns them.
     config: the config of the run.
     vocab: the size of the vocabulary of its model.
 
   Raises:
     RequestError: where the objective has no such loss, and no measure says it.
   """
-  loss = _guessing(config, vocab)
+  loss = _uniform_loss(config, vocab)
   if loss is None:
-    said = [measure.get('chance') for measure in measures
-            if measure['figure'] == 'loss']
-    loss = said[0] if said else None
+    stated_losses = [measure.get('chance') for measure in measures
+                     if measure['figure'] == 'loss']
+    loss = stated_losses[0] if stated_losses else None
   require(loss is not None, f'objective {config.objective!r} has no loss '
           'that guessing gives, by which runs that diverge are known: say it '
           "in MEASURES, as {'figure': 'loss', 'chance': 2.5}; of numbers, it "
@@ -150,21 +175,22 @@ def loss_of_guessing(measures: Sequence[dict], config, vocab: int) -> float:
   return float(loss)
 
 
-def _guessing(config, vocab: int) -> float | None:
-  """Returns the loss of a model to which all answers are alike; None where the
-  objective has none."""
-  return objectives.find_objective(
-      config).guessing(objectives.fill_in_labels(config), vocab)
+def _uniform_loss(config, vocab: int) -> float | None:
+  """Returns the loss of a model that gives all answers the same probability;
+  None where the objective has no such loss."""
+  objective = objectives.find_objective(config)
+  return objective.guessing(objectives.fill_in_labels(config), vocab)
 
 
 def score_of_guessing(
     measure: dict, config, vocab: int, bytes_per_token: float, file: str
     ) -> float:
-  """Returns what guessing gives: of losses, that of one to which all answers
-  are alike; of a probe, what the best constant answer scores.
+  """Returns the value of a measure that guessing gives: of losses, that of a
+  model that gives all answers the same probability; of a probe, the score of
+  the best constant answer.
 
   Args:
-    measure: the measure, as `completed` returns it.
+    measure: the measure, as `complete_measures` returns it.
     config: the config of a run that has it.
     vocab: the size of the vocabulary of its model.
     bytes_per_token: the bytes of a token of the text that is held out; 0 where
@@ -174,7 +200,7 @@ def score_of_guessing(
   if 'chance' in measure:
     return float(measure['chance'])
   objective = objectives.find_objective(config)
-  guessing = _guessing(config, vocab)
+  guessing = _uniform_loss(config, vocab)
   figure = measure['figure']
 
   # Figures that follow from a uniform guess.
@@ -196,10 +222,11 @@ def score_of_guessing(
   return 0.0
 
 
-def format_unit(frozen, measure, before: str = '', after: str = '') -> str:
-  """Returns the unit of a measure, 'nats a token', between two texts; '' where
-  it has none, as an accuracy, or where it is not known, as of a task's own
-  figure.
+def format_unit(frozen: plans.FrozenPlan, measure: plans.Measure,
+                before: str = '', after: str = '') -> str:
+  """Returns the unit of a measure, such as 'nats a token', between two texts;
+  '' where it has none, as an accuracy, or where it is not known, as of a task's
+  own figure.
 
   Args:
     frozen: the plan that has the measure.
@@ -207,15 +234,16 @@ def format_unit(frozen, measure, before: str = '', after: str = '') -> str:
     before, after: the texts that stand around a unit.
   """
   point = frozen.point(frozen.plan.base, frozen.plan.sizes[0], measure.workload)
-  name = (frozen.base_config | point['changes'])['objective']
+  objective = (frozen.base_config | point['changes'])['objective']
   unit = ''
   if measure.figure.rpartition('/')[2] == 'bits_per_byte':
     unit = 'bits a byte'
   elif measure.figure == 'loss':
-    unit = objectives.OBJECTIVES[name].loss_unit
+    unit = objectives.OBJECTIVES[objective].loss_unit
   return f'{before}{unit}{after}' if unit else ''
 
 
-def format_amount(frozen, value: float) -> str:
-  """Returns '0.2 nats a token', of the primary measure."""
+def format_amount(frozen: plans.FrozenPlan, value: float) -> str:
+  """Returns a value of the primary measure with its unit, such as '0.2 nats a
+  token'."""
   return f'{value:g}{format_unit(frozen, frozen.plan.primary, " ")}'
