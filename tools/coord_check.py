@@ -120,7 +120,7 @@ class Setting(NamedTuple):
     mixer: the mixer of all layers; '': that of the system.
     widen: an entry of WIDEN.
   """
-  build_optimizer: str
+  optimizer: str
   lr: float
   steps: int
   mixer: str = ''

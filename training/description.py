@@ -38,23 +38,25 @@ def describe_run(run: runs.Run, start: int, tokens: int,
 
 
 def _model_line(run: runs.Run) -> str:
-  """Returns the line of the model and its parameters."""
+  """Returns the line that names the model of a run and counts its
+  parameters."""
   model = run.model
-  parameters = sum(x.size for x in jax.tree.leaves(run.abstract.params))
-  trained = totals.trained_parameters(run.module, run.config.optim)
-  text = (f'model: {model.arch}, {parameters:,} parameters in '
+  num_parameters = sum(x.size for x in jax.tree.leaves(run.abstract.params))
+  num_trained = totals.trained_parameters(run.module, run.config.optim)
+  text = (f'model: {model.arch}, {num_parameters:,} parameters in '
           f'{model.param_dtype}')
   # A token uses some of the experts, and a run may train a part of the model.
   if model.has_experts:
-    active = totals.count_parameters(model)[1]
-    text += f', of which each token uses {active:,}'
-  if trained != parameters:
-    text += f', of which {trained:,} are trained'
+    _, num_active = totals.count_parameters(model)
+    text += f', of which each token uses {num_active:,}'
+  if num_trained != num_parameters:
+    text += f', of which {num_trained:,} are trained'
   return f'{text}; computed in {model.dtype}'
 
 
 def _system_and_layer_lines(run: runs.Run) -> list[str]:
-  """Returns what there is to say of the system and of its layers."""
+  """Returns lines that say how the model differs from the system that it is
+  named after, and which layers it has, where there is something to say."""
   lines = list(totals.describe_layers(run.model))
   system = systems.line(run.model)
   if system:
@@ -63,7 +65,7 @@ def _system_and_layer_lines(run: runs.Run) -> list[str]:
 
 
 def _devices_line(run: runs.Run) -> str:
-  """Returns the line of the devices and their mesh."""
+  """Returns the line that counts the devices of a run and gives their mesh."""
   sizes = [f'{axis}={n}' for axis, n in run.mesh.shape.items() if n > 1]
   mesh = ','.join(sizes) or 'data=1'
   kind = run.mesh.devices.flat[0].device_kind
@@ -71,7 +73,14 @@ def _devices_line(run: runs.Run) -> str:
 
 
 def _step_lines(run: runs.Run, start: int, tokens: int) -> list[str]:
-  """Returns the lines of the steps: their rows, their tokens, their number."""
+  """Returns the lines that say how many rows and tokens a step has, and how
+  many steps there are.
+
+  Args:
+    run: the run.
+    start: how many steps of it are done.
+    tokens: the tokens of a step, padding included.
+  """
   config = run.config
   ramp = pipeline.read_ramp(config)
   *shorter, longest = pipeline.padded_lengths(config)
@@ -98,26 +107,28 @@ def _step_lines(run: runs.Run, start: int, tokens: int) -> list[str]:
 
 
 def _data_lines(run: runs.Run, train_data: pipeline.Loader) -> list[str]:
-  """Returns the line of the training data, the labels of its rows, and a
-  warning of many passes."""
+  """Returns the line of the training data, those of its labels, and a warning
+  where the model sees the same data many times."""
   config = run.config
   source = train_data.text
-  passes = 0.0  # those of a mixture are not counted
+  num_passes = 0.0  # those of a mixture are not counted
   if len(train_data.views) == 1:
     rows = int(pipeline.read_ramp(config).before(config.train.steps))
-    passes = rows / train_data.num_windows
-    source = f'{passes:.3g} passes over {source}'
+    num_passes = rows / train_data.num_windows
+    source = f'{num_passes:.3g} passes over {source}'
 
   # Rows of records may be cut off; text is cut into rows, and nothing is lost.
-  cut = sum(getattr(view, 'cut', 0) for view in train_data.views)
-  if cut:
-    source += (f', {cut:,} of whose {train_data.num_windows:,} rows are longer '
-               f'than data.length {config.data.length}, and cut off')
+  num_cut_off = sum(getattr(view, 'cut', 0) for view in train_data.views)
+  if num_cut_off:
+    source += (f', {num_cut_off:,} of whose {train_data.num_windows:,} rows '
+               f'are longer than data.length {config.data.length}, and cut off')
 
   lines = [f'data: {source}', *records.describe_labels(train_data.views)]
-  evaluates = config.eval.every_steps > 0
-  watched = config.eval.best or config.objective in probe.OBJECTIVES
-  if passes > MANY_PASSES_OVER_DATA and evaluates and not watched:
+  # A run that keeps its best checkpoint needs no warning, nor does a probe.
+  is_evaluated = config.eval.every_steps > 0
+  is_watched = config.eval.best or config.objective in probe.OBJECTIVES
+  has_many_passes = num_passes > MANY_PASSES_OVER_DATA
+  if has_many_passes and is_evaluated and not is_watched:
     lines.append(
         f'warning: after some {MANY_PASSES_OVER_DATA} passes a model mostly '
         'learns its data by heart: add --config.eval.best=loss '
@@ -126,7 +137,7 @@ def _data_lines(run: runs.Run, train_data: pipeline.Loader) -> list[str]:
 
 
 def _held_out_line(eval_data: Sequence[pipeline.Loader]) -> str:
-  """Returns the line of what is held out."""
+  """Returns the line that names the held-out data and counts its tokens."""
   names = ' and '.join(loader.text for loader in eval_data)
   tokens = sum(loader.num_tokens for loader in eval_data)
   return f'held out: {names}, {tokens:,} tokens'
@@ -134,7 +145,8 @@ def _held_out_line(eval_data: Sequence[pipeline.Loader]) -> str:
 
 def _evaluation_line(run: runs.Run,
                      eval_data: Sequence[pipeline.Loader]) -> str:
-  """Returns the line of the evaluations."""
+  """Returns the line that says how often a run is evaluated, and on how many
+  batches."""
   every = run.config.eval.every_steps
   if not every:
     return 'evaluation: none while training'

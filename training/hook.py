@@ -156,9 +156,8 @@ class Loop:
 
 
 def load_hooks(config: ml_collections.ConfigDict) -> list[Hook]:
-  """Returns the hooks that train.hooks names, 'FILE.py:CLASS' with commas
-  between.
-
+  """Returns an object of each hook that train.hooks names, 'FILE.py:CLASS' with
+  commas between.
   Raises:
     RequestError: for a file that fails, and a name that is no hook in it.
   """
@@ -171,11 +170,11 @@ def load_hooks(config: ml_collections.ConfigDict) -> list[Hook]:
     module = cli.run_user_file(file)
     plugins.remember_file(file, cli.read_python_file(file))
     # The hooks that the file defines or imports.
-    choices = {}
-    for key, value in vars(module).items():
+    class_of_name = {}
+    for name_in_file, value in vars(module).items():
       is_hook = inspect.isclass(value) and issubclass(value, Hook)
       if is_hook and value is not Hook:
-        choices[key] = value
-    one_of(f'train.hooks of {file}', class_name, choices)
-    hooks.append(cli.call_user_function(file, choices[class_name]))
+        class_of_name[name_in_file] = value
+    one_of(f'train.hooks of {file}', class_name, class_of_name)
+    hooks.append(cli.call_user_function(file, class_of_name[class_name]))
   return hooks

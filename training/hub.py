@@ -21,41 +21,44 @@ WEIGHT_FILE_PATTERNS = ('*.safetensors',)
 
 
 def repository_of_name(name: str | os.PathLike) -> str:
-  """Returns 'ORG/NAME' of hf://ORG/NAME, and '' of a path."""
+  """Returns the name of a repository on the Hugging Face hub, ORG/NAME, given
+  hf://ORG/NAME; '' given a path."""
   if not str(name).startswith(HUB_PREFIX):
     return ''
   return str(name).removeprefix(HUB_PREFIX)
 
 
-def download_if_on_hub(name: str | os.PathLike,
-                       weights: bool = True) -> str | os.PathLike:
-  """Returns the folder to which a repository of the hub was downloaded, and a
-  path as it is.
+def download_if_on_hub(name: str | os.PathLike, weights: bool = True
+                       ) -> str | os.PathLike:
+  """Returns the folder to which a repository of the Hugging Face hub is
+  downloaded, given hf://ORG/NAME; a path is returned as it is.
 
   Args:
-    name: hf://ORG/NAME, or a path.
-    weights: whether weights are wanted too.
+    name: hf://ORG/NAME, hf://ORG/NAME@REVISION, or a path.
+    weights: whether weights are downloaded too.
 
   Raises:
     RequestError: there is no such repository, it is not open to this user, or
       there is no huggingface_hub.
     EnvironmentFailure: the hub does not answer, and the cache has none of it.
   """
-  repo, _, revision = repository_of_name(name).partition('@')
-  if not repo:
+  repository, _, revision = repository_of_name(name).partition('@')
+  if not repository:
     return name
+  file_patterns = list(TEXT_FILE_PATTERNS)
+  if weights:
+    file_patterns += WEIGHT_FILE_PATTERNS
   with _use_hub(name) as hub:
     return hub.snapshot_download(
-        repo, revision=revision or None,
-        allow_patterns=[*TEXT_FILE_PATTERNS, *WEIGHT_FILE_PATTERNS * weights])
+        repository, revision=revision or None, allow_patterns=file_patterns)
 
 
 def check_exists(path: pathlib.Path) -> None:
-  """Raises RequestError for a path where nothing is; one that may be the name
-  of a repository is asked for as such."""
-  may_be_one = re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', str(path))
+  """Raises RequestError for a path where nothing is. Where the path may be the
+  name of a repository on the hub, the message says how that is written."""
+  may_be_repository = re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', str(path))
   hint = ''
-  if may_be_one:
+  if may_be_repository:
     hint = (': a repository of the Hugging Face hub is written '
             f'{HUB_PREFIX}{path}')
   require(path.exists(), f'there is no folder or file {path}{hint}')
@@ -63,30 +66,44 @@ def check_exists(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def open_destination(name: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """Gives the folder to write to: the path `name` itself, or one whose files
-  are uploaded in the end. A new repository is private, and the card of one that
-  was there stays."""
-  repo = repository_of_name(name)
-  if not repo:
+  """Gives the `with` block the folder to write to: the path `name` itself, or,
+  for hf://ORG/NAME, a temporary folder whose files are uploaded in the end.
+
+  A new repository is private. The model card of one that was there before is
+  not replaced.
+  """
+  repository = repository_of_name(name)
+  if not repository:
     yield pathlib.Path(name)
     return
+  # Whether the user may upload is known before the work.
   with _use_hub(name) as hub:
     api = hub.HfApi()
-    api.whoami()  # before the work
+    api.whoami()
   with tempfile.TemporaryDirectory() as folder:
     yield pathlib.Path(folder)
     with _use_hub(name):
-      api.create_repo(repo, private=True, exist_ok=True)
-      api.upload_folder(
-          repo_id=repo, folder_path=folder,
-          ignore_patterns=[MODEL_CARD_FILE] * api.file_exists(repo,
-                                                              MODEL_CARD_FILE))
+      api.create_repo(repository, private=True, exist_ok=True)
+      ignored_files = []
+      if api.file_exists(repository, MODEL_CARD_FILE):
+        ignored_files.append(MODEL_CARD_FILE)
+      api.upload_folder(repo_id=repository, folder_path=folder,
+                        ignore_patterns=ignored_files)
   print(f'uploaded: {name}')
 
 
 @contextlib.contextmanager
 def _use_hub(name: str | os.PathLike) -> Iterator[Any]:
-  """Gives huggingface_hub, whose errors become sentences."""
+  """Gives the `with` block the package huggingface_hub, and turns the errors
+  that it raises into sentences.
+
+  Args:
+    name: hf://ORG/NAME, for the message.
+
+  Raises:
+    RequestError: where the hub refuses, or the package is not installed.
+    EnvironmentFailure: where the hub cannot be reached, or fails.
+  """
   try:
     import huggingface_hub
     from huggingface_hub import errors
@@ -108,4 +125,5 @@ def _use_hub(name: str | os.PathLike) -> Iterator[Any]:
 
 
 def _describe_error(error: Exception) -> str:
+  """Returns the type and the message of an error in one line."""
   return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'

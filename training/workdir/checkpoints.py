@@ -55,7 +55,7 @@ class MeanOfSteps(NamedTuple):
     steps: the steps, in any order; or (), and then
     last: the number of the newest steps to take.
   """
-  list_steps: tuple[int, ...] = ()
+  steps: tuple[int, ...] = ()
   last: int = 0
 
 

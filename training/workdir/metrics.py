@@ -47,7 +47,7 @@ _FILE_NUMBERS = itertools.count()  # numbers TensorBoard's files of this process
 
 
 class JsonlWriter:
-  """One JSON object a line: step, split, and the figures.
+  """Writes metrics.jsonl, one JSON object a line: step, split, and the figures.
 
   `loss` is in nats per token. What is unknown or not finite is null, since
   JSON has no word for it.
@@ -59,7 +59,8 @@ class JsonlWriter:
     self._file = storage.GrowingFile(path)
 
   def has_kept(self, step: int, split: str) -> bool:
-    """Whether the row stood there when the run was resumed at `step`."""
+    """Whether the row of a step and split was in the file when the run was
+    resumed at that step."""
     return (step, split) in self._there
 
   def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
@@ -78,7 +79,8 @@ class JsonlWriter:
 
 
 class TensorboardWriter:
-  """Scalars as split/name, under WORKDIR/tensorboard."""
+  """Writes single numbers as split/name for TensorBoard, under
+  WORKDIR/tensorboard."""
 
   def __init__(self, workdir: epath.Path, resumed_step: int):
     """Begins a new file, after which the rows past `resumed_step` are
@@ -118,8 +120,8 @@ class TensorboardWriter:
 
 
 class TrackerWriter:
-  """Scalars as split/name, in the run of a tracker, `wandb` or `trackio`, whose
-  id the workdir remembers."""
+  """Writes single numbers as split/name to a tracker, `wandb` or `trackio`,
+  whose id of the run the workdir remembers."""
 
   def __init__(self, module: str, workdir: epath.Path,
                config: Mapping[str, Any], local: epath.Path | None = None):
@@ -181,7 +183,8 @@ class UploadWriter:
 
 
 def check_writers(log: ml_collections.ConfigDict) -> None:
-  """Raises RequestError where config.log asks for an extra that is missing."""
+  """Raises RequestError where config.log asks for a tracker, or TensorBoard,
+  whose package is not installed."""
   for name in ('tensorboard', *TRACKERS):
     if log[name] and importlib.util.find_spec(name) is None:
       raise RequestError(
@@ -191,7 +194,8 @@ def check_writers(log: ml_collections.ConfigDict) -> None:
 
 def open_writers(workdir: epath.Path, config: Mapping[str, Any],
                  resumed_step: int = 0, primary: bool = True) -> list:
-  """Returns the writers that config.log asks for.
+  """Opens the writers of a run's figures: that of metrics.jsonl, and those that
+  config.log asks for.
 
   Args:
     workdir: the folder of the run.
@@ -204,21 +208,25 @@ def open_writers(workdir: epath.Path, config: Mapping[str, Any],
   # Files are written on disk, and copied to a bucket from time to time.
   uploads = storage.BucketUploads(storage.checked_path(workdir))
   uploads.fetch(METRICS_FILE)
-  result: list[Any] = [JsonlWriter(uploads.local, resumed_step)]
+  writers: list[Any] = [JsonlWriter(uploads.local, resumed_step)]
   if config['log']['tensorboard']:
-    result.append(TensorboardWriter(uploads.local, resumed_step))
-  for module in TRACKERS:
-    if config['log'][module]:
-      result.append(TrackerWriter(module, workdir=workdir, config=config,
-                                  local=uploads.local))
+    writers.append(TensorboardWriter(uploads.local, resumed_step))
+  for module_name in TRACKERS:
+    if config['log'][module_name]:
+      writers.append(TrackerWriter(module_name, workdir=workdir, config=config,
+                                   local=uploads.local))
+  # The last one copies what those before it have written.
   if storage.is_in_bucket(workdir):
-    result.append(UploadWriter(uploads))
-  return result
+    writers.append(UploadWriter(uploads))
+  return writers
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
-  """Returns the rows of a metrics.jsonl, less a last line that a kill cut
-  short, or that is being written.
+  """Returns the rows of a metrics.jsonl, without a last line that is being
+  written, or that a killed process left in part.
+
+  Args:
+    path: the file.
 
   Raises:
     RequestError: for a line that is no row, or whose step is not after that of
@@ -228,25 +236,27 @@ def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
   lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
   rows = []
   for number, line in enumerate(lines[:-1], 1):
-    rows.append(storage.parse_json_object(line, f'{path}, line {number},',
-                                          TYPE_OF_ROW_FIELD))
+    who = f'{path}, line {number},'
+    rows.append(storage.parse_json_object(line, who, TYPE_OF_ROW_FIELD))
   if lines:
-    last = _parse_whole_row(lines[-1])
-    if last:
-      rows.append(last)
+    last_row = _parse_whole_row(lines[-1])
+    if last_row:
+      rows.append(last_row)
 
   # The steps of each split rise.
-  steps: dict[str, int] = {}
+  last_step_of_split: dict[str, int] = {}
   for number, row in enumerate(rows, 1):
-    before = steps.get(row['split'], -1)
-    require(row['step'] > before, f'{path}, line {number}, is damaged: its '
-            f'step is {row["step"]}, and {row["split"]} was at {before} before')
-    steps[row['split']] = row['step']
+    split = row['split']
+    last_step = last_step_of_split.get(split, -1)
+    require(row['step'] > last_step, f'{path}, line {number}, is damaged: its '
+            f'step is {row["step"]}, and {split} was at {last_step} before')
+    last_step_of_split[split] = row['step']
   return rows
 
 
 def as_json_value(value: Any) -> Any:
-  """Returns a figure as JSON has it, with None for what is not finite."""
+  """Returns a figure (a number, an array, or lists and dicts of them) as JSON
+  can hold it, with None for a number that is not finite."""
   if value is None or isinstance(value, str | bool | int):
     return value
   if isinstance(value, float):
@@ -259,43 +269,52 @@ def as_json_value(value: Any) -> Any:
 
 
 def scalar_figures(figures: Mapping[str, Any]) -> dict[str, float]:
-  """Returns the numbers among the figures; lists as name/0, name/1, ...;
-  matrices are left out: they are in metrics.jsonl."""
-  result = {}
+  """Returns the figures that are single numbers, for a tracker: a list becomes
+  name/0, name/1, ...; matrices are left out, and are in metrics.jsonl alone."""
+  scalars = {}
   for name, value in as_json_value(figures).items():
     if isinstance(value, bool | int | float):
-      result[name] = float(value)
+      scalars[name] = float(value)
     elif isinstance(value, list):
       is_matrix = bool(value) and isinstance(value[0], list)
       if not is_matrix:
         entries = {f'{name}/{i}': x for i, x in enumerate(value)}
-        result.update(scalar_figures(entries))
-  return result
+        scalars.update(scalar_figures(entries))
+  return scalars
 
 
 def _drop_rows_after(path: pathlib.Path, step: int) -> set[tuple[int, str]]:
-  """Drops the lines past `step`, and one cut short, in one atomic move; returns
-  (step, split) of those of `step`."""
+  """Drops the rows of a metrics.jsonl after a step, from which the run goes on,
+  and a line that was cut short; the file is replaced in one move.
+
+  Args:
+    path: the file, which need not be there.
+    step: the step.
+
+  Returns:
+    (step, split) for each row that the file has of this step.
+  """
   if not path.exists():
     return set()
   lines = path.read_bytes().splitlines(keepends=True)
-  kept = []
-  at_step = set()
+  kept_lines = []
+  rows_of_step = set()
   for line in lines:
     row = _parse_whole_row(line)
     # Later rows will be written anew.
     if not row or row['step'] > step:
       continue
-    kept.append(line)
+    kept_lines.append(line)
     if row['step'] == step:
-      at_step.add((step, row['split']))
-  if kept != lines:
-    storage.write_file(path, b''.join(kept).decode())
-  return at_step
+      rows_of_step.add((step, row['split']))
+  if kept_lines != lines:
+    storage.write_file(path, b''.join(kept_lines).decode())
+  return rows_of_step
 
 
 def _parse_whole_row(line: bytes) -> dict[str, Any] | None:
-  """Returns the row that a line holds; None for one that was cut short."""
+  """Returns the row that a line of metrics.jsonl holds; None for a line that is
+  not whole."""
   if not line.endswith(b'\n'):
     return None
   try:

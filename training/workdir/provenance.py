@@ -20,8 +20,7 @@ PLAN_VARIABLE = 'ARCHETYPE_PLAN'
 
 def describe_this_start(data: Mapping[str, str] | None = None) -> dict[str,
                                                                        Any]:
-  """Returns what config.json remembers of a start of a run:
-
+  """Returns what config.json remembers of this start of a run, as a dict:
   commit: the commit of this code; None where it lies in no git repository of
     its own, as when it is installed, or git is not there.
   diff: a hash of what differs from the commit: changes, and Python files that
@@ -48,10 +47,12 @@ def describe_this_start(data: Mapping[str, str] | None = None) -> dict[str,
 
 @functools.cache  # what is edited later is not what runs
 def _describe_code(root: pathlib.Path) -> dict[str, str | None]:
-  """Returns the commit and the diff of the code in a folder; see this_start."""
+  """Returns the commit of the code in a folder, and a hash of what differs from
+  the commit ('' for nothing), as {'commit': ..., 'diff': ...}; None for both
+  where the folder is no git repository."""
   unknown = dict(commit=None, diff=None)
 
-  def git(*words: str) -> bytes:
+  def run_git(*words: str) -> bytes:
     return subprocess.run(['git', '-C', str(root), *words], check=True,
                           capture_output=True).stdout
 
@@ -59,14 +60,15 @@ def _describe_code(root: pathlib.Path) -> dict[str, str | None]:
   if not (root / '.git').exists():
     return unknown
   try:
-    commit = git('rev-parse', 'HEAD').decode().strip()
-    changes = git('diff', '--binary', 'HEAD')
-    new = git('ls-files', '-z', '--others', '--exclude-standard', '*.py')
+    commit = run_git('rev-parse', 'HEAD').decode().strip()
+    changes = run_git('diff', '--binary', 'HEAD')
+    new_files = run_git(
+        'ls-files', '-z', '--others', '--exclude-standard', '*.py')
   except (OSError, subprocess.CalledProcessError):
     return unknown
 
   # Files that git does not know yet are changes, too.
-  for name in new.split(b'\0')[:-1]:
+  for name in new_files.split(b'\0')[:-1]:
     changes += name + b'\0'
     file = root / os.fsdecode(name)
     if file.is_file():
@@ -77,10 +79,14 @@ def _describe_code(root: pathlib.Path) -> dict[str, str | None]:
 
 
 def list_codes(starts: Iterable) -> list[str]:
-  """Returns the different codes of some starts, as far as they are known, each
-  as a commit, the hash of what differed from it, and the files from outside the
-  tree, in order."""
-  result = []
+  """Returns the different versions of the code with which a run was started, in
+  order, as far as they are known: each as its commit, the hash of what differed
+  from it, and the files from outside the tree.
+
+  Args:
+    starts: what config.json remembers of each start; see describe_this_start.
+  """
+  codes = []
   for start in starts:
     parts = []
     if start['commit'] is not None:
@@ -91,49 +97,57 @@ def list_codes(starts: Iterable) -> list[str]:
       parts.append(f'{file} {digest}')
     # Most starts of a run have the same code.
     code = ' with '.join(parts)
-    if code and code not in result:
-      result.append(code)
-  return result
+    if code and code not in codes:
+      codes.append(code)
+  return codes
 
 
 def list_code_changes(starts: Iterable) -> list[str]:
-  """Returns a line where the code that runs now is not that of the last start,
-  as far as both are known."""
-  last = list(starts)[-1:]
-  old = list_codes(last)
-  new = list_codes([describe_this_start()])
-  if not old or not new or old == new:
+  """Returns a line where the code that runs now differs from that of the last
+  start of a run, as far as both are known; else [].
+
+  Args:
+    starts: what config.json remembers of each start; see describe_this_start.
+  """
+  last_start = list(starts)[-1:]
+  old_codes = list_codes(last_start)
+  new_codes = list_codes([describe_this_start()])
+  if not old_codes or not new_codes or old_codes == new_codes:
     return []
-  return [f'the code has changed since this run was last started: {old[0]} -> '
-          f'{new[0]}']
+  return ['the code has changed since this run was last started: '
+          f'{old_codes[0]} -> {new_codes[0]}']
 
 
 def last_known_data(starts: Iterable) -> dict[str, str]:
-  """Returns the hashes of the data at the last of some starts that knows them;
-  {}: none does."""
-  hashes: dict[str, str] = {}
+  """Returns the hashes of a run's sources and tokenizer, by their names, at the
+  last of its starts that knows them; {} where none does.
+
+  Args:
+    starts: what config.json remembers of each start; see describe_this_start.
+  """
+  hash_of_source: dict[str, str] = {}
   for start in starts:
-    hashes = start.get('data', hashes)
-  return hashes
+    hash_of_source = start.get('data', hash_of_source)
+  return hash_of_source
 
 
 def check_data(starts: Iterable, data: Mapping[str, str], allowed: bool
                ) -> list[str]:
-  """Returns a line for each source or tokenizer that no longer holds what it
-  held at the last start of which that is known.
+  """Returns a line for each source of data, or tokenizer, that no longer holds
+  what it held when the run was last started.
 
   Args:
-    starts: the starts of the run.
-    data: the hashes of what they hold now, as in `this_start`.
+    starts: what config.json remembers of each start; see describe_this_start.
+    data: the hashes of what the sources and the tokenizer hold now.
     allowed: whether the run may go on with other data.
 
   Raises:
     RequestError: where there is such a source and it may not.
   """
-  before = last_known_data(starts)
+  old_data = last_known_data(starts)
   lines = []
-  for name, content in data.items():
-    if name in before and content != before[name]:
+  for name, new_hash in data.items():
+    if name in old_data and new_hash != old_data[name]:
       lines.append('the data have changed since this run was last started: '
                    f'what {name!r} holds is not the same')
   if lines and not allowed:
