@@ -36,7 +36,7 @@ def system(tmp_path_factory):
 def test_it_is_among_the_choices_and_counted():
   with pytest.raises(RequestError, match='choose from .*, mixtral, .*, stablelm'
                      '.*mean .stablelm.?'):
-    architectures.build(models.config('gpt', arch='stablelmm'))
+    architectures.build(models.small_config('gpt', arch='stablelmm'))
   config = importlib.import_module('configs.stablelm').get_config('3b')
   assert totals.count_costs(config)['parameters'] == PUBLISHED
   pages_test.test_a_page_names_the_parts_that_its_config_has('stablelm')
@@ -45,12 +45,12 @@ def test_it_is_among_the_choices_and_counted():
 
 @pytest.mark.slow
 def test_it_obeys_the_laws():
-  laws_test.check_laws(*models.make('stablelm'))
+  laws_test.check_laws(*models.make_model('stablelm'))
 
 
 @pytest.mark.slow
 def test_its_weights_go_out_and_come_back_and_transformers_reads_them(tmp_path):
-  module, params = models.make('stablelm')
+  module, params = models.make_model('stablelm')
   weights.to_hf(module, params, tmp_path)
   _, imported = weights.from_hf(tmp_path)
   jax.tree.map(np.testing.assert_array_equal, imported, params)
@@ -58,8 +58,8 @@ def test_its_weights_go_out_and_come_back_and_transformers_reads_them(tmp_path):
   transformers = pytest.importorskip('transformers')
   theirs = transformers.AutoModelForCausalLM.from_pretrained(
       tmp_path, dtype=torch.float32, attn_implementation='eager')
-  tokens_BL = models.tokens()
+  tokens_BL = models.random_tokens()
   with torch.no_grad():
     logits = theirs(torch.as_tensor(np.asarray(tokens_BL)).long()).logits
-  models.close(logits.numpy(), jax.jit(
+  models.assert_trees_close(logits.numpy(), jax.jit(
       lambda params: models.logits(module, params, tokens_BL))(params))

@@ -20,7 +20,7 @@ from training.hf import generation as hf_generation, weights
 
 
 def _model(system='gpt', **changes):
-  module, params = models.make(system, **changes)
+  module, params = models.make_model(system, **changes)
   return archetype.Model(module, params)
 
 
@@ -30,7 +30,7 @@ def gpt():
 
 
 def test_logits_are_the_modules(gpt):
-  tokens_BL = models.tokens(2, 7)
+  tokens_BL = models.random_tokens(2, 7)
   np.testing.assert_allclose(
       gpt(tokens_BL), models.logits(gpt.module, gpt.params, tokens_BL),
       atol=1e-6)
@@ -39,7 +39,7 @@ def test_logits_are_the_modules(gpt):
 
 def test_the_last_hidden_state_leads_to_the_logits(gpt):
   """By the final norm and the tied table, written out in numpy."""
-  tokens_BL = models.tokens(2, 7)
+  tokens_BL = models.random_tokens(2, 7)
   states = np.asarray(gpt.hidden_states(tokens_BL), np.float64)
   assert states.shape == (3, 2, 7, 32)
   norm = gpt.params['decoder']['final_norm']
@@ -52,7 +52,7 @@ def test_the_last_hidden_state_leads_to_the_logits(gpt):
 
 
 def test_padding_changes_nothing(gpt):
-  short_1L, long_1L = models.tokens(1, 5), models.tokens(1, 9)
+  short_1L, long_1L = models.random_tokens(1, 5), models.random_tokens(1, 9)
   long_1L = long_1L.at[:, :5].set(short_1L)
   mask = [[1] * 5 + [0] * 4]
   np.testing.assert_allclose(gpt(long_1L, mask=mask)[:, :5], gpt(short_1L),
@@ -65,7 +65,7 @@ def test_padding_changes_nothing(gpt):
 @pytest.mark.slow
 def test_a_folder_and_a_run_are_loaded_as_they_were_saved(tmp_path):
   model = _model('gpt')
-  tokens_BL = models.tokens(2, 6)
+  tokens_BL = models.random_tokens(2, 6)
   model.save(tmp_path / 'hf')
   folder = archetype.load(tmp_path / 'hf')
   np.testing.assert_allclose(folder(tokens_BL), model(tokens_BL), atol=1e-5)
@@ -81,7 +81,7 @@ def test_a_folder_and_a_run_are_loaded_as_they_were_saved(tmp_path):
 
 
 def test_a_folder_is_saved_with_its_labels_and_what_it_says(tmp_path):
-  module, params = models.make('bert', head='sequence', num_labels=3)
+  module, params = models.make_model('bert', head='sequence', num_labels=3)
   generation = hf_generation.Generation(
       dict(pad_token_id=5), dict(eos_token_id=[7, 9], temperature=0.6))
   weights.to_hf(module, params, tmp_path / 'one', generation=generation,
@@ -163,7 +163,7 @@ def test_a_wrong_request_is_a_sentence(name, gpt):
 
 
 def test_ids_and_masks_that_are_traced_go_through(gpt):
-  ids, mask = models.tokens(1, 5), jnp.array([[1, 1, 1, 1, 0]])
+  ids, mask = models.random_tokens(1, 5), jnp.array([[1, 1, 1, 1, 0]])
   traced = jax.jit(lambda ids, mask: gpt.hidden_states(ids, mask=mask))(
       ids, mask)
   np.testing.assert_allclose(traced, gpt.hidden_states(ids, mask=mask),
@@ -172,8 +172,8 @@ def test_ids_and_masks_that_are_traced_go_through(gpt):
 
 def _tagger(objective, tmp_path, **data):
   """Returns a small BERT with the head of a task, whose rows have 64 tokens."""
-  source, bare = data_files.bare(tmp_path)[objective]
-  c = evaluations.config('bert', objective, num_layers=1, max_len=64)
+  source, bare = data_files.write_sources_with_and_without_labels(tmp_path)[objective]
+  c = evaluations.make_config('bert', objective, num_layers=1, max_len=64)
   c.data.update(dict(source=source, eval_source=bare, length=64) | data)
   return archetype.build(objectives.fill_in_labels(c), seed=1)
 
@@ -205,13 +205,13 @@ def test_a_classifier_reads_a_text_between_cls_and_sep(tmp_path):
 def test_what_is_predicted_is_what_the_task_writes(
     objective, tmp_path, monkeypatch):
   model = _tagger(objective, tmp_path)
-  evaluation = evaluations.make(
+  evaluation = evaluations.make_evaluation(
       model.run, predictions=str(tmp_path / 'out.csv'))
   evaluation = dataclasses.replace(evaluation, params=model.params)
   tables = []
   monkeypatch.setattr(labels_task, '_write_predictions', lambda path, results:
                       tables.extend(results[0].table))
-  evaluations.run('labels', evaluation)
+  evaluations.run_and_check_task('labels', evaluation)
   if objective == 'regression':
     rows = [row['text'] for row in tables]
     expected = [row['predicted'] for row in tables]
@@ -255,8 +255,8 @@ def test_a_language_model_predicts_no_labels(gpt):
 @pytest.mark.parametrize('kind', ['bytes', 'wordpiece'])
 def test_a_model_is_saved_with_its_tokenizer(kind, tmp_path):
   """Also where the file that it was loaded from is gone."""
-  spec = kind if kind == 'bytes' else data_files.wordpiece(tmp_path)
-  module, params = models.make('gpt', vocab_size=384)
+  spec = kind if kind == 'bytes' else data_files.write_wordpiece_tokenizer(tmp_path)
+  module, params = models.make_model('gpt', vocab_size=384)
   model = archetype.Model(module, params, tokenizers.load(spec))
   model.save(tmp_path / 'one')
   (tmp_path / 'tokenizer.json').unlink(missing_ok=True)

@@ -103,7 +103,7 @@ def test_two_parts_make_a_model_or_are_refused(selector):
   resolved = 0
   for pair in pairs:
     with contextlib.suppress(RequestError):
-      model = models.config('gpt')
+      model = models.small_config('gpt')
       cli.set_model_fields(model, pair)
       resolved += architectures.resolve(model) is not None
   assert resolved
@@ -135,7 +135,7 @@ def test_every_field_can_be_set_by_a_flag():
 def test_what_is_not_read_is_refused_by_hand_and_is_nowhere(system):
   """And what a file says of a part that was swapped away is left out."""
   config = base.base()
-  config.model = models.config(system)
+  config.model = models.small_config(system)
   c = architectures.resolve(config.model)
   unread = flat.fields_that_are_unread(c, config.model)
   assert ('head_dim' in unread) == (system in ('deepseek_v3', 'kimi_linear'))

@@ -201,7 +201,7 @@ def check_call(case: tuple[str, dict[str, Any]]) -> None:
 
 @pytest.fixture(name='model', scope='module')
 def _model():
-  return archetype.Model(*models.make(), tokenizers.load('bytes:61'))
+  return archetype.Model(*models.make_model(), tokenizers.load('bytes:61'))
 
 
 @pytest.fixture(name='place', scope='module')

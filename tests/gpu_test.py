@@ -49,7 +49,7 @@ def cpu():
 @only_there
 def test_this_is_a_gpu_and_auto_takes_its_kernel():
   assert jax.default_backend() == 'gpu'
-  c = architectures.resolve(models.config(dtype='bfloat16'))
+  c = architectures.resolve(models.small_config(dtype='bfloat16'))
   assert kernels.choose_attention_kernel(
       c, kernels.Mask(causal=True), L, L) == 'cudnn'
 
@@ -116,7 +116,7 @@ def on_cpu(tree):
 def close(want, result, dtype):
   want, result = (jax.tree.map(lambda x: on_cpu(x).astype(jnp.float32), tree)
                  for tree in (want, result))
-  models.close(want, result, TOLERANCE[dtype])
+  models.assert_trees_close(want, result, TOLERANCE[dtype])
 
 
 @long_elsewhere
@@ -168,11 +168,11 @@ def test_products_of_experts_equal_a_loop(counts, dtype):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('arch', ['gpt', 'llama', 'mixtral'])
 def test_decoding_equals_the_forward_pass(arch, dtype):
-  module, params = models.make(arch, dtype=dtype)
-  tokens = models.tokens()
+  module, params = models.make_model(arch, dtype=dtype)
+  tokens = models.random_tokens()
   with exact(dtype):
     want = jax.jit(lambda p: models.logits(module, p, tokens))(params)
-    close(want, models.decoded(module, params, tokens, 1), dtype)
+    close(want, models.decode_with_cache(module, params, tokens, 1), dtype)
 
 
 @long_elsewhere
@@ -185,7 +185,7 @@ def test_decoding_equals_the_forward_pass(arch, dtype):
 def test_steps_equal_those_of_the_cpu(arch, moe, dtype):
   """Compares losses, norms of gradients, and parameters after two steps."""
   c = step_test.config()
-  c.model = models.config(arch, dtype=dtype, moe=moe)
+  c.model = models.small_config(arch, dtype=dtype, moe=moe)
   shape = dict.fromkeys(tables.MESH_AXES, 1)
   with exact(dtype):
     (_, want, wanted_rows), (_, result, here) = (
@@ -194,4 +194,4 @@ def test_steps_equal_those_of_the_cpu(arch, moe, dtype):
   for a, b in zip(wanted_rows, here, strict=True):
     for name in ('loss', 'grad_norm'):
       assert b[name] == pytest.approx(a[name], rel=TOLERANCE[dtype])
-  models.close(want.params, result.params, TOLERANCE[dtype])
+  models.assert_trees_close(want.params, result.params, TOLERANCE[dtype])

@@ -39,7 +39,7 @@ def on_mesh(sizes, module, params, fn, *rows):
   """Returns the program of fn on a mesh, lowered, that XLA has yet to compile,
   and its arguments."""
   mesh = make_mesh(sizes)
-  boxed = jax.eval_shape(module.init, jax.random.key(0), models.tokens(1, 1))
+  boxed = jax.eval_shape(module.init, jax.random.key(0), models.random_tokens(1, 1))
   places = devices.param_shardings(boxed['params'], mesh, 'default')
   with jax.set_mesh(mesh), sharding.install_rules(
       tables.RULES['default']):
@@ -51,7 +51,7 @@ def on_mesh(sizes, module, params, fn, *rows):
 SMALL = 4 * 2 ** 20
 
 
-@pytest.mark.parametrize('system', models.long_but(
+@pytest.mark.parametrize('system', models.mark_long_except(
     ('deepseek_v4', 'kimi_linear', 'mamba'), models.SYSTEMS))
 def test_no_large_matrix_stands_whole_along_fsdp(system):
   """At all published sizes, from the shapes and the table of rules alone."""
@@ -73,21 +73,21 @@ def test_no_large_matrix_stands_whole_along_fsdp(system):
 @pytest.mark.parametrize('system', [
     'mamba', pytest.param('deepseek_v4', marks=pytest.mark.long)])
 def test_products_of_low_rank_equal_one_device(system):
-  module, params = models.make(system)
-  tokens_BL, step = models.tokens(8, LENGTH), step_of(module)
+  module, params = models.make_model(system)
+  tokens_BL, step = models.random_tokens(8, LENGTH), step_of(module)
   want = jax.jit(step)(params, tokens_BL)
   lowered, args = on_mesh(dict(fsdp=8), module, params, step, tokens_BL)
-  models.close(want, lowered.compile()(*args), rtol=5e-5)
+  models.assert_trees_close(want, lowered.compile()(*args), rtol=5e-5)
 
 
 @pytest.mark.slow
 def test_equals_one_device_and_scatters_each_gradient():
-  module, params = models.make('llama', num_kv_heads=2, remat='full',
+  module, params = models.make_model('llama', num_kv_heads=2, remat='full',
                                tie_embeddings=False)
-  tokens_BL, step = models.tokens(8, LENGTH), step_of(module)
+  tokens_BL, step = models.random_tokens(8, LENGTH), step_of(module)
   want = jax.jit(step)(params, tokens_BL)
   lowered, args = on_mesh(dict(fsdp=8), module, params, step, tokens_BL)
-  models.close(want, lowered.compile()(*args), rtol=5e-5)
+  models.assert_trees_close(want, lowered.compile()(*args), rtol=5e-5)
   text = lowered.as_text()
   count = lambda name: text.count(f'stablehlo.{name}"')
   # Gathered are a layer's seven matrices, for the product and for the gradient,
@@ -100,11 +100,11 @@ def test_equals_one_device_and_scatters_each_gradient():
 
 @pytest.mark.slow
 def test_a_weight_that_stays_gathered_is_not_gathered_again():
-  module, params = models.make(
+  module, params = models.make_model(
       'llama', num_kv_heads=2, num_layers=3, remat='offload',
       keep_gathered='query,key,value,out')
   text = on_mesh(dict(data=2, fsdp=4), module, params, step_of(module),
-                 models.tokens(8, LENGTH))[0].as_text()
+                 models.random_tokens(8, LENGTH))[0].as_text()
   assert text.count('stablehlo.all_gather"') == 7 + 3 + 2
   assert text.count('stablehlo.reduce_scatter"') == 7 + 1
 
@@ -114,9 +114,9 @@ def test_of_a_row_over_several_devices_only_keys_and_values_are_gathered():
   """Each keeps its part of the length: what is gathered is at most a layer's
   keys, or values, of a single head here, a quarter of the stream."""
   L = 8 * LENGTH
-  module, params = models.make(max_len=L, position='rope', num_kv_heads=1)
+  module, params = models.make_model(max_len=L, position='rope', num_kv_heads=1)
   text = on_mesh(dict(context=8), module, params, step_of(module),
-                 models.tokens(2, L))[0].compile().as_text()
+                 models.random_tokens(2, L))[0].compile().as_text()
   sizes = [math.prod(int(n) for n in dims.split(','))
            for shapes in re.findall(r' = (.*?) all-gather(?:-start)?\(', text)
            for dims in re.findall(r'f32\[([\d,]+)\]', shapes)]
@@ -126,9 +126,9 @@ def test_of_a_row_over_several_devices_only_keys_and_values_are_gathered():
 
 def test_the_input_of_each_layer_waits_in_the_hosts_memory():
   """And nothing else does; without a loop over layers too."""
-  tokens_BL = models.tokens(2, 16)
+  tokens_BL = models.random_tokens(2, 16)
   for scan, remat in ((True, 'offload'), (False, 'offload'), (True, 'full')):
-    module, params = models.make('llama', num_layers=3, scan_layers=scan,
+    module, params = models.make_model('llama', num_layers=3, scan_layers=scan,
                                  remat=remat)
     text = str(jax.make_jaxpr(step_of(module))(params, tokens_BL))
     D, waiting = module.config.d_model, set(re.findall(r'<host>(\S+)', text))
@@ -175,7 +175,7 @@ def test_rows_are_looked_up_where_they_lie(sizes):
   with jax.set_mesh(make_mesh(sizes)), sharding.install_rules(
       tables.RULES['default']):
     lowered = jax.jit(both).lower(table_IK)
-    models.close(want, lowered.compile()(table_IK))
+    models.assert_trees_close(want, lowered.compile()(table_IK))
   assert 'reduce_scatter"' in lowered.as_text()
 
 
@@ -196,7 +196,7 @@ def test_a_product_gathers_its_weight_again_unless_it_may_be_kept(
   with jax.set_mesh(make_mesh(sizes)), sharding.install_rules(
       tables.RULES['default']):
     lowered = jax.jit(jax.grad(loss, (0, 1))).lower(x_BLD, w_DF)
-    models.close(want, lowered.compile()(x_BLD, w_DF))
+    models.assert_trees_close(want, lowered.compile()(x_BLD, w_DF))
   text = lowered.as_text()
   assert text.count('stablehlo.all_gather"') == gathers * (1 if keep else 2)
   assert text.count('stablehlo.reduce_scatter"') == gathers
@@ -209,7 +209,7 @@ def test_a_product_gathers_its_weight_again_unless_it_may_be_kept(
 
 def test_rows_of_a_table_whose_columns_are_split_and_their_gradient():
   table_VD = normal(0, 12, 16)
-  ids_BL, d_BLD = models.tokens(8, 5) % 12, jnp.arange(8 * 5 * 16.0)
+  ids_BL, d_BLD = models.random_tokens(8, 5) % 12, jnp.arange(8 * 5 * 16.0)
   def loss(table_VD, ids_BL):
     rows_BLD = sharding.look_up_embeddings(table_VD, ids_BL, jnp.float32)
     return (rows_BLD * d_BLD.reshape(8, 5, 16)).sum()
@@ -218,7 +218,7 @@ def test_rows_of_a_table_whose_columns_are_split_and_their_gradient():
   with jax.set_mesh(make_mesh(dict(fsdp=2, expert=4))), sharding.install_rules(
       tables.RULES['default']):
     got = jax.jit(jax.value_and_grad(loss))(table_VD, ids_BL)
-  models.close(want, got)
+  models.assert_trees_close(want, got)
 
 
 

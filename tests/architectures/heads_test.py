@@ -44,12 +44,12 @@ def test_parameters_are_as_many_as_published(size, head, labels, published):
 def test_one_vector_tells_all_tokens_as_mads_decoder_does():
   """Of rows of 16, 9 and 2 tokens; its equations in NumPy, its sinusoids as
   published: sines, then cosines, from place 0 on."""
-  module, params = models.make('llama', head='vector')
-  tokens_BL = np.asarray(models.tokens(3, 16))
+  module, params = models.make_model('llama', head='vector')
+  tokens_BL = np.asarray(models.random_tokens(3, 16))
   lengths_B = np.array([16, 9, 2])
   ids_BL = (np.arange(16) < lengths_B[:, None]).astype(np.int32)
   output = _run(module, params, tokens_BL, segment_ids_BL=ids_BL)
-  bare = models.make('llama', head='tokens', num_labels=2)[0]
+  bare = models.make_model('llama', head='tokens', num_labels=2)[0]
   states_BLD = _run(bare, params | {'task': {
       'kernel': np.zeros((32, 2)), 'bias': np.zeros(2)}}, tokens_BL,
                     segment_ids_BL=ids_BL).hidden
@@ -71,10 +71,10 @@ def test_one_vector_tells_all_tokens_as_mads_decoder_does():
 
 
 def test_a_row_is_read_off_the_mean_of_what_is_no_padding():
-  module, params = models.make('bert', head='sequence', num_labels=3,
+  module, params = models.make_model('bert', head='sequence', num_labels=3,
                                pooling='mean')
   segments_BL = (np.arange(16)[None] < [[16], [11]]).astype(int)
-  output = _run(module, params, models.tokens(), segment_ids_BL=segments_BL)
+  output = _run(module, params, models.random_tokens(), segment_ids_BL=segments_BL)
   rows = [np.asarray(output.hidden[0]).mean(0),
           np.asarray(output.hidden[1, :11]).mean(0)]
   read = np.tanh(np.stack(rows) @ np.asarray(params['pooler'])
@@ -106,8 +106,8 @@ def config(**fields):
 def test_modules_are_those_of_the_oracle():
   """Each is written out for the rows that it has, without the places that no
   token follows; the losses are those of equations 24 and 25."""
-  module, params = models.make('llama', **TWO)
-  c, tokens = module.config, models.tokens(2, 9)
+  module, params = models.make_model('llama', **TWO)
+  c, tokens = module.config, models.random_tokens(2, 9)
   batch = batch_of(tokens)
   objective, run = objectives.OBJECTIVES['causal'], config(**TWO)
   @jax.jit
@@ -132,7 +132,7 @@ def test_modules_are_those_of_the_oracle():
         Context(jnp.arange(L - k)[None]), {})[0][0])
     h = one(mtp[f'depth_{k}'], pair @ np.asarray(mtp[f'join_{k}']))
     before = rms(h, mtp[f'norm_{k}'])
-    models.close(out.extra['mtp'][k - 1][:, :L - k], before, rtol=1e-4)
+    models.assert_trees_close(out.extra['mtp'][k - 1][:, :L - k], before, rtol=1e-4)
     logits = np.asarray(out.head.logits(before), np.float64)
     target = np.asarray(tokens)[:, k + 1:]
     nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(
@@ -151,7 +151,7 @@ def test_modules_are_those_of_the_oracle():
 @pytest.mark.slow
 def test_a_module_sees_no_token_that_it_predicts():
   """By gradient: depth k at place i hangs on the tokens up to i + k alone."""
-  module, params = models.make('llama', **TWO)
+  module, params = models.make_model('llama', **TWO)
   L = 6
   tokens = jnp.arange(L)[None]
 
@@ -191,13 +191,13 @@ def test_what_no_token_follows_and_padding_take_no_expert():
 def test_the_load_of_a_module_is_of_those_that_take_experts():
   """Not of the last k of each document: what they join is of two texts; nor of
   padding. It is a share of the choices of the others."""
-  module, params = models.make('mixtral', num_layers=1,
+  module, params = models.make_model('mixtral', num_layers=1,
                                moe=dict(router='sigmoid'), **TWO)
   at, ends, size = np.arange(12), (5, 12), 10
   ids_BL = jnp.asarray(np.searchsorted(ends, at, side='right'))[None] + 1
   out = jax.jit(lambda x: module.apply(
       {'params': params}, x, segment_ids_BL=ids_BL, positions_BL=at[None],
-      valid_BL=jnp.asarray(at < size)[None]))(models.tokens(1, 12))
+      valid_BL=jnp.asarray(at < size)[None]))(models.random_tokens(1, 12))
   for depth in (1, 2):
     load_E, = (np.asarray(x) for path, x in out.aux['loads'].items()
                if f'depth_{depth}' in str(path))

@@ -30,7 +30,7 @@ ATTENTIONS = {
     'global': {},
     'grouped': dict(num_kv_heads=2, memory='engram', ngrams=NGRAMS,
                     branch_conv=2),
-    'banded': dict(**models.banded(5), value_norm=True, keys_as_values=True,
+    'banded': dict(**models.window_in_every_other_layer(5), value_norm=True, keys_as_values=True,
                    layer_scale=True, memory='over_encoding', ngrams=NGRAMS),
     'capped': dict(attention_softcap=5.0, num_kv_heads=2, residual_scale=0.5,
                    value_residual=True, value_embedding=True, branch_conv=3),
@@ -71,7 +71,7 @@ VARIANTS = [{part: tuple(values)[i % len(values)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('parts', models.long_but(VARIANTS[::3], VARIANTS),
+@pytest.mark.parametrize('parts', models.mark_long_except(VARIANTS[::3], VARIANTS),
                          ids=lambda x: '-'.join(x.values()))
 def test_laws_of_a_variant(parts):
   changes = dict(parts)
@@ -83,7 +83,7 @@ def test_laws_of_a_variant(parts):
         else 'none'))
     changes |= dict(pattern=','.join(kinds), kinds=kinds,
                     num_layers=len(kinds))
-  module, params = models.make(
+  module, params = models.make_model(
       **changes, loops=dict(passes=2), compressed=dict(
           window=5, csa_rate=2, hca_rate=3, out_groups=2))
   check_laws(module, params)
@@ -95,7 +95,7 @@ def test_laws_of_a_variant(parts):
 
 
 def check_laws(module, params):
-  tokens = np.asarray(models.tokens())
+  tokens = np.asarray(models.random_tokens())
   apply = jax.jit(functools.partial(models.logits, module))
   logits = apply(params, tokens)
   # Causality: a later token does not change an earlier prediction.
@@ -108,7 +108,7 @@ def check_laws(module, params):
   # decodes here after a scan over them, = the scan, on the same parameters.
   other = architectures.build(
       dataclasses.replace(module.config, scan_layers=False))
-  models.close(logits, models.decoded(module, params, tokens, stepped=other),
+  models.assert_trees_close(logits, models.decode_with_cache(module, params, tokens, stepped=other),
                rtol=3e-5)
 
 
@@ -116,9 +116,9 @@ def check_laws(module, params):
 def test_remat_equals_plain_and_computes_again_what_it_says():
   """In training, where dropout draws: the same loss and gradients; `full`
   takes every product of a layer again in the backward pass, `dots` none."""
-  tokens, lowered, products = models.tokens(), {}, {}
+  tokens, lowered, products = models.random_tokens(), {}, {}
   for remat in ('none', 'full', 'dots'):
-    module, params = models.make(
+    module, params = models.make_model(
         dropout=0.1, remat=remat, position='rope', block='sandwich')
     def loss(p, module=module):
       return jnp.square(models.logits(
@@ -126,7 +126,7 @@ def test_remat_equals_plain_and_computes_again_what_it_says():
           rngs=dict(dropout=jax.random.key(3)))).mean()
     lowered[remat] = jax.jit(jax.value_and_grad(loss)).lower(params)
     products[remat] = lowered[remat].as_text().count('dot_general')
-  models.close(*(lowered[remat].compile()(params)
+  models.assert_trees_close(*(lowered[remat].compile()(params)
                  for remat in ('none', 'full')), rtol=3e-5)
   assert products['full'] > products['dots'], products
 
@@ -163,9 +163,9 @@ def test_masks_of_documents_and_prefixes():
 
 @pytest.mark.parametrize('system', ['bloom', 'mamba2'])
 def test_a_mask_with_a_hole_is_refused_where_it_is_known(system):
-  module, params = models.make(system)
+  module, params = models.make_model(system)
   run = lambda **ids: jax.eval_shape(lambda params: models.logits(
-      module, params, models.tokens(1, 6), **ids), params)
+      module, params, models.random_tokens(1, 6), **ids), params)
   for ids in ([1, 1, 0, 0, 1, 1], [1, 1, 2, 2, 1, 0]):
     with pytest.raises(RequestError, match='id but 0, .* lies in one piece'):
       run(segment_ids_BL=jnp.array([ids]))
@@ -186,8 +186,8 @@ def _picture(mask):
     ATTENTIONS['indexed'], ATTENTIONS['indexed'] | dict(mixer='latent'),
     ATTENTIONS['blocks']])
 def test_packed_documents_do_not_see_each_other(changes):
-  module, params = models.make(position='rope', **changes)
-  a, b = models.tokens(1, 7, seed=4), models.tokens(1, 9, seed=5)
+  module, params = models.make_model(position='rope', **changes)
+  a, b = models.random_tokens(1, 7, seed=4), models.random_tokens(1, 9, seed=5)
   @jax.jit
   def both(params):
     packed = models.logits(
@@ -196,7 +196,7 @@ def test_packed_documents_do_not_see_each_other(changes):
         segment_ids_BL=np.array([[1] * 7 + [2] * 9]))
     return packed, jnp.concatenate(
         [models.logits(module, params, x) for x in (a, b)], 1)
-  models.close(*both(params))
+  models.assert_trees_close(*both(params))
 
 
 DROPLESS = dict(capacity_factor=0.0, eval_capacity_factor=0.0, num_experts=4)
@@ -204,7 +204,7 @@ DROPLESS = dict(capacity_factor=0.0, eval_capacity_factor=0.0, num_experts=4)
 
 def _make(system, **changes):
   changes = dict(moe=DROPLESS, head_dim=8) | changes
-  return models.make(system, **changes)
+  return models.make_model(system, **changes)
 
 
 def _apply(module, params, source, target, **kwargs):
@@ -229,7 +229,7 @@ def test_padding_is_unseen_by_gradient():
 @pytest.mark.slow
 def test_generation_equals_asking_again_for_each_token():
   module, params = _make('transformer')
-  source, lengths = models.tokens(2, 9), jnp.array([9, 6])
+  source, lengths = models.random_tokens(2, 9), jnp.array([9, 6])
   ids = (jnp.arange(9)[None] < lengths[:, None]).astype(jnp.int32)
   start = jnp.full((2, 1), 5)
   new = generate.generate(
@@ -248,16 +248,16 @@ def test_the_memory_is_projected_once():
   module, params = _make('t5')
   memory = jnp.ones((2, 11, 32))
   cache = architectures.init_cache(module.config, 2, 4)
-  first = lambda m: _apply(module, params, None, models.tokens(2, 1),
+  first = lambda m: _apply(module, params, None, models.random_tokens(2, 1),
                            memory=m, cache=cache)
   filled = jax.eval_shape(first, memory).cache
   again = jax.make_jaxpr(lambda cache: _apply(
-      module, params, None, models.tokens(2, 1), cache=cache,
+      module, params, None, models.random_tokens(2, 1), cache=cache,
       decoder_positions_BL=jnp.ones((2, 1), jnp.int32)).logits)(filled)
   assert 'f32[2,11,32]' in str(jax.make_jaxpr(first)(memory))
   assert 'f32[2,11,32]' not in str(again)
   with pytest.raises(ValueError, match='attends to a memory'):
-    _apply(module, params, None, models.tokens(2, 1), cache=cache)
+    _apply(module, params, None, models.random_tokens(2, 1), cache=cache)
 
 
 MODELS = {
@@ -305,12 +305,12 @@ MODELS = {
 def test_several_devices_are_one(name, capfd):
   system, changes = MODELS[name]
   c = step_test.config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
-  c.model = models.config(system, vocab_size=64, **changes)
+  c.model = models.small_config(system, vocab_size=64, **changes)
 
   def trained(mesh=None):
     run = runs.build(c, architectures.resolve(c.model), mesh=mesh)
     with run.context():
-      state = jax.device_put(models.drawn(run.abstract), run.shardings)
+      state = jax.device_put(models.draw_parameters(run.abstract), run.shardings)
       step = run.train_step()
       for n in range(2):
         state, metrics = step(state, run.put(step_test.batch(n)))
@@ -319,5 +319,5 @@ def test_several_devices_are_one(name, capfd):
   params, loss = trained()
   assert 'Involuntary full rematerialization' not in capfd.readouterr().err
   alone, other = trained(step_test.one_device())
-  models.close(alone, params, rtol=2e-4)
+  models.assert_trees_close(alone, params, rtol=2e-4)
   assert loss == pytest.approx(other, rel=1e-4)

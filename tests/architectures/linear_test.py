@@ -37,7 +37,7 @@ logits = jax.jit(models.logits, static_argnums=0)
 @pytest.fixture(scope='module')
 def made():
   """(module, params) with an adapter of every product, B off zero."""
-  return models.make('llama', lora=LORA, attention_gate='headwise')
+  return models.make_model('llama', lora=LORA, attention_gate='headwise')
 
 
 @pytest.mark.slow
@@ -59,23 +59,23 @@ def test_merged_by_numpy_it_is_the_same_function(made):
   merged = jax.tree_util.tree_map_with_path(
       lambda key, _: jnp.asarray(flat[paths.path_to_string(key)], jnp.float32),
       weights.without(params))
-  tokens_BL = models.tokens()
+  tokens_BL = models.random_tokens()
   with_adapters = logits(module, params, tokens_BL)
-  models.close(with_adapters, logits(plain, merged, tokens_BL), rtol=2e-5)
+  models.assert_trees_close(with_adapters, logits(plain, merged, tokens_BL), rtol=2e-5)
   # As far away as the adapters are, and `merge` gives what NumPy gives.
   without = logits(plain, weights.without(params), tokens_BL)
   assert np.abs(without - with_adapters).max() > 0.1
   also, params = weights.merge(module, params)
   assert also == plain
-  models.close(merged, params, rtol=1e-6)
+  models.assert_trees_close(merged, params, rtol=1e-6)
 
 
 def test_a_new_adapter_changes_nothing_and_is_drawn_as_by_its_authors():
-  module = architectures.build(models.config(lora=LORA))
+  module = architectures.build(models.small_config(lora=LORA))
   assert layers.has_adapter(resolved(lora=LORA | dict(rank=1)), 'query')
   params = jax.tree.map(
       lambda x: x.value, jax.jit(module.init)(
-          jax.random.key(0), models.tokens())['params'],
+          jax.random.key(0), models.random_tokens())['params'],
       is_leaf=lambda x: hasattr(x, 'value'))
   flat = paths.flatten_by_path(jax.device_get(params))
   assert not any(x.any() for path, x in flat.items() if path.endswith('_b'))
@@ -86,8 +86,8 @@ def test_a_new_adapter_changes_nothing_and_is_drawn_as_by_its_authors():
     assert np.std(a) * fan_in ** 0.5 == pytest.approx(3 ** -0.5, rel=0.1)
   plain = architectures.build(weights.without_adapters(module.config))
   np.testing.assert_array_equal(
-      logits(module, params, models.tokens()),
-      logits(plain, weights.without(params), models.tokens()))
+      logits(module, params, models.random_tokens()),
+      logits(plain, weights.without(params), models.random_tokens()))
 
 
 @pytest.fixture(scope='module')
@@ -97,7 +97,7 @@ def trained():
   run = runs.build(c, architectures.resolve(c.model),
                    mesh=step_test.one_device())
   new = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), run.abstract)
-  params = jax.device_get(models.drawn(run.abstract.params))
+  params = jax.device_get(models.draw_parameters(run.abstract.params))
   with run.context():
     state, _ = run.train_step()(new.replace(params=params),
                                 run.put(step_test.batch()))
@@ -139,14 +139,14 @@ ALL = 1 - 1e-7  # the greatest rate that a config takes: 1 is refused
 
 
 def resolved(**changes):
-  return architectures.resolve(models.config(**changes))
+  return architectures.resolve(models.small_config(**changes))
 
 
 def run(module, *args, **kwargs):
   """Returns (parameters off their initial values, module's output in training
   and in evaluation)."""
   rngs = {name: jax.random.key(0) for name in ('params', 'dropout')}
-  params = models.drawn(nn.meta.unbox(jax.eval_shape(
+  params = models.draw_parameters(nn.meta.unbox(jax.eval_shape(
       lambda: module.init(rngs, *args, **kwargs))))
   def call(deterministic):
     with_ctx = [a.replace(deterministic=deterministic)
@@ -249,7 +249,7 @@ def test_a_mask_is_the_same_on_a_mesh_under_vmap_and_for_the_gradient():
 
 def test_each_layer_drops_by_a_draw_of_its_own():
   """Two layers alike that keep what one draw keeps would drop alike."""
-  module, params = models.make(dropout=0.5)
+  module, params = models.make_model(dropout=0.5)
   # A feed-forward whose output is a bias of ones shows the mask: 0 or 2.
   def one(path, x):
     name = path[-1].key
@@ -258,7 +258,7 @@ def test_each_layer_drops_by_a_draw_of_its_own():
     return jnp.ones_like(x) if name == 'down_bias' else jnp.zeros_like(x)
   params = jax.tree_util.tree_map_with_path(one, params)
   layers_NBLD = jax.jit(lambda params: module.apply(
-      {'params': params}, models.tokens(), deterministic=False,
+      {'params': params}, models.random_tokens(), deterministic=False,
       keep_layers=True, rngs={'dropout': jax.random.key(0)}).aux['layers'])(
           params)
   masks = np.diff(np.asarray(layers_NBLD), axis=0) > 1

@@ -44,7 +44,7 @@ def _normed(c, p):
 def test_engram_is_its_definition(streams):
   """Streams have keys, norms and convolutions of their own."""
   assert lookup.first_primes(40, 4) == (41, 43, 47, 53)
-  module, params = models.make(
+  module, params = models.make_model(
       'llama', memory='engram', ngrams=NGRAMS | dict(stops=True), **dict(
           residual='hyper', streams=dict(count=2)) if streams else {})
   c = dataclasses.replace(module.config, vocab_size=2**31 - 1)
@@ -72,16 +72,16 @@ def test_engram_is_its_definition(streams):
     seen = at - 3 * (3 - i)
     if seen >= 0 and IDS[b, seen] == IDS[b, at]:
       y_BLD[b, at] += p['conv'][i].reshape(*streams, -1) * m_BLD[b, seen]
-  models.close(ours, v_BLD + y_BLD / (1 + np.exp(-y_BLD)))
+  models.assert_trees_close(ours, v_BLD + y_BLD / (1 + np.exp(-y_BLD)))
 
 
 def test_per_layer_is_its_definition():
-  module, params = models.make('llama', memory='per_layer')
+  module, params = models.make_model('llama', memory='per_layer')
   c, draw = module.config, np.random.default_rng(0)
   p = jax.tree.map(lambda x: np.asarray(x[0], np.float64),
                    params['decoder']['layers']['block_0']['memory'])
   x_BLD, x0_BLD = draw.standard_normal((2, 2, 5, c.d_model))
-  tokens_BL = np.asarray(models.tokens(2, 5))
+  tokens_BL = np.asarray(models.random_tokens(2, 5))
   ctx = Context(jnp.arange(5)[None], tokens_BL=tokens_BL,
                 embedded_BLD=jnp.asarray(x0_BLD, jnp.float32))
   ours = jax.jit(lambda p, x_BLD: lookup.PerLayer(c).apply(
@@ -91,13 +91,13 @@ def test_per_layer_is_its_definition():
       np.sqrt(2 / np.pi) * (z_BLS + 0.044715 * z_BLS ** 3)))
   e_BLS = (n(x0_BLD @ p['input'] / np.sqrt(c.d_model), 'input_norm')
            + np.sqrt(c.d_model // 8) * p['table'][tokens_BL]) / np.sqrt(2)
-  models.close(ours, n((gelu_BLS * e_BLS) @ p['out'], 'out_norm'))
+  models.assert_trees_close(ours, n((gelu_BLS * e_BLS) @ p['out'], 'out_norm'))
 
 
 def test_tables_are_told_apart_from_what_multiplies():
   """They cost no FLOPs, a token uses the rows that it reads, and they learn at
   a rate of their own without decay."""
-  model = models.config('llama', memory='engram', ngrams=NGRAMS)
+  model = models.small_config('llama', memory='engram', ngrams=NGRAMS)
   module = architectures.build(model)
   more = architectures.resolve(dict(
       model.to_dict(), ngrams=dict(NGRAMS, rows=4000)))

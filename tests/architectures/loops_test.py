@@ -26,7 +26,7 @@ ENDS = dict(prefix='first', suffix='last', pattern='inner', num_layers=4,
 
 def value_and_grads(module, params):
   def loss(params):
-    out = module.apply({'params': params}, models.tokens(2, 8),
+    out = module.apply({'params': params}, models.random_tokens(2, 8),
                        keep_layers=True)
     return jnp.square(out.logits).mean(), (out.logits, out.aux)
   (_, aux), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
@@ -42,7 +42,7 @@ def value_and_grads(module, params):
 def test_a_loop_is_the_deep_stack_of_copied_weights(system, changes):
   """Outputs, what each layer returns and the loads of experts; the gradient of
   a weight is the sum over its copies."""
-  module, params = models.make(system, **changes, loop='plain',
+  module, params = models.make_model(system, **changes, loop='plain',
                                loops=dict(passes=T))
   c = module.config
   periods = c.sections(c.num_layers)[-1 - bool(c.suffix)].periods
@@ -55,17 +55,17 @@ def test_a_loop_is_the_deep_stack_of_copied_weights(system, changes):
   logits, aux, grads = value_and_grads(module, params)
   other, deep_aux, deep_grads = value_and_grads(deep, params | {
       'decoder': stack | {'layers': jax.tree.map(copies, stack['layers'])}})
-  models.close(logits, other)
+  models.assert_trees_close(logits, other)
   assert len(aux['layers']) == 1 + depth
-  models.close(aux['layers'], deep_aux['layers'])
+  models.assert_trees_close(aux['layers'], deep_aux['layers'])
   for path, load in aux.get('loads', {}).items():
     copies_NE = deep_aux['loads'][path]
-    models.close(load, copies_NE.reshape(T, periods, -1).mean(
+    models.assert_trees_close(load, copies_NE.reshape(T, periods, -1).mean(
         0) if '/layers/' in path else copies_NE)
   deep_grads['decoder']['layers'] = jax.tree.map(
       lambda x: x.reshape(T, -1, *x.shape[1:]).sum(0),
       deep_grads['decoder']['layers'])
-  models.close(grads, deep_grads, rtol=3e-5)
+  models.assert_trees_close(grads, deep_grads, rtol=3e-5)
 
 
 def by_hand(module, params, tokens):
@@ -111,9 +111,9 @@ def by_hand(module, params, tokens):
     ('concat', dict(gradient_passes=2, boundary='norm'), {}),
     ('gate', dict(gate_rank=5), dict(scan_layers=False))])
 def test_each_form_is_its_equations(loop, loops, changes):
-  module, params = models.make('llama', loop=loop, **changes,
+  module, params = models.make_model('llama', loop=loop, **changes,
                                loops=dict(passes=T) | loops)
-  tokens = models.tokens(2, 6)
+  tokens = models.random_tokens(2, 6)
   def ours(params):
     out = module.apply({'params': params}, tokens, keep_layers=True)
     return jnp.square(out.hidden).sum(), (out.aux['layers'][-1], out.hidden)
@@ -122,16 +122,16 @@ def test_each_form_is_its_equations(loop, loops, changes):
     return jnp.square(hidden).sum(), (state, hidden)
   (_, got), grads = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
   (_, want), other = jax.jit(jax.value_and_grad(theirs, has_aux=True))(params)
-  models.close(got, want, rtol=3e-5)
-  models.close(grads, other, rtol=1e-4)
+  models.assert_trees_close(got, want, rtol=3e-5)
+  models.assert_trees_close(grads, other, rtol=1e-4)
 
 
 @pytest.mark.slow
 def test_what_is_written_token_by_token_is_likeliest_by_whole_rows():
   """Each pass has its own rows of the cache, also where layers are apart."""
-  module, params = models.make('llama', **ENDS, loop='concat', loops=dict(
+  module, params = models.make_model('llama', **ENDS, loop='concat', loops=dict(
       passes=T, boundary='norm'))
-  prompt = models.tokens(2, 4)
+  prompt = models.random_tokens(2, 4)
   new = generate.generate(
       module, params, prompt, jnp.full(2, 4), jax.random.key(0),
       max_new_tokens=4, sampling=generate.Sampling(temperature=0))
@@ -144,7 +144,7 @@ def test_what_passes_cost():
   """FLOPs, the cache and the parameters, counted by hand from one pass."""
   c = step_test.config()
   def of(**loops):
-    c.model = models.config('llama', loop='concat', loops=loops)
+    c.model = models.small_config('llama', loop='concat', loops=loops)
     return totals.count_costs(c, 16), runs.resolve_model_without_tokenizer(c)
   (one, once), (some, several) = of(passes=1), of(passes=T)
   D = 32
@@ -175,11 +175,11 @@ def test_what_passes_cost():
     (dict(loop='plain', keep_gathered='all'), 'keep_gathered')])
 def test_what_cannot_loop_is_refused(changes, words):
   with pytest.raises(RequestError, match=words):
-    architectures.resolve(flat.make_model(models.config('gpt', **changes)))
+    architectures.resolve(flat.make_model(models.small_config('gpt', **changes)))
 
 
 def test_layers_that_loop_have_no_rate_by_depth():
   c = step_test.config(optim__layer_decay=0.9)
-  c.model = models.config('gpt', loop='plain', vocab_size=64)
+  c.model = models.small_config('gpt', loop='plain', vocab_size=64)
   with pytest.raises(RequestError, match='several depths'):
     runs.build(c, architectures.resolve(c.model))

@@ -31,7 +31,7 @@ KIND = LayerKind('global', 'gelu')
 
 
 def resolved(system='gpt', **changes):
-  return architectures.resolve(models.config(system, **changes))
+  return architectures.resolve(models.small_config(system, **changes))
 
 
 def normal(seed, *shape):
@@ -41,7 +41,7 @@ def normal(seed, *shape):
 
 def born(module, *args, seed=0):
   """Parameters at no tidy initial value: biases, norms and sinks count."""
-  return models.drawn(nn.meta.unbox(jax.eval_shape(
+  return models.draw_parameters(nn.meta.unbox(jax.eval_shape(
       lambda: module.init(jax.random.key(0), *args)))['params'], seed)
 
 
@@ -58,10 +58,10 @@ def context(L=6, **fields):
 def test_weights_are_born_with_the_size_that_the_init_says(init):
   """GPT-2, section 2.3, and Switch, section 2.4; `down` has 4 x the fan-in."""
   N, d, F = 8, 64, 256
-  module = architectures.build(models.config(
+  module = architectures.build(models.small_config(
       d_model=d, d_ff=F, num_layers=N, init=init, init_stddev=0.05,
       init_scale=0.5, tie_embeddings=False, vocab_size=200, num_heads=4))
-  variables = jax.jit(module.init)(jax.random.key(0), models.tokens())
+  variables = jax.jit(module.init)(jax.random.key(0), models.random_tokens())
   params = jax.device_get(
       paths.flatten_by_path(nn.meta.unbox(variables['params'])))
   residual = 0.05 / (2 * N) ** 0.5 if init == 'scaled_normal' else 0.05
@@ -86,7 +86,7 @@ def test_a_product_in_bfloat16_rounds_its_operands_alone():
     return y, *vjp(d)
   for got, want in zip(*map(value_and_grads, (jnp.bfloat16, jnp.float32))):
     assert got.dtype == want.dtype == jnp.float32
-    models.close(want, got, 0.02)
+    models.assert_trees_close(want, got, 0.02)
 
 
 @pytest.mark.parametrize('spec, x, w', [
@@ -317,7 +317,7 @@ DYNAMIC = dict(scaling='dynamic', theta=THETA, original_len=ORIGINAL,
 
 
 def frequencies(rope, length):
-  c = architectures.resolve(models.config('llama', head_dim=K, rope=rope))
+  c = architectures.resolve(models.small_config('llama', head_dim=K, rope=rope))
   result = positions.rope_frequencies(c, length)
   # Rows of several lengths, each by its own.
   rows, _ = positions.rope_frequencies(c, jnp.array([length, 2 * ORIGINAL]))
@@ -392,7 +392,7 @@ def test_axes_as_a_picture():
         value_embedding=True)),
     ('gpt', dict(ffn='moe', attention_gate='elementwise', moe=dict(
         router='sigmoid', shared_experts=1, shared_gate=True, ffn='swiglu',
-        logit_bias=True), **models.DENSE_MOE))])
+        logit_bias=True), **models.DENSE_AND_MOE_LAYERS))])
 def test_a_parameters_role_agrees_with_its_name_and_its_axes(arch, fields):
   config = base.base().model
   config.update(dict(arch=arch, vocab_size=64, max_len=16, **fields))
@@ -427,10 +427,10 @@ def test_a_parameters_role_agrees_with_its_name_and_its_axes(arch, fields):
 
 def test_parameters_in_bfloat16_are_drawn_in_float32():
   """JAX draws bfloat16 from 128 values, whose mean is -0.012 deviations."""
-  module = architectures.build(models.config('llama', param_dtype='bfloat16',
+  module = architectures.build(models.small_config('llama', param_dtype='bfloat16',
                                              d_ff=4096))
   params = jax.jit(lambda key: nn.meta.unbox(module.init(
-      key, models.tokens())['params']))(jax.random.key(0))
+      key, models.random_tokens())['params']))(jax.random.key(0))
   x = params['decoder']['layers']['block_0']['ffn']['up']
   assert x.dtype == jnp.bfloat16
   values = np.asarray(x, np.float64).reshape(-1)
@@ -459,4 +459,4 @@ def test_parameters_in_bfloat16_are_drawn_in_float32():
                                       balance_loss='sequence')), 'do not: ch')])
 def test_what_no_model_can_be_is_refused(system, fields, words):
   with pytest.raises(RequestError, match=words):
-    architectures.resolve(models.config(system, **fields))
+    architectures.resolve(models.small_config(system, **fields))

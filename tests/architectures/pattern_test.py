@@ -27,7 +27,7 @@ MIXED = dict(position='rope', num_layers=7, prefix='far',
 
 @functools.cache
 def mixed(**changes):
-  return models.make('gpt', **MIXED, **changes)
+  return models.make_model('gpt', **MIXED, **changes)
 
 
 def row_of(section, block, row):
@@ -38,7 +38,7 @@ def row_of(section, block, row):
 def test_each_layer_is_that_of_its_kind():
   """A stack equals its blocks, called one after another."""
   module, params = mixed()
-  c, tokens = module.config, models.tokens()
+  c, tokens = module.config, models.random_tokens()
   layers_NBLD = jax.jit(lambda p: module.apply(
       {'params': p}, tokens, keep_layers=True).aux['layers'])(params)
   decoder = params['decoder']
@@ -55,7 +55,7 @@ def test_each_layer_is_that_of_its_kind():
     return plain.apply({'params': {'block_0': layer}}, (x_BLD, None), None,
                        ctx, {})[0][0]
   for n, (name, layer) in enumerate(zip(names, each_layer)):
-    models.close(alone(name, layer, layers_NBLD[n]), layers_NBLD[n + 1])
+    models.assert_trees_close(alone(name, layer, layers_NBLD[n]), layers_NBLD[n + 1])
   assert each_layer[0]['attention']['key'].shape == (32, 2, 8)
   assert each_layer[1]['attention']['key'].shape == (32, 4, 8)
   assert each_layer[0]['ffn']['up'].shape == (32, 24)
@@ -70,13 +70,13 @@ def _whole_and_first():
     out = module.apply({'params': params}, tokens[:, :9],
                        cache=architectures.init_cache(module.config, 2, 16))
     return models.logits(module, params, tokens), out.logits, out.cache
-  return jax.jit(read)(params, models.tokens())
+  return jax.jit(read)(params, models.random_tokens())
 
 
 @pytest.mark.parametrize('apart', [False, True])
 def test_decoding_with_a_cache_is_the_forward_pass(apart):
   module, params = mixed()
-  tokens = np.asarray(models.tokens())
+  tokens = np.asarray(models.random_tokens())
   wanted, first, cache = _whole_and_first()
   assert [x.mixer.key_BMJK.shape for x in cache] == [
       (1, 2, 16, 2, 8), (2, 2, 16, 4, 8), (2, 2, 16, 2, 8), (1, 2, 16, 2, 8),
@@ -91,7 +91,7 @@ def test_decoding_with_a_cache_is_the_forward_pass(apart):
   for i in range(9, 16):
     new, cache = step(tokens[:, i:i + 1], np.array([[i]]), cache)
     got.append(new)
-  models.close(np.concatenate(got, 1), wanted, rtol=1e-4)
+  models.assert_trees_close(np.concatenate(got, 1), wanted, rtol=1e-4)
 
 
 @pytest.mark.parametrize('fields, words', [
@@ -108,22 +108,22 @@ def test_decoding_with_a_cache_is_the_forward_pass(apart):
 ])
 def test_what_no_pattern_can_be_is_refused(fields, words):
   with pytest.raises(ValueError, match=words):
-    architectures.build(models.config('gpt', **(
+    architectures.build(models.small_config('gpt', **(
         dict(position='rope', num_layers=4) | fields)))
 
 
 def test_what_follows_from_heads_is_of_their_kind():
-  c = architectures.resolve(models.config('gpt', pattern='a,b', kinds=dict(
+  c = architectures.resolve(models.small_config('gpt', pattern='a,b', kinds=dict(
       a=dict(num_heads=2, head_dim=32), b={})))
   assert c.kinds['a'].overrides == dict(
       num_heads=2, num_kv_heads=2, head_dim=32, attention_scale=32 ** -0.5)
   assert c.of_kind('b').score_scale == 8 ** -0.5
   assert architectures.resolve(flat.to_dict(c)) == c
-  assert architectures.resolve(models.config('t5')).logits_scale == 32 ** -0.5
+  assert architectures.resolve(models.small_config('t5')).logits_scale == 32 ** -0.5
 
 
 def test_groups_are_read_where_an_expert_has_a_capacity():
-  c = architectures.resolve(models.config('mixtral', moe=dict(
+  c = architectures.resolve(models.small_config('mixtral', moe=dict(
       capacity_factor=0.5, eval_capacity_factor=0.0)))
   assert 'moe.group_size' in flat.fields_of_layers(c)
 
@@ -156,16 +156,16 @@ def test_every_layer_has_one_place_and_one_name():
 @pytest.mark.parametrize('devices, waits', [(1, 0), (8, 1)])
 def test_a_gradient_waits_for_those_of_the_weights_above(devices, waits):
   """In a period of two layers, on several devices: by the jaxpr."""
-  module, params = models.make('gpt', position='rope', num_layers=4,
+  module, params = models.make_model('gpt', position='rope', num_layers=4,
                                pattern='local,far', kinds=KINDS)
   mesh = make_mesh(
       dict.fromkeys(sharding.MESH_AXES, 1) | dict(fsdp=devices),
       jax.devices()[:devices])
   loss = lambda p, t: jnp.square(models.logits(module, p, t)).sum()
   with jax.set_mesh(mesh), install_rules(sharding.RULES['default']):
-    jaxpr = jax.make_jaxpr(jax.grad(loss))(params, models.tokens(8))
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(params, models.random_tokens(8))
   of_block = 1 + len(jax.tree.leaves(params['decoder']['layers']['block_1']))
-  barriers = [eqn for eqn in models.equations(jaxpr.jaxpr)
+  barriers = [eqn for eqn in models.list_equations(jaxpr.jaxpr)
               if eqn.primitive.name == 'optimization_barrier'
               and len(eqn.invars) == of_block]
   assert len(barriers) == waits
@@ -175,7 +175,7 @@ def test_a_gradient_waits_for_those_of_the_weights_above(devices, waits):
     ('post_norm', 'pre_norm', True), ('pre_norm', 'post_norm', False)])
 def test_the_final_norm_is_what_the_last_layer_leaves_open(
     model, last, normed):
-  _, params = models.make('llama', block=model, pattern='a,b', kinds=dict(
+  _, params = models.make_model('llama', block=model, pattern='a,b', kinds=dict(
       a={}, b=dict(block=last)))
   assert ('final_norm' in params['decoder']) == normed
 
@@ -184,10 +184,10 @@ def test_the_final_norm_is_what_the_last_layer_leaves_open(
 
 
 def test_a_block_ends_before_its_network():
-  c = architectures.resolve(models.config(norm='layernorm'))
+  c = architectures.resolve(models.small_config(norm='layernorm'))
   ctx = Context(jnp.arange(6)[None])
   x_BLD = jax.random.normal(jax.random.key(0), (2, 6, c.d_model))
-  _, whole = models.make(num_layers=1, norm='layernorm', block='sandwich')
+  _, whole = models.make_model(num_layers=1, norm='layernorm', block='sandwich')
   p = jax.tree.map(lambda x: x[0], whole['decoder']['layers']['block_0'])
   n = lambda name, x: layers.layernorm(
       x, *(p[f'{name}_norm'][k] for k in ('scale', 'bias')), c.norm_eps)

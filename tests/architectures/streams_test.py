@@ -44,13 +44,13 @@ def without(params):
 @pytest.mark.parametrize('kind', [
     'mhc', pytest.param('blocks', marks=pytest.mark.long)])
 def test_a_new_model_is_the_plain_one(kind):
-  module, plain = (architectures.build(models.config(
+  module, plain = (architectures.build(models.small_config(
       'llama', norm_eps=1e-12, num_layers=3, **more))
                    for more in (KINDS[kind], {}))
-  tokens = models.tokens()
+  tokens = models.random_tokens()
   params = new(module, tokens)
   logits = lambda m, p: jax.jit(lambda p: models.logits(m, p, tokens))(p)
-  models.close(logits(module, params), logits(plain, without(params)), 2e-5)
+  models.assert_trees_close(logits(module, params), logits(plain, without(params)), 2e-5)
 
 
 def branch_of(c, x, k, y_of):
@@ -153,11 +153,11 @@ def test_mixing_neither_adds_nor_takes():
 
 @pytest.mark.slow
 def test_a_loop_and_single_tokens_are_the_scan_over_a_row():
-  (module, params), (loop, _) = (models.make(
+  (module, params), (loop, _) = (models.make_model(
       'llama', **KINDS['blocks'], scan_layers=scan) for scan in (True, False))
-  tokens = models.tokens(2, 4)
+  tokens = models.random_tokens(2, 4)
   want = jax.jit(lambda t: models.logits(module, params, t))(tokens)
-  models.close(models.decoded(module, params, tokens, 1, stepped=loop), want,
+  models.assert_trees_close(models.decode_with_cache(module, params, tokens, 1, stepped=loop), want,
                rtol=3e-5)
 
 
@@ -166,7 +166,7 @@ def test_what_streams_cost(kind):
   """Compares parameters, FLOPs and what a layer keeps with counts by hand."""
   N_layers = 4
   c = step_test.config()
-  c.model = models.config('llama', num_layers=N_layers, **KINDS[kind])
+  c.model = models.small_config('llama', num_layers=N_layers, **KINDS[kind])
   plain = c.copy_and_resolve_references()
   plain.model.residual = 'plain'
   costs, plain_costs = (totals.count_costs(x, 16) for x in (c, plain))

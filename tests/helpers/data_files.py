@@ -22,7 +22,7 @@ ASKED = ((('How many gulls?', '308'), ('Where?', 'the bay of Oslo'),
 SPECIAL = ('<s>', '<pad>', '</s>', '<unk>')  # of roberta-base
 
 
-def config(source: str, objective: str, length: int = 64, arch: str = '',
+def make_run_config(source: str, objective: str, length: int = 64, arch: str = '',
            **data: Any):
   """Returns the config of a run that trains on all of a source."""
   c = base.base()
@@ -32,7 +32,7 @@ def config(source: str, objective: str, length: int = 64, arch: str = '',
   return c
 
 
-def letters(folder: pathlib.Path, monkeypatch) -> str:
+def write_texts_of_letters(folder: pathlib.Path, monkeypatch) -> str:
   """Writes six texts of one letter each; returns them as a source."""
   monkeypatch.setenv('ARCHETYPE_CACHE', str(folder / 'cache'))
   for i, letter in enumerate('abcdef'):
@@ -41,14 +41,14 @@ def letters(folder: pathlib.Path, monkeypatch) -> str:
   return f'text:{folder}/*.txt'
 
 
-def row(objective: Any, item: Any, rng: np.random.Generator | None, config: Any,
+def make_batch_row(objective: Any, item: Any, rng: np.random.Generator | None, config: Any,
         tokenizer: Any) -> dict[str, np.ndarray]:
   """Returns what a batch has of one item."""
   batch = objective.batch([(item, rng)], config, tokenizer)
   return {key: rows[0] for key, rows in batch.items()}
 
 
-def conll(path: pathlib.Path) -> str:
+def write_conll(path: pathlib.Path) -> str:
   """Writes random sentences; returns the path."""
   rng = np.random.default_rng(0)
   lines = []
@@ -61,7 +61,7 @@ def conll(path: pathlib.Path) -> str:
   return str(path)
 
 
-def squad(path: pathlib.Path) -> str:
+def write_squad(path: pathlib.Path) -> str:
   """Writes two paragraphs; returns the path."""
   paragraphs = []
   for number, (context, asked) in enumerate(zip(CONTEXTS, ASKED)):
@@ -73,10 +73,10 @@ def squad(path: pathlib.Path) -> str:
   return str(path)
 
 
-def bare(folder: pathlib.Path) -> dict[str, tuple[str, str]]:
+def write_sources_with_and_without_labels(folder: pathlib.Path) -> dict[str, tuple[str, str]]:
   """Writes data with labels and the same without; returns both sources by the
   objective that reads them."""
-  tagged, asked = conll(folder / 'a.conll'), squad(folder / 'a.json')
+  tagged, asked = write_conll(folder / 'a.conll'), write_squad(folder / 'a.json')
   words = [line.partition('\t')[0]
            for line in pathlib.Path(tagged).read_text().splitlines()]
   (folder / 'words.conll').write_text('\n'.join(words) + '\n')
@@ -100,7 +100,7 @@ def bare(folder: pathlib.Path) -> dict[str, tuple[str, str]]:
       'question_answering': (f'squad:{asked}', f'squad:{folder}/asked.json')}
 
 
-def wordpiece(folder: pathlib.Path) -> str:
+def write_wordpiece_tokenizer(folder: pathlib.Path) -> str:
   """Writes a tokenizer.json of letters and some words; returns its path."""
   import tokenizers as hf
   texts = [*CONTEXTS, *(word for word, _ in TAGGED),
@@ -122,7 +122,7 @@ def wordpiece(folder: pathlib.Path) -> str:
   return str(folder / 'tokenizer.json')
 
 
-def corpus(config_: Any) -> sources.Corpus:
+def read_corpus(config_: Any) -> sources.Corpus:
   """Returns all records of data.source."""
   (_, source), = sources.parse_sources(config_.data.source)
   records = [record for path in source.files for record in source.read(path)]
@@ -131,7 +131,7 @@ def corpus(config_: Any) -> sources.Corpus:
                         records=records)
 
 
-def roberta(folder: pathlib.Path, *, framed: Any = None, pair: bool = False,
+def write_roberta_tokenizer(folder: pathlib.Path, *, framed: Any = None, pair: bool = False,
             **described: Any) -> pathlib.Path:
   """Writes a byte-level BPE with the special tokens of roberta-base.
 
@@ -164,7 +164,7 @@ def roberta(folder: pathlib.Path, *, framed: Any = None, pair: bool = False,
   return folder
 
 
-def framing(single: str, pair: str) -> Any:
+def make_template_processing(single: str, pair: str) -> Any:
   """Returns a post_processor that writes the special tokens of a template."""
   import tokenizers as hf
   return hf.processors.TemplateProcessing(

@@ -19,32 +19,32 @@ from training.distributed import devices
 from training.evals import Evaluation, in_training
 
 
-def config(system: str, objective: str, tokenizer: str = 'bytes',
+def make_config(system: str, objective: str, tokenizer: str = 'bytes',
            **fields: Any) -> ml_collections.ConfigDict:
   """Returns a run's config, with a small model; `fields` are of the model."""
   c = base.base()
   c.objective = objective
-  c.model = models.config(system, vocab_size=0, **fields)
+  c.model = models.small_config(system, vocab_size=0, **fields)
   c.data.update(length=c.model.max_len, batch_size=4, tokenizer=tokenizer)
   return c
 
 
-def one_device() -> jax.sharding.Mesh:
+def one_device_mesh() -> jax.sharding.Mesh:
   return devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
                            jax.devices()[:1])
 
 
-def make(c: ml_collections.ConfigDict, workdir: pathlib.Path = pathlib.Path(),
+def make_evaluation(c: ml_collections.ConfigDict, workdir: pathlib.Path = pathlib.Path(),
          **options: Any) -> Evaluation:
   """Returns an evaluation on one device; `options` are flags of the tasks."""
   tokenizer = tokenizers.load(c.data.tokenizer)
-  run = runs.build(c, runs.resolve_model(c, tokenizer)[0], one_device())
-  params = models.drawn(run.abstract.params, 1)
+  run = runs.build(c, runs.resolve_model(c, tokenizer)[0], one_device_mesh())
+  params = models.draw_parameters(run.abstract.params, 1)
   return Evaluation(run, params, 0, tokenizer, types.SimpleNamespace(**options),
                     workdir, {})
 
 
-def run(task: str, evaluation: Evaluation) -> dict[str, Any]:
+def run_and_check_task(task: str, evaluation: Evaluation) -> dict[str, Any]:
   """Returns the figures of a task, which are as its record says."""
   known = evals.get_task(task).figure_names
   with evaluation.run.context():

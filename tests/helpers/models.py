@@ -17,11 +17,11 @@ from common import kinds
 VOCAB = 61
 
 # Every other layer has experts, the second first.
-DENSE_MOE = dict(prefix='', pattern='dense,moe', kinds=dict(
+DENSE_AND_MOE_LAYERS = dict(prefix='', pattern='dense,moe', kinds=dict(
     dense=dict(ffn='dense'), moe={}))
 
 
-def banded(window: int) -> dict:
+def window_in_every_other_layer(window: int) -> dict:
   """Returns the changes of a model whose every other layer has a window."""
   return dict(pattern='global,banded', kinds={
       'global': dict(window=0), 'banded': dict(window=window)})
@@ -30,14 +30,14 @@ def banded(window: int) -> dict:
 SYSTEMS = architectures.files()
 DECODERS = architectures.files('decoder')
 # What tests of every kind of system take: each stands for others.
-FEW = ('bert', 'deepseek_v3', 'gemma3', 'gpt', 'llama', 'mamba2', 'mixtral',
+REPRESENTATIVE_SYSTEMS = ('bert', 'deepseek_v3', 'gemma3', 'gpt', 'llama', 'mamba2', 'mixtral',
        'qwen3_next', 't5')
 # Those that transformers has too.
-PUBLISHED = [architectures.file_name(arch) for arch in architectures.systems()
+PUBLISHED_SYSTEMS = [architectures.file_name(arch) for arch in architectures.systems()
              if hasattr(architectures.page(arch), 'HF')]
 
 
-def config(system: str = 'gpt', **changes):
+def small_config(system: str = 'gpt', **changes):
   """Returns the model config of a system's `tiny`, made smaller still."""
   model = importlib.import_module(f'configs.{system}').get_config('tiny').model
   if 'pattern' in changes:  # of its own kinds of layer alone
@@ -60,32 +60,32 @@ def config(system: str = 'gpt', **changes):
 
 def mixers_of(system: str) -> set[str]:
   """Returns the mixers of a system's layers."""
-  c = config(system)
+  c = small_config(system)
   return {kind.get('mixer', c.mixer) for kind in ({}, *c.kinds.values())}
 
 
 # Those that muP has rules for: it has none for ranks of latent attention.
-MUP = [system for system in FEW if system in DECODERS
+SYSTEMS_WITH_MUP = [system for system in REPRESENTATIVE_SYSTEMS if system in DECODERS
        and 'latent' not in mixers_of(system)]
 
 
-def long_but(few, cases) -> list:
+def mark_long_except(few, cases) -> list:
   """Returns the parameters of a test, all but a few of them long."""
   return [pytest.param(case, marks=[pytest.mark.long] * (case not in few))
           for case in cases]
 
 
-def tokens(batch: int = 2, length: int = 16, seed: int = 1) -> jax.Array:
+def random_tokens(batch: int = 2, length: int = 16, seed: int = 1) -> jax.Array:
   return jax.random.randint(jax.random.key(seed), (batch, length), 0, VOCAB)
 
 
-def make(system: str = 'gpt', seed: int = 0, **changes):
+def make_model(system: str = 'gpt', seed: int = 0, **changes):
   """Returns (module, params); see `drawn`."""
-  module = architectures.build(config(system, **changes))
-  return module, drawn(sharding.parameter_shapes(module), seed)
+  module = architectures.build(small_config(system, **changes))
+  return module, draw_parameters(sharding.parameter_shapes(module), seed)
 
 
-def drawn(shapes, seed: int = 0):
+def draw_parameters(shapes, seed: int = 0):
   """Returns parameters for a tree of shapes, none at a tidy initial value:
   biases, norms and sinks count too. Nothing is compiled."""
   random = np.random.default_rng(seed)
@@ -116,10 +116,10 @@ class Bigram(nn.Module):
         head=heads.Head(table_PVV.reshape(P * V, V)))
 
 
-def bigram(table_PVV: np.ndarray):
+def make_bigram(table_PVV: np.ndarray):
   """Returns (module, params) of a Bigram."""
   P, V, _ = table_PVV.shape
-  c = architectures.resolve(config(
+  c = architectures.resolve(small_config(
       num_layers=1, position='rope', vocab_size=V))
   return Bigram(c, P), dict(table=jnp.asarray(table_PVV, jnp.float32),
                             decoder={})
@@ -129,7 +129,7 @@ def logits(module, params, tokens_BL: jax.Array, **kwargs) -> jax.Array:
   return module.apply({'params': params}, tokens_BL, **kwargs).logits
 
 
-def decoded(module, params, tokens, first: int = 8, stepped=None):
+def decode_with_cache(module, params, tokens, first: int = 8, stepped=None):
   """Returns logits by the cache: of the `first` tokens at once, then one by
   one, by the model `stepped` where it is another."""
   @jax.jit
@@ -146,7 +146,7 @@ def decoded(module, params, tokens, first: int = 8, stepped=None):
   return whole(params, tokens)
 
 
-def close(a, b, rtol: float = 1e-5):
+def assert_trees_close(a, b, rtol: float = 1e-5):
   """Asserts that the leaves of two trees differ by rtol of their largest value
   at most; one that is zero but for rounding, by rtol / 1000 of the tree's."""
   a, b = jax.device_get((a, b))
@@ -158,9 +158,9 @@ def close(a, b, rtol: float = 1e-5):
   jax.tree_util.tree_map_with_path(check, a, b)
 
 
-def equations(jaxpr):
+def list_equations(jaxpr):
   """Yields every equation of a jaxpr, those of its inner ones included."""
   for equation in jaxpr.eqns:
     yield equation
     for inner in jaxprs_in_params(equation.params):
-      yield from equations(inner)
+      yield from list_equations(inner)

@@ -18,10 +18,10 @@ from architectures.parts.context import Context
 from architectures.parts.recurrent.layer import Layer
 from tests.helpers import models
 
-NAMES = tuple(name for name, mixer in blocks.MIXERS.items()
+MIXERS_WITH_STATE = tuple(name for name, mixer in blocks.MIXERS.items()
               if issubclass(mixer.module, Layer))
 # Those whose cache and products are as Layer has them.
-USUAL = tuple(name for name in NAMES
+MIXERS_WITHOUT_OWN_CALL = tuple(name for name in MIXERS_WITH_STATE
               if '__call__' not in vars(blocks.MIXERS[name].module))
 # Ways to set a mixer that are looked at as it is, by a name of their own.
 VARIANTS = {'delta_product': ('deltanet', dict(householders=2))}
@@ -36,49 +36,49 @@ _ABOUT = dict(scale=1.0, out_norm_scale=1.0, skip=1.0, decay_scale=1.5,
               removal_scale=0.7, conv_bias=0.5, decay_bias=-4.6, step_bias=-4.0)
 
 
-def each(*names: str) -> pytest.MarkDecorator:
+def parametrize_mixers(*names: str) -> pytest.MarkDecorator:
   """Parametrises a test by `mixer`."""
   return pytest.mark.parametrize('mixer', names)
 
 
-def sizes(mixer: str, **changes) -> dict:
+def small_sizes(mixer: str, **changes) -> dict:
   """Returns the fields of a mixer's group."""
   group = blocks.MIXERS[mixer].settings
   names = {field.name for field in dataclasses.fields(group)}
   return {name: x for name, x in _SIZES.items() if name in names} | changes
 
 
-def part_of(c: ModelConfig, mixer: str):
+def settings_of_mixer(c: ModelConfig, mixer: str):
   """Returns what a model has of a mixer's sizes."""
   return c.part(blocks.MIXERS[mixer].settings)
 
 
-def fields(mixer: str, **changes) -> dict:
+def changes_with_mixer(mixer: str, **changes) -> dict:
   """Returns the changes of models.config that have it in every layer."""
   mixer, settings = VARIANTS.get(mixer, (mixer, {}))
   changes = settings | changes
-  return {'mixer': mixer, mixer: sizes(mixer, **changes)}
+  return {'mixer': mixer, mixer: small_sizes(mixer, **changes)}
 
 
-def hybrid(mixer: str, **changes) -> dict:
+def changes_with_mixer_and_attention(mixer: str, **changes) -> dict:
   """The same in every other layer; attention is in the others."""
-  return {'num_layers': 2, mixer: sizes(mixer, **changes),
+  return {'num_layers': 2, mixer: small_sizes(mixer, **changes),
           'pattern': 'own,whole',
           'kinds': dict(own=dict(mixer=mixer), whole={})}
 
 
-def layer_of(mixer: str, dtype: str = 'float32', **changes):
+def make_layer(mixer: str, dtype: str = 'float32', **changes):
   """Returns (layer, its parameters off their tidy initial values)."""
-  c = architectures.resolve(models.config('llama', dtype=dtype, num_layers=1,
-                                          **fields(mixer, **changes)))
+  c = architectures.resolve(models.small_config('llama', dtype=dtype, num_layers=1,
+                                          **changes_with_mixer(mixer, **changes)))
   return blocks.mixer_of_layers(c).module(c, None), _drawn(
       mixer, tuple(sorted(changes.items())))
 
 
 @functools.cache
 def _drawn(mixer: str, changes: tuple):
-  c = architectures.resolve(models.config(
-      'llama', num_layers=1, **fields(mixer, **dict(changes))))
+  c = architectures.resolve(models.small_config(
+      'llama', num_layers=1, **changes_with_mixer(mixer, **dict(changes))))
   layer = blocks.mixer_of_layers(c).module(c, None)
   shapes = nn.meta.unbox(jax.eval_shape(lambda: layer.init(
       jax.random.key(0), jnp.zeros((1, 2, WIDTH)),
@@ -89,13 +89,13 @@ def _drawn(mixer: str, changes: tuple):
   ).astype(np.float32)), shapes)
 
 
-def inputs(batch: int, length: int, seed: int = 3) -> jax.Array:
+def random_inputs(batch: int, length: int, seed: int = 3) -> jax.Array:
   """Returns x_BLD of a layer."""
   return jax.device_put(np.random.default_rng(seed).normal(
       size=(batch, length, WIDTH)).astype(np.float32))
 
 
-def applied(layer, params, x_BLD: jax.Array, cache=None, first: int = 0,
+def apply_layer(layer, params, x_BLD: jax.Array, cache=None, first: int = 0,
             **context):
   """Returns (y_BLD, cache) of a layer; `first` is the place of its first token,
   and `context` goes to Context."""
@@ -105,7 +105,7 @@ def applied(layer, params, x_BLD: jax.Array, cache=None, first: int = 0,
   return y_BLD, cache
 
 
-def empty(layer, batch: int, length: int = 1):
+def make_empty_cache(layer, batch: int, length: int = 1):
   """Returns the cache of rows without a token."""
   mixer = blocks.mixer_of_layers(layer.config)
   return mixer.cache(layer.config, (batch, length))

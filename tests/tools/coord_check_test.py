@@ -12,7 +12,7 @@ WIDTHS = [32, 128]
 
 # With 3 seeds, a slope of 0.06 was once 0.154.
 @pytest.fixture(scope='module', params=[
-    system for system in models.MUP
+    system for system in models.SYSTEMS_WITH_MUP
     if models.mixers_of(system) == {'attention'}])
 def rows(request):
   return {name: coord_check.output_sizes(

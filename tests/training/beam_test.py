@@ -20,7 +20,7 @@ LENGTHS = (3, 6)
 @pytest.fixture(scope='module')
 def gpt():
   """Logits so far apart that texts differ in more than rounding."""
-  module, params = models.make('gpt', position='rope')
+  module, params = models.make_model('gpt', position='rope')
   return module, jax.tree.map(lambda x: 2 * x, params)
 
 
@@ -40,7 +40,7 @@ def _divisor(penalty, alpha):
     ('gnmt', 0.6), pytest.param('power', 2.5, marks=pytest.mark.long)])
 def test_with_enough_beams_the_texts_are_the_best_of_all(penalty, alpha):
   """Of a vocabulary of 4: 1 + 3 + 9 x 4 = 40 texts of up to 3 tokens."""
-  module, params = models.make('gpt', vocab_size=4, num_layers=1)
+  module, params = models.make_model('gpt', vocab_size=4, num_layers=1)
   model = module, jax.tree.map(lambda x: 2 * x, params)
   prompt = np.array([[1, 3]])
   every = np.array(list(itertools.product(range(4), repeat=3)))
@@ -108,7 +108,7 @@ def _log_p(model, prompt):
 @pytest.fixture(scope='module')
 def rows(gpt):
   """Prompts, padded, and `log_p` of each."""
-  tokens = models.tokens(2, 6)
+  tokens = models.random_tokens(2, 6)
   padding = jnp.arange(6)[None] >= jnp.array(LENGTHS)[:, None]
   return jnp.where(padding, 60, tokens), [
       _log_p(gpt, np.asarray(row[:n])) for row, n in zip(tokens, LENGTHS)]
@@ -152,7 +152,7 @@ def test_every_penalty_of_a_length_is_as_by_the_book(penalty, alpha, stops,
     table[..., list(stops)] += 4 * (seed % 2)
     log_p = table - np.log(np.exp(table).sum(-1, keepdims=True))
     tokens, scores = search(
-        models.bigram(table), np.zeros((1, 1), np.int32), 6, stops, [1],
+        models.make_bigram(table), np.zeros((1, 1), np.int32), 6, stops, [1],
         num_beams=count, penalty=penalty, length_penalty=alpha)
     expected = by_the_book(
         lambda text, log_p=log_p: log_p[len(text), (0, *text)[-1]], count,

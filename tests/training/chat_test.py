@@ -40,7 +40,7 @@ ASK = [dict(role='user', content='a')]
 def save(folder, template=OF_FOLDER, **generation):
   """Writes a small model with a tokenizer of letters, as ids 0 to 16, and
   special tokens, 17 to 19."""
-  module, params = models.make('llama', num_layers=1)
+  module, params = models.make_model('llama', num_layers=1)
   weights.to_hf(module, params, folder, generation=hf_generation.Generation(
       {}, dict(bos_token_id=17, eos_token_id=[18, 19]) | generation))
   tokenizer = hf.Tokenizer(hf.models.WordLevel(
@@ -90,7 +90,7 @@ def test_an_import_that_was_trained_goes_on_as_in_training(
     ('bert', 'mlm'), ('t5', 'seq2seq'), ('gpt', 'prefix')])
 def test_runs_that_do_not_converse_are_refused(system, objective, tmp_path):
   config = base.base()
-  config.objective, config.model = objective, models.config(system)
+  config.objective, config.model = objective, models.small_config(system)
   run_config.save_config(tmp_path, config)
   with pytest.raises(RequestError, match='from left to right: eval.py has'):
     chat.load_from_run(tmp_path)
@@ -101,7 +101,7 @@ def test_runs_that_do_not_converse_are_refused(system, objective, tmp_path):
 
 @pytest.fixture(name='model', scope='module', params=['rope', 'scanned'])
 def _model():
-  return models.make('llama', max_len=CONTEXT)
+  return models.make_model('llama', max_len=CONTEXT)
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +136,7 @@ def test_two_turns_are_what_a_forward_pass_says_up_to_the_last_slot(model):
 
 
 def test_a_text_that_outgrows_a_length_is_as_if_written_in_one_go():
-  module, params = models.make('phi3', max_len=CONTEXT, head_dim=8, rope=dict(
+  module, params = models.make_model('phi3', max_len=CONTEXT, head_dim=8, rope=dict(
       generate_test.LONGROPE, original_len=9, factor=4.0), num_layers=1)
   model = module, jax.tree.map(lambda x: 3 * x, params)
   engine, ids = chat.CachedDecoder(*model, CONTEXT, GREEDY), [5, 17, 3, 44, 9]
@@ -214,7 +214,7 @@ TALK = causal.talk_by_template(conversations.make_template('a template', (
 
 @pytest.fixture(name='writer', scope='module')
 def _writer():
-  return models.make('llama', max_len=ROOM, vocab_size=BYTES.vocab_size,
+  return models.make_model('llama', max_len=ROOM, vocab_size=BYTES.vocab_size,
                      num_layers=1)
 
 

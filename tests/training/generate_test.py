@@ -20,12 +20,12 @@ LONGROPE = dict(scaling='longrope', short_factor=(1.0, 1.1, 1.3, 1.8),
 @pytest.fixture(scope='module', params=['rope', pytest.param(
     'learned', marks=pytest.mark.long)])
 def model(request):
-  return models.make(position=request.param)
+  return models.make_model(position=request.param)
 
 
 @pytest.fixture(scope='module')
 def prompts():
-  tokens = models.tokens(3, 7)
+  tokens = models.random_tokens(3, 7)
   padding = jnp.arange(7)[None] >= jnp.array(LENGTHS)[:, None]
   return jnp.where(padding, 60, tokens)
 
@@ -56,7 +56,7 @@ def test_greedy_equals_the_forward_pass_row_by_row(model, prompts):
 def test_a_text_depends_neither_on_the_others_nor_on_its_room(
     system, scaling, write, prompts):
   """Where rows of more than 5 tokens turn otherwise."""
-  module, params = models.make(system, num_layers=1, head_dim=8, rope=dict(
+  module, params = models.make_model(system, num_layers=1, head_dim=8, rope=dict(
       scaling, original_len=5, factor=4.0))
   model = module, jax.tree.map(lambda x: 3 * x, params)
   written = write(model, prompts)
@@ -77,7 +77,7 @@ def test_a_text_depends_neither_on_the_others_nor_on_its_room(
 
 @pytest.mark.slow
 def test_a_prefix_lm_reads_its_prompt_in_both_directions(prompts):
-  module, params = models.make(position='rope', tie_embeddings=False)
+  module, params = models.make_model(position='rope', tie_embeddings=False)
   model = module, jax.tree.map(lambda x: 4 * x, params)  # attention counts
   lengths = jnp.array(LENGTHS)
   written = greedy(model, prompts, prefix_B=lengths)
@@ -190,7 +190,7 @@ def test_each_token_of_each_text_is_a_draw_of_its_own(settings):
   """Of a model that says the same after every token. Another key is another
   text, and a key gives its text again."""
   logits_V = np.array([0.5, -1.0, 1.0, 0.0, 0.7, -0.3])
-  module, params = models.bigram(np.tile(logits_V, (1, 6, 1)))
+  module, params = models.make_bigram(np.tile(logits_V, (1, 6, 1)))
   sampling = generate.Sampling(**settings)
 
   def write(seed):

@@ -30,24 +30,24 @@ def _run(model, source):
   config.model = model
   config.update(init_from=str(source), data=dict(length=16, batch_size=8))
   return runs.build(config, architectures.resolve(model),
-                    evaluations.one_device())
+                    evaluations.one_device_mesh())
 
 
 def _start(source, system, **changes):
-  run = _run(models.config(system, **HEAD, **changes), source)
+  run = _run(models.small_config(system, **HEAD, **changes), source)
   return parameters.create_state(run, str(source)).params
 
 
 def _folder(path, system, **changes):
   """Returns the parameters of a language model, whose tensors are written."""
-  module, params = models.make(system, **changes)
+  module, params = models.make_model(system, **changes)
   weights.to_hf(module, params, path)
   return paths.flatten_by_path(params)
 
 
 def _workdir(path, system, **changes):
-  module, params = models.make(system, **changes)
-  run = _run(models.config(system, **changes), '')
+  module, params = models.make_model(system, **changes)
+  run = _run(models.small_config(system, **changes), '')
   path = epath.Path(path)
   run_config.save_config(path, run.config)
   with checkpoints.Checkpoints(path, every_steps=0, every_minutes=0.0, keep=1,
@@ -91,7 +91,7 @@ def test_a_head_begins_on_an_encoder_that_told_replaced_tokens(tmp_path):
     _start(tmp_path / 'apart', 'electra')
 
 
-@pytest.mark.parametrize('write', models.long_but(
+@pytest.mark.parametrize('write', models.mark_long_except(
     (_workdir,), (_folder, _workdir)))
 def test_another_function_is_refused(tmp_path, write):
   write(tmp_path, 'gpt')
@@ -99,7 +99,7 @@ def test_another_function_is_refused(tmp_path, write):
     _start(tmp_path, 'gpt', norm='rmsnorm')
 
 
-@pytest.mark.parametrize('write', models.long_but(
+@pytest.mark.parametrize('write', models.mark_long_except(
     (_folder,), (_folder, _workdir)))
 def test_the_same_head_goes_on(tmp_path, capsys, write):
   theirs = write(tmp_path, 'bert', **HEAD)
@@ -110,9 +110,9 @@ def test_the_same_head_goes_on(tmp_path, capsys, write):
 
 def test_labels_in_another_order_are_refused(tmp_path):
   """An output would stand for another label than it was trained for."""
-  module, params = models.make('bert', **HEAD)
+  module, params = models.make_model('bert', **HEAD)
   weights.to_hf(module, params, tmp_path, labels=('b', 'a', 'c'))
-  run = _run(models.config('bert', **HEAD), tmp_path)
+  run = _run(models.small_config('bert', **HEAD), tmp_path)
   run.config.update(objective='classification',
                     data=dict(labels=('a', 'b', 'c')))
   with pytest.raises(RequestError, match=r'has the labels .b, a, c.*a, b, c'):
@@ -153,7 +153,7 @@ def test_weights_are_not_trained_with_another_tokenizer(tmp_path, is_run):
 def test_weights_are_not_trained_with_a_tokenizer_that_was_replaced(
     tmp_path, capsys):
   config = base.base()
-  config.data.tokenizer = data_files.wordpiece(tmp_path)
+  config.data.tokenizer = data_files.write_wordpiece_tokenizer(tmp_path)
   before = tokenizers.load(config.data.tokenizer)
   run_config.save_config(epath.Path(tmp_path), config,
                          data=pipeline.digest_tokenizer(config, before))

@@ -66,7 +66,7 @@ def test_the_first_parameters_are_drawn_from_both_seeds():
     config.model.update(d_model=16, num_layers=1, num_heads=2, vocab_size=8)
     config.seed, config.init_seed = seeds
     run = runs.build(config, runs.resolve_model_without_tokenizer(config),
-                     evaluations.one_device())
+                     evaluations.one_device_mesh())
     drawn[seeds] = jax.tree.leaves(run.new_state().params)[-1]
   assert len({float(np.std(x)) for x in drawn.values()}) == 3
   alone = jax.jit(lambda key: jax.tree.leaves(
@@ -117,7 +117,7 @@ def _labelled(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('goes_on', models.long_but((False,), (False, True)))
+@pytest.mark.parametrize('goes_on', models.mark_long_except((False,), (False, True)))
 def test_a_run_in_batches_of_several_lengths_goes_on_bit_for_bit(
     labelled, tmp_path, goes_on):
   vectorised_test.alone(labelled, tmp_path / 'run')

@@ -14,7 +14,7 @@ import pytest
 import architectures
 from architectures.parts import sharding
 from tests.helpers import models
-from tests.helpers.evaluations import one_device
+from tests.helpers.evaluations import one_device_mesh
 from training import runs
 from training.distributed import devices
 from training.objectives import losses
@@ -26,7 +26,7 @@ LENGTH, BATCH = 16, 16
 
 def config(**changes):
   c = base.base()
-  c.model = models.config()
+  c.model = models.small_config()
   c.model.update(num_heads=4)
   c.data.update(length=LENGTH, batch_size=BATCH)
   # Not Adam: it blows up the rounding of gradients that are zero (keys' bias).
@@ -43,7 +43,7 @@ def config(**changes):
 
 
 def batch(seed=0):
-  tokens = np.asarray(models.tokens(BATCH, LENGTH + 1, seed))
+  tokens = np.asarray(models.random_tokens(BATCH, LENGTH + 1, seed))
   weights = np.ones((BATCH, LENGTH), np.float32)
   weights[:3, 5:] = 0
   return dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], weights=weights)
@@ -78,12 +78,12 @@ def train(c, mesh=None, steps=2, batches=None, params=None):
 @functools.cache
 def begin():
   """The parameters that the runs of this file begin with."""
-  return models.make()[1]
+  return models.make_model()[1]
 
 
 @pytest.fixture(scope='module')
 def single():
-  return train(config(), one_device(), params=begin())
+  return train(config(), one_device_mesh(), params=begin())
 
 
 @pytest.mark.parametrize('preset, rules', [
@@ -100,9 +100,9 @@ def test_sharded_equals_single_device(preset, rules, single, capfd):
   run, state, metrics = train(c, params=begin())
   # XLA says so, where it compiles, if it had to gather what we meant to stay.
   assert 'Involuntary full rematerialization' not in capfd.readouterr().err
-  models.close(single[1].params, state.params, rtol=1e-4)
+  models.assert_trees_close(single[1].params, state.params, rtol=1e-4)
   for a, b in zip(single[2], metrics, strict=True):
-    models.close(a, b, rtol=1e-4)
+    models.assert_trees_close(a, b, rtol=1e-4)
   # And the state is born in shards.
   used = {axis for s in jax.tree.leaves(run.shardings.params)
           for axes in s.spec if axes
@@ -119,22 +119,22 @@ def test_a_micro_batch_counts_by_what_it_holds():
   none to all, and figures and parameters are those of the whole batch all the
   same."""
   c, b = config(objective='mlm_nsp', data__mask_rate=0.4), batch(3)
-  c.model = models.config('bert', dropout=0.0, num_layers=1)
+  c.model = models.small_config('bert', dropout=0.0, num_layers=1)
   index_BL = np.broadcast_to(np.arange(LENGTH), (BATCH, LENGTH))
   seen = index_BL < 4 + np.arange(BATCH)[:, None] % 13
   b |= dict(
       types=(index_BL > 5).astype(np.int32), segment_ids=seen.astype(np.int32),
       weights=(seen & (index_BL % 3 == 0)).astype(np.float32),
       nsp_targets=np.arange(BATCH, dtype=np.int32) % 2)
-  params = models.make('bert', dropout=0.0, num_layers=1)[1]
-  _, whole, (metrics,) = train(c, one_device(), 1, [b], params)
+  params = models.make_model('bert', dropout=0.0, num_layers=1)[1]
+  _, whole, (metrics,) = train(c, one_device_mesh(), 1, [b], params)
   c.train.grad_accumulation = 4
-  _, state, (parts,) = train(c, one_device(), 1, [b], params)
+  _, state, (parts,) = train(c, one_device_mesh(), 1, [b], params)
   assert metrics.keys() == parts.keys() and 'nsp_loss' in metrics
   for name in metrics:
     np.testing.assert_allclose(parts[name], metrics[name], rtol=1e-4,
                                atol=1e-6, err_msg=name)
-  models.close(whole.params, state.params, rtol=1e-4)
+  models.assert_trees_close(whole.params, state.params, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -142,16 +142,16 @@ def test_evaluation_is_the_plain_loss():
   """Whatever is added to the loss in training: smoothing, the z-loss, the
   losses of experts, dropout."""
   c = config(train__z_loss=0.1, train__label_smoothing=0.2)
-  c.model = models.config('mixtral', num_kv_heads=2, dropout=0.2, moe=dict(
+  c.model = models.small_config('mixtral', num_kv_heads=2, dropout=0.2, moe=dict(
       num_experts=4, d_ff=24, balance_weight=1.0))
-  run = runs.build(c, architectures.resolve(c.model), mesh=one_device())
+  run = runs.build(c, architectures.resolve(c.model), mesh=one_device_mesh())
   b = batch(0)
   judge = make_eval_step(run.module, c)
   with run.context():
     figures, logits = jax.jit(lambda params: (
         judge(params, b), models.logits(
             run.module, params, b['tokens'], valid_BL=b['weights'])))(
-                models.drawn(run.abstract.params))
+                models.draw_parameters(run.abstract.params))
   nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)),
                             b['targets'][..., None], -1)[..., 0]
   assert figures.keys() == {'loss', 'accuracy'}
@@ -165,7 +165,7 @@ def test_golden_step(single):
   """One AdamW step from the gradient alone, by numpy (Loshchilov and Hutter
   2019, algorithm 2); the gradient by finite differences of the loss."""
   c = config(optim__name='adamw', optim__lr=1e-2)
-  run = runs.build(c, architectures.resolve(c.model), mesh=one_device())
+  run = runs.build(c, architectures.resolve(c.model), mesh=one_device_mesh())
   with run.context():
     b, before = batch(0), jax.device_get(begin())
     @jax.jit
@@ -179,7 +179,7 @@ def test_golden_step(single):
   np.testing.assert_allclose(single[2][0]['loss'], value, rtol=1e-5)
   norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(grads)))
   np.testing.assert_allclose(single[2][0]['grad_norm'], norm, rtol=1e-4)
-  _, after, metrics = train(c, one_device(), steps=1, params=before)
+  _, after, metrics = train(c, one_device_mesh(), steps=1, params=before)
   rate = metrics[0]['learning_rate']
 
   def check(path, p, g, new):
@@ -214,11 +214,11 @@ def test_golden_step(single):
 def test_a_bad_step_changes_nothing_and_is_counted():
   bad = batch(1)
   bad['weights'] = np.full_like(bad['weights'], np.nan)
-  _, state, metrics = train(config(), one_device(), 3,
+  _, state, metrics = train(config(), one_device_mesh(), 3,
                             [batch(0), bad, batch(0)], begin())
   assert [m['bad_steps'] for m in metrics] == [0, 1, 1]
   assert [m['bad_in_row'] for m in metrics] == [0, 1, 0]
-  _, good, _ = train(config(), one_device(), 2, [batch(0)] * 2, begin())
+  _, good, _ = train(config(), one_device_mesh(), 2, [batch(0)] * 2, begin())
   jax.tree.map(np.testing.assert_array_equal, state.params, good.params)
   assert state.step == 3 and good.step == 2
 
@@ -254,7 +254,7 @@ def test_a_loss_or_a_gradient_that_is_not_finite_alone_is_bad(monkeypatch):
     return value + jax.lax.switch(chosen[-1], [
         *ADDED.values(), lambda x: 0.0], hidden_BLD), sums
   monkeypatch.setattr(losses, 'cross_entropy', cross_entropy)
-  run = runs.build(c, architectures.resolve(c.model), mesh=one_device())
+  run = runs.build(c, architectures.resolve(c.model), mesh=one_device_mesh())
   plain_step = make_train_step(run.module, run.tx, c)
 
   @jax.jit
@@ -275,7 +275,7 @@ def test_a_loss_or_a_gradient_that_is_not_finite_alone_is_bad(monkeypatch):
 
 @pytest.mark.slow
 def test_bfloat16_keeps_float32_parameters(single):
-  _, state, metrics = train(config(model__dtype='bfloat16'), one_device(),
+  _, state, metrics = train(config(model__dtype='bfloat16'), one_device_mesh(),
                             params=begin())
   assert {x.dtype for x in jax.tree.leaves(state.params)} == {
       jnp.dtype('float32')}
@@ -287,7 +287,7 @@ def types(tree):
   return jax.tree.map(lambda x: (x.shape, jnp.dtype(x.dtype)), tree)
 
 
-@pytest.mark.parametrize('name', models.long_but(
+@pytest.mark.parametrize('name', models.mark_long_except(
     ('soap',), optimizers.OPTIMIZERS))
 def test_a_step_returns_a_state_of_the_same_types(name):
   """Else the second step would be another program. Figures are in float32,
@@ -296,7 +296,7 @@ def test_a_step_returns_a_state_of_the_same_types(name):
     c = config(optim__name=name, model__param_dtype='bfloat16',
                model__dtype=dtype, model__num_layers=1,
                train__grad_accumulation=parts)
-    run = runs.build(c, architectures.resolve(c.model), mesh=one_device())
+    run = runs.build(c, architectures.resolve(c.model), mesh=one_device_mesh())
     with run.context():
       after, metrics = jax.eval_shape(
           make_train_step(run.module, run.tx, c), run.abstract, batch())
@@ -314,7 +314,7 @@ def test_micro_batches_add_up_in_float32():
     return {'w': micro['x'].sum().astype(jnp.bfloat16)}, ({}, {})
 
   batch = {'x': np.array([256, 1, 1, 1], np.float32)}
-  with jax.set_mesh(one_device()), sharding.install_rules(
+  with jax.set_mesh(one_device_mesh()), sharding.install_rules(
       tables.RULES['default']):
     grads, _ = _accumulate_gradients(grad_fn, {}, batch, jax.random.key(0), {},
                                      4)

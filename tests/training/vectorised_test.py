@@ -48,7 +48,7 @@ def alone(c, workdir):
   """Trains as train.py does, on one device; returns what the loop does."""
   request = begin.check_request(c, storage.checked_path(workdir))
   tokenizer = request.tokenizer
-  run = begin.build_on_devices(request, evaluations.one_device())
+  run = begin.build_on_devices(request, evaluations.one_device_mesh())
   with checkpoints.Checkpoints(workdir, **c.checkpoint) as saved:
     start = begin.find_starting_point(request, run, saved)
     state = start.state or begin.create_first_state(run)
@@ -152,7 +152,7 @@ two_devices = pytest.mark.parametrize(
     'trained', [2], indirect=True, ids='{} devices'.format)
 
 
-@pytest.mark.parametrize('i', models.long_but((1,), range(3)))
+@pytest.mark.parametrize('i', models.mark_long_except((1,), range(3)))
 def test_each_run_equals_its_own(trained, i):
   _, workdirs, single = trained
   assert_same(workdirs[i], single(i))
@@ -217,7 +217,7 @@ def test_experts_too(texts, tmp_path):
                                theirs[-1]['health/load_E'], atol=1e-6)
 
 
-@pytest.mark.parametrize('bad', models.long_but((0,), (0, 1)))
+@pytest.mark.parametrize('bad', models.mark_long_except((0,), (0, 1)))
 def test_a_run_that_blows_up_ends_alone(texts, tmp_path, bad, monkeypatch):
   asked, due = {}, checkpoints.Checkpoints.is_due
   def spy(self, step):
@@ -261,12 +261,12 @@ def test_what_is_no_group_is_refused(fields, words, texts, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('name', models.long_but(
+@pytest.mark.parametrize('name', models.mark_long_except(
     ('adamw', 'soap'), optimizers.OPTIMIZERS))
-@pytest.mark.parametrize('dtype', models.long_but(
+@pytest.mark.parametrize('dtype', models.mark_long_except(
     ('float32',), ('float32', 'bfloat16')))
 def test_every_optimizer_takes_traced_fields(name, dtype):
-  module, params = models.make('gpt', num_layers=1)
+  module, params = models.make_model('gpt', num_layers=1)
   roles = parameter_roles(module)
   params = jax.tree.map(lambda x: x.astype(dtype), params)
   grads = jax.tree.map(lambda x: (0.1 * np.cos(
@@ -283,7 +283,7 @@ def test_every_optimizer_takes_traced_fields(name, dtype):
           {'lr': jnp.array([1e-3, 2e-2], jnp.float32),
            'weight_decay': jnp.array([0.1, 0.3], jnp.float32)})
   optim.update(lr=2e-2, weight_decay=0.3)
-  models.close(jax.jit(lambda: update(optim))(),
+  models.assert_trees_close(jax.jit(lambda: update(optim))(),
                jax.tree.map(lambda x: x[1], jax.device_get(traced)),
                rtol=1e-5 if dtype == 'float32' else 1e-2)
 

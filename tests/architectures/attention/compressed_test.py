@@ -31,16 +31,16 @@ FIELDS = dict(
 def test_documents_and_prompts_of_a_batch_are_apart(mixer):
   """Windows begin with a document, whether or not positions do; and rows of
   other lengths, whose padding closes windows too, go on as they would alone."""
-  module, params = models.make('llama', mixer=mixer, **FIELDS)
+  module, params = models.make_model('llama', mixer=mixer, **FIELDS)
   logits = jax.jit(lambda *x, **ids: models.logits(module, params, *x, **ids))
-  texts, sizes = [models.tokens(1, n, seed=n) for n in (7, 2, 9)], (7, 2, 9)
+  texts, sizes = [models.random_tokens(1, n, seed=n) for n in (7, 2, 9)], (7, 2, 9)
   apart = jnp.concatenate([logits(text) for text in texts], 1)
   ids = dict(segment_ids_BL=np.repeat([1, 2, 3], sizes)[None])
   for places in {}, dict(positions_BL=np.concatenate(
       [np.arange(n) for n in sizes])[None]):
-    models.close(logits(jnp.concatenate(texts, 1), **ids, **places), apart,
+    models.assert_trees_close(logits(jnp.concatenate(texts, 1), **ids, **places), apart,
                  2e-5)
-  prompts, lengths = models.tokens(2, 9, seed=5), (9, 4)
+  prompts, lengths = models.random_tokens(2, 9, seed=5), (9, 4)
   new = generate.generate(
       module, params, prompts, jnp.array(lengths), jax.random.key(0),
       max_new_tokens=6, sampling=generate.Sampling(temperature=0))
@@ -55,7 +55,7 @@ def test_documents_and_prompts_of_a_batch_are_apart(mixer):
     ('csa', 8, sum(min(2, (i + 1) // 2) for i in range(16)))])
 def test_what_is_seen_is_counted_and_kept(mixer, entries, seen):
   """Of 16 tokens by hand: pairs, FLOPs, and what a cache holds."""
-  c = architectures.resolve(models.config('llama', mixer=mixer, **FIELDS))
+  c = architectures.resolve(models.small_config('llama', mixer=mixer, **FIELDS))
   pairs = seen + sum(min(i + 1, 5) for i in range(16))
   layer = blocks.MIXERS[mixer].module(c, LayerKind('global', 'swiglu'))
   assert layer._count_pairs(16, 16) == pairs
@@ -76,7 +76,7 @@ def test_the_last_features_are_turned_or_as_many_pairs_of_all():
   x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
   at = jnp.arange(3)[None]
   for proportional in (False, True):
-    c = architectures.resolve(models.config('llama', mixer='hca', rope=dict(
+    c = architectures.resolve(models.small_config('llama', mixer='hca', rope=dict(
         fraction=0.5, proportional=proportional)))
     got = compressed.rotate_last_features(x, at, c, 3)
     whole = positions.rotate_heads(
@@ -94,5 +94,5 @@ def test_the_last_features_are_turned_or_as_many_pairs_of_all():
     (dict(indexer=dict(head_dim=2)), 'model.indexer.head_dim is 2')])
 def test_what_it_cannot_be_is_refused(changes, words):
   with pytest.raises(RequestError, match=words):
-    architectures.resolve(models.config('llama', **FIELDS | changes,
+    architectures.resolve(models.small_config('llama', **FIELDS | changes,
                                         mixer='csa'))

@@ -97,7 +97,7 @@ def test_the_divergence_is_a_mean_over_the_tokens_that_count(counted):
 def test_a_layer_equals_its_definition(top_k, block):
   """And its indexer's loss, which teaches the indexer alone: it has no gradient
   in anything else, nor has what the layer adds one in the indexer."""
-  module, params = models.make('llama', num_layers=1, num_kv_heads=2, **(
+  module, params = models.make_model('llama', num_layers=1, num_kv_heads=2, **(
       INDEXED | dict(indexer=INDEXED['indexer'] | dict(
           top_k=top_k, block=block))))
   layer = multi_head.SelfAttention(
@@ -120,7 +120,7 @@ def test_a_layer_equals_its_definition(top_k, block):
   p64 = jax.tree.map(lambda x: np.asarray(x, np.float64), p)
   want, losses = zip(*(_numpy_layer(p64, x, 4, top_k or 9, block)
                        for x in x_BLD))
-  models.close(y_BLD, np.float32(want), 3e-5)
+  models.assert_trees_close(y_BLD, np.float32(want), 3e-5)
   assert loss == pytest.approx(np.mean(losses), rel=1e-4)
   for moves, (of_p, of_x) in enumerate(grads):
     taught = jax.tree.map(lambda x: bool(np.abs(x).max() > 0), of_p)
@@ -133,15 +133,15 @@ def test_a_layer_equals_its_definition(top_k, block):
 def test_all_keys_equal_dense_attention(changes):
   """Exactly, with top_k at the length or at 0."""
   changes = INDEXED | changes
-  module, params = models.make('llama', num_layers=1, **changes)
-  tokens = models.tokens(1, 9, seed=5)
+  module, params = models.make_model('llama', num_layers=1, **changes)
+  tokens = models.random_tokens(1, 9, seed=5)
 
   def variant(top_k):
-    return architectures.build(architectures.resolve(models.config(
+    return architectures.build(architectures.resolve(models.small_config(
         'llama', num_layers=1, **(changes | dict(
             indexer=changes['indexer'] | dict(top_k=top_k))))))
 
-  dense = architectures.build(architectures.resolve(models.config(
+  dense = architectures.build(architectures.resolve(models.small_config(
       'llama', num_layers=1, **{name: x for name, x in changes.items()
                                 if name not in INDEXED})))
 
@@ -162,13 +162,13 @@ def test_all_keys_equal_dense_attention(changes):
 @pytest.mark.parametrize('changes', [
     {}, LATENT, dict(indexer=BLOCKS), LATENT | dict(indexer=BLOCKS)])
 def test_decoding_with_gathered_keys_equals_the_whole(changes, monkeypatch):
-  module, params = models.make('llama', num_layers=1, **INDEXED | changes)
-  tokens = models.tokens(2, 12)
+  module, params = models.make_model('llama', num_layers=1, **INDEXED | changes)
+  tokens = models.random_tokens(2, 12)
   gathered = []
   monkeypatch.setattr(indexer, 'should_copy_chosen_keys', lambda top_k, shape: (
       shape[1] == 1 and not gathered.append(shape)))
-  models.close(models.logits(module, params, tokens),
-               models.decoded(module, params, tokens, 6))
+  models.assert_trees_close(models.logits(module, params, tokens),
+               models.decode_with_cache(module, params, tokens, 6))
   assert gathered == [(2, 1, 12)]
 
 
@@ -186,7 +186,7 @@ def test_of_equal_scores_the_first_keys_are_chosen():
 
 @pytest.mark.parametrize('top_k, block', [(0, 0), (3, 0), (20, 0), (4, 2)])
 def test_what_is_seen_is_counted(top_k, block):
-  c = architectures.resolve(models.config('llama', **INDEXED | dict(
+  c = architectures.resolve(models.small_config('llama', **INDEXED | dict(
       indexer=dict(top_k=top_k, block=block))))
   kind, top, size = LayerKind('indexed', 'gelu'), top_k or 9, block or 1
   of = lambda n: min(top, n - n % size) + n % size
@@ -204,4 +204,4 @@ def test_what_is_seen_is_counted(top_k, block):
     (dict(parametrization='mup', mup_base_width=32), 'no rule')])
 def test_what_it_cannot_be_is_refused(changes, words):
   with pytest.raises(RequestError, match=words):
-    architectures.resolve(models.config('llama', **INDEXED | changes))
+    architectures.resolve(models.small_config('llama', **INDEXED | changes))

@@ -62,7 +62,7 @@ def test_splash_equals_xla(name):
         q, k, v, mask, sink_H=sink_H, interpret=True, **options)).sum()
 
   wrt = tuple(range(len(args)))
-  models.close(jax.jit(jax.value_and_grad(ours, wrt))(*args),
+  models.assert_trees_close(jax.jit(jax.value_and_grad(ours, wrt))(*args),
                jax.jit(jax.value_and_grad(splash, wrt))(*args))
 
 
@@ -112,7 +112,7 @@ def test_cudnn_is_asked_for_the_same_function(banded, causal, in_order, ids,
   seen_BLM = kernels.visible_keys(kind, SimpleNamespace(sliding_window=window),
                              at_BL, at_BL, ids_BL, ids_BL)
   q, k, v = (normal(i, B, length, H, K) for i in range(3))
-  models.close(
+  models.assert_trees_close(
       kernels.attend(q, k, v, mask_BLM=seen_BLM, scale=0.2),
       kernels.cudnn_attention(q, k, v, mask, seen_BLM, scale=0.2))
 
@@ -125,10 +125,10 @@ def _mesh(devices, **sizes):
 
 def lowered(system, mesh, **changes):
   """The gradient of a small model, lowered for the devices of a mesh."""
-  module = architectures.build(models.config(
+  module = architectures.build(models.small_config(
       system, max_len=256, vocab_size=64, **changes))
   boxed = jax.eval_shape(module.init, jax.random.key(0),
-                         models.tokens(1, 1))['params']
+                         models.random_tokens(1, 1))['params']
   put = lambda x, spec: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
   plain = nn.meta.unbox(boxed)
@@ -154,7 +154,7 @@ def tpus(name):
 # Kernel calls of a program: forward, and the gradient's two.
 PROGRAMS = {
     'gpt': (dict(), 3),
-    'banded': (dict(**models.banded(40), head_dim=128,
+    'banded': (dict(**models.window_in_every_other_layer(40), head_dim=128,
                     dtype='bfloat16'), 6),
     'dots': (dict(attention_sinks=True, remat='dots', head_dim=80,
                   attention_softcap=5.0), 3),
@@ -195,11 +195,11 @@ def _gpu(monkeypatch):
 ], ids=str)
 def test_auto_is_cudnn_in_a_gpu_program(monkeypatch, changes, call):
   _gpu(monkeypatch)
-  module, params = models.make(**dict(dtype='bfloat16') | changes)
+  module, params = models.make_model(**dict(dtype='bfloat16') | changes)
   loss = lambda p, t, ids: jnp.square(module.apply(
       {'params': p}, t, segment_ids_BL=ids).logits).sum()
   step = jax.jit(jax.grad(loss))
-  tokens = models.tokens()
+  tokens = models.random_tokens()
   plain, packed = (step.trace(params, tokens, ids).lower(
       lowering_platforms=('cuda',)).as_text()
                    for ids in (None, jnp.ones_like(tokens)))
@@ -212,9 +212,9 @@ def test_auto_is_cudnn_in_a_gpu_program(monkeypatch, changes, call):
 
 
 def _refused(sentence, **changes):
-  module, params = models.make(**changes)
+  module, params = models.make_model(**changes)
   with pytest.raises(ValueError, match=sentence):
-    models.logits(module, params, models.tokens())
+    models.logits(module, params, models.random_tokens())
 
 
 @pytest.mark.slow
@@ -224,13 +224,13 @@ def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
   _gpu(monkeypatch)
   _refused('cudnn, which computes in bfloat16, and model.dtype is float32: '
            'choose from auto, xla, splash', attention_kernel='cudnn')
-  c = architectures.resolve(models.config(attention_kernel='cudnn',
+  c = architectures.resolve(models.small_config(attention_kernel='cudnn',
                                           dtype='bfloat16'))
   for lengths in ((8, 7), (7, 8)):
     with pytest.raises(ValueError, match='which takes even lengths'):
       kernels.choose_attention_kernel(c, kernels.Mask(causal=True), *lengths)
   monkeypatch.setattr(sharding, 'traced_platform', lambda: 'tpu')
-  c = architectures.build(models.config(attention_kernel='splash')).config
+  c = architectures.build(models.small_config(attention_kernel='splash')).config
   for mask in (dict(in_order=False), dict(has_prefix=True),
                dict(has_dropout=True),
                dict(has_bias=True)):
@@ -259,4 +259,4 @@ def test_splash_with_split_queries_equals_one_device(causal, window):
   with jax.set_mesh(make_mesh(dict(data=2, context=4))), (
       sharding.install_rules(
       tables.RULES['default'])):
-    models.close(want, jax.jit(grads)(q, k, v))
+    models.assert_trees_close(want, jax.jit(grads)(q, k, v))

@@ -15,23 +15,23 @@ LATENT = dict(mixer='latent', latent=dict(
 
 
 def test_absorbed_decoding_equals_expanded(monkeypatch):
-  module, params = models.make(
+  module, params = models.make_model(
       'llama', **LATENT, attention='banded', sliding_window=5,
       lora=dict(rank=2, targets='query_up,kv_up,kv_down,out'))
-  tokens = models.tokens(2, 8)
+  tokens = models.random_tokens(2, 8)
   whole = jax.jit(lambda p: models.logits(module, p, tokens))(params)
   asked = []
   module.apply({'params': params}, tokens, keep_attention=True)
   monkeypatch.setattr(latent, 'is_absorbed', lambda *args: not asked.append(1))
-  models.close(whole, models.decoded(module, params, tokens, 6), 1e-5)
+  models.assert_trees_close(whole, models.decode_with_cache(module, params, tokens, 6), 1e-5)
   assert asked
 
 
 def test_a_cache_has_the_latent_and_the_turned_key_alone():
-  c = architectures.resolve(models.config('llama', **LATENT))
+  c = architectures.resolve(models.small_config('llama', **LATENT))
   cache = architectures.init_cache(c, 3, 7)
   assert [x.shape for x in jax.tree.leaves(cache)] == [(2, 3, 7, 1, 10 + 4)]
   config = base.base()
-  config.model = models.config('llama', dtype='bfloat16', **LATENT)
+  config.model = models.small_config('llama', dtype='bfloat16', **LATENT)
   costs = totals.count_costs(config, 16)
   assert costs['kv_cache_bytes_per_token'] == 2 * 14 * 2

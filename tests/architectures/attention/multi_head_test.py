@@ -95,7 +95,7 @@ def test_a_layer_is_its_definition(fields, cross):
     ('value_gate', dict(value_embedding=True))])
 def test_a_wider_model_divides_the_one_number_of_a_head(name, fields):
   """In muP, by how many times as wide it is."""
-  x, ctx = normal(0, 2, 6, D), context(tokens_BL=models.tokens(2, 6))
+  x, ctx = normal(0, 2, 6, D), context(tokens_BL=models.random_tokens(2, 6))
   base, wider = (SelfAttention(resolved(
       parametrization='mup', mup_base_width=width, mup_base_head_dim=8,
       **fields), KIND) for width in (D, D // 2))
@@ -192,9 +192,9 @@ def decoded(module, params, tokens, pieces):
 def test_a_model_mixes_values_and_reads_keys_as_published(name):
   """In float64: the forward pass, and a cache's single tokens."""
   fields, sources = MODELS[name]
-  module, params = models.make('llama', norm='rmsnorm_plain', ffn='relu',
+  module, params = models.make_model('llama', norm='rmsnorm_plain', ffn='relu',
                                num_kv_heads=2, **fields)
-  tokens = np.asarray(models.tokens(2, 6))
+  tokens = np.asarray(models.random_tokens(2, 6))
   want = by_numpy(module.config, params, tokens, sources)
   run = jax.jit(lambda t: module.apply({'params': params}, t).hidden)
   for got in (run(tokens), decoded(module, params, tokens,
@@ -206,16 +206,16 @@ def test_a_model_mixes_values_and_reads_keys_as_published(name):
 @pytest.mark.parametrize('fields', [
     dict(attention_conv=3), dict(branch_conv=3)], ids=lambda x: [*x][0])
 def test_convolutions_decode_as_the_forward_pass(fields):
-  module, params = models.make('llama', num_kv_heads=2, **fields)
-  tokens = np.asarray(models.tokens(2, 8))
+  module, params = models.make_model('llama', num_kv_heads=2, **fields)
+  tokens = np.asarray(models.random_tokens(2, 8))
   whole = jax.jit(lambda t: module.apply({'params': params}, t).hidden)(tokens)
-  models.close(decoded(module, params, tokens,
+  models.assert_trees_close(decoded(module, params, tokens,
                        [(0, 3), (3, 4), (4, 5), (5, 8)]), whole, rtol=1e-4)
 
 
 def test_a_layer_reads_from_the_nearest_that_sees_as_much():
   far, near, mid = (dict(window=n) for n in (0, 4, 8))
-  c = architectures.resolve(models.config(
+  c = architectures.resolve(models.small_config(
       'llama', num_layers=12, prefix='far,near',
       pattern='far,near_reads,far_reads,far,far_reads,near,near_reads',
       suffix='near,mid,near_reads',
@@ -227,7 +227,7 @@ def test_a_layer_reads_from_the_nearest_that_sees_as_much():
 
 
 def test_the_cache_holds_shared_keys_once():
-  unshared, shared = (architectures.resolve(models.config(
+  unshared, shared = (architectures.resolve(models.small_config(
       'llama', num_kv_heads=2, num_layers=4, pattern='own,reads',
       kinds=dict(own={}, reads=dict(kv_sharing=flag))))
                       for flag in (False, True))
@@ -252,7 +252,7 @@ def test_the_cache_holds_shared_keys_once():
         a=dict(num_kv_heads=2), b={})), 'choose one size')])
 def test_keys_that_cannot_be_shared_are_refused(fields, words):
   with pytest.raises(RequestError, match=words):
-    architectures.resolve(models.config('llama', num_kv_heads=4, **fields))
+    architectures.resolve(models.small_config('llama', num_kv_heads=4, **fields))
 
 
 # The slots of a cache.
@@ -286,7 +286,7 @@ def test_a_layer_writes_its_own_slots_among_those_of_all(layer, places):
 
 def test_layers_that_are_scanned_write_their_slots_where_they_lie():
   """As what the scan is given and returns, six copies of all would be made."""
-  module, params = models.make(num_layers=5, num_kv_heads=2)
+  module, params = models.make_model(num_layers=5, num_kv_heads=2)
   cache = architectures.init_cache(module.config, B, M)
   def tokens(params, cache):
     def step(i, cache):
@@ -307,7 +307,7 @@ def test_a_loop_over_tokens_writes_as_on_one_cpu_as_elsewhere(
     rows, dtype, stored, changes, monkeypatch):
   """There its slots are turned, and written where they lie; one row's were once
   copied 16 times, and bfloat16 ones converted."""
-  module, params = models.make('gpt', num_layers=2, dtype=dtype, **changes)
+  module, params = models.make_model('gpt', num_layers=2, dtype=dtype, **changes)
   cache = architectures.init_cache(module.config, rows, 16)
   def step(params, carry, i):
     out = module.apply({'params': params}, carry[0], cache=carry[1],
@@ -329,7 +329,7 @@ def test_a_loop_over_tokens_writes_as_on_one_cpu_as_elsewhere(
     (token, slots), logits = run(ours, slots)
     made[turned] = token, logits, [
         entry.mixer.slots for entry, in slots]
-  models.close(made[True], made[False],
+  models.assert_trees_close(made[True], made[False],
                rtol=1e-4 if dtype == 'float32' else 2e-2)
 
 
@@ -342,16 +342,16 @@ def test_a_prompt_sees_no_slots_behind_it(changes):
   prefix_B = None
   if changes == 'prefix':
     changes, prefix_B = {}, jnp.array([3, 0])
-  module, params = models.make(**changes)
+  module, params = models.make_model(**changes)
   cache = jax.tree.map(lambda x: jnp.full_like(x, 1e3),
                        architectures.init_cache(module.config, 2, 16))
   read = lambda params, cache=None: module.apply(
-      {'params': params}, models.tokens()[:, :9], prefix_B=prefix_B,
+      {'params': params}, models.random_tokens()[:, :9], prefix_B=prefix_B,
       cache=cache)
   want, got, cache = jax.jit(lambda params, cache: (lambda out: (
       read(params).logits, out.logits, out.cache))(read(params, cache)))(
           params, cache)
-  models.close(want, got)
+  models.assert_trees_close(want, got)
   for entry in cache:
     entry = jax.device_get(entry.mixer)
     assert (entry.key_BMJK[:, :, 9:] == 1e3).all()

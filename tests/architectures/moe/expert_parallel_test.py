@@ -59,7 +59,7 @@ def setup(c, length=L):
       np.float32)
   rngs = {name: key for name in ('params', 'router', 'dropout')}
   boxed = jax.eval_shape(lambda: module.init(rngs, x_BLD, ctx))
-  params = models.drawn(nn.meta.unbox(boxed))
+  params = models.draw_parameters(nn.meta.unbox(boxed))
 
   def loss(params, x_BLD):
     y_BLD, report = module.apply(params, x_BLD, ctx, rngs=rngs)
@@ -204,13 +204,13 @@ def test_accelerators_send_only_full_rows(remat, times):
   apply = lambda p, x: loss(p, x)[0]
   if remat != 'none':
     apply = jax.checkpoint(apply, policy=layers.remat_policy(
-        models.make('mixtral', remat=remat)[0].config))
+        models.make_model('mixtral', remat=remat)[0].config))
   with jax.set_mesh(mesh_of(tables.PRESETS['ep'])), sharding.install_rules(
       tables.RULES['default']):
     traced = jax.jit(jax.grad(apply, (0, 1))).trace(params, x_BLD)
     lower = lambda name: traced.lower(lowering_platforms=(name,)).as_text()
     primitives = [eqn.primitive.name
-                  for eqn in models.equations(traced.jaxpr.jaxpr)]
+                  for eqn in models.list_equations(traced.jaxpr.jaxpr)]
     assert primitives.count('ragged_all_to_all') == times
     ragged = {name: set(re.findall(
         r'ragged_all_to_all.*: \(tensor<(\w+)>', lower(name)))

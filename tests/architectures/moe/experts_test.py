@@ -41,7 +41,7 @@ def config(*, dtype='float32', bias=True, **moe):
 
 @functools.cache
 def parameters(c):
-  return models.drawn(nn.meta.unbox(jax.eval_shape(lambda: MoE(c).init(
+  return models.draw_parameters(nn.meta.unbox(jax.eval_shape(lambda: MoE(c).init(
       jax.random.key(0), jnp.zeros((B, L, D)), Context(jnp.arange(L)[None])))))
 
 
@@ -177,13 +177,13 @@ def grouped_case(counts, rows=64):
 
 def test_text_is_written_without_a_capacity():
   """So that a row's text depends on no other's; what has none stays."""
-  c = architectures.resolve(models.config('mixtral', moe=dict(
+  c = architectures.resolve(models.small_config('mixtral', moe=dict(
       dispatch='sorted', capacity_factor=1.0, eval_capacity_factor=1.0,
       group_size=8)))
   moe = without_capacity(c).find(MoEConfig)
   assert moe.dispatch == 'dropless'
   assert moe.eval_capacity_factor == moe.group_size == 0
-  dense = architectures.resolve(models.config('llama'))
+  dense = architectures.resolve(models.small_config('llama'))
   assert without_capacity(dense) is dense
 
 
@@ -363,7 +363,7 @@ def test_the_bias_moves_against_the_load_and_evens_it_out():
   c = _config(grad_accumulation=2)
   run = runs.build(c, architectures.resolve(c.model),
                    mesh=step_test.one_device())
-  params = jax.tree.map(np.array, models.drawn(run.abstract.params))
+  params = jax.tree.map(np.array, models.draw_parameters(run.abstract.params))
   # It begins collapsed: expert 0 is every token's, in both layers.
   _biases(params)[:] = 1.0, 0, 0, 0
   _biases(params, 0, 'experts_of')[:] = 2

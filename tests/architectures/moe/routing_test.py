@@ -239,9 +239,9 @@ def test_the_panel_of_a_window_by_hand():
 
 
 def model(balance='switch', **changes):
-  return models.make('gpt', ffn='moe', num_layers=4, moe=dict(
+  return models.make_model('gpt', ffn='moe', num_layers=4, moe=dict(
       num_experts=E, z_loss_weight=0.1, d_ff=8,
-      balance_loss=balance, **PADDED), **models.DENSE_MOE, **changes)
+      balance_loss=balance, **PADDED), **models.DENSE_AND_MOE_LAYERS, **changes)
 
 
 def losses_of(*args, **kwargs):
@@ -251,7 +251,7 @@ def losses_of(*args, **kwargs):
   path = 'decoder/layers/block_1/ffn/router'
   def losses(router):
     aux = module.apply({'params': traverse_util.unflatten_dict(
-        flat | {path: router}, sep='/')}, models.tokens()).aux
+        flat | {path: router}, sep='/')}, models.random_tokens()).aux
     return aux['losses'], aux
   grads, aux = jax.jit(jax.jacrev(losses, has_aux=True))(flat[path])
   return aux, grads

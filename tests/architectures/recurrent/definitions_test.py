@@ -15,7 +15,7 @@ from architectures.parts.context import Context
 from architectures.parts.recurrent.mamba2 import Mamba2Config
 from configs import sharding as tables
 from tests.helpers import models
-from tests.helpers.recurrences import applied, fields, layer_of, part_of
+from tests.helpers.recurrences import apply_layer, changes_with_mixer, make_layer, settings_of_mixer
 from training.distributed import devices
 
 SIGMOID = lambda x: 1 / (1 + np.exp(-x))
@@ -228,22 +228,22 @@ DEFINITIONS = {'deltanet': _delta, 'kda': _delta, 'gdn2': _delta, 'gla': _gla,
     ('mamba2', dict(least_step=0.01, most_step=0.03,  # some are beyond each
                     norm_over='all', conv=1, conv_bias=False))])
 def test_a_layer_equals_its_definition(mixer, sizes):
-  layer, p = layer_of(mixer, **sizes)
+  layer, p = make_layer(mixer, **sizes)
   # The second row is so small that what is added to its squares counts.
   x_BLD = jax.random.normal(jax.random.key(3), (2, 9, 32)) * jnp.array(
       [1, 0.01])[:, None, None]
   p64 = jax.tree.map(lambda x: np.asarray(x, np.float64), p)
-  for x_LD, got in zip(x_BLD, jax.jit(lambda p, x: applied(layer, p, x)[0])(
+  for x_LD, got in zip(x_BLD, jax.jit(lambda p, x: apply_layer(layer, p, x)[0])(
       p, x_BLD)):
     want = DEFINITIONS[mixer](p64, np.asarray(x_LD, np.float64),
-                              part_of(layer.config, mixer))
+                              settings_of_mixer(layer.config, mixer))
     np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max())
 
 
 def test_a_complex_state_follows_parity():
   """By weights set by hand: each bit 1 turns by pi what the first token wrote,
   which no state with positive eigenvalues does (Grazzi et al. 2024)."""
-  layer, p = layer_of('mamba3')
+  layer, p = make_layer('mamba3')
   begins, bit, always, L = 0, 1, 2, 700
   x_LD = np.zeros((L, 32), np.float32)
   x_LD[0, begins], x_LD[:, always] = 1, 1
@@ -253,26 +253,26 @@ def test_a_complex_state_follows_parity():
   p['angle'][bit], p['share'][always], p['decay'][always] = 20, 20, -20
   p['key_bias'][:, 0] = p['query_bias'][:, 0] = 1  # of a pair that turns
   p['value'][begins], p['output_gate'][always], p['out'][..., 0] = 1, 1, 1
-  got = jax.jit(lambda p, x: applied(layer, p, x)[0])(p, x_LD[None])[0, :, 0]
+  got = jax.jit(lambda p, x: apply_layer(layer, p, x)[0])(p, x_LD[None])[0, :, 0]
   want = (-1.0) ** np.cumsum(x_LD[:, bit]) * np.exp(-1e-4 * np.arange(L))
   np.testing.assert_allclose(got, want * 4 * 5 * SILU(1.0), rtol=1e-4)
 
 
 def test_retention_turns_only_by_rotary_positions():
-  layer, p = layer_of('retnet')
-  layer = layer.clone(config=architectures.resolve(models.config(
-      'llama', position='none', num_layers=1, **fields('retnet'))))
+  layer, p = make_layer('retnet')
+  layer = layer.clone(config=architectures.resolve(models.small_config(
+      'llama', position='none', num_layers=1, **changes_with_mixer('retnet'))))
   x_LD = np.random.default_rng(0).normal(size=(9, 32)).astype(np.float32)
   want = _retnet(jax.tree.map(lambda x: np.asarray(x, np.float64), p), x_LD,
                  None, turn=False)
-  got = jax.jit(lambda p, x: applied(layer, p, x)[0])(p, x_LD[None])[0]
+  got = jax.jit(lambda p, x: apply_layer(layer, p, x)[0])(p, x_LD[None])[0]
   np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max())
 
 
 @pytest.mark.parametrize('mixer, least', [
     ('kda', 1.0), pytest.param('deltanet', 0.01, marks=pytest.mark.long)])
 def test_decays_are_born_as_in_the_authors_programs(mixer, least):
-  c = architectures.resolve(models.config(
+  c = architectures.resolve(models.small_config(
       'llama', mixer=mixer, **{mixer: dict(key_heads=128, key_dim=8)}))
   layer = blocks.MIXERS[mixer].module(c, None)
   p = nn.meta.unbox(jax.jit(layer.init)(
@@ -287,41 +287,41 @@ def test_decays_are_born_as_in_the_authors_programs(mixer, least):
 
 def test_tokens_of_zeros_have_a_gradient():
   """A vector without a direction has no length to be divided by."""
-  layer, p = layer_of('kda')
-  grads = jax.jit(jax.grad(lambda p, x: applied(layer, p, x)[0].sum(), (0, 1)))(
+  layer, p = make_layer('kda')
+  grads = jax.jit(jax.grad(lambda p, x: apply_layer(layer, p, x)[0].sum(), (0, 1)))(
       p, jnp.zeros((1, 3, 32)))
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize('changes, sentence', [
-    (fields('kda', key_heads=3), 'key_heads is 3, which does not divide'),
-    (fields('mamba2', groups=3), 'groups is 3, which does not divide'),
-    (fields('mamba3', groups=3), 'groups is 3, which does not divide'),
-    (fields('mamba3', turned=0.3), 'less than a pair of model.mamba3.state 6'),
-    (fields('retnet', key_dim=5), 'turn pairs, so it must be even'),
-    (dict(fields('retnet'), rope=dict(scaling='dynamic', factor=2.0,
+    (changes_with_mixer('kda', key_heads=3), 'key_heads is 3, which does not divide'),
+    (changes_with_mixer('mamba2', groups=3), 'groups is 3, which does not divide'),
+    (changes_with_mixer('mamba3', groups=3), 'groups is 3, which does not divide'),
+    (changes_with_mixer('mamba3', turned=0.3), 'less than a pair of model.mamba3.state 6'),
+    (changes_with_mixer('retnet', key_dim=5), 'turn pairs, so it must be even'),
+    (dict(changes_with_mixer('retnet'), rope=dict(scaling='dynamic', factor=2.0,
                                       original_len=8)),
      "scaling 'dynamic' turns by the length of the row"),
-    (dict(fields('kda'), parametrization='mup', mup_base_width=32,
+    (dict(changes_with_mixer('kda'), parametrization='mup', mup_base_width=32,
           mup_base_head_dim=4), 'times as wide as at the base'),
-    (dict(fields('rwkv7'), parametrization='mup', mup_base_width=32),
+    (dict(changes_with_mixer('rwkv7'), parametrization='mup', mup_base_width=32),
      "is 'mup', which says nothing of its shares"),
-    (fields('mamba2', least_step=0.2, most_step=0.1), 'least_step is 0.2'),
+    (changes_with_mixer('mamba2', least_step=0.2, most_step=0.1), 'least_step is 0.2'),
 ])
 def test_what_cannot_be_is_refused(changes, sentence):
   with pytest.raises(ValueError, match=sentence):
-    architectures.resolve(models.config('llama', **changes))
+    architectures.resolve(models.small_config('llama', **changes))
 
 
 def test_heads_that_no_layer_has_need_not_divide_the_width():
-  config = models.config('llama', **fields('mamba'), d_model=30, head_dim=0)
+  config = models.small_config('llama', **changes_with_mixer('mamba'), d_model=30, head_dim=0)
   assert architectures.resolve(config).d_model == 30
   with pytest.raises(ValueError, match='which does not divide model.d_model'):
     architectures.resolve(dict(config, mixer='retnet'))
 
 
 def test_groups_that_a_mesh_does_not_divide_are_refused():
-  c = architectures.resolve(models.config('llama', **fields('mamba2')))
+  c = architectures.resolve(models.small_config('llama', **changes_with_mixer('mamba2')))
   shape = dict.fromkeys(tables.MESH_AXES, 1)
   with pytest.raises(ValueError, match='not divide model.mamba2.groups'):
     devices.check_mesh(c, shape | dict(tensor=4))
@@ -333,7 +333,7 @@ def test_groups_that_a_mesh_does_not_divide_are_refused():
 
 def test_a_mesh_that_does_not_divide_a_kind_of_layer_names_the_kind():
   kinds = dict(narrow=dict(num_kv_heads=2), usual={})
-  c = architectures.resolve(models.config(
+  c = architectures.resolve(models.small_config(
       'llama', num_heads=4, num_kv_heads=4, pattern='narrow,usual',
       kinds=kinds))
   shape = dict.fromkeys(tables.MESH_AXES, 1)

@@ -127,7 +127,7 @@ def test_gradients_are_those_of_autodiff_through_the_definition(name):
   weigh = [np.random.default_rng(3).normal(size=shape).astype(np.float32)
            for shape in ((B, 9, H, U), STATE.shape)]
   loss = lambda ys: sum((y * w).sum() for y, w in zip(ys, weigh))
-  models.close(*(graded(f, loss, (0, 1))(x, STATE) for f in (scanned, run)))
+  models.assert_trees_close(*(graded(f, loss, (0, 1))(x, STATE) for f in (scanned, run)))
 
 
 def test_groups_that_share_a_piece(monkeypatch):
@@ -137,7 +137,7 @@ def test_groups_that_share_a_piece(monkeypatch):
   x = drawn(18, K, True)
   in_groups = lambda *args: recurrence.run(*args, places=4)
   assert 'dynamic_slice' in str(jax.make_jaxpr(in_groups)(x, STATE))
-  models.close(*(graded(f, wrt=(0, 1))(x, STATE)
+  models.assert_trees_close(*(graded(f, wrt=(0, 1))(x, STATE)
                  for f in (scanned, in_groups)))
 
 
@@ -148,9 +148,9 @@ def test_inputs_of_bfloat16_are_those_numbers_in_float32(length, decays):
   half = to(jnp.bfloat16, drawn(length, decays))
   grad = graded(lambda x: run(x, STATE))
   (got, got_ys), (want, want_ys) = grad(half), grad(to(np.float32, half))
-  models.close(want_ys, got_ys, 1e-6)
+  models.assert_trees_close(want_ys, got_ys, 1e-6)
   assert all(y.dtype == jnp.bfloat16 for y in jax.tree.leaves(got))
-  models.close(want, to(np.float32, got), 2 ** -8)
+  models.assert_trees_close(want, to(np.float32, got), 2 ** -8)
 
 
 def test_rates_up_to_two_and_keys_that_repeat():
@@ -172,7 +172,7 @@ def test_a_decay_of_zero_forgets_all_and_one_of_one_nothing(decays):
   x = x._replace(log_decay_BLHK=decay)
   after = jax.tree.map(lambda y: np.asarray(y)[:, at:], x)
   grads, ys = graded(run, lambda ys: ys[0][:, at:].sum())(x)
-  models.close(run(after)[0], ys[0][:, at:], 1e-6)
+  models.assert_trees_close(run(after)[0], ys[0][:, at:], 1e-6)
   for grad in map(np.asarray, jax.tree.leaves(grads)):
     assert np.isfinite(grad).all()
     assert not np.any(grad[:, :at])
@@ -197,7 +197,7 @@ def test_a_row_goes_on_from_its_state(decays):
     part, state = run(jax.tree.map(
         lambda y, piece=piece: np.asarray(y)[:, piece], x), state)
     parts.append(part)
-  models.close((o, last), (np.concatenate(parts, 1), state), 3e-6)
+  models.assert_trees_close((o, last), (np.concatenate(parts, 1), state), 3e-6)
 
 
 @pytest.mark.parametrize('decays, rate', [(1, True), (K, True), (1, False)],
@@ -224,7 +224,7 @@ def test_a_feature_that_forgets_leaves_the_others_alone():
   (want, _), (got, ys) = (graded(f)(x, STATE) for f in (scanned, run))
   for y, exact in zip(ys, definition(x, STATE)):
     np.testing.assert_allclose(y, exact, atol=2e-6 * np.abs(exact).max())
-  models.close(want, got)
+  models.assert_trees_close(want, got)
 
 
 @TWO
@@ -265,8 +265,8 @@ def test_features_are_weighted_as_by_a_product():
       for i, shape in enumerate([(5, 2, 3), (2, 3), (5, 2, 3)]))
   by_hand = jax.vjp(features.weighted, x_LHU, w_HU)
   derived = jax.vjp(lambda x, w: x * w[None], x_LHU, w_HU)
-  models.close(by_hand[0], derived[0])
-  models.close(by_hand[1](d_LHU), derived[1](d_LHU))
+  models.assert_trees_close(by_hand[0], derived[0])
+  models.assert_trees_close(by_hand[1](d_LHU), derived[1](d_LHU))
 
 
 def convolution(x_BLHK, w_WHK, before_BWHK, ids_BL):
@@ -304,7 +304,7 @@ def test_a_convolution_and_its_gradient_are_those_of_the_definition(ids):
     y, vjp = jax.vjp(f, *args)
     return y, [vjp([a * jnp.cos(y[0]), b * jnp.cos(y[1])])
                for a, b in ((1, 0), (0, 1))]
-  models.close(*(jax.jit(functools.partial(both, f))(*args)
+  models.assert_trees_close(*(jax.jit(functools.partial(both, f))(*args)
                  for f in (ours, theirs)), 2e-6)
 
 

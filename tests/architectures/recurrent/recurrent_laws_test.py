@@ -19,7 +19,7 @@ import architectures
 from architectures.parts.recurrent import recurrence
 from configs import sharding as tables
 from tests.helpers import models, recurrences
-from tests.helpers.recurrences import applied, each, empty
+from tests.helpers.recurrences import apply_layer, parametrize_mixers, make_empty_cache
 from training import generate, preflight
 from architectures.parts import paths
 from training.costs import flops, totals
@@ -33,7 +33,7 @@ PRODUCT = 'delta_product'  # a token takes several steps
 S6 = 'mamba'  # a scan of another form
 SHIFTED = 'rwkv7'  # a token is mixed with the one before it
 TURNED = 'mamba3'  # keys turn by angles that add up, and wait for a token
-USUAL = each(*recurrences.USUAL)  # of what takes no time
+USUAL = parametrize_mixers(*recurrences.MIXERS_WITHOUT_OWN_CALL)  # of what takes no time
 
 
 @pytest.fixture
@@ -48,78 +48,78 @@ def stepwise(layer, params, x_BLD, first=0):
   one."""
   @jax.jit
   def run(params, x_BLD):
-    cache, y_BLD = empty(layer, len(x_BLD)), x_BLD[:, :0]
+    cache, y_BLD = make_empty_cache(layer, len(x_BLD)), x_BLD[:, :0]
     if first:
-      y_BLD, cache = applied(layer, params, x_BLD[:, :first], cache)
+      y_BLD, cache = apply_layer(layer, params, x_BLD[:, :first], cache)
     def step(cache, i):
       token = jax.lax.dynamic_slice_in_dim(x_BLD, i, 1, 1)
-      y, cache = applied(layer, params, token, cache, first=i)
+      y, cache = apply_layer(layer, params, token, cache, first=i)
       return cache, y[:, 0]
     _, rest = jax.lax.scan(step, cache, jnp.arange(first, x_BLD.shape[1]))
     return jnp.concatenate([y_BLD, jnp.swapaxes(rest, 0, 1)], 1)
   return run(params, x_BLD)
 
 
-@each(KDA, SHORT, PRODUCT, 'gdn2', SHIFTED, TURNED, S6)
+@parametrize_mixers(KDA, SHORT, PRODUCT, 'gdn2', SHIFTED, TURNED, S6)
 @pytest.mark.parametrize('first', [
     2, pytest.param(6, marks=pytest.mark.long)])
 def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
                                                      short_pieces):
   """The first prompt is shorter than the convolutions are wide."""
-  layer, p = recurrences.layer_of(mixer)
-  x_BLD = recurrences.inputs(2, 11)
-  want = jax.jit(lambda p, x: applied(layer, p, x)[0])(p, x_BLD)
-  models.close(want, stepwise(layer, p, x_BLD, first), 2e-5)
+  layer, p = recurrences.make_layer(mixer)
+  x_BLD = recurrences.random_inputs(2, 11)
+  want = jax.jit(lambda p, x: apply_layer(layer, p, x)[0])(p, x_BLD)
+  models.assert_trees_close(want, stepwise(layer, p, x_BLD, first), 2e-5)
 
 
-@each(KDA, SHORT, PRODUCT, SHIFTED, TURNED, S6)
+@parametrize_mixers(KDA, SHORT, PRODUCT, SHIFTED, TURNED, S6)
 def test_packed_documents_are_those_apart(mixer, short_pieces):
   """Neither the state nor the convolutions see the document before."""
-  layer, p = recurrences.layer_of(mixer)
-  x_BLD = recurrences.inputs(3, 5)
-  apply = jax.jit(lambda x, **how: applied(layer, p, x, **how)[0])
+  layer, p = recurrences.make_layer(mixer)
+  x_BLD = recurrences.random_inputs(3, 5)
+  apply = jax.jit(lambda x, **how: apply_layer(layer, p, x, **how)[0])
   x_BLD, at = np.asarray(x_BLD), np.arange(15)[None]
   packed = apply(x_BLD.reshape(1, 15, -1), positions_BL=at % 5,
                  segment_ids_BL=1 + at // 5)
-  models.close(apply(x_BLD), packed.reshape(x_BLD.shape), 2e-5)
+  models.assert_trees_close(apply(x_BLD), packed.reshape(x_BLD.shape), 2e-5)
 
 
 # With the delta rule and without it.
-@each(KDA, 'gla', SHORT, PRODUCT, 'gdn2', SHIFTED, TURNED, S6)
+@parametrize_mixers(KDA, 'gla', SHORT, PRODUCT, 'gdn2', SHIFTED, TURNED, S6)
 def test_padding_is_no_part_of_a_state(mixer):
-  layer, p = recurrences.layer_of(mixer)
-  x_BLD = recurrences.inputs(2, 7)
-  apply = jax.jit(lambda x, **how: applied(
-      layer, p, x, empty(layer, len(x)), **how))
+  layer, p = recurrences.make_layer(mixer)
+  x_BLD = recurrences.random_inputs(2, 7)
+  apply = jax.jit(lambda x, **how: apply_layer(
+      layer, p, x, make_empty_cache(layer, len(x)), **how))
   x_BLD = np.asarray(x_BLD)
   y, cache = jax.device_get(apply(x_BLD, valid_BL=jnp.array(
       [[1] * 3 + [0] * 4, [1] * 7])))
-  models.close(apply(x_BLD[:1, :3]),
+  models.assert_trees_close(apply(x_BLD[:1, :3]),
                (y[:1, :3], jax.tree.map(lambda x: x[:1], cache)), 2e-5)
 
 
 # The bound is on the largest difference in a layer's output, over the largest
 # value.
-@each(KDA, SHORT, SHIFTED, TURNED, S6)
+@parametrize_mixers(KDA, SHORT, SHIFTED, TURNED, S6)
 def test_bfloat16_is_float32_within_a_bound(mixer):
   """The state and all products with it stay in float32."""
-  x_BLD = recurrences.inputs(2, 40)
-  forward = lambda layer, p, x: jax.jit(lambda p, x: applied(layer, p, x)[0])(
+  x_BLD = recurrences.random_inputs(2, 40)
+  forward = lambda layer, p, x: jax.jit(lambda p, x: apply_layer(layer, p, x)[0])(
       p, x)
-  want = forward(*recurrences.layer_of(mixer), x_BLD)
+  want = forward(*recurrences.make_layer(mixer), x_BLD)
   for way in (forward, stepwise):
-    y_BLD = way(*recurrences.layer_of(mixer, 'bfloat16'),
+    y_BLD = way(*recurrences.make_layer(mixer, 'bfloat16'),
                 x_BLD.astype(jnp.bfloat16))
     assert y_BLD.dtype == jnp.bfloat16
-    models.close(want, y_BLD.astype(jnp.float32), 4e-2)
+    models.assert_trees_close(want, y_BLD.astype(jnp.float32), 4e-2)
 
 
 @pytest.mark.slow
-@each(KDA, SHORT)
+@parametrize_mixers(KDA, SHORT)
 def test_prompts_of_several_lengths_go_on_as_each_would_alone(mixer):
   """Of the one that is padded. The model's other layer has attention."""
-  module, params = models.make('llama', **recurrences.hybrid(mixer))
-  prompts, length = models.tokens(2, 7), 3
+  module, params = models.make_model('llama', **recurrences.changes_with_mixer_and_attention(mixer))
+  prompts, length = models.random_tokens(2, 7), 3
   new = generate.generate(
       module, params, prompts, jnp.array([length, 7]), jax.random.key(0),
       max_new_tokens=4, sampling=GREEDY)
@@ -129,13 +129,13 @@ def test_prompts_of_several_lengths_go_on_as_each_would_alone(mixer):
 
 
 @pytest.mark.slow
-@each('gla')
+@parametrize_mixers('gla')
 def test_beams_are_those_of_a_model_that_reads_each_text_anew(mixer):
   """A beam takes the state of the beam that it continues, and the padding of
   its prompt is no part of the state."""
-  module, params = models.make('llama', **recurrences.hybrid(mixer))
+  module, params = models.make_model('llama', **recurrences.changes_with_mixer_and_attention(mixer))
   params = jax.tree.map(lambda x: jnp.asarray(2 * np.asarray(x)), params)
-  prompts, lengths = np.asarray(models.tokens(2, 5)), (3, 5)
+  prompts, lengths = np.asarray(models.random_tokens(2, 5)), (3, 5)
   texts, scores = jax.device_get(generate.beam_search(
       module, params, jnp.asarray(prompts), jnp.array(lengths),
       max_new_tokens=4, beams=generate.Beams(num_beams=3, length_penalty=0.0)))
@@ -157,28 +157,28 @@ FIXED = {'mamba2': {'step', 'query', 'key'}, SHORT: set(), TURNED: {
 OTHERS = {'rate', 'decay', 'decay_down', 'gate_down'}
 
 
-@each(KDA, 'mamba2', SHORT, TURNED)
+@parametrize_mixers(KDA, 'mamba2', SHORT, TURNED)
 def test_mup_divides_what_does_not_grow_with_the_width(mixer):
   """At the base, which is the standard form, it divides nothing."""
-  layer, p = recurrences.layer_of(mixer)
-  x_BLD = recurrences.inputs(1, 5)
-  plain = jax.jit(lambda p: applied(layer, p, x_BLD)[0])
+  layer, p = recurrences.make_layer(mixer)
+  x_BLD = recurrences.random_inputs(1, 5)
+  plain = jax.jit(lambda p: apply_layer(layer, p, x_BLD)[0])
   for wider in (1, 4):
-    c = architectures.resolve(models.config(
+    c = architectures.resolve(models.small_config(
         'llama', num_layers=1, parametrization='mup', mup_base_head_dim=8,
         mup_base_width=recurrences.WIDTH // wider,
-        **recurrences.fields(mixer)))
+        **recurrences.changes_with_mixer(mixer)))
     divided = {name: x / wider if name in FIXED.get(mixer, OTHERS) else x
                for name, x in p.items()}
-    got = jax.jit(lambda p, layer=layer.clone(config=c): applied(
+    got = jax.jit(lambda p, layer=layer.clone(config=c): apply_layer(
         layer, p, x_BLD)[0])(p)
-    models.close(plain(divided), got, 1e-6 if wider == 1 else 1e-5)
+    models.assert_trees_close(plain(divided), got, 1e-6 if wider == 1 else 1e-5)
 
 
 def kept(**fields):
   """A model in bfloat16, and what a layer keeps of 3 rows, whose arrays are as
   large however long the rows are."""
-  c = architectures.resolve(models.config('llama', dtype='bfloat16', **fields))
+  c = architectures.resolve(models.small_config('llama', dtype='bfloat16', **fields))
   short, whole = (architectures.init_cache(c, 3, length)[0].mixer
                   for length in (7, 1000))
   assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, whole)
@@ -187,16 +187,16 @@ def kept(**fields):
 
 @USUAL
 def test_a_state_has_one_size_and_is_float32(mixer):
-  c, cache = kept(**recurrences.fields(mixer))
-  d = recurrences.part_of(c, mixer)
+  c, cache = kept(**recurrences.changes_with_mixer(mixer))
+  d = recurrences.settings_of_mixer(c, mixer)
   assert cache.state_BHKU.shape == (2, 3, 4, 6, 5)
   assert cache.state_BHKU.dtype == jnp.float32
   if d.conv:  # it keeps 3 tokens
     assert cache.query_BWJK.shape == (2, 3, 3, d.key_heads, 6)
     assert cache.key_BWJK.shape == cache.query_BWJK.shape
     assert cache.value_BWHU.shape == (2, 3, 3, 4, 5)
-  config = models.config('llama', dtype='bfloat16', num_kv_heads=4,
-                         **recurrences.hybrid(mixer))
+  config = models.small_config('llama', dtype='bfloat16', num_kv_heads=4,
+                         **recurrences.changes_with_mixer_and_attention(mixer))
   state, whole = totals.describe_kinds_of_layer(architectures.resolve(config))
   conv = 2 * 3 * (2 * d.key_heads * 6 + 4 * 5) if d.conv else 0
   assert (state['kv_cache_bytes_per_token'], state['state_bytes_per_row']) == (
@@ -205,17 +205,17 @@ def test_a_state_has_one_size_and_is_float32(mixer):
       2 * 2 * 32, 0)
 
 
-@each(*recurrences.USUAL, PRODUCT)
+@parametrize_mixers(*recurrences.MIXERS_WITHOUT_OWN_CALL, PRODUCT)
 def test_flops_are_those_of_the_products(mixer):
   """FLOPs include the convolutions, each weight of which a token uses once."""
-  c = architectures.resolve(models.config('llama',
-                                          **recurrences.fields(mixer)))
+  c = architectures.resolve(models.small_config('llama',
+                                          **recurrences.changes_with_mixer(mixer)))
   module = architectures.build(c)
   params = paths.flatten_by_path(nn.meta.unbox(abstract_params(module)))
   roles = paths.flatten_by_path(parameter_roles(module))
   weights = sum(params[path].size for path, role in roles.items() if (
       role.is_matrix and role.kind != 'embedding' or path.endswith('_conv')))
-  d = recurrences.part_of(c, c.mixer)
+  d = recurrences.settings_of_mixer(c, c.mixer)
   n = getattr(d, 'householders', 1)
   N, L, H, K, U = c.num_layers, 16 // n, 4, 6, 5
   J, P = d.key_heads, L * n  # P places
@@ -267,7 +267,7 @@ def test_mamba_keeps_a_state_of_each_feature():
 
 
 def test_rwkv7_keeps_an_input_and_takes_two_steps_a_token():
-  c, cache = kept(**recurrences.fields(SHIFTED))
+  c, cache = kept(**recurrences.changes_with_mixer(SHIFTED))
   assert cache.state_BHKU.shape == (2, 3, 4, 6, 5)
   assert cache.input_B1D.shape == (2, 3, 1, recurrences.WIDTH)
   assert totals.cache_bytes(c) == (
@@ -277,7 +277,7 @@ def test_rwkv7_keeps_an_input_and_takes_two_steps_a_token():
 
 
 def test_mamba3_keeps_a_token_and_its_angles():
-  c, cache = kept(**recurrences.fields(TURNED, turned=1.0))
+  c, cache = kept(**recurrences.changes_with_mixer(TURNED, turned=1.0))
   assert cache.state_BHKU.shape == (2, 3, 4, 6, 5)
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(cache))
   assert totals.cache_bytes(c) == (0, 2 * 4 * 4 * (6 * 5 + 6 + 5 + 3 + 1))
@@ -285,7 +285,7 @@ def test_mamba3_keeps_a_token_and_its_angles():
   assert flops.decode_flops(c, 9)['attention'] == 2 * 2 * 2 * 4 * 6 * 5
 
 
-@each(*recurrences.NAMES, SHORT, S6)
+@parametrize_mixers(*recurrences.MIXERS_WITH_STATE, SHORT, S6)
 @pytest.mark.parametrize('system, changes, sentence', [
     ('bert', {}, 'is an encoder: choose attention'),
     ('llama', dict(attention='banded', sliding_window=4), 'has no window'),
@@ -293,14 +293,14 @@ def test_mamba3_keeps_a_token_and_its_angles():
 ])
 def test_what_cannot_be_is_refused(mixer, system, changes, sentence):
   with pytest.raises(ValueError, match=sentence):
-    architectures.resolve(models.config(
-        system, **recurrences.fields(mixer) | changes))
+    architectures.resolve(models.small_config(
+        system, **recurrences.changes_with_mixer(mixer) | changes))
 
 
-@each(*recurrences.NAMES, SHORT, S6)
+@parametrize_mixers(*recurrences.MIXERS_WITH_STATE, SHORT, S6)
 def test_what_a_run_of_it_cannot_be_is_refused(mixer):
-  module = architectures.build(models.config(
-      'llama', num_kv_heads=8, num_heads=8, **recurrences.fields(mixer)))
+  module = architectures.build(models.small_config(
+      'llama', num_kv_heads=8, num_heads=8, **recurrences.changes_with_mixer(mixer)))
   shape = dict.fromkeys(tables.MESH_AXES, 1)
   with pytest.raises(ValueError, match='keep each row on one device'):
     devices.check_mesh(module.config, shape | dict(context=2))
@@ -312,4 +312,4 @@ def test_what_a_run_of_it_cannot_be_is_refused(mixer):
   preflight._check_objective_fits_model('causal', module)
   with pytest.raises(ValueError, match='no attention weights to show'):
     jax.eval_shape(lambda key: module.init(
-        key, models.tokens(), keep_attention=True), jax.random.key(0))
+        key, models.random_tokens(), keep_attention=True), jax.random.key(0))

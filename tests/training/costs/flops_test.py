@@ -54,13 +54,13 @@ def weights_at_work(c) -> float:
          value_residual=True),
     dict(block='parallel', position='rope', ffn='geglu', remat='full',
          attention_gate='headwise', branch_conv=3),
-    dict(tie_embeddings=False, **models.banded(5),
+    dict(tie_embeddings=False, **models.window_in_every_other_layer(5),
          position='alibi'),
     dict(position='relative_by_token', profiles=dict(rank=4, extent=7),
          attention_difference=0.5, num_kv_heads=2),
     dict(scan_layers=False, norm='rmsnorm', position='none', dtype='bfloat16',
          pattern='own,reads', kinds=dict(own={}, reads=dict(kv_sharing=True))),
-    dict(ffn='moe', **models.DENSE_MOE, moe=dict(
+    dict(ffn='moe', **models.DENSE_AND_MOE_LAYERS, moe=dict(
         num_experts=8, top_k=2, shared_experts=1, capacity_factor=1.25,
         zero_experts=4, latent_dim=24)),
 ])
@@ -178,7 +178,7 @@ def test_decoding_a_sequence_is_its_forward_pass():
 def test_mixture_of_experts_by_hand():
   """d 8, d_ff 16: SwiGLU is 3 * 2 * 8 * 16 = 768 a token and expert."""
   config = model(d_model=8, num_heads=2, num_layers=2, d_ff=16, ffn='moe',
-                 **models.DENSE_MOE,
+                 **models.DENSE_AND_MOE_LAYERS,
                  moe=dict(num_experts=4, top_k=2, ffn='swiglu'))
   parts = flops.forward_flops(config, 10)
   assert parts['attention'] == 2 * 4 * 8 * 55  # 1 + 2 + ... + 10 keys

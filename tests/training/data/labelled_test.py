@@ -24,7 +24,7 @@ def _read(spec):
 
 
 def _config(source, objective='classification', arch='bert', **fields):
-  return files.config(source, objective, **dict(length=16, arch=arch) | fields)
+  return files.make_run_config(source, objective, **dict(length=16, arch=arch) | fields)
 
 
 def _loader(*args, **fields):
@@ -361,7 +361,7 @@ def test_sets_of_the_hub():
     'question_answering'])
 def test_rows_without_labels_are_the_same_rows(objective, tmp_path):
   """Where they are allowed; a run neither learns from them nor measures."""
-  source, bare = files.bare(tmp_path)[objective]
+  source, bare = files.write_sources_with_and_without_labels(tmp_path)[objective]
   view = lambda spec: pipeline.make_evaluation_loaders(
       _config(source, objective, length=64, eval_source=spec), BYTES,
       in_order=True, bare=True)[0].views[0]
@@ -369,7 +369,7 @@ def test_rows_without_labels_are_the_same_rows(objective, tmp_path):
   assert ours.bare and not theirs.bare and len(ours) == len(theirs) > 3
   config = _config(source, objective, length=64)
   for a, b in zip(ours, theirs):
-    rows = [files.row(objectives.find_objective(config), item, None, config,
+    rows = [files.make_batch_row(objectives.find_objective(config), item, None, config,
                       BYTES) for item in (a, b)]
     np.testing.assert_array_equal(*(row['tokens'] for row in rows))
   for wrong in (dict(source=bare), dict(source=source, eval_source=bare)):
@@ -392,7 +392,7 @@ def test_two_texts_without_a_label_and_columns_by_number(tmp_path):
 
 
 def test_questions_of_which_some_have_answers_are_refused(tmp_path):
-  path = files.squad(tmp_path / 'a.json')
+  path = files.write_squad(tmp_path / 'a.json')
   document = json.loads((tmp_path / 'a.json').read_text())
   question = document['data'][0]['paragraphs'][1]['qas'][0]
   del question['answers'], question['is_impossible']
@@ -499,12 +499,12 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def wordpiece(place):
-  return files.wordpiece(place)
+  return files.write_wordpiece_tokenizer(place)
 
 
 def _rows_of(place, tokenizer, **data):
-  source = f'conll:{files.conll(place / "a.conll")}'
-  return records.Sentences(files.corpus(files.config(
+  source = f'conll:{files.write_conll(place / "a.conll")}'
+  return records.Sentences(files.read_corpus(files.make_run_config(
       source, 'token_classification', arch='bert', tokenizer=tokenizer,
       **data)))
 
@@ -541,10 +541,10 @@ def test_first_tokens_equal_those_of_the_package_tokenizers(place, wordpiece):
 
 def _asked(place, tokenizer, **data):
   """Returns the config and the view of questions."""
-  config = files.config(f'squad:{files.squad(place / "a.json")}',
+  config = files.make_run_config(f'squad:{files.write_squad(place / "a.json")}',
                         'question_answering', arch='bert', tokenizer=tokenizer,
                         **data)
-  return config, records.Questions(files.corpus(config))
+  return config, records.Questions(files.read_corpus(config))
 
 
 @pytest.mark.parametrize('length, stride', [(128, 16), (36, 10), (30, 3)])

@@ -115,8 +115,8 @@ def test_tokenizer_config_beside_the_file_names_the_special_tokens(
 def test_a_pipeline_that_frames_texts_has_cls_and_sep(kind, tmp_path):
   """The tokenizer_config.json of roberta-base says how long texts are, and no
   more."""
-  template = files.framing('<s> $A </s>', '<s> $A </s> </s> $B </s>')
-  ours = tokenizers.load(str(files.roberta(tmp_path, framed={
+  template = files.make_template_processing('<s> $A </s>', '<s> $A </s> </s> $B </s>')
+  ours = tokenizers.load(str(files.write_roberta_tokenizer(tmp_path, framed={
       'roberta': None, 'template': template,
       'bert': hf.processors.BertProcessing(('</s>', 2), ('<s>', 0)),
       'sequence': hf.processors.Sequence(
@@ -131,8 +131,8 @@ def test_a_pipeline_that_frames_texts_has_cls_and_sep(kind, tmp_path):
     ('<s> $A </s>', '<s> $A $B </s>'), ('$A', '$A $B')])
 def test_tokens_around_a_decoders_text_are_no_cls_and_sep(single, pair,
                                                           tmp_path):
-  ours = tokenizers.load(str(files.roberta(
-      tmp_path, framed=files.framing(single, pair))))
+  ours = tokenizers.load(str(files.write_roberta_tokenizer(
+      tmp_path, framed=files.make_template_processing(single, pair))))
   assert not {'cls', 'sep'} & {*ours.special_ids}
 
 
@@ -140,7 +140,7 @@ def test_rare_special_tokens_at_the_end_need_no_row(tmp_path):
   """Gemma 3's <image_soft_token>, of which the published text models have no
   embedding."""
   def load(*tokens, **described):
-    files.roberta(tmp_path, **described)
+    files.write_roberta_tokenizer(tmp_path, **described)
     file = str(tmp_path / 'tokenizer.json')
     pipeline = hf.Tokenizer.from_file(file)
     pipeline.add_tokens([hf.AddedToken(token, special=special)
@@ -186,7 +186,7 @@ def _files(kind, folder, trained, corpus):
     (folder / 'config.json').write_text('{"model_type": "gpt2"}')
     return 'GPT2Tokenizer'
   if kind == 'roberta':
-    files.roberta(folder, pair=True)
+    files.write_roberta_tokenizer(folder, pair=True)
     (folder / 'config.json').write_text('{"model_type": "roberta"}')
     return 'RobertaTokenizer'
   sentencepiece = pytest.importorskip('sentencepiece')

@@ -45,7 +45,7 @@ def folder(tmp_path):
 
 def config_of(folder, source, **fields):
   c = base.base()
-  c.model = models.config(**fields)
+  c.model = models.small_config(**fields)
   c.model.vocab_size = 0
   c.data.update(source=source.format(folder), holdout_every=0, length=16,
                 eval_source=source.format(folder), batch_size=4,
@@ -62,7 +62,7 @@ def judged(c, loss_of):
   loaders = pipeline.make_evaluation_loaders(c, BYTES)
   return held_out.average_figures(held_out.sum_held_out(
       step, None, loaders, 0, runs.build(
-          c, runs.resolve_model(c, BYTES)[0], evaluations.one_device()).put,
+          c, runs.resolve_model(c, BYTES)[0], evaluations.one_device_mesh()).put,
       lambda: False), loaders)
 
 
@@ -140,7 +140,7 @@ def test_each_token_that_training_evaluates_is_of_its_document(
   rows alone, in the order in which training has them."""
   for i in range(6):
     (tmp_path / f'{i}.txt').write_text('abcdef'[i] * (10 + 7 * i))
-  c = evaluations.config('gpt', 'causal', num_layers=1)
+  c = evaluations.make_config('gpt', 'causal', num_layers=1)
   source = f'text:{tmp_path}/*.txt'
   c.data.update(source=source, eval_source=source, length=16, batch_size=3)
   c.eval.batches = batches
@@ -149,7 +149,7 @@ def test_each_token_that_training_evaluates_is_of_its_document(
       loss_task, 'make_token_loss_function', lambda module, config: (
       lambda params, batch: jnp.stack([
           of_letter(batch['targets']) * batch['weights'], batch['weights']])))
-  figures = evaluations.run('documents', evaluations.make(c))
+  figures = evaluations.run_and_check_task('documents', evaluations.make_evaluation(c))
   loader, = pipeline.make_evaluation_loaders(c, BYTES)
   rows = [batch for batch in loader.iterate(0, loader.first(batches))]
   targets, weights = (np.concatenate([row[name].ravel() for row in rows])
@@ -167,7 +167,7 @@ def test_each_token_that_training_evaluates_is_of_its_document(
   assert sum(tokens(figures)) == pytest.approx(1)
   # As it trains, a run keeps them in its folder.
   c.eval.tasks = 'documents'
-  made = evaluations.make(c, tmp_path)
+  made = evaluations.make_evaluation(c, tmp_path)
   assert in_training.TasksInTraining(made.run, made.tokenizer).run_for_member(
       made.params, 3, tmp_path, lambda: False).figures == {
           'documents/loss': figures['loss']}
@@ -177,7 +177,7 @@ def test_each_token_that_training_evaluates_is_of_its_document(
     assert tokens(figures) * weights.sum() == pytest.approx(
         [n + 1 for n in letters])
     monkeypatch.setattr(loss_task, 'MOST_DOCUMENT_GROUPS', 4)  # two by two
-    assert nats_of(evaluations.run('documents', evaluations.make(c))
+    assert nats_of(evaluations.run_and_check_task('documents', evaluations.make_evaluation(c))
                    ) == pytest.approx(nats.reshape(3, 2).sum(1))
 
 
@@ -185,11 +185,11 @@ def test_each_token_that_training_evaluates_is_of_its_document(
 def test_extrapolation_counts_the_tokens_that_there_are(folder, capsys):
   """61 tokens at 16 to 128 a row: each length's figure is the mean loss of
   these tokens, and past the 61st there is none."""
-  c = evaluations.config('gpt', 'causal', position='none', num_layers=1)
+  c = evaluations.make_config('gpt', 'causal', position='none', num_layers=1)
   source = f'text:{folder}/c.txt'
   c.data.update(source=source, eval_source=source, length=16)
-  evaluation = evaluations.make(c, folder)
-  figures = evaluations.run('extrapolation', evaluation)
+  evaluation = evaluations.make_evaluation(c, folder)
+  figures = evaluations.run_and_check_task('extrapolation', evaluation)
   assert (folder / 'extrapolation.png').read_bytes().startswith(b'\x89PNG')
   end = BYTES.separator_id
   ids = np.array([end, *(folder / 'c.txt').read_bytes(), end])
@@ -217,7 +217,7 @@ def test_extrapolation_counts_the_tokens_that_there_are(folder, capsys):
 
 def test_which_variants_a_length_is_tried_with():
   def variants(multiple, interpolate=False, **changes):
-    model = architectures.resolve(models.config(max_len=32, **changes))
+    model = architectures.resolve(models.small_config(max_len=32, **changes))
     return positions.position_of(model).variants_for_longer_rows(
         model, 32, multiple, interpolate)
 
@@ -330,10 +330,10 @@ def test_counts_are_those_of_numpy():
 
 @pytest.mark.slow  # it compiles a model
 def test_figures_of_a_probe_add_up():
-  c = evaluations.config('gpt', 'probe', position='none', num_layers=1)
+  c = evaluations.make_config('gpt', 'probe', position='none', num_layers=1)
   c.data.update(source='probe:parity', length=9, batch_size=16)
   c.probe.levels = (4, 8)
-  figures = evaluations.run('probe', evaluations.make(c, probe_rows=40))
+  figures = evaluations.run_and_check_task('probe', evaluations.make_evaluation(c, probe_rows=40))
   assert [(row['level'], row['length'], row['answers'], row['rows'])
           for row in figures['table']] == [
       (4, 9, 160, 40), (8, 9, 320, 40), (16, 18, 640, 40), (32, 36, 1280, 40)]
@@ -355,9 +355,9 @@ def test_a_figure_is_of_as_many_rows_whatever_the_batch(
 
   monkeypatch.setattr(generate, 'generate', write)
   (folder / 'd.txt').write_text(TEXT)
-  c = evaluations.config('t5', 'span')
+  c = evaluations.make_config('t5', 'span')
   c.data.update(eval_source=f'text:{folder}/d.txt', batch_size=size)
-  figures = evaluations.run('exact', evaluations.make(c, targets=5))
+  figures = evaluations.run_and_check_task('exact', evaluations.make_evaluation(c, targets=5))
   c.data.batch_size = 5
   first, = pipeline.make_evaluation_loaders(c, BYTES)
   assert figures['targets'] == 5 and first.num_windows > 8
@@ -366,10 +366,10 @@ def test_a_figure_is_of_as_many_rows_whatever_the_batch(
 
 @pytest.mark.slow
 def test_routing_is_that_of_all_held_out_text(folder):
-  c = evaluations.config('mixtral', 'causal', num_layers=2, num_kv_heads=2,
+  c = evaluations.make_config('mixtral', 'causal', num_layers=2, num_kv_heads=2,
                          moe=dict(num_experts=4, d_ff=24))
   c.data.eval_source = f'text:{folder}/*.txt'
-  figures = evaluations.run('routing', evaluations.make(c, folder))
+  figures = evaluations.run_and_check_task('routing', evaluations.make_evaluation(c, folder))
   assert np.shape(figures['load_E']) == (2, 4) and max(figures['dropped']) == 0
   np.testing.assert_allclose(np.sum(figures['load_E'], 1), 1, rtol=1e-5)
   assert (folder / 'routing.png').read_bytes().startswith(b'\x89PNG')

@@ -13,7 +13,7 @@ L = 9
 
 
 def _model(system='gpt', **changes):
-  return archetype.Model(*models.make(system, **changes))
+  return archetype.Model(*models.make_model(system, **changes))
 
 
 def _changed(model, changes):
@@ -53,7 +53,7 @@ def built():
       'attention_norm/bias': np.zeros((2, D)),
       'attention/query': query, 'attention/key': key,
       'attention/query_bias': query_bias, 'attention/key_bias': key_bias})
-  return model, model.inspect(models.tokens(2, L))
+  return model, model.inspect(models.random_tokens(2, L))
 
 
 def test_heads_that_were_built_are_found(built):
@@ -88,7 +88,7 @@ def test_induction_is_the_weight_on_what_followed():
 
 
 def test_norms_and_peaks_are_numpys_and_padding_does_not_count():
-  model, tokens_BL = _model(), models.tokens(2, L)
+  model, tokens_BL = _model(), models.random_tokens(2, L)
   mask_BL = np.array([[1] * L, [1] * 5 + [0] * 4])
   stream = model.inspect(tokens_BL, mask=mask_BL).stream['decoder']
   states = np.asarray(model.hidden_states(tokens_BL, mask=mask_BL))
@@ -118,7 +118,7 @@ def test_an_outlier_is_one_by_dettmers_criterion(layers, tokens, size, result):
 @pytest.mark.parametrize('system', [
     'gpt', 't5', 'bert', pytest.param('llama', marks=pytest.mark.long)])
 def test_the_last_layer_of_the_lens_is_the_models_own_prediction(system):
-  model, tokens_BL = _model(system), models.tokens(2, L)
+  model, tokens_BL = _model(system), models.random_tokens(2, L)
   lens = model.inspect(tokens_BL, top=4).lens
   logits = np.asarray(model(tokens_BL), np.float64)
   p = np.exp(logits - logits.max(-1, keepdims=True))
@@ -133,7 +133,7 @@ def test_the_last_layer_of_the_lens_is_the_models_own_prediction(system):
 
 def test_experts_are_the_two_best_of_a_router_in_numpy():
   """In the parallel wiring a router reads the norm of the layer's input."""
-  model, tokens_BL = _model('mixtral', block='parallel'), models.tokens(2, L)
+  model, tokens_BL = _model('mixtral', block='parallel'), models.random_tokens(2, L)
   result = model.inspect(tokens_BL)
   assert result.experts['decoder'].layers.tolist() == [0, 1]
   states = np.asarray(model.hidden_states(tokens_BL), np.float64)

@@ -92,9 +92,9 @@ def test_a_text_that_is_no_label_is_never_right():
 
 
 def _evaluation(system, objective, source, length=32, **options):
-  c = evaluations.config(system, objective, num_layers=1, max_len=length)
+  c = evaluations.make_config(system, objective, num_layers=1, max_len=length)
   c.data.update(source=source, eval_source=source, length=length)
-  return evaluations.make(objectives.fill_in_labels(c), **options)
+  return evaluations.make_evaluation(objectives.fill_in_labels(c), **options)
 
 
 @pytest.mark.parametrize('system, objective', [
@@ -108,7 +108,7 @@ def test_each_record_has_the_answer_to_itself(system, objective, tmp_path):
   (tmp_path / 'a.tsv').write_text(''.join(lines))
   evaluation = _evaluation(system, objective, f'labelled:{tmp_path}/a.tsv',
                            predictions=str(tmp_path / 'p.jsonl'))
-  figures = evaluations.run('labels', evaluation)
+  figures = evaluations.run_and_check_task('labels', evaluation)
   rows = [json.loads(line) for line in
           (tmp_path / 'p.jsonl').read_text().splitlines()]
   assert figures['rows'] == len(rows) == 14
@@ -127,16 +127,16 @@ def test_each_record_has_the_answer_to_itself(system, objective, tmp_path):
     else:
       np.testing.assert_allclose(list(row['probabilities'].values()),
                                  jax.nn.softmax(score_1U[0]), rtol=1e-4)
-  loss = evaluations.run('loss', evaluation)
+  loss = evaluations.run_and_check_task('loss', evaluation)
   same = ('accuracy' if system == 'bert' else 'mean_absolute_error')
   assert figures[same] == pytest.approx(loss[same], rel=1e-5)
 
 
 def test_entities_are_measured_and_written(tmp_path):
-  source = f'conll:{files.conll(tmp_path / "a.conll")}'
+  source = f'conll:{files.write_conll(tmp_path / "a.conll")}'
   evaluation = _evaluation('bert', 'token_classification', source, 64,
                            predictions=str(tmp_path / 'out.conll'))
-  figures = evaluations.run('labels', evaluation)
+  figures = evaluations.run_and_check_task('labels', evaluation)
   assert {'f1', 'strict_f1', 'accuracy', 'types'} <= figures.keys()
   rows = [line.split(' ') for line in
           (tmp_path / 'out.conll').read_text().splitlines() if line]
@@ -156,18 +156,18 @@ def test_entities_are_measured_and_written(tmp_path):
   apply = jax.jit(lambda batch: record.apply(
       evaluation.run.module, evaluation.params, batch).extra['scores'])
   for item, scores_of in zip(view.items, scores):
-    row = files.row(record, item, None, config, evaluation.tokenizer)
+    row = files.make_batch_row(record, item, None, config, evaluation.tokenizer)
     expected = apply({key: np.asarray(x)[None] for key, x in row.items()})[0]
     size = record.length(item)
     np.testing.assert_allclose(scores_of[:size], expected[:size], atol=1e-5)
 
 
 def test_answers_are_measured_and_written(tmp_path):
-  source = f'squad:{files.squad(tmp_path / "a.json")}'
+  source = f'squad:{files.write_squad(tmp_path / "a.json")}'
   evaluation = _evaluation(
       'bert', 'question_answering', source, 64, n_best=3, null_threshold=1e6,
       predictions=str(tmp_path / 'out.json'))
-  figures = evaluations.run('labels', evaluation)
+  figures = evaluations.run_and_check_task('labels', evaluation)
   main, best, null = (json.loads((tmp_path / f'out{kind}.json').read_text())
                       for kind in ('', '.nbest', '.null_odds'))
   assert list(main) == list(best) == list(null) == ['0-0', '0-1', '0-2', '1-0']
@@ -177,7 +177,7 @@ def test_answers_are_measured_and_written(tmp_path):
     assert sum(row['probability'] for row in best[name]) == pytest.approx(1)
   assert figures['total'] == 4 and figures['NoAns_exact'] == 0
   evaluation.options.null_threshold = -1e6
-  none = evaluations.run('labels', evaluation)
+  none = evaluations.run_and_check_task('labels', evaluation)
   assert none['NoAns_exact'] == 100 and none['exact'] == 25
 
 
@@ -187,16 +187,16 @@ def test_answers_are_measured_and_written(tmp_path):
 def test_rows_without_labels_get_the_predictions_of_those_with(
     objective, tmp_path):
   """And no measures. The table has what the other files have."""
-  source, bare = files.bare(tmp_path)[objective]
+  source, bare = files.write_sources_with_and_without_labels(tmp_path)[objective]
   evaluation = _evaluation('bert', objective, source, 64, null_threshold=0.0,
                            predictions=str(tmp_path / 'right.csv'))
-  figures = evaluations.run('labels', evaluation)
+  figures = evaluations.run_and_check_task('labels', evaluation)
   config = evaluation.run.config.copy_and_resolve_references()
   config.data.eval_source = bare
   evaluation = dataclasses.replace(
       evaluation, run=dataclasses.replace(evaluation.run, config=config))
   evaluation.options.predictions = str(tmp_path / 'out.csv')
-  counts = evaluations.run('labels', evaluation)
+  counts = evaluations.run_and_check_task('labels', evaluation)
   assert counts.keys() <= {'rows', 'words', 'sentences', 'without_tokens',
                            'total'}
   assert all(figures[name] == value for name, value in counts.items())
@@ -208,7 +208,7 @@ def test_rows_without_labels_get_the_predictions_of_those_with(
       {name: row[name] for name in same} for row in out]
   evaluation.options.predictions = ''
   with pytest.raises(RequestError, match='pass --predictions=FILE'):
-    evaluations.run('labels', evaluation)
+    evaluations.run_and_check_task('labels', evaluation)
 
 
 # Worked out by hand by the rules of evaluate-v2.0.py.

@@ -38,7 +38,7 @@ KINDS = {
 
 def written(tmp_path, evaluation, texts=TEXTS):
   (tmp_path / 'texts.txt').write_text('\n'.join(texts) + '\n')
-  figures = evaluations.run('embed', evaluation)
+  figures = evaluations.run_and_check_task('embed', evaluation)
   vectors_ND = np.load(figures['vectors'])
   assert vectors_ND.dtype == np.float32
   assert vectors_ND.shape == (len(texts), figures['size'])
@@ -64,14 +64,14 @@ def states(evaluation, kind, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', models.long_but(
+@pytest.mark.parametrize('kind', models.mark_long_except(
     ('decoder',), KINDS))
 def test_a_vector_is_pooled_of_the_text_alone(tmp_path, kind):
   """In a batch with longer texts, too: padding is neither seen nor counted. A
   decoder's separator sees nothing of the text, and is not counted either."""
   system, objective, fields, before, _ = KINDS[kind]
-  evaluation = evaluations.make(
-      evaluations.config(system, objective, **fields),
+  evaluation = evaluations.make_evaluation(
+      evaluations.make_config(system, objective, **fields),
       texts=str(tmp_path / 'texts.txt'), vectors=str(tmp_path / 'out.npy'))
   skipped = len(before) if kind != 'encoder' else 0
   pools = {'mean': lambda x: x[skipped:].mean(0), 'last': lambda x: x[-1]}
@@ -82,7 +82,7 @@ def test_a_vector_is_pooled_of_the_text_alone(tmp_path, kind):
     evaluation.options.pooling = name
     together_ND = written(tmp_path, evaluation)
     np.testing.assert_allclose(together_ND[5], pool(x_LD), atol=3e-6)
-  models.close(together_ND[:1], written(tmp_path, evaluation, TEXTS[:1]))
+  models.assert_trees_close(together_ND[:1], written(tmp_path, evaluation, TEXTS[:1]))
 
 
 @pytest.mark.parametrize('name, content, sentence', [
@@ -106,9 +106,9 @@ def test_a_mask_is_filled_with_the_likeliest_words(
   file = str(tmp_path / 'tokenizer.json')
   hf.BertWordPieceTokenizer({word: i for i, word in enumerate(VOCAB)}
                             ).save(file)
-  evaluation = evaluations.make(evaluations.config(
+  evaluation = evaluations.make_evaluation(evaluations.make_config(
       'bert', 'mlm_nsp', file, max_len=16), prompt='|||'.join(PROMPTS))
-  figures = evaluations.run('fill_mask', evaluation)['prompts']
+  figures = evaluations.run_and_check_task('fill_mask', evaluation)['prompts']
   rows = ['[CLS] paris is the [MASK] of france [SEP]',
           '[CLS] a [MASK] city [MASK] [SEP]']
   lines = []
@@ -186,9 +186,9 @@ PROMPT = 'My fellow, my'
 
 def look(system, objective, folder, **options):
   """Returns the evaluation, its figures, and what the page draws."""
-  evaluation = evaluations.make(evaluations.config(system, objective), folder,
+  evaluation = evaluations.make_evaluation(evaluations.make_config(system, objective), folder,
                                 **dict(prompt=PROMPT) | options)
-  figures = evaluations.run('inspect', evaluation)
+  figures = evaluations.run_and_check_task('inspect', evaluation)
   page = (folder / 'inspect.html').read_text()
   # Nothing is fetched: no address stands in it.
   assert not re.search(r'(src|href)="(?!#)|https?:|@import|url\(', page)

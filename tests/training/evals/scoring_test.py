@@ -77,12 +77,12 @@ def test_each_answer_is_that_of_its_text_alone(system, objective):
   moe = dict(moe=dict(
       num_experts=4, d_ff=24, dispatch='sorted', capacity_factor=0.5,
       eval_capacity_factor=0.5)) if system == 'mixtral' else {}
-  evaluation = evaluations.make(evaluations.config(
+  evaluation = evaluations.make_evaluation(evaluations.make_config(
       system, objective, **SMALL, **moe))
   questions = _questions()
   answers = _answers(evaluation, questions)
   if system == 'mixtral':  # whose own forward pass drops tokens
-    evaluation = evaluations.make(evaluations.config(
+    evaluation = evaluations.make_evaluation(evaluations.make_config(
         system, objective, **SMALL, moe=dict(num_experts=4, d_ff=24)))
   for answer, (log_p, greedy) in zip(answers, _alone(
       evaluation, questions, objective == 'prefix'), strict=True):
@@ -93,8 +93,8 @@ def test_each_answer_is_that_of_its_text_alone(system, objective):
 @pytest.mark.slow
 def test_several_devices_answer_as_one():
   """Whose rows are cut over data and fsdp, and the vocabulary over tensor."""
-  c = evaluations.config('gpt', 'causal', **SMALL)
-  one = evaluations.make(c)
+  c = evaluations.make_config('gpt', 'causal', **SMALL)
+  one = evaluations.make_evaluation(c)
   c.mesh.update(fsdp=2, tensor=2)
   run = runs.build(c, one.run.model)
   assert run.mesh.size == 8
@@ -132,16 +132,16 @@ TEXT = 'What is sown is reaped ,\n and what is not is not .\n' * 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('stride', models.long_but((5,), (5, 15)))
+@pytest.mark.parametrize('stride', models.mark_long_except((5,), (5, 15)))
 def test_each_token_is_predicted_once_from_enough(tmp_path, stride):
   """Ten lines that read the documents a token at a time."""
   texts = [TEXT, 'Ä short one']
   for name, text in zip('ab', texts):
     (tmp_path / f'{name}.txt').write_text(text)
-  c = evaluations.config('gpt', 'causal', max_len=16, num_layers=1)
+  c = evaluations.make_config('gpt', 'causal', max_len=16, num_layers=1)
   c.data.eval_source = f'text:{tmp_path}/*.txt'
-  evaluation = evaluations.make(c, stride=stride)
-  figures = evaluations.run('loss', evaluation)
+  evaluation = evaluations.make_evaluation(c, stride=stride)
+  figures = evaluations.run_and_check_task('loss', evaluation)
   length = c.data.length
   first, contexts, targets = evaluation.tokenizer.separator_id, [], []
   for text in texts:
@@ -176,7 +176,7 @@ def test_a_name_says_what_to_evaluate():
     evals.check_task_without_flags('lm_eval', 'TASKS')
   for system, objective in (('bert', 'mlm'), ('t5', 'span')):
     assert f'objective {objective!r}' in lm_eval.TASKS['lm_eval'].why_unfit(
-        evaluations.config(system, objective))
+        evaluations.make_config(system, objective))
 
 
 def test_pairs_are_counted_by_phenomenon(tmp_path, monkeypatch):
@@ -198,10 +198,10 @@ def test_pairs_are_counted_by_phenomenon(tmp_path, monkeypatch):
 
 def _model(workdir, config=None, step=1):
   from training.evals import harness
-  module, params = models.make('gpt', vocab_size=384)
+  module, params = models.make_model('gpt', vocab_size=384)
   return harness.Model(evals.Evaluation(
       types.SimpleNamespace(
-          config=config or evaluations.config('gpt', 'causal'),
+          config=config or evaluations.make_config('gpt', 'causal'),
           module=module, model=module.config, context=contextlib.nullcontext),
       params, step, tokenizers.load('bytes'), None, workdir, {}))
 
@@ -226,14 +226,14 @@ def test_each_item_of_lm_eval_has_its_score(tmp_path):
       ('cloze', [dict(text='a b'), dict(text='c d')])):
     (tmp_path / name).mkdir()
     (tmp_path / name / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-  evaluation = evaluations.make(
-      evaluations.config('gpt', 'causal', num_layers=1),
+  evaluation = evaluations.make_evaluation(
+      evaluations.make_config('gpt', 'causal', num_layers=1),
       lm_eval_data=str(tmp_path))
-  figures = evaluations.run('lm_eval:blimp_files', evaluation)
+  figures = evaluations.run_and_check_task('lm_eval:blimp_files', evaluation)
   items = figures['items']['acc']
   assert len(items['scores']) == figures['examples']['blimp_files'] == 4
   assert {*items['scores']} <= {0, 1}
-  again = evaluations.run('lm_eval:cloze_files', evaluation)['items']
+  again = evaluations.run_and_check_task('lm_eval:cloze_files', evaluation)['items']
   assert again.keys() == {'acc'} and len(again['acc']['scores']) == 2
 
 
@@ -262,7 +262,7 @@ def test_a_conversation_is_laid_out_by_the_runs_template(tmp_path):
   file.write_text('{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}'
                   '[EOS]{% endfor %}{% if add_generation_prompt %}<assistant>'
                   '{% endif %}')
-  config = evaluations.config('gpt', 'chat')
+  config = evaluations.make_config('gpt', 'chat')
   config.data.chat_template = str(file)
   asked = _model(tmp_path, config)
   question = [dict(role='user', content='How [SEP]?')]

@@ -23,7 +23,7 @@ LORA = dict(rank=2, alpha=4.0, targets='all-linear')
 
 @pytest.fixture(scope='module')
 def made():
-  module, params = models.make('llama', vocab_size=384, num_layers=1)
+  module, params = models.make_model('llama', vocab_size=384, num_layers=1)
   return module, jax.device_get(params)
 
 
@@ -48,7 +48,7 @@ def start(source, workdir, lora):
     config.init_from = str(source)
     config.model.lora.update(lora)
   run = runs.build(config, architectures.resolve(config.model),
-                   evaluations.one_device())
+                   evaluations.one_device_mesh())
   return run, parameters.create_state(run, config.init_from).params
 
 
@@ -80,19 +80,19 @@ def test_merged_it_is_a_model_like_any_other(imported, started, tmp_path):
   params = jax.tree_util.tree_map_with_path(
       lambda path, x, new: (
           new if weights.is_adapter(paths.path_to_string(path)) else x),
-      params, models.drawn(params))
+      params, models.draw_parameters(params))
   config = run.config.copy_and_resolve_references()
   with config.unlocked():
     config.init_from = ''
   convert._make(tmp_path / 'run', config, params, None, True, '')
-  tokens = models.tokens()
+  tokens = models.random_tokens()
   logits = lambda module, params: jax.device_get(jax.jit(
       lambda params: models.logits(module, params, tokens))(params))
   want = logits(run.module, params)
   convert.export(tmp_path / 'run', tmp_path / 'hf', step=None)
   plain, merged = weights.from_hf(tmp_path / 'hf')
   assert plain.config.lora.rank == 0
-  models.close(want, logits(plain, merged), rtol=1e-5)
+  models.assert_trees_close(want, logits(plain, merged), rtol=1e-5)
   _, other = start(tmp_path / 'hf', imported, dict(LORA, rank=3))
   jax.tree.map(np.testing.assert_array_equal, weights.without(other), merged)
   _, same = start(tmp_path / 'run', imported, LORA)
@@ -110,7 +110,7 @@ def test_merged_it_is_a_model_like_any_other(imported, started, tmp_path):
     pytest.param('kimi_linear', 'all-linear', marks=pytest.mark.long),
     ('gpt', 'out,up,down')])
 def test_pefts_format_there_and_back(system, targets, tmp_path):
-  module, params = models.make(
+  module, params = models.make_model(
       system, lora=dict(rank=3, alpha=6.0, targets=targets))
   size = peft.write(module.config, params, tmp_path, 'base')
   model, tree = peft.read(weights.without_adapters(module.config), tmp_path)
@@ -125,7 +125,7 @@ def test_pefts_format_there_and_back(system, targets, tmp_path):
 
 
 def test_pefts_names_and_the_order_of_its_axes(tmp_path):
-  module, params = models.make('llama', lora=LORA, num_kv_heads=2)
+  module, params = models.make_model('llama', lora=LORA, num_kv_heads=2)
   peft.write(module.config, params, tmp_path, 'base')
   tensors = load_file(tmp_path / peft.WEIGHTS)
   flat = paths.flatten_by_path(params)
@@ -148,7 +148,7 @@ def test_pefts_names_and_the_order_of_its_axes(tmp_path):
 def test_an_adapter_is_named_as_the_layer_that_it_adapts(tmp_path):
   """Of a Mamba-2 and its network, a Mamba-2 alone, another with a network, and
   attention with one, the networks are the parts 1, 4 and 6."""
-  module, params = models.make('nemotron_h', num_layers=4, lora=LORA | dict(
+  module, params = models.make_model('nemotron_h', num_layers=4, lora=LORA | dict(
       targets='down'))
   peft.write(module.config, params, tmp_path, 'base')
   names = {name.partition('.lora_')[0] for name in load_file(
@@ -173,7 +173,7 @@ def test_an_adapter_is_named_as_the_layer_that_it_adapts(tmp_path):
     (np.float32('inf'), r'lora_.\.weight has a value that is no finite number'),
     (np.int32(1), r'lora_.\.weight is of type I32: weights are read from')])
 def test_an_adapter_of_another_kind_is_refused(change, words, tmp_path):
-  module, params = models.make('llama', lora=LORA)
+  module, params = models.make_model('llama', lora=LORA)
   peft.write(module.config, params, tmp_path, 'base')
   file = tmp_path / peft.CONFIG
   if isinstance(change, dict):
@@ -188,7 +188,7 @@ def test_an_adapter_of_another_kind_is_refused(change, words, tmp_path):
 
 def test_rank_stabilised_adapters_are_scaled_by_the_root_of_the_rank(tmp_path):
   """By alpha / sqrt(rank) (Kalajdzievski 2023), as PEFT scales them."""
-  module, params = models.make('llama', lora=dict(LORA, rank=9, alpha=6.0))
+  module, params = models.make_model('llama', lora=dict(LORA, rank=9, alpha=6.0))
   peft.write(module.config, params, tmp_path, 'base')
   file = tmp_path / peft.CONFIG
   file.write_text(json.dumps(

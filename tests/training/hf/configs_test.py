@@ -250,7 +250,7 @@ def test_a_zero_that_is_a_choice_is_read_and_written(tree, fields):
 
 @pytest.mark.parametrize('system', ['deepseek_v3', 'kimi_linear'])
 def test_how_a_model_is_trained_is_no_matter_of_its_export(system):
-  hf_config.write(architectures.resolve(models.config(
+  hf_config.write(architectures.resolve(models.small_config(
       system, moe=dict(bias_rate=0.0), head_dim=8)))
   for name, leaf in flat.FIELDS.items():
     if leaf.rule.resume in (declared.REGULARISATION, declared.AT_START):
@@ -263,10 +263,10 @@ WRONG = (
     float('nan'), float('inf'), 'x' * 5000)
 
 
-@pytest.mark.parametrize('system', models.FEW)
+@pytest.mark.parametrize('system', models.REPRESENTATIVE_SYSTEMS)
 def test_every_field_is_of_its_type_or_refused(system, monkeypatch):
   """A third of what is wrong for each field, of which systems share most."""
-  tree = hf_config.write(architectures.resolve(models.config(
+  tree = hf_config.write(architectures.resolve(models.small_config(
       system, d_ff=128, head_dim=8, moe=dict(eval_capacity_factor=0.0))))
   readers, make = [], hf_config.Reader.__init__
   def remember(self, *args):
@@ -299,7 +299,7 @@ def test_every_field_is_of_its_type_or_refused(system, monkeypatch):
     (dict(problem_type='multi_label_classification'), 'problem_type')])
 def test_labels_that_mean_nothing_are_refused(change, message):
   tree = hf_config.write(architectures.resolve(
-      models.config('bert', head='sequence', num_labels=2)))
+      models.small_config('bert', head='sequence', num_labels=2)))
   with pytest.raises(RequestError, match=message):
     hf_config.labels(tree | change)
     hf_config.read(tree | change)
@@ -312,11 +312,11 @@ def test_robertas_first_token_stands_after_the_row_of_padding(tmp_path):
   assert (c.max_len, c.part(LearnedConfig).offset) == (513, 1)
   with pytest.raises(RequestError, match='pad_token_id -1: it must be'):
     hf_config.write(architectures.resolve(
-        models.config('roberta', learned=dict(offset=0))))
+        models.small_config('roberta', learned=dict(offset=0))))
   with pytest.raises(RequestError, match='max_position_embeddings 2, of which'):
     hf_config.read(ROBERTA | dict(max_position_embeddings=2))
   # As roberta-base, whose files have a pooler that nothing trained.
-  module = architectures.build(models.config('roberta'))
+  module = architectures.build(models.small_config('roberta'))
   params = exports.random(module)
   weights.to_hf(module, params, tmp_path)
   file = tmp_path / hf_files.SAFE

@@ -41,8 +41,8 @@ MIXTURES = {
 
 
 def _upcycled(system, changes, **dense):
-  old = models.config(system, **dense)
-  module, params = models.make(system, **dense)
+  old = models.small_config(system, **dense)
+  module, params = models.make_model(system, **dense)
   config = base.base()
   config.model = upcycling.config(old, changes)
   run = runs.build(config, architectures.resolve(config.model))
@@ -51,15 +51,15 @@ def _upcycled(system, changes, **dense):
 
 
 def _check_same_logits(module, params, run, mixture):
-  tokens = models.tokens()
+  tokens = models.random_tokens()
   a, b = (jax.jit(lambda p, m=m: models.logits(m, p, tokens))(p)
           for m, p in ((module, params), (run.module, mixture)))
-  models.close(a, b, rtol=3e-6)
+  models.assert_trees_close(a, b, rtol=3e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'system', models.long_but(('gpt',), MIXTURES))
+    'system', models.mark_long_except(('gpt',), MIXTURES))
 def test_a_mixture_starts_as_its_dense_model(system):
   module, params, run, mixture = _upcycled(
       system, MIXTURES[system], num_layers=4, num_decoder_layers=4)
@@ -83,7 +83,7 @@ def test_a_mixture_starts_as_its_dense_model(system):
     (['ffn=relu'], "unknown name in --moe 'ffn'"),
 ])
 def test_a_wrong_mixture_is_refused(words, sentence, tmp_path):
-  module, params = models.make('llama', vocab_size=384)
+  module, params = models.make_model('llama', vocab_size=384)
   weights.to_hf(module, params, tmp_path / 'in')
   with pytest.raises(ValueError, match=sentence):
     convert.upcycle(tmp_path / 'in', tmp_path / 'out', moe=words, step=None,
@@ -95,7 +95,7 @@ def test_a_wrong_mixture_is_refused(words, sentence, tmp_path):
 def imported(tmp_path_factory, texts):
   """A workdir of Hugging Face's weights, with a text and a length of ours."""
   folder = tmp_path_factory.mktemp('imported')
-  module, params = models.make('llama', vocab_size=384)
+  module, params = models.make_model('llama', vocab_size=384)
   weights.to_hf(module, params, folder / 'in')
   convert.import_(folder / 'in', folder / 'run', partial=False, seed=0)
   file = folder / 'run/config.json'
@@ -111,7 +111,7 @@ def imported(tmp_path_factory, texts):
     (checkpoints.Checkpoints, 'save'), (run_config, 'save')])
 def test_an_import_that_fails_leaves_no_run(room, name, tmp_path, monkeypatch):
   """train.py would begin it with parameters of its own."""
-  weights.to_hf(*models.make('llama', vocab_size=384), tmp_path / 'in')
+  weights.to_hf(*models.make_model('llama', vocab_size=384), tmp_path / 'in')
 
   def to_run():
     convert.import_(tmp_path / 'in', tmp_path / 'run', partial=False, seed=0)
@@ -137,8 +137,8 @@ def test_an_import_that_fails_leaves_no_run(room, name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('write', [
     lambda folder: convert.export(folder, folder, step=None),
-    lambda folder: archetype.Model(*models.make()).save(folder),
-    lambda folder: peft.write(models.config('llama'), {}, folder, ''),
+    lambda folder: archetype.Model(*models.make_model()).save(folder),
+    lambda folder: peft.write(models.small_config('llama'), {}, folder, ''),
     lambda folder: convert.of_gguf(folder / 'config.json', folder)],
                          ids=['export', 'save', 'peft', 'gguf'])
 def test_no_weights_are_written_into_a_run(write, tmp_path):
@@ -151,7 +151,7 @@ def test_no_weights_are_written_into_a_run(write, tmp_path):
 
 def test_a_run_begins_with_the_parameters_of_a_mixture(
     imported, tmp_path, capsys, monkeypatch):
-  workdir, mesh = epath.Path(tmp_path), evaluations.one_device()
+  workdir, mesh = epath.Path(tmp_path), evaluations.one_device_mesh()
   monkeypatch.setattr(runs.devices, 'make_mesh', lambda *_, **__: mesh)
   convert.upcycle(imported, workdir, moe=['num_experts=4', 'every=2'],
                   step=None, seed=0)
@@ -218,7 +218,7 @@ TEMPLATE = '{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}'
 def published(tmp_path_factory):
   """A workdir of weights with 61 ids, a chat template and no tokenizer."""
   folder = tmp_path_factory.mktemp('generation')
-  module, params = models.make('llama', vocab_size=61)
+  module, params = models.make_model('llama', vocab_size=61)
   weights.to_hf(module, params, folder / 'in',
                 generation=hf_generation.Generation(**GIVEN))
   (folder / 'in/chat_template.jinja').write_text(TEMPLATE)
@@ -266,7 +266,7 @@ def test_training_gives_the_ids_another_meaning(published):
 @pytest.mark.slow
 def test_a_tokenizer_that_is_not_read_goes_along(tmp_path, capsys):
   """Marian's numbers its pieces by vocab.json, without merges."""
-  module, params = models.make('llama', vocab_size=384)
+  module, params = models.make_model('llama', vocab_size=384)
   weights.to_hf(module, params, tmp_path / 'in')
   kept = ('source.spm', 'target.spm', 'vocab.json')
   for name in kept:
@@ -294,7 +294,7 @@ FOLDERS = {
 
 def _folder(path, drop='', architecture='', system='bert', **changes):
   """Writes a folder without the tensors whose names have `drop`; returns it."""
-  module = architectures.build(models.config(system, **changes))
+  module = architectures.build(models.small_config(system, **changes))
   params = exports.random(module)
   weights.to_hf(module, params, path)
   bare = architecture.startswith('BertModel')

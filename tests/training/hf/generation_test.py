@@ -48,7 +48,7 @@ def test_a_run_of_our_own_says_what_its_sequences_look_like(
   config.objective = OBJECTIVES[system] if system in OBJECTIVES else 'causal'
   config.data.update(source=f'text:{tmp_path}/*.txt', tokenizer=spec, length=24,
                      batch_size=4, holdout_every=0, cache_dir=str(tmp_path))
-  model = architectures.resolve(models.config(
+  model = architectures.resolve(models.small_config(
       system, vocab_size=tokenizer.vocab_size, head_dim=8,
       moe=dict(eval_capacity_factor=0.0)))
   fields, options = hf_generation.of_run(config, model, tokenizer)
@@ -153,13 +153,13 @@ IMAGE = '<image_soft_token>'
 def test_a_model_needs_no_row_for_what_no_text_gives(tmp_path):
   """As the tokenizer of Gemma 3's text models has a special token IMAGE of
   which the model has no embedding."""
-  folder = data_files.roberta(tmp_path)
+  folder = data_files.write_roberta_tokenizer(tmp_path)
   file = str(folder / 'tokenizer.json')
   tokenizer = hf.Tokenizer.from_file(file)
   tokenizer.add_special_tokens([IMAGE])
   tokenizer.save(file)
   (folder / 'a.txt').write_text(f'Any text, with {IMAGE} in it. ' * 60)
-  config = evaluations.config('gpt', 'causal', str(folder), max_len=32)
+  config = evaluations.make_config('gpt', 'causal', str(folder), max_len=32)
   tokenizer = tokenizers.load(str(folder))
   size = tokenizer.vocab_size
   config.model.vocab_size = size - 1

@@ -115,7 +115,7 @@ def test_scores_and_gradients_equal_transformers(path):
     ('gpt_neox', 'sequence', 'GPTNeoXForSequenceClassification')])
 def test_an_export_with_a_head_is_the_import(tmp_path, system, head, cls):
   labels = () if head == 'span' else LABELS
-  module, params = models.make(system, head=head, num_labels=len(labels))
+  module, params = models.make_model(system, head=head, num_labels=len(labels))
   weights.to_hf(module, jax.device_get(params), tmp_path, labels=labels)
   tree = hf_config.load_config_json(tmp_path)
   assert tree['architectures'] == [cls]

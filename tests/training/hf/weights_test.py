@@ -39,7 +39,7 @@ def _refused(call, *words):
 @pytest.fixture(scope='module')
 def gpt(tmp_path_factory):
   folder = tmp_path_factory.mktemp('gpt')
-  module, params = jax.device_get(models.make('gpt', num_layers=3))
+  module, params = jax.device_get(models.make_model('gpt', num_layers=3))
   weights.to_hf(module, params, folder)
   return module, params, folder
 
@@ -213,7 +213,7 @@ def test_experts_that_drop_tokens_are_not_exported_as_if_they_did_not(system,
                                                                       moe):
   moe = dict(num_experts=8, capacity_factor=1.0) | moe
   read = lambda **fields: architectures.resolve(
-      models.config(system, head_dim=8, moe=moe | fields))
+      models.small_config(system, head_dim=8, moe=moe | fields))
   with pytest.raises(ValueError, match='eval_capacity_factor.*--dropless'):
     hf_config.write(read())
   hf_config.write(read(eval_capacity_factor=0.0))
@@ -255,7 +255,7 @@ def test_partial_lists_what_it_skips(gpt, tmp_path):
 
 
 def test_layers_whose_differences_are_not_of_their_depth_are_refused(tmp_path):
-  module, params = models.make('diffllama', num_layers=8)
+  module, params = models.make_model('diffllama', num_layers=8)
   with pytest.raises(ValueError, match='of layer 4 is 0.2.*a diffllama config'):
     weights.to_hf(module, params, tmp_path)
 

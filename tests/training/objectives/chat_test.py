@@ -56,7 +56,7 @@ def _text(ids, tokenizer=BYTES) -> str:
 
 
 def test_turns_are_laid_out_by_vicunas_template(talks):
-  batch = pipeline.make_training_loader(files.config(
+  batch = pipeline.make_training_loader(files.make_run_config(
       f'{talks}:messages', 'chat', 350), BYTES).batch(0)
   tokens, targets, weights, valid = (
       batch[k][0] for k in ('tokens', 'targets', 'weights', 'valid'))
@@ -66,7 +66,7 @@ def test_turns_are_laid_out_by_vicunas_template(talks):
 
 
 def test_a_question_is_the_start_of_a_conversation(talks):
-  config = files.config(f'{talks}:messages', 'chat', 350)
+  config = files.make_run_config(f'{talks}:messages', 'chat', 350)
   row = pipeline.make_training_loader(config, BYTES).batch(0)['tokens'][0]
   asked = causal.encode_question('Hello!', config, BYTES)
   np.testing.assert_array_equal(asked, row[:len(asked)])
@@ -95,7 +95,7 @@ def test_a_question_and_its_answer_are_tokenised_as_one(talks, tmp_path):
   """As in both published codes: an answer alone would begin otherwise."""
   tokenizer = _llama_like(tmp_path)
   batch = pipeline.make_training_loader(
-      files.config(f'{talks}:messages', 'chat', 350), tokenizer).batch(0)
+      files.make_run_config(f'{talks}:messages', 'chat', 350), tokenizer).batch(0)
   targets, weights = batch['targets'][0], batch['weights'][0]
   turns = VICUNA.split('</s>')[:2]
   expected = [i for turn in turns
@@ -104,7 +104,7 @@ def test_a_question_and_its_answer_are_tokenised_as_one(talks, tmp_path):
   alone = tokenizer.encode(' Hi!').tolist()
   assert alone not in [expected[i:i + len(alone)]
                        for i in range(len(expected))]
-  config = files.config('jsonl:x:y', 'chat')
+  config = files.make_run_config('jsonl:x:y', 'chat')
   asked = causal.encode_question('Hello!', config, tokenizer)
   assert asked[1:].tolist() == expected[:len(asked) - 1]
   assert not weights[:len(asked) - 1].any() and weights[len(asked) - 1]
@@ -130,7 +130,7 @@ def test_alpacas_records_are_laid_out_by_its_template(kind, tmp_path):
   path = tmp_path / f'alpaca.{kind}'
   path.write_text(json.dumps(RECORDS) if kind == 'json' else
                   '\n'.join(map(json.dumps, RECORDS)) + '\n')
-  config = files.config(f'alpaca:{path}', 'chat', 300, batch_size=3,
+  config = files.make_run_config(f'alpaca:{path}', 'chat', 300, batch_size=3,
                         cache_dir=str(tmp_path))
   batch = pipeline.make_training_loader(config, BYTES).batch(0)
   end, pairs = BYTES.separator_id, set()

@@ -78,7 +78,7 @@ OPTIONS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('case', models.long_but(
+@pytest.mark.parametrize('case', models.mark_long_except(
     [('all', 0), ('all', 40), *((name, 8) for name in OPTIONS)],
     # In one chunk; of a position each; uneven.
     list(itertools.product(OPTIONS, (0, 8, 40)))), ids=str)
@@ -175,7 +175,7 @@ def test_no_array_of_all_logits_is_held(differentiate):
 
   fn = jax.grad(loss, (0, 1)) if differentiate else loss
   sizes = [math.prod(v.aval.shape)
-           for e in models.equations(jax.make_jaxpr(fn)(hidden, head).jaxpr)
+           for e in models.list_equations(jax.make_jaxpr(fn)(hidden, head).jaxpr)
            for v in e.outvars]
   assert max(sizes) == chunk * vocab
   stats = jax.jit(fn).lower(hidden, head).compile().memory_analysis()
@@ -217,7 +217,7 @@ def collectives(text):
           for dims in re.findall(r'\[([\d,]*)\]', match[1])]
 
 
-@pytest.mark.parametrize('name', models.long_but(
+@pytest.mark.parametrize('name', models.mark_long_except(
     ('fsdp', 'tp', 'cp_fsdp_tp', 'ep_fsdp_tp'), tables.PRESETS))
 def test_sharded_equals_one_device_and_gathers_no_batch(name):
   args = make(vocab=96)

@@ -19,13 +19,13 @@ BYTES = files.BYTES
 
 @pytest.fixture(name='texts')
 def _texts(tmp_path, monkeypatch):
-  return files.letters(tmp_path, monkeypatch)
+  return files.write_texts_of_letters(tmp_path, monkeypatch)
 
 
 def test_a_row_masks_each_token_with_the_probability_that_it_drew():
   """What each row drew is read off its weights, 1 / t."""
   ids = np.arange(201, dtype=np.int32)
-  config = files.config('', 'masked_diffusion', 200)
+  config = files.make_run_config('', 'masked_diffusion', 200)
   shares, excess = [], []
   for seed in range(600):
     row = mlm.MaskedDiffusion().example(
@@ -52,7 +52,7 @@ def test_a_row_masks_each_token_with_the_probability_that_it_drew():
 @pytest.mark.slow
 def test_the_loss_is_that_of_equation_3():
   """By numpy, over a row and a half; whatever stands in the padding."""
-  module, params = models.make('bert', vocab_size=270)
+  module, params = models.make_model('bert', vocab_size=270)
   rng = np.random.default_rng(0)
   targets = rng.integers(0, 256, (2, 12)).astype(np.int32)
   t_B1 = np.array([[0.3], [0.8]])
@@ -64,7 +64,7 @@ def test_the_loss_is_that_of_equation_3():
                targets=targets, segment_ids=segments,
                weights=(masked / t_B1).astype(np.float32))
   objective = objectives.OBJECTIVES['masked_diffusion']
-  config = files.config('', 'masked_diffusion', 12)
+  config = files.make_run_config('', 'masked_diffusion', 12)
   whole = objective.weights(batch)
 
   @jax.jit
@@ -89,7 +89,7 @@ def test_the_loss_is_that_of_equation_3():
 def test_the_bound_is_the_loss_of_a_text_in_a_random_order():
   """Of three tokens there are six orders, of which every conditional is one of
   the model's (LLaDA, appendix A.2)."""
-  module, params = models.make('bert', vocab_size=270)
+  module, params = models.make_model('bert', vocab_size=270)
   ids, L = np.array([10, 200, 97], np.int32), 3
   segments = np.ones((1, L), np.int32)
   logits_of = jax.jit(lambda shown: models.logits(
@@ -106,7 +106,7 @@ def test_the_bound_is_the_loss_of_a_text_in_a_random_order():
       total += nats[tuple(hidden)][i]
       hidden[i] = False
     orders.append(total)
-  config = files.config('', 'masked_diffusion', L)
+  config = files.make_run_config('', 'masked_diffusion', L)
   rows = 512
   batch = dict(tokens=np.tile(ids, (rows, 1)), targets=np.tile(ids, (rows, 1)),
                segment_ids=np.ones((rows, L), np.int32),
@@ -163,7 +163,7 @@ def by_numpy(module, params, prompt, new, steps, mask):
 @pytest.mark.slow
 def test_what_it_is_surest_of_stays():
   """Prompts of two lengths, each as it would be alone, beside numpy."""
-  module, params = models.make('bert', vocab_size=270)
+  module, params = models.make_model('bert', vocab_size=270)
   prompts = [[5, 9, 70, 8], [200, 3]]
   padded = np.array([[5, 9, 70, 8], [200, 3, 0, 0]], np.int32)
   write = jax.jit(lambda params: generate.generate_by_unmasking(
@@ -181,7 +181,7 @@ def _draws(logits_V, new=12, steps=1, seed=0, temperature=1.0):
   """Returns 100 texts of a model that says the same of every place; its last
   token is the mask."""
   V = len(logits_V)
-  module, params = models.bigram(np.tile(logits_V, (1, V, 1)))
+  module, params = models.make_bigram(np.tile(logits_V, (1, V, 1)))
   return np.asarray(jax.jit(lambda key: generate.generate_by_unmasking(
       module, params, jnp.zeros((100, 1), jnp.int32), jnp.ones(100, jnp.int32),
       key, new=new, steps=steps, mask=V - 1, temperature=temperature))(
@@ -212,14 +212,14 @@ def test_each_step_has_draws_of_its_own():
 @pytest.mark.slow
 def test_tasks_tell_the_bound_and_write(texts, capsys):
   """The draws of many masks are near the one that an evaluation has."""
-  config = evaluations.config('bert', 'masked_diffusion', num_layers=1)
+  config = evaluations.make_config('bert', 'masked_diffusion', num_layers=1)
   config.data.update(source=texts, eval_source=texts, holdout_every=0,
                      batch_size=32)
-  evaluation = evaluations.make(
+  evaluation = evaluations.make_evaluation(
       config, bound_samples=4, prompt='aa|||b', max_new_tokens=5,
       diffusion_steps=2)
-  plain = evaluations.run('loss', evaluation)
-  figures = evaluations.run('diffusion_bound', evaluation)
+  plain = evaluations.run_and_check_task('loss', evaluation)
+  figures = evaluations.run_and_check_task('diffusion_bound', evaluation)
   assert figures['loss'] == pytest.approx(plain['loss'], rel=0.2)
   assert figures['bits_per_byte'] / figures['loss'] == pytest.approx(
       plain['bits_per_byte'] / plain['loss'], rel=1e-5)
@@ -227,9 +227,9 @@ def test_tasks_tell_the_bound_and_write(texts, capsys):
   assert 0 < figures['standard_error'] < figures['loss']
   # The draws of a row are those of every evaluation and batch.
   config.data.batch_size = 3
-  again = evaluations.run('diffusion_bound', evaluations.make(
+  again = evaluations.run_and_check_task('diffusion_bound', evaluations.make_evaluation(
       config, bound_samples=4))
   assert again == pytest.approx(figures, rel=1e-5)
-  written = evaluations.run('diffusion_samples', evaluation)
+  written = evaluations.run_and_check_task('diffusion_samples', evaluation)
   assert [row['prompt'] for row in written['samples']] == ['aa', 'b']
   assert 'sample 2 of 2:\nb' in capsys.readouterr().out

@@ -22,11 +22,11 @@ BYTES = files.BYTES
 
 @pytest.fixture(name='texts')
 def _texts(tmp_path, monkeypatch):
-  return files.letters(tmp_path, monkeypatch)
+  return files.write_texts_of_letters(tmp_path, monkeypatch)
 
 
 def test_pairs_are_laid_out_as_bert_has_them(texts):
-  loader = pipeline.make_training_loader(files.config(texts, 'mlm_nsp'), BYTES)
+  loader = pipeline.make_training_loader(files.make_run_config(texts, 'mlm_nsp'), BYTES)
   batches = [loader.batch(n) for n in range(20)]
   tokens = np.concatenate([b['targets'] for b in batches])
   types = np.concatenate([b['types'] for b in batches])
@@ -46,7 +46,7 @@ def test_the_second_text_is_what_its_target_says(texts, objective):
   """Each document has a letter of its own. 0: both texts are one stretch of a
   document. 1: of next sentences the second is from another document, from each
   of the others as often; of their order, it stood before the first."""
-  config = files.config(texts, objective, batch_size=50)
+  config = files.make_run_config(texts, objective, batch_size=50)
   loader = pipeline.make_training_loader(config, BYTES)
   documents = {letter: ' '.join(letter * (1 + (i + j) % 5) for j in range(300))
                for i, letter in enumerate('abcdef')}
@@ -77,7 +77,7 @@ def test_the_second_text_is_what_its_target_says(texts, objective):
 def test_a_prefix_ends_at_any_place_and_all_after_it_is_predicted():
   """A prefix of n tokens sees itself: the first that it has not seen is the one
   at place n, the target of place n - 1."""
-  config, L = files.config('', 'prefix', 12), 12
+  config, L = files.make_run_config('', 'prefix', 12), 12
   sizes = []
   for seed in range(400):
     window = causal.Window(np.arange(L + 1, dtype=np.int32), 10)
@@ -108,7 +108,7 @@ def test_fifteen_percent_are_told_eighty_ten_ten(texts):
 
 
 def _rows(texts, split='train', **changes):
-  config = files.config(texts, 'mlm', **changes)
+  config = files.make_run_config(texts, 'mlm', **changes)
   loader = (pipeline.make_training_loader(config, BYTES) if split == 'train'
             else pipeline.make_evaluation_loaders(config, BYTES)[0])
   return [{key: x[b] for key, x in loader.batch(n).items()}
@@ -167,8 +167,8 @@ def test_whole_words_are_masked_whole():
 def test_bert_is_judged_by_both_its_tasks():
   """By hand: words are a mean over the masked ones, the other over rows, of
   which the last is padding; the rows have 3, 1 and 2 words masked."""
-  module, params = models.make('bert')
-  tokens = np.asarray(models.tokens(4, 8))
+  module, params = models.make_model('bert')
+  tokens = np.asarray(models.random_tokens(4, 8))
   words = [(0, 0), (0, 1), (0, 2), (1, 2), (2, 0), (2, 5)]
   batch = dict(tokens=tokens, targets=tokens, types=np.zeros((4, 8), int),
                segment_ids=np.repeat([[1], [1], [1], [0]], 8, 1),
@@ -211,8 +211,8 @@ def test_bert_is_judged_by_both_its_tasks():
 def _chosen(rate, whole_words=False):
   """A loss of four rows of 16 tokens, of which `rate` are chosen, and what it
   is given."""
-  module, params = models.make('bert', num_layers=1)
-  tokens, weights = models.tokens(4, 16), np.zeros((4, 16), np.float32)
+  module, params = models.make_model('bert', num_layers=1)
+  tokens, weights = models.random_tokens(4, 16), np.zeros((4, 16), np.float32)
   for row, chosen in zip(weights, ([2, 5, 9, 15], [15], [0, 7, 15], [])):
     row[chosen] = 1.0
   batch = dict(tokens=tokens, targets=tokens[:, ::-1], weights=weights,
@@ -245,8 +245,8 @@ def test_the_head_reads_what_is_to_be_predicted_alone():
 
 
 def test_a_prefix_sees_itself_whole_and_nothing_later():
-  module, params = models.make('gpt')
-  tokens = np.asarray(models.tokens(1, 8))
+  module, params = models.make_model('gpt')
+  tokens = np.asarray(models.random_tokens(1, 8))
   logits = jax.jit(lambda place, new: models.logits(
       module, params, jnp.asarray(tokens).at[0, place].set(new),
       prefix_B=jnp.array([4]))[0])
@@ -263,7 +263,7 @@ def test_each_draw_of_a_row_is_a_new_one(texts, objective):
   """The masks of one text differ from epoch to epoch and from seed to seed."""
   shown = {}  # of each text: (seed, all that its row holds), each time
   for seed in (0, 1):
-    config = files.config(texts, objective, batch_size=1)
+    config = files.make_run_config(texts, objective, batch_size=1)
     config.seed = seed
     loader = pipeline.make_training_loader(config, BYTES)
     for n in range(2 * loader.num_windows):

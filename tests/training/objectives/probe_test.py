@@ -86,11 +86,11 @@ def test_only_what_is_asked_for_counts():
   that are not asked for do not move it."""
   config = config_of()
   model, _ = runs.resolve_model(config, tokenizers.load('bytes'))
-  run = runs.build(config, model, evaluations.one_device())
+  run = runs.build(config, model, evaluations.one_device_mesh())
   batch = loader(config).batch(0)
   others = dict(batch, targets=np.where(batch['weights'] > 0, batch['targets'],
                                         (batch['targets'] + 3) % 16))
-  drawn, judge = models.drawn(run.abstract.params), run.eval_step()
+  drawn, judge = models.draw_parameters(run.abstract.params), run.eval_step()
   with run.context():
     loss, moved, blind = (
         jax.device_get(judge(params, run.put(each)))['loss']

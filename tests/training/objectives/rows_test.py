@@ -57,7 +57,7 @@ def test_shapes_are_the_loaders(objective, fields, tmp_path):
 def test_rows_are_laid_out_as_pictured(tmp_path):
   def rows(arch, text):
     (tmp_path / 'one.tsv').write_text(text)
-    batch = pipeline.make_training_loader(files.config(
+    batch = pipeline.make_training_loader(files.make_run_config(
         f'labelled:{tmp_path}/one.tsv', 'classification', 8, arch,
         batch_size=2), BYTES).batch(0)
     order = np.argsort(batch['targets'])
@@ -85,7 +85,7 @@ def test_a_batch_is_as_long_as_its_longest_row_needs(tmp_path):
   rows = [f'{"ab"[i % 2] * int(n)}\t{"ab"[i % 2]}\n' for i, n in enumerate(
       rng.integers(1, 20, 96))] + ['a' * 50 + '\ta\n'] * 4
   (tmp_path / 'a.tsv').write_text(''.join(rows))
-  c = files.config(f'labelled:{tmp_path}/a.tsv', 'classification', arch='bert')
+  c = files.make_run_config(f'labelled:{tmp_path}/a.tsv', 'classification', arch='bert')
   loader = pipeline.make_training_loader(c, BYTES)
   parts = [pipeline.make_training_loader(c, BYTES, i, 4) for i in range(4)]
   c = c.copy_and_resolve_references()
@@ -114,16 +114,16 @@ PAIRS = [('an ant', 'ran'), ('a', 'an an an an an an an an an'),
 @pytest.mark.parametrize('length', [12, 64])
 def test_pairs_equal_those_of_the_package_tokenizers(length, tmp_path):
   """As RoBERTa was shown them: two separators between them."""
-  folder = files.roberta(tmp_path)
+  folder = files.write_roberta_tokenizer(tmp_path)
   theirs = hf.Tokenizer.from_file(str(folder / 'tokenizer.json'))
   theirs.enable_truncation(length)
   (tmp_path / 'a.tsv').write_text(''.join(
       f'{a}\t{b}\t{i % 2}\n' for i, (a, b) in enumerate(PAIRS)))
-  c = files.config(f'labelled:{tmp_path}/a.tsv', 'classification', length,
+  c = files.make_run_config(f'labelled:{tmp_path}/a.tsv', 'classification', length,
                    'roberta', tokenizer=str(folder))
-  view = records.Classes(files.corpus(c))
+  view = records.Classes(files.read_corpus(c))
   record, ours = objectives.find_objective(c), tokenizers.load(str(folder))
-  rows = [files.row(record, item, np.random.default_rng(0), c, ours)['tokens'][
+  rows = [files.make_batch_row(record, item, np.random.default_rng(0), c, ours)['tokens'][
       :record.length(item)].tolist() for item in view.items]
   assert rows == [theirs.encode(*pair).ids for pair in PAIRS]
   assert view.cut == (3 if length == 12 else 0)
@@ -137,25 +137,25 @@ def test_pairs_equal_those_of_the_package_tokenizers(length, tmp_path):
 
 
 def _asked(tmp_path, objective, arch='bert', length=64):
-  source = (f'conll:{files.conll(tmp_path / "a.conll")}'
+  source = (f'conll:{files.write_conll(tmp_path / "a.conll")}'
             if objective == 'token_classification' else
-            f'squad:{files.squad(tmp_path / "a.json")}')
+            f'squad:{files.write_squad(tmp_path / "a.json")}')
   c = objectives.fill_in_labels(
-      files.config(source, objective, length, arch, stride=16))
+      files.make_run_config(source, objective, length, arch, stride=16))
   record = objectives.find_objective(c)
-  view = record.view(files.corpus(c))
+  view = record.view(files.read_corpus(c))
   return record, c, [
-      files.row(record, item, None, c, BYTES) for item in view.items], view
+      files.make_batch_row(record, item, None, c, BYTES) for item in view.items], view
 
 
 def test_words_are_laid_out_as_pictured(tmp_path):
   (tmp_path / 'a').write_text('ab\tB-x\nc\tO\n')
-  c = files.config(f'conll:{tmp_path}/a', 'token_classification', 8)
+  c = files.make_run_config(f'conll:{tmp_path}/a', 'token_classification', 8)
   for arch, before, after in ('bert', CLS, SEP), ('gpt', END, END):
     c.model.arch = arch
     record = objectives.find_objective(c)
-    item, = records.Sentences(files.corpus(c)).items
-    row = {key: value.tolist() for key, value in files.row(
+    item, = records.Sentences(files.read_corpus(c)).items
+    row = {key: value.tolist() for key, value in files.make_batch_row(
         record, item, None, c, BYTES).items()}
     assert row == dict(
         tokens=[before, *b'ab c', after, PAD, PAD],
@@ -189,12 +189,12 @@ def test_questions_are_laid_out_as_pictured(tmp_path):
 
 def test_a_window_shows_an_answer_that_it_has_whole(tmp_path):
   """Of windows of every length that ends or begins within an answer."""
-  source = f'squad:{files.squad(tmp_path / "a.json")}'
+  source = f'squad:{files.write_squad(tmp_path / "a.json")}'
   asked = [(question, answer, context) for context, pairs in zip(
       files.CONTEXTS, files.ASKED) for question, answer in pairs]
   cases = set()
   for length in range(30, 90):
-    for item in records.Questions(files.corpus(files.config(
+    for item in records.Questions(files.read_corpus(files.make_run_config(
         source, 'question_answering', length, 'bert', stride=3))).items:
       question, answer, context = asked[item.asked]
       text, start = bytes(item.context.tolist()).decode(), context.find(answer)
@@ -306,7 +306,7 @@ def _sources(folder):
       {'role': 'user', 'content': text[:40]},
       {'role': 'assistant', 'content': text[:60]}]}) + '\n')
   labelled_sources = {name: source for name, (source, _) in
-                      files.bare(folder).items()}
+                      files.write_sources_with_and_without_labels(folder).items()}
   return labelled_sources | {
       'chat': f'jsonl:{folder}/b.jsonl:messages', 'probe': 'probe:recall',
       'compression': 'probe:compression'}
@@ -318,7 +318,7 @@ def test_an_objective_names_the_fields_that_it_reads(
   """Of the fields that some objectives read and others do not, a batch reads
   those that its objective names: a run may set these alone."""
   source = _sources(tmp_path).get(objective, f'text:{tmp_path}/*.txt')
-  c = files.config(source, objective, 64, cache_dir=str(tmp_path / 'cache'))
+  c = files.make_run_config(source, objective, 64, cache_dir=str(tmp_path / 'cache'))
   for arch in ('gpt', 'bert', 't5'):
     c.model.arch = arch
     if architectures.stack(c.model) in objectives.find_objective(c).stacks:

@@ -46,9 +46,9 @@ def _text(row):
 def test_a_corrupted_window_holds_the_text(n):
   window = _window(n)
   for seed in range(20):
-    row = files.row(
+    row = files.make_batch_row(
         objectives.OBJECTIVES['span'], window, np.random.default_rng(seed),
-        files.config('', 'span'), TOKENIZER)
+        files.make_run_config('', 'span'), TOKENIZER)
     text, left = _text(row)
     np.testing.assert_array_equal(text, window.tokens[:min(n, 64)])
     assert not left
@@ -76,7 +76,7 @@ def test_pairs_of_a_file(kind, tmp_path):
   path.write_text('\n'.join(
       '\t'.join(pair) if kind == 'tsv' else json.dumps(
           dict(zip(labelled.PAIR, pair))) for pair in texts) + '\n')
-  config = files.config(f'parallel:{path}', 'seq2seq', batch_size=8,
+  config = files.make_run_config(f'parallel:{path}', 'seq2seq', batch_size=8,
                         eval_source=f'parallel:{path}')
   loader, = pipeline.make_evaluation_loaders(config, TOKENIZER)
   batch = loader.batch(0)
@@ -95,10 +95,10 @@ def test_pairs_of_a_file(kind, tmp_path):
 
 def test_a_target_shows_what_it_is_and_no_more():
   tokenizer = types.SimpleNamespace(special_ids={'pad': 9}, separator_id=3)
-  row = files.row(
+  row = files.make_batch_row(
       objectives.OBJECTIVES['seq2seq'],
       seq2seq.Pair(np.array([7, 8]), np.array([4, 5, 6]), whole=False), None,
-      files.config('', 'seq2seq', 4, target_length=5), tokenizer)
+      files.make_run_config('', 'seq2seq', 4, target_length=5), tokenizer)
   shown = {name: x.tolist() for name, x in row.items()}
   assert shown == dict(
       tokens=[7, 8, 9, 9], segment_ids=[1, 1, 0, 0],
@@ -123,12 +123,12 @@ def test_translation_counts_pairs_and_reads_to_the_end(monkeypatch):
 def test_denoising_masks_spans_of_the_whole_text(n, arch):
   """Of a text in order, what is shown beside the masks is a part of it."""
   window, mask = _window(n), TOKENIZER.mask_id
-  config = files.config('', 'denoising')
+  config = files.make_run_config('', 'denoising')
   config.model.arch = arch
   config.span.update(noise_density=0.3, permuted=0.0)
   masks = []
   for seed in range(20):
-    row = files.row(
+    row = files.make_batch_row(
         objectives.OBJECTIVES['denoising'], window,
         np.random.default_rng(seed), config, TOKENIZER)
     *text, end = row['targets'][row['weights'] > 0]

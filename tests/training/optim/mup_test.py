@@ -19,7 +19,7 @@ BASE = 32  # models.config's d_model
 
 def built(system, width=BASE, **changes):
   wider = width // BASE
-  return architectures.build(models.config(
+  return architectures.build(models.small_config(
       system, d_model=width, d_ff=48 * wider, moe=dict(d_ff=24 * wider),
       **changes))
 
@@ -34,11 +34,11 @@ def flat(module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', models.long_but(
+@pytest.mark.parametrize('system', models.mark_long_except(
     ('mixtral',), ('gpt', 'mixtral')))
 def test_at_the_base_all_is_as_in_the_standard_form(system):
   plain, ours = built(system), scaled(system)
-  key, tokens = jax.random.key(0), models.tokens()
+  key, tokens = jax.random.key(0), models.random_tokens()
   def logits(module):
     def run(key):
       variables = module.init(key, tokens)
@@ -54,7 +54,7 @@ def test_at_the_base_all_is_as_in_the_standard_form(system):
 def test_a_wider_model_is_born_as_table_8_has_it():
   narrow, wide = (paths.flatten_by_path(nn.meta.unbox(jax.jit(scaled(
       'gpt', width, tie_embeddings=False).init)(
-          jax.random.key(0), models.tokens())['params']))
+          jax.random.key(0), models.random_tokens())['params']))
                   for width in (BASE, 4 * BASE))
   for name, want in {'decoder/layers/block_0/ffn/down': 0.5,
                      'head/kernel': 1.0}.items():
@@ -70,7 +70,7 @@ PARTS = dict(qk_norm=True, attention_sinks=True, logits_bias=True,
 
 
 @pytest.mark.parametrize('system, parts', [
-    (system, parts) for system in models.MUP for parts in (
+    (system, parts) for system in models.SYSTEMS_WITH_MUP for parts in (
         dict(), *[PARTS] * (models.mixers_of(system) == {'attention'}),
         *[PARTS | dict(qk_norm_over='projection',
                        attention_gate='elementwise')] * (system == 'gpt'))])
@@ -83,11 +83,11 @@ def test_rates_agree_with_the_shapes(system, parts):
   r = 4
   moe = parts.get('moe', {}) if parts else {}
   parts = {k: v for k, v in parts.items() if k != 'moe'}
-  given = models.config(system)  # a size is 0 where it follows from the width
+  given = models.small_config(system)  # a size is 0 where it follows from the width
   def make(width):
     sizes = {field: given.deltanet[field] * width // BASE
              for field in ('key_dim', 'value_dim')}
-    c = models.config(system, d_model=width, deltanet=sizes,
+    c = models.small_config(system, d_model=width, deltanet=sizes,
                       head_dim=given.head_dim * width // BASE,
                       d_ff=48 * width // BASE,
                       parametrization='mup', mup_base_width=BASE,

@@ -21,7 +21,7 @@ def optim(**fields):
   return config
 
 
-MODULE = architectures.build(models.config(
+MODULE = architectures.build(models.small_config(
     'mixtral', d_model=128, vocab_size=160, attention_bias=True,
     moe=dict(d_ff=136)))
 
@@ -101,7 +101,7 @@ def test_a_field_is_taken_by_those_that_read_it_alone(selector, table):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', models.long_but(
+@pytest.mark.parametrize('name', models.mark_long_except(
     ('adamw', 'muon'), optimizers.OPTIMIZERS))
 def test_decay_is_decoupled_and_masked(name):
   """With a gradient of zero, p becomes p * (1 - lr * decay), or stays."""
@@ -205,7 +205,7 @@ def test_a_stack_learns_as_its_layers_do():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', models.long_but(
+@pytest.mark.parametrize('name', models.mark_long_except(
     ('adamw',), ('adamw', 'adafactor', 'muon', 'soap')))
 def test_update_if(name):
   """Not ok: every bit stays. ok: all move, and no type or shape changes."""
@@ -229,7 +229,7 @@ def test_update_if(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', models.long_but(
+@pytest.mark.parametrize('name', models.mark_long_except(
     ('adafactor',), ('adamw', 'adafactor')))
 def test_state_lies_where_the_parameters_lie(name):
   mesh = jax.make_mesh((2, 4), ('fsdp', 'tensor'),

@@ -17,11 +17,11 @@ from training.distributed import devices
 from training.optim import shares
 from training.runs import make_train_step, build_optimizer, parameter_shares
 
-LAYERS = dict(num_layers=4, **models.banded(8))
+LAYERS = dict(num_layers=4, **models.window_in_every_other_layer(8))
 
 
 def flat_shares(system='gpt', changes=None, **fields):
-  module, _ = models.make(system, **(LAYERS if changes is None else changes))
+  module, _ = models.make_model(system, **(LAYERS if changes is None else changes))
   return paths.flatten_by_path(parameter_shares(module, optim(**fields)))
 
 
@@ -62,11 +62,11 @@ def test_a_pattern_freezes_what_it_matches(freeze, names):
              if path not in names)
 
 
-@pytest.mark.parametrize('name', models.long_but(('muon',), ('adamw', 'muon')))
+@pytest.mark.parametrize('name', models.mark_long_except(('muon',), ('adamw', 'muon')))
 def test_an_update_is_that_of_numpy(name):
   """The update of a parameter, its decay included, is its share of what it
   would be; that of a frozen one is not there, nor is its state."""
-  module, params = models.make(**LAYERS)
+  module, params = models.make_model(**LAYERS)
   grads = jax.tree.map(lambda x: np.cos(9 * np.asarray(x)), params)
   fields = dict(name=name, warmup_steps=0, clip_norm=0.0, lr=0.1)
   usual = build_optimizer(module, optim(**fields), 10)
@@ -93,7 +93,7 @@ def test_a_step_leaves_what_is_frozen_as_it_was():
   """Its gradient is not in the norm by which the others are clipped, either."""
   c = step_test.config(optim__name='adamw', optim__freeze='embed/.*,'
                        'decoder/layers/0/.*', optim__clip_norm=1e-3)
-  _, params = models.make()
+  _, params = models.make_model()
   _, state, seen = step_test.train(c, step_test.one_device(), params=params)
   before = paths.flatten_by_path(params)
   for path, x in paths.flatten_by_path(state.params).items():

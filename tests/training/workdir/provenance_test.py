@@ -96,7 +96,7 @@ TURNS = [dict(role='user', content='Who?'), dict(role='assistant', content='I')]
 @pytest.fixture(name='place')
 def _place(tmp_path, monkeypatch):
   monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path / 'cache'))
-  data_files.roberta(tmp_path, eos_token='</s>')
+  data_files.write_roberta_tokenizer(tmp_path, eos_token='</s>')
   (tmp_path / 'chat.jsonl').write_text(json.dumps(dict(turns=TURNS)))
   (tmp_path / 'chat.jinja').write_text('{{ messages[0].content }}')
   (tmp_path / 'rows.tsv').write_text('a man\tyes\na pan\tno\n')
@@ -112,7 +112,7 @@ def _start(place, source, objective, **data):
   is remembered if there was none."""
   source = source.format(place)
   tokenizer_file = str(place / 'tokenizer.json')
-  config = objectives.fill_in_labels(data_files.config(
+  config = objectives.fill_in_labels(data_files.make_run_config(
       source, objective, eval_source=source, tokenizer=tokenizer_file, **data))
   tokenizer = tokenizers.load(config.data.tokenizer)
   _, derived = runs.resolve_model(config, tokenizer)
