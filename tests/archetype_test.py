@@ -172,7 +172,8 @@ def test_ids_and_masks_that_are_traced_go_through(gpt):
 
 def _tagger(objective, tmp_path, **data):
   """Returns a small BERT with the head of a task, whose rows have 64 tokens."""
-  source, bare = data_files.write_sources_with_and_without_labels(tmp_path)[objective]
+  sources = data_files.write_sources_with_and_without_labels(tmp_path)
+  source, bare = sources[objective]
   c = evaluations.make_config('bert', objective, num_layers=1, max_len=64)
   c.data.update(dict(source=source, eval_source=bare, length=64) | data)
   return archetype.build(objectives.fill_in_labels(c), seed=1)
@@ -255,7 +256,9 @@ def test_a_language_model_predicts_no_labels(gpt):
 @pytest.mark.parametrize('kind', ['bytes', 'wordpiece'])
 def test_a_model_is_saved_with_its_tokenizer(kind, tmp_path):
   """Also where the file that it was loaded from is gone."""
-  spec = kind if kind == 'bytes' else data_files.write_wordpiece_tokenizer(tmp_path)
+  spec = kind
+  if kind != 'bytes':
+    spec = data_files.write_wordpiece_tokenizer(tmp_path)
   module, params = models.make_model('gpt', vocab_size=384)
   model = archetype.Model(module, params, tokenizers.load(spec))
   model.save(tmp_path / 'one')

@@ -39,7 +39,8 @@ def on_mesh(sizes, module, params, fn, *rows):
   """Returns the program of fn on a mesh, lowered, that XLA has yet to compile,
   and its arguments."""
   mesh = make_mesh(sizes)
-  boxed = jax.eval_shape(module.init, jax.random.key(0), models.random_tokens(1, 1))
+  boxed = jax.eval_shape(module.init, jax.random.key(0),
+                         models.random_tokens(1, 1))
   places = devices.param_shardings(boxed['params'], mesh, 'default')
   with jax.set_mesh(mesh), sharding.install_rules(
       tables.RULES['default']):

@@ -74,7 +74,8 @@ def test_a_row_is_read_off_the_mean_of_what_is_no_padding():
   module, params = models.make_model('bert', head='sequence', num_labels=3,
                                pooling='mean')
   segments_BL = (np.arange(16)[None] < [[16], [11]]).astype(int)
-  output = _run(module, params, models.random_tokens(), segment_ids_BL=segments_BL)
+  output = _run(module, params, models.random_tokens(),
+                segment_ids_BL=segments_BL)
   rows = [np.asarray(output.hidden[0]).mean(0),
           np.asarray(output.hidden[1, :11]).mean(0)]
   read = np.tanh(np.stack(rows) @ np.asarray(params['pooler'])
@@ -132,7 +133,8 @@ def test_modules_are_those_of_the_oracle():
         Context(jnp.arange(L - k)[None]), {})[0][0])
     h = one(mtp[f'depth_{k}'], pair @ np.asarray(mtp[f'join_{k}']))
     before = rms(h, mtp[f'norm_{k}'])
-    models.assert_trees_close(out.extra['mtp'][k - 1][:, :L - k], before, rtol=1e-4)
+    models.assert_trees_close(out.extra['mtp'][k - 1][:, :L - k], before,
+                              rtol=1e-4)
     logits = np.asarray(out.head.logits(before), np.float64)
     target = np.asarray(tokens)[:, k + 1:]
     nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(

@@ -30,7 +30,8 @@ ATTENTIONS = {
     'global': {},
     'grouped': dict(num_kv_heads=2, memory='engram', ngrams=NGRAMS,
                     branch_conv=2),
-    'banded': dict(**models.window_in_every_other_layer(5), value_norm=True, keys_as_values=True,
+    'banded': dict(**models.window_in_every_other_layer(5), value_norm=True,
+                   keys_as_values=True,
                    layer_scale=True, memory='over_encoding', ngrams=NGRAMS),
     'capped': dict(attention_softcap=5.0, num_kv_heads=2, residual_scale=0.5,
                    value_residual=True, value_embedding=True, branch_conv=3),
@@ -71,7 +72,8 @@ VARIANTS = [{part: tuple(values)[i % len(values)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('parts', models.mark_long_except(VARIANTS[::3], VARIANTS),
+@pytest.mark.parametrize('parts',
+                         models.mark_long_except(VARIANTS[::3], VARIANTS),
                          ids=lambda x: '-'.join(x.values()))
 def test_laws_of_a_variant(parts):
   changes = dict(parts)
@@ -108,7 +110,9 @@ def check_laws(module, params):
   # decodes here after a scan over them, = the scan, on the same parameters.
   other = architectures.build(
       dataclasses.replace(module.config, scan_layers=False))
-  models.assert_trees_close(logits, models.decode_with_cache(module, params, tokens, stepped=other),
+  models.assert_trees_close(logits,
+                            models.decode_with_cache(module, params, tokens,
+                                                     stepped=other),
                rtol=3e-5)
 
 
@@ -310,7 +314,8 @@ def test_several_devices_are_one(name, capfd):
   def trained(mesh=None):
     run = runs.build(c, architectures.resolve(c.model), mesh=mesh)
     with run.context():
-      state = jax.device_put(models.draw_parameters(run.abstract), run.shardings)
+      state = jax.device_put(models.draw_parameters(run.abstract),
+                             run.shardings)
       step = run.train_step()
       for n in range(2):
         state, metrics = step(state, run.put(step_test.batch(n)))
@@ -318,6 +323,6 @@ def test_several_devices_are_one(name, capfd):
 
   params, loss = trained()
   assert 'Involuntary full rematerialization' not in capfd.readouterr().err
-  alone, other = trained(step_test.one_device())
+  alone, other = trained(step_test.one_device_mesh())
   models.assert_trees_close(alone, params, rtol=2e-4)
   assert loss == pytest.approx(other, rel=1e-4)

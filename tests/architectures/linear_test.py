@@ -61,7 +61,8 @@ def test_merged_by_numpy_it_is_the_same_function(made):
       weights.without(params))
   tokens_BL = models.random_tokens()
   with_adapters = logits(module, params, tokens_BL)
-  models.assert_trees_close(with_adapters, logits(plain, merged, tokens_BL), rtol=2e-5)
+  models.assert_trees_close(with_adapters, logits(plain, merged, tokens_BL),
+                            rtol=2e-5)
   # As far away as the adapters are, and `merge` gives what NumPy gives.
   without = logits(plain, weights.without(params), tokens_BL)
   assert np.abs(without - with_adapters).max() > 0.1
@@ -95,7 +96,7 @@ def trained():
   """(run, parameters before a step, the state after it)."""
   c = step_test.config(model__lora=LORA, optim__name='adamw')
   run = runs.build(c, architectures.resolve(c.model),
-                   mesh=step_test.one_device())
+                   mesh=step_test.one_device_mesh())
   new = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), run.abstract)
   params = jax.device_get(models.draw_parameters(run.abstract.params))
   with run.context():

@@ -175,7 +175,8 @@ def test_what_passes_cost():
     (dict(loop='plain', keep_gathered='all'), 'keep_gathered')])
 def test_what_cannot_loop_is_refused(changes, words):
   with pytest.raises(RequestError, match=words):
-    architectures.resolve(flat.make_model(models.small_config('gpt', **changes)))
+    architectures.resolve(flat.make_model(models.small_config('gpt',
+                                                              **changes)))
 
 
 def test_layers_that_loop_have_no_rate_by_depth():

@@ -55,7 +55,8 @@ def test_each_layer_is_that_of_its_kind():
     return plain.apply({'params': {'block_0': layer}}, (x_BLD, None), None,
                        ctx, {})[0][0]
   for n, (name, layer) in enumerate(zip(names, each_layer)):
-    models.assert_trees_close(alone(name, layer, layers_NBLD[n]), layers_NBLD[n + 1])
+    models.assert_trees_close(alone(name, layer, layers_NBLD[n]),
+                              layers_NBLD[n + 1])
   assert each_layer[0]['attention']['key'].shape == (32, 2, 8)
   assert each_layer[1]['attention']['key'].shape == (32, 4, 8)
   assert each_layer[0]['ffn']['up'].shape == (32, 24)
@@ -113,13 +114,15 @@ def test_what_no_pattern_can_be_is_refused(fields, words):
 
 
 def test_what_follows_from_heads_is_of_their_kind():
-  c = architectures.resolve(models.small_config('gpt', pattern='a,b', kinds=dict(
+  c = architectures.resolve(models.small_config('gpt', pattern='a,b',
+                                                kinds=dict(
       a=dict(num_heads=2, head_dim=32), b={})))
   assert c.kinds['a'].overrides == dict(
       num_heads=2, num_kv_heads=2, head_dim=32, attention_scale=32 ** -0.5)
   assert c.of_kind('b').score_scale == 8 ** -0.5
   assert architectures.resolve(flat.to_dict(c)) == c
-  assert architectures.resolve(models.small_config('t5')).logits_scale == 32 ** -0.5
+  t5 = architectures.resolve(models.small_config('t5'))
+  assert t5.logits_scale == 32 ** -0.5
 
 
 def test_groups_are_read_where_an_expert_has_a_capacity():

@@ -50,7 +50,8 @@ def test_a_new_model_is_the_plain_one(kind):
   tokens = models.random_tokens()
   params = new(module, tokens)
   logits = lambda m, p: jax.jit(lambda p: models.logits(m, p, tokens))(p)
-  models.assert_trees_close(logits(module, params), logits(plain, without(params)), 2e-5)
+  models.assert_trees_close(logits(module, params),
+                            logits(plain, without(params)), 2e-5)
 
 
 def branch_of(c, x, k, y_of):
@@ -157,7 +158,8 @@ def test_a_loop_and_single_tokens_are_the_scan_over_a_row():
       'llama', **KINDS['blocks'], scan_layers=scan) for scan in (True, False))
   tokens = models.random_tokens(2, 4)
   want = jax.jit(lambda t: models.logits(module, params, t))(tokens)
-  models.assert_trees_close(models.decode_with_cache(module, params, tokens, 1, stepped=loop), want,
+  models.assert_trees_close(models.decode_with_cache(module, params, tokens, 1,
+                                                     stepped=loop), want,
                rtol=3e-5)
 
 

@@ -3,6 +3,7 @@ that read them."""
 
 import json
 import pathlib
+import string
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ ASKED = ((('How many gulls?', '308'), ('Where?', 'the bay of Oslo'),
 SPECIAL = ('<s>', '<pad>', '</s>', '<unk>')  # of roberta-base
 
 
-def make_run_config(source: str, objective: str, length: int = 64, arch: str = '',
+def make_run_config(source: str, objective: str, length: int = 64,
+                    arch: str = '',
            **data: Any):
   """Returns the config of a run that trains on all of a source."""
   c = base.base()
@@ -41,7 +43,8 @@ def write_texts_of_letters(folder: pathlib.Path, monkeypatch) -> str:
   return f'text:{folder}/*.txt'
 
 
-def make_batch_row(objective: Any, item: Any, rng: np.random.Generator | None, config: Any,
+def make_batch_row(objective: Any, item: Any, rng: np.random.Generator | None,
+                   config: Any,
         tokenizer: Any) -> dict[str, np.ndarray]:
   """Returns what a batch has of one item."""
   batch = objective.batch([(item, rng)], config, tokenizer)
@@ -49,89 +52,121 @@ def make_batch_row(objective: Any, item: Any, rng: np.random.Generator | None, c
 
 
 def write_conll(path: pathlib.Path) -> str:
-  """Writes random sentences; returns the path."""
+  """Writes random sentences with a label for each word; returns the path."""
   rng = np.random.default_rng(0)
   lines = []
   for _ in range(12):
-    for i in rng.integers(0, len(TAGGED), rng.integers(1, 9)):
-      lines += [f'{word}\t{label}' for word, label in zip(
-          *(side.split() for side in TAGGED[i]))]
+    num_phrases = rng.integers(1, 9)
+    for i in rng.integers(0, len(TAGGED), num_phrases):
+      words, labels = TAGGED[i]
+      for word, label in zip(words.split(), labels.split()):
+        lines.append(f'{word}\t{label}')
     lines.append('')
   path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
   return str(path)
 
 
 def write_squad(path: pathlib.Path) -> str:
-  """Writes two paragraphs; returns the path."""
+  """Writes two paragraphs with questions, as SQuAD has them; returns the path.
+  """
   paragraphs = []
-  for number, (context, asked) in enumerate(zip(CONTEXTS, ASKED)):
-    paragraphs.append(dict(context=context, qas=[dict(
-        id=f'{number}-{i}', question=question, is_impossible=not answer,
-        answers=[dict(text=answer, answer_start=context.index(answer))] * bool(
-            answer)) for i, (question, answer) in enumerate(asked)]))
+  for number, (context, questions) in enumerate(zip(CONTEXTS, ASKED)):
+    entries = []
+    for i, (question, answer) in enumerate(questions):
+      answers = []
+      if answer:
+        answers.append(dict(text=answer, answer_start=context.index(answer)))
+      entries.append(dict(id=f'{number}-{i}', question=question,
+                          is_impossible=not answer, answers=answers))
+    paragraphs.append(dict(context=context, qas=entries))
   path.write_text(json.dumps(dict(data=[dict(paragraphs=paragraphs)])))
   return str(path)
 
 
-def write_sources_with_and_without_labels(folder: pathlib.Path) -> dict[str, tuple[str, str]]:
-  """Writes data with labels and the same without; returns both sources by the
-  objective that reads them."""
-  tagged, asked = write_conll(folder / 'a.conll'), write_squad(folder / 'a.json')
-  words = [line.partition('\t')[0]
-           for line in pathlib.Path(tagged).read_text().splitlines()]
+def write_sources_with_and_without_labels(folder: pathlib.Path
+                                          ) -> dict[str, tuple[str, str]]:
+  """Writes data with labels, and the same data without them.
+
+  Returns:
+    {objective: (source with labels, source without)}.
+  """
+  # Words, of which the second file has no labels.
+  tagged_file = write_conll(folder / 'a.conll')
+  words = []
+  for line in pathlib.Path(tagged_file).read_text().splitlines():
+    words.append(line.partition('\t')[0])
   (folder / 'words.conll').write_text('\n'.join(words) + '\n')
-  document = json.loads(pathlib.Path(asked).read_text())
+
+  # Questions, of which the second file has no answers.
+  answered_file = write_squad(folder / 'a.json')
+  document = json.loads(pathlib.Path(answered_file).read_text())
   for paragraph in document['data'][0]['paragraphs']:
     for question in paragraph['qas']:
       del question['answers'], question['is_impossible']
   (folder / 'asked.json').write_text(json.dumps(document))
-  texts = [letter * (3, 28, 9, 17)[i % 4] for i, letter in enumerate(
-      'abcdefghij')]
-  for name, head, rows in (
-      ('a.csv', 'text,label', [f'{x},{i % 3}' for i, x in enumerate(texts)]),
-      ('new.csv', 'text', texts)):
-    (folder / name).write_text('\n'.join([head, *rows]) + '\n')
+
+  # Texts of four lengths.
+  lengths = (3, 28, 9, 17)
+  labelled_lines = ['text,label']
+  bare_lines = ['text']
+  for i, letter in enumerate('abcdefghij'):
+    text = letter * lengths[i % len(lengths)]
+    labelled_lines.append(f'{text},{i % 3}')
+    bare_lines.append(text)
+  (folder / 'a.csv').write_text('\n'.join(labelled_lines) + '\n')
+  (folder / 'new.csv').write_text('\n'.join(bare_lines) + '\n')
+
   tables = (f'labelled:{folder}/a.csv:text+label',
             f'labelled:{folder}/new.csv:text')
   return {
       'classification': tables, 'regression': tables,
       'token_classification': (
-          f'conll:{tagged}', f'conll:{folder}/words.conll:0'),
-      'question_answering': (f'squad:{asked}', f'squad:{folder}/asked.json')}
+          f'conll:{tagged_file}', f'conll:{folder}/words.conll:0'),
+      'question_answering': (
+          f'squad:{answered_file}', f'squad:{folder}/asked.json')}
 
 
 def write_wordpiece_tokenizer(folder: pathlib.Path) -> str:
   """Writes a tokenizer.json of letters and some words; returns its path."""
   import tokenizers as hf
-  texts = [*CONTEXTS, *(word for word, _ in TAGGED),
-           *(question for asked in ASKED for question, _ in asked)]
-  alphabet = sorted({c for text in texts for c in text if not c.isspace()})
-  pieces = [*alphabet, *(f'##{c}' for c in alphabet), 'ana', 'the', 'ran',
-            '##oad', '##ull', 'gull', 'ro', '##me']
-  vocab = {name: i for i, name in enumerate(dict.fromkeys(
-      ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]',
-       *(piece.lower() for piece in pieces)]))}
+  # The vocabulary: special tokens, all letters of the texts, and some words.
+  texts = [*CONTEXTS, *(word for word, _ in TAGGED)]
+  for questions in ASKED:
+    texts += [question for question, _ in questions]
+  letters = sorted({*''.join(texts)} - {*string.whitespace})
+  pieces = [*letters, *(f'##{letter}' for letter in letters), 'ana', 'the',
+            'ran', '##oad', '##ull', 'gull', 'ro', '##me']
+  special_tokens = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
+  tokens = dict.fromkeys(
+      [*special_tokens, *(piece.lower() for piece in pieces)])
+  vocab = {token: i for i, token in enumerate(tokens)}
+
+  # BERT's tokenizer.
   tokenizer = hf.Tokenizer(hf.models.WordPiece(vocab, unk_token='[UNK]'))
   tokenizer.normalizer = hf.normalizers.BertNormalizer()
   tokenizer.pre_tokenizer = hf.pre_tokenizers.BertPreTokenizer()
   tokenizer.decoder = hf.decoders.WordPiece()
   tokenizer.post_processor = hf.processors.BertProcessing(
       ('[SEP]', vocab['[SEP]']), ('[CLS]', vocab['[CLS]']))
-  tokenizer.add_special_tokens(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]'])
+  tokenizer.add_special_tokens(special_tokens)
   tokenizer.save(str(folder / 'tokenizer.json'))
   return str(folder / 'tokenizer.json')
 
 
-def read_corpus(config_: Any) -> sources.Corpus:
-  """Returns all records of data.source."""
-  (_, source), = sources.parse_sources(config_.data.source)
-  records = [record for path in source.files for record in source.read(path)]
-  return sources.Corpus(source.name, source.name, 'train',
-                        tokenizers.load(config_.data.tokenizer), config_,
-                        records=records)
+def read_corpus(run_config: Any) -> sources.Corpus:
+  """Returns all records of the source of a run's data."""
+  [(_, source)] = sources.parse_sources(run_config.data.source)
+  records = []
+  for path in source.files:
+    records += source.read(path)
+  return sources.Corpus(
+      name=source.name, text=source.name, split='train',
+      tokenizer=tokenizers.load(run_config.data.tokenizer), config=run_config,
+      records=records)
 
 
-def write_roberta_tokenizer(folder: pathlib.Path, *, framed: Any = None, pair: bool = False,
+def write_roberta_tokenizer(folder: pathlib.Path, *, framed: Any = None,
+                            pair: bool = False,
             **described: Any) -> pathlib.Path:
   """Writes a byte-level BPE with the special tokens of roberta-base.
 

@@ -34,7 +34,8 @@ def one_device_mesh() -> jax.sharding.Mesh:
                            jax.devices()[:1])
 
 
-def make_evaluation(c: ml_collections.ConfigDict, workdir: pathlib.Path = pathlib.Path(),
+def make_evaluation(c: ml_collections.ConfigDict,
+                    workdir: pathlib.Path = pathlib.Path(),
          **options: Any) -> Evaluation:
   """Returns an evaluation on one device; `options` are flags of the tasks."""
   tokenizer = tokenizers.load(c.data.tokenizer)

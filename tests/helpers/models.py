@@ -16,13 +16,14 @@ from common import kinds
 
 VOCAB = 61
 
-# Every other layer has experts, the second first.
+# Changes of a config: every other layer has experts, the second first.
 DENSE_AND_MOE_LAYERS = dict(prefix='', pattern='dense,moe', kinds=dict(
     dense=dict(ffn='dense'), moe={}))
 
 
 def window_in_every_other_layer(window: int) -> dict:
-  """Returns the changes of a model whose every other layer has a window."""
+  """Returns the changes of a config after which every other layer sees the last
+  `window` tokens alone."""
   return dict(pattern='global,banded', kinds={
       'global': dict(window=0), 'banded': dict(window=window)})
 
@@ -30,17 +31,26 @@ def window_in_every_other_layer(window: int) -> dict:
 SYSTEMS = architectures.files()
 DECODERS = architectures.files('decoder')
 # What tests of every kind of system take: each stands for others.
-REPRESENTATIVE_SYSTEMS = ('bert', 'deepseek_v3', 'gemma3', 'gpt', 'llama', 'mamba2', 'mixtral',
-       'qwen3_next', 't5')
+REPRESENTATIVE_SYSTEMS = (
+    'bert', 'deepseek_v3', 'gemma3', 'gpt', 'llama', 'mamba2', 'mixtral',
+    'qwen3_next', 't5')
 # Those that transformers has too.
-PUBLISHED_SYSTEMS = [architectures.file_name(arch) for arch in architectures.systems()
-             if hasattr(architectures.page(arch), 'HF')]
+PUBLISHED_SYSTEMS = [
+    architectures.file_name(arch) for arch in architectures.systems()
+    if hasattr(architectures.page(arch), 'HF')]
 
 
 def small_config(system: str = 'gpt', **changes):
-  """Returns the model config of a system's `tiny`, made smaller still."""
+  """Returns the model config of a system's `tiny`, made smaller still.
+
+  Args:
+    system: the name of its file in configs/.
+    **changes: other values of fields; a dict for a group changes its fields.
+  """
   model = importlib.import_module(f'configs.{system}').get_config('tiny').model
-  if 'pattern' in changes:  # of its own kinds of layer alone
+  # A pattern of layers that is given is of the given kinds of layer alone. The
+  # number of layers depends on it.
+  if 'pattern' in changes:
     model.update(pattern=changes['pattern'], prefix='')
     model.kinds = {}
   model.update(d_model=32, num_layers=kinds.fewest_layers(model, 2),
@@ -50,6 +60,7 @@ def small_config(system: str = 'gpt', **changes):
     model.num_decoder_layers = 2
   if 'pattern' in changes:
     model.kinds = {}
+
   for name, value in changes.items():
     if isinstance(value, dict):
       model[name].update(value)
@@ -59,43 +70,63 @@ def small_config(system: str = 'gpt', **changes):
 
 
 def mixers_of(system: str) -> set[str]:
-  """Returns the mixers of a system's layers."""
-  c = small_config(system)
-  return {kind.get('mixer', c.mixer) for kind in ({}, *c.kinds.values())}
+  """Returns the names of the mixers (attention or a recurrence) of a system's
+  layers."""
+  config = small_config(system)
+  mixers = {config.mixer}
+  for layer_kind in config.kinds.values():
+    mixers.add(layer_kind.get('mixer', config.mixer))
+  return mixers
 
 
 # Those that muP has rules for: it has none for ranks of latent attention.
-SYSTEMS_WITH_MUP = [system for system in REPRESENTATIVE_SYSTEMS if system in DECODERS
-       and 'latent' not in mixers_of(system)]
+SYSTEMS_WITH_MUP = [
+    system for system in REPRESENTATIVE_SYSTEMS
+    if system in DECODERS and 'latent' not in mixers_of(system)]
 
 
-def mark_long_except(few, cases) -> list:
-  """Returns the parameters of a test, all but a few of them long."""
-  return [pytest.param(case, marks=[pytest.mark.long] * (case not in few))
-          for case in cases]
+def mark_long_except(quick_cases, cases) -> list:
+  """Returns the parameters of a test, all but a few of them marked `long`."""
+  parameters = []
+  for case in cases:
+    marks = []
+    if case not in quick_cases:
+      marks.append(pytest.mark.long)
+    parameters.append(pytest.param(case, marks=marks))
+  return parameters
 
 
-def random_tokens(batch: int = 2, length: int = 16, seed: int = 1) -> jax.Array:
+def random_tokens(batch: int = 2, length: int = 16, seed: int = 1
+                  ) -> jax.Array:
+  """Returns tokens below VOCAB, int [batch, length]."""
   return jax.random.randint(jax.random.key(seed), (batch, length), 0, VOCAB)
 
 
 def make_model(system: str = 'gpt', seed: int = 0, **changes):
-  """Returns (module, params); see `drawn`."""
+  """Returns (module, params) of a small model; see `small_config` and
+  `draw_parameters`."""
   module = architectures.build(small_config(system, **changes))
   return module, draw_parameters(sharding.parameter_shapes(module), seed)
 
 
 def draw_parameters(shapes, seed: int = 0):
-  """Returns parameters for a tree of shapes, none at a tidy initial value:
-  biases, norms and sinks count too. Nothing is compiled."""
+  """Returns random parameters for a tree of shapes, none at a tidy initial
+  value, so that biases, norms and sinks count too. Nothing is compiled."""
   random = np.random.default_rng(seed)
-  return jax.device_put(jax.tree_util.tree_map_with_path(
-      lambda path, x: np.asarray(0.2 * random.standard_normal(x.shape) + (
-          paths.path_to_string(path).endswith('scale')), x.dtype), shapes))
+
+  def draw(path, shape):
+    """Returns values about 0; those of a norm's scale are about 1."""
+    mean = 0.0
+    if paths.path_to_string(path).endswith('scale'):
+      mean = 1.0
+    values = 0.2 * random.standard_normal(shape.shape) + mean
+    return np.asarray(values, shape.dtype)
+
+  return jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))
 
 
 class Bigram(nn.Module):
-  """A model whose next token hangs on the last one and its place alone: row
+  """A model whose next token depends on the last one and its place alone: row
   [p, t] of a table has the logits of what follows token t at place p. Places
   that the table does not have begin anew. It compiles in no time, and numpy
   knows all that it says."""
@@ -117,45 +148,63 @@ class Bigram(nn.Module):
 
 
 def make_bigram(table_PVV: np.ndarray):
-  """Returns (module, params) of a Bigram."""
+  """Returns (module, params) of a Bigram with this table."""
   P, V, _ = table_PVV.shape
-  c = architectures.resolve(small_config(
+  config = architectures.resolve(small_config(
       num_layers=1, position='rope', vocab_size=V))
-  return Bigram(c, P), dict(table=jnp.asarray(table_PVV, jnp.float32),
-                            decoder={})
+  params = dict(table=jnp.asarray(table_PVV, jnp.float32), decoder={})
+  return Bigram(config, P), params
 
 
 def logits(module, params, tokens_BL: jax.Array, **kwargs) -> jax.Array:
+  """Returns the logits that a model gives tokens, [B, L, V]."""
   return module.apply({'params': params}, tokens_BL, **kwargs).logits
 
 
-def decode_with_cache(module, params, tokens, first: int = 8, stepped=None):
-  """Returns logits by the cache: of the `first` tokens at once, then one by
-  one, by the model `stepped` where it is another."""
+def decode_with_cache(module, params, tokens_BL, first: int = 8, stepped=None):
+  """Returns the logits of tokens that a model reads with its cache, [B, L, V].
+
+  Args:
+    module: the model.
+    params: its parameters.
+    tokens_BL: the tokens.
+    first: how many of them are read at once; the others are read one by one.
+    stepped: the model that reads these others; None: the same.
+  """
+  step_module = stepped or module
+
   @jax.jit
-  def whole(params, tokens):
-    cache = architectures.init_cache(module.config, *tokens.shape)
-    out = module.apply({'params': params}, tokens[:, :first], cache=cache)
-    def step(cache, i):
-      token = jax.lax.dynamic_slice_in_dim(tokens, i, 1, 1)
-      out = (stepped or module).apply({'params': params}, token, cache=cache,
-                                      positions_BL=jnp.full((1, 1), i))
-      return out.cache, out.logits[:, 0]
-    rest = jax.lax.scan(step, out.cache, jnp.arange(first, tokens.shape[1]))[1]
-    return jnp.concatenate([out.logits, jnp.swapaxes(rest, 0, 1)], 1)
-  return whole(params, tokens)
+  def decode(params, tokens_BL):
+    cache = architectures.init_cache(module.config, *tokens_BL.shape)
+    output = module.apply({'params': params}, tokens_BL[:, :first],
+                          cache=cache)
+
+    def read_token(cache, i):
+      token_B1 = jax.lax.dynamic_slice_in_dim(tokens_BL, i, 1, 1)
+      output = step_module.apply({'params': params}, token_B1, cache=cache,
+                                 positions_BL=jnp.full((1, 1), i))
+      return output.cache, output.logits[:, 0]
+
+    later_places = jnp.arange(first, tokens_BL.shape[1])
+    _, later_logits_LBV = jax.lax.scan(read_token, output.cache, later_places)
+    later_logits_BLV = jnp.swapaxes(later_logits_LBV, 0, 1)
+    return jnp.concatenate([output.logits, later_logits_BLV], 1)
+
+  return decode(params, tokens_BL)
 
 
-def assert_trees_close(a, b, rtol: float = 1e-5):
+def assert_trees_close(expected, actual, rtol: float = 1e-5):
   """Asserts that the leaves of two trees differ by rtol of their largest value
   at most; one that is zero but for rounding, by rtol / 1000 of the tree's."""
-  a, b = jax.device_get((a, b))
-  largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(a))
-  def check(path, x, y):
-    scale = np.maximum(np.abs(x).max(), 1e-3 * largest)
-    error = float(np.abs(x - y).max() / scale)
+  expected, actual = jax.device_get((expected, actual))
+  largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(expected))
+
+  def check_leaf(path, expected_leaf, actual_leaf):
+    scale = np.maximum(np.abs(expected_leaf).max(), 1e-3 * largest)
+    error = float(np.abs(expected_leaf - actual_leaf).max() / scale)
     assert error <= rtol, f'{jax.tree_util.keystr(path)}: {error:.2e}'
-  jax.tree_util.tree_map_with_path(check, a, b)
+
+  jax.tree_util.tree_map_with_path(check_leaf, expected, actual)
 
 
 def list_equations(jaxpr):

@@ -25,7 +25,7 @@ MIXERS_WITHOUT_OWN_CALL = tuple(name for name in MIXERS_WITH_STATE
               if '__call__' not in vars(blocks.MIXERS[name].module))
 # Ways to set a mixer that are looked at as it is, by a name of their own.
 VARIANTS = {'delta_product': ('deltanet', dict(householders=2))}
-WIDTH = 32  # d_model of models.config
+WIDTH = 32  # d_model of models.small_config
 # Each mixer takes those of these fields that its group has: 2 or 4 heads of
 # keys with 6 features, and 4 heads of values with 5.
 _SIZES = dict(key_heads=2, value_heads=4, heads=4, groups=2, key_dim=6, state=6,
@@ -54,7 +54,7 @@ def settings_of_mixer(c: ModelConfig, mixer: str):
 
 
 def changes_with_mixer(mixer: str, **changes) -> dict:
-  """Returns the changes of models.config that have it in every layer."""
+  """Returns the changes of models.small_config that have it in every layer."""
   mixer, settings = VARIANTS.get(mixer, (mixer, {}))
   changes = settings | changes
   return {'mixer': mixer, mixer: small_sizes(mixer, **changes)}
@@ -69,8 +69,10 @@ def changes_with_mixer_and_attention(mixer: str, **changes) -> dict:
 
 def make_layer(mixer: str, dtype: str = 'float32', **changes):
   """Returns (layer, its parameters off their tidy initial values)."""
-  c = architectures.resolve(models.small_config('llama', dtype=dtype, num_layers=1,
-                                          **changes_with_mixer(mixer, **changes)))
+  c = architectures.resolve(models.small_config('llama', dtype=dtype,
+                                                num_layers=1,
+                                          **changes_with_mixer(mixer,
+                                                               **changes)))
   return blocks.mixer_of_layers(c).module(c, None), _drawn(
       mixer, tuple(sorted(changes.items())))
 

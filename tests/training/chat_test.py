@@ -136,7 +136,8 @@ def test_two_turns_are_what_a_forward_pass_says_up_to_the_last_slot(model):
 
 
 def test_a_text_that_outgrows_a_length_is_as_if_written_in_one_go():
-  module, params = models.make_model('phi3', max_len=CONTEXT, head_dim=8, rope=dict(
+  module, params = models.make_model('phi3', max_len=CONTEXT, head_dim=8,
+                                     rope=dict(
       generate_test.LONGROPE, original_len=9, factor=4.0), num_layers=1)
   model = module, jax.tree.map(lambda x: 3 * x, params)
   engine, ids = chat.CachedDecoder(*model, CONTEXT, GREEDY), [5, 17, 3, 44, 9]

@@ -56,7 +56,8 @@ def test_greedy_equals_the_forward_pass_row_by_row(model, prompts):
 def test_a_text_depends_neither_on_the_others_nor_on_its_room(
     system, scaling, write, prompts):
   """Where rows of more than 5 tokens turn otherwise."""
-  module, params = models.make_model(system, num_layers=1, head_dim=8, rope=dict(
+  module, params = models.make_model(system, num_layers=1, head_dim=8,
+                                     rope=dict(
       scaling, original_len=5, factor=4.0))
   model = module, jax.tree.map(lambda x: 3 * x, params)
   written = write(model, prompts)

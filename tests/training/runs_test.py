@@ -117,7 +117,8 @@ def _labelled(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('goes_on', models.mark_long_except((False,), (False, True)))
+@pytest.mark.parametrize('goes_on',
+                         models.mark_long_except((False,), (False, True)))
 def test_a_run_in_batches_of_several_lengths_goes_on_bit_for_bit(
     labelled, tmp_path, goes_on):
   vectorised_test.alone(labelled, tmp_path / 'run')

@@ -142,7 +142,8 @@ def test_evaluation_is_the_plain_loss():
   """Whatever is added to the loss in training: smoothing, the z-loss, the
   losses of experts, dropout."""
   c = config(train__z_loss=0.1, train__label_smoothing=0.2)
-  c.model = models.small_config('mixtral', num_kv_heads=2, dropout=0.2, moe=dict(
+  c.model = models.small_config('mixtral', num_kv_heads=2, dropout=0.2,
+                                moe=dict(
       num_experts=4, d_ff=24, balance_weight=1.0))
   run = runs.build(c, architectures.resolve(c.model), mesh=one_device_mesh())
   b = batch(0)

@@ -33,12 +33,14 @@ def test_documents_and_prompts_of_a_batch_are_apart(mixer):
   other lengths, whose padding closes windows too, go on as they would alone."""
   module, params = models.make_model('llama', mixer=mixer, **FIELDS)
   logits = jax.jit(lambda *x, **ids: models.logits(module, params, *x, **ids))
-  texts, sizes = [models.random_tokens(1, n, seed=n) for n in (7, 2, 9)], (7, 2, 9)
+  texts, sizes = [models.random_tokens(1, n, seed=n) for n in (7, 2, 9)], (7, 2,
+                                                                           9)
   apart = jnp.concatenate([logits(text) for text in texts], 1)
   ids = dict(segment_ids_BL=np.repeat([1, 2, 3], sizes)[None])
   for places in {}, dict(positions_BL=np.concatenate(
       [np.arange(n) for n in sizes])[None]):
-    models.assert_trees_close(logits(jnp.concatenate(texts, 1), **ids, **places), apart,
+    models.assert_trees_close(logits(jnp.concatenate(texts, 1), **ids,
+                                     **places), apart,
                  2e-5)
   prompts, lengths = models.random_tokens(2, 9, seed=5), (9, 4)
   new = generate.generate(
@@ -76,7 +78,8 @@ def test_the_last_features_are_turned_or_as_many_pairs_of_all():
   x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
   at = jnp.arange(3)[None]
   for proportional in (False, True):
-    c = architectures.resolve(models.small_config('llama', mixer='hca', rope=dict(
+    c = architectures.resolve(models.small_config('llama', mixer='hca',
+                                                  rope=dict(
         fraction=0.5, proportional=proportional)))
     got = compressed.rotate_last_features(x, at, c, 3)
     whole = positions.rotate_heads(

@@ -23,7 +23,9 @@ def test_absorbed_decoding_equals_expanded(monkeypatch):
   asked = []
   module.apply({'params': params}, tokens, keep_attention=True)
   monkeypatch.setattr(latent, 'is_absorbed', lambda *args: not asked.append(1))
-  models.assert_trees_close(whole, models.decode_with_cache(module, params, tokens, 6), 1e-5)
+  models.assert_trees_close(whole,
+                            models.decode_with_cache(module, params, tokens,
+                                                     6), 1e-5)
   assert asked
 
 

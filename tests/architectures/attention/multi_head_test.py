@@ -252,7 +252,8 @@ def test_the_cache_holds_shared_keys_once():
         a=dict(num_kv_heads=2), b={})), 'choose one size')])
 def test_keys_that_cannot_be_shared_are_refused(fields, words):
   with pytest.raises(RequestError, match=words):
-    architectures.resolve(models.small_config('llama', num_kv_heads=4, **fields))
+    architectures.resolve(models.small_config('llama', num_kv_heads=4,
+                                              **fields))
 
 
 # The slots of a cache.
@@ -307,7 +308,8 @@ def test_a_loop_over_tokens_writes_as_on_one_cpu_as_elsewhere(
     rows, dtype, stored, changes, monkeypatch):
   """There its slots are turned, and written where they lie; one row's were once
   copied 16 times, and bfloat16 ones converted."""
-  module, params = models.make_model('gpt', num_layers=2, dtype=dtype, **changes)
+  module, params = models.make_model('gpt', num_layers=2, dtype=dtype,
+                                     **changes)
   cache = architectures.init_cache(module.config, rows, 16)
   def step(params, carry, i):
     out = module.apply({'params': params}, carry[0], cache=carry[1],

@@ -130,7 +130,8 @@ def test_equal_a_softmax_in_float64():
 @pytest.mark.slow
 def test_of_an_encoder_decoder():
   module, params = models.make_model('t5')
-  source_BM, target_BL = models.random_tokens(2, 9), models.random_tokens(2, 6, seed=2)
+  source_BM, target_BL = models.random_tokens(2, 9), models.random_tokens(2, 6,
+                                                                          seed=2)
   ids_BM = jnp.asarray([[1] * 9, [1] * 5 + [0] * 4])
   aux = jax.jit(lambda params: module.apply(
       {'params': params}, source_BM, target_BL, segment_ids_BM=ids_BM,

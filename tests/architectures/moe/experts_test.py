@@ -41,8 +41,9 @@ def config(*, dtype='float32', bias=True, **moe):
 
 @functools.cache
 def parameters(c):
-  return models.draw_parameters(nn.meta.unbox(jax.eval_shape(lambda: MoE(c).init(
-      jax.random.key(0), jnp.zeros((B, L, D)), Context(jnp.arange(L)[None])))))
+  shapes = jax.eval_shape(lambda: MoE(c).init(
+      jax.random.key(0), jnp.zeros((B, L, D)), Context(jnp.arange(L)[None])))
+  return models.draw_parameters(nn.meta.unbox(shapes))
 
 
 def run(c, train=True, **context):
@@ -362,7 +363,7 @@ def _biases(params, block=1, name='router_bias'):
 def test_the_bias_moves_against_the_load_and_evens_it_out():
   c = _config(grad_accumulation=2)
   run = runs.build(c, architectures.resolve(c.model),
-                   mesh=step_test.one_device())
+                   mesh=step_test.one_device_mesh())
   params = jax.tree.map(np.array, models.draw_parameters(run.abstract.params))
   # It begins collapsed: expert 0 is every token's, in both layers.
   _biases(params)[:] = 1.0, 0, 0, 0

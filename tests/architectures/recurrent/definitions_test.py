@@ -15,7 +15,8 @@ from architectures.parts.context import Context
 from architectures.parts.recurrent.mamba2 import Mamba2Config
 from configs import sharding as tables
 from tests.helpers import models
-from tests.helpers.recurrences import apply_layer, changes_with_mixer, make_layer, settings_of_mixer
+from tests.helpers.recurrences import apply_layer, changes_with_mixer
+from tests.helpers.recurrences import make_layer, settings_of_mixer
 from training.distributed import devices
 
 SIGMOID = lambda x: 1 / (1 + np.exp(-x))
@@ -253,7 +254,8 @@ def test_a_complex_state_follows_parity():
   p['angle'][bit], p['share'][always], p['decay'][always] = 20, 20, -20
   p['key_bias'][:, 0] = p['query_bias'][:, 0] = 1  # of a pair that turns
   p['value'][begins], p['output_gate'][always], p['out'][..., 0] = 1, 1, 1
-  got = jax.jit(lambda p, x: apply_layer(layer, p, x)[0])(p, x_LD[None])[0, :, 0]
+  got = jax.jit(lambda p, x: apply_layer(layer, p, x)[0])(p, x_LD[None])[0, :,
+                                                                         0]
   want = (-1.0) ** np.cumsum(x_LD[:, bit]) * np.exp(-1e-4 * np.arange(L))
   np.testing.assert_allclose(got, want * 4 * 5 * SILU(1.0), rtol=1e-4)
 
@@ -288,25 +290,32 @@ def test_decays_are_born_as_in_the_authors_programs(mixer, least):
 def test_tokens_of_zeros_have_a_gradient():
   """A vector without a direction has no length to be divided by."""
   layer, p = make_layer('kda')
-  grads = jax.jit(jax.grad(lambda p, x: apply_layer(layer, p, x)[0].sum(), (0, 1)))(
+  grads = jax.jit(jax.grad(lambda p, x: apply_layer(layer, p, x)[0].sum(),
+                           (0, 1)))(
       p, jnp.zeros((1, 3, 32)))
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize('changes, sentence', [
-    (changes_with_mixer('kda', key_heads=3), 'key_heads is 3, which does not divide'),
-    (changes_with_mixer('mamba2', groups=3), 'groups is 3, which does not divide'),
-    (changes_with_mixer('mamba3', groups=3), 'groups is 3, which does not divide'),
-    (changes_with_mixer('mamba3', turned=0.3), 'less than a pair of model.mamba3.state 6'),
+    (changes_with_mixer('kda', key_heads=3),
+     'key_heads is 3, which does not divide'),
+    (changes_with_mixer('mamba2', groups=3),
+     'groups is 3, which does not divide'),
+    (changes_with_mixer('mamba3', groups=3),
+     'groups is 3, which does not divide'),
+    (changes_with_mixer('mamba3', turned=0.3),
+     'less than a pair of model.mamba3.state 6'),
     (changes_with_mixer('retnet', key_dim=5), 'turn pairs, so it must be even'),
     (dict(changes_with_mixer('retnet'), rope=dict(scaling='dynamic', factor=2.0,
                                       original_len=8)),
      "scaling 'dynamic' turns by the length of the row"),
     (dict(changes_with_mixer('kda'), parametrization='mup', mup_base_width=32,
           mup_base_head_dim=4), 'times as wide as at the base'),
-    (dict(changes_with_mixer('rwkv7'), parametrization='mup', mup_base_width=32),
+    (dict(changes_with_mixer('rwkv7'), parametrization='mup',
+          mup_base_width=32),
      "is 'mup', which says nothing of its shares"),
-    (changes_with_mixer('mamba2', least_step=0.2, most_step=0.1), 'least_step is 0.2'),
+    (changes_with_mixer('mamba2', least_step=0.2, most_step=0.1),
+     'least_step is 0.2'),
 ])
 def test_what_cannot_be_is_refused(changes, sentence):
   with pytest.raises(ValueError, match=sentence):
@@ -314,14 +323,16 @@ def test_what_cannot_be_is_refused(changes, sentence):
 
 
 def test_heads_that_no_layer_has_need_not_divide_the_width():
-  config = models.small_config('llama', **changes_with_mixer('mamba'), d_model=30, head_dim=0)
+  config = models.small_config('llama', **changes_with_mixer('mamba'),
+                               d_model=30, head_dim=0)
   assert architectures.resolve(config).d_model == 30
   with pytest.raises(ValueError, match='which does not divide model.d_model'):
     architectures.resolve(dict(config, mixer='retnet'))
 
 
 def test_groups_that_a_mesh_does_not_divide_are_refused():
-  c = architectures.resolve(models.small_config('llama', **changes_with_mixer('mamba2')))
+  c = architectures.resolve(models.small_config('llama',
+                                                **changes_with_mixer('mamba2')))
   shape = dict.fromkeys(tables.MESH_AXES, 1)
   with pytest.raises(ValueError, match='not divide model.mamba2.groups'):
     devices.check_mesh(c, shape | dict(tensor=4))

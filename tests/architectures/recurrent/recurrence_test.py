@@ -127,7 +127,9 @@ def test_gradients_are_those_of_autodiff_through_the_definition(name):
   weigh = [np.random.default_rng(3).normal(size=shape).astype(np.float32)
            for shape in ((B, 9, H, U), STATE.shape)]
   loss = lambda ys: sum((y * w).sum() for y, w in zip(ys, weigh))
-  models.assert_trees_close(*(graded(f, loss, (0, 1))(x, STATE) for f in (scanned, run)))
+  models.assert_trees_close(*(graded(f, loss, (0, 1))(x,
+                                                      STATE) for f in (scanned,
+                                                                       run)))
 
 
 def test_groups_that_share_a_piece(monkeypatch):

@@ -19,7 +19,8 @@ import architectures
 from architectures.parts.recurrent import recurrence
 from configs import sharding as tables
 from tests.helpers import models, recurrences
-from tests.helpers.recurrences import apply_layer, parametrize_mixers, make_empty_cache
+from tests.helpers.recurrences import apply_layer, make_empty_cache
+from tests.helpers.recurrences import parametrize_mixers
 from training import generate, preflight
 from architectures.parts import paths
 from training.costs import flops, totals
@@ -33,7 +34,8 @@ PRODUCT = 'delta_product'  # a token takes several steps
 S6 = 'mamba'  # a scan of another form
 SHIFTED = 'rwkv7'  # a token is mixed with the one before it
 TURNED = 'mamba3'  # keys turn by angles that add up, and wait for a token
-USUAL = parametrize_mixers(*recurrences.MIXERS_WITHOUT_OWN_CALL)  # of what takes no time
+# A test that takes no time.
+USUAL = parametrize_mixers(*recurrences.MIXERS_WITHOUT_OWN_CALL)
 
 
 @pytest.fixture
@@ -104,7 +106,8 @@ def test_padding_is_no_part_of_a_state(mixer):
 def test_bfloat16_is_float32_within_a_bound(mixer):
   """The state and all products with it stay in float32."""
   x_BLD = recurrences.random_inputs(2, 40)
-  forward = lambda layer, p, x: jax.jit(lambda p, x: apply_layer(layer, p, x)[0])(
+  forward = lambda layer, p, x: jax.jit(lambda p,
+                                        x: apply_layer(layer, p, x)[0])(
       p, x)
   want = forward(*recurrences.make_layer(mixer), x_BLD)
   for way in (forward, stepwise):
@@ -118,7 +121,8 @@ def test_bfloat16_is_float32_within_a_bound(mixer):
 @parametrize_mixers(KDA, SHORT)
 def test_prompts_of_several_lengths_go_on_as_each_would_alone(mixer):
   """Of the one that is padded. The model's other layer has attention."""
-  module, params = models.make_model('llama', **recurrences.changes_with_mixer_and_attention(mixer))
+  module, params = models.make_model('llama',
+                                     **recurrences.changes_with_mixer_and_attention(mixer))
   prompts, length = models.random_tokens(2, 7), 3
   new = generate.generate(
       module, params, prompts, jnp.array([length, 7]), jax.random.key(0),
@@ -133,7 +137,8 @@ def test_prompts_of_several_lengths_go_on_as_each_would_alone(mixer):
 def test_beams_are_those_of_a_model_that_reads_each_text_anew(mixer):
   """A beam takes the state of the beam that it continues, and the padding of
   its prompt is no part of the state."""
-  module, params = models.make_model('llama', **recurrences.changes_with_mixer_and_attention(mixer))
+  module, params = models.make_model('llama',
+                                     **recurrences.changes_with_mixer_and_attention(mixer))
   params = jax.tree.map(lambda x: jnp.asarray(2 * np.asarray(x)), params)
   prompts, lengths = np.asarray(models.random_tokens(2, 5)), (3, 5)
   texts, scores = jax.device_get(generate.beam_search(
@@ -178,7 +183,8 @@ def test_mup_divides_what_does_not_grow_with_the_width(mixer):
 def kept(**fields):
   """A model in bfloat16, and what a layer keeps of 3 rows, whose arrays are as
   large however long the rows are."""
-  c = architectures.resolve(models.small_config('llama', dtype='bfloat16', **fields))
+  c = architectures.resolve(models.small_config('llama', dtype='bfloat16',
+                                                **fields))
   short, whole = (architectures.init_cache(c, 3, length)[0].mixer
                   for length in (7, 1000))
   assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, whole)
@@ -300,7 +306,8 @@ def test_what_cannot_be_is_refused(mixer, system, changes, sentence):
 @parametrize_mixers(*recurrences.MIXERS_WITH_STATE, SHORT, S6)
 def test_what_a_run_of_it_cannot_be_is_refused(mixer):
   module = architectures.build(models.small_config(
-      'llama', num_kv_heads=8, num_heads=8, **recurrences.changes_with_mixer(mixer)))
+      'llama', num_kv_heads=8, num_heads=8,
+      **recurrences.changes_with_mixer(mixer)))
   shape = dict.fromkeys(tables.MESH_AXES, 1)
   with pytest.raises(ValueError, match='keep each row on one device'):
     devices.check_mesh(module.config, shape | dict(context=2))

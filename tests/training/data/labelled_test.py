@@ -24,7 +24,8 @@ def _read(spec):
 
 
 def _config(source, objective='classification', arch='bert', **fields):
-  return files.make_run_config(source, objective, **dict(length=16, arch=arch) | fields)
+  return files.make_run_config(source, objective,
+                               **dict(length=16, arch=arch) | fields)
 
 
 def _loader(*args, **fields):
@@ -361,7 +362,8 @@ def test_sets_of_the_hub():
     'question_answering'])
 def test_rows_without_labels_are_the_same_rows(objective, tmp_path):
   """Where they are allowed; a run neither learns from them nor measures."""
-  source, bare = files.write_sources_with_and_without_labels(tmp_path)[objective]
+  sources = files.write_sources_with_and_without_labels(tmp_path)
+  source, bare = sources[objective]
   view = lambda spec: pipeline.make_evaluation_loaders(
       _config(source, objective, length=64, eval_source=spec), BYTES,
       in_order=True, bare=True)[0].views[0]
@@ -369,7 +371,8 @@ def test_rows_without_labels_are_the_same_rows(objective, tmp_path):
   assert ours.bare and not theirs.bare and len(ours) == len(theirs) > 3
   config = _config(source, objective, length=64)
   for a, b in zip(ours, theirs):
-    rows = [files.make_batch_row(objectives.find_objective(config), item, None, config,
+    rows = [files.make_batch_row(objectives.find_objective(config), item, None,
+                                 config,
                       BYTES) for item in (a, b)]
     np.testing.assert_array_equal(*(row['tokens'] for row in rows))
   for wrong in (dict(source=bare), dict(source=source, eval_source=bare)):

@@ -115,7 +115,8 @@ def test_tokenizer_config_beside_the_file_names_the_special_tokens(
 def test_a_pipeline_that_frames_texts_has_cls_and_sep(kind, tmp_path):
   """The tokenizer_config.json of roberta-base says how long texts are, and no
   more."""
-  template = files.make_template_processing('<s> $A </s>', '<s> $A </s> </s> $B </s>')
+  template = files.make_template_processing('<s> $A </s>',
+                                            '<s> $A </s> </s> $B </s>')
   ours = tokenizers.load(str(files.write_roberta_tokenizer(tmp_path, framed={
       'roberta': None, 'template': template,
       'bert': hf.processors.BertProcessing(('</s>', 2), ('<s>', 0)),

@@ -62,7 +62,8 @@ def judged(c, loss_of):
   loaders = pipeline.make_evaluation_loaders(c, BYTES)
   return held_out.average_figures(held_out.sum_held_out(
       step, None, loaders, 0, runs.build(
-          c, runs.resolve_model(c, BYTES)[0], evaluations.one_device_mesh()).put,
+          c, runs.resolve_model(c,
+                                BYTES)[0], evaluations.one_device_mesh()).put,
       lambda: False), loaders)
 
 
@@ -149,7 +150,8 @@ def test_each_token_that_training_evaluates_is_of_its_document(
       loss_task, 'make_token_loss_function', lambda module, config: (
       lambda params, batch: jnp.stack([
           of_letter(batch['targets']) * batch['weights'], batch['weights']])))
-  figures = evaluations.run_and_check_task('documents', evaluations.make_evaluation(c))
+  figures = evaluations.run_and_check_task('documents',
+                                           evaluations.make_evaluation(c))
   loader, = pipeline.make_evaluation_loaders(c, BYTES)
   rows = [batch for batch in loader.iterate(0, loader.first(batches))]
   targets, weights = (np.concatenate([row[name].ravel() for row in rows])
@@ -177,7 +179,8 @@ def test_each_token_that_training_evaluates_is_of_its_document(
     assert tokens(figures) * weights.sum() == pytest.approx(
         [n + 1 for n in letters])
     monkeypatch.setattr(loss_task, 'MOST_DOCUMENT_GROUPS', 4)  # two by two
-    assert nats_of(evaluations.run_and_check_task('documents', evaluations.make_evaluation(c))
+    assert nats_of(evaluations.run_and_check_task('documents',
+                                                  evaluations.make_evaluation(c))
                    ) == pytest.approx(nats.reshape(3, 2).sum(1))
 
 
@@ -333,7 +336,9 @@ def test_figures_of_a_probe_add_up():
   c = evaluations.make_config('gpt', 'probe', position='none', num_layers=1)
   c.data.update(source='probe:parity', length=9, batch_size=16)
   c.probe.levels = (4, 8)
-  figures = evaluations.run_and_check_task('probe', evaluations.make_evaluation(c, probe_rows=40))
+  figures = evaluations.run_and_check_task('probe',
+                                           evaluations.make_evaluation(c,
+                                                                       probe_rows=40))
   assert [(row['level'], row['length'], row['answers'], row['rows'])
           for row in figures['table']] == [
       (4, 9, 160, 40), (8, 9, 320, 40), (16, 18, 640, 40), (32, 36, 1280, 40)]
@@ -357,7 +362,9 @@ def test_a_figure_is_of_as_many_rows_whatever_the_batch(
   (folder / 'd.txt').write_text(TEXT)
   c = evaluations.make_config('t5', 'span')
   c.data.update(eval_source=f'text:{folder}/d.txt', batch_size=size)
-  figures = evaluations.run_and_check_task('exact', evaluations.make_evaluation(c, targets=5))
+  figures = evaluations.run_and_check_task('exact',
+                                           evaluations.make_evaluation(c,
+                                                                       targets=5))
   c.data.batch_size = 5
   first, = pipeline.make_evaluation_loaders(c, BYTES)
   assert figures['targets'] == 5 and first.num_windows > 8
@@ -369,7 +376,9 @@ def test_routing_is_that_of_all_held_out_text(folder):
   c = evaluations.make_config('mixtral', 'causal', num_layers=2, num_kv_heads=2,
                          moe=dict(num_experts=4, d_ff=24))
   c.data.eval_source = f'text:{folder}/*.txt'
-  figures = evaluations.run_and_check_task('routing', evaluations.make_evaluation(c, folder))
+  figures = evaluations.run_and_check_task('routing',
+                                           evaluations.make_evaluation(c,
+                                                                       folder))
   assert np.shape(figures['load_E']) == (2, 4) and max(figures['dropped']) == 0
   np.testing.assert_allclose(np.sum(figures['load_E'], 1), 1, rtol=1e-5)
   assert (folder / 'routing.png').read_bytes().startswith(b'\x89PNG')

@@ -133,7 +133,8 @@ def test_the_last_layer_of_the_lens_is_the_models_own_prediction(system):
 
 def test_experts_are_the_two_best_of_a_router_in_numpy():
   """In the parallel wiring a router reads the norm of the layer's input."""
-  model, tokens_BL = _model('mixtral', block='parallel'), models.random_tokens(2, L)
+  model, tokens_BL = _model('mixtral',
+                            block='parallel'), models.random_tokens(2, L)
   result = model.inspect(tokens_BL)
   assert result.experts['decoder'].layers.tolist() == [0, 1]
   states = np.asarray(model.hidden_states(tokens_BL), np.float64)

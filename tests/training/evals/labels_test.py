@@ -187,7 +187,8 @@ def test_answers_are_measured_and_written(tmp_path):
 def test_rows_without_labels_get_the_predictions_of_those_with(
     objective, tmp_path):
   """And no measures. The table has what the other files have."""
-  source, bare = files.write_sources_with_and_without_labels(tmp_path)[objective]
+  sources = files.write_sources_with_and_without_labels(tmp_path)
+  source, bare = sources[objective]
   evaluation = _evaluation('bert', objective, source, 64, null_threshold=0.0,
                            predictions=str(tmp_path / 'right.csv'))
   figures = evaluations.run_and_check_task('labels', evaluation)

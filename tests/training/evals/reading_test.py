@@ -82,7 +82,8 @@ def test_a_vector_is_pooled_of_the_text_alone(tmp_path, kind):
     evaluation.options.pooling = name
     together_ND = written(tmp_path, evaluation)
     np.testing.assert_allclose(together_ND[5], pool(x_LD), atol=3e-6)
-  models.assert_trees_close(together_ND[:1], written(tmp_path, evaluation, TEXTS[:1]))
+  models.assert_trees_close(together_ND[:1],
+                            written(tmp_path, evaluation, TEXTS[:1]))
 
 
 @pytest.mark.parametrize('name, content, sentence', [
@@ -186,8 +187,9 @@ PROMPT = 'My fellow, my'
 
 def look(system, objective, folder, **options):
   """Returns the evaluation, its figures, and what the page draws."""
-  evaluation = evaluations.make_evaluation(evaluations.make_config(system, objective), folder,
-                                **dict(prompt=PROMPT) | options)
+  evaluation = evaluations.make_evaluation(
+      evaluations.make_config(system, objective), folder,
+      **dict(prompt=PROMPT) | options)
   figures = evaluations.run_and_check_task('inspect', evaluation)
   page = (folder / 'inspect.html').read_text()
   # Nothing is fetched: no address stands in it.

@@ -233,7 +233,8 @@ def test_each_item_of_lm_eval_has_its_score(tmp_path):
   items = figures['items']['acc']
   assert len(items['scores']) == figures['examples']['blimp_files'] == 4
   assert {*items['scores']} <= {0, 1}
-  again = evaluations.run_and_check_task('lm_eval:cloze_files', evaluation)['items']
+  again = evaluations.run_and_check_task('lm_eval:cloze_files',
+                                         evaluation)['items']
   assert again.keys() == {'acc'} and len(again['acc']['scores']) == 2
 
 

@@ -148,7 +148,8 @@ def test_pefts_names_and_the_order_of_its_axes(tmp_path):
 def test_an_adapter_is_named_as_the_layer_that_it_adapts(tmp_path):
   """Of a Mamba-2 and its network, a Mamba-2 alone, another with a network, and
   attention with one, the networks are the parts 1, 4 and 6."""
-  module, params = models.make_model('nemotron_h', num_layers=4, lora=LORA | dict(
+  module, params = models.make_model('nemotron_h', num_layers=4,
+                                     lora=LORA | dict(
       targets='down'))
   peft.write(module.config, params, tmp_path, 'base')
   names = {name.partition('.lora_')[0] for name in load_file(
@@ -188,7 +189,8 @@ def test_an_adapter_of_another_kind_is_refused(change, words, tmp_path):
 
 def test_rank_stabilised_adapters_are_scaled_by_the_root_of_the_rank(tmp_path):
   """By alpha / sqrt(rank) (Kalajdzievski 2023), as PEFT scales them."""
-  module, params = models.make_model('llama', lora=dict(LORA, rank=9, alpha=6.0))
+  module, params = models.make_model('llama',
+                                     lora=dict(LORA, rank=9, alpha=6.0))
   peft.write(module.config, params, tmp_path, 'base')
   file = tmp_path / peft.CONFIG
   file.write_text(json.dumps(

@@ -95,7 +95,8 @@ def test_a_question_and_its_answer_are_tokenised_as_one(talks, tmp_path):
   """As in both published codes: an answer alone would begin otherwise."""
   tokenizer = _llama_like(tmp_path)
   batch = pipeline.make_training_loader(
-      files.make_run_config(f'{talks}:messages', 'chat', 350), tokenizer).batch(0)
+      files.make_run_config(f'{talks}:messages', 'chat',
+                            350), tokenizer).batch(0)
   targets, weights = batch['targets'][0], batch['weights'][0]
   turns = VICUNA.split('</s>')[:2]
   expected = [i for turn in turns

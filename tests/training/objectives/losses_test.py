@@ -175,7 +175,8 @@ def test_no_array_of_all_logits_is_held(differentiate):
 
   fn = jax.grad(loss, (0, 1)) if differentiate else loss
   sizes = [math.prod(v.aval.shape)
-           for e in models.list_equations(jax.make_jaxpr(fn)(hidden, head).jaxpr)
+           for e in models.list_equations(jax.make_jaxpr(fn)(hidden,
+                                                             head).jaxpr)
            for v in e.outvars]
   assert max(sizes) == chunk * vocab
   stats = jax.jit(fn).lower(hidden, head).compile().memory_analysis()

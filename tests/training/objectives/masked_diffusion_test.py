@@ -227,7 +227,8 @@ def test_tasks_tell_the_bound_and_write(texts, capsys):
   assert 0 < figures['standard_error'] < figures['loss']
   # The draws of a row are those of every evaluation and batch.
   config.data.batch_size = 3
-  again = evaluations.run_and_check_task('diffusion_bound', evaluations.make_evaluation(
+  again = evaluations.run_and_check_task('diffusion_bound',
+                                         evaluations.make_evaluation(
       config, bound_samples=4))
   assert again == pytest.approx(figures, rel=1e-5)
   written = evaluations.run_and_check_task('diffusion_samples', evaluation)

@@ -26,7 +26,8 @@ def _texts(tmp_path, monkeypatch):
 
 
 def test_pairs_are_laid_out_as_bert_has_them(texts):
-  loader = pipeline.make_training_loader(files.make_run_config(texts, 'mlm_nsp'), BYTES)
+  config = files.make_run_config(texts, 'mlm_nsp')
+  loader = pipeline.make_training_loader(config, BYTES)
   batches = [loader.batch(n) for n in range(20)]
   tokens = np.concatenate([b['targets'] for b in batches])
   types = np.concatenate([b['types'] for b in batches])

@@ -85,7 +85,8 @@ def test_a_batch_is_as_long_as_its_longest_row_needs(tmp_path):
   rows = [f'{"ab"[i % 2] * int(n)}\t{"ab"[i % 2]}\n' for i, n in enumerate(
       rng.integers(1, 20, 96))] + ['a' * 50 + '\ta\n'] * 4
   (tmp_path / 'a.tsv').write_text(''.join(rows))
-  c = files.make_run_config(f'labelled:{tmp_path}/a.tsv', 'classification', arch='bert')
+  c = files.make_run_config(f'labelled:{tmp_path}/a.tsv', 'classification',
+                            arch='bert')
   loader = pipeline.make_training_loader(c, BYTES)
   parts = [pipeline.make_training_loader(c, BYTES, i, 4) for i in range(4)]
   c = c.copy_and_resolve_references()
@@ -119,11 +120,13 @@ def test_pairs_equal_those_of_the_package_tokenizers(length, tmp_path):
   theirs.enable_truncation(length)
   (tmp_path / 'a.tsv').write_text(''.join(
       f'{a}\t{b}\t{i % 2}\n' for i, (a, b) in enumerate(PAIRS)))
-  c = files.make_run_config(f'labelled:{tmp_path}/a.tsv', 'classification', length,
+  c = files.make_run_config(f'labelled:{tmp_path}/a.tsv', 'classification',
+                            length,
                    'roberta', tokenizer=str(folder))
   view = records.Classes(files.read_corpus(c))
   record, ours = objectives.find_objective(c), tokenizers.load(str(folder))
-  rows = [files.make_batch_row(record, item, np.random.default_rng(0), c, ours)['tokens'][
+  rows = [files.make_batch_row(record, item, np.random.default_rng(0), c,
+                               ours)['tokens'][
       :record.length(item)].tolist() for item in view.items]
   assert rows == [theirs.encode(*pair).ids for pair in PAIRS]
   assert view.cut == (3 if length == 12 else 0)
@@ -145,7 +148,8 @@ def _asked(tmp_path, objective, arch='bert', length=64):
   record = objectives.find_objective(c)
   view = record.view(files.read_corpus(c))
   return record, c, [
-      files.make_batch_row(record, item, None, c, BYTES) for item in view.items], view
+      files.make_batch_row(record, item, None, c,
+                           BYTES) for item in view.items], view
 
 
 def test_words_are_laid_out_as_pictured(tmp_path):
@@ -318,7 +322,8 @@ def test_an_objective_names_the_fields_that_it_reads(
   """Of the fields that some objectives read and others do not, a batch reads
   those that its objective names: a run may set these alone."""
   source = _sources(tmp_path).get(objective, f'text:{tmp_path}/*.txt')
-  c = files.make_run_config(source, objective, 64, cache_dir=str(tmp_path / 'cache'))
+  c = files.make_run_config(source, objective, 64,
+                            cache_dir=str(tmp_path / 'cache'))
   for arch in ('gpt', 'bert', 't5'):
     c.model.arch = arch
     if architectures.stack(c.model) in objectives.find_objective(c).stacks:

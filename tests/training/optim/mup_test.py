@@ -14,7 +14,7 @@ from architectures.parts import paths
 from training.runs import abstract_params, parameter_roles
 from training.optim import mup, optimizers
 
-BASE = 32  # models.config's d_model
+BASE = 32  # models.small_config's d_model
 
 
 def built(system, width=BASE, **changes):
@@ -83,7 +83,8 @@ def test_rates_agree_with_the_shapes(system, parts):
   r = 4
   moe = parts.get('moe', {}) if parts else {}
   parts = {k: v for k, v in parts.items() if k != 'moe'}
-  given = models.small_config(system)  # a size is 0 where it follows from the width
+  # A size is 0 where it follows from the width.
+  given = models.small_config(system)
   def make(width):
     sizes = {field: given.deltanet[field] * width // BASE
              for field in ('key_dim', 'value_dim')}

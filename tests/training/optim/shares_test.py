@@ -21,7 +21,8 @@ LAYERS = dict(num_layers=4, **models.window_in_every_other_layer(8))
 
 
 def flat_shares(system='gpt', changes=None, **fields):
-  module, _ = models.make_model(system, **(LAYERS if changes is None else changes))
+  module, _ = models.make_model(system,
+                                **(LAYERS if changes is None else changes))
   return paths.flatten_by_path(parameter_shares(module, optim(**fields)))
 
 
@@ -62,7 +63,8 @@ def test_a_pattern_freezes_what_it_matches(freeze, names):
              if path not in names)
 
 
-@pytest.mark.parametrize('name', models.mark_long_except(('muon',), ('adamw', 'muon')))
+@pytest.mark.parametrize('name',
+                         models.mark_long_except(('muon',), ('adamw', 'muon')))
 def test_an_update_is_that_of_numpy(name):
   """The update of a parameter, its decay included, is its share of what it
   would be; that of a frozen one is not there, nor is its state."""
@@ -94,7 +96,8 @@ def test_a_step_leaves_what_is_frozen_as_it_was():
   c = step_test.config(optim__name='adamw', optim__freeze='embed/.*,'
                        'decoder/layers/0/.*', optim__clip_norm=1e-3)
   _, params = models.make_model()
-  _, state, seen = step_test.train(c, step_test.one_device(), params=params)
+  _, state, seen = step_test.train(c, step_test.one_device_mesh(),
+                                   params=params)
   before = paths.flatten_by_path(params)
   for path, x in paths.flatten_by_path(state.params).items():
     old = before[path]
@@ -106,7 +109,7 @@ def test_a_step_leaves_what_is_frozen_as_it_was():
   of_optimizer = paths.flatten_by_path(state.opt_state)
   moments = {path: x for path, x in of_optimizer.items() if '/layers/' in path}
   assert moments and not any(x[0].any() for x in moments.values())
-  whole = step_test.train(step_test.config(), step_test.one_device(), 1,
+  whole = step_test.train(step_test.config(), step_test.one_device_mesh(), 1,
                           params=params)[2]
   assert 0 < seen[0]['grad_norm'] < whole[0]['grad_norm']
 
@@ -136,7 +139,8 @@ def test_a_step_averages_what_it_trains():
   """Of four steps, of which the second is bad, and so no update."""
   c = step_test.config(optim__ema=0.75, optim__lr=1.0,
                        optim__freeze='.*/layers/0/.*,embed/.*')
-  run = runs.build(c, architectures.resolve(c.model), step_test.one_device())
+  run = runs.build(c, architectures.resolve(c.model),
+                   step_test.one_device_mesh())
   states, evaluated = [], []
   with run.context():
     state = step_test.start(run, step_test.begin())
