@@ -199,7 +199,7 @@ class Leaky(nn.Module):
 
     # A document begins with a state of zero, and padding leaves it as it is.
     if ctx.segment_ids_BL is not None:
-      begins_BL1 = features.begins(ctx.segment_ids_BL)[..., None]
+      begins_BL1 = features.begins_document(ctx.segment_ids_BL)[..., None]
       a_BLI = jnp.where(begins_BL1, 0, a_BLI)
     state_BI = jnp.zeros((len(x_BLD), sizes.width))
     if cache is not None:

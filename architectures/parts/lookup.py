@@ -246,7 +246,7 @@ def hash_ngrams(c: ModelConfig, all_BM: jax.Array,
     # The token that stands `back` places before each, in the same document.
     t_BL = all_BM[:, ngrams.order - 1 - back:][:, :L]
     if segment_ids_BL is not None:
-      t_BL = ngrams.pad_token + features.of_one_document(
+      t_BL = ngrams.pad_token + features.mask_other_documents(
           t_BL - ngrams.pad_token, segment_ids_BL, back)
     # From the first pad_token on, all tokens before it count as pad_token.
     if ngrams.stops and back:
@@ -297,7 +297,7 @@ def _read_ngram_tables(module: nn.Module, ctx: Context, state: Optional[State]
       module, num_rows, size=ngrams.size, ids_BLU=row_ids_BLU)
   # The last tokens that are no padding.
   valid_BL = None if state is None else ctx.valid_BL
-  after_BW = features.last(
+  after_BW = features.last_inputs(
       all_BM, ngrams.order - 1, tokens_BL.shape[1], valid_BL)
   e_BLU = e_BLUS.reshape(*tokens_BL.shape, -1)
   return sharding.constrain(e_BLU, 'batch', 'length', 'mlp'), after_BW
@@ -357,10 +357,10 @@ def gate_values(key_BLD: jax.Array, x_BLD: jax.Array, value_BLD: jax.Array
   value = value_BLD.astype(jnp.float32)
   if x.ndim > value.ndim:
     value = jnp.broadcast_to(value[:, :, None], x.shape)
-  g_BL = features.dots(key, x) * x.shape[-1] ** -0.5
+  g_BL = features.inner_products(key, x) * x.shape[-1] ** -0.5
   root_BL = jnp.sqrt(jnp.maximum(jnp.abs(g_BL), LEAST_NUMBER_UNDER_ROOT))
   gate_BL = jax.nn.sigmoid(jnp.sign(g_BL) * root_BL)
-  return features.scaled(value, gate_BL).astype(value_BLD.dtype)
+  return features.scale_vectors(value, gate_BL).astype(value_BLD.dtype)
 
 
 class Engram(nn.Module):

@@ -116,7 +116,7 @@ def find_closed_windows(ctx: Context, L: int, tokens_of_window: int,
   end_BW = end_in_document_BW = (
       number_BW * tokens_of_window + tokens_of_window - 1)
   if ids_BL is not None:
-    index_in_document_BL = jnp.arange(L)[None] - features.starts(ids_BL)
+    index_in_document_BL = jnp.arange(L)[None] - features.start_of_document(ids_BL)
     num_closed_BL = jnp.cumsum(
         (index_in_document_BL + 1) % tokens_of_window == 0, 1)
     end_BW = jax.vmap(jnp.searchsorted, (0, None))(
@@ -174,7 +174,7 @@ class Entries(nn.Module):
       previous_BMU = previous_BMU.astype(values_and_scores_BMU.dtype)
       values_and_scores_BMU = jnp.concatenate(
           [previous_BMU, values_and_scores_BMU], 1)
-      next_BMU = features.last(
+      next_BMU = features.last_inputs(
           values_and_scores_BMU, previous_BMU.shape[1], L, ctx.valid_BL)
     values_and_scores_BMU = sharding.constrain(
         values_and_scores_BMU, 'batch', None, None)
@@ -409,7 +409,7 @@ class SWA(Attention):
       end_BW = jnp.arange(1, e_BW1K.shape[1] + 1)[None] * rate - 1
     seen_BLW = end_BW[:, None] <= q_BL[:, :, None]
     if ctx.segment_ids_BL is not None:
-      start_BL = features.starts(ctx.segment_ids_BL)
+      start_BL = features.start_of_document(ctx.segment_ids_BL)
       seen_BLW &= end_BW[:, None] >= start_BL[:, :, None]
 
     # An indexer scores them by entries of its own.

@@ -346,7 +346,7 @@ def score_keys(config: ModelConfig, index: Index, ids_BM: Optional[jax.Array]
   # The last key of each block, counted from the start of its document; its
   # indexer's key stands for the block.
   key_1M = jnp.arange(num_keys)[None]
-  first_BM = 0 if ids_BM is None else features.starts(ids_BM)
+  first_BM = 0 if ids_BM is None else features.start_of_document(ids_BM)
   is_last_BM = (key_1M - first_BM) % block_size == block_size - 1
   most_blocks = max(num_keys // block_size, 1)
   last_key_BN = jnp.sort(

@@ -56,7 +56,7 @@ def convolve_heads(module: Any, name: str, x_BLHK: jax.Array,
   """
   previous_BWHK = None if cache is None else cache.inputs[name]
   W = module.config.part(AttentionConfig).attention_conv
-  x_BLHK, last_BWHK = features.convolved(
+  x_BLHK, last_BWHK = features.declare_and_convolve(
       module, f'{name}_conv', x_BLHK, W, axes, before_BWHK=previous_BWHK,
       segment_ids_BL=ctx.segment_ids_BL, valid_BL=ctx.valid_BL)
   if cache is not None:

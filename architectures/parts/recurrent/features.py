@@ -22,56 +22,78 @@ from architectures.parts.sharding import Role, declare
 LENGTH_EPS = 1e-6  # beside a squared length, as in the authors' programs
 
 
-def dots(x: jax.Array, y: jax.Array) -> jax.Array:
+def inner_products(x: jax.Array, y: jax.Array) -> jax.Array:
   """Returns the inner products of the vectors of x and y, [..., K] -> [...]."""
   return jnp.einsum('...k,...k->...', x, y)
 
 
 @jax.custom_vjp
-def scaled(x: jax.Array, by: jax.Array) -> jax.Array:
-  """Returns the vectors of x, [..., K], times the numbers of `by`, [...]."""
-  return x * by[..., None]
+def scale_vectors(x: jax.Array, factors: jax.Array) -> jax.Array:
+  """Returns the vectors of x, [..., K], times their factors, [...]."""
+  return x * factors[..., None]
 
 
-scaled.defvjp(
-    lambda x, by: (scaled(x, by), (x, by)),
-    lambda kept, d: (d * kept[1][..., None], dots(d, kept[0])))
+def _scale_vectors_forward(x: jax.Array, factors: jax.Array):
+  return scale_vectors(x, factors), (x, factors)
+
+
+def _scale_vectors_backward(kept: tuple[jax.Array, jax.Array], d_y: jax.Array):
+  """For y = f x: dx = f dy, and df is the inner product of dy and x."""
+  x, factors = kept
+  return d_y * factors[..., None], inner_products(d_y, x)
+
+
+scale_vectors.defvjp(_scale_vectors_forward, _scale_vectors_backward)
 
 
 @jax.custom_vjp
-def weighted(x: jax.Array, weights: jax.Array) -> jax.Array:
-  """Returns x times weights of its last axes, in float32. The gradient of the
-  weights sums over all other axes at once: over [1, 2048, 8, 64] it takes 1.1
-  ms on CPU, and 12 ms over axis 1 alone, which JAX derives."""
-  lead = (1,) * (x.ndim - weights.ndim)
-  return x * weights.astype(jnp.float32).reshape(lead + weights.shape)
+def multiply_by_weights(x: jax.Array, weights: jax.Array) -> jax.Array:
+  """Returns x times weights of its last axes, in float32.
+
+  The gradient of the weights sums over all other axes at once: over [1, 2048,
+  8, 64] it takes 1.1 ms on CPU, and 12 ms over axis 1 alone, which JAX derives.
+
+  Args:
+    x: an array of any shape.
+    weights: an array of the shape of x's last axes.
+  """
+  leading = (1,) * (x.ndim - weights.ndim)
+  return x * weights.astype(jnp.float32).reshape(leading + weights.shape)
 
 
-def _weighted_bwd(kept: tuple[jax.Array, jax.Array], d: jax.Array):
+def _multiply_by_weights_forward(x: jax.Array, weights: jax.Array):
+  return multiply_by_weights(x, weights), (x, weights)
+
+
+def _multiply_by_weights_backward(kept: tuple[jax.Array, jax.Array],
+                                  d_y: jax.Array):
+  """For y = w x: dx = w dy, and dw is the sum of dy x over the leading axes."""
   x, weights = kept
-  d_weights = (d * x).sum(tuple(range(x.ndim - weights.ndim)))
-  return weighted(d, weights), d_weights.astype(weights.dtype)
+  leading_axes = tuple(range(x.ndim - weights.ndim))
+  d_weights = (d_y * x).sum(leading_axes)
+  return multiply_by_weights(d_y, weights), d_weights.astype(weights.dtype)
 
 
-weighted.defvjp(lambda x, weights: (weighted(x, weights), (x, weights)),
-                _weighted_bwd)
+multiply_by_weights.defvjp(_multiply_by_weights_forward,
+                           _multiply_by_weights_backward)
 
 
-def unit(x: jax.Array, length: float = 1.0) -> jax.Array:
+def normalize_length(x: jax.Array, length: float = 1.0) -> jax.Array:
   """Returns x / |x| times a length, over the last axis, in x's dtype."""
   x32 = x.astype(jnp.float32)
   squares = jnp.square(x32).sum(-1)
-  return scaled(x32, length * jax.lax.rsqrt(squares + LENGTH_EPS)
-                ).astype(x.dtype)
+  factors = length * jax.lax.rsqrt(squares + LENGTH_EPS)
+  return scale_vectors(x32, factors).astype(x.dtype)
 
 
 def rmsnorm(x: jax.Array, scale_K: jax.Array, eps: float) -> jax.Array:
   """Computes layers.rmsnorm by a sum that is fast on CPU,
   [..., K] -> [..., K]."""
   x32 = x.astype(jnp.float32)
-  y = scaled(x32, jax.lax.rsqrt(jnp.square(x32).mean(-1) + eps))
-  return (y * scale_K.astype(jnp.float32)[(None,) * (x.ndim - 1)]
-          ).astype(x.dtype)
+  mean_square = jnp.square(x32).mean(-1)
+  y = scale_vectors(x32, jax.lax.rsqrt(mean_square + eps))
+  leading = (None,) * (x.ndim - 1)
+  return (y * scale_K.astype(jnp.float32)[leading]).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -93,31 +115,55 @@ class RMSNorm(nn.Module):
 # The tokens that it sees may also be several places apart.
 
 
-def filters(module: nn.Module, name: str, width: int, shape: tuple[int, ...],
-            axes: tuple[str | None, ...]) -> jax.Array:
-  """Declares the weights of a convolution of so many tokens, [W, heads,
-  features], or its bias, [heads, features]. Each feature has a filter of its
-  own, so that no axis of it is summed over by a product: for muP and Muon it is
-  a vector, as a norm's scale is.
+def declare_filters(module: nn.Module, name: str, width: int,
+                    shape: tuple[int, ...], axes: tuple[str | None, ...]
+                    ) -> jax.Array:
+  """Declares the weights of a convolution, [width, heads, features], or its
+  bias, [heads, features].
 
-  It is drawn as torch.nn.Conv1d draws it, uniformly within 1 / sqrt(W).
+  Each feature has a filter of its own, so that no axis of it is summed over by
+  a
+  product: for muP and Muon it is a vector, as a norm's scale is. It is drawn as
+  torch.nn.Conv1d draws it, uniformly within 1 / sqrt(width).
+
+  Args:
+    module: the module that declares it.
+    name: the name of the parameter.
+    width: how many tokens the convolution sees, W.
+    shape: the shape of the parameter.
+    axes: the logical axes of the parameter.
   """
   def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
-    return jax.random.uniform(key, shape, dtype, -width ** -0.5, width ** -0.5)
+    bound = width ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
   return declare(module, name, init, shape, Role(axes))
 
 
-def convolved(module: nn.Module, name: str, x_BLHK: jax.Array, width: int,
-              axes: tuple[str | None, ...], with_bias: bool = False, **how: Any
-              ) -> tuple[jax.Array, jax.Array]:
-  """Declares filters over so many tokens and, if asked for, a bias of features
-  on these logical axes; returns `convolve` by them, whose arguments are `how`.
+def declare_and_convolve(module: nn.Module, name: str, x_BLHK: jax.Array,
+                         width: int, axes: tuple[str | None, ...],
+                         with_bias: bool = False, **options: Any
+                         ) -> tuple[jax.Array, jax.Array]:
+  """Declares the filters of a short convolution, and applies it.
+
+  Args:
+    module: the module that declares them.
+    name: the name of the weights; that of the bias ends in _bias.
+    x_BLHK: the inputs of the convolution.
+    width: how many tokens it sees, W.
+    axes: the logical axes of the features.
+    with_bias: whether it has a bias.
+    **options: the further arguments of `convolve`.
+
+  Returns:
+    What `convolve` returns.
   """
-  shape = x_BLHK.shape[2:]
-  w_WHK = filters(module, name, width, (width, *shape), (None, *axes))
-  bias_HK = filters(module, f'{name}_bias', width, shape, axes) if (
-      with_bias) else None
-  return convolve(x_BLHK, w_WHK, bias_HK, **how)
+  features = x_BLHK.shape[2:]
+  w_WHK = declare_filters(module, name, width, (width, *features),
+                          (None, *axes))
+  bias_HK = None
+  if with_bias:
+    bias_HK = declare_filters(module, f'{name}_bias', width, features, axes)
+  return convolve(x_BLHK, w_WHK, bias_HK, **options)
 
 
 def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
@@ -126,138 +172,209 @@ def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
              segment_ids_BL: Optional[jax.Array] = None,
              valid_BL: Optional[jax.Array] = None, silu: bool = False,
              apart: int = 1) -> tuple[jax.Array, jax.Array]:
-  """Returns y, in x's dtype, and the (W - 1) * apart inputs that the next
-  tokens see.
+  """Applies a short causal convolution to each feature of a row by itself.
 
   Args:
     x_BLHK: the inputs; features may have other axes than heads and their own.
     w_WHK: the weights.
     bias_HK: the bias; None: there is none.
-    before_BWHK: as many inputs before them; None: zeros.
-    segment_ids_BL: documents; the leading axis may be 1.
+    before_BWHK: as many inputs before them as the convolution reaches back;
+      None: zeros.
+    segment_ids_BL: the number of each token's document; the leading axis may be
+      1.
     valid_BL: 0 on padding, which stands at the end of a row; None: there is
       none.
     silu: whether y goes through SiLU, in float32.
-    apart: places between two tokens that it sees.
+    apart: the places between two tokens that it sees.
+
+  Returns:
+    y, [B, L, H, K] in x's dtype, and the (W - 1) * apart inputs that the tokens
+    after these will see.
   """
-  (B, L, *shape), W = x_BLHK.shape, w_WHK.shape[0]
+  B, L, *features = x_BLHK.shape
+  W = w_WHK.shape[0]
   reach = (W - 1) * apart
   if before_BWHK is None:
-    before_BWHK = jnp.zeros((B, reach, *shape), x_BLHK.dtype)
+    before_BWHK = jnp.zeros((B, reach, *features), x_BLHK.dtype)
   all_BMHK = jnp.concatenate([before_BWHK.astype(x_BLHK.dtype), x_BLHK], 1)
-  convolve_once = _at(_activated if silu else _biased, apart)
-  y_BLHK = layers.count_flops_by_result(convolve_once, 2 * W)(
-      all_BMHK, w_WHK, bias_HK, segment_ids_BL)
-  return y_BLHK.astype(x_BLHK.dtype), last(all_BMHK, reach, L, valid_BL)
+
+  # Each output counts as W products and sums.
+  function = _convolve_with_bias
+  if silu:
+    function = _convolve_with_silu
+  convolve_once = layers.count_flops_by_result(
+      _with_distance(function, apart), 2 * W)
+  y_BLHK = convolve_once(all_BMHK, w_WHK, bias_HK, segment_ids_BL)
+  return y_BLHK.astype(x_BLHK.dtype), last_inputs(all_BMHK, reach, L, valid_BL)
 
 
-def last(all_BM: jax.Array, count: int, length: int,
-         valid_BL: Optional[jax.Array]) -> jax.Array:
-  """Returns the last `count` entries of each row, [B, count, ...], of which the
-  last `length` are new; `valid_BL` is as of `convolve`."""
+def last_inputs(all_BM: jax.Array, count: int, length: int,
+                valid_BL: Optional[jax.Array]) -> jax.Array:
+  """Returns the last inputs of each row that are no padding, [B, count, ...].
+
+  Args:
+    all_BM: `count` inputs from before, then `length` new ones, [B, M, ...].
+    count: how many to return.
+    length: the number of new ones.
+    valid_BL: 0 on padding, which stands at the end of a row; None: there is
+      none.
+  """
   if valid_BL is None:
     return all_BM[:, length:]
-  counts_B = jnp.broadcast_to((valid_BL != 0).sum(1), (len(all_BM),))
-  return jax.vmap(lambda x, n: jax.lax.dynamic_slice_in_dim(
-      x, n, count, 0))(all_BM, counts_B)
+  valid_B = jnp.broadcast_to((valid_BL != 0).sum(1), (len(all_BM),))
+
+  def inputs_of_row(row_M: jax.Array, num_valid: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(row_M, num_valid, count, 0)
+
+  return jax.vmap(inputs_of_row)(all_BM, valid_B)
 
 
 @functools.cache  # one function for each, which is traced once
-def _at(f: Callable[..., jax.Array], apart: int) -> Callable[..., jax.Array]:
-  return f if apart == 1 else lambda *args: f(*args, apart)
+def _with_distance(function: Callable[..., jax.Array], apart: int
+                   ) -> Callable[..., jax.Array]:
+  """Returns a function of a convolution for tokens that are `apart` places from
+  one another."""
+  if apart == 1:
+    return function
+  return lambda *args: function(*args, apart)
 
 
-def _taps(W: int, M: int, apart: int) -> list[tuple[slice, int]]:
-  """Returns of each weight the inputs that it multiplies, of M, and how far
-  before the token they stand."""
+def _inputs_of_weights(W: int, M: int, apart: int) -> list[tuple[slice, int]]:
+  """Returns for each weight of a convolution which inputs it multiplies, and
+  how many places before the token they stand.
+
+  Args:
+    W: the number of weights.
+    M: the number of inputs, (W - 1) * apart from before and the new ones.
+    apart: the places between two tokens that the convolution sees.
+  """
   reach = (W - 1) * apart
-  return [(slice(i * apart, i * apart + M - reach), reach - i * apart)
-          for i in range(W)]
+  inputs = []
+  for i in range(W):
+    first = i * apart
+    inputs.append((slice(first, first + M - reach), reach - first))
+  return inputs
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _filtered(all_BMHK: jax.Array, w_WHK: jax.Array,
-              segment_ids_BL: Optional[jax.Array], apart: int) -> jax.Array:
-  """Returns y, float32. Its gradient is written out, because XLA's CPU backend
-  takes 20 times as long for the one that JAX derives from these lines."""
+def _filter_inputs(all_BMHK: jax.Array, w_WHK: jax.Array,
+                   segment_ids_BL: Optional[jax.Array], apart: int
+                   ) -> jax.Array:
+  """Returns the sum over i of w_i x_(l - gap of i), float32 [B, L, H, K]. Its
+  gradient is written out, because XLA's CPU backend takes 20 times as long for
+  the one that JAX derives from these lines."""
   w_WHK = w_WHK.astype(jnp.float32)
-  return sum(of_one_document(
-      all_BMHK[:, seen].astype(jnp.float32) * w_WHK[i][None, None],
-      segment_ids_BL, gap) for i, (seen, gap) in enumerate(
-          _taps(len(w_WHK), all_BMHK.shape[1], apart)))
+  W = len(w_WHK)
+  M = all_BMHK.shape[1]
+  total = 0
+  for i, (inputs, gap) in enumerate(_inputs_of_weights(W, M, apart)):
+    inputs_BLHK = all_BMHK[:, inputs].astype(jnp.float32)
+    total += mask_other_documents(inputs_BLHK * w_WHK[i][None, None],
+                                  segment_ids_BL, gap)
+  return total
 
 
-def begins(ids_BL: jax.Array) -> jax.Array:
+def begins_document(ids_BL: jax.Array) -> jax.Array:
   """Returns bool, [B, L]: whether a document begins, but for the first of a
   row."""
   return jnp.pad(ids_BL[:, 1:] != ids_BL[:, :-1], ((0, 0), (1, 0)))
 
 
-def starts(ids_BL: jax.Array) -> jax.Array:
-  """Returns where the document of each token begins."""
-  return jax.lax.cummax(jnp.where(
-      begins(ids_BL), jnp.arange(ids_BL.shape[1])[None], 0), axis=1)
+def start_of_document(ids_BL: jax.Array) -> jax.Array:
+  """Returns at which place the document of each token begins, [B, L]."""
+  places_1L = jnp.arange(ids_BL.shape[1])[None]
+  starts_BL = jnp.where(begins_document(ids_BL), places_1L, 0)
+  return jax.lax.cummax(starts_BL, axis=1)
 
 
-def of_one_document(x_BLHK: jax.Array, segment_ids_BL: Optional[jax.Array],
-                     gap: int) -> jax.Array:
+def mask_other_documents(x_BLHK: jax.Array,
+                         segment_ids_BL: Optional[jax.Array], gap: int
+                         ) -> jax.Array:
   """Returns x, and 0 where the token `gap` places before is of another
   document."""
   if segment_ids_BL is None or not gap:
     return x_BLHK
+  length = x_BLHK.shape[1]
   same_BL = jnp.pad(segment_ids_BL[:, gap:] == segment_ids_BL[:, :-gap],
-                    ((0, 0), (min(gap, x_BLHK.shape[1]), 0)))
-  return jnp.where(same_BL.reshape(
-      *same_BL.shape, *(1 for _ in x_BLHK.shape[2:])), x_BLHK, 0)
+                    ((0, 0), (min(gap, length), 0)))
+  ones = [1] * len(x_BLHK.shape[2:])
+  return jnp.where(same_BL.reshape(*same_BL.shape, *ones), x_BLHK, 0)
 
 
-def _filtered_bwd(apart: int, kept: Any, d_BLHK: jax.Array):
+def _filter_inputs_forward(all_BMHK: jax.Array, w_WHK: jax.Array,
+                           segment_ids_BL: Optional[jax.Array], apart: int):
+  y_BLHK = _filter_inputs(all_BMHK, w_WHK, segment_ids_BL, apart)
+  return y_BLHK, (all_BMHK, w_WHK, segment_ids_BL)
+
+
+def _filter_inputs_backward(apart: int, kept: Any, d_y_BLHK: jax.Array):
+  """Returns the gradients of the inputs and the weights.
+
+  For y_l = sum over i of w_i x_(l - gap of i): dw_i is the sum over l of
+  x_(l - gap) dy_l, and dx_m the sum over i of w_i dy_(m + gap).
+  """
   all_BMHK, w_WHK, segment_ids_BL = kept
-  M, L = all_BMHK.shape[1], d_BLHK.shape[1]
-  d_all_BMHK, d_w, reach = 0, [], M - L
-  for i, (seen, gap) in enumerate(_taps(len(w_WHK), M, apart)):
-    d_tap_BLHK = of_one_document(d_BLHK, segment_ids_BL, gap)
-    seen_BLHK = all_BMHK[:, seen].astype(jnp.float32)
-    d_w.append((seen_BLHK * d_tap_BLHK).sum((0, 1)))
+  W = len(w_WHK)
+  M = all_BMHK.shape[1]
+  reach = M - d_y_BLHK.shape[1]
+  no_padding = [(0, 0)] * len(d_y_BLHK.shape[2:])
+
+  d_all_BMHK = 0
+  d_w = []
+  for i, (inputs, gap) in enumerate(_inputs_of_weights(W, M, apart)):
+    d_tap_BLHK = mask_other_documents(d_y_BLHK, segment_ids_BL, gap)
+    inputs_BLHK = all_BMHK[:, inputs].astype(jnp.float32)
+    d_w.append((inputs_BLHK * d_tap_BLHK).sum((0, 1)))
     # One padded array for all i, where there are no documents.
-    wide = jnp.pad(d_tap_BLHK, ((0, 0), (reach, reach), *(
-        (0, 0) for _ in d_tap_BLHK.shape[2:])))
-    d_all_BMHK += (wide[:, gap:][:, :M]
-                   * w_WHK[i].astype(jnp.float32)[None, None])
-  return (d_all_BMHK.astype(all_BMHK.dtype),
-          jnp.stack(d_w).astype(w_WHK.dtype), None)
+    padded = jnp.pad(d_tap_BLHK, ((0, 0), (reach, reach), *no_padding))
+    shifted_BMHK = padded[:, gap:][:, :M]
+    d_all_BMHK += shifted_BMHK * w_WHK[i].astype(jnp.float32)[None, None]
+  d_w_WHK = jnp.stack(d_w).astype(w_WHK.dtype)
+  return d_all_BMHK.astype(all_BMHK.dtype), d_w_WHK, None
 
 
-_filtered.defvjp(lambda *args: (_filtered(*args), args[:3]), _filtered_bwd)
+_filter_inputs.defvjp(_filter_inputs_forward, _filter_inputs_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _activated(all_BMHK: jax.Array, w_WHK: jax.Array,
-               bias_HK: Optional[jax.Array],
-               segment_ids_BL: Optional[jax.Array], apart: int = 1
-               ) -> jax.Array:
+def _convolve_with_silu(all_BMHK: jax.Array, w_WHK: jax.Array,
+                        bias_HK: Optional[jax.Array],
+                        segment_ids_BL: Optional[jax.Array], apart: int = 1
+                        ) -> jax.Array:
   """Returns silu(y + bias), float32; the gradient computes y again."""
-  return jax.nn.silu(_biased(all_BMHK, w_WHK, bias_HK, segment_ids_BL, apart))
+  return jax.nn.silu(
+      _convolve_with_bias(all_BMHK, w_WHK, bias_HK, segment_ids_BL, apart))
 
 
-def _biased(all_BMHK: jax.Array, w_WHK: jax.Array,
-            bias_HK: Optional[jax.Array],
-            segment_ids_BL: Optional[jax.Array], apart: int = 1) -> jax.Array:
-  y_BLHK = _filtered(all_BMHK, w_WHK, segment_ids_BL, apart)
+def _convolve_with_bias(all_BMHK: jax.Array, w_WHK: jax.Array,
+                        bias_HK: Optional[jax.Array],
+                        segment_ids_BL: Optional[jax.Array], apart: int = 1
+                        ) -> jax.Array:
+  """Returns y + bias, float32 [B, L, H, K]."""
+  y_BLHK = _filter_inputs(all_BMHK, w_WHK, segment_ids_BL, apart)
   if bias_HK is None:
     return y_BLHK
   return y_BLHK + bias_HK.astype(jnp.float32)[None, None]
 
 
-def _activated_bwd(apart: int, kept: Any, d_BLHK: jax.Array):
+def _convolve_with_silu_forward(*args: Any):
+  """Keeps the inputs, weights, bias and documents for the backward pass."""
+  return _convolve_with_silu(*args), args[:4]
+
+
+def _convolve_with_silu_backward(apart: int, kept: Any, d_BLHK: jax.Array):
+  """Returns the gradients of the inputs, the weights and the bias: those of
+  `_filter_inputs` by the gradient of SiLU's argument."""
   all_BMHK, w_WHK, bias_HK, segment_ids_BL = kept
-  d_BLHK, = jax.vjp(jax.nn.silu, _biased(*kept, apart))[1](d_BLHK)
-  d_all_BMHK, d_w_WHK, _ = _filtered_bwd(
-      apart, (all_BMHK, w_WHK, segment_ids_BL), d_BLHK)
-  d_bias_HK = None if bias_HK is None else d_BLHK.sum((0, 1)).astype(
-      bias_HK.dtype)
+  _, silu_backward = jax.vjp(jax.nn.silu, _convolve_with_bias(*kept, apart))
+  d_y_BLHK, = silu_backward(d_BLHK)
+  d_all_BMHK, d_w_WHK, _ = _filter_inputs_backward(
+      apart, (all_BMHK, w_WHK, segment_ids_BL), d_y_BLHK)
+  d_bias_HK = None
+  if bias_HK is not None:
+    d_bias_HK = d_y_BLHK.sum((0, 1)).astype(bias_HK.dtype)
   return d_all_BMHK, d_w_WHK, d_bias_HK, None
 
 
-_activated.defvjp(
-    lambda *args: (_activated(*args), args[:4]), _activated_bwd)
+_convolve_with_silu.defvjp(_convolve_with_silu_forward,
+                           _convolve_with_silu_backward)

@@ -115,7 +115,7 @@ class Layer(nn.Module):
     v_BLHU, value_BWHU = self._read(
         'value', x_BLD, (d.value_heads * n, d.value_dim), ctx, valid_BL,
         cache and cache.value_BWHU)
-    o_BLHU, state_BHKU = recurrence.run(
+    o_BLHU, state_BHKU = recurrence.run_recurrence(
         with_resets(self.inputs(x_BLD, q_BLJK, k_BLJK, v_BLHU, ctx),
                     ctx.segment_ids_BL, valid_BL), cache and cache.state_BHKU)
     if cache is not None:
@@ -143,7 +143,7 @@ class Layer(nn.Module):
     x_BLHK = self.project(name, x_BLD, axes, shape, ctx)
     if not self.sizes.conv:
       return x_BLHK, None
-    return features.convolved(
+    return features.declare_and_convolve(
         self, f'{name}_conv', x_BLHK, self.sizes.conv, axes,
         getattr(self.sizes, 'conv_bias', False), before_BWHK=before_BWHK,
         segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL, silu=True)
@@ -241,8 +241,8 @@ def with_resets(x: recurrence.Inputs, ids_BL: Optional[jax.Array],
   if ids_BL is not None:
     if log_BLHK is None:
       log_BLHK = jnp.zeros((*x.q_BLJK.shape[:2], x.v_BLHU.shape[2], 1))
-    log_BLHK = jnp.where(features.begins(ids_BL)[..., None, None], -jnp.inf,
-                         log_BLHK)
+    begins_BL = features.begins_document(ids_BL)
+    log_BLHK = jnp.where(begins_BL[..., None, None], -jnp.inf, log_BLHK)
   return x._replace(log_decay_BLHK=log_BLHK)
 
 
@@ -297,7 +297,7 @@ class Recurrence(mixer.Mixer):
     """Returns how many numbers of a token the pieces of a row hold at once: a
     piece's weights, its triangular system, and the inverse of that."""
     sizes = c.part(self.module.settings)
-    places = recurrence.most_places(sizes.key_dim)
+    places = recurrence.default_places(sizes.key_dim)
     return 3 * sizes.householders * sizes.value_heads * places
 
   def check(self, c: ModelConfig, stack: str) -> None:

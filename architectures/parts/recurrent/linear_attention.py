@@ -100,8 +100,8 @@ class DeltaNet(layer.Layer):
     log_decay_BLHK = self.log_decay(x_BLD)
     steps = functools.partial(layer.by_step, self.sizes.householders)
     return recurrence.Inputs(
-        features.unit(q_BLJK, self.base_key_dim ** -0.5),
-        steps(features.unit(k_BLJK)), steps(v_BLHU), log_decay_BLHK,
+        features.normalize_length(q_BLJK, self.base_key_dim ** -0.5),
+        steps(features.normalize_length(k_BLJK)), steps(v_BLHU), log_decay_BLHK,
         steps(self.rate(x_BLD)))
 
   def log_decay(self, x_BLD: jax.Array) -> jax.Array | None:
@@ -177,9 +177,9 @@ class GDN2(KDA):
         d.key_heads, d.key_dim), ctx).astype(jnp.float32))
     write_BLHU = jax.nn.sigmoid(self.project('write', x_BLD, layer.VALUE_AXES, (
         d.value_heads, d.value_dim), ctx).astype(jnp.float32))
-    k_BLJK = features.unit(k_BLJK)
+    k_BLJK = features.normalize_length(k_BLJK)
     return recurrence.Inputs(
-        features.unit(q_BLJK, self.base_key_dim ** -0.5), k_BLJK,
+        features.normalize_length(q_BLJK, self.base_key_dim ** -0.5), k_BLJK,
         write_BLHU * v_BLHU, self.log_decay(x_BLD),
         erase_BLJK=(1 + d.negative) * erase_BLJK * k_BLJK)
 

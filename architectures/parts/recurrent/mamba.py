@@ -82,7 +82,7 @@ class Mamba(nn.Module):
     # x and z: two products, and a convolution of x.
     x_BLI = self._project('value', x_BLD, ctx)
     z_BLI = self._project('output_gate', x_BLD, ctx)
-    x_BLI, input_BWI = features.convolved(
+    x_BLI, input_BWI = features.declare_and_convolve(
         self, 'conv', x_BLI, width=m.conv, axes=('mlp',),
         with_bias=m.conv_bias, silu=True,
         before_BWHK=None if cache is None else cache.input_BWI,
@@ -103,7 +103,7 @@ class Mamba(nn.Module):
       state_BIN = cache.state_BIN
     kept_BL = jnp.ones(x_BLD.shape[:2])  # 0 where a document begins
     if ctx.segment_ids_BL is not None:
-      kept_BL *= ~features.begins(ctx.segment_ids_BL)
+      kept_BL *= ~features.begins_document(ctx.segment_ids_BL)
     scanned = layers.count_flops_by_result(_scanned, 4 * m.state)
     y_BLI, state_BIN = scanned(
         a_IN, dt_BLI, dt_BLI * x32_BLI, b_BLN.astype(jnp.float32),
@@ -113,7 +113,7 @@ class Mamba(nn.Module):
 
     # The skip, the gate and the last product.
     skip_I = self._of_feature('skip', nn.initializers.ones)
-    y_BLI += features.weighted(x32_BLI, skip_I)
+    y_BLI += features.multiply_by_weights(x32_BLI, skip_I)
     y_BLI *= jax.nn.silu(z_BLI.astype(jnp.float32))
     y_BLD = layers.dense(
         self, 'out', spec='BLI,ID->BLD', x=y_BLI.astype(c.compute_dtype),

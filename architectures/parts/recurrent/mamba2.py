@@ -112,7 +112,7 @@ class Mamba2(layer.Layer):
     m = self.sizes
     dt_BLH = jnp.clip(self.step(x_BLD), m.least_step, m.most_step or None)
     scale_H = self.of_head('decay_scale', layer.log_uniform(1.0))
-    written_BLHU = features.scaled(v_BLHU.astype(jnp.float32), dt_BLH)
+    written_BLHU = features.scale_vectors(v_BLHU.astype(jnp.float32), dt_BLH)
     log_decay_BLH = -jnp.exp(scale_H)[None, None] * dt_BLH
     return recurrence.Inputs(
         q_BLJK=q_BLJK, k_BLJK=k_BLJK, v_BLHU=written_BLHU,
@@ -153,8 +153,8 @@ def gated_norm(y_BLHU: jax.Array, z_BLHU: jax.Array, scale_HU: jax.Array, *,
   y_BLHU = y_BLHU * jax.nn.silu(z_BLHU.astype(jnp.float32))
   y_BLJF = y_BLHU.reshape(B, L, groups, -1)  # all features of a group
   square_BLJ = jnp.square(y_BLJF).mean(-1)
-  y_BLJF = features.scaled(y_BLJF, jax.lax.rsqrt(square_BLJ + eps))
-  return features.weighted(y_BLJF.reshape(B, L, H, U), scale_HU)
+  y_BLJF = features.scale_vectors(y_BLJF, jax.lax.rsqrt(square_BLJ + eps))
+  return features.multiply_by_weights(y_BLJF.reshape(B, L, H, U), scale_HU)
 
 
 class Grouped(layer.Recurrence):

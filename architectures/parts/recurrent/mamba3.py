@@ -104,28 +104,30 @@ class Mamba3(mamba2.Mamba2):
     all_steps = jnp.concatenate((before.step_B1H, now_BLH), 1)
     key_BLHK, value_BLHU = all_keys[:, :L], all_values[:, :L]
     step_BLH = all_steps[:, :L]
-    value_BLHU = features.of_one_document(value_BLHU, ctx.segment_ids_BL, 1)
-    written_BLHU = features.scaled(
+    value_BLHU = features.mask_other_documents(
+        value_BLHU, ctx.segment_ids_BL, 1)
+    written_BLHU = features.scale_vectors(
         value_BLHU, jnp.exp(log_decay_BLH) * (step_BLH + dt_BLH - now_BLH))
     inputs = recurrence.Inputs(
         q_BLJK=q_BLHK, k_BLJK=key_BLHK, v_BLHU=written_BLHU,
         log_decay_BLHK=log_decay_BLH[..., None])
-    o_BLHU, state_BHKU = recurrence.run(
+    o_BLHU, state_BHKU = recurrence.run_recurrence(
         layer.with_resets(inputs, ctx.segment_ids_BL, valid_BL),
         before.state_BHKU)
 
     # The token adds its own value, and the skip.
     skip_H = self.of_head('skip', nn.initializers.ones)
-    share_BLH = skip_H[None, None] + now_BLH * features.dots(q_BLHK, k_BLHK)
-    o_BLHU += features.scaled(v_BLHU, share_BLH)
+    product_BLH = features.inner_products(q_BLHK, k_BLHK)
+    share_BLH = skip_H[None, None] + now_BLH * product_BLH
+    o_BLHU += features.scale_vectors(v_BLHU, share_BLH)
     if cache is not None:
       cache = State(
           state_BHKU=state_BHKU, angle_B1HA=angle_BLHA[:, -1:],
-          key_B1HK=features.last(
+          key_B1HK=features.last_inputs(
               all_keys, count=1, length=L, valid_BL=valid_BL),
-          value_B1HU=features.last(
+          value_B1HU=features.last_inputs(
               all_values, count=1, length=L, valid_BL=valid_BL),
-          step_B1H=features.last(
+          step_B1H=features.last_inputs(
               all_steps, count=1, length=L, valid_BL=valid_BL))
     o_BLHU = o_BLHU * self.gate(x_BLD, ctx)
     return self.joined(o_BLHU, ctx), cache, Report()

@@ -50,32 +50,40 @@ from architectures.parts import layers
 from architectures.parts.recurrent import features, pieces
 from architectures.parts.recurrent.pieces import Inputs
 
-PLACES = 64  # of a piece at most
-LEAST_PLACES = 16  # of one at most, where keys are small
+MOST_PLACES = 64  # of a piece at most
+FEWEST_PLACES = 16  # of one at most, where keys are small
 # Places that meet at once where each feature has a decay: such a piece takes a
 # copy of its keys for each time that it is halved.
-AT_ONCE = 256
+PLACES_AT_ONCE = 256
 # So few numbers, the decays of all pieces, meet at once: on CPU the loop over
 # groups takes up to a fifth of KDA's time, and nearly half of GLA's.
-WHOLE = 1 << 20
+MOST_DECAYS_AT_ONCE = 1 << 20
 
 
-def run(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
-        places: Optional[int] = None) -> tuple[jax.Array, jax.Array]:
-  """Returns what is read at each place, float32 [B, L, H, U], and the state
-  after the last, float32 [B, H, K, U].
+def run_recurrence(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
+                   places: Optional[int] = None
+                   ) -> tuple[jax.Array, jax.Array]:
+  """Runs a linear recurrence over rows of tokens.
 
   Args:
-    x: of any dtypes; everything is computed in float32. L are its tokens.
+    x: queries, keys, values, decays and rates, of any dtypes; everything is
+      computed in float32. L is the number of tokens.
     state_BHKU: the state before the first place; None: zero.
-    places: the most that a piece has; default: `most_places`. All pieces of a
-      row are equally long; if each feature has a decay, their length is the
+    places: the most places of a piece; default: `default_places`. All pieces of
+      a row are equally long; if each feature has a decay, their length is the
       next power of 2.
+
+  Returns:
+    What is read at each token, float32 [B, L, H, U], and the state after the
+    last, float32 [B, H, K, U].
   """
   B, L, H, U = x.v_BLHU.shape
   J, K = x.k_BLJK.shape[2:]
   assert H % J == 0, (H, J)
-  steps, tokens = x.steps, x.q_BLJK.shape[1]
+  steps = x.steps
+  tokens = x.q_BLJK.shape[1]
+
+  # Without a decay, its logarithm is 0; without a state, that is zero.
   if x.log_decay_BLHK is None:
     x = x._replace(log_decay_BLHK=jnp.zeros((B, tokens, H, 1)))
   assert x.log_decay_BLHK.shape[-1] in (1, K), x.log_decay_BLHK.shape
@@ -85,72 +93,106 @@ def run(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
   # and 0.12) joins several products into kernels that return whatever is in
   # memory: 1e29 with 8 heads and 32 tokens.
   state_BHKU = jax.lax.optimization_barrier(state_BHKU)
+
+  # A token's state decays in its first step, and is read after its last.
   if steps > 1:
-    x = x._replace(q_BLJK=_of_step(steps - 1, steps, x.q_BLJK),
-                   log_decay_BLHK=_of_step(0, steps, x.log_decay_BLHK))
+    x = x._replace(
+        q_BLJK=_spread_over_steps(steps - 1, steps, x.q_BLJK),
+        log_decay_BLHK=_spread_over_steps(0, steps, x.log_decay_BLHK))
+
+  # One token, as in decoding, is computed by the definition.
   if tokens == 1:
     for i in range(steps):
-      o_BLHU, state_BHKU = _step(i, x, state_BHKU)
+      o_BLHU, state_BHKU = _take_step(i, x, state_BHKU)
     return o_BLHU, state_BHKU
-  places = places or most_places(K)
-  count = -(-L // places)
-  places = -(-L // count)
-  if by_feature(x.log_decay_BLHK):
+
+  # A row is computed in pieces of equal length.
+  places = places or default_places(K)
+  num_pieces = -(-L // places)
+  places = -(-L // num_pieces)
+  if has_decay_per_feature(x.log_decay_BLHK):
     places = 1 << (places - 1).bit_length()
-  elif not x.corrects:
+  elif not x.has_delta_rule:
     assert steps == 1, steps
-    return _additive(places, x, state_BHKU)
-  o_BLHU, state_BHKU = _chunked(places, steps, x, state_BHKU)
-  return o_BLHU[:, steps - 1::steps] if steps > 1 else o_BLHU, state_BHKU
+    return _run_additive(places, x, state_BHKU)
+  o_BLHU, state_BHKU = _run_in_pieces(places, steps, x, state_BHKU)
+  if steps > 1:
+    o_BLHU = o_BLHU[:, steps - 1::steps]
+  return o_BLHU, state_BHKU
 
 
-def _of_step(step: int, steps: int, x_BL: jax.Array) -> jax.Array:
-  """[B, L, ...] -> [B, L x steps, ...]: what tokens have in one of their steps,
-  and 0 in the others."""
+def _spread_over_steps(step: int, steps: int, x_BL: jax.Array) -> jax.Array:
+  """Returns what tokens have in one of their steps, and 0 in the others:
+  [B, L, ...] -> [B, L x steps, ...].
+
+  Args:
+    step: the step that has it.
+    steps: the number of steps of a token.
+    x_BL: what the tokens have.
+  """
   B, L, *rest = x_BL.shape
-  others = ((0, 0), (0, 0), (step, steps - 1 - step), *((0, 0) for _ in rest))
-  return jnp.pad(x_BL[:, :, None], others).reshape(B, L * steps, *rest)
+  no_padding = [(0, 0)] * len(rest)
+  other_steps = step, steps - 1 - step
+  by_step = jnp.pad(x_BL[:, :, None],
+                    ((0, 0), (0, 0), other_steps, *no_padding))
+  return by_step.reshape(B, L * steps, *rest)
 
 
-def most_places(K: int) -> int:
+def default_places(K: int) -> int:
   """Returns the most places of a piece: half as many as a key has features. The
   states between pieces are then as large, beside the inputs, for all K."""
-  return min(PLACES, max(LEAST_PLACES, K // 2))
+  return min(MOST_PLACES, max(FEWEST_PLACES, K // 2))
 
 
-def by_feature(log_decay: jax.Array) -> bool:
+def has_decay_per_feature(log_decay: jax.Array) -> bool:
   """Whether each feature of a key has a decay of its own."""
   return log_decay.shape[-1] > 1
 
 
-def _step(i: int, x: Inputs, state_BHKU: jax.Array
-          ) -> tuple[jax.Array, jax.Array]:
-  """Computes place i alone, by the definition."""
-  q, k, v, log_decay, rate, erase = jax.tree.map(
+def _take_step(i: int, x: Inputs, state_BHKU: jax.Array
+               ) -> tuple[jax.Array, jax.Array]:
+  """Computes place i alone, by the definition of the recurrence.
+
+  Args:
+    i: the place.
+    x: the inputs of all places.
+    state_BHKU: the state before the place.
+
+  Returns:
+    What is read at the place, [B, 1, H, U], and the state after it.
+  """
+  q_BJK, k_BJK, v_BHU, log_decay_BHK, rate_BH, erase_BJK = jax.tree.map(
       lambda x: x[:, i].astype(jnp.float32), x)
-  each = lambda x: jnp.repeat(x, v.shape[1] // x.shape[1], 1)
-  q_BHK, k_BHK = each(q), each(k)
-  state_BHKU = jnp.exp(log_decay)[..., None] * state_BHKU
+  H = v_BHU.shape[1]
+
+  def for_value_heads(x_BJK: jax.Array) -> jax.Array:
+    return jnp.repeat(x_BJK, H // x_BJK.shape[1], 1)
+
+  q_BHK = for_value_heads(q_BJK)
+  k_BHK = for_value_heads(k_BJK)
+  state_BHKU = jnp.exp(log_decay_BHK)[..., None] * state_BHKU
   with layers.count_flops_as_useful_part(1, 1):
-    if rate is not None:
+    # What is written: the value, or what corrects the value that is there.
+    if rate_BH is not None:
       old_BHU = jnp.einsum('BHK,BHKU->BHU', k_BHK, state_BHKU)
-      v = rate[..., None] * (v - old_BHU)
-    if erase is not None:
-      v -= jnp.einsum('BHK,BHKU->BHU', each(erase), state_BHKU)
-    state_BHKU += jnp.einsum('BHK,BHU->BHKU', k_BHK, v)
+      v_BHU = rate_BH[..., None] * (v_BHU - old_BHU)
+    if erase_BJK is not None:
+      v_BHU -= jnp.einsum('BHK,BHKU->BHU', for_value_heads(erase_BJK),
+                          state_BHKU)
+    state_BHKU += jnp.einsum('BHK,BHU->BHKU', k_BHK, v_BHU)
     o_BHU = jnp.einsum('BHK,BHKU->BHU', q_BHK, state_BHKU)
   return o_BHU[:, None], state_BHKU
 
 
 class _Pairs(NamedTuple):
-  """How the places i of a piece meet those before them, j."""
+  """How the places i (axis P) of a piece meet the places before them, j (Q)."""
   weights_BHPQ: jax.Array  # how much of what j writes is read at i
   key_weights_BHPQ: Optional[jax.Array]  # how much of it the key at i finds
   first_BHPK: jax.Array  # the decay of the piece up to each place; K or 1
   after_BHPK: jax.Array  # and of the piece after it
 
 
-class _Pieces(NamedTuple):
+class _PieceEffects(NamedTuple):
   """The effect of pieces on any state. The first axis, which
   the names leave out, is that of the pieces of a row."""
   pairs: _Pairs
@@ -164,219 +206,363 @@ class _Pieces(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(places: int, steps: int, x: Inputs, state_BHKU: jax.Array):
-  """Computes pieces of so many places, of which a token has `steps`; for the
-  gradient it keeps the inputs and the state before each piece, and the backward
-  pass computes the rest again."""
-  return _forward(places, steps, x, state_BHKU)[0]
+def _run_in_pieces(places: int, steps: int, x: Inputs, state_BHKU: jax.Array
+                   ) -> tuple[jax.Array, jax.Array]:
+  """Runs a recurrence in pieces: with the delta rule, or with a decay for each
+  feature.
+
+  For the gradient it keeps the inputs and the state before each piece, and the
+  backward pass computes the rest again.
+
+  Args:
+    places: the number of places of a piece.
+    steps: how many places belong to one token.
+    x: the inputs.
+    state_BHKU: the state before the first place.
+
+  Returns:
+    What is read at each place, float32 [B, L, H, U], and the last state.
+  """
+  results, _ = _run_in_pieces_forward(places, steps, x, state_BHKU)
+  return results
 
 
-def _forward(places: int, steps: int, x: Inputs, state_BHKU: jax.Array):
-  cut = _cut_all(places, x)
-  p = _pieces(cut, _meet(steps, cut))
+def _run_in_pieces_forward(places: int, steps: int, x: Inputs,
+                           state_BHKU: jax.Array):
+  """Returns the results of `_run_in_pieces`, and the inputs and the state
+  before each piece, [pieces, B, H, K, U], for the backward pass."""
+  cut = _cut_inputs(places, x)
+  effects = _effects_of_pieces(cut, _meet_places(steps, cut))
 
-  def step(state_BHKU: jax.Array, here: Any):
-    k_BHPK, decay_BHK1, write_BHPU, read_BHPK = here
+  def add_piece(state_BHKU: jax.Array, piece: Any):
+    """Adds a piece to the state before it: S <- decay S + k^T d."""
+    k_BHPK, decay_BHK1, write_BHPU, read_BHPK = piece
     if read_BHPK is not None:
       write_BHPU -= read_BHPK @ state_BHKU
-    return (decay_BHK1 * state_BHKU + _t(k_BHPK) @ write_BHPU,
-            (write_BHPU, state_BHKU))
+    after_BHKU = decay_BHK1 * state_BHKU + _transpose(k_BHPK) @ write_BHPU
+    return after_BHKU, (write_BHPU, state_BHKU)
+
+  # The states between the pieces, and what each place writes.
   with layers.count_flops_as_useful_part(1, 1):
     last_BHKU, (write, states) = jax.lax.scan(
-        step, state_BHKU, (p.k_BHPK, p.decay_BHK1, p.write_BHPU, p.read_BHPK))
+        add_piece, state_BHKU,
+        (effects.k_BHPK, effects.decay_BHK1, effects.write_BHPU,
+         effects.read_BHPK))
+
+  # What is read of the state before the piece, and of places within it.
   with layers.count_flops_as_useful_part(1, steps):
-    o_BHPU = p.q_BHPK @ states
+    o_BHPU = effects.q_BHPK @ states
   with layers.count_flops_as_useful_part(places + steps, 2 * places * steps):
-    o_BHPU += p.pairs.weights_BHPQ @ write
-  return (_joined(o_BHPU, x.v_BLHU.shape[1]), last_BHKU), (x, states)
+    o_BHPU += effects.pairs.weights_BHPQ @ write
+  length = x.v_BLHU.shape[1]
+  return (_join_pieces(o_BHPU, length), last_BHKU), (x, states)
 
 
-def _chunked_bwd(places: int, steps: int, kept: Any, grads: Any):
+def _run_in_pieces_backward(places: int, steps: int, kept: Any, grads: Any):
+  """Returns the gradients of the inputs and of the first state.
+
+  With S' = decay S + k^T d and o = q S + W d, where d = write - read S, they go
+  through the pieces from the last to the first: dd = k dS' + W^T do, and dS =
+  decay dS' + q^T do - read^T dd.
+  """
   x, states = kept
-  d_o, d_state_BHKU = pieces.cut(places, grads[0]), grads[1]
-  cut, to_inputs = jax.vjp(functools.partial(_cut_all, places), x)
-  pairs, to_met = jax.vjp(functools.partial(_meet, steps), cut)
-  p = _pieces(cut, pairs)
-  write = p.write_BHPU
-  if p.read_BHPK is not None:
-    write -= p.read_BHPK @ states
+  d_o_BLHU, d_last_BHKU = grads
+  d_o = pieces.cut_heads_into_pieces(places, d_o_BLHU)
 
-  def step(d_state_BHKU: jax.Array, here: Any):
-    k_BHPK, decay_BHK1, read_BHPK, d_write_BHPU, d_of_read_BHKU = here
+  # The forward pass again, but for its states.
+  cut, to_inputs = jax.vjp(functools.partial(_cut_inputs, places), x)
+  pairs, to_met = jax.vjp(functools.partial(_meet_places, steps), cut)
+  effects = _effects_of_pieces(cut, pairs)
+  write = effects.write_BHPU
+  if effects.read_BHPK is not None:
+    write -= effects.read_BHPK @ states
+
+  def pass_piece(d_state_BHKU: jax.Array, piece: Any):
+    """Passes the gradient of the state after a piece to that before it."""
+    k_BHPK, decay_BHK1, read_BHPK, d_write_BHPU, d_of_read_BHKU = piece
     d_write_BHPU += k_BHPK @ d_state_BHKU
     before_BHKU = decay_BHK1 * d_state_BHKU + d_of_read_BHKU
     if read_BHPK is not None:
-      before_BHKU -= _t(read_BHPK) @ d_write_BHPU
+      before_BHKU -= _transpose(read_BHPK) @ d_write_BHPU
     return before_BHKU, (d_write_BHPU, d_state_BHKU)
-  first_BHKU, (d_write, d_states) = jax.lax.scan(
-      step, d_state_BHKU, (p.k_BHPK, p.decay_BHK1, p.read_BHPK,
-                           _t(p.pairs.weights_BHPQ) @ d_o, _t(p.q_BHPK) @ d_o),
-      reverse=True)
-  d_x = _to_pieces(cut, p, write, states, d_o, d_write, d_states, to_met)
-  return to_inputs(d_x)[0], first_BHKU
+
+  d_write_by_o = _transpose(effects.pairs.weights_BHPQ) @ d_o
+  d_state_by_o = _transpose(effects.q_BHPK) @ d_o
+  d_first_BHKU, (d_write, d_states) = jax.lax.scan(
+      pass_piece, d_last_BHKU,
+      (effects.k_BHPK, effects.decay_BHK1, effects.read_BHPK, d_write_by_o,
+       d_state_by_o), reverse=True)
+
+  d_cut = _gradient_of_pieces(
+      cut, effects=effects, write=write, states=states, d_o=d_o,
+      d_write=d_write, d_states=d_states, to_met=to_met)
+  d_x, = to_inputs(d_cut)
+  return d_x, d_first_BHKU
 
 
-_chunked.defvjp(_forward, _chunked_bwd)
+_run_in_pieces.defvjp(_run_in_pieces_forward, _run_in_pieces_backward)
 
 
-def _to_pieces(x: Inputs, p: _Pieces, write: jax.Array, states: jax.Array,
-               d_o: jax.Array, d_write: jax.Array, d_states: jax.Array,
-               to_met: Callable) -> Inputs:
-  """Returns the gradient of the inputs of all pieces."""
+def _gradient_of_pieces(x: Inputs, effects: _PieceEffects, write: jax.Array,
+                        states: jax.Array, d_o: jax.Array, d_write: jax.Array,
+                        d_states: jax.Array, to_met: Callable) -> Inputs:
+  """Returns the gradient of the inputs of all pieces.
+
+  Args:
+    x: the inputs, cut into pieces.
+    effects: the effect of each piece.
+    write: what each place writes, d, [pieces, B, H, P, U].
+    states: the state before each piece, [pieces, B, H, K, U].
+    d_o: the gradient of what is read, [pieces, B, H, P, U].
+    d_write: the gradient of `write`.
+    d_states: the gradient of the state after each piece.
+    to_met: takes the gradient of the pairs of places to that of the inputs.
+  """
   q, k, v, log_decay, rate, erase = x
-  each = functools.partial(_each, v.shape[2])
-  per_feature = by_feature(log_decay)
-  times = jnp.multiply if per_feature else (
-      lambda x, y: features.dots(x, y)[..., None])
-  met, d_v, d_rate, d_erase, d_key_weights = (
-      p.pairs, d_write, None, None, None)
-  d_q, d_k = d_o @ _t(states), write @ _t(d_states)
-  d_first, d_after = times(each(q), d_q), times(each(k), d_k)
-  d_k = _of_heads(k, met.after_BHPK, d_k)
-  if x.corrects:
-    finds = _finds(x)
-    first_finds = met.first_BHPK * each(finds)
-    # The gradients of what the system is solved for, and of the inverse: for
-    # X = (I + A)^-1, dA = -X^T dX X^T.
-    back = _t(p.inverse_BHPQ)
-    d_v = back @ d_write
-    d_read = -d_v @ _t(states)
+  pairs = effects.pairs
+  for_value_heads = functools.partial(_repeat_for_value_heads, v.shape[2])
+  per_feature = has_decay_per_feature(log_decay)
+
+  def decay_gradient(x: jax.Array, d_x: jax.Array) -> jax.Array:
+    """Returns the gradient of a decay that multiplies x: for each feature, or
+    summed over features."""
+    if per_feature:
+      return jnp.multiply(x, d_x)
+    return features.inner_products(x, d_x)[..., None]
+
+  # Through the decayed queries and keys, which read and write states.
+  d_q = d_o @ _transpose(states)
+  d_k = write @ _transpose(d_states)
+  d_first = decay_gradient(for_value_heads(q), d_q)
+  d_after = decay_gradient(for_value_heads(k), d_k)
+  d_k = _sum_over_value_heads(k, pairs.after_BHPK, d_k)
+
+  # Through the triangular system of the delta rule: for X = (I + A)^-1,
+  # dA = -X^T dX X^T.
+  d_v = d_write
+  d_rate = d_erase = d_key_weights = None
+  if x.has_delta_rule:
+    correction_keys = _correction_keys(x)
+    decayed_keys = pairs.first_BHPK * for_value_heads(correction_keys)
+    d_v = _transpose(effects.inverse_BHPQ) @ d_write
+    d_read = -d_v @ _transpose(states)
     d_system = -jnp.tril(
-        d_v @ _t(p.write_BHPU) + d_read @ _t(p.read_BHPK), -1)
+        d_v @ _transpose(effects.write_BHPU)
+        + d_read @ _transpose(effects.read_BHPK), -1)
     d_key_weights = d_system
+
+    # The rate multiplies the values, the keys and the system.
     if rate is not None:
-      d_rate = features.dots(d_v, v) + features.dots(d_read, first_finds) + (
-          features.dots(d_system, met.key_weights_BHPQ))
-      d_key_weights, d_v, d_read = (rate[..., None] * y for y in (
-          d_system, d_v, d_read))
-    d_first += times(each(finds), d_read)
-    d_finds = _of_heads(finds, met.first_BHPK, d_read)
+      d_rate = (
+          features.inner_products(d_v, v)
+          + features.inner_products(d_read, decayed_keys)
+          + features.inner_products(d_system, pairs.key_weights_BHPQ))
+      d_key_weights = rate[..., None] * d_system
+      d_v = rate[..., None] * d_v
+      d_read = rate[..., None] * d_read
+    d_first += decay_gradient(for_value_heads(correction_keys), d_read)
+    d_correction_keys = _sum_over_value_heads(
+        correction_keys, pairs.first_BHPK, d_read)
     if erase is None:
-      d_k += d_finds
+      d_k += d_correction_keys
     else:
-      d_erase = d_finds
-  d_last = features.dots(states, d_states)[..., None, :]
+      d_erase = d_correction_keys
+
+  # Through the decay of the whole piece, which is that up to its last place.
+  d_last = features.inner_products(states, d_states)[..., None, :]
   if not per_feature:
     d_last = d_last.sum(-1, keepdims=True)
-  d_first += jnp.pad(d_last, (*((0, 0) for _ in range(3)), (
-      q.shape[-2] - 1, 0), (0, 0)))
-  d_x, = to_met(_Pairs(d_o @ _t(write), d_key_weights, d_first, d_after))
+  P = q.shape[-2]
+  d_first += jnp.pad(
+      d_last, ((0, 0), (0, 0), (0, 0), (P - 1, 0), (0, 0)))
+
+  # Through the pairs of places.
+  d_pairs = _Pairs(weights_BHPQ=d_o @ _transpose(write),
+                   key_weights_BHPQ=d_key_weights, first_BHPK=d_first,
+                   after_BHPK=d_after)
+  d_x, = to_met(d_pairs)
   if d_erase is not None:
     d_x = d_x._replace(erase_BLJK=d_x.erase_BLJK + d_erase)
   return d_x._replace(
-      q_BLJK=d_x.q_BLJK + _of_heads(q, met.first_BHPK, d_q),
+      q_BLJK=d_x.q_BLJK + _sum_over_value_heads(q, pairs.first_BHPK, d_q),
       k_BLJK=d_x.k_BLJK + d_k, v_BLHU=d_v, rate_BLH=d_rate)
 
 
-def _finds(x: Inputs) -> jax.Array:
+def _correction_keys(x: Inputs) -> jax.Array:
   """Returns what a correction reads the state by, but for its rate."""
-  return x.k_BLJK if x.erase_BLJK is None else x.erase_BLJK
+  if x.erase_BLJK is None:
+    return x.k_BLJK
+  return x.erase_BLJK
 
 
-def _t(x: jax.Array) -> jax.Array:
-  """The transposed matrices."""
+def _transpose(x: jax.Array) -> jax.Array:
+  """Returns the transposed matrices of the last two axes."""
   return jnp.swapaxes(x, -1, -2)
 
 
-def _each(H: int, x: jax.Array) -> jax.Array:
-  """[pieces, B, J, ...] -> [pieces, B, H, ...]: heads of keys to those of
-  values."""
+def _repeat_for_value_heads(H: int, x: jax.Array) -> jax.Array:
+  """Returns heads of keys for the H heads of values that they serve:
+  [pieces, B, J, ...] -> [pieces, B, H, ...]."""
   return jnp.repeat(x, H // x.shape[2], 2)
 
 
-def _of_heads(x: jax.Array, by: jax.Array, y: jax.Array) -> jax.Array:
-  """Returns `by * y`, both of heads of values, summed over those that share one
-  of the heads that x has. The last axis of `by` is K or 1. On CPU the plain sum
-  takes 20 times as long (features.py)."""
+def _sum_over_value_heads(x: jax.Array, factors: jax.Array, y: jax.Array
+                          ) -> jax.Array:
+  """Returns `factors * y` summed over the heads of values that one head of keys
+  serves. On CPU the plain sum takes 20 times as long as an einsum
+  (features.py).
+
+  Args:
+    x: an array with heads of keys, [pieces, B, J, P, K].
+    factors: an array with heads of values, [pieces, B, H, P, K or 1].
+    y: an array with heads of values, [pieces, B, H, P, K].
+
+  Returns:
+    An array of the shape of x.
+  """
   if x.shape[2] == y.shape[2]:
-    return by * y
-  by, y = (z.reshape(*x.shape[:3], -1, *z.shape[3:]) for z in (by, y))
-  if by.shape[-1] == 1:
-    return jnp.einsum('...rp,...rpk->...pk', by[..., 0], y)
-  return jnp.einsum('...rpk,...rpk->...pk', by, y)
+    return factors * y
+  factors = factors.reshape(*x.shape[:3], -1, *factors.shape[3:])
+  y = y.reshape(*x.shape[:3], -1, *y.shape[3:])
+  if factors.shape[-1] == 1:
+    return jnp.einsum('...rp,...rpk->...pk', factors[..., 0], y)
+  return jnp.einsum('...rpk,...rpk->...pk', factors, y)
 
 
-def _cut_all(places: int, x: Inputs) -> Inputs:
-  return jax.tree.map(functools.partial(pieces.cut, places), x)
+def _cut_inputs(places: int, x: Inputs) -> Inputs:
+  """Returns the inputs of each piece, [pieces, B, heads, P, ...]."""
+  return jax.tree.map(
+      functools.partial(pieces.cut_heads_into_pieces, places), x)
 
 
-def _joined(x: jax.Array, length: int) -> jax.Array:
-  """[pieces, B, H, P, U] -> [B, L, H, U]."""
+def _join_pieces(x: jax.Array, length: int) -> jax.Array:
+  """Returns whole rows: [pieces, B, H, P, U] -> [B, L, H, U]."""
   x = jnp.moveaxis(x, (0, 2), (1, 3))
   return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
-def _pieces(x: Inputs, pairs: _Pairs) -> _Pieces:
+def _effects_of_pieces(x: Inputs, pairs: _Pairs) -> _PieceEffects:
+  """Returns the effect of each piece on the state before it.
+
+  With the delta rule, what the places write solves a triangular system (the UT
+  transform, see the top of this file), whose inverse is applied to the values
+  and to what reads the state.
+
+  Args:
+    x: the inputs, cut into pieces.
+    pairs: how the places of each piece meet.
+  """
   q, k, v, _, rate, erase = x
-  q, k = (_each(v.shape[2], y) for y in (q, k))
-  whole = (pairs, pairs.first_BHPK * q, pairs.after_BHPK * k,
-           _t(pairs.first_BHPK[..., -1:, :]))
-  if not x.corrects:
-    return _Pieces(*whole, v)
+  H = v.shape[2]
   P = k.shape[-2]
+  q = _repeat_for_value_heads(H, q)
+  k = _repeat_for_value_heads(H, k)
+  effects = _PieceEffects(
+      pairs=pairs, q_BHPK=pairs.first_BHPK * q, k_BHPK=pairs.after_BHPK * k,
+      decay_BHK1=_transpose(pairs.first_BHPK[..., -1:, :]), write_BHPU=v)
+  if not x.has_delta_rule:
+    return effects
+
+  # A rate multiplies the rows of the system and what it is solved for.
   if rate is None:
-    solve = inverse = _inverse(pairs.key_weights_BHPQ)
+    solve = inverse = _invert_system(pairs.key_weights_BHPQ)
   else:
-    inverse = _inverse(rate[..., None] * pairs.key_weights_BHPQ)
+    inverse = _invert_system(rate[..., None] * pairs.key_weights_BHPQ)
     solve = inverse * rate[..., None, :]
-  finds = k if erase is None else _each(v.shape[2], erase)
+  correction_keys = k
+  if erase is not None:
+    correction_keys = _repeat_for_value_heads(H, erase)
   with layers.count_flops_as_useful_part(P + 1, 2 * P):
-    return _Pieces(*whole, solve @ v, solve @ (pairs.first_BHPK * finds),
-                   inverse)
+    return effects._replace(
+        write_BHPU=solve @ v,
+        read_BHPK=solve @ (pairs.first_BHPK * correction_keys),
+        inverse_BHPQ=inverse)
 
 
-def _meet(steps: int, x: Inputs) -> _Pairs:
-  """Returns how the places of all pieces meet."""
-  if by_feature(x.log_decay_BLHK):
-    count, places = x.k_BLJK.shape[0], x.k_BLJK.shape[-2]
-    few = x.log_decay_BLHK.size <= WHOLE
-    return pieces.in_groups(
-        functools.partial(_meet_by_feature, steps),
-        count if few else max(1, AT_ONCE // places), x)
-  return _meet_by_head(steps, x)
+def _meet_places(steps: int, x: Inputs) -> _Pairs:
+  """Returns how the places of each piece meet.
+
+  Args:
+    steps: how many places belong to one token.
+    x: the inputs, cut into pieces.
+  """
+  if not has_decay_per_feature(x.log_decay_BLHK):
+    return _meet_with_decay_per_head(steps, x)
+  num_pieces = x.k_BLJK.shape[0]
+  places = x.k_BLJK.shape[-2]
+  pieces_at_once = num_pieces
+  if x.log_decay_BLHK.size > MOST_DECAYS_AT_ONCE:
+    pieces_at_once = max(1, PLACES_AT_ONCE // places)
+  return pieces.map_pieces_in_groups(
+      functools.partial(_meet_with_decay_per_feature, steps), pieces_at_once, x)
 
 
-def _meet_by_head(steps: int, x: Inputs) -> _Pairs:
-  """With the delta rule: `_additive` is what there is without it."""
+def _meet_with_decay_per_head(steps: int, x: Inputs) -> _Pairs:
+  """Returns how the places of each piece meet where a head has one decay, by
+  the delta rule: `_run_additive` computes what has none."""
   q, k, v, log_decay = x[:4]
+  H = v.shape[2]
   P = k.shape[-2]
-  pair, first = pieces.decays(log_decay[..., 0])
+  decay_between, decay_upto = pieces.decays_within_piece(log_decay[..., 0])
   with layers.count_flops_as_useful_part(P + steps, 2 * P * steps):
-    weights = pair * _each(v.shape[2], q @ _t(k))
+    products = q @ _transpose(k)
+    weights = decay_between * _repeat_for_value_heads(H, products)
   with layers.count_flops_as_useful_part(P - 1, 2 * P):
-    key_weights = pair * _each(v.shape[2], _finds(x) @ _t(k))
-  return _Pairs(weights, key_weights, first[..., None], pair[..., -1, :, None])
+    key_products = _correction_keys(x) @ _transpose(k)
+    key_weights = decay_between * _repeat_for_value_heads(H, key_products)
+  return _Pairs(weights_BHPQ=weights, key_weights_BHPQ=key_weights,
+                first_BHPK=decay_upto[..., None],
+                after_BHPK=decay_between[..., -1, :, None])
 
 
-def _meet_by_feature(steps: int, x: Inputs) -> _Pairs:
-  """Returns the pairs of places of one piece where each feature has a decay of
-  its own."""
+def _meet_with_decay_per_feature(steps: int, x: Inputs) -> _Pairs:
+  """Returns how the places of a piece meet where each feature has a decay of
+  its own.
+
+  Args:
+    steps: how many places belong to one token.
+    x: the inputs of a piece, [B, heads, P, ...].
+  """
   q_BJPK, k_BJPK, v_BHPU, log_decay_BHPK = x[:4]
-  each = lambda y: jnp.repeat(y, v_BHPU.shape[1] // y.shape[1], 1)
-  q_BHPK, k_BHPK = each(q_BJPK), each(k_BJPK)
+  H = v_BHPU.shape[1]
+
+  def for_value_heads(y_BJ: jax.Array) -> jax.Array:
+    return jnp.repeat(y_BJ, H // y_BJ.shape[1], 1)
+
+  # The vectors of each place that meet the keys of the places before it.
+  q_BHPK = for_value_heads(q_BJPK)
+  k_BHPK = for_value_heads(k_BJPK)
   rows = [q_BHPK]
-  if x.corrects:
-    rows.append(k_BHPK if x.erase_BLJK is None else each(x.erase_BLJK))
+  if x.erase_BLJK is not None:
+    rows.append(for_value_heads(x.erase_BLJK))
+  elif x.has_delta_rule:
+    rows.append(k_BHPK)
   with layers.count_flops_as_useful_part(1, 1):
-    met, upto_BHPK, after_BHPK = pieces.paired(
+    products, upto_BHPK, after_BHPK = pieces.meet_earlier_places(
         rows, k_BHPK, log_decay_BHPK, steps)
+
+  # A query also meets the key of its own place, which has not decayed.
   with layers.count_flops_as_useful_part(1, steps):
-    diagonal_BHP = each(jnp.einsum('BJPK,BJPK->BJP', q_BJPK, k_BJPK))
-  weights_BHPQ = met[0] + diagonal_BHP[..., None] * jnp.eye(
-      q_BHPK.shape[2])[None, None]
-  return _Pairs(weights_BHPQ, met[1] if x.corrects else None,
-                jnp.exp(upto_BHPK), jnp.exp(after_BHPK))
+    diagonal_BHP = for_value_heads(
+        jnp.einsum('BJPK,BJPK->BJP', q_BJPK, k_BJPK))
+  eye_PP = jnp.eye(q_BHPK.shape[2])
+  weights_BHPQ = products[0] + diagonal_BHP[..., None] * eye_PP[None, None]
+  key_weights_BHPQ = None
+  if x.has_delta_rule:
+    key_weights_BHPQ = products[1]
+  return _Pairs(weights_BHPQ=weights_BHPQ, key_weights_BHPQ=key_weights_BHPQ,
+                first_BHPK=jnp.exp(upto_BHPK), after_BHPK=jnp.exp(after_BHPK))
 
 
-def _inverse(a_BHPQ: jax.Array) -> jax.Array:
+def _invert_system(a_BHPQ: jax.Array) -> jax.Array:
   """Returns (I + A)^-1, where A is what lies below the diagonal. It counts as
   substitution, in which an entry d places below the diagonal is a sum of d - 1
   products and of A's entry."""
   P = a_BHPQ.shape[-1]
   with layers.count_flops_as_useful_part(1, 1):
-    inverse = layers.count_flops_by_result(
-        pieces.inverse, (P - 1) * (P - 2), 3 * P)
-    return inverse(a_BHPQ)
+    invert = layers.count_flops_by_result(
+        pieces.invert_unit_triangular, (P - 1) * (P - 2), 3 * P)
+    return invert(a_BHPQ)
 
 
 # Recurrences that add to the state, whatever it is: there is no delta rule, and
@@ -390,127 +576,185 @@ def _inverse(a_BHPQ: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _additive(places: int, x: Inputs, state_BHKU: jax.Array):
-  """Returns what is read, float32 [B, L, H, U], and the last state, from pieces
-  of so many places. For the gradient it keeps the inputs and the state before
-  each piece."""
-  return _additive_forward(places, x, state_BHKU)[0]
+def _run_additive(places: int, x: Inputs, state_BHKU: jax.Array
+                  ) -> tuple[jax.Array, jax.Array]:
+  """Runs a recurrence without a delta rule and with one decay of a head, in
+  pieces.
+
+  For the gradient it keeps the inputs and the state before each piece.
+
+  Args:
+    places: the number of places of a piece.
+    x: the inputs.
+    state_BHKU: the state before the first place.
+
+  Returns:
+    What is read at each place, float32 [B, L, H, U], and the last state.
+  """
+  results, _ = _run_additive_forward(places, x, state_BHKU)
+  return results
 
 
-def _additive_forward(places: int, x: Inputs, state_BHKU: jax.Array):
-  q, k, v, log_decay = _cut_heads(places, x)
-  pair, first, after = _decays(log_decay)
+def _run_additive_forward(places: int, x: Inputs, state_BHKU: jax.Array):
+  """Returns the results of `_run_additive`, and the inputs and the state before
+  each piece, [pieces, B, J, K, R, U], for the backward pass.
+
+  In the einsums n are the pieces, p and m the places of a piece, j the heads of
+  keys, r the heads of values of each, k and u the features of keys and values.
+  """
+  q, k, v, log_decay = _cut_inputs_by_key_head(places, x)
+  between, upto, after = _decays_of_heads(log_decay)
+
+  # What each place reads of the places of its piece up to it.
   with layers.count_flops_as_useful_part(places + 1, 2 * places):
-    met = _met(q, k)
-    o = jnp.einsum('nbjrpm,nbmjru->nbpjru', pair * met[:, :, :, None], v)
+    weights = between * _products_of_keys(q, k)[:, :, :, None]
+    o = jnp.einsum('nbjrpm,nbmjru->nbpjru', weights, v)
 
-  def step(state_BJKRU: jax.Array, here: Any):
-    k, v, decay = here
-    added_BJKRU = jnp.einsum('bpjk,bpjru->bjkru', k, v)
-    return _by(decay, state_BJKRU) + added_BJKRU, state_BJKRU
+  def add_piece(state_BJKRU: jax.Array, piece: Any):
+    """Adds a piece to the state before it: S <- decay S + k^T v."""
+    k, decayed_v, decay = piece
+    added_BJKRU = jnp.einsum('bpjk,bpjru->bjkru', k, decayed_v)
+    return _decay_states(decay, state_BJKRU) + added_BJKRU, state_BJKRU
+
+  # What it reads of the state before the piece.
+  J = x.k_BLJK.shape[2]
   with layers.count_flops_as_useful_part(1, 1):
     last, states = jax.lax.scan(
-        step, _side_by_side(x.k_BLJK.shape[2], state_BHKU),
-        (k, after[..., None] * v, first[:, :, -1]))
-    o += first[..., None] * _read(q, states)
-  return (_rows(o, x.v_BLHU), _one_by_one(last)), (x, states)
+        add_piece, _states_side_by_side(J, state_BHKU),
+        (k, after[..., None] * v, upto[:, :, -1]))
+    o += upto[..., None] * _read_states(q, states)
+  return (_join_rows(o, x.v_BLHU), _states_one_by_one(last)), (x, states)
 
 
-def _additive_bwd(places: int, kept: Any, grads: Any):
+def _run_additive_backward(places: int, kept: Any, grads: Any):
+  """Returns the gradients of the inputs and of the first state.
+
+  With S' = decay S + k^T (after v) and o = W v + upto q S, they go through the
+  pieces from the last to the first: dS = decay dS' + q^T (upto do).
+  """
   x, states = kept
+  d_o_BLHU, d_last_BHKU = grads
+
+  # The forward pass again, but for its states.
   (q, k, v, log_decay), to_inputs = jax.vjp(
-      functools.partial(_cut_heads, places), x)
-  (pair, first, after), to_log = jax.vjp(_decays, log_decay)
-  met = _met(q, k)
-  d_o = _by_key(k, pieces.by_place(places, grads[0]))
-  read_d_o, write = first[..., None] * d_o, after[..., None] * v
+      functools.partial(_cut_inputs_by_key_head, places), x)
+  (between, upto, after), to_log_decay = jax.vjp(_decays_of_heads, log_decay)
+  products = _products_of_keys(q, k)
+  weights = between * products[:, :, :, None]
+  d_o = _group_by_key_head(k, pieces.cut_row_into_pieces(places, d_o_BLHU))
+  decayed_d_o = upto[..., None] * d_o
+  decayed_v = after[..., None] * v
 
-  def step(d_state_BJKRU: jax.Array, here: Any):
-    q, d_o, decay = here
-    read_BJKRU = jnp.einsum('bpjk,bpjru->bjkru', q, d_o)
-    return _by(decay, d_state_BJKRU) + read_BJKRU, d_state_BJKRU
-  d_before, d_states = jax.lax.scan(
-      step, _side_by_side(k.shape[3], grads[1]),
-      (q, read_d_o, first[:, :, -1]), reverse=True)
+  def pass_piece(d_state_BJKRU: jax.Array, piece: Any):
+    """Passes the gradient of the state after a piece to that before it."""
+    q, decayed_d_o, decay = piece
+    d_by_reading_BJKRU = jnp.einsum('bpjk,bpjru->bjkru', q, decayed_d_o)
+    d_before_BJKRU = _decay_states(decay, d_state_BJKRU) + d_by_reading_BJKRU
+    return d_before_BJKRU, d_state_BJKRU
 
+  d_first, d_states = jax.lax.scan(
+      pass_piece, _states_side_by_side(k.shape[3], d_last_BHKU),
+      (q, decayed_d_o, upto[:, :, -1]), reverse=True)
+
+  # The values, through the places of the piece and through the state after it.
   d_weights = jnp.einsum('nbpjru,nbmjru->nbjrpm', d_o, v)
   # A plain sum over r takes 20 times as long on CPU (features.py).
-  d_met = jnp.einsum('nbjrpm,nbjrpm->nbjpm', pair, d_weights)
-  d_write = _read(k, d_states)
-  d_v = jnp.einsum('nbjrpm,nbpjru->nbmjru', pair * met[:, :, :, None], d_o
-                   ) + after[..., None] * d_write
-  d_whole = features.dots(states, d_states).sum(3)
-  d_first = features.dots(d_o, _read(q, states)) + jnp.pad(
-      d_whole[:, :, None], (*2 * ((0, 0),), (v.shape[2] - 1, 0),
-                            *2 * ((0, 0),)))
-  d_log, = to_log((d_weights * met[:, :, :, None], d_first,
-                   features.dots(v, d_write)))
-  d_q = jnp.einsum('nbjpm,nbmjk->nbpjk', d_met, k) + _by_states(
-      read_d_o, states)
-  d_k = jnp.einsum('nbjpm,nbpjk->nbmjk', d_met, q) + _by_states(
-      write, d_states)
-  return to_inputs((d_q, d_k, d_v, d_log))[0], _one_by_one(d_before)
+  d_products = jnp.einsum('nbjrpm,nbjrpm->nbjpm', between, d_weights)
+  d_decayed_v = _read_states(k, d_states)
+  d_v = jnp.einsum('nbjrpm,nbpjru->nbmjru', weights, d_o)
+  d_v += after[..., None] * d_decayed_v
+
+  # The decays. That of the whole piece is the one up to its last place.
+  P = v.shape[2]
+  d_whole = features.inner_products(states, d_states).sum(3)
+  d_upto = features.inner_products(d_o, _read_states(q, states))
+  d_upto += jnp.pad(d_whole[:, :, None],
+                    ((0, 0), (0, 0), (P - 1, 0), (0, 0), (0, 0)))
+  d_between = d_weights * products[:, :, :, None]
+  d_after = features.inner_products(v, d_decayed_v)
+  d_log_decay, = to_log_decay((d_between, d_upto, d_after))
+
+  # Queries and keys, through each other and through the states.
+  d_q = jnp.einsum('nbjpm,nbmjk->nbpjk', d_products, k)
+  d_q += _multiply_by_states(decayed_d_o, states)
+  d_k = jnp.einsum('nbjpm,nbpjk->nbmjk', d_products, q)
+  d_k += _multiply_by_states(decayed_v, d_states)
+  d_x, = to_inputs((d_q, d_k, d_v, d_log_decay))
+  return d_x, _states_one_by_one(d_first)
 
 
-_additive.defvjp(_additive_forward, _additive_bwd)
+_run_additive.defvjp(_run_additive_forward, _run_additive_backward)
 
 
-def _cut_heads(places: int, x: Inputs):
-  """Returns q and k, [pieces, B, P, J, K], v, [pieces, B, P, J, R, U], and the
-  logarithms of the decays, [pieces, B, P, J, R]."""
-  cut = functools.partial(pieces.by_place, places)
+def _cut_inputs_by_key_head(places: int, x: Inputs
+                            ) -> tuple[jax.Array, jax.Array, jax.Array,
+                                       jax.Array]:
+  """Returns the inputs of each piece, with heads of values beside the head of
+  keys that they share: q and k, [pieces, B, P, J, K], v, [pieces, B, P, J, R,
+  U], and the logarithms of the decays, [pieces, B, P, J, R]."""
+  cut = functools.partial(pieces.cut_row_into_pieces, places)
   k = cut(x.k_BLJK)
-  return (cut(x.q_BLJK), k, _by_key(k, cut(x.v_BLHU)),
-          _by_key(k, cut(x.log_decay_BLHK[..., 0])))
+  q = cut(x.q_BLJK)
+  v = _group_by_key_head(k, cut(x.v_BLHU))
+  log_decay = _group_by_key_head(k, cut(x.log_decay_BLHK[..., 0]))
+  return q, k, v, log_decay
 
 
-def _by_key(k: jax.Array, x: jax.Array) -> jax.Array:
-  """[pieces, B, P, H, ...] -> [pieces, B, P, J, R, ...]."""
+def _group_by_key_head(k: jax.Array, x: jax.Array) -> jax.Array:
+  """Returns heads of values by the head of keys that they share, as k has them:
+  [pieces, B, P, H, ...] -> [pieces, B, P, J, R, ...]."""
   return x.reshape(*k.shape[:4], -1, *x.shape[4:])
 
 
-def _rows(x: jax.Array, v_BLHU: jax.Array) -> jax.Array:
-  """[pieces, B, P, J, R, U] -> [B, L, H, U]."""
+def _join_rows(x: jax.Array, v_BLHU: jax.Array) -> jax.Array:
+  """Returns whole rows of the shape of the values: [pieces, B, P, J, R, U] ->
+  [B, L, H, U]."""
   B, L, H, U = v_BLHU.shape
   return jnp.moveaxis(x, 0, 1).reshape(B, -1, H, U)[:, :L]
 
 
-def _side_by_side(J: int, x_BHKU: jax.Array) -> jax.Array:
-  """[B, H, K, U] -> [B, J, K, R, U]."""
+def _states_side_by_side(J: int, x_BHKU: jax.Array) -> jax.Array:
+  """Returns states with those of one head of keys beside each other:
+  [B, H, K, U] -> [B, J, K, R, U]."""
   B, _, K, U = x_BHKU.shape
   return jnp.swapaxes(x_BHKU.reshape(B, J, -1, K, U), 2, 3)
 
 
-def _one_by_one(x_BJKRU: jax.Array) -> jax.Array:
-  """[B, J, K, R, U] -> [B, H, K, U]."""
+def _states_one_by_one(x_BJKRU: jax.Array) -> jax.Array:
+  """Returns states head by head: [B, J, K, R, U] -> [B, H, K, U]."""
   B, _, K, _, U = x_BJKRU.shape
   return jnp.swapaxes(x_BJKRU, 2, 3).reshape(B, -1, K, U)
 
 
-def _by(decay_BJR: jax.Array, state_BJKRU: jax.Array) -> jax.Array:
+def _decay_states(decay_BJR: jax.Array, state_BJKRU: jax.Array) -> jax.Array:
+  """Returns the states times the decay of each head."""
   return decay_BJR[:, :, None, :, None] * state_BJKRU
 
 
-def _decays(log_decay: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _decays_of_heads(log_decay: jax.Array
+                     ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns the decay between two places of a piece, [pieces, B, J, R, P, P],
   that of the piece up to a place, and that after it, [pieces, B, P, J, R]."""
-  pair, first = pieces.decays(jnp.moveaxis(log_decay, 2, -1))
-  return pair, jnp.moveaxis(first, -1, 2), jnp.moveaxis(pair[..., -1, :], -1, 2)
+  between, upto = pieces.decays_within_piece(jnp.moveaxis(log_decay, 2, -1))
+  after = between[..., -1, :]
+  return between, jnp.moveaxis(upto, -1, 2), jnp.moveaxis(after, -1, 2)
 
 
-def _met(q: jax.Array, k: jax.Array) -> jax.Array:
+def _products_of_keys(q: jax.Array, k: jax.Array) -> jax.Array:
+  """Returns the products of the queries and keys of each two places of a piece,
+  [pieces, B, J, P, P]."""
   return jnp.einsum('nbpjk,nbmjk->nbjpm', q, k)
 
 
-def _read(q: jax.Array, states: jax.Array) -> jax.Array:
-  """Returns what is read of the states of all heads, [pieces, B, P, J, R, U].
-  As an einsum it transposes the states, which are larger than the rest."""
+def _read_states(q: jax.Array, states: jax.Array) -> jax.Array:
+  """Returns what queries read of the states of all heads, [pieces, B, P, J, R,
+  U]. As an einsum it transposes the states, which are larger than the rest."""
   wide = states.reshape(*states.shape[:4], -1)
   read = jnp.swapaxes(q, 2, 3) @ wide
   return jnp.swapaxes(read, 2, 3).reshape(*q.shape[:4], *states.shape[4:])
 
 
-def _by_states(x: jax.Array, states: jax.Array) -> jax.Array:
+def _multiply_by_states(x: jax.Array, states: jax.Array) -> jax.Array:
   """Returns the products of what heads have with their states, summed over the
-  heads that share a key."""
+  heads that share a key, [pieces, B, P, J, K]."""
   return jnp.einsum('nbpjru,nbjkru->nbpjk', x, states)

@@ -113,7 +113,7 @@ class RWKV7(layer.Layer):
             'rate', x['rate'], d.key_dim, d.rate_rank))
     gate_BLHU = self.low_rank('gate', x['gate'], d.value_dim, d.gate_rank,
                               jax.nn.sigmoid)
-    removed_BLHK = features.unit(features.weighted(
+    removed_BLHK = features.normalize_length(features.multiply_by_weights(
         k_BLHK, self._vector('removal_scale', removal_scale, keys)[0, 0]))
     boost_HK = self._vector('boost_scale', nn.initializers.constant(1.02), keys)
     k_BLHK *= 1 + boost_HK * (rate_BLHK - 1)
@@ -124,7 +124,7 @@ class RWKV7(layer.Layer):
         steps(jnp.zeros_like(v_BLHU), v_BLHU), log_decay_BLHK,
         erase_BLJK=steps(removed_BLHK * jnp.exp(-log_decay_BLHK),
                          jnp.zeros_like(k_BLHK)))
-    o_BLHU, state_BHKU = recurrence.run(
+    o_BLHU, state_BHKU = recurrence.run_recurrence(
         layer.with_resets(inputs, ctx.segment_ids_BL, valid_BL),
         cache and cache.state_BHKU)
     if cache is not None:
@@ -136,8 +136,10 @@ class RWKV7(layer.Layer):
         self._vector('out_norm_bias', nn.initializers.zeros, values))
     bonus_HK = self._vector(
         'bonus_scale', nn.initializers.constant(-0.04), keys)[0, 0]
-    o_BLHU += features.scaled(v_BLHU, features.dots(
-        q_BLHK.astype(jnp.float32), features.weighted(k_BLHK, bonus_HK)))
+    bonus_BLH = features.inner_products(
+        q_BLHK.astype(jnp.float32),
+        features.multiply_by_weights(k_BLHK, bonus_HK))
+    o_BLHU += features.scale_vectors(v_BLHU, bonus_BLH)
     return self.joined(o_BLHU * gate_BLHU, ctx), cache, Report()
 
   def _shifted(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State],
@@ -170,7 +172,7 @@ def group_norm(o_BLHU: jax.Array, scale_HU: jax.Array, bias_HU: jax.Array, *,
   times a scale, plus a bias, in float32."""
   o_BLHU -= o_BLHU.mean(-1, keepdims=True)
   square_BLH = jnp.square(o_BLHU).mean(-1)
-  return features.weighted(features.scaled(
+  return features.multiply_by_weights(features.scale_vectors(
       o_BLHU, jax.lax.rsqrt(square_BLH + eps)), scale_HU[0, 0]) + bias_HU
 
 

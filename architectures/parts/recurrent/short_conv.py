@@ -62,7 +62,7 @@ class ShortConv(nn.Module):
         batch_axes=(1,), **how)
     bcx_BLUI = sharding.constrain(bcx_BLUI, 'batch', 'length', None, 'mlp')
     b_BLI, c_BLI, x_BLI = (bcx_BLUI[:, :, i] for i in range(3))
-    z_BLI, input_BWI = features.convolved(
+    z_BLI, input_BWI = features.declare_and_convolve(
         self, 'conv', b_BLI * x_BLI, kernel, ('mlp',), how['with_bias'],
         before_BWHK=cache and cache.input_BWI,
         segment_ids_BL=ctx.segment_ids_BL,

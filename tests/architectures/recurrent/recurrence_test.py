@@ -90,7 +90,7 @@ def scanned(x, state_BHKU):
 
 @functools.partial(jax.jit, static_argnames='places')
 def run(x, state_BHKU=None, places=4):
-  return recurrence.run(x, state_BHKU, places=places)
+  return recurrence.run_recurrence(x, state_BHKU, places=places)
 
 
 def graded(f, loss=lambda ys: sum(jnp.sin(y).sum() for y in ys), wrt=0):
@@ -134,10 +134,10 @@ def test_gradients_are_those_of_autodiff_through_the_definition(name):
 
 def test_groups_that_share_a_piece(monkeypatch):
   """Five pieces, two at a time: the second and the third group share one."""
-  monkeypatch.setattr(recurrence, 'AT_ONCE', 8)
-  monkeypatch.setattr(recurrence, 'WHOLE', 0)
+  monkeypatch.setattr(recurrence, 'PLACES_AT_ONCE', 8)
+  monkeypatch.setattr(recurrence, 'MOST_DECAYS_AT_ONCE', 0)
   x = drawn(18, K, True)
-  in_groups = lambda *args: recurrence.run(*args, places=4)
+  in_groups = lambda *args: recurrence.run_recurrence(*args, places=4)
   assert 'dynamic_slice' in str(jax.make_jaxpr(in_groups)(x, STATE))
   models.assert_trees_close(*(graded(f, wrt=(0, 1))(x, STATE)
                  for f in (scanned, in_groups)))
@@ -250,7 +250,7 @@ def test_products_as_tpus_compute_them_lose_no_more_than_inputs(
     return product(a, b, *args, precision=precision, **kwargs)
 
   monkeypatch.setattr('jax._src.lax.lax.dot_general', rounded)
-  got = jax.jit(lambda x: recurrence.run(x, places=16)[0])(x)
+  got = jax.jit(lambda x: recurrence.run_recurrence(x, places=16)[0])(x)
   size = lambda x: np.sqrt(np.square(x).mean())
   error = size(got - want)
   assert error > 1e-3 * size(want)  # they are rounded
@@ -265,7 +265,7 @@ def test_features_are_weighted_as_by_a_product():
   x_LHU, w_HU, d_LHU = (
       np.random.default_rng(i).normal(size=shape).astype(np.float32)
       for i, shape in enumerate([(5, 2, 3), (2, 3), (5, 2, 3)]))
-  by_hand = jax.vjp(features.weighted, x_LHU, w_HU)
+  by_hand = jax.vjp(features.multiply_by_weights, x_LHU, w_HU)
   derived = jax.vjp(lambda x, w: x * w[None], x_LHU, w_HU)
   models.assert_trees_close(by_hand[0], derived[0])
   models.assert_trees_close(by_hand[1](d_LHU), derived[1](d_LHU))
@@ -313,8 +313,9 @@ def test_a_convolution_and_its_gradient_are_those_of_the_definition(ids):
 # The inverse of a triangular matrix against numpy's in float64, as CPUs, GPUs
 # and TPUs compute it.
 WAYS = pytest.mark.parametrize('inverse', [
-    jax.jit(pieces.by_columns), jax.jit(pieces.solved),
-    jax.jit(pieces.by_halves)], ids=['by_columns', 'solved', 'by_halves'])
+    jax.jit(pieces.invert_by_substitution), jax.jit(pieces.invert_by_library),
+    jax.jit(pieces.invert_by_blocks)],
+    ids=['substitution', 'library', 'blocks'])
 
 
 def expected(a):
@@ -343,5 +344,5 @@ def test_keys_that_are_alike_take_no_digits(rate, inverse):
 
 
 def test_halves_are_multiplied_in_all_digits():
-  text = str(jax.make_jaxpr(pieces.by_halves)(jnp.zeros((1, 1, 8, 8))))
+  text = str(jax.make_jaxpr(pieces.invert_by_blocks)(jnp.zeros((1, 1, 8, 8))))
   assert text.count('HIGHEST') == 2 * text.count('dot_general[') > 0

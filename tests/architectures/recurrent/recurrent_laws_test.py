@@ -41,8 +41,8 @@ USUAL = parametrize_mixers(*recurrences.MIXERS_WITHOUT_OWN_CALL)
 @pytest.fixture
 def short_pieces(monkeypatch):
   """A row is computed in pieces of 4 places at most."""
-  monkeypatch.setattr(recurrence, 'run', functools.partial(
-      recurrence.run, places=4))
+  monkeypatch.setattr(recurrence, 'run_recurrence', functools.partial(
+      recurrence.run_recurrence, places=4))
 
 
 def stepwise(layer, params, x_BLD, first=0):
