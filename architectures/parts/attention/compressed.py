@@ -116,7 +116,8 @@ def find_closed_windows(ctx: Context, L: int, tokens_of_window: int,
   end_BW = end_in_document_BW = (
       number_BW * tokens_of_window + tokens_of_window - 1)
   if ids_BL is not None:
-    index_in_document_BL = jnp.arange(L)[None] - features.start_of_document(ids_BL)
+    start_BL = features.start_of_document(ids_BL)
+    index_in_document_BL = jnp.arange(L)[None] - start_BL
     num_closed_BL = jnp.cumsum(
         (index_in_document_BL + 1) % tokens_of_window == 0, 1)
     end_BW = jax.vmap(jnp.searchsorted, (0, None))(
