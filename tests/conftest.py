@@ -65,33 +65,51 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-  of, part = config.getoption('--of'), config.getoption('--part')
-  if not 0 <= part < of:
-    raise pytest.UsageError(f'--part is {part}: one of the {of} parts of --of, '
-                            'counted from 0')
+  """Checks --of and --part, and sets what has to be set before a test starts
+  a process or imports jax."""
+  num_parts = config.getoption('--of')
+  part = config.getoption('--part')
+  if not 0 <= part < num_parts:
+    raise pytest.UsageError(f'--part is {part}: one of the {num_parts} parts '
+                            'of --of, counted from 0')
+
   # What a shell starts in the background ignores Ctrl-C, and so would the
   # programs that tests start and interrupt.
   if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+  # Under nohup, SIGHUP is ignored likewise. A program inherits that a signal is
+  # ignored, and not that it has a handler.
   if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    # So it is under nohup. What has a handler is not ignored in them.
     signal.signal(signal.SIGHUP, lambda *_: None)
-  if (importlib.metadata.version('jaxlib').startswith('0.10.')
-      and 'plan' not in config.option.markexpr):
+
+  is_jaxlib_0_10 = importlib.metadata.version('jaxlib').startswith('0.10.')
+  uses_libtpu = 'plan' in config.option.markexpr
+  if is_jaxlib_0_10 and not uses_libtpu:
     os.environ['XLA_FLAGS'] += ' ' + _FLAGS_OF_0_10
 
 
 def pytest_collection_modifyitems(config, items):
-  """What is marked `long` (more of what other tests do), `fuzz` (likewise),
-  `plan` (needs libtpu), `slurm` or `verify` runs only where it is asked for."""
+  """Leaves out tests that were not asked for, and those of other parts."""
+  num_parts = config.getoption('--of')
+  part = config.getoption('--part')
+  kept = []
+  left_out = []
+  for item in items:
+    # The part of a test follows from its name, so that it is the same anywhere.
+    part_of_item = zlib.crc32(item.nodeid.encode()) % num_parts
+    if part_of_item == part and _is_asked_for(item, config):
+      kept.append(item)
+    else:
+      left_out.append(item)
+  config.hook.pytest_deselected(items=left_out)
+  items[:] = kept
+
+
+def _is_asked_for(item, config):
+  """Returns whether -m names all markers of a test without which it does not
+  run: `long` (more of what other tests do), `fuzz` (likewise), `plan` (needs
+  libtpu), `slurm` and `verify`."""
   for marker in ('fuzz', 'long', 'plan', 'slurm', 'verify'):
-    if marker in config.option.markexpr:
-      continue
-    left = [item for item in items if item.get_closest_marker(marker)]
-    config.hook.pytest_deselected(items=left)
-    items[:] = [item for item in items if item not in left]
-  of, part = config.getoption('--of'), config.getoption('--part')
-  left = [item for item in items
-          if zlib.crc32(item.nodeid.encode()) % of != part]
-  config.hook.pytest_deselected(items=left)
-  items[:] = [item for item in items if item not in left]
+    if item.get_closest_marker(marker) and marker not in config.option.markexpr:
+      return False
+  return True

@@ -166,28 +166,33 @@ def read_corpus(run_config: Any) -> sources.Corpus:
 
 
 def write_roberta_tokenizer(folder: pathlib.Path, *, framed: Any = None,
-                            pair: bool = False,
-            **described: Any) -> pathlib.Path:
-  """Writes a byte-level BPE with the special tokens of roberta-base.
+                            pair: bool = False, **described: Any
+                            ) -> pathlib.Path:
+  """Writes a byte-level BPE with the special tokens of roberta-base; returns
+  the folder.
 
   Args:
     folder: into which it is written.
     framed: the post_processor of its tokenizer.json; None: RobertaProcessing.
     pair: whether it is written as vocab.json and merges.txt instead.
-    **described: tokenizer_config.json.
+    **described: fields of tokenizer_config.json.
   """
   import tokenizers as hf
-  vocab = {token: i for i, token in enumerate(
-      [*SPECIAL, *sorted(hf.pre_tokenizers.ByteLevel.alphabet()), 'an', 'Ġan',
-       '<mask>'])}
+  letters = sorted(hf.pre_tokenizers.ByteLevel.alphabet())
+  tokens = [*SPECIAL, *letters, 'an', 'Ġan', '<mask>']
+  vocab = {token: i for i, token in enumerate(tokens)}
   merges = [('a', 'n'), ('Ġ', 'an')]
   (folder / 'tokenizer_config.json').write_text(
       json.dumps(dict(model_max_length=512) | described))
+
+  # The two files of the slow tokenizer.
   if pair:
     (folder / 'vocab.json').write_text(json.dumps(vocab))
-    (folder / 'merges.txt').write_text(
-        '#version: 0.2\n' + ''.join(f'{a} {b}\n' for a, b in merges))
+    merge_lines = [f'{first} {second}\n' for first, second in merges]
+    (folder / 'merges.txt').write_text('#version: 0.2\n' + ''.join(merge_lines))
     return folder
+
+  # The file of the fast one.
   tokenizer = hf.Tokenizer(hf.models.BPE(vocab, merges, unk_token='<unk>'))
   tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = hf.decoders.ByteLevel()

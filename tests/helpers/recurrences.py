@@ -37,77 +37,113 @@ _ABOUT = dict(scale=1.0, out_norm_scale=1.0, skip=1.0, decay_scale=1.5,
 
 
 def parametrize_mixers(*names: str) -> pytest.MarkDecorator:
-  """Parametrises a test by `mixer`."""
+  """Returns the mark by which a test runs for each mixer, as `mixer`."""
   return pytest.mark.parametrize('mixer', names)
 
 
 def small_sizes(mixer: str, **changes) -> dict:
-  """Returns the fields of a mixer's group."""
+  """Returns small values for the fields of a mixer's group of the config."""
   group = blocks.MIXERS[mixer].settings
   names = {field.name for field in dataclasses.fields(group)}
-  return {name: x for name, x in _SIZES.items() if name in names} | changes
+  sizes = {name: size for name, size in _SIZES.items() if name in names}
+  return sizes | changes
 
 
-def settings_of_mixer(c: ModelConfig, mixer: str):
-  """Returns what a model has of a mixer's sizes."""
-  return c.part(blocks.MIXERS[mixer].settings)
+def settings_of_mixer(config: ModelConfig, mixer: str):
+  """Returns the group of a model's config that belongs to a mixer."""
+  return config.part(blocks.MIXERS[mixer].settings)
 
 
 def changes_with_mixer(mixer: str, **changes) -> dict:
-  """Returns the changes of models.small_config that have it in every layer."""
+  """Returns the changes of models.small_config after which every layer has a
+  mixer.
+
+  Args:
+    mixer: the mixer, or one of VARIANTS.
+    **changes: other values of fields of the mixer's group.
+  """
   mixer, settings = VARIANTS.get(mixer, (mixer, {}))
   changes = settings | changes
   return {'mixer': mixer, mixer: small_sizes(mixer, **changes)}
 
 
 def changes_with_mixer_and_attention(mixer: str, **changes) -> dict:
-  """The same in every other layer; attention is in the others."""
+  """Returns the changes of models.small_config after which every other layer
+  has a mixer, and the others have attention."""
   return {'num_layers': 2, mixer: small_sizes(mixer, **changes),
           'pattern': 'own,whole',
           'kinds': dict(own=dict(mixer=mixer), whole={})}
 
 
 def make_layer(mixer: str, dtype: str = 'float32', **changes):
-  """Returns (layer, its parameters off their tidy initial values)."""
-  c = architectures.resolve(models.small_config('llama', dtype=dtype,
-                                                num_layers=1,
-                                          **changes_with_mixer(mixer,
-                                                               **changes)))
-  return blocks.mixer_of_layers(c).module(c, None), _drawn(
-      mixer, tuple(sorted(changes.items())))
+  """Returns a small layer of a mixer, and parameters for it in float32, which
+  are off their tidy initial values.
+
+  Args:
+    mixer: the mixer, or one of VARIANTS.
+    dtype: the dtype in which the layer computes.
+    **changes: other values of fields of the mixer's group.
+  """
+  config = architectures.resolve(models.small_config(
+      'llama', dtype=dtype, num_layers=1,
+      **changes_with_mixer(mixer, **changes)))
+  layer = blocks.mixer_of_layers(config).module(config, None)
+  return layer, _draw_parameters(mixer, tuple(sorted(changes.items())))
 
 
 @functools.cache
-def _drawn(mixer: str, changes: tuple):
-  c = architectures.resolve(models.small_config(
+def _draw_parameters(mixer: str, changes: tuple):
+  """Returns parameters of a small layer, each about the value that it has in a
+  model in training.
+
+  Args:
+    mixer: the mixer.
+    changes: (field, value) of its group, a tuple so that it can be cached.
+  """
+  # The shapes, by a layer that computes in float32.
+  config = architectures.resolve(models.small_config(
       'llama', num_layers=1, **changes_with_mixer(mixer, **dict(changes))))
-  layer = blocks.mixer_of_layers(c).module(c, None)
+  layer = blocks.mixer_of_layers(config).module(config, None)
   shapes = nn.meta.unbox(jax.eval_shape(lambda: layer.init(
       jax.random.key(0), jnp.zeros((1, 2, WIDTH)),
       Context(jnp.arange(2)[None]), None)['params']))
-  rng = np.random.default_rng(1)
-  return jax.tree_util.tree_map_with_path(lambda path, x: jax.device_put((
-      _ABOUT.get(path[-1].key, 0.0) + 0.12 * rng.normal(size=x.shape)
-  ).astype(np.float32)), shapes)
+
+  random = np.random.default_rng(1)
+
+  def draw(path, shape):
+    mean = _ABOUT.get(path[-1].key, 0.0)
+    values = mean + 0.12 * random.normal(size=shape.shape)
+    return jax.device_put(values.astype(np.float32))
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def random_inputs(batch: int, length: int, seed: int = 3) -> jax.Array:
-  """Returns x_BLD of a layer."""
-  return jax.device_put(np.random.default_rng(seed).normal(
-      size=(batch, length, WIDTH)).astype(np.float32))
+  """Returns random inputs of a layer, float32 [batch, length, WIDTH]."""
+  values = np.random.default_rng(seed).normal(size=(batch, length, WIDTH))
+  return jax.device_put(values.astype(np.float32))
 
 
 def apply_layer(layer, params, x_BLD: jax.Array, cache=None, first: int = 0,
-            **context):
-  """Returns (y_BLD, cache) of a layer; `first` is the place of its first token,
-  and `context` goes to Context."""
-  at = dict(positions_BL=first + jnp.arange(x_BLD.shape[1])[None]) | context
+                **context):
+  """Applies a layer, and returns its output, [B, L, D], and its cache.
+
+  Args:
+    layer: the layer.
+    params: its parameters.
+    x_BLD: its inputs.
+    cache: what it keeps of the tokens before; None: nothing.
+    first: the position of the first token.
+    **context: other fields of Context.
+  """
+  positions_BL = first + jnp.arange(x_BLD.shape[1])[None]
+  fields = dict(positions_BL=positions_BL) | context
   y_BLD, cache, _ = layer.apply(
-      {'params': params}, x_BLD, Context(**at), cache)
+      {'params': params}, x_BLD, Context(**fields), cache)
   return y_BLD, cache
 
 
 def make_empty_cache(layer, batch: int, length: int = 1):
-  """Returns the cache of rows without a token."""
+  """Returns the cache of a layer for rows without a token."""
   mixer = blocks.mixer_of_layers(layer.config)
   return mixer.cache(layer.config, (batch, length))

@@ -14,75 +14,118 @@ TOKENS, PARAMS, FLOPS = 1_000_000, 50_000, 4e5
 
 
 def loss(step, factor: float = 1.0, floor: float = 1.5):
-  """A power law of the steps; `factor` times the compute for as much."""
+  """Returns the loss at a step: a power law of the steps, in which `factor`
+  times the compute reaches as much."""
   return floor + 4 * (np.asarray(step, float) / factor) ** -0.5
 
 
 def point(name, changes=None, factor=1.0, seeds=(0, 1, 2), shift=None,
           params=PARAMS, **more):
-  """Describes a point: `shift` is what each seed adds to its losses; `diverged`
-  are seeds that end half-way, after too many bad steps."""
+  """Returns a point of a sweep, with the losses of its runs.
+
+  Args:
+    name: its name.
+    changes: its changes of the base config.
+    factor: how much compute it needs for as much as the base; see `loss`.
+    seeds: its seeds.
+    shift: {seed: what is added to the losses of its run}.
+    params: the size of its model.
+    **more: `diverged`, the seeds that end half-way, after too many bad steps;
+      `health`, figures of a mixture of experts by name; `together`, how many
+      runs train at once; `tasks`, {task: the figures of each seed}; `matched`,
+      `flops` and `tokens` of the description.
+  """
   return dict(name=name, changes=changes or {}, factor=factor, seeds=seeds,
               shift=shift or {}, params=params, **more)
 
 
 def write(root, points, match='', states=None):
-  """Writes sweep.json, the ledger and the workdirs.
+  """Writes sweep.json, the ledger and the folders of the runs.
 
   Args:
-    root: W.
+    root: the folder of the sweep.
     points: of point(); the first is the base.
     match: what sizes were matched by.
     states: (state, error) by (point, seed), where it is not done.
   """
-  root, states = pathlib.Path(root), dict(states or {})
-  rows = [dict(name=p['name'], changes=p['changes'],
-               matched=p.get('matched', []), params=p['params'],
-               active_params=p['params'],
-               flops_per_token=p.get('flops', FLOPS),
-               tokens=p.get('tokens', TOKENS), seeds=list(p['seeds']),
-               tasks=[])
-          for p in points]
+  root = pathlib.Path(root)
+  states = dict(states or {})
+
+  # The description of the sweep.
+  descriptions = []
+  for p in points:
+    descriptions.append(dict(
+        name=p['name'], changes=p['changes'], matched=p.get('matched', []),
+        params=p['params'], active_params=p['params'],
+        flops_per_token=p.get('flops', FLOPS),
+        tokens=p.get('tokens', TOKENS), seeds=list(p['seeds']), tasks=[]))
   config = base.base()
-  config.train.steps, config.optim.warmup_steps = STEPS, 20
+  config.train.steps = STEPS
+  config.optim.warmup_steps = 20
   description = dict(
       name='synthetic', file='configs/sweeps/synthetic.py', match=match,
       match_field='', paired=True, base=points[0]['name'],
-      base_config=config.to_dict(), points=rows)
+      base_config=config.to_dict(), points=descriptions)
   layout.save_sweep_description(root, description)
+
+  # The ledger, and the folder of each run that has begun.
+  point_by_name = {p['name']: p for p in points}
   with layout.Ledger(root) as ledger:
     ledger.add_runs(
         (p['name'], seed, ()) for p in points for seed in p['seeds'])
     runner = ledger.register_runner()
     for run in ledger.runs():
       state, error = states.get((run.point, run.seed), (layout.DONE, ''))
-      if state != layout.PENDING:
-        ledger.claim_runs([run.id], runner)
-        ledger.settle_run(run.id, runner, state, error)
-        p = next(p for p in points if p['name'] == run.point)
-        folder = layout.run_folder(root, run.point, run.seed)
-        run_config.save_config(
-            folder, layout.config_of_run(description, run.point, run.seed))
-        bad = config.train.max_bad_steps * (run.seed in p.get('diverged', ()))
-        _write_run(folder, p, run.seed, state == layout.DONE and not bad, bad)
+      if state == layout.PENDING:
+        continue
+      ledger.claim_runs([run.id], runner)
+      ledger.settle_run(run.id, runner, state, error)
+      folder = layout.run_folder(root, run.point, run.seed)
+      run_config.save_config(
+          folder, layout.config_of_run(description, run.point, run.seed))
+      point_of_run = point_by_name[run.point]
+      num_bad_steps = 0
+      if run.seed in point_of_run.get('diverged', ()):
+        num_bad_steps = config.train.max_bad_steps
+      is_whole = state == layout.DONE and not num_bad_steps
+      _write_run(folder, point_of_run, run.seed, is_whole, num_bad_steps)
 
 
-def _write_run(folder, p, seed, done, bad):
+def _write_run(folder, point_of_run, seed, is_whole, num_bad_steps):
+  """Writes the metrics of a run, and the figures of its tasks.
+
+  Args:
+    folder: the folder of the run.
+    point_of_run: its point, of `point`.
+    seed: its seed.
+    is_whole: whether it trains to the end, and not half-way.
+    num_bad_steps: how many bad steps there are in a row at half-way.
+  """
+  last_step = STEPS if is_whole else STEPS // 2
+  health = {}
+  for name, value in point_of_run.get('health', {}).items():
+    health[f'health/{name}'] = [value, value]
   with (folder / 'metrics.jsonl').open('w') as file:
-    for step in range(EVERY, (STEPS if done else STEPS // 2) + 1, EVERY):
-      # The same at the end, less known before it.
-      wave = 0.01 * np.sin(step + seed) * (step < STEPS)
-      at = float(loss(step, p['factor']) + wave + p['shift'].get(seed, 0.0))
-      train = dict(step=step, split='train', loss=at + 0.1, step_seconds=0.5,
-                   **{f'health/{name}': [value, value]
-                      for name, value in p.get('health', {}).items()})
+    for step in range(EVERY, last_step + 1, EVERY):
+      # A wave makes the loss before the end less certain than that at it.
+      wave = 0.0
+      if step < STEPS:
+        wave = 0.01 * np.sin(step + seed)
+      shift = point_of_run['shift'].get(seed, 0.0)
+      loss_at_step = float(loss(step, point_of_run['factor']) + wave + shift)
+      train_row = dict(step=step, split='train', loss=loss_at_step + 0.1,
+                       step_seconds=0.5, **health)
       if step == STEPS // 2:
-        train['bad_in_row'] = bad
-      if 'together' in p:
-        train['runs_at_once'] = p['together']
-      for row in (train, dict(step=step, split='eval', loss=at)):
+        train_row['bad_in_row'] = num_bad_steps
+      if 'together' in point_of_run:
+        train_row['runs_at_once'] = point_of_run['together']
+      eval_row = dict(step=step, split='eval', loss=loss_at_step)
+      for row in (train_row, eval_row):
         file.write(json.dumps(row) + '\n')
-  tasks = {task: by_seed[seed] for task, by_seed in p.get('tasks', {}).items()}
+
+  tasks = {}
+  for task, figures_by_seed in point_of_run.get('tasks', {}).items():
+    tasks[task] = figures_by_seed[seed]
   if tasks:
     (folder / 'eval.json').write_text(json.dumps({'step': STEPS, **tasks}))
 
