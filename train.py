@@ -84,7 +84,7 @@ def main():
 
   # 3. The data.
   index, count = devices.batch_slice_of_process(
-      run.place, config.data.batch_size)
+      run.batch_sharding, config.data.batch_size)
   train_data = pipeline.make_training_loader(config, tokenizer, index, count)
   eval_data = pipeline.make_evaluation_loaders(config, tokenizer, index, count)
   contents = pipeline.digest_contents(config, tokenizer)

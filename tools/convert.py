@@ -115,7 +115,7 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
     # Its parameters.
     model, derived = _resolved(config)
     run = runs.build(config, model)
-    made = upcycling.params(run.module, run.abstract.params, params, seed)
+    made = upcycling.params(run.module, run.abstract_state.params, params, seed)
     if not upcycling.is_the_same_function(run.model):
       print('warning: it starts from another function than the dense model\'s: '
             'its gates do not sum to 1, or tokens are dropped, or experts are '

@@ -111,7 +111,7 @@ def activations(run: runs.Run) -> list[dict]:
     return objective.loss(output, batch, run.config)[0]
 
   with run.context():
-    jaxpr = jax.make_jaxpr(loss)(run.abstract.params, batch)
+    jaxpr = jax.make_jaxpr(loss)(run.abstract_state.params, batch)
   rows = {}
   for name, x, axes in _constraints(jaxpr.jaxpr, ''):
     one = row(run, name, x, axes)

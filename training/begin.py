@@ -107,7 +107,7 @@ def build_on_devices(request: RunRequest, mesh: Mesh | None = None) -> runs.Run:
       does not fit into the memory of the devices.
   """
   run = runs.build(request.config, request.model, mesh)
-  devices.check_state_fits(run.abstract, run.mesh)
+  devices.check_state_fits(run.abstract_state, run.mesh)
   return run
 
 

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import jax
-
 from training import runs
 from training.costs import systems, totals
 from training.data import records
@@ -41,7 +39,7 @@ def _model_line(run: runs.Run) -> str:
   """Returns the line that names the model of a run and counts its
   parameters."""
   model = run.model
-  num_parameters = sum(x.size for x in jax.tree.leaves(run.abstract.params))
+  num_parameters = runs.count_parameters(run.abstract_state.params)
   num_trained = totals.trained_parameters(run.module, run.config.optim)
   text = (f'model: {model.arch}, {num_parameters:,} parameters in '
           f'{model.param_dtype}')

@@ -61,7 +61,7 @@ def restore_run(run: runs.Run, saved: checkpoints.Checkpoints
     """Returns the shapes of the state; None: only the record is read."""
     if checkpoints.has_only_parameters(arrays):
       return None
-    return run.abstract
+    return run.abstract_state
 
   restored = checkpoints.restore_checkpoint(saved.directory, state_to_read)
   if devices.is_primary_process():
@@ -262,7 +262,7 @@ def _read_hugging_face_weights(run: runs.Run, source: epath.Path, drawn: Any
   with run.context():
     loaded = weights.read_params(
         module, source=files.Files(pathlib.Path(source)), partial=is_partial,
-        like=weights.without(run.abstract.params),
+        like=weights.without(run.abstract_state.params),
         seed=int(runs.seed_of_parameters(run.config)),
         new_head=weights.is_new_head(module.config, their_model))
   return weights.beside(loaded.params, drawn), skipped + loaded.skipped
@@ -286,7 +286,7 @@ def _read_weights_of_run(run: runs.Run, source: epath.Path, drawn: Any,
   from training.hf import weights
   their_model = runs.load_run_model_config(source)
   our_model = run.model
-  abstract_params = run.abstract.params
+  abstract_params = run.abstract_state.params
   initial_params = drawn
   has_same_adapters = weights.same_adapters(our_model, their_model)
   if not has_same_adapters:
@@ -570,7 +570,7 @@ def read_parameters_of_run(run: runs.Run, workdir: epath.Path,
                        '(optim.ema is 0): there is nothing to choose. Leave '
                        'out --live')
   restored = read_parameters(
-      checkpoints.checkpoint_folder(workdir), params=run.abstract.params,
+      checkpoints.checkpoint_folder(workdir), params=run.abstract_state.params,
       step=step, live=live)
   _warn_of_damaged_checkpoints(restored)
   which_parameters = f': {restored.what}' if restored.what else ''

@@ -536,16 +536,16 @@ class Run:
     module: the module of the model.
     mesh: the mesh of its devices.
     tx: the optimiser.
-    abstract: the shapes and shardings of its state.
-    place: the sharding of a batch's rows.
+    abstract_state: the shapes and shardings of its training state.
+    batch_sharding: how the rows of a batch lie on the mesh.
   """
   config: ml_collections.ConfigDict
   model: ModelConfig
   module: nn.Module
   mesh: Mesh
   tx: Any
-  abstract: TrainState
-  place: NamedSharding
+  abstract_state: TrainState
+  batch_sharding: NamedSharding
 
   @classmethod
   def on_mesh(cls, config: ml_collections.ConfigDict, model: ModelConfig,
@@ -559,12 +559,13 @@ class Run:
                               optim=config.optim)
     return cls(
         config=config, model=model, module=module, mesh=mesh, tx=tx,
-        abstract=abstract, place=devices.batch_sharding(mesh, rules))
+        abstract_state=abstract,
+        batch_sharding=devices.batch_sharding(mesh, rules))
 
   @property
   def shardings(self):
     """The sharding of each array of the state."""
-    return jax.tree.map(lambda x: x.sharding, self.abstract)
+    return jax.tree.map(lambda x: x.sharding, self.abstract_state)
 
   @contextlib.contextmanager
   def context(self):
@@ -601,7 +602,7 @@ class Run:
 
   def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Returns a batch on the devices, given the rows of this process."""
-    return devices.put_on_devices(batch, self.place)
+    return devices.put_on_devices(batch, self.batch_sharding)
 
   def train_step(self, taps: Sequence[Callable] = ()) -> jax.stages.Wrapped:
     """Returns jitted step(state, batch) -> (state, figures), to which the

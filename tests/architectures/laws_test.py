@@ -93,7 +93,7 @@ def test_laws_of_a_variant(parts):
   run = runs.build(step_test.config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2),
                    module.config)
   with run.context():
-    run.train_step().lower(run.abstract, step_test.batch())
+    run.train_step().lower(run.abstract_state, step_test.batch())
 
 
 def check_laws(module, params):
@@ -314,7 +314,7 @@ def test_several_devices_are_one(name, capfd):
   def trained(mesh=None):
     run = runs.build(c, architectures.resolve(c.model), mesh=mesh)
     with run.context():
-      state = jax.device_put(models.draw_parameters(run.abstract),
+      state = jax.device_put(models.draw_parameters(run.abstract_state),
                              run.shardings)
       step = run.train_step()
       for n in range(2):

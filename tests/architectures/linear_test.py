@@ -97,8 +97,8 @@ def trained():
   c = step_test.config(model__lora=LORA, optim__name='adamw')
   run = runs.build(c, architectures.resolve(c.model),
                    mesh=step_test.one_device_mesh())
-  new = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), run.abstract)
-  params = jax.device_get(models.draw_parameters(run.abstract.params))
+  new = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), run.abstract_state)
+  params = jax.device_get(models.draw_parameters(run.abstract_state.params))
   with run.context():
     state, _ = run.train_step()(new.replace(params=params),
                                 run.put(step_test.batch()))
@@ -125,7 +125,8 @@ def test_no_gradient_of_a_frozen_weight_is_computed(trained):
   the adapters and attention, but once the frozen products."""
   run = trained[0]
   with run.context():
-    program = run.train_step().trace(run.abstract, step_test.batch()).jaxpr
+    program = run.train_step().trace(run.abstract_state,
+                                     step_test.batch()).jaxpr
   work = flops.count_work(program, flops.Place('cpu'))
   whole = step_test.BATCH * sum(flops.training_flops(
       run.model, step_test.LENGTH).values())

@@ -56,7 +56,7 @@ def make_evaluation(config: ml_collections.ConfigDict,
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, _ = runs.resolve_model(config, tokenizer)
   run = runs.build(config, model, one_device_mesh())
-  params = models.draw_parameters(run.abstract.params, 1)
+  params = models.draw_parameters(run.abstract_state.params, 1)
   return Evaluation(
       run=run, params=params, step=0, tokenizer=tokenizer,
       options=types.SimpleNamespace(**options), workdir=workdir, programs={})

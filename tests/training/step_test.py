@@ -52,7 +52,7 @@ def batch(seed=0):
 def start(run, params):
   """Returns a state before its first step, whose moments are zero: nothing is
   compiled."""
-  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), run.abstract)
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), run.abstract_state)
   return jax.device_put(zeros.replace(params=jax.tree.map(np.array, params)),
                         run.shardings)
 
@@ -70,7 +70,8 @@ def train(c, mesh=None, steps=2, batches=None, params=None):
     seen = []
     for n in range(steps):
       b = batches[n] if batches else batch(n)
-      state, metrics = step(state, devices.put_on_devices(b, run.place))
+      state, metrics = step(state,
+                            devices.put_on_devices(b, run.batch_sharding))
       seen.append(jax.device_get(metrics))
   return run, jax.device_get(state), seen
 
@@ -152,7 +153,7 @@ def test_evaluation_is_the_plain_loss():
     figures, logits = jax.jit(lambda params: (
         judge(params, b), models.logits(
             run.module, params, b['tokens'], valid_BL=b['weights'])))(
-                models.draw_parameters(run.abstract.params))
+                models.draw_parameters(run.abstract_state.params))
   nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)),
                             b['targets'][..., None], -1)[..., 0]
   assert figures.keys() == {'loss', 'accuracy'}
@@ -300,8 +301,8 @@ def test_a_step_returns_a_state_of_the_same_types(name):
     run = runs.build(c, architectures.resolve(c.model), mesh=one_device_mesh())
     with run.context():
       after, metrics = jax.eval_shape(
-          make_train_step(run.module, run.tx, c), run.abstract, batch())
-    assert types(after) == types(run.abstract), (dtype, parts)
+          make_train_step(run.module, run.tx, c), run.abstract_state, batch())
+    assert types(after) == types(run.abstract_state), (dtype, parts)
     assert {x.dtype for x in jax.tree.leaves(after.params)} == {
         jnp.dtype('bfloat16')}
     assert {n for n, x in metrics.items() if x.dtype != jnp.float32} == {

@@ -36,7 +36,8 @@ def test_a_system_learns_and_is_judged(system, tmp_path):
   config = small(system)
   request = begin.check_request(config, tmp_path)
   tokenizer, run = request.tokenizer, begin.build_on_devices(request)
-  rows = devices.batch_slice_of_process(run.place, config.data.batch_size)
+  rows = devices.batch_slice_of_process(run.batch_sharding,
+                                        config.data.batch_size)
   texts = [pipeline.make_training_loader(config, tokenizer, *rows),
            pipeline.make_evaluation_loaders(config, tokenizer, *rows)]
   with checkpoints.Checkpoints(

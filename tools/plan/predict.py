@@ -40,7 +40,7 @@ def predict_collectives(run: runs.Run, host_of: np.ndarray
   """
   step = _Step(run, host_of)
   times = memory.gathers_per_step(run)
-  for path, x in paths.flatten_by_path(run.abstract.params).items():
+  for path, x in paths.flatten_by_path(run.abstract_state.params).items():
     step.add_parameter(path, x, times[path])
   step.add_layers()
   return step.sent
@@ -256,7 +256,7 @@ def memory_traffic(run: runs.Run, products: float, training: bool) -> float:
   roles = paths.flatten_by_path(parameter_roles(run.module))
   share_of_experts = _share_of_experts(run, training, accumulation)
   weights = 0.0
-  for path, x in paths.flatten_by_path(run.abstract.params).items():
+  for path, x in paths.flatten_by_path(run.abstract_state.params).items():
     role = roles[path]
     if role.kind == 'embedding':
       continue

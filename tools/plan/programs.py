@@ -134,7 +134,7 @@ def whole_along_fsdp(run: runs.Run) -> list[dict]:
   if run.mesh.shape['fsdp'] == 1:
     return []
   rows = []
-  for name, x in paths.flatten_by_path(run.abstract.params).items():
+  for name, x in paths.flatten_by_path(run.abstract_state.params).items():
     nbytes = math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     is_whole = 'fsdp' not in memory.sharded_axes(x.sharding)
     if is_whole and nbytes >= LEAST_BYTES_NAMED:
@@ -200,12 +200,12 @@ def make_program(run: runs.Run, name: str) -> Program:
 
   # The rows of prompts are split over devices; the seed is everywhere.
   prompt_shape = data.batch_size, data.length - new_tokens
-  prompts_BL = integers(prompt_shape, run.place)
-  lengths_B = integers((data.batch_size,), run.place)
+  prompts_BL = integers(prompt_shape, run.batch_sharding)
+  lengths_B = integers((data.batch_size,), run.batch_sharding)
   seed = integers((), NamedSharding(run.mesh, PartitionSpec()))
   return Program(
       name=name, function=write_text,
-      args=(run.abstract.params, prompts_BL, lengths_B, seed), options={},
+      args=(run.abstract_state.params, prompts_BL, lengths_B, seed), options={},
       passes=new_tokens - 1)
 
 
@@ -213,10 +213,10 @@ def _training_step(run: runs.Run) -> Program:
   """Returns the training step of a run: a function of its state and a batch."""
   batch = {}
   for key, (shape, dtype) in objectives.shapes_of_batch(run.config).items():
-    batch[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=run.place)
+    batch[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=run.batch_sharding)
   return Program(
       name='train', function=make_train_step(run.module, run.tx, run.config),
-      args=(run.abstract, batch),
+      args=(run.abstract_state, batch),
       options=dict(donate_argnums=0, out_shardings=(run.shardings, None)))
 
 

@@ -25,11 +25,11 @@ def state_bytes(run: runs.Run) -> dict[str, int]:
   """Returns the bytes on a device of a run's parameters, optimiser state, and
   with optim.ema of the average of the parameters."""
   nbytes = {
-      'parameters': devices.bytes_on_one_device(run.abstract.params),
-      'optimizer': devices.bytes_on_one_device(run.abstract.opt_state),
+      'parameters': devices.bytes_on_one_device(run.abstract_state.params),
+      'optimizer': devices.bytes_on_one_device(run.abstract_state.opt_state),
   }
-  if run.abstract.ema is not None:
-    nbytes['average'] = devices.bytes_on_one_device(run.abstract.ema)
+  if run.abstract_state.ema is not None:
+    nbytes['average'] = devices.bytes_on_one_device(run.abstract_state.ema)
   return nbytes
 
 
@@ -37,7 +37,7 @@ def trained_parameters(run: runs.Run):
   """Returns the shapes of a run's parameters that have a gradient: those that
   are not frozen."""
   parts = parameter_shares(run.module, run.config.optim)
-  return shares.keep_trained(parts, run.abstract.params)
+  return shares.keep_trained(parts, run.abstract_state.params)
 
 
 def sharded_axes(sharding: Any) -> set[str]:
@@ -131,7 +131,7 @@ def estimate_peak_bytes(run: runs.Run,
   parts['kept_for_backward'] = on_devices // num_pieces
 
   # Weights that stay gathered from the forward pass to the backward one.
-  params = paths.flatten_by_path(run.abstract.params)
+  params = paths.flatten_by_path(run.abstract_state.params)
   if model.keep_gathered != 'none':
     parts['kept_gathered'] = itemsize * _kept_gathered(run, params)
 
@@ -303,8 +303,8 @@ def bytes_kept_for_backward(run: runs.Run) -> tuple[int, int]:
 
   # The arrays that the backward pass closes over are kept between the passes.
   with run.context():
-    left = jax.make_jaxpr(residuals)(run.abstract.params, batch).out_avals
-  weight_shapes = {x.shape for x in jax.tree.leaves(run.abstract.params)}
+    left = jax.make_jaxpr(residuals)(run.abstract_state.params, batch).out_avals
+  weight_shapes = {x.shape for x in jax.tree.leaves(run.abstract_state.params)}
   # Weights are counted elsewhere, and keys of random numbers take no room.
   on_devices = in_hosts = 0
   for x in left:

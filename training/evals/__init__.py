@@ -68,7 +68,7 @@ class Evaluation:
     of several processes each one loads its part of the batches."""
     config = self.run.config
     index, count = devices.batch_slice_of_process(
-        self.run.place, config.data.batch_size)
+        self.run.batch_sharding, config.data.batch_size)
     return pipeline.make_evaluation_loaders(config, tokenizer=self.tokenizer,
                              process_index=index, process_count=count)
 

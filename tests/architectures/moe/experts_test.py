@@ -364,7 +364,8 @@ def test_the_bias_moves_against_the_load_and_evens_it_out():
   c = _config(grad_accumulation=2)
   run = runs.build(c, architectures.resolve(c.model),
                    mesh=step_test.one_device_mesh())
-  params = jax.tree.map(np.array, models.draw_parameters(run.abstract.params))
+  params = jax.tree.map(np.array,
+                        models.draw_parameters(run.abstract_state.params))
   # It begins collapsed: expert 0 is every token's, in both layers.
   _biases(params)[:] = 1.0, 0, 0, 0
   _biases(params, 0, 'experts_of')[:] = 2
@@ -373,7 +374,7 @@ def test_the_bias_moves_against_the_load_and_evens_it_out():
     step = jax.jit(make_train_step(run.module, run.tx, c))
     biases, loads = [_biases(state.params)], []
     for n in range(STEPS):
-      batch = devices.put_on_devices(step_test.batch(n), run.place)
+      batch = devices.put_on_devices(step_test.batch(n), run.batch_sharding)
       state, metrics = step(state, batch)
       biases.append(_biases(state.params))
       load_NE = np.asarray(metrics['health/load_E'])

@@ -237,7 +237,7 @@ def test_weights_are_read_whole_once_a_pass(rules, mesh):
     config.model.update(param_dtype=dtype, dtype='bfloat16')
     run = run_on_cpu(config, mesh)
     shards = run.mesh.shape['expert']
-    params = paths.flatten_by_path(run.abstract.params)
+    params = paths.flatten_by_path(run.abstract_state.params)
     whole = sum(x.size * 2 // (shards if '/ffn/' in path and x.ndim == 4 else 1)
                 for path, x in params.items() if not path.startswith('embed/'))
     assert predict.memory_traffic(run, 0.0, False) == whole, dtype

@@ -47,7 +47,7 @@ def _upcycled(system, changes, **dense):
   config.model = upcycling.config(old, changes)
   run = runs.build(config, architectures.resolve(config.model))
   return module, params, run, upcycling.params(
-      run.module, run.abstract.params, params, seed=0)
+      run.module, run.abstract_state.params, params, seed=0)
 
 
 def _check_same_logits(module, params, run, mixture):
@@ -64,7 +64,8 @@ def test_a_mixture_starts_as_its_dense_model(system):
   module, params, run, mixture = _upcycled(
       system, MIXTURES[system], num_layers=4, num_decoder_layers=4)
   assert run.model.ffn == 'moe' and upcycling.is_the_same_function(run.model)
-  assert jax.tree.structure(mixture) == jax.tree.structure(run.abstract.params)
+  expected = jax.tree.structure(run.abstract_state.params)
+  assert jax.tree.structure(mixture) == expected
   _check_same_logits(module, params, run, mixture)
   flat = paths.flatten_by_path(mixture)
   routers = [x for path, x in flat.items() if path.endswith('ffn/router')]

@@ -90,7 +90,8 @@ def test_only_what_is_asked_for_counts():
   batch = loader(config).batch(0)
   others = dict(batch, targets=np.where(batch['weights'] > 0, batch['targets'],
                                         (batch['targets'] + 3) % 16))
-  drawn, judge = models.draw_parameters(run.abstract.params), run.eval_step()
+  drawn = models.draw_parameters(run.abstract_state.params)
+  judge = run.eval_step()
   with run.context():
     loss, moved, blind = (
         jax.device_get(judge(params, run.put(each)))['loss']

@@ -149,7 +149,7 @@ def test_a_step_averages_what_it_trains():
       b = step_test.batch(n)
       if n == 1:
         b['weights'] = b['weights'] * np.nan
-      state, _ = step(state, devices.put_on_devices(b, run.place))
+      state, _ = step(state, devices.put_on_devices(b, run.batch_sharding))
       states.append(jax.device_get(state))
       evaluated.append(jax.device_get(run.parameters_to_evaluate(state)))
   for path, last in paths.flatten_by_path(evaluated[-1]).items():

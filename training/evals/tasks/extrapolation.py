@@ -176,7 +176,7 @@ def _load_sources(evaluation: Evaluation, multiple: int
     multiple: one of LENGTH_MULTIPLES.
   """
   config = evaluation.run.config.copy_and_resolve_references()
-  device_placement = evaluation.run.place
+  device_placement = evaluation.run.batch_sharding
   longest_multiple = max(LENGTH_MULTIPLES)
   longest_length = config.data.length * longest_multiple
   num_pieces = longest_multiple // multiple

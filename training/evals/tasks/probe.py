@@ -204,7 +204,7 @@ def measure_cell(evaluation: Evaluation, cell: ProbeCell, num_rows: int
       probe=probe, settings=settings, split='eval',
       seed=probes.held_out_seed(config), levels=(cell.level,))
   process_index, num_processes = devices.batch_slice_of_process(
-      evaluation.run.place, config.data.batch_size)
+      evaluation.run.batch_sharding, config.data.batch_size)
   loader = pipeline.Loader(
       name=config.data.source, share=1.0, text=config.data.source,
       dataset=rows, views=[rows], config=config,
