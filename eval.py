@@ -66,7 +66,7 @@ def main():
 
   cpu.configure_cpu()
   figures = evals.evaluate_run(workdir, tasks, args, step=step, text=args.text,
-                           live=args.live, passes=args.passes)
+                               live=args.live, passes=args.passes)
   evals.write_figures(json_file, figures)
 
 

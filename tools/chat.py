@@ -48,7 +48,7 @@ for _flag in writing.SAMPLING_FLAGS:
 
 NOTES = {'length': '[cut off at --max_new_tokens]',
          'context': '[the tokens of --context are full: /reset begins a new '
-                    'conversation]',
+         'conversation]',
          'interrupted': '[stopped]'}
 
 

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
   for name, least, most in (
       ('shard_mib', 1, 2**20), ('jobs', 1, 100_000), ('job', 0, args.jobs - 1)):
     check_number(f'--{name}', getattr(args, name),
-                  (('>=', least), ('<=', most)))
+                 (('>=', least), ('<=', most)))
   figures = tokenise(args)
   if args.json:
     print(json.dumps(figures))

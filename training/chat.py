@@ -146,7 +146,7 @@ def _choose_talk(tokenizer: Tokenizer,
   if conversations.read_template_of_folder(folder) is not None:
     template_of_folder = conversations.read_template(str(folder), tokenizer)
     return causal.talk_by_template(template_of_folder, end_tokens,
-                            'answers by its chat template')
+                                   'answers by its chat template')
   if is_published:
     return hf_generation.plain(tokenizer, generation)
   return usual

@@ -93,12 +93,12 @@ def _step_lines(run: runs.Run, start: int, tokens: int) -> list[str]:
     rows += (f' padded to {", ".join(map(str, shorter))} or {longest} tokens '
              '(a program each)')
   lines = [f'step: {rows}, {at_most}{tokens:,} tokens']
-  for until, size in zip(ramp.until, ramp.sizes):
+  for until, size in zip(ramp.change_steps, ramp.sizes):
     lines.append(f'until step {until:,}: {size:,} rows')
 
   # How many steps there are.
   row_tokens = tokens // ramp.last
-  total = int(ramp.before(config.train.steps)) * row_tokens
+  total = int(ramp.rows_before(config.train.steps)) * row_tokens
   lines.append(f'training: steps {start + 1:,} to {config.train.steps:,}, '
                f'{at_most}{total:,} tokens in all')
   return lines
@@ -111,7 +111,7 @@ def _data_lines(run: runs.Run, train_data: pipeline.Loader) -> list[str]:
   source = train_data.text
   num_passes = 0.0  # those of a mixture are not counted
   if len(train_data.views) == 1:
-    rows = int(pipeline.read_ramp(config).before(config.train.steps))
+    rows = int(pipeline.read_ramp(config).rows_before(config.train.steps))
     num_passes = rows / train_data.num_windows
     source = f'{num_passes:.3g} passes over {source}'
 

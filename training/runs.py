@@ -483,7 +483,7 @@ def resolve_model(config: ml_collections.ConfigDict,
           'derived')
   if least_vocab_size == tokenizer.vocab_size:
     # An imported model may lack the ids that no text gives.
-    least_vocab_size = tokenizer.least_size
+    least_vocab_size = tokenizer.least_vocab_size
   require(model['vocab_size'] >= least_vocab_size, 'model.vocab_size is '
           f'{model["vocab_size"]}, but data.source {config.data.source!r} by '
           f'the tokenizer {config.data.tokenizer!r} has {least_vocab_size} '

@@ -85,7 +85,7 @@ class TrainingBatches:
   def tokens_before(self, n: int) -> int:
     """Returns how many tokens a run has been trained on in its first n steps.
     """
-    return int(self._ramp.before(n)) * self._row_tokens
+    return int(self._ramp.rows_before(n)) * self._row_tokens
 
   def close(self) -> None:
     for stream in self._streams:

@@ -229,7 +229,7 @@ def _train_members_at_one_step(run: runs.Run, members: Sequence[GroupMember]
     config_of_seed = config_with_traced_values(config, {'seed': seed})
     loaders.append(pipeline.make_training_loader(config_of_seed, tokenizer))
   for loader in loaders:
-    loader.beside = loaders
+    loader.loaders_of_program = loaders
 
   # The states of the runs become one, with an axis of runs in front.
   if start.state is None:
@@ -239,7 +239,7 @@ def _train_members_at_one_step(run: runs.Run, members: Sequence[GroupMember]
   num_steps = loop.train_runs(
       program, writers=writers, state=state, start=start.step, loaders=loaders,
       eval_data=pipeline.make_evaluation_loaders(config,
-                                                                 tokenizer))
+                                                 tokenizer))
   if any(writer.code == STOPPED for writer in writers):
     print(f'stopped after step {num_steps}: the same request goes on.')
 

@@ -248,6 +248,6 @@ def test_a_mean_is_of_averages_where_these_are_kept(averaged):
       [of_step(n)['ema']['a'] for n in (30, 40)], axis=0))
   live = parameters.read_parameters(averaged, asked(),
                                     checkpoints.MeanOfSteps(last=2),
-                            live=True)
+                                    live=True)
   np.testing.assert_array_equal(live.state['a'], np.mean(
       [of_step(n)['params']['a'] for n in (30, 40)], axis=0))

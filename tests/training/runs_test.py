@@ -138,7 +138,8 @@ def test_a_run_says_how_rows_are_padded_and_cut(labelled):
   run = runs.build(labelled, runs.resolve_model(labelled, tokenizer)[0])
   train = pipeline.make_training_loader(labelled, tokenizer)
   text = description.describe_run(run, 0, 256, train,
-                       pipeline.make_evaluation_loaders(labelled, tokenizer))
+                                  pipeline.make_evaluation_loaders(labelled,
+                                                                   tokenizer))
   assert ('step: 8 rows padded to 16 or 32 tokens (a program each), at most '
           '256 tokens\n') in text
   assert re.search('[1-9][0-9]* of whose 1[0-9]+ rows are longer than '

@@ -57,7 +57,7 @@ def cost_of_run(config) -> Cost:
   """
   length = sum(objectives.find_objective(config).row_lengths(config))
   params, active_params = _count_parameters(resolve_model(config))
-  rows = int(pipeline.read_ramp(config).before(config.train.steps))
+  rows = int(pipeline.read_ramp(config).rows_before(config.train.steps))
   return Cost(params=params, active_params=active_params,
               flops_per_token=_flops_per_token(config), tokens=rows * length)
 

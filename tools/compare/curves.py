@@ -195,8 +195,8 @@ def curve_from_rows(
   # The tokens so far, by the rows of the batches so far, which may grow.
   batch_ramp = pipeline.parse_ramp(config['data.batch_ramp'],
                                    config['data.batch_size'])
-  rows_of_run = batch_ramp.before(config['train.steps'])
-  tokens_so_far = tokens * batch_ramp.before(steps) / rows_of_run
+  rows_of_run = batch_ramp.rows_before(config['train.steps'])
+  tokens_so_far = tokens * batch_ramp.rows_before(steps) / rows_of_run
   flops = tokens_so_far * flops_per_token
   is_warm = steps >= config['optim.warmup_steps']
   return {

@@ -179,7 +179,7 @@ def _uniform_loss(config, vocab: int) -> float | None:
   """Returns the loss of a model that gives all answers the same probability;
   None where the objective has no such loss."""
   objective = objectives.find_objective(config)
-  return objective.guessing(objectives.fill_in_labels(config), vocab)
+  return objective.loss_of_guessing(objectives.fill_in_labels(config), vocab)
 
 
 def score_of_guessing(

@@ -393,7 +393,7 @@ class Trainer:
     verdict is on them."""
     name = (self._frozen.base_config | run.changes)['objective']
     has_documents = (run.workload == plans.TEXT
-                     and objectives.OBJECTIVES[name].every_token)
+                     and objectives.OBJECTIVES[name].predicts_every_token)
     if run.phase == 'confirm' and has_documents:
       return ['documents']
     return []

@@ -28,7 +28,7 @@ KEYS_OF_BOUNDS = ('step_seconds', 'highest_mfu', 'bound')
 
 
 def possible_meshes(config: ml_collections.ConfigDict, model: ModelConfig,
-           topology: chips.Topology) -> Iterator[dict[str, int]]:
+                    topology: chips.Topology) -> Iterator[dict[str, int]]:
   """Yields every mesh that the model and the batch allow, `tensor` within the
   devices that the fast network joins, and 16 at most."""
   count = topology.devices
@@ -76,7 +76,7 @@ def plans_by_estimate(config: ml_collections.ConfigDict,
 
 
 def _plans_of_mesh(run: runs.Run, topology: chips.Topology,
-              activations: dict[str, tuple[int, int]]) -> list[dict]:
+                   activations: dict[str, tuple[int, int]]) -> list[dict]:
   """Returns the plans of one mesh that fit by an estimate: for each remat
   policy the one that accumulates the fewest gradients, as more of them only
   send more.
@@ -181,7 +181,7 @@ def _estimate_plan(run: runs.Run, topology: chips.Topology,
 
 
 def search_plans(config: ml_collections.ConfigDict, topology: chips.Topology,
-           wanted: int) -> dict:
+                 wanted: int) -> dict:
   """Returns the best plans of a run that fit its devices, compiled where there
   is a compiler.
 
@@ -221,7 +221,7 @@ def search_plans(config: ml_collections.ConfigDict, topology: chips.Topology,
 
 
 def _compile_plan(config: ml_collections.ConfigDict, topology: chips.Topology,
-              plan: dict) -> dict:
+                  plan: dict) -> dict:
   """Returns a plan with the compiler's figures, or as it is where there is no
   compiler.
 

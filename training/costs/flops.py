@@ -89,7 +89,7 @@ def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
     length: the number of tokens; for an encoder-decoder, those of the encoder.
     decoder_length: the number of tokens of an encoder-decoder's decoder.
     unread: how many places of the sequence the head does not read, as those
-      that have no label (Objective.unread).
+      that have no label (Objective.num_unread_places).
     freeze: config.optim.freeze.
     prefix: whether the first tokens of a row see each other (Objective.prefix).
 
@@ -129,7 +129,7 @@ def training_flops_of_row(config: ml_collections.ConfigDict, model: ModelConfig,
   objective = objectives.find_objective(config)
   lengths = lengths or objective.row_lengths(config)
   return training_flops(
-      model, *lengths, unread=objective.unread(config, lengths[0]),
+      model, *lengths, unread=objective.num_unread_places(config, lengths[0]),
       freeze=config.optim.freeze, prefix=objective.prefix)
 
 

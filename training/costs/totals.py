@@ -29,7 +29,7 @@ from training.workdir import run_config
 
 
 def count_costs(config: Config, length: int = 0,
-          model: ModelConfig | None = None) -> dict:
+                model: ModelConfig | None = None) -> dict:
   """Returns all costs of a config's model, as a dict for JSON: parameters,
   FLOPs, and the bytes of the cache and of the state of training.
 

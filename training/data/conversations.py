@@ -39,14 +39,16 @@ from training.data import texts
 from training.data.tokenizers import Tokenizer, read_special_tokens
 from training.workdir import storage
 
-# Who speaks, as files spell it: our kind of part.
+# How files spell who speaks in a turn, and the role as templates know it.
 ROLE_OF_SPELLING = {'system': 'system', 'user': 'user', 'human': 'user',
-         'prompter': 'user', 'assistant': 'assistant', 'gpt': 'assistant',
-         'chatgpt': 'assistant', 'bot': 'assistant'}
-# The parts that a conversation is made of: those of the published templates,
-# and those of a Jinja template.
+                    'prompter': 'user', 'assistant': 'assistant',
+                    'gpt': 'assistant', 'chatgpt': 'assistant',
+                    'bot': 'assistant'}
+# A conversation that is laid out consists of (kind, text) parts. The published
+# templates make questions and answers; a Jinja template makes text that is
+# shown to the model, and text that the assistant says.
 KINDS_OF_PARTS = ('question', 'answer', 'shown', 'said')
-KINDS_OF_ANSWERS = ('answer', 'said')  # those predicted
+KINDS_OF_ANSWERS = ('answer', 'said')  # those that a model learns to predict
 PUBLISHED_NAME = 'published'  # data.chat_template of Vicuna's and Alpaca's
 VICUNA_SYSTEM_MESSAGE = (
     'A chat between a curious user and an artificial intelligence assistant. '
@@ -76,10 +78,14 @@ Messages = Sequence[dict[str, str]]
 
 
 def parse_turns(turns: Sequence, where: str) -> list[tuple[str, str]]:
-  """Returns the (role, text) turns of one conversation.
+  """Returns the turns of a conversation, as a file has them, as (role, text).
+
+  Args:
+    turns: objects with role and content, or from and value.
+    where: where the conversation stands, for messages.
 
   Raises:
-    ValueError: for a turn without a known role or without text.
+    RequestError: for a turn without a known role or without text.
   """
   parts = []
   for turn in turns:
@@ -96,41 +102,43 @@ def parse_turns(turns: Sequence, where: str) -> list[tuple[str, str]]:
 
 
 class Layout:
-  """How the conversations of a source are laid out.
+  """A way to lay out the conversations of a data source as text.
 
   Attributes:
-    key: what tells this layout from others.
+    key: a string that tells this layout from all others. It is part of the name
+      of the tokens in the cache.
   """
   key: str
 
-  def of(self, document: Any) -> Any:
-    """Returns a document, laid out if it is a conversation; plain text and
-    empty turns stay as they are."""
+  def lay_out(self, document: Any) -> Any:
+    """Returns a document as its (kind, text) parts, if it is a conversation.
+    Plain text, and turns that say nothing, are returned as they are."""
     raise NotImplementedError
 
 
 class PublishedLayout(Layout):
-  """Vicuna's template for turns; instructions have Alpaca's already."""
+  """Vicuna's template for conversations. Instructions are laid out by Alpaca's
+  template when they are read, and stay as they are."""
 
   key = PUBLISHED_NAME
 
-  def of(self, document: Any) -> Any:
+  def lay_out(self, document: Any) -> Any:
     if _is_conversation(document):
       return lay_out_vicuna_turns(document)
     return document
 
 
 class JinjaLayout(Layout):
-  """A Jinja template.
+  """The layout of a Jinja template, which refuses Alpaca's instructions.
 
   Args:
-    template: the template.
+    template: the template with its tokenizer.
   """
 
   def __init__(self, template: 'Template'):
-    """Finds the key, a hash of everything that decides on a text's ids."""
+    """Makes the key: a hash of everything that decides on the ids of a text."""
     tokenizer = template.tokenizer
-    special, special_or_written = template.markers
+    special, special_or_written = template.tokens_to_spell
     described = json.dumps([
         template.text, template.special_tokens, tokenizer.special_texts,
         *sorted(special_or_written - special)])
@@ -138,10 +146,10 @@ class JinjaLayout(Layout):
     self.key = f'jinja {digest}'
     self._template = template
 
-  def of(self, document: Any) -> Any:
+  def lay_out(self, document: Any) -> Any:
     if _is_conversation(document):
       messages = [dict(role=role, content=text) for role, text in document]
-      return self._template.parts(messages)
+      return self._template.split_into_parts(messages)
     if not isinstance(document, str) and not _has_roles(document):
       raise RequestError('instructions have a template of their own: set '
                          'data.chat_template to published')
@@ -152,7 +160,7 @@ def choose_layout(template: str, tokenizer: Any) -> Layout:
   """Returns the layout that data.chat_template names.
 
   Args:
-    template: published, a Jinja file or a Hugging Face folder.
+    template: `published`, or else a Jinja file or a Hugging Face folder.
     tokenizer: the tokenizer of the run.
 
   Raises:
@@ -164,14 +172,15 @@ def choose_layout(template: str, tokenizer: Any) -> Layout:
 
 
 def _is_conversation(document: Any) -> bool:
-  """Returns whether a document is a conversation in which something is said."""
+  """Returns whether a document is a list of turns in which something is said.
+  """
   if isinstance(document, str):
     return False
   return any(text for _, text in document) and _has_roles(document)
 
 
 def _has_roles(document: Sequence[tuple[str, str]]) -> bool:
-  """Returns whether the parts of a document are turns."""
+  """Returns whether the first part of a document has the role of a speaker."""
   role, _ = document[0]
   return role in ROLE_OF_SPELLING.values()
 
@@ -179,43 +188,69 @@ def _has_roles(document: Sequence[tuple[str, str]]) -> bool:
 PUBLISHED_LAYOUT = PublishedLayout()
 
 
-def lay_out_vicuna_turns(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
-  """Returns turns by `parse` as (kind, text) parts, the kinds `question` and
-  `answer`. Joined, with the separator after each answer, they are the
-  template's text."""
+def lay_out_vicuna_turns(turns: list[tuple[str, str]]
+                         ) -> list[tuple[str, str]]:
+  """Lays out a conversation by Vicuna's template.
+
+  Args:
+    turns: the (role, text) turns of `parse_turns`.
+
+  Returns:
+    The (kind, text) parts, the kinds `question` and `answer` in turn. Joined,
+    with the tokenizer's separator after each answer, they are the text of the
+    template.
+  """
+  # Without a system message of its own a conversation begins with Vicuna's.
   parts = []
-  asked = '' if turns[0][0] == 'system' else f'{VICUNA_SYSTEM_MESSAGE} '
-  for kind, text in turns:
-    if kind == 'system':
-      asked += f'{text} '
+  question = ''
+  first_role, _ = turns[0]
+  if first_role != 'system':
+    question = f'{VICUNA_SYSTEM_MESSAGE} '
+
+  # A question is all that stands before the assistant's next answer.
+  for role, text in turns:
+    if role == 'system':
+      question += f'{text} '
     elif not text:  # FastChat writes neither the space nor the separator.
-      asked += f'{kind.upper()}:'
-    elif kind == 'user':
-      asked += f'USER: {text} '
+      question += f'{role.upper()}:'
+    elif role == 'user':
+      question += f'USER: {text} '
     else:
-      parts += [('question', f'{asked}ASSISTANT:'), ('answer', f' {text}')]
-      asked = ''
-  if asked:
-    parts.append(('question', asked))
+      parts.append(('question', f'{question}ASSISTANT:'))
+      parts.append(('answer', f' {text}'))
+      question = ''
+  if question:
+    parts.append(('question', question))
   return parts
 
 
 def read_alpaca(path: str) -> Iterator[list[tuple[str, str]]]:
-  """Yields the parts of each record of a file: one JSON list, or in a .jsonl
-  an object a line.
+  """Yields the question and the answer of each instruction of a file, laid out
+  by Alpaca's template as (kind, text) parts.
+
+  Args:
+    path: a file of one JSON list, or a .jsonl with an object a line. Each
+      object has an instruction, an output and perhaps an input.
 
   Raises:
-    ValueError: naming the record that is none.
+    RequestError: naming the record that has no instruction or no output.
   """
   for where, record in texts.read_rows(path):
-    asked = texts.check_text(record.get('instruction'), f'{where}, instruction')
+    instruction = texts.check_text(record.get('instruction'),
+                                   f'{where}, instruction')
     context = texts.check_text(record.get('input', ''), f'{where}, input')
     answer = texts.check_text(record.get('output'), f'{where}, output')
-    yield [('question', alpaca_prompt(asked, context)), ('answer', answer)]
+    question = alpaca_prompt(instruction, context)
+    yield [('question', question), ('answer', answer)]
 
 
 def alpaca_prompt(instruction: str, context: str = '') -> str:
-  """Returns the text before an answer; `context` is the record's input."""
+  """Returns the text that Alpaca's template writes before an answer.
+
+  Args:
+    instruction: what is to be done.
+    context: the input of the instruction; '': it has none.
+  """
   if context:
     return ALPACA_PROMPT_WITH_INPUT.format(instruction=instruction,
                                            input=context)
@@ -224,13 +259,14 @@ def alpaca_prompt(instruction: str, context: str = '') -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """A template with the tokenizer whose special tokens it writes.
+  """A Jinja chat template, with the tokenizer whose special tokens it writes.
 
   Attributes:
-    name: where it is from, for messages.
-    text: the template itself.
-    tokenizer: what its text is encoded with.
-    special_tokens: {'bos_token': '<s>', ...}, as the template knows them.
+    name: the file or the folder that it is from, for messages.
+    text: the text of the template.
+    tokenizer: the tokenizer that encodes what the template writes.
+    special_tokens: {'bos_token': '<s>', ...}, the names by which the template
+      writes special tokens.
   """
   name: str
   text: str
@@ -238,23 +274,31 @@ class Template:
   special_tokens: dict[str, str]
 
   @functools.cached_property
-  def markers(self) -> tuple[frozenset[int], frozenset[int]]:
-    """The tokens that nobody says: the special ones and, for all but the
-    assistant, also those added ones that the template's text has."""
-    added = self.tokenizer.added_texts
-    special = {added[text] for text in self.tokenizer.special_texts}
-    written = set()
-    for text, i in added.items():
+  def tokens_to_spell(self) -> tuple[frozenset[int], frozenset[int]]:
+    """The tokens that are spelt out where somebody says them, so that nobody
+    speaks for another.
+
+    Returns:
+      The ids that are spelt in what the assistant says, which are the special
+      tokens; and those that are spelt in what all others say, which are also
+      the added tokens that stand in the text of the template.
+    """
+    id_of_added_text = self.tokenizer.id_of_added_text
+    special_ids = set()
+    for text in self.tokenizer.special_texts:
+      special_ids.add(id_of_added_text[text])
+    template_ids = set()
+    for text, token in id_of_added_text.items():
       if text.strip() and text in self.text:
-        written.add(i)
-    return frozenset(special), frozenset(special | written)
+        template_ids.add(token)
+    return frozenset(special_ids), frozenset(special_ids | template_ids)
 
   def encode(self, messages: Messages, answer: bool = False) -> np.ndarray:
-    """Returns the ids [T] of a conversation.
+    """Returns the token ids [T] of a conversation.
 
     Args:
       messages: dicts with role and content.
-      answer: whether the assistant's next message is about to begin.
+      answer: whether the text ends where the assistant's next message begins.
     """
     [ids_T] = encode_rendered_parts([self.render(messages, answer)],
                                     self.tokenizer)
@@ -262,18 +306,30 @@ class Template:
 
   def render(self, messages: Messages, answer: bool = False,
              goes_on: bool = False) -> str:
-    """Returns the text of a conversation, MARKS in it; see `encode`. Where it
-    `goes_on`, it is without what ends the last message."""
+    """Returns the text of a conversation, in which marks stand around what is
+    spelt.
+
+    Args:
+      messages: dicts with role and content.
+      answer: whether the text ends where the assistant's next message begins.
+      goes_on: whether the text ends inside the last message, without what the
+        template writes after it.
+    """
     text, _ = self._render(messages, answer, goes_on)
     return text
 
-  def parts(self, messages: Messages) -> list[tuple[str, str]]:
-    """Returns the text of a conversation as parts: `said` is the assistant's,
-    `shown` is not. Their texts, with MARKS, one after the other are `render`'s.
+  def split_into_parts(self, messages: Messages) -> list[tuple[str, str]]:
+    """Returns the text of a conversation as (kind, text) parts.
 
-    The assistant's is what stands in the template's {% generation %} blocks. In
-    a template without these, it is what an answer adds to the text that asks
+    The kind `said` is what the assistant says, and `shown` is all else. Joined,
+    the parts are the text of `render`, with the marks around spelt text.
+
+    The assistant says what stands in the template's {% generation %} blocks. In
+    a template without these, it says what an answer adds to the text that asks
     for it, up to the last special token of that, where there is one.
+
+    Args:
+      messages: dicts with role and content.
 
     Raises:
       RequestError: where the text with an answer does not begin with the text
@@ -281,7 +337,7 @@ class Template:
     """
     text, spans = self._render(messages)
     if not _PATTERN_OF_ANSWER_BLOCK.search(self.text):
-      spans = self._differences(messages, text)
+      spans = self._find_answers_by_difference(messages, text)
     parts = []
     end_of_last = 0
     for first, end in spans:
@@ -291,43 +347,57 @@ class Template:
     parts.append(('shown', text[end_of_last:]))
     return parts
 
-  def ends(self) -> set[int]:
-    """Returns the special token with which an answer ends, if one follows it
-    directly."""
-    # A word that no template contains, so that its end can be found.
+  def find_end_ids(self) -> set[int]:
+    """Returns the ids of the special token that the template writes directly
+    after an answer; none, where it writes none there."""
+    # A word that no template contains shows where an answer ends.
     answer = 'Xyzzy'
     text = self.render([dict(role='user', content=answer),
                         dict(role='assistant', content=answer)])
     if answer not in text:
       return set()
-    after = text.rpartition(answer)[2].lstrip()
+    text_after_answer = text.rpartition(answer)[2].lstrip()
+
+    # The longest special token wins, as one may begin with another.
     for special in sorted(self.tokenizer.special_texts, key=len, reverse=True):
-      if after.startswith(special):
-        ids_T, _ = self.tokenizer.encode_placed(special)
-        return {int(i) for i in ids_T}
+      if text_after_answer.startswith(special):
+        ids_T, _ = self.tokenizer.encode_with_special_tokens(special)
+        return {int(token) for token in ids_T}
     return set()
 
-  def _differences(self, messages: Messages, text: str
-                   ) -> list[tuple[int, int]]:
-    """Returns where each answer stands in `text`, all messages rendered."""
+  def _find_answers_by_difference(self, messages: Messages, text: str
+                                  ) -> list[tuple[int, int]]:
+    """Finds the assistant's answers where the template does not mark them.
+
+    Args:
+      messages: the messages of the conversation.
+      text: the text of all of them, rendered.
+
+    Returns:
+      The (first character, end) of each answer in `text`.
+    """
     spans = []
     for i, message in enumerate(messages):
       if message['role'] != 'assistant':
         continue
       # The answer is what the second text has and the first one lacks.
-      asked = self.render(messages[:i], answer=True)
-      answered = self.render(messages[:i + 1])
-      if not answered.startswith(asked) or not text.startswith(answered):
+      text_before = self.render(messages[:i], answer=True)
+      text_with_answer = self.render(messages[:i + 1])
+      can_be_told = (text_with_answer.startswith(text_before)
+                     and text.startswith(text_with_answer))
+      if not can_be_told:
         raise RequestError(
             f'message {i + 1} cannot be told from the others: the chat '
             f'template {self.name} has no {{% generation %}} block, and what '
             'it writes before an answer changes with the answer: put the '
             'block around what the assistant says')
-      spans.append((len(asked), self._up_to_special(answered, len(asked))))
+      start = len(text_before)
+      spans.append((start, self._find_end_of_answer(text_with_answer, start)))
     return spans
 
-  def _up_to_special(self, text: str, start: int) -> int:
-    """Returns where the last special token after `start` ends, or the text."""
+  def _find_end_of_answer(self, text: str, start: int) -> int:
+    """Returns where an answer that begins at `start` ends: after the last
+    special token that follows, or at the end of the text, if none does."""
     ends = []
     for special in self.tokenizer.special_texts:
       if special in text[start:]:
@@ -342,19 +412,26 @@ class Template:
 
   def _render(self, messages: Messages, answer: bool = False,
               goes_on: bool = False) -> tuple[str, list[tuple[int, int]]]:
-    """Returns the text, and where {% generation %} blocks stand in it."""
+    """Renders a conversation by the template, in a process with limits.
+
+    Args: those of `render`.
+
+    Returns:
+      The text, and the (first character, end) of each block in it that is
+      marked by {% generation %}.
+    """
     from training.data import limited
     # Words that somebody says must not be taken for the template's own tokens.
+    tokens_of_assistant, tokens_of_others = self.tokens_to_spell
     chat = []
     for message in messages:
-      special, special_or_written = self.markers
-      markers = special_or_written
+      tokens_to_spell = tokens_of_others
       if message['role'] == 'assistant':
-        markers = special
+        tokens_to_spell = tokens_of_assistant
       marked_message = {}
       for key, value in message.items():
         marked_message[key] = mark_special_tokens(value, self.tokenizer,
-                                                  markers)
+                                                  tokens_to_spell)
       chat.append(marked_message)
     options = dict(
         self.special_tokens, add_generation_prompt=answer,
@@ -371,20 +448,26 @@ def read_template(spec: str, tokenizer: Tokenizer) -> Template:
   """Returns the template of data.chat_template.
 
   Args:
-    spec: a Jinja file, a Hugging Face folder, or 'jinja:' and the template
-      itself, as a run keeps it.
-    tokenizer: the tokenizer whose special tokens it writes.
+    spec: a Jinja file, a Hugging Face folder, or 'jinja:' and the text of the
+      template itself, which the config of a run keeps.
+    tokenizer: the tokenizer whose special tokens the template writes.
 
   Raises:
-    RequestError: where there is none.
+    RequestError: where there is no template.
   """
   name, text = read_template_text(spec)
   return make_template(name, text, tokenizer)
 
 
 def read_template_text(spec: str) -> tuple[str, str]:
-  """Returns where the template of data.chat_template is from, and its text;
-  RequestError: there is none."""
+  """Returns where the template of data.chat_template is from, and its text.
+
+  Args:
+    spec: see `read_template`.
+
+  Raises:
+    RequestError: where there is no template.
+  """
   if spec.startswith(PREFIX_OF_TEMPLATE_TEXT):
     return 'of the run', spec.removeprefix(PREFIX_OF_TEMPLATE_TEXT)
   # A name on the Hugging Face hub is a folder of its cache.
@@ -404,104 +487,146 @@ def read_template_text(spec: str) -> tuple[str, str]:
 
 
 def make_template(name: str, text: str, tokenizer: Tokenizer) -> Template:
-  """Returns a template with the special tokens of a tokenizer."""
+  """Returns a template with a tokenizer and the special tokens that this has.
+
+  Args:
+    name: where the template is from, for messages.
+    text: the text of the template.
+    tokenizer: the tokenizer of the run.
+  """
   return Template(name=name, text=text, tokenizer=tokenizer,
                   special_tokens=special_tokens_of_template(tokenizer))
 
 
 def read_template_of_folder(folder: Any) -> str | None:
-  """Returns the chat template of a Hugging Face folder; None: it has none."""
-  if (folder / CHAT_TEMPLATE_FILE).is_file():
-    return texts.decode_text((folder / CHAT_TEMPLATE_FILE).read_bytes(),
-                             str(folder / CHAT_TEMPLATE_FILE))
-  path = folder / 'tokenizer_config.json'
-  if not path.is_file():
+  """Returns the text of the chat template of a Hugging Face folder; None where
+  it has none."""
+  # A file of its own comes before the config of the tokenizer.
+  template_file = folder / CHAT_TEMPLATE_FILE
+  if template_file.is_file():
+    return texts.decode_text(template_file.read_bytes(), str(template_file))
+  tokenizer_config = folder / 'tokenizer_config.json'
+  if not tokenizer_config.is_file():
     return None
-  template = storage.read_json(path).get('chat_template')
-  if isinstance(template, list):  # several, by name
-    by_name = {row.get('name'): row.get('template') for row in template}
-    template = by_name.get('default')
+  template = storage.read_json(tokenizer_config).get('chat_template')
+
+  # A folder with several templates gives each a name.
+  if isinstance(template, list):
+    template_of_name = {}
+    for entry in template:
+      template_of_name[entry.get('name')] = entry.get('template')
+    template = template_of_name.get('default')
   return template if isinstance(template, str) else None
 
 
-def mark_special_tokens(text: str, tokenizer: Tokenizer,
-                        markers: Set[int]) -> str:
-  """Returns what somebody says, with MARKS around each stretch that the
-  tokenizer takes for one of `markers`, however it is written: a normaliser may
-  turn other letters into a special token's."""
+def mark_special_tokens(text: str, tokenizer: Tokenizer, tokens: Set[int]
+                        ) -> str:
+  """Marks in what somebody says each part that would be read as a special
+  token, so that it is spelt when the text is encoded.
+
+  The tokenizer finds these parts however they are written: its normaliser may
+  turn other letters into a special token's.
+
+  Args:
+    text: what somebody says.
+    tokenizer: the tokenizer of the run.
+    tokens: the ids that nobody may say.
+
+  Returns:
+    The text with MARKS_OF_SPELT_TEXT around each such part.
+  """
+  # The parts that are read as one of the tokens, and are not when they are
+  # spelt: an unknown word is [UNK] either way.
   text = remove_marks(text)
-  ids_T, spans_T2 = tokenizer.encode_placed(text)
-  spans = _find_spans_of_tokens(markers, ids_T, spans_T2)
+  ids_T, spans_T2 = tokenizer.encode_with_special_tokens(text)
+  spans = _find_spans_of_tokens(tokens, ids_T, spans_T2)
   if spans:
-    # An unknown word is [UNK] when it is spelt, too.
-    ids_T, spans_T2 = tokenizer.encode_typed(text)
-    spans -= _find_spans_of_tokens(markers, ids_T, spans_T2)
+    ids_T, spans_T2 = tokenizer.encode_without_special_tokens(text)
+    spans -= _find_spans_of_tokens(tokens, ids_T, spans_T2)
+
+  # The last part comes first, since a mark moves the text behind it.
   begin_mark, end_mark = MARKS_OF_SPELT_TEXT
-  for first, end in sorted(spans, reverse=True):
-    spelt = f'{begin_mark}{text[first:end]}{end_mark}'
-    text = text[:first] + spelt + text[end:]
+  for start, end in sorted(spans, reverse=True):
+    spelt_part = f'{begin_mark}{text[start:end]}{end_mark}'
+    text = text[:start] + spelt_part + text[end:]
   return text
 
 
-def _find_spans_of_tokens(markers: Set[int], ids_T: np.ndarray,
+def _find_spans_of_tokens(tokens: Set[int], ids_T: np.ndarray,
                           spans_T2: np.ndarray) -> set[tuple[int, int]]:
-  """Returns the spans of those tokens of a text that are in `markers`."""
+  """Returns the (first character, end) of each token of a text that is in a
+  set.
+
+  Args:
+    tokens: the ids to find.
+    ids_T: the ids of the text.
+    spans_T2: the first character of each id, and the one after its last.
+  """
   spans = set()
-  for i, (first, end) in zip(ids_T.tolist(), spans_T2.tolist()):
-    if i in markers:
-      spans.add((first, end))
+  for token, (start, end) in zip(ids_T.tolist(), spans_T2.tolist()):
+    if token in tokens:
+      spans.add((start, end))
   return spans
 
 
 def remove_marks(text: str) -> str:
-  """Returns a text without MARKS."""
+  """Returns a text without the marks around spelt text."""
   return re.sub(f'[{"".join(MARKS_OF_SPELT_TEXT)}]', '', text)
 
 
 def encode_rendered_parts(parts: Sequence[str],
                           tokenizer: Tokenizer) -> list[np.ndarray]:
-  """Returns the ids [T] of each part of a rendered text.
+  """Returns the token ids [T] of each part of a text that a template rendered.
 
-  The parts are encoded as one text. An id belongs to the first of the odd
-  parts, those between two others, that it has a character of; if to none, to
-  the even part where it begins: as transformers masks a {% generation %} block.
+  The parts are encoded as one text. They take turns: the first, third, ... are
+  shown, and the second, fourth, ... are said. A token that has a character of
+  something said belongs to the first such part, and any other token to the
+  shown part in which it begins. So transformers masks {% generation %} blocks.
+
+  Args:
+    parts: the texts of `Template.split_into_parts`.
+    tokenizer: the tokenizer of the run.
   """
-  # The ids of the whole text, and where each of them stands in it.
+  # The ids of the whole text, and the span of each in it. Special tokens are
+  # spelt in what stands between two marks, and obeyed in all else.
   ids = []
-  places = []
-  for piece in re.finditer(_PATTERN_OF_PIECES, ''.join(parts)):
-    if piece['spelt']:
+  spans = []
+  for match in re.finditer(_PATTERN_OF_PIECES, ''.join(parts)):
+    if match['spelt']:
       group = 'spelt'
-      piece_ids, spans = tokenizer.encode_typed(piece[group])
+      encode = tokenizer.encode_without_special_tokens
     else:
       group = 'text'
-      piece_ids, spans = tokenizer.encode_placed(piece[group])
+      encode = tokenizer.encode_with_special_tokens
+    piece_ids, piece_spans = encode(match[group])
     ids.append(piece_ids)
-    places.append(spans + piece.start(group))
+    spans.append(piece_spans + match.start(group))
   if not ids:
     return [np.zeros(0, np.int32) for _ in parts]
   ids_T = np.concatenate(ids)
-  places_T2 = np.concatenate(places)
+  spans_T2 = np.concatenate(spans)
 
-  # The ids before each part's end. An id that ends at or before the end of an
-  # even part is not of the odd one after it.
-  ends = np.cumsum([len(part) for part in parts])
-  cuts = []
-  before = 0
-  for number, end in enumerate(ends[:-1]):
-    if number % 2 == 0:
-      is_before_T = places_T2[:, 1] <= end
+  # How many ids stand before each part's end. Those of something shown (an
+  # even part) end there, and those of something said begin before it.
+  ends_of_parts = np.cumsum([len(part) for part in parts])
+  ids_before_end = []
+  most_before = 0
+  for number, end in enumerate(ends_of_parts[:-1]):
+    is_shown = number % 2 == 0
+    if is_shown:
+      is_before_T = spans_T2[:, 1] <= end
     else:
-      is_before_T = places_T2[:, 0] < end
-    leading_T = np.logical_and.accumulate(is_before_T)
-    before = max(before, int(np.count_nonzero(leading_T)))
-    cuts.append(before)
-  return np.split(ids_T, cuts)
+      is_before_T = spans_T2[:, 0] < end
+    is_leading_T = np.logical_and.accumulate(is_before_T)
+    most_before = max(most_before, int(np.count_nonzero(is_leading_T)))
+    ids_before_end.append(most_before)
+  return np.split(ids_T, ids_before_end)
 
 
 def special_tokens_of_template(tokenizer: Tokenizer) -> dict[str, str]:
-  """Returns the special tokens as transformers gives them to a template: those
-  that the tokenizer's own files name, where they name any."""
+  """Returns {'bos_token': '<s>', ...}, the special tokens as transformers gives
+  them to a template: those that the tokenizer's own files name, or where they
+  name none, those of the tokenizer."""
   folder = pathlib.Path(tokenizer.name)
   # A tokenizer is named by its file or by its folder.
   if not folder.is_dir():
@@ -512,6 +637,6 @@ def special_tokens_of_template(tokenizer: Tokenizer) -> dict[str, str]:
   if named:
     return named
   # No file names them: those that the tokenizer itself has.
-  for kind, i in tokenizer.special_ids.items():
-    named[f'{kind}_token'] = tokenizer.piece(i)
+  for kind, token in tokenizer.special_ids.items():
+    named[f'{kind}_token'] = tokenizer.piece(token)
   return named

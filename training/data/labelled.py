@@ -215,7 +215,7 @@ def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
           'label, as in labelled:GLOB:sentence+label where line 1 has names, '
           'or labelled:GLOB:0+1')
     yield _record_of_row(where, row=row, columns=columns,
-                  names=names or _USUAL_COLUMN_NAMES[len(columns)])
+                         names=names or _USUAL_COLUMN_NAMES[len(columns)])
 
 
 def _find_named_columns(where: str, row: dict[str, str], fields: tuple[str, ...]
@@ -274,7 +274,7 @@ def advice_for_line_of_names(where: str) -> str:
 
 
 def _record_of_row(where: str, row: dict[str, Any], columns: Sequence[str],
-            names: Sequence[str]) -> Record:
+                   names: Sequence[str]) -> Record:
   """Returns the record of a row.
 
   Args:
@@ -557,7 +557,7 @@ def _read_written_questions(document: Any,
     for paragraph in article['paragraphs']:
       for question in paragraph['qas']:
         yield _WrittenQuestion(where=path, context=paragraph['context'],
-                     question=question, paragraph=id(paragraph))
+                               question=question, paragraph=id(paragraph))
 
 
 def _group_into_paragraphs(

@@ -88,7 +88,7 @@ def describe_labels(views: Sequence[Any]) -> list[str]:
     if not isinstance(view, Rows) or not view.labels:
       continue
     labels = labels or view.labels
-    for label, place in view.marks():
+    for label, place in view.labels_with_places():
       counts[label] += 1
       places[label] = place
   if not labels:
@@ -209,7 +209,7 @@ class Rows:
   def __getitem__(self, i: int) -> Any:
     return self.items[int(i)]
 
-  def marks(self) -> Iterator[tuple[str, str]]:
+  def labels_with_places(self) -> Iterator[tuple[str, str]]:
     """Yields each label that the rows have, with the place where it stands."""
     return iter(())
 
@@ -275,7 +275,7 @@ class Texts(Rows):
 
 
 def _cut_texts_to_row(record: labelled.Record, rows: Sequence[np.ndarray],
-            corpus: sources.Corpus, between: int) -> list[np.ndarray]:
+                      corpus: sources.Corpus, between: int) -> list[np.ndarray]:
   """Returns the tokens of a record's texts, as many as a row has room for.
 
   Args:
@@ -319,7 +319,7 @@ class Classes(Texts):
           f'{error}{labelled.advice_for_line_of_names(where)}') from error
     return self._number[record.label]
 
-  def marks(self) -> Iterator[tuple[str, str]]:
+  def labels_with_places(self) -> Iterator[tuple[str, str]]:
     for record in self.records:
       yield record.label, record.where.rstrip(',')
 
@@ -469,7 +469,7 @@ class Sentences(Rows):
 
     # Their tokens, cut into rows.
     tokenised = tokenize_words([sentence.words for sentence in self.records],
-                         corpus.tokenizer)
+                               corpus.tokenizer)
     self.items: list[Piece] = []
     self.num_tokens = 0
     self.num_bytes = 0
@@ -489,13 +489,13 @@ class Sentences(Rows):
       numbers_W[i] = self._number[label]
     return numbers_W
 
-  def marks(self) -> Iterator[tuple[str, str]]:
+  def labels_with_places(self) -> Iterator[tuple[str, str]]:
     for sentence in self.records:
       yield from zip(sentence.labels, sentence.lines)
 
 
 def _cut_sentence(sentence: int, words: Words, numbers: np.ndarray,
-            shared: int, room: int) -> list[Piece]:
+                  shared: int, room: int) -> list[Piece]:
   """Returns the rows of one sentence.
 
   Args:
@@ -584,7 +584,7 @@ class Questions(Rows):
 
 
 def _cut_paragraph(question: labelled.Question, number: int, asked: np.ndarray,
-             ids: np.ndarray, spans_T2: np.ndarray, corpus: sources.Corpus
+                   ids: np.ndarray, spans_T2: np.ndarray, corpus: sources.Corpus
              ) -> list[Window]:
   """Returns the rows of one question.
 

@@ -58,7 +58,7 @@ MOST_UNPACKED_TIMES = 1000
 ALLOWED_UNPACKED_BYTES = 64 << 20
 # Which source reads a file of an ending, where it is not text alone.
 _SOURCE_OF_ENDING = {'jsonl': 'jsonl', 'parquet': 'parquet', 'csv': 'labelled',
-              'tsv': 'labelled'}
+                     'tsv': 'labelled'}
 CHUNK_CHARS, CHUNK_TEXTS = 1 << 20, 1 << 13  # encoded at once
 
 # The bits of a folder's mode by which its group, or all, may write in it.
@@ -99,7 +99,7 @@ class Source:
   tokens: str = ''
 
   @property
-  def drawn(self) -> bool:
+  def is_drawn(self) -> bool:
     """Tells whether its rows are drawn by the seed: none is read or held out.
     """
     return self.holds == (labelled.PROBE_ROWS,)
@@ -132,7 +132,7 @@ class Source:
     with futures.ThreadPoolExecutor(8) as pool:
       digests = list(pool.map(_digest_file, self.files))
     content = self.content
-    if not self.files and not self.drawn:
+    if not self.files and not self.is_drawn:
       content = _digest_rows(self.records())
     described = json.dumps([self.reader, content, digests])
     return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
@@ -287,7 +287,7 @@ def _lay_out_conversations(source: Source,
     # A template may refuse a conversation: its number helps to find it.
     for number, document in enumerate(source.read(path), 1):
       try:
-        yield layout.of(document)
+        yield layout.lay_out(document)
       except RequestError as error:
         raise RequestError(f'{path or source.name}, conversation {number}: '
                            f'{error}') from error
@@ -633,7 +633,7 @@ def plan_shards(source: Source, shard_bytes: int = SHARD_BYTES
 
 
 def begin_folder(folder: epath.Path, source: Source, parts: list[Source],
-          content: str, tokenizer: Tokenizer) -> dict[str, Any]:
+                 content: str, tokenizer: Tokenizer) -> dict[str, Any]:
   """Writes begun.json, or sees that it is of the same `content`, cut into the
   same parts; returns it.
 
@@ -675,7 +675,7 @@ def begin_folder(folder: epath.Path, source: Source, parts: list[Source],
 
 
 def write_shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
-          begun: dict[str, Any]) -> tokens.Table:
+                begun: dict[str, Any]) -> tokens.Table:
   """Tokenises the documents of a source into shard i; returns its table, which
   is written last: without it, the shard is not finished.
 

@@ -70,9 +70,9 @@ class Tokenizer:
   sentinel_ids: tuple[int, ...] = ()
   fingerprint: str
   mask_pattern = re.escape('[MASK]')
-  added_ids: tuple[int, ...] = ()
-  more_ids: frozenset[int] = frozenset()
-  added_texts: dict[str, int]
+  ids_before_text: tuple[int, ...] = ()
+  ids_outside_vocabulary: frozenset[int] = frozenset()
+  id_of_added_text: dict[str, int]
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Returns one int32 [T] array for each text."""
@@ -87,10 +87,12 @@ class Tokenizer:
     `encode_batch`, and of each the first of the characters that it stands for,
     and the one after the last. A span may hold the space before a word."""
 
-  def encode_placed(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+  def encode_with_special_tokens(self, text: str) -> tuple[np.ndarray,
+                                                           np.ndarray]:
     """Returns `encode_spans` of a text in which special tokens are obeyed."""
 
-  def encode_typed(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+  def encode_without_special_tokens(self, text: str) -> tuple[np.ndarray,
+                                                              np.ndarray]:
     """Returns `encode_spans` of a text in which no token is obeyed that was
     added to the vocabulary, be it special or not."""
     return self.encode_spans([text])[0]
@@ -104,7 +106,7 @@ class Tokenizer:
   @property
   def special_texts(self) -> tuple[str, ...]:
     """Returns how the special tokens that `encode_placed` obeys are written."""
-    return tuple(self.added_texts)
+    return tuple(self.id_of_added_text)
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text; special tokens spell nothing."""
@@ -131,11 +133,12 @@ class Tokenizer:
     return self.special_ids[name]
 
   @property
-  def least_size(self) -> int:
+  def least_vocab_size(self) -> int:
     """How many ids a model must have: vocab_size, less special tokens at its
     end that are of no kind, such as Gemma 3's <image_soft_token>. Only
     `encode_placed` gives these, of a text that has them."""
-    rare = self.more_ids - {*self.special_ids.values(), *self.sentinel_ids}
+    rare = self.ids_outside_vocabulary - {*self.special_ids.values(),
+                                          *self.sentinel_ids}
     size = self.vocab_size
     while size - 1 in rare:
       size -= 1
@@ -199,7 +202,8 @@ class Bytes(Tokenizer):
     self.special_ids = {}
     for i, name in enumerate(self.SPECIAL):
       self.special_ids[name] = self._base + i
-    self.added_texts = {self.piece(i): i for i in self.special_ids.values()}
+    self.id_of_added_text = {self.piece(i): i
+                             for i in self.special_ids.values()}
     sentinels = min(NUM_SENTINELS, size - self._base - special)
     self.sentinel_ids = tuple(range(size - sentinels, size))
 
@@ -270,19 +274,19 @@ class Bytes(Tokenizer):
     pipeline.add_special_tokens([*special])
     pipeline.save(str(path))
 
-  def encode_placed(self, text: str):
+  def encode_with_special_tokens(self, text: str):
     """Returns the ids of a text in which special tokens are written, and the
     characters of each."""
     # Special tokens, and the text between them.
-    names = [re.escape(name) for name in self.added_texts]
+    names = [re.escape(name) for name in self.id_of_added_text]
     parts = re.split(f'({"|".join(names)})', text)
     ids = []
     spans = []
     place = 0
     for part in parts:
       end = place + len(part)
-      if part in self.added_texts:
-        ids.append([self.added_texts[part]])
+      if part in self.id_of_added_text:
+        ids.append([self.id_of_added_text[part]])
         spans.append([(place, end)])
       else:
         [(part_ids, places)] = self.encode_spans([part])
@@ -314,14 +318,15 @@ class HuggingFace(Tokenizer):
             f'{self.vocab_size - 1:,}: they must be below {2**31:,}')
     self._bytes_of_id = _bytes_of_byte_level_ids(tokenizer, vocab)
     self._added = tokenizer.get_added_tokens_decoder()
-    self.added_texts = {token.content: i for i, token in self._added.items()}
+    self.id_of_added_text = {token.content: i for i,
+                             token in self._added.items()}
     # Some, as WordPiece's [UNK], are pieces besides, which plain text gives.
     pieces = tokenizer.get_vocab(with_added_tokens=False)
     more = []
     for i, token in self._added.items():
       if token.special and token.content not in pieces:
         more.append(i)
-    self.more_ids = frozenset(more)
+    self.ids_outside_vocabulary = frozenset(more)
 
     # The tokens that have a use.
     self.special_ids = _find_cls_and_sep(tokenizer) | special_ids
@@ -332,14 +337,14 @@ class HuggingFace(Tokenizer):
         sentinel_ids.append(vocab[sentinel])
     self.sentinel_ids = tuple(sentinel_ids)
     if 'mask' in special_ids:
-      self.mask_pattern = self._masks(special_ids['mask'])
-    self.added_ids = _find_ids_before_text(tokenizer)
+      self.mask_pattern = self._pattern_of_mask(special_ids['mask'])
+    self.ids_before_text = _find_ids_before_text(tokenizer)
 
     described = json.dumps([tokenizer.to_str(), special_ids])
     self.fingerprint = hashlib.blake2b(described.encode('utf-8'),
                                        digest_size=16).hexdigest()
 
-  def _masks(self, mask_id: int) -> str:
+  def _pattern_of_mask(self, mask_id: int) -> str:
     """Returns the pattern of a mask. RoBERTa's takes the space before it
     along."""
     added = self._added.get(mask_id)
@@ -356,11 +361,11 @@ class HuggingFace(Tokenizer):
     encodings = self._encode('encode_batch', self._tokenizer, list(texts))
     return [*map(_ids_and_spans, encodings)]
 
-  def encode_placed(self, text: str):
-    return _ids_and_spans(self._encode('encode', self._obeying, text))
+  def encode_with_special_tokens(self, text: str):
+    return _ids_and_spans(self._encode('encode', self._obeying_pipeline, text))
 
-  def encode_typed(self, text: str):
-    return _ids_and_spans(self._encode('encode', self._spelling, text))
+  def encode_without_special_tokens(self, text: str):
+    return _ids_and_spans(self._encode('encode', self._spelling_pipeline, text))
 
   def _encode(self, how: str, pipeline: Any, text: str | list[str]) -> Any:
     """Returns what a method of the library makes of a text or several, which
@@ -382,23 +387,23 @@ class HuggingFace(Tokenizer):
   def vocabulary(self):
     return self._tokenizer.get_vocab(with_added_tokens=False)
 
-  def _copied(self, spells: bool) -> Any:
+  def _copy_pipeline(self, spells: bool) -> Any:
     """Returns the pipeline as it obeys all added tokens, transformers' usual
     one, or as it spells them all."""
     import tokenizers
     pipeline = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
     # The library spells special tokens alone on request.
-    pipeline.add_special_tokens([*self.added_texts] if spells else [])
+    pipeline.add_special_tokens([*self.id_of_added_text] if spells else [])
     pipeline.encode_special_tokens = spells
     return pipeline
 
   @functools.cached_property
-  def _obeying(self) -> Any:
-    return self._copied(spells=False)
+  def _obeying_pipeline(self) -> Any:
+    return self._copy_pipeline(spells=False)
 
   @functools.cached_property
-  def _spelling(self) -> Any:
-    return self._copied(spells=True)
+  def _spelling_pipeline(self) -> Any:
+    return self._copy_pipeline(spells=True)
 
   def decode_bytes(self, ids: Iterable[int]):
     ids = [int(i) for i in ids]
@@ -593,7 +598,7 @@ _TOKENS_OF_CONTEXT = 8
 
 
 def decode_after_prompt(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray,
-          prompt: Sequence[int] | np.ndarray = ()) -> bytes:
+                        prompt: Sequence[int] | np.ndarray = ()) -> bytes:
   """Returns the bytes that ids add to the text of a prompt.
 
   Where words carry the space before them, as sentencepiece and WordPiece have

@@ -107,7 +107,7 @@ class Table(NamedTuple):
   counts: np.ndarray
   checksums: np.ndarray
 
-  def of_documents(self) -> np.ndarray:
+  def totals_of_documents(self) -> np.ndarray:
     """Returns the ids and the bytes of each document, int64 [2, documents]."""
     ends = np.cumsum(self.counts)
     totals = np.stack([sizes_to_bounds(self.sizes),
@@ -206,7 +206,7 @@ class Split:
     for table in tokens.tables():
       count = len(table.counts)
       wanted = select_documents(first + np.arange(count), *self._chosen)
-      sizes, num_bytes = table.of_documents()[:, wanted].sum(1)
+      sizes, num_bytes = table.totals_of_documents()[:, wanted].sum(1)
       totals.append([wanted.sum(), sizes, num_bytes])
       counts.append(count)
       kinds.update(np.unique(table.kinds).tolist())
@@ -218,7 +218,7 @@ class Split:
     documents, sizes, num_bytes = np.array(totals, np.int64).T
     self._starts = sizes_to_bounds(documents + sizes)
     self.documents = int(documents.sum())
-    self.of = int(self._firsts[-1])
+    self.num_documents_of_folder = int(self._firsts[-1])
     self.num_tokens = int(self._starts[-1])
     self.num_bytes = int(num_bytes.sum())
     self._places = functools.lru_cache(MOST_TABLES)(self._find_places)
@@ -261,12 +261,12 @@ class Split:
   def _find_places(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns where each document of the split begins in the shard's stream,
     and at last where that ends; and where each begins among the ids."""
-    sizes, _ = self.tokens.table(shard).of_documents()
-    wanted = self.wanted(shard)
+    sizes, _ = self.tokens.table(shard).totals_of_documents()
+    wanted = self.select_in_shard(shard)
     return sizes_to_bounds(sizes[wanted]
                            + 1), sizes_to_bounds(sizes)[:-1][wanted]
 
-  def wanted(self, shard: int) -> np.ndarray:
+  def select_in_shard(self, shard: int) -> np.ndarray:
     """Tells which documents of a shard belong to the split."""
     numbers = np.arange(self._firsts[shard], self._firsts[shard + 1])
     return select_documents(numbers, *self._chosen)
@@ -297,7 +297,7 @@ class Documents:
     # The documents of the split.
     wanted_of_shards = []
     for shard in range(len(tables)):
-      wanted_of_shards.append(split.wanted(shard))
+      wanted_of_shards.append(split.select_in_shard(shard))
     wanted = np.concatenate(wanted_of_shards)
     ends = np.cumsum(counts)
     self.first = (ends - counts)[wanted]

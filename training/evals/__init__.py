@@ -70,7 +70,8 @@ class Evaluation:
     index, count = devices.batch_slice_of_process(
         self.run.batch_sharding, config.data.batch_size)
     return pipeline.make_evaluation_loaders(config, tokenizer=self.tokenizer,
-                             process_index=index, process_count=count)
+                                            process_index=index,
+                                            process_count=count)
 
   def jit_once(self, function: Callable, *key: Hashable) -> Callable:
     """Returns jax.jit(function), compiled once for runs that compute the same.

@@ -90,7 +90,7 @@ class Model(api.TemplateLM):
                                               evaluation.step)
     bos = tokenizer.special_ids.get('bos')
     if add_bos_token is None:
-      self._tokens_at_start = tokenizer.added_ids if is_published else ()
+      self._tokens_at_start = tokenizer.ids_before_text if is_published else ()
     elif not add_bos_token:
       self._tokens_at_start = ()
     elif bos is not None:
@@ -201,7 +201,7 @@ class Model(api.TemplateLM):
     # A special token that is written in a text counts as that token.
     special_texts = self._tokenizer.special_texts
     if any(special_text in string for special_text in special_texts):
-      ids, _ = self._tokenizer.encode_placed(string)
+      ids, _ = self._tokenizer.encode_with_special_tokens(string)
       inputs.check_ids(f'the text {short(string)}', ids,
                        self.evaluation.run.model.vocab_size)
     # A text that begins with the prefix needs no second one.

@@ -173,7 +173,7 @@ def shown(texts: Sequence[str], config: ml_collections.ConfigDict,
     return Prompts(tokens=tokens, lengths=lengths), tuple(sorted(talk.ends))
   prompts = objective.prompt(texts, config, tokenizer)
   check_model_has_ids(prompts.tokens, config=config, tokenizer=tokenizer,
-            what='the prompt')
+                      what='the prompt')
   return prompts, objective.ends(config, tokenizer)
 
 

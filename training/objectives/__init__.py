@@ -107,19 +107,29 @@ class Talk(NamedTuple):
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
-  """Returns the token that fills rows up: padding, or the separator where there
-  is none."""
+  """Returns the token that fills rows up: padding, or the separator of
+  documents where the vocabulary has no padding."""
   return tokenizer.special_ids.get('pad', tokenizer.separator_id)
 
 
 def count_targets(batch: Batch) -> jax.Array:
-  """Returns how many tokens of a batch are to be predicted, by weight."""
+  """Returns how many tokens of a batch are to be predicted, by their weights.
+  """
   return batch['weights'].astype(jnp.float32).sum()
 
 
 def token_loss_figures(output: Output, batch: Batch, config: Config) -> Figures:
-  """Returns the cross-entropy of targets [B, L], where weights [B, L] count
-  them: of the next tokens, or of the masked ones."""
+  """Returns the cross-entropy of the tokens to predict, and figures beside it.
+
+  Args:
+    output: the output of the model, with its hidden states and its head.
+    batch: targets [B, L] and weights [B, L], which say how much each counts.
+    config: the config of the run.
+
+  Returns:
+    {name: Mean} of loss, accuracy, perhaps z_loss, and the losses of
+    model.mtp_depth.
+  """
   train = config.train
   assert output.head is not None, 'a head of a task predicts no tokens'
   loss, sums = losses.cross_entropy(
@@ -133,8 +143,8 @@ def token_loss_figures(output: Output, batch: Batch, config: Config) -> Figures:
 
 
 def model_lacks_ids(config: Config, tokenizer: Tokenizer) -> bool:
-  """Returns whether the tokenizer has tokens that the model does not have, as
-  that of an import may (Tokenizer.least_size)."""
+  """Returns whether the tokenizer has ids that the model does not have, as that
+  of imported weights may."""
   return 0 < config.model.vocab_size < tokenizer.vocab_size
 
 
@@ -150,18 +160,26 @@ def check_model_has_ids(ids: np.ndarray, config: Config, tokenizer: Tokenizer,
   """
   if not model_lacks_ids(config, tokenizer):
     return
-  size = config.model.vocab_size
-  most = int(np.max(ids, initial=0))
-  if most >= size:
+  num_ids = config.model.vocab_size
+  highest_id = int(np.max(ids, initial=0))
+  if highest_id >= num_ids:
     raise RequestError(
-        f'{what} has the token {tokenizer.piece(most)}, whose id is {most}, '
-        f'and the model has the ids 0 to {size - 1}: take it out of the text, '
-        'or out of the chat template')
+        f'{what} has the token {tokenizer.piece(highest_id)}, whose id is '
+        f'{highest_id}, and the model has the ids 0 to {num_ids - 1}: take it '
+        'out of the text, or out of the chat template')
 
 
 def arrays_of_text(config: Config, *more: str) -> dict[str, Shape]:
-  """Returns the arrays of a row of data.length tokens, each predicted at its
-  own place, and `more` arrays of as many integers."""
+  """Returns the shapes of the arrays of a row of text.
+
+  Args:
+    config: the config of the run, whose data.length is the length of a row.
+    *more: keys of further arrays of integers of that length.
+
+  Returns:
+    {key: (shape, dtype)} of tokens; targets, each predicted at its own place;
+    and weights; and of `more`.
+  """
   shape = (config.data.length,)
   arrays: dict[str, Shape] = dict(
       tokens=(shape, np.int32), targets=(shape, np.int32),
@@ -172,23 +190,40 @@ def arrays_of_text(config: Config, *more: str) -> dict[str, Shape]:
 
 
 def arrays_of_documents(config: Config) -> dict[str, Shape]:
-  """Returns `text_arrays` for rows of segments; with data.document_mask these
-  are documents, each with positions of its own."""
+  """Returns the shapes of the arrays of a row of several documents.
+
+  These are tokens, targets, weights and segment_ids; and with
+  data.document_mask, by which a document sees only itself, also positions."""
   if config.data.document_mask:
     return arrays_of_text(config, 'segment_ids', 'positions')
   return arrays_of_text(config, 'segment_ids')
 
 
 def number_documents(starts_L: np.ndarray) -> dict[str, np.ndarray]:
-  """Returns segment_ids and positions [L] of packed documents: one begins
-  wherever starts_L is true, and one at the beginning of the row."""
-  index_L = np.arange(len(starts_L))
-  first_L = np.maximum.accumulate(np.where(starts_L, index_L, 0))
-  return dict(segment_ids=1 + np.cumsum(starts_L), positions=index_L - first_L)
+  """Returns the numbers and the positions of the documents of a row.
+
+  Args:
+    starts_L: bool [L], where a document begins; one begins with the row, too.
+
+  Returns:
+    segment_ids [L], the number of the document of each token, from 1 on; and
+    positions [L], which begin with 0 in each document.
+  """
+  place_L = np.arange(len(starts_L))
+  start_of_document_L = np.maximum.accumulate(np.where(starts_L, place_L, 0))
+  return dict(segment_ids=1 + np.cumsum(starts_L),
+              positions=place_L - start_of_document_L)
 
 
 def pad_prompts(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-  """Returns prompts of unequal lengths as [B, L], and their lengths [B]."""
+  """Pads prompts of unequal lengths on the right.
+
+  Args:
+    rows: the token ids of each prompt.
+
+  Returns:
+    int32 [B, L], the tokens, and int32 [B], how many of each row are real.
+  """
   lengths = np.array([len(row) for row in rows], np.int32)
   tokens = np.zeros((len(rows), lengths.max()), np.int32)
   for row, ids in zip(tokens, rows):
@@ -198,7 +233,8 @@ def pad_prompts(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 def prompt_after_separator(texts: Sequence[str], config: Config,
                            tokenizer: Tokenizer) -> Prompts:
-  """Returns texts that a document begins with, for a decoder to go on from."""
+  """Returns texts as prompts for a decoder: each follows the separator, as a
+  document does in training."""
   rows = []
   for ids in tokenizer.encode_batch(texts):
     rows.append(np.concatenate([[tokenizer.separator_id], ids]))
@@ -265,7 +301,7 @@ class Objective:
   talks: bool = False
   has_chat_template: bool = False
   has_lengths: bool = False
-  every_token: bool = False
+  predicts_every_token: bool = False
   bound: bool = False
   mtp: bool = False
 
@@ -273,12 +309,12 @@ class Objective:
 
   def example(self, item: Any, rng: np.random.Generator | None, config: Config,
               tokenizer: Tokenizer) -> Row:
-    """Returns one row of a batch.
+    """Returns one row of a batch, as {key: array or number}.
 
     Args:
       item: an item of the view.
-      rng: drawn from the seed and the row's place in the whole run, so that
-        masks too repeat on any number of hosts and threads.
+      rng: a generator that is drawn from the seed and the row's place in the
+        whole run, so that masks too repeat on any number of hosts and threads.
       config: the config of the run.
       tokenizer: the tokenizer of the run.
     """
@@ -286,7 +322,11 @@ class Objective:
 
   def arrays(self, config: Config) -> dict[str, Shape]:
     """Returns {key: (shape, dtype)} of one row: the arrays of a batch, without
-    their first axis."""
+    their first axis.
+
+    Args:
+      config: the config of the run.
+    """
     raise NotImplementedError
 
   # A subclass may define these methods too.
@@ -295,31 +335,46 @@ class Objective:
     """Raises RequestError for a config that it cannot train by."""
 
   def fill(self, tokenizer: Tokenizer) -> int:
-    """Returns the token that rows are filled up with."""
+    """Returns the token that fills up rows that are too short."""
     return padding_id(tokenizer)
 
   def vocab_size(self, config: Config, tokenizer: Tokenizer) -> int:
-    """Returns how many ids its data have."""
+    """Returns how many ids the data of this objective have."""
     return tokenizer.vocab_size
 
   def derived(self, config: Config) -> Mapping[str, Any]:
-    """Returns what it fills in of the config, by dotted name."""
+    """Returns values of the config that this objective fills in, by dotted
+    name."""
     return {}
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
-    """Returns {name: Mean} of a batch; losses are in nats."""
+    """Returns the losses, in nats, and other figures of a batch.
+
+    Args:
+      output: the output of the model.
+      batch: the batch.
+      config: the config of the run.
+
+    Returns:
+      {name: Mean}: each figure as a sum and its weight.
+    """
     return token_loss_figures(output, batch, config)
 
   def weights(self, batch: Batch) -> dict[str, jax.Array]:
-    """Returns what each of `terms` is divided by in this batch."""
+    """Returns the sum of the weights by which each loss of `terms` is divided
+    in this batch, {name: scalar}."""
     return {self.main: count_targets(batch)}
 
-  def unread(self, config: Config, length: int) -> int:
-    """Returns how many places of a row of `length` tokens the head does not
-    read in training."""
+  def num_unread_places(self, config: Config, length: int) -> int:
+    """Returns how many places of a row the head does not read in training.
+
+    Args:
+      config: the config of the run.
+      length: the tokens of the row.
+    """
     return 0
 
-  def guessing(self, config: Config, vocab: int) -> float | None:
+  def loss_of_guessing(self, config: Config, vocab: int) -> float | None:
     """Returns the loss, in nats, of a model to which all answers are alike:
     all labels, or all tokens; None of an objective that has none.
 
@@ -330,14 +385,14 @@ class Objective:
     return math.log(vocab)
 
   def num_labels(self, config: Config) -> int:
-    """Returns how many outputs the head has (model.num_labels); 0 where it
-    needs none."""
+    """Returns how many outputs the head has for each row or token
+    (model.num_labels); 0 where it predicts tokens."""
     if self.has_labels:
       return len(config.data.labels)
     return 0
 
   def labels(self, config: Config) -> tuple[str, ...]:
-    """Returns data.labels, as the training data have them."""
+    """Returns the labels that the training data have, for data.labels."""
     raise NotImplementedError
 
   def length(self, item: Any) -> int:
@@ -350,21 +405,32 @@ class Objective:
     raise NotImplementedError
 
   def talk(self, config: Config, tokenizer: Tokenizer) -> Talk:
-    """Returns how the model is talked with in turns."""
+    """Returns how the model is talked with in turns: how messages become
+    tokens, and what ends an answer."""
     raise NotImplementedError
 
   def chat_template(self, config: Config, tokenizer: Tokenizer) -> str | None:
-    """Returns the Jinja template of an export; None: it gets none."""
+    """Returns the Jinja template that an export of the model gets; None: none.
+    """
     return None
 
   # These methods follow from the ones above.
 
   def batch(self, examples: Sequence[tuple[Any, np.random.Generator | None]],
             config: Config, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Returns the rows of a batch: what `example` makes of each item and its
-    rng, in the shapes and dtypes of `arrays`. What is shorter is filled up:
-    tokens and targets with `fill`, everything else with zeros."""
-    # Once for a batch: fields of a config are slow to read.
+    """Returns the arrays [B, ...] of a batch of rows.
+
+    What is shorter than its row is filled up: tokens and targets with `fill`,
+    everything else with zeros.
+
+    Args:
+      examples: for each row the item of the view, and the generator of its
+      draws.
+      config: the config of the run.
+      tokenizer: the tokenizer of the run.
+    """
+    # Arrays of the right shape, full of padding. They are made once for a
+    # batch, as fields of a config are slow to read.
     batch: dict[str, np.ndarray] = {}
     for key, (shape, dtype) in self.arrays(config).items():
       filling = 0
@@ -373,14 +439,14 @@ class Objective:
       batch[key] = np.full((len(examples), *shape), filling, dtype)
     may_lack = model_lacks_ids(config, tokenizer)
 
-    # A value may be shorter than its row of the array.
+    # Each row is written into the arrays; it may be shorter than they are.
     for row, (item, rng) in enumerate(examples):
       values = self.example(item, rng, config, tokenizer)
       assert values.keys() == batch.keys(), (values.keys(), batch.keys())
       for key, value in values.items():
         if may_lack and self._has_ids(key):
           check_model_has_ids(value, config=config, tokenizer=tokenizer,
-                    what='a row of the data')
+                              what='a row of the data')
         rows = batch[key]
         if np.shape(value) == rows.shape[1:]:
           rows[row] = value
@@ -389,14 +455,14 @@ class Objective:
     return batch
 
   def _has_ids(self, key: str) -> bool:
-    """Whether an array of a batch has ids of the vocabulary."""
+    """Returns whether an array of a batch holds ids of the vocabulary."""
     if key == 'targets':
       return self.head == 'lm'
     return key.endswith('tokens')
 
   def row_lengths(self, config: Config) -> tuple[int, ...]:
-    """Returns how many tokens a row has, at most: of an encoder-decoder, those
-    of its source and of its target."""
+    """Returns how many tokens a row has at most: one number, or for an
+    encoder-decoder that of its source and that of its target."""
     arrays = self.arrays(config)
     lengths = []
     for key in ('tokens', 'decoder_tokens'):
@@ -407,7 +473,14 @@ class Objective:
 
   def apply(self, module: nn.Module, params: Any, batch: Batch,
             **kwargs) -> Output:
-    """Runs `module` on what this objective shows it of the batch."""
+    """Runs the model on the arrays of a batch that this objective shows it.
+
+    Args:
+      module: the model.
+      params: its parameters.
+      batch: the batch.
+      **kwargs: further arguments of module.apply.
+    """
     inputs = [batch[key] for key in self.inputs]
     for key, keyword in self.options.items():
       if key in batch:
@@ -417,30 +490,33 @@ class Objective:
 
   def token_losses(self, module: nn.Module, params: Any, batch: Batch
                    ) -> losses.TokenLosses:
-    """Returns each token's own loss; for evaluation."""
+    """Returns the loss of each token by itself; for evaluation.
+
+    Args: those of `apply`."""
     output = self.apply(module, params, batch)
     assert output.head is not None  # else there are no logits
     return losses.token_losses(output.hidden, output.head, batch['targets'])
 
   def ends(self, config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Returns the ids with which a written text ends, the separator first."""
+    """Returns the ids with which a text that the model writes ends, the
+    separator of documents first."""
     separator = tokenizer.separator_id
     if not self.talks:
       return (separator,)
-    others = self.talk(config, tokenizer).ends - {separator}
-    return (separator, *sorted(others))
+    other_ends = self.talk(config, tokenizer).ends - {separator}
+    return (separator, *sorted(other_ends))
 
   @property
   def holds(self) -> tuple[str, ...]:
-    """The kinds of source that fit (sources.Source.holds): those with its
-    records, or with the READS of its view."""
+    """The kinds of data source that this objective can read, as
+    sources.Source.holds names them."""
     if self.record_kind:
       return (self.record_kind,)
     return self.view.READS
 
   @property
-  def perplexity(self) -> bool:
-    """Whether e to the power of the loss is one."""
+  def has_perplexity(self) -> bool:
+    """Whether e to the power of the loss is the perplexity of a text."""
     return self.head == 'lm' and not self.record_kind
 
   @property
@@ -450,7 +526,7 @@ class Objective:
 
   @property
   def main(self) -> str:
-    """The figure that is the loss of a token to predict."""
+    """The name of the figure that is the loss of a token to predict."""
     return self.terms[0]
 
   def tokens(self, batch: Batch) -> jax.Array:
@@ -460,15 +536,17 @@ class Objective:
 
   def loss(self, output: Output, batch: Batch, config: Config,
            whole: Batch | None = None) -> tuple[jax.Array, Figures]:
-    """Returns a batch's share in whole[main] times the loss, and its figures.
-
-    The shares of micro-batches add up, and so do their gradients.
+    """Returns the loss of a batch or of a micro-batch, ready to be added up.
 
     Args:
       output: what the model returns.
       batch: a batch, or a micro-batch.
       config: the config of the run.
-      whole: `weights` of the whole batch; None: this is the whole.
+      whole: `weights` of the whole batch; None: this is the whole batch.
+
+    Returns:
+      The share of this micro-batch in the loss times whole[main]: the shares of
+      micro-batches add up, and so do their gradients. And its figures.
     """
     figures = self.figures(output, batch, config)
     if whole is None:
@@ -479,7 +557,8 @@ class Objective:
     return share + multi_token_loss(figures, config), figures
 
   def means(self, figures: Mapping[str, Mean]) -> dict[str, Any]:
-    """Returns the figures' values, `loss` among them."""
+    """Returns the value of each figure, and the `loss`, which is the sum of
+    `terms`."""
     values: dict[str, Any] = {
         name: mean.total / mean.weight for name, mean in figures.items()}
     values['loss'] = sum(values[name] for name in self.terms)
@@ -492,13 +571,17 @@ OBJECTIVES: Mapping[str, Objective] = lazy.LazyTable(
 
 
 def find_objective(config: Config) -> Objective:
-  """Returns the record of a run's objective; RequestError if there is none."""
+  """Returns the objective of a run.
+
+  Raises:
+    RequestError: where there is none of that name.
+  """
   one_of('objective', config.objective, OBJECTIVES)
   return OBJECTIVES[config.objective]
 
 
 def find_objective_of_head(model: ModelConfig) -> str:
-  """Returns the objective that trains a model's head.
+  """Returns the name of the objective that trains a model's head.
 
   Raises:
     RequestError: for a head with one label for each token.
@@ -515,7 +598,8 @@ def find_objective_of_head(model: ModelConfig) -> str:
 
 
 def check_fits(config: Config, source: sources.Source) -> None:
-  """Raises RequestError for a source of which the objective cannot learn."""
+  """Raises RequestError for a source of data that the objective cannot learn
+  from."""
   reads = find_objective(config).holds
   require(bool(set(reads) & set(source.holds)), f'objective '
           f'{config.objective!r} reads {" or ".join(reads)}, but data source '
@@ -524,7 +608,7 @@ def check_fits(config: Config, source: sources.Source) -> None:
 
 
 def fill_in_labels(config: Config) -> Config:
-  """Returns a run's config with data.labels as its training data have them,
+  """Returns a run's config with the labels of its training data as data.labels,
   where the objective has labels and the config names none."""
   objective = find_objective(config)
   if not objective.has_labels or config.data.labels:
@@ -537,7 +621,7 @@ def fill_in_labels(config: Config) -> Config:
 
 
 def shapes_of_batch(config: Config) -> dict[str, Shape]:
-  """Returns the shape and dtype of each array of a run's batches."""
+  """Returns {key: (shape, dtype)} of each array of a run's batches."""
   rows = config.data.batch_size
   shapes: dict[str, Shape] = {}
   for key, (shape, dtype) in find_objective(config).arrays(config).items():
@@ -546,8 +630,8 @@ def shapes_of_batch(config: Config) -> dict[str, Shape]:
 
 
 def check_objective(config: Config) -> None:
-  """Raises RequestError for an unknown objective, and for a field that was set,
-  so that it differs from its default, and that the objective does not read."""
+  """Raises RequestError for an unknown objective, and for a field that differs
+  from its default although the objective does not read it."""
   objective = find_objective(config)
   if config.data.chat_template != conversations.PUBLISHED_NAME:
     conversations.read_template_text(config.data.chat_template)
@@ -563,25 +647,32 @@ def check_objective(config: Config) -> None:
 
 
 def _check_field_unset(config: Config, name: str) -> None:
-  """Raises RequestError unless a field that the objective does not read has its
-  default."""
+  """Raises RequestError unless a field has its default.
+
+  Args:
+    config: the config of the run.
+    name: the dotted name of a field that the run's objective does not read.
+  """
   value = config[name]
   default = base.FIELDS[name].default
   if value == default:
     return
   # The message names the objectives that do read it.
-  readers = [other for other, objective in OBJECTIVES.items()
-             if name in objective.reads]
-  way_on = ''
+  readers = []
+  for objective_name, objective in OBJECTIVES.items():
+    if name in objective.reads:
+      readers.append(objective_name)
+  other_choice = ''
   if readers:
-    way_on = f', or choose one that does: {", ".join(readers)}'
+    other_choice = f', or choose one that does: {", ".join(readers)}'
   raise RequestError(
       f'{name} is {value!r}, which objective {config.objective!r} does not '
-      f'read: leave it at {default!r}{way_on}')
+      f'read: leave it at {default!r}{other_choice}')
 
 
 def _check_mtp(config: Config, objective: Objective) -> None:
-  """Raises RequestError where nothing trains the modules of model.mtp_depth."""
+  """Raises RequestError where the objective does not train the modules that
+  predict further tokens (model.mtp_depth)."""
   depth = config.model.mtp_depth
   if not depth or objective.mtp:
     return
@@ -602,25 +693,43 @@ def _check_mtp(config: Config, objective: Objective) -> None:
 # train.mtp_weight. Of packed documents a module predicts only tokens of the
 # document that it reads.
 
-MTP_LOSS = 'mtp_{}_loss'  # the name of the loss at a depth
+MTP_LOSS = 'mtp_{}_loss'  # the name of the loss at depth k
 
 
 def shift_targets(batch: Batch, depth: int
                 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the targets of a depth, [B, L], and their weights."""
+  """Returns the targets of a module that looks further ahead.
+
+  Args:
+    batch: targets and weights [B, L], and segment_ids where documents are
+    packed.
+    depth: k, the number of tokens between the usual target and this one.
+
+  Returns:
+    The targets, [B, L]; and their weights, 0 past the end of the row or of the
+    document.
+  """
   targets_BL = jnp.roll(batch['targets'], -depth, 1)
   L = targets_BL.shape[1]
-  there_BL = jnp.arange(L)[None] < L - depth
+  exists_BL = jnp.arange(L)[None] < L - depth
   if 'segment_ids' in batch:
     ids_BL = batch['segment_ids']
-    there_BL &= ids_BL == jnp.roll(ids_BL, -depth, 1)
+    exists_BL &= ids_BL == jnp.roll(ids_BL, -depth, 1)
   weights_BL = jnp.roll(batch['weights'], -depth, 1)
-  return targets_BL, jnp.where(there_BL, weights_BL, 0)
+  return targets_BL, jnp.where(exists_BL, weights_BL, 0)
 
 
 def multi_token_figures(output: Any, batch: Batch, train: Config) -> Figures:
-  """Returns the loss and the accuracy of each depth, of tokens, targets and
-  weights [B, L]; {} of a model that looks no further than the next token."""
+  """Returns the loss L_k and the accuracy of each depth k (equation 24 above).
+
+  Args:
+    output: the output of the model, with the hidden states of each depth.
+    batch: targets and weights [B, L].
+    train: the section `train` of the config.
+
+  Returns:
+    {name: Mean}; {} for a model that looks no further than the next token.
+  """
   figures = {}
   hidden_of_depths = output.extra.get('mtp', ())
   for depth, hidden_BLD in enumerate(hidden_of_depths, 1):
@@ -636,11 +745,12 @@ def multi_token_figures(output: Any, batch: Batch, train: Config) -> Figures:
 
 
 def multi_token_loss(figures: Mapping[str, Any], config: Config):
-  """Returns what these losses add to the sum of the tokens' losses.
+  """Returns what the losses of further tokens add to the sum of the tokens'
+  losses, lambda / D times their sum (equation 25 above).
 
   Args:
-    figures: an objective's, by name.
-    config: the run's.
+    figures: an objective's figures, by name.
+    config: the config of the run.
   """
   depth = config.model.mtp_depth
   totals = []

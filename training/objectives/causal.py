@@ -27,11 +27,11 @@ from training.objectives import Config, Objective, Prompts, Row, Shape, Talk
 
 
 class Window(NamedTuple):
-  """Consecutive tokens of the text, and the one token that follows them.
+  """A stretch of the text, and the one token that follows it.
 
   Attributes:
     tokens: int32 [length + 1].
-    size: how many of them are text; separators fill up the rest.
+    size: how many of these are text; separators fill up the rest.
   """
 
   tokens: np.ndarray
@@ -53,11 +53,11 @@ class Windows:
   """
 
   READS = (sources.TEXT,)
-  AROUND = 0  # what a row has beside text, such as [CLS]
+  AROUND = 0  # the tokens of a row beside its text, such as [CLS]
 
   def __init__(self, corpus: sources.Corpus, length: int = 0):
-    """Counts the rows of the stream; one that is not full is evaluated, not
-    trained on."""
+    """Counts the windows of the stream of tokens. One that is not full is
+    evaluated, but not trained on."""
     length = length or corpus.config.data.length
     self.length = length - self.AROUND
     require(self.length > 0, f'data.length is {length}: a row of objective '
@@ -69,8 +69,10 @@ class Windows:
     self.num_bytes = self._stream.num_bytes
 
     # A part of a row at the end of the stream is evaluated, too.
-    full, rest = divmod(self.num_tokens, self.length)
-    self._len = full + (rest > 0 and corpus.split == 'eval')
+    full_windows, remaining_tokens = divmod(self.num_tokens, self.length)
+    self._len = full_windows
+    if remaining_tokens > 0 and corpus.split == 'eval':
+      self._len += 1
     require(self._len > 0, f'data source {corpus.name!r} has '
             f'{self.num_tokens} training tokens, fewer than one sequence of '
             f'data.length={self.length}.')
@@ -79,11 +81,12 @@ class Windows:
     return self._len
 
   def __getitem__(self, i: int) -> Window:
-    first = int(i) * self.length
-    last = min(first + self.length, self.num_tokens)  # Inclusive.
+    first_token = int(i) * self.length
+    # A window and the token after it, which the stream has too.
+    last_token = min(first_token + self.length, self.num_tokens)
     tokens = np.full(self.length + 1, self.separator, np.int32)
-    self._stream.fill(tokens, first)
-    return Window(tokens, last - first + 1)
+    self._stream.fill(tokens, first_token)
+    return Window(tokens=tokens, size=last_token - first_token + 1)
 
 
 class Causal(Objective):
@@ -95,11 +98,13 @@ class Causal(Objective):
              'weights': 'valid_BL'}
   seen = ('weights',)
   reads = ('data.document_mask',)
-  writes = talks = every_token = mtp = True
+  writes = talks = predicts_every_token = mtp = True
 
   def example(self, item: Window, rng: np.random.Generator | None,
               config: Config, tokenizer: Tokenizer) -> Row:
-    """Returns one row.
+    """Returns one row for a decoder that predicts each next token.
+
+    Args: see Objective.example.
 
     Returns:
       The arrays of the row, [L]: tokens; targets, the token after each; and
@@ -129,8 +134,9 @@ class Causal(Objective):
 
 
 class Prefix(Objective):
-  """Prefix LM (Raffel et al. 2020, section 3.2.1): the tokens before a random
-  place see each other; those from there on are predicted."""
+  """Prefix language modelling (Raffel et al. 2020, section 3.2.1): the tokens
+  before a random place see each other, and those from there on are predicted.
+  """
   stacks = ('decoder',)
   view = Windows
   options = {'prefix': 'prefix_B', 'valid': 'valid_BL'}
@@ -139,7 +145,9 @@ class Prefix(Objective):
 
   def example(self, item: Window, rng: np.random.Generator, config: Config,
               tokenizer: Tokenizer) -> Row:
-    """Returns one row.
+    """Returns one row whose first tokens, of a random number, are the prefix.
+
+    Args: see Objective.example.
 
     Returns:
       The arrays of the row: tokens, targets and weights [L], where a weight is
@@ -149,31 +157,33 @@ class Prefix(Objective):
     tokens_L = item.tokens[:-1]
     targets_L = item.tokens[1:]
     place_L = np.arange(config.data.length)
-    valid_L = place_L < item.size - 1
-    prefix = int(rng.integers(1, config.data.length))
-    predicted_L = place_L >= prefix - 1
-    return dict(tokens=tokens_L, targets=targets_L, valid=valid_L,
-                weights=valid_L & predicted_L, prefix=prefix)
+    is_real_L = place_L < item.size - 1
+    # The last token of the prefix predicts the first one after it.
+    prefix_length = int(rng.integers(1, config.data.length))
+    is_predicted_L = place_L >= prefix_length - 1
+    return dict(tokens=tokens_L, targets=targets_L, valid=is_real_L,
+                weights=is_real_L & is_predicted_L, prefix=prefix_length)
 
   def arrays(self, config: Config) -> dict[str, Shape]:
     return _valid_arrays(config) | dict(prefix=((), np.int32))
 
   def prompt(self, texts: Sequence[str], config: Config, tokenizer: Tokenizer
              ) -> Prompts:
-    """Returns prompts whose tokens all see each other."""
+    """Returns texts as prompts whose tokens all see each other."""
     prompts = objectives.prompt_after_separator(texts, config, tokenizer)
     return prompts._replace(arguments=dict(prefix_B=prompts.lengths))
 
 
 def _valid_arrays(config: Config) -> dict[str, Shape]:
-  """Returns the arrays of a row of text, of which `valid` tells padding."""
+  """Returns the shapes of the arrays of a row of text, of which `valid` is 0 on
+  padding."""
   row = objectives.arrays_of_text(config)
   return row | dict(valid=row['weights'])
 
 
 def talk_by_continuing(tokenizer: Tokenizer, start: int | None = None) -> Talk:
-  """Returns how a model of plain text is talked with: each message is a line
-  of its text, which the model goes on from.
+  """Returns how a model of plain text is talked with: each message is a line of
+  the text, which the model goes on from.
 
   Args:
     tokenizer: the model's.
@@ -184,6 +194,7 @@ def talk_by_continuing(tokenizer: Tokenizer, start: int | None = None) -> Talk:
     start = separator
 
   def encode(messages: Sequence[dict[str, str]]) -> np.ndarray:
+    """Returns the token ids [T] of the text that is said so far."""
     # Each message of the user begins a line.
     text = ''
     for message in messages:
@@ -197,12 +208,17 @@ def talk_by_continuing(tokenizer: Tokenizer, start: int | None = None) -> Talk:
 
 
 class Conversations:
-  """Documents made of turns: item i is the [(kind, ids)] parts of one."""
+  """Documents that are conversations: item i is the (kind, token ids) parts of
+  one."""
 
   READS = (sources.TURNS,)
 
   def __init__(self, corpus: sources.Corpus):
-    """Raises RequestError for a source without answers of an assistant."""
+    """Opens the documents of a corpus.
+
+    Raises:
+      RequestError: for a source without answers of an assistant.
+    """
     kinds = corpus.tokens.kinds
     require(kinds <= {*conversations.KINDS_OF_PARTS}
             and bool(kinds & {*conversations.KINDS_OF_ANSWERS}),
@@ -221,7 +237,7 @@ class Conversations:
 
 
 class Chat(Objective):
-  """The assistant's answers of conversations."""
+  """Prediction of the assistant's answers in conversations."""
   stacks = ('decoder',)
   view = Conversations
   options = {'valid': 'valid_BL'}
@@ -234,21 +250,28 @@ class Chat(Objective):
               tokenizer: Tokenizer) -> Row:
     """Lays out one conversation, cut off at data.length = L.
 
+    Args:
+      item: the (kind, token ids) parts of the conversation.
+      rng: not used, as nothing is drawn.
+      config: the config of the run.
+      tokenizer: the tokenizer of the run.
+
     Returns:
       The arrays of the row, [up to L]: tokens; targets, the token after each;
       weights, 1 where the target is the assistant's; and valid, which is 1.
     """
     L = config.data.length
-    ids, predicted = lay_out_conversation(item, tokenizer)
-    return dict(tokens=ids[:L], targets=ids[1:L + 1],
-                weights=predicted[1:L + 1], valid=np.ones(len(ids[:L])))
+    ids, is_predicted = lay_out_conversation(item, tokenizer)
+    tokens = ids[:L]
+    return dict(tokens=tokens, targets=ids[1:L + 1],
+                weights=is_predicted[1:L + 1], valid=np.ones(len(tokens)))
 
   def arrays(self, config: Config) -> dict[str, Shape]:
     return _valid_arrays(config)
 
   def derived(self, config: Config) -> dict[str, str]:
-    """Returns a data.chat_template that says the same when the file or the
-    folder that it names has changed, or is gone."""
+    """Returns data.chat_template with the text of the template itself, so that
+    the run does not change where its file or folder does, or is gone."""
     name = config.data.chat_template
     if name == conversations.PUBLISHED_NAME:
       return {}
@@ -257,7 +280,7 @@ class Chat(Objective):
 
   def prompt(self, texts: Sequence[str], config: Config, tokenizer: Tokenizer
              ) -> Prompts:
-    """Returns each text as a question."""
+    """Returns each text as a question that the model is about to answer."""
     rows = [encode_question(text, config, tokenizer) for text in texts]
     tokens, lengths = objectives.pad_prompts(rows)
     lead = talk_by_config(config, tokenizer).lead
@@ -272,31 +295,47 @@ class Chat(Objective):
 
 def lay_out_conversation(parts: list[tuple[str, np.ndarray]],
                          tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the ids [T] of a conversation, and which of them are predicted."""
-  # An answer ends with the separator. A template that was rendered has its own
-  # ends of turns.
-  rendered = bool(parts) and parts[0][0] in ('shown', 'said')
-  end = np.array([tokenizer.separator_id], np.int32)
-  if rendered:
-    end = end[:0]
-  pieces = [end]
-  predicted = [np.zeros(len(end), bool)]
+  """Joins the parts of a conversation into one row of tokens.
+
+  Args:
+    parts: the (kind, token ids) parts, the kinds as data/conversations.py has
+      them.
+    tokenizer: the tokenizer of the run.
+
+  Returns:
+    The token ids [T], and bool [T], which of them are the assistant's and so
+    predicted.
+  """
+  # An answer ends with the separator, which also begins the row. A Jinja
+  # template has written its own ends of turns.
+  is_rendered = bool(parts) and parts[0][0] in ('shown', 'said')
+  separator = np.array([tokenizer.separator_id], np.int32)
+  if is_rendered:
+    separator = separator[:0]
+  ids_of_parts = [separator]
+  is_predicted = [np.zeros(len(separator), bool)]
 
   # Answers are predicted, and all else is only read.
-  for kind, text in parts:
-    piece = np.asarray(text, np.int32)
+  for kind, part in parts:
+    ids = np.asarray(part, np.int32)
     is_answer = kind in conversations.KINDS_OF_ANSWERS
     if is_answer:
-      piece = np.concatenate([piece, end])
-    pieces.append(piece)
-    predicted.append(np.full(len(piece), is_answer))
-  return np.concatenate(pieces), np.concatenate(predicted)
+      ids = np.concatenate([ids, separator])
+    ids_of_parts.append(ids)
+    is_predicted.append(np.full(len(ids), is_answer))
+  return np.concatenate(ids_of_parts), np.concatenate(is_predicted)
 
 
 def encode_question(text: str, config: Config,
                     tokenizer: Tokenizer) -> np.ndarray:
-  """Returns the ids after which the model answers `text`, by the template of
-  the run's data; of no text, a conversation's start."""
+  """Returns the token ids [T] after which the model answers a question.
+
+  Args:
+    text: the question, which is laid out by the template of the run's data;
+      '': the start of a conversation, without one.
+    config: the config of the run.
+    tokenizer: the tokenizer of the run.
+  """
   if not text:
     return np.array([tokenizer.separator_id], np.int32)
   return talk_by_config(config, tokenizer).encode([dict(role='user',
@@ -304,15 +343,21 @@ def encode_question(text: str, config: Config,
 
 
 def talk_by_config(config: Config, tokenizer: Tokenizer) -> Talk:
-  """Returns how a run is talked with: by the template of its data."""
+  """Returns how the model of a run is talked with: by the template that laid
+  out its training data, which is a Jinja template, Alpaca's or Vicuna's.
+
+  Args:
+    config: the config of the run.
+    tokenizer: the tokenizer of the run.
+  """
   name = config.data.chat_template
   if name != conversations.PUBLISHED_NAME:
     return talk_by_template(conversations.read_template(name, tokenizer))
   is_alpaca = 'alpaca:' in config.data.source
 
   def encode(messages: Messages) -> np.ndarray:
-    """Returns the ids of a conversation up to the answer that is about to
-    begin."""
+    """Returns the token ids [T] of a conversation, up to the answer that is
+    about to begin."""
     # The questions and the answers, and an answer that is about to begin.
     parts = []
     if is_alpaca:
@@ -329,9 +374,10 @@ def talk_by_config(config: Config, tokenizer: Tokenizer) -> Talk:
     parts.append(('answer', ''))
 
     # They are laid out as in training, without the end of that answer.
-    rows = [row for row, _ in sources.encode_parts(tokenizer, [parts])]
+    ids_of_parts = [ids for ids, _ in sources.encode_parts(tokenizer, [parts])]
     kinds = [kind for kind, _ in parts]
-    ids, _ = lay_out_conversation(list(zip(kinds, rows)), tokenizer)
+    encoded_parts = list(zip(kinds, ids_of_parts))
+    ids, _ = lay_out_conversation(encoded_parts, tokenizer)
     return ids[:-1]
 
   ends = frozenset({tokenizer.separator_id})
@@ -343,31 +389,36 @@ def talk_by_config(config: Config, tokenizer: Tokenizer) -> Talk:
 
 
 def talk_by_template(template: conversations.Template, ends: Iterable[int] = (),
-              words: str = '') -> Talk:
+                     words: str = '') -> Talk:
   """Returns how a model is talked with by a Jinja template.
 
   Args:
-    template: see conversations.
+    template: the template with its tokenizer.
     ends: the ids with which an answer ends, as a Hugging Face folder says;
-      default: what the template has after an answer, and the separator.
-    words: what Talk.words says; default: the name of the template.
+      default: the token that the template writes after an answer, and the
+      separator.
+    words: the words of Talk.words; default: the name of the template.
   """
   def encode(messages: Messages) -> np.ndarray:
+    """Returns the token ids [T] of a conversation, up to its next answer."""
     return template.encode(messages, answer=True)
 
   if not ends:
-    ends = template.ends() | {template.tokenizer.separator_id}
+    ends = template.find_end_ids() | {template.tokenizer.separator_id}
   if not words:
     words = f'answers by the chat template {template.name}'
   return Talk(words=words, encode=encode, ends=frozenset(ends))
 
 
 def write_chat_template(config: Config, tokenizer: Tokenizer) -> str:
-  """Returns the template of a run's data as transformers takes one, a Jinja
-  template.
+  """Returns the template of a run's data as a Jinja template, for transformers.
 
-  Alpaca's has no place for an input, which a chat of transformers does not
-  have either.
+  Alpaca's template loses the input that an instruction may have: a chat of
+  transformers has no place for one.
+
+  Args:
+    config: the config of the run.
+    tokenizer: the tokenizer of the run.
   """
   # A Jinja template is copied.
   if config.data.chat_template != conversations.PUBLISHED_NAME:

@@ -114,7 +114,7 @@ class Labelled(Objective):
   has_lengths = True
   loss_unit = 'nats'  # of an answer
 
-  def guessing(self, config: Config, vocab: int) -> float | None:
+  def loss_of_guessing(self, config: Config, vocab: int) -> float | None:
     return math.log(self.num_labels(config))
 
 
@@ -185,7 +185,7 @@ class Regression(TextObjective):
   def num_labels(self, config: Config) -> int:
     return 1
 
-  def guessing(self, config: Config, vocab: int) -> None:
+  def loss_of_guessing(self, config: Config, vocab: int) -> None:
     return None
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
@@ -278,7 +278,7 @@ class QuestionAnswering(Labelled):
   def length(self, item: records.Window) -> int:
     return length_of_row(item)
 
-  def guessing(self, config: Config, vocab: int) -> float:
+  def loss_of_guessing(self, config: Config, vocab: int) -> float:
     return math.log(config.data.length)
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:

@@ -82,7 +82,7 @@ def cross_entropy(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array,
     `weight`, `accuracy` and, where there is one, `z_loss`.
   """
   settings = _choose_settings(hidden_BLD, head=head, z_loss=z_loss,
-                       label_smoothing=label_smoothing, chunk=chunk)
+                              label_smoothing=label_smoothing, chunk=chunk)
   weights_BL = weights_BL.astype(jnp.float32)
   chex.assert_equal_shape([targets_BL, weights_BL])
   loss, tokens = _sum_losses(settings, hidden_BLD, head, targets_BL, weights_BL)
@@ -102,7 +102,7 @@ def token_losses(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array, *,
   settings = _choose_settings(hidden_BLD, head=head, z_loss=0.0,
                               label_smoothing=0.0, chunk=chunk)
   return _scan_token_losses(settings, hidden_BLD=hidden_BLD, head=head,
-                       targets_BL=targets_BL)
+                            targets_BL=targets_BL)
 
 
 def _scan_token_losses(settings: _LossSettings, hidden_BLD: jax.Array,
@@ -131,11 +131,11 @@ def _scan_token_losses(settings: _LossSettings, hidden_BLD: jax.Array,
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_losses(settings: _LossSettings, hidden_BLD: jax.Array, head: Head,
-              targets_BL: jax.Array, weights_BL: jax.Array):
+                targets_BL: jax.Array, weights_BL: jax.Array):
   """Returns (sum of weights * losses, TokenLosses, through which no gradient
   goes)."""
   tokens = _scan_token_losses(settings, hidden_BLD=hidden_BLD, head=head,
-                         targets_BL=targets_BL)
+                              targets_BL=targets_BL)
   return (weights_BL * tokens.loss).sum(), tokens
 
 
@@ -164,8 +164,9 @@ def _sum_losses_forward(settings: _LossSettings, *args):
                                 _project_to_vocabulary(x_QBPD, kernel_DV))
     losses = _losses_of_logits(settings, logits_QBPV, targets_QBP)
     d_logits_QBPV = _gradient_of_logits(settings, logits_QBPV=logits_QBPV,
-                              targets_QBP=targets_QBP, weights_QBP=weights_QBP,
-                              log_z_QBP=losses.log_z)
+                                        targets_QBP=targets_QBP,
+                                        weights_QBP=weights_QBP,
+                                        log_z_QBP=losses.log_z)
     [d_QBPV] = pull(d_logits_QBPV)
 
     # The gradients of the head and of the hidden states.
@@ -271,8 +272,8 @@ def _losses_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,
 
 
 def _gradient_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,
-              targets_QBP: jax.Array, weights_QBP: jax.Array,
-              log_z_QBP: jax.Array):
+                        targets_QBP: jax.Array, weights_QBP: jax.Array,
+                        log_z_QBP: jax.Array):
   """Returns the gradient of the weighted losses in the logits l,
   (1 + 2 c log_z) softmax(l) - q, with the z-loss's coefficient c and the
   smoothed targets q.
@@ -303,7 +304,7 @@ def _one_hot_targets(logits_QBPV: jax.Array, targets_QBP: jax.Array):
 
 
 def _choose_settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
-              label_smoothing: float, chunk: int) -> _LossSettings:
+                     label_smoothing: float, chunk: int) -> _LossSettings:
   """Returns how the tokens are cut up: shards of the batch, and of the length
   chunks as even as can be.
 
@@ -358,7 +359,7 @@ def _split_into_chunks(settings: _LossSettings, arrays: tuple[jax.Array, ...]):
 
 
 def _join_chunks(settings: _LossSettings, arrays: tuple[jax.Array, ...],
-          shape: tuple[int, ...]):
+                 shape: tuple[int, ...]):
   """Returns arrays [chunks, Q, B / rows, P, ...] as [B, L, ...]: undoes `_cut`.
   """
   rows = settings.rows
@@ -381,7 +382,7 @@ def _gather_kernel(head: Head, hidden_BLD: jax.Array):
   """Returns the head's kernel as every chunk reads it: cast, and gathered,
   once."""
   return sharding.gather_weight(head.kernel_DV.astype(hidden_BLD.dtype),
-                        ('embed', 'vocab'))
+                                ('embed', 'vocab'))
 
 
 def _zero_gradients(settings: _LossSettings, asked: Any, x: jax.Array):

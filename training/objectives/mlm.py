@@ -62,31 +62,38 @@ class Passages(causal.Windows):
 
 def frame_text(window: causal.Window, config: Config, tokenizer: Tokenizer
            ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-  """Returns a window of text as a row of an encoder.
+  """Puts a window of text between [CLS] and [SEP], as a row of an encoder.
+
+  Args:
+    window: consecutive tokens of the text.
+    config: the config of the run.
+    tokenizer: the tokenizer of the run.
 
   Returns:
-    The ids of [CLS], the text and [SEP], int32 [L]; which of them are special,
-    bool [L]; and the arrays that keep documents apart: segment_ids, and with
-    data.document_mask also positions.
+    The ids of [CLS], the text and [SEP], int32 [L]; bool [L], which of them are
+    special, and never masked; and the arrays that keep documents apart:
+    segment_ids, and with data.document_mask also positions.
   """
   text = window.tokens[1:window.size]
   framed_ids = np.concatenate([[tokenizer.cls_id], text, [tokenizer.sep_id]])
   ids = framed_ids.astype(np.int32)
 
   # Separators between documents are special too.
-  starts = ids == tokenizer.separator_id
-  special = starts.copy()
-  special[[0, -1]] = True
+  begins_document = ids == tokenizer.separator_id
+  is_special = begins_document.copy()
+  is_special[[0, -1]] = True
 
+  # Without data.document_mask the row is one segment.
   segments = dict(segment_ids=np.ones(len(ids)))
   if config.data.document_mask:
-    starts[-1] = False  # the end of the row begins no document
-    segments = objectives.number_documents(starts)
-  return ids, special, segments
+    begins_document[-1] = False  # the end of the row begins no document
+    segments = objectives.number_documents(begins_document)
+  return ids, is_special, segments
 
 
 class Stretch(NamedTuple):
-  """Consecutive tokens of one document, and the way to other documents.
+  """Consecutive tokens of one document, and a way to draw tokens of another
+  one.
 
   Attributes:
     tokens: [T], at most data.length - 3.
@@ -98,31 +105,40 @@ class Stretch(NamedTuple):
 
 
 class Stretches:
-  """Each document cut into stretches of data.length - 3 tokens.
+  """Documents cut into stretches of data.length - 3 tokens, for pairs of texts.
 
-  The three places are for [CLS] and two [SEP], for BERT's pairs of texts. A
-  stretch of fewer than MIN tokens, too short to learn from, is left out.
-  """
+  The three other places of a row are for [CLS] and two [SEP]. A stretch of
+  fewer than MIN tokens, too short to learn from, is left out."""
 
   MIN = 8
   READS = (sources.TEXT,)
 
   def __init__(self, corpus: sources.Corpus):
-    """Finds the documents that are long enough to be cut in two."""
+    """Finds the documents that are long enough to be cut in two.
+
+    Raises:
+      RequestError: for rows that are too short, or fewer than two such
+        documents.
+    """
     corpus.check_plain()
     self.room = corpus.config.data.length - 3  # [CLS] and twice [SEP]
     require(self.room >= self.MIN, f'data.length={corpus.config.data.length}: '
             f'pairs of texts need at least {self.MIN + 3}.')
+
+    # The long documents: the first token and the number of tokens of each.
     self._documents = documents = Documents(corpus.tokens)
-    first = documents.parts[documents.first]
-    sizes = documents.parts[documents.end] - first
-    enough = sizes >= self.MIN
-    self._first = first[enough]
-    self._sizes = sizes[enough]
-    require(len(self._first) > 1, f'data source {corpus.name!r} has '
-            f'{len(self._first)} document(s) of {self.MIN} tokens or more in '
+    first_tokens = documents.parts[documents.first]
+    sizes = documents.parts[documents.end] - first_tokens
+    is_long = sizes >= self.MIN
+    self._first_tokens = first_tokens[is_long]
+    self._sizes = sizes[is_long]
+    num_documents = len(self._first_tokens)
+    require(num_documents > 1, f'data source {corpus.name!r} has '
+            f'{num_documents} document(s) of {self.MIN} tokens or more in '
             f'the split {corpus.split!r}: pairs need two, to take a second '
             'text from another document.')
+
+    # How many stretches each of them has, and the number of its first one.
     counts = (self._sizes + self.room - self.MIN) // self.room
     self._starts = np.concatenate([[0], np.cumsum(counts)])
     self.num_tokens = int(self._sizes.sum())
@@ -133,33 +149,37 @@ class Stretches:
 
   def __getitem__(self, i: int) -> Stretch:
     document = int(np.searchsorted(self._starts, i, side='right')) - 1
-    low = (int(i) - int(self._starts[document])) * self.room
-    high = min(low + self.room, int(self._sizes[document]))
-    first = int(self._first[document])
-    return Stretch(self._documents.read(first + low, first + high),
-                   functools.partial(self.other, document))
+    stretch_of_document = int(i) - int(self._starts[document])
+    start = stretch_of_document * self.room
+    end = min(start + self.room, int(self._sizes[document]))
+    first_token = int(self._first_tokens[document])
+    return Stretch(
+        tokens=self._documents.read(first_token + start, first_token + end),
+        elsewhere=functools.partial(self.draw_from_other_document, document))
 
-  def other(self, document: int, rng: np.random.Generator, size: int
-            ) -> np.ndarray:
+  def draw_from_other_document(self, document: int, rng: np.random.Generator,
+                               size: int) -> np.ndarray:
     """Returns up to `size` tokens from a random place of a random document
     other than `document`."""
-    other = int(rng.integers(len(self._first) - 1))
-    other += other >= document
-    size = min(size, int(self._sizes[other]))
-    low = int(self._first[other]) + int(
-        rng.integers(int(self._sizes[other]) - size + 1))
-    return self._documents.read(low, low + size)
+    # A number below the count of the others skips the document itself.
+    other = int(rng.integers(len(self._first_tokens) - 1))
+    if other >= document:
+      other += 1
+    size_of_other = int(self._sizes[other])
+    size = min(size, size_of_other)
+    place = int(rng.integers(size_of_other - size + 1))
+    start = int(self._first_tokens[other]) + place
+    return self._documents.read(start, start + size)
 
 
 def _mask_pair(first: np.ndarray, second: np.ndarray, target: bool,
                rng: np.random.Generator, config: Config, tokenizer: Tokenizer
                ) -> Row:
-  """Returns [CLS] first [SEP] second [SEP], masked, as a row whose nsp_targets
-  is `target`.
+  """Returns [CLS] first [SEP] second [SEP] with some tokens masked, as a row.
 
   Args:
     first, second: the tokens of the texts.
-    target: what is to be predicted of the pair.
+    target: the label of the pair, which becomes nsp_targets.
     rng: draws the masks.
     config: the config of the run.
     tokenizer: the tokenizer of the run.
@@ -167,23 +187,32 @@ def _mask_pair(first: np.ndarray, second: np.ndarray, target: bool,
   cls = tokenizer.cls_id
   sep = tokenizer.sep_id
   ids = np.concatenate([[cls], first, [sep], second, [sep]]).astype(np.int32)
-  after_first = len(first) + 1
+  place_of_sep = len(first) + 1
   # [CLS] and both [SEP] are never masked.
-  special = np.zeros(len(ids), bool)
-  special[[0, after_first, -1]] = True
-  row = _mask_row(ids, special=special, rng=rng, config=config,
-                tokenizer=tokenizer)
+  is_special = np.zeros(len(ids), bool)
+  is_special[[0, place_of_sep, -1]] = True
+  row = _mask_row(ids, special=is_special, rng=rng, config=config,
+                  tokenizer=tokenizer)
 
   # The second text begins after the first [SEP].
-  row['types'] = np.arange(len(ids)) > after_first
+  row['types'] = np.arange(len(ids)) > place_of_sep
   row['segment_ids'] = np.ones(len(ids))
   row['nsp_targets'] = target
   return row
 
 
 def _mask_row(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
-            config: Config, tokenizer: Tokenizer) -> Row:
-  """Returns tokens, targets and weights of a row."""
+              config: Config, tokenizer: Tokenizer) -> Row:
+  """Masks some tokens of a row, and returns its tokens, targets and weights
+  [L].
+
+  Args:
+    ids: int32 [L], the tokens of the row.
+    special: bool [L], which of them are never masked.
+    rng: draws what is masked, and how.
+    config: the config of the run.
+    tokenizer: the tokenizer of the run.
+  """
   masked, chosen = mask_tokens(ids, special=special, rng=rng,
                                tokenizer=tokenizer, rate=config.data.mask_rate,
                                whole_words=config.data.whole_words,
@@ -192,24 +221,29 @@ def _mask_row(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
 
 
 def most_targets(rate: float, length: int) -> int:
-  """Returns how many tokens of `length` are chosen at most; where words are
-  masked whole, the last word may exceed it."""
+  """Returns how many of `length` tokens are chosen to be predicted, at most.
+  Where words are masked whole, the last word may exceed it."""
   return max(1, round(rate * length))
 
 
 def mask_tokens(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
-         tokenizer: Tokenizer, *, rate: float, whole_words: bool, size: int = 0
-         ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (ids with some masked, which of them are to be predicted).
+                tokenizer: Tokenizer, *, rate: float, whole_words: bool,
+                size: int = 0) -> tuple[np.ndarray, np.ndarray]:
+  """Chooses tokens to predict, and masks most of them (Devlin et al. 2019,
+  section 3.1): 80 % become [MASK], 10 % a random token, and 10 % stay.
 
   Args:
     ids: int32 [L].
-    special: bool [L], never masked.
+    special: bool [L], which tokens are never masked.
     rng: draws what is masked, and how.
     tokenizer: has the mask token and the vocabulary.
     rate: the share of tokens that are chosen, at least one of them.
     whole_words: whether all tokens of a word are chosen, or none.
     size: how many ids the model has; 0: as many as the tokenizer.
+
+  Returns:
+    int32 [L], the ids with some of them masked; and bool [L], which of them are
+    to be predicted.
   """
   # Units are words or tokens; unit_L says which one each token is of.
   starts_L = np.ones(len(ids), bool)
@@ -219,69 +253,81 @@ def mask_tokens(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
 
   # Units are chosen in a random order until they have tokens enough.
   places = np.flatnonzero(~special)
-  wanted = most_targets(rate, len(places))
+  num_targets = most_targets(rate, len(places))
   order = rng.permutation(np.unique(unit_L[places]))
   tokens_of_unit = np.bincount(unit_L[places], minlength=unit_L[-1] + 1)
   sizes = tokens_of_unit[order]
   chosen_before = np.cumsum(sizes) - sizes
-  chosen_units = order[chosen_before < wanted]
+  chosen_units = order[chosen_before < num_targets]
   chosen_L = np.isin(unit_L, chosen_units) & ~special
 
   # 80 % become [MASK], 10 % a random token, and 10 % stay.
   draw_L = rng.random(len(ids))
   masked_L = np.where(chosen_L & (draw_L < 0.8), tokenizer.mask_id, ids)
-  known = min(tokenizer.vocab_size, size or tokenizer.vocab_size)
-  other_L = rng.integers(0, known, len(ids))
+  num_ids = min(tokenizer.vocab_size, size or tokenizer.vocab_size)
+  random_ids_L = rng.integers(0, num_ids, len(ids))
   is_replaced_L = chosen_L & (draw_L >= 0.8) & (draw_L < 0.9)
-  masked_L = np.where(is_replaced_L, other_L, masked_L)
+  masked_L = np.where(is_replaced_L, random_ids_L, masked_L)
   return masked_L.astype(np.int32), chosen_L
 
 
 def _find_word_starts(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-  """Returns bool [L]: whether a word begins at a token."""
-  begins, ends = _find_tokens_at_word_ends(tokenizer)
-  after = np.concatenate([[True], ends[ids[:-1]]])
-  return begins[ids] | after
+  """Returns bool [L]: whether a word begins at each of the tokens `ids` [L]."""
+  begins_word_V, ends_word_V = _find_tokens_at_word_ends(tokenizer)
+  follows_word_L = np.concatenate([[True], ends_word_V[ids[:-1]]])
+  return begins_word_V[ids] | follows_word_L
 
 
 @functools.lru_cache(maxsize=4)
-def _find_tokens_at_word_ends(tokenizer: Tokenizer) -> tuple[np.ndarray,
-                                                             np.ndarray]:
-  """Returns bool [V] twice: which tokens begin a word, which end one."""
-  special = set(tokenizer.special_ids.values())
-  pieces = []
-  for i in range(tokenizer.vocab_size):
-    piece = b' '
-    if i not in special:
-      piece = tokenizer.decode_bytes([i])
-    pieces.append(piece)
+def _find_tokens_at_word_ends(tokenizer: Tokenizer
+                              ) -> tuple[np.ndarray, np.ndarray]:
+  """Tells which tokens of a vocabulary begin a word, and which end one.
+
+  Returns:
+    bool [V], whether a word begins with the token; and bool [V], whether one
+    ends with it.
+
+  Raises:
+    RequestError: for a tokenizer that does not show where words begin.
+  """
+  # The text of each token. A special token separates words, as a space does.
+  special_ids = set(tokenizer.special_ids.values())
+  texts = []
+  for token in range(tokenizer.vocab_size):
+    text = b' '
+    if token not in special_ids:
+      text = tokenizer.decode_bytes([token])
+    texts.append(text)
 
   # WordPiece marks what goes on with a word.
-  if any(piece.startswith(b'##') and len(piece) > 2 for piece in pieces):
-    begins = np.array([not piece.startswith(b'##') for piece in pieces])
-    return begins, np.zeros(len(pieces), bool)
+  if any(text.startswith(b'##') and len(text) > 2 for text in texts):
+    begins_word_V = np.array([not text.startswith(b'##') for text in texts])
+    return begins_word_V, np.zeros(len(texts), bool)
 
   # Other tokens show a word's ends by spaces.
-  begins = np.array([piece[:1].isspace() for piece in pieces])
-  ends = np.array([piece[-1:].isspace() for piece in pieces])
-  usual = [i not in special for i in range(len(pieces))]
-  require(bool((begins | ends)[usual].any()), f'data.whole_words: tokenizer '
+  begins_word_V = np.array([text[:1].isspace() for text in texts])
+  ends_word_V = np.array([text[-1:].isspace() for text in texts])
+  is_usual_V = [i not in special_ids for i in range(len(texts))]
+  shows_words = (begins_word_V | ends_word_V)[is_usual_V].any()
+  require(bool(shows_words), f'data.whole_words: tokenizer '
           f'{tokenizer.name!r} does not show where a word begins. Set it to '
           'False, or take WordPiece, bytes or a byte-level BPE.')
-  return begins, ends
+  return begins_word_V, ends_word_V
 
 
 def count_rows(batch: Batch) -> jax.Array:
-  """Returns how many rows are not padding."""
+  """Returns how many rows of a batch are not padding."""
   return _is_real_row_B(batch).sum()
 
 
 def _is_real_row_B(batch: Batch) -> jax.Array:
+  """Returns float32 [B]: 1 for a row with a token, and 0 for padding."""
   return (batch['segment_ids'] != 0).any(1).astype(jnp.float32)
 
 
 def count_unread_places(config: Config, length: int) -> int:
-  """Returns how many places of a row `masked_words` leaves out."""
+  """Returns how many places of a row the head does not read in training, as
+  `masked_word_figures` leaves them out."""
   if config.data.whole_words or config.mesh.context > 1:
     return 0
   return max(length - most_targets(config.data.mask_rate, length), 0)
@@ -289,10 +335,19 @@ def count_unread_places(config: Config, length: int) -> int:
 
 def masked_word_figures(output: Output, batch: Batch,
                         config: Config) -> Figures:
-  """Returns objectives.token_loss of the tokens to predict: the head reads no
-  other places. `mask` chooses at most `most` tokens of a row; if a batch has
-  more, the loss is nan. If words are masked whole, which may exceed that, or if
-  a row is split over devices, the head reads every place."""
+  """Returns the figures of objectives.token_loss_figures for masked words.
+
+  The head reads only the places that are to be predicted, of which
+  `mask_tokens` chooses at most M = most_targets in a row. If a batch has more,
+  the loss is nan. The head reads every place where words are masked whole,
+  which may exceed M, and where a row is split over devices.
+
+  Args:
+    output: the output of the model.
+    batch: targets and weights [B, L], where a weight is 0 unless the token is
+      to be predicted.
+    config: the config of the run.
+  """
   weights_BL = batch['weights']
   L = weights_BL.shape[1]
   M = most_targets(config.data.mask_rate, L)
@@ -307,13 +362,14 @@ def masked_word_figures(output: Output, batch: Batch,
   exists_BM = places_BM < L
 
   def at_places(x_BL: jax.Array) -> jax.Array:
-    """Returns [B, M, ...] of [B, L, ...]."""
+    """Returns what an array [B, L, ...] has at the places, [B, M, ...]."""
     index = places_BM.reshape(*places_BM.shape, *(1,) * (x_BL.ndim - 2))
     return jnp.take_along_axis(x_BL, index, axis=1, mode='clip')
 
+  # Weights of nan tell that a row had more than M of them.
   weights_BM = jnp.where(exists_BM, at_places(weights_BL), 0)
-  too_many = chosen_BL.sum() > exists_BM.sum()
-  weights_BM = jnp.where(too_many, jnp.nan, weights_BM)
+  has_too_many = chosen_BL.sum() > exists_BM.sum()
+  weights_BM = jnp.where(has_too_many, jnp.nan, weights_BM)
   chosen = dict(targets=at_places(batch['targets']), weights=weights_BM)
   return objectives.token_loss_figures(
       output.replace(hidden=at_places(output.hidden)), chosen, config)
@@ -321,8 +377,16 @@ def masked_word_figures(output: Output, batch: Batch,
 
 def masked_word_and_sentence_figures(output: Output, batch: Batch,
                                      config: Config) -> Figures:
-  """Returns BERT's losses: of the masked words, and of whether the second text
-  follows the first. One is a mean over these words, the other over rows."""
+  """Returns BERT's losses (Devlin et al. 2019, section 3.1): of the masked
+  words, and of whether the second text follows the first.
+
+  One is a mean over these words, the other over rows.
+
+  Args:
+    output: the output of the model, with nsp_logits [B, 2].
+    batch: targets and weights [B, L], and nsp_targets [B].
+    config: the config of the run.
+  """
   # The masked words. The sum of both losses is the one to minimise.
   figures = {}
   for name, mean in masked_word_figures(output, batch, config).items():
@@ -357,14 +421,16 @@ class MaskedWords(Objective):
               config: Config, tokenizer: Tokenizer) -> Row:
     """Returns one masked row of text.
 
+    Args: see Objective.example.
+
     Returns:
       The arrays of the row, [L]: tokens; targets; weights, 1 where a token is
       to be predicted; and segment_ids. With data.document_mask a document is a
       segment, from its separator on, and its positions begin with 0.
     """
-    ids, special, segments = frame_text(item, config, tokenizer)
-    row = _mask_row(ids, special=special, rng=rng, config=config,
-                  tokenizer=tokenizer)
+    ids, is_special, segments = frame_text(item, config, tokenizer)
+    row = _mask_row(ids, special=is_special, rng=rng, config=config,
+                    tokenizer=tokenizer)
     return row | segments
 
   def arrays(self, config: Config) -> dict[str, Shape]:
@@ -373,7 +439,7 @@ class MaskedWords(Objective):
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
     return masked_word_figures(output, batch, config)
 
-  def unread(self, config: Config, length: int) -> int:
+  def num_unread_places(self, config: Config, length: int) -> int:
     return count_unread_places(config, length)
 
 
@@ -388,12 +454,15 @@ class NextSentence(Objective):
 
   def example(self, item: Stretch, rng: np.random.Generator, config: Config,
               tokenizer: Tokenizer) -> Row:
-    """Returns one masked pair.
+    """Returns one masked pair of texts, of which the second is replaced half of
+    the time by tokens of another document.
+
+    Args: see Objective.example.
 
     Returns:
-      The arrays of the row: tokens, types, segment_ids and targets [L];
-      weights [L], 1 where a token is to be predicted; and nsp_targets [], 1
-      where the second text is from elsewhere.
+      The arrays of the row: tokens, types, segment_ids and targets [L]; weights
+      [L], 1 where a token is to be predicted; and nsp_targets [], 1 where the
+      second text is from elsewhere.
     """
     # The text is cut in two, and half of the time its second part is replaced.
     place = int(rng.integers(1, len(item.tokens)))
@@ -426,10 +495,10 @@ class NextSentence(Objective):
     return {'mlm_loss': objectives.count_targets(batch),
             'nsp_loss': count_rows(batch)}
 
-  def unread(self, config: Config, length: int) -> int:
+  def num_unread_places(self, config: Config, length: int) -> int:
     return count_unread_places(config, length)
 
-  def guessing(self, config: Config, vocab: int) -> float:
+  def loss_of_guessing(self, config: Config, vocab: int) -> float:
     return math.log(vocab) + math.log(2)
 
 
@@ -438,14 +507,16 @@ class SentenceOrder(NextSentence):
 
   def example(self, item: Stretch, rng: np.random.Generator, config: Config,
               tokenizer: Tokenizer) -> Row:
-    """Returns one masked pair as NextSentence does; nsp_targets is 1 where the
-    second text stood before the first."""
+    """Returns one masked pair of texts as NextSentence does, of which the order
+    is swapped half of the time. nsp_targets is 1 where it is.
+
+    Args: see Objective.example."""
     place = int(rng.integers(1, len(item.tokens)))
     first, second = np.split(item.tokens, [place])
-    swapped = rng.random() < 0.5
-    if swapped:
+    is_swapped = rng.random() < 0.5
+    if is_swapped:
       first, second = second, first
-    return _mask_pair(first, second=second, target=swapped, rng=rng,
+    return _mask_pair(first, second=second, target=is_swapped, rng=rng,
                       config=config, tokenizer=tokenizer)
 
 
@@ -458,12 +529,15 @@ class MaskedDiffusion(Objective):
 
   def example(self, item: causal.Window, rng: np.random.Generator,
               config: Config, tokenizer: Tokenizer) -> Row:
-    """Returns one row with a random share of its tokens masked.
+    """Returns one row of which a random share of the tokens is masked.
+
+    Args: see Objective.example.
 
     Returns:
       The arrays of the row, [L]: tokens; targets; weights, 1 / t where a token
-      is masked; and segment_ids. With data.document_mask a document is a
-      segment, from its separator on, and its positions begin with 0.
+      is masked, with the share t; and segment_ids. With data.document_mask a
+      document is a segment, from its separator on, and its positions begin with
+      0.
     """
     # Each token is masked with the probability t, which is above 0.
     ids = item.tokens[1:item.size]
@@ -481,8 +555,11 @@ class MaskedDiffusion(Objective):
     return objectives.arrays_of_documents(config)
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
-    """Returns the weighted losses of the masked tokens over the number of all
-    tokens; the accuracy is a mean over the masked ones, by weight."""
+    """Returns the bound of the text's loss: the weighted losses of the masked
+    tokens over the number of all tokens (Nie et al. 2025, equation 3). The
+    accuracy is a mean over the masked ones, by weight.
+
+    Args: see Objective.figures."""
     figures = objectives.token_loss_figures(output, batch, config)
     for name in figures.keys() - {'accuracy'}:
       figures[name] = Mean(figures[name].total, count_tokens(batch))

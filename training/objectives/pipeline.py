@@ -37,31 +37,43 @@ MOST_BATCH_SIZES = 15  # of batches that grow, beside data.batch_size
 
 
 class Loader:
-  """The batches of one split for one process.
+  """The batches of one split of the data, for one process.
 
   Attributes:
     name: the source or sources, as written in the config.
-    share: what it counts in the mean over the sources that are held out.
-    text: whose tokens these are, in words.
-    views: what the objective makes rows of, for each source.
-    num_windows: examples in one pass over the split, which `cut` may lessen.
-    num_batches: batches in one pass. An 'eval' loader ends there, its last
+    share: the weight of this source in the mean over all held-out sources.
+    text: the part of the data that is read, in words.
+    views: for each source, the sequence of items that the objective makes rows
+      of.
+    num_windows: the examples in one pass over the split, which `limit_rows`
+      may lessen.
+    num_batches: the batches in one pass. An 'eval' loader ends there, its last
       batch filled up with rows of weight zero, so that each token counts
       exactly once; a 'train' loader never ends.
-    num_tokens: tokens of the text that one pass reads.
-    num_bytes: UTF-8 bytes of that text.
+    num_tokens: the tokens of the text that one pass reads.
+    num_bytes: the UTF-8 bytes of that text.
     bytes_per_token: bits per byte = nats per token / (ln 2 x this).
-    ramp: the rows of each batch.
+    ramp: the number of rows of each batch.
     tokenizer: the tokenizer of the run.
     objective: the objective of the run.
-    beside: the loaders whose batches have the shape of this one's: those of
-      runs that train as one program, each with its own seed.
+    loaders_of_program: the loaders of the runs that train as one program, each
+      with its own seed. Their batches have one shape, and this loader is one
+      of them.
   """
 
   def __init__(self, name: str, share: float, text: str, dataset: Sequence,
                views: Sequence, config: Config, tokenizer: Tokenizer,
                split: str, process_index: int, process_count: int):
-    """Counts the batches of this process."""
+    """Counts the batches of this process.
+
+    Args:
+      dataset: the items of all views, in the order of the run.
+      config: the config of the run.
+      split: 'train' or 'eval'.
+      process_index: the number of this process.
+      process_count: how many processes there are.
+      The others are attributes of the class.
+    """
     self.name = name
     self.share = share
     self.text = text
@@ -71,7 +83,7 @@ class Loader:
     self.tokenizer = tokenizer
     self._split = split
     self.objective = objectives.find_objective(config)
-    self.beside: Sequence[Loader] = [self]
+    self.loaders_of_program: Sequence[Loader] = [self]
     self._place = process_index, process_count
 
     # The sizes of batches, and the lengths of their rows.
@@ -86,66 +98,82 @@ class Loader:
 
     # How much there is.
     self.num_windows = sum(len(view) for view in views)
-    self.cut(0)
+    self.limit_rows(0)
     self.num_tokens = sum(view.num_tokens for view in views)
     self.num_bytes = sum(view.num_bytes for view in views)
     self.bytes_per_token = self.num_bytes / self.num_tokens
 
-  def cut(self, rows: int) -> 'Loader':
-    """Returns this 'eval' loader, whose pass ends after so many rows from here
-    on, however many are in a batch; 0: after all."""
+  def limit_rows(self, rows: int) -> 'Loader':
+    """Ends the pass of this 'eval' loader after so many rows.
+
+    Args:
+      rows: the rows from here on, whatever the size of a batch; 0: all.
+
+    Returns:
+      This loader.
+    """
     self.num_windows = min(rows or self.num_windows, self.num_windows)
     self.num_batches = -(-self.num_windows // self._config.data.batch_size)
     return self
 
   def place(self, n: int) -> int:
-    """Returns which item of its view row n of what is held out is."""
+    """Returns the index in its view of held-out row n."""
     return int(self._dataset.places[n])
 
   def first(self, batches: int) -> int:
-    """Returns how many batches of a pass `batches` are; 0: all."""
+    """Returns how many batches are read where `batches` are asked for; 0: all.
+    """
     return min(batches or self.num_batches, self.num_batches)
 
   def batch(self, n: int) -> dict[str, np.ndarray]:
-    """Returns this process's rows of global batch n, each array [rows, ...].
+    """Returns the arrays [rows, ...] of this process's rows of global batch n.
+
+    Raises:
+      IndexError: where the split has no batch n.
     """
     n = int(n)
     if not 0 <= n < self._stop:
       raise IndexError(f'batch {n} of {self._stop}')
 
     # The rows of this process, at the length of the longest row anywhere.
-    index, count = self._place
-    size = self.ramp.rows(n) // count
-    first = int(self.ramp.before(n)) + index * size
-    places = range(first, first + size)
-    length = max(loader.length(n) for loader in self.beside)
-    rows = [(self._item(g), self._rng(g)) for g in places]
-    batch = self.objective.batch(rows, self._config_of[length], self.tokenizer)
+    process_index, process_count = self._place
+    num_rows = self.ramp.rows(n) // process_count
+    first_row = int(self.ramp.rows_before(n)) + process_index * num_rows
+    row_numbers = range(first_row, first_row + num_rows)
+    length = max(loader.length(n) for loader in self.loaders_of_program)
+    examples = [(self._item(g), self._rng(g)) for g in row_numbers]
+    batch = self.objective.batch(examples, self._config_of[length],
+                                 self.tokenizer)
 
     # Padding counts nothing and takes no expert's room.
-    padding = [self._is_padding(g) for g in places]
-    if any(padding):
+    is_padding = [self._is_padding(g) for g in row_numbers]
+    if any(is_padding):
       for key, values in batch.items():
         if key.endswith(('weights', 'segment_ids', 'valid')):
-          values[padding] = 0
+          values[is_padding] = 0
     return batch
 
   def length(self, n: int) -> int:
-    """Returns the data.length of global batch n: the least of `lengths` that
-    its longest row fits into, whichever process has that row."""
+    """Returns the length that the rows of global batch n are padded to.
+
+    This is the least of `padded_lengths` that fits the longest row of the
+    batch, whichever process has that row."""
     if not self.objective.has_lengths or len(self._config_of) == 1:
       return self._config.data.length
-    first, end = map(int, self.ramp.before([n, n + 1]))
+    first, end = map(int, self.ramp.rows_before([n, n + 1]))
     sizes = [self.objective.length(self._item(g)) for g in range(first, end)]
     longest = max(sizes)
     return min(length for length in self._config_of if length >= longest)
 
   def iterate(self, start: int = 0, stop: int | None = None
               ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields batch(start), ..., batch(stop - 1), prepared ahead.
+    """Yields batch(start), ..., batch(stop - 1), of which some are prepared
+    ahead.
 
-    Give `stop` where it is known: batches that no one takes are work for
-    nothing.
+    Args:
+      start: the first batch.
+      stop: the batch after the last one; None: the end of the pass. Give it
+        where it is known: batches that no one takes are work for nothing.
     """
     import grain
     stop = self._stop if stop is None else min(stop, self._stop)
@@ -165,31 +193,38 @@ class Loader:
 
   @property
   def _stop(self) -> int:
-    """The number of batches; in training, more than any run has."""
+    """The number of batches that there are; in training, more than any run has.
+    """
     if self._split == 'eval':
       return self.num_batches
     return sys.maxsize // self.ramp.last
 
   def _is_padding(self, g: int) -> bool:
-    """Returns whether row g fills up the last batch."""
+    """Returns whether row g only fills up the last batch of an evaluation."""
     return self._split == 'eval' and g >= self.num_windows
 
   def _item(self, g: int):
-    """Returns the item of row g; of padding, any."""
+    """Returns the item that row g is made of; of padding, the first one."""
     return self._dataset[0 if self._is_padding(g) else g]
 
   def _rng(self, g: int) -> np.random.Generator:
-    """Returns the generator of row g's draws."""
+    """Returns the random generator of row g, a function of the seed and g
+    alone."""
     seed = EVAL_SEED if self._split == 'eval' else self._config.seed
     return np.random.default_rng([seed, g])
 
 
 class _OrderedItems:
-  """The items of views, one view after another, in the order of `places`.
+  """The items of several views, read in a given order.
 
-  Grain puts the places in order, not the items: for each item that goes through
-  one of its sources it records size and time, which takes longer than to read a
-  window of tokens.
+  Grain puts the numbers of the items in order, not the items themselves: for
+  each item that goes through one of its sources it records size and time, which
+  takes longer than to read a window of tokens.
+
+  Args:
+    places: the order: place n is the number of the item, counted over all views
+      one after another.
+    views: the sequences of items.
   """
 
   def __init__(self, places: Sequence[int], views: Sequence):
@@ -199,54 +234,64 @@ class _OrderedItems:
 
   def __getitem__(self, n: int):
     place = self.places[n]
-    view = bisect.bisect_right(self._starts, place) - 1
-    return self._views[view][place - self._starts[view]]
+    view_number = bisect.bisect_right(self._starts, place) - 1
+    index_in_view = place - self._starts[view_number]
+    return self._views[view_number][index_in_view]
 
 
 def padded_lengths(config: Config) -> tuple[int, ...]:
-  """Returns the lengths that the rows of a batch may be padded to: data.length
-  and, for labelled data, up to data.length_buckets - 1 shorter ones, as far
-  from each other as eight tokens or more that mesh.context divides."""
-  length = config.data.length
+  """Returns the lengths that the rows of a batch may be padded to, ascending.
+
+  These are data.length and, where rows of the objective differ much in length,
+  up to data.length_buckets - 1 shorter ones at even distances. A distance is a
+  multiple of eight tokens, and one that mesh.context divides.
+  """
+  longest = config.data.length
   if not objectives.find_objective(config).has_lengths:
-    return (length,)
-  most = config.data.length_buckets
-  step = math.lcm(8, max(config.mesh.context, 1))
-  step *= -(-length // (step * most))
-  return (*range(step, length, step), length)
+    return (longest,)
+  most_lengths = config.data.length_buckets
+  unit = math.lcm(8, max(config.mesh.context, 1))
+  # The least multiple of the unit that makes few enough lengths.
+  units_of_step = -(-longest // (unit * most_lengths))
+  step = unit * units_of_step
+  return (*range(step, longest, step), longest)
 
 
 def make_training_loader(config: Config, tokenizer: Tokenizer,
-                    process_index: int = 0, process_count: int = 1) -> Loader:
+                         process_index: int = 0, process_count: int = 1
+                         ) -> Loader:
   """Returns the endless loader of training, tokenising its sources if need be.
 
   Args:
     config: a run's config; read are seed, objective and data.
     tokenizer: see tokenizers.load.
     process_index: the number of this process.
-    process_count: how many there are; it must divide data.batch_size.
+    process_count: how many processes there are; it must divide data.batch_size.
 
   Raises:
-    ValueError: for a source that is missing, empty or unreadable.
+    RequestError: for a source that is missing, empty or unreadable.
   """
   import grain
   weights, corpora, views = _open_views(config, tokenizer, 'train')
 
-  # Grain permutes epoch e by seed + e. Hashed seeds keep the second epoch
-  # of seed 0 from being the first of seed 1.
+  # Each source is shuffled anew in each pass. Grain permutes epoch e by
+  # seed + e: hashed seeds keep the second epoch of seed 0 from being the first
+  # of seed 1.
   seeds = np.random.SeedSequence(config.seed).generate_state(len(views))
-  parts = []
+  orders = []
   start = 0
   for view, seed in zip(views, seeds):
     stop = start + len(view)
     places = grain.MapDataset.range(start, stop)
     shuffled = places.shuffle(seed=int(seed))
-    parts.append(shuffled.repeat())
+    orders.append(shuffled.repeat())
     start = stop
-  if len(parts) == 1:
-    places = parts[0]
+
+  # Several sources are interleaved by their weights.
+  if len(orders) == 1:
+    places = orders[0]
   else:
-    places = grain.MapDataset.mix(parts, weights)
+    places = grain.MapDataset.mix(orders, weights)
   text = ' and '.join(corpus.text for corpus in corpora)
   return Loader(
       name=config.data.source, share=1.0, text=text,
@@ -259,16 +304,23 @@ def make_evaluation_loaders(config: Config, tokenizer: Tokenizer,
                             process_index: int = 0, process_count: int = 1,
                             in_order: bool = False,
                             bare: bool = False) -> list[Loader]:
-  """Returns a loader of each source that is held out, of one pass each.
+  """Returns one loader for each held-out source, of one pass each.
 
-  A figure of the whole is the mean of the sources' own by their `share`, the
-  weights of data.eval_source or data.source: that of text drawn as training
-  draws it, however much of each is held out. A source's order is its own, the
-  same for all runs, so that its first batches are a fair sample of all; or with
-  `in_order` that of its view. With `bare`, records may be without what is to be
-  predicted of them.
+  A figure over all sources is the mean of their figures, weighted by `share`:
+  the weights of data.eval_source or data.source. It is the figure of text drawn
+  as training draws it, however much of each source is held out.
 
-  Args and raises: those of `training_loader`.
+  Args:
+    config: a run's config.
+    tokenizer: see tokenizers.load.
+    process_index: the number of this process.
+    process_count: how many processes there are.
+    in_order: whether rows come in the order of the source. Else they are
+      shuffled, alike for all runs, so that the first batches are a fair sample.
+    bare: whether records may be without the label that is to be predicted.
+
+  Raises:
+    RequestError: for a source that is missing, empty or unreadable.
   """
   import grain
   weights, corpora, views = _open_views(config, tokenizer=tokenizer,
@@ -289,8 +341,13 @@ def make_evaluation_loaders(config: Config, tokenizer: Tokenizer,
 
 
 def _open_views(config: Config, tokenizer: Tokenizer, split: str,
-           bare: bool = False) -> tuple[Sequence, Sequence, list]:
-  """Returns the weights, corpora and views of a split's sources."""
+                bare: bool = False) -> tuple[Sequence, Sequence, list]:
+  """Opens the sources of a split.
+
+  Returns:
+    The weight of each source; its corpus; and its view, the sequence of items
+    that the objective makes rows of.
+  """
   view = objectives.find_objective(config).view
   weights, corpora = zip(*_open_corpora(config, tokenizer=tokenizer,
                                         split=split, bare=bare))
@@ -299,7 +356,7 @@ def _open_views(config: Config, tokenizer: Tokenizer, split: str,
 
 def check_sources(config: Config) -> None:
   """Raises RequestError for a source that is unknown or not there, or a cache
-  that cannot be written; reads no text."""
+  of tokens that cannot be written. No text is read."""
   sources.check_cache_dir(config.data.cache_dir)
   for spec in filter(None, (config.data.source, config.data.eval_source)):
     for _, source in sources.parse_sources(spec):
@@ -307,33 +364,35 @@ def check_sources(config: Config) -> None:
 
 
 def digest_contents(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
-  """Returns a hash of all that a run is made of, by its name: of what turns
-  text into numbers, of what the sources hold, and of files from outside the
-  tree. Where a run is labelled or chats, its labels and its template are in its
-  config."""
+  """Returns a hash of each thing that the data of a run are made of, by its
+  name.
+
+  These are the tokenizer, the content of the sources, and the files from
+  outside the tree. The labels and the chat template of a run are not among
+  them, since its config holds them."""
   digest_of_tokenizer = digest_tokenizer(config, tokenizer)
   digest_of_source = digest_sources(config, tokenizer)
   return digest_of_tokenizer | digest_of_source | plugins.hash_loaded_files()
 
 
 def digest_tokenizer(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
-  """Returns a hash of the tokenizer of a run, by its name; {}: the objective
-  does not read it."""
+  """Returns {name: hash} of the tokenizer of a run; {} where the objective does
+  not read it."""
   if 'data.tokenizer' in objectives.find_objective(config).ignores:
     return {}
   return {f'tokenizer {config.data.tokenizer}': tokenizer.fingerprint}
 
 
 def digest_sources(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
-  """Returns a hash of what each source of a run holds, by its name; where it is
-  drawn, of its first rows."""
+  """Returns {name: hash} of the content of each source of a run. A source whose
+  rows are drawn by the seed is hashed by its first rows."""
   data = config.data
   hashes = {}
   for spec in filter(None, (data.source, data.eval_source)):
     for _, source in _parse_sources(spec, config, tokenizer):
       # A source may be cut into what is trained on and what is held out.
       source = sources.hold_out_end_of_text(source, _holdout_every(data))
-      if source.tokens or source.drawn:
+      if source.tokens or source.is_drawn:
         hashes[source.name] = source.digest()
       else:
         hashes[source.name] = sources.content_digest(source, tokenizer,
@@ -342,15 +401,15 @@ def digest_sources(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _holdout_every(data: Config) -> int | None:
-  """Returns data.holdout_every; None where nothing of data.source is held out,
-  since data.eval_source is evaluated on."""
+  """Returns data.holdout_every, or None where nothing of data.source is held
+  out, because the run is evaluated on data.eval_source."""
   return None if data.eval_source else data.holdout_every
 
 
 def _parse_sources(spec: str, config: Config, tokenizer: Tokenizer
             ) -> list[tuple[float, sources.Source]]:
-  """Returns the (weight, source) pairs of a spec, with conversations laid out
-  by the template of the run."""
+  """Returns the (weight, source) pairs that a text such as data.source names.
+  Conversations are laid out by the chat template of the run."""
   def layout() -> conversations.Layout:
     """Returns the layout, which only sources of conversations ask for."""
     return conversations.choose_layout(config.data.chat_template, tokenizer)
@@ -359,8 +418,8 @@ def _parse_sources(spec: str, config: Config, tokenizer: Tokenizer
 
 
 def _open_corpora(config: Config, tokenizer: Tokenizer, split: str,
-             bare: bool = False) -> Iterator[tuple[float, sources.Corpus]]:
-  """Yields (weight, sources.Corpus) of each source of the split.
+                  bare: bool = False) -> Iterator[tuple[float, sources.Corpus]]:
+  """Yields the weight of each source of a split, and its documents or records.
 
   Args:
     config: the config of the run.
@@ -382,12 +441,12 @@ def _open_corpora(config: Config, tokenizer: Tokenizer, split: str,
   # Each source's documents, by the kind of what it holds.
   for weight, source in _parse_sources(spec, config, tokenizer):
     objectives.check_fits(config, source)
-    if source.drawn:
+    if source.is_drawn:
       corpus = sources.Corpus(name=source.name, text=source.name, split=split,
                               tokenizer=tokenizer, config=config)
     elif objectives.find_objective(config).record_kind:
       corpus = _open_records(source, config=config, tokenizer=tokenizer,
-                           split=split, part=part, bare=bare)
+                             split=split, part=part, bare=bare)
     else:
       corpus = _open_text(source, config=config, tokenizer=tokenizer,
                           split=split, part=part)
@@ -395,15 +454,15 @@ def _open_corpora(config: Config, tokenizer: Tokenizer, split: str,
 
 
 def _open_records(source: sources.Source, config: Config, tokenizer: Tokenizer,
-                split: str, part: str, bare: bool) -> sources.Corpus:
-  """Returns the records of a source that belong to a split.
+                  split: str, part: str, bare: bool) -> sources.Corpus:
+  """Reads the labelled records of a source that belong to a split.
 
   Args:
     source: a source of labelled data.
     config: the config of the run.
     tokenizer: see tokenizers.load.
     split: 'train' or 'eval'.
-    part: eval.part.
+    part: eval.part: the half of what is held out that is read; '': all.
     bare: whether records may be without what is to be predicted of them.
   """
   every = _holdout_every(config.data)
@@ -421,15 +480,16 @@ def _open_records(source: sources.Source, config: Config, tokenizer: Tokenizer,
 
 
 def _open_text(source: sources.Source, config: Config, tokenizer: Tokenizer,
-             split: str, part: str) -> sources.Corpus:
-  """Returns the tokens of a source that belong to a split.
+               split: str, part: str) -> sources.Corpus:
+  """Opens the tokens of a source that belong to a split, tokenising it if need
+  be.
 
   Args:
     source: a source of text, or of tokens.
     config: the config of the run.
     tokenizer: see tokenizers.load.
     split: 'train' or 'eval'.
-    part: eval.part.
+    part: eval.part: the half of what is held out that is read; '': all.
   """
   # The tokens of all documents.
   every = _holdout_every(config.data)
@@ -445,7 +505,8 @@ def _open_text(source: sources.Source, config: Config, tokenizer: Tokenizer,
                         part='' if source.is_cut else part,
                         separator=tokenizer.separator_id)
   text = _describe_part(source, every=every, split=split, part=part,
-                taken=chosen.documents, of=chosen.of)
+                        taken=chosen.documents,
+                        of=chosen.num_documents_of_folder)
   return sources.Corpus(
       name=source.name, text=text, split=split, tokenizer=tokenizer,
       config=config, tokens=chosen)
@@ -453,10 +514,10 @@ def _open_text(source: sources.Source, config: Config, tokenizer: Tokenizer,
 
 def _describe_part(source: sources.Source, every: int | None, split: str,
                    part: str, taken: int, of: int) -> str:
-  """Returns in words which part of a source is in a split.
+  """Says in words which part of a source is in a split.
 
   Args:
-    source: the source, which may be cut.
+    source: the source, whose end may be held out as a document of its own.
     every: data.holdout_every; None: nothing of the source is held out.
     split: 'train' or 'eval'.
     part: eval.part.
@@ -491,65 +552,80 @@ def _describe_part(source: sources.Source, every: int | None, split: str,
 
 @dataclasses.dataclass(frozen=True)
 class Ramp:
-  """The sizes of a run's batches.
+  """The number of rows of each batch of a run, which may grow
+  (data.batch_ramp).
 
   Attributes:
-    until: the steps at which the sizes change, ascending.
-    sizes: the rows of a batch before each of these, ascending.
-    last: data.batch_size, from the last of them on.
+    change_steps: the steps at which the number changes, ascending.
+    sizes: the rows of a batch before each of these steps, ascending.
+    last: data.batch_size, the rows of a batch from the last of these steps on.
   """
-  until: tuple[int, ...]
+  change_steps: tuple[int, ...]
   sizes: tuple[int, ...]
   last: int
 
   def rows(self, n: int) -> int:
-    """Returns the rows of batch n."""
-    stage = int(np.searchsorted(self.until, n, side='right'))
+    """Returns the number of rows of batch n."""
+    stage = int(np.searchsorted(self.change_steps, n, side='right'))
     return int((*self.sizes, self.last)[stage])
 
-  def before(self, n):
-    """Returns the rows of all batches before batch n, which may be an array."""
+  def rows_before(self, n):
+    """Returns the number of rows of all batches before batch n, which may be an
+    array."""
     n = np.asarray(n)
-    start = 0
+    stage_start = 0
     total = 0
-    for until, size in zip(self.until, self.sizes):
-      total = total + size * np.clip(n - start, 0, until - start)
-      start = until
-    return total + self.last * np.clip(n - start, 0, None)
+    # Each stage has its own size; batches past its end do not count in it.
+    for stage_end, size in zip(self.change_steps, self.sizes):
+      batches = np.clip(n - stage_start, 0, stage_end - stage_start)
+      total = total + size * batches
+      stage_start = stage_end
+    return total + self.last * np.clip(n - stage_start, 0, None)
 
 
 def read_ramp(config: Config) -> Ramp:
-  """Returns the ramp of a run.
+  """Returns the number of rows of each batch of a run.
 
   Raises:
-    RequestError: a sentence, for a data.batch_ramp that is none.
+    RequestError: for a data.batch_ramp that is not one.
   """
   return parse_ramp(config.data.batch_ramp, config.data.batch_size)
 
 
 @functools.lru_cache(maxsize=64)
 def parse_ramp(text: str, batch_size: int) -> Ramp:
-  """Returns the ramp of a text; '': none."""
+  """Returns the ramp that a text such as '100:8,300:16' describes.
+
+  Args:
+    text: data.batch_ramp: pairs of a step and the rows of batches before it;
+      '': all batches have `batch_size` rows.
+    batch_size: the rows of a batch after the last of these steps.
+
+  Raises:
+    RequestError: unless steps and rows rise.
+  """
   if not text:
-    return Ramp(until=(), sizes=(), last=batch_size)
-  until = []
+    return Ramp(change_steps=(), sizes=(), last=batch_size)
+  change_steps = []
   sizes = []
   # Steps and sizes rise, up to the size of the rest of the run.
   try:
     for stage in text.split(','):
       step, size = map(int, stage.split(':'))
-      until.append(step)
+      change_steps.append(step)
       sizes.append(size)
-    is_ramp = _is_rising([0, *until]) and _is_rising([0, *sizes, batch_size])
+    steps_rise = _is_rising([0, *change_steps])
+    is_ramp = steps_rise and _is_rising([0, *sizes, batch_size])
   except ValueError:
     is_ramp = False
-  if not is_ramp or len(until) > MOST_BATCH_SIZES:
+  if not is_ramp or len(change_steps) > MOST_BATCH_SIZES:
     raise RequestError(
         f'data.batch_ramp is {text!r}: write STEP:ROWS with commas between, '
         f"such as '100:8,300:16', at most {MOST_BATCH_SIZES}; the steps must "
         'rise from 1 on, and the rows too, to less than data.batch_size '
         f'{batch_size}')
-  return Ramp(until=tuple(until), sizes=tuple(sizes), last=batch_size)
+  return Ramp(change_steps=tuple(change_steps), sizes=tuple(sizes),
+              last=batch_size)
 
 
 def _is_rising(values: Sequence[int]) -> bool:
@@ -558,8 +634,14 @@ def _is_rising(values: Sequence[int]) -> bool:
 
 
 def scale_ramp(text: str, steps: int, short: int) -> str:
-  """Returns the ramp of a run of `steps` steps for one of `short`; a size that
-  no batch would have is left out."""
+  """Returns a ramp for a run of fewer steps, that changes at the same shares of
+  it. A size that no batch would have is left out.
+
+  Args:
+    text: data.batch_ramp of the long run.
+    steps: the steps of the long run.
+    short: the steps of the short run.
+  """
   stages: dict[int, str] = {}
   for stage in text.split(','):
     step, size = stage.split(':')
@@ -568,10 +650,10 @@ def scale_ramp(text: str, steps: int, short: int) -> str:
 
 
 def check_ramp(config: Config) -> None:
-  """Raises RequestError for a ramp that the run could not honour."""
+  """Raises RequestError for a ramp that does not end before the run does."""
   ramp = read_ramp(config)
   steps = config.train.steps
-  if ramp.until and ramp.until[-1] >= steps:
+  if ramp.change_steps and ramp.change_steps[-1] >= steps:
     raise RequestError(
         f'data.batch_ramp is {config.data.batch_ramp!r}, and train.steps is '
         f'{steps}: it must end before, or data.batch_size would not be read')

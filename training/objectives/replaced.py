@@ -34,7 +34,8 @@ from training.objectives import Objective, Row, Shape
 
 
 class ReplacedTokens(Objective):
-  """Replaced-token detection."""
+  """Replaced-token detection (ELECTRA): a small generator fills masks, and the
+  encoder tells which tokens are not the text's own."""
   stacks = ('encoder',)
   view = mlm.Passages
   options = Objective.options | {'places': 'places_BM'}
@@ -45,26 +46,30 @@ class ReplacedTokens(Objective):
 
   def example(self, item: causal.Window, rng: np.random.Generator,
               config: Config, tokenizer: Tokenizer) -> Row:
-    """Returns one row.
+    """Returns one row of which some words are replaced by masks.
+
+    Args: see Objective.example.
 
     Returns:
       The arrays of the row: tokens and segment_ids [up to L], with
       data.document_mask also positions; and those of its M masks: places [M],
       which are L where there is no mask, targets and weights [up to M].
     """
-    ids, special, segments = mlm.frame_text(item, config, tokenizer)
+    ids, is_special, segments = mlm.frame_text(item, config, tokenizer)
     # Masks in the places of words, never of special tokens.
-    usual = np.flatnonzero(~special)
-    count = min(len(usual), mlm.most_targets(config.data.mask_rate, len(usual)))
-    chosen = np.sort(rng.permutation(usual)[:count])
+    word_places = np.flatnonzero(~is_special)
+    num_words = len(word_places)
+    num_masks = min(num_words,
+                    mlm.most_targets(config.data.mask_rate, num_words))
+    mask_places = np.sort(rng.permutation(word_places)[:num_masks])
 
     # A place past the row's end stands for no mask.
     tokens = ids.copy()
-    tokens[chosen] = tokenizer.mask_id
-    places = np.full(most_masks(config), config.data.length)
-    places[:count] = chosen
-    row = dict(tokens=tokens, places=places, targets=ids[chosen],
-               weights=np.ones(count))
+    tokens[mask_places] = tokenizer.mask_id
+    padded_places = np.full(most_masks(config), config.data.length)
+    padded_places[:num_masks] = mask_places
+    row = dict(tokens=tokens, places=padded_places, targets=ids[mask_places],
+               weights=np.ones(num_masks))
     return row | segments
 
   def arrays(self, config: Config) -> dict[str, Shape]:
@@ -82,8 +87,17 @@ class ReplacedTokens(Objective):
             'row: set it to 1')
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
-    """Returns the losses of both, and the shares of masks that the generator
-    fills as the text, and of tokens that the encoder tells aright."""
+    """Returns the losses of the generator and of the encoder (Clark et al.
+    2020, section 2), the share of masks that the generator fills as the text
+    does, and the share of tokens that the encoder tells aright.
+
+    Args:
+      output: the output of the model: hidden states of the masks for the
+        generator's loss, scores [B, L, 1] of the encoder, and the tokens drawn
+        [B, M].
+      batch: the batch.
+      config: the config of the run.
+    """
     figures = {}
     for name, mean in objectives.token_loss_figures(output, batch,
                                                     config).items():
@@ -98,6 +112,8 @@ class ReplacedTokens(Objective):
         drawn_is_wrong_BM, mode='drop')
 
     def mean_over_tokens(x_BL: jax.Array) -> Mean:
+      """Returns the mean of an array [B, L] over all tokens that are not
+      padding."""
       real_BL = batch['segment_ids'] != 0
       return Mean((real_BL * x_BL).sum(), mlm.count_tokens(batch))
 
@@ -116,10 +132,10 @@ class ReplacedTokens(Objective):
     return {'generator_loss': objectives.count_targets(batch),
             'weighted_detection_loss': mlm.count_tokens(batch)}
 
-  def unread(self, config: Config, length: int) -> int:
+  def num_unread_places(self, config: Config, length: int) -> int:
     return max(length - mlm.most_targets(config.data.mask_rate, length), 0)
 
-  def guessing(self, config: Config, vocab: int) -> float:
+  def loss_of_guessing(self, config: Config, vocab: int) -> float:
     weight = config.model.generator.loss_weight
     return math.log(vocab) + weight * math.log(2)
 

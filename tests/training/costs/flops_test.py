@@ -124,7 +124,7 @@ def test_what_lies_between_the_products_of_a_scan_does_not_count():
     return jnp.tanh(x_LD @ w_DD) + x_LD, None
   work = flops.count_work(jax.make_jaxpr(lambda x_LD, w_NDD: jax.lax.scan(
       layer, x_LD, w_NDD))(jnp.ones((LENGTH, 4)), jnp.ones((3, 4, 4))),
-                     flops.Place('gpu', useful=True))
+                          flops.Place('gpu', useful=True))
   assert work.flops == 3 * 2 * LENGTH * 4 * 4
 
 
@@ -221,14 +221,14 @@ def test_a_step_of_masked_words_is_what_its_program_multiplies(whole_words):
       key: jax.ShapeDtypeStruct(shape, dtype) for key, (shape, dtype)
       in objectives.shapes_of_batch(config).items()})
   multiplied = flops.count_work(program, flops.Place('gpu', useful=True)).flops
-  unread = objective.unread(config, L)
+  unread = objective.num_unread_places(config, L)
   assert unread == (0 if whole_words else L - round(0.15 * L))
   per_token = sum(flops.training_flops(c, L, unread=unread).values()) / L
   assert per_token * L * config.data.batch_size == pytest.approx(multiplied,
-                                                            rel=0.02)
+                                                                 rel=0.02)
   assert per_token == totals.count_costs(config)['flops_per_token']['training']
   config.mesh.context = 2  # rows that are split are read whole
-  assert objective.unread(config, L) == 0
+  assert objective.num_unread_places(config, L) == 0
 
 
 def test_below_what_is_trained_there_is_no_backward_pass():

@@ -62,7 +62,7 @@ def test_what_is_no_template_is_a_sentence(tmp_path):
 
 
 def _pieces(template, messages):
-  parts = template.parts(messages)
+  parts = template.split_into_parts(messages)
   ids = conversations.encode_rendered_parts([text for _, text in parts],
                                             template.tokenizer)
   assert [kind for kind, _ in parts] == [
@@ -142,7 +142,7 @@ def test_a_token_is_spelt_however_it_is_typed(role, tmp_path):
                         for text in ('<turn>', '<other>')])
   tokenizer.save(str(tmp_path / 'tokenizer.json'))
   tokenizer = tokenizers.load(str(tmp_path))
-  end, turn, other = (tokenizer.added_texts[text]
+  end, turn, other = (tokenizer.id_of_added_text[text]
                       for text in ('<end>', '<turn>', '<other>'))
   template = make('{% for m in messages %}<turn>{{ m.content }}<end>'
                   '{% endfor %}', tokenizer)
@@ -204,10 +204,10 @@ def test_tokens_belong_to_the_answer_by_their_places(tmp_path):
   tokenizer = _words(tmp_path)
   template = conversations.read_template(str(tmp_path), tokenizer)
   assert template.special_tokens == dict(bos_token='<s>', eos_token='[EOS]')
-  parts = template.parts(TALK)
+  parts = template.split_into_parts(TALK)
   ids = conversations.encode_rendered_parts([text for _, text in parts],
                                             tokenizer)
-  whole, places = tokenizer.encode_placed(template.render(TALK))
+  whole, places = tokenizer.encode_with_special_tokens(template.render(TALK))
   np.testing.assert_array_equal(np.concatenate(ids), whole)
   bounds = np.cumsum([0, *(len(text) for _, text in parts)])
   mask = [any(a < last and first < b for a, b in zip(bounds[1::2],

@@ -296,11 +296,11 @@ def test_rows_are_counted_as_they_come(text):
             filter(None, text.split(','))] + [(99, 5)]
   total = 0
   for n in range(12):
-    assert sizes.before(n) == total
+    assert sizes.rows_before(n) == total
     assert sizes.rows(n) == next(rows for until, rows in stages if n < until)
     total += sizes.rows(n)
-  np.testing.assert_array_equal(sizes.before(np.arange(12)),
-                                [int(sizes.before(n)) for n in range(12)])
+  np.testing.assert_array_equal(sizes.rows_before(np.arange(12)),
+                                [int(sizes.rows_before(n)) for n in range(12)])
 
 
 @pytest.mark.parametrize('text, words', [

@@ -149,13 +149,14 @@ def test_rare_special_tokens_at_the_end_need_no_row(tmp_path):
     pipeline.save(file)
     return tokenizers.load(str(tmp_path))
   size = load().vocab_size
-  assert load().least_size == size  # <mask> is a kind, and a piece besides
+  assert load().least_vocab_size == size
   ours = load(('<image>', True), ('<sound>', True))
-  assert (ours.vocab_size, ours.least_size) == (size + 2, size)
+  assert (ours.vocab_size, ours.least_vocab_size) == (size + 2, size)
   assert ours.encode('<image>').max() < size
-  assert ours.encode_placed('<image>')[0].tolist() == [size]
-  assert load(('<image>', True), ('<end>', False)).least_size == size + 2
-  assert load(('<image>', True), eos_token='<image>').least_size == size + 1
+  assert ours.encode_with_special_tokens('<image>')[0].tolist() == [size]
+  assert load(('<image>', True), ('<end>', False)).least_vocab_size == size + 2
+  assert load(('<image>', True),
+              eos_token='<image>').least_vocab_size == size + 1
 
 
 # Folders without a tokenizer.json, as transformers reads them.
@@ -213,15 +214,15 @@ def test_a_folder_is_read_as_transformers_does(kind, trained, corpus, tmp_path):
   theirs = getattr(transformers, name).from_pretrained(str(tmp_path))
   for text in [*SAMPLES, 'the <tool> <mask> [MASK] man']:
     # Special tokens in plain text are spelt here, and obeyed there.
-    ids, _ = ours.encode_placed(text)
+    ids, _ = ours.encode_with_special_tokens(text)
     assert ids.tolist() == theirs.encode(text, add_special_tokens=False), text
     assert ours.decode(ids) == theirs.decode(
         ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
   for special in tokenizers.SPECIAL_NAMES:
     assert ours.special_ids.get(special) == getattr(
         theirs, f'{special}_token_id')
-  assert ours.added_ids == tuple(theirs('a').input_ids[
-      :len(ours.added_ids)]) and ours.vocab_size == len(theirs)
+  assert ours.ids_before_text == tuple(theirs('a').input_ids[
+      :len(ours.ids_before_text)]) and ours.vocab_size == len(theirs)
   # A run reads a copy without transformers and without the model's config.
   config = base.base()
   hf_tokenizer.take(tmp_path, tmp_path / 'run', config)

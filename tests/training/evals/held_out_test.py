@@ -162,7 +162,7 @@ def test_each_token_that_training_evaluates_is_of_its_document(
   letters = [(weights * (targets == 97 + i)).sum() for i in range(6)]
   tokens = lambda figures: np.array(figures['items']['loss']['weights'])
   nats_of = lambda figures: (np.array(figures['items']['loss']['scores'])
-                         * tokens(figures) * weights.sum())
+                             * tokens(figures) * weights.sum())
   nats = nats_of(figures)
   assert nats == pytest.approx(
       [n * (i + 1) / 10 for i, n in enumerate(letters) if n], rel=1e-5)

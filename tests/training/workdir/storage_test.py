@@ -247,8 +247,9 @@ def _write(folder):
 def _tokens(folder):
   (folder / 'a.txt').write_text('All the tokens of this text. ' * 99)
   with files_of_at_most(1000):
-    sources.load_or_tokenize(sources.parse_sources(f'text:{folder}/*.txt')[0][1],
-                   tokenizers.load('bytes'), str(folder / 'cache'))
+    sources.load_or_tokenize(
+        sources.parse_sources(f'text:{folder}/*.txt')[0][1],
+        tokenizers.load('bytes'), str(folder / 'cache'))
 
 
 def _picture(folder):

@@ -77,10 +77,10 @@ class Copy(Probe):
     letters = rng.integers(0, settings.vocab, count)
     mark = settings.vocab
     end = settings.vocab + 1
-    answer = self.answer(letters)
+    answer = self.letters_to_write(letters)
     return record.ask_to_write(np.append(letters, mark), np.append(answer, end))
 
-  def answer(self, letters: np.ndarray) -> np.ndarray:
+  def letters_to_write(self, letters: np.ndarray) -> np.ndarray:
     """Returns what is to be written after some letters."""
     return letters
 
@@ -94,7 +94,7 @@ class Copy(Probe):
 class Reverse(Copy):
   """Copying of the letters from the last to the first."""
 
-  def answer(self, letters: np.ndarray) -> np.ndarray:
+  def letters_to_write(self, letters: np.ndarray) -> np.ndarray:
     return letters[::-1]
 
 

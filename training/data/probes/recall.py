@@ -48,7 +48,7 @@ def _keys_and_values(vocab: int, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw_pairs(rng: np.random.Generator, keys: np.ndarray, values: np.ndarray,
-           noise: float, first_noise: int, settings: Settings) -> Row:
+                noise: float, first_noise: int, settings: Settings) -> Row:
   """Returns a row of pairs, of which a share is noise instead.
 
   Args:
@@ -79,7 +79,7 @@ def _draw_pairs(rng: np.random.Generator, keys: np.ndarray, values: np.ndarray,
   again = ~noisy
   again[first] = False
   return record.ask_at_places(tokens.reshape(-1), 2 * np.flatnonzero(again),
-                       of_key[chosen[again]])
+                              of_key[chosen[again]])
 
 
 class Recall(Probe):
@@ -94,7 +94,7 @@ class Recall(Probe):
     """Returns a row of pairs of `vocab` letters, half of them keys."""
     keys, values = _keys_and_values(vocab, settings.most)
     return _draw_pairs(rng, keys=keys, values=values, noise=0.0, first_noise=0,
-                  settings=settings)
+                       settings=settings)
 
   def size(self, vocab: int, settings: Settings) -> int:
     return 4
@@ -121,7 +121,7 @@ class NoisyRecall(Probe):
     """Returns a row of pairs, of which a share is two ids of noise instead."""
     keys, values = _keys_and_values(settings.vocab, settings.vocab)
     return _draw_pairs(rng, keys=keys, values=values, noise=noise,
-                  first_noise=settings.vocab, settings=settings)
+                       first_noise=settings.vocab, settings=settings)
 
   def size(self, noise: float, settings: Settings) -> int:
     return 4
@@ -358,7 +358,7 @@ class Passkey(Probe):
     those of the passkey, in a circle, and not essays."""
     prompt, answer = draw_passkey_text(rng, needles, settings.length)
     return record.ask_to_write(np.frombuffer(prompt.encode(), np.uint8),
-                          np.frombuffer(answer.encode(), np.uint8))
+                               np.frombuffer(answer.encode(), np.uint8))
 
   def size(self, needles: int, settings: Settings) -> int:
     return needles * _MOST_BYTES_OF_FACT + _MOST_BYTES_OF_QUESTION + NUM_DIGITS

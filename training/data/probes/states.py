@@ -96,9 +96,10 @@ class Counting(Probe):
   def draw(self, rng: np.random.Generator, count: int, settings: Settings
            ) -> Row:
     """Returns numbers below the modulus, and at each their sum so far."""
-    return self.counted(rng, count, settings.vocab)
+    return self.draw_sums(rng, count, settings.vocab)
 
-  def counted(self, rng: np.random.Generator, count: int, modulus: int) -> Row:
+  def draw_sums(self, rng: np.random.Generator, count: int,
+                modulus: int) -> Row:
     """Returns so many numbers below a modulus, and at each their sum so far."""
     tokens = rng.integers(0, modulus, count)
     return _ask_for_states(modulus, tokens, np.cumsum(tokens) % modulus)
@@ -118,7 +119,7 @@ class Parity(Counting):
   def draw(self, rng: np.random.Generator, count: int, settings: Settings
            ) -> Row:
     """Returns bits, and at each their parity so far."""
-    return self.counted(rng, count, modulus=2)
+    return self.draw_sums(rng, count, modulus=2)
 
   def vocab_size(self, settings: Settings) -> int:
     return 3

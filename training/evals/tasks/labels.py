@@ -120,8 +120,8 @@ class Labels(Task):
     """Measures and writes the predictions on each source; returns the
     figures."""
     loaders = pipeline.make_evaluation_loaders(evaluation.run.config,
-                                tokenizer=evaluation.tokenizer, in_order=True,
-                                bare=True)
+                                               tokenizer=evaluation.tokenizer,
+                                               in_order=True, bare=True)
     _check_loaders(loaders, evaluation)
 
     # The predictions for each source, and how good they are.

@@ -66,7 +66,7 @@ class Routing(Task):
     for loader in evaluation.held_out_loaders():
       token_counts = []
       for report, num_tokens in evaluation.run_on_batches(
-          step, loader.cut(MOST_ROWS), 'evaluating'):
+          step, loader.limit_rows(MOST_ROWS), 'evaluating'):
         reports.append(report)
         token_counts.append(num_tokens)
       tokens_of_source = sum(token_counts)
