@@ -45,14 +45,15 @@ class TokenLosses(NamedTuple):
 
 
 class _LossSettings(NamedTuple):
-  """The terms of the loss, and how the tokens are cut up.
+  """The coefficients of the loss, and the shapes that the tokens are cut into.
 
   Attributes:
-    z_loss: the z-loss's coefficient.
+    z_loss: the coefficient of the z-loss.
     label_smoothing: the probability that is spread over the vocabulary.
-    rows: the number of shards of the batch.
-    lengths: the number of shards of the length; Q = rows * lengths.
-    positions: P, the positions of a chunk.
+    rows: the number of devices that the rows of a batch are split over.
+    lengths: the number of devices that the length of a row is split over. The
+      tokens have Q = rows * lengths shards.
+    positions: P, the positions of a row whose logits exist at the same time.
   """
   z_loss: float
   label_smoothing: float
@@ -65,20 +66,24 @@ def cross_entropy(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array,
                   weights_BL: jax.Array, *, z_loss: float = 0.0,
                   label_smoothing: float = 0.0, chunk: int = 0
                   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Returns the weighted sum of the tokens' losses, and other weighted sums.
+  """Returns the weighted sum of the tokens' cross-entropies, and other sums.
+
+  The loss of a token is log_z - q . l + c log_z^2, with its logits l, the
+  smoothed target q and the coefficient c of the z-loss (see the head of this
+  file).
 
   Args:
-    hidden_BLD: what the head is applied to; products are taken in its dtype
-      and add up in float32.
+    hidden_BLD: the hidden states that the head is applied to; products are
+      taken in their dtype and add up in float32.
     head: the output projection.
     targets_BL: token ids.
     weights_BL: how much each token counts; 0: not at all.
-    z_loss: the z-loss's coefficient.
+    z_loss: the coefficient of the z-loss.
     label_smoothing: the probability that is spread over the vocabulary.
-    chunk: tokens of one device whose logits are held at once; 0: by size.
+    chunk: the tokens of one device whose logits exist at once; 0: by size.
 
   Returns:
-    The sum to differentiate, and sums that nothing is differentiated through:
+    The sum to differentiate; and sums that nothing is differentiated through:
     `weight`, `accuracy` and, where there is one, `z_loss`.
   """
   settings = _choose_settings(hidden_BLD, head=head, z_loss=z_loss,
@@ -98,7 +103,9 @@ def cross_entropy(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array,
 
 def token_losses(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array, *,
                  chunk: int = 0) -> TokenLosses:
-  """Returns each token's negative log-likelihood; for evaluation."""
+  """Returns each token's negative log-likelihood; for evaluation.
+
+  Args: those of `cross_entropy`."""
   settings = _choose_settings(hidden_BLD, head=head, z_loss=0.0,
                               label_smoothing=0.0, chunk=chunk)
   return _scan_token_losses(settings, hidden_BLD=hidden_BLD, head=head,
@@ -107,86 +114,118 @@ def token_losses(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array, *,
 
 def _scan_token_losses(settings: _LossSettings, hidden_BLD: jax.Array,
                        head: Head, targets_BL: jax.Array) -> TokenLosses:
-  """Returns the losses of all tokens, a chunk at a time.
+  """Returns the losses of all tokens, computed a chunk of positions at a time.
 
   Args:
-    settings: how the tokens are cut up.
-    hidden_BLD: what the head is applied to.
+    settings: the coefficients of the loss, and the size of a chunk.
+    hidden_BLD: the hidden states that the head is applied to.
     head: the output projection.
     targets_BL: token ids.
   """
   kernel_DV = _gather_kernel(head, hidden_BLD)
 
-  def of_chunk(_: None, chunk: tuple[jax.Array, ...]):
-    """Returns the losses of a chunk."""
+  def compute_losses_of_chunk(_: None, chunk: tuple[jax.Array, ...]):
+    """Returns the losses of a chunk of tokens, and no state of the scan."""
     x_QBPD, targets_QBP = chunk
     logits_QBPV = head.finish_logits(_project_to_vocabulary(x_QBPD, kernel_DV))
     return None, _losses_of_logits(settings, logits_QBPV, targets_QBP)
 
   # The logits of one chunk exist at a time.
-  _, losses = jax.lax.scan(
-      of_chunk, None, _split_into_chunks(settings, (hidden_BLD, targets_BL)))
+  chunks = _split_into_chunks(settings, (hidden_BLD, targets_BL))
+  _, losses = jax.lax.scan(compute_losses_of_chunk, None, chunks)
   return _join_chunks(settings, losses, targets_BL.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_losses(settings: _LossSettings, hidden_BLD: jax.Array, head: Head,
                 targets_BL: jax.Array, weights_BL: jax.Array):
-  """Returns (sum of weights * losses, TokenLosses, through which no gradient
-  goes)."""
+  """Returns the sum of all tokens' weighted losses, and the losses of each
+  token, through which no gradient goes. `_sum_losses_forward` and
+  `_sum_losses_backward` have its gradient.
+
+  Args: those of `_scan_token_losses`, and weights_BL, how much each token
+    counts."""
   tokens = _scan_token_losses(settings, hidden_BLD=hidden_BLD, head=head,
                               targets_BL=targets_BL)
   return (weights_BL * tokens.loss).sum(), tokens
 
 
 def _sum_losses_forward(settings: _LossSettings, *args):
-  """Returns the sum and, in the same pass, such of its gradients as are asked
-  for."""
+  """Computes the sum of the weighted losses and, in the same pass, its
+  gradients.
+
+  With the logits l = finish(x W + b) of hidden states x, the kernel W and the
+  bias b of the head, and g = (1 + 2 c log_z) softmax(l) - q, weighted, for each
+  token:
+
+    d        = finish'(x W + b)^T g     (d_QBPV)
+    d loss / d x = d W^T,   d loss / d W = x^T d,   d loss / d b = sum of d
+    d loss / d weight = the loss of the token
+
+  Args:
+    settings: the coefficients of the loss, and the size of a chunk.
+    *args: hidden states, head, targets and weights, each with the values and
+      with whether a gradient is asked for (custom_vjp's symbolic_zeros).
+
+  Returns:
+    What `_sum_losses` returns; and the gradients of the sum, None for each that
+    is not asked for.
+  """
   # The arguments, and which of their gradients are asked for.
   hidden_BLD, head, targets_BL, weights_BL = jax.tree.map(
       lambda x: x.value, args)
-  ask_hidden, ask_head, _, ask_weights = jax.tree.map(
+  needs_hidden, needs_head, _, needs_weights = jax.tree.map(
       lambda x: x.perturbed, args)
-  ask_bias = head.bias_V is not None and ask_head.bias_V
+  needs_bias = head.bias_V is not None and needs_head.bias_V
 
+  # Every chunk multiplies by the kernel, and by its transpose.
   kernel_DV = _gather_kernel(head, hidden_BLD)
   kernel_VD = kernel_DV.T
   if sharding.traced_platform() == 'cpu':
     # Both products read the kernel along its rows: one copy for all chunks.
     kernel_VD = jax.lax.optimization_barrier(kernel_VD)
 
-  def of_chunk(d_head: Any, chunk: tuple[jax.Array, ...]):
-    """Returns the gradients of the head with a chunk's added, the losses of the
-    chunk, and the gradient of its hidden states."""
-    # The losses, and the gradient of the head's products.
+  def add_gradients_of_chunk(d_head: Any, chunk: tuple[jax.Array, ...]):
+    """Computes the losses and gradients of one chunk of tokens.
+
+    Args:
+      d_head: the gradients of the head's kernel and bias so far.
+      chunk: hidden states, targets and weights.
+
+    Returns:
+      The gradients of the head with those of the chunk; and the losses of the
+      chunk with the gradient of its hidden states.
+    """
+    # The losses, and the gradient of the products x W.
     x_QBPD, targets_QBP, weights_QBP = chunk
-    logits_QBPV, pull = jax.vjp(head.finish_logits,
-                                _project_to_vocabulary(x_QBPD, kernel_DV))
+    products_QBPV = _project_to_vocabulary(x_QBPD, kernel_DV)
+    logits_QBPV, pull_back = jax.vjp(head.finish_logits, products_QBPV)
     losses = _losses_of_logits(settings, logits_QBPV, targets_QBP)
     d_logits_QBPV = _gradient_of_logits(settings, logits_QBPV=logits_QBPV,
                                         targets_QBP=targets_QBP,
                                         weights_QBP=weights_QBP,
                                         log_z_QBP=losses.log_z)
-    [d_QBPV] = pull(d_logits_QBPV)
+    [d_QBPV] = pull_back(d_logits_QBPV)
 
     # The gradients of the head and of the hidden states.
     d_kernel, d_bias = d_head
-    if ask_bias:
+    if needs_bias:
       d_bias += d_QBPV.sum((1, 2))
     d_QBPV = d_QBPV.astype(x_QBPD.dtype)
-    if ask_head.kernel_DV:
+    if needs_head.kernel_DV:
       d_kernel += _gradient_of_kernel(x_QBPD, d_QBPV)
     dx_QBPD = None
-    if ask_hidden:
+    if needs_hidden:
       dx_QBPD = layers.einsum('QBPV,VD->QBPD', d_QBPV, kernel_VD, x_QBPD.dtype)
     return (d_kernel, d_bias), (losses, dx_QBPD)
 
-  # All chunks.
-  zeros = (_zero_gradients(settings, ask_head.kernel_DV,
-                           _transpose_for_gradient(head.kernel_DV)),
-           _zero_gradients(settings, ask_bias, head.bias_V))
+  # The chunks add up the gradients of the head, one after another.
+  transposed_kernel = _transpose_for_gradient(head.kernel_DV)
+  zeros = (_zero_gradients(settings, needs_head.kernel_DV, transposed_kernel),
+           _zero_gradients(settings, needs_bias, head.bias_V))
   chunks = _split_into_chunks(settings, (hidden_BLD, targets_BL, weights_BL))
-  (d_kernel, d_bias), (losses, dx_QBPD) = jax.lax.scan(of_chunk, zeros, chunks)
+  (d_kernel, d_bias), (losses, dx_QBPD) = jax.lax.scan(
+      add_gradients_of_chunk, zeros, chunks)
 
   # Their losses and gradients, laid out as the arguments are.
   tokens, d_hidden = _join_chunks(settings, (losses, dx_QBPD), targets_BL.shape)
@@ -197,14 +236,20 @@ def _sum_losses_forward(settings: _LossSettings, *args):
     # The head's gradient is scattered before the layers' are computed: whole,
     # and in float32, it would lie there until the end.
     d_hidden, d_head = jax.lax.optimization_barrier((d_hidden, d_head))
-  d_weights = tokens.loss if ask_weights else None
+  d_weights = tokens.loss if needs_weights else None
   gradients = d_hidden, d_head, None, d_weights
   return ((weights_BL * tokens.loss).sum(), tokens), gradients
 
 
 def _sum_losses_backward(settings: _LossSettings, gradients: Any,
                          cotangents: Any):
-  """Returns the gradients of the forward pass times the sum's cotangent."""
+  """Multiplies the gradients of the forward pass by the gradient of the sum.
+
+  Args:
+    settings: not used.
+    gradients: those of `_sum_losses_forward`.
+    cotangents: the gradients of its two results, of which the second is zero.
+  """
   scale, _ = cotangents
   if isinstance(scale, jax.custom_derivatives.SymbolicZero):
     return None, None, None, None
@@ -216,17 +261,23 @@ _sum_losses.defvjp(_sum_losses_forward, _sum_losses_backward,
 
 
 def _project_to_vocabulary(x_QBPD: jax.Array, kernel_DV: jax.Array):
-  """Returns the products of hidden states and the kernel, in float32."""
+  """Returns the products of hidden states and the kernel of the head, in
+  float32."""
   return layers.einsum('QBPD,DV->QBPV', x_QBPD, kernel_DV,
                        dtype=x_QBPD.dtype, out_dtype=jnp.float32)
 
 
 def _gradient_of_kernel(x_QBPD: jax.Array, d_QBPV: jax.Array) -> jax.Array:
-  """Returns each shard's gradient of the kernel, `_turned`, in float32.
+  """Returns each shard's gradient of the kernel, x^T d, in float32.
 
-  XLA's CPU backend transposes the first operand of such a product, so there
-  that is the hidden states. The barrier keeps it from turning the product of a
-  tied kernel around, into one of bfloat16 that it does not have.
+  It is laid out as `_transpose_for_gradient` says. XLA's CPU backend transposes
+  the first operand of such a product, so there that is the hidden states. The
+  barrier keeps it from turning the product of a tied kernel around, into one of
+  bfloat16 that it does not have.
+
+  Args:
+    x_QBPD: the hidden states of a chunk.
+    d_QBPV: the gradient of their products with the kernel.
   """
   if sharding.is_single_cpu():
     d_QDV = layers.einsum('QBPD,QBPV->QDV', x_QBPD, d_QBPV,
@@ -237,14 +288,20 @@ def _gradient_of_kernel(x_QBPD: jax.Array, d_QBPV: jax.Array) -> jax.Array:
 
 
 def _transpose_for_gradient(kernel_DV: jax.Array) -> jax.Array:
-  """Returns the kernel as its gradient is added up: [V, D], but on one CPU
-  [D, V]."""
+  """Returns the kernel in the layout in which its gradient adds up: [V, D], but
+  on one CPU [D, V]."""
   return kernel_DV if sharding.is_single_cpu() else kernel_DV.T
 
 
 def _losses_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,
                       targets_QBP: jax.Array) -> TokenLosses:
-  """Returns the loss of each token, log_z - q . l + c log_z^2."""
+  """Returns the loss of each token of a chunk, log_z - q . l + c log_z^2.
+
+  Args:
+    settings: the coefficients of the loss.
+    logits_QBPV: the logits l.
+    targets_QBP: the ids that the smoothed targets q stand for.
+  """
   # The logarithm of the softmax's denominator.
   max_QBP1 = logits_QBPV.max(-1, keepdims=True)
   sum_QBP = jnp.exp(logits_QBPV - max_QBP1).sum(-1)
@@ -259,7 +316,7 @@ def _losses_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,
     masked_QBPV = jnp.where(_one_hot_targets(logits_QBPV, targets_QBP),
                             logits_QBPV, 0)
     target_QBP = masked_QBPV.sum(-1)
-  rivals_QBP = (logits_QBPV >= target_QBP[..., None]).sum(-1)
+  at_least_target_QBP = (logits_QBPV >= target_QBP[..., None]).sum(-1)
 
   # The terms of the loss.
   smooth = settings.label_smoothing
@@ -268,18 +325,18 @@ def _losses_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,
     loss_QBP -= smooth * logits_QBPV.mean(-1)
   if settings.z_loss:
     loss_QBP += settings.z_loss * log_z_QBP ** 2
-  return TokenLosses(loss=loss_QBP, log_z=log_z_QBP, correct=rivals_QBP == 1)
+  return TokenLosses(loss=loss_QBP, log_z=log_z_QBP, correct=at_least_target_QBP == 1)
 
 
 def _gradient_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,
                         targets_QBP: jax.Array, weights_QBP: jax.Array,
                         log_z_QBP: jax.Array):
-  """Returns the gradient of the weighted losses in the logits l,
-  (1 + 2 c log_z) softmax(l) - q, with the z-loss's coefficient c and the
-  smoothed targets q.
+  """Returns the gradient of the weighted losses in the logits l, (1 + 2 c
+  log_z) softmax(l) - q, with the z-loss's coefficient c and the smoothed
+  targets q.
 
   Args:
-    settings: the coefficients, and how the tokens are cut up.
+    settings: the coefficients of the loss.
     logits_QBPV: the logits of a chunk.
     targets_QBP: its token ids.
     weights_QBP: how much each token counts.
@@ -298,19 +355,19 @@ def _gradient_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,
 
 
 def _one_hot_targets(logits_QBPV: jax.Array, targets_QBP: jax.Array):
-  """Returns onehot(y) as truth values."""
+  """Returns bool [Q, B, P, V]: whether an entry of the logits is the target's.
+  """
   ids_QBPV = jax.lax.broadcasted_iota(jnp.int32, logits_QBPV.shape, 3)
   return ids_QBPV == targets_QBP[..., None]
 
 
 def _choose_settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
                      label_smoothing: float, chunk: int) -> _LossSettings:
-  """Returns how the tokens are cut up: shards of the batch, and of the length
-  chunks as even as can be.
+  """Returns the coefficients of the loss, and how the tokens are cut up: into
+  the shards of the devices, and these into chunks of positions as even as can
+  be.
 
-  Args:
-    hidden_BLD, head, z_loss, label_smoothing, chunk: those of `cross_entropy`.
-  """
+  Args: those of `cross_entropy`."""
   # The shards.
   batch, length, _ = hidden_BLD.shape
   rows = sharding.count_shards('batch', batch)
@@ -319,17 +376,26 @@ def _choose_settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
   # The chunks of a shard's length.
   vocab = head.kernel_DV.shape[1]
   tokens = chunk or max(LEAST_TOKENS_OF_CHUNK, MOST_LOGITS_OF_CHUNK // vocab)
-  most = max(1, tokens * rows // batch)
+  most_positions = max(1, tokens * rows // batch)
   length //= lengths
-  chunks = -(-length // most)
+  num_chunks = -(-length // most_positions)
+  positions = -(-length // num_chunks)
   return _LossSettings(
       z_loss=z_loss, label_smoothing=label_smoothing, rows=rows,
-      lengths=lengths, positions=-(-length // chunks))
+      lengths=lengths, positions=positions)
 
 
 def _split_into_chunks(settings: _LossSettings, arrays: tuple[jax.Array, ...]):
-  """Returns arrays [B, L, ...] as [chunks, Q, B / rows, P, ...], the length of
-  a shard padded with zeros; the weight of a padded token is one of them."""
+  """Splits arrays [B, L, ...] into chunks [chunks, Q, B / rows, P, ...] for a
+  scan.
+
+  The length of a shard is padded with zeros to whole chunks. The weights are
+  among the arrays, so that padded tokens count nothing.
+
+  Args:
+    settings: the numbers of shards, and the positions of a chunk.
+    arrays: hidden states, targets and perhaps weights.
+  """
   rows = settings.rows
   lengths = settings.lengths
   P = settings.positions
@@ -360,7 +426,13 @@ def _split_into_chunks(settings: _LossSettings, arrays: tuple[jax.Array, ...]):
 
 def _join_chunks(settings: _LossSettings, arrays: tuple[jax.Array, ...],
                  shape: tuple[int, ...]):
-  """Returns arrays [chunks, Q, B / rows, P, ...] as [B, L, ...]: undoes `_cut`.
+  """Joins chunks [chunks, Q, B / rows, P, ...] to arrays [B, L, ...]: the
+  inverse of `_split_into_chunks`.
+
+  Args:
+    settings: the numbers of shards, and the positions of a chunk.
+    arrays: a tree of chunks.
+    shape: [B, L].
   """
   rows = settings.rows
   lengths = settings.lengths
@@ -379,16 +451,16 @@ def _join_chunks(settings: _LossSettings, arrays: tuple[jax.Array, ...],
 
 
 def _gather_kernel(head: Head, hidden_BLD: jax.Array):
-  """Returns the head's kernel as every chunk reads it: cast, and gathered,
-  once."""
+  """Returns the head's kernel as every chunk reads it: cast to the dtype of the
+  hidden states and gathered from all devices, once."""
   return sharding.gather_weight(head.kernel_DV.astype(hidden_BLD.dtype),
                                 ('embed', 'vocab'))
 
 
-def _zero_gradients(settings: _LossSettings, asked: Any, x: jax.Array):
-  """Returns zeros that a gradient of x adds up in, with a copy for each shard
-  of the tokens; None: the gradient is not asked for."""
-  if not asked:
+def _zero_gradients(settings: _LossSettings, is_needed: Any, x: jax.Array):
+  """Returns zeros for a gradient of x to add up in, one copy for each shard of
+  the tokens; None where the gradient is not needed."""
+  if not is_needed:
     return None
   shards = settings.rows * settings.lengths
   zeros = jnp.zeros((shards, *x.shape), jnp.float32)
@@ -397,7 +469,14 @@ def _zero_gradients(settings: _LossSettings, asked: Any, x: jax.Array):
 
 
 def _total_gradient(d: jax.Array | None, x: jax.Array, *axes: str):
-  """Returns the shards' gradients of x, added up and laid out as x is."""
+  """Returns the sum of the shards' gradients of x, laid out as x is.
+
+  Args:
+    d: the gradient of each shard, its axes as `_transpose_for_gradient` has
+      them; None: it is not needed.
+    x: the parameter.
+    *axes: the names of its axes.
+  """
   if d is None:
     return None
   if sharding.is_single_cpu():

@@ -93,7 +93,7 @@ def test_a_prefix_that_an_answer_changes_is_refused():
   forgets = ("{% for m in messages %}{% if loop.last or m.role == 'user' %}"
              '{{ m.content }}{% endif %}{% endfor %}')
   with pytest.raises(RequestError, match='message 2 .*generation .. block'):
-    make(forgets).parts(TALK)
+    make(forgets).split_into_parts(TALK)
 
 
 def test_a_mark_that_a_template_has_parted_from_its_pair_means_nothing():
