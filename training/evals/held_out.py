@@ -84,10 +84,10 @@ def average_figures(sums_by_source: Sequence[dict[str, Mean]],
       figures[name] = mean_of_sources(values, loaders)
 
   # The figures that follow from them.
-  if objective.perplexity:
+  if objective.has_perplexity:
     with np.errstate(over='ignore'):
       figures['perplexity'] = float(np.exp(figures[objective.main]))
-  if objective.every_token or objective.bound:
+  if objective.predicts_every_token or objective.bound:
     sizes = [loader.bytes_per_token for loader in loaders]
     bytes_per_token = mean_of_sources(sizes, loaders)
     figures['bits_per_byte'] = figures['loss'] / (math.log(2) * bytes_per_token)

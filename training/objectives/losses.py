@@ -316,7 +316,8 @@ def _losses_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,
     masked_QBPV = jnp.where(_one_hot_targets(logits_QBPV, targets_QBP),
                             logits_QBPV, 0)
     target_QBP = masked_QBPV.sum(-1)
-  at_least_target_QBP = (logits_QBPV >= target_QBP[..., None]).sum(-1)
+  is_at_least_target_QBPV = logits_QBPV >= target_QBP[..., None]
+  at_least_target_QBP = is_at_least_target_QBPV.sum(-1)
 
   # The terms of the loss.
   smooth = settings.label_smoothing
@@ -325,7 +326,9 @@ def _losses_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,
     loss_QBP -= smooth * logits_QBPV.mean(-1)
   if settings.z_loss:
     loss_QBP += settings.z_loss * log_z_QBP ** 2
-  return TokenLosses(loss=loss_QBP, log_z=log_z_QBP, correct=at_least_target_QBP == 1)
+  # The target is right where no other logit is as high.
+  is_correct_QBP = at_least_target_QBP == 1
+  return TokenLosses(loss=loss_QBP, log_z=log_z_QBP, correct=is_correct_QBP)
 
 
 def _gradient_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,

@@ -169,16 +169,17 @@ def test_an_unknown_letter_is_nothing_that_somebody_forges(tmp_path):
 
 def test_an_answer_does_not_end_where_it_spells_a_special_token():
   bare = ('{% for m in messages %}{{ m.content }}!{% endfor %}')
-  parts = make(bare).parts([dict(role='user', content='x'),
+  parts = make(bare).split_into_parts([dict(role='user', content='x'),
                             dict(role='assistant', content='a[EOS]b')])
   assert [conversations.remove_marks(text) for _, text in parts] == [
       'x!', 'a[EOS]b!', '']
 
 
 def test_the_end_of_an_answer_is_the_token_behind_it():
-  assert make(CHATML).ends() == {BYTES.eos_id}
-  assert make('{{ messages[-1].content }} [SEP][EOS]').ends() == {BYTES.sep_id}
-  assert make('{{ messages[-1].content }}!').ends() == set()
+  assert make(CHATML).find_end_ids() == {BYTES.eos_id}
+  assert make(
+      '{{ messages[-1].content }} [SEP][EOS]').find_end_ids() == {BYTES.sep_id}
+  assert make('{{ messages[-1].content }}!').find_end_ids() == set()
 
 
 def _words(tmp_path):

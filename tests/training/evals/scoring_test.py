@@ -252,7 +252,7 @@ def test_a_text_begins_as_in_the_training_of_the_weights(tmp_path, monkeypatch):
   asked = _model(tmp_path)
   assert asked.tok_encode('a[SEP]b') == [97, ids['sep'], 98]
   assert asked.tok_encode('[EOS]') == [ids['eos']]
-  monkeypatch.setitem(asked._tokenizer.added_texts, '[PAD]', 400)
+  monkeypatch.setitem(asked._tokenizer.id_of_added_text, '[PAD]', 400)
   with pytest.raises(RequestError, match=r"'a\[PAD\]' has the id 400, which"):
     asked.tok_encode('a[PAD]')
 

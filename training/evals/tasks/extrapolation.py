@@ -77,7 +77,7 @@ class Extrapolation(Task):
   )
 
   def allows_objective(self, objective: objectives.Objective) -> bool:
-    return objective.every_token
+    return objective.predicts_every_token
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Prints and draws the loss at each length, and returns it."""
@@ -197,7 +197,7 @@ def _load_sources(evaluation: Evaluation, multiple: int
     batches = []
     num_tokens = 0.0
     least_rows = -(-LEAST_TOKENS // longest_length)
-    for long_batch in loader.cut(least_rows).iterate():
+    for long_batch in loader.limit_rows(least_rows).iterate():
       cut_batch = _cut_rows(long_batch, num_pieces, evaluation.tokenizer)
       batch = devices.put_on_devices(cut_batch, device_placement)
       batches.append(batch)

@@ -419,7 +419,7 @@ class DocumentLoss(Task):
   figure_names = ('loss',)
 
   def allows_objective(self, objective: objectives.Objective) -> bool:
-    return objective.every_token
+    return objective.predicts_every_token
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
     """Prints the loss of all documents, and returns that of each."""
@@ -472,7 +472,7 @@ def _sum_by_document(evaluation: Evaluation, step: Any,
   num_batches = loader.first(config.eval.batches)
   num_rows = min(num_batches * batch_size, loader.num_windows)
   sums_2D = np.zeros((2, group_NL.max() + 1))
-  results = evaluation.run_on_batches(step, loader.cut(num_rows),
+  results = evaluation.run_on_batches(step, loader.limit_rows(num_rows),
                                       'evaluating documents')
   for n, losses_2BL in enumerate(results):
     for i in range(batch_size):

@@ -417,7 +417,7 @@ def _write_and_score(evaluation: Evaluation, things: str,
   # All is written before anything is scored.
   targets_by_source = []
   for loader in loaders:
-    loader.cut(options.targets)
+    loader.limit_rows(options.targets)
     targets_by_source.append(
         write_targets(evaluation, loader, make_beams(options)))
 
