@@ -66,8 +66,8 @@ def main():
   workdir = storage.checked_path(args.workdir)
 
   # 1. The request: everything wrong in it is said before any device work.
-  several = processes.arguments_to_join(args.coordinator, args.num_processes,
-                                  args.process_id, args.cluster)
+  join_arguments = processes.arguments_to_join(
+      args.coordinator, args.num_processes, args.process_id, args.cluster)
   progress.parse_profiled_steps(args.profile_steps, config.train.steps)
   request = begin.check_request(config, workdir,
                                 by_hand=cli.overridden_fields(),
@@ -77,18 +77,20 @@ def main():
   config, tokenizer = request.config, request.tokenizer
 
   # 2. The devices and their mesh.
-  processes.join_processes(several)
+  processes.join_processes(join_arguments)
   cpu.configure_cpu()
   processes.meet_and_print_processes()
   run = begin.build_on_devices(request)
 
   # 3. The data.
-  index, count = devices.batch_slice_of_process(
+  slice_index, num_slices = devices.batch_slice_of_process(
       run.batch_sharding, config.data.batch_size)
-  train_data = pipeline.make_training_loader(config, tokenizer, index, count)
-  eval_data = pipeline.make_evaluation_loaders(config, tokenizer, index, count)
-  contents = pipeline.digest_contents(config, tokenizer)
-  for line in begin.check_data(request, contents):
+  train_data = pipeline.make_training_loader(
+      config, tokenizer, slice_index, num_slices)
+  eval_data = pipeline.make_evaluation_loaders(
+      config, tokenizer, slice_index, num_slices)
+  hash_of_source = pipeline.digest_contents(config, tokenizer)
+  for line in begin.check_data(request, hash_of_source):
     print(line)
 
   if args.dry_run:
@@ -106,30 +108,40 @@ def main():
     if start.code == writer.DIVERGED:
       raise RequestError(f'{workdir}: {start.sentence}')
     if start.sentence or start.step == config.train.steps:
-      if devices.is_primary_process():
-        print(_complete(request, start))
+      if is_primary:
+        print(_describe_complete_run(request, start))
       return 0
     state = start.state
     if state is None:
       state = begin.create_first_state(run)
 
-    # 5. The loop. The record is of what is trained.
-    run_config.save_config(workdir, request.given_config, request.derived,
-                           contents,
-                           run.model)
-    code = loop.train_run(run, state, start.step, train_data, eval_data, saved,
-                          workdir, args.profile_steps)
+    # 5. The loop. The config is recorded only of a run that is trained.
+    run_config.save_config(
+        workdir, config=request.given_config, derived=request.derived,
+        data=hash_of_source, model=run.model)
+    code = loop.train_run(
+        run, state=state, start=start.step, train_data=train_data,
+        eval_data=eval_data, saved=saved, workdir=workdir,
+        profile_steps=args.profile_steps)
   if code == STOPPED:
     return args.stopped_exit_code
   return code
 
 
-def _complete(request, start) -> str:
-  """Returns what is printed of a run that has nothing left to do."""
-  workdir, steps = request.workdir, request.config.train.steps
-  reason, field = f'{start.step} steps of {steps}', 'train.steps'
+def _describe_complete_run(request, start) -> str:
+  """Returns what is printed of a run that has nothing left to do.
+
+  Args:
+    request: the request (begin.RunRequest) for the run.
+    start: where the run has ended (begin.StartingPoint).
+  """
+  workdir = request.workdir
+  last_step = request.config.train.steps
+  reason = f'{start.step} steps of {last_step}'
+  field = 'train.steps'
   if start.sentence:
-    reason, field = start.sentence, 'eval.patience'
+    reason = start.sentence
+    field = 'eval.patience'
   unchanged = ''
   if request.changes:
     unchanged = 'Its config is left as it was. '

@@ -22,49 +22,52 @@ class LazyTable(Mapping):
   def __init__(self, package: str, path: Any,
                read: Callable[[types.ModuleType], Mapping[str, Any]],
                without: tuple[str, ...] = ()):
-    """Finds the files; none is imported yet.
+    """Lists the files of the package; none is imported yet.
 
     Args:
       package: the name of the package.
       path: its __path__.
-      read: a function that returns the entries of a file.
-      without: the files that have none.
+      read: a function that returns the entries of a file's module.
+      without: the names of the files that have no entries.
     """
-    self._package, self._read = package, read
-    self._set: dict[str, Any] = {}
-    self._entries: dict[str, Mapping[str, Any]] = {}  # of imported files
+    self._package = package
+    self._read = read
+    # Entries that were set come before those of files.
+    self._set_entries: dict[str, Any] = {}
+    self._entries_of_file: dict[str, Mapping[str, Any]] = {}  # if imported
     self._files = []
     for file in pkgutil.iter_modules(path):
       if not file.ispkg and file.name not in without:
         self._files.append(file.name)
 
-  def _entries_of(self, file: str) -> Mapping[str, Any]:
-    """Returns the entries of a file, which is imported once."""
-    if file not in self._entries:
+  def _import_entries(self, file: str) -> Mapping[str, Any]:
+    """Returns the entries of a file, which is imported at the first call."""
+    if file not in self._entries_of_file:
       module = importlib.import_module(f'{self._package}.{file}')
-      self._entries[file] = self._read(module)
-    return self._entries[file]
+      self._entries_of_file[file] = self._read(module)
+    return self._entries_of_file[file]
 
   def __setitem__(self, name: str, entry: Any) -> None:
-    self._set[name] = entry
+    self._set_entries[name] = entry
 
   def __getitem__(self, name: str) -> Any:
-    if name in self._set:
-      return self._set[name]
+    if name in self._set_entries:
+      return self._set_entries[name]
+    # The file of that name is the likeliest one.
     files = self._files
     if name in files:
       files = [name, *files]
     for file in files:
-      entries = self._entries_of(file)
+      entries = self._import_entries(file)
       if name in entries:
         return entries[name]
     raise KeyError(name)
 
   def __iter__(self) -> Iterator[str]:
     for file in self._files:
-      yield from self._entries_of(file)
-    yield from self._set
+      yield from self._import_entries(file)
+    yield from self._set_entries
 
   def __len__(self) -> int:
-    in_files = sum(len(self._entries_of(file)) for file in self._files)
-    return in_files + len(self._set)
+    in_files = sum(len(self._import_entries(file)) for file in self._files)
+    return in_files + len(self._set_entries)

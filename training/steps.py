@@ -29,38 +29,55 @@ class TrainingBatches:
 
   def __init__(self, program: Program, loaders: Sequence[pipeline.Loader],
                num_runs: int):
-    """Finds the work of a step, for batches of each shape."""
+    """Counts the tokens and FLOPs of a step, for batches of each shape.
+
+    Args:
+      program: the program that is trained on the batches.
+      loaders: the training batches: one loader for all runs of the program, or
+        one for each seed.
+      num_runs: the number of runs.
+    """
     self._program = program
     self._loaders = loaders
     config = program.run.config
     self._ramp = pipeline.read_ramp(config)
-    row = loaders[0].objective.row_lengths(config)
-    self._row_tokens = sum(row)  # at most
+    row_lengths = loaders[0].objective.row_lengths(config)
+    self._row_tokens = sum(row_lengths)  # at most
     self.most_tokens = self._ramp.last * self._row_tokens
     self._peak = flops.total_peak(program.devices, program.run.model.dtype)
 
     # Batches may have fewer rows than data.batch_size (a ramp), and rows that
     # are padded less far than to data.length (length 0 stands for that).
-    rows_of_length = {0: row}
+    row_lengths_of = {0: row_lengths}
     for length in pipeline.padded_lengths(config)[:-1]:
-      rows_of_length[length] = (length,)
+      row_lengths_of[length] = (length,)
     self._work = {}
     for num_rows in (*self._ramp.sizes, self._ramp.last):
-      for length, row in rows_of_length.items():
-        self._work[num_rows, length] = self._work_of(num_rows, row, num_runs)
-    usual = self._work[self._ramp.last, 0]
-    self.meter = progress.StepTimer(usual.tokens, usual.flops, self._peak)
+      for length, row_lengths in row_lengths_of.items():
+        self._work[num_rows, length] = self._work_of_step(
+            num_rows, row_lengths, num_runs)
+    usual_work = self._work[self._ramp.last, 0]
+    self.meter = progress.StepTimer(
+        usual_work.tokens, usual_work.flops, self._peak)
 
-  def _work_of(self, num_rows: int, row: tuple[int, ...], num_runs: int
-               ) -> StepWork:
-    """Returns the work of a step on so many rows of these lengths. FLOPs are
-    counted where the devices' peak is known, since nothing else reads them."""
-    total = 0.0
+  def _work_of_step(self, num_rows: int, row_lengths: tuple[int, ...],
+                    num_runs: int) -> StepWork:
+    """Returns the tokens and the FLOPs of a step. FLOPs are counted where the
+    devices' peak is known, since nothing else reads them.
+
+    Args:
+      num_rows: the number of rows of a batch.
+      row_lengths: the tokens of a row; for an encoder-decoder those of the
+        source and of the target.
+      num_runs: the number of runs that take the step together.
+    """
+    total_flops = 0.0
     if self._peak:
       run = self._program.run
-      of_row = flops.training_flops_of_row(run.config, run.model, row)
-      total = num_runs * num_rows * sum(of_row.values())
-    return StepWork(tokens=num_rows * sum(row), flops=total)
+      flops_of_row = flops.training_flops_of_row(
+          run.config, run.model, row_lengths)
+      total_flops = num_runs * num_rows * sum(flops_of_row.values())
+    return StepWork(tokens=num_rows * sum(row_lengths), flops=total_flops)
 
   def start_streams(self, start: int) -> None:
     """Starts the streams of training batches at batch `start`, one for each

@@ -491,36 +491,37 @@ def restore_checkpoint(folder: epath.Path, abstract: Any,
     RequestError: there is no such checkpoint, or it does not fit `abstract`.
     EnvironmentFailure: every checkpoint that was tried is damaged.
   """
+  # The steps to try: the one that was asked for, or all, the newest first.
   available = list_steps(folder)
   require(bool(available), f'no checkpoint in {folder}')
   if step == BEST_STEP_NAME:
     step = find_best_step(folder)
   if step is None:
-    candidates = available[::-1]
+    steps_to_try = available[::-1]
   else:
     require(step in available, f'no checkpoint of step {step} in '
             f'{folder}: there are {", ".join(map(str, available))}')
-    candidates = [step]
+    steps_to_try = [step]
 
   # The first one that is not damaged.
   damaged = []
-  for candidate in candidates:
+  for tried_step in steps_to_try:
     try:
-      state, record = _read_step(folder / str(candidate), abstract, partial)
+      state, record = _read_step(folder / str(tried_step), abstract, partial)
     except _DamagedCheckpoint as error:
-      damaged.append(f'checkpoint {candidate} in {folder} is damaged: {error}')
+      damaged.append(f'checkpoint {tried_step} in {folder} is damaged: {error}')
       continue
-    passed_over = [f'{sentence}; using {candidate} instead'
-                   for sentence in damaged]
-    return RestoredCheckpoint(step=candidate, state=state, record=record,
-                              damaged=tuple(passed_over))
+    sentences = [f'{sentence}; using {tried_step} instead'
+                 for sentence in damaged]
+    return RestoredCheckpoint(step=tried_step, state=state, record=record,
+                              damaged=tuple(sentences))
 
   # There is none; others may be sound where one was asked for.
-  others = [str(other) for other in available if other not in candidates]
-  way_on = 'there is no other'
-  if others:
-    way_on = f'there are also {", ".join(others)}'
-  raise EnvironmentFailure('; '.join([*damaged, way_on]))
+  other_steps = [str(other) for other in available if other not in steps_to_try]
+  advice = 'there is no other'
+  if other_steps:
+    advice = f'there are also {", ".join(other_steps)}'
+  raise EnvironmentFailure('; '.join([*damaged, advice]))
 
 
 # An error whose text has one of these words, or the text of one of these errors

@@ -83,25 +83,25 @@ class TensorboardWriter:
   WORKDIR/tensorboard."""
 
   def __init__(self, workdir: epath.Path, resumed_step: int):
-    """Begins a new file, after which the rows past `resumed_step` are
-    forgotten."""
+    """Begins a new file of events, and makes TensorBoard forget those of
+    earlier files after `resumed_step`, from which the run goes on."""
     from tensorboard.compat.proto import event_pb2, summary_pb2
     from tensorboard.summary.writer import record_writer
     self._event = event_pb2.Event
     self._summary = summary_pb2.Summary
-    # The name that TensorBoard looks for. Its own EventFileWriter writes in a
-    # thread, which prints what it also raises.
+    # The file has the name that TensorBoard looks for. TensorBoard's own
+    # EventFileWriter writes in a thread, which prints what it also raises.
     name = (f'events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.'
             f'{os.getpid()}.{next(_FILE_NUMBERS)}')
     path = pathlib.Path(workdir) / 'tensorboard' / name
     self._file = record_writer.RecordWriter(storage.GrowingFile(path))
-    self._add(file_version='brain.Event:2')
+    self._add_event(file_version='brain.Event:2')
     # TensorBoard forgets what an earlier file has from here on.
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._add(step=resumed_step + 1, session_log=start)
+    self._add_event(step=resumed_step + 1, session_log=start)
 
-  def _add(self, **fields) -> None:
-    """Appends an event with these fields."""
+  def _add_event(self, **fields) -> None:
+    """Appends an event with these fields to the file."""
     event = self._event(wall_time=time.time(), **fields)
     self._file.write(event.SerializeToString())
 
@@ -110,7 +110,7 @@ class TensorboardWriter:
     for name, value in scalar_figures(figures).items():
       values.append(self._summary.Value(
           tag=f'{split}/{name}', simple_value=value))
-    self._add(step=step, summary=self._summary(value=values))
+    self._add_event(step=step, summary=self._summary(value=values))
 
   def flush(self) -> None:
     """Does nothing: every event is on disk."""
@@ -125,22 +125,32 @@ class TrackerWriter:
 
   def __init__(self, module: str, workdir: epath.Path,
                config: Mapping[str, Any], local: epath.Path | None = None):
-    """Begins the run at the tracker, or goes on with it."""
+    """Begins the run at the tracker, or goes on with it.
+
+    Args:
+      module: the tracker's package, wandb or trackio.
+      workdir: the folder of the run.
+      config: the whole config, as a dict.
+      local: a folder on disk for the tracker's own files; default: workdir.
+    """
+    # The id of the run, by which it is found again when it is resumed.
     tracker = importlib.import_module(module)
     workdir = storage.checked_path(workdir)
-    path = workdir / f'{module}_id'
+    id_file = workdir / f'{module}_id'
     name = workdir.absolute().name
-    if not path.exists():
-      storage.write_file(path, secrets.token_hex(4))
-    run_id = path.read_text().strip()
+    if not id_file.exists():
+      storage.write_file(id_file, secrets.token_hex(4))
+    run_id = id_file.read_text().strip()
+
+    # trackio knows a run by its name, which two folders may share.
     self._logs_step = module == 'wandb'
     if self._logs_step:
-      where = dict(id=run_id, name=name, dir=str(local or workdir))
-    else:  # trackio knows a run by its name, which two folders may share
-      where = dict(name=f'{name}-{run_id}')
+      run_arguments = dict(id=run_id, name=name, dir=str(local or workdir))
+    else:
+      run_arguments = dict(name=f'{name}-{run_id}')
     self._run = tracker.init(
         project=config['log'][f'{module}_project'], config=dict(config),
-        resume='allow', **where)
+        resume='allow', **run_arguments)
     if self._logs_step:
       # Our own step is the axis: W&B's only grows, and a resume goes back.
       self._run.define_metric('step')
