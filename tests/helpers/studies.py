@@ -16,7 +16,9 @@ BEST_LR = {'base': 2e-3, 'good': 4e-3, 'same': 2e-3, 'wild': 2e-3}
 
 
 def plan(**changes) -> plans.Plan:
-  return dataclasses.replace(plans.Plan(
+  """Returns a plan of three variants, three sizes and two workloads; `changes`
+  are other values of its fields."""
+  small_plan = plans.Plan(
       name='made', question='', file='made.py', base='base',
       variants=('good', 'same', 'wild'), sizes=('s', 'm', 'l'),
       workloads=('text', 'copy'),
@@ -24,30 +26,38 @@ def plan(**changes) -> plans.Plan:
                 plans.Measure('copy', 'copy', 'accuracy', plans.HIGHER, 0.0)),
       seeds=dict(noise=6, tune=2, screen=6, confirm=6),
       tuning=plans.Tuning({'optim.lr': (1e-3, 2e-3, 4e-3)}), effect=0.1,
-      tuned_sizes=('s', 'm', 'l')), **changes)
+      tuned_sizes=('s', 'm', 'l'))
+  return dataclasses.replace(small_plan, **changes)
 
 
 def frozen(of: plans.Plan, steps: int = 100) -> plans.FrozenPlan:
-  base = {'train': {'steps': steps}, 'optim': {
-      'lr': 2e-3, 'warmup_steps': 10, 'decay_steps': 0},
-          'checkpoint': {'every_steps': 50, 'average': 0},
-          'log': {'every_steps': 20}, 'data': {'batch_ramp': '40:8'}}
-  points = [
-      {'variant': variant, 'size': size, 'workload': workload,
-       'changes': {'model.d_model': 8 << i}
-       | ({} if variant == of.base else {'model.norm': variant}),
-       'matched': [], 'params': 1000 << i, 'active_params': 1000 << i,
-       'flops_per_token': 6000.0 * 2 ** i, 'tokens': 10_000, 'vocab': 256,
-       'guess': 5.5}
-      for i, size in enumerate(of.all_sizes) for workload in of.workloads
-      for variant in (of.base, *of.variants)]
-  return plans.FrozenPlan(of, base, points, {}, {'commit': None, 'diff': None})
+  """Returns a plan as it is frozen, with a point for each size, workload and
+  variant, of runs of so many steps."""
+  base_config = {
+      'train': {'steps': steps},
+      'optim': {'lr': 2e-3, 'warmup_steps': 10, 'decay_steps': 0},
+      'checkpoint': {'every_steps': 50, 'average': 0},
+      'log': {'every_steps': 20}, 'data': {'batch_ramp': '40:8'}}
+  points = []
+  for i, size in enumerate(of.all_sizes):
+    for workload in of.workloads:
+      for variant in (of.base, *of.variants):
+        changes = {'model.d_model': 8 << i}
+        if variant != of.base:
+          changes['model.norm'] = variant
+        points.append({
+            'variant': variant, 'size': size, 'workload': workload,
+            'changes': changes, 'matched': [], 'params': 1000 << i,
+            'active_params': 1000 << i, 'flops_per_token': 6000.0 * 2 ** i,
+            'tokens': 10_000, 'vocab': 256, 'guess': 5.5})
+  return plans.FrozenPlan(of, base_config, points, {},
+                          {'commit': None, 'diff': None})
 
 
 def spread(seed: int, *names) -> float:
-  """A number between -1 and 1 that follows from a seed and names."""
-  return math.sin(sum(ord(c) for c in '.'.join(names)) * 12.9898
-                  + seed * 78.233)
+  """Returns a number between -1 and 1 that follows from a seed and names."""
+  sum_of_letters = sum(ord(letter) for letter in '.'.join(names))
+  return math.sin(sum_of_letters * 12.9898 + seed * 78.233)
 
 
 class Trainer:
@@ -75,26 +85,36 @@ class Trainer:
     return [self._outcome(run) for run in runs]
 
   def _outcome(self, run) -> plans.Outcome:
+    """Returns the outcome of a run: a loss that is lower by the effect of its
+    variant, and higher the further the rate is from the best one."""
     point = self.frozen.point_of_run(run)
-    best = BEST_LR.get(run.variant, BEST_LR['base'])
-    lr = run.changes.get('optim.lr', best)
     effect = self.effects.get(run.variant, 0.0)
     if isinstance(effect, dict):
       effect = effect.get(run.size, 0.3)
-    loss = (2.0 - effect
-            + 0.2 * math.log2(lr / best) ** 2 + 0.1 * spread(run.seed)
-            + self.noise * spread(run.seed, run.variant, run.size, run.workload,
-                                  str(run.changes.get('init_seed', 0))))
-    bad = run.variant == 'wild' and run.phase == 'screen'
-    measure = next(m for m in self.frozen.plan.measures
-                   if m.workload == run.workload)
+    best_lr = BEST_LR.get(run.variant, BEST_LR['base'])
+    lr = run.changes.get('optim.lr', best_lr)
+    loss_of_lr = 0.2 * math.log2(lr / best_lr) ** 2
+
+    # What the runs of a seed have in common, and what each has for itself.
+    shared = 0.1 * spread(run.seed)
+    init_seed = str(run.changes.get('init_seed', 0))
+    own_noise = self.noise * spread(run.seed, run.variant, run.size,
+                                    run.workload, init_seed)
+    loss = 2.0 - effect + loss_of_lr + shared + own_noise
+
+    # The value of the measure of its workload.
+    is_diverged = run.variant == 'wild' and run.phase == 'screen'
+    measure = next(measure for measure in self.frozen.plan.measures
+                   if measure.workload == run.workload)
     value = loss if measure.better == plans.LOWER else 1 - loss / 5
+    if is_diverged:
+      value = measure.chance
+      loss = math.inf
+    flops = point['tokens'] * point['flops_per_token'] * run.share
     return plans.Outcome(
         run.phase, run.variant, run.size, run.workload, run.seed,
-        {measure.name: measure.chance if bad else value}, bad,
-        point['tokens'] * point['flops_per_token'] * run.share, 1.0,
-        point['params'], dict(run.changes), math.inf if bad else loss,
-        cooled=True)
+        {measure.name: value}, is_diverged, flops, 1.0, point['params'],
+        dict(run.changes), loss, cooled=True)
 
 
 FILE = """
@@ -183,23 +203,38 @@ class Written(study.Trainer):
 
 
 def leave(folder, config, loss) -> tuple[str, str]:
-  """Writes a run that ended with a loss: a number; None: not finite in too
-  many steps; or a text: the error that it failed by. Returns its state."""
+  """Writes what a run leaves in its folder; returns its state and its error.
+
+  Args:
+    folder: the folder of the run.
+    config: its config.
+    loss: the held-out loss with which it ended; None: not finite in too many
+      steps; or a text: the error that it failed by.
+  """
   run_config.save_config(folder, config, {})
   if isinstance(loss, str):
     return layout.FAILED, loss
-  steps, bad = config.train.steps, config.train.max_bad_steps
+
+  # Its metrics.
+  steps = config.train.steps
+  num_bad_steps = 0
+  if loss is None:
+    num_bad_steps = config.train.max_bad_steps
   rows = [{'step': steps, 'split': 'train', 'loss': loss, 'step_seconds': 0.5,
-           'bad_in_row': bad if loss is None else 0, 'param_norm': 1.0}]
-  every = config.eval.every_steps
+           'bad_in_row': num_bad_steps, 'param_norm': 1.0}]
   if loss is not None:
-    rows += [{'step': n, 'split': 'eval', 'loss': loss + (steps - n) / steps,
-              'accuracy': 0.5} for n in range(every, steps + 1, every)]
-  (folder / 'metrics.jsonl').write_text(
-      ''.join(json.dumps(row) + '\n' for row in rows))
+    every = config.eval.every_steps
+    for step in range(every, steps + 1, every):
+      rows.append({'step': step, 'split': 'eval',
+                   'loss': loss + (steps - step) / steps, 'accuracy': 0.5})
+  lines = [json.dumps(row) + '\n' for row in rows]
+  (folder / 'metrics.jsonl').write_text(''.join(lines))
+
+  # Its last checkpoint.
   (folder / 'checkpoints' / str(steps)).mkdir(parents=True, exist_ok=True)
-  return ((layout.FAILED, 'the loss was not finite') if loss is None
-          else (layout.DONE, ''))
+  if loss is None:
+    return layout.FAILED, 'the loss was not finite'
+  return layout.DONE, ''
 
 
 def arguments(**changes) -> argparse.Namespace:

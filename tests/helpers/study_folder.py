@@ -9,20 +9,29 @@ from configs.sweeps import helpers
 from tools.compare import decide, layout, noise, phases
 from tools.compare import plan as plans
 
-BASE, VARIANTS = 'learned', ('rope', 'alibi', 'none', 'post_norm', 'wild')
+BASE = 'learned'
+VARIANTS = ('rope', 'alibi', 'none', 'post_norm', 'wild')
 # What a reader of names must survive, in HTML, Markdown, LaTeX and SVG.
 ODD = 'a_b<b>&"50%"|#{x}$\\'
-SIZES, PARAMS = ('small', 'medium', 'large'), (41_234, 163_456, 652_345)
+SIZES = ('small', 'medium', 'large')
+PARAMS = (41_234, 163_456, 652_345)
 MEASURES = (plans.Measure('loss', plans.TEXT, 'loss', plans.LOWER, 5.545),
             plans.Measure('mqar', 'mqar', 'probe/accuracy', plans.HIGHER, 0.1))
 # What each variant adds to the loss and to an accuracy; None: it diverges.
 EFFECTS = {BASE: 0.0, 'rope': -0.21, 'alibi': -0.08, 'none': 0.004,
            'post_norm': 0.3, 'wild': None, ODD: -0.15}
-STEPS, EVERY = 300, 30
+STEPS = 300
+EVERY = 30  # steps between two evaluations
 
 
 def plan(variants=VARIANTS, **changes):
-  return plans.Plan(**dict(
+  """Returns the plan of a study of position encodings.
+
+  Args:
+    variants: its variants, beside the base.
+    **changes: other values of fields of the plan.
+  """
+  fields = dict(
       name='positions', question='Which position encoding should a small GPT '
       'have?', file='configs/studies/positions.py', base=BASE,
       variants=tuple(variants), sizes=SIZES, workloads=(plans.TEXT, 'mqar'),
@@ -30,20 +39,25 @@ def plan(variants=VARIANTS, **changes):
       seeds=dict(noise=6, tune=1, screen=4, confirm=5),
       tuning=plans.Tuning({'optim.lr': (1e-3, 2e-3, 4e-3)}), effect=0.05,
       match='params', match_field='model.d_ff', tuned_sizes=SIZES[:1])
-                    | changes)
+  return plans.Plan(**fields | changes)
 
 
 def frozen(of):
-  points = [dict(
-      variant=variant, size=size, workload=workload,
-      changes={'model.d_model': 32 << i} | (
-          {} if variant == of.base else {'model.position': 'rope'}),
-      matched=['model.d_ff'] if variant != of.base else [],
-      params=params, active_params=params, flops_per_token=6.0 * params,
-      tokens=1_228_800, vocab=256)
-            for variant in (of.base, *of.variants)
-            for i, (size, params) in enumerate(zip(SIZES, PARAMS))
-            for workload in of.workloads]
+  """Returns a plan as it is frozen, with a point for each variant, size and
+  workload."""
+  points = []
+  for variant in (of.base, *of.variants):
+    for i, (size, params) in enumerate(zip(SIZES, PARAMS)):
+      for workload in of.workloads:
+        changes = {'model.d_model': 32 << i}
+        matched = []
+        if variant != of.base:
+          changes['model.position'] = 'rope'
+          matched = ['model.d_ff']
+        points.append(dict(
+            variant=variant, size=size, workload=workload, changes=changes,
+            matched=matched, params=params, active_params=params,
+            flops_per_token=6.0 * params, tokens=1_228_800, vocab=256))
   return plans.FrozenPlan(
       of, helpers.small_gpt_config(STEPS).to_dict(), points,
       {'file': '0123456789abcdef', 'text': 'fedcba98765432'},
@@ -51,31 +65,58 @@ def frozen(of):
 
 
 def outcomes(of, phase, names, effects=None):
-  """Every run of a phase, of these variants."""
-  rng, effects = np.random.default_rng(len(phase)), effects or EFFECTS
-  return [_outcome(of, phase, name, i, workload, seed, effects.get(name, 0.0),
-                   shared, rng)
-          for i in range(1 if phase == 'screen' else 3)
-          for workload in of.workloads
-          for seed in phases.PHASES[phase].seeds_of_phase(of)
-          for shared in [rng.normal(0, 0.03)] for name in names]
+  """Returns the outcome of every run of a phase.
+
+  Args:
+    of: the plan.
+    phase: the name of the phase.
+    names: the variants that it runs.
+    effects: as EFFECTS.
+  """
+  random = np.random.default_rng(len(phase))
+  effects = effects or EFFECTS
+  num_sizes = 1 if phase == 'screen' else len(SIZES)
+  outcomes_of_runs = []
+  for i in range(num_sizes):
+    for workload in of.workloads:
+      for seed in phases.PHASES[phase].seeds_of_phase(of):
+        # What all variants have in common by their seed.
+        shared = random.normal(0, 0.03)
+        for name in names:
+          outcomes_of_runs.append(_outcome(
+              of, phase=phase, name=name, i=i, workload=workload, seed=seed,
+              effect=effects.get(name, 0.0), shared=shared, random=random))
+  return outcomes_of_runs
 
 
-def _outcome(of, phase, name, i, workload, seed, effect, shared, rng):
+def _outcome(of, *, phase, name, i, workload, seed, effect, shared, random):
+  """Returns the outcome of one run.
+
+  Args:
+    of: the plan.
+    phase, name, workload, seed: its phase, variant, workload and seed.
+    i: the number of its size.
+    effect: what the variant adds to the loss; None: the run diverges.
+    shared: what the runs of the seed have in common.
+    random: the generator of its noise.
+  """
   measure = of.measures_of_workload(workload)[0]
-  loss = 2.6 - 0.25 * i + shared + (effect or 0.0) + rng.normal(0, 0.02)
-  accuracy = np.clip(0.5 + 0.12 * i + shared - (effect or 0.0)
-                     + rng.normal(0, 0.02), 0, 1)
+  loss = 2.6 - 0.25 * i + shared + (effect or 0.0) + random.normal(0, 0.02)
+  accuracy = 0.5 + 0.12 * i + shared - (effect or 0.0)
+  accuracy = np.clip(accuracy + random.normal(0, 0.02), 0, 1)
   value = float(loss if workload == plans.TEXT else accuracy)
-  step = np.arange(EVERY, STEPS + 1, EVERY)
+
+  # The curve of the loss, which the last phase keeps.
   curve = {}
   if effect is None:
-    value, loss = measure.chance, np.inf
+    value = measure.chance
+    loss = np.inf
   elif phase == 'confirm':
+    step = np.arange(EVERY, STEPS + 1, EVERY)
+    loss_at_step = loss + 4 * (step ** -0.5 - STEPS ** -0.5)
     curve = dict(step=step.tolist(), tokens=(2048 * step).tolist(),
                  flops=(6.0 * PARAMS[i] * 2048 * step).tolist(),
-                 seconds=(0.01 * step).tolist(),
-                 loss=(loss + 4 * (step ** -0.5 - STEPS ** -0.5)).tolist())
+                 seconds=(0.01 * step).tolist(), loss=loss_at_step.tolist())
   return plans.Outcome(
       phase, name, SIZES[i], workload, seed, {measure.name: value},
       effect is None, 6.0 * PARAMS[i] * STEPS * 2048, 3.0 + i, PARAMS[i],
@@ -83,10 +124,21 @@ def _outcome(of, phase, name, i, workload, seed, effect, shared, rng):
 
 
 def results(of, upto='confirm', effects=None):
-  """What results.json holds once the phases up to `upto` are over ('': none).
+  """Returns what results.json holds once some phases are over.
+
+  Args:
+    of: the plan.
+    upto: the last phase that is over; '': none is.
+    effects: as EFFECTS.
   """
-  names = [*of.seeds][:[*of.seeds].index(upto) + 1] if upto else ()
-  runs, records = [], {}
+  names = []
+  if upto:
+    all_phases = [*of.seeds]
+    names = all_phases[:all_phases.index(upto) + 1]
+
+  # The runs of each phase, and what was decided by them.
+  runs = []
+  records = {}
   if 'noise' in names:
     runs += outcomes(of, 'noise', (of.base, plans.SECOND_BASE))
     records['noise'] = noise.measure_noise(of, runs)
@@ -94,9 +146,10 @@ def results(of, upto='confirm', effects=None):
         0.84, True,
         'An effect of 0.05 in loss is found with a probability of 84%.')
   if 'tune' in names:
-    records['tuned'] = [_tuned(variant, workload)
-                      for variant in (of.base, *of.variants)
-                      for workload in of.workloads]
+    tuned = []
+    for variant in (of.base, *of.variants):
+      tuned += [_tuned(variant, workload) for workload in of.workloads]
+    records['tuned'] = tuned
   if 'screen' in names:
     runs += outcomes(of, 'screen', (of.base, *of.variants), effects)
     records['screen'] = decide.screen_variants(of, runs)
@@ -105,38 +158,51 @@ def results(of, upto='confirm', effects=None):
   if 'confirm' in names:
     runs += outcomes(of, 'confirm', (of.base, *passed), effects)
     records['confirm'] = decide.confirm_variants(of, runs)
+
+  # The cost of each phase, and what the results were made with.
+  costs = {}
+  for name in names:
+    costs[name] = dict(planned=10, done=10, failed=1, tokens=1.23e7,
+                       flops=4.56e13, seconds=321.0, finished=True)
   return plans.to_json(dict(
       study=dict(name=of.name, hash=frozen(of).hash), outcomes=runs, **records,
-      phases={name: dict(planned=10, done=10, failed=1, tokens=1.23e7,
-                         flops=4.56e13, seconds=321.0, finished=True)
-              for name in names},
-      as_planned=dict(same=True, differences=[]),
+      phases=costs, as_planned=dict(same=True, differences=[]),
       provenance=dict(codes=['commit f5ac5de01234'], devices=['cpu x 2'],
                       versions={'jax': '0.10.2', 'python': '3.11.9'})))
 
 
 def _tuned(variant, workload):
-  is_edge = variant == 'rope'
+  """Returns how a variant was tuned; the best rate of `rope` is at the edge of
+  the rates that were tried."""
+  lr = 0.002
+  at_edge = []
+  if variant == 'rope':
+    lr = 0.004
+    at_edge = ['optim.lr']
+  tried = []
+  for tried_lr in (1e-3, 2e-3, 4e-3):
+    tried.append(dict(rung=0, steps=150, changes={'optim.lr': tried_lr},
+                      value=2.5, loss=2.5, diverged=False))
   return dict(
       variant=variant, size=SIZES[0], workload=workload,
-      changes={'optim.lr': 0.004 if is_edge else 0.002},
-      at_edge=['optim.lr'] * is_edge, runs=5, flops=1.5e12, seconds=77.0,
-      tried=[dict(rung=0, steps=150, changes={'optim.lr': lr}, value=2.5,
-                  loss=2.5, diverged=False) for lr in (1e-3, 2e-3, 4e-3)])
+      changes={'optim.lr': lr}, at_edge=at_edge, runs=5, flops=1.5e12,
+      seconds=77.0, tried=tried)
 
 
 def write(root, of=None, tree=None, **changes):
   """Writes study.json and results.json; returns what the latter holds.
 
   Args:
-    root: W.
-    of: the plan.
-    found: results; None: the whole study's.
-    changes: of study.json.
+    root: the folder of the study.
+    of: the plan; None: that of `plan`.
+    tree: the results; None: those of the whole study.
+    **changes: other values of fields of the frozen plan.
   """
-  root, of = pathlib.Path(root), of or plan()
+  root = pathlib.Path(root)
+  of = of or plan()
   root.mkdir(parents=True, exist_ok=True)
-  tree = results(of) if tree is None else tree
+  if tree is None:
+    tree = results(of)
   plans.save_frozen_plan(root, dataclasses.replace(frozen(of), **changes))
   layout.save_with_checksum(root / 'results.json', tree)
   return tree
