@@ -213,7 +213,8 @@ class Model:
             f'{config.objective} and its head {self.config.head!r}')
 
     # The prompts as the model was trained to read them.
-    shown, end = hf_generation.shown(texts, config, tokenizer, self.generation)
+    shown, end = hf_generation.encode_prompts(texts, config, tokenizer,
+                                              self.generation)
     inputs_of.check_ids('the prompt', shown.tokens, self.config.vocab_size)
     sampling = generation.Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
@@ -344,15 +345,15 @@ class Model:
       if stands_in or not tokenizer.is_bytewise:
         tokenizer = None
     if tokenizer is not None:
-      hf_tokenizer.refuse_others(tokenizer, config, folder)
-      generation = generation or hf_generation.of_run(
+      hf_tokenizer.refuse_other_tokenizer(tokenizer, config, folder)
+      generation = generation or hf_generation.generation_of_run(
           config, self.config, tokenizer)
 
     # The weights with their configs, and the tokenizer beside them.
     weights.to_hf(self.module, self.params, folder, generation=generation,
                   labels=self.labels)
     if tokenizer is not None:
-      hf_tokenizer.save(tokenizer, config, folder)
+      hf_tokenizer.save_tokenizer(tokenizer, config, folder)
 
   def _require_tokenizer(self) -> tokenizers.Tokenizer:
     """Returns the tokenizer; raises RequestError where the model has none."""
@@ -481,10 +482,10 @@ def load(path: str | os.PathLike, *, step: int | str | None = None,
     loaded_tokenizer = tokenizers.load(tokenizer)
   labels: tuple[str, ...] = ()
   if module.config.num_labels:
-    labels = hf_config.labels(hf_config.load_config_json(folder))
+    labels = hf_config.read_labels(hf_config.load_config_json(folder))
   return Model(
       module=module, params=params, tokenizer=loaded_tokenizer,
-      generation=hf_generation.of_folder(folder), labels=labels)
+      generation=hf_generation.read_generation(folder), labels=labels)
 
 
 @check_argument_types
@@ -531,7 +532,7 @@ def _load_run(workdir: Any, step: parameters.StepChoice, tokenizer: str | None
   return Model(
       module=module, params=checkpoint.state, tokenizer=loaded_tokenizer,
       run=config,
-      generation=hf_generation.published(workdir, checkpoint.step),
+      generation=hf_generation.load_if_published(workdir, checkpoint.step),
       labels=run_config.load_labels(workdir))
 
 

@@ -92,7 +92,7 @@ def request_of_pytorch(config: Config) -> dict[str, Any]:
   # The model.
   tokenizer = load_tokenizer(config)
   model, _ = runs.resolve_model(config, tokenizer)
-  config_json = hf_config.write(model)
+  config_json = hf_config.config_json_of_model(model)
   is_decoder = architectures.stack(model) == 'decoder'
 
   # The first batch of the run.

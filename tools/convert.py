@@ -73,11 +73,11 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
   with _new(workdir):
     config, module, params = _from_hf(source, partial, seed, dtype)
     if adapter:
-      model, adapters = peft.read(module.config, adapter)
+      model, adapters = peft.read_adapters(module.config, adapter)
       config.model.lora.update(dataclasses.asdict(model.lora))
-      params = weights.beside(params, adapters)
+      params = weights.add_adapters(params, adapters)
     folder = _folder(source)
-    copied = hf_tokenizer.take(folder, workdir, config)
+    copied = hf_tokenizer.import_tokenizer(folder, workdir, config)
     if hf_tokenizer.is_stand_in(config.data.tokenizer):
       though = ''
       if copied:
@@ -85,7 +85,7 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
       print(f'warning: {folder} has no tokenizer that is read here{though}: '
             f'data.tokenizer is {config.data.tokenizer!r}, whose ids mean '
             'something else than those of its training', file=sys.stderr)
-    _make(workdir, config, params, hf_generation.of_folder(folder), False,
+    _make(workdir, config, params, hf_generation.read_generation(folder), False,
           f'of {module.config.arch}')
 
 
@@ -97,26 +97,28 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
     folder = _folder(source)
     if checkpoints.checkpoint_folder(source).exists():
       config, module, params, at = _from_workdir(source, step)
-      generation = hf_generation.kept(source)
+      generation = hf_generation.load_generation(source)
       trained = not hf_generation.is_published(source, at)
     else:
       require(step is None, f'{source} is no workdir: it has no step {step}')
       config, module, params = _from_hf(source, False, seed)
-      generation, trained = hf_generation.of_folder(folder), False
+      generation, trained = hf_generation.read_generation(folder), False
 
     # The config of the mixture.
-    module, params = weights.merge(module, params)
+    module, params = weights.merge_adapters(module, params)
     config.model.lora = base.base().model.lora
-    config.model = upcycling.config(
-        config.model, upcycling.fields(moe, config.model.moe), module.config)
+    config.model = upcycling.upcycle_config(
+        config.model, upcycling.parse_moe_fields(moe, config.model.moe),
+        module.config)
     config.init_from = ''
-    hf_tokenizer.take(folder, workdir, config)
+    hf_tokenizer.import_tokenizer(folder, workdir, config)
 
     # Its parameters.
     model, derived = _resolved(config)
     run = runs.build(config, model)
-    made = upcycling.params(run.module, run.abstract_state.params, params, seed)
-    if not upcycling.is_the_same_function(run.model):
+    made = upcycling.upcycle_parameters(run.module, run.abstract_state.params, params,
+                                        seed)
+    if not upcycling.keeps_function(run.model):
       print('warning: it starts from another function than the dense model\'s: '
             'its gates do not sum to 1, or tokens are dropped, or experts are '
             'shared', file=sys.stderr)
@@ -138,19 +140,21 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
           '--adapter, which writes the adapters alone: leave it out')
   config, module, params, step = _from_workdir(workdir, step)
   if adapter:
-    size = peft.write(module.config, params, folder, config.init_from, dtype)
+    size = peft.write_adapters(module.config, params, folder, config.init_from,
+                               dtype)
     print(f'{folder}: the adapters of {workdir}, {size:,} parameters')
     return
-  module, params = weights.merge(module, params)
+  module, params = weights.merge_adapters(module, params)
   if dropless:
     module = architectures.build(module.config.with_part(
         MoEConfig, eval_capacity_factor=0.0, dispatch='dropless'))
   generation = _generation(workdir, config, module.config, step)
-  hf_tokenizer.refuse_left(workdir, config, folder, step)
+  hf_tokenizer.refuse_files_left(workdir, config, folder, step)
   weights.to_hf(module, params, folder, dtype=dtype, generation=generation,
                 labels=run_config.load_labels(workdir))
-  hf_tokenizer.give(workdir, config, folder, step)
-  card.write(workdir, config, folder, step, runs.count_parameters(params))
+  hf_tokenizer.export_tokenizer(workdir, config, folder, step)
+  card.write_model_card(workdir, config, folder, step,
+                        runs.count_parameters(params))
   print(f'{folder}: {runs.count_parameters(params):,} parameters of {workdir}')
 
 
@@ -210,7 +214,7 @@ def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
     if isinstance(value, float):
       setattr(model.config, name, float(str(np.float32(value))))
   try:  # the epsilon of a damaged file may be none
-    hf_config.read(json.loads(model.config.to_json_string()))
+    hf_config.model_of_config_json(json.loads(model.config.to_json_string()))
   except RequestError as error:
     raise RequestError(f'{file} gives a folder that an import refuses: {error}'
                        ) from error
@@ -230,12 +234,12 @@ def _generation(workdir: epath.Path, config: Any, model: Any, step: int
   """Returns the fields of generation that an export has."""
   # The fields that an import kept hold until training has given the ids of a
   # tokenizer that was not read another meaning.
-  kept = hf_generation.kept(workdir)
+  kept = hf_generation.load_generation(workdir)
   if kept and (hf_generation.is_published(workdir, step)
                or not hf_tokenizer.is_stand_in(config.data.tokenizer)):
     return kept
-  return hf_generation.of_run(config, model,
-                              tokenizers.load(config.data.tokenizer))
+  return hf_generation.generation_of_run(config, model,
+                                         tokenizers.load(config.data.tokenizer))
 
 
 @contextlib.contextmanager
@@ -261,7 +265,7 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
   """Returns (a run's config, module, parameters) of Hugging Face weights."""
   tree = hf_config.load_config_json(_folder(source))
   files = hf_files.Files(source)
-  model, notes = hf_config.fields_and_notes(tree, files)
+  model, notes = hf_config.read_fields_and_notes(tree, files)
   for note in notes:
     print(f'warning: {note}', file=sys.stderr)
   model.param_dtype = dtype or model.param_dtype
@@ -272,10 +276,10 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
     config.objective = objectives.find_objective_of_head(module.config)
   if model.head != 'lm':
     count = model.num_labels
-    config.data.labels = hf_config.labels(tree) or (
+    config.data.labels = hf_config.read_labels(tree) or (
         hf_config.default_labels(count) if count > 1 else ())
   config.data.length = min(model.max_len, 1024)
-  config.data.tokenizer = hf_tokenizer.stand_in(model.vocab_size)
+  config.data.tokenizer = hf_tokenizer.stand_in_tokenizer(model.vocab_size)
   loaded = weights.read_params(module, files, partial=partial, seed=seed)
   for line in loaded.skipped:
     print(f'skipped: {line}')
@@ -299,7 +303,7 @@ def _make(workdir: epath.Path, config: Any, params: Any,
           generation: hf_generation.Generation | None, trained: bool,
           what: str, derived=()) -> None:
   """Writes a workdir of a run at step 0, and says what it is."""
-  hf_generation.keep(workdir, generation, trained)
+  hf_generation.save_generation(workdir, generation, trained)
   with progress.show_task('saving'), checkpoints.Checkpoints(
       workdir, every_steps=0, every_minutes=0.0, keep=1, keep_every=0) as saved:
     saved.save(0, {'params': params}, next_batch=0, tokens=0, config=config)

@@ -75,7 +75,7 @@ def load_from_run(workdir: epath.Path, step: int | str | None = None,
 
   # The model and its parameters.
   tokenizer = runs.load_run_tokenizer(workdir, config)
-  generation = hf_generation.kept(workdir)
+  generation = hf_generation.load_generation(workdir)
   module = architectures.build(runs.load_run_model_config(workdir, config))
   restored = parameters.read_parameters_on_one_device(workdir, module, step)
 
@@ -103,12 +103,12 @@ def load_from_folder(folder: epath.Path, template: str = '') -> ChatModel:
   Raises:
     RequestError: for a model that cannot be talked with.
   """
-  model = hf_config.read(hf_config.load_config_json(folder))
+  model = hf_config.model_of_config_json(hf_config.load_config_json(folder))
   if architectures.stack(model) != 'decoder' or model.head != 'lm':
     raise RequestError(f'{folder}: {ADVICE_FOR_OTHER_MODELS}')
   # How it is talked with comes first: to read the weights takes the time.
   tokenizer = tokenizers.load(str(folder))
-  generation = hf_generation.of_folder(folder)
+  generation = hf_generation.read_generation(folder)
   talk = _choose_talk(
       tokenizer, generation=generation, template=template,
       usual=causal.talk_by_continuing(tokenizer), is_published=True)
@@ -132,7 +132,7 @@ def _choose_talk(tokenizer: Tokenizer,
     is_published: whether the weights are as they were imported, not trained
       here; else a text begins with the separator, as in training.
   """
-  token_ids = hf_generation.ids(generation)
+  token_ids = hf_generation.special_token_ids(generation)
   end_tokens = frozenset(token_ids.get('eos_token_id', ()))
   # A template that was asked for comes first, then what the model was trained
   # with here.
@@ -148,7 +148,7 @@ def _choose_talk(tokenizer: Tokenizer,
     return causal.talk_by_template(template_of_folder, end_tokens,
                                    'answers by its chat template')
   if is_published:
-    return hf_generation.plain(tokenizer, generation)
+    return hf_generation.continue_texts(tokenizer, generation)
   return usual
 
 

@@ -208,8 +208,8 @@ def _check_labels(run: runs.Run, source: epath.Path) -> None:
   else:
     tree = hf_config.load_config_json(_folder_of_weights(source))
     # A language model's table of labels says nothing.
-    if hf_config.read(tree).head != 'lm':
-      their_labels = hf_config.labels(tree)
+    if hf_config.model_of_config_json(tree).head != 'lm':
+      their_labels = hf_config.read_labels(tree)
 
   # They are compared where both are known.
   our_labels = tuple(objectives.fill_in_labels(run.config).data.labels)
@@ -251,7 +251,7 @@ def _read_hugging_face_weights(run: runs.Run, source: epath.Path, drawn: Any
   # The model of the weights, compared with that of the run. A head for the next
   # sentence is optional: it is drawn or passed over.
   config_json = hf_config.load_config_json(_folder_of_weights(source))
-  their_model = hf_config.read(config_json)
+  their_model = hf_config.model_of_config_json(config_json)
   their_model = dataclasses.replace(
       their_model, next_sentence=module.config.next_sentence)
   skipped = _list_model_differences(
@@ -262,10 +262,10 @@ def _read_hugging_face_weights(run: runs.Run, source: epath.Path, drawn: Any
   with run.context():
     loaded = weights.read_params(
         module, source=files.Files(pathlib.Path(source)), partial=is_partial,
-        like=weights.without(run.abstract_state.params),
+        like=weights.remove_adapters(run.abstract_state.params),
         seed=int(runs.seed_of_parameters(run.config)),
         new_head=weights.is_new_head(module.config, their_model))
-  return weights.beside(loaded.params, drawn), skipped + loaded.skipped
+  return weights.add_adapters(loaded.params, drawn), skipped + loaded.skipped
 
 
 def _read_weights_of_run(run: runs.Run, source: epath.Path, drawn: Any,
@@ -294,8 +294,8 @@ def _read_weights_of_run(run: runs.Run, source: epath.Path, drawn: Any,
             'model has other low-rank adapters than the run: begin with its '
             'export, which python -m tools.convert export writes')
     our_model = weights.without_adapters(our_model)
-    abstract_params = weights.without(abstract_params)
-    initial_params = weights.without(drawn)
+    abstract_params = weights.remove_adapters(abstract_params)
+    initial_params = weights.remove_adapters(drawn)
 
   # The differences of the models, and of their parameters.
   is_partial = run.config.init_partial
@@ -320,7 +320,7 @@ def _read_weights_of_run(run: runs.Run, source: epath.Path, drawn: Any,
   arrays |= paths.flatten_by_path(restored.state)
   params = checkpoints.nest_by_path(arrays)
   if not has_same_adapters:
-    params = weights.beside(params, drawn)
+    params = weights.add_adapters(params, drawn)
   return params, skipped
 
 
@@ -374,12 +374,14 @@ def _check_unfitting(our_model: ModelConfig, their_model: ModelConfig,
         'writes')
 
   # The head of a task may differ, and a part that only one of the models has.
-  only_ours = weights.left_out(architectures.build(our_model), their_model)
-  only_theirs = weights.left_out(architectures.build(their_model), our_model)
+  only_ours = weights.shapes_only_in_other_model(architectures.build(our_model),
+                                                 their_model)
+  only_theirs = weights.shapes_only_in_other_model(
+      architectures.build(their_model), our_model)
   wrong_lines = []
   for path, line in misfit_lines.items():
     name = path.removeprefix('params/')
-    is_task_head = path.startswith(f'params/{weights.TASK}')
+    is_task_head = path.startswith(f'params/{weights.TASK_HEAD_FOLDER}')
     if not is_task_head and name not in only_ours | only_theirs:
       wrong_lines.append(line)
   if wrong_lines and not is_partial:
@@ -416,7 +418,7 @@ def _list_model_differences(our_model: ModelConfig, their_model: ModelConfig,
     their_model = dataclasses.replace(their_model, max_len=our_model.max_len)
 
   # The fields that differ all the same.
-  different = hf_config.different(our_model, their_model)
+  different = hf_config.describe_differences(our_model, their_model)
   lines = [f'{line} as in its config.json' for line in different.values()]
   require(is_partial or not lines,
           f'init_from {str(path)!r}: {"; ".join(lines)}. '

@@ -58,15 +58,15 @@ def test_merged_by_numpy_it_is_the_same_function(made):
   plain = architectures.build(weights.without_adapters(module.config))
   merged = jax.tree_util.tree_map_with_path(
       lambda key, _: jnp.asarray(flat[paths.path_to_string(key)], jnp.float32),
-      weights.without(params))
+      weights.remove_adapters(params))
   tokens_BL = models.random_tokens()
   with_adapters = logits(module, params, tokens_BL)
   models.assert_trees_close(with_adapters, logits(plain, merged, tokens_BL),
                             rtol=2e-5)
   # As far away as the adapters are, and `merge` gives what NumPy gives.
-  without = logits(plain, weights.without(params), tokens_BL)
+  without = logits(plain, weights.remove_adapters(params), tokens_BL)
   assert np.abs(without - with_adapters).max() > 0.1
-  also, params = weights.merge(module, params)
+  also, params = weights.merge_adapters(module, params)
   assert also == plain
   models.assert_trees_close(merged, params, rtol=1e-6)
 
@@ -88,7 +88,7 @@ def test_a_new_adapter_changes_nothing_and_is_drawn_as_by_its_authors():
   plain = architectures.build(weights.without_adapters(module.config))
   np.testing.assert_array_equal(
       logits(module, params, models.random_tokens()),
-      logits(plain, weights.without(params), models.random_tokens()))
+      logits(plain, weights.remove_adapters(params), models.random_tokens()))
 
 
 @pytest.fixture(scope='module')
@@ -185,7 +185,7 @@ def test_a_block_that_drops_all_that_its_parts_return_passes_x_on(block, cross):
     (lambda: FFN(resolved(ffn_dropout=ALL), 'gelu'), 'down_bias'),
     (lambda: FFN(resolved(ffn_dropout=ALL), 'swiglu'), 'down_bias'),
     (lambda: SelfAttention(resolved(attention_dropout=ALL),
-                       LayerKind('global', 'gelu')), 'out_bias')])
+                           LayerKind('global', 'gelu')), 'out_bias')])
 def test_a_part_that_drops_all_inside_is_its_bias(make, bias):
   x_BLD, ctx = inputs()
   params, (y_BLD, *_), (whole_BLD, *_) = run(

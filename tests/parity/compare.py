@@ -53,7 +53,7 @@ def worst(ours, theirs, inputs) -> float:
 
 def model_of(recording: Recording, rope: dict | None = None):
   """Returns (module, params) of a recording; `rope` changes model.rope."""
-  config = hf_config.read(recording.config)
+  config = hf_config.model_of_config_json(recording.config)
   if rope:
     config = config.with_part(RopeConfig, **rope)
   module = architectures.build(config)
@@ -90,7 +90,7 @@ def findings_of(recording: Recording, rope: dict | None = None,
                           LIMITS['grads']))
   if recording.greedy:
     findings.append(Finding('greedy', _greedy(module, params, recording),
-                         LIMITS['greedy']))
+                            LIMITS['greedy']))
   if not recording.layers:
     return findings
   names = layer_names(module.config)
@@ -103,7 +103,7 @@ def findings_of(recording: Recording, rope: dict | None = None,
     real_1B1L1 = np.asarray(queries)[None, :, None, :, None]
     findings.append(Finding(f'{name} attention', error(
         np.asarray(attention[name]) * real_1B1L1, value * real_1B1L1),
-                         LIMITS['attention']))
+                            LIMITS['attention']))
   return findings
 
 

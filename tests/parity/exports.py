@@ -98,7 +98,7 @@ def changes(base: ModelConfig) -> Iterator[dict[str, Any]]:
     if leaf.rule.about not in (fields.RUN, fields.RECIPE):
       for choice in tables.CHOICES.get(name, leaf.rule.choices):
         yield _nested(name, choice)
-  for name, value in hf_config.computed(base).items():
+  for name, value in hf_config.fields_of_function(base).items():
     for other in _others(value):
       yield _nested(name, other)
   yield from CHANGES
@@ -136,7 +136,7 @@ def export_findings(system: str) -> Iterator[compare.Finding]:
     try:
       cli.set_model_fields(model, change)
       module = architectures.build(model)
-      hf_config.write(module.config)
+      hf_config.config_json_of_model(module.config)
     except RequestError:
       continue
     if any(same(module.config, other) for other in seen):
@@ -152,7 +152,7 @@ def export_findings(system: str) -> Iterator[compare.Finding]:
 def same(one: ModelConfig, other: ModelConfig) -> bool:
   """Whether two configs are of the same function."""
   try:
-    hf_config.check_same(one, other, '')
+    hf_config.check_same_function(one, other, '')
   except RequestError:
     return False
   return True

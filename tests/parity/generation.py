@@ -35,7 +35,7 @@ def lost(system: str) -> float:
     given, out = pathlib.Path(folder, 'in'), pathlib.Path(folder, 'out')
     model.save_pretrained(given)
     weights.to_hf(*weights.from_hf(given), out,
-                  generation=hf_generation.of_folder(given))
+                  generation=hf_generation.read_generation(given))
     again = reference.model_class(system).from_pretrained(out)
   wrong = sum(getattr(again.config, name) != getattr(model.config, name)
               for name in (*ids, 'pad_token_id'))
@@ -66,7 +66,7 @@ def template_differs(source: str) -> float:
         tokenizer_object=tokenizer, eos_token='</s>').save_pretrained(given)
     config.objective, config.data.source = 'chat', source
     config.data.tokenizer = str(given)
-    hf_tokenizer.give(pathlib.Path(folder), config, out, step=1)
+    hf_tokenizer.export_tokenizer(pathlib.Path(folder), config, out, step=1)
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     ours = tokenizers.load(str(given))
   wrong = 0

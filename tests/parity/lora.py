@@ -46,12 +46,12 @@ def findings(system: str) -> list[compare.Finding]:
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     theirs = _run(system, folder)
-    plain = hf_config.read(theirs.config)
+    plain = hf_config.model_of_config_json(theirs.config)
     base, _ = weights.read_params(architectures.build(plain),
                                   files.Files(theirs.weights))
-    model, adapters = peft.read(plain, folder / 'adapters')
+    model, adapters = peft.read_adapters(plain, folder / 'adapters')
     module = architectures.build(model)
-    params = weights.beside(base, adapters)
+    params = weights.add_adapters(base, adapters)
     inputs = {k: jnp.asarray(v) for k, v in theirs.inputs.items()}
     call = compare.CALLS[architectures.stack(model)]
 
@@ -63,8 +63,8 @@ def findings(system: str) -> list[compare.Finding]:
     grads, outputs = jax.jit(jax.grad(loss, has_aux=True))(params)
     grads = {path: x for path, x in paths.flatten_by_path(grads).items()
              if weights.is_adapter(path)}
-    _, wanted = peft.read(plain, folder / 'grads')
-    peft.write(model, params, folder / 'ours', '')
+    _, wanted = peft.read_adapters(plain, folder / 'grads')
+    peft.write_adapters(model, params, folder / 'ours', '')
     return [
         compare.Finding('output', compare.worst(
             {k: np.asarray(v) for k, v in outputs.items()}, theirs.outputs,

@@ -62,14 +62,15 @@ def reading_findings(system: str) -> Iterator[compare.Finding]:
     tree = hf_config.load_config_json(folder)
     inputs = compare.inputs(architectures.systems()[system].STACK, tree)
     first = _ours(folder, tree, inputs)
-    known = set(hf_config.fields_and_notes(tree)[1])
+    known = set(hf_config.read_fields_and_notes(tree)[1])
     for words, changed in changes(tree, asked(tree)):
       (folder / 'config.json').write_text(json.dumps(changed))
       try:
-        config, notes = hf_config.fields_and_notes(changed)
+        config, notes = hf_config.read_fields_and_notes(changed)
         config = architectures.resolve(config)
         theirs = _theirs(system, folder, inputs)
-        told = {note for note in notes if hf_config.UNREAD not in note}
+        told = {note for note in notes
+            if hf_config.NOTE_OF_UNREAD_FIELDS not in note}
         if theirs is None or not told <= known:
           continue
         ours = first if exports.same(config, first[0]) else _ours(
@@ -83,7 +84,7 @@ def reading_findings(system: str) -> Iterator[compare.Finding]:
 
 def _ours(folder, tree, inputs):
   """Returns (config, logits) of a folder as we read it."""
-  module = architectures.build(hf_config.read(tree))
+  module = architectures.build(hf_config.model_of_config_json(tree))
   params = weights.read_params(module, hf_files.Files(folder)).params
   return module.config, exports.logits(module, params, inputs)
 
@@ -99,7 +100,7 @@ def _theirs(system: str, folder, inputs):
 def asked(tree: dict[str, Any]) -> set[str]:
   """Returns the names of all fields that our page asks for."""
   hf = hf_config.Reader(tree)
-  hf_config.model_of(hf)
+  hf_config.read_model_fields(hf)
   return hf.names_read
 
 

@@ -109,7 +109,7 @@ def test_the_card_of_a_run_of_a_sweep(tmp_path):
   (tmp_path / 'report').mkdir()
   (tmp_path / 'report/results.csv').write_text(page.sheet(c.estimates))
   config = run_config.load_config(run)
-  card.write(run, config, out, sweep_folder.STEPS, 50_000)
+  card.write_model_card(run, config, out, sweep_folder.STEPS, 50_000)
   written = huggingface_hub.ModelCard.load(out / 'README.md')
   assert written.data.library_name == 'transformers'
   assert written.data.license is None and 'gpt' in written.data.tags
@@ -119,5 +119,5 @@ def test_the_card_of_a_run_of_a_sweep(tmp_path):
   verdict = next(x for x in c.verdicts() if x['variant'] == 'better')['verdict']
   assert f'| {verdict} |' in written.text and '| worse |' not in written.text
   (out / 'README.md').write_text('edited')
-  card.write(run, config, out, sweep_folder.STEPS, 50_000)
+  card.write_model_card(run, config, out, sweep_folder.STEPS, 50_000)
   assert (out / 'README.md').read_text() == 'edited'

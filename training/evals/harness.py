@@ -79,7 +79,8 @@ class Model(api.TemplateLM):
 
     # The tokens that end a text: those of the Hugging Face folder that the run
     # was imported from, or else those of its training.
-    token_ids = hf_generation.ids(hf_generation.kept(evaluation.workdir))
+    token_ids = hf_generation.special_token_ids(
+        hf_generation.load_generation(evaluation.workdir))
     end_tokens = token_ids.get('eos_token_id', ())
     if not end_tokens:
       end_tokens = objectives.find_objective(config).ends(config, tokenizer)

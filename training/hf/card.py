@@ -12,8 +12,9 @@ from training.workdir import metrics, run_config, storage
 TEMPLATES = pathlib.Path(__file__).parent / 'templates'
 
 
-def write(workdir: epath.Path, config: Any, folder: pathlib.Path, step: int,
-          count: int) -> None:
+def write_model_card(workdir: epath.Path, config: Any, folder: pathlib.Path,
+                     step: int,
+                     count: int) -> None:
   """Writes the card of a run's checkpoint, unless there is one in the folder,
   which may have been edited.
 
@@ -41,12 +42,12 @@ def write(workdir: epath.Path, config: Any, folder: pathlib.Path, step: int,
       loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True,
       undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
   text = templates.get_template('card.md.jinja').render(
-      config=config, step=step, count=count, verdicts=verdicts(workdir),
+      config=config, step=step, count=count, verdicts=read_verdicts(workdir),
       at=at, losses=losses, command=run_config.training_command('RUN', config))
   (folder / hub.MODEL_CARD_FILE).write_text(text)
 
 
-def verdicts(workdir: epath.Path) -> list[dict[str, str]]:
+def read_verdicts(workdir: epath.Path) -> list[dict[str, str]]:
   """Returns the rows with a verdict of the report on the comparison to which a
   run belongs; []: it belongs to none, or there is no report yet."""
   workdir = pathlib.Path(workdir).absolute()

@@ -36,7 +36,7 @@ from training.hf import files as hf_files
 from training.workdir import run_config, storage
 
 # Fields by which text is generated: an export writes those of its import.
-GENERATION = re.compile('|'.join((
+GENERATION_FIELDS = re.compile('|'.join((
     r'.*_token_ids?', 'task_specific_params', 'prefix', 'tokenizer_class',
     'max_length', 'min_length', 'do_sample', 'early_stopping', 'num_beams',
     'temperature', 'top_k', 'top_p', 'typical_p', 'repetition_penalty',
@@ -47,8 +47,8 @@ GENERATION = re.compile('|'.join((
     'exponential_decay_length_penalty')))
 
 # Fields without a bearing on what a trained model computes.
-NEUTRAL = re.compile('|'.join((
-    GENERATION.pattern,
+FIELDS_WITHOUT_EFFECT = re.compile('|'.join((
+    GENERATION_FIELDS.pattern,
     r'_.*', 'architectures', 'model_type', 'torch_dtype', 'dtype',
     'transformers_version', r'.*dropout.*', r'.*_pdrop',
     r'initializer_.*', 'init_std', 'use_cache', 'gradient_checkpointing',
@@ -87,7 +87,7 @@ class Reader:
     value = self._tree.get(name)
     if value is None:
       return default
-    return _typed(f'config.json has {self._full(name)}', value, default)
+    return _check_type(f'config.json has {self._full(name)}', value, default)
 
   def read_list(self, name: str) -> list[Any]:
     """Returns the field `name`, empty if there is none."""
@@ -161,8 +161,9 @@ class Reader:
     unread = []
     refused = []
     for name, value in self._tree.items():
-      # A field was read, or matters to nobody.
-      if name in self.names_read or NEUTRAL.fullmatch(name) or value is None:
+      # A field that was read, or that never changes what a model computes.
+      has_no_effect = FIELDS_WITHOUT_EFFECT.fullmatch(name)
+      if name in self.names_read or has_no_effect or value is None:
         continue
       if known is None or name in known:
         refused.append(f'{self._full(name)} {short(value)}')
@@ -186,12 +187,12 @@ class Reader:
 
 
 # The types that a default stands for: (its type, in words, the test).
-MOST = 2**31 - 1  # what an index of 32 bits counts
+LARGEST_INTEGER = 2**31 - 1  # what an index of 32 bits counts
 # The tests of a value by the type of its default, and what each is in words.
-TYPES: dict[type, tuple[str, Callable[[Any], bool]]] = {
+CHECK_OF_TYPE: dict[type, tuple[str, Callable[[Any], bool]]] = {
     bool: ('true or false', lambda value: isinstance(value, bool)),
-    int: (f'an integer from 0 to {MOST}',
-          lambda value: type(value) is int and 0 <= value <= MOST),
+    int: (f'an integer from 0 to {LARGEST_INTEGER}',
+          lambda value: type(value) is int and 0 <= value <= LARGEST_INTEGER),
     float: ('a number', lambda value: type(value) in (int, float)
             and abs(value) < 1e30 and math.isfinite(value)),
     str: ('a string', lambda value: isinstance(value, str)),
@@ -199,11 +200,11 @@ TYPES: dict[type, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def _typed(what: str, value: Any, default: Any) -> Any:
+def _check_type(what: str, value: Any, default: Any) -> Any:
   """Returns a value of the type of `default`, or raises RequestError, whose
   sentence begins with `what`."""
   kind = type(default)
-  words, test = TYPES[kind]
+  words, test = CHECK_OF_TYPE[kind]
   if not test(value):
     raise RequestError(f'{what} {short(value)}: it must be {words}')
   if kind is int and default and not value:
@@ -213,14 +214,15 @@ def _typed(what: str, value: Any, default: Any) -> Any:
   return value
 
 
-def read(tree: dict[str, Any], files: Collection[str] | None = None
+def model_of_config_json(tree: dict[str, Any],
+                         files: Collection[str] | None = None
          ) -> ModelConfig:
   """Returns the model that a config.json describes; see `fields_and_notes`."""
-  return architectures.resolve(fields_and_notes(tree, files)[0])
+  return architectures.resolve(read_fields_and_notes(tree, files)[0])
 
 
-def fields_and_notes(tree: dict[str, Any],
-                     files: Collection[str] | None = None
+def read_fields_and_notes(tree: dict[str, Any],
+                          files: Collection[str] | None = None
                      ) -> tuple[ml_collections.ConfigDict, list[str]]:
   """Returns config.model as a config.json has it, and a sentence for each thing
   that the file says and an import does not do.
@@ -235,7 +237,7 @@ def fields_and_notes(tree: dict[str, Any],
   """
   reader = Reader(tree)
   _refuse_quantised(reader)
-  model = model_of(reader)
+  model = read_model_fields(reader)
   page = architectures.hugging_face(model.arch)
   if 'is_encoder_decoder' not in reader.names_read:
     # as old files say of a decoder
@@ -245,16 +247,17 @@ def fields_and_notes(tree: dict[str, Any],
   unread = reader.refuse_unread_fields(known_fields(page.model_type))
   if unread:
     reader.notes.append(
-        f'config.json has {", ".join(unread)}, {UNREAD} in a '
+        f'config.json has {", ".join(unread)}, {NOTE_OF_UNREAD_FIELDS} in a '
         f'{reader.model_type}: what the model computes does not depend on it')
 
   if files is not None:
     model.update(page.read_tensor_names(files))
-  _check(architectures.resolve(model))
+  _check_model(architectures.resolve(model))
   return model, reader.notes
 
 
-UNREAD = 'which transformers does not read'  # in the note of such fields
+# in the note of such fields
+NOTE_OF_UNREAD_FIELDS = 'which transformers does not read'
 
 
 def known_fields(model_type: str) -> frozenset[str] | None:
@@ -273,14 +276,15 @@ def _known_fields() -> dict[str, Any]:
       'known_fields.json').read_text(encoding='utf-8'))
 
 
-def _check(config: ModelConfig) -> None:
+def _check_model(config: ModelConfig) -> None:
   """Raises RequestError for a model that transformers does not run."""
   architectures.hugging_face(config.arch).check(flat.with_all_parts(config))
 
 
 # The class that asks transformers to unpack weights as it loads them, by
 # quant_method.
-UNPACKED_BY = {'fp8': 'FineGrainedFP8Config', 'mxfp4': 'Mxfp4Config'}
+UNPACKING_CLASS_OF_METHOD = {'fp8': 'FineGrainedFP8Config',
+                             'mxfp4': 'Mxfp4Config'}
 
 
 def _refuse_quantised(reader: Reader) -> None:
@@ -290,7 +294,7 @@ def _refuse_quantised(reader: Reader) -> None:
     if not packed:
       continue
     method = packed.get('quant_method', 'of no name')
-    unpacking = UNPACKED_BY.get(str(method))
+    unpacking = UNPACKING_CLASS_OF_METHOD.get(str(method))
     # Some formats can be unpacked by transformers.
     remedy = 'Take the folder of the model that was quantised'
     if unpacking:
@@ -304,7 +308,7 @@ def _refuse_quantised(reader: Reader) -> None:
         f'{", ".join(hf_files.DTYPES)}. {remedy}')
 
 
-def model_of(reader: Reader) -> ml_collections.ConfigDict:
+def read_model_fields(reader: Reader) -> ml_collections.ConfigDict:
   """Returns config.model as the page of its model_type reads a config.json."""
   arch = reader.read_choice('model_type', '',
                             architectures.arch_of_model_type())
@@ -373,7 +377,7 @@ def _read_head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
   return dict(head=head, num_labels=num_labels)
 
 
-def labels(tree: Mapping[str, Any]) -> tuple[str, ...]:
+def read_labels(tree: Mapping[str, Any]) -> tuple[str, ...]:
   """Returns what the outputs of the head of a config.json stand for, in their
   order; none where it does not say.
 
@@ -415,7 +419,8 @@ def default_labels(count: int) -> tuple[str, ...]:
   return tuple(f'LABEL_{i}' for i in range(count))
 
 
-def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
+def config_json_of_model(config: ModelConfig,
+                         labels: Sequence[str] = ()) -> dict[str, Any]:
   """Returns the config.json of `config`, which `read` reads back as it was.
 
   Args:
@@ -426,7 +431,7 @@ def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
     ValueError: naming a field that a config.json cannot say.
   """
   page = architectures.hugging_face(config.arch)
-  _check(config)
+  _check_model(config)
   architecture = page.architecture
   if config.head in page.heads:
     architecture = page.heads[config.head].architecture
@@ -436,8 +441,8 @@ def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
   tree |= page.write(flat.with_all_parts(config))
   tree |= _write_head(config, labels)
   # A field that a config.json has no words for is found as it is read again.
-  check_same(config, read(tree),
-             f'a {page.model_type} config.json cannot say that')
+  check_same_function(config, model_of_config_json(tree),
+                      f'a {page.model_type} config.json cannot say that')
   return tree
 
 
@@ -473,18 +478,19 @@ def _write_head(config: ModelConfig, labels: Sequence[str]) -> dict[str, Any]:
   return fields
 
 
-def check_same(ours: ModelConfig, theirs: ModelConfig, why: str) -> None:
+def check_same_function(ours: ModelConfig, theirs: ModelConfig,
+                        why: str) -> None:
   """Raises ValueError naming a field in which two models differ, or that they
   drop other tokens when they are evaluated."""
-  lines = [*different(ours, theirs).values()]
-  if _room(ours) != _room(theirs):
+  lines = [*describe_differences(ours, theirs).values()]
+  if _capacity_in_evaluation(ours) != _capacity_in_evaluation(theirs):
     lines.append('model.moe.eval_capacity_factor and model.moe.group_size drop '
                  'other tokens (`tools.convert export --dropless` writes a '
                  'model that drops none)')
   require(not lines, f'{"; ".join(lines)}: {why}')
 
 
-def _room(config: ModelConfig) -> tuple | None:
+def _capacity_in_evaluation(config: ModelConfig) -> tuple | None:
   """Returns how many tokens of how many an expert takes in evaluation, or which
   share of a batch; None: all that choose it."""
   moe = config.find(MoEConfig)
@@ -501,18 +507,29 @@ def _room(config: ModelConfig) -> tuple | None:
       experts=moe.num_experts)
 
 
-def different(ours: ModelConfig, theirs: ModelConfig) -> dict[str, str]:
-  """Returns a line for each field that makes them different functions, of the
-  first layer in which it does so, by its dotted name."""
+def describe_differences(ours: ModelConfig, theirs: ModelConfig
+                         ) -> dict[str, str]:
+  """Returns a sentence for each field in which two models compute different
+  functions, by the field's dotted name.
+
+  Args:
+    ours: the config of one model; the sentence says of it that it `is` a value.
+    theirs: the config of the other, of which it says `not`.
+  """
   lines: dict[str, str] = {}
-  for n, (our_layer, their_layer) in _first_layers(ours, theirs).items():
-    where = f' of layer {n}' if ours.kinds or theirs.kinds else ''
-    their_fields = computed(their_layer)
-    for name, value in computed(our_layer).items():
+  # A field of layers, in the first layer in which it differs.
+  has_kinds = bool(ours.kinds or theirs.kinds)
+  layers = _first_layer_of_each_pair_of_kinds(ours, theirs)
+  for n, (our_layer, their_layer) in layers.items():
+    where = f' of layer {n}' if has_kinds else ''
+    their_fields = fields_of_function(their_layer)
+    for name, value in fields_of_function(our_layer).items():
       other = their_fields.get(name)
       if value != other and name not in lines:
         lines[name] = f'model.{name}{where} is {value!r}, not {other!r}'
-  for name in ('position', 'block'):  # read beside the layers too
+
+  # Two fields are read outside of the layers too.
+  for name in ('position', 'block'):
     value = getattr(ours, name)
     other = getattr(theirs, name)
     if value != other and name not in lines:
@@ -520,28 +537,36 @@ def different(ours: ModelConfig, theirs: ModelConfig) -> dict[str, str]:
   return lines
 
 
-def _first_layers(ours: ModelConfig, theirs: ModelConfig
-                  ) -> dict[int, tuple[ModelConfig, ModelConfig]]:
-  """Returns the two configs of the first layer of each pair of kinds, by its
-  number."""
-  count = max(ours.num_layers, ours.num_decoder_layers)
+def _first_layer_of_each_pair_of_kinds(
+    ours: ModelConfig, theirs: ModelConfig
+) -> dict[int, tuple[ModelConfig, ModelConfig]]:
+  """Returns the configs of the first layer, in both models, at which a pair of
+  kinds of layer meets, by the number of this layer.
+
+  Two layers of the same pair of kinds differ in the same fields, so that these
+  layers tell all differences.
+  """
+  num_layers = max(ours.num_layers, ours.num_decoder_layers)
+  pairs = zip(_kind_of_each_layer(ours, num_layers),
+              _kind_of_each_layer(theirs, num_layers))
   seen: set[tuple[str, str]] = set()
-  first = {}
-  for n, pair in enumerate(zip(_kinds(ours, count), _kinds(theirs, count))):
-    if pair not in seen:
-      seen.add(pair)
-      first[n] = _of_kind(ours, pair[0]), _of_kind(theirs, pair[1])
-  return first
+  first_layers = {}
+  for n, (our_kind, their_kind) in enumerate(pairs):
+    if (our_kind, their_kind) not in seen:
+      seen.add((our_kind, their_kind))
+      first_layers[n] = (_config_of_kind(ours, our_kind),
+                         _config_of_kind(theirs, their_kind))
+  return first_layers
 
 
-def _kinds(config: ModelConfig, count: int) -> list[str]:
-  """Returns the kind of each of `count` layers; '' where there are no kinds."""
+def _kind_of_each_layer(config: ModelConfig, num_layers: int) -> list[str]:
+  """Returns the name of the kind of each layer; '' where there are no kinds."""
   if not config.kinds:
-    return [''] * count
-  return [kind.name for kind in config.layer_kinds(count)]
+    return [''] * num_layers
+  return [kind.name for kind in config.layer_kinds(num_layers)]
 
 
-def _of_kind(config: ModelConfig, name: str) -> ModelConfig:
+def _config_of_kind(config: ModelConfig, name: str) -> ModelConfig:
   """Returns the config of the layers of one kind; `config` itself where `name`
   is '', as all layers are alike."""
   if not name:
@@ -549,7 +574,7 @@ def _of_kind(config: ModelConfig, name: str) -> ModelConfig:
   return config.of_kind(name)
 
 
-def computed(config: ModelConfig) -> dict[str, Any]:
+def fields_of_function(config: ModelConfig) -> dict[str, Any]:
   """Returns the fields that tell what is computed, by dotted name, of a model
   whose layers are all alike."""
   unused = {*flat.fields_that_are_unread(config),
@@ -573,4 +598,4 @@ def load_config_json(folder: pathlib.Path) -> dict[str, Any]:
           'which --workdir takes, and none in the Hugging Face format, which '
           'python -m tools.convert export makes of it')
   require(path.is_file(), f'{path} is missing: it says what the weights are')
-  return hf_files.read_object(path)
+  return hf_files.read_json_object(path)

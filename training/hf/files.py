@@ -20,7 +20,7 @@ from training.workdir import storage
 # The types of weights that are read and written, and their names in
 # safetensors.
 DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
-_OURS = {theirs: ours for ours, theirs in DTYPES.items()}
+_DTYPE_OF_SAFETENSORS = {theirs: ours for ours, theirs in DTYPES.items()}
 SAFE = 'model.safetensors'
 BIN = 'pytorch_model.bin'
 INDEX = f'{SAFE}.index.json'  # of several files
@@ -38,7 +38,7 @@ class Files:
       self._open[None] = source
       self._file_of.update(dict.fromkeys(source))
       return
-    for file, names in _files(source):
+    for file, names in _open_files(source):
       if names is None:
         names = self._tensors(file).keys()
       self._file_of.update(dict.fromkeys(names, file))
@@ -72,7 +72,7 @@ class Files:
     if isinstance(x, np.ndarray):
       return x.dtype.name
     theirs = x.get_dtype()
-    return _OURS.get(theirs, theirs)
+    return _DTYPE_OF_SAFETENSORS.get(theirs, theirs)
 
   def _find(self, name: str) -> Any:
     """Returns an array, or what reads a part of a tensor of safetensors."""
@@ -127,11 +127,11 @@ def _open_bin(file: pathlib.Path) -> dict[str, np.ndarray]:
     is_tensor = isinstance(name, str) and isinstance(x, torch.Tensor)
     if not is_tensor or x.layout != torch.strided:
       raise no_table
-    arrays[name] = _numpy(x.detach())
+    arrays[name] = _as_numpy(x.detach())
   return arrays
 
 
-def _numpy(tensor: Any) -> np.ndarray:
+def _as_numpy(tensor: Any) -> np.ndarray:
   """Returns a tensor of PyTorch's as an array with the same memory."""
   import ml_dtypes
   import torch
@@ -140,7 +140,7 @@ def _numpy(tensor: Any) -> np.ndarray:
   return tensor.numpy()
 
 
-def _files(path: pathlib.Path) -> list[tuple[pathlib.Path, Any]]:
+def _open_files(path: pathlib.Path) -> list[tuple[pathlib.Path, Any]]:
   """Returns each file and the names in it; None: ask the file."""
   if path.is_file():
     require(path.suffix in ('.safetensors', '.bin'),
@@ -151,16 +151,17 @@ def _files(path: pathlib.Path) -> list[tuple[pathlib.Path, Any]]:
   for name in (SAFE, BIN):
     index = path / f'{name}.index.json'
     if index.is_file():
-      return _indexed(index)
+      return _files_of_index(index)
     if (path / name).is_file():
       return [(path / name, None)]
   raise RequestError(f'{path} has no weights: looked for {SAFE}, {BIN}, and '
                      'either of them with .index.json')
 
 
-def _indexed(index: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
+def _files_of_index(index: pathlib.Path) -> list[tuple[pathlib.Path,
+                                                       list[str]]]:
   """Returns each file of an index and the names in it."""
-  tree = read_object(index)
+  tree = read_json_object(index)
   weight_map = tree.get('weight_map')
   if not isinstance(weight_map, dict):
     raise RequestError(f"{index} is damaged: it has no 'weight_map'")
@@ -176,7 +177,7 @@ def _indexed(index: pathlib.Path) -> list[tuple[pathlib.Path, list[str]]]:
   return [*by_file.items()]
 
 
-def read_object(path: pathlib.Path) -> dict:
+def read_json_object(path: pathlib.Path) -> dict:
   """Returns the object that a JSON file holds.
 
   Raises:
@@ -185,7 +186,8 @@ def read_object(path: pathlib.Path) -> dict:
   return storage.read_json(path)
 
 
-def shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
+def split_into_files(
+    sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
   """Returns the files for tensors, and the names in each.
 
   Args:
@@ -210,8 +212,8 @@ def shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
   return files
 
 
-def write(folder: pathlib.Path, files: Mapping[str, list[str]],
-          make: Callable[[str], np.ndarray]) -> None:
+def write_files(folder: pathlib.Path, files: Mapping[str, list[str]],
+                make: Callable[[str], np.ndarray]) -> None:
   """Writes safetensors, of which memory holds one file at a time.
 
   Args:
@@ -236,13 +238,15 @@ def write(folder: pathlib.Path, files: Mapping[str, list[str]],
 
 # Patterns of the files that transformers may take for the weights of a model,
 # or for how it is to be loaded.
-LOADED = ('*.safetensors', '*.safetensors.index.json', 'pytorch_model*.bin',
-          'pytorch_model*.bin.index.json', 'adapter_*', 'tf_model*.h5',
-          'flax_model*.msgpack', 'generation_config.json')
+LOADED_BY_TRANSFORMERS = ('*.safetensors', '*.safetensors.index.json',
+                          'pytorch_model*.bin',
+                          'pytorch_model*.bin.index.json', 'adapter_*',
+                          'tf_model*.h5',
+                          'flax_model*.msgpack', 'generation_config.json')
 
 
-def refuse_left(folder: pathlib.Path, written: Collection[str],
-                patterns: Iterable[str] = LOADED) -> None:
+def refuse_files_left(folder: pathlib.Path, written: Collection[str],
+                      patterns: Iterable[str] = LOADED_BY_TRANSFORMERS) -> None:
   """Raises RequestError for files that would stay beside what is written.
 
   Args:

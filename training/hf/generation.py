@@ -24,8 +24,8 @@ from training.objectives import causal, seq2seq
 from training.objectives import Prompts, Talk, check_model_has_ids, pad_prompts
 from training.workdir import storage
 
-KEPT = 'generation.json'  # in a workdir
-FILE = 'generation_config.json'  # in a Hugging Face folder
+FILE_IN_WORKDIR = 'generation.json'  # in a workdir
+FILE_IN_FOLDER = 'generation_config.json'  # in a Hugging Face folder
 
 
 class Generation(NamedTuple):
@@ -40,7 +40,7 @@ class Generation(NamedTuple):
   options: dict[str, Any] | None
 
 
-def of_folder(folder: pathlib.Path) -> Generation:
+def read_generation(folder: pathlib.Path) -> Generation:
   """Returns what a Hugging Face folder says.
 
   Raises:
@@ -49,16 +49,17 @@ def of_folder(folder: pathlib.Path) -> Generation:
   tree = hf_config.load_config_json(folder)
   fields = {}
   for name, value in tree.items():
-    if hf_config.GENERATION.fullmatch(name):
+    if hf_config.GENERATION_FIELDS.fullmatch(name):
       fields[name] = value
-  path = folder / FILE
+  path = folder / FILE_IN_FOLDER
   options = None
   if path.is_file():
-    options = hf_files.read_object(path)
+    options = hf_files.read_json_object(path)
   return Generation(fields=fields, options=options)
 
 
-def of_run(config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Any
+def generation_of_run(config: ml_collections.ConfigDict, model: ModelConfig,
+                      tokenizer: Any
            ) -> Generation:
   """Returns what a run of our own says, by the tokenizer that it reads.
 
@@ -88,8 +89,8 @@ def of_run(config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Any
   return Generation(fields=fields, options=options)
 
 
-def keep(workdir: epath.Path, generation: Generation | None,
-         trained: bool = False) -> None:
+def save_generation(workdir: epath.Path, generation: Generation | None,
+                    trained: bool = False) -> None:
   """Writes what the folder says from which a new workdir's parameters come.
 
   Args:
@@ -100,7 +101,7 @@ def keep(workdir: epath.Path, generation: Generation | None,
   tree: dict[str, Any] = dict(trained=trained)
   if generation is not None:
     tree |= generation._asdict()
-  storage.write_json(storage.checked_path(workdir) / KEPT, tree)
+  storage.write_json(storage.checked_path(workdir) / FILE_IN_WORKDIR, tree)
 
 
 def is_published(workdir: epath.Path, step: int) -> bool:
@@ -108,29 +109,29 @@ def is_published(workdir: epath.Path, step: int) -> bool:
   in the workdir nor in a run that this was made of."""
   if step != 0:
     return False
-  tree = _read(workdir)
+  tree = _read_file(workdir)
   return not (tree and tree['trained'])
 
 
-def published(workdir: epath.Path, step: int) -> Generation | None:
+def load_if_published(workdir: epath.Path, step: int) -> Generation | None:
   """Returns what the folder says from which the parameters at a step come; None
   for those that were trained here, where the separator begins a text."""
   if not is_published(workdir, step):
     return None
-  return kept(workdir)
+  return load_generation(workdir)
 
 
-def kept(workdir: epath.Path) -> Generation | None:
+def load_generation(workdir: epath.Path) -> Generation | None:
   """Returns what the folder said; None in the workdir of any other run."""
-  tree = _read(workdir)
+  tree = _read_file(workdir)
   if 'fields' not in tree:
     return None
   return Generation(fields=tree['fields'], options=tree['options'])
 
 
-def _read(workdir: epath.Path) -> dict[str, Any]:
+def _read_file(workdir: epath.Path) -> dict[str, Any]:
   """Returns what `keep` wrote; {}: nothing."""
-  path = storage.checked_path(workdir) / KEPT
+  path = storage.checked_path(workdir) / FILE_IN_WORKDIR
   if not path.exists():
     return {}
   return storage.read_json(path, {'trained': bool})
@@ -139,19 +140,21 @@ def _read(workdir: epath.Path) -> dict[str, Any]:
 # The prompt of a model that writes, and the end of its texts.
 
 
-def plain(tokenizer: tokenizers.Tokenizer, generation: Generation | None
+def continue_texts(tokenizer: tokenizers.Tokenizer,
+                   generation: Generation | None
           ) -> Talk:
   """Returns how an imported model goes on from a text: after its folder's bos
   and up to its eos; where the folder names none, the separator."""
-  named = ids(generation)
+  named = special_token_ids(generation)
   begins = named.get('bos_token_id', [])
   usual = causal.talk_by_continuing(tokenizer, begins[0] if begins else None)
   ends = frozenset(named.get('eos_token_id', ()))
   return usual._replace(ends=ends or usual.ends)
 
 
-def shown(texts: Sequence[str], config: ml_collections.ConfigDict,
-          tokenizer: tokenizers.Tokenizer, generation: Generation | None
+def encode_prompts(texts: Sequence[str], config: ml_collections.ConfigDict,
+                   tokenizer: tokenizers.Tokenizer,
+                   generation: Generation | None
           ) -> tuple[Prompts, tuple[int, ...]]:
   """Returns texts as a model that writes is shown them, and the ids with which
   it ends its own.
@@ -167,7 +170,7 @@ def shown(texts: Sequence[str], config: ml_collections.ConfigDict,
   # Published weights go on from a text as their own folder says.
   from_folder = generation is not None and objective.talks
   if from_folder and objective.talk(config, tokenizer).plain:
-    talk = plain(tokenizer, generation)
+    talk = continue_texts(tokenizer, generation)
     rows = [talk.encode([dict(role='user', content=text)]) for text in texts]
     tokens, lengths = pad_prompts(rows)
     return Prompts(tokens=tokens, lengths=lengths), tuple(sorted(talk.ends))
@@ -177,7 +180,7 @@ def shown(texts: Sequence[str], config: ml_collections.ConfigDict,
   return prompts, objective.ends(config, tokenizer)
 
 
-def ids(generation: Generation | None) -> dict[str, list[int]]:
+def special_token_ids(generation: Generation | None) -> dict[str, list[int]]:
   """Returns the ids of special tokens that a folder names; the file of
   generation counts more than config.json, as for transformers."""
   if generation is None:

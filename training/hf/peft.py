@@ -31,22 +31,24 @@ from training.workdir import checkpoints, storage
 CONFIG = 'adapter_config.json'
 WEIGHTS = 'adapter_model.safetensors'
 PREFIX = 'base_model.model.'
-TASKS = {'decoder': 'CAUSAL_LM', 'encoder-decoder': 'SEQ_2_SEQ_LM'}
+TASK_OF_STACK = {'decoder': 'CAUSAL_LM', 'encoder-decoder': 'SEQ_2_SEQ_LM'}
 # Fields of adapter_config.json, each with the only value of our adapters.
 # A use_rslora of True is read, too.
-ONLY = dict(peft_type='LORA', bias='none', use_dora=False, use_rslora=False,
-            rank_pattern={}, alpha_pattern={}, modules_to_save=None,
-            layer_replication=None, trainable_token_indices=None,
-            target_parameters=None, lora_bias=False)
+KNOWN_VALUES = dict(peft_type='LORA', bias='none', use_dora=False,
+                    use_rslora=False,
+                    rank_pattern={}, alpha_pattern={}, modules_to_save=None,
+                    layer_replication=None, trainable_token_indices=None,
+                    target_parameters=None, lora_bias=False)
 # Numbers that adapter_config.json must have: a value of their type, and bounds.
-NUMBERS = {'r': (1, (('>=', 1), ('<=', 2**16))),
-           'lora_alpha': (1.0, (('>', 0), ('<=', 1e9))),
-           'lora_dropout': (0.0, (('>=', 0), ('<', 1)))}
+DEFAULT_AND_BOUNDS = {'r': (1, (('>=', 1), ('<=', 2**16))),
+                      'lora_alpha': (1.0, (('>', 0), ('<=', 1e9))),
+                      'lora_dropout': (0.0, (('>=', 0), ('<', 1)))}
 # Ways to begin A and B that leave the weight of the model as it is.
-INITS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica')
+KNOWN_INITIALISATIONS = (True, False, None, 'gaussian', 'eva', 'orthogonal',
+                         'mica')
 
 
-def rows(config: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
+def rows_of_adapters(config: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
   """Yields the row of each A and B of the model (architectures/parts/hf), and
   whether the weight of the module lies as [inputs, outputs].
 
@@ -75,13 +77,14 @@ def rows(config: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
             f'{module}.lora_B.weight', f'{out} Z'), lies_so)
 
 
-def tensors(config: ModelConfig, params: Any) -> list[tensor_map.Tensor]:
+def tensors_of_adapters(config: ModelConfig,
+                        params: Any) -> list[tensor_map.Tensor]:
   """Returns each A and B of a model. Its other parameters, or their shapes,
   tell which layer of theirs is which: not all have an adapter."""
   page = architectures.hugging_face(config.arch)
   shapes = {path: x.shape for path, x in paths.flatten_by_path(params).items()}
   every_row = [*page.rows(config)]
-  for row, _ in rows(config):
+  for row, _ in rows_of_adapters(config):
     every_row.append(row)
 
   # The rows of the model are needed only to count its layers.
@@ -92,8 +95,9 @@ def tensors(config: ModelConfig, params: Any) -> list[tensor_map.Tensor]:
   return adapters
 
 
-def write(config: ModelConfig, params: Any, folder: pathlib.Path, base: str,
-          dtype: str = '') -> int:
+def write_adapters(config: ModelConfig, params: Any, folder: pathlib.Path,
+                   base: str,
+                   dtype: str = '') -> int:
   """Writes the adapters among `params`; returns how many numbers they have.
 
   Args:
@@ -123,13 +127,13 @@ def write(config: ModelConfig, params: Any, folder: pathlib.Path, base: str,
     if weights.is_adapter(path):
       flat[path] = np.asarray(x)
   written = {}
-  for tensor in tensors(config, params):
+  for tensor in tensors_of_adapters(config, params):
     path = tensor.paths[0]
     x = tensor.join_parameters([flat[path][tensor.index]])
     kind = np.dtype(dtype or x.dtype)
-    weights.check_range(path, x, kind)
+    weights.check_values_fit(path, x, kind)
     written[tensor.name] = x.astype(kind, copy=False)
-  hf_files.refuse_left(folder, (CONFIG, WEIGHTS))
+  hf_files.refuse_files_left(folder, (CONFIG, WEIGHTS))
   folder.mkdir(parents=True, exist_ok=True)
   save_file(written, folder / WEIGHTS, metadata={'format': 'pt'})
 
@@ -141,18 +145,19 @@ def write(config: ModelConfig, params: Any, folder: pathlib.Path, base: str,
   alpha = config.lora.alpha
   if alpha == int(alpha):
     alpha = int(alpha)
-  lies_transposed = any(lies_so for _, lies_so in rows(config))
+  lies_transposed = any(lies_so for _, lies_so in rows_of_adapters(config))
   stack = architectures.stack(config)
-  tree = ONLY | dict(
+  tree = KNOWN_VALUES | dict(
       r=config.lora.rank, lora_alpha=alpha, lora_dropout=config.lora.dropout,
       base_model_name_or_path=base.removeprefix(hub.HUB_PREFIX),
-      task_type=TASKS.get(stack), inference_mode=True,
+      task_type=TASK_OF_STACK.get(stack), inference_mode=True,
       target_modules=sorted(modules), fan_in_fan_out=lies_transposed)
   storage.write_json(folder / CONFIG, tree)
   return sum(x.size for x in flat.values())
 
 
-def read(config: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
+def read_adapters(config: ModelConfig,
+                  folder: pathlib.Path) -> tuple[ModelConfig, Any]:
   """Returns the model with the adapters of a folder, and these.
 
   Args:
@@ -164,12 +169,12 @@ def read(config: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
   """
   tree = _read_description(folder / CONFIG)
   source = hf_files.Files(folder / WEIGHTS)
-  config = _with_adapters(config, tree=tree, names=set(source),
-                          file=folder / CONFIG)
+  config = _add_adapter_fields(config, tree=tree, names=set(source),
+                               file=folder / CONFIG)
   shapes = parameter_shapes(architectures.build(config))
 
   # Each adapter is there, and there is no other.
-  wanted = tensors(config, shapes)
+  wanted = tensors_of_adapters(config, shapes)
   ours = {tensor.name for tensor in wanted}
   for name in sorted(ours ^ set(source)):
     require(name not in source, f'{folder / WEIGHTS} has {name}, which is no '
@@ -178,7 +183,8 @@ def read(config: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
             'an adapter of the same product in another layer')
 
   # Each is put where it stands among the layers.
-  names = weights.Names(architectures.hugging_face(config.arch), source, config)
+  names = weights.TensorFinder(architectures.hugging_face(config.arch), source,
+                               config)
   flat = {}
   for path, x in paths.flatten_by_path(shapes).items():
     if weights.is_adapter(path):
@@ -187,7 +193,7 @@ def read(config: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
     wrong = names.wrong(tensor)
     require(not wrong, f'{folder / WEIGHTS}: {wrong}')
     x = source[tensor.name]
-    weights.check_range(tensor.name, x, np.dtype(config.param_dtype))
+    weights.check_values_fit(tensor.name, x, np.dtype(config.param_dtype))
     whole = {axis: (0, tensor.sizes[axis]) for axis in tensor.ours[0]}
     part = tensor.read_parameter(x.__getitem__, 0, whole)
     flat[tensor.paths[0]][tensor.index] = part
@@ -203,9 +209,10 @@ def _read_description(file: pathlib.Path) -> dict[str, Any]:
     RequestError: naming what it has that our adapters are not.
   """
   require(file.is_file(), f'{file} is missing: it says what the adapters are')
-  tree = hf_files.read_object(file)
+  tree = hf_files.read_json_object(file)
   # Adapters that begin with some tokens are of later versions than we write.
-  for name, known in (ONLY | dict(alora_invocation_tokens=None)).items():
+  for name, known in (
+      KNOWN_VALUES | dict(alora_invocation_tokens=None)).items():
     value = tree.get(name, known)
     both_empty = not value and not known
     by_root = name == 'use_rslora' and value is True
@@ -215,8 +222,8 @@ def _read_description(file: pathlib.Path) -> dict[str, Any]:
   # Some initialisations change the weights of the model, too.
   init = tree.get('init_lora_weights')
   word = init.lower() if isinstance(init, str) else init
-  if word not in INITS:
-    choices = ', '.join(str(x) for x in INITS if x is not None)
+  if word not in KNOWN_INITIALISATIONS:
+    choices = ', '.join(str(x) for x in KNOWN_INITIALISATIONS if x is not None)
     raise RequestError(
         f'{file} has init_lora_weights {short(init)}, with which A and B '
         f"belong to other weights than the model's (choose from {choices}): "
@@ -224,15 +231,15 @@ def _read_description(file: pathlib.Path) -> dict[str, Any]:
         'path_initial_model_for_weight_conversion, or merge them there')
   # The numbers, in their ranges.
   tree.setdefault('lora_dropout', 0.0)
-  for name, (usual, bounds) in NUMBERS.items():
+  for name, (usual, bounds) in DEFAULT_AND_BOUNDS.items():
     check_type(tree.get(name), usual, f'{name} of {file}')
     check_number(f'{name} of {file}', tree[name], bounds)
   return tree
 
 
-def _with_adapters(config: ModelConfig, tree: Mapping[str, Any],
-                   names: set[str],
-                   file: pathlib.Path) -> ModelConfig:
+def _add_adapter_fields(config: ModelConfig, tree: Mapping[str, Any],
+                        names: set[str],
+                        file: pathlib.Path) -> ModelConfig:
   """Returns the model whose products have adapters as the file's names say.
 
   Args:
@@ -265,7 +272,8 @@ def _with_adapters(config: ModelConfig, tree: Mapping[str, Any],
   for product in layers.NAMES_OF_PRODUCTS:
     if product in fused:
       continue
-    theirs = [_pattern(row) for row, _ in rows(with_targets(product))]
+    theirs = [_pattern_of_row(row) for row,
+              _ in rows_of_adapters(with_targets(product))]
     of_product = re.compile('|'.join(theirs))
     if any(map(of_product.fullmatch, names)):
       targets.append(product)
@@ -275,6 +283,6 @@ def _with_adapters(config: ModelConfig, tree: Mapping[str, Any],
   return architectures.resolve(with_targets(','.join(targets)))
 
 
-def _pattern(row: hf.Row) -> str:
+def _pattern_of_row(row: hf.Row) -> str:
   """Returns a pattern of the names of a row's tensors in all layers."""
   return re.sub(r'\\\{[mn]\\\}', r'\\d+', re.escape(row[2]))

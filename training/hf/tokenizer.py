@@ -21,25 +21,26 @@ from training.workdir import storage
 TEMPLATE = conversations.CHAT_TEMPLATE_FILE
 PIPELINE = 'tokenizer.json'
 # Files that are copied beside the only file of a tokenizer.
-BESIDE = (tokenizers.CONFIG_FILE, 'special_tokens_map.json',
-          'added_tokens.json')
+FILES_BESIDE_PIPELINE = (tokenizers.CONFIG_FILE, 'special_tokens_map.json',
+                         'added_tokens.json')
 # Files that go along with a folder: those that training/data/tokenizers.py
 # reads; Marian's and NLLB's, whose numbers are not the pieces' own, for the way
 # out; and those that sentence-transformers reads beside the model.
-NAMES = (
+FILE_NAMES = (
     *dict.fromkeys(
-        itertools.chain.from_iterable(tokenizers.FILES_OF_TOKENIZERS)), *BESIDE,
+        itertools.chain.from_iterable(tokenizers.FILES_OF_TOKENIZERS)),
+    *FILES_BESIDE_PIPELINE,
     'source.spm', 'target.spm', 'sentencepiece.bpe.model', TEMPLATE,
     'modules.json', 'sentence_bert_config.json',
     'config_sentence_transformers.json', '1_Pooling/config.json')
 # The special tokens around a text, or a pair of texts with their types, that
 # the training of a system puts there, where its tokenizer.json puts none.
-FRAMES = {'bert': '{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1',
-          't5': '$A {eos} $B {eos}', 'switch': '$A {eos} $B {eos}'}
+FRAME_OF_TOKENIZER = {'bert': '{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1',
+                      't5': '$A {eos} $B {eos}', 'switch': '$A {eos} $B {eos}'}
 
 
-def take(folder: epath.Path, workdir: epath.Path,
-         config: ml_collections.ConfigDict) -> list[str]:
+def import_tokenizer(folder: epath.Path, workdir: epath.Path,
+                     config: ml_collections.ConfigDict) -> list[str]:
   """Copies a folder's tokenizer into a workdir, and takes it for its run where
   it can be read.
 
@@ -64,13 +65,13 @@ def take(folder: epath.Path, workdir: epath.Path,
   copied = {}
   if not storage.is_in_bucket(workdir):
     target = workdir / 'tokenizer'
-    copied = _in_folder(folder)
+    copied = _tokenizer_files_of_folder(folder)
     # The rest of an import that was killed may be another's tokenizer.
     written = {*copied}
     if tokenizer is not None:
       written.add(PIPELINE)
-    files.refuse_left(target, written, NAMES)
-    _copy(copied, target)
+    files.refuse_files_left(target, written, FILE_NAMES)
+    _copy_files(copied, target)
     if (isinstance(tokenizer, tokenizers.HuggingFace)
         and PIPELINE not in copied):
       # transformers made it of the other files, and of the model's config.json,
@@ -82,7 +83,7 @@ def take(folder: epath.Path, workdir: epath.Path,
   return [*copied]
 
 
-def stand_in(vocab_size: int) -> str:
+def stand_in_tokenizer(vocab_size: int) -> str:
   """Returns data.tokenizer of an import without a tokenizer."""
   kind = tokenizers.Bytes
   return kind(max(kind.LEAST, min(vocab_size, kind.USUAL))).name
@@ -102,24 +103,24 @@ def _tokenizer_files(workdir: epath.Path, config: ml_collections.ConfigDict,
     # An import's own, until training has given the ids another meaning.
     if step > 0 or storage.is_in_bucket(workdir):
       return {}
-    return _in_folder(workdir / 'tokenizer')
+    return _tokenizer_files_of_folder(workdir / 'tokenizer')
   if path.is_dir():
-    return _in_folder(path)
-  return _of_file(path)
+    return _tokenizer_files_of_folder(path)
+  return _files_beside(path)
 
 
-def _of_file(path: pathlib.Path) -> dict[str, pathlib.Path]:
+def _files_beside(path: pathlib.Path) -> dict[str, pathlib.Path]:
   """Returns a tokenizer.json, and what stands beside it."""
   found = {PIPELINE: path}
-  for name in BESIDE:
+  for name in FILES_BESIDE_PIPELINE:
     file = path.parent / name
     if file.is_file():
       found[name] = file
   return found
 
 
-def refuse_left(workdir: epath.Path, config: ml_collections.ConfigDict,
-                folder: pathlib.Path, step: int) -> None:
+def refuse_files_left(workdir: epath.Path, config: ml_collections.ConfigDict,
+                      folder: pathlib.Path, step: int) -> None:
   """Raises RequestError for files of a tokenizer that `give`, with the same
   arguments, would leave in a folder."""
   written = {*_tokenizer_files(workdir, config, step)}
@@ -127,23 +128,25 @@ def refuse_left(workdir: epath.Path, config: ml_collections.ConfigDict,
     written |= {tokenizers.CONFIG_FILE, PIPELINE}
     if objectives.find_objective(config).has_chat_template:
       written.add(TEMPLATE)
-  files.refuse_left(folder, written, NAMES)
+  files.refuse_files_left(folder, written, FILE_NAMES)
 
 
-def give(workdir: epath.Path, config: ml_collections.ConfigDict,
-         folder: pathlib.Path, step: int) -> None:
+def export_tokenizer(workdir: epath.Path, config: ml_collections.ConfigDict,
+                     folder: pathlib.Path, step: int) -> None:
   """Copies the tokenizer of a run's checkpoint into a Hugging Face folder; of
   a run that learned to chat, with the template that it learned."""
   sources = _tokenizer_files(workdir, config, step)
-  _copy(sources, folder)
+  _copy_files(sources, folder)
   if not is_stand_in(config.data.tokenizer):
-    _complete(runs.load_run_tokenizer(workdir, config), config=config,
-              folder=folder,
-              copied={*sources})
+    _add_tokenizer_config(runs.load_run_tokenizer(workdir, config),
+                          config=config,
+                          folder=folder,
+                          copied={*sources})
 
 
-def save(tokenizer: tokenizers.Tokenizer, config: ml_collections.ConfigDict,
-         folder: pathlib.Path) -> None:
+def save_tokenizer(tokenizer: tokenizers.Tokenizer,
+                   config: ml_collections.ConfigDict,
+                   folder: pathlib.Path) -> None:
   """Writes a tokenizer into a Hugging Face folder: its own files, where they
   still are what it was loaded from, else what it is in memory.
 
@@ -152,23 +155,26 @@ def save(tokenizer: tokenizers.Tokenizer, config: ml_collections.ConfigDict,
     config: the config of its run.
     folder: where to; it is there.
   """
-  sources = _own_files(tokenizer)
-  _copy(sources, folder)
-  _complete(tokenizer, config=config, folder=folder, copied={*sources})
+  sources = _files_of_tokenizer(tokenizer)
+  _copy_files(sources, folder)
+  _add_tokenizer_config(tokenizer, config=config, folder=folder,
+                        copied={*sources})
 
 
-def refuse_others(tokenizer: tokenizers.Tokenizer,
-                  config: ml_collections.ConfigDict, folder: pathlib.Path
+def refuse_other_tokenizer(tokenizer: tokenizers.Tokenizer,
+                           config: ml_collections.ConfigDict,
+                           folder: pathlib.Path
                   ) -> None:
   """Raises RequestError for files of another tokenizer, which `save`, with the
   same arguments, would leave in a folder."""
-  written = {*_own_files(tokenizer), tokenizers.CONFIG_FILE, PIPELINE}
+  written = {*_files_of_tokenizer(tokenizer), tokenizers.CONFIG_FILE, PIPELINE}
   if objectives.find_objective(config).has_chat_template:
     written.add(TEMPLATE)
-  files.refuse_left(folder, written, NAMES)
+  files.refuse_files_left(folder, written, FILE_NAMES)
 
 
-def _own_files(tokenizer: tokenizers.Tokenizer) -> dict[str, pathlib.Path]:
+def _files_of_tokenizer(tokenizer: tokenizers.Tokenizer) -> dict[str,
+                                                                 pathlib.Path]:
   """Returns the files that a tokenizer was loaded from; {}: it is of bytes, or
   its files are gone or hold another one by now."""
   path = pathlib.Path(tokenizer.name).expanduser()
@@ -177,13 +183,14 @@ def _own_files(tokenizer: tokenizers.Tokenizer) -> dict[str, pathlib.Path]:
   if tokenizers.load(tokenizer.name).fingerprint != tokenizer.fingerprint:
     return {}
   if path.is_dir():
-    return _in_folder(path)
-  return _of_file(path)
+    return _tokenizer_files_of_folder(path)
+  return _files_beside(path)
 
 
-def _complete(tokenizer: tokenizers.Tokenizer,
-              config: ml_collections.ConfigDict, folder: pathlib.Path,
-              copied: set[str]) -> None:
+def _add_tokenizer_config(tokenizer: tokenizers.Tokenizer,
+                          config: ml_collections.ConfigDict,
+                          folder: pathlib.Path,
+                          copied: set[str]) -> None:
   """Writes the part of a tokenizer that its own files leave out.
 
   Args:
@@ -198,7 +205,8 @@ def _complete(tokenizer: tokenizers.Tokenizer,
   names = {}
   for kind, i in tokenizer.special_ids.items():
     names[kind] = tokenizer.piece(i)
-  _frame(folder / PIPELINE, FRAMES.get(config.model.arch, ''), names)
+  _add_frame(folder / PIPELINE, FRAME_OF_TOKENIZER.get(config.model.arch, ''),
+             names)
   if tokenizers.CONFIG_FILE not in copied:
     # transformers knows no special token by its spelling alone.
     described = {'tokenizer_class': 'PreTrainedTokenizerFast'}
@@ -212,7 +220,7 @@ def _complete(tokenizer: tokenizers.Tokenizer,
     (folder / TEMPLATE).write_text(template)
 
 
-def _frame(file: pathlib.Path, frame: str, names: dict[str, str]) -> None:
+def _add_frame(file: pathlib.Path, frame: str, names: dict[str, str]) -> None:
   """Writes into a tokenizer.json the special tokens that stand around a text.
 
   Args:
@@ -240,12 +248,13 @@ def _frame(file: pathlib.Path, frame: str, names: dict[str, str]) -> None:
   pipeline.save(str(file))
 
 
-def _in_folder(folder: epath.Path) -> dict[str, epath.Path]:
+def _tokenizer_files_of_folder(folder: epath.Path) -> dict[str, epath.Path]:
   """Returns the files of NAMES that a folder has."""
-  return {name: folder / name for name in NAMES if (folder / name).is_file()}
+  return {
+      name: folder / name for name in FILE_NAMES if (folder / name).is_file()}
 
 
-def _copy(sources: dict[str, epath.Path], target: epath.Path) -> None:
+def _copy_files(sources: dict[str, epath.Path], target: epath.Path) -> None:
   """Copies files into a folder under these names, but to themselves."""
   for name, path in sources.items():
     copy = target / name

@@ -29,26 +29,29 @@ from common.errors import require
 from training import cli
 from training.hf import weights
 
-# The page of a dense model's mixture; the others are the same page.
-TWINS = {'llama': 'mixtral', 't5': 'switch'}
-# Fields of model.moe that the dense model gives.
-GIVEN = 'ffn', 'd_ff'
-# The parameters of a mixture that a dense network has not, by path.
-NEW = re.compile(r'/ffn/(router|router_bias|logit_bias|shared/.*)$')
+# The system with experts by that of a dense model, where the two differ.
+ARCH_WITH_EXPERTS = {'llama': 'mixtral', 't5': 'switch'}
+# Fields of model.moe that follow from the dense model.
+FIELDS_OF_DENSE_NETWORK = 'ffn', 'd_ff'
+# The paths of parameters that a network with experts alone has.
+NEW_PARAMETERS = re.compile(r'/ffn/(router|router_bias|logit_bias|shared/.*)$')
 
 
-def config(model: ml_collections.ConfigDict, moe: dict,
-           dense: ModelConfig | None = None) -> ml_collections.ConfigDict:
-  """Returns config.model of the mixture.
+def upcycle_config(model: ml_collections.ConfigDict, moe: dict,
+                   dense: ModelConfig | None = None
+                   ) -> ml_collections.ConfigDict:
+  """Returns config.model of the mixture of experts that a dense model becomes.
 
   Args:
     model: config.model of the dense model.
     moe: what model.moe changes, by field, and `every`: n, where the last of
       every n layers is to have experts.
-    dense: what a run made of `model`, where that leaves fields to be derived.
+    dense: the config that a run made of `model`, where that leaves fields to be
+      derived.
 
   Raises:
-    ValueError: for a model that has experts already.
+    RequestError: for a model that has experts already, or layers without a
+      feed-forward network.
   """
   dense = dense or architectures.resolve(model)
   require(not dense.has_experts,
@@ -66,24 +69,29 @@ def config(model: ml_collections.ConfigDict, moe: dict,
   require(every > 0, f'every is {every}: it must be > 0')
   model = model.copy_and_resolve_references()
   model.moe.update(moe, ffn=model.ffn, d_ff=0)
-  model.update(arch=TWINS.get(model.arch, model.arch), ffn='moe')
-  made = kinds.place_experts(model.to_dict(), every)
+  arch = ARCH_WITH_EXPERTS.get(model.arch, model.arch)
+  model.update(arch=arch, ffn='moe')
+
+  # The last of every few layers has experts.
+  layers_with_experts = kinds.place_experts(model.to_dict(), every)
   with model.unlocked():
-    model.pattern = made['pattern']
-    model.kinds = ml_collections.ConfigDict(made['kinds'])
+    model.pattern = layers_with_experts['pattern']
+    model.kinds = ml_collections.ConfigDict(layers_with_experts['kinds'])
   return model
 
 
-def is_the_same_function(config: ModelConfig) -> bool:
-  """Whether a mixture of equal experts computes what one of them does, in
-  evaluation."""
+def keeps_function(config: ModelConfig) -> bool:
+  """Whether a mixture of equal experts computes in evaluation what one of these
+  experts does alone."""
   moe = config.part(MoEConfig)
   return (routing.whole_gates(moe) and not moe.eval_capacity_factor
           and not moe.shared_experts)
 
 
-def params(module: nn.Module, like: Any, dense: Any, seed: int) -> Any:
-  """Returns the parameters of the mixture.
+def upcycle_parameters(module: nn.Module, like: Any, dense: Any, seed: int
+                       ) -> Any:
+  """Returns the parameters of the mixture of experts that a dense model
+  becomes: each expert is a copy of the dense network, and the router is drawn.
 
   Args:
     module: the mixture.
@@ -91,76 +99,93 @@ def params(module: nn.Module, like: Any, dense: Any, seed: int) -> Any:
     dense: the parameters of the dense model, arrays without boxes.
     seed: the seed of the routers.
   """
-  # The old parameters lie on the mixture's devices.
+  # The dense parameters lie on the mixture's devices.
   shapes = paths.flatten_by_path(nn.meta.unbox(like))
-  places = {path: x.sharding for path, x in shapes.items()}
-  mesh = next(iter(places.values())).mesh
-  old = {path: _on_mesh(x, mesh)
-         for path, x in paths.flatten_by_path(dense).items()}
-  theirs = paths.Stacks(old)
-  ours = paths.Stacks(shapes)
+  shardings = {path: x.sharding for path, x in shapes.items()}
+  mesh = next(iter(shardings.values())).mesh
+  dense_params = {}
+  for path, x in paths.flatten_by_path(dense).items():
+    dense_params[path] = _replicate_on_mesh(x, mesh)
+  dense_stacks = paths.Stacks(dense_params)
+  mixture_stacks = paths.Stacks(shapes)
 
-  # Parameters that the dense model does not have.
-  new = [path for path in shapes if re.search(NEW, path)]
+  # Parameters that the dense model does not have are drawn.
+  new_paths = {path for path in shapes if re.search(NEW_PARAMETERS, path)}
   drawn = {}
-  if new:
-    drawn = weights.draw(module, like=like, wanted=new, seed=seed)
+  if new_paths:
+    drawn = weights.draw_parameters(
+        module, like=like, wanted=new_paths, seed=seed)
 
-  def make(old: dict[str, jax.Array], drawn: dict[str, jax.Array]
-           ) -> dict[str, jax.Array]:
+  def make_parameters(dense_params: dict[str, jax.Array],
+                      drawn: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Returns each parameter of the mixture, by path."""
-    flat = {}
+    params = {}
     for path, x in shapes.items():
       if path in drawn:
-        flat[path] = drawn[path]
+        params[path] = drawn[path]
       elif paths.Stacks.is_in_stack(path):
-        flat[path] = _layers(old, path=path, shape=x.shape, theirs=theirs,
-                             ours=ours)
+        params[path] = _restack_layers(
+            dense_params, path=path, shape=x.shape, dense_stacks=dense_stacks,
+            mixture_stacks=mixture_stacks)
       else:
-        flat[path] = old[path]
-    return flat
+        params[path] = dense_params[path]
+    return params
 
-  flat = jax.jit(make, out_shardings=places)(old, drawn)
+  params = jax.jit(make_parameters, out_shardings=shardings)(
+      dense_params, drawn)
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: flat[paths.path_to_string(path)], nn.meta.unbox(like))
+      lambda path, _: params[paths.path_to_string(path)], nn.meta.unbox(like))
 
 
-def _on_mesh(x: jax.Array, mesh: Any) -> jax.Array:
-  """Returns an array on all devices of a mesh. Weights that were read from
-  files lie on one device."""
+def _replicate_on_mesh(x: jax.Array, mesh: Any) -> jax.Array:
+  """Returns an array on all devices of a mesh: one that was read from files
+  lies on one device, and is copied to each."""
   if x.sharding.device_set == set(mesh.devices.flat):
     return x
   return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
 
 
-def _layers(old: dict[str, jax.Array], path: str, shape: tuple[int, ...],
-            theirs: paths.Stacks, ours: paths.Stacks) -> jax.Array:
-  """Returns one stacked parameter of the mixture, of the dense model's rows:
-  a layer may stand in another block, of another period.
+def _restack_layers(dense_params: dict[str, jax.Array], path: str,
+                    shape: tuple[int, ...], dense_stacks: paths.Stacks,
+                    mixture_stacks: paths.Stacks) -> jax.Array:
+  """Returns one stacked parameter [layers, ...] of the mixture, from the layers
+  of the dense model.
+
+  With experts in some layers the period of the scan is longer, so that a layer
+  may stand in another block of parameters than before.
 
   Args:
-    old: the parameters of the dense model, by path.
+    dense_params: the parameters of the dense model, by path.
     path: the path of the parameter in the mixture.
     shape: its shape.
-    theirs: where the layers of the dense model stand.
-    ours: where the layers of the mixture stand.
+    dense_stacks: where the layers of the dense model stand.
+    mixture_stacks: where the layers of the mixture stand.
   """
-  rows = []
-  for n in ours.layer_numbers(path):
-    place, row = theirs.path_and_row(path, n)
-    x = old[place][row]
+  layers = []
+  for n in mixture_stacks.layer_numbers(path):
+    dense_path, row = dense_stacks.path_and_row(path, n)
+    x = dense_params[dense_path][row]
     if x.ndim < len(shape) - 1:
-      x = x[None]  # for every expert
-    rows.append(jnp.broadcast_to(x, shape[1:]))
-  return jnp.stack(rows)
+      x = x[None]  # The same network for every expert.
+    layers.append(jnp.broadcast_to(x, shape[1:]))
+  return jnp.stack(layers)
 
 
-def fields(words: Sequence[str], like: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns {field: value} of FIELD=VALUE words, typed as in `like`, beside
-  which there is `every`: see `config`."""
-  usual = {name: value for name, value in like.items() if name not in GIVEN}
-  usual['every'] = 1
+def parse_moe_fields(words: Sequence[str], like: Mapping[str, Any]
+                     ) -> dict[str, Any]:
+  """Returns the values of --moe FIELD=VALUE words, by field.
+
+  Args:
+    words: the words of the command line. Beside fields of model.moe there is
+      `every`; see `upcycle_config`.
+    like: model.moe, whose values say of what type each is.
+  """
+  defaults = {}
+  for name, value in like.items():
+    if name not in FIELDS_OF_DENSE_NETWORK:
+      defaults[name] = value
+  defaults['every'] = 1
   parsed = {}
-  for name, text in parse_assignments(words, '--moe', sorted(usual)).items():
-    parsed[name] = cli.parse_value(text, usual[name], f'--moe {name}')
+  for name, text in parse_assignments(words, '--moe', sorted(defaults)).items():
+    parsed[name] = cli.parse_value(text, defaults[name], f'--moe {name}')
   return parsed

@@ -51,8 +51,8 @@ from training.hf import files as hf_files
 from training.hf import generation as hf_generation
 from training.workdir import checkpoints, storage
 
-SHARD_BYTES = 5 * 10**9
-TASK = 'task/'  # of the paths of a task's head
+MOST_BYTES_OF_A_FILE = 5 * 10**9
+TASK_HEAD_FOLDER = 'task/'  # of the paths of a task's head
 
 
 class Loaded(NamedTuple):
@@ -82,7 +82,8 @@ def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: Seed = 0,
   path = pathlib.Path(path)
   folder = path.parent if path.is_file() else path
   files = hf_files.Files(path)
-  config = hf_config.read(hf_config.load_config_json(folder), set(files))
+  config = hf_config.model_of_config_json(hf_config.load_config_json(folder),
+                                          set(files))
   module = architectures.build(dataclasses.replace(
       config, param_dtype=dtype or config.param_dtype))
 
@@ -120,12 +121,12 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
         f'config.json is of a model of {needed:,} tensors, of which the files '
         f'hold {count:,}')
   tensors = tensor_map.map_tensors(rows, shapes)
-  names = Names(page, source, module.config)
+  names = TensorFinder(page, source, module.config)
 
   # Tensors that one of the two has and the other has not.
-  match = _Match()
+  match = _Comparison()
   if new_head:
-    match.pass_head(names.there(names_left_out(module)))
+    match.pass_head(names.there(names_of_replaced_head(module)))
   match.pass_optional(page.optional, set(source), tensors)
   match.skipped += names.unused(tensors, match.placed)
   match.compare(tensors, names, new_head)
@@ -139,7 +140,7 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
   # The parameters.
   drawn = {}
   if match.drawn:
-    drawn = draw(module, like=like, wanted=match.drawn, seed=seed)
+    drawn = draw_parameters(module, like=like, wanted=match.drawn, seed=seed)
   fills: dict[str, list] = {path: [] for path in shapes}
   for tensor in tensors:
     for which, path in enumerate(tensor.paths):
@@ -151,7 +152,7 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
       if path in drawn:
         x = drawn[path]
       else:
-        x = _fill(leaf, fills[path], names)
+        x = _read_parameter(leaf, fills[path], names)
       advance()
       return x
 
@@ -159,7 +160,7 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
   return Loaded(params=params, skipped=match.passed + match.skipped)
 
 
-class _Match:
+class _Comparison:
   """How the tensors of a folder and those of a model go together.
 
   Attributes:
@@ -197,8 +198,8 @@ class _Match:
     ours = [tensor.name for tensor in tensors]
     for words, pattern in optional.items():
       # A part that one side has in part only is compared like all others.
-      theirs = _matching(pattern, there)
-      wanted = _matching(pattern, ours)
+      theirs = _filter_by_pattern(pattern, there)
+      wanted = _filter_by_pattern(pattern, ours)
       if theirs and not wanted:
         self.placed += theirs
         self.passed.append(
@@ -214,7 +215,7 @@ class _Match:
             f'the files have no {words}, so these parameters are new, drawn '
             f'from the seed: {", ".join(dict.fromkeys(new))}')
 
-  def compare(self, tensors: Sequence[tensor_map.Tensor], names: 'Names',
+  def compare(self, tensors: Sequence[tensor_map.Tensor], names: 'TensorFinder',
               new_head: bool) -> None:
     """Finds the tensors of the model that cannot be read from the files.
 
@@ -233,19 +234,19 @@ class _Match:
         continue
       self.drawn.update(tensor.paths)
       # A head for another task is new, and no fault of the files.
-      of_task = tensor.paths[0].startswith(TASK)
+      of_task = tensor.paths[0].startswith(TASK_HEAD_FOLDER)
       if new_head and of_task and not names.there([tensor.name]):
         self.passed.append(f'{wrong}, so it is drawn')
       else:
         self.skipped.append(wrong)
 
 
-def _matching(pattern: str, names: Collection[str]) -> list[str]:
+def _filter_by_pattern(pattern: str, names: Collection[str]) -> list[str]:
   """Returns the names that match a pattern as a whole."""
   return [name for name in names if re.fullmatch(pattern, name)]
 
 
-class Names:
+class TensorFinder:
   """Tensors by their names, as the files spell them: some leave a prefix out.
   """
 
@@ -330,7 +331,7 @@ class Names:
     return any(re.fullmatch(pattern, name) for pattern in self._page.ignored)
 
 
-def _fill(leaf: Any, fills: list, names: Names) -> jax.Array:
+def _read_parameter(leaf: Any, fills: list, names: TensorFinder) -> jax.Array:
   """Returns one parameter, each shard read once and where it lies.
 
   Args:
@@ -346,7 +347,7 @@ def _fill(leaf: Any, fills: list, names: Names) -> jax.Array:
   @functools.cache
   # Several devices may hold the same part of a parameter.
   def shard(*ranges: tuple[int, int]) -> np.ndarray:
-    return _shard(leaf.dtype, ranges=ranges, fills=fills, names=names)
+    return _read_shard(leaf.dtype, ranges=ranges, fills=fills, names=names)
 
   def at(index: tuple[slice, ...]) -> np.ndarray:
     ranges = [part.indices(size)[:2] for part, size in zip(index, leaf.shape)]
@@ -355,7 +356,7 @@ def _fill(leaf: Any, fills: list, names: Names) -> jax.Array:
   return jax.make_array_from_callback(leaf.shape, sharding, at)
 
 
-def _shard(dtype: np.dtype, ranges: tuple, fills: list, names: Names
+def _read_shard(dtype: np.dtype, ranges: tuple, fills: list, names: TensorFinder
            ) -> np.ndarray:
   """Returns the part of a parameter that lies in `ranges`, (start, stop)s.
 
@@ -377,12 +378,12 @@ def _shard(dtype: np.dtype, ranges: tuple, fills: list, names: Names
     cut = functools.partial(names.cut, tensor.name)
     rest = dict(zip(tensor.ours[which], ranges[len(lead):]))
     part = tensor.read_parameter(cut, which, rest)
-    check_range(names.find(tensor.name), part, dtype)
+    check_values_fit(names.find(tensor.name), part, dtype)
     shard[place] = part
   return shard
 
 
-def check_range(name: str, x: np.ndarray, dtype: np.dtype) -> None:
+def check_values_fit(name: str, x: np.ndarray, dtype: np.dtype) -> None:
   """Raises RequestError where `x`, which becomes an array of `dtype`, has a
   value that is not finite, or that `dtype` does not reach."""
   largest = 0.0
@@ -398,7 +399,7 @@ def check_range(name: str, x: np.ndarray, dtype: np.dtype) -> None:
         f'{most:g}: choose another dtype')
 
 
-def draw(module: nn.Module, like: Any, wanted: set[str], seed: int
+def draw_parameters(module: nn.Module, like: Any, wanted: set[str], seed: int
          ) -> dict[str, jax.Array]:
   """Returns the initial values of the parameters `wanted` alone, by path.
 
@@ -423,7 +424,7 @@ def draw(module: nn.Module, like: Any, wanted: set[str], seed: int
 @check_argument_types
 def to_hf(module: nn.Module, params: Mapping[str, Any],
           folder: str | os.PathLike, *, dtype: str = '',
-          shard_bytes: PositiveSize = SHARD_BYTES,
+          shard_bytes: PositiveSize = MOST_BYTES_OF_A_FILE,
           generation: hf_generation.Generation | None = None,
           labels: Sequence[str] = ()) -> None:
   """Writes config.json and safetensors, which transformers loads; low-rank
@@ -446,12 +447,12 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
   one_of('dtype', dtype, ('', *DTYPES, 'float16'))
   storage.check_folder_is_writable(folder, 'the folder')
   storage.refuse_folder_of_run(folder, 'the folder')
-  module, params = merge(module, params)
+  module, params = merge_adapters(module, params)
   module, params = without_generator(module, params)
   config: ModelConfig = module.config
 
   # config.json and generation_config.json.
-  tree = hf_config.write(config, labels)
+  tree = hf_config.config_json_of_model(config, labels)
   options = None
   if generation is not None:
     tree |= generation.fields
@@ -460,7 +461,7 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
   # The tensors, of which the range of each is checked before any is written.
   export = _Export(config, paths.flatten_by_path(nn.meta.unbox(params)), dtype)
   export.check_ranges()
-  files = hf_files.shards(export.sizes(), shard_bytes)
+  files = hf_files.split_into_files(export.sizes(), shard_bytes)
 
   # The files.
   folder = pathlib.Path(folder)
@@ -468,8 +469,8 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
   if len(files) > 1:
     written.append(hf_files.INDEX)
   if options is not None:
-    written.append(hf_generation.FILE)
-  hf_files.refuse_left(folder, written)
+    written.append(hf_generation.FILE_IN_FOLDER)
+  hf_files.refuse_files_left(folder, written)
   folder.mkdir(parents=True, exist_ok=True)
   with progress.show_task('writing tensors', len(export.tensors)) as advance:
 
@@ -478,11 +479,11 @@ def to_hf(module: nn.Module, params: Mapping[str, Any],
         advance()
       return export.make(name)
 
-    hf_files.write(folder, files, make)
+    hf_files.write_files(folder, files, make)
   tree['dtype'] = dtype or config.param_dtype
   storage.write_json(folder / 'config.json', tree)
   if options is not None:
-    storage.write_json(folder / hf_generation.FILE, options)
+    storage.write_json(folder / hf_generation.FILE_IN_FOLDER, options)
 
 
 class _Export:
@@ -515,7 +516,7 @@ class _Export:
     """Raises RequestError for a value that its type does not reach."""
     for name, tensor in self.tensors.items():
       words = ' and '.join(tensor.paths)
-      check_range(words, self._joined(name), self._floats[name])
+      check_values_fit(words, self._joined(name), self._floats[name])
 
   def sizes(self) -> dict[str, int]:
     """Returns the bytes of each tensor."""
@@ -546,7 +547,7 @@ def is_new_head(ours: ModelConfig, theirs: ModelConfig) -> bool:
   return ours.head not in pretrained and theirs.head in pretrained
 
 
-def left_out(module: nn.Module, theirs: ModelConfig
+def shapes_only_in_other_model(module: nn.Module, theirs: ModelConfig
              ) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of the parameters, by path, that the model `theirs` has
   and `module`, with its head of a task, has not."""
@@ -575,13 +576,13 @@ def without_generator(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
   return architectures.build(alone), checkpoints.nest_by_path(flat)
 
 
-def names_left_out(module: nn.Module) -> set[str]:
+def names_of_replaced_head(module: nn.Module) -> set[str]:
   """Returns the names in Hugging Face's format of the tensors that the module's
   head of a task replaces: those of the head of a language model."""
   lm = dataclasses.replace(module.config, head='lm', num_labels=0,
                            head_dropout=0.0, pooling='cls')
   page = architectures.hugging_face(lm.arch)
-  shapes = left_out(module, lm)
+  shapes = shapes_only_in_other_model(module, lm)
   rows = [row for row in page.rows(lm) if row[0] in shapes]
   names = {tensor.name for tensor in tensor_map.map_tensors(rows, shapes)}
   return names | set(page.tied)
@@ -598,10 +599,10 @@ def same_adapters(one: ModelConfig, other: ModelConfig) -> bool:
     return True
   return (one.lora.rank == other.lora.rank
           and one.lora.scale == other.lora.scale
-          and _adapted(one) == _adapted(other))
+          and _adapted_products(one) == _adapted_products(other))
 
 
-def _adapted(config: ModelConfig) -> list[str]:
+def _adapted_products(config: ModelConfig) -> list[str]:
   """Returns the names of the products that have an adapter."""
   return [name for name in tables.products_of_model(config)
           if layers.has_adapter(config, name)]
@@ -612,14 +613,14 @@ def is_adapter(path: str) -> bool:
   return path.endswith((layers.SUFFIX_OF_LORA_A, layers.SUFFIX_OF_LORA_B))
 
 
-def without(params: Any) -> Any:
+def remove_adapters(params: Any) -> Any:
   """Returns the parameters that are no adapters."""
   flat = paths.flatten_by_path(params)
   return checkpoints.nest_by_path(
       {path: x for path, x in flat.items() if not is_adapter(path)})
 
 
-def beside(params: Any, others: Any) -> Any:
+def add_adapters(params: Any, others: Any) -> Any:
   """Returns `params` with the adapters of `others` beside them."""
   flat = dict(paths.flatten_by_path(params))
   for path, x in paths.flatten_by_path(others).items():
@@ -628,7 +629,7 @@ def beside(params: Any, others: Any) -> Any:
   return checkpoints.nest_by_path(flat)
 
 
-def merge(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
+def merge_adapters(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
   """Returns (module, parameters) of the same function without adapters.
 
   The sum is made in float32 and rounded once to the type of the weight.
@@ -644,13 +645,14 @@ def merge(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
   merged = {}
   for path, x in flat.items():
     if not is_adapter(path):
-      merged[path] = _merged(path, w=x, flat=flat, scale=config.lora.scale)
+      merged[path] = _merge_adapter(path, w=x, flat=flat,
+                                    scale=config.lora.scale)
   plain = architectures.build(without_adapters(config))
   return plain, checkpoints.nest_by_path(merged)
 
 
-def _merged(path: str, w: jax.Array, flat: Mapping[str, jax.Array],
-            scale: float) -> jax.Array:
+def _merge_adapter(path: str, w: jax.Array, flat: Mapping[str, jax.Array],
+                   scale: float) -> jax.Array:
   """Returns W + scale A B (Hu et al. 2021, section 4.1), or a weight without an
   adapter as it is.
 

@@ -225,7 +225,7 @@ def test_a_folder_is_read_as_transformers_does(kind, trained, corpus, tmp_path):
       :len(ours.ids_before_text)]) and ours.vocab_size == len(theirs)
   # A run reads a copy without transformers and without the model's config.
   config = base.base()
-  hf_tokenizer.take(tmp_path, tmp_path / 'run', config)
+  hf_tokenizer.import_tokenizer(tmp_path, tmp_path / 'run', config)
   copy = tokenizers.load(config.data.tokenizer)
   assert (tmp_path / 'run/tokenizer/tokenizer.json').is_file()
   assert copy.encode(TEXT).tolist() == ours.encode(TEXT).tolist()

@@ -62,7 +62,7 @@ def test_a_run_starts_from_a_model_without_adapters(
   """Of Hugging Face's format and of a workdir: the weights are theirs, A is
   drawn and B is zero."""
   for _, params in (start(folder, imported, LORA), started):
-    jax.tree.map(np.testing.assert_array_equal, weights.without(params),
+    jax.tree.map(np.testing.assert_array_equal, weights.remove_adapters(params),
                  made[1])
     flat = paths.flatten_by_path(params)
     names = [path for path in flat if weights.is_adapter(path)]
@@ -94,7 +94,8 @@ def test_merged_it_is_a_model_like_any_other(imported, started, tmp_path):
   assert plain.config.lora.rank == 0
   models.assert_trees_close(want, logits(plain, merged), rtol=1e-5)
   _, other = start(tmp_path / 'hf', imported, dict(LORA, rank=3))
-  jax.tree.map(np.testing.assert_array_equal, weights.without(other), merged)
+  jax.tree.map(np.testing.assert_array_equal, weights.remove_adapters(other),
+               merged)
   _, same = start(tmp_path / 'run', imported, LORA)
   jax.tree.map(np.testing.assert_array_equal, same, params)
   with pytest.raises(RequestError, match='begin with its export'):
@@ -112,8 +113,9 @@ def test_merged_it_is_a_model_like_any_other(imported, started, tmp_path):
 def test_pefts_format_there_and_back(system, targets, tmp_path):
   module, params = models.make_model(
       system, lora=dict(rank=3, alpha=6.0, targets=targets))
-  size = peft.write(module.config, params, tmp_path, 'base')
-  model, tree = peft.read(weights.without_adapters(module.config), tmp_path)
+  size = peft.write_adapters(module.config, params, tmp_path, 'base')
+  model, tree = peft.read_adapters(weights.without_adapters(module.config),
+                                   tmp_path)
   assert weights.same_adapters(model, module.config)
   flat = {path: x for path, x in paths.flatten_by_path(params).items()
           if weights.is_adapter(path)}
@@ -126,7 +128,7 @@ def test_pefts_format_there_and_back(system, targets, tmp_path):
 
 def test_pefts_names_and_the_order_of_its_axes(tmp_path):
   module, params = models.make_model('llama', lora=LORA, num_kv_heads=2)
-  peft.write(module.config, params, tmp_path, 'base')
+  peft.write_adapters(module.config, params, tmp_path, 'base')
   tensors = load_file(tmp_path / peft.WEIGHTS)
   flat = paths.flatten_by_path(params)
   name = 'base_model.model.model.layers.1.self_attn.{}_proj.lora_{}.weight'
@@ -151,7 +153,7 @@ def test_an_adapter_is_named_as_the_layer_that_it_adapts(tmp_path):
   module, params = models.make_model('nemotron_h', num_layers=4,
                                      lora=LORA | dict(
       targets='down'))
-  peft.write(module.config, params, tmp_path, 'base')
+  peft.write_adapters(module.config, params, tmp_path, 'base')
   names = {name.partition('.lora_')[0] for name in load_file(
       tmp_path / peft.WEIGHTS)}
   assert names == {f'base_model.model.model.layers.{n}.mixer.down_proj'
@@ -175,7 +177,7 @@ def test_an_adapter_is_named_as_the_layer_that_it_adapts(tmp_path):
     (np.int32(1), r'lora_.\.weight is of type I32: weights are read from')])
 def test_an_adapter_of_another_kind_is_refused(change, words, tmp_path):
   module, params = models.make_model('llama', lora=LORA)
-  peft.write(module.config, params, tmp_path, 'base')
+  peft.write_adapters(module.config, params, tmp_path, 'base')
   file = tmp_path / peft.CONFIG
   if isinstance(change, dict):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -184,19 +186,21 @@ def test_an_adapter_of_another_kind_is_refused(change, words, tmp_path):
     tensors[max(tensors)] = np.full(tensors[max(tensors)].shape, change)
     save_file(tensors, tmp_path / peft.WEIGHTS)
   with pytest.raises(RequestError, match=words):
-    peft.read(weights.without_adapters(module.config), tmp_path)
+    peft.read_adapters(weights.without_adapters(module.config), tmp_path)
 
 
 def test_rank_stabilised_adapters_are_scaled_by_the_root_of_the_rank(tmp_path):
   """By alpha / sqrt(rank) (Kalajdzievski 2023), as PEFT scales them."""
   module, params = models.make_model('llama',
                                      lora=dict(LORA, rank=9, alpha=6.0))
-  peft.write(module.config, params, tmp_path, 'base')
+  peft.write_adapters(module.config, params, tmp_path, 'base')
   file = tmp_path / peft.CONFIG
   file.write_text(json.dumps(
       json.loads(file.read_text()) | dict(use_rslora=True)))
-  model, _ = peft.read(weights.without_adapters(module.config), tmp_path)
+  model, _ = peft.read_adapters(weights.without_adapters(module.config),
+                                tmp_path)
   assert model.lora.scale == pytest.approx(6 / 9 ** 0.5)
-  peft.write(model, params, tmp_path, 'base')
-  again, _ = peft.read(weights.without_adapters(module.config), tmp_path)
+  peft.write_adapters(model, params, tmp_path, 'base')
+  again, _ = peft.read_adapters(weights.without_adapters(module.config),
+                                tmp_path)
   assert again.lora.scale == model.lora.scale

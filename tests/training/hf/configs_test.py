@@ -68,17 +68,17 @@ def test_a_published_config_is_the_size_of_that_name(name):
   """What computes the same has the same parameters, whose published number
   tests/training/costs/count_test.py compares with each size of ours."""
   system, size = name.split(':')
-  theirs = hf_config.read(PUBLISHED[name])
+  theirs = hf_config.model_of_config_json(PUBLISHED[name])
   assert theirs.arch == system
   sizes = importlib.import_module(f'configs.{system}')
   if size in sizes.SIZES:
     ours = runs.resolve_model_without_tokenizer(sizes.get_config(size))
-    differing = {name for name in hf_config.different(ours, theirs)
+    differing = {name for name in hf_config.describe_differences(ours, theirs)
                  if not name.startswith('generator.')}
     assert differing <= UNTOLD
     assert theirs.position != 'learned' or 'max_len' not in differing
   if name in FIRST:
-    hf_config.write(theirs)  # which reads it again
+    hf_config.config_json_of_model(theirs)  # which reads it again
 
 
 def test_each_system_has_a_published_config_but_three():
@@ -101,14 +101,14 @@ def test_each_system_has_a_published_config_but_three():
 def test_what_transformers_does_not_read_is_named_and_changes_nothing(
     name, unread):
   tree = PUBLISHED[name]
-  model, notes = hf_config.fields_and_notes(tree)
-  note, = (note for note in notes if hf_config.UNREAD in note)
+  model, notes = hf_config.read_fields_and_notes(tree)
+  note, = (note for note in notes if hf_config.NOTE_OF_UNREAD_FIELDS in note)
   assert unread in note.split(', which')[0].removeprefix(
       'config.json has ').split(', ')
   section, _, field = unread.rpartition('.')
   bare = copy.deepcopy(tree)
   del (bare[section] if section else bare)[field]
-  assert hf_config.fields_and_notes(bare)[0] == model
+  assert hf_config.read_fields_and_notes(bare)[0] == model
 
 
 @pytest.mark.parametrize('system', recording.systems())
@@ -119,31 +119,33 @@ def test_what_transformers_knows_and_a_page_does_not_is_refused(system):
   known = hf_config.known_fields(page.model_type)
   assert {*page.unread} <= known
   for name in known - readings.asked(tree):
-    if not hf_config.NEUTRAL.fullmatch(name):
+    if not hf_config.FIELDS_WITHOUT_EFFECT.fullmatch(name):
       with pytest.raises(RequestError, match=f"knows and .*, {name} 'x'"):
         hf_config.Reader({name: 'x'}).refuse_unread_fields(known)
   with pytest.raises(RequestError, match='per_layer_config'):
-    hf_config.read(tree | dict(per_layer_config={'0': dict(hidden_size=2)}))
-  notes = hf_config.fields_and_notes(tree | dict(nobody_reads='x'))[1]
+    hf_config.model_of_config_json(
+        tree | dict(per_layer_config={'0': dict(hidden_size=2)}))
+  notes = hf_config.read_fields_and_notes(tree | dict(nobody_reads='x'))[1]
   assert 'nobody_reads' in notes[-1]
 
 
 def test_phi3_for_long_texts_has_the_factors_of_its_file():
-  c = hf_config.read(PHI3_LONG)
+  c = hf_config.model_of_config_json(PHI3_LONG)
   rope = c.part(RopeConfig)
   assert (rope.scaling, rope.factor, rope.original_len) == (
       'longrope', 32.0, 4096)
   assert rope.long_factor == (1, *[20.5] * 47) and c.max_len == 131072
-  written = hf_config.write(c)
+  written = hf_config.config_json_of_model(c)
   assert written['original_max_position_embeddings'] == 4096
-  hf_config.check_same(c, hf_config.read(written), 'written')
+  hf_config.check_same_function(c, hf_config.model_of_config_json(written),
+                                'written')
 
 
 @pytest.mark.parametrize('name, theta', [
     ('gemma3:4b', 10000.0), ('olmo3:7b-64k', 500000.0)])
 def test_a_model_of_windows_alone_has_the_positions_of_windows(name, theta):
   """And not those of layers that see all, which are stretched."""
-  config = hf_config.read(PUBLISHED[name] | dict(
+  config = hf_config.model_of_config_json(PUBLISHED[name] | dict(
       num_hidden_layers=2, layer_types=[layer_types.SLIDING_ATTENTION] * 2))
   rope = config.part(RopeConfig)
   assert (config.attention, rope.scaling, rope.theta) == (
@@ -157,11 +159,11 @@ def test_a_model_of_windows_alone_has_the_positions_of_windows(name, theta):
     (SWITCH, dict(batch_prioritized_routing=True))])
 def test_published_files_are_read_and_what_differs_is_refused(published,
                                                               wrong):
-  config = hf_config.read(published)
+  config = hf_config.model_of_config_json(published)
   assert config.num_layers == published.get('num_layers', config.num_layers)
   assert config.ffn == ('silu' if published is OPUS else 'moe')
   with pytest.raises(ValueError, match=next(iter(wrong))):
-    hf_config.read(published | wrong)
+    hf_config.model_of_config_json(published | wrong)
 
 
 @pytest.mark.parametrize('tree, words', [
@@ -193,9 +195,9 @@ def test_published_files_are_read_and_what_differs_is_refused(published,
     (MAMBA2 | dict(time_step_limit=[0.0, 0.0]), 'the second is above 0'),
 ])
 def test_what_is_not_known_is_refused(tree, words):
-  assert not hf_config.read(MISTRAL).ffn_bias
+  assert not hf_config.model_of_config_json(MISTRAL).ffn_bias
   with pytest.raises(ValueError, match=words):
-    hf_config.read(tree)
+    hf_config.model_of_config_json(tree)
 
 
 @pytest.mark.parametrize('bounds, steps', [
@@ -203,10 +205,12 @@ def test_what_is_not_known_is_refused(tree, words):
     ([0.01, float('inf')], (0.01, 0))])
 def test_mamba2_has_the_bounds_of_its_file(bounds, steps):
   """In the words of transformers 4, of 5, and left out."""
-  c = hf_config.read(MAMBA2 | dict(time_step_limit=bounds))
+  c = hf_config.model_of_config_json(MAMBA2 | dict(time_step_limit=bounds))
   mamba2 = c.part(Mamba2Config)
   assert (mamba2.least_step, mamba2.most_step) == steps
-  hf_config.check_same(c, hf_config.read(hf_config.write(c)), 'written')
+  hf_config.check_same_function(
+      c, hf_config.model_of_config_json(hf_config.config_json_of_model(c)),
+      'written')
 
 
 @pytest.mark.parametrize('every', [
@@ -221,15 +225,15 @@ def test_what_is_read_is_written_as_it_was_and_as_transformers_reads_it(
   for words, changed in itertools.islice(
       readings.changes(tree, readings.asked(tree)), 0, None, every):
     try:
-      c = hf_config.read(changed)
+      c = hf_config.model_of_config_json(changed)
     except RequestError:
       continue
     if c in seen:
       continue
     seen.add(c)
-    written = hf_config.write(c)  # which reads it again
+    written = hf_config.config_json_of_model(c)  # which reads it again
     theirs = classes[written['model_type']].from_dict(copy.deepcopy(written))
-    hf_config.check_same(c, hf_config.read(
+    hf_config.check_same_function(c, hf_config.model_of_config_json(
         json.loads(theirs.to_json_string())), words)
   assert seen
 
@@ -244,13 +248,14 @@ def test_what_is_read_is_written_as_it_was_and_as_transformers_reads_it(
     (dict(model_type='modernbert', num_hidden_layers=3),
      dict(local_attention=0))])
 def test_a_zero_that_is_a_choice_is_read_and_written(tree, fields):
-  written = hf_config.write(hf_config.read(tree | fields))
+  written = hf_config.config_json_of_model(
+      hf_config.model_of_config_json(tree | fields))
   assert written | fields == written
 
 
 @pytest.mark.parametrize('system', ['deepseek_v3', 'kimi_linear'])
 def test_how_a_model_is_trained_is_no_matter_of_its_export(system):
-  hf_config.write(architectures.resolve(models.small_config(
+  hf_config.config_json_of_model(architectures.resolve(models.small_config(
       system, moe=dict(bias_rate=0.0), head_dim=8)))
   for name, leaf in flat.FIELDS.items():
     if leaf.rule.resume in (declared.REGULARISATION, declared.AT_START):
@@ -266,14 +271,14 @@ WRONG = (
 @pytest.mark.parametrize('system', models.REPRESENTATIVE_SYSTEMS)
 def test_every_field_is_of_its_type_or_refused(system, monkeypatch):
   """A third of what is wrong for each field, of which systems share most."""
-  tree = hf_config.write(architectures.resolve(models.small_config(
+  tree = hf_config.config_json_of_model(architectures.resolve(models.small_config(
       system, d_ff=128, head_dim=8, moe=dict(eval_capacity_factor=0.0))))
   readers, make = [], hf_config.Reader.__init__
   def remember(self, *args):
     make(self, *args)
     readers.append(self)
   monkeypatch.setattr(hf_config.Reader, '__init__', remember)
-  hf_config.read(tree)
+  hf_config.model_of_config_json(tree)
   monkeypatch.undo()
   fields = [(r._name, name) for r in readers for name in sorted(r.names_read)]
   assert len(fields) > 8
@@ -283,7 +288,8 @@ def test_every_field_is_of_its_type_or_refused(system, monkeypatch):
       part = dict(tree.get(section) or {}) if section else dict(tree)
       part[name] = value
       try:
-        hf_config.read(dict(tree, **{section: part}) if section else part)
+        hf_config.model_of_config_json(
+            dict(tree, **{section: part}) if section else part)
       except RequestError as error:
         refused += 1
         message = str(error)
@@ -298,23 +304,23 @@ def test_every_field_is_of_its_type_or_refused(system, monkeypatch):
     (dict(id2label={'0': 'a', '1': 5}), 'id2label .* string'),
     (dict(problem_type='multi_label_classification'), 'problem_type')])
 def test_labels_that_mean_nothing_are_refused(change, message):
-  tree = hf_config.write(architectures.resolve(
+  tree = hf_config.config_json_of_model(architectures.resolve(
       models.small_config('bert', head='sequence', num_labels=2)))
   with pytest.raises(RequestError, match=message):
-    hf_config.labels(tree | change)
-    hf_config.read(tree | change)
+    hf_config.read_labels(tree | change)
+    hf_config.model_of_config_json(tree | change)
 
 
 def test_robertas_first_token_stands_after_the_row_of_padding(tmp_path):
-  c = hf_config.read(ROBERTA)
+  c = hf_config.model_of_config_json(ROBERTA)
   assert (c.max_len, c.part(LearnedConfig).offset) == (512, 2)
-  c = hf_config.read(ROBERTA | dict(pad_token_id=0))
+  c = hf_config.model_of_config_json(ROBERTA | dict(pad_token_id=0))
   assert (c.max_len, c.part(LearnedConfig).offset) == (513, 1)
   with pytest.raises(RequestError, match='pad_token_id -1: it must be'):
-    hf_config.write(architectures.resolve(
+    hf_config.config_json_of_model(architectures.resolve(
         models.small_config('roberta', learned=dict(offset=0))))
   with pytest.raises(RequestError, match='max_position_embeddings 2, of which'):
-    hf_config.read(ROBERTA | dict(max_position_embeddings=2))
+    hf_config.model_of_config_json(ROBERTA | dict(max_position_embeddings=2))
   # As roberta-base, whose files have a pooler that nothing trained.
   module = architectures.build(models.small_config('roberta'))
   params = exports.random(module)
@@ -329,7 +335,7 @@ def test_robertas_first_token_stands_after_the_row_of_padding(tmp_path):
 
 
 def test_modernberts_layers_are_those_that_its_config_json_names():
-  c = hf_config.read(MODERNBERT)
+  c = hf_config.model_of_config_json(MODERNBERT)
   layers = c.layers(22)
   assert [layer.block for layer in layers] == ['ffn_norm'] + 21 * ['pre_norm']
   assert [layer.sliding_window for layer in layers] == [
@@ -338,17 +344,18 @@ def test_modernberts_layers_are_those_that_its_config_json_names():
       1e4 if n % 3 else 1.6e5 for n in range(22)]
   assert (c.prefix, c.pattern) == ('first', 'local,local,global')
   local = ['full_attention', *5 * ['sliding_attention'], 'full_attention']
-  other = hf_config.read(MODERNBERT | dict(
+  other = hf_config.model_of_config_json(MODERNBERT | dict(
       num_hidden_layers=7, layer_types=local))
   assert [other.of_kind(kind.name).sliding_window > 0
           for kind in other.layer_kinds(7)] == [False, *5 * [True], False]
   with pytest.raises(RequestError, match='an entry for each of 22 layers'):
-    hf_config.read(MODERNBERT | dict(layer_types=local))
+    hf_config.model_of_config_json(MODERNBERT | dict(layer_types=local))
   rows = MODERNBERT | dict(
       architectures=['ModernBertForSequenceClassification'])
-  assert (c.pooling, hf_config.read(rows).pooling) == ('cls', 'mean')
+  assert (c.pooling, hf_config.model_of_config_json(rows).pooling) == ('cls',
+                                                                       'mean')
   with pytest.raises(RequestError, match="classifier_pooling 'max': choose"):
-    hf_config.read(rows | dict(classifier_pooling='max'))
+    hf_config.model_of_config_json(rows | dict(classifier_pooling='max'))
 
 D = layer_types.LINEAR_ATTENTION
 A = layer_types.FULL_ATTENTION
@@ -373,7 +380,7 @@ SMOLLM = dict(model_type='smollm3', vocab_size=31, hidden_size=12,
 
 def layers(tree):
   """Returns the model of a config.json, and the config of each layer."""
-  c = hf_config.read(tree)
+  c = hf_config.model_of_config_json(tree)
   return c, c.layers(c.num_layers)
 
 
@@ -406,14 +413,15 @@ def test_recurrences_and_experts_in_any_layers(tree, mixers, experts):
     changed = tree | dict(layer_types=list(types)) | experts(moe)
     if A not in types:
       with pytest.raises(RequestError, match='all layers are recurrences'):
-        hf_config.read(changed)
+        hf_config.model_of_config_json(changed)
       continue
     c, each = layers(changed)
     assert [(x.mixer, x.ffn == 'moe') for x in each] == [
         (mixers[t], x) for t, x in zip(types, moe)]
-    written = hf_config.write(c)
+    written = hf_config.config_json_of_model(c)
     assert experts(moe).items() <= written.items()
-    hf_config.check_same(c, hf_config.read(written), 'written')
+    hf_config.check_same_function(c, hf_config.model_of_config_json(written),
+                                  'written')
 
 
 def test_positions_and_windows_in_any_layers():
@@ -424,6 +432,6 @@ def test_positions_and_windows_in_any_layers():
     assert [(x.position, x.sliding_window) for x in each] == [
         ('rope' if x else 'none', 7 if t == W else 0)
         for x, t in zip(turned, types)]
-    written = hf_config.write(c)
+    written = hf_config.config_json_of_model(c)
     assert written['no_rope_layers'] == list(turned)
     assert written['layer_types'] == list(types)

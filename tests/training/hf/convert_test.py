@@ -44,9 +44,9 @@ def _upcycled(system, changes, **dense):
   old = models.small_config(system, **dense)
   module, params = models.make_model(system, **dense)
   config = base.base()
-  config.model = upcycling.config(old, changes)
+  config.model = upcycling.upcycle_config(old, changes)
   run = runs.build(config, architectures.resolve(config.model))
-  return module, params, run, upcycling.params(
+  return module, params, run, upcycling.upcycle_parameters(
       run.module, run.abstract_state.params, params, seed=0)
 
 
@@ -63,7 +63,7 @@ def _check_same_logits(module, params, run, mixture):
 def test_a_mixture_starts_as_its_dense_model(system):
   module, params, run, mixture = _upcycled(
       system, MIXTURES[system], num_layers=4, num_decoder_layers=4)
-  assert run.model.ffn == 'moe' and upcycling.is_the_same_function(run.model)
+  assert run.model.ffn == 'moe' and upcycling.keeps_function(run.model)
   expected = jax.tree.structure(run.abstract_state.params)
   assert jax.tree.structure(mixture) == expected
   _check_same_logits(module, params, run, mixture)
@@ -139,7 +139,7 @@ def test_an_import_that_fails_leaves_no_run(room, name, tmp_path, monkeypatch):
 @pytest.mark.parametrize('write', [
     lambda folder: convert.export(folder, folder, step=None),
     lambda folder: archetype.Model(*models.make_model()).save(folder),
-    lambda folder: peft.write(models.small_config('llama'), {}, folder, ''),
+    lambda folder: peft.write_adapters(models.small_config('llama'), {}, folder, ''),
     lambda folder: convert.of_gguf(folder / 'config.json', folder)],
                          ids=['export', 'save', 'peft', 'gguf'])
 def test_no_weights_are_written_into_a_run(write, tmp_path):
@@ -157,7 +157,8 @@ def test_a_run_begins_with_the_parameters_of_a_mixture(
   convert.upcycle(imported, workdir, moe=['num_experts=4', 'every=2'],
                   step=None, seed=0)
   assert 'to go on: python train.py' in capsys.readouterr().out
-  assert hf_generation.kept(workdir) == hf_generation.kept(imported)
+  assert hf_generation.load_generation(
+      workdir) == hf_generation.load_generation(imported)
   config, _, params, _ = convert._from_workdir(workdir, None)
   assert config.model.pattern == 'dense,moe'
   run = runs.build(config, architectures.resolve(config.model))
@@ -253,7 +254,7 @@ def test_training_gives_the_ids_another_meaning(published):
   so; one that has its own tokenizer keeps its own."""
   config = run_config.load_config(published)
   model = architectures.resolve(config.model)
-  kept = hf_generation.kept(published)
+  kept = hf_generation.load_generation(published)
   assert convert._generation(published, config, model, 0) == kept
   assert checkpoints.checkpoint_folder(published).exists()
   ids = tokenizers.load('bytes:61').special_ids
@@ -318,7 +319,7 @@ def test_a_folder_may_lack_heads(kind, tmp_path, capsys):
   run = epath.Path(tmp_path / 'run')
   convert.import_(given, run, partial=False, seed=0)
   lines = [line for line in capsys.readouterr().out.splitlines()
-          if 'new, drawn from the seed' in line]
+           if 'new, drawn from the seed' in line]
   config, _, params, _ = convert._from_workdir(run, None)
   assert config.model.next_sentence == next_sentence
   named = {name for line in lines
@@ -336,7 +337,7 @@ def test_a_folder_may_lack_heads(kind, tmp_path, capsys):
 def test_files_tell_of_a_pooler_whatever_config_json_says(tmp_path):
   """Those of 2018 call themselves BertForMaskedLM and hold all heads."""
   folder = _folder(tmp_path, architecture='BertForMaskedLM')
-  assert not hf_config.read(
+  assert not hf_config.model_of_config_json(
       hf_config.load_config_json(folder)).next_sentence
   module, params = weights.from_hf(folder)
   assert module.config.next_sentence

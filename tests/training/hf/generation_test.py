@@ -51,7 +51,7 @@ def test_a_run_of_our_own_says_what_its_sequences_look_like(
   model = architectures.resolve(models.small_config(
       system, vocab_size=tokenizer.vocab_size, head_dim=8,
       moe=dict(eval_capacity_factor=0.0)))
-  fields, options = hf_generation.of_run(config, model, tokenizer)
+  fields, options = hf_generation.generation_of_run(config, model, tokenizer)
   batch = pipeline.make_training_loader(config, tokenizer).batch(0)
   for name in ('bos', 'pad'):
     if name in tokenizer.special_ids and f'{name}_token_id' in fields:
@@ -72,8 +72,9 @@ def test_a_run_of_our_own_says_what_its_sequences_look_like(
     other = set(np.unique(batch['tokens'])) - text
     assert other == {options['bos_token_id']} == {options['eos_token_id']}
   assert fields['eos_token_id'] == options['eos_token_id']
-  tree = hf_config.write(model)
-  assert hf_config.read(tree | fields) == hf_config.read(tree)
+  tree = hf_config.config_json_of_model(model)
+  assert hf_config.model_of_config_json(
+      tree | fields) == hf_config.model_of_config_json(tree)
   used = {v for v in (*fields.values(), *options.values()) if v is not None}
   assert max(used) < tokenizer.vocab_size
 
@@ -84,19 +85,19 @@ def test_a_run_that_learned_to_chat_gives_its_template(tmp_path):
   config.data.tokenizer = _vocabulary(tmp_path, ['</s>'])
   (tmp_path / 'out').mkdir()
   file = tmp_path / 'out' / 'chat_template.jinja'
-  hf_tokenizer.give(tmp_path, config, tmp_path / 'out', step=5)
+  hf_tokenizer.export_tokenizer(tmp_path, config, tmp_path / 'out', step=5)
   assert not file.exists()
   config.objective = 'chat'
   for source, words in (('jsonl:x:y', 'ASSISTANT:'), ('alpaca:x', 'Response:')):
     config.data.source = source
-    hf_tokenizer.give(tmp_path, config, tmp_path / 'out', step=5)
+    hf_tokenizer.export_tokenizer(tmp_path, config, tmp_path / 'out', step=5)
     assert words in file.read_text() and '{{ eos_token }}' in file.read_text()
 
 
 def _given(config, out):
   """Returns the files of an export's tokenizer, and what it says of it."""
   out.mkdir()
-  hf_tokenizer.give(out.parent, config, out, step=5)
+  hf_tokenizer.export_tokenizer(out.parent, config, out, step=5)
   return ({file.name for file in out.iterdir()},
           json.loads((out / 'tokenizer_config.json').read_text()))
 

@@ -76,13 +76,13 @@ def test_export_is_the_import(path, tmp_path):
   for name, value in case.weights.items():
     np.testing.assert_array_equal(files[name], value, name)
   again, _ = weights.from_hf(tmp_path)
-  hf_config.check_same(module.config, again.config, 'read back')
+  hf_config.check_same_function(module.config, again.config, 'read back')
   written = json.loads((tmp_path / 'config.json').read_text())
   assert written['architectures'] == case.config['architectures']
   # The sizes that transformers wrote and we write are the same ones.
   differ = {key: (value, case.config[key]) for key, value in written.items()
             if type(case.config.get(key)) in (int, float)
-            and not hf_config.NEUTRAL.fullmatch(key)
+            and not hf_config.FIELDS_WITHOUT_EFFECT.fullmatch(key)
             and key != 'expert_capacity'  # of a dropless model: more than all
             and not (key == 'max_window_layers'  # which nothing reads then
                      and not written['use_sliding_window'])
@@ -120,12 +120,12 @@ def test_an_export_with_a_head_is_the_import(tmp_path, system, head, cls):
   tree = hf_config.load_config_json(tmp_path)
   assert tree['architectures'] == [cls]
   again, read = weights.from_hf(tmp_path)
-  hf_config.check_same(module.config, again.config, 'read back')
+  hf_config.check_same_function(module.config, again.config, 'read back')
   jax.tree.map(np.testing.assert_array_equal, params, read)
   if labels:
     assert tree['id2label'] == {'0': 'bad', '1': 'good', '2': 'neither'}
     assert tree['label2id'] == {'bad': 0, 'good': 1, 'neither': 2}
-    assert hf_config.labels(tree) == LABELS
+    assert hf_config.read_labels(tree) == LABELS
   names = set(hf_files.Files(tmp_path))
   if system == 'llama':  # transformers calls the stack so in this class alone
     assert {name.split('.')[0] for name in names} == {'transformer',

@@ -215,10 +215,10 @@ def test_experts_that_drop_tokens_are_not_exported_as_if_they_did_not(system,
   read = lambda **fields: architectures.resolve(
       models.small_config(system, head_dim=8, moe=moe | fields))
   with pytest.raises(ValueError, match='eval_capacity_factor.*--dropless'):
-    hf_config.write(read())
-  hf_config.write(read(eval_capacity_factor=0.0))
+    hf_config.config_json_of_model(read())
+  hf_config.config_json_of_model(read(eval_capacity_factor=0.0))
   most = 8.0 if system == 'switch' else 4.0  # room for every token
-  hf_config.write(read(eval_capacity_factor=most))
+  hf_config.config_json_of_model(read(eval_capacity_factor=most))
 
 
 def test_old_names_and_tied_copies(gpt, tmp_path):

@@ -226,9 +226,11 @@ def _lay_out_text(evaluation: Evaluation, stack: str) -> TextForModel:
 
   # A model that writes reads the prompt as what it would go on from.
   if objective.writes:
-    folder = hf_generation.published(evaluation.workdir, evaluation.step)
-    prompts, _ = hf_generation.shown([prompt], config=config,
-                                     tokenizer=tokenizer, generation=folder)
+    folder = hf_generation.load_if_published(evaluation.workdir,
+                                             evaluation.step)
+    prompts, _ = hf_generation.encode_prompts([prompt], config=config,
+                                              tokenizer=tokenizer,
+                                              generation=folder)
     return TextForModel(
         arrays=dict(tokens_BL=prompts.tokens, **prompts.arguments),
         tokens={stack: prompts.tokens[0]}, notes=[])

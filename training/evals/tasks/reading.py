@@ -93,8 +93,9 @@ class Embed(Task):
     # The tokens around each text. Imported weights may have begun with a bos.
     tokens_before, tokens_after = tokens_around_text(evaluation)
     if architectures.stack(evaluation.run.model) == 'decoder':
-      folder = hf_generation.published(evaluation.workdir, evaluation.step)
-      tokens_before = hf_generation.plain(tokenizer, folder).encode([])
+      folder = hf_generation.load_if_published(evaluation.workdir,
+                                               evaluation.step)
+      tokens_before = hf_generation.continue_texts(tokenizer, folder).encode([])
 
     encoded_texts = tokenizer.encode_batch([text for _, text in texts])
     rows = []

@@ -146,8 +146,9 @@ class Samples(Task):
     rows_of_prompt = options.samples
     if make_beams(options):  # which finds all texts of a prompt at once
       rows_of_prompt = 1
-    folder = hf_generation.published(evaluation.workdir, evaluation.step)
-    prompts, stop_tokens = hf_generation.shown(
+    folder = hf_generation.load_if_published(evaluation.workdir,
+                                             evaluation.step)
+    prompts, stop_tokens = hf_generation.encode_prompts(
         _repeat_prompts(options, rows_of_prompt), config=evaluation.run.config,
         tokenizer=evaluation.tokenizer, generation=folder)
     return PreparedPrompts(
@@ -390,7 +391,7 @@ class Translation(Task):
 def _load_bleu() -> Any:
   """Returns sacrebleu's metric, with its own tokenisation (13a)."""
   return text_files.import_extra('sacrebleu.metrics', 'task translation',
-                             'bleu').BLEU()
+                                 'bleu').BLEU()
 
 
 def _share_of_exact(targets: Sequence[WrittenTarget]) -> float:
