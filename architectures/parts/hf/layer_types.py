@@ -11,25 +11,32 @@ from common import kinds as layer_kinds
 from common.errors import require, short
 
 SLIDING_ATTENTION, FULL_ATTENTION = 'sliding_attention', 'full_attention'
-# our kinds of layer
-KIND_OF_ATTENTION = {SLIDING_ATTENTION: 'local', FULL_ATTENTION: 'global'}
 LINEAR_ATTENTION = 'linear_attention'
-# our kinds, where some are that
+# Our kind of layer by its entry of layer_types, in a system whose layers attend
+# to a window or to all keys.
+KIND_OF_ATTENTION = {SLIDING_ATTENTION: 'local', FULL_ATTENTION: 'global'}
+# Our kind of layer by its entry, in a system where some are recurrences.
 KIND_OF_MIXER = {LINEAR_ATTENTION: 'linear', FULL_ATTENTION: 'full'}
-MOST_LAYERS = 2**12  # layers
+# A config.json may ask for no more, as each layer is listed.
+MOST_LAYERS = 2**12
 
 
-def fields_of_attention_types(types: Sequence[str], layers: int, window: int,
-                              kind_fields: Mapping[
-                                  str, Mapping[str, Any]] | None = None
-         ) -> dict[str, Any]:
-  """Returns the fields of config.model for layer_types.
+def fields_of_attention_types(
+    types: Sequence[str], layers: int, window: int,
+    kind_fields: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+  """Returns the fields of the model that say which layers attend to a window,
+  and which to all keys.
 
   Args:
-    types: the type of each layer.
+    types: the entry of layer_types for each layer.
     layers: the number of layers.
     window: sliding_window of the config.json; 0: none.
-    kind_fields: further fields of a kind, by its type.
+    kind_fields: further fields of the layers of one type, by this type.
+
+  Raises:
+    RequestError: for types that are no list of known ones, and for layers with
+      a window where there is none.
   """
   require(len(types) == layers and _are_words(types, KIND_OF_ATTENTION),
           f'config.json has layer_types {short(types)}: it must have one for '
@@ -54,7 +61,7 @@ def fields_of_attention_types(types: Sequence[str], layers: int, window: int,
   # Layers of two kinds.
   kinds = {'local': {'window': window, **further[SLIDING_ATTENTION]},
            'global': {'window': 0, **further[FULL_ATTENTION]}}
-  names = [KIND_OF_ATTENTION[word] for word in types]
+  names = [KIND_OF_ATTENTION[layer_type] for layer_type in types]
   return shortest_pattern(names) | dict(
       attention='global', sliding_window=0, kinds=kinds)
 
@@ -68,10 +75,9 @@ def _are_words(entries: Sequence[Any], words: Collection[str]) -> bool:
 
 
 def read_attention_types(reader: hf.Reader, layers: int,
-                         has_window: Callable[[int], Any]
-           ) -> list[str]:
-  """Returns layer_types, or what each layer is by its number where there are
-  none.
+                         has_window: Callable[[int], Any]) -> list[str]:
+  """Returns the entry of layer_types for each layer; where a config.json has
+  none, it follows from the number of the layer.
 
   Args:
     reader: the reader of the config.json.
@@ -92,14 +98,16 @@ def read_attention_types(reader: hf.Reader, layers: int,
 
 
 def read_sliding_window(reader: hf.Reader) -> int:
-  """Returns sliding_window: left out it is 4096; null, there is none."""
+  """Returns sliding_window of a config.json: 4096 where it is left out, and 0,
+  for no window, where it is null."""
   if reader.is_null('sliding_window'):
     return 0
   return reader('sliding_window', 4096)
 
 
 def shortest_pattern(names: Sequence[str]) -> dict[str, str]:
-  """Returns model.prefix, model.pattern and model.suffix for layers.
+  """Returns the shortest model.prefix, model.pattern and model.suffix that give
+  layers of these kinds, in this order.
 
   Among those that give the kinds of these layers in this order, whose suffix
   has kinds of the pattern alone, they name the fewest layers together; among
@@ -109,51 +117,63 @@ def shortest_pattern(names: Sequence[str]) -> dict[str, str]:
   Args:
     names: the kind of each layer.
   """
-  # Each candidate: the names that it has, and the lengths of its suffix, its
-  # prefix and its period.
+  # Each candidate: how many names it has, and the lengths of its suffix, its
+  # prefix and its period, in the order in which they are to be least.
   candidates = []
-  for first in range(len(names)):
-    for period in range(1, len(names) - first + 1):
-      pattern = names[first:first + period]
-      end = first + period
+  for prefix_length in range(len(names)):
+    for period in range(1, len(names) - prefix_length + 1):
+      pattern = names[prefix_length:prefix_length + period]
+      end = prefix_length + period
       while names[end:end + period] == pattern:
         end += period
       if set(names[end:]) <= set(pattern):
-        last = len(names) - end
-        candidates.append((first + period + last, last, first, period))
-  _, last, first, period = min(candidates)
-  return dict(prefix=','.join(names[:first]),
-              pattern=','.join(names[first:first + period]),
-              suffix=','.join(names[len(names) - last:]))
+        suffix_length = len(names) - end
+        num_names = prefix_length + period + suffix_length
+        candidates.append((num_names, suffix_length, prefix_length, period))
+  _, suffix_length, prefix_length, period = min(candidates)
+  return dict(prefix=','.join(names[:prefix_length]),
+              pattern=','.join(names[prefix_length:prefix_length + period]),
+              suffix=','.join(names[len(names) - suffix_length:]))
 
 
 def pattern_and_kinds(names: Sequence[str],
                       kinds: Mapping[str, Mapping[str, Any]]
           ) -> dict[str, Any]:
-  """Returns the order of layers of these kinds, and what each kind is."""
-  used = {name: kinds[name] for name in dict.fromkeys(names)}
-  return shortest_pattern(names) | dict(kinds=used)
+  """Returns the fields of the model that say the order of its layers, and what
+  each kind of layer is.
+
+  Args:
+    names: the kind of each layer.
+    kinds: the fields of the model that each kind sets, of those that `names`
+      has and maybe of others.
+  """
+  used_kinds = {name: kinds[name] for name in dict.fromkeys(names)}
+  return shortest_pattern(names) | dict(kinds=used_kinds)
 
 
 def read_layers_with_rope(reader: hf.Reader, layers: int) -> list[int]:
-  """Returns no_rope_layers: for each layer 1, or 0 where it has no positions.
+  """Returns for each layer 1 where its queries and keys are rotated by their
+  positions, or 0 where they are not: no_rope_layers of a config.json.
+
   Where they are not listed, the last of every no_rope_layer_interval layers has
-  none."""
+  no positions.
+  """
   every = reader('no_rope_layer_interval', 4)
   entries = reader.read_list('no_rope_layers')
   if not entries:
     entries = [1] * layers
     for last in range(every - 1, layers, every):
       entries[last] = 0
-  known = all(type(entry) is int and entry in (0, 1) for entry in entries)
-  require(known and len(entries) == layers,
+  are_known = all(type(entry) is int and entry in (0, 1) for entry in entries)
+  require(are_known and len(entries) == layers,
           f'config.json has no_rope_layers {short(entries)}: it must have a 1, '
           f'or 0 for no positions, for each of {layers} layers')
   return entries
 
 
 def write_attention_types(config: ModelConfig) -> dict[str, Any]:
-  """Returns layer_types and, where a layer has one, sliding_window."""
+  """Returns the fields layer_types and, where a layer has a window,
+  sliding_window of the config.json of a model."""
   types, tree = [], {}
   for layer in config.layers(config.num_layers):
     types.append(attention_type(layer))
@@ -163,17 +183,17 @@ def write_attention_types(config: ModelConfig) -> dict[str, Any]:
 
 
 def attention_type(config: ModelConfig) -> str:
-  """Returns the entry of layer_types for the layers of `config`, which are all
-  alike."""
+  """Returns the entry of layer_types for a layer with this config: whether it
+  attends to a window."""
   if kernels.RULES[config.attention].window:
     return SLIDING_ATTENTION
   return FULL_ATTENTION
 
 
-def read_recurrent_layers(reader: hf.Reader, layers: int,
-                          mixer: str) -> dict[str, Any]:
-  """Returns the order and the kinds of layer of a model in which some are a
-  recurrence, and some may have a dense network in place of experts.
+def read_recurrent_layers(reader: hf.Reader, layers: int, mixer: str
+                          ) -> dict[str, Any]:
+  """Returns the fields of the model that say which of its layers are a
+  recurrence, and which have a dense network in place of experts.
 
   Args:
     reader: the reader of the config.json.
@@ -183,39 +203,39 @@ def read_recurrent_layers(reader: hf.Reader, layers: int,
   check_number_of_layers('num_hidden_layers', layers)
   # Where the types are not listed, the last of every few layers is attention.
   every = reader('full_attention_interval', 4)
-  types = read_entry_of_each_layer(reader, 'layer_types', layers=layers,
-                                   words=KIND_OF_MIXER)
+  types = read_entry_of_each_layer(
+      reader, 'layer_types', layers=layers, words=KIND_OF_MIXER)
   if not types:
     types = [LINEAR_ATTENTION] * layers
     for last in range(every - 1, layers, every):
       types[last] = FULL_ATTENTION
 
   # The last of every few layers has experts, unless it is listed as dense.
-  step = reader('decoder_sparse_step', 1)
-  listed_dense = reader.read_list('mlp_only_layers')
-  dense = []
+  interval = reader('decoder_sparse_step', 1)
+  dense_layers = reader.read_list('mlp_only_layers')
+  is_dense = []
   for n in range(layers):
-    is_last = (n + 1) % step == 0
-    dense.append(n in listed_dense or not is_last)
-  return fields_of_recurrent_layers(types, dense, mixer)
+    is_last = (n + 1) % interval == 0
+    is_dense.append(n in dense_layers or not is_last)
+  return fields_of_recurrent_layers(types, is_dense, mixer)
 
 
 def interval_of_expert_layers(config: ModelConfig) -> int:
-  """Returns n of a model in which the last of every n layers has experts.
+  """Returns n for a model in which the last of every n layers has experts.
 
   Raises:
     RequestError: where other layers have them.
   """
   layers = max(config.num_layers, config.num_decoder_layers)
-  moe = [kind.ffn == 'moe' for kind in config.layer_kinds(layers)]
+  has_experts = [kind.ffn == 'moe' for kind in config.layer_kinds(layers)]
   wrong = (
       f'model.pattern {config.pattern!r} has experts in layers that this '
       'config.json cannot name: it knows the last of every n layers')
-  require(any(moe), wrong)
-  every = moe.index(True) + 1
-  known = [i % every == every - 1 for i in range(len(moe))]
-  require(moe == known, wrong)
-  return every
+  require(any(has_experts), wrong)
+  interval = has_experts.index(True) + 1
+  expected = [n % interval == interval - 1 for n in range(len(has_experts))]
+  require(has_experts == expected, wrong)
+  return interval
 
 
 def check_number_of_layers(field: str, layers: int) -> None:
@@ -227,10 +247,19 @@ def check_number_of_layers(field: str, layers: int) -> None:
 
 
 def read_entry_of_each_layer(reader: hf.Reader, field: str, layers: int,
-                             words: Collection[str]
-         ) -> list[str]:
-  """Returns what a field of a config.json says of each layer, in these words;
-  an empty list if there is no such field."""
+                             words: Collection[str]) -> list[str]:
+  """Returns the entries of a field of a config.json that has one for each
+  layer; an empty list if there is no such field.
+
+  Args:
+    reader: the reader of the config.json.
+    field: the name of the field, such as layer_types.
+    layers: the number of layers.
+    words: the entries that are known.
+
+  Raises:
+    RequestError: for another number of entries, or an unknown one.
+  """
   entries = reader.read_list(field)
   if not reader.has(field):
     return entries
@@ -247,22 +276,23 @@ def check_has_attention(config: ModelConfig) -> None:
           f'a {config.arch} with some layers of attention only')
 
 
-def fields_of_recurrent_layers(types: Sequence[str], dense: Sequence[bool],
-                               mixer: str
-          ) -> dict[str, Any]:
-  """Returns the order and the kinds of layer of a model.
+def fields_of_recurrent_layers(types: Sequence[str], is_dense: Sequence[bool],
+                               mixer: str) -> dict[str, Any]:
+  """Returns the fields of the model that say the order of its layers, and what
+  each kind of layer is.
 
   Args:
-    types: the type of each layer, a key of MIXERS.
-    dense: whether each layer has a dense network in place of experts.
+    types: the entry of layer_types for each layer: 'linear_attention', which is
+      a recurrence, or 'full_attention'.
+    is_dense: whether each layer has a dense network in place of experts.
     mixer: model.mixer of the recurrence.
   """
   names, kinds = [], {}
-  for word, is_dense in zip(types, dense, strict=True):
-    name, kind = KIND_OF_MIXER[word], {}
-    if word == LINEAR_ATTENTION:
+  for layer_type, has_dense_network in zip(types, is_dense, strict=True):
+    name, kind = KIND_OF_MIXER[layer_type], {}
+    if layer_type == LINEAR_ATTENTION:
       kind['mixer'] = mixer
-    if is_dense:
+    if has_dense_network:
       name += '_dense'
       kind['ffn'] = layer_kinds.DENSE_NETWORK
     names.append(name)
@@ -271,11 +301,15 @@ def fields_of_recurrent_layers(types: Sequence[str], dense: Sequence[bool],
 
 
 def write_recurrent_layers(config: ModelConfig) -> dict[str, Any]:
-  """Returns layer_types, and mlp_only_layers."""
-  types, dense = [], []
+  """Returns the fields of a config.json that say which layers are a recurrence,
+  and which have a dense network in place of experts."""
+  types, dense_layers = [], []
   for n, layer in enumerate(config.layers(config.num_layers)):
-    types.append(
-        FULL_ATTENTION if layer.mixer == 'attention' else LINEAR_ATTENTION)
+    if layer.mixer == 'attention':
+      types.append(FULL_ATTENTION)
+    else:
+      types.append(LINEAR_ATTENTION)
     if layer.ffn != 'moe':
-      dense.append(n)
-  return dict(layer_types=types, decoder_sparse_step=1, mlp_only_layers=dense)
+      dense_layers.append(n)
+  return dict(layer_types=types, decoder_sparse_step=1,
+              mlp_only_layers=dense_layers)

@@ -1,7 +1,7 @@
 """How rotary positions stand in a config.json of Hugging Face.
 
-A page whose system has them calls `read` in its own `read`, and `write` in its
-own `write` (parts/hf).
+A page whose system has them calls `read_rope` in its own `read`, and
+`write_rope` in its own `write` (parts/hf).
 """
 
 from collections.abc import Mapping
@@ -15,16 +15,15 @@ from architectures.parts.positions import RopeConfig
 from common.errors import RequestError, require
 
 # The fields that a scaling alone has, with their defaults.
-_DEFAULTS_OF_SCALING = {'llama3': dict(low_freq_factor=1.0,
-                                       high_freq_factor=4.0),
-                        'yarn': dict(beta_fast=32.0, beta_slow=1.0,
-                                     truncate=True)}
+_DEFAULTS_OF_SCALING = {
+    'llama3': dict(low_freq_factor=1.0, high_freq_factor=4.0),
+    'yarn': dict(beta_fast=32.0, beta_slow=1.0, truncate=True)}
+# The scalings that go by the length for which the model was trained at first.
 _SCALINGS_WITH_ORIGINAL_LENGTH = 'llama3', 'yarn', 'longrope'
 # Our scaling by rope_type.
-SCALING_OF_ROPE_TYPE = {'default': 'none', 'linear': 'linear',
-                        'dynamic': 'dynamic',
-                        'llama3': 'llama3', 'yarn': 'yarn',
-                        'longrope': 'longrope'}
+SCALING_OF_ROPE_TYPE = {
+    'default': 'none', 'linear': 'linear', 'dynamic': 'dynamic',
+    'llama3': 'llama3', 'yarn': 'yarn', 'longrope': 'longrope'}
 # The rope_type of rope.proportional, which may be stretched. Only a system with
 # positions by the kind of layer has it.
 PROPORTIONAL = 'proportional'
@@ -35,16 +34,16 @@ def read_rope(reader: hf.Reader, *,
               fraction: tuple[str, float] | None = None,
               interleaved: bool = False, on_scores: bool = False,
               words: Mapping[str, str] = SCALING_OF_ROPE_TYPE,
-              original: int = 0,
-              unread: tuple[str, ...] = ()) -> dict:
-  """Returns model.rope, of a new config.json (rope_parameters) or an old one
-  (rope_theta, rope_scaling).
+              original: int = 0, unread: tuple[str, ...] = ()) -> dict:
+  """Returns the fields of model.rope, the rotary positions, by a config.json:
+  a new one with rope_parameters, or an old one with rope_theta and
+  rope_scaling.
 
   Args:
     reader: the reader of the config.json.
     theta: the name of theta outside of these objects, and its default.
-    fraction: the name of the share of a head that is turned, and its default.
-      None: the system turns whole heads, whatever its config.json says:
+    fraction: the name of the share of a head that is rotated, and its default.
+      None: the system rotates whole heads, whatever its config.json says:
       transformers does not read the share there, so that one is refused.
     interleaved: whether this system pairs neighbours.
     on_scores: whether it puts YaRN's mscale_all_dim on the scores.
@@ -53,11 +52,11 @@ def read_rope(reader: hf.Reader, *,
       has it outside of these objects and goes by that; 0: in others.
     unread: fields that say nothing of text.
   """
-  new, old = reader.read_object(
-      'rope_parameters'), reader.read_object('rope_scaling')
-  for section in (new, old):
+  new_section = reader.read_object('rope_parameters')
+  old_section = reader.read_object('rope_scaling')
+  for section in (new_section, old_section):
     section.ignore_fields(*unread)
-  section = old or new
+  section = old_section or new_section
   return _read_section(
       reader, section, theta=theta, fraction=fraction, interleaved=interleaved,
       on_scores=on_scores, words=words, original=original)
@@ -66,22 +65,26 @@ def read_rope(reader: hf.Reader, *,
 def read_rope_of_layer_kinds(reader: hf.Reader,
                              *kinds: tuple[str, tuple[str, float]],
                              **how: Any) -> list[dict]:
-  """Returns model.rope of each kind of layer, of a rope_parameters that has an
-  object for each. An old config.json has one rope_scaling, of the last kind.
+  """Returns the fields of model.rope for each kind of layer, by a config.json
+  whose rope_parameters have an object for each.
+
+  An old config.json has one rope_scaling, which is that of the last kind.
 
   Args:
     reader: the reader of the config.json.
-    *kinds: (the name of the kind there, the `theta` of `read`).
-    **how: further arguments of `read`, and `temperature`: whether YaRN has one.
+    *kinds: the name of each kind in rope_parameters, with the `theta` of
+      `read_rope`.
+    **how: further arguments of `read_rope`, and `temperature`: whether YaRN has
+      one.
   """
-  parts, old = reader.read_object(
-      'rope_parameters'), reader.read_object('rope_scaling')
-  last, _ = kinds[-1]
+  sections = reader.read_object('rope_parameters')
+  old_section = reader.read_object('rope_scaling')
+  last_kind, _ = kinds[-1]
   ropes = []
   for name, theta in kinds:
-    section = parts.read_object(name)
-    if old and name == last:
-      section = old
+    section = sections.read_object(name)
+    if old_section and name == last_kind:
+      section = old_section
     if section('rope_type', 'default') == PROPORTIONAL:
       rope = _read_proportional(reader, section, theta)
     else:
@@ -93,7 +96,8 @@ def read_rope_of_layer_kinds(reader: hf.Reader,
 
 def _read_proportional(reader: hf.Reader, section: hf.Reader,
                        theta: tuple[str, float]) -> dict:
-  """Returns model.rope of a section whose rope_type is PROPORTIONAL."""
+  """Returns the fields of model.rope of an object of a config.json whose
+  rope_type is 'proportional'."""
   factor, scaling = section('factor', 1.0), 'linear'
   if factor == 1:
     scaling = 'none'
@@ -112,13 +116,13 @@ def _read_section(reader: hf.Reader, section: hf.Reader, *,
                   original: int = 0, by_kind: bool = False,
                   temperature: bool = True
           ) -> dict:
-  """Returns model.rope of one section.
+  """Returns the fields of model.rope by one object of a config.json.
 
   Args:
     reader: the reader of the config.json.
     section: the object that has the fields of these positions.
     theta, fraction, interleaved, on_scores, words, original: the arguments of
-      `read`.
+      `read_rope`.
     by_kind: whether the section is of one kind of layer among several.
     temperature: whether YaRN has one.
   """
@@ -159,8 +163,16 @@ def _read_section(reader: hf.Reader, section: hf.Reader, *,
 
 def _read_longrope(reader: hf.Reader, section: hf.Reader, original: int
               ) -> dict[str, Any]:
-  """Returns the fields of longrope alone. Without a factor, it is how many
-  times as long as `original` the model is."""
+  """Returns the fields of model.rope that LongRoPE alone has.
+
+  Without a factor in the config.json, the factor is how many times as long as
+  before the model is.
+
+  Args:
+    reader: the reader of the config.json.
+    section: the reader of the object that has the fields of positions.
+    original: the length for which the model was trained at first.
+  """
   require(section.has('factor') or reader.has('max_position_embeddings'),
           "config.json has rope_type 'longrope', but neither a factor nor "
           'max_position_embeddings, of which it follows')
@@ -174,26 +186,39 @@ def _read_longrope(reader: hf.Reader, section: hf.Reader, original: int
 
 def _read_temperature(section: hf.Reader, on_scores: bool, temperature: bool
                  ) -> dict[str, float]:
-  """Returns mscale and mscale_all_dim of YaRN's temperature. Where one of
-  theirs is 0, transformers reads neither on cos and sin."""
+  """Returns mscale and mscale_all_dim, by which YaRN has a temperature.
+
+  Where one of them is 0 in a config.json, transformers reads neither.
+
+  Args:
+    section: the reader of the object that has the fields of positions.
+    on_scores: whether this system puts mscale_all_dim on the scores.
+    temperature: whether YaRN has a temperature in this system.
+  """
   if not temperature:
     return dict(mscale=0.0, mscale_all_dim=0.0)
   mscale, all_dim = section('mscale', 0.0), section('mscale_all_dim', 0.0)
-  both = bool(mscale and all_dim)
-  require(both == bool(on_scores and all_dim),
+  has_both = bool(mscale and all_dim)
+  require(has_both == bool(on_scores and all_dim),
           f'config.json has mscale {mscale} and mscale_all_dim {all_dim}: YaRN '
           'is known here with both in systems of DeepSeek, and else without')
-  if both:
+  if has_both:
     return dict(mscale=mscale, mscale_all_dim=all_dim)
   return dict(mscale=1.0, mscale_all_dim=0.0)
 
 
 def _read_rotated_fraction(reader: hf.Reader, section: hf.Reader,
-                           named: tuple[str, float] | None) -> float:
-  """Returns the share of a head that is turned; `named` is the `fraction` of
-  `read`."""
-  if named:
-    return section('partial_rotary_factor', reader(*named))
+                           name_and_default: tuple[str, float] | None) -> float:
+  """Returns the share of a head that is rotated by its position.
+
+  Args:
+    reader: the reader of the config.json.
+    section: the reader of the object that has the fields of positions.
+    name_and_default: the field for the share outside of this object, and its
+      default; None: the system rotates whole heads, and refuses another share.
+  """
+  if name_and_default:
+    return section('partial_rotary_factor', reader(*name_and_default))
   for where in (section, reader):
     share = where('partial_rotary_factor', 1.0)
     require(share == 1, f'config.json has partial_rotary_factor {share}, which '
@@ -205,13 +230,14 @@ def _read_rotated_fraction(reader: hf.Reader, section: hf.Reader,
 def write_rope_of_layer_kinds(config: ModelConfig,
                               names: Mapping[str, str] | None = None,
                               **how: Any) -> dict:
-  """Returns rope_parameters with an object for each kind of layer.
+  """Returns rope_parameters of a config.json, with an object for each kind of
+  layer.
 
   Args:
     config: the model.
-    names: the name of a kind by its mixer. None: the kinds are the layers with
-      a window and those that see all.
-    **how: further arguments of `write`.
+    names: the name of the object by the mixer of a layer. None: the objects are
+      of the layers with a window and of those that see all keys.
+    **how: further arguments of `write_rope`.
   """
   ropes: dict[str, dict] = {}
   for layer in config.layers(config.num_layers):
@@ -227,16 +253,16 @@ def write_rope(config: ModelConfig, *, whole_heads: bool = True,
                words: Mapping[str, str] = SCALING_OF_ROPE_TYPE,
                temperature: bool = True
           ) -> dict:
-  """Returns rope_parameters for the config `config`. A field that they cannot
-  say is found where they are read again.
+  """Returns rope_parameters of the config.json of a model. A field that they
+  cannot say is found where they are read again.
 
   Args:
     config: the config.
-    whole_heads: whether transformers turns whole heads in this system, and
-      does not read that it should turn a part.
-    on_scores: as for `read`.
-    words: as for `read`.
-    temperature: as for `read_by_kind`.
+    whole_heads: whether transformers rotates whole heads in this system, and
+      does not read that it should rotate a part.
+    on_scores: as for `read_rope`.
+    words: as for `read_rope`.
+    temperature: as for `read_rope_of_layer_kinds`.
   """
   rope = config.part(RopeConfig)
   scaling = rope.scaling
@@ -281,7 +307,8 @@ def _write_scaling(rope: RopeConfig) -> dict[str, Any]:
 
 def _write_temperature(rope: RopeConfig, on_scores: bool, temperature: bool
                        ) -> dict[str, float]:
-  """Returns the fields of rope_parameters that `_temperature` reads."""
+  """Returns the fields of rope_parameters by which YaRN has a temperature, as
+  `_read_temperature` reads them."""
   if not temperature:
     return dict(attention_factor=1.0)
   if on_scores and rope.mscale_all_dim:

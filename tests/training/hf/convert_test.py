@@ -109,7 +109,7 @@ def imported(tmp_path_factory, texts):
 
 
 @pytest.mark.parametrize('room, name', [
-    (checkpoints.Checkpoints, 'save'), (run_config, 'save')])
+    (checkpoints.Checkpoints, 'save'), (run_config, 'save_config')])
 def test_an_import_that_fails_leaves_no_run(room, name, tmp_path, monkeypatch):
   """train.py would begin it with parameters of its own."""
   weights.to_hf(*models.make_model('llama', vocab_size=384), tmp_path / 'in')
