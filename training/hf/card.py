@@ -15,8 +15,8 @@ TEMPLATES = pathlib.Path(__file__).parent / 'templates'
 def write_model_card(workdir: epath.Path, config: Any, folder: pathlib.Path,
                      step: int,
                      count: int) -> None:
-  """Writes the card of a run's checkpoint, unless there is one in the folder,
-  which may have been edited.
+  """Writes the model card (README.md) of a run's checkpoint into a folder,
+  unless there is one, which may have been edited.
 
   Args:
     workdir: the workdir of the run.
@@ -28,14 +28,15 @@ def write_model_card(workdir: epath.Path, config: Any, folder: pathlib.Path,
   import jinja2
   if (folder / hub.MODEL_CARD_FILE).exists():
     return
+
   # The last evaluation up to the checkpoint.
-  at = None
+  step_of_losses = None
   losses = {}
   file = workdir / metrics.METRICS_FILE
   if file.exists():
     for row in metrics.read_metrics(file):
       if row['split'] == 'eval' and row['step'] <= step:
-        at = row['step']
+        step_of_losses = row['step']
         losses = metrics.scalar_figures(row)
 
   templates = jinja2.Environment(
@@ -43,13 +44,14 @@ def write_model_card(workdir: epath.Path, config: Any, folder: pathlib.Path,
       undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
   text = templates.get_template('card.md.jinja').render(
       config=config, step=step, count=count, verdicts=read_verdicts(workdir),
-      at=at, losses=losses, command=run_config.training_command('RUN', config))
+      at=step_of_losses, losses=losses, command=run_config.training_command('RUN', config))
   (folder / hub.MODEL_CARD_FILE).write_text(text)
 
 
 def read_verdicts(workdir: epath.Path) -> list[dict[str, str]]:
-  """Returns the rows with a verdict of the report on the comparison to which a
-  run belongs; []: it belongs to none, or there is no report yet."""
+  """Returns the rows of results.csv, the report of a comparison, that give a
+  verdict on the variant that a run trains; []: the run belongs to no
+  comparison, or there is no report yet."""
   workdir = pathlib.Path(workdir).absolute()
   comparison = workdir.parents[2]
   name = workdir.parent.name
@@ -61,8 +63,10 @@ def read_verdicts(workdir: epath.Path) -> list[dict[str, str]]:
     if point['name'] == name:
       variant = point.get('variant', name)
       break
-  for report in (comparison, comparison.parent):  # of a sweep, of a study
-    file = report / 'report/results.csv'
+
+  # The report is that of the sweep, or of the study around it.
+  for folder in (comparison, comparison.parent):
+    file = folder / 'report/results.csv'
     if file.exists():
       with file.open(newline='') as lines:
         rows = []

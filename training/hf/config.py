@@ -57,9 +57,10 @@ FIELDS_WITHOUT_EFFECT = re.compile('|'.join((
     'id2label', 'label2id', 'problem_type', 'attn_implementation',
     'chunk_size_feed_forward')))
 
+
 class Reader:
-  """config.json, which remembers what was asked of it. A null is a default,
-  and so is what the file leaves out.
+  """A reader of the fields of a config.json, which remembers those that were
+  read. A null is a default, and so is what the file leaves out.
 
   Attributes:
     names_read: the names of the fields that were asked for.
@@ -90,7 +91,8 @@ class Reader:
     return _check_type(f'config.json has {self._full(name)}', value, default)
 
   def read_list(self, name: str) -> list[Any]:
-    """Returns the field `name`, empty if there is none."""
+    """Returns the list that the field `name` holds; an empty one if it holds
+    none."""
     self.names_read.add(name)
     value = self._tree.get(name)
     return value if isinstance(value, list) else []
@@ -116,14 +118,15 @@ class Reader:
     return bool(self._tree)
 
   def read_object(self, name: str) -> 'Reader':
-    """Returns the object `name`, empty if there is none."""
+    """Returns a reader of the object that the field `name` holds; of an empty
+    one if there is none."""
     part = Reader(self(name, {}), self._full(name))
     self._parts.append(part)
     return part
 
   def require_values(self, **only: Any) -> None:
-    """Raises RequestError where a field is not its default, which `only` has.
-    """
+    """Raises RequestError for a field that has another value than the one that
+    `only` has for it, which is transformers' default."""
     for name, known in only.items():
       self.names_read.add(name)
       value = self._tree.get(name)
@@ -136,7 +139,16 @@ class Reader:
 
   def read_choice(self, name: str, default: str,
                   choices: dict[str, Any]) -> Any:
-    """Returns what `choices` has for the field `name`."""
+    """Returns the value in `choices` by the word that the field `name` holds.
+
+    Args:
+      name: the name of the field.
+      default: transformers' default, a word too.
+      choices: our value, by each word that is known here.
+
+    Raises:
+      RequestError: for another word.
+    """
     value = self(name, default)
     require(value in choices, f'config.json has {self._full(name)} '
             f'{short(value)}: choose from {", ".join(map(str, choices))}')
@@ -148,15 +160,15 @@ class Reader:
     return self('model_type', '')
 
   def refuse_unread_fields(self, known: Collection[str] | None) -> list[str]:
-    """Returns the names of the fields that change nothing, as nobody reads
-    them.
+    """Refuses the fields that nobody has read and that may change the model;
+    returns the names of those that nobody has read and that change nothing.
 
     Args:
       known: the names that transformers declares or reads; None: that is not
         recorded, and any may matter.
 
     Raises:
-      RequestError: for a known field that was not asked for and may matter.
+      RequestError: for a known field that was not read and may matter.
     """
     unread = []
     refused = []
@@ -186,9 +198,8 @@ class Reader:
     return name
 
 
-# The types that a default stands for: (its type, in words, the test).
 LARGEST_INTEGER = 2**31 - 1  # what an index of 32 bits counts
-# The tests of a value by the type of its default, and what each is in words.
+# What a field must be by the type of its default, in words, and the test of it.
 CHECK_OF_TYPE: dict[type, tuple[str, Callable[[Any], bool]]] = {
     bool: ('true or false', lambda value: isinstance(value, bool)),
     int: (f'an integer from 0 to {LARGEST_INTEGER}',
@@ -201,46 +212,59 @@ CHECK_OF_TYPE: dict[type, tuple[str, Callable[[Any], bool]]] = {
 
 
 def _check_type(what: str, value: Any, default: Any) -> Any:
-  """Returns a value of the type of `default`, or raises RequestError, whose
-  sentence begins with `what`."""
-  kind = type(default)
-  words, test = CHECK_OF_TYPE[kind]
-  if not test(value):
+  """Returns the value of a field, as a float where its default is one.
+
+  Args:
+    what: the field in words, with which a message begins.
+    value: the value of the field.
+    default: transformers' default, whose type the value must have; where it is
+      a size above 0, so must be the value.
+
+  Raises:
+    RequestError: for a value of another type, or 0 for a size.
+  """
+  expected_type = type(default)
+  words, is_valid = CHECK_OF_TYPE[expected_type]
+  if not is_valid(value):
     raise RequestError(f'{what} {short(value)}: it must be {words}')
-  if kind is int and default and not value:
+  if expected_type is int and default and not value:
     raise RequestError(f'{what} {short(value)}: it must be 1 or more')
-  if kind is float:
+  if expected_type is float:
     return float(value)
   return value
 
 
 def model_of_config_json(tree: dict[str, Any],
-                         files: Collection[str] | None = None
-         ) -> ModelConfig:
-  """Returns the model that a config.json describes; see `fields_and_notes`."""
-  return architectures.resolve(read_fields_and_notes(tree, files)[0])
+                         files: Collection[str] | None = None) -> ModelConfig:
+  """Returns the config of the model that a config.json describes; its arguments
+  and errors are those of `read_fields_and_notes`."""
+  model, _ = read_fields_and_notes(tree, files)
+  return architectures.resolve(model)
 
 
 def read_fields_and_notes(tree: dict[str, Any],
                           files: Collection[str] | None = None
-                     ) -> tuple[ml_collections.ConfigDict, list[str]]:
-  """Returns config.model as a config.json has it, and a sentence for each thing
-  that the file says and an import does not do.
+                          ) -> tuple[ml_collections.ConfigDict, list[str]]:
+  """Reads a config.json of Hugging Face.
 
   Args:
     tree: the config.json.
     files: the names of the tensors beside it, which tell some things that it
       does not; None: they are not known.
 
+  Returns:
+    The fields of config.model, and a sentence for each thing that the file says
+    and an import does not do.
+
   Raises:
-    RequestError: naming what it has that no page honours.
+    RequestError: naming what it has that is not known here.
   """
   reader = Reader(tree)
   _refuse_quantised(reader)
   model = read_model_fields(reader)
   page = architectures.hugging_face(model.arch)
+  # Old files say so of a decoder, whose page does not ask for it.
   if 'is_encoder_decoder' not in reader.names_read:
-    # as old files say of a decoder
     reader.require_values(is_encoder_decoder=False)
 
   # The fields that nobody read.
@@ -250,13 +274,14 @@ def read_fields_and_notes(tree: dict[str, Any],
         f'config.json has {", ".join(unread)}, {NOTE_OF_UNREAD_FIELDS} in a '
         f'{reader.model_type}: what the model computes does not depend on it')
 
+  # The names of the tensors tell the rest.
   if files is not None:
     model.update(page.read_tensor_names(files))
   _check_model(architectures.resolve(model))
   return model, reader.notes
 
 
-# in the note of such fields
+# In the note of fields that nobody reads.
 NOTE_OF_UNREAD_FIELDS = 'which transformers does not read'
 
 
@@ -288,7 +313,8 @@ UNPACKING_CLASS_OF_METHOD = {'fp8': 'FineGrainedFP8Config',
 
 
 def _refuse_quantised(reader: Reader) -> None:
-  """Raises RequestError for weights that a quantisation has packed."""
+  """Raises RequestError for a config.json whose weights a quantisation has
+  packed, saying how to unpack them."""
   for name in ('quantization_config', 'compression_config'):
     packed = reader(name, {})
     if not packed:
@@ -309,7 +335,8 @@ def _refuse_quantised(reader: Reader) -> None:
 
 
 def read_model_fields(reader: Reader) -> ml_collections.ConfigDict:
-  """Returns config.model as the page of its model_type reads a config.json."""
+  """Returns the fields of config.model by a config.json, as the page (the
+  module of the system) of its model_type reads it."""
   arch = reader.read_choice('model_type', '',
                             architectures.arch_of_model_type())
   page = architectures.hugging_face(arch)
@@ -318,37 +345,43 @@ def read_model_fields(reader: Reader) -> ml_collections.ConfigDict:
   reader.ignore_fields(*page.unread)
   fields |= _read_head(reader, page)
 
-  # The parts of the system, its fields, and what the page reads by itself.
+  # The defaults, what the system always has, what the table has read, and what
+  # the page reads in its own way; a later one goes before an earlier one.
   model = ml_collections.ConfigDict(flat.default_tree())
   model.update(architectures.system(arch).PARTS, arch=arch)
   model.update_from_flattened_dict(fields)
-  read = page.read(reader, fields)
-  if 'kinds' in read:
+  fields_of_page = page.read(reader, fields)
+  if 'kinds' in fields_of_page:
     model.kinds = {}
-  model.update(read)
+  model.update(fields_of_page)
 
-  # Biases, of which a page need not ask.
-  for name, ours in hf.BIAS_FIELDS.items():
-    if name not in reader.names_read:
-      reader.require_values(**{name: model[ours]})
+  # A page need not read the fields of biases: they must say what it has.
+  for hf_name, our_name in hf.BIAS_FIELDS.items():
+    if hf_name not in reader.names_read:
+      reader.require_values(**{hf_name: model[our_name]})
   return model
 
 
 def _read_table(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
-  """Returns the fields of config.model that the page's table `fields` has."""
+  """Returns the fields of config.model that a page reads by its table
+  (HuggingFace.fields).
+
+  An entry of the table is our field: (their field, its default), or with our
+  value by each of their words as a third item. 'a|b' are two names for a field.
+  """
   fields: dict[str, Any] = {}
-  for ours, (names, default, *choices) in page.fields.items():
-    # A default may follow from the fields before it; of several names the first
-    # one that is there counts.
+  for our_name, (hf_names, default, *choices) in page.fields.items():
+    # A default may follow from the fields that were read before.
     value = default
     if callable(default):
       value = default(fields)
-    for name in reversed(names.split('|')):
+    # Of several names, the first one that is there counts.
+    for hf_name in reversed(hf_names.split('|')):
       if choices:
-        value = reader.read_choice(name, value, choices[0])
+        value = reader.read_choice(hf_name, value, choices[0])
       else:
-        value = reader(name, value)
-    fields[ours] = value
+        value = reader(hf_name, value)
+    fields[our_name] = value
   return fields
 
 
@@ -357,16 +390,17 @@ CLASSIFICATION = 'single_label_classification'
 
 
 def _read_head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
-  """Returns the fields of the model that say which head it has."""
-  named = reader.read_list('architectures')
+  """Returns the fields of the model that say which head it has: which class of
+  transformers the config.json names, and how many labels that scores."""
+  class_names = reader.read_list('architectures')
   head = 'lm'
-  for name, row in page.heads.items():
-    if row.architecture in named:
+  for name, task_head in page.heads.items():
+    if task_head.architecture in class_names:
       head = name
       break
   if 'num_labels' not in heads.HEADS[head].fields:
     return dict(head=head)
-  # One of the labels is right; other problems are refused.
+  # A sequence has one label, or a number; other problems are refused.
   if head == 'sequence':
     reader.read_choice('problem_type', CLASSIFICATION, {
         REGRESSION: REGRESSION, CLASSIFICATION: CLASSIFICATION})
@@ -378,8 +412,8 @@ def _read_head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
 
 
 def read_labels(tree: Mapping[str, Any]) -> tuple[str, ...]:
-  """Returns what the outputs of the head of a config.json stand for, in their
-  order; none where it does not say.
+  """Returns the names of the labels that the head of a model scores, in their
+  order, by id2label of a config.json; none where it does not say.
 
   Raises:
     RequestError: for a table that is none of names by number.
@@ -397,7 +431,8 @@ def read_labels(tree: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _is_numbered(table: Any) -> bool:
-  """Whether a value of a JSON file is a table of distinct names by 0, 1, ..."""
+  """Whether a value of a JSON file is an object of distinct names by the keys
+  '0', '1', ..."""
   if not isinstance(table, dict):
     return False
   numbers = {str(i) for i in range(len(table))}
@@ -421,14 +456,14 @@ def default_labels(count: int) -> tuple[str, ...]:
 
 def config_json_of_model(config: ModelConfig,
                          labels: Sequence[str] = ()) -> dict[str, Any]:
-  """Returns the config.json of `config`, which `read` reads back as it was.
+  """Returns the config.json of a model, from which the same config is read.
 
   Args:
     config: the config of the model.
     labels: what the outputs of the head of a task stand for; none: LABEL_0, ...
 
   Raises:
-    ValueError: naming a field that a config.json cannot say.
+    RequestError: naming a field that a config.json cannot say.
   """
   page = architectures.hugging_face(config.arch)
   _check_model(config)
@@ -447,21 +482,24 @@ def config_json_of_model(config: ModelConfig,
 
 
 def _write_table(config: ModelConfig, page: hf.HuggingFace) -> dict[str, Any]:
-  """Returns the fields of config.json that the page's table `fields` has."""
+  """Returns the fields of the config.json of a model that its page writes by
+  its table (HuggingFace.fields): our field, their field, and their words."""
   tree = {}
-  for ours, (names, _, *choices) in page.fields.items():
-    group = ours.rpartition('.')[0]
+  for our_name, (hf_names, _, *choices) in page.fields.items():
+    group = our_name.rpartition('.')[0]
     if group and config.find(flat.GROUPS[group]) is None:
       continue  # No layer reads it, so the default of its readers does.
-    value = flat.get_field(config, ours)
+    value = flat.get_field(config, our_name)
     if choices:
-      value = hf.find_hf_word(choices[0], value, ours)
-    tree[names.split('|')[-1]] = value
+      value = hf.find_hf_word(choices[0], value, field=our_name)
+    last_name = hf_names.split('|')[-1]
+    tree[last_name] = value
   return tree
 
 
 def _write_head(config: ModelConfig, labels: Sequence[str]) -> dict[str, Any]:
-  """Returns what a config.json says of the head of a task."""
+  """Returns the fields of the config.json of a model for the head of a task:
+  its dropout, its labels, and whether they are classes or a number."""
   if config.head == 'lm':
     return {}
   fields: dict[str, Any] = dict(classifier_dropout=config.head_dropout)
@@ -480,8 +518,13 @@ def _write_head(config: ModelConfig, labels: Sequence[str]) -> dict[str, Any]:
 
 def check_same_function(ours: ModelConfig, theirs: ModelConfig,
                         why: str) -> None:
-  """Raises ValueError naming a field in which two models differ, or that they
-  drop other tokens when they are evaluated."""
+  """Raises RequestError where two models compute different functions.
+
+  Args:
+    ours: the config of one model.
+    theirs: the config of the other.
+    why: the end of the message, which says why they should be the same.
+  """
   lines = [*describe_differences(ours, theirs).values()]
   if _capacity_in_evaluation(ours) != _capacity_in_evaluation(theirs):
     lines.append('model.moe.eval_capacity_factor and model.moe.group_size drop '
@@ -491,15 +534,16 @@ def check_same_function(ours: ModelConfig, theirs: ModelConfig,
 
 
 def _capacity_in_evaluation(config: ModelConfig) -> tuple | None:
-  """Returns how many tokens of how many an expert takes in evaluation, or which
-  share of a batch; None: all that choose it."""
+  """Returns what decides which tokens an expert drops in evaluation: the size
+  of a group and how many tokens of it an expert takes, or 0 and the share that
+  it takes of a batch. None: it drops none."""
   moe = config.find(MoEConfig)
   if moe is None or not config.has_experts:
     return None
   share = moe.eval_capacity_factor * moe.top_k / moe.num_experts
   if not 0 < share < 1:
     return None
-  # Without groups, a whole batch shares the room.
+  # Without groups, the capacity is that of a whole batch.
   if not moe.group_size:
     return 0, round(share, 6)
   return moe.group_size, routing.capacity(
@@ -575,8 +619,8 @@ def _config_of_kind(config: ModelConfig, name: str) -> ModelConfig:
 
 
 def fields_of_function(config: ModelConfig) -> dict[str, Any]:
-  """Returns the fields that tell what is computed, by dotted name, of a model
-  whose layers are all alike."""
+  """Returns the fields, by dotted name, that decide what a model computes whose
+  layers are all alike: all but those of how it is trained or run."""
   unused = {*flat.fields_that_are_unread(config),
             *blocks.mixer_of_layers(config).sources}
   fields = {}
@@ -591,7 +635,7 @@ def fields_of_function(config: ModelConfig) -> dict[str, Any]:
 
 
 def load_config_json(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns the config.json of `folder` as a dict."""
+  """Returns the content of the config.json in a Hugging Face folder."""
   hub.check_exists(folder)
   path = folder / 'config.json'
   require(not storage.has_config(folder), f'{folder} is the folder of a run, '

@@ -105,7 +105,11 @@ def _open_safetensors(file: pathlib.Path) -> Any:
 
 
 def _open_bin(file: pathlib.Path) -> dict[str, np.ndarray]:
-  """Returns the tensors of a pickle of PyTorch's."""
+  """Returns the tensors that a pickle of PyTorch's holds, by name, as arrays.
+
+  Raises:
+    RequestError: where PyTorch is missing, or the file holds anything else.
+  """
   try:
     import torch
   except ImportError as error:
@@ -132,7 +136,7 @@ def _open_bin(file: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _as_numpy(tensor: Any) -> np.ndarray:
-  """Returns a tensor of PyTorch's as an array with the same memory."""
+  """Returns a tensor of PyTorch's as an array in the same memory."""
   import ml_dtypes
   import torch
   if tensor.dtype == torch.bfloat16:
@@ -141,7 +145,12 @@ def _as_numpy(tensor: Any) -> np.ndarray:
 
 
 def _open_files(path: pathlib.Path) -> list[tuple[pathlib.Path, Any]]:
-  """Returns each file and the names in it; None: ask the file."""
+  """Returns the weight files at a path, each with the names of its tensors, or
+  None where only the file itself tells them.
+
+  Args:
+    path: a folder, or one .safetensors or .bin file.
+  """
   if path.is_file():
     require(path.suffix in ('.safetensors', '.bin'),
             f'{path} is neither .safetensors nor .bin')
@@ -158,23 +167,24 @@ def _open_files(path: pathlib.Path) -> list[tuple[pathlib.Path, Any]]:
                      'either of them with .index.json')
 
 
-def _files_of_index(index: pathlib.Path) -> list[tuple[pathlib.Path,
-                                                       list[str]]]:
-  """Returns each file of an index and the names in it."""
+def _files_of_index(index: pathlib.Path
+                    ) -> list[tuple[pathlib.Path, list[str]]]:
+  """Returns the weight files that an index of tensors names, each with the
+  names of its tensors."""
   tree = read_json_object(index)
   weight_map = tree.get('weight_map')
   if not isinstance(weight_map, dict):
     raise RequestError(f"{index} is damaged: it has no 'weight_map'")
-  by_file: dict[pathlib.Path, list[str]] = {}
+  names_of_file: dict[pathlib.Path, list[str]] = {}
   for name, file in weight_map.items():
     # The index comes with the weights, and must not lead elsewhere.
     if not isinstance(file, str) or pathlib.PurePath(file).name != file:
       raise RequestError(
           f'{index} names the file {file!r}: it must lie in that folder')
-    by_file.setdefault(index.parent / file, []).append(name)
-  for file in by_file:
+    names_of_file.setdefault(index.parent / file, []).append(name)
+  for file in names_of_file:
     require(file.is_file(), f'{file} is missing, though the index names it')
-  return [*by_file.items()]
+  return [*names_of_file.items()]
 
 
 def read_json_object(path: pathlib.Path) -> dict:
@@ -186,68 +196,74 @@ def read_json_object(path: pathlib.Path) -> dict:
   return storage.read_json(path)
 
 
-def split_into_files(
-    sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
-  """Returns the files for tensors, and the names in each.
+def split_into_files(sizes: Mapping[str, int], shard_bytes: int
+                     ) -> dict[str, list[str]]:
+  """Splits tensors into files of a limited size; returns the names of the
+  tensors in each file, by the name that transformers gives the file.
 
   Args:
     sizes: the bytes of each tensor.
     shard_bytes: no file is larger, unless one tensor is.
   """
-  parts: list[list[str]] = [[]]
-  used = 0
+  # The tensors of each file, in their order.
+  groups: list[list[str]] = [[]]
+  bytes_of_group = 0
   for name, size in sizes.items():
-    if parts[-1] and used + size > shard_bytes:
-      parts.append([])
-      used = 0
-    parts[-1].append(name)
-    used += size
-  # The names are those that transformers gives.
-  if len(parts) == 1:
-    return {SAFE: parts[0]}
+    if groups[-1] and bytes_of_group + size > shard_bytes:
+      groups.append([])
+      bytes_of_group = 0
+    groups[-1].append(name)
+    bytes_of_group += size
+
+  # The names of the files.
+  if len(groups) == 1:
+    return {SAFE: groups[0]}
   stem, suffix = SAFE.split('.')
   files = {}
-  for i, names in enumerate(parts, 1):
-    files[f'{stem}-{i:05d}-of-{len(parts):05d}.{suffix}'] = names
+  for i, names in enumerate(groups, 1):
+    files[f'{stem}-{i:05d}-of-{len(groups):05d}.{suffix}'] = names
   return files
 
 
 def write_files(folder: pathlib.Path, files: Mapping[str, list[str]],
                 make: Callable[[str], np.ndarray]) -> None:
-  """Writes safetensors, of which memory holds one file at a time.
+  """Writes tensors into safetensors files, with an index if there are several.
+  Memory holds one file at a time.
 
   Args:
     folder: where to.
-    files: the names in each, as `shards` returns them.
-    make: the name -> the tensor.
+    files: the names of the tensors in each file, as `split_into_files` returns
+      them.
+    make: a function that returns the tensor of a name.
   """
   from safetensors.numpy import save_file
-  total = 0
-  index = {}
+  total_bytes = 0
+  file_of_tensor = {}
   for file, names in files.items():
     tensors = {name: np.asarray(make(name), order='C') for name in names}
-    total += sum(x.nbytes for x in tensors.values())
+    total_bytes += sum(x.nbytes for x in tensors.values())
     save_file(tensors, folder / file, metadata={'format': 'pt'})
-    index |= dict.fromkeys(names, file)
+    file_of_tensor |= dict.fromkeys(names, file)
   # The index says in which file each tensor is.
   if len(files) > 1:
-    tree = dict(metadata=dict(total_size=total), weight_map=index)
+    tree = dict(metadata=dict(total_size=total_bytes),
+                weight_map=file_of_tensor)
     text = json.dumps(tree, indent=2, sort_keys=True)
     (folder / INDEX).write_text(text + '\n')
 
 
 # Patterns of the files that transformers may take for the weights of a model,
 # or for how it is to be loaded.
-LOADED_BY_TRANSFORMERS = ('*.safetensors', '*.safetensors.index.json',
-                          'pytorch_model*.bin',
-                          'pytorch_model*.bin.index.json', 'adapter_*',
-                          'tf_model*.h5',
-                          'flax_model*.msgpack', 'generation_config.json')
+LOADED_BY_TRANSFORMERS = (
+    '*.safetensors', '*.safetensors.index.json', 'pytorch_model*.bin',
+    'pytorch_model*.bin.index.json', 'adapter_*', 'tf_model*.h5',
+    'flax_model*.msgpack', 'generation_config.json')
 
 
 def refuse_files_left(folder: pathlib.Path, written: Collection[str],
                       patterns: Iterable[str] = LOADED_BY_TRANSFORMERS) -> None:
-  """Raises RequestError for files that would stay beside what is written.
+  """Raises RequestError for files in a folder that would stay beside those that
+  are written, and might be loaded with them.
 
   Args:
     folder: where to; it need not be there.

@@ -41,7 +41,8 @@ class Generation(NamedTuple):
 
 
 def read_generation(folder: pathlib.Path) -> Generation:
-  """Returns what a Hugging Face folder says.
+  """Returns the special tokens and the options of generation that a Hugging
+  Face folder holds.
 
   Raises:
     RequestError: if one of its files is no JSON object.
@@ -61,29 +62,30 @@ def read_generation(folder: pathlib.Path) -> Generation:
 def generation_of_run(config: ml_collections.ConfigDict, model: ModelConfig,
                       tokenizer: Any
            ) -> Generation:
-  """Returns what a run of our own says, by the tokenizer that it reads.
+  """Returns the special tokens and the options of generation of a run of our
+  own, by the tokenizer that it reads.
 
   In config.json stand the tokenizer's own ids. Text begins after
   generation_config.json's bos_token_id: that is the id with which every
   sequence of the run begins, the one between documents.
   """
-  special = tokenizer.special_ids
+  special_ids = tokenizer.special_ids
   options = None
   ids: dict[str, Any] = {}
-  for name in ('bos', 'eos', 'pad'):
-    ids[f'{name}_token_id'] = special.get(name)
+  for role in ('bos', 'eos', 'pad'):
+    ids[f'{role}_token_id'] = special_ids.get(role)
   # A model that writes ends and begins its texts as in training.
   if objectives.find_objective(config).writes:
     end, *more = objectives.find_objective(config).ends(config, tokenizer)
     ids['eos_token_id'] = [end, *more] if more else end
-    if special.get('bos') is None:
+    if special_ids.get('bos') is None:
       ids['bos_token_id'] = end
     if architectures.stack(model) == 'encoder-decoder':
       ids['decoder_start_token_id'] = seq2seq.start_id(config, tokenizer)
     options = {name: value for name, value in ids.items() if value is not None}
     options['bos_token_id'] = end
 
-  # Some ids are written by the architecture's own page.
+  # Some ids are written by the page of the system, whatever the tokenizer says.
   fixed = architectures.hugging_face(model.arch).fixed
   fields = {name: value for name, value in ids.items() if name not in fixed}
   return Generation(fields=fields, options=options)
@@ -91,12 +93,14 @@ def generation_of_run(config: ml_collections.ConfigDict, model: ModelConfig,
 
 def save_generation(workdir: epath.Path, generation: Generation | None,
                     trained: bool = False) -> None:
-  """Writes what the folder says from which a new workdir's parameters come.
+  """Writes into a new workdir how the model writes whose parameters it begins
+  with.
 
   Args:
     workdir: the new workdir.
-    generation: what the folder says; None: they come from no folder.
-    trained: whether they were trained in the run that they are of.
+    generation: what the folder of the parameters says; None: they come from no
+      folder.
+    trained: whether they were trained in the run that they come from.
   """
   tree: dict[str, Any] = dict(trained=trained)
   if generation is not None:
@@ -114,15 +118,17 @@ def is_published(workdir: epath.Path, step: int) -> bool:
 
 
 def load_if_published(workdir: epath.Path, step: int) -> Generation | None:
-  """Returns what the folder says from which the parameters at a step come; None
-  for those that were trained here, where the separator begins a text."""
+  """Returns how the parameters at a step write by the folder from which they
+  come; None for those that were trained here, where the separator of documents
+  begins a text."""
   if not is_published(workdir, step):
     return None
   return load_generation(workdir)
 
 
 def load_generation(workdir: epath.Path) -> Generation | None:
-  """Returns what the folder said; None in the workdir of any other run."""
+  """Returns how the imported model of a workdir writes, by its folder; None in
+  the workdir of any other run."""
   tree = _read_file(workdir)
   if 'fields' not in tree:
     return None
@@ -130,7 +136,8 @@ def load_generation(workdir: epath.Path) -> Generation | None:
 
 
 def _read_file(workdir: epath.Path) -> dict[str, Any]:
-  """Returns what `keep` wrote; {}: nothing."""
+  """Returns the content of the file that `save_generation` writes; {} if there
+  is none."""
   path = storage.checked_path(workdir) / FILE_IN_WORKDIR
   if not path.exists():
     return {}
@@ -141,23 +148,28 @@ def _read_file(workdir: epath.Path) -> dict[str, Any]:
 
 
 def continue_texts(tokenizer: tokenizers.Tokenizer,
-                   generation: Generation | None
-          ) -> Talk:
-  """Returns how an imported model goes on from a text: after its folder's bos
-  and up to its eos; where the folder names none, the separator."""
-  named = special_token_ids(generation)
-  begins = named.get('bos_token_id', [])
-  usual = causal.talk_by_continuing(tokenizer, begins[0] if begins else None)
-  ends = frozenset(named.get('eos_token_id', ()))
-  return usual._replace(ends=ends or usual.ends)
+                   generation: Generation | None) -> Talk:
+  """Returns how an imported model continues a text: after its folder's token
+  bos and up to its eos; where the folder names none, after and up to the
+  separator of documents.
+
+  Args:
+    tokenizer: the tokenizer of the model.
+    generation: what the folder says; None: there is no folder.
+  """
+  token_ids = special_token_ids(generation)
+  bos_ids = token_ids.get('bos_token_id', [])
+  bos_id = bos_ids[0] if bos_ids else None
+  talk = causal.talk_by_continuing(tokenizer, bos_id)
+  eos_ids = frozenset(token_ids.get('eos_token_id', ()))
+  return talk._replace(ends=eos_ids or talk.ends)
 
 
 def encode_prompts(texts: Sequence[str], config: ml_collections.ConfigDict,
                    tokenizer: tokenizers.Tokenizer,
                    generation: Generation | None
-          ) -> tuple[Prompts, tuple[int, ...]]:
-  """Returns texts as a model that writes is shown them, and the ids with which
-  it ends its own.
+                   ) -> tuple[Prompts, tuple[int, ...]]:
+  """Encodes texts for a model that is to write on from them.
 
   Args:
     texts: one or more texts.
@@ -165,15 +177,20 @@ def encode_prompts(texts: Sequence[str], config: ml_collections.ConfigDict,
     tokenizer: the tokenizer of the model.
     generation: what the folder says from which the weights come; None: they
       come from no folder.
+
+  Returns:
+    The prompts, and the ids of the tokens with which the model ends its text.
   """
   objective = objectives.find_objective(config)
   # Published weights go on from a text as their own folder says.
-  from_folder = generation is not None and objective.talks
-  if from_folder and objective.talk(config, tokenizer).plain:
+  is_from_folder = generation is not None and objective.talks
+  if is_from_folder and objective.talk(config, tokenizer).plain:
     talk = continue_texts(tokenizer, generation)
     rows = [talk.encode([dict(role='user', content=text)]) for text in texts]
     tokens, lengths = pad_prompts(rows)
     return Prompts(tokens=tokens, lengths=lengths), tuple(sorted(talk.ends))
+
+  # Others as their training shows texts to them.
   prompts = objective.prompt(texts, config, tokenizer)
   check_model_has_ids(prompts.tokens, config=config, tokenizer=tokenizer,
                       what='the prompt')
@@ -181,13 +198,14 @@ def encode_prompts(texts: Sequence[str], config: ml_collections.ConfigDict,
 
 
 def special_token_ids(generation: Generation | None) -> dict[str, list[int]]:
-  """Returns the ids of special tokens that a folder names; the file of
-  generation counts more than config.json, as for transformers."""
+  """Returns the ids of the special tokens that a folder names, such as
+  {'eos_token_id': [2]}. generation_config.json goes before config.json, as for
+  transformers."""
   if generation is None:
     return {}
   options = generation.options or {}
-  named = {}
+  token_ids = {}
   for name, value in (generation.fields | options).items():
     if name.endswith('_token_id') and value is not None:
-      named[name] = value if isinstance(value, list) else [value]
-  return named
+      token_ids[name] = value if isinstance(value, list) else [value]
+  return token_ids

@@ -30,15 +30,16 @@ from training.workdir import checkpoints, storage
 
 CONFIG = 'adapter_config.json'
 WEIGHTS = 'adapter_model.safetensors'
-PREFIX = 'base_model.model.'
+PREFIX = 'base_model.model.'  # What the names of PEFT's tensors begin with.
+# PEFT's task_type by the stack of a model.
 TASK_OF_STACK = {'decoder': 'CAUSAL_LM', 'encoder-decoder': 'SEQ_2_SEQ_LM'}
 # Fields of adapter_config.json, each with the only value of our adapters.
 # A use_rslora of True is read, too.
-KNOWN_VALUES = dict(peft_type='LORA', bias='none', use_dora=False,
-                    use_rslora=False,
-                    rank_pattern={}, alpha_pattern={}, modules_to_save=None,
-                    layer_replication=None, trainable_token_indices=None,
-                    target_parameters=None, lora_bias=False)
+KNOWN_VALUES = dict(
+    peft_type='LORA', bias='none', use_dora=False, use_rslora=False,
+    rank_pattern={}, alpha_pattern={}, modules_to_save=None,
+    layer_replication=None, trainable_token_indices=None,
+    target_parameters=None, lora_bias=False)
 # Numbers that adapter_config.json must have: a value of their type, and bounds.
 DEFAULT_AND_BOUNDS = {'r': (1, (('>=', 1), ('<=', 2**16))),
                       'lora_alpha': (1.0, (('>', 0), ('<=', 1e9))),
@@ -49,56 +50,72 @@ KNOWN_INITIALISATIONS = (True, False, None, 'gaussian', 'eva', 'orthogonal',
 
 
 def rows_of_adapters(config: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
-  """Yields the row of each A and B of the model (architectures/parts/hf), and
-  whether the weight of the module lies as [inputs, outputs].
+  """Yields the rows of the matrices A and B of a model's low-rank adapters, as
+  PEFT names their tensors (architectures/parts/hf says what a row is).
+
+  Args:
+    config: the model with adapters.
+
+  Yields:
+    A row, and whether the weight that it adapts lies in transformers as
+    [inputs, outputs].
 
   Raises:
     RequestError: for a product that transformers has together with others.
   """
   page = architectures.hugging_face(config.arch)
-  for ours, axes, theirs, their_axes in page.rows(config):
-    names = ours.rpartition('/')[2].split('|')
+  for our_path, our_axes, hf_name, hf_axes in page.rows(config):
+    # Matrices with an adapter, but for those of experts.
+    names = our_path.rpartition('/')[2].split('|')
     has_adapter = any(layers.has_adapter(config, name) for name in names)
-    if 'E' in axes or not has_adapter:
+    if 'E' in our_axes or not has_adapter:
       continue
     require(len(names) == 1, f'model.lora.targets is {config.lora.targets!r}: '
             f'transformers has {", ".join(names)} of model.arch '
             f'{config.arch!r} in one tensor, of which PEFT has no such '
             'adapter. Export the merged model instead')
-    into, out = their_axes.split()
-    lies_so = axes == into + out
-    if not lies_so:
-      into, out = out, into
-    module = PREFIX + theirs.removesuffix('.weight').replace(*page.module, 1)
+
+    # torch.nn.Linear has a weight as [outputs, inputs], GPT-2 the other way.
+    input_axes, output_axes = hf_axes.split()
+    has_inputs_first = our_axes == input_axes + output_axes
+    if not has_inputs_first:
+      input_axes, output_axes = output_axes, input_axes
+    hf_module = hf_name.removesuffix('.weight').replace(*page.module, 1)
     # Z is the rank.
-    yield ((ours + layers.SUFFIX_OF_LORA_A, f'{into}Z',
-            f'{module}.lora_A.weight', f'Z {into}'), lies_so)
-    yield ((ours + layers.SUFFIX_OF_LORA_B, f'Z{out}',
-            f'{module}.lora_B.weight', f'{out} Z'), lies_so)
+    row_of_a = (our_path + layers.SUFFIX_OF_LORA_A, f'{input_axes}Z',
+                f'{PREFIX}{hf_module}.lora_A.weight', f'Z {input_axes}')
+    row_of_b = (our_path + layers.SUFFIX_OF_LORA_B, f'Z{output_axes}',
+                f'{PREFIX}{hf_module}.lora_B.weight', f'{output_axes} Z')
+    yield row_of_a, has_inputs_first
+    yield row_of_b, has_inputs_first
 
 
-def tensors_of_adapters(config: ModelConfig,
-                        params: Any) -> list[tensor_map.Tensor]:
-  """Returns each A and B of a model. Its other parameters, or their shapes,
-  tell which layer of theirs is which: not all have an adapter."""
+def tensors_of_adapters(config: ModelConfig, params: Any
+                        ) -> list[tensor_map.Tensor]:
+  """Returns the tensors in a folder of PEFT's for the matrices A and B of a
+  model's adapters.
+
+  Args:
+    config: the model with adapters.
+    params: all of its parameters, or their shapes: they tell how many layers
+      there are, of which some may have no adapter.
+  """
   page = architectures.hugging_face(config.arch)
   shapes = {path: x.shape for path, x in paths.flatten_by_path(params).items()}
-  every_row = [*page.rows(config)]
-  for row, _ in rows_of_adapters(config):
-    every_row.append(row)
-
   # The rows of the model are needed only to count its layers.
+  all_rows = [*page.rows(config)]
+  for row, _ in rows_of_adapters(config):
+    all_rows.append(row)
   adapters = []
-  for tensor in tensor_map.map_tensors(every_row, shapes):
+  for tensor in tensor_map.map_tensors(all_rows, shapes):
     if weights.is_adapter(tensor.paths[0]):
       adapters.append(tensor)
   return adapters
 
 
 def write_adapters(config: ModelConfig, params: Any, folder: pathlib.Path,
-                   base: str,
-                   dtype: str = '') -> int:
-  """Writes the adapters among `params`; returns how many numbers they have.
+                   base: str, dtype: str = '') -> int:
+  """Writes the low-rank adapters of a model into a folder, in PEFT's format.
 
   Args:
     config: the model.
@@ -107,6 +124,9 @@ def write_adapters(config: ModelConfig, params: Any, folder: pathlib.Path,
     base: the name or the folder of the model that they adapt.
     dtype: the type of the tensors written; '': that of each parameter.
 
+  Returns:
+    How many numbers the adapters have.
+
   Raises:
     RequestError: for a model without adapters, with the head of a task, or
       whose adapters PEFT does not have; and for a folder that holds a run.
@@ -114,12 +134,11 @@ def write_adapters(config: ModelConfig, params: Any, folder: pathlib.Path,
   from safetensors.numpy import save_file
   storage.refuse_folder_of_run(folder, 'the folder')
   require(config.lora.rank,
-          'this run has no low-rank adapters: its model.lora.rank '
-          'is 0')
+          'this run has no low-rank adapters: its model.lora.rank is 0')
   require(config.head == 'lm',
-          f'model.head is {config.head!r}: the adapters alone would '
-          'leave out the head, which was trained with them. Export the merged '
-          'model instead')
+          f'model.head is {config.head!r}: the adapters alone would leave out '
+          'the head, which was trained with them. Export the merged model '
+          'instead')
 
   # The tensors.
   flat = {}
@@ -130,9 +149,9 @@ def write_adapters(config: ModelConfig, params: Any, folder: pathlib.Path,
   for tensor in tensors_of_adapters(config, params):
     path = tensor.paths[0]
     x = tensor.join_parameters([flat[path][tensor.index]])
-    kind = np.dtype(dtype or x.dtype)
-    weights.check_values_fit(path, x, kind)
-    written[tensor.name] = x.astype(kind, copy=False)
+    tensor_dtype = np.dtype(dtype or x.dtype)
+    weights.check_values_fit(path, x, tensor_dtype)
+    written[tensor.name] = x.astype(tensor_dtype, copy=False)
   hf_files.refuse_files_left(folder, (CONFIG, WEIGHTS))
   folder.mkdir(parents=True, exist_ok=True)
   save_file(written, folder / WEIGHTS, metadata={'format': 'pt'})
@@ -145,27 +164,31 @@ def write_adapters(config: ModelConfig, params: Any, folder: pathlib.Path,
   alpha = config.lora.alpha
   if alpha == int(alpha):
     alpha = int(alpha)
-  lies_transposed = any(lies_so for _, lies_so in rows_of_adapters(config))
+  has_inputs_first = any(
+      inputs_first for _, inputs_first in rows_of_adapters(config))
   stack = architectures.stack(config)
   tree = KNOWN_VALUES | dict(
       r=config.lora.rank, lora_alpha=alpha, lora_dropout=config.lora.dropout,
       base_model_name_or_path=base.removeprefix(hub.HUB_PREFIX),
       task_type=TASK_OF_STACK.get(stack), inference_mode=True,
-      target_modules=sorted(modules), fan_in_fan_out=lies_transposed)
+      target_modules=sorted(modules), fan_in_fan_out=has_inputs_first)
   storage.write_json(folder / CONFIG, tree)
   return sum(x.size for x in flat.values())
 
 
-def read_adapters(config: ModelConfig,
-                  folder: pathlib.Path) -> tuple[ModelConfig, Any]:
-  """Returns the model with the adapters of a folder, and these.
+def read_adapters(config: ModelConfig, folder: pathlib.Path
+                  ) -> tuple[ModelConfig, Any]:
+  """Reads the low-rank adapters that PEFT has written into a folder.
 
   Args:
     config: the model that they adapt.
-    folder: the folder that PEFT has written.
+    folder: the folder.
+
+  Returns:
+    The config of the model with these adapters, and their parameters.
 
   Raises:
-    RequestError: naming what the folder has that ours are not.
+    RequestError: naming what the folder has and our adapters have not.
   """
   tree = _read_description(folder / CONFIG)
   source = hf_files.Files(folder / WEIGHTS)
@@ -174,9 +197,9 @@ def read_adapters(config: ModelConfig,
   shapes = parameter_shapes(architectures.build(config))
 
   # Each adapter is there, and there is no other.
-  wanted = tensors_of_adapters(config, shapes)
-  ours = {tensor.name for tensor in wanted}
-  for name in sorted(ours ^ set(source)):
+  tensors = tensors_of_adapters(config, shapes)
+  names_in_model = {tensor.name for tensor in tensors}
+  for name in sorted(names_in_model ^ set(source)):
     require(name not in source, f'{folder / WEIGHTS} has {name}, which is no '
             'adapter of a product of this model')
     require(name in source, f'{folder / WEIGHTS} has no {name}, though it has '
@@ -189,34 +212,36 @@ def read_adapters(config: ModelConfig,
   for path, x in paths.flatten_by_path(shapes).items():
     if weights.is_adapter(path):
       flat[path] = np.zeros(x.shape, np.float32)
-  for tensor in wanted:
-    wrong = names.wrong(tensor)
-    require(not wrong, f'{folder / WEIGHTS}: {wrong}')
+  for tensor in tensors:
+    fault = names.find_fault(tensor)
+    require(not fault, f'{folder / WEIGHTS}: {fault}')
     x = source[tensor.name]
     weights.check_values_fit(tensor.name, x, np.dtype(config.param_dtype))
-    whole = {axis: (0, tensor.sizes[axis]) for axis in tensor.ours[0]}
-    part = tensor.read_parameter(x.__getitem__, 0, whole)
-    flat[tensor.paths[0]][tensor.index] = part
-  params = {path: jnp.asarray(x, config.param_dtype) for path,
-            x in flat.items()}
+    ranges = {axis: (0, tensor.sizes[axis]) for axis in tensor.ours[0]}
+    matrix = tensor.read_parameter(x.__getitem__, 0, ranges)
+    flat[tensor.paths[0]][tensor.index] = matrix
+  params = {}
+  for path, x in flat.items():
+    params[path] = jnp.asarray(x, config.param_dtype)
   return config, checkpoints.nest_by_path(params)
 
 
 def _read_description(file: pathlib.Path) -> dict[str, Any]:
-  """Returns an adapter_config.json.
+  """Returns the content of an adapter_config.json of PEFT's.
 
   Raises:
-    RequestError: naming what it has that our adapters are not.
+    RequestError: naming what it has and our adapters have not.
   """
   require(file.is_file(), f'{file} is missing: it says what the adapters are')
   tree = hf_files.read_json_object(file)
-  # Adapters that begin with some tokens are of later versions than we write.
-  for name, known in (
-      KNOWN_VALUES | dict(alora_invocation_tokens=None)).items():
+  # Fields with one known value. Later versions than the one that we write have
+  # adapters that begin with some tokens.
+  known_values = KNOWN_VALUES | dict(alora_invocation_tokens=None)
+  for name, known in known_values.items():
     value = tree.get(name, known)
     both_empty = not value and not known
-    by_root = name == 'use_rslora' and value is True
-    if value != known and not both_empty and not by_root:
+    is_rslora = name == 'use_rslora' and value is True
+    if value != known and not both_empty and not is_rslora:
       raise RequestError(f'{file} has {name} {short(value)}: only {known!r} is '
                          'known here')
   # Some initialisations change the weights of the model, too.
@@ -231,16 +256,16 @@ def _read_description(file: pathlib.Path) -> dict[str, Any]:
         'path_initial_model_for_weight_conversion, or merge them there')
   # The numbers, in their ranges.
   tree.setdefault('lora_dropout', 0.0)
-  for name, (usual, bounds) in DEFAULT_AND_BOUNDS.items():
-    check_type(tree.get(name), usual, f'{name} of {file}')
+  for name, (value_of_type, bounds) in DEFAULT_AND_BOUNDS.items():
+    check_type(tree.get(name), value_of_type, f'{name} of {file}')
     check_number(f'{name} of {file}', tree[name], bounds)
   return tree
 
 
 def _add_adapter_fields(config: ModelConfig, tree: Mapping[str, Any],
-                        names: set[str],
-                        file: pathlib.Path) -> ModelConfig:
-  """Returns the model whose products have adapters as the file's names say.
+                        names: set[str], file: pathlib.Path) -> ModelConfig:
+  """Returns the config of a model with the adapters of a folder: their rank and
+  scale, and the products that have one by the names of the tensors.
 
   Args:
     config: the model.
@@ -258,24 +283,26 @@ def _add_adapter_fields(config: ModelConfig, tree: Mapping[str, Any],
                              dropout=float(tree['lora_dropout']))
 
   def with_targets(targets: str) -> ModelConfig:
+    """Returns the config with adapters of these products."""
     return dataclasses.replace(
         config, lora=dataclasses.replace(lora, targets=targets))
 
-  # One that shares its tensor is found missing by the names that are left over.
-  fused: set[str] = set()
-  for ours, *_ in architectures.hugging_face(config.arch).rows(config):
-    if '|' in ours:
-      fused.update(ours.rpartition('/')[2].split('|'))
+  # Products that share a tensor in transformers have no adapter there.
+  fused_products: set[str] = set()
+  for our_path, *_ in architectures.hugging_face(config.arch).rows(config):
+    if '|' in our_path:
+      fused_products.update(our_path.rpartition('/')[2].split('|'))
 
   # A product has an adapter in some layer: the first may have no such product.
   targets = []
   for product in layers.NAMES_OF_PRODUCTS:
-    if product in fused:
+    if product in fused_products:
       continue
-    theirs = [_pattern_of_row(row) for row,
-              _ in rows_of_adapters(with_targets(product))]
-    of_product = re.compile('|'.join(theirs))
-    if any(map(of_product.fullmatch, names)):
+    patterns = []
+    for row, _ in rows_of_adapters(with_targets(product)):
+      patterns.append(_pattern_of_row(row))
+    pattern_of_product = re.compile('|'.join(patterns))
+    if any(map(pattern_of_product.fullmatch, names)):
       targets.append(product)
   require(targets, f'{file.parent / WEIGHTS} has an adapter of no product of '
           f'model.arch {config.arch!r}: its tensors are such as '
@@ -284,5 +311,6 @@ def _add_adapter_fields(config: ModelConfig, tree: Mapping[str, Any],
 
 
 def _pattern_of_row(row: hf.Row) -> str:
-  """Returns a pattern of the names of a row's tensors in all layers."""
+  """Returns a regular expression of the names of a row's tensors, with any
+  number of a layer."""
   return re.sub(r'\\\{[mn]\\\}', r'\\d+', re.escape(row[2]))

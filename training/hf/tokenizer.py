@@ -35,14 +35,14 @@ FILE_NAMES = (
     'config_sentence_transformers.json', '1_Pooling/config.json')
 # The special tokens around a text, or a pair of texts with their types, that
 # the training of a system puts there, where its tokenizer.json puts none.
-FRAME_OF_TOKENIZER = {'bert': '{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1',
-                      't5': '$A {eos} $B {eos}', 'switch': '$A {eos} $B {eos}'}
+FRAME_OF_SYSTEM = {'bert': '{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1',
+                   't5': '$A {eos} $B {eos}', 'switch': '$A {eos} $B {eos}'}
 
 
 def import_tokenizer(folder: epath.Path, workdir: epath.Path,
                      config: ml_collections.ConfigDict) -> list[str]:
-  """Copies a folder's tokenizer into a workdir, and takes it for its run where
-  it can be read.
+  """Copies the tokenizer of a Hugging Face folder into the workdir of a run,
+  and sets it in the run's config if it can be read here.
 
   Args:
     folder: the folder of the model.
@@ -61,6 +61,8 @@ def import_tokenizer(folder: epath.Path, workdir: epath.Path,
   tokenizer = None
   if tokenizers.find_tokenizer_files(folder):
     tokenizer = tokenizers.load(str(folder))
+
+  # The files are copied, unless the workdir is in a bucket.
   target = folder
   copied = {}
   if not storage.is_in_bucket(workdir):
@@ -84,13 +86,16 @@ def import_tokenizer(folder: epath.Path, workdir: epath.Path,
 
 
 def stand_in_tokenizer(vocab_size: int) -> str:
-  """Returns data.tokenizer of an import without a tokenizer."""
-  kind = tokenizers.Bytes
-  return kind(max(kind.LEAST, min(vocab_size, kind.USUAL))).name
+  """Returns config.data.tokenizer for a model whose folder has no tokenizer:
+  one of bytes, with as many ids as the model has."""
+  least, usual = tokenizers.Bytes.LEAST, tokenizers.Bytes.USUAL
+  num_ids = max(least, min(vocab_size, usual))
+  return tokenizers.Bytes(num_ids).name
 
 
 def is_stand_in(tokenizer: str) -> bool:
-  """Whether data.tokenizer is what `stand_in` gives."""
+  """Whether config.data.tokenizer is one of bytes, as an import without a
+  tokenizer gets it."""
   return tokenizer.partition(':')[0] == 'bytes'
 
 
@@ -110,19 +115,20 @@ def _tokenizer_files(workdir: epath.Path, config: ml_collections.ConfigDict,
 
 
 def _files_beside(path: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Returns a tokenizer.json, and what stands beside it."""
-  found = {PIPELINE: path}
+  """Returns a tokenizer.json, and the files of the tokenizer that stand beside
+  it, by their names."""
+  files_of_tokenizer = {PIPELINE: path}
   for name in FILES_BESIDE_PIPELINE:
     file = path.parent / name
     if file.is_file():
-      found[name] = file
-  return found
+      files_of_tokenizer[name] = file
+  return files_of_tokenizer
 
 
 def refuse_files_left(workdir: epath.Path, config: ml_collections.ConfigDict,
                       folder: pathlib.Path, step: int) -> None:
-  """Raises RequestError for files of a tokenizer that `give`, with the same
-  arguments, would leave in a folder."""
+  """Raises RequestError for files of another tokenizer that
+  `export_tokenizer`, with the same arguments, would leave in a folder."""
   written = {*_tokenizer_files(workdir, config, step)}
   if not is_stand_in(config.data.tokenizer):
     written |= {tokenizers.CONFIG_FILE, PIPELINE}
@@ -138,9 +144,8 @@ def export_tokenizer(workdir: epath.Path, config: ml_collections.ConfigDict,
   sources = _tokenizer_files(workdir, config, step)
   _copy_files(sources, folder)
   if not is_stand_in(config.data.tokenizer):
-    _add_tokenizer_config(runs.load_run_tokenizer(workdir, config),
-                          config=config,
-                          folder=folder,
+    tokenizer = runs.load_run_tokenizer(workdir, config)
+    _add_tokenizer_config(tokenizer, config=config, folder=folder,
                           copied={*sources})
 
 
@@ -163,18 +168,17 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer,
 
 def refuse_other_tokenizer(tokenizer: tokenizers.Tokenizer,
                            config: ml_collections.ConfigDict,
-                           folder: pathlib.Path
-                  ) -> None:
-  """Raises RequestError for files of another tokenizer, which `save`, with the
-  same arguments, would leave in a folder."""
+                           folder: pathlib.Path) -> None:
+  """Raises RequestError for files of another tokenizer that `save_tokenizer`,
+  with the same arguments, would leave in a folder."""
   written = {*_files_of_tokenizer(tokenizer), tokenizers.CONFIG_FILE, PIPELINE}
   if objectives.find_objective(config).has_chat_template:
     written.add(TEMPLATE)
   files.refuse_files_left(folder, written, FILE_NAMES)
 
 
-def _files_of_tokenizer(tokenizer: tokenizers.Tokenizer) -> dict[str,
-                                                                 pathlib.Path]:
+def _files_of_tokenizer(tokenizer: tokenizers.Tokenizer
+                        ) -> dict[str, pathlib.Path]:
   """Returns the files that a tokenizer was loaded from; {}: it is of bytes, or
   its files are gone or hold another one by now."""
   path = pathlib.Path(tokenizer.name).expanduser()
@@ -189,9 +193,9 @@ def _files_of_tokenizer(tokenizer: tokenizers.Tokenizer) -> dict[str,
 
 def _add_tokenizer_config(tokenizer: tokenizers.Tokenizer,
                           config: ml_collections.ConfigDict,
-                          folder: pathlib.Path,
-                          copied: set[str]) -> None:
-  """Writes the part of a tokenizer that its own files leave out.
+                          folder: pathlib.Path, copied: set[str]) -> None:
+  """Writes into a Hugging Face folder what transformers needs of a tokenizer
+  and its own files leave out.
 
   Args:
     tokenizer: the tokenizer.
@@ -201,61 +205,69 @@ def _add_tokenizer_config(tokenizer: tokenizers.Tokenizer,
   """
   if PIPELINE not in copied:
     tokenizer.save(folder / PIPELINE)
+
   # The special tokens around a text, as the architecture puts them.
-  names = {}
-  for kind, i in tokenizer.special_ids.items():
-    names[kind] = tokenizer.piece(i)
-  _add_frame(folder / PIPELINE, FRAME_OF_TOKENIZER.get(config.model.arch, ''),
-             names)
+  special_tokens = {}
+  for role, token_id in tokenizer.special_ids.items():
+    special_tokens[role] = tokenizer.piece(token_id)
+  frame = FRAME_OF_SYSTEM.get(config.model.arch, '')
+  _add_frame(folder / PIPELINE, frame, special_tokens)
+
+  # transformers knows no special token by its spelling alone.
   if tokenizers.CONFIG_FILE not in copied:
-    # transformers knows no special token by its spelling alone.
-    described = {'tokenizer_class': 'PreTrainedTokenizerFast'}
-    for kind, name in names.items():
-      described[f'{kind}_token'] = name
-    described |= conversations.special_tokens_of_template(tokenizer)
-    text = json.dumps(described, indent=2)
+    tree = {'tokenizer_class': 'PreTrainedTokenizerFast'}
+    for role, token in special_tokens.items():
+      tree[f'{role}_token'] = token
+    tree |= conversations.special_tokens_of_template(tokenizer)
+    text = json.dumps(tree, indent=2)
     (folder / tokenizers.CONFIG_FILE).write_text(text + '\n')
+
+  # The template by which a conversation becomes a text.
   template = objectives.find_objective(config).chat_template(config, tokenizer)
   if template is not None:
     (folder / TEMPLATE).write_text(template)
 
 
-def _add_frame(file: pathlib.Path, frame: str, names: dict[str, str]) -> None:
+def _add_frame(file: pathlib.Path, frame: str, special_tokens: dict[str, str]
+               ) -> None:
   """Writes into a tokenizer.json the special tokens that stand around a text.
 
   Args:
     file: the tokenizer.json.
-    frame: an entry of FRAMES; '': none.
-    names: the special tokens, by their kinds.
+    frame: the special tokens around a pair of texts $A and $B, such as
+      '{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1'; '': none.
+    special_tokens: the special tokens, by 'cls', 'sep', 'eos' and so on.
   """
   import tokenizers as library
   pipeline = library.Tokenizer.from_file(str(file))
   # A tokenizer that frames texts already, or lacks a token, stays as it is.
-  wanted = [kind for kind in ('cls', 'sep', 'eos') if f'{{{kind}}}' in frame]
-  if not wanted or pipeline.post_processor is not None:
+  roles = [role for role in ('cls', 'sep', 'eos') if f'{{{role}}}' in frame]
+  if not roles or pipeline.post_processor is not None:
     return
-  if not names.keys() >= {*wanted}:
+  if not special_tokens.keys() >= {*roles}:
     return
-  # The frame of one text is that of two, less the second.
-  pair = frame.format(**names)
-  special_tokens = []
-  for kind in wanted:
-    name = names[kind]
-    special_tokens.append((name, pipeline.token_to_id(name)))
+
+  # The frame of one text is that of two, without the second.
+  pair = frame.format(**special_tokens)
+  tokens_and_ids = []
+  for role in roles:
+    token = special_tokens[role]
+    tokens_and_ids.append((token, pipeline.token_to_id(token)))
   pipeline.post_processor = library.processors.TemplateProcessing(
       single=pair.partition(' $B')[0], pair=pair,
-      special_tokens=special_tokens)
+      special_tokens=tokens_and_ids)
   pipeline.save(str(file))
 
 
 def _tokenizer_files_of_folder(folder: epath.Path) -> dict[str, epath.Path]:
-  """Returns the files of NAMES that a folder has."""
-  return {
-      name: folder / name for name in FILE_NAMES if (folder / name).is_file()}
+  """Returns the files of a tokenizer that a folder has, by their names."""
+  return {name: folder / name for name in FILE_NAMES
+          if (folder / name).is_file()}
 
 
 def _copy_files(sources: dict[str, epath.Path], target: epath.Path) -> None:
-  """Copies files into a folder under these names, but to themselves."""
+  """Copies files into a folder under the names that are their keys; a file that
+  is there already, as the same file, stays."""
   for name, path in sources.items():
     copy = target / name
     if copy.exists() and copy.samefile(path):

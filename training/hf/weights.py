@@ -52,7 +52,7 @@ from training.hf import generation as hf_generation
 from training.workdir import checkpoints, storage
 
 MOST_BYTES_OF_A_FILE = 5 * 10**9
-TASK_HEAD_FOLDER = 'task/'  # of the paths of a task's head
+TASK_HEAD_FOLDER = 'task/'  # The paths of a task's head begin with it.
 
 
 class Loaded(NamedTuple):
@@ -113,59 +113,63 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
   like = nn.meta.unbox(like or parameter_shapes(module))
   shapes = {path: leaf.shape
             for path, leaf in paths.flatten_by_path(like).items()}
+
+  # A config.json with far too many layers is refused before all are listed.
   rows = page.rows(module.config)
-  needed = tensor_map.count_tensors(rows, shapes)
-  count = len(list(source))
-  if not partial and needed > 2 * count + 100:
+  num_needed = tensor_map.count_tensors(rows, shapes)
+  num_in_files = len(list(source))
+  if not partial and num_needed > 2 * num_in_files + 100:
     raise RequestError(
-        f'config.json is of a model of {needed:,} tensors, of which the files '
-        f'hold {count:,}')
+        f'config.json is of a model of {num_needed:,} tensors, of which the '
+        f'files hold {num_in_files:,}')
   tensors = tensor_map.map_tensors(rows, shapes)
   names = TensorFinder(page, source, module.config)
 
   # Tensors that one of the two has and the other has not.
-  match = _Comparison()
+  comparison = _Comparison()
   if new_head:
-    match.pass_head(names.there(names_of_replaced_head(module)))
-  match.pass_optional(page.optional, set(source), tensors)
-  match.skipped += names.unused(tensors, match.placed)
-  match.compare(tensors, names, new_head)
-  if match.skipped and not partial:
-    lines = match.skipped[:20]
-    if len(match.skipped) > 20:
+    comparison.pass_head(names.find_all(names_of_replaced_head(module)))
+  comparison.pass_optional(page.optional, set(source), tensors)
+  comparison.skipped += names.find_unused(tensors, comparison.placed)
+  comparison.compare(tensors, names, new_head)
+  if comparison.skipped and not partial:
+    lines = comparison.skipped[:20]
+    if len(comparison.skipped) > 20:
       lines.append('...')
     raise RequestError('the weights and the model differ:\n  '
                        + '\n  '.join(lines))
 
-  # The parameters.
+  # Each parameter is drawn, or read from one or more tensors.
   drawn = {}
-  if match.drawn:
-    drawn = draw_parameters(module, like=like, wanted=match.drawn, seed=seed)
-  fills: dict[str, list] = {path: [] for path in shapes}
+  if comparison.drawn:
+    drawn = draw_parameters(
+        module, like=like, wanted=comparison.drawn, seed=seed)
+  tensors_of_path: dict[str, list] = {path: [] for path in shapes}
   for tensor in tensors:
-    for which, path in enumerate(tensor.paths):
-      fills[path].append((tensor, which))
+    for number, path in enumerate(tensor.paths):
+      tensors_of_path[path].append((tensor, number))
   with progress.show_task('reading parameters', len(shapes)) as advance:
 
-    def read(key: Any, leaf: Any) -> jax.Array:
+    def draw_or_read(key: Any, leaf: Any) -> jax.Array:
       path = paths.path_to_string(key)
       if path in drawn:
         x = drawn[path]
       else:
-        x = _read_parameter(leaf, fills[path], names)
+        x = _read_parameter(leaf, tensors_of_path[path], names)
       advance()
       return x
 
-    params = jax.tree_util.tree_map_with_path(read, like)
-  return Loaded(params=params, skipped=match.passed + match.skipped)
+    params = jax.tree_util.tree_map_with_path(draw_or_read, like)
+  return Loaded(params=params,
+                skipped=comparison.passed + comparison.skipped)
 
 
 class _Comparison:
-  """How the tensors of a folder and those of a model go together.
+  """A comparison of the tensors of a folder with those of a model.
 
   Attributes:
     drawn: the paths of the parameters that no tensor fills, which are drawn.
-    placed: the names of tensors of the files that need no place in the model.
+    placed: the names of tensors of the files that the model may lack.
     passed: a line for each thing that may be missing on one side, and is.
     skipped: a line for each thing that should not be.
   """
@@ -178,8 +182,8 @@ class _Comparison:
     self._new_names: set[str] = set()
 
   def pass_head(self, names: Sequence[str]) -> None:
-    """Passes over the head of a language model, whose tensors have these names
-    in the files."""
+    """Notes that the model lacks the head of a language model, whose tensors
+    have these names in the files."""
     self.placed += names
     for name in names:
       self.passed.append(f'{name} of the files is of the head of a language '
@@ -187,37 +191,41 @@ class _Comparison:
 
   def pass_optional(self, optional: Mapping[str, str], source: set[str],
                     tensors: Sequence[tensor_map.Tensor]) -> None:
-    """Passes over the optional parts that one side lacks as a whole.
+    """Notes the optional parts, such as a pooler, that the files or the model
+    lack as a whole. A part of which one has some tensors is compared like all
+    others.
 
     Args:
-      optional: {the part in words: a pattern of its tensors' names}.
+      optional: a pattern of the names of a part's tensors, by the part's name
+        in words.
       source: the names of the tensors of the files.
       tensors: the tensors of the model.
     """
-    there = source - {*self.placed}
-    ours = [tensor.name for tensor in tensors]
-    for words, pattern in optional.items():
-      # A part that one side has in part only is compared like all others.
-      theirs = _filter_by_pattern(pattern, there)
-      wanted = _filter_by_pattern(pattern, ours)
-      if theirs and not wanted:
-        self.placed += theirs
+    names_in_files = source - {*self.placed}
+    names_in_model = [tensor.name for tensor in tensors]
+    for part, pattern in optional.items():
+      part_in_files = _filter_by_pattern(pattern, names_in_files)
+      part_in_model = _filter_by_pattern(pattern, names_in_model)
+      # The model lacks the part: its tensors are passed over.
+      if part_in_files and not part_in_model:
+        self.placed += part_in_files
         self.passed.append(
-            f'the model has no {words}, so these of the files are passed over: '
-            f'{", ".join(theirs)}')
-      elif wanted and not theirs:
-        self._new_names.update(wanted)
-        new: list[str] = []
+            f'the model has no {part}, so these of the files are passed over: '
+            f'{", ".join(part_in_files)}')
+      # The files lack the part: its parameters are drawn.
+      elif part_in_model and not part_in_files:
+        self._new_names.update(part_in_model)
+        new_paths: list[str] = []
         for tensor in tensors:
-          if tensor.name in wanted:
-            new += tensor.paths
+          if tensor.name in part_in_model:
+            new_paths += tensor.paths
         self.passed.append(
-            f'the files have no {words}, so these parameters are new, drawn '
-            f'from the seed: {", ".join(dict.fromkeys(new))}')
+            f'the files have no {part}, so these parameters are new, drawn '
+            f'from the seed: {", ".join(dict.fromkeys(new_paths))}')
 
   def compare(self, tensors: Sequence[tensor_map.Tensor], names: 'TensorFinder',
               new_head: bool) -> None:
-    """Finds the tensors of the model that cannot be read from the files.
+    """Notes the tensors of the model that cannot be read from the files.
 
     Args:
       tensors: the tensors of the model.
@@ -229,16 +237,17 @@ class _Comparison:
       if tensor.name in self._new_names:
         self.drawn.update(tensor.paths)
         continue
-      wrong = names.wrong(tensor)
-      if not wrong:
+      fault = names.find_fault(tensor)
+      if not fault:
         continue
       self.drawn.update(tensor.paths)
       # A head for another task is new, and no fault of the files.
-      of_task = tensor.paths[0].startswith(TASK_HEAD_FOLDER)
-      if new_head and of_task and not names.there([tensor.name]):
-        self.passed.append(f'{wrong}, so it is drawn')
+      is_in_task_head = tensor.paths[0].startswith(TASK_HEAD_FOLDER)
+      is_missing = not names.find_all([tensor.name])
+      if new_head and is_in_task_head and is_missing:
+        self.passed.append(f'{fault}, so it is drawn')
       else:
-        self.skipped.append(wrong)
+        self.skipped.append(fault)
 
 
 def _filter_by_pattern(pattern: str, names: Collection[str]) -> list[str]:
@@ -247,8 +256,8 @@ def _filter_by_pattern(pattern: str, names: Collection[str]) -> list[str]:
 
 
 class TensorFinder:
-  """Tensors by their names, as the files spell them: some leave a prefix out.
-  """
+  """The tensors of a folder, found by the names that transformers gives them:
+  some files spell a name in another way, or leave its prefix out."""
 
   def __init__(self, page: hf.HuggingFace, source: hf_files.Files,
                config: ModelConfig):
@@ -258,14 +267,16 @@ class TensorFinder:
     self._spellings = page.spellings_with_head(config)
 
   def find(self, name: str) -> str:
-    """Returns the spelling under which the files have `name`, or `name`."""
+    """Returns the spelling under which the files have the tensor `name`; where
+    they lack it, the name."""
+    # All spellings, each replacement made or not made.
     spellings = [name]
-    for usual, other in self._spellings:
-      others = []
+    for usual, replacement in self._spellings:
+      new_spellings = []
       for spelling in spellings:
         if usual in spelling:
-          others.append(spelling.replace(usual, other, 1))
-      spellings += others
+          new_spellings.append(spelling.replace(usual, replacement, 1))
+      spellings += new_spellings
     for spelling in spellings:
       if spelling in self._source:
         return spelling
@@ -275,8 +286,9 @@ class TensorFinder:
     """Returns a slice of the tensor `name`."""
     return self._source.cut(self.find(name), slices)
 
-  def wrong(self, tensor: tensor_map.Tensor) -> str:
-    """Returns what stands against reading `tensor`, or ''.
+  def find_fault(self, tensor: tensor_map.Tensor) -> str:
+    """Returns a sentence that says why a tensor of the model cannot be read
+    from the files, as it is missing or has another shape; '' if it can.
 
     Raises:
       RequestError: for one that is no array of weights: one of whole numbers,
@@ -287,10 +299,10 @@ class TensorFinder:
       return f'{" and ".join(tensor.paths)}: the files have no {tensor.name}'
     dtype = self._source.dtype(name)
     shape = self._source.shape(name)
-    # Some pages read whole numbers, such as a table of ids.
-    integers = dtype in ('I64', 'int64') and re.fullmatch(
+    # Some systems have whole numbers, such as a table of ids.
+    may_be_integers = dtype in ('I64', 'int64') and re.fullmatch(
         self._page.integers, tensor.name)
-    if dtype not in hf_files.DTYPES and not integers:
+    if dtype not in hf_files.DTYPES and not may_be_integers:
       raise RequestError(f'{name} is of type {dtype}: weights are read from '
                          f'{", ".join(hf_files.DTYPES)}')
     if shape == tensor.shape:
@@ -298,16 +310,24 @@ class TensorFinder:
     return (f'{tensor.name} is {shape} in the files and {tensor.shape} in the '
             'model')
 
-  def there(self, names: Collection[str]) -> list[str]:
-    """Returns the spellings of those of `names` that the files have."""
+  def find_all(self, names: Collection[str]) -> list[str]:
+    """Returns the names, as the files spell them, of those tensors among
+    `names` that the files have."""
     return sorted({self.find(name) for name in names} & set(self._source))
 
-  def unused(self, tensors: Sequence[tensor_map.Tensor], passed: Sequence[str]
-             ) -> list[str]:
-    """Returns a line for each tensor of the files that has no place, but those
-    that are passed over."""
+  def find_unused(self, tensors: Sequence[tensor_map.Tensor],
+                  passed: Sequence[str]) -> list[str]:
+    """Returns a sentence for each tensor of the files that the model has no
+    place for, or whose value is not the one that it must have.
+
+    Args:
+      tensors: the tensors of the model.
+      passed: the names of tensors that the model may lack.
+    """
     used = {self.find(tensor.name) for tensor in tensors} | set(passed)
-    tied = {self.find(name): twin for name, twin in self._page.tied.items()}
+    tied_to = {}
+    for name, twin_name in self._page.tied.items():
+      tied_to[self.find(name)] = twin_name
     lines = []
     for name in self._source:
       if name in used or self._is_ignored(name):
@@ -316,13 +336,14 @@ class TensorFinder:
       if name in self._constants:
         if not np.array_equal(self._source[name], self._constants[name]):
           lines.append(f'{name} of the files is not as config.json has it')
-      elif name not in tied:
+      elif name not in tied_to:
         lines.append(f'{name} of the files has no place in the model')
       else:
         # Tied weights may be stored twice if they are the same.
-        twin = self._source[self.find(tied[name])]
+        twin_name = tied_to[name]
+        twin = self._source[self.find(twin_name)]
         if not np.array_equal(self._source[name], twin):
-          lines.append(f'{name} of the files differs from {tied[name]}, to '
+          lines.append(f'{name} of the files differs from {twin_name}, to '
                        'which the model ties it')
     return lines
 
@@ -331,55 +352,60 @@ class TensorFinder:
     return any(re.fullmatch(pattern, name) for pattern in self._page.ignored)
 
 
-def _read_parameter(leaf: Any, fills: list, names: TensorFinder) -> jax.Array:
-  """Returns one parameter, each shard read once and where it lies.
+def _read_parameter(leaf: Any, tensors: list, names: TensorFinder) -> jax.Array:
+  """Reads one parameter from the files; of each tensor, only what the devices
+  of this process hold.
 
   Args:
     leaf: the shape and the type of the parameter, and maybe its sharding.
-    fills: (tensor, the number of the parameter in its paths) of each tensor
-      that the parameter is filled by.
+    tensors: the tensors that hold the parameter, one for each layer and expert,
+      each with the number of the parameter among those that it holds.
     names: the tensors of the files.
   """
   sharding = getattr(leaf, 'sharding', None)
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
+  # Several devices may hold the same part of a parameter, which is read once.
   @functools.cache
-  # Several devices may hold the same part of a parameter.
-  def shard(*ranges: tuple[int, int]) -> np.ndarray:
-    return _read_shard(leaf.dtype, ranges=ranges, fills=fills, names=names)
+  def read_shard(*ranges: tuple[int, int]) -> np.ndarray:
+    return _read_shard(leaf.dtype, ranges=ranges, tensors=tensors, names=names)
 
-  def at(index: tuple[slice, ...]) -> np.ndarray:
+  def read_index(index: tuple[slice, ...]) -> np.ndarray:
     ranges = [part.indices(size)[:2] for part, size in zip(index, leaf.shape)]
-    return shard(*ranges)
+    return read_shard(*ranges)
 
-  return jax.make_array_from_callback(leaf.shape, sharding, at)
+  return jax.make_array_from_callback(leaf.shape, sharding, read_index)
 
 
-def _read_shard(dtype: np.dtype, ranges: tuple, fills: list, names: TensorFinder
-           ) -> np.ndarray:
-  """Returns the part of a parameter that lies in `ranges`, (start, stop)s.
+def _read_shard(dtype: np.dtype, ranges: tuple, tensors: list,
+                names: TensorFinder) -> np.ndarray:
+  """Reads the part of a parameter that one device holds.
 
   Args:
     dtype: the type of the parameter.
-    ranges: (start, stop) of each of its axes.
-    fills: as for `_fill`.
+    ranges: (start, stop) of the part along each axis of the parameter.
+    tensors: the tensors that hold the parameter, as for `_read_parameter`.
     names: the tensors of the files.
   """
   shard = np.empty([stop - start for start, stop in ranges], dtype)
-  for tensor, which in fills:
-    # The leading axes, of which the tensor is one index each.
-    lead = ranges[:len(tensor.index)]
-    inside = [start <= i < stop for i, (start, stop) in zip(tensor.index, lead)]
-    if not all(inside):
+  for tensor, number in tensors:
+    # A tensor is one index of the leading axes: a layer, an expert.
+    num_leading = len(tensor.index)
+    leading_ranges = ranges[:num_leading]
+    is_inside = [start <= i < stop
+                 for i, (start, stop) in zip(tensor.index, leading_ranges)]
+    if not all(is_inside):
       continue
-    place = tuple(i - start for i, (start, _) in zip(tensor.index, lead))
-    # The other axes, of which it has the ranges.
+    index_in_shard = tuple(
+        i - start for i, (start, _) in zip(tensor.index, leading_ranges))
+
+    # Along the other axes, the part is a range of the tensor.
     cut = functools.partial(names.cut, tensor.name)
-    rest = dict(zip(tensor.ours[which], ranges[len(lead):]))
-    part = tensor.read_parameter(cut, which, rest)
+    inner_ranges = dict(zip(tensor.ours[number], ranges[num_leading:]))
+    part = tensor.read_parameter(cut, number, inner_ranges)
     check_values_fit(names.find(tensor.name), part, dtype)
-    shard[place] = part
+    shard[index_in_shard] = part
   return shard
 
 
@@ -506,11 +532,11 @@ class _Export:
     self.dtypes: dict[str, np.dtype] = {}
     self._floats: dict[str, np.dtype] = {}  # of the parameters
     for tensor in tensors:
-      kind = np.dtype(dtype or flat[tensor.paths[0]].dtype)
-      self._floats[tensor.name] = kind
+      tensor_dtype = np.dtype(dtype or flat[tensor.paths[0]].dtype)
+      self._floats[tensor.name] = tensor_dtype
       if re.fullmatch(page.integers, tensor.name):
-        kind = np.dtype('int64')
-      self.dtypes[tensor.name] = kind
+        tensor_dtype = np.dtype('int64')
+      self.dtypes[tensor.name] = tensor_dtype
 
   def check_ranges(self) -> None:
     """Raises RequestError for a value that its type does not reach."""
@@ -519,7 +545,7 @@ class _Export:
       check_values_fit(words, self._joined(name), self._floats[name])
 
   def sizes(self) -> dict[str, int]:
-    """Returns the bytes of each tensor."""
+    """Returns the number of bytes of each tensor, by name."""
     sizes = {}
     for name, tensor in self.tensors.items():
       sizes[name] = math.prod(tensor.shape) * self.dtypes[name].itemsize
@@ -547,33 +573,45 @@ def is_new_head(ours: ModelConfig, theirs: ModelConfig) -> bool:
   return ours.head not in pretrained and theirs.head in pretrained
 
 
-def shapes_only_in_other_model(module: nn.Module, theirs: ModelConfig
-             ) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of the parameters, by path, that the model `theirs` has
-  and `module`, with its head of a task, has not."""
-  ours = paths.flatten_by_path(parameter_shapes(module))
-  others = paths.flatten_by_path(parameter_shapes(architectures.build(theirs)))
-  return {path: x.shape for path, x in others.items() if path not in ours}
+def shapes_only_in_other_model(module: nn.Module, other: ModelConfig
+                               ) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes, by path, of the parameters that another model has and
+  `module` has not."""
+  our_shapes = paths.flatten_by_path(parameter_shapes(module))
+  other_module = architectures.build(other)
+  only_in_other = {}
+  for path, x in paths.flatten_by_path(parameter_shapes(other_module)).items():
+    if path not in our_shapes:
+      only_in_other[path] = x.shape
+  return only_in_other
 
 
 def without_generator(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
-  """Returns (module, parameters) of an encoder that tells replaced tokens, or
-  of any other model, without what draws these."""
+  """Returns a model without the generator that ELECTRA trains beside its
+  encoder, and its parameters; any other model as it is.
+
+  Args:
+    module: the model.
+    params: its parameters.
+  """
   config = module.config
-  drawn_by = config.find(GeneratorConfig)
-  if drawn_by is None or not drawn_by.num_layers:
+  generator = config.find(GeneratorConfig)
+  if generator is None or not generator.num_layers:
     return module, params
-  # The encoder's table may be the generator's plus an addition.
-  of_generator = 'generator/', f'embed/{skeletons.PREFIX_OF_GENERATOR}'
-  flat = {}
+
+  # The parameters of the encoder alone.
+  generator_folders = 'generator/', f'embed/{skeletons.PREFIX_OF_GENERATOR}'
+  encoder_params = {}
   for path, x in paths.flatten_by_path(nn.meta.unbox(params)).items():
-    if not path.startswith(of_generator):
-      flat[path] = x
-  added = flat.pop(f'embed/{skeletons.NAME_OF_ADDED_TABLE}', None)
-  if added is not None:
-    flat['embed/tokens'] = flat['embed/tokens'] + added
-  alone = config.with_part(GeneratorConfig, num_layers=0)
-  return architectures.build(alone), checkpoints.nest_by_path(flat)
+    if not path.startswith(generator_folders):
+      encoder_params[path] = x
+
+  # The encoder's table of tokens may be the generator's plus an addition.
+  addition = encoder_params.pop(f'embed/{skeletons.NAME_OF_ADDED_TABLE}', None)
+  if addition is not None:
+    encoder_params['embed/tokens'] = encoder_params['embed/tokens'] + addition
+  encoder = config.with_part(GeneratorConfig, num_layers=0)
+  return architectures.build(encoder), checkpoints.nest_by_path(encoder_params)
 
 
 def names_of_replaced_head(module: nn.Module) -> set[str]:
@@ -630,13 +668,17 @@ def add_adapters(params: Any, others: Any) -> Any:
 
 
 def merge_adapters(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
-  """Returns (module, parameters) of the same function without adapters.
+  """Adds the low-rank adapters of a model to its weights, so that a model
+  without adapters computes the same function.
 
   The sum is made in float32 and rounded once to the type of the weight.
 
   Args:
     module: the model, with adapters or without.
     params: its parameters.
+
+  Returns:
+    The model without adapters, and its parameters.
   """
   config = module.config
   if not config.lora.rank:
@@ -666,13 +708,14 @@ def _merge_adapter(path: str, w: jax.Array, flat: Mapping[str, jax.Array],
     return w
   a = jnp.asarray(flat[path + layers.SUFFIX_OF_LORA_A], jnp.float32)
   b = jnp.asarray(flat[path + layers.SUFFIX_OF_LORA_B], jnp.float32)
-  # Matrices, behind the axes of the layers (and the experts).
-  stacked = a.ndim + b.ndim - 2 - w.ndim
-  lead = w.shape[:stacked]
+  # A [..., inputs, rank] and B [..., rank, outputs] are matrices behind the
+  # axes of the layers, and of the experts.
+  num_leading = a.ndim + b.ndim - 2 - w.ndim
+  leading_shape = w.shape[:num_leading]
   rank = a.shape[-1]
-  inputs = math.prod(a.shape[stacked:-1])
-  product = jnp.matmul(a.reshape(*lead, inputs, rank),
-                       b.reshape(*lead, rank, -1),
+  num_inputs = math.prod(a.shape[num_leading:-1])
+  product = jnp.matmul(a.reshape(*leading_shape, num_inputs, rank),
+                       b.reshape(*leading_shape, rank, -1),
                        precision=jax.lax.Precision.HIGHEST)
-  summed = jnp.asarray(w, jnp.float32) + scale * product.reshape(w.shape)
-  return summed.astype(w.dtype)
+  merged = jnp.asarray(w, jnp.float32) + scale * product.reshape(w.shape)
+  return merged.astype(w.dtype)
