@@ -13,8 +13,7 @@ TEMPLATES = pathlib.Path(__file__).parent / 'templates'
 
 
 def write_model_card(workdir: epath.Path, config: Any, folder: pathlib.Path,
-                     step: int,
-                     count: int) -> None:
+                     step: int, count: int) -> None:
   """Writes the model card (README.md) of a run's checkpoint into a folder,
   unless there is one, which may have been edited.
 
@@ -39,12 +38,14 @@ def write_model_card(workdir: epath.Path, config: Any, folder: pathlib.Path,
         step_of_losses = row['step']
         losses = metrics.scalar_figures(row)
 
+  # The card, made of a template.
   templates = jinja2.Environment(
       loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True,
       undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
   text = templates.get_template('card.md.jinja').render(
       config=config, step=step, count=count, verdicts=read_verdicts(workdir),
-      at=step_of_losses, losses=losses, command=run_config.training_command('RUN', config))
+      at=step_of_losses, losses=losses,
+      command=run_config.training_command('RUN', config))
   (folder / hub.MODEL_CARD_FILE).write_text(text)
 
 
