@@ -116,8 +116,8 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
     # Its parameters.
     model, derived = _resolved(config)
     run = runs.build(config, model)
-    made = upcycling.upcycle_parameters(run.module, run.abstract_state.params, params,
-                                        seed)
+    made = upcycling.upcycle_parameters(
+        run.module, like=run.abstract_state.params, dense=params, seed=seed)
     if not upcycling.keeps_function(run.model):
       print('warning: it starts from another function than the dense model\'s: '
             'its gates do not sum to 1, or tokens are dropped, or experts are '

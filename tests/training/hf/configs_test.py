@@ -271,7 +271,8 @@ WRONG = (
 @pytest.mark.parametrize('system', models.REPRESENTATIVE_SYSTEMS)
 def test_every_field_is_of_its_type_or_refused(system, monkeypatch):
   """A third of what is wrong for each field, of which systems share most."""
-  tree = hf_config.config_json_of_model(architectures.resolve(models.small_config(
+  tree = hf_config.config_json_of_model(
+      architectures.resolve(models.small_config(
       system, d_ff=128, head_dim=8, moe=dict(eval_capacity_factor=0.0))))
   readers, make = [], hf_config.Reader.__init__
   def remember(self, *args):

@@ -139,7 +139,8 @@ def test_an_import_that_fails_leaves_no_run(room, name, tmp_path, monkeypatch):
 @pytest.mark.parametrize('write', [
     lambda folder: convert.export(folder, folder, step=None),
     lambda folder: archetype.Model(*models.make_model()).save(folder),
-    lambda folder: peft.write_adapters(models.small_config('llama'), {}, folder, ''),
+    lambda folder: peft.write_adapters(models.small_config('llama'), {}, folder,
+                                       ''),
     lambda folder: convert.of_gguf(folder / 'config.json', folder)],
                          ids=['export', 'save', 'peft', 'gguf'])
 def test_no_weights_are_written_into_a_run(write, tmp_path):
