@@ -1,8 +1,9 @@
 """Conversations with a model, turn by turn.
 
-`of_run` and `of_folder` load a model that can be talked with. An Engine is its
-decoder with a cache: it is shown tokens, and draws the one after them. A
-Session is a conversation: its messages, and the answer to each.
+`load_from_run` and `load_from_folder` load a model that can be talked with. A
+CachedDecoder is its decoder with a cache: it is shown tokens, and draws the one
+after them. A ChatSession is a conversation: its messages, and the answer to
+each.
 """
 
 import codecs

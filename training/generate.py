@@ -8,7 +8,7 @@ the length of a row, each row's is its own so far: so a row's text depends
 neither on the others nor on how many tokens may follow.
 
 `generate` draws each token, `beam_search` finds the likeliest texts of those
-that a few beams come upon, and `write_diffusion` writes by unmasking.
+that a few beams come upon, and `generate_by_unmasking` fills masks in.
 
 Each step of the search extends every running text by every token and keeps the
 K best of those that go on. A text that ends is finished if it is among the K
@@ -152,7 +152,7 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
     sampling: how a token is drawn.
     stop_token: the token that ends a row, or several. A row that has drawn one
       is filled up to the end with the first of them.
-    **inputs: source_BM, source_lengths_B and prefix_B of `begin`.
+    **inputs: source_BM, source_lengths_B and prefix_B of `read_prompts`.
 
   Returns:
     [B, T] new tokens.

@@ -1,6 +1,6 @@
 """The hooks of every run: reporting, stopping, evaluating, saving, profiling.
 
-`usual` returns them in the order in which the loop calls them. A step is
+`usual_hooks` returns them in the order in which the loop calls them. A step is
 dispatched before the figures of the step before it are read, so that the device
 has work while the host writes figures and fetches the next batch.
 """

@@ -1,6 +1,6 @@
 """The training loop: it trains one run, or several runs as one program.
 
-`train_all` reads in the order in which things happen. What is done between two
+`train_runs` reads in the order in which things happen. What is done between two
 steps are hooks (hook.py): hooks.py has those of every run, which report,
 evaluate, save, stop and profile.
 """

@@ -279,7 +279,7 @@ class DeferredFigures:
   the host formats, logs and fetches the next batch.
 
   Args:
-    now: a function that returns the time, such as Meter.now.
+    now: a function that returns the time, such as StepTimer.now.
   """
 
   def __init__(self, now: Callable[[], Any]):

@@ -41,7 +41,7 @@ class RunWriter:
     label: the name of the run in messages; '' where it trains alone.
     last_figures: the figures of the last step that the loop has read.
     num_bad_in_row: the number of bad steps in a row, up to that step.
-    code: how the run ended: 0, STOPPED, DIVERGED or EARLY.
+    code: how the run ended: 0, STOPPED, DIVERGED or ENDED_EARLY.
     sentence: why the run did not reach its last step; '' where it did.
     has_evaluation: whether the figures of an evaluation after the step that the
       run was resumed at are in its metrics, or it was not resumed.

@@ -282,8 +282,8 @@ class Checkpoints:
       config: the run's ConfigDict.
       good: whether the step was good: its loss, its gradients and what they
         made of the parameters were finite.
-      best: the run's best evaluation so far (loop.Best.record), whose step is
-        kept whatever `keep` says; None: the run has none.
+      best: the run's best evaluation so far (BestEvaluation.record), whose step
+        is kept whatever `keep` says; None: the run has none.
 
     Returns:
       False if this very state is on disk already, else True.
