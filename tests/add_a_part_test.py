@@ -341,7 +341,7 @@ def loss(config):
 frozen = plan.load_frozen_plan('w')
 trainer = studies.Written('w', frozen, loss=loss)
 study.go('w', frozen, trainer, studies.arguments(until='again', anyway=True))
-print(report.html(comparison.load_comparison('w'), ()))
+print(report.render_page(comparison.load_comparison('w'), ()))
 '''
 
 

@@ -144,7 +144,7 @@ def _page(drawn: Mapping[str, Mapping], panels: Mapping[str, str], by: str
   """Returns the page on which a reader chooses what is drawn, against what."""
   series = []
   for i, (name, lines) in enumerate(drawn.items()):
-    thinned = {figure: plots.thinned(line) for figure, line in lines.items()}
+    thinned = {figure: plots.thin_curve(line) for figure, line in lines.items()}
     series.append({'name': name, 'base': False, 'look': f'c{i % 6} d{i // 6}',
                    'mean': thinned})
   plot = {

@@ -69,11 +69,11 @@ def test_a_variant_of_a_csv_is_paired_with_the_base(sweep, tmp_path):
   row = next(row for row in c.verdicts() if row['variant'] == 'gru')
   assert row['effect'] == pytest.approx(0.301) and row['n'] == 3
   assert row['verdict'] == 'worse'
-  costs = next(row for row in tables.costs(c).rows
+  costs = next(row for row in tables.cost_table(c).rows
                if row['variant'].text == 'gru')
   assert costs['parameters'].text == 'n/a'
-  assert 'NaN' not in json.dumps(report.as_json(c)['points'])
-  assert any(path.suffix == '.svg' for path in report.write(c))
+  assert 'NaN' not in json.dumps(report.report_as_json(c)['points'])
+  assert any(path.suffix == '.svg' for path in report.write_report(c))
 
 
 @pytest.mark.parametrize('lines, sentence', [

@@ -1,13 +1,8 @@
-"""The plots that report.js draws on a page, where a reader chooses the axes.
-
-A plot is {id, title, caption, x, y, log, series}. `x` and `y` name the axes and
-the figures that a reader can choose from, and a series holds, for each figure,
-its points by axis: {'eval': {'tokens': [...], 'y': [...]}}. `look` is the class
-of report.css that gives it its colour and dashes.
-"""
+"""The interactive plots of a report's page, which report.js draws from JSON: a
+reader chooses the figure and the axis."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -15,97 +10,172 @@ from tools.compare import curves, figures, page
 from tools.compare import plan as plans
 from tools.compare.comparison import LEARNING_RATE_FIELD, Comparison
 
-MOST = 300  # points of a line; longer ones are thinned
+MAX_POINTS_OF_LINE = 300  # a page of more takes long to draw
+
+# The points of a line as columns: 'y', and what stands on each axis that a
+# reader can choose, such as 'tokens'; 'low' and 'high' where it has intervals.
+Line = dict[str, list]
 
 
-def curve_plots(c: Comparison) -> list[dict[str, Any]]:
-  """Returns the curves at each size: the mean over seeds, and each seed."""
+class Series(TypedDict):
+  """The lines of one variant, of which a reader sees one figure at a time.
+
+  Attributes:
+    name: what the legend calls it.
+    base: whether it is the base.
+    look: the classes of report.css that give it its colour and dashes.
+    mean: the mean over seeds of each figure, by the figure's name.
+    seeds: by seed, the same of each seed alone.
+  """
+  name: str
+  base: bool
+  look: str
+  mean: dict[str, Line]
+  seeds: NotRequired[dict[int, dict[str, Line]]]
+
+
+class Plot(TypedDict):
+  """A plot as report.js draws it.
+
+  Attributes:
+    id: the id of the <figure> that it is drawn into.
+    title, caption: the words beside it.
+    curves: whether it draws the curves of runs.
+    log: whether the horizontal axis is logarithmic.
+    x: the axes that a reader can choose, each with its label.
+    y: the figures that a reader can choose, each with its label.
+    series: the lines.
+  """
+  id: str
+  title: str
+  curves: NotRequired[bool]
+  log: bool
+  x: Mapping[str, str]
+  series: list[Series]
+  y: Mapping[str, str]
+  caption: str
+
+
+def curve_plots(comparison: Comparison) -> list[Plot]:
+  """Returns a plot of the loss curves at each size of model: the mean over the
+  seeds of each variant, and each seed."""
   plots = []
-  for i, size in enumerate(c.plan.sizes):
-    series = _series_at(c, size)
-    drawn: set[str] = set()
-    for line in series:
-      drawn |= line['mean'].keys()
-    choices = {figure: words for figure, words in curves.FIGURES.items()
-               if figure in drawn}
-    plots.append({
-        'id': f'curves-{i}', 'title': f'curves {size}', 'curves': True,
-        'log': False, 'x': curves.AXES, 'series': series, 'y': choices,
-        'caption': f'{size or "Curves"}: means over the seeds that are done. '
+  for i, size in enumerate(comparison.plan.sizes):
+    all_series = _series_at_size(comparison, size)
+    # A reader chooses from the figures of which there is a line.
+    drawn_figures: set[str] = set()
+    for series in all_series:
+      drawn_figures |= series['mean'].keys()
+    label_by_figure = {figure: label for figure, label in curves.FIGURES.items()
+                       if figure in drawn_figures}
+    plots.append(Plot(
+        id=f'curves-{i}',
+        title=f'curves {size}',
+        curves=True,
+        log=False,
+        x=curves.AXES,
+        series=all_series,
+        y=label_by_figure,
+        caption=f'{size or "Curves"}: means over the seeds that are done. '
         'Seconds are of training steps on the machine that ran them, '
         'without compiling, evaluating and saving; where several runs trained '
-        "as one program, each one's share."})
+        "as one program, each one's share."))
   return plots
 
 
-def _series_at(c: Comparison, size: str) -> list[dict[str, Any]]:
-  """Returns the series of each variant that has curves at a size."""
-  series = []
-  for variant in c.variants:
-    seeds = {}
-    for (name, at, seed), lines in c.curves.items():
-      if (name, at) == (variant, size) and lines:
-        seeds[seed] = lines
-    if seeds:
-      series.append(_curve_series(c, variant, seeds))
-  return series
+def _series_at_size(comparison: Comparison, size: str) -> list[Series]:
+  """Returns the lines of each variant that has curves at a size of model."""
+  all_series = []
+  for variant in comparison.variants:
+    curves_by_seed = {}
+    for (name, size_of_run, seed), curves_of_run in comparison.curves.items():
+      is_wanted = (name, size_of_run) == (variant, size)
+      if is_wanted and curves_of_run:
+        curves_by_seed[seed] = curves_of_run
+    if curves_by_seed:
+      all_series.append(_curve_series(comparison, variant, curves_by_seed))
+  return all_series
 
 
-def _curve_series(c: Comparison, variant: str,
-                  seeds: Mapping[int, Mapping[str, Mapping]]) -> dict[str, Any]:
-  """Returns the curves of a variant, of each figure that all its seeds have.
+def _curve_series(comparison: Comparison, variant: str,
+                  curves_by_seed: Mapping[int, Mapping[str, Mapping]]
+                  ) -> Series:
+  """Returns the lines of a variant, of each figure that all its seeds have.
 
   Args:
-    c: the Comparison.
+    comparison: the comparison.
     variant: the name of the variant.
-    seeds: its curves by seed and figure.
+    curves_by_seed: by seed, the curve of each figure by the figure's name.
   """
-  means: dict[str, dict] = {}
-  each: dict[int, dict] = {seed: {} for seed in seeds}
+  mean_by_figure: dict[str, Line] = {}
+  lines_by_seed: dict[int, dict[str, Line]] = {
+      seed: {} for seed in curves_by_seed}
   for figure in curves.FIGURES:
-    if not all(figure in lines for lines in seeds.values()):
+    is_of_all_seeds = all(
+        figure in curve_by_figure
+        for curve_by_figure in curves_by_seed.values())
+    if not is_of_all_seeds:
       continue
-    lines_of_seeds = []
-    for seed, lines in seeds.items():
-      lines_of_seeds.append(lines[figure])
-      each[seed][figure] = thinned(lines[figure])
-    means[figure] = thinned(curves.mean_curve(lines_of_seeds))
-  return {'name': variant, 'base': variant == c.plan.base,
-          'look': figures.css_line_classes(
-              c, variant), 'mean': means, 'seeds': each}
+    curves_of_figure = []
+    for seed, curve_by_figure in curves_by_seed.items():
+      curve = curve_by_figure[figure]
+      curves_of_figure.append(curve)
+      lines_by_seed[seed][figure] = thin_curve(curve)
+    mean_by_figure[figure] = thin_curve(curves.mean_curve(curves_of_figure))
+  return Series(
+      name=variant,
+      base=variant == comparison.plan.base,
+      look=figures.css_line_classes(comparison, variant),
+      mean=mean_by_figure,
+      seeds=lines_by_seed)
 
 
-def tuning_plot(c: Comparison) -> dict[str, Any]:
-  """Returns what the last rung of tuning found on text by the learning rate,
-  with the interval over seeds where there is one."""
-  series = []
-  for row in c.results['tuned']:
-    if row['workload'] not in ('', plans.TEXT):
+def tuning_plot(comparison: Comparison) -> Plot:
+  """Returns a plot of the loss on text by the learning rate, from the last rung
+  of tuning, with the interval over seeds where there is one."""
+  plan = comparison.plan
+  all_series = []
+  for tuned in comparison.results['tuned']:
+    if tuned['workload'] not in ('', plans.TEXT):
       continue
-    line = _rates_line(row, last_rung=c.plan.tuning.rungs - 1)
+    line = _loss_by_learning_rate(tuned, last_rung=plan.tuning.rungs - 1)
     if not line['lr']:
       continue
     # Another size of the variant has other dashes.
-    look = figures.css_line_classes(c, row.get('look', row['variant']),
-                                    turn=c.plan.sizes.index(row['size']))
-    series.append({'name': f'{row["variant"]} {row["size"]}'.strip(),
-                   'base': False, 'look': look,
-                   'mean': {'loss': _numbers(line)}})
-  return {'id': 'rates', 'title': 'loss by learning rate', 'log': True,
-          'x': {'lr': 'learning rate'}, 'y': {'loss': c.plan.primary.name},
-          'caption': 'Bars are 95 % intervals over seeds.', 'series': series}
+    look = figures.css_line_classes(
+        comparison, tuned.get('look', tuned['variant']),
+        turn=plan.sizes.index(tuned['size']))
+    all_series.append(Series(
+        name=f'{tuned["variant"]} {tuned["size"]}'.strip(),
+        base=False,
+        look=look,
+        mean={'loss': _round_for_json(line)}))
+  return Plot(
+      id='rates',
+      title='loss by learning rate',
+      log=True,
+      x={'lr': 'learning rate'},
+      y={'loss': plan.primary.name},
+      caption='Bars are 95 % intervals over seeds.',
+      series=all_series)
 
 
-def _rates_line(row: Mapping[str, Any], last_rung: int) -> dict[str, list]:
-  """Returns the trials of a plans.Tuned from its last rung on, by rising
-  learning rate."""
-  tried = []
-  for trial in row['tried']:
-    if LEARNING_RATE_FIELD in trial['changes'] and trial['rung'] >= last_rung:
-      tried.append(trial)
-  tried.sort(key=lambda trial: trial['changes'][LEARNING_RATE_FIELD])
-  line: dict[str, list] = {'lr': [], 'y': [], 'low': [], 'high': []}
-  for trial in tried:
+def _loss_by_learning_rate(tuned: Mapping[str, Any], last_rung: int) -> Line:
+  """Returns the trials of the last rung of tuning, and of those after it, by
+  rising learning rate: 'lr', the measure 'y', and its interval 'low', 'high'.
+
+  Args:
+    tuned: what tuning found for one variant, as plans.Tuned has it.
+    last_rung: the number of the last rung.
+  """
+  trials = []
+  for trial in tuned['tried']:
+    has_learning_rate = LEARNING_RATE_FIELD in trial['changes']
+    if has_learning_rate and trial['rung'] >= last_rung:
+      trials.append(trial)
+  trials.sort(key=lambda trial: trial['changes'][LEARNING_RATE_FIELD])
+  line: Line = {'lr': [], 'y': [], 'low': [], 'high': []}
+  for trial in trials:
     line['lr'].append(trial['changes'][LEARNING_RATE_FIELD])
     line['y'].append(trial['value'])
     line['low'].append(trial.get('low'))
@@ -113,22 +183,23 @@ def _rates_line(row: Mapping[str, Any], last_rung: int) -> dict[str, list]:
   return line
 
 
-def thinned(curve: Mapping[str, Sequence]) -> dict[str, list]:
-  """Returns a curve as report.js draws it: with at most MOST points, its last
-  one kept."""
-  length = len(curve['step'])
-  places = np.linspace(0, length - 1, min(length, MOST))
-  keep = np.unique(places.round().astype(int))
+def thin_curve(curve: Mapping[str, Sequence]) -> Line:
+  """Returns a curve as a line of at most MAX_POINTS_OF_LINE points, evenly
+  chosen, the first and the last one among them."""
+  num_points = len(curve['step'])
+  positions = np.linspace(0, num_points - 1,
+                          min(num_points, MAX_POINTS_OF_LINE))
+  chosen = np.unique(positions.round().astype(int))
   line = {}
-  for name in curves.AXES:
-    line[name] = np.asarray(curve[name], float)[keep]
-  line['y'] = np.asarray(curve['loss'], float)[keep]
-  return _numbers(line)
+  for axis in curves.AXES:
+    line[axis] = np.asarray(curve[axis], float)[chosen]
+  line['y'] = np.asarray(curve['loss'], float)[chosen]
+  return _round_for_json(line)
 
 
-def _numbers(line: Mapping[str, Sequence]) -> dict[str, list]:
-  """Returns plain numbers of six digits; what is unknown or not finite is None.
-  """
+def _round_for_json(line: Mapping[str, Sequence]) -> Line:
+  """Returns the columns of a line rounded to six digits; what is unknown or not
+  finite is None."""
   rounded = {}
   for name, column in line.items():
     rounded[name] = [float(f'{x:.6g}') if page.known(x) else None

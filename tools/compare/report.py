@@ -3,8 +3,7 @@ prints the main table.
 
 Both are a Comparison (comparison.py), whose tables (tables.py) and plots
 (plots.py) stand on one page. What a study has beside a sweep (noise, screening,
-what was planned) has sections of its own. In all functions `c` is the
-Comparison that is reported.
+what was planned) has sections of its own.
 """
 
 import argparse
@@ -16,7 +15,8 @@ import sys
 from typing import Any
 
 from common.fields import check_number
-from tools.compare import comparison, decide, figures, layout, page, plots
+from tools.compare import comparison as comparison_lib
+from tools.compare import decide, figures, layout, page, plots
 from tools.compare import measures as measures_lib
 from tools.compare import phases as phases_lib
 from tools.compare import plan as plans
@@ -27,6 +27,7 @@ from tools.compare.comparison import first_row_with, format_changes
 from tools.compare.page import UNKNOWN, Section
 from training.workdir import metrics, storage
 
+# Said where a run ended before its learning rate had fallen.
 NOT_COOLED = ('Compute multipliers need runs whose learning rate has fallen to '
               'the end of its schedule by the last step: those of some had not.'
               )
@@ -43,58 +44,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
-  c = comparison.load_comparison(layout.parse_workdir(args), args.rows)
+  comparison = comparison_lib.load_comparison(layout.parse_workdir(args),
+                                              args.rows)
   if args.target is not None:
     check_number('--target', args.target, (('>', 0), ('<', 1e30)))
-    c = dataclasses.replace(c, target=args.target)
+    comparison = dataclasses.replace(comparison, target=args.target)
   if args.json:
-    print(json.dumps(as_json(c), indent=2))
-    print(*write(c), sep='\n', file=sys.stderr)
+    print(json.dumps(report_as_json(comparison), indent=2))
+    print(*write_report(comparison), sep='\n', file=sys.stderr)
   else:
-    print(text(c))
-    print(*write(c), sep='\n')
+    print(format_report(comparison))
+    print(*write_report(comparison), sep='\n')
   return 0
 
 
-def text(c: Comparison) -> str:
-  """Returns the outcome for a terminal, with what to know of it."""
-  shown = [tables.verdict_table(c), tables.target_table(c)]
-  if not c.is_study:
-    shown += [tables.costs(c), tables.other_table(c), tables.effects(c)]
-  shown.append(tables.excluded(c))
+def format_report(comparison: Comparison) -> str:
+  """Returns the report for a terminal: the main table, the warnings, and the
+  further tables that have a row."""
+  shown = [tables.verdict_table(comparison), tables.target_table(comparison)]
+  if not comparison.is_study:
+    shown += [tables.cost_table(comparison), tables.other_table(comparison),
+              tables.change_table(comparison)]
+  shown.append(tables.excluded_table(comparison))
   first, *others = [table for table in shown if table.rows]
   lines = [first.text()]
-  lines += [f'- {line}' for line in c.warnings]
+  lines += [f'- {line}' for line in comparison.warnings]
   lines += [f'\n{table.title}\n{table.text()}' for table in others]
   return '\n'.join(lines)
 
 
-def as_json(c: Comparison) -> dict[str, Any]:
-  """Returns what --json prints."""
+def report_as_json(comparison: Comparison) -> dict[str, Any]:
+  """Returns the figures that --json prints: the estimates, what each variant
+  changes and costs, and the runs that are left out."""
   target = []
-  for row in tables.target_table(c).rows:
+  for row in tables.target_table(comparison).rows:
     target.append({name: cell.value for name, cell in row.items()})
-  return {'name': c.plan.name, 'file': c.plan.file, 'match': c.plan.match,
-          'base': c.plan.base, 'answer': answer(c), 'warnings': c.warnings,
-          'target': target, 'estimates': c.estimates,
-          'points': metrics.as_json_value(c.frozen.points),
-          'excluded': c.excluded}
+  return {'name': comparison.plan.name, 'file': comparison.plan.file,
+          'match': comparison.plan.match,
+          'base': comparison.plan.base,
+          'answer': answer_in_a_sentence(comparison),
+          'warnings': comparison.warnings,
+          'target': target, 'estimates': comparison.estimates,
+          'points': metrics.as_json_value(comparison.frozen.points),
+          'excluded': comparison.excluded}
 
 
 # Files.
 
 
-def write(c: Comparison) -> list[pathlib.Path]:
-  """Writes the page, the estimates, the runs, the curves and the figures;
-  returns their paths, the page's first."""
-  folder = pathlib.Path(c.workdir) / 'report'
+def write_report(comparison: Comparison) -> list[pathlib.Path]:
+  """Writes the report into the folder `report` of a sweep or a study: the page,
+  the estimates, runs and curves as CSV, and the figures.
+
+  Returns:
+    The paths of what was written, the page's first.
+  """
+  folder = pathlib.Path(comparison.workdir) / 'report'
   storage.check_folder_is_writable(folder)
-  drawn = figures.draw_figures(c)
+  drawn = figures.draw_figures(comparison)
   files: dict[str, Any] = {
-      'index.html': html(c, drawn),
-      'results.csv': page.sheet(c.estimates),
-      'runs.csv': page.sheet(_run_rows(c)),
-      'curves.csv': page.sheet(_curve_rows(c))}
+      'index.html': render_page(comparison, drawn),
+      'results.csv': page.sheet(comparison.estimates),
+      'runs.csv': page.sheet(_rows_of_runs(comparison)),
+      'curves.csv': page.sheet(_rows_of_curves(comparison))}
   for figure in drawn:
     for kind, content in figure.files.items():
       files[f'{figure.name}.{kind}'] = content
@@ -104,10 +116,10 @@ def write(c: Comparison) -> list[pathlib.Path]:
   return [folder / name for name in files]
 
 
-def _run_rows(c: Comparison) -> list[dict[str, Any]]:
-  """Returns a row for each measure of each run."""
+def _rows_of_runs(comparison: Comparison) -> list[dict[str, Any]]:
+  """Returns the rows of runs.csv, one for each measure of each run."""
   rows = []
-  for run in c.outcomes:
+  for run in comparison.outcomes:
     changes = json.dumps(run.changes, sort_keys=True)
     for measure, value in run.values.items():
       row = {}
@@ -122,10 +134,10 @@ def _run_rows(c: Comparison) -> list[dict[str, Any]]:
   return rows
 
 
-def _curve_rows(c: Comparison) -> list[dict[str, Any]]:
-  """Returns a row for each point of each curve."""
+def _rows_of_curves(comparison: Comparison) -> list[dict[str, Any]]:
+  """Returns the rows of curves.csv, one for each point of each curve."""
   rows = []
-  for (variant, size, seed), by_figure in c.curves.items():
+  for (variant, size, seed), by_figure in comparison.curves.items():
     for figure, curve in by_figure.items():
       of_curve = {'variant': variant, 'size': size, 'seed': seed,
                   'figure': figure}
@@ -134,118 +146,138 @@ def _curve_rows(c: Comparison) -> list[dict[str, Any]]:
   return rows
 
 
-def html(c: Comparison, drawn: Sequence[page.Figure]) -> str:
-  """Returns the page with the figures that were drawn."""
+def render_page(comparison: Comparison, drawn: Sequence[page.Figure]) -> str:
+  """Returns the HTML page of a report.
+
+  Args:
+    comparison: the sweep or study.
+    drawn: the figures of figures.draw_figures.
+  """
   sections = [
       Section(name='verdict', heading='Verdict',
-              figures=_of_name(drawn, 'outcome'),
-              tables=[tables.verdict_table(c), tables.costs(c)]),
+              figures=_figures_with_name(drawn, 'outcome'),
+              tables=[tables.verdict_table(comparison),
+                      tables.cost_table(comparison)]),
       Section(name='curves', heading='Loss curves',
-              tables=[tables.target_table(c)], plots=plots.curve_plots(c)),
-      _others_section(c, drawn)]
-  if not c.is_study:
+              tables=[tables.target_table(comparison)],
+              plots=plots.curve_plots(comparison)),
+      _section_of_other_estimates(comparison, drawn)]
+  if not comparison.is_study:
     sections.append(Section(name='changes', heading='Each change',
-                            tables=[tables.effects(c)]))
+                            tables=[tables.change_table(comparison)]))
 
   # The phases before and after the one that the verdicts are of.
   sections += [
-      Section(name='tuning', heading='Tuning', tables=[tables.tuning(c)],
-              plots=[plots.tuning_plot(c)]),
+      Section(name='tuning', heading='Tuning',
+              tables=[tables.tuning_table(comparison)],
+              plots=[plots.tuning_plot(comparison)]),
       Section(name='noise', heading='Noise and power',
-              paragraphs=_power(c.results), tables=[tables.noise(c)])]
-  for phase in c.comparing_phases:
+              paragraphs=_say_power_of_study(comparison.results),
+              tables=[tables.noise_table(comparison)])]
+  for phase in comparison.comparing_phases:
     if phase.name != 'confirm':
-      sections.append(phase_section(c, phase))
-  sections.append(prediction_section(c))
+      sections.append(section_of_phase(comparison, phase))
+  sections.append(section_of_prediction(comparison))
 
   # How it was done.
   sections.append(Section(name='left-out', heading='Left out',
-                          tables=[tables.excluded(c)]))
+                          tables=[tables.excluded_table(comparison)]))
   method = []
-  if c.is_study:
-    method = methods(c.frozen, c.results)
+  if comparison.is_study:
+    method = describe_methods(comparison.frozen, comparison.results)
     sections.append(Section(name='planned', heading='Planned and run',
-                            paragraphs=_as_planned(c)))
+                            paragraphs=_say_what_was_not_planned(comparison)))
   sections += [
       Section(name='methods', heading='Methods', paragraphs=method,
-              tables=[tables.config(c)]),
+              tables=[tables.config_table(comparison)]),
       Section(name='provenance', heading='Provenance and cost',
-              tables=[tables.spent(c), tables.provenance(c)])]
-  return page.html(sections, title=c.plan.name, about=c.about,
-                   answer=answer(c), warnings=c.warnings)
+              tables=[tables.spent_table(comparison),
+                      tables.provenance_table(comparison)])]
+  return page.html(sections, title=comparison.plan.name, about=comparison.about,
+                   answer=answer_in_a_sentence(comparison),
+                   warnings=comparison.warnings)
 
 
-def _of_name(drawn: Sequence[page.Figure], name: str) -> list[page.Figure]:
-  """Returns the figure of a name, if it was drawn."""
+def _figures_with_name(drawn: Sequence[page.Figure],
+                       name: str) -> list[page.Figure]:
+  """Returns the drawn figures that have a name: one, or none."""
   return [figure for figure in drawn if figure.name == name]
 
 
-def _others_section(c: Comparison, drawn: Sequence[page.Figure]) -> Section:
-  """Returns the sizes and measures that the verdicts are not of."""
+def _section_of_other_estimates(comparison: Comparison,
+                    drawn: Sequence[page.Figure]) -> Section:
+  """Returns the section of estimates that no verdict is on: those at each size
+  and of the further measures."""
   paragraphs = []
-  if not _all_cooled(c):
+  if not _have_all_runs_cooled(comparison):
     paragraphs.append(NOT_COOLED)
   return Section(
       name='others', heading='Sizes and measures', paragraphs=paragraphs,
-      figures=_of_name(drawn, 'measures'),
-      tables=[tables.other_table(c), tables.multipliers(c), tables.ranks(c)])
+      figures=_figures_with_name(drawn, 'measures'),
+      tables=[tables.other_table(comparison), tables.multiplier_table(
+          comparison), tables.rank_table(comparison)])
 
 
-def _as_planned(c: Comparison) -> list[str]:
-  """Returns in what the runs differ from the plan, in sentences."""
-  differences = c.results['as_planned']['differences']
+def _say_what_was_not_planned(comparison: Comparison) -> list[str]:
+  """Returns sentences that say how the runs differ from the frozen plan."""
+  differences = comparison.results['as_planned']['differences']
   if differences:
     return differences
-  return [f'What ran is what was planned, by the plan {c.frozen.hash}.']
+  return ['What ran is what was planned, by the plan '
+          f'{comparison.frozen.hash}.']
 
 
-def _all_cooled(c: Comparison) -> bool:
-  """Returns whether no run on text that was confirmed is known to end before
-  its learning rate had fallen."""
-  for run in c.outcomes:
+def _have_all_runs_cooled(comparison: Comparison) -> bool:
+  """Returns whether the learning rate of all confirmed runs on text fell to the
+  end of its schedule; a run of which this is not known counts as one."""
+  for run in comparison.outcomes:
     is_confirmed_text = run.phase == 'confirm' and run.workload == plans.TEXT
     if is_confirmed_text and run.cooled is False:
       return False
   return True
 
 
-def _power(results: Mapping[str, Any]) -> list[str]:
-  """Returns what was announced of the effects that a study can find."""
+def _say_power_of_study(results: Mapping[str, Any]) -> list[str]:
+  """Returns the sentences on the effects that a study can find, and on how to
+  find smaller ones; [] before the noise was measured."""
   if not results['announced']:
     return []
   sentences = [results['announced']['sentence'], results['advice']]
   return [sentence for sentence in sentences if sentence]
 
 
-def phase_section(c: Comparison, phase: phases_lib.Phase) -> Section:
-  """Returns what a phase found that the verdicts are not of."""
-  sizes = phase.narrow_plan(c.plan).sizes
+def section_of_phase(comparison: Comparison,
+                     phase: phases_lib.Phase) -> Section:
+  """Returns the section of what a phase found, such as the screening, whose
+  estimates no final verdict is on."""
+  sizes = phase.narrow_plan(comparison.plan).sizes
   title = f'At {", ".join(sizes)}'
-  if sizes == c.plan.sizes[:1]:
+  if sizes == comparison.plan.sizes[:1]:
     title = f'At the smallest size, {sizes[0]}'
   paragraphs = []
   if phase.name == 'screen':
-    paragraphs = lost(c)
-  rows = [row for row in c.estimates if row['phase'] == phase.name]
-  table = tables.estimate_table(c, name=f'{phase.name}-table', title=title,
+    paragraphs = say_what_screening_may_lose(comparison)
+  rows = [row for row in comparison.estimates if row['phase'] == phase.name]
+  table = tables.estimate_table(comparison, name=f'{phase.name}-table',
+                                title=title,
                                 rows=rows)
   return Section(name=phase.name, heading=phase.name.capitalize(),
                  paragraphs=paragraphs, tables=[table])
 
 
-def prediction_section(c: Comparison) -> Section:
-  """Returns what was predicted for the largest size, and what was seen there.
-  """
-  table = tables.predictions(c)
+def section_of_prediction(comparison: Comparison) -> Section:
+  """Returns the section of what was predicted for the largest size, and of what
+  was observed there."""
+  table = tables.prediction_table(comparison)
   paragraphs = []
   if table.rows:
-    record = c.results['predicted']
+    record = comparison.results['predicted']
     when = 'when runs of this size had begun: it is none.'
     if record['blind']:
       when = 'before any run of this size began.'
     paragraphs.append(
-        f'The prediction {record["hash"]} of {c.plan.largest} was recorded on '
-        f'{plans.format_date(record["time"])}, {when}')
+        f'The prediction {record["hash"]} of {comparison.plan.largest} was '
+        f'recorded on {plans.format_date(record["time"])}, {when}')
   return Section(name='predicted', heading='Predicted and seen',
                  paragraphs=paragraphs, tables=[table])
 
@@ -253,57 +285,64 @@ def prediction_section(c: Comparison) -> Section:
 # Sentences.
 
 
-def answer(c: Comparison) -> str:
-  """Returns the answer, as far as there is one, in a sentence."""
+def answer_in_a_sentence(comparison: Comparison) -> str:
+  """Returns one sentence that names the variants of each verdict, with their
+  effects on the primary measure."""
   # The variants of each verdict, with their effects.
   groups: dict[str, list[str]] = {}
-  for row in c.verdicts()[1:]:
+  for row in comparison.verdicts()[1:]:
     variant = row['variant']
     effect = page.estimate(row['effect'], row['low'], row['high']).text
     if effect != UNKNOWN:
-      variant += f' ({effect}{_excluded_effect(c, row)})'
+      variant += f' ({effect}{_say_excluded_effect(comparison, row)})'
     groups.setdefault(row['verdict'], []).append(variant)
 
-  unit = measures_lib.format_unit(c.frozen, c.plan.primary, ' (', ')')
+  unit = measures_lib.format_unit(comparison.frozen, comparison.plan.primary,
+                                  ' (', ')')
   verdicts = []
   for verdict, variants in groups.items():
     verdicts.append(f'{verdict}: {", ".join(variants)}')
-  return f'By {c.plan.primary.name}{unit}: {"; ".join(verdicts)}.'
+  return f'By {comparison.plan.primary.name}{unit}: {"; ".join(verdicts)}.'
 
 
-def _excluded_effect(c: Comparison, row: Mapping[str, Any]) -> str:
-  """Says of a variant of which no difference is shown that it cannot have one
-  of EFFECT; '' where it can.
+def _say_excluded_effect(comparison: Comparison, row: Mapping[str, Any]) -> str:
+  """Returns words that exclude an effect of a variant as large as EFFECT, the
+  one that the study looks for; '' where they cannot be said.
 
-  Its interval lies within, and does so where it is as wide as makes the
-  intervals of all confirmed variants hold at once (Bonferroni)."""
+  They are said where no difference is shown, and the effect lies outside of the
+  simultaneous interval (Bonferroni) that holds for all confirmed variants.
+
+  Args:
+    comparison: the study.
+    row: the estimate of the variant, as Comparison.estimates has it.
+  """
   if row['verdict'] != decide.NONE_SHOWN or not page.known(row['low']):
     return ''
   from scipy.stats import t
-  measures = [other['measure'] for other in c.results['confirm']]
+  measures = [other['measure'] for other in comparison.results['confirm']]
   family = measures.count(row['measure'])
   degrees = row['n'] - 1
   # How much wider an interval is that holds with all others at once.
-  at_once = t.isf(c.plan.alpha / (2 * family), degrees)
+  at_once = t.isf(comparison.plan.alpha / (2 * family), degrees)
   wider = max(at_once / t.isf(0.025, degrees), 1.0)
   half = max(row['high'] - row['effect'], row['effect'] - row['low'])
-  if abs(row['effect']) + half * wider >= c.plan.effect:
+  if abs(row['effect']) + half * wider >= comparison.plan.effect:
     return ''
-  return f': an effect of {c.plan.effect:g} is excluded'
+  return f': an effect of {comparison.plan.effect:g} is excluded'
 
 
-def lost(c: Comparison) -> list[str]:
-  """Says what the screening may have lost; [] where it stopped nothing, or its
-  power is not known."""
-  plan, rows = c.plan, c.results.get('screen', ())
-  noise = first_row_with(c.results['noise'], phase='screen',
+def say_what_screening_may_lose(comparison: Comparison) -> list[str]:
+  """Returns a paragraph on the good variants that the screening may have
+  stopped by its noise; [] where it stopped none, or its power is not known."""
+  plan, rows = comparison.plan, comparison.results.get('screen', ())
+  noise = first_row_with(comparison.results['noise'], phase='screen',
                          measure=plan.primary.name)
   stopped = [row for row in rows if row['verdict'] != decide.PASSED]
   if not stopped or not noise or not noise['power']:
     return []
   may_be_better = []
   for row in stopped:
-    if not _is_excluded(plan, row):
+    if not _is_effect_excluded(plan, row):
       may_be_better.append(row['variant'])
   within = ', '.join(may_be_better) or 'none'
   return [f'{len(stopped)} of {len(rows)} variants were stopped. Of such as '
@@ -313,24 +352,29 @@ def lost(c: Comparison) -> list[str]:
           'only larger sizes show cannot be seen here.']
 
 
-def _is_excluded(plan: plans.Plan, row: Mapping[str, Any]) -> bool:
-  """Returns whether the interval of a row ends before EFFECT."""
+def _is_effect_excluded(plan: plans.Plan, row: Mapping[str, Any]) -> bool:
+  """Returns whether the interval of an effect lies below the improvement that
+  the study looks for (EFFECT)."""
   if row['low'] is None:
     return False
   sign = plan.primary.sign
   return max(sign * row['low'], sign * row['high']) < plan.effect
 
 
-def methods(frozen: plans.FrozenPlan,
+def describe_methods(frozen: plans.FrozenPlan,
             results: Mapping[str, Any] = results_lib.NOTHING) -> list[str]:
-  """Returns the paragraphs that a paper needs to say how a study was done, or
-  will be: then there are no results yet. Nothing is said of a phase that had no
-  runs."""
+  """Returns the paragraphs of a methods section, which say how a study was
+  done, or will be done. Nothing is said of a phase that had no runs.
+
+  Args:
+    frozen: the plan of the study.
+    results: what it found, as results.json has it; by default nothing yet.
+  """
   plan, as_planned = frozen.plan, results['as_planned']
 
   def changes(row: Mapping[str, Any]) -> str:
     """Returns what a point of the base changes, for the template."""
-    return _changes_of_size(frozen, row)
+    return _format_changes_of_size(frozen, row)
 
   # The phases that had runs, and the values that were tuned.
   phases = []
@@ -342,7 +386,7 @@ def methods(frozen: plans.FrozenPlan,
       phases.append(phase)
   grid = []
   for field, values in plan.tuning.fields.items():
-    tried = ', '.join(map(comparison.format_config_value, values))
+    tried = ', '.join(map(comparison_lib.format_config_value, values))
     grid.append(f'{field} in {{{tried}}}')
 
   # How much was seen before the confirmation, and what was done again.
@@ -364,9 +408,16 @@ def methods(frozen: plans.FrozenPlan,
   return [' '.join(part.split()) for part in rendered.split('\n---\n')]
 
 
-def _changes_of_size(frozen: plans.FrozenPlan, row: Mapping[str, Any]) -> str:
-  """Returns what a size and a workload change in the base; where most of it is
-  as at the smallest size, the rest alone."""
+def _format_changes_of_size(frozen: plans.FrozenPlan,
+                            row: Mapping[str, Any]) -> str:
+  """Returns the fields that a size and a workload set, as 'field=value, ...';
+  where all those of the smallest size are among them and some are equal, 'as at
+  SMALLEST, but ...'.
+
+  Args:
+    frozen: the plan of the study.
+    row: a point of the base, as FrozenPlan.points has it.
+  """
   plan, fields = frozen.plan, row['changes']
   smallest = frozen.point(plan.base, plan.sizes[0], row['workload'])['changes']
   new = {}

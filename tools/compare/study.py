@@ -204,7 +204,7 @@ def described(frozen: plans.FrozenPlan) -> str:
     rows.append((size, f'{point["params"]:,}',
                  f'{point["flops_per_token"]:,.0f}'))
   parts = [f'study {plan.name}: {plan.question}']
-  for paragraph in report.methods(frozen):
+  for paragraph in report.describe_methods(frozen):
     parts.append(textwrap.fill(paragraph))
   parts.append('\n'.join(layout.align_columns(rows)))
   return '\n\n'.join(parts)
@@ -238,7 +238,7 @@ def go(workdir, frozen: plans.FrozenPlan, trainer: Any, args) -> int:
       # The first phase has told the time of the others.
       print(results.table(costs()[1:], args.parallel), flush=True)
   if args.until == plans.REPORT:
-    page, *_ = report.write(comparison.load_comparison(workdir))
+    page, *_ = report.write_report(comparison.load_comparison(workdir))
     print(f'report: {page}', flush=True)
   return 0
 

@@ -1,8 +1,7 @@
-"""The tables of a report: each is described once, as rows of cells by heading
-(page.Table), and printed for a terminal, on the page and as JSON.
+"""The tables of a report: each function returns one as rows of cells by heading
+(page.Table), which is printed for a terminal, on the page and as JSON.
 
-What the headings mean stands in templates/columns.toml. In all functions `c` is
-the Comparison that is reported.
+What the headings mean stands in templates/columns.toml.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,41 +17,46 @@ from tools.compare.comparison import format_changes, format_config_value
 from tools.compare.page import UNKNOWN, Cell, Table, label
 from training.workdir import run_config
 
-TARGET_LEVEL = 0.01  # as in the rules of modded-nanogpt's third track
-# The counts of a phase, by heading.
-COUNTS = {'runs planned at most': 'planned', 'done': 'done',
+# The level of the test that a loss is below the target, as in the rules of
+# modded-nanogpt's third track.
+TARGET_LEVEL = 0.01
+# The columns that count something of a phase, and their keys in results.json.
+COUNT_OF_HEADING = {'runs planned at most': 'planned', 'done': 'done',
           'diverged': 'failed', 'tokens': 'tokens'}
-# The further p of an estimate, by heading.
-P_VALUES = {'corrected p': 'p_corrected', 'robust p': 'p_robust',
+# The columns of further p-values, and their names in Comparison.estimates.
+P_VALUE_OF_HEADING = {'corrected p': 'p_corrected', 'robust p': 'p_robust',
             'equivalence p': 'p_equivalent', 'no worse p': 'p_not_worse'}
 
 
 # Estimates.
 
 
-def verdict_table(c: Comparison) -> Table:
-  """Returns the estimates that the verdicts are on."""
+def verdict_table(comparison: Comparison) -> Table:
+  """Returns the main table: for each variant the estimate that its verdict is
+  on."""
   return estimate_table(
-      c, name='verdicts', title='Each variant beside the base',
-      rows=c.verdicts())
+      comparison, name='verdicts', title='Each variant beside the base',
+      rows=comparison.verdicts())
 
 
-def other_table(c: Comparison) -> Table:
-  """Returns the estimates of the confirmation that no verdict is on."""
-  others = c.estimates[len(c.variants):]
+def other_table(comparison: Comparison) -> Table:
+  """Returns the estimates of the confirmation that no verdict is on, such as
+  those at one size or of another measure."""
+  others = comparison.estimates[len(comparison.variants):]
   confirmed = [row for row in others if row['phase'] == 'confirm']
-  return estimate_table(c, name='estimates', title='Each size and measure',
+  return estimate_table(comparison, name='estimates',
+                        title='Each size and measure',
                         rows=confirmed)
 
 
-def estimate_table(c: Comparison, name: str, title: str,
+def estimate_table(comparison: Comparison, name: str, title: str,
                    rows: Sequence[Mapping[str, Any]]) -> Table:
-  """Returns estimates as a table, without those of which nothing is known and
-  the columns that say nothing of them.
+  """Returns a table of means and differences, without the rows of which nothing
+  is known and the columns that are empty.
 
   Args:
-    c: the Comparison.
-    name: the anchor of the table.
+    comparison: the sweep or study.
+    name: the anchor of the table on the page.
     title: its title.
     rows: rows of Comparison.estimates.
   """
@@ -64,23 +68,23 @@ def estimate_table(c: Comparison, name: str, title: str,
   mean = 'held-out loss' if measures == {'loss'} else 'mean'
   cells = []
   for row in rows:
-    cells.append(_estimate_cells(c=c, row=row, mean=mean,
+    cells.append(_estimate_cells(comparison=comparison, row=row, mean=mean,
                                  names_measure=names_measure))
   return page.table(name, title, cells)
 
 
-def _estimate_cells(c: Comparison, row: Mapping[str, Any], mean: str,
+def _estimate_cells(comparison: Comparison, row: Mapping[str, Any], mean: str,
                     names_measure: bool) -> dict[str, Cell]:
-  """Returns the row of an estimate.
+  """Returns the cells of an estimate by heading, in the order of the columns.
 
   Args:
-    c: the Comparison.
-    row: the row of Comparison.estimates.
-    mean: the heading of its mean.
-    names_measure: whether it says which measure it is of.
+    comparison: the sweep or study.
+    row: the estimate, as Comparison.estimates has it.
+    mean: the heading of the column of means.
+    names_measure: whether the row says which measure it is of.
   """
   minus_base = _with_interval(row)
-  if row['variant'] == c.plan.base:
+  if row['variant'] == comparison.plan.base:
     minus_base = Cell(BASE, 0.0)
   measure = ''
   if names_measure:
@@ -108,7 +112,7 @@ def _estimate_cells(c: Comparison, row: Mapping[str, Any], mean: str,
   cells['p over both'] = page.p_value(row['both_p'])
   cells['verdict'] = label(verdict, page.MARKS.get(verdict, ''))
   cells['p'] = page.p_value(p)
-  for heading, name in P_VALUES.items():
+  for heading, name in P_VALUE_OF_HEADING.items():
     cells[heading] = page.p_value(row[name])
   cells['speed-up in FLOPs'] = _speed_up(row, 'flops')
   cells['speed-up in time'] = _speed_up(row, 'seconds')
@@ -119,14 +123,27 @@ def _estimate_cells(c: Comparison, row: Mapping[str, Any], mean: str,
 
 
 def _with_interval(row: Mapping[str, Any], prefix: str = '') -> Cell:
-  """Returns an effect of an estimate with its interval."""
+  """Returns the cell of an effect with its interval.
+
+  Args:
+    row: the estimate, as Comparison.estimates has it.
+    prefix: what the names of the figures begin with: '' for the difference over
+      seeds, 'both_' over seeds and items, 'trend_' for the slope over sizes.
+  """
   return page.estimate(row[f'{prefix}effect'], row[f'{prefix}low'],
                        row[f'{prefix}high'])
 
 
 def _speed_up(row: Mapping[str, Any], by: str) -> Cell:
-  """Returns '1.2 [1.1, 1.3]'; ~ where the curves' fit errs by more than the
-  difference, in brackets where no difference is shown."""
+  """Returns the cell of a speed-up with its interval: '1.2 [1.1, 1.3]'.
+
+  A ~ stands before it where the fit of the curves errs by more than the
+  difference, and brackets around it where no difference is shown.
+
+  Args:
+    row: the estimate, as Comparison.estimates has it.
+    by: what is saved: 'flops' or 'seconds'.
+  """
   factor = row[f'speed_up_{by}']
   if not page.known(factor):
     return Cell(UNKNOWN)
@@ -144,31 +161,32 @@ def _speed_up(row: Mapping[str, Any], by: str) -> Cell:
 # A target.
 
 
-def reached(each: Sequence[Mapping[str, Sequence]], target: float
-            ) -> dict[str, float | None]:
-  """Returns what runs spend to reach a loss.
-
-  That is 'step', 'tokens' and 'seconds' of the first evaluation from which on
-  their mean loss is below the target, with a one-sided p below TARGET_LEVEL,
-  and this 'p'; where there is none, the p of the last evaluation alone.
+def find_first_evaluation_below(
+    curve_of_seeds: Sequence[Mapping[str, Sequence]], target: float
+    ) -> dict[str, float | None]:
+  """Returns what runs spend until their mean loss is below a target.
 
   The last evaluation is tested first, then the one before it, until one is not
-  below. In an order that is fixed beforehand no test has to be corrected
-  (Maurer et al. 1995): that any step is named too early has a probability of
-  at most TARGET_LEVEL.
+  below by Student's one-sided test at TARGET_LEVEL. In an order that is fixed
+  beforehand no test has to be corrected (Maurer et al. 1995): that any step is
+  named too early has a probability of at most TARGET_LEVEL.
 
   Args:
-    each: the curve of each seed.
+    curve_of_seeds: the curve of held-out loss of each seed.
     target: the loss.
+
+  Returns:
+    'step', 'tokens', 'seconds' and 'p' of the first evaluation from which on
+    the loss is below; where there is none, the 'p' of the last one alone.
   """
   # A p for each evaluation that all seeds have.
-  at = curves.mean_curve(each)
-  losses = []
-  for curve in each:
-    is_shared = np.isin(curve['step'], at['step'])
-    losses.append(np.asarray(curve['loss'], float)[is_shared])
-  ps = [statistics.p_value_below_target(seeds, target)
-        for seeds in zip(*losses)]
+  mean_curve = curves.mean_curve(curve_of_seeds)
+  losses_of_seeds = []
+  for curve in curve_of_seeds:
+    is_shared = np.isin(curve['step'], mean_curve['step'])
+    losses_of_seeds.append(np.asarray(curve['loss'], float)[is_shared])
+  ps = [statistics.p_value_below_target(losses, target)
+        for losses in zip(*losses_of_seeds)]
   if not ps:
     return {'p': None}
 
@@ -178,46 +196,50 @@ def reached(each: Sequence[Mapping[str, Sequence]], target: float
     first -= 1
   if first == len(ps):
     return {'p': ps[-1]}
-  return {'step': float(at['step'][first]),
-          'tokens': float(at['tokens'][first]),
-          'seconds': float(at['seconds'][first]), 'p': ps[first]}
+  return {'step': float(mean_curve['step'][first]),
+          'tokens': float(mean_curve['tokens'][first]),
+          'seconds': float(mean_curve['seconds'][first]), 'p': ps[first]}
 
 
-def target_table(c: Comparison) -> Table:
-  """Returns what each variant spends to reach the target at each size. A run
-  that diverged or failed never does, and so neither does its variant."""
-  title = f'To a held-out loss of {c.target}'
-  if c.target is None:
+def target_table(comparison: Comparison) -> Table:
+  """Returns the steps, tokens and time that each variant takes to a target
+  loss, at each size. A run that diverged or failed never reaches it, and so
+  neither does its variant."""
+  title = f'To a held-out loss of {comparison.target}'
+  if comparison.target is None:
     return page.table('target', title, [])
   rows = []
-  for size in reversed(c.plan.sizes):
-    for variant in c.variants:
-      each = _evaluations(c, variant, size)
+  for size in reversed(comparison.plan.sizes):
+    for variant in comparison.variants:
+      curve_of_seeds = _curves_of_held_out_loss(comparison, variant, size)
       spent = {}
-      if each and not _has_lost_runs(c, variant, size):
-        spent = reached(each, c.target)
+      if curve_of_seeds and not _has_lost_runs(comparison, variant, size):
+        spent = find_first_evaluation_below(curve_of_seeds,
+                                            comparison.target)
       rows.append({
           'variant': label(variant), 'size': label(size),
           'steps to target': page.count(spent.get('step')),
           'tokens to target': page.count(spent.get('tokens')),
           'time to target': page.duration(spent.get('seconds')),
           'p of target': page.p_value(spent.get('p')),
-          'seeds': page.count(len(each))})
+          'seeds': page.count(len(curve_of_seeds))})
   return page.table('target', title, rows)
 
 
-def _evaluations(c: Comparison, variant: str, size: str) -> list[Mapping]:
+def _curves_of_held_out_loss(comparison: Comparison, variant: str,
+                 size: str) -> list[Mapping]:
   """Returns the curve of held-out losses of each seed that has one."""
-  each = []
-  for (name, at, _), by_figure in c.curves.items():
+  curve_of_seeds = []
+  for (name, at, _), by_figure in comparison.curves.items():
     if (name, at) == (variant, size) and by_figure.get('eval'):
-      each.append(by_figure['eval'])
-  return each
+      curve_of_seeds.append(by_figure['eval'])
+  return curve_of_seeds
 
 
-def _has_lost_runs(c: Comparison, variant: str, size: str) -> bool:
-  """Returns whether a run of the confirmation, or of a sweep, is excluded."""
-  for row in c.excluded:
+def _has_lost_runs(comparison: Comparison, variant: str, size: str) -> bool:
+  """Returns whether a run of a variant, of a sweep or of the confirmation of a
+  study, failed, diverged or is not done."""
+  for row in comparison.excluded:
     is_here = (row['variant'], row['size']) == (variant, size)
     if is_here and row['phase'] in ('', 'confirm'):
       return True
@@ -227,25 +249,26 @@ def _has_lost_runs(c: Comparison, variant: str, size: str) -> bool:
 # Changes and costs.
 
 
-def costs(c: Comparison) -> Table:
-  """Returns what each variant costs at each size, and what it changes."""
+def cost_table(comparison: Comparison) -> Table:
+  """Returns the table of what each variant changes in the config, and of what
+  it costs at each size: parameters, FLOPs, tokens and time."""
   rows = []
-  for point in c.frozen.points:
+  for point in comparison.frozen.points:
     if point['workload'] != plans.TEXT:
       continue
     # Active parameters are said where they are not all.
     active = Cell('')
     if point['active_params'] != point['params']:
-      active = _beside_base(c, point, 'active_params')
-    seconds = _mean_seconds(c, point)
-    changes = format_changes(changes_from_base(c.frozen, point))
+      active = _beside_base(comparison, point, 'active_params')
+    seconds = _mean_seconds(comparison, point)
+    changes = format_changes(changes_from_base(comparison.frozen, point))
     matched = ', '.join(point['matched'])
     rows.append({
         'variant': label(point['variant']),
         'size': label(point['size']),
-        'parameters': _beside_base(c, point, 'params'),
+        'parameters': _beside_base(comparison, point, 'params'),
         'active parameters': active,
-        'FLOPs a token': _beside_base(c, point, 'flops_per_token'),
+        'FLOPs a token': _beside_base(comparison, point, 'flops_per_token'),
         'tokens': page.count(point['tokens']),
         'time of a run': page.duration(seconds),
         'changes': label(changes),
@@ -253,20 +276,23 @@ def costs(c: Comparison) -> Table:
   return page.table('costs', 'What each variant changes and costs', rows)
 
 
-def _mean_seconds(c: Comparison, point: Mapping[str, Any]) -> float | None:
-  """Returns the time of a confirmed run of a point; None where none ran."""
+def _mean_seconds(comparison: Comparison,
+                  point: Mapping[str, Any]) -> float | None:
+  """Returns the mean training time of the confirmed runs of a point (a variant
+  at a size on a workload); None where none ran."""
   wanted = point['variant'], point['size'], point['workload']
   seconds = []
-  for run in c.outcomes:
+  for run in comparison.outcomes:
     is_of_point = (run.variant, run.size, run.workload) == wanted
     if run.phase == 'confirm' and is_of_point:
       seconds.append(run.seconds)
   return float(np.mean(seconds)) if seconds else None
 
 
-def _beside_base(c: Comparison, point: Mapping[str, Any], cost: str) -> Cell:
-  """Returns '52k (+4.0%)': a cost of a point, and how far it is from that of
-  the base."""
+def _beside_base(comparison: Comparison, point: Mapping[str, Any],
+                 cost: str) -> Cell:
+  """Returns the cell of a cost of a point (a variant at a size on a workload),
+  with its distance from that of the base: '52k (+4.0%)'."""
   if not page.known(point[cost]):
     return Cell(UNKNOWN)
   # In thousands, millions and so on.
@@ -276,19 +302,22 @@ def _beside_base(c: Comparison, point: Mapping[str, Any], cost: str) -> Cell:
     units.pop(0)
   text = f'{scaled:.4g}{units[0]}'
   # A share that would be shown as 0 is left out.
-  base = c.frozen.point(c.plan.base, point['size'], point['workload'])
+  base = comparison.frozen.point(comparison.plan.base, point['size'],
+                                 point['workload'])
   more = point[cost] / base[cost] - 1
   if abs(more) >= 5e-4:
     text += f' ({more:+.1%})'
   return Cell(text, point[cost])
 
 
-def effects(c: Comparison) -> Table:
-  """Returns each change alone: the mean over all pairs of points that differ in
-  it and in nothing else, what was matched aside; no row where a change has less
-  than 2 pairs."""
+def change_table(comparison: Comparison) -> Table:
+  """Returns the table of main effects of a factorial sweep.
+
+  The main effect of a change is the mean difference of all pairs of variants
+  that differ in it and in nothing else but what was solved for. A change of
+  fewer than 2 pairs has no row."""
   rows = []
-  for change, pairs in _pairs(c).items():
+  for change, pairs in _pairs_by_change(comparison).items():
     if len(pairs) < 2:
       continue
     # Seeds that only some pairs have would weigh these pairs alone.
@@ -315,20 +344,22 @@ def effects(c: Comparison) -> Table:
   return page.table('effects', 'Each change, whatever the others', rows)
 
 
-def _pairs(c: Comparison) -> dict[str, list[dict[int, float]]]:
-  """Returns, by change, the difference of each pair of points that differ in it
-  alone, by seed."""
+def _pairs_by_change(comparison: Comparison
+                     ) -> dict[str, list[dict[int, float]]]:
+  """Returns by change, such as 'model.norm=rmsnorm', the pairs of variants that
+  differ in it alone, each as the difference of the losses by seed."""
   # The changes that each variant declares, without what was solved for.
   declared = {}
-  for point in c.frozen.points:
+  for point in comparison.frozen.points:
     changes = dict(point['changes'])
     for field in point['matched']:
       changes.pop(field, None)
     declared[point['variant']] = changes
 
   # The partner of a variant for a change declares all of its others.
-  losses = {variant: c.values('confirm', variant, '', c.plan.primary)
-            for variant in c.variants}
+  losses = {variant: comparison.values('confirm', variant, '',
+                                       comparison.plan.primary)
+            for variant in comparison.variants}
   pairs: dict[str, list[dict[int, float]]] = {}
   for variant, changes in declared.items():
     for field, x in changes.items():
@@ -337,15 +368,15 @@ def _pairs(c: Comparison) -> dict[str, list[dict[int, float]]]:
       del rest[field]
       for partner, partner_changes in declared.items():
         if partner_changes == rest:
-          difference = _difference(losses[variant], losses[partner])
+          difference = _difference_by_seed(losses[variant], losses[partner])
           if difference:
             of_change.append(difference)
   return pairs
 
 
-def _difference(ours: Mapping[int, float], theirs: Mapping[int, float]
+def _difference_by_seed(ours: Mapping[int, float], theirs: Mapping[int, float]
                 ) -> dict[int, float]:
-  """Returns the difference of two points at each seed that both have."""
+  """Returns our loss minus the other one at each seed that has both."""
   return {seed: ours[seed] - theirs[seed]
           for seed in ours.keys() & theirs.keys()}
 
@@ -353,17 +384,24 @@ def _difference(ours: Mapping[int, float], theirs: Mapping[int, float]
 # Tuning and noise.
 
 
-def tuning(c: Comparison) -> Table:
-  """Returns the values that were tried for each variant, and the best of them.
-  """
-  rows = [_tuning_cells(c, row) for row in c.results['tuned']]
+def tuning_table(comparison: Comparison) -> Table:
+  """Returns the table of tuning: the values that were tried for each variant,
+  the best of them, and how sure that choice is."""
+  rows = [_tuning_cells(comparison, row) for row in comparison.results['tuned']]
   return page.table('tuned', 'What was tried for each variant', rows)
 
 
-def _tuning_cells(c: Comparison, row: Mapping[str, Any]) -> dict[str, Cell]:
-  """Returns the row of a plans.Tuned."""
+def _tuning_cells(comparison: Comparison, row: Mapping[str, Any]) -> dict[str,
+                                                                          Cell]:
+  """Returns the cells of what tuning found for one variant, by heading.
+
+  Args:
+    comparison: the study.
+    row: the fields of a plans.Tuned.
+  """
   trials = row['tried']
-  measure, *_ = c.plan.measures_of_workload(row['workload']) or (c.plan.primary,
+  measure, *_ = comparison.plan.measures_of_workload(row['workload']) or (
+      comparison.plan.primary,
                                                                  )
 
   # The values that were tried of each field.
@@ -378,7 +416,7 @@ def _tuning_cells(c: Comparison, row: Mapping[str, Any]) -> dict[str, Cell]:
   for trial in trials:
     if trial['changes'] == row['changes']:
       best = trial['value']
-    if trial['rung'] >= c.plan.tuning.rungs - 1:
+    if trial['rung'] >= comparison.plan.tuning.rungs - 1:
       last.append(trial['value'])
   sensitivity = None
   if last and None not in last:
@@ -392,39 +430,40 @@ def _tuning_cells(c: Comparison, row: Mapping[str, Any]) -> dict[str, Cell]:
       'tried': label('; '.join(tried)),
       'at the edge': label(', '.join(row['at_edge']) or 'no'),
       'best': page.number(best),
-      'next best': _next_best(c, row, measure),
-      'on fresh seeds': _on_fresh_seeds(c, row, measure),
+      'next best': _next_best(comparison, row, measure),
+      'on fresh seeds': _on_fresh_seeds(comparison, row, measure),
       'sensitivity': page.number(sensitivity),
       'runs': page.count(row['runs']),
       'diverged': Cell(str(diverged or ''), diverged)}
 
 
-def _on_fresh_seeds(c: Comparison, row: Mapping[str, Any],
+def _on_fresh_seeds(comparison: Comparison, row: Mapping[str, Any],
                     measure: plans.Measure) -> Cell:
-  """Returns the measure on the seeds of the screening, on which nothing was
-  chosen."""
-  screened = c.values('screen', row['variant'], row['size'], measure)
+  """Returns the cell of the mean of a measure over the seeds of the screening:
+  no values were chosen by these, so it is free of the bias of the choice."""
+  screened = comparison.values('screen', row['variant'], row['size'], measure)
   values = [*screened.values()]
   if len(values) < 2:
     return Cell(UNKNOWN)
   return page.mean(float(np.mean(values)), float(np.std(values, ddof=1)))
 
 
-def _next_best(c: Comparison, row: Mapping[str, Any], measure: plans.Measure
+def _next_best(comparison: Comparison, row: Mapping[str, Any],
+               measure: plans.Measure
                ) -> Cell:
-  """Returns the candidate after the chosen one minus it, over the seeds of
-  tuning."""
+  """Returns the cell of how much worse the second best values are than those
+  that were chosen: the paired difference over the seeds of tuning."""
   # The trials of the last rung on, which alone are of whole runs.
   trials = []
   for trial in row['tried']:
-    is_whole = trial['rung'] >= c.plan.tuning.rungs - 1
+    is_whole = trial['rung'] >= comparison.plan.tuning.rungs - 1
     if is_whole and not trial['diverged'] and page.known(trial['value']):
       trials.append(trial)
   if len(trials) < 2:
     return Cell(UNKNOWN)
 
   def order(trial: Mapping[str, Any]) -> tuple[bool, float]:
-    """Returns what is less of the chosen one, and then of a better one."""
+    """Returns a key that sorts the chosen values first, then better ones."""
     is_other = trial['changes'] != row['changes']
     return is_other, -measure.sign * trial['value']
 
@@ -435,17 +474,17 @@ def _next_best(c: Comparison, row: Mapping[str, Any], measure: plans.Measure
   return page.estimate(mean=mean, low=low, high=high)
 
 
-def noise(c: Comparison) -> Table:
-  """Returns what a variant without effect shows, and what can be found beside
-  it."""
-  rows = [_noise_cells(row) for row in c.results['noise']]
-  wanted = measures_lib.format_amount(c.frozen, c.plan.effect)
+def noise_table(comparison: Comparison) -> Table:
+  """Returns the table of the noise: how far the base differs from itself, and
+  which effects can be found beside that."""
+  rows = [_noise_cells(row) for row in comparison.results['noise']]
+  wanted = measures_lib.format_amount(comparison.frozen, comparison.plan.effect)
   return page.table('noise-table', 'Base against base; wanted is an effect of '
                     + wanted, rows)
 
 
 def _noise_cells(row: Mapping[str, Any]) -> dict[str, Cell]:
-  """Returns the row of a noise.Noise."""
+  """Returns the cells of the fields of a noise.Noise, by heading."""
   cells = {}
   for name in ('measure', 'size', 'phase'):
     cells[name] = label(row[name])
@@ -465,10 +504,11 @@ def _noise_cells(row: Mapping[str, Any]) -> dict[str, Cell]:
 # Sizes.
 
 
-def multipliers(c: Comparison) -> Table:
-  """Returns compute multipliers at each size and of one fit of all."""
+def multiplier_table(comparison: Comparison) -> Table:
+  """Returns the table of compute multipliers of each variant: at each size
+  alone, and of one law fitted to all sizes."""
   rows: dict[tuple[str, str], dict[str, Cell]] = {}
-  for verdict in c.results.get('confirm', ()):
+  for verdict in comparison.results.get('confirm', ()):
     variant = verdict['variant']
     for multiplier in verdict.get('multipliers', ()):
       # Each way to count stands in a column of its own.
@@ -483,17 +523,18 @@ def multipliers(c: Comparison) -> Table:
   return page.table('multipliers', 'Compute multipliers', [*rows.values()])
 
 
-def ranks(c: Comparison) -> Table:
-  """Returns how far the order of the variants, the base among them, is the same
-  at a size as at the largest: Kendall's tau."""
+def rank_table(comparison: Comparison) -> Table:
+  """Returns the table of Kendall's tau between the order of the variants at
+  each size, the base among them, and their order at the largest size."""
   from scipy.stats import kendalltau
   # The difference of each variant from the base, by size.
   by_size = {}
-  for size in c.plan.all_sizes:
-    phase = 'largest' if size == c.plan.largest else 'confirm'
+  for size in comparison.plan.all_sizes:
+    phase = 'largest' if size == comparison.plan.largest else 'confirm'
     differences = [0.0]  # the base's own
-    for variant in c.plan.variants:
-      effect = c.effect(phase, variant, c.plan.primary.name, size)
+    for variant in comparison.plan.variants:
+      effect = comparison.effect(phase, variant, comparison.plan.primary.name,
+                                 size)
       differences.append(effect.get('effect'))
     by_size[size] = np.array(differences, float)
 
@@ -508,18 +549,19 @@ def ranks(c: Comparison) -> Table:
   return page.table('ranks', 'Is the order that of the largest size?', rows)
 
 
-def predictions(c: Comparison) -> Table:
-  """Returns what was predicted for the largest size, and what was seen there.
-  """
-  record = c.results['predicted']
-  title = f'{c.plan.largest}, by the law of the other sizes'
+def prediction_table(comparison: Comparison) -> Table:
+  """Returns the table of predictions for the largest size beside what was
+  observed there."""
+  record = comparison.results['predicted']
+  title = f'{comparison.plan.largest}, by the law of the other sizes'
   if not record:
     return page.table('predictions', title, [])
   # The loss of the base, and the differences of the variants from it.
   seen = {}
-  for row in c.estimates:
-    if (row['phase'], row['measure']) == ('largest', c.plan.primary.name):
-      is_base = row['variant'] == c.plan.base
+  for row in comparison.estimates:
+    if (row['phase'], row['measure']) == ('largest',
+                                          comparison.plan.primary.name):
+      is_base = row['variant'] == comparison.plan.base
       seen[row['variant']] = row['mean'] if is_base else row['effect']
   rows = []
   for row in record['rows']:
@@ -541,12 +583,13 @@ def predictions(c: Comparison) -> Table:
 # The record.
 
 
-def excluded(c: Comparison) -> Table:
-  """Returns the runs that failed, diverged or are not done, and why."""
+def excluded_table(comparison: Comparison) -> Table:
+  """Returns the table of runs that failed, diverged or are not done, and why.
+  """
   # Runs that only differ in their seed share a row.
   names = ('variant', 'phase', 'size', 'workload', 'state', 'why')
   groups: dict[tuple, list[str]] = {}
-  for row in c.excluded:
+  for row in comparison.excluded:
     group = tuple(row[name] for name in names)
     groups.setdefault(group, []).append(str(row['seed']))
   rows = []
@@ -558,15 +601,16 @@ def excluded(c: Comparison) -> Table:
                     rows)
 
 
-def spent(c: Comparison) -> Table:
-  """Returns the runs, FLOPs and time of each phase, and of all."""
-  phases = dict(c.results['phases'])
+def spent_table(comparison: Comparison) -> Table:
+  """Returns the table of runs, tokens, FLOPs and time of each phase, and of all
+  phases."""
+  phases = dict(comparison.results['phases'])
   if phases:
     phases['all'] = _sums([*phases.values()])
   rows = []
   for phase, row in phases.items():
     cells = {'phase': label(phase)}
-    for heading, name in COUNTS.items():
+    for heading, name in COUNT_OF_HEADING.items():
       cells[heading] = page.count(row[name])
     cells['FLOPs'] = page.number(row['flops'], '.3g')
     cells['training time'] = page.duration(row['seconds'])
@@ -583,29 +627,31 @@ def _sums(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
   return sums
 
 
-def config(c: Comparison) -> Table:
-  """Returns every field of the config that all runs change."""
+def config_table(comparison: Comparison) -> Table:
+  """Returns the table of every field of the config that all runs start from."""
   rows = []
-  for name, x in run_config.flatten(c.frozen.base_config).items():
+  for name, x in run_config.flatten(comparison.frozen.base_config).items():
     rows.append({'field': label(name), 'value': Cell(format_config_value(x))})
   return page.table('config', 'The config that all runs change', rows)
 
 
-def provenance(c: Comparison) -> Table:
-  """Returns code, machines, versions and data."""
-  record = c.results['provenance']
+def provenance_table(comparison: Comparison) -> Table:
+  """Returns the table of what trained the runs: code, devices, versions of
+  packages, and hashes of the data."""
+  record = comparison.results['provenance']
   rows = []
-  if c.is_study:
-    commit = c.frozen.code.get('commit')
-    rows.append(('plan', f'{c.frozen.hash}, frozen on '
-                 f'{plans.format_date(c.frozen.time)} at commit {commit}'))
+  if comparison.is_study:
+    commit = comparison.frozen.code.get('commit')
+    rows.append(('plan', f'{comparison.frozen.hash}, frozen on '
+                 f'{plans.format_date(comparison.frozen.time)} at commit '
+                 f'{commit}'))
   for code in record['codes']:
     rows.append(('code', code))
   for device in record['devices']:
     rows.append(('device', device))
   for name, version in record['versions'].items():
     rows.append(('version', f'{name} {version}'))
-  for name, digest in c.frozen.sources.items():
+  for name, digest in comparison.frozen.sources.items():
     rows.append(('hash', f'{name}: {digest}'))
   cells = [{'what': label(what), 'which': Cell(which)} for what, which in rows]
   return page.table('code', 'Code, machines and data', cells)

@@ -50,7 +50,7 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def written(sweep):
-  return {path.name: path for path in report.write(sweep)}
+  return {path.name: path for path in report.write_report(sweep)}
 
 
 def _study(folder, results=None, plan=None, **changes):
@@ -140,14 +140,14 @@ def test_what_a_point_leaves_as_it_is_is_no_change(tmp_path):
 
 
 def test_what_is_not_known_is_said(sweep, tmp_path):
-  text = report.text(sweep)
+  text = report.format_report(sweep)
   assert re.search(r'worse +failed +the loss was not finite +1', text)
   assert re.search(r'high +pending +2', text)
   assert '2 of 23 runs failed or are not done' in text
   # A base without runs compares nothing.
   sweep_folder.write(tmp_path / 'a', POINTS[:2], states={
       ('base', s): ('failed', 'no memory') for s in range(3)})
-  assert 'The base base has no finished run' in report.text(
+  assert 'The base base has no finished run' in report.format_report(
       comparison.load_comparison(tmp_path / 'a'))
   # Figures that were not matched, and a run of another config.
   sweep_folder.write(tmp_path / 'b', [
@@ -159,7 +159,7 @@ def test_what_is_not_known_is_said(sweep, tmp_path):
   folder = layout.run_folder(tmp_path / 'b', 'norm', 1)
   run_config.save_config(folder, spec.apply_changes(
       run_config.load_config(folder), {'optim.b1': 0.5}, 'a test'))
-  assert 'figures: norm, seed 1 (optim.b1).' in report.text(
+  assert 'figures: norm, seed 1 (optim.b1).' in report.format_report(
       comparison.load_comparison(tmp_path / 'b'))
 
 
@@ -188,8 +188,8 @@ def test_a_point_of_which_runs_diverged_is_unstable_as_in_a_study(tmp_path):
   tuned, = c.results['tuned']
   assert tuned['changes'] == {'optim.lr': 1.5e-3}
   assert not any('in no verdict' in line for line in c.warnings)
-  report.write(c)
-  text = report.text(c)
+  report.write_report(c)
+  text = report.format_report(c)
   assert re.search('fast .*unstable', text) and 'diverged' in text
 
 
@@ -204,7 +204,8 @@ def test_each_change_over_all_settings_of_the_others(tmp_path, change):
       point('norm', change, shift={0: .6, 1: .7, 2: .8}),
       point('block', {**block, **wide}, matched=['model.d_ff'], shift=flat),
       point('both', change | block, shift={0: .2, 1: .3, 2: .4})])
-  norm, parallel = tables.effects(comparison.load_comparison(tmp_path)).rows
+  norm, parallel = tables.change_table(
+      comparison.load_comparison(tmp_path)).rows
   # norm: +0.1, +0.2, +0.3 alone and -0.3, -0.2, -0.1 with block.
   assert norm['minus base'].value == pytest.approx(0, abs=1e-9)
   assert norm['pairs'].value == 2
@@ -222,7 +223,7 @@ def test_sensitivity_to_the_learning_rate(tmp_path):
   group, = c.results['tuned']
   assert [trial['changes']['optim.lr'] for trial in group['tried']] == [
       5e-4, 1e-3, 2e-3]
-  row, = tables.tuning(c).rows
+  row, = tables.tuning_table(c).rows
   means = [trial['value'] for trial in group['tried']]
   assert row['chosen'].text == 'optim.lr=0.001'
   assert row['at the edge'].text == 'no'
@@ -262,7 +263,7 @@ def test_what_tasks_found_are_measures(sweep, tmp_path):
   # 0.1, 0.2, 0: t(0.975, 2) = 4.3027, times 0.1 over the root of 3.
   assert norm['mean'].text == '0.7000 ± 0.1000'
   assert norm['minus base'].text == '+0.1000 [-0.1484, +0.3484]'
-  lost, = tables.excluded(c).rows
+  lost, = tables.excluded_table(c).rows
   assert lost['why'].text == 'no luck'
 
 
@@ -333,7 +334,8 @@ def test_a_studys_tables_and_sheet_have_the_results_numbers(study):
         '{effect:+.4f} [{low:+.4f}, {high:+.4f}]'.format(**result),
         result['effect'], '')
     assert rows[variant]['trend over size'].value == result['trend']['effect']
-  for row, result in zip(tables.noise(c).rows, results['noise'], strict=True):
+  for row, result in zip(tables.noise_table(c).rows, results['noise'],
+                         strict=True):
     assert row['standard deviation'].value == result['sd']
     assert row['smallest effect'].value == result['smallest_effect']
   for result in results['screen']:
@@ -345,8 +347,9 @@ def test_a_studys_tables_and_sheet_have_the_results_numbers(study):
   assert sheet['confirm', 'mqar', 'alibi', 'large']['mean'] == pytest.approx(
       np.mean(values))
   # Runs that diverged are told, and names are text.
-  assert {row['state'].text for row in tables.excluded(c).rows} == {'diverged'}
-  page = report.html(c, [])
+  assert {row['state'].text
+          for row in tables.excluded_table(c).rows} == {'diverged'}
+  page = report.render_page(c, [])
   assert html.escape(ODD).replace('&quot;', '&#34;') in page
   assert ODD not in page
 
@@ -371,17 +374,18 @@ def test_multipliers_predictions_and_what_a_screening_lost_are_told(tmp_path):
           narrowed, ahead, 'largest'), 'predicted': {
           'hash': 'abcd', 'time': 1e9, 'blind': True, 'rows': rows}})
   c = _study(tmp_path, results, plan)
-  table = tables.multipliers(c).rows
+  table = tables.multiplier_table(c).rows
   assert len(table) == 2 * 4  # of rope and alibi, which passed
   rope = results['confirm'][0]['multipliers'][0]
   assert table[0]['multiplier'].value == rope['factor'] > 1
   assert [*table[0]][2:] == [
       'floor', 'multiplier', 'multiplier, pinned', 'multiplier, no embeddings',
       'multiplier, no embeddings, pinned']
-  assert [row['size'].text for row in tables.ranks(c).rows] == [
+  assert [row['size'].text for row in tables.rank_table(c).rows] == [
       'small', 'medium', 'large']
-  assert tables.ranks(c).rows[2]["Kendall's tau"].value == 1  # the same runs
-  section = report.prediction_section(c)
+  # the same runs
+  assert tables.rank_table(c).rows[2]["Kendall's tau"].value == 1
+  section = report.section_of_prediction(c)
   seen = _rows(section.tables[0])
   for prediction in rows:
     row = seen[prediction['variant']]
@@ -391,9 +395,9 @@ def test_multipliers_predictions_and_what_a_screening_lost_are_told(tmp_path):
         'observed'].value <= prediction['high'] else 'no')
   assert seen['rope']['observed'].value == next(
       x['effect'] for x in results['largest'] if x['variant'] == 'rope')
-  sentence, = report.lost(c)
+  sentence, = report.say_what_screening_may_lose(c)
   assert sentence.startswith('1 of 3 variants were stopped')
-  page = report.html(c, [])
+  page = report.render_page(c, [])
   for words in ('before any run of this size', 'id="multipliers"', 'At huge',
                 'id="ranks"', sentence[:40],
                 'The outcome at huge was predicted'):
@@ -402,7 +406,7 @@ def test_multipliers_predictions_and_what_a_screening_lost_are_told(tmp_path):
   results['predicted']['blind'] = False
   for row in results['outcomes']:
     row['cooled'] = False
-  page = report.html(_study(tmp_path, results, plan), [])
+  page = report.render_page(_study(tmp_path, results, plan), [])
   assert report.NOT_COOLED in page and 'it is none' in page
 
 
@@ -411,7 +415,7 @@ def test_a_study_that_is_not_over_says_how_far_it_is(tmp_path, upto):
   c = _study(tmp_path, study_folder.results(study_folder.plan(), upto))
   assert any('is not over' in line and 'confirm' in line
              for line in c.warnings)
-  assert not tables.other_table(c).rows and report.html(c, [])
+  assert not tables.other_table(c).rows and report.render_page(c, [])
   # Every variant has its row all the same.
   assert len(tables.verdict_table(c).rows) == 1 + len(VARIANTS)
   if not upto:
@@ -484,7 +488,7 @@ def test_verdicts_are_published_from_bundles_alone(study, tmp_path, capsys):
   args.workdirs = []
   publish.main(args)
   assert args.page.read_text() == first
-  assert publish.bundle(study[0].workdir) == packed
+  assert publish.bundle_study(study[0].workdir) == packed
   with tarfile.open(path) as tar:
     tar.extractall(tmp_path / 'unpacked', filter='data')
   assert comparison.load_comparison(
@@ -511,7 +515,7 @@ def test_what_was_tuned_is_compared_seed_by_seed_and_on_fresh_seeds(tmp_path):
     trial |= {'rung': 1, 'values': tried[trial['changes']['optim.lr']]}
     trial['value'] = float(np.mean(trial['values']))
   c = _study(tmp_path, results)
-  cells = tables.tuning(c).rows[results['tuned'].index(row)]
+  cells = tables.tuning_table(c).rows[results['tuned'].index(row)]
   apart = np.subtract(tried[4e-3], tried[2e-3])
   low, high = stats.t.interval(0.95, 2, apart.mean(), stats.sem(apart))
   assert cells['next best'].text == (
@@ -534,14 +538,15 @@ def test_a_target_is_reached_from_where_on_the_one_sided_test_says_so(
   p = stats.ttest_1samp(losses, 3.28, alternative='less').pvalue
   assert list(p < 0.01) == [False, False, True, True, False]
   # The last is not below: then no earlier one is asked.
-  assert tables.reached(each, 3.28) == {'p': pytest.approx(p[4])}
+  assert tables.find_first_evaluation_below(each,
+                                            3.28) == {'p': pytest.approx(p[4])}
   shorter = [{name: x[:4] for name, x in curve.items()} for curve in each]
-  assert tables.reached(shorter, 3.28) == {
+  assert tables.find_first_evaluation_below(shorter, 3.28) == {
       'step': 30, 'tokens': 3, 'seconds': pytest.approx(0.3),
       'p': pytest.approx(p[2])}
   # Of 2,000 curves that never are below, it is said of 1 % that they are.
   rng = np.random.default_rng(0)
-  wrong = np.mean(['step' in tables.reached([
+  wrong = np.mean(['step' in tables.find_first_evaluation_below([
       {name: [1, 2, 3] for name in ('step', 'tokens', 'flops', 'seconds')}
       | {'loss': row} for row in rng.normal(3.28, 0.01, (4, 3)).tolist()], 3.28)
                    for _ in range(2000)])
@@ -551,7 +556,7 @@ def test_a_target_is_reached_from_where_on_the_one_sided_test_says_so(
            for row in table.rows}
   assert steps['rope', 'large'].isdecimal() and steps['wild', 'large'] == 'n/a'
   assert not tables.target_table(study[0]).rows
-  assert 'To a held-out loss of 2.5' in report.text(
+  assert 'To a held-out loss of 2.5' in report.format_report(
       dataclasses.replace(sweep, target=2.5))
 
 
@@ -567,7 +572,8 @@ def _none_shown(**row):
 
 def test_the_answer_names_effects_and_what_is_excluded(tmp_path):
   """An effect is excluded by an interval that holds for all variants."""
-  answer = lambda results=None: report.answer(_study(tmp_path, results))
+  answer = lambda results=None: report.answer_in_a_sentence(
+      _study(tmp_path, results))
   plain = answer()
   assert plain.startswith('By loss (nats a token): better: rope (-0.2')
   assert 'stopped at the screen: unstable: wild' in plain
@@ -582,8 +588,8 @@ def test_the_answer_names_effects_and_what_is_excluded(tmp_path):
 
 
 def test_what_was_planned_and_done_is_told(study, tmp_path):
-  methods = ' '.join(report.methods(study[0].frozen, study[0].results))
-  assert 'What ran is what was planned' in report.html(study[0], [])
+  methods = ' '.join(report.describe_methods(study[0].frozen, study[0].results))
+  assert 'What ran is what was planned' in report.render_page(study[0], [])
   for words in (
       'optim.lr in {0.001, 0.002, 0.004}', 'rope (model.position=rope)',
       '5 fresh seeds', '6 pairs', 'by successive halving over 2 rungs',
@@ -592,7 +598,7 @@ def test_what_was_planned_and_done_is_told(study, tmp_path):
     assert words in methods, words
   results = study_folder.results(study_folder.plan())
   results['as_planned'] = dict(same=False, differences=['2 runs are missing'])
-  page = report.html(_study(tmp_path, results), [])
+  page = report.render_page(_study(tmp_path, results), [])
   assert '2 runs are missing' in page
   assert 'What ran is what was planned' not in page
 
@@ -619,7 +625,8 @@ def test_results_that_were_changed_or_are_of_another_plan_are_refused(
   path = tmp_path / 'results.json'
   path.write_text(path.read_text().replace('"better"', '"worse"', 1))
   with pytest.raises(SystemExit) as end:
-    cli.run(lambda: report.write(comparison.load_comparison(tmp_path)) and 0)
+    cli.run(lambda: report.write_report(comparison.load_comparison(tmp_path))
+            and 0)
   assert end.value.code == 2
   assert 'results.json is damaged' in capsys.readouterr().err
   assert not (tmp_path / 'report').exists()
@@ -629,7 +636,7 @@ def test_results_that_were_changed_or_are_of_another_plan_are_refused(
 def test_figures_and_page_of_a_study_stand_alone(study, tmp_path):
   """Figures of a journal's width, one colour a variant; a page without ids that
   are there twice, or missing."""
-  paths = {path.name: path for path in report.write(study[0])}
+  paths = {path.name: path for path in report.write_report(study[0])}
   for name, inches in (('outcome', 6.75), ('measures', 3.25)):
     png = paths[f'{name}.png'].read_bytes()
     assert int.from_bytes(png[16:20], 'big') == round(300 * inches)

@@ -452,8 +452,8 @@ def test_the_size_that_is_predicted_is_no_other_phases(folder):
       frozen)} == {'xl'}
   # Nothing is said of the second look where no variant had one.
   done = {'rescreen': {'finished': True, 'done': 0}}
-  assert 'looked at again' in ' '.join(report.methods(frozen))
-  assert 'looked at again' not in ' '.join(report.methods(
+  assert 'looked at again' in ' '.join(report.describe_methods(frozen))
+  assert 'looked at again' not in ' '.join(report.describe_methods(
       frozen, results.NOTHING | {'phases': done}))
   assert not {'xl'} & {run.size for name in ('noise', 'tune', 'confirm')
                        for run in phases.PHASES[name].largest_set_of_runs(
@@ -677,7 +677,7 @@ def test_a_run_that_is_gone_is_trained_anew(whole, frozen, tmp_path):
 
 def _methods(workdir):
   c = comparison.load_comparison(workdir)
-  return ' '.join(report.methods(c.frozen, c.results))
+  return ' '.join(report.describe_methods(c.frozen, c.results))
 
 
 def test_a_plan_cannot_be_swapped(frozen, tmp_path):
