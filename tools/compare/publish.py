@@ -102,8 +102,8 @@ def _load_bundle(path: pathlib.Path) -> Comparison:
 
 
 def rows_of_verdicts(comparison: Comparison) -> list[dict[str, str]]:
-  """Returns the row of each variant of a study on the page of verdicts, as texts
-  by the names that templates/verdicts.md.jinja gives to its columns."""
+  """Returns the row of each variant of a study on the page of verdicts, as
+  texts by the names that templates/verdicts.md.jinja gives to its columns."""
   return [_row_of_verdict(comparison, verdict)
           for verdict in comparison.verdicts()[1:]]
 
