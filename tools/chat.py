@@ -114,7 +114,8 @@ def _session(args: Any, overrides: dict[str, Any]) -> Any:
   engine = chat.CachedDecoder(speaker.module, speaker.params, context,
                               writing.make_sampling(options), args.seed)
   session = chat.ChatSession(
-      engine, speaker.tokenizer, speaker.talk, most=args.max_new_tokens,
+      engine, speaker.tokenizer, speaker.talk,
+      max_new_tokens=args.max_new_tokens,
       stops=writing.split_stop_strings(options), system=args.system)
 
   if sys.stdin.isatty():
@@ -138,8 +139,8 @@ def converse(session: Any, in_terminal: bool) -> None:
       elif line.strip():
         message = texts.check_text(line.rstrip('\r\n'), f'line {number}')
         _answer(session, message)
-        if in_terminal and session.ended in NOTES:
-          print(NOTES[session.ended], file=sys.stderr)
+        if in_terminal and session.end_reason in NOTES:
+          print(NOTES[session.end_reason], file=sys.stderr)
     except RequestError as error:
       if not in_terminal:
         raise

@@ -395,31 +395,32 @@ class ChatSession:
     engine: the engine that draws the tokens.
     tokenizer: the tokenizer of the model.
     talk: how the model is talked with.
-    most: the largest number of tokens of an answer.
+    max_new_tokens: the largest number of tokens of an answer.
     stops: the strings before which an answer ends.
     system: the system text; '': none.
 
   Attributes:
     messages: dicts with role and content, the system's not among them.
-    ended: why the last answer ended: 'end', the model ended it; 'stop', at a
-      stop string; 'length', at `most` tokens; 'context', no room is left;
-      'interrupted'.
+    end_reason: why the last answer ended: 'end', the model ended it; 'stop', at
+      a stop string; 'length', at `max_new_tokens` tokens; 'context', no room is
+      left; 'interrupted'.
 
   Raises:
     RequestError: for a system text where the model has no place for it.
   """
 
   def __init__(self, engine: CachedDecoder, tokenizer: Tokenizer, talk: Talk, *,
-               most: int, stops: Sequence[str] = (), system: str = ''):
+               max_new_tokens: int, stops: Sequence[str] = (),
+               system: str = ''):
     """Begins a conversation, with a system text where one is given."""
     self._engine = engine
     self._tokenizer = tokenizer
     self._talk = talk
-    self._most = most
+    self._max_new_tokens = max_new_tokens
     self._stops = stops
     self._system: list[dict[str, str]] = []
     self.messages: list[dict[str, str]] = []
-    self.ended = ''
+    self.end_reason = ''
     if not system:
       return
     require(talk.system, f'a system text has no place: the model {talk.words}')
@@ -467,19 +468,19 @@ class ChatSession:
 
   def _write_answer(self, ids: np.ndarray, stream: AnswerStream,
                     stopped: Callable[[], bool]) -> Iterator[str]:
-    """Draws the tokens of an answer and yields its text in pieces; sets `ended`
-    to the reason of its end.
+    """Draws the tokens of an answer and yields its text in pieces; sets
+    `end_reason`.
 
     Args:
       ids: the tokens of the conversation, [T].
       stream: the stream that turns the new tokens into text.
       stopped: whether to end the answer here.
     """
-    self.ended = 'length'
-    for _ in range(self._most):
+    self.end_reason = 'length'
+    for _ in range(self._max_new_tokens):
       token = self._engine.draw_token(ids)
       if token in self._talk.ends:
-        self.ended = 'end'
+        self.end_reason = 'end'
         break
       ids = np.append(ids, np.int32(token))
       # A token may be no whole character yet, and write nothing.
@@ -488,7 +489,7 @@ class ChatSession:
         yield piece
       reason = self._reason_to_end(len(ids), stream, stopped)
       if reason:
-        self.ended = reason
+        self.end_reason = reason
         break
     # The end of the text was held back, as a stop string might begin with it.
     piece = stream.finish()
@@ -497,8 +498,8 @@ class ChatSession:
 
   def _reason_to_end(self, length: int, stream: AnswerStream,
                      stopped: Callable[[], bool]) -> str:
-    """Returns why an answer ends at this length, as in `ended`; '': it goes
-    on."""
+    """Returns why an answer ends after so many tokens of text, as in
+    `end_reason`; '' where it goes on."""
     if stream.stopped:
       return 'stop'
     if stopped():

@@ -478,8 +478,10 @@ def read_parameters(folder: epath.Path, params: Any, step: StepChoice = None, *,
     return arrays[paths.path_to_string(path)].astype(x.dtype)
 
   state = jax.tree_util.tree_map_with_path(array_of_parameter, params)
-  what = 'the average (optim.ema)' if 'ema' in restored.state else ''
-  return restored._replace(state=state, what=what)
+  which_parameters = ''
+  if 'ema' in restored.state:
+    which_parameters = 'the average (optim.ema)'
+  return restored._replace(state=state, which_parameters=which_parameters)
 
 
 def _read_mean_of_checkpoints(folder: epath.Path, params: Any,
@@ -508,11 +510,11 @@ def _read_mean_of_checkpoints(folder: epath.Path, params: Any,
 
   # The record of the mean is that of the newest one.
   newest = restored_steps[-1]
-  what = f'the mean of steps {", ".join(map(str, steps))}'
-  if newest.what:
-    what += f', each {newest.what}'
+  which_parameters = f'the mean of steps {", ".join(map(str, steps))}'
+  if newest.which_parameters:
+    which_parameters += f', each {newest.which_parameters}'
   mean = mean_of_trees([restored.state for restored in restored_steps])
-  return newest._replace(state=mean, what=what)
+  return newest._replace(state=mean, which_parameters=which_parameters)
 
 
 def mean_of_trees(trees: Sequence[Any]):
@@ -575,6 +577,8 @@ def read_parameters_of_run(run: runs.Run, workdir: epath.Path,
       checkpoints.checkpoint_folder(workdir), params=run.abstract_state.params,
       step=step, live=live)
   _warn_of_damaged_checkpoints(restored)
-  which_parameters = f': {restored.what}' if restored.what else ''
-  print(f'{workdir}, step {restored.step}{which_parameters}')
+  text = f'{workdir}, step {restored.step}'
+  if restored.which_parameters:
+    text += f': {restored.which_parameters}'
+  print(text)
   return restored

@@ -222,7 +222,7 @@ def _writer():
 def make(writer, talk=TALK, **settings):
   engine = chat.CachedDecoder(*writer, ROOM, GREEDY)
   return engine, chat.ChatSession(engine, BYTES, talk,
-                                  **dict(most=4) | settings)
+                                  **dict(max_new_tokens=4) | settings)
 
 
 def ask(session, text, **settings):
@@ -234,7 +234,7 @@ def test_of_a_second_turn_only_what_is_new_is_read(writer):
   first = ask(session, 'hé')
   # The last token of an answer is drawn, and read with what follows.
   asked = len(TALK.encode(session.messages[:1]))
-  assert engine.num_read == asked + 3 and session.ended == 'length'
+  assert engine.num_read == asked + 3 and session.end_reason == 'length'
   second = ask(session, 'xyz')
   assert [m['content'] for m in session.messages] == ['hé', first, 'xyz',
                                                       second]
@@ -259,29 +259,30 @@ class Scripted:
 
 @pytest.mark.parametrize('written, settings, answer, ended', [
     ('Hi!', {}, 'Hi!', 'end'), ('Hi! U: x', dict(stops=[' U:']), 'Hi!', 'stop'),
-    ('Hi!', dict(most=2), 'Hi', 'length'), ('Hé', dict(most=2), 'H\ufffd',
-                                            'length')])
+    ('Hi!', dict(max_new_tokens=2), 'Hi', 'length'),
+    ('Hé', dict(max_new_tokens=2), 'H\ufffd', 'length')])
 def test_an_answer_ends(written, settings, answer, ended):
   session = chat.ChatSession(Scripted(written), BYTES, TALK,
-                             **dict(most=20) | settings)
+                             **dict(max_new_tokens=20) | settings)
   assert ask(session, 'a') == answer
-  assert session.messages[-1]['content'] == answer and session.ended == ended
+  assert session.messages[-1]['content'] == answer
+  assert session.end_reason == ended
 
 
 def test_an_answer_can_be_interrupted_or_have_no_room(writer):
-  _, session = make(writer, most=20)
+  _, session = make(writer, max_new_tokens=20)
   came = []
   answer = ask(session, 'a', stopped=lambda: came.append(1) or len(came) > 4)
-  assert session.ended == 'interrupted' and len(came) < 8
+  assert session.end_reason == 'interrupted' and len(came) < 8
   assert session.messages[-1] == dict(role='assistant', content=answer)
   before = list(session.messages)
   with pytest.raises(RequestError, match='tokens.*room for 64.*/res'):
     ask(session, 'b' * 60)
   assert session.messages == before
   # An answer for which there is no more room is cut off.
-  _, session = make(writer, most=99)
+  _, session = make(writer, max_new_tokens=99)
   ask(session, 'b' * 50)
-  assert session.ended == 'context'
+  assert session.end_reason == 'context'
 
 
 def test_the_system_text_and_a_new_conversation(writer):

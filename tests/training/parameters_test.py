@@ -213,7 +213,7 @@ def averaged(tmp_path_factory):
 
 def test_it_is_the_average_where_one_is_kept(averaged):
   taken = parameters.read_parameters(averaged, asked())
-  assert (taken.step, taken.what) == (40, 'the average (optim.ema)')
+  assert (taken.step, taken.which_parameters) == (40, 'the average (optim.ema)')
   kept = of_step(40)
   np.testing.assert_array_equal(taken.state['a'], kept['ema']['a'])
   np.testing.assert_array_equal(taken.state['c'], kept['params']['c'])
@@ -228,7 +228,8 @@ def test_a_mean_is_that_of_numpy(plain, text, steps):
   taken = parameters.read_parameters(plain, asked(),
                                      checkpoints.parse_step(text))
   assert taken.step == 40
-  assert taken.what == f'the mean of steps {", ".join(map(str, steps))}'
+  names = ', '.join(map(str, steps))
+  assert taken.which_parameters == f'the mean of steps {names}'
   for name in 'abc':
     values = [np.asarray(of_step(n)['params'][name], np.float32) for n in steps]
     expected = np.mean(values, axis=0)
@@ -242,8 +243,8 @@ def test_a_mean_is_that_of_numpy(plain, text, steps):
 def test_a_mean_is_of_averages_where_these_are_kept(averaged):
   taken = parameters.read_parameters(averaged, asked(),
                                      checkpoints.MeanOfSteps(last=2))
-  assert taken.what == ('the mean of steps 30, 40, each the average '
-                        '(optim.ema)')
+  assert taken.which_parameters == (
+      'the mean of steps 30, 40, each the average (optim.ema)')
   np.testing.assert_array_equal(taken.state['a'], np.mean(
       [of_step(n)['ema']['a'] for n in (30, 40)], axis=0))
   live = parameters.read_parameters(averaged, asked(),

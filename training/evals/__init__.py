@@ -457,7 +457,7 @@ def load_evaluation(workdir: epath.Path, names: Sequence[str], options: Any, *,
   return Evaluation(
       run=run, params=restored.state, step=restored.step,
       tokenizer=tokenizer, options=options, workdir=workdir, programs=programs,
-      which_parameters=restored.what)
+      which_parameters=restored.which_parameters)
 
 
 def evaluate_run(workdir: epath.Path, names: Sequence[str], options: Any,

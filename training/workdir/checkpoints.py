@@ -103,14 +103,14 @@ class RestoredCheckpoint(NamedTuple):
     record: the JSON object beside it: next_batch, tokens, config,
       environment, arrays.
     damaged: a sentence for each later step that was passed over.
-    what: which parameters of it these are, where there is a choice
+    which_parameters: which parameters of it these are, where there is a choice
       (training/parameters.py).
   """
   step: int
   state: Any
   record: dict[str, Any]
   damaged: tuple[str, ...]
-  what: str = ''
+  which_parameters: str = ''
 
 
 class CheckpointMismatch(RequestError):

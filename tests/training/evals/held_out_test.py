@@ -96,7 +96,8 @@ def test_a_text_that_is_named_is_evaluated_whole(folder, monkeypatch):
   c = config_of(folder, 'text:{}/a.txt')
   c.eval.part, c.data.batch_size = 'second', 8
   monkeypatch.setattr(runs, 'load_run_config', lambda _: c)
-  restored = types.SimpleNamespace(state=None, step=0, what='')
+  restored = types.SimpleNamespace(state=None, step=0,
+                                   which_parameters='')
   monkeypatch.setattr(
       parameters, 'read_parameters_of_run', lambda run, **_: restored)
   evaluation = evals.load_evaluation(folder, ['loss'], None, step=None,
