@@ -324,15 +324,16 @@ class Run:
   log: Log = dataclasses.field(default_factory=Log)
 
 
-# All fields of a config by dotted name, but those of kinds of layer.
+# All fields of a config by dotted name, but those of kinds of layer (sets of
+# fields that the config gives to some of its layers).
 FIELDS: dict[str, DeclaredField] = {}
 # The sentence of each field.
 SENTENCES: dict[str, str] = {}
 
 
-def refresh() -> None:
-  """Takes up the fields of a model: here, and again where a file from outside
-  has declared parts."""
+def refresh_fields() -> None:
+  """Fills FIELDS and SENTENCES: when this file is imported, and again where a
+  file from outside has declared parts of models with fields of their own."""
   FIELDS.update(declared_fields(Run))
   for name, leaf in flat.FIELDS.items():
     FIELDS[f'model.{name}'] = leaf
@@ -340,40 +341,49 @@ def refresh() -> None:
     SENTENCES[name] = leaf.rule.doc
 
 
-refresh()
+refresh_fields()
 
 
-def find(name: str) -> DeclaredField | None:
-  """Returns the field of a dotted name, that of a kind of layer too; None:
-  there is none."""
-  of_kind = re.fullmatch(r'model\.kinds\.\w+\.(\w+)(.*)', name)
-  if of_kind:
-    field_name, rest = of_kind.groups()
-    name = f'model.{flat.FIELDS_OF_LAYER_KINDS.get(field_name, "")}{rest}'
+def find_field(name: str) -> DeclaredField | None:
+  """Returns the declared field of a dotted name; None: there is none.
+
+  In model.kinds.KIND a kind of layer has fields of its own, which are declared
+  as those of the model are.
+  """
+  match = re.fullmatch(r'model\.kinds\.\w+\.(\w+)(.*)', name)
+  if match:
+    name_in_kind, name_in_group = match.groups()
+    name_in_model = flat.FIELDS_OF_LAYER_KINDS.get(name_in_kind, '')
+    name = f'model.{name_in_model}{name_in_group}'
   return FIELDS.get(name)
 
 
-def check(tree: Mapping[str, Any], who: str = '') -> None:
-  """Raises RequestError for what is no field of a config, or of another type
-  than its field, or out of its range; the parts of a model are checked where
-  it is built. Fields may be missing.
+def check_config(tree: Mapping[str, Any], who: str = '') -> None:
+  """Checks the values of a config; fields may be missing. How the fields of a
+  model fit each other is checked where it is built.
 
   Args:
     tree: the tree of a config, as dicts.
-    who: the words that the sentence begins with.
+    who: the words that the sentence of an error begins with.
+
+  Raises:
+    RequestError: for what is no field of a config, or of another type than its
+      field, or out of its range.
   """
   values = []
   for name, value in flat.flatten_groups(tree).items():
-    leaf = FIELDS.get(name) or find(name)
-    if leaf is None:
+    declared_field = FIELDS.get(name) or find_field(name)
+    if declared_field is None:
       raise RequestError(f'{who}{short(name)} is no config field')
-    values.append(FieldValue(leaf=leaf, value=value, who=who + name))
+    values.append(
+        FieldValue(leaf=declared_field, value=value, who=who + name))
   check_values(values)
   kinds = tree.get('model', {}).get('kinds', {})
   flat.check_kinds(kinds, f'{who}model.kinds')
 
 
-def resume(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Effect:
+def find_effect_of_change(name: str, old: Mapping[str, Any],
+                          new: Mapping[str, Any]) -> Effect:
   """Returns what a change of a field does to a run that is resumed.
 
   Args:
@@ -381,10 +391,11 @@ def resume(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Effect:
     old: the fields of the run's config, by dotted name.
     new: the fields of the config that it would go on with.
   """
-  leaf = find(name)
-  if leaf is None:
+  declared_field = find_field(name)
+  if declared_field is None:
     return Effect(OPTIMISATION, 'this version has no such field')
-  effect = leaf.rule.resume
+  effect = declared_field.rule.resume
+  # Of some fields the effect depends on their values.
   if callable(effect):
     return effect(old, new)
   return effect

@@ -25,6 +25,6 @@ SIZES = {
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'671b': 58 * 256}
 
-get_config = recipes.of(
+get_config = recipes.make_get_config(
     'deepseek_v32', SIZES, deepseek_v3.MODEL, steps=15_000, batch_size=480,
     lr=7.3e-6, warmup_steps=0, schedule='constant')

@@ -9,10 +9,10 @@ norms with a scale and heads in another order.
 from architectures import diffllama
 from configs import recipes
 
-SIZES = recipes.table(
+SIZES = recipes.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads d_ff parameters',
     {'1b': (2048, 16, 32, 32, 8192, 1_204_885_504)},
     max_len=2048, vocab_size=32000, **diffllama.kinds_by_depth(16))
-SIZES['tiny'] = recipes.SMALL | diffllama.kinds_by_depth(4)
+SIZES['tiny'] = recipes.SMALL_DECODER | diffllama.kinds_by_depth(4)
 
-get_config = recipes.of('diffllama', SIZES, dict(norm_eps=1e-5))
+get_config = recipes.make_get_config('diffllama', SIZES, dict(norm_eps=1e-5))

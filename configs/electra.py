@@ -16,7 +16,7 @@ encoders; UNCOUNTED is the generator beside it, which shares the embedding.
 
 from configs import bert, recipes
 
-SIZES = recipes.table(
+SIZES = recipes.table_of_sizes(
     'num_layers d_model num_heads embed_dim max_len batch_size steps lr '
     'generator.num_layers generator.d_model generator.num_heads parameters', {
         'small': (12, 256, 4, 128, 512, 128, 1_000_000, 5e-4, 12, 64, 1,
@@ -34,7 +34,7 @@ SIZES['tiny'] = bert.SIZES['tiny'] | {
 # The parameters of the generator, without the embedding.
 UNCOUNTED = {'small': 647_162, 'base': 9_903_418, 'large': 19_512_378}
 
-get_config = recipes.of(
+get_config = recipes.make_get_config(
     'electra', SIZES, dict(type_vocab_size=2, norm_eps=1e-12, init='normal'),
     dict(objective='replaced_tokens'), remat='dots', warmup_steps=10_000,
     schedule='linear', final_fraction=0.0, weight_decay=0.01, b2=0.999,

@@ -17,7 +17,7 @@ default text to a held-out loss of 1.464 nats a byte (2.11 bits).
 
 from configs import recipes
 
-SIZES = recipes.table(
+SIZES = recipes.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads head_dim d_ff tokens lr max_len '
     'vocab_size kinds.local.window parameters', {
         '1b': (1152, 26, 4, 1, 256, 6912, 2e12, 3e-4, 32768, 262144, 512,
@@ -29,11 +29,11 @@ SIZES = recipes.table(
         '27b': (5376, 62, 32, 16, 128, 21504, 14e12, 1.5e-4, 131072, 262208,
                 1024, 27_009_346_304)})
 SIZES['27b']['attention_scale'] = (5376 / 32) ** -0.5
-SIZES['tiny'] = recipes.SMALL
+SIZES['tiny'] = recipes.SMALL_DECODER
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.config('gemma3', size, SIZES, dict(
+  c = recipes.make_config('gemma3', size, SIZES, dict(
       norm_eps=1e-6, rope=dict(theta=1e6)), length=32768)
   if size != 'tiny':
     # Every sixth layer sees all. Layers that are no multiple of six stand

@@ -40,7 +40,7 @@ SIZES = {
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'48b-a3b': 26 * 256}
 
-get_config = recipes.of(
+get_config = recipes.make_get_config(
     'kimi_linear', SIZES, dict(
         norm_eps=1e-5, latent=dict(norm_eps=1e-6),
         moe=deepseek_v2.MOE | dict(shared_experts=1, gate_scale=2.446,

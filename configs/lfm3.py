@@ -8,11 +8,11 @@ LLaMA 2, and rows have 4,096 tokens. The count is that of transformers' class.
 
 from configs import recipes
 
-SIZES = recipes.table(
+SIZES = recipes.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads head_dim d_ff parameters',
     {'1.7b': (2048, 24, 16, 4, 128, 7680, 1_728_801_536)},
     max_len=128_000, vocab_size=128_000, prefix='conv,conv,global,conv',
     kinds=dict(local=dict(window=256)))
-SIZES['tiny'] = recipes.SMALL
+SIZES['tiny'] = recipes.SMALL_DECODER
 
-get_config = recipes.of('lfm3', SIZES, length=4096)
+get_config = recipes.make_get_config('lfm3', SIZES, length=4096)

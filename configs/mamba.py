@@ -14,7 +14,7 @@ authors' are uniform. Counts are those of transformers' class.
 
 from configs import recipes
 
-SIZES = recipes.table(  # lr is GPT-3's
+SIZES = recipes.table_of_sizes(  # lr is GPT-3's
     'd_model num_layers lr parameters', {
         '130m': (768, 24, 6.0e-4, 129_135_360),
         '370m': (1024, 48, 3.0e-4, 371_516_416),
@@ -27,4 +27,5 @@ for _size in SIZES.values():
                 final_fraction=1e-5 / (5 * _size['lr']))
 SIZES['tiny'] = dict(d_model=128, num_layers=8, max_len=256)
 
-get_config = recipes.of('mamba', SIZES, batch_size=256, tokens=300e9)
+get_config = recipes.make_get_config(
+    'mamba', SIZES, batch_size=256, tokens=300e9)

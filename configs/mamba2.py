@@ -22,7 +22,7 @@ bits).
 from configs import recipes
 
 # A layer has twice num_heads heads (model.mamba2.heads); lr is GPT-3's.
-SIZES = recipes.table(
+SIZES = recipes.table_of_sizes(
     'd_model num_layers num_heads lr parameters', {
         '130m': (768, 24, 12, 6.0e-4, 128_989_632),
         '370m': (1024, 48, 16, 3.0e-4, 368_346_624),
@@ -40,4 +40,5 @@ SIZES['codestral-7b'] = dict(
     mamba2=dict(groups=8), tie_embeddings=False, steps=1000, lr=1e-3,
     warmup_steps=100, parameters=7_285_403_648)
 
-get_config = recipes.of('mamba2', SIZES, batch_size=256, tokens=300e9)
+get_config = recipes.make_get_config(
+    'mamba2', SIZES, batch_size=256, tokens=300e9)

@@ -14,13 +14,13 @@ to 1.10 of the mean load.
 
 from configs import recipes
 
-SIZES = recipes.table(
+SIZES = recipes.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads d_ff max_len parameters', {
         '8x7b': (4096, 32, 32, 8, 14336, 32768, 46_702_792_704),
         '8x22b': (6144, 56, 48, 8, 16384, 65536, 140_620_634_112),
     }, vocab_size=32000, moe=dict(num_experts=8), rope=dict(theta=1e6))
-SIZES['tiny'] = recipes.SMALL | dict(d_ff=172, moe=dict(num_experts=4))
+SIZES['tiny'] = recipes.SMALL_DECODER | dict(d_ff=172, moe=dict(num_experts=4))
 
-get_config = recipes.of('mixtral', SIZES, dict(moe=dict(
+get_config = recipes.make_get_config('mixtral', SIZES, dict(moe=dict(
     dispatch='auto', capacity_factor=0.0, eval_capacity_factor=0.0,
     balance_weight=0.02)), length=4096)

@@ -43,15 +43,15 @@ SIZES = {
 for published in SIZES.values():
   published |= dict(head_dim=128, max_len=8192, vocab_size=131_072)
   published['mamba2'] |= dict(groups=8, least_step=0.001)
-SIZES['tiny'] = recipes.SMALL | dict(mamba2=dict(
+SIZES['tiny'] = recipes.SMALL_DECODER | dict(mamba2=dict(
     state=32, groups=2, least_step=0.001))
 # The biases of the routers, which no gradient moves.
 UNCOUNTED = {'30b-a3b': 23 * 128, '120b-a12b': 40 * 512}
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.config('nemotron_h', size, SIZES, tokens=15e12, batch_size=768,
-                     lr=8e-4)
+  c = recipes.make_config(
+      'nemotron_h', size, SIZES, tokens=15e12, batch_size=768, lr=8e-4)
   if size != 'tiny':  # not beside those of the page
     c.model.kinds = {}
     c.model.update(kinds=SIZES[size]['kinds'])

@@ -15,7 +15,7 @@ bits).
 
 from configs import recipes
 
-SIZES = recipes.table(
+SIZES = recipes.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads d_ff batch lr parameters', {
         '7b': (4096, 32, 32, 32, 11008, 2**22, 3e-4, 7_298_011_136),
         '32b': (5120, 64, 40, 8, 27648, 2**23, 6e-4, 32_233_522_176),
@@ -25,9 +25,9 @@ SIZES |= {f'{name}-64k': size | dict(
         window=4096, rope=dict(scaling='none'))),
     rope=dict(scaling='yarn', factor=8.0, original_len=8192))
           for name, size in SIZES.items()}
-SIZES['tiny'] = recipes.SMALL | dict(num_kv_heads=0)
+SIZES['tiny'] = recipes.SMALL_DECODER | dict(num_kv_heads=0)
 
-get_config = recipes.of(
+get_config = recipes.make_get_config(
     'olmo3', SIZES,
     dict(norm_eps=1e-6, init='normal', rope=dict(theta=500_000.0)),
     {'train.z_loss': 1e-5}, tokens=5e12)

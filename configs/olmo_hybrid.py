@@ -19,10 +19,10 @@ SIZES = {'7b': dict(
     max_len=8192, vocab_size=100352, deltanet=dict(key_dim=96, value_dim=192),
     parameters=7_430_870_688)}
 SIZES['7b-64k'] = SIZES['7b'] | dict(max_len=65536, position='none')
-SIZES['tiny'] = recipes.SMALL | dict(
+SIZES['tiny'] = recipes.SMALL_DECODER | dict(
     num_kv_heads=0, deltanet=dict(key_dim=24, value_dim=48))
 
-get_config = recipes.of(
+get_config = recipes.make_get_config(
     'olmo_hybrid', SIZES, dict(
         norm_eps=1e-6, init='normal', deltanet=dict(norm_eps=1e-5),
         rope=dict(theta=500_000.0)),

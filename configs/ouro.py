@@ -11,11 +11,11 @@ passes, which is not here. What else of the training is not known is LLaMA 2's.
 
 from configs import recipes
 
-SIZES = recipes.table('num_layers parameters', {
+SIZES = recipes.table_of_sizes('num_layers parameters', {
     '1.4b': (24, 1_434_650_624), '2.6b': (48, 2_667_972_608)},
     d_model=2048, num_heads=16, d_ff=5632, max_len=65536, vocab_size=49152,
     length=4096)
-SIZES['tiny'] = recipes.SMALL | {'num_layers': 2, 'loops.passes': 3}
+SIZES['tiny'] = recipes.SMALL_DECODER | {'num_layers': 2, 'loops.passes': 3}
 
-get_config = recipes.of(
+get_config = recipes.make_get_config(
     'ouro', SIZES, dict(norm_eps=1e-6, rope=dict(theta=1e6)), tokens=7.7e12)

@@ -29,6 +29,6 @@ SIZES = {
         ngrams=dict(stops=True, rows=20_000_000, heads=8, pad_token=248044),
         parameters=176_943_899_520)}
 
-get_config = recipes.of(
+get_config = recipes.make_get_config(
     'qwen4_exp', SIZES, dict(norm_eps=1e-6, moe=dict(balance_weight=0.001)),
     qwen3_next.DECAY, length=4096)

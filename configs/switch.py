@@ -29,7 +29,7 @@ from configs import recipes, t5
 # The sizes of base are those of the paper's table of distilled models, where
 # 1.1B of base-16 is 1.07B rounded up. It has no base-8, whose count is that of
 # transformers' model of google/switch-base-8.
-SIZES = recipes.table(
+SIZES = recipes.table_of_sizes(
     'num_layers d_model num_heads d_ff moe.num_experts moe.ffn parameters', {
         **{f'base-{n}': (12, 768, 12, 3072, n, 'relu', parameters)
            for n, parameters in (

@@ -78,7 +78,7 @@ def test_a_wrong_value_is_refused_by_name_and_value(case):
   config = base.base()
   set_in(config, name, value)
   with pytest.raises(RequestError) as refusal:
-    base.check(config.to_dict())
+    base.check_config(config.to_dict())
     flat.check_fields(config.model.to_dict())
   assert name in str(refusal.value) and short(value) in str(refusal.value)
 

@@ -110,7 +110,7 @@ def words_of(draw, *fixed: str, names: str = '') -> list[str]:
     for name in draw(st.lists(st.sampled_from(names_), max_size=3)):
       right = [*tables.CHOICES.get(name.removeprefix('model.'), ())] or {
           bool: ['True', 'False'], int: '124', float: ['0.5', '2']}.get(
-              getattr(base.find(name), 'type', str), ['x'])
+              getattr(base.find_field(name), 'type', str), ['x'])
       drawn[name] = draw(st.one_of(TEXTS, *[st.sampled_from(right)] * 2))
   words += [f'--config.{name}={text}' for name, text in drawn.items()]
   return words + draw(st.lists(st.tuples(

@@ -382,7 +382,7 @@ def _take_out_overrides(argv: Sequence[str]) -> list[str]:
     has_no, name, text = match.groups()
 
     # --config.NAME and --noconfig.NAME set a field that is true or false.
-    field = base.find(name)
+    field = base.find_field(name)
     is_bool = field is not None and field.type is bool
     if is_bool and text is None:
       text = 'False' if has_no else 'True'
@@ -585,7 +585,7 @@ def check_config(config: Any, who: str) -> None:
     raise RequestError(
         f'{who}: the fields {short(sorted(missing_fields))} are missing: begin '
         'with base.base() of configs/base.py')
-  base.check(config.to_dict(), f'{who}: ')
+  base.check_config(config.to_dict(), f'{who}: ')
 
 
 def declare_field(config: ml_collections.ConfigDict,
@@ -606,7 +606,7 @@ def declare_field(config: ml_collections.ConfigDict,
   """
   match = re.fullmatch(r'model\.kinds\.(\w+)\.([\w.]+)', full_name)
   if match is None:
-    return base.find(full_name)
+    return base.find_field(full_name)
 
   # The field of the kind, which may be in a group, and the model's field or
   # group of that meaning.
@@ -630,7 +630,7 @@ def declare_field(config: ml_collections.ConfigDict,
       name = name_in_group
     if name not in fields_of_kind:
       fields_of_kind[name] = model_value
-  return base.find(full_name)
+  return base.find_field(full_name)
 
 
 def _get_or_add_group(config: ml_collections.ConfigDict, name: str

@@ -165,7 +165,7 @@ def _find_table(name: str) -> Any:
 def _refresh_derived_tables() -> None:
   """Lets what is derived from the tables be derived again."""
   flat.refresh_from_tables()
-  base.refresh()
+  base.refresh_fields()
   architectures.refresh()
 
 

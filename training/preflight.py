@@ -37,7 +37,7 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
       sweep: one that the model does not read is refused.
   """
   # The fields by themselves, and those of one group.
-  base.check(config.to_dict())
+  base.check_config(config.to_dict())
   objectives.check_objective(config)
   _check_enabling_fields(config)
   one_of('mesh.rules', config.mesh.rules, sharding_tables.RULES)
@@ -146,7 +146,7 @@ def refuse_unread_fields(names: Iterable[str],
         is_of_layer_kind and 'model.kinds' in model_names)
     if not is_set:
       continue
-    default = base.find(name).default
+    default = base.find_field(name).default
     value = config[name]
     if value == default and not is_of_layer_kind:
       continue

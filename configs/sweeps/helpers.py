@@ -69,7 +69,7 @@ def leave_one_out(changes: Mapping[str, Any]) -> Points:
   """All changes together as `all`, then all but each one in turn."""
   yield 'all', dict(changes)
   for left in changes:
-    yield f'without_{_last(left)}', {
+    yield f'without_{_last_part(left)}', {
         key: value for key, value in changes.items() if key != left}
 
 
@@ -95,10 +95,10 @@ def ladder_of_sizes(
 def name_of_changes(changes: Mapping[str, Any]) -> str:
   """Returns `rmsnorm-lr=0.001` of {'model.norm': 'rmsnorm', 'optim.lr': 1e-3}.
   """
-  words = [value if isinstance(value, str) else f'{_last(key)}={value}'
+  words = [value if isinstance(value, str) else f'{_last_part(key)}={value}'
            for key, value in changes.items()]
   return '-'.join(re.sub(r'[^\w.=+]+', '_', word) for word in words)
 
 
-def _last(key: str) -> str:
+def _last_part(key: str) -> str:
   return key.rsplit('.', 1)[-1]

@@ -164,8 +164,8 @@ def _load_config_json(workdir: epath.Path) -> dict[str, Any]:
   # A part that a file from outside the tree declares, and its fields, are known
   # only after that file is read.
   plugins.restore_declared_parts(tree.get(_FILES_KEY, {}))
-  base.check(_config_fields(tree), f'{path} is damaged: ')
-  base.check(tree[_DERIVED_KEY], f'{path} is damaged: ')
+  base.check_config(_config_fields(tree), f'{path} is damaged: ')
+  base.check_config(tree[_DERIVED_KEY], f'{path} is damaged: ')
   return tree
 
 
@@ -289,7 +289,7 @@ def compare_fields(old: Mapping[str, Any], new: Mapping[str, Any]
     new_value = new.get(name, MISSING_VALUE)
     if type(old_value) is type(new_value) and old_value == new_value:
       continue
-    change_class, why = base.resume(name, old, new)
+    change_class, why = base.find_effect_of_change(name, old, new)
     changes.append(FieldChange(name=name, old=old_value, new=new_value,
                                kind=change_class, why=why))
   # A change that forbids to go on is read first.
