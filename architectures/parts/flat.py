@@ -3,7 +3,8 @@
 A config file, a flag, config.json and a kind of layer name each field flatly:
 `norm`, `moe.top_k`, `kinds.local.window`. A model is a tree: a ModelConfig with
 its parts, each a frozen dataclass beside the module that reads it. This file
-alone turns names into the tree (`make`) and the tree into names (`as_dict`).
+alone turns names into the tree (`make_model`) and the tree into names
+(`to_dict`).
 
 The name of a part before the dot, its group, is the GROUP of its class, or that
 of the entry in the table by which it is chosen (tables.TABLES). Which names a
@@ -30,13 +31,14 @@ from architectures.parts.moe.routing import MoEConfig
 from architectures.parts.sizes import Sizes
 from common import fields as declared
 from common import kinds as layer_kinds
-from common.errors import suggest_name, RequestError
+from common.errors import RequestError, suggest_name
 
 GROUP_OF_LORA = 'lora'  # the group that every model has
 
 
 def _classes_by_group() -> dict[str, type]:
-  """Returns the class of each part, by its group."""
+  """Returns the class of each part of a model, by its group, the name before
+  the dot of its fields."""
   groups: dict[str, type] = {GROUP_OF_LORA: LoraConfig}
   for table in tables.TABLES.values():
     for name, entry in table.items():
@@ -48,18 +50,19 @@ def _classes_by_group() -> dict[str, type]:
 
 
 def _groups_by_class() -> dict[type, str]:
-  """Returns the group of each part, by its class."""
-  return {kind: group for group, kind in GROUPS.items()}
+  """Returns the group of each part of a model, by its class."""
+  return {part_class: group for group, part_class in GROUPS.items()}
 
 
 GROUPS = _classes_by_group()
-_GROUP_OF = _groups_by_class()
-GROUP_WITHOUT_PREFIX = AttentionConfig.GROUP  # which no name has before its dot
+_GROUP_OF_CLASS = _groups_by_class()
+# The group that no name has before its dot: that of plain attention.
+GROUP_WITHOUT_PREFIX = AttentionConfig.GROUP
 
 
 def fields_of_group(group: str) -> dict[str, declared.DeclaredField]:
-  """Returns the fields of a part by their flat names. Those of plain attention
-  have no group before them."""
+  """Returns the fields of one group by their flat names, such as `rope.theta`.
+  Those of plain attention have no group before them."""
   prefix = f'{group}.'
   if group == GROUP_WITHOUT_PREFIX:
     prefix = ''
@@ -75,26 +78,26 @@ def _fields_of_all_models() -> dict[str, declared.DeclaredField]:
 
 
 def _groups_by_field() -> dict[str, str]:
-  """Returns the group of each name that is a part's."""
-  names: dict[str, str] = {}
+  """Returns the group of each field that is in one, by its flat name."""
+  groups: dict[str, str] = {}
   for group in GROUPS:
-    names |= dict.fromkeys(fields_of_group(group), group)
-  return names
+    groups |= dict.fromkeys(fields_of_group(group), group)
+  return groups
 
 
 def _defaults() -> dict[str, Any]:
-  """Returns the default of each field."""
+  """Returns the default of each field, by its flat name."""
   return {name: leaf.default for name, leaf in FIELDS.items()}
 
 
 FIELDS = _fields_of_all_models()
-_GROUP_OF_NAME = _groups_by_field()
+_GROUP_OF_FIELD = _groups_by_field()
 DEFAULTS = _defaults()
 
 
 def _fields_of_layer_kinds() -> dict[str, str]:
-  """Returns the names that a kind of layer has, and for each the name of the
-  model's field, or group, for which it stands."""
+  """Returns the names that a kind of layer (an entry of model.kinds) may have,
+  and for each the model's field, or group, whose place it takes."""
   names = {name: name for name, leaf in FIELDS.items() if leaf.rule.of_layers}
   names['window'] = 'sliding_window'
   names['router'] = 'moe.router'
@@ -102,42 +105,47 @@ def _fields_of_layer_kinds() -> dict[str, str]:
   return names
 
 
-# The model's field, or group, for which each name of a kind of layer stands.
+# The model's field, or group, whose place each name of a kind of layer takes.
 FIELDS_OF_LAYER_KINDS = _fields_of_layer_kinds()
 
 
 def _name_of_model_field(name: str) -> str:
-  """Returns the name of the model's field for which a field of a kind of layer
-  stands; of a field of a group, as rope.theta, that is its own."""
+  """Returns the name of the model's field whose place a field of a kind of
+  layer takes; for a field of a group, as rope.theta, that is its own name."""
   return FIELDS_OF_LAYER_KINDS.get(name, name)
 
 
 def flatten_groups(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Returns the leaves of nested groups by their dotted names."""
-  leaves: dict[str, Any] = {}
+  """Returns the values in nested dicts by their dotted names.
+
+  Args:
+    tree: a dict, in which a group is a dict too.
+    prefix: the text before each name.
+  """
+  flat: dict[str, Any] = {}
   for name, value in tree.items():
     if hasattr(value, 'items'):
-      leaves |= flatten_groups(value, f'{prefix}{name}.')
+      flat |= flatten_groups(value, f'{prefix}{name}.')
     else:
-      leaves[prefix + name] = value
-  return leaves
+      flat[prefix + name] = value
+  return flat
 
 
 def nest_by_group(fields: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns fields by their dotted names as a dict with a dict of each group.
-  """
+  """Returns values by their dotted names as a dict with a dict for each group:
+  the inverse of `flatten_groups`."""
   tree: dict[str, Any] = {}
   for name, value in fields.items():
-    group, _, last = name.rpartition('.')
+    group, _, field_name = name.rpartition('.')
     branch = tree
     if group:
       branch = tree.setdefault(group, {})
-    branch[last] = value
+    branch[field_name] = value
   return tree
 
 
 def default_tree() -> dict[str, Any]:
-  """Returns config.model at its defaults, with every group."""
+  """Returns config.model at its defaults, with every group, as nested dicts."""
   tree = {}
   for name, value in nest_by_group(DEFAULTS).items():
     tree[name] = value
@@ -152,17 +160,17 @@ _NAMES_IN_TREE = list(default_tree())
 
 
 def refresh_from_tables() -> None:
-  """Reads the tables again, to which a file from outside has added entries."""
-  # In this order: each is made of those before it.
+  """Reads the tables of parts again, after a file from outside has added
+  entries to them."""
+  # The order matters: each dict is made of those before it.
   makers: tuple[tuple[dict[Any, Any], Callable[[], dict]], ...] = (
-      (GROUPS, _classes_by_group), (_GROUP_OF, _groups_by_class),
-      (FIELDS, _fields_of_all_models),
-      (_GROUP_OF_NAME, _groups_by_field), (DEFAULTS, _defaults),
-      (FIELDS_OF_LAYER_KINDS, _fields_of_layer_kinds),
+      (GROUPS, _classes_by_group), (_GROUP_OF_CLASS, _groups_by_class),
+      (FIELDS, _fields_of_all_models), (_GROUP_OF_FIELD, _groups_by_field),
+      (DEFAULTS, _defaults), (FIELDS_OF_LAYER_KINDS, _fields_of_layer_kinds),
       (_CHOICES_BY_NAME, _choices_by_name))
-  for known, read in makers:
+  for known, make in makers:
     known.clear()
-    known.update(read())
+    known.update(make())
   _FIELDS_OF_EVERY_MODEL.clear()
   _FIELDS_OF_EVERY_MODEL.update(_fields_of_every_model())
   _NAMES_IN_TREE[:] = list(default_tree())
@@ -170,9 +178,9 @@ def refresh_from_tables() -> None:
 
 
 def get_field(c: ModelConfig, name: str) -> Any:
-  """Returns a field of the model by its flat name; of a part that is not there
-  its default."""
-  group = _GROUP_OF_NAME.get(name, '')
+  """Returns the value of a field by its flat name; its default where no layer
+  has the part that it is in."""
+  group = _GROUP_OF_FIELD.get(name, '')
   part: Any = c
   if group == GROUP_OF_LORA:
     part = c.lora
@@ -184,21 +192,22 @@ def get_field(c: ModelConfig, name: str) -> Any:
 
 
 def group_of(part: Any) -> str:
-  """Returns the group of a part, or of its class."""
-  kind = part if isinstance(part, type) else type(part)
-  return _GROUP_OF[kind]
+  """Returns the group of a part of a model, or of the class of one."""
+  part_class = part if isinstance(part, type) else type(part)
+  return _GROUP_OF_CLASS[part_class]
 
 
 def to_dict(c: ModelConfig) -> dict[str, Any]:
-  """Returns the fields as nested dicts, of which `make` makes `c` again."""
+  """Returns a model's fields as nested dicts, of which `make_model` makes the
+  same model again."""
+  # The fields that are in no part.
   tree: dict[str, Any] = {}
   for name in FIELDS:
-    if name not in _GROUP_OF_NAME:
+    if name not in _GROUP_OF_FIELD:
       tree[name] = getattr(c, name)
-  tree['kinds'] = {
-  name: _copy_as_dicts(
-    kind.overrides) for name,
-     kind in c.kinds.items()}
+  # The kinds of layer, and the parts.
+  tree['kinds'] = {name: _copy_as_dicts(kind.overrides)
+                   for name, kind in c.kinds.items()}
   tree[GROUP_OF_LORA] = dataclasses.asdict(c.lora)
   for part in c.parts:
     group, fields = group_of(part), dataclasses.asdict(part)
@@ -210,7 +219,7 @@ def to_dict(c: ModelConfig) -> dict[str, Any]:
 
 
 def _copy_as_dicts(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns nested mappings as dicts, which may be changed."""
+  """Returns a copy of nested mappings as dicts, which may be changed."""
   copy = {}
   for name, value in tree.items():
     if isinstance(value, Mapping):
@@ -219,28 +228,32 @@ def _copy_as_dicts(tree: Mapping[str, Any]) -> dict[str, Any]:
   return copy
 
 
-# Which names a model takes.
+# Which fields a model takes.
+#
+# A selector is a field by which a part is chosen, a key of tables.TABLES, such
+# as `mixer`; its choices are the entries of that table.
 
 
 def _choices_by_name() -> dict[str, dict[str, list[str]]]:
-  """Returns for each name, or group, that not every model takes the entries
-  that do: {name: {where it is chosen: the names of the entries}}."""
-  claims: dict[str, dict[str, list[str]]] = {}
+  """Returns for each field, or group, that not every model takes the choices
+  with which a model does: {name: {selector: the entries of its table}}."""
+  choices: dict[str, dict[str, list[str]]] = {}
   for selector, table in tables.TABLES.items():
     for entry in table:
       for name in _names_of_entry(selector, entry):
-        selectors = claims.setdefault(name, {})
-        selectors.setdefault(selector, []).append(entry)
-  return claims
+        entries_by_selector = choices.setdefault(name, {})
+        entries_by_selector.setdefault(selector, []).append(entry)
+  return choices
 
 
-def _names_of_entry(selector: str, name: str) -> list[str]:
-  """Returns the fields and the groups that an entry of a table lists."""
-  entry = tables.TABLES[selector][name]
+def _names_of_entry(selector: str, entry_name: str) -> list[str]:
+  """Returns the fields and the groups that an entry of a table lists as its
+  own."""
+  entry = tables.TABLES[selector][entry_name]
   names = list(getattr(entry, 'fields', ()))
   settings = getattr(entry, 'settings', None)
   if settings is not None:
-    names.append(getattr(settings, 'GROUP', name))
+    names.append(getattr(settings, 'GROUP', entry_name))
   return names
 
 
@@ -248,11 +261,11 @@ _CHOICES_BY_NAME = _choices_by_name()
 
 
 def _fields_of_every_model() -> set[str]:
-  """Returns the names that every model takes."""
+  """Returns the fields that every model takes, whatever it chooses."""
   names = set()
   for name in FIELDS:
-    if name not in _CHOICES_BY_NAME and _GROUP_OF_NAME.get(
-      name) not in _CHOICES_BY_NAME:
+    group = _GROUP_OF_FIELD.get(name)
+    if name not in _CHOICES_BY_NAME and group not in _CHOICES_BY_NAME:
       names.add(name)
   return names
 
@@ -261,47 +274,48 @@ _FIELDS_OF_EVERY_MODEL = _fields_of_every_model()
 
 
 @functools.cache
-def _fields_of_entry(selector: str, entry: str) -> frozenset[str]:
-  """Returns the names that a chosen entry takes. It takes those names of a
-  group that no entry lists one by one."""
-  taken: set[str] = set()
-  for name in _names_of_entry(selector, entry):
+def _fields_of_entry(selector: str, entry_name: str) -> frozenset[str]:
+  """Returns the fields that a model with this choice takes. Of a group, these
+  are the fields that no entry lists one by one."""
+  fields: set[str] = set()
+  for name in _names_of_entry(selector, entry_name):
     if name in GROUPS:
-      taken |= fields_of_group(name).keys() - _CHOICES_BY_NAME.keys()
+      fields |= fields_of_group(name).keys() - _CHOICES_BY_NAME.keys()
     else:
-      taken.add(name)
-  return frozenset(taken)
+      fields.add(name)
+  return frozenset(fields)
 
 
-def _fields_of_choices(fields: Mapping[str, Any]) -> set[str]:
-  """Returns the names that layers with these choices take.
+def _fields_of_choices(choices: Mapping[str, Any]) -> set[str]:
+  """Returns the fields that layers with these choices take.
 
   Args:
-    fields: the name of the chosen entry of each of tables.TABLES.
+    choices: the name of the chosen entry of each of tables.TABLES.
   """
-  taken = set(_FIELDS_OF_EVERY_MODEL)
-  mixer = blocks.MIXERS[fields['mixer']]
-  position = positions.POSITIONS[fields['position']]
-  if not (mixer.positional or position.embed or fields['position'] == 'none'):
-    taken.discard('position')
-  # A part comes before what is chosen inside it.
+  fields = set(_FIELDS_OF_EVERY_MODEL)
+  mixer = blocks.MIXERS[choices['mixer']]
+  position = positions.POSITIONS[choices['position']]
+  if not (mixer.positional or position.embed or choices['position'] == 'none'):
+    fields.discard('position')
+  # In this order, a part comes before what is chosen inside it.
   for selector in tables.TABLES:
-    if selector in taken:
-      taken |= _fields_of_entry(selector, fields[selector])
-  return taken
+    if selector in fields:
+      fields |= _fields_of_entry(selector, choices[selector])
+  return fields
 
 
 def _fields_that_wait(c: ModelConfig) -> dict[str, declared.ReadIf]:
-  """Returns the fields that layers as `c` says have and do not read, with what
-  each of them waits for."""
+  """Returns the fields that layers with these choices have but do not read as
+  long as another field has its value, each with that field."""
+  # The model says it of its own fields, and each part of its fields.
   waiting = c.waits()
   for part in (c.lora, *c.parts):
     if hasattr(part, 'waits'):
-      waits = part.waits(c)
+      waiting_in_part = part.waits(c)
       for name in fields_of_group(group_of(part)):
-        last = name.rpartition('.')[2]
-        if last in waits:
-          waiting[name] = waits[last]
+        field_name = name.rpartition('.')[2]
+        if field_name in waiting_in_part:
+          waiting[name] = waiting_in_part[field_name]
 
   # The sizes of a feed-forward network that is not there.
   moe = c.find(MoEConfig)
@@ -319,28 +333,29 @@ def _fields_that_wait(c: ModelConfig) -> dict[str, declared.ReadIf]:
 
 
 def fields_of_layers(c: ModelConfig) -> set[str]:
-  """Returns the names that layers read which are all as `c` says."""
+  """Returns the fields that a layer reads, where all layers are as `c` says."""
   choices = {selector: get_field(c, selector) for selector in tables.TABLES}
   return _fields_of_choices(choices) - _fields_that_wait(c).keys()
 
 
 def fields_that_are_read(c: ModelConfig) -> set[str]:
-  """Returns the fields of the model that any layer reads, or what is beside the
-  layers; not those in whose place all layers have some of their kinds."""
-  read: set[str] = set()
-  for kind in c.kinds_used:
-    changes: Mapping[str, Any] = {}
-    if kind:
-      changes = flatten_groups(c.kinds[kind].overrides)
-    replaced = {_name_of_model_field(name) for name in changes}
-    if 'window' in changes:
+  """Returns the model's fields that any layer reads, or the model beside its
+  layers. A field whose place is taken in all layers, by those of their kinds,
+  is none of them."""
+  fields: set[str] = set()
+  for kind_name in c.kinds_used:
+    overrides: Mapping[str, Any] = {}
+    if kind_name:
+      overrides = flatten_groups(c.kinds[kind_name].overrides)
+    replaced = {_name_of_model_field(name) for name in overrides}
+    if 'window' in overrides:
       replaced.add('attention')
     # These are read beside the layers too.
     replaced -= {'position', 'ffn', 'block'}
-    read |= fields_of_layers(c.of_kind(kind)) - replaced
+    fields |= fields_of_layers(c.of_kind(kind_name)) - replaced
   if positions.position_of(c).of_stack:
-    read |= fields_of_layers(c)
-  return read
+    fields |= fields_of_layers(c)
+  return fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,8 +370,9 @@ class UnreadField:
   others: tuple[str, ...] = ()
 
 
-def fields_that_are_unread(c: ModelConfig, tree: Mapping[str, Any] | None = None
-           ) -> dict[str, UnreadField]:
+def fields_that_are_unread(c: ModelConfig,
+                           tree: Mapping[str, Any] | None = None
+                           ) -> dict[str, UnreadField]:
   """Returns the fields that no layer reads, and those of a kind of layer that
   its own layers do not, by their names.
 
@@ -366,9 +382,9 @@ def fields_that_are_unread(c: ModelConfig, tree: Mapping[str, Any] | None = None
       there are sizes that are derived; None: fields from which sizes may be
       derived count as read.
   """
-  fields: dict[str, UnreadField] = {}
+  unread: dict[str, UnreadField] = {}
   if tree is not None:
-    fields |= _unneeded_sources_of_sizes(c, tree)
+    unread |= _unneeded_sources_of_sizes(c, tree)
   # The model's own fields.
   read = fields_that_are_read(c)
   waiting: dict[str, declared.ReadIf] = {}
@@ -376,66 +392,76 @@ def fields_that_are_unread(c: ModelConfig, tree: Mapping[str, Any] | None = None
     waiting |= _fields_that_wait(layer)
   for name in FIELDS:
     if name not in read:
-      fields[name] = _explain_unread_field(name, waiting) or UnreadField(
-          'a kind of model.kinds does not set it', ('kinds',))
+      unread[name] = _explain_unread_field(name, waiting) or UnreadField(
+          where='a kind of model.kinds does not set it', others=('kinds',))
   # The fields of the kinds of layer.
-  for kind in c.kinds:
-    for name, why in _unread_fields_of_layer_kind(c, kind).items():
-      fields[f'kinds.{kind}.{name}'] = why
-  return fields
+  for kind_name in c.kinds:
+    unread_of_kind = _unread_fields_of_layer_kind(c, kind_name)
+    for name, reason in unread_of_kind.items():
+      unread[f'kinds.{kind_name}.{name}'] = reason
+  return unread
 
 
-def _unread_fields_of_layer_kind(
-  c: ModelConfig, kind: str) -> dict[str, UnreadField]:
-  """Returns the fields that a kind of layer has and its layers do not read."""
-  layer = c.of_kind(kind)
-  taken, waiting = fields_of_layers(layer), _fields_that_wait(layer)
+def _unread_fields_of_layer_kind(c: ModelConfig, kind_name: str
+                                 ) -> dict[str, UnreadField]:
+  """Returns the fields that a kind of layer has and its layers do not read, by
+  their names in the kind."""
+  layer = c.of_kind(kind_name)
+  read, waiting = fields_of_layers(layer), _fields_that_wait(layer)
   sources = blocks.mixer_of_layers(layer).sources
-  fields = {}
-  for name, value in flatten_groups(c.kinds[kind].overrides).items():
-    field = _name_of_model_field(name)
+  unread = {}
+  for name, value in flatten_groups(c.kinds[kind_name].overrides).items():
+    model_field = _name_of_model_field(name)
+    # A size that its mixer has as a field of its own.
     if name in sources:
-      fields[name] = UnreadField(
-          'a layer of the kind has attention: the sizes of model.mixer '
+      unread[name] = UnreadField(
+          where='a layer of the kind has attention: the sizes of model.mixer '
           f'{layer.mixer} stand in model.{layer.mixer}')
       continue
     is_no_window = name == 'window' and not value
-    if field not in taken and not is_no_window:
-      why = _explain_unread_field(field, waiting)
-      assert why is not None, f'nothing reads {field}'
-      fields[name] = why
-  return fields
+    if model_field not in read and not is_no_window:
+      reason = _explain_unread_field(model_field, waiting)
+      assert reason is not None, f'nothing reads {model_field}'
+      unread[name] = reason
+  return unread
 
 
 def _explain_unread_field(name: str, waiting: Mapping[str, declared.ReadIf]
                           ) -> Optional[UnreadField]:
-  """Returns when a field is read; None: always."""
+  """Returns when a field is read, in words; None: always.
+
+  Args:
+    name: the flat name of the field.
+    waiting: the fields that nothing reads as others are, with these.
+  """
   clauses: list[str] = []
-  others: list[str] = []
-  # A field is read where its group is chosen, and it itself.
-  for owned in (_GROUP_OF_NAME.get(name, ''), name):
-    claims = _CHOICES_BY_NAME.get(owned, {})
-    if not claims:
+  deciding_fields: list[str] = []
+  # A field is read where its group is chosen, and where it is itself.
+  for group_or_field in (_GROUP_OF_FIELD.get(name, ''), name):
+    entries_by_selector = _CHOICES_BY_NAME.get(group_or_field, {})
+    if not entries_by_selector:
       continue
-    places = []
-    for selector, entries in claims.items():
-      places.append(f'model.{selector} is {" or ".join(entries)}')
-      others.append(selector)
-    clauses.append(' or '.join(places))
+    choices = []
+    for selector, entries in entries_by_selector.items():
+      choices.append(f'model.{selector} is {" or ".join(entries)}')
+      deciding_fields.append(selector)
+    clauses.append(' or '.join(choices))
+  # And where the field that it waits for has another value.
   if name in waiting:
-    wait = waiting[name]
-    clauses.append(f'model.{wait.field} {wait.until}')
-    others.append(wait.field)
+    read_if = waiting[name]
+    clauses.append(f'model.{read_if.field} {read_if.until}')
+    deciding_fields.append(read_if.field)
   if name == 'position':
     clauses.append('a layer turns or biases by positions')
-    others.append('mixer')
+    deciding_fields.append('mixer')
   if not clauses:
     return None
-  return UnreadField(' and '.join(clauses), tuple(dict.fromkeys(others)))
+  return UnreadField(where=' and '.join(clauses),
+                     others=tuple(dict.fromkeys(deciding_fields)))
 
 
 class _ModelThatRecordsReads:
-  """Stands for a model, and remembers which of its sizes were asked for."""
+  """Stands for a model, and remembers the names of the fields that are read."""
 
   def __init__(self, c: ModelConfig):
     self._model = c
@@ -447,9 +473,14 @@ class _ModelThatRecordsReads:
 
 
 def _unneeded_sources_of_sizes(c: ModelConfig, tree: Mapping[str, Any]
-                        ) -> dict[str, UnreadField]:
+                               ) -> dict[str, UnreadField]:
   """Returns the fields that the mixers of all layers read only to derive sizes
-  from them, where `tree` gives these sizes."""
+  of their own, where these sizes are given.
+
+  Args:
+    c: the model.
+    tree: the config.model of which it was made.
+  """
   # The rules of muP are by the size of a head.
   if c.parametrization == 'mup':
     return {}
@@ -462,29 +493,35 @@ def _unneeded_sources_of_sizes(c: ModelConfig, tree: Mapping[str, Any]
     return {}
 
   # The sizes for which the parts ask, when they are made of `tree`.
-  sizes: Any = _ModelThatRecordsReads(c)
+  recorder: Any = _ModelThatRecordsReads(c)
   for part in c.parts:
-    _make_part(type(part), tree, sizes)
-  if 'head_dim' in sizes.names and not tree.get('head_dim'):
-    sizes.names.add('num_heads')  # of which it is derived
-  why = UnreadField(f'a size is left open in {" or ".join(mixers)}', ('mixer',))
-  return {name: why for name in sources - sizes.names}
+    _make_part(type(part), tree, recorder)
+  if 'head_dim' in recorder.names and not tree.get('head_dim'):
+    recorder.names.add('num_heads')  # of which it is derived
+  reason = UnreadField(
+      where=f'a size is left open in {" or ".join(mixers)}', others=('mixer',))
+  return {name: reason for name in sources - recorder.names}
 
 
 # From names to the tree.
 
 
-def _make_part(kind: type, tree: Mapping[str, Any], c: Sizes) -> Any:
-  """Returns the part of a class, of the fields in `tree` or at their defaults,
-  with what follows from the sizes of the model."""
-  group = group_of(kind)
+def _make_part(part_class: type, tree: Mapping[str, Any], sizes: Sizes) -> Any:
+  """Returns a part of a model, with what follows from the model's sizes.
+
+  Args:
+    part_class: the class of the part.
+    tree: config.model; fields that are not there have their default.
+    sizes: the sizes of the model.
+  """
+  group = group_of(part_class)
   fields = tree.get(group, {})
   if group == GROUP_WITHOUT_PREFIX:
-    fields = {name: tree[name]
-      for name in fields_of_group(group) if name in tree}
-  part = kind(**fields)
+    fields = {name: tree[name] for name in fields_of_group(group)
+              if name in tree}
+  part = part_class(**fields)
   if hasattr(part, 'derived'):
-    part = part.derived(c)
+    part = part.derived(sizes)
   return part
 
 
@@ -501,15 +538,18 @@ class ConfigWithAllParts(ModelConfig):
 
 
 def with_all_parts(c: ModelConfig) -> ConfigWithAllParts:
-  """Returns the config as one that lacks no part."""
+  """Returns the config with a default in the place of each part that no layer
+  has."""
   return ConfigWithAllParts(**{field.name: getattr(c, field.name)
-                  for field in dataclasses.fields(c)})
+                               for field in dataclasses.fields(c)})
 
 
 def make_model(tree: Mapping[str, Any]) -> ModelConfig:
-  """Builds the frozen config from `config.model` (a ConfigDict or a dict),
-  which is left as it is; what is not there has its default. What it builds, as
-  a dict, builds the same again.
+  """Builds the frozen config of a model from `config.model`.
+
+  Args:
+    tree: a ConfigDict or a dict, which is left as it is; what is not there has
+      its default. What is built, as a dict, builds the same again.
 
   Raises:
     RequestError: a field that is not of its type, out of range or none of its
@@ -528,14 +568,15 @@ def make_model(tree: Mapping[str, Any]) -> ModelConfig:
 
   # The parts that any layer has chosen.
   names = _fields_of_choices(fields)
-  for kind in c.kinds_used:
-    if kind in kinds:  # else it is refused later
-      names |= _fields_of_choices(_choices_of_layer_kind(fields, kinds[kind]))
+  for kind_name in c.kinds_used:
+    if kind_name in kinds:  # else it is refused later
+      choices = _choices_of_layer_kind(fields, kinds[kind_name])
+      names |= _fields_of_choices(choices)
   parts = []
-  groups = {_GROUP_OF_NAME.get(name) for name in names}
-  for group, part in GROUPS.items():
-    if group in groups and group != GROUP_OF_LORA:
-      parts.append(_make_part(part, tree, c))
+  chosen_groups = {_GROUP_OF_FIELD.get(name) for name in names}
+  for group, part_class in GROUPS.items():
+    if group in chosen_groups and group != GROUP_OF_LORA:
+      parts.append(_make_part(part_class, tree, c))
   lora = LoraConfig()
   if fields['lora.rank']:
     lora = _make_part(LoraConfig, tree, c)
@@ -551,34 +592,40 @@ def make_model(tree: Mapping[str, Any]) -> ModelConfig:
 
 
 def _choices_of_layer_kind(fields: Mapping[str, Any], kind: Mapping[str, Any]
-                ) -> dict[str, Any]:
+                           ) -> dict[str, Any]:
   """Returns the choices of the layers of a kind, by the names of TABLES.
 
   Args:
     fields: all fields of the model.
-    kind: what config.model.kinds says of the kind.
+    kind: the entry of config.model.kinds.
   """
   choices = {selector: fields[selector] for selector in tables.TABLES}
   if 'window' in kind:
     choices['attention'] = _attention_rule_of_window(kind['window'])
   for name, value in flatten_groups(kind).items():
-    field = _name_of_model_field(name)
-    if field in choices:
-      choices[field] = value
+    model_field = _name_of_model_field(name)
+    if model_field in choices:
+      choices[model_field] = value
   choices['ffn'] = _network_of_layer_kind(choices['ffn'], fields)
   return choices
 
 
 def _attention_rule_of_window(window: int) -> str:
-  """Returns the rule of attention that a kind's `window` chooses."""
+  """Returns the rule of attention, a value of model.attention, that the field
+  `window` of a kind of layer chooses."""
   if window:
     return 'banded'
   return 'global'
 
 
 def _network_of_layer_kind(name: str, fields: Mapping[str, Any]) -> str:
-  """Returns the feed-forward network that a kind's `ffn` chooses; 'dense' is
-  the network of the model's dense layers."""
+  """Returns the feed-forward network that the field `ffn` of a kind of layer
+  chooses; 'dense' is the network of the model's dense layers.
+
+  Args:
+    name: the value of `ffn`.
+    fields: all fields of the model.
+  """
   if name != layer_kinds.DENSE_NETWORK:
     return name
   if fields['ffn'] == 'moe':
@@ -586,14 +633,19 @@ def _network_of_layer_kind(name: str, fields: Mapping[str, Any]) -> str:
   return fields['ffn']
 
 
-def _derive_fields_of_model(
-    fields: Mapping[str, Any], kinds: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, Any]:
-  """Returns the fields that are in no part, with what is derived.
+def _derive_fields_of_model(fields: Mapping[str, Any],
+                            kinds: Mapping[str, Mapping[str, Any]]
+                            ) -> dict[str, Any]:
+  """Returns the fields of a ModelConfig without its parts, with those that are
+  derived from others where they are 0 or empty.
 
   Args:
     fields: all fields of the model.
     kinds: config.model.kinds.
+
+  Raises:
+    RequestError: without a vocabulary or a length, or for a base of muP that
+      cannot be.
   """
   for name, source in (('vocab_size', 'the tokenizer'),
                        ('max_len', 'data.length')):
@@ -602,15 +654,15 @@ def _derive_fields_of_model(
           f'model.{name} is {fields[name]}: it must be > 0 (derived from '
           f'{source} at the start of a run)')
   derived = {name: value for name, value in fields.items()
-             if name not in _GROUP_OF_NAME}
+             if name not in _GROUP_OF_FIELD}
 
   # Sizes that are left open.
-  heads, width = fields['num_heads'], fields['d_model']
-  head_dim = fields['head_dim'] or width // heads or 1
+  num_heads, width = fields['num_heads'], fields['d_model']
+  head_dim = fields['head_dim'] or width // num_heads or 1
   derived['head_dim'] = head_dim
   derived['num_decoder_layers'] = (
       fields['num_decoder_layers'] or fields['num_layers'])
-  derived['num_kv_heads'] = fields['num_kv_heads'] or heads
+  derived['num_kv_heads'] = fields['num_kv_heads'] or num_heads
   derived['d_ff'] = fields['d_ff'] or 4 * width
   derived['head'] = fields['head'] or 'lm'
 
@@ -625,83 +677,83 @@ def _derive_fields_of_model(
   derived['embed_scale'] = fields['embed_scale'] or base_width ** 0.5
   derived['logits_scale'] = fields['logits_scale'] or base_width ** -0.5
 
-  layer_kinds_ = {}
+  # The kinds of layer.
+  overrides_by_kind = {}
   for name, kind in kinds.items():
     overrides = _complete_layer_kind(fields, kind)
-    layer_kinds_[name] = _make_layer_kind(overrides, fields)
-  derived['kinds'] = FrozenDict(layer_kinds_)
+    overrides_by_kind[name] = _make_layer_kind(overrides, fields)
+  derived['kinds'] = FrozenDict(overrides_by_kind)
   return derived
 
 
 # The sizes of a kind of layer that are the model's where they are 0.
 _SIZES_THAT_ZERO_LEAVES_OPEN = (
-  'num_kv_heads',
-  'head_dim',
-  'd_ff',
-   'attention_scale')
+    'num_kv_heads', 'head_dim', 'd_ff', 'attention_scale')
 
 
 def _complete_layer_kind(fields: Mapping[str, Any], kind: Mapping[str, Any]
-          ) -> dict[str, Any]:
-  """Returns what is said of a kind of layer, with what follows from it where
-  the model leaves that to be derived.
+                         ) -> dict[str, Any]:
+  """Returns the fields of a kind of layer, with those that follow from them
+  where the model leaves these to be derived.
 
   Args:
     fields: all fields of the model.
-    kind: what config.model.kinds says of the kind.
+    kind: the entry of config.model.kinds.
   """
-  said = {}
+  overrides = {}
   for name, value in kind.items():
     if value or name not in _SIZES_THAT_ZERO_LEAVES_OPEN:
-      said[name] = value
-  if 'num_heads' in said and not fields['num_kv_heads']:
-    said.setdefault('num_kv_heads', said['num_heads'])
-  if 'head_dim' in said:
-    of_layer = {**fields, **said, 'd_model': fields['d_model']}
-    _, base_head_dim = _sizes_of_mup_base(of_layer, said['head_dim'])
+      overrides[name] = value
+  if 'num_heads' in overrides and not fields['num_kv_heads']:
+    overrides.setdefault('num_kv_heads', overrides['num_heads'])
+  # The factor of the scores, by the size of a head in muP's base.
+  if 'head_dim' in overrides:
+    fields_of_layer = {**fields, **overrides, 'd_model': fields['d_model']}
+    _, base_head_dim = _sizes_of_mup_base(
+        fields_of_layer, overrides['head_dim'])
     if not fields['attention_scale']:
-      said.setdefault('attention_scale', base_head_dim ** -0.5)
+      overrides.setdefault('attention_scale', base_head_dim ** -0.5)
     if fields['parametrization'] == 'mup' and not fields['mup_base_head_dim']:
-      said.setdefault('mup_base_head_dim', base_head_dim)
-  return said
+      overrides.setdefault('mup_base_head_dim', base_head_dim)
+  return overrides
 
 
-def _make_layer_kind(
-  said: Mapping[str, Any], fields: Mapping[str, Any]) -> config.LayerOverrides:
-  """Returns a kind of layer as the tree has it.
+def _make_layer_kind(overrides: Mapping[str, Any], fields: Mapping[str, Any]
+                     ) -> config.LayerOverrides:
+  """Returns the frozen record of a kind of layer, whose fields are sorted into
+  those of the model and those of its parts.
 
   Args:
-    said: what is said of the kind, by flat names.
+    overrides: the fields of the kind, by flat names.
     fields: all fields of the model.
   """
-  plain: dict[str, Any] = {}  # the fields that are in no part
-  parts: dict[type, dict[str, Any]] = {}
-  if 'window' in said:
-    plain['attention'] = _attention_rule_of_window(said['window'])
-  for name, value in said.items():
-    field = _name_of_model_field(name)
-    group = _GROUP_OF_NAME.get(field)
-    if field in GROUPS:
-      parts[GROUPS[field]] = dict(value)
+  model_fields: dict[str, Any] = {}  # those that are in no part
+  part_fields: dict[type, dict[str, Any]] = {}
+  if 'window' in overrides:
+    model_fields['attention'] = _attention_rule_of_window(overrides['window'])
+  for name, value in overrides.items():
+    model_field = _name_of_model_field(name)
+    group = _GROUP_OF_FIELD.get(model_field)
+    if model_field in GROUPS:  # a whole group, such as rope
+      part_fields[GROUPS[model_field]] = dict(value)
     elif group is not None:
-      last = field.rpartition('.')[2]
-      parts.setdefault(GROUPS[group], {})[last] = value
+      field_name = model_field.rpartition('.')[2]
+      part_fields.setdefault(GROUPS[group], {})[field_name] = value
     else:
-      plain[field] = value
-  if 'ffn' in plain:
-    plain['ffn'] = _network_of_layer_kind(plain['ffn'], fields)
-  frozen_parts = [(part, FrozenDict(changes))
-                   for part, changes in parts.items()]
+      model_fields[model_field] = value
+  if 'ffn' in model_fields:
+    model_fields['ffn'] = _network_of_layer_kind(model_fields['ffn'], fields)
+  parts = [(part_class, FrozenDict(changes))
+           for part_class, changes in part_fields.items()]
   return config.LayerOverrides(
-  overrides=FrozenDict(said),
-  fields=FrozenDict(plain),
-   parts=tuple(frozen_parts))
+      overrides=FrozenDict(overrides), fields=FrozenDict(model_fields),
+      parts=tuple(parts))
 
 
-def _sizes_of_mup_base(
-  fields: Mapping[str, Any], head_dim: int) -> tuple[int, int]:
-  """Returns the width of muP's base and of its heads; the standard form is its
-  own base.
+def _sizes_of_mup_base(fields: Mapping[str, Any], head_dim: int
+                       ) -> tuple[int, int]:
+  """Returns d_model and head_dim of muP's base, the width at which it equals
+  the standard parametrization; the standard one is its own base.
 
   Args:
     fields: all fields of the model, or of a layer.
@@ -709,18 +761,21 @@ def _sizes_of_mup_base(
   """
   if fields['parametrization'] == 'standard':
     return fields['d_model'], head_dim
-  width = fields['mup_base_width']
-  if width <= 0:
+  base_width = fields['mup_base_width']
+  if base_width <= 0:
     raise RequestError(
         "model.parametrization is 'mup', but model.mup_base_width is 0: set it "
         'to the d_model at which mup equals standard')
-  base, rest = divmod(width * head_dim, fields['d_model'])
-  if not fields['mup_base_head_dim'] and (base <= 0 or rest):
+  # The base has as many heads, unless the size of one is given.
+  features = base_width * head_dim
+  base_head_dim, remainder = divmod(features, fields['d_model'])
+  is_possible = base_head_dim > 0 and not remainder
+  if not fields['mup_base_head_dim'] and not is_possible:
     raise RequestError(
-        f'model.mup_base_width is {width}, at which a head would have '
-        f'{width * head_dim / fields["d_model"]:g} features: choose another, '
+        f'model.mup_base_width is {base_width}, at which a head would have '
+        f'{features / fields["d_model"]:g} features: choose another, '
         'or set model.mup_base_head_dim')
-  return width, fields['mup_base_head_dim'] or base
+  return base_width, fields['mup_base_head_dim'] or base_head_dim
 
 
 # Checks of the values of fields.
@@ -728,7 +783,12 @@ def _sizes_of_mup_base(
 
 def check_fields(tree: Mapping[str, Any], who: str = 'model') -> None:
   """Raises RequestError for a value of config.model that is no field, or is not
-  of its field's type, range or choices."""
+  of its field's type, range or choices.
+
+  Args:
+    tree: config.model, or some of its fields, as nested dicts.
+    who: the name of the tree in messages.
+  """
   declared.check_type(tree, {}, who)
   values = []
   for name, value in tree.items():
@@ -743,61 +803,80 @@ def check_fields(tree: Mapping[str, Any], who: str = 'model') -> None:
 
 def check_kinds(kinds: Any, who: str = 'model.kinds') -> None:
   """Raises RequestError for a kind of layer with a field that it does not have,
-  or whose value the model's own field could not have."""
+  or whose value the model's own field could not have.
+
+  Args:
+    kinds: config.model.kinds: the fields of each kind, by its name.
+    who: the name of this dict in messages.
+  """
   declared.check_type(kinds, {}, who)
   values = []
-  for kind, fields in kinds.items():
-    if not isinstance(kind, str) or not re.fullmatch(r'[A-Za-z]\w*', kind):
-      raise RequestError(f'{who} has a kind called {kind!r}: call it by '
+  for kind_name, fields in kinds.items():
+    is_text = isinstance(kind_name, str)
+    if not is_text or not re.fullmatch(r'[A-Za-z]\w*', kind_name):
+      raise RequestError(f'{who} has a kind called {kind_name!r}: call it by '
                          'letters, digits and _')
-    of_kind = f'{who}.{kind}'
-    declared.check_type(fields, {}, of_kind)
+    name_of_kind = f'{who}.{kind_name}'
+    declared.check_type(fields, {}, name_of_kind)
     for name, value in fields.items():
       if name not in FIELDS_OF_LAYER_KINDS:
-        raise _error_of_unknown_field(name, of_kind, FIELDS_OF_LAYER_KINDS)
-      more: Collection[str] = ()
+        raise _error_of_unknown_field(
+            name, name_of_kind, FIELDS_OF_LAYER_KINDS)
+      more_choices: Collection[str] = ()
       if name == 'ffn':
-        more = (layer_kinds.DENSE_NETWORK,)
-      values += _values_to_check(name, FIELDS_OF_LAYER_KINDS[name], value,
-                                 who=of_kind, more=more)
+        more_choices = (layer_kinds.DENSE_NETWORK,)
+      values += _values_to_check(
+          name, field=FIELDS_OF_LAYER_KINDS[name], value=value,
+          who=name_of_kind, more_choices=more_choices)
   declared.check_values(values)
 
 
 def _values_to_check(name: str, field: str, value: Any, who: str,
-            more: Collection[str] = ()) -> list[declared.FieldValue]:
-  """Returns a value as `check_all` checks it; of a group those of its fields.
+                     more_choices: Collection[str] = ()
+                     ) -> list[declared.FieldValue]:
+  """Returns a value as declared.check_values takes it; of a group, those of its
+  fields.
 
   Args:
-    name: the name of the field, or group, in what has it.
+    name: the name of the field, or group, in the dict that has it.
     field: its name in FIELDS, or a group.
     value: the value that it is to have.
-    who: the name of what has it.
-    more: further choices.
+    who: the name of this dict in messages.
+    more_choices: choices beside those that are declared.
+
+  Raises:
+    RequestError: for a name that is no field of the group.
   """
-  full = f'{who}.{name}'
+  full_name = f'{who}.{name}'
   if field not in GROUPS:
     choices = tables.CHOICES.get(field, ())
-    if more:
-      choices = *choices, *more
-    return [declared.FieldValue(leaf=FIELDS[field], value=value, who=full,
+    if more_choices:
+      choices = *choices, *more_choices
+    return [declared.FieldValue(leaf=FIELDS[field], value=value, who=full_name,
                                 choices=choices)]
   # A group, each of whose fields is such a value.
   if not hasattr(value, 'items'):
-    declared.check_type(value, {}, full)
-  names = [x.name for x in dataclasses.fields(GROUPS[field])]
+    declared.check_type(value, {}, full_name)
+  names_in_group = [x.name for x in dataclasses.fields(GROUPS[field])]
   values = []
-  for inner, inner_value in value.items():
-    if inner not in names:
-      raise _error_of_unknown_field(inner, full, names)
-    values += _values_to_check(inner, f'{field}.{inner}', inner_value, who=full)
+  for inner_name, inner_value in value.items():
+    if inner_name not in names_in_group:
+      raise _error_of_unknown_field(inner_name, full_name, names_in_group)
+    values += _values_to_check(
+        inner_name, field=f'{field}.{inner_name}', value=inner_value,
+        who=full_name)
   return values
 
 
-def _error_of_unknown_field(
-  name: str,
-  who: str,
-   names: Iterable[str]) -> RequestError:
-  """Returns the error for a name that is no field of `who`."""
+def _error_of_unknown_field(name: str, who: str, names: Iterable[str]
+                            ) -> RequestError:
+  """Returns the error for a name that is no field.
+
+  Args:
+    name: the name.
+    who: the name of the dict in which it stands.
+    names: the names of the fields that this dict may have.
+  """
   names = list(names)
   return RequestError(f'{who}.{name} is no field of {who}: choose from '
                       f'{", ".join(names)}.{suggest_name(name, names)}')
