@@ -46,7 +46,8 @@ class FrozenDict(dict):
 
 
 def _dicts_as_tuples(value: Any) -> Any:
-  """Returns a value, or nested dicts as tuples of names and values."""
+  """Returns nested dicts as sorted tuples of names and values, which can be
+  hashed, and any other value as it is."""
   if not isinstance(value, dict):
     return value
   pairs = [(name, _dicts_as_tuples(inner)) for name, inner in value.items()]
@@ -58,7 +59,8 @@ class LayerOverrides:
   """The fields that the layers of a kind have in place of the model's.
 
   Attributes:
-    said: what config.model.kinds says of the kind, by flat names.
+    overrides: the entry of config.model.kinds, with what follows from it, by
+      flat names.
     fields: the fields of the model that differ, by name.
     parts: pairs of the class of a part, and those of its fields that differ.
   """
@@ -109,10 +111,13 @@ class Section(NamedTuple):
     return self.kinds * self.periods * self.passes
 
 
-# No model is as deep; the programs of deeper ones would take hours to make.
-MOST_LAYERS = 10_000  # of one function, repeated
-MOST_MODULES = 64  # each of which is written out
-MOST_FEATURES = 2**20  # A device could not index the matrices of wider models.
+# Bounds of fields, past which no model goes. The programs of deeper models
+# would take hours to make: MOST_LAYERS are of one function, repeated, and each
+# of MOST_MODULES is written out. A device could not index the matrices of
+# models wider than MOST_FEATURES.
+MOST_LAYERS = 10_000
+MOST_MODULES = 64
+MOST_FEATURES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +140,8 @@ class ModelConfig:
       0, 'The number of heads of keys and values; derived: num_heads.',
       most=MOST_FEATURES, resume=SHAPES, about=SIZE, of_layers=True)
   head_dim: int = field(
-  0,
-  'The size of a head; derived: d_model / num_heads.',
-  most=MOST_FEATURES,
-  resume=SHAPES,
-  about=SIZE,
-   of_layers=True)
+      0, 'The size of a head; derived: d_model / num_heads.',
+      most=MOST_FEATURES, resume=SHAPES, about=SIZE, of_layers=True)
   d_ff: int = field(
       0, 'The hidden units of the feed-forward network; derived: 4 d_model.',
       resume=SHAPES, about=SIZE, of_layers=True)
@@ -318,31 +319,36 @@ class ModelConfig:
   parts: tuple[Any, ...] = ()
 
   def find(self, kind: type[Part]) -> Optional[Part]:
-    """Returns the part of a class; None where no layer has it."""
+    """Returns the part of a class, such as RopeConfig; None where no layer has
+    it."""
     for part in self.parts:
       if type(part) is kind:
         return part
     return None
 
   def part(self, kind: type[Part]) -> Part:
-    """Returns the part of a class, which a layer has."""
+    """Returns the part of a class, such as RopeConfig, which some layer has."""
     part = self.find(kind)
     assert part is not None, f'no layer of this model has a {kind.__name__}'
     return part
 
   def with_part(self, kind: type[Any], **fields: Any) -> 'ModelConfig':
-    """Returns the config with other fields of a part; as it is where no layer
-    has the part."""
+    """Returns the config with some fields of a part changed; as it is where no
+    layer has the part.
+
+    Args:
+      kind: the class of the part.
+      **fields: the new values of its fields.
+    """
     part = self.find(kind)
     if part is None:
       return self
-    changed = dataclasses.replace(part, **fields)
     parts = list(self.parts)
-    parts[parts.index(part)] = changed
+    parts[parts.index(part)] = dataclasses.replace(part, **fields)
     return dataclasses.replace(self, parts=tuple(parts))
 
   def without_part(self, kind: type[Any]) -> 'ModelConfig':
-    """Returns the config without a part."""
+    """Returns the config without the part of a class."""
     parts = [part for part in self.parts if type(part) is not kind]
     return dataclasses.replace(self, parts=tuple(parts))
 
@@ -361,7 +367,7 @@ class ModelConfig:
 
   @property
   def compute_dtype(self):
-    """The type of the computation, as JAX has it."""
+    """The dtype of the computation."""
     return jnp.dtype(self.dtype)
 
   @property
@@ -399,8 +405,12 @@ class ModelConfig:
     return self.attention_scale * (self.base_head_dim / self.head_dim)
 
   def layers(self, num_layers: int) -> tuple['ModelConfig', ...]:
-    """Returns each layer that a token goes through in a stack of so many, as
-    `of_kind` does; layers of one kind are one value."""
+    """Returns the config of each layer that a token goes through, as `of_kind`
+    does; layers of one kind are one value.
+
+    Args:
+      num_layers: the number of layers of the stack, each counted once.
+    """
     kinds_of_layers = self.layer_kinds(num_layers)
     return tuple([self.of_kind(kind.name) for kind in kinds_of_layers])
 
@@ -410,8 +420,12 @@ class ModelConfig:
     return tuple([self.of_kind(name) for name in self.kinds_used])
 
   def of_kind(self, name: str) -> 'ModelConfig':
-    """Returns the layers of a kind: a config that has their sizes, choices and
-    parts, and no pattern; '': layers that are as the model says."""
+    """Returns the config of the layers of one kind, an entry of model.kinds: it
+    has their sizes, choices and parts, and no pattern.
+
+    Args:
+      name: the name of the kind; '': layers that are as the model says.
+    """
     if not (name or self.pattern or self.prefix or self.suffix):
       return self
     if name not in self._configs_by_kind:
@@ -420,20 +434,21 @@ class ModelConfig:
 
   @functools.cached_property
   def _configs_by_kind(self) -> dict[str, 'ModelConfig']:
-    """The layers that `of_kind` has returned: layers of one kind are one
-    value."""
+    """The configs that `of_kind` has returned, so that layers of one kind are
+    one value."""
     return {}
 
   def _make_layer_config(self, name: str) -> 'ModelConfig':
-    """Makes a layer of the model's fields and of those of its kind."""
+    """Returns the config of the layers of a kind, made of the model's fields
+    and of those that the kind overrides; '': the model's alone."""
     layer = dataclasses.replace(self, pattern='', prefix='', suffix='',
                                 kinds=FrozenDict())
     if not name:
       return layer
     kind = self.kinds[name]
     layer = dataclasses.replace(layer, **kind.fields)
-    for part, fields in kind.parts:
-      layer = layer.with_part(part, **fields)
+    for part_class, fields in kind.parts:
+      layer = layer.with_part(part_class, **fields)
     return layer
 
   @functools.cached_property
@@ -467,91 +482,105 @@ class ModelConfig:
 
   def sections(self, num_layers: int, *, causal: bool = True,
                cross: bool = False) -> tuple[Section, ...]:
-    """Returns the layers of a stack: those before the first period, its
-    repetitions, and those after the last. The repetitions have the passes of
-    model.loop; a section without layers is left out.
+    """Returns the layers of a stack, in up to three sections: those before the
+    first period of the pattern, its repetitions, and those after the last.
+
+    The repetitions have the passes of model.loop. A section without layers is
+    left out.
 
     Args:
       num_layers: the number of layers, each counted once.
       causal: whether a token sees no later one.
       cross: whether the layers attend to the encoder's tokens too.
     """
-    first, period, last = self.kind_names_of_sections
-    repeated = (num_layers - len(first) - len(last)) // len(period)
-    passes = 1
+    prefix, period, suffix = self.kind_names_of_sections
+    num_repeated = num_layers - len(prefix) - len(suffix)
+    num_periods = num_repeated // len(period)
+    num_passes = 1
     if self.loop != 'none':
-      passes = self.part(LoopsConfig).passes
+      num_passes = self.part(LoopsConfig).passes
 
     sections = []
-    for section, names in zip(kinds.SECTIONS, (first, period, last)):
+    for section, names in zip(kinds.SECTIONS, (prefix, period, suffix)):
       if not names:
         continue
       # A period may read the keys of a layer of the prefix.
-      before: tuple[str, ...] = ()
-      periods, times = 1, 1
+      names_before: tuple[str, ...] = ()
+      periods, passes = 1, 1
       if section == kinds.REPEATED_SECTION:
-        before, periods, times = first, repeated, passes
-      layers = self._section_kinds(names, before, causal, cross)
+        names_before, periods, passes = prefix, num_periods, num_passes
+      layer_kinds = self._section_kinds(
+          names, names_before, causal=causal, cross=cross)
       sections.append(Section(
-          name=section, kinds=layers, periods=periods, passes=times))
+          name=section, kinds=layer_kinds, periods=periods, passes=passes))
     return tuple(sections)
 
-  def _section_kinds(self, names: tuple[str, ...], before: tuple[str, ...],
-                     causal: bool, cross: bool) -> tuple[LayerKind, ...]:
-    """Returns the layers of one period of a section.
+  def _section_kinds(self, names: tuple[str, ...],
+                     names_before: tuple[str, ...], causal: bool, cross: bool
+                     ) -> tuple[LayerKind, ...]:
+    """Returns the kind of each layer of one period of a section.
 
     Args:
-      names: the kinds of the layers.
-      before: the kinds of the layers before them whose keys they may read.
+      names: the names of their kinds.
+      names_before: the names of the kinds of the layers before them whose keys
+        they may read.
       causal: whether a token sees no later one.
       cross: whether the layers attend to the encoder's tokens too.
     """
-    configs = [self.of_kind(name) for name in (*before, *names)]
-    layers = []
+    num_before = len(names_before)
+    configs = [self.of_kind(name) for name in (*names_before, *names)]
+    layer_kinds = []
     for i, name in enumerate(names):
-      c = configs[len(before) + i]
-      source = _find_lender_of_keys(configs, i, len(before))
-      layers.append(LayerKind(
-          attention=c.attention, ffn=c.ffn, causal=causal, cross=cross,
-          name=name, source=source))
-    return tuple(layers)
+      config = configs[num_before + i]
+      source = _find_lender_of_keys(configs, i, num_before)
+      layer_kinds.append(LayerKind(
+          attention=config.attention, ffn=config.ffn, causal=causal,
+          cross=cross, name=name, source=source))
+    return tuple(layer_kinds)
 
   def layer_kinds(self, num_layers: int, *, causal: bool = True,
                   cross: bool = False) -> tuple[LayerKind, ...]:
-    """Returns the kind of each layer that a token goes through in a stack of
-    so many layers, which are more where they loop; see `sections`."""
-    layers: tuple[LayerKind, ...] = ()
+    """Returns the kind of each layer that a token goes through; layers that are
+    run several times (model.loop) are there once for each pass.
+
+    Args:
+      num_layers: the number of layers of the stack, each counted once.
+      causal: whether a token sees no later one.
+      cross: whether the layers attend to the encoder's tokens too.
+    """
+    layer_kinds: tuple[LayerKind, ...] = ()
     for section in self.sections(num_layers, causal=causal, cross=cross):
-      layers += section.layers
-    return layers
+      layer_kinds += section.layers
+    return layer_kinds
 
 
-def _find_lender_of_keys(
-  layers: list[ModelConfig],
-  i: int,
-   first: int) -> int | None:
-  """Returns the place of the layer that lends layer i its keys and values: the
-  nearest one before it that has some, of as many tokens. None: the layer has
-  its own, or there is no lender.
+def _find_lender_of_keys(layers: list[ModelConfig], i: int, num_before: int
+                         ) -> int | None:
+  """Returns the layer whose keys and values layer i reads instead of its own:
+  the nearest one before it that has some, and sees as many tokens. None: the
+  layer has its own, or there is no such layer.
 
   Args:
     layers: the layers of a section, after those before it.
-    i: the place of the reader, counted from the section's first layer.
-    first: the place of the section's first layer in `layers`.
+    i: the place of the reader, counted from the section's first layer; the
+      result is counted likewise, and below 0 before the section.
+    num_before: how many layers stand before the section's first one.
   """
-  reader = layers[first + i]
+  reader = layers[num_before + i]
   if not reader.shares_keys:
     return None
-  for j in reversed(range(-first, i)):
-    lender = layers[first + j]
-    if not lender.shares_keys and _rule_of_visible_tokens(
-      lender) == _rule_of_visible_tokens(reader):
+  for j in reversed(range(-num_before, i)):
+    lender = layers[num_before + j]
+    sees_as_many = (
+        _rule_of_visible_tokens(lender) == _rule_of_visible_tokens(reader))
+    if not lender.shares_keys and sees_as_many:
       return j
   return None
 
 
 def _rule_of_visible_tokens(layer: ModelConfig) -> tuple:
-  """Returns what decides which tokens a layer sees."""
+  """Returns what decides which tokens a layer sees: its mixer, its rule of
+  attention and its window."""
   window = 0
   if layer.attention != 'global':
     window = layer.sliding_window

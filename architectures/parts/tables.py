@@ -75,7 +75,8 @@ CHOICES: dict[str, Collection[str]] = {
 
 def check_model(c: ModelConfig, stack: str,
                 archs: Callable[[str], Iterable[str]]) -> None:
-  """Raises RequestError: a sentence with the field, its value, the choices.
+  """Raises RequestError for a combination of parts that cannot be: a sentence
+  with the field, its value and the choices.
 
   Args:
     c: the config.
@@ -83,6 +84,7 @@ def check_model(c: ModelConfig, stack: str,
       'encoder-decoder'.
     archs: the architectures that stack such a thing, to choose from.
   """
+  # The layers: those that are as the model says, and those of each kind.
   _check_pattern(c)
   for name in dict.fromkeys(('', *c.kinds_used)):
     try:
@@ -91,20 +93,29 @@ def check_model(c: ModelConfig, stack: str,
       if not name:
         raise
       raise RequestError(f'model.kinds.{name}: {error}') from error
+  # All layers together, and what stands beside them.
   _check_value_residual(c)
   if c.find(LoopsConfig):
     _check_loop(c)
   _check_stack(c, stack, archs)
   _check_products(c)
   _check_head(c, stack, archs)
-  for kind in c.distinct_layers:
-    if kind.ffn == 'moe':
-      routing.check_router(kind, stack)
+  # The mixtures of experts.
+  for layer in c.distinct_layers:
+    if layer.ffn == 'moe':
+      routing.check_router(layer, stack)
 
 
 def _check_head(c: ModelConfig, stack: str,
                 archs: Callable[[str], Iterable[str]]) -> None:
-  """Raises RequestError for a head that the model cannot have."""
+  """Raises RequestError for a head that the model cannot have.
+
+  Args:
+    c: the model.
+    stack: what it stacks: 'decoder', 'encoder' or 'encoder-decoder'.
+    archs: the architectures that stack such a thing, to choose from. It
+      imports their pages, so it is called for a refusal only.
+  """
   check = heads.HEADS[c.head].check
   if check is not None:
     check(c)
@@ -112,7 +123,7 @@ def _check_head(c: ModelConfig, stack: str,
     raise RequestError(
         f'model.head is {c.head!r}, which model.arch {c.arch!r} does not have: '
         'an encoder-decoder answers in text (objective seq2seq)')
-  if c.find(GeneratorConfig) and stack != 'encoder':  # else no page is imported
+  if c.find(GeneratorConfig) and stack != 'encoder':
     raise RequestError(
         f'model.head is {c.head!r}, which model.arch {c.arch!r} does not have: '
         f'choose model.arch from {", ".join(archs("encoder"))}')
@@ -121,9 +132,10 @@ def _check_head(c: ModelConfig, stack: str,
 def _check_pattern(c: ModelConfig) -> None:
   """Raises RequestError for a pattern that names what is not there, kinds that
   it does not name, and layers that it does not divide."""
-  first, period, last = c.kind_names_of_sections
+  prefix, period, suffix = c.kind_names_of_sections
   settings = (f'model.pattern {c.pattern!r}, model.prefix {c.prefix!r}, '
               f'model.suffix {c.suffix!r}')
+  # The names of the kinds of layer.
   for name in c.kinds_used:
     if name and name not in c.kinds:
       raise RequestError(
@@ -135,16 +147,16 @@ def _check_pattern(c: ModelConfig) -> None:
                        f'is by {settings}')
 
   # The layers between the prefix and the suffix are whole periods.
-  for field, count in (('num_layers', c.num_layers),
-                       ('num_decoder_layers', c.num_decoder_layers)):
-    rest = count - len(first) - len(last)
-    if rest <= 0 or rest % len(period):
+  for field, num_layers in (('num_layers', c.num_layers),
+                            ('num_decoder_layers', c.num_decoder_layers)):
+    num_repeated = num_layers - len(prefix) - len(suffix)
+    if num_repeated <= 0 or num_repeated % len(period):
       raise RequestError(
-          f'model.{field} is {count}: without those of the prefix and the '
+          f'model.{field} is {num_layers}: without those of the prefix and the '
           f'suffix it must be a multiple of the {len(period)} layers of the '
           f'period, by {settings}')
 
-  # Each layer has a place, and may read the keys of one before it.
+  # Each layer has a position encoding, and may read the keys of one before it.
   sections = c.sections(c.num_layers)
   for section in sections:
     for kind in section.kinds:
@@ -152,81 +164,86 @@ def _check_pattern(c: ModelConfig) -> None:
         _check_position(c, kind.name)
       if c.of_kind(kind.name).shares_keys:
         _check_shared_keys(
-  c,
-  kind,
-  layers=section.kinds,
-   prefix=sections[0].kinds)
+            c, kind, layers=section.kinds, prefix=sections[0].kinds)
 
 
 def _check_shared_keys(c: ModelConfig, kind: LayerKind,
-                   layers: tuple[LayerKind, ...],
-                   prefix: tuple[LayerKind, ...]) -> None:
+                       layers: tuple[LayerKind, ...],
+                       prefix: tuple[LayerKind, ...]) -> None:
   """Raises RequestError for a layer that is to read another's keys and values,
   where none before it has any, or they are not as its own would be.
 
   Args:
     c: the model.
-    kind: the layer.
+    kind: the kind of the layer.
     layers: the layers of its section.
     prefix: the layers of the first section.
   """
   reader = c.of_kind(kind.name)
-  who = 'model.'
+  where = 'model.'
   if kind.name:
-    who = f'model.kinds.{kind.name}.'
-  who += 'kv_sharing is True, but '
+    where = f'model.kinds.{kind.name}.'
+  setting = f'{where}kv_sharing is True, but '
   require(reader.mixer == 'attention',
-          f'{who}mixer {reader.mixer!r} reads no keys')
+          f'{setting}mixer {reader.mixer!r} reads no keys')
   source = kind.source
   if source is None:
     raise RequestError(
-        f'{who}no layer before it, in its period of model.pattern, in '
+        f'{setting}no layer before it, in its period of model.pattern, in '
         'model.prefix, or in model.suffix if it is there, is one of attention '
         'that sees as many keys and has its own: put one there, by a kind of '
         'layer with kv_sharing=False')
 
-  # A place below 0 is one of the prefix.
-  lender_kind = layers[source]
+  # The layer that has the keys; a place below 0 is one of the prefix.
+  kind_of_lender = layers[source]
   if source < 0:
-    lender_kind = prefix[source]
-  lender = c.of_kind(lender_kind.name)
-  pairs: dict[str, tuple[Any, Any]] = {}
+    kind_of_lender = prefix[source]
+  lender = c.of_kind(kind_of_lender.name)
+  # What both must have in common.
+  values_of_both: dict[str, tuple[Any, Any]] = {}
   for field in ('num_kv_heads', 'head_dim', 'position'):
-    pairs[field] = getattr(reader, field), getattr(lender, field)
-  pairs['rope'] = reader.find(RopeConfig), lender.find(RopeConfig)
-  for field, (of_reader, of_lender) in pairs.items():
+    values_of_both[field] = getattr(reader, field), getattr(lender, field)
+  values_of_both['rope'] = reader.find(RopeConfig), lender.find(RopeConfig)
+  for field, (of_reader, of_lender) in values_of_both.items():
     require(of_reader == of_lender,
-            f'{who}model.{field} of the layer is {of_reader!r}, and '
+            f'{setting}model.{field} of the layer is {of_reader!r}, and '
             f'{of_lender!r} of the layer whose keys it reads: choose one for '
             'both')
 
 
-def _check_position(c: ModelConfig, name: str) -> None:
-  """Raises RequestError for an encoding that a layer cannot have alone."""
-  layer = c.of_kind(name)
+def _check_position(c: ModelConfig, kind_name: str) -> None:
+  """Raises RequestError for a position encoding that the layers of one kind
+  cannot have alone."""
+  layer = c.of_kind(kind_name)
   position = positions.position_of(layer)
   if layer.position != c.position and position.of_stack:
     choices = [choice for choice, entry in positions.POSITIONS.items()
                if not entry.of_stack]
     raise RequestError(
-        f'model.kinds.{name}.position is {layer.position!r}, which is no '
+        f'model.kinds.{kind_name}.position is {layer.position!r}, which is no '
         'encoding of one layer: set it as model.position, or choose from '
         f'{", ".join(choices)}')
   require(layer.num_heads == c.num_heads or not position.stack_bias,
-          f'model.kinds.{name}.num_heads is {layer.num_heads}, and the bias of '
-          f'model.position {layer.position!r}, which all layers share, is of '
-          f'{c.num_heads} heads')
+          f'model.kinds.{kind_name}.num_heads is {layer.num_heads}, and the '
+          f'bias of model.position {layer.position!r}, which all layers share, '
+          f'is of {c.num_heads} heads')
 
 
 def _check_layers(c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what the layers of a model, or those of one kind,
-  cannot be."""
+  cannot be.
+
+  Args:
+    c: the config of the model, or of the layers.
+    stack: 'decoder', 'encoder' or 'encoder-decoder'.
+  """
   # Each chosen part has a check of its own; a mixer may refuse the position.
   position, mixer = positions.position_of(c), blocks.MIXERS[c.mixer]
   mixer.check(c, stack)
   has_positions = mixer.positional or position.of_stack
-  turns = mixer.turns_heads or not position.rotate
-  if has_positions and turns:
+  # A mixer that rotates other features than heads has checked them itself.
+  needs_check = mixer.turns_heads or not position.rotate
+  if has_positions and needs_check:
     position.check(c, stack)
   check_rule = kernels.RULES[c.attention].check
   if check_rule is not None:
@@ -234,6 +251,7 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
   if c.memory != lookup.NAME_OF_NO_MEMORY:
     lookup.check_memory(c)
 
+  # What these parts have to be together.
   if c.layer_scale and c.residual != 'plain':
     raise RequestError(
         'model.layer_scale is True, which multiplies one stream, and '
@@ -246,9 +264,10 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
 
 
 def _check_block(c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for a block that is not wired for what its layers are
-  to have."""
-  needs = []  # pairs of an attribute of a block, and the field that needs it
+  """Raises RequestError for a wiring (model.block) that has no equation for
+  what its layers are to have."""
+  # Pairs of an attribute of Block, and the field that needs it.
+  needs = []
   if c.residual != 'plain':
     needs.append(('STREAMS', f'model.residual {c.residual!r}'))
   if c.residual_scale != 1:
@@ -257,16 +276,18 @@ def _check_block(c: ModelConfig, stack: str) -> None:
     needs.append(('WITHOUT_FFN', f'model.ffn {NO_FFN!r}'))
   if stack == 'encoder-decoder':
     needs.append(('CROSS', f'model.arch {c.arch!r}'))
-  for able, field in needs:
-    if not getattr(BLOCKS[c.block], able):
-      choices = [name for name, block in BLOCKS.items() if getattr(block, able)]
+  for attribute, field in needs:
+    if not getattr(BLOCKS[c.block], attribute):
+      choices = [name for name, block in BLOCKS.items()
+                 if getattr(block, attribute)]
       raise RequestError(
           f'model.block is {c.block!r}, which has no equation for {field}: '
           f'choose it from {", ".join(choices)}')
 
 
 def _check_value_residual(c: ModelConfig) -> None:
-  """Raises RequestError where the first layer's values fit no other layer."""
+  """Raises RequestError where the values of the first layer are to be mixed
+  into those of all layers, and their sizes differ."""
   attention = c.find(AttentionConfig)
   if attention is None or not attention.value_residual:
     return
@@ -275,86 +296,90 @@ def _check_value_residual(c: ModelConfig) -> None:
     if layer.mixer == 'attention':
       sizes.add((layer.num_kv_heads, layer.head_dim))
   if len(sizes) != 1:
-    listed = [str(size) for size in sorted(sizes)]
+    listed = ' and '.join([str(size) for size in sorted(sizes)])
     raise RequestError(
         'model.value_residual is True, but the values of the kinds of layer '
-        'differ in num_kv_heads or head_dim, '
-        f'{" and ".join(listed)}: choose one size, as those '
-        'of the first layer are mixed into all')
+        f'differ in num_kv_heads or head_dim, {listed}: choose one size, as '
+        'those of the first layer are mixed into all')
 
 
 def _check_loop(c: ModelConfig) -> None:
-  """Raises RequestError for layers that cannot be run several times so."""
-  loops, who = c.part(LoopsConfig), f'model.loop is {c.loop!r}, '
-  joins, has_norm = c.loop != 'plain', loops.boundary != 'none'
+  """Raises RequestError for layers that cannot be run several times as
+  model.loop says."""
+  loops, setting = c.part(LoopsConfig), f'model.loop is {c.loop!r}, '
+  reads_first_input, has_norm = c.loop != 'plain', loops.boundary != 'none'
 
   # Between two passes several streams are handed on as they are.
-  if c.residual != 'plain' and (joins or has_norm):
+  if c.residual != 'plain' and (reads_first_input or has_norm):
     raise RequestError(
-        f'{who}model.loops.boundary is {loops.boundary!r} and model.residual '
-        f"{c.residual!r}: several streams are handed on as they are, by loop "
-        "'plain' and boundary 'none'")
-  last = c.of_kind(c.layer_kinds(c.num_layers)[-1].name)
-  if has_norm and not BLOCKS[last.block].FINAL_NORM:
+        f'{setting}model.loops.boundary is {loops.boundary!r} and '
+        f'model.residual {c.residual!r}: several streams are handed on as they '
+        "are, by loop 'plain' and boundary 'none'")
+  last_layer = c.of_kind(c.layer_kinds(c.num_layers)[-1].name)
+  if has_norm and not BLOCKS[last_layer.block].FINAL_NORM:
     raise RequestError(
-        f"{who}model.loops.boundary is 'norm', and after layers of model.block "
-        f"{last.block!r} there is no final norm: set it to 'none'")
+        f"{setting}model.loops.boundary is 'norm', and after layers of "
+        f'model.block {last_layer.block!r} there is no final norm: set it to '
+        "'none'")
 
   # The passes that have a gradient.
   gradient_passes = loops.gradient_passes
   if gradient_passes > loops.passes:
     raise RequestError(
-        f'{who}model.loops.gradient_passes is {gradient_passes}: choose from 1 '
-        f'to the {loops.passes} of model.loops.passes, or 0 for all')
-  if not joins and gradient_passes not in (0, loops.passes):
+        f'{setting}model.loops.gradient_passes is {gradient_passes}: choose '
+        f'from 1 to the {loops.passes} of model.loops.passes, or 0 for all')
+  if not reads_first_input and gradient_passes not in (0, loops.passes):
     raise RequestError(
-        f'{who}model.loops.gradient_passes is {gradient_passes}: the last '
+        f'{setting}model.loops.gradient_passes is {gradient_passes}: the last '
         'passes read nothing but the state, so what comes before them would '
         'have no gradient; set it to 0, or choose add, concat or gate')
-  require(c.keep_gathered == 'none', f'{who}model.keep_gathered '
+  require(c.keep_gathered == 'none', f'{setting}model.keep_gathered '
           f'{c.keep_gathered!r}: each pass would keep weights that all passes '
           'share; set it to none')
 
 
 def products_of_model(c: ModelConfig) -> list[str]:
-  """Returns which of layers.PRODUCTS the model has, outside of experts."""
-  there: set[str] = set()
+  """Returns which of layers.NAMES_OF_PRODUCTS the model has, outside of
+  experts."""
+  names: set[str] = set()
   for layer in c.distinct_layers:
-    there |= blocks.mixer_of_layers(layer).products(layer)
+    names |= blocks.mixer_of_layers(layer).products(layer)
+    # The network of the layer; of a mixture, that of its shared experts.
     ffn = layer.ffn
     if ffn == 'moe':
       moe = layer.part(MoEConfig)
       ffn = moe.ffn if moe.shared_experts else NO_FFN
     if ffn == NO_FFN:
       continue
-    there |= {'up', 'down'}
+    names |= {'up', 'down'}
     if FFNS[ffn].gated:
-      there.add('gate')
-  return [name for name in layers.NAMES_OF_PRODUCTS if name in there]
+      names.add('gate')
+  return [name for name in layers.NAMES_OF_PRODUCTS if name in names]
 
 
 def _check_products(c: ModelConfig) -> None:
   """Raises RequestError for a product that is to get a low-rank adapter, or
   whose weight is to stay gathered, and that no layer has outside of experts."""
-  named = {}
+  products_by_field = {}
   if c.lora.rank:
-    named['lora.targets'] = c.lora.targets
+    products_by_field['lora.targets'] = c.lora.targets
   if c.keep_gathered != 'none':
-    named['keep_gathered'] = c.keep_gathered
-  if not named:
+    products_by_field['keep_gathered'] = c.keep_gathered
+  if not products_by_field:
     return
-  there = (*products_of_model(c), layers.ALL_PRODUCTS)
-  for field, names in named.items():
-    for name in names.split(','):
-      if name not in there:
+  choices = (*products_of_model(c), layers.ALL_PRODUCTS)
+  for field, products in products_by_field.items():
+    for name in products.split(','):
+      if name not in choices:
         raise RequestError(
             f'model.{field} has {name!r}, a product that no layer of this '
             'model has outside of its experts, which are left out: choose from '
-            f'{", ".join(there)}')
+            f'{", ".join(choices)}')
 
 
-# Fields that only one kind of stack reads: their value without meaning, and the
-# stack. (training/optim/mup.py has rules for the parameters of decoders alone.)
+# Fields that only one kind of stack reads: the field, the value that it has
+# elsewhere, and the stack. (training/optim/mup.py has rules for the parameters
+# of decoders alone.)
 _FIELDS_OF_ONE_STACK = (
     ('type_vocab_size', 0, 'encoder'), ('next_sentence', False, 'encoder'),
     ('pooling', 'cls', 'encoder'), ('embed_dim', 0, 'encoder'),
@@ -365,31 +390,40 @@ _FIELDS_OF_ONE_STACK = (
 
 def _check_stack(c: ModelConfig, stack: str,
                  archs: Callable[[str], Iterable[str]]) -> None:
-  """Raises RequestError for what the stack of `c` has no use for."""
-  layers_ = [c]
+  """Raises RequestError for fields that the stack of a model does not read.
+
+  Args:
+    c: the model.
+    stack: what it stacks: 'decoder', 'encoder' or 'encoder-decoder'.
+    archs: the architectures that stack such a thing, to choose from. It
+      imports their pages, so it is called for a refusal only.
+  """
+  configs = [c]
   if c.kinds:
-    layers_ += c.distinct_layers
+    configs += c.distinct_layers
+  # Fields that another kind of stack reads.
   fields = (*_FIELDS_OF_ONE_STACK,
             ('num_decoder_layers', c.num_layers, 'encoder-decoder'))
-  for field, unset, kind in fields:
-    if kind == stack:
+  for field, unset, stack_of_field in fields:
+    if stack_of_field == stack:
       continue
-    for layer in layers_:
-      value = getattr(layer, field)
-      if value != unset:  # else no page is imported
+    for config in configs:
+      value = getattr(config, field)
+      if value != unset:
         raise RequestError(
             f'model.{field} {value!r} has no meaning with model.arch '
             f'{c.arch!r}: set it to {unset!r}, or choose model.arch from '
-            f'{", ".join(archs(kind))}')
+            f'{", ".join(archs(stack_of_field))}')
   attention = c.find(AttentionConfig)
   if stack != 'decoder' and attention is not None:
-    for layer in layers_:
-      conv = layer.part(AttentionConfig).attention_conv
+    for config in configs:
+      conv = config.part(AttentionConfig).attention_conv
       if conv:
         raise RequestError(
             f'model.attention_conv {conv!r} has no meaning with model.arch '
             f'{c.arch!r}: set it to 0, or choose model.arch from '
             f'{", ".join(archs("decoder"))}')
+  # The last layers, whose network or kind something else has too.
   if c.ffn == NO_FFN and stack == 'encoder':
     raise RequestError(
         f'model.ffn is {NO_FFN!r}, and the head of masked words of model.arch '
@@ -402,12 +436,14 @@ def _check_stack(c: ModelConfig, stack: str,
 def _check_further_tokens(c: ModelConfig) -> None:
   """Raises RequestError for a last layer whose kind the modules that predict
   further tokens (model.mtp_depth) cannot have."""
-  last = c.layer_kinds(c.num_layers)[-1]
-  who = (f'model.mtp_depth is {c.mtp_depth}, but the last layer, whose kind '
-         'the modules that predict further tokens have, reads ')
-  require(c.of_kind(last.name).memory == lookup.NAME_OF_NO_MEMORY,
-          f'{who}tables of model.memory: end with a kind of memory '
+  last_kind = c.layer_kinds(c.num_layers)[-1]
+  setting = (
+      f'model.mtp_depth is {c.mtp_depth}, but the last layer, whose kind the '
+      'modules that predict further tokens have, reads ')
+  memory = c.of_kind(last_kind.name).memory
+  require(memory == lookup.NAME_OF_NO_MEMORY,
+          f'{setting}tables of model.memory: end with a kind of memory '
           f'{lookup.NAME_OF_NO_MEMORY!r}')
-  require(last.source is None,
-          f'{who}the keys of another layer: end the pattern or the suffix with '
-          'a kind that has keys of its own')
+  require(last_kind.source is None,
+          f'{setting}the keys of another layer: end the pattern or the suffix '
+          'with a kind that has keys of its own')
