@@ -353,8 +353,8 @@ class ModelConfig:
     return dataclasses.replace(self, parts=tuple(parts))
 
   def waits(self) -> dict[str, ReadIf]:
-    """Returns the fields that nothing reads as others are, with what each of
-    them waits for."""
+    """Returns the fields that nothing reads as long as another field has its
+    value, each with that field and what it would have to be."""
     waits = {}
     if not self.attention_bias:
       waits['attention_out_bias'] = ReadIf('attention_bias', 'is set')

@@ -37,11 +37,12 @@ class Memory:
 
 @struct.dataclass
 class FirstLayerValues:
-  """The values of the first layer, on their way to the others.
+  """The values of the first layer, on their way to the layers after it, which
+  mix them into their own (model.value_residual).
 
   Attributes:
     value_BLJK: the values.
-    known: bool, whether a layer has made them yet.
+    known: bool, whether a layer has computed them yet.
   """
   value_BLJK: jax.Array
   known: jax.Array
@@ -49,7 +50,8 @@ class FirstLayerValues:
 
 @struct.dataclass
 class KeysAndValues:
-  """Keys and values of a layer, on their way to those that read them too."""
+  """Keys and values of a layer, on their way to the layers that read them
+  instead of their own."""
   key_BMJK: jax.Array
   value_BMJK: jax.Array
 
@@ -110,13 +112,13 @@ class Context:
   def real_tokens(self, B: int, L: int) -> jax.Array:
     """Returns bool [B, L]: which tokens are neither padding nor, for the
     modules that predict further tokens, join two texts."""
-    counted_BL = jnp.ones((B, L), bool)
+    is_real_BL = jnp.ones((B, L), bool)
     if self.segment_ids_BL is not None:
-      counted_BL = jnp.broadcast_to(self.segment_ids_BL != 0, (B, L))
+      is_real_BL = jnp.broadcast_to(self.segment_ids_BL != 0, (B, L))
     for mask_BL in (self.valid_BL, self.routed_BL):
       if mask_BL is not None:
-        counted_BL = counted_BL & (mask_BL != 0)
-    return counted_BL
+        is_real_BL = is_real_BL & (mask_BL != 0)
+    return is_real_BL
 
   @property
   def length(self) -> int | jax.Array:

@@ -265,8 +265,8 @@ class GeneratorConfig:
         d_ff=self.d_ff or 4 * width)
 
   def waits(self, c: ModelConfig) -> dict[str, ReadIf]:
-    """Returns the fields that nothing reads as the others are, with what each
-    of them waits for."""
+    """Returns the fields that nothing reads as long as another field has its
+    value, each with that field and what it would have to be."""
     del c
     if self.num_layers:
       return {}

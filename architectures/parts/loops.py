@@ -27,17 +27,19 @@ class LoopsConfig:
       'of those that a token goes through', resume=AT_START, about=RUN)
 
   def derived(self, c: Sizes) -> 'LoopsConfig':
-    """Returns the fields with what follows from those of the model."""
+    """Returns the fields with what follows from those of the model: the depth,
+    in which layers that are run several times count once for each pass."""
     if self.depth:
       return self
-    apart = len(split_kind_names(c.prefix)) + len(split_kind_names(c.suffix))
-    looping = max(c.num_layers - apart, 0)
-    return dataclasses.replace(
-        self, depth=c.num_layers + (self.passes - 1) * looping)
+    outside = split_kind_names(c.prefix) + split_kind_names(c.suffix)
+    num_outside = len(outside)
+    num_looping = max(c.num_layers - num_outside, 0)
+    depth = c.num_layers + (self.passes - 1) * num_looping
+    return dataclasses.replace(self, depth=depth)
 
   def waits(self, c: Sizes) -> dict[str, ReadIf]:
-    """Returns the fields that nothing reads as the others are, with what each
-    of them waits for."""
+    """Returns the fields that nothing reads as long as another field has its
+    value, each with that field and what it would have to be."""
     if c.init == 'scaled_normal':
       return {}
     return {'depth': ReadIf('init', 'is scaled_normal')}

@@ -33,8 +33,8 @@ class LoraConfig:
     return dataclasses.replace(self, alpha=self.alpha or self.rank)
 
   def waits(self, c: Sizes) -> dict[str, ReadIf]:
-    """Returns the fields that nothing reads as the others are, with what each
-    of them waits for."""
+    """Returns the fields that nothing reads as long as another field has its
+    value, each with that field and what it would have to be."""
     del c
     if self.rank:
       return {}

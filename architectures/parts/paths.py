@@ -18,12 +18,13 @@ from common.kinds import SECTIONS
 
 
 def path_to_string(key_path: Any) -> str:
-  """Returns a jax key path as its '/'-joined string."""
+  """Returns a jax key path as one string, with '/' between its keys."""
   return jax.tree_util.keystr(key_path, simple=True, separator='/')
 
 
 def flatten_by_path(tree: Any) -> dict[str, Any]:
-  """Returns {path: leaf}, in the tree's own order."""
+  """Returns the leaves of a tree by their paths, such as
+  'decoder/layers/block_0/ffn/up', in the tree's own order."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {path_to_string(path): leaf for path, leaf in leaves}
 
@@ -42,28 +43,33 @@ class Stacks:
       rf'(\w+)/({"|".join(SECTIONS)})/block_(\d+)/(.*)')
 
   def __init__(self, shapes: Mapping[str, Any]):
-    # The rows of each block, by stack and section.
-    rows: dict[tuple[str, str], dict[int, int]] = {}
+    """Finds the layers.
+
+    Args:
+      shapes: the parameters of a model, or their shapes, by path.
+    """
+    # The number of rows of each block, by stack and section.
+    num_rows: dict[tuple[str, str], dict[int, int]] = {}
     for path, x in shapes.items():
       if match := self._PATH.fullmatch(path):
         stack, section, block, _ = match.groups()
-        rows.setdefault((stack, section), {})[int(block)] = x.shape[0]
+        num_rows.setdefault((stack, section), {})[int(block)] = x.shape[0]
     # The section, block and row of each layer, by stack. The blocks of a
     # section take turns.
     self._layers: dict[str, list[tuple[str, int, int]]] = {}
-    for stack in sorted({stack for stack, _ in rows}):
+    for stack in sorted({stack for stack, _ in num_rows}):
       self._layers[stack] = []
       for section in SECTIONS:
-        blocks = rows.get((stack, section), {})
-        for row in range(max(blocks.values(), default=0)):
-          for block in range(len(blocks)):
+        rows_of_blocks = num_rows.get((stack, section), {})
+        for row in range(max(rows_of_blocks.values(), default=0)):
+          for block in range(len(rows_of_blocks)):
             self._layers[stack].append((section, block, row))
     self.counts = {stack: len(layers)
                    for stack, layers in self._layers.items()}
 
   @classmethod
   def is_in_stack(cls, path: str) -> bool:
-    """Whether a parameter is one of a stack's layers."""
+    """Returns whether a path is that of a parameter of a stack's layers."""
     return cls._PATH.fullmatch(path) is not None
 
   def split(self, path: str) -> tuple[str, str]:
@@ -72,21 +78,31 @@ class Stacks:
     return stack, name
 
   def layer_numbers(self, path: str) -> list[int]:
-    """Returns the number of the layer that each row of a parameter is of."""
+    """Returns for each row of a parameter the number of its layer in the
+    stack."""
     stack, section, block, _ = self._match(path)
     numbers = []
-    for n, (of_section, of_block, _) in enumerate(self._layers[stack]):
-      if (of_section, of_block) == (section, int(block)):
-        numbers.append(n)
+    for number, layer in enumerate(self._layers[stack]):
+      section_of_layer, block_of_layer, _ = layer
+      if (section_of_layer, block_of_layer) == (section, int(block)):
+        numbers.append(number)
     return numbers
 
-  def path_and_row(self, path: str, n: int) -> tuple[str, int]:
-    """Returns the path and the row of the same parameter of layer n."""
+  def path_and_row(self, path: str, number: int) -> tuple[str, int]:
+    """Returns where the same parameter of another layer of the stack stands:
+    its path, and its row in that array.
+
+    Args:
+      path: the path of the parameter in some layer.
+      number: the number of the other layer in the stack.
+    """
     stack, name = self.split(path)
-    section, block, row = self._layers[stack][n]
+    section, block, row = self._layers[stack][number]
     return f'{stack}/{section}/block_{block}/{name}', row
 
   def _match(self, path: str) -> tuple[str, ...]:
+    """Returns the stack, the section, the block, and the name in the layer of
+    the parameter at a path."""
     match = self._PATH.fullmatch(path)
     assert match is not None, path
     return match.groups()
@@ -94,34 +110,44 @@ class Stacks:
 
 def first_match(patterns: Sequence[tuple[str, Any]], path: str,
                 name: str) -> Any:
-  """Returns the value of the first pattern that matches all of `path`.
+  """Returns the value of the first pattern that matches all of a path.
+
+  Args:
+    patterns: pairs of a regular expression and a value.
+    path: the path of a parameter.
+    name: the field of the config that holds the patterns, for a message.
 
   Raises:
-    ValueError: naming `name`, the config field that holds the patterns, where
-      no pattern matches or where one is no regular expression.
+    ValueError: where no pattern matches, or one that is tried is no regular
+      expression.
   """
   for pattern, value in patterns:
     try:
-      matched = re.fullmatch(pattern, path)
+      is_match = re.fullmatch(pattern, path) is not None
     except re.error as error:
       raise RequestError(f'{name} has the pattern {pattern!r}, which is no '
                          f'regular expression: {error}') from error
-    if matched:
+    if is_match:
       return value
-  written = ', '.join(repr(pattern) for pattern, _ in patterns)
+  listed = ', '.join(repr(pattern) for pattern, _ in patterns)
   raise RequestError(
       f'{name} has no pattern for the parameter {path!r}: it has '
-      f'{written or "none"}; end it with '
+      f'{listed or "none"}; end it with '
       "('.*', VALUE) for all the others")
 
 
-def map_by_pattern(
-  patterns: Sequence[tuple[str, Any]], tree: Any, name: str) -> Any:
-  """Returns `tree` with each leaf replaced by its pattern's value.
+def map_by_pattern(patterns: Sequence[tuple[str, Any]], tree: Any, name: str
+                   ) -> Any:
+  """Returns a tree with each leaf replaced by the value of the first pattern
+  that matches its path.
 
-  The values are scalars: a 0/1 mask, a learning-rate multiplier, a label.
+  Args:
+    patterns: pairs of a regular expression and a scalar: a 0/1 mask, a
+      multiplier of the learning rate, a label.
+    tree: the tree.
+    name: the field of the config that holds the patterns, for a message.
   """
-  def value(path: Any, _: Any) -> Any:
+  def value_of_path(path: Any, _: Any) -> Any:
     return first_match(patterns, path_to_string(path), name)
 
-  return jax.tree_util.tree_map_with_path(value, tree)
+  return jax.tree_util.tree_map_with_path(value_of_path, tree)

@@ -750,7 +750,7 @@ class Alibi(Position):
 
 
 def alibi_bias(q_positions_BL: jax.Array, k_positions_BM: jax.Array,
-          num_heads: int) -> jax.Array:
+               num_heads: int) -> jax.Array:
   """Returns the bias -slope_h * |i - j|, [B, H, L, M] (Press et al. 2022)."""
   distance_BLM = jnp.abs(q_positions_BL[:, :, None] - k_positions_BM[:, None])
   slopes_H = jnp.array(alibi_slopes(num_heads), jnp.float32)
