@@ -40,19 +40,19 @@ LayerResult = tuple[LayerInput, Optional[LayerCache], Report]
 BranchResult = tuple[jax.Array, Optional[LayerCache], Report]
 
 
-def mixer_of_layers(c: ModelConfig) -> Mixer:
+def mixer_of_layers(config: ModelConfig) -> Mixer:
   """Returns the mixer of a model, or of its layers of one kind."""
-  return MIXERS[c.mixer]
+  return MIXERS[config.mixer]
 
 
-def has_layers_with_state(c: ModelConfig) -> bool:
+def has_layers_with_state(config: ModelConfig) -> bool:
   """Returns whether some layers of a model keep a state, for which they read a
   row in one direction alone.
 
   Such layers have a recurrence, a short convolution before attention or after a
   branch, a memory by n-grams, or an indexer of blocks.
   """
-  for layer in c.distinct_layers:
+  for layer in config.distinct_layers:
     if mixer_of_layers(layer).keeps_state(layer):
       return True
     cache_of_shape = functools.partial(empty_cache_of_layer, layer)
@@ -151,8 +151,8 @@ class Block(nn.Module):
     Returns:
       x after the layer, the cache with the tokens in it, and the report.
     """
-    c = self.config
-    memory = lookup.MEMORIES[c.memory]
+    config = self.config
+    memory = lookup.MEMORIES[config.memory]
     # Tables that are read before the branches.
     if memory and not memory.is_read_after_layer:
       x, cache = self._read_tables(memory, x, ctx, cache)
@@ -160,8 +160,8 @@ class Block(nn.Module):
     x, cache, report = self.run_branches(x, ctx, cache)
     # Tables that are read after them, and the factor of the layer.
     if memory and memory.is_read_after_layer:
-      x = pin_residual(x + memory.module(c, name='memory')(x, ctx))
-    if c.layer_scale:
+      x = pin_residual(x + memory.module(config, name='memory')(x, ctx))
+    if config.layer_scale:
       scale_1 = declare(self, 'layer_scale', nn.initializers.ones, (1,),
                         Role(axes=(None,)))
       scaled = x.astype(jnp.float32) * scale_1[None, None]
@@ -461,15 +461,15 @@ BLOCKS = {
 }
 
 
-def count_branches(c: ModelConfig, kinds: tuple[LayerKind, ...]) -> int:
+def count_branches(config: ModelConfig, kinds: tuple[LayerKind, ...]) -> int:
   """Returns how often layers of these kinds, one after another, add to x.
 
   Args:
-    c: the model.
+    config: the model.
     kinds: the kind of each layer.
   """
   count = 0
   for kind in kinds:
-    block = BLOCKS[c.of_kind(kind.name).block]
+    block = BLOCKS[config.of_kind(kind.name).block]
     count += block.count_branches(kind)
   return count

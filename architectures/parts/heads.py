@@ -139,17 +139,17 @@ class Task(nn.Module):
       x: a vector of each row, [B, D], or of each token, [B, L, D].
       deterministic: whether nothing is dropped.
     """
-    c = self.config
-    num_scores = HEADS[c.head].outputs(c)
+    config = self.config
+    num_scores = HEADS[config.head].outputs(config)
     # The letter K of the legend is a head's size, V the vocabulary: U is left.
-    kernel_DU = layers.weight(self, 'kernel', (c.d_model, num_scores),
+    kernel_DU = layers.weight(self, 'kernel', (config.d_model, num_scores),
                               ('embed', None), output=True, tuned=True)
     bias_U = None
     if self.bias:
       bias_U = layers.bias(self, 'bias', (num_scores,), (None,), output=True,
                            tuned=True)
-    x = layers.Dropout(c.head_dropout)(x, deterministic=deterministic)
-    head = Head(kernel_DV=kernel_DU, bias_V=bias_U, scale=1 / c.widening)
+    x = layers.Dropout(config.head_dropout)(x, deterministic=deterministic)
+    head = Head(kernel_DV=kernel_DU, bias_V=bias_U, scale=1 / config.widening)
     return head.logits(x)
 
 
@@ -320,9 +320,9 @@ def _check_num_labels(c: ModelConfig) -> None:
           'training data at the start of a run)')
 
 
-def _count_labels(c: ModelConfig) -> int:
+def _count_labels(config: ModelConfig) -> int:
   """Returns the number of scores of a head with one for each label."""
-  return c.num_labels
+  return config.num_labels
 
 
 _FIELDS_OF_LABEL_HEADS = ('num_labels', 'head_dropout')

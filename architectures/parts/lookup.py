@@ -223,7 +223,7 @@ def _remainders_of_64_bits(high: jax.Array, low: jax.Array,
   return remainder
 
 
-def hash_ngrams(c: ModelConfig, all_BM: jax.Array,
+def hash_ngrams(config: ModelConfig, all_BM: jax.Array,
                 segment_ids_BL: Optional[jax.Array] = None) -> jax.Array:
   """Returns which rows of the tables each token reads, [B, L, tables].
 
@@ -231,17 +231,17 @@ def hash_ngrams(c: ModelConfig, all_BM: jax.Array,
   counted through all tables.
 
   Args:
-    c: the config.
+    config: the config.
     all_BM: the tokens, after the N - 1 that stand before them.
     segment_ids_BL: documents; the leading axis may be 1.
   """
-  ngrams = c.part(NGramsConfig)
+  ngrams = config.part(NGramsConfig)
   divisors = first_primes(ngrams.rows, ngrams.tables)
   L = all_BM.shape[1] - ngrams.order + 1
   rows_of_orders = []
   hashes: tuple[jax.Array, ...] = ()
   is_past_stop_BL = jnp.zeros((1, 1), bool)
-  multipliers = hash_multipliers(c.vocab_size, ngrams.order)
+  multipliers = hash_multipliers(config.vocab_size, ngrams.order)
   for back, multiplier in enumerate(multipliers):
     # The token that stands `back` places before each, in the same document.
     t_BL = all_BM[:, ngrams.order - 1 - back:][:, :L]
@@ -280,8 +280,8 @@ def _read_ngram_tables(module: nn.Module, ctx: Context, state: Optional[State]
   Returns:
     The rows e, [B, L, U], and the tokens, [B, N - 1].
   """
-  c: Any = module.config  # type: ignore[attr-defined]
-  ngrams, tokens_BL = c.part(NGramsConfig), ctx.tokens_BL
+  config: Any = module.config  # type: ignore[attr-defined]
+  ngrams, tokens_BL = config.part(NGramsConfig), ctx.tokens_BL
   assert tokens_BL is not None
   # The tokens, after those before them.
   if state:
@@ -292,7 +292,7 @@ def _read_ngram_tables(module: nn.Module, ctx: Context, state: Optional[State]
   all_BM = jnp.concatenate([before_BW, tokens_BL], 1)
   # Their rows.
   num_rows = sum(first_primes(ngrams.rows, ngrams.tables))
-  row_ids_BLU = hash_ngrams(c, all_BM, ctx.segment_ids_BL)
+  row_ids_BLU = hash_ngrams(config, all_BM, ctx.segment_ids_BL)
   e_BLUS = _read_rows_of_table(
       module, num_rows, size=ngrams.size, ids_BLU=row_ids_BLU)
   # The last tokens that are no padding.
@@ -313,14 +313,14 @@ def _read_rows_of_table(module: nn.Module, num_rows: int, size: int,
     size: the features of a row.
     ids_BLU: the U rows that each token reads.
   """
-  c: Any = module.config  # type: ignore[attr-defined]
+  config: Any = module.config  # type: ignore[attr-defined]
   rounded_up = -(-num_rows // ROWS_ARE_MULTIPLE_OF) * ROWS_ARE_MULTIPLE_OF
   role = Role(axes=('table', None), inputs=(0,), kind='embedding',
               reads=ids_BLU.shape[-1])
   table_IS = declare(
-      module, 'table', nn.initializers.normal(c.init_stddev),
+      module, 'table', nn.initializers.normal(config.init_stddev),
       (rounded_up, size), role)
-  return sharding.look_up_sharded_rows(table_IS, ids_BLU, c.compute_dtype)
+  return sharding.look_up_sharded_rows(table_IS, ids_BLU, config.compute_dtype)
 
 
 def _project(module: nn.Module, name: str, x_BLI: jax.Array, size: int = 0,
@@ -447,32 +447,32 @@ class PerLayer(nn.Module):
     return layers.norm(c, 'out_norm')(y_BLD)
 
 
-def keeps_last_tokens(c: ModelConfig) -> bool:
+def keeps_last_tokens(config: ModelConfig) -> bool:
   """Returns whether a layer looks up n-grams, for which its cache keeps the
   last tokens of a row."""
-  memory = MEMORIES[c.memory]
+  memory = MEMORIES[config.memory]
   return memory is not None and memory.settings is NGramsConfig
 
 
-def empty_state(c: ModelConfig, shape: tuple[int, ...]) -> State:
+def empty_state(config: ModelConfig, shape: tuple[int, ...]) -> State:
   """Returns the state of rows without a token.
 
   Args:
-    c: the config of the layer.
+    config: the config of the layer.
     shape: [..., B, M], of B rows with room for M tokens; the state does not
       depend on M.
   """
-  ngrams = c.part(NGramsConfig)
+  ngrams = config.part(NGramsConfig)
   tokens_BW = jnp.full(
       (*shape[:-1], ngrams.order - 1), ngrams.pad_token, jnp.int32)
-  if c.memory != 'engram':
+  if config.memory != 'engram':
     return State(tokens_BW=tokens_BW)
   # The inputs of engram's convolution, of all streams.
-  size = c.d_model
-  if c.residual != 'plain':
-    size *= c.part(StreamsConfig).count
+  size = config.d_model
+  if config.residual != 'plain':
+    size *= config.part(StreamsConfig).count
   reach = (ngrams.kernel - 1) * ngrams.order
-  inputs_BWD = jnp.zeros((*shape[:-1], reach, size), c.compute_dtype)
+  inputs_BWD = jnp.zeros((*shape[:-1], reach, size), config.compute_dtype)
   return State(tokens_BW=tokens_BW, inputs_BWD=inputs_BWD)
 
 

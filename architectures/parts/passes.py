@@ -149,11 +149,11 @@ def project_concatenation(module: nn.Module, name: str, first_BLD: jax.Array,
     first_BLD: the first vectors.
     second_BLD: the second ones. Both together have U features.
   """
-  c: ModelConfig = module.config  # type: ignore[attr-defined]
+  config: ModelConfig = module.config  # type: ignore[attr-defined]
   axes = ('mlp', 'embed')
-  w_UD = layers.weight(module, name, (2 * c.d_model, c.d_model), axes)
+  w_UD = layers.weight(module, name, (2 * config.d_model, config.d_model), axes)
   both_BLU = jnp.concatenate([first_BLD, second_BLD], -1)
-  return layers.einsum('BLU,UD->BLD', both_BLU, w_UD, c.compute_dtype,
+  return layers.einsum('BLU,UD->BLD', both_BLU, w_UD, config.compute_dtype,
                        axes=axes, keep=False)
 
 
@@ -170,23 +170,23 @@ class Enter(nn.Module):
     return loop.input_of_pass(self, state, inputs, n)
 
 
-def input_of_pass(c: ModelConfig, params: Any, state: streams.LayerInput,
+def input_of_pass(config: ModelConfig, params: Any, state: streams.LayerInput,
                   inputs: streams.LayerInput, n: Any) -> streams.LayerInput:
   """Returns the input of pass n over layers that are run several times.
 
   Args:
-    c: the model.
+    config: the model.
     params: the parameters of the stack.
     state: the result of the pass before.
     inputs: the input of the first pass.
     n: the number of the pass, from 0 on.
   """
   # Between two passes, the state may go through the final norm.
-  if c.part(LoopsConfig).boundary == 'norm':
+  if config.part(LoopsConfig).boundary == 'norm':
     is_first_pass = n == 0
-    final_norm = layers.NORMS[c.norm](c, parent=None)
+    final_norm = layers.NORMS[config.norm](config, parent=None)
     normed_state = final_norm.apply(
         {'params': params.get('final_norm', {})}, state)
     state = jnp.where(is_first_pass, state, normed_state)
-  module = Enter(c, parent=None)
+  module = Enter(config, parent=None)
   return module.apply({'params': params.get('loop', {})}, state, inputs, n)

@@ -97,12 +97,12 @@ class RopeConfig:
         self, original_len=self.original_len or c.max_len)
 
 
-def rotary_dim(c: ModelConfig) -> int:
+def rotary_dim(config: ModelConfig) -> int:
   """Returns how many of a head's features are in pairs that may be rotated."""
-  rope = c.part(RopeConfig)
+  rope = config.part(RopeConfig)
   if rope.proportional:
-    return c.head_dim
-  return int(c.head_dim * rope.fraction)
+    return config.head_dim
+  return int(config.head_dim * rope.fraction)
 
 
 def rope_frequencies(config: ModelConfig, length: int | jax.Array = 0
@@ -528,39 +528,39 @@ class Position:
     return any(hook is not None for hook in hooks)
 
 
-def position_of(c: ModelConfig) -> Position:
+def position_of(config: ModelConfig) -> Position:
   """Returns the position encoding of a model."""
-  return POSITIONS[c.position]
+  return POSITIONS[config.position]
 
 
-def longest_supported_length(c: ModelConfig) -> float:
+def longest_supported_length(config: ModelConfig) -> float:
   """Returns how many positions the model has; infinity where they have no end.
   """
-  return position_of(c).longest_supported_length(c)
+  return position_of(config).longest_supported_length(config)
 
 
-def lengths_that_change_rotation(c: ModelConfig) -> tuple[int, ...]:
+def lengths_that_change_rotation(config: ModelConfig) -> tuple[int, ...]:
   """Returns the lengths, ascending, at which some layers begin to rotate a row
   otherwise; () where the length of a row does not matter.
 
   Beyond the last one, rows of each length may be rotated otherwise.
   """
   lengths = set()
-  for layer in c.distinct_layers:
+  for layer in config.distinct_layers:
     rope = layer.find(RopeConfig)
     if rope is not None and SCALINGS[rope.scaling].depends_on_length:
       lengths.add(rope.original_len)
   return tuple(sorted(lengths))
 
 
-def check_length(c: ModelConfig, length: int) -> None:
+def check_length(config: ModelConfig, length: int) -> None:
   """Raises RequestError where the positions do not reach `length`.
 
   `positions_BL` that are passed in are values on the device, which a compiled
   program cannot refuse: there a position past the table reads its last row.
   """
-  longest = longest_supported_length(c)
-  stretch = -(-length // c.max_len)  # rounded up
+  longest = longest_supported_length(config)
+  stretch = -(-length // config.max_len)  # rounded up
   require(length <= longest,
           f'a sequence of {length} tokens is longer than the {longest} '
           'positions that this model has learned: shorten it, or set '
@@ -624,10 +624,10 @@ class Learned(Position):
 
   def embed(self, module: nn.Module, x_BLD: jax.Array,
             positions_BL: jax.Array, name: str) -> jax.Array:
-    c: ModelConfig = module.config  # type: ignore[attr-defined]
-    check_length(c, x_BLD.shape[1])
-    fields = c.part(LearnedConfig)
-    table_LD = layers.embedding(module, name, c.max_len + fields.offset)
+    config: ModelConfig = module.config  # type: ignore[attr-defined]
+    check_length(config, x_BLD.shape[1])
+    fields = config.part(LearnedConfig)
+    table_LD = layers.embedding(module, name, config.max_len + fields.offset)
     table_LD = sharding.constrain(table_LD, None, None)
     added_BLD = look_up_learned_positions(
         table_LD, positions_BL, stretch=fields.stretch, offset=fields.offset)
@@ -695,9 +695,9 @@ class Sinusoidal(Position):
 
   def embed(self, module: nn.Module, x_BLD: jax.Array,
             positions_BL: jax.Array, name: str) -> jax.Array:
-    c: ModelConfig = module.config  # type: ignore[attr-defined]
-    layout = c.part(SinusoidalConfig).layout
-    added_BLD = sinusoidal_encoding(positions_BL, c.d_model, layout)
+    config: ModelConfig = module.config  # type: ignore[attr-defined]
+    layout = config.part(SinusoidalConfig).layout
+    added_BLD = sinusoidal_encoding(positions_BL, config.d_model, layout)
     return x_BLD + added_BLD.astype(x_BLD.dtype)
 
   def check(self, c: ModelConfig, stack: str) -> None:
@@ -731,10 +731,10 @@ def sinusoidal_encoding(positions: jax.Array, d_model: int,
   return pairs.reshape(*positions.shape, d_model)
 
 
-def check_width_for_sinusoids(c: ModelConfig) -> None:
+def check_width_for_sinusoids(config: ModelConfig) -> None:
   """Raises RequestError for a width that `sinusoidal_encoding` cannot have."""
-  require(c.d_model % 2 == 0 and c.d_model >= 4, f'model.d_model is '
-          f'{c.d_model}: sinusoids need it even and at least 4')
+  require(config.d_model % 2 == 0 and config.d_model >= 4, f'model.d_model is '
+          f'{config.d_model}: sinusoids need it even and at least 4')
 
 
 # Biases by distance.

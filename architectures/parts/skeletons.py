@@ -114,25 +114,25 @@ class Decoder(nn.Module):
         tokens of each row, by which dynamic or longrope turn (default: L or,
         with a cache, up to the last of them).
     """
-    c = self.config
+    config = self.config
     require(cache is None or segment_ids_BL is None,
             'a cache holds one document a row: pass no segment ids with it')
     ctx = _make_context(
         tokens_BL, positions_BL, segment_ids_BL, **context_fields)
     # The embedding, the layers and the final norm.
-    embed = Embed(c, name='embed')
+    embed = Embed(config, name='embed')
     embedded_BLD, table_DV = embed(
         tokens_BL, ctx.positions_BL, deterministic=ctx.deterministic)
-    stack = Stack(c, c.sections(c.num_layers), name='decoder')
+    stack = Stack(config, config.sections(config.num_layers), name='decoder')
     x_BLD, cache, aux = stack(embedded_BLD, ctx, cache, one_by_one)
     # The head: the next token's, or that of a task.
-    if c.head != 'lm':
+    if config.head != 'lm':
       return self._apply_task_head(x_BLD, ctx).replace(cache=cache, aux=aux)
-    head = heads.Unembed(c, name='head')(table_DV)
+    head = heads.Unembed(config, name='head')(table_DV)
     extra = {}
     shows_layers = ctx.keep_layers or ctx.keep_attention
-    if c.mtp_depth and cache is None and not shows_layers:
-      predict_further = Mtp(c, name='mtp')
+    if config.mtp_depth and cache is None and not shows_layers:
+      predict_further = Mtp(config, name='mtp')
       extra['mtp'], reports = predict_further(x_BLD, embedded_BLD, ctx)
       for layer_report in reports:
         aux = report.add_losses(
@@ -148,19 +148,19 @@ class Decoder(nn.Module):
       x_BLD: the result of the last layer.
       ctx: the context of the call, which says which tokens are padding.
     """
-    c = self.config
-    kind = heads.HEADS[c.head]
+    config = self.config
+    kind = heads.HEADS[config.head]
     # A vector of each token, or of each row.
     inputs = x_BLD
     if kind.is_for_rows:
       inputs = heads.pool_last_token(x_BLD, ctx.valid_BL, ctx.segment_ids_BL)
     # Logits of all tokens of a row, made of its vector.
     if kind.has_logits_of_tokens:
-      unfold = heads.Unfold(c, name='task')
+      unfold = heads.Unfold(config, name='task')
       hidden_BLD, head = unfold(inputs, x_BLD.shape[1])
       return Output(hidden=hidden_BLD, head=head)
     # Scores.
-    task = heads.Task(c, bias=not kind.is_for_rows, name='task')
+    task = heads.Task(config, bias=not kind.is_for_rows, name='task')
     scores = task(inputs, deterministic=ctx.deterministic)
     return Output(hidden=x_BLD, head=None, extra=dict(scores=scores))
 
@@ -277,27 +277,27 @@ class Mtp(nn.Module):
       embedded_BLD: the embedding of the tokens.
       ctx: the context of the model.
     """
-    c = self.config
-    kind = c.layer_kinds(c.num_layers)[-1]
+    config = self.config
+    kind = config.layer_kinds(config.num_layers)[-1]
     inputs_of_head, reports = [], []
-    for depth in range(1, c.mtp_depth + 1):
+    for depth in range(1, config.mtp_depth + 1):
       ctx_k = ctx.replace(tokens_BL=jnp.roll(ctx.tokens_BL, -depth, 1),
                           routed_BL=_mark_tokens_with_successor(ctx, depth))
       # Each place is joined with the embedding of the token `depth` places on.
       ahead_BLD = jnp.roll(embedded_BLD, -depth, 1)
       joined_BLD = project_concatenation(
-          self, f'join_{depth}', norm(c, f'token_norm_{depth}')(ahead_BLD),
-          norm(c, f'hidden_norm_{depth}')(x_BLD))
+          self, f'join_{depth}', norm(config, f'token_norm_{depth}')(ahead_BLD),
+          norm(config, f'hidden_norm_{depth}')(x_BLD))
       # One more layer, as a stack of its own.
-      x = streams.begin_streams(c, streams.pin_residual(joined_BLD),
-                                branches=blocks.count_branches(c, (kind,)))
+      x = streams.begin_streams(config, streams.pin_residual(joined_BLD),
+                                branches=blocks.count_branches(config, (kind,)))
       ctx_k = add_distances(
-          c, kind, ctx_k, ctx.positions_BL, name_suffix=f'_{depth}')
-      period = Period(c, (kind,), name=f'depth_{depth}')
+          config, kind, ctx_k, ctx.positions_BL, name_suffix=f'_{depth}')
+      period = Period(config, (kind,), name=f'depth_{depth}')
       (x, _), results = period((x, None), None, ctx_k, {})
-      x_BLD = streams.EndOfStreams(c, name=f'streams_{depth}')(x)
-      if blocks.BLOCKS[c.of_kind(kind.name).block].FINAL_NORM:
-        x_BLD = norm(c, f'norm_{depth}')(x_BLD)
+      x_BLD = streams.EndOfStreams(config, name=f'streams_{depth}')(x)
+      if blocks.BLOCKS[config.of_kind(kind.name).block].FINAL_NORM:
+        x_BLD = norm(config, f'norm_{depth}')(x_BLD)
       inputs_of_head.append(x_BLD)
       reports += results.reports
     return tuple(inputs_of_head), reports
@@ -468,25 +468,25 @@ class Encoder(nn.Module):
       segment_ids_BL: 0 on padding; None: there is none.
       deterministic: whether nothing is dropped.
     """
-    c = self.config
-    kind = heads.HEADS[c.head]
+    config = self.config
+    kind = heads.HEADS[config.head]
     extra = dict(hidden=x_BLD)
     # Logits of all tokens of a row, made of its last token.
     if kind.has_logits_of_tokens:
       last_BD = heads.pool_last_token(x_BLD, None, segment_ids_BL)
-      unfold = heads.Unfold(c, name='task')
+      unfold = heads.Unfold(config, name='task')
       hidden_BLD, head = unfold(last_BD, x_BLD.shape[1])
       return Output(hidden=hidden_BLD, head=head, extra=extra)
     # The input of the head: each token, or a vector of each row.
     x = x_BLD
     if kind.is_for_rows:
-      x = heads.POOLINGS[c.pooling](x_BLD, segment_ids_BL)
+      x = heads.POOLINGS[config.pooling](x_BLD, segment_ids_BL)
     inputs, more_extra = self.input_of_task_head(x, kind.is_for_rows)
     if kind.has_detector:
       act = self._activation()
-      inputs = act(self._dense('detector', inputs, c.d_model))
+      inputs = act(self._dense('detector', inputs, config.d_model))
     # Its scores.
-    task = heads.Task(c, name='task')
+    task = heads.Task(config, name='task')
     scores = task(inputs, deterministic=deterministic)
     return Output(hidden=x_BLD, head=None,
                   extra=extra | dict(scores=scores) | more_extra)
@@ -508,11 +508,11 @@ class Encoder(nn.Module):
   def transform(self, x: jax.Array) -> jax.Array:
     """Returns the input of the head of masked words, n(act(x W + b)), whose
     width is that of the embedding."""
-    c = self.config
+    config = self.config
     act = self._activation(self.HEAD_ACT)
-    y = self._dense('transform', x, c.config_of_embedding.d_model,
+    y = self._dense('transform', x, config.config_of_embedding.d_model,
                     bias=self.HEAD_BIAS)
-    return norm(c, 'transform_norm')(act(y))
+    return norm(config, 'transform_norm')(act(y))
 
   def _apply_pretraining_head(self, x_BLD: jax.Array, table_DV: jax.Array,
                               aux: dict) -> Output:
@@ -524,10 +524,10 @@ class Encoder(nn.Module):
       table_DV: the transpose of the embedding's table.
       aux: what the layers report.
     """
-    c = self.config
+    config = self.config
     extra = dict(hidden=x_BLD)
     # Whether the second text of a row follows the first.
-    if c.next_sentence:
+    if config.next_sentence:
       pooled_BD = self._pool_first_token(x_BLD[:, 0])
       logits_B2 = self._dense('nsp', pooled_BD, 2, output=True)
       extra |= dict(pooled=pooled_BD,
@@ -539,7 +539,7 @@ class Encoder(nn.Module):
       aux = aux | {'readouts': readouts_NBLD}
     else:
       hidden_BLD = self.transform(x_BLD)
-    head = heads.Unembed(c.config_of_embedding, name='head')(table_DV)
+    head = heads.Unembed(config.config_of_embedding, name='head')(table_DV)
     return Output(hidden=hidden_BLD, head=head, aux=aux, extra=extra)
 
   def _activation(self, network: str = '') -> Callable[[jax.Array], jax.Array]:

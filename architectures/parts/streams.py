@@ -160,56 +160,56 @@ class Branch(nn.Module):
     return sharding.constrain_stream(x_BLD, 'embed'), weights
 
 
-def read_streams(c: ModelConfig, name: str, x: LayerInput
+def read_streams(config: ModelConfig, name: str, x: LayerInput
                  ) -> tuple[jax.Array, Optional[StreamWeights]]:
   """Returns the input of a branch, [B, L, D], and how its result is added to
   the streams.
 
   Args:
-    c: the model.
+    config: the model.
     name: the name of the branch, which begins that of its parameters.
     x: the residual stream as the branches before have left it, or several.
   """
   if isinstance(x, Streams):
-    return Branch(c, name=f'{name}_streams')(x)
+    return Branch(config, name=f'{name}_streams')(x)
   return x, None
 
 
-def add_to_streams(c: ModelConfig, x: LayerInput, y_BLD: jax.Array,
+def add_to_streams(config: ModelConfig, x: LayerInput, y_BLD: jax.Array,
                    weights: Optional[StreamWeights]) -> LayerInput:
   """Returns x with the result of a branch added to it.
 
   Args:
-    c: the model.
+    config: the model.
     x: the argument of `read_streams`.
     y_BLD: the result of the branch.
     weights: how it is added, as `read_streams` says.
   """
   if isinstance(x, Streams):
-    x_BLUD = RESIDUALS[c.residual].add(c, x, y_BLD, weights)
+    x_BLUD = RESIDUALS[config.residual].add(config, x, y_BLD, weights)
     return x.replace(x_BLUD=x_BLUD, branch=x.branch + 1)
-  if c.residual_scale != 1:
-    y_BLD = layers.multiply_exactly(y_BLD, c.residual_scale)
+  if config.residual_scale != 1:
+    y_BLD = layers.multiply_exactly(y_BLD, config.residual_scale)
   return x + y_BLD
 
 
-def count_streams(c: ModelConfig, branches: int) -> int:
+def count_streams(config: ModelConfig, branches: int) -> int:
   """Returns how many arrays [B, L, D] go from layer to layer in a stack with
   this number of branches."""
-  return RESIDUALS[c.residual].count(c, branches)
+  return RESIDUALS[config.residual].count(config, branches)
 
 
-def begin_streams(c: ModelConfig, x_BLD: jax.Array, branches: int
+def begin_streams(config: ModelConfig, x_BLD: jax.Array, branches: int
                   ) -> LayerInput:
   """Returns the input of the first layer.
 
   Args:
-    c: the model.
+    config: the model.
     x_BLD: the embedding of the tokens.
     branches: how many branches the stack has.
   """
-  count = count_streams(c, branches)
-  x_BLUD = RESIDUALS[c.residual].begin(x_BLD, count)
+  count = count_streams(config, branches)
+  x_BLUD = RESIDUALS[config.residual].begin(x_BLD, count)
   if x_BLUD is None:
     return x_BLD
   return Streams(x_BLUD=pin_streams(x_BLUD), branch=jnp.zeros((), jnp.int32),
@@ -364,7 +364,7 @@ class Hyper(Mixed):
   fields = ('streams.count', 'streams.dynamic')
 
   def weights(self, module: Any, x: Streams) -> StreamWeights:
-    c: ModelConfig = module.config
+    config: ModelConfig = module.config
     count, D = x.x_BLUD.shape[2:]
     # The part of the branch: a_k, b_k and A_k.
     read_U = _declare_in_float32(module, 'read', nn.initializers.zeros, count)
@@ -373,7 +373,7 @@ class Hyper(Mixed):
     mix_UU = _declare_in_float32(module, 'mix', _identity_matrix, count, count)
     read_11U, write_11U = read_U[None, None], write_U[None, None]
     mix_11UU = mix_UU[None, None]
-    if not c.part(StreamsConfig).dynamic:
+    if not config.part(StreamsConfig).dynamic:
       return StreamWeights(read_BLU=read_11U, write_BLU=write_11U,
                            mix_BLUU=mix_11UU)
     # The part of the token: tanh(n(x) W), for each stream. W makes count + 2
@@ -384,10 +384,10 @@ class Hyper(Mixed):
     scale_2 = _declare_in_float32(
         module, 'dynamic_scale',
         nn.initializers.constant(INITIAL_SCALE_OF_DYNAMIC_PART), 2)
-    n_BLUD = norm(c, 'norm')(x.x_BLUD)
-    z_BLUI = layers.einsum('BLUD,DI->BLUI', n_BLUD, w_DI, c.compute_dtype,
+    n_BLUD = norm(config, 'norm')(x.x_BLUD)
+    z_BLUI = layers.einsum('BLUD,DI->BLUI', n_BLUD, w_DI, config.compute_dtype,
                            jnp.float32)
-    z_BLUI = jnp.tanh(z_BLUI / c.widening)
+    z_BLUI = jnp.tanh(z_BLUI / config.widening)
     return StreamWeights(
         read_BLU=read_11U + scale_2[0] * z_BLUI[..., 0],
         write_BLU=write_11U + scale_2[1] * z_BLUI[..., 1],
@@ -411,9 +411,9 @@ class MHC(Mixed):
             'norm_eps')
 
   def weights(self, module: Any, x: Streams) -> StreamWeights:
-    c: ModelConfig = module.config
+    config: ModelConfig = module.config
     B, L, count, _ = x.x_BLUD.shape
-    fields = c.part(StreamsConfig)
+    fields = config.part(StreamsConfig)
     # The part of the branch: c_k, and d_k of b and of A.
     initial_U = 0
     if not fields.learned_end:
@@ -480,23 +480,23 @@ def _logits_of_all_streams(module: Any, x_BLUD: jax.Array, size: int
     x_BLUD: the streams. Below, I are the features of all streams of a token.
     size: the number of logits, O.
   """
-  c: ModelConfig = module.config
+  config: ModelConfig = module.config
   *rows, count, D = x_BLUD.shape
   # W is 0 at first, but where DeepSeek-V4's form draws it.
   init = nn.initializers.zeros
-  if c.part(StreamsConfig).learned_end:
-    init = nn.initializers.normal(c.init_stddev)
+  if config.part(StreamsConfig).learned_end:
+    init = nn.initializers.normal(config.init_stddev)
   role = Role(axes=(None, 'embed', None), inputs=(0, 1), kind='logits')
   w_UDO = declare(module, 'dynamic', init, (count, D, size), role)
 
   def logits(x_BLI: jax.Array, w_IO: jax.Array) -> jax.Array:
-    n_BLI = rmsnorm(x_BLI, None, c.norm_eps)
-    return layers.einsum('...I,IO->...O', n_BLI, w_IO, c.compute_dtype,
+    n_BLI = rmsnorm(x_BLI, None, config.norm_eps)
+    return layers.einsum('...I,IO->...O', n_BLI, w_IO, config.compute_dtype,
                          jnp.float32)
 
   x_BLI = x_BLUD.reshape(*rows, -1)
   w_IO = w_UDO.reshape(count * D, -1)
-  return recompute_in_backward(logits)(x_BLI, w_IO) / c.widening
+  return recompute_in_backward(logits)(x_BLI, w_IO) / config.widening
 
 
 def initial_read_logits(count: int, branch: jax.Array) -> jax.Array:
@@ -562,15 +562,15 @@ class Gated(Mixed):
   fields = ('streams.count', 'streams.rank')
 
   def read(self, module: Any, x: Streams) -> tuple[jax.Array, StreamWeights]:
-    c: ModelConfig = module.config
+    config: ModelConfig = module.config
     read_BLD, n_BLUD = _read_through_gates(module, x)
     # b, of the normalised streams.
     count, D = n_BLUD.shape[2:]
     w_UDU = layers.weight(module, 'write', (count, D, count),
                           (None, 'embed', None), in_axes=(0, 1), output=True)
-    z_BLU = layers.einsum('BLUD,UDV->BLV', n_BLUD, w_UDU, c.compute_dtype,
+    z_BLU = layers.einsum('BLUD,UDV->BLV', n_BLUD, w_UDU, config.compute_dtype,
                           jnp.float32)
-    write_BLU = 2 * jax.nn.sigmoid(z_BLU / (count * c.widening))
+    write_BLU = 2 * jax.nn.sigmoid(z_BLU / (count * config.widening))
     return read_BLD, StreamWeights(read_BLU=None, write_BLU=write_BLU)
 
   def add(self, c: ModelConfig, x: Streams, y_BLD: jax.Array,
@@ -661,15 +661,15 @@ class Attended(Plain):
         module, x, flops=4 * x.x_BLUD.shape[-2], divisor=1)
 
 
-def _count_attended_slots(c: ModelConfig, branch: Any) -> Any:
+def _count_attended_slots(config: ModelConfig, branch: Any) -> Any:
   """Returns how many slots branch k attends to: the embedding's, one for each
   whole block of branches before it, and one for a block that has begun.
 
   Args:
-    c: the model.
+    config: the model.
     branch: k, an int or a scalar on the device.
   """
-  size = c.part(StreamsConfig).block_size
+  size = config.part(StreamsConfig).block_size
   has_begun_block = branch % size > 0
   return 1 + branch // size + has_begun_block
 

@@ -73,35 +73,35 @@ CHOICES: dict[str, Collection[str]] = {
 # made, and each chosen entry of a table checks its own fields.
 
 
-def check_model(c: ModelConfig, stack: str,
+def check_model(config: ModelConfig, stack: str,
                 archs: Callable[[str], Iterable[str]]) -> None:
   """Raises RequestError for a combination of parts that cannot be: a sentence
   with the field, its value and the choices.
 
   Args:
-    c: the config.
+    config: the config.
     stack: what its architecture stacks: 'decoder', 'encoder' or
       'encoder-decoder'.
     archs: the architectures that stack such a thing, to choose from.
   """
   # The layers: those that are as the model says, and those of each kind.
-  _check_pattern(c)
-  for name in dict.fromkeys(('', *c.kinds_used)):
+  _check_pattern(config)
+  for name in dict.fromkeys(('', *config.kinds_used)):
     try:
-      _check_layers(c.of_kind(name), stack)
+      _check_layers(config.of_kind(name), stack)
     except RequestError as error:
       if not name:
         raise
       raise RequestError(f'model.kinds.{name}: {error}') from error
   # All layers together, and what stands beside them.
-  _check_value_residual(c)
-  if c.find(LoopsConfig):
-    _check_loop(c)
-  _check_stack(c, stack, archs)
-  _check_products(c)
-  _check_head(c, stack, archs)
+  _check_value_residual(config)
+  if config.find(LoopsConfig):
+    _check_loop(config)
+  _check_stack(config, stack, archs)
+  _check_products(config)
+  _check_head(config, stack, archs)
   # The mixtures of experts.
-  for layer in c.distinct_layers:
+  for layer in config.distinct_layers:
     if layer.ffn == 'moe':
       routing.check_router(layer, stack)
 
@@ -167,19 +167,19 @@ def _check_pattern(c: ModelConfig) -> None:
             c, kind, layers=section.kinds, prefix=sections[0].kinds)
 
 
-def _check_shared_keys(c: ModelConfig, kind: LayerKind,
+def _check_shared_keys(config: ModelConfig, kind: LayerKind,
                        layers: tuple[LayerKind, ...],
                        prefix: tuple[LayerKind, ...]) -> None:
   """Raises RequestError for a layer that is to read another's keys and values,
   where none before it has any, or they are not as its own would be.
 
   Args:
-    c: the model.
+    config: the model.
     kind: the kind of the layer.
     layers: the layers of its section.
     prefix: the layers of the first section.
   """
-  reader = c.of_kind(kind.name)
+  reader = config.of_kind(kind.name)
   where = 'model.'
   if kind.name:
     where = f'model.kinds.{kind.name}.'
@@ -198,7 +198,7 @@ def _check_shared_keys(c: ModelConfig, kind: LayerKind,
   kind_of_lender = layers[source]
   if source < 0:
     kind_of_lender = prefix[source]
-  lender = c.of_kind(kind_of_lender.name)
+  lender = config.of_kind(kind_of_lender.name)
   # What both must have in common.
   values_of_both: dict[str, tuple[Any, Any]] = {}
   for field in ('num_kv_heads', 'head_dim', 'position'):
@@ -211,56 +211,56 @@ def _check_shared_keys(c: ModelConfig, kind: LayerKind,
             'both')
 
 
-def _check_position(c: ModelConfig, kind_name: str) -> None:
+def _check_position(config: ModelConfig, kind_name: str) -> None:
   """Raises RequestError for a position encoding that the layers of one kind
   cannot have alone."""
-  layer = c.of_kind(kind_name)
+  layer = config.of_kind(kind_name)
   position = positions.position_of(layer)
-  if layer.position != c.position and position.of_stack:
+  if layer.position != config.position and position.of_stack:
     choices = [choice for choice, entry in positions.POSITIONS.items()
                if not entry.of_stack]
     raise RequestError(
         f'model.kinds.{kind_name}.position is {layer.position!r}, which is no '
         'encoding of one layer: set it as model.position, or choose from '
         f'{", ".join(choices)}')
-  require(layer.num_heads == c.num_heads or not position.stack_bias,
+  require(layer.num_heads == config.num_heads or not position.stack_bias,
           f'model.kinds.{kind_name}.num_heads is {layer.num_heads}, and the '
           f'bias of model.position {layer.position!r}, which all layers share, '
-          f'is of {c.num_heads} heads')
+          f'is of {config.num_heads} heads')
 
 
-def _check_layers(c: ModelConfig, stack: str) -> None:
+def _check_layers(config: ModelConfig, stack: str) -> None:
   """Raises RequestError for what the layers of a model, or those of one kind,
   cannot be.
 
   Args:
-    c: the config of the model, or of the layers.
+    config: the config of the model, or of the layers.
     stack: 'decoder', 'encoder' or 'encoder-decoder'.
   """
   # Each chosen part has a check of its own; a mixer may refuse the position.
-  position, mixer = positions.position_of(c), blocks.MIXERS[c.mixer]
-  mixer.check(c, stack)
+  position, mixer = positions.position_of(config), blocks.MIXERS[config.mixer]
+  mixer.check(config, stack)
   has_positions = mixer.positional or position.of_stack
   # A mixer that rotates other features than heads has checked them itself.
   needs_check = mixer.turns_heads or not position.rotate
   if has_positions and needs_check:
-    position.check(c, stack)
-  check_rule = kernels.RULES[c.attention].check
+    position.check(config, stack)
+  check_rule = kernels.RULES[config.attention].check
   if check_rule is not None:
-    check_rule(c, stack)
-  if c.memory != lookup.NAME_OF_NO_MEMORY:
-    lookup.check_memory(c)
+    check_rule(config, stack)
+  if config.memory != lookup.NAME_OF_NO_MEMORY:
+    lookup.check_memory(config)
 
   # What these parts have to be together.
-  if c.layer_scale and c.residual != 'plain':
+  if config.layer_scale and config.residual != 'plain':
     raise RequestError(
         'model.layer_scale is True, which multiplies one stream, and '
-        f"model.residual {c.residual!r} has others: set it to 'plain'")
-  _check_block(c, stack)
-  if c.num_heads % c.num_kv_heads:
+        f"model.residual {config.residual!r} has others: set it to 'plain'")
+  _check_block(config, stack)
+  if config.num_heads % config.num_kv_heads:
     raise RequestError(
-        f'model.num_kv_heads is {c.num_kv_heads}, which does not divide '
-        f'model.num_heads {c.num_heads}')
+        f'model.num_kv_heads is {config.num_kv_heads}, which does not divide '
+        f'model.num_heads {config.num_heads}')
 
 
 def _check_block(c: ModelConfig, stack: str) -> None:
@@ -285,14 +285,14 @@ def _check_block(c: ModelConfig, stack: str) -> None:
           f'choose it from {", ".join(choices)}')
 
 
-def _check_value_residual(c: ModelConfig) -> None:
+def _check_value_residual(config: ModelConfig) -> None:
   """Raises RequestError where the values of the first layer are to be mixed
   into those of all layers, and their sizes differ."""
-  attention = c.find(AttentionConfig)
+  attention = config.find(AttentionConfig)
   if attention is None or not attention.value_residual:
     return
   sizes = set()
-  for layer in c.distinct_layers:
+  for layer in config.distinct_layers:
     if layer.mixer == 'attention':
       sizes.add((layer.num_kv_heads, layer.head_dim))
   if len(sizes) != 1:
@@ -338,11 +338,11 @@ def _check_loop(c: ModelConfig) -> None:
           'share; set it to none')
 
 
-def products_of_model(c: ModelConfig) -> list[str]:
+def products_of_model(config: ModelConfig) -> list[str]:
   """Returns which of layers.NAMES_OF_PRODUCTS the model has, outside of
   experts."""
   names: set[str] = set()
-  for layer in c.distinct_layers:
+  for layer in config.distinct_layers:
     names |= blocks.mixer_of_layers(layer).products(layer)
     # The network of the layer; of a mixture, that of its shared experts.
     ffn = layer.ffn
@@ -357,17 +357,17 @@ def products_of_model(c: ModelConfig) -> list[str]:
   return [name for name in layers.NAMES_OF_PRODUCTS if name in names]
 
 
-def _check_products(c: ModelConfig) -> None:
+def _check_products(config: ModelConfig) -> None:
   """Raises RequestError for a product that is to get a low-rank adapter, or
   whose weight is to stay gathered, and that no layer has outside of experts."""
   products_by_field = {}
-  if c.lora.rank:
-    products_by_field['lora.targets'] = c.lora.targets
-  if c.keep_gathered != 'none':
-    products_by_field['keep_gathered'] = c.keep_gathered
+  if config.lora.rank:
+    products_by_field['lora.targets'] = config.lora.targets
+  if config.keep_gathered != 'none':
+    products_by_field['keep_gathered'] = config.keep_gathered
   if not products_by_field:
     return
-  choices = (*products_of_model(c), layers.ALL_PRODUCTS)
+  choices = (*products_of_model(config), layers.ALL_PRODUCTS)
   for field, products in products_by_field.items():
     for name in products.split(','):
       if name not in choices:
