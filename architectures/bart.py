@@ -58,15 +58,16 @@ class HF(transformer.HF):
   ignored = ()
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
-    ours = transformer.read_stacks(reader, fields, scaled=False)
-    ours['logits_bias'] = reader('final_logits_bias', True)
-    return ours
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
+    model_fields = transformer.read_stacks(reader, fields, scaled=False)
+    model_fields['logits_bias'] = reader('final_logits_bias', True)
+    return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     return transformer.write_stacks(config) | dict(
         final_logits_bias=config.logits_bias,  # as transformer.py has it
         bos_token_id=0, pad_token_id=1, eos_token_id=2,

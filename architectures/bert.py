@@ -44,20 +44,22 @@ class TwoTasks(hf.HuggingFace):
   system: str
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     # The classes without the second task.
     one_task_classes = {f'{self.system}ForMaskedLM', f'{self.system}Model'}
     classes = reader.read_list('architectures')
     return dict(next_sentence=one_task_classes.isdisjoint(classes))
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
-    tree: dict[str, Any] = dict(tie_word_embeddings=config.tie_embeddings)
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
+    config_json: dict[str, Any] = dict(
+        tie_word_embeddings=config.tie_embeddings)
     if config.head == 'lm' and not config.next_sentence:
-      tree['architectures'] = [f'{self.system}ForMaskedLM']
-    return tree
+      config_json['architectures'] = [f'{self.system}ForMaskedLM']
+    return config_json
 
   def read_tensor_names(self, names: Collection[str]) -> dict:
     """Returns whether the second task is there, by whether the files have the

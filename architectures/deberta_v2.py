@@ -89,8 +89,9 @@ class HF(hf.HuggingFace):
   heads = hf.task_heads('DebertaV2', sequence='classifier')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     # Fields whose value in v3 is not transformers' default.
     for name, (default, known) in DEFAULT_AND_V3_VALUE.items():
       value = reader(name, default)
@@ -121,8 +122,8 @@ class HF(hf.HuggingFace):
     return dict(disentangled=dict(buckets=buckets, max_distance=max_distance))
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     distances = config.part(DisentangledConfig)
     v3_values = {}
     for name, (_, value) in DEFAULT_AND_V3_VALUE.items():

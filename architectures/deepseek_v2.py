@@ -144,23 +144,25 @@ class HF(llama.Family):
   heads = hf.task_heads('DeepseekV2', only=('sequence',))
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the rows that name the tensor of each parameter of a model."""
+    """Returns a row (path, axes, name, axes) for each parameter of a model: the
+    name and the axes are those of its tensor in a Hugging Face file."""
     return rows_of_deepseek(config)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     groups, chosen = reader('n_group', 1), reader('topk_group', 1)
     method = reader('topk_method', ALL_EXPERTS)
     one_of('topk_method of config.json', method, (ALL_EXPERTS, BEST_GROUPS))
-    ours = read_shared_fields(reader, fields, dense=0, q_rank=1536)
+    model_fields = read_shared_fields(reader, fields, dense=0, q_rank=1536)
     if method == BEST_GROUPS:
-      ours['moe'] = dict(expert_groups=groups, top_groups=chosen)
-    return ours
+      model_fields['moe'] = dict(expert_groups=groups, top_groups=chosen)
+    return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     moe = config.part(MoEConfig)
     method = ALL_EXPERTS
     if moe.expert_groups > 1:

@@ -54,28 +54,30 @@ class HF(deepseek_v2.HF):
                         only=('sequence', 'tokens'))
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the rows that name the tensor of each parameter of a model."""
+    """Returns a row (path, axes, name, axes) for each parameter of a model: the
+    name and the axes are those of its tensor in a Hugging Face file."""
     router_bias = ('ffn/router_bias', 'E', 'mlp.gate.e_score_correction_bias',
                    'E')
     return deepseek_v2.rows_of_deepseek(config, router_bias)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     note_multi_token_prediction(reader)
     hf.check_gates(fields)
     interleaved = False  # A null says so.
     if not reader.is_null('rope_interleave'):
       interleaved = reader('rope_interleave', True)
-    ours = deepseek_v2.read_shared_fields(
+    model_fields = deepseek_v2.read_shared_fields(
         reader, fields, dense=3, q_rank=1536, interleaved=interleaved)
     if reader.is_null('norm_topk_prob'):  # A null says no here.
-      ours['moe'] = dict(normalize_gates=False)
-    return ours
+      model_fields['moe'] = dict(normalize_gates=False)
+    return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     rope = config.part(RopeConfig)
     return deepseek_v2.write_shared_fields(config) | dict(
         rope_interleave=rope.interleaved, num_nextn_predict_layers=0)

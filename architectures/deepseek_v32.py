@@ -34,16 +34,18 @@ def read_shared_fields(reader: hf.Reader, fields: dict, q_rank: int) -> dict:
   """
   deepseek_v3.note_multi_token_prediction(reader)
   hf.check_gates(fields)
-  ours = deepseek_v2.read_shared_fields(reader, fields, dense=3, q_rank=q_rank)
-  require(ours['latent']['q_rank'], 'config.json has q_lora_rank null, of '
+  model_fields = deepseek_v2.read_shared_fields(reader, fields, dense=3,
+                                                q_rank=q_rank)
+  require(model_fields['latent']['q_rank'],
+          'config.json has q_lora_rank null, of '
           'which transformers makes no indexer')
   num_layers = fields['num_layers']
-  num_dense = ours['prefix'].count('dense')
+  num_dense = model_fields['prefix'].count('dense')
   reader.require_values(
       layer_types=['indexed_attention'] * num_layers,
       mlp_layer_types=(['dense'] * num_dense
                        + ['sparse'] * (num_layers - num_dense)))
-  return ours
+  return model_fields
 
 
 INDEXER_ROWS = hf.prefix_rows(
@@ -64,17 +66,19 @@ class HF(deepseek_v3.HF):
   heads = {}
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the rows that name the tensor of each parameter of a model."""
+    """Returns a row (path, axes, name, axes) for each parameter of a model: the
+    name and the axes are those of its tensor in a Hugging Face file."""
     return (*super().rows_of_model(config), *llama.layer_rows(*INDEXER_ROWS))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     reader.require_values(rope_interleave=True, indexer_rope_interleave=False)
     return read_shared_fields(reader, fields, q_rank=1536)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     return deepseek_v2.write_shared_fields(config) | dict(
         num_nextn_predict_layers=0)

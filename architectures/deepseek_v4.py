@@ -56,7 +56,7 @@ def pattern_of_layers(mixers: list[str], hashed: list[bool], **rope: Any
     **rope: the fields of model.rope of the layers of swa.
   """
   swa_rope = dict(theta=10000.0, scaling='none') | rope
-  names, kinds = [], {}
+  kind_names, kinds = [], {}
   for mixer, is_hashed in zip(mixers, hashed):
     name = mixer
     kind: dict[str, Any] = dict(mixer=mixer)
@@ -65,9 +65,9 @@ def pattern_of_layers(mixers: list[str], hashed: list[bool], **rope: Any
       kind['router'] = 'hash_scored'
     if mixer == 'swa':
       kind['rope'] = swa_rope
-    names.append(name)
+    kind_names.append(name)
     kinds[name] = kind
-  return layer_types.shortest_pattern(names) | dict(kinds=kinds)
+  return layer_types.shortest_pattern(kind_names) | dict(kinds=kinds)
 
 
 class DeepSeekV4(Decoder):
@@ -168,8 +168,9 @@ class HF(hf.HuggingFace):
   integers = r'.*\.tid2eid'
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     deepseek_v3.note_multi_token_prediction(reader)
     hf.check_gates(fields)
     num_layers = fields['num_layers']
@@ -220,8 +221,8 @@ class HF(hf.HuggingFace):
     return [MIXER_OF_COMPRESS_RATIO[ratio] for ratio in ratios]
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     # The type of each layer, and how its experts are chosen.
     types, networks = [], []
     for layer in config.layers(config.num_layers):

@@ -57,8 +57,9 @@ class HF(llama.HF):
   heads = hf.task_heads('DiffLlama', tokens='score', span=llama.SPAN_PREFIXES)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     layer_types.check_number_of_layers('num_hidden_layers',
                                        fields['num_layers'])
     return super().read(reader, fields) | kinds_by_depth(fields['num_layers'])

@@ -57,15 +57,16 @@ class HF(hf.HuggingFace):
                               f'{DISCRIMINATOR_HEAD}.dense_prediction')}
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     size = reader('embedding_size', 128)
     if size == fields['d_model']:
       size = 0  # no product makes d_model of it
     return dict(embed_dim=size)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     return dict(embedding_size=config.embed_dim or config.d_model,
                 tie_word_embeddings=config.tie_embeddings)

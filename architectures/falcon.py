@@ -43,7 +43,8 @@ class HF(hf.HuggingFace):
   heads = hf.task_heads('Falcon')
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the rows that name the tensor of each parameter of a model."""
+    """Returns a row (path, axes, name, axes) for each parameter of a model: the
+    name and the axes are those of its tensor in a Hugging Face file."""
     norms = 'input_layernorm', 'post_attention_layernorm'
     if config.block == 'parallel':
       norms = 'ln_attn', 'ln_mlp'
@@ -65,8 +66,9 @@ class HF(hf.HuggingFace):
         ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     # The new architecture has several heads of keys and values (it is grouped),
     # and its layers are parallel, with one norm or two.
     num_heads = fields['num_heads']
@@ -106,8 +108,8 @@ class HF(hf.HuggingFace):
         ffn_bias=bias, num_kv_heads=num_kv_heads)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     is_parallel = config.block != 'pre_norm'
     has_two_norms = config.block == 'parallel'
     # The new architecture alone has two norms, or groups of heads.

@@ -111,22 +111,23 @@ class HF(llama.Family):
       'Gemma2', tokens='score', only=('sequence', 'tokens'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     softcap = read_softcap(reader, 'attn_logit_softcapping', 50.0)
-    ours = read_alternating_layers(reader, fields, every=2)
-    ours |= read_scales(reader)
-    ours |= super().read(reader, fields)
-    return ours | dict(attention_softcap=softcap)
+    model_fields = read_alternating_layers(reader, fields, every=2)
+    model_fields |= read_scales(reader)
+    model_fields |= super().read(reader, fields)
+    return model_fields | dict(attention_softcap=softcap)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
-    tree = write_scales(config)
-    tree |= layer_types.write_attention_types(config)
-    tree |= super().write(config)
-    tree['attn_logit_softcapping'] = config.attention_softcap or None
-    return tree
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
+    config_json = write_scales(config)
+    config_json |= layer_types.write_attention_types(config)
+    config_json |= super().write(config)
+    config_json['attn_logit_softcapping'] = config.attention_softcap or None
+    return config_json
 
   def check(self, config: ModelConfig) -> None:
     """Raises RequestError for a model that transformers does not run."""

@@ -38,23 +38,25 @@ class HF(gemma2.HF):
   heads = hf.task_heads('Gemma3Text', only=('sequence',))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     local_rope, global_rope = rope_fields.read_rope_of_layer_kinds(
         reader, (layer_types.SLIDING_ATTENTION, ('rope_local_base_freq', 1e4)),
         (layer_types.FULL_ATTENTION, ('rope_theta', 1e6)))
-    ours = gemma2.read_scales(reader, softcap=0.0)
-    ours['rope'] = global_rope
+    model_fields = gemma2.read_scales(reader, softcap=0.0)
+    model_fields['rope'] = global_rope
     # Where all layers have a window, theirs are the positions of the model.
-    ours |= gemma2.read_alternating_layers(
+    model_fields |= gemma2.read_alternating_layers(
         reader, fields, every=reader('sliding_window_pattern', 6),
         kind_fields={layer_types.SLIDING_ATTENTION: dict(rope=local_rope)})
-    return ours
+    return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
-    tree = gemma2.write_scales(config)
-    tree |= layer_types.write_attention_types(config)
-    tree['rope_parameters'] = rope_fields.write_rope_of_layer_kinds(config)
-    return tree
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
+    config_json = gemma2.write_scales(config)
+    config_json |= layer_types.write_attention_types(config)
+    rope = rope_fields.write_rope_of_layer_kinds(config)
+    config_json['rope_parameters'] = rope
+    return config_json

@@ -114,8 +114,9 @@ class HF(gemma2.HF):
   heads = {}
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     # Which layers see all keys; the last one does whatever the file says.
     input_size = reader.read_count('hidden_size_per_layer_input', 256)
     require(input_size == 0, 'config.json has hidden_size_per_layer_input '
@@ -135,13 +136,13 @@ class HF(gemma2.HF):
                    FULL: _read_heads(reader, types, fields)}
     window = reader('sliding_window', 512)
     softcap = gemma2.read_softcap(reader, 'final_logit_softcapping', 0.0)
-    ours = layer_types.fields_of_attention_types(
+    model_fields = layer_types.fields_of_attention_types(
         types, layers, window, kind_fields)
-    return ours | dict(rope=global_rope, logits_softcap=softcap)
+    return model_fields | dict(rope=global_rope, logits_softcap=softcap)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     layers = config.layers(config.num_layers)
     types = [layer_types.attention_type(layer) for layer in layers]
     # The last layer sees all keys. Where all do, they have the same heads.

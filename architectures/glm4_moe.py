@@ -48,8 +48,9 @@ class HF(llama.Family):
   ignored = (*llama.HF.ignored, r'model\.layers\.(46|92)\..*')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     deepseek_v3.note_multi_token_prediction(reader)
     hf.check_gates(fields)
     rope = rope_fields.read_rope(reader,
@@ -58,8 +59,8 @@ class HF(llama.Family):
     return dense_layers | dict(rope=rope)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     return deepseek_v2.write_dense_layers(config) | dict(
         num_nextn_predict_layers=0,
         rope_parameters=rope_fields.write_rope(config, whole_heads=False))

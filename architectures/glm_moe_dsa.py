@@ -33,8 +33,9 @@ class HF(deepseek_v32.HF):
   ignored = (*llama.HF.ignored, r'model\.layers\.78\..*')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     reader.require_values(rope_interleave=True, indexer_rope_interleave=True)
     pattern = reader.read_list('indexer_types')
     if not pattern:

@@ -62,8 +62,9 @@ class HF(hf.HuggingFace):
   heads = hf.task_heads('GPTNeoX')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     rope = rope_fields.read_rope(reader, theta=('rotary_emb_base', 10000.0),
                                  fraction=('rotary_pct', 0.25))
     # Some versions wrote both under other names as well, which none reads.
@@ -75,8 +76,8 @@ class HF(hf.HuggingFace):
     return dict(rope=rope, block=block)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     rope = rope_fields.write_rope(config, whole_heads=False)
     return dict(rope_parameters=rope,
                 use_parallel_residual=config.block == 'parallel')

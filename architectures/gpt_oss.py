@@ -56,8 +56,9 @@ class HF(llama.Family):
       'GptOss', tokens='score', only=('sequence', 'tokens'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     hf.check_gates(fields)
     scaling = reader('rope_parameters', reader('rope_scaling', {}))
     require(scaling, 'config.json has no rope_parameters: transformers takes '
@@ -68,13 +69,13 @@ class HF(llama.Family):
         reader, layers, has_window=lambda n: n % 2 == 0)
     window = reader('sliding_window', 128)
     rope = rope_fields.read_rope(reader, theta=('rope_theta', 150000.0))
-    ours = layer_types.fields_of_attention_types(types, layers, window)
-    return ours | dict(rope=rope)
+    model_fields = layer_types.fields_of_attention_types(types, layers, window)
+    return model_fields | dict(rope=rope)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
-    tree = layer_types.write_attention_types(config)
-    tree |= super().write(config)
-    tree['intermediate_size'] = config.part(MoEConfig).d_ff
-    return tree
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
+    config_json = layer_types.write_attention_types(config)
+    config_json |= super().write(config)
+    config_json['intermediate_size'] = config.part(MoEConfig).d_ff
+    return config_json

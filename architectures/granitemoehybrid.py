@@ -129,12 +129,14 @@ class HF(llama.Family):
   unread = ('mamba_chunk_size',)
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the rows that name the tensor of each parameter of a model."""
+    """Returns a row (path, axes, name, axes) for each parameter of a model: the
+    name and the axes are those of its tensor in a Hugging Face file."""
     return ROWS + hf.rows_of_each_block(config, 'model.layers.{n}', _mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     # The type of each layer; by default, all are recurrences.
     num_layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', num_layers)
@@ -142,7 +144,7 @@ class HF(llama.Family):
         reader, 'layer_types', num_layers, KIND_OF_LAYER_TYPE)
     if not types:
       types = [layer_types.LINEAR_ATTENTION] * num_layers
-    names = [KIND_OF_LAYER_TYPE[layer_type] for layer_type in types]
+    kind_names = [KIND_OF_LAYER_TYPE[layer_type] for layer_type in types]
     for name in FACTORS_ABOVE_ZERO:
       factor = reader(name, 1.0)
       require(factor > 0, f'config.json has {name} {factor}: it must be > 0')
@@ -157,15 +159,15 @@ class HF(llama.Family):
             f'{inner_width}')
     mamba2_fields = mamba2.read_step_limits(reader) | dict(head_dim=head_dim)
 
-    ours = layer_types.pattern_and_kinds(names, LAYER_KINDS)
-    ours |= _read_ffn(reader)
-    ours |= _read_positions(reader)
-    return ours | dict(logits_scale=1 / reader('logits_scaling', 1.0),
-                       mamba2=mamba2_fields)
+    model_fields = layer_types.pattern_and_kinds(kind_names, LAYER_KINDS)
+    model_fields |= _read_ffn(reader)
+    model_fields |= _read_positions(reader)
+    return model_fields | dict(logits_scale=1 / reader('logits_scaling', 1.0),
+                               mamba2=mamba2_fields)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     # The type of each layer.
     types = []
     for layer in config.layers(config.num_layers):
@@ -179,14 +181,14 @@ class HF(llama.Family):
     if layer_types.LINEAR_ATTENTION in types:
       sizes = config.part(Mamba2Config)
       num_heads, head_dim = sizes.heads, sizes.head_dim
-    tree = _write_ffn(config) | mamba2.write_step_limits(config) | dict(
+    config_json = _write_ffn(config) | mamba2.write_step_limits(config) | dict(
         layer_types=types, mamba_expand=num_heads * head_dim // config.d_model,
         mamba_n_heads=num_heads, mamba_d_head=head_dim,
         logits_scaling=1 / config.logits_scale, position_embedding_type='nope')
     if config.position == 'rope':
-      tree['position_embedding_type'] = 'rope'
-      tree['rope_parameters'] = rope_fields.write_rope(config)
-    return tree
+      config_json['position_embedding_type'] = 'rope'
+      config_json['rope_parameters'] = rope_fields.write_rope(config)
+    return config_json
 
   def check(self, config: ModelConfig) -> None:
     """Raises RequestError for a model that transformers does not run."""

@@ -91,11 +91,12 @@ class HF(hf.HuggingFace):
   fixed = ('pad_token_id',)  # Positions there count from it.
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     # The last of every few layers has experts, alike in both stacks.
-    every = reader('encoder_sparse_step', 4)
-    reader.require_values(decoder_sparse_step=every)
+    interval = reader('encoder_sparse_step', 4)
+    reader.require_values(decoder_sparse_step=interval)
     dropout = reader('moe_token_dropout', 0.2)
     require(dropout == 0, f'config.json has moe_token_dropout {dropout}, '
             'which scales the experts in evaluation too: only 0 is known here')
@@ -126,22 +127,22 @@ class HF(hf.HuggingFace):
                                 ROUTER_OF_SECOND_EXPERT_POLICY)
     moe = dict(router=router, capacity_factor=1.0,
                eval_capacity_factor=eval_capacity_factor)
-    ours = transformer.read_stacks(reader, fields, scaled=True)
-    return ours | kinds.place_experts({}, every) | dict(moe=moe)
+    model_fields = transformer.read_stacks(reader, fields, scaled=True)
+    return model_fields | kinds.place_experts({}, interval) | dict(moe=moe)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     moe = config.part(MoEConfig)
     policy = hf.find_hf_word(ROUTER_OF_SECOND_EXPERT_POLICY, moe.router,
                              'moe.router')
-    every = layer_types.interval_of_expert_layers(config)
+    interval = layer_types.interval_of_expert_layers(config)
     fraction = 2 * moe.eval_capacity_factor / moe.num_experts
-    tree = transformer.write_stacks(config) | dict(
-        encoder_sparse_step=every, decoder_sparse_step=every,
+    config_json = transformer.write_stacks(config) | dict(
+        encoder_sparse_step=interval, decoder_sparse_step=interval,
         second_expert_policy='all', normalize_router_prob_before_dropping=True,
         moe_eval_capacity_token_fraction=min(1.0, fraction) or 1.0,
         moe_token_dropout=0.0, pad_token_id=1)
     if moe.router != 'topk':
-      tree[POLICY_IN_TRAINING] = policy
-    return tree
+      config_json[POLICY_IN_TRAINING] = policy
+    return config_json

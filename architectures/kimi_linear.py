@@ -136,7 +136,8 @@ class HF(hf.HuggingFace):
   ignored = llama.Family.ignored
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the rows that name the tensor of each parameter of a model."""
+    """Returns a row (path, axes, name, axes) for each parameter of a model: the
+    name and the axes are those of its tensor in a Hugging Face file."""
     queries = deepseek_v2.QUERY_ROWS
     if config.part(LatentConfig).q_rank:
       queries += deepseek_v2.LATENT_QUERY_ROWS
@@ -146,8 +147,9 @@ class HF(hf.HuggingFace):
         *EXPERT_ROWS, *DELTA_ATTENTION_ROWS)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     layers = fields['num_layers']
     reader.require_values(num_key_value_heads=fields['num_heads'])
     hf.check_gates(fields, 'num_experts_per_token', 'moe_renormalize')
@@ -172,16 +174,17 @@ class HF(hf.HuggingFace):
     types = layer_types.read_entry_of_each_layer(
         reader, 'layer_types', layers, layer_types.KIND_OF_MIXER)
     types_of_section = _read_layer_types(linear, layers)
-    ours = layer_types.fields_of_recurrent_layers(
+    model_fields = layer_types.fields_of_recurrent_layers(
         types or types_of_section, is_dense, mixer='kda')
-    ours |= dict(head_dim=fields['latent.nope_dim'], latent=latent, kda=kda)
+    model_fields |= dict(head_dim=fields['latent.nope_dim'], latent=latent,
+                         kda=kda)
     if reader.is_null('moe_renormalize'):  # A null says no here.
-      ours['moe'] = dict(normalize_gates=False)
-    return ours
+      model_fields['moe'] = dict(normalize_gates=False)
+    return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     # The network and the mixer of each layer, numbered from 1.
     networks, full_layers, linear_layers = [], [], []
     for n, layer in enumerate(config.layers(config.num_layers), 1):

@@ -96,8 +96,9 @@ class HF(llama.Family):
           'short_conv.bias': ('conv_bias', False)}
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', layers)
     types = layer_types.read_entry_of_each_layer(
@@ -111,14 +112,14 @@ class HF(llama.Family):
       for n in range(layers):
         if n in full_layers:
           types[n] = layer_types.FULL_ATTENTION
-    names = [KIND_OF_LAYER_TYPE[layer_type] for layer_type in types]
+    kind_names = [KIND_OF_LAYER_TYPE[layer_type] for layer_type in types]
     rope = rope_fields.read_rope(reader, theta=('rope_theta', 1e6))
-    return layer_types.pattern_and_kinds(names, LAYER_KINDS) | dict(
+    return layer_types.pattern_and_kinds(kind_names, LAYER_KINDS) | dict(
         d_ff=_read_hidden_units(reader), rope=rope)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     types = []
     for layer in config.layers(config.num_layers):
       if layer.mixer == 'short_conv':

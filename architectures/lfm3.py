@@ -75,8 +75,9 @@ class HF(lfm2.HF):
   only = dict(rope_scaling=None)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', layers)
     types = layer_types.read_entry_of_each_layer(
@@ -95,14 +96,14 @@ class HF(lfm2.HF):
       local_rope, global_rope = rope_fields.read_rope_of_layer_kinds(
           reader, (layer_types.SLIDING_ATTENTION, ('rope_theta', 1e6)),
           (layer_types.FULL_ATTENTION, ('rope_theta', 1e6)))
-    names = [KIND_OF_LAYER_TYPE[layer_type] for layer_type in types]
-    ours = layer_types.pattern_and_kinds(
-        names, _layer_kinds(window, local_rope))
-    return ours | dict(rope=global_rope)
+    kind_names = [KIND_OF_LAYER_TYPE[layer_type] for layer_type in types]
+    model_fields = layer_types.pattern_and_kinds(
+        kind_names, _layer_kinds(window, local_rope))
+    return model_fields | dict(rope=global_rope)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     types = []
     for layer in config.layers(config.num_layers):
       if layer.mixer == 'short_conv':

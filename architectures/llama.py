@@ -102,13 +102,14 @@ class Family(hf.HuggingFace):
   ignored = (r'.*\.rotary_emb\.inv_freq',)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     return dict(rope=rope_fields.read_rope(reader))
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     return dict(rope_parameters=rope_fields.write_rope(config))
 
 

@@ -93,8 +93,9 @@ class HF(llama.Family):
   unread = ('router_jitter_noise',)  # transformers reads none.
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', layers)
     has_rope = layer_types.read_layers_with_rope(reader, layers)
@@ -126,22 +127,22 @@ class HF(llama.Family):
     scale = reader('attn_scale', 0.1)
     if not reader('attn_temperature_tuning', True):
       scale = 0.0
-    names, kinds = [], {}
+    kind_names, kinds = [], {}
     for n, (layer_type, is_rotated) in enumerate(zip(types, has_rope)):
       name, kind = _name_and_kind(
           chunked=layer_type == CHUNKED_ATTENTION, turned=bool(is_rotated),
           moe=n in experts, norm=norm, scale=scale)
-      names.append(name)
+      kind_names.append(name)
       kinds[name] = kind
     rope = rope_fields.read_rope(reader, theta=('rope_theta', 5e5),
                                  interleaved=True, words=SCALING_OF_ROPE_TYPE)
-    return layer_types.shortest_pattern(names) | dict(
+    return layer_types.shortest_pattern(kind_names) | dict(
         kinds=kinds, attention_chunk=chunk, rope=rope,
         attention_log_from=reader('floor_scale', 8192))
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     # What each layer is.
     types, has_rope, layers_with_experts = [], [], []
     rotated_layers, scales = [], []
@@ -164,7 +165,7 @@ class HF(llama.Family):
     scale = max(scales, default=0.0)
     rope = rope_fields.write_rope(
         rotated_layers[0], words=SCALING_OF_ROPE_TYPE)
-    tree = dict(
+    config_json = dict(
         layer_types=types, no_rope_layers=has_rope,
         moe_layers=layers_with_experts,
         attention_chunk_size=config.attention_chunk or None,
@@ -173,5 +174,5 @@ class HF(llama.Family):
         floor_scale=config.part(AttentionConfig).attention_log_from,
         rope_parameters=rope)
     if scale:
-      tree['attn_scale'] = scale
-    return tree
+      config_json['attn_scale'] = scale
+    return config_json

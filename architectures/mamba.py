@@ -69,12 +69,13 @@ class HF(hf.HuggingFace):
   spellings = (('backbone.embeddings.', 'backbone.embedding.'),)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     rank = -(-fields['d_model'] // 16)  # what 'auto' is
     return dict(mamba=dict(rank=reader('time_step_rank', rank)))
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     return dict(time_step_rank=config.part(MambaConfig).rank)

@@ -93,8 +93,9 @@ class HF(mamba.HF):
       f'time_step_{name}' for name in ('rank', 'min', 'max', 'floor')))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     num_heads = fields['mamba2.heads']
     head_dim = fields['mamba2.head_dim']
     expand = reader('expand', 2)
@@ -106,8 +107,8 @@ class HF(mamba.HF):
                 mamba2=read_step_limits(reader))
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     sizes = config.part(Mamba2Config)
     expand = sizes.heads * sizes.head_dim // config.d_model
     return dict(expand=expand) | write_step_limits(config)

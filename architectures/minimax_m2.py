@@ -42,8 +42,9 @@ class HF(mixtral.HF):
   heads = {}
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     if reader.has('attn_type_list'):  # 1: softmax attention
       reader.require_values(attn_type_list=[1] * fields['num_layers'])
     share = reader('rotary_dim', fields['head_dim']) / fields['head_dim']
@@ -52,8 +53,8 @@ class HF(mixtral.HF):
     return dict(rope=rope)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     rope = rope_fields.write_rope(config, whole_heads=False)
     return dict(intermediate_size=config.part(MoEConfig).d_ff,
                 rope_parameters=rope)

@@ -35,15 +35,16 @@ class HF(llama.Family):
   heads = hf.task_heads('Mistral', tokens='score')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     window = layer_types.read_sliding_window(reader)
     attention = 'banded' if window else 'global'
     return super().read(reader, fields) | dict(
         sliding_window=window, attention=attention)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     window = config.sliding_window if config.attention == 'banded' else None
     return super().write(config) | dict(sliding_window=window)

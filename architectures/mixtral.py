@@ -39,8 +39,9 @@ class HF(llama.Family):
   heads = hf.task_heads('Mixtral', tokens='score')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     hf.check_gates(fields)
     window = reader('sliding_window', 0)
     attention = 'banded' if window else 'global'
@@ -48,8 +49,8 @@ class HF(llama.Family):
     return dict(rope=rope, attention=attention, sliding_window=window)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     return super().write(config) | dict(
         intermediate_size=config.part(MoEConfig).d_ff,
         sliding_window=config.sliding_window or None)

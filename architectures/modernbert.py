@@ -85,8 +85,9 @@ class HF(hf.HuggingFace):
       'span': hf.TaskHead('ModernBertForQuestionAnswering', 'classifier')}
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     # The head that classifies a sequence.
     pooling = reader.read_choice('classifier_pooling', 'cls', {
         name: name for name in heads.POOLINGS})
@@ -106,26 +107,27 @@ class HF(hf.HuggingFace):
 
     # The order of the layers, of which the first has one norm less.
     layers = fields['num_layers']
-    every = reader('global_attn_every_n_layers', 3)
+    interval = reader('global_attn_every_n_layers', 3)
     types = layer_types.read_entry_of_each_layer(
         reader, 'layer_types', layers, KIND_AND_THETA_OF_LAYER_TYPE)
     if not types:
       types = [layer_types.SLIDING_ATTENTION] * layers
-      for n in range(0, layers, every):
+      for n in range(0, layers, interval):
         types[n] = layer_types.FULL_ATTENTION
-    names = [KIND_AND_THETA_OF_LAYER_TYPE[layer_type][0]
-             for layer_type in types]
+    kind_names = [KIND_AND_THETA_OF_LAYER_TYPE[layer_type][0]
+                  for layer_type in types]
     window = reader.read_count('local_attention', 128) // 2 + 1
     kinds = {'global': {}, 'local': dict(window=window, rope=ropes['local'])}
-    kinds['first'] = kinds[names[0]] | dict(block='ffn_norm')
+    kinds['first'] = kinds[kind_names[0]] | dict(block='ffn_norm')
     has_bias = reader('norm_bias', False)
-    return layer_types.pattern_and_kinds(['first', *names[1:]], kinds) | dict(
+    return layer_types.pattern_and_kinds(['first', *kind_names[1:]],
+                                         kinds) | dict(
         pooling=pooling, rope=ropes['global'],
         norm='layernorm' if has_bias else 'layernorm_no_bias')
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     # The positions of each type of layer, and the type of each layer.
     ropes = {}
     for layer_type, (_, theta) in KIND_AND_THETA_OF_LAYER_TYPE.items():

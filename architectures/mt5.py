@@ -37,14 +37,15 @@ class HF(t5.HF):
   unread = (*t5.HF.unread, 'tie_word_embeddings')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     t5.check_ffn(reader, fields)
     return {}
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     return super().write(config) | dict(tie_word_embeddings=False)
 
   def read_tensor_names(self, names: Collection[str]) -> dict:

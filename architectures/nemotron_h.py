@@ -57,19 +57,19 @@ def pattern_of_letters(pattern: Sequence[str]) -> dict[str, Any]:
   Raises:
     RequestError: for a network that follows no mixer.
   """
-  names: list[str] = []
+  kind_names: list[str] = []
   for letter in pattern:
     if letter == MAMBA:
-      names.append('mamba')
+      kind_names.append('mamba')
     elif letter == ATTENTION:
-      names.append('attention')
+      kind_names.append('attention')
     else:
-      require(names and '_' not in names[-1], 'the layers '
+      require(kind_names and '_' not in kind_names[-1], 'the layers '
               f'{"".join(pattern)} have a network that follows no Mamba-2 and '
               'no attention: here it belongs to the layer with one of these')
-      names[-1] += '_mlp' if letter == DENSE_NETWORK else '_moe'
-  order = layer_types.pattern_and_kinds(names, LAYER_KINDS)
-  return order | dict(num_layers=len(names))
+      kind_names[-1] += '_mlp' if letter == DENSE_NETWORK else '_moe'
+  order = layer_types.pattern_and_kinds(kind_names, LAYER_KINDS)
+  return order | dict(num_layers=len(kind_names))
 
 
 class NemotronH(Decoder):
@@ -161,12 +161,14 @@ class HF(hf.HuggingFace):
   optional = qwen3_next.HF.optional
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the rows that name the tensor of each parameter of a model."""
+    """Returns a row (path, axes, name, axes) for each parameter of a model: the
+    name and the axes are those of its tensor in a Hugging Face file."""
     return ROWS + hf.rows_of_each_block(config, LAYER_PREFIX, _mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     letters = _read_letters(reader)
     require(letters, 'config.json has no layers: layers_block_type must name '
             'some')
@@ -182,8 +184,8 @@ class HF(hf.HuggingFace):
         moe=dict(shared_experts=shared_experts))
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     # A layer here is a mixer and, mostly, a network, each a layer there.
     types: list[str] = []
     for layer in config.layers(config.num_layers):
@@ -195,12 +197,12 @@ class HF(hf.HuggingFace):
         types.append('moe')
       elif layer.ffn != 'none':
         types.append('mlp')
-    tree = dict(layers_block_type=types, num_nextn_predict_layers=0)
+    config_json = dict(layers_block_type=types, num_nextn_predict_layers=0)
     if config.has_experts:
       moe = config.part(MoEConfig)
-      tree['moe_latent_size'] = moe.latent_dim or None
-      tree[SHARED_EXPERT_WIDTH] = moe.shared_experts * moe.d_ff
-    return tree
+      config_json['moe_latent_size'] = moe.latent_dim or None
+      config_json[SHARED_EXPERT_WIDTH] = moe.shared_experts * moe.d_ff
+    return config_json
 
   def check(self, config: ModelConfig) -> None:
     """Raises RequestError for a model that transformers does not run."""

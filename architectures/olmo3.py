@@ -30,8 +30,9 @@ class HF(olmo2.HF):
   heads = hf.task_heads('Olmo3', only=('sequence',))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     # Outside of rope_parameters, transformers takes it for one kind alone.
     reader.require_values(rope_theta=5e5)
     local_rope, global_rope = rope_fields.read_rope_of_layer_kinds(
@@ -45,12 +46,12 @@ class HF(olmo2.HF):
         reader, layers, has_window=lambda n: (n + 1) % 4)
     window = layer_types.read_sliding_window(reader)
     # Where all layers have a window, theirs are the positions of the model.
-    ours = layer_types.fields_of_attention_types(
+    model_fields = layer_types.fields_of_attention_types(
         types, layers, window, kind_fields)
-    return dict(rope=global_rope) | ours
+    return dict(rope=global_rope) | model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     return layer_types.write_attention_types(config) | dict(
         rope_parameters=rope_fields.write_rope_of_layer_kinds(config))

@@ -79,23 +79,25 @@ class HF(llama.Family):
                                      'feedforward_layer_norm'))
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the rows that name the tensor of each parameter of a model."""
+    """Returns a row (path, axes, name, axes) for each parameter of a model: the
+    name and the axes are those of its tensor in a Hugging Face file."""
     return BASE_ROWS + hf.rows_of_each_block(config, 'model.layers.{n}',
                                              _mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     # The order of the layers.
     layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', layers)
     types = layer_types.read_entry_of_each_layer(
         reader, 'layer_types', layers, layer_types.KIND_OF_MIXER)
-    names = [layer_types.KIND_OF_MIXER[layer_type] for layer_type in types]
+    kind_names = [layer_types.KIND_OF_MIXER[layer_type] for layer_type in types]
     if not types:
-      names = ['full' if n % 4 == 3 else 'linear' for n in range(layers)]
-      if 'full' not in names:
-        names[-1] = 'full'
+      kind_names = ['full' if n % 4 == 3 else 'linear' for n in range(layers)]
+      if 'full' not in kind_names:
+        kind_names[-1] = 'full'
 
     # Positions, which a theta of null takes away.
     rope = rope_fields.read_rope(reader)
@@ -104,17 +106,17 @@ class HF(llama.Family):
       has_positions = rope_parameters.get('rope_theta', 1) is not None
     else:
       has_positions = not reader.is_null('rope_theta')
-    ours = layer_types.pattern_and_kinds(names, LAYER_KINDS)
-    ours['deltanet'] = dict(norm_eps=1e-5)
+    model_fields = layer_types.pattern_and_kinds(kind_names, LAYER_KINDS)
+    model_fields['deltanet'] = dict(norm_eps=1e-5)
     if has_positions:
-      ours['rope'] = rope
+      model_fields['rope'] = rope
     else:
-      ours['position'] = 'none'
-    return ours
+      model_fields['position'] = 'none'
+    return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     rope = dict(rope_type='default', rope_theta=None)
     if config.position != 'none':
       rope = rope_fields.write_rope(config)

@@ -43,16 +43,17 @@ class HF(llama.Family):
   only = dict(clip_qkv=None)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     hf.check_gates(fields)
     # transformers has no other: its norms are as wide as the model.
     reader.require_values(head_dim=hf.default_head_dim(fields))
     return super().read(reader, fields)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     # Left out, a text ends at 50,279 and is padded with 1.
     return super().write(config) | dict.fromkeys(phi3.TOKEN_ID_FIELDS) | dict(
         intermediate_size=config.part(MoEConfig).d_ff)

@@ -50,8 +50,9 @@ class HF(hf.HuggingFace):
   spellings = (('model.decoder.', 'decoder.'), ('model.decoder.', ''))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     if not reader.is_null('word_embed_proj_dim'):
       reader.require_values(word_embed_proj_dim=fields['d_model'])
     return dict(learned=dict(offset=2))

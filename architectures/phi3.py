@@ -59,8 +59,9 @@ class HF(llama.Family):
   heads = hf.task_heads('Phi3', tokens='score', only=('sequence', 'tokens'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     window = reader('sliding_window', 0)
     attention = 'banded' if window else 'global'
     rope = rope_fields.read_rope(
@@ -69,17 +70,17 @@ class HF(llama.Family):
     return dict(rope=rope, attention=attention, sliding_window=window)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     rope = config.part(RopeConfig)
     parameters = rope_fields.write_rope(config, whole_heads=False,
                                         words=SCALING_OF_ROPE_TYPE)
-    tree = dict(rope_parameters=parameters,
-                sliding_window=config.sliding_window or None,
-                **dict.fromkeys(TOKEN_ID_FIELDS))
+    config_json = dict(rope_parameters=parameters,
+                       sliding_window=config.sliding_window or None,
+                       **dict.fromkeys(TOKEN_ID_FIELDS))
     if rope.scaling == 'longrope':
-      tree['original_max_position_embeddings'] = rope.original_len
-    return tree
+      config_json['original_max_position_embeddings'] = rope.original_len
+    return config_json
 
   def check(self, config: ModelConfig) -> None:
     """Raises RequestError for a model that transformers does not run."""

@@ -39,8 +39,9 @@ class HF(llama.Family):
   heads = hf.task_heads('Qwen2', tokens='score', span=llama.SPAN_PREFIXES)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     layers = fields['num_layers']
     # The first max_window_layers layers have no window, whatever it is called.
     num_full = reader.read_count('max_window_layers', 28)
@@ -49,20 +50,20 @@ class HF(llama.Family):
       window = 0
     types = layer_types.read_attention_types(
         reader, layers, has_window=lambda n: window and n >= num_full)
-    ours = super().read(reader, fields)
-    ours |= layer_types.fields_of_attention_types(types, layers, window)
+    model_fields = super().read(reader, fields)
+    model_fields |= layer_types.fields_of_attention_types(types, layers, window)
     if reader.is_null('num_key_value_heads'):  # left out, there are 32
-      ours['num_kv_heads'] = fields['num_heads']
-    return ours
+      model_fields['num_kv_heads'] = fields['num_heads']
+    return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
-    tree = layer_types.write_attention_types(config)
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
+    config_json = layer_types.write_attention_types(config)
     layers_with_window = []
-    for n, layer_type in enumerate(tree['layer_types']):
+    for n, layer_type in enumerate(config_json['layer_types']):
       if layer_type == layer_types.SLIDING_ATTENTION:
         layers_with_window.append(n)
-    return tree | super().write(config) | dict(
+    return config_json | super().write(config) | dict(
         use_sliding_window=bool(layers_with_window),
         max_window_layers=min(layers_with_window, default=config.num_layers))

@@ -54,24 +54,26 @@ class HF(llama.Family):
   heads = hf.task_heads('Qwen3_5Text', only=('sequence',))
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the rows that name the tensor of each parameter of a model."""
+    """Returns a row (path, axes, name, axes) for each parameter of a model: the
+    name and the axes are those of its tensor in a Hugging Face file."""
     return qwen3_next.BASE_ROWS + hf.rows_of_each_block(
         config, 'model.layers.{n}', mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     reader.require_values(decoder_sparse_step=1, mlp_only_layers=[])
-    ours = layer_types.read_recurrent_layers(
+    model_fields = layer_types.read_recurrent_layers(
         reader, fields['num_layers'], mixer='deltanet')
-    ours['rope'] = rope_fields.read_rope(
+    model_fields['rope'] = rope_fields.read_rope(
         reader, fraction=('partial_rotary_factor', 0.25),
         unread=('mrope_section',))
-    return ours
+    return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     types = layer_types.write_recurrent_layers(config)['layer_types']
     rope = rope_fields.write_rope(config, whole_heads=False)
     return dict(layer_types=types, rope_parameters=rope)

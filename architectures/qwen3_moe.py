@@ -49,19 +49,20 @@ class HF(llama.Family):
   heads = hf.task_heads('Qwen3Moe', tokens='score', span=llama.SPAN_PREFIXES)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
-    every = reader('decoder_sparse_step', 1)
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
+    interval = reader('decoder_sparse_step', 1)
     layers = fields['num_layers']
-    require(layers % every == 0, 'config.json has decoder_sparse_step '
-            f'{every}, which does not divide num_hidden_layers {layers}')
+    require(layers % interval == 0, 'config.json has decoder_sparse_step '
+            f'{interval}, which does not divide num_hidden_layers {layers}')
     hf.check_gates(fields)
     reader.require_values(mlp_only_layers=[])
-    return super().read(reader, fields) | kinds.place_experts({}, every)
+    return super().read(reader, fields) | kinds.place_experts({}, interval)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
-    every = layer_types.interval_of_expert_layers(config)
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
+    interval = layer_types.interval_of_expert_layers(config)
     return super().write(config) | dict(
-        mlp_only_layers=[], decoder_sparse_step=every)
+        mlp_only_layers=[], decoder_sparse_step=interval)

@@ -134,27 +134,30 @@ class HF(llama.Family):
   heads = hf.task_heads('Qwen3Next', tokens='score', span=llama.SPAN_PREFIXES)
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the rows that name the tensor of each parameter of a model."""
+    """Returns a row (path, axes, name, axes) for each parameter of a model: the
+    name and the axes are those of its tensor in a Hugging Face file."""
     return BASE_ROWS + hf.rows_of_each_block(config, 'model.layers.{n}',
                                              _mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
-    ours = layer_types.read_recurrent_layers(
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
+    model_fields = layer_types.read_recurrent_layers(
         reader, fields['num_layers'], mixer='deltanet')
-    ours['rope'] = rope_fields.read_rope(
+    model_fields['rope'] = rope_fields.read_rope(
         reader, fraction=('partial_rotary_factor', 0.25))
-    ours['moe'] = read_experts(reader, fields)
-    return ours
+    model_fields['moe'] = read_experts(reader, fields)
+    return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
-    tree = layer_types.write_recurrent_layers(config)
-    tree |= write_experts(config)
-    tree['rope_parameters'] = rope_fields.write_rope(config, whole_heads=False)
-    return tree
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
+    config_json = layer_types.write_recurrent_layers(config)
+    config_json |= write_experts(config)
+    config_json['rope_parameters'] = rope_fields.write_rope(config,
+                                                            whole_heads=False)
+    return config_json
 
   def check(self, config: ModelConfig) -> None:
     """Raises RequestError for a model that transformers does not run."""

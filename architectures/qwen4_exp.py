@@ -107,36 +107,44 @@ class HF(qwen3_5_moe.HF):
   fixed = ('eos_token_id',)
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the rows that name the tensor of each parameter of a model."""
+    """Returns a row (path, axes, name, axes) for each parameter of a model: the
+    name and the axes are those of its tensor in a Hugging Face file."""
     return (
         *qwen3_next.BASE_ROWS,
         *hf.rows_of_each_block(config, 'model.layers.{n}', _layer_rows),
         *_stream_rows('decoder/final_streams', 'model.hyper_connection_mixer'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', layers)
-    reader.require_values(indexer_kv_heads=1, split_ngram_parts=1,
-                          seed=lookup.SEED_OF_MULTIPLIERS,
-                          make_ngram_vocab_size_divisible_by=lookup.ROWS_ARE_MULTIPLE_OF)
+    reader.require_values(
+        indexer_kv_heads=1, split_ngram_parts=1,
+        seed=lookup.SEED_OF_MULTIPLIERS,
+        make_ngram_vocab_size_divisible_by=lookup.ROWS_ARE_MULTIPLE_OF)
 
     # The kind of each layer; by default, the last of every few sees all keys.
-    every = reader('full_attention_interval', 4)
+    interval = reader('full_attention_interval', 4)
     types = layer_types.read_entry_of_each_layer(
         reader, 'layer_types', layers, KIND_OF_LAYER_TYPE)
-    names = [KIND_OF_LAYER_TYPE[layer_type] for layer_type in types]
+    kind_names = [KIND_OF_LAYER_TYPE[layer_type] for layer_type in types]
     if not types:
-      names = ['linear' if (n + 1) % every else 'full' for n in range(layers)]
+      kind_names = ['linear'] * layers
+      for last in range(interval - 1, layers, interval):
+        kind_names[last] = 'full'
 
     # One of the linear layers, numbered from 1, looks up n-grams.
-    linear_layers = [n for n, name in enumerate(names, 1) if name == 'linear']
+    linear_layers = []
+    for n, name in enumerate(kind_names, 1):
+      if name == 'linear':
+        linear_layers.append(n)
     ngram_layers = reader.read_list('ple_layer_ids')
     is_known = len(ngram_layers) == 1 and ngram_layers[0] in linear_layers
     require(is_known, f'config.json has ple_layer_ids {short(ngram_layers)}: '
             'n-grams are known in one layer, of linear_attention')
-    names[ngram_layers[0] - 1] = 'ngrams'
+    kind_names[ngram_layers[0] - 1] = 'ngrams'
 
     # The tables of n-grams share their width; the end of a text pads them.
     num_tables = (fields['ngrams.order'] - 1) * fields['ngrams.heads']
@@ -152,12 +160,12 @@ class HF(qwen3_5_moe.HF):
     rope = rope_fields.read_rope(
         reader, fraction=('partial_rotary_factor', 1.0),
         unread=('mrope_section',))
-    return layer_types.pattern_and_kinds(names, LAYER_KINDS) | dict(
+    return layer_types.pattern_and_kinds(kind_names, LAYER_KINDS) | dict(
         ngrams=ngrams, moe=moe, rope=rope)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     ngram_layers = []
     for n, layer in enumerate(config.layers(config.num_layers), 1):
       if layer.memory == 'engram':

@@ -57,8 +57,9 @@ class HF(hf.HuggingFace):
   heads = hf.task_heads('Roberta', sequence='classifier.out_proj')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     offset = reader.read_count('pad_token_id', PADDING_ID) + 1
     rows = reader('max_position_embeddings', 512)
     require(rows > offset, f'config.json has max_position_embeddings {rows}, '
@@ -67,8 +68,8 @@ class HF(hf.HuggingFace):
     return dict(learned=dict(offset=offset), max_len=rows - offset)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     offset = config.part(LearnedConfig).offset
     return dict(max_position_embeddings=config.max_len + offset,
                 pad_token_id=offset - 1,

@@ -37,11 +37,12 @@ def _pattern_of_layers(types: list[str], has_rope: list[int], window: int
     window: how many tokens the layers with a window see.
   """
   # All layers have positions, or none has.
-  ours = layer_types.fields_of_attention_types(types, len(has_rope), window)
+  model_fields = layer_types.fields_of_attention_types(types, len(has_rope),
+                                                       window)
   if len(set(has_rope)) == 1:
-    return ours | dict(position='rope' if has_rope[0] else 'none')
+    return model_fields | dict(position='rope' if has_rope[0] else 'none')
 
-  names, kinds = [], {}
+  kind_names, kinds = [], {}
   for layer_type, is_rotated in zip(types, has_rope):
     name, kind = 'rope', {}
     if not is_rotated:
@@ -52,9 +53,9 @@ def _pattern_of_layers(types: list[str], has_rope: list[int], window: int
       kind['window'] = window
     elif layer_types.SLIDING_ATTENTION in types:
       kind['window'] = 0
-    names.append(name)
+    kind_names.append(name)
     kinds[name] = kind
-  return layer_types.shortest_pattern(names) | dict(
+  return layer_types.shortest_pattern(kind_names) | dict(
       position='rope', attention='global', sliding_window=0, kinds=kinds)
 
 
@@ -69,8 +70,9 @@ class HF(llama.Family):
   heads = hf.task_heads('SmolLM3', tokens='score', span=llama.SPAN_PREFIXES)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     layers = fields['num_layers']
     has_rope = layer_types.read_layers_with_rope(reader, layers)
     window = 0
@@ -80,15 +82,16 @@ class HF(llama.Family):
       window = 0
     types = layer_types.read_attention_types(
         reader, layers, has_window=lambda n: window and not has_rope[n])
-    ours = _pattern_of_layers(types, has_rope, window)
+    model_fields = _pattern_of_layers(types, has_rope, window)
     if reader.is_null('num_key_value_heads'):  # left out, there are 4
-      ours['num_kv_heads'] = fields['num_heads']
-    ours['rope'] = rope_fields.read_rope(reader, theta=('rope_theta', 2e6))
-    return ours
+      model_fields['num_kv_heads'] = fields['num_heads']
+    model_fields['rope'] = rope_fields.read_rope(reader,
+                                                 theta=('rope_theta', 2e6))
+    return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     layers = config.layers(config.num_layers)
     rotated_layers = [layer for layer in layers if layer.position == 'rope']
     # Where no layer is rotated, the field says how one would be.
@@ -96,10 +99,11 @@ class HF(llama.Family):
       rope = rope_fields.write_rope(rotated_layers[0])
     else:
       rope = rope_fields.write_rope(config)
-    tree = layer_types.write_attention_types(config)
-    return tree | dict(
+    config_json = layer_types.write_attention_types(config)
+    has_window = layer_types.SLIDING_ATTENTION in config_json['layer_types']
+    return config_json | dict(
         # Left out, they are those of a vocabulary of 128,256.
         **dict.fromkeys(phi3.TOKEN_ID_FIELDS),
         rope_parameters=rope,
         no_rope_layers=[int(layer.position == 'rope') for layer in layers],
-        use_sliding_window=layer_types.SLIDING_ATTENTION in tree['layer_types'])
+        use_sliding_window=has_window)

@@ -44,15 +44,16 @@ class HF(mistral.HF):
                         only=('sequence', 'tokens'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     bias = reader('use_bias', True)
     return super().read(reader, fields) | dict(
         attention_bias=bias, ffn_bias=bias)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     return super().write(config) | dict(use_bias=config.ffn_bias)
 
   def check(self, config: ModelConfig) -> None:

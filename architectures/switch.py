@@ -53,12 +53,12 @@ def _read_interval_of_expert_layers(reader: hf.Reader, stack: str,
   """
   num_with_experts = reader(f'num_sparse_{stack}_layers', 3)
   reader.ignore_fields(f'{stack}_sparse_step')  # It follows from the former.
-  every = 0
+  interval = 0
   if num_with_experts:
-    every = layers // num_with_experts
-  require(every in (1, 2), f'config.json has num_sparse_{stack}_layers '
+    interval = layers // num_with_experts
+  require(interval in (1, 2), f'config.json has num_sparse_{stack}_layers '
           f'{num_with_experts} of {layers}: all or every other are known here')
-  return every
+  return interval
 
 
 class HF(hf.HuggingFace):
@@ -86,17 +86,18 @@ class HF(hf.HuggingFace):
   ignored = t5.HF.ignored
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     # The last of every few layers has experts, alike in both stacks.
     layers = fields['num_layers']
     decoder_layers = fields['num_decoder_layers']
     if reader.is_null('num_decoder_layers'):
       decoder_layers = layers
-    every = _read_interval_of_expert_layers(reader, 'encoder', layers)
-    every_in_decoder = _read_interval_of_expert_layers(
+    interval = _read_interval_of_expert_layers(reader, 'encoder', layers)
+    interval_in_decoder = _read_interval_of_expert_layers(
         reader, 'decoder', decoder_layers)
-    require(every == every_in_decoder,
+    require(interval == interval_in_decoder,
             "config.json has experts in another share of the decoder's layers "
             "than of the encoder's: only equal shares are known here")
     reader.require_values(feed_forward_proj=reader('dense_act_fn', 'relu'))
@@ -115,22 +116,23 @@ class HF(hf.HuggingFace):
           'for longer ones')
     moe = dict(group_size=group_size, capacity_factor=factor,
                eval_capacity_factor=factor if group_size else 0.0)
-    ours = t5.head_fields(fields, fields['tie_embeddings'])
-    ours |= kinds.place_experts({}, every)
-    return ours | dict(num_decoder_layers=decoder_layers, moe=moe)
+    model_fields = t5.head_fields(fields, fields['tie_embeddings'])
+    model_fields |= kinds.place_experts({}, interval)
+    return model_fields | dict(num_decoder_layers=decoder_layers, moe=moe)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     moe = config.part(MoEConfig)
-    every = layer_types.interval_of_expert_layers(config)
-    tree = t5.write_usual_fields(config) | dict(
-        num_sparse_encoder_layers=config.num_layers // every,
-        num_sparse_decoder_layers=config.num_decoder_layers // every,
+    interval = layer_types.interval_of_expert_layers(config)
+    config_json = t5.write_usual_fields(config) | dict(
+        num_sparse_encoder_layers=config.num_layers // interval,
+        num_sparse_decoder_layers=config.num_decoder_layers // interval,
         expert_capacity=ANY_CAPACITY)
     # The tokens of a group that an expert takes in evaluation, rounded up.
     num_choices = moe.eval_capacity_factor * moe.group_size
     capacity = -int(-num_choices // moe.num_experts)
     if capacity:
-      tree |= dict(expert_capacity=capacity, moe_group_size=moe.group_size)
-    return tree
+      config_json |= dict(expert_capacity=capacity,
+                          moe_group_size=moe.group_size)
+    return config_json

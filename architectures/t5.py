@@ -141,7 +141,8 @@ class HF(hf.HuggingFace):
              r'relative_attention_bias\.weight',)
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns the rows that name the tensor of each parameter of a model."""
+    """Returns a row (path, axes, name, axes) for each parameter of a model: the
+    name and the axes are those of its tensor in a Hugging Face file."""
     up = 'wi_1' if config.ffn in ('geglu_tanh', 'swiglu') else 'wi'
     return model_rows(*hf.prefix_rows(
         'ffn', 'DenseReluDense', ('gate', 'DF', 'wi_0.weight', 'F D'),
@@ -149,8 +150,9 @@ class HF(hf.HuggingFace):
         ('down', 'FD', 'wo.weight', 'D F')))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     check_ffn(reader, fields)
     # transformers ties v1.1 in name, and tells it by the missing scale.
     require(not reader.is_null('scale_decoder_outputs'),
@@ -160,6 +162,6 @@ class HF(hf.HuggingFace):
     return head_fields(fields, tied)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     return write_usual_fields(config)

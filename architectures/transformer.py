@@ -126,16 +126,17 @@ class HF(hf.HuggingFace):
   ignored = (r'model\.(en|de)coder\.embed_positions\.weights?',)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that a config.json of Hugging Face says
-    in another way than the table `fields` can tell."""
+    """Returns the fields of the model that take more than a look-up in a
+    Hugging Face config.json. `reader(name, default)` returns a field of that
+    file; `fields` are the fields of the model that were looked up before."""
     reader.require_values(decoder_vocab_size=fields['vocab_size'])
-    ours = read_stacks(reader, fields, scaled=False)
-    ours['logits_bias'] = reader('final_logits_bias', True)
-    return ours
+    model_fields = read_stacks(reader, fields, scaled=False)
+    model_fields['logits_bias'] = reader('final_logits_bias', True)
+    return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of the config.json of a model that the table `fields`
-    does not have."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, for a
+    model."""
     return write_stacks(config) | dict(
         decoder_vocab_size=config.vocab_size,
         # Ours: whether the bias is there; transformers takes zeros where not.

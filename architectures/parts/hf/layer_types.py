@@ -50,19 +50,20 @@ def fields_of_attention_types(
 
   # Layers that are all alike.
   if len(set(types)) == 1:
-    ours: dict[str, Any] = dict(prefix='', pattern='', suffix='', kinds={})
+    model_fields: dict[str, Any] = dict(prefix='', pattern='', suffix='',
+                                        kinds={})
     if types[0] == SLIDING_ATTENTION:
-      ours |= dict(attention='banded', sliding_window=window)
+      model_fields |= dict(attention='banded', sliding_window=window)
     else:
-      ours |= dict(attention='global', sliding_window=0)
-    ours |= further[types[0]]
-    return ours
+      model_fields |= dict(attention='global', sliding_window=0)
+    model_fields |= further[types[0]]
+    return model_fields
 
   # Layers of two kinds.
   kinds = {'local': {'window': window, **further[SLIDING_ATTENTION]},
            'global': {'window': 0, **further[FULL_ATTENTION]}}
-  names = [KIND_OF_ATTENTION[layer_type] for layer_type in types]
-  return shortest_pattern(names) | dict(
+  kind_names = [KIND_OF_ATTENTION[layer_type] for layer_type in types]
+  return shortest_pattern(kind_names) | dict(
       attention='global', sliding_window=0, kinds=kinds)
 
 
@@ -158,11 +159,11 @@ def read_layers_with_rope(reader: hf.Reader, layers: int) -> list[int]:
   Where they are not listed, the last of every no_rope_layer_interval layers has
   no positions.
   """
-  every = reader('no_rope_layer_interval', 4)
+  interval = reader('no_rope_layer_interval', 4)
   entries = reader.read_list('no_rope_layers')
   if not entries:
     entries = [1] * layers
-    for last in range(every - 1, layers, every):
+    for last in range(interval - 1, layers, interval):
       entries[last] = 0
   are_known = all(type(entry) is int and entry in (0, 1) for entry in entries)
   require(are_known and len(entries) == layers,
@@ -174,12 +175,12 @@ def read_layers_with_rope(reader: hf.Reader, layers: int) -> list[int]:
 def write_attention_types(config: ModelConfig) -> dict[str, Any]:
   """Returns the fields layer_types and, where a layer has a window,
   sliding_window of the config.json of a model."""
-  types, tree = [], {}
+  types, config_json = [], {}
   for layer in config.layers(config.num_layers):
     types.append(attention_type(layer))
     if types[-1] == SLIDING_ATTENTION:
-      tree['sliding_window'] = layer.sliding_window
-  return {'layer_types': types, **tree}
+      config_json['sliding_window'] = layer.sliding_window
+  return {'layer_types': types, **config_json}
 
 
 def attention_type(config: ModelConfig) -> str:
@@ -287,7 +288,7 @@ def fields_of_recurrent_layers(types: Sequence[str], is_dense: Sequence[bool],
     is_dense: whether each layer has a dense network in place of experts.
     mixer: model.mixer of the recurrence.
   """
-  names, kinds = [], {}
+  kind_names, kinds = [], {}
   for layer_type, has_dense_network in zip(types, is_dense, strict=True):
     name, kind = KIND_OF_MIXER[layer_type], {}
     if layer_type == LINEAR_ATTENTION:
@@ -295,9 +296,9 @@ def fields_of_recurrent_layers(types: Sequence[str], is_dense: Sequence[bool],
     if has_dense_network:
       name += '_dense'
       kind['ffn'] = layer_kinds.DENSE_NETWORK
-    names.append(name)
+    kind_names.append(name)
     kinds[name] = kind
-  return shortest_pattern(names) | dict(kinds=kinds)
+  return shortest_pattern(kind_names) | dict(kinds=kinds)
 
 
 def write_recurrent_layers(config: ModelConfig) -> dict[str, Any]:

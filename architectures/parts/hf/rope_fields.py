@@ -276,33 +276,33 @@ def write_rope(config: ModelConfig, *, whole_heads: bool = True,
     if scaling == 'linear':
       known = scaling
     words = {PROPORTIONAL: known}
-  tree: dict[str, Any] = dict(
+  config_json: dict[str, Any] = dict(
       rope_type=hf.find_hf_word(words, scaling, 'rope.scaling'),
       rope_theta=rope.theta)
   if not whole_heads or rope.proportional:
-    tree['partial_rotary_factor'] = rope.fraction
+    config_json['partial_rotary_factor'] = rope.fraction
   if scaling != 'none':
-    tree['factor'] = rope.factor
+    config_json['factor'] = rope.factor
   if scaling == 'yarn':
-    tree |= _write_temperature(rope, on_scores, temperature)
-  return tree | _write_scaling(rope)
+    config_json |= _write_temperature(rope, on_scores, temperature)
+  return config_json | _write_scaling(rope)
 
 
 def _write_scaling(rope: RopeConfig) -> dict[str, Any]:
   """Returns the fields of rope_parameters that a scaling has alone."""
-  tree: dict[str, Any] = {}
+  config_json: dict[str, Any] = {}
   for name in _DEFAULTS_OF_SCALING.get(rope.scaling, ()):
     value = getattr(rope, name)
     if name != 'truncate' or not value:
-      tree[name] = value
+      config_json[name] = value
   if rope.scaling == 'longrope':
-    tree['short_factor'] = list(rope.short_factor)
-    tree['long_factor'] = list(rope.long_factor)
+    config_json['short_factor'] = list(rope.short_factor)
+    config_json['long_factor'] = list(rope.long_factor)
     if rope.attention_factor:
-      tree['attention_factor'] = rope.attention_factor
+      config_json['attention_factor'] = rope.attention_factor
   if rope.scaling in _SCALINGS_WITH_ORIGINAL_LENGTH:
-    tree['original_max_position_embeddings'] = rope.original_len
-  return tree
+    config_json['original_max_position_embeddings'] = rope.original_len
+  return config_json
 
 
 def _write_temperature(rope: RopeConfig, on_scores: bool, temperature: bool
