@@ -316,17 +316,18 @@ def _refuse_quantised(reader: Reader) -> None:
   """Raises RequestError for a config.json whose weights a quantisation has
   packed, saying how to unpack them."""
   for name in ('quantization_config', 'compression_config'):
-    packed = reader(name, {})
-    if not packed:
+    quantisation = reader(name, {})
+    if not quantisation:
       continue
-    method = packed.get('quant_method', 'of no name')
-    unpacking = UNPACKING_CLASS_OF_METHOD.get(str(method))
+    method = quantisation.get('quant_method', 'of no name')
+    unpacking_class = UNPACKING_CLASS_OF_METHOD.get(str(method))
+
     # Some formats can be unpacked by transformers.
     remedy = 'Take the folder of the model that was quantised'
-    if unpacking:
+    if unpacking_class:
       remedy = (
           'Unpack them with transformers, AutoModelForCausalLM.from_pretrained('
-          f'FOLDER, dtype="bfloat16", quantization_config={unpacking}('
+          f'FOLDER, dtype="bfloat16", quantization_config={unpacking_class}('
           'dequantize=True)).save_pretrained(NEW), and take NEW')
     raise RequestError(
         f'config.json has {name}: these weights are quantised '

@@ -60,30 +60,36 @@ def read_generation(folder: pathlib.Path) -> Generation:
 
 
 def generation_of_run(config: ml_collections.ConfigDict, model: ModelConfig,
-                      tokenizer: Any
-           ) -> Generation:
+                      tokenizer: Any) -> Generation:
   """Returns the special tokens and the options of generation of a run of our
   own, by the tokenizer that it reads.
 
   In config.json stand the tokenizer's own ids. Text begins after
   generation_config.json's bos_token_id: that is the id with which every
   sequence of the run begins, the one between documents.
+
+  Args:
+    config: the config of the run.
+    model: the config of its model.
+    tokenizer: its tokenizer.
   """
   special_ids = tokenizer.special_ids
   options = None
   ids: dict[str, Any] = {}
   for role in ('bos', 'eos', 'pad'):
     ids[f'{role}_token_id'] = special_ids.get(role)
+
   # A model that writes ends and begins its texts as in training.
-  if objectives.find_objective(config).writes:
-    end, *more = objectives.find_objective(config).ends(config, tokenizer)
-    ids['eos_token_id'] = [end, *more] if more else end
+  objective = objectives.find_objective(config)
+  if objective.writes:
+    end_id, *more_ids = objective.ends(config, tokenizer)
+    ids['eos_token_id'] = [end_id, *more_ids] if more_ids else end_id
     if special_ids.get('bos') is None:
-      ids['bos_token_id'] = end
+      ids['bos_token_id'] = end_id
     if architectures.stack(model) == 'encoder-decoder':
       ids['decoder_start_token_id'] = seq2seq.start_id(config, tokenizer)
     options = {name: value for name, value in ids.items() if value is not None}
-    options['bos_token_id'] = end
+    options['bos_token_id'] = end_id
 
   # Some ids are written by the page of the system, whatever the tokenizer says.
   fixed = architectures.hugging_face(model.arch).fixed

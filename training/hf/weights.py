@@ -410,23 +410,29 @@ def _read_shard(dtype: np.dtype, ranges: tuple, tensors: list,
 
 
 def check_values_fit(name: str, x: np.ndarray, dtype: np.dtype) -> None:
-  """Raises RequestError where `x`, which becomes an array of `dtype`, has a
-  value that is not finite, or that `dtype` does not reach."""
+  """Raises RequestError for an array with a value that is not finite, or larger
+  than a type can hold.
+
+  Args:
+    name: the name of the array, with which the message begins.
+    x: the array.
+    dtype: the type that it is to have.
+  """
   largest = 0.0
   if x.size:
     with np.errstate(invalid='ignore'):  # NumPy's warning of a NaN
       largest = float(max(x.max(), -x.min(), key=abs))
-  most = float(jnp.finfo(dtype).max)
+  limit = float(jnp.finfo(dtype).max)
   if not np.isfinite(largest):
     raise RequestError(f'{name} has a value that is no finite number')
-  if largest > most:
+  if largest > limit:
     raise RequestError(
         f'{name} has the value {largest:g}, and {np.dtype(dtype).name} ends at '
-        f'{most:g}: choose another dtype')
+        f'{limit:g}: choose another dtype')
 
 
 def draw_parameters(module: nn.Module, like: Any, wanted: set[str], seed: int
-         ) -> dict[str, jax.Array]:
+                    ) -> dict[str, jax.Array]:
   """Returns the initial values of the parameters `wanted` alone, by path.
 
   Args:

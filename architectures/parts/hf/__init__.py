@@ -191,7 +191,7 @@ class HuggingFace:
 def task_heads(system: str, sequence: str = 'score', tokens: str = 'classifier',
                span: tuple[str, str] = ('', ''),
                only: Collection[str] = ('sequence', 'tokens', 'span')
-          ) -> dict[str, TaskHead]:
+               ) -> dict[str, TaskHead]:
   """Returns the heads for tasks that a system has in transformers, by
   model.head.
 
@@ -277,8 +277,7 @@ def default_head_dim(fields: Mapping[str, Any]) -> int:
   return fields['d_model'] // fields['num_heads']
 
 
-def prefix_rows(our_folder: str, hf_module: str, *rows: Row
-                ) -> tuple[Row, ...]:
+def prefix_rows(our_folder: str, hf_module: str, *rows: Row) -> tuple[Row, ...]:
   """Returns rows of a module of the model as rows of what contains it.
 
   Args:

@@ -138,8 +138,7 @@ def shortest_pattern(names: Sequence[str]) -> dict[str, str]:
 
 
 def pattern_and_kinds(names: Sequence[str],
-                      kinds: Mapping[str, Mapping[str, Any]]
-          ) -> dict[str, Any]:
+                      kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
   """Returns the fields of the model that say the order of its layers, and what
   each kind of layer is.
 
@@ -203,20 +202,20 @@ def read_recurrent_layers(reader: hf.Reader, layers: int, mixer: str
   """
   check_number_of_layers('num_hidden_layers', layers)
   # Where the types are not listed, the last of every few layers is attention.
-  every = reader('full_attention_interval', 4)
+  interval = reader('full_attention_interval', 4)
   types = read_entry_of_each_layer(
       reader, 'layer_types', layers=layers, words=KIND_OF_MIXER)
   if not types:
     types = [LINEAR_ATTENTION] * layers
-    for last in range(every - 1, layers, every):
+    for last in range(interval - 1, layers, interval):
       types[last] = FULL_ATTENTION
 
   # The last of every few layers has experts, unless it is listed as dense.
-  interval = reader('decoder_sparse_step', 1)
+  expert_interval = reader('decoder_sparse_step', 1)
   dense_layers = reader.read_list('mlp_only_layers')
   is_dense = []
   for n in range(layers):
-    is_last = (n + 1) % interval == 0
+    is_last = (n + 1) % expert_interval == 0
     is_dense.append(n in dense_layers or not is_last)
   return fields_of_recurrent_layers(types, is_dense, mixer)
 

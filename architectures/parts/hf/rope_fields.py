@@ -114,8 +114,7 @@ def _read_section(reader: hf.Reader, section: hf.Reader, *,
                   on_scores: bool = False,
                   words: Mapping[str, str] = SCALING_OF_ROPE_TYPE,
                   original: int = 0, by_kind: bool = False,
-                  temperature: bool = True
-          ) -> dict:
+                  temperature: bool = True) -> dict:
   """Returns the fields of model.rope by one object of a config.json.
 
   Args:
@@ -142,7 +141,7 @@ def _read_section(reader: hf.Reader, section: hf.Reader, *,
   if scaling in _SCALINGS_WITH_ORIGINAL_LENGTH and not original:
     length = section('original_max_position_embeddings',
                      reader('max_position_embeddings', 0))
-    if not by_kind:  # what stands outside goes before
+    if not by_kind:  # The field outside of the object goes before.
       length = reader('original_max_position_embeddings', length)
     rope['original_len'] = length
   for name, default in _DEFAULTS_OF_SCALING.get(scaling, {}).items():
@@ -162,7 +161,7 @@ def _read_section(reader: hf.Reader, section: hf.Reader, *,
 
 
 def _read_longrope(reader: hf.Reader, section: hf.Reader, original: int
-              ) -> dict[str, Any]:
+                   ) -> dict[str, Any]:
   """Returns the fields of model.rope that LongRoPE alone has.
 
   Without a factor in the config.json, the factor is how many times as long as
@@ -185,7 +184,7 @@ def _read_longrope(reader: hf.Reader, section: hf.Reader, original: int
 
 
 def _read_temperature(section: hf.Reader, on_scores: bool, temperature: bool
-                 ) -> dict[str, float]:
+                      ) -> dict[str, float]:
   """Returns mscale and mscale_all_dim, by which YaRN has a temperature.
 
   Where one of them is 0 in a config.json, transformers reads neither.
@@ -251,8 +250,7 @@ def write_rope_of_layer_kinds(config: ModelConfig,
 def write_rope(config: ModelConfig, *, whole_heads: bool = True,
                on_scores: bool = False,
                words: Mapping[str, str] = SCALING_OF_ROPE_TYPE,
-               temperature: bool = True
-          ) -> dict:
+               temperature: bool = True) -> dict:
   """Returns rope_parameters of the config.json of a model. A field that they
   cannot say is found where they are read again.
 
@@ -264,6 +262,7 @@ def write_rope(config: ModelConfig, *, whole_heads: bool = True,
     words: as for `read_rope`.
     temperature: as for `read_rope_of_layer_kinds`.
   """
+  # A scaling that a config.json says by another theta.
   rope = config.part(RopeConfig)
   scaling = rope.scaling
   if scaling == 'ntk':
@@ -271,38 +270,44 @@ def write_rope(config: ModelConfig, *, whole_heads: bool = True,
     raise RequestError(
         "model.rope.scaling is 'ntk', which config.json has not: it is the "
         f'same as scaling none with model.rope.theta {theta!r}')
+
+  # Positions that are rotated in proportion have a rope_type of their own,
+  # which may be stretched or not.
   if rope.proportional:
-    known = 'none'
+    known_scaling = 'none'
     if scaling == 'linear':
-      known = scaling
-    words = {PROPORTIONAL: known}
-  config_json: dict[str, Any] = dict(
-      rope_type=hf.find_hf_word(words, scaling, 'rope.scaling'),
+      known_scaling = scaling
+    words = {PROPORTIONAL: known_scaling}
+
+  # The fields of all scalings, and those that this one has alone.
+  rope_parameters: dict[str, Any] = dict(
+      rope_type=hf.find_hf_word(words, scaling, field='rope.scaling'),
       rope_theta=rope.theta)
   if not whole_heads or rope.proportional:
-    config_json['partial_rotary_factor'] = rope.fraction
+    rope_parameters['partial_rotary_factor'] = rope.fraction
   if scaling != 'none':
-    config_json['factor'] = rope.factor
+    rope_parameters['factor'] = rope.factor
   if scaling == 'yarn':
-    config_json |= _write_temperature(rope, on_scores, temperature)
-  return config_json | _write_scaling(rope)
+    rope_parameters |= _write_temperature(rope, on_scores, temperature)
+  return rope_parameters | _write_scaling(rope)
 
 
 def _write_scaling(rope: RopeConfig) -> dict[str, Any]:
-  """Returns the fields of rope_parameters that a scaling has alone."""
-  config_json: dict[str, Any] = {}
+  """Returns the fields of rope_parameters, in a config.json, that one way to
+  scale the positions has alone."""
+  rope_parameters: dict[str, Any] = {}
   for name in _DEFAULTS_OF_SCALING.get(rope.scaling, ()):
     value = getattr(rope, name)
     if name != 'truncate' or not value:
-      config_json[name] = value
+      rope_parameters[name] = value
   if rope.scaling == 'longrope':
-    config_json['short_factor'] = list(rope.short_factor)
-    config_json['long_factor'] = list(rope.long_factor)
+    rope_parameters['short_factor'] = list(rope.short_factor)
+    rope_parameters['long_factor'] = list(rope.long_factor)
     if rope.attention_factor:
-      config_json['attention_factor'] = rope.attention_factor
+      rope_parameters['attention_factor'] = rope.attention_factor
   if rope.scaling in _SCALINGS_WITH_ORIGINAL_LENGTH:
-    config_json['original_max_position_embeddings'] = rope.original_len
-  return config_json
+    rope_parameters['original_max_position_embeddings'] = rope.original_len
+  return rope_parameters
 
 
 def _write_temperature(rope: RopeConfig, on_scores: bool, temperature: bool
