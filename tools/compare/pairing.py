@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from tools.compare.plan import Measure, Outcome
 
-ALL_SIZES = 'all sizes'  # the size of a row about the mean over sizes
+# In place of a size, in rows about the mean over sizes.
+ALL_SIZES = 'all sizes'
 
 Outcomes = Iterable[Outcome]
 Runs = Mapping[tuple[str, str, str], Mapping[int, Outcome]]
@@ -25,7 +26,8 @@ Pairs = Mapping[int, Pair]  # by seed, at one size
 
 
 def outcomes_of_phase(outcomes: Outcomes, phase: str) -> Runs:
-  """Returns {(variant, size, workload): {seed: outcome}}."""
+  """Returns the outcomes of the runs of a phase, by (variant, size, workload)
+  and then by seed."""
   by_point: dict[tuple[str, str, str], dict[int, Outcome]] = {}
   for outcome in outcomes:
     if outcome.phase == phase:
@@ -46,7 +48,8 @@ def outcomes_with_measure(runs: Runs, variant: str, size: str, measure: Measure
 def pair_with_base(runs: Runs, variant: str, base: str, size: str,
                    measure: Measure
              ) -> Pairs:
-  """Returns the pairs of the seeds of which both runs have a measure."""
+  """Returns, by seed, the run of a variant and that of the base, of the seeds
+  of which both have a measure."""
   ours = outcomes_with_measure(runs, variant, size, measure)
   theirs = outcomes_with_measure(runs, base, size, measure)
   seeds = sorted(ours.keys() & theirs.keys())
@@ -54,8 +57,8 @@ def pair_with_base(runs: Runs, variant: str, base: str, size: str,
 
 
 def ended_seeds(pairs_by_size: Sequence[Pairs]) -> list[int]:
-  """Returns the seeds whose runs ended at all sizes, that is, did not diverge.
-  A mean over other sizes would be another figure."""
+  """Returns the seeds of which no run diverged at any size. A seed that lacks a
+  size is left out, since its mean over the sizes would be another figure."""
   shared = set.intersection(*map(set, pairs_by_size))
   ended = []
   for seed in sorted(shared):

@@ -35,10 +35,11 @@ from training.objectives import pipeline
 from training.workdir import run_config
 
 # seeds from the first of a phase to the first of the next
+# From the first seed of a phase to the first of the next; and how many phases
+# fit between the first seeds of two studies.
 SEEDS_BETWEEN_PHASES = 10_000
-# how many phases the seeds of a study fit
 NUM_SEED_BLOCKS = plans.SEEDS_BETWEEN_STUDIES // SEEDS_BETWEEN_PHASES
-Changes = dict[str, Any]
+Changes = dict[str, Any]  # values of config fields by dotted key
 
 
 class Run(NamedTuple):
@@ -63,7 +64,7 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass
 class StudyState:
-  """The findings of a study so far.
+  """The outcomes of a study so far, and what its phases have decided by them.
 
   Attributes:
     trainer: the trainer of the runs.
@@ -77,7 +78,8 @@ class StudyState:
   finished: list[str] = dataclasses.field(default_factory=list)
 
   def train(self, phase: 'Phase', runs: list[Run], rung: int = 0) -> list:
-    """Returns the outcomes of runs; each rung of a phase has its folder."""
+    """Trains the runs of a phase, in a folder of their own for each rung, and
+    returns their outcomes."""
     folder = f'{phase.name}-{rung}' if rung else phase.name
     outcomes = self.trainer.train(folder, runs)
     self.outcomes += outcomes
@@ -85,8 +87,8 @@ class StudyState:
 
   @property
   def weakness(self) -> str:
-    """Why the study cannot find what it is after; '' where it can, or where
-    the noise is not known yet."""
+    """The sentence that says why the noise is too large for the effect that the
+    study looks for; '' where it is not, or is not known yet."""
     announced = self.records.get('announced')
     if announced is None or announced.enough:
       return ''
@@ -94,18 +96,24 @@ class StudyState:
 
 
 def phases_of_study(seeds: Collection[str]) -> list['Phase']:
-  """Returns the phases that a study has, in order; `seeds` are its plan's."""
+  """Returns the phases of a study, in order: those of which its plan gives the
+  number of seeds."""
   return [phase for name, phase in PHASES.items() if name in seeds]
 
 
 def default_seeds_by_phase() -> dict[str, int]:
-  """Returns how many seeds each phase has in a study that does not say it."""
+  """Returns the default number of seeds of each phase that a study has by
+  default."""
   return {name: phase.seeds for name, phase in PHASES.items() if phase.seeds}
 
 
 def check_phases(file: str) -> None:
-  """Raises RequestError for an entry of PHASES whose runs or results could not
-  be told from those of another; `file` names the study's file."""
+  """Raises RequestError for an entry of PHASES with a wrong name, or with the
+  seeds of another phase.
+
+  Args:
+    file: the file of the study, which may add phases of its own.
+  """
   blocks: dict[int, str] = {}
   for name, phase in PHASES.items():
     who = f'{file}: PHASES has {name!r}'
@@ -126,7 +134,8 @@ def check_phases(file: str) -> None:
 def run_phases(frozen: plans.FrozenPlan, trainer: Any,
                until: str = plans.REPORT,
         anyway: bool = False) -> Iterator[StudyState]:
-  """Goes through the phases; yields all that is found, after each.
+  """Runs the phases of a study one after the other, and yields the state of the
+  study after each.
 
   Args:
     frozen: the plan.
@@ -196,8 +205,14 @@ class Phase:
 
   def choose_variants(self, plan: plans.Plan, records: Mapping[str, Any]
             ) -> Sequence[str]:
-    """Returns the variants that are run; a record has a row of each measure, so
-    a variant may stand in it more than once."""
+    """Returns the variants that this phase trains, by what the phases before it
+    decided; by default all of them. The list may name a variant twice.
+
+    Args:
+      plan: the plan of the study.
+      records: what each phase before decided, by its name: a Verdict of each
+        variant and measure.
+    """
     return plan.variants
 
   def narrow_plan(self, plan: plans.Plan) -> plans.Plan:
@@ -206,18 +221,19 @@ class Phase:
     return plan
 
   def note_on_cost(self, plan: plans.Plan) -> str:
-    """Returns what stands beside its costs."""
+    """Returns what is said beside the costs of this phase; '': nothing."""
     return ''
 
   def seeds_of_phase(self, plan: plans.Plan) -> tuple[int, ...]:
-    """Returns the seeds of its runs."""
+    """Returns the seeds of the runs of this phase, which no other phase has."""
     first = (plan.offset or 0) + self.block * SEEDS_BETWEEN_PHASES
     return tuple(range(first, first + plan.seeds[self.name]))
 
   def runs(self, frozen: plans.FrozenPlan,
            best: Callable[[str, str, str], Changes],
            variants: Sequence[str]) -> list[Run]:
-    """Returns the runs of the base and of variants.
+    """Returns the runs of the base and of some variants, at each size on each
+    workload with each seed.
 
     Args:
       frozen: the plan.
@@ -241,7 +257,8 @@ class Phase:
     return runs
 
   def largest_set_of_runs(self, frozen: plans.FrozenPlan) -> list[Run]:
-    """Returns the runs that it asks for at most, whatever is found before."""
+    """Returns the runs of this phase if every variant comes so far; by these
+    its costs are told beforehand."""
     plan = frozen.plan
     first = {name: values[0] for name, values in plan.tuning.fields.items()}
 
@@ -251,8 +268,15 @@ class Phase:
     return self.runs(frozen, any_value, plan.variants)
 
   def run(self, frozen: plans.FrozenPlan, state: StudyState) -> dict[str, Any]:
-    """Trains what follows from what was found; returns what it decides, by the
-    keys of results.json."""
+    """Trains the runs of this phase, and decides by their outcomes.
+
+    Args:
+      frozen: the plan.
+      state: the outcomes and decisions of the phases before.
+
+    Returns:
+      What it decides, by the keys of results.json.
+    """
     tuned = {(row.variant, row.size, row.workload): row.changes
              for row in state.records.get('tuned', ())}
     def best(variant: str, size: str, workload: str) -> Changes:
@@ -266,7 +290,7 @@ class Phase:
     return {self.name: self.decide(plan, state.outcomes, self.name)}
 
   def summary(self, records: Mapping[str, Any]) -> list[str]:
-    """Returns what it decided, in lines."""
+    """Returns lines for a terminal that say what this phase decided."""
     lines = []
     for row in records[self.name]:
       effect = page.estimate(mean=row.effect, low=row.low, high=row.high).text
@@ -314,9 +338,10 @@ class Tune(Phase):
       return ''
     return f'and at most {more} more runs, where an optimum is at an edge'
 
-  def runs_of(self, frozen: plans.FrozenPlan,
+  def runs_of_candidates(self, frozen: plans.FrozenPlan,
               search: 'Search') -> list[list[Run]]:
-    """Returns the runs of each candidate of a search."""
+    """Returns, for each candidate (a value of each tuned field) of a search,
+    its runs over the seeds of tuning."""
     runs = []
     for changes in search.candidates:
       of_candidate = []
@@ -335,7 +360,7 @@ class Tune(Phase):
     for search in make_searches(frozen.plan):
       for rung in range(tuning.rungs):
         search.rung = rung
-        for candidate in self.runs_of(frozen, search):
+        for candidate in self.runs_of_candidates(frozen, search):
           runs += candidate
         survivors = num_survivors(tuning, len(search.candidates))
         search.candidates = search.candidates[:survivors]
@@ -348,7 +373,7 @@ class Tune(Phase):
       if not going:
         break
       # All searches train at once, and each takes its own outcomes.
-      asked = [self.runs_of(frozen, search) for search in going]
+      asked = [self.runs_of_candidates(frozen, search) for search in going]
       runs = []
       for candidates in asked:
         runs += itertools.chain(*candidates)
@@ -358,7 +383,7 @@ class Tune(Phase):
         taken = []
         for candidate in candidates:
           taken.append(list(itertools.islice(outcomes, len(candidate))))
-        search.take(steps, taken)
+        search.record_rung(steps, taken)
     return {'tuned': [search.result() for search in each]}
 
   def summary(self, records):
@@ -431,7 +456,15 @@ class Largest(Phase):
 
 def make_run(frozen: plans.FrozenPlan, phase: str, variant: str, size: str,
            workload: str, seed: int, more: dict, share: float = 1.0) -> Run:
-  """Returns a run of a point of the plan, with `more` changes."""
+  """Returns the description of a run that a phase wants to be trained.
+
+  Args:
+    frozen: the plan.
+    phase: the name of the phase.
+    variant, size, workload, seed: the point of the plan, and the seed.
+    more: changes of the config beside those of the point, such as tuned values.
+    share: the share of the steps of the point that the run trains.
+  """
   of_point = frozen.plan.base if variant == plans.SECOND_BASE else variant
   row = frozen.point(of_point, size, workload)
   changes = {**row['changes'], **more, 'eval.part': PHASES[phase].part}
@@ -448,7 +481,14 @@ def make_run(frozen: plans.FrozenPlan, phase: str, variant: str, size: str,
 
 
 def shorten_run(changes: dict, base: dict, share: float) -> None:
-  """Makes a run a share as long, with a whole schedule of its own."""
+  """Shortens a run to a share of its steps, its schedule of the learning rate
+  and of the batch size with it.
+
+  Args:
+    changes: what the run changes in the base config; it is updated in place.
+    base: the base config, as a tree.
+    share: the share of the steps, below 1.
+  """
   before = run_config.flatten(base) | changes
   steps = before['train.steps']
   short = max(round(steps * share), 1)
@@ -464,7 +504,8 @@ def shorten_run(changes: dict, base: dict, share: float) -> None:
 
 @dataclasses.dataclass
 class Search:
-  """The search of one variant at one size on one workload.
+  """The search for the best values of one variant at one size on one workload,
+  by successive halving (Jamieson and Talwalkar 2016).
 
   Attributes:
     plan: the plan of the study.
@@ -497,9 +538,10 @@ class Search:
     """The share of train.steps that the candidates train."""
     return share_of_steps(self.plan.tuning, self.rung)
 
-  def take(self, steps: int, outcomes: Sequence[Sequence[plans.Outcome]]
+  def record_rung(self, steps: int, outcomes: Sequence[Sequence[plans.Outcome]]
            ) -> None:
-    """Takes the outcomes of each candidate, and decides what comes next.
+    """Records the outcomes of a rung, and chooses the candidates of the next
+    one.
 
     Args:
       steps: the number of steps that the candidates trained.
@@ -547,8 +589,8 @@ class Search:
     self.candidates = tuple(further)
 
   def _edge(self, field: str) -> tuple[float, float]:
-    """Returns the edge of the values of a field that were tried which is nearer
-    to the best, and the value within."""
+    """Returns the first and second, or the last and last but one, of the values
+    of a field that were tried: by the end at which the best one is, if any."""
     values = sorted({row['changes'][field] for row in self.tried})
     if self.best['changes'][field] == values[0]:
       return values[0], values[1]
@@ -565,7 +607,7 @@ class Search:
     return tuple(fields)
 
   def result(self) -> plans.Tuned:
-    """Returns what the search has found."""
+    """Returns the best values that the search has found, and all it tried."""
     return plans.Tuned(
         variant=self.variant, size=self.size, workload=self.workload,
         changes=dict(self.best['changes']), at_edge=self.at_edge,
@@ -573,8 +615,14 @@ class Search:
 
 
 def move_edge_outwards(edge: float, inner: float) -> float:
-  """Returns the value beyond an edge, as many times as far from it as the edge
-  is from the value within; of whole numbers the edge, where none is left."""
+  """Returns the value that continues a geometric grid: edge * edge / inner.
+
+  Args:
+    edge: the least or the largest value that was tried. Where it is a whole
+      number, so is the result, which is 1 or more; `edge` itself is returned
+      where no smaller one is left.
+    inner: the value beside it.
+  """
   out = edge * edge / inner
   if not isinstance(edge, int):
     return float(f'{out:.6g}')
@@ -583,7 +631,7 @@ def move_edge_outwards(edge: float, inner: float) -> float:
 
 
 def num_survivors(tuning: plans.Tuning, candidates: int) -> int:
-  """Returns how many of a rung's candidates survive it."""
+  """Returns how many candidates of a rung of successive halving survive it."""
   return max(1, math.ceil(tuning.keep * candidates))
 
 

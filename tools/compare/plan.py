@@ -86,7 +86,8 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """The question of a study, and all that decides on the answer.
+  """The plan of a study: its question, and every choice that decides on the
+  answer, made before it runs.
 
   Attributes:
     name, question, file: what the study is called and asks, and its file.
@@ -237,7 +238,8 @@ class Tuned:
 
 @dataclasses.dataclass
 class FrozenPlan:
-  """The content of study.json.
+  """The frozen plan of a study with all that it was planned with: the content
+  of study.json.
 
   Attributes:
     plan: the plan.
@@ -302,7 +304,7 @@ class FrozenPlan:
     return SEEDS_BETWEEN_STUDIES * (1 + int(blank.hash, 16) % NUM_SEED_RANGES)
 
   def point(self, variant: str, size: str, workload: str) -> dict:
-    """Returns the row of `points` that has these names."""
+    """Returns the entry of `points` of a variant at a size on a workload."""
     wanted = variant, size, workload
     for row in self.points:
       if (row['variant'], row['size'], row['workload']) == wanted:
@@ -310,7 +312,7 @@ class FrozenPlan:
     raise KeyError(wanted)
 
   def point_of_run(self, run: Any) -> dict:
-    """Returns the point of a run, or of its Outcome."""
+    """Returns the entry of `points` of a run, or of the Outcome of one."""
     variant = self.plan.base if run.variant == SECOND_BASE else run.variant
     return self.point(variant, run.size, run.workload)
 
@@ -320,13 +322,15 @@ class FrozenPlan:
 
 
 def save_frozen_plan(workdir, frozen: FrozenPlan) -> None:
-  """Writes study.json, and what it holds into the ledger beside it."""
+  """Writes the frozen plan of a study to study.json and to the ledger beside
+  it, a database that keeps all plans that the study has had."""
   with layout.StudyLedger(workdir) as ledger, ledger.transaction():
     _write_with_ledger(ledger, workdir, frozen)
 
 
 def _write_with_ledger(ledger, workdir, frozen: FrozenPlan) -> None:
-  """Writes study.json, and adds a plan that is new to the ledger."""
+  """Writes study.json, and adds the plan to the open ledger of the study where
+  it is new."""
   tree = to_json(frozen)
   if ledger.last_plan() != tree:
     ledger.add_plan(frozen.hash, tree)
@@ -334,8 +338,12 @@ def _write_with_ledger(ledger, workdir, frozen: FrozenPlan) -> None:
 
 
 def load_frozen_plan(workdir) -> FrozenPlan:
-  """Returns what study.json holds; RequestError where there is none, or where
-  it is not what the ledger has."""
+  """Returns the frozen plan of a study, as study.json holds it.
+
+  Raises:
+    RequestError: where there is none, or where the ledger of the study has
+      another one.
+  """
   path = pathlib.Path(workdir) / 'study.json'
   require(path.is_file(), f'{path} is missing: no study was run in this '
           'workdir')
@@ -349,7 +357,8 @@ def load_frozen_plan(workdir) -> FrozenPlan:
 
 
 def load_last_plan(workdir) -> FrozenPlan | None:
-  """Returns the plan that the ledger of a workdir has last, if any."""
+  """Returns the plan that the ledger of a study had last; None where there is
+  no ledger."""
   if not (pathlib.Path(workdir) / layout.StudyLedger.file_name).is_file():
     return None
   with layout.StudyLedger(workdir) as ledger, ledger.transaction():
@@ -358,7 +367,8 @@ def load_last_plan(workdir) -> FrozenPlan | None:
 
 
 def _frozen_plan_from_json(tree: Mapping[str, Any]) -> FrozenPlan:
-  """Returns what `to_json` wrote of a plan, and declares what its files do."""
+  """Returns the frozen plan that `to_json` wrote, and loads the Python files of
+  the user that it holds, such as one with a phase of its own."""
   plugins.restore_declared_parts(tree.get('files', {}))
   fields = spec.lists_to_tuples(tree['plan'])
   measures = tuple(Measure(**row) for row in fields['measures'])
@@ -368,7 +378,7 @@ def _frozen_plan_from_json(tree: Mapping[str, Any]) -> FrozenPlan:
 
 
 def format_date(seconds: float) -> str:
-  """Returns a time as a report writes it."""
+  """Returns a time in seconds since 1970 as '2026-01-31 12:00 UTC'."""
   return time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(seconds))
 
 
@@ -378,7 +388,9 @@ def phase_of_folder(folder: pathlib.Path) -> str:
 
 
 def adopt_plan(workdir, frozen: FrozenPlan, reason: str = '') -> FrozenPlan:
-  """Returns the plan that goes on in a workdir, and writes it there.
+  """Returns the plan by which a study begins or goes on in a workdir, and
+  writes it there. A change since the plan was frozen is recorded as an
+  amendment.
 
   What was planned before is what the ledger has last: so study.json may be
   removed, and is put back. Where the ledger is gone, too, the runs and the
@@ -442,7 +454,8 @@ def _keep_seeds_of_older_plan(old: FrozenPlan,
 
 
 def _changed_fields(old: FrozenPlan, new: FrozenPlan) -> list[str]:
-  """Returns the names of what is planned otherwise."""
+  """Returns the names of the fields in which a new plan differs from an old
+  one."""
   before, after = _fixed_by_plan(old), _fixed_by_plan(new)
   # A figure of a point that an older version does not have is as planned.
   for name, row in before['points'].items():
@@ -455,7 +468,7 @@ def _changed_fields(old: FrozenPlan, new: FrozenPlan) -> list[str]:
 
 def _common_entries(new: Mapping[str, Any],
                     old: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the entries of a dict that another one has, too."""
+  """Returns the entries of a dict whose keys an older one has, too."""
   return {name: new[name] for name in new if name in old}
 
 
@@ -496,8 +509,17 @@ def _check_no_other_plans(workdir, others: Mapping[str, Sequence[str]],
 
 def record_prediction(workdir, frozen: FrozenPlan, phase: str,
                       rows: Sequence) -> dict:
-  """Returns the prediction of what a phase will find that was frozen first by
-  this plan: `rows`, which stand in the ledger from then on, if there is none.
+  """Records in study.json and in its ledger what a phase is predicted to find,
+  before it runs. Only the first prediction of a plan counts.
+
+  Args:
+    workdir: the folder of the study.
+    frozen: its plan, whose predictions are updated.
+    phase: the name of the phase.
+    rows: the prediction, as efficiency.predict returns it.
+
+  Returns:
+    The first prediction by this plan, as FrozenPlan.predictions has it.
   """
   with layout.StudyLedger(workdir) as ledger, ledger.transaction():
     kept = ledger.last_plan().get('predictions', [])
@@ -518,13 +540,18 @@ def record_prediction(workdir, frozen: FrozenPlan, phase: str,
 
 
 def _name_of_plan(hash: str) -> str:
-  """Returns what a plan is called in messages; a run may have none."""
+  """Returns what a plan is called in messages: by its hash, or 'no plan'."""
   return f'the plan {hash}' if hash else 'no plan'
 
 
 def _results_of_other_plans(workdir, known: set[str]) -> dict[str, list[str]]:
-  """Returns the folders and files of a study that are of no plan of `known`,
-  by the hash of their plan; '': of none."""
+  """Returns the folders and files of a study that were made by other plans, by
+  the hash of their plan; '' where they have none.
+
+  Args:
+    workdir: the folder of the study.
+    known: the hashes of the plans that the study has had.
+  """
   others: dict[str, list[str]] = {}
   for path in sorted(pathlib.Path(workdir).glob('*/sweep.json')):
     for hash in sorted(layout.plan_hashes_of_runs(path.parent) - known):
@@ -538,8 +565,8 @@ def _results_of_other_plans(workdir, known: set[str]) -> dict[str, list[str]]:
 
 
 def _count_begun_seeds(workdir, ledger, plan: Plan) -> dict[str, int]:
-  """Returns how many seeds of each phase have been begun, also of runs that are
-  deleted since."""
+  """Returns the number of seeds of each phase of which a run has begun, also
+  where the run is deleted since; a phase without one is left out."""
   begun = set()  # pairs of a phase and a seed
   for path in pathlib.Path(workdir).glob('*/points/*/seed-*'):
     seed = int(path.name.removeprefix('seed-'))
@@ -555,8 +582,8 @@ def _count_begun_seeds(workdir, ledger, plan: Plan) -> dict[str, int]:
 
 
 def _fixed_by_plan(frozen: FrozenPlan) -> dict:
-  """Returns what must not change of a plan; the code may, which
-  results.as_planned tells."""
+  """Returns what must not change of a plan without an amendment, as a tree. The
+  code may change: results.as_planned reports that."""
   points = {}
   for row in frozen.points:
     name = '.'.join((row['variant'], row['size'], row['workload']))

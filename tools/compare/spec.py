@@ -1,4 +1,4 @@
-"""spec: what a file of configs/sweeps/ describes.
+"""Reads the file of a sweep, such as those of configs/sweeps/.
 
 It holds `get_config()`, which returns the base, a config, and by which train.py
 reads the file; and `sweep(add)`, which calls add(name, **{'model.norm':
@@ -25,10 +25,12 @@ import configs
 from configs import base as fields
 from training import cli, evals, plugins
 
-CONSTANTS_OF_SWEEP = ('SEEDS', 'TASKS')  # that a sweep's file may hold
-CONSTANTS_OF_STUDY = ('SIZES', 'EFFECT')  # that a study's file must hold
+# The constants that the file of a sweep may hold, and those by which a file is
+# known to be that of a study.
+CONSTANTS_OF_SWEEP = ('SEEDS', 'TASKS')
+CONSTANTS_OF_STUDY = ('SIZES', 'EFFECT')
 DEFAULT_NUM_SEEDS, MAX_SEEDS = 3, 10_000
-# the name of the point that changes nothing, by default
+# The name of the point that changes nothing, where the file gives it none.
 DEFAULT_BASE_NAME = 'base'
 # Fields by which a batch is made: points that differ in one share no batches.
 FIELDS_OF_BATCHES = ('data.', 'objective', 'span.', 'probe.')
@@ -39,7 +41,7 @@ DEFAULT_MATCH_FIELD = 'model.d_ff'
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """A variant: its name, and the config keys in which it leaves the base.
+  """One variant of a sweep: its name, and what it changes in the base config.
 
   Attributes:
     name: the name, which is also its folder's.
@@ -53,7 +55,8 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """A base and the points that change it.
+  """The description of a sweep: a base config, and the variants of it that are
+  trained, each of which is called a point.
 
   Attributes:
     name: the name of the file, without its ending.
@@ -77,19 +80,23 @@ class Sweep:
     return apply_changes(self.base, point.changes, f'point {point.name!r}')
 
   def tasks_of_point(self, point: Point) -> tuple[str, ...]:
-    """Returns the evaluations that a run of `point` owes once it is trained:
-    those of TASKS that measure something of it."""
+    """Returns the evaluations that each run of a point gets once it is trained:
+    those of TASKS that can measure its model."""
     config = self.config_of_point(point)
-    owed = []
+    fitting_tasks = []
     for task in self.tasks:
       if not evals.get_task(task).why_unfit(config):
-        owed.append(task)
-    return tuple(owed)
+        fitting_tasks.append(task)
+    return tuple(fitting_tasks)
 
 
 class PointCollector:
-  """The argument of `sweep(add)` of a file: add(name, **changes) adds a point,
-  and add.system(arch) one that is another system."""
+  """Collects the points of a sweep; it is the argument `add` with which the
+  function `sweep(add)` of a sweep's file is called.
+
+  add(name, **changes) adds a variant, and add.system(arch) adds one that is
+  another system, such as 'llama'.
+  """
 
   def __init__(self, file: str, base: ml_collections.ConfigDict):
     self._file, self._base = file, base
@@ -147,18 +154,20 @@ def is_study(file: str) -> bool:
 
 def read_sweep_file(file: str, seeds: int = 0,
                     known: Collection[str] = CONSTANTS_OF_SWEEP) -> Sweep:
-  """Reads a sweep's file; the point that changes nothing is added if missing.
+  """Reads the file of a sweep. A point that changes nothing is added, as the
+  base of all comparisons, where the file has none.
 
   Args:
     file: the path of the file.
     seeds: how many seeds each point has; 0: the file's SEEDS.
-    known: the constants that it may hold, of a study more than CONSTANTS.
+    known: the constants that the file may hold; that of a study may hold more.
 
   Raises:
-    RequestError: for what no sweep can be made of.
+    RequestError: for a file that describes no sweep.
   """
   file = path_of_sweep_file(file)
   module = load_sweep_module(file)
+  # A constant that nothing reads may be a misspelt one.
   for name in vars(module):
     is_read = name in known or name in plugins.MODULE_OF_TABLE
     require(not name.isupper() or name.startswith('_') or is_read,
@@ -193,8 +202,16 @@ def read_sweep_file(file: str, seeds: int = 0,
 
 def apply_changes(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
             who: str) -> ml_collections.ConfigDict:
-  """Returns a locked copy of `base` with `changes` made; ValueError, naming
-  `who` wants it, for a key that is not there or a value of another type."""
+  """Returns a locked copy of a config in which some fields are changed.
+
+  Args:
+    base: the config.
+    changes: the values by dotted key, such as {'model.norm': 'rmsnorm'}.
+    who: what sets these values, named in messages.
+
+  Raises:
+    RequestError: for a key that is no field, or a value of another type.
+  """
   config = base.copy_and_resolve_references()
   for key, value in changes.items():
     value, leaf = lists_to_tuples(value), cli.declare_field(config, key)
@@ -211,7 +228,8 @@ def apply_changes(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
 
 
 def lists_to_tuples(value: Any) -> Any:
-  """Returns lists, which JSON makes of tuples, as the tuples that they were."""
+  """Returns a value with its lists as tuples, at every depth: JSON writes
+  tuples as lists."""
   if isinstance(value, Mapping):  # kinds of layer
     return {name: lists_to_tuples(x) for name, x in value.items()}
   if isinstance(value, list | tuple):
@@ -235,10 +253,12 @@ def load_sweep_module(file: str):
 
 
 def _include_base(sweep: Sweep) -> Sweep:
-  """Finds the point that equals the base, or puts one before the others.
+  """Returns a sweep in which one point is the base: the point that changes
+  nothing, or one that is put before the others.
 
   Raises:
-    RequestError: for two points that train the same.
+    RequestError: for a sweep of nothing but the base, or with two points that
+      train the same model in the same way.
   """
   points = list(sweep.points)
   base = _point_equal_to_base(sweep)
@@ -251,15 +271,17 @@ def _include_base(sweep: Sweep) -> Sweep:
     points.insert(0, base)
   require(len(points) > 1,
           f'{sweep.file}: sweep(add) adds nothing but the base')
-  before: list[tuple[str, Any]] = []
+  # No two points may train the same.
+  trained_before: list[tuple[str, Any]] = []
   for point in points:
-    trained = _trained_model(sweep.config_of_point(point))
-    for name, other in before:
-      require(other != trained, f'{sweep.file}: points {name!r} and '
+    trained_model = _trained_model(sweep.config_of_point(point))
+    for name, other_model in trained_before:
+      require(other_model != trained_model,
+              f'{sweep.file}: points {name!r} and '
               f'{point.name!r} train the same; model.arch alone is a name, '
               'which changes no part of a model: write add.system(ARCH), which '
               'sets the parts of a system')
-    before.append((point.name, trained))
+    trained_before.append((point.name, trained_model))
   return dataclasses.replace(sweep, points=tuple(points), base_name=base.name)
 
 
@@ -273,13 +295,19 @@ def _point_equal_to_base(sweep: Sweep) -> Point | None:
 
 
 def _trained_model(config: ml_collections.ConfigDict) -> tuple[dict, dict]:
-  """Returns what a config trains, whatever its system is called."""
+  """Returns all that decides on what a config trains, but for the name of its
+  system: two configs that train the same give equal values.
+
+  Returns:
+    The config as a tree without model.arch; and what the page of its system in
+    architectures/ holds beside names and parts, such as the scorer of an
+    encoder.
+  """
   import architectures
   tree = config.to_dict()
   page = architectures.systems().get(tree['model'].pop('arch'))
-  # Pages of encoders have more than parts, such as what scores a row.
-  more = {}
+  page_values = {}
   for name in dir(page):
     if not name.startswith('_') and name not in ('PARTS', 'ARCH'):
-      more[name] = getattr(page, name)
-  return tree, more
+      page_values[name] = getattr(page, name)
+  return tree, page_values

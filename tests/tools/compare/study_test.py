@@ -472,7 +472,7 @@ def test_the_size_that_is_predicted_is_no_other_phases(folder):
 
 
 def _take(search, losses, steps=100, diverged=(), value=None):
-  search.take(steps, [[plans.Outcome(
+  search.record_rung(steps, [[plans.Outcome(
       'tune', search.variant, search.size, search.workload, 0,
       {'loss': loss, 'copy': value}, i in diverged, 1.0, 1.0, 1, {}, loss)]
                       for i, loss in enumerate(losses)])
