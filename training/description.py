@@ -64,10 +64,13 @@ def _system_and_layer_lines(run: runs.Run) -> list[str]:
 
 def _devices_line(run: runs.Run) -> str:
   """Returns the line that counts the devices of a run and gives their mesh."""
-  sizes = [f'{axis}={n}' for axis, n in run.mesh.shape.items() if n > 1]
+  sizes = []
+  for axis, size in run.mesh.shape.items():
+    if size > 1:
+      sizes.append(f'{axis}={size}')
   mesh = ','.join(sizes) or 'data=1'
-  kind = run.mesh.devices.flat[0].device_kind
-  return f'devices: {run.mesh.size} of the kind {kind}, mesh {mesh}'
+  device_kind = run.mesh.devices.flat[0].device_kind
+  return f'devices: {run.mesh.size} of the kind {device_kind}, mesh {mesh}'
 
 
 def _step_lines(run: runs.Run, start: int, tokens: int) -> list[str]:

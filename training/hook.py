@@ -138,7 +138,7 @@ class Loop:
     return self.batches.meter
 
   @property
-  def live(self) -> dict[int, RunWriter]:
+  def running_writers(self) -> dict[int, RunWriter]:
     """The runs that have not ended, by their row in the joint arrays."""
     return {row: writer for row, writer in enumerate(self.writers)
             if not writer.code}

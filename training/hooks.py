@@ -75,12 +75,12 @@ class Report(Hook):
     if read is None:
       return
     n = read.step
-    live = loop.live
+    running = loop.running_writers
 
     # Each run takes its figures. One with too many bad steps ends here, and
     # these figures are its last.
     ended = []
-    for row, writer in live.items():
+    for row, writer in running.items():
       had_too_many = writer.has_too_many_bad_steps
       writer.take_figures(loop.program.figures_of_run(read.figures, row))
       if writer.has_too_many_bad_steps and not had_too_many:
@@ -92,7 +92,7 @@ class Report(Hook):
     is_due = n % loop.config.log.every_steps == 0 or n == loop.steps
     reported = ended
     if is_due:
-      reported = list(live.values())
+      reported = list(running.values())
     if not reported:
       return
     lap = loop.meter.lap(n, read.done) | loop.program.figures
@@ -103,8 +103,8 @@ class Report(Hook):
       writer.write_figures(n, 'train', figures)
 
     # The line that is shown: the mean loss of the runs.
-    if live and is_due:
-      losses = [writer.last_figures['loss'] for writer in live.values()]
+    if running and is_due:
+      losses = [writer.last_figures['loss'] for writer in running.values()]
       loop.bar.update(n, lap | {'loss': float(np.mean(losses))})
 
 
@@ -198,11 +198,11 @@ class Evaluate(Hook):
   def begin(self, loop: Loop) -> None:
     """Does the evaluation after the step at which a run is resumed, where a
     signal had kept it from being done."""
-    late = [writer for writer in loop.live.values()
-            if self._lacks_evaluation(loop, writer)]
-    if late and self._is_due(loop):
+    unevaluated = [writer for writer in loop.running_writers.values()
+                   if self._lacks_evaluation(loop, writer)]
+    if unevaluated and self._is_due(loop):
       loop.stopped = not self._evaluate(loop)
-    for writer in late:
+    for writer in unevaluated:
       if writer.best is not None and writer.best.is_over:
         writer.end(ENDED_EARLY, loop.n)
 
@@ -254,8 +254,8 @@ class Evaluate(Hook):
     """Evaluates all runs by what is due, and writes their figures; returns
     False, and writes nothing, where a signal cut the evaluation short."""
     self._report.flush(loop)
-    live = loop.live
-    figures_of_row: dict[int, dict] = {row: {} for row in live}
+    running = loop.running_writers
+    figures_of_row: dict[int, dict] = {row: {} for row in running}
     # The time of an evaluation is none of training's.
     with loop.meter.paused():
       if self._is_held_out_due(loop):
@@ -265,7 +265,7 @@ class Evaluate(Hook):
         if not self._evaluate_tasks(loop, figures_of_row):
           return False
     # The figures of all evaluations of a run make one row.
-    for row, writer in live.items():
+    for row, writer in running.items():
       figures = figures_of_row[row]
       if figures:
         writer.evaluate(loop.n, figures)
@@ -298,7 +298,7 @@ class Evaluate(Hook):
       if sums is None:
         return False
       # The sums are those of all runs of a group.
-      for row, writer in loop.live.items():
+      for row, writer in loop.running_writers.items():
         sums_of_run = [program.figures_of_run(sums_of_source, row)
                        for sums_of_source in sums]
         means = held_out.average_figures(sums_of_run, self._eval_data)
@@ -344,16 +344,16 @@ class Evaluate(Hook):
       False where a signal cut the evaluation short.
     """
     program = loop.program
-    live = loop.live
+    running = loop.running_writers
     # Nothing is shown before the tasks of all runs are done.
     result_of_row = {}
     params = program.run.parameters_to_evaluate(loop.state)
     params_of_runs = program.split_by_run(params)
     for row, params in enumerate(params_of_runs):
-      if row not in live:
+      if row not in running:
         continue
       result = self._tasks.run_for_member(
-          params, loop.n, live[row].workdir,
+          params, loop.n, running[row].workdir,
           stop=lambda: self._is_cut_short(loop))
       if result is None:
         return False
@@ -361,7 +361,7 @@ class Evaluate(Hook):
     for row, result in result_of_row.items():
       figures_of_row[row] |= result.figures
       for text in result.lines:
-        loop.say(live[row], f'step {loop.n}  {text}')
+        loop.say(running[row], f'step {loop.n}  {text}')
     return True
 
 
@@ -415,10 +415,13 @@ class Save(Hook):
     """Returns the writers of the runs to be saved, by their row in the joint
     arrays: of all runs where one of them is due, since their clocks began
     together; else of those that need it, as after their best evaluation."""
-    live = loop.live
-    if all_end or any(writer.saved.is_due(loop.n) for writer in live.values()):
-      return live
-    return {row: writer for row, writer in live.items()
+    running = loop.running_writers
+    if all_end:
+      return running
+    # Processes agree on this, so that each of them has to come here.
+    if any(writer.saved.is_due(loop.n) for writer in running.values()):
+      return running
+    return {row: writer for row, writer in running.items()
             if writer.needs_save(loop.n)}
 
   def save_after_failed_evaluation(self, loop: Loop) -> None:

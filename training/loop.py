@@ -141,7 +141,7 @@ def train_runs(program: Program, writers: Sequence[RunWriter],
 
   Args:
     program: the run, or the group of runs.
-    writers: of each run. Afterwards `code` and `sentence` say how it ended.
+    writers: one of each run. Afterwards `code` and `sentence` say how it ended.
     state: the state of the program after `start` steps.
     start: the index of the next batch.
     loaders: the training batches: one loader for all, or one for each seed.
@@ -172,28 +172,28 @@ def train_runs(program: Program, writers: Sequence[RunWriter],
     # 2. ... goes on with the data at batch `start`, ...
     batches.start_streams(start)
     batch = batches.batch_after(start)
-    for each in loop.hooks:
-      each.check(loop)
+    for each_hook in loop.hooks:
+      each_hook.check(loop)
 
     # 3. ... and compiles, waits for the other processes, and starts the clock.
     cpu.release_free_memory()
     is_primary = devices.is_primary_process()
     with loop.meter.compiling(), progress.show_compilation(is_primary):
       loop.train_step.compile(state, batch)
-      for each in loop.hooks:
-        each.compile(loop)
+      for each_hook in loop.hooks:
+        each_hook.compile(loop)
     cpu.release_free_memory()
     devices.wait_for_all_processes('compiled')
     loop.bar = progress.make_run_progress(loop.steps, start, is_primary)
     loop.meter.begin(start)
-    for each in loop.hooks:
-      each.begin(loop)
+    for each_hook in loop.hooks:
+      each_hook.begin(loop)
 
     # 4. The steps.
     del state  # each step is given the state that the one before it returned
-    while loop.live and not loop.ends:
-      for each in loop.hooks:
-        each.before_step(loop)
+    while loop.running_writers and not loop.ends:
+      for each_hook in loop.hooks:
+        each_hook.before_step(loop)
       with jax.profiler.StepTraceAnnotation('train', step_num=loop.n):
         loop.state, figures = loop.train_step(loop.state, batch)
       loop.n += 1
@@ -201,16 +201,16 @@ def train_runs(program: Program, writers: Sequence[RunWriter],
       if loop.n < loop.steps:
         with loop.meter.waiting():
           batch = batches.batch_after(loop.n)
-      for each in loop.hooks:
-        each.after_step(loop, figures)
+      for each_hook in loop.hooks:
+        each_hook.after_step(loop, figures)
 
     # 5. The end: after a signal, or where no run is left.
     if loop.n < loop.steps:
-      for writer in loop.live.values():
+      for writer in loop.running_writers.values():
         writer.end(STOPPED, loop.n)
     batches.close()
-    for each in loop.hooks:
-      each.end(loop)
+    for each_hook in loop.hooks:
+      each_hook.end(loop)
     for writer in writers:
       writer.saved.wait()
     loop.bar.close()

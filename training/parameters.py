@@ -302,18 +302,18 @@ def _read_weights_of_run(run: runs.Run, source: epath.Path, drawn: Any,
   folder = checkpoints.checkpoint_folder(source)
   skipped = _list_model_differences(
       our_model, their_model=their_model, path=source, is_partial=is_partial)
-  wanted = {'params': abstract_params}
+  params_to_read = {'params': abstract_params}
   saved_arrays = checkpoints.read_array_records(folder, step)
   is_new_head = weights.is_new_head(our_model, their_model)
   if saved_arrays and (is_partial or is_new_head):
-    wanted, misfit_lines = _split_by_fit(wanted, saved_arrays)
+    params_to_read, misfit_lines = _split_by_fit(params_to_read, saved_arrays)
     _check_unfitting(our_model, their_model=their_model, source=source,
-                     wanted=wanted, misfit_lines=misfit_lines,
+                     params_to_read=params_to_read, misfit_lines=misfit_lines,
                      is_partial=is_partial)
     skipped += misfit_lines.values()
 
   # The parameters that fit are read, and the others are as they were drawn.
-  restored = read_parameters(folder, wanted['params'], step)
+  restored = read_parameters(folder, params_to_read['params'], step)
   if step is None:
     _warn_of_damaged_checkpoints(restored)
   arrays = paths.flatten_by_path(initial_params)
@@ -324,34 +324,34 @@ def _read_weights_of_run(run: runs.Run, source: epath.Path, drawn: Any,
   return params, skipped
 
 
-def _split_by_fit(wanted: Any, saved_arrays: dict[str, dict]
+def _split_by_fit(our_params: Any, saved_arrays: dict[str, dict]
                   ) -> tuple[dict, dict[str, str]]:
   """Splits the parameters of a run by whether a checkpoint has them in the same
   shape and dtype.
 
   Args:
-    wanted: the parameters, a tree of ShapeDtypeStructs.
+    our_params: the parameters, a tree of ShapeDtypeStructs.
     saved_arrays: {name: {shape, dtype, ...}} of the checkpoint's arrays.
 
   Returns:
-    The part of `wanted` that fits; and for each parameter that does not, or
+    The part of `our_params` that fits; and for each parameter that does not, or
     that the checkpoint alone has, a line by its path.
   """
-  wanted_arrays = paths.flatten_by_path(wanted)
+  our_arrays = paths.flatten_by_path(our_params)
   misfit_lines = {}
-  differences = checkpoints.list_array_differences(saved_arrays, wanted_arrays)
+  differences = checkpoints.list_array_differences(saved_arrays, our_arrays)
   for name, line in differences.items():
-    if name in wanted_arrays or name.startswith('params/'):
+    if name in our_arrays or name.startswith('params/'):
       misfit_lines[name] = line
   fitting = {}
-  for name, x in wanted_arrays.items():
+  for name, x in our_arrays.items():
     if name not in misfit_lines:
       fitting[name] = x
   return checkpoints.nest_by_path(fitting), misfit_lines
 
 
 def _check_unfitting(our_model: ModelConfig, their_model: ModelConfig,
-                     source: epath.Path, wanted: dict,
+                     source: epath.Path, params_to_read: dict,
                      misfit_lines: dict[str, str], is_partial: bool) -> None:
   """Raises RequestError unless the parameters of a checkpoint that fit a run
   may be taken without those that do not.
@@ -360,7 +360,7 @@ def _check_unfitting(our_model: ModelConfig, their_model: ModelConfig,
     our_model: the model of the run.
     their_model: the model of the weights.
     source: the folder of the weights.
-    wanted: the parameters that fit.
+    params_to_read: the parameters that fit.
     misfit_lines: a line for each path of the others.
     is_partial: config.init_partial.
   """
@@ -388,7 +388,8 @@ def _check_unfitting(our_model: ModelConfig, their_model: ModelConfig,
     raise RequestError(
         f'init_from {str(source)!r}: {"; ".join(wrong_lines)}. To take what '
         'fits all the same: --config.init_partial=True')
-  require(bool(wanted), f'init_from is {str(source)!r}, of which nothing fits '
+  require(bool(params_to_read),
+          f'init_from is {str(source)!r}, of which nothing fits '
           'this model')
 
 
@@ -449,7 +450,7 @@ def read_parameters(folder: epath.Path, params: Any, step: StepChoice = None, *,
     RequestError: there is no such checkpoint, or not of these parameters.
   """
   if isinstance(step, checkpoints.MeanOfSteps):
-    return _read_mean_of_checkpoints(folder, params=params, wanted=step,
+    return _read_mean_of_checkpoints(folder, params=params, mean_of_steps=step,
                                      live=live)
 
   def arrays_to_read(saved: dict[str, Any]) -> dict[str, Any]:
@@ -485,24 +486,24 @@ def read_parameters(folder: epath.Path, params: Any, step: StepChoice = None, *,
 
 
 def _read_mean_of_checkpoints(folder: epath.Path, params: Any,
-                              wanted: checkpoints.MeanOfSteps, live: bool
+                              mean_of_steps: checkpoints.MeanOfSteps, live: bool
                               ) -> checkpoints.RestoredCheckpoint:
   """Reads several checkpoints, and returns the mean of their parameters as the
   `state` of the newest of them.
 
   Args:
     folder, params, live: those of `read_parameters`.
-    wanted: the checkpoints whose mean is taken.
+    mean_of_steps: the checkpoints whose mean is taken.
   """
   available = checkpoints.list_steps(folder)
-  if len(available) < wanted.last:
+  if len(available) < mean_of_steps.last:
     names = ', '.join(map(str, available)) or 'none'
     raise RequestError(
-        f'the mean of the last {wanted.last} checkpoints was asked for, and '
-        f'{folder} has {len(available)}: {names}')
+        f'the mean of the last {mean_of_steps.last} checkpoints was asked for, '
+        f'and {folder} has {len(available)}: {names}')
 
   # Read each of them.
-  steps = sorted(wanted.steps) or available[-wanted.last:]
+  steps = sorted(mean_of_steps.steps) or available[-mean_of_steps.last:]
   restored_steps = []
   for step in steps:
     restored = read_parameters(folder, params=params, step=step, live=live)

@@ -154,8 +154,8 @@ def refuse_unread_fields(names: Iterable[str],
     # It is refused, with what would make the model read it.
     advice = 'away'
     if not is_of_layer_kind:
-      others = ' or '.join(f'model.{other}' for other in unread.others)
-      advice = f'at {default}, or set {others}'
+      other_fields = ' or '.join(f'model.{other}' for other in unread.others)
+      advice = f'at {default}, or set {other_fields}'
     raise RequestError(f'{name} is {value}, which this model does not read: it '
                        f'is read where {unread.where}. Leave it {advice}')
 

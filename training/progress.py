@@ -163,7 +163,7 @@ class _ProgressBar:
   """The progress of a run on a terminal: step, loss, tokens/s and time left,
   redrawn in place."""
 
-  def __init__(self, total: int, first: int, stream: TextIO):
+  def __init__(self, total: int, first_step: int, stream: TextIO):
     """Makes the bar, at the step from which the run goes on."""
     from rich import progress
     self._total = total
@@ -176,7 +176,8 @@ class _ProgressBar:
         # No thread of its own: it would take time from the host's two cores.
         auto_refresh=False,
         redirect_stderr=sys.stderr.isatty())
-    self._task = self._bar.add_task('', total=total, completed=first, text='')
+    self._task = self._bar.add_task('', total=total, completed=first_step,
+                                    text='')
     self._drawn = 0.0
     self._bar.start()
 
@@ -198,7 +199,7 @@ class _ProgressBar:
     self._bar.stop()
 
 
-def make_run_progress(total: int, first: int = 0, primary: bool = True,
+def make_run_progress(total: int, first_step: int = 0, primary: bool = True,
                       stream: TextIO | None = None
                       ) -> ProgressLines | _ProgressBar:
   """Returns the object that shows the progress of a training run: a bar on a
@@ -207,7 +208,7 @@ def make_run_progress(total: int, first: int = 0, primary: bool = True,
 
   Args:
     total: train.steps.
-    first: the step that the run starts or resumes at.
+    first_step: the step that the run starts or resumes at.
     primary: whether this is process 0; the others print nothing.
     stream: the stream to print to; None: stdout.
   """
@@ -215,7 +216,7 @@ def make_run_progress(total: int, first: int = 0, primary: bool = True,
     return ProgressLines(total, open(os.devnull, 'w'))
   stream = stream or sys.stdout
   if stream.isatty():
-    return _ProgressBar(total, first, stream)
+    return _ProgressBar(total, first_step, stream)
   return ProgressLines(total, stream)
 
 

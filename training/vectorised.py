@@ -186,27 +186,27 @@ def _train_members(run: runs.Run, members: Sequence[GroupMember],
     key = member.start.step, member.start.state is None
     members_at_step.setdefault(key, []).append(member)
 
-  for (step, _), together in sorted(members_at_step.items()):
+  for (step, _), members_together in sorted(members_at_step.items()):
     last_step = run.config.train.steps
     if step >= last_step:
-      print(f'{len(together)} of {len(unfinished)} runs are complete: {step} '
-            f'steps of {last_step}')
+      print(f'{len(members_together)} of {len(unfinished)} runs are complete: '
+            f'{step} steps of {last_step}')
       continue
     # A signal that stopped one program stops the programs after it.
     was_stopped = any(
         member.writer.code == STOPPED or member.writer.stop_requested
         for member in unfinished)
     if was_stopped:
-      for member in together:
+      for member in members_together:
         member.writer.sentence = f'stopped before step {step}'
       continue
     # A config is recorded only of a run that is trained.
-    for member in together:
+    for member in members_together:
       request = member.request
       run_config.save_config(
           member.writer.workdir, config=request.given_config,
           derived=request.derived, data=hash_of_source)
-    _train_members_at_one_step(run, together)
+    _train_members_at_one_step(run, members_together)
 
 
 def _train_members_at_one_step(run: runs.Run, members: Sequence[GroupMember]

@@ -62,7 +62,7 @@ def test_a_terminal_shows_what_is_done(streams):
 
 def test_plain_lines_without_a_terminal():
   out = io.StringIO()
-  lines = progress.make_run_progress(1000, first=0, stream=out)
+  lines = progress.make_run_progress(1000, first_step=0, stream=out)
   lines.step(9)
   lines.update(10, {'loss': 3.14159, 'tokens_per_second': 12345.0,
                     'step_seconds': 4.0, 'mfu': None})

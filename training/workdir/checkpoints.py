@@ -560,7 +560,8 @@ def _read_step(folder: epath.Path, abstract: Any, partial: bool):
     if callable(abstract):
       abstract = abstract(record['arrays'])
     if abstract is not None:
-      _check_fits(folder, record=record, wanted=paths.flatten_by_path(abstract),
+      _check_fits(folder, record=record,
+                  expected=paths.flatten_by_path(abstract),
                   partial=partial)
       state = _read_arrays(folder, record, abstract)
   except (CheckpointMismatch, MemoryError):
@@ -620,14 +621,14 @@ def _read_arrays(folder: epath.Path, record: dict[str, Any], abstract: Any
   """
   import orbax.checkpoint as ocp
 
-  wanted = paths.flatten_by_path(abstract)
+  expected = paths.flatten_by_path(abstract)
   # A placeholder stands for an array that is not read.
   item = {}
   restore_args = {}
   for name in record['arrays']:
     item[name] = ocp.PLACEHOLDER
     restore_args[name] = ocp.RestoreArgs()
-  for name, x in wanted.items():
+  for name, x in expected.items():
     if name in record['arrays']:
       item[name] = x
       restore_args[name] = ocp.ArrayRestoreArgs(
@@ -638,7 +639,7 @@ def _read_arrays(folder: epath.Path, record: dict[str, Any], abstract: Any
   with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
     leaves = paths.flatten_by_path(handler.restore(folder / 'state', args=args))
   # What Orbax could not read, it returns as it was given it.
-  for name in wanted:
+  for name in expected:
     if not isinstance(leaves[name], jax.Array):
       raise _DamagedCheckpoint(f'{name} is not read as an array')
   return jax.tree_util.tree_map_with_path(
@@ -691,22 +692,22 @@ def add_digest(record: Any) -> dict[str, Any]:
 
 
 def _check_fits(folder: epath.Path, record: dict[str, Any],
-                wanted: dict[str, Any], partial: bool):
+                expected: dict[str, Any], partial: bool):
   """Checks that the arrays of a checkpoint have the shapes and dtypes that are
   expected of them.
 
   Args:
     folder: the folder of the step.
     record: its record.
-    wanted: the arrays to read, by name, as ShapeDtypeStructs.
+    expected: the arrays to read, by name, as ShapeDtypeStructs.
     partial: whether the checkpoint may have others too.
 
   Raises:
     CheckpointMismatch: with the name of each array that differs.
   """
   wrong_lines = []
-  for name, line in list_array_differences(record['arrays'], wanted).items():
-    if not partial or name in wanted:
+  for name, line in list_array_differences(record['arrays'], expected).items():
+    if not partial or name in expected:
       wrong_lines.append(line)
   if wrong_lines:
     raise CheckpointMismatch(
@@ -715,29 +716,30 @@ def _check_fits(folder: epath.Path, record: dict[str, Any],
 
 
 def list_array_differences(
-    saved: dict[str, dict[str, Any]], wanted: dict[str, Any]) -> dict[str, str]:
+    saved: dict[str, dict[str, Any]], expected: dict[str, Any]
+    ) -> dict[str, str]:
   """Compares the shapes and dtypes of the arrays in a checkpoint's record with
-  those that are wanted.
+  those that are expected.
 
   Args:
     saved: {name: {shape, dtype, ...}} of the record.
-    wanted: {name: ShapeDtypeStruct}.
+    expected: {name: ShapeDtypeStruct}.
 
   Returns:
     A line for each array that differs, or is on one of the two sides alone, by
     name.
   """
   saved_types = {name: f'{x["dtype"]}{x["shape"]}' for name, x in saved.items()}
-  wanted_types = {name: f'{x.dtype}{list(x.shape)}'
-                  for name, x in wanted.items()}
+  expected_types = {name: f'{x.dtype}{list(x.shape)}'
+                    for name, x in expected.items()}
   # An array that one of the two lacks is written as 'not'.
   lines = {}
-  for name in wanted_types | saved_types:
+  for name in expected_types | saved_types:
     saved_type = saved_types.get(name, 'not')
-    wanted_type = wanted_types.get(name, 'not')
-    if saved_type != wanted_type:
+    expected_type = expected_types.get(name, 'not')
+    if saved_type != expected_type:
       lines[name] = (f'{name} is {saved_type} in the checkpoint and '
-                     f'{wanted_type} here')
+                     f'{expected_type} here')
   return lines
 
 

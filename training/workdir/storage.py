@@ -440,10 +440,10 @@ class GrowingFile:
 
   def write(self, data: bytes) -> None:
     with explain_write_failures(self._path):
-      left = memoryview(data)
-      while left:
-        written = self._file.write(left)
-        left = left[written:]
+      unwritten = memoryview(data)
+      while unwritten:
+        written = self._file.write(unwritten)
+        unwritten = unwritten[written:]
       if os.fstat(self._file.fileno()).st_nlink == 0:
         raise FileNotFoundError(errno.ENOENT, 'it was deleted in mid-run')
 
