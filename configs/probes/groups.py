@@ -13,18 +13,24 @@ to 16 permutations, and 32 and 64 when evaluated. docs/mixers.md has the
 figures.
 """
 
-LRS = (3e-3,)
+LRS = (3e-3,)  # the learning rates that each task is trained with
+# The fields of each model. `householders` is how many steps a token takes, and
+# `negative` whether their rates reach 2.
+MODELS = {
+    'attention': {},
+    'positive_2': {'model.mixer': 'deltanet', 'model.deltanet.householders': 2,
+                   'model.deltanet.negative': False},
+    'negative_1': {'model.mixer': 'deltanet', 'model.deltanet.householders': 1,
+                   'model.deltanet.negative': True},
+    'negative_2': {'model.mixer': 'deltanet', 'model.deltanet.householders': 2,
+                   'model.deltanet.negative': True},
+}
 
 
 def suite(add):
-  for name, fields in {
-      'attention': {},
-      'positive_2': dict(mixer='deltanet', householders=2, negative=False),
-      'negative_1': dict(mixer='deltanet', householders=1, negative=True),
-      'negative_2': dict(mixer='deltanet', householders=2, negative=True),
-  }.items():
+  """Adds the task s3 for each model, by add(probe, label=name, **fields)."""
+  for name, model_fields in MODELS.items():
     add('s3', label=f's3_{name}', **{
         'data.length': 17, 'data.batch_size': 64,
-        'probe.levels': tuple(range(1, 17)), 'train.steps': 2000}, **{
-            f'model.{"" if field == "mixer" else "deltanet."}{field}': value
-            for field, value in fields.items()})
+        'probe.levels': tuple(range(1, 17)), 'train.steps': 2000},
+        **model_fields)
