@@ -12,7 +12,8 @@ import architectures
 from tests.helpers import forked
 
 ROOT = pathlib.Path(__file__).parents[2]
-ROOMS = ('architectures', 'common', 'configs', 'tools', 'training')
+# The packages of the project.
+PACKAGES = ('architectures', 'common', 'configs', 'tools', 'training')
 
 
 @contextlib.contextmanager
@@ -23,20 +24,23 @@ def files(folder: pathlib.Path, sources: Mapping[str, str]) -> Iterator[None]:
     folder: where the files are written.
     sources: {'architectures/NAME.py': its text}, beside files that are there.
   """
-  packages = {}
+  # Write the files, each in a folder for its package.
+  folder_of_package = {}
   for name, text in sources.items():
     file = folder / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     package = name.rpartition('/')[0].replace('/', '.')
-    packages[importlib.import_module(package)] = str(file.parent)
-  for package, path in packages.items():
+    folder_of_package[importlib.import_module(package)] = str(file.parent)
+
+  # Let the packages look there, too, and undo that at the end.
+  for package, path in folder_of_package.items():
     package.__path__.append(path)
   architectures.refresh()
   try:
     yield
   finally:
-    for package, path in packages.items():
+    for package, path in folder_of_package.items():
       package.__path__.remove(path)
     for name in sources:
       sys.modules.pop(name.removesuffix('.py').replace('/', '.'), None)
@@ -44,10 +48,10 @@ def files(folder: pathlib.Path, sources: Mapping[str, str]) -> Iterator[None]:
 
 
 def copied(tree: pathlib.Path) -> pathlib.Path:
-  """Returns `tree`, a folder that was not there yet: now a copy of the project,
-  in which programs can be run."""
-  for room in ROOMS:
-    shutil.copytree(ROOT / room, tree / room,
+  """Copies the project into a folder that is not there yet, in which programs
+  can then be run; returns the folder."""
+  for package in PACKAGES:
+    shutil.copytree(ROOT / package, tree / package,
                     ignore=shutil.ignore_patterns('__pycache__'))
   for program in ROOT.glob('*.py'):
     shutil.copy(program, tree)

@@ -29,9 +29,10 @@ PACKAGES = ('numpy', 'jax', 'flax.linen', 'optax', 'chex', 'orbax.checkpoint',
             'grain', 'ml_collections.config_flags', 'training.loop',
             'training.preflight', 'training.evals.held_out', 'training.cli',
             'tools.compare.study', 'tools.compare.check')
-OURS = {path.name.removesuffix('.py') for path in ROOT.iterdir()}
-# What JAX reads of the environment, it reads when it is imported.
-READ_BY_JAX = ('JAX_', 'PYTHON')
+# The modules and packages of the project.
+OWN_MODULES = {path.name.removesuffix('.py') for path in ROOT.iterdir()}
+# What JAX and Python read of the environment, they read when they start.
+PREFIXES_READ_AT_START = ('JAX_', 'PYTHON')
 
 
 def run(*words: str, cwd: pathlib.Path = ROOT, stdin: str = '',
@@ -40,6 +41,7 @@ def run(*words: str, cwd: pathlib.Path = ROOT, stdin: str = '',
   """Runs `python WORDS`, which begin with a file, -m MODULE or -c CODE.
 
   Args:
+    *words: the file, module or code, and the arguments of the program.
     cwd: the folder that it runs in.
     stdin: what it reads from its standard input.
     timeout: in seconds.
@@ -48,11 +50,14 @@ def run(*words: str, cwd: pathlib.Path = ROOT, stdin: str = '',
   Raises:
     subprocess.TimeoutExpired: it has not ended after `timeout` seconds.
   """
+  # The process that is forked has its own values of what is read at a start.
   words = [str(word) for word in words]
-  if words[0] == '-c' or _of_jax(os.environ) != _server()[1]:
+  if words[0] == '-c' or _read_at_start(os.environ) != _server()[1]:
     assert meanwhile is None
     return subprocess.run([sys.executable, *words], cwd=cwd, input=stdin,
                           text=True, capture_output=True, timeout=timeout)
+
+  # Run in a fork, which reads from files and writes to files.
   with tempfile.TemporaryDirectory() as folder:
     files = {name: f'{folder}/{name}' for name in ('stdin', 'out', 'err')}
     pathlib.Path(files['stdin']).write_text(stdin)
@@ -65,28 +70,32 @@ def run(*words: str, cwd: pathlib.Path = ROOT, stdin: str = '',
       os.kill(pid, signal.SIGKILL)
       _answer(60)
       raise subprocess.TimeoutExpired(words, timeout) from None
-    out, err = (pathlib.Path(files[name]).read_text()
-                for name in ('out', 'err'))
+    out = pathlib.Path(files['out']).read_text()
+    err = pathlib.Path(files['err']).read_text()
   return subprocess.CompletedProcess(words, code, out, err)
 
 
-def _of_jax(environment) -> dict[str, str]:
+def _read_at_start(environment) -> dict[str, str]:
+  """Returns the variables of an environment that a program reads as it starts.
+  """
   return {name: value for name, value in environment.items()
-          if name.startswith(READ_BY_JAX)}
+          if name.startswith(PREFIXES_READ_AT_START)}
 
 
 @functools.cache
 def _server() -> tuple[subprocess.Popen, dict[str, str]]:
-  """Returns the process to fork, and what JAX has read in it."""
+  """Starts the process to fork, once; returns it, and what it read of the
+  environment as it started."""
   process = subprocess.Popen(
       [sys.executable, '-m', 'tests.helpers.forked'], cwd=ROOT, text=True,
       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
   atexit.register(process.stdin.close)  # which ends it
-  return process, _of_jax(os.environ)
+  return process, _read_at_start(os.environ)
 
 
 def _ask(request: dict) -> int:
-  """Returns the number of the process in which the program runs."""
+  """Asks the server for a fork; returns the number of the process in which the
+  program runs."""
   process, _ = _server()
   process.stdin.write(json.dumps(request) + '\n')
   process.stdin.flush()
@@ -103,7 +112,9 @@ def _answer(timeout: float) -> int:
 
 
 def _serve():
-  """Forks for each request; returns the request in the fork only."""
+  """Forks for each request that comes in as a line of JSON, and prints the
+  number of the fork and then its exit code; returns the request in the fork
+  only."""
   for package in PACKAGES:
     importlib.import_module(package)
   gc.freeze()
@@ -119,17 +130,31 @@ def _serve():
 
 
 def _become(words, cwd, env, stdin, out, err):
-  """Turns this process into `python WORDS` in that folder."""
+  """Turns this process into `python WORDS`.
+
+  Args:
+    words: the file, or -m and the module, and the arguments of the program.
+    cwd: the folder that it runs in.
+    env: its environment.
+    stdin, out, err: the files of its input, output and errors.
+  """
+  # The folder, the environment and the files.
   os.chdir(cwd)
   os.environ.clear()
   os.environ.update(env)
-  for number, path, how in ((0, stdin, os.O_RDONLY),
-                            (1, out, os.O_WRONLY | os.O_CREAT),
-                            (2, err, os.O_WRONLY | os.O_CREAT)):
-    os.dup2(os.open(path, how), number)
-  ours = OURS if pathlib.Path(cwd) != ROOT else {'tests'}
-  for name in [name for name in sys.modules if name.split('.')[0] in ours]:
-    del sys.modules[name]
+  write = os.O_WRONLY | os.O_CREAT
+  for descriptor, path, mode in ((0, stdin, os.O_RDONLY), (1, out, write),
+                                 (2, err, write)):
+    os.dup2(os.open(path, mode), descriptor)
+
+  # In a copy of the project, forget its modules: the copy has its own.
+  forgotten = {'tests'}
+  if pathlib.Path(cwd) != ROOT:
+    forgotten = OWN_MODULES
+  for name in list(sys.modules):
+    if name.split('.')[0] in forgotten:
+      del sys.modules[name]
+
   import runpy
   if words[0] == '-m':
     sys.argv = words[1:]
