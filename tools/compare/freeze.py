@@ -51,22 +51,23 @@ DEFAULT_OF_CONSTANT: dict[str, Any] = {
     # by the plan's hash.
     'REPLICATION': 1, 'SEED_OFFSET': -1,
 }
-# The type of what has no default to tell it, and an example.
-_FORMS = {'SIZES': (dict, {'small': {'model.d_model': 32}, 'middle': ...}),
-          'SEEDS': (dict, {'screen': 5, 'confirm': 10}),
-          'EFFECT': (numbers.Real, 0.02),
-          'MEASURES': (tuple | list, ({'figure': 'loss'},))}
-FEWEST_SIZES = 3
-# Fields that are the study's own.
-_STUDY_FIELDS = ('seed', 'init_seed', 'eval.part')
+# The type, and an example, of each constant whose default does not tell it.
+_TYPE_AND_EXAMPLE = {
+    'SIZES': (dict, {'small': {'model.d_model': 32}, 'middle': ...}),
+    'SEEDS': (dict, {'screen': 5, 'confirm': 10}),
+    'EFFECT': (numbers.Real, 0.02),
+    'MEASURES': (tuple | list, ({'figure': 'loss'},))}
+FEWEST_SIZES = 3  # since a verdict must agree over sizes
+# Fields that the study sets itself, so that no file may.
+_FIELDS_OF_STUDY = ('seed', 'init_seed', 'eval.part')
 # Fields by which a run sees other data, or more of it, than the base's.
-_DATA = (*spec.FIELDS_OF_BATCHES, 'train.steps', 'train.grad_accumulation',
-         'eval.')
+_FIELDS_OF_DATA = (
+    *spec.FIELDS_OF_BATCHES, 'train.steps', 'train.grad_accumulation', 'eval.')
 
 
-def freeze_plan(file: str,
-                kept: plans.FrozenPlan | None = None) -> plans.FrozenPlan:
-  """Returns the plan of a study's file.
+def freeze_plan(file: str, kept: plans.FrozenPlan | None = None
+                ) -> plans.FrozenPlan:
+  """Returns the plan of a study's file, of which every run is checked.
 
   Args:
     file: its path.
@@ -83,23 +84,24 @@ def freeze_plan(file: str,
   # The points, checked; where nothing has changed, those of the earlier plan.
   start = provenance.describe_this_start()
   code = {'commit': start['commit'], 'diff': start['diff']}
-  inputs = ''
+  checksum_of_inputs = ''
   if code['commit']:
-    inputs = layout.json_checksum(plans.to_json(
+    checksum_of_inputs = layout.json_checksum(plans.to_json(
         [code, jax.__version__, sweep.base.to_dict(), sweep.points, constants]))
-  if kept is not None and inputs and kept.inputs == inputs:
+  if (kept is not None and checksum_of_inputs
+      and kept.inputs == checksum_of_inputs):
     points = kept.points
   else:
-    points = _points(sweep, constants)
+    points = _check_points(sweep, constants)
   configs = [spec.apply_changes(sweep.base, row['changes'], 'it')
              for row in points]
 
-  plan = _plan(file=file, sweep=sweep, constants=constants, points=points,
-               configs=configs)
+  plan = _make_plan(file=file, sweep=sweep, constants=constants, points=points,
+                    configs=configs)
   frozen = plans.FrozenPlan(
       plan=plan, base_config=sweep.base.to_dict(), points=points,
-      sources=cost.hash_data_of_configs(configs), code=code, inputs=inputs,
-      files=dict(plugins.text_of_loaded_file))
+      sources=cost.hash_data_of_configs(configs), code=code,
+      inputs=checksum_of_inputs, files=dict(plugins.text_of_loaded_file))
 
   # Which seeds the study has may hang on everything else that is planned.
   offset = constants['SEED_OFFSET']
@@ -109,29 +111,31 @@ def freeze_plan(file: str,
       frozen, plan=dataclasses.replace(plan, offset=offset))
 
 
-def _plan(file: str, sweep: spec.Sweep, constants: Mapping,
-          points: Sequence[Mapping], configs: Sequence) -> plans.Plan:
-  """Returns the plan without the offset of its seeds.
+def _make_plan(file: str, sweep: spec.Sweep, constants: Mapping,
+               points: Sequence[Mapping], configs: Sequence) -> plans.Plan:
+  """Returns the plan of a study, without the offset of its seeds.
 
   Args:
     file: the path of the study's file.
     sweep: the base and its variants.
     constants: the constants of the file, completed.
-    points: the rows of Frozen.points.
+    points: a row for each variant, size and workload (FrozenPlan.points).
     configs: the config of each of these.
   """
-  measures = _measures(file=file, constants=constants, points=points,
-                       configs=configs)
+  measures = _make_measures(file=file, constants=constants, points=points,
+                            configs=configs)
   variants = tuple(point.name for point in sweep.points
                    if point.name != sweep.base_name)
 
   # The sizes, of which the largest may be predicted.
   sizes, largest = tuple(constants['SIZES']), None
   if 'largest' in constants['SEEDS']:
-    *others, largest = sizes
-    sizes = tuple(others)
+    *smaller_sizes, largest = sizes
+    sizes = tuple(smaller_sizes)
     _check_predictable(file, measures[0], configs)
-  # With muP the values of the smallest size hold for all of them.
+
+  # The sizes at which fields are tuned. With muP the values of the smallest
+  # size hold for all of them.
   tuned_sizes = sizes
   if all(config.model.parametrization == 'mup' for config in configs):
     tuned_sizes = sizes[:1]
@@ -139,8 +143,9 @@ def _plan(file: str, sweep: spec.Sweep, constants: Mapping,
   match_field = ''
   if constants['MATCH']:
     match_field = constants['MATCH_FIELD']
-  of_phases = {name: x for name, x in constants.items(
-      ) if name not in DEFAULT_OF_CONSTANT}
+  constants_of_phases = {
+      name: value for name, value in constants.items()
+      if name not in DEFAULT_OF_CONSTANT}
   return plans.Plan(
       name=sweep.name,
       question=constants['QUESTION'],
@@ -165,21 +170,29 @@ def _plan(file: str, sweep: spec.Sweep, constants: Mapping,
       floor=float(constants['FLOOR']) or None,
       least_snr=float(constants['LEAST_SNR']) or None,
       target=float(constants['TARGET']) or None,
-      settings=of_phases or None,
+      settings=constants_of_phases or None,
       replication=constants['REPLICATION'])
 
 
-def _measures(file: str, constants: Mapping, points: Sequence[Mapping],
-              configs: Sequence) -> list[plans.Measure]:
-  """Returns the measures, each with what guessing gives."""
-  bytes_per_token = _check_halves(configs[0])
+def _make_measures(file: str, constants: Mapping, points: Sequence[Mapping],
+                   configs: Sequence) -> list[plans.Measure]:
+  """Returns the measures of a study, each with the value that guessing gives.
+
+  Args:
+    file: the path of the study's file, for messages.
+    constants: the constants of the file, completed.
+    points: a row for each variant, size and workload (FrozenPlan.points).
+    configs: the config of each of these.
+  """
+  bytes_per_token = _check_halves_of_held_out_text(configs[0])
   workloads = [row['workload'] for row in points]
   measures = []
   for entry in constants['MEASURES']:
-    at = workloads.index(entry['workload'])
+    # The first point of a workload is the base at the smallest size.
+    i = workloads.index(entry['workload'])
     is_text = entry['workload'] == plans.TEXT
     chance = measures_lib.score_of_guessing(
-        measure=entry, config=configs[at], vocab=points[at]['vocab'],
+        measure=entry, config=configs[i], vocab=points[i]['vocab'],
         bytes_per_token=bytes_per_token if is_text else 0.0, file=file)
     measures.append(plans.Measure(**entry | {'chance': chance}))
   return measures
@@ -187,9 +200,10 @@ def _measures(file: str, constants: Mapping, points: Sequence[Mapping],
 
 def _check_predictable(file: str, primary: plans.Measure, configs: Sequence
                        ) -> None:
-  """Raises RequestError where a law of losses cannot predict a size."""
+  """Raises RequestError where a scaling law cannot predict the largest size:
+  where the first measure is no loss, or a run does not end cooled down."""
   are_cooled = all(
-      curves.ends_cooled_down(run_config.flatten(c)) for c in configs)
+      curves.ends_cooled_down(run_config.flatten(config)) for config in configs)
   require(primary.better == plans.LOWER and are_cooled,
           f'{file}: SEEDS has `largest`, which a law of losses predicts: '
           'less must be better of the first measure, and optim.schedule must '
@@ -197,69 +211,84 @@ def _check_predictable(file: str, primary: plans.Measure, configs: Sequence
 
 
 def read_study_file(file: str) -> tuple[spec.Sweep, dict[str, Any]]:
-  """Returns the base and its variants, and the constants of a study's file by
-  their names, completed: TUNING as the plan has it, and MEASURES without
-  `chance`s.
+  """Returns what a study's file holds, checked and completed.
+
+  Returns:
+    sweep: the base and its variants.
+    constants: the constants of the file by their names, with the defaults of
+      those that it leaves out; TUNING as the plan has it, and MEASURES without
+      `chance`s.
 
   Raises:
     RequestError: for what no study can be made of.
   """
+  # The constants that all studies have.
   module = spec.load_sweep_module(file)
   constants = {}
   for name, default in DEFAULT_OF_CONSTANT.items():
     constants[name] = getattr(module, name, default)
-    _check_form(file, name, constants[name])
+    _check_type_of_constant(file, name, constants[name])
+
+  # The phases, and the constants that these have.
   phases.check_phases(file)
   seeds = phases.default_seeds_by_phase() | constants['SEEDS']
-  constants['SEEDS'] = _checked_seeds(file, seeds)
+  constants['SEEDS'] = _check_seeds(file, seeds)
   for phase in phases.phases_of_study(seeds):
     for name, default in phase.constants.items():
       constants[name] = getattr(module, name, default)
       check_type(constants[name], default, f'{file}: {name}')
   sweep = spec.read_sweep_file(file, seeds=1, known=constants)
   _check_ranges(file, constants)
-  _check_names(file, constants)
+  _check_sizes_and_workloads(file, constants)
 
   # A file may leave out what follows from the rest of it.
-  constants['TUNING'] = _tuning(file, constants['TUNING'], sweep.base)
+  constants['TUNING'] = _make_tuning(file, constants['TUNING'], sweep.base)
   _check_overlaps(file, sweep, constants)
   workloads = constants['WORKLOADS']
   entries = constants['MEASURES']
   if not entries:
-    entries = [_usual_measure(workload) for workload in workloads]
-  constants[
-      'MEASURES'] = measures_lib.complete_measures(entries, workloads, file)
+    entries = [_default_measure(workload) for workload in workloads]
+  constants['MEASURES'] = measures_lib.complete_measures(
+      entries, workloads, file)
   return sweep, constants
 
 
-def _check_form(file: str, name: str, value: Any) -> None:
-  """Raises RequestError for a constant of another type than it has."""
+def _check_type_of_constant(file: str, name: str, value: Any) -> None:
+  """Raises RequestError for a constant of another type than its default, or
+  than _TYPE_AND_EXAMPLE says."""
   default = DEFAULT_OF_CONSTANT[name]
-  if name in _FORMS:
-    kind, example = _FORMS[name]
+  if name in _TYPE_AND_EXAMPLE:
+    expected_type, example = _TYPE_AND_EXAMPLE[name]
   else:
-    kind = numbers.Real if isinstance(default, float) else type(default)
+    is_fraction = isinstance(default, float)
+    expected_type = numbers.Real if is_fraction else type(default)
     example = default
-  require(isinstance(value, kind), f'{file}: {name} is {short(value)}: '
-          f'write it as {example!r}')
+  require(isinstance(value, expected_type), f'{file}: {name} is '
+          f'{short(value)}: write it as {example!r}')
 
 
-def _checked_seeds(file: str, seeds: Mapping[str, Any]) -> dict[str, int]:
-  """Returns the seeds of each phase, in the order of the phases."""
-  for phase in seeds:
-    one_of('phase of SEEDS', phase, phases.PHASES)
-  ordered = {}
+def _check_seeds(file: str, seeds: Mapping[str, Any]) -> dict[str, int]:
+  """Returns the number of seeds of each phase, in the order of the phases.
+
+  Raises:
+    RequestError: for a phase that is none, and for a number out of its range.
+  """
+  for name in seeds:
+    one_of('phase of SEEDS', name, phases.PHASES)
+  seeds_in_order = {}
   for phase in phases.phases_of_study(seeds):
-    number = ordered[phase.name] = seeds[phase.name]
-    require(type(number) is int and phase.min_seeds <= number
-            <= phases.SEEDS_BETWEEN_PHASES,
-            f'{file}: SEEDS has {number!r} for {phase.name}: choose a whole '
+    num_seeds = seeds[phase.name]
+    is_in_range = (type(num_seeds) is int and phase.min_seeds <= num_seeds
+                   <= phases.SEEDS_BETWEEN_PHASES)
+    require(is_in_range,
+            f'{file}: SEEDS has {num_seeds!r} for {phase.name}: choose a whole '
             f'number from {phase.min_seeds} to {phases.SEEDS_BETWEEN_PHASES:,}')
-  return ordered
+    seeds_in_order[phase.name] = num_seeds
+  return seeds_in_order
 
 
-# The ranges of the numbers of a study's file.
-_RANGES = {
+# The bounds of the numbers of a study's file.
+_BOUNDS_OF_CONSTANT = {
     'EFFECT': (('>', 0), ('<', 1e30)),
     'ALPHA': (('>', 0), ('<', 1)),
     'Q': (('>', 0), ('<', 1)),
@@ -275,145 +304,194 @@ _RANGES = {
 
 
 def _check_ranges(file: str, constants: Mapping) -> None:
-  """Raises RequestError for a number outside its range, and another match."""
-  for name, bounds in _RANGES.items():
+  """Raises RequestError for a number out of its range, and where MATCH is no
+  cost that can be matched."""
+  for name, bounds in _BOUNDS_OF_CONSTANT.items():
     check_number(f'{file}: {name}', constants[name], bounds)
   one_of('MATCH', constants['MATCH'], ('', *spec.MATCHABLE_COSTS))
 
 
-def _check_names(file: str, constants: Mapping) -> None:
-  """Raises RequestError for sizes or workloads that are none, or too few."""
-  for name in ('SIZES', 'WORKLOADS'):
-    for key, fields in constants[name].items():
-      is_name = re.fullmatch(r'[\w=+-]+', str(key)) is not None
+def _check_sizes_and_workloads(file: str, constants: Mapping) -> None:
+  """Raises RequestError for sizes or workloads of another form, for too few
+  sizes, and where the first workload is not the text."""
+  for constant in ('SIZES', 'WORKLOADS'):
+    for name, fields in constants[constant].items():
+      is_name = re.fullmatch(r'[\w=+-]+', str(name)) is not None
       require(is_name and isinstance(fields, Mapping),
-              f'{file}: {name} has {key!r}: '
+              f'{file}: {constant} has {name!r}: '
               f'{short(fields)}: write a name of letters and digits, and the '
               "fields that it changes, as 'small': {'model.d_model': 64}")
-  least = FEWEST_SIZES
+
+  # The largest size may be one that is predicted by the others.
+  fewest = FEWEST_SIZES
   if 'largest' in constants['SEEDS']:
-    least += 1
-  require(len(constants['SIZES']) >= least, f'{file}: SIZES has '
-          f'{len(constants["SIZES"])} of them: this study has at least '
-          f'{least}, since a verdict must agree over sizes')
-  first = next(iter(constants['WORKLOADS']), '')
-  require(first == plans.TEXT, f'{file}: WORKLOADS begins with '
-          f'{first or "nothing"!r}: begin it with {plans.TEXT!r}, which probes '
-          'stand beside')
+    fewest += 1
+  num_sizes = len(constants['SIZES'])
+  require(num_sizes >= fewest, f'{file}: SIZES has {num_sizes} of them: this '
+          f'study has at least {fewest}, since a verdict must agree over sizes')
+
+  first_workload = next(iter(constants['WORKLOADS']), '')
+  require(first_workload == plans.TEXT, f'{file}: WORKLOADS begins with '
+          f'{first_workload or "nothing"!r}: begin it with {plans.TEXT!r}, '
+          'which probes stand beside')
 
 
-def _usual_measure(workload: str) -> dict[str, str]:
-  """Returns the loss of the text, or the accuracy of a probe."""
+def _default_measure(workload: str) -> dict[str, str]:
+  """Returns the measure of a workload that a file names no measure of: the loss
+  of the text, or the accuracy of a probe."""
   figure = 'loss' if workload == plans.TEXT else 'accuracy'
   return {'workload': workload, 'figure': figure}
 
 
-def _tuning(file: str, entries: Mapping, base) -> plans.Tuning:
-  """Returns TUNING; `base` is the base's config."""
-  for name in entries:
-    one_of('entry of TUNING', name, ('fields', 'keep', 'rungs', 'extend'))
-  lr = base.optim.lr
-  fields = entries.get('fields', {'optim.lr': (lr / 2, lr, 2 * lr)})
+def _make_tuning(file: str, entries: Mapping, base) -> plans.Tuning:
+  """Returns how fields are tuned, by what TUNING of a file says.
+
+  Args:
+    file: the path of the file, for messages.
+    entries: TUNING; without 'fields', three learning rates are tried.
+    base: the config of the base.
+
+  Raises:
+    RequestError: for values that cannot be tried, or a search that cannot be.
+  """
+  for key in entries:
+    one_of('entry of TUNING', key, ('fields', 'keep', 'rungs', 'extend'))
+  rate = base.optim.lr
+  fields = entries.get('fields', {'optim.lr': (rate / 2, rate, 2 * rate)})
   tuning = plans.Tuning(**{**entries, 'fields': fields})
-  for name, values in fields.items():
-    who = f'{file}: TUNING of {name}'
+
+  # The values of each field.
+  for field, values in fields.items():
+    subject = f'{file}: TUNING of {field}'
     are_several = isinstance(values, tuple | list) and len(values) > 1
-    require(are_several and _rise_from_zero(values),
-            f'{who} is {short(values)}: write two values or more above 0, '
+    require(are_several and _are_positive_and_rising(values),
+            f'{subject} is {short(values)}: write two values or more above 0, '
             'rising')
     for value in values:
-      spec.apply_changes(base, {name: value}, who)
-  is_search = (_is_whole(tuning.rungs, 1, 10) and 0 < tuning.keep < 1
-               and _is_whole(tuning.extend, 0, 10))
+      spec.apply_changes(base, {field: value}, subject)
+
+  # The numbers of the search.
+  is_search = (_is_integer_within(tuning.rungs, 1, 10) and 0 < tuning.keep < 1
+               and _is_integer_within(tuning.extend, 0, 10))
   require(is_search, f'{file}: TUNING is {short(entries)}: keep '
           'is a share between 0 and 1, rungs from 1 to 10, extend from 0 to 10')
   return tuning
 
 
-def _rise_from_zero(values: Sequence) -> bool:
+def _are_positive_and_rising(values: Sequence) -> bool:
   """Returns whether each value is larger than the one before, and than 0."""
   return list(values) == sorted(set(values)) and values[0] > 0
 
 
-def _is_whole(value: Any, least: int, most: int) -> bool:
-  """Returns whether a value is a whole number of a range."""
+def _is_integer_within(value: Any, least: int, most: int) -> bool:
+  """Returns whether a value is an integer from `least` to `most`."""
   return type(value) is int and least <= value <= most
 
 
 def _check_overlaps(file: str, sweep: spec.Sweep, constants: Mapping) -> None:
-  """Raises RequestError for a field that two would set, or by which variants
-  would not see the same data."""
-  points = {point.name: point.changes for point in sweep.points}
-  require(plans.SECOND_BASE not in points, f'{file}: a variant is called '
+  """Raises RequestError for a field of the config that two parts of a study
+  would set, or by which variants would not see the same data.
+
+  Args:
+    file: the path of the study's file, for messages.
+    sweep: the base and its variants.
+    constants: the constants of the file.
+  """
+  changes_by_variant = {point.name: point.changes for point in sweep.points}
+  require(plans.SECOND_BASE not in changes_by_variant,
+          f'{file}: a variant is called '
           f'{plans.SECOND_BASE!r}, which is what the study calls its base '
           'with other first parameters: call it otherwise')
-  for name in _STUDY_FIELDS:
-    value = sweep.base[name]
-    require(not value, f'{file}: get_config() sets {name} to '
+  for field in _FIELDS_OF_STUDY:
+    value = sweep.base[field]
+    require(not value, f'{file}: get_config() sets {field} to '
             f'{value!r}, which the study sets itself: leave it out')
-  setters = {
-      'the study itself': [_STUDY_FIELDS],
+
+  # The fields that each part sets. The order matters: the first of two that set
+  # a field is the one to whom a message leaves it.
+  fields_of_setter = {
+      'the study itself': [_FIELDS_OF_STUDY],
       'TUNING': [constants['TUNING'].fields],
       'a size': constants['SIZES'].values(),
       'a workload': constants['WORKLOADS'].values(),
-      'a variant': points.values()}
-  owners: dict[str, str] = {}
-  for who, groups in setters.items():
-    fields = set(itertools.chain(*groups))
+      'a variant': changes_by_variant.values()}
+  setter_of_field: dict[str, str] = {}
+  for setter, groups_of_fields in fields_of_setter.items():
+    fields = set(itertools.chain(*groups_of_fields))
     for field in fields:
       # Variants may be the base with other first parameters.
-      if field == 'init_seed' and who == 'a variant':
+      if field == 'init_seed' and setter == 'a variant':
         continue
-      owner = owners.get(field)
-      require(owner is None, f'{file}: {owner} and {who} both set {field}: '
-              f'leave it to {owner}')
-      changes_data = field.startswith(_DATA) and who in ('TUNING', 'a variant')
-      require(not changes_data, f'{file}: {who} sets {field}: '
+      earlier = setter_of_field.get(field)
+      require(earlier is None, f'{file}: {earlier} and {setter} both set '
+              f'{field}: leave it to {earlier}')
+      changes_data = (field.startswith(_FIELDS_OF_DATA)
+                      and setter in ('TUNING', 'a variant'))
+      require(not changes_data, f'{file}: {setter} sets {field}: '
               'every variant of a study has the same data and as many steps as '
               'the base, or no difference would be its own')
-    owners |= dict.fromkeys(fields, who)
+    setter_of_field |= dict.fromkeys(fields, setter)
 
 
-def _points(sweep: spec.Sweep, constants: Mapping) -> list[dict]:
-  """Returns the rows of Frozen.points, those of the base first."""
-  work = []
+def _check_points(sweep: spec.Sweep, constants: Mapping) -> list[dict]:
+  """Returns a row for each variant, size and workload, once its config is
+  checked, those of the base first (FrozenPlan.points).
+
+  Raises:
+    RequestError: for the first that cannot run, and for sizes that do not rise.
+  """
+  combinations = []
   for size in constants['SIZES']:
-    matched = _matched(sweep, constants, size)
+    points = _match_points_at_size(sweep, constants, size)
     for workload in constants['WORKLOADS']:
-      work += [(size, workload, point) for point in matched]
-  work.sort(key=lambda row: row[2].name != sweep.base_name)
+      combinations += [(size, workload, point) for point in points]
+  combinations.sort(key=lambda row: row[2].name != sweep.base_name)
   rows = []
-  for size, workload, point in progress.show_items(work, 'points checked'):
-    rows.append(_row(sweep=sweep, constants=constants, size=size,
-                     workload=workload, point=point))
+  for size, workload, point in progress.show_items(combinations,
+                                                   'points checked'):
+    rows.append(_check_point(sweep=sweep, constants=constants, size=size,
+                             workload=workload, point=point))
+
+  # Sizes are written from small to large.
   params = [row['params'] for row in rows if row['workload'] == plans.TEXT
             and row['variant'] == sweep.base_name]
-  listed = ', '.join(f'{n:,}' for n in params)
+  params_text = ', '.join(f'{number:,}' for number in params)
   require(params == sorted(set(params)), f'{sweep.file}: the base has '
-          f'{listed} parameters at the sizes '
+          f'{params_text} parameters at the sizes '
           f'{", ".join(constants["SIZES"])}: write them smallest first')
   return rows
 
 
-def _matched(sweep: spec.Sweep, constants: Mapping, size: str
-             ) -> tuple[spec.Point, ...]:
-  """Returns the variants as they are at a size: what is matched is solved on
-  the text, and is the same on every workload."""
-  who = f'{sweep.file}, size {size!r}'
-  changes = _workload(sweep, constants, size, plans.TEXT)
-  base = spec.apply_changes(sweep.base, changes, who)
+def _match_points_at_size(sweep: spec.Sweep, constants: Mapping, size: str
+                          ) -> tuple[spec.Point, ...]:
+  """Returns the variants as they are at a size, with the field that makes their
+  cost equal to the base's. It is solved for on the text, and is the same on
+  every workload."""
+  subject = f'{sweep.file}, size {size!r}'
+  changes = _changes_of_workload(sweep=sweep, constants=constants, size=size,
+                                 workload=plans.TEXT)
+  base = spec.apply_changes(sweep.base, changes, subject)
   if not constants['MATCH']:
     return sweep.points
-  with spec.prefix_errors(who):
-    at_size = dataclasses.replace(sweep, base=base)
-    solved = cost.match_costs(
-        at_size, constants['MATCH'], constants['MATCH_FIELD'])
-    return solved.points
+  with spec.prefix_errors(subject):
+    sweep_at_size = dataclasses.replace(sweep, base=base)
+    matched_sweep = cost.match_costs(
+        sweep_at_size, constants['MATCH'], constants['MATCH_FIELD'])
+    return matched_sweep.points
 
 
-def _workload(sweep: spec.Sweep, constants: Mapping, size: str, workload: str,
-              tasks: tuple[str, ...] = ()) -> dict[str, Any]:
-  """Returns what a size and a workload change in the base."""
+def _changes_of_workload(sweep: spec.Sweep, constants: Mapping, size: str,
+                         workload: str, tasks: tuple[str, ...] = ()
+                         ) -> dict[str, Any]:
+  """Returns what a size and a workload (the text, or a probe) change in the
+  config of the base.
+
+  Args:
+    sweep: the base and its variants.
+    constants: the constants of the study's file.
+    size, workload: the names of both.
+    tasks: the evaluation tasks that its measures need.
+  """
   base, fields = sweep.base, constants['WORKLOADS'][workload]
   changes = dict(constants['SIZES'][size])
   if tasks or workload != plans.TEXT:
@@ -425,42 +503,55 @@ def _workload(sweep: spec.Sweep, constants: Mapping, size: str, workload: str,
   for name in objectives.OBJECTIVES['probe'].ignores:
     changes[name] = base_config.FIELDS[name].default
 
-  def of_size(name: str) -> Any:
+  def value_at_size(name: str) -> Any:
+    """Returns the value that the size, or else the base, gives a field."""
     return changes.get(name, base[name])
 
   # A schedule is as much longer as the run; reports are as a size has them.
-  steps = fields.get('train.steps', of_size('train.steps'))
-  longer = steps / of_size('train.steps')
-  schedule = {name: round(of_size(name) * longer)
+  steps = fields.get('train.steps', value_at_size('train.steps'))
+  length_ratio = steps / value_at_size('train.steps')
+  schedule = {name: round(value_at_size(name) * length_ratio)
               for name in ('optim.warmup_steps', 'optim.decay_steps')}
   reports = {'eval.every_steps': steps, 'checkpoint.every_steps': steps,
              'log.every_steps': max(steps // 10, 1)}
   probe = {'objective': 'probe', 'data.source': f'probe:{workload}',
            'model.vocab_size': 0, 'model.max_len': 0}
+  # What the file says of the workload goes before all else.
   return reports | changes | schedule | probe | fields
 
 
-def _row(sweep: spec.Sweep, constants: Mapping, size: str, workload: str,
-         point: spec.Point) -> dict:
-  """Returns the row of a variant at a size on a workload, once it is checked.
+def _check_point(sweep: spec.Sweep, constants: Mapping, size: str,
+                 workload: str, point: spec.Point) -> dict:
+  """Returns what a variant changes and costs at a size on a workload, once its
+  config is checked (a row of FrozenPlan.points).
+
+  Args:
+    sweep: the base and its variants.
+    constants: the constants of the study's file.
+    size, workload: the names of both.
+    point: the variant.
+
+  Raises:
+    RequestError: where its runs cannot be trained, or cannot be compared.
   """
   variant = f'variant {point.name!r}'
-  where = f'{sweep.file}, {variant} at size {size!r} on {workload!r}'
-  asked = [measure for measure in constants['MEASURES']
-           if measure['workload'] == workload]
-  with spec.prefix_errors(where):
+  subject = f'{sweep.file}, {variant} at size {size!r} on {workload!r}'
+  measures = [measure for measure in constants['MEASURES']
+              if measure['workload'] == workload]
+  with spec.prefix_errors(subject):
     # The config of its runs.
     tasks = measures_lib.tasks_of_workload(constants['MEASURES'], workload)
-    changes = _workload(sweep=sweep, constants=constants, size=size,
-                        workload=workload, tasks=tasks) | point.changes
+    changes = _changes_of_workload(
+        sweep=sweep, constants=constants, size=size, workload=workload,
+        tasks=tasks) | point.changes
     config = spec.apply_changes(sweep.base, changes, 'it')
 
     # Whether they can run, with each value that is tried, and be compared.
-    for measure in asked:
+    for measure in measures:
       measures_lib.check_task_has_figure(measure, config, variant)
     cost.check_config_of_point(config, changes)
     if workload == plans.TEXT:
-      _check_tuned(config, constants['TUNING'])
+      _check_tuned_values(config, constants['TUNING'])
     require(config.eval.every_steps > 0, 'eval.every_steps is 0: a study '
             'compares held-out losses after the last step; set it to '
             'train.steps, or to less for curves and speed-ups')
@@ -472,26 +563,30 @@ def _row(sweep: spec.Sweep, constants: Mapping, size: str, workload: str,
             'which is less than one step; take fewer rungs, or a larger keep')
 
     # The costs of a run, and the loss of guessing.
-    figures = cost.cost_of_run(config)._asdict()
+    costs = cost.cost_of_run(config)._asdict()
     if workload == plans.TEXT:
-      figures['body'] = cost.share_of_flops_without_vocabulary(config)
+      costs['body'] = cost.share_of_flops_without_vocabulary(config)
     vocab = cost.resolve_model(config).vocab_size
-    guess = measures_lib.loss_of_guessing(asked, config, vocab)
+    guess = measures_lib.loss_of_guessing(measures, config, vocab)
   return {'variant': point.name, 'size': size, 'workload': workload,
           'changes': changes, 'matched': list(point.matched),
-          **figures, 'vocab': vocab, 'guess': guess}
+          **costs, 'vocab': vocab, 'guess': guess}
 
 
-def _check_tuned(config, tuning: plans.Tuning) -> None:
-  """Raises RequestError for a value of the search that a run cannot have."""
-  for name, values in tuning.fields.items():
+def _check_tuned_values(config, tuning: plans.Tuning) -> None:
+  """Raises RequestError for a value to be tried that a run of a config cannot
+  have."""
+  for field, values in tuning.fields.items():
     for value in values:
-      tried = spec.apply_changes(config, {name: value}, 'TUNING')
-      preflight.check_config(tried, [name])
+      tried_config = spec.apply_changes(config, {field: value}, 'TUNING')
+      preflight.check_config(tried_config, [field])
 
 
-def _check_halves(config) -> float:
-  """Reads what is held out of the text; returns the bytes of a token.
+def _check_halves_of_held_out_text(config) -> float:
+  """Reads the text that is held out; returns the number of bytes of a token.
+
+  The screening is evaluated on one half of it, and the confirmation on the
+  other (Phase.part).
 
   Raises:
     RequestError: where it has no two halves.
@@ -499,9 +594,12 @@ def _check_halves(config) -> float:
   tokenizer = tokenizers.load(config.data.tokenizer)
   require(bool(config.data.holdout_every or config.data.eval_source),
           'data.holdout_every is 0: a study needs text that is held out')
-  for part in ('first', 'second'):  # see Phase.part
+  for part in ('first', 'second'):
     half = spec.apply_changes(config, {'eval.part': part}, 'it')
     loaders = pipeline.make_evaluation_loaders(half, tokenizer)
-  # The mean over the sources, each by its share.
-  shares = sum(x.share for x in loaders)
-  return sum(x.share * x.bytes_per_token for x in loaders) / shares
+
+  # The mean over the sources of the second half, each by its share.
+  sum_of_shares = sum(loader.share for loader in loaders)
+  weighted_bytes = sum(loader.share * loader.bytes_per_token
+                       for loader in loaders)
+  return weighted_bytes / sum_of_shares

@@ -541,7 +541,7 @@ def frozen(tmp_path_factory):
 def test_points_are_checked_once_for_the_same_file_and_code(
     frozen, tmp_path, monkeypatch):
   checked, code = [], {'commit': 'a', 'diff': ''}
-  monkeypatch.setattr(freeze, '_points', lambda *args: (
+  monkeypatch.setattr(freeze, '_check_points', lambda *args: (
       checked.append(args) or frozen.points))
   monkeypatch.setattr(freeze.provenance, 'describe_this_start', lambda: code)
   write = lambda *text: studies.write(tmp_path, *text)
