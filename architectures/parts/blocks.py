@@ -155,7 +155,7 @@ class Block(nn.Module):
     memory = lookup.MEMORIES[config.memory]
     # Tables that are read before the branches.
     if memory and not memory.is_read_after_layer:
-      x, cache = self._read_tables(memory, x, ctx, cache)
+      x, cache = self._read_tables(memory, x, ctx=ctx, cache=cache)
     # Attention and the network.
     x, cache, report = self.run_branches(x, ctx, cache)
     # Tables that are read after them, and the factor of the layer.
@@ -163,7 +163,7 @@ class Block(nn.Module):
       x = pin_residual(x + memory.module(config, name='memory')(x, ctx))
     if config.layer_scale:
       scale_1 = declare(self, 'layer_scale', nn.initializers.ones, (1,),
-                        Role(axes=(None,)))
+                        role=Role(axes=(None,)))
       scaled = x.astype(jnp.float32) * scale_1[None, None]
       x = pin_residual(scaled.astype(x.dtype))
     return x, cache, report
@@ -207,8 +207,9 @@ class Block(nn.Module):
     """Returns A(x_BLD), [B, L, D], the cache, and the report."""
     mixer = mixer_of_layers(self.config).module(
         self.config, self.kind, name='attention')
-    y_BLD, cache, report = self._run_mixer(mixer, x_BLD, ctx, cache)
-    y_BLD, cache = self._add_convolution('attention', y_BLD, ctx, cache)
+    y_BLD, cache, report = self._run_mixer(mixer, x_BLD, ctx=ctx, cache=cache)
+    y_BLD, cache = self._add_convolution(
+        'attention', y_BLD, ctx=ctx, cache=cache)
     return y_BLD, cache, report
 
   def cross_attention(self, x_BLD: jax.Array, ctx: Context,
@@ -216,7 +217,7 @@ class Block(nn.Module):
     """Returns C(x_BLD), [B, L, D], the cache, and the report."""
     module = multi_head.CrossAttention(
         self.config, self.kind, name='cross_attention')
-    return self._run_mixer(module, x_BLD, ctx, cache)
+    return self._run_mixer(module, x_BLD, ctx=ctx, cache=cache)
 
   @staticmethod
   def _run_mixer(module: Callable, x_BLD: jax.Array, ctx: Context,
@@ -237,7 +238,7 @@ class Block(nn.Module):
     else:
       network = FFN(self.config, self.kind.ffn, name='ffn')
     y_BLD, report = network(x_BLD, ctx)
-    y_BLD, cache = self._add_convolution('ffn', y_BLD, ctx, cache)
+    y_BLD, cache = self._add_convolution('ffn', y_BLD, ctx=ctx, cache=cache)
     return y_BLD, cache, report
 
   def _add_convolution(self, name: str, y_BLD: jax.Array, ctx: Context,
@@ -262,7 +263,7 @@ class Block(nn.Module):
     if not c.branch_conv:
       return y_BLD, cache
     w_WD = declare(self, f'{name}_conv', nn.initializers.zeros,
-                   (c.branch_conv, c.d_model), Role(axes=(None, 'embed')))
+                   (c.branch_conv, c.d_model), role=Role(axes=(None, 'embed')))
     # What the cache has of the tokens before, and which tokens are no padding.
     before_BWD = valid_BL = None
     if cache is not None:

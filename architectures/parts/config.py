@@ -453,9 +453,9 @@ class ModelConfig:
 
   @functools.cached_property
   def kind_names_of_sections(self) -> tuple[tuple[str, ...], ...]:
-    """The kinds of the layers before the first period, of a period, and of
-    those after the last; '' is the kind of layers that are as the model says.
-    """
+    """The names of the kinds of layer before the first period of the pattern,
+    of a period, and after the last; '' stands for layers that are as the model
+    says."""
     if not (self.pattern or self.prefix or self.suffix):
       return (), ('',), ()
     period = kinds.split_kind_names(self.pattern) or ('',)
@@ -466,8 +466,8 @@ class ModelConfig:
   @functools.cached_property
   def kinds_used(self) -> tuple[str, ...]:
     """The kinds of all layers, each once, in the order of the layers."""
-    first, period, last = self.kind_names_of_sections
-    return tuple(dict.fromkeys((*first, *period, *last)))
+    prefix, period, suffix = self.kind_names_of_sections
+    return tuple(dict.fromkeys((*prefix, *period, *suffix)))
 
   @property
   def shares_keys(self) -> bool:

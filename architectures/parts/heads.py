@@ -76,12 +76,12 @@ class Head:
         and x_BLD.dtype == jnp.float32 and sharding.is_single_cpu())
     if not is_table_first:
       logits_BLV = layers.einsum('...D,DV->...V', x_BLD, self.kernel_DV,
-                                 x_BLD.dtype, jnp.float32)
+                                 x_BLD.dtype, out_dtype=jnp.float32)
       return self.finish_logits(logits_BLV)
     # The transposed product, with the table as it lies.
     x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
     logits_VT = layers.einsum('VD,TD->VT', self.kernel_DV.T, x_TD, x_BLD.dtype,
-                              jnp.float32)
+                              out_dtype=jnp.float32)
     logits_VT = jax.lax.optimization_barrier(logits_VT)
     return self.finish_logits(logits_VT.T.reshape(*x_BLD.shape[:-1], -1))
 
@@ -183,7 +183,7 @@ class Unfold(nn.Module):
                            ('embed', None), tuned=True)
       b_D = layers.bias(self, f'bias_{i}', (c.d_model,), (None,), tuned=True)
       product_BLD = layers.einsum('BLD,DE->BLE', normed_BLD, w_DD,
-                                  normed_BLD.dtype, normed_BLD.dtype)
+                                  normed_BLD.dtype, out_dtype=normed_BLD.dtype)
       x_BLD = layers.gelu(layers.add_bias(product_BLD, b_D))
     # The product with the vocabulary.
     kernel_DV = layers.weight(self, 'kernel', (c.d_model, c.vocab_size),

@@ -53,8 +53,8 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...],
   kind = 'logits' if output else 'hidden'
   role = Role(axes=axes, inputs=in_axes, batch=batch_axes, kind=kind,
               tuned=tuned)
-  init = _initializer(module.config, role, residual, gain)
-  return declare(module, name, init, shape, role)
+  init = _initializer(module.config, role, residual=residual, gain=gain)
+  return declare(module, name, init, shape, role=role)
 
 
 def _initializer(config: ModelConfig, role: Role, residual: bool,
@@ -105,7 +105,7 @@ def bias(module: nn.Module, name: str, shape: tuple[int, ...],
   arguments are those of `weight`."""
   kind = 'logits' if output else 'hidden'
   role = Role(axes=axes, batch=batch_axes, kind=kind, tuned=tuned)
-  return declare(module, name, nn.initializers.zeros, shape, role)
+  return declare(module, name, nn.initializers.zeros, shape, role=role)
 
 
 def embedding(module: nn.Module, name: str, rows: int,
@@ -121,7 +121,7 @@ def embedding(module: nn.Module, name: str, rows: int,
   config = module.config
   init = nn.initializers.normal(config.init_stddev)
   role = Role(axes=(axis, 'embed'), inputs=(0,), kind='embedding')
-  return declare(module, name, init, (rows, config.d_model), role)
+  return declare(module, name, init, (rows, config.d_model), role=role)
 
 
 def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
@@ -155,7 +155,7 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
   # The product, with the whole weight where that lies in shards.
   x, w = x.astype(dtype), w.astype(dtype)
   multiply = functools.partial(_product, spec, out_dtype)
-  lies = sharding.sharding_of_product(spec, x, w, axes)
+  lies = sharding.sharding_of_product(spec, x, w, axes=axes)
   if lies is None:
     y = multiply(x, w)
   else:
@@ -405,9 +405,9 @@ def _declare_adapter(module: nn.Module, name: str, shape: tuple[int, ...],
   a_role = Role(axes=(*axes[:num_inputs], None), inputs=inputs, tuned=True)
   b_role = Role(axes=(None, *axes[num_inputs:]), inputs=(0,), tuned=True)
   a = declare(module, name + SUFFIX_OF_LORA_A, init,
-              (*shape[:num_inputs], rank), a_role)
+              (*shape[:num_inputs], rank), role=a_role)
   b = declare(module, name + SUFFIX_OF_LORA_B, nn.initializers.zeros,
-              (rank, *shape[num_inputs:]), b_role)
+              (rank, *shape[num_inputs:]), role=b_role)
   return a, b
 
 
@@ -605,7 +605,7 @@ class Norm(nn.Module):
                           ) -> jax.Array:
     """Declares a parameter with a number for each feature of x, and returns it,
     [D]."""
-    return declare(self, name, init, x.shape[-1:], Role((self.axis,)))
+    return declare(self, name, init, x.shape[-1:], role=Role((self.axis,)))
 
 
 class LayerNorm(Norm):

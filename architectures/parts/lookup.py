@@ -319,7 +319,7 @@ def _read_rows_of_table(module: nn.Module, num_rows: int, size: int,
               reads=ids_BLU.shape[-1])
   table_IS = declare(
       module, 'table', nn.initializers.normal(config.init_stddev),
-      (rounded_up, size), role)
+      (rounded_up, size), role=role)
   return sharding.look_up_sharded_rows(table_IS, ids_BLU, config.compute_dtype)
 
 
@@ -381,14 +381,14 @@ class Engram(nn.Module):
     # The rows that are looked up, and the values that the gates let through.
     e_BLU, tokens_BW = _read_ngram_tables(self, ctx, state)
     key_BLD = make_norm('key_norm')(
-        _project(self, 'key', e_BLU, size).reshape(shape))
+        _project(self, 'key', e_BLU, size=size).reshape(shape))
     query_BLD = make_norm('query_norm')(x_BLD)
     value_BLD = _project(self, 'value', e_BLU, residual=True)
     v_BLD = layers.recompute_in_backward(gate_values)(
         key_BLD, query_BLD, value_BLD)
     # The convolution over them.
     w_WD = declare(self, 'conv', nn.initializers.zeros, (ngrams.kernel, size),
-                   Role((None, 'embed')))
+                   role=Role((None, 'embed')))
     y_BLD, inputs_BWD = features.convolve(
         make_norm('conv_norm')(v_BLD).reshape(*shape[:2], size), w_WD,
         before_BWHK=state and state.inputs_BWD,

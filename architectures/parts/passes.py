@@ -120,7 +120,7 @@ class Gate(Plain):
       """Returns tanh(r W), [B, L, D], with W the parameter `name`."""
       w_RD = layers.weight(module, name, (R, D), (None, 'embed'))
       return jnp.tanh(layers.einsum('BLR,RD->BLD', rank_BLR, w_RD,
-                                    c.compute_dtype, jnp.float32))
+                                    c.compute_dtype, out_dtype=jnp.float32))
 
     # The gates, and the sum.
     forget_BLD = gate('forget')

@@ -576,7 +576,7 @@ class Rope(Position):
 
   def rotate(self, x_BLHK: jax.Array, positions_BL: jax.Array,
              config: ModelConfig, length: int | jax.Array = 0) -> jax.Array:
-    return rotate_heads(x_BLHK, positions_BL, config, length)
+    return rotate_heads(x_BLHK, positions_BL, config, length=length)
 
   def score_factor(self, c: ModelConfig) -> float:
     rope = c.part(RopeConfig)
@@ -834,7 +834,7 @@ class RelativeBias(nn.Module):
     stddev = c.base_width ** -0.5 if c.init == 'fan_in' else c.init_stddev
     table_UH = declare(
         self, 'table', nn.initializers.normal(stddev),
-        (relative.buckets, c.num_heads), Role(axes=(None, 'heads')))
+        (relative.buckets, c.num_heads), role=Role(axes=(None, 'heads')))
     bucket_BLM = relative_bucket(
         k_positions_BM[:, None] - q_positions_BL[:, :, None],
         bidirectional=not self.causal, buckets=relative.buckets,
@@ -916,9 +916,9 @@ class RelativeByToken(Position):
         with_bias=False, deterministic=ctx.deterministic) / c.widening
     profiles_UM = declare(
         module, 'profiles', nn.initializers.normal(c.init_stddev),
-        (rank, extent), Role(axes=(None, None), inputs=(0,)))
+        (rank, extent), role=Role(axes=(None, None), inputs=(0,)))
     by_distance_BHLM = layers.einsum('BLHU,UM->BHLM', mix_BLHU, profiles_UM,
-                                     c.compute_dtype, jnp.float32)
+                                     c.compute_dtype, out_dtype=jnp.float32)
     # The bias of each key.
     distance_BLM = ctx.positions_BL[:, :, None] - k_positions_BM[:, None]
     index_BLM = jnp.clip(distance_BLM, 0, extent - 1)

@@ -124,7 +124,8 @@ class Decoder(nn.Module):
     embedded_BLD, table_DV = embed(
         tokens_BL, ctx.positions_BL, deterministic=ctx.deterministic)
     stack = Stack(config, config.sections(config.num_layers), name='decoder')
-    x_BLD, cache, aux = stack(embedded_BLD, ctx, cache, one_by_one)
+    x_BLD, cache, aux = stack(
+        embedded_BLD, ctx, cache=cache, one_by_one=one_by_one)
     # The head: the next token's, or that of a task.
     if config.head != 'lm':
       return self._apply_task_head(x_BLD, ctx).replace(cache=cache, aux=aux)
@@ -188,12 +189,12 @@ class Embed(nn.Module):
     """
     c = self.config
     # The tokens.
-    table_VD = layers.embedding(self, 'tokens', c.vocab_size, 'vocab')
+    table_VD = layers.embedding(self, 'tokens', c.vocab_size, axis='vocab')
     if added:
       role = sharding.Role(('vocab', 'embed'), inputs=(0,), kind='embedding')
       table_VD = jax.lax.stop_gradient(table_VD) + sharding.declare(
           self, NAME_OF_ADDED_TABLE, nn.initializers.zeros, table_VD.shape,
-          role)
+          role=role)
     x_BLD = sharding.look_up_embeddings(table_VD, tokens_BL, c.compute_dtype)
     if c.embed_scale != 1:
       x_BLD = x_BLD * jnp.asarray(c.embed_scale, x_BLD.dtype)
@@ -292,7 +293,8 @@ class Mtp(nn.Module):
       x = streams.begin_streams(config, streams.pin_residual(joined_BLD),
                                 branches=blocks.count_branches(config, (kind,)))
       ctx_k = add_distances(
-          config, kind, ctx_k, ctx.positions_BL, name_suffix=f'_{depth}')
+          config, kind, ctx=ctx_k, k_positions_BM=ctx.positions_BL,
+          name_suffix=f'_{depth}')
       period = Period(config, (kind,), name=f'depth_{depth}')
       (x, _), results = period((x, None), None, ctx_k, {})
       x_BLD = streams.EndOfStreams(config, name=f'streams_{depth}')(x)
@@ -729,7 +731,8 @@ class EncoderDecoder(nn.Module):
     x_BLD, table_DV = self.embed(tokens_BL, ctx.positions_BL,
                                  prefix=self.DECODER_EMBED,
                                  deterministic=ctx.deterministic)
-    x_BLD, cache, aux = self.decoder(x_BLD, ctx, cache, one_by_one)
+    x_BLD, cache, aux = self.decoder(
+        x_BLD, ctx, cache=cache, one_by_one=one_by_one)
     return Output(hidden=x_BLD, head=self.head(table_DV), cache=cache, aux=aux,
                   memory=memory)
 

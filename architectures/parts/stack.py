@@ -149,7 +149,8 @@ class Stack(nn.Module):
     if cache is not None and ctx.lengths_B is None:
       ctx = ctx.replace(lengths_B=ctx.positions_BL[:, -1] + 1)
     first_kind = self.sections[0].kinds[0]
-    ctx = add_distances(config, first_kind, ctx, k_positions_BM)
+    ctx = add_distances(
+        config, first_kind, ctx=ctx, k_positions_BM=k_positions_BM)
     if any(layer.memory == 'per_layer' for layer in config.distinct_layers):
       ctx = ctx.replace(embedded_BLD=x_BLD)
     return ctx

@@ -351,7 +351,7 @@ def _declare_in_float32(module: Any, name: str, init: Callable, *shape: int
   """Declares parameters whose number does not depend on the model's width, and
   returns them in float32."""
   role = Role(axes=(None,) * len(shape))
-  return declare(module, name, init, shape, role).astype(jnp.float32)
+  return declare(module, name, init, shape, role=role).astype(jnp.float32)
 
 
 class Hyper(Mixed):
@@ -380,13 +380,13 @@ class Hyper(Mixed):
     # features I of it: one of a, one of b, and a row of A.
     role = Role(axes=('embed', None), inputs=(0,), kind='logits')
     w_DI = declare(module, 'dynamic', nn.initializers.zeros, (D, count + 2),
-                   role)
+                   role=role)
     scale_2 = _declare_in_float32(
         module, 'dynamic_scale',
         nn.initializers.constant(INITIAL_SCALE_OF_DYNAMIC_PART), 2)
     n_BLUD = norm(config, 'norm')(x.x_BLUD)
     z_BLUI = layers.einsum('BLUD,DI->BLUI', n_BLUD, w_DI, config.compute_dtype,
-                           jnp.float32)
+                           out_dtype=jnp.float32)
     z_BLUI = jnp.tanh(z_BLUI / config.widening)
     return StreamWeights(
         read_BLU=read_11U + scale_2[0] * z_BLUI[..., 0],
@@ -487,12 +487,12 @@ def _logits_of_all_streams(module: Any, x_BLUD: jax.Array, size: int
   if config.part(StreamsConfig).learned_end:
     init = nn.initializers.normal(config.init_stddev)
   role = Role(axes=(None, 'embed', None), inputs=(0, 1), kind='logits')
-  w_UDO = declare(module, 'dynamic', init, (count, D, size), role)
+  w_UDO = declare(module, 'dynamic', init, (count, D, size), role=role)
 
   def logits(x_BLI: jax.Array, w_IO: jax.Array) -> jax.Array:
     n_BLI = rmsnorm(x_BLI, None, config.norm_eps)
     return layers.einsum('...I,IO->...O', n_BLI, w_IO, config.compute_dtype,
-                         jnp.float32)
+                         out_dtype=jnp.float32)
 
   x_BLI = x_BLUD.reshape(*rows, -1)
   w_IO = w_UDO.reshape(count * D, -1)
@@ -569,7 +569,7 @@ class Gated(Mixed):
     w_UDU = layers.weight(module, 'write', (count, D, count),
                           (None, 'embed', None), in_axes=(0, 1), output=True)
     z_BLU = layers.einsum('BLUD,UDV->BLV', n_BLUD, w_UDU, config.compute_dtype,
-                          jnp.float32)
+                          out_dtype=jnp.float32)
     write_BLU = 2 * jax.nn.sigmoid(z_BLU / (count * config.widening))
     return read_BLD, StreamWeights(read_BLU=None, write_BLU=write_BLU)
 
@@ -607,7 +607,7 @@ def _read_through_gates(module: Any, x: Streams
   up_RUD = layers.weight(module, 'up', (rank, count, D), (None, None, 'embed'))
   # The gates, before their sigmoid.
   z_BLR = layers.einsum('...UD,UDR->...R', n_BLUD, down_UDR, c.compute_dtype,
-                        jnp.float32)
+                        out_dtype=jnp.float32)
   z_BLR = jax.nn.silu(z_BLR / (count * c.widening))
   gate_BLUD = layers.einsum('...R,RUD->...UD', z_BLR, up_RUD, c.compute_dtype)
   # The mean.
@@ -688,9 +688,9 @@ def _attend_to_slots(module: Any, x: Streams, flops: int, divisor: int
   c: ModelConfig = module.config
   D = x.x_BLUD.shape[-1]
   role = Role(axes=('embed', None), inputs=(0,), kind='logits')
-  query_D1 = declare(module, 'query', nn.initializers.zeros, (D, 1), role)
+  query_D1 = declare(module, 'query', nn.initializers.zeros, (D, 1), role=role)
   scale_D = declare(module, 'scale', nn.initializers.ones, (D,),
-                    Role(axes=('embed',)))
+                    role=Role(axes=('embed',)))
   attend = recompute_in_backward(
       layers.count_flops_by_result(_attention_over_slots, flops, divisor))
   return attend(x.x_BLUD, query_D1[:, 0] / c.widening, scale_D,
