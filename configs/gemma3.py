@@ -38,9 +38,10 @@ def get_config(size: str = 'tiny'):
   if size != 'tiny':
     # Every sixth layer sees all. Layers that are no multiple of six stand
     # before the first period, and the periods begin where they end.
-    period, first = ['local'] * 5 + ['global'], c.model.num_layers % 6
-    c.model.prefix = ','.join(period[:first])
-    c.model.pattern = ','.join(period[first:] + period[:first])
+    period = ['local'] * 5 + ['global']
+    num_before = c.model.num_layers % 6
+    c.model.prefix = ','.join(period[:num_before])
+    c.model.pattern = ','.join(period[num_before:] + period[:num_before])
   if size not in ('tiny', '1b'):
     c.model.rope.update(scaling='linear', factor=8.0)
     c.model.kinds['local']['rope'].update(scaling='none')

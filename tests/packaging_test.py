@@ -171,17 +171,17 @@ def test_a_file_of_configs_is_named_from_any_folder(
     name, meant, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   places = ('sweeps', 'studies') if 'lr' in name else ('',)
-  path = configs.file_of(name, '--config', places)
+  path = configs.find_config_file(name, '--config', places)
   assert path == str(ROOT / 'configs' / meant)
   # A file of the user goes first.
   mine = tmp_path / name
   mine.parent.mkdir(exist_ok=True)
   mine.write_text('')
-  assert configs.file_of(name, '--config', places) == name
+  assert configs.find_config_file(name, '--config', places) == name
 
 
 def test_an_unknown_config_is_answered_by_the_nearest_names():
   with pytest.raises(RequestError, match='Did you mean gpt or gpt4\\?$'):
-    configs.file_of('gptt', '--config')
+    configs.find_config_file('gptt', '--config')
   with pytest.raises(RequestError, match='sweeps/parts or studies/parts'):
-    configs.file_of('parts', 'file', ('sweeps', 'studies'))
+    configs.find_config_file('parts', 'file', ('sweeps', 'studies'))

@@ -505,7 +505,7 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
       message gives the file and the line.
   """
   name, colon, size = spec.partition(':')
-  file = configs.file_of(name, '--config')
+  file = configs.find_config_file(name, '--config')
   module = run_user_file(file)
   require(hasattr(module, 'get_config'), f'--config {file!r} is no config: it '
           'has no get_config()')

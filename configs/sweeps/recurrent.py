@@ -22,15 +22,21 @@ def get_config():
 
 
 def sweep(add):
+  """Adds attention, three forms of DeltaNet, and four other recurrences."""
   add('attention')
-  for name, fields in {
-      'deltanet': {'decay': False}, 'gated_deltanet': {},
-      'deltaproduct': {'negative': True, 'householders': 2}}.items():
-    add(name, **{'model.mixer': 'deltanet'}, **{
-        f'model.deltanet.{field}': value for field, value in fields.items()})
-  ranks = dict.fromkeys(
-      (f'model.rwkv7.{name}_rank' for name in ('decay', 'rate', 'gate')), 8)
-  for mixer, fields in {
-      'gdn2': {'model.gdn2.rank': 8}, 'rwkv7': ranks, 'mamba': {},
-      'mamba2': {'model.mamba2.state': 32}}.items():
+  deltanets = {
+      'deltanet': {'model.deltanet.decay': False},
+      'gated_deltanet': {},
+      'deltaproduct': {'model.deltanet.negative': True,
+                       'model.deltanet.householders': 2}}
+  for name, fields in deltanets.items():
+    add(name, **{'model.mixer': 'deltanet'}, **fields)
+
+  others = {
+      'gdn2': {'model.gdn2.rank': 8},
+      'rwkv7': {'model.rwkv7.decay_rank': 8, 'model.rwkv7.rate_rank': 8,
+                'model.rwkv7.gate_rank': 8},
+      'mamba': {},
+      'mamba2': {'model.mamba2.state': 32}}
+  for mixer, fields in others.items():
     add(mixer, **{'model.mixer': mixer}, **fields)

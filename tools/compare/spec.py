@@ -238,8 +238,8 @@ def lists_to_tuples(value: Any) -> Any:
 
 
 def path_of_sweep_file(file: str) -> str:
-  """Returns the path of a sweep's or a study's file, as configs.file_of."""
-  return configs.file_of(file, 'file', ('sweeps', 'studies'))
+  """Returns the path of a sweep's or a study's file, as configs.find_config_file."""
+  return configs.find_config_file(file, 'file', ('sweeps', 'studies'))
 
 
 def load_sweep_module(file: str):

@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 
 from common.errors import Stopped, one_of, require
-from configs import file_of
+from configs import find_config_file
 from tools.compare import page, spec, statistics
 from training import cli, plugins
 from training.data import probes
@@ -83,7 +83,7 @@ def load_suite(file: str, base: ml_collections.ConfigDict,
     RequestError: for a file that is no suite, or a run that cannot be.
   """
   from training import preflight
-  file = file_of(file, '--suite', ('probes',), 'suite')
+  file = find_config_file(file, '--suite', ('probes',), 'suite')
   module = cli.run_user_file(file)
   for name in ('LRS', 'suite'):
     require(hasattr(module, name), f'{file} has no {name}: a suite has LRS '
