@@ -238,7 +238,8 @@ def lists_to_tuples(value: Any) -> Any:
 
 
 def path_of_sweep_file(file: str) -> str:
-  """Returns the path of a sweep's or a study's file, as configs.find_config_file."""
+  """Returns the path of the file of a sweep or a study that a user names; see
+  configs.find_config_file."""
   return configs.find_config_file(file, 'file', ('sweeps', 'studies'))
 
 
