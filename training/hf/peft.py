@@ -206,14 +206,14 @@ def read_adapters(config: ModelConfig, folder: pathlib.Path
             'an adapter of the same product in another layer')
 
   # Each is put where it stands among the layers.
-  names = weights.TensorFinder(architectures.hugging_face(config.arch), source,
-                               config)
+  page = architectures.hugging_face(config.arch)
+  finder = weights.TensorFinder(page, source, config)
   flat = {}
   for path, x in paths.flatten_by_path(shapes).items():
     if weights.is_adapter(path):
       flat[path] = np.zeros(x.shape, np.float32)
   for tensor in tensors:
-    fault = names.find_fault(tensor)
+    fault = finder.find_fault(tensor)
     require(not fault, f'{folder / WEIGHTS}: {fault}')
     x = source[tensor.name]
     weights.check_values_fit(tensor.name, x, np.dtype(config.param_dtype))

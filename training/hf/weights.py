@@ -123,15 +123,15 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
         f'config.json is of a model of {num_needed:,} tensors, of which the '
         f'files hold {num_in_files:,}')
   tensors = tensor_map.map_tensors(rows, shapes)
-  names = TensorFinder(page, source, module.config)
+  finder = TensorFinder(page, source, module.config)
 
   # Tensors that one of the two has and the other has not.
   comparison = _Comparison()
   if new_head:
-    comparison.pass_head(names.find_all(names_of_replaced_head(module)))
+    comparison.pass_head(finder.find_all(names_of_replaced_head(module)))
   comparison.pass_optional(page.optional, set(source), tensors)
-  comparison.skipped += names.find_unused(tensors, comparison.placed)
-  comparison.compare(tensors, names, new_head)
+  comparison.skipped += finder.find_unused(tensors, comparison.placed)
+  comparison.compare(tensors, finder, new_head)
   if comparison.skipped and not partial:
     lines = comparison.skipped[:20]
     if len(comparison.skipped) > 20:
@@ -155,7 +155,7 @@ def read_params(module: nn.Module, source: hf_files.Files, *, like: Any = None,
       if path in drawn:
         x = drawn[path]
       else:
-        x = _read_parameter(leaf, tensors_of_path[path], names)
+        x = _read_parameter(leaf, tensors_of_path[path], finder)
       advance()
       return x
 
@@ -223,13 +223,13 @@ class _Comparison:
             f'the files have no {part}, so these parameters are new, drawn '
             f'from the seed: {", ".join(dict.fromkeys(new_paths))}')
 
-  def compare(self, tensors: Sequence[tensor_map.Tensor], names: 'TensorFinder',
-              new_head: bool) -> None:
+  def compare(self, tensors: Sequence[tensor_map.Tensor],
+              finder: 'TensorFinder', new_head: bool) -> None:
     """Notes the tensors of the model that cannot be read from the files.
 
     Args:
       tensors: the tensors of the model.
-      names: the tensors of the files.
+      finder: the tensors of the files.
       new_head: whether the head of a task may be missing.
     """
     for tensor in tensors:
@@ -237,13 +237,13 @@ class _Comparison:
       if tensor.name in self._new_names:
         self.drawn.update(tensor.paths)
         continue
-      fault = names.find_fault(tensor)
+      fault = finder.find_fault(tensor)
       if not fault:
         continue
       self.drawn.update(tensor.paths)
       # A head for another task is new, and no fault of the files.
       is_in_task_head = tensor.paths[0].startswith(TASK_HEAD_FOLDER)
-      is_missing = not names.find_all([tensor.name])
+      is_missing = not finder.find_all([tensor.name])
       if new_head and is_in_task_head and is_missing:
         self.passed.append(f'{fault}, so it is drawn')
       else:
@@ -352,7 +352,8 @@ class TensorFinder:
     return any(re.fullmatch(pattern, name) for pattern in self._page.ignored)
 
 
-def _read_parameter(leaf: Any, tensors: list, names: TensorFinder) -> jax.Array:
+def _read_parameter(leaf: Any, tensors: list, finder: TensorFinder
+                    ) -> jax.Array:
   """Reads one parameter from the files; of each tensor, only what the devices
   of this process hold.
 
@@ -360,7 +361,7 @@ def _read_parameter(leaf: Any, tensors: list, names: TensorFinder) -> jax.Array:
     leaf: the shape and the type of the parameter, and maybe its sharding.
     tensors: the tensors that hold the parameter, one for each layer and expert,
       each with the number of the parameter among those that it holds.
-    names: the tensors of the files.
+    finder: the tensors of the files.
   """
   sharding = getattr(leaf, 'sharding', None)
   if sharding is None:
@@ -369,7 +370,8 @@ def _read_parameter(leaf: Any, tensors: list, names: TensorFinder) -> jax.Array:
   # Several devices may hold the same part of a parameter, which is read once.
   @functools.cache
   def read_shard(*ranges: tuple[int, int]) -> np.ndarray:
-    return _read_shard(leaf.dtype, ranges=ranges, tensors=tensors, names=names)
+    return _read_shard(
+        leaf.dtype, ranges=ranges, tensors=tensors, finder=finder)
 
   def read_index(index: tuple[slice, ...]) -> np.ndarray:
     ranges = [part.indices(size)[:2] for part, size in zip(index, leaf.shape)]
@@ -379,14 +381,14 @@ def _read_parameter(leaf: Any, tensors: list, names: TensorFinder) -> jax.Array:
 
 
 def _read_shard(dtype: np.dtype, ranges: tuple, tensors: list,
-                names: TensorFinder) -> np.ndarray:
+                finder: TensorFinder) -> np.ndarray:
   """Reads the part of a parameter that one device holds.
 
   Args:
     dtype: the type of the parameter.
     ranges: (start, stop) of the part along each axis of the parameter.
     tensors: the tensors that hold the parameter, as for `_read_parameter`.
-    names: the tensors of the files.
+    finder: the tensors of the files.
   """
   shard = np.empty([stop - start for start, stop in ranges], dtype)
   for tensor, number in tensors:
@@ -401,10 +403,10 @@ def _read_shard(dtype: np.dtype, ranges: tuple, tensors: list,
         i - start for i, (start, _) in zip(tensor.index, leading_ranges))
 
     # Along the other axes, the part is a range of the tensor.
-    cut = functools.partial(names.cut, tensor.name)
+    cut = functools.partial(finder.cut, tensor.name)
     inner_ranges = dict(zip(tensor.ours[number], ranges[num_leading:]))
     part = tensor.read_parameter(cut, number, inner_ranges)
-    check_values_fit(names.find(tensor.name), part, dtype)
+    check_values_fit(finder.find(tensor.name), part, dtype)
     shard[index_in_shard] = part
   return shard
 
