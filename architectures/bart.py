@@ -31,7 +31,8 @@ class BART(EncoderDecoder):
 
 
 def _embedding_rows(ours: str, stack: str) -> tuple[hf.Row, ...]:
-  """Returns the rows of the table of positions and the norm of an embedding.
+  """Returns the rows that give the Hugging Face names of the table of positions
+  and the norm of an embedding.
 
   Args:
     ours: what our names of the embedding begin with, such as 'decoder_'.

@@ -77,7 +77,8 @@ OPTIONAL_PARTS = {'pooler': r'(bert\.)?pooler\..*',
 
 
 def embedding_rows(name: str) -> tuple[hf.Row, ...]:
-  """Returns the rows of the embedding, whose tensors are under `name`."""
+  """Returns the rows that give the Hugging Face names of the embedding, whose
+  tensors are under `name`."""
   return hf.prefix_rows(
       'embed', f'{name}.embeddings',
       ('tokens', 'VD', 'word_embeddings.weight', 'V D'),
@@ -87,8 +88,8 @@ def embedding_rows(name: str) -> tuple[hf.Row, ...]:
 
 
 def encoder_rows(name: str) -> tuple[hf.Row, ...]:
-  """Returns the rows of the embedding and of the layers, whose tensors are
-  under `name`."""
+  """Returns the rows that give the Hugging Face names of the embedding and of
+  the layers, whose tensors are under `name`."""
   attention = hf.attention_rows(
       'self.query', 'self.key', 'self.value', 'output.dense')
   layers = hf.prefix_rows(

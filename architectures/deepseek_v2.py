@@ -113,7 +113,8 @@ LATENT_QUERY_ROWS = (
 
 
 def rows_of_deepseek(config: ModelConfig, *more: hf.Row) -> tuple[hf.Row, ...]:
-  """Returns the rows of a DeepSeek model, and `more` of each layer."""
+  """Returns the rows that give the Hugging Face names of a DeepSeek model, and
+  `more` of each layer."""
   query_rows = QUERY_ROWS
   if config.part(LatentConfig).q_rank:
     query_rows = LATENT_QUERY_ROWS

@@ -92,8 +92,9 @@ COMPRESSED_ENTRY_ROWS = (
 
 
 def _branch_rows(ours: str, theirs: str) -> tuple[hf.Row, ...]:
-  """Returns the rows of the norm and the hyper-connections before one branch of
-  a layer: the matrices by which it reads and writes the residual streams.
+  """Returns the rows that give the Hugging Face names of the norm and the
+  hyper-connections before one branch of a layer: the matrices by which it reads
+  and writes the residual streams.
 
   Args:
     ours: our name of the branch, 'attention' or 'ffn'.

@@ -41,12 +41,12 @@ def read_alternating_layers(reader: hf.Reader, fields: dict, every: int,
       all.
     **kind_fields: further arguments of layer_types.fields_of_attention_types.
   """
-  layers = fields['num_layers']
+  num_layers = fields['num_layers']
   types = layer_types.read_attention_types(
-      reader, layers, has_window=lambda n: (n + 1) % every)
+      reader, num_layers, has_window=lambda n: (n + 1) % every)
   window = reader('sliding_window', 4096)
   return layer_types.fields_of_attention_types(
-      types, layers, window, **kind_fields)
+      types, num_layers, window, **kind_fields)
 
 
 def read_scales(reader: hf.Reader, softcap: float = 30.0) -> dict:
@@ -78,7 +78,7 @@ def write_scales(config: ModelConfig) -> dict:
 
 
 def decoder_rows(norm: str = 'offset') -> tuple[hf.Row, ...]:
-  """Returns the rows of a Gemma decoder.
+  """Returns the rows that give the Hugging Face names of a Gemma decoder.
 
   Args:
     norm: the name of our parameter of a norm, 'offset' where it is w - 1.

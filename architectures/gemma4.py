@@ -121,9 +121,9 @@ class HF(gemma2.HF):
     input_size = reader.read_count('hidden_size_per_layer_input', 256)
     require(input_size == 0, 'config.json has hidden_size_per_layer_input '
             f'{input_size}, as Gemma 4 E2B and E4B have: only 0 is known here')
-    layers = fields['num_layers']
+    num_layers = fields['num_layers']
     types = layer_types.read_attention_types(
-        reader, layers, has_window=lambda n: (n + 1) % 6)
+        reader, num_layers, has_window=lambda n: (n + 1) % 6)
     types = [*types[:-1], FULL]
 
     # The positions and the heads of each kind of layer.
@@ -137,7 +137,7 @@ class HF(gemma2.HF):
     window = reader('sliding_window', 512)
     softcap = gemma2.read_softcap(reader, 'final_logit_softcapping', 0.0)
     model_fields = layer_types.fields_of_attention_types(
-        types, layers, window, kind_fields)
+        types, num_layers, window, kind_fields)
     return model_fields | dict(rope=global_rope, logits_softcap=softcap)
 
   def write(self, config: ModelConfig) -> dict:

@@ -64,12 +64,13 @@ class HF(llama.Family):
     require(scaling, 'config.json has no rope_parameters: transformers takes '
             'YaRN with a factor of 32 from 4,096 tokens on then; write it '
             'there')
-    layers = fields['num_layers']
+    num_layers = fields['num_layers']
     types = layer_types.read_attention_types(
-        reader, layers, has_window=lambda n: n % 2 == 0)
+        reader, num_layers, has_window=lambda n: n % 2 == 0)
     window = reader('sliding_window', 128)
     rope = rope_fields.read_rope(reader, theta=('rope_theta', 150000.0))
-    model_fields = layer_types.fields_of_attention_types(types, layers, window)
+    model_fields = layer_types.fields_of_attention_types(
+        types, num_layers, window)
     return model_fields | dict(rope=rope)
 
   def write(self, config: ModelConfig) -> dict:

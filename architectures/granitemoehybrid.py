@@ -88,7 +88,8 @@ def _write_ffn(config: ModelConfig) -> dict:
 
 
 def _mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows of a layer's Mamba-2, or of its attention."""
+  """Returns the rows that give the Hugging Face names of a layer's Mamba-2, or
+  of its attention."""
   if config.mixer == 'mamba2':
     return hf.prefix_rows('attention', 'mamba', *mamba2.MIXER_ROWS)
   return llama.attention_rows()

@@ -150,10 +150,10 @@ class HF(hf.HuggingFace):
     """Returns the fields of the model that take more than a look-up in a
     Hugging Face config.json. `reader(name, default)` returns a field of that
     file; `fields` are the fields of the model that were looked up before."""
-    layers = fields['num_layers']
+    num_layers = fields['num_layers']
     reader.require_values(num_key_value_heads=fields['num_heads'])
     hf.check_gates(fields, 'num_experts_per_token', 'moe_renormalize')
-    is_dense = _read_dense_layers(reader, layers)
+    is_dense = _read_dense_layers(reader, num_layers)
 
     # The recurrence: what stands in the section goes before the other names.
     linear = reader.read_object('linear_attn_config')
@@ -172,8 +172,8 @@ class HF(hf.HuggingFace):
 
     # The order of the layers.
     types = layer_types.read_entry_of_each_layer(
-        reader, 'layer_types', layers, layer_types.KIND_OF_MIXER)
-    types_of_section = _read_layer_types(linear, layers)
+        reader, 'layer_types', num_layers, layer_types.KIND_OF_MIXER)
+    types_of_section = _read_layer_types(linear, num_layers)
     model_fields = layer_types.fields_of_recurrent_layers(
         types or types_of_section, is_dense, mixer='kda')
     model_fields |= dict(head_dim=fields['latent.nope_dim'], latent=latent,

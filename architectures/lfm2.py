@@ -48,7 +48,7 @@ def _read_hidden_units(reader: hf.Reader) -> int:
 
 def decoder_rows(out: str = 'out_proj', norm: str = 'layernorm'
                  ) -> tuple[hf.Row, ...]:
-  """Returns the rows of an LFM2 decoder.
+  """Returns the rows that give the Hugging Face names of an LFM2 decoder.
 
   Args:
     out: the name in transformers of the last product of attention.
@@ -99,17 +99,17 @@ class HF(llama.Family):
     """Returns the fields of the model that take more than a look-up in a
     Hugging Face config.json. `reader(name, default)` returns a field of that
     file; `fields` are the fields of the model that were looked up before."""
-    layers = fields['num_layers']
-    layer_types.check_number_of_layers('num_hidden_layers', layers)
+    num_layers = fields['num_layers']
+    layer_types.check_number_of_layers('num_hidden_layers', num_layers)
     types = layer_types.read_entry_of_each_layer(
-        reader, 'layer_types', layers, KIND_OF_LAYER_TYPE)
+        reader, 'layer_types', num_layers, KIND_OF_LAYER_TYPE)
     # Where they are not listed, the layers of attention may be numbered.
-    full_layers = range(layers)
+    full_layers = range(num_layers)
     if reader.has('full_attn_idxs'):
       full_layers = reader.read_list('full_attn_idxs')
     if not types:
-      types = [SHORT_CONVOLUTION] * layers
-      for n in range(layers):
+      types = [SHORT_CONVOLUTION] * num_layers
+      for n in range(num_layers):
         if n in full_layers:
           types[n] = layer_types.FULL_ATTENTION
     kind_names = [KIND_OF_LAYER_TYPE[layer_type] for layer_type in types]

@@ -78,12 +78,12 @@ class HF(lfm2.HF):
     """Returns the fields of the model that take more than a look-up in a
     Hugging Face config.json. `reader(name, default)` returns a field of that
     file; `fields` are the fields of the model that were looked up before."""
-    layers = fields['num_layers']
-    layer_types.check_number_of_layers('num_hidden_layers', layers)
+    num_layers = fields['num_layers']
+    layer_types.check_number_of_layers('num_hidden_layers', num_layers)
     types = layer_types.read_entry_of_each_layer(
-        reader, 'layer_types', layers, KIND_OF_LAYER_TYPE)
+        reader, 'layer_types', num_layers, KIND_OF_LAYER_TYPE)
     if not types:
-      types = [_default_layer_type(n) for n in range(layers)]
+      types = [_default_layer_type(n) for n in range(num_layers)]
     has_window = not reader.is_null('sliding_window')
     require(has_window or layer_types.SLIDING_ATTENTION not in types,
             f'config.json has layers of {layer_types.SLIDING_ATTENTION} in '

@@ -28,8 +28,8 @@ class LLaMA(Decoder):
 
 
 def embedding_and_head_rows(norm: str = 'scale') -> tuple[hf.Row, ...]:
-  """Returns the rows of the embedding, the final norm and the head; `norm` is
-  the name of our parameter in the norm."""
+  """Returns the rows that give the Hugging Face names of the embedding, the
+  final norm and the head; `norm` is the name of our parameter in the norm."""
   return (('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
           (f'decoder/final_norm/{norm}', 'D', 'model.norm.weight', 'D'),
           ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
@@ -42,14 +42,16 @@ def layer_rows(*rows: hf.Row) -> tuple[hf.Row, ...]:
 
 
 def norm_rows(norm: str = 'scale') -> tuple[hf.Row, ...]:
-  """Returns the rows of the norms before a layer's attention and its
-  feed-forward network; `norm` is the name of our parameter in them."""
+  """Returns the rows that give the Hugging Face names of the norms before a
+  layer's attention and its feed-forward network; `norm` is the name of our
+  parameter in them."""
   return ((f'attention_norm/{norm}', 'D', 'input_layernorm.weight', 'D'),
           (f'ffn_norm/{norm}', 'D', 'post_attention_layernorm.weight', 'D'))
 
 
 def head_norm_rows(axis: str = 'K', norm: str = 'scale') -> tuple[hf.Row, ...]:
-  """Returns the rows of the norms of a layer's queries and keys.
+  """Returns the rows that give the Hugging Face names of the norms of a layer's
+  queries and keys.
 
   Args:
     axis: the axis of the scale: K where each head has a norm of its own size, U
@@ -62,8 +64,8 @@ def head_norm_rows(axis: str = 'K', norm: str = 'scale') -> tuple[hf.Row, ...]:
 
 
 def attention_rows(*more: hf.Row) -> tuple[hf.Row, ...]:
-  """Returns the rows of the matrices and biases of a layer's attention, and
-  `more` rows of it."""
+  """Returns the rows that give the Hugging Face names of the matrices and
+  biases of a layer's attention, and `more` rows of it."""
   return hf.prefix_rows('attention', 'self_attn', *hf.attention_rows(
       'q_proj', 'k_proj', 'v_proj', 'o_proj', 'J'), *more)
 
@@ -75,7 +77,8 @@ FFN_ROWS = (*hf.dense_rows('gate', 'DF', 'gate_proj', 'F D'),
 
 def expert_rows(gate: str = 'gate_proj', up: str = 'up_proj',
                 down: str = 'down_proj') -> tuple[hf.Row, ...]:
-  """Returns the rows of a layer's router and experts.
+  """Returns the rows that give the Hugging Face names of a layer's router and
+  experts.
 
   Args:
     gate: the name of an expert's gate in transformers.

@@ -43,29 +43,30 @@ class Llama4(Decoder):
                           shared_experts=1, gate_inputs=True))
 
 
-def _name_and_kind(chunked: bool, turned: bool, moe: bool, norm: bool,
-                   scale: float) -> tuple[str, dict[str, Any]]:
+def _name_and_kind(is_chunked: bool, is_rotated: bool, has_experts: bool,
+                   has_norm: bool, scale: float) -> tuple[str, dict[str, Any]]:
   """Returns the name of a kind of layer, and the fields of the model that it
   sets.
 
   Args:
-    chunked: whether a token sees its chunk alone.
-    turned: whether queries and keys are rotated by their positions.
-    moe: whether the network is one of experts.
-    norm: whether the queries and keys that are rotated have a norm.
+    is_chunked: whether a token sees its chunk alone.
+    is_rotated: whether queries and keys are rotated by their positions.
+    has_experts: whether the network is one of experts.
+    has_norm: whether the queries and keys that are rotated have a norm.
     scale: by how much queries that are not rotated grow with the position.
   """
   name, kind = 'full', {}
-  if chunked:
+  if is_chunked:
     name = 'chunk'
     kind['attention'] = 'chunked'
-  if chunked != turned:  # mostly, both or neither
-    name += '_turned' if turned else '_nope'
-  if turned:
-    kind['qk_norm'] = norm
+  # Mostly, a layer is both or neither, and the name leaves it out.
+  if is_chunked != is_rotated:
+    name += '_turned' if is_rotated else '_nope'
+  if is_rotated:
+    kind['qk_norm'] = has_norm
   else:
     kind |= dict(position='none', attention_log_scale=scale)
-  if not moe:
+  if not has_experts:
     name += '_dense'
     kind['ffn'] = DENSE_NETWORK
   return name, kind
@@ -96,19 +97,19 @@ class HF(llama.Family):
     """Returns the fields of the model that take more than a look-up in a
     Hugging Face config.json. `reader(name, default)` returns a field of that
     file; `fields` are the fields of the model that were looked up before."""
-    layers = fields['num_layers']
-    layer_types.check_number_of_layers('num_hidden_layers', layers)
-    has_rope = layer_types.read_layers_with_rope(reader, layers)
+    num_layers = fields['num_layers']
+    layer_types.check_number_of_layers('num_hidden_layers', num_layers)
+    has_rope = layer_types.read_layers_with_rope(reader, num_layers)
 
     # The layers that see a chunk alone: by default, those with positions.
     chunk = 0
     if not reader.is_null('attention_chunk_size'):
       chunk = reader('attention_chunk_size', 8192)
     types = layer_types.read_entry_of_each_layer(
-        reader, 'layer_types', layers,
+        reader, 'layer_types', num_layers,
         (CHUNKED_ATTENTION, layer_types.FULL_ATTENTION))
     if not types:
-      types = [layer_types.FULL_ATTENTION] * layers
+      types = [layer_types.FULL_ATTENTION] * num_layers
       for n, is_rotated in enumerate(has_rope):
         if is_rotated and chunk:
           types[n] = CHUNKED_ATTENTION
@@ -118,20 +119,21 @@ class HF(llama.Family):
 
     # The layers that have experts.
     step = reader('interleave_moe_layer_step', 1)
-    experts = range(step - 1, layers, step)
+    experts = range(step - 1, num_layers, step)
     if reader.has('moe_layers'):
       experts = reader.read_list('moe_layers')
 
     # The kinds of layer.
-    norm = reader('use_qk_norm', True)
+    has_norm = reader('use_qk_norm', True)
     scale = reader('attn_scale', 0.1)
     if not reader('attn_temperature_tuning', True):
       scale = 0.0
     kind_names, kinds = [], {}
     for n, (layer_type, is_rotated) in enumerate(zip(types, has_rope)):
       name, kind = _name_and_kind(
-          chunked=layer_type == CHUNKED_ATTENTION, turned=bool(is_rotated),
-          moe=n in experts, norm=norm, scale=scale)
+          is_chunked=layer_type == CHUNKED_ATTENTION,
+          is_rotated=bool(is_rotated), has_experts=n in experts,
+          has_norm=has_norm, scale=scale)
       kind_names.append(name)
       kinds[name] = kind
     rope = rope_fields.read_rope(reader, theta=('rope_theta', 5e5),

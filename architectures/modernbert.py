@@ -106,13 +106,13 @@ class HF(hf.HuggingFace):
       ropes[kind] = dict(theta=section('rope_theta', theta))
 
     # The order of the layers, of which the first has one norm less.
-    layers = fields['num_layers']
+    num_layers = fields['num_layers']
     interval = reader('global_attn_every_n_layers', 3)
     types = layer_types.read_entry_of_each_layer(
-        reader, 'layer_types', layers, KIND_AND_THETA_OF_LAYER_TYPE)
+        reader, 'layer_types', num_layers, KIND_AND_THETA_OF_LAYER_TYPE)
     if not types:
-      types = [layer_types.SLIDING_ATTENTION] * layers
-      for n in range(0, layers, interval):
+      types = [layer_types.SLIDING_ATTENTION] * num_layers
+      for n in range(0, num_layers, interval):
         types[n] = layer_types.FULL_ATTENTION
     kind_names = [KIND_AND_THETA_OF_LAYER_TYPE[layer_type][0]
                   for layer_type in types]

@@ -41,13 +41,13 @@ class HF(olmo2.HF):
     kind_fields = {}
     if local_rope != global_rope:
       kind_fields[layer_types.SLIDING_ATTENTION] = dict(rope=local_rope)
-    layers = fields['num_layers']
+    num_layers = fields['num_layers']
     types = layer_types.read_attention_types(
-        reader, layers, has_window=lambda n: (n + 1) % 4)
+        reader, num_layers, has_window=lambda n: (n + 1) % 4)
     window = layer_types.read_sliding_window(reader)
     # Where all layers have a window, theirs are the positions of the model.
     model_fields = layer_types.fields_of_attention_types(
-        types, layers, window, kind_fields)
+        types, num_layers, window, kind_fields)
     return dict(rope=global_rope) | model_fields
 
   def write(self, config: ModelConfig) -> dict:

@@ -47,7 +47,8 @@ BASE_ROWS = olmo2.BASE_ROWS + llama.layer_rows(
 
 
 def _mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows of a layer's gated DeltaNet, or of its attention."""
+  """Returns the rows that give the Hugging Face names of a layer's gated
+  DeltaNet, or of its attention."""
   if config.mixer == 'deltanet':
     return DELTANET_ROWS
   return olmo2.ATTENTION_ROWS
@@ -89,13 +90,14 @@ class HF(llama.Family):
     Hugging Face config.json. `reader(name, default)` returns a field of that
     file; `fields` are the fields of the model that were looked up before."""
     # The order of the layers.
-    layers = fields['num_layers']
-    layer_types.check_number_of_layers('num_hidden_layers', layers)
+    num_layers = fields['num_layers']
+    layer_types.check_number_of_layers('num_hidden_layers', num_layers)
     types = layer_types.read_entry_of_each_layer(
-        reader, 'layer_types', layers, layer_types.KIND_OF_MIXER)
+        reader, 'layer_types', num_layers, layer_types.KIND_OF_MIXER)
     kind_names = [layer_types.KIND_OF_MIXER[layer_type] for layer_type in types]
     if not types:
-      kind_names = ['full' if n % 4 == 3 else 'linear' for n in range(layers)]
+      kind_names = [
+          'full' if n % 4 == 3 else 'linear' for n in range(num_layers)]
       if 'full' not in kind_names:
         kind_names[-1] = 'full'
 

@@ -42,16 +42,17 @@ class HF(llama.Family):
     """Returns the fields of the model that take more than a look-up in a
     Hugging Face config.json. `reader(name, default)` returns a field of that
     file; `fields` are the fields of the model that were looked up before."""
-    layers = fields['num_layers']
+    num_layers = fields['num_layers']
     # The first max_window_layers layers have no window, whatever it is called.
     num_full = reader.read_count('max_window_layers', 28)
     window = layer_types.read_sliding_window(reader)
     if not reader('use_sliding_window', False):
       window = 0
     types = layer_types.read_attention_types(
-        reader, layers, has_window=lambda n: window and n >= num_full)
+        reader, num_layers, has_window=lambda n: window and n >= num_full)
     model_fields = super().read(reader, fields)
-    model_fields |= layer_types.fields_of_attention_types(types, layers, window)
+    model_fields |= layer_types.fields_of_attention_types(types, num_layers,
+                                                          window)
     if reader.is_null('num_key_value_heads'):  # left out, there are 32
       model_fields['num_kv_heads'] = fields['num_heads']
     return model_fields

@@ -29,7 +29,8 @@ class Qwen35(Decoder):
 
 
 def mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows of a layer's gated DeltaNet, or of its attention."""
+  """Returns the rows that give the Hugging Face names of a layer's gated
+  DeltaNet, or of its attention."""
   if config.mixer != 'deltanet':
     return qwen3_next.attention_rows(config)
   return hf.prefix_rows(

@@ -53,9 +53,9 @@ class HF(llama.Family):
     Hugging Face config.json. `reader(name, default)` returns a field of that
     file; `fields` are the fields of the model that were looked up before."""
     interval = reader('decoder_sparse_step', 1)
-    layers = fields['num_layers']
-    require(layers % interval == 0, 'config.json has decoder_sparse_step '
-            f'{interval}, which does not divide num_hidden_layers {layers}')
+    num_layers = fields['num_layers']
+    require(num_layers % interval == 0, 'config.json has decoder_sparse_step '
+            f'{interval}, which does not divide num_hidden_layers {num_layers}')
     hf.check_gates(fields)
     reader.require_values(mlp_only_layers=[])
     return super().read(reader, fields) | kinds.place_experts({}, interval)

@@ -84,8 +84,8 @@ STATE_ROWS = (
 
 
 def attention_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows of a layer of attention, with those of biases if the model
-  has them."""
+  """Returns the rows that give the Hugging Face names of a layer of attention,
+  with those of biases if the model has them."""
   rows = []
   for row in ATTENTION_ROWS:
     _, _, tensor_name, _ = row
@@ -95,7 +95,8 @@ def attention_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
 
 
 def _mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows of a layer's gated DeltaNet, or of its attention.
+  """Returns the rows that give the Hugging Face names of a layer's gated
+  DeltaNet, or of its attention.
 
   A fused tensor of the DeltaNet goes head of keys by head of keys, and has the
   query, the key, the values and the gates of each.

@@ -48,8 +48,8 @@ KIND_OF_LAYER_TYPE = {layer_types.LINEAR_ATTENTION: 'linear',
 
 
 def _stream_rows(ours: str, theirs: str) -> tuple[hf.Row, ...]:
-  """Returns the rows of the hyper-connections of one branch: the matrices by
-  which it reads and writes the residual streams.
+  """Returns the rows that give the Hugging Face names of the hyper-connections
+  of one branch: the matrices by which it reads and writes the residual streams.
 
   Args:
     ours: the folder of our parameters.
@@ -73,8 +73,8 @@ NGRAM_ROWS = hf.prefix_rows(
 
 
 def _layer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows of a layer, with those of an indexer and of n-grams, which
-  some layers have."""
+  """Returns the rows that give the Hugging Face names of a layer, with those of
+  an indexer and of n-grams, which some layers have."""
   indexer_rows = hf.prefix_rows(
       'attention/indexer', 'self_attn.indexer',
       ('query|key', 'DHK|DK', 'index_qk_proj.weight', 'HK+K D'),
@@ -118,8 +118,8 @@ class HF(qwen3_5_moe.HF):
     """Returns the fields of the model that take more than a look-up in a
     Hugging Face config.json. `reader(name, default)` returns a field of that
     file; `fields` are the fields of the model that were looked up before."""
-    layers = fields['num_layers']
-    layer_types.check_number_of_layers('num_hidden_layers', layers)
+    num_layers = fields['num_layers']
+    layer_types.check_number_of_layers('num_hidden_layers', num_layers)
     reader.require_values(
         indexer_kv_heads=1, split_ngram_parts=1,
         seed=lookup.SEED_OF_MULTIPLIERS,
@@ -128,11 +128,11 @@ class HF(qwen3_5_moe.HF):
     # The kind of each layer; by default, the last of every few sees all keys.
     interval = reader('full_attention_interval', 4)
     types = layer_types.read_entry_of_each_layer(
-        reader, 'layer_types', layers, KIND_OF_LAYER_TYPE)
+        reader, 'layer_types', num_layers, KIND_OF_LAYER_TYPE)
     kind_names = [KIND_OF_LAYER_TYPE[layer_type] for layer_type in types]
     if not types:
-      kind_names = ['linear'] * layers
-      for last in range(interval - 1, layers, interval):
+      kind_names = ['linear'] * num_layers
+      for last in range(interval - 1, num_layers, interval):
         kind_names[last] = 'full'
 
     # One of the linear layers, numbered from 1, looks up n-grams.

@@ -73,15 +73,15 @@ class HF(llama.Family):
     """Returns the fields of the model that take more than a look-up in a
     Hugging Face config.json. `reader(name, default)` returns a field of that
     file; `fields` are the fields of the model that were looked up before."""
-    layers = fields['num_layers']
-    has_rope = layer_types.read_layers_with_rope(reader, layers)
+    num_layers = fields['num_layers']
+    has_rope = layer_types.read_layers_with_rope(reader, num_layers)
     window = 0
     if reader.has('sliding_window'):
       window = reader('sliding_window', 4096)
     if not reader('use_sliding_window', False):
       window = 0
     types = layer_types.read_attention_types(
-        reader, layers, has_window=lambda n: window and not has_rope[n])
+        reader, num_layers, has_window=lambda n: window and not has_rope[n])
     model_fields = _pattern_of_layers(types, has_rope, window)
     if reader.is_null('num_key_value_heads'):  # left out, there are 4
       model_fields['num_kv_heads'] = fields['num_heads']

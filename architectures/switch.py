@@ -90,11 +90,11 @@ class HF(hf.HuggingFace):
     Hugging Face config.json. `reader(name, default)` returns a field of that
     file; `fields` are the fields of the model that were looked up before."""
     # The last of every few layers has experts, alike in both stacks.
-    layers = fields['num_layers']
+    num_layers = fields['num_layers']
     decoder_layers = fields['num_decoder_layers']
     if reader.is_null('num_decoder_layers'):
-      decoder_layers = layers
-    interval = _read_interval_of_expert_layers(reader, 'encoder', layers)
+      decoder_layers = num_layers
+    interval = _read_interval_of_expert_layers(reader, 'encoder', num_layers)
     interval_in_decoder = _read_interval_of_expert_layers(
         reader, 'decoder', decoder_layers)
     require(interval == interval_in_decoder,

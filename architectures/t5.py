@@ -31,7 +31,8 @@ class T5(EncoderDecoder):
 
 
 def stack_rows(stack: str, *ffn: hf.Row) -> tuple[hf.Row, ...]:
-  """Returns the rows of the encoder or the decoder, which Switch has too.
+  """Returns the rows that give the Hugging Face names of the encoder or the
+  decoder, which Switch has too.
 
   Args:
     stack: 'encoder' or 'decoder'.
@@ -64,7 +65,8 @@ def stack_rows(stack: str, *ffn: hf.Row) -> tuple[hf.Row, ...]:
 
 
 def _attention_rows(ours: str, norm: str, theirs: str) -> tuple[hf.Row, ...]:
-  """Returns the rows of one attention and of the norm before it.
+  """Returns the rows that give the Hugging Face names of one attention and of
+  the norm before it.
 
   Args:
     ours: our name of the attention.
@@ -80,7 +82,8 @@ def _attention_rows(ours: str, norm: str, theirs: str) -> tuple[hf.Row, ...]:
 
 
 def model_rows(*ffn: hf.Row) -> tuple[hf.Row, ...]:
-  """Returns the rows of both stacks, and of the embedding and the head."""
+  """Returns the rows that give the Hugging Face names of both stacks, and of
+  the embedding and the head."""
   return (('embed/tokens', 'VD', 'shared.weight', 'V D'),
           ('head/kernel', 'DV', 'lm_head.weight', 'V D'),
           *stack_rows('encoder', *ffn), *stack_rows('decoder', *ffn))

@@ -43,7 +43,8 @@ class TaskHead:
   prefix: tuple[str, str] = ('', '')
 
   def rows(self, names: Iterable[Row]) -> tuple[Row, ...]:
-    """Returns the rows of a model with this head.
+    """Returns the rows that give the Hugging Face names of a model with this
+    head.
 
     Args:
       names: the rows of the model with the head of a language model, whose
@@ -296,8 +297,9 @@ def prefix_rows(our_folder: str, hf_module: str, *rows: Row) -> tuple[Row, ...]:
 def rows_of_each_block(
     config: ModelConfig, layer_prefix: str,
     rows_of_layer: Callable[[ModelConfig], Iterable[Row]]) -> tuple[Row, ...]:
-  """Returns the rows of a decoder whose kinds of layer differ in more than
-  which parameters they have, block by block of the period that is scanned.
+  """Returns the rows that give the Hugging Face names of a decoder whose kinds
+  of layer differ in more than which parameters they have, block by block of the
+  period that is scanned.
 
   Args:
     config: the model.
@@ -315,7 +317,8 @@ def rows_of_each_block(
 
 
 def norm_rows(ours: str, theirs: str) -> tuple[Row, Row]:
-  """Returns the rows of a LayerNorm's scale and bias.
+  """Returns the rows that give the Hugging Face names of a LayerNorm's scale
+  and bias.
 
   Args:
     ours: the folder of our parameters.
@@ -327,7 +330,8 @@ def norm_rows(ours: str, theirs: str) -> tuple[Row, Row]:
 
 def dense_rows(ours: str, our_axes: str, theirs: str, hf_axes: str
                ) -> tuple[Row, Row]:
-  """Returns the rows of a matrix and of its bias.
+  """Returns the rows that give the Hugging Face names of a matrix and of its
+  bias.
 
   Args:
     ours: the path of our matrix; the bias is beside it, with _bias at its end.
@@ -354,7 +358,8 @@ def dense_rows(ours: str, our_axes: str, theirs: str, hf_axes: str
 
 def attention_rows(query: str, key: str, value: str, out: str,
                    kv_heads: str = 'H') -> tuple[Row, ...]:
-  """Returns the rows of the matrices and the biases of attention.
+  """Returns the rows that give the Hugging Face names of the matrices and the
+  biases of attention.
 
   Args:
     query: the name of the matrix for queries in transformers.
