@@ -28,18 +28,20 @@ import numpy as np
 from common.errors import RequestError, require
 from common.fields import check_number
 
-DELTA = 1e-3
-CONSTANTS = ('E', 'A', 'B', 'a', 'b')
+HUBER_DELTA = 1e-3  # as in the paper
+CONSTANTS_OF_LAW = ('E', 'A', 'B', 'a', 'b')
+# The least ladder that fixes five constants, and leaves residuals.
 MIN_RUNS, MIN_SIZES, MIN_LENGTHS = 6, 3, 3
+# Of log N and log D: beyond it their effects cannot be told apart.
 MAX_CORRELATION = 0.97
 # The starts: exponents, log E, log A and log B, as in the paper.
-EXPONENTS = (0.0, 0.5, 1.0, 1.5, 2.0)
-LOG_E = (-1.0, -0.5, 0.0, 0.5, 1.0)
-LOG_SCALES = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0)
-POLISHED = 100  # of the starts: those with the least error
+START_EXPONENTS = (0.0, 0.5, 1.0, 1.5, 2.0)
+START_LOG_E = (-1.0, -0.5, 0.0, 0.5, 1.0)
+START_LOG_SCALES = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0)
+NUM_POLISHED_STARTS = 100  # of the starts: those with the least error
 # The bounds of log E, log A, log B, a, b: a law of exponent 0
 # cannot be told from E.
-BOUNDS = ((-12, 6), (-30, 90), (-30, 90), (0, 8), (0, 8))
+BOUNDS_OF_CONSTANTS = ((-12, 6), (-30, 90), (-30, 90), (0, 8), (0, 8))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,24 +63,24 @@ def main(args) -> int:
   from tools.compare import curves
   # An interval needs 40 or more.
   check_number('--draws', args.draws, (('>=', 40), ('<=', 1_000_000)))
-  budgets = _budgets(args.budgets)
+  budgets = _parse_budgets(args.budgets)
   sweep = curves.load_sweep(args.workdir)
   if args.by:
-    figures = report_by(sweep, args.by, args.count, budgets, args.draws)
+    figures = fit_by_field(sweep, args.by, args.count, budgets, args.draws)
   else:
-    runs = data(sweep.points, args.count, args.workdir)
-    law = fit(runs.params, runs.tokens, runs.losses)
-    drawn = _drawn(law, runs, args.draws)
-    figures = described(law=law, drawn=drawn, runs=runs, budgets=budgets)
+    runs = runs_of_ladder(sweep.points, args.count, args.workdir)
+    law = fit_law(runs.params, runs.tokens, runs.losses)
+    drawn = _bootstrap_runs(law, runs, args.draws)
+    figures = describe_law(law=law, drawn=drawn, runs=runs, budgets=budgets)
   if args.json:
     print(json.dumps(figures, indent=2))
   else:
-    print(text_by(figures) if args.by else text(figures))
+    print(format_laws_by_field(figures) if args.by else format_law(figures))
   return 0
 
 
-def _budgets(text: str) -> list[float]:
-  """Returns the budgets of --budgets, in FLOPs."""
+def _parse_budgets(text: str) -> list[float]:
+  """Returns the budgets in FLOPs that --budgets names, such as '1e15,1e16'."""
   try:
     budgets = [float(word) for word in text.split(',') if word]
   except ValueError as error:
@@ -117,15 +119,17 @@ class Cost:
 
 
 class Runs(NamedTuple):
-  """The runs of a ladder, an entry each: arrays."""
+  """The runs of a ladder (a sweep over sizes and lengths), as arrays with an
+  entry for each run."""
   params: np.ndarray
   tokens: np.ndarray
   losses: np.ndarray
   flops_per_token: np.ndarray
 
 
-def data(points, count: str, who: str, beside: str = '') -> Runs:
-  """Returns every run of a ladder, by tokens, parameters and seed.
+def runs_of_ladder(points, count: str, who: str, beside: str = '') -> Runs:
+  """Returns the finished runs of a ladder, ordered by tokens, parameters and
+  seed.
 
   Args:
     points: the points of one ladder.
@@ -137,11 +141,11 @@ def data(points, count: str, who: str, beside: str = '') -> Runs:
     RequestError: where they are no ladder.
   """
   for point in points:
-    _check_sizes(point, beside)
+    _check_point_sets_sizes(point, beside)
   done = [point for point in points if point.final_losses]
   require(bool(done), f'{who} has no finished run')
   done.sort(key=lambda point: (point.tokens, getattr(point, count)))
-  _check_rungs(done, count)
+  _check_rungs_differ(done, count)
   params, tokens, losses, flops_per_token = [], [], [], []
   for point in done:
     for _, loss in sorted(point.final_losses.items()):
@@ -156,7 +160,7 @@ def data(points, count: str, who: str, beside: str = '') -> Runs:
       flops_per_token=np.array(flops_per_token))
 
 
-def _check_sizes(point, beside: str) -> None:
+def _check_point_sets_sizes(point, beside: str) -> None:
   """Raises RequestError for a point that sets what is no size, but for the
   field `beside`."""
   kinds = []
@@ -170,7 +174,7 @@ def _check_sizes(point, beside: str) -> None:
           'field')
 
 
-def _check_rungs(points, count: str) -> None:
+def _check_rungs_differ(points, count: str) -> None:
   """Raises RequestError for two points of one size and length: what else they
   differ in, the law does not know."""
   rungs = {}
@@ -199,7 +203,7 @@ def check_ladder(params: Sequence[float], tokens: Sequence[float]) -> None:
       (x[:, None], MIN_SIZES, 'numbers of parameters'),
       (y[:, None], MIN_LENGTHS, 'numbers of tokens'))
   for rows, least, things in counted:
-    number = len(_distinct(rows))
+    number = len(_distinct_points(rows))
     require(number >= least, f'the ladder has {number} different {things}: the '
             f'five constants of the law need {least}; add points that vary the '
             'model\'s size and train.steps')
@@ -210,8 +214,9 @@ def check_ladder(params: Sequence[float], tokens: Sequence[float]) -> None:
           'add points that vary train.steps at one size')
 
 
-def _distinct(x: np.ndarray) -> list[np.ndarray]:
-  """Returns the rows that differ by more than 1 % (x are logarithms)."""
+def _distinct_points(x: np.ndarray) -> list[np.ndarray]:
+  """Returns the rows of x, [points, ...] logarithms, that differ from all rows
+  before them by more than 1 %."""
   rows: list[np.ndarray] = []
   for row in x:
     distances = [np.max(np.abs(row - other)) for other in rows]
@@ -220,9 +225,15 @@ def _distinct(x: np.ndarray) -> list[np.ndarray]:
   return rows
 
 
-def fit(params: Sequence[float], tokens: Sequence[float],
+def fit_law(params: Sequence[float], tokens: Sequence[float],
         losses: Sequence[float]) -> Law:
-  """Returns the law that fits runs best: approach 3 of Hoffmann et al. 2022.
+  """Fits L(N, D) = E + A / N^a + B / D^b to runs: approach 3 of Hoffmann et al.
+  2022, the least Huber loss of log L from a grid of starts.
+
+  Args:
+    params: the number of parameters N of each run.
+    tokens: the number of tokens D of each run.
+    losses: the final loss of each run.
 
   Raises:
     RequestError: where the ladder is too small.
@@ -230,50 +241,66 @@ def fit(params: Sequence[float], tokens: Sequence[float],
   check_ladder(params, tokens)
   x, y, z = _logarithms(params, tokens, losses)
   # Every start of the paper's grid is tried; the best of them are polished.
-  axes = np.meshgrid(LOG_E, LOG_SCALES, LOG_SCALES, EXPONENTS, EXPONENTS,
+  axes = np.meshgrid(START_LOG_E, START_LOG_SCALES, START_LOG_SCALES,
+                     START_EXPONENTS, START_EXPONENTS,
                      indexing='ij')
   grid = np.stack(axes, -1).reshape(-1, 5)
-  errors = np.array([objective(theta, x, y, z)[0] for theta in grid])
-  best = np.argsort(errors, kind='stable')[:POLISHED]
-  return _best(grid[best], x, y, z)
+  errors = np.array([huber_objective(theta, x, y, z)[0] for theta in grid])
+  best = np.argsort(errors, kind='stable')[:NUM_POLISHED_STARTS]
+  return _minimise_from_starts(grid[best], x, y, z)
 
 
 def _logarithms(*columns: Sequence[float]) -> list[np.ndarray]:
+  """Returns the natural logarithms of each column."""
   return [np.log(np.asarray(column, float)) for column in columns]
 
 
-def bootstrap(law: Law, params, tokens, losses, draws: int, seed: int = 0
+def bootstrap_laws(law: Law, params, tokens, losses, draws: int, seed: int = 0
               ) -> list[Law]:
-  """Returns laws of `draws` ladders whose residuals are drawn anew.
+  """Returns the laws of a residual bootstrap: of ladders whose losses are those
+  of the fitted law with residuals drawn anew.
 
   Two ladders of as many runs in the same order, drawn with the same seed, get
   the residuals of the same runs: what a size, a length and a seed do to both
   then cancels in the difference of their laws.
+
+  Args:
+    law: the law that was fitted.
+    params, tokens, losses: of each run, as in `fit_law`.
+    draws: how many laws are drawn.
+    seed: the seed of the draws.
   """
   x, y, z = _logarithms(params, tokens, losses)
   fitted = np.log(law.loss(params, tokens))
   # The fit took as much freedom as it has constants.
-  freedom = len(z) - len(CONSTANTS)
+  freedom = len(z) - len(CONSTANTS_OF_LAW)
   residuals = (z - fitted) * math.sqrt(len(z) / freedom)
   start = [math.log(law.E), math.log(law.A), math.log(law.B), law.a, law.b]
   rng = np.random.default_rng(seed)
   laws = []
   for _ in range(draws):
     drawn = fitted + rng.choice(residuals, len(z))
-    laws.append(_best([start], x, y, drawn))
+    laws.append(_minimise_from_starts([start], x, y, drawn))
   return laws
 
 
-def _best(starts: Sequence, x: np.ndarray, y: np.ndarray, z: np.ndarray
+def _minimise_from_starts(starts: Sequence, x: np.ndarray, y: np.ndarray,
+                          z: np.ndarray
           ) -> Law:
-  """Returns the law of the least `objective` that L-BFGS reaches from any of
-  some starts."""
+  """Returns the law with the least `huber_objective` that L-BFGS reaches from
+  any of some starts.
+
+  Args:
+    starts: the values of log E, log A, log B, a and b at each start.
+    x, y, z: the logarithms of parameters, tokens and losses of each run.
+  """
   from scipy.optimize import minimize
   best = None
   for theta in starts:
     result = minimize(
-        objective, theta, args=(x, y, z), jac=True, method='L-BFGS-B',
-        bounds=BOUNDS, options=dict(maxiter=5000, ftol=1e-15, gtol=1e-10))
+        huber_objective, theta, args=(x, y, z), jac=True, method='L-BFGS-B',
+        bounds=BOUNDS_OF_CONSTANTS,
+        options=dict(maxiter=5000, ftol=1e-15, gtol=1e-10))
     if best is None or result.fun < best.fun:
       best = result
   E, A, B = np.exp(best.x[:3]).tolist()
@@ -281,7 +308,7 @@ def _best(starts: Sequence, x: np.ndarray, y: np.ndarray, z: np.ndarray
   return Law(E=E, A=A, B=B, a=a, b=b)
 
 
-def objective(theta, x, y, z) -> tuple[float, np.ndarray]:
+def huber_objective(theta, x, y, z) -> tuple[float, np.ndarray]:
   """Returns the summed Huber loss of the residuals of log L, and its gradient
   (Hoffmann et al. 2022, equation 3): sum over the runs of
   Huber(logsumexp(log E, log A - a log N, log B - b log D) - log L).
@@ -294,23 +321,24 @@ def objective(theta, x, y, z) -> tuple[float, np.ndarray]:
   terms = np.stack([np.full_like(x, log_E), log_A - a * x, log_B - b * y])
   total = np.logaddexp.reduce(terms)
   residual = total - z
-  # Huber's loss is a parabola near 0, and a line beyond DELTA.
+  # Huber's loss is a parabola near 0, and a line beyond HUBER_DELTA.
   size = np.abs(residual)
   parabola = residual * residual / 2
-  line = DELTA * (size - DELTA / 2)
-  value = np.where(size <= DELTA, parabola, line).sum()
+  line = HUBER_DELTA * (size - HUBER_DELTA / 2)
+  value = np.where(size <= HUBER_DELTA, parabola, line).sum()
   # Its slope, shared out by the share of each term in the sum.
-  slope = np.clip(residual, -DELTA, DELTA)
+  slope = np.clip(residual, -HUBER_DELTA, HUBER_DELTA)
   pull = slope * np.exp(terms - total)
   by_log_E, by_log_A, by_log_B = pull.sum(1)
   gradient = np.array([by_log_E, by_log_A, by_log_B, -(pull[1] * x).sum(),
                        -(pull[2] * y).sum()])
-  scale = 1 / DELTA ** 2  # L-BFGS stops by absolute size of the gradient
+  scale = 1 / HUBER_DELTA ** 2  # L-BFGS stops by absolute size of the gradient
   return value * scale, gradient * scale
 
 
-def optimum(law: Law, cost: Cost, budget: float) -> tuple[float, float]:
-  """Returns the parameters and tokens that make the loss least for a budget.
+def optimal_size(law: Law, cost: Cost, budget: float) -> tuple[float, float]:
+  """Returns the parameters N and tokens D with the least loss for a budget of
+  FLOPs.
 
   D = budget / (factor N^power); where dL/dN = 0,
   N^(a + power b) = a A / (power b B) (budget / factor)^b.
@@ -323,14 +351,16 @@ def optimum(law: Law, cost: Cost, budget: float) -> tuple[float, float]:
   return params, tokens
 
 
-def cost_of(params: Sequence[float], flops_per_token: Sequence[float]) -> Cost:
-  """Returns the FLOPs of a token as a power of N, through a ladder's own."""
+def fit_cost_per_token(params: Sequence[float],
+                       flops_per_token: Sequence[float]) -> Cost:
+  """Fits the FLOPs of a token as factor x N^power to the models of a ladder, by
+  least squares of the logarithms."""
   power, factor = np.polyfit(np.log(params), np.log(flops_per_token), 1)
   return Cost(factor=float(np.exp(factor)), power=float(power))
 
 
-def described(law: Law, drawn: list[Law], runs: Runs, budgets) -> dict:
-  """Returns what `fit` prints of a law and those drawn around it.
+def describe_law(law: Law, drawn: list[Law], runs: Runs, budgets) -> dict:
+  """Returns all figures of a law with their intervals, as --json prints them.
 
   Args:
     law: the law of the runs.
@@ -340,49 +370,57 @@ def described(law: Law, drawn: list[Law], runs: Runs, budgets) -> dict:
       ladder, and 10 and 100 times it.
   """
   # The budgets at which a size is asked for.
-  cost = cost_of(runs.params, runs.flops_per_token)
+  cost = fit_cost_per_token(runs.params, runs.flops_per_token)
   if not budgets:
     largest = float(np.max(runs.tokens * runs.flops_per_token))
     budgets = [largest, 10 * largest, 100 * largest]
   optima = []
   for budget in budgets:
-    optima.append(_optimum(law=law, drawn=drawn, cost=cost, budget=budget))
+    optima.append(
+        _optimum_with_intervals(law=law, drawn=drawn, cost=cost, budget=budget))
 
   predicted = law.loss(runs.params, runs.tokens)
   residuals = np.log(runs.losses / predicted)
   rms = math.sqrt(np.mean(residuals ** 2))
   return {
       'runs': len(runs.losses),
-      'parameters': _ends(runs.params),
-      'tokens': _ends(runs.tokens),
+      'parameters': _least_and_largest(runs.params),
+      'tokens': _least_and_largest(runs.tokens),
       'rms_log_residual': rms,
-      'constants': _with_intervals(dataclasses.asdict, law, drawn),
+      'constants': _figures_with_intervals(dataclasses.asdict, law, drawn),
       'flops_per_token': dataclasses.asdict(cost),
       'optima': optima}
 
 
-def _ends(values: np.ndarray) -> list[float]:
+def _least_and_largest(values: np.ndarray) -> list[float]:
   """Returns the least and the largest value."""
   return [float(values.min()), float(values.max())]
 
 
-def _with_intervals(figures, law: Law, drawn) -> dict[str, dict]:
-  """Returns the figures of a law by name, with those of laws around it."""
+def _figures_with_intervals(figures, law: Law, drawn) -> dict[str, dict]:
+  """Returns figures of a law by name, each with its bootstrap interval.
+
+  Args:
+    figures: a function that maps a law to its figures by name.
+    law: the law.
+    drawn: the laws of a bootstrap.
+  """
   figures_of_drawn = [figures(other) for other in drawn]
   rows = {}
   for name, value in figures(law).items():
     around = [other[name] for other in figures_of_drawn]
-    rows[name] = _interval(value, around)
+    rows[name] = _percentile_interval(value, around)
   return rows
 
 
-def _interval(value: float, drawn: Sequence[float]) -> dict:
-  """Returns a value, and the 95 % interval of what a bootstrap drew of it."""
+def _percentile_interval(value: float, drawn: Sequence[float]) -> dict:
+  """Returns a value with its 95 % percentile interval of a bootstrap."""
   low, high = np.percentile(drawn, [2.5, 97.5])
   return {'value': float(value), 'low': float(low), 'high': float(high)}
 
 
-def _optimum(law: Law, drawn: Sequence[Law], cost: Cost, budget: float) -> dict:
+def _optimum_with_intervals(law: Law, drawn: Sequence[Law], cost: Cost,
+                            budget: float) -> dict:
   """Returns the best size for a budget; {'budget': ...} alone where an exponent
   is 0 and no size is the best."""
   kept = [other for other in drawn if min(other.a, other.b) > 0.01]
@@ -390,93 +428,115 @@ def _optimum(law: Law, drawn: Sequence[Law], cost: Cost, budget: float) -> dict:
     return {'budget': budget}
 
   def best(of: Law) -> dict[str, float]:
-    params, tokens = optimum(of, cost, budget)
+    params, tokens = optimal_size(of, cost, budget)
     return {'parameters': params, 'tokens': tokens,
             'loss': of.loss(params, tokens)}
 
-  return {'budget': budget} | _with_intervals(best, law, kept)
+  return {'budget': budget} | _figures_with_intervals(best, law, kept)
 
 
-def text(f: dict) -> str:
-  """Renders what `described` returns for a terminal."""
-  lines = [f'L(N, D) = E + A / N^a + B / D^b, of {f["runs"]} runs; '
-           f'rms residual of log L {f["rms_log_residual"]:.2e}']
-  for name, x in f['constants'].items():
+def format_law(figures: dict) -> str:
+  """Returns a scaling law with its intervals and optima, for a terminal.
+
+  Args:
+    figures: the figures of the law, as `describe_law` returns them.
+  """
+  num_runs, rms = figures['runs'], figures['rms_log_residual']
+  lines = [f'L(N, D) = E + A / N^a + B / D^b, of {num_runs} runs; '
+           f'rms residual of log L {rms:.2e}']
+  for name, x in figures['constants'].items():
     lines.append(
         f'  {name}  {x["value"]:>10.4g}  [{x["low"]:.4g}, {x["high"]:.4g}]')
-  cost = f['flops_per_token']
+  cost = figures['flops_per_token']
   lines.append(f'FLOPs a token, of this ladder: {cost["factor"]:.3g} '
                f'N^{cost["power"]:.3f}')
   lines.append(f'{"budget (FLOPs)":<16}{"parameters":<30}{"tokens":<30}loss')
-  for row in f['optima']:
-    lines.append(_optimum_line(f, row))
+  for optimum in figures['optima']:
+    lines.append(_format_optimum(figures, optimum))
   lines.append('95 % intervals are of a bootstrap over the residuals of this '
                'law: they do not know that another law may hold.')
   return '\n'.join(lines)
 
 
-def _optimum_line(f: dict, row: dict) -> str:
-  """Returns the line of the best size for a budget."""
-  if 'loss' not in row:
-    return (f'{row["budget"]:<16.3g}no optimum: an exponent is 0 as far as '
-            'this ladder can tell')
-  params = _interval_text(row['parameters'], '.3g')
-  tokens = _interval_text(row['tokens'], '.3g')
-  loss = _interval_text(row['loss'], '.3f')
+def _format_optimum(figures: dict, optimum: dict) -> str:
+  """Returns the line of the best size for one budget.
+
+  Args:
+    figures: the figures of the law, as `describe_law` returns them.
+    optimum: one of its optima.
+  """
+  budget = f'{optimum["budget"]:<16.3g}'
+  if 'loss' not in optimum:
+    return (f'{budget}no optimum: an exponent is 0 as far as this ladder can '
+            'tell')
+  params = _format_interval(optimum['parameters'], '.3g')
+  tokens = _format_interval(optimum['tokens'], '.3g')
+  loss = _format_interval(optimum['loss'], '.3f')
+  # What lies outside of the sizes and lengths that the law was fitted to.
   outside = []
   for name in ('parameters', 'tokens'):
-    least, largest = f[name]
-    if not least <= row[name]['value'] <= largest:
+    least, largest = figures[name]
+    if not least <= optimum[name]['value'] <= largest:
       outside.append(name)
   beyond = ''
   if outside:
     beyond = f'  extrapolated: {" and ".join(outside)} beyond the ladder'
-  return f'{row["budget"]:<16.3g}{params:<30}{tokens:<30}{loss}{beyond}'
+  return f'{budget}{params:<30}{tokens:<30}{loss}{beyond}'
 
 
-def _interval_text(x: Mapping[str, float], form: str) -> str:
+def _format_interval(x: Mapping[str, float], form: str) -> str:
+  """Returns 'value [low, high]' in a format."""
   return f'{x["value"]:{form}} [{x["low"]:{form}}, {x["high"]:{form}}]'
 
 
-def report_by(sweep, field: str, count: str, budgets, draws: int) -> dict:
-  """Returns the law of each value that the points have of a field, the base's
-  first, and how the exponents of the others differ from its.
+def fit_by_field(sweep, field: str, count: str, budgets, draws: int) -> dict:
+  """Fits a law for each value of a config field, the base's value first, and
+  the differences of the exponents of the others from those of the base.
+
+  Args:
+    sweep: the ladder, as curves.load_sweep returns it.
+    field: the name of the field.
+    count: the parameters that are counted, 'params' or 'active_params'.
+    budgets: the FLOPs to find the best size for.
+    draws: how many laws each bootstrap draws.
 
   Raises:
     RequestError: where there is no such field, or only one value of it.
   """
-  ladders = _ladders(sweep, field)
+  ladders = _ladder_by_value(sweep, field)
   runs, laws, drawn = {}, {}, {}
   for value, points in ladders.items():
-    runs[value] = data(points, count, f'{field}={value} of {sweep.name}', field)
-    laws[value] = fit(runs[value].params, runs[value].tokens,
+    runs[value] = runs_of_ladder(points, count,
+                                 f'{field}={value} of {sweep.name}', field)
+    laws[value] = fit_law(runs[value].params, runs[value].tokens,
                       runs[value].losses)
-    drawn[value] = _drawn(laws[value], runs[value], draws)
+    drawn[value] = _bootstrap_runs(laws[value], runs[value], draws)
 
   # The others beside the base, whose value comes first.
   first, *others = ladders
   differences = []
   for value in others:
-    is_paired = _rungs(ladders[value]) == _rungs(ladders[first])
+    is_paired = _rungs_of_ladder(ladders[value]) == _rungs_of_ladder(
+        ladders[first])
     theirs = drawn[value]
     if not is_paired:
       # Else what is drawn of both would hang together by chance.
-      theirs = _drawn(laws[value], runs[value], draws, seed=1)
+      theirs = _bootstrap_runs(laws[value], runs[value], draws, seed=1)
     row = {'variant': value, 'against': first, 'paired': is_paired}
     for exponent in ('a', 'b'):
-      row[exponent] = _difference(
+      row[exponent] = _difference_of_exponents(
           laws=(laws[value], laws[first]), drawn=(theirs, drawn[first]),
           exponent=exponent)
     differences.append(row)
 
   variants = {}
   for value in ladders:
-    variants[value] = described(law=laws[value], drawn=drawn[value],
+    variants[value] = describe_law(law=laws[value], drawn=drawn[value],
                                 runs=runs[value], budgets=budgets)
   return {'field': field, 'differences': differences, 'variants': variants}
 
 
-def _ladders(sweep, field: str) -> dict[str, list]:
+def _ladder_by_value(sweep, field: str) -> dict[str, list]:
   """Returns the points of each value of a field, the base's first.
 
   Raises:
@@ -484,39 +544,42 @@ def _ladders(sweep, field: str) -> dict[str, list]:
   """
   require(field in sweep.base_config,
           f'--by is {field!r}, which is no config field')
-  of_base = sweep.base_config[field]
-  ladders: dict[str, list] = {str(of_base): []}
+  value_of_base = sweep.base_config[field]
+  ladders: dict[str, list] = {str(value_of_base): []}
   for point in sweep.points:
-    value = str(point.changes.get(field, of_base))
+    value = str(point.changes.get(field, value_of_base))
     ladders.setdefault(value, []).append(point)
   require(len(ladders) > 1, f'--by is {field!r}, which is '
-          f'{str(of_base)!r} at every point of {sweep.name}: name a '
+          f'{str(value_of_base)!r} at every point of {sweep.name}: name a '
           'field of which it has two values')
   return ladders
 
 
-def _drawn(law: Law, runs: Runs, draws: int, seed: int = 0) -> list[Law]:
-  """Returns the laws of a bootstrap of a ladder's runs."""
-  return bootstrap(law=law, params=runs.params, tokens=runs.tokens,
+def _bootstrap_runs(law: Law, runs: Runs, draws: int,
+                    seed: int = 0) -> list[Law]:
+  """Returns the laws that `bootstrap_laws` draws for the runs of a ladder."""
+  return bootstrap_laws(law=law, params=runs.params, tokens=runs.tokens,
                    losses=runs.losses, draws=draws, seed=seed)
 
 
-def _difference(laws: tuple[Law, Law], drawn: tuple[list[Law], list[Law]],
+def _difference_of_exponents(laws: tuple[Law, Law],
+                             drawn: tuple[list[Law], list[Law]],
                 exponent: str) -> dict:
-  """Returns how an exponent of the first law differs from that of the second,
-  and the interval of that by the laws that were drawn around both."""
+  """Returns an exponent of the first of two laws minus that of the second, with
+  the interval of the difference by the bootstraps of both."""
   ours, theirs = laws
   differences = []
   for our_draw, their_draw in zip(*drawn):
     differences.append(
         getattr(our_draw, exponent) - getattr(their_draw, exponent))
-  return _interval(getattr(ours, exponent) - getattr(theirs, exponent),
+  return _percentile_interval(
+      getattr(ours, exponent) - getattr(theirs, exponent),
                    differences)
 
 
-def _rungs(points: Sequence) -> list[tuple]:
+def _rungs_of_ladder(points: Sequence) -> list[tuple]:
   """Returns tokens, rank of the size and seed of each run, in the order of
-  `data`."""
+  `runs_of_ladder`."""
   sizes = sorted({point.params for point in points})
   rungs = []
   for point in points:
@@ -525,9 +588,9 @@ def _rungs(points: Sequence) -> list[tuple]:
   return sorted(rungs)
 
 
-def text_by(figures: Mapping) -> str:
-  """Renders `report_by` for a terminal."""
-  parts = [f'{figures["field"]}={value}\n{text(law)}'
+def format_laws_by_field(figures: Mapping) -> str:
+  """Renders `fit_by_field` for a terminal."""
+  parts = [f'{figures["field"]}={value}\n{format_law(law)}'
            for value, law in figures['variants'].items()]
   lines = ['How the exponents differ, with 95 % intervals:']
   for row in figures['differences']:

@@ -28,12 +28,12 @@ def ladder(law, noise=0.0, seed=0, sizes=4, lengths=4):
 @pytest.fixture
 def quick(monkeypatch):
   """Fewer starts: these ladders are smooth."""
-  monkeypatch.setattr(scaling, 'POLISHED', 3)
+  monkeypatch.setattr(scaling, 'NUM_POLISHED_STARTS', 3)
 
 
 def test_constants_are_found(quick):
-  got = scaling.fit(*ladder(CHINCHILLA))
-  for name in scaling.CONSTANTS:
+  got = scaling.fit_law(*ladder(CHINCHILLA))
+  for name in scaling.CONSTANTS_OF_LAW:
     assert getattr(got, name) == pytest.approx(getattr(CHINCHILLA, name),
                                                rel=1e-4)
 
@@ -41,7 +41,7 @@ def test_constants_are_found(quick):
 def test_an_outlier_does_not_move_them(quick):
   params, tokens, losses = ladder(CHINCHILLA, noise=5e-4)
   losses[5] *= 1.3  # a run that went wrong: Huber's loss does not follow it
-  got = scaling.fit(params, tokens, losses)
+  got = scaling.fit_law(params, tokens, losses)
   assert got.a == pytest.approx(CHINCHILLA.a, rel=0.03)
   assert got.b == pytest.approx(CHINCHILLA.b, rel=0.03)
 
@@ -50,9 +50,9 @@ def test_the_gradient_is_that_of_the_objective():
   x, y, z = map(np.log, ladder(STEEP, noise=1e-4))
   # Near the law, so that the residuals have both signs.
   theta = np.array([*np.log([0.8, 60, 2000]), 0.25, 0.45])
-  value = lambda t: scaling.objective(t, x, y, z)[0]
+  value = lambda t: scaling.huber_objective(t, x, y, z)[0]
   np.testing.assert_allclose(
-      scaling.objective(theta, x, y, z)[1],
+      scaling.huber_objective(theta, x, y, z)[1],
       [(value(theta + h) - value(theta - h)) / 2e-6 for h in 1e-6 * np.eye(5)],
       rtol=1e-3)
 
@@ -76,14 +76,14 @@ def test_residuals_are_drawn_as_wide_as_the_noise(monkeypatch):
   """Five constants took their share of the residuals: what is drawn has the
   variance that is the noise's without bias, sum r^2 / (n - 5). With one seed
   two ladders get the residuals of the same runs, with another seed others."""
-  monkeypatch.setattr(scaling, '_best', lambda starts, x, y, z: z)
+  monkeypatch.setattr(scaling, '_minimise_from_starts', lambda starts, x, y, z: z)
   params, tokens, _ = ladder(STEEP)
   fitted = np.log(STEEP.loss(params, tokens))
   r = np.random.default_rng(0).normal(0, 0.01, len(fitted))
   r -= r.mean()
 
   def drawn(residuals, seed=0):
-    return np.array(scaling.bootstrap(
+    return np.array(scaling.bootstrap_laws(
         STEEP, params, tokens, np.exp(fitted + residuals), 2000, seed)) - fitted
 
   first = drawn(r)
@@ -98,12 +98,12 @@ def test_the_optimum_is_the_papers_formula_and_the_least_loss():
   law, budget = CHINCHILLA, 1e21
   both = law.a + law.b
   g = (law.a * law.A / (law.b * law.B)) ** (1 / both)
-  assert scaling.optimum(law, scaling.Cost(), budget) == pytest.approx(
+  assert scaling.optimal_size(law, scaling.Cost(), budget) == pytest.approx(
       (g * (budget / 6) ** (law.b / both), (budget / 6) ** (law.a / both) / g))
   params = np.geomspace(1e5, 1e8, 5)
-  cost = scaling.cost_of(params, 50 * params ** 0.85)
+  cost = scaling.fit_cost_per_token(params, 50 * params ** 0.85)
   assert (cost.factor, cost.power) == pytest.approx((50, 0.85))
-  best, _ = scaling.optimum(STEEP, cost, 1e15)
+  best, _ = scaling.optimal_size(STEEP, cost, 1e15)
   loss = lambda n: float(STEEP.loss(n, 1e15 / cost.per_token(n)))
   assert loss(best) <= min(map(loss, best * np.geomspace(0.1, 10, 400)))
 
@@ -134,11 +134,11 @@ def test_a_folder_of_sizes_and_lengths_is_fitted(tmp_path, capsys, quick):
     assert x['value'] == pytest.approx(getattr(STEEP, name), rel=0.02)
   assert fitted['flops_per_token'] == pytest.approx(
       {'factor': 6.0, 'power': 1.0})
-  near = scaling.optimum(STEEP, scaling.Cost(), 1e15)
+  near = scaling.optimal_size(STEEP, scaling.Cost(), 1e15)
   assert fitted['optima'][0]['parameters']['value'] == pytest.approx(
       near[0], rel=0.1)
   assert 'parameters and tokens beyond the ladder' in (
-      scaling.text(fitted).splitlines()[-2])
+      scaling.format_law(fitted).splitlines()[-2])
 
 
 def test_what_is_no_ladder_is_refused(tmp_path):
@@ -146,7 +146,7 @@ def test_what_is_no_ladder_is_refused(tmp_path):
     folder = tmp_path / points[-1]['name'] / str(len(words))
     sweep_folder.write(folder, points)
     with pytest.raises(ValueError, match=words):
-      scaling.data(curves.load_sweep(folder).points, 'params', 'it')
+      scaling.runs_of_ladder(curves.load_sweep(folder).points, 'params', 'it')
 
   base = sweep_folder.point('base')
   for change in ({'model.norm': 'rmsnorm'}, {'optim.decay_mask': [['.*', 0]]}):
@@ -192,6 +192,6 @@ def test_exponents_of_two_variants_are_compared(tmp_path, capsys, quick):
   widths = [law['constants']['a'] for law in fitted['variants'].values()]
   assert row['a']['high'] - row['a']['low'] < 0.95 * math.hypot(*(
       x['high'] - x['low'] for x in widths))
-  lines = scaling.text_by(fitted).splitlines()
+  lines = scaling.format_laws_by_field(fitted).splitlines()
   assert lines[-2].startswith('  a (parameters), rope - learned: +0.08')
   assert lines[-1].endswith(', inside the noise')
