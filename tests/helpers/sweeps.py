@@ -46,13 +46,15 @@ def write(folder: pathlib.Path, points: str = POINTS, seeds: int = 2,
 
 
 def arguments(*words: str) -> argparse.Namespace:
+  """Returns the arguments of the runner of sweeps, for runs one by one."""
   parser = argparse.ArgumentParser()
   run.add_arguments(parser)
   return parser.parse_args(['--group=1', *words])
 
 
-# Writes what a finished run leaves. A seed of the point `bad` fails; with a
-# file `hold-seed-1` in the sweep's folder, that seed hangs half-way.
+# A program that writes what a finished run leaves. A seed of the point `bad`
+# fails; with a file `hold-seed-1` in the sweep's folder, that seed hangs half-
+# way.
 SCRIPT = '''
 import json, pathlib, sys, time
 folder, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
@@ -68,8 +70,8 @@ with (folder / 'metrics.jsonl').open('a') as file:
           file=file)
 (folder / 'checkpoints' / str(steps)).mkdir(parents=True)
 '''
-# Does so with several, but for a point `bad`, or evaluates them, but for a
-# point `odd`; and ends with a code.
+# A program that does so for several runs, but for a point `bad`, or evaluates
+# them, but for a point `odd`; and ends with a code.
 TOGETHER = '''
 import json, pathlib, sys
 code, tasks, *folders = sys.argv[1:]
@@ -89,7 +91,13 @@ sys.exit(int(code))
 
 
 def fake(monkeypatch, code: int = 0) -> None:
-  """Lets every training be SCRIPT, and of several runs TOGETHER."""
+  """Replaces training by programs that take no time: SCRIPT for one run, and
+  TOGETHER for several at once.
+
+  Args:
+    monkeypatch: which undoes that.
+    code: the exit code of TOGETHER.
+  """
 
   def train(description, workdir, point, seed):
     folder = layout.run_folder(workdir, point, seed)
@@ -105,8 +113,9 @@ def fake(monkeypatch, code: int = 0) -> None:
 
 
 def states(workdir) -> dict:
-  with layout.Ledger(workdir) as opened:
-    return {(r.point, r.seed): r.state for r in opened.runs()}
+  """Returns {(point, seed): state} of the runs of a sweep."""
+  with layout.Ledger(workdir) as ledger:
+    return {(run.point, run.seed): run.state for run in ledger.runs()}
 
 
 def main() -> None:

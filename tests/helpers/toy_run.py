@@ -17,12 +17,13 @@ CONFIG = base.base().lock()
 
 
 def make_mesh(*shape):
+  """Returns a mesh of this shape, over fsdp and tensor."""
   names = ('fsdp', 'tensor')
   return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 2)
 
 
 def init(key):
-  """A state as a run has it: float32 and bfloat16, counters, a flag.
+  """Returns a state as a run has it: float32 and bfloat16, counters, a flag.
 
   Each shard has more than the 1 KB up to which values stand, compressed, in
   the index of the files.
@@ -37,21 +38,28 @@ def init(key):
 
 
 def abstract(*mesh_shape):
-  """ShapeDtypeStructs with shardings; matrices over both axes of the mesh."""
+  """Returns the ShapeDtypeStructs of the state with shardings: matrices over
+  both axes of a mesh of this shape, and all else replicated."""
   mesh = make_mesh(*mesh_shape)
-  def sharded(x):
-    spec = P('fsdp', 'tensor') if x.ndim == 2 else P()
+
+  def add_sharding(x):
+    spec = P()
+    if x.ndim == 2:
+      spec = P('fsdp', 'tensor')
     return jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-  return jax.tree.map(sharded, jax.eval_shape(init, jax.random.key(0)))
+  return jax.tree.map(add_sharding, jax.eval_shape(init, jax.random.key(0)))
 
 
 def born(*mesh_shape):
+  """Returns the first state of the run, made on a mesh of this shape."""
   shardings = jax.tree.map(lambda x: x.sharding, abstract(*mesh_shape))
   return jax.jit(init, out_shardings=shardings)(jax.random.key(3))
 
 
 def update(state):
+  """Returns the state after a step of AdamW that trains a network of two layers
+  to return its random input."""
   x_BD = jax.random.normal(
       jax.random.fold_in(jax.random.key(0), state['step']), (8, 64))
   def loss(params):
@@ -67,16 +75,22 @@ def update(state):
 
 
 def trainer(*mesh_shape):
+  """Returns the jitted `update` on a mesh of this shape; it donates the state
+  that it is given."""
   shardings = jax.tree.map(lambda x: x.sharding, abstract(*mesh_shape))
   return jax.jit(update, donate_argnums=0, out_shardings=shardings)
 
 
 def open_store(workdir, **changes):
+  """Returns the checkpoints of a folder, saved every 10 steps; `changes` are
+  other options."""
   options = dict(every_steps=10, every_minutes=0.0, keep=3, keep_every=0)
   return checkpoints.Checkpoints(workdir, **{**options, **changes})
 
 
 def resume(store, abstract_state, step=None):
+  """Restores a state, by default the newest, and lets the store go on from it.
+  """
   restored = checkpoints.restore_checkpoint(store.directory, abstract_state,
                                             step)
   store.go_on_from(restored)
@@ -84,26 +98,31 @@ def resume(store, abstract_state, step=None):
 
 
 def save(store, step, state, **changes):
+  """Saves a state as a run does; `changes` are other arguments of `save`."""
   return store.save(step, state, next_batch=step, tokens=64 * step,
                     config=CONFIG, **changes)
 
 
 def host(state):
-  """Copies: a view would see what the next donated step writes."""
+  """Returns copies of the arrays of a state, by path: a view would see what the
+  next donated step writes."""
   return {name: np.array(x) for name, x in paths.flatten_by_path(state).items()}
 
 
 def assert_bitwise(state, expected):
-  got = host(state)
-  assert got.keys() == expected.keys()
-  for name, x in got.items():
+  """Asserts that a state has the dtypes and the bits of `host` of another."""
+  arrays = host(state)
+  assert arrays.keys() == expected.keys()
+  for name, x in arrays.items():
     assert x.dtype == expected[name].dtype, name
     assert x.tobytes() == expected[name].tobytes(), name
 
 
 def run(workdir):
   """Returns {step: state on the host} of a run saved at 10, 20 and 30."""
-  state, train_step, states = born(4, 2), trainer(4, 2), {}
+  state = born(4, 2)
+  train_step = trainer(4, 2)
+  states = {}
   with open_store(workdir) as store:
     for step in range(1, 31):
       state = train_step(state)
@@ -114,18 +133,20 @@ def run(workdir):
 
 
 def data_files(step_dir):
-  """The files that hold arrays, largest first."""
+  """Returns the files of a checkpoint that hold arrays, largest first."""
   files = [path for path in (step_dir / 'state').rglob('*')
            if path.parent.name == 'd']
   return sorted(files, key=lambda path: -path.stat().st_size)
 
 
 def flip_in_largest(step_dir):
+  """Flips a bit in the middle of the largest file of a checkpoint."""
   path = data_files(step_dir)[0]
   flip(path, path.stat().st_size // 2)
 
 
 def flip(path, place, bit=4):
+  """Flips a bit of the byte of a file at this place."""
   content = bytearray(path.read_bytes())
   content[place] ^= 1 << bit
   path.write_bytes(content)
