@@ -53,8 +53,8 @@ def arguments(*words: str) -> argparse.Namespace:
 
 
 # A program that writes what a finished run leaves. A seed of the point `bad`
-# fails; with a file `hold-seed-1` in the sweep's folder, that seed hangs half-
-# way.
+# fails; with a file `hold-seed-1` in the sweep's folder, that seed hangs
+# half-way.
 SCRIPT = '''
 import json, pathlib, sys, time
 folder, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
