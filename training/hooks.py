@@ -127,7 +127,7 @@ class ExpertPanel(Hook):
       return {}
     loads = np.asarray([load for load, _ in steps], np.float32)
     tokens = np.asarray([count for _, count in steps], np.float32)
-    window = routing.window(loads, tokens)
+    window = routing.summarize_window(loads, tokens)
     return {f'health/window_{name}': np.asarray(x).tolist()
             for name, x in window.items()}
 

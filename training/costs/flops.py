@@ -158,8 +158,8 @@ def _config_for_counting(config: ModelConfig, reach: int) -> ModelConfig:
   """
   factor = 1.0
   moe = config.find(MoEConfig)
-  if moe is not None and routing.of(moe).experts_choose:
-    factor = routing.active_experts(moe) / moe.top_k
+  if moe is not None and routing.router_of(moe).experts_choose:
+    factor = routing.mean_active_experts(moe) / moe.top_k
   plain = dataclasses.replace(
       config, attention_kernel='xla', remat='none', scan_layers=True,
       max_len=max(config.max_len, reach))

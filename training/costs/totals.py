@@ -260,7 +260,7 @@ def _parameter_sizes(module: nn.Module) -> tuple[dict, dict]:
   # The share of all experts that one token goes through.
   share_of_experts = 1.0
   if moe is not None:
-    share_of_experts = routing.active_experts(moe) / moe.num_experts
+    share_of_experts = routing.mean_active_experts(moe) / moe.num_experts
 
   sizes = {}
   active = {}

@@ -547,7 +547,7 @@ def _capacity_in_evaluation(config: ModelConfig) -> tuple | None:
   # Without groups, the capacity is that of a whole batch.
   if not moe.group_size:
     return 0, round(share, 6)
-  return moe.group_size, routing.capacity(
+  return moe.group_size, routing.expert_capacity(
       moe.eval_capacity_factor, tokens=moe.group_size, choices=moe.top_k,
       experts=moe.num_experts)
 

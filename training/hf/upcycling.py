@@ -84,7 +84,7 @@ def keeps_function(config: ModelConfig) -> bool:
   """Whether a mixture of equal experts computes in evaluation what one of these
   experts does alone."""
   moe = config.part(MoEConfig)
-  return (routing.whole_gates(moe) and not moe.eval_capacity_factor
+  return (routing.has_whole_gates(moe) and not moe.eval_capacity_factor
           and not moe.shared_experts)
 
 

@@ -63,7 +63,8 @@ from jax.sharding import PartitionSpec
 from architectures.parts import layers, sharding
 from architectures.parts.layers import HiddenUnits, hash_uint32
 from architectures.parts.moe import grouped, routing
-from architectures.parts.moe.routing import MoEConfig, Routing, ranks
+from architectures.parts.moe.routing import MoEConfig, Routing
+from architectures.parts.moe.routing import rank_among_equal_keys
 from common.errors import RequestError
 
 # How many slots for each assignment `auto` accepts, see `choose_dispatch`.
@@ -299,7 +300,7 @@ def assign_padded_rows(expert_A: jax.Array, experts: int, slots: int
     experts: E.
     slots: C.
   """
-  row_A = expert_A * slots + ranks(expert_A, experts + 1)
+  row_A = expert_A * slots + rank_among_equal_keys(expert_A, experts + 1)
   return jnp.where(expert_A < experts, row_A, experts * slots)
 
 
@@ -509,7 +510,7 @@ def slots_of_expert(m: MoEConfig, factor: float, tokens: int, groups: int,
   T = -(-tokens // shards)
   if not factor:
     return T
-  group_slots = routing.capacity(
+  group_slots = routing.expert_capacity(
       factor, tokens=tokens // groups, choices=m.top_k, experts=m.all_experts)
   return min(T, max(1, groups // shards) * group_slots)
 
@@ -524,7 +525,7 @@ def choose_dispatch(m: MoEConfig, factor: float, tokens: int, groups: int,
   """
   if m.dispatch != 'auto':
     return m.dispatch
-  if routing.of(m).experts_choose:  # they fill their slots, all of them
+  if routing.router_of(m).experts_choose:  # they fill their slots, all of them
     return 'sorted'
   if not factor:
     return 'dropless'
@@ -712,9 +713,9 @@ def _void_choices_over_capacity(
   count_earlier = None
   if groups < shards:
     count_earlier = functools.partial(_count_choices_of_group, axes, groups)
-  group_slots = routing.capacity(
+  group_slots = routing.expert_capacity(
       factor, tokens=tokens // groups, choices=X, experts=m.all_experts)
-  expert_A = routing.within_capacity(
+  expert_A = routing.void_over_capacity(
       routed.expert_A, choices=X, groups=max(1, groups // shards), experts=E,
       slots=group_slots, earlier=count_earlier)
   return routed.replace(expert_A=expert_A)

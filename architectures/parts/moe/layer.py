@@ -60,15 +60,15 @@ class MoE(nn.Module):
     x_TD = x_BLD.reshape(-1, D)
 
     # Which experts see a token.
-    inputs = routing.Inputs(
+    inputs = routing.RouterInputs(
         logits_TE=self._logits(x_TD, ctx),
         valid_T=valid_T,
         expert_TX=self._hashed(ctx, (B, L)),
         bias_E=self._bias(),
-        key=self._noise_key(routing.of(m).draws, ctx),
+        key=self._noise_key(routing.router_of(m).draws, ctx),
         groups=routing_groups(m.group_size, B * L),
         train=not ctx.deterministic)
-    routed = routing.route(m, inputs)
+    routed = routing.route_tokens(m, inputs)
 
     # The experts.
     if m.latent_dim:
@@ -79,12 +79,12 @@ class MoE(nn.Module):
     x_TD = x_TD.astype(c.compute_dtype)
     y_TD, kept_A = self._experts(x_TD, routed, inputs, ctx)
     if m.zero_experts:
-      zero_A, gate_T = routing.zero(m, routed)
+      zero_A, gate_T = routing.find_zero_experts(m, routed)
       y_TD = y_TD + gate_T[:, None].astype(y_TD.dtype) * x_TD
       kept_A = kept_A | zero_A
 
     # The report.
-    report = routing.report(
+    report = routing.report_routing(
         m, routed, logits_TE=inputs.logits_TE, valid_T=valid_T, kept_A=kept_A,
         shards=dispatch.num_expert_shards(), rows=B)
     if inputs.bias_E is not None:
@@ -109,14 +109,14 @@ class MoE(nn.Module):
     return y_BLD, report
 
   def _experts(self, x_TD: jax.Array, routed: routing.Routing,
-               inputs: routing.Inputs, ctx: Context
+               inputs: routing.RouterInputs, ctx: Context
                ) -> tuple[jax.Array, jax.Array]:
     """Returns what the experts make of their tokens, y_TD, and which
     assignments found room, bool [A]."""
     c, m = self.config, self.config.part(MoEConfig)
     hidden = layers.HiddenUnits(kind=m.ffn, clamp=c.find(ClampConfig))
     return dispatch.compute_experts(
-        m, x_TD, routed=routing.networks(m, routed), w=self._weights(),
+        m, x_TD, routed=routing.void_zero_experts(m, routed), w=self._weights(),
         hidden=hidden, groups=inputs.groups, dropout=self._dropout(ctx),
         train=inputs.train,
         recompute=layers.remat_of_model(c).recomputes_products)
@@ -150,7 +150,7 @@ class MoE(nn.Module):
   def _logits(self, x_TD: jax.Array, ctx: Context) -> Optional[jax.Array]:
     """Returns the router's logits, float32 [T, E]; None where it has none."""
     m = self.config.part(MoEConfig)
-    if not routing.of(m).logits:
+    if not routing.router_of(m).has_logits:
       return None
     router_DE = layers.weight(
         self, 'router', shape=(x_TD.shape[1], m.all_experts),
@@ -187,18 +187,18 @@ class MoE(nn.Module):
     """Returns the experts by the tokens' ids, int32 [T, X], for routers that
     hash; else None."""
     c, m = self.config, self.config.part(MoEConfig)
-    if not routing.of(m).hashes:
+    if not routing.router_of(m).hashes:
       return None
     tokens_T = jnp.broadcast_to(ctx.tokens_BL, shape).reshape(-1)
-    if not routing.of(m).table:
-      return routing.hashed(m, tokens_T)
+    if not routing.router_of(m).has_table:
+      return routing.experts_of_token_ids(m, tokens_T)
 
     def hashes(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype
                ) -> jax.Array:
       """Initialises the table with the hashed experts of each token."""
       del key
       ids_V = jnp.arange(shape[0])
-      return routing.hashed(m, ids_V).astype(dtype)
+      return routing.experts_of_token_ids(m, ids_V).astype(dtype)
 
     table_VX = declare(
         self, TABLE, hashes, shape=(c.vocab_size, m.top_k),
@@ -209,7 +209,7 @@ class MoE(nn.Module):
     """Returns DeepSeek-V3's bias, [E], which no gradient moves, but
     `move_biases` does; None where the router has none."""
     m = self.config.part(MoEConfig)
-    if not routing.of(m).bias:
+    if not routing.router_of(m).has_bias:
       return None
     return declare(
         self, BIAS, nn.initializers.zeros, shape=(m.all_experts,),
@@ -303,7 +303,7 @@ def move_biases(c: ModelConfig, params: dict[str, Any],
     if path not in loads:
       return x
     rate = c.part(MoEConfig).bias_rate
-    return routing.step_bias(x, loads[path], applied * rate)
+    return routing.move_bias_against_load(x, loads[path], applied * rate)
 
   return jax.tree_util.tree_map_with_path(move, params)
 
@@ -315,7 +315,7 @@ def without_capacity(c: ModelConfig) -> ModelConfig:
   is served would hang on who else is in the batch, padding included.
   """
   moe = c.find(MoEConfig)
-  if moe is None or routing.of(moe).experts_choose:
+  if moe is None or routing.router_of(moe).experts_choose:
     return c  # the capacity of experts that choose is what they choose
   way = moe.dispatch
   if way == 'sorted':

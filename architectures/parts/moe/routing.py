@@ -15,8 +15,8 @@ expert_choice  an expert takes its ceil(S X / E) best tokens of a group, scaled
                by the capacity factor if any (Zhou et al. 2022). What a token
                gets depends on later tokens: not for decoders that generate.
 sigmoid        scores sigmoid(logits); the X best of score + router_bias, which
-               `step_bias` moves against the load (DeepSeek-V3, 2024, equations
-               12 to 16).
+               `move_bias_against_load` moves (DeepSeek-V3, 2024, equations 12
+               to 16).
 sigmoid_plain  the same without router_bias, and so without groups (Llama 4).
 softmax_bias   sigmoid with the scores softmax(logits) (LongCat-Flash: Meituan
                2025, arXiv 2509.01322).
@@ -70,7 +70,7 @@ from common.fields import field, FUNCTION, RECIPE, REGULARISATION, Effect
 from common.fields import RUN, SAFE, SAME, SHAPES, ReadIf
 
 SINKHORN_STEPS = 8
-NOWHERE = -1e30
+SCORE_OF_PADDING = -1e30  # finite, so that a difference of two is no NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,10 +165,10 @@ class MoEConfig:
     """Returns the fields that nothing reads as the others are, with what each
     of them waits for."""
     del c
-    router, waits = of(self), {}
+    router, waits = router_of(self), {}
     if self.expert_groups == 1:
       waits['top_groups'] = ReadIf('moe.expert_groups', 'is not 1')
-    if router.experts_choose or not router.logits or router.table:
+    if router.experts_choose or not router.has_logits or router.has_table:
       waits['zero_experts'] = ReadIf(
           'moe.router', 'is not expert_choice or hash or hash_scored or '
           'uniform')
@@ -177,7 +177,7 @@ class MoEConfig:
     if self.dispatch not in ('auto', 'dropless'):
       waits['grouped_kernel'] = ReadIf('moe.dispatch', 'is auto or dropless')
     room = max(self.capacity_factor, self.eval_capacity_factor)
-    if not router.groups and room == 0:
+    if not router.competes_in_groups and room == 0:
       waits['group_size'] = ReadIf(
           'moe.capacity_factor', 'is set, or model.moe.eval_capacity_factor, '
           'or model.moe.router chooses within groups')
@@ -185,7 +185,7 @@ class MoEConfig:
 
 
 @struct.dataclass
-class Inputs:
+class RouterInputs:
   """The inputs of a router: T tokens in routing groups.
 
   Attributes:
@@ -230,8 +230,8 @@ class Routing:
     return self.choices == 0
 
 
-def _best(scores_TE: jax.Array, choices: int) -> jax.Array:
-  """Returns the indices of the best experts, int32 [T, X].
+def _indices_of_best_experts(scores_TE: jax.Array, choices: int) -> jax.Array:
+  """Returns the indices of each token's best experts, int32 [T, X].
 
   They are found one by one and not by `lax.top_k`, whose operand XLA gathers on
   every device of a mesh.
@@ -250,7 +250,8 @@ def _best(scores_TE: jax.Array, choices: int) -> jax.Array:
 # How many tokens an expert takes of a group, and which.
 
 
-def capacity(factor: float, tokens: int, choices: int, experts: int) -> int:
+def expert_capacity(factor: float, tokens: int, choices: int, experts: int
+                    ) -> int:
   """Returns how many tokens an expert takes of a group, ceil(factor S X / E)
   (Switch, equation 3, for X choices).
 
@@ -265,8 +266,8 @@ def capacity(factor: float, tokens: int, choices: int, experts: int) -> int:
   return max(1, math.ceil(exact * tokens * choices / experts))
 
 
-def ranks(key_A: jax.Array, keys: int) -> jax.Array:
-  """Returns how many earlier entries of key_A equal each entry.
+def rank_among_equal_keys(key_A: jax.Array, keys: int) -> jax.Array:
+  """Returns for each entry of key_A how many earlier entries equal it, [A].
 
   Args:
     key_A: numbers from 0 to keys - 1.
@@ -278,10 +279,11 @@ def ranks(key_A: jax.Array, keys: int) -> jax.Array:
   return jnp.zeros_like(rank_A).at[order_A].set(rank_A, unique_indices=True)
 
 
-def within_capacity(expert_A: jax.Array, *, choices: int, groups: int,
-                    slots: int, experts: int,
-                    earlier: Optional[Callable] = None) -> jax.Array:
-  """Voids what exceeds the capacity: first choices first, then by position.
+def void_over_capacity(
+    expert_A: jax.Array, *, choices: int, groups: int, slots: int,
+    experts: int, earlier: Optional[Callable] = None) -> jax.Array:
+  """Returns expert_A with E, no expert, for the assignments that exceed the
+  capacity of their expert: first choices are served first, then by position.
 
   Args:
     expert_A: the experts of G groups of S tokens of X choices.
@@ -291,18 +293,17 @@ def within_capacity(expert_A: jax.Array, *, choices: int, groups: int,
     experts: E.
     earlier: counts [1, X, E + 1] -> (those of the shards before this one, those
       of all shards), where a group goes on in other shards; None: it does not.
-
-  Returns:
-    expert_A, E where there was no room.
   """
-  A, bins = expert_A.shape[0], experts + 1
-  keys = groups * choices * bins
+  A, num_bins = expert_A.shape[0], experts + 1
+  num_keys = groups * choices * num_bins
 
   # How many assignments each (group, choice, expert) has.
   index_A = jnp.arange(A)
-  row_A = index_A // (A // groups) * choices + index_A % choices
-  key_A = row_A * bins + expert_A
-  count_GXE = jnp.bincount(key_A, length=keys).reshape(groups, choices, bins)
+  group_A = index_A // (A // groups)
+  group_and_choice_A = group_A * choices + index_A % choices
+  key_A = group_and_choice_A * num_bins + expert_A
+  count_GXE = jnp.bincount(key_A, length=num_keys).reshape(
+      groups, choices, num_bins)
 
   # The slot of an assignment: how many of its group come before it, those of
   # earlier choices and those of earlier shards included.
@@ -310,56 +311,68 @@ def within_capacity(expert_A: jax.Array, *, choices: int, groups: int,
     before_GXE, total_GXE = jnp.zeros_like(count_GXE), count_GXE
   else:
     before_GXE, total_GXE = earlier(count_GXE)
-  base_GXE = before_GXE + jnp.cumsum(total_GXE, 1) - total_GXE
-  slot_A = ranks(key_A, keys) + base_GXE.reshape(-1)[key_A]
+  first_slot_GXE = before_GXE + jnp.cumsum(total_GXE, 1) - total_GXE
+  rank_A = rank_among_equal_keys(key_A, num_keys)
+  slot_A = rank_A + first_slot_GXE.reshape(-1)[key_A]
   return jnp.where(slot_A < slots, expert_A, experts)
 
 
 # Groups of experts.
 
 
-def _of_best_groups(m: MoEConfig, scores_TE: jax.Array, *, best: int
-                    ) -> jax.Array:
-  """Returns the scores to choose by, [T, E]: -inf outside of a token's groups.
+def _hide_all_but_best_groups(m: MoEConfig, scores_TE: jax.Array, *,
+                              experts_added: int) -> jax.Array:
+  """Returns the scores to choose by, [T, E]: -inf outside of the top_groups
+  best groups of experts of a token.
 
   Args:
     m: the config.
     scores_TE: the scores of the experts.
-    best: the number of experts of a group whose scores are added up to its
-      own: 1 or 2.
+    experts_added: how many of a group's best experts make its own score, which
+      is the sum of theirs: 1 or 2.
   """
   if m.expert_groups <= m.top_groups:
     return scores_TE
   # The score of each of the G groups of experts, with U experts each.
   shape = (scores_TE.shape[0], m.expert_groups, -1)
-  each_TGU = jax.lax.stop_gradient(scores_TE).reshape(shape)
-  score_TG = each_TGU.max(-1)
-  if best == 2:
-    at_U = jnp.arange(each_TGU.shape[-1])[None, None]
-    is_first_TGU = at_U == each_TGU.argmax(-1)[..., None]
-    others_TGU = jnp.where(is_first_TGU, -jnp.inf, each_TGU)
-    score_TG = score_TG + others_TGU.max(-1)
+  scores_TGU = jax.lax.stop_gradient(scores_TE).reshape(shape)
+  group_score_TG = scores_TGU.max(-1)
+  if experts_added == 2:
+    index_U = jnp.arange(scores_TGU.shape[-1])[None, None]
+    is_best_TGU = index_U == scores_TGU.argmax(-1)[..., None]
+    others_TGU = jnp.where(is_best_TGU, -jnp.inf, scores_TGU)
+    group_score_TG = group_score_TG + others_TGU.max(-1)
 
-  kept_TG = _places(score_TG) < m.top_groups
-  kept_TGU = jnp.where(kept_TG[..., None], scores_TE.reshape(shape), -jnp.inf)
+  # The experts of the best groups keep their scores.
+  is_kept_TG = _rank_groups(group_score_TG) < m.top_groups
+  kept_TGU = jnp.where(
+      is_kept_TG[..., None], scores_TE.reshape(shape), -jnp.inf)
   return kept_TGU.reshape(scores_TE.shape)
 
 
-def _places(score_TG: jax.Array) -> jax.Array:
-  """Returns the place of each group among those of its token, the best first;
-  of equal ones the first is better. Groups are compared and not sorted, which
-  XLA does on one device of a mesh (see `_best`)."""
-  at_G = jnp.arange(score_TG.shape[1])
-  one, other = score_TG[:, :, None], score_TG[:, None]
-  earlier_GG = (at_G[None] < at_G[:, None])[None]
-  better_TGG = (other > one) | ((other == one) & earlier_GG)
-  return better_TGG.sum(-1)
+def _rank_groups(score_TG: jax.Array) -> jax.Array:
+  """Returns the rank of each group of experts among those of its token, 0 for
+  the best; of equal ones the first is better. Groups are compared and not
+  sorted, which XLA does on one device of a mesh (`_indices_of_best_experts`).
+  """
+  index_G = jnp.arange(score_TG.shape[1])
+  own, other = score_TG[:, :, None], score_TG[:, None]
+  is_earlier_1GG = (index_G[None] < index_G[:, None])[None]
+  is_better_TGG = (other > own) | ((other == own) & is_earlier_1GG)
+  return is_better_TGG.sum(-1)
 
 
-def _routing(expert_TX: jax.Array, gate_TX: jax.Array, probs_TE: jax.Array,
-             valid_T: jax.Array) -> Routing:
+def _routing_of_choices(expert_TX: jax.Array, gate_TX: jax.Array,
+                        probs_TE: jax.Array, valid_T: jax.Array) -> Routing:
   """Returns the assignments of tokens that have chosen; those of padding are
-  void."""
+  void.
+
+  Args:
+    expert_TX: the experts that each token chose.
+    gate_TX: their gates.
+    probs_TE: the router's probabilities.
+    valid_T: bool, whether a token is no padding.
+  """
   T, X = expert_TX.shape
   E = probs_TE.shape[1]
   expert_TX = jnp.where(valid_T[:, None], expert_TX, E)
@@ -372,48 +385,50 @@ def _routing(expert_TX: jax.Array, gate_TX: jax.Array, probs_TE: jax.Array,
       probs_TE=probs_TE, choices=X)
 
 
-def _chosen(scores_TE: jax.Array, expert_TX: jax.Array) -> jax.Array:
+def _scores_of_chosen(scores_TE: jax.Array, expert_TX: jax.Array) -> jax.Array:
   """Returns the scores of the chosen experts, [T, X]."""
   return jnp.take_along_axis(scores_TE, expert_TX, 1)
 
 
-def normalize(gate_TX: jax.Array) -> jax.Array:
-  """Makes the gates of a token sum to 1, unless it has but one."""
+def normalize_gates(gate_TX: jax.Array) -> jax.Array:
+  """Returns gates that sum to 1 for each token; a token's only gate is left as
+  it is."""
   if gate_TX.shape[1] == 1:
     return gate_TX
   return gate_TX / (gate_TX.sum(1, keepdims=True) + 1e-20)
 
 
-def topk(m: MoEConfig, x: Inputs) -> Routing:
+def route_topk(m: MoEConfig, x: RouterInputs) -> Routing:
   """Routes each token to the X best experts of its best groups, weighed by the
   softmax of all logits (Shazeer et al. 2017)."""
-  ranked_TE = _of_best_groups(m, x.logits_TE, best=1)
-  return _by_softmax(m, x, _best(ranked_TE, m.top_k))
+  ranked_TE = _hide_all_but_best_groups(m, x.logits_TE, experts_added=1)
+  return _weigh_by_softmax(m, x, _indices_of_best_experts(ranked_TE, m.top_k))
 
 
-def switch(m: MoEConfig, x: Inputs) -> Routing:
+def route_switch(m: MoEConfig, x: RouterInputs) -> Routing:
   """Routes each token to its best expert, weighed by its probability (Switch:
   Fedus et al. 2021, equation 2)."""
-  return _by_softmax(m, x, _best(x.logits_TE, 1))
+  return _weigh_by_softmax(m, x, _indices_of_best_experts(x.logits_TE, 1))
 
 
-def gshard(m: MoEConfig, x: Inputs) -> Routing:
+def route_gshard(m: MoEConfig, x: RouterInputs) -> Routing:
   """Routes each token to its best expert and, where it draws, keeps the second
   one with probability min(1, 2 p2 / (p1 + p2)) (GShard: Lepikhin et al. 2020,
   algorithm 1)."""
   probs_TE = jax.nn.softmax(x.logits_TE, -1)
-  expert_TX = _best(x.logits_TE, 2)
-  gate_TX = normalize(_chosen(probs_TE, expert_TX))
+  expert_TX = _indices_of_best_experts(x.logits_TE, 2)
+  gate_TX = normalize_gates(_scores_of_chosen(probs_TE, expert_TX))
   if x.key is not None:
     draw_T = jax.random.uniform(x.key, gate_TX.shape[:1])
     keeps_T = 2 * gate_TX[:, 1] > draw_T
     second_T = jnp.where(keeps_T, expert_TX[:, 1], m.all_experts)
     expert_TX = jnp.stack([expert_TX[:, 0], second_T], 1)
-  return _routing(expert_TX, gate_TX, probs_TE=probs_TE, valid_T=x.valid_T)
+  return _routing_of_choices(
+      expert_TX, gate_TX, probs_TE=probs_TE, valid_T=x.valid_T)
 
 
-def scored(score: Callable[[jax.Array], jax.Array], m: MoEConfig, x: Inputs
-           ) -> Routing:
+def route_by_scores(score: Callable[[jax.Array], jax.Array], m: MoEConfig,
+                    x: RouterInputs) -> Routing:
   """Routes each token to the X best experts by score + bias, weighed by their
   scores alone (DeepSeek-V3, 2024, equations 12 to 16).
 
@@ -426,36 +441,47 @@ def scored(score: Callable[[jax.Array], jax.Array], m: MoEConfig, x: Inputs
   ranked_TE = scores_TE
   if x.bias_E is not None:
     bias_E = jax.lax.stop_gradient(x.bias_E)
-    ranked_TE = _of_best_groups(m, scores_TE + bias_E[None], best=2)
-  expert_TX = _best(ranked_TE, m.top_k)
-  return _by_scores(m, x, expert_TX=expert_TX, scores_TE=scores_TE)
+    ranked_TE = _hide_all_but_best_groups(
+        m, scores_TE + bias_E[None], experts_added=2)
+  expert_TX = _indices_of_best_experts(ranked_TE, m.top_k)
+  return _weigh_by_scores(m, x, expert_TX=expert_TX, scores_TE=scores_TE)
 
 
-def _by_softmax(m: MoEConfig, x: Inputs, expert_TX: jax.Array) -> Routing:
+def _weigh_by_softmax(m: MoEConfig, x: RouterInputs, expert_TX: jax.Array
+                      ) -> Routing:
   """Returns the routing to these experts, weighed by the softmax of the logits.
   """
   probs_TE = jax.nn.softmax(x.logits_TE, -1)
-  return _weighed(m, x, expert_TX=expert_TX, scores_TE=probs_TE,
+  return _weigh_chosen(m, x, expert_TX=expert_TX, scores_TE=probs_TE,
                   probs_TE=probs_TE)
 
 
-def _by_scores(m: MoEConfig, x: Inputs, expert_TX: jax.Array,
-               scores_TE: jax.Array) -> Routing:
+def _weigh_by_scores(m: MoEConfig, x: RouterInputs, expert_TX: jax.Array,
+                     scores_TE: jax.Array) -> Routing:
   """Returns the routing to these experts, weighed by scores that each expert
-  has by itself; the router's belief is their share of the sum."""
+  has by itself; the router's probabilities are their shares of the sum."""
   probs_TE = scores_TE / scores_TE.sum(-1, keepdims=True)
-  return _weighed(m, x, expert_TX=expert_TX, scores_TE=scores_TE,
+  return _weigh_chosen(m, x, expert_TX=expert_TX, scores_TE=scores_TE,
                   probs_TE=probs_TE)
 
 
-def _weighed(m: MoEConfig, x: Inputs, expert_TX: jax.Array,
-             scores_TE: jax.Array, probs_TE: jax.Array) -> Routing:
+def _weigh_chosen(m: MoEConfig, x: RouterInputs, expert_TX: jax.Array,
+                  scores_TE: jax.Array, probs_TE: jax.Array) -> Routing:
   """Returns the routing to these experts, whose gates are their scores, or the
-  scores over their sum (normalize_gates)."""
-  gate_TX = _chosen(scores_TE, expert_TX)
+  scores over their sum (normalize_gates).
+
+  Args:
+    m: the config.
+    x: the inputs of the router.
+    expert_TX: the experts that each token chose.
+    scores_TE: the scores of all experts.
+    probs_TE: the router's probabilities, which the losses read.
+  """
+  gate_TX = _scores_of_chosen(scores_TE, expert_TX)
   if m.normalize_gates:
-    gate_TX = normalize(gate_TX)
-  return _routing(expert_TX, gate_TX, probs_TE=probs_TE, valid_T=x.valid_T)
+    gate_TX = normalize_gates(gate_TX)
+  return _routing_of_choices(
+      expert_TX, gate_TX, probs_TE=probs_TE, valid_T=x.valid_T)
 
 
 def sqrt_softplus(logits_TE: jax.Array) -> jax.Array:
@@ -464,35 +490,36 @@ def sqrt_softplus(logits_TE: jax.Array) -> jax.Array:
   return jnp.sqrt(jnp.maximum(softplus_TE, 1e-30))  # at 0 it has no slope
 
 
-def best_scores(m: MoEConfig, logits_TE: jax.Array, valid_T: jax.Array
-                ) -> jax.Array:
+def experts_of_best_scores(m: MoEConfig, logits_TE: jax.Array,
+                           valid_T: jax.Array) -> jax.Array:
   """Returns the experts that the scores alone would choose, as expert_A:
   neither the bias nor the groups of experts count (DeepSeek-V3, equation 18).
   """
-  best_TX = _best(logits_TE, m.top_k)
+  best_TX = _indices_of_best_experts(logits_TE, m.top_k)
   expert_TX = jnp.where(valid_T[:, None], best_TX, m.all_experts)
   return expert_TX.reshape(-1).astype(jnp.int32)
 
 
-def balanced(logits_TE: jax.Array, valid_T: jax.Array) -> jax.Array:
+def balance_logits(logits_TE: jax.Array, valid_T: jax.Array) -> jax.Array:
   """Returns the log of the matrix near exp(logits) whose rows sum to 1 and
   whose columns share the tokens evenly, by Sinkhorn's iteration (Clark et al.
   2022); padding weighs nothing."""
   E = logits_TE.shape[1]
-  weight_T1 = jnp.where(valid_T, 0.0, NOWHERE)[:, None]
-  share = jnp.log(jnp.maximum(valid_T.sum(), 1) / E)
+  log_weight_T1 = jnp.where(valid_T, 0.0, SCORE_OF_PADDING)[:, None]
+  log_tokens_of_expert = jnp.log(jnp.maximum(valid_T.sum(), 1) / E)
 
-  def step(_: jax.Array, log_TE: jax.Array) -> jax.Array:
+  def scale_columns_and_rows(_: jax.Array, log_TE: jax.Array) -> jax.Array:
     """Returns the matrix with its columns scaled, then its rows."""
-    log_TE += share - jax.nn.logsumexp(log_TE + weight_T1, 0, keepdims=True)
+    log_TE += log_tokens_of_expert - jax.nn.logsumexp(
+        log_TE + log_weight_T1, 0, keepdims=True)
     return log_TE - jax.nn.logsumexp(log_TE, 1, keepdims=True)
 
   return jax.lax.fori_loop(
-      0, SINKHORN_STEPS, body_fun=step,
+      0, SINKHORN_STEPS, body_fun=scale_columns_and_rows,
       init_val=jax.lax.stop_gradient(logits_TE))
 
 
-def sinkhorn(m: MoEConfig, x: Inputs) -> Routing:
+def route_sinkhorn(m: MoEConfig, x: RouterInputs) -> Routing:
   """Routes each token to the X best experts, in training by logits that are
   balanced within each group (BASE: Lewis et al. 2021; S-BASE: Clark et al.
   2022), weighed by the softmax of the logits."""
@@ -500,12 +527,12 @@ def sinkhorn(m: MoEConfig, x: Inputs) -> Routing:
   if x.train:
     logits_GSE = scores_TE.reshape(x.groups, -1, m.all_experts)
     valid_GS = x.valid_T.reshape(x.groups, -1)
-    balanced_GSE = jax.vmap(balanced)(logits_GSE, valid_GS)
+    balanced_GSE = jax.vmap(balance_logits)(logits_GSE, valid_GS)
     scores_TE = balanced_GSE.reshape(scores_TE.shape)
-  return _by_softmax(m, x, _best(scores_TE, m.top_k))
+  return _weigh_by_softmax(m, x, _indices_of_best_experts(scores_TE, m.top_k))
 
 
-def expert_choice(m: MoEConfig, x: Inputs) -> Routing:
+def route_expert_choice(m: MoEConfig, x: RouterInputs) -> Routing:
   """Routes to each expert its C best tokens of each group, weighed by their
   probabilities (Zhou et al. 2022)."""
   T, E = x.logits_TE.shape
@@ -513,11 +540,12 @@ def expert_choice(m: MoEConfig, x: Inputs) -> Routing:
   factor = m.eval_capacity_factor
   if x.train:
     factor = m.capacity_factor
-  C = min(S, capacity(factor or 1.0, tokens=S, choices=m.top_k, experts=E))
+  C = min(S, expert_capacity(
+      factor or 1.0, tokens=S, choices=m.top_k, experts=E))
 
   # The best tokens of each expert, in the order of their probabilities.
   probs_TE = jax.nn.softmax(x.logits_TE, -1)
-  score_TE = jnp.where(x.valid_T[:, None], probs_TE, NOWHERE)
+  score_TE = jnp.where(x.valid_T[:, None], probs_TE, SCORE_OF_PADDING)
   score_GES = score_TE.reshape(G, S, E).swapaxes(1, 2)
   order_GES = jnp.argsort(jax.lax.stop_gradient(-score_GES))
   token_GEC = order_GES[..., :C]
@@ -534,48 +562,52 @@ def expert_choice(m: MoEConfig, x: Inputs) -> Routing:
       token_A=token_GEC.reshape(-1).astype(jnp.int32), probs_TE=probs_TE)
 
 
-def _following(m: MoEConfig, first_T: jax.Array) -> jax.Array:
-  """Returns the experts first, first + 1, ..., [T, X]."""
+def _consecutive_experts(m: MoEConfig, first_T: jax.Array) -> jax.Array:
+  """Returns the X experts of each token, [T, X]: its first one and those that
+  follow it by number."""
   return (first_T[:, None] + jnp.arange(m.top_k)[None]) % m.num_experts
 
 
-def _fixed(m: MoEConfig, expert_TX: jax.Array, valid_T: jax.Array) -> Routing:
+def _weigh_equally(m: MoEConfig, expert_TX: jax.Array, valid_T: jax.Array
+                   ) -> Routing:
   """Returns the routing to these experts, each with gate 1 / X."""
   probs_TE = jax.nn.one_hot(expert_TX, m.num_experts).mean(1)
   gate_TX = jnp.full(expert_TX.shape, 1 / m.top_k)
-  return _routing(expert_TX, gate_TX, probs_TE=probs_TE, valid_T=valid_T)
+  return _routing_of_choices(
+      expert_TX, gate_TX, probs_TE=probs_TE, valid_T=valid_T)
 
 
-def hashed(m: MoEConfig, tokens_T: jax.Array) -> jax.Array:
-  """Returns the experts of these token ids, [T, X]."""
+def experts_of_token_ids(m: MoEConfig, tokens_T: jax.Array) -> jax.Array:
+  """Returns the experts that a fixed hash gives token ids, [T, X]."""
   spread_T = hash_uint32(tokens_T.astype(jnp.uint32) + jnp.uint32(1))
   first_T = (spread_T % m.num_experts).astype(jnp.int32)
-  return _following(m, first_T)
+  return _consecutive_experts(m, first_T)
 
 
-def hash_(m: MoEConfig, x: Inputs) -> Routing:
+def route_hashed(m: MoEConfig, x: RouterInputs) -> Routing:
   """Routes each token to the experts of its id (Roller et al. 2021)."""
-  return _fixed(m, x.expert_TX, x.valid_T)
+  return _weigh_equally(m, x.expert_TX, x.valid_T)
 
 
-def hash_scored(m: MoEConfig, x: Inputs) -> Routing:
+def route_hashed_by_scores(m: MoEConfig, x: RouterInputs) -> Routing:
   """Routes each token to the experts of its id, weighed by their scores
   (DeepSeek-V4)."""
   scores_TE = sqrt_softplus(x.logits_TE)
-  return _by_scores(m, x, expert_TX=x.expert_TX, scores_TE=scores_TE)
+  return _weigh_by_scores(m, x, expert_TX=x.expert_TX, scores_TE=scores_TE)
 
 
-def uniform(m: MoEConfig, x: Inputs) -> Routing:
+def route_uniformly(m: MoEConfig, x: RouterInputs) -> Routing:
   """Deals the tokens out to the experts in turn, in perfect balance."""
   first_T = jnp.arange(x.valid_T.shape[0]) * m.top_k % m.num_experts
-  return _fixed(m, _following(m, first_T), x.valid_T)
+  return _weigh_equally(m, _consecutive_experts(m, first_T), x.valid_T)
 
 
-def step_bias(bias_NE: jax.Array, load_NE: jax.Array, rate: float | jax.Array
-              ) -> jax.Array:
-  """Moves a bias by `rate` towards the experts with too little load.
+def move_bias_against_load(bias_NE: jax.Array, load_NE: jax.Array,
+                           rate: float | jax.Array) -> jax.Array:
+  """Returns a router's bias, moved by `rate` towards the experts with too
+  little load (Wang et al. 2024, algorithm 1):
 
-  b_i += rate * sign(mean load - load_i) (Wang et al. 2024, algorithm 1).
+    b_i' = b_i + rate * sign(mean load - load_i)
   """
   return bias_NE + rate * jnp.sign(1 / bias_NE.shape[-1] - load_NE)
 
@@ -584,48 +616,51 @@ class Router(NamedTuple):
   """One way to assign tokens to experts.
 
   Attributes:
-    assign: (config.moe, Inputs) -> Routing.
+    assign: (config.moe, RouterInputs) -> Routing.
     fields: the fields of config.model that only some routers read.
-    logits: whether it has a weight, and so logits and losses of them.
+    has_logits: whether it has a weight, and so logits and losses of them.
     top_k: how many experts a token has, where no other number is possible.
-    draws: whether it draws in training: Inputs.key.
-    hashes: whether the tokens' ids alone choose, Inputs.expert_TX, so that no
-      loss asks for even load.
-    table: whether their experts stand in a table of the layer.
-    bias: whether a bias stands on the choice, Inputs.bias_E, which `step_bias`
-      moves against the load.
-    groups: whether tokens of one group compete even without a capacity.
+    draws: whether it draws in training: RouterInputs.key.
+    hashes: whether the tokens' ids alone choose, RouterInputs.expert_TX, so
+      that no loss asks for even load.
+    has_table: whether their experts stand in a table of the layer.
+    has_bias: whether a bias stands on the choice, RouterInputs.bias_E, which
+      `move_bias_against_load` moves.
+    competes_in_groups: whether tokens of one group compete even without a
+      capacity.
     experts_choose: whether experts choose tokens. Which they take depends on
       later tokens, so no decoder may have it, and how many is their capacity.
     counts_first: whether only a token's first choice counts for `switch`, the
       balance loss.
-    whole: whether the gates of a token sum to 1, whatever normalize_gates says.
-    wanted: (config.moe, logits_TE, valid_T) -> the experts that `sequence`, the
-      balance loss, counts; None: those that were chosen.
+    has_whole_gates: whether the gates of a token sum to 1, whatever
+      normalize_gates says.
+    wanted_experts: (config.moe, logits_TE, valid_T) -> the experts that
+      `sequence`, the balance loss, counts; None: those that were chosen.
   """
-  assign: Callable[[MoEConfig, Inputs], Routing]
+  assign: Callable[[MoEConfig, RouterInputs], Routing]
   fields: tuple[str, ...] = ()
-  logits: bool = True
+  has_logits: bool = True
   top_k: int = 0
   draws: bool = False
   hashes: bool = False
-  table: bool = False
-  bias: bool = False
-  groups: bool = False
+  has_table: bool = False
+  has_bias: bool = False
+  competes_in_groups: bool = False
   experts_choose: bool = False
   counts_first: bool = False
-  whole: bool = False
-  wanted: Optional[Callable] = None
+  has_whole_gates: bool = False
+  wanted_experts: Optional[Callable] = None
 
 
-def of(m: MoEConfig) -> Router:
-  """Returns the router of a mixture."""
+def router_of(m: MoEConfig) -> Router:
+  """Returns the entry of ROUTERS that the config of a mixture names."""
   return ROUTERS[m.router]
 
 
-def route(m: MoEConfig, x: Inputs) -> Routing:
-  """Returns what the router of a mixture does, its gates scaled."""
-  routed = of(m).assign(m, x)
+def route_tokens(m: MoEConfig, x: RouterInputs) -> Routing:
+  """Returns the routing of tokens by the router that the config names, with its
+  gates multiplied by moe.gate_scale."""
+  routed = router_of(m).assign(m, x)
   if m.gate_scale == 1:
     return routed
   return routed.replace(gate_A=m.gate_scale * routed.gate_A)
@@ -639,7 +674,7 @@ def check_router(c: ModelConfig, stack: str) -> None:
     stack: what architectures.stack returns.
   """
   m = c.part(MoEConfig)
-  router = of(m)
+  router = router_of(m)
   if router.experts_choose and stack != 'encoder':
     raise RequestError(
         f'model.moe.router {m.router} has no meaning in the decoder of '
@@ -692,19 +727,20 @@ def _check_expert_groups(m: MoEConfig, router: Router) -> None:
   E, groups, kept = m.all_experts, m.expert_groups, m.top_groups
   if groups == 1:
     return
-  divides = E % groups == 0 and kept <= groups
-  enough = m.top_k <= kept * E // groups
+  divides_experts = E % groups == 0 and kept <= groups
+  has_enough_experts = m.top_k <= kept * E // groups
   # A router with a bias adds up two experts of a group.
-  two = E > groups or not router.bias
-  require(divides and enough and two,
+  has_two_experts = E > groups or not router.has_bias
+  require(divides_experts and has_enough_experts and has_two_experts,
           f'model.moe.expert_groups is {groups}, model.moe.top_groups {kept} '
           f'and model.moe.top_k {m.top_k}: of {E} experts choose groups that '
           'divide them, as many of these at most, and as many experts as they '
           'have at most; a router with a bias needs two experts of a group')
 
 
-def networks(m: MoEConfig, routed: Routing) -> Routing:
-  """Returns the assignments to experts that compute; the others are void."""
+def void_zero_experts(m: MoEConfig, routed: Routing) -> Routing:
+  """Returns the routing with the assignments to zero experts, which compute
+  nothing, made void."""
   if not m.zero_experts:
     return routed
   E = m.num_experts
@@ -714,63 +750,78 @@ def networks(m: MoEConfig, routed: Routing) -> Routing:
       probs_TE=routed.probs_TE[:, :E])
 
 
-def zero(m: MoEConfig, routed: Routing) -> tuple[jax.Array, jax.Array]:
-  """Returns which assignments are to experts that compute nothing, bool [A],
-  and the sum of their gates of each token, [T]."""
-  zero_A = (routed.expert_A >= m.num_experts) & (
+def find_zero_experts(m: MoEConfig, routed: Routing
+                      ) -> tuple[jax.Array, jax.Array]:
+  """Returns which assignments are to zero experts, which compute nothing, bool
+  [A], and the sum of their gates of each token, [T]."""
+  is_zero_A = (routed.expert_A >= m.num_experts) & (
       routed.expert_A < m.all_experts)
-  gate_A = jnp.where(zero_A, routed.gate_A, 0.0)
+  gate_A = jnp.where(is_zero_A, routed.gate_A, 0.0)
   gate_T = gate_A.reshape(-1, routed.choices).sum(1)
-  return zero_A, gate_T
+  return is_zero_A, gate_T
 
 
-def whole_gates(m: MoEConfig) -> bool:
+def has_whole_gates(m: MoEConfig) -> bool:
   """Returns whether the gates of each token sum to 1."""
-  router = of(m)
+  router = router_of(m)
   if m.gate_scale != 1:
     return False
-  if router.whole:
+  if router.has_whole_gates:
     return True
   return not router.experts_choose and m.normalize_gates and m.top_k > 1
 
 
-def active_experts(m: MoEConfig) -> float:
+def mean_active_experts(m: MoEConfig) -> float:
   """Returns how many of the routed experts a token goes through, in the mean.
   """
-  if of(m).experts_choose:  # as many as the experts take
+  if router_of(m).experts_choose:  # as many as the experts take
     return min(m.top_k * (m.capacity_factor or 1.0), m.num_experts)
   return m.top_k * m.num_experts / m.all_experts
 
 
-SCORED = 'moe.jitter', 'moe.logit_noise', 'moe.logit_bias'
-LEARNED = (*SCORED, 'moe.balance_loss', 'moe.z_loss_weight')
-NORMALIZED = (*LEARNED, 'moe.normalize_gates')
-GROUPED = (*NORMALIZED, 'moe.expert_groups', 'moe.top_groups')
-SIGMOID = Router(
-    assign=functools.partial(scored, jax.nn.sigmoid),
-    fields=(*GROUPED, 'moe.bias_rate'), bias=True, wanted=best_scores)
+# The fields of config.model that routers read: those with logits, those whose
+# logits have losses, those whose gates may be normalised, and those that may be
+# limited to some groups of experts.
+FIELDS_OF_LOGITS = 'moe.jitter', 'moe.logit_noise', 'moe.logit_bias'
+FIELDS_OF_LEARNED = (
+    *FIELDS_OF_LOGITS, 'moe.balance_loss', 'moe.z_loss_weight')
+FIELDS_OF_NORMALIZED = (*FIELDS_OF_LEARNED, 'moe.normalize_gates')
+FIELDS_OF_GROUPED = (
+    *FIELDS_OF_NORMALIZED, 'moe.expert_groups', 'moe.top_groups')
+# The router that chooses by a sigmoid of each logit, and a bias.
+SIGMOID_ROUTER = Router(
+    assign=functools.partial(route_by_scores, jax.nn.sigmoid),
+    fields=(*FIELDS_OF_GROUPED, 'moe.bias_rate'), has_bias=True,
+    wanted_experts=experts_of_best_scores)
 
 ROUTERS = {
-    'topk': Router(assign=topk, fields=GROUPED),
+    'topk': Router(assign=route_topk, fields=FIELDS_OF_GROUPED),
     # It has one choice; normalize_gates is accepted, and changes nothing.
-    'switch': Router(assign=switch, fields=NORMALIZED, top_k=1),
-    'gshard': Router(assign=gshard, fields=LEARNED, top_k=2, draws=True,
-                     counts_first=True, whole=True),
+    'switch': Router(assign=route_switch, fields=FIELDS_OF_NORMALIZED, top_k=1),
+    'gshard': Router(
+        assign=route_gshard, fields=FIELDS_OF_LEARNED, top_k=2, draws=True,
+        counts_first=True, has_whole_gates=True),
     # normalize_gates is accepted, and changes nothing.
-    'expert_choice': Router(assign=expert_choice, fields=NORMALIZED,
-                            groups=True, experts_choose=True),
-    'sigmoid': SIGMOID,
-    'sigmoid_plain': Router(assign=SIGMOID.assign, fields=NORMALIZED),
-    'softmax_bias': SIGMOID._replace(
-        assign=functools.partial(scored, jax.nn.softmax)),
-    'sqrt_softplus': SIGMOID._replace(
-        assign=functools.partial(scored, sqrt_softplus)),
-    'sinkhorn': Router(assign=sinkhorn, fields=NORMALIZED, groups=True),
-    'hash': Router(assign=hash_, logits=False, hashes=True, whole=True),
-    'hash_scored': Router(assign=hash_scored,
-                          fields=(*SCORED, 'moe.normalize_gates'), hashes=True,
-                          table=True),
-    'uniform': Router(assign=uniform, logits=False, whole=True),
+    'expert_choice': Router(
+        assign=route_expert_choice, fields=FIELDS_OF_NORMALIZED,
+        competes_in_groups=True, experts_choose=True),
+    'sigmoid': SIGMOID_ROUTER,
+    'sigmoid_plain': Router(
+        assign=SIGMOID_ROUTER.assign, fields=FIELDS_OF_NORMALIZED),
+    'softmax_bias': SIGMOID_ROUTER._replace(
+        assign=functools.partial(route_by_scores, jax.nn.softmax)),
+    'sqrt_softplus': SIGMOID_ROUTER._replace(
+        assign=functools.partial(route_by_scores, sqrt_softplus)),
+    'sinkhorn': Router(assign=route_sinkhorn, fields=FIELDS_OF_NORMALIZED,
+                       competes_in_groups=True),
+    'hash': Router(assign=route_hashed, has_logits=False, hashes=True,
+                   has_whole_gates=True),
+    'hash_scored': Router(
+        assign=route_hashed_by_scores,
+        fields=(*FIELDS_OF_LOGITS, 'moe.normalize_gates'), hashes=True,
+        has_table=True),
+    'uniform': Router(assign=route_uniformly, has_logits=False,
+                      has_whole_gates=True),
 }
 
 
@@ -798,7 +849,7 @@ ROUTERS = {
 # An entry of BALANCE_LOSSES is all that there is of one.
 
 
-class Balance(NamedTuple):
+class BalanceLoss(NamedTuple):
   """A loss that asks for even load.
 
   Attributes:
@@ -814,15 +865,16 @@ class Balance(NamedTuple):
   by_sequence: bool = False
 
 
-def counts(expert_A: jax.Array, experts: int) -> jax.Array:
+def count_assignments(expert_A: jax.Array, experts: int) -> jax.Array:
   """Returns the number of assignments of each expert, float32 [E]; void ones
   count nowhere."""
   is_expert_AE = expert_A[:, None] == jnp.arange(experts)[None]
   return is_expert_AE.sum(0).astype(jnp.float32)
 
 
-def share(x_E: jax.Array) -> jax.Array:
-  """Returns x / sum x, or zeros."""
+def share_of_sum(x_E: jax.Array) -> jax.Array:
+  """Returns each number's share of the sum, x / sum x; zeros where the sum is
+  0."""
   total = x_E.sum()
   return x_E / jnp.where(total > 0, total, 1.0)
 
@@ -830,7 +882,7 @@ def share(x_E: jax.Array) -> jax.Array:
 def switch_loss(expert_A: jax.Array, mean_probs_E: jax.Array) -> jax.Array:
   """Returns E sum_i f_i P_i (Fedus et al. 2021, equation 4)."""
   E = mean_probs_E.shape[0]
-  share_E = share(counts(expert_A, E))
+  share_E = share_of_sum(count_assignments(expert_A, E))
   return E * (share_E * mean_probs_E).sum()
 
 
@@ -838,11 +890,12 @@ def importance_loss(expert_A: jax.Array, mean_probs_E: jax.Array) -> jax.Array:
   """Returns E sum_i I_i^2 (Shazeer et al. 2017: CV^2, plus 1)."""
   del expert_A
   E = mean_probs_E.shape[0]
-  return E * jnp.square(share(mean_probs_E)).sum()
+  return E * jnp.square(share_of_sum(mean_probs_E)).sum()
 
 
-def of_each_sequence(loss: Callable, expert_A: jax.Array, probs_TE: jax.Array,
-                     valid_T: jax.Array, rows: int) -> jax.Array:
+def mean_over_sequences(
+    loss: Callable, expert_A: jax.Array, probs_TE: jax.Array,
+    valid_T: jax.Array, rows: int) -> jax.Array:
   """Returns the mean of a balance loss over the sequences that are not all
   padding; within one, padding counts nowhere.
 
@@ -858,8 +911,8 @@ def of_each_sequence(loss: Callable, expert_A: jax.Array, probs_TE: jax.Array,
   count_B = valid_BL.sum(1)
   expert_BA = expert_A.reshape(rows, -1)
   mean_probs_BE = probs_BLE.sum(1) / jnp.maximum(count_B, 1)[:, None]
-  each_B = jax.vmap(loss)(expert_BA, mean_probs_BE)
-  total = (each_B * (count_B > 0)).sum()
+  loss_B = jax.vmap(loss)(expert_BA, mean_probs_BE)
+  total = (loss_B * (count_B > 0)).sum()
   return total / jnp.maximum((count_B > 0).sum(), 1)
 
 
@@ -872,9 +925,9 @@ def entropy(p: jax.Array) -> jax.Array:
   return h / jnp.log(size)
 
 
-def report(m: MoEConfig, routed: Routing, logits_TE: Optional[jax.Array],
-           valid_T: jax.Array, kept_A: jax.Array, shards: int, rows: int
-           ) -> Report:
+def report_routing(
+    m: MoEConfig, routed: Routing, logits_TE: Optional[jax.Array],
+    valid_T: jax.Array, kept_A: jax.Array, shards: int, rows: int) -> Report:
   """Returns the weighted losses of one layer, and its panel as `health`.
 
   Args:
@@ -893,46 +946,48 @@ def report(m: MoEConfig, routed: Routing, logits_TE: Optional[jax.Array],
   probability) and `router_entropy` (1: undecided); `shard_imbalance`, the
   largest load of a shard over the mean; and each loss, raw.
   """
-  E, router = m.all_experts, of(m)
+  E, router = m.all_experts, router_of(m)
   probs_TE = routed.probs_TE
   weight_T = valid_T / jnp.maximum(valid_T.sum(), 1).astype(jnp.float32)
 
-  def mean(x_T: jax.Array) -> jax.Array:
+  def mean_over_tokens(x_T: jax.Array) -> jax.Array:
     """Returns the mean over the tokens that are no padding."""
     return (x_T * weight_T).sum()
 
   # The losses.
   mean_probs_E = (probs_TE * weight_T[:, None]).sum(0)
-  load_E = jax.lax.stop_gradient(share(counts(routed.expert_A, E)))
-  raw = _balances(m, routed, logits_TE=logits_TE, valid_T=valid_T,
-                  mean_probs_E=mean_probs_E, rows=rows)
+  load_E = share_of_sum(count_assignments(routed.expert_A, E))
+  load_E = jax.lax.stop_gradient(load_E)
+  balance_losses = _balance_losses(
+      m, routed, logits_TE=logits_TE, valid_T=valid_T,
+      mean_probs_E=mean_probs_E, rows=rows)
   z = jnp.zeros(())
   if logits_TE is not None:
-    z = mean(jnp.square(jax.nn.logsumexp(logits_TE, -1)))
+    z = mean_over_tokens(jnp.square(jax.nn.logsumexp(logits_TE, -1)))
   losses = {}
-  if router.logits and not router.hashes:
-    if m.balance_loss in raw:
-      losses['balance'] = m.balance_weight * raw[m.balance_loss]
+  if router.has_logits and not router.hashes:
+    if m.balance_loss in balance_losses:
+      losses['balance'] = m.balance_weight * balance_losses[m.balance_loss]
     if m.z_loss_weight:
       losses['router_z'] = m.z_loss_weight * z
 
   # The panel.
   assigned = (routed.expert_A < E).sum()
   dropped = 1 - kept_A.sum() / jnp.maximum(assigned, 1)
-  served_T = _served(routed, kept_A, valid_T.shape[0])
+  served_T = _count_serving_experts(routed, kept_A, valid_T.shape[0])
   panel = dict(
       dropped=dropped,
-      unserved=mean(served_T == 0),
+      unserved=mean_over_tokens(served_T == 0),
       load_E=load_E,
       load_max=E * load_E.max(),
       load_entropy=entropy(load_E),
       unused=(load_E == 0).mean(),
-      confidence=mean(probs_TE.max(-1)),
-      router_entropy=mean(entropy(probs_TE)))
+      confidence=mean_over_tokens(probs_TE.max(-1)),
+      router_entropy=mean_over_tokens(entropy(probs_TE)))
   shard_loads = load_E[:m.num_experts].reshape(shards, -1).sum(1)
   panel['shard_imbalance'] = shards * shard_loads.max()
   panel['z_loss'] = z
-  for name, loss in raw.items():
+  for name, loss in balance_losses.items():
     panel[BALANCE_LOSSES[name].metric] = loss
   health = {}
   for name, x in panel.items():
@@ -940,7 +995,7 @@ def report(m: MoEConfig, routed: Routing, logits_TE: Optional[jax.Array],
   return Report(losses=losses, health=health)
 
 
-def _balances(m: MoEConfig, routed: Routing, *,
+def _balance_losses(m: MoEConfig, routed: Routing, *,
               logits_TE: Optional[jax.Array], valid_T: jax.Array,
               mean_probs_E: jax.Array, rows: int) -> dict[str, jax.Array]:
   """Returns the balance losses, by name: each that is taken of all tokens, and
@@ -954,7 +1009,7 @@ def _balances(m: MoEConfig, routed: Routing, *,
     mean_probs_E: the mean of the router's probabilities over these.
     rows: the number of sequences that the tokens are.
   """
-  router = of(m)
+  router = router_of(m)
   counted_A = routed.expert_A
   if router.counts_first:
     counted_A = routed.expert_A[::routed.choices]
@@ -966,24 +1021,27 @@ def _balances(m: MoEConfig, routed: Routing, *,
   chosen = BALANCE_LOSSES[m.balance_loss]
   if chosen.by_sequence:
     wanted_A = counted_A
-    if router.wanted is not None:
-      wanted_A = router.wanted(m, logits_TE, valid_T)
-    losses[m.balance_loss] = of_each_sequence(
+    if router.wanted_experts is not None:
+      wanted_A = router.wanted_experts(m, logits_TE, valid_T)
+    losses[m.balance_loss] = mean_over_sequences(
         chosen.loss, expert_A=wanted_A, probs_TE=routed.probs_TE,
         valid_T=valid_T, rows=rows)
   return losses
 
 
-def _served(routed: Routing, kept_A: jax.Array, tokens: int) -> jax.Array:
-  """Returns how many experts each token was served by, [T]."""
+def _count_serving_experts(routed: Routing, kept_A: jax.Array, tokens: int
+                           ) -> jax.Array:
+  """Returns how many experts served each token, [T]; kept_A are the assignments
+  that found room."""
   if not routed.experts_choose:
     return kept_A.reshape(tokens, -1).sum(1)
   zeros_T = jnp.zeros(tokens, jnp.int32)
   return zeros_T.at[routed.token_A].add(kept_A.astype(jnp.int32))
 
 
-def window(load_WNE: jax.Array, tokens_W: jax.Array) -> dict:
-  """Returns the panel over a window of W steps: {name: [N] by layer}.
+def summarize_window(load_WNE: jax.Array, tokens_W: jax.Array) -> dict:
+  """Returns three figures of the panel for the mean load over a window of W
+  steps: load_max, unused and load_entropy, each [N] by layer.
 
   Args:
     load_WNE: `load_E` of each step and layer.
@@ -999,8 +1057,8 @@ def window(load_WNE: jax.Array, tokens_W: jax.Array) -> dict:
 
 
 BALANCE_LOSSES = {
-    'switch': Balance(switch_loss, 'balance_loss'),
-    'importance': Balance(importance_loss, 'importance_loss'),
-    'sequence': Balance(switch_loss, 'sequence_loss', by_sequence=True),
-    'none': Balance(fields=()),
+    'switch': BalanceLoss(switch_loss, 'balance_loss'),
+    'importance': BalanceLoss(importance_loss, 'importance_loss'),
+    'sequence': BalanceLoss(switch_loss, 'sequence_loss', by_sequence=True),
+    'none': BalanceLoss(fields=()),
 }

@@ -74,7 +74,8 @@ def assert_close(got, want, tolerance=2e-5):
 def by_einsum(x_TD, r, run, slots):
   """Dispatches by the masks of GShard's paper, [T, E, C], all in float32."""
   T, num_experts = x_TD.shape[0], r.probs_TE.shape[1]
-  hot, slot_A = jax.nn.one_hot, dispatch.ranks(r.expert_A, num_experts + 1)
+  hot = jax.nn.one_hot
+  slot_A = dispatch.rank_among_equal_keys(r.expert_A, num_experts + 1)
   hot_AEC = (hot(r.expert_A, num_experts)[:, :, None]
              * hot(slot_A, slots)[:, None])
   hot_AT = hot(r.token_A, T)

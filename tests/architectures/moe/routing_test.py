@@ -32,10 +32,11 @@ def moe(**fields):
 
 def inputs(seed=0, **fields):
   random = np.random.default_rng(seed)
-  return routing.Inputs(**(dict(
+  return routing.RouterInputs(**(dict(
       logits_TE=2 * random.normal(size=(T, E)).astype(np.float32),
       valid_T=np.ones(T, bool), bias_E=np.zeros(E, np.float32),
-      expert_TX=routing.hashed(moe(), random.integers(50, size=T))) | fields))
+      expert_TX=routing.experts_of_token_ids(
+          moe(), random.integers(50, size=T))) | fields))
 
 
 def route(router, x=None, **fields):
@@ -115,7 +116,8 @@ def test_where_the_hash_chooses_the_scores_may_weigh():
 def test_hash_goes_by_the_token_id_alone():
   table = {}
   for tokens_T in np.random.default_rng(0).integers(50, size=(2, T)):
-    _, r = route('hash', inputs(expert_TX=routing.hashed(moe(), tokens_T)))
+    expert_TX = routing.experts_of_token_ids(moe(), tokens_T)
+    _, r = route('hash', inputs(expert_TX=expert_TX))
     for token, pair in zip(tokens_T, np.array(r.expert_A).reshape(T, 2)):
       assert table.setdefault(int(token), tuple(pair)) == tuple(pair)
       assert pair[1] == (pair[0] + 1) % E
@@ -155,7 +157,7 @@ def test_capacity_serves_first_choices_first_then_by_position():
   # The choices of four tokens: 01 01 10 12. First choices fill 0 and 1.
   expert_A = jnp.array([0, 1, 0, 1, 1, 0, 1, 2])
   within = lambda **how: jax.jit(functools.partial(
-      routing.within_capacity, choices=2, experts=3, **how))(expert_A)
+      routing.void_over_capacity, choices=2, experts=3, **how))(expert_A)
   kept = within(groups=1, slots=2)
   assert kept.tolist() == [0, 3, 0, 3, 1, 3, 1, 2]
   by_group = within(groups=2, slots=1)
@@ -163,16 +165,17 @@ def test_capacity_serves_first_choices_first_then_by_position():
 
 
 def test_capacity_is_exact():
-  assert routing.capacity(1.25, 16, 2, 8) == 5
-  assert routing.capacity(1.0, 10, 1, 4) == 3  # 2.5, rounded up
-  assert routing.capacity(1.1, 100, 1, 10) == 11  # in floats a hair above
-  assert routing.capacity(0.1, 4, 1, 8) == 1
+  assert routing.expert_capacity(1.25, 16, 2, 8) == 5
+  assert routing.expert_capacity(1.0, 10, 1, 4) == 3  # 2.5, rounded up
+  # In floats a hair above.
+  assert routing.expert_capacity(1.1, 100, 1, 10) == 11
+  assert routing.expert_capacity(0.1, 4, 1, 8) == 1
 
 
 def report(r, m, x, kept_A=None, shards=2, rows=1):
   kept_A = np.asarray(r.expert_A) < E if kept_A is None else kept_A
   return jax.jit(functools.partial(
-      routing.report, m, shards=shards, rows=rows))(
+      routing.report_routing, m, shards=shards, rows=rows))(
           r, x.logits_TE, x.valid_T, kept_A)
 
 
@@ -229,8 +232,8 @@ def test_panel_by_hand():
 
 def test_the_panel_of_a_window_by_hand():
   """One step of a token, and one of three."""
-  got = routing.window(np.array([[[0.5, 0.5, 0, 0]], [[0, 0.5, 0.5, 0]]]),
-                       np.array([1, 3]))
+  got = routing.summarize_window(
+      np.array([[[0.5, 0.5, 0, 0]], [[0, 0.5, 0.5, 0]]]), np.array([1, 3]))
   entropy = -sum(p * np.log(p) for p in (1 / 8, 1 / 2, 3 / 8)) / np.log(4)
   assert {name: x.tolist() for name, x in got.items()} == dict(
       load_max=[2], unused=[0.25],
@@ -301,7 +304,7 @@ def test_sinkhorn_is_the_iteration_of_each_group_without_its_padding():
     want = sinkhorn_by_hand(logits[rows])
     chosen[rows] = best(want, 2)
     padded = np.where(valid[group][:, None], logits[group], 9.0)
-    got = np.exp(jax.jit(routing.balanced)(jnp.array(padded, jnp.float32),
+    got = np.exp(jax.jit(routing.balance_logits)(jnp.array(padded, jnp.float32),
                                            jnp.array(valid[group])))
     np.testing.assert_allclose(got[valid[group]], want, rtol=1e-4)
   for filler in (-9.0, 9.0):
@@ -325,7 +328,7 @@ def grouped(router, **fields):
              top_groups=KEPT, top_k=X, **fields)
 
 
-routed = jax.jit(routing.route, static_argnums=0)
+routed = jax.jit(routing.route_tokens, static_argnums=0)
 
 
 def many(**fields):

@@ -79,7 +79,7 @@ class Routing(Task):
     figures = {}
     for name, values_WN in stacked.items():
       figures[name] = np.average(values_WN, 0, weights_W)
-    load_figures = routing.window(stacked['load_E'], weights_W)
+    load_figures = routing.summarize_window(stacked['load_E'], weights_W)
     for name, values_N in load_figures.items():
       figures[name] = np.asarray(values_N)
 
