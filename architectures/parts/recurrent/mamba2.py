@@ -162,7 +162,7 @@ class Grouped(layer.Recurrence):
 
   def __init__(self, module: type[layer.Layer], name: str):
     super().__init__(module)
-    self.whole = (f'{name}.groups',)
+    self.may_be_one = (f'{name}.groups',)
 
   def check(self, c: ModelConfig, stack: str) -> None:
     m = c.part(self.module.settings)
