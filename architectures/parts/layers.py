@@ -155,12 +155,13 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
   # The product, with the whole weight where that lies in shards.
   x, w = x.astype(dtype), w.astype(dtype)
   multiply = functools.partial(_product, spec, out_dtype)
-  lies = sharding.sharding_of_product(spec, x, w, axes=axes)
-  if lies is None:
+  product_sharding = sharding.sharding_of_product(spec, x, w, axes=axes)
+  if product_sharding is None:
     y = multiply(x, w)
   else:
     y = sharding.multiply_by_gathered_weight(
-        multiply, x, w, lies=lies, keep=keep, name=kept_as)
+        multiply, x, w, product_sharding=product_sharding, keep=keep,
+        name=kept_as)
   if is_batched:
     return y
   return checkpoint_name(y, NAME_OF_PRODUCT)

@@ -558,8 +558,8 @@ def sharding_of_product(letters: str, x: jax.Array, w: jax.Array,
 
 def multiply_by_gathered_weight(
     multiply: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array,
-    w: jax.Array, lies: ShardingOfProduct, keep: bool, name: str = ''
-    ) -> jax.Array:
+    w: jax.Array, product_sharding: ShardingOfProduct, keep: bool,
+    name: str = '') -> jax.Array:
   """Returns a product with a sharded weight, which each device gathers and
   multiplies with its own tokens.
 
@@ -568,18 +568,18 @@ def multiply_by_gathered_weight(
       the tokens' axes.
     x: activations.
     w: the weight, in the dtype that it is sent in.
-    lies: how both lie on the mesh.
+    product_sharding: how both lie on the mesh.
     keep: whether the whole weight may be kept for the gradient. With remat it
       may: it is kept only while its layer is computed again.
     name: the name of the whole weight, by which a remat policy keeps it longer;
       '': it has none.
   """
   on_device = functools.partial(
-      _multiply_on_device, multiply, lies.weight, name)
+      _multiply_on_device, multiply, product_sharding.weight, name)
   if not keep:  # gathers again; the product's gradient does not need its result
     on_device = jax.checkpoint(on_device)
-  tokens_spec = _partition_spec(*lies.tokens)
-  weight_spec = _partition_spec(*lies.weight)
+  tokens_spec = _partition_spec(*product_sharding.tokens)
+  weight_spec = _partition_spec(*product_sharding.weight)
   on_mesh = jax.shard_map(
       on_device, in_specs=(tokens_spec, weight_spec), out_specs=tokens_spec,
       check_vma=False)
@@ -660,13 +660,14 @@ def look_up_embeddings(table_VD: jax.Array, ids_BL: jax.Array,
     ids_BL: the row of each token.
     dtype: the type of the result.
   """
-  lies = sharding_of_product('BL', ids_BL, table_VD, ('vocab', 'embed'))
-  if lies is None or not lies.weight[1]:
+  product_sharding = sharding_of_product(
+      'BL', ids_BL, table_VD, ('vocab', 'embed'))
+  if product_sharding is None or not product_sharding.weight[1]:
     # Gathered whole over fsdp first: rows that are split over fsdp would have
     # to move to where the batch is split over it.
     whole_VD = constrain_where_divisible(table_VD, 'vocab', None)
     return whole_VD[ids_BL].astype(dtype)
-  column_axes = lies.weight[1]
+  column_axes = product_sharding.weight[1]
 
   def look_up_on_device(table_VD: jax.Array, ids_BL: jax.Array) -> jax.Array:
     """Looks up this device's columns for the tokens of all devices that the
@@ -676,8 +677,8 @@ def look_up_embeddings(table_VD: jax.Array, ids_BL: jax.Array,
     return jax.lax.all_to_all(x_BLD, column_axes, split_axis=0, concat_axis=2,
                               tiled=True)
 
-  tokens_spec = _partition_spec(*lies.tokens)
-  table_spec = _partition_spec(*lies.weight)
+  tokens_spec = _partition_spec(*product_sharding.tokens)
+  table_spec = _partition_spec(*product_sharding.weight)
   on_mesh = jax.shard_map(
       look_up_on_device, in_specs=(table_spec, tokens_spec),
       out_specs=tokens_spec, check_vma=False)
