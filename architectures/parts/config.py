@@ -352,18 +352,18 @@ class ModelConfig:
     parts = [part for part in self.parts if type(part) is not kind]
     return dataclasses.replace(self, parts=tuple(parts))
 
-  def waits(self) -> dict[str, ReadIf]:
+  def conditions_of_reading(self) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as long as another field has its
     value, each with that field and what it would have to be."""
-    waits = {}
+    conditions = {}
     if not self.attention_bias:
-      waits['attention_out_bias'] = ReadIf('attention_bias', 'is set')
+      conditions['attention_out_bias'] = ReadIf('attention_bias', 'is set')
     if self.parametrization != 'mup':
       for name in ('mup_base_width', 'mup_base_head_dim'):
-        waits[name] = ReadIf('parametrization', 'is mup')
+        conditions[name] = ReadIf('parametrization', 'is mup')
     if self.init != 'fan_in':
-      waits['init_scale'] = ReadIf('init', 'is fan_in')
-    return waits
+      conditions['init_scale'] = ReadIf('init', 'is fan_in')
+    return conditions
 
   @property
   def compute_dtype(self):

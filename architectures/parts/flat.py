@@ -304,38 +304,38 @@ def _fields_of_choices(choices: Mapping[str, Any]) -> set[str]:
   return fields
 
 
-def _fields_that_wait(c: ModelConfig) -> dict[str, declared.ReadIf]:
+def _conditions_of_reading(c: ModelConfig) -> dict[str, declared.ReadIf]:
   """Returns the fields that layers with these choices have but do not read as
   long as another field has its value, each with that field."""
   # The model says it of its own fields, and each part of its fields.
-  waiting = c.waits()
+  conditions = c.conditions_of_reading()
   for part in (c.lora, *c.parts):
-    if hasattr(part, 'waits'):
-      waiting_in_part = part.waits(c)
+    if hasattr(part, 'conditions_of_reading'):
+      conditions_in_part = part.conditions_of_reading(c)
       for name in fields_of_group(group_of(part)):
         field_name = name.rpartition('.')[2]
-        if field_name in waiting_in_part:
-          waiting[name] = waiting_in_part[field_name]
+        if field_name in conditions_in_part:
+          conditions[name] = conditions_in_part[field_name]
 
   # The sizes of a feed-forward network that is not there.
   moe = c.find(MoEConfig)
   if c.ffn == layers.NO_FFN:
     for name in ('d_ff', 'ffn_bias', 'ffn_dropout'):
-      waiting[name] = declared.ReadIf('ffn', f'is not {layers.NO_FFN}')
+      conditions[name] = declared.ReadIf('ffn', f'is not {layers.NO_FFN}')
   if c.ffn == 'moe' and moe is not None:
     if moe.d_ff != c.d_ff:
-      waiting['d_ff'] = declared.ReadIf(
+      conditions['d_ff'] = declared.ReadIf(
           'moe.d_ff', 'is 0, or the network of a layer is dense')
     if not moe.shared_experts:
-      waiting['ffn_dropout'] = declared.ReadIf(
+      conditions['ffn_dropout'] = declared.ReadIf(
           'moe.shared_experts', 'is set, or model.ffn is not moe')
-  return waiting
+  return conditions
 
 
 def fields_of_layers(c: ModelConfig) -> set[str]:
   """Returns the fields that a layer reads, where all layers are as `c` says."""
   choices = {selector: get_field(c, selector) for selector in tables.TABLES}
-  return _fields_of_choices(choices) - _fields_that_wait(c).keys()
+  return _fields_of_choices(choices) - _conditions_of_reading(c).keys()
 
 
 def fields_that_are_read(c: ModelConfig) -> set[str]:
@@ -387,12 +387,12 @@ def fields_that_are_unread(c: ModelConfig,
     unread |= _unneeded_sources_of_sizes(c, tree)
   # The model's own fields.
   read = fields_that_are_read(c)
-  waiting: dict[str, declared.ReadIf] = {}
+  conditions: dict[str, declared.ReadIf] = {}
   for layer in c.distinct_layers:
-    waiting |= _fields_that_wait(layer)
+    conditions |= _conditions_of_reading(layer)
   for name in FIELDS:
     if name not in read:
-      unread[name] = _explain_unread_field(name, waiting) or UnreadField(
+      unread[name] = _explain_unread_field(name, conditions) or UnreadField(
           where='a kind of model.kinds does not set it', others=('kinds',))
   # The fields of the kinds of layer.
   for kind_name in c.kinds:
@@ -407,7 +407,7 @@ def _unread_fields_of_layer_kind(c: ModelConfig, kind_name: str
   """Returns the fields that a kind of layer has and its layers do not read, by
   their names in the kind."""
   layer = c.of_kind(kind_name)
-  read, waiting = fields_of_layers(layer), _fields_that_wait(layer)
+  read, conditions = fields_of_layers(layer), _conditions_of_reading(layer)
   sources = blocks.mixer_of_layers(layer).sources
   unread = {}
   for name, value in flatten_groups(c.kinds[kind_name].overrides).items():
@@ -420,19 +420,20 @@ def _unread_fields_of_layer_kind(c: ModelConfig, kind_name: str
       continue
     is_no_window = name == 'window' and not value
     if model_field not in read and not is_no_window:
-      reason = _explain_unread_field(model_field, waiting)
+      reason = _explain_unread_field(model_field, conditions)
       assert reason is not None, f'nothing reads {model_field}'
       unread[name] = reason
   return unread
 
 
-def _explain_unread_field(name: str, waiting: Mapping[str, declared.ReadIf]
+def _explain_unread_field(name: str, conditions: Mapping[str, declared.ReadIf]
                           ) -> Optional[UnreadField]:
   """Returns when a field is read, in words; None: always.
 
   Args:
     name: the flat name of the field.
-    waiting: the fields that nothing reads as others are, with these.
+    conditions: the fields that nothing reads as long as another field has its
+      value, each with that field.
   """
   clauses: list[str] = []
   deciding_fields: list[str] = []
@@ -446,9 +447,9 @@ def _explain_unread_field(name: str, waiting: Mapping[str, declared.ReadIf]
       choices.append(f'model.{selector} is {" or ".join(entries)}')
       deciding_fields.append(selector)
     clauses.append(' or '.join(choices))
-  # And where the field that it waits for has another value.
-  if name in waiting:
-    read_if = waiting[name]
+  # And where the field on which that depends has another value.
+  if name in conditions:
+    read_if = conditions[name]
     clauses.append(f'model.{read_if.field} {read_if.until}')
     deciding_fields.append(read_if.field)
   if name == 'position':

@@ -264,7 +264,7 @@ class GeneratorConfig:
         self, d_model=width, num_heads=self.num_heads or c.num_heads,
         d_ff=self.d_ff or 4 * width)
 
-  def waits(self, c: ModelConfig) -> dict[str, ReadIf]:
+  def conditions_of_reading(self, c: ModelConfig) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as long as another field has its
     value, each with that field and what it would have to be."""
     del c

@@ -37,7 +37,7 @@ class LoopsConfig:
     depth = c.num_layers + (self.passes - 1) * num_looping
     return dataclasses.replace(self, depth=depth)
 
-  def waits(self, c: Sizes) -> dict[str, ReadIf]:
+  def conditions_of_reading(self, c: Sizes) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as long as another field has its
     value, each with that field and what it would have to be."""
     if c.init == 'scaled_normal':

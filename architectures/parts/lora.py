@@ -32,7 +32,7 @@ class LoraConfig:
     del c
     return dataclasses.replace(self, alpha=self.alpha or self.rank)
 
-  def waits(self, c: Sizes) -> dict[str, ReadIf]:
+  def conditions_of_reading(self, c: Sizes) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as long as another field has its
     value, each with that field and what it would have to be."""
     del c

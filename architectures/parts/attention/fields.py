@@ -47,21 +47,21 @@ class AttentionConfig:
       False, 'A layer reads the keys and values of one before it: of a kind of '
       'layer.', of_layers=True)
 
-  def waits(self, c: Sizes) -> dict[str, ReadIf]:
-    """Returns the fields that nothing reads as the others are, with what each
-    of them waits for."""
+  def conditions_of_reading(self, c: Sizes) -> dict[str, ReadIf]:
+    """Returns the fields that nothing reads as long as another field has its
+    value, each with that field and what it would have to be."""
     del c
-    waits = {}
+    conditions = {}
     if not self.attention_log_scale:
-      waits['attention_log_from'] = ReadIf('attention_log_scale', 'is set')
+      conditions['attention_log_from'] = ReadIf('attention_log_scale', 'is set')
     if not self.qk_norm:
       for name in ('qk_norm_over', 'qk_norm_scale'):
-        waits[name] = ReadIf('qk_norm', 'is set')
+        conditions[name] = ReadIf('qk_norm', 'is set')
     if self.kv_sharing:
       for name in ('value_residual', 'value_embedding', 'value_norm',
                    'keys_as_values'):
-        waits[name] = ReadIf('kv_sharing', 'is False')
-    return waits
+        conditions[name] = ReadIf('kv_sharing', 'is False')
+    return conditions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,9 +88,9 @@ class IndexerConfig:
   def derived(self, c: ModelConfig) -> 'IndexerConfig':
     return dataclasses.replace(self, head_dim=self.head_dim or c.head_dim)
 
-  def waits(self, c: ModelConfig) -> dict[str, ReadIf]:
-    """Returns the fields that nothing reads as the others are, with what each
-    of them waits for."""
+  def conditions_of_reading(self, c: ModelConfig) -> dict[str, ReadIf]:
+    """Returns the fields that nothing reads as long as another field has its
+    value, each with that field and what it would have to be."""
     if c.position == 'rope':
       return {}
     return {'interleaved': ReadIf('position', 'is rope')}

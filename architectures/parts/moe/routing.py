@@ -161,27 +161,28 @@ class MoEConfig:
     """Returns the fields, with the sizes that are left open filled in."""
     return dataclasses.replace(self, d_ff=self.d_ff or c.d_ff)
 
-  def waits(self, c: ModelConfig) -> dict[str, ReadIf]:
-    """Returns the fields that nothing reads as the others are, with what each
-    of them waits for."""
+  def conditions_of_reading(self, c: ModelConfig) -> dict[str, ReadIf]:
+    """Returns the fields that nothing reads as long as another field has its
+    value, each with that field and what it would have to be."""
     del c
-    router, waits = router_of(self), {}
+    router, conditions = router_of(self), {}
     if self.expert_groups == 1:
-      waits['top_groups'] = ReadIf('moe.expert_groups', 'is not 1')
+      conditions['top_groups'] = ReadIf('moe.expert_groups', 'is not 1')
     if router.experts_choose or not router.has_logits or router.has_table:
-      waits['zero_experts'] = ReadIf(
+      conditions['zero_experts'] = ReadIf(
           'moe.router', 'is not expert_choice or hash or hash_scored or '
           'uniform')
     if not self.shared_experts:
-      waits['shared_gate'] = ReadIf('moe.shared_experts', 'is set')
+      conditions['shared_gate'] = ReadIf('moe.shared_experts', 'is set')
     if self.dispatch not in ('auto', 'dropless'):
-      waits['grouped_kernel'] = ReadIf('moe.dispatch', 'is auto or dropless')
+      conditions['grouped_kernel'] = ReadIf(
+          'moe.dispatch', 'is auto or dropless')
     room = max(self.capacity_factor, self.eval_capacity_factor)
     if not router.competes_in_groups and room == 0:
-      waits['group_size'] = ReadIf(
+      conditions['group_size'] = ReadIf(
           'moe.capacity_factor', 'is set, or model.moe.eval_capacity_factor, '
           'or model.moe.router chooses within groups')
-    return waits
+    return conditions
 
 
 @struct.dataclass

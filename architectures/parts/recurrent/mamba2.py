@@ -87,9 +87,9 @@ class Mamba2Config(Groups):
   most_step: float = field(
       0.0, 'its upper bound; 0: there is none', least=0, resume=FUNCTION)
 
-  def waits(self, c: ModelConfig) -> dict[str, ReadIf]:
-    """Returns the fields that nothing reads as the others are, with what each
-    of them waits for."""
+  def conditions_of_reading(self, c: ModelConfig) -> dict[str, ReadIf]:
+    """Returns the fields that nothing reads as long as another field has its
+    value, each with that field and what it would have to be."""
     del c
     if self.groups > 1:
       return {}
