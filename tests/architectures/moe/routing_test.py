@@ -143,6 +143,35 @@ def test_beliefs_and_full_gates_are_shares(router):
     np.testing.assert_allclose(gates(r).sum(1), 1, rtol=1e-5)
 
 
+@pytest.mark.parametrize('normalize_gates', [True, False])
+@pytest.mark.parametrize('top_k', [1, 2])
+@pytest.mark.parametrize('router', list(routing.ROUTERS))
+def test_gates_are_said_to_sum_to_1_where_they_do(router, top_k,
+                                                  normalize_gates):
+  top_k = routing.ROUTERS[router].top_k or top_k
+  m = moe(router=router, top_k=top_k, normalize_gates=normalize_gates)
+  x = inputs(expert_TX=routing.hashed(m, np.arange(T)))
+  sums = gates(jax.jit(functools.partial(routing.route, m))(x)).sum(1)
+  if routing.whole_gates(m):
+    np.testing.assert_allclose(sums, 1, rtol=1e-5)
+  elif router in ('topk', 'switch'):
+    assert np.abs(sums - 1).max() > 1e-3
+
+
+@pytest.mark.parametrize('field', ['jitter', 'logit_noise'])
+def test_a_router_is_noisy_in_training_alone(field):
+  module, params = models.make_model('mixtral', moe={field: 0.5})
+  tokens = models.random_tokens(2, 8)
+
+  def logits(deterministic, key=0):
+    return module.apply({'params': params}, tokens, deterministic=deterministic,
+                        rngs={'router': jax.random.key(key)}).logits
+  drawn, other = logits(False), logits(False, key=1)
+  assert (drawn != other).any()
+  np.testing.assert_array_equal(logits(True), logits(True, key=1))
+  assert (drawn != logits(True)).any()
+
+
 @pytest.mark.parametrize('router', list(routing.ROUTERS))
 def test_padding_takes_no_expert(router):
   valid_T = np.arange(T) % 3 != 0

@@ -147,6 +147,18 @@ def test_every_token_stands_where_the_text_has_it(corpus, shards):
         np.testing.assert_array_equal(row[:len(expected)], expected)
 
 
+@pytest.mark.parametrize('every', [None, 1, 3])
+def test_the_parts_of_held_out_documents_take_turns(every):
+  numbers = np.arange(24)
+  held_out = numbers[tokens.select_documents(numbers, every, 'eval')]
+  for i, part in enumerate(('first', 'second')):
+    chosen = tokens.select_documents(numbers, every, 'eval', part)
+    assert numbers[chosen].tolist() == held_out[i::2].tolist()
+    # Training reads no part, and nothing that is held out.
+    trained = tokens.select_documents(numbers, every, 'train', part)
+    assert trained.all() if every is None else not trained[held_out].any()
+
+
 def test_documents_of_parts_and_wide_ids(tmp_path):
   class Wide(tokenizers.Bytes):
     """Bytes in a vocabulary that needs 32 bits."""

@@ -23,6 +23,35 @@ from training.distributed import devices
 B, L, D, V = 8, 12, 16, 50
 
 
+class TwoTerms(objectives.Objective):
+  """The means of two numbers, by weights of their own."""
+  main, terms = 'a', ('a', 'b')
+
+  def figures(self, output, batch, config):
+    return {name: objectives.Mean(
+        (batch[name] * batch[f'{name}_weights']).sum(),
+        batch[f'{name}_weights'].sum()) for name in self.terms}
+
+  def weights(self, batch):
+    return {name: batch[f'{name}_weights'].sum() for name in self.terms}
+
+
+def test_the_terms_of_micro_batches_add_up_to_the_sum_of_two_means():
+  random = np.random.default_rng(0)
+  batch = {name: random.uniform(1, 2, size=8) for name in (
+      'a', 'a_weights', 'b', 'b_weights')}
+  objective, config = TwoTerms(), base.base()
+  whole = objective.weights(batch)
+  total = 0
+  for rows in (slice(0, 3), slice(3, 8)):
+    share, _ = objective.loss(
+        None, {name: x[rows] for name, x in batch.items()}, config, whole)
+    total += share
+  expected = sum(np.average(batch[name], weights=batch[f'{name}_weights'])
+                 for name in ('a', 'b'))
+  assert total / whole['a'] == pytest.approx(expected)
+
+
 def make(seed=0, *, vocab=V, bias=True, scale=1.0, softcap=0.0, length=L,
          dtype=jnp.float32):
   """Returns (hidden, head, targets, weights), a third of the weights 0."""

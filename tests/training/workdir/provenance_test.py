@@ -57,6 +57,12 @@ def test_commit_and_what_differs_from_it(repository):
   assert code(repository) == clean
 
 
+def test_a_copy_within_another_repository_has_no_commit(repository):
+  """As where the project is installed below a user's own repository."""
+  (repository / 'site').mkdir()
+  assert code(repository / 'site') == dict(commit=None, diff=None)
+
+
 def _saved(folder, monkeypatch, *starts):
   (folder / 'checkpoints/1').mkdir(parents=True, exist_ok=True)
   for start in starts:
