@@ -150,9 +150,9 @@ def test_gates_are_said_to_sum_to_1_where_they_do(router, top_k,
                                                   normalize_gates):
   top_k = routing.ROUTERS[router].top_k or top_k
   m = moe(router=router, top_k=top_k, normalize_gates=normalize_gates)
-  x = inputs(expert_TX=routing.hashed(m, np.arange(T)))
-  sums = gates(jax.jit(functools.partial(routing.route, m))(x)).sum(1)
-  if routing.whole_gates(m):
+  x = inputs(expert_TX=routing.experts_of_token_ids(m, np.arange(T)))
+  sums = gates(jax.jit(functools.partial(routing.route_tokens, m))(x)).sum(1)
+  if routing.has_whole_gates(m):
     np.testing.assert_allclose(sums, 1, rtol=1e-5)
   elif router in ('topk', 'switch'):
     assert np.abs(sums - 1).max() > 1e-3
