@@ -46,7 +46,8 @@ flags.DEFINE_integer('seed', 0, 'The seed of the draws.', 0, 2**32 - 1)
 for _flag in writing.SAMPLING_FLAGS:
   _flag.define(None, _flag.help)
 
-NOTES = {'length': '[cut off at --max_new_tokens]',
+# What is said in a terminal after an answer that ended early, by the reason.
+NOTE_OF_END_REASON = {'length': '[cut off at --max_new_tokens]',
          'context': '[the tokens of --context are full: /reset begins a new '
          'conversation]',
          'interrupted': '[stopped]'}
@@ -64,39 +65,51 @@ def main() -> None:
     value = args[flag.name].value
     if value is not None:
       overrides[flag.name] = value
-  writing.make_sampling(_options({}, overrides))  # refuses what is out of range
+  # refuses what is out of range
+  writing.make_sampling(_sampling_options({}, overrides))
   sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr]
   with contextlib.redirect_stdout(sys.stderr):
-    session = _session(args, overrides)
+    session = _make_session(args, overrides)
   converse(session, sys.stdin.isatty() and sys.stdout.isatty())
 
 
-def _options(generation: dict[str, Any], overrides: dict[str, Any]
+def _sampling_options(generation: dict[str, Any], overrides: dict[str, Any]
              ) -> types.SimpleNamespace:
-  """Returns the options of writing.SAMPLING_FLAGS.
+  """Returns how tokens are drawn: the temperature, top_k and so on, the options
+  of writing.SAMPLING_FLAGS.
+
+  The command line comes first, then a folder's generation_config.json, then the
+  defaults of the flags. One option of the draws on the command line sets aside
+  all those of the file, as these belong together.
 
   Args:
     generation: the fields of a folder's generation_config.json; {}: none.
     overrides: the options that were set on the command line.
   """
-  usual = {flag.name: flag.default for flag in writing.SAMPLING_FLAGS}
-  draws = {'temperature', 'top_k', 'top_p', 'min_p'}
-  if generation and not draws & overrides.keys():
+  options = {flag.name: flag.default for flag in writing.SAMPLING_FLAGS}
+  draw_options = {'temperature', 'top_k', 'top_p', 'min_p'}
+  if generation and not draw_options & overrides.keys():
     # Where the file says nothing, transformers takes these.
     if generation.get('do_sample'):
-      usual['top_k'] = 50
-      for name in draws & generation.keys():
+      options['top_k'] = 50
+      for name in draw_options & generation.keys():
         if generation[name] is not None:
-          usual[name] = generation[name]
+          options[name] = generation[name]
     else:
-      usual['temperature'] = 0.0
+      options['temperature'] = 0.0
   if generation.get('repetition_penalty') is not None:
-    usual['repetition_penalty'] = generation['repetition_penalty']
-  return types.SimpleNamespace(**usual | overrides)
+    options['repetition_penalty'] = generation['repetition_penalty']
+  return types.SimpleNamespace(**options | overrides)
 
 
-def _session(args: Any, overrides: dict[str, Any]) -> Any:
-  """Returns the session; prints what a reader should know of it."""
+def _make_session(args: Any, overrides: dict[str, Any]) -> Any:
+  """Loads the model of a run or of a folder, and returns a conversation with
+  it, which is described on the screen.
+
+  Args:
+    args: the flags.
+    overrides: the options of the draws that were set on the command line.
+  """
   from training import chat
   from training import hub
   from training.workdir import checkpoints, storage
@@ -109,7 +122,7 @@ def _session(args: Any, overrides: dict[str, Any]) -> Any:
     speaker = chat.load_from_run(storage.checked_path(args.workdir), step,
                                  args.template)
 
-  options = _options(speaker.options, overrides)
+  options = _sampling_options(speaker.options, overrides)
   context = min(args.context, speaker.module.config.max_len)
   engine = chat.CachedDecoder(speaker.module, speaker.params, context,
                               writing.make_sampling(options), args.seed)
@@ -127,10 +140,15 @@ def _session(args: Any, overrides: dict[str, Any]) -> Any:
 
 
 def converse(session: Any, in_terminal: bool) -> None:
-  """Answers each line, until there is none. In a terminal, a wrong request is
-  named and does not end the conversation."""
+  """Reads messages and prints the answers until there are no more messages.
+
+  Args:
+    session: the training.chat.ChatSession with the model.
+    in_terminal: whether a person types. A wrong request then is printed, and
+      does not end the conversation.
+  """
   from training.data import texts
-  for number, line in enumerate(_lines(in_terminal), 1):
+  for number, line in enumerate(_read_messages(in_terminal), 1):
     try:
       if line.strip() == '/exit':
         return
@@ -138,18 +156,18 @@ def converse(session: Any, in_terminal: bool) -> None:
         session.reset()
       elif line.strip():
         message = texts.check_text(line.rstrip('\r\n'), f'line {number}')
-        _answer(session, message)
-        if in_terminal and session.end_reason in NOTES:
-          print(NOTES[session.end_reason], file=sys.stderr)
+        _print_answer(session, message)
+        if in_terminal and session.end_reason in NOTE_OF_END_REASON:
+          print(NOTE_OF_END_REASON[session.end_reason], file=sys.stderr)
     except RequestError as error:
       if not in_terminal:
         raise
       print(f'error: {error}', file=sys.stderr)
 
 
-def _lines(in_terminal: bool) -> Iterator[str]:
-  """Yields the messages: what is typed in a terminal, or the lines of standard
-  input."""
+def _read_messages(in_terminal: bool) -> Iterator[str]:
+  """Yields the messages: the lines that are typed in a terminal, or those of
+  standard input."""
   if not in_terminal:
     from training.data import texts
     for data in sys.stdin.buffer:
@@ -167,17 +185,18 @@ def _lines(in_terminal: bool) -> Iterator[str]:
       return
 
 
-def _answer(session: Any, message: str) -> None:
-  """Prints the answer. Meanwhile Ctrl-C ends it between two tokens, with the
-  cache as it should be."""
+def _print_answer(session: Any, message: str) -> None:
+  """Prints the answer to a message as it is written. Ctrl-C ends the answer
+  between two tokens, so that the cache of the model holds whole tokens."""
   interrupts = []
-  before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+  handler_before = signal.signal(
+      signal.SIGINT, lambda *_: interrupts.append(True))
   try:
     for piece in session.ask(message, lambda: bool(interrupts)):
       print(piece, end='', flush=True)
     print(flush=True)
   finally:
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, handler_before)
 
 
 if __name__ == '__main__':

@@ -19,11 +19,11 @@ from training.workdir import metrics, run_config, storage
 
 # The figures that are drawn, by the split and name of their rows in
 # metrics.jsonl.
-FIGURES = {'eval/loss': 'held-out loss', 'train/loss': 'training loss',
+TITLE_OF_FIGURE = {'eval/loss': 'held-out loss', 'train/loss': 'training loss',
            'train/learning_rate': 'learning rate',
            'train/grad_norm': 'gradient norm',
            'train/tokens_per_second': 'tokens a second'}
-KINDS = ('html', *figures.FILE_FORMATS)
+FORMATS_OF_PLOT = ('html', *figures.FILE_FORMATS)
 
 
 def main() -> int:
@@ -42,25 +42,27 @@ def main() -> int:
   # The request.
   require(0 <= args.smooth < 1, f'--smooth is {args.smooth}: choose 0 to .999')
   file = storage.checked_output_file(args.plot, '--plot')
-  require(file is not None and file.suffix[1:] in KINDS, f'--plot is '
-          f'{args.plot!r}: its name must end in one of .{", .".join(KINDS)}')
+  require(file is not None and file.suffix[1:] in FORMATS_OF_PLOT, f'--plot is '
+          f'{args.plot!r}: its name must end in one of '
+          f'.{", .".join(FORMATS_OF_PLOT)}')
 
   # The lines of each run, and the figures that any of them has.
-  drawn = {folder: _lines(folder, args.smooth) for folder in args.runs}
+  drawn = {folder: _curves_of_run(folder, args.smooth) for folder in args.runs}
   panels = {}
-  for figure, words in FIGURES.items():
+  for figure, words in TITLE_OF_FIGURE.items():
     if any(figure in lines for lines in drawn.values()):
       panels[figure] = words
   if file.suffix == '.html':
-    storage.write_file(file, _page(drawn, panels, args.by))
+    storage.write_file(file, _render_page(drawn, panels, args.by))
   else:
-    storage.write_picture(file, _picture(drawn, panels, args.by))
+    storage.write_picture(file, _draw_picture(drawn, panels, args.by))
   print(f'curves: {file}')
   return 0
 
 
-def _lines(folder: str, weight: float) -> dict[str, dict[str, list]]:
-  """Returns each of FIGURES that a run has, as curves.curve_from_rows does.
+def _curves_of_run(folder: str, weight: float) -> dict[str, dict[str, list]]:
+  """Returns the curve of each figure that a run has, by the name of the figure;
+  a curve has the columns of curves.curve_from_rows.
 
   Args:
     folder: the folder of the run.
@@ -77,21 +79,26 @@ def _lines(folder: str, weight: float) -> dict[str, dict[str, list]]:
   require(rows, f'{file} has no figures yet (log.every_steps)')
 
   spent, lines = cost.cost_of_run(config), {}
-  for figure in FIGURES:
+  for figure in TITLE_OF_FIGURE:
     split, name = figure.split('/')
     line = curves.curve_from_rows(rows, split, name, run_config.flatten(config),
                                   spent.tokens, spent.flops_per_token)
     if not line:
       continue
     if split != 'eval':
-      line = line | {'loss': smoothed(line['loss'], weight)}
+      line = line | {'loss': smooth_curve(line['loss'], weight)}
     lines[figure] = line
   return lines
 
 
-def smoothed(values: Sequence[float], weight: float) -> list[float]:
-  """Returns at each place the average of the values so far, in which each one
-  before weighs `weight` as much; what is not finite is passed over."""
+def smooth_curve(values: Sequence[float], weight: float) -> list[float]:
+  """Returns the exponential moving average of some values, without the bias to
+  a start of 0: a_t = sum_s w^(t - s) x_s / sum_s w^(t - s).
+
+  Args:
+    values: the values x; one that is not finite stays, and is in no average.
+    weight: w, from 0 (no smoothing) to below 1.
+  """
   total = weights = 0.0
   result = []
   for value in values:
@@ -104,9 +111,9 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
   return result
 
 
-def _picture(drawn: Mapping[str, Mapping], panels: Mapping[str, str], by: str
-             ) -> Any:
-  """Returns a picture with a panel for each figure.
+def _draw_picture(drawn: Mapping[str, Mapping], panels: Mapping[str, str],
+                  by: str) -> Any:
+  """Returns a matplotlib figure with a panel for each figure of the runs.
 
   Args:
     drawn: the lines of each run, by its folder.
@@ -139,9 +146,10 @@ def _picture(drawn: Mapping[str, Mapping], panels: Mapping[str, str], by: str
   return figure
 
 
-def _page(drawn: Mapping[str, Mapping], panels: Mapping[str, str], by: str
-          ) -> str:
-  """Returns the page on which a reader chooses what is drawn, against what."""
+def _render_page(drawn: Mapping[str, Mapping], panels: Mapping[str, str],
+                 by: str) -> str:
+  """Returns an HTML page on which a reader chooses the figure and the axis; the
+  arguments are those of `_draw_picture`."""
   series = []
   for i, (name, lines) in enumerate(drawn.items()):
     thinned = {figure: plots.thin_curve(line) for figure, line in lines.items()}

@@ -18,124 +18,183 @@ from mkdocs.structure.files import File
 from configs import base
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Pages of the site that are files outside docs/.
-PAGES = {'index.md': 'README.md', 'contributing.md': 'CONTRIBUTING.md',
+# Pages of the site that are files outside docs/: the file of each page.
+FILE_OF_PAGE = {'index.md': 'README.md', 'contributing.md': 'CONTRIBUTING.md',
          'changelog.md': 'CHANGELOG.md', 'agents.md': 'AGENTS.md'}
-API = ('archetype', 'architectures', 'training.weights', 'training.generate',
-       'architectures.parts.config')
-PROGRAMS = ('train.py', 'eval.py', *(f'-m tools.{name}' for name in (
-    'compare', 'probes', 'plan', 'explain_sharding', 'launch', 'convert',
-    'count', 'curves', 'batches', 'chat', 'tokenize', 'tokenizer',
-    'coord_check', 'lm_eval')))
-# How much a page weighs in a search, by the beginning of its path.
-BOOSTS = {'tutorials/': 4, 'howto/': 4, 'pods.md': 4, 'install.md': 4,
-          'reference/': .2, 'contributing.md': .2, 'changelog.md': .2}
-_FENCE = re.compile(r'(^ *```.*?^ *```)', re.M | re.S)
+# The modules whose docstrings make the reference of the Python API.
+MODULES_OF_API = ('archetype', 'architectures', 'training.weights',
+                  'training.generate', 'architectures.parts.config')
+# The words after `python` that run each program.
+PROGRAMS = (
+    'train.py', 'eval.py', '-m tools.compare', '-m tools.probes',
+    '-m tools.plan', '-m tools.explain_sharding', '-m tools.launch',
+    '-m tools.convert', '-m tools.count', '-m tools.curves',
+    '-m tools.batches', '-m tools.chat', '-m tools.tokenize',
+    '-m tools.tokenizer', '-m tools.coord_check', '-m tools.lm_eval')
+# How much a page weighs in a search, by the beginning of its path; the others
+# weigh 1.
+SEARCH_WEIGHT_OF_PATH = {
+    'tutorials/': 4, 'howto/': 4, 'pods.md': 4, 'install.md': 4,
+    'reference/': .2, 'contributing.md': .2, 'changelog.md': .2}
+_CODE_BLOCK = re.compile(r'(^ *```.*?^ *```)', re.M | re.S)
+# A link of Markdown to a file: its text, its path, and its #anchor if any.
 _LINK = re.compile(r'!?\[([^\]]*)\]\(([^)\s#:]+)((?:#[^)\s]*)?)\)')
+# Lines after an empty one that are indented by two spaces, as in docstrings.
+_INDENTED_LINES = re.compile(r'(?<=\n\n)((?:  .*(?:\n|$)|\n(?=  ))+)')
 
 
 class Blocks(griffe.Extension):
-  """Makes code of a docstring's paragraphs that are indented by two spaces:
-  equations, commands and small tables, whose lines Markdown would join."""
+  """Makes code blocks of the paragraphs of docstrings that are indented by two
+  spaces: equations, commands and small tables, whose lines Markdown would
+  join."""
 
   def on_object(self, *, obj: griffe.Object, **_) -> None:
+    """Changes the docstring of an object that griffe has read."""
     if obj.docstring:
-      obj.docstring.value = re.sub(
-          r'(?<=\n\n)((?:  .*(?:\n|$)|\n(?=  ))+)',
-          lambda match: '```text\n' + re.sub(
-              '(?m)^  ', '', match[1]).rstrip() + '\n```\n',
-          obj.docstring.value)
+      obj.docstring.value = _INDENTED_LINES.sub(_make_code_block,
+                                                obj.docstring.value)
 
   def on_package(self, *, pkg: griffe.Module, **_) -> None:
-    self.on_object(obj=pkg)  # which griffe leaves out
+    """Changes the docstring of a package, for which griffe does not call
+    `on_object`."""
+    self.on_object(obj=pkg)
+
+
+def _make_code_block(match: re.Match) -> str:
+  """Returns indented lines as a code block of Markdown."""
+  lines = re.sub('(?m)^  ', '', match[1]).rstrip()
+  return f'```text\n{lines}\n```\n'
 
 
 def on_files(files, config):
-  """Adds the pages that are made here."""
-  pages = {uri: (ROOT / path).read_text() for uri, path in PAGES.items()}
+  """Adds the pages that are made here to the files of the site; MkDocs calls it
+  once it has listed docs/.
+
+  Args:
+    files: the files of docs/, as MkDocs has them.
+    config: MkDocs' config.
+  """
+  text_of_page = {page: (ROOT / path).read_text()
+                  for page, path in FILE_OF_PAGE.items()}
+
+  # Notebooks, each in place of its file.
   for path in sorted(ROOT.glob('docs/**/*.ipynb')):
-    uri = path.relative_to(ROOT / 'docs').as_posix()
-    files.remove(files.get_file_from_path(uri))
-    pages[uri.replace('.ipynb', '.md')] = notebook(path.read_text())
-  pages['reference/api.md'] = '# Python API\n\n' + '\n'.join(
-      f'::: {name}\n    options:\n      heading_level: 2\n' for name in API)
-  pages['reference/config.md'] = config_fields()
-  pages['reference/commands.md'] = '\n'.join([
-      '# Command-line programs', *map(_help, PROGRAMS)])
-  pages['llms.txt'] = llms(config)
-  for uri, text in pages.items():
-    files.append(File.generated(config, uri, content=text))
+    notebook = path.relative_to(ROOT / 'docs').as_posix()
+    files.remove(files.get_file_from_path(notebook))
+    page = notebook.replace('.ipynb', '.md')
+    text_of_page[page] = render_notebook(path.read_text())
+
+  # The reference.
+  entries = [f'::: {name}\n    options:\n      heading_level: 2\n'
+             for name in MODULES_OF_API]
+  text_of_page['reference/api.md'] = '# Python API\n\n' + '\n'.join(entries)
+  text_of_page['reference/config.md'] = render_config_fields()
+  helps = [_render_help(program) for program in PROGRAMS]
+  text_of_page['reference/commands.md'] = '\n'.join(
+      ['# Command-line programs', *helps])
+  text_of_page['llms.txt'] = render_llms_txt(config)
+  for page, text in text_of_page.items():
+    files.append(File.generated(config, page, content=text))
   return files
 
 
 def on_page_markdown(markdown: str, page, config, files) -> str:
-  """Turns links, which are of the repository, into links of the site. What is
-  no page of it is named and not linked."""
-  uri = page.file.src_uri
-  page.meta['search'] = {'boost': next((
-      boost for start, boost in BOOSTS.items() if uri.startswith(start)), 1)}
-  folder = os.path.dirname(PAGES.get(uri, f'docs/{uri}'))
-  page_of = {path: name for name, path in PAGES.items()}
+  """Returns the Markdown of a page with its links, which lead to files of the
+  repository, as links of the site; MkDocs calls it for each page. A link to a
+  file that is no page of the site becomes its text alone.
 
-  def link(match: re.Match) -> str:
+  Args:
+    markdown: the text of the page.
+    page: the page, whose weight in a search is set.
+    config, files: as MkDocs passes them; not used.
+  """
+  uri = page.file.src_uri
+  weight = 1
+  for start, weight_of_start in SEARCH_WEIGHT_OF_PATH.items():
+    if uri.startswith(start):
+      weight = weight_of_start
+      break
+  page.meta['search'] = {'boost': weight}
+  folder = os.path.dirname(FILE_OF_PAGE.get(uri, f'docs/{uri}'))
+  page_of_file = {file: name for name, file in FILE_OF_PAGE.items()}
+
+  def link_within_site(match: re.Match) -> str:
+    """Returns a link of the repository as one of the site."""
     target = os.path.normpath(os.path.join(folder, match[2]))
-    place = page_of.get(target) or (
-        re.sub(r'\.ipynb$', '.md', target.removeprefix('docs/'))
-        if target.startswith('docs/') else None)
-    if place is None:
+    target_page = page_of_file.get(target)
+    if not target_page and target.startswith('docs/'):
+      target_page = re.sub(r'\.ipynb$', '.md', target.removeprefix('docs/'))
+    if target_page is None:
       return match[1]
-    path = os.path.relpath(place, os.path.dirname(uri) or '.')
+    path = os.path.relpath(target_page, os.path.dirname(uri) or '.')
     return match[0].replace(f'({match[2]}', f'({path}')
-  return ''.join(part if i % 2 else _LINK.sub(link, part)
-                 for i, part in enumerate(_FENCE.split(markdown)))
+
+  # Every second part of the text is a code block, whose links stay.
+  parts = _CODE_BLOCK.split(markdown)
+  for i in range(0, len(parts), 2):
+    parts[i] = _LINK.sub(link_within_site, parts[i])
+  return ''.join(parts)
 
 
 def on_post_build(config) -> None:
-  """Removes the page for what is missing, whose links hold at the root of a
-  server alone."""
+  """Removes the page for missing addresses, whose links hold only where the
+  site is at the root of its server; MkDocs calls it after the build."""
   pathlib.Path(config.site_dir, '404.html').unlink()
 
 
-def llms(config) -> str:
-  """Returns llms.txt: the navigation, for programs that read the site."""
+def render_llms_txt(config) -> str:
+  """Returns llms.txt: the navigation of the site, for programs that read it."""
   lines = [f'# {config.site_name}', '', f'> {config.site_description}', '']
   for entry in config.nav:
     for title, pages in entry.items():
-      if not isinstance(pages, str):
+      pages_of_entry = pages
+      if isinstance(pages, str):  # a page at the top, and no group
+        pages_of_entry = [entry]
+      else:
         lines += ['', f'## {title}', '']
-      for page in [entry] if isinstance(pages, str) else pages:
-        lines += [f'- [{name}]({uri.replace(".md", ".html")})'
-                  for name, uri in page.items()]
+      for page in pages_of_entry:
+        for name, uri in page.items():
+          lines.append(f'- [{name}]({uri.replace(".md", ".html")})')
   return '\n'.join(lines) + '\n'
 
 
-def notebook(text: str) -> str:
-  """Returns the Markdown of a .ipynb file's text, with what its cells print."""
+def render_notebook(text: str) -> str:
+  """Returns a notebook as Markdown, with what its cells printed.
+
+  Args:
+    text: the text of its .ipynb file, which is JSON.
+  """
   parts = []
   for cell in json.loads(text)['cells']:
     source = ''.join(cell['source'])
-    parts.append(source if cell['cell_type'] == 'markdown' else
-                 f'```python\n{source}\n```')
+    if cell['cell_type'] == 'markdown':
+      parts.append(source)
+    else:
+      parts.append(f'```python\n{source}\n```')
     for output in cell.get('outputs', ()):
       data = output.get('data', {})
       printed = ''.join(output.get('text') or data['text/plain']).rstrip()
-      # HTML in one line, so that nothing of it is taken for Markdown.
-      parts.append(' '.join(''.join(data['text/html']).splitlines())
-                   if 'text/html' in data else f'```text\n{printed}\n```')
+      if 'text/html' in data:
+        # HTML in one line, so that nothing of it is taken for Markdown.
+        lines = ''.join(data['text/html']).splitlines()
+        parts.append(' '.join(lines))
+      else:
+        parts.append(f'```text\n{printed}\n```')
   return '\n\n'.join(parts)
 
 
-def config_fields() -> str:
-  """Returns the page of the config's fields, as they are declared."""
+def render_config_fields() -> str:
+  """Returns the page that lists the fields of a config in a table for each
+  group, with the default and the meaning of each."""
   lines = ['# Fields of a config', '',
            'Each field is a flag: `--config.optim.lr=3e-4`.']
-  before = None  # the group of the field before
+  group_before = None
   for name, leaf in base.FIELDS.items():
     group = name.rpartition('.')[0]
-    if group != before:
+    if group != group_before:
       lines += ['', f'## {group or "The run"}', '', '| field | default | |',
                 '|---|---|---|']
-    before = group
+    group_before = group
     text = leaf.rule.doc
     if leaf.rule.choices:
       text += f' One of {", ".join(leaf.rule.choices)}.'
@@ -144,8 +203,12 @@ def config_fields() -> str:
   return '\n'.join(lines) + '\n'
 
 
-def _help(words: str) -> str:
-  """Returns what a program prints for --help, as a section."""
-  text = subprocess.run([sys.executable, *words.split(), '--help'], cwd=ROOT,
-                        capture_output=True, text=True, check=True).stdout
-  return f'\n## python {words}\n\n```text\n{text.rstrip()}\n```'
+def _render_help(program: str) -> str:
+  """Returns what a program prints for --help, as a section of Markdown.
+
+  Args:
+    program: the words after `python`, such as '-m tools.plan'.
+  """
+  ran = subprocess.run([sys.executable, *program.split(), '--help'], cwd=ROOT,
+                       capture_output=True, text=True, check=True)
+  return f'\n## python {program}\n\n```text\n{ran.stdout.rstrip()}\n```'

@@ -51,5 +51,5 @@ def test_what_cannot_be_drawn_is_refused(folders, words, sentence,
 
 
 def test_a_moving_average_passes_over_what_is_not_finite():
-  np.testing.assert_allclose(curves.smoothed([4, 2, np.nan, 8], 0.5), [
+  np.testing.assert_allclose(curves.smooth_curve([4, 2, np.nan, 8], 0.5), [
       4, (2 + 4 / 2) / 1.5, np.nan, (8 + 2 / 2 + 4 / 4) / 1.75])

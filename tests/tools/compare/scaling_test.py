@@ -76,8 +76,8 @@ def test_residuals_are_drawn_as_wide_as_the_noise(monkeypatch):
   """Five constants took their share of the residuals: what is drawn has the
   variance that is the noise's without bias, sum r^2 / (n - 5). With one seed
   two ladders get the residuals of the same runs, with another seed others."""
-  monkeypatch.setattr(scaling, '_minimise_from_starts', lambda starts, x, y,
-                      z: z)
+  monkeypatch.setattr(scaling, '_minimise_from_starts',
+                      lambda starts, x, y, z: z)
   params, tokens, _ = ladder(STEEP)
   fitted = np.log(STEEP.loss(params, tokens))
   r = np.random.default_rng(0).normal(0, 0.01, len(fitted))
