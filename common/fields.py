@@ -74,14 +74,14 @@ def field(default: Any, doc: str, *, choices: Collection[str] = (),
           resume: Effect | Callable[[Mapping, Mapping], Effect] = PARAMETERS,
           about: str = PART, of_layers: bool = False, several: bool = False
           ) -> Any:
-  """Declares a field of a group, a frozen dataclass.
-
+  """Declares a field of a group of the config, which is a frozen dataclass: its
+  default, its documentation, its range, and what a change of it does.
   Args:
     default: the value of the field where nothing else is said.
     doc: one sentence, or a noun phrase, for the reference.
     choices: the names that a text may be.
     least, above, most, below: the range of a number. A whole number is 0 or
-      more and at most MOST where nothing else is said.
+      more and at most LARGEST_INT where nothing else is said.
     resume: what a change does to a run that is resumed; or a function of the
       fields of the old and the new config, by dotted name, that tells.
     about: PART, SIZE, RECIPE or RUN.

@@ -170,22 +170,35 @@ class CachedDecoder:
 
   def __init__(self, module: nn.Module, params: Any, context: int,
                sampling: generate.Sampling, seed: int = 0):
-    """Makes an empty cache, with room for `context` tokens."""
+    """Makes an empty cache, with room for `context` tokens.
+
+    Args:
+      module, params: the model.
+      context: the largest number of tokens of a text.
+      sampling: how a token is drawn.
+      seed: the seed of the draws.
+    """
+    # The experts have no capacity here, so that which of them a token is given
+    # does not depend on the tokens that are read with it.
     config = without_capacity(module.config)  # type: ignore[attr-defined]
     self._module = module.clone(config=config)
     self._params = params
     self._sampling = sampling
-    self._is_unrolled = config.num_decoder_layers <= generate.UNROLLED_LAYERS
+    self._key = jax.random.key(seed)
+
+    # The cache. The layers of a stack that is not deep are run one by one.
     self._cache = architectures.init_cache(config, 1, context)
+    self._is_unrolled = config.num_decoder_layers <= generate.UNROLLED_LAYERS
     if self._is_unrolled:
       self._params, self._cache = jax.jit(skeletons.unstack_layers)(
           params, self._cache)
-    self._key = jax.random.key(seed)
     self._ids = np.zeros(0, np.int32)  # the tokens in the cache
-    self._has_state = blocks.has_layers_with_state(config)
-    self._lengths_to_reread_at = generate.lengths_to_reread_at(module)
     self.context = context
     self.num_read = 0
+
+    # What keeps a text from being read from where it differs.
+    self._has_state = blocks.has_layers_with_state(config)
+    self._lengths_to_reread_at = generate.lengths_to_reread_at(module)
 
   def draw_token(self, ids: Sequence[int] | np.ndarray) -> int:
     """Returns the token that is drawn after a text, and reads the text into the

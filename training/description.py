@@ -13,8 +13,8 @@ MANY_PASSES_OVER_DATA = 5  # over the data, before a run warns of them
 def describe_run(run: runs.Run, start: int, tokens: int,
                  train_data: pipeline.Loader,
                  eval_data: Sequence[pipeline.Loader]) -> str:
-  """Returns what a run is about to do, in some lines.
-
+  """Returns lines that say what a run is about to do: its model, its devices,
+  its steps, its data and its evaluations.
   Args:
     run: the run.
     start: how many steps of it are done.

@@ -109,7 +109,8 @@ class Report(Hook):
 
 
 class ExpertPanel(Hook):
-  """Adds the load of the experts over the steps since the last line."""
+  """Adds to each line of metrics how evenly the experts were loaded over the
+  steps since the last line."""
 
   def __init__(self):
     self._loads: dict[RunWriter, list[tuple]] = {}
@@ -121,12 +122,13 @@ class ExpertPanel(Hook):
       self._loads.setdefault(writer, []).append(load)
 
   def more_figures(self, loop: Loop, writer: RunWriter) -> dict[str, Any]:
-    """Returns the load of the experts over the steps since the last report."""
-    steps = self._loads.pop(writer, [])
-    if not steps:
+    """Returns the health figures of the experts (health/window_NAME) over all
+    steps since the last line of metrics; {} for a model without experts."""
+    loads_and_tokens = self._loads.pop(writer, [])
+    if not loads_and_tokens:
       return {}
-    loads = np.asarray([load for load, _ in steps], np.float32)
-    tokens = np.asarray([count for _, count in steps], np.float32)
+    loads = np.asarray([load for load, _ in loads_and_tokens], np.float32)
+    tokens = np.asarray([count for _, count in loads_and_tokens], np.float32)
     window = routing.summarize_window(loads, tokens)
     return {f'health/window_{name}': np.asarray(x).tolist()
             for name, x in window.items()}

@@ -29,12 +29,15 @@ FIELD_THAT_ENABLES = {
 
 def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
                  ) -> None:
-  """Raises RequestError for what can be seen wrong without data or devices.
-
+  """Checks everything that can be wrong in a config and is seen without its
+  data or any device.
   Args:
     config: the config of a run.
     by_hand: the fields that were set on the command line, or by the point of a
       sweep: one that the model does not read is refused.
+
+  Raises:
+    RequestError: for what is wrong.
   """
   # The fields by themselves, and those of one group.
   base.check_config(config.to_dict())
