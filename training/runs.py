@@ -106,7 +106,8 @@ def build_optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
   rate_multipliers = mup.learning_rate_factors(module.config, optim.name, roles)
   rate_shares = parameter_shares(module, optim)
   return optimizers.make_optimizer(optim, steps=steps, roles=roles,
-                         rates=rate_multipliers, parts=rate_shares)
+                         rate_multipliers=rate_multipliers,
+                         rate_shares=rate_shares)
 
 
 def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):

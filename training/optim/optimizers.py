@@ -286,7 +286,8 @@ def _check_fields(selector: str, table: Mapping[str, Entry], optim: Optim,
 
 
 def make_optimizer(optim: Optim, steps: int, roles: Any,
-                   rates: Any = None, parts: Any = None) -> Transformation:
+                   rate_multipliers: Any = None, rate_shares: Any = None
+                   ) -> Transformation:
   """Builds the optimiser of a run: clipping, the direction, weight decay and
   the learning rate.
 
@@ -299,15 +300,15 @@ def make_optimizer(optim: Optim, steps: int, roles: Any,
     optim: config.optim.
     steps: train.steps, the length of the schedule.
     roles: the Role of each parameter, as a tree (training/runs.py).
-    rates: what each parameter's learning rate is multiplied by, its decay
-      apart (training/optim/mup.py); None: 1.
-    parts: what its learning rate is multiplied by, its decay included
-      (training/optim/shares.py); None: 1.
+    rate_multipliers: what each parameter's learning rate is multiplied by, its
+      weight decay left as it is (training/optim/mup.py); None: 1.
+    rate_shares: what its learning rate is multiplied by, its weight decay
+      included (training/optim/shares.py); None: 1.
   """
   def keep_trained(tree: Any) -> Any:
     if tree is None:
       return None
-    return shares.keep_trained(parts, tree)
+    return shares.keep_trained(rate_shares, tree)
 
   roles = keep_trained(roles)
   clip = optax.identity()
@@ -319,9 +320,9 @@ def make_optimizer(optim: Optim, steps: int, roles: Any,
   # depend on numbers that a resumed run may change.
   tx = optax.chain(
       clip,
-      _multiply_updates(direction, keep_trained(rates)),
+      _multiply_updates(direction, keep_trained(rate_multipliers)),
       _add_weight_decay(optim.weight_decay, _decay_mask(optim, roles)),
-      _multiply_updates(scale_by_rate, keep_trained(parts)))
+      _multiply_updates(scale_by_rate, keep_trained(rate_shares)))
 
   def cast_to_float32(tree: Any) -> Any:
     """Returns a tree in float32. In bfloat16 a second moment with b2 = 0.999
