@@ -105,9 +105,9 @@ def build_optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
   roles = parameter_roles(module)
   rate_multipliers = mup.learning_rate_factors(module.config, optim.name, roles)
   rate_shares = parameter_shares(module, optim)
-  return optimizers.make_optimizer(optim, steps=steps, roles=roles,
-                         rate_multipliers=rate_multipliers,
-                         rate_shares=rate_shares)
+  return optimizers.make_optimizer(
+      optim, steps=steps, roles=roles, rate_multipliers=rate_multipliers,
+      rate_shares=rate_shares)
 
 
 def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):

@@ -100,7 +100,7 @@ def score_continuations(continuations: Sequence[Continuation],
   scores_by_index: dict[int, TokenScores] = {}
   for shape, rows in progress.show_items(batches, doing):
     batch = devices.put_on_devices(_make_batch(shape, rows, continuations),
-                        evaluation.run.batch_sharding)
+                                   evaluation.run.batch_sharding)
     losses_P, is_greedy_P = jax.device_get(step(evaluation.params, batch))
 
     # The P places of a batch are those of one continuation after the other.
