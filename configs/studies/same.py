@@ -18,11 +18,11 @@ EFFECT = 0.2
 
 
 def get_config():
-  c = tiny.get_config()
-  c.train.steps = 100
-  c.eval.update(every_steps=20, batches=8)
-  c.checkpoint.update(every_steps=100)
-  return c
+  config = tiny.get_config()
+  config.train.steps = 100
+  config.eval.update(every_steps=20, batches=8)
+  config.checkpoint.update(every_steps=100)
+  return config
 
 
 def sweep(add):

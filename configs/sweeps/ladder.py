@@ -15,9 +15,9 @@ _STEPS = (125, 250, 500)
 
 
 def get_config():
-  c = helpers.small_gpt_config(500, every=40, batches=32)
-  c.optim.warmup_steps = 25  # the shortest run has 125 steps
-  return c
+  config = helpers.small_gpt_config(500, every=40, batches=32)
+  config.optim.warmup_steps = 25  # the shortest run has 125 steps
+  return config
 
 
 def sweep(add):

@@ -21,20 +21,31 @@ SEEDS = 5
 
 
 def get_config():
-  c = helpers.small_run_config(
-      llama.get_config('tiny'), 150, 16, 64, every=25, d_model=32,
-      d_ff=512, num_layers=2, num_heads=2, num_kv_heads=2)
-  c.model.ngrams.rows = 1021
-  c.model.moe.ffn = 'swiglu'
-  return c
+  config = helpers.small_run_config(
+      llama.get_config('tiny'), steps=150, rows=16, length=64, every=25,
+      d_model=32, d_ff=512, num_layers=2, num_heads=2, num_kv_heads=2)
+  config.model.ngrams.rows = 1021
+  config.model.moe.ffn = 'swiglu'
+  return config
 
 
 def sweep(add):
   experts = {'model.ffn': 'moe'}
-  reads = lambda memory, pattern: {
-      'model.pattern': pattern, 'optim.table_rate': 5.0, 'model.kinds': {
-          'plain': {'memory': 'none'}, 'reads': {'memory': memory}}}
-  add('engram', **reads('engram', 'plain,reads'))
-  add('over_encoding', **reads('over_encoding', 'reads,plain'))
+  engram = changes_of_memory('engram', pattern='plain,reads')
+  over_encoding = changes_of_memory('over_encoding', pattern='reads,plain')
+  add('engram', **engram)
+  add('over_encoding', **over_encoding)
   add('moe', **experts)
-  add('moe-engram', **experts, **reads('engram', 'plain,reads'))
+  add('moe-engram', **experts, **engram)
+
+
+def changes_of_memory(memory: str, pattern: str) -> dict:
+  """Returns the changes that let one of two layers read tables of n-grams.
+
+  Args:
+    memory: how the tables are read, as model.memory names it.
+    pattern: the order of the layers: 'plain' and 'reads'.
+  """
+  layer_kinds = {'plain': {'memory': 'none'}, 'reads': {'memory': memory}}
+  return {'model.pattern': pattern, 'optim.table_rate': 5.0,
+          'model.kinds': layer_kinds}

@@ -17,26 +17,25 @@ SEEDS = 5
 
 def get_config():
   return helpers.small_run_config(
-      llama.get_config('tiny'), 150, 16, 64, every=50, d_model=32,
-      d_ff=128, num_layers=2, num_heads=2, num_kv_heads=2)
+      llama.get_config('tiny'), steps=150, rows=16, length=64, every=50,
+      d_model=32, d_ff=128, num_layers=2, num_heads=2, num_kv_heads=2)
 
 
 def sweep(add):
   """Adds attention, three forms of DeltaNet, and four other recurrences."""
   add('attention')
-  deltanets = {
-      'deltanet': {'model.deltanet.decay': False},
-      'gated_deltanet': {},
-      'deltaproduct': {'model.deltanet.negative': True,
-                       'model.deltanet.householders': 2}}
-  for name, fields in deltanets.items():
-    add(name, **{'model.mixer': 'deltanet'}, **fields)
 
-  others = {
-      'gdn2': {'model.gdn2.rank': 8},
-      'rwkv7': {'model.rwkv7.decay_rank': 8, 'model.rwkv7.rate_rank': 8,
-                'model.rwkv7.gate_rank': 8},
-      'mamba': {},
-      'mamba2': {'model.mamba2.state': 32}}
-  for mixer, fields in others.items():
-    add(mixer, **{'model.mixer': mixer}, **fields)
+  # DeltaNet, without and with a decay, and with two steps of a token.
+  add('deltanet', **{'model.mixer': 'deltanet',
+                     'model.deltanet.decay': False})
+  add('gated_deltanet', **{'model.mixer': 'deltanet'})
+  add('deltaproduct', **{'model.mixer': 'deltanet',
+                         'model.deltanet.negative': True,
+                         'model.deltanet.householders': 2})
+
+  # The other recurrences, with low ranks and states that fit the width.
+  add('gdn2', **{'model.mixer': 'gdn2', 'model.gdn2.rank': 8})
+  add('rwkv7', **{'model.mixer': 'rwkv7', 'model.rwkv7.decay_rank': 8,
+                  'model.rwkv7.rate_rank': 8, 'model.rwkv7.gate_rank': 8})
+  add('mamba', **{'model.mixer': 'mamba'})
+  add('mamba2', **{'model.mixer': 'mamba2', 'model.mamba2.state': 32})

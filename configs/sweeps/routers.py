@@ -13,25 +13,33 @@ One run takes a good minute on one CPU core.
 from configs.sweeps import helpers
 
 TASKS = ('routing',)
-_CAPACITIES = (0.0, 1.0)
-# Router: experts of a token.
-_ROUTERS = {'topk': 2, 'sigmoid': 2, 'sinkhorn': 2, 'switch': 1, 'hash': 1}
+_CAPACITY_FACTORS = (0.0, 1.0)
+_EXPERTS_OF_TOKEN_BY_ROUTER = {
+    'topk': 2, 'sigmoid': 2, 'sinkhorn': 2, 'switch': 1, 'hash': 1}
+_ROUTERS_WITHOUT_LOSS = ('sigmoid', 'hash')  # that balance experts otherwise
 
 
 def get_config():
-  c = helpers.small_gpt_config(400, every=50, batches=32)
-  c.model.d_ff = 256
-  c.model.moe.update(num_experts=4, ffn='gelu_tanh')
-  return c
+  config = helpers.small_gpt_config(400, every=50, batches=32)
+  config.model.d_ff = 256
+  config.model.moe.update(num_experts=4, ffn='gelu_tanh')
+  return config
 
 
 def sweep(add):
   add('dense')
-  for router, experts in _ROUTERS.items():
-    for capacity in _CAPACITIES:
-      add(f'{router}-{f"capacity={capacity}" if capacity else "dropless"}', **{
-          'model.ffn': 'moe', 'model.moe.router': router,
-          'model.moe.top_k': experts, 'model.moe.d_ff': 256 // experts,
+  for router, experts_of_token in _EXPERTS_OF_TOKEN_BY_ROUTER.items():
+    balance_loss = 'switch'
+    if router in _ROUTERS_WITHOUT_LOSS:
+      balance_loss = 'none'
+    for capacity in _CAPACITY_FACTORS:
+      name = f'{router}-dropless'
+      if capacity:
+        name = f'{router}-capacity={capacity}'
+      add(name, **{
+          'model.ffn': 'moe',
+          'model.moe.router': router,
+          'model.moe.top_k': experts_of_token,
+          'model.moe.d_ff': 256 // experts_of_token,
           'model.moe.capacity_factor': capacity,
-          'model.moe.balance_loss': (
-              'none' if router in ('sigmoid', 'hash') else 'switch')})
+          'model.moe.balance_loss': balance_loss})

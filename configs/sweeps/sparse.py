@@ -18,18 +18,22 @@ SEEDS = 5
 
 
 def get_config():
-  c = helpers.small_run_config(
-      llama.get_config('tiny'), 150, 8, 128, every=25, batches=8, d_model=32,
-      d_ff=128, num_layers=2, num_heads=2, num_kv_heads=2)
-  c.model.indexer.update(top_k=16, heads=2)
-  return c
+  config = helpers.small_run_config(
+      llama.get_config('tiny'), steps=150, rows=8, length=128, every=25,
+      batches=8, d_model=32, d_ff=128, num_layers=2, num_heads=2,
+      num_kv_heads=2)
+  config.model.indexer.update(top_k=16, heads=2)
+  return config
 
 
 def sweep(add):
   add('full')
-  for name, fields in {'window': {'window': 16},
-                       'indexed': {'attention': 'indexed'}}.items():
-    for suffix, pattern in {'': 'sparse', '-hybrid': 'sparse,full'}.items():
-      kinds = {'sparse': fields, 'full': {'attention': 'global'}}
-      add(name + suffix, **{'model.pattern': pattern, 'model.kinds': {
-          kind: kinds[kind] for kind in pattern.split(',')}})
+  full_layer = {'attention': 'global'}
+  sparse_layers = {'window': {'window': 16},
+                   'indexed': {'attention': 'indexed'}}
+  for name, sparse_layer in sparse_layers.items():
+    add(name, **{'model.pattern': 'sparse',
+                 'model.kinds': {'sparse': sparse_layer}})
+    add(f'{name}-hybrid', **{
+        'model.pattern': 'sparse,full',
+        'model.kinds': {'sparse': sparse_layer, 'full': full_layer}})
