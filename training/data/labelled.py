@@ -127,8 +127,8 @@ class Paragraph(NamedTuple):
 
 
 def has_nothing_to_predict(record: Any) -> bool:
-  """Returns whether a record has nothing to learn or to measure: it is a text
-  or a sentence without labels, or questions whose answers are not known."""
+  """Returns whether a record is a text or a sentence without labels, or a
+  paragraph with questions whose answers are not known."""
   if isinstance(record, Record):
     return not record.label
   if isinstance(record, Sentence):
@@ -137,8 +137,13 @@ def has_nothing_to_predict(record: Any) -> bool:
 
 
 def check_all_labelled(name: str, records: Iterable[Any]) -> None:
-  """Raises RequestError where there is nothing to learn or to measure of the
-  records of the source `name`."""
+  """Raises RequestError where a record has no label or answer, so that nothing
+  can be learned or measured of it.
+
+  Args:
+    name: the name of the source.
+    records: its records.
+  """
   if any(map(has_nothing_to_predict, records)):
     raise RequestError(
         f'data source {name!r} has no labels or answers, so that nothing can '
@@ -147,8 +152,15 @@ def check_all_labelled(name: str, records: Iterable[Any]) -> None:
 
 
 def parse_fields(name: str, written: str) -> tuple[str, ...]:
-  """Returns the columns that FIELDS names, the label's last, which is '' where
-  rows have none; () where FIELDS is left out.
+  """Returns the columns that the FIELDS of `labelled:GLOB:FIELDS` name.
+
+  Args:
+    name: the name of the source, for messages.
+    written: FIELDS; '': it is left out.
+
+  Returns:
+    The columns of the texts and, last, of the label, which is '' where rows
+    have none; () where FIELDS is left out.
 
   Raises:
     RequestError: unless these are two or three, all names or all numbers.
@@ -172,8 +184,16 @@ def parse_fields(name: str, written: str) -> tuple[str, ...]:
 
 
 def parse_columns(name: str, written: str) -> tuple[int, ...]:
-  """Returns the columns of words and of labels that COLUMNS names; of words
-  alone, if they have no labels."""
+  """Returns the numbers of the columns that the COLUMNS of `conll:GLOB:COLUMNS`
+  name: of words and of their labels, or of words alone.
+
+  Args:
+    name: the name of the source, for messages.
+    written: COLUMNS; '': it is left out.
+
+  Raises:
+    RequestError: unless these are one number or two.
+  """
   numbers = (written or '0+-1').split('+')
   are_numbers = [re.fullmatch(r'-?\d{1,4}', number) for number in numbers]
   if len(numbers) > 2 or not all(are_numbers):
@@ -185,7 +205,15 @@ def parse_columns(name: str, written: str) -> tuple[int, ...]:
 
 
 def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
-  """Yields the records of a file; `fields` by fields_of."""
+  """Yields the texts of a file with their labels.
+
+  Args:
+    fields: the columns that `parse_fields` returns.
+    path: a .tsv, a .csv or a .jsonl.
+
+  Raises:
+    RequestError: naming the line that has other columns.
+  """
   # Columns are named.
   is_table = path.endswith(texts.TABLE_ENDINGS)
   if not is_table or (fields and not fields[0].isdigit()):
@@ -264,8 +292,12 @@ def _find_named_columns(where: str, row: dict[str, str], fields: tuple[str, ...]
 
 
 def advice_for_line_of_names(where: str) -> str:
-  """Returns what to do where a record of a table is its line of names, as the
-  end of a sentence; '' where it cannot be one."""
+  """Returns advice, as the end of a message, where a record of a table may be
+  the line that names its columns; '' where it cannot be that.
+
+  Args:
+    where: the file and the line of the record.
+  """
   match = re.fullmatch(r'(.*), line 1,?', where)
   if match is None or not match[1].endswith(texts.TABLE_ENDINGS):
     return ''
@@ -275,13 +307,16 @@ def advice_for_line_of_names(where: str) -> str:
 
 def _record_of_row(where: str, row: dict[str, Any], columns: Sequence[str],
                    names: Sequence[str]) -> Record:
-  """Returns the record of a row.
+  """Returns the text or the two texts of a row, with their label.
 
   Args:
     where: the file and the line, for messages.
     row: the cells by column.
     columns: those of the texts and, last, of the label; '': there is none.
     names: the names of these columns.
+
+  Raises:
+    RequestError: for a cell that is missing or empty.
   """
   where = f'{where},'
   *of_texts, label = columns
@@ -304,7 +339,7 @@ def _record_of_row(where: str, row: dict[str, Any], columns: Sequence[str],
 
 
 def _label_as_text(value: Any, where: str) -> str:
-  """Returns a label as text."""
+  """Returns a label, which may be a number, as text."""
   require(isinstance(value, str | int | float), f'{where} has the label '
           f'{short(value)}: a label is a text or a number')
   return str(value)
@@ -312,8 +347,15 @@ def _label_as_text(value: Any, where: str) -> str:
 
 def read_dataset_rows(name: str, fields: Sequence[str],
                       dataset: Any) -> texts.Rows:
-  """Yields the rows of a data set of the package datasets. A label that is a
-  number, of which the data set knows the name, is the name."""
+  """Yields (where it stands, row) of a data set of the package datasets. A
+  label that is a number, of which the data set knows the name, becomes the
+  name.
+
+  Args:
+    name: the name of the source, for messages.
+    fields: the columns that are read; an `id` is read, too.
+    dataset: the data set.
+  """
   # The names of the labels of each column that has some.
   label_names = {}
   for column, feature in dataset.features.items():
@@ -344,13 +386,19 @@ def _name_of_label(label: int, names: Sequence[str], where: str) -> str:
 
 def choose_reader_of_rows(name: str, fields: tuple[str, ...], features: Any
             ) -> tuple[str, Callable[[texts.Rows], Iterator[Any]]]:
-  """Returns what columns of a data set hold, and what makes records of its
-  rows: of columns that are lists, words and their labels.
+  """Chooses how the rows of a data set become records: columns that are lists
+  have words and their labels, and others texts and theirs.
 
   Args:
     name: the name of the source, for messages.
     fields: the columns.
     features: the type of each column.
+
+  Returns:
+    The kind of the records, and a function that makes records of rows.
+
+  Raises:
+    RequestError: for columns that are partly lists.
   """
   if fields == SQUAD_FIELDS:
     return QUESTIONS, _read_questions_of_rows
@@ -381,7 +429,7 @@ def choose_reader_of_rows(name: str, fields: tuple[str, ...], features: Any
 
 def _read_questions_of_rows(rows: texts.Rows) -> Iterator[Paragraph]:
   """Yields the paragraphs of a data set with SQUAD_FIELDS, whose rows are
-  questions; neighbours with one context are of one paragraph."""
+  questions. Neighbours with one context are of one paragraph."""
   def asked() -> Iterator[_WrittenQuestion]:
     """Yields the question of each row as SQuAD's files have it."""
     for where, row in rows:
@@ -400,7 +448,16 @@ def _read_questions_of_rows(rows: texts.Rows) -> Iterator[Paragraph]:
 
 def _sentence_of_words(where: str, words: list[Any], labels: list[Any]
                        | None = None) -> Sentence:
-  """Returns a sentence of words and, if there are any, a label for each."""
+  """Returns a sentence of words, with a label for each word or none at all.
+
+  Args:
+    where: the row, for messages.
+    words: the words.
+    labels: the labels; None: there are none.
+
+  Raises:
+    RequestError: for no words, or another number of labels.
+  """
   require(bool(words), f'{where}, has no words')
   if labels is None:
     labels = []
@@ -439,9 +496,14 @@ def read_pairs(path: str) -> Iterator[list[tuple[str, str]]]:
 
 
 def read_sentences(columns: tuple[int, ...], path: str) -> Iterator[Sentence]:
-  """Yields the sentences of a file, in order; `columns` by columns_of."""
+  """Yields the sentences of a file of words and their labels, a word a line.
+
+  Args:
+    columns: the columns that `parse_columns` returns.
+    path: the file.
+  """
   sentence = Sentence(words=[], labels=[], lines=[])
-  shape = None  # that of the first line that is surely a word's
+  shape_of_words = None  # that of the first line that is surely a word's
   for where, text in texts.read_lines(path, all_lines=True):
     # A word may hold other spaces, such as one that breaks no line.
     has_tab = '\t' in text
@@ -455,15 +517,17 @@ def read_sentences(columns: tuple[int, ...], path: str) -> Iterator[Sentence]:
       continue
 
     # A comment. A hashtag may be a word, so a comment has not the shape of one.
-    form = (has_tab, len(fields))
+    shape = (has_tab, len(fields))
     if text.startswith('#') and not sentence.words:
-      is_word = has_tab if shape is None else form == shape
+      is_word = has_tab
+      if shape_of_words is not None:
+        is_word = shape == shape_of_words
       if not is_word:
         continue
 
     # A word.
-    if shape is None:
-      shape = form
+    if shape_of_words is None:
+      shape_of_words = shape
     word, *labels = _word_and_label(fields, columns, where)
     sentence.words.append(word)
     sentence.labels.extend(labels)
@@ -474,7 +538,16 @@ def read_sentences(columns: tuple[int, ...], path: str) -> Iterator[Sentence]:
 
 def _word_and_label(fields: Sequence[str], columns: tuple[int, ...], where: str
            ) -> list[str]:
-  """Returns the word and, if it has one, the label of a line."""
+  """Returns the word and, if it has one, the label of a line.
+
+  Args:
+    fields: the cells of the line.
+    columns: the columns that `parse_columns` returns.
+    where: the file and the line, for messages.
+
+  Raises:
+    RequestError: for a line without one of these columns.
+  """
   cells = []
   for column in columns:
     is_there = -len(fields) <= column < len(fields)
@@ -488,16 +561,19 @@ def _word_and_label(fields: Sequence[str], columns: tuple[int, ...], where: str
 
 
 def check_entities(sentence: Sentence) -> None:
-  """Raises RequestError where the labels of a sentence mark no entities."""
-  before = 'O'
+  """Raises RequestError where the labels of a sentence do not mark entities, as
+  IOB2 does: an entity begins with B-TYPE and goes on with I-TYPE."""
+  previous_label = 'O'
   for label, where in zip(sentence.labels, sentence.lines):
     require(bool(_PATTERN_OF_ENTITY_LABEL.fullmatch(label)),
             f'{where}, has the label {label!r} '
             'among labels of entities, which are O, B-TYPE and I-TYPE')
-    if label.startswith('I') and before[2:] != label[2:]:
-      raise RequestError(f'{where}, has the label {label!r} after {before!r}: '
-                         f'an entity begins with {"B" + label[1:]!r}')
-    before = label
+    if label.startswith('I') and previous_label[2:] != label[2:]:
+      first_label = 'B' + label[1:]
+      raise RequestError(f'{where}, has the label {label!r} after '
+                         f'{previous_label!r}: an entity begins with '
+                         f'{first_label!r}')
+    previous_label = label
 
 
 def marks_entities(labels: Sequence[str]) -> bool:
@@ -508,7 +584,7 @@ def marks_entities(labels: Sequence[str]) -> bool:
 
 
 def read_questions(path: str) -> Iterator[Paragraph]:
-  """Yields the paragraphs of a file that have questions, in order.
+  """Yields the paragraphs of a file of SQuAD that have questions, in order.
 
   Raises:
     RequestError: for a file that is not of this form, or an answer that does
@@ -536,13 +612,13 @@ def read_questions(path: str) -> Iterator[Paragraph]:
 
 
 class _WrittenQuestion(NamedTuple):
-  """A question as a file has it.
+  """A question as a file has it, before it is checked.
 
   Attributes:
     where: the file, and the row if it has rows, for messages.
     context: the text of the paragraph.
     question: its id, question, answers and is_impossible.
-    paragraph: what tells one paragraph from the next.
+    paragraph: a value that tells one paragraph from the next.
   """
   where: str
   context: str
@@ -552,7 +628,7 @@ class _WrittenQuestion(NamedTuple):
 
 def _read_written_questions(document: Any,
                             path: str) -> Iterator[_WrittenQuestion]:
-  """Yields the questions of a file of SQuAD."""
+  """Yields the questions of a file of SQuAD as they are written."""
   for article in document['data']:
     for paragraph in article['paragraphs']:
       for question in paragraph['qas']:
@@ -562,7 +638,7 @@ def _read_written_questions(document: Any,
 
 def _group_into_paragraphs(
     asked: Iterable[_WrittenQuestion]) -> Iterator[Paragraph]:
-  """Yields the paragraphs of questions that follow one another."""
+  """Yields the paragraphs of questions, of which neighbours may share one."""
   for _, group in itertools.groupby(asked, lambda row: row.paragraph):
     rows = list(group)
     where = rows[0].where
@@ -573,7 +649,16 @@ def _group_into_paragraphs(
 
 
 def _check_question(asked: dict[str, Any], context: str, path: str) -> Question:
-  """Returns a question, whose answers stand in the context."""
+  """Returns a question, after a check that its answers stand in the context.
+
+  Args:
+    asked: its id, question, answers and is_impossible, as a file has them.
+    context: the text of the paragraph.
+    path: the file, for messages.
+
+  Raises:
+    RequestError: for an answer that does not stand where it says, or none.
+  """
   where = f'{path}, question {short(asked["id"])}'
   if 'answers' not in asked and 'is_impossible' not in asked:
     return Question(id=_check_not_empty(asked['id'], where), answers=None,
@@ -581,17 +666,17 @@ def _check_question(asked: dict[str, Any], context: str, path: str) -> Question:
                                                            where))
 
   # For an impossible question, a file may hold answers that only look right.
-  impossible = bool(asked.get('is_impossible', False))
-  given = [] if impossible else asked['answers']
+  is_impossible = bool(asked.get('is_impossible', False))
+  written_answers = [] if is_impossible else asked['answers']
   answers = []
-  for answer in given:
+  for answer in written_answers:
     text = _check_not_empty(answer['text'], where)
     start = answer['answer_start']
     there = context[start:start + len(text)] if start >= 0 else ''
     require(there == text, f'{where}, has the answer {short(text)}, but its '
             f'context has {short(there)} at answer_start={start}')
     answers.append((text, start))
-  require(impossible or bool(answers), f'{where}, has no answer, and '
+  require(is_impossible or bool(answers), f'{where}, has no answer, and '
           'is_impossible is not true: leave out `answers` where they are not '
           'known')
   return Question(id=_check_not_empty(asked['id'], where),
@@ -600,7 +685,7 @@ def _check_question(asked: dict[str, Any], context: str, path: str) -> Question:
 
 
 def _check_not_empty(value: Any, where: str) -> str:
-  """Returns a text that is not empty."""
+  """Returns a text, after a check that it has more than spaces."""
   require(bool(texts.check_text(value, f'{where}, a text,').strip()),
           f'{where}, has an empty text')
   return value

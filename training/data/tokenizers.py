@@ -75,32 +75,38 @@ class Tokenizer:
   id_of_added_text: dict[str, int]
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """Returns one int32 [T] array for each text."""
+    """Returns the token ids of each text, int32 [T]."""
 
   def encode(self, text: str) -> np.ndarray:
-    """Returns the int32 [T] ids of one text."""
+    """Returns the token ids of one text, int32 [T]."""
     return self.encode_batch([text])[0]
 
   def encode_spans(self, texts: Sequence[str]
                    ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns (ids int32 [T], spans int32 [T, 2]) of each text: the ids of
-    `encode_batch`, and of each the first of the characters that it stands for,
-    and the one after the last. A span may hold the space before a word."""
+    """Returns the token ids of each text and where each token stands in it.
+
+    Returns:
+      For each text, int32 [T], the ids of `encode_batch`; and int32 [T, 2], the
+      first character that each token stands for, and the one after its last. A
+      span may hold the space before a word.
+    """
 
   def encode_with_special_tokens(self, text: str) -> tuple[np.ndarray,
                                                            np.ndarray]:
-    """Returns `encode_spans` of a text in which special tokens are obeyed."""
+    """Returns the ids and spans of a text, as `encode_spans` does, in which
+    special tokens that are written out are obeyed."""
 
   def encode_without_special_tokens(self, text: str) -> tuple[np.ndarray,
                                                               np.ndarray]:
-    """Returns `encode_spans` of a text in which no token is obeyed that was
-    added to the vocabulary, be it special or not."""
+    """Returns the ids and spans of a text, as `encode_spans` does, in which
+    every token that was added to the vocabulary is spelt, be it special or not.
+    """
     return self.encode_spans([text])[0]
 
   @property
   def vocabulary(self) -> dict[str, int]:
-    """Returns {how it is written: id} of all pieces, without what was added to
-    them."""
+    """Returns {how it is written: id} of all pieces of the vocabulary, without
+    the tokens that were added to it."""
     return {self.piece(i): i for i in range(self.vocab_size)}
 
   @property
@@ -109,24 +115,28 @@ class Tokenizer:
     return tuple(self.id_of_added_text)
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text; special tokens spell nothing."""
+    """Returns the text of token ids; special tokens spell nothing."""
     return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
   def decode_bytes(self, ids: Iterable[int]) -> bytes:
-    """Returns the UTF-8 bytes of the text, perhaps cut inside a character."""
+    """Returns the UTF-8 bytes of the text of token ids, perhaps cut inside a
+    character."""
 
   def piece(self, token: int) -> str:
-    """Returns how the vocabulary writes an id, a special one too: [SEP]; or
-    <NUMBER>, where it does not write it."""
+    """Returns how the vocabulary writes a token id, a special one too: [SEP];
+    or <NUMBER>, where it does not write it."""
 
   def save(self, path: pathlib.Path) -> None:
-    """Writes a tokenizer.json."""
+    """Writes the tokenizer to a file, as a tokenizer.json."""
 
   def special(self, name: str) -> int:
     """Returns the id of a special token.
 
+    Args:
+      name: bos, eos, pad, mask, cls or sep.
+
     Raises:
-      ValueError: if the vocabulary has none, naming those that it has.
+      RequestError: if the vocabulary has none, naming those that it has.
     """
     require(name in self.special_ids, f'tokenizer {self.name!r} has no '
             f'{name!r} token: it has {", ".join(self.special_ids) or "none"}')
@@ -134,13 +144,15 @@ class Tokenizer:
 
   @property
   def least_vocab_size(self) -> int:
-    """How many ids a model must have: vocab_size, less special tokens at its
-    end that are of no kind, such as Gemma 3's <image_soft_token>. Only
-    `encode_placed` gives these, of a text that has them."""
-    rare = self.ids_outside_vocabulary - {*self.special_ids.values(),
-                                          *self.sentinel_ids}
+    """The number of ids that a model must have at least.
+
+    This is vocab_size, less the special tokens at its end that have no use
+    here, such as Gemma 3's <image_soft_token>. Only
+    `encode_with_special_tokens` gives these, of a text that has them."""
+    used_ids = {*self.special_ids.values(), *self.sentinel_ids}
+    unused_ids = self.ids_outside_vocabulary - used_ids
     size = self.vocab_size
-    while size - 1 in rare:
+    while size - 1 in unused_ids:
       size -= 1
     return size
 
@@ -185,15 +197,18 @@ class Bytes(Tokenizer):
   USUAL = 384
 
   def __init__(self, size: int = USUAL):
-    """Divides the ids among the digits of bytes, special tokens and
-    sentinels."""
+    """Divides the ids among the digits of bytes, special tokens and sentinels.
+
+    Args:
+      size: how many ids there are.
+    """
     self.name = 'bytes' if size == self.USUAL else f'bytes:{size}'
     self.vocab_size = size
     self.fingerprint = f'bytes-{size}'
 
     # A digit of a byte has as many bits as leave room for the special tokens.
-    special = len(self.SPECIAL)
-    bits = max(b for b in (1, 2, 4, 8) if 2 ** b + special <= size)
+    num_special = len(self.SPECIAL)
+    bits = max(b for b in (1, 2, 4, 8) if 2 ** b + num_special <= size)
     self._base = 2 ** bits
     # The highest digit comes first.
     self._shifts = np.arange(8 - bits, -1, -bits).astype(np.uint8)
@@ -202,14 +217,15 @@ class Bytes(Tokenizer):
     self.special_ids = {}
     for i, name in enumerate(self.SPECIAL):
       self.special_ids[name] = self._base + i
-    self.id_of_added_text = {self.piece(i): i
-                             for i in self.special_ids.values()}
-    sentinels = min(NUM_SENTINELS, size - self._base - special)
-    self.sentinel_ids = tuple(range(size - sentinels, size))
+    self.id_of_added_text = {}
+    for token in self.special_ids.values():
+      self.id_of_added_text[self.piece(token)] = token
+    num_sentinels = min(NUM_SENTINELS, size - self._base - num_special)
+    self.sentinel_ids = tuple(range(size - num_sentinels, size))
 
   @property
   def is_bytewise(self) -> bool:
-    """Tells whether a byte has one id, and not one for each of some digits."""
+    """Whether a byte has one id, and not one for each of several digits."""
     return len(self._shifts) == 1
 
   def encode_batch(self, texts: Sequence[str]):
@@ -221,32 +237,37 @@ class Bytes(Tokenizer):
     return rows
 
   def encode_spans(self, texts: Sequence[str]):
-    """Returns the ids of each text, and the character of each id."""
+    """Returns the ids of each text, and the character that each stands for."""
     encoded = []
     for text, ids in zip(texts, self.encode_batch(texts)):
-      # Each character stands behind as many ids as its bytes have digits.
-      sizes = [len(character.encode('utf-8')) * len(self._shifts)
-               for character in text]
-      places = np.repeat(np.arange(len(sizes)), sizes)
-      encoded.append((ids, _array_of_spans(np.stack([places, places + 1], 1))))
+      # Each character has as many ids as its bytes have digits.
+      ids_of_character = []
+      for character in text:
+        num_bytes = len(character.encode('utf-8'))
+        ids_of_character.append(num_bytes * len(self._shifts))
+      places = np.repeat(np.arange(len(text)), ids_of_character)
+      spans_T2 = np.stack([places, places + 1], axis=1)
+      encoded.append((ids, _array_of_spans(spans_T2)))
     return encoded
 
   def decode_bytes(self, ids: Iterable[int]):
     """Returns the bytes of ids; special tokens spell nothing."""
-    spelt = bytearray()
-    byte, digits = 0, 0  # of a byte that is not whole yet
-    for i in ids:
-      if i >= self._base:  # a special token ends it
+    text = bytearray()
+    # The digits so far of a byte that is not complete yet.
+    byte = 0
+    num_digits = 0
+    for token in ids:
+      if token >= self._base:  # a special token ends the byte
         byte = 0
-        digits = 0
+        num_digits = 0
         continue
-      byte = byte * self._base + int(i)
-      digits += 1
-      if digits == len(self._shifts):
-        spelt.append(byte)
+      byte = byte * self._base + int(token)
+      num_digits += 1
+      if num_digits == len(self._shifts):
+        text.append(byte)
         byte = 0
-        digits = 0
-    return bytes(spelt)
+        num_digits = 0
+    return bytes(text)
 
   def piece(self, token):
     for name, i in self.special_ids.items():
@@ -255,7 +276,8 @@ class Bytes(Tokenizer):
     return f'<{token}>'
 
   def save(self, path):
-    """Writes a byte-level BPE without merges, of bytes of one id each."""
+    """Writes this tokenizer as a byte-level BPE without merges. Each byte must
+    have one id."""
     import tokenizers
     assert self.is_bytewise, self.name
     # Special tokens and sentinels keep the ids that they have here.
@@ -275,34 +297,44 @@ class Bytes(Tokenizer):
     pipeline.save(str(path))
 
   def encode_with_special_tokens(self, text: str):
-    """Returns the ids of a text in which special tokens are written, and the
-    characters of each."""
+    """Returns the ids and spans of a text in which special tokens are obeyed.
+    """
     # Special tokens, and the text between them.
-    names = [re.escape(name) for name in self.id_of_added_text]
-    parts = re.split(f'({"|".join(names)})', text)
+    patterns = [re.escape(written) for written in self.id_of_added_text]
+    pieces = re.split(f'({"|".join(patterns)})', text)
     ids = []
     spans = []
-    place = 0
-    for part in parts:
-      end = place + len(part)
-      if part in self.id_of_added_text:
-        ids.append([self.id_of_added_text[part]])
-        spans.append([(place, end)])
+    start = 0
+    for piece in pieces:
+      end = start + len(piece)
+      if piece in self.id_of_added_text:
+        ids.append([self.id_of_added_text[piece]])
+        spans.append([(start, end)])
       else:
-        [(part_ids, places)] = self.encode_spans([part])
-        ids.append(part_ids)
-        spans.append(places + place)
-      place = end
+        # The spans of a piece count from its own start.
+        [(piece_ids, piece_spans)] = self.encode_spans([piece])
+        ids.append(piece_ids)
+        spans.append(piece_spans + start)
+      start = end
     return (np.concatenate(ids).astype(np.int32),
             np.concatenate(spans).astype(np.int32))
 
 
 class HuggingFace(Tokenizer):
-  """A pipeline of the package tokenizers: BPE, unigram or WordPiece."""
+  """A tokenizer of the package tokenizers: BPE, unigram or WordPiece.
+
+  Args:
+    name: the spec that it was loaded from.
+    tokenizer: the pipeline of the package.
+    ids: {'bos' | 'eos' | 'pad' | 'mask' | 'cls' | 'sep': its id, or None}.
+  """
 
   def __init__(self, name: str, tokenizer: Any, ids: dict[str, int | None]):
-    """Reads the vocabulary of a tokenizer, and what its special tokens are
-    for."""
+    """Reads the vocabulary of the pipeline, and finds its special tokens.
+
+    Raises:
+      RequestError: for a vocabulary that is empty or too large.
+    """
     special_ids = {kind: i for kind, i in ids.items() if i is not None}
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -322,13 +354,13 @@ class HuggingFace(Tokenizer):
                              token in self._added.items()}
     # Some, as WordPiece's [UNK], are pieces besides, which plain text gives.
     pieces = tokenizer.get_vocab(with_added_tokens=False)
-    more = []
+    ids_outside_vocabulary = []
     for i, token in self._added.items():
       if token.special and token.content not in pieces:
-        more.append(i)
-    self.ids_outside_vocabulary = frozenset(more)
+        ids_outside_vocabulary.append(i)
+    self.ids_outside_vocabulary = frozenset(ids_outside_vocabulary)
 
-    # The tokens that have a use.
+    # The special tokens that have a use, and T5's sentinels.
     self.special_ids = _find_cls_and_sep(tokenizer) | special_ids
     sentinel_ids = []
     for number in range(NUM_SENTINELS):
@@ -340,13 +372,14 @@ class HuggingFace(Tokenizer):
       self.mask_pattern = self._pattern_of_mask(special_ids['mask'])
     self.ids_before_text = _find_ids_before_text(tokenizer)
 
+    # A hash of all that decides on the ids of a text.
     described = json.dumps([tokenizer.to_str(), special_ids])
     self.fingerprint = hashlib.blake2b(described.encode('utf-8'),
                                        digest_size=16).hexdigest()
 
   def _pattern_of_mask(self, mask_id: int) -> str:
-    """Returns the pattern of a mask. RoBERTa's takes the space before it
-    along."""
+    """Returns a regular expression for a mask in a text: the vocabulary's
+    spelling, or [MASK]. RoBERTa's takes the space before it along."""
     added = self._added.get(mask_id)
     before = r'\s*' if getattr(added, 'lstrip', False) else ''
     after = r'\s*' if getattr(added, 'rstrip', False) else ''
@@ -367,12 +400,21 @@ class HuggingFace(Tokenizer):
   def encode_without_special_tokens(self, text: str):
     return _ids_and_spans(self._encode('encode', self._spelling_pipeline, text))
 
-  def _encode(self, how: str, pipeline: Any, text: str | list[str]) -> Any:
-    """Returns what a method of the library makes of a text or several, which
-    raises bare Exception, and where it panics what is none."""
+  def _encode(self, method: str, pipeline: Any, text: str | list[str]) -> Any:
+    """Calls an encoding method of the package, whose failures become refusals.
+
+    Args:
+      method: the name of the method of the pipeline.
+      pipeline: the pipeline.
+      text: one text or several, as the method takes.
+
+    Raises:
+      RequestError: where the package fails at the text.
+    """
     try:
-      return getattr(pipeline, how)(text, add_special_tokens=False)
+      return getattr(pipeline, method)(text, add_special_tokens=False)
     except BaseException as error:
+      # The package raises bare Exception, and a panic of Rust is not even that.
       if isinstance(error, KeyboardInterrupt | SystemExit):
         raise
       raise RequestError(f'tokenizer {self.name!r} fails at a text: {error}'
@@ -388,8 +430,12 @@ class HuggingFace(Tokenizer):
     return self._tokenizer.get_vocab(with_added_tokens=False)
 
   def _copy_pipeline(self, spells: bool) -> Any:
-    """Returns the pipeline as it obeys all added tokens, transformers' usual
-    one, or as it spells them all."""
+    """Returns a copy of the pipeline that spells or obeys all added tokens.
+
+    Args:
+      spells: whether it spells them all; else it obeys them, as transformers
+        does.
+    """
     import tokenizers
     pipeline = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
     # The library spells special tokens alone on request.
@@ -422,19 +468,20 @@ def load(spec: str) -> Tokenizer:
   """Returns the tokenizer that data.tokenizer names.
 
   Args:
-    spec: see the head of this file.
+    spec: `bytes`, `bytes:N`, a tokenizer.json, a Hugging Face folder, or
+      hf://ORG/NAME.
 
   Raises:
-    ValueError: if there is no such file, or it is not a tokenizer.
+    RequestError: if there is no such file, or it is not a tokenizer.
   """
-  # Bytes.
+  # UTF-8 bytes, without a file.
   if re.fullmatch(r'bytes(:\d{1,3})?', spec):
     size = int(spec.partition(':')[2] or Bytes.USUAL)
     require(Bytes.LEAST <= size <= Bytes.USUAL, f'tokenizer {spec!r}: choose '
             f'from bytes:{Bytes.LEAST} to bytes:{Bytes.USUAL}')
     return Bytes(size)
 
-  # A folder.
+  # A folder with files of several kinds, or with a tokenizer.json.
   spec = str(hub.download_if_on_hub(spec, weights=False))
   path = pathlib.Path(spec).expanduser()
   if path.is_dir():
@@ -446,7 +493,7 @@ def load(spec: str) -> Tokenizer:
       return _read_with_transformers(spec, path, names)
     path = path / 'tokenizer.json'
 
-  # A tokenizer.json.
+  # A tokenizer.json, which is tried in a process with limits first.
   if not path.is_file() or path.suffix != '.json':
     raise RequestError(
         f'unknown tokenizer {spec!r}, which is no such file or folder: choose '
@@ -460,7 +507,8 @@ def load(spec: str) -> Tokenizer:
 
 
 def find_tokenizer_files(folder: pathlib.Path) -> tuple[str, ...]:
-  """Returns the files by which `load` reads a folder; () if it does not."""
+  """Returns the names of the files by which `load` reads a folder; () if it has
+  no tokenizer."""
   for names in FILES_OF_TOKENIZERS:
     if all((folder / name).is_file() for name in names):
       return names
@@ -468,49 +516,67 @@ def find_tokenizer_files(folder: pathlib.Path) -> tuple[str, ...]:
 
 
 def read_special_tokens(folder: pathlib.Path) -> dict[str, str]:
-  """Returns {'bos_token': '<s>', ...} as the files of a folder name them: its
-  tokenizer_config.json and, for what that leaves out, a
+  """Returns {'bos_token': '<s>', ...} as the files of a folder name them.
+
+  These are its tokenizer_config.json and, for what that leaves out, a
   special_tokens_map.json, as folders of earlier versions of transformers have
-  one."""
-  named = {}
+  one.
+  """
+  special_tokens = {}
   for name in ('special_tokens_map.json', CONFIG_FILE):
     if not (folder / name).is_file():
       continue
     for key, value in storage.read_json(folder / name).items():
+      # A token with properties is an object.
       if isinstance(value, dict):
         value = value.get('content')
       if key.endswith('_token') and isinstance(value, str):
-        named[key] = value
-  return named
+        special_tokens[key] = value
+  return special_tokens
 
 
 def _read_tokenizer_json(spec: str, path: pathlib.Path) -> Tokenizer:
-  """Returns the tokenizer of a tokenizer.json, and of what stands beside it."""
+  """Returns the tokenizer of a tokenizer.json, whose special tokens the files
+  beside it name.
+
+  Args:
+    spec: data.tokenizer, for messages.
+    path: the tokenizer.json.
+  """
   import tokenizers
   pipeline = tokenizers.Tokenizer.from_file(str(path))
-  special = {}
+  id_of_special = {}
   for i, token in pipeline.get_added_tokens_decoder().items():
     if token.special:
-      special[token.content] = i
+      id_of_special[token.content] = i
 
   # The files beside it name the special tokens, or else usual names do.
-  named = read_special_tokens(path.parent)
+  token_of_key = read_special_tokens(path.parent)
   ids: dict[str, int | None] = {}
-  for kind, names in SPECIAL_NAMES.items():
-    ids[kind] = pipeline.token_to_id(named.get(f'{kind}_token', ''))
+  for kind, usual_names in SPECIAL_NAMES.items():
+    ids[kind] = pipeline.token_to_id(token_of_key.get(f'{kind}_token', ''))
     if ids[kind] is not None:
       continue
-    for name in names:
-      if name in special:
-        ids[kind] = special[name]
+    for name in usual_names:
+      if name in id_of_special:
+        ids[kind] = id_of_special[name]
         break
   return HuggingFace(spec, pipeline, ids)
 
 
 def _read_with_transformers(
     spec: str, folder: pathlib.Path, names: tuple[str, ...]) -> Tokenizer:
-  """Returns the tokenizer of a folder, whose files the class of transformers
-  that it names reads."""
+  """Returns the tokenizer of a folder that has no tokenizer.json.
+
+  Args:
+    spec: data.tokenizer, for messages.
+    folder: the folder.
+    names: the names of the files that the class of transformers reads, which
+      the folder names.
+
+  Raises:
+    RequestError: where transformers cannot read them.
+  """
   import tokenizers
   from training.data import limited
   text, ids = limited.call_with_limits(
@@ -520,18 +586,28 @@ def _read_with_transformers(
 
 
 def _find_cls_and_sep(tokenizer: Any) -> dict[str, int]:
-  """Returns cls and sep, where a pipeline puts texts between them as BERT and
-  RoBERTa do: cls, a text, sep; cls, a text, one sep or two, another text, sep.
+  """Returns the ids {'cls': i, 'sep': j} that a pipeline puts around texts.
+
+  BERT and RoBERTa have cls, a text, sep; and for two texts cls, a text, one sep
+  or two, another text, sep. {} for a pipeline that does otherwise.
   """
   frames = set()
-  for row, pattern in ((tokenizer.encode('a'), '10+1'),
-                       (tokenizer.encode('a', 'b'), '10+11?0+1')):
+  one_text = tokenizer.encode('a')
+  two_texts = tokenizer.encode('a', 'b')
+  for encoding, pattern in ((one_text, '10+1'), (two_texts, '10+11?0+1')):
     # The mask is 1 at special tokens: around one text, and between two.
-    mask = row.special_tokens_mask
+    mask = encoding.special_tokens_mask
     if not re.fullmatch(pattern, ''.join(map(str, mask))):
       return {}
-    first, *after = [i for i, special in zip(row.ids, mask) if special]
-    frames |= {(first, i) for i in after}
+    special_ids = []
+    for token, is_special in zip(encoding.ids, mask):
+      if is_special:
+        special_ids.append(token)
+    cls, *separators = special_ids
+    for separator in separators:
+      frames.add((cls, separator))
+
+  # All of them must be the same two tokens.
   if len(frames) > 1:
     return {}
   [(cls, sep)] = frames
@@ -541,33 +617,40 @@ def _find_cls_and_sep(tokenizer: Any) -> dict[str, int]:
 
 
 def _find_ids_before_text(tokenizer: Any) -> tuple[int, ...]:
-  """Returns the ids that a pipeline puts before each text."""
-  row = tokenizer.encode('a')
-  before = []
-  for i, special in zip(row.ids, row.special_tokens_mask):
-    if not special:
+  """Returns the ids of the special tokens that a pipeline puts before a text.
+  """
+  encoding = tokenizer.encode('a')
+  ids_before = []
+  for token, is_special in zip(encoding.ids, encoding.special_tokens_mask):
+    if not is_special:
       break
-    before.append(i)
-  return tuple(before)
+    ids_before.append(token)
+  return tuple(ids_before)
 
 
 def _byte_of_character() -> dict[str, int]:
-  """Returns the byte that each character of a byte-level vocabulary stands for
-  (GPT-2's encoder.py, bytes_to_unicode)."""
+  """Returns {character: byte} of a byte-level vocabulary, which writes each
+  byte as one printable character (GPT-2's encoder.py, bytes_to_unicode)."""
+  # Printable bytes stand for themselves, and the others follow from 256 on.
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = sorted({*range(256)} - {*printable})
+  other_bytes = sorted({*range(256)} - {*printable})
   byte_of = {chr(byte): byte for byte in printable}
-  for i, byte in enumerate(others):
+  for i, byte in enumerate(other_bytes):
     byte_of[chr(256 + i)] = byte
   return byte_of
 
 
 def _bytes_of_byte_level_ids(tokenizer: Any, vocab: dict[str, int]
                      ) -> dict[int, bytes] | None:
-  """Returns {id: the bytes it spells} of a byte-level BPE, or None.
+  """Returns {id: the bytes that it spells} of a byte-level BPE; None for any
+  other tokenizer.
 
   Such a vocabulary writes each byte as one printable character, so a token's
   bytes are known exactly even where a window cuts a character in two.
+
+  Args:
+    tokenizer: the pipeline of the package tokenizers.
+    vocab: the id of each token.
   """
   import tokenizers
   if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
@@ -585,30 +668,37 @@ def _bytes_of_byte_level_ids(tokenizer: Any, vocab: dict[str, int]
 
 
 def _ids_and_spans(encoding: Any) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the ids and the spans of an encoding of the package tokenizers."""
+  """Returns the ids int32 [T] and the spans int32 [T, 2] of an encoding of the
+  package tokenizers."""
   return np.asarray(encoding.ids, np.int32), _array_of_spans(encoding.offsets)
 
 
 def _array_of_spans(pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+  """Returns (first character, end) pairs as an array, int32 [T, 2]."""
   return np.asarray(pairs, np.int32).reshape(-1, 2)
 
 
-# How many tokens of a prompt are decoded with what follows.
+# So many tokens of a prompt are decoded along with what follows it.
 _TOKENS_OF_CONTEXT = 8
 
 
 def decode_after_prompt(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray,
                         prompt: Sequence[int] | np.ndarray = ()) -> bytes:
-  """Returns the bytes that ids add to the text of a prompt.
+  """Returns the bytes that token ids add to the text of a prompt.
 
   Where words carry the space before them, as sentencepiece and WordPiece have
-  it, what is decoded alone begins without one: so the end of the prompt is
+  it, ids that are decoded alone begin without one. So the end of the prompt is
   decoded along, and cut off.
+
+  Args:
+    tokenizer: the tokenizer.
+    ids: the ids after the prompt.
+    prompt: the ids of the prompt.
   """
-  end = [int(token) for token in prompt[-_TOKENS_OF_CONTEXT:]]
-  before = tokenizer.decode_bytes(end)
-  whole = tokenizer.decode_bytes([*end, *ids])
+  end_of_prompt = [int(token) for token in prompt[-_TOKENS_OF_CONTEXT:]]
+  text_of_prompt = tokenizer.decode_bytes(end_of_prompt)
+  text = tokenizer.decode_bytes([*end_of_prompt, *ids])
   # A decoder that tidies up may change the end of the prompt.
-  if whole.startswith(before):
-    return whole[len(before):]
+  if text.startswith(text_of_prompt):
+    return text[len(text_of_prompt):]
   return tokenizer.decode_bytes(ids)

@@ -63,14 +63,15 @@ _LOCK_OF_PARSER = threading.Lock()
 
 def select_documents(numbers: np.ndarray, every: int | None, split: str,
                      part: str = '') -> np.ndarray:
-  """Tells which documents belong to a split.
+  """Returns bool [N]: which documents of a source belong to a split.
 
   Args:
-    numbers: int64 [N], their places in the source.
-    every: data.holdout_every, of which 0 holds nothing out; None: the source
-      has its split for itself (data.eval_source), and all belong to it.
+    numbers: int64 [N], the places of the documents in the source.
+    every: data.holdout_every, the first document of each so many is held out;
+      0: none is; None: the source has its split for itself (data.eval_source),
+      and all belong to it.
     split: 'train' or 'eval'.
-    part: eval.part, which is read for 'eval'.
+    part: eval.part, the half of the held-out documents that is read for 'eval'.
   """
   # One of every so many documents is held out.
   wanted = np.ones(len(numbers), bool)
@@ -92,12 +93,12 @@ def select_documents(numbers: np.ndarray, every: int | None, split: str,
 
 
 class Table(NamedTuple):
-  """The sizes and kinds of the documents of a shard.
+  """The sizes and kinds of the documents of one shard (a file of tokens).
 
   Attributes:
     sizes: int64 [parts], the number of ids of each part of a document.
     bytes: int64 [parts], the bytes of its text in UTF-8.
-    kinds: uint8 [parts], indices into KINDS.
+    kinds: uint8 [parts], indices into KINDS_OF_PARTS.
     counts: int64 [documents], the parts of each document.
     checksums: uint32 [blocks], the CRC-32 of each block of ids.
   """
@@ -108,7 +109,8 @@ class Table(NamedTuple):
   checksums: np.ndarray
 
   def totals_of_documents(self) -> np.ndarray:
-    """Returns the ids and the bytes of each document, int64 [2, documents]."""
+    """Returns the numbers of ids and of bytes of each document, int64 [2,
+    documents]."""
     ends = np.cumsum(self.counts)
     totals = np.stack([sizes_to_bounds(self.sizes),
                        sizes_to_bounds(self.bytes)])
@@ -116,11 +118,11 @@ class Table(NamedTuple):
 
 
 class Tokens:
-  """The tokens of a folder that is whole.
+  """A complete folder of tokens, whose blocks are read as they are needed.
 
   Attributes:
     folder: where it is.
-    begun: what begun.json holds.
+    begun: the content of begun.json.
     table: number of a shard -> its Table.
   """
 
@@ -151,7 +153,11 @@ class Tokens:
     return joined[first - start:end - start]
 
   def _read_block(self, shard: int, block: int) -> np.ndarray:
-    """Returns the ids of a block, whose checksum is compared."""
+    """Returns the ids of a block of a shard.
+
+    Raises:
+      EnvironmentFailure: where they have another checksum.
+    """
     path = f'{self.folder}/{shard:05}.tokens'
     data = read_bytes(path, block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES)
     if zlib.crc32(data) != self.table(shard).checksums[block]:
@@ -159,7 +165,12 @@ class Tokens:
     return np.frombuffer(data, self._dtype)
 
   def _table(self, shard: int) -> Table:
-    """Returns the table of a shard, whose checksum and size are compared."""
+    """Returns the table of a shard.
+
+    Raises:
+      EnvironmentFailure: where it has another checksum, or the shard another
+        size.
+    """
     path = self.folder / f'{shard:05}.table'
     data = path.read_bytes()
     checksum = data[:4]
@@ -194,7 +205,13 @@ class Split:
 
   def __init__(self, tokens: Tokens, every: int | None, split: str, part: str,
                separator: int):
-    """Chooses documents by `every`, `split` and `part`, as `chosen` does."""
+    """Finds which documents of each shard belong to the split.
+
+    Args:
+      tokens: the tokens of the folder.
+      every, split, part: see `select_documents`.
+      separator: the id between documents.
+    """
     self.tokens = tokens
     self._chosen = (every, split, part)
     self._separator = separator
@@ -224,8 +241,12 @@ class Split:
     self._places = functools.lru_cache(MOST_TABLES)(self._find_places)
 
   def fill(self, tokens: np.ndarray, first: int) -> None:
-    """Fills `tokens`, which are separators, with the stream from token `first`
-    on, as far as it goes."""
+    """Writes the stream of tokens into an array, as far as it goes.
+
+    Args:
+      tokens: the array, which is full of separators.
+      first: the token of the stream that it begins with.
+    """
     # The shards' own streams follow the separator that all begins with.
     at = max(first - 1, 0)
     end = min(first - 1 + len(tokens), self.num_tokens)
@@ -238,7 +259,14 @@ class Split:
       at = stop
 
   def _fill_from(self, shard: int, tokens: np.ndarray, first: int) -> None:
-    """Fills `tokens` from a shard's stream: document, separator, document."""
+    """Writes a part of a shard's own stream into an array of separators.
+
+    Args:
+      shard: the number of the shard.
+      tokens: the array.
+      first: the token of the shard's stream, document, separator, document, ...
+        that it begins with.
+    """
     # The documents that the stream shows between the places first and end.
     starts, begins = self._places(shard)
     end = first + len(tokens)
@@ -259,26 +287,32 @@ class Split:
       tokens[part_start - first:part_stop - first] = part
 
   def _find_places(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns where each document of the split begins in the shard's stream,
-    and at last where that ends; and where each begins among the ids."""
+    """Finds the documents of the split in a shard.
+
+    Returns:
+      Where each begins in the shard's stream, and at last where that ends; and
+      where each begins among the ids of the file.
+    """
     sizes, _ = self.tokens.table(shard).totals_of_documents()
     wanted = self.select_in_shard(shard)
     return sizes_to_bounds(sizes[wanted]
                            + 1), sizes_to_bounds(sizes)[:-1][wanted]
 
   def select_in_shard(self, shard: int) -> np.ndarray:
-    """Tells which documents of a shard belong to the split."""
+    """Returns bool [documents]: which documents of a shard belong to the split.
+    """
     numbers = np.arange(self._firsts[shard], self._firsts[shard + 1])
     return select_documents(numbers, *self._chosen)
 
 
 class Documents:
-  """The documents of a split, of which each can be read by itself; the tables
+  """The documents of a split, each of which can be read by itself. The tables
   of all shards are kept in memory.
 
   Attributes:
     parts: int64 [parts + 1], where the parts of all documents begin and end.
-    kinds: uint8 [parts]; num_bytes: int64 [parts].
+    kinds: uint8 [parts], indices into KINDS_OF_PARTS.
+    num_bytes: int64 [parts], the bytes of their texts.
     first, end: int64 [N], the first part of each document of the split, and the
       one after its last.
   """
@@ -307,8 +341,8 @@ class Documents:
     return len(self.first)
 
   def read(self, first: int, end: int) -> np.ndarray:
-    """Returns the ids `first` to `end`, as `parts` counts them, of a document.
-    """
+    """Returns the ids `first` to `end` of all documents, as `parts` counts
+    them; they must be of one document."""
     shard = int(np.searchsorted(self._shards, first, side='right')) - 1
     shard = min(shard, len(self._shards) - 2)
     start = int(self._shards[shard])
@@ -324,7 +358,7 @@ class Documents:
 
 
 def load_tokens(text: str, name: str) -> Tokens:
-  """Returns the tokens of a folder.
+  """Opens a folder of tokens.
 
   Args:
     text: the folder, on disk or in a bucket.
@@ -350,7 +384,13 @@ def load_tokens(text: str, name: str) -> Tokens:
 
 
 def read_begun(folder: epath.Path) -> dict[str, Any]:
-  """Returns what begun.json holds, less the checksum that it may have."""
+  """Returns the content of begun.json, which says what a folder of tokens is
+  made of, without its checksum.
+
+  Raises:
+    EnvironmentFailure: for a damaged file.
+    RequestError: for tokens of another format.
+  """
   try:
     begun = dict(json.loads(storage.read_small(folder / BEGUN_FILE)))
   except (TypeError, ValueError, RecursionError) as error:
@@ -369,7 +409,7 @@ def read_begun(folder: epath.Path) -> dict[str, Any]:
 
 def find_finished_shards(folder: epath.Path, begun: dict[str,
                                                          Any]) -> list[bool]:
-  """Tells of which shards all files are there."""
+  """Returns for each shard whether all its files are there."""
   names = {path.name for path in folder.iterdir()}
   are_there = []
   for i in range(begun['shards']):
@@ -379,7 +419,8 @@ def find_finished_shards(folder: epath.Path, begun: dict[str,
 
 
 def check_tokenizer(tokens: Tokens, tokenizer: Tokenizer, name: str) -> None:
-  """Raises RequestError for a tokenizer other than the one of the tokens."""
+  """Raises RequestError for a tokenizer other than the one that made the
+  tokens."""
   made = tokens.begun['tokenizer']
   require(made['fingerprint'] == tokenizer.fingerprint,
           f'data source {name!r} was tokenised with {made["name"]!r}, '
@@ -389,12 +430,13 @@ def check_tokenizer(tokens: Tokens, tokenizer: Tokenizer, name: str) -> None:
 
 
 def sizes_to_bounds(sizes: Any) -> np.ndarray:
-  """Returns where things of these sizes begin, and where the last one ends."""
+  """Returns where things of these sizes begin one after another, and where the
+  last one ends, int64 [N + 1]."""
   return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
 def digest_json(described: Any) -> str:
-  """Returns a hash of what JSON can hold."""
+  """Returns a hash of a value that JSON can hold."""
   return hashlib.blake2b(json.dumps(described).encode('utf-8'),
                          digest_size=16).hexdigest()
 
@@ -421,6 +463,7 @@ def read_bytes(path: str, start: int, end: int) -> bytes:
 
 @functools.cache
 def _open_buckets() -> Any:
+  """Returns the file system of Google's buckets, of the package fsspec."""
   import fsspec
   storage.checked_path('gs://bucket/folder',
                        'data.source')  # sees what others write
@@ -428,6 +471,12 @@ def _open_buckets() -> Any:
 
 
 def damaged_file(path: Any, why: str) -> EnvironmentFailure:
+  """Returns the failure that a file of tokens is damaged.
+
+  Args:
+    path: the file.
+    why: what is wrong with it.
+  """
   return EnvironmentFailure(
       f'{path} is damaged ({why}): delete it, and the command that made the '
       'folder makes it again')
