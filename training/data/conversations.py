@@ -414,7 +414,7 @@ class Template:
               goes_on: bool = False) -> tuple[str, list[tuple[int, int]]]:
     """Renders a conversation by the template, in a process with limits.
 
-    Args: those of `render`.
+    The arguments are those of `render`.
 
     Returns:
       The text, and the (first character, end) of each block in it that is

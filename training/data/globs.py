@@ -12,10 +12,10 @@ _ANY_DEPTH = '**'
 def find_files(pattern: str) -> tuple[str, ...]:
   """Returns the files that an absolute pattern matches, sorted by their paths.
 
-  In it ** stands for no folder, or several, whose names do not begin with a
-  dot. Links are followed. A file to which several paths lead is there once, by
-  a path that ends in no link where there is one.
-  """
+  In the pattern ** stands for no folder, or several, whose names do not begin
+  with a dot. Links are followed. A file to which several paths lead is there
+  once, by a path that ends in no link where there is one."""
+  # Of the paths to one file, those that end in no link come first.
   paths = sorted({*filter(os.path.isfile, _find_paths(pattern))})
   paths.sort(key=os.path.islink)
   path_of: dict[tuple[int, int], str] = {}
@@ -30,16 +30,21 @@ def _find_paths(pattern: str) -> Iterator[str]:
   if _ANY_DEPTH not in parts:
     yield from glob.iglob(pattern)
     return
+  # The pattern before the first **, and the one after it in each folder below.
   place = parts.index(_ANY_DEPTH)
-  above = os.sep.join(parts[:place]) or os.sep
-  below = os.sep.join(parts[place + 1:]) or '*'
-  for folder in _walk_folders(sorted(glob.glob(above))):
-    yield from _find_paths(os.path.join(glob.escape(folder), below))
+  pattern_above = os.sep.join(parts[:place]) or os.sep
+  pattern_below = os.sep.join(parts[place + 1:]) or '*'
+  for folder in _walk_folders(sorted(glob.glob(pattern_above))):
+    yield from _find_paths(os.path.join(glob.escape(folder), pattern_below))
 
 
 def _walk_folders(tops: list[str]) -> Iterator[str]:
-  """Yields some folders and all below them, each once: one to which a link
-  leads, too, only where no other path leads to it."""
+  """Yields some folders and all folders below them, each once. A folder to
+  which a link leads comes last, and only where no other path leads to it.
+
+  Args:
+    tops: the folders to begin with.
+  """
   seen = set()
   # The last one is next. Links wait until no folder is left.
   folders = [*reversed(tops)]
@@ -65,8 +70,8 @@ def _walk_folders(tops: list[str]) -> Iterator[str]:
 
 
 def _list_folders(folder: str) -> list[str]:
-  """Returns the folders in a folder, and the links to folders; of one that may
-  not be read none, as the shell has it."""
+  """Returns the folders in a folder, and the links to folders, sorted. A folder
+  that may not be read has none, as the shell has it."""
   inner = []
   with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
     for entry in entries:
@@ -81,6 +86,7 @@ def _list_folders(folder: str) -> list[str]:
 
 
 def _inode_of_path(path: str) -> tuple[int, int]:
-  """Returns what tells a file or a folder from all others."""
+  """Returns the device and the inode of a path, which tell a file or a folder
+  from all others."""
   status = os.stat(path)
   return status.st_dev, status.st_ino

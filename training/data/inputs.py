@@ -9,7 +9,8 @@ import numpy as np
 
 from common.errors import require, short
 
-# The names of inputs and of the module's arguments, by stack.
+# By what a model stacks: how a caller names an input, and the argument of the
+# module that takes it.
 ARGUMENT_OF_INPUT = {
     'decoder': dict(tokens='tokens_BL', mask='segment_ids_BL'),
     'encoder': dict(tokens='tokens_BL', mask='segment_ids_BL',
@@ -23,16 +24,17 @@ ARGUMENT_OF_INPUT = {
 
 def arguments_of_module(stack: str, values: Mapping[str, Any], vocab_size: int
            ) -> dict[str, jax.Array]:
-  """Returns the module's arguments by name, int32 [B, L]; [L] is one row.
+  """Returns the inputs of a model, checked and as its arguments, int32 [B, L].
 
   Args:
     stack: what the model stacks, as `architectures.stack` names it.
-    values: by the first names of NAMES: tokens and decoder_tokens, which are
-      ids; masks, types.
+    values: {tokens, decoder_tokens, mask, decoder_mask or types: an array [B,
+      L], or [L] for one row}.
     vocab_size: how many ids the model has.
 
   Raises:
-    RequestError: for what is none, or is not as long as its tokens.
+    RequestError: for a value that is not such an array, or is not as long as
+      its tokens.
   """
   names = ARGUMENT_OF_INPUT[stack]
   for name in values:
@@ -68,10 +70,14 @@ def arguments_of_module(stack: str, values: Mapping[str, Any], vocab_size: int
 
 
 def array_of_rows(name: str, value: Any) -> Any:
-  """Returns an array [B, L] of numbers, of jax or of numpy.
+  """Returns numbers as an array [B, L], of jax or of numpy; one row may be [L].
+
+  Args:
+    name: the name of the input, for messages.
+    value: the numbers.
 
   Raises:
-    RequestError: for what is none.
+    RequestError: for a value that is not such an array.
   """
   array = value
   if not isinstance(value, jax.Array):
@@ -90,7 +96,13 @@ def array_of_rows(name: str, value: Any) -> Any:
 def check_ids(name: str, tokens: Any, vocab_size: int) -> None:
   """Raises RequestError for an id without a row in the table of embeddings, for
   which JAX would take the first or the last, and for numbers that are no
-  integers. Traced ids pass: they are not known."""
+  integers. Traced ids pass: they are not known.
+
+  Args:
+    name: the name of the input, for messages.
+    tokens: the ids.
+    vocab_size: how many ids the model has.
+  """
   if not isinstance(tokens, jax.Array):
     tokens = np.asarray(tokens)
   require(tokens.size == 0 or jnp.issubdtype(tokens.dtype, jnp.integer),

@@ -38,12 +38,12 @@ _ONE_AT_A_TIME = threading.Lock()
 
 def call_with_limits(what: str, function: str, *args: Any,
                      keep: bool = False) -> Any:
-  """Returns what a function of this file returns in the process with limits.
+  """Calls a function of this file in a process with limits of time and memory.
 
   Args:
-    what: what fails, as the beginning of a sentence.
-    function: its name.
-    *args: what it takes, as JSON has it.
+    what: the beginning of a message, which says what fails.
+    function: the name of the function.
+    *args: its arguments, as JSON has them.
     keep: whether the process stays for the next call. Else its memory is free
       again, of which a large vocabulary takes much.
 
@@ -76,7 +76,12 @@ def call_with_limits(what: str, function: str, *args: Any,
 
 @functools.cache
 def _start_limited_process(_: int) -> Any:
-  """Returns the process with limits of the process of this number."""
+  """Starts the process with limits, once for each process that calls it.
+
+  Args:
+    _: the id of the calling process, so that a fork starts a process of its
+      own.
+  """
   paths = os.pathsep.join(map(os.path.abspath, sys.path))
   return subprocess.Popen(
       [sys.executable, '-P', '-m', __name__,
@@ -90,8 +95,8 @@ def _start_limited_process(_: int) -> Any:
 
 def render(template: str, chat: Sequence[Mapping[str, str]],
            options: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-  """Returns the text of a conversation, and where {% generation %} blocks stand
-  in it.
+  """Returns the text of a conversation by a Jinja template, and the (first
+  character, end) of each {% generation %} block in it.
 
   Args:
     template: the Jinja template.
@@ -116,15 +121,23 @@ def render(template: str, chat: Sequence[Mapping[str, str]],
 
 
 def read_json(file: str) -> None:
-  """Reads a tokenizer.json and tries it."""
+  """Reads a tokenizer.json, and tries to encode and to decode with it."""
   import tokenizers
   _try_tokenizer(tokenizers.Tokenizer.from_file(file))
 
 
 def read_others(folder: str, kinds: Sequence[str]
                 ) -> tuple[str, dict[str, int | None]]:
-  """Returns the tokenizer.json that transformers makes of a folder without one,
-  and the ids of these kinds of special tokens."""
+  """Reads a folder without a tokenizer.json by transformers.
+
+  Args:
+    folder: the folder.
+    kinds: kinds of special tokens, such as eos.
+
+  Returns:
+    The tokenizer.json that transformers makes of it; and the id of each kind of
+    special token, or None.
+  """
   transformers = texts.import_extra('transformers', 'it', 'hf')
   theirs = transformers.AutoTokenizer.from_pretrained(
       folder, local_files_only=True)
@@ -134,8 +147,12 @@ def read_others(folder: str, kinds: Sequence[str]
 
 
 def _try_tokenizer(pipeline: Any) -> None:
-  """Encodes and decodes short texts and a long one, within this process's
-  limits."""
+  """Encodes and decodes short texts and a long one, within the limits of this
+  process.
+
+  Raises:
+    RequestError: for a normaliser that makes texts much longer.
+  """
   pipeline.decode(pipeline.encode('a', 'b').ids)
   if pipeline.normalizer:
     size = len(pipeline.normalizer.normalize_str(_LONG_TEXT))
@@ -146,7 +163,7 @@ def _try_tokenizer(pipeline: Any) -> None:
 
 
 def main() -> None:
-  """Answers calls, a line each, until who asks has ended."""
+  """Answers calls, one a line, until the process that asks has ended."""
   seconds, size, at_most = map(int, sys.argv[1:])
   # Limits that hold until the process ends.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

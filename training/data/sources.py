@@ -1030,7 +1030,7 @@ def content_digest(source: Source, tokenizer: Tokenizer, cache_dir: str) -> str:
   """Returns the hash of the content of a source, which is read unless the cache
   of tokens has it.
 
-  Args: those of `load_or_tokenize`."""
+  The arguments are those of `load_or_tokenize`."""
   path = _folder_of_entry(source, tokenizer, cache_dir)
   if (path / tokens.BEGUN_FILE).exists():
     return tokens.read_begun(path)['content']

@@ -41,16 +41,20 @@ Rows = Iterator[tuple[str, dict[str, Any]]]  # where it stands, and what it has
 def decode_text(data: bytes, where: str) -> str:
   """Returns UTF-8 bytes as text.
 
+  Args:
+    data: the bytes.
+    where: where they stand, for messages.
+
   Raises:
-    RequestError: for what is not UTF-8, and for what is but holds so many
-      control characters that it was not written as such.
+    RequestError: for bytes that are not UTF-8, or hold so many control
+      characters that they were not written as text.
   """
   # A file of another form is known by how it begins.
-  for start, form in _ADVICE_FOR_FIRST_BYTES.items():
-    require(not data.startswith(start), f'{where} is {form}')
+  for first_bytes, advice in _ADVICE_FOR_FIRST_BYTES.items():
+    require(not data.startswith(first_bytes), f'{where} is {advice}')
   # Damaged and binary data may be valid UTF-8, too.
-  for at in range(0, len(data), _CHECKED_BYTES):
-    part = data[at:at + _CHECKED_BYTES]
+  for start in range(0, len(data), _CHECKED_BYTES):
+    part = data[start:start + _CHECKED_BYTES]
     controls = len(part) - len(part.translate(None, _CONTROL_CHARACTERS))
     require(controls <= max(_ALLOWED_CONTROL_CHARACTERS, len(part) // 20),
             f'{where} is no '
@@ -64,8 +68,13 @@ def decode_text(data: bytes, where: str) -> str:
 
 
 def check_size(where: str, size: int) -> None:
-  """Raises RequestError for `size` bytes that are read at once and do not fit
-  into this machine's memory twice: as bytes, and as text."""
+  """Raises RequestError for a file, or a part of one, that does not fit into
+  this machine's memory twice: as bytes, and as text.
+
+  Args:
+    where: the file or the part, for messages.
+    size: its bytes, which are read at once.
+  """
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   require(2 * size <= memory, f'{where} has {size / 2**30:,.1f} GiB, which are '
           f'read at once, and this machine has {memory / 2**30:,.1f} GiB of '
@@ -73,14 +82,25 @@ def check_size(where: str, size: int) -> None:
 
 
 def read_text(path: str) -> str:
-  """Returns the text of a file."""
+  """Returns the text of a UTF-8 file.
+
+  Raises:
+    RequestError: for a file that does not fit into memory, or is not text.
+  """
   check_size(path, os.stat(path).st_size)
   return decode_text(pathlib.Path(path).read_bytes(), path)
 
 
 def read_lines(path: str, all_lines: bool = False) -> Iterator[tuple[str, str]]:
-  """Yields (where it stands, text) of the lines of a file, or of those that
-  hold text."""
+  """Yields (where it stands, text) of the lines of a UTF-8 file.
+
+  Args:
+    path: the file.
+    all_lines: whether lines without text are yielded too.
+
+  Raises:
+    RequestError: naming the line that is not text.
+  """
   with open(path, 'rb') as file:
     number = 0
     while line := file.readline(MOST_BYTES_OF_LINE):
@@ -98,7 +118,11 @@ def read_lines(path: str, all_lines: bool = False) -> Iterator[tuple[str, str]]:
 
 
 def parse_json(data: bytes | str, where: str) -> Any:
-  """Returns what UTF-8 JSON holds."""
+  """Returns the value that UTF-8 JSON holds.
+
+  Raises:
+    RequestError: for broken JSON.
+  """
   text = data if isinstance(data, str) else decode_text(data, where)
   try:
     return json.loads(text)
@@ -107,8 +131,16 @@ def parse_json(data: bytes | str, where: str) -> Any:
 
 
 def check_text(text: Any, where: str) -> str:
-  """Returns a string that can be written as UTF-8: JSON may hold half of a
-  surrogate pair."""
+  """Returns a string, after a check that it can be written as UTF-8: JSON may
+  hold half of a surrogate pair.
+
+  Args:
+    text: the value.
+    where: where it stands, for messages.
+
+  Raises:
+    RequestError: for any other value.
+  """
   if not isinstance(text, str):
     raise RequestError(f'{where} is {short(text)}, not a string.')
   try:
@@ -119,12 +151,15 @@ def check_text(text: Any, where: str) -> str:
 
 
 def read_rows(path: str, names: bool = True) -> Rows:
-  """Yields the rows of a .tsv or a .csv, or of a file of JSON: the objects of a
-  list, or one a line.
+  """Yields (where it stands, {column: value}) of each row of a file: a .tsv, a
+  .csv, or JSON with the objects of a list, or one object a line.
 
   Args:
     path: the file.
     names: whether the first line of a table names its columns.
+
+  Raises:
+    RequestError: naming the row that is broken.
   """
   if path.endswith(TABLE_ENDINGS):
     yield from _read_table(path, names)
@@ -138,27 +173,34 @@ def read_rows(path: str, names: bool = True) -> Rows:
 
 
 def _read_json_list(path: str) -> Iterator[tuple[str, Any]]:
-  """Yields (where it stands, value) of each value of a list of JSON."""
+  """Yields (where it stands, value) of each value of a file with a list of
+  JSON."""
   for number, row in enumerate(parse_json(read_text(path), path), 1):
     yield f'{path}, record {number}', row
 
 
 def _read_json_lines(path: str) -> Iterator[tuple[str, Any]]:
-  """Yields (where it stands, value) of a file with a value of JSON a line."""
+  """Yields (where it stands, value) of each line of a file, which is a value of
+  JSON."""
   for where, line in read_lines(path):
     yield where, parse_json(line, f'{where},')
 
 
 def _read_table(path: str, names: bool) -> Rows:
-  """Yields the rows of a .tsv or a .csv; see `rows`."""
+  """Yields (where it stands, {column: cell}) of each row of a .tsv or a .csv.
+
+  The arguments are those of `read_rows`."""
+  # In a .tsv quotes mean nothing, as in the files of GLUE.
   csv.field_size_limit(2**31 - 1)  # else a field of 131,073 is refused
-  form: dict[str, Any] = {}
+  dialect: dict[str, Any] = {}
   if path.endswith('.tsv'):
-    form = dict(delimiter='\t', quoting=csv.QUOTE_NONE)
+    dialect = dict(delimiter='\t', quoting=csv.QUOTE_NONE)
   text = io.StringIO(read_text(path).removeprefix('\ufeff'), newline='')
-  reader = csv.reader(text, strict=True, **form)
+  reader = csv.reader(text, strict=True, **dialect)
+
+  # The first line with text may name the columns; a row may have several lines.
   columns = None
-  begin = 1
+  first_line = 1
   try:
     for cells in reader:
       if any(map(str.strip, cells)):
@@ -166,23 +208,39 @@ def _read_table(path: str, names: bool) -> Rows:
           columns = cells
         else:
           numbers = map(str, itertools.count())
-          yield f'{path}, line {begin}', dict(zip(columns or numbers, cells))
-      begin = reader.line_num + 1
+          row = dict(zip(columns or numbers, cells))
+          yield f'{path}, line {first_line}', row
+      first_line = reader.line_num + 1
   except csv.Error as error:
-    raise RequestError(f'{path}, line {begin}, is broken CSV: {error}.'
+    raise RequestError(f'{path}, line {first_line}, is broken CSV: {error}.'
                        ) from error
 
 
 def check_columns(columns: Iterable[str], names: Iterable[str], where: str
                   ) -> None:
-  """Raises RequestError for one of `names` that is none of the columns."""
+  """Raises RequestError for a name that none of the columns has.
+
+  Args:
+    columns: the columns of a row or a file.
+    names: the columns that are read.
+    where: the row or the file, for messages.
+  """
   for name in names:
     require(name in columns, f'{where} has no field {name!r}: it has '
             f'{", ".join(columns)}')
 
 
 def import_extra(module: str, who: str, extra: str) -> Any:
-  """Returns a module; RequestError: of a package that is not installed."""
+  """Returns a module of an optional package.
+
+  Args:
+    module: the dotted name of the module.
+    who: the thing that needs it, for messages.
+    extra: the extra of this project that installs it.
+
+  Raises:
+    RequestError: where the package is not installed.
+  """
   # transformers would advise all users to install PyTorch.
   os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
   try:

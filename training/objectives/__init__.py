@@ -492,7 +492,7 @@ class Objective:
                    ) -> losses.TokenLosses:
     """Returns the loss of each token by itself; for evaluation.
 
-    Args: those of `apply`."""
+    The arguments are those of `apply`."""
     output = self.apply(module, params, batch)
     assert output.head is not None  # else there are no logits
     return losses.token_losses(output.hidden, output.head, batch['targets'])

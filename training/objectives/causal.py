@@ -104,7 +104,7 @@ class Causal(Objective):
               config: Config, tokenizer: Tokenizer) -> Row:
     """Returns one row for a decoder that predicts each next token.
 
-    Args: see Objective.example.
+    The arguments are those of Objective.example.
 
     Returns:
       The arrays of the row, [L]: tokens; targets, the token after each; and
@@ -147,7 +147,7 @@ class Prefix(Objective):
               tokenizer: Tokenizer) -> Row:
     """Returns one row whose first tokens, of a random number, are the prefix.
 
-    Args: see Objective.example.
+    The arguments are those of Objective.example.
 
     Returns:
       The arrays of the row: tokens, targets and weights [L], where a weight is

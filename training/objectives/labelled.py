@@ -51,12 +51,18 @@ SCORE_OF_PADDING = -1e30  # the score of padding
 
 
 def find_stack(config: Config) -> str:
-  """Returns what the model of a run stacks, however far it is resolved."""
+  """Returns whether the model of a run is an encoder, a decoder or both,
+  however far its config is resolved."""
   return architectures.systems()[config.model.arch].STACK
 
 
 def arrays_of_texts(config: Config, **numbers: type) -> dict[str, Shape]:
-  """Returns the arrays of a row of one or two texts, and numbers by name."""
+  """Returns {key: (shape, dtype)} of a row of one or two texts.
+
+  Args:
+    config: the config of the run.
+    **numbers: further keys of one number a row, and their types.
+  """
   ids = (config.data.length,), np.int32
   arrays = dict(tokens=ids, segment_ids=ids, weights=((), np.float32))
   for name, dtype in numbers.items():
@@ -68,14 +74,18 @@ def arrays_of_texts(config: Config, **numbers: type) -> dict[str, Shape]:
 
 def classification_figures(output: Output, batch: Batch, config: Config,
                            targets: str) -> Figures:
-  """Returns the cross-entropy of batch[targets], [B] or [B, L], and how many
-  are likeliest.
+  """Returns the cross-entropy of labels, and the share of them that is
+  likeliest.
+
+  The loss of a label is -sum_k q_k log softmax(scores)_k, with q = (1 - s)
+  onehot(label) + s / K and the label smoothing s.
 
   Args:
-    output: the output of the model, with a score for each label.
-    batch: the batch.
+    output: the output of the model, with scores [B, K] or [B, L, K] of K
+    labels.
+    batch: the batch, with weights [B] or [B, L].
     config: the config of the run.
-    targets: the key of the right labels in the batch.
+    targets: the key of the right labels in the batch, [B] or [B, L].
   """
   scores = output.extra['scores']
   weights = batch['weights']
@@ -91,18 +101,25 @@ def classification_figures(output: Output, batch: Batch, config: Config,
 
 
 def start_of_paragraph(item: records.Window) -> int:
-  """Returns where the paragraph begins in a row."""
+  """Returns the place in a row at which the paragraph begins."""
   return 1 + len(item.question) + item.between
 
 
 def length_of_row(item: records.Window) -> int:
-  """Returns how many tokens a row has."""
+  """Returns how many tokens the row of a question and a part of its paragraph
+  has."""
   return (len(item.question) + len(item.context)
           + records.count_special_tokens(2, item.between))
 
 
 def place_of_null_token(item: records.Window, kind: str) -> int:
-  """Returns where the token stands whose scores are those of no answer."""
+  """Returns the place of the token whose scores are those of no answer: [CLS]
+  of an encoder, and the last token of a decoder.
+
+  Args:
+    item: a question and a part of its paragraph.
+    kind: what the model stacks: 'encoder' or 'decoder'.
+  """
   if kind == 'encoder':
     return 0
   return length_of_row(item) - 1
@@ -125,7 +142,10 @@ class TextObjective(Labelled):
 
   def example(self, item: records.Item, rng: np.random.Generator | None,
               config: Config, tokenizer: Tokenizer) -> Row:
-    """Returns one row.
+    """Returns the row of one text or of a pair of texts, with special tokens
+    around.
+
+    The arguments are those of Objective.example.
 
     Returns:
       The arrays of the row: tokens and segment_ids [up to L], for an encoder
@@ -133,17 +153,18 @@ class TextObjective(Labelled):
       weight [], under targets and weights.
     """
     # A separator follows each text, and some systems have two between texts.
-    first, after = records.special_tokens(tokenizer, find_stack(config))
-    pieces = [[first]]
+    start_id, separator_id = records.special_tokens(tokenizer,
+                                                    find_stack(config))
+    token_parts = [[start_id]]
     types = [0]
-    last = len(item.texts) - 1
+    last_text = len(item.texts) - 1
     for number, ids in enumerate(item.texts):
-      separators = [after]
-      if number < last:
-        separators = [after] * item.between
-      pieces += [ids, separators]
+      separators = [separator_id]
+      if number < last_text:
+        separators = [separator_id] * item.between
+      token_parts += [ids, separators]
       types += [number] * (len(ids) + len(separators))
-    row = dict(tokens=np.concatenate(pieces).astype(np.int32),
+    row = dict(tokens=np.concatenate(token_parts).astype(np.int32),
                segment_ids=np.ones(len(types)), targets=item.target,
                weights=item.weight)
     if find_stack(config) == 'encoder':
@@ -189,8 +210,10 @@ class Regression(TextObjective):
     return None
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
-    """Returns the squared error of targets [B], in what they are measured in.
-    """
+    """Returns the squared and the absolute error of targets [B], in the units
+    of the data.
+
+    The arguments are those of Objective.figures."""
     weights_B = batch['weights']
     error_B = output.extra['scores'][:, 0] - batch['targets']
     squared = error_B ** 2
@@ -212,15 +235,19 @@ class TokenClassification(Labelled):
 
   def example(self, item: records.Piece, rng: np.random.Generator | None,
               config: Config, tokenizer: Tokenizer) -> Row:
-    """Returns one row.
+    """Returns the row of a sentence, or of a part of it, with a label for each
+    word.
+
+    The arguments are those of Objective.example.
 
     Returns:
       The arrays of the row, [up to L]: tokens; segment_ids, which are 1;
       labels, the number of the label of each token; and weights, 1 where a
       label counts.
     """
-    first, after = records.special_tokens(tokenizer, find_stack(config))
-    tokens = np.concatenate([[first], item.ids, [after]])
+    start_id, separator_id = records.special_tokens(tokenizer,
+                                                    find_stack(config))
+    tokens = np.concatenate([[start_id], item.ids, [separator_id]])
     return dict(tokens=tokens, segment_ids=np.ones(len(tokens)),
                 labels=np.pad(item.targets, 1), weights=np.pad(item.weights, 1))
 
@@ -251,24 +278,27 @@ class QuestionAnswering(Labelled):
 
   def example(self, item: records.Window, rng: np.random.Generator | None,
               config: Config, tokenizer: Tokenizer) -> Row:
-    """Returns one row.
+    """Returns the row of a question and a part of its paragraph.
+
+    The arguments are those of Objective.example.
 
     Returns:
       The arrays of the row: tokens and segment_ids [up to L], for an encoder
       also types [up to L], 1 for tokens of the paragraph; starts and ends [],
       the places of the first and the last token of the answer; weights [], 1.
     """
-    kind = find_stack(config)
-    first, after = records.special_tokens(tokenizer, kind)
-    tokens = np.concatenate([[first], item.question, [after] * item.between,
-                             item.context, [after]])
+    stack = find_stack(config)
+    start_id, separator_id = records.special_tokens(tokenizer, stack)
+    separators = [separator_id] * item.between
+    tokens = np.concatenate([[start_id], item.question, separators,
+                             item.context, [separator_id]])
     # The place of the null token stands for no answer.
-    start = end = place_of_null_token(item, kind)
+    start = end = place_of_null_token(item, stack)
     if item.answer is not None:
       start, end = (start_of_paragraph(item) + place for place in item.answer)
     row = dict(tokens=tokens, segment_ids=np.ones(len(tokens)), starts=start,
                ends=end, weights=1.0)
-    if kind == 'encoder':
+    if stack == 'encoder':
       row['types'] = np.arange(len(tokens)) >= start_of_paragraph(item)
     return row
 
@@ -282,8 +312,14 @@ class QuestionAnswering(Labelled):
     return math.log(config.data.length)
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
-    """Returns the cross-entropy of starts [B] and ends [B], and of how many
-    rows both are likeliest."""
+    """Returns the loss of the places at which answers start and end (Devlin et
+    al. 2019, section 4.2), and the share of rows in which both are likeliest.
+
+    Args:
+      output: the output of the model, with scores [B, L, 2].
+      batch: the batch, with starts [B] and ends [B].
+      config: the config of the run.
+    """
     # U, the last axis, stands for the start and the end of an answer.
     real_BL1 = batch['segment_ids'][..., None] != 0
     scores_BLU = jnp.where(real_BL1, output.extra['scores'], SCORE_OF_PADDING)

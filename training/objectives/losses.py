@@ -105,7 +105,7 @@ def token_losses(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array, *,
                  chunk: int = 0) -> TokenLosses:
   """Returns each token's negative log-likelihood; for evaluation.
 
-  Args: those of `cross_entropy`."""
+  The arguments are those of `cross_entropy`."""
   settings = _choose_settings(hidden_BLD, head=head, z_loss=0.0,
                               label_smoothing=0.0, chunk=chunk)
   return _scan_token_losses(settings, hidden_BLD=hidden_BLD, head=head,
@@ -143,7 +143,7 @@ def _sum_losses(settings: _LossSettings, hidden_BLD: jax.Array, head: Head,
   token, through which no gradient goes. `_sum_losses_forward` and
   `_sum_losses_backward` have its gradient.
 
-  Args: those of `_scan_token_losses`, and weights_BL, how much each token
+  The arguments are those of `_scan_token_losses`, and weights_BL, how much each token
     counts."""
   tokens = _scan_token_losses(settings, hidden_BLD=hidden_BLD, head=head,
                               targets_BL=targets_BL)
@@ -370,7 +370,7 @@ def _choose_settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
   the shards of the devices, and these into chunks of positions as even as can
   be.
 
-  Args: those of `cross_entropy`."""
+  The arguments are those of `cross_entropy`."""
   # The shards.
   batch, length, _ = hidden_BLD.shape
   rows = sharding.count_shards('batch', batch)

@@ -421,7 +421,7 @@ class MaskedWords(Objective):
               config: Config, tokenizer: Tokenizer) -> Row:
     """Returns one masked row of text.
 
-    Args: see Objective.example.
+    The arguments are those of Objective.example.
 
     Returns:
       The arrays of the row, [L]: tokens; targets; weights, 1 where a token is
@@ -457,7 +457,7 @@ class NextSentence(Objective):
     """Returns one masked pair of texts, of which the second is replaced half of
     the time by tokens of another document.
 
-    Args: see Objective.example.
+    The arguments are those of Objective.example.
 
     Returns:
       The arrays of the row: tokens, types, segment_ids and targets [L]; weights
@@ -510,7 +510,7 @@ class SentenceOrder(NextSentence):
     """Returns one masked pair of texts as NextSentence does, of which the order
     is swapped half of the time. nsp_targets is 1 where it is.
 
-    Args: see Objective.example."""
+    The arguments are those of Objective.example."""
     place = int(rng.integers(1, len(item.tokens)))
     first, second = np.split(item.tokens, [place])
     is_swapped = rng.random() < 0.5
@@ -531,7 +531,7 @@ class MaskedDiffusion(Objective):
               config: Config, tokenizer: Tokenizer) -> Row:
     """Returns one row of which a random share of the tokens is masked.
 
-    Args: see Objective.example.
+    The arguments are those of Objective.example.
 
     Returns:
       The arrays of the row, [L]: tokens; targets; weights, 1 / t where a token
@@ -559,7 +559,7 @@ class MaskedDiffusion(Objective):
     tokens over the number of all tokens (Nie et al. 2025, equation 3). The
     accuracy is a mean over the masked ones, by weight.
 
-    Args: see Objective.figures."""
+    The arguments are those of Objective.figures."""
     figures = objectives.token_loss_figures(output, batch, config)
     for name in figures.keys() - {'accuracy'}:
       figures[name] = Mean(figures[name].total, count_tokens(batch))

@@ -48,7 +48,7 @@ class ReplacedTokens(Objective):
               config: Config, tokenizer: Tokenizer) -> Row:
     """Returns one row of which some words are replaced by masks.
 
-    Args: see Objective.example.
+    The arguments are those of Objective.example.
 
     Returns:
       The arrays of the row: tokens and segment_ids [up to L], with

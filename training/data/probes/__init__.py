@@ -35,12 +35,20 @@ FIELDS = (*DERIVED_FIELDS, 'random_non_queries')
 
 
 def find_probe(config: ml_collections.ConfigDict) -> Probe:
-  """Returns the probe that data.source names; RequestError: it names none."""
+  """Returns the probe (a small task) that data.source names.
+
+  Raises:
+    RequestError: where it names none.
+  """
   return PROBES[parse_probe_name(config.data.source)]
 
 
 def parse_probe_name(source: str) -> str:
-  """Returns the NAME of 'probe:NAME'; RequestError where there is no such."""
+  """Returns the NAME of 'probe:NAME'.
+
+  Raises:
+    RequestError: where there is no such probe.
+  """
   require(source.startswith(PREFIX_OF_SOURCE),
           f'data.source is {source!r}, and '
           "objective 'probe' reads a probe: write probe:NAME, with a NAME of "
@@ -51,8 +59,8 @@ def parse_probe_name(source: str) -> str:
 
 
 def read_settings(config: ml_collections.ConfigDict) -> Settings:
-  """Returns the settings of a run's probe: where its config leaves a field
-  empty or at 0, what is published."""
+  """Returns the settings with which a run's probe draws its rows: those of the
+  config or, where it leaves a field empty or at 0, the published ones."""
   probe = find_probe(config)
   fields = config.probe
   return Settings(
@@ -64,14 +72,14 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
 
 
 def held_out_seed(config: ml_collections.ConfigDict) -> int:
-  """Returns the seed of the rows that are held out: of each eval.part others,
-  and the same for all runs."""
+  """Returns the seed of the rows that are held out: another one for each
+  eval.part, and the same for all runs."""
   return _SEED_OF_HELD_OUT_PART[config.eval.part]
 
 
 def check_probe(config: ml_collections.ConfigDict) -> None:
-  """Raises RequestError for settings of which no row can be drawn, or that the
-  probe does not read."""
+  """Raises RequestError for settings with which no row can be drawn, or that
+  the probe of the run does not read."""
   name = parse_probe_name(config.data.source)
   probe = PROBES[name]
   chosen = read_settings(config)
@@ -93,7 +101,13 @@ def check_probe(config: ml_collections.ConfigDict) -> None:
 
 
 def check_level(name: str, level: Level, chosen: Settings) -> None:
-  """Raises RequestError for a level that cannot be drawn at settings.length."""
+  """Raises RequestError for a level that cannot be drawn.
+
+  Args:
+    name: the name of the probe.
+    level: the difficulty of a row.
+    chosen: the settings, with the length that a row must fit into.
+  """
   probe = PROBES[name]
   where = f'probe {name!r} with {level!r} {probe.level}'
   # A level is a number, not a truth value.
@@ -114,8 +128,8 @@ def check_level(name: str, level: Level, chosen: Settings) -> None:
 
 @functools.cache
 def digest_probe(name: str) -> str:
-  """Returns a hash of the first rows that a probe draws as it is published, of
-  training and of those held out."""
+  """Returns a hash of the first rows that a probe draws with its published
+  settings, of training and of those held out."""
   probe = PROBES[name]
   published = Settings(
       length=probe.length, levels=probe.levels, vocab=probe.vocab,
@@ -131,11 +145,12 @@ def digest_probe(name: str) -> str:
 
 
 class Rows:
-  """The rows of one split as a sequence: what a batch is made of.
+  """The rows of one split of a probe, as a sequence; each is drawn when it is
+  read.
 
   Args:
     probe: the task.
-    settings: what it draws with.
+    settings: the settings with which it draws rows.
     split: 'train' or 'eval'.
     seed: the seed of the rows.
     levels: the levels of its rows; (): settings.levels.
@@ -143,7 +158,7 @@ class Rows:
 
   def __init__(self, probe: Probe, settings: Settings, split: str, seed: int,
                levels: tuple[Level, ...] = ()):
-    """Counts the rows, of which each is drawn when it is asked for."""
+    """Counts the rows, of which none is drawn yet."""
     self._probe = probe
     self._settings = settings._replace(test=split == 'eval')
     self._levels = levels or settings.levels

@@ -55,7 +55,14 @@ class Row(NamedTuple):
 
 def ask_at_places(tokens: np.ndarray, places: np.ndarray,
                   answers: np.ndarray) -> Row:
-  """Returns the row that asks for `answers` at `places` of its tokens."""
+  """Returns the row of a probe that asks for answers at some places of its
+  tokens.
+
+  Args:
+    tokens: int [T].
+    places: int [A], the places.
+    answers: int [A], the target at each place.
+  """
   targets = np.zeros(len(tokens), np.int32)
   asked = np.zeros(len(tokens), bool)
   targets[places] = answers
@@ -64,16 +71,17 @@ def ask_at_places(tokens: np.ndarray, places: np.ndarray,
 
 
 def ask_to_write(prompt: np.ndarray, answer: np.ndarray) -> Row:
-  """Returns the row in which `answer` is to be written after `prompt`: each of
-  its ids is asked for at the place before it."""
+  """Returns the row of a probe in which an answer is to be written after a
+  prompt: each of its ids is asked for at the place before it."""
   tokens = np.concatenate([prompt, answer])
   places = np.arange(len(prompt) - 1, len(tokens) - 1)
   return ask_at_places(tokens[:-1], places, answer)
 
 
 def limit_to_training_levels(settings: Settings, level: Level) -> str:
-  """Returns the limit of a probe whose rows of a level have letters or signs of
-  their own, which a model knows up to the hardest one of training."""
+  """Returns the reason why a level cannot be drawn, where it is harder than all
+  those of training; '' where it can. It is the limit of a probe whose levels
+  have letters or signs of their own, which a model has to know."""
   if level <= settings.most:
     return ''
   return f'training has at most {settings.most}'
@@ -117,7 +125,13 @@ class Probe:
 
   def draw(self, rng: np.random.Generator, level: Level, settings: Settings
            ) -> Row:
-    """Returns a row of a level."""
+    """Draws a row of a level.
+
+    Args:
+      rng: the generator of the draws.
+      level: the difficulty of the row.
+      settings: the settings of the probe.
+    """
     raise NotImplementedError
 
   def size(self, level: Level, settings: Settings) -> int:
@@ -125,9 +139,10 @@ class Probe:
     raise NotImplementedError
 
   def vocab_size(self, settings: Settings) -> int:
-    """Returns how many ids there are: model.vocab_size."""
+    """Returns how many ids the task has: model.vocab_size."""
     raise NotImplementedError
 
   def limit(self, settings: Settings, level: Level) -> str:
-    """Returns the reason why a level cannot be drawn; '': it can."""
+    """Returns the reason why a level cannot be drawn with these settings; ''
+    where it can."""
     return ''
