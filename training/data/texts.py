@@ -56,11 +56,11 @@ def decode_text(data: bytes, where: str) -> str:
   for start in range(0, len(data), _CHECKED_BYTES):
     part = data[start:start + _CHECKED_BYTES]
     controls = len(part) - len(part.translate(None, _CONTROL_CHARACTERS))
-    require(controls <= max(_ALLOWED_CONTROL_CHARACTERS, len(part) // 20),
-            f'{where} is no '
-            f'text: of {len(part):,} bytes from byte {at:,} on {controls:,} '
-            'are control characters, as in UTF-16, of which UTF-8 has to be '
-            'made, or in a damaged or binary file')
+    most_controls = max(_ALLOWED_CONTROL_CHARACTERS, len(part) // 20)
+    require(controls <= most_controls, f'{where} is no text: of '
+            f'{len(part):,} bytes from byte {start:,} on {controls:,} are '
+            'control characters, as in UTF-16, of which UTF-8 has to be made, '
+            'or in a damaged or binary file')
   try:
     return data.decode('utf-8')
   except UnicodeDecodeError as error:

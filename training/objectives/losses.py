@@ -143,8 +143,8 @@ def _sum_losses(settings: _LossSettings, hidden_BLD: jax.Array, head: Head,
   token, through which no gradient goes. `_sum_losses_forward` and
   `_sum_losses_backward` have its gradient.
 
-  The arguments are those of `_scan_token_losses`, and weights_BL, how much each token
-    counts."""
+  The arguments are those of `_scan_token_losses`, and weights_BL, how much each
+  token counts."""
   tokens = _scan_token_losses(settings, hidden_BLD=hidden_BLD, head=head,
                               targets_BL=targets_BL)
   return (weights_BL * tokens.loss).sum(), tokens

@@ -62,22 +62,43 @@ from training.data.probes.record import Probe, Row, Settings
 @functools.lru_cache(maxsize=8)
 def list_permutations(things: int, even: bool = False
                  ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns all permutations, or the even ones, [P, things], in lexicographic
-  order, and the table [P, P] of their products: table[a, b] is b after a."""
+  """Returns all permutations of some things, and the table of their products.
+
+  Args:
+    things: how many things are permuted.
+    even: whether only the even permutations are listed.
+
+  Returns:
+    The permutations in lexicographic order, [P, things]; and the products, int
+    [P, P]: table[a, b] is the number of the permutation b after a.
+  """
+  # A permutation is even if it has an even number of inversions.
   rows = np.array(list(itertools.permutations(range(things))))
   if even:
     pairs = itertools.combinations(range(things), 2)
-    swaps = sum(rows[:, i] > rows[:, j] for i, j in pairs)
-    rows = rows[swaps % 2 == 0]
-  code = rows @ things ** np.arange(things)
-  order = np.argsort(code)
-  product = rows[:, rows]  # [b, a, things]: b of what a makes of each thing
-  codes = product @ things ** np.arange(things)
-  return rows, order[np.searchsorted(code[order], codes)].T
+    num_inversions = sum(rows[:, i] > rows[:, j] for i, j in pairs)
+    rows = rows[num_inversions % 2 == 0]
+
+  # Each permutation has a code, a number in the base `things`, by which the
+  # products are found among the rows.
+  digit_values = things ** np.arange(things)
+  codes = rows @ digit_values
+  order = np.argsort(codes)
+  products = rows[:, rows]  # [b, a, things]: b of what a makes of each thing
+  codes_of_products = products @ digit_values
+  places_in_order = np.searchsorted(codes[order], codes_of_products)
+  return rows, order[places_in_order].T
 
 
 def _ask_for_states(first: int, tokens: np.ndarray, states: np.ndarray) -> Row:
-  """Returns the row that asks for a state at each token after `first`."""
+  """Returns the row of a probe that asks for a state at each token after the
+  first.
+
+  Args:
+    first: the id that stands before the tokens.
+    tokens: the tokens.
+    states: the state after each of them.
+  """
   places = 1 + np.arange(len(tokens))
   return record.ask_at_places(np.append(first, tokens), places, states)
 
@@ -100,7 +121,8 @@ class Counting(Probe):
 
   def draw_sums(self, rng: np.random.Generator, count: int,
                 modulus: int) -> Row:
-    """Returns so many numbers below a modulus, and at each their sum so far."""
+    """Returns a row of `count` numbers below a modulus, which asks at each for
+    their sum so far, modulo the modulus."""
     tokens = rng.integers(0, modulus, count)
     return _ask_for_states(modulus, tokens, np.cumsum(tokens) % modulus)
 
@@ -155,12 +177,13 @@ class Permutations(Counting):
 
 def find_successors(letters_T: np.ndarray) -> np.ndarray:
   """Returns for each place t the latest j <= t with letters[j - 1] =
-  letters[t]; -1 where there is none."""
+  letters[t], the place after the letter's last occurrence; -1 where there is
+  none."""
   successor_T = np.full(len(letters_T), -1)
-  after: dict[int, int] = {}  # of a letter: the place after its latest
+  place_after: dict[int, int] = {}  # letter -> the place after its last one
   for t, letter in enumerate(letters_T.tolist()):
-    successor_T[t] = after.get(letter, -1)
-    after[letter] = t + 1
+    successor_T[t] = place_after.get(letter, -1)
+    place_after[letter] = t + 1
   return successor_T
 
 
@@ -176,12 +199,20 @@ class Induction(Probe):
   def draw(self, rng: np.random.Generator, hops: int, settings: Settings
            ) -> Row:
     """Returns a row that fills settings.length: an id that says how many hops,
-    then letters. A place from which there are not so many asks for nothing."""
+    then letters. A place from which there are not so many hops asks for
+    nothing.
+
+    Args:
+      rng: the generator of the draws.
+      hops: the number of hops.
+      settings: the settings of the probe.
+    """
     letters_T = rng.integers(0, settings.vocab, settings.length - 1)
     place_T = follow_hops(letters_T, hops)
-    asks = np.flatnonzero(place_T >= 0)
+    asking_places = np.flatnonzero(place_T >= 0)
+    answers = letters_T[place_T[asking_places]]
     tokens = np.concatenate([[settings.vocab + hops - 1], letters_T])
-    return record.ask_at_places(tokens, 1 + asks, letters_T[place_T[asks]])
+    return record.ask_at_places(tokens, 1 + asking_places, answers)
 
   def size(self, hops: int, settings: Settings) -> int:
     return hops + 2
@@ -194,7 +225,9 @@ class Induction(Probe):
 
 
 def follow_hops(letters_T: np.ndarray, hops: int) -> np.ndarray:
-  """Returns where each place's hops end; -1: there are not so many."""
+  """Returns for each place where a number of hops from it ends; -1 where there
+  are not so many. A hop goes to the place after the last occurrence of the
+  letter."""
   step_T = find_successors(letters_T)
   place_T = np.arange(len(letters_T))
   for _ in range(hops):
@@ -216,14 +249,20 @@ class Hops(Probe):
   def draw(self, rng: np.random.Generator, hops: int, settings: Settings
            ) -> Row:
     """Returns a row that fills settings.length: an id that says how many hops,
-    then letters of which none is followed by itself. Each of them asks, for a
-    letter or for the symbol of no such place."""
+    then letters of which none is followed by itself. Each of them asks for a
+    letter, or for the symbol of a place without so many hops.
+
+    Args:
+      rng: the generator of the draws.
+      hops: the number of hops.
+      settings: the settings of the probe.
+    """
     vocab = settings.vocab
-    none = settings.vocab + settings.most + 1
+    no_answer = settings.vocab + settings.most + 1
     steps_T = rng.integers(1, vocab, settings.length - 1)
     letters_T = (rng.integers(vocab) + np.cumsum(steps_T)) % vocab
     place_T = follow_hops(letters_T, hops)
-    answers_T = np.where(place_T < 0, none, letters_T[place_T])
+    answers_T = np.where(place_T < 0, no_answer, letters_T[place_T])
     tokens = np.concatenate([[vocab + hops], letters_T])
     return record.ask_at_places(tokens, np.arange(1, settings.length),
                                 answers_T)
@@ -244,18 +283,30 @@ _WordLengths = tuple[int, int]  # the least and the most tokens of a word
 
 
 def _most_tokens_of_row(words: _WordLengths, count: int) -> int:
-  """Returns how many tokens a row of so many words has at most."""
+  """Returns how many tokens a row of Depo has at most.
+
+  Args:
+    words: the least and the most tokens of a word.
+    count: how many words the row tells of.
+  """
   _, most = words
   return 2 * count * most + min(count, MOST_QUESTIONS) * (2 + 2 * most)
 
 
 def most_words_of_row(words: _WordLengths, length: int) -> int:
-  """Returns how many words rows of `length` tokens may tell of: the published
-  N."""
-  _, most = words
-  asked = MOST_QUESTIONS * (2 + 2 * most)
-  count = (length - asked) // (2 * most)
-  return count if count >= MOST_QUESTIONS else length // (4 * most + 2)
+  """Returns how many words a row of Depo may tell of: the published N.
+
+  Args:
+    words: the least and the most tokens of a word.
+    length: the tokens of the row.
+  """
+  _, longest = words
+  tokens_of_questions = MOST_QUESTIONS * (2 + 2 * longest)
+  count = (length - tokens_of_questions) // (2 * longest)
+  if count >= MOST_QUESTIONS:
+    return count
+  # A row of few words asks one question about each.
+  return length // (4 * longest + 2)
 
 
 @functools.lru_cache(maxsize=8)
@@ -267,7 +318,15 @@ def _probability_of_word_count(most: int) -> np.ndarray:
 
 def _draw_words(rng: np.random.Generator, count: int, words: _WordLengths,
                 letters: int) -> list[tuple[int, ...]]:
-  """Returns as many different words, in the order of the circle."""
+  """Returns different words, in the order in which they stand on the circle.
+
+  Args:
+    rng: the generator of the draws.
+    count: how many words.
+    words: the least and the most tokens of a word.
+    letters: the number of letters. The last letter of a word has another id,
+      that is larger by this number.
+  """
   circle: dict[tuple[int, ...], None] = {}  # in order, as a set is not
   while len(circle) < count:
     spelled = rng.integers(0, letters, rng.integers(words[0], words[1] + 1))
@@ -297,9 +356,18 @@ class Depo(Probe):
 
   def draw(self, rng: np.random.Generator, hops: int, settings: Settings
            ) -> Row:
-    """Returns a circle of words and questions about it. In a row of training
-    each question has its own number of hops; in one to evaluate on all have
-    `hops`, and there are as many words as fit settings.length, as published."""
+    """Returns a circle of words and questions about it: which word stands some
+    hops after this one?
+
+    In a row of training each question has its own number of hops. In one to
+    evaluate on all have `hops`, and there are as many words as fit
+    settings.length, as published.
+
+    Args:
+      rng: the generator of the draws.
+      hops: the number of hops of a row to evaluate on.
+      settings: the settings of the probe.
+    """
     # The words, and the hops of each question.
     letters = settings.vocab
     count = most = most_words_of_row(self._words, settings.length)
@@ -338,8 +406,8 @@ class Depo(Probe):
     return 2 * settings.vocab + 2 + settings.most
 
   def limit(self, settings: Settings, hops: int) -> str:
-    """Returns why no row of these settings can ask for so many hops; '': one
-    can."""
+    """Returns why no row of these settings can ask for so many hops; '' where
+    one can."""
     reason = record.limit_to_training_levels(settings, hops)
     if reason:
       return reason
@@ -372,7 +440,13 @@ class Mano(Probe):
 
   def draw(self, rng: np.random.Generator, operators: int, settings: Settings
            ) -> Row:
-    """Returns a formula of so many operators, which asks for its value."""
+    """Returns a formula of so many operators, which asks for its value.
+
+    Args:
+      rng: the generator of the draws.
+      operators: the number of operators.
+      settings: the settings of the probe.
+    """
     # The first of the ids of the start, and of the number of operators.
     modulus = settings.vocab
     start = modulus + FORMS_OF_SIGN * len(OPERATORS)
@@ -398,23 +472,34 @@ class Mano(Probe):
 
 
 def _draw_form(rng: np.random.Generator, first: int) -> int:
-  """Returns one of the forms of a sign, of which `first` is the first."""
+  """Returns one of the FORMS_OF_SIGN ids of a sign, of which `first` is the
+  first."""
   return int(first + rng.integers(FORMS_OF_SIGN))
 
 
 def _draw_formula(rng: np.random.Generator, count: int, modulus: int
              ) -> tuple[list[int], int]:
-  """Returns a formula of `count` operators, and its value."""
+  """Draws a formula in prefix notation, and computes its value.
+
+  Args:
+    rng: the generator of the draws.
+    count: the number of its operators.
+    modulus: the prime modulo which it is computed.
+
+  Returns:
+    The ids of the formula, each operator before its two operands; and its
+    value.
+  """
   if count == 0:
     value = int(rng.integers(modulus))
     return [value], value
-  # An operator, and the number of those in its first argument.
-  which = int(rng.integers(len(OPERATORS)))
-  left = int(rng.integers(count))
-  sign = _draw_form(rng, modulus + FORMS_OF_SIGN * which)
-  first, x = _draw_formula(rng, left, modulus)
-  second, y = _draw_formula(rng, count - 1 - left, modulus)
-  value = int(OPERATORS[which](x, y)) % modulus
+  # An operator, and the number of those in its first operand.
+  operator = int(rng.integers(len(OPERATORS)))
+  count_of_first = int(rng.integers(count))
+  sign = _draw_form(rng, modulus + FORMS_OF_SIGN * operator)
+  first, first_value = _draw_formula(rng, count_of_first, modulus)
+  second, second_value = _draw_formula(rng, count - 1 - count_of_first, modulus)
+  value = int(OPERATORS[operator](first_value, second_value)) % modulus
   return [sign, *first, *second], value
 
 
