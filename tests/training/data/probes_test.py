@@ -189,7 +189,7 @@ def compression(tokens, settings):
 def memorisation(tokens, settings):
   """The table itself is checked by another test."""
   from training.data.probes import recall as task
-  table = task.value_of_key(settings.most)
+  table = task.table_of_values(settings.most)
   return {i: int(table[tokens[i - 1]]) for i in range(1, len(tokens), 2)}
 
 

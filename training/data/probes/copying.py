@@ -42,16 +42,22 @@ class SelectiveCopying(Probe):
   def draw(self, rng: np.random.Generator, count: int, settings: Settings
            ) -> Row:
     """Returns a row of settings.length: letters with blanks before them, a
-    mark, and as many blanks as letters, each of which asks for one."""
+    mark, and as many blanks as letters, each of which asks for one letter.
+
+    Args:
+      rng: the generator of the draws.
+      count: the number of letters.
+      settings: the settings of the probe.
+    """
     blank = settings.vocab
     mark = settings.vocab + 1
     letters = rng.integers(0, settings.vocab, count)
-    blanks = settings.length - 2 * count - 1
-    places = np.sort(rng.integers(0, count, blanks))
-    spread = np.insert(letters, places, blank)
-    tokens = np.concatenate([spread, [mark], np.full(count, blank)])
-    asking = np.arange(len(tokens) - count, len(tokens))
-    return record.ask_at_places(tokens, asking, letters)
+    num_blanks = settings.length - 2 * count - 1
+    blank_places = np.sort(rng.integers(0, count, num_blanks))
+    letters_and_blanks = np.insert(letters, blank_places, blank)
+    tokens = np.concatenate([letters_and_blanks, [mark], np.full(count, blank)])
+    asking_places = np.arange(len(tokens) - count, len(tokens))
+    return record.ask_at_places(tokens, asking_places, letters)
 
   def size(self, count: int, settings: Settings) -> int:
     return 2 * count + 1
@@ -72,8 +78,14 @@ class Copy(Probe):
 
   def draw(self, rng: np.random.Generator, count: int, settings: Settings
            ) -> Row:
-    """Returns letters, a mark, the letters again, of which the end is asked for
-    too."""
+    """Returns a row of letters, a mark, and the letters again with an end mark,
+    which are asked for.
+
+    Args:
+      rng: the generator of the draws.
+      count: the number of letters.
+      settings: the settings of the probe.
+    """
     letters = rng.integers(0, settings.vocab, count)
     mark = settings.vocab
     end = settings.vocab + 1
@@ -112,10 +124,17 @@ class Addition(Probe):
 
   def draw(self, rng: np.random.Generator, digits: int, settings: Settings
            ) -> Row:
-    """Returns a sum of two numbers, one of so many digits and one of as many or
-    fewer; its end is asked for too. No number of several digits begins with 0.
-    In the paper each number of digits is as frequent in both numbers; here that
-    of the longer one is."""
+    """Returns a sum of two numbers, whose digits and end mark are asked for.
+
+    One number has so many digits, and the other one as many or fewer. No number
+    of several digits begins with 0. In the paper each number of digits is as
+    frequent in both numbers; here that of the longer one is.
+
+    Args:
+      rng: the generator of the draws.
+      digits: the digits of the longer number.
+      settings: the settings of the probe.
+    """
     # The digits of both.
     sizes = rng.permutation([digits, rng.integers(1, digits + 1)])
     terms = []

@@ -42,44 +42,53 @@ NUM_NOISE_IDS = 16  # ids of the noise, as published
 
 
 def _keys_and_values(vocab: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the keys and the values of `vocab` letters, of an alphabet of
-  `most`: its first half are keys."""
+  """Returns the ids of keys and those of values.
+
+  Args:
+    vocab: how many letters a row has; half of them are keys.
+    most: how many letters there are; the first half of their ids are keys.
+  """
   return np.arange(vocab // 2), most // 2 + np.arange(vocab // 2)
 
 
 def _draw_pairs(rng: np.random.Generator, keys: np.ndarray, values: np.ndarray,
                 noise: float, first_noise: int, settings: Settings) -> Row:
-  """Returns a row of pairs, of which a share is noise instead.
+  """Returns a row of pairs of a key and its value, of which a share is noise.
+
+  A key that has been before asks for its value; the last pair is such a one.
 
   Args:
     rng: the generator of the draws.
     keys: the ids of the keys.
     values: the ids of the values.
     noise: the share of noise.
-    first_noise: the first of its NOISE ids.
+    first_noise: the first of the NUM_NOISE_IDS ids of noise.
     settings: the settings of the probe.
   """
   # The key of each pair, or that it is noise.
-  count = settings.length // 2
-  of_key = rng.choice(values, len(keys))  # what each key has in this row
-  chosen = rng.integers(0, len(keys), count)
-  noisy = rng.random(count) < noise
-  noisy[rng.integers(0, count - 1)] = False  # one pair at least,
-  shown = chosen[:-1][~noisy[:-1]]
-  noisy[-1] = False
-  chosen[-1] = rng.choice(shown)  # which the last asks for
+  num_pairs = settings.length // 2
+  value_of_key = rng.choice(values, len(keys))  # in this row
+  chosen = rng.integers(0, len(keys), num_pairs)
+  is_noise = rng.random(num_pairs) < noise
+  # One pair at least is shown, and the last pair asks for one of these.
+  is_noise[rng.integers(0, num_pairs - 1)] = False
+  shown = chosen[:-1][~is_noise[:-1]]
+  is_noise[-1] = False
+  chosen[-1] = rng.choice(shown)
 
   # The tokens.
-  tokens = np.stack([keys[chosen], of_key[chosen]], 1)
-  tokens[noisy] = first_noise + rng.integers(0, NUM_NOISE_IDS, (noisy.sum(), 2))
+  tokens = np.stack([keys[chosen], value_of_key[chosen]], 1)
+  noise_ids = rng.integers(0, NUM_NOISE_IDS, (is_noise.sum(), 2))
+  tokens[is_noise] = first_noise + noise_ids
 
   # A key that has been before asks; noise has a number of its own.
-  numbers = np.where(noisy, -1 - np.arange(count), chosen)
-  _, first = np.unique(numbers, return_index=True)
-  again = ~noisy
-  again[first] = False
-  return record.ask_at_places(tokens.reshape(-1), 2 * np.flatnonzero(again),
-                              of_key[chosen[again]])
+  numbers = np.where(is_noise, -1 - np.arange(num_pairs), chosen)
+  _, first_places = np.unique(numbers, return_index=True)
+  is_asked = ~is_noise
+  is_asked[first_places] = False
+  return record.ask_at_places(
+      tokens.reshape(-1), places=2 * np.flatnonzero(is_asked),
+      answers=value_of_key[chosen[is_asked]])
 
 
 class Recall(Probe):
@@ -91,7 +100,13 @@ class Recall(Probe):
 
   def draw(self, rng: np.random.Generator, vocab: int, settings: Settings
            ) -> Row:
-    """Returns a row of pairs of `vocab` letters, half of them keys."""
+    """Returns a row of pairs of a key and its value, of `vocab` letters in all.
+
+    Args:
+      rng: the generator of the draws.
+      vocab: the number of letters, half of which are keys.
+      settings: the settings of the probe.
+    """
     keys, values = _keys_and_values(vocab, settings.most)
     return _draw_pairs(rng, keys=keys, values=values, noise=0.0, first_noise=0,
                        settings=settings)
@@ -118,7 +133,13 @@ class NoisyRecall(Probe):
 
   def draw(self, rng: np.random.Generator, noise: float, settings: Settings
            ) -> Row:
-    """Returns a row of pairs, of which a share is two ids of noise instead."""
+    """Returns a row of pairs, of which a share is two ids of noise instead.
+
+    Args:
+      rng: the generator of the draws.
+      noise: the share of noise.
+      settings: the settings of the probe.
+    """
     keys, values = _keys_and_values(settings.vocab, settings.vocab)
     return _draw_pairs(rng, keys=keys, values=values, noise=noise,
                        first_noise=settings.vocab, settings=settings)
@@ -143,40 +164,50 @@ class FuzzyRecall(Probe):
   def draw(self, rng: np.random.Generator, motif: int, settings: Settings
            ) -> Row:
     """Returns a row of keys and values of one to `motif` letters each, which do
-    not repeat inside of a key or a value. The last key has been before. The
-    published test has keys of the full length alone. Its rows are filled up on
-    the left, and what the last key is was drawn before the row."""
+    not repeat inside a key or a value. The last key has been before.
+
+    The published test has keys of the full length alone. Its rows are filled up
+    on the left, and its last key was drawn before the row.
+
+    Args:
+      rng: the generator of the draws.
+      motif: the most letters of a key or a value.
+      settings: the settings of the probe.
+    """
     # The letters of keys, and those of values.
     keys, values = np.split(np.arange(settings.vocab), [settings.vocab // 2])
-    of_key: dict[tuple[int, ...], np.ndarray] = {}
+    value_of_key: dict[tuple[int, ...], np.ndarray] = {}
     tokens: list[int] = []
-    places: list[int] = []
-    seen: set[tuple[int, ...]] = set()
+    asking_places: list[int] = []
+    seen_keys: set[tuple[int, ...]] = set()
 
-    def add(key: tuple[int, ...]) -> None:
-      """Adds a pair, which asks for its value if the key has been before."""
-      value = of_key[key]
-      if key in seen:
-        first = len(tokens) + len(key) - 1
-        places.extend(range(first, first + len(value)))
-      seen.add(key)
+    def add_pair(key: tuple[int, ...]) -> None:
+      """Adds a key and its value, which is asked for where the key has been
+      before."""
+      value = value_of_key[key]
+      if key in seen_keys:
+        first_place = len(tokens) + len(key) - 1
+        asking_places.extend(range(first_place, first_place + len(value)))
+      seen_keys.add(key)
       tokens.extend([*key, *value])
 
     # Pairs, while there is room for the last one.
     room = settings.length - 2 * motif
     while True:
       key = tuple(_draw_motif(rng, keys, motif))
-      if key not in of_key:
-        of_key[key] = _draw_motif(rng, values, motif)
-      if seen and len(tokens) + len(key) + len(of_key[key]) > room:
+      if key not in value_of_key:
+        value_of_key[key] = _draw_motif(rng, values, motif)
+      size_of_pair = len(key) + len(value_of_key[key])
+      if seen_keys and len(tokens) + size_of_pair > room:
         break
-      add(key)
-    add(sorted(seen)[rng.integers(len(seen))])
+      add_pair(key)
+    last_key = sorted(seen_keys)[rng.integers(len(seen_keys))]
+    add_pair(last_key)
 
     # A place asks for the token after it.
     row = np.array(tokens)
-    asking = np.array(places)
-    return record.ask_at_places(row, asking, row[asking + 1])
+    places = np.array(asking_places)
+    return record.ask_at_places(row, places, row[places + 1])
 
   def size(self, motif: int, settings: Settings) -> int:
     return 4 * motif
@@ -216,7 +247,8 @@ class MQAR(Probe):
 
   def draw(self, rng: np.random.Generator, pairs: int, settings: Settings
            ) -> Row:
-    """Returns a row that fills settings.length.
+    """Returns a row that fills settings.length: pairs of a key and its value,
+    then the keys again, which ask for their values.
 
     Ids below half of the vocabulary are keys, but 0, the filler; the others are
     values. Where the queries stand is drawn from the published power law, which
@@ -224,6 +256,11 @@ class MQAR(Probe):
     the published code has by default and its figure 2 has not, each place
     between the queries has any of all ids: also that of a key, which then asks
     for nothing.
+
+    Args:
+      rng: the generator of the draws.
+      pairs: the number of pairs.
+      settings: the settings of the probe.
     """
     # The pairs.
     half = settings.vocab // 2
@@ -264,9 +301,9 @@ SEED_OF_TABLE = 12345  # of the table, as published
 
 
 @functools.lru_cache(maxsize=8)
-def value_of_key(keys: int) -> np.ndarray:
+def table_of_values(keys: int) -> np.ndarray:
   """Returns the value of each key, [keys]: a fixed permutation of the published
-  seed, but ours: the published one has one value more."""
+  seed. It is not the published one, which has one value more."""
   return keys + np.random.default_rng(SEED_OF_TABLE).permutation(keys)
 
 
@@ -281,14 +318,21 @@ class Memorisation(Probe):
 
   def draw(self, rng: np.random.Generator, keys: int, settings: Settings
            ) -> Row:
-    """Returns a row that fills settings.length, of the first `keys` keys."""
+    """Returns a row that fills settings.length, of the first `keys` keys, each
+    before a mark that asks for its value.
+
+    Args:
+      rng: the generator of the draws.
+      keys: the number of keys.
+      settings: the settings of the probe.
+    """
     most = settings.most
     chosen = rng.integers(0, keys, settings.length // 2)
     tokens = np.full((len(chosen), 2), 2 * most)  # the mark that asks
     tokens[:, 0] = chosen
     places = 1 + 2 * np.arange(len(chosen))
     return record.ask_at_places(tokens.reshape(-1), places,
-                                value_of_key(most)[chosen])
+                                table_of_values(most)[chosen])
 
   def size(self, keys: int, settings: Settings) -> int:
     return 2
@@ -317,7 +361,15 @@ _MOST_BYTES_OF_QUESTION = len(QUESTION.format(name=_LONGEST_NAME))
 
 def draw_passkey_text(rng: np.random.Generator, needles: int, length: int
                  ) -> tuple[str, str]:
-  """Returns a text, of at most `length` bytes with its answer, and the answer.
+  """Draws a text in which numbers are hidden, and a question about one of them.
+
+  Args:
+    rng: the generator of the draws.
+    needles: how many numbers are hidden, each with a name.
+    length: the bytes of the text and its answer, at most.
+
+  Returns:
+    The text with the question at its end; and the answer.
   """
   # The facts, and the question about one of them.
   names = rng.choice(NAMES_OF_NUMBERS, needles, replace=False)
@@ -353,9 +405,16 @@ class Passkey(Probe):
 
   def draw(self, rng: np.random.Generator, needles: int, settings: Settings
            ) -> Row:
-    """Returns the bytes of a text that nearly fills settings.length. Lengths
-    are in bytes, for which no tokenizer is needed; the sentences around are
-    those of the passkey, in a circle, and not essays."""
+    """Returns the bytes of a text that nearly fills settings.length.
+
+    Lengths are in bytes, for which no tokenizer is needed; the sentences around
+    are those of the passkey, in a circle, and not essays.
+
+    Args:
+      rng: the generator of the draws.
+      needles: how many numbers are hidden.
+      settings: the settings of the probe.
+    """
     prompt, answer = draw_passkey_text(rng, needles, settings.length)
     return record.ask_to_write(np.frombuffer(prompt.encode(), np.uint8),
                                np.frombuffer(answer.encode(), np.uint8))
