@@ -87,7 +87,7 @@ def generation_of_run(config: ml_collections.ConfigDict, model: ModelConfig,
     if special_ids.get('bos') is None:
       ids['bos_token_id'] = end_id
     if architectures.stack(model) == 'encoder-decoder':
-      ids['decoder_start_token_id'] = seq2seq.start_id(config, tokenizer)
+      ids['decoder_start_token_id'] = seq2seq.start_of_target(config, tokenizer)
     options = {name: value for name, value in ids.items() if value is not None}
     options['bos_token_id'] = end_id
 

@@ -49,9 +49,14 @@ from training.data.tokens import Documents
 from training.objectives import Config, Objective, Prompts, Row, Shape, causal
 
 
-def start_id(config: Config, tokenizer: Tokenizer) -> int:
-  """Returns the token that a target starts after: what fills rows up, as in T5
-  and Marian, or what ends a text, as in BART."""
+def start_of_target(config: Config, tokenizer: Tokenizer) -> int:
+  """Returns the token that a target starts after: the one that fills rows up,
+  as in T5 and Marian, or the one that ends a text, as in BART.
+
+  Args:
+    config: the config of the run, with model.arch.
+    tokenizer: the tokenizer of the run.
+  """
   system = architectures.system(config.model.arch)
   if getattr(system, 'STARTS_AFTER_END', False):
     return tokenizer.separator_id
@@ -59,7 +64,7 @@ def start_id(config: Config, tokenizer: Tokenizer) -> int:
 
 
 class Pair(NamedTuple):
-  """A source and its target.
+  """The tokens of a source and of its target.
 
   Attributes:
     source, target: token ids, of any length.
@@ -82,7 +87,11 @@ class Pairs:
   READS = (sources.TEXT, sources.PAIRS)
 
   def __init__(self, corpus: sources.Corpus):
-    """Reads pairs of texts, or cuts windows of text that become pairs."""
+    """Reads pairs of texts, or cuts windows of text that become pairs.
+
+    Raises:
+      RequestError: for a source that holds pairs and other documents.
+    """
     self._lengths = pair_lengths(corpus.config)
     self._items: causal.Windows | Documents
     if not corpus.tokens.kinds & {*labelled.PAIR}:
@@ -112,22 +121,31 @@ class Pairs:
     return Pair(parts['source'], parts['target'], True)
 
 
-def lay_out(source: np.ndarray, target: np.ndarray, start: int) -> Row:
-  """Returns one row for an encoder-decoder.
+def lay_out_pair(source: np.ndarray, target: np.ndarray, start: int) -> Row:
+  """Returns a source and its target as one row of an encoder-decoder.
 
-  tokens, segment_ids [up to M]: the source, and 1 for each of its tokens.
-  decoder_tokens, decoder_segment_ids [up to L]: the start, then the target but
-  its last token. targets, weights [up to L]: the target.
+  Args:
+    source: the tokens of the source, up to M.
+    target: the tokens of the target, up to L.
+    start: the token that the target starts after.
+
+  Returns:
+    tokens and segment_ids [up to M]: the source, and 1 for each of its tokens.
+    decoder_tokens and decoder_segment_ids [up to L]: the start, then the target
+    but its last token; and 1 for each. targets and weights [up to L]: the
+    target, and 1 for each of its tokens.
   """
-  real = np.ones(len(target))
-  shown = np.concatenate([[start], target])[:len(target)]
+  ones_L = np.ones(len(target))
+  # The decoder sees the target one token later than it predicts it.
+  decoder_tokens_L = np.concatenate([[start], target])[:len(target)]
   return dict(tokens=source, segment_ids=np.ones(len(source)),
-              decoder_tokens=shown, decoder_segment_ids=real,
-              targets=target, weights=real)
+              decoder_tokens=decoder_tokens_L, decoder_segment_ids=ones_L,
+              targets=target, weights=ones_L)
 
 
-def two_rows(M: int, L: int) -> dict[str, Shape]:
-  """Returns the arrays of a row: a source of M tokens, a target of L."""
+def arrays_of_pair(M: int, L: int) -> dict[str, Shape]:
+  """Returns {key: (shape, dtype)} of a row: a source of M tokens, a target of
+  L."""
   source = ((M,), np.int32)
   target = ((L,), np.int32)
   return dict(tokens=source, segment_ids=source, decoder_tokens=target,
@@ -135,92 +153,112 @@ def two_rows(M: int, L: int) -> dict[str, Shape]:
               weights=((L,), np.float32))
 
 
-def sizes(n: int, density: float, mean: float) -> tuple[int, int]:
-  """Returns how many of n tokens are cut out, and in how many spans."""
-  cut = min(max(round(n * density), 1), n - 1)
-  return cut, min(max(round(cut / mean), 1), cut, n - cut)
-
-
-def draw(n: int, density: float, mean: float, rng: np.random.Generator
-         ) -> np.ndarray:
-  """Returns which of n tokens are cut out, bool [n]; n is at least 2.
+def count_cut_tokens(n: int, density: float, mean: float) -> tuple[int, int]:
+  """Returns how many tokens of a text are cut out, and in how many spans.
 
   Args:
-    n: the number of tokens.
+    n: the tokens of the text.
+    density: the share of them that is cut out.
+    mean: the mean length of a span.
+  """
+  # One token at least is cut out, and one stays between two spans.
+  num_cut = min(max(round(n * density), 1), n - 1)
+  num_staying = n - num_cut
+  num_spans = max(round(num_cut / mean), 1)
+  return num_cut, min(num_spans, num_cut, num_staying)
+
+
+def draw_cut_tokens(n: int, density: float, mean: float,
+                    rng: np.random.Generator) -> np.ndarray:
+  """Draws which tokens of a text are cut out, in spans (Raffel et al. 2020,
+  section 3.1.4).
+
+  Args:
+    n: the tokens of the text, at least 2.
     density: the share of them that is cut out.
     mean: the mean length of a span that is cut out.
     rng: draws the spans.
-  """
-  cut, spans = sizes(n, density, mean)
 
-  def split(total: int) -> np.ndarray:
-    """Returns the lengths of `spans` parts of at least 1, drawn alike likely.
-    """
-    ends = rng.choice(total - 1, spans - 1, replace=False) + 1
+  Returns:
+    bool [n], whether a token is cut out.
+  """
+  num_cut, num_spans = count_cut_tokens(n, density, mean)
+
+  def draw_lengths(total: int) -> np.ndarray:
+    """Splits `total` tokens into `num_spans` parts of at least 1, every split
+    alike likely, and returns their lengths."""
+    ends = rng.choice(total - 1, num_spans - 1, replace=False) + 1
     return np.diff(np.concatenate([[0], np.sort(ends), [total]]))
 
   # Stretches that stay and stretches that are cut take turns.
-  stay_lengths = split(n - cut)
-  cut_lengths = split(cut)
-  lengths = np.stack([stay_lengths, cut_lengths], axis=1).reshape(-1)
-  is_cut = np.tile([False, True], spans)
+  staying_lengths = draw_lengths(n - num_cut)
+  cut_lengths = draw_lengths(num_cut)
+  lengths = np.stack([staying_lengths, cut_lengths], axis=1).reshape(-1)
+  is_cut = np.tile([False, True], num_spans)
   return np.repeat(is_cut, lengths)
 
 
-def corrupt(ids: np.ndarray, cut: np.ndarray, sentinels: np.ndarray
+def replace_by_sentinels(ids: np.ndarray, cut: np.ndarray, sentinels: np.ndarray
             ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns source and target. Each shows a sentinel for every span that the
-  other has.
+  """Returns the source and the target of span corruption (T5). Each shows a
+  sentinel for every span that the other has.
 
   Args:
-    ids: [n].
+    ids: [n], the tokens of a text.
     cut: bool [n], which of them the target has.
     sentinels: the ids of the sentinels, in order.
   """
-  def side(gone: np.ndarray) -> np.ndarray:
-    gone_before = np.concatenate([[False], gone[:-1]])
-    is_first = gone & ~gone_before  # of a span
-    number = np.maximum(np.cumsum(is_first) - 1, 0)
-    shown = np.where(is_first, sentinels[number], ids)
-    return shown[~gone | is_first]
+  def replace_spans(is_replaced: np.ndarray) -> np.ndarray:
+    """Returns the text with a sentinel in the place of each span."""
+    follows_replaced = np.concatenate([[False], is_replaced[:-1]])
+    begins_span = is_replaced & ~follows_replaced
+    number_of_span = np.maximum(np.cumsum(begins_span) - 1, 0)
+    shown = np.where(begins_span, sentinels[number_of_span], ids)
+    return shown[~is_replaced | begins_span]
 
-  return side(cut), side(~cut)
+  return replace_spans(cut), replace_spans(~cut)
 
 
-def infill(ids: np.ndarray, cut: int, mean: float, mask: int,
-           rng: np.random.Generator) -> np.ndarray:
-  """Returns ids of which `cut` are cut out in spans, with a mask for each: at
-  most as many as there were.
+def replace_by_masks(ids: np.ndarray, cut: int, mean: float, mask: int,
+                     rng: np.random.Generator) -> np.ndarray:
+  """Cuts spans out of a text, with one mask for each (Lewis et al. 2020,
+  section 2.2).
+
+  The lengths of the spans are drawn from a Poisson distribution; a span of no
+  tokens is shown as a mask, too.
 
   Args:
-    ids: the tokens.
+    ids: the tokens of the text.
     cut: how many of them are cut out.
     mean: the mean length of a span.
     mask: the token that stands for a span.
     rng: draws the spans.
+
+  Returns:
+    The tokens of the text with masks, at most as many as there were.
   """
   # Lengths of spans, until they add up to `cut`; the last is cut short.
-  stays = len(ids) - cut
-  lengths = rng.poisson(mean, min(cut, stays + 1))
-  is_short = np.cumsum(lengths) < cut
-  count = int(is_short[:-1].sum()) + 1
-  lengths = lengths[:count]
+  num_staying = len(ids) - cut
+  lengths = rng.poisson(mean, min(cut, num_staying + 1))
+  is_before_last = np.cumsum(lengths) < cut
+  num_spans = int(is_before_last[:-1].sum()) + 1
+  lengths = lengths[:num_spans]
   lengths[-1] = cut - lengths[:-1].sum()
 
-  # The gaps in what stays at which the spans stand.
-  gaps = np.sort(rng.choice(stays + 1, count, replace=False))
-  runs = np.diff([0, *gaps, stays])
-  pieces = np.stack([runs, [*lengths, 0]], axis=1).reshape(-1)
-  is_shown = np.repeat(np.tile([True, False], count + 1), pieces)
+  # The gaps in what stays at which the spans stand, so that no two touch.
+  gaps = np.sort(rng.choice(num_staying + 1, num_spans, replace=False))
+  staying_lengths = np.diff([0, *gaps, num_staying])
+  run_lengths = np.stack([staying_lengths, [*lengths, 0]], axis=1).reshape(-1)
+  is_shown = np.repeat(np.tile([True, False], num_spans + 1), run_lengths)
   return np.insert(ids[is_shown], gaps, mask)
 
 
-def permute(ids: np.ndarray, ends: np.ndarray, share: float,
-            rng: np.random.Generator) -> np.ndarray:
-  """Returns ids with a share of their sentences in another order.
+def permute_sentences(ids: np.ndarray, ends: np.ndarray, share: float,
+                      rng: np.random.Generator) -> np.ndarray:
+  """Returns a text in which a share of the sentences have changed places.
 
   Args:
-    ids: [n].
+    ids: [n], the tokens of the text.
     ends: bool [n], which of them end a sentence.
     share: the share of the sentences, rounded up, that change places with one
       another.
@@ -234,30 +272,32 @@ def permute(ids: np.ndarray, ends: np.ndarray, share: float,
 
 
 @functools.lru_cache(maxsize=4)
-def _sentence_ends(tokenizer: Tokenizer) -> np.ndarray:
-  """Returns bool [V]: which tokens end a sentence."""
-  special = set(tokenizer.special_ids.values())
+def _find_sentence_ends(tokenizer: Tokenizer) -> np.ndarray:
+  """Returns bool [V]: which tokens of a vocabulary end a sentence."""
+  special_ids = set(tokenizer.special_ids.values())
 
-  def ends(i: int) -> bool:
-    if i == tokenizer.separator_id:
+  def ends_sentence(token: int) -> bool:
+    """Returns whether a token is the separator, or its last character ends a
+    sentence."""
+    if token == tokenizer.separator_id:
       return True
-    if i in special:
+    if token in special_ids:
       return False
-    # A token ends a sentence if its last character does.
-    piece = tokenizer.decode_bytes([i]).rstrip()
-    return piece.endswith((b'.', b'!', b'?'))
+    text = tokenizer.decode_bytes([token]).rstrip()
+    return text.endswith((b'.', b'!', b'?'))
 
-  return np.array([ends(i) for i in range(tokenizer.vocab_size)])
+  return np.array([ends_sentence(i) for i in range(tokenizer.vocab_size)])
 
 
 class Texts(causal.Windows):
-  """Windows of data.length - 1 tokens, which leave room for the end."""
+  """Windows of data.length - 1 tokens, which leave room for the separator at
+  the end of a row."""
 
   AROUND = 1
 
 
 class SequenceToSequence(Objective):
-  """A target, from its source."""
+  """Prediction of a target from its source, by an encoder-decoder."""
   stacks = ('encoder-decoder',)
   view = Pairs
   inputs = ('tokens', 'decoder_tokens')
@@ -269,24 +309,27 @@ class SequenceToSequence(Objective):
 
   def example(self, item: Pair, rng: np.random.Generator | None,
               config: Config, tokenizer: Tokenizer) -> Row:
-    """Lays out one pair as `lay_out` does; what is longer than its row is cut
-    off."""
+    """Returns one pair as the row of `lay_out_pair`. Tokens that do not fit
+    into the row are cut off.
+
+    The arguments are those of Objective.example."""
     M, L = pair_lengths(config)
     source = item.source
     target = item.target
     if item.whole:
       source = np.append(source, tokenizer.separator_id)
       target = np.append(target, tokenizer.separator_id)
-    return lay_out(source[:M], target[:L], start_id(config, tokenizer))
+    return lay_out_pair(source[:M], target[:L], start_of_target(config,
+                                                                tokenizer))
 
   def arrays(self, config: Config) -> dict[str, Shape]:
     M, L = pair_lengths(config)
-    return two_rows(M, L)
+    return arrays_of_pair(M, L)
 
   def prompt(self, texts: Sequence[str], config: Config, tokenizer: Tokenizer
              ) -> Prompts:
-    """Returns the start of a target for each text, which is the source; it ends
-    with the separator, as the sources of training do."""
+    """Returns texts as sources, each with the start of its target to go on
+    from. A source ends with the separator, as those of training do."""
     # The sources.
     rows = []
     for ids in tokenizer.encode_batch(texts):
@@ -294,7 +337,7 @@ class SequenceToSequence(Objective):
     source_BM, lengths_B = objectives.pad_prompts(rows)
 
     # The targets, which have one token.
-    start = start_id(config, tokenizer)
+    start = start_of_target(config, tokenizer)
     start_B1 = np.full((len(texts), 1), start, np.int32)
     return Prompts(
         tokens=start_B1,
@@ -303,18 +346,24 @@ class SequenceToSequence(Objective):
 
 
 class SpanCorruption(SequenceToSequence):
-  """The spans that are cut out of a text (T5)."""
+  """Prediction of the spans that are cut out of a text (T5)."""
   view = causal.Windows
   reads = ('span.noise_density', 'span.mean_length')
 
   def example(self, item: causal.Window, rng: np.random.Generator,
               config: Config, tokenizer: Tokenizer) -> Row:
-    """Corrupts the data.length tokens of a window, and lays them out as
-    `lay_out` does; both rows end with the separator."""
+    """Cuts spans out of the data.length tokens of a window, and returns the row
+    of `lay_out_pair`; source and target end with the separator.
+
+    The arguments are those of Objective.example.
+
+    Raises:
+      RequestError: for a tokenizer with fewer sentinels than spans.
+    """
     density = config.span.noise_density
     mean = config.span.mean_length
     length = config.data.length
-    _, most_spans = sizes(length, density, mean)
+    _, most_spans = count_cut_tokens(length, density, mean)
     sentinels = np.asarray(tokenizer.sentinel_ids, np.int32)
     require(most_spans <= len(sentinels), f"objective 'span' cuts {most_spans} "
             f'spans out of data.length={length}, but tokenizer '
@@ -323,48 +372,52 @@ class SpanCorruption(SequenceToSequence):
             'span.mean_length')
 
     ids = item.tokens[:min(item.size, length)]
-    start = start_id(config, tokenizer)
+    start = start_of_target(config, tokenizer)
     end = tokenizer.separator_id
     if len(ids) < 2:  # nothing to cut out: a row that does not count
-      return lay_out(ids, ids[:0], start)
+      return lay_out_pair(ids, ids[:0], start)
     # Spans go from the source to the target, a sentinel stays in their place.
-    cut = draw(len(ids), density=density, mean=mean, rng=rng)
-    source, target = corrupt(ids, cut, sentinels)
-    return lay_out(np.append(source, end), np.append(target, end), start)
+    cut = draw_cut_tokens(len(ids), density=density, mean=mean, rng=rng)
+    source, target = replace_by_sentinels(ids, cut, sentinels)
+    return lay_out_pair(np.append(source, end), np.append(target, end), start)
 
   def arrays(self, config: Config) -> dict[str, Shape]:
     length = config.data.length
     span = config.span
-    cut, spans = sizes(length, span.noise_density, span.mean_length)
+    cut, spans = count_cut_tokens(length, span.noise_density, span.mean_length)
     end = 1
-    return two_rows(length - cut + spans + end, cut + spans + end)
+    return arrays_of_pair(length - cut + spans + end, cut + spans + end)
 
 
 class Denoising(SequenceToSequence):
-  """A text, from the text with its sentences permuted and spans masked (BART).
-  """
+  """Prediction of a text, from the text with its sentences permuted and spans
+  of it masked (BART)."""
   view = Texts
   reads = ('span.noise_density', 'span.mean_length', 'span.permuted')
 
   def example(self, item: causal.Window, rng: np.random.Generator,
               config: Config, tokenizer: Tokenizer) -> Row:
-    """Permutes the sentences of a window, fills spans with masks, and lays both
-    out as `lay_out` does; both rows end with the separator."""
+    """Permutes the sentences of a window, replaces spans by masks, and returns
+    the row of `lay_out_pair`; source and target end with the separator.
+
+    The arguments are those of Objective.example."""
     span = config.span
     end = tokenizer.separator_id
     source = target = item.tokens[:min(item.size, config.data.length - 1)]
     # A single token has no order, and a span of it would be all of it.
     if len(target) > 1:
-      ends_sentence = _sentence_ends(tokenizer)[target]
-      source = permute(target, ends=ends_sentence, share=span.permuted, rng=rng)
-      cut, _ = sizes(len(source), span.noise_density, span.mean_length)
-      source = infill(source, cut=cut, mean=span.mean_length,
-                      mask=tokenizer.mask_id, rng=rng)
-    return lay_out(np.append(source, end), np.append(target, end),
-                   start_id(config, tokenizer))
+      ends_sentence = _find_sentence_ends(tokenizer)[target]
+      source = permute_sentences(target, ends=ends_sentence,
+                                 share=span.permuted, rng=rng)
+      cut, _ = count_cut_tokens(len(source), span.noise_density,
+                                span.mean_length)
+      source = replace_by_masks(source, cut=cut, mean=span.mean_length,
+                                mask=tokenizer.mask_id, rng=rng)
+    return lay_out_pair(np.append(source, end), np.append(target, end),
+                        start_of_target(config, tokenizer))
 
   def arrays(self, config: Config) -> dict[str, Shape]:
-    return two_rows(config.data.length, config.data.length)
+    return arrays_of_pair(config.data.length, config.data.length)
 
 
 OBJECTIVES = {

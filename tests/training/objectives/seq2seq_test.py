@@ -61,12 +61,13 @@ def test_a_corrupted_window_holds_the_text(n):
 def test_the_papers_sentence():
   ids = np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10])
   cut = np.array([0, 0, 1, 1, 0, 0, 0, 0, 1, 0], bool)
-  source, target = seq2seq.corrupt(ids, cut, np.array([90, 91, 92]))
+  source, target = seq2seq.replace_by_sentinels(ids, cut, np.array([90, 91,
+                                                                    92]))
   assert source.tolist() == [1, 2, 90, 5, 6, 7, 8, 91, 10]
   assert target.tolist() == [90, 3, 4, 91, 9, 92]
   cut = np.array([0, 0, 1, 1, 0, 0, 0, 0, 1, 1], bool)
-  assert seq2seq.corrupt(ids, cut, np.array([90, 91, 92]))[1].tolist() == [
-      90, 3, 4, 91, 9, 10]
+  assert seq2seq.replace_by_sentinels(
+      ids, cut, np.array([90, 91, 92]))[1].tolist() == [90, 3, 4, 91, 9, 10]
 
 
 @pytest.mark.parametrize('kind', ('tsv', 'jsonl'))
@@ -146,8 +147,8 @@ def test_denoising_masks_spans_of_the_whole_text(n, arch):
 def test_sentences_change_places_whole():
   text = b'One. Two two! Three? Four'
   ids = np.frombuffer(text, np.uint8).astype(np.int32)
-  ends = seq2seq._sentence_ends(TOKENIZER)[ids]
-  seen = {bytes(seq2seq.permute(
+  ends = seq2seq._find_sentence_ends(TOKENIZER)[ids]
+  seen = {bytes(seq2seq.permute_sentences(
       ids, ends, 1.0, np.random.default_rng(seed)).astype(np.uint8))
           for seed in range(200)}
   assert len(seen) == 24
