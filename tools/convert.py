@@ -67,16 +67,25 @@ from training.workdir import checkpoints, run_config, storage
 def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
             seed: int, adapter: pathlib.Path | None = None,
             dtype: str = '') -> None:
-  """Makes `workdir` of the weights in `source`, and of the low-rank adapters in
-  PEFT's folder `adapter`, as a run at step 0 whose parameters are of `dtype`;
-  '': float32."""
-  with _new(workdir):
-    config, module, params = _from_hf(source, partial, seed, dtype)
+  """Makes the folder of a run at step 0 of weights in Hugging Face's format.
+
+  Args:
+    source: the folder of the weights, or one of its files.
+    workdir: the folder that is made.
+    partial: whether to initialise at random what the files lack.
+    seed: the seed of what is initialised.
+    adapter: a folder of low-rank adapters in PEFT's format, which the run gets
+      too; None: none.
+    dtype: the type of the parameters; '': float32.
+  """
+  with _making_workdir(workdir):
+    config, module, params = _load_from_hugging_face(
+        source, partial, seed, dtype)
     if adapter:
       model, adapters = peft.read_adapters(module.config, adapter)
       config.model.lora.update(dataclasses.asdict(model.lora))
       params = weights.add_adapters(params, adapters)
-    folder = _folder(source)
+    folder = _folder_of_source(source)
     copied = hf_tokenizer.import_tokenizer(folder, workdir, config)
     if hf_tokenizer.is_stand_in(config.data.tokenizer):
       though = ''
@@ -85,23 +94,33 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
       print(f'warning: {folder} has no tokenizer that is read here{though}: '
             f'data.tokenizer is {config.data.tokenizer!r}, whose ids mean '
             'something else than those of its training', file=sys.stderr)
-    _make(workdir, config, params, hf_generation.read_generation(folder), False,
+    _write_workdir(workdir, config, params,
+                   hf_generation.read_generation(folder), False,
           f'of {module.config.arch}')
 
 
 def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
             step: int | str | None, seed: int) -> None:
-  """Makes `workdir` of a dense model, as a mixture of experts at step 0."""
-  with _new(workdir):
+  """Makes the folder of a run at step 0 whose model is a mixture of experts
+  with the weights of a dense model (Komatsuzaki et al. 2023).
+
+  Args:
+    source: the folder of the dense model: of a run, or in Hugging Face's
+    format. workdir: the folder that is made.
+    moe: 'FIELD=VALUE' of config.model.moe, and 'every=N'.
+    step: the checkpoint of a run that is taken; None: the newest.
+    seed: the seed of the routers.
+  """
+  with _making_workdir(workdir):
     # The dense model: of a run, or of a Hugging Face folder.
-    folder = _folder(source)
+    folder = _folder_of_source(source)
     if checkpoints.checkpoint_folder(source).exists():
-      config, module, params, at = _from_workdir(source, step)
+      config, module, params, at = _load_from_workdir(source, step)
       generation = hf_generation.load_generation(source)
       trained = not hf_generation.is_published(source, at)
     else:
       require(step is None, f'{source} is no workdir: it has no step {step}')
-      config, module, params = _from_hf(source, False, seed)
+      config, module, params = _load_from_hugging_face(source, False, seed)
       generation, trained = hf_generation.read_generation(folder), False
 
     # The config of the mixture.
@@ -114,7 +133,7 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
     hf_tokenizer.import_tokenizer(folder, workdir, config)
 
     # Its parameters.
-    model, derived = _resolved(config)
+    model, derived = _resolve_model(config)
     run = runs.build(config, model)
     made = upcycling.upcycle_parameters(
         run.module, like=run.abstract_state.params, dense=params, seed=seed)
@@ -122,23 +141,29 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
       print('warning: it starts from another function than the dense model\'s: '
             'its gates do not sum to 1, or tokens are dropped, or experts are '
             'shared', file=sys.stderr)
-    _make(workdir, config, made, generation, trained, f'of {run.model.arch}, '
+    _write_workdir(workdir, config, made, generation, trained,
+                   f'of {run.model.arch}, '
           f'from the {runs.count_parameters(params):,} of {source}', derived)
 
 
 def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
            dtype: str = '', dropless: bool = False,
            adapter: bool = False) -> None:
-  """Writes a checkpoint of `workdir` to `folder` in Hugging Face's format.
+  """Writes a checkpoint of a run to a folder in Hugging Face's format.
 
-  `dropless` writes the model that drops no token, whatever the run's own
-  evaluation does: where config.json cannot say that. `adapter` writes the low-
-  rank adapters alone, in PEFT's format, which takes no option but `dtype`.
+  Args:
+    workdir: the folder of the run.
+    folder: the folder that is written.
+    step: the checkpoint; None: the newest.
+    dtype: the type of the weights; '': that of the parameters.
+    dropless: whether to write a model whose experts take every token, where the
+      run's own evaluation drops some and config.json cannot say that.
+    adapter: whether to write the low-rank adapters alone, in PEFT's format.
   """
   storage.refuse_folder_of_run(folder, 'FOLDER')
   require(not (adapter and dropless), '--dropless has no meaning with '
           '--adapter, which writes the adapters alone: leave it out')
-  config, module, params, step = _from_workdir(workdir, step)
+  config, module, params, step = _load_from_workdir(workdir, step)
   if adapter:
     size = peft.write_adapters(module.config, params, folder, config.init_from,
                                dtype)
@@ -148,7 +173,7 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
   if dropless:
     module = architectures.build(module.config.with_part(
         MoEConfig, eval_capacity_factor=0.0, dispatch='dropless'))
-  generation = _generation(workdir, config, module.config, step)
+  generation = _generation_fields(workdir, config, module.config, step)
   hf_tokenizer.refuse_files_left(workdir, config, folder, step)
   weights.to_hf(module, params, folder, dtype=dtype, generation=generation,
                 labels=run_config.load_labels(workdir))
@@ -158,9 +183,9 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
   print(f'{folder}: {runs.count_parameters(params):,} parameters of {workdir}')
 
 
-def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
-  """Makes a Hugging Face folder of a GGUF file, by transformers. Quantised
-  weights are written as the float32 that they stand for.
+def convert_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
+  """Converts a GGUF file to a folder in Hugging Face's format, by transformers.
+  Quantised weights are written as the float32 that they stand for.
 
   Raises:
     RequestError: where it does not read all weights of the file, or an import
@@ -179,6 +204,8 @@ def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
                        'gguf') from error
   where = dict(pretrained_model_name_or_path=str(file.parent),
                gguf_file=file.name)
+
+  # The tokenizer and the model, as transformers reads them.
   try:
     tensors = gguf.GGUFReader(file).tensors
     layers = transformers.AutoConfig.from_pretrained(**where).num_hidden_layers
@@ -195,15 +222,19 @@ def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
     raise RequestError(f'transformers does not read {file}: '
                        f'{type(error).__name__}: '
                        + ' '.join(str(error).split())[:200]) from error
+
+  # All tensors of the file must have been read.
   for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
     require(not loaded[kind], f'{file} is not a whole model: of its tensors '
             f'transformers names as {kind} {short(sorted(loaded[kind]))}')
   # It passes over names that it does not know, and ties what it has not found.
-  sizes = {x.data_ptr(): x.numel() for x in model.state_dict().values()}
-  read = sum(sizes.values())
-  require(read == num_elements, f'{file} has {num_elements:,} weights, of '
-          f'which transformers reads {read:,}: it does not know the name of a '
-          'tensor')
+  size_of_storage = {x.data_ptr(): x.numel()
+                     for x in model.state_dict().values()}
+  num_read = sum(size_of_storage.values())
+  require(num_read == num_elements, f'{file} has {num_elements:,} weights, of '
+          f'which transformers reads {num_read:,}: it does not know the name '
+          'of a tensor')
+
   # The weights are whole numbers no longer, and save_pretrained refuses what
   # still says so.
   model.hf_quantizer = None
@@ -213,7 +244,9 @@ def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
   for name, value in vars(model.config).items():
     if isinstance(value, float):
       setattr(model.config, name, float(str(np.float32(value))))
-  try:  # the epsilon of a damaged file may be none
+
+  # The config of a damaged file may be one that an import refuses.
+  try:
     hf_config.model_of_config_json(json.loads(model.config.to_json_string()))
   except RequestError as error:
     raise RequestError(f'{file} gives a folder that an import refuses: {error}'
@@ -224,14 +257,22 @@ def of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
         f'of {file}')
 
 
-def _folder(source: Any) -> Any:
+def _folder_of_source(source: Any) -> Any:
   """Returns the folder of a source, which may be one of its files."""
   return source.parent if source.is_file() else source
 
 
-def _generation(workdir: epath.Path, config: Any, model: Any, step: int
+def _generation_fields(workdir: epath.Path, config: Any, model: Any, step: int
                 ) -> hf_generation.Generation:
-  """Returns the fields of generation that an export has."""
+  """Returns what generation needs of an exported run: the ids of the tokens
+  that begin, end and pad a text, and the fields of generation_config.json.
+
+  Args:
+    workdir: the folder of the run.
+    config: its config.
+    model: its model's config.
+    step: the step of the checkpoint.
+  """
   # The fields that an import kept hold until training has given the ids of a
   # tokenizer that was not read another meaning.
   kept = hf_generation.load_generation(workdir)
@@ -243,17 +284,21 @@ def _generation(workdir: epath.Path, config: Any, model: Any, step: int
 
 
 @contextlib.contextmanager
-def _new(workdir: epath.Path) -> Iterator[None]:
-  """Guards the making of a workdir, which must hold no run. Where it fails, the
-  files that it has written are removed, so that the next one is not refused."""
+def _making_workdir(workdir: epath.Path) -> Iterator[None]:
+  """Returns a context in which the folder of a run is made. Where that fails,
+  the files that were written are removed, so that the next try is not refused.
+
+  Raises:
+    RequestError: where the folder holds a run already.
+  """
   require(not (storage.has_config(workdir) or run_config.has_begun(workdir)),
           f'{workdir} holds a run already: choose another WORKDIR')
   storage.refuse_folder_of_others(workdir, 'WORKDIR')
-  before = set(epath.Path(workdir).glob('*'))
+  files_before = set(epath.Path(workdir).glob('*'))
   try:
     yield
   except BaseException:
-    for path in set(epath.Path(workdir).glob('*')) - before:
+    for path in set(epath.Path(workdir).glob('*')) - files_before:
       if path.is_dir():
         path.rmtree()
       else:
@@ -261,9 +306,20 @@ def _new(workdir: epath.Path) -> Iterator[None]:
     raise
 
 
-def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
-  """Returns (a run's config, module, parameters) of Hugging Face weights."""
-  tree = hf_config.load_config_json(_folder(source))
+def _load_from_hugging_face(source: pathlib.Path, partial: bool, seed: int,
+                            dtype: str = ''):
+  """Loads a model in Hugging Face's format.
+
+  Args:
+    source: its folder, or one of its files.
+    partial: whether to initialise at random what the files lack.
+    seed: the seed of what is initialised.
+    dtype: the type of the parameters; '': that of the model's config.
+
+  Returns:
+    The config of a run with this model, the module, and its parameters.
+  """
+  tree = hf_config.load_config_json(_folder_of_source(source))
   files = hf_files.Files(source)
   model, notes = hf_config.read_fields_and_notes(tree, files)
   for note in notes:
@@ -286,23 +342,35 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
   return config, module, loaded.params
 
 
-def _from_workdir(workdir: epath.Path, step: int | str | None):
-  """Returns (config, module, parameters, step) of a run's checkpoint."""
+def _load_from_workdir(workdir: epath.Path, step: int | str | None):
+  """Returns the config, module, parameters and step of a checkpoint of a
+  run."""
   config = runs.fit_mesh_to_this_machine(runs.load_run_config(workdir))
   run = runs.build(config, runs.load_run_model_config(workdir))
   restored = parameters.read_parameters_of_run(run, workdir, step)
   return config, run.module, restored.state, restored.step
 
 
-def _resolved(config: Any):
-  """Returns the model of a config, and the fields that were derived."""
+def _resolve_model(config: Any):
+  """Returns the model's config of a run's config, and the fields of it that
+  were derived from the tokenizer and the data."""
   return runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
 
 
-def _make(workdir: epath.Path, config: Any, params: Any,
+def _write_workdir(workdir: epath.Path, config: Any, params: Any,
           generation: hf_generation.Generation | None, trained: bool,
           what: str, derived=()) -> None:
-  """Writes a workdir of a run at step 0, and says what it is."""
+  """Writes the folder of a run at step 0, and prints what it is.
+
+  Args:
+    workdir: the folder.
+    config: the config of the run.
+    params: its parameters.
+    generation: what generation needs of it; None: nothing is known.
+    trained: whether the model was trained here after an import.
+    what: the words that follow 'N parameters' in what is printed.
+    derived: the fields of the model's config that were derived.
+  """
   hf_generation.save_generation(workdir, generation, trained)
   with progress.show_task('saving'), checkpoints.Checkpoints(
       workdir, every_steps=0, every_minutes=0.0, keep=1, keep_every=0) as saved:
@@ -317,7 +385,7 @@ _STEP = ('of the checkpoint; best; of several, for the mean of their '
          'parameters: 100,200 or last:5; the newest')
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
   parser = cli.Parser(prog='python -m tools.convert', description=__doc__)
   add = parser.add_subparsers(dest='command', required=True).add_parser
   into = add('import', help='Hugging Face to a workdir')
@@ -356,10 +424,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-  args = _parser().parse_args()
+  args = _make_parser().parse_args()
   if args.command == 'gguf':
     storage.check_folder_is_writable(args.folder, 'DIR')
-    of_gguf(args.source, args.folder)
+    convert_gguf(args.source, args.folder)
     return
   # Not configure_cpu(), with which what is freed would stay.
   cpu.set_number_of_threads()

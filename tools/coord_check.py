@@ -33,13 +33,14 @@ from training.runs import init_state, make_train_step, build_optimizer
 from training.workdir import storage
 
 # A rate at which a few steps move the model visibly at every width.
-LRS = {'adamw': 1e-3, 'lion': 1e-3, 'sgd': 0.03}
+LEARNING_RATE_OF_OPTIMIZER = {'adamw': 1e-3, 'lion': 1e-3, 'sgd': 0.03}
 # The fields that grow with the width, by --widen. One that is 0 stays 0: it is
 # derived from another, which grows.
-WIDEN = {'size': ('head_dim', 'key_dim', 'value_dim'),
+WIDENED_FIELDS = {'size': ('head_dim', 'key_dim', 'value_dim'),
          'heads': ('num_heads', 'num_kv_heads', 'heads', 'key_heads',
                    'value_heads')}
-FLAT = 0.1  # a slope up to this is called flat; twice as much, growing
+# A slope up to this is called flat; one of twice as much, growing.
+MAX_FLAT_SLOPE = 0.1
 
 LAYERS, LENGTH, BATCH = 2, 32, 4
 # The batch is its bytes, which are those with which docs/mup.md was measured.
@@ -58,14 +59,17 @@ def define_flags() -> None:
   cli.define_choices('mixers', [], blocks.MIXERS, 'Values of model.mixer: each '
                      'system is measured with each of them in all its layers; '
                      'default: with the mixers that it has.')
-  flags.DEFINE_enum('widen', 'size', [*WIDEN], 'What grows with d_model: the '
+  flags.DEFINE_enum('widen', 'size', [*WIDENED_FIELDS],
+                    'What grows with d_model: the '
                     'size of a head (size), or the number of heads, which keep '
                     'their size (heads).')
   flags.DEFINE_integer('steps', 6, 'Training steps.', 1, 10**6)
   flags.DEFINE_integer('seeds', 2, 'Initialisations that are averaged.',
                        1, 10_000)
-  flags.DEFINE_enum('optimizer', 'adamw', [*LRS], 'The optimiser.')
-  rates = ', '.join(f'{name} {rate:g}' for name, rate in LRS.items())
+  flags.DEFINE_enum('optimizer', 'adamw', [*LEARNING_RATE_OF_OPTIMIZER],
+                    'The optimiser.')
+  rates = ', '.join(f'{name} {rate:g}'
+                    for name, rate in LEARNING_RATE_OF_OPTIMIZER.items())
   flags.DEFINE_float('lr', None, f'The learning rate; default: {rates}.')
   flags.DEFINE_string('json', '', 'A file to write the figures to.')
 
@@ -77,7 +81,7 @@ def main() -> int:
   if len(widths) != len(args.widths) or len(widths) < 2:
     raise RequestError(f'--widths is {",".join(args.widths)}: give two numbers '
                        'or more, each once')
-  lr = LRS[args.optimizer]
+  lr = LEARNING_RATE_OF_OPTIMIZER[args.optimizer]
   if args.lr is not None:
     check_number('--lr', args.lr, (('>', 0),))
     lr = args.lr
@@ -89,7 +93,7 @@ def main() -> int:
     for mixer in args.mixers or ['']:
       how = Setting(optimizer=args.optimizer, lr=lr, steps=args.steps,
                     mixer=mixer, widen=args.widen)
-      widest = config(system, 'mup', widths[-1], widths[0], how)
+      widest = config_at_width(system, 'mup', widths[-1], widths[0], how)
       try:
         architectures.resolve(widest.model)
       except RequestError as error:
@@ -103,8 +107,8 @@ def main() -> int:
   rows = []
   for system, how in measured:
     for name in ('standard', 'mup'):
-      row = output_sizes(system, name, widths, how, args.seeds)
-      print(text(row), flush=True)
+      row = measure_growth_over_widths(system, name, widths, how, args.seeds)
+      print(format_figures(row), flush=True)
       rows.append(row)
   storage.write_json(json_file, rows)
   return 0
@@ -118,7 +122,7 @@ class Setting(NamedTuple):
     lr: the learning rate.
     steps: the number of training steps.
     mixer: the mixer of all layers; '': that of the system.
-    widen: an entry of WIDEN.
+    widen: an entry of WIDENED_FIELDS.
   """
   optimizer: str
   lr: float
@@ -133,7 +137,7 @@ class Setting(NamedTuple):
     return system
 
 
-def config(system: str, parametrization: str, width: int, base: int,
+def config_at_width(system: str, parametrization: str, width: int, base: int,
            how: Setting) -> ml_collections.ConfigDict:
   """Returns the system's `tiny` at `width`, with two layers or, where its
   pattern is longer, with the fewest that it allows.
@@ -145,16 +149,16 @@ def config(system: str, parametrization: str, width: int, base: int,
     base: the width at which both parametrizations are one.
     how: how it is trained, and how it grows.
   """
-  c = importlib.import_module(f'configs.{system}').get_config('tiny')
-  model, is_mup = c.model, parametrization == 'mup'
+  config = importlib.import_module(f'configs.{system}').get_config('tiny')
+  model, is_mup = config.model, parametrization == 'mup'
   wider = width / model.d_model
   head_dim = model.head_dim or model.d_model // model.num_heads
 
   # The training.
-  c.optim = base_config.base().optim
-  c.optim.update(name=how.optimizer, lr=how.lr, warmup_steps=0,
+  config.optim = base_config.base().optim
+  config.optim.update(name=how.optimizer, lr=how.lr, warmup_steps=0,
                  schedule='constant', weight_decay=0.0, clip_norm=0.0)
-  c.train.steps = how.steps
+  config.train.steps = how.steps
 
   # The sizes.
   model.update(num_layers=kinds.fewest_layers(model, LAYERS), vocab_size=256,
@@ -172,15 +176,17 @@ def config(system: str, parametrization: str, width: int, base: int,
     if isinstance(mixer, Recurrence) and name in model:
       groups.append(model[name])
   for group in groups:
-    for field in WIDEN[how.widen]:
+    for field in WIDENED_FIELDS[how.widen]:
       if field in group:
         group[field] = round(group[field] * wider)
-  return c
+  return config
 
 
-def output_sizes(system: str, parametrization: str, widths: Sequence[int],
+def measure_growth_over_widths(system: str, parametrization: str,
+                               widths: Sequence[int],
                  how: Setting, seeds: int) -> dict:
-  """Returns the sizes of one system's outputs, by width, step and output.
+  """Trains a system at each width, and returns the mean |x| of its outputs with
+  their slopes over the width, on logarithmic axes.
 
   Args:
     system: a file of configs/.
@@ -192,8 +198,9 @@ def output_sizes(system: str, parametrization: str, widths: Sequence[int],
   sizes = []
   for width in progress.show_items(widths,
                                    f'{system}, {parametrization}: widths'):
-    c = config(system, parametrization, width, widths[0], how)
-    sizes.append(np.asarray(measure(c, how.steps, seeds), np.float64))
+    config = config_at_width(system, parametrization, width, widths[0], how)
+    sizes.append(
+        np.asarray(mean_sizes_of_outputs(config, how.steps, seeds), np.float64))
 
   # The slope of each output after the last step, over the width.
   last = np.log2([size[-1] for size in sizes])
@@ -205,18 +212,26 @@ def output_sizes(system: str, parametrization: str, widths: Sequence[int],
       sizes=[size.tolist() for size in sizes], slopes=slopes.tolist())
 
 
-def measure(c: ml_collections.ConfigDict, steps: int, seeds: int) -> jax.Array:
-  """Returns mean |x| before each step and after the last, [steps + 1, outputs],
-  averaged over initialisations."""
-  module = architectures.build(c.model)
-  tx = build_optimizer(module, c.optim, steps)
-  step = make_train_step(module, tx, c)
+def mean_sizes_of_outputs(config: ml_collections.ConfigDict, steps: int,
+                          seeds: int) -> jax.Array:
+  """Trains a model on one batch, and returns the mean |x| of each block's
+  output and of the logits, [steps + 1, outputs]: before each step and after the
+  last, averaged over initialisations.
+
+  Args:
+    config: the config of the run.
+    steps: the number of training steps.
+    seeds: the number of initialisations.
+  """
+  module = architectures.build(config.model)
+  tx = build_optimizer(module, config.optim, steps)
+  step = make_train_step(module, tx, config)
   bytes_ = np.frombuffer(TEXT.encode()[:BATCH * (LENGTH + 1)], np.uint8)
   text_BL = bytes_.reshape(BATCH, LENGTH + 1).astype(np.int32)
   batch = dict(tokens=text_BL[:, :-1], targets=text_BL[:, 1:],
                weights=jnp.ones((BATCH, LENGTH)))
 
-  def look(params: Any) -> jax.Array:
+  def sizes_of_outputs(params: Any) -> jax.Array:
     """Returns the mean |x| of each block's output and of the logits."""
     output: Any = module.apply(
         {'params': params}, batch['tokens'], keep_layers=True)
@@ -224,32 +239,33 @@ def measure(c: ml_collections.ConfigDict, steps: int, seeds: int) -> jax.Array:
     return jnp.append(jnp.abs(layers).mean((1, 2, 3)),
                       jnp.abs(output.logits).mean())
 
-  def one(key: jax.Array) -> jax.Array:
-    """Returns the figures of one initialisation."""
+  def train_from_key(key: jax.Array) -> jax.Array:
+    """Returns [steps + 1, outputs] of one initialisation."""
     def body(state, _):
-      return step(state, batch)[0], look(state.params)
+      return step(state, batch)[0], sizes_of_outputs(state.params)
 
-    first = init_state(module, tx, key, c.optim)
+    first = init_state(module, tx, key, config.optim)
     state, sizes = jax.lax.scan(body, first, length=steps)
-    return jnp.concatenate([sizes, look(state.params)[None]])
+    return jnp.concatenate([sizes, sizes_of_outputs(state.params)[None]])
 
   keys = jax.random.split(jax.random.key(1), seeds)
-  return jax.jit(lambda keys: jax.vmap(one)(keys).mean(0))(keys)
+  return jax.jit(lambda keys: jax.vmap(train_from_key)(keys).mean(0))(keys)
 
 
-def verdict(slope: float) -> str:
-  """Returns the word for a slope."""
-  if abs(slope) <= FLAT:
+def describe_slope(slope: float) -> str:
+  """Returns 'flat', 'growing', 'falling' or 'unclear' for a slope."""
+  if abs(slope) <= MAX_FLAT_SLOPE:
     return 'flat'
-  if slope >= 2 * FLAT:
+  if slope >= 2 * MAX_FLAT_SLOPE:
     return 'growing'
-  if slope <= -2 * FLAT:
+  if slope <= -2 * MAX_FLAT_SLOPE:
     return 'falling'
   return 'unclear'
 
 
-def text(row: dict) -> str:
-  """Renders one system's figures for a terminal."""
+def format_figures(row: dict) -> str:
+  """Returns the figures of `measure_growth_over_widths` as a table for a
+  terminal."""
   widths = ''.join(f'{width:>9}' for width in row['widths'])
   lines = [f'{row["system"]}, {row["parametrization"]}: mean |x| after '
            f'{row["steps"]} steps of {row["optimizer"]} at lr {row["lr"]:g}',
@@ -257,7 +273,7 @@ def text(row: dict) -> str:
   for i, name in enumerate(row['outputs']):
     sizes = ''.join(f'{size[-1][i]:9.3g}' for size in row['sizes'])
     slope = row['slopes'][i]
-    lines.append(f'  {name:10}{sizes}{slope:+9.2f}  {verdict(slope)}')
+    lines.append(f'  {name:10}{sizes}{slope:+9.2f}  {describe_slope(slope)}')
   return '\n'.join(lines)
 
 

@@ -31,13 +31,16 @@ from training.data import tokenizers
 from training.distributed import devices
 from training.runs import RANDOM_STREAMS, abstract_params
 
-MOST = 4096  # devices; their making takes seconds, and grows as the square
+# The devices of a mesh: to make them takes seconds, and grows as the square.
+MAX_DEVICES = 4096
 # The names that jax and flax add to a module's path.
 _ADDED = re.compile(r'jit|jvp|closed_call|checkpoint|while|body|[A-Z]')
 
 
-def row(run: runs.Run, name: str, x: Any, axes: Sequence[str | None]) -> dict:
-  """Returns the row of one array: its dimensions in words, and its bytes.
+def describe_array(run: runs.Run, name: str, x: Any,
+                   axes: Sequence[str | None]) -> dict:
+  """Returns how one array is sharded: its name and shape, the mesh axes of each
+  dimension in words, and its bytes on a device.
 
   Args:
     run: the run, on the mesh.
@@ -62,7 +65,7 @@ def row(run: runs.Run, name: str, x: Any, axes: Sequence[str | None]) -> dict:
     over = [name for name in place if mesh[name] > 1]
     if over:
       words += f' over {" x ".join(over)}'
-    dimensions.append(words + _missing(asked_for, place, taken))
+    dimensions.append(words + _why_not_sharded(asked_for, place, taken))
 
   parts = math.prod(mesh[name] for name in taken)
   nbytes = math.prod(x.shape) * x.dtype.itemsize
@@ -70,7 +73,8 @@ def row(run: runs.Run, name: str, x: Any, axes: Sequence[str | None]) -> dict:
               bytes_per_device=nbytes // parts)
 
 
-def _missing(asked_for: list[str], place: tuple[str, ...], taken: set[str]
+def _why_not_sharded(asked_for: list[str], place: tuple[str, ...],
+                     taken: set[str]
              ) -> str:
   """Returns why a dimension is not sharded as its rule says; '': it is.
 
@@ -88,17 +92,18 @@ def _missing(asked_for: list[str], place: tuple[str, ...], taken: set[str]
   return ''
 
 
-def parameters(run: runs.Run) -> list[dict]:
-  """Returns the row of each parameter."""
+def describe_parameters(run: runs.Run) -> list[dict]:
+  """Returns how each parameter of the model is sharded, as `describe_array`
+  does."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(
       abstract_params(run.module), is_leaf=lambda x: hasattr(x, 'names'))
-  return [row(run, paths.path_to_string(path), box.value, box.names)
+  return [describe_array(run, paths.path_to_string(path), box.value, box.names)
           for path, box in leaves]
 
 
-def activations(run: runs.Run) -> list[dict]:
-  """Returns the row of each array that the forward pass constrains, once for
-  all layers that are alike."""
+def describe_activations(run: runs.Run) -> list[dict]:
+  """Returns how each activation is sharded whose sharding the forward pass
+  constrains, as `describe_array` does; once for all layers that are alike."""
   objective = objectives.find_objective(run.config)
   batch = {}
   for key, (shape, dtype) in objectives.shapes_of_batch(run.config).items():
@@ -113,19 +118,20 @@ def activations(run: runs.Run) -> list[dict]:
   with run.context():
     jaxpr = jax.make_jaxpr(loss)(run.abstract_state.params, batch)
   rows = {}
-  for name, x, axes in _constraints(jaxpr.jaxpr, ''):
-    one = row(run, name, x, axes)
+  for name, x, axes in _find_constraints(jaxpr.jaxpr, ''):
+    one = describe_array(run, name, x, axes)
     rows[json.dumps(one)] = one
   return list(rows.values())
 
 
-def _constraints(jaxpr: Any, above: str
+def _find_constraints(jaxpr: Any, above: str
                  ) -> Iterator[tuple[str, Any, list[str | None]]]:
-  """Yields (module, aval, logical axes) of each constraint that has a name.
+  """Yields each named constraint on the sharding of an array in a traced
+  program: the path of its module, its shape and dtype, and its logical axes.
 
   Args:
-    jaxpr: a jaxpr.
-    above: the names around it.
+    jaxpr: the traced program, or one inside it.
+    above: the stack of names around it.
   """
   scope = re.compile(rf'{sharding.SCOPE_OF_CONSTRAINT}\(([^()]*)\)')
   for eqn in jaxpr.eqns:
@@ -136,13 +142,14 @@ def _constraints(jaxpr: Any, above: str
       for axis in declared[1].split(','):
         if axis:
           axes.append(None if axis == 'None' else axis)
-      yield _module(scope.sub('', name)), eqn.invars[0].aval, axes
+      yield _path_of_module(scope.sub('', name)), eqn.invars[0].aval, axes
     for inner in jex.jaxprs_in_params(eqn.params):
-      yield from _constraints(inner, name)
+      yield from _find_constraints(inner, name)
 
 
-def _module(stack: str) -> str:
-  """Returns the path of the module that a stack of names tells of."""
+def _path_of_module(stack: str) -> str:
+  """Returns the path of the module in a stack of names of JAX, without the
+  names that JAX and Flax add, such as jit(...)."""
   parts = []
   for part in stack.split('/'):
     if part and not _ADDED.match(part):
@@ -150,8 +157,14 @@ def _module(stack: str) -> str:
   return '/'.join(dict.fromkeys(parts)) or 'loss'
 
 
-def explain(config: Any, mesh: dict[str, int]) -> dict:
-  """Returns the report of a checked config on a mesh."""
+def explain_sharding(config: Any, mesh: dict[str, int]) -> dict:
+  """Returns how every parameter and activation of a run is sharded on a mesh,
+  and the collectives that follow.
+
+  Args:
+    config: the config of the run, which was checked.
+    mesh: the number of devices of each mesh axis.
+  """
   model, _ = runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
   count = math.prod(mesh.values())
   placed = devices.make_mesh(mesh, jax.devices()[:count])
@@ -160,12 +173,13 @@ def explain(config: Any, mesh: dict[str, int]) -> dict:
   sent = predict.predict_collectives(run, one_host)
   return dict(
       model=model.arch, mesh=dict(mesh), rules=config.mesh.rules,
-      parameters=parameters(run), activations=activations(run),
+      parameters=describe_parameters(run),
+      activations=describe_activations(run),
       collectives=collectives.sum_by_kind(sent))
 
 
-def text(report: dict) -> str:
-  """Renders a report for a terminal."""
+def format_report(report: dict) -> str:
+  """Returns what `explain_sharding` returns as text for a terminal."""
   total = sum(row['bytes_per_device'] for row in report['parameters'])
   mesh = ' '.join(f'{axis}={n}' for axis, n in report['mesh'].items())
   lines = [f'{report["model"]}, mesh {mesh}, rules {report["rules"]!r}: '
@@ -193,16 +207,18 @@ def main() -> int:
   if args.mesh:
     mesh = devices.parse_mesh(args.mesh, 0)
   count = math.prod(mesh.values())
-  require(count <= MOST, f'a mesh of {count:,} devices is asked for: choose '
-          f'one of {MOST:,} at most, as each becomes a virtual CPU device')
+  require(count <= MAX_DEVICES,
+          f'a mesh of {count:,} devices is asked for: choose '
+          f'one of {MAX_DEVICES:,} at most, as each becomes a virtual '
+          'CPU device')
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', count)
   preflight.check_config(args.config, cli.overridden_fields())
-  report = explain(args.config, mesh)
+  report = explain_sharding(args.config, mesh)
   if args.json:
     print(json.dumps(report, indent=2))
   else:
-    print(text(report))
+    print(format_report(report))
   return 0
 
 

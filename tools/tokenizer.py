@@ -20,77 +20,94 @@ from training.data import sources, tokens
 from training.workdir import storage
 
 
-class Kind(NamedTuple):
-  """An algorithm of the package tokenizers.
+class Algorithm(NamedTuple):
+  """How the package tokenizers trains one kind of tokenizer.
 
   Attributes:
     model: the model.
-    words: what cuts a text into words.
-    back: what joins words to a text.
+    pre_tokenizer: what cuts a text into words.
+    decoder: what joins words to a text.
     trainer: the class of the trainer.
     special: the special tokens, in the order of their ids.
     options: more options of the trainer.
     normalizer: what a text becomes before it is cut; None: it stays.
   """
   model: Any
-  words: Any
-  back: Any
+  pre_tokenizer: Any
+  decoder: Any
   trainer: Callable[..., Any]
   special: Sequence[str]
   options: dict[str, Any] = {}
   normalizer: Any = None
 
 
-KINDS = {
+ALGORITHMS = {
     # GPT-2's: every text round-trips, nothing is unknown.
-    'bpe': Kind(
+    'bpe': Algorithm(
         model=hf.models.BPE(),
-        words=hf.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        back=hf.decoders.ByteLevel(), trainer=hf.trainers.BpeTrainer,
+        pre_tokenizer=hf.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoder=hf.decoders.ByteLevel(), trainer=hf.trainers.BpeTrainer,
         special=['<|endoftext|>'],
         options=dict(initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet())),
     # T5's: words with the space before them.
-    'unigram': Kind(
-        model=hf.models.Unigram(), words=hf.pre_tokenizers.Metaspace(),
-        back=hf.decoders.Metaspace(), trainer=hf.trainers.UnigramTrainer,
+    'unigram': Algorithm(
+        model=hf.models.Unigram(), pre_tokenizer=hf.pre_tokenizers.Metaspace(),
+        decoder=hf.decoders.Metaspace(), trainer=hf.trainers.UnigramTrainer,
         special=['<pad>', '</s>', '<unk>',
                  *(f'<extra_id_{i}>' for i in range(100))],
         options=dict(unk_token='<unk>')),
     # BERT's uncased: lower case, no accents, punctuation apart.
-    'wordpiece': Kind(
+    'wordpiece': Algorithm(
         model=hf.models.WordPiece(unk_token='[UNK]'),
-        words=hf.pre_tokenizers.BertPreTokenizer(),
-        back=hf.decoders.WordPiece(), trainer=hf.trainers.WordPieceTrainer,
+        pre_tokenizer=hf.pre_tokenizers.BertPreTokenizer(),
+        decoder=hf.decoders.WordPiece(), trainer=hf.trainers.WordPieceTrainer,
         special=['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]'],
         normalizer=hf.normalizers.BertNormalizer(lowercase=True)),
 }
 
 
-def train(kind: str, documents: Iterator[str], size: int, more: list[str]
-          ) -> hf.Tokenizer:
-  """Returns a tokenizer of `size` ids, with `more` special tokens."""
-  how = KINDS[kind]
-  made = hf.Tokenizer(how.model)
-  made.pre_tokenizer, made.decoder = how.words, how.back
-  if how.normalizer is not None:
-    made.normalizer = how.normalizer
+def train_tokenizer(kind: str, documents: Iterator[str], size: int,
+                    more_special_tokens: list[str]) -> hf.Tokenizer:
+  """Trains a tokenizer on documents.
+
+  Args:
+    kind: the algorithm, an entry of ALGORITHMS.
+    documents: the texts.
+    size: the number of ids, special tokens included.
+    more_special_tokens: special tokens beside those of the algorithm.
+
+  Raises:
+    RequestError: where the training fails, or `size` is too small.
+  """
+  algorithm = ALGORITHMS[kind]
+  tokenizer = hf.Tokenizer(algorithm.model)
+  tokenizer.pre_tokenizer = algorithm.pre_tokenizer
+  tokenizer.decoder = algorithm.decoder
+  if algorithm.normalizer is not None:
+    tokenizer.normalizer = algorithm.normalizer
   try:
-    trainer = how.trainer(
-        vocab_size=size, special_tokens=[*how.special, *more],
-        show_progress=False, **how.options)
-    made.train_from_iterator(documents, trainer)
+    trainer = algorithm.trainer(
+        vocab_size=size,
+        special_tokens=[*algorithm.special, *more_special_tokens],
+        show_progress=False, **algorithm.options)
+    tokenizer.train_from_iterator(documents, trainer)
   except (RequestError, OSError):
     raise  # by the source, which says itself what is wrong
   except Exception as error:  # tokenizers raises bare Exception
     raise RequestError(f'training {kind} failed: {error}.') from error
-  made_size = made.get_vocab_size(with_added_tokens=True)
-  require(made_size <= size, f'--vocab_size={size} is too small: the special '
-          f'tokens and the alphabet alone are {made_size}')
-  return made
+  least_size = tokenizer.get_vocab_size(with_added_tokens=True)
+  require(least_size <= size, f'--vocab_size={size} is too small: the special '
+          f'tokens and the alphabet alone are {least_size}')
+  return tokenizer
 
 
-def _texts(spec: str, every: int) -> Iterator[str]:
-  """Yields the texts of a source that are not held out."""
+def _training_texts(spec: str, every: int) -> Iterator[str]:
+  """Yields the texts of a source that are not held out for evaluation.
+
+  Args:
+    spec: the source, as data.source names it.
+    every: one document of so many is held out (data.holdout_every).
+  """
   for _, source in sources.parse_sources(spec):
     require(sources.TEXT in source.holds, f'data source {source.name!r} holds '
             f'{source.holds[0]}, and no text: choose another')
@@ -108,7 +125,7 @@ def _texts(spec: str, every: int) -> Iterator[str]:
 def main(argv: list[str] | None = None) -> None:
   parser = cli.Parser(prog='python -m tools.tokenizer', description=__doc__)
   parser.add_argument('command', choices=['train'])
-  parser.add_argument('--kind', choices=KINDS, default='bpe',
+  parser.add_argument('--kind', choices=ALGORITHMS, default='bpe',
                       help='the algorithm')
   parser.add_argument('--source', default='sotu', help='as data.source')
   parser.add_argument('--vocab_size', type=int, required=True,
@@ -125,10 +142,11 @@ def main(argv: list[str] | None = None) -> None:
   require(args.out.endswith('.json'), f'--out={args.out} must end in .json')
   storage.check_file_is_writable(args.out, '--out')
   with progress.show_task(f'training {args.kind}'):
-    made = train(args.kind, _texts(args.source, args.holdout_every),
-                 args.vocab_size, args.special)
+    tokenizer = train_tokenizer(
+        args.kind, _training_texts(args.source, args.holdout_every),
+        args.vocab_size, args.special)
   storage.write_file(storage.checked_path(args.out, '--out'),
-                     made.to_str(pretty=True))
+                     tokenizer.to_str(pretty=True))
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ WIDTHS = [32, 128]
     system for system in models.SYSTEMS_WITH_MUP
     if models.mixers_of(system) == {'attention'}])
 def rows(request):
-  return {name: coord_check.output_sizes(
+  return {name: coord_check.measure_growth_over_widths(
       request.param, name, WIDTHS, coord_check.Setting('adamw', 2e-3, 8), 6)
           for name in ('standard', 'mup')}
 
@@ -23,7 +23,7 @@ def rows(request):
 @pytest.mark.slow
 @pytest.mark.long
 def test_flat_in_mup_and_growing_in_the_standard_form(rows):
-  words = {name: [coord_check.verdict(slope) for slope in row['slopes']]
+  words = {name: [coord_check.describe_slope(slope) for slope in row['slopes']]
           for name, row in rows.items()}
   assert rows['mup']['outputs'][:2] == ['block 0', 'block 1']
   # A small slope adds up over blocks; a pattern may want more than two.
@@ -32,8 +32,8 @@ def test_flat_in_mup_and_growing_in_the_standard_form(rows):
       'slopes']
   assert set(deeper) <= {'flat', 'unclear'}, rows['mup']['slopes']
   # A branch that ends in a norm adds no more at one width than at another.
-  c = coord_check.config(rows['mup']['system'], 'mup', 32, 32,
-                         coord_check.Setting('adamw', 1.0, 1))
+  c = coord_check.config_at_width(rows['mup']['system'], 'mup', 32, 32,
+                                  coord_check.Setting('adamw', 1.0, 1))
   ends_in_a_norm = c.model.block in ('sandwich', 'out_norm')
   grows = words['standard'][-1:] if ends_in_a_norm else words['standard']
   assert set(grows) == {'growing'}, rows['standard']['slopes']

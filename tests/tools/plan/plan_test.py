@@ -426,7 +426,7 @@ def test_an_array_is_explained_by_its_rules():
   config = small(mixtral.get_config())
   config.model.vocab_size = 385
   run = run_on_cpu(config, 'ep_fsdp_tp')
-  rows = {row['name']: row for row in explain_sharding.parameters(run)}
+  rows = {row['name']: row for row in explain_sharding.describe_parameters(run)}
   assert rows['decoder/layers/block_0/ffn/up'] == dict(
       name='decoder/layers/block_0/ffn/up', shape=[2, 4, 32, 64], dimensions=[
           'layers 2', 'experts 4 over expert', 'embed 32 over fsdp',
@@ -434,7 +434,7 @@ def test_an_array_is_explained_by_its_rules():
       bytes_per_device=2 * 4 * 32 * 64 * 4 // 8)
   assert rows['embed/tokens']['dimensions'][0] == (
       'vocab 385 (not over tensor, which does not divide it)')
-  stream = next(row for row in explain_sharding.activations(run)
+  stream = next(row for row in explain_sharding.describe_activations(run)
                 if row['name'] == 'decoder/layers/block_0'
                 and row['dimensions'][1].startswith('stream'))
   assert stream['dimensions'] == [

@@ -84,7 +84,7 @@ def test_merged_it_is_a_model_like_any_other(imported, started, tmp_path):
   config = run.config.copy_and_resolve_references()
   with config.unlocked():
     config.init_from = ''
-  convert._make(tmp_path / 'run', config, params, None, True, '')
+  convert._write_workdir(tmp_path / 'run', config, params, None, True, '')
   tokens = models.random_tokens()
   logits = lambda module, params: jax.device_get(jax.jit(
       lambda params: models.logits(module, params, tokens))(params))

@@ -141,7 +141,7 @@ def test_an_import_that_fails_leaves_no_run(room, name, tmp_path, monkeypatch):
     lambda folder: archetype.Model(*models.make_model()).save(folder),
     lambda folder: peft.write_adapters(models.small_config('llama'), {}, folder,
                                        ''),
-    lambda folder: convert.of_gguf(folder / 'config.json', folder)],
+    lambda folder: convert.convert_gguf(folder / 'config.json', folder)],
                          ids=['export', 'save', 'peft', 'gguf'])
 def test_no_weights_are_written_into_a_run(write, tmp_path):
   run_config.save_config(tmp_path, base.base())
@@ -160,7 +160,7 @@ def test_a_run_begins_with_the_parameters_of_a_mixture(
   assert 'to go on: python train.py' in capsys.readouterr().out
   assert hf_generation.load_generation(
       workdir) == hf_generation.load_generation(imported)
-  config, _, params, _ = convert._from_workdir(workdir, None)
+  config, _, params, _ = convert._load_from_workdir(workdir, None)
   assert config.model.pattern == 'dense,moe'
   run = runs.build(config, architectures.resolve(config.model))
   with toy_run.open_store(workdir) as store:
@@ -175,7 +175,7 @@ def test_what_is_no_gguf_file_is_refused(
   file = tmp_path / 'model.gguf'
   file.write_bytes(content)
   with pytest.raises(RequestError, match=words):
-    convert.of_gguf(file, tmp_path / 'out')
+    convert.convert_gguf(file, tmp_path / 'out')
   assert not (tmp_path / 'out').exists()
 
 
@@ -256,14 +256,14 @@ def test_training_gives_the_ids_another_meaning(published):
   config = run_config.load_config(published)
   model = architectures.resolve(config.model)
   kept = hf_generation.load_generation(published)
-  assert convert._generation(published, config, model, 0) == kept
+  assert convert._generation_fields(published, config, model, 0) == kept
   assert checkpoints.checkpoint_folder(published).exists()
   ids = tokenizers.load('bytes:61').special_ids
-  assert convert._generation(published, config, model, 9).fields == {
+  assert convert._generation_fields(published, config, model, 9).fields == {
       f'{name}_token_id': ids[name] for name in ('bos', 'eos', 'pad')}
   with config.unlocked():
     config.data.tokenizer = 'a/tokenizer.json'
-  assert convert._generation(published, config, model, 9) == kept
+  assert convert._generation_fields(published, config, model, 9) == kept
 
 
 @pytest.mark.slow
@@ -321,7 +321,7 @@ def test_a_folder_may_lack_heads(kind, tmp_path, capsys):
   convert.import_(given, run, partial=False, seed=0)
   lines = [line for line in capsys.readouterr().out.splitlines()
            if 'new, drawn from the seed' in line]
-  config, _, params, _ = convert._from_workdir(run, None)
+  config, _, params, _ = convert._load_from_workdir(run, None)
   assert config.model.next_sentence == next_sentence
   named = {name for line in lines
            for name in line.rpartition(': ')[2].split(', ')}
