@@ -299,7 +299,7 @@ def test_the_system_text_and_a_new_conversation(writer):
 
 class Echo:
   """A session that says what it is told."""
-  ended = 'length'
+  end_reason = 'length'
 
   def __init__(self):
     self.messages = []

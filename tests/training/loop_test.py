@@ -310,7 +310,7 @@ def test_a_run_that_goes_on_decides_as_without_the_break(
 def test_the_experts_panel_is_over_the_steps_since_the_last_report(
     train, monkeypatch):
   windows = []
-  monkeypatch.setattr(hooks.routing, 'window', lambda load, tokens: (
+  monkeypatch.setattr(hooks.routing, 'summarize_window', lambda load, tokens: (
       windows.append(tokens.tolist()) or {}))
   figures = {n: {'health/load_E': [n], 'health/tokens': n}
              for n in range(1, STEPS + 1)}
