@@ -72,7 +72,7 @@ class _Plain(conversations.Layout):
   def __init__(self, spec: str):
     self._spec = spec
 
-  def of(self, document: Any) -> Any:
+  def lay_out(self, document: Any) -> Any:
     require(isinstance(document, str), f'{self._spec!r} holds conversations, '
             'and tools.tokenize writes plain text: a run reads these from '
             'their own files')
