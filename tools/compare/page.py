@@ -44,7 +44,7 @@ class Cell(NamedTuple):
 
 @functools.cache
 def _meanings() -> Mapping[str, str]:
-  """Returns what headings mean, by heading."""
+  """Returns the meaning of each heading of a table, from columns.toml."""
   return tomllib.loads((TEMPLATES / 'columns.toml').read_text())
 
 
@@ -68,7 +68,8 @@ class Table(NamedTuple):
     return {heading: _meanings().get(heading, '') for heading in self.rows[0]}
 
   def text(self) -> str:
-    """Renders for a terminal, without the last columns where it is narrow."""
+    """Returns the table for a terminal, without the last columns where the
+    terminal is too narrow for them."""
     room = math.inf
     if sys.stdout.isatty():
       room = os.get_terminal_size().columns
@@ -138,7 +139,8 @@ class Section(NamedTuple):
 
 
 def html(sections: Sequence[Section], **words: Any) -> str:
-  """Returns the page; what there is nothing for is left out.
+  """Returns the HTML page of a report; empty tables, plots and sections are
+  left out.
 
   Args:
     sections: the sections.
@@ -165,7 +167,12 @@ def html(sections: Sequence[Section], **words: Any) -> str:
 
 
 def render(template: str, **words: Any) -> str:
-  """Returns a template of templates/ with these words in it."""
+  """Returns the text of a template of templates/, filled in by jinja2.
+
+  Args:
+    template: the name of its file without '.jinja'.
+    **words: the values of its variables.
+  """
   import jinja2
   environment = jinja2.Environment(
       loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -262,7 +269,8 @@ def sheet(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _no_formula(x: Any) -> Any:
-  """Returns a value as it may stand in a sheet."""
+  """Returns a value of a CSV file; a text that a spreadsheet would take for a
+  formula gets an apostrophe before it."""
   begins_one = isinstance(x, str) and x.startswith(('=', '+', '-', '@', '\t',
                                                     '\r'))
   return f"'{x}" if begins_one else x

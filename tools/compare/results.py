@@ -54,7 +54,7 @@ def write(workdir, frozen: plans.FrozenPlan, state: phases.StudyState) -> None:
 
 
 def _versions() -> dict[str, str]:
-  """Returns the versions of what computes here."""
+  """Returns the versions of Python and of the packages that compute."""
   versions = {'python': platform.python_version()}
   for name in _PACKAGES:
     versions[name] = importlib.metadata.version(name)
@@ -62,7 +62,8 @@ def _versions() -> dict[str, str]:
 
 
 def load(workdir) -> dict[str, Any]:
-  """Returns what results.json holds, and what of NOTHING it does not."""
+  """Returns the content of results.json, with the entries of NOTHING for keys
+  that it lacks, or where there is no such file."""
   path = pathlib.Path(workdir) / FILE
   if not path.is_file():
     return dict(NOTHING)
@@ -70,7 +71,8 @@ def load(workdir) -> dict[str, Any]:
 
 
 def folders(workdir, phase: str = '') -> list[pathlib.Path]:
-  """Returns the sweeps of a phase, or of all, in the order of the phases."""
+  """Returns the folders of the sweeps of a phase of a study, or of all phases
+  in their order."""
   sweeps = [path.parent for path in pathlib.Path(workdir).glob('*/sweep.json')]
   sweeps.sort(key=lambda path: (len(path.name), path.name))
   wanted = [phase] if phase else [*phases.PHASES]
@@ -84,7 +86,8 @@ def folders(workdir, phase: str = '') -> list[pathlib.Path]:
 
 def _spent(frozen: plans.FrozenPlan, phase: phases.Phase, state) -> dict[str,
                                                                          Any]:
-  """Returns what a phase has taken so far."""
+  """Returns the runs, tokens, FLOPs and time that a phase has taken so far, as
+  `phases` of results.json has them."""
   done = failed = 0
   tokens, flops, seconds = 0.0, 0.0, 0.0
   for run in state.outcomes:
@@ -104,8 +107,18 @@ def _spent(frozen: plans.FrozenPlan, phase: phases.Phase, state) -> dict[str,
 
 def as_planned(workdir, frozen: plans.FrozenPlan, ran: Sequence[str]
                ) -> dict[str, Any]:
-  """Returns whether what ran, by these codes, is what was planned, and what is
-  not."""
+  """Compares what ran with what was planned.
+
+  Args:
+    workdir: the folder of the study.
+    frozen: its plan.
+    ran: the versions of the code that trained the runs.
+
+  Returns:
+    'same', whether there is no difference; 'differences', a sentence for each;
+    'repeated', how many runs of each phase were trained again; 'unknown', how
+    many runs the ledger does not know.
+  """
   from training.workdir import provenance
   differences = []
 
@@ -161,7 +174,8 @@ def _begun(workdir) -> tuple[dict[str, int], int]:
 
 
 def codes(workdir) -> list[str]:
-  """Returns the codes that trained the runs, as far as they are known."""
+  """Returns the versions of the code that trained the runs of a study, as far
+  as they are known."""
   every: list[str] = []
   for folder in folders(workdir):
     every += layout.codes_of_runs(folder, layout.load_sweep_description(folder))
@@ -169,7 +183,7 @@ def codes(workdir) -> list[str]:
 
 
 def _devices(workdir) -> list[str]:
-  """Returns the devices that the runs said they have."""
+  """Returns the kinds of device that the logs of the runs of a study name."""
   names = {}
   for folder in folders(workdir):
     for log in sorted(folder.glob('points/*/*/log.txt')):
@@ -225,7 +239,8 @@ def costs(frozen: plans.FrozenPlan, group: int, times: Times | None
 
 def _cost(frozen: plans.FrozenPlan, group: int, times: Times | None,
           phase: phases.Phase) -> Cost:
-  """Returns the cost of a phase, as `costs` does."""
+  """Returns the largest cost that a phase can have; the arguments are those of
+  `costs`."""
   runs = phase.largest_set_of_runs(frozen)
   tokens = flops = seconds = 0.0
   alike: collections.Counter[tuple] = collections.Counter()
@@ -251,8 +266,8 @@ def _cost(frozen: plans.FrozenPlan, group: int, times: Times | None,
 
 
 def _program(run: phases.Run) -> tuple:
-  """Returns what is the same of runs that train as one program: they differ in
-  numbers alone."""
+  """Returns a key that is equal for runs that train as one compiled program:
+  those that differ only in values which are inputs of the program."""
   from training.runs import TYPE_OF_TRACED_FIELD
   others = []
   for name, value in run.changes.items():
@@ -262,9 +277,14 @@ def _program(run: phases.Run) -> tuple:
 
 
 def times_of(workdir, frozen: plans.FrozenPlan) -> Times | None:
-  """Returns what the runs in a study's folder took; None where a size on a
-  workload has none yet with a known time. What an earlier plan had and this one
-  has not is left out."""
+  """Returns the mean seconds of a training step at each size on each workload,
+  as the finished runs of a study took them; None where one is not known.
+
+  Args:
+    workdir: the folder of the study.
+    frozen: its plan; runs of sizes, workloads and variants that it does not
+      have are left out.
+  """
   plan = frozen.plan
   variants = (plan.base, plans.SECOND_BASE, *plan.variants)
   steps, seconds = {}, {}
@@ -286,7 +306,12 @@ def times_of(workdir, frozen: plans.FrozenPlan) -> Times | None:
 
 
 def table(each: Sequence[Cost], parallel: int) -> str:
-  """Renders costs for a terminal: a row for each phase, and all of them."""
+  """Returns the costs of phases and their sum as a table for a terminal.
+
+  Args:
+    each: the cost of each phase.
+    parallel: how many processes run at once, for the hours.
+  """
   rows = [('phase', 'runs', 'programs', 'tokens', 'FLOPs', 'hours')]
   notes = ['']  # the headings have none
   for cost in [*each, _in_all(each)]:

@@ -21,7 +21,7 @@ POLL_SECONDS = 0.1
 
 
 class Work:
-  """The work of one job of the array: it runs a command.
+  """What one job of a SLURM array does: it runs a command.
 
   A job that is preempted or out of time is queued again by submitit, and the
   command must go on from where it was.
@@ -61,7 +61,7 @@ class Work:
 
 def submit(commands: list[list[str]], folder: pathlib.Path, options: str,
            name: str, cluster: str = 'slurm') -> list:
-  """Submits an array, prints the names of its jobs, returns them.
+  """Submits an array of jobs to SLURM, prints their names, and returns them.
 
   Args:
     commands: the command of each job.
@@ -103,7 +103,8 @@ def submit(commands: list[list[str]], folder: pathlib.Path, options: str,
 
 
 def _option(text: str) -> Any:
-  """Returns the value that a text of Python says, or else the text."""
+  """Returns the value of an option: a number, truth value or such where the
+  text is one in Python, else the text itself."""
   try:
     return ast.literal_eval(text)
   except (SyntaxError, ValueError):

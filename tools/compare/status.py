@@ -69,8 +69,18 @@ def _study(workdir, as_json: bool) -> int:
 
 def rows(description: dict, workdir, runs: list[layout.Run]
          ) -> list[tuple[str, ...]]:
-  """Returns a row for each point, the base first: its states, how much of it
-  is trained, its mean held-out loss, and that minus the base's, seed by seed.
+  """Returns the rows of the table of a sweep's status, one for each point (a
+  variant), the base first.
+
+  Args:
+    description: the content of sweep.json.
+    workdir: the folder of the sweep.
+    runs: the runs of its ledger.
+
+  Returns:
+    Rows of the columns of HEADINGS: the name, the states of the runs, the share
+    that is trained, the mean held-out loss, and that minus the base's, seed by
+    seed.
   """
   by_point = collections.defaultdict(list)
   for run in runs:
@@ -93,8 +103,12 @@ def rows(description: dict, workdir, runs: list[layout.Run]
 
 def _trained(description: dict, workdir, point: str, runs: list[layout.Run]
              ) -> tuple[list[float], dict[int, float]]:
-  """Returns how much of each run of a point is trained, and the held-out loss
-  after the last step by seed."""
+  """Returns how far the runs of one point are.
+
+  Returns:
+    The share of its steps that each run has trained, and by seed the held-out
+    loss of those that have finished.
+  """
   steps = layout.config_of_run(description, point, 0).train.steps
   shares, losses = [], {}
   for run in runs:
@@ -108,7 +122,7 @@ def _trained(description: dict, workdir, point: str, runs: list[layout.Run]
 
 
 def states(runs: list[layout.Run]) -> str:
-  """Returns '2 done, 1 running'."""
+  """Returns how many runs are in each state: '2 done, 1 running'."""
   counts = collections.Counter(run.state for run in runs)
   return ', '.join(f'{counts[state]} {state}'
                    for state in reversed(layout.STATES) if counts[state])
@@ -121,7 +135,7 @@ def failed(runs: list[layout.Run]) -> list[str]:
 
 
 def _mean(values: list[float], form: str) -> str:
-  """Returns the mean in a format; '' of no values."""
+  """Returns the mean of some values as text; '' where there is none."""
   if not values:
     return ''
   return format(sum(values) / len(values), form)

@@ -196,7 +196,8 @@ def run(args, submit: Callable[..., None]) -> int:
 
 
 def described(frozen: plans.FrozenPlan) -> str:
-  """Returns the methods of a plan, and how large its models are."""
+  """Returns a description of a plan for a terminal: its question, its methods,
+  and the sizes of its models."""
   plan = frozen.plan
   rows = [('size', 'parameters', 'FLOPs a token')]
   for size in plan.all_sizes:
@@ -244,8 +245,13 @@ def go(workdir, frozen: plans.FrozenPlan, trainer: Any, args) -> int:
 
 
 def _found(state: phases.StudyState, ends: bool) -> list[str]:
-  """Returns what the phase that is over has found, in lines; not its summary
-  where the study `ends` with it, since a refusal then says the same."""
+  """Returns lines for a terminal on the phase that has just ended.
+
+  Args:
+    state: the outcomes and decisions so far.
+    ends: whether the study is refused after this phase; the refusal then says
+      what the summary would.
+  """
   phase = phases.PHASES[state.finished[-1]]
   runs = [run for run in state.outcomes if run.phase == phase.name]
   diverged = sum(run.diverged for run in runs)
@@ -256,15 +262,16 @@ def _found(state: phases.StudyState, ends: bool) -> list[str]:
 
 
 def _note(workdir, frozen: plans.FrozenPlan, sentence: str) -> None:
-  """Notes in the plan, once, that it went on; before anything more is run, so
-  that a study which is killed later tells it too."""
+  """Adds a sentence to the notes of the frozen plan, which the report shows,
+  and saves it at once, so that a study which is killed later has it too. A
+  sentence that is there already is not added again."""
   if sentence not in [note['told'] for note in frozen.notes]:
     frozen.notes.append({'time': time.time(), 'told': sentence})
     plans.save_frozen_plan(workdir, frozen)
 
 
 class Trainer:
-  """Trains through the ledger and the runner of sweeps.
+  """Trains the runs of each phase of a study as a sweep in a folder of its own.
 
   Args:
     workdir: the folder of the study.
@@ -325,7 +332,8 @@ class Trainer:
             f'{runs_of_other_config}; move them away')
 
   def predicted(self, phase: str, rows: Sequence) -> dict:
-    """Freezes what a phase is expected to find, once."""
+    """Records what a phase is predicted to find, before it runs; see
+    plan.record_prediction."""
     return plans.record_prediction(self._workdir, self._frozen, phase, rows)
 
   def trained(self, folder: str, runs: Sequence[phases.Run]) -> curves.Sweep:
@@ -339,7 +347,8 @@ class Trainer:
       return curves.read_sweep(path, description, ledger.runs())
 
   def work(self, path: pathlib.Path, ledger) -> None:
-    """Trains what is pending, and waits for what other runners have."""
+    """Trains the pending runs of a folder, and waits for those that other
+    processes train."""
     def begun(runs: Sequence[layout.Run]) -> None:
       self.begun(path, runs)
 
@@ -348,13 +357,13 @@ class Trainer:
     runner.run(wait=True)
 
   def begun(self, path: pathlib.Path, runs: Sequence[layout.Run]) -> None:
-    """Notes in the study's ledger that runs of a phase begin from nothing."""
+    """Records in the study's ledger that runs of a phase begin from step 0."""
     rows = [(path.name, run.point, run.seed) for run in runs]
     with layout.StudyLedger(self._workdir) as ledger:
       ledger.add_begun_runs(self._frozen.hash, rows)
 
   def describe(self, folder: str, runs: Sequence[phases.Run]) -> dict:
-    """Returns what sweep.json holds of a phase."""
+    """Returns the content of sweep.json for the runs of a phase."""
     frozen = self._frozen
     rows: dict[str, dict[str, Any]] = {}
     for run in runs:
