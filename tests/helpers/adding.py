@@ -34,14 +34,14 @@ def files(folder: pathlib.Path, sources: Mapping[str, str]) -> Iterator[None]:
     folder_of_package[importlib.import_module(package)] = str(file.parent)
 
   # Let the packages look there, too, and undo that at the end.
-  for package, path in folder_of_package.items():
-    package.__path__.append(path)
+  for module, path in folder_of_package.items():
+    module.__path__.append(path)
   architectures.refresh()
   try:
     yield
   finally:
-    for package, path in folder_of_package.items():
-      package.__path__.remove(path)
+    for module, path in folder_of_package.items():
+      module.__path__.remove(path)
     for name in sources:
       sys.modules.pop(name.removesuffix('.py').replace('/', '.'), None)
     architectures.refresh()
