@@ -48,8 +48,8 @@ class Layer(nn.Module):
   order of the row.
 
   A recurrence is a subclass, which defines `inputs` and may define `gate` or
-  `gated`; Recurrence makes its entry. Its `settings` are the class of its
-  fields, which has
+  `normalise_and_gate`; Recurrence makes its entry. Its `settings` are the class
+  of its fields, which has
 
     key_heads, value_heads   the numbers of heads of keys, and of values
     key_dim, value_dim       the features of a key, and of a value
@@ -66,25 +66,42 @@ class Layer(nn.Module):
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
-    """Returns what the recurrence is given, as if a row were one text."""
+    """Returns the inputs of the recurrence, as if a row were one text.
+
+    Args:
+      x_BLD: the layer's input.
+      q_BLJK: queries, after their convolution.
+      k_BLJK: keys, likewise.
+      v_BLHU: values, likewise.
+      ctx: the context of the layer.
+    """
     raise NotImplementedError(f'{type(self).__name__} has no inputs')
 
   def gate(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
     """Returns what the normalised outputs are multiplied by, [B, L, H, U]: the
     SiLU, or the sigmoid, of a product with the input."""
-    act = getattr(jax.nn, getattr(self.sizes, 'gate', 'silu'))
-    return act(self.project('output_gate', x_BLD, VALUE_AXES, (
-        self.sizes.value_heads, self.sizes.value_dim), ctx).astype(jnp.float32))
+    activation = getattr(jax.nn, getattr(self.sizes, 'gate', 'silu'))
+    shape = self.sizes.value_heads, self.sizes.value_dim
+    z_BLHU = self.project(
+        'output_gate', x_BLD, axes=VALUE_AXES, shape=shape, ctx=ctx)
+    return activation(z_BLHU.astype(jnp.float32))
 
-  def gated(self, o_BLHU: jax.Array, x_BLD: jax.Array, v_BLHU: jax.Array,
-            ctx: Context) -> jax.Array:
-    """Returns what the last product joins, of what was read of the state."""
+  def normalise_and_gate(self, o_BLHU: jax.Array, x_BLD: jax.Array,
+                         v_BLHU: jax.Array, ctx: Context) -> jax.Array:
+    """Returns RMSNorm(o) * gate(x), which the last product reads, [B, L, H, U].
+
+    Args:
+      o_BLHU: what was read of the state.
+      x_BLD: the layer's input.
+      v_BLHU: the values, which some recurrences add.
+      ctx: the context of the layer.
+    """
     del v_BLHU
-    c = self.config
-    norm_config = dataclasses.replace(
-        c, norm_eps=getattr(self.sizes, 'norm_eps', c.norm_eps))
-    return features.RMSNorm(norm_config, name='out_norm')(
-        o_BLHU) * self.gate(x_BLD, ctx)
+    config = self.config
+    norm_eps = getattr(self.sizes, 'norm_eps', config.norm_eps)
+    norm_config = dataclasses.replace(config, norm_eps=norm_eps)
+    norm = features.RMSNorm(norm_config, name='out_norm')
+    return norm(o_BLHU) * self.gate(x_BLD, ctx)
 
   @property
   def sizes(self):
@@ -106,25 +123,25 @@ class Layer(nn.Module):
     c, d, n = self.config, self.sizes, self.sizes.householders
     mixer.check_context_of_recurrence(c.mixer, ctx)
     valid_BL = None if cache is None else ctx.valid_BL
-    q_BLJK, query_BWJK = self._read(
+    q_BLJK, query_BWJK = self._project_and_convolve(
         'query', x_BLD, (d.key_heads, d.key_dim), ctx, valid_BL,
         cache and cache.query_BWJK)
-    k_BLJK, key_BWJK = self._read(
+    k_BLJK, key_BWJK = self._project_and_convolve(
         'key', x_BLD, (d.key_heads * n, d.key_dim), ctx, valid_BL,
         cache and cache.key_BWJK)
-    v_BLHU, value_BWHU = self._read(
+    v_BLHU, value_BWHU = self._project_and_convolve(
         'value', x_BLD, (d.value_heads * n, d.value_dim), ctx, valid_BL,
         cache and cache.value_BWHU)
     o_BLHU, state_BHKU = recurrence.run_recurrence(
-        with_resets(self.inputs(x_BLD, q_BLJK, k_BLJK, v_BLHU, ctx),
+        reset_at_documents(self.inputs(x_BLD, q_BLJK, k_BLJK, v_BLHU, ctx),
                     ctx.segment_ids_BL, valid_BL), cache and cache.state_BHKU)
     if cache is not None:
       cache = State(state_BHKU, query_BWJK, key_BWJK, value_BWHU)
-    o_BLHU = self.gated(o_BLHU, x_BLD, v_BLHU, ctx)
-    return self.joined(o_BLHU, ctx), cache, Report()
+    o_BLHU = self.normalise_and_gate(o_BLHU, x_BLD, v_BLHU, ctx)
+    return self.project_output(o_BLHU, ctx), cache, Report()
 
-  def joined(self, o_BLHU: jax.Array, ctx: Context) -> jax.Array:
-    """Returns the last product, of all heads, [B, L, D]."""
+  def project_output(self, o_BLHU: jax.Array, ctx: Context) -> jax.Array:
+    """Returns the last product, W_o o of all heads, [B, L, D]."""
     c = self.config
     o_BLHU = sharding.constrain(o_BLHU.astype(c.compute_dtype), 'batch',
                                 'length', 'heads', 'head')
@@ -133,12 +150,21 @@ class Layer(nn.Module):
         ('heads', 'head', 'embed'), in_axes=(0, 1), residual=True,
         with_bias=False, deterministic=ctx.deterministic)
 
-  def _read(self, name: str, x_BLD: jax.Array, shape: tuple[int, ...],
-            ctx: Context, valid_BL: Optional[jax.Array],
-            before_BWHK: Optional[jax.Array]
-            ) -> tuple[jax.Array, Optional[jax.Array]]:
+  def _project_and_convolve(
+      self, name: str, x_BLD: jax.Array, shape: tuple[int, ...], ctx: Context,
+      valid_BL: Optional[jax.Array], before_BWHK: Optional[jax.Array]
+      ) -> tuple[jax.Array, Optional[jax.Array]]:
     """Returns queries, keys or values, and the inputs that the convolution of
-    the next token sees."""
+    the next token sees; None: there is no convolution.
+
+    Args:
+      name: 'query', 'key' or 'value'.
+      x_BLD: the layer's input.
+      shape: the numbers of heads and of their features.
+      ctx: the context of the layer.
+      valid_BL: 0 on padding; None: there is none.
+      before_BWHK: the convolution's inputs of the tokens before; None: zeros.
+    """
     axes = VALUE_AXES if name == 'value' else self.key_axes
     x_BLHK = self.project(name, x_BLD, axes, shape, ctx)
     if not self.sizes.conv:
@@ -162,8 +188,9 @@ class Layer(nn.Module):
       y_BLHK /= c.widening
     return sharding.constrain(y_BLHK, 'batch', 'length', *axes)
 
-  def of_heads(self, name: str, x_BLD: jax.Array, each: int = 1) -> jax.Array:
-    """Returns a number for each head of values, float32 [B, L, H].
+  def project_to_heads(self, name: str, x_BLD: jax.Array, each: int = 1
+                       ) -> jax.Array:
+    """Returns W x, with a number for each head of values, float32 [B, L, H].
 
     The number of heads may be the same in a wider model, so in muP these are
     logits, like a router's: they are divided by the widening. There are `each`
@@ -176,9 +203,9 @@ class Layer(nn.Module):
     y_BLH = layers.einsum('BLD,DH->BLH', x_BLD, w_DH, c.compute_dtype)
     return y_BLH.astype(jnp.float32) / c.widening
 
-  def low_rank(self, name: str, x_BLD: jax.Array, features: int, rank: int = 0,
-               through: Callable[[jax.Array], jax.Array] = lambda y: y
-               ) -> jax.Array:
+  def project_low_rank(
+      self, name: str, x_BLD: jax.Array, features: int, rank: int = 0,
+      through: Callable[[jax.Array], jax.Array] = lambda y: y) -> jax.Array:
     """Returns through(x W_down) W_up for each head of values, in float32. In
     muP the rank is that of the base, so the outputs of W_down are logits, too.
     """
@@ -197,7 +224,7 @@ class Layer(nn.Module):
 
   def rate(self, x_BLD: jax.Array) -> jax.Array:
     """Returns b of the delta rule, float32 [B, L, H], or [B, L, H x n]."""
-    rate_BLH = jax.nn.sigmoid(self.of_heads(
+    rate_BLH = jax.nn.sigmoid(self.project_to_heads(
         'rate', x_BLD, self.sizes.householders))
     return 2 * rate_BLH if self.sizes.negative else rate_BLH
 
@@ -205,17 +232,19 @@ class Layer(nn.Module):
     """Returns -exp(A) softplus(x + bias), of numbers [B, L, H] or [B, L, H, K].
     Each head has an A, whose exponential is drawn between `least` and 16."""
     shape = x_BLHK.shape[2:]
-    scale_H = declare(self, 'decay_scale', log_uniform(least), shape[:1],
-                      Role(('heads',))).astype(jnp.float32)
+    scale_H = declare(
+        self, 'decay_scale', log_uniform_initializer(least), shape[:1],
+        Role(('heads',))).astype(jnp.float32)
     bias_HK = declare(self, 'decay_bias', step_bias, shape,
                       Role(('heads', 'head')[:len(shape)])).astype(jnp.float32)
     scale_H = -jnp.exp(scale_H).reshape(1, 1, -1, *(1 for _ in shape[1:]))
     return scale_H * jax.nn.softplus(x_BLHK + bias_HK[None, None])
 
 
-def by_step(n: int, x_BLH: jax.Array) -> jax.Array:
-  """[B, L, H x n, ...] -> [B, L x n, H, ...]: what a head has for each step of
-  a token, to places of their own."""
+def steps_to_places(n: int, x_BLH: jax.Array) -> jax.Array:
+  """Returns what a head has for each of the n steps of a token,
+  [B, L, H x n, ...], with a place of its own for each step, [B, L x n, H, ...].
+  """
   if n == 1:
     return x_BLH
   B, L, _, *rest = x_BLH.shape
@@ -223,8 +252,9 @@ def by_step(n: int, x_BLH: jax.Array) -> jax.Array:
   return x_BLH.reshape(B, L * n, -1, *rest)
 
 
-def with_resets(x: recurrence.Inputs, ids_BL: Optional[jax.Array],
-                valid_BL: Optional[jax.Array]) -> recurrence.Inputs:
+def reset_at_documents(
+    x: recurrence.Inputs, ids_BL: Optional[jax.Array],
+    valid_BL: Optional[jax.Array]) -> recurrence.Inputs:
   """Returns the inputs with a state that begins anew with each document, and
   that padding leaves as it is: its decay is 1, and it writes nothing."""
   log_BLHK = x.log_decay_BLHK
@@ -246,7 +276,7 @@ def with_resets(x: recurrence.Inputs, ids_BL: Optional[jax.Array],
   return x._replace(log_decay_BLHK=log_BLHK)
 
 
-def log_uniform(least: float):
+def log_uniform_initializer(least: float):
   """Returns an initializer: the logarithm of a uniform number between `least`
   and 16 (Dao and Gu's Mamba-2, and the authors' programs)."""
   def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):

@@ -98,7 +98,7 @@ class DeltaNet(layer.Layer):
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
     del ctx
     log_decay_BLHK = self.log_decay(x_BLD)
-    steps = functools.partial(layer.by_step, self.sizes.householders)
+    steps = functools.partial(layer.steps_to_places, self.sizes.householders)
     return recurrence.Inputs(
         features.normalize_length(q_BLJK, self.base_key_dim ** -0.5),
         steps(features.normalize_length(k_BLJK)), steps(v_BLHU), log_decay_BLHK,
@@ -106,8 +106,11 @@ class DeltaNet(layer.Layer):
 
   def log_decay(self, x_BLD: jax.Array) -> jax.Array | None:
     """Returns log a, [B, L, H, 1]; None: there is no decay."""
-    return self.softplus_decay(self.of_heads('decay', x_BLD), least=0.01)[
-        ..., None] if self.sizes.decay else None
+    if not self.sizes.decay:
+      return None
+    decay_BLH = self.softplus_decay(
+        self.project_to_heads('decay', x_BLD), least=0.01)
+    return decay_BLH[..., None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,11 +147,12 @@ class KDA(DeltaNet):
 
   def log_decay(self, x_BLD: jax.Array) -> jax.Array:
     return self.softplus_decay(
-        self.low_rank('decay', x_BLD, self.sizes.key_dim), least=1.0)
+        self.project_low_rank('decay', x_BLD, self.sizes.key_dim), least=1.0)
 
   def gate(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
     del ctx
-    return jax.nn.sigmoid(self.low_rank('gate', x_BLD, self.sizes.value_dim))
+    z_BLHU = self.project_low_rank('gate', x_BLD, self.sizes.value_dim)
+    return jax.nn.sigmoid(z_BLHU)
 
 
 class GDN2Config(KDAConfig):
@@ -257,8 +261,9 @@ class GLA(layer.Layer):
     d = self.sizes
     bias_HK = layers.bias(self, 'decay_bias', (d.heads, d.key_dim),
                           ('heads', 'head'))
-    log_decay_BLHK = jax.nn.log_sigmoid(layers.add_bias(
-        self.low_rank('decay', x_BLD, d.key_dim), bias_HK)) / d.temperature
+    z_BLHK = layers.add_bias(
+        self.project_low_rank('decay', x_BLD, d.key_dim), bias_HK)
+    log_decay_BLHK = jax.nn.log_sigmoid(z_BLHK) / d.temperature
     scale = jnp.asarray(self.base_key_dim ** 0.5 / d.key_dim, q_BLJK.dtype)
     return recurrence.Inputs(scale * q_BLJK, k_BLJK, v_BLHU, log_decay_BLHK)
 
@@ -300,8 +305,9 @@ class RetNet(layer.Layer):
     c, d = self.config, self.sizes
     rotate = positions.position_of(c).rotate
     if rotate:
-      q_BLJK, k_BLJK = (rotate(x, ctx.positions_BL, turned(c), ctx.length)
-                        for x in (q_BLJK, k_BLJK))
+      rope_config = config_of_rotated_heads(c)
+      q_BLJK = rotate(q_BLJK, ctx.positions_BL, rope_config, ctx.length)
+      k_BLJK = rotate(k_BLJK, ctx.positions_BL, rope_config, ctx.length)
     scale = jnp.asarray(self.base_key_dim ** 0.5 / d.key_dim, q_BLJK.dtype)
     log_H = np.log1p(-2.0 ** (-5 - np.arange(d.heads)))
     log_decay_BLH1 = jnp.broadcast_to(
@@ -310,8 +316,9 @@ class RetNet(layer.Layer):
     return recurrence.Inputs(scale * q_BLJK, k_BLJK, v_BLHU, log_decay_BLH1)
 
 
-def turned(c: ModelConfig) -> ModelConfig:
-  """Returns a config whose heads are the queries and keys that are turned."""
+def config_of_rotated_heads(c: ModelConfig) -> ModelConfig:
+  """Returns a config whose heads have the size of the queries and keys, which
+  positions rotate."""
   return dataclasses.replace(c, head_dim=c.part(RetNetConfig).key_dim)
 
 
@@ -331,4 +338,5 @@ class Retention(layer.Recurrence):
               'turned when the row was shorter, and model.rope.scaling '
               f'{rope.scaling!r} turns by the length of the row: choose '
               'another')
-      positions.check_rope(turned(c), head='model.retnet.key_dim')
+      positions.check_rope(
+          config_of_rotated_heads(c), head='model.retnet.key_dim')

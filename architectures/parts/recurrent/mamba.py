@@ -93,8 +93,9 @@ class Mamba(nn.Module):
     dt_BLI, b_BLN, c_BLN = self._selection(x_BLI)
     if valid_BL is not None:
       dt_BLI = jnp.where(valid_BL[..., None] != 0, dt_BLI, 0)
-    a_log_IN = declare(self, 'decay_scale', _entries, shape=(inner, m.state),
-                       role=Role(('mlp', None)))
+    a_log_IN = declare(
+        self, 'decay_scale', _logs_of_entry_numbers, shape=(inner, m.state),
+        role=Role(('mlp', None)))
     a_IN = -jnp.exp(a_log_IN.astype(jnp.float32))
     x32_BLI = x_BLI.astype(jnp.float32)
     if cache is None:
@@ -104,7 +105,7 @@ class Mamba(nn.Module):
     kept_BL = jnp.ones(x_BLD.shape[:2])  # 0 where a document begins
     if ctx.segment_ids_BL is not None:
       kept_BL *= ~features.begins_document(ctx.segment_ids_BL)
-    scanned = layers.count_flops_by_result(_scanned, 4 * m.state)
+    scanned = layers.count_flops_by_result(_selective_scan, 4 * m.state)
     y_BLI, state_BIN = scanned(
         a_IN, dt_BLI, dt_BLI * x32_BLI, b_BLN.astype(jnp.float32),
         c_BLN.astype(jnp.float32), kept_BL, state_BIN)
@@ -112,7 +113,7 @@ class Mamba(nn.Module):
       cache = State(state_BIN=state_BIN, input_BWI=input_BWI)
 
     # The skip, the gate and the last product.
-    skip_I = self._of_feature('skip', nn.initializers.ones)
+    skip_I = self._declare_by_feature('skip', nn.initializers.ones)
     y_BLI += features.multiply_by_weights(x32_BLI, skip_I)
     y_BLI *= jax.nn.silu(z_BLI.astype(jnp.float32))
     y_BLD = layers.dense(
@@ -152,11 +153,11 @@ class Mamba(nn.Module):
     step_BLI = layers.einsum(
         'BLR,RI->BLI', step_BLR, w=w_RI, dtype=c.compute_dtype, axes=up)
     step_BLI = step_BLI.astype(jnp.float32)
-    bias_I = self._of_feature('step_bias', layer.step_bias)
+    bias_I = self._declare_by_feature('step_bias', layer.step_bias)
     dt_BLI = jax.nn.softplus(step_BLI + bias_I[None, None])
     return dt_BLI, b_BLN, c_BLN
 
-  def _of_feature(self, name: str, init: Callable) -> jax.Array:
+  def _declare_by_feature(self, name: str, init: Callable) -> jax.Array:
     """Declares a number of each feature; returns them in float32."""
     inner = self.config.part(MambaConfig).expand * self.config.d_model
     numbers_I = declare(
@@ -164,7 +165,7 @@ class Mamba(nn.Module):
     return numbers_I.astype(jnp.float32)
 
 
-def _scanned(a_IN: jax.Array, dt_BLI: jax.Array, x_BLI: jax.Array,
+def _selective_scan(a_IN: jax.Array, dt_BLI: jax.Array, x_BLI: jax.Array,
              b_BLN: jax.Array, c_BLN: jax.Array, kept_BL: jax.Array,
              state_BIN: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns what is read at each place, [B, L, I], and the last state: the
@@ -200,7 +201,7 @@ def _scanned(a_IN: jax.Array, dt_BLI: jax.Array, x_BLI: jax.Array,
     decay_BPIN = decay_BPIN * kept_BP[..., None, None]
     added_BPIN = x_BPI[..., None] * b_BPN[:, :, None]
     decay_BPIN, h_BPIN = jax.lax.associative_scan(
-        _after, (decay_BPIN, added_BPIN), axis=1)
+        _compose_steps, (decay_BPIN, added_BPIN), axis=1)
     # The decay is that of the piece up to each place now.
     h_BPIN += decay_BPIN * state_BIN[:, None]
     return h_BPIN[:, -1], jnp.einsum('BPIN,BPN->BPI', h_BPIN, c_BPN)
@@ -213,7 +214,7 @@ def _scanned(a_IN: jax.Array, dt_BLI: jax.Array, x_BLI: jax.Array,
   return y_BLI, state_BIN
 
 
-def _after(first: tuple[jax.Array, jax.Array],
+def _compose_steps(first: tuple[jax.Array, jax.Array],
            then: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
   """Returns two steps h -> decay * h + added, one after the other, as one."""
   decay, added = first
@@ -221,7 +222,8 @@ def _after(first: tuple[jax.Array, jax.Array],
   return decay * then_decay, then_decay * added + then_added
 
 
-def _entries(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
+def _logs_of_entry_numbers(key: jax.Array, shape: tuple[int, ...],
+                           dtype: jnp.dtype):
   """Initialises with the logarithms of 1 to N, for each feature (S4D-Real: Gu
   et al. 2022, arXiv 2206.11893)."""
   del key

@@ -111,18 +111,19 @@ class Mamba2(layer.Layer):
     del ctx
     m = self.sizes
     dt_BLH = jnp.clip(self.step(x_BLD), m.least_step, m.most_step or None)
-    scale_H = self.of_head('decay_scale', layer.log_uniform(1.0))
+    scale_H = self.declare_by_head(
+        'decay_scale', layer.log_uniform_initializer(1.0))
     written_BLHU = features.scale_vectors(v_BLHU.astype(jnp.float32), dt_BLH)
     log_decay_BLH = -jnp.exp(scale_H)[None, None] * dt_BLH
     return recurrence.Inputs(
         q_BLJK=q_BLJK, k_BLJK=k_BLJK, v_BLHU=written_BLHU,
         log_decay_BLHK=log_decay_BLH[..., None])
 
-  def gated(self, o_BLHU: jax.Array, x_BLD: jax.Array, v_BLHU: jax.Array,
-            ctx: Context) -> jax.Array:
+  def normalise_and_gate(self, o_BLHU: jax.Array, x_BLD: jax.Array,
+                         v_BLHU: jax.Array, ctx: Context) -> jax.Array:
     """Returns RMSNorm((o + D x) silu(W_z u)), [B, L, H, U]."""
     m, shape = self.sizes, v_BLHU.shape[2:]
-    skip_H = self.of_head('skip', nn.initializers.ones)
+    skip_H = self.declare_by_head('skip', nn.initializers.ones)
     o_BLHU += skip_H[None, None, :, None] * v_BLHU.astype(jnp.float32)
     gate_BLHU = self.project(
         'output_gate', x_BLD, axes=layer.VALUE_AXES, shape=shape, ctx=ctx)
@@ -136,10 +137,11 @@ class Mamba2(layer.Layer):
 
   def step(self, x_BLD: jax.Array) -> jax.Array:
     """Returns dt, float32 [B, L, H]."""
-    bias_H = self.of_head('step_bias', layer.step_bias)
-    return jax.nn.softplus(self.of_heads('step', x_BLD) + bias_H[None, None])
+    bias_H = self.declare_by_head('step_bias', layer.step_bias)
+    step_BLH = self.project_to_heads('step', x_BLD)
+    return jax.nn.softplus(step_BLH + bias_H[None, None])
 
-  def of_head(self, name: str, init: Callable) -> jax.Array:
+  def declare_by_head(self, name: str, init: Callable) -> jax.Array:
     """Declares a number of each head; returns them in float32."""
     numbers_H = declare(
         self, name, init, shape=(self.sizes.heads,), role=Role(('heads',)))

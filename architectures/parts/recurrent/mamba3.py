@@ -82,18 +82,20 @@ class Mamba3(mamba2.Mamba2):
     m, L = self.sizes, x_BLD.shape[1]
     mixer.check_context_of_recurrence(self.config.mixer, ctx)
     valid_BL = None if cache is None else ctx.valid_BL
-    before = cache or empty(self.config, x_BLD.shape[:2])
+    before = cache or empty_state(self.config, x_BLD.shape[:2])
 
     # dt, log a and g = l dt.
     dt_BLH = self.step(x_BLD)
     log_decay_BLH = -dt_BLH * self._decay_rate(x_BLD)
-    now_BLH = dt_BLH * jax.nn.sigmoid(self.of_heads('share', x_BLD))
+    now_BLH = dt_BLH * jax.nn.sigmoid(self.project_to_heads('share', x_BLD))
 
     # C, B, which are turned, and x.
     angle_BLHA = self._angles(
         x_BLD, dt_BLH, valid_BL=valid_BL, before_B1HA=before.angle_B1HA)
-    q_BLHK = self._turned('query', x_BLD, angle_BLHA=angle_BLHA, ctx=ctx)
-    k_BLHK = self._turned('key', x_BLD, angle_BLHA=angle_BLHA, ctx=ctx)
+    q_BLHK = self._project_and_rotate(
+        'query', x_BLD, angle_BLHA=angle_BLHA, ctx=ctx)
+    k_BLHK = self._project_and_rotate(
+        'key', x_BLD, angle_BLHA=angle_BLHA, ctx=ctx)
     v_BLHU = self.project(
         'value', x_BLD, axes=layer.VALUE_AXES, shape=(m.heads, m.head_dim),
         ctx=ctx).astype(jnp.float32)
@@ -112,11 +114,11 @@ class Mamba3(mamba2.Mamba2):
         q_BLJK=q_BLHK, k_BLJK=key_BLHK, v_BLHU=written_BLHU,
         log_decay_BLHK=log_decay_BLH[..., None])
     o_BLHU, state_BHKU = recurrence.run_recurrence(
-        layer.with_resets(inputs, ctx.segment_ids_BL, valid_BL),
+        layer.reset_at_documents(inputs, ctx.segment_ids_BL, valid_BL),
         before.state_BHKU)
 
     # The token adds its own value, and the skip.
-    skip_H = self.of_head('skip', nn.initializers.ones)
+    skip_H = self.declare_by_head('skip', nn.initializers.ones)
     product_BLH = features.inner_products(q_BLHK, k_BLHK)
     share_BLH = skip_H[None, None] + now_BLH * product_BLH
     o_BLHU += features.scale_vectors(v_BLHU, share_BLH)
@@ -130,11 +132,11 @@ class Mamba3(mamba2.Mamba2):
           step_B1H=features.last_inputs(
               all_steps, count=1, length=L, valid_BL=valid_BL))
     o_BLHU = o_BLHU * self.gate(x_BLD, ctx)
-    return self.joined(o_BLHU, ctx), cache, Report()
+    return self.project_output(o_BLHU, ctx), cache, Report()
 
   def _decay_rate(self, x_BLD: jax.Array) -> jax.Array:
     """Returns how fast the state of each head decays, float32 [B, L, H]."""
-    rate_BLH = jax.nn.softplus(self.of_heads('decay', x_BLD))
+    rate_BLH = jax.nn.softplus(self.project_to_heads('decay', x_BLD))
     return jnp.maximum(rate_BLH, LEAST_RATE)
 
   def _angles(self, x_BLD: jax.Array, dt_BLH: jax.Array,
@@ -154,11 +156,12 @@ class Mamba3(mamba2.Mamba2):
     if valid_BL is not None:
       turn_BLHA = jnp.where(valid_BL[..., None, None] != 0, turn_BLHA, 0)
     turns = jnp.concatenate([before_B1HA, turn_BLHA], 1)
-    return layers.count_flops_by_result(_sums_of_turns, 0)(turns)[:, 1:]
+    return layers.count_flops_by_result(_sum_turns, 0)(turns)[:, 1:]
 
-  def _turned(self, name: str, x_BLD: jax.Array, angle_BLHA: jax.Array,
-              ctx: Context) -> jax.Array:
-    """Returns B or C of each head, turned, in float32."""
+  def _project_and_rotate(self, name: str, x_BLD: jax.Array,
+                          angle_BLHA: jax.Array, ctx: Context) -> jax.Array:
+    """Returns B (`name` key) or C (query) of each head, float32 [B, L, H, K],
+    with its first features rotated by the angles [B, L, H, A]."""
     m, A = self.sizes, angle_BLHA.shape[-1]
     norm = features.RMSNorm(self.config, name=f'{name}_norm')
     x_BLJK = self.project(
@@ -176,14 +179,14 @@ class Mamba3(mamba2.Mamba2):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
-def _sums_of_turns(turn_BLHA: jax.Array) -> jax.Array:
+def _sum_turns(turn_BLHA: jax.Array) -> jax.Array:
   """Returns the sums of all turns up to each place, modulo 2 pi."""
   def add(x: jax.Array, y: jax.Array) -> jax.Array:
     return (x + y) % (2 * np.pi)
   return jax.lax.associative_scan(add, turn_BLHA, axis=1)
 
 
-def empty(c: ModelConfig, shape: tuple[int, ...]) -> State:
+def empty_state(c: ModelConfig, shape: tuple[int, ...]) -> State:
   """Returns the state of rows without a token; `shape` is [..., B, M], and the
   state does not depend on M."""
   m, rows = c.part(Mamba3Config), shape[:-1]
@@ -200,7 +203,7 @@ class Mamba3Mixer(mamba2.Grouped):
   """The entry of Mamba-3."""
 
   def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> State:
-    return empty(c, shape)
+    return empty_state(c, shape)
 
   def check(self, c: ModelConfig, stack: str) -> None:
     super().check(c, stack)

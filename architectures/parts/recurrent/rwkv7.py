@@ -98,57 +98,77 @@ class RWKV7(layer.Layer):
     d = self.sizes
     mixer.check_context_of_recurrence(self.config.mixer, ctx)
     valid_BL = None if cache is None else ctx.valid_BL
-    x, input_B1D = self._shifted(x_BLD, ctx, cache, valid_BL)
-    keys, values = (d.heads, d.key_dim), (d.heads, d.value_dim)
-    q_BLHK = self.project('query', x['query'], self.key_axes, keys, ctx)
-    k_BLHK = self.project('key', x['key'], self.key_axes, keys, ctx
-                          ).astype(jnp.float32)
-    v_BLHU = self.project('value', x['value'], layer.VALUE_AXES, values, ctx
-                          ).astype(jnp.float32)
-    log_decay_BLHK = -MOST_LOG_DECAY * jax.nn.sigmoid(
-        self._vector('decay_bias', decay_bias, keys) + self.low_rank(
-            'decay', x['decay'], d.key_dim, d.decay_rank, jnp.tanh))
-    rate_BLHK = jax.nn.sigmoid(
-        self._vector('rate_bias', rate_bias, keys) + self.low_rank(
-            'rate', x['rate'], d.key_dim, d.rate_rank))
-    gate_BLHU = self.low_rank('gate', x['gate'], d.value_dim, d.gate_rank,
-                              jax.nn.sigmoid)
-    removed_BLHK = features.normalize_length(features.multiply_by_weights(
-        k_BLHK, self._vector('removal_scale', removal_scale, keys)[0, 0]))
-    boost_HK = self._vector('boost_scale', nn.initializers.constant(1.02), keys)
+    x, input_B1D = self._mix_with_previous_token(x_BLD, ctx, cache, valid_BL)
+
+    # Queries, keys and values.
+    key_shape, value_shape = (d.heads, d.key_dim), (d.heads, d.value_dim)
+    q_BLHK = self.project('query', x['query'], self.key_axes, key_shape, ctx)
+    k_BLHK = self.project('key', x['key'], self.key_axes, key_shape, ctx)
+    k_BLHK = k_BLHK.astype(jnp.float32)
+    v_BLHU = self.project(
+        'value', x['value'], layer.VALUE_AXES, value_shape, ctx)
+    v_BLHU = v_BLHU.astype(jnp.float32)
+
+    # Decays, rates and the gate.
+    decay_bias_HK = self._declare_by_feature(
+        'decay_bias', decay_bias, key_shape)
+    decay_BLHK = decay_bias_HK + self.project_low_rank(
+        'decay', x['decay'], d.key_dim, rank=d.decay_rank, through=jnp.tanh)
+    log_decay_BLHK = -MOST_LOG_DECAY * jax.nn.sigmoid(decay_BLHK)
+    rate_bias_HK = self._declare_by_feature('rate_bias', rate_bias, key_shape)
+    rate_BLHK = jax.nn.sigmoid(rate_bias_HK + self.project_low_rank(
+        'rate', x['rate'], d.key_dim, rank=d.rate_rank))
+    gate_BLHU = self.project_low_rank(
+        'gate', x['gate'], d.value_dim, rank=d.gate_rank,
+        through=jax.nn.sigmoid)
+
+    # The key that is removed from the state, and the one that is written.
+    removal_HK = self._declare_by_feature(
+        'removal_scale', removal_scale, key_shape)[0, 0]
+    removed_BLHK = features.normalize_length(
+        features.multiply_by_weights(k_BLHK, removal_HK))
+    boost_HK = self._declare_by_feature(
+        'boost_scale', nn.initializers.constant(1.02), key_shape)
     k_BLHK *= 1 + boost_HK * (rate_BLHK - 1)
-    steps = lambda *of: layer.by_step(2, jnp.stack(of, 3).reshape(
-        *of[0].shape[:2], -1, of[0].shape[3]))
+
+    # A token removes in its first step, and writes in its second.
+    keys = _interleave_steps(rate_BLHK * removed_BLHK, k_BLHK)
+    values = _interleave_steps(jnp.zeros_like(v_BLHU), v_BLHU)
+    erase = _interleave_steps(
+        removed_BLHK * jnp.exp(-log_decay_BLHK), jnp.zeros_like(k_BLHK))
     inputs = recurrence.Inputs(
-        q_BLHK, steps(rate_BLHK * removed_BLHK, k_BLHK),
-        steps(jnp.zeros_like(v_BLHU), v_BLHU), log_decay_BLHK,
-        erase_BLJK=steps(removed_BLHK * jnp.exp(-log_decay_BLHK),
-                         jnp.zeros_like(k_BLHK)))
+        q_BLJK=q_BLHK, k_BLJK=keys, v_BLHU=values,
+        log_decay_BLHK=log_decay_BLHK, erase_BLJK=erase)
     o_BLHU, state_BHKU = recurrence.run_recurrence(
-        layer.with_resets(inputs, ctx.segment_ids_BL, valid_BL),
+        layer.reset_at_documents(inputs, ctx.segment_ids_BL, valid_BL),
         cache and cache.state_BHKU)
     if cache is not None:
-      cache = State(state_BHKU, input_B1D)
-    norm = functools.partial(group_norm,
-                             eps=d.value_dim * self.config.norm_eps)
-    o_BLHU = layers.recompute_in_backward(norm)(
-        o_BLHU, self._vector('out_norm_scale', nn.initializers.ones, values),
-        self._vector('out_norm_bias', nn.initializers.zeros, values))
-    bonus_HK = self._vector(
-        'bonus_scale', nn.initializers.constant(-0.04), keys)[0, 0]
+      cache = State(state_BHKU=state_BHKU, input_B1D=input_B1D)
+
+    # The norm, the token's own value by its bonus, and the gate.
+    norm = functools.partial(
+        group_norm, eps=d.value_dim * self.config.norm_eps)
+    scale_HU = self._declare_by_feature(
+        'out_norm_scale', nn.initializers.ones, value_shape)
+    bias_HU = self._declare_by_feature(
+        'out_norm_bias', nn.initializers.zeros, value_shape)
+    o_BLHU = layers.recompute_in_backward(norm)(o_BLHU, scale_HU, bias_HU)
+    bonus_HK = self._declare_by_feature(
+        'bonus_scale', nn.initializers.constant(-0.04), key_shape)[0, 0]
     bonus_BLH = features.inner_products(
         q_BLHK.astype(jnp.float32),
         features.multiply_by_weights(k_BLHK, bonus_HK))
     o_BLHU += features.scale_vectors(v_BLHU, bonus_BLH)
-    return self.joined(o_BLHU * gate_BLHU, ctx), cache, Report()
+    return self.project_output(o_BLHU * gate_BLHU, ctx), cache, Report()
 
-  def _shifted(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State],
-               valid_BL: Optional[jax.Array]
-               ) -> tuple[dict[str, jax.Array], jax.Array]:
+  def _mix_with_previous_token(
+      self, x_BLD: jax.Array, ctx: Context, cache: Optional[State],
+      valid_BL: Optional[jax.Array]
+      ) -> tuple[dict[str, jax.Array], jax.Array]:
     """Returns the input, mixed with that of the token before for each of
     SHIFTED, and the last input."""
     D, S = x_BLD.shape[2], len(SHIFTED)
-    share_SD = declare(self, 'shift_conv', shares, (S, D),
+    share_SD = declare(self, 'shift_conv', initial_shares_of_shift, (S, D),
                        Role((None, 'embed')))
     all_BLSD = lambda x: jnp.broadcast_to(
         x[:, :, None], (*x.shape[:2], S, D))
@@ -159,11 +179,20 @@ class RWKV7(layer.Layer):
     return {name: x_BLSD[:, :, i] for i, name in enumerate(SHIFTED)}, (
         last_B1SD[:, :, 0])
 
-  def _vector(self, name: str, init: Callable, shape: tuple[int, int]
-              ) -> jax.Array:
+  def _declare_by_feature(self, name: str, init: Callable,
+                          shape: tuple[int, int]) -> jax.Array:
     """Declares a number of each feature of the heads, float32 [1, 1, H, K]."""
     return declare(self, name, init, shape, Role(('heads', 'head'))
                    ).astype(jnp.float32)[None, None]
+
+
+def _interleave_steps(first_BLHK: jax.Array, second_BLHK: jax.Array
+                      ) -> jax.Array:
+  """Returns what tokens have in their two steps, [B, L, H, K] each, with a
+  place for each step, [B, L x 2, H, K]."""
+  B, L, _, K = first_BLHK.shape
+  steps = jnp.stack((first_BLHK, second_BLHK), 3)
+  return layer.steps_to_places(2, steps.reshape(B, L, -1, K))
 
 
 def group_norm(o_BLHU: jax.Array, scale_HU: jax.Array, bias_HU: jax.Array, *,
@@ -179,14 +208,17 @@ def group_norm(o_BLHU: jax.Array, scale_HU: jax.Array, bias_HU: jax.Array, *,
 # Initial values of the authors' program, of a layer in the middle of its stack.
 
 
-def shares(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
+def initial_shares_of_shift(key: jax.Array, shape: tuple[int, ...],
+                            dtype: jnp.dtype):
+  """Initialises the shares of the token before, [S, D], as SHIFTED says."""
   del key
   part_D = np.arange(shape[1]) / shape[1]
   return jnp.asarray([1 - part_D ** p for p in SHIFTED.values()], dtype)
 
 
-def _by_place(value: Callable[[np.ndarray, np.ndarray], np.ndarray]
-              ) -> Callable[..., jax.Array]:
+def _initializer_by_feature(
+    value: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    ) -> Callable[..., jax.Array]:
   """Returns an initializer by a number from 0 to 1 for each feature of all
   heads, and one from -1 to 1 for each feature of a head."""
   def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
@@ -197,11 +229,12 @@ def _by_place(value: Callable[[np.ndarray, np.ndarray], np.ndarray]
   return init
 
 
-decay_bias = _by_place(
+decay_bias = _initializer_by_feature(
     lambda n_HK, zigzag_K: 6 * n_HK ** (1 + 0.5 ** 0.3) - 5.5 + 2.5 * zigzag_K)
-rate_bias = _by_place(
+rate_bias = _initializer_by_feature(
     lambda n_HK, zigzag_K: -0.19 + 0.3 * zigzag_K + 0.4 * (n_HK - 0.5))
-removal_scale = _by_place(lambda n_HK, _: 0.71 - 0.1 * (n_HK - 0.5))
+removal_scale = _initializer_by_feature(
+    lambda n_HK, _: 0.71 - 0.1 * (n_HK - 0.5))
 
 
 class Goose(layer.Recurrence):
