@@ -137,7 +137,8 @@ def test_every_token_stands_where_the_text_has_it(corpus, shards):
       stream = np.array([EOS, *(i for text in kept
                                 for i in (*text.encode(), EOS))])
       again = tokens.Split(read, every, split, part, EOS)
-      assert (again.documents, again.of) == (len(kept), len(texts))
+      assert again.documents == len(kept)
+      assert again.num_documents_of_folder == len(texts)
       assert again.num_tokens == len(stream) - 1
       assert again.num_bytes == sum(map(len, kept))
       for first in range(0, len(stream), 1111):
