@@ -163,7 +163,7 @@ def test_the_state_on_a_device(no_compiler):
   alone, spread = (memory.state_bytes(programs.run_on(
       small(gpt.get_config()), t, mesh)) for mesh in ('dp', 'fsdp'))
   params = 4 * runs.count_parameters(programs.run_on(
-      small(gpt.get_config()), t, 'dp').abstract.params)
+      small(gpt.get_config()), t, 'dp').abstract_state.params)
   assert alone['parameters'] == params
   assert alone['optimizer'] == 2 * params + 8  # two counters
   assert sum(spread.values()) < 0.14 * sum(alone.values())
