@@ -115,7 +115,7 @@ def on_cpu(tree):
 
 def close(want, result, dtype):
   want, result = (jax.tree.map(lambda x: on_cpu(x).astype(jnp.float32), tree)
-                 for tree in (want, result))
+                  for tree in (want, result))
   models.assert_trees_close(want, result, TOLERANCE[dtype])
 
 
@@ -132,7 +132,7 @@ def test_products_of_experts_equal_a_loop(counts, dtype):
   x_PD, d_PD = normal(0, rows, D) * rows ** 0.5, normal(1, rows, D)
   d_PD = d_PD * (jnp.arange(rows) < sum(counts))[:, None].astype(d_PD.dtype)
   w = dispatch.ExpertWeights(normal(2, E, D, F), normal(3, E, F, D),
-                      normal(4, E, D, F))
+                             normal(4, E, D, F))
   gate_P = jax.random.uniform(jax.random.key(5), (rows,)) + 0.5
   kind = HiddenUnits('swiglu')
 

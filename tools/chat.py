@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def _sampling_options(generation: dict[str, Any], overrides: dict[str, Any]
-             ) -> types.SimpleNamespace:
+                      ) -> types.SimpleNamespace:
   """Returns how tokens are drawn: the temperature, top_k and so on, the options
   of writing.SAMPLING_FLAGS.
 

@@ -96,7 +96,7 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
             'something else than those of its training', file=sys.stderr)
     _write_workdir(workdir, config, params,
                    hf_generation.read_generation(folder), False,
-          f'of {module.config.arch}')
+                   f'of {module.config.arch}')
 
 
 def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
@@ -263,7 +263,7 @@ def _folder_of_source(source: Any) -> Any:
 
 
 def _generation_fields(workdir: epath.Path, config: Any, model: Any, step: int
-                ) -> hf_generation.Generation:
+                       ) -> hf_generation.Generation:
   """Returns what generation needs of an exported run: the ids of the tokens
   that begin, end and pad a text, and the fields of generation_config.json.
 
@@ -358,8 +358,8 @@ def _resolve_model(config: Any):
 
 
 def _write_workdir(workdir: epath.Path, config: Any, params: Any,
-          generation: hf_generation.Generation | None, trained: bool,
-          what: str, derived=()) -> None:
+                   generation: hf_generation.Generation | None, trained: bool,
+                   what: str, derived=()) -> None:
   """Writes the folder of a run at step 0, and prints what it is.
 
   Args:

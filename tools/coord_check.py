@@ -37,8 +37,8 @@ LEARNING_RATE_OF_OPTIMIZER = {'adamw': 1e-3, 'lion': 1e-3, 'sgd': 0.03}
 # The fields that grow with the width, by --widen. One that is 0 stays 0: it is
 # derived from another, which grows.
 WIDENED_FIELDS = {'size': ('head_dim', 'key_dim', 'value_dim'),
-         'heads': ('num_heads', 'num_kv_heads', 'heads', 'key_heads',
-                   'value_heads')}
+                  'heads': ('num_heads', 'num_kv_heads', 'heads', 'key_heads',
+                            'value_heads')}
 # A slope up to this is called flat; one of twice as much, growing.
 MAX_FLAT_SLOPE = 0.1
 
@@ -138,7 +138,7 @@ class Setting(NamedTuple):
 
 
 def config_at_width(system: str, parametrization: str, width: int, base: int,
-           how: Setting) -> ml_collections.ConfigDict:
+                    how: Setting) -> ml_collections.ConfigDict:
   """Returns the system's `tiny` at `width`, with two layers or, where its
   pattern is longer, with the fewest that it allows.
 
@@ -157,7 +157,7 @@ def config_at_width(system: str, parametrization: str, width: int, base: int,
   # The training.
   config.optim = base_config.base().optim
   config.optim.update(name=how.optimizer, lr=how.lr, warmup_steps=0,
-                 schedule='constant', weight_decay=0.0, clip_norm=0.0)
+                      schedule='constant', weight_decay=0.0, clip_norm=0.0)
   config.train.steps = how.steps
 
   # The sizes.
@@ -184,7 +184,7 @@ def config_at_width(system: str, parametrization: str, width: int, base: int,
 
 def measure_growth_over_widths(system: str, parametrization: str,
                                widths: Sequence[int],
-                 how: Setting, seeds: int) -> dict:
+                               how: Setting, seeds: int) -> dict:
   """Trains a system at each width, and returns the mean |x| of its outputs with
   their slopes over the width, on logarithmic axes.
 

@@ -20,9 +20,9 @@ from training.workdir import metrics, run_config, storage
 # The figures that are drawn, by the split and name of their rows in
 # metrics.jsonl.
 TITLE_OF_FIGURE = {'eval/loss': 'held-out loss', 'train/loss': 'training loss',
-           'train/learning_rate': 'learning rate',
-           'train/grad_norm': 'gradient norm',
-           'train/tokens_per_second': 'tokens a second'}
+                   'train/learning_rate': 'learning rate',
+                   'train/grad_norm': 'gradient norm',
+                   'train/tokens_per_second': 'tokens a second'}
 FORMATS_OF_PLOT = ('html', *figures.FILE_FORMATS)
 
 

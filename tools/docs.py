@@ -20,7 +20,7 @@ from configs import base
 ROOT = pathlib.Path(__file__).parents[1]
 # Pages of the site that are files outside docs/: the file of each page.
 FILE_OF_PAGE = {'index.md': 'README.md', 'contributing.md': 'CONTRIBUTING.md',
-         'changelog.md': 'CHANGELOG.md', 'agents.md': 'AGENTS.md'}
+                'changelog.md': 'CHANGELOG.md', 'agents.md': 'AGENTS.md'}
 # The modules whose docstrings make the reference of the Python API.
 MODULES_OF_API = ('archetype', 'architectures', 'training.weights',
                   'training.generate', 'architectures.parts.config')

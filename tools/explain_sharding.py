@@ -75,7 +75,7 @@ def describe_array(run: runs.Run, name: str, x: Any,
 
 def _why_not_sharded(asked_for: list[str], place: tuple[str, ...],
                      taken: set[str]
-             ) -> str:
+                     ) -> str:
   """Returns why a dimension is not sharded as its rule says; '': it is.
 
   Args:
@@ -125,7 +125,7 @@ def describe_activations(run: runs.Run) -> list[dict]:
 
 
 def _find_constraints(jaxpr: Any, above: str
-                 ) -> Iterator[tuple[str, Any, list[str | None]]]:
+                      ) -> Iterator[tuple[str, Any, list[str | None]]]:
   """Yields each named constraint on the sharding of an array in a traced
   program: the path of its module, its shape and dtype, and its logical axes.
 

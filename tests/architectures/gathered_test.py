@@ -84,7 +84,7 @@ def test_products_of_low_rank_equal_one_device(system):
 @pytest.mark.slow
 def test_equals_one_device_and_scatters_each_gradient():
   module, params = models.make_model('llama', num_kv_heads=2, remat='full',
-                               tie_embeddings=False)
+                                     tie_embeddings=False)
   tokens_BL, step = models.random_tokens(8, LENGTH), step_of(module)
   want = jax.jit(step)(params, tokens_BL)
   lowered, args = on_mesh(dict(fsdp=8), module, params, step, tokens_BL)
@@ -130,7 +130,7 @@ def test_the_input_of_each_layer_waits_in_the_hosts_memory():
   tokens_BL = models.random_tokens(2, 16)
   for scan, remat in ((True, 'offload'), (False, 'offload'), (True, 'full')):
     module, params = models.make_model('llama', num_layers=3, scan_layers=scan,
-                                 remat=remat)
+                                       remat=remat)
     text = str(jax.make_jaxpr(step_of(module))(params, tokens_BL))
     D, waiting = module.config.d_model, set(re.findall(r'<host>(\S+)', text))
     assert waiting == ({f'[2,16,{D}]', f'[3,2,16,{D}]'}

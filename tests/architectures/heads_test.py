@@ -72,7 +72,7 @@ def test_one_vector_tells_all_tokens_as_mads_decoder_does():
 
 def test_a_row_is_read_off_the_mean_of_what_is_no_padding():
   module, params = models.make_model('bert', head='sequence', num_labels=3,
-                               pooling='mean')
+                                     pooling='mean')
   segments_BL = (np.arange(16)[None] < [[16], [11]]).astype(int)
   output = _run(module, params, models.random_tokens(),
                 segment_ids_BL=segments_BL)
@@ -194,7 +194,7 @@ def test_the_load_of_a_module_is_of_those_that_take_experts():
   """Not of the last k of each document: what they join is of two texts; nor of
   padding. It is a share of the choices of the others."""
   module, params = models.make_model('mixtral', num_layers=1,
-                               moe=dict(router='sigmoid'), **TWO)
+                                     moe=dict(router='sigmoid'), **TWO)
   at, ends, size = np.arange(12), (5, 12), 10
   ids_BL = jnp.asarray(np.searchsorted(ends, at, side='right'))[None] + 1
   out = jax.jit(lambda x: module.apply(

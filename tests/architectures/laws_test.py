@@ -113,7 +113,7 @@ def check_laws(module, params):
   models.assert_trees_close(logits,
                             models.decode_with_cache(module, params, tokens,
                                                      stepped=other),
-               rtol=3e-5)
+                            rtol=3e-5)
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_remat_equals_plain_and_computes_again_what_it_says():
     lowered[remat] = jax.jit(jax.value_and_grad(loss)).lower(params)
     products[remat] = lowered[remat].as_text().count('dot_general')
   models.assert_trees_close(*(lowered[remat].compile()(params)
-                 for remat in ('none', 'full')), rtol=3e-5)
+                              for remat in ('none', 'full')), rtol=3e-5)
   assert products['full'] > products['dots'], products
 
 

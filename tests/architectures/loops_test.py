@@ -43,7 +43,7 @@ def test_a_loop_is_the_deep_stack_of_copied_weights(system, changes):
   """Outputs, what each layer returns and the loads of experts; the gradient of
   a weight is the sum over its copies."""
   module, params = models.make_model(system, **changes, loop='plain',
-                               loops=dict(passes=T))
+                                     loops=dict(passes=T))
   c = module.config
   periods = c.sections(c.num_layers)[-1 - bool(c.suffix)].periods
   depth = len(c.layer_kinds(c.num_layers))
@@ -112,7 +112,7 @@ def by_hand(module, params, tokens):
     ('gate', dict(gate_rank=5), dict(scan_layers=False))])
 def test_each_form_is_its_equations(loop, loops, changes):
   module, params = models.make_model('llama', loop=loop, **changes,
-                               loops=dict(passes=T) | loops)
+                                     loops=dict(passes=T) | loops)
   tokens = models.random_tokens(2, 6)
   def ours(params):
     out = module.apply({'params': params}, tokens, keep_layers=True)

@@ -429,7 +429,7 @@ def test_parameters_in_bfloat16_are_drawn_in_float32():
   """JAX draws bfloat16 from 128 values, whose mean is -0.012 deviations."""
   module = architectures.build(models.small_config('llama',
                                                    param_dtype='bfloat16',
-                                             d_ff=4096))
+                                                   d_ff=4096))
   params = jax.jit(lambda key: nn.meta.unbox(module.init(
       key, models.random_tokens())['params']))(jax.random.key(0))
   x = params['decoder']['layers']['block_0']['ffn']['up']

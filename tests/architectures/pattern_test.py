@@ -160,7 +160,7 @@ def test_every_layer_has_one_place_and_one_name():
 def test_a_gradient_waits_for_those_of_the_weights_above(devices, waits):
   """In a period of two layers, on several devices: by the jaxpr."""
   module, params = models.make_model('gpt', position='rope', num_layers=4,
-                               pattern='local,far', kinds=KINDS)
+                                     pattern='local,far', kinds=KINDS)
   mesh = make_mesh(
       dict.fromkeys(sharding.MESH_AXES, 1) | dict(fsdp=devices),
       jax.devices()[:devices])

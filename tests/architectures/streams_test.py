@@ -160,7 +160,7 @@ def test_a_loop_and_single_tokens_are_the_scan_over_a_row():
   want = jax.jit(lambda t: models.logits(module, params, t))(tokens)
   models.assert_trees_close(models.decode_with_cache(module, params, tokens, 1,
                                                      stepped=loop), want,
-               rtol=3e-5)
+                            rtol=3e-5)
 
 
 @pytest.mark.parametrize('kind', ['hyper', 'blocks'])

@@ -25,7 +25,7 @@ SPECIAL = ('<s>', '<pad>', '</s>', '<unk>')  # of roberta-base
 
 def make_run_config(source: str, objective: str, length: int = 64,
                     arch: str = '',
-           **data: Any):
+                    **data: Any):
   """Returns the config of a run that trains on all of a source."""
   c = base.base()
   c.objective, c.model.arch = objective, arch or c.model.arch
@@ -45,7 +45,7 @@ def write_texts_of_letters(folder: pathlib.Path, monkeypatch) -> str:
 
 def make_batch_row(objective: Any, item: Any, rng: np.random.Generator | None,
                    config: Any,
-        tokenizer: Any) -> dict[str, np.ndarray]:
+                   tokenizer: Any) -> dict[str, np.ndarray]:
   """Returns what a batch has of one item."""
   batch = objective.batch([(item, rng)], config, tokenizer)
   return {key: rows[0] for key, rows in batch.items()}

@@ -19,7 +19,7 @@ from architectures.parts.recurrent.layer import Layer
 from tests.helpers import models
 
 MIXERS_WITH_STATE = tuple(name for name, mixer in blocks.MIXERS.items()
-              if issubclass(mixer.module, Layer))
+                          if issubclass(mixer.module, Layer))
 # Those whose cache and products are as Layer has them.
 MIXERS_WITHOUT_OWN_CALL = tuple(name for name in MIXERS_WITH_STATE
               if '__call__' not in vars(blocks.MIXERS[name].module))

@@ -70,7 +70,7 @@ def reading_findings(system: str) -> Iterator[compare.Finding]:
         config = architectures.resolve(config)
         theirs = _theirs(system, folder, inputs)
         told = {note for note in notes
-            if hf_config.NOTE_OF_UNREAD_FIELDS not in note}
+                if hf_config.NOTE_OF_UNREAD_FIELDS not in note}
         if theirs is None or not told <= known:
           continue
         ours = first if exports.same(config, first[0]) else _ours(

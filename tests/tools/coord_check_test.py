@@ -24,7 +24,7 @@ def rows(request):
 @pytest.mark.long
 def test_flat_in_mup_and_growing_in_the_standard_form(rows):
   words = {name: [coord_check.describe_slope(slope) for slope in row['slopes']]
-          for name, row in rows.items()}
+           for name, row in rows.items()}
   assert rows['mup']['outputs'][:2] == ['block 0', 'block 1']
   # A small slope adds up over blocks; a pattern may want more than two.
   deeper = words['mup'][2:-1]

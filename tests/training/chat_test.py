@@ -216,7 +216,7 @@ TALK = causal.talk_by_template(conversations.make_template('a template', (
 @pytest.fixture(name='writer', scope='module')
 def _writer():
   return models.make_model('llama', max_len=ROOM, vocab_size=BYTES.vocab_size,
-                     num_layers=1)
+                           num_layers=1)
 
 
 def make(writer, talk=TALK, **settings):

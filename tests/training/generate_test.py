@@ -186,7 +186,7 @@ def alike(a, b, p_V):
 
 @pytest.mark.parametrize('settings', [
     dict(), dict(temperature=0.5, top_k=4), dict(top_p=0.6), dict(min_p=0.5)],
-    ids=str)
+                         ids=str)
 def test_each_token_of_each_text_is_a_draw_of_its_own(settings):
   """Of a model that says the same after every token. Another key is another
   text, and a key gives its text again."""

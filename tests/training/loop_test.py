@@ -136,7 +136,7 @@ def _train(tmp_path, monkeypatch):
     fake = Fake(rows, config)
     several = len(rows) > 1
     members = [loop.RunWriter(config, tmp_path / str(i), Saved(due),
-                           f'run {i}' if several else '')
+                              f'run {i}' if several else '')
                for i in range(len(rows))]
     for member in members:
       member.saved.best = best

@@ -247,7 +247,7 @@ def predict_largest_size(plan: Plan, outcomes: pairing.Outcomes,
     pairs_by_size = [
         pairing.pair_with_base(runs=runs, variant=variant, base=plan.base,
                                size=size,
-                         measure=plan.primary) for size in plan.sizes]
+                               measure=plan.primary) for size in plan.sizes]
     ladder = cooled_ladder(plan.primary, pairs_by_size)
     if ladder is None:
       continue

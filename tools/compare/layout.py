@@ -294,7 +294,7 @@ def config_of_run(description: dict, point: str, seed: int):
   base = run_config.config_from_json(description['base_config'])
   row = point_row(description, point)
   return spec.apply_changes(base, {**row['changes'], 'seed': seed},
-                      f'point {point!r}')
+                            f'point {point!r}')
 
 
 def fields_unlike_sweep(description: dict, workdir, point: str, seed: int

@@ -37,7 +37,7 @@ def outcomes_of_phase(outcomes: Outcomes, phase: str) -> Runs:
 
 
 def outcomes_with_measure(runs: Runs, variant: str, size: str, measure: Measure
-                 ) -> dict[int, Outcome]:
+                          ) -> dict[int, Outcome]:
   """Returns the outcomes of a variant at a size that have a measure, by seed.
   """
   by_seed = runs.get((variant, size, measure.workload), {})
@@ -47,7 +47,7 @@ def outcomes_with_measure(runs: Runs, variant: str, size: str, measure: Measure
 
 def pair_with_base(runs: Runs, variant: str, base: str, size: str,
                    measure: Measure
-             ) -> Pairs:
+                   ) -> Pairs:
   """Returns, by seed, the run of a variant and that of the base, of the seeds
   of which both have a measure."""
   ours = outcomes_with_measure(runs, variant, size, measure)

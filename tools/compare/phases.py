@@ -133,7 +133,7 @@ def check_phases(file: str) -> None:
 
 def run_phases(frozen: plans.FrozenPlan, trainer: Any,
                until: str = plans.REPORT,
-        anyway: bool = False) -> Iterator[StudyState]:
+               anyway: bool = False) -> Iterator[StudyState]:
   """Runs the phases of a study one after the other, and yields the state of the
   study after each.
 
@@ -204,7 +204,7 @@ class Phase:
   constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def choose_variants(self, plan: plans.Plan, records: Mapping[str, Any]
-            ) -> Sequence[str]:
+                      ) -> Sequence[str]:
     """Returns the variants that this phase trains, by what the phases before it
     decided; by default all of them. The list may name a variant twice.
 
@@ -339,7 +339,7 @@ class Tune(Phase):
     return f'and at most {more} more runs, where an optimum is at an edge'
 
   def runs_of_candidates(self, frozen: plans.FrozenPlan,
-              search: 'Search') -> list[list[Run]]:
+                         search: 'Search') -> list[list[Run]]:
     """Returns, for each candidate (a value of each tuned field) of a search,
     its runs over the seeds of tuning."""
     runs = []
@@ -455,7 +455,7 @@ class Largest(Phase):
 
 
 def make_run(frozen: plans.FrozenPlan, phase: str, variant: str, size: str,
-           workload: str, seed: int, more: dict, share: float = 1.0) -> Run:
+             workload: str, seed: int, more: dict, share: float = 1.0) -> Run:
   """Returns the description of a run that a phase wants to be trained.
 
   Args:
@@ -539,7 +539,7 @@ class Search:
     return share_of_steps(self.plan.tuning, self.rung)
 
   def record_rung(self, steps: int, outcomes: Sequence[Sequence[plans.Outcome]]
-           ) -> None:
+                  ) -> None:
     """Records the outcomes of a rung, and chooses the candidates of the next
     one.
 

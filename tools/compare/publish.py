@@ -166,8 +166,8 @@ def _format_effect(row: Mapping[str, Any]) -> str:
 
 
 def _estimate_over_sizes(comparison: Comparison, phase: str, variant: str,
-              measure: plans.Measure
-              ) -> Mapping[str, Any]:
+                         measure: plans.Measure
+                         ) -> Mapping[str, Any]:
   """Returns the row of Comparison.estimates that has a measure of a variant in
   a phase, over all sizes; {} where there is none."""
   return comparison_lib.first_row_with(

@@ -205,7 +205,7 @@ def _figures_with_name(drawn: Sequence[page.Figure],
 
 
 def _section_of_other_estimates(comparison: Comparison,
-                    drawn: Sequence[page.Figure]) -> Section:
+                                drawn: Sequence[page.Figure]) -> Section:
   """Returns the section of estimates that no verdict is on: those at each size
   and of the further measures."""
   paragraphs = []

@@ -226,7 +226,7 @@ def _distinct_points(x: np.ndarray) -> list[np.ndarray]:
 
 
 def fit_law(params: Sequence[float], tokens: Sequence[float],
-        losses: Sequence[float]) -> Law:
+            losses: Sequence[float]) -> Law:
   """Fits L(N, D) = E + A / N^a + B / D^b to runs: approach 3 of Hoffmann et al.
   2022, the least Huber loss of log L from a grid of starts.
 
@@ -256,7 +256,7 @@ def _logarithms(*columns: Sequence[float]) -> list[np.ndarray]:
 
 
 def bootstrap_laws(law: Law, params, tokens, losses, draws: int, seed: int = 0
-              ) -> list[Law]:
+                   ) -> list[Law]:
   """Returns the laws of a residual bootstrap: of ladders whose losses are those
   of the fitted law with residuals drawn anew.
 
@@ -286,7 +286,7 @@ def bootstrap_laws(law: Law, params, tokens, losses, draws: int, seed: int = 0
 
 def _minimise_from_starts(starts: Sequence, x: np.ndarray, y: np.ndarray,
                           z: np.ndarray
-          ) -> Law:
+                          ) -> Law:
   """Returns the law with the least `huber_objective` that L-BFGS reaches from
   any of some starts.
 
@@ -509,7 +509,7 @@ def fit_by_field(sweep, field: str, count: str, budgets, draws: int) -> dict:
     runs[value] = runs_of_ladder(points, count,
                                  f'{field}={value} of {sweep.name}', field)
     laws[value] = fit_law(runs[value].params, runs[value].tokens,
-                      runs[value].losses)
+                          runs[value].losses)
     drawn[value] = _bootstrap_runs(laws[value], runs[value], draws)
 
   # The others beside the base, whose value comes first.
@@ -532,7 +532,7 @@ def fit_by_field(sweep, field: str, count: str, budgets, draws: int) -> dict:
   variants = {}
   for value in ladders:
     variants[value] = describe_law(law=laws[value], drawn=drawn[value],
-                                runs=runs[value], budgets=budgets)
+                                   runs=runs[value], budgets=budgets)
   return {'field': field, 'differences': differences, 'variants': variants}
 
 
@@ -559,12 +559,12 @@ def _bootstrap_runs(law: Law, runs: Runs, draws: int,
                     seed: int = 0) -> list[Law]:
   """Returns the laws that `bootstrap_laws` draws for the runs of a ladder."""
   return bootstrap_laws(law=law, params=runs.params, tokens=runs.tokens,
-                   losses=runs.losses, draws=draws, seed=seed)
+                        losses=runs.losses, draws=draws, seed=seed)
 
 
 def _difference_of_exponents(laws: tuple[Law, Law],
                              drawn: tuple[list[Law], list[Law]],
-                exponent: str) -> dict:
+                             exponent: str) -> dict:
   """Returns an exponent of the first of two laws minus that of the second, with
   the interval of the difference by the bootstraps of both."""
   ours, theirs = laws

@@ -201,7 +201,7 @@ def read_sweep_file(file: str, seeds: int = 0,
 
 
 def apply_changes(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
-            who: str) -> ml_collections.ConfigDict:
+                  who: str) -> ml_collections.ConfigDict:
   """Returns a locked copy of a config in which some fields are changed.
 
   Args:

@@ -22,7 +22,7 @@ from training.workdir import run_config
 TARGET_LEVEL = 0.01
 # The columns that count something of a phase, and their keys in results.json.
 COUNT_OF_HEADING = {'runs planned at most': 'planned', 'done': 'done',
-          'diverged': 'failed', 'tokens': 'tokens'}
+                    'diverged': 'failed', 'tokens': 'tokens'}
 # The columns of further p-values, and their names in Comparison.estimates.
 P_VALUE_OF_HEADING = {'corrected p': 'p_corrected', 'robust p': 'p_robust',
             'equivalence p': 'p_equivalent', 'no worse p': 'p_not_worse'}
@@ -227,7 +227,7 @@ def target_table(comparison: Comparison) -> Table:
 
 
 def _curves_of_held_out_loss(comparison: Comparison, variant: str,
-                 size: str) -> list[Mapping]:
+                             size: str) -> list[Mapping]:
   """Returns the curve of held-out losses of each seed that has one."""
   curve_of_seeds = []
   for (name, at, _), by_figure in comparison.curves.items():
@@ -375,7 +375,7 @@ def _pairs_by_change(comparison: Comparison
 
 
 def _difference_by_seed(ours: Mapping[int, float], theirs: Mapping[int, float]
-                ) -> dict[int, float]:
+                        ) -> dict[int, float]:
   """Returns our loss minus the other one at each seed that has both."""
   return {seed: ours[seed] - theirs[seed]
           for seed in ours.keys() & theirs.keys()}

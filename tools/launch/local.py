@@ -169,7 +169,7 @@ def run_until_complete(words: list[str], env: dict[str, str], processes: int,
       failures += 1
       if failures > max_restarts:
         _print_line(f'failed {failures} times (--max_restarts={max_restarts}): '
-             'giving up')
+                    'giving up')
         return 1
       _print_line(f'failed: starting it again, {failures} of {max_restarts}')
 

@@ -203,8 +203,8 @@ def axes_of_groups(members: np.ndarray, mesh: Mapping[str, int]
 
 
 def read_collectives(text: str, mesh: Mapping[str, int], *, host_of: np.ndarray,
-         ragged_rows: int = 0, passes: int | None = None
-         ) -> list[Collective]:
+                     ragged_rows: int = 0, passes: int | None = None
+                     ) -> list[Collective]:
   """Returns every collective of a compiled program.
 
   Args:

@@ -148,7 +148,7 @@ def _layers_run(model: ModelConfig, back: bool) -> tuple[LayerKind, ...]:
 
 @functools.lru_cache
 def _size_of_group(shape: tuple, axes: tuple[str, ...], host_of: bytes
-           ) -> tuple[int, int]:
+                   ) -> tuple[int, int]:
   """Returns the number of devices, and of hosts, of a group along some axes of
   a mesh."""
   names, sizes = zip(*shape)

@@ -343,7 +343,7 @@ def analyse_program(run: runs.Run, topology: chips.Topology, name: str) -> dict:
 
 
 def _state_bytes(run: runs.Run, topology: chips.Topology, name: str
-           ) -> dict[str, int]:
+                 ) -> dict[str, int]:
   """Returns the bytes of a run's state on a device, as a program needs it: in
   training with the optimiser's state, in generation the parameters alone.
 

@@ -51,7 +51,7 @@ def main() -> int:
   storage.check_folder_is_writable(workdir)
   storage.refuse_folder_of_run(workdir, '--workdir', suites.CARD_FILE)
   suite = suites.load_suite(args.suite, args.config, args.only, args.seeds,
-                      cli.overridden_fields())
+                            cli.overridden_fields())
   suites.train_suite(suite, workdir)
   card = suites.make_card(suite, workdir)
   suites.write_card(card, workdir)

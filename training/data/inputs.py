@@ -23,7 +23,7 @@ ARGUMENT_OF_INPUT = {
 
 
 def arguments_of_module(stack: str, values: Mapping[str, Any], vocab_size: int
-           ) -> dict[str, jax.Array]:
+                        ) -> dict[str, jax.Array]:
   """Returns the inputs of a model, checked and as its arguments, int32 [B, L].
 
   Args:

@@ -247,7 +247,7 @@ def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
 
 
 def _find_named_columns(where: str, row: dict[str, str], fields: tuple[str, ...]
-                   ) -> tuple[str, ...]:
+                        ) -> tuple[str, ...]:
   """Returns the columns of the texts and, last, of the label, where the first
   line of a table names them; () where it is a record.
 
@@ -537,7 +537,7 @@ def read_sentences(columns: tuple[int, ...], path: str) -> Iterator[Sentence]:
 
 
 def _word_and_label(fields: Sequence[str], columns: tuple[int, ...], where: str
-           ) -> list[str]:
+                    ) -> list[str]:
   """Returns the word and, if it has one, the label of a line.
 
   Args:

@@ -429,7 +429,7 @@ class Words(NamedTuple):
 
 
 def tokenize_words(sentences: Sequence[Sequence[str]], tokenizer: Tokenizer
-             ) -> list[Words]:
+                   ) -> list[Words]:
   """Returns the tokens of sentences whose words are given, each a list of
   words. The words are joined by a space."""
   texts = [' '.join(words) for words in sentences]
@@ -441,7 +441,7 @@ def tokenize_words(sentences: Sequence[Sequence[str]], tokenizer: Tokenizer
 
 
 def _align_words(words: Sequence[str], ids: np.ndarray, spans_T2: np.ndarray
-           ) -> Words:
+                 ) -> Words:
   """Finds the word that each token of a sentence of W words belongs to.
 
   Args:
@@ -629,7 +629,7 @@ class Questions(Rows):
 
 def _cut_paragraph(question: labelled.Question, number: int, asked: np.ndarray,
                    ids: np.ndarray, spans_T2: np.ndarray, corpus: sources.Corpus
-             ) -> list[Window]:
+                   ) -> list[Window]:
   """Returns the rows of one question, each with a part of its paragraph.
 
   Args:
@@ -738,7 +738,7 @@ def find_owners(windows_W2: Sequence[tuple[int, int]], size: int) -> np.ndarray:
 
 
 def find_tokens(spans_T2: np.ndarray, start: int, end: int
-              ) -> tuple[int, int] | None:
+                ) -> tuple[int, int] | None:
   """Returns the first and the last token of a part of a text; None where no
   token stands for any of its characters.
 

@@ -673,7 +673,7 @@ def _digest_rows(rows: Iterable[Any]) -> str:
 
 
 def plan_shards(source: Source, shard_bytes: int = SHARD_BYTES
-         ) -> tuple[list[Source], list[int]]:
+                ) -> tuple[list[Source], list[int]]:
   """Divides the files of a source among shards: files of tokens that can be
   written by several machines.
 
@@ -800,7 +800,7 @@ def file_stats(source: Source) -> list[list[Any]]:
 
 
 def _write_tokens(write: Any, part: Source, tokenizer: Tokenizer, dtype: str
-            ) -> tokens.Table:
+                  ) -> tokens.Table:
   """Writes the tokens of the documents of a shard, a block of bytes at a time.
 
   Args:
@@ -854,7 +854,7 @@ def _checksums(data: bytes) -> list[int]:
 
 
 def _group_documents(documents: Iterable[Document]
-            ) -> Iterator[list[list[tuple[str, str]]]]:
+                     ) -> Iterator[list[list[tuple[str, str]]]]:
   """Yields lists of documents, each a list of (kind, text) parts.
 
   A list has about CHUNK_CHARS characters, or CHUNK_TEXTS documents: so much is
@@ -877,7 +877,7 @@ def _group_documents(documents: Iterable[Document]
 
 
 def encode_parts(tokenizer: Tokenizer, chunk: list[list[tuple[str, str]]]
-           ) -> Iterator[tuple[np.ndarray, str]]:
+                 ) -> Iterator[tuple[np.ndarray, str]]:
   """Yields the token ids [T] and the text of each part of some documents.
 
   A question and its answer are encoded as one text, and the answer has the ids
@@ -994,7 +994,7 @@ def _has_all_shards(path: epath.Path) -> bool:
 
 
 def load_or_tokenize(source: Source, tokenizer: Tokenizer, cache_dir: str
-           ) -> tokens.Tokens:
+                     ) -> tokens.Tokens:
   """Returns the tokens of a source, which is tokenised unless the cache has
   them.
 

@@ -641,7 +641,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def _bytes_of_byte_level_ids(tokenizer: Any, vocab: dict[str, int]
-                     ) -> dict[int, bytes] | None:
+                             ) -> dict[int, bytes] | None:
   """Returns {id: the bytes that it spells} of a byte-level BPE; None for any
   other tokenizer.
 

@@ -697,7 +697,7 @@ MTP_LOSS = 'mtp_{}_loss'  # the name of the loss at depth k
 
 
 def shift_targets(batch: Batch, depth: int
-                ) -> tuple[jax.Array, jax.Array]:
+                  ) -> tuple[jax.Array, jax.Array]:
   """Returns the targets of a module that looks further ahead.
 
   Args:

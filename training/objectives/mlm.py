@@ -61,7 +61,7 @@ class Passages(causal.Windows):
 
 
 def frame_text(window: causal.Window, config: Config, tokenizer: Tokenizer
-           ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+               ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
   """Puts a window of text between [CLS] and [SEP], as a row of an encoder.
 
   Args:

@@ -407,7 +407,7 @@ def _holdout_every(data: Config) -> int | None:
 
 
 def _parse_sources(spec: str, config: Config, tokenizer: Tokenizer
-            ) -> list[tuple[float, sources.Source]]:
+                   ) -> list[tuple[float, sources.Source]]:
   """Returns the (weight, source) pairs that a text such as data.source names.
   Conversations are laid out by the chat template of the run."""
   def layout() -> conversations.Layout:

@@ -199,7 +199,7 @@ def draw_cut_tokens(n: int, density: float, mean: float,
 
 
 def replace_by_sentinels(ids: np.ndarray, cut: np.ndarray, sentinels: np.ndarray
-            ) -> tuple[np.ndarray, np.ndarray]:
+                         ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the source and the target of span corruption (T5). Each shows a
   sentinel for every span that the other has.
 

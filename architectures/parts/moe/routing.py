@@ -454,7 +454,7 @@ def _weigh_by_softmax(m: MoEConfig, x: RouterInputs, expert_TX: jax.Array
   """
   probs_TE = jax.nn.softmax(x.logits_TE, -1)
   return _weigh_chosen(m, x, expert_TX=expert_TX, scores_TE=probs_TE,
-                  probs_TE=probs_TE)
+                       probs_TE=probs_TE)
 
 
 def _weigh_by_scores(m: MoEConfig, x: RouterInputs, expert_TX: jax.Array,
@@ -463,7 +463,7 @@ def _weigh_by_scores(m: MoEConfig, x: RouterInputs, expert_TX: jax.Array,
   has by itself; the router's probabilities are their shares of the sum."""
   probs_TE = scores_TE / scores_TE.sum(-1, keepdims=True)
   return _weigh_chosen(m, x, expert_TX=expert_TX, scores_TE=scores_TE,
-                  probs_TE=probs_TE)
+                       probs_TE=probs_TE)
 
 
 def _weigh_chosen(m: MoEConfig, x: RouterInputs, expert_TX: jax.Array,
@@ -997,8 +997,8 @@ def report_routing(
 
 
 def _balance_losses(m: MoEConfig, routed: Routing, *,
-              logits_TE: Optional[jax.Array], valid_T: jax.Array,
-              mean_probs_E: jax.Array, rows: int) -> dict[str, jax.Array]:
+                    logits_TE: Optional[jax.Array], valid_T: jax.Array,
+                    mean_probs_E: jax.Array, rows: int) -> dict[str, jax.Array]:
   """Returns the balance losses, by name: each that is taken of all tokens, and
   the chosen one.
 

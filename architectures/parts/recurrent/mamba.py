@@ -166,8 +166,8 @@ class Mamba(nn.Module):
 
 
 def _selective_scan(a_IN: jax.Array, dt_BLI: jax.Array, x_BLI: jax.Array,
-             b_BLN: jax.Array, c_BLN: jax.Array, kept_BL: jax.Array,
-             state_BIN: jax.Array) -> tuple[jax.Array, jax.Array]:
+                    b_BLN: jax.Array, c_BLN: jax.Array, kept_BL: jax.Array,
+                    state_BIN: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns what is read at each place, [B, L, I], and the last state: the
   selective scan (Gu and Dao 2023, section 3.3), in pieces of PLACES places.
 

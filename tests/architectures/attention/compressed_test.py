@@ -41,7 +41,7 @@ def test_documents_and_prompts_of_a_batch_are_apart(mixer):
       [np.arange(n) for n in sizes])[None]):
     models.assert_trees_close(logits(jnp.concatenate(texts, 1), **ids,
                                      **places), apart,
-                 2e-5)
+                              2e-5)
   prompts, lengths = models.random_tokens(2, 9, seed=5), (9, 4)
   new = generate.generate(
       module, params, prompts, jnp.array(lengths), jax.random.key(0),
@@ -98,4 +98,4 @@ def test_the_last_features_are_turned_or_as_many_pairs_of_all():
 def test_what_it_cannot_be_is_refused(changes, words):
   with pytest.raises(RequestError, match=words):
     architectures.resolve(models.small_config('llama', **FIELDS | changes,
-                                        mixer='csa'))
+                                              mixer='csa'))

@@ -71,7 +71,7 @@ def _numpy_layer(p, x_LD, heads, top_k, block):
 
 @pytest.mark.parametrize('counted', [
     [[1, 1, 1], [1, 0, 1]], [[0, 1, 0], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]]],
-    ids=['several', 'one', 'none'])
+                         ids=['several', 'one', 'none'])
 def test_the_divergence_is_a_mean_over_the_tokens_that_count(counted):
   """Of targets that sum to less than 1, as where a sink has a share, some of
   them 0, beside a softmax over the keys that are seen."""
@@ -90,7 +90,7 @@ def test_the_divergence_is_a_mean_over_the_tokens_that_count(counted):
   ctx = types.SimpleNamespace(real_tokens=lambda *shape: ids.astype(np.float32))
   np.testing.assert_allclose(indexer.divergence(
       *(jnp.asarray(x, jnp.float32) for x in (target, scores)), seen, ctx),
-      np.mean(nats) if nats else 0, rtol=1e-5)
+                             np.mean(nats) if nats else 0, rtol=1e-5)
 
 
 @pytest.mark.parametrize('top_k, block', [(3, 0), (0, 0), (4, 2), (0, 2)])
@@ -168,7 +168,7 @@ def test_decoding_with_gathered_keys_equals_the_whole(changes, monkeypatch):
   monkeypatch.setattr(indexer, 'should_copy_chosen_keys', lambda top_k, shape: (
       shape[1] == 1 and not gathered.append(shape)))
   models.assert_trees_close(models.logits(module, params, tokens),
-               models.decode_with_cache(module, params, tokens, 6))
+                            models.decode_with_cache(module, params, tokens, 6))
   assert gathered == [(2, 1, 12)]
 
 

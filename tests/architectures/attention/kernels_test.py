@@ -63,7 +63,7 @@ def test_splash_equals_xla(name):
 
   wrt = tuple(range(len(args)))
   models.assert_trees_close(jax.jit(jax.value_and_grad(ours, wrt))(*args),
-               jax.jit(jax.value_and_grad(splash, wrt))(*args))
+                            jax.jit(jax.value_and_grad(splash, wrt))(*args))
 
 
 @pytest.mark.parametrize('restart', [False, True])
@@ -110,7 +110,7 @@ def test_cudnn_is_asked_for_the_same_function(banded, causal, in_order, ids,
   mask = kernels.Mask(ids_BL, ids_BL, causal=causal, window=window,
                       in_order=in_order)
   seen_BLM = kernels.visible_keys(kind, SimpleNamespace(sliding_window=window),
-                             at_BL, at_BL, ids_BL, ids_BL)
+                                  at_BL, at_BL, ids_BL, ids_BL)
   q, k, v = (normal(i, B, length, H, K) for i in range(3))
   models.assert_trees_close(
       kernels.attend(q, k, v, mask_BLM=seen_BLM, scale=0.2),
@@ -225,7 +225,7 @@ def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
   _refused('cudnn, which computes in bfloat16, and model.dtype is float32: '
            'choose from auto, xla, splash', attention_kernel='cudnn')
   c = architectures.resolve(models.small_config(attention_kernel='cudnn',
-                                          dtype='bfloat16'))
+                                                dtype='bfloat16'))
   for lengths in ((8, 7), (7, 8)):
     with pytest.raises(ValueError, match='which takes even lengths'):
       kernels.choose_attention_kernel(c, kernels.Mask(causal=True), *lengths)

@@ -193,7 +193,7 @@ def test_a_model_mixes_values_and_reads_keys_as_published(name):
   """In float64: the forward pass, and a cache's single tokens."""
   fields, sources = MODELS[name]
   module, params = models.make_model('llama', norm='rmsnorm_plain', ffn='relu',
-                               num_kv_heads=2, **fields)
+                                     num_kv_heads=2, **fields)
   tokens = np.asarray(models.random_tokens(2, 6))
   want = by_numpy(module.config, params, tokens, sources)
   run = jax.jit(lambda t: module.apply({'params': params}, t).hidden)
@@ -332,7 +332,7 @@ def test_a_loop_over_tokens_writes_as_on_one_cpu_as_elsewhere(
     made[turned] = token, logits, [
         entry.mixer.slots for entry, in slots]
   models.assert_trees_close(made[True], made[False],
-               rtol=1e-4 if dtype == 'float32' else 2e-2)
+                            rtol=1e-4 if dtype == 'float32' else 2e-2)
 
 
 @pytest.mark.parametrize('changes', [

@@ -34,7 +34,7 @@ def _plain(q, k, v, *, mask, bias, sink, softcap, key):
   p = jax.nn.softmax(s, -1)[..., :k.shape[1]]
   if key is not None:
     p = layers.apply_dropout(p.reshape(B, J, R, L, L), DROPOUT,
-                     jax.random.fold_in(key, 0)).reshape(p.shape)
+                             jax.random.fold_in(key, 0)).reshape(p.shape)
   return jnp.einsum('bhlm,bmhk->blhk', p, v)
 
 

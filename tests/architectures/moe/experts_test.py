@@ -152,7 +152,7 @@ def test_one_expert_is_the_dense_network_and_shared_ones_add_to_it():
   @jax.jit
   def each(params):
     expert = {name: params[name][0] for name in
-           ('up', 'up_bias', 'gate', 'gate_bias', 'down', 'down_bias')}
+              ('up', 'up_bias', 'gate', 'gate_bias', 'down', 'down_bias')}
     shared = layers.FFN(c, kind, width=2 * F)
     return [module.apply({'params': p}, x_BLD, ctx)[0] for module, p in (
         (MoE(c), params), (layers.FFN(c, kind), expert),
@@ -171,7 +171,7 @@ def grouped_case(counts, rows=64):
   random, n = np.random.default_rng(0), len(counts)
   normal = lambda *shape: random.normal(size=shape).astype(np.float32)
   w = dispatch.ExpertWeights(normal(n, D, F), normal(n, F, D), normal(n, D, F),
-                       normal(n, F), normal(n, F), normal(n, D))
+                             normal(n, F), normal(n, F), normal(n, D))
   inside_R1 = (np.arange(rows) < sum(counts))[:, None]
   mask_RF = np.float32((random.random((rows, F)) < 0.8) / 0.8)
   return normal(rows, D), w, mask_RF, normal(rows, D) * inside_R1

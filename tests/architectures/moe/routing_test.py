@@ -334,7 +334,7 @@ def test_sinkhorn_is_the_iteration_of_each_group_without_its_padding():
     chosen[rows] = best(want, 2)
     padded = np.where(valid[group][:, None], logits[group], 9.0)
     got = np.exp(jax.jit(routing.balance_logits)(jnp.array(padded, jnp.float32),
-                                           jnp.array(valid[group])))
+                                                 jnp.array(valid[group])))
     np.testing.assert_allclose(got[valid[group]], want, rtol=1e-4)
   for filler in (-9.0, 9.0):
     padded = np.where(valid[:, None], logits, [[filler, 0, 0, 0]])

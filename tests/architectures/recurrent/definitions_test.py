@@ -307,7 +307,7 @@ def test_tokens_of_zeros_have_a_gradient():
      'less than a pair of model.mamba3.state 6'),
     (changes_with_mixer('retnet', key_dim=5), 'turn pairs, so it must be even'),
     (dict(changes_with_mixer('retnet'), rope=dict(scaling='dynamic', factor=2.0,
-                                      original_len=8)),
+                                                  original_len=8)),
      "scaling 'dynamic' turns by the length of the row"),
     (dict(changes_with_mixer('kda'), parametrization='mup', mup_base_width=32,
           mup_base_head_dim=4), 'times as wide as at the base'),

@@ -140,7 +140,7 @@ def test_groups_that_share_a_piece(monkeypatch):
   in_groups = lambda *args: recurrence.run_recurrence(*args, places=4)
   assert 'dynamic_slice' in str(jax.make_jaxpr(in_groups)(x, STATE))
   models.assert_trees_close(*(graded(f, wrt=(0, 1))(x, STATE)
-                 for f in (scanned, in_groups)))
+                              for f in (scanned, in_groups)))
 
 
 @pytest.mark.parametrize('length, decays', [(9, K), (1, 1)])
@@ -307,7 +307,7 @@ def test_a_convolution_and_its_gradient_are_those_of_the_definition(ids):
     return y, [vjp([a * jnp.cos(y[0]), b * jnp.cos(y[1])])
                for a, b in ((1, 0), (0, 1))]
   models.assert_trees_close(*(jax.jit(functools.partial(both, f))(*args)
-                 for f in (ours, theirs)), 2e-6)
+                              for f in (ours, theirs)), 2e-6)
 
 
 # The inverse of a triangular matrix against numpy's in float64, as CPUs, GPUs
@@ -315,7 +315,7 @@ def test_a_convolution_and_its_gradient_are_those_of_the_definition(ids):
 WAYS = pytest.mark.parametrize('inverse', [
     jax.jit(pieces.invert_by_substitution), jax.jit(pieces.invert_by_library),
     jax.jit(pieces.invert_by_blocks)],
-    ids=['substitution', 'library', 'blocks'])
+                               ids=['substitution', 'library', 'blocks'])
 
 
 def expected(a):

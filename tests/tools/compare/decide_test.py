@@ -396,7 +396,7 @@ def test_the_largest_size_is_predicted_by_the_law_of_the_others():
   assert few['value'] == pytest.approx(a['value'], rel=0.2)
   assert few['high'] - few['low'] > a['high'] - a['low']
   assert not efficiency.predict_largest_size(plan, [x._replace(cooled=None)
-                                   for x in _cooled()], flops)
+                                                    for x in _cooled()], flops)
 
 
 def test_the_most_promising_of_the_stopped_look_better_than_the_base():
@@ -489,7 +489,7 @@ def test_factors_of_noise_hold_what_is_true():
           (np.var(x) + np.var(y)) / np.var(x - y)))
       more = advice.gain_over_same_pairs('', 2 * x, y)
       covered.append((pairing.low < (1 - r) ** -0.5 < pairing.high,
-                   more.low < 2 < more.high))
+                      more.low < 2 < more.high))
   assert np.mean(covered, 0) == pytest.approx(0.95, abs=0.03)
   for end in (more.low, more.high):
     assert stats.pearsonr(2 * x + end * y, 2 * x - end * y).pvalue == (
@@ -527,7 +527,7 @@ def test_the_split_of_the_variance_is_the_true_one(deviations):
   covered = np.mean([[x.low <= share <= x.high for x, share in zip(
       advice.shares_of_variance(
           *_crossed(rng, *deviations, 6)), truth / truth.sum())]
-                  for _ in range(60)], axis=0)
+                     for _ in range(60)], axis=0)
   assert np.all(covered >= 0.85)
 
 

@@ -244,7 +244,7 @@ def test_what_tasks_found_are_measures(sweep, tmp_path):
   assert found['base'] == 0.5 and found['better'] is None  # it has none
   labels = lambda *f1: {'labels': {seed: {
       'f1': x, 'texts': 7, 'by_label': {'a': 0.1}}
-                                    for seed, x in enumerate(f1)}}
+                                   for seed, x in enumerate(f1)}}
   sweep_folder.write(tmp_path, [
       point('base', tasks=labels(0.5, 0.6, 0.7)),
       point('norm', {'model.norm': 'rmsnorm'}, tasks=labels(0.6, 0.8, 0.7)),
@@ -583,7 +583,7 @@ def test_the_answer_names_effects_and_what_is_excluded(tmp_path):
   results = _none_shown(effect=0.0, low=-0.045, high=0.045)
   assert 'excluded' not in answer(results)
   results['confirm'] = [row for row in results['confirm']
-                      if row['variant'] == 'rope']
+                        if row['variant'] == 'rope']
   assert 'an effect of 0.05 is excluded' in answer(results)
 
 

@@ -112,7 +112,7 @@ def _confirmation(studies: int, variants: int = 10, **world
     add('wrong', any(row.verdict in CLAIMS for row in verdicts))
     for row in verdicts:
       for name, effect in (('effect', row), ('trend', row.trend),
-                        *(('sizes', size) for size in row.sizes)):
+                           *(('sizes', size) for size in row.sizes)):
         if effect is not None and effect.low is not None:
           add(name, _holds_zero(effect))
 

@@ -334,7 +334,7 @@ def test_power_law_is_scipys_least_squares_or_none():
   law = statistics.fit_power_law(COMPUTE, noisy)
   x = COMPUTE / 1e11
   fit, _ = curve_fit(lambda x, e, a, p: e + a * x ** -p, x, noisy,
-                       p0=(1.5, 0.5, 0.25), xtol=1e-14, ftol=1e-14)
+                     p0=(1.5, 0.5, 0.25), xtol=1e-14, ftol=1e-14)
   np.testing.assert_allclose(law.loss(COMPUTE),
                              fit[0] + fit[1] * x ** -fit[2], atol=1e-5)
   assert statistics.fit_power_law(COMPUTE[:5], np.arange(5.0, 0, -1)) is None
@@ -444,7 +444,7 @@ def test_noise_that_no_number_of_seeds_beats_is_said_to_be_so():
   assert statistics.smallest_effect(0.8, 1.0, [1.0], KNOWN, 2, 0.05) is None
   # More than half of what is run diverges, and 10 % may.
   assert statistics.smallest_effect(0.8, 1.0, [1.0], 9, 8, 0.05, rate=0.6,
-                               limit=0.1) is None
+                                    limit=0.1) is None
 
 
 def test_just_the_share_of_runs_that_may_diverge_costs_nothing():

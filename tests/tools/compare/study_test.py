@@ -463,10 +463,10 @@ def test_the_size_that_is_predicted_is_no_other_phases(folder):
     head = 6 * row['changes']['model.d_model'] * row['vocab']
     assert row['flops_per_token'] * (1 - row['body']) == pytest.approx(head)
   for more, message in (('', 'has 3 of them: this study has at least 4'),
-                     ("SIZES['xl'] = {'model.d_model': 24, "
-                      "'optim.decay_steps': 9}", 'optim.decay_steps at 0'),
-                     ("SIZES['xl'] = {'model.d_model': 24, "
-                      "'optim.schedule': 'constant'}", "must be 'wsd'")):
+                        ("SIZES['xl'] = {'model.d_model': 24, "
+                         "'optim.decay_steps': 9}", 'optim.decay_steps at 0'),
+                        ("SIZES['xl'] = {'model.d_model': 24, "
+                         "'optim.schedule': 'constant'}", "must be 'wsd'")):
     with pytest.raises(RequestError, match=message):
       freeze.freeze_plan(studies.write(folder, f"{more}\nSEEDS['largest'] = 3"))
 
@@ -475,7 +475,7 @@ def _take(search, losses, steps=100, diverged=(), value=None):
   search.record_rung(steps, [[plans.Outcome(
       'tune', search.variant, search.size, search.workload, 0,
       {'loss': loss, 'copy': value}, i in diverged, 1.0, 1.0, 1, {}, loss)]
-                      for i, loss in enumerate(losses)])
+                             for i, loss in enumerate(losses)])
   return [c['optim.lr'] for c in search.candidates]
 
 

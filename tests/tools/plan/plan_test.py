@@ -372,7 +372,7 @@ MESH = dict(data=1, fsdp=4, expert=1, tensor=2)
 
 def test_every_collective_is_read_with_its_runs_and_bytes():
   moves = collectives.read_collectives(PROGRAM, MESH, host_of=np.zeros(8, int),
-                           ragged_rows=20)
+                                       ragged_rows=20)
   rows = {(c.kind, c.axes, c.runs, c.known): c for c in moves}
   assert len(rows) == len(moves)
   sent = {key: c.sent for key, c in rows.items()}

@@ -56,7 +56,7 @@ def test_the_experts_at_work_for_a_token(fields, active):
   assert figures['active_parameters'] == (
       figures['parameters'] - (every - active) * one)
   assert totals.count_parameters(model) == (figures['parameters'],
-                                     figures['active_parameters'])
+                                            figures['active_parameters'])
   # And so many products: two FLOPs a parameter at work.
   wider = model.with_part(MoEConfig, d_ff=2 * moe.d_ff)
   assert flops.forward_flops(wider, 8)['weights'] - flops.forward_flops(

@@ -222,7 +222,7 @@ def test_tokens_belong_to_the_answer_by_their_places(tmp_path):
 
 def _config(tmp_path, source, **data):
   return files.make_run_config(source, 'chat', batch_size=2,
-                      cache_dir=str(tmp_path / 'cache'), **data)
+                               cache_dir=str(tmp_path / 'cache'), **data)
 
 
 @pytest.mark.parametrize('template', [CHATML, MARKED])

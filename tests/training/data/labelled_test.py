@@ -373,7 +373,7 @@ def test_rows_without_labels_are_the_same_rows(objective, tmp_path):
   for a, b in zip(ours, theirs):
     rows = [files.make_batch_row(objectives.find_objective(config), item, None,
                                  config,
-                      BYTES) for item in (a, b)]
+                                 BYTES) for item in (a, b)]
     np.testing.assert_array_equal(*(row['tokens'] for row in rows))
   for wrong in (dict(source=bare), dict(source=source, eval_source=bare)):
     with pytest.raises(RequestError, match='has no labels or answers'):

@@ -347,7 +347,7 @@ def test_wrong_requests_are_sentences(corpus, shards, tmp_path):
   with pytest.raises(RequestError, match="with 'bytes', 384 ids, and "
                      "data.tokenizer is 'bytes:64'"):
     pipeline.make_training_loader(config_of(corpus, tmp_path, spec),
-                             tokenizers.load('bytes:64'))
+                                  tokenizers.load('bytes:64'))
   for fields, words in (
       ({'objective': 'chat'}, "'chat' reads conversations"),
       ({'source': f'tokens:{corpus}'}, 'is no folder that tools.tokenize')):

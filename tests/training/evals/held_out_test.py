@@ -375,7 +375,7 @@ def test_a_figure_is_of_as_many_rows_whatever_the_batch(
 @pytest.mark.slow
 def test_routing_is_that_of_all_held_out_text(folder):
   c = evaluations.make_config('mixtral', 'causal', num_layers=2, num_kv_heads=2,
-                         moe=dict(num_experts=4, d_ff=24))
+                              moe=dict(num_experts=4, d_ff=24))
   c.data.eval_source = f'text:{folder}/*.txt'
   figures = evaluations.run_and_check_task('routing',
                                            evaluations.make_evaluation(c,

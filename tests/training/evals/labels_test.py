@@ -281,7 +281,7 @@ RIGHT = [['B-per', 'I-per', 'O', 'B-loc'], ['O', 'B-loc', 'I-loc', 'B-loc']]
 
 def test_entities_are_found_where_type_and_ends_are_right():
   tags = [['B-per', 'I-per', 'O', 'B-per'],  # one right, one of a wrong type
-           ['O', 'B-loc', 'O', 'B-loc']]  # one too short, one right
+          ['O', 'B-loc', 'O', 'B-loc']]  # one too short, one right
   figures, _ = labels.measure_entities(RIGHT, tags)
   assert (figures['precision'], figures['recall'], figures['f1']) == (.5,) * 3
   assert figures['entities'] == 4 and figures['strict_f1'] == 0.5

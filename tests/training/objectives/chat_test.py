@@ -132,7 +132,7 @@ def test_alpacas_records_are_laid_out_by_its_template(kind, tmp_path):
   path.write_text(json.dumps(RECORDS) if kind == 'json' else
                   '\n'.join(map(json.dumps, RECORDS)) + '\n')
   config = files.make_run_config(f'alpaca:{path}', 'chat', 300, batch_size=3,
-                        cache_dir=str(tmp_path))
+                                 cache_dir=str(tmp_path))
   batch = pipeline.make_training_loader(config, BYTES).batch(0)
   end, pairs = BYTES.separator_id, set()
   for tokens, targets, weights, valid in zip(*(

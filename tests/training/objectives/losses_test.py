@@ -118,7 +118,7 @@ def test_value_and_gradients_equal_the_equations(case):
 
   def loss(hidden, head, weights):
     return losses.cross_entropy(hidden, head, targets, weights, chunk=chunk,
-                                    **options)
+                                **options)
 
   @jax.jit
   def both(*args):
@@ -162,7 +162,7 @@ def test_a_tied_kernel_has_the_gradient_of_its_table(dtype, chunk):
   def loss(table_VD, hidden_BLD):
     tied = head.replace(kernel_DV=table_VD.T)
     return losses.cross_entropy(hidden_BLD, tied, targets, weights,
-                                    chunk=chunk)[0]
+                                chunk=chunk)[0]
 
   rounded = head.replace(kernel_DV=head.kernel_DV.astype(dtype))
   expected = oracle(hidden, rounded, targets, weights)['kernel'].T
@@ -178,7 +178,7 @@ def test_large_logits_stay_finite_and_nan_shows():
       lambda x: losses.cross_entropy(x, head, targets, weights)[0])(hidden)
   assert np.isfinite(value) and np.isfinite(grads).all()
   value, _ = losses.cross_entropy(hidden.at[0, 0, 0].set(jnp.nan), head,
-                                      targets, jnp.ones_like(weights))
+                                  targets, jnp.ones_like(weights))
   assert np.isnan(value)
 
 

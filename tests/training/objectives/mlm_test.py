@@ -100,7 +100,7 @@ def test_fifteen_percent_are_told_eighty_ten_ten(texts):
   special = np.zeros(len(ids), bool)
   special[:1000] = True
   masked, chosen = mlm.mask_tokens(ids, special, rng, BYTES, rate=0.15,
-                            whole_words=False)
+                                   whole_words=False)
   assert not chosen[:1000].any() and chosen.sum() == round(0.15 * 19000)
   assert (masked[~chosen] == ids[~chosen]).all()
   shares = [(masked[chosen] == BYTES.mask_id).mean(),
@@ -155,7 +155,7 @@ def test_whole_words_are_masked_whole():
   ids = BYTES.encode(text)
   special = np.zeros(len(ids), bool)
   _, chosen = mlm.mask_tokens(ids, special, np.random.default_rng(1), BYTES,
-                           rate=0.3, whole_words=True)
+                              rate=0.3, whole_words=True)
   assert 0 < chosen.sum() < len(ids)
   place = 0
   for word in text.split(' '):
@@ -198,7 +198,7 @@ def test_bert_is_judged_by_both_its_tasks():
   right = np.mean([logits[0, 0] > logits[0, 1], logits[1, 1] > logits[1, 0],
                    logits[2, 1] > logits[2, 0]])
   accuracy = np.mean([all_logits[b, i].argmax() == tokens[b, i]
-                  for b, i in words])
+                      for b, i in words])
   for name, value in dict(loss=words_loss + nsp,
                           mlm_loss=words_loss, nsp_loss=nsp,
                           nsp_accuracy=right, mlm_accuracy=accuracy).items():

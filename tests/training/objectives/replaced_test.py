@@ -31,13 +31,13 @@ def _batch(config, sizes=(31, 12, 31)):
   draw = np.random.default_rng(1)
   rows = [files.make_batch_row(RECORD, causal.Window(
       draw.integers(97, 123, 31).astype(np.int32), size), draw, config,
-                    TOKENIZER) for size in sizes]
+                               TOKENIZER) for size in sizes]
   return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def _make(sharing):
   return models.make_model('electra', head='replaced', vocab_size=384,
-                     generator=dict(sharing=sharing))
+                           generator=dict(sharing=sharing))
 
 
 def test_a_row_masks_its_share_and_knows_the_words():
@@ -96,7 +96,7 @@ def test_the_encoder_judges_what_the_generator_drew(sharing):
   judged = jax.jit(lambda p: alone.apply(
       {'params': p}, shown, segment_ids_BL=batch['segment_ids']))(theirs)
   models.assert_trees_close(extra['scores'] * real[..., None],
-               judged.extra['scores'] * real[..., None], rtol=1e-4)
+                            judged.extra['scores'] * real[..., None], rtol=1e-4)
   scores = np.asarray(extra['scores'][..., 0], np.float64)
   nats = np.log1p(np.exp(np.where(replaced, -scores, scores)))
   assert figures['detection_loss'].total == pytest.approx(

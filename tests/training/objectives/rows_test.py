@@ -122,7 +122,7 @@ def test_pairs_equal_those_of_the_package_tokenizers(length, tmp_path):
       f'{a}\t{b}\t{i % 2}\n' for i, (a, b) in enumerate(PAIRS)))
   c = files.make_run_config(f'labelled:{tmp_path}/a.tsv', 'classification',
                             length,
-                   'roberta', tokenizer=str(folder))
+                            'roberta', tokenizer=str(folder))
   view = records.Classes(files.read_corpus(c))
   record, ours = objectives.find_objective(c), tokenizers.load(str(folder))
   rows = [files.make_batch_row(record, item, np.random.default_rng(0), c,

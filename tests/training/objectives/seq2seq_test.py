@@ -78,7 +78,7 @@ def test_pairs_of_a_file(kind, tmp_path):
       '\t'.join(pair) if kind == 'tsv' else json.dumps(
           dict(zip(labelled.PAIR, pair))) for pair in texts) + '\n')
   config = files.make_run_config(f'parallel:{path}', 'seq2seq', batch_size=8,
-                        eval_source=f'parallel:{path}')
+                                 eval_source=f'parallel:{path}')
   loader, = pipeline.make_evaluation_loaders(config, TOKENIZER)
   batch = loader.batch(0)
   assert loader.num_windows == 3 and loader.num_bytes == 7 + 3 + 80

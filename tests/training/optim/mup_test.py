@@ -89,10 +89,10 @@ def test_rates_agree_with_the_shapes(system, parts):
     sizes = {field: given.deltanet[field] * width // BASE
              for field in ('key_dim', 'value_dim')}
     c = models.small_config(system, d_model=width, deltanet=sizes,
-                      head_dim=given.head_dim * width // BASE,
-                      d_ff=48 * width // BASE,
-                      parametrization='mup', mup_base_width=BASE,
-                      moe=dict(moe, d_ff=24 * width // BASE), **parts)
+                            head_dim=given.head_dim * width // BASE,
+                            d_ff=48 * width // BASE,
+                            parametrization='mup', mup_base_width=BASE,
+                            moe=dict(moe, d_ff=24 * width // BASE), **parts)
     return architectures.build(c)
   narrow, wide = make(BASE), make(BASE * r)
   small, large, roles = flat(narrow), flat(wide), parameter_roles(wide)

@@ -223,7 +223,7 @@ class FuzzyRecall(Probe):
 
 
 def _draw_motif(rng: np.random.Generator, letters: np.ndarray, most: int
-           ) -> np.ndarray:
+                ) -> np.ndarray:
   """Returns one to `most` different letters."""
   return rng.choice(letters, rng.integers(1, most + 1), replace=False)
 
@@ -360,7 +360,7 @@ _MOST_BYTES_OF_QUESTION = len(QUESTION.format(name=_LONGEST_NAME))
 
 
 def draw_passkey_text(rng: np.random.Generator, needles: int, length: int
-                 ) -> tuple[str, str]:
+                      ) -> tuple[str, str]:
   """Draws a text in which numbers are hidden, and a question about one of them.
 
   Args:

@@ -61,7 +61,7 @@ from training.data.probes.record import Probe, Row, Settings
 
 @functools.lru_cache(maxsize=8)
 def list_permutations(things: int, even: bool = False
-                 ) -> tuple[np.ndarray, np.ndarray]:
+                      ) -> tuple[np.ndarray, np.ndarray]:
   """Returns all permutations of some things, and the table of their products.
 
   Args:
@@ -478,7 +478,7 @@ def _draw_form(rng: np.random.Generator, first: int) -> int:
 
 
 def _draw_formula(rng: np.random.Generator, count: int, modulus: int
-             ) -> tuple[list[int], int]:
+                  ) -> tuple[list[int], int]:
   """Draws a formula in prefix notation, and computes its value.
 
   Args:
