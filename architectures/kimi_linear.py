@@ -11,9 +11,9 @@ Linear", arXiv 2510.26692).
 parts/recurrent/linear_attention.py has the recurrence, which alone tells the
 order of the tokens; parts/attention/latent.py has the attention, whose
 `rope_dim` features are a key that all heads share, and are not rotated. The 8
-are the best by
-s + b, where b moves against the load as in DeepSeek-V3. The published model has
-27 layers. The last one, which follows two recurrences, has attention too.
+are the best by s + b, where b moves against the load as in DeepSeek-V3. The
+published model has 27 layers. The last one, which follows two recurrences, has
+attention too.
 """
 
 from architectures import deepseek_v2, llama, phi3

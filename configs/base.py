@@ -296,8 +296,8 @@ class Run:
   `probe`."""
   seed: int = field(
       0, 'The seed of the parameters, the order of the data, and dropout.',
-      most=2**32 - 1, resume=Effect(OPTIMISATION,
-                    'another order of the data, another dropout'))
+      most=2**32 - 1, resume=Effect(
+          OPTIMISATION, 'another order of the data, another dropout'))
   init_seed: int = field(0, 'The first parameters are drawn from both seeds, '
                          'so that each value gives others with the same data; '
                          '0: from seed alone.', most=2**32 - 1, resume=AT_START)

@@ -47,10 +47,11 @@ for _flag in writing.SAMPLING_FLAGS:
   _flag.define(None, _flag.help)
 
 # What is said in a terminal after an answer that ended early, by the reason.
-NOTE_OF_END_REASON = {'length': '[cut off at --max_new_tokens]',
-         'context': '[the tokens of --context are full: /reset begins a new '
-         'conversation]',
-         'interrupted': '[stopped]'}
+NOTE_OF_END_REASON = {
+    'length': '[cut off at --max_new_tokens]',
+    'context': '[the tokens of --context are full: /reset begins a new '
+               'conversation]',
+    'interrupted': '[stopped]'}
 
 
 def main() -> None:

@@ -141,9 +141,10 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
       print('warning: it starts from another function than the dense model\'s: '
             'its gates do not sum to 1, or tokens are dropped, or experts are '
             'shared', file=sys.stderr)
+    num_dense = runs.count_parameters(params)
     _write_workdir(workdir, config, made, generation, trained,
-                   f'of {run.model.arch}, '
-          f'from the {runs.count_parameters(params):,} of {source}', derived)
+                   f'of {run.model.arch}, from the {num_dense:,} of {source}',
+                   derived)
 
 
 def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,

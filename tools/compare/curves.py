@@ -48,9 +48,8 @@ class Run:
     rows: the lines of its metrics.jsonl.
     evaluations: what its eval.json holds, by task.
     differing_fields: the fields in which its config is not the sweep's.
-    items: what each item scored, by the names of figures, as
-      items.read_records gives
-      it; of the held-out loss they are the documents.
+    items: what each item scored, by the names of figures, as items.read_records
+      gives it; of the held-out loss they are the documents.
   """
   seed: int
   state: str

@@ -27,9 +27,9 @@ from training.workdir import storage
 DEFAULT_FOLDER_OF_BUNDLES = 'docs/assets/studies'
 DEFAULT_PAGE = 'docs/verdicts.md'
 # The files of a workdir that a bundle holds: none names a machine or a folder.
-PATTERNS_OF_BUNDLED_FILES = ('study.json', 'study.sqlite', 'results.json',
-                             '*/sweep.json',
-         '*/points/*/*/metrics.jsonl', '*/points/*/*/eval.json')
+PATTERNS_OF_BUNDLED_FILES = (
+    'study.json', 'study.sqlite', 'results.json', '*/sweep.json',
+    '*/points/*/*/metrics.jsonl', '*/points/*/*/eval.json')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -362,7 +362,8 @@ def _is_effect_excluded(plan: plans.Plan, row: Mapping[str, Any]) -> bool:
 
 
 def describe_methods(frozen: plans.FrozenPlan,
-            results: Mapping[str, Any] = results_lib.NOTHING) -> list[str]:
+                     results: Mapping[str, Any] = results_lib.NOTHING
+                     ) -> list[str]:
   """Returns the paragraphs of a methods section, which say how a study was
   done, or will be done. Nothing is said of a phase that had no runs.
 

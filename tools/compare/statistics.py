@@ -647,9 +647,8 @@ def jackknife(samples: np.ndarray,
   95 % interval by the jackknife (Tukey 1958).
 
   Each of the n seeds is left out in turn; Student's interval over the
-  pseudo-values has the standard error
-  sd(statistic without a seed) (n - 1) / sqrt(n). What belongs to one seed is
-  left out together.
+  pseudo-values has the standard error sd(statistic without a seed) (n - 1) /
+  sqrt(n). What belongs to one seed is left out together.
 
   Args:
     samples: [seeds, ...].

@@ -24,8 +24,9 @@ TARGET_LEVEL = 0.01
 COUNT_OF_HEADING = {'runs planned at most': 'planned', 'done': 'done',
                     'diverged': 'failed', 'tokens': 'tokens'}
 # The columns of further p-values, and their names in Comparison.estimates.
-P_VALUE_OF_HEADING = {'corrected p': 'p_corrected', 'robust p': 'p_robust',
-            'equivalence p': 'p_equivalent', 'no worse p': 'p_not_worse'}
+P_VALUE_OF_HEADING = {
+    'corrected p': 'p_corrected', 'robust p': 'p_robust',
+    'equivalence p': 'p_equivalent', 'no worse p': 'p_not_worse'}
 
 
 # Estimates.

@@ -108,8 +108,7 @@ def _plans_of_mesh(run: runs.Run, topology: chips.Topology,
 
 def _possible_accumulations(run: runs.Run) -> Sequence[int]:
   """Returns the powers of two into which the rows of a device can be cut in
-  every
-  batch of the run, as values of train.grad_accumulation."""
+  every batch of the run, as values of train.grad_accumulation."""
   config = run.config
   shape = run.mesh.shape
   batch_sizes = (*pipeline.read_ramp(config).sizes, config.data.batch_size)

@@ -792,8 +792,7 @@ def _work_of_splash_attention(eqn: jex.JaxprEqn, products: int) -> Work:
 
 def _work_of_branch(eqn: jex.JaxprEqn, place: Place) -> Work:
   """Returns the work of a conditional: that of the branch of the platform;
-  where
-  the branch depends on data, that of the branch with the most FLOPs."""
+  where the branch depends on data, that of the branch with the most FLOPs."""
   branches = eqn.params['branches']
   platforms = eqn.params.get('branches_platforms')
   if not platforms:

@@ -313,9 +313,8 @@ _MODULES_OF_PART = ('cross_attention', 'attention', 'ffn', 'memory', 'loop')
 
 def cache_bytes(model: ModelConfig) -> tuple[int, int]:
   """Returns the bytes of a decoder's cache: those of a token's keys and values
-  in
-  all layers; and those that all layers keep of a row however long it is, as the
-  state of a recurrence."""
+  in all layers; and those that all layers keep of a row however long it is, as
+  the state of a recurrence."""
   per_token = per_row = 0
   for kind in model.layer_kinds(model.num_decoder_layers):
     keys, state = _cache_bytes_of_layer(model.of_kind(kind.name))

@@ -384,8 +384,9 @@ def _name_of_label(label: int, names: Sequence[str], where: str) -> str:
   return names[label]
 
 
-def choose_reader_of_rows(name: str, fields: tuple[str, ...], features: Any
-            ) -> tuple[str, Callable[[texts.Rows], Iterator[Any]]]:
+def choose_reader_of_rows(
+    name: str, fields: tuple[str, ...], features: Any
+    ) -> tuple[str, Callable[[texts.Rows], Iterator[Any]]]:
   """Chooses how the rows of a data set become records: columns that are lists
   have words and their labels, and others texts and theirs.
 

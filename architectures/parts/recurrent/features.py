@@ -122,9 +122,8 @@ def declare_filters(module: nn.Module, name: str, width: int,
   bias, [heads, features].
 
   Each feature has a filter of its own, so that no axis of it is summed over by
-  a
-  product: for muP and Muon it is a vector, as a norm's scale is. It is drawn as
-  torch.nn.Conv1d draws it, uniformly within 1 / sqrt(width).
+  a product: for muP and Muon it is a vector, as a norm's scale is. It is drawn
+  as torch.nn.Conv1d draws it, uniformly within 1 / sqrt(width).
 
   Args:
     module: the module that declares it.

@@ -132,9 +132,11 @@ class Layer(nn.Module):
     v_BLHU, value_BWHU = self._project_and_convolve(
         'value', x_BLD, (d.value_heads * n, d.value_dim), ctx, valid_BL,
         cache and cache.value_BWHU)
+    inputs = reset_at_documents(
+        self.inputs(x_BLD, q_BLJK, k_BLJK, v_BLHU, ctx), ctx.segment_ids_BL,
+        valid_BL)
     o_BLHU, state_BHKU = recurrence.run_recurrence(
-        reset_at_documents(self.inputs(x_BLD, q_BLJK, k_BLJK, v_BLHU, ctx),
-                    ctx.segment_ids_BL, valid_BL), cache and cache.state_BHKU)
+        inputs, cache and cache.state_BHKU)
     if cache is not None:
       cache = State(state_BHKU, query_BWJK, key_BWJK, value_BWHU)
     o_BLHU = self.normalise_and_gate(o_BLHU, x_BLD, v_BLHU, ctx)

@@ -215,7 +215,8 @@ def _selective_scan(a_IN: jax.Array, dt_BLI: jax.Array, x_BLI: jax.Array,
 
 
 def _compose_steps(first: tuple[jax.Array, jax.Array],
-           then: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                   then: tuple[jax.Array, jax.Array]
+                   ) -> tuple[jax.Array, jax.Array]:
   """Returns two steps h -> decay * h + added, one after the other, as one."""
   decay, added = first
   then_decay, then_added = then

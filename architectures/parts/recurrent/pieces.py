@@ -160,8 +160,7 @@ def _map_pieces_forward(function: Callable[[Any], Any], most: int, x: Any):
 def _map_pieces_backward(function: Callable[[Any], Any], most: int, x: Any,
                          d_result: Any):
   """Returns the gradient of the argument, likewise a group at a time: each
-  group
-  is computed again, and its gradient taken."""
+  group is computed again, and its gradient taken."""
   apply = functools.partial(_apply_to_rows, function)
 
   def gradient_of_group(x_and_gradient: Any):
@@ -232,8 +231,7 @@ def meet_earlier_places(rows: Sequence[jax.Array], k_BHPK: jax.Array,
   Returns:
     For each of `rows` the products of place i with the key of place j, [B, H,
     i, j], 0 where j is not before i; and the logarithms of the decay of the
-    piece
-    up to each place, and of that after it, [B, H, P, K].
+    piece up to each place, and of that after it, [B, H, P, K].
   """
   B, H, P, K = k_BHPK.shape
   assert P & (P - 1) == 0, P
