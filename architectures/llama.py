@@ -93,7 +93,7 @@ def expert_rows(gate: str = 'gate_proj', up: str = 'up_proj',
 
 # All but the feed-forward networks, as Mixtral has them too.
 ROWS = embedding_and_head_rows() + layer_rows(*norm_rows(), *attention_rows())
-# What names begin with, and what they do in a model that answers questions.
+# The prefixes of names, without and with a head that answers questions.
 SPAN_PREFIXES = 'model.', 'transformer.'
 
 

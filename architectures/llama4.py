@@ -145,7 +145,7 @@ class HF(llama.Family):
   def write(self, config: ModelConfig) -> dict:
     """Returns the fields of a Hugging Face config.json that `read` reads, for a
     model."""
-    # What each layer is.
+    # The kind of attention, the positions and the network of each layer.
     types, has_rope, layers_with_experts = [], [], []
     rotated_layers, scales = [], []
     for n, layer in enumerate(config.layers(config.num_layers)):

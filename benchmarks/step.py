@@ -91,7 +91,7 @@ def main() -> None:
   if 'generate' in args.sections:
     check_generation(config, prompt_tokens=args.prompt)
 
-  # What each side is asked for.
+  # The requests of both sides.
   our_request = dict(config=config.to_dict(), prompt=args.prompt, new=args.new)
   pytorch_request = {}
   if args.compare:

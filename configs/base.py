@@ -395,7 +395,7 @@ def find_effect_of_change(name: str, old: Mapping[str, Any],
   if declared_field is None:
     return Effect(OPTIMISATION, 'this version has no such field')
   effect = declared_field.rule.resume
-  # Of some fields the effect depends on their values.
+  # The effect of some fields depends on their values.
   if callable(effect):
     return effect(old, new)
   return effect

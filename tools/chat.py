@@ -46,7 +46,7 @@ flags.DEFINE_integer('seed', 0, 'The seed of the draws.', 0, 2**32 - 1)
 for _flag in writing.SAMPLING_FLAGS:
   _flag.define(None, _flag.help)
 
-# What is said in a terminal after an answer that ended early, by the reason.
+# The note after an answer that ended early in a terminal, by the reason.
 NOTE_OF_END_REASON = {
     'length': '[cut off at --max_new_tokens]',
     'context': '[the tokens of --context are full: /reset begins a new '

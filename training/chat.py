@@ -196,7 +196,8 @@ class CachedDecoder:
     self.context = context
     self.num_read = 0
 
-    # What keeps a text from being read from where it differs.
+    # A text cannot be read from where it differs if layers have a state, or
+    # past some lengths.
     self._has_state = blocks.has_layers_with_state(config)
     self._lengths_to_reread_at = generate.lengths_to_reread_at(module)
 

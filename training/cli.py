@@ -183,8 +183,8 @@ def _needs_no_default(text: str | None, default: object) -> bool:
 
 # Flags.
 
-# What `parse` has read of the command line: FILE.py:SIZE of --config, and the
-# texts of the flags --config.FIELD, by the dotted name of the field.
+# The parts of the command line that `parse` has read: FILE.py:SIZE of --config,
+# and the texts of the flags --config.FIELD, by the dotted name of the field.
 _config_file: list[str] = []
 _text_of_overridden_field: dict[str, str] = {}
 

@@ -119,7 +119,7 @@ def declare_parts(file: str, text: str, module: types.ModuleType) -> None:
       _add_entry(table_name, table=table, name=name, entry=entry, file=file,
                  text=text)
     remember_file(file, text)
-  # What is made from the tables, such as the flags, is made again.
+  # Flags and all else that is made from the tables are made again.
   if len(_text_that_declared) > num_before:
     _refresh_derived_tables()
 

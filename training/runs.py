@@ -356,8 +356,8 @@ def _micro_batch_loss(module: nn.Module, config: ml_collections.ConfigDict,
   if not output.aux:
     return total_loss, (figures, {}, {})
 
-  # What the experts report is a mean over tokens, so that a micro-batch counts
-  # by its share of the tokens.
+  # The experts report means over tokens, so that a micro-batch counts by its
+  # share of the tokens.
   share = objective.tokens(batch) / totals['tokens']
   expert_metrics = {}
   expert_loads = {}

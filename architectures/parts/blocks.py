@@ -264,7 +264,7 @@ class Block(nn.Module):
       return y_BLD, cache
     w_WD = declare(self, f'{name}_conv', nn.initializers.zeros,
                    (c.branch_conv, c.d_model), role=Role(axes=(None, 'embed')))
-    # What the cache has of the tokens before, and which tokens are no padding.
+    # The inputs of the tokens before, and which tokens are no padding.
     before_BWD = valid_BL = None
     if cache is not None:
       before_BWD, valid_BL = cache.inputs[name], ctx.valid_BL

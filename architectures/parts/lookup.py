@@ -115,7 +115,7 @@ class PerLayerConfig:
 
 @struct.dataclass
 class State:
-  """What a cache keeps of each row for a layer that reads n-grams.
+  """The part of a cache for a layer that reads n-grams.
 
   Attributes:
     tokens_BW: the last N - 1 tokens.

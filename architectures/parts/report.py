@@ -214,7 +214,7 @@ def merge_reports_of_stacks(encoder: dict, decoder: dict) -> dict:
   if not encoder or not decoder:
     return encoder or decoder
   merged = dict(decoder)
-  # What every layer returned.
+  # The states and the attention of every layer.
   for name in ('layers', 'attention'):
     if name in decoder:
       merged[name] = *encoder[name], *decoder[name]

@@ -190,7 +190,7 @@ class Stack(nn.Module):
         section_cache = tuple(itertools.islice(entries, len(section.kinds)))
       carry, results = self._run_section(
           section, carry, cache=section_cache, ctx=ctx, lent=lent)
-      # What a section lends, later ones read without its axis of periods.
+      # Later sections read what this one lends, without its axis of periods.
       lent = jax.tree.map(operator.itemgetter(0), results.lent)
       results_of_sections.append(results)
     return carry, results_of_sections
@@ -322,7 +322,7 @@ class Stack(nn.Module):
           {'params': params[section.name]}, ((x, first_values), slots),
           (period_N, other_cache), ctx, lent, rngs=rngs)
 
-    # What each pass alone is given, with an axis of passes in front.
+    # The random numbers of each pass, with an axis of passes in front.
     rngs = {name: jax.random.split(self.make_rng(name), num_passes)
             for name in ('dropout', 'router') if self.has_rng(name)}
     rows_by_pass = jax.tree.map(

@@ -199,7 +199,7 @@ def _check_shared_keys(config: ModelConfig, kind: LayerKind,
   if source < 0:
     kind_of_lender = prefix[source]
   lender = config.of_kind(kind_of_lender.name)
-  # What both must have in common.
+  # The fields that both must have in common.
   values_of_both: dict[str, tuple[Any, Any]] = {}
   for field in ('num_kv_heads', 'head_dim', 'position'):
     values_of_both[field] = getattr(reader, field), getattr(lender, field)
@@ -251,7 +251,7 @@ def _check_layers(config: ModelConfig, stack: str) -> None:
   if config.memory != lookup.NAME_OF_NO_MEMORY:
     lookup.check_memory(config)
 
-  # What these parts have to be together.
+  # Parts that only some others go with.
   if config.layer_scale and config.residual != 'plain':
     raise RequestError(
         'model.layer_scale is True, which multiplies one stream, and '

@@ -225,8 +225,8 @@ def _derived_changes(sweep: spec.Sweep, point: spec.Point, config
   base_values |= run_config.flatten({'model': flat.to_dict(base_model)})
   point_values = run_config.flatten({'model': flat.to_dict(model)})
 
-  # What the point changes itself, and what its model does not read, is not
-  # derived.
+  # Fields that the point changes itself, or that its model does not read, are
+  # not derived.
   left_out = {*point.changes}
   for name in flat.fields_that_are_unread(model):
     left_out.add(f'model.{name}')

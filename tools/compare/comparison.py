@@ -21,7 +21,7 @@ from tools.compare import results as results_lib
 from training import evals
 
 LEARNING_RATE_FIELD = 'optim.lr'
-# What stands in the column of verdicts for the base, and for a variant that no
+# The entries of the column of verdicts for the base, and for a variant that no
 # phase has compared yet.
 BASE, NOT_DONE_YET = 'base', 'not done yet'
 # The figures that an estimate takes from the comparison of a phase.

@@ -86,7 +86,7 @@ def _svg_for_page(svg: str, name: str, alt: str) -> str:
   for colour, css_colour in _CSS_COLOUR.items():
     inner = inner.replace(colour, css_colour)
 
-  # As wide as a column or a page; 72 points are an inch.
+  # The picture is made as wide as a column or a page; 72 points are an inch.
   view_box = re.search(r'viewBox="([^"]*)"', attributes)[1]
   inches_wide = float(view_box.split()[2]) / 72
   css_class = 'column' if inches_wide < 5 else 'page'

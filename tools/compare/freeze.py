@@ -516,7 +516,7 @@ def _changes_of_workload(sweep: spec.Sweep, constants: Mapping, size: str,
              'log.every_steps': max(steps // 10, 1)}
   probe = {'objective': 'probe', 'data.source': f'probe:{workload}',
            'model.vocab_size': 0, 'model.max_len': 0}
-  # What the file says of the workload goes before all else.
+  # The file's own words about the workload go before all else.
   return reports | changes | schedule | probe | fields
 
 

@@ -166,7 +166,8 @@ def judge_variant(base: pathlib.Path, variant: pathlib.Path) -> dict[str, Any]:
   num_looked_at, share_of_look = latest_look(len(ended_seeds))
   seeds = ended_seeds[:num_looked_at]
 
-  # What differs between their runs, and what these found.
+  # The differences between the configs and codes of their runs, and the
+  # figures of these.
   config_pairs = []
   for seed in seeds:
     config_pairs.append((runs[base_name][seed].config,
@@ -375,7 +376,7 @@ def _register_look(record: dict, folder: pathlib.Path, names: tuple[str, str],
       at; None where their noise looks normal. A repeated look has the same.
   """
   base, variant = names
-  # As JSON has it.
+  # A list of lists, as JSON has it.
   values_now = [[seed, value] for seed, value in differences.items()]
   look = _earlier_look(record['looked'], names)
   are_same_runs = True

@@ -128,7 +128,7 @@ def measure_noise(plan: Plan, outcomes: pairing.Outcomes, phase='noise'
         runs_of_pairs += pair
     diverged_share = pairing.diverged_share(runs_of_pairs)
 
-    # What each test finds with such a noise.
+    # The effects that each test finds with such a noise.
     for row_size, phase_of_test, sizes in tests:
       row = _noise_of_test(
           plan=plan_of_tests, measure=measure, size=row_size,

@@ -32,7 +32,8 @@ HUBER_DELTA = 1e-3  # as in the paper
 CONSTANTS_OF_LAW = ('E', 'A', 'B', 'a', 'b')
 # The least ladder that fixes five constants, and leaves residuals.
 MIN_RUNS, MIN_SIZES, MIN_LENGTHS = 6, 3, 3
-# Of log N and log D: beyond it their effects cannot be told apart.
+# The largest correlation of log N and log D at which their effects can be told
+# apart.
 MAX_CORRELATION = 0.97
 # The starts: exponents, log E, log A and log B, as in the paper.
 START_EXPONENTS = (0.0, 0.5, 1.0, 1.5, 2.0)
@@ -472,7 +473,7 @@ def _format_optimum(figures: dict, optimum: dict) -> str:
   params = _format_interval(optimum['parameters'], '.3g')
   tokens = _format_interval(optimum['tokens'], '.3g')
   loss = _format_interval(optimum['loss'], '.3f')
-  # What lies outside of the sizes and lengths that the law was fitted to.
+  # The fields that lie outside of the runs to which the law was fitted.
   outside = []
   for name in ('parameters', 'tokens'):
     least, largest = figures[name]

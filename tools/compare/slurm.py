@@ -21,7 +21,7 @@ POLL_SECONDS = 0.1
 
 
 class Work:
-  """What one job of a SLURM array does: it runs a command.
+  """A job of a SLURM array: it runs a command.
 
   A job that is preempted or out of time is queued again by submitit, and the
   command must go on from where it was.

@@ -1012,7 +1012,7 @@ def simulate_false_positive_rate(seen: np.ndarray, sds: Sequence[float],
   is_significant = 2 * stdtr(seeds - 1, -np.abs(t)) <= level
   is_found = is_significant & has_one_sign
 
-  # The same test with the pooled deviation of each study.
+  # Each study is tested with its own pooled deviation.
   num_false = 0
   for study, study_means, is_found_in_study in zip(studies, means, is_found):
     if not is_found_in_study.any():

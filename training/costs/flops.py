@@ -295,8 +295,8 @@ def _backward_passes(forward: float, with_all_gradients: float,
   if with_all_gradients <= 3 * forward:
     return 2 * some_gradients / (with_all_gradients - forward)
 
-  # What a recurrence computes again, in both programs or in one, is no work
-  # that the model must do.
+  # A recurrence computes something again, in both programs or in one: that is
+  # no work which the model must do.
   recomputed = with_all_gradients - 3 * forward
   if some_gradients >= recomputed:
     some_gradients -= recomputed

@@ -122,8 +122,8 @@ def estimate_peak_bytes(run: runs.Run,
       trained_parameters(run))
   parts['gradients'] = devices.bytes_on_one_device(gradients)
 
-  # What a micro-batch keeps for the backward pass on this device. It is split
-  # over devices as the activations between the layers are.
+  # The activations that a micro-batch keeps on this device. They are split over
+  # devices as those between the layers are.
   if kept_in_all is None:
     kept_in_all = bytes_kept_for_backward(run)
   on_devices, in_hosts = kept_in_all

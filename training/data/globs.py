@@ -15,7 +15,7 @@ def find_files(pattern: str) -> tuple[str, ...]:
   In the pattern ** stands for no folder, or several, whose names do not begin
   with a dot. Links are followed. A file to which several paths lead is there
   once, by a path that ends in no link where there is one."""
-  # Of the paths to one file, those that end in no link come first.
+  # Paths that end in no link come before other paths to the same file.
   paths = sorted({*filter(os.path.isfile, _find_paths(pattern))})
   paths.sort(key=os.path.islink)
   path_of: dict[tuple[int, int], str] = {}

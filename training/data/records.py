@@ -42,7 +42,7 @@ def read_training_records(config: Any) -> list[Any]:
   for _, source in sources.parse_sources(data.source):
     records = list(source.records())
     labelled.check_all_labelled(source.name, records)
-    # What is held out for evaluation is left out.
+    # Records that are held out for evaluation are left out.
     is_of_training = tokens.select_documents(np.arange(len(records)), every,
                                              'train')
     training_records += itertools.compress(records, is_of_training)

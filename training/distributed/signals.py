@@ -24,7 +24,8 @@ from typing import Any
 STOP_SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
 # The signals that come when the reader of what is printed is gone.
 _READER_GONE = (signal.SIGHUP, signal.SIGPIPE)
-# The same signal within this time is one: others pass on what they get.
+# A signal that comes again within this time is one signal: other programs pass
+# on what they get.
 ECHO_SECONDS = 0.5
 _STDOUT = 1  # file descriptors
 _STDERR = 2

@@ -199,7 +199,8 @@ class Reader:
 
 
 LARGEST_INTEGER = 2**31 - 1  # what an index of 32 bits counts
-# What a field must be by the type of its default, in words, and the test of it.
+# The words for the type that a field must have, by that of its default, and a
+# test of it.
 CHECK_OF_TYPE: dict[type, tuple[str, Callable[[Any], bool]]] = {
     bool: ('true or false', lambda value: isinstance(value, bool)),
     int: (f'an integer from 0 to {LARGEST_INTEGER}',
@@ -376,7 +377,7 @@ def _read_table(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
     value = default
     if callable(default):
       value = default(fields)
-    # Of several names, the first one that is there counts.
+    # The first of several names that is there counts.
     for hf_name in reversed(hf_names.split('|')):
       if choices:
         value = reader.read_choice(hf_name, value, choices[0])

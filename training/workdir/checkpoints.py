@@ -638,7 +638,7 @@ def _read_arrays(folder: epath.Path, record: dict[str, Any], abstract: Any
       item=nest_by_path(item), restore_args=nest_by_path(restore_args))
   with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
     leaves = paths.flatten_by_path(handler.restore(folder / 'state', args=args))
-  # What Orbax could not read, it returns as it was given it.
+  # Orbax returns an array that it could not read as it was given it.
   for name in expected:
     if not isinstance(leaves[name], jax.Array):
       raise _DamagedCheckpoint(f'{name} is not read as an array')

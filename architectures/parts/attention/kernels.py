@@ -723,7 +723,7 @@ def find_visible_keys(kind: LayerKind, config: ModelConfig, ctx: Context,
   bias_BHLM = None
   if positions.position_of(config).stack_bias:
     bias_BHLM = ctx.distances.bias_BHLM
-  # The same for a kernel that makes its mask itself.
+  # A kernel that makes its mask itself is given ids in place of the mask.
   kernel_ids_BL = segment_ids_with_chunks(
       kind, config, positions_BL=ctx.positions_BL, segments_BL=ids_BL)
   mask = Mask(

@@ -333,7 +333,7 @@ class SelfAttention(Attention):
           scored=scored)
     o_BLHK = steps.subtract_head_pairs(self, o_BLHK)
 
-    # What later layers read of this one goes into the report.
+    # The report takes to later layers the keys and values that they share.
     shared_keys = KeysAndValues(k_BMJK, v_BMJK) if ctx.shared.lends else None
     report = report.replace(first_values=first, keys=shared_keys)
     return self.project_output(x_BLD, o_BLHK, ctx), cache, report

@@ -332,7 +332,7 @@ def invert_by_substitution(a_PP: jax.Array) -> jax.Array:
     block = a_PP[..., start:start + ROWS_OF_BAND, start:start + ROWS_OF_BAND]
     size = block.shape[-1]
 
-    # What the rows before the band give to the rows of the band.
+    # The rows before the band are taken away from those of the band.
     before_band = a_PP[..., start:start + size, :start]
     eye = jnp.broadcast_to(jnp.eye(size, dtype=block.dtype), block.shape)
     rows = jnp.concatenate([-(before_band @ inverse), eye], -1)

@@ -172,7 +172,7 @@ def _take_step(i: int, x: Inputs, state_BHKU: jax.Array
   k_BHK = for_value_heads(k_BJK)
   state_BHKU = jnp.exp(log_decay_BHK)[..., None] * state_BHKU
   with layers.count_flops_as_useful_part(1, 1):
-    # What is written: the value, or what corrects the value that is there.
+    # The state is given the value, or what corrects the value that is there.
     if rate_BH is not None:
       old_BHU = jnp.einsum('BHK,BHKU->BHU', k_BHK, state_BHKU)
       v_BHU = rate_BH[..., None] * (v_BHU - old_BHU)
@@ -249,7 +249,7 @@ def _run_in_pieces_forward(places: int, steps: int, x: Inputs,
         (effects.k_BHPK, effects.decay_BHK1, effects.write_BHPU,
          effects.read_BHPK))
 
-  # What is read of the state before the piece, and of places within it.
+  # Each place reads the state before its piece, and places of the piece.
   with layers.count_flops_as_useful_part(1, steps):
     o_BHPU = effects.q_BHPK @ states
   with layers.count_flops_as_useful_part(places + steps, 2 * places * steps):
@@ -605,7 +605,7 @@ def _run_additive_forward(places: int, x: Inputs, state_BHKU: jax.Array):
   q, k, v, log_decay = _cut_inputs_by_key_head(places, x)
   between, upto, after = _decays_of_heads(log_decay)
 
-  # What each place reads of the places of its piece up to it.
+  # Each place reads the places of its piece up to itself.
   with layers.count_flops_as_useful_part(places + 1, 2 * places):
     weights = between * _products_of_keys(q, k)[:, :, :, None]
     o = jnp.einsum('nbjrpm,nbmjru->nbpjru', weights, v)
@@ -616,7 +616,7 @@ def _run_additive_forward(places: int, x: Inputs, state_BHKU: jax.Array):
     added_BJKRU = jnp.einsum('bpjk,bpjru->bjkru', k, decayed_v)
     return _decay_states(decay, state_BJKRU) + added_BJKRU, state_BJKRU
 
-  # What it reads of the state before the piece.
+  # It also reads the state before the piece.
   J = x.k_BLJK.shape[2]
   with layers.count_flops_as_useful_part(1, 1):
     last, states = jax.lax.scan(

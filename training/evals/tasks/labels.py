@@ -246,7 +246,7 @@ def compute_scores(evaluation: Evaluation, loader: pipeline.Loader
   scores_of_rows: list[np.ndarray] = []
   for batch_scores in evaluation.run_on_batches(step, loader, 'answering'):
     scores_of_rows += list(batch_scores)
-  # What fills up the last batch is no row.
+  # The rows that fill up the last batch do not count.
   return scores_of_rows[:loader.num_windows]
 
 

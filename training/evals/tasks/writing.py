@@ -322,7 +322,7 @@ def split_stop_strings(options: Any) -> list[str]:
 
 
 class WrittenTarget(NamedTuple):
-  """What a model wrote for a held-out pair, beside the pair's target.
+  """A text that a model wrote for a held-out pair, and the pair's target.
 
   Attributes:
     hypothesis: the text that the model wrote.
