@@ -368,16 +368,22 @@ def _read_parameter(leaf: Any, tensors: list, finder: TensorFinder
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
   # Several devices may hold the same part of a parameter, which is read once.
-  @functools.cache
-  def read_shard(*ranges: tuple[int, int]) -> np.ndarray:
-    return _read_shard(
+  devices_of_ranges: dict[tuple, list[jax.Device]] = {}
+  indices = sharding.addressable_devices_indices_map(leaf.shape)
+  for device, index in indices.items():
+    ranges = tuple(part.indices(size)[:2]
+                   for part, size in zip(index, leaf.shape))
+    devices_of_ranges.setdefault(ranges, []).append(device)
+
+  # One part after another, so that the host holds no more than one:
+  # jax.make_array_from_callback would first read the parts of all devices.
+  shards = []
+  for ranges, devices in devices_of_ranges.items():
+    shard = _read_shard(
         leaf.dtype, ranges=ranges, tensors=tensors, finder=finder)
-
-  def read_index(index: tuple[slice, ...]) -> np.ndarray:
-    ranges = [part.indices(size)[:2] for part, size in zip(index, leaf.shape)]
-    return read_shard(*ranges)
-
-  return jax.make_array_from_callback(leaf.shape, sharding, read_index)
+    shards += [jax.device_put(shard, device) for device in devices]
+  return jax.make_array_from_single_device_arrays(
+      leaf.shape, sharding, shards)
 
 
 def _read_shard(dtype: np.dtype, ranges: tuple, tensors: list,

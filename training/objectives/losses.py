@@ -444,7 +444,7 @@ def _join_chunks(settings: _LossSettings, arrays: tuple[jax.Array, ...],
     """Returns the chunks of one array as the array."""
     chunks, _, batch, P = x.shape[:4]
     x = x.reshape(chunks, rows, lengths, batch, P, *x.shape[4:])
-    # The steps of `_cut` in reverse, without the padding.
+    # The steps of `_split_into_chunks` in reverse, without the padding.
     x = jnp.moveaxis(x, (0, 2), (3, 2))
     x = x.reshape(rows, batch, lengths, chunks * P, *x.shape[5:])
     x = x[:, :, :, :shape[1] // lengths]

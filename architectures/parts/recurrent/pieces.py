@@ -294,7 +294,7 @@ def _split_every_other(x_BHU: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 # The inverse of a triangular matrix whose diagonal is ones.
 
-ROWS_OF_BAND = 32  # rows that `by_columns` solves for at a time
+ROWS_OF_BAND = 32  # rows that `invert_by_substitution` solves for at a time
 
 
 def invert_unit_triangular(a_PP: jax.Array) -> jax.Array:

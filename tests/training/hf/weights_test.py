@@ -1,9 +1,12 @@
 """Weights in Hugging Face's format: what goes in comes out, or is refused in
 one sentence and at once."""
 
+import gc
 import json
 import time
+import tracemalloc
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -16,6 +19,8 @@ from architectures.parts import paths
 from architectures.parts.hf import tensor_map
 from common.errors import RequestError
 from tests.helpers import models
+from training import runs
+from training.distributed import devices
 from training.hf import config as hf_config, files as hf_files
 from training.hf import generation as hf_generation, weights
 
@@ -234,6 +239,71 @@ def test_old_names_and_tied_copies(gpt, tmp_path):
   save_file(tensors, tmp_path / hf_files.SAFE)
   with pytest.raises(ValueError, match='lm_head.weight .*differs'):
     weights.from_hf(tmp_path)
+
+
+class CountedFiles(hf_files.Files):
+  """Files that count the bytes that are read of them."""
+  num_bytes = 0
+
+  def cut(self, name, slices):
+    part = super().cut(name, slices)
+    self.num_bytes += part.nbytes
+    return part
+
+
+def peak_memory(function):
+  """Returns the most bytes that a function held at a time, and its result."""
+  tracemalloc.start()
+  result = function()
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  return peak, result
+
+
+@pytest.mark.long
+def test_host_memory_of_an_import_is_a_tensor_and_shards(tmp_path, monkeypatch):
+  """The experts of all layers are one parameter, over eight devices whose
+  memory is not the host's; every byte is read once."""
+  module = architectures.build(models.small_config(
+      'mixtral', d_model=128, d_ff=512, num_layers=4, vocab_size=384,
+      moe=dict(num_experts=8, d_ff=512)))
+  params = jax.device_put(
+      models.draw_parameters(runs.parameter_shapes(module)))
+  sizes = [x.nbytes for x in jax.tree.leaves(params)]
+  largest = max(sizes)
+  slack = 600_000  # names, headers, and what JAX itself holds
+
+  weights.to_hf(module, params, tmp_path)
+  files = CountedFiles(tmp_path)
+  tensor = max(4 * np.prod(files.shape(name)) for name in files)
+  assert 8 * tensor <= largest < sum(sizes) / 3
+
+  # JAX's copy of a shard is its own, and the host's is let go of at once.
+  put = jax.device_put
+
+  def put_and_let_go(x, to):
+    y = jax.block_until_ready(put(x, to, may_alias=False))
+    gc.collect()
+    return y
+  monkeypatch.setattr(jax, 'device_put', put_and_let_go)
+  mesh = devices.make_mesh(dict(data=1, fsdp=8, expert=1, context=1, tensor=1))
+  boxed = runs.abstract_params(module)
+  shardings = devices.param_shardings(boxed, mesh, 'default')
+  like = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      nn.meta.unbox(boxed), shardings)
+  weights.read_params(module, CountedFiles(tmp_path), like=like)  # warm
+
+  # The shard that is filled, and up to three that JAX has not let go of; on a
+  # busy machine it lets go of them later, so the least of three counts.
+  peaks = []
+  for files in [CountedFiles(tmp_path) for _ in range(3)]:
+    peak, loaded = peak_memory(lambda files=files: weights.read_params(
+        module, files, like=like))
+    peaks.append(peak)
+  assert min(peaks) < 5 * largest / 8 + tensor + slack < largest
+  assert files.num_bytes == sum(4 * np.prod(files.shape(n)) for n in files)
+  _equal(loaded.params, params)
 
 
 def test_partial_lists_what_it_skips(gpt, tmp_path):
