@@ -189,8 +189,9 @@ def check_call(case: tuple[str, dict[str, Any]]) -> None:
   name, words = case
   shapes = lambda module, seed: nn.meta.unbox(jax.eval_shape(
       module.init, jax.random.key(0), np.zeros((1, 1), np.int32))['params'])
-  with (mock.patch.multiple(archetype, _initial=shapes, _in_numpy=lambda x: x,
-                            _apply=lambda *_: (None, None)),
+  with (mock.patch.multiple(archetype, _draw_parameters=shapes,
+                            _as_numpy_float32=lambda x: x,
+                            _compute_output=lambda *_: (None, None)),
         mock.patch('training.evals.inspection.inspect_model'),
         mock.patch('training.generate.generate', lambda *_, **__: [[1]])):
     try:
