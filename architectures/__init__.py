@@ -69,17 +69,22 @@ def _class_of_page(file: str) -> type[Any]:
 @check_argument_types
 @functools.cache
 def system(arch: str) -> type[Any]:
-  """Returns the class of a system by its name, model.arch. Its page (a module
-  of this folder) is imported, and mostly no other.
+  """Returns the Flax class of an architecture by its name, such as 'llama'.
+
+  Each architecture is a module of this folder. Only the one that is asked for
+  is imported, unless the name is not that of its file.
+
+  Args:
+    arch: the name, which is model.arch in a config.
 
   Raises:
-    RequestError: where there is no such system.
+    RequestError: where there is no such architecture.
   """
   if arch in _page_files():
     cls = _class_of_page(arch)
     if getattr(cls, 'ARCH', arch) == arch:
       return cls
-  # A system that is not called as its file is, or that is no page.
+  # The name is not that of a file: `systems` imports all modules of the folder.
   one_of('model.arch', arch, systems())
   return systems()[arch]
 
@@ -174,7 +179,13 @@ def stack(model: ModelConfig | Mapping[str, Any]) -> str:
 @check_argument_types
 def init_cache(model: ModelConfig | Mapping[str, Any], batch: PositiveSize,
                length: PositiveSize):
-  """Returns an empty key-value cache for `batch` rows of `length` tokens.
+  """Returns an empty generation cache of a model: keys and values, and the
+  states of recurrences.
+
+  Args:
+    model: the config of the model, made or as nested dicts.
+    batch: the number of rows.
+    length: the number of tokens that each row has room for.
 
   Raises:
     RequestError: for an encoder, which writes no text.

@@ -31,12 +31,17 @@ class BART(EncoderDecoder):
 
 
 def _embedding_rows(ours: str, stack: str) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of the table of positions
-  and the norm of an embedding.
+  """Returns the rows that map two parameters of an embedding to the tensors of
+  a Hugging Face file: its learned positions, and its norm.
 
   Args:
-    ours: what our names of the embedding begin with, such as 'decoder_'.
-    stack: 'encoder' or 'decoder', as their names have it.
+    ours: what the names of our parameters begin with, such as 'decoder_'.
+    stack: 'encoder' or 'decoder', as the tensors' names have it.
+
+  Returns:
+    Rows of four strings: the path and the axes of a parameter of ours, and the
+    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
+    of which the first is ours of H and K as one (see tensor_map.py).
   """
   theirs = f'model.{stack}'
   return ((f'embed/{ours}positions', 'LD',
@@ -59,16 +64,30 @@ class HF(transformer.HF):
   ignored = ()
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     model_fields = transformer.read_stacks(reader, fields, scaled=False)
     model_fields['logits_bias'] = reader('final_logits_bias', True)
     return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     return transformer.write_stacks(config) | dict(
         final_logits_bias=config.logits_bias,  # as transformer.py has it
         bos_token_id=0, pad_token_id=1, eos_token_id=2,

@@ -44,17 +44,31 @@ class TwoTasks(hf.HuggingFace):
   system: str
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     # The classes without the second task.
     one_task_classes = {f'{self.system}ForMaskedLM', f'{self.system}Model'}
     classes = reader.read_list('architectures')
     return dict(next_sentence=one_task_classes.isdisjoint(classes))
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     config_json: dict[str, Any] = dict(
         tie_word_embeddings=config.tie_embeddings)
     if config.head == 'lm' and not config.next_sentence:
@@ -88,8 +102,16 @@ def embedding_rows(name: str) -> tuple[hf.Row, ...]:
 
 
 def encoder_rows(name: str) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of the embedding and of
-  the layers, whose tensors are under `name`."""
+  """Returns the rows that map BERT's embedding and layers to the tensors of a
+  Hugging Face file.
+
+  Args:
+    name: what the names of these tensors begin with, such as 'bert'.
+
+  Returns:
+    Rows of four strings: the path and the axes of a parameter of ours, and the
+    name and the axes of its tensor there ({n} is the number of the layer).
+  """
   attention = hf.attention_rows(
       'self.query', 'self.key', 'self.value', 'output.dense')
   layers = hf.prefix_rows(

@@ -89,9 +89,19 @@ class HF(hf.HuggingFace):
   heads = hf.task_heads('DebertaV2', sequence='classifier')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     # Fields whose value in v3 is not transformers' default.
     for name, (default, known) in DEFAULT_AND_V3_VALUE.items():
       value = reader(name, default)
@@ -122,8 +132,12 @@ class HF(hf.HuggingFace):
     return dict(disentangled=dict(buckets=buckets, max_distance=max_distance))
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     distances = config.part(DisentangledConfig)
     v3_values = {}
     for name, (_, value) in DEFAULT_AND_V3_VALUE.items():

@@ -31,13 +31,17 @@ class DeepSeekV2(Decoder):
 
 
 def read_dense_layers(reader: hf.Reader, fields: dict, dense: int) -> dict:
-  """Returns the fields of the model that say how many of its first layers have
-  a dense network in place of experts.
+  """Reads how many of the first layers have a dense feed-forward network in
+  place of experts.
 
   Args:
-    reader: the reader of the config.json.
-    fields: the fields that were read.
+    reader: the reader of the Hugging Face config.json.
+    fields: the fields of our config.model that were looked up before.
     dense: how many they are where the config.json does not say.
+
+  Returns:
+    The fields `prefix`, the names of these layers' kinds, and `kinds`, what the
+    kind 'dense' is; '' and {} where there are none.
   """
   num_dense = reader.read_count('first_k_dense_replace', dense)
   require(num_dense < fields['num_layers'],
@@ -60,20 +64,24 @@ def write_dense_layers(config: ModelConfig) -> dict:
 
 def read_shared_fields(reader: hf.Reader, fields: dict, *, dense: int,
                        q_rank: int, interleaved: bool = True) -> dict:
-  """Returns the fields of the model that the config.json of DeepSeek-V2 and of
-  V3 have in common: its dense layers, latent attention and positions.
+  """Reads what the Hugging Face config.json of DeepSeek-V2 and that of V3 have
+  in common: the dense layers, latent attention and rotary positions.
 
   Args:
     reader: the reader of the config.json.
-    fields: the fields that were read.
+    fields: the fields of our config.model that were looked up before.
     dense: the default of how many layers at the start are dense.
     q_rank: the default of q_lora_rank, whose null says that there is none.
-    interleaved: whether rotary pairs are neighbours.
+    interleaved: whether rotary positions turn pairs of neighbouring features.
+
+  Returns:
+    Further fields of config.model, with a dict for each group.
   """
   reader.require_values(num_key_value_heads=fields['num_heads'],
                         moe_layer_freq=1)
   # These are always the size of what is rotated.
   reader.ignore_fields('head_dim', 'qk_head_dim')
+  # A null is no missing field here: it says that queries have no low rank.
   rank = 0
   if not reader.is_null('q_lora_rank'):
     rank = reader('q_lora_rank', q_rank)
@@ -145,14 +153,34 @@ class HF(llama.Family):
   heads = hf.task_heads('DeepseekV2', only=('sequence',))
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns a row (path, axes, name, axes) for each parameter of a model: the
-    name and the axes are those of its tensor in a Hugging Face file."""
+    """Returns the rows that map our parameters to the tensors of a Hugging Face
+    file.
+
+    Args:
+      config: our config of the model.
+
+    Returns:
+      Rows of four strings: the path and the axes of a parameter of ours, such
+      as 'DHK', and the name and the axes of its tensor there, such as 'HK D'
+      (parts/hf/tensor_map.py explains both). {n} in a name is the number of the
+      layer. Rows whose parameter the model does not have are passed over.
+    """
     return rows_of_deepseek(config)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     groups, chosen = reader('n_group', 1), reader('topk_group', 1)
     method = reader('topk_method', ALL_EXPERTS)
     one_of('topk_method of config.json', method, (ALL_EXPERTS, BEST_GROUPS))
@@ -162,8 +190,12 @@ class HF(llama.Family):
     return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     moe = config.part(MoEConfig)
     method = ALL_EXPERTS
     if moe.expert_groups > 1:

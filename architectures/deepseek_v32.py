@@ -24,14 +24,23 @@ class DeepSeekV32(Decoder):
 
 
 def read_shared_fields(reader: hf.Reader, fields: dict, q_rank: int) -> dict:
-  """Returns the fields of the model that the config.json of DeepSeek-V3.2 and
-  of GLM-5 have in common.
+  """Reads what the Hugging Face config.json of DeepSeek-V3.2 and that of GLM-5
+  have in common: those of DeepSeek-V2 with an indexer in each layer, which
+  selects the tokens that a query attends to.
 
   Args:
     reader: the reader of the config.json.
-    fields: the fields that were read.
-    q_rank: the default of q_lora_rank.
+    fields: the fields of our config.model that were looked up before.
+    q_rank: the default of q_lora_rank, the rank of the queries' products.
+
+  Returns:
+    Further fields of config.model.
+
+  Raises:
+    RequestError: for a file whose layers have no indexer, or another order than
+      dense layers first and experts after them.
   """
+  # The parts of older DeepSeek models. By default, three layers are dense.
   deepseek_v3.note_multi_token_prediction(reader)
   hf.check_gates(fields)
   model_fields = deepseek_v2.read_shared_fields(reader, fields, dense=3,
@@ -39,6 +48,7 @@ def read_shared_fields(reader: hf.Reader, fields: dict, q_rank: int) -> dict:
   require(model_fields['latent']['q_rank'],
           'config.json has q_lora_rank null, of '
           'which transformers makes no indexer')
+  # The types of the layers, where they are listed, must say the same again.
   num_layers = fields['num_layers']
   num_dense = model_fields['prefix'].count('dense')
   reader.require_values(
@@ -66,19 +76,43 @@ class HF(deepseek_v3.HF):
   heads = {}
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns a row (path, axes, name, axes) for each parameter of a model: the
-    name and the axes are those of its tensor in a Hugging Face file."""
+    """Returns the rows that map our parameters to the tensors of a Hugging Face
+    file.
+
+    Args:
+      config: our config of the model.
+
+    Returns:
+      Rows of four strings: the path and the axes of a parameter of ours, such
+      as 'DHK', and the name and the axes of its tensor there, such as 'HK D'
+      (parts/hf/tensor_map.py explains both). {n} in a name is the number of the
+      layer. Rows whose parameter the model does not have are passed over.
+    """
     return (*super().rows_of_model(config), *llama.layer_rows(*INDEXER_ROWS))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     reader.require_values(rope_interleave=True, indexer_rope_interleave=False)
     return read_shared_fields(reader, fields, q_rank=1536)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     return deepseek_v2.write_shared_fields(config) | dict(
         num_nextn_predict_layers=0)

@@ -47,13 +47,19 @@ SCALING_OF_ROPE_TYPE = {'default': 'none', 'yarn': 'yarn'}
 
 def pattern_of_layers(mixers: list[str], hashed: list[bool], **rope: Any
                       ) -> dict:
-  """Returns the fields of the model that say which kind each layer is: its
-  mixer, and how its experts are chosen.
+  """Returns the fields of config.model that say what each layer is: its kind of
+  attention, and how experts are chosen.
 
   Args:
-    mixers: the mixer of each layer: 'swa', 'csa' or 'hca'.
-    hashed: whether a table has the experts of each token, by layer.
-    **rope: the fields of model.rope of the layers of swa.
+    mixers: the attention of each layer: 'swa' (a sliding window), 'csa' or
+      'hca' (compressed keys; the module's docstring has both).
+    hashed: for each layer, whether a fixed table has the experts of each token;
+      else a router scores them.
+    **rope: the fields of the rotary positions of the layers of swa.
+
+  Returns:
+    The order of the layers (`prefix`, `pattern`, `suffix`), and `kinds`, the
+    fields of each kind of layer by its name.
   """
   swa_rope = dict(theta=10000.0, scaling='none') | rope
   kind_names, kinds = [], {}
@@ -99,6 +105,11 @@ def _branch_rows(ours: str, theirs: str) -> tuple[hf.Row, ...]:
   Args:
     ours: our name of the branch, 'attention' or 'ffn'.
     theirs: the name of the branch in transformers.
+
+  Returns:
+    Rows of four strings: the path and the axes of a parameter of ours, and the
+    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
+    of which the first is ours of H and K as one (see tensor_map.py).
   """
   return (
       (f'{ours}_norm/scale', 'D', f'{theirs}_norm.weight', 'D'),
@@ -169,9 +180,19 @@ class HF(hf.HuggingFace):
   integers = r'.*\.tid2eid'
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     deepseek_v3.note_multi_token_prediction(reader)
     hf.check_gates(fields)
     num_layers = fields['num_layers']
@@ -206,8 +227,16 @@ class HF(hf.HuggingFace):
         rope=rope, compressed=compressed)
 
   def _read_mixers(self, reader: hf.Reader, num_layers: int) -> list[str]:
-    """Returns the mixer of each layer, by layer_types of a config.json or by
-    compress_ratios, which the published files have."""
+    """Reads the kind of attention of each layer: from layer_types of a Hugging
+    Face config.json, or from compress_ratios, which the published files have.
+
+    Args:
+      reader: the reader of the config.json.
+      num_layers: the number of layers.
+
+    Returns:
+      For each layer 'swa', 'csa' or 'hca'.
+    """
     ratios = reader.read_list('compress_ratios')[:num_layers]
     types = layer_types.read_entry_of_each_layer(
         reader, 'layer_types', num_layers, MIXER_OF_LAYER_TYPE)
@@ -222,8 +251,12 @@ class HF(hf.HuggingFace):
     return [MIXER_OF_COMPRESS_RATIO[ratio] for ratio in ratios]
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     # The type of each layer, and how its experts are chosen.
     types, networks = [], []
     for layer in config.layers(config.num_layers):

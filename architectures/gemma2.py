@@ -31,16 +31,21 @@ class Gemma2(Decoder):
 
 def read_alternating_layers(reader: hf.Reader, fields: dict, every: int,
                             **kind_fields: Any) -> dict:
-  """Returns the fields of the model that say which layers see a window of keys,
-  and which see all.
+  """Reads which layers attend to a sliding window of keys, and which to all
+  keys.
 
   Args:
-    reader: the reader of the config.json.
-    fields: the fields that were read.
+    reader: the reader of the Hugging Face config.json.
+    fields: the fields of our config.model that were looked up before.
     every: where there are no layer_types, the last of every `every` layers sees
       all.
     **kind_fields: further arguments of layer_types.fields_of_attention_types.
+
+  Returns:
+    Fields of config.model: the window, the order of the layers, and what each
+    kind of layer is.
   """
+  # Layers are numbered from 0, so those that see all are every - 1, and so on.
   num_layers = fields['num_layers']
   types = layer_types.read_attention_types(
       reader, num_layers, has_window=lambda n: (n + 1) % every)
@@ -58,8 +63,18 @@ def read_scales(reader: hf.Reader, softcap: float = 30.0) -> dict:
 
 
 def read_softcap(reader: hf.Reader, name: str, default: float) -> float:
-  """Returns the soft cap that a field of a config.json holds; 0 if it is null,
-  which says that there is none."""
+  """Returns the bound that tanh sets to logits (a soft cap), as a field of a
+  Hugging Face config.json holds it; 0 if it is null: there is none.
+
+  Args:
+    reader: the reader of the config.json.
+    name: the name of the field.
+    default: transformers' default of it.
+
+  Raises:
+    RequestError: for a cap that is not above 0.
+  """
+  # reader() would take null for the default, so null is told apart first.
   reader.ignore_fields(name)
   if reader.is_null(name):
     return 0.0
@@ -82,6 +97,11 @@ def decoder_rows(norm: str = 'offset') -> tuple[hf.Row, ...]:
 
   Args:
     norm: the name of our parameter of a norm, 'offset' where it is w - 1.
+
+  Returns:
+    Rows of four strings: the path and the axes of a parameter of ours, and the
+    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
+    of which the first is ours of H and K as one (see tensor_map.py).
   """
   hf_name_of_norm = {'attention_norm': 'input_layernorm',
                      'attention_out_norm': 'post_attention_layernorm',
@@ -111,9 +131,19 @@ class HF(llama.Family):
       'Gemma2', tokens='score', only=('sequence', 'tokens'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     softcap = read_softcap(reader, 'attn_logit_softcapping', 50.0)
     model_fields = read_alternating_layers(reader, fields, every=2)
     model_fields |= read_scales(reader)
@@ -121,8 +151,12 @@ class HF(llama.Family):
     return model_fields | dict(attention_softcap=softcap)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     config_json = write_scales(config)
     config_json |= layer_types.write_attention_types(config)
     config_json |= super().write(config)

@@ -39,13 +39,21 @@ class Gemma4(Decoder):
 
 
 def _read_heads(reader: hf.Reader, types: list[str], fields: dict) -> dict:
-  """Returns the number and the size of the heads in the layers that see all
+  """Reads the number and the size of the heads in the layers that attend to all
   keys. transformers writes them for each such layer, published files once.
 
   Args:
-    reader: the reader of the config.json.
-    types: the entry of layer_types of each layer.
-    fields: the fields that were read, with the heads of the other layers.
+    reader: the reader of the Hugging Face config.json.
+    types: for each layer 'sliding_attention' or 'full_attention'.
+    fields: the fields of our config.model that were looked up before, with the
+      heads of the layers with a window.
+
+  Returns:
+    The fields that the kind of these layers has of its own: `keys_as_values`,
+    `head_dim` and `num_kv_heads`.
+
+  Raises:
+    RequestError: for layers that differ in these sizes.
   """
   # The form that published files have.
   keys_as_values = reader('attention_k_eq_v', False)
@@ -76,16 +84,18 @@ def _read_heads(reader: hf.Reader, types: list[str], fields: dict) -> dict:
 
 def _find_sizes_of_each(per_layer_config: dict, numbers: list[str],
                         known_names: Collection[str]) -> dict[str, int] | None:
-  """Returns the sizes that a per_layer_config has for each of its layers.
+  """Returns the sizes that some layers of a Hugging Face config.json have in
+  common, where it lists them layer by layer.
 
   Args:
-    per_layer_config: a field of a config.json, the sizes by the layer's number.
+    per_layer_config: a field of the file: the sizes by the layer's number.
     numbers: the numbers of the layers that it must have, and no others.
     known_names: the names of the sizes.
 
   Returns:
     The sizes by name; None where layers differ, or something else stands there.
   """
+  # The right layers, known sizes, the same in all layers, and whole numbers.
   if per_layer_config.keys() != set(numbers):
     return None
   sizes = per_layer_config[numbers[0]]
@@ -114,9 +124,19 @@ class HF(gemma2.HF):
   heads = {}
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     # Which layers see all keys; the last one does whatever the file says.
     input_size = reader.read_count('hidden_size_per_layer_input', 256)
     require(input_size == 0, 'config.json has hidden_size_per_layer_input '
@@ -141,8 +161,12 @@ class HF(gemma2.HF):
     return model_fields | dict(rope=global_rope, logits_softcap=softcap)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     layers = config.layers(config.num_layers)
     types = [layer_types.attention_type(layer) for layer in layers]
     # The last layer sees all keys. Where all do, they have the same heads.

@@ -48,9 +48,19 @@ class HF(llama.Family):
   ignored = (*llama.HF.ignored, r'model\.layers\.(46|92)\..*')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     deepseek_v3.note_multi_token_prediction(reader)
     hf.check_gates(fields)
     rope = rope_fields.read_rope(reader,
@@ -59,8 +69,12 @@ class HF(llama.Family):
     return dense_layers | dict(rope=rope)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     return deepseek_v2.write_dense_layers(config) | dict(
         num_nextn_predict_layers=0,
         rope_parameters=rope_fields.write_rope(config, whole_heads=False))

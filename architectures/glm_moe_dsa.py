@@ -33,9 +33,19 @@ class HF(deepseek_v32.HF):
   ignored = (*llama.HF.ignored, r'model\.layers\.78\..*')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     reader.require_values(rope_interleave=True, indexer_rope_interleave=True)
     pattern = reader.read_list('indexer_types')
     if not pattern:

@@ -33,6 +33,11 @@ def layer_rows(layer: str, attention: str) -> tuple[hf.Row, ...]:
   Args:
     layer: the prefix of a layer's tensors, with {n} for its number.
     attention: the name of the module of attention in a layer.
+
+  Returns:
+    Rows of four strings: the path and the axes of a parameter of ours, and the
+    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
+    of which the first is ours of H and K as one (see tensor_map.py).
   """
   return hf.prefix_rows(
       'decoder/layers', layer,
@@ -63,9 +68,19 @@ class HF(hf.HuggingFace):
   heads = hf.task_heads('GPTNeoX')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     rope = rope_fields.read_rope(reader, theta=('rotary_emb_base', 10000.0),
                                  fraction=('rotary_pct', 0.25))
     # Some versions wrote both under other names as well, which none reads.
@@ -77,8 +92,12 @@ class HF(hf.HuggingFace):
     return dict(rope=rope, block=block)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     rope = rope_fields.write_rope(config, whole_heads=False)
     return dict(rope_parameters=rope,
                 use_parallel_residual=config.block == 'parallel')

@@ -54,8 +54,15 @@ def _read_positions(reader: hf.Reader) -> dict:
 
 
 def _read_ffn(reader: hf.Reader) -> dict:
-  """Returns the fields of the model for its feed-forward networks: one dense
-  network, or experts and a shared one beside them."""
+  """Reads the feed-forward networks of a Hugging Face config.json: one dense
+  network in each layer, or experts and a shared one beside them.
+
+  Args:
+    reader: the reader of the config.json.
+
+  Returns:
+    The fields of config.model: `ffn` and `d_ff`, or `d_ff` and those of `moe`.
+  """
   num_experts = reader.read_count('num_local_experts', 8)
   shared_width = reader('shared_intermediate_size', 1024)
   if not num_experts:
@@ -130,14 +137,34 @@ class HF(llama.Family):
   unread = ('mamba_chunk_size',)
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns a row (path, axes, name, axes) for each parameter of a model: the
-    name and the axes are those of its tensor in a Hugging Face file."""
+    """Returns the rows that map our parameters to the tensors of a Hugging Face
+    file.
+
+    Args:
+      config: our config of the model.
+
+    Returns:
+      Rows of four strings: the path and the axes of a parameter of ours, such
+      as 'DHK', and the name and the axes of its tensor there, such as 'HK D'
+      (parts/hf/tensor_map.py explains both). {n} in a name is the number of the
+      layer. Rows whose parameter the model does not have are passed over.
+    """
     return ROWS + hf.rows_of_each_block(config, 'model.layers.{n}', _mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     # The type of each layer; by default, all are recurrences.
     num_layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', num_layers)
@@ -167,8 +194,12 @@ class HF(llama.Family):
                                mamba2=mamba2_fields)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     # The type of each layer.
     types = []
     for layer in config.layers(config.num_layers):

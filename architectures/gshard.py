@@ -91,9 +91,19 @@ class HF(hf.HuggingFace):
   fixed = ('pad_token_id',)  # Positions there count from it.
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     # The last of every few layers has experts, alike in both stacks.
     interval = reader('encoder_sparse_step', 4)
     reader.require_values(decoder_sparse_step=interval)
@@ -131,8 +141,12 @@ class HF(hf.HuggingFace):
     return model_fields | kinds.place_experts({}, interval) | dict(moe=moe)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     moe = config.part(MoEConfig)
     policy = hf.find_hf_word(ROUTER_OF_SECOND_EXPERT_POLICY, moe.router,
                              'moe.router')

@@ -53,12 +53,19 @@ def _read_dense_layers(reader: hf.Reader, layers: int) -> list[bool]:
 
 
 def _read_layer_types(reader: hf.Reader, layers: int) -> list[str]:
-  """Returns the entry of layer_types for each layer, by linear_attn_config of a
-  config.json, whose two lists number the layers from 1.
+  """Returns whether each layer is linear or full attention, by two lists of a
+  Hugging Face config.json that number the layers from 1.
 
   Args:
-    reader: the reader of linear_attn_config.
+    reader: the reader of the object linear_attn_config in the file.
     layers: the number of layers.
+
+  Returns:
+    For each layer the entry that layer_types would have. Without the lists,
+    every fourth layer after the first is full attention.
+
+  Raises:
+    RequestError: where a layer is in neither list or in both.
   """
   full_layers = reader.read_list('full_attn_layers')
   linear_layers = reader.read_list('kda_layers')
@@ -136,8 +143,18 @@ class HF(hf.HuggingFace):
   ignored = llama.Family.ignored
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns a row (path, axes, name, axes) for each parameter of a model: the
-    name and the axes are those of its tensor in a Hugging Face file."""
+    """Returns the rows that map our parameters to the tensors of a Hugging Face
+    file.
+
+    Args:
+      config: our config of the model.
+
+    Returns:
+      Rows of four strings: the path and the axes of a parameter of ours, such
+      as 'DHK', and the name and the axes of its tensor there, such as 'HK D'
+      (parts/hf/tensor_map.py explains both). {n} in a name is the number of the
+      layer. Rows whose parameter the model does not have are passed over.
+    """
     queries = deepseek_v2.QUERY_ROWS
     if config.part(LatentConfig).q_rank:
       queries += deepseek_v2.LATENT_QUERY_ROWS
@@ -147,9 +164,19 @@ class HF(hf.HuggingFace):
         *EXPERT_ROWS, *DELTA_ATTENTION_ROWS)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     num_layers = fields['num_layers']
     reader.require_values(num_key_value_heads=fields['num_heads'])
     hf.check_gates(fields, 'num_experts_per_token', 'moe_renormalize')
@@ -183,8 +210,12 @@ class HF(hf.HuggingFace):
     return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     # The network and the mixer of each layer, numbered from 1.
     networks, full_layers, linear_layers = [], [], []
     for n, layer in enumerate(config.layers(config.num_layers), 1):

@@ -32,8 +32,17 @@ class LFM2(Decoder):
 
 
 def _read_hidden_units(reader: hf.Reader) -> int:
-  """Returns the number of hidden units of a feed-forward network, by the rule
-  of transformers' Lfm2MLP."""
+  """Returns the number of hidden units of LFM2's feed-forward networks, which
+  follows from four fields of a Hugging Face config.json.
+
+  The rule is that of transformers' Lfm2MLP.
+
+  Args:
+    reader: the reader of the config.json.
+
+  Raises:
+    RequestError: for fields by which there would be none.
+  """
   width = reader('block_ff_dim', reader('intermediate_size', 12288))
   factor = reader('block_ffn_dim_multiplier', 1.0)
   multiple = reader('block_multiple_of', 256)
@@ -53,6 +62,11 @@ def decoder_rows(out: str = 'out_proj', norm: str = 'layernorm'
   Args:
     out: the name in transformers of the last product of attention.
     norm: the end of the names there of the norms of queries and keys.
+
+  Returns:
+    Rows of four strings: the path and the axes of a parameter of ours, and the
+    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
+    of which the first is ours of H and K as one (see tensor_map.py).
   """
   attention = hf.prefix_rows(
       'attention', 'self_attn',
@@ -96,9 +110,19 @@ class HF(llama.Family):
           'short_conv.bias': ('conv_bias', False)}
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     num_layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', num_layers)
     types = layer_types.read_entry_of_each_layer(
@@ -118,8 +142,12 @@ class HF(llama.Family):
         d_ff=_read_hidden_units(reader), rope=rope)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     types = []
     for layer in config.layers(config.num_layers):
       if layer.mixer == 'short_conv':

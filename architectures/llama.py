@@ -50,13 +50,18 @@ def norm_rows(norm: str = 'scale') -> tuple[hf.Row, ...]:
 
 
 def head_norm_rows(axis: str = 'K', norm: str = 'scale') -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of the norms of a layer's
-  queries and keys.
+  """Returns the rows that map the norms of a layer's queries and keys to the
+  tensors of a Hugging Face file.
 
   Args:
     axis: the axis of the scale: K where each head has a norm of its own size, U
       where one goes over all heads.
     norm: the name of our parameter in them.
+
+  Returns:
+    Rows of four strings: the path and the axes of a parameter of ours, and the
+    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
+    of which the first is ours of H and K as one (see tensor_map.py).
   """
   return (
       (f'attention/query_norm/{norm}', axis, 'self_attn.q_norm.weight', axis),
@@ -77,13 +82,18 @@ FFN_ROWS = (*hf.dense_rows('gate', 'DF', 'gate_proj', 'F D'),
 
 def expert_rows(gate: str = 'gate_proj', up: str = 'up_proj',
                 down: str = 'down_proj') -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of a layer's router and
-  experts.
+  """Returns the rows that map a layer's router and experts to the tensors of a
+  Hugging Face file, which has a tensor for each expert {e}.
 
   Args:
     gate: the name of an expert's gate in transformers.
     up: the name of the matrix beside it.
     down: the name of the last matrix.
+
+  Returns:
+    Rows of four strings: the path and the axes of a parameter of ours, and the
+    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
+    of which the first is ours of H and K as one (see tensor_map.py).
   """
   return (('router', 'DE', 'gate.weight', 'E D'),
           ('gate', 'EDF', f'experts.{{e}}.{gate}.weight', 'F D'),
@@ -105,14 +115,28 @@ class Family(hf.HuggingFace):
   ignored = (r'.*\.rotary_emb\.inv_freq',)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     return dict(rope=rope_fields.read_rope(reader))
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     return dict(rope_parameters=rope_fields.write_rope(config))
 
 

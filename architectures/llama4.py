@@ -45,8 +45,8 @@ class Llama4(Decoder):
 
 def _name_and_kind(is_chunked: bool, is_rotated: bool, has_experts: bool,
                    has_norm: bool, scale: float) -> tuple[str, dict[str, Any]]:
-  """Returns the name of a kind of layer, and the fields of the model that it
-  sets.
+  """Returns the name of a kind of layer with these properties, and the fields
+  of config.model that the kind overrides.
 
   Args:
     is_chunked: whether a token sees its chunk alone.
@@ -94,9 +94,19 @@ class HF(llama.Family):
   unread = ('router_jitter_noise',)  # transformers reads none.
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     num_layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', num_layers)
     has_rope = layer_types.read_layers_with_rope(reader, num_layers)
@@ -143,8 +153,12 @@ class HF(llama.Family):
         attention_log_from=reader('floor_scale', 8192))
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     # The kind of attention, the positions and the network of each layer.
     types, has_rope, layers_with_experts = [], [], []
     rotated_layers, scales = [], []

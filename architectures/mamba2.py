@@ -28,8 +28,19 @@ INFINITE_VALUES = INFINITY_IN_JSON, float('inf')
 
 
 def read_step_limits(reader: hf.Reader) -> dict[str, float]:
-  """Returns the smallest and the largest step of the recurrence, by
-  time_step_limit of a config.json; 0: there is no bound."""
+  """Reads the bounds of Mamba-2's step size, time_step_limit of a Hugging Face
+  config.json.
+
+  Args:
+    reader: the reader of the config.json.
+
+  Returns:
+    The fields `least_step` and `most_step`; 0: there is no bound.
+
+  Raises:
+    RequestError: for anything but two numbers, of which the second alone may be
+      infinite, and must not be 0.
+  """
   bounds = reader.read_list('time_step_limit')
   wrong = (
       f'config.json has time_step_limit {short(bounds)}: it must be two '
@@ -93,9 +104,19 @@ class HF(mamba.HF):
       f'time_step_{name}' for name in ('rank', 'min', 'max', 'floor')))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     num_heads = fields['mamba2.heads']
     head_dim = fields['mamba2.head_dim']
     expand = reader('expand', 2)
@@ -107,8 +128,12 @@ class HF(mamba.HF):
                 mamba2=read_step_limits(reader))
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     sizes = config.part(Mamba2Config)
     expand = sizes.heads * sizes.head_dim // config.d_model
     return dict(expand=expand) | write_step_limits(config)

@@ -85,9 +85,19 @@ class HF(hf.HuggingFace):
       'span': hf.TaskHead('ModernBertForQuestionAnswering', 'classifier')}
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     # The head that classifies a sequence.
     pooling = reader.read_choice('classifier_pooling', 'cls', {
         name: name for name in heads.POOLINGS})
@@ -126,8 +136,12 @@ class HF(hf.HuggingFace):
         norm='layernorm' if has_bias else 'layernorm_no_bias')
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     # The positions of each type of layer, and the type of each layer.
     ropes = {}
     for layer_type, (_, theta) in KIND_AND_THETA_OF_LAYER_TYPE.items():

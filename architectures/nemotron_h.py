@@ -114,8 +114,20 @@ ROWS = (
 
 
 def _read_letters(reader: hf.Reader) -> list[str]:
-  """Returns a letter for each mixer and each network of a config.json, which
-  lists them as words or writes them as one string of letters."""
+  """Reads the order of the layers of a Hugging Face config.json, where Mamba-2,
+  attention and networks are layers of their own.
+
+  Args:
+    reader: the reader of the config.json, which lists them as words or writes
+      them as one string of letters.
+
+  Returns:
+    A letter for each: M for Mamba-2, * for attention, - for a dense network and
+    E for experts.
+
+  Raises:
+    RequestError: for another word or letter.
+  """
   reader.ignore_fields('num_hidden_layers', 'hybrid_override_pattern')
   if reader.has('layers_block_type'):
     types = reader.read_list('layers_block_type')
@@ -162,14 +174,34 @@ class HF(hf.HuggingFace):
   optional = qwen3_next.HF.optional
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns a row (path, axes, name, axes) for each parameter of a model: the
-    name and the axes are those of its tensor in a Hugging Face file."""
+    """Returns the rows that map our parameters to the tensors of a Hugging Face
+    file.
+
+    Args:
+      config: our config of the model.
+
+    Returns:
+      Rows of four strings: the path and the axes of a parameter of ours, such
+      as 'DHK', and the name and the axes of its tensor there, such as 'HK D'
+      (parts/hf/tensor_map.py explains both). {n} in a name is the number of the
+      layer. Rows whose parameter the model does not have are passed over.
+    """
     return ROWS + hf.rows_of_each_block(config, LAYER_PREFIX, _mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     letters = _read_letters(reader)
     require(letters, 'config.json has no layers: layers_block_type must name '
             'some')
@@ -185,8 +217,12 @@ class HF(hf.HuggingFace):
         moe=dict(shared_experts=shared_experts))
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     # A layer here is a mixer and, mostly, a network, each a layer there.
     types: list[str] = []
     for layer in config.layers(config.num_layers):

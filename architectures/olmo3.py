@@ -30,9 +30,19 @@ class HF(olmo2.HF):
   heads = hf.task_heads('Olmo3', only=('sequence',))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     # Outside of rope_parameters, transformers takes it for one kind alone.
     reader.require_values(rope_theta=5e5)
     local_rope, global_rope = rope_fields.read_rope_of_layer_kinds(
@@ -51,7 +61,11 @@ class HF(olmo2.HF):
     return dict(rope=global_rope) | model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     return layer_types.write_attention_types(config) | dict(
         rope_parameters=rope_fields.write_rope_of_layer_kinds(config))

@@ -39,12 +39,23 @@ class HF(llama.Family):
   heads = hf.task_heads('Qwen2', tokens='score', span=llama.SPAN_PREFIXES)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     num_layers = fields['num_layers']
     # The first max_window_layers layers have no window, whatever it is called.
     num_full = reader.read_count('max_window_layers', 28)
+    # The window is read even where it is not used: the field is a known one.
     window = layer_types.read_sliding_window(reader)
     if not reader('use_sliding_window', False):
       window = 0
@@ -58,8 +69,12 @@ class HF(llama.Family):
     return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     config_json = layer_types.write_attention_types(config)
     layers_with_window = []
     for n, layer_type in enumerate(config_json['layer_types']):

@@ -42,11 +42,16 @@ class Qwen3Next(Decoder):
 
 
 def read_experts(reader: hf.Reader, fields: dict) -> dict:
-  """Returns the fields of model.moe for the shared network beside the experts.
+  """Reads the shared expert of a mixture of experts: a dense network beside the
+  experts, which all tokens go through.
 
   Args:
-    reader: the reader of the config.json.
-    fields: the fields that were read.
+    reader: the reader of the Hugging Face config.json.
+    fields: the fields of our config.model that were looked up before.
+
+  Returns:
+    The field `shared_experts` of config.model.moe: how many times as wide as an
+    expert the shared one is.
   """
   hf.check_gates(fields)
   shared_experts = hf.read_shared_experts(
@@ -95,11 +100,19 @@ def attention_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
 
 
 def _mixer_rows(config: ModelConfig) -> tuple[hf.Row, ...]:
-  """Returns the rows that give the Hugging Face names of a layer's gated
-  DeltaNet, or of its attention.
+  """Returns the rows that map a layer's gated DeltaNet, or its attention, to
+  the tensors of a Hugging Face file.
 
-  A fused tensor of the DeltaNet goes head of keys by head of keys, and has the
-  query, the key, the values and the gates of each.
+  A fused tensor of the DeltaNet goes head of keys by head of keys. For each of
+  the J heads it has the query, the key, and the values and the gates of the R
+  heads of values that belong to it.
+
+  Args:
+    config: our config of the layer.
+
+  Returns:
+    Rows of four strings: the path and the axes of a parameter of ours, and the
+    name and the axes of its tensor there (see parts/hf/tensor_map.py).
   """
   if config.mixer != 'deltanet':
     return attention_rows(config)
@@ -135,15 +148,35 @@ class HF(llama.Family):
   heads = hf.task_heads('Qwen3Next', tokens='score', span=llama.SPAN_PREFIXES)
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns a row (path, axes, name, axes) for each parameter of a model: the
-    name and the axes are those of its tensor in a Hugging Face file."""
+    """Returns the rows that map our parameters to the tensors of a Hugging Face
+    file.
+
+    Args:
+      config: our config of the model.
+
+    Returns:
+      Rows of four strings: the path and the axes of a parameter of ours, such
+      as 'DHK', and the name and the axes of its tensor there, such as 'HK D'
+      (parts/hf/tensor_map.py explains both). {n} in a name is the number of the
+      layer. Rows whose parameter the model does not have are passed over.
+    """
     return BASE_ROWS + hf.rows_of_each_block(config, 'model.layers.{n}',
                                              _mixer_rows)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     model_fields = layer_types.read_recurrent_layers(
         reader, fields['num_layers'], mixer='deltanet')
     model_fields['rope'] = rope_fields.read_rope(
@@ -152,8 +185,12 @@ class HF(llama.Family):
     return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     config_json = layer_types.write_recurrent_layers(config)
     config_json |= write_experts(config)
     config_json['rope_parameters'] = rope_fields.write_rope(config,

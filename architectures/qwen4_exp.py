@@ -54,6 +54,11 @@ def _stream_rows(ours: str, theirs: str) -> tuple[hf.Row, ...]:
   Args:
     ours: the folder of our parameters.
     theirs: the name of the module in transformers.
+
+  Returns:
+    Rows of four strings: the path and the axes of a parameter of ours, and the
+    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
+    of which the first is ours of H and K as one (see tensor_map.py).
   """
   return hf.prefix_rows(
       ours, theirs, ('norm/offset', 'UD', 'hc_norm.weight', 'UD'),
@@ -107,17 +112,37 @@ class HF(qwen3_5_moe.HF):
   fixed = ('eos_token_id',)
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns a row (path, axes, name, axes) for each parameter of a model: the
-    name and the axes are those of its tensor in a Hugging Face file."""
+    """Returns the rows that map our parameters to the tensors of a Hugging Face
+    file.
+
+    Args:
+      config: our config of the model.
+
+    Returns:
+      Rows of four strings: the path and the axes of a parameter of ours, such
+      as 'DHK', and the name and the axes of its tensor there, such as 'HK D'
+      (parts/hf/tensor_map.py explains both). {n} in a name is the number of the
+      layer. Rows whose parameter the model does not have are passed over.
+    """
     return (
         *qwen3_next.BASE_ROWS,
         *hf.rows_of_each_block(config, 'model.layers.{n}', _layer_rows),
         *_stream_rows('decoder/final_streams', 'model.hyper_connection_mixer'))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     num_layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', num_layers)
     reader.require_values(
@@ -164,8 +189,12 @@ class HF(qwen3_5_moe.HF):
         ngrams=ngrams, moe=moe, rope=rope)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     ngram_layers = []
     for n, layer in enumerate(config.layers(config.num_layers), 1):
       if layer.memory == 'engram':
@@ -176,8 +205,16 @@ class HF(qwen3_5_moe.HF):
         indexer_kv_heads=1, split_ngram_parts=1, eos_token_id=ngrams.pad_token)
 
   def constants(self, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Returns the tensors of the numbers that n-grams are hashed by, which
-    Hugging Face files hold though they follow from the config."""
+    """Returns the tensors of whole numbers by which n-grams are hashed: Hugging
+    Face files hold them, though they follow from the config.
+
+    Args:
+      config: our config of the model.
+
+    Returns:
+      For each layer that looks up n-grams, by the tensors' names: the factors
+      of the tokens, the sizes of the tables, and the first row of each table.
+    """
     ngrams = config.part(NGramsConfig)
     sizes = lookup.first_primes(ngrams.rows, ngrams.tables)
     values = dict(
@@ -186,6 +223,7 @@ class HF(qwen3_5_moe.HF):
         ngram_heads_vocab_sizes=sizes,
         ngram_heads_offsets=np.cumsum((0, *sizes[:-1])))
     tensors = {}
+    # The config.json numbers these layers from 1, and the tensors from 0.
     for n in self.write(config)['ple_layer_ids']:
       for name, value in values.items():
         full_name = f'model.layers.{n - 1}.ple.ple_embedding.{name}'

@@ -57,9 +57,19 @@ class HF(hf.HuggingFace):
   heads = hf.task_heads('Roberta', sequence='classifier.out_proj')
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     offset = reader.read_count('pad_token_id', PADDING_ID) + 1
     rows = reader('max_position_embeddings', 512)
     require(rows > offset, f'config.json has max_position_embeddings {rows}, '
@@ -68,8 +78,12 @@ class HF(hf.HuggingFace):
     return dict(learned=dict(offset=offset), max_len=rows - offset)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     offset = config.part(LearnedConfig).offset
     return dict(max_position_embeddings=config.max_len + offset,
                 pad_token_id=offset - 1,

@@ -28,20 +28,26 @@ class SmolLM3(Decoder):
 
 def _pattern_of_layers(types: list[str], has_rope: list[int], window: int
                        ) -> dict:
-  """Returns the fields of the model that say which kind each layer is: with
-  positions or without, with a window or without.
+  """Returns the fields of config.model that say what each layer has: rotary
+  positions or none, a sliding window or none.
 
   Args:
-    types: layer_types of the config.json.
-    has_rope: no_rope_layers, 1 for each layer that has positions.
-    window: how many tokens the layers with a window see.
+    types: for each layer 'sliding_attention' or 'full_attention'.
+    has_rope: for each layer 1 where it has positions, and 0 where it has none.
+    window: how many tokens the layers with a window see; 0: none has one.
+
+  Returns:
+    The fields `position`, `attention` and `sliding_window` of the model; the
+    order of the layers; and `kinds`, what each kind of layer has of its own.
   """
-  # All layers have positions, or none has.
+  # All layers have positions, or none has: the window alone makes kinds.
   model_fields = layer_types.fields_of_attention_types(types, len(has_rope),
                                                        window)
   if len(set(has_rope)) == 1:
     return model_fields | dict(position='rope' if has_rope[0] else 'none')
 
+  # Up to four kinds. A kind says that it has no window only where others have
+  # one.
   kind_names, kinds = [], {}
   for layer_type, is_rotated in zip(types, has_rope):
     name, kind = 'rope', {}
@@ -70,14 +76,26 @@ class HF(llama.Family):
   heads = hf.task_heads('SmolLM3', tokens='score', span=llama.SPAN_PREFIXES)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     num_layers = fields['num_layers']
     has_rope = layer_types.read_layers_with_rope(reader, num_layers)
     window = 0
     if reader.has('sliding_window'):
       window = reader('sliding_window', 4096)
+    # A window that is not used is read all the same, so that it counts as
+    # known.
     if not reader('use_sliding_window', False):
       window = 0
     types = layer_types.read_attention_types(
@@ -90,8 +108,12 @@ class HF(llama.Family):
     return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     layers = config.layers(config.num_layers)
     rotated_layers = [layer for layer in layers if layer.position == 'rope']
     # Where no layer is rotated, the field says how one would be.

@@ -44,12 +44,16 @@ ANY_CAPACITY = 2 ** 20  # an expert_capacity that no sequence fills
 
 def _read_interval_of_expert_layers(reader: hf.Reader, stack: str,
                                     layers: int) -> int:
-  """Returns n where the last of every n layers of a stack has experts.
+  """Returns the distance n between the layers with experts of an encoder or a
+  decoder: the last of every n layers has some.
 
   Args:
     reader: the reader of the config.json.
     stack: 'encoder' or 'decoder'.
     layers: the number of layers in the stack.
+
+  Raises:
+    RequestError: unless n is 1 or 2.
   """
   num_with_experts = reader(f'num_sparse_{stack}_layers', 3)
   reader.ignore_fields(f'{stack}_sparse_step')  # It follows from the former.
@@ -86,9 +90,19 @@ class HF(hf.HuggingFace):
   ignored = t5.HF.ignored
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     # The last of every few layers has experts, alike in both stacks.
     num_layers = fields['num_layers']
     decoder_layers = fields['num_decoder_layers']
@@ -121,8 +135,12 @@ class HF(hf.HuggingFace):
     return model_fields | dict(num_decoder_layers=decoder_layers, moe=moe)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     moe = config.part(MoEConfig)
     interval = layer_types.interval_of_expert_layers(config)
     config_json = t5.write_usual_fields(config) | dict(

@@ -37,6 +37,11 @@ def stack_rows(stack: str, *ffn: hf.Row) -> tuple[hf.Row, ...]:
   Args:
     stack: 'encoder' or 'decoder'.
     *ffn: the rows of a feed-forward network.
+
+  Returns:
+    Rows of four strings: the path and the axes of a parameter of ours, and the
+    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
+    of which the first is ours of H and K as one (see tensor_map.py).
   """
   # A block is attention, in the decoder cross-attention, and the network.
   block = f'{stack}.block.{{n}}'
@@ -72,6 +77,11 @@ def _attention_rows(ours: str, norm: str, theirs: str) -> tuple[hf.Row, ...]:
     ours: our name of the attention.
     norm: our name of the norm.
     theirs: the name of the attention in transformers.
+
+  Returns:
+    Rows of four strings: the path and the axes of a parameter of ours, and the
+    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
+    of which the first is ours of H and K as one (see tensor_map.py).
   """
   return (
       (f'{ours}/query', 'DHK', f'{theirs}.q.weight', 'HK D'),
@@ -110,11 +120,19 @@ def head_fields(fields: dict, tied: bool) -> dict:
 
 
 def check_ffn(reader: hf.Reader, fields: dict) -> None:
-  """Raises RequestError where the fields of a config.json for the feed-forward
-  network disagree.
+  """Checks that the fields of a Hugging Face config.json for the feed-forward
+  network agree: the same network may be written in two ways.
 
   Where a file has no dense_act_fn and is_gated_act, transformers derives them
   from feed_forward_proj; where it has them, they count.
+
+  Args:
+    reader: the reader of the config.json.
+    fields: the fields of our config.model that were looked up before, with the
+      network by feed_forward_proj.
+
+  Raises:
+    RequestError: where the two disagree.
   """
   name = hf.find_hf_word(FFN_OF_ACTIVATION, fields['ffn'], 'ffn')
   function = name.removeprefix('gated-')
@@ -144,8 +162,18 @@ class HF(hf.HuggingFace):
              r'relative_attention_bias\.weight',)
 
   def rows_of_model(self, config: ModelConfig) -> tuple[hf.Row, ...]:
-    """Returns a row (path, axes, name, axes) for each parameter of a model: the
-    name and the axes are those of its tensor in a Hugging Face file."""
+    """Returns the rows that map our parameters to the tensors of a Hugging Face
+    file.
+
+    Args:
+      config: our config of the model.
+
+    Returns:
+      Rows of four strings: the path and the axes of a parameter of ours, such
+      as 'DHK', and the name and the axes of its tensor there, such as 'HK D'
+      (parts/hf/tensor_map.py explains both). {n} in a name is the number of the
+      layer. Rows whose parameter the model does not have are passed over.
+    """
     up = 'wi_1' if config.ffn in ('geglu_tanh', 'swiglu') else 'wi'
     return model_rows(*hf.prefix_rows(
         'ffn', 'DenseReluDense', ('gate', 'DF', 'wi_0.weight', 'F D'),
@@ -153,9 +181,19 @@ class HF(hf.HuggingFace):
         ('down', 'FD', 'wo.weight', 'D F')))
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     check_ffn(reader, fields)
     # transformers ties v1.1 in name, and tells it by the missing scale.
     require(not reader.is_null('scale_decoder_outputs'),
@@ -165,6 +203,10 @@ class HF(hf.HuggingFace):
     return head_fields(fields, tied)
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     return write_usual_fields(config)

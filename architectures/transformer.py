@@ -56,14 +56,21 @@ def layer_rows(stack: str, *rows: hf.Row) -> tuple[hf.Row, ...]:
 
 
 def read_stacks(reader: hf.Reader, fields: dict, scaled: bool) -> dict:
-  """Returns the fields of the model for the scale of the embedding, and refuses
-  an encoder and a decoder of unequal width or heads.
+  """Reads what a Hugging Face config.json says of an encoder and a decoder
+  apart, which must be the same for both, and the scale of the embedding.
 
   Args:
     reader: the reader of the config.json.
-    fields: the fields that were read.
+    fields: the fields of our config.model that were looked up before.
     scaled: whether the embedding is scaled where the file does not say.
+
+  Returns:
+    The field `embed_scale`: the root of d_model, or 1.
+
+  Raises:
+    RequestError: for a decoder with other heads or another network's width.
   """
+  # Their name of the decoder's size, transformers' default, and our name.
   sizes = (('decoder_attention_heads', 16, 'num_heads'),
            ('decoder_ffn_dim', 4096, 'd_ff'))
   for name, default, our_name in sizes:
@@ -128,17 +135,31 @@ class HF(hf.HuggingFace):
   ignored = (r'model\.(en|de)coder\.embed_positions\.weights?',)
 
   def read(self, reader: hf.Reader, fields: dict) -> dict:
-    """Returns the fields of the model that take more than a look-up in a
-    Hugging Face config.json. `reader(name, default)` returns a field of that
-    file; `fields` are the fields of the model that were looked up before."""
+    """Returns the fields of our config.model that take more than looking up one
+    field of a Hugging Face config.json.
+
+    Args:
+      reader: reads that file: `reader(name, default)` returns a field and marks
+        it as read. The import refuses a file with fields that nothing has read
+        and that may matter; `ignore_fields` marks those that do not.
+      fields: the fields of ours that were looked up before, by flat name.
+
+    Returns:
+      Further fields of config.model, with a dict for each group, such as rope.
+      They replace those of `fields`.
+    """
     reader.require_values(decoder_vocab_size=fields['vocab_size'])
     model_fields = read_stacks(reader, fields, scaled=False)
     model_fields['logits_bias'] = reader('final_logits_bias', True)
     return model_fields
 
   def write(self, config: ModelConfig) -> dict:
-    """Returns the fields of a Hugging Face config.json that `read` reads, for a
-    model."""
+    """Returns the fields of a Hugging Face config.json that `read` reads, with
+    the values that say what this model is.
+
+    Args:
+      config: our config of the model.
+    """
     return write_stacks(config) | dict(
         decoder_vocab_size=config.vocab_size,
         # Ours: whether the bias is there; transformers takes zeros where not.
