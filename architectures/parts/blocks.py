@@ -46,15 +46,20 @@ def mixer_of_layers(config: ModelConfig) -> Mixer:
 
 
 def has_layers_with_state(config: ModelConfig) -> bool:
-  """Returns whether some layers of a model keep a state, for which they read a
-  row in one direction alone.
+  """Returns whether some layers of a model carry a state from token to token,
+  so that they can read a row of tokens from left to right only.
 
   Such layers have a recurrence, a short convolution before attention or after a
-  branch, a memory by n-grams, or an indexer of blocks.
+  residual branch, tables that are looked up by the last n tokens, or an indexer
+  that selects blocks of keys.
+
+  Args:
+    config: the model.
   """
   for layer in config.distinct_layers:
     if mixer_of_layers(layer).keeps_state(layer):
       return True
+    # Anything that does not grow with the row is a state, wherever it is.
     cache_of_shape = functools.partial(empty_cache_of_layer, layer)
     if has_array_of_fixed_size(cache_of_shape):
       return True
@@ -62,17 +67,25 @@ def has_layers_with_state(config: ModelConfig) -> bool:
 
 
 def empty_cache_of_layer(c: ModelConfig, shape: tuple[int, ...]) -> LayerCache:
-  """Returns the cache of a layer that has read nothing.
+  """Returns the generation cache of a layer that has read no token yet.
 
   Args:
-    c: the config of the layer.
-    shape: [..., B, M], of B rows with room for M tokens.
+    c: the config of the layer (not that of a model with several kinds of
+      layer).
+    shape: [..., B, M], for B rows with room for M tokens each. Axes in front,
+      such as one of layers, are kept in all arrays.
+
+  Returns:
+    The cache: `mixer`, the keys and values of attention or the state of a
+    recurrence; `memory`, the last tokens, or None; and `inputs`, the last
+    results of the branches 'attention' and 'ffn', or {}.
   """
-  # The last tokens, where the layer looks up tables by n-grams.
+  # The last tokens, where the layer looks up tables by n-grams of tokens.
   memory = None
   if lookup.keeps_last_tokens(c):
     memory = lookup.empty_state(c, shape)
-  # The last results of the branches, where these have convolutions.
+  # The last results of each branch, where a convolution over W = branch_conv
+  # tokens follows it: the newest token is there already, so W - 1 are kept.
   inputs = {}
   if c.branch_conv:
     shape_of_inputs = *shape[:-1], c.branch_conv - 1, c.d_model
@@ -137,19 +150,23 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: LayerInput, ctx: Context, cache: Optional[LayerCache]
                ) -> LayerResult:
-    """Runs the layer.
+    """Runs one layer: attention, the feed-forward network, and what the model
+    adds around them.
 
-    With model.memory, the layer looks up tables, and adds the rows to its input
-    or to its result. With model.layer_scale, the result is multiplied by a
-    learned number.
+    With model.memory, the layer looks up tables of vectors by token, and adds
+    the vectors to its input or to its result. With model.layer_scale, the
+    result is multiplied by a learned number.
 
     Args:
-      x: the residual stream [B, L, D], or several of them.
-      ctx: what all layers read besides their input.
-      cache: the cache of this layer; None: there is none.
+      x: the residual stream, [B, L, D] = [batch, length, d_model], or Streams,
+        which hold several.
+      ctx: what all layers read besides their input: positions, documents,
+        padding, dropout.
+      cache: the generation cache of this layer; None: there is none.
 
     Returns:
-      x after the layer, the cache with the tokens in it, and the report.
+      x after the layer; the cache with the tokens of this call in it, or None;
+      and the Report of losses and statistics of the layer.
     """
     config = self.config
     memory = lookup.MEMORIES[config.memory]
@@ -158,7 +175,9 @@ class Block(nn.Module):
       x, cache = self._read_tables(memory, x, ctx=ctx, cache=cache)
     # Attention and the network.
     x, cache, report = self.run_branches(x, ctx, cache)
-    # Tables that are read after them, and the factor of the layer.
+    # Tables that are read after them, and the factor of the layer. Both are
+    # refused beside several streams when the model is made, so x is an array
+    # here.
     if memory and memory.is_read_after_layer:
       x = pin_residual(x + memory.module(config, name='memory')(x, ctx))
     if config.layer_scale:
@@ -177,17 +196,23 @@ class Block(nn.Module):
   def _read_tables(self, memory: lookup.TableMemory, x: LayerInput,
                    ctx: Context, cache: Optional[LayerCache]
                    ) -> tuple[LayerInput, Optional[LayerCache]]:
-    """Returns x plus the rows that the layer looks up in its tables, and the
-    cache with the last tokens.
+    """Adds to the residual stream the vectors that the layer looks up in tables
+    by the last tokens.
 
     Args:
-      memory: the entry of lookup.MEMORIES that is model.memory.
-      x: the residual stream, or several.
+      memory: the kind of tables: the entry of lookup.MEMORIES for model.memory.
+      x: the residual stream [B, L, D] = [batch, length, d_model], or Streams.
       ctx: the context of the call, which has the tokens.
-      cache: the cache of the layer; None: there is none.
+      cache: the generation cache of the layer; None: there is none.
+
+    Returns:
+      x with the vectors added, and the cache with the last tokens of this call
+      in it; None: there is none.
     """
+    # The tokens just before this call, which its first n-grams begin with.
     state = None if cache is None else cache.memory
     tables = memory.module(self.config, name='memory')
+    # U streams get a vector each.
     if isinstance(x, Streams):
       rows_BLUD, state = tables(x.x_BLUD, ctx, state)
       x = x.replace(x_BLUD=x.x_BLUD + rows_BLUD)
@@ -244,27 +269,30 @@ class Block(nn.Module):
   def _add_convolution(self, name: str, y_BLD: jax.Array, ctx: Context,
                        cache: Optional[LayerCache]
                        ) -> tuple[jax.Array, Optional[LayerCache]]:
-    """Returns y plus a convolution over the last W tokens of y, with
-    model.branch_conv W (Inkling, whose keys and values have one too).
+    """Returns the result of a residual branch plus a causal convolution of it,
+    over the last W = model.branch_conv tokens, feature by feature.
 
-    The weights of the convolution are 0 at first. Without model.branch_conv, y
-    is returned as it is.
+    Inkling has this, and on its keys and values too. The weights of the
+    convolution are 0 at first, so that a new model is as one without it.
+    Without model.branch_conv, y is returned as it is.
 
     Args:
       name: the name of the branch, 'attention' or 'ffn'.
-      y_BLD: the result of the branch.
+      y_BLD: the result of the branch, [batch, length, d_model].
       ctx: the context of the call.
       cache: the cache of the layer; None: there is none.
 
     Returns:
       The sum, [B, L, D], and the cache with the last tokens of y in it.
     """
-    c = self.config
-    if not c.branch_conv:
+    config = self.config
+    if not config.branch_conv:
       return y_BLD, cache
-    w_WD = declare(self, f'{name}_conv', nn.initializers.zeros,
-                   (c.branch_conv, c.d_model), role=Role(axes=(None, 'embed')))
-    # The inputs of the tokens before, and which tokens are no padding.
+    w_WD = declare(
+        self, f'{name}_conv', nn.initializers.zeros,
+        (config.branch_conv, config.d_model), role=Role(axes=(None, 'embed')))
+    # With a cache, the convolution begins with the W - 1 last results of the
+    # call before. Padding must not move those out, so it is marked too.
     before_BWD = valid_BL = None
     if cache is not None:
       before_BWD, valid_BL = cache.inputs[name], ctx.valid_BL
@@ -316,12 +344,15 @@ class Sequential(Block):
 
   def run_branches(self, x: LayerInput, ctx: Context,
                    cache: Optional[LayerCache]) -> LayerResult:
+    # Each branch reads the residual stream, or a mixture of several, after the
+    # branch before it has added its result. `weights` say how this result is
+    # added to several streams.
     # Attention.
     x_BLD, weights = streams.read_streams(self.config, 'attention', x)
     y_BLD, cache, report = self.attention(
         self.input_of_branch('attention', x_BLD), ctx, cache)
     x = self._add_result('attention', x, y_BLD, weights=weights, ctx=ctx)
-    # Attention to a memory.
+    # Attention to the output of an encoder.
     if self.kind.cross:
       x_BLD, weights = streams.read_streams(self.config, 'cross', x)
       y_BLD, cache, report_of_cross = self.cross_attention(
@@ -340,15 +371,19 @@ class Sequential(Block):
   def _add_result(self, branch: str, x: LayerInput, y_BLD: jax.Array,
                   weights: Optional[streams.StreamWeights], ctx: Context
                   ) -> LayerInput:
-    """Returns x with the result of a branch added to it.
+    """Returns the residual stream with the result of a branch added to it,
+    after the norm and the dropout that this wiring applies.
 
     Args:
-      branch: the name of the branch.
-      x: the residual stream, or several.
+      branch: the name of the branch: 'attention', 'cross' or 'ffn'.
+      x: the residual stream [B, L, D] = [batch, length, d_model], or Streams.
       y_BLD: the result of the branch.
-      weights: how the result is added to several streams; None: there is one.
+      weights: how the result is added to several streams, as
+        `streams.read_streams` returned it; None: there is one stream.
       ctx: the context of the call, which says whether dropout is applied.
     """
+    # The two hooks are where the subclasses differ: a norm of the result before
+    # the sum, or one of the sum.
     y_BLD = self.result_of_branch(branch, y_BLD)
     y_BLD = self.apply_dropout(y_BLD, ctx)
     x = streams.add_to_streams(self.config, x, y_BLD, weights=weights)
@@ -422,7 +457,8 @@ class Parallel(Block):
 
   def run_branches(self, x: LayerInput, ctx: Context,
                    cache: Optional[LayerCache]) -> LayerResult:
-    # All branches read the same x, each through a norm.
+    # All branches read the same x, each through a norm. So several streams are
+    # mixed once, with the parameters that 'attention' names.
     branches = ['attention', 'ffn']
     if self.kind.cross:
       branches = ['attention', 'cross', 'ffn']
@@ -437,7 +473,7 @@ class Parallel(Block):
       report = report.merge(report_of_cross)
     ffn_BLD, cache, report_of_ffn = self.ffn(inputs['ffn'], ctx, cache)
     y_BLD = self.apply_dropout(y_BLD + ffn_BLD, ctx)
-    # It is added to x once.
+    # The sum is one branch for the residual streams, and is added once.
     x = streams.add_to_streams(self.config, x, y_BLD, weights=weights)
     return pin_residual(x), cache, report.merge(report_of_ffn)
 
@@ -463,11 +499,15 @@ BLOCKS = {
 
 
 def count_branches(config: ModelConfig, kinds: tuple[LayerKind, ...]) -> int:
-  """Returns how often layers of these kinds, one after another, add to x.
+  """Returns the number of residual branches of a stack: how often its layers
+  add a result to the residual stream.
+
+  A layer with attention and a network one after the other has two, and one with
+  both side by side has one.
 
   Args:
     config: the model.
-    kinds: the kind of each layer.
+    kinds: the kind of each layer of the stack, in order.
   """
   count = 0
   for kind in kinds:

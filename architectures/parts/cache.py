@@ -75,8 +75,18 @@ class Cache:
 
   def _in_slot_order(self, key: jax.Array, value: Optional[jax.Array],
                      index: Optional[jax.Array] = None) -> tuple:
-    """Returns keys, values and an indexer's keys as [B, M, J, K], with bits of
-    bfloat16 turned back into numbers."""
+    """Returns keys and values in the usual order of axes, whichever order the
+    cache keeps them in.
+
+    Args:
+      key: the keys, as this cache keeps them.
+      value: the values, likewise; None: they are a part of the keys.
+      index: the keys of an indexer, likewise; None: there is none.
+
+    Returns:
+      The three as [batch, M slots, J heads, K features], with bits of bfloat16
+      turned back into numbers.
+    """
     if not self.is_reordered:
       return key, value, index
     return (
@@ -94,13 +104,14 @@ class Cache:
     return SLOT_AXIS, SLOT_AXIS
 
   def reorder_for_single_tokens(self) -> 'Cache':
-    """Returns this cache, of one layer, as a loop over single tokens reads it
-    on CPU.
+    """Returns this cache of one layer in the form that is fast on CPU where
+    single tokens are generated one after another.
 
     Its axes are in the order of the products, unless its values are a part of
     its keys. Numbers in bfloat16 are kept as bits of uint16: XLA's CPU backend
     would convert all slots to float32 and back for each token that is written.
     """
+    # The axes of the new order are asked of a cache that has it already.
     is_reordered = self.value_BMJK is not None
     key_axis, value_axis = self.replace(is_reordered=is_reordered)._slot_axes()
     return self.replace(
@@ -142,8 +153,8 @@ class Cache:
     """Returns one array of the cache with the new tokens written into it.
 
     Args:
-      slots: the array, [B, M, J, K] or reordered, and with an axis of layers
-        in front where `layer` is set.
+      slots: the array, [batch, M slots, J heads, K features] or reordered, and
+        with an axis of layers in front where `layer` is set.
       new_BLJK: the new tokens; None: `slots` is returned unchanged.
       positions_BL: the positions of the new tokens.
       slot_axis: which axis of a layer's array is M.
@@ -160,7 +171,8 @@ class Cache:
     if has_several_rows or slot_axis > 1:
       return _scatter_tokens(
           slots, new_BLJK, positions_BL, layer=layer, slot_axis=slot_axis)
-    # The tokens of a single row are one slice.
+    # The tokens of a single row are one slice, as their positions are
+    # consecutive.
     new = new_BLJK.reshape((1,) * len(layer) + new_BLJK.shape)
     return jax.lax.dynamic_update_slice(
         slots, new, (*layer, 0, positions_BL[0, 0], 0, 0))
@@ -169,17 +181,21 @@ class Cache:
 def _scatter_tokens(slots: jax.Array, new_BLJK: jax.Array,
                     positions_BL: jax.Array, layer: tuple[jax.Array, ...],
                     slot_axis: int) -> jax.Array:
-  """Returns an array of the cache with the new tokens of each row at the row's
-  own positions.
+  """Returns an array of the key-value cache with the new tokens of each row
+  written at that row's own positions.
 
   It indexes rows explicitly: under vmap, XLA would move all slots on TPU.
 
   Args:
-    slots: the array of the cache.
-    new_BLJK: the new tokens.
-    positions_BL: their positions.
+    slots: the array: [batch, M slots, J heads, K features of a head], or with
+      M at `slot_axis`, and with an axis of layers in front if it holds several.
+    new_BLJK: the keys or values of L new tokens in each row.
+    positions_BL: their positions, which are their slots.
     layer: the index of the layer where the array holds several, else ().
     slot_axis: which axis of a layer's array is M.
+
+  Returns:
+    The array, of the shape and order of `slots`.
   """
   # A single token of a reordered array is written twice: if it were written
   # once, XLA's CPU backend would copy all slots four times.
@@ -239,7 +255,11 @@ SlotsOfEntries = Optional[tuple[dict[str, Optional[jax.Array]], ...]]
 
 def split_off_slots(entries: tuple[LayerCache, ...]
                     ) -> tuple[SlotsOfEntries, tuple]:
-  """Splits entries of a cache into keys and values, and all else.
+  """Splits the generation caches of layers into keys and values, which a scan
+  over the layers updates in place, and all else.
+
+  Args:
+    entries: the cache of each layer, or of each stack of layers.
 
   Returns:
     For each entry its keys and values by the name of their field, and the
@@ -247,6 +267,8 @@ def split_off_slots(entries: tuple[LayerCache, ...]
   """
   slots, entries_without_slots = [], []
   for entry in entries:
+    # Only attention has keys and values; a recurrence keeps a state, which
+    # stays in its entry.
     cache = entry.mixer
     arrays = {}
     if isinstance(cache, Cache):
@@ -263,10 +285,11 @@ def put_slots_back(slots: SlotsOfEntries,
                    entries_without_slots: tuple[LayerCache, ...],
                    layer: Optional[jax.Array] = None
                    ) -> tuple[LayerCache, ...]:
-  """Returns the entries that `split_off_slots` split.
+  """Returns the generation caches of layers that `split_off_slots` has split.
 
   Args:
-    slots: the keys and values of each entry.
+    slots: the keys and values of each entry, by the name of their field; {} for
+      a layer that has none.
     entries_without_slots: the entries without these.
     layer: the index of the layer that the entries are of, where `slots` are
       those of several layers, [N, ...]; None: they are of one layer.

@@ -333,16 +333,22 @@ class ModelConfig:
     return part
 
   def with_part(self, kind: type[Any], **fields: Any) -> 'ModelConfig':
-    """Returns the config with some fields of a part changed; as it is where no
-    layer has the part.
+    """Returns a copy of the config with some fields of one part changed.
+
+    A part is a group of fields with a frozen dataclass of its own, such as
+    those of rotary positions.
 
     Args:
-      kind: the class of the part.
-      **fields: the new values of its fields.
+      kind: the class of the part, such as RopeConfig.
+      **fields: the new values of the part's fields, by their names in it.
+
+    Returns:
+      The new config; the config itself where no layer has the part.
     """
     part = self.find(kind)
     if part is None:
       return self
+    # The order of the parts stays, so that equal configs compare as equal.
     parts = list(self.parts)
     parts[parts.index(part)] = dataclasses.replace(part, **fields)
     return dataclasses.replace(self, parts=tuple(parts))
@@ -353,8 +359,14 @@ class ModelConfig:
     return dataclasses.replace(self, parts=tuple(parts))
 
   def conditions_of_reading(self) -> dict[str, ReadIf]:
-    """Returns the fields that nothing reads as long as another field has its
-    value, each with that field and what it would have to be."""
+    """Returns the fields that nothing reads because of the value of another
+    field: with a standard parametrization, for example, those of muP.
+
+    Returns:
+      For each such field, by name, the field that it depends on and, in words,
+      the value which that one would have to have. Fields that are read are left
+      out.
+    """
     conditions = {}
     if not self.attention_bias:
       conditions['attention_out_bias'] = ReadIf('attention_bias', 'is set')
@@ -420,12 +432,17 @@ class ModelConfig:
     return tuple([self.of_kind(name) for name in self.kinds_used])
 
   def of_kind(self, name: str) -> 'ModelConfig':
-    """Returns the config of the layers of one kind, an entry of model.kinds: it
-    has their sizes, choices and parts, and no pattern.
+    """Returns the config of the layers of one kind, where a model has several
+    kinds of layer.
+
+    The config has the sizes, choices and parts of these layers, and no pattern
+    of layers. Each is made once, so that the result is always the same object.
 
     Args:
-      name: the name of the kind; '': layers that are as the model says.
+      name: the name of the kind, a key of model.kinds; '': layers that are as
+        the model's own fields say.
     """
+    # A model of one kind has no pattern either, and is its own layers' config.
     if not (name or self.pattern or self.prefix or self.suffix):
       return self
     if name not in self._configs_by_kind:
@@ -439,13 +456,20 @@ class ModelConfig:
     return {}
 
   def _make_layer_config(self, name: str) -> 'ModelConfig':
-    """Returns the config of the layers of a kind, made of the model's fields
-    and of those that the kind overrides; '': the model's alone."""
+    """Returns a new config of the layers of one kind: that of the model, with
+    the fields replaced that the kind overrides.
+
+    Args:
+      name: the name of the kind, a key of model.kinds; '': layers that are as
+        the model's own fields say.
+    """
+    # A layer has no layers: the pattern and the kinds are left out.
     layer = dataclasses.replace(self, pattern='', prefix='', suffix='',
                                 kinds=FrozenDict())
     if not name:
       return layer
     kind = self.kinds[name]
+    # The model's own fields first, and then those of its parts.
     layer = dataclasses.replace(layer, **kind.fields)
     for part_class, fields in kind.parts:
       layer = layer.with_part(part_class, **fields)
@@ -482,17 +506,21 @@ class ModelConfig:
 
   def sections(self, num_layers: int, *, causal: bool = True,
                cross: bool = False) -> tuple[Section, ...]:
-    """Returns the layers of a stack, in up to three sections: those before the
-    first period of the pattern, its repetitions, and those after the last.
+    """Returns the layers of a stack in up to three sections: the prefix, the
+    repetitions of the pattern of layers, and the suffix.
 
-    The repetitions have the passes of model.loop. A section without layers is
-    left out.
+    Only the repetitions are run several times, where model.loop says so.
 
     Args:
       num_layers: the number of layers, each counted once.
       causal: whether a token sees no later one.
       cross: whether the layers attend to the encoder's tokens too.
+
+    Returns:
+      The sections in order, each with the layers of one period, the number of
+      periods, and that of passes. A section without layers is left out.
     """
+    # The pattern is repeated as often as it fits between prefix and suffix.
     prefix, period, suffix = self.kind_names_of_sections
     num_repeated = num_layers - len(prefix) - len(suffix)
     num_periods = num_repeated // len(period)
@@ -500,6 +528,7 @@ class ModelConfig:
     if self.loop != 'none':
       num_passes = self.part(LoopsConfig).passes
 
+    # The prefix and the suffix are one period each.
     sections = []
     for section, names in zip(kinds.SECTIONS, (prefix, period, suffix)):
       if not names:
@@ -518,12 +547,13 @@ class ModelConfig:
   def _section_kinds(self, names: tuple[str, ...],
                      names_before: tuple[str, ...], causal: bool, cross: bool
                      ) -> tuple[LayerKind, ...]:
-    """Returns the kind of each layer of one period of a section.
+    """Returns the LayerKind of each layer of one period of a section: what its
+    module is made by, and whose keys and values it reads.
 
     Args:
-      names: the names of their kinds.
-      names_before: the names of the kinds of the layers before them whose keys
-        they may read.
+      names: the name of each layer's kind, a key of model.kinds or ''.
+      names_before: likewise, those of the layers just before the section whose
+        keys and values its layers may read.
       causal: whether a token sees no later one.
       cross: whether the layers attend to the encoder's tokens too.
     """
@@ -540,8 +570,10 @@ class ModelConfig:
 
   def layer_kinds(self, num_layers: int, *, causal: bool = True,
                   cross: bool = False) -> tuple[LayerKind, ...]:
-    """Returns the kind of each layer that a token goes through; layers that are
-    run several times (model.loop) are there once for each pass.
+    """Returns the kind of each layer that a token goes through, in order.
+
+    Layers that are run several times (model.loop) are there once for each pass,
+    so there may be more than `num_layers`.
 
     Args:
       num_layers: the number of layers of the stack, each counted once.
@@ -556,19 +588,24 @@ class ModelConfig:
 
 def _find_lender_of_keys(layers: list[ModelConfig], i: int, num_before: int
                          ) -> int | None:
-  """Returns the layer whose keys and values layer i reads instead of its own:
-  the nearest one before it that has some, and sees as many tokens. None: the
-  layer has its own, or there is no such layer.
+  """Returns the layer whose keys and values layer i of a section reads instead
+  of its own: the nearest one before it that has some, and whose attention sees
+  as many tokens.
 
   Args:
-    layers: the layers of a section, after those before it.
-    i: the place of the reader, counted from the section's first layer; the
-      result is counted likewise, and below 0 before the section.
-    num_before: how many layers stand before the section's first one.
+    layers: the layers before the section whose keys may be read, and then those
+      of one period of the section.
+    i: the place of the reader, counted from the section's first layer.
+    num_before: how many of `layers` stand before the section's first one.
+
+  Returns:
+    The place of the lender, counted as i is: below 0, it stands before the
+    section. None: the layer has its own keys, or there is no such lender.
   """
   reader = layers[num_before + i]
   if not reader.shares_keys:
     return None
+  # From the layer just before the reader back to the first one.
   for j in reversed(range(-num_before, i)):
     lender = layers[num_before + j]
     sees_as_many = (

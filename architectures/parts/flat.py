@@ -116,11 +116,13 @@ def _name_of_model_field(name: str) -> str:
 
 
 def flatten_groups(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Returns the values in nested dicts by their dotted names.
+  """Returns the values in nested dicts by their dotted names: {'moe': {'top_k':
+  2}} becomes {'moe.top_k': 2}.
 
   Args:
-    tree: a dict, in which a group is a dict too.
-    prefix: the text before each name.
+    tree: a dict of values and, at any depth, of further dicts; a ConfigDict
+      counts as one.
+    prefix: the text before each name, such as 'moe.'.
   """
   flat: dict[str, Any] = {}
   for name, value in tree.items():
@@ -160,9 +162,14 @@ _NAMES_IN_TREE = list(default_tree())
 
 
 def refresh_from_tables() -> None:
-  """Reads the tables of parts again, after a file from outside has added
-  entries to them."""
-  # The order matters: each dict is made of those before it.
+  """Makes this module's dicts of fields and groups again, from the tables of
+  parts (tables.TABLES).
+
+  It is called after a file from outside the project has added entries to these
+  tables. Other modules hold the dicts, so they are changed in place.
+  """
+  # Each dict with the function that makes it. The order matters: each is made
+  # of those before it.
   makers: tuple[tuple[dict[Any, Any], Callable[[], dict]], ...] = (
       (GROUPS, _classes_by_group), (_GROUP_OF_CLASS, _groups_by_class),
       (FIELDS, _fields_of_all_models), (_GROUP_OF_FIELD, _groups_by_field),
@@ -178,8 +185,18 @@ def refresh_from_tables() -> None:
 
 
 def get_field(c: ModelConfig, name: str) -> Any:
-  """Returns the value of a field by its flat name; its default where no layer
-  has the part that it is in."""
+  """Returns the value of a model's field by its flat name.
+
+  Args:
+    c: the model.
+    name: the name, with that of its group before a dot where it is in one, such
+      as 'rope.theta'.
+
+  Returns:
+    The value; the field's default where no layer has the group.
+  """
+  # The part of the model in which the group's fields are; the model itself has
+  # the fields that are in none.
   group = _GROUP_OF_FIELD.get(name, '')
   part: Any = c
   if group == GROUP_OF_LORA:
@@ -198,8 +215,17 @@ def group_of(part: Any) -> str:
 
 
 def to_dict(c: ModelConfig) -> dict[str, Any]:
-  """Returns a model's fields as nested dicts, of which `make_model` makes the
-  same model again."""
+  """Returns a model's fields as nested dicts, from which `make_model` makes the
+  same model again.
+
+  Args:
+    c: the model.
+
+  Returns:
+    The fields by name, with a dict for each group of fields, such as 'rope',
+    and with the overrides of each kind of layer in 'kinds'. Groups that no
+    layer reads are left out.
+  """
   # The fields that are in no part.
   tree: dict[str, Any] = {}
   for name in FIELDS:
@@ -287,17 +313,22 @@ def _fields_of_entry(selector: str, entry_name: str) -> frozenset[str]:
 
 
 def _fields_of_choices(choices: Mapping[str, Any]) -> set[str]:
-  """Returns the fields that layers with these choices take.
+  """Returns the flat names of the fields that layers with these parts take.
 
   Args:
-    choices: the name of the chosen entry of each of tables.TABLES.
+    choices: the name of the chosen entry for each field of tables.TABLES, such
+      as {'norm': 'rmsnorm', ...}.
   """
+  # Some mixers have no use for a position encoding, unless it is one of the
+  # embedding.
   fields = set(_FIELDS_OF_EVERY_MODEL)
   mixer = blocks.MIXERS[choices['mixer']]
   position = positions.POSITIONS[choices['position']]
   if not (mixer.positional or position.embed or choices['position'] == 'none'):
     fields.discard('position')
-  # In this order, a part comes before what is chosen inside it.
+  # A selector that is itself a field of a part, such as moe.router, counts only
+  # if that part was chosen. TABLES has a part before what is chosen inside it,
+  # so `fields` knows by then.
   for selector in tables.TABLES:
     if selector in fields:
       fields |= _fields_of_entry(selector, choices[selector])
@@ -305,8 +336,16 @@ def _fields_of_choices(choices: Mapping[str, Any]) -> set[str]:
 
 
 def _conditions_of_reading(c: ModelConfig) -> dict[str, declared.ReadIf]:
-  """Returns the fields that layers with these choices have but do not read as
-  long as another field has its value, each with that field."""
+  """Returns the fields that a model's layers have but do not read because of
+  the value of another field, such as the sizes of an absent network.
+
+  Args:
+    c: the model, or the config of one kind of layer.
+
+  Returns:
+    For each such field, by its flat name, the field that it depends on and, in
+    words, the value which that one would have to have.
+  """
   # The model says it of its own fields, and each part of its fields.
   conditions = c.conditions_of_reading()
   for part in (c.lora, *c.parts):
@@ -317,7 +356,9 @@ def _conditions_of_reading(c: ModelConfig) -> dict[str, declared.ReadIf]:
         if field_name in conditions_in_part:
           conditions[name] = conditions_in_part[field_name]
 
-  # The sizes of a feed-forward network that is not there.
+  # The sizes of a feed-forward network that is not there. A model of experts
+  # has no dense network of its own: d_ff is then read only as the default of
+  # moe.d_ff, and the dropout by the experts that all tokens go through.
   moe = c.find(MoEConfig)
   if c.ffn == layers.NO_FFN:
     for name in ('d_ff', 'ffn_bias', 'ffn_dropout'):
@@ -339,14 +380,21 @@ def fields_of_layers(c: ModelConfig) -> set[str]:
 
 
 def fields_that_are_read(c: ModelConfig) -> set[str]:
-  """Returns the model's fields that any layer reads, or the model beside its
-  layers. A field whose place is taken in all layers, by those of their kinds,
-  is none of them."""
+  """Returns the flat names of the model's fields that something reads: a layer,
+  or the model beside its layers.
+
+  A field that every layer has a value of its own for, by its kind, is not read.
+
+  Args:
+    c: the model.
+  """
   fields: set[str] = set()
   for kind_name in c.kinds_used:
     overrides: Mapping[str, Any] = {}
     if kind_name:
       overrides = flatten_groups(c.kinds[kind_name].overrides)
+    # The fields that a kind overrides are read of the kind, not of the model. A
+    # kind's `window` also chooses its rule of attention.
     replaced = {_name_of_model_field(name) for name in overrides}
     if 'window' in overrides:
       replaced.add('attention')
@@ -373,14 +421,21 @@ class UnreadField:
 def fields_that_are_unread(c: ModelConfig,
                            tree: Mapping[str, Any] | None = None
                            ) -> dict[str, UnreadField]:
-  """Returns the fields that no layer reads, and those of a kind of layer that
-  its own layers do not, by their names.
+  """Returns the fields that a model has and nothing reads: the model's own, and
+  those of a kind of layer.
+
+  A field that is set and not read is a mistake of the user's, so each comes
+  with the reason.
 
   Args:
     c: the model.
     tree: the config.model of which `c` was made, which alone tells whether
       there are sizes that are derived; None: fields from which sizes may be
       derived count as read.
+
+  Returns:
+    For each such field, by its flat name ('kinds.{kind}.{field}' for a kind of
+    layer), when it would be read, and the fields that decide on it.
   """
   unread: dict[str, UnreadField] = {}
   if tree is not None:
@@ -404,8 +459,17 @@ def fields_that_are_unread(c: ModelConfig,
 
 def _unread_fields_of_layer_kind(c: ModelConfig, kind_name: str
                                  ) -> dict[str, UnreadField]:
-  """Returns the fields that a kind of layer has and its layers do not read, by
-  their names in the kind."""
+  """Returns the fields that a kind of layer overrides and its layers do not
+  read.
+
+  Args:
+    c: the model.
+    kind_name: the name of the kind, a key of model.kinds.
+
+  Returns:
+    For each such field, by its name in the kind, when it would be read, and the
+    fields that decide on it.
+  """
   layer = c.of_kind(kind_name)
   read, conditions = fields_of_layers(layer), _conditions_of_reading(layer)
   sources = blocks.mixer_of_layers(layer).sources
@@ -418,6 +482,8 @@ def _unread_fields_of_layer_kind(c: ModelConfig, kind_name: str
           where='a layer of the kind has attention: the sizes of model.mixer '
           f'{layer.mixer} stand in model.{layer.mixer}')
       continue
+    # A window of 0 says that the layer has none: that is read, though no field
+    # of the layer holds it.
     is_no_window = name == 'window' and not value
     if model_field not in read and not is_no_window:
       reason = _explain_unread_field(model_field, conditions)
@@ -428,12 +494,17 @@ def _unread_fields_of_layer_kind(c: ModelConfig, kind_name: str
 
 def _explain_unread_field(name: str, conditions: Mapping[str, declared.ReadIf]
                           ) -> Optional[UnreadField]:
-  """Returns when a field is read, in words; None: always.
+  """Returns when a field is read, in words for the user.
 
   Args:
     name: the flat name of the field.
-    conditions: the fields that nothing reads as long as another field has its
-      value, each with that field.
+    conditions: the fields that the value of another field keeps from being
+      read, each with that field; see `_conditions_of_reading`.
+
+  Returns:
+    The clauses that must all hold, joined by 'and', such as "model.ffn is moe
+    and model.moe.router is sigmoid", with the fields that they are about; None:
+    the field is always read.
   """
   clauses: list[str] = []
   deciding_fields: list[str] = []
@@ -475,12 +546,19 @@ class _ModelThatRecordsReads:
 
 def _unneeded_sources_of_sizes(c: ModelConfig, tree: Mapping[str, Any]
                                ) -> dict[str, UnreadField]:
-  """Returns the fields that the mixers of all layers read only to derive sizes
-  of their own, where these sizes are given.
+  """Returns the fields that are read only to derive sizes, where all of these
+  sizes are given and nothing is left to derive.
+
+  A mixer, the part of a layer that mixes tokens (attention or a recurrence),
+  may have sizes of its own that follow from those of the model unless they are
+  set.
 
   Args:
     c: the model.
     tree: the config.model of which it was made.
+
+  Returns:
+    For each such field, by its flat name, when it would be read.
   """
   # The rules of muP are by the size of a head.
   if c.parametrization == 'mup':
@@ -493,7 +571,8 @@ def _unneeded_sources_of_sizes(c: ModelConfig, tree: Mapping[str, Any]
   if not sources:
     return {}
 
-  # The sizes for which the parts ask, when they are made of `tree`.
+  # The sizes that the parts do ask for. They are made once more of `tree`,
+  # where sizes that are not given are still open, and the reads are recorded.
   recorder: Any = _ModelThatRecordsReads(c)
   for part in c.parts:
     _make_part(type(part), tree, recorder)
@@ -508,15 +587,18 @@ def _unneeded_sources_of_sizes(c: ModelConfig, tree: Mapping[str, Any]
 
 
 def _make_part(part_class: type, tree: Mapping[str, Any], sizes: Sizes) -> Any:
-  """Returns a part of a model, with what follows from the model's sizes.
+  """Returns one part of a model, the frozen dataclass of a group of fields,
+  with the fields derived that follow from the model's sizes.
 
   Args:
-    part_class: the class of the part.
-    tree: config.model; fields that are not there have their default.
+    part_class: the class of the part, such as RopeConfig.
+    tree: config.model as nested dicts; fields that are not there have their
+      default.
     sizes: the sizes of the model.
   """
   group = group_of(part_class)
   fields = tree.get(group, {})
+  # The fields of plain attention stand among the model's own.
   if group == GROUP_WITHOUT_PREFIX:
     fields = {name: tree[name] for name in fields_of_group(group)
               if name in tree}
@@ -594,11 +676,15 @@ def make_model(tree: Mapping[str, Any]) -> ModelConfig:
 
 def _choices_of_layer_kind(fields: Mapping[str, Any], kind: Mapping[str, Any]
                            ) -> dict[str, Any]:
-  """Returns the choices of the layers of a kind, by the names of TABLES.
+  """Returns the parts that the layers of one kind have: those of the model,
+  where the kind does not choose others.
 
   Args:
-    fields: all fields of the model.
-    kind: the entry of config.model.kinds.
+    fields: all fields of the model, by their flat names.
+    kind: the entry of the kind in config.model.kinds, as nested dicts.
+
+  Returns:
+    The name of the chosen entry for each field of tables.TABLES.
   """
   choices = {selector: fields[selector] for selector in tables.TABLES}
   if 'window' in kind:
@@ -621,14 +707,16 @@ def _attention_rule_of_window(window: int) -> str:
 
 def _network_of_layer_kind(name: str, fields: Mapping[str, Any]) -> str:
   """Returns the feed-forward network that the field `ffn` of a kind of layer
-  chooses; 'dense' is the network of the model's dense layers.
+  stands for.
 
   Args:
-    name: the value of `ffn`.
-    fields: all fields of the model.
+    name: the value of `ffn`: a network's name, or 'dense', which stands for the
+      model's own network without a mixture of experts.
+    fields: all fields of the model, by their flat names.
   """
   if name != layer_kinds.DENSE_NETWORK:
     return name
+  # In a model of experts, a dense layer has the network that each expert has.
   if fields['ffn'] == 'moe':
     return fields['moe.ffn']
   return fields['ffn']
@@ -694,13 +782,17 @@ _SIZES_THAT_ZERO_LEAVES_OPEN = (
 
 def _complete_layer_kind(fields: Mapping[str, Any], kind: Mapping[str, Any]
                          ) -> dict[str, Any]:
-  """Returns the fields of a kind of layer, with those that follow from them
-  where the model leaves these to be derived.
+  """Returns the fields that a kind of layer overrides, with those that follow
+  from them: another num_heads, for example, means another num_kv_heads.
+
+  Only what the model itself leaves to be derived follows: a value that the
+  model's user has set holds for all kinds.
 
   Args:
-    fields: all fields of the model.
-    kind: the entry of config.model.kinds.
+    fields: all fields of the model, by their flat names.
+    kind: the entry of the kind in config.model.kinds.
   """
+  # A size of 0 leaves the model's in place, as if it were not there.
   overrides = {}
   for name, value in kind.items():
     if value or name not in _SIZES_THAT_ZERO_LEAVES_OPEN:
@@ -721,12 +813,19 @@ def _complete_layer_kind(fields: Mapping[str, Any], kind: Mapping[str, Any]
 
 def _make_layer_kind(overrides: Mapping[str, Any], fields: Mapping[str, Any]
                      ) -> config.LayerOverrides:
-  """Returns the frozen record of a kind of layer, whose fields are sorted into
-  those of the model and those of its parts.
+  """Returns the frozen record of what a kind of layer overrides, sorted into
+  the model's own fields and those of its parts.
+
+  A part is the frozen dataclass of a group of fields, such as rope.
 
   Args:
-    overrides: the fields of the kind, by flat names.
-    fields: all fields of the model.
+    overrides: the fields of the kind, by their names in it; the value of a
+      whole group is a dict.
+    fields: all fields of the model, by their flat names.
+
+  Returns:
+    The record with the overrides as they were given, the model's fields, and
+    pairs of a part's class and the changes to its fields.
   """
   model_fields: dict[str, Any] = {}  # those that are in no part
   part_fields: dict[type, dict[str, Any]] = {}
@@ -753,12 +852,21 @@ def _make_layer_kind(overrides: Mapping[str, Any], fields: Mapping[str, Any]
 
 def _sizes_of_mup_base(fields: Mapping[str, Any], head_dim: int
                        ) -> tuple[int, int]:
-  """Returns d_model and head_dim of muP's base, the width at which it equals
-  the standard parametrization; the standard one is its own base.
+  """Returns the width and the size of a head of muP's base model: the width at
+  which muP (Yang et al. 2022, arXiv 2203.03466) equals the standard
+  parametrization.
 
   Args:
-    fields: all fields of the model, or of a layer.
+    fields: all fields of the model, or of a kind of layer.
     head_dim: the size of its heads.
+
+  Returns:
+    d_model and head_dim of the base; in the standard parametrization, those of
+    the model itself.
+
+  Raises:
+    RequestError: for muP without a base width, or one that would make heads of
+      no whole size.
   """
   if fields['parametrization'] == 'standard':
     return fields['d_model'], head_dim
@@ -783,12 +891,16 @@ def _sizes_of_mup_base(fields: Mapping[str, Any], head_dim: int
 
 
 def check_fields(tree: Mapping[str, Any], who: str = 'model') -> None:
-  """Raises RequestError for a value of config.model that is no field, or is not
-  of its field's type, range or choices.
+  """Checks the fields of config.model one by one: their names, types, ranges
+  and choices.
 
   Args:
     tree: config.model, or some of its fields, as nested dicts.
     who: the name of the tree in messages.
+
+  Raises:
+    RequestError: for a name that is no field, or a value that its field cannot
+      have.
   """
   declared.check_type(tree, {}, who)
   values = []
@@ -803,12 +915,17 @@ def check_fields(tree: Mapping[str, Any], who: str = 'model') -> None:
 
 
 def check_kinds(kinds: Any, who: str = 'model.kinds') -> None:
-  """Raises RequestError for a kind of layer with a field that it does not have,
-  or whose value the model's own field could not have.
+  """Checks the kinds of layer of config.model one by one: their names, and the
+  names and values of the fields that they override.
 
   Args:
     kinds: config.model.kinds: the fields of each kind, by its name.
     who: the name of this dict in messages.
+
+  Raises:
+    RequestError: for a kind whose name is no identifier, with a field that
+      kinds do not have, or with a value that the model's own field could not
+      have.
   """
   declared.check_type(kinds, {}, who)
   values = []
@@ -823,6 +940,7 @@ def check_kinds(kinds: Any, who: str = 'model.kinds') -> None:
       if name not in FIELDS_OF_LAYER_KINDS:
         raise _error_of_unknown_field(
             name, name_of_kind, FIELDS_OF_LAYER_KINDS)
+      # A kind may choose 'dense', which is no network by itself.
       more_choices: Collection[str] = ()
       if name == 'ffn':
         more_choices = (layer_kinds.DENSE_NETWORK,)
@@ -835,15 +953,19 @@ def check_kinds(kinds: Any, who: str = 'model.kinds') -> None:
 def _values_to_check(name: str, field: str, value: Any, who: str,
                      more_choices: Collection[str] = ()
                      ) -> list[declared.FieldValue]:
-  """Returns a value as declared.check_values takes it; of a group, those of its
-  fields.
+  """Returns a field's value together with all that it is checked against; for
+  a group of fields, those of each field.
 
   Args:
-    name: the name of the field, or group, in the dict that has it.
-    field: its name in FIELDS, or a group.
-    value: the value that it is to have.
-    who: the name of this dict in messages.
+    name: the name of the field or group in the dict that has it.
+    field: its name in FIELDS, which a kind of layer may call otherwise; or the
+      name of a group.
+    value: the value that it is to have; for a group, a dict.
+    who: the name of the dict in messages.
     more_choices: choices beside those that are declared.
+
+  Returns:
+    One FieldValue for each field, for `declared.check_values`.
 
   Raises:
     RequestError: for a name that is no field of the group.

@@ -64,11 +64,14 @@ class Head:
   tied: bool = struct.field(pytree_node=False, default=False)
 
   def logits(self, x_BLD: jax.Array) -> jax.Array:
-    """Returns the logits of vectors [..., D], in float32 [..., V].
+    """Returns the logits of vectors: their product with the head's matrix, and
+    then its bias, scale and bound.
 
-    For few tokens XLA's CPU backend reads a table that is the first operand as
-    it lies, and copies one that is the second. The barrier keeps it from
-    exchanging them.
+    Args:
+      x_BLD: the vectors, [..., D] with D = d_model.
+
+    Returns:
+      The logits, float32 [..., V] with V entries of the vocabulary (or scores).
     """
     num_tokens = x_BLD.size // x_BLD.shape[-1]
     is_table_first = (
@@ -78,7 +81,10 @@ class Head:
       logits_BLV = layers.einsum('...D,DV->...V', x_BLD, self.kernel_DV,
                                  x_BLD.dtype, out_dtype=jnp.float32)
       return self.finish_logits(logits_BLV)
-    # The transposed product, with the table as it lies.
+    # The transposed product for T tokens. XLA's CPU backend copies a table that
+    # is the second operand, for each token that is generated, and reads one
+    # that is the first as it lies: the transpose of the kernel is the table of
+    # embeddings itself. The barrier keeps XLA from exchanging the two again.
     x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
     logits_VT = layers.einsum('VD,TD->VT', self.kernel_DV.T, x_TD, x_BLD.dtype,
                               out_dtype=jnp.float32)
@@ -104,21 +110,31 @@ class Unembed(nn.Module):
 
   @nn.compact
   def __call__(self, table_DV: jax.Array) -> Head:
-    """Returns the head. `table_DV` is the transpose of the embedding."""
-    c = self.config
+    """Returns the output head of a language model.
+
+    Args:
+      table_DV: the transpose of the table of embeddings, [d_model, vocabulary],
+        which is the head's matrix where the two are tied.
+
+    Returns:
+      The Head, which has not computed any logits yet: callers do so for the
+      tokens that they need.
+    """
+    config = self.config
     kernel_DV = table_DV
-    if not c.tie_embeddings:
-      kernel_DV = layers.weight(self, 'kernel', (c.d_model, c.vocab_size),
-                                ('embed', 'vocab'), output=True)
+    if not config.tie_embeddings:
+      kernel_DV = layers.weight(
+          self, 'kernel', (config.d_model, config.vocab_size),
+          ('embed', 'vocab'), output=True)
     bias_V = None
-    if c.logits_bias:
-      bias_V = layers.bias(self, 'bias', (c.vocab_size,), ('vocab',),
+    if config.logits_bias:
+      bias_V = layers.bias(self, 'bias', (config.vocab_size,), ('vocab',),
                            output=True)
     # muP's output multiplier, of a tied table too; the bias makes up for it by
     # its learning rate.
     return Head(kernel_DV=kernel_DV, bias_V=bias_V,
-                scale=c.logits_scale / c.widening, softcap=c.logits_softcap,
-                tied=c.tie_embeddings)
+                scale=config.logits_scale / config.widening,
+                softcap=config.logits_softcap, tied=config.tie_embeddings)
 
 
 class Task(nn.Module):
@@ -133,15 +149,20 @@ class Task(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
-    """Returns the scores in float32, [B, K] or [B, L, K].
+    """Returns the scores of a task, such as the logits of its classes.
 
     Args:
-      x: a vector of each row, [B, D], or of each token, [B, L, D].
-      deterministic: whether nothing is dropped.
+      x: a vector of each row, [batch, d_model], or of each token, [batch,
+        length, d_model].
+      deterministic: whether there is no dropout.
+
+    Returns:
+      The U scores in float32, [B, U] or [B, L, U].
     """
     config = self.config
     num_scores = HEADS[config.head].outputs(config)
-    # The letter K of the legend is a head's size, V the vocabulary: U is left.
+    # The scores take the place of the vocabulary V in Head, so that its product
+    # and scale are those of a language model.
     kernel_DU = layers.weight(self, 'kernel', (config.d_model, num_scores),
                               ('embed', None), output=True, tuned=True)
     bias_U = None
@@ -165,14 +186,20 @@ class Unfold(nn.Module):
 
   @nn.compact
   def __call__(self, x_BD: jax.Array, length: int) -> tuple[jax.Array, Head]:
-    """Returns the input of the last product, [B, L, D], and the Head with it.
+    """Returns what predicts all tokens of a row from its one vector: a network
+    of the vector plus a position, for each place.
 
     Args:
-      x_BD: the vector of each row.
+      x_BD: the vector of each row, [batch, d_model].
       length: the number of tokens that are predicted, L.
+
+    Returns:
+      The input of the head, [B, L, D], and the Head, whose logits are [B, L, V]
+      with V entries of the vocabulary.
     """
     c = self.config
-    # fairseq's positions begin at 2, and the published ones at 0.
+    # The places are told apart by sinusoidal positions. fairseq's layout adds 2
+    # to positions, and the published ones begin at 0, so 2 is taken off first.
     places_LD = positions.sinusoidal_encoding(
         jnp.arange(length) - 2, c.d_model, 'fairseq')
     x_BLD = x_BD[:, None] + places_LD[None].astype(x_BD.dtype)
@@ -196,16 +223,20 @@ class Unfold(nn.Module):
 
 def pool_last_token(x_BLD: jax.Array, valid_BL: Optional[jax.Array],
                     segment_ids_BL: Optional[jax.Array]) -> jax.Array:
-  """Returns the last token of each row that is not padding, [B, D].
+  """Returns the vector of the last token of each row that is not padding.
 
   Args:
-    x_BLD: the tokens.
+    x_BLD: a vector of each token, [batch, length, d_model].
     valid_BL: 0 on padding; None: `segment_ids_BL` tell.
     segment_ids_BL: 0 on padding; None: nothing is padding.
+
+  Returns:
+    The vectors, [B, D]. In a row of padding alone, that of the first place.
   """
   not_padding_BL = segment_ids_BL if valid_BL is None else valid_BL
   if not_padding_BL is None:
     return x_BLD[:, -1]
+  # Padding counts as place 0, so that the largest place is that of a token.
   index_L = jnp.arange(x_BLD.shape[1])
   last_B = jnp.where(not_padding_BL != 0, index_L[None], 0).max(1)
   return jnp.take_along_axis(x_BLD, last_B[:, None, None], 1)[:, 0]
@@ -213,16 +244,21 @@ def pool_last_token(x_BLD: jax.Array, valid_BL: Optional[jax.Array],
 
 def pool_mean_of_tokens(x_BLD: jax.Array, segment_ids_BL: Optional[jax.Array]
                         ) -> jax.Array:
-  """Returns the mean over each row's tokens that are not padding, [B, D].
+  """Returns the mean vector of each row's tokens, padding left out.
 
   Args:
-    x_BLD: the tokens.
+    x_BLD: a vector of each token, [batch, length, d_model].
     segment_ids_BL: 0 on padding; None: nothing is padding.
+
+  Returns:
+    The means, [B, D], summed in float32 where there are segment ids, in the
+    dtype of x. In a row of padding alone, 0.
   """
   if segment_ids_BL is None:
     return x_BLD.mean(1)
   is_token_BL1 = (segment_ids_BL != 0)[..., None]
   sum_BD = (x_BLD * is_token_BL1).sum(1, dtype=jnp.float32)
+  # At least 1, so that a row of padding alone does not divide by 0.
   num_tokens_B1 = jnp.maximum(is_token_BL1.sum(1), 1)
   return (sum_BD / num_tokens_B1).astype(x_BLD.dtype)
 
@@ -276,8 +312,16 @@ class GeneratorConfig:
 
 
 def _check_generator(c: ModelConfig) -> None:
-  """Raises RequestError for a generator whose heads do not divide its width, or
-  beside a model with several kinds of layer."""
+  """Checks the sizes of ELECTRA's generator, the small network that replaces
+  masked tokens for the model to find.
+
+  Args:
+    c: the config of the model, which has a generator as a part.
+
+  Raises:
+    RequestError: for heads that do not divide the generator's width, or a model
+      with several kinds of layer, whose pattern a generator could not have.
+  """
   generator = c.part(GeneratorConfig)
   require(generator.d_model % generator.num_heads == 0,
           f'model.generator.num_heads is {generator.num_heads}, which does not '

@@ -35,14 +35,14 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...],
            batch_axes: tuple[int, ...] = (), residual: bool = False,
            output: bool = False, gain: float = 1.0, tuned: bool = False
            ) -> jax.Array:
-  """Declares a weight of `module`, and returns it. Its first value is drawn as
-  model.init says.
+  """Declares the weight of a matrix product as a parameter of a module, and
+  returns it. It is initialised by the rule of model.init.
 
   Args:
-    module: the module, with a `config`.
+    module: the Flax module, with a `config`.
     name: the parameter's name.
     shape: its shape.
-    axes: its logical axes, one a dimension.
+    axes: its logical axes, one for each dimension, by which it is sharded.
     in_axes: the dimensions that a product sums over (the fan-in).
     batch_axes: dimensions that hold separate matrices (experts).
     residual: whether the product is added to the residual stream.
@@ -59,7 +59,7 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...],
 
 def _initializer(config: ModelConfig, role: Role, residual: bool,
                  gain: float) -> Callable:
-  """Returns the initializer of a weight, by config.init.
+  """Returns the initializer of a weight, by the rule config.init.
 
   normal: N(0, stddev). scaled_normal: the same, with the products that are
   added to the residual stream smaller by 1 / sqrt(2N) (GPT-2, section 2.3).
@@ -110,13 +110,14 @@ def bias(module: nn.Module, name: str, shape: tuple[int, ...],
 
 def embedding(module: nn.Module, name: str, rows: int,
               axis: str | None = None) -> jax.Array:
-  """Declares a table of `module` whose rows are looked up, and returns it.
+  """Declares a table of embeddings as a parameter of a module, and returns it.
 
   Args:
-    module: the module, with a `config`.
+    module: the Flax module, with a `config`.
     name: the parameter's name.
-    rows: the number of rows; the table is [rows, D].
-    axis: the logical axis of the rows.
+    rows: the number of rows; the table is [rows, d_model].
+    axis: the logical axis of the rows, by which they are sharded; None: they
+      are not.
   """
   config = module.config
   init = nn.initializers.normal(config.init_stddev)
@@ -146,7 +147,9 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
   out_dtype = jnp.dtype(out_dtype or dtype)
   operands, y_letters = spec.split('->')
   x_letters, w_letters = operands.split(',')
-  # Letters that all three arrays have number products of their own.
+  # Letters that all three arrays have are a batch of separate products, such as
+  # those of attention scores. These are not given the name at the end, by which
+  # a remat policy keeps the results of products.
   shared_letters = set(x_letters) & set(w_letters) & set(y_letters)
   is_batched = bool(shared_letters - {'.'})
   if '...' in spec:  # the leading axes of x get letters of their own
@@ -170,7 +173,7 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(spec: str, out_dtype: jax.typing.DTypeLike, x: jax.Array,
              w: jax.Array):
-  """Returns the product of two arrays of one dtype, in another.
+  """Returns an einsum of two arrays of one dtype, with a result in another.
 
   On CPU, XLA is slow at a bfloat16 product with a bfloat16 result, and at one
   of a bfloat16 and a float32 array; with a float32 result, of two bfloat16
@@ -206,7 +209,14 @@ def _product_fwd(spec: str, out_dtype: jax.typing.DTypeLike, x: jax.Array,
 def _product_bwd(spec: str, out_dtype: jax.typing.DTypeLike,
                  operands: tuple[jax.Array, jax.Array], dy: jax.Array):
   """Returns the gradients of both factors of y = x w: dx = dy w^T and
-  dw = x^T dy, in their dtypes. dy is rounded to that of x first."""
+  dw = x^T dy, in the dtypes of x and w.
+
+  Args:
+    spec: the letters of axes, as jnp.einsum takes them.
+    out_dtype: not read here.
+    operands: x and w.
+    dy: the gradient of y, which is rounded to the dtype of x first.
+  """
   del out_dtype
   x, w = operands
   x_letters, w_letters, y_letters = spec.replace('->', ',').split(',')
@@ -221,14 +231,18 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 
 def gradient_of_weight(x_RI: jax.Array, dy_RO: jax.Array) -> jax.Array:
-  """Returns x^T dy in float32, [I, O]: the gradient of a weight in y = x w.
+  """Returns the gradient of a weight in y = x w, which is x^T dy, in float32.
 
   In bfloat16, XLA's CPU backend is fast at it only where the rows are two axes.
 
   Args:
     x_RI: R rows of I inputs.
     dy_RO: the gradients of their O outputs.
+
+  Returns:
+    The gradient, [I, O].
   """
+  # An even number of rows can be split into two axes without a copy.
   if x_RI.dtype == jnp.float32 or len(x_RI) % 2:
     return jnp.matmul(x_RI.T, dy_RO, preferred_element_type=jnp.float32)
   x_BLI = x_RI.reshape(2, -1, x_RI.shape[1])
@@ -325,10 +339,10 @@ def dense(module: nn.Module, name: str, spec: str, x: jax.Array,
           shape: tuple[int, ...], axes: tuple[str | None, ...], *,
           with_bias: bool, deterministic: bool, **weight_options: Any
           ) -> jax.Array:
-  """Declares a weight W, and a bias b if there is one, and returns x W + b.
+  """Declares the parameters of a dense layer and applies it: x W + b.
 
   Args:
-    module: the module that holds the parameters.
+    module: the Flax module that holds the parameters.
     name: the name of W; that of b is `{name}_bias`.
     spec: the letters of axes, as `einsum` takes them.
     x: the activations that W is multiplied by.
@@ -349,11 +363,11 @@ def dense(module: nn.Module, name: str, spec: str, x: jax.Array,
 
 def adapted_weight(module: nn.Module, name: str, w: jax.Array,
                    axes: tuple[str | None, ...]) -> jax.Array:
-  """Returns W + (alpha / rank) A B, the weight by which `product` multiplies
-  where nothing is dropped.
+  """Returns a weight with its low-rank adapter (LoRA) added: W + (alpha / rank)
+  A B, by which `product` multiplies where there is no dropout.
 
   Args:
-    module: the module that holds W.
+    module: the Flax module that holds W.
     name: the name of W.
     w: W, of which the first axis alone is an input.
     axes: its logical axes.
@@ -389,8 +403,8 @@ def keeps_weight_gathered(config: ModelConfig, name: str = '') -> bool:
 def _declare_adapter(module: nn.Module, name: str, shape: tuple[int, ...],
                      axes: tuple[str | None, ...], num_inputs: int
                      ) -> tuple[jax.Array, jax.Array]:
-  """Declares the matrices A and B of a weight's low-rank adapter, and returns
-  them.
+  """Declares the matrices A and B of a weight's low-rank adapter (LoRA: Hu et
+  al. 2022, arXiv 2106.09685).
 
   Args:
     module: the module that holds the weight.
@@ -398,7 +412,14 @@ def _declare_adapter(module: nn.Module, name: str, shape: tuple[int, ...],
     shape: its shape.
     axes: its logical axes.
     num_inputs: how many of its axes, from the first on, are inputs.
+
+  Returns:
+    A, [inputs, rank], drawn uniformly, and B, [rank, outputs], which is 0, so
+    that a new adapter changes nothing. Both have the weight's axes of inputs
+    and of outputs.
   """
+  # Uniform between -1 and 1 over the root of the fan-in: a variance of 1/3 of
+  # its inverse. An adapter is new to the task, so both are trained (`tuned`).
   rank = module.config.lora.rank
   inputs = tuple(range(num_inputs))
   init = nn.initializers.variance_scaling(
@@ -508,14 +529,15 @@ class Dropout(nn.Module):
 
 
 def apply_dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-  """Returns x with a share of its numbers at 0, and the others divided by the
-  share that is kept.
+  """Applies dropout: a random share of the numbers becomes 0, and the others
+  are divided by the share that is kept, so that the mean stays.
 
   Args:
     x: an array of any shape.
     rate: the share that is dropped, in [0, 1).
     key: the key of random numbers.
   """
+  # A uniform number of 32 bits is below the threshold with probability `rate`.
   threshold = jnp.uint32(int(rate * 2**32))
   is_kept = random_bits(key, x.shape) >= threshold
   return jnp.where(is_kept, x * (1 / (1 - rate)), 0)
@@ -756,18 +778,23 @@ class HiddenUnits:
 
   def __call__(self, up: jax.Array, gate: Optional[jax.Array] = None
                ) -> jax.Array:
-    """Returns the hidden units of x W_up and, where the network is gated, of
-    x W_gate.
+    """Returns the hidden units of a feed-forward network: act(up), or
+    act(gate) * up where the network is gated.
 
     They are computed in float32 and rounded once: rounded to bfloat16 after
     each operation they lose digits, and XLA's CPU backend takes three times as
     long for a GELU and its gradient.
+
+    Args:
+      up: the product x W_up, [..., d_ff].
+      gate: the product x W_gate, of the same shape; None: there is no gate.
     """
     network, dtype = FFNS[self.kind], up.dtype
     up = up.astype(jnp.float32)
     if gate is None:
       return network.act(up).astype(dtype)
     gate = gate.astype(jnp.float32)
+    # Some networks join the two in another way than by a product.
     if network.join:
       hidden = network.join(gate, up, self.clamp)
     else:
@@ -782,12 +809,13 @@ def relu2(x: jax.Array) -> jax.Array:
 
 def clamped_swiglu(gate: jax.Array, up: jax.Array, clamp: ClampConfig
                    ) -> jax.Array:
-  """Returns g sigmoid(alpha g) (u + offset), with g = min(gate, limit) and
-  u = up, bounded by limit on both sides (gpt-oss: OpenAI 2025, section 2.2).
+  """Returns the hidden units of a SwiGLU network whose inputs are bounded
+  (gpt-oss: OpenAI 2025, section 2.2): g sigmoid(alpha g) (u + offset), with
+  g = min(gate, limit), and u = up between -limit and limit.
 
   Args:
-    gate: x W_gate.
-    up: x W_up.
+    gate: x W_gate, of any shape.
+    up: x W_up, of the same shape.
     clamp: alpha, limit and offset.
   """
   gate = jnp.minimum(gate, clamp.limit)
@@ -811,7 +839,16 @@ class FFN(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context
                ) -> tuple[jax.Array, Report]:
-    """Returns FFN(x), [B, L, D], and an empty report."""
+    """Applies a dense feed-forward network to each token.
+
+    Args:
+      x_BLD: the input, [batch, length, d_model].
+      ctx: the context of the call, which says whether there is dropout.
+
+    Returns:
+      The result, [B, L, D], and an empty Report: layers call dense networks and
+      mixtures of experts alike, and only those have something to report.
+    """
     config = self.config
     D, F = config.d_model, self.width or config.d_ff
     compute_hidden = HiddenUnits(kind=self.kind, clamp=config.find(ClampConfig))
@@ -906,11 +943,11 @@ def remat_of_model(config: ModelConfig) -> Remat:
 
 def apply_remat(block: type[nn.Module], config: ModelConfig, prevent_cse: bool
                 ) -> type[nn.Module]:
-  """Returns a class of blocks whose backward pass computes results again, as
-  model.remat says.
+  """Returns a class of layers that keep fewer results for the backward pass and
+  compute the others again (rematerialisation), as model.remat says.
 
   Args:
-    block: the class of the block, called with (x, *args).
+    block: the Flax class of a layer, called with (x, *args).
     config: the model.
     prevent_cse: whether XLA is kept from finding what is computed twice; see
       jax.checkpoint.
@@ -923,8 +960,17 @@ def apply_remat(block: type[nn.Module], config: ModelConfig, prevent_cse: bool
 
 
 def remat_policy(config: ModelConfig) -> Optional[Callable[..., object]]:
-  """Returns the policy of jax.checkpoint for model.remat; None: only the input
-  of each layer is kept."""
+  """Returns the policy by which jax.checkpoint keeps results for the backward
+  pass, for model.remat.
+
+  Args:
+    config: the model.
+
+  Returns:
+    A policy of jax.checkpoint_policies, by the names that results are given
+    where they are computed; None: only the input of each layer is kept.
+  """
+  # Results with these names are kept; a weight that stays gathered has one too.
   kept_names = remat_of_model(config).kept_names
   if keeps_weight_gathered(config):
     kept_names += (sharding.NAME_OF_KEPT_WEIGHT,)
@@ -976,9 +1022,15 @@ def count_reads_of_weight(config: ModelConfig, path: str, back: bool = False
 
 
 def _name_input_of_block(block: type[nn.Module]) -> type[nn.Module]:
-  """Returns a class of blocks that give their input a name, by which a policy
-  sends it to the host. Only what is computed inside of jax.checkpoint can go
-  there, and an argument is not: so the name stands inside."""
+  """Returns a class of layers that give their input a name, by which a policy
+  of rematerialisation sends it to the memory of the host.
+
+  Only what is computed inside of jax.checkpoint can go there, and an argument
+  is not: so the layer itself names its input.
+
+  Args:
+    block: the Flax class of a layer, called with (x, *args).
+  """
 
   def name_array(leaf: jax.Array) -> jax.Array:
     return checkpoint_name(leaf, NAME_OF_BLOCK_INPUT)

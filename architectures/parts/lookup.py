@@ -149,6 +149,8 @@ def hash_multipliers(vocab_size: int, order: int) -> list[int]:
     vocab_size: the number of different tokens.
     order: how many factors there are: the length of the longest n-gram.
   """
+  # A factor is 2r + 1 with r below this limit, where r is drawn by splitmix64,
+  # a generator whose i-th number follows from the seed and i alone.
   limit = max(1, (2**63 - 1) // vocab_size // 2)
   multipliers = []
   for i in range(1, order + 1):
@@ -172,7 +174,8 @@ def first_primes(least: int, count: int) -> tuple[int, ...]:
 
 def _multiply_to_64_bits(token: jax.Array, factor: int
                          ) -> tuple[jax.Array, jax.Array]:
-  """Returns the high and the low 32 bits of a product of 64 bits.
+  """Returns the product of a token and a factor in 64 bits, as two halves: JAX
+  has no integers of 64 bits by default.
 
   With halves of 16 bits, t = t1 2^16 + t0, and a factor
   a = a2 2^32 + a1 2^16 + a0, it is modulo 2^64
@@ -182,8 +185,11 @@ def _multiply_to_64_bits(token: jax.Array, factor: int
   where no product of two halves exceeds 32 bits.
 
   Args:
-    token: t, uint32.
+    token: t, uint32 of any shape.
     factor: a, an integer below 2^63.
+
+  Returns:
+    The high and the low 32 bits of the product, uint32 of the token's shape.
   """
   mask = 0xffff  # the low half of 32 bits
   a0 = np.uint32(factor & mask)
@@ -200,19 +206,26 @@ def _multiply_to_64_bits(token: jax.Array, factor: int
 
 def _remainders_of_64_bits(high: jax.Array, low: jax.Array,
                            divisors: tuple[int, ...]) -> jax.Array:
-  """Returns the remainders of numbers of 64 bits by K divisors, [..., K].
+  """Returns the remainders of numbers of 64 bits by K divisors, with integers
+  of 32 bits alone.
 
-  It is a long division, whose digits have as many bits as fit into 32 beside a
+  It is a long division. Each digit has as many bits as fit into 32 beside a
   remainder.
 
   Args:
-    high: the high 32 bits of the numbers, uint32.
-    low: the low 32 bits.
-    divisors: the divisors, below 2^32.
+    high: the high 32 bits of the numbers, uint32 of any shape [...].
+    low: the low 32 bits, of the same shape.
+    divisors: the K divisors, all below 2^31, so that a digit has a bit at
+      least.
+
+  Returns:
+    The remainders, uint32 [..., K].
   """
   divisor_K = jnp.asarray(divisors, jnp.uint32)
   divisor_K = divisor_K.reshape((1,) * low.ndim + (-1,))
   bits_that_fit = 32 - max(divisors).bit_length()
+  # The high half is the first digit. The low half is brought down a few bits at
+  # a time: the new number is remainder * 2^bits + digit, below 2^32.
   remainder = high[..., None] % divisor_K
   bits_left = 32
   while bits_left:
@@ -225,15 +238,22 @@ def _remainders_of_64_bits(high: jax.Array, low: jax.Array,
 
 def hash_ngrams(config: ModelConfig, all_BM: jax.Array,
                 segment_ids_BL: Optional[jax.Array] = None) -> jax.Array:
-  """Returns which rows of the tables each token reads, [B, L, tables].
+  """Hashes the n-grams that end at each token, which gives the rows that the
+  token reads of the tables of n-grams.
 
-  The tables of an order follow one another, and so do the orders. The rows are
-  counted through all tables.
+  The hash of an n-gram is the xor of its tokens, each times a factor for its
+  place. Each table reads the row that is the hash modulo a prime of its own.
 
   Args:
-    config: the config.
-    all_BM: the tokens, after the N - 1 that stand before them.
-    segment_ids_BL: documents; the leading axis may be 1.
+    config: the config of the layer.
+    all_BM: the token ids, [batch, M = N - 1 + L]: L tokens of each row, after
+      the N - 1 that stand before them, where N is the longest n-gram.
+    segment_ids_BL: the document of each of the L tokens; B may be 1 here. None:
+      each row is one document.
+
+  Returns:
+    The rows, int32 [B, L, tables], counted through all tables: first those of
+    2-grams, then those of 3-grams, and so on.
   """
   ngrams = config.part(NGramsConfig)
   divisors = first_primes(ngrams.rows, ngrams.tables)
@@ -244,16 +264,19 @@ def hash_ngrams(config: ModelConfig, all_BM: jax.Array,
   multipliers = hash_multipliers(config.vocab_size, ngrams.order)
   for back, multiplier in enumerate(multipliers):
     # The token that stands `back` places before each, in the same document.
-    t_BL = all_BM[:, ngrams.order - 1 - back:][:, :L]
+    # Where another document stands there, it counts as pad_token: the mask
+    # writes 0, so pad_token is subtracted before it and added after it.
+    token_BL = all_BM[:, ngrams.order - 1 - back:][:, :L]
     if segment_ids_BL is not None:
-      t_BL = ngrams.pad_token + features.mask_other_documents(
-          t_BL - ngrams.pad_token, segment_ids_BL, back)
+      token_BL = ngrams.pad_token + features.mask_other_documents(
+          token_BL - ngrams.pad_token, segment_ids_BL, back)
     # From the first pad_token on, all tokens before it count as pad_token.
     if ngrams.stops and back:
-      is_past_stop_BL |= t_BL == ngrams.pad_token
-      t_BL = jnp.where(is_past_stop_BL, ngrams.pad_token, t_BL)
-    # The hashes of the n-grams of back + 1 tokens, and their rows.
-    product = _multiply_to_64_bits(t_BL.astype(jnp.uint32), multiplier)
+      is_past_stop_BL |= token_BL == ngrams.pad_token
+      token_BL = jnp.where(is_past_stop_BL, ngrams.pad_token, token_BL)
+    # The hashes of the n-grams of back + 1 tokens: those that are one shorter,
+    # xor this token's product. A single token is no n-gram, and reads no table.
+    product = _multiply_to_64_bits(token_BL.astype(jnp.uint32), multiplier)
     if not back:
       hashes = product
       continue
@@ -269,28 +292,30 @@ def hash_ngrams(config: ModelConfig, all_BM: jax.Array,
 
 def _read_ngram_tables(module: nn.Module, ctx: Context, state: Optional[State]
                        ) -> tuple[jax.Array, jax.Array]:
-  """Returns the rows that each token's n-grams look up, side by side, and the
-  last N - 1 tokens of each row of the batch.
+  """Looks up the vectors of the n-grams that end at each token.
 
   Args:
-    module: the module that holds the table.
-    ctx: the context, which has the tokens.
-    state: the tokens before; None: there are none.
+    module: the module that declares the table, which holds all tables one after
+      another.
+    ctx: the context of the call, which has the tokens, [batch, length].
+    state: the tokens before those of this call; None: there are none.
 
   Returns:
-    The rows e, [B, L, U], and the tokens, [B, N - 1].
+    The vectors e of a token's n-grams side by side, [B, L, U] with U features
+    together; and the last N - 1 tokens of each row of the batch, [B, N - 1],
+    which the next call's n-grams begin with (N is the longest n-gram).
   """
   config: Any = module.config  # type: ignore[attr-defined]
   ngrams, tokens_BL = config.part(NGramsConfig), ctx.tokens_BL
   assert tokens_BL is not None
-  # The tokens, after those before them.
+  # The tokens, after those before them; at a row's start, these are padding.
   if state:
     before_BW = state.tokens_BW
   else:
     shape = len(tokens_BL), ngrams.order - 1
     before_BW = jnp.full(shape, ngrams.pad_token, tokens_BL.dtype)
   all_BM = jnp.concatenate([before_BW, tokens_BL], 1)
-  # Their rows.
+  # The vectors, [B, L, tables U, features S of each].
   num_rows = sum(first_primes(ngrams.rows, ngrams.tables))
   row_ids_BLU = hash_ngrams(config, all_BM, ctx.segment_ids_BL)
   e_BLUS = _read_rows_of_table(
@@ -305,13 +330,17 @@ def _read_ngram_tables(module: nn.Module, ctx: Context, state: Optional[State]
 
 def _read_rows_of_table(module: nn.Module, num_rows: int, size: int,
                         ids_BLU: jax.Array) -> jax.Array:
-  """Declares a table and returns some of its rows, [B, L, U, size].
+  """Declares a table of vectors and looks up some of its rows.
 
   Args:
-    module: the module that holds the table.
-    num_rows: the number of rows; the table has as many, rounded up.
-    size: the features of a row.
-    ids_BLU: the U rows that each token reads.
+    module: the module that declares the table, as its parameter 'table'.
+    num_rows: the number of rows that are read; the table has as many, rounded
+      up so that devices can divide them.
+    size: the features of a row, S.
+    ids_BLU: the U rows that each token reads, [batch, length, U].
+
+  Returns:
+    The rows, [B, L, U, S].
   """
   config: Any = module.config  # type: ignore[attr-defined]
   rounded_up = -(-num_rows // ROWS_ARE_MULTIPLE_OF) * ROWS_ARE_MULTIPLE_OF
@@ -326,14 +355,14 @@ def _read_rows_of_table(module: nn.Module, num_rows: int, size: int,
 def _project(module: nn.Module, name: str, x_BLI: jax.Array, size: int = 0,
              axes: tuple[str, str] = ('mlp', 'embed'), **weight_options: Any
              ) -> jax.Array:
-  """Returns x W, [B, L, O], with W the parameter `name` of a module.
+  """Returns a linear projection of each token, x W, [B, L, O].
 
   Args:
-    module: the module that holds W.
-    name: the name of W.
-    x_BLI: x.
-    size: the number of outputs; 0: d_model.
-    axes: the logical axes of W.
+    module: the module that declares W.
+    name: the name of its parameter W, [I, O].
+    x_BLI: x, [batch, length, I inputs].
+    size: the number of outputs, O; 0: d_model.
+    axes: the names of W's axes, by which it is divided over the devices.
     **weight_options: further arguments of layers.weight.
   """
   c: Any = module.config  # type: ignore[attr-defined]
@@ -344,20 +373,30 @@ def _project(module: nn.Module, name: str, x_BLI: jax.Array, size: int = 0,
 
 def gate_values(key_BLD: jax.Array, x_BLD: jax.Array, value_BLD: jax.Array
                 ) -> jax.Array:
-  """Returns the values that engram adds, v = sigmoid(sign(g) sqrt(|g|)) W_V e,
-  with g = n(W_K e) . n(x) / sqrt(D).
+  """Returns the values of looked-up vectors e, each times a gate by how well e
+  fits the residual stream x (the memory 'engram'):
+
+    v = sigmoid(sign(g) sqrt(|g|)) W_V e,   g = n(W_K e) . n(x) / sqrt(D)
+
+  where n is a norm.
 
   Args:
-    key_BLD: n(W_K e); of several streams, [B, L, U, D].
-    x_BLD: n(x), likewise.
-    value_BLD: W_V e.
+    key_BLD: n(W_K e), [batch, length, d_model]; with several residual streams,
+      [B, L, U streams, D].
+    x_BLD: n(x), of the same shape.
+    value_BLD: W_V e, [B, L, D] in either case.
+
+  Returns:
+    v, of the shape of x.
   """
   key = key_BLD.astype(jnp.float32)
   x = x_BLD.astype(jnp.float32)
   value = value_BLD.astype(jnp.float32)
+  # All streams have the same value, and a gate each.
   if x.ndim > value.ndim:
     value = jnp.broadcast_to(value[:, :, None], x.shape)
   g_BL = features.inner_products(key, x) * x.shape[-1] ** -0.5
+  # The root has no finite gradient at 0, so what is under it is never 0.
   root_BL = jnp.sqrt(jnp.maximum(jnp.abs(g_BL), LEAST_NUMBER_UNDER_ROOT))
   gate_BL = jax.nn.sigmoid(jnp.sign(g_BL) * root_BL)
   return features.scale_vectors(value, gate_BL).astype(value_BLD.dtype)
@@ -373,12 +412,14 @@ class Engram(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, state: Optional[State]):
-    c, shape = self.config, x_BLD.shape
-    ngrams = c.part(NGramsConfig)
+    config, shape = self.config, x_BLD.shape
+    ngrams = config.part(NGramsConfig)
     size = math.prod(shape[2:])  # the features of all streams
     make_norm = functools.partial(
-        layers.norm if x_BLD.ndim == 3 else layers.norm_of_streams, c)
-    # The rows that are looked up, and the values that the gates let through.
+        layers.norm if x_BLD.ndim == 3 else layers.norm_of_streams, config)
+    # e, the vectors that are looked up by the n-grams of each token, and the
+    # values v that the gates let through of them. With several residual
+    # streams, x is [B, L, U, D], and each stream has keys and gates of its own.
     e_BLU, tokens_BW = _read_ngram_tables(self, ctx, state)
     key_BLD = make_norm('key_norm')(
         _project(self, 'key', e_BLU, size=size).reshape(shape))
@@ -386,7 +427,8 @@ class Engram(nn.Module):
     value_BLD = _project(self, 'value', e_BLU, residual=True)
     v_BLD = layers.recompute_in_backward(gate_values)(
         key_BLD, query_BLD, value_BLD)
-    # The convolution over them.
+    # A causal convolution of v is added to it, whose weights are 0 at first.
+    # Its W tokens stand as many places apart as the longest n-gram has tokens.
     w_WD = declare(self, 'conv', nn.initializers.zeros, (ngrams.kernel, size),
                    role=Role((None, 'embed')))
     y_BLD, inputs_BWD = features.convolve(
@@ -426,25 +468,25 @@ class PerLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
-    c, size = self.config, self.config.part(PerLayerConfig).size
+    config, size = self.config, self.config.part(PerLayerConfig).size
     assert ctx.tokens_BL is not None and ctx.embedded_BLD is not None
     project_to_row = functools.partial(
         _project, self, size=size, axes=('embed', 'mlp'))
     # The row of each token, E_t.
     ids_BL1 = ctx.tokens_BL[..., None]
     row_BLS = _read_rows_of_table(
-        self, c.vocab_size, size=size, ids_BLU=ids_BL1)[:, :, 0]
+        self, config.vocab_size, size=size, ids_BLU=ids_BL1)[:, :, 0]
     # n(W_0 x_0 / sqrt(D)), of the embedding x_0.
     projected_BLS = layers.multiply_exactly(
-        project_to_row('input', ctx.embedded_BLD), c.d_model ** -0.5)
-    normed_BLS = layers.norm(c, 'input_norm', 'mlp')(projected_BLS)
+        project_to_row('input', ctx.embedded_BLD), config.d_model ** -0.5)
+    normed_BLS = layers.norm(config, 'input_norm', 'mlp')(projected_BLS)
     # e, from both, and the gate.
     sum_BLS = normed_BLS + layers.multiply_exactly(row_BLS, size ** 0.5)
     e_BLS = layers.multiply_exactly(sum_BLS, 2 ** -0.5)
     gate_BLS = layers.recompute_in_backward(layers.gelu_tanh)(
         project_to_row('gate', x_BLD))
     y_BLD = _project(self, 'out', gate_BLS * e_BLS, residual=True)
-    return layers.norm(c, 'out_norm')(y_BLD)
+    return layers.norm(config, 'out_norm')(y_BLD)
 
 
 def keeps_last_tokens(config: ModelConfig) -> bool:
@@ -455,12 +497,17 @@ def keeps_last_tokens(config: ModelConfig) -> bool:
 
 
 def empty_state(config: ModelConfig, shape: tuple[int, ...]) -> State:
-  """Returns the state of rows without a token.
+  """Returns what a layer with tables of n-grams keeps between calls, for rows
+  that have no token yet.
 
   Args:
     config: the config of the layer.
-    shape: [..., B, M], of B rows with room for M tokens; the state does not
+    shape: [..., B, M], for B rows with room for M tokens; the state does not
       depend on M.
+
+  Returns:
+    The State: the last tokens, [..., B, N - 1] with N the longest n-gram, which
+    are padding; and with engram the last inputs of its convolution, all 0.
   """
   ngrams = config.part(NGramsConfig)
   tokens_BW = jnp.full(
@@ -477,7 +524,15 @@ def empty_state(config: ModelConfig, shape: tuple[int, ...]) -> State:
 
 
 def check_memory(c: ModelConfig) -> None:
-  """Raises RequestError for what a layer that reads tables cannot be."""
+  """Checks a layer that looks up tables of vectors by its tokens.
+
+  Args:
+    c: the config of the layer.
+
+  Raises:
+    RequestError: for residual streams and a parametrization that such a layer
+      cannot have, and for sizes of tables that do not fit.
+  """
   memory = f'model.memory is {c.memory!r}'
   # The residual stream, and muP.
   can_have_streams = c.memory == 'engram' and c.residual != 'attention'

@@ -118,13 +118,16 @@ class Mixer:
     return ()
 
   def sizes_over_tensor(self, c: ModelConfig, tensor: int) -> dict[str, int]:
-    """Returns the sizes that the mesh axis tensor must divide, by the path of
-    the parameter that has an axis of this size over it. {} where
-    `fields_to_divide` names the sizes.
+    """Returns the sizes that the number of devices for tensor parallelism must
+    divide.
 
     Args:
       c: the config of the layer.
-      tensor: the number of devices along the mesh axis tensor.
+      tensor: the number of devices along the mesh axis `tensor`.
+
+    Returns:
+      Each size, by the path of the parameter that has an axis of it over these
+      devices. {} with one device, and where `fields_to_divide` names the sizes.
     """
     sizes: dict[str, int] = {}
     if tensor == 1 or self.fields_to_divide(c):
@@ -137,8 +140,10 @@ class Mixer:
     return sizes
 
   def widest_step_of_token(self, c: ModelConfig, length: int) -> int:
-    """Returns how many numbers of each token the largest array holds that the
-    program of a mixer without scores computes.
+    """Returns the size of the largest array that a mixer without attention
+    scores computes, in numbers for each token.
+
+    The mixer's program is traced for shapes alone; nothing is run.
 
     Args:
       c: the config of the layer.
@@ -182,12 +187,13 @@ class Mixer:
 
 
 def has_array_of_fixed_size(cache: Callable[[tuple[int, ...]], Any]) -> bool:
-  """Returns whether a cache holds an array whose size does not depend on the
-  number of tokens that there is room for.
+  """Returns whether a generation cache holds a state: an array whose size does
+  not depend on the number of tokens that there is room for.
 
   Args:
-    cache: a function from the shape of a cache, [B, M], to the cache.
+    cache: a function from the shape of a cache, [batch, tokens], to the cache.
   """
+  # Two shapes are compared; eval_shape makes no arrays.
   cache_of_1024 = jax.eval_shape(lambda: cache((1, 1024)))
   cache_of_2048 = jax.eval_shape(lambda: cache((1, 2048)))
   pairs = zip(jax.tree.leaves(cache_of_1024), jax.tree.leaves(cache_of_2048),
@@ -196,8 +202,12 @@ def has_array_of_fixed_size(cache: Callable[[tuple[int, ...]], Any]) -> bool:
 
 
 def _size_of_largest_array(program: Any) -> int:
-  """Returns how many numbers the largest array has that a jaxpr computes, the
-  jaxprs inside of it included."""
+  """Returns how many numbers the largest array has that a program of JAX
+  computes, its inner programs (of loops, for example) included.
+
+  Args:
+    program: a jaxpr.
+  """
   largest = 0
   for equation in program.eqns:
     for result in equation.outvars:
@@ -210,12 +220,16 @@ def _size_of_largest_array(program: Any) -> int:
 
 
 def check_context_of_recurrence(name: str, ctx: Context) -> None:
-  """Raises RequestError where a call asks for what a mixer with a state cannot
+  """Checks that a call of the model asks for nothing that a recurrence cannot
   do: it reads a row from left to right, and has no attention weights.
 
   Args:
-    name: the value of model.mixer.
+    name: the value of model.mixer: which recurrence it is.
     ctx: the context of the call.
+
+  Raises:
+    RequestError: for a prefix whose tokens see each other, or a request to
+      return attention weights.
   """
   mixer = f'model.mixer is {name!r}, which reads a row from left to right'
   if ctx.prefix_B is not None:
@@ -227,11 +241,15 @@ def check_context_of_recurrence(name: str, ctx: Context) -> None:
 
 
 def check_layer_of_recurrence(c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what a layer whose mixer keeps a state cannot be.
+  """Checks a layer with a recurrence, or another mixer that keeps a state.
 
   Args:
     c: the config of the layer.
-    stack: 'encoder', 'decoder' or 'encoder-decoder'.
+    stack: what the architecture is: 'encoder', 'decoder' or 'encoder-decoder'.
+
+  Raises:
+    RequestError: for a stack other than a decoder, a rule of attention, or a
+      position encoding that is a bias of attention scores.
   """
   mixer = f'model.mixer is {c.mixer!r}'
   if stack != 'decoder':

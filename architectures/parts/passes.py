@@ -41,13 +41,15 @@ class Plain:
 
   def input_of_pass(self, module: nn.Module, state: streams.LayerInput,
                     inputs: streams.LayerInput, n: Any) -> streams.LayerInput:
-    """Returns the input of pass n, where n counts from 0.
+    """Returns what pass n over the repeated layers reads; here, the result of
+    the pass before. Subclasses mix the first input into it.
 
     Args:
-      module: the module whose parameters the form may declare.
-      state: the result of the pass before; of the first pass, its input.
-      inputs: the input of the first pass, e.
-      n: the number of the pass, an int or a scalar on the device.
+      module: the module in which a subclass may declare parameters.
+      state: the result of the pass before, [batch, length, d_model] or Streams;
+        for the first pass, its input.
+      inputs: the input of the first pass, e, of the same shape.
+      n: the number of the pass, from 0 on; an int or a traced scalar.
     """
     del module, inputs, n
     return state
@@ -98,18 +100,23 @@ class Gate(Plain):
 
   def _mix_through_gates(self, module: nn.Module, state_BLD: jax.Array,
                          inputs_BLD: jax.Array) -> jax.Array:
-    """Returns (1 - f) * e + g * s, [B, L, D], with the gates f and g of the
-    equation above. Below, U are the features of e and s side by side, and R
-    those of r.
+    """Returns the first input and the last result, mixed by gates:
+
+      (1 - f) * e + g * s,   f = tanh(r W_f),   g = tanh(r W_g)
+      r = [rms(e); rms(s)] W_r
 
     Args:
-      module: the module that holds W_r, W_f and W_g.
-      state_BLD: s, the result of the pass before.
-      inputs_BLD: e, the input of the first pass.
+      module: the module that declares W_r, W_f and W_g.
+      state_BLD: s, the result of the pass before, [batch, length, d_model].
+      inputs_BLD: e, the input of the first pass, of the same shape.
+
+    Returns:
+      The mixture, [B, L, D], in the dtype of e.
     """
     c: ModelConfig = module.config  # type: ignore[attr-defined]
     D, R = c.d_model, c.part(LoopsConfig).gate_rank
-    # r, of both inputs.
+    # r, with R features, of the U features of e and s side by side. The norms
+    # have no scale of their own, as W_r can hold it.
     both_BLU = jnp.concatenate([
         layers.rmsnorm(inputs_BLD, None, c.norm_eps),
         layers.rmsnorm(state_BLD, None, c.norm_eps)], -1)
@@ -122,7 +129,7 @@ class Gate(Plain):
       return jnp.tanh(layers.einsum('BLR,RD->BLD', rank_BLR, w_RD,
                                     c.compute_dtype, out_dtype=jnp.float32))
 
-    # The gates, and the sum.
+    # The gates and the sum, in float32.
     forget_BLD = gate('forget')
     message_BLD = gate('message')
     gated_BLD = (1 - forget_BLD) * inputs_BLD + message_BLD * state_BLD
@@ -140,16 +147,20 @@ LOOPS: dict[str, Optional[Plain]] = {
 
 def project_concatenation(module: nn.Module, name: str, first_BLD: jax.Array,
                           second_BLD: jax.Array) -> jax.Array:
-  """Returns [first; second] W, [B, L, D]: the product of two vectors side by
-  side with a matrix.
+  """Returns [first; second] W: two vectors of each token, put side by side and
+  projected to the width of one.
 
   Args:
-    module: the module that holds W.
-    name: the name of W.
-    first_BLD: the first vectors.
-    second_BLD: the second ones. Both together have U features.
+    module: the module that declares W.
+    name: the name of its parameter W, [U, D] with U = 2 * d_model.
+    first_BLD: the first vectors, [batch, length, d_model].
+    second_BLD: the second ones, of the same shape.
+
+  Returns:
+    The product, [B, L, D].
   """
   config: ModelConfig = module.config  # type: ignore[attr-defined]
+  # The names of W's axes, by which it is divided over the devices.
   axes = ('mlp', 'embed')
   w_UD = layers.weight(module, name, (2 * config.d_model, config.d_model), axes)
   both_BLU = jnp.concatenate([first_BLD, second_BLD], -1)
@@ -172,14 +183,20 @@ class Enter(nn.Module):
 
 def input_of_pass(config: ModelConfig, params: Any, state: streams.LayerInput,
                   inputs: streams.LayerInput, n: Any) -> streams.LayerInput:
-  """Returns the input of pass n over layers that are run several times.
+  """Returns what pass n reads, where layers are run several times with the same
+  weights: a mixture of the result of the pass before and the first input.
+
+  It calls modules by their parameters instead of declaring these, so it may run
+  inside a scan over the passes.
 
   Args:
     config: the model.
-    params: the parameters of the stack.
-    state: the result of the pass before.
-    inputs: the input of the first pass.
-    n: the number of the pass, from 0 on.
+    params: the parameters of the stack of layers, of which 'final_norm' and
+      'loop' are read.
+    state: the result of the pass before, [batch, length, d_model] or Streams;
+      for the first pass, its input.
+    inputs: the input of the first pass, of the same shape.
+    n: the number of the pass, from 0 on; an int or a traced scalar.
   """
   # Between two passes, the state may go through the final norm.
   if config.part(LoopsConfig).boundary == 'norm':

@@ -43,7 +43,12 @@ class Stacks:
       rf'(\w+)/({"|".join(SECTIONS)})/block_(\d+)/(.*)')
 
   def __init__(self, shapes: Mapping[str, Any]):
-    """Finds the layers.
+    """Finds where each layer's parameters stand: those of several layers are
+    stacked in one array.
+
+    The layers of a model are in sections (a prefix, a repeated pattern and a
+    suffix). A section has a block for each layer of its pattern, and an array
+    of a block has a row for each repetition.
 
     Args:
       shapes: the parameters of a model, or their shapes, by path.
@@ -54,8 +59,8 @@ class Stacks:
       if match := self._PATH.fullmatch(path):
         stack, section, block, _ = match.groups()
         num_rows.setdefault((stack, section), {})[int(block)] = x.shape[0]
-    # The section, block and row of each layer, by stack. The blocks of a
-    # section take turns.
+    # The section, block and row of each layer, by stack ('encoder', 'decoder').
+    # The layers of a section go through all blocks in each repetition.
     self._layers: dict[str, list[tuple[str, int, int]]] = {}
     for stack in sorted({stack for stack, _ in num_rows}):
       self._layers[stack] = []
@@ -121,6 +126,7 @@ def first_match(patterns: Sequence[tuple[str, Any]], path: str,
     ValueError: where no pattern matches, or one that is tried is no regular
       expression.
   """
+  # The first pattern that matches a whole path counts, so their order matters.
   for pattern, value in patterns:
     try:
       is_match = re.fullmatch(pattern, path) is not None
@@ -138,14 +144,21 @@ def first_match(patterns: Sequence[tuple[str, Any]], path: str,
 
 def map_by_pattern(patterns: Sequence[tuple[str, Any]], tree: Any, name: str
                    ) -> Any:
-  """Returns a tree with each leaf replaced by the value of the first pattern
-  that matches its path.
+  """Returns a value for each parameter of a model, chosen by regular
+  expressions for the parameter's path.
 
   Args:
-    patterns: pairs of a regular expression and a scalar: a 0/1 mask, a
-      multiplier of the learning rate, a label.
-    tree: the tree.
+    patterns: pairs of a regular expression and a value: a 0/1 mask, a
+      multiplier of the learning rate, a label. The first one counts that
+      matches a whole path.
+    tree: the parameters, as nested dicts.
     name: the field of the config that holds the patterns, for a message.
+
+  Returns:
+    A tree of the same structure with the values as its leaves.
+
+  Raises:
+    ValueError: for a path that no pattern matches.
   """
   def value_of_path(path: Any, _: Any) -> Any:
     return first_match(patterns, path_to_string(path), name)

@@ -107,17 +107,20 @@ def rotary_dim(config: ModelConfig) -> int:
 
 def rope_frequencies(config: ModelConfig, length: int | jax.Array = 0
                      ) -> tuple[jax.Array, float]:
-  """Returns the frequencies of rotary positions, and the factor on cos and sin.
+  """Returns the frequency at which each pair of a head's features turns, with
+  rotary positions (RoPE) and their scaling to longer texts.
 
   Args:
-    config: the model.
-    length: how many tokens the rows have so far, by which some scalings decide:
-      a number, or that of each row, [B].
+    config: the model, or the config of one kind of layer.
+    length: how many tokens the rows have so far, on which some scalings depend:
+      one number, or that of each of B rows, [B].
 
   Returns:
-    The radians per position, [K'/2], or [B, K'/2] of lengths that are an array,
-    where K' is `rotary_dim`. With rope.proportional, those past rope.fraction
-    of K are 0. And the factor.
+    The radians per position, [K'/2], or [B, K'/2] for an array of lengths,
+    where K' is `rotary_dim`, the number of features in pairs. With
+    rope.proportional, those past rope.fraction of the head's features are 0:
+    these pairs do not turn. And a factor on cos and sin, which only some
+    scalings have: 1.0 elsewhere.
   """
   rope, dim = config.part(RopeConfig), rotary_dim(config)
   scaling = SCALINGS[rope.scaling]
@@ -132,6 +135,7 @@ def rope_frequencies(config: ModelConfig, length: int | jax.Array = 0
     is_rotated = jnp.arange(num_pairs) < num_rotated
     return jnp.where(is_rotated, frequencies, 0), factor
 
+  # One set of frequencies for all rows.
   if not scaling.depends_on_length or isinstance(length, int):
     return frequencies_of_length(length)
 
@@ -139,6 +143,7 @@ def rope_frequencies(config: ModelConfig, length: int | jax.Array = 0
     frequencies, _ = frequencies_of_length(length)
     return frequencies
 
+  # One for each row. The factor does not depend on the length, so any will do.
   _, factor = frequencies_of_length(0)
   return jax.vmap(frequencies_of_row)(length), factor
 
@@ -262,7 +267,9 @@ class LongRope(Scaling):
     return frequencies, factor
 
   def reason_against(self, rope: RopeConfig, dim: int) -> str:
+    # Returns in words why these fields cannot be; '' where they can.
     num_pairs = dim // 2
+    # One divisor for each pair. bool is an int in Python, and is refused.
     for name in ('short_factor', 'long_factor'):
       factors = getattr(rope, name)
       positive = [x for x in factors if type(x) in (int, float) and x > 0]
@@ -324,7 +331,9 @@ class Yarn(Scaling):
   def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
                   ) -> tuple[jax.Array, float]:
     frequencies = base_frequencies(rope.theta, dim)
-    # The pairs between which the ramp is.
+    # The ramp lies between two pairs: the last one that turns more often than
+    # beta_fast times in the original length, and the first one that turns less
+    # often than beta_slow times.
     low = self._pair_that_turns(rope, dim, turns=rope.beta_fast)
     high = self._pair_that_turns(rope, dim, turns=rope.beta_slow)
     if rope.truncate:  # as the authors' program; gpt-oss does not
@@ -367,13 +376,16 @@ def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
 
 def yarn_rotation_factor(factor: float, mscale: float, mscale_all_dim: float
                          ) -> float:
-  """Returns the factor on cos and sin with scaling yarn: the part of the
-  temperature that DeepSeek-V2's mscale_all_dim does not put on whole scores.
+  """Returns the factor on cos and sin with YaRN (Peng et al. 2023, arXiv
+  2309.00071), which makes the attention of stretched positions sharper.
+
+  YaRN multiplies the scores by a temperature. DeepSeek-V2 splits it: the part
+  for `mscale_all_dim` is on whole scores, and is divided out here.
 
   Args:
     factor: how many times the original length the positions are for.
     mscale: how much of the temperature is on rotated features.
-    mscale_all_dim: how much of it is on all features of a head.
+    mscale_all_dim: how much of it is on all features of a head; 0: none.
   """
   temperature = yarn_temperature(factor, mscale)
   return temperature / yarn_temperature(factor, mscale_all_dim)
@@ -392,14 +404,20 @@ SCALINGS: dict[str, Scaling] = {
 
 def check_rope(c: ModelConfig, stack: str = '', head: str = 'model.head_dim'
                ) -> None:
-  """Raises RequestError for features of a head that cannot be rotated.
+  """Checks that the features of a head can be rotated by rotary positions with
+  the scaling that the model has.
 
   Args:
-    c: the config.
-    stack: the kind of model; see Position.check.
-    head: the field that says how many features the head has.
+    c: the config of the model or of a layer.
+    stack: the kind of model; see Position.check, whose signature this has.
+    head: the name of the field that says how many features the head has, for
+      the message.
+
+  Raises:
+    RequestError: for an odd number of features or none, and for fields that the
+      scaling cannot have.
   """
-  del stack
+  del stack  # all kinds of model can have rotary positions
   dim = rotary_dim(c)
   rope = c.part(RopeConfig)
   require(dim % 2 == 0 and dim > 0, f'model.rope.fraction {rope.fraction} of '
@@ -413,7 +431,7 @@ def rotate_heads(x_BLHK: jax.Array, positions_BL: jax.Array,
                  config: ModelConfig, length: int | jax.Array = 0
                  ) -> jax.Array:
   """Returns queries or keys with pairs (a, b) of their features rotated by
-  their position (rotary positions: Su et al. 2021, equation 34):
+  their position (RoPE: Su et al. 2021, arXiv 2104.09864, equation 34):
 
     a' = a cos(pos w_i) - b sin(pos w_i)
     b' = b cos(pos w_i) + a sin(pos w_i)
@@ -424,14 +442,18 @@ def rotate_heads(x_BLHK: jax.Array, positions_BL: jax.Array,
   a permutation of features.
 
   Args:
-    x_BLHK: queries or keys.
-    positions_BL: where the tokens stand.
-    config: the model.
+    x_BLHK: queries or keys, [batch, length, heads, features of a head].
+    positions_BL: the position of each token, [B or 1, L].
+    config: the model, or the config of one kind of layer.
     length: how many tokens the rows have; see `rope_frequencies`.
+
+  Returns:
+    The rotated queries or keys, of the shape and dtype of x.
   """
   dim = rotary_dim(config)
   is_interleaved = config.part(RopeConfig).interleaved
-  # The angle of each pair, [B, L, 1, K'/2].
+  # The angle of each pair in float32, [B, L, 1, K'/2]. All heads turn alike,
+  # and frequencies with an axis B are those of each row.
   frequencies, factor = rope_frequencies(config, length)
   positions_BL1 = positions_BL[..., None].astype(jnp.float32)
   if frequencies.ndim == 1:
@@ -441,7 +463,8 @@ def rotate_heads(x_BLHK: jax.Array, positions_BL: jax.Array,
   angle_BL1K = angle_BLK[:, :, None]
   cos = (jnp.cos(angle_BL1K) * factor).astype(x_BLHK.dtype)
   sin = (jnp.sin(angle_BL1K) * factor).astype(x_BLHK.dtype)
-  # The pairs, rotated.
+  # The pairs, rotated. In interleaved order, the split has cut a and b at the
+  # wrong places, and only its third part is kept.
   a, b, unrotated = jnp.split(x_BLHK, (dim // 2, dim), axis=-1)
   if is_interleaved:
     a, b = x_BLHK[..., 0:dim:2], x_BLHK[..., 1:dim:2]
@@ -503,15 +526,18 @@ class Position:
   def variants_for_longer_rows(
       self, c: ModelConfig, length: int, multiple: int, interpolate: bool
       ) -> dict[str, Optional[ModelConfig]]:
-    """Returns the configs with which a model is evaluated on texts that are
-    longer than those of its training, by name; None in place of a config where
-    the model refuses such texts.
+    """Returns the variants of a model that are evaluated on texts longer than
+    those of its training, each with another way to extend the positions.
 
     Args:
       c: the model.
-      length: the length of its training.
+      length: the length of its training texts, in tokens.
       multiple: how many times as long the texts are.
       interpolate: whether learned positions may be stretched.
+
+    Returns:
+      The config of each variant, by a name for the report; None in place of a
+      config where the model refuses such texts.
     """
     return {c.position: c}
 
@@ -540,10 +566,16 @@ def longest_supported_length(config: ModelConfig) -> float:
 
 
 def lengths_that_change_rotation(config: ModelConfig) -> tuple[int, ...]:
-  """Returns the lengths, ascending, at which some layers begin to rotate a row
-  otherwise; () where the length of a row does not matter.
+  """Returns the lengths past which some layers rotate the queries and keys of a
+  row by other frequencies.
 
-  Beyond the last one, rows of each length may be rotated otherwise.
+  Args:
+    config: the model.
+
+  Returns:
+    The lengths in ascending order; () where the length of a row does not
+    matter. Beyond the last one, rows of each length may have frequencies of
+    their own.
   """
   lengths = set()
   for layer in config.distinct_layers:
@@ -554,10 +586,18 @@ def lengths_that_change_rotation(config: ModelConfig) -> tuple[int, ...]:
 
 
 def check_length(config: ModelConfig, length: int) -> None:
-  """Raises RequestError where the positions do not reach `length`.
+  """Checks that the model's position encoding reaches a length.
 
-  `positions_BL` that are passed in are values on the device, which a compiled
-  program cannot refuse: there a position past the table reads its last row.
+  Positions that are passed to the model are values on the device, which a
+  compiled program cannot refuse: there a position past the table of learned
+  positions reads the table's last row.
+
+  Args:
+    config: the model.
+    length: the number of tokens of the longest row.
+
+  Raises:
+    RequestError: for a length past the learned positions.
   """
   longest = longest_supported_length(config)
   stretch = -(-length // config.max_len)  # rounded up
@@ -588,8 +628,19 @@ class Rope(Position):
   def variants_for_longer_rows(
       self, c: ModelConfig, length: int, multiple: int, interpolate: bool
       ) -> dict[str, Optional[ModelConfig]]:
-    """Returns the model as it is and, unless it is stretched already, with each
-    scaling that needs a factor alone."""
+    """Returns the model as it is and, unless its rotary positions are scaled
+    already, with each way to scale them that needs only a factor.
+
+    Args:
+      c: the model.
+      length: the length of its training texts, in tokens.
+      multiple: how many times as long the texts are.
+      interpolate: not read here: rotary positions are not learned.
+
+    Returns:
+      The config of each variant, by a name such as 'rope, linear'. Where the
+      texts are no longer (multiple 1), all of them are the model itself.
+    """
     rope = c.part(RopeConfig)
     if rope.scaling != 'none':
       return {f'rope, {rope.scaling}': c}
@@ -652,16 +703,18 @@ class Learned(Position):
 
 def look_up_learned_positions(table_LD: jax.Array, positions: jax.Array,
                               stretch: float, offset: int = 0) -> jax.Array:
-  """Returns the rows of a table of learned positions, [..., D].
-
-  Where positions are stretched, pos / stretch lies between two rows, which are
-  interpolated linearly.
+  """Returns the vectors of positions from a table of learned ones, interpolated
+  between two where the positions are stretched.
 
   Args:
-    table_LD: the table.
-    positions: the positions, [...].
-    stretch: how many times as many positions as rows there are.
+    table_LD: the table, [L rows, d_model], whose row `offset` is position 0.
+    positions: the positions, integers of any shape [...].
+    stretch: how many times as many positions as rows there are; position p is
+      then at row p / stretch. 1: each position has a row.
     offset: how many rows stand before that of position 0.
+
+  Returns:
+    The vectors, [..., D].
   """
   if stretch == 1:
     return table_LD[positions + offset]
@@ -706,15 +759,19 @@ class Sinusoidal(Position):
 
 def sinusoidal_encoding(positions: jax.Array, d_model: int,
                         layout: str = 'interleaved') -> jax.Array:
-  """Returns sin(pos w_i) and cos(pos w_i), w_i = 10000^(-2i/D), [..., D].
+  """Returns the sinusoidal encoding of positions: sin(pos w_i) and cos(pos w_i)
+  with w_i = 10000^(-2i/D) for each i below D/2.
 
   Args:
-    positions: the positions, [...].
-    d_model: D.
+    positions: the positions, integers of any shape [...].
+    d_model: the number of features, D.
     layout: interleaved: sin at 2i, cos at 2i + 1 (Vaswani et al. 2017, section
       3.5). halves: all sines, then all cosines, as in Marian: a permutation of
       it. fairseq: halves with w_i = 10000^(-i/(D/2 - 1)), as in tensor2tensor,
       the paper's own code, and the first token at position 2, as in fairseq.
+
+  Returns:
+    The encoding, float32 [..., D].
   """
   num_pairs, divisor = d_model // 2, d_model // 2
   if layout == 'fairseq':
@@ -758,11 +815,15 @@ def alibi_bias(q_positions_BL: jax.Array, k_positions_BM: jax.Array,
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-  """Returns the slope of each head h of H, from 1 on: 2^(-8h/H) (Press et al.
-  2022).
+  """Returns the slopes of ALiBi (Press et al. 2022, arXiv 2108.12409): how much
+  each head lowers a score for each token between query and key.
 
-  If H is no power of 2, the heads past the last power P below it have every
-  other slope of 2P heads, as in the paper's code.
+  With H heads, a power of 2, head h (from 1 on) has 2^(-8h/H). Otherwise, the
+  first P heads have the slopes of P heads, where P is the last power of 2 below
+  H, and the others have every other slope of 2P heads, as in the paper's code.
+
+  Args:
+    num_heads: the number of heads, H.
   """
   power = 2 ** math.floor(math.log2(num_heads))
   slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
@@ -784,18 +845,23 @@ class RelativeConfig:
 
 def relative_bucket(offset: jax.Array, *, bidirectional: bool, buckets: int,
                     max_distance: int) -> jax.Array:
-  """Returns the bucket of each distance between a key and a query (T5: Raffel
-  et al. 2020, section 2.1).
+  """Returns the bucket of each distance between a key and a query, by which a
+  bias is looked up (T5: Raffel et al. 2020, section 2.1).
 
   Half of the buckets have one distance each; the others widen logarithmically
   up to max_distance.
 
   Args:
-    offset: key position minus query position, an array of integers.
+    offset: key position minus query position, integers of any shape.
     bidirectional: whether half of all buckets are for keys that come later.
+      Otherwise such keys count as distance 0: a causal mask hides them.
     buckets: the number of buckets.
     max_distance: the distance from which on all fall into the last bucket.
+
+  Returns:
+    The numbers of the buckets, int32 of the shape of `offset`.
   """
+  # Earlier and later keys have half of the buckets each.
   first_bucket = jnp.zeros_like(offset)
   if bidirectional:
     buckets //= 2
@@ -804,7 +870,9 @@ def relative_bucket(offset: jax.Array, *, bidirectional: bool, buckets: int,
   else:
     distance = jnp.maximum(-offset, 0)
   num_exact = buckets // 2
-  # Distances past the exact ones are placed on a logarithmic scale.
+  # Distances past the exact ones are placed on a logarithmic scale, from 0 at
+  # num_exact to 1 at max_distance. Those below are chosen against at the end;
+  # the maximum only keeps log from 0.
   multiple = jnp.maximum(distance, 1).astype(jnp.float32) / num_exact
   share_of_scale = jnp.log(multiple) / math.log(max_distance / num_exact)
   far_bucket = num_exact + (
@@ -822,15 +890,20 @@ class RelativeBias(nn.Module):
   @nn.compact
   def __call__(self, q_positions_BL: jax.Array,
                k_positions_BM: jax.Array) -> jax.Array:
-    """Returns the bias on the scores, [B or 1, H, L, M].
+    """Returns the bias that T5 adds to attention scores: a learned number for
+    each head and each bucket of distances.
 
     Args:
-      q_positions_BL: where the queries stand.
-      k_positions_BM: where the keys stand.
+      q_positions_BL: the positions of the queries, [batch or 1, L].
+      k_positions_BM: the positions of the keys, [batch or 1, M].
+
+    Returns:
+      The bias, float32 [B or 1, H heads, L, M].
     """
     c = self.config
     relative = c.part(RelativeConfig)
-    # The table has a number for each of the U buckets and each head.
+    # The table has a number for each of the U buckets and each head. It is read
+    # for all pairs of a query and a key, and its axis of heads moved forward.
     stddev = c.base_width ** -0.5 if c.init == 'fan_in' else c.init_stddev
     table_UH = declare(
         self, 'table', nn.initializers.normal(stddev),
@@ -850,10 +923,18 @@ class Relative(Position):
   stack_bias: Optional[type[nn.Module]] = RelativeBias
 
   def check(self, c: ModelConfig, stack: str) -> None:
-    """Raises RequestError where no bucket is left for far distances.
+    """Checks that T5's buckets of distances leave some for far distances.
 
     A quarter of an encoder's buckets, and half of a decoder's, have one
     distance each, and the others grow from there to max_distance.
+
+    Args:
+      c: the config of the model or of a layer.
+      stack: 'encoder', 'decoder' or 'encoder-decoder'.
+
+    Raises:
+      RequestError: for too few buckets, an odd number of them, or a largest
+        distance that the buckets of one distance reach already.
     """
     relative = c.part(RelativeConfig)
     buckets, max_distance = relative.buckets, relative.max_distance
@@ -904,12 +985,26 @@ class RelativeByToken(Position):
   def layer_bias(self, module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
                  k_BMJK: jax.Array, k_positions_BM: jax.Array, ctx: Context
                  ) -> jax.Array:
-    """Returns the bias on the scores, [B, H, L, M]. Below, U are the
-    profiles."""
+    """Returns a bias on the attention scores that each query makes: a mixture,
+    by its token, of learned profiles of biases by distance.
+
+    Args:
+      module: the attention of the layer, which declares the parameters.
+      x_BLD: the input of the layer, [batch, length, d_model].
+      q_BLHK: the queries, which are not read.
+      k_BMJK: the keys, which are not read.
+      k_positions_BM: the positions of the M keys, [B or 1, M].
+      ctx: the context of the call, which has the positions of the queries.
+
+    Returns:
+      The bias, [B, H heads, L, M]; 0 for keys that come later, or that are
+      `profiles.extent` tokens away or more.
+    """
     c: ModelConfig = module.config  # type: ignore[attr-defined]
     profiles = c.part(ProfilesConfig)
     rank, extent = profiles.rank, profiles.extent
-    # How much of each profile a token takes, and its bias by distance.
+    # How much of each of the U profiles a token takes, for each head; and with
+    # these its bias for each distance, where M stands for distances at first.
     mix_BLHU = layers.dense(
         module, 'profile', 'BLD,DHU->BLHU', x_BLD,
         (c.d_model, c.num_heads, rank), ('embed', 'heads', None), output=True,
@@ -919,7 +1014,8 @@ class RelativeByToken(Position):
         (rank, extent), role=Role(axes=(None, None), inputs=(0,)))
     by_distance_BHLM = layers.einsum('BLHU,UM->BHLM', mix_BLHU, profiles_UM,
                                      c.compute_dtype, out_dtype=jnp.float32)
-    # The bias of each key.
+    # The bias of each key is looked up by its distance. Indices outside of the
+    # profiles are clipped first, and their biases then replaced by 0.
     distance_BLM = ctx.positions_BL[:, :, None] - k_positions_BM[:, None]
     index_BLM = jnp.clip(distance_BLM, 0, extent - 1)
     bias_BHLM = jnp.take_along_axis(

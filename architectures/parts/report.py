@@ -40,8 +40,13 @@ class Report:
   keys: Optional[KeysAndValues] = None
 
   def merge(self, other: 'Report') -> 'Report':
-    """Returns one report of two parts of a layer. No name of a loss or a figure
-    is in both."""
+    """Returns one report of two parts of a layer, such as its attention and its
+    feed-forward network.
+
+    Args:
+      other: the report of the other part. No name of a loss or a figure is in
+        both, and no other array either: the first that exists is taken.
+    """
     return Report(
         losses=self.losses | other.losses,
         health=self.health | other.health,
@@ -78,7 +83,8 @@ def sum_losses_by_name(losses: list[dict[str, jax.Array]]
 
 
 def gather_figures(sections: list[tuple[Report, ...]]) -> dict[str, dict]:
-  """Returns the losses and the figures of all layers of a stack.
+  """Gathers what the layers of a stack report: auxiliary losses, the loads of
+  experts, and figures on the health of routers.
 
   Args:
     sections: the reports of the layers, see above.
@@ -109,12 +115,18 @@ def gather_figures(sections: list[tuple[Report, ...]]) -> dict[str, dict]:
 
 def _stack_field_by_layer(sections: list[tuple[Report, ...]], field: str
                           ) -> dict[str, jax.Array]:
-  """Returns the arrays in one field of all reports, [N, ...] by name, of the N
-  layers that have some.
+  """Stacks what the layers of a stack report in one field, in the order of the
+  layers.
 
   Args:
-    sections: the reports of the layers of each section.
+    sections: the reports of the layers of one period of each section (the
+      prefix, the repeated pattern, the suffix). Their arrays have an axis of
+      periods in front.
     field: the field, a dict of arrays by name, such as 'health'.
+
+  Returns:
+    The arrays [N, ...] by name, of the N layers that have some. {} where none
+    has.
   """
   # The dicts of the layers that have arrays, section by section.
   sections_with_arrays = []
@@ -161,7 +173,7 @@ def gather_attention_weights(sections: list[tuple[Report, ...]]
       weights.append([getattr(report, field) for report in section])
     if weights[0][0] is None:
       continue
-    # One array holds the layers only if they have as many heads each.
+    # One array holds all layers only if each has the same number of heads.
     numbers_of_heads = set()
     for weights_of_section in weights:
       numbers_of_heads |= {w_NBHLM.shape[-3] for w_NBHLM in weights_of_section}
@@ -172,15 +184,20 @@ def gather_attention_weights(sections: list[tuple[Report, ...]]
 
 
 def stack_by_layer(sections: list[list[jax.Array]]) -> jax.Array:
-  """Returns one array [N, ...] of all layers of a stack, in their order.
+  """Joins the results of scans over layers into one array of all layers, in
+  the order in which a token goes through them.
 
   Args:
-    sections: for each section an array [periods, ...] of each of the U layers
-      of its period.
+    sections: for each section (the prefix, the repeated pattern, the suffix) an
+      array [periods, ...] for each of the U layers of its pattern.
+
+  Returns:
+    The array, [N layers, ...].
   """
   arrays_of_sections = []
   for arrays_of_period in sections:
-    # The layers of a period follow one another: [periods, U, ...].
+    # The layers of a period follow one another, and then those of the next
+    # period: [periods, U, ...] is flattened in this order.
     layers_NU = jnp.stack(arrays_of_period, 1)
     shape = arrays_of_period[0].shape[1:]
     arrays_of_sections.append(layers_NU.reshape(-1, *shape))
@@ -190,7 +207,8 @@ def stack_by_layer(sections: list[list[jax.Array]]) -> jax.Array:
 
 
 def add_losses(aux: dict, losses: dict, loads: dict) -> dict:
-  """Returns the figures of a stack with more losses added to its own.
+  """Returns what a stack of layers reports, with the auxiliary losses of
+  further layers added to its own.
 
   Args:
     aux: the figures, as `gather_figures` returns them.
@@ -204,8 +222,8 @@ def add_losses(aux: dict, losses: dict, loads: dict) -> dict:
 
 
 def merge_reports_of_stacks(encoder: dict, decoder: dict) -> dict:
-  """Returns the figures of an encoder and a decoder together. Losses are added
-  up; in all arrays by layer, the encoder's layers come first.
+  """Merges what the layers of an encoder and those of a decoder report: losses
+  are added up, and in all arrays by layer the encoder's layers come first.
 
   Args:
     encoder: the figures of the encoder's stack; {}: there are none.

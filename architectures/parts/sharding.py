@@ -68,13 +68,23 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def mesh_axes_by_axis(*axes: str | None) -> MeshAxesByAxis:
-  """Returns for each logical axis of an array the mesh axes that it lies on,
-  without those of a single device."""
+  """Returns the mesh axes that each axis of an array is sharded over, by the
+  rules of the run.
+
+  Args:
+    *axes: the logical axis of each dimension of the array, such as 'batch';
+      None: it is not sharded.
+
+  Returns:
+    For each dimension the names of mesh axes, without those of a single device;
+    () where it is whole on every device, or where there is no mesh.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not nn.get_logical_axis_rules():
     return ((),) * len(axes)
   mesh_axes_of_array = []
   for names in nn.logical_to_mesh_axes(check_logical_axes(axes)):
+    # Linen returns None, one name or a tuple of names.
     if names is None:
       names = ()
     if isinstance(names, str):
@@ -100,6 +110,8 @@ def mesh_axes_that_divide(names: tuple[str, ...], length: int,
     length: the size of the dimension.
     devices_along: the number of devices along each mesh axis.
   """
+  # In the end no name is left: the product of none is 1, which divides any
+  # size.
   while length % math.prod(devices_along[name] for name in names):
     names = names[:-1]
   return names
@@ -107,11 +119,15 @@ def mesh_axes_that_divide(names: tuple[str, ...], length: int,
 
 def mesh_axes_of_weight(shape: tuple[int, ...], axes: tuple[str | None, ...]
                         ) -> MeshAxesByAxis:
-  """Returns for each axis of a weight the mesh axes that it is sharded over.
+  """Returns the mesh axes that each axis of a weight is sharded over: those of
+  the rules that divide its size.
 
   Args:
     shape: the shape of the weight.
-    axes: its logical axes.
+    axes: its logical axes, one for each dimension.
+
+  Returns:
+    For each dimension the names of mesh axes; () where it is whole.
   """
   devices_along = jax.sharding.get_abstract_mesh().shape
   mesh_axes_of_array = []
@@ -128,11 +144,11 @@ def count_devices_along(names: tuple[str, ...]) -> int:
 
 
 def count_shards(axis: str, length: int) -> int:
-  """Returns how many shards the mesh cuts an axis of an array into; 1 without a
-  mesh, or where it does not divide the axis.
+  """Returns how many shards an axis of an array is cut into over the devices; 1
+  without a mesh, or where the number of devices does not divide the axis.
 
   Args:
-    axis: the logical axis.
+    axis: the logical axis, such as 'batch'.
     length: the size of the array along it.
   """
   count = count_devices_along(mesh_axes(axis))
@@ -152,14 +168,14 @@ def constrain_where_divisible(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def constrain_stream(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Returns an array that goes from layer to layer, [B, L, ...], constrained to
-  its place on the mesh.
+  """Returns the residual stream constrained to its place on the mesh, so that
+  XLA neither gathers nor moves it between layers.
 
-  Its length is sharded as `stream` is or, if that does not divide it, as
-  `length`.
+  Its length is sharded over the mesh axes of `stream` or, if their number of
+  devices does not divide it, over those of `length`.
 
   Args:
-    x: the array.
+    x: the array, [batch, length, ...].
     *axes: the logical axes after B and L.
   """
   length = 'stream' if count_shards('stream', x.shape[1]) > 1 else 'length'
@@ -251,14 +267,17 @@ class Role:
     return bool(self.inputs)
 
   def split(self, ndim: int) -> Axes:
-    """Returns which axes of an array that holds the parameter are a batch,
-    inputs and outputs.
+    """Sorts the axes of an array that holds the parameter, or several of them
+    stacked, into batch, inputs and outputs.
 
     Axes in front of the declared ones, such as the one over layers that the
-    scan adds, are a batch.
+    scan adds, are a batch: the matrices along them are separate.
 
     Args:
       ndim: the number of axes of the array.
+
+    Returns:
+      The numbers of the axes of each sort.
     """
     front = ndim - len(self.axes)
     batch = [*range(front), *(front + i for i in self.batch)]
@@ -275,10 +294,15 @@ class Declared(nn.LogicallyPartitioned, eq=False):
 
 
 def roles_of_parameters(boxed):
-  """Returns the Role of each parameter, as a tree.
+  """Returns the Role of each parameter: its logical axes, which of them are
+  inputs, and its kind, by which it is sharded and optimized.
 
   Args:
-    boxed: a tree of parameters in their boxes (Declared).
+    boxed: a tree of parameters in the boxes (Declared) in which `declare` makes
+      them.
+
+  Returns:
+    A tree of the same structure, with a Role for each parameter.
 
   Raises:
     RequestError: for a parameter that declares none.
@@ -298,7 +322,8 @@ def roles_of_parameters(boxed):
 def declare(module: nn.Module, name: str, init: Callable,
             shape: tuple[int, ...], role: Role,
             dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-  """Makes a parameter of `module` and returns it.
+  """Declares a parameter of a Flax module together with its role: the names of
+  its axes and what it is for. Returns its value.
 
   Args:
     module: the module, with a `config`.
@@ -307,7 +332,8 @@ def declare(module: nn.Module, name: str, init: Callable,
       float32, since JAX's bfloat16 normals have 128 values, whose mean is not
       0.
     shape: its shape.
-    role: its role.
+    role: its role. Every parameter has one, so that sharding and the optimizer
+      need no table of names.
     dtype: its type; None: the config's param_dtype.
 
   Raises:
@@ -335,9 +361,13 @@ def abstract_params(module: nn.Module):
 
 
 def parameter_shapes(module: nn.Module):
-  """Returns the shapes of a model's parameters, out of their boxes.
+  """Returns the shape and the dtype of each parameter of a model, as a tree.
 
-  In a run's context, `nn.meta.unbox` would constrain them to its mesh.
+  Parameters are made in boxes that hold their roles. In a run's context,
+  `nn.meta.unbox` would constrain them to its mesh, so they are taken out here.
+
+  Args:
+    module: the model; nothing of it is computed.
   """
   def shape_in_box(box):
     if nn.meta.is_axis_metadata(box):
@@ -401,13 +431,15 @@ def _gather_all_axes(w: jax.Array, axes: MeshAxesByAxis) -> jax.Array:
 
 
 def _reduce_scatter_all_axes(d: jax.Array, axes: MeshAxesByAxis) -> jax.Array:
-  """Returns this device's shard of the sum of d over devices.
+  """Returns this device's shard of the sum of an array over devices, where
+  several axes of the sum may be sharded.
 
   Args:
-    d: the summand of this device, in a function that is mapped over the mesh.
-    axes: the mesh axes that each axis of the sum is sharded over, and that the
-      sum goes over.
+    d: the summand of this device, inside of shard_map.
+    axes: for each axis of the sum, the mesh axes that it is sharded over; the
+      sum goes over all of these.
   """
+  # Each step leaves less to send for the next one.
   for axis, names in enumerate(axes):
     if names:
       d = reduce_scatter(d, axis, names)
@@ -420,7 +452,7 @@ def gather_shards(w: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
   devices. Its gradient is a reduce-scatter, the transpose of a gather.
 
   Args:
-    w: the shard of this device, in a function that is mapped over the mesh.
+    w: the shard of this device, inside of shard_map.
     axis: the axis that is sharded.
     names: the mesh axes that it is sharded over.
   """
@@ -429,6 +461,8 @@ def gather_shards(w: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
     # of all layers into the order of axes that their product takes, and keeps
     # the copies until the end of the backward pass.
     w = with_layout_constraint(w, Layout(tuple(range(w.ndim))))
+  # The steps of the scattering sum are undone in reverse, so that shards come
+  # back in the order of the devices.
   for mesh_axis, groups in reversed(_steps_of_collective(names)):
     w = jax.lax.all_gather(w, mesh_axis, axis=axis, tiled=True,
                            axis_index_groups=groups)
@@ -483,7 +517,7 @@ def reduce_scatter(d: jax.Array, axis: int, names: tuple[str, ...]
   last axis in memory into an all-reduce.
 
   Args:
-    d: the summand of this device, in a function that is mapped over the mesh.
+    d: the summand of this device, inside of shard_map.
     axis: the axis along which the sum is sharded.
     names: the mesh axes over which the sum goes.
   """
@@ -495,14 +529,20 @@ def reduce_scatter(d: jax.Array, axis: int, names: tuple[str, ...]
 
 def _steps_of_collective(names: tuple[str, ...]
                          ) -> list[tuple[str, list[list[int]] | None]]:
-  """Returns the steps in which a sum over mesh axes is scattered: pairs of a
-  mesh axis, and the groups of devices along it (None: all in one group).
-  Gathers take the steps in reverse.
+  """Returns the collectives into which a reduce-scatter over mesh axes is
+  divided; a gather takes them in reverse.
 
   XLA turns a collective over all devices of the mesh into an all-reduce. So
   several axes are taken one after another, and a single axis that has all
   devices in two steps, first over devices that are far apart, then over
   neighbours. The steps together send as much as one would.
+
+  Args:
+    names: the mesh axes.
+
+  Returns:
+    For each collective its mesh axis, and the groups of devices along this that
+    it goes over, by their numbers; None: all are one group.
   """
   if len(names) > 1:
     return [(name, None) for name in names]
@@ -529,14 +569,19 @@ def _size_of_first_groups(num_devices: int) -> int:
 def sharding_of_product(letters: str, x: jax.Array, w: jax.Array,
                         axes: Optional[tuple[str | None, ...]]
                         ) -> Optional[ShardingOfProduct]:
-  """Returns how the arrays of a product lie on the mesh; None: the product is
-  left to XLA.
+  """Returns how the tokens and the weight of a product lie on the mesh, where
+  devices gather the weight themselves instead of leaving that to XLA.
 
   Args:
-    letters: the letters of an einsum, which begin with those of the axes of x.
-    x: activations.
+    letters: the letters of an einsum, which begin with those of the axes of x;
+      the batch is B.
+    x: activations, [batch, length, ...].
     w: a weight.
-    axes: its logical axes; None: it is none that is sharded.
+    axes: the weight's logical axes; None: it is none that is sharded.
+
+  Returns:
+    The mesh axes of the tokens, for their batch and their length, and those of
+    each axis of the weight. None: the product is left to XLA.
   """
   if axes is None or letters[0] != 'B':
     return None
@@ -561,12 +606,12 @@ def multiply_by_gathered_weight(
     w: jax.Array, product_sharding: ShardingOfProduct, keep: bool,
     name: str = '') -> jax.Array:
   """Returns a product with a sharded weight, which each device gathers and
-  multiplies with its own tokens.
+  multiplies with its own tokens (fully sharded data parallelism).
 
   Args:
     multiply: the product, (tokens, whole weight) -> result, which begins with
       the tokens' axes.
-    x: activations.
+    x: activations, [batch, length, ...].
     w: the weight, in the dtype that it is sent in.
     product_sharding: how both lie on the mesh.
     keep: whether the whole weight may be kept for the gradient. With remat it
@@ -624,6 +669,13 @@ def _multiply_on_device_bwd(multiply: Callable, axes: MeshAxesByAxis, name: str,
 
   With y = multiply(x, w), these are dx = dy w^T on each device, and
   dw = sum over devices of x^T dy, of which each keeps its shard.
+
+  Args:
+    multiply: the product.
+    axes: the mesh axes that each axis of the weight is sharded over.
+    name: not read here.
+    operands: the tokens of this device, and the whole weight.
+    dy: the gradient of the product.
   """
   x, w = operands
   # dw, scattered along the first of its axes that is sharded, which leaves the
@@ -633,7 +685,7 @@ def _multiply_on_device_bwd(multiply: Callable, axes: MeshAxesByAxis, name: str,
   first_axis = next(axis for axis, names in enumerate(axes) if names)
   matrix = reduce_scatter(
       _to_matrix_with_axis_first(dw, first_axis), 0, axes[first_axis])
-  # dx is computed after that.
+  # dx is computed after that: dy passes one barrier with the scattered dw.
   matrix, dy = jax.lax.optimization_barrier((matrix, dy))
   _, gradient_of_x = jax.vjp(lambda x: multiply(x, w), x)
   dx, = gradient_of_x(dy)
@@ -648,7 +700,7 @@ _multiply_on_device.defvjp(_multiply_on_device_fwd, _multiply_on_device_bwd)
 
 def look_up_embeddings(table_VD: jax.Array, ids_BL: jax.Array,
                        dtype: jax.typing.DTypeLike) -> jax.Array:
-  """Returns rows of a table of embeddings, [B, L, D].
+  """Looks up tokens in a table of embeddings that may be sharded.
 
   If the table's columns are split over devices of the batch, each device looks
   up its columns for the tokens of all these devices, and an all-to-all returns
@@ -656,9 +708,12 @@ def look_up_embeddings(table_VD: jax.Array, ids_BL: jax.Array,
   adds up in the table's dtype, is ever whole.
 
   Args:
-    table_VD: the table.
-    ids_BL: the row of each token.
+    table_VD: the table, [vocabulary, d_model].
+    ids_BL: the row of each token, [batch, length].
     dtype: the type of the result.
+
+  Returns:
+    The rows, [B, L, D].
   """
   product_sharding = sharding_of_product(
       'BL', ids_BL, table_VD, ('vocab', 'embed'))
@@ -687,7 +742,8 @@ def look_up_embeddings(table_VD: jax.Array, ids_BL: jax.Array,
 
 def look_up_sharded_rows(table_IK: jax.Array, ids_BLU: jax.Array,
                          dtype: jax.typing.DTypeLike) -> jax.Array:
-  """Returns rows of a table that is sharded by rows, [B, L, U, K].
+  """Looks up several rows for each token in a large table whose rows are
+  divided over the devices.
 
   A device is given the ids of all tokens of the devices that the table lies on,
   looks up those that are among its own rows, and the sum over the devices is
@@ -696,8 +752,11 @@ def look_up_sharded_rows(table_IK: jax.Array, ids_BLU: jax.Array,
 
   Args:
     table_IK: the table, of I rows with K features.
-    ids_BLU: the U rows that each token reads.
+    ids_BLU: the U rows that each token reads, [batch, length, U].
     dtype: the type of the result.
+
+  Returns:
+    The rows, [B, L, U, K].
   """
   row_axes, _ = mesh_axes_of_weight(table_IK.shape, ('table', None))
   batch_axes = mesh_axes('batch')
@@ -729,13 +788,14 @@ def look_up_sharded_rows(table_IK: jax.Array, ids_BLU: jax.Array,
 
 
 def gather_weight(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-  """Returns a weight gathered over the mesh axes of the batch, in its own
-  dtype; it stays sharded over `tensor`.
+  """Returns a weight made whole along what data parallelism shards of it, in
+  its own dtype; it stays sharded over the mesh axis `tensor`.
 
   Args:
     w: the weight.
-    axes: its logical axes.
+    axes: its logical axes, one for each dimension.
   """
+  # A weight that data parallelism does not shard is whole already.
   batch_axes, other_axes = _split_by_batch_axes(w.shape, axes)
   if not any(batch_axes):
     return w
@@ -751,8 +811,8 @@ def gather_weight(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 def sum_gradients_of_shards(d_Q: jax.Array, axes: tuple[str | None, ...]
                             ) -> jax.Array:
-  """Returns the sum of the gradients of a weight that the Q shards of the
-  tokens have. The sum is sharded as the weight is.
+  """Returns the gradient of a weight: the sum of those that each of Q shards of
+  the tokens has computed, sharded as the weight is.
 
   Args:
     d_Q: the gradients, [Q, ...], whose first axis is sharded as the tokens are.
@@ -760,6 +820,8 @@ def sum_gradients_of_shards(d_Q: jax.Array, axes: tuple[str | None, ...]
   """
   batch_axes, other_axes = _split_by_batch_axes(d_Q.shape[1:], axes)
   token_axes = mesh_axes('tokens')
+  # Where the weight does not lie along the devices of the tokens, or there is
+  # another number of these than of gradients, the sum is left to XLA.
   weight_axes = set(sum(batch_axes, ()))
   lies_along_tokens = bool(weight_axes) and weight_axes <= set(token_axes)
   if not lies_along_tokens or count_devices_along(token_axes) != d_Q.shape[0]:
@@ -783,12 +845,15 @@ def sum_gradients_of_shards(d_Q: jax.Array, axes: tuple[str | None, ...]
 
 def _split_by_batch_axes(shape: tuple[int, ...], axes: tuple[str | None, ...]
                          ) -> tuple[MeshAxesByAxis, MeshAxesByAxis]:
-  """Returns which mesh axes of the batch each axis of a weight lies on, and
-  which other mesh axes.
+  """Splits the mesh axes that a weight is sharded over into those of the batch
+  (data parallelism) and others (tensor or expert parallelism).
 
   Args:
     shape: the shape of the weight.
-    axes: its logical axes.
+    axes: its logical axes, one for each dimension.
+
+  Returns:
+    For each dimension its mesh axes of the batch, and for each its others.
   """
   mesh_axes_of_batch = set(mesh_axes('batch'))
   batch_axes, other_axes = [], []

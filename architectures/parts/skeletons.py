@@ -141,26 +141,33 @@ class Decoder(nn.Module):
     return Output(hidden=x_BLD, head=head, cache=cache, aux=aux, extra=extra)
 
   def _apply_task_head(self, x_BLD: jax.Array, ctx: Context) -> Output:
-    """Returns the output of a model whose head is not that of a language model.
+    """Returns the output of a model with the head of a task, such as
+    classification, instead of that of a language model.
 
-    The head reads each token, or the last token of each row.
+    The head reads each token or, where its answer is about the whole row, the
+    row's last token, which alone has seen all others.
 
     Args:
-      x_BLD: the result of the last layer.
+      x_BLD: the result of the last layer, [batch, length, d_model].
       ctx: the context of the call, which says which tokens are padding.
+
+    Returns:
+      The Output. A head that predicts all tokens of a row returns them as
+      logits: `hidden` and `head`. Others have no `head`, and their scores are
+      extra['scores'], [B, K] or [B, L, K] with K scores.
     """
     config = self.config
     kind = heads.HEADS[config.head]
-    # A vector of each token, or of each row.
+    # The input of the head: a vector of each token, or of each row.
     inputs = x_BLD
     if kind.is_for_rows:
       inputs = heads.pool_last_token(x_BLD, ctx.valid_BL, ctx.segment_ids_BL)
-    # Logits of all tokens of a row, made of its vector.
+    # Logits of all tokens of a row, predicted from its one vector.
     if kind.has_logits_of_tokens:
       unfold = heads.Unfold(config, name='task')
       hidden_BLD, head = unfold(inputs, x_BLD.shape[1])
       return Output(hidden=hidden_BLD, head=head)
-    # Scores.
+    # Scores of each row, which have no bias here, or of each token.
     task = heads.Task(config, bias=not kind.is_for_rows, name='task')
     scores = task(inputs, deterministic=ctx.deterministic)
     return Output(hidden=x_BLD, head=None, extra=dict(scores=scores))
@@ -175,65 +182,80 @@ class Embed(nn.Module):
                type_ids_BL: Optional[jax.Array] = None, prefix: str = '',
                added: bool = False, deterministic: bool = True
                ) -> tuple[jax.Array, jax.Array]:
-    """Returns the embedding of the tokens, [B, L, D], and the transpose of its
-    table, [D, V], which is the matrix of a tied head.
+    """Embeds tokens: looks them up, and adds positions, types, norm and dropout
+    as the model has them.
 
     Args:
-      tokens_BL: the tokens.
-      positions_BL: where they stand.
-      type_ids_BL: which text of a pair each is of; None: all are of the first.
-      prefix: the beginning of the names of the positions and of the norm.
+      tokens_BL: the token ids, [batch, length].
+      positions_BL: the position of each token, [B or 1, L].
+      type_ids_BL: which text of a pair each token is of, 0 or 1; None: all are
+        of the first.
+      prefix: the beginning of the names of the parameters of the positions and
+        the norm. Two embeddings of one module share the table of the tokens,
+        and with different prefixes nothing else.
       added: whether a second table is added to that of the tokens, which then
-        has no gradient.
-      deterministic: whether nothing is dropped.
+        has no gradient (an ELECTRA discriminator, beside its generator).
+      deterministic: whether there is no dropout.
+
+    Returns:
+      The embedding, [B, L, D] with D = d_model, and the transpose of the table,
+      [D, V] with V tokens in the vocabulary, which is the matrix of a tied
+      head.
     """
-    c = self.config
-    # The tokens.
-    table_VD = layers.embedding(self, 'tokens', c.vocab_size, axis='vocab')
+    config = self.config
+    # The tokens. A lookup is divided over the devices as the table is.
+    table_VD = layers.embedding(self, 'tokens', config.vocab_size, axis='vocab')
     if added:
       role = sharding.Role(('vocab', 'embed'), inputs=(0,), kind='embedding')
       table_VD = jax.lax.stop_gradient(table_VD) + sharding.declare(
           self, NAME_OF_ADDED_TABLE, nn.initializers.zeros, table_VD.shape,
           role=role)
-    x_BLD = sharding.look_up_embeddings(table_VD, tokens_BL, c.compute_dtype)
-    if c.embed_scale != 1:
-      x_BLD = x_BLD * jnp.asarray(c.embed_scale, x_BLD.dtype)
-    # Their positions, and which text of a pair they are of; T: the texts.
-    add_positions = positions.position_of(c).embed
+    x_BLD = sharding.look_up_embeddings(
+        table_VD, tokens_BL, config.compute_dtype)
+    if config.embed_scale != 1:
+      x_BLD = x_BLD * jnp.asarray(config.embed_scale, x_BLD.dtype)
+    # Their positions, where the encoding is one that is added here, and which
+    # of T texts of a pair they are of.
+    add_positions = positions.position_of(config).embed
     if add_positions:
       x_BLD = add_positions(self, x_BLD, positions_BL, f'{prefix}positions')
-    if c.type_vocab_size:
-      types_TD = layers.embedding(self, 'types', c.type_vocab_size)
+    if config.type_vocab_size:
+      types_TD = layers.embedding(self, 'types', config.type_vocab_size)
       if type_ids_BL is None:
         type_ids_BL = jnp.zeros((1, 1), jnp.int32)
       x_BLD = x_BLD + types_TD[type_ids_BL].astype(x_BLD.dtype)
     # Norm and dropout.
-    if c.embed_norm:
-      x_BLD = norm(c, f'{prefix}norm')(x_BLD)
-    x_BLD = layers.Dropout(c.dropout)(x_BLD, deterministic=deterministic)
+    if config.embed_norm:
+      x_BLD = norm(config, f'{prefix}norm')(x_BLD)
+    x_BLD = layers.Dropout(config.dropout)(x_BLD, deterministic=deterministic)
     return sharding.constrain_stream(x_BLD, 'embed'), table_VD.T
 
 
 def _make_context(tokens_BL: jax.Array, positions_BL: Optional[jax.Array],
                   segment_ids_BL: Optional[jax.Array], **context_fields: Any
                   ) -> Context:
-  """Returns the Context with which all layers read some tokens.
+  """Returns the Context of a call: what all layers are told about the tokens,
+  such as their positions and the documents that they are of.
 
   Args:
-    tokens_BL: the tokens.
-    positions_BL: where they stand; None: at 0..L-1. Passed with segment ids,
-      they promise an order: see Decoder.
-    segment_ids_BL: an id for each packed document; None: a row is one.
-    **context_fields: further fields of Context.
+    tokens_BL: the token ids, [batch, length].
+    positions_BL: the position of each token, [B or 1, L]; None: 0..L-1. Passed
+      with segment ids, they promise an order: see Decoder.
+    segment_ids_BL: the id of the packed document that each token is of, 0 on
+      padding; None: each row is one document.
+    **context_fields: further fields of Context, passed on as they are.
 
   Raises:
     RequestError: for a segment id in several pieces of a row, unless it is
       traced: see Decoder.
   """
   chex.assert_rank(tokens_BL, 2)
+  # Inside jit the ids have no values yet, and cannot be checked.
   is_traced = isinstance(segment_ids_BL, jax.core.Tracer)
   if segment_ids_BL is not None and not is_traced:
     _check_segments_are_contiguous(np.asarray(segment_ids_BL))
+  # With positions alone, tokens may stand in any order, and attention may not
+  # skip the keys that come later in a row.
   in_order = positions_BL is None or segment_ids_BL is not None
   if positions_BL is None:
     positions_BL = jnp.arange(tokens_BL.shape[1])[None]
@@ -269,27 +291,36 @@ class Mtp(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, embedded_BLD: jax.Array, ctx: Context
                ) -> tuple[tuple[jax.Array, ...], list[report.Report]]:
-    """Returns the input of the head for the module of each depth, [B, L, D],
-    and the reports of their layers. The last k places of depth k hold nothing:
-    no token follows them.
+    """Runs the modules that predict tokens further ahead, one for each depth
+    from 1 to model.mtp_depth: each is one more layer.
 
     Args:
-      x_BLD: the input of the head for the model itself.
-      embedded_BLD: the embedding of the tokens.
-      ctx: the context of the model.
+      x_BLD: the input of the head for the model itself, [batch, length,
+        d_model].
+      embedded_BLD: the embedding of the tokens, of the same shape.
+      ctx: the context of the model's call.
+
+    Returns:
+      The input of the head at each depth, [B, L, D], and the Reports of their
+      layers. The last k places at depth k are to be ignored: no token follows
+      them at that distance.
     """
     config = self.config
     kind = config.layer_kinds(config.num_layers)[-1]
     inputs_of_head, reports = [], []
     for depth in range(1, config.mtp_depth + 1):
+      # The layer is told of the later tokens, in the place of the first ones.
+      # Those that the roll wraps around are marked, and routed nowhere.
       ctx_k = ctx.replace(tokens_BL=jnp.roll(ctx.tokens_BL, -depth, 1),
                           routed_BL=_mark_tokens_with_successor(ctx, depth))
       # Each place is joined with the embedding of the token `depth` places on.
+      # x_BLD is that of the depth before, so the depths form a chain.
       ahead_BLD = jnp.roll(embedded_BLD, -depth, 1)
       joined_BLD = project_concatenation(
           self, f'join_{depth}', norm(config, f'token_norm_{depth}')(ahead_BLD),
           norm(config, f'hidden_norm_{depth}')(x_BLD))
-      # One more layer, as a stack of its own.
+      # One more layer, as a stack of its own, with streams and distances that
+      # begin anew.
       x = streams.begin_streams(config, streams.pin_residual(joined_BLD),
                                 branches=blocks.count_branches(config, (kind,)))
       ctx_k = add_distances(
@@ -306,12 +337,25 @@ class Mtp(nn.Module):
 
 
 def _mark_tokens_with_successor(ctx: Context, depth: int) -> jax.Array:
-  """Returns [B, L], 1 for tokens that have another one `depth` places on in the
-  same document, and 0 for the others, which join two texts and take no expert.
+  """Returns a mask of the tokens that are followed by another token of the same
+  document, `depth` places further on.
+
+  The other tokens would be joined with one of another text, or with padding.
+  Nothing is predicted there, so they are routed to no expert.
+
+  Args:
+    ctx: the context of the call: its tokens [batch, length], the ids of their
+      documents, and which of them are padding.
+    depth: the distance to the later token, at least 1.
+
+  Returns:
+    The mask, [B, L], int32: 1 where there is such a token, and 0 elsewhere.
   """
   B, L = ctx.tokens_BL.shape
   has_successor_L = jnp.arange(L) < L - depth
   has_successor_BL = jnp.broadcast_to(has_successor_L[None], (B, L))
+  # jnp.roll(x, -depth) brings to place i what stands at place i + depth. It
+  # wraps around, but the last `depth` places are excluded already.
   if ctx.segment_ids_BL is not None:
     ids_BL = ctx.segment_ids_BL
     has_successor_BL &= ids_BL == jnp.roll(ids_BL, -depth, 1)
@@ -329,14 +373,25 @@ NAME_OF_ADDED_TABLE = 'tokens_added'
 
 
 def config_of_generator(c: ModelConfig) -> ModelConfig:
-  """Returns the config of the generator: the small network for masked words
-  that draws the tokens which the model `c` tells from those of the text."""
+  """Returns the config of ELECTRA's generator: the small masked language model
+  that draws replacements for masked tokens. The model itself, the
+  discriminator, learns to tell them from the tokens of the text.
+
+  Args:
+    c: the config of the model, with the sizes of its generator as a part.
+
+  Returns:
+    The model's config with the generator's sizes, a head of masked words, and
+    no generator of its own.
+  """
   fields = c.part(GeneratorConfig)
   head_dim = fields.d_model // fields.num_heads
-  # It has the embedding of the encoder, and a product where that is wider.
+  # It reads the embedding of the model, and projects it where the widths
+  # differ; an embed_dim of 0 means no projection.
   embed_dim = c.config_of_embedding.d_model
   if embed_dim == fields.d_model:
     embed_dim = 0
+  # replace() derives nothing, so sizes that follow from others are given too.
   return dataclasses.replace(
       c.without_part(GeneratorConfig), head='lm', next_sentence=False,
       d_model=fields.d_model, num_layers=fields.num_layers,
@@ -396,6 +451,7 @@ class Encoder(nn.Module):
     c = self.config
     ctx = _make_context(
         tokens_BL, positions_BL, segment_ids_BL, **context_fields)
+    # The encoder and its generator embed their tokens by the same function.
     embed = functools.partial(
         Embed(c.config_of_embedding, name='embed'),
         positions_BL=ctx.positions_BL, type_ids_BL=type_ids_BL,
@@ -436,15 +492,20 @@ class Encoder(nn.Module):
     return output.replace(aux=aux)
 
   def _draw_tokens(self, generated: Output, deterministic: bool) -> jax.Array:
-    """Returns a token for each of M places, [B, M], drawn from the generator's
-    distribution.
+    """Returns tokens drawn from the generator's distribution, for M masked
+    places of each row.
 
-    The places are drawn one after the other, so that no logits [B, M, V] are
-    held. Where nothing is dropped the draws are always the same.
+    No gradient flows through a draw, so ELECTRA trains the generator by its own
+    loss alone.
 
     Args:
-      generated: the generator's output at these places.
-      deterministic: whether nothing is dropped.
+      generated: the generator's output at these places, whose `hidden` is
+        [batch, M, d_model].
+      deterministic: whether there is no dropout; then the draws are always the
+        same.
+
+    Returns:
+      The tokens, int32 [B, M].
     """
     key = jax.random.key(0) if deterministic else self.make_rng('dropout')
     hidden_BMD, head = jax.lax.stop_gradient(
@@ -455,6 +516,9 @@ class Encoder(nn.Module):
       key, hidden_BD = key_and_hidden
       return jax.random.categorical(key, head.logits(hidden_BD))
 
+    # lax.map goes over the places one after the other, so that logits of one
+    # place are held, [B, V], and not those of all, [B, M, V]. It maps over the
+    # first axis, so M goes in front, and the result is transposed back.
     keys_M = jax.random.split(key, hidden_BMD.shape[1])
     hidden_MBD = jnp.moveaxis(hidden_BMD, 1, 0)
     drawn_MB = jax.lax.map(draw_at_place, (keys_M, hidden_MBD))
@@ -463,17 +527,25 @@ class Encoder(nn.Module):
   def _apply_task_head(self, x_BLD: jax.Array,
                        segment_ids_BL: Optional[jax.Array],
                        deterministic: bool) -> Output:
-    """Returns the output of a model with the head of a task.
+    """Returns the output of a model with the head of a task, such as
+    classification, instead of that of masked words.
 
     Args:
-      x_BLD: the result of the last layer.
-      segment_ids_BL: 0 on padding; None: there is none.
-      deterministic: whether nothing is dropped.
+      x_BLD: the result of the last layer, [batch, length, d_model].
+      segment_ids_BL: the document of each token, 0 on padding; None: there is
+        no padding.
+      deterministic: whether there is no dropout.
+
+    Returns:
+      The Output. A head that predicts all tokens of a row returns them as
+      logits: `hidden` and `head`. Others have no `head`, and `extra` has
+      `scores`, [B, K] or [B, L, K] with K scores. `extra` also has `hidden`,
+      x_BLD itself, and what `input_of_task_head` adds, such as `pooled`.
     """
     config = self.config
     kind = heads.HEADS[config.head]
     extra = dict(hidden=x_BLD)
-    # Logits of all tokens of a row, made of its last token.
+    # Logits of all tokens of a row, predicted from its last token.
     if kind.has_logits_of_tokens:
       last_BD = heads.pool_last_token(x_BLD, None, segment_ids_BL)
       unfold = heads.Unfold(config, name='task')
@@ -495,12 +567,17 @@ class Encoder(nn.Module):
 
   def input_of_task_head(self, x: jax.Array, of_row: bool
                          ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns what the head of a task is applied to, and further results for
-    `extra` of the output, by name.
+    """Returns the vectors to which the head of a task is applied: a pooled one
+    of each row, or the tokens as they are. Subclasses override it.
 
     Args:
-      x: a vector of each row, [B, D], or the tokens, [B, L, D].
+      x: a vector of each row, [batch, d_model], or of each token, [batch,
+        length, d_model].
       of_row: whether x is of rows.
+
+    Returns:
+      The vectors, of the shape of x, and a dict of further results for
+      Output.extra: `pooled`, [B, D], for rows, and none for tokens.
     """
     if not of_row:
       return x, {}
@@ -518,13 +595,20 @@ class Encoder(nn.Module):
 
   def _apply_pretraining_head(self, x_BLD: jax.Array, table_DV: jax.Array,
                               aux: dict) -> Output:
-    """Returns the output with the head of masked words and, where the model has
-    one, that of two texts.
+    """Returns the output for pretraining: the logits of masked words and, with
+    next_sentence, whether the second text of a row follows the first (BERT).
 
     Args:
-      x_BLD: the result of the last layer.
-      table_DV: the transpose of the embedding's table.
-      aux: what the layers report.
+      x_BLD: the result of the last layer, [batch, length, d_model].
+      table_DV: the transpose of the embedding's table, [d_model, vocabulary],
+        which is the matrix of a tied head.
+      aux: what the layers report, by name; `readouts`, [N, B, L, D], are the
+        results of all N layers where the caller asked for them.
+
+    Returns:
+      The Output: `hidden` is the input of the `head` of masked words, and
+      `extra` has `hidden`, x_BLD itself. With next_sentence, it has `pooled`
+      and the logits of the two answers, `nsp_logits`, [B, 2], too.
     """
     config = self.config
     extra = dict(hidden=x_BLD)
@@ -534,7 +618,8 @@ class Encoder(nn.Module):
       logits_B2 = self._dense('nsp', pooled_BD, 2, output=True)
       extra |= dict(pooled=pooled_BD,
                     nsp_logits=logits_B2.astype(jnp.float32))
-    # Where the layers are kept, the head reads every one of them.
+    # The head of masked words begins with a transform. Where the results of all
+    # layers are kept, it transforms each; the last one is that of x_BLD.
     if 'readouts' in aux:
       readouts_NBLD = self.transform(aux['readouts'])
       hidden_BLD = readouts_NBLD[-1]
@@ -563,14 +648,14 @@ class Encoder(nn.Module):
 
   def _dense(self, name: str, x: jax.Array, size: int, output: bool = False,
              bias: bool = True) -> jax.Array:
-    """Returns x W + b, [..., size], with the parameters `name` and
-    `{name}_bias`.
+    """Returns a dense layer of x, x W + b, [..., E].
 
     Args:
-      name: the name of W.
+      name: the name of the parameter W, [D, E]; that of b is `{name}_bias`.
       x: the input, [..., D].
       size: the number of outputs, E.
-      output: whether the result is logits, whose number is no width.
+      output: whether the result is logits. Their number does not grow with the
+        model's width, by which weights are initialised.
       bias: whether there is b.
     """
     w_DE = layers.weight(self, name, (x.shape[-1], size), ('embed', None),
@@ -596,14 +681,17 @@ def _select_positions(output: Output, places_BM: jax.Array) -> Output:
 
 def _replace_tokens(tokens_BL: jax.Array, places_BM: jax.Array,
                     new_BM: jax.Array) -> jax.Array:
-  """Returns tokens, with new ones at some places of each row.
+  """Returns the tokens with those at M places of each row replaced.
 
   Args:
-    tokens_BL: the tokens.
-    places_BM: the places; one past the row's end is left out.
+    tokens_BL: the token ids, [batch, length].
+    places_BM: the M places of each row, from 0 on. Rows with fewer places are
+      filled up with a place past the row's end, at which nothing is written.
     new_BM: the token that is put at each place.
   """
   tokens_BL = jnp.asarray(tokens_BL)
+  # The row numbers [B, 1] and the places [B, M] index together, and 'drop'
+  # leaves out the places past the end.
   rows_B1 = jnp.arange(len(tokens_BL))[:, None]
   return tokens_BL.at[rows_B1, places_BM].set(new_BM, mode='drop')
 
@@ -645,7 +733,10 @@ class EncoderDecoder(nn.Module):
                decoder_segment_ids_BL: Optional[jax.Array] = None,
                cache: Any = None, memory: Optional[jax.Array] = None,
                one_by_one: bool = False, **context_fields: Any) -> Output:
-    """Runs both stacks, or the decoder alone.
+    """Runs the encoder and the decoder, or the decoder alone where the output
+    of the encoder is known.
+
+    Axes: B rows, M tokens of the source, and L tokens of the target.
 
     Args:
       tokens_BM: the source; None with `memory` or a cache that holds it.
@@ -664,6 +755,7 @@ class EncoderDecoder(nn.Module):
         and `readouts` are what the head would read of the decoder's.
     """
     aux = {}
+    # The encoder runs unless its output is passed, or is in the cache already.
     if memory is None and tokens_BM is not None:
       memory, aux = self.encode(
           tokens_BM, segment_ids_BM=segment_ids_BM, **context_fields)
@@ -680,13 +772,17 @@ class EncoderDecoder(nn.Module):
   def encode(self, tokens_BM: jax.Array, *,
              segment_ids_BM: Optional[jax.Array] = None,
              **context_fields: Any             ) -> tuple[jax.Array, dict]:
-    """Returns the memory, which is the encoder's output [B, M, D], and what its
-    layers report.
+    """Runs the encoder over the source.
 
     Args:
-      tokens_BM: the source.
+      tokens_BM: the tokens of the source, [batch, M].
       segment_ids_BM: 0 where the source is padding; as a Decoder's.
-      **context_fields: further fields of Context.
+      **context_fields: further fields of Context, such as deterministic.
+
+    Returns:
+      The memory that the decoder attends to: the result of the last layer after
+      the final norm, [B, M, D]. And what the layers report, by name: see
+      Output.aux.
     """
     ctx = _make_context(tokens_BM, None, segment_ids_BM, **context_fields)
     x_BMD, _ = self.embed(tokens_BM, ctx.positions_BL,
@@ -699,11 +795,11 @@ class EncoderDecoder(nn.Module):
              positions_BL: Optional[jax.Array] = None,
              segment_ids_BL: Optional[jax.Array] = None, cache: Any = None,
              one_by_one: bool = False, **context_fields: Any) -> Output:
-    """Returns the output of the decoder, whose logits predict the token after
-    each one of the target.
+    """Runs the decoder over the target, of which it predicts the token after
+    each one.
 
     Args:
-      tokens_BL: the target.
+      tokens_BL: the tokens of the target, [batch, L].
       memory: the encoder's output, [B, M, D]; None where the cache has its keys
         and values already.
       memory_segment_ids_BM: 0 where the source is padding; as a Decoder's.
@@ -717,6 +813,7 @@ class EncoderDecoder(nn.Module):
     Raises:
       RequestError: without a memory, or for segment ids with a cache.
     """
+    # A cache that was once filled with a memory keeps its keys and values.
     has_memory = memory is not None
     if not has_memory and cache is not None:
       has_memory = find_cache_of_tokens(cache).memory_key_BMJK is not None
@@ -739,12 +836,22 @@ class EncoderDecoder(nn.Module):
 
 def init_cache(config: ModelConfig, batch: int, length: int
                ) -> tuple[LayerCache, ...]:
-  """Returns an empty cache for `batch` rows of `length` tokens.
+  """Returns an empty generation cache for `batch` rows of `length` tokens.
 
-  It has one entry for each layer of the prefix and the suffix,
-  [1, B, M, J, K], and for each layer of the period, [N / period, B, M, J, K],
-  in their order. Layers that are run several times (model.loop) have rows for
-  each pass.
+  Layers are stored by section: the prefix, the repeated period of the layer
+  pattern, and the suffix. Axes: N layers, B rows of the batch, M = `length`
+  tokens, J heads of keys and values, and K features of a head.
+
+  Args:
+    config: the model.
+    batch: the number of rows, B.
+    length: the number of tokens that each row has room for, M.
+
+  Returns:
+    One entry for each layer of the prefix and the suffix, [1, B, M, J, K], and
+    for each layer of the period, [N / period, B, M, J, K], in their order.
+    Layers that are run several times (model.loop) have rows for each pass:
+    [passes * N / period, B, M, J, K].
 
   Raises:
     ValueError: where learned positions do not reach `length`.
@@ -761,11 +868,12 @@ def init_cache(config: ModelConfig, batch: int, length: int
 
 
 def unstack_layers(params: Any, cache: Any) -> tuple[Any, list]:
-  """Returns parameters and cache as a loop over single tokens takes them, with
-  `one_by_one=True` in each call of the model.
+  """Returns parameters and cache with each layer's arrays apart instead of
+  stacked, for a loop that generates single tokens.
 
-  On CPU these are copies of the layers' weights, made once: XLA would make
-  them at every turn of the loop. Elsewhere it reads them where they lie.
+  Each call of the model in that loop has `one_by_one=True`. On CPU the weights
+  are copied once, here: XLA would otherwise slice them from the stack at every
+  turn of the loop. Elsewhere it reads them where they lie.
 
   Args:
     params: the parameters of the model, whose arrays stack the layers of each
@@ -782,7 +890,9 @@ def unstack_layers(params: Any, cache: Any) -> tuple[Any, list]:
   for name in SECTIONS:
     if name not in decoder:
       continue
-    # The rows of the weights, and of the cache's entries for these layers.
+    # The weights and the entries of the cache, row by row. A row is a period of
+    # the pattern; the prefix and the suffix have one each. A section has an
+    # entry of the cache for each of the layers that its parameters hold.
     rows_of_weights = _unstack_rows(decoder[name])
     entries_of_section = tuple(itertools.islice(entries, len(decoder[name])))
     unstacked_cache += _unstack_rows(entries_of_section)

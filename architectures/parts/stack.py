@@ -132,22 +132,31 @@ class Stack(nn.Module):
 
   def _complete_context(self, x_BLD: jax.Array, ctx: Context, cache: Any
                         ) -> Context:
-    """Returns the context with what is computed once for all layers of the
-    stack: how long the rows are, distances, and the embedding of the tokens.
+    """Returns the context of a call with what is computed once for all layers
+    of the stack.
 
     Args:
-      x_BLD: the embedding of the tokens.
+      x_BLD: the embedding of the tokens, [batch, length, d_model].
       ctx: the context of the call.
-      cache: the cache of all layers; None: there is none.
+      cache: the generation cache of all layers; None: there is none.
+
+    Returns:
+      The context with `lengths_B`, the number of tokens of each row, where
+      there is a cache; `distances`, for relative position encodings; and
+      `embedded_BLD`, where some layer looks up tables by it.
     """
     config = self.config
-    # The keys that queries meet stand in the slots of a cache.
+    # The keys are those of this call or, with a cache, all of its slots, of
+    # which slot m is for the token at position m. The mask of attention leaves
+    # out slots that are not filled yet.
     k_positions_BM = ctx.positions_BL
     cache_of_tokens = find_cache_of_tokens(cache)
     if cache_of_tokens is not None:
       k_positions_BM = jnp.arange(cache_of_tokens.num_slots)[None]
+    # With a cache, a row reaches up to the last token of this call.
     if cache is not None and ctx.lengths_B is None:
       ctx = ctx.replace(lengths_B=ctx.positions_BL[:, -1] + 1)
+    # All layers of a stack are causal, or none is, so the first one tells.
     first_kind = self.sections[0].kinds[0]
     ctx = add_distances(
         config, first_kind, ctx=ctx, k_positions_BM=k_positions_BM)
@@ -170,17 +179,25 @@ class Stack(nn.Module):
 
   def _scan_sections(self, carry: Carry, cache: Any, ctx: Context
                      ) -> tuple[Carry, list[LayerResults]]:
-    """Runs the sections one after another, each as a scan over its periods.
+    """Runs all layers: the sections one after another, each as a scan over the
+    periods of its layer pattern.
+
+    A section is the prefix, the repeated pattern or the suffix of the model's
+    layers. A period is the layers of one repetition.
 
     Args:
-      carry: what goes from layer to layer.
-      cache: the entries of all layers; None: there is no cache.
+      carry: what goes from layer to layer: the residual stream, and the values
+        of the first layer where the others mix them in.
+      cache: the entries of all layers, section by section; None: there is no
+        cache.
       ctx: what the layers read besides their input.
 
     Returns:
-      The carry, and the results of each section, whose arrays have an axis of
-      periods in front.
+      The carry after the last layer, and the LayerResults of each section,
+      whose arrays have an axis of periods in front.
     """
+    # One iterator over all entries: each section takes as many as it has layers
+    # in a period, since the entries of a layer are stacked over the periods.
     entries = iter(cache or ())
     lent: dict[int, KeysAndValues] = {}
     results_of_sections = []
@@ -199,26 +216,30 @@ class Stack(nn.Module):
                    cache: Optional[tuple[LayerCache, ...]], ctx: Context,
                    lent: dict[int, KeysAndValues]
                    ) -> tuple[Carry, LayerResults]:
-    """Runs the periods of one section, all of its passes.
+    """Runs the layers of one section: all periods of its pattern and, where
+    they loop, all passes over these.
 
-    The slots of the cache go along with the carry (see Scanned), and what else
-    the cache holds is given to the periods one by one.
+    The keys and values of the cache, its slots, go along with the carry (see
+    Scanned). What else the cache holds is given to the periods one by one.
 
     Args:
-      section: the section.
+      section: the section: the prefix, the repeated pattern or the suffix.
       carry: what goes from layer to layer.
       cache: the entries of its layers; None: there is no cache.
       ctx: what the layers read besides their input.
-      lent: keys and values of layers of the sections before.
+      lent: keys and values of layers of the sections before, by how far before
+        this section they are: -1, ...
 
     Returns:
-      The carry, and the results, with an axis of periods in front.
+      The carry after the section, and the LayerResults, whose arrays have an
+      axis of periods in front ([passes * periods] of layers that loop).
     """
     slots, other_cache, period_N = None, None, None
     if cache is not None:
       slots, other_cache = split_off_slots(cache)
       period_N = jnp.arange(section.periods)
-    # One scan over the periods, or one in each pass.
+    # One scan over the periods, or one in each pass. A new model runs one pass:
+    # all passes have the same parameters, which must be declared once.
     if self._is_looped(section) and not self.is_initializing():
       (carry, slots), results = self._run_passes(
           section, (carry, slots), other_cache=other_cache, ctx=ctx, lent=lent)
@@ -226,7 +247,8 @@ class Stack(nn.Module):
       periods = self._scanned_periods(section, name=section.name)
       (carry, slots), results = periods(
           (carry, slots), (period_N, other_cache), ctx, lent)
-    # A new model runs one pass, and declares what passes are entered with.
+    # That one pass does not read what passes are entered with, so the
+    # parameters of this are declared here.
     if self._is_looped(section) and self.is_initializing():
       passes.Enter(self.config, name='loop')(carry[0], carry[0], 0)
     if slots is None:
@@ -236,17 +258,19 @@ class Stack(nn.Module):
 
   def _scanned_periods(self, section: Section, **module_options: Any
                        ) -> nn.Module:
-    """Returns the module that scans the periods of a section.
+    """Returns the module that runs the periods of a section as one scan, whose
+    parameters are stacked over the periods in their first axis.
 
     Args:
-      section: the section.
+      section: the section: the prefix, the repeated pattern or the suffix.
       **module_options: `name`, its name in the stack, or parent=None, which
         leaves it unbound.
     """
     config = self.config
-    # If the check were left out, the layers would be traced once and not twice.
-    # Where they draw numbers, the draws of both are counted, and what is drawn
-    # depends on the count.
+    # Flax checks what is constant in a scan by tracing its body a second time,
+    # which is left out where nothing is drawn. Where the layers draw random
+    # numbers, the draws of both traces are counted, and what is drawn depends
+    # on the count: without the check, the same seed would draw other numbers.
     draws_numbers = any(map(self.has_rng, ('params', 'dropout', 'router')))
     scanned = nn.scan(
         Scanned, variable_axes={'params': 0},
@@ -255,6 +279,7 @@ class Stack(nn.Module):
         unroll=1 if config.scan_layers else section.periods,
         check_constancy_invariants=draws_numbers,
         metadata_params={nn.PARTITION_NAME: 'layers'})
+    # A scan of one turn is no loop: XLA writes its body out.
     has_several_periods = section.periods * section.passes > 1
     return scanned(
         config=config, pattern=section.kinds,
@@ -262,11 +287,20 @@ class Stack(nn.Module):
         in_loop=config.scan_layers and has_several_periods, **module_options)
 
   def _places_lent_by_section(self, section_name: str) -> tuple[int, ...]:
-    """Returns which layers of a section lend their keys and values to later
-    sections, by how far before its end they are: -1, ... Only layers of the
-    prefix do."""
+    """Returns which layers of a section lend their keys and values to layers of
+    later sections.
+
+    Args:
+      section_name: the name of the section. Only layers of the prefix lend.
+
+    Returns:
+      How far before the end of the section each lender is, in ascending order:
+      -1 is the last layer. () where there is none.
+    """
     if section_name != 'prefix':
       return ()
+    # A source below 0 is counted back from the start of the reader's section,
+    # which is the end of the prefix.
     places = set()
     for section in self.sections:
       for kind in section.kinds:
@@ -310,11 +344,25 @@ class Stack(nn.Module):
 
     def run_pass(params: Any, inputs: streams.LayerInput, ctx: Context,
                  lent: dict[int, KeysAndValues], carry: tuple, of_pass: tuple):
-      """Runs one pass. `of_pass` is what it alone is given: its number, its
-      rows of the cache, and its keys of random numbers."""
+      """Runs one pass over the layers, as one turn of a scan over the passes.
+
+      Args:
+        params: the parameters of the stack, which all passes share.
+        inputs: the input of the first pass.
+        ctx: what the layers read besides their input.
+        lent: keys and values of layers of the sections before.
+        carry: what goes from layer to layer, and the slots (the cached keys and
+          values) of all passes; None: no cache.
+        of_pass: what this pass alone is given: its number, its rows of what
+          else the cache holds, and its random keys by name.
+
+      Returns:
+        The carry after the pass, and the LayerResults of its periods.
+      """
       (x, first_values), slots = carry
       n, other_cache, rngs = of_pass
       x = passes.input_of_pass(config, params, x, inputs=inputs, n=n)
+      # The cache has the rows of all passes, those of a pass side by side.
       period_N = None
       if slots is not None:
         period_N = n * num_periods + jnp.arange(num_periods)
@@ -364,11 +412,21 @@ class Stack(nn.Module):
     return max(num_passes - num_with_gradient, 0)
 
   def _mean_loads(self, section: Section, layer_report: Report) -> Report:
-    """Returns a layer's report of all passes with the mean load of experts over
-    the passes, by which a bias moves.
+    """Returns a layer's report with the loads of its experts averaged over the
+    passes, where the layers of a section are run several times.
 
-    The loads are named by the whole path of that bias: the unbound module that
-    made the report does not know where it stands.
+    A load is the share of tokens that each expert got. The optimizer step moves
+    a bias of the router by it, and all passes share one bias.
+
+    Args:
+      section: the section of the layer.
+      layer_report: the report, whose loads are [N, E] with N = passes * periods
+        rows and E experts, by the path of the bias inside the section.
+
+    Returns:
+      The report with loads [periods, E], by the whole path of the bias in the
+      model. The module that made the report ran unbound, and did not know where
+      it stands.
     """
     path_of_section = '/'.join((*self.path, section.name))
     loads = {}
@@ -381,16 +439,18 @@ class Stack(nn.Module):
 
   def _run_one_by_one(self, carry: Carry, cache: Any, ctx: Context
                       ) -> tuple[Carry, list[LayerResults]]:
-    """Runs the layers period by period, as a loop of Python.
+    """Runs all layers as a loop of Python over the periods of each section, so
+    that the program holds each layer apart (for a loop of single tokens).
 
     Args:
       carry: what goes from layer to layer.
-      cache: the entries of each period of each pass.
+      cache: the entries of each period of each pass, in order.
       ctx: what the layers read besides their input.
 
     Returns:
-      The carry, and the results of each period, whose arrays have an axis of
-      one period in front, but for the caches, which are updated in place.
+      The carry after the last layer, and the LayerResults of each period. Their
+      arrays have an axis of one period in front, as a scan's would have; their
+      caches do not, so that they are updated in place.
     """
     config, params = self.config, self.variables['params']
     entries = iter(cache)
@@ -401,6 +461,7 @@ class Stack(nn.Module):
       period = Period(config, section.kinds, lends, parent=None)
       inputs, _ = carry
       for i in range(section.periods * section.passes):
+        # Pass n runs all periods with the weights that the other passes have.
         n, row = divmod(i, section.periods)  # the pass, and the period in it
         if self._is_looped(section) and row == 0:
           x, first_values = carry
@@ -412,6 +473,7 @@ class Stack(nn.Module):
         with_axis = jax.tree.map(
             lambda x: x[None], results.replace(caches=None))
         results_of_periods.append(with_axis.replace(caches=results.caches))
+      # The prefix alone lends keys and values, to all sections after it.
       if section.name == 'prefix':
         lent = results.lent
     return carry, results_of_periods
@@ -453,16 +515,27 @@ def _flatten_passes(*of_scans: jax.Array) -> jax.Array:
 
 def add_distances(c: ModelConfig, kind: LayerKind, ctx: Context,
                   k_positions_BM: jax.Array, name_suffix: str = '') -> Context:
-  """Returns the context with what the position encoding computes of the
-  distances between queries and keys, once for all layers of a stack.
+  """Returns the context with what a relative position encoding computes once
+  for all layers of a stack: biases of the attention scores, or a table of
+  vectors for the distances between queries and keys.
+
+  It is called inside the module of the stack, which the encoding's modules
+  become children of.
 
   Args:
     c: the model.
     kind: a kind of layer of the stack, which says whether it is causal.
-    ctx: the context, which says where the queries stand.
-    k_positions_BM: where the keys stand.
-    name_suffix: the end of the names of the encoding's modules in the stack.
+    ctx: the context, which has the positions of the L queries.
+    k_positions_BM: the positions of the M keys, [batch or 1, M].
+    name_suffix: the end of the names of the encoding's modules, which keeps
+      those of several stacks in one module apart.
+
+  Returns:
+    The context, whose `distances` has `bias_BHLM`, added to the scores of H
+    heads, and `table_UD`, the vectors of U distances; each is None where the
+    encoding has none.
   """
+  # An encoding has a module of one of these kinds, or neither.
   encoding = positions.position_of(c)
   bias_BHLM, table_UD = None, None
   if encoding.stack_bias:
@@ -500,22 +573,29 @@ class Period(nn.Module):
   def __call__(self, carry: Carry, cache: Optional[tuple[LayerCache, ...]],
                ctx: Context, lent: dict[int, KeysAndValues]
                ) -> tuple[Any, LayerResults]:
-    """Runs the layers one after another.
+    """Runs the layers of one period of the layer pattern, one after another.
 
     Args:
-      carry: what goes from layer to layer.
+      carry: what goes from layer to layer: the residual stream, and the values
+        of the first layer where the others mix them in; else None.
       cache: the entries of the layers; None: there is no cache.
       ctx: what the layers read besides their input.
       lent: keys and values of layers before the period, by how far before it
         they are: -1, ...
 
     Returns:
-      The carry, and what the layers return beside it.
+      The carry after the last layer, and LayerResults: the caches, the reports,
+      the results that were to be kept, and the keys and values that later
+      periods read, by how far before the end of this period their layer is.
     """
     x, first_values = carry
+    # This copy also takes the keys and values of layers of the period, whose
+    # places count from 0 and cannot meet those below 0.
     lent = dict(lent)
     num_layers = len(self.pattern)
-    # The layers whose keys and values another one reads, here or later.
+    # The layers whose keys and values another one reads, here or later. A place
+    # below 0 is counted from the end of the period, so the number of layers is
+    # added to it.
     lenders = {kind.source for kind in self.pattern}
     lenders |= {num_layers + place for place in self.lends}
     caches, reports, kept = [], [], []
@@ -542,7 +622,8 @@ class Period(nn.Module):
   def _run_layer(self, i: int, kind: LayerKind, x: streams.LayerInput,
                  ctx: Context, cache: Optional[LayerCache]
                  ) -> tuple[streams.LayerInput, Optional[LayerCache], Report]:
-    """Returns the result of layer i of the period, its cache, and its report.
+    """Runs layer i of the period, with the rematerialisation that the model
+    has.
 
     On several devices, the layer's gradient is passed on only when those of its
     weights are there, see `_run_after_weight_gradients`. This is not needed for
@@ -550,13 +631,20 @@ class Period(nn.Module):
     gradients.
 
     Args:
-      i: the place of the layer in the period.
+      i: the place of the layer in the period, from 0 on.
       kind: its kind.
-      x: its input.
+      x: its input, the residual stream.
       ctx: what it reads besides.
       cache: its cache; None: there is none.
+
+    Returns:
+      The residual stream after the layer, its cache with the new tokens (None:
+      there is none), and its Report.
     """
     config = self.config.of_kind(kind.name)
+    # Outside a loop, XLA may merge the second computation of a layer with the
+    # first (common subexpression elimination) and so keep what was to be
+    # dropped; prevent_cse adds a barrier against it.
     is_alone_in_loop = self.in_loop and len(self.pattern) == 1
     block = layers.apply_remat(
         BLOCKS[config.block], config, prevent_cse=not is_alone_in_loop)
@@ -573,8 +661,8 @@ class Period(nn.Module):
       self, name: str, make_layer: Callable[[], nn.Module],
       x: streams.LayerInput, ctx: Context, cache: Optional[LayerCache]
       ) -> tuple[streams.LayerInput, Optional[LayerCache], Report]:
-    """Returns the result of a layer, its cache and its report. In the backward
-    pass, the gradient of x waits for the gradients of the layer's weights.
+    """Runs a layer so that in the backward pass the gradient of its input waits
+    for the gradients of its weights.
 
     The order of the forward pass is unchanged. In the backward pass the layer's
     gradient goes on to the layer before it only when the gradients of its
@@ -588,9 +676,13 @@ class Period(nn.Module):
     Args:
       name: the name of the layer in the period.
       make_layer: a function that makes the layer.
-      x: its input.
+      x: its input, the residual stream.
       ctx: what it reads besides.
       cache: its cache; None: there is none.
+
+    Returns:
+      The residual stream after the layer, its cache (None: there is none), and
+      its Report.
     """
     x, weights = _tie_gradients(x, self.get_variable('params', name))
 
@@ -603,6 +695,8 @@ class Period(nn.Module):
       del period  # the parent of the layer
       return make_layer()(x, ctx, cache)
 
+    # Inside run_layer, the period's parameters are what replace_weights
+    # returns, so the layer reads those that went through the barrier with x.
     return nn.map_variables(run_layer, 'params', replace_weights)(self)
 
 
@@ -638,22 +732,27 @@ class Scanned(Period):
   def __call__(self, carry: tuple[Carry, SlotsOfEntries],
                xs: tuple[Optional[jax.Array], Any], ctx: Context,
                lent: dict[int, KeysAndValues]) -> tuple[Any, LayerResults]:
-    """Runs the period.
+    """Runs the period as one turn of a scan.
 
     Args:
-      carry: what goes from layer to layer, and the slots of all periods.
-      xs: the period's number n, and what else its entries of the cache hold.
+      carry: what goes from turn to turn: what goes from layer to layer, and the
+        slots (the cached keys and values) of all periods; None: no cache.
+      xs: what this turn alone is given: the number n of the period, which is
+        its row of the slots, and what else its entries of the cache hold.
       ctx: what the layers read besides their input.
-      lent: keys and values of layers of the sections before.
+      lent: keys and values of layers of the sections before, by how far before
+        they are.
 
     Returns:
-      The carry, and what the layers return beside it, without slots.
+      The carry, in the two parts in which it came, and the LayerResults, whose
+      caches are without slots: these are in the carry.
     """
     carry, slots = carry
     n, other_cache = xs
     if slots is None:
       carry, results = super().__call__(carry, None, ctx, lent)
       return (carry, None), results
+    # The layers see whole entries, of which they write row n only.
     cache = put_slots_back(slots, other_cache, n)
     carry, results = super().__call__(carry, cache, ctx, lent)
     slots, other_cache = split_off_slots(results.caches)

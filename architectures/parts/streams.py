@@ -162,32 +162,47 @@ class Branch(nn.Module):
 
 def read_streams(config: ModelConfig, name: str, x: LayerInput
                  ) -> tuple[jax.Array, Optional[StreamWeights]]:
-  """Returns the input of a branch, [B, L, D], and how its result is added to
-  the streams.
+  """Returns what a residual branch (attention or the feed-forward network)
+  reads, and how its result is to be added to the residual streams later.
 
   Args:
     config: the model.
-    name: the name of the branch, which begins that of its parameters.
-    x: the residual stream as the branches before have left it, or several.
+    name: the name of the branch, such as 'attention'. The parameters of the
+      mixture are those of a submodule `{name}_streams` of the calling layer.
+    x: one residual stream [B, L, D] = [batch, length, d_model], or Streams,
+      as the branches before have left it.
+
+  Returns:
+    The input of the branch, [B, L, D], and the weights to pass on to
+    `add_to_streams`. These are None for one stream, which takes a plain sum,
+    and for residual attention, which takes the results as they are.
   """
   if isinstance(x, Streams):
     return Branch(config, name=f'{name}_streams')(x)
+  # One stream is read as it is.
   return x, None
 
 
 def add_to_streams(config: ModelConfig, x: LayerInput, y_BLD: jax.Array,
                    weights: Optional[StreamWeights]) -> LayerInput:
-  """Returns x with the result of a branch added to it.
+  """Returns the residual stream, or streams, after one branch (attention or the
+  feed-forward network): x + residual_scale y for one stream.
 
   Args:
     config: the model.
-    x: the argument of `read_streams`.
-    y_BLD: the result of the branch.
-    weights: how it is added, as `read_streams` says.
+    x: the same residual stream, or Streams, that `read_streams` was given.
+    y_BLD: the result of the branch, [batch, length, d_model].
+    weights: how y is added to several streams: the second result of
+      `read_streams`.
+
+  Returns:
+    x of the same type and shapes, with y added.
   """
   if isinstance(x, Streams):
     x_BLUD = RESIDUALS[config.residual].add(config, x, y_BLD, weights)
+    # The next branch finds its own stream, or slot, by this count.
     return x.replace(x_BLUD=x_BLUD, branch=x.branch + 1)
+  # A scale of 1 is left out, so that it costs no operation.
   if config.residual_scale != 1:
     y_BLD = layers.multiply_exactly(y_BLD, config.residual_scale)
   return x + y_BLD
@@ -201,15 +216,21 @@ def count_streams(config: ModelConfig, branches: int) -> int:
 
 def begin_streams(config: ModelConfig, x_BLD: jax.Array, branches: int
                   ) -> LayerInput:
-  """Returns the input of the first layer.
+  """Returns the residual stream, or streams, that the first layer reads.
 
   Args:
     config: the model.
-    x_BLD: the embedding of the tokens.
-    branches: how many branches the stack has.
+    x_BLD: the embedding of the tokens, [batch, length, d_model].
+    branches: how many residual branches (an attention or a feed-forward
+      network each) the whole stack of layers has.
+
+  Returns:
+    The embedding itself for a plain residual. Otherwise Streams, whose arrays
+    are [B, L, U, D] with U streams, and whose count of branches run is 0.
   """
   count = count_streams(config, branches)
   x_BLUD = RESIDUALS[config.residual].begin(x_BLD, count)
+  # The plain residual makes no streams: its state is the one array.
   if x_BLUD is None:
     return x_BLD
   return Streams(x_BLUD=pin_streams(x_BLUD), branch=jnp.zeros((), jnp.int32),
@@ -326,21 +347,30 @@ def _sum_weighted_streams(x_BLUD: jax.Array, w_BLU: jax.Array) -> jax.Array:
 
 def _mix_and_write_streams(x_BLUD: jax.Array, y_BLD: jax.Array,
                            weights: StreamWeights) -> jax.Array:
-  """Returns x'_v = sum over u of A_uv x_u + b_v y, [B, L, U, D].
+  """Returns the residual streams after a branch,
+
+    x'_v = sum over u of A_uv x_u + b_v y,
+
+  in the dtype of x, computed in float32.
 
   Args:
-    x_BLUD: the streams.
-    y_BLD: the result of a branch.
-    weights: A (`mix_BLUU`; None: the identity) and b (`write_BLU`).
+    x_BLUD: the streams x_u, [batch, length, U streams, d_model].
+    y_BLD: the result y of the branch.
+    weights: A (`mix_BLUU`; None: the identity) and b (`write_BLU`). Their B and
+      L may be 1.
+
+  Returns:
+    x', [B, L, U, D].
   """
   x32_BLUD = x_BLUD.astype(jnp.float32)
-  # The mixture of the streams, as a sum over u.
+  # The mixture A. Each term takes one old stream u, [B, L, 1, D], and its
+  # weights in all new streams v, [B, L, U, 1].
   mixed_BLUD = x32_BLUD
   if weights.mix_BLUU is not None:
     mixed_BLUD = sum(
         x32_BLUD[:, :, u, None] * weights.mix_BLUU[:, :, u, :, None]
         for u in range(x_BLUD.shape[2]))
-  # The result of the branch, added to each.
+  # The result of the branch is added to each new stream v, times b_v.
   y32_BL1D = y_BLD[:, :, None].astype(jnp.float32)
   written_BLUD = y32_BL1D * weights.write_BLU[..., None]
   return (mixed_BLUD + written_BLUD).astype(x_BLUD.dtype)
@@ -366,7 +396,10 @@ class Hyper(Mixed):
   def weights(self, module: Any, x: Streams) -> StreamWeights:
     config: ModelConfig = module.config
     count, D = x.x_BLUD.shape[2:]
-    # The part of the branch: a_k, b_k and A_k.
+    # Below, U are the `count` streams.
+    # The part that is alike for all tokens: a_k, b_k and A_k. In a new model,
+    # branch k reads stream k mod count alone, adds its result to every stream,
+    # and leaves the streams as they are.
     read_U = _declare_in_float32(module, 'read', nn.initializers.zeros, count)
     read_U = read_U + jax.nn.one_hot(x.branch % count, count)
     write_U = _declare_in_float32(module, 'write', nn.initializers.ones, count)
@@ -376,8 +409,8 @@ class Hyper(Mixed):
     if not config.part(StreamsConfig).dynamic:
       return StreamWeights(read_BLU=read_11U, write_BLU=write_11U,
                            mix_BLUU=mix_11UU)
-    # The part of the token: tanh(n(x) W), for each stream. W makes count + 2
-    # features I of it: one of a, one of b, and a row of A.
+    # The part that depends on the token: tanh(n(x) W). W makes I = count + 2
+    # numbers of each stream u: its a_u, its b_u, and its row A_u of A.
     role = Role(axes=('embed', None), inputs=(0,), kind='logits')
     w_DI = declare(module, 'dynamic', nn.initializers.zeros, (D, count + 2),
                    role=role)
@@ -388,6 +421,7 @@ class Hyper(Mixed):
     z_BLUI = layers.einsum('BLUD,DI->BLUI', n_BLUD, w_DI, config.compute_dtype,
                            out_dtype=jnp.float32)
     z_BLUI = jnp.tanh(z_BLUI / config.widening)
+    # The sums of both parts. a and A have one factor s, and b has its own.
     return StreamWeights(
         read_BLU=read_11U + scale_2[0] * z_BLUI[..., 0],
         write_BLU=write_11U + scale_2[1] * z_BLUI[..., 1],
@@ -414,7 +448,9 @@ class MHC(Mixed):
     config: ModelConfig = module.config
     B, L, count, _ = x.x_BLUD.shape
     fields = config.part(StreamsConfig)
-    # The part of the branch: c_k, and d_k of b and of A.
+    # The part that is alike for all tokens: c_k of a, and d_k of b and of A.
+    # The initial c_k is added to a parameter that begins at 0, as it depends on
+    # the number of the branch, which is no constant inside a scan over layers.
     initial_U = 0
     if not fields.learned_end:
       initial_U = initial_read_logits(count, x.branch)
@@ -424,13 +460,15 @@ class MHC(Mixed):
         module, 'write', nn.initializers.zeros, count)
     mix_UU = _declare_in_float32(
         module, 'mix', _logits_of_identity, count, count)
-    # The part of the token: s rms(x) W, with a factor s for each of a, b, A.
+    # The part that depends on the token: s rms(x) W, with a factor s for each
+    # of a, b and A. Of its I numbers, `count` are a's, `count` b's, and the
+    # rest are A's, row by row.
     z_BLI = _logits_of_all_streams(module, x.x_BLUD, count * (count + 2))
     scale_3 = _declare_in_float32(
         module, 'dynamic_scale',
         nn.initializers.constant(INITIAL_SCALE_OF_DYNAMIC_PART), 3)
     read_BLU, write_BLU, mix_BLI = jnp.split(z_BLI, (count, 2 * count), -1)
-    # Their sums.
+    # The logits are the sums of both parts.
     read_BLU = scale_3[0] * read_BLU + read_U[None, None]
     write_BLU = scale_3[1] * write_BLU + write_U[None, None]
     mix_BLI = scale_3[2] * mix_BLI + mix_UU.reshape(-1)[None, None]
@@ -447,13 +485,14 @@ class MHC(Mixed):
   def end(self, module: Any, x: Streams) -> jax.Array:
     if not module.config.part(StreamsConfig).learned_end:
       return super().end(module, x)
-    # The logits of each stream, z = s rms(x) W + d.
+    # DeepSeek-V4's end. The logits of each stream are z = s rms(x) W + d.
     count = x.x_BLUD.shape[-2]
     z_BLU = _logits_of_all_streams(module, x.x_BLUD, count)
     scale_1 = _declare_in_float32(
         module, 'dynamic_scale',
         nn.initializers.constant(INITIAL_SCALE_OF_DYNAMIC_PART), 1)
     read_U = _declare_in_float32(module, 'read', nn.initializers.zeros, count)
+    # There may be an axis of layers in front of B.
     read_BLU = read_U.reshape((1,) * (z_BLU.ndim - 1) + (-1,))
     z_BLU = scale_1[0] * z_BLU + read_BLU
     # The sum over u of sigmoid(z_u) x_u.
@@ -472,17 +511,22 @@ def _logits_of_identity(key: jax.Array, shape: tuple[int, ...],
 
 def _logits_of_all_streams(module: Any, x_BLUD: jax.Array, size: int
                            ) -> jax.Array:
-  """Returns rms(x) W, logits of each token made of all its streams,
-  [..., size]. There may be an axis of layers in front of B.
+  """Returns logits of each token, rms(x) W, made of all its residual streams
+  side by side (mhc, Xie et al. 2025, equation 7).
 
   Args:
-    module: the module that holds W.
-    x_BLUD: the streams. Below, I are the features of all streams of a token.
-    size: the number of logits, O.
+    module: the module that declares W, as its parameter 'dynamic'.
+    x_BLUD: the streams, [batch, length, U streams, d_model]. There may be an
+      axis of layers in front of B.
+    size: the number O of logits.
+
+  Returns:
+    The logits in float32, [..., O].
   """
   config: ModelConfig = module.config
-  *rows, count, D = x_BLUD.shape
-  # W is 0 at first, but where DeepSeek-V4's form draws it.
+  *leading_shape, count, D = x_BLUD.shape
+  # W is 0 at first, so that a new model mixes all tokens alike. DeepSeek-V4's
+  # form draws it.
   init = nn.initializers.zeros
   if config.part(StreamsConfig).learned_end:
     init = nn.initializers.normal(config.init_stddev)
@@ -494,21 +538,28 @@ def _logits_of_all_streams(module: Any, x_BLUD: jax.Array, size: int
     return layers.einsum('...I,IO->...O', n_BLI, w_IO, config.compute_dtype,
                          out_dtype=jnp.float32)
 
-  x_BLI = x_BLUD.reshape(*rows, -1)
+  # The U streams of a token become one vector of I = U * D features, whose root
+  # mean square is then taken over all streams at once. W is declared with both
+  # axes, so that it can be sharded over D.
+  x_BLI = x_BLUD.reshape(*leading_shape, -1)
   w_IO = w_UDO.reshape(count * D, -1)
   return recompute_in_backward(logits)(x_BLI, w_IO) / config.widening
 
 
 def initial_read_logits(count: int, branch: jax.Array) -> jax.Array:
-  """Returns c_k of mhc, [count]: the logits of how much branch k of a new model
-  reads of each stream.
+  """Returns the logits with which a branch of a new model reads each residual
+  stream, where the form of the residual is mhc (Xie et al. 2025).
 
-  They are those of 3/4 for stream k mod count, and of equal parts of the rest
-  for the other streams.
+  Their sigmoids are READ_WEIGHT_OF_OWN_STREAM for stream `branch` mod `count`,
+  and equal parts of the rest for the other streams. So they sum to 1, and the
+  branch reads what a plain model would, as all streams are equal at first.
 
   Args:
-    count: the number of streams.
-    branch: k.
+    count: the number of streams, U.
+    branch: the number of the branch in the stack, from 0 on; int32.
+
+  Returns:
+    The logits, [U].
   """
   is_own_U = jax.nn.one_hot(branch % count, count) > 0
   weight_of_others = (1 - READ_WEIGHT_OF_OWN_STREAM) / (count - 1)
@@ -522,14 +573,26 @@ def _logit(p: float) -> float:
 
 
 def sinkhorn(logits_BLUU: jax.Array, iterations: int) -> jax.Array:
-  """Returns exp(logits) made doubly stochastic by rounds of Sinkhorn's
-  algorithm, each of which divides the rows and then the columns by their sums.
+  """Returns exp(logits) made doubly stochastic: all rows and all columns sum to
+  1, up to the error of a few rounds of Sinkhorn's algorithm.
 
-  As in DeepSeek-V4, the first rows are a softmax, and SMALLEST_WEIGHT is added
-  to it and to later sums, so that none is 0.
+  Each round divides the rows and then the columns by their sums. As in
+  DeepSeek-V4, the first rows are a softmax, and SMALLEST_WEIGHT is added to it
+  and to later sums, so that none is 0.
+
+  Args:
+    logits_BLUU: the logits, [batch, length, U, U]: a matrix for each token.
+    iterations: the number of rounds, at least 1.
+
+  Returns:
+    The matrices, [B, L, U, U].
   """
+  # The first round: softmax divides the rows by their sums, and is safe from
+  # overflow where exp alone is not.
   first_BLUU = _divide_by_sums(
       jax.nn.softmax(logits_BLUU) + SMALLEST_WEIGHT, axis=-2)
+  # The later rounds, whose FLOPs are counted as 0. Each is one of the scanned
+  # numbers, which have no other meaning.
   later_rounds = jnp.arange(1, iterations)
   run_rounds = layers.count_flops_by_result(_run_rounds_of_sinkhorn, 0)
   return run_rounds(first_BLUU, later_rounds)
@@ -586,31 +649,41 @@ class Gated(Mixed):
 
 def _read_through_gates(module: Any, x: Streams
                         ) -> tuple[jax.Array, jax.Array]:
-  """Returns the mean over u of g_u * n_u(x_u), [B, L, D], and the normalised
-  streams n_u(x_u), [B, L, U, D], with the gates
+  """Returns the mean of several residual streams, each normalised and times a
+  gate in (0, 1) for each of its features:
 
+    y = mean over u of g_u * n_u(x_u)
     g = sigmoid(silu(sum over u of n_u(x_u) W_down,u / count) W_up)
 
-  whose product has the rank R. There may be an axis of layers in front of B.
+  This is Qwen4-Exp's GatedResidual. The product W_down W_up has the low rank R.
 
   Args:
-    module: the module that holds the norms and the weights.
-    x: the streams.
+    module: the module that declares the norms n_u and the weights.
+    x: the U streams, whose array is [batch, length, U, d_model]. There may be
+      an axis of layers in front of B.
+
+  Returns:
+    The mean y, [B, L, D], and the normalised streams n_u(x_u), [B, L, U, D],
+    of which a branch also computes how its result is added.
   """
-  c: ModelConfig = module.config
-  # The weights.
-  n_BLUD = layers.norm_of_streams(c, 'norm')(x.x_BLUD)
+  config: ModelConfig = module.config
+  # The normalised streams, and the weights.
+  n_BLUD = layers.norm_of_streams(config, 'norm')(x.x_BLUD)
   count, D = n_BLUD.shape[-2:]
-  rank = c.part(StreamsConfig).rank
+  rank = config.part(StreamsConfig).rank
   down_UDR = layers.weight(module, 'down', (count, D, rank),
                            (None, 'embed', None), in_axes=(0, 1), output=True)
   up_RUD = layers.weight(module, 'up', (rank, count, D), (None, None, 'embed'))
-  # The gates, before their sigmoid.
-  z_BLR = layers.einsum('...UD,UDR->...R', n_BLUD, down_UDR, c.compute_dtype,
-                        out_dtype=jnp.float32)
-  z_BLR = jax.nn.silu(z_BLR / (count * c.widening))
-  gate_BLUD = layers.einsum('...R,RUD->...UD', z_BLR, up_RUD, c.compute_dtype)
-  # The mean.
+  # The logits of the gates. The sum over all streams and features is divided by
+  # the count, and by the width over that of muP's base (`widening`, 1 without
+  # muP), so that its size depends on neither.
+  z_BLR = layers.einsum('...UD,UDR->...R', n_BLUD, down_UDR,
+                        config.compute_dtype, out_dtype=jnp.float32)
+  z_BLR = jax.nn.silu(z_BLR / (count * config.widening))
+  gate_BLUD = layers.einsum('...R,RUD->...UD', z_BLR, up_RUD,
+                            config.compute_dtype)
+  # The sigmoid and the mean are one step that is computed again in the backward
+  # pass, so that no further array of the size of all streams is kept.
   mean_through_gates = recompute_in_backward(
       layers.count_flops_by_result(_mean_through_gates, 2 * count))
   return mean_through_gates(gate_BLUD, n_BLUD), n_BLUD
@@ -676,16 +749,22 @@ def _count_attended_slots(config: ModelConfig, branch: Any) -> Any:
 
 def _attend_to_slots(module: Any, x: Streams, flops: int, divisor: int
                      ) -> jax.Array:
-  """Returns the attention of a learned query to the results of the branches so
-  far, [B, L, D].
+  """Returns the attention of one learned query to the results of the residual
+  branches so far (Kimi Team 2026, arXiv 2603.15031, equations 2 to 4).
 
   Args:
-    module: the module that holds the query.
-    x: the results of the branches, in slots.
-    flops: the FLOPs that are counted for each feature, times `divisor`.
-    divisor: the number that divides them.
+    module: the module that declares the query, [D, 1], and the scale of the
+      norm of the keys, [D].
+    x: the results of the branches. Its array is [batch, length, U slots,
+      d_model], and slots that no branch has written yet are 0.
+    flops: the numerator of the FLOPs to count for each feature of the result.
+    divisor: their denominator. The number of slots attended to grows from
+      branch to branch, so its mean need not be whole.
+
+  Returns:
+    The weighted sum of the slots, [B, L, D].
   """
-  c: ModelConfig = module.config
+  config: ModelConfig = module.config
   D = x.x_BLUD.shape[-1]
   role = Role(axes=('embed', None), inputs=(0,), kind='logits')
   query_D1 = declare(module, 'query', nn.initializers.zeros, (D, 1), role=role)
@@ -693,31 +772,40 @@ def _attend_to_slots(module: Any, x: Streams, flops: int, divisor: int
                     role=Role(axes=('embed',)))
   attend = recompute_in_backward(
       layers.count_flops_by_result(_attention_over_slots, flops, divisor))
-  return attend(x.x_BLUD, query_D1[:, 0] / c.widening, scale_D,
-                _count_attended_slots(c, x.branch), jnp.float32(c.norm_eps))
+  # The query is declared as a matrix with one output, as muP's rules take it.
+  # Its logits are divided by `widening`, the width over that of muP's base.
+  return attend(x.x_BLUD, query_D1[:, 0] / config.widening, scale_D,
+                _count_attended_slots(config, x.branch),
+                jnp.float32(config.norm_eps))
 
 
 def _attention_over_slots(x_BLUD: jax.Array, query_D: jax.Array,
                           scale_D: jax.Array, num_slots: jax.Array,
                           eps: jax.Array) -> jax.Array:
-  """Returns sum over i of p_i v_i, [B, L, D], with p = softmax over i of
-  w . rms(v_i), computed in float32 (Kimi Team 2026, equations 2 to 4).
+  """Returns the attention of one query to slots of each token, in float32
+  (Kimi Team 2026, arXiv 2603.15031, equations 2 to 4):
 
-  There may be an axis of layers in front of B.
+    y = sum over i of p_i v_i,   p = softmax over i of w . rms(v_i)
 
   Args:
-    x_BLUD: v_i, in slots.
-    query_D: w.
-    scale_D: the scale of rms.
-    num_slots: how many slots are attended to, from the first one on; with an
-      axis of layers, that of each.
+    x_BLUD: the slots v_i, [batch, length, U slots, d_model]. There may be an
+      axis of layers in front of B.
+    query_D: the query w.
+    scale_D: the scale of rms, by which each feature is multiplied.
+    num_slots: how many slots are attended to, from the first one on: a scalar,
+      or [N] with an axis of N layers.
     eps: the number that rms adds to the mean square.
+
+  Returns:
+    y, [B, L, D], in the dtype of x.
   """
-  # The logits of the slots.
+  # The logits of the slots. The values stay as they are; only the keys are
+  # normalised, so that a large result does not draw all attention.
   x32_BLUD = x_BLUD.astype(jnp.float32)
   keys_BLUD = rmsnorm(x32_BLUD, scale_D, eps)
   logits_BLU = jnp.einsum('...D,D->...', keys_BLUD, query_D.astype(jnp.float32))
-  # Which of them are attended to.
+  # Which slots are attended to. The others hold 0, which would still get some
+  # weight. Three axes of 1 stand for B, L and U, behind an axis of layers.
   slot_U = jnp.arange(x_BLUD.shape[-2])
   slot_BLU = slot_U.reshape((1,) * (logits_BLU.ndim - 1) + (-1,))
   is_seen_BLU = slot_BLU < num_slots.reshape(*num_slots.shape, 1, 1, 1)

@@ -75,17 +75,21 @@ CHOICES: dict[str, Collection[str]] = {
 
 def check_model(config: ModelConfig, stack: str,
                 archs: Callable[[str], Iterable[str]]) -> None:
-  """Raises RequestError for a combination of parts that cannot be: a sentence
-  with the field, its value and the choices.
+  """Checks that the parts of a model, each valid by itself, go together.
 
   Args:
-    config: the config.
-    stack: what its architecture stacks: 'decoder', 'encoder' or
-      'encoder-decoder'.
-    archs: the architectures that stack such a thing, to choose from.
+    config: the config of the whole model.
+    stack: what its architecture is: 'decoder', 'encoder' or 'encoder-decoder'.
+    archs: a function from such a name to the architectures that are one, which
+      messages list as choices.
+
+  Raises:
+    RequestError: for a combination that cannot be: a sentence with the field,
+      its value and the choices.
   """
   # The layers: those that are as the model says, and those of each kind.
   _check_pattern(config)
+  # The message for a kind says which kind it is about.
   for name in dict.fromkeys(('', *config.kinds_used)):
     try:
       _check_layers(config.of_kind(name), stack)
@@ -108,13 +112,16 @@ def check_model(config: ModelConfig, stack: str,
 
 def _check_head(c: ModelConfig, stack: str,
                 archs: Callable[[str], Iterable[str]]) -> None:
-  """Raises RequestError for a head that the model cannot have.
+  """Checks that a model can have the output head that it chooses.
 
   Args:
-    c: the model.
-    stack: what it stacks: 'decoder', 'encoder' or 'encoder-decoder'.
-    archs: the architectures that stack such a thing, to choose from. It
-      imports their pages, so it is called for a refusal only.
+    c: the config of the whole model.
+    stack: what its architecture is: 'decoder', 'encoder' or 'encoder-decoder'.
+    archs: a function from such a name to the architectures that are one. It
+      imports their modules, so it is called for a refusal only.
+
+  Raises:
+    RequestError: for a head that this model or this stack cannot have.
   """
   check = heads.HEADS[c.head].check
   if check is not None:
@@ -130,8 +137,19 @@ def _check_head(c: ModelConfig, stack: str,
 
 
 def _check_pattern(c: ModelConfig) -> None:
-  """Raises RequestError for a pattern that names what is not there, kinds that
-  it does not name, and layers that it does not divide."""
+  """Checks the pattern of layers of a model with several kinds of layer.
+
+  The layers are those of model.prefix, whole repetitions of model.pattern, and
+  those of model.suffix. Each names its layers' kinds, the keys of model.kinds.
+
+  Args:
+    c: the config of the whole model.
+
+  Raises:
+    RequestError: for a name that is no kind, a kind that no layer is of, a
+      number of layers that the pattern does not divide, and a layer that cannot
+      have its position encoding or read the keys that it is to.
+  """
   prefix, period, suffix = c.kind_names_of_sections
   settings = (f'model.pattern {c.pattern!r}, model.prefix {c.prefix!r}, '
               f'model.suffix {c.suffix!r}')
@@ -170,14 +188,20 @@ def _check_pattern(c: ModelConfig) -> None:
 def _check_shared_keys(config: ModelConfig, kind: LayerKind,
                        layers: tuple[LayerKind, ...],
                        prefix: tuple[LayerKind, ...]) -> None:
-  """Raises RequestError for a layer that is to read another's keys and values,
-  where none before it has any, or they are not as its own would be.
+  """Checks a layer that reads the keys and values of an earlier layer instead
+  of having its own.
 
   Args:
-    config: the model.
-    kind: the kind of the layer.
-    layers: the layers of its section.
-    prefix: the layers of the first section.
+    config: the config of the whole model.
+    kind: the kind of the layer. Its `source` is the place of the earlier layer
+      in the section; below 0, that before the section's start.
+    layers: the kinds of the layers of one period of its section (the prefix,
+      the repeated pattern, or the suffix).
+    prefix: likewise, those of the model's first section.
+
+  Raises:
+    RequestError: for a layer that is no attention, that has no such layer
+      before it, or whose own keys would be of another size or encoding.
   """
   reader = config.of_kind(kind.name)
   where = 'model.'
@@ -212,8 +236,19 @@ def _check_shared_keys(config: ModelConfig, kind: LayerKind,
 
 
 def _check_position(config: ModelConfig, kind_name: str) -> None:
-  """Raises RequestError for a position encoding that the layers of one kind
-  cannot have alone."""
+  """Checks the position encoding of one kind of layer against the model's.
+
+  Some encodings are computed once for all layers: those added to the embedding,
+  and biases that the layers share.
+
+  Args:
+    config: the config of the whole model.
+    kind_name: the name of the kind, a key of model.kinds.
+
+  Raises:
+    RequestError: for a kind that alone has such an encoding, or has another
+      number of heads than a bias that is shared.
+  """
   layer = config.of_kind(kind_name)
   position = positions.position_of(layer)
   if layer.position != config.position and position.of_stack:
@@ -230,12 +265,15 @@ def _check_position(config: ModelConfig, kind_name: str) -> None:
 
 
 def _check_layers(config: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what the layers of a model, or those of one kind,
-  cannot be.
+  """Checks the parts inside a layer: its mixer (attention or a recurrence), its
+  positions, attention rule, memory, wiring and heads.
 
   Args:
-    config: the config of the model, or of the layers.
-    stack: 'decoder', 'encoder' or 'encoder-decoder'.
+    config: the config of the model, or of the layers of one kind.
+    stack: what the architecture is: 'decoder', 'encoder' or 'encoder-decoder'.
+
+  Raises:
+    RequestError: for parts that do not go together.
   """
   # Each chosen part has a check of its own; a mixer may refuse the position.
   position, mixer = positions.position_of(config), blocks.MIXERS[config.mixer]
@@ -264,9 +302,19 @@ def _check_layers(config: ModelConfig, stack: str) -> None:
 
 
 def _check_block(c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for a wiring (model.block) that has no equation for
-  what its layers are to have."""
-  # Pairs of an attribute of Block, and the field that needs it.
+  """Checks that the wiring of a layer (model.block: where the norms are, and
+  what is added to what) is defined for what the layer is to have.
+
+  Args:
+    c: the config of the model, or of the layers of one kind.
+    stack: what the architecture is: 'decoder', 'encoder' or 'encoder-decoder'.
+
+  Raises:
+    RequestError: for a wiring without an equation for several residual streams,
+      a residual scale, a layer without a network, or cross-attention.
+  """
+  # Pairs of an attribute of Block that must be true, and the field with its
+  # value that needs it, for the message.
   needs = []
   if c.residual != 'plain':
     needs.append(('STREAMS', f'model.residual {c.residual!r}'))
@@ -286,8 +334,15 @@ def _check_block(c: ModelConfig, stack: str) -> None:
 
 
 def _check_value_residual(config: ModelConfig) -> None:
-  """Raises RequestError where the values of the first layer are to be mixed
-  into those of all layers, and their sizes differ."""
+  """Checks that all layers of attention have values of one size, where those of
+  the first layer are mixed into all (model.value_residual).
+
+  Args:
+    config: the config of the whole model.
+
+  Raises:
+    RequestError: for kinds of layer with other num_kv_heads or head_dim.
+  """
   attention = config.find(AttentionConfig)
   if attention is None or not attention.value_residual:
     return
@@ -304,8 +359,17 @@ def _check_value_residual(config: ModelConfig) -> None:
 
 
 def _check_loop(c: ModelConfig) -> None:
-  """Raises RequestError for layers that cannot be run several times as
-  model.loop says."""
+  """Checks a model whose layers are run several times with the same weights
+  (model.loop).
+
+  Args:
+    c: the config of the whole model, which has a loop.
+
+  Raises:
+    RequestError: for several residual streams between passes that mix or
+      normalise one, a norm that the last layer's wiring does not have, passes
+      without a gradient that nothing replaces, and weights that stay gathered.
+  """
   loops, setting = c.part(LoopsConfig), f'model.loop is {c.loop!r}, '
   reads_first_input, has_norm = c.loop != 'plain', loops.boundary != 'none'
 
@@ -339,8 +403,16 @@ def _check_loop(c: ModelConfig) -> None:
 
 
 def products_of_model(config: ModelConfig) -> list[str]:
-  """Returns which of layers.NAMES_OF_PRODUCTS the model has, outside of
-  experts."""
+  """Returns the names of the matrix products that the model's layers have
+  outside of experts: those that may get a low-rank adapter (LoRA), or keep
+  their weights gathered.
+
+  Args:
+    config: the config of the whole model.
+
+  Returns:
+    The names, in the order of layers.NAMES_OF_PRODUCTS.
+  """
   names: set[str] = set()
   for layer in config.distinct_layers:
     names |= blocks.mixer_of_layers(layer).products(layer)
@@ -358,8 +430,16 @@ def products_of_model(config: ModelConfig) -> list[str]:
 
 
 def _check_products(config: ModelConfig) -> None:
-  """Raises RequestError for a product that is to get a low-rank adapter, or
-  whose weight is to stay gathered, and that no layer has outside of experts."""
+  """Checks the names of matrix products in two fields: those that get low-rank
+  adapters (lora.targets), and those whose weights stay gathered.
+
+  Args:
+    config: the config of the whole model.
+
+  Raises:
+    RequestError: for a product that no layer has outside of its experts.
+  """
+  # The fields that name products, where they are in use.
   products_by_field = {}
   if config.lora.rank:
     products_by_field['lora.targets'] = config.lora.targets
@@ -390,18 +470,25 @@ _FIELDS_OF_ONE_STACK = (
 
 def _check_stack(c: ModelConfig, stack: str,
                  archs: Callable[[str], Iterable[str]]) -> None:
-  """Raises RequestError for fields that the stack of a model does not read.
+  """Checks that a model sets no field that only another kind of architecture
+  has, such as a decoder's in an encoder.
 
   Args:
-    c: the model.
-    stack: what it stacks: 'decoder', 'encoder' or 'encoder-decoder'.
-    archs: the architectures that stack such a thing, to choose from. It
-      imports their pages, so it is called for a refusal only.
+    c: the config of the whole model.
+    stack: what its architecture is: 'decoder', 'encoder' or 'encoder-decoder'.
+    archs: a function from such a name to the architectures that are one. It
+      imports their modules, so it is called for a refusal only.
+
+  Raises:
+    RequestError: for such a field, and for a last layer whose parts the head or
+      the modules of further tokens cannot have.
   """
+  # The model's own fields, and those of each kind of layer.
   configs = [c]
   if c.kinds:
     configs += c.distinct_layers
-  # Fields that another kind of stack reads.
+  # Fields that another kind of stack reads, each with the value that means it
+  # is not set. num_decoder_layers is derived as num_layers.
   fields = (*_FIELDS_OF_ONE_STACK,
             ('num_decoder_layers', c.num_layers, 'encoder-decoder'))
   for field, unset, stack_of_field in fields:
@@ -434,8 +521,16 @@ def _check_stack(c: ModelConfig, stack: str,
 
 
 def _check_further_tokens(c: ModelConfig) -> None:
-  """Raises RequestError for a last layer whose kind the modules that predict
-  further tokens (model.mtp_depth) cannot have."""
+  """Checks the last layer of a model that predicts several tokens ahead
+  (model.mtp_depth): the modules for these have one more layer of its kind.
+
+  Args:
+    c: the config of the whole model.
+
+  Raises:
+    RequestError: for a last layer that reads tables of model.memory, or the
+      keys of another layer.
+  """
   last_kind = c.layer_kinds(c.num_layers)[-1]
   setting = (
       f'model.mtp_depth is {c.mtp_depth}, but the last layer, whose kind the '
