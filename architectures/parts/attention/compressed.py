@@ -90,16 +90,21 @@ class Windows(NamedTuple):
 
 def find_closed_windows(ctx: Context, L: int, tokens_of_window: int,
                         tokens_of_entry: int, cached: bool) -> Windows:
-  """Returns the windows that L tokens close. There are as many as L tokens can
-  close; those that stay open are seen by no token.
+  """Finds the windows of tokens that the tokens of a layer close: the last
+  token of each is among them. An entry is made of each such window.
 
   Args:
-    ctx: the context of the layer.
+    ctx: the context of the layer, with the tokens' positions and documents.
     L: the number of tokens.
     tokens_of_window: how many tokens a window has.
-    tokens_of_entry: how many tokens an entry is made of, S: those of one or
+    tokens_of_entry: S, how many tokens an entry is made of: those of one or
       more windows.
     cached: whether the tokens follow those in a cache.
+
+  Returns:
+    As many windows as L tokens can close, however many they do: the number is
+    part of the program. Those that stay open end after all tokens, so that no
+    token sees them.
   """
   ids_BL, positions_BL = ctx.segment_ids_BL, ctx.positions_BL
   # With a cache, the row goes on: windows are counted from its beginning, and
@@ -115,6 +120,8 @@ def find_closed_windows(ctx: Context, L: int, tokens_of_window: int,
   # document (end_in_document_BW).
   end_BW = end_in_document_BW = (
       number_BW * tokens_of_window + tokens_of_window - 1)
+  # With documents, windows begin anew with each. Window n of the row ends where
+  # the number of windows that have closed first reaches n + 1.
   if ids_BL is not None:
     start_BL = features.start_of_document(ids_BL)
     index_in_document_BL = jnp.arange(L)[None] - start_BL
@@ -125,7 +132,9 @@ def find_closed_windows(ctx: Context, L: int, tokens_of_window: int,
     end_in_document_BW = _take_columns(index_in_document_BL, end_BW)
   end_position_BW = end_BW if cached else _take_columns(positions_BL, end_BW)
 
-  # The tokens of each window, up to its end.
+  # The tokens of each entry, the S tokens up to its window's end. Their indices
+  # are in the array of kept and given tokens. One that the document does not
+  # have is clipped to some token, and marked as absent.
   offset_11S = jnp.arange(1 - tokens_of_entry, 1)[None, None]
   index_BWS = end_BW[..., None] + offset_11S + num_kept - num_before
   return Windows(
@@ -136,8 +145,13 @@ def find_closed_windows(ctx: Context, L: int, tokens_of_window: int,
 
 
 def _take_columns(x_BL: jax.Array, index_BW: jax.Array) -> jax.Array:
-  """Returns x at these indices of each row, [B, W]; for an index past its end,
-  the last number. Either may have one row that stands for all."""
+  """Returns numbers of each row by their indices, [B, W]; for an index past the
+  end of a row, its last number.
+
+  Args:
+    x_BL: the numbers, [batch or 1, L]; one row stands for all.
+    index_BW: the indices, [batch or 1, W], likewise.
+  """
   num_rows, last = max(len(x_BL), len(index_BW)), x_BL.shape[1] - 1
   index_BW = jnp.minimum(index_BW, last)
   x_BL = jnp.broadcast_to(x_BL, (num_rows, x_BL.shape[1]))
@@ -164,12 +178,15 @@ class Entries(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, windows: Windows, ctx: Context,
                previous_BMU: Optional[jax.Array]):
+    # Values v and scores z of the tokens side by side: U = 2 * parts * size.
     L = x_BLD.shape[1]
-    # v and z side by side, those of tokens before first.
     values_and_scores_BMU = jnp.concatenate(
         [self._product('value', x_BLD), self._product('score', x_BLD)], -1)
     bias_PU = declare(self, 'score_bias', nn.initializers.zeros,
                       (self.rate, self.parts * self.size), Role((None, None)))
+
+    # Those of earlier tokens, from a cache, stand first. The last ones, as many
+    # as before, are returned for the next tokens.
     next_BMU = None
     if previous_BMU is not None:
       previous_BMU = previous_BMU.astype(values_and_scores_BMU.dtype)
@@ -180,7 +197,7 @@ class Entries(nn.Module):
     values_and_scores_BMU = sharding.constrain(
         values_and_scores_BMU, 'batch', None, None)
 
-    # Their weighted means, which take 4 FLOPs a token and feature.
+    # The weighted means over windows, which take 4 FLOPs a token and feature.
     pool_windows = layers.count_flops_by_result(
         _pool_windows, 4 * self.rate * self.parts)
     e_BWK = pool_windows(values_and_scores_BMU, bias_PU, windows.index_BWS,
@@ -198,16 +215,26 @@ class Entries(nn.Module):
 
 def _pool_windows(values_and_scores_BMU: jax.Array, bias_PU: jax.Array,
                   index_BWS: jax.Array, exists_BWS: jax.Array) -> jax.Array:
-  """Returns e_w = sum over the tokens i of window w of p_i * v_i with
-  p = softmax over i of (z_i + b_i), [B, W, K], for each feature by itself.
+  """Compresses windows of tokens to entries, weighted means of values:
+
+    e_w = sum over the tokens i of entry w of p_i * v_i,
+    p   = softmax over i of (z_i + b_i)
+
+  for each feature by itself. An entry is made of T windows of P tokens each,
+  S = T P tokens, and a token has other v and z for each place that its window
+  can have among the T.
 
   Args:
-    values_and_scores_BMU: v and after it z, each with the features of T
-      windows, which an entry is made of.
-    bias_PU: b, by the place P of a token in its window.
-    index_BWS: the tokens i of each window.
-    exists_BWS: whether the document has them.
+    values_and_scores_BMU: the values v of M tokens, and after them the scores
+      z: [batch, M, U = 2 T K], with K features of an entry.
+    bias_PU: the biases b by the place P of a token in its window, [P, T K].
+    index_BWS: the indices of the S tokens of each entry, in the M tokens.
+    exists_BWS: whether the document has these tokens.
+
+  Returns:
+    The entries, [B, W, K].
   """
+  # V = 2 are values and scores.
   (B, M, _), P = values_and_scores_BMU.shape, len(bias_PU)
   num_windows = index_BWS.shape[-1] // P
   values_and_scores_BMVTK = values_and_scores_BMU.reshape(
@@ -223,7 +250,8 @@ def _pool_windows(values_and_scores_BMU: jax.Array, bias_PU: jax.Array,
   values_and_scores_BWSVK = jnp.concatenate(windows, 2).astype(jnp.float32)
   v_BWSK, z_BWSK = jnp.moveaxis(values_and_scores_BWSVK, 3, 0)
 
-  # p = softmax(z + b) over the tokens that the document has.
+  # p = softmax(z + b) over the tokens that the document has. The biases [P, T,
+  # K] are brought into the order of the S tokens, window by window.
   bias_TPK = jnp.moveaxis(bias_PU.reshape(P, num_windows, -1), 1, 0)
   bias_SK = bias_TPK.reshape(num_windows * P, -1).astype(jnp.float32)
   z_BWSK = jnp.where(exists_BWS[..., None], z_BWSK + bias_SK[None, None],
@@ -241,8 +269,17 @@ class ScoredEntries(indexer.ScoredKeys):
   """An indexer's scores of entries, which stand behind the plain keys."""
 
   def mask_of_best(self, seen_BLM: jax.Array, top_k: int) -> jax.Array:
-    """Returns which keys and entries a query sees, bool [B, L, M + W]: of the
-    entries the top_k best."""
+    """Returns which keys and entries a query sees: all keys that it saw, and of
+    the entries the top_k with the best scores.
+
+    Args:
+      seen_BLM: bool, the M keys and, after them, W entries that it may see.
+      top_k: how many entries to choose; all where there are fewer.
+
+    Returns:
+      bool [B, L, M + W].
+    """
+    # Only entries have scores.
     num_entries = self.scores_BLM.shape[-1]
     best_BLW = super().mask_of_best(
         seen_BLM[..., -num_entries:], min(top_k, num_entries))
@@ -257,8 +294,13 @@ class ScoredEntries(indexer.ScoredKeys):
 
 
 def _append_entries(seen_BLM: jax.Array, seen_BLW: jax.Array) -> jax.Array:
-  """Returns which keys and, after them, which entries queries see, bool
-  [B, L, M + W]; either may have one row that stands for all."""
+  """Joins the masks of keys and of entries to one, bool [B, L, M + W].
+
+  Args:
+    seen_BLM: bool, which of M keys L queries see, [batch or 1, L, M]; one row
+      stands for all.
+    seen_BLW: bool, which of W entries they see, likewise.
+  """
   num_rows = max(len(seen_BLM), len(seen_BLW))
   masks = []
   for mask in (seen_BLM, seen_BLW):
@@ -277,6 +319,8 @@ class SWA(Attention):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
+    # The layer returns the output y [batch, length, d_model] for the input x,
+    # the cache with these tokens (None: there is none), and a report.
     config, fields = self.config, self.config.part(CompressedConfig)
     require(not ctx.keep_attention, f'model.mixer {config.mixer!r} weighs '
             'entries of several tokens each: there is no weight of each token '
@@ -292,7 +336,8 @@ class SWA(Attention):
       k_BM1K, _, _ = cache.slots
       k_positions_BM = jnp.arange(k_BM1K.shape[1])[None]
 
-    # A query sees a window of them, and entries.
+    # A query sees the last `window` keys, and entries, which stand behind the
+    # keys as further keys and values.
     banded_config = dataclasses.replace(config, sliding_window=fields.window)
     seen_BLM = kernels.visible_keys(
         LayerKind('banded', self.kind.ffn), banded_config,
@@ -306,7 +351,9 @@ class SWA(Attention):
       seen_BLM = _append_entries(seen_BLM, seen_BLW)
     k_BM1K = sharding.constrain(k_BM1K, 'batch', None, None, 'head')
 
-    # The weighted sums of keys and entries, rotated back.
+    # The weighted sums of keys and entries. These are rotated by their own
+    # positions, so the sums are rotated back by the query's: what is left
+    # depends on distances alone.
     visible = kernels.VisibleKeys(kernels.Mask(), seen_BLM)
     with layers.count_flops_as_useful_part(
         self._count_pairs(L, M), L * k_BM1K.shape[1]):
@@ -318,13 +365,25 @@ class SWA(Attention):
 
   def _make_queries(self, x_BLD: jax.Array, ctx: Context
                     ) -> tuple[jax.Array, jax.Array]:
-    """Returns the input of the queries' product, n(W_dq x), [B, L, U], and the
-    queries, [B, L, H, K]."""
+    """Returns the queries, R_l n(W_q n(W_dq x)), with norms n and the rotation
+    R by the position.
+
+    Args:
+      x_BLD: the layer's input, [batch, length, d_model].
+      ctx: the context of the layer.
+
+    Returns:
+      The input of the last product, n(W_dq x), which an indexer reads too,
+      [B, L, U = q_rank]; and the queries, [B, L, H, K].
+    """
+    # The small vector of each token.
     config, fields = self.config, self.config.part(CompressedConfig)
     query_input_BLU = self._dense('query_down', 'BLD,DU->BLU', x_BLD,
                                   ('embed', None), ctx, fields.q_rank)
     query_input_BLU = layers.norm(
         config, 'query_norm', 'latent')(query_input_BLU)
+
+    # The queries of all heads, each with a norm that has no parameters.
     q_BLHK = self._dense('query_up', 'BLU,UHK->BLHK', query_input_BLU,
                          ('latent', 'heads', 'head'), ctx, config.num_heads,
                          config.head_dim)
@@ -346,12 +405,12 @@ class SWA(Attention):
   def _dense(self, name: str, spec: str, x: jax.Array,
              axes: tuple[str | None, ...], ctx: Context, *outputs: int
              ) -> jax.Array:
-    """Returns x times a weight, which it declares.
+    """Returns the product of x and a weight, which this method declares.
 
     Args:
       name: the name of the weight.
-      spec: the einsum of the product.
-      x: the input.
+      spec: the einsum of the product, as 'BLD,DK->BLK'.
+      x: the input, whose last axis the product sums over.
       axes: the logical axes of the weight.
       ctx: the context of the layer.
       *outputs: the sizes of the weight's axes after the first.
@@ -362,11 +421,20 @@ class SWA(Attention):
 
   def _project_output_of_groups(self, o_BLHK: jax.Array, ctx: Context
                                 ) -> jax.Array:
-    """Returns y = W_o [W_g o of the heads of group g], [B, L, D]: the output is
-    made by two products, of which each group of heads has the first one for
-    itself."""
+    """Returns the output by two products, y = W_o [W_g o_g over groups g]. Each
+    group of heads has a first product W_g of its own, to out_rank features; the
+    second one, W_o, is over the features of all groups.
+
+    Args:
+      o_BLHK: the results of the heads, [batch, length, heads, features].
+      ctx: the context of the layer.
+
+    Returns:
+      y, [B, L, D].
+    """
     config, (B, L, H, K) = self.config, o_BLHK.shape
     fields = config.part(CompressedConfig)
+    # G groups of H / G heads, whose first products are one batch.
     axes = 'heads', None, 'head', 'latent'
     shape = fields.out_groups, H // fields.out_groups, K
     w_GHKU = layers.weight(self, 'out_down', (*shape, fields.out_rank), axes,
@@ -382,16 +450,23 @@ class SWA(Attention):
 
   def _make_entries(self, x_BLD: jax.Array, query_input_BLU: jax.Array,
                     ctx: Context, cache: Optional[Cache], reads_slots: bool):
-    """Returns the entries that queries meet, [B, W, 1, K]; an indexer's scores
-    of them, or None; which of them each query sees, bool [B, L, W]; and the
-    cache with the new ones.
+    """Makes the entries, each of which stands for a window of tokens, and finds
+    which of them each query sees.
 
     Args:
-      x_BLD: the layer's input.
-      query_input_BLU: the input of the queries' product.
+      x_BLD: the layer's input, [batch, length, d_model].
+      query_input_BLU: the input of the queries' product, [batch, length, U].
       ctx: the context of the layer.
       cache: the layer's cache; None: there is none.
-      reads_slots: whether queries meet all that the cache holds.
+      reads_slots: whether queries meet all that the cache holds, and not the
+        entries of these tokens alone.
+
+    Returns:
+      A tuple of four:
+        the entries that queries meet, [B, W, 1, K];
+        an indexer's scores of them; None in a layer without one;
+        which of them each query sees, bool [B, L, W];
+        the cache with the new ones; None: there is none.
     """
     config, L = self.config, x_BLD.shape[1]
     rate = tokens_of_window(config)
@@ -402,7 +477,9 @@ class SWA(Attention):
         config, self.PARTS, name='entry', size=config.head_dim, x_BLD=x_BLD,
         windows=windows, ctx=ctx, cache=cache, reads_slots=reads_slots)
 
-    # A query sees those that have ended, in its document.
+    # A query sees the entries whose windows have ended, in its document: both
+    # are counted in places of the row, which with a cache are the positions.
+    # All entries of a cache end at multiples of the window, one after another.
     q_BL, end_BW = jnp.arange(L)[None], windows.end_BW
     if cache is not None:
       q_BL = ctx.positions_BL
@@ -428,10 +505,21 @@ class SWA(Attention):
       self, x_BLD: jax.Array, query_input_BLU: jax.Array, windows: Windows,
       ctx: Context, cache: Optional[Cache], reads_slots: bool
       ) -> tuple['ScoredEntries', dict[str, jax.Array]]:
-    """Returns an indexer's scores of the entries, by entries of its own, and
-    what a cache keeps of these. Args as for `_make_entries`, with the windows
-    that the tokens close."""
+    """Has the indexer score the entries, by entries of its own as its keys.
+
+    Args:
+      x_BLD: the layer's input, [batch, length, d_model].
+      query_input_BLU: the input of the indexer's queries, [batch, length, U].
+      windows: the windows that the tokens close.
+      ctx: the context of the layer.
+      cache: the layer's cache; None: there is none.
+      reads_slots: whether queries meet all that the cache holds.
+
+    Returns:
+      The scores, and what a cache keeps of the indexer's entries.
+    """
     config, L = self.config, x_BLD.shape[1]
+    # The indexer calls make_keys below, which fills new_inputs.
     sizes, new_inputs = config.part(IndexerConfig), {}
 
     def rotate_queries(q_BLHK: jax.Array, ctx: Context) -> jax.Array:
@@ -448,6 +536,9 @@ class SWA(Attention):
       new_inputs.update(inputs)
       return e_BW1K
 
+
+    # Scores are products with all entries, and count as those with the entries
+    # that have ended before the query.
     index = indexer.Indexer(config, 'latent', name='indexer')(
         x_BLD, query_input_BLU, ctx, rotate_queries=rotate_queries,
         make_keys=make_keys)
@@ -459,7 +550,8 @@ class SWA(Attention):
 
   def _count_pairs(self, queries: int, keys: int,
                    only_all_entries: bool = False) -> int:
-    """Returns how many pairs of a query and a key or an entry there are.
+    """Returns how many pairs of a query and a key or an entry that it sees
+    there are, in a row of one document. FLOPs are counted by it.
 
     Args:
       queries: how many queries there are: the last of the keys' tokens.
@@ -467,12 +559,14 @@ class SWA(Attention):
       only_all_entries: whether to count the pairs with all entries that have
         ended before the query, which an indexer scores, and none with keys.
     """
+    # A query sees the keys of its window.
     config = self.config
     tokens_so_far = np.arange(keys - queries, keys) + 1
     num_seen = 0
     if not only_all_entries:
       window = config.part(CompressedConfig).window
       num_seen = np.minimum(tokens_so_far, window)
+    # It sees an entry for each window that has ended, or the best top_k.
     if self.PARTS:
       entries = tokens_so_far // tokens_of_window(config)
       if config.mixer == 'csa' and not only_all_entries:
@@ -486,23 +580,31 @@ def compress_windows(
     config: ModelConfig, parts: int, name: str, size: int, x_BLD: jax.Array,
     windows: Windows, ctx: Context, cache: Optional[Cache], reads_slots: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Returns the entries of windows, rotated, [B, W, 1, K], and what a cache
-  keeps of them.
+  """Makes the entries of windows of tokens, and rotates them by the position of
+  their first token.
 
-  With `reads_slots` the entries are all that the cache has. Their parameters
-  stand in the module that calls: the layer's attention, or its indexer.
+  The parameters are declared in the module that calls: the layer's attention,
+  or its indexer.
 
   Args:
     config: the config of the layer.
     parts: of how many windows an entry is made.
-    name: 'entry', or 'index' for those of an indexer.
+    name: 'entry', or 'index' for those of an indexer; what they are called in a
+      cache.
     size: K, the features of an entry.
-    x_BLD: the input of the layer.
+    x_BLD: the input of the layer, [batch, length, d_model].
     windows: the windows that the tokens close.
     ctx: the context of the layer.
     cache: the layer's cache; None: there is none.
     reads_slots: whether queries meet all that the cache holds.
+
+  Returns:
+    The entries of these windows, or with `reads_slots` all that the cache has,
+    [B, W, 1, K]; and what the cache keeps: {name: all entries, f'{name}_open':
+    values and scores of the tokens of open windows}, or {} without a cache.
   """
+  # The entries of these windows. The earlier tokens of a window that was open
+  # come from the cache.
   previous_BMU = None if cache is None else cache.inputs[f'{name}_open']
   make_entries = Entries(config, rate=tokens_of_window(config), size=size,
                          parts=parts, name='entries')
@@ -513,7 +615,9 @@ def compress_windows(
   if cache is None:
     return e_BW1K, {}
 
-  # The new entries are written into those of the cache.
+  # The new entries are written into those of the cache, by their numbers. A
+  # number past the cache's end is dropped. An entry whose window is still open
+  # is written too; no query sees it, and it is written again when it closes.
   cached_BWK = cache.inputs[name]
   row_B1 = jnp.arange(len(cached_BWK))[:, None]
   new_BWK = e_BW1K[:, :, 0].astype(cached_BWK.dtype)
@@ -544,22 +648,25 @@ def tokens_of_window(config: ModelConfig) -> int:
 def rotate_last_features(
     x_BLHK: jax.Array, positions_BL: jax.Array, config: ModelConfig,
     length: int | jax.Array, of_indexer: bool = False) -> jax.Array:
-  """Returns x with the last features of each head rotated by positions, as many
-  as of a head of attention, where the position encoding is rotary.
+  """Returns x with the last features of each head rotated by positions (RoPE),
+  or x itself where the position encoding is not rotary.
 
   Args:
-    x_BLHK: queries, keys or results.
-    positions_BL: the positions.
+    x_BLHK: queries, keys or results, [batch, length, heads, features].
+    positions_BL: the positions. Negative ones rotate back.
     config: the config of the layer.
-    length: the length of the sequence, as rotations take it.
-    of_indexer: whether pairs of features lie as in an indexer's heads.
+    length: the length of the sequence, by which some encodings scale.
+    of_indexer: whether the features are those of an indexer, which may pair
+      them differently from attention.
   """
+  # The number of rotated features is that of a head of attention.
   rotate = positions.position_of(config).rotate
   if not rotate:
     return x_BLHK
   num_rotated, rope = positions.rotary_dim(config), config.part(RopeConfig)
   pairs = config.part(IndexerConfig) if of_indexer else rope
-  # The config of a head that has the rotated features alone.
+  # The encoding is given a config whose heads are the rotated features alone.
+  # So it rotates all of them, but a proportional fraction changes angles too.
   fraction = rope.fraction if rope.proportional else 1.0
   rope_config = dataclasses.replace(config, head_dim=num_rotated).with_part(
       RopeConfig, fraction=fraction, interleaved=pairs.interleaved)
@@ -586,11 +693,22 @@ class Compressed(mixer.Mixer):
         'attention_scale', 'norm_eps', *mixer.FIELDS_OF_SCORES, *fields)
 
   def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Cache:
-    """Returns an empty cache of a layer, of `shape` (rows, tokens): the keys of
-    all tokens, the entries, and v and z of windows that are still open."""
+    """Returns an empty cache of a layer.
+
+    Args:
+      c: the config of the layer.
+      shape: (..., rows, tokens), for how many tokens M there is room.
+
+    Returns:
+      A cache of zeros with the keys of all tokens and, as its inputs, the
+      entries ('entry', and 'index' for an indexer), and the values and scores
+      of tokens whose windows are still open (the same names with '_open').
+    """
     *rows, M = shape
     parts = self.module.PARTS
     inputs = {}
+    # An entry is made of rate * parts tokens, of which the last closes its
+    # window: all others may have to wait for it.
     if parts:
       entry_sizes = {'entry': c.head_dim}
       if c.mixer == 'csa':
@@ -612,7 +730,17 @@ class Compressed(mixer.Mixer):
             ('tensor', 'compressed.out_groups'))
 
   def check(self, c: ModelConfig, stack: str) -> None:
-    """Raises RequestError for what attention to entries cannot be."""
+    """Checks that a model can have attention to entries.
+
+    Args:
+      c: the config of the model.
+      stack: the kind of stack, 'decoder' or another.
+
+    Raises:
+      RequestError: for a stack that is no decoder, another rule of attention,
+        muP, a bias by distances, and sizes that do not fit.
+    """
+    # The model around the attention.
     fields = c.part(CompressedConfig)
     request = f'model.mixer is {c.mixer!r}'
     require(stack == 'decoder', f'{request}, whose entries are made of the '
@@ -629,6 +757,8 @@ class Compressed(mixer.Mixer):
             'model.compressed.out_groups is '
             f'{fields.out_groups}, which does not divide model.num_heads '
             f'{c.num_heads}')
+
+    # The indexer, which csa alone has.
     if c.mixer != 'csa':
       return
     sizes = c.part(IndexerConfig)

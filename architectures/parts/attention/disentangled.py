@@ -51,83 +51,146 @@ class Distances(nn.Module):
 
   @nn.compact
   def __call__(self) -> jax.Array:
-    c, distances = self.config, self.config.part(DisentangledConfig)
-    table_UD = layers.embedding(self, 'table', 2 * distances.buckets)
-    return layers.norm(c, 'norm')(table_UD.astype(c.compute_dtype))
+    config, sizes = self.config, self.config.part(DisentangledConfig)
+    # U = 2 S rows: S for keys after the query, and S for those before it.
+    table_UD = layers.embedding(self, 'table', 2 * sizes.buckets)
+    return layers.norm(config, 'norm')(table_UD.astype(config.compute_dtype))
 
 
 def rows(distance: jax.Array, c: ModelConfig) -> jax.Array:
-  """Returns r of i - j. Far buckets are looked up in a table that is made in
-  float64, so that a distance on a bucket's border has the same one anywhere."""
-  distances = c.part(DisentangledConfig)
-  S, most = distances.buckets, distances.max_distance
+  """Returns which row of the table of distances each distance has.
+
+  A distance i - j has the row r = S + bucket(i - j), by the equations at the
+  head of this file: near distances have a bucket each, and far ones share
+  buckets that widen with the logarithm of the distance.
+
+  Args:
+    distance: int, the query's position less the key's, of any shape.
+    c: the config, whose DisentangledConfig has S and max_distance.
+
+  Returns:
+    Row numbers from 0 to 2 S - 1, int32, of the shape of `distance`.
+  """
+  config_of_distances = c.part(DisentangledConfig)
+  S, most = config_of_distances.buckets, config_of_distances.max_distance
+
+  # The bucket of each size |d| from 0 to max_distance. NumPy computes it in
+  # float64, so that a size on a bucket's border has the same one on any device.
   half, sizes = S // 2, np.arange(most + 1)
   logs = np.log(np.maximum(sizes, half) / half) / np.log((most - 1) / half)
-  buckets = np.where(sizes <= half, sizes,
-                     np.ceil(logs * (half - 1)) + half).astype(np.int32)
-  bucket = jnp.asarray(buckets)[jnp.minimum(jnp.abs(distance), most)]
+  bucket_of_size = np.where(sizes <= half, sizes,
+                            np.ceil(logs * (half - 1)) + half).astype(np.int32)
+
+  # All larger sizes share the last bucket. S is the row of distance 0.
+  bucket = jnp.asarray(bucket_of_size)[jnp.minimum(jnp.abs(distance), most)]
   return jnp.clip(S + jnp.sign(distance) * bucket, 0, 2 * S - 1)
 
 
 def _projected(module: nn.Module, name: str, table_UD: jax.Array) -> jax.Array:
-  """Returns the table times a product of the layer's attention that has
-  multiplied its tokens already, with its bias, [U, H or J, K]."""
-  c: ModelConfig = module.config  # type: ignore[attr-defined]
-  of = lambda name: nn.meta.unbox(module.get_variable('params', name))
-  w_DHK = of(name)
-  if layers.has_adapter(c, name):
-    w_DHK = w_DHK + c.lora.scale * jnp.tensordot(
-        of(name + layers.SUFFIX_OF_LORA_A),
-        of(name + layers.SUFFIX_OF_LORA_B), 1)
-  y_UHK = layers.einsum('UD,DHK->UHK', table_UD, w_DHK, c.compute_dtype,
+  """Returns queries or keys of the distances: the table of distances times the
+  weight by which the layer's attention makes queries or keys of its tokens.
+
+  Args:
+    module: the layer's attention. It has declared the weight already, when it
+      multiplied its tokens, so the weight is read here and not declared again.
+    name: 'query' or 'key', the name of the weight.
+    table_UD: the vectors of the U = 2 S rows of distances, [rows, d_model].
+
+  Returns:
+    The products with the weight's bias, [U, heads, features of a head]. There
+    are H heads of queries and J heads of keys.
+  """
+  config: ModelConfig = module.config  # type: ignore[attr-defined]
+  parameter = lambda name: nn.meta.unbox(module.get_variable('params', name))
+
+  # The weight, with the low-rank update A B of an adapter (LoRA) if it has one.
+  w_DHK = parameter(name)
+  if layers.has_adapter(config, name):
+    w_DHK = w_DHK + config.lora.scale * jnp.tensordot(
+        parameter(name + layers.SUFFIX_OF_LORA_A),
+        parameter(name + layers.SUFFIX_OF_LORA_B), 1)
+
+  y_UHK = layers.einsum('UD,DHK->UHK', table_UD, w_DHK, config.compute_dtype,
                         axes=('embed', 'heads', 'head'))
-  return layers.add_bias(y_UHK, of(f'{name}_bias')) if (
-      c.attention_bias) else y_UHK
+  return layers.add_bias(y_UHK, parameter(f'{name}_bias')) if (
+      config.attention_bias) else y_UHK
 
 
 def bias(module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
          k_BMJK: jax.Array, k_positions_BM: jax.Array, ctx: Context
          ) -> jax.Array:
-  """Returns what is added to the scaled scores, float32 [B, H, L, M].
+  """Returns the two terms of position in DeBERTa's scores, which attention adds
+  to its scaled products of queries and keys:
+
+    scale (q_i K_r + k_j Q_r),    r = the row of the distance i - j
 
   Args:
-    module: the layer's attention, which has multiplied by its weights.
-    x_BLD: its input.
-    q_BLHK, k_BMJK: queries and keys.
-    k_positions_BM: where the keys stand.
-    ctx: with `distances.table_UD`, what Distances returns.
+    module: the layer's attention, which has declared its weights already.
+    x_BLD: the layer's input, which is not read.
+    q_BLHK: queries, [batch, length L, heads H, features K of a head].
+    k_BMJK: keys, [batch, number of keys M, heads of keys J, features K].
+    k_positions_BM: the positions of the keys, [batch, M].
+    ctx: the context of the layer. Its `distances.table_UD` is the result of
+      `Distances`, a vector for each of the U = 2 S rows of distances.
+
+  Returns:
+    What is added to the scores, float32 [B, H, L, M].
   """
   del x_BLD
-  c: ModelConfig = module.config  # type: ignore[attr-defined]
-  table_UD = layers.Dropout(c.dropout)(
+  config: ModelConfig = module.config  # type: ignore[attr-defined]
+  table_UD = layers.Dropout(config.dropout)(
       ctx.distances.table_UD, deterministic=ctx.deterministic)
-  of_each = lambda x: jnp.repeat(x, c.num_heads // c.num_kv_heads, -2)
-  key_UHK = of_each(_projected(module, 'key', table_UD))
+
+  # Keys K_r and queries Q_r of the distances. A head of keys serves H / J heads
+  # of queries, so it is repeated for each.
+  repeat_key_heads = lambda x: jnp.repeat(
+      x, config.num_heads // config.num_kv_heads, -2)
+  key_UHK = repeat_key_heads(_projected(module, 'key', table_UD))
   query_UHK = _projected(module, 'query', table_UD)
-  row_BLM = rows(ctx.positions_BL[:, :, None] - k_positions_BM[:, None], c)
+
+  # Products with all U rows, in which each pair of a query and a key then looks
+  # up its own. To gather vectors first would take K numbers for each pair.
+  row_BLM = rows(ctx.positions_BL[:, :, None] - k_positions_BM[:, None], config)
   to_position_BHLU = layers.einsum('BLHK,UHK->BHLU', q_BLHK, key_UHK,
-                                   c.compute_dtype, jnp.float32)
-  to_content_BHMU = layers.einsum('BMHK,UHK->BHMU', of_each(k_BMJK), query_UHK,
-                                  c.compute_dtype, jnp.float32)
-  of_query_BHLM = jnp.take_along_axis(to_position_BHLU, row_BLM[:, None], -1)
-  of_key_BHML = jnp.take_along_axis(
+                                   config.compute_dtype, jnp.float32)
+  to_content_BHMU = layers.einsum(
+      'BMHK,UHK->BHMU', repeat_key_heads(k_BMJK), query_UHK,
+      config.compute_dtype, jnp.float32)
+
+  # The look-up goes along the last axis: content to position has a line of U
+  # products for each query, and position to content one for each key. So the
+  # rows are swapped to [M, L] for the latter, and its result back to [L, M].
+  query_term_BHLM = jnp.take_along_axis(to_position_BHLU, row_BLM[:, None], -1)
+  key_term_BHML = jnp.take_along_axis(
       to_content_BHMU, jnp.swapaxes(row_BLM, 1, 2)[:, None], -1)
   scale: float = module.scale  # type: ignore[attr-defined]
-  return scale * (of_query_BHLM + jnp.swapaxes(of_key_BHML, 2, 3))
+  return scale * (query_term_BHLM + jnp.swapaxes(key_term_BHML, 2, 3))
 
 
 def check(c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what disentangled attention cannot be."""
+  """Checks that a model can have disentangled attention.
+
+  Args:
+    c: the config of the model.
+    stack: the kind of stack, which is not read: any may have it.
+
+  Raises:
+    RequestError: where layers lack queries and keys of their own, for buckets
+      that the equations cannot make, and under muP.
+  """
   del stack
-  who = "model.position is 'disentangled'"
+  request = "model.position is 'disentangled'"
+  # The table is multiplied by the layer's own weights of queries and keys.
   if c.mixer != 'attention' or c.part(AttentionConfig).kv_sharing:
     raise RequestError(
-        f"{who}, which needs queries and keys of the layer's own: choose "
+        f"{request}, which needs queries and keys of the layer's own: choose "
         'model.mixer attention, without kv_sharing')
-  d = c.part(DisentangledConfig)
-  require(d.buckets % 2 == 0 and d.max_distance > d.buckets // 2 + 1,
-          f'model.disentangled.buckets is {d.buckets} and '
-          f'model.disentangled.max_distance {d.max_distance}: the first must '
-          'be even, and the second more than half of it and 1')
-  require(c.parametrization != 'mup', f"{who}, for whose table "
+  # `rows` divides by log((max_distance - 1) / half), which must be above 0.
+  sizes = c.part(DisentangledConfig)
+  require(sizes.buckets % 2 == 0
+          and sizes.max_distance > sizes.buckets // 2 + 1,
+          f'model.disentangled.buckets is {sizes.buckets} and '
+          f'model.disentangled.max_distance {sizes.max_distance}: the first '
+          'must be even, and the second more than half of it and 1')
+  require(c.parametrization != 'mup', f"{request}, for whose table "
           "model.parametrization 'mup' has no rule: choose standard")

@@ -137,10 +137,13 @@ class Indexer(nn.Module):
     """Returns the indexer's queries and keys of the tokens.
 
     Args:
-      x_BLD: the layer's input, of which keys are made.
-      query_input_BLU: what queries are made of.
+      x_BLD: the layer's input, [batch, length, d_model], of which keys are
+        made.
+      query_input_BLU: the input of the queries, [batch, length, features]: the
+        layer's input, or the small vector that latent attention makes of it.
       ctx: the context of the layer.
-      previous_inputs: Index.inputs of the tokens before; None: there are none.
+      previous_inputs: Index.inputs of the tokens before, from a cache; None:
+        there are none.
       rotate_queries: (q_BLHK, context) -> q_BLHK; None: `_rotate`.
       make_keys: x_BLD -> k_BMJK, in place of the indexer's own keys.
     """
@@ -148,7 +151,8 @@ class Indexer(nn.Module):
     # No gradient reaches the layer: its indexer has a loss of its own.
     x_BLD, query_input_BLU = jax.lax.stop_gradient((x_BLD, query_input_BLU))
 
-    # Queries and keys, which are declared in this order.
+    # Products of queries and keys. Each weight draws its initial value when it
+    # is declared, so the order of these lines is part of a seed's meaning.
     q_BLHK = self._product('query', 'BLU,UHK->BLHK', query_input_BLU,
                            (self.axis, None, 'head'), sizes.heads,
                            sizes.head_dim)
@@ -161,7 +165,8 @@ class Indexer(nn.Module):
     if make_keys is None:
       k_BL1K, inputs = self._normalise_keys(k_BLK, ctx, previous_inputs)
 
-    # The weights of heads. Blocks are chosen by all heads alike.
+    # The weights of heads. Blocks are chosen by all heads alike: the factor
+    # sqrt(H) leaves K^-1/2 of the (K H)^-1/2 by which scores are multiplied.
     if sizes.block:
       w_BLH = jnp.full(q_BLHK.shape[:3], sizes.heads ** 0.5)
     else:
@@ -185,15 +190,21 @@ class Indexer(nn.Module):
       self, k_BLK: jax.Array, ctx: Context,
       previous_inputs: Optional[dict[str, jax.Array]]
       ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the normalised keys, [B, L, 1, K], and Index.inputs.
+    """Returns the normalised keys of the indexer, and what the keys of the next
+    tokens are made of.
 
     A key is n(W_k x) or, with blocks, n of the mean of W_k x over the tokens of
-    a block that ends with this token.
+    a block that ends with this token; n is a norm.
 
     Args:
-      k_BLK: the products W_k x.
+      k_BLK: the products W_k x, [batch, length, features].
       ctx: the context of the layer.
-      previous_inputs: Index.inputs of the tokens before; None: there are none.
+      previous_inputs: the second result for the tokens before, from a cache;
+        None: there are none.
+
+    Returns:
+      The keys, [B, L, 1, K], and {CACHE_INPUT: the products W_k x of the last
+      block - 1 tokens, [B, block - 1, 1, K]}, or {} without blocks.
     """
     config, sizes = self.config, self.config.part(IndexerConfig)
     if not sizes.block:
@@ -201,9 +212,12 @@ class Indexer(nn.Module):
       k_BLK = layers.LayerNorm(norm_config, 'head', name='key_norm')(k_BLK)
       return k_BLK[:, :, None], {}
 
-    # The mean is a convolution with equal weights.
+    # The mean is a convolution with equal weights 1 / n. It gives each token a
+    # key, of the n tokens up to it, since any token may be the last of a block;
+    # score_keys reads the keys at the last tokens alone.
     last_BWJK, valid_BL = None, None
     if previous_inputs:
+      # The padding at the end of a row must not enter the cache.
       last_BWJK, valid_BL = previous_inputs[CACHE_INPUT], ctx.valid_BL
     mean_W1K = jnp.full((sizes.block, 1, sizes.head_dim), 1 / sizes.block)
     mean_BL1K, next_BWJK = features.convolve(
@@ -215,15 +229,15 @@ class Indexer(nn.Module):
   def _product(self, name: str, spec: str, x: jax.Array,
                axes: tuple[str | None, ...], *outputs: int,
                dtype: jax.typing.DTypeLike = None) -> jax.Array:
-    """Returns x times a weight, which it declares.
+    """Returns the product of x and a weight, which this method declares.
 
     Args:
       name: the name of the weight.
-      spec: the einsum of the product.
-      x: the input.
+      spec: the einsum of the product, as 'BLD,DK->BLK'.
+      x: the input, whose last axis the product sums over.
       axes: the logical axes of the weight.
       *outputs: the sizes of the weight's axes after the first.
-      dtype: that of the result; None: that of the model.
+      dtype: the dtype of the result; None: the model's compute dtype.
     """
     w = layers.weight(self, name, (x.shape[-1], *outputs), axes)
     return layers.einsum(spec, x, w, self.config.compute_dtype, dtype,
@@ -231,13 +245,24 @@ class Indexer(nn.Module):
 
   def _rotate(self, x_BLHK: jax.Array, ctx: Context, positions_back: int = 0
               ) -> jax.Array:
-    """Returns x with the first features of each head rotated by its token's
-    position less `positions_back`, where the position encoding is rotary."""
+    """Returns queries or keys whose first features are rotated by the token's
+    position (RoPE), or x itself where the position encoding is not rotary.
+
+    Args:
+      x_BLHK: queries or keys, [batch, length, heads, features].
+      ctx: the context of the layer, which has the positions.
+      positions_back: how far before the token the position is that counts. The
+        key at the last of n tokens stands for all of them, and is rotated by
+        the position of the first, n - 1 places back.
+    """
     config, rotate = self.config, positions.position_of(self.config).rotate
     if not rotate:
       return x_BLHK
     num_rotated = num_rotated_features(config)
     rotated, unrotated = jnp.split(x_BLHK, (num_rotated,), -1)
+
+    # The encoding rotates whole heads, so it is given a config whose heads are
+    # the rotated features alone.
     rope_config = dataclasses.replace(config, head_dim=num_rotated).with_part(
         RopeConfig, fraction=1.0,
         interleaved=config.part(IndexerConfig).interleaved)
@@ -292,22 +317,32 @@ class ScoredKeys(NamedTuple):
     return seen_BLM & self.expand_blocks_to_keys(best_BLN | ~whole_BLN, True)
 
   def indices_of_best(self, seen_B1M: jax.Array, top_k: int) -> jax.Array:
-    """Returns the indices of the top_k best keys, [B, top_k], for one query in
-    each row of one document.
+    """Returns the indices of the top_k keys with the best scores, for one query
+    in each row; each row is one document.
 
-    With blocks, those of the block that is not whole yet follow, and there may
-    be indices of keys that the query does not see.
+    Args:
+      seen_B1M: bool, the keys that the query may see, [batch, 1, keys].
+      top_k: how many keys to choose; with blocks, a multiple of their size.
+
+    Returns:
+      Indices of keys, [B, top_k]. With blocks there are block_size more, those
+      of the block that is not whole yet, and some may be of keys that the query
+      does not see or that do not exist: the caller has a mask for the former
+      and clips the latter.
     """
     if not self.block_size:
       visible_scores = hide_unseen_scores(self.scores_BLM, seen_B1M)
       return jax.lax.top_k(visible_scores[:, 0], top_k)[1]
 
-    # The best blocks, and the one that follows the whole ones.
+    # The best of the whole blocks, and the block that follows these. In a row
+    # of one document, the blocks 0 ... n - 1 are whole, so n is the next one.
     whole_B1N = self.whole_blocks_seen(seen_B1M)
     visible_scores = hide_unseen_scores(self.scores_BLM, whole_B1N)
     score_BN, block_BN = jax.lax.top_k(
         visible_scores[:, 0], top_k // self.block_size)
     open_block_B1 = jnp.broadcast_to(whole_B1N.sum(-1), (len(block_BN), 1))
+    # Where fewer blocks are whole than are to be chosen, top_k returns unseen
+    # ones. The number of keys stands in for these: no block has that number.
     block_BN = jnp.where(score_BN > -jnp.inf, block_BN, seen_B1M.shape[-1])
     all_blocks = jnp.concatenate([block_BN, open_block_B1], 1)
 
@@ -331,20 +366,22 @@ class ScoredKeys(NamedTuple):
 
 def score_keys(config: ModelConfig, index: Index, ids_BM: Optional[jax.Array]
                ) -> ScoredKeys:
-  """Returns the scores of all keys, or of their blocks.
+  """Returns an indexer's scores of all keys, or of blocks of keys.
 
   Args:
     config: the config of the layer.
     index: the indexer's queries and keys.
-    ids_BM: the documents of the keys; None: there is one.
+    ids_BM: the number of each key's document, [batch, keys]; None: a row is one
+      document.
   """
   block_size = config.part(IndexerConfig).block
   num_keys = index.key_BMJK.shape[1]
   if not block_size:
     return ScoredKeys(indexer_scores(index))
 
-  # The last key of each block, counted from the start of its document; its
-  # indexer's key stands for the block.
+  # The last keys of blocks, counted from the start of a document. The indexer's
+  # key there is the mean of the block, so it stands for the block. The sort
+  # moves num_keys, the mark of a key that is no last one, behind the others.
   key_1M = jnp.arange(num_keys)[None]
   first_BM = 0 if ids_BM is None else features.start_of_document(ids_BM)
   is_last_BM = (key_1M - first_BM) % block_size == block_size - 1
@@ -353,6 +390,9 @@ def score_keys(config: ModelConfig, index: Index, ids_BM: Optional[jax.Array]
       jnp.where(is_last_BM, key_1M, num_keys))[:, :most_blocks]
   block_keys_BNJK = jnp.take_along_axis(
       index.key_BMJK, last_key_BN[..., None, None], 1, mode='clip')
+
+  # The block of a key is how many blocks have ended before it. The sum up to a
+  # key counts the end at the key itself, which is subtracted again.
   return ScoredKeys(
       scores_BLM=indexer_scores(index.replace(key_BMJK=block_keys_BNJK)),
       block_size=block_size, last_key_BN=last_key_BN,
@@ -391,20 +431,30 @@ def hide_unseen_scores(scores_BLM: jax.Array, seen_BLM: Optional[jax.Array]
 
 def mask_of_best(scores_BLM: jax.Array, seen_BLM: Optional[jax.Array],
                  top_k: int) -> jax.Array:
-  """Returns which keys have the top_k best scores of those that a query sees,
-  bool [B, L, M].
+  """Returns which keys have the top_k best scores of those that a query sees.
 
-  As lax.top_k chooses them, but written with what each device has alone: those
-  above the last one's score, and of its equals the first that there is room
-  for.
+  The choice is that of lax.top_k, of equals the first. It is written as
+  comparisons, which each device makes with its own queries, and not as a
+  scatter of the indices that lax.top_k returns.
+
+  Args:
+    scores_BLM: the scores, [batch, queries L, keys M].
+    seen_BLM: bool, the keys that a query sees; None: all.
+    top_k: how many keys to choose, at most M.
+
+  Returns:
+    bool [B, L, M], true for top_k keys, or fewer where a query sees fewer.
   """
   scores_BLM = hide_unseen_scores(scores_BLM, seen_BLM)
+  # All keys above the last chosen score are chosen; among its equals, the first
+  # ones for which there is room.
   worst_of_best_BL1 = jax.lax.top_k(scores_BLM, top_k)[0][..., -1:]
   is_above_BLM = scores_BLM > worst_of_best_BL1
   is_equal_BLM = scores_BLM == worst_of_best_BL1
   room_BL1 = top_k - is_above_BLM.sum(-1, keepdims=True)
   equals_so_far_BLM = jnp.cumsum(is_equal_BLM, -1, dtype=jnp.int32)
   best_BLM = is_above_BLM | is_equal_BLM & (equals_so_far_BLM <= room_BL1)
+  # A query that sees fewer than top_k keys would choose unseen ones, at -inf.
   return best_BLM if seen_BLM is None else best_BLM & seen_BLM
 
 
@@ -417,16 +467,19 @@ def should_copy_chosen_keys(top_k: int, shape: tuple[int, ...]) -> bool:
 
 def divergence(target_BLM: jax.Array, scores_BLM: jax.Array,
                seen_BLM: Optional[jax.Array], ctx: Context) -> jax.Array:
-  """Returns the mean over tokens, in nats, of KL(target || softmax of scores).
+  """Returns the mean over tokens, in nats, of the Kullback-Leibler divergence
+  KL(p || softmax of scores), the loss of an indexer.
 
   Args:
-    target_BLM: weights of the keys, which may add up to less than 1.
-    scores_BLM: the scores.
+    target_BLM: weights of the keys, [batch, queries L, keys M]. They may add up
+      to less than 1, and p are these weights over their sum.
+    scores_BLM: the scores, whose softmax is over the keys.
     seen_BLM: bool, the keys that both are taken over; None: all.
-    ctx: the context, which says what tokens count.
+    ctx: the context, which says which tokens are no padding.
   """
   if seen_BLM is not None:
     scores_BLM = jnp.where(seen_BLM, scores_BLM, UNSEEN_SCORE)
+  # A query without any weight has p = 0; the bound spares it 0 / 0.
   total_BL1 = target_BLM.sum(-1, keepdims=True)
   p_BLM = target_BLM / jnp.maximum(total_BL1, 1e-30)
   # A key of weight 0 adds nothing, and its logarithm would be infinite.
@@ -434,6 +487,7 @@ def divergence(target_BLM: jax.Array, scores_BLM: jax.Array,
   log_p_BLM = jnp.log(jnp.where(has_weight_BLM, p_BLM, 1))
   nats_BLM = log_p_BLM - jax.nn.log_softmax(scores_BLM)
   kl_BL = jnp.where(has_weight_BLM, p_BLM * nats_BLM, 0).sum(-1)
+  # Padding counts nowhere. A batch of padding alone has the mean 0.
   counted_BL = ctx.real_tokens(*kl_BL.shape)
   return (kl_BL * counted_BL).sum() / jnp.maximum(counted_BL.sum(), 1)
 
@@ -465,10 +519,16 @@ def empty_block_inputs(config: ModelConfig, shape: tuple[int, ...]
 
 
 def count_chosen_keys(config: ModelConfig, num_seen: np.ndarray) -> np.ndarray:
-  """Returns how many keys an indexer leaves queries that may see `num_seen`
-  keys: those of whole blocks up to top_k, and those of the last block that is
-  not whole; all where top_k is 0."""
+  """Returns how many keys a query sees after an indexer has chosen: the keys of
+  whole blocks up to top_k, and those after the last whole block; all of them
+  where top_k is 0.
+
+  Args:
+    config: the config of the layer.
+    num_seen: how many keys queries may see, an array of any shape.
+  """
   sizes = config.part(IndexerConfig)
+  # Without blocks, each key counts as a block of its own.
   block_size = max(sizes.block, 1)
   if not sizes.top_k:
     return num_seen
@@ -477,9 +537,19 @@ def count_chosen_keys(config: ModelConfig, num_seen: np.ndarray) -> np.ndarray:
 
 
 def check_indexer(config: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what a layer with an indexer cannot be; `stack` is
-  what architectures.stack returns."""
+  """Checks that a model can have a layer with an indexer.
+
+  Args:
+    config: the config of the layer.
+    stack: the kind of stack, 'decoder' or another.
+
+  Raises:
+    RequestError: for a stack that is no decoder, muP, keys of another layer,
+      blocks that do not divide top_k, and more rotated features than a head of
+      the indexer has.
+  """
   request = "model.attention is 'indexed'"
+  # The model around the indexer.
   require(stack == 'decoder', f'{request}, whose queries choose of the keys '
           f'before them, and model.arch {config.arch!r} is no decoder: choose '
           'global')
@@ -489,6 +559,8 @@ def check_indexer(config: ModelConfig, stack: str) -> None:
   if attention is not None and attention.kv_sharing:
     raise RequestError(f'{request}, and model.kv_sharing is True: a layer '
                        'chooses of keys of its own, so set it to False')
+
+  # The sizes of the indexer itself.
   sizes = config.part(IndexerConfig)
   require(not sizes.block or sizes.top_k % sizes.block == 0,
           f'model.indexer.block is {sizes.block}, which does not divide '

@@ -61,24 +61,36 @@ def visible_keys(kind: LayerKind, config: ModelConfig,
                  q_segments_BL: Optional[jax.Array] = None,
                  k_segments_BM: Optional[jax.Array] = None,
                  prefix_B: Optional[jax.Array] = None) -> Optional[jax.Array]:
-  """Returns which keys each query sees, bool [B or 1, L, M]; None: all.
+  """Returns the mask of attention: which keys each query sees.
 
   Args:
     kind: the kind of the layer, with its rule of attention and causality.
-    config: its config.
-    q_positions_BL: the positions of the queries.
-    k_positions_BM: the positions of the keys.
-    q_segments_BL: the documents of the queries; None: there is one.
-    k_segments_BM: the documents of the keys.
-    prefix_B: how many tokens at the start of a row are seen by all.
+    config: the config of the layer, which has the sizes of windows and chunks.
+    q_positions_BL: the positions of the queries, [batch or 1, queries].
+    k_positions_BM: the positions of the keys, [batch or 1, keys].
+    q_segments_BL: the number of each query's document; None: a row is one
+      document.
+    k_segments_BM: the number of each key's document.
+    prefix_B: how many tokens at the start of a row (its prompt) are seen by all
+      tokens, in a causal layer; None: there are none.
+
+  Returns:
+    bool, [B or 1, L, M]; None: each query sees all keys.
   """
   rule, conditions = RULES[kind.attention], []
+  # Positions of queries stand in rows and those of keys in columns, so that a
+  # comparison of the two has all pairs.
   q_BL1, k_B1M = q_positions_BL[:, :, None], k_positions_BM[:, None]
+
+  # A causal layer shows the past and the token itself, and the prefix to all.
   if kind.causal:
     is_earlier_BLM = k_B1M <= q_BL1
     if prefix_B is not None:
       is_earlier_BLM |= k_B1M < prefix_B[:, None, None]
     conditions.append(is_earlier_BLM)
+
+  # The rule of the layer shows a window, a chunk, or all; and no token sees
+  # another document.
   if rule.window:
     conditions.append(jnp.abs(q_BL1 - k_B1M) < rule.window(config))
   if rule.chunk:
@@ -86,6 +98,7 @@ def visible_keys(kind: LayerKind, config: ModelConfig,
     conditions.append(q_BL1 // size == k_B1M // size)
   if q_segments_BL is not None:
     conditions.append(q_segments_BL[:, :, None] == k_segments_BM[:, None])
+
   # A key is seen where all conditions hold.
   if not conditions:
     return None
@@ -95,19 +108,26 @@ def visible_keys(kind: LayerKind, config: ModelConfig,
 def segment_ids_with_chunks(
     kind: LayerKind, config: ModelConfig, positions_BL: jax.Array,
     segments_BL: Optional[jax.Array]) -> Optional[jax.Array]:
-  """Returns the segment ids that a kernel is given, [B, L], which differ from
-  chunk to chunk of a document, too, where the layer's rule has chunks; None:
-  a row is one segment.
+  """Returns segment ids for a fused kernel, which lets a token see those with
+  its own id alone. Where the layer's rule cuts documents into chunks, each
+  chunk has an id of its own.
 
   Args:
     kind: the kind of the layer.
-    config: its config.
-    positions_BL: the positions of the tokens in their documents.
-    segments_BL: the documents of the tokens; None: there is one.
+    config: the config of the layer.
+    positions_BL: the positions of the tokens in their documents, [batch,
+      length].
+    segments_BL: the number of each token's document; None: a row is one
+      document.
+
+  Returns:
+    The ids, int32 [B, L]; None: a row is one segment.
   """
   rule = RULES[kind.attention]
   if not rule.chunk:
     return segments_BL
+  # The chunk's number in its document, plus that of the document times a number
+  # that no chunk reaches: so no two chunks have one id.
   chunk_BL = positions_BL // rule.chunk(config)
   if segments_BL is None:
     return chunk_BL
@@ -123,13 +143,17 @@ def is_start_of_row(kind: LayerKind, ctx: Context) -> bool:
 def _count_keys_of_queries(kind: LayerKind, config: ModelConfig,
                            queries: np.ndarray, keys: np.ndarray
                            ) -> np.ndarray:
-  """Returns how many keys each query sees, in a row of one document.
+  """Returns how many keys each query sees, in a row of one document. This is
+  the count of what `visible_keys` shows, without an array of all pairs.
 
   Args:
     kind: the kind of the layer.
-    config: its config.
-    queries: the positions of the queries.
+    config: the config of the layer.
+    queries: the positions of the queries, [L].
     keys: the positions of the keys, 0 ... M - 1.
+
+  Returns:
+    An integer of each query, [L].
   """
   rule, num_keys = RULES[kind.attention], keys.size
   # A query sees the keys of its chunk, up to itself where the layer is causal.
@@ -138,11 +162,14 @@ def _count_keys_of_queries(kind: LayerKind, config: ModelConfig,
     first = queries - queries % chunk
     stop = queries + 1 if kind.causal else first + chunk
     return np.minimum(stop, num_keys) - first
-  # Or it sees those that are less than `reach` away.
+
+  # Or it sees those that are less than `reach` away, before it and, where the
+  # layer is not causal, after it.
   reach = rule.window(config) if rule.window else num_keys
   reach_after = 1 if kind.causal else reach
   first = np.maximum(queries - reach + 1, 0)
   num_seen = np.minimum(queries + reach_after, num_keys) - first
+
   # An indexer leaves some of them.
   return rule.top(config, num_seen) if rule.top else num_seen
 
@@ -161,18 +188,22 @@ def count_visible_pairs(kind: LayerKind, config: ModelConfig, queries: int,
 def count_useful_pairs(kind: LayerKind, config: ModelConfig, queries: int,
                        keys: int, prefix: bool = False
                        ) -> tuple[int, int, int]:
-  """Returns three numbers of pairs of a query and a key: those that the mask
-  shows, all that there are, and those that it would show if the whole row were
-  a prompt.
+  """Counts pairs of a query and a key, by which the FLOPs of attention are
+  counted: a program may compute all, but only visible ones are useful.
 
   Args:
     kind: the kind of the layer.
-    config: its config.
+    config: the config of the layer.
     queries: how many queries there are: the last of the keys' tokens.
     keys: how many keys there are.
-    prefix: whether the tokens of a row's prefix see each other. Then all three
-      numbers are sums over prefixes of 1 to keys - 1 tokens, which are alike
-      likely in training; but a prompt is a prefix of all of its tokens.
+    prefix: whether the tokens of a row's prefix see each other both ways. In
+      training a prefix may have any number of tokens from 1 to keys - 1, each
+      as likely, so all three numbers are then sums over these prefixes.
+
+  Returns:
+    The pairs that the mask shows; all that there are; and those that the mask
+    would show if the whole row were a prompt, which with `prefix` is a prefix
+    of all tokens.
   """
   visible_pairs = count_visible_pairs(kind, config, queries, keys)
   all_pairs = queries * keys
@@ -201,17 +232,33 @@ def count_useful_pairs(kind: LayerKind, config: ModelConfig, queries: int,
 
 def _count_indexed_pairs_of_prefixes(kind: LayerKind, config: ModelConfig,
                                      keys: int) -> int:
-  """Returns the sum over all prefixes of 1 to keys - 1 tokens of the pairs that
-  an indexer leaves: a query sees max(query + 1, prefix) keys, or the best of
-  them."""
+  """Returns how many pairs of a query and a key an indexer leaves, added up
+  over all prefixes of 1 to keys - 1 tokens that a row may have.
+
+  With a prefix of p tokens, query i may see max(i + 1, p) keys: those up to
+  itself, or the whole prefix. The indexer leaves the best of them, whose number
+  depends on how many there are alone.
+
+  Args:
+    kind: the kind of the layer, whose rule has an indexer.
+    config: the config of the layer.
+    keys: how many keys there are, and as many queries.
+  """
+  # best_M[n] is how many of n keys the indexer leaves, for n up to keys - 1.
   top, position_M = RULES[kind.attention].top, np.arange(keys)
   best_M = top(config, position_M)
-  # Prefixes that end with the query or before it.
+
+  # Prefixes that end with the query or before it. Query i then sees i + 1 keys,
+  # so best_M is shifted by one, and the last query's number is appended. There
+  # are i + 1 such prefixes, of 1 to i + 1 tokens, but keys - 1 at most.
   last_count = _count_keys_of_queries(
       kind, config, queries=position_M[-1:], keys=position_M)
   up_to_query_M = np.append(best_M[1:], last_count)
   shorter = (up_to_query_M * np.minimum(position_M + 1, keys - 1)).sum()
-  # Prefixes that go on after the query.
+
+  # Prefixes that go on after the query, of i + 2 to keys - 1 tokens. The number
+  # that the indexer leaves is best_M at the prefix' length, so query i has the
+  # sum of best_M beyond i + 1, and the last query has no such prefix.
   longer_prefixes_M = best_M.sum() - best_M.cumsum()
   longer = np.append(longer_prefixes_M[1:], 0).sum()
   return int(shorter + longer)
@@ -267,14 +314,25 @@ class _ScoreSettings(NamedTuple):
   window: int
 
   def query_blocks(self, L: int, M: int) -> Iterator[tuple[slice, slice]]:
-    """Yields the blocks of L queries, each with the slice of M keys that it
-    meets."""
+    """Yields the blocks of queries that are computed one at a time.
+
+    Args:
+      L: the number of queries.
+      M: the number of keys.
+
+    Yields:
+      The slice of a block's queries, and the slice of the keys that at least
+      one of them may see; the mask hides the others of these keys.
+    """
+    # Without causality, all queries meet all keys, in one block.
     if not self.causal:
       yield slice(0, L), slice(0, M)
       return
     num_blocks = max(1, min(MOST_QUERY_BLOCKS, L // LEAST_QUERIES_OF_A_BLOCK))
     for i in range(num_blocks):
       start, stop = i * L // num_blocks, (i + 1) * L // num_blocks
+      # The first query of the block has the window that begins first, and the
+      # last query is the last key that any of them sees.
       first_key = max(0, start - self.window + 1) if self.window else 0
       yield slice(start, stop), slice(first_key, stop)
 
@@ -285,28 +343,42 @@ def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
            sink_H: Optional[jax.Array] = None, dropout: float = 0.0,
            key: Optional[jax.Array] = None, causal: bool = False,
            window: int = 0) -> jax.Array:
-  """Returns o_l = sum over m of p_lm v_m, [B, L, H, K], where p are
-  `attention_weights`; the softmax is taken in float32.
+  """Returns the result of attention,
+
+    o_l = sum over m of p_lm v_m,   p_lm = softmax over m of the scores s_lm
+
+  where s_lm = scale q_l k_m, bounded by the softcap, plus a bias. The softmax
+  is taken in float32.
 
   Args:
-    q_BLHK: queries.
-    k_BMJK: keys, each shared by H / J heads.
-    v_BMJK: values, whose heads may have another size.
+    q_BLHK: queries, [batch, length L, heads H, features K].
+    k_BMJK: keys, [batch, number of keys M, heads of keys J, features K]. Head j
+      serves the R = H / J heads of queries from j R on.
+    v_BMJK: values, whose heads may have another size than those of keys.
     scale: multiplies the products of queries and keys.
     mask_BLM: bool, which keys a query sees; None: all.
     bias_BHLM: added to the scores; it may be of more keys, which come after.
     softcap: the scores' bound, softcap * tanh(score / softcap); 0: none.
-    sink_H: the score of a key with no value, which all see.
-    dropout: the share of weights that is dropped, given a key; others grow.
-    key: of random numbers.
-    causal: whether the mask shows query l no key after the l-th.
-    window: and, if given, none before the `window` last of those.
+    sink_H: a score of each head for a key with no value, which all queries see,
+      so that the weights of the others sum to less than 1; None: there is none.
+    dropout: the share of weights that are set to 0 where `key` is given; the
+      others are divided by the share that is left.
+    key: of dropout's random numbers; None: nothing is dropped.
+    causal: whether the mask shows query l no key after the l-th. Blocks of
+      queries then leave out keys, so it must not be said of other masks.
+    window: how many keys the mask shows a query of a causal layer at most, the
+      last being its own; 0: any number.
+
+  Returns:
+    o, [B, L, H, features of a value].
   """
   B, L, H, K = q_BLHK.shape
   M, J = k_BMJK.shape[1:3]
   chex.assert_shape([k_BMJK, v_BMJK], [(B, M, J, K), (B, M, J, None)])
   settings = _ScoreSettings(scale=scale, softcap=softcap, dropout=dropout,
                             causal=causal, window=window)
+  # Heads come before the length, and those of queries are grouped by the head
+  # of keys that they share, J by R: so products are of whole matrices [L, M].
   q_BJRLK = _swap_length_and_heads(q_BLHK).reshape(B, J, H // J, L, K)
   o_BJRLK = _attend_by_key_head(
       settings, q_BJRLK, _swap_length_and_heads(k_BMJK),
@@ -323,11 +395,25 @@ def attention_weights(
     mean: bool = False) -> jax.Array:
   """Returns the weights that `attend` gives the values for these arguments,
 
-    p_lm = softmax over m of (scale q_l k_m + bias_lm),
+    p_lm = softmax over m of (scale q_l k_m + bias_lm)
 
-  float32 [B, H, L, M], or with `mean` their mean over heads, [B, L, M]. A row
-  sums to 1, less the share of the sink where there is one; weights that are
-  hidden are 0. Args as for `attend`.
+  They sum to 1 over m, less the share of the sink where there is one. Weights
+  of hidden keys are 0.
+
+  Args:
+    q_BLHK: queries, [batch, length L, heads H, features K].
+    k_BMJK: keys, [batch, number of keys M, heads of keys J, features K].
+    mask_BLM: as of `attend`.
+    bias_BHLM: as of `attend`.
+    sink_H: as of `attend`.
+    scale: as of `attend`.
+    softcap: as of `attend`.
+    causal: as of `attend`.
+    window: as of `attend`.
+    mean: whether the mean over heads is returned.
+
+  Returns:
+    float32 [B, H, L, M], or with `mean` [B, L, M].
   """
   B, L, H, K = q_BLHK.shape
   M, J = k_BMJK.shape[1:3]
@@ -339,23 +425,25 @@ def attention_weights(
   sink_1JR11 = _group_sinks_by_key_head(sink_H, J)
   weights_of_blocks = []
   for queries, keys in settings.query_blocks(L, M):
-    # The softmax of a block's scores; a sink is a key more, with no value.
+    # The softmax of a block's scores. A sink is a key more, with no value: its
+    # weight, the last, is cut off again.
     s_BJRLM = _masked_scores(
         settings, queries, keys, mask_BLM, q_BJRLK, k_BJMK, bias_BJRLM)
     if sink_1JR11 is not None:
       sink_BJRL1 = jnp.broadcast_to(sink_1JR11, (*s_BJRLM.shape[:-1], 1))
       s_BJRLM = jnp.concatenate([s_BJRLM, sink_BJRL1], -1)
     p_BJRLM = jax.nn.softmax(s_BJRLM)[..., :keys.stop - keys.start]
+    # A query that sees no key has equal scores and weights; these become 0.
     if mask_BLM is not None:
       p_BJRLM = jnp.where(mask_BLM[:, None, None, queries, keys], p_BJRLM, 0)
     if mean:
-      p = p_BJRLM.mean((1, 2))
+      weights = p_BJRLM.mean((1, 2))
     else:
-      p = p_BJRLM.reshape(B, H, *p_BJRLM.shape[3:])
+      weights = p_BJRLM.reshape(B, H, *p_BJRLM.shape[3:])
     # The keys that these queries do not meet have weight 0.
     unmet_keys = (keys.start, M - keys.stop)
-    padding = (*[(0, 0)] * (p.ndim - 1), unmet_keys)
-    weights_of_blocks.append(jnp.pad(p, padding))
+    padding = (*[(0, 0)] * (weights.ndim - 1), unmet_keys)
+    weights_of_blocks.append(jnp.pad(weights, padding))
   return jnp.concatenate(weights_of_blocks, -2)
 
 
@@ -386,20 +474,27 @@ def _masked_scores(
     settings: _ScoreSettings, queries: slice, keys: slice,
     mask_BLM: Optional[jax.Array], q_BJRLK: jax.Array, k_BJMK: jax.Array,
     bias_BJRLM: Optional[jax.Array]) -> jax.Array:
-  """Returns the scores scale q k + bias of a block of queries and keys,
-  MASKED_SCORE where a key is hidden, float32 [B, J, R, L, M].
+  """Returns the scores scale q k + bias of a block of queries and keys, and
+  MASKED_SCORE where a key is hidden.
 
   Args:
     settings: the scale and the softcap.
-    queries: the slice of the queries.
-    keys: the slice of the keys.
+    queries: the slice of all queries that the block has.
+    keys: the slice of all keys that the block has.
     mask_BLM: bool, which keys a query sees; None: all.
-    q_BJRLK: all queries.
-    k_BJMK: all keys.
+    q_BJRLK: all queries, [batch, heads of keys J, R heads of queries for each,
+      length L, features K].
+    k_BJMK: all keys, [batch, J, number of keys M, features K].
     bias_BJRLM: added to the scores; None: nothing is.
+
+  Returns:
+    The scores, float32 [B, J, R, L of the block, M of the block].
   """
+  # The scale multiplies the queries, which are fewer numbers than the scores.
   q_BJRLK = layers.multiply_exactly(q_BJRLK[..., queries, :], settings.scale)
   s_BJRLM = _multiply_queries_and_keys(q_BJRLK, k_BJMK[..., keys, :])
+  # The order matters: the softcap bounds the products alone, and neither the
+  # bias nor MASKED_SCORE.
   if settings.softcap:
     s_BJRLM = settings.softcap * jnp.tanh(s_BJRLM / settings.softcap)
   if bias_BJRLM is not None:
@@ -452,16 +547,20 @@ def _sum_over_rows(x_BJRLM: jax.Array) -> jax.Array:
 def _weigh_values(settings: _ScoreSettings, queries: slice, keys: slice,
                   key: Optional[jax.Array], p_BJRLM: jax.Array,
                   v_BJMK: jax.Array) -> jax.Array:
-  """Returns the sums over keys of p v, of the weights p that dropout leaves.
+  """Returns the sums over keys of p v, of the weights p that dropout leaves,
+  float32 [B, J, R, L, K].
 
   Args:
-    settings: the share that dropout drops.
-    queries: the slice of the queries, whose start makes the block's own key.
-    keys: the slice of the keys.
+    settings: the share of weights that dropout drops.
+    queries: the slice of all queries that the block has.
+    keys: the slice of all keys that the block has.
     key: of dropout's random numbers; None: nothing is dropped.
-    p_BJRLM: the weights of this block.
-    v_BJMK: all values.
+    p_BJRLM: the weights of the block, [batch, heads of keys J, R heads of
+      queries for each, L queries, M keys].
+    v_BJMK: all values, [batch, J, number of keys, features K].
   """
+  # Each block draws numbers of its own, by its first query. The backward pass
+  # calls this again and must draw the same ones.
   if key is not None:
     key_of_block = jax.random.fold_in(key, queries.start)
     p_BJRLM = layers.apply_dropout(p_BJRLM, settings.dropout, key_of_block)
@@ -537,8 +636,9 @@ _multiply_weights_and_values.defvjp(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend_by_key_head(settings: _ScoreSettings, *arrays: Optional[jax.Array]
                         ) -> jax.Array:
-  """Returns the o of `attend`, [B, J, R, L, K]; the arrays are the arguments of
-  _attend_by_key_head_forward."""
+  """Returns the result of attention with a gradient that is written out, which
+  keeps no scores; the arrays are the arguments of _attend_by_key_head_forward,
+  and the result is [B, J, R, L, K]."""
   o_BJRLK, _ = _attend_by_key_head_forward(settings, *arrays)
   return o_BJRLK
 
@@ -556,13 +656,25 @@ def _attend_by_key_head_forward(
 
   A sink is a key more, in t and z only. The gradient reads the arguments, t and
   z, but no scores.
+
+  Args:
+    settings: the numbers by which scores and weights are made.
+    q_BJRLK: queries, [batch, heads of keys J, R heads of queries for each,
+      length L, features K].
+    k_BJMK: keys, [batch, J, number of keys M, K].
+    v_BJMK: values, [batch, J, M, features of a value].
+    bias_BJRLM: added to the scores; None: nothing is.
+    sink_1JR11: the score of each head's sink; None: there is none.
+    mask_BLM: bool, which keys a query sees; None: all.
+    key: of dropout's random numbers; None: nothing is dropped.
   """
   o_of_blocks, top_of_blocks, sum_of_blocks = [], [], []
   blocks = settings.query_blocks(q_BJRLK.shape[3], k_BJMK.shape[2])
   for queries, keys in blocks:
     s_BJRLM = _masked_scores(
         settings, queries, keys, mask_BLM, q_BJRLK, k_BJMK, bias_BJRLM)
-    # e / sum is the softmax; the sink has a share of the sum, and no value.
+    # The softmax is e / sum; the sink has a share of the sum, and no value. The
+    # division comes after the product with the values, on fewer numbers.
     top_BJRL1 = s_BJRLM.max(-1, keepdims=True)
     if sink_1JR11 is not None:
       top_BJRL1 = jnp.maximum(top_BJRL1, sink_1JR11)
@@ -599,13 +711,19 @@ def _attend_by_key_head_backward(settings: _ScoreSettings, saved: tuple,
     dsink = - sum over l of p_l,sink r_l
 
   and those of q, k and the bias from ds, by the gradient of the scores.
+
+  Args:
+    settings: the numbers by which scores and weights are made.
+    saved: the arguments of the forward pass, t and z.
+    do_BJRLK: the gradient of the result.
   """
   (q_BJRLK, k_BJMK, v_BJMK, bias_BJRLM, sink_1JR11, mask_BLM, key, top_BJRL1,
    sum_BJRL1) = saved
   do_BJRLK, gradients_of_blocks = do_BJRLK.astype(jnp.float32), []
   blocks = settings.query_blocks(q_BJRLK.shape[3], k_BJMK.shape[2])
   for queries, keys in blocks:
-    # The weights p again, and the gradients of p and v.
+    # The weights p again, and the gradients of p and v. Each jax.vjp returns
+    # the result and the function from its gradient to those of the arguments.
     s_BJRLM, scores_vjp = jax.vjp(
         functools.partial(_masked_scores, settings, queries, keys, mask_BLM),
         q_BJRLK, k_BJMK, bias_BJRLM)
@@ -626,6 +744,9 @@ def _attend_by_key_head_backward(settings: _ScoreSettings, saved: tuple,
       p_sink_BJRL1 = jnp.exp(sink_1JR11 - block_top_BJRL1) / block_sum_BJRL1
       d_sink = -(p_sink_BJRL1 * r_BJRL1).sum((0, 3), keepdims=True)
     gradients_of_blocks.append((*scores_vjp(ds_BJRLM), dv_BJMK, d_sink))
+
+  # A block's gradients have the size of the whole arguments, with zeros outside
+  # of the block, so they add up. Where a bias or sink is None, so is each term.
   dq, dk, d_bias, dv, d_sink = jax.tree.map(
       _sum_of_arguments, *gradients_of_blocks)
   return dq, dk, dv, d_bias, d_sink, None, None
@@ -710,10 +831,15 @@ def find_visible_keys(kind: LayerKind, config: ModelConfig, ctx: Context,
 
   Args:
     kind: the kind of the layer, with its rule of attention and causality.
-    config: its config.
+    config: the config of the layer.
     ctx: the context of the layer, with the tokens' positions and documents.
-    k_positions_BM: the positions of the keys.
+    k_positions_BM: the positions of the keys, [batch or 1, number of keys M].
+
+  Returns:
+    The mask in two forms, for fused kernels (`mask`) and written out
+    (`seen_BLM`), and the bias.
   """
+  # The mask written out.
   rule, ids_BL = RULES[kind.attention], ctx.segment_ids_BL
   seen_BLM = visible_keys(
       kind, config, q_positions_BL=ctx.positions_BL,
@@ -751,26 +877,29 @@ class Kernel(NamedTuple):
 
 def choose_attention_kernel(config: ModelConfig, mask: Mask, q_length: int,
                             k_length: int, *, strict: bool = True) -> str:
-  """Returns the kernel that attention is computed by: xla, splash or cudnn.
+  """Returns the name of the kernel that attention is computed by: 'xla',
+  'splash' or 'cudnn'.
 
   Args:
     config: the layer's config; its attention_kernel names one, or auto.
     mask: which keys a query sees.
     q_length: the number of queries.
     k_length: the number of keys.
-    strict: whether a named kernel that cannot do it is an error, and not
+    strict: whether a named kernel that cannot compute this is an error, and not
       replaced by xla.
 
   Raises:
-    ValueError: where config.attention_kernel names one that cannot do it, and
-      `strict` asks for no other.
+    RequestError: where config.attention_kernel names a kernel that cannot
+      compute this, with `strict`.
   """
+  # With auto the first kernel that can do it is taken, and xla after them all.
   name, device = config.attention_kernel, sharding.traced_platform()
   candidates = KERNELS if name == 'auto' else [name]
   for kernel in candidates:
     reason = reason_of_refusal(kernel, config, mask, q_length, k_length, device)
     if not reason:
       return kernel
+    # A kernel that was asked for by name is not replaced silently.
     if strict and name != 'auto':
       _raise_refusal(name, reason)
   return 'xla'
@@ -803,8 +932,7 @@ def _refuse_platform(name: str, device: str) -> str:
 
 def reason_of_refusal(name: str, config: ModelConfig, mask: Mask, q_length: int,
                       k_length: int, device: str) -> str:
-  """Returns why a kernel cannot compute the attention, as 'which ...'; '': it
-  can.
+  """Returns why a kernel cannot compute the attention.
 
   Args:
     name: the kernel, a name of KERNELS or xla.
@@ -812,10 +940,15 @@ def reason_of_refusal(name: str, config: ModelConfig, mask: Mask, q_length: int,
     mask: which keys a query sees.
     q_length: the number of queries.
     k_length: the number of keys.
-    device: the platform of the program.
+    device: the platform of the program, 'cpu', 'gpu' or 'tpu'.
+
+  Returns:
+    A clause 'which ...' for the text of an error, that goes on from the
+    kernel's name; '' where it can compute the attention.
   """
   if name == 'xla':
     return ''
+  # No fused kernel has these, and then each has conditions of its own.
   if mask.has_bias or mask.has_dropout:
     return ('which adds no bias to the scores and drops no weights, as '
             f'model.position {config.position} and model.attention_dropout '
@@ -829,7 +962,17 @@ def reason_of_refusal(name: str, config: ModelConfig, mask: Mask, q_length: int,
 
 def _refuse_splash(config: ModelConfig, mask: Mask, q_length: int,
                    k_length: int) -> str:
-  """Returns why splash cannot compute this, as Kernel.refuse; '': it can."""
+  """Returns why splash attention cannot compute this, as a clause 'which ...';
+  '': it can.
+
+  Args:
+    config: the layer's config, which is not read.
+    mask: which keys a query sees.
+    q_length: the number of queries.
+    k_length: the number of keys.
+  """
+  # Splash makes causal and banded masks by the places of tokens in the array,
+  # so these must be the order of the tokens.
   shards = sharding.count_shards('length', q_length)
   is_by_place = mask.causal or mask.window > 0
   is_unordered = is_by_place and not mask.in_order
@@ -837,6 +980,9 @@ def _refuse_splash(config: ModelConfig, mask: Mask, q_length: int,
     return ('which has masks neither for a prefix that all tokens see, nor for '
             'positions without segment ids, nor for rules of attention but '
             'windows')
+
+  # It takes lengths in multiples of a TPU's lanes, on each device. Others can
+  # be padded where the mask hides the padding.
   can_be_padded = mask.causal and shards == 1 and q_length == k_length > LANES
   is_multiple = q_length % (LANES * shards) == 0 and k_length % LANES == 0
   if is_multiple or can_be_padded:
@@ -859,7 +1005,17 @@ def _padded_length(L: int) -> int:
 
 def _refuse_cudnn(config: ModelConfig, mask: Mask, q_length: int, k_length: int
                   ) -> str:
-  """Returns why cudnn cannot compute this, as Kernel.refuse; '': it can."""
+  """Returns why cuDNN's attention cannot compute this, as a clause 'which ...';
+  '': it can.
+
+  Args:
+    config: the layer's config.
+    mask: which keys a query sees, which is not read: a mask that cuDNN does not
+      know is written out for it.
+    q_length: the number of queries.
+    k_length: the number of keys.
+  """
+  # Dtype and scores, sizes, and last whether the library is there.
   if config.compute_dtype != jnp.bfloat16:
     return f'which computes in bfloat16, and model.dtype is {config.dtype}'
   if config.attention_softcap or config.attention_sinks:
@@ -921,7 +1077,15 @@ class _MeshLayout:
       in_specs: tuple[Optional[PartitionSpec], ...]
       ) -> Callable[..., jax.Array]:
     """Returns the function that applies `compute` on each device to its share
-    of the arguments, which lie as `in_specs`; the result lies as queries."""
+    of the arguments. A fused kernel needs this, since XLA cannot split it.
+
+    Args:
+      compute: a function of arrays whose result is split as queries are.
+      in_specs: how each of its arguments is split over the mesh.
+
+    Returns:
+      A function of whole arrays; `compute` itself where nothing is split.
+    """
     if not self.row_axes + self.length_axes + self.head_axes:
       return compute
     return jax.shard_map(compute, in_specs=in_specs, out_specs=self.query_spec,
@@ -932,12 +1096,13 @@ def splash_attention(
     q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, mask: Mask, *,
     scale: float, softcap: float = 0.0, sink_H: Optional[jax.Array] = None,
     interpret: bool = False) -> jax.Array:
-  """Returns what `attend` does, by Pallas' splash attention.
+  """Returns the result of attention, as `attend`, by Pallas' splash attention
+  for TPU.
 
   Args:
-    q_BLHK: queries.
-    k_BMJK: keys.
-    v_BMJK: values.
+    q_BLHK: queries, [batch, length L, heads H, features K].
+    k_BMJK: keys, [batch, number of keys M, heads of keys J, features K].
+    v_BMJK: values, [batch, M, J, features of a value].
     mask: which keys a query sees.
     scale: as of `attend`.
     softcap: as of `attend`.
@@ -969,8 +1134,10 @@ def splash_attention(
       kernel: Any, q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
       q_ids_BL: Optional[jax.Array], k_ids_BM: Optional[jax.Array],
       sink_H: Optional[jax.Array]):
-    """Returns one device's share of the result."""
+    """Returns one device's share of the result, from its shares of the
+    arguments of `splash_attention`."""
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
+    # The kernel takes heads before the length, and does not scale by itself.
     ids = None
     if q_ids_BL is not None:
       ids = pallas.SegmentIds(q_ids_BL, k_ids_BM)
@@ -997,8 +1164,17 @@ def splash_attention(
 def _pad_and_apply_splash(q_BLHK: jax.Array, k_BMJK: jax.Array,
                           v_BMJK: jax.Array, mask: Mask, **options: Any
                           ) -> jax.Array:
-  """Returns what `splash_attention` does, of tokens that are padded to whole
-  blocks. The mask, which is causal, hides the padding from the tokens."""
+  """Returns the result of `splash_attention` for a length that its blocks do
+  not divide: tokens are padded, and the padding's results cut off again.
+
+  Args:
+    q_BLHK: queries, [batch, length L, heads H, features K].
+    k_BMJK: keys, of as many tokens.
+    v_BMJK: values, of as many tokens.
+    mask: which keys a query sees. It must be causal: then no token sees the
+      padding, which comes after it.
+    **options: the other arguments of `splash_attention`.
+  """
   L = q_BLHK.shape[1]
   num_padding = _padded_length(L) - L
 
@@ -1007,6 +1183,7 @@ def _pad_and_apply_splash(q_BLHK: jax.Array, k_BMJK: jax.Array,
     other_axes = [(0, 0)] * (x.ndim - 2)
     return jnp.pad(x, ((0, 0), (0, num_padding), *other_axes))
 
+  # Queries, keys, values and their segment ids become as long.
   if mask.q_ids_BL is not None:
     mask = mask.replace(q_ids_BL=pad_length(mask.q_ids_BL),
                         k_ids_BM=pad_length(mask.k_ids_BM))
@@ -1019,12 +1196,23 @@ def _pad_and_apply_splash(q_BLHK: jax.Array, k_BMJK: jax.Array,
 def _apply_splash_to_rows(
     kernel: Any, ids: Any, q_BHLK: jax.Array, k_BJMK: jax.Array,
     v_BJMK: jax.Array, sink_H: Optional[jax.Array]) -> jax.Array:
-  """Returns the result of the splash kernel for each row, [B, H, L, K].
+  """Applies a splash kernel, which takes one row of a batch, to each row.
 
-  The gradient is that of the kernel, behind a barrier: the kernel writes the
+  The gradient is that of the kernel, behind a barrier. The kernel writes the
   sums of a row's scores 128 times, [B, H, L, 128] in float32, and its gradient
-  reads them once. Left to itself, XLA takes the one of 128 where the gradient
-  needs it, and keeps all of them until then.
+  reads them once. Without the barrier, XLA takes the one of 128 where the
+  gradient needs it, and keeps all of them until then.
+
+  Args:
+    kernel: the kernel.
+    ids: the segment ids of queries and keys, as the kernel takes them, or None.
+    q_BHLK: queries, [batch, heads, length, features].
+    k_BJMK: keys, [batch, heads of keys, number of keys, features].
+    v_BJMK: values, likewise.
+    sink_H: the score of each head's sink; None: there is none.
+
+  Returns:
+    The results, [B, H, L, K].
   """
   return jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(
       q_BHLK, k_BJMK, v_BJMK, ids, sink_H)
@@ -1052,7 +1240,8 @@ _apply_splash_to_rows.defvjp(_apply_splash_forward, _apply_splash_backward)
 
 def _make_splash_kernel(mask: Mask, heads: int, L: int, M: int, shards: int,
                         softcap: float, interpret: bool):
-  """Returns a splash kernel of Pallas.
+  """Returns a splash kernel of Pallas, a function of one row's queries, keys
+  and values that is compiled for this mask and these sizes.
 
   Args:
     mask: which keys a query sees; its segment ids are given to the kernel.
@@ -1064,6 +1253,8 @@ def _make_splash_kernel(mask: Mask, heads: int, L: int, M: int, shards: int,
     interpret: whether the kernel is emulated, so that it runs on CPU.
   """
   from jax.experimental.pallas.ops.tpu import splash_attention as pallas
+  # The mask of a head, described and not written out. A window of n keys counts
+  # the query's own, so it reaches n - 1 keys to each side.
   if mask.window:
     reach = mask.window - 1
     reach_after = 0 if mask.causal else reach
@@ -1093,12 +1284,13 @@ def _make_splash_kernel(mask: Mask, heads: int, L: int, M: int, shards: int,
 def cudnn_attention(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
                     mask: Mask, seen_BLM: Optional[jax.Array], *, scale: float
                     ) -> jax.Array:
-  """Returns what `attend` does, by cuDNN, in bfloat16.
+  """Returns the result of attention, as `attend`, by cuDNN's flash attention
+  for GPU, in bfloat16.
 
   Args:
-    q_BLHK: queries.
-    k_BMJK: keys.
-    v_BMJK: values.
+    q_BLHK: queries, [batch, length L, heads H, features K].
+    k_BMJK: keys, [batch, number of keys M, heads of keys J, features K].
+    v_BMJK: values, [batch, M, J, K].
     mask: which keys a query sees.
     seen_BLM: the mask, written out, which is read where it is not a causal,
       banded or whole one of cuDNN's own; None: all keys are seen.
@@ -1128,6 +1320,7 @@ def cudnn_attention(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
         mask=None if seen_BLM is None else seen_BLM[:, None],
         is_causal=is_native and mask.causal, local_window_size=window)
 
+  # Each device computes its rows, queries and heads, with all keys.
   in_specs = (layout.query_spec, layout.key_spec, layout.key_spec,
               layout.spec(layout.row_axes, layout.length_axes))
   attend_on_devices = layout.apply_on_each_device(attend_on_device, in_specs)

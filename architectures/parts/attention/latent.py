@@ -50,13 +50,17 @@ class LatentAttention(Attention):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
                ) -> tuple[jax.Array, Optional[Cache], Report]:
+    # The queries are made of a small vector or of the input, and an indexer
+    # reads the same (index is None where the layer has no indexer).
     config = self.config
     query_input_BLU, axis = self._make_query_input(x_BLD, ctx)
     q_BLHK = self._make_queries(query_input_BLU, axis, ctx)
     index, cache = self.apply_indexer(
         x_BLD, query_input_BLU, axis, ctx, cache)
 
-    # The latents: those of the tokens, or all that the cache holds.
+    # The latents with their rotated keys, [batch, M tokens, 1, U]: those of the
+    # given tokens, or all slots of the cache, whose positions are 0, 1, 2, ...
+    # Tokens at the start of a row need no slots, as they see each other alone.
     reads_slots = (
         cache is not None and not kernels.is_start_of_row(self.kind, ctx))
     slot_BM1U = self._make_latents_and_keys(x_BLD, ctx)
@@ -80,7 +84,8 @@ class LatentAttention(Attention):
     shape = sizes.kv_rank, config.num_heads, sizes.nope_dim + sizes.v_dim
     up_UHK = layers.weight(self, 'kv_up', shape, UP_AXES)
 
-    # Queries meet the latents as they are, or keys and values made of them.
+    # Queries meet the latents as they are, or keys and values made of them,
+    # whichever takes fewer multiplications; in training always the latter.
     attend = self._attend_to_heads
     if reads_slots and ctx.deterministic and is_absorbed(config, L, M):
       attend = self._attend_to_latents
@@ -108,35 +113,51 @@ class LatentAttention(Attention):
 
   def _make_queries(self, query_input_BLU: jax.Array, axis: str, ctx: Context
                     ) -> jax.Array:
-    """Returns the queries, [B, L, H, K], whose last rope_dim features are
-    rotated by their positions.
+    """Returns the queries, [B, L, H, K]: nope_dim plain features, and then
+    rope_dim features that are rotated by the position (RoPE).
 
     Args:
-      query_input_BLU: the input of the queries' product.
-      axis: its logical axis.
+      query_input_BLU: the input of the queries' product, [batch, length,
+        features]: a latent of q_rank features, or with q_rank 0 the layer's
+        input.
+      axis: the logical axis of these features, for the sharding of the weight.
       ctx: the context of the layer.
     """
     config = self.config
+    # The weight, named and shaped by what it multiplies: a latent or the input.
     sizes = config.part(LatentConfig)
     name = 'query_up' if sizes.q_rank else 'query'
     shape = query_input_BLU.shape[-1], config.num_heads, sizes.key_dim
     gain = 1.0
     if config.init == 'fan_in':
-      # The query's weights have the factor that the scores lack.
+      # Scores start as if they were scaled by key_dim ** -0.5. Where the
+      # config's scale is another, the weight takes up the difference.
       gain = sizes.key_dim ** -0.5 / sizes.scale
     q_BLHK = layers.dense(
         self, name, 'BLU,UHK->BLHK', query_input_BLU, shape,
         (axis, 'heads', 'head'), gain=gain, with_bias=False,
         deterministic=ctx.deterministic)
     q_BLHK = sharding.constrain(q_BLHK, 'batch', 'length', 'heads', 'head')
+
+    # Only the last features are rotated. Keys have the same order.
     plain_BLHK, rope_BLHK = jnp.split(q_BLHK, (sizes.nope_dim,), -1)
     return jnp.concatenate([plain_BLHK, self._rotate(rope_BLHK, ctx)], -1)
 
   def _make_latents_and_keys(self, x_BLD: jax.Array, ctx: Context
                              ) -> jax.Array:
-    """Returns what a cache holds of each token, [B, L, 1, U]: its latent, and
-    after it the key that all heads share, rotated by its position."""
+    """Returns what a cache holds of each token: its latent, and after it the
+    key that all heads share, rotated by the token's position.
+
+    Args:
+      x_BLD: the layer's input, [batch, length, d_model].
+      ctx: the context of the layer.
+
+    Returns:
+      The slots of the cache, [B, L, 1, U], U = kv_rank + rope_dim. The axis of
+      size 1 is that of heads: to a cache these are keys of one head.
+    """
     sizes = self.config.part(LatentConfig)
+    # One product makes both. Only the latent has a norm.
     down_BLU = self._project_down('kv', x_BLD, sizes.slot_dim, ctx)
     latent_BLU, key_BLU = jnp.split(down_BLU, (sizes.kv_rank,), -1)
     latent_BLU = self._normalise_latent('kv', latent_BLU)
@@ -152,12 +173,24 @@ class LatentAttention(Attention):
 
   def _project_down(self, name: str, x_BLD: jax.Array, size: int, ctx: Context
                     ) -> jax.Array:
-    """Returns W x, [B, L, size], with a bias where the model's attention has
-    biases; the parameters are named `name`_down."""
+    """Returns the product W x of the layer's input with a weight that this
+    method declares as `name`_down, and a bias if attention has biases.
+
+    Args:
+      name: 'query' or 'kv', what the small vector is for.
+      x_BLD: the layer's input, [batch, length, d_model].
+      size: how many features the result has.
+      ctx: the context of the layer.
+
+    Returns:
+      The products, [B, L, size].
+    """
     config, name = self.config, f'{name}_down'
     y_BLU = layers.dense(
         self, name, 'BLD,DU->BLU', x_BLD, (config.d_model, size),
         ('embed', 'latent'), with_bias=False, deterministic=ctx.deterministic)
+    # The bias is whole on each device. layers.dense would give it the axis
+    # 'latent' of the weight, by which it could be split over the mesh.
     if config.attention_bias:
       bias_U = layers.bias(self, f'{name}_bias', (size,), (None,))
       y_BLU = layers.add_bias(y_BLU, bias_U)
@@ -176,29 +209,44 @@ class LatentAttention(Attention):
                        up_UHK: jax.Array, visible: kernels.VisibleKeys,
                        ctx: Context, scored: Optional[indexer.ScoredKeys]
                        ) -> tuple[jax.Array, Report]:
-    """Returns the heads' results, [B, L, H, K], and a report, by keys and
-    values that are made of the latents, for each head its own.
+    """Computes attention with keys and values that are made of the latents
+    first, for each head its own:
+
+      k_m,h = [W_uk,h c_m; r_m],   v_m,h = W_uv,h c_m
+
+    with c_m the latent of token m and r_m its rotated key. This is the cheaper
+    way for many queries; for few, `_attend_to_latents` is.
 
     Args:
-      q_BLHK: queries.
-      slot_BM1U: the latents and the rotated keys, as a cache holds them.
-      up_UHK: the weight that makes keys and values of latents.
+      q_BLHK: queries, [batch, length L, heads H, features K].
+      slot_BM1U: the latents and the rotated keys of M tokens, one after another
+        in the last axis, as a cache holds them: [batch, M, 1, U].
+      up_UHK: the weight [W_uk, W_uv], [kv_rank, H, nope_dim + v_dim].
       visible: which keys the queries see.
       ctx: the context of the layer.
-      scored: the scores of the keys by an indexer; None: there is none.
+      scored: the scores of the keys by an indexer, which chooses the keys that
+        a query sees; None: there is none.
+
+    Returns:
+      The heads' results, [B, L, H, v_dim], and a report: the weights where the
+      context asks for them, and in training the loss of an indexer.
     """
     sizes = self.config.part(LatentConfig)
+    # Keys and values of each head, by one product.
     latent_BM1U, key_BM1K = jnp.split(slot_BM1U, (sizes.kv_rank,), -1)
     kv_BMHK = layers.product(
         self, 'kv_up', 'BMU,UHK->BMHK', latent_BM1U[:, :, 0], up_UHK, UP_AXES,
         deterministic=ctx.deterministic)
     k_BMHK, v_BMHK = jnp.split(kv_BMHK, (sizes.nope_dim,), -1)
-    # The rotated key is appended to the key of every head.
-    key_BMHK = jnp.broadcast_to(
+    # The rotated key is appended to the key of every head, in the order of the
+    # queries' features: plain ones, then rotated ones.
+    rotated_BMHK = jnp.broadcast_to(
         key_BM1K, (*k_BMHK.shape[:3], sizes.rope_dim))
-    k_BMHK = jnp.concatenate([k_BMHK, key_BMHK], -1)
+    k_BMHK = jnp.concatenate([k_BMHK, rotated_BMHK], -1)
     k_BMHK = sharding.constrain(k_BMHK, 'batch', None, 'heads', 'head')
     v_BMHK = sharding.constrain(v_BMHK, 'batch', None, 'heads', 'head')
+    # The scope changes only how FLOPs are counted: pairs that the mask hides
+    # are left out.
     with self.count_visible_pairs_only(q_BLHK, k_BMHK, ctx):
       return self.weigh_values(
           q_BLHK, k_BMHK, v_BMHK, visible, ctx, scored=scored)
@@ -207,22 +255,39 @@ class LatentAttention(Attention):
                          up_UHK: jax.Array, visible: kernels.VisibleKeys,
                          ctx: Context, scored: Optional[indexer.ScoredKeys]
                          ) -> tuple[jax.Array, Report]:
-    """Returns what `_attend_to_heads` does, by the latents themselves, as keys
-    and values that all heads share: with k = W_k c and v = W_v c,
+    """Computes the attention of `_attend_to_heads` without making keys and
+    values. The latents c are keys and values that all heads share ("absorbed"
+    weights: DeepSeek-V2). With k = W_uk c, v = W_uv c and weights p,
 
-      q . k = (W_k^T q) . c,    sum of p v = W_v sum of p c
+      q . k = (W_uk^T q) . c,    sum of p v = W_uv sum of p c
 
-    Args as there.
+    so W_uk multiplies the query, and W_uv the weighted sum.
+
+    Args:
+      q_BLHK: queries, [batch, length L, heads H, features K].
+      slot_BM1U: the latents and the rotated keys of M tokens, [batch, M, 1, U].
+      up_UHK: the weight [W_uk, W_uv], [kv_rank, H, nope_dim + v_dim].
+      visible: which keys the queries see.
+      ctx: the context of the layer.
+      scored: the scores of the keys by an indexer; None: there is none.
+
+    Returns:
+      The heads' results, [B, L, H, v_dim], and a report.
     """
     config = self.config
+    # The weight meets no latent here, so its adapter (LoRA) is added to it.
     up_UHK = layers.adapted_weight(self, 'kv_up', up_UHK, UP_AXES)
     sizes = config.part(LatentConfig)
     key_UHK, value_UHK = jnp.split(up_UHK, (sizes.nope_dim,), -1)
-    # Queries by the features of a latent, and then the rotated ones.
+
+    # W_uk^T q, and after it the rotated features, so that a query has the order
+    # of a slot: latent, then rotated key.
     q_BLHK, rope_BLHK = jnp.split(q_BLHK, (sizes.nope_dim,), -1)
     q_BLHU = layers.einsum(
         'BLHK,UHK->BLHU', q_BLHK, key_UHK, config.compute_dtype)
     q_BLHU = jnp.concatenate([q_BLHU, rope_BLHK], -1)
+
+    # The whole slot is the key, and its latent alone the value.
     value_BM1U = slot_BM1U[..., :sizes.kv_rank]
     with self.count_visible_pairs_only(q_BLHU, slot_BM1U, ctx):
       o_BLHU, report = self.weigh_values(
@@ -233,10 +298,17 @@ class LatentAttention(Attention):
 
 
 def is_absorbed(config: ModelConfig, queries: int, slots: int) -> bool:
-  """Returns whether so many queries meet the slots of a cache with fewer
-  multiplications by the latents themselves than by keys and values that are
-  made of them for each head."""
+  """Returns whether attention to the latents themselves takes fewer
+  multiplications than attention to keys and values made of them.
+
+  Args:
+    config: the config of the layer.
+    queries: the number of queries, L.
+    slots: the number of latents in the cache, M.
+  """
   sizes = config.part(LatentConfig)
+  # Multiplications for each head. The up-weight multiplies each query in the
+  # one way, and each slot in the other.
   up = sizes.kv_rank * (sizes.nope_dim + sizes.v_dim)
   by_latents = queries * (up + slots * (sizes.kv_rank + sizes.slot_dim))
   by_heads = slots * (up + queries * (sizes.key_dim + sizes.v_dim))
@@ -260,6 +332,7 @@ class Latent(mixer.Mixer):
     """Returns an empty cache of a layer, of `shape` (rows, tokens): latents and
     rotated keys, and the keys of an indexer."""
     sizes = c.part(LatentConfig)
+    # One array has both: values are read from the first features of the keys.
     key_BM1K = jnp.zeros((*shape, 1, sizes.slot_dim), c.compute_dtype)
     return Cache(key_BMJK=key_BM1K,
                  index_BMJK=indexer.empty_key_cache(c, shape),
@@ -270,18 +343,30 @@ class Latent(mixer.Mixer):
             ('fsdp', 'latent.q_rank'))
 
   def check(self, c: ModelConfig, stack: str) -> None:
-    """Raises RequestError for what latent attention cannot be."""
+    """Checks that a model can have latent attention.
+
+    Args:
+      c: the config of the model.
+      stack: the kind of stack, such as 'decoder'.
+
+    Raises:
+      RequestError: for a stack with an encoder, muP, a fused kernel, and a
+        rotary encoding that does not fit rope_dim.
+    """
     request = "model.mixer is 'latent'"
     require(stack != 'encoder-decoder', f'{request}, which has no attention '
             f'to the memory of an encoder, as model.arch {c.arch!r} needs: '
             'choose attention')
     require(c.parametrization != 'mup', f"{request}, for whose ranks "
             "model.parametrization 'mup' has no rule: choose standard")
+    # Keys have features that values lack, and fused kernels take one size.
     sizes = c.part(LatentConfig)
     require(c.attention_kernel in ('auto', 'xla'), f'{request}, whose keys '
             f'have {sizes.key_dim} features and whose values {sizes.v_dim}: '
             f'model.attention_kernel {c.attention_kernel} takes heads of one '
             'size, so choose auto or xla')
+    # latent.rope_dim says already which features are rotated, so a fraction of
+    # them would say it a second time.
     if positions.position_of(c).rotate:
       rope = c.part(RopeConfig)
       require(rope.fraction == 1, f'model.rope.fraction is {rope.fraction}, '

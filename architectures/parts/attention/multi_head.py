@@ -55,14 +55,26 @@ class Attention(nn.Module):
         self.config).score_factor(self.config)
 
   def project(self, name: str, x_BLD: jax.Array, ctx: Context) -> jax.Array:
-    """Returns W x, [B, L, heads, K], with the weights of the `name` query, key
-    or value."""
+    """Returns the product W x that makes queries, keys or values, with a weight
+    that this method declares.
+
+    Args:
+      name: 'query', 'key' or 'value', the name of the weight.
+      x_BLD: the input, [batch, length, d_model].
+      ctx: the context of the layer.
+
+    Returns:
+      [B, L, heads, K]: num_heads heads of queries, or num_kv_heads of keys or
+      values.
+    """
     config = self.config
+    # Keys and values may have fewer heads than queries.
     heads, axis, gain = config.num_kv_heads, 'kv_heads', 1.0
     if name == 'query':
       heads, axis = config.num_heads, 'heads'
       if config.init == 'fan_in':
-        # The query's weights have the factor that the scores lack (T5).
+        # Scores start as if they were scaled by head_dim ** -0.5. Where the
+        # config's scale is another, as T5's 1, the weight has the difference.
         gain = config.base_head_dim ** -0.5 / config.attention_scale
     return layers.dense(
         self, name, 'BLD,DHK->BLHK', x_BLD,
@@ -74,20 +86,21 @@ class Attention(nn.Module):
                      q_BLHK: jax.Array, k_BMJK: jax.Array,
                      k_positions_BM: jax.Array, ctx: Context
                      ) -> kernels.VisibleKeys:
-    """Returns which keys the queries see, with the bias on their scores that
-    the layer makes itself, where its position encoding has one.
+    """Returns `visible` with a bias on the scores, where the position encoding
+    has one that each layer makes of its own parameters; else `visible` itself.
 
     Args:
       visible: which keys the queries see.
-      x_BLD: the layer's input.
-      q_BLHK: queries.
-      k_BMJK: keys.
-      k_positions_BM: the positions of the keys.
+      x_BLD: the layer's input, [batch, length, d_model].
+      q_BLHK: queries, [batch, length L, heads H, features K].
+      k_BMJK: keys, [batch, number of keys M, heads of keys J, features K].
+      k_positions_BM: the positions of the keys, [batch, M].
       ctx: the context of the layer.
     """
     make_bias = positions.position_of(self.config).layer_bias
     if not make_bias:
       return visible
+    # The mask has a mark of the bias: fused kernels cannot add one.
     bias_BHLM = make_bias(self, x_BLD, q_BLHK, k_BMJK, k_positions_BM, ctx)
     return visible._replace(mask=visible.mask.replace(has_bias=True),
                             bias_BHLM=bias_BHLM)
@@ -117,7 +130,8 @@ class Attention(nn.Module):
     """
     config, key, sink_H = self.config, None, None
     L, M = q_BLHK.shape[1], k_BMJK.shape[1]
-    # An indexer hides keys, and dropout hides weights.
+    # An indexer hides keys, and dropout hides weights. The mask has marks of
+    # both, by which fused kernels that cannot do it are left out below.
     if scored is not None:
       visible = self._hide_all_but_best_keys(visible, scored, M)
     mask = visible.mask
@@ -129,7 +143,9 @@ class Attention(nn.Module):
         mask_BLM=visible.seen_BLM, bias_BHLM=visible.bias_BHLM, sink_H=sink_H,
         scale=self.scale, softcap=config.attention_softcap)
 
-    # The layer reports its weights, which `attend` does not return.
+    # The report has the weights, which `attend` does not return and which are
+    # computed a second time for it, and the loss of an indexer. That loss moves
+    # the indexer alone: no gradient goes to the layer's queries and keys.
     causal, report = mask.allows_query_blocks(L), Report()
     if ctx.keep_attention:
       weights_BHLM = kernels.attention_weights(
@@ -141,7 +157,8 @@ class Attention(nn.Module):
           ctx, causal=causal, **score_arguments)
       report = report.replace(losses={'indexer': loss})
 
-    # The products, by the kernel that the config asks for.
+    # The products, by the kernel that the config asks for. Parameters are
+    # initialised by the plain one, so that no platform refuses it.
     kernel = 'xla'
     if self.FUSED and fused and not self.is_initializing():
       kernel = kernels.choose_attention_kernel(
@@ -158,14 +175,26 @@ class Attention(nn.Module):
 
   def project_output(self, x_BLD: jax.Array, o_BLHK: jax.Array, ctx: Context
                      ) -> jax.Array:
-    """Returns y = W_o o, [B, L, D], of the heads' results o, which go through a
-    gate first where model.attention_gate names one: see GATES."""
+    """Returns y = W_o o, the output of the layer, after a gate on o where
+    model.attention_gate names one (GATES).
+
+    Args:
+      x_BLD: the layer's input, [batch, length, d_model], of which the gate is
+        made.
+      o_BLHK: the results of the heads, [batch, length, heads, features].
+      ctx: the context of the layer.
+
+    Returns:
+      y, [B, L, D].
+    """
     config = self.config
     gate_heads = GATES[config.attention_gate]
     if gate_heads:
       o_BLHK = gate_heads(
           self, x_BLD, o_BLHK, deterministic=ctx.deterministic)
     o_BLHK = sharding.constrain(o_BLHK, 'batch', 'length', 'heads', 'head')
+    # The product sums over two axes, and its result is added to the residual
+    # stream, by which some ways of initialisation scale the weight.
     return layers.dense(
         self, 'out', 'BLHK,HKD->BLD', o_BLHK,
         (*o_BLHK.shape[2:], config.d_model), ('heads', 'head', 'embed'),
@@ -189,16 +218,21 @@ class Attention(nn.Module):
   def apply_indexer(self, x_BLD: jax.Array, query_input_BLU: jax.Array,
                     axis: str, ctx: Context, cache: Optional[Cache]
                     ) -> tuple[Optional[indexer.Index], Optional[Cache]]:
-    """Returns an indexer's queries and keys of the tokens, or None where the
-    layer has no indexer; and the cache with what the indexer keeps beside its
-    keys.
+    """Applies the indexer, a small attention that chooses which keys a query
+    sees (indexer.py), where the layer has one.
 
     Args:
-      x_BLD: the layer's input.
-      query_input_BLU: the input of the product that makes queries.
-      axis: its logical axis.
+      x_BLD: the layer's input, [batch, length, d_model].
+      query_input_BLU: the input of the product that makes queries, [batch,
+        length, features]: the layer's input, or a smaller vector made of it.
+      axis: the logical axis of these features.
       ctx: the context of the layer.
       cache: the layer's cache; None: there is none.
+
+    Returns:
+      The indexer's queries and keys of the tokens, or None where the layer has
+      no indexer; and the cache with the inputs of the indexer's next keys. The
+      keys themselves are not written here, but by `write_and_read_cache`.
     """
     if not kernels.RULES[self.kind.attention].top:
       return None, cache
@@ -213,18 +247,23 @@ class Attention(nn.Module):
                   k_positions_BM: jax.Array, arrays: tuple[jax.Array, ...],
                   ctx: Context, reads_slots: bool
                   ) -> tuple[Optional[indexer.ScoredKeys], jax.Array, tuple]:
-    """Returns the indexer's scores of the keys, the keys' positions, and their
-    arrays [B, M, J, K].
-
-    Where one token meets the slots of a cache, only the keys that it chooses
-    are returned, without scores.
+    """Has the indexer score the keys, and chooses the best already where that
+    is cheap: where one query in each row meets the slots of a cache.
 
     Args:
       index: the indexer's queries and keys; None: there is no indexer.
-      k_positions_BM: the positions of the keys.
-      arrays: arrays [B, M, J, K] of the keys, such as keys and values.
+      k_positions_BM: the positions of the keys, [batch, number of keys].
+      arrays: arrays of the keys, such as keys and values, [batch, number of
+        keys, heads, features] each.
       ctx: the context of the layer.
       reads_slots: whether the keys are the slots of a cache.
+
+    Returns:
+      A tuple of three:
+        the scores, by which `weigh_values` hides keys later; None where there
+          is no indexer, or the best keys were chosen here;
+        the positions of the keys that are left;
+        the arrays of these keys.
     """
     if index is None:
       return None, k_positions_BM, arrays
@@ -232,7 +271,8 @@ class Attention(nn.Module):
     B, L = index.query_BLHK.shape[:2]
     M = arrays[0].shape[1]
 
-    # All keys that a query may see are scored.
+    # All keys that a query may see are scored, so the FLOPs of the scores count
+    # as those of a layer without an indexer.
     global_kind = dataclasses.replace(self.kind, attention='global')
     pairs = kernels.count_useful_pairs(
         global_kind, config, L, M, prefix=ctx.prefix_B is not None)
@@ -240,7 +280,9 @@ class Attention(nn.Module):
     with layers.count_flops_as_useful_part(*pairs):
       scored = indexer.score_keys(config, index, segment_ids)
 
-    # The best keys are copied, or else a mask hides the others later.
+    # The best keys are copied, or else a mask hides the others later. A bias
+    # and weights that are reported have an entry for every key, so with these
+    # the keys stay where they are.
     copies_keys = (
         reads_slots and indexer.should_copy_chosen_keys(top_k, (B, L, M))
         and ctx.distances.bias_BHLM is None and not ctx.keep_attention)
@@ -248,6 +290,9 @@ class Attention(nn.Module):
       return scored, k_positions_BM, arrays
     seen_BLM = kernels.find_visible_keys(
         self.kind, config, ctx, k_positions_BM).seen_BLM
+    # The slot of a token in a cache is its position, so these indices are the
+    # positions of the keys too. Indices past the end are clipped, and the mask
+    # that is made of the positions later hides them.
     best_BM = scored.indices_of_best(seen_BLM, top_k)
     chosen = [jnp.take_along_axis(x_BMJK, best_BM[..., None, None], 1,
                                   mode='clip') for x_BMJK in arrays]
@@ -256,17 +301,19 @@ class Attention(nn.Module):
   def _indexer_loss(self, scored: indexer.ScoredKeys, q_BLHK: jax.Array,
                     k_BMJK: jax.Array, seen_BLM: Optional[jax.Array],
                     ctx: Context, **score_arguments: Any) -> jax.Array:
-    """Returns the weighted divergence of the indexer's scores from the mean
-    over heads of the attention's weights.
+    """Returns the loss that teaches the indexer where attention goes:
+    loss_weight * KL(p || softmax of its scores), with p the mean over heads of
+    the attention's weights.
 
     Args:
       scored: the indexer's scores of the keys.
-      q_BLHK: queries.
-      k_BMJK: keys.
-      seen_BLM: which keys a query sees; None: all.
+      q_BLHK: queries, [batch, length L, heads H, features K].
+      k_BMJK: keys, [batch, number of keys M, heads of keys J, features K].
+      seen_BLM: bool, which keys a query sees; None: all.
       ctx: the context of the layer.
       **score_arguments: the other arguments of kernels.attention_weights.
     """
+    # The target has no gradient: the loss moves the indexer alone.
     target_BLM = jax.lax.stop_gradient(kernels.attention_weights(
         q_BLHK, k_BMJK, mean=True, **score_arguments))
     divergence = scored.divergence(target_BLM, seen_BLM, ctx)
@@ -275,8 +322,15 @@ class Attention(nn.Module):
   def _hide_all_but_best_keys(
       self, visible: kernels.VisibleKeys, scored: indexer.ScoredKeys,
       num_keys: int) -> kernels.VisibleKeys:
-    """Returns which of `num_keys` keys are seen: of those in `visible` the
-    top_k that an indexer scores highest, or all where top_k is 0 or more."""
+    """Returns `visible` with only the top_k keys of each query that an indexer
+    scores highest, of those that it sees.
+
+    Args:
+      visible: which keys the queries see.
+      scored: the indexer's scores of the keys.
+      num_keys: how many keys there are. With a top_k of 0, or of all keys or
+        more, `visible` is returned.
+    """
     top_k = self.config.part(IndexerConfig).top_k
     if not 0 < top_k < num_keys:
       return visible
@@ -300,11 +354,15 @@ class SelfAttention(Attention):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
                ) -> tuple[jax.Array, Optional[Cache], Report]:
+    # An indexer's queries and keys (None where the layer has no indexer), and
+    # the layer's queries. The cache gets the inputs that the next tokens need.
     config = self.config
     index, cache = self.apply_indexer(x_BLD, x_BLD, 'embed', ctx, cache)
     q_BLHK, cache = self.make_queries(x_BLD, ctx, cache)
 
-    # Keys and values: an earlier layer's, or the layer's own.
+    # Keys and values: an earlier layer's, or the layer's own. They are those of
+    # the given tokens, or all slots of the cache, whose positions are 0, 1, ...
+    # Tokens at the start of a row need no slots, as they see each other alone.
     reads_slots = (
         cache is not None and not kernels.is_start_of_row(self.kind, ctx))
     keys, first = ctx.shared.keys, None
@@ -350,17 +408,36 @@ class SelfAttention(Attention):
   def make_keys_and_values(
       self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
       ) -> tuple[KeysAndValues, Optional[FirstLayerValues], Optional[Cache]]:
-    """Returns the tokens' keys and values, the values of the first layer with
-    model.value_residual, and the cache."""
+    """Returns the keys and values of the tokens, after all steps that change
+    them (steps.py).
+
+    Args:
+      x_BLD: the layer's input, [batch, length, d_model].
+      ctx: the context of the layer.
+      cache: the layer's cache; None: there is none.
+
+    Returns:
+      A tuple of three:
+        keys and values, [batch, length, heads of keys J, features K] each;
+        the values of the first layer, which the next layer mixes into its own;
+          None without model.value_residual;
+        the cache, with the last inputs of the convolutions.
+    """
+    # With keys_as_values the values start as the keys. Both then go their own
+    # way: the keys' steps come last, so that values have no part in them.
     k_BLJK, cache = self.project_and_convolve('key', x_BLD, ctx, cache)
     v_BLJK = k_BLJK
     if not self.config.part(AttentionConfig).keys_as_values:
       v_BLJK, cache = self.project_and_convolve('value', x_BLD, ctx, cache)
+
+    # The values' own steps, and what is mixed into them: values of the first
+    # layer, and a vector of each token.
     for apply_step in steps.VALUE_STEPS:
       v_BLJK = apply_step(self, 'value', v_BLJK, ctx)
     v_BLJK, first = steps.mix_first_values(
         self, x_BLD, v_BLJK, ctx.shared.first_values)
     v_BLJK = steps.add_value_embedding(self, x_BLD, v_BLJK, ctx)
+
     for apply_step in steps.KEY_STEPS:
       k_BLJK = apply_step(self, 'key', k_BLJK, ctx)
     return KeysAndValues(k_BLJK, v_BLJK), first, cache
@@ -368,9 +445,19 @@ class SelfAttention(Attention):
   def project_and_convolve(
       self, name: str, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
       ) -> tuple[jax.Array, Optional[Cache]]:
-    """Returns W x, [B, L, heads, K], for the `name` query, key or value, and
-    with model.attention_conv a convolution of it; and the cache, which holds
-    the convolution's last inputs."""
+    """Returns the product W x that makes queries, keys or values, and with
+    model.attention_conv a convolution of it over the last few tokens.
+
+    Args:
+      name: 'query', 'key' or 'value'.
+      x_BLD: the layer's input, [batch, length, d_model].
+      ctx: the context of the layer.
+      cache: the layer's cache; None: there is none.
+
+    Returns:
+      The products, [B, L, heads, K], and the cache, with the convolution's last
+      inputs.
+    """
     axis = 'heads' if name == 'query' else 'kv_heads'
     x_BLHK = self.project(name, x_BLD, ctx)
     if self.config.part(AttentionConfig).attention_conv:
@@ -383,24 +470,38 @@ def write_and_read_cache(
     keys: KeysAndValues, index: Optional[indexer.Index], ctx: Context,
     cache: Optional[Cache], reads_slots: bool
     ) -> tuple[KeysAndValues, Optional[indexer.Index], Optional[Cache]]:
-  """Returns the keys and values that the queries meet, the indexer's queries
-  and keys, and the cache with the tokens written into it.
+  """Writes the tokens' keys and values into the cache, and reads from it those
+  that the queries meet.
 
   Args:
     keys: the keys and values of the tokens.
-    index: the indexer's queries and keys; None: there is no indexer.
+    index: the indexer's queries and keys of the tokens; None: there is no
+      indexer.
     ctx: the context of the layer.
     cache: the layer's cache; None: there is none.
     reads_slots: whether the queries meet all tokens in the cache, and not only
       the tokens that are given.
+
+  Returns:
+    A tuple of three:
+      the keys and values that the queries meet: those of the tokens, or with
+        `reads_slots` all slots of the cache;
+      the indexer's queries, and its keys of the same tokens; None without an
+        indexer;
+      the cache with the tokens; None: there is none.
   """
   if cache is None:
     return keys, index, None
+
+  # The tokens are written at their positions. They are written before slots are
+  # read, since a token sees itself.
   index_BLJK = None if index is None else index.key_BMJK
   cache = cache.write(keys.key_BMJK, keys.value_BMJK, ctx.positions_BL,
                       index_BLJK)
   if not reads_slots:
     return keys, index, cache
+
+  # All slots. Empty ones are at later positions, which the mask hides.
   k_BMJK, v_BMJK, index_BMJK = cache.slots
   if index is not None:
     index = index.replace(key_BMJK=index_BMJK)
@@ -420,7 +521,8 @@ class CrossAttention(Attention):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
                ) -> tuple[jax.Array, Optional[Cache], Report]:
-    # Queries of the tokens, and keys and values of the memory.
+    # Queries of the tokens, and keys and values of the memory: the first call
+    # is given the memory and puts these into the cache, later ones read them.
     q_BLHK = self.project_and_apply_steps(
         'query', x_BLD, steps.CROSS_ATTENTION_STEPS, ctx)
     if ctx.memory.x_BMD is None:
@@ -433,7 +535,8 @@ class CrossAttention(Attention):
     k_BMJK = sharding.constrain(k_BMJK, 'batch', None, 'kv_heads', 'head')
     v_BMJK = sharding.constrain(v_BMJK, 'batch', None, 'kv_heads', 'head')
 
-    # Each query weighs the values of the memory.
+    # Each query weighs the values of the memory. All pairs of a query and a key
+    # count as useful: the share of them is 1 of 1.
     v_BMJK = steps.join_values_of_head_pairs(self.config, v_BMJK)
     with layers.count_flops_as_useful_part(1, 1):
       o_BLHK, report = self.weigh_values(
@@ -445,7 +548,13 @@ class CrossAttention(Attention):
 
   def make_keys_and_values(self, memory_BMD: jax.Array, ctx: Context
                            ) -> tuple[jax.Array, jax.Array]:
-    """Returns the keys and the values of the memory, [B, M, J, K] each."""
+    """Returns the keys and the values of the memory, [B, M, J, K] each.
+
+    Args:
+      memory_BMD: the result of the encoder, [batch, tokens M, d_model].
+      ctx: the context of the layer.
+    """
+    # With keys_as_values the values start as the keys, before any step.
     k_BMJK = self.project_and_apply_steps('key', memory_BMD, (), ctx)
     v_BMJK = k_BMJK
     if not self.config.part(AttentionConfig).keys_as_values:
@@ -460,8 +569,19 @@ class CrossAttention(Attention):
   def project_and_apply_steps(
       self, name: str, x_BLD: jax.Array, steps_to_apply: tuple, ctx: Context
       ) -> jax.Array:
-    """Returns W x, [B, L, heads, K], for the `name` query, key or value, after
-    some steps of steps.py."""
+    """Returns the product W x that makes queries, keys or values, after steps
+    such as a norm.
+
+    Args:
+      name: 'query', 'key' or 'value'.
+      x_BLD: the input, [batch, length, d_model].
+      steps_to_apply: steps of steps.py, functions (module, name, x_BLHK, ctx)
+        -> x_BLHK, in their order.
+      ctx: the context of the layer.
+
+    Returns:
+      [B, L, heads, K].
+    """
     axis = 'heads' if name == 'query' else 'kv_heads'
     x_BLHK = self.project(name, x_BLD, ctx)
     x_BLHK = sharding.constrain(x_BLHK, 'batch', 'length', axis, 'head')
@@ -471,11 +591,12 @@ class CrossAttention(Attention):
 
 
 def visible_keys_of_memory(ctx: Context) -> kernels.VisibleKeys:
-  """Returns which tokens of the memory each token sees: those of its segment,
-  or all where the memory is not cut into segments."""
+  """Returns which tokens of the encoder's result each token sees: those of its
+  segment (document), or all where the memory is not cut into segments."""
   k_ids_BM = ctx.memory.segment_ids_BM
   if k_ids_BM is None:
     return kernels.VisibleKeys(kernels.Mask())
+  # Tokens without segments are all of segment 1; padding of the memory is 0.
   q_ids_BL = ctx.segment_ids_BL
   if q_ids_BL is None:
     q_ids_BL = jnp.ones((1, 1), jnp.int32)
@@ -490,16 +611,26 @@ class MultiHead(mixer.Mixer):
   positional = turns_heads = has_scores = True
 
   def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Cache:
-    """Returns an empty cache of a layer, of `shape` (rows, tokens): keys and
-    values, the keys of an indexer, and the last inputs of convolutions."""
+    """Returns an empty cache of a layer.
+
+    Args:
+      c: the config of the layer.
+      shape: (..., rows, tokens), for how many tokens there is room.
+
+    Returns:
+      A cache of zeros, with keys and values, the keys of an indexer, and the
+      last inputs of convolutions; None in place of each that the layer lacks.
+    """
     key_BMJK = value_BMJK = None
     fields = c.part(AttentionConfig)
+    # A layer that shares an earlier layer's keys and values has only queries.
     heads_of_convolution = {'query': c.num_heads}
     if not fields.kv_sharing:
       heads_of_convolution |= {'key': c.num_kv_heads, 'value': c.num_kv_heads}
       slots = *shape, c.num_kv_heads, c.head_dim
       key_BMJK = jnp.zeros(slots, c.compute_dtype)
       value_BMJK = jnp.zeros(slots, c.compute_dtype)
+    # A convolution over W tokens keeps the last W - 1, whatever has room.
     inputs = indexer.empty_block_inputs(c, shape)
     if fields.attention_conv:
       for name, heads in heads_of_convolution.items():
@@ -547,7 +678,14 @@ class MultiHead(mixer.Mixer):
 
 def _gate_features(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
                    deterministic: bool) -> jax.Array:
-  """Returns o * sigmoid(W_g x), with a gate for each feature of each head."""
+  """Returns o * sigmoid(W_g x), with a gate for each feature of each head.
+
+  Args:
+    module: the layer's attention, in which W_g is declared.
+    x_BLD: the layer's input, [batch, length, d_model].
+    o_BLHK: the results of the heads, [batch, length, heads, features].
+    deterministic: whether there is no dropout, as outside of training.
+  """
   H, K = o_BLHK.shape[2:]
   axes = 'embed', 'heads', 'head'
   z_BLHK = layers.dense(
@@ -560,8 +698,15 @@ def _gate_heads(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
                 deterministic: bool) -> jax.Array:
   """Returns o * sigmoid(W_g x), with a gate for each head.
 
-  A wider model may have as many heads, so in muP the numbers of heads are
-  logits, as a router's: divided by how many times as wide it is as its base.
+  Heads need not grow in number with the width of a model. So in muP W_g x is
+  treated as logits are: divided by how many times as wide the model is as its
+  base model.
+
+  Args:
+    module: the layer's attention, in which W_g is declared.
+    x_BLD: the layer's input, [batch, length, d_model].
+    o_BLHK: the results of the heads, [batch, length, heads, features].
+    deterministic: whether there is no dropout, as outside of training.
   """
   H, axes = o_BLHK.shape[2], ('embed', 'heads')
   z_BLH = layers.dense(

@@ -47,13 +47,14 @@ def convolve_heads(module: Any, name: str, x_BLHK: jax.Array,
   its document.
 
   Args:
-    module: the layer's attention.
+    module: the layer's attention, in which the weights are declared.
     name: 'query', 'key' or 'value', what x is.
-    x_BLHK: the inputs of the convolution.
+    x_BLHK: the inputs of the convolution, [batch, length, heads, features].
     axes: the logical axes of its heads and of their features.
     ctx: the context of the layer.
     cache: the layer's cache; None: there is none.
   """
+  # A cache has the last inputs of each convolution by its name.
   previous_BWHK = None if cache is None else cache.inputs[name]
   W = module.config.part(AttentionConfig).attention_conv
   x_BLHK, last_BWHK = features.declare_and_convolve(
@@ -66,10 +67,17 @@ def convolve_heads(module: Any, name: str, x_BLHK: jax.Array,
 
 def normalise_heads(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
                     ) -> jax.Array:
-  """Returns the norm n(x) of queries or keys (QK-norm).
+  """Returns queries or keys after a norm (QK-norm), or unchanged without
+  model.qk_norm.
 
-  It is taken over each head by itself (Qwen3) or over all heads at once
-  (OLMo 2). n is the norm of the model, or one without parameters.
+  The norm is taken over each head by itself (Qwen3) or over all heads at once
+  (OLMo 2). It is the norm of the model, or one without parameters.
+
+  Args:
+    module: the layer's attention, in which the norm is declared.
+    name: 'query' or 'key', what x is.
+    x_BLHK: queries or keys, [batch, length, heads, features].
+    ctx: the context of the layer, which is not read.
   """
   del ctx
   config: ModelConfig = module.config
@@ -99,20 +107,29 @@ def clip_lengths(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
 
     x' = x min(1, clip / |x|)
 
-  A query is first multiplied by a scale of each feature.
+  A query is first multiplied by a learned scale of each feature.
+
+  Args:
+    module: the layer's attention, in which the scale is declared.
+    name: 'query' or 'key', what x is.
+    x_BLHK: queries or keys, [batch, length, heads, features].
+    ctx: the context of the layer, which is not read.
   """
   del ctx
   fields = module.config.part(AttentionConfig)
   if not fields.qk_clip:
     return x_BLHK
 
+  # Queries have a scale, so that a head can choose how sharp its scores are
+  # below the bound.
   x32_BLHK = x_BLHK.astype(jnp.float32)
   if name == 'query':
     scale_HK = declare(module, 'query_scale', nn.initializers.ones,
                        x_BLHK.shape[2:], Role(('heads', 'head')))
     x32_BLHK *= scale_HK[None, None]
 
-  # The bound below the root gives it a finite gradient where x is 0.
+  # The length of each head's vector. The bound below the root gives the root a
+  # finite gradient where x is 0.
   squares_BLH1 = jnp.square(x32_BLHK).sum(-1, keepdims=True)
   length_BLH1 = jnp.sqrt(jnp.maximum(squares_BLH1, 1e-30))
   factor_BLH1 = jnp.minimum(fields.qk_clip / (length_BLH1 + 1e-6), 1.0)
@@ -137,6 +154,12 @@ def scale_queries_by_position(module: Any, name: str, x_BLHK: jax.Array,
 
     q' = q (1 + attention_log_scale log(1 + n)),
     n  = floor((position + 1) / attention_log_from)
+
+  Args:
+    module: the layer's attention.
+    name: 'query', which is not read.
+    x_BLHK: queries, [batch, length, heads, features].
+    ctx: the context of the layer, with the positions.
   """
   del name
   fields = module.config.part(AttentionConfig)
@@ -212,7 +235,8 @@ def mix_first_values(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
   first_BLJK = sharding.constrain(first_BLJK, *VALUE_AXES)
   share = declare(module, 'value_residual', nn.initializers.constant(0.5),
                   (), Role(()))
-  # In float32, so that the share's gradient, a sum over all tokens, is too.
+  # The mix is computed in float32, so that the gradient of the share, a sum
+  # over all tokens, is too.
   v32_BLJK = v_BLJK.astype(jnp.float32)
   first32_BLJK = first_BLJK.astype(jnp.float32)
   mixed_BLJK = v32_BLJK + share * (first32_BLJK - v32_BLJK)
@@ -277,10 +301,20 @@ def add_value_embedding(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
 
 def join_values_of_head_pairs(config: ModelConfig, v_BMJK: jax.Array
                               ) -> jax.Array:
-  """Returns, for each head of keys, the values [v_1, v_2] of its pair of heads,
-  [B, M, J, 2 K], with model.attention_difference; else the values."""
+  """Returns the values of pairs of heads for the differential attention above,
+  or the values as they are without model.attention_difference.
+
+  Args:
+    config: the config of the layer.
+    v_BMJK: the values, [batch, tokens M, heads of keys J, features K].
+
+  Returns:
+    [B, M, J, 2 K]: for each head the values [v_1, v_2] of its pair.
+  """
   if not config.part(AttentionConfig).attention_difference:
     return v_BMJK
+  # Head j and head j + J / 2 are a pair, so both halves of the heads have the
+  # joined values.
   first_BMJK, second_BMJK = jnp.split(v_BMJK, 2, 2)
   pairs_BMJU = jnp.concatenate([first_BMJK, second_BMJK], -1)
   return jnp.concatenate([pairs_BMJU, pairs_BMJU], 2)
@@ -318,6 +352,8 @@ def subtract_head_pairs(module: Any, o_BLHU: jax.Array) -> jax.Array:
   share = (jnp.exp((a1_K * b1_K).sum()) - jnp.exp((a2_K * b2_K).sum())
            + fields.attention_difference).astype(o_BLHU.dtype)
 
+  # The differences of the first half of the heads and the second, each a pair.
+  # Their 2 K features become those of two heads.
   first_BLHU, second_BLHU = jnp.split(o_BLHU, 2, 2)
   norm = layers.PlainRMSNorm(config, name='difference_norm')
   y_BLHU = norm(first_BLHU - share * second_BLHU)
