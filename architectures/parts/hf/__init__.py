@@ -49,6 +49,11 @@ class TaskHead:
     Args:
       names: the rows of the model with the head of a language model, whose
         tensors may have another prefix.
+
+    Returns:
+      Rows of four strings: the path and the axes of a parameter of ours, and
+      the name and the axes of its tensor in a Hugging Face file. 'HK D' are two
+      axes, of which the first is ours of H and K as one (see tensor_map.py).
     """
     usual_prefix, prefix_with_head = self.prefix
     rows = []
@@ -193,15 +198,20 @@ def task_heads(system: str, sequence: str = 'score', tokens: str = 'classifier',
                span: tuple[str, str] = ('', ''),
                only: Collection[str] = ('sequence', 'tokens', 'span')
                ) -> dict[str, TaskHead]:
-  """Returns the heads for tasks that a system has in transformers, by
-  model.head.
+  """Returns the task heads, such as classifiers, that one architecture has in
+  the library transformers.
 
   Args:
-    system: the name that its classes begin with.
+    system: the name that transformers' classes of the architecture begin with,
+      such as 'Llama'.
     sequence: the name of the module that scores a sequence.
     tokens: the name of the module that scores each token.
-    span: the `prefix` of the model that answers questions.
-    only: the names of the heads that the system has.
+    span: the `prefix` of the model that answers questions: what the names of
+      its tensors usually begin with, and what they begin with in that model.
+    only: the heads that the architecture has, by model.head.
+
+  Returns:
+    A TaskHead, the class of transformers and its module's name, by model.head.
   """
   all_heads = {
       'sequence': TaskHead(
@@ -246,12 +256,15 @@ BIAS_FIELDS = {'attention_bias': 'attention_bias', 'mlp_bias': 'ffn_bias'}
 
 
 def fields_with_defaults(**defaults: Any) -> dict[str, tuple]:
-  """Returns entries of the table `HuggingFace.fields`, our field: (field of
-  config.json, default).
+  """Returns a table from fields of our config.model to those of a Hugging Face
+  config.json, with transformers' defaults.
 
   Args:
-    **defaults: transformers' default of each field of config.json. Our field is
-      the one of the usual table above, or else has the same name.
+    **defaults: transformers' default of each field of config.json, by its name
+      there. Our name is that of the usual table above, or else the same.
+
+  Returns:
+    Entries of `HuggingFace.fields`, our name: (name in config.json, default).
   """
   entries = {}
   for hf_name, default in defaults.items():
@@ -279,13 +292,17 @@ def default_head_dim(fields: Mapping[str, Any]) -> int:
 
 
 def prefix_rows(our_folder: str, hf_module: str, *rows: Row) -> tuple[Row, ...]:
-  """Returns rows of a module of the model as rows of what contains it.
+  """Returns the rows of a part of a model with the names of what contains it
+  put before those of the part, on both sides.
+
+  A row maps a parameter of ours to a tensor of a Hugging Face file: our path,
+  our axes, their name, their axes.
 
   Args:
-    our_folder: the folder of our parameters, to stand before their paths.
-    hf_module: the name of the module in transformers, to stand before the names
-      of the tensors.
-    *rows: rows whose names begin within the module.
+    our_folder: the folder to stand before our paths, with a '/'.
+    hf_module: the name of transformers' module to stand before the names of the
+      tensors, with a '.'.
+    *rows: rows whose path and name begin within the part.
   """
   prefixed = []
   for our_path, our_axes, hf_name, hf_axes in rows:
@@ -306,7 +323,13 @@ def rows_of_each_block(
     layer_prefix: what the names of a layer's tensors begin with, with {n}.
     rows_of_layer: a function that returns the rows of a layer, whose names
       begin within it, for the config of its kind.
+
+  Returns:
+    Rows of four strings: the path and the axes of a parameter of ours, and the
+    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
+    of which the first is ours of H and K as one (see tensor_map.py).
   """
+  # Our parameters of layer i of each period are stacked in the folder block_i.
   all_rows: list[Row] = []
   for section in config.sections(config.num_layers):
     for i, kind in enumerate(section.kinds):
@@ -339,15 +362,22 @@ def dense_rows(ours: str, our_axes: str, theirs: str, hf_axes: str
     our_axes: its axes, inputs first, such as 'DHK'.
     theirs: the name of the module in transformers.
     hf_axes: the axes of its weight, such as 'HK D'.
+
+  Returns:
+    Rows of four strings: the path and the axes of a parameter of ours, and the
+    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
+    of which the first is ours of H and K as one (see tensor_map.py).
   """
-  # The dimension of theirs that is the output has the last axes of ours, and a
-  # digit for the number of matrices that lie there one after another.
+  # The bias has the axes of the output: the dimension of theirs whose letters
+  # are the last of ours. A digit in it is the number of matrices that lie there
+  # one after another, which no letter of ours stands for.
   output_dimensions = []
   for dimension in hf_axes.split():
     letters = re.sub(r'\d', '', dimension)
     if our_axes.endswith(letters):
       output_dimensions.append((dimension, letters))
   hf_bias_axes, our_bias_axes = output_dimensions[0]
+  # Each expert has a tensor of its own there, and ours have an axis E of them.
   if '{e}' in theirs:
     our_bias_axes = 'E' + our_bias_axes
   bias_names = [f'{name}_bias' for name in ours.split('|')]
@@ -368,6 +398,11 @@ def attention_rows(query: str, key: str, value: str, out: str,
     out: the name of the matrix behind the heads.
     kv_heads: the axis of the heads of keys and values: J where they may be
       fewer than those of queries, else H.
+
+  Returns:
+    Rows of four strings: the path and the axes of a parameter of ours, and the
+    name and the axes of its tensor in a Hugging Face file. 'HK D' are two axes,
+    of which the first is ours of H and K as one (see tensor_map.py).
   """
   kv = f'{kv_heads}K'
   return (*dense_rows('query', 'DHK', query, 'HK D'),
@@ -402,8 +437,11 @@ def check_heads_divide_width(config: ModelConfig) -> None:
 def check_gates(fields: Mapping[str, Any],
                 top_k_name: str = 'num_experts_per_tok',
                 normalize_name: str = 'norm_topk_prob') -> None:
-  """Raises RequestError where a token has one expert and transformers divides
-  its gate by itself, so that the gate is 1 and the router does not learn.
+  """Refuses a mixture of experts whose only gate transformers would divide by
+  itself.
+
+  With one expert for each token, gates that are made to sum to 1 are all 1. The
+  gate here is the router's score, so that the router learns.
 
   Args:
     fields: the fields of the model that were read so far; a system without
@@ -411,6 +449,9 @@ def check_gates(fields: Mapping[str, Any],
     top_k_name: the field of the config.json that says how many experts a token
       has.
     normalize_name: the field that says whether its gates are made to sum to 1.
+
+  Raises:
+    RequestError: for one expert and gates that are normalised.
   """
   if fields['moe.top_k'] > 1:
     return
@@ -427,8 +468,8 @@ def check_gates(fields: Mapping[str, Any],
 
 def read_shared_experts(reader: Reader, name: str, default: int, width: int
                         ) -> int:
-  """Returns model.moe.shared_experts: how many times as wide as an expert the
-  dense network beside the experts is.
+  """Returns how many times as wide as one expert the dense network beside the
+  experts is, which is model.moe.shared_experts.
 
   Args:
     reader: the reader of the config.json.
@@ -449,11 +490,12 @@ def read_shared_experts(reader: Reader, name: str, default: int, width: int
 
 def find_hf_word(our_value_of_word: Mapping[str, str], value: str, field: str
                  ) -> str:
-  """Returns the word in a config.json for a value of one of our fields, the
-  first one where several mean it.
+  """Returns the word in a Hugging Face config.json for a value of one of our
+  fields: the inverse of a table of words.
 
   Args:
-    our_value_of_word: our value, by each word of theirs.
+    our_value_of_word: our value, by each word of theirs. Where several words
+      mean the same value, the first one is written.
     value: the value of our field.
     field: the name of our field, below model.
 

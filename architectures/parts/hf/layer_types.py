@@ -25,14 +25,20 @@ def fields_of_attention_types(
     types: Sequence[str], layers: int, window: int,
     kind_fields: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
-  """Returns the fields of the model that say which layers attend to a window,
-  and which to all keys.
+  """Returns the fields of our config.model that say which layers attend to a
+  sliding window, and which to all keys.
 
   Args:
-    types: the entry of layer_types for each layer.
+    types: the entry of a config.json's layer_types for each layer:
+      'sliding_attention' or 'full_attention'.
     layers: the number of layers.
-    window: sliding_window of the config.json; 0: none.
+    window: sliding_window of the config.json, in tokens; 0: none.
     kind_fields: further fields of the layers of one type, by this type.
+
+  Returns:
+    The fields `attention` and `sliding_window`; the order of the layers
+    (`prefix`, `pattern`, `suffix`); and `kinds`, what each kind of layer is,
+    which is {} where all layers are alike.
 
   Raises:
     RequestError: for types that are no list of known ones, and for layers with
@@ -77,15 +83,19 @@ def _are_words(entries: Sequence[Any], words: Collection[str]) -> bool:
 
 def read_attention_types(reader: hf.Reader, layers: int,
                          has_window: Callable[[int], Any]) -> list[str]:
-  """Returns the entry of layer_types for each layer; where a config.json has
-  none, it follows from the number of the layer.
+  """Returns for each layer whether it attends to a sliding window or to all
+  keys, as a Hugging Face config.json says it.
 
   Args:
     reader: the reader of the config.json.
     layers: the number of layers.
-    has_window: a function of the number of a layer, whose result is true for
-      one with a window; it is asked where there are no layer_types.
+    has_window: a function of the number of a layer, from 0 on, whose result is
+      true for one with a window. It is asked where the file has no layer_types.
+
+  Returns:
+    The entry of layer_types for each layer; it is checked where it is used.
   """
+  # The field counts as read, also where it is not there or null.
   reader.ignore_fields('layer_types')
   if reader.has('layer_types'):
     return reader.read_list('layer_types')
@@ -107,16 +117,20 @@ def read_sliding_window(reader: hf.Reader) -> int:
 
 
 def shortest_pattern(names: Sequence[str]) -> dict[str, str]:
-  """Returns the shortest model.prefix, model.pattern and model.suffix that give
-  layers of these kinds, in this order.
+  """Finds the shortest repeating pattern in the order of a model's layers.
 
-  Among those that give the kinds of these layers in this order, whose suffix
-  has kinds of the pattern alone, they name the fewest layers together; among
-  those that name as many, they have the shortest suffix and then the shortest
-  prefix.
+  The layers are a prefix, a pattern that is repeated one or more times, and a
+  suffix that has only kinds of the pattern. Of all such divisions, this is the
+  one that names the fewest layers together; then the one with the shortest
+  suffix; and then the one with the shortest prefix. For example, a, b, c, b, c
+  is the prefix a and the pattern b, c.
 
   Args:
-    names: the kind of each layer.
+    names: the kind of each layer, in order.
+
+  Returns:
+    The fields `prefix`, `pattern` and `suffix` of config.model, each as names
+    with commas between.
   """
   # Each candidate: how many names it has, and the lengths of its suffix, its
   # prefix and its period, in the order in which they are to be least.
@@ -125,6 +139,7 @@ def shortest_pattern(names: Sequence[str]) -> dict[str, str]:
     for period in range(1, len(names) - prefix_length + 1):
       pattern = names[prefix_length:prefix_length + period]
       end = prefix_length + period
+      # The pattern repeats as often as it fits; what follows is the suffix.
       while names[end:end + period] == pattern:
         end += period
       if set(names[end:]) <= set(pattern):
@@ -139,11 +154,11 @@ def shortest_pattern(names: Sequence[str]) -> dict[str, str]:
 
 def pattern_and_kinds(names: Sequence[str],
                       kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-  """Returns the fields of the model that say the order of its layers, and what
-  each kind of layer is.
+  """Returns the fields of config.model that say the order of its layers, and
+  what each kind of layer is.
 
   Args:
-    names: the kind of each layer.
+    names: the kind of each layer, in order.
     kinds: the fields of the model that each kind sets, of those that `names`
       has and maybe of others.
   """
@@ -152,11 +167,22 @@ def pattern_and_kinds(names: Sequence[str],
 
 
 def read_layers_with_rope(reader: hf.Reader, layers: int) -> list[int]:
-  """Returns for each layer 1 where its queries and keys are rotated by their
-  positions, or 0 where they are not: no_rope_layers of a config.json.
+  """Returns which layers have rotary positions (RoPE), by no_rope_layers of a
+  Hugging Face config.json, whose entries mean the opposite of its name.
 
   Where they are not listed, the last of every no_rope_layer_interval layers has
   no positions.
+
+  Args:
+    reader: the reader of the config.json.
+    layers: the number of layers.
+
+  Returns:
+    For each layer 1 where its queries and keys are rotated by their positions,
+    and 0 where they are not.
+
+  Raises:
+    RequestError: for another number of entries, or one that is neither.
   """
   interval = reader('no_rope_layer_interval', 4)
   entries = reader.read_list('no_rope_layers')
@@ -192,8 +218,8 @@ def attention_type(config: ModelConfig) -> str:
 
 def read_recurrent_layers(reader: hf.Reader, layers: int, mixer: str
                           ) -> dict[str, Any]:
-  """Returns the fields of the model that say which of its layers are a
-  recurrence, and which have a dense network in place of experts.
+  """Returns the fields of config.model that say which layers of a hybrid model
+  are a recurrence, and which have a dense network in place of experts.
 
   Args:
     reader: the reader of the config.json.
@@ -221,10 +247,14 @@ def read_recurrent_layers(reader: hf.Reader, layers: int, mixer: str
 
 
 def interval_of_expert_layers(config: ModelConfig) -> int:
-  """Returns n for a model in which the last of every n layers has experts.
+  """Returns the distance n between the layers with experts, in a model whose
+  last of every n layers has some.
+
+  Args:
+    config: our config of the model.
 
   Raises:
-    RequestError: where other layers have them.
+    RequestError: where no layer, or other layers, have experts.
   """
   layers = max(config.num_layers, config.num_decoder_layers)
   has_experts = [kind.ffn == 'moe' for kind in config.layer_kinds(layers)]
@@ -248,8 +278,8 @@ def check_number_of_layers(field: str, layers: int) -> None:
 
 def read_entry_of_each_layer(reader: hf.Reader, field: str, layers: int,
                              words: Collection[str]) -> list[str]:
-  """Returns the entries of a field of a config.json that has one for each
-  layer; an empty list if there is no such field.
+  """Returns the entries of a field of a Hugging Face config.json that has one
+  word for each layer; an empty list if there is no such field.
 
   Args:
     reader: the reader of the config.json.
@@ -278,8 +308,8 @@ def check_has_attention(config: ModelConfig) -> None:
 
 def fields_of_recurrent_layers(types: Sequence[str], is_dense: Sequence[bool],
                                mixer: str) -> dict[str, Any]:
-  """Returns the fields of the model that say the order of its layers, and what
-  each kind of layer is.
+  """Returns the fields of config.model for a hybrid of attention and a
+  recurrence: the order of its layers, and what each kind of layer is.
 
   Args:
     types: the entry of layer_types for each layer: 'linear_attention', which is
@@ -287,6 +317,7 @@ def fields_of_recurrent_layers(types: Sequence[str], is_dense: Sequence[bool],
     is_dense: whether each layer has a dense network in place of experts.
     mixer: model.mixer of the recurrence.
   """
+  # A kind for each of the up to four combinations that are there.
   kind_names, kinds = [], {}
   for layer_type, has_dense_network in zip(types, is_dense, strict=True):
     name, kind = KIND_OF_MIXER[layer_type], {}
@@ -301,8 +332,14 @@ def fields_of_recurrent_layers(types: Sequence[str], is_dense: Sequence[bool],
 
 
 def write_recurrent_layers(config: ModelConfig) -> dict[str, Any]:
-  """Returns the fields of a config.json that say which layers are a recurrence,
-  and which have a dense network in place of experts."""
+  """Returns the fields of a Hugging Face config.json that say which layers of a
+  hybrid model are a recurrence, and which have a dense network in place of
+  experts: the inverse of `read_recurrent_layers`.
+
+  Args:
+    config: our config of the model.
+  """
+  # Layers without experts are listed, so an interval of 1 is always right.
   types, dense_layers = [], []
   for n, layer in enumerate(config.layers(config.num_layers)):
     if layer.mixer == 'attention':

@@ -35,9 +35,8 @@ def read_rope(reader: hf.Reader, *,
               interleaved: bool = False, on_scores: bool = False,
               words: Mapping[str, str] = SCALING_OF_ROPE_TYPE,
               original: int = 0, unread: tuple[str, ...] = ()) -> dict:
-  """Returns the fields of model.rope, the rotary positions, by a config.json:
-  a new one with rope_parameters, or an old one with rope_theta and
-  rope_scaling.
+  """Reads the rotary positions (RoPE) of a Hugging Face config.json: a new one
+  with rope_parameters, or an old one with rope_theta and rope_scaling.
 
   Args:
     reader: the reader of the config.json.
@@ -51,11 +50,15 @@ def read_rope(reader: hf.Reader, *,
     original: the default of original_max_position_embeddings, in a system that
       has it outside of these objects and goes by that; 0: in others.
     unread: fields that say nothing of text.
+
+  Returns:
+    The fields of config.model.rope, by name.
   """
   new_section = reader.read_object('rope_parameters')
   old_section = reader.read_object('rope_scaling')
   for section in (new_section, old_section):
     section.ignore_fields(*unread)
+  # An old object goes before a new one where both are there.
   section = old_section or new_section
   return _read_section(
       reader, section, theta=theta, fraction=fraction, interleaved=interleaved,
@@ -65,8 +68,8 @@ def read_rope(reader: hf.Reader, *,
 def read_rope_of_layer_kinds(reader: hf.Reader,
                              *kinds: tuple[str, tuple[str, float]],
                              **how: Any) -> list[dict]:
-  """Returns the fields of model.rope for each kind of layer, by a config.json
-  whose rope_parameters have an object for each.
+  """Reads the rotary positions (RoPE) of each kind of layer, from a Hugging
+  Face config.json whose rope_parameters have an object for each.
 
   An old config.json has one rope_scaling, which is that of the last kind.
 
@@ -76,7 +79,12 @@ def read_rope_of_layer_kinds(reader: hf.Reader,
       `read_rope`.
     **how: further arguments of `read_rope`, and `temperature`: whether YaRN has
       one.
+
+  Returns:
+    The fields of config.model.rope for each of `kinds`, in their order.
   """
+  # Each kind reads its own object, and the last kind the old one if there is
+  # one.
   sections = reader.read_object('rope_parameters')
   old_section = reader.read_object('rope_scaling')
   last_kind, _ = kinds[-1]
@@ -162,15 +170,19 @@ def _read_section(reader: hf.Reader, section: hf.Reader, *,
 
 def _read_longrope(reader: hf.Reader, section: hf.Reader, original: int
                    ) -> dict[str, Any]:
-  """Returns the fields of model.rope that LongRoPE alone has.
+  """Reads the fields of rotary positions that LongRoPE (Ding et al. 2024, arXiv
+  2402.13753) alone has: a divisor of each frequency, for short and long texts.
 
-  Without a factor in the config.json, the factor is how many times as long as
-  before the model is.
+  Without a factor in the config.json, the factor is the length of the model
+  over that for which it was trained at first.
 
   Args:
     reader: the reader of the config.json.
     section: the reader of the object that has the fields of positions.
     original: the length for which the model was trained at first.
+
+  Returns:
+    Fields of config.model.rope, by name.
   """
   require(section.has('factor') or reader.has('max_position_embeddings'),
           "config.json has rope_type 'longrope', but neither a factor nor "
@@ -185,7 +197,8 @@ def _read_longrope(reader: hf.Reader, section: hf.Reader, original: int
 
 def _read_temperature(section: hf.Reader, on_scores: bool, temperature: bool
                       ) -> dict[str, float]:
-  """Returns mscale and mscale_all_dim, by which YaRN has a temperature.
+  """Reads the two fields for the temperature of YaRN, a factor on attention
+  scores that makes stretched positions sharper.
 
   Where one of them is 0 in a config.json, transformers reads neither.
 
@@ -193,6 +206,13 @@ def _read_temperature(section: hf.Reader, on_scores: bool, temperature: bool
     section: the reader of the object that has the fields of positions.
     on_scores: whether this system puts mscale_all_dim on the scores.
     temperature: whether YaRN has a temperature in this system.
+
+  Returns:
+    mscale, its share on rotated features, and mscale_all_dim, that on whole
+    scores. Both 0 mean no temperature; 1 and 0 are YaRN's own.
+
+  Raises:
+    RequestError: for values that the system does not go with.
   """
   if not temperature:
     return dict(mscale=0.0, mscale_all_dim=0.0)
@@ -208,7 +228,7 @@ def _read_temperature(section: hf.Reader, on_scores: bool, temperature: bool
 
 def _read_rotated_fraction(reader: hf.Reader, section: hf.Reader,
                            name_and_default: tuple[str, float] | None) -> float:
-  """Returns the share of a head that is rotated by its position.
+  """Returns the share of a head's features that is rotated by positions.
 
   Args:
     reader: the reader of the config.json.
@@ -229,8 +249,8 @@ def _read_rotated_fraction(reader: hf.Reader, section: hf.Reader,
 def write_rope_of_layer_kinds(config: ModelConfig,
                               names: Mapping[str, str] | None = None,
                               **how: Any) -> dict:
-  """Returns rope_parameters of a config.json, with an object for each kind of
-  layer.
+  """Returns rope_parameters of a Hugging Face config.json, the rotary positions
+  (RoPE), with an object for each kind of layer.
 
   Args:
     config: the model.
@@ -238,6 +258,8 @@ def write_rope_of_layer_kinds(config: ModelConfig,
       of the layers with a window and of those that see all keys.
     **how: further arguments of `write_rope`.
   """
+  # Layers of one kind write the same object again. Those without attention have
+  # no positions.
   ropes: dict[str, dict] = {}
   for layer in config.layers(config.num_layers):
     if names:
@@ -251,11 +273,14 @@ def write_rope(config: ModelConfig, *, whole_heads: bool = True,
                on_scores: bool = False,
                words: Mapping[str, str] = SCALING_OF_ROPE_TYPE,
                temperature: bool = True) -> dict:
-  """Returns rope_parameters of the config.json of a model. A field that they
-  cannot say is found where they are read again.
+  """Returns rope_parameters of a Hugging Face config.json: the rotary positions
+  (RoPE) of a model.
+
+  A field that they cannot say is not refused here: an export reads its
+  config.json again, and compares the models.
 
   Args:
-    config: the config.
+    config: our config of the model, or of one kind of layer.
     whole_heads: whether transformers rotates whole heads in this system, and
       does not read that it should rotate a part.
     on_scores: as for `read_rope`.
@@ -293,8 +318,13 @@ def write_rope(config: ModelConfig, *, whole_heads: bool = True,
 
 
 def _write_scaling(rope: RopeConfig) -> dict[str, Any]:
-  """Returns the fields of rope_parameters, in a config.json, that one way to
-  scale the positions has alone."""
+  """Returns the fields of rope_parameters, in a Hugging Face config.json, that
+  only some ways to scale rotary positions have.
+
+  Args:
+    rope: our fields of the positions, whose `scaling` is the way.
+  """
+  # `truncate` is written only where it is false, as true is the default.
   rope_parameters: dict[str, Any] = {}
   for name in _DEFAULTS_OF_SCALING.get(rope.scaling, ()):
     value = getattr(rope, name)

@@ -73,11 +73,12 @@ class Tensor:
   def read_parameter(self, cut: Callable[[tuple[slice, ...]], np.ndarray],
                      number: int, ranges: Mapping[str, tuple[int, int]]
                      ) -> np.ndarray:
-    """Returns a part of a parameter, read from the tensor.
+    """Reads a part of one of our parameters out of the tensor, which may hold
+    several parameters, transposed and reshaped.
 
     Args:
-      cut: a function that returns a slice of the tensor; it is asked for the
-        smallest slice that holds the wanted part.
+      cut: a function that returns a slice of the tensor, such as one that reads
+        a file; it is asked for the smallest slice that holds the wanted part.
       number: the number of the parameter in `paths`.
       ranges: (start, stop) of the wanted part along each axis of the parameter,
         by letter.
@@ -98,12 +99,17 @@ class Tensor:
       shape += positions_in_dimension.shape
     part = cut(tuple(slices))[tuple(indices)].reshape(shape)
 
-    # The axes in the order of the parameter.
+    # The axes in the order of the parameter. The reshape above has split each
+    # dimension of the tensor into the axes that are joined in it.
     order = [axes.index(axis) for axis in self.ours[number]]
     return part.transpose(order)
 
   def join_parameters(self, parameters: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the tensor, made of one array for each of `paths`."""
+    """Returns the tensor, made of our parameters: the inverse of reading them.
+
+    Args:
+      parameters: one array for each of `paths`, with the axes in `ours`.
+    """
     tensor = np.empty(self.shape, parameters[0].dtype)
     for number, x in enumerate(parameters):
       # Where the whole parameter stands in the tensor.
@@ -122,17 +128,20 @@ class Tensor:
 
   def _find_parameter(self, number: int, ranges: Mapping[str, tuple[int, int]]
                       ) -> tuple[str, list[np.ndarray]]:
-    """Finds a part of a parameter in the tensor.
+    """Finds where in the tensor a part of one of our parameters stands.
 
     Args:
       number: the number of the parameter in `paths`.
-      ranges: (start, stop) of the part along each axis, by letter.
+      ranges: (start, stop) of the part along each of the parameter's axes, by
+        letter.
 
     Returns:
       The axes of the parameter in the order of the tensor, and for each
       dimension of the tensor the positions in it of the part: an array with one
       dimension for each axis of the parameter that the dimension has.
     """
+    # Dimension by dimension: the positions of the whole parameter in it, and of
+    # these the wanted range along each axis.
     all_axes, positions = '', []
     for text in self.axes.split():
       dimension = _Dimension.parse(text)
@@ -155,12 +164,18 @@ class Tensor:
 
   def _positions_of_piece(self, dimension: '_Dimension', piece: int
                           ) -> tuple[str, np.ndarray]:
-    """Returns the axes of one piece of a dimension of the tensor, and its
-    positions in this dimension, an array with these axes.
+    """Finds one piece of a dimension of the tensor, where several parameters
+    stand one after another in each of its groups.
+
+    In 'J(RK+K+K)', for example, there are J groups of three pieces.
 
     Args:
       dimension: the dimension.
-      piece: the number of the piece.
+      piece: the number of the piece, from 0 on.
+
+    Returns:
+      The axes of the piece, those of the groups first, such as 'JRK'; and its
+      positions in the dimension, an array with these axes.
     """
     # In each group, the piece stands behind those before it.
     sizes = [self._size(axes) for axes in dimension.pieces]
@@ -172,8 +187,8 @@ class Tensor:
 
   def _pick_parameter(self, axes: str, positions: np.ndarray, number: int
                       ) -> tuple[str, np.ndarray]:
-    """Returns the axes and the positions of one parameter, without the axes
-    that are digits.
+    """Picks one parameter where a dimension of the tensor has several along an
+    axis that is written as a digit, such as 3 in 'D 3HK'.
 
     The digit that is the number of parameters is the axis along which they lie
     one after another. The digit 1 is a dimension that no parameter has.
@@ -182,7 +197,12 @@ class Tensor:
       axes: the axes of a piece.
       positions: its positions in a dimension of the tensor, by these axes.
       number: the number of the parameter in `paths`.
+
+    Returns:
+      The axes without digits, and the positions of the parameter by these.
     """
+    # All of a lettered axis is kept, and of one that is a digit one index: that
+    # of the parameter, or the only one.
     axis_of_parameters = str(len(self.paths))
     indices: list[int | slice] = []
     letters = ''
@@ -247,15 +267,19 @@ def _as_index(positions: np.ndarray) -> slice | np.ndarray:
 
 def map_tensors(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
                 ) -> list[Tensor]:
-  """Returns every tensor of a Hugging Face folder for a model.
+  """Returns every tensor of a Hugging Face folder for a model, each with the
+  parameters of ours that it holds.
 
   Args:
-    rows: the rows of the page of its system.
-    shapes: the shapes of its parameters, by path.
+    rows: the rows of the model's architecture: our path and axes, their name
+      and axes.
+    shapes: the shapes of the model's parameters, by path.
 
   Raises:
     RequestError: naming the parameters for which there is no row.
   """
+  # A parameter that no row names would be lost in an export, and missing after
+  # an import.
   tensors: list[Tensor] = []
   paths_with_row: set[str] = set()
   for match in match_rows(rows, shapes):
@@ -299,10 +323,12 @@ class RowMatch:
 
 def _tensors_of_match(match: RowMatch, shapes: Mapping[str, tuple[int, ...]]
                       ) -> list[Tensor]:
-  """Returns the tensors of a row, one for each layer and each expert.
+  """Returns the tensors that one row stands for: one for each layer and each
+  expert, as a Hugging Face file does not stack them.
 
   Args:
-    match: the row and the parameters that it names.
+    match: the row, the parameters of ours that it names, and the numbers of the
+      layers and the experts; None in place of a number where there is none.
     shapes: the shapes of our parameters, by path.
   """
   _, our_axes, name, their_axes = match.row
@@ -313,8 +339,10 @@ def _tensors_of_match(match: RowMatch, shapes: Mapping[str, tuple[int, ...]]
   for axis, size in re.findall(r'(\w)=(\d+)', their_axes):
     sizes[axis] = int(size)
   their_axes = re.sub(r'=\d+', '', their_axes)
+  # Our shapes have the layers in front, which `axes` leave out.
   for axes, path in zip(axes_of_each, match.paths):
     sizes |= zip(axes, shapes[path][-len(axes):])
+  # R are the query heads H of each of the J heads of keys.
   if 'R' in their_axes:
     sizes['R'] = sizes['H'] // sizes['J']
   # A digit stands for its value.
@@ -322,7 +350,8 @@ def _tensors_of_match(match: RowMatch, shapes: Mapping[str, tuple[int, ...]]
   sizes['1'] = 1
   sizes[str(num_parameters)] = num_parameters
 
-  # A tensor for each layer and each expert.
+  # A tensor for each layer and each expert, which picks its index in the
+  # stacked parameters.
   if '{e}' in name:
     axes_of_each = tuple(axes.replace('E', '') for axes in axes_of_each)
   tensors = []
@@ -354,11 +383,18 @@ def axes_of_parameters(axes: str, num_parameters: int) -> tuple[str, ...]:
 
 def match_rows(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
                ) -> Iterator[RowMatch]:
-  """Yields a RowMatch for each row and each block that has its parameters.
+  """Finds the parameters of a model that the rows of its architecture name.
+
+  Our parameters of layer i of each period of the layer pattern are stacked in
+  one block, the folder block_i.
 
   Args:
-    rows: the rows of a page.
+    rows: the rows: our path and axes, their name and axes. A path with
+      '/layers/' is of every block, and one with '/block_2/' of that one.
     shapes: the shapes of our parameters, by path.
+
+  Yields:
+    A RowMatch for each row and each block that has its parameters.
   """
   for row in rows:
     our_path, _, name, _ = row
@@ -377,6 +413,8 @@ def match_rows(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
     for block in _blocks_of_stack(stack, shapes, counts_networks):
       if folder not in ('/layers/', f'/{block.folder}/'):
         continue
+      # In files that count a layer's network as the next layer, {m}, its
+      # number is one more.
       first = block.first
       if counts_networks and '/ffn' in our_path:
         first += 1
@@ -389,16 +427,19 @@ def match_rows(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
 
 def _match_row(row: Row, our_path: str, shapes: Mapping[str, tuple[int, ...]],
                layers: range | None) -> RowMatch | None:
-  """Returns the parameters that a row names in one block; None where the model
-  has no such parameter with as many axes.
+  """Finds the parameters that a row names in one block of layers.
 
   Args:
-    row: the row of the page.
+    row: the row: our path and axes, their name and axes.
     our_path: the path of the row in the block, still with several names at its
       end, such as 'decoder/layers/block_0/attention/query|key'.
     shapes: the shapes of our parameters, by path.
     layers: the numbers of the layers of the block; None: the parameter stands
       outside of the layers.
+
+  Returns:
+    The match; None where the model has no such parameter with as many axes, so
+    that a dense and an expert network may both have a row for one path.
   """
   _, our_axes, tensor_name, _ = row
   folder, _, names = our_path.rpartition('/')
@@ -410,6 +451,7 @@ def _match_row(row: Row, our_path: str, shapes: Mapping[str, tuple[int, ...]],
   # The first parameter tells whether the model has them, and how many experts.
   shape = shapes.get(paths[0])
   axes = axes_of_parameters(our_axes, len(paths))[0]
+  # Parameters of layers are stacked over the N layers of the block.
   if layers is not None:
     axes = 'N' + axes
   if shape is None or len(shape) != len(axes):
@@ -442,13 +484,21 @@ class _Block:
 
 def _blocks_of_stack(stack: str, shapes: Mapping[str, tuple[int, ...]],
                      counts_networks: bool) -> Iterator[_Block]:
-  """Yields the blocks of the encoder or the decoder.
+  """Finds the blocks of the encoder or the decoder, and which layers of a
+  Hugging Face file each holds.
+
+  A block is the layers at one place of each period of the layer pattern, which
+  are stacked in our parameters.
 
   Args:
-    stack: the folder of the stack.
+    stack: the folder of the stack, 'encoder' or 'decoder'.
     shapes: the shapes of our parameters, by path.
     counts_networks: whether their files count the feed-forward network of a
       layer as a layer of its own.
+
+  Yields:
+    Each block with the number of its first layer in their files, the step to
+    its next one, and the number of its layers.
   """
   num_layers_before = 0
   for section in SECTIONS:
