@@ -105,8 +105,18 @@ class ExpertDropout:
   rate: float = struct.field(pytree_node=False, default=0.0)
 
   def mask(self, id_P: jax.Array, num_units: int) -> jax.Array:
-    """Returns the factors of the hidden units, 0 or 1 / (1 - rate), in float32
-    [P, num_units], for rows whose assignments have the ids `id_P`."""
+    """Returns the factors by which dropout multiplies the hidden units of rows:
+    0 with probability `rate`, else 1 / (1 - rate).
+
+    Args:
+      id_P: the ids of the P rows' assignments, the same on any device.
+      num_units: F, how many hidden units this device has of a row.
+
+    Returns:
+      float32 [P, F].
+    """
+    # A hash of (seed, assignment, unit) in place of random bits. The constant,
+    # 2^32 over the golden ratio, spreads the numbers of units over all bits.
     unit_F = (jnp.arange(num_units) + self.first_unit).astype(jnp.uint32)
     row_hash_P = hash_uint32(id_P.astype(jnp.uint32) ^ self.seed)
     bits_PF = hash_uint32(
@@ -117,13 +127,18 @@ class ExpertDropout:
 
 def batched_ffn(rows_ECD: jax.Array, w: ExpertWeights, hidden: HiddenUnits,
                 mask_ECF: Optional[jax.Array] = None) -> jax.Array:
-  """Returns FFN_e(row) of the C rows of every expert e, [E, C, D].
+  """Applies the feed-forward network of each expert to as many rows,
+  y = act(x W_up + b_up, x W_gate + b_gate) W_down + b_down.
 
   Args:
-    rows_ECD: the rows.
+    rows_ECD: the rows, [experts, C rows of each, features].
     w: the experts' weights.
-    hidden: the function that makes the hidden units.
-    mask_ECF: the factors of the hidden units, for dropout; or None.
+    hidden: the function act that makes the hidden units of the products.
+    mask_ECF: the factors of the F hidden units of each row, for dropout; None:
+      there is no dropout.
+
+  Returns:
+    The results, [E, C, D].
   """
 
   def affine(spec: str, x: jax.Array, weight: jax.Array,
@@ -134,11 +149,14 @@ def batched_ffn(rows_ECD: jax.Array, w: ExpertWeights, hidden: HiddenUnits,
       return y
     return y + bias[:, None]
 
+  # The products that the activation reads: one, or two in a gated network.
   to_hidden = 'ECD,EDF->ECF'
   activation_inputs = [affine(to_hidden, rows_ECD, w.up_EDF, w.up_bias_EF)]
   if hidden.gated:
     activation_inputs.append(
         affine(to_hidden, rows_ECD, w.gate_EDF, w.gate_bias_EF))
+
+  # The hidden units, of which dropout sets some to 0, and the output.
   h_ECF = hidden(*activation_inputs)
   if mask_ECF is not None:
     h_ECF = h_ECF * mask_ECF.astype(h_ECF.dtype)
@@ -170,15 +188,19 @@ def _scatter_sum_to_tokens(x_AD: jax.Array, token_A: jax.Array, tokens: int
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def gather_tokens(x_TD: jax.Array, token_P: jax.Array, row_A: jax.Array,
                   choices: int) -> jax.Array:
-  """Returns the rows y_p = x[token_p], [P, D], with a gradient that is a gather
-  too.
+  """Copies tokens to the rows that experts compute, y_p = x[token_p]. The
+  gradient is a gather too, which is faster than the scatter that JAX derives.
 
   Args:
-    x_TD: the tokens.
-    token_P: the token of each row; T gives zeros.
-    row_A: the inverse, the row of each assignment; P where it has none.
+    x_TD: the tokens, [T tokens, d_model].
+    token_P: the token of each of P rows; T, which is no token, gives zeros.
+    row_A: the inverse, which the gradient reads: the row of each assignment of
+      a token to an expert; P where it has none.
     choices: how many assignments each token has, which stand one after
       another; 0: they stand in any order, and the gradient is a scatter.
+
+  Returns:
+    The rows, [P, D].
   """
   del row_A, choices
   return _gather_rows(x_TD, token_P)
@@ -195,6 +217,11 @@ def _gather_tokens_backward(choices: int, saved: tuple, dy_PD: jax.Array):
   """Returns the gradient of x in y_p = x[token_p], and None for the indices:
 
     dx_t = sum over the assignments a of token t of dy[row_a]
+
+  Args:
+    choices: as of `gather_tokens`.
+    saved: token_P, row_A and the number of tokens.
+    dy_PD: the gradient of the rows.
   """
   token_P, row_A, tokens = saved
   if choices == 0:
@@ -211,19 +238,25 @@ def combine_results(
     y_PD: jax.Array, gate_A: Optional[jax.Array], token_A: jax.Array,
     row_A: jax.Array, assignment_P: jax.Array, tokens: int, choices: int
     ) -> jax.Array:
-  """Returns the tokens' results, z_t = sum over the assignments a of token t of
-  gate_a * y[row_a], [T, D].
+  """Adds up the experts' results for each token, weighed by their gates:
+
+    z_t = sum over the assignments a of token t of gate_a * y[row_a]
 
   Args:
-    y_PD: the experts' results, a row of each assignment.
+    y_PD: the experts' results, a row of each assignment of a token to an
+      expert, [P rows, d_model].
     gate_A: the gate of each assignment; None: the rows have been multiplied by
       their gates already.
     token_A: the token of each assignment.
     row_A: the row of each assignment; P where it has none.
     assignment_P: the inverse of row_A, which the gradient reads; A where a row
       has no assignment.
-    tokens: T.
-    choices: how many assignments each token has; 0: the experts chose.
+    tokens: T, the number of tokens.
+    choices: how many assignments each token has, which stand one after
+      another; 0: the experts chose, and they stand in any order.
+
+  Returns:
+    z, [T, D].
   """
   del assignment_P
   y_AD = _gather_rows(y_PD, row_A)
@@ -257,9 +290,16 @@ def _combine_results_backward(tokens: int, choices: int, saved: tuple,
     dy_p = g_a dz_t,      dg_a = y[row_a] . dz_t
 
   where an absent g is 1.
+
+  Args:
+    tokens: T, the number of tokens.
+    choices: not read: an assignment has one row, in whatever order.
+    saved: the rows (None without gates), the gates and the three indices.
+    dz_TD: the gradient of the tokens' results.
   """
   del choices
   y_PD, gate_A, token_A, row_A, assignment_P = saved
+  # Each row takes the gradient of its token; a row without one takes zeros.
   token_P = token_A.at[assignment_P].get(mode='fill', fill_value=tokens)
   dz_PD = _gather_rows(dz_TD, token_P)
   if gate_A is None:
@@ -292,13 +332,14 @@ def invert_row_of_assignment(row_A: jax.Array, num_rows: int) -> jax.Array:
 def assign_padded_rows(expert_A: jax.Array, experts: int, slots: int
                        ) -> jax.Array:
   """Returns the row of each assignment where each of E experts has C slots,
-  [A]: expert e has the rows from e C on. A void assignment, whose expert is E,
-  has row E C.
+  [A]: expert e has the rows from e C on, in the order of its assignments.
 
   Args:
-    expert_A: the expert of each assignment.
-    experts: E.
-    slots: C.
+    expert_A: the expert of each assignment of a token to an expert; E where the
+      assignment is void, which then has row E C. No other expert may have more
+      than C assignments.
+    experts: E, the number of experts.
+    slots: C, how many rows each expert has.
   """
   row_A = expert_A * slots + rank_among_equal_keys(expert_A, experts + 1)
   return jnp.where(expert_A < experts, row_A, experts * slots)
@@ -306,13 +347,24 @@ def assign_padded_rows(expert_A: jax.Array, experts: int, slots: int
 
 def assign_sorted_rows(expert_A: jax.Array, experts: int
                        ) -> tuple[jax.Array, jax.Array]:
-  """Returns the row of each assignment when rows are sorted by expert, [A], and
-  how many rows each expert has, [E]. A void assignment, whose expert is E, has
-  row A."""
+  """Sorts the rows of assignments by their experts.
+
+  Args:
+    expert_A: the expert of each of A assignments of a token to an expert; E
+      where the assignment is void.
+    experts: E, the number of experts.
+
+  Returns:
+    The row of each assignment, [A], which is A for a void one; and how many
+    rows each expert has, int32 [E].
+  """
   A = expert_A.shape[0]
+  # order_A[p] is the assignment of row p; its inverse is the row of each. The
+  # sort is stable, so that an expert's rows keep the order of the tokens.
   order_A = jnp.argsort(expert_A, stable=True)
   row_A = jnp.zeros_like(order_A).at[order_A].set(
       jnp.arange(A), unique_indices=True)
+  # The counts, from where each expert's rows end in the sorted order.
   ends_E = jnp.searchsorted(
       expert_A[order_A], jnp.arange(experts), side='right')
   count_E = jnp.diff(ends_E, prepend=0).astype(jnp.int32)
@@ -335,14 +387,20 @@ class TokensAsRows(NamedTuple):
 
 def copy_tokens_to_rows(x_TD: jax.Array, routed: Routing, row_A: jax.Array,
                         num_rows: int) -> TokensAsRows:
-  """Returns the tokens as rows, one for each of their assignments.
+  """Copies tokens to rows, one row for each assignment of a token to an expert.
 
   Args:
-    x_TD: the tokens.
-    routed: their assignments.
+    x_TD: the tokens, [T tokens, d_model].
+    routed: the assignments of the tokens.
     row_A: the row of each assignment; P where it has none.
-    num_rows: P.
+    num_rows: P, how many rows there are.
+
+  Returns:
+    The rows, their assignments, and the function that adds the rows' results up
+    for each token again.
   """
+  # The assignment and the token of each row. A row without an assignment has
+  # the numbers A and T, past the end.
   T = x_TD.shape[0]
   assignment_P = invert_row_of_assignment(row_A, num_rows)
   token_P = routed.token_A.at[assignment_P].get(mode='fill', fill_value=T)
@@ -402,11 +460,11 @@ class LocalExperts:
 
   def compute_grouped(self, rows_PD: jax.Array, count_E: jax.Array,
                       id_P: jax.Array, gate_P: jax.Array) -> jax.Array:
-    """Returns the results of rows that are sorted by expert, each multiplied by
-    its gate, [P, D].
+    """Returns the experts' results for rows that are sorted by expert, each
+    multiplied by its gate, [P, D].
 
     Args:
-      rows_PD: the rows.
+      rows_PD: P rows, those of the first expert first.
       count_E: int32, how many of them each expert has.
       id_P: the ids of their assignments, which dropout reads.
       gate_P: their gates.
@@ -432,12 +490,24 @@ class LocalExperts:
 def compute_padded_batch(
     x_TD: jax.Array, routed: Routing, experts: 'LocalExperts | SpreadExperts',
     slots: int) -> jax.Array:
-  """Returns the tokens' results, [T, D], by a batch of the experts: each has
-  `slots` rows, and those that no assignment fills are zeros."""
+  """Returns the tokens' results by a batch of the experts: each has as many
+  rows, and those that no assignment fills are zeros.
+
+  Args:
+    x_TD: this device's tokens, [T tokens, d_model].
+    routed: the assignments of the tokens to experts.
+    experts: the experts, here or along the mesh.
+    slots: C, how many rows each expert has.
+
+  Returns:
+    The results, weighed by the gates and added up for each token, [T, D].
+  """
+  # Each assignment has a row of its expert.
   E, D = routed.probs_TE.shape[1], x_TD.shape[1]
   row_A = assign_padded_rows(routed.expert_A, E, slots)
   as_rows = copy_tokens_to_rows(x_TD, routed, row_A, num_rows=E * slots)
 
+  # The rows as a batch of experts, and back.
   rows_ECD = as_rows.rows_PD.reshape(E, slots, D)
   id_EC = experts.dropout_ids(as_rows.assignment_P).reshape(E, slots)
   y_ECD = experts.compute_padded(rows_ECD, id_EC)
@@ -448,9 +518,18 @@ def compute_padded_batch(
 def compute_dropless(
     x_TD: jax.Array, routed: Routing, experts: 'LocalExperts | SpreadExperts',
     slots: int) -> jax.Array:
-  """Returns the tokens' results, [T, D], by rows that are sorted by expert,
-  without padding (MegaBlocks). An assignment without room is void already, so
-  `slots` is not read."""
+  """Returns the tokens' results by rows that are sorted by expert, without
+  padding (MegaBlocks).
+
+  Args:
+    x_TD: this device's tokens, [T tokens, d_model].
+    routed: the assignments of the tokens to experts.
+    experts: the experts, here or along the mesh.
+    slots: not read: an assignment without room is void already.
+
+  Returns:
+    The results, weighed by the gates and added up for each token, [T, D].
+  """
   del slots
   row_A, num_rows, count_E = experts.assign_rows(routed.expert_A)
   as_rows = copy_tokens_to_rows(x_TD, routed, row_A, num_rows=num_rows)
@@ -462,6 +541,7 @@ def compute_dropless(
   id_P = experts.dropout_ids(as_rows.assignment_P)
   y_PD = experts.compute_grouped(
       as_rows.rows_PD, count_E=count_E, id_P=id_P, gate_P=gate_P)
+  # No gates here: the rows have been multiplied by theirs.
   return as_rows.combine(y_PD, None)
 
 
@@ -501,34 +581,45 @@ def slots_of_expert(m: MoEConfig, factor: float, tokens: int, groups: int,
   """Returns C, how many of a device's tokens may choose the same expert.
 
   Args:
-    m: the mixture.
+    m: the config of the mixture of experts.
     factor: the capacity factor; 0: there is none, so that all may come.
     tokens: the number of tokens of all devices, in `groups` groups.
-    groups: the number of routing groups.
+    groups: the number of routing groups, within which tokens share capacity.
     shards: the number of devices that the tokens are split over.
   """
+  # A device's tokens, rounded up as padding does.
   T = -(-tokens // shards)
   if not factor:
     return T
   group_slots = routing.expert_capacity(
       factor, tokens=tokens // groups, choices=m.top_k, experts=m.all_experts)
+  # A device has whole groups, or a part of one that may fill all of its slots.
   return min(T, max(1, groups // shards) * group_slots)
 
 
 def choose_dispatch(m: MoEConfig, factor: float, tokens: int, groups: int,
                     shards: int) -> str:
-  """Returns how a mixture is computed, a name of DISPATCHES.
+  """Returns how a mixture of experts is computed: 'sorted', a batch of padded
+  experts, or 'dropless', groups of rows without padding.
 
-  `auto` is a batch of padded experts where their slots are at most
-  MOST_SLOTS_PER_ASSIGNMENT times a device's assignments, else groups without a
-  bound. Args as for `slots_of_expert`.
+  The config names one, or `auto`: a padded batch where its slots are at most
+  MOST_SLOTS_PER_ASSIGNMENT times a device's assignments, else dropless.
+
+  Args:
+    m: the config of the mixture.
+    factor: the capacity factor; 0: there is none.
+    tokens: the number of tokens of all devices.
+    groups: the number of routing groups.
+    shards: the number of devices that the tokens are split over.
   """
   if m.dispatch != 'auto':
     return m.dispatch
   if routing.router_of(m).experts_choose:  # they fill their slots, all of them
     return 'sorted'
+  # Without a capacity, an expert could get all tokens, and padding be useless.
   if not factor:
     return 'dropless'
+  # The slots of all experts, and the assignments of a device's tokens.
   num_slots = m.num_experts * slots_of_expert(
       m, factor, tokens=tokens, groups=groups, shards=shards)
   assignments = m.top_k * -(-tokens // shards)
@@ -541,13 +632,14 @@ def compute_experts(
     m: MoEConfig, x_TD: jax.Array, routed: Routing, w: ExpertWeights,
     hidden: HiddenUnits, groups: int, dropout: Optional[ExpertDropout], *,
     train: bool, recompute: bool = False) -> tuple[jax.Array, jax.Array]:
-  """Returns the tokens' results, y_t = sum over the assignments (t, e, g) of
-  g * FFN_e(x_t), [T, D]; and bool [A]: the assignments that found room.
+  """Computes the experts, on this device or spread over the mesh:
+
+    y_t = sum over the assignments (token t, expert e, gate g) of g FFN_e(x_t)
 
   Args:
-    m: the mixture.
-    x_TD: the tokens.
-    routed: their assignments.
+    m: the config of the mixture.
+    x_TD: the tokens, [T tokens, d_model].
+    routed: the assignments of the tokens.
     w: the experts' weights.
     hidden: the activation of their networks.
     groups: the number of routing groups.
@@ -555,6 +647,10 @@ def compute_experts(
     train: whether the capacity is that of training.
     recompute: whether the backward pass computes the hidden units again
       (grouped.GroupedSettings).
+
+  Returns:
+    The tokens' results y, [T, D]; and bool [A]: the assignments that found
+    room.
   """
   factor = m.capacity_factor if train else m.eval_capacity_factor
   T, axes = x_TD.shape[0], mixture_mesh_axes()
@@ -573,6 +669,8 @@ def compute_experts(
   x_TD, routed = _pad_tokens(x_TD, routed, num_padding)
   split_by_token = PartitionSpec(axes.tokens or None)
   replicated = PartitionSpec()
+  # All arrays of the routing begin with tokens or their assignments, which are
+  # in the tokens' order, so all are split along their first axis.
   routed_specs = jax.tree.map(lambda _: split_by_token, routed)
   y_TD, kept_A = jax.shard_map(
       functools.partial(compute, axes),
@@ -580,13 +678,21 @@ def compute_experts(
                 replicated),
       out_specs=(split_by_token, split_by_token), check_vma=False)(
           x_TD, routed, w, dropout)
+  # The padding stands at the end, and is cut off again.
   assignments = routed.expert_A.shape[0] - routed.choices * num_padding
   return y_TD[:T], kept_A[:assignments]
 
 
 def _partition_specs(w: ExpertWeights, axes: MixtureAxes) -> ExpertWeights:
-  """Returns the PartitionSpec of each weight on the mesh; None for a weight
-  that the network lacks."""
+  """Returns how each weight is split over the mesh, as PartitionSpecs in the
+  fields of the weights; None for a weight that the network lacks.
+
+  Args:
+    w: the weights.
+    axes: the mesh axes by what they split: experts, hidden units (mlp) and
+      features (embed).
+  """
+  # A PartitionSpec has None for an axis that is whole on each device.
   expert = axes.experts or None
   mlp = axes.mlp or None
   embed = axes.embed or None
@@ -602,22 +708,32 @@ def _partition_specs(w: ExpertWeights, axes: MixtureAxes) -> ExpertWeights:
     """Returns the spec where the network has the weight, else None."""
     return None if weight is None else spec
 
+  # A PartitionSpec is one leaf of the tree, and not a tuple of axes.
   return jax.tree.map(spec_of_weight, specs, w,
                       is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
 def _pad_tokens(x_TD: jax.Array, routed: Routing, num_padding: int
                 ) -> tuple[jax.Array, Routing]:
-  """Returns the tokens and their assignments with `num_padding` tokens after
-  them that go to no expert, to fill the shards."""
+  """Appends tokens that go to no expert, so that all devices have as many.
+
+  Args:
+    x_TD: the tokens, [T tokens, d_model].
+    routed: the assignments of the tokens.
+    num_padding: how many tokens to append.
+
+  Returns:
+    The tokens and their assignments, with those of the padding after them.
+  """
   if not num_padding:
     return x_TD, routed
+  # Expert E is none, so an assignment to it is void.
   E, num_assignments = routed.probs_TE.shape[1], num_padding * routed.choices
 
   def append_rows(x: jax.Array, count: int, value: int = 0) -> jax.Array:
     """Returns x with `count` rows of a value after its own."""
-    widths = [(0, count)] + [(0, 0)] * (x.ndim - 1)
-    return jnp.pad(x, widths, constant_values=value)
+    padding = [(0, count)] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding, constant_values=value)
 
   x_TD = append_rows(x_TD, num_padding)
   routed = routed.replace(
@@ -701,15 +817,28 @@ def _compute_on_device(
 def _void_choices_over_capacity(
     m: MoEConfig, factor: float, tokens: int, groups: int, axes: MixtureAxes,
     T: int, routed: Routing) -> Routing:
-  """Returns the choices of this device's T tokens, void where they exceed what
-  an expert takes of a group. Args as for `_compute_on_device`."""
+  """Returns the choices of this device's T tokens, made void where they exceed
+  what an expert takes of a routing group.
+
+  Args:
+    m: the config of the mixture.
+    factor: the capacity factor; 0: an expert takes all.
+    tokens: the number of tokens of all devices, without padding.
+    groups: the number of routing groups.
+    axes: the mesh axes.
+    T: the number of this device's tokens.
+    routed: their assignments, X for each token, one after another.
+  """
   E, X = m.num_experts, routed.choices
   shards = sharding.count_devices_along(axes.tokens)
+  # The numbers of tokens were counted over all devices; here they begin at 0.
   token_A = jnp.arange(T * X, dtype=jnp.int32) // X
   routed = routed.replace(token_A=token_A)
   if not factor:
     return routed
-  # A group that goes over several shards fills its experts from all of them.
+
+  # A group that goes over several shards (devices) fills its experts from all
+  # of them: the earlier shards' choices come first.
   count_earlier = None
   if groups < shards:
     count_earlier = functools.partial(_count_choices_of_group, axes, groups)
@@ -722,8 +851,14 @@ def _void_choices_over_capacity(
 
 
 def _gather_weights(w: ExpertWeights, axes: MixtureAxes) -> ExpertWeights:
-  """Returns this device's experts with their whole 'embed' axes, gathered over
-  the mesh; of the 'mlp' axis this device keeps its share."""
+  """Returns the weights of this device's experts with all of their features,
+  which are gathered over the mesh (ZeRO-3); of the hidden units this device
+  keeps its share.
+
+  Args:
+    w: this device's part of the weights.
+    axes: the mesh axes: `embed` split the features, and `mlp` the hidden units.
+  """
 
   def gather_embed(x: Optional[jax.Array], axis: int) -> Optional[jax.Array]:
     """Returns an array whose axis of 'embed' is whole."""
@@ -736,7 +871,9 @@ def _gather_weights(w: ExpertWeights, axes: MixtureAxes) -> ExpertWeights:
         up_EDF=gather_embed(w.up_EDF, 1), gate_EDF=gather_embed(w.gate_EDF, 1),
         down_EFD=gather_embed(w.down_EFD, 2),
         down_bias_ED=gather_embed(w.down_bias_ED, 1))
-  # The shards of 'mlp' are summed, and only the first one adds the bias.
+
+  # The results of the shards of 'mlp' are summed later, so only the first shard
+  # may add the bias.
   if axes.mlp and w.down_bias_ED is not None:
     is_first_shard = jax.lax.axis_index(axes.mlp) == 0
     w = w.replace(down_bias_ED=jnp.where(is_first_shard, w.down_bias_ED, 0))
@@ -746,15 +883,20 @@ def _gather_weights(w: ExpertWeights, axes: MixtureAxes) -> ExpertWeights:
 def _count_choices_of_group(axes: MixtureAxes, groups: int,
                             count_1XE: jax.Array
                             ) -> tuple[jax.Array, jax.Array]:
-  """Returns how often the shards of this one's routing group chose each expert,
-  by (choice, expert), [1, X, E]: those before this shard, and all of them.
+  """Counts how often the tokens of this device's routing group chose each
+  expert, where a group goes over several devices (shards of the tokens).
 
   Args:
     axes: the mesh axes.
     groups: the number of routing groups, fewer than there are shards.
-    count_1XE: how often this shard's tokens chose each expert.
+    count_1XE: how often this shard's tokens chose each expert, with each of
+      their X choices.
+
+  Returns:
+    The counts over the shards of the group that come before this one, and over
+    all shards of the group, [1, X, E] each.
   """
-  # Q counts the shards.
+  # The counts of all Q shards; the group has some that are neighbours.
   shards = sharding.count_devices_along(axes.tokens)
   count_QXE = jax.lax.all_gather(count_1XE[0], axes.tokens)
   index_Q, index = jnp.arange(shards), jax.lax.axis_index(axes.tokens)
@@ -794,8 +936,16 @@ class SpreadExperts:
     return self.local.dropout_ids(assignment_P)
 
   def compute_padded(self, rows_ECD: jax.Array, id_EC: jax.Array) -> jax.Array:
-    """Returns the results of C rows of each expert of all devices, [E, C, D]:
-    there and back, each with one all-to-all."""
+    """Returns the results of C rows of each expert of all devices: the rows go
+    to the devices of their experts by an all-to-all, and come back by a second.
+
+    Args:
+      rows_ECD: this device's rows for the E experts of all n devices.
+      id_EC: the ids of their assignments, which dropout reads.
+
+    Returns:
+      The results, [E, C, D].
+    """
     n, (E, C, D) = self.devices, rows_ECD.shape
 
     def send_to_experts(x_EC: jax.Array) -> jax.Array:
@@ -808,15 +958,27 @@ class SpreadExperts:
     if self.local.dropout is not None:
       id_EC = send_to_experts(id_EC)
     y_ECD = self.local.compute_padded(send_to_experts(rows_ECD), id_EC)
+    # The way back undoes the transposition: devices first, to be exchanged.
     y_nECD = y_ECD.reshape(E // n, n, C, D).swapaxes(0, 1)
     return self._exchange(y_nECD).reshape(E, C, D)
 
   def assign_rows(self, expert_A: jax.Array
                   ) -> tuple[jax.Array, int, jax.Array]:
-    """Returns what LocalExperts.assign_rows does. The rows for device d stand
-    from d * most_rows_sent on, sorted by expert."""
+    """Assigns rows of the array that is sent to the other devices: the rows for
+    device d stand from d * most_rows_sent on, sorted by expert.
+
+    Args:
+      expert_A: the expert of each assignment; E where it is void.
+
+    Returns:
+      The row of each assignment, [A], which is past the end for a void one; how
+      many rows there are; and how many each expert has, [E].
+    """
     n, E = self.devices, self.local.experts
     sorted_row_A, count_E = assign_sorted_rows(expert_A, E)
+
+    # The sorted rows are in the order of devices already. The rows of each move
+    # from where they start in that order to where its part of the array does.
     count_n = count_E.reshape(n, -1).sum(1)
     device_A = expert_A // (E // n)  # n for a void one
     start_n = jnp.append(jnp.cumsum(count_n) - count_n, 0)
@@ -877,7 +1039,8 @@ class SpreadExperts:
     """
 
     def experts_of_places(ends_E: jax.Array) -> jax.Array:
-      """Returns the first expert whose rows end after each place."""
+      """Returns the first expert whose rows end after each place; E / n past
+      the last row."""
       places = jnp.arange(self.most_rows_sent)
       return jnp.searchsorted(ends_E, places, side='right')
 
@@ -907,6 +1070,8 @@ def _check_routing_groups(T: int, groups: int, shards: int,
     shards: the number of devices that the tokens are split over.
     experts_choose: whether the experts choose their tokens.
   """
+  # The three ways in which groups and shards fit. Experts that choose must see
+  # a whole group on one device.
   if T % shards == 0 and groups % shards == 0:
     return  # each shard has whole groups
   if groups == 1 and not experts_choose:
@@ -925,17 +1090,21 @@ def _check_routing_groups(T: int, groups: int, shards: int,
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def exchange_over_mesh(x: jax.Array, send_n: Optional[jax.Array],
                        receive_n: Optional[jax.Array], axis: str) -> jax.Array:
-  """Returns x after an all-to-all: x[d] of this device becomes x[this] of
-  device d.
+  """Exchanges parts of an array between n devices (all-to-all): device i
+  receives part i of each device's array, in the order of the devices.
 
-  With `send_n` and `receive_n`, only so many rows of each matter, and where
-  the backend can, no others travel.
+  With `send_n` and `receive_n` only the first rows of each part matter, and
+  where the backend can, no others travel.
 
   Args:
-    x: [n, ...], or [n, rows, ...] where rows are counted.
+    x: n parts, [n, ...], or [n, rows, ...] where rows are counted.
     send_n: how many rows go to each device; None: all.
     receive_n: how many rows come from each device.
     axis: the mesh axis of the n devices.
+
+  Returns:
+    The parts that arrive, of the shape of x. Rows past the counts are not to be
+    read: they hold zeros, or whatever the sender had there.
   """
   def exchange_all_rows(x: jax.Array, *counts: Optional[jax.Array]
                         ) -> jax.Array:
@@ -944,10 +1113,13 @@ def exchange_over_mesh(x: jax.Array, send_n: Optional[jax.Array],
     return jax.lax.all_to_all(x, axis_name=axis, split_axis=0, concat_axis=0,
                               tiled=True)
 
+  # Without counts, all rows are full.
   if send_n is None:
     return exchange_all_rows(x)
-  # Where only full rows travel, TPU pads a number for each row to LANES of
-  # them. The numbers of all rows are fewer.
+
+  # Only full rows travel, but for two cases. CPU cannot do it. And on TPU a row
+  # of one number, such as a gate, is padded to a whole register of lanes if it
+  # travels by itself: with few devices, to send all numbers is less.
   exchange_of_platform = {'cpu': exchange_all_rows}
   if x.ndim == 2 and x.shape[0] <= sharding.LANES_OF_TPU_REGISTER:
     exchange_of_platform['tpu'] = exchange_all_rows
@@ -958,11 +1130,22 @@ def exchange_over_mesh(x: jax.Array, send_n: Optional[jax.Array],
 
 def _exchange_full_rows(axis: str, x: jax.Array, send_n: jax.Array,
                         receive_n: jax.Array) -> jax.Array:
-  """Returns x, [n, rows, ...], with only its full rows exchanged, and zeros in
-  place of the others. Args as for `exchange_over_mesh`."""
+  """Exchanges the counted rows of an array between n devices, and puts zeros in
+  place of the others.
+
+  Args:
+    axis: the mesh axis of the n devices.
+    x: a part for each device, [n, rows, ...].
+    send_n: how many rows go to each device.
+    receive_n: how many rows come from each device.
+
+  Returns:
+    The rows that arrive, [n, rows, ...].
+  """
   n, rows_of_device = x.shape[:2]
   rows = x.reshape(n * rows_of_device, *x.shape[2:])
-  # The rows for device d begin here at first_n[d], and there at mine_n[d].
+  # The rows for device d begin at first_n[d] in this device's array. On device
+  # d they are to begin at mine_n[d], where all parts of this device do.
   first_n = jnp.arange(n, dtype=jnp.int32) * rows_of_device
   mine_n = jnp.full(
       n, jax.lax.axis_index(axis) * rows_of_device, jnp.int32)

@@ -59,7 +59,7 @@ GROUPED_KERNELS = ('auto', 'xla', 'megablox')
 ROWS_OF_A_TILE = (512, 256, 128)
 # The longest side of a matrix' tile, by what VMEM has.
 LONGEST_SIDE_OF_A_TILE = {'bfloat16': 1024, 'float32': 512}
-# The fields of dispatch.Weights whose last axis are the hidden units.
+# The fields of dispatch.ExpertWeights whose last axis are the hidden units.
 WEIGHTS_ENDING_IN_HIDDEN_UNITS = (
     'up_EDF', 'gate_EDF', 'up_bias_EF', 'gate_bias_EF')
 
@@ -87,17 +87,22 @@ class GroupedSettings(NamedTuple):
 def grouped_ffn(rows_PD: jax.Array, count_E: jax.Array, gate_P: jax.Array,
                 w: Any, mask_PF: Optional[jax.Array], settings: GroupedSettings
                 ) -> jax.Array:
-  """Returns gate * FFN_e(row) of each row, [P, D]; those of rows past the
-  counts are unspecified, but finite.
+  """Applies to each row the feed-forward network of its expert, and multiplies
+  the result by a gate. The gradient is written out.
 
   Args:
-    rows_PD: the rows of expert 0, then those of expert 1, ...; there may be
-      more rows than sum(count_E).
-    count_E: int32, the number of rows of each expert.
+    rows_PD: P rows of D features: those of expert 0, then those of expert 1,
+      ...; there may be more rows than sum(count_E).
+    count_E: int32, the number of rows of each of E experts.
     gate_P: float32, the factor that multiplies a row's result.
-    w: the experts' weights, dispatch.Weights, in the dtype of the rows.
-    mask_PF: the factors of the hidden units, for dropout; or None.
+    w: the experts' weights, dispatch.ExpertWeights, in the dtype of the rows.
+    mask_PF: the factors of each row's F hidden units, for dropout; None: there
+      is no dropout.
     settings: the settings of the computation.
+
+  Returns:
+    The results, [P, D]; those of rows past the counts are unspecified, but
+    finite.
   """
   y_PD, _ = _grouped_ffn_forward(
       rows_PD, count_E, gate_P=gate_P, w=w, mask_PF=mask_PF, settings=settings)
@@ -107,16 +112,15 @@ def grouped_ffn(rows_PD: jax.Array, count_E: jax.Array, gate_P: jax.Array,
 def _grouped_ffn_forward(
     rows_PD: jax.Array, count_E: jax.Array, gate_P: jax.Array, w: Any,
     mask_PF: Optional[jax.Array], settings: GroupedSettings):
-  """Returns the result of `grouped_ffn`, [P, D], and what its gradient reads.
-
-  The latter are the arguments and the inputs of the activation, (up,) or
-  (up, gate), each [P, F]. With settings.recompute None stands in place of
-  these.
+  """Returns the result of `grouped_ffn`, [P, D], and what its gradient reads:
+  its arguments, and the inputs of the activation, (up,) or in a gated network
+  (up, gate), [P, F] each; None in their place with settings.recompute.
   """
 
   def drop_what_is_recomputed(forward: Callable) -> Callable:
-    """Returns a forward pass that keeps no inputs of the activation, where the
-    backward pass computes them again."""
+    """Returns the forward pass without the inputs of the activation, where the
+    backward pass is to compute them again. Both ways to compute it are
+    wrapped, since their results must be alike in structure."""
     def run_forward(*args: Any):
       """Returns the result, and the inputs of the activation or None."""
       y_PD, activation_inputs = forward(*args)
@@ -125,6 +129,7 @@ def _grouped_ffn_forward(
       return y_PD, activation_inputs
     return run_forward
 
+  # The two ways to compute it, of which the platform takes one.
   by_blocks = functools.partial(
       _forward_by_blocks, settings.activation, settings.even_rows)
   grouped_product = grouped_product_of_kernel(
@@ -132,6 +137,8 @@ def _grouped_ffn_forward(
   at_once = functools.partial(
       _forward_at_once, grouped_product, settings.activation,
       settings.recompute)
+
+  # The platform's way, and the gates. What the gradient reads is returned too.
   y_PD, activation_inputs = _compute_for_platform(
       settings.kernel, drop_what_is_recomputed(by_blocks),
       drop_what_is_recomputed(at_once), rows_PD, count_E, w, mask_PF)
@@ -143,7 +150,13 @@ def _grouped_ffn_backward(settings: GroupedSettings, saved: tuple,
                           dy_PD: jax.Array):
   """Returns the gradients of the arguments of `grouped_ffn`: those of the rows,
   the gates and the weights, and None for the counts and the mask. The head of
-  this file has the equations."""
+  this file has the equations.
+
+  Args:
+    settings: the settings of the computation.
+    saved: the second result of `_grouped_ffn_forward`.
+    dy_PD: the gradient of the result.
+  """
   by_blocks = functools.partial(
       _backward_by_blocks, settings.activation, settings.even_rows)
   grouped_product = grouped_product_of_kernel(
@@ -170,8 +183,13 @@ def _compute_for_platform(kernel: str, by_blocks: Callable, at_once: Callable,
 
 def _activation_with_dropout(activation: HiddenUnits,
                              mask_PF: Optional[jax.Array]) -> Callable:
-  """Returns the function from the inputs of the activation, (up,) or
-  (up, gate), to the hidden units [P, F]."""
+  """Returns the function that makes the hidden units [P, F] of the inputs of
+  the activation, (up,) or in a gated network (up, gate).
+
+  Args:
+    activation: the function without dropout.
+    mask_PF: the factors of the hidden units; None: there is no dropout.
+  """
   def compute_hidden_units(activation_inputs: tuple[jax.Array, ...]
                            ) -> jax.Array:
     """Returns the hidden units, with those that dropout drops set to 0."""
@@ -192,11 +210,13 @@ def _input_weights_and_biases(w: Any) -> tuple:
 
 
 def _pack_weight_gradients(w: Any, d_inputs: list, d_output: tuple) -> Any:
-  """Returns the gradients of an expert's weights as dispatch.Weights.
+  """Puts the gradients of the experts' weights into the fields of the weights,
+  dispatch.ExpertWeights.
 
   Args:
     w: the weights.
-    d_inputs: the gradients of `_input_weights_and_biases(w)`, pair by pair.
+    d_inputs: the gradients of `_input_weights_and_biases(w)`, a (weight, bias)
+      pair for each: of `up`, and in a gated network of `gate`.
     d_output: the gradients of the output's weight and its bias.
   """
   d_up, d_up_bias = d_inputs[0]
@@ -233,10 +253,23 @@ def _bias_of_each_row(b_EO: jax.Array, count_E: jax.Array, num_rows: int
 def _forward_at_once(grouped_product: Callable, activation: HiddenUnits,
                      recompute: bool, rows_PD: jax.Array, count_E: jax.Array,
                      w: Any, mask_PF: Optional[jax.Array]):
-  """Returns FFN_e(row) of each row, [P, D], and the inputs of the activation.
+  """Applies the experts to all rows at once, by grouped products.
 
-  With `recompute` the inputs are not kept, (), and slices of the hidden units
-  are computed one after another, so that only one slice's inputs are in memory.
+  Args:
+    grouped_product: (rows [P, I], matrices [E, I, O], counts [E]) -> [P, O],
+      each row times the matrix of its expert.
+    activation: the function that makes the hidden units.
+    recompute: whether the inputs of the activation are not kept. Then slices of
+      the hidden units are computed one after another, so that only one slice's
+      inputs are in memory.
+    rows_PD: the rows, sorted by expert.
+    count_E: the number of rows of each expert.
+    w: the experts' weights, dispatch.ExpertWeights.
+    mask_PF: the factors of the hidden units, for dropout; or None.
+
+  Returns:
+    The results, [P, D], and the inputs of the activation, (up,) or (up, gate),
+    [P, F] each; () where slices were computed.
   """
   affine = functools.partial(_apply_experts_affine, grouped_product, count_E)
 
@@ -285,7 +318,21 @@ def _backward_at_once(
   and after the slices what the output's bias adds: dg += dy . b_out and
   db_out = sum of g dy. Without the inputs of the activation, a, the hidden
   units are cut into slices whose a is computed again.
+
+  Args:
+    grouped_product: (rows [P, I], matrices [E, I, O], counts [E]) -> [P, O],
+      each row times the matrix of its expert.
+    activation: the function that makes the hidden units.
+    rows_PD: the rows x, sorted by expert.
+    count_E: the number of rows of each expert.
+    gate_P: the gates g.
+    w: the experts' weights, dispatch.ExpertWeights.
+    mask_PF: the factors of the hidden units, for dropout; or None.
+    activation_inputs: a, as the forward pass returned them; None or (): they
+      are computed again.
+    dy_PD: the gradient of the result.
   """
+  # Rows past the counts have no gradient, whatever stands there.
   is_experts_row_P = jnp.arange(rows_PD.shape[0]) < count_E.sum()
   dy_PD = jnp.where(is_experts_row_P[:, None], dy_PD, 0)
   affine = functools.partial(_apply_experts_affine, grouped_product, count_E)
@@ -371,8 +418,8 @@ def _backward_at_once(
 
 def _num_slices_of_hidden_units(D: int, F: int) -> int:
   """Returns into how many slices the F hidden units are cut: the fewest that
-  are no wider than a row of D features and whose width is a multiple of 128;
-  else 1."""
+  are no wider than a row of D features and whose width is a multiple of 128,
+  the lanes of a TPU; 1 where no number of slices fits."""
   fewest_slices, most_slices = -(-F // D), F // 128
   for num_slices in range(fewest_slices, most_slices + 1):
     if F % (num_slices * 128) == 0:
@@ -389,12 +436,24 @@ def _split_along_axis(x: Optional[jax.Array], num_slices: int, axis: int = -1
 
 
 def _split_hidden_units(w: Any, num_slices: int) -> list:
-  """Returns the dispatch.Weights of each slice of the hidden units, without the
-  output's bias."""
+  """Cuts the experts' weights into slices of the hidden units.
+
+  Args:
+    w: the weights, dispatch.ExpertWeights.
+    num_slices: how many slices; it divides the hidden units.
+
+  Returns:
+    A list of the weights of each slice. None of them has the output's bias,
+    which is added once and belongs to no slice.
+  """
+  # The slices of each weight: in the output's, the hidden units are axis 1, and
+  # in the others the last. A weight that the network lacks is None in each.
   slices_of_field = {
       'down_EFD': _split_along_axis(w.down_EFD, num_slices, axis=1)}
   for name in WEIGHTS_ENDING_IN_HIDDEN_UNITS:
     slices_of_field[name] = _split_along_axis(getattr(w, name), num_slices)
+
+  # The weights of each slice, from these.
   weights_of_slices = []
   for i in range(num_slices):
     fields = {name: slices[i] for name, slices in slices_of_field.items()}
@@ -403,8 +462,15 @@ def _split_hidden_units(w: Any, num_slices: int) -> list:
 
 
 def _join_hidden_units(weights_of_slices: list) -> Any:
-  """Returns the dispatch.Weights (or gradients of them) of all hidden units
-  from those of their slices: the inverse of `_split_hidden_units`."""
+  """Joins the weights of slices of the hidden units, or gradients of them: the
+  inverse of `_split_hidden_units`.
+
+  Args:
+    weights_of_slices: the dispatch.ExpertWeights of each slice, in order.
+
+  Returns:
+    The weights of all hidden units, without the output's bias.
+  """
 
   def join_field(name: str, axis: int) -> Optional[jax.Array]:
     """Returns an array of all hidden units; None where the network lacks it."""
@@ -423,18 +489,21 @@ def _join_hidden_units(weights_of_slices: list) -> Any:
 
 
 def block_sizes(num_rows: int, even_rows: int) -> tuple[int, ...]:
-  """Returns the static sizes that a block of rows may have, ascending.
+  """Returns the sizes that a block of rows may have, ascending. They are fixed
+  when the program is compiled; only how many blocks have each size is not.
 
-  They are multiples of 16, but for `num_rows` itself, which none exceeds.
+  Sizes are multiples of 16, but for `num_rows` itself, which none exceeds.
 
   Args:
     num_rows: P, how many rows there are.
     even_rows: the rows that an even load gives an expert.
   """
+  # The largest size, the last ratio's, is at most MOST_ROWS_OF_A_BLOCK.
   even_rows = min(
       even_rows, MOST_ROWS_OF_A_BLOCK / BLOCK_SIZES_OVER_EVEN_LOAD[-1])
   sizes = set()
   for ratio in BLOCK_SIZES_OVER_EVEN_LOAD:
+    # The two signs round up.
     whole_sixteens = -int(-even_rows * ratio // 16) * 16
     sizes.add(min(num_rows, whole_sixteens))
   return tuple(sorted(sizes))
@@ -443,8 +512,10 @@ def block_sizes(num_rows: int, even_rows: int) -> tuple[int, ...]:
 def _fold_over_blocks(
     num_rows: int, even_rows: int, count_E: jax.Array, update: Callable,
     carry: Any) -> Any:
-  """Returns the carry after carry = update(carry, size, expert, start, first,
-  stop) was done for every block of rows.
+  """Calls a function for every block of rows, one after another, each time with
+  the result of the call before (the carry):
+
+    carry = update(carry, size, expert, start, first, stop)
 
   A block is the `size` rows from `start`, of which `first` to `stop` are the
   expert's. An expert has as many blocks of the largest size as it fills, and
@@ -453,9 +524,12 @@ def _fold_over_blocks(
   Args:
     num_rows: P, how many rows there are.
     even_rows: the rows that an even load gives an expert.
-    count_E: the number of rows of each expert.
+    count_E: the number of rows of each of E experts.
     update: the function of a block, which returns the new carry.
     carry: the carry before the first block.
+
+  Returns:
+    The carry after the last block.
   """
   sizes = block_sizes(num_rows, even_rows)
   largest = sizes[-1]
@@ -466,12 +540,15 @@ def _fold_over_blocks(
   has_remaining_E = remaining_rows_E > 0
   size_index_E = jnp.searchsorted(
       jnp.array(sizes), remaining_rows_E).astype(jnp.int32)
+  # An expert without a rest has the number of no size.
   size_index_E = jnp.where(has_remaining_E, size_index_E, len(sizes))
 
   # The blocks of one size after those of another, since a size is static.
   for i, size in enumerate(sizes):
+    # The block that holds the rest, behind the expert's full blocks.
     blocks_E = (size_index_E == i).astype(jnp.int32)
     first_E = offset_E + full_blocks_E * largest
+    # The full blocks, and a rest that needs the largest size as well.
     if size == largest:
       blocks_E, first_E = blocks_E + full_blocks_E, offset_E
     carry = _fold_over_blocks_of_one_size(
@@ -483,7 +560,8 @@ def _fold_over_blocks(
 def _fold_over_blocks_of_one_size(
     size: int, num_rows: int, blocks_E: jax.Array, first_E: jax.Array,
     stop_E: jax.Array, update: Callable, carry: Any) -> Any:
-  """Returns the carry of `_fold_over_blocks` after the blocks of one size.
+  """Calls `update` for the blocks of one size, as `_fold_over_blocks` does, and
+  returns the carry after them.
 
   Args:
     size: the rows of a block.
@@ -494,17 +572,20 @@ def _fold_over_blocks_of_one_size(
     update: the function of a block.
     carry: the carry before these blocks.
   """
+  # The blocks are numbered expert by expert; those of e end before ends_E[e].
   ends_E = jnp.cumsum(blocks_E)
 
   def update_by_block(j: jax.Array, carry: Any) -> Any:
     """Returns the carry after block j, which belongs to the first expert whose
     blocks end after j."""
-    e = jnp.searchsorted(ends_E, j, side='right').astype(jnp.int32)
-    first = first_E[e] + (j - ends_E[e] + blocks_E[e]) * size
-    stop = jnp.minimum(first + size, stop_E[e])
-    # The last block may begin earlier, so that it does not end past the rows.
+    expert = jnp.searchsorted(ends_E, j, side='right').astype(jnp.int32)
+    # The number in brackets is that of block j among the blocks of its expert.
+    first = first_E[expert] + (j - ends_E[expert] + blocks_E[expert]) * size
+    stop = jnp.minimum(first + size, stop_E[expert])
+    # A block may begin earlier, so that it does not end past the rows. The rows
+    # before `first` are those of other blocks, which `update` leaves alone.
     start = jnp.minimum(first, num_rows - size)
-    return update(carry, size, e, start, first, stop)
+    return update(carry, size, expert, start, first, stop)
 
   return jax.lax.fori_loop(
       0, ends_E[-1], body_fun=update_by_block, init_val=carry)
@@ -523,8 +604,18 @@ def _slice_rows_as_float32(x_P: jax.Array, start: jax.Array, size: int
 
 def _write_rows_of_block(x_P: jax.Array, new_rows: jax.Array, start: jax.Array,
                          is_experts_row: jax.Array) -> jax.Array:
-  """Returns x_P with the new rows of a block in place of those from `start` on,
-  where they are rows of the block's expert."""
+  """Writes the rows of a block that are its expert's.
+
+  Args:
+    x_P: all rows.
+    new_rows: the rows of the block.
+    start: the row of x_P at which the block begins.
+    is_experts_row: bool, which rows of the block are its expert's.
+
+  Returns:
+    x_P with these rows in place of its own.
+  """
+  # The block is written as a whole, with old rows where it has no new ones.
   old_rows = _slice_rows(x_P, start, new_rows.shape[0])
   written_rows = jnp.where(
       is_experts_row[:, None], new_rows.astype(x_P.dtype), old_rows)
@@ -557,13 +648,28 @@ def _affine_in_float32(x: jax.Array, m: jax.Array, b: Optional[jax.Array]
 def _forward_by_blocks(activation: HiddenUnits, even_rows: int,
                        rows_PD: jax.Array, count_E: jax.Array, w: Any,
                        mask_PF: Optional[jax.Array]):
-  """Returns FFN_e(row) of each row, [P, D], and the inputs of the activation,
-  (up,) or (up, gate), each [P, F], computed block by block."""
+  """Applies the experts to rows block by block, so that a block goes through
+  the whole network while it is in a CPU's cache.
+
+  Args:
+    activation: the function that makes the hidden units.
+    even_rows: the rows that an even load gives an expert.
+    rows_PD: the rows, sorted by expert.
+    count_E: the number of rows of each expert.
+    w: the experts' weights, dispatch.ExpertWeights.
+    mask_PF: the factors of the hidden units, for dropout; or None.
+
+  Returns:
+    The results, [P, D], and the inputs of the activation, (up,) or (up, gate),
+    [P, F] each.
+  """
   P, F = rows_PD.shape[0], w.up_EDF.shape[2]
 
   def compute_block(carry: Any, size: int, e: jax.Array, start: jax.Array,
                     first: jax.Array, stop: jax.Array):
-    """Returns the results, with those of one block written into them."""
+    """Returns the results and inputs of the activation of all rows, with those
+    of one block written into them: expert e has the rows `first` to `stop` of
+    the `size` rows from `start`."""
     y_PD, activation_inputs = carry
     # One block through the network of its expert.
     x = _slice_rows(rows_PD, start, size)
@@ -606,7 +712,17 @@ def _backward_by_blocks(
     dW_out = h^T (g dy)   db_out = sum of g dy        dx = da W_in^T
     dW_in = x^T da        db_in = sum of da
 
-  Without the inputs of the activation, a, they are computed again.
+  Args:
+    activation: the function that makes the hidden units.
+    even_rows: the rows that an even load gives an expert.
+    rows_PD: the rows x, sorted by expert.
+    count_E: the number of rows of each expert.
+    gate_P: the gates g.
+    w: the experts' weights, dispatch.ExpertWeights.
+    mask_PF: the factors of the hidden units, for dropout; or None.
+    activation_inputs: the inputs a of the activation, as the forward pass
+      returned them; None: they are computed again.
+    dy_PD: the gradient of the result.
   """
 
   def affine_gradients(x: jax.Array, dy: jax.Array, b: Optional[jax.Array]
@@ -620,9 +736,12 @@ def _backward_by_blocks(
   def add_gradients_of_block(
       carry: Any, size: int, e: jax.Array, start: jax.Array, first: jax.Array,
       stop: jax.Array):
-    """Returns the gradients, with those of one block added to them."""
+    """Returns the gradients of rows, gates and weights, with those of one block
+    added to them: expert e has the rows `first` to `stop` of the `size` rows
+    from `start`."""
     dx_PD, dgate_P, dw = carry
-    # The rows of the block, and the inputs of its activation.
+    # The rows of the block, and the inputs of its activation. Rows of other
+    # experts get a gradient dy of 0, and so add nothing to the weights'.
     x = _slice_rows(rows_PD, start, size)
     expert = jax.tree.map(lambda m: m[e], w)
     input_pairs = _input_weights_and_biases(expert)
@@ -682,10 +801,12 @@ def _backward_by_blocks(
 
 
 def choose_grouped_kernel(m: MoEConfig) -> str:
-  """Returns the kernel of the grouped products, xla or megablox.
+  """Returns the name of the kernel that computes the grouped products, 'xla' or
+  'megablox': the one that config.moe.grouped_kernel names, or with `auto`
+  megablox on TPU and xla elsewhere.
 
   Raises:
-    RequestError: where config.moe.grouped_kernel names one that cannot do it.
+    RequestError: where the config names one that does not run on the platform.
   """
   device = sharding.traced_platform()
   check_grouped_kernel(m, device)
@@ -767,9 +888,22 @@ megablox_product.defvjp(_megablox_forward, _megablox_backward)
 def _multiply_rows_by_experts(
     even_rows: int, x_PI: jax.Array, m_EIO: jax.Array, count_E: jax.Array,
     interpret: bool, transpose: bool = False) -> jax.Array:
-  """Returns x m_e of each row, with e its expert, [P, O], by megablox' gmm; 0
-  past the counts. With `transpose`, x m_e^T. Args as for `megablox_product`."""
+  """Returns each row times the matrix of its expert, by megablox' gmm kernel.
+
+  Args:
+    even_rows: the rows that an even load gives an expert, by which tiles are
+      sized.
+    x_PI: P rows of I features, sorted by expert.
+    m_EIO: the matrix of each expert.
+    count_E: the number of rows of each expert.
+    interpret: whether the kernel is emulated, so that it runs on CPU.
+    transpose: whether the product is with the transposed matrix.
+
+  Returns:
+    [P, O], 0 for rows past the counts.
+  """
   from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+  # The tiles, which the rows are padded to.
   P, inputs = x_PI.shape
   outputs = m_EIO.shape[2]
   if transpose:
@@ -790,9 +924,21 @@ def _gradient_of_experts_matrices(
     even_rows: int, x_PI: jax.Array, dy_PO: jax.Array,
     dtype: jax.typing.DTypeLike, count_E: jax.Array, interpret: bool
     ) -> jax.Array:
-  """Returns x^T dy over each expert's rows, [E, I, O], by megablox' tgmm; zero
-  for an expert without rows. Args as for `megablox_product`; `dtype` is that of
-  the result."""
+  """Returns the gradient of each expert's matrix in y = x m: x^T dy over the
+  expert's rows, by megablox' tgmm kernel.
+
+  Args:
+    even_rows: the rows that an even load gives an expert, by which tiles are
+      sized.
+    x_PI: P rows of I features, sorted by expert.
+    dy_PO: the gradients of the products.
+    dtype: the dtype of the result.
+    count_E: the number of rows of each expert.
+    interpret: whether the kernel is emulated, so that it runs on CPU.
+
+  Returns:
+    [E, I, O], 0 for an expert without rows.
+  """
   from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
   P, inputs = x_PI.shape
   tile_sides = _tile_sides(even_rows, P, inputs=inputs, outputs=dy_PO.shape[1],
@@ -806,8 +952,19 @@ def _gradient_of_experts_matrices(
 
 def _tile_sides(even_rows: int, P: int, inputs: int, outputs: int,
                 dtype: jax.typing.DTypeLike) -> tuple[int, int, int]:
-  """Returns the sides of megablox' tiles along the P rows, the inputs and the
-  outputs of a product."""
+  """Returns the sides of the tiles in which megablox computes a product.
+
+  Args:
+    even_rows: the rows that an even load gives an expert.
+    P: the number of rows.
+    inputs: the features of a row.
+    outputs: the features of its product.
+    dtype: the dtype of the rows, by which longer sides fit into memory.
+
+  Returns:
+    The sides along the rows, the inputs and the outputs.
+  """
+  # The longest tile of rows of which an expert fills two in even load.
   rows_of_tile = ROWS_OF_A_TILE[-1]
   for choice in ROWS_OF_A_TILE:
     if 2 * choice <= even_rows and P % choice == 0:

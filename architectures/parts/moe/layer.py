@@ -51,8 +51,11 @@ class MoE(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context
                ) -> tuple[jax.Array, Report]:
-    c, m = self.config, self.config.part(MoEConfig)
+    # The layer returns the output y [batch, length, d_model] for the input x,
+    # and a report of losses and figures.
+    config, m = self.config, self.config.part(MoEConfig)
     B, L, D = x_BLD.shape
+    # The T = B L tokens of the batch, and which of them are no padding.
     valid_T = ctx.real_tokens(B, L).reshape(-1)
     # If the length is sharded over `tensor`, XLA makes one axis of batch and
     # length by collecting all rows on every device.
@@ -70,14 +73,17 @@ class MoE(nn.Module):
         train=not ctx.deterministic)
     routed = routing.route_tokens(m, inputs)
 
-    # The experts.
+    # The experts, on the input or a narrower product of it. With gate_inputs
+    # the one gate of a token multiplies its input, and the output's gate is 1.
     if m.latent_dim:
       x_TD = self._product('latent_down', x_BLD, ctx).reshape(-1, m.latent_dim)
     if m.gate_inputs:  # a token has one gate
       x_TD = x_TD * routed.gate_A[:, None].astype(x_TD.dtype)
       routed = routed.replace(gate_A=(routed.gate_A > 0).astype(jnp.float32))
-    x_TD = x_TD.astype(c.compute_dtype)
+    x_TD = x_TD.astype(config.compute_dtype)
     y_TD, kept_A = self._experts(x_TD, routed, inputs, ctx)
+    # Zero experts return their input: a token is added as often as its gates
+    # for them say. They always have room.
     if m.zero_experts:
       zero_A, gate_T = routing.find_zero_experts(m, routed)
       y_TD = y_TD + gate_T[:, None].astype(y_TD.dtype) * x_TD
@@ -88,6 +94,7 @@ class MoE(nn.Module):
         m, routed, logits_TE=inputs.logits_TE, valid_T=valid_T, kept_A=kept_A,
         shards=dispatch.num_expert_shards(), rows=B)
     if inputs.bias_E is not None:
+      # The training step moves the bias at this path by the load.
       path = '/'.join((*self.path, BIAS))
       report = report.replace(loads={path: report.health['load_E']})
     if ctx.keep_layers:
@@ -102,7 +109,7 @@ class MoE(nn.Module):
       y_BLD = self._product('latent_up', y_BLD, ctx)
     y_BLD = sharding.constrain(y_BLD, 'batch', 'length', 'embed')
     if m.shared_experts:
-      shared = layers.FFN(c, m.ffn, width=m.shared_experts * m.d_ff,
+      shared = layers.FFN(config, m.ffn, width=m.shared_experts * m.d_ff,
                           name='shared')
       shared_BLD, _ = shared(x_BLD, ctx)
       y_BLD = y_BLD + self._gated(shared_BLD, x_BLD)
@@ -111,47 +118,84 @@ class MoE(nn.Module):
   def _experts(self, x_TD: jax.Array, routed: routing.Routing,
                inputs: routing.RouterInputs, ctx: Context
                ) -> tuple[jax.Array, jax.Array]:
-    """Returns what the experts make of their tokens, y_TD, and which
-    assignments found room, bool [A]."""
-    c, m = self.config, self.config.part(MoEConfig)
-    hidden = layers.HiddenUnits(kind=m.ffn, clamp=c.find(ClampConfig))
+    """Applies the experts to their tokens.
+
+    Args:
+      x_TD: the tokens, [T tokens, features].
+      routed: the assignments of tokens to experts.
+      inputs: the inputs of the router.
+      ctx: the context of the layer.
+
+    Returns:
+      The sums of the experts' results, weighed by their gates, [T, D]; and bool
+      [A], which assignments found room.
+    """
+    config, m = self.config, self.config.part(MoEConfig)
+    hidden = layers.HiddenUnits(kind=m.ffn, clamp=config.find(ClampConfig))
     return dispatch.compute_experts(
         m, x_TD, routed=routing.void_zero_experts(m, routed), w=self._weights(),
         hidden=hidden, groups=inputs.groups, dropout=self._dropout(ctx),
         train=inputs.train,
-        recompute=layers.remat_of_model(c).recomputes_products)
+        recompute=layers.remat_of_model(config).recomputes_products)
 
   def _product(self, name: str, x_BLD: jax.Array, ctx: Context) -> jax.Array:
-    """Returns a product into the space of the experts, or out of it."""
-    c = self.config
-    latent_dim = c.part(MoEConfig).latent_dim
-    shape: tuple[int, int] = (c.d_model, latent_dim)
+    """Returns the product from d_model features to the latent_dim features that
+    experts read, or back.
+
+    Args:
+      name: 'latent_down', to the experts, or 'latent_up', back.
+      x_BLD: the input, [batch, length, features].
+      ctx: the context of the layer.
+    """
+    config = self.config
+    latent_dim = config.part(MoEConfig).latent_dim
+    shape: tuple[int, int] = (config.d_model, latent_dim)
     axes: tuple[str | None, str | None] = ('embed', None)
-    out = name == 'latent_up'
-    if out:
-      shape, axes = (latent_dim, c.d_model), (None, 'embed')
+    # The product back ends in the residual stream, and is initialised for that.
+    is_up = name == 'latent_up'
+    if is_up:
+      shape, axes = (latent_dim, config.d_model), (None, 'embed')
     return layers.dense(
         self, name, spec='BLD,DU->BLU', x=x_BLD, shape=shape, axes=axes,
-        with_bias=c.ffn_bias, residual=out, deterministic=ctx.deterministic)
+        with_bias=config.ffn_bias, residual=is_up,
+        deterministic=ctx.deterministic)
 
   def _gated(self, shared_BLD: jax.Array, x_BLD: jax.Array) -> jax.Array:
-    """Returns what the shared experts add. A token has one gate at every width,
-    so muP divides the gate's logit as it divides the router's."""
-    c = self.config
-    if not c.part(MoEConfig).shared_gate:
+    """Returns the results of the shared experts times a gate sigmoid(w x), one
+    number for each token, or without moe.shared_gate as they are.
+
+    Args:
+      shared_BLD: the results, [batch, length, d_model].
+      x_BLD: the layer's input, of which the gate is made.
+    """
+    config = self.config
+    if not config.part(MoEConfig).shared_gate:
       return shared_BLD
     gate_DU = layers.weight(
-        self, 'shared_gate', shape=(c.d_model, 1), axes=('embed', None),
+        self, 'shared_gate', shape=(config.d_model, 1), axes=('embed', None),
         output=True)
     gate_BLU = layers.einsum(
-        'BLD,DU->BLU', x_BLD, w=gate_DU, dtype=c.compute_dtype)
-    return shared_BLD * jax.nn.sigmoid(gate_BLU / c.widening)
+        'BLD,DU->BLU', x_BLD, w=gate_DU, dtype=config.compute_dtype)
+    # A token has one gate at every width, so muP divides its logit by how many
+    # times as wide the model is as its base model, as the router's logits.
+    return shared_BLD * jax.nn.sigmoid(gate_BLU / config.widening)
 
   def _logits(self, x_TD: jax.Array, ctx: Context) -> Optional[jax.Array]:
-    """Returns the router's logits, float32 [T, E]; None where it has none."""
+    """Returns the router's logits, one for each token and expert.
+
+    Args:
+      x_TD: the tokens, [T tokens, d_model].
+      ctx: the context of the layer, which says whether this is training: noise
+        is added in training alone.
+
+    Returns:
+      float32 [T, E]; None for a router that has no logits.
+    """
     m = self.config.part(MoEConfig)
     if not routing.router_of(m).has_logits:
       return None
+
+    # The input, with its jitter.
     router_DE = layers.weight(
         self, 'router', shape=(x_TD.shape[1], m.all_experts),
         axes=('embed', None), output=True)
@@ -163,6 +207,8 @@ class MoE(nn.Module):
           maxval=1 + m.jitter)
       x_TD = x_TD * jitter_TD
 
+    # The product. The order of what follows matters: muP divides the product
+    # alone, and not the bias or the noise.
     logits_TE = jnp.einsum('TD,DE->TE', x_TD, router_DE.astype(jnp.float32),
                            precision=jax.lax.Precision.HIGHEST)
     logits_TE = checkpoint_name(logits_TE, layers.NAME_OF_PRODUCT)
@@ -184,11 +230,21 @@ class MoE(nn.Module):
 
   def _hashed(self, ctx: Context, shape: tuple[int, int]
               ) -> Optional[jax.Array]:
-    """Returns the experts by the tokens' ids, int32 [T, X], for routers that
-    hash; else None."""
-    c, m = self.config, self.config.part(MoEConfig)
+    """Returns the experts that a fixed hash gives each token by its id.
+
+    Args:
+      ctx: the context of the layer, with the tokens' ids.
+      shape: (B, L), the tokens' shape; ids may be those of one row for all.
+
+    Returns:
+      int32 [T, X], X experts for each token; None for a router that does not
+      hash.
+    """
+    config, m = self.config, self.config.part(MoEConfig)
     if not routing.router_of(m).hashes:
       return None
+    # The hash itself, or a table of it that is kept with the parameters, as
+    # some published models have one.
     tokens_T = jnp.broadcast_to(ctx.tokens_BL, shape).reshape(-1)
     if not routing.router_of(m).has_table:
       return routing.experts_of_token_ids(m, tokens_T)
@@ -200,8 +256,10 @@ class MoE(nn.Module):
       ids_V = jnp.arange(shape[0])
       return routing.experts_of_token_ids(m, ids_V).astype(dtype)
 
+    # The numbers of experts are stored as float32, like other parameters; no
+    # gradient changes them.
     table_VX = declare(
-        self, TABLE, hashes, shape=(c.vocab_size, m.top_k),
+        self, TABLE, hashes, shape=(config.vocab_size, m.top_k),
         role=Role((None, None)), dtype=jnp.float32)
     return jax.lax.stop_gradient(table_VX)[tokens_T].astype(jnp.int32)
 
@@ -224,10 +282,12 @@ class MoE(nn.Module):
     return ExpertDropout(seed=seed, rate=rate)
 
   def _weights(self) -> ExpertWeights:
-    """Declares the weights of the experts; returns them in the compute dtype.
-    """
-    c, m = self.config, self.config.part(MoEConfig)
-    size = {'embed': m.latent_dim or c.d_model, 'mlp': m.d_ff}
+    """Declares the weights of the experts' networks as parameters of this
+    layer, and returns them in the compute dtype."""
+    # The sizes by logical axis: the features that experts read and return, and
+    # their hidden units.
+    config, m = self.config, self.config.part(MoEConfig)
+    size = {'embed': m.latent_dim or config.d_model, 'mlp': m.d_ff}
 
     def weight(name: str, into: str, out: str) -> jax.Array:
       """Returns a matrix of each expert."""
@@ -235,18 +295,19 @@ class MoE(nn.Module):
           self, name, shape=(m.num_experts, size[into], size[out]),
           axes=('experts', into, out), in_axes=(1,), batch_axes=(0,),
           residual=name == 'down')
-      return matrix.astype(c.compute_dtype)
+      return matrix.astype(config.compute_dtype)
 
     def bias(name: str, axis: str) -> Optional[jax.Array]:
       """Returns a bias of each expert, where networks have biases."""
-      if not c.ffn_bias:
+      if not config.ffn_bias:
         return None
       vector = layers.bias(
           self, name, shape=(m.num_experts, size[axis]),
           axes=('experts', axis), batch_axes=(0,))
-      return vector.astype(c.compute_dtype)
+      return vector.astype(config.compute_dtype)
 
-    # Parameters are drawn in this order.
+    # Parameters draw their initial values in this order, so that another order
+    # would be another model by the same seed.
     gate_EDF = gate_bias_EF = None
     gated = layers.FFNS[m.ffn].gated
     up_EDF = weight('up', 'embed', 'mlp')
@@ -265,11 +326,19 @@ class MoE(nn.Module):
 
 def choices(routed: routing.Routing, kept_A: jax.Array
             ) -> dict[str, jax.Array]:
-  """Returns what a router did with each token, [T, E] of each name.
+  """Returns what a router did with each token, as tables by token and expert.
 
-  probabilities: the router's, float32. chosen: bool, whether the token goes to
-  the expert, or would if there were room. gates: float32, the weight of the
-  expert's output, which is 0 where it was not chosen or had no room.
+  Args:
+    routed: the assignments of tokens to experts.
+    kept_A: bool, the assignments that found room.
+
+  Returns:
+    A dict of arrays [T, E]:
+      probabilities: float32, the router's.
+      chosen: bool, whether the token goes to the expert, or would if there were
+        room.
+      gates: float32, the weight of the expert's output, which is 0 where it was
+        not chosen or had no room.
   """
   def table(value_A: jax.Array) -> jax.Array:
     """Returns the values by token and expert; void ones fall outside."""
@@ -285,16 +354,17 @@ def choices(routed: routing.Routing, kept_A: jax.Array
 def move_biases(c: ModelConfig, params: dict[str, Any],
                 loads: Mapping[str, jax.Array], applied: jax.typing.ArrayLike
                 ) -> dict[str, Any]:
-  """Returns params with each router's bias moved against its load.
+  """Returns the parameters with each router's bias moved against the load of
+  its experts (DeepSeek-V3's balance without a loss).
 
-  The training step calls it after the optimiser, whose gradient of a bias is
-  zero.
+  The training step calls it after the optimiser, which leaves the biases alone:
+  their gradient is zero.
 
   Args:
-    c: the model.
-    params: the model's parameters, arrays without boxes.
-    loads: the load of each expert, by the path of its router's bias; without
-      any, params stay as they are.
+    c: the config of the model.
+    params: the model's parameters, plain arrays.
+    loads: the load of each expert, by the path of its router's bias, whose
+      parts are joined by '/'; without any, parameters stay as they are.
     applied: 0 in a step to leave out, else 1.
   """
   def move(path: tuple, x: jax.Array) -> jax.Array:
@@ -309,19 +379,21 @@ def move_biases(c: ModelConfig, params: dict[str, Any],
 
 
 def without_capacity(c: ModelConfig) -> ModelConfig:
-  """Returns the config to write text by, a token at a time.
+  """Returns the config for generating text, a token at a time, in which experts
+  take all tokens that choose them.
 
   Over the tokens of one step a capacity would be one or two, and whether a row
-  is served would hang on who else is in the batch, padding included.
+  is served would depend on the other rows of the batch, padding included.
   """
   moe = c.find(MoEConfig)
   if moe is None or routing.router_of(moe).experts_choose:
     return c  # the capacity of experts that choose is what they choose
-  way = moe.dispatch
-  if way == 'sorted':
-    way = 'dropless'
+  # The padded batch needs a capacity.
+  dispatch_name = moe.dispatch
+  if dispatch_name == 'sorted':
+    dispatch_name = 'dropless'
   return c.with_part(MoEConfig, eval_capacity_factor=0.0, group_size=0,
-                     dispatch=way)
+                     dispatch=dispatch_name)
 
 
 def routing_groups(size: int, tokens: int) -> int:

@@ -166,6 +166,7 @@ class MoEConfig:
     value, each with that field and what it would have to be."""
     del c
     router, conditions = router_of(self), {}
+    # The router and its experts.
     if self.expert_groups == 1:
       conditions['top_groups'] = ReadIf('moe.expert_groups', 'is not 1')
     if router.experts_choose or not router.has_logits or router.has_table:
@@ -174,6 +175,8 @@ class MoEConfig:
           'uniform')
     if not self.shared_experts:
       conditions['shared_gate'] = ReadIf('moe.shared_experts', 'is set')
+    # How the experts are computed. Groups of tokens share a capacity, so they
+    # matter where there is one in training or evaluation.
     if self.dispatch not in ('auto', 'dropless'):
       conditions['grouped_kernel'] = ReadIf(
           'moe.dispatch', 'is auto or dropless')
@@ -232,11 +235,20 @@ class Routing:
 
 
 def _indices_of_best_experts(scores_TE: jax.Array, choices: int) -> jax.Array:
-  """Returns the indices of each token's best experts, int32 [T, X].
+  """Returns the indices of each token's best experts, best first.
 
   They are found one by one and not by `lax.top_k`, whose operand XLA gathers on
   every device of a mesh.
+
+  Args:
+    scores_TE: the scores, [T tokens, E experts].
+    choices: X, how many experts a token has.
+
+  Returns:
+    int32 [T, X].
   """
+  # The best expert of each token, which is then hidden from the next search. A
+  # choice has no gradient.
   scores_TE = jax.lax.stop_gradient(scores_TE)
   experts_1E = jnp.arange(scores_TE.shape[1])[None]
   chosen = []
@@ -253,15 +265,16 @@ def _indices_of_best_experts(scores_TE: jax.Array, choices: int) -> jax.Array:
 
 def expert_capacity(factor: float, tokens: int, choices: int, experts: int
                     ) -> int:
-  """Returns how many tokens an expert takes of a group, ceil(factor S X / E)
-  (Switch, equation 3, for X choices).
+  """Returns how many tokens an expert takes of a routing group,
+  ceil(factor S X / E) (Switch, equation 3, for X choices).
 
   Args:
-    factor: the capacity factor, read as it is written: 1.1 is 11/10, and not
-      the binary number a hair above.
-    tokens: S.
-    choices: X.
-    experts: E.
+    factor: the capacity factor, how much room an expert has over an even load.
+      It is read as it is written: 1.1 is 11/10, and not the binary number a
+      hair above.
+    tokens: S, the tokens of a group.
+    choices: X, how many experts a token has.
+    experts: E, the number of experts.
   """
   exact = fractions.Fraction(str(factor))
   return max(1, math.ceil(exact * tokens * choices / experts))
@@ -272,8 +285,10 @@ def rank_among_equal_keys(key_A: jax.Array, keys: int) -> jax.Array:
 
   Args:
     key_A: numbers from 0 to keys - 1.
-    keys: how many different numbers there may be, U.
+    keys: U, how many different numbers there may be.
   """
+  # A stable sort puts equal keys together and keeps their order. The rank of an
+  # entry is its place there, less the place where its key starts.
   order_A = jnp.argsort(key_A, stable=True)
   start_U = jnp.searchsorted(key_A[order_A], jnp.arange(keys))
   rank_A = jnp.arange(key_A.shape[0]) - start_U[key_A[order_A]]
@@ -283,18 +298,24 @@ def rank_among_equal_keys(key_A: jax.Array, keys: int) -> jax.Array:
 def void_over_capacity(
     expert_A: jax.Array, *, choices: int, groups: int, slots: int,
     experts: int, earlier: Optional[Callable] = None) -> jax.Array:
-  """Returns expert_A with E, no expert, for the assignments that exceed the
-  capacity of their expert: first choices are served first, then by position.
+  """Makes void the assignments of tokens that exceed the capacity of their
+  expert: first choices are served first, then tokens by their position.
 
   Args:
-    expert_A: the experts of G groups of S tokens of X choices.
-    choices: X.
-    groups: G.
+    expert_A: the expert of each assignment, those of a token one after another;
+      E where it is void already.
+    choices: X, how many assignments a token has.
+    groups: G, the number of routing groups, each of as many tokens.
     slots: the capacity of an expert in a group.
-    experts: E.
+    experts: E, the number of experts.
     earlier: counts [1, X, E + 1] -> (those of the shards before this one, those
       of all shards), where a group goes on in other shards; None: it does not.
+
+  Returns:
+    expert_A, with E for the assignments that exceed.
   """
+  # A key is one number for each (group, choice, expert), where expert E of the
+  # void assignments counts as one more.
   A, num_bins = expert_A.shape[0], experts + 1
   num_keys = groups * choices * num_bins
 
@@ -306,8 +327,9 @@ def void_over_capacity(
   count_GXE = jnp.bincount(key_A, length=num_keys).reshape(
       groups, choices, num_bins)
 
-  # The slot of an assignment: how many of its group come before it, those of
-  # earlier choices and those of earlier shards included.
+  # The slot of an assignment is how many of its group come before it: all
+  # earlier choices of its expert, those of its own choice in earlier shards,
+  # and those of its own choice in earlier tokens (its rank).
   if earlier is None:
     before_GXE, total_GXE = jnp.zeros_like(count_GXE), count_GXE
   else:
@@ -323,22 +345,25 @@ def void_over_capacity(
 
 def _hide_all_but_best_groups(m: MoEConfig, scores_TE: jax.Array, *,
                               experts_added: int) -> jax.Array:
-  """Returns the scores to choose by, [T, E]: -inf outside of the top_groups
-  best groups of experts of a token.
+  """Returns the scores by which a token chooses experts, with -inf for experts
+  outside of its best groups of experts (DeepSeek-V3).
 
   Args:
-    m: the config.
-    scores_TE: the scores of the experts.
+    m: the config, with the number of groups, and of those that a token may
+      choose from.
+    scores_TE: the scores, [T tokens, E experts].
     experts_added: how many of a group's best experts make its own score, which
       is the sum of theirs: 1 or 2.
   """
   if m.expert_groups <= m.top_groups:
     return scores_TE
+
   # The score of each of the G groups of experts, with U experts each.
   shape = (scores_TE.shape[0], m.expert_groups, -1)
   scores_TGU = jax.lax.stop_gradient(scores_TE).reshape(shape)
   group_score_TG = scores_TGU.max(-1)
   if experts_added == 2:
+    # The second best: the best after the best one is hidden.
     index_U = jnp.arange(scores_TGU.shape[-1])[None, None]
     is_best_TGU = index_U == scores_TGU.argmax(-1)[..., None]
     others_TGU = jnp.where(is_best_TGU, -jnp.inf, scores_TGU)
@@ -352,10 +377,16 @@ def _hide_all_but_best_groups(m: MoEConfig, scores_TE: jax.Array, *,
 
 
 def _rank_groups(score_TG: jax.Array) -> jax.Array:
-  """Returns the rank of each group of experts among those of its token, 0 for
-  the best; of equal ones the first is better. Groups are compared and not
-  sorted, which XLA does on one device of a mesh (`_indices_of_best_experts`).
+  """Returns the rank of each of a token's groups of experts, 0 for the best;
+  of equal ones the first is better.
+
+  All pairs of groups are compared. XLA would gather the operand of a sort on
+  every device of a mesh.
+
+  Args:
+    score_TG: the score of each of G groups, for each token.
   """
+  # The rank is how many other groups are better: the last axis is theirs.
   index_G = jnp.arange(score_TG.shape[1])
   own, other = score_TG[:, :, None], score_TG[:, None]
   is_earlier_1GG = (index_G[None] < index_G[:, None])[None]
@@ -365,17 +396,18 @@ def _rank_groups(score_TG: jax.Array) -> jax.Array:
 
 def _routing_of_choices(expert_TX: jax.Array, gate_TX: jax.Array,
                         probs_TE: jax.Array, valid_T: jax.Array) -> Routing:
-  """Returns the assignments of tokens that have chosen; those of padding are
-  void.
+  """Returns the assignments to experts of tokens that have chosen; those of
+  padding are void.
 
   Args:
-    expert_TX: the experts that each token chose.
-    gate_TX: their gates.
-    probs_TE: the router's probabilities.
+    expert_TX: the X experts that each of T tokens chose; E where it chose none.
+    gate_TX: the gates, by which the experts' outputs are weighed.
+    probs_TE: the router's probabilities of all E experts.
     valid_T: bool, whether a token is no padding.
   """
   T, X = expert_TX.shape
   E = probs_TE.shape[1]
+  # Expert E is none: an assignment to it is void, and its gate is 0.
   expert_TX = jnp.where(valid_T[:, None], expert_TX, E)
   gate_TX = jnp.where(expert_TX < E, gate_TX, 0.0)
   token_TX = jnp.broadcast_to(jnp.arange(T)[:, None], (T, X))
@@ -413,12 +445,22 @@ def route_switch(m: MoEConfig, x: RouterInputs) -> Routing:
 
 
 def route_gshard(m: MoEConfig, x: RouterInputs) -> Routing:
-  """Routes each token to its best expert and, where it draws, keeps the second
-  one with probability min(1, 2 p2 / (p1 + p2)) (GShard: Lepikhin et al. 2020,
-  algorithm 1)."""
+  """Routes each token to its two best experts. In training, where x has a key
+  to draw with, the second one is kept with probability
+  min(1, 2 p2 / (p1 + p2)) (GShard: Lepikhin et al. 2020, algorithm 1).
+
+  Args:
+    m: the config.
+    x: the inputs of the router.
+  """
+  # The gates are normalised before the draw, so that a token that loses its
+  # second expert keeps the gate p1 / (p1 + p2) of its first.
   probs_TE = jax.nn.softmax(x.logits_TE, -1)
   expert_TX = _indices_of_best_experts(x.logits_TE, 2)
   gate_TX = normalize_gates(_scores_of_chosen(probs_TE, expert_TX))
+
+  # The draw. A second choice that is not kept goes to no expert, which has the
+  # number after all others.
   if x.key is not None:
     draw_T = jax.random.uniform(x.key, gate_TX.shape[:1])
     keeps_T = 2 * gate_TX[:, 1] > draw_T
@@ -434,10 +476,13 @@ def route_by_scores(score: Callable[[jax.Array], jax.Array], m: MoEConfig,
   scores alone (DeepSeek-V3, 2024, equations 12 to 16).
 
   Args:
-    score: logits_TE -> scores_TE.
+    score: logits_TE -> scores_TE, such as a sigmoid.
     m: the config.
-    x: the inputs of the router.
+    x: the inputs of the router; its bias_E is None for a router without a bias,
+      which does not choose among groups of experts either.
   """
+  # The bias moves the choice alone, by hand (`move_bias_against_load`), so it
+  # has no gradient and no part in the gates.
   scores_TE = score(x.logits_TE)
   ranked_TE = scores_TE
   if x.bias_E is not None:
@@ -468,14 +513,14 @@ def _weigh_by_scores(m: MoEConfig, x: RouterInputs, expert_TX: jax.Array,
 
 def _weigh_chosen(m: MoEConfig, x: RouterInputs, expert_TX: jax.Array,
                   scores_TE: jax.Array, probs_TE: jax.Array) -> Routing:
-  """Returns the routing to these experts, whose gates are their scores, or the
-  scores over their sum (normalize_gates).
+  """Returns the routing of tokens to the experts that they chose. The gates are
+  the experts' scores, or with normalize_gates the scores over their sum.
 
   Args:
     m: the config.
     x: the inputs of the router.
-    expert_TX: the experts that each token chose.
-    scores_TE: the scores of all experts.
+    expert_TX: the X experts that each of T tokens chose.
+    scores_TE: the scores of all E experts.
     probs_TE: the router's probabilities, which the losses read.
   """
   gate_TX = _scores_of_chosen(scores_TE, expert_TX)
@@ -502,9 +547,20 @@ def experts_of_best_scores(m: MoEConfig, logits_TE: jax.Array,
 
 
 def balance_logits(logits_TE: jax.Array, valid_T: jax.Array) -> jax.Array:
-  """Returns the log of the matrix near exp(logits) whose rows sum to 1 and
-  whose columns share the tokens evenly, by Sinkhorn's iteration (Clark et al.
-  2022); padding weighs nothing."""
+  """Balances logits over the experts by Sinkhorn's iteration (Clark et al.
+  2022): returns the log of the matrix near exp(logits) whose rows sum to 1 and
+  whose columns share the tokens evenly.
+
+  Args:
+    logits_TE: the logits, [T tokens, E experts].
+    valid_T: bool, whether a token is no padding; padding weighs nothing.
+
+  Returns:
+    float32 [T, E], without a gradient.
+  """
+  # All is computed with logarithms, where scaling is adding. Each column is to
+  # sum to the number of tokens over that of experts. Padding enters such a sum
+  # with the weight exp(SCORE_OF_PADDING), which is 0.
   E = logits_TE.shape[1]
   log_weight_T1 = jnp.where(valid_T, 0.0, SCORE_OF_PADDING)[:, None]
   log_tokens_of_expert = jnp.log(jnp.maximum(valid_T.sum(), 1) / E)
@@ -534,8 +590,19 @@ def route_sinkhorn(m: MoEConfig, x: RouterInputs) -> Routing:
 
 
 def route_expert_choice(m: MoEConfig, x: RouterInputs) -> Routing:
-  """Routes to each expert its C best tokens of each group, weighed by their
-  probabilities (Zhou et al. 2022)."""
+  """Has each expert choose its C best tokens of each routing group, weighed by
+  their probabilities (Zhou et al. 2022).
+
+  Args:
+    m: the config.
+    x: the inputs of the router.
+
+  Returns:
+    The assignments in the order of groups, then experts, then tokens from the
+    best. A token may have any number of them.
+  """
+  # C is the capacity of an expert: its share of an even load, or more or less
+  # by the capacity factor.
   T, E = x.logits_TE.shape
   G, S = x.groups, T // x.groups
   factor = m.eval_capacity_factor
@@ -556,6 +623,8 @@ def route_expert_choice(m: MoEConfig, x: RouterInputs) -> Routing:
   expert_GEC = jnp.broadcast_to(jnp.arange(E)[None, :, None], token_GEC.shape)
   expert_GEC = jnp.where(gate_GEC > 0, expert_GEC, E)
   gate_GEC = jnp.maximum(gate_GEC, 0.0)
+
+  # Tokens were numbered within their groups.
   token_GEC = token_GEC + S * jnp.arange(G)[:, None, None]
   return Routing(
       expert_A=expert_GEC.reshape(-1).astype(jnp.int32),
@@ -668,14 +737,18 @@ def route_tokens(m: MoEConfig, x: RouterInputs) -> Routing:
 
 
 def check_router(c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what the chosen router cannot do.
+  """Checks that the chosen router can do what the config asks for.
 
   Args:
-    c: the model, with experts.
-    stack: what architectures.stack returns.
+    c: the config of a model with experts.
+    stack: the kind of stack, such as 'encoder' or 'decoder'.
+
+  Raises:
+    RequestError: for the first of the conditions below that does not hold.
   """
   m = c.part(MoEConfig)
   router = router_of(m)
+  # The model around the experts, and the experts of a token.
   if router.experts_choose and stack != 'encoder':
     raise RequestError(
         f'model.moe.router {m.router} has no meaning in the decoder of '
@@ -688,6 +761,8 @@ def check_router(c: ModelConfig, stack: str) -> None:
     raise RequestError(
         f'model.moe.latent_dim is {m.latent_dim}, for which '
         "model.parametrization 'mup' has no rule: choose standard")
+
+  # The balance loss, and the capacity.
   if router.experts_choose and BALANCE_LOSSES[m.balance_loss].by_sequence:
     raise RequestError(
         f'model.moe.balance_loss is {m.balance_loss}, which is of what the '
@@ -703,11 +778,22 @@ def check_router(c: ModelConfig, stack: str) -> None:
 
 
 def _check_experts_of_token(m: MoEConfig, router: Router) -> None:
-  """Raises RequestError for experts that a token cannot have."""
+  """Checks the number of experts of a token.
+
+  Args:
+    m: the config of the mixture.
+    router: the router that it names.
+
+  Raises:
+    RequestError: where the router, the gates or the number of experts do not
+      allow top_k.
+  """
+  # A router whose number of experts is fixed has it as its top_k, others 0.
   require(router.top_k in (0, m.top_k),
           f'model.moe.top_k is {m.top_k}, but model.moe.router {m.router} '
           f'chooses {router.top_k}: set it to {router.top_k}, or choose router '
           'topk')
+  # The input can be multiplied by a gate only if the token has no other.
   if m.gate_inputs and (m.top_k != 1 or router.experts_choose):
     raise RequestError(
         f'model.moe.gate_inputs is True and model.moe.top_k {m.top_k}, and a '
@@ -723,11 +809,20 @@ def _check_experts_of_token(m: MoEConfig, router: Router) -> None:
 
 
 def _check_expert_groups(m: MoEConfig, router: Router) -> None:
-  """Raises RequestError for groups of experts that a token cannot choose from.
+  """Checks the groups of experts that a token chooses from.
+
+  Args:
+    m: the config of the mixture.
+    router: the router that it names.
+
+  Raises:
+    RequestError: where the groups do not divide the experts, or the groups of a
+      token have too few of them.
   """
   E, groups, kept = m.all_experts, m.expert_groups, m.top_groups
   if groups == 1:
     return
+  # A token chooses top_k experts of its `kept` best groups, E / groups of each.
   divides_experts = E % groups == 0 and kept <= groups
   has_enough_experts = m.top_k <= kept * E // groups
   # A router with a bias adds up two experts of a group.
@@ -740,10 +835,11 @@ def _check_expert_groups(m: MoEConfig, router: Router) -> None:
 
 
 def void_zero_experts(m: MoEConfig, routed: Routing) -> Routing:
-  """Returns the routing with the assignments to zero experts, which compute
-  nothing, made void."""
+  """Returns the routing without its assignments to zero experts: these return
+  their input and compute nothing, so the dispatch must not see them."""
   if not m.zero_experts:
     return routed
+  # Zero experts have the numbers after the E others, and E is no expert.
   E = m.num_experts
   return routed.replace(
       expert_A=jnp.minimum(routed.expert_A, E),
@@ -753,8 +849,17 @@ def void_zero_experts(m: MoEConfig, routed: Routing) -> Routing:
 
 def find_zero_experts(m: MoEConfig, routed: Routing
                       ) -> tuple[jax.Array, jax.Array]:
-  """Returns which assignments are to zero experts, which compute nothing, bool
-  [A], and the sum of their gates of each token, [T]."""
+  """Finds the assignments to zero experts, which return their input.
+
+  Args:
+    m: the config of the mixture.
+    routed: the assignments of the tokens.
+
+  Returns:
+    bool [A], whether an assignment is to a zero expert; and the sum of their
+    gates for each token, [T], which multiplies the token.
+  """
+  # Zero experts have the numbers from num_experts on; all_experts is void.
   is_zero_A = (routed.expert_A >= m.num_experts) & (
       routed.expert_A < m.all_experts)
   gate_A = jnp.where(is_zero_A, routed.gate_A, 0.0)
@@ -901,17 +1006,20 @@ def mean_over_sequences(
   padding; within one, padding counts nowhere.
 
   Args:
-    loss: (expert_A, mean_probs_E) -> scalar.
-    expert_A: the experts that count.
-    probs_TE: the router's probabilities.
-    valid_T: which tokens are no padding.
-    rows: the number of sequences.
+    loss: (expert_A, mean_probs_E) -> scalar, the loss of one sequence.
+    expert_A: the experts that count, of all tokens in their order; void ones
+      count nowhere.
+    probs_TE: the router's probabilities, [T tokens, E experts].
+    valid_T: bool, which tokens are no padding.
+    rows: B, the number of sequences, each of T / B tokens.
   """
+  # Tokens and assignments by sequence, and the mean probabilities of each.
   valid_BL = valid_T.reshape(rows, -1)
   probs_BLE = probs_TE.reshape(*valid_BL.shape, -1) * valid_BL[..., None]
   count_B = valid_BL.sum(1)
   expert_BA = expert_A.reshape(rows, -1)
   mean_probs_BE = probs_BLE.sum(1) / jnp.maximum(count_B, 1)[:, None]
+  # The loss of each sequence, and the mean over those that have tokens.
   loss_B = jax.vmap(loss)(expert_BA, mean_probs_BE)
   total = (loss_B * (count_B > 0)).sum()
   return total / jnp.maximum((count_B > 0).sum(), 1)
@@ -972,7 +1080,8 @@ def report_routing(
     if m.z_loss_weight:
       losses['router_z'] = m.z_loss_weight * z
 
-  # The panel.
+  # The panel. The share that found no room is of the assignments that are not
+  # void; a shard's load is that of its experts.
   assigned = (routed.expert_A < E).sum()
   dropped = 1 - kept_A.sum() / jnp.maximum(assigned, 1)
   served_T = _count_serving_experts(routed, kept_A, valid_T.shape[0])
@@ -990,9 +1099,10 @@ def report_routing(
   panel['z_loss'] = z
   for name, loss in balance_losses.items():
     panel[BALANCE_LOSSES[name].metric] = loss
+  # No figure of the panel has a gradient.
   health = {}
-  for name, x in panel.items():
-    health[name] = jax.lax.stop_gradient(jnp.asarray(x, jnp.float32))
+  for name, figure in panel.items():
+    health[name] = jax.lax.stop_gradient(jnp.asarray(figure, jnp.float32))
   return Report(losses=losses, health=health)
 
 
@@ -1010,15 +1120,20 @@ def _balance_losses(m: MoEConfig, routed: Routing, *,
     mean_probs_E: the mean of the router's probabilities over these.
     rows: the number of sequences that the tokens are.
   """
+  # The assignments that count. Those of a token stand one after another, so
+  # every X-th is a first choice.
   router = router_of(m)
   counted_A = routed.expert_A
   if router.counts_first:
     counted_A = routed.expert_A[::routed.choices]
+
+  # The losses of all tokens, which the panel shows whichever is chosen.
   losses = {}
   for name, balance in BALANCE_LOSSES.items():
     if balance.loss is not None and not balance.by_sequence:
       losses[name] = balance.loss(counted_A, mean_probs_E)
 
+  # A loss of each sequence is computed only where it is chosen.
   chosen = BALANCE_LOSSES[m.balance_loss]
   if chosen.by_sequence:
     wanted_A = counted_A
@@ -1041,13 +1156,19 @@ def _count_serving_experts(routed: Routing, kept_A: jax.Array, tokens: int
 
 
 def summarize_window(load_WNE: jax.Array, tokens_W: jax.Array) -> dict:
-  """Returns three figures of the panel for the mean load over a window of W
-  steps: load_max, unused and load_entropy, each [N] by layer.
+  """Returns how evenly the experts of each layer were loaded over a window of
+  steps.
 
   Args:
-    load_WNE: `load_E` of each step and layer.
+    load_WNE: the share of assignments that each expert got, by step of the
+      window W, layer N and expert E.
     tokens_W: how much each step counts.
+
+  Returns:
+    {'load_max': the largest load over the mean, 'unused': the share of experts
+    without load, 'load_entropy': 1 where the load is even}, each [N].
   """
+  # The mean load over the steps, by their tokens.
   share_W = tokens_W / tokens_W.sum()
   load_NE = jnp.einsum('WNE,W->NE', load_WNE, share_W)
   return dict(
