@@ -50,13 +50,15 @@ scale_vectors.defvjp(_scale_vectors_forward, _scale_vectors_backward)
 def multiply_by_weights(x: jax.Array, weights: jax.Array) -> jax.Array:
   """Returns x times weights of its last axes, in float32.
 
-  The gradient of the weights sums over all other axes at once: over [1, 2048,
-  8, 64] it takes 1.1 ms on CPU, and 12 ms over axis 1 alone, which JAX derives.
+  The gradient is written out, so that the gradient of the weights sums over all
+  other axes at once: that takes 1.1 ms on CPU for an array [1, 2048, 8, 64],
+  and 12 ms by the sum over axis 1 alone that JAX derives.
 
   Args:
     x: an array of any shape.
     weights: an array of the shape of x's last axes.
   """
+  # The weights get axes of size 1 in front, to be alike along those of x.
   leading = (1,) * (x.ndim - weights.ndim)
   return x * weights.astype(jnp.float32).reshape(leading + weights.shape)
 
@@ -121,9 +123,10 @@ def declare_filters(module: nn.Module, name: str, width: int,
   """Declares the weights of a convolution, [width, heads, features], or its
   bias, [heads, features].
 
-  Each feature has a filter of its own, so that no axis of it is summed over by
-  a product: for muP and Muon it is a vector, as a norm's scale is. It is drawn
-  as torch.nn.Conv1d draws it, uniformly within 1 / sqrt(width).
+  Each feature has a filter of its own, so that no product sums over an axis of
+  the weights: muP and Muon treat them as a vector, like the scale of a norm.
+  They are drawn uniformly between -1 / sqrt(width) and 1 / sqrt(width), which
+  is how torch.nn.Conv1d draws them.
 
   Args:
     module: the module that declares it.
@@ -142,19 +145,22 @@ def declare_and_convolve(module: nn.Module, name: str, x_BLHK: jax.Array,
                          width: int, axes: tuple[str | None, ...],
                          with_bias: bool = False, **options: Any
                          ) -> tuple[jax.Array, jax.Array]:
-  """Declares the filters of a short convolution, and applies it.
+  """Declares the filters of a short convolution as parameters of a module, and
+  applies it.
 
   Args:
     module: the module that declares them.
-    name: the name of the weights; that of the bias ends in _bias.
-    x_BLHK: the inputs of the convolution.
-    width: how many tokens it sees, W.
-    axes: the logical axes of the features.
+    name: the name of the weights; the bias is named `{name}_bias`.
+    x_BLHK: the inputs of the convolution, [batch, length, heads, features]; the
+      axes after the length may be others.
+    width: how many tokens the convolution sees, W.
+    axes: the logical axes of the inputs after the length.
     with_bias: whether it has a bias.
     **options: the further arguments of `convolve`.
 
   Returns:
-    What `convolve` returns.
+    The results, of the shape of the inputs, and the last inputs, as `convolve`
+    returns them.
   """
   features = x_BLHK.shape[2:]
   w_WHK = declare_filters(module, name, width, (width, *features),
@@ -171,25 +177,32 @@ def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
              segment_ids_BL: Optional[jax.Array] = None,
              valid_BL: Optional[jax.Array] = None, silu: bool = False,
              apart: int = 1) -> tuple[jax.Array, jax.Array]:
-  """Applies a short causal convolution to each feature of a row by itself.
+  """Applies a short causal convolution to each feature by itself,
+
+    y_l = b + sum over i < W of w_i x_(l - (W - 1 - i) apart)
+
+  where tokens of other documents count as zero.
 
   Args:
-    x_BLHK: the inputs; features may have other axes than heads and their own.
-    w_WHK: the weights.
-    bias_HK: the bias; None: there is none.
-    before_BWHK: as many inputs before them as the convolution reaches back;
-      None: zeros.
-    segment_ids_BL: the number of each token's document; the leading axis may be
-      1.
+    x_BLHK: the inputs, [batch, length L, heads, features]; the axes after the
+      length may be others.
+    w_WHK: the weights w of the W tokens that the convolution sees; the last one
+      is the token's own.
+    bias_HK: the bias b; None: there is none.
+    before_BWHK: the (W - 1) * apart inputs before these, from a cache; None:
+      zeros.
+    segment_ids_BL: the number of each token's document, [batch or 1, length];
+      None: a row is one document.
     valid_BL: 0 on padding, which stands at the end of a row; None: there is
       none.
     silu: whether y goes through SiLU, in float32.
-    apart: the places between two tokens that it sees.
+    apart: how many places apart the tokens are that it sees.
 
   Returns:
-    y, [B, L, H, K] in x's dtype, and the (W - 1) * apart inputs that the tokens
-    after these will see.
+    y, [B, L, H, K] in x's dtype, and the last (W - 1) * apart inputs of each
+    row that are no padding, which the next tokens will see.
   """
+  # The inputs from before, zeros or a cache's, stand in front: M = reach + L.
   B, L, *features = x_BLHK.shape
   W = w_WHK.shape[0]
   reach = (W - 1) * apart
@@ -197,7 +210,7 @@ def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
     before_BWHK = jnp.zeros((B, reach, *features), x_BLHK.dtype)
   all_BMHK = jnp.concatenate([before_BWHK.astype(x_BLHK.dtype), x_BLHK], 1)
 
-  # Each output counts as W products and sums.
+  # Each output counts as W products and W sums, 2 W FLOPs.
   function = _convolve_with_bias
   if silu:
     function = _convolve_with_silu
@@ -209,20 +222,29 @@ def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
 
 def last_inputs(all_BM: jax.Array, count: int, length: int,
                 valid_BL: Optional[jax.Array]) -> jax.Array:
-  """Returns the last inputs of each row that are no padding, [B, count, ...].
+  """Returns the last `count` inputs of each row that are no padding, which a
+  convolution over the next tokens reads.
 
   Args:
-    all_BM: `count` inputs from before, then `length` new ones, [B, M, ...].
-    count: how many to return.
-    length: the number of new ones.
+    all_BM: for each row of the batch, `count` inputs from before and then
+      `length` new ones, [B, M = count + length, ...].
+    count: how many inputs to return.
+    length: the number of new inputs.
     valid_BL: 0 on padding, which stands at the end of a row; None: there is
       none.
+
+  Returns:
+    The inputs, [B, count, ...].
   """
   if valid_BL is None:
     return all_BM[:, length:]
+
+  # A row with n valid new inputs has count + n inputs that are no padding: the
+  # last `count` of these begin at n. With n = 0 those from before are returned.
   valid_B = jnp.broadcast_to((valid_BL != 0).sum(1), (len(all_BM),))
 
   def inputs_of_row(row_M: jax.Array, num_valid: jax.Array) -> jax.Array:
+    # The slice begins elsewhere in each row, so rows are taken one by one.
     return jax.lax.dynamic_slice_in_dim(row_M, num_valid, count, 0)
 
   return jax.vmap(inputs_of_row)(all_BM, valid_B)
@@ -239,34 +261,50 @@ def _with_distance(function: Callable[..., jax.Array], apart: int
 
 
 def _inputs_of_weights(W: int, M: int, apart: int) -> list[tuple[slice, int]]:
-  """Returns for each weight of a convolution which inputs it multiplies, and
-  how many places before the token they stand.
+  """Returns which inputs each weight of a convolution multiplies.
 
   Args:
     W: the number of weights.
-    M: the number of inputs, (W - 1) * apart from before and the new ones.
-    apart: the places between two tokens that the convolution sees.
+    M: the number of inputs: (W - 1) * apart from before, and L new ones.
+    apart: how many places apart the tokens are that the convolution sees.
+
+  Returns:
+    For each weight, the slice of its L inputs, one for each new token, and how
+    many places before the token its input stands.
   """
+  # The first weight is that of the farthest input, and the last that of the
+  # token itself, with a gap of 0.
   reach = (W - 1) * apart
-  inputs = []
+  slices_and_gaps = []
   for i in range(W):
     first = i * apart
-    inputs.append((slice(first, first + M - reach), reach - first))
-  return inputs
+    slices_and_gaps.append((slice(first, first + M - reach), reach - first))
+  return slices_and_gaps
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _filter_inputs(all_BMHK: jax.Array, w_WHK: jax.Array,
                    segment_ids_BL: Optional[jax.Array], apart: int
                    ) -> jax.Array:
-  """Returns the sum over i of w_i x_(l - gap of i), float32 [B, L, H, K]. Its
-  gradient is written out, because XLA's CPU backend takes 20 times as long for
-  the one that JAX derives from these lines."""
+  """Returns the sum over i of w_i x_(l - gap of i), float32 [B, L, H, K].
+
+  Its gradient is written out, because XLA's CPU backend takes 20 times as long
+  for the one that JAX derives from these lines.
+
+  Args:
+    all_BMHK: the inputs from before and the L new ones, [batch, M, heads,
+      features].
+    w_WHK: the weights w.
+    segment_ids_BL: the number of each token's document; None: one a row.
+    apart: how many places apart the tokens are that the convolution sees.
+  """
   w_WHK = w_WHK.astype(jnp.float32)
   W = len(w_WHK)
   M = all_BMHK.shape[1]
   total = 0
   for i, (inputs, gap) in enumerate(_inputs_of_weights(W, M, apart)):
+    # The slice for this weight is as long as the result: its l-th input is what
+    # the l-th new token sees `gap` places before itself.
     inputs_BLHK = all_BMHK[:, inputs].astype(jnp.float32)
     total += mask_other_documents(inputs_BLHK * w_WHK[i][None, None],
                                   segment_ids_BL, gap)
@@ -289,10 +327,18 @@ def start_of_document(ids_BL: jax.Array) -> jax.Array:
 def mask_other_documents(x_BLHK: jax.Array,
                          segment_ids_BL: Optional[jax.Array], gap: int
                          ) -> jax.Array:
-  """Returns x, and 0 where the token `gap` places before is of another
-  document."""
+  """Returns x, and 0 where the token `gap` places before is of another document
+  or before the row.
+
+  Args:
+    x_BLHK: an array [batch, length, ...].
+    segment_ids_BL: the number of each token's document; None: x is returned.
+    gap: how many places before a token the other one stands.
+  """
   if segment_ids_BL is None or not gap:
     return x_BLHK
+  # The first `gap` tokens have no such token: False is put in their places,
+  # which are at most the whole row.
   length = x_BLHK.shape[1]
   same_BL = jnp.pad(segment_ids_BL[:, gap:] == segment_ids_BL[:, :-gap],
                     ((0, 0), (min(gap, length), 0)))
@@ -311,6 +357,15 @@ def _filter_inputs_backward(apart: int, kept: Any, d_y_BLHK: jax.Array):
 
   For y_l = sum over i of w_i x_(l - gap of i): dw_i is the sum over l of
   x_(l - gap) dy_l, and dx_m the sum over i of w_i dy_(m + gap).
+
+  Args:
+    apart: how many places apart the tokens are that the convolution sees.
+    kept: the arguments of the forward pass: inputs, weights and documents.
+    d_y_BLHK: the gradient dy of the result.
+
+  Returns:
+    The gradients of all inputs, those from before included, and of the weights,
+    and None for the documents.
   """
   all_BMHK, w_WHK, segment_ids_BL = kept
   W = len(w_WHK)
@@ -321,10 +376,14 @@ def _filter_inputs_backward(apart: int, kept: Any, d_y_BLHK: jax.Array):
   d_all_BMHK = 0
   d_w = []
   for i, (inputs, gap) in enumerate(_inputs_of_weights(W, M, apart)):
+    # The gradient of this weight, from its inputs.
     d_tap_BLHK = mask_other_documents(d_y_BLHK, segment_ids_BL, gap)
     inputs_BLHK = all_BMHK[:, inputs].astype(jnp.float32)
     d_w.append((inputs_BLHK * d_tap_BLHK).sum((0, 1)))
-    # One padded array for all i, where there are no documents.
+
+    # The gradient of the inputs: dy moved forward by reach - gap places, among
+    # zeros. The padding is the same for all i, so that XLA makes one padded
+    # array for all of them where there are no documents.
     padded = jnp.pad(d_tap_BLHK, ((0, 0), (reach, reach), *no_padding))
     shifted_BMHK = padded[:, gap:][:, :M]
     d_all_BMHK += shifted_BMHK * w_WHK[i].astype(jnp.float32)[None, None]
@@ -362,9 +421,16 @@ def _convolve_with_silu_forward(*args: Any):
 
 
 def _convolve_with_silu_backward(apart: int, kept: Any, d_BLHK: jax.Array):
-  """Returns the gradients of the inputs, the weights and the bias: those of
-  `_filter_inputs` by the gradient of SiLU's argument."""
+  """Returns the gradients of the inputs, the weights and the bias in
+  silu(conv(x) + bias), and None for the documents.
+
+  Args:
+    apart: how many places apart the tokens are that the convolution sees.
+    kept: the inputs, weights, bias and documents.
+    d_BLHK: the gradient of the result.
+  """
   all_BMHK, w_WHK, bias_HK, segment_ids_BL = kept
+  # y is computed again, and its gradient goes on through the convolution.
   _, silu_backward = jax.vjp(jax.nn.silu, _convolve_with_bias(*kept, apart))
   d_y_BLHK, = silu_backward(d_BLHK)
   d_all_BMHK, d_w_WHK, _ = _filter_inputs_backward(

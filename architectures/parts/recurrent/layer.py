@@ -66,13 +66,16 @@ class Layer(nn.Module):
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
-    """Returns the inputs of the recurrence, as if a row were one text.
+    """Returns the queries, keys, values, decays and rates of the recurrence, as
+    if a row were one document; `reset_at_documents` cuts it afterwards.
 
     Args:
-      x_BLD: the layer's input.
-      q_BLJK: queries, after their convolution.
-      k_BLJK: keys, likewise.
-      v_BLHU: values, likewise.
+      x_BLD: the layer's input, [batch, length, d_model].
+      q_BLJK: queries after their convolution, [batch, length, heads of keys J,
+        features of a key K].
+      k_BLJK: keys after their convolution, as queries.
+      v_BLHU: values after their convolution, [batch, length, heads of values H,
+        features of a value U].
       ctx: the context of the layer.
     """
     raise NotImplementedError(f'{type(self).__name__} has no inputs')
@@ -88,15 +91,18 @@ class Layer(nn.Module):
 
   def normalise_and_gate(self, o_BLHU: jax.Array, x_BLD: jax.Array,
                          v_BLHU: jax.Array, ctx: Context) -> jax.Array:
-    """Returns RMSNorm(o) * gate(x), which the last product reads, [B, L, H, U].
+    """Returns RMSNorm(o) * gate(x), the input of the output's product,
+    [B, L, H, U].
 
     Args:
-      o_BLHU: what was read of the state.
-      x_BLD: the layer's input.
-      v_BLHU: the values, which some recurrences add.
+      o_BLHU: the results of the recurrence, [batch, length, heads H, features
+        of a value U].
+      x_BLD: the layer's input, [batch, length, d_model].
+      v_BLHU: the values, which some recurrences add to o; not read here.
       ctx: the context of the layer.
     """
     del v_BLHU
+    # The norm is the model's, by an epsilon of the mixer's own if it has one.
     config = self.config
     norm_eps = getattr(self.sizes, 'norm_eps', config.norm_eps)
     norm_config = dataclasses.replace(config, norm_eps=norm_eps)
@@ -120,18 +126,26 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
-    c, d, n = self.config, self.sizes, self.sizes.householders
-    mixer.check_context_of_recurrence(c.mixer, ctx)
+    # The layer returns the output y [batch, length, d_model] for the input x,
+    # the cache after these tokens (None: there is none), and an empty report.
+    config, sizes, steps = self.config, self.sizes, self.sizes.householders
+    mixer.check_context_of_recurrence(config.mixer, ctx)
+    # Padding matters only where a state goes on after it.
     valid_BL = None if cache is None else ctx.valid_BL
+
+    # Queries, keys and values, and the last inputs of their convolutions. A
+    # token has a key and a value for each of its steps, and one query.
     q_BLJK, query_BWJK = self._project_and_convolve(
-        'query', x_BLD, (d.key_heads, d.key_dim), ctx, valid_BL,
+        'query', x_BLD, (sizes.key_heads, sizes.key_dim), ctx, valid_BL,
         cache and cache.query_BWJK)
     k_BLJK, key_BWJK = self._project_and_convolve(
-        'key', x_BLD, (d.key_heads * n, d.key_dim), ctx, valid_BL,
+        'key', x_BLD, (sizes.key_heads * steps, sizes.key_dim), ctx, valid_BL,
         cache and cache.key_BWJK)
     v_BLHU, value_BWHU = self._project_and_convolve(
-        'value', x_BLD, (d.value_heads * n, d.value_dim), ctx, valid_BL,
-        cache and cache.value_BWHU)
+        'value', x_BLD, (sizes.value_heads * steps, sizes.value_dim), ctx,
+        valid_BL, cache and cache.value_BWHU)
+
+    # The recurrence, from the cached state or zeros.
     inputs = reset_at_documents(
         self.inputs(x_BLD, q_BLJK, k_BLJK, v_BLHU, ctx), ctx.segment_ids_BL,
         valid_BL)
@@ -139,6 +153,8 @@ class Layer(nn.Module):
         inputs, cache and cache.state_BHKU)
     if cache is not None:
       cache = State(state_BHKU, query_BWJK, key_BWJK, value_BWHU)
+
+    # The norm, the gate and the output's product.
     o_BLHU = self.normalise_and_gate(o_BLHU, x_BLD, v_BLHU, ctx)
     return self.project_output(o_BLHU, ctx), cache, Report()
 
@@ -156,16 +172,20 @@ class Layer(nn.Module):
       self, name: str, x_BLD: jax.Array, shape: tuple[int, ...], ctx: Context,
       valid_BL: Optional[jax.Array], before_BWHK: Optional[jax.Array]
       ) -> tuple[jax.Array, Optional[jax.Array]]:
-    """Returns queries, keys or values, and the inputs that the convolution of
-    the next token sees; None: there is no convolution.
+    """Returns queries, keys or values: a product with the input and, if the
+    recurrence has convolutions, silu(conv(.)) of it.
 
     Args:
-      name: 'query', 'key' or 'value'.
-      x_BLD: the layer's input.
-      shape: the numbers of heads and of their features.
+      name: 'query', 'key' or 'value', the name of the weight.
+      x_BLD: the layer's input, [batch, length, d_model].
+      shape: the numbers of heads and of the features of a head.
       ctx: the context of the layer.
       valid_BL: 0 on padding; None: there is none.
       before_BWHK: the convolution's inputs of the tokens before; None: zeros.
+
+    Returns:
+      [B, L, heads, features], and the inputs of the convolution that the next
+      tokens see; None: there is no convolution.
     """
     axes = VALUE_AXES if name == 'value' else self.key_axes
     x_BLHK = self.project(name, x_BLD, axes, shape, ctx)
@@ -179,48 +199,76 @@ class Layer(nn.Module):
   def project(self, name: str, x_BLD: jax.Array,
               axes: tuple[str | None, str | None], shape: tuple[int, ...],
               ctx: Context) -> jax.Array:
-    """Returns a product with the input, of heads of features on these logical
-    axes."""
-    c, fixed = self.config, axes[1] is None
+    """Returns the product of the input with a weight that this method declares,
+    [B, L, heads, features].
+
+    Args:
+      name: the name of the weight.
+      x_BLD: the layer's input, [batch, length, d_model].
+      axes: the logical axes of the heads and of their features. Features
+        without an axis (None) are as many in a wider model.
+      shape: the numbers of heads and of the features of a head.
+      ctx: the context of the layer.
+    """
+    config, has_fixed_size = self.config, axes[1] is None
     y_BLHK = layers.dense(
-        self, name, 'BLD,DHK->BLHK', x_BLD, (c.d_model, *shape),
-        ('embed', *axes), output=fixed, with_bias=False,
+        self, name, 'BLD,DHK->BLHK', x_BLD, (config.d_model, *shape),
+        ('embed', *axes), output=has_fixed_size, with_bias=False,
         deterministic=ctx.deterministic)
-    if fixed:
-      y_BLHK /= c.widening
+    # Outputs that do not grow with the width are to muP what logits are: they
+    # are divided by how many times as wide the model is as its base model.
+    if has_fixed_size:
+      y_BLHK /= config.widening
     return sharding.constrain(y_BLHK, 'batch', 'length', *axes)
 
   def project_to_heads(self, name: str, x_BLD: jax.Array, each: int = 1
                        ) -> jax.Array:
-    """Returns W x, with a number for each head of values, float32 [B, L, H].
+    """Returns W x, with a number for each head of values.
 
-    The number of heads may be the same in a wider model, so in muP these are
-    logits, like a router's: they are divided by the widening. There are `each`
-    of them for a head, side by side.
+    The number of heads may be the same in a wider model. So muP treats these
+    numbers as logits: they are divided by how many times as wide the model is
+    as its base model.
+
+    Args:
+      name: the name of the weight W, which this method declares.
+      x_BLD: the layer's input, [batch, length, d_model].
+      each: how many numbers a head has, which stand side by side.
+
+    Returns:
+      float32 [B, L, H * each].
     """
-    c = self.config
+    config = self.config
     w_DH = layers.weight(self, name, (
-        c.d_model, self.sizes.value_heads * each), ('embed', 'heads'),
+        config.d_model, self.sizes.value_heads * each), ('embed', 'heads'),
                          output=True)
-    y_BLH = layers.einsum('BLD,DH->BLH', x_BLD, w_DH, c.compute_dtype)
-    return y_BLH.astype(jnp.float32) / c.widening
+    y_BLH = layers.einsum('BLD,DH->BLH', x_BLD, w_DH, config.compute_dtype)
+    return y_BLH.astype(jnp.float32) / config.widening
 
   def project_low_rank(
       self, name: str, x_BLD: jax.Array, features: int, rank: int = 0,
       through: Callable[[jax.Array], jax.Array] = lambda y: y) -> jax.Array:
-    """Returns through(x W_down) W_up for each head of values, in float32. In
-    muP the rank is that of the base, so the outputs of W_down are logits, too.
+    """Returns through(x W_down) W_up, a product of low rank, for each head of
+    values: float32 [B, L, heads, features].
+
+    Args:
+      name: what the names of the weights begin with; this method declares them.
+      x_BLD: the layer's input, [batch, length, d_model].
+      features: how many numbers each head has.
+      rank: the features between the two products; 0: those of the settings.
+      through: the function that is applied between them.
     """
-    c, d = self.config, self.sizes
-    rank = rank or d.rank
-    down_DU = layers.weight(self, f'{name}_down', (c.d_model, rank),
+    config, sizes = self.config, self.sizes
+    rank = rank or sizes.rank
+    down_DU = layers.weight(self, f'{name}_down', (config.d_model, rank),
                             ('embed', None), output=True)
     axes = 'latent', 'heads', 'head'
     up_UHK = layers.weight(self, f'{name}_up', (
-        rank, d.value_heads, features), axes)
-    y_BLU = layers.einsum('BLD,DU->BLU', x_BLD, down_DU, c.compute_dtype)
-    y_BLHK = layers.einsum('BLU,UHK->BLHK', through(y_BLU / c.widening),
-                           up_UHK, c.compute_dtype, axes=axes)
+        rank, sizes.value_heads, features), axes)
+    # The rank does not grow with the width, so muP divides the first product by
+    # how many times as wide the model is as its base model, as it does logits.
+    y_BLU = layers.einsum('BLD,DU->BLU', x_BLD, down_DU, config.compute_dtype)
+    y_BLHK = layers.einsum('BLU,UHK->BLHK', through(y_BLU / config.widening),
+                           up_UHK, config.compute_dtype, axes=axes)
     return sharding.constrain(y_BLHK, 'batch', 'length', 'heads', 'head'
                               ).astype(jnp.float32)
 
@@ -231,9 +279,19 @@ class Layer(nn.Module):
     return 2 * rate_BLH if self.sizes.negative else rate_BLH
 
   def softplus_decay(self, x_BLHK: jax.Array, least: float) -> jax.Array:
-    """Returns -exp(A) softplus(x + bias), of numbers [B, L, H] or [B, L, H, K].
-    Each head has an A, whose exponential is drawn between `least` and 16."""
+    """Returns the logarithms of decays, -exp(A) softplus(x + bias), in float32.
+
+    Args:
+      x_BLHK: numbers of each head, [B, L, H], or of each feature of a head,
+        [B, L, H, K].
+      least: the least initial exp(A). Each head has an A, whose exponential is
+        drawn uniformly between `least` and 16.
+
+    Returns:
+      Negative numbers of the shape of x.
+    """
     shape = x_BLHK.shape[2:]
+    # A is of a head, and the bias of a head or of each of its features, as x.
     scale_H = declare(
         self, 'decay_scale', log_uniform_initializer(least), shape[:1],
         Role(('heads',))).astype(jnp.float32)
@@ -244,38 +302,57 @@ class Layer(nn.Module):
 
 
 def steps_to_places(n: int, x_BLH: jax.Array) -> jax.Array:
-  """Returns what a head has for each of the n steps of a token,
-  [B, L, H x n, ...], with a place of its own for each step, [B, L x n, H, ...].
+  """Moves the n steps of each token from the heads to the length, so that they
+  follow one another as n tokens would: [B, L, H n, ...] -> [B, L n, H, ...].
+
+  Args:
+    n: how many steps of the recurrence a token has.
+    x_BLH: an array in which the steps of a head stand side by side.
   """
   if n == 1:
     return x_BLH
-  B, L, _, *rest = x_BLH.shape
-  x_BLH = jnp.swapaxes(x_BLH.reshape(B, L, -1, n, *rest), 2, 3)
-  return x_BLH.reshape(B, L * n, -1, *rest)
+  # [B, L, H, n, ...] -> [B, L, n, H, ...] -> [B, L n, H, ...].
+  B, L, _, *feature_shape = x_BLH.shape
+  x_BLH = jnp.swapaxes(x_BLH.reshape(B, L, -1, n, *feature_shape), 2, 3)
+  return x_BLH.reshape(B, L * n, -1, *feature_shape)
 
 
 def reset_at_documents(
     x: recurrence.Inputs, ids_BL: Optional[jax.Array],
     valid_BL: Optional[jax.Array]) -> recurrence.Inputs:
-  """Returns the inputs with a state that begins anew with each document, and
-  that padding leaves as it is: its decay is 1, and it writes nothing."""
-  log_BLHK = x.log_decay_BLHK
+  """Returns the inputs of a recurrence whose state begins anew with each
+  document, and is left as it is by padding.
+
+  Args:
+    x: the inputs of the recurrence of a row, as if it were one document.
+    ids_BL: the number of each token's document, [batch or 1, length]; None: a
+      row is one document.
+    valid_BL: 0 on padding, [batch, length]; None: there is none.
+  """
+  log_decay_BLHK = x.log_decay_BLHK
+
+  # On padding the decay is 1, and nothing is written: the rate that multiplies
+  # what is written is 0, or where there is no rate, the key.
   if valid_BL is not None:
-    read_BL1 = valid_BL[..., None] != 0
-    if log_BLHK is not None:
-      log_BLHK = jnp.where(read_BL1[..., None], log_BLHK, 0)
+    is_valid_BL1 = valid_BL[..., None] != 0
+    if log_decay_BLHK is not None:
+      log_decay_BLHK = jnp.where(is_valid_BL1[..., None], log_decay_BLHK, 0)
+    # Keys and rates have a place for each step of a token, decays have not.
     if x.steps > 1:
-      read_BL1 = jnp.repeat(read_BL1, x.steps, 1)
+      is_valid_BL1 = jnp.repeat(is_valid_BL1, x.steps, 1)
     if x.rate_BLH is None:
-      x = x._replace(k_BLJK=jnp.where(read_BL1[..., None], x.k_BLJK, 0))
+      x = x._replace(k_BLJK=jnp.where(is_valid_BL1[..., None], x.k_BLJK, 0))
     else:
-      x = x._replace(rate_BLH=jnp.where(read_BL1, x.rate_BLH, 0))
+      x = x._replace(rate_BLH=jnp.where(is_valid_BL1, x.rate_BLH, 0))
+
+  # The first token of a document decays the state before it to zero.
   if ids_BL is not None:
-    if log_BLHK is None:
-      log_BLHK = jnp.zeros((*x.q_BLJK.shape[:2], x.v_BLHU.shape[2], 1))
+    if log_decay_BLHK is None:
+      log_decay_BLHK = jnp.zeros((*x.q_BLJK.shape[:2], x.v_BLHU.shape[2], 1))
     begins_BL = features.begins_document(ids_BL)
-    log_BLHK = jnp.where(begins_BL[..., None, None], -jnp.inf, log_BLHK)
-  return x._replace(log_decay_BLHK=log_BLHK)
+    log_decay_BLHK = jnp.where(
+        begins_BL[..., None, None], -jnp.inf, log_decay_BLHK)
+  return x._replace(log_decay_BLHK=log_decay_BLHK)
 
 
 def log_uniform_initializer(least: float):
@@ -287,11 +364,12 @@ def log_uniform_initializer(least: float):
 
 
 def step_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
-  """An initializer: the bias whose softplus has a uniform logarithm, from 0.001
-  to 0.1, likewise."""
-  first = jnp.exp(jax.random.uniform(
+  """Initialises the bias of a step dt = softplus(x + bias), so that dt without
+  x is between 0.001 and 0.1, with a uniform logarithm (Mamba)."""
+  # log(exp(dt) - 1) is the inverse of the softplus.
+  initial_step = jnp.exp(jax.random.uniform(
       key, shape, jnp.float32, jnp.log(0.001), jnp.log(0.1)))
-  return jnp.log(jnp.expm1(first)).astype(dtype)
+  return jnp.log(jnp.expm1(initial_step)).astype(dtype)
 
 
 class Recurrence(mixer.Mixer):
@@ -303,6 +381,7 @@ class Recurrence(mixer.Mixer):
     self.module = module
 
   def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
+    # The cache does not grow with the number of tokens, the last of `shape`.
     sizes, rows = c.part(self.module.settings), shape[:-1]
     state_BHKU = jnp.zeros(
         (*rows, sizes.value_heads, sizes.key_dim, sizes.value_dim))
@@ -314,12 +393,13 @@ class Recurrence(mixer.Mixer):
       last = *rows, sizes.conv - 1, heads, features
       return jnp.zeros(last, c.compute_dtype)
 
-    n = sizes.householders
+    # A token has a key and a value for each of its steps, and one query.
+    steps = sizes.householders
     return State(
         state_BHKU=state_BHKU,
         query_BWJK=before(sizes.key_heads, sizes.key_dim),
-        key_BWJK=before(sizes.key_heads * n, sizes.key_dim),
-        value_BWHU=before(sizes.value_heads * n, sizes.value_dim))
+        key_BWJK=before(sizes.key_heads * steps, sizes.key_dim),
+        value_BWHU=before(sizes.value_heads * steps, sizes.value_dim))
 
   def fields_to_divide(self, c: ModelConfig) -> mixer.AxesAndFields:
     names = {field.name for field in dataclasses.fields(self.module.settings)}

@@ -96,13 +96,18 @@ class DeltaNet(layer.Layer):
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
+    # Keys, values and rates have n of each for a token, which become n places
+    # of the row. Keys have the length 1, and queries 1 / sqrt(K), by the K of
+    # muP's base model.
     del ctx
     log_decay_BLHK = self.log_decay(x_BLD)
-    steps = functools.partial(layer.steps_to_places, self.sizes.householders)
+    move_steps_to_length = functools.partial(
+        layer.steps_to_places, self.sizes.householders)
     return recurrence.Inputs(
         features.normalize_length(q_BLJK, self.base_key_dim ** -0.5),
-        steps(features.normalize_length(k_BLJK)), steps(v_BLHU), log_decay_BLHK,
-        steps(self.rate(x_BLD)))
+        move_steps_to_length(features.normalize_length(k_BLJK)),
+        move_steps_to_length(v_BLHU), log_decay_BLHK,
+        move_steps_to_length(self.rate(x_BLD)))
 
   def log_decay(self, x_BLD: jax.Array) -> jax.Array | None:
     """Returns log a, [B, L, H, 1]; None: there is no decay."""
@@ -176,16 +181,20 @@ class GDN2(KDA):
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
-    d = self.sizes
+    # The gates b, of a key's features, and w, of a value's.
+    sizes = self.sizes
     erase_BLJK = jax.nn.sigmoid(self.project('erase', x_BLD, self.key_axes, (
-        d.key_heads, d.key_dim), ctx).astype(jnp.float32))
+        sizes.key_heads, sizes.key_dim), ctx).astype(jnp.float32))
     write_BLHU = jax.nn.sigmoid(self.project('write', x_BLD, layer.VALUE_AXES, (
-        d.value_heads, d.value_dim), ctx).astype(jnp.float32))
+        sizes.value_heads, sizes.value_dim), ctx).astype(jnp.float32))
+
+    # The state is read for erasing by b * k, and k writes w * v. `negative` is
+    # a bool: with it b is doubled.
     k_BLJK = features.normalize_length(k_BLJK)
     return recurrence.Inputs(
         features.normalize_length(q_BLJK, self.base_key_dim ** -0.5), k_BLJK,
         write_BLHU * v_BLHU, self.log_decay(x_BLD),
-        erase_BLJK=(1 + d.negative) * erase_BLJK * k_BLJK)
+        erase_BLJK=(1 + sizes.negative) * erase_BLJK * k_BLJK)
 
 
 class LowRank(layer.Recurrence):
@@ -258,13 +267,15 @@ class GLA(layer.Layer):
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
     del ctx
-    d = self.sizes
-    bias_HK = layers.bias(self, 'decay_bias', (d.heads, d.key_dim),
+    # The decay of each feature of a key; the temperature brings it near to 1.
+    sizes = self.sizes
+    bias_HK = layers.bias(self, 'decay_bias', (sizes.heads, sizes.key_dim),
                           ('heads', 'head'))
     z_BLHK = layers.add_bias(
-        self.project_low_rank('decay', x_BLD, d.key_dim), bias_HK)
-    log_decay_BLHK = jax.nn.log_sigmoid(z_BLHK) / d.temperature
-    scale = jnp.asarray(self.base_key_dim ** 0.5 / d.key_dim, q_BLJK.dtype)
+        self.project_low_rank('decay', x_BLD, sizes.key_dim), bias_HK)
+    log_decay_BLHK = jax.nn.log_sigmoid(z_BLHK) / sizes.temperature
+    # This is 1 / sqrt(K), and falls as 1 / K with muP's wider heads.
+    scale = jnp.asarray(self.base_key_dim ** 0.5 / sizes.key_dim, q_BLJK.dtype)
     return recurrence.Inputs(scale * q_BLJK, k_BLJK, v_BLHU, log_decay_BLHK)
 
 
@@ -302,16 +313,21 @@ class RetNet(layer.Layer):
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
     del x_BLD
-    c, d = self.config, self.sizes
-    rotate = positions.position_of(c).rotate
+    config, sizes = self.config, self.sizes
+    # Queries and keys are rotated by their positions, if these are rotary.
+    rotate = positions.position_of(config).rotate
     if rotate:
-      rope_config = config_of_rotated_heads(c)
+      rope_config = config_of_rotated_heads(config)
       q_BLJK = rotate(q_BLJK, ctx.positions_BL, rope_config, ctx.length)
       k_BLJK = rotate(k_BLJK, ctx.positions_BL, rope_config, ctx.length)
-    scale = jnp.asarray(self.base_key_dim ** 0.5 / d.key_dim, q_BLJK.dtype)
-    log_H = np.log1p(-2.0 ** (-5 - np.arange(d.heads)))
+    # This is 1 / sqrt(K), and falls as 1 / K with muP's wider heads.
+    scale = jnp.asarray(self.base_key_dim ** 0.5 / sizes.key_dim, q_BLJK.dtype)
+
+    # Head h decays by 1 - 2^(-5 - h) a token; log1p keeps the digits of a decay
+    # near 1.
+    log_decay_H = np.log1p(-2.0 ** (-5 - np.arange(sizes.heads)))
     log_decay_BLH1 = jnp.broadcast_to(
-        jnp.asarray(log_H, jnp.float32)[None, None, :, None],
+        jnp.asarray(log_decay_H, jnp.float32)[None, None, :, None],
         (*v_BLHU.shape[:3], 1))
     return recurrence.Inputs(scale * q_BLJK, k_BLJK, v_BLHU, log_decay_BLH1)
 
@@ -327,6 +343,7 @@ class Retention(layer.Recurrence):
   positional = True
 
   def check(self, c: ModelConfig, stack: str) -> None:
+    # This raises RequestError for positions that retention cannot have.
     super().check(c, stack)
     require(not positions.position_of(c).has_bias,
             "model.mixer is 'retnet', which has no scores for the bias of "

@@ -75,38 +75,47 @@ class Mamba(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
+    # The layer returns the output [batch, length, d_model] for the input x_BLD,
+    # u in the equations; the cache after these tokens; and an empty report.
     mixer.check_context_of_recurrence('mamba', ctx)
-    c, m = self.config, self.config.part(MambaConfig)
+    config, sizes = self.config, self.config.part(MambaConfig)
+    # Padding matters only where a state goes on after it.
     valid_BL = None if cache is None else ctx.valid_BL
 
     # x and z: two products, and a convolution of x.
     x_BLI = self._project('value', x_BLD, ctx)
     z_BLI = self._project('output_gate', x_BLD, ctx)
     x_BLI, input_BWI = features.declare_and_convolve(
-        self, 'conv', x_BLI, width=m.conv, axes=('mlp',),
-        with_bias=m.conv_bias, silu=True,
+        self, 'conv', x_BLI, width=sizes.conv, axes=('mlp',),
+        with_bias=sizes.conv_bias, silu=True,
         before_BWHK=None if cache is None else cache.input_BWI,
         segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL)
 
-    # The state space model, which x chooses.
-    inner = m.expand * c.d_model
+    # The numbers of the state space model that x chooses: dt, B and C. A step
+    # dt of 0 neither decays the state nor writes to it, so padding has it.
+    inner = sizes.expand * config.d_model
     dt_BLI, b_BLN, c_BLN = self._selection(x_BLI)
     if valid_BL is not None:
       dt_BLI = jnp.where(valid_BL[..., None] != 0, dt_BLI, 0)
+
+    # Those that it does not choose, A = -exp(A_log), and the state before.
     a_log_IN = declare(
-        self, 'decay_scale', _logs_of_entry_numbers, shape=(inner, m.state),
+        self, 'decay_scale', _logs_of_entry_numbers, shape=(inner, sizes.state),
         role=Role(('mlp', None)))
     a_IN = -jnp.exp(a_log_IN.astype(jnp.float32))
     x32_BLI = x_BLI.astype(jnp.float32)
     if cache is None:
-      state_BIN = jnp.zeros((len(x_BLD), inner, m.state))
+      state_BIN = jnp.zeros((len(x_BLD), inner, sizes.state))
     else:
       state_BIN = cache.state_BIN
+
+    # The scan over the row. Each result counts as 4 N FLOPs: a product and a
+    # sum for writing to each of N entries of the state, and for reading it.
     kept_BL = jnp.ones(x_BLD.shape[:2])  # 0 where a document begins
     if ctx.segment_ids_BL is not None:
       kept_BL *= ~features.begins_document(ctx.segment_ids_BL)
-    scanned = layers.count_flops_by_result(_selective_scan, 4 * m.state)
-    y_BLI, state_BIN = scanned(
+    scan_row = layers.count_flops_by_result(_selective_scan, 4 * sizes.state)
+    y_BLI, state_BIN = scan_row(
         a_IN, dt_BLI, dt_BLI * x32_BLI, b_BLN.astype(jnp.float32),
         c_BLN.astype(jnp.float32), kept_BL, state_BIN)
     if cache is not None:
@@ -117,8 +126,8 @@ class Mamba(nn.Module):
     y_BLI += features.multiply_by_weights(x32_BLI, skip_I)
     y_BLI *= jax.nn.silu(z_BLI.astype(jnp.float32))
     y_BLD = layers.dense(
-        self, 'out', spec='BLI,ID->BLD', x=y_BLI.astype(c.compute_dtype),
-        shape=(inner, c.d_model), axes=('mlp', 'embed'), residual=True,
+        self, 'out', spec='BLI,ID->BLD', x=y_BLI.astype(config.compute_dtype),
+        shape=(inner, config.d_model), axes=('mlp', 'embed'), residual=True,
         with_bias=False, deterministic=ctx.deterministic)
     return y_BLD, cache, Report()
 
@@ -134,25 +143,40 @@ class Mamba(nn.Module):
 
   def _selection(self, x_BLI: jax.Array
                  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns dt, float32 [B, L, I], and B and C, [B, L, N], by which x selects
-    what the state takes in and what is read of it (section 3.2)."""
-    c, m = self.config, self.config.part(MambaConfig)
+    """Returns the numbers by which x selects what the state takes in and what
+    is read of it (section 3.2 of the paper).
+
+    Args:
+      x_BLI: the input of the state space model, [batch, length, I features].
+
+    Returns:
+      dt, the step of each feature, float32 [B, L, I]; and B and C, by which the
+      N entries of the states are written and read, [B, L, N] each.
+    """
+    config, sizes = self.config, self.config.part(MambaConfig)
     inner = x_BLI.shape[-1]
-    down, up = ('mlp', 'latent'), ('latent', 'mlp')
+    down_axes, up_axes = ('mlp', 'latent'), ('latent', 'mlp')
 
     def narrow(name: str, size: int) -> jax.Array:
       """Returns a product of x with few outputs."""
-      w_IN = layers.weight(self, name, shape=(inner, size), axes=down)
+      w_IN = layers.weight(self, name, shape=(inner, size), axes=down_axes)
       return layers.einsum(
-          'BLI,IN->BLN', x_BLI, w=w_IN, dtype=c.compute_dtype, axes=down)
+          'BLI,IN->BLN', x_BLI, w=w_IN, dtype=config.compute_dtype,
+          axes=down_axes)
 
-    step_BLR = narrow('step_down', m.rank)
-    b_BLN = narrow('key', m.state)
-    c_BLN = narrow('query', m.state)
-    w_RI = layers.weight(self, 'step_up', shape=(m.rank, inner), axes=up)
+    # Three products with few outputs. That of dt goes up again to all features,
+    # a product of rank R.
+    step_BLR = narrow('step_down', sizes.rank)
+    b_BLN = narrow('key', sizes.state)
+    c_BLN = narrow('query', sizes.state)
+    w_RI = layers.weight(self, 'step_up', shape=(sizes.rank, inner),
+                         axes=up_axes)
     step_BLI = layers.einsum(
-        'BLR,RI->BLI', step_BLR, w=w_RI, dtype=c.compute_dtype, axes=up)
+        'BLR,RI->BLI', step_BLR, w=w_RI, dtype=config.compute_dtype,
+        axes=up_axes)
     step_BLI = step_BLI.astype(jnp.float32)
+
+    # The softplus makes the step positive.
     bias_I = self._declare_by_feature('step_bias', layer.step_bias)
     dt_BLI = jax.nn.softplus(step_BLI + bias_I[None, None])
     return dt_BLI, b_BLN, c_BLN
@@ -168,18 +192,24 @@ class Mamba(nn.Module):
 def _selective_scan(a_IN: jax.Array, dt_BLI: jax.Array, x_BLI: jax.Array,
                     b_BLN: jax.Array, c_BLN: jax.Array, kept_BL: jax.Array,
                     state_BIN: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns what is read at each place, [B, L, I], and the last state: the
-  selective scan (Gu and Dao 2023, section 3.3), in pieces of PLACES places.
+  """Computes the selective scan of a row (Gu and Dao 2023, section 3.3),
+
+    h_t = kept_t exp(dt_t A) * h_t-1 + (dt_t x_t) B_t^T,   y_t = h_t C_t
+
+  in pieces of PLACES places, one piece after another.
 
   Args:
-    a_IN: A.
-    dt_BLI: dt.
+    a_IN: A, for each of I features and each of the N entries of its state.
+    dt_BLI: dt, [batch, length, features].
     x_BLI: dt * x.
-    b_BLN: B.
-    c_BLN: C.
-    kept_BL: what of the state before a place is kept: 0 where a document
-      begins, else 1.
-    state_BIN: the state before the first place.
+    b_BLN: B, by which the entries of the states are written.
+    c_BLN: C, by which they are read.
+    kept_BL: 0 where a document begins, so that the state before is forgotten;
+      else 1.
+    state_BIN: the state h before the first place.
+
+  Returns:
+    y, [B, L, I], and the state after the last place, [B, I, N].
   """
   B, L, inner = x_BLI.shape
   P = min(PLACES, L)
@@ -187,14 +217,17 @@ def _selective_scan(a_IN: jax.Array, dt_BLI: jax.Array, x_BLI: jax.Array,
   def cut(x_BL: jax.Array, fill: float = 0) -> jax.Array:
     """Returns the pieces of a row, [pieces, B, P, ...]; the last one is filled
     up."""
-    rest = x_BL.shape[2:]
-    ends = [(0, 0), (0, -L % P)] + [(0, 0)] * len(rest)
-    x_BL = jnp.pad(x_BL, ends, constant_values=fill)
-    return jnp.moveaxis(x_BL.reshape(B, -1, P, *rest), 1, 0)
+    feature_shape = x_BL.shape[2:]
+    padding = [(0, 0), (0, -L % P)] + [(0, 0)] * len(feature_shape)
+    x_BL = jnp.pad(x_BL, padding, constant_values=fill)
+    # The scan goes over the first axis.
+    return jnp.moveaxis(x_BL.reshape(B, -1, P, *feature_shape), 1, 0)
 
   @jax.checkpoint
   def piece(state_BIN: jax.Array, here: tuple[jax.Array, ...]):
-    """Returns the state after a piece, and what is read at its places."""
+    """Returns the state after a piece, and what is read at its places. The
+    backward pass computes the piece again, since the states [B, P, I, N] of all
+    pieces would be too much to keep."""
     dt_BPI, x_BPI, b_BPN, c_BPN, kept_BP = here
     # h_t = decay_t * h_t-1 + added_t, as if the state before were zero.
     decay_BPIN = jnp.exp(dt_BPI[..., None] * a_IN[None, None])
@@ -202,22 +235,30 @@ def _selective_scan(a_IN: jax.Array, dt_BLI: jax.Array, x_BLI: jax.Array,
     added_BPIN = x_BPI[..., None] * b_BPN[:, :, None]
     decay_BPIN, h_BPIN = jax.lax.associative_scan(
         _compose_steps, (decay_BPIN, added_BPIN), axis=1)
-    # The decay is that of the piece up to each place now.
+    # The decay is now the product from the piece's begin up to each place: by
+    # it the state before the piece has decayed.
     h_BPIN += decay_BPIN * state_BIN[:, None]
     return h_BPIN[:, -1], jnp.einsum('BPIN,BPN->BPI', h_BPIN, c_BPN)
 
-  # A place of zeros that fills up the last piece keeps the state.
+  # A place of zeros that fills up the last piece keeps the state: its decay is
+  # exp(0), and it writes nothing. Its result is cut off.
   pieces = (cut(dt_BLI), cut(x_BLI), cut(b_BLN), cut(c_BLN),
             cut(kept_BL, fill=1))
-  state_BIN, y = jax.lax.scan(piece, state_BIN, pieces)
-  y_BLI = jnp.moveaxis(y, 0, 1).reshape(B, -1, inner)[:, :L]
+  state_BIN, y_of_pieces = jax.lax.scan(piece, state_BIN, pieces)
+  y_BLI = jnp.moveaxis(y_of_pieces, 0, 1).reshape(B, -1, inner)[:, :L]
   return y_BLI, state_BIN
 
 
 def _compose_steps(first: tuple[jax.Array, jax.Array],
                    then: tuple[jax.Array, jax.Array]
                    ) -> tuple[jax.Array, jax.Array]:
-  """Returns two steps h -> decay * h + added, one after the other, as one."""
+  """Returns two steps h -> decay * h + added, one after the other, as one:
+
+    d' (d h + a) + a' = (d' d) h + (d' a + a')
+
+  A parallel scan may group the steps of a row as it likes, since this is
+  associative.
+  """
   decay, added = first
   then_decay, then_added = then
   return decay * then_decay, then_decay * added + then_added

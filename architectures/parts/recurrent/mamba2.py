@@ -109,8 +109,11 @@ class Mamba2(layer.Layer):
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
     del ctx
-    m = self.sizes
-    dt_BLH = jnp.clip(self.step(x_BLD), m.least_step, m.most_step or None)
+    # The step dt of each head: the state decays by exp(dt A), and takes in dt x
+    # as its value.
+    sizes = self.sizes
+    dt_BLH = jnp.clip(
+        self.step(x_BLD), sizes.least_step, sizes.most_step or None)
     scale_H = self.declare_by_head(
         'decay_scale', layer.log_uniform_initializer(1.0))
     written_BLHU = features.scale_vectors(v_BLHU.astype(jnp.float32), dt_BLH)
@@ -121,8 +124,17 @@ class Mamba2(layer.Layer):
 
   def normalise_and_gate(self, o_BLHU: jax.Array, x_BLD: jax.Array,
                          v_BLHU: jax.Array, ctx: Context) -> jax.Array:
-    """Returns RMSNorm((o + D x) silu(W_z u)), [B, L, H, U]."""
-    m, shape = self.sizes, v_BLHU.shape[2:]
+    """Returns RMSNorm((o + D x) silu(W_z u)), [B, L, H, U].
+
+    Args:
+      o_BLHU: the results of the recurrence, [batch, length, heads H, features
+        of a head U].
+      x_BLD: the layer's input, u in the equations.
+      v_BLHU: the values, x in the equations, which skip the recurrence by D.
+      ctx: the context of the layer.
+    """
+    sizes, shape = self.sizes, v_BLHU.shape[2:]
+    # The skip D x, and the gate, which multiplies before the norm.
     skip_H = self.declare_by_head('skip', nn.initializers.ones)
     o_BLHU += skip_H[None, None, :, None] * v_BLHU.astype(jnp.float32)
     gate_BLHU = self.project(
@@ -130,7 +142,9 @@ class Mamba2(layer.Layer):
     scale_HU = declare(
         self, 'out_norm_scale', nn.initializers.ones, shape=shape,
         role=Role(('heads', 'head')))
-    groups = m.groups if m.norm_over == 'group' else 1
+    # The norm is over the heads of a group, or over all as one group. It is
+    # computed again in the backward pass, which spares keeping its inputs.
+    groups = sizes.groups if sizes.norm_over == 'group' else 1
     norm = functools.partial(
         gated_norm, groups=groups, eps=self.config.norm_eps)
     return layers.recompute_in_backward(norm)(o_BLHU, gate_BLHU, scale_HU)
@@ -150,7 +164,16 @@ class Mamba2(layer.Layer):
 
 def gated_norm(y_BLHU: jax.Array, z_BLHU: jax.Array, scale_HU: jax.Array, *,
                groups: int, eps: float) -> jax.Array:
-  """Returns RMSNorm(y silu(z)), float32, over the heads of each group."""
+  """Returns scale * RMSNorm(y silu(z)), float32 [B, L, H, U], over all features
+  of the heads of each group.
+
+  Args:
+    y_BLHU: the results of the heads, [batch, length, heads H, features U].
+    z_BLHU: the gate before its SiLU.
+    scale_HU: the scale of the norm.
+    groups: J, how many groups of H / J heads there are.
+    eps: the epsilon of the norm.
+  """
   B, L, H, U = y_BLHU.shape
   y_BLHU = y_BLHU * jax.nn.silu(z_BLHU.astype(jnp.float32))
   y_BLJF = y_BLHU.reshape(B, L, groups, -1)  # all features of a group
@@ -167,11 +190,12 @@ class Grouped(layer.Recurrence):
     self.may_be_one = (f'{name}.groups',)
 
   def check(self, c: ModelConfig, stack: str) -> None:
-    m = c.part(self.module.settings)
-    if m.heads % m.groups:
+    # The heads of values come in groups that share queries and keys.
+    sizes = c.part(self.module.settings)
+    if sizes.heads % sizes.groups:
       raise RequestError(
-          f'model.{c.mixer}.groups is {m.groups}, which does not divide '
-          f'model.{c.mixer}.heads {m.heads}')
+          f'model.{c.mixer}.groups is {sizes.groups}, which does not divide '
+          f'model.{c.mixer}.heads {sizes.heads}')
     super().check(c, stack)
 
 

@@ -79,12 +79,16 @@ class Mamba3(mamba2.Mamba2):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
-    m, L = self.sizes, x_BLD.shape[1]
+    # The layer returns the output [batch, length, d_model] for the input x_BLD,
+    # u in the equations; the cache after these tokens; and an empty report.
+    sizes, L = self.sizes, x_BLD.shape[1]
     mixer.check_context_of_recurrence(self.config.mixer, ctx)
+    # Padding matters only where a state goes on after it.
     valid_BL = None if cache is None else ctx.valid_BL
     before = cache or empty_state(self.config, x_BLD.shape[:2])
 
-    # dt, log a and g = l dt.
+    # The step dt, the decay's log a, and g = l dt, the weight by which a token
+    # writes itself; dt - g is the weight for the token before it.
     dt_BLH = self.step(x_BLD)
     log_decay_BLH = -dt_BLH * self._decay_rate(x_BLD)
     now_BLH = dt_BLH * jax.nn.sigmoid(self.project_to_heads('share', x_BLD))
@@ -97,10 +101,11 @@ class Mamba3(mamba2.Mamba2):
     k_BLHK = self._project_and_rotate(
         'key', x_BLD, angle_BLHA=angle_BLHA, ctx=ctx)
     v_BLHU = self.project(
-        'value', x_BLD, axes=layer.VALUE_AXES, shape=(m.heads, m.head_dim),
-        ctx=ctx).astype(jnp.float32)
+        'value', x_BLD, axes=layer.VALUE_AXES,
+        shape=(sizes.heads, sizes.head_dim), ctx=ctx).astype(jnp.float32)
 
-    # A token writes B and x of the one before it, by both of their steps.
+    # A token writes B and x of the one before it, by both of their steps, so
+    # keys, values and steps move by one place: the cached ones stand in front.
     all_keys = jnp.concatenate((before.key_B1HK, k_BLHK), 1)
     all_values = jnp.concatenate((before.value_B1HU, v_BLHU), 1)
     all_steps = jnp.concatenate((before.step_B1H, now_BLH), 1)
@@ -117,7 +122,8 @@ class Mamba3(mamba2.Mamba2):
         layer.reset_at_documents(inputs, ctx.segment_ids_BL, valid_BL),
         before.state_BHKU)
 
-    # The token adds its own value, and the skip.
+    # S' lacks the token's own term, (g B . C) x, which is added here with the
+    # skip D x.
     skip_H = self.declare_by_head('skip', nn.initializers.ones)
     product_BLH = features.inner_products(q_BLHK, k_BLHK)
     share_BLH = skip_H[None, None] + now_BLH * product_BLH
@@ -142,41 +148,78 @@ class Mamba3(mamba2.Mamba2):
   def _angles(self, x_BLD: jax.Array, dt_BLH: jax.Array,
               valid_BL: Optional[jax.Array], before_B1HA: jax.Array
               ) -> jax.Array:
-    """Returns r, which padding leaves as it is. All sums are taken modulo 2 pi,
-    so that a long row takes no digits from them."""
-    c, A = self.config, self.sizes.angles
+    """Returns the angles by which queries and keys are rotated,
+
+      r_t = r_t-1 + dt_t pi tanh(W_r u_t)
+
+    Sums are taken modulo 2 pi, so that they keep their digits in a long row.
+
+    Args:
+      x_BLD: the layer's input u, [batch, length, d_model].
+      dt_BLH: the step dt of each head.
+      valid_BL: 0 on padding, which leaves the angles as they are; None: there
+        is none.
+      before_B1HA: the angles of the token before the first.
+
+    Returns:
+      A angles of each head, float32 [B, L, H, A].
+    """
+    config, A = self.config, self.sizes.angles
     if not A:
       return jnp.zeros((*dt_BLH.shape, 0))
+
+    # How far each token turns: at most pi dt. Heads differ by dt alone. The
+    # number of angles does not grow with the width, so muP treats them as
+    # logits.
     w_DA = layers.weight(
-        self, 'angle', shape=(c.d_model, A), axes=('embed', None), output=True)
+        self, 'angle', shape=(config.d_model, A), axes=('embed', None),
+        output=True)
     y_BLA = layers.einsum(
-        'BLD,DA->BLA', x_BLD, w=w_DA, dtype=c.compute_dtype)
-    y_BLA = y_BLA.astype(jnp.float32) / c.widening
+        'BLD,DA->BLA', x_BLD, w=w_DA, dtype=config.compute_dtype)
+    y_BLA = y_BLA.astype(jnp.float32) / config.widening
     turn_BLHA = dt_BLH[..., None] * (np.pi * jnp.tanh(y_BLA))[:, :, None]
     if valid_BL is not None:
       turn_BLHA = jnp.where(valid_BL[..., None, None] != 0, turn_BLHA, 0)
-    turns = jnp.concatenate([before_B1HA, turn_BLHA], 1)
-    return layers.count_flops_by_result(_sum_turns, 0)(turns)[:, 1:]
+
+    # The sums up to each token. The first entry is the angle from before.
+    all_turns = jnp.concatenate([before_B1HA, turn_BLHA], 1)
+    return layers.count_flops_by_result(_sum_turns, 0)(all_turns)[:, 1:]
 
   def _project_and_rotate(self, name: str, x_BLD: jax.Array,
                           angle_BLHA: jax.Array, ctx: Context) -> jax.Array:
-    """Returns B (`name` key) or C (query) of each head, float32 [B, L, H, K],
-    with its first features rotated by the angles [B, L, H, A]."""
-    m, A = self.sizes, angle_BLHA.shape[-1]
+    """Returns the keys B or the queries C of each head, RMSNorm(W u) + bias,
+    with their first 2 A features rotated.
+
+    Args:
+      name: 'key' for B, or 'query' for C.
+      x_BLD: the layer's input u, [batch, length, d_model].
+      angle_BLHA: the A angles of each head.
+      ctx: the context of the layer.
+
+    Returns:
+      float32 [B, L, H, K], with K the features of the state.
+    """
+    sizes, A = self.sizes, angle_BLHA.shape[-1]
     norm = features.RMSNorm(self.config, name=f'{name}_norm')
     x_BLJK = self.project(
-        name, x_BLD, axes=self.key_axes, shape=(m.groups, m.state), ctx=ctx)
+        name, x_BLD, axes=self.key_axes, shape=(sizes.groups, sizes.state),
+        ctx=ctx)
     x_BLJK = norm(x_BLJK)
+
+    # The heads of a group share the product, and each has a bias of its own.
     bias_HK = declare(
-        self, f'{name}_bias', nn.initializers.ones, shape=(m.heads, m.state),
-        role=Role(('heads', None)))
-    x_BLHK = jnp.repeat(x_BLJK.astype(jnp.float32), m.heads // m.groups, 2)
+        self, f'{name}_bias', nn.initializers.ones,
+        shape=(sizes.heads, sizes.state), role=Role(('heads', None)))
+    x_BLHK = jnp.repeat(
+        x_BLJK.astype(jnp.float32), sizes.heads // sizes.groups, 2)
     x_BLHK = x_BLHK + bias_HK.astype(jnp.float32)[None, None]
 
-    # Feature i turns with feature A + i.
-    a, b, rest = jnp.split(x_BLHK, (A, 2 * A), -1)
+    # Features i and A + i are a pair, which turns by angle i. The features
+    # after the first 2 A do not turn.
+    first, second, unrotated = jnp.split(x_BLHK, (A, 2 * A), -1)
     cos, sin = jnp.cos(angle_BLHA), jnp.sin(angle_BLHA)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin, unrotated], -1)
 
 
 def _sum_turns(turn_BLHA: jax.Array) -> jax.Array:
@@ -187,16 +230,20 @@ def _sum_turns(turn_BLHA: jax.Array) -> jax.Array:
 
 
 def empty_state(c: ModelConfig, shape: tuple[int, ...]) -> State:
-  """Returns the state of rows without a token; `shape` is [..., B, M], and the
-  state does not depend on M."""
-  m, rows = c.part(Mamba3Config), shape[:-1]
-  last = (*rows, 1, m.heads)  # one place of a row
+  """Returns the state of rows before their first token, all zeros.
+
+  Args:
+    c: the config of the layer.
+    shape: (..., rows, tokens). The state does not grow with the tokens.
+  """
+  sizes, rows = c.part(Mamba3Config), shape[:-1]
+  heads_of_last_token = (*rows, 1, sizes.heads)
   return State(
-      state_BHKU=jnp.zeros((*rows, m.heads, m.state, m.head_dim)),
-      angle_B1HA=jnp.zeros((*last, m.angles)),
-      key_B1HK=jnp.zeros((*last, m.state)),
-      value_B1HU=jnp.zeros((*last, m.head_dim)),
-      step_B1H=jnp.zeros(last))
+      state_BHKU=jnp.zeros((*rows, sizes.heads, sizes.state, sizes.head_dim)),
+      angle_B1HA=jnp.zeros((*heads_of_last_token, sizes.angles)),
+      key_B1HK=jnp.zeros((*heads_of_last_token, sizes.state)),
+      value_B1HU=jnp.zeros((*heads_of_last_token, sizes.head_dim)),
+      step_B1H=jnp.zeros(heads_of_last_token))
 
 
 class Mamba3Mixer(mamba2.Grouped):

@@ -95,34 +95,44 @@ class RWKV7(layer.Layer):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
-    d = self.sizes
+    # The layer returns the output [batch, length, d_model] for the input x_BLD,
+    # the cache after these tokens (None: there is none), and an empty report.
+    # In names, H counts heads, K the features of a key, and U those of a value.
+
+    # The input, mixed with that of the token before by other shares for each
+    # thing that is made of it.
+    sizes = self.sizes
     mixer.check_context_of_recurrence(self.config.mixer, ctx)
     valid_BL = None if cache is None else ctx.valid_BL
-    x, input_B1D = self._mix_with_previous_token(x_BLD, ctx, cache, valid_BL)
+    mixed, input_B1D = self._mix_with_previous_token(
+        x_BLD, ctx, cache, valid_BL)
 
-    # Queries, keys and values.
-    key_shape, value_shape = (d.heads, d.key_dim), (d.heads, d.value_dim)
-    q_BLHK = self.project('query', x['query'], self.key_axes, key_shape, ctx)
-    k_BLHK = self.project('key', x['key'], self.key_axes, key_shape, ctx)
+    # Queries r, keys k and values v.
+    key_shape, value_shape = (
+        (sizes.heads, sizes.key_dim), (sizes.heads, sizes.value_dim))
+    q_BLHK = self.project(
+        'query', mixed['query'], self.key_axes, key_shape, ctx)
+    k_BLHK = self.project('key', mixed['key'], self.key_axes, key_shape, ctx)
     k_BLHK = k_BLHK.astype(jnp.float32)
     v_BLHU = self.project(
-        'value', x['value'], layer.VALUE_AXES, value_shape, ctx)
+        'value', mixed['value'], layer.VALUE_AXES, value_shape, ctx)
     v_BLHU = v_BLHU.astype(jnp.float32)
 
-    # Decays, rates and the gate.
+    # Decays w, whose logarithm is at least -exp(-1/2); rates a; and the gate.
     decay_bias_HK = self._declare_by_feature(
         'decay_bias', decay_bias, key_shape)
     decay_BLHK = decay_bias_HK + self.project_low_rank(
-        'decay', x['decay'], d.key_dim, rank=d.decay_rank, through=jnp.tanh)
+        'decay', mixed['decay'], sizes.key_dim, rank=sizes.decay_rank,
+        through=jnp.tanh)
     log_decay_BLHK = -MOST_LOG_DECAY * jax.nn.sigmoid(decay_BLHK)
     rate_bias_HK = self._declare_by_feature('rate_bias', rate_bias, key_shape)
     rate_BLHK = jax.nn.sigmoid(rate_bias_HK + self.project_low_rank(
-        'rate', x['rate'], d.key_dim, rank=d.rate_rank))
+        'rate', mixed['rate'], sizes.key_dim, rank=sizes.rate_rank))
     gate_BLHU = self.project_low_rank(
-        'gate', x['gate'], d.value_dim, rank=d.gate_rank,
+        'gate', mixed['gate'], sizes.value_dim, rank=sizes.gate_rank,
         through=jax.nn.sigmoid)
 
-    # The key that is removed from the state, and the one that is written.
+    # The key kappa that is removed from the state, and k' that is written.
     removal_HK = self._declare_by_feature(
         'removal_scale', removal_scale, key_shape)[0, 0]
     removed_BLHK = features.normalize_length(
@@ -131,7 +141,10 @@ class RWKV7(layer.Layer):
         'boost_scale', nn.initializers.constant(1.02), key_shape)
     k_BLHK *= 1 + boost_HK * (rate_BLHK - 1)
 
-    # A token removes in its first step, and writes in its second.
+    # A token removes in its first step, and writes in its second: the first has
+    # the value 0, and the second erases nothing. The recurrence decays the
+    # state before the first step, but kappa is to meet it undecayed, so kappa
+    # is divided by the decay.
     keys = _interleave_steps(rate_BLHK * removed_BLHK, k_BLHK)
     values = _interleave_steps(jnp.zeros_like(v_BLHU), v_BLHU)
     erase = _interleave_steps(
@@ -147,7 +160,7 @@ class RWKV7(layer.Layer):
 
     # The norm, the token's own value by its bonus, and the gate.
     norm = functools.partial(
-        group_norm, eps=d.value_dim * self.config.norm_eps)
+        group_norm, eps=sizes.value_dim * self.config.norm_eps)
     scale_HU = self._declare_by_feature(
         'out_norm_scale', nn.initializers.ones, value_shape)
     bias_HU = self._declare_by_feature(
@@ -165,17 +178,34 @@ class RWKV7(layer.Layer):
       self, x_BLD: jax.Array, ctx: Context, cache: Optional[State],
       valid_BL: Optional[jax.Array]
       ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Returns the input, mixed with that of the token before for each of
-    SHIFTED, and the last input."""
+    """Mixes each token's input with that of the token before (token shift), by
+    other shares for each thing that is made of it:
+
+      x_s,l = m_s x_(l-1) + (1 - m_s) x_l       for each s of SHIFTED
+
+    Args:
+      x_BLD: the layer's input, [batch, length, d_model].
+      ctx: the context of the layer.
+      cache: the layer's cache, which has the last input; None: there is none.
+      valid_BL: 0 on padding; None: there is none.
+
+    Returns:
+      {name of SHIFTED: mixed input [B, L, D]}, and the input of the last token
+      that is no padding, [B, 1, D].
+    """
     D, S = x_BLD.shape[2], len(SHIFTED)
     share_SD = declare(self, 'shift_conv', initial_shares_of_shift, (S, D),
                        Role((None, 'embed')))
-    all_BLSD = lambda x: jnp.broadcast_to(
+    repeat_for_each_use = lambda x: jnp.broadcast_to(
         x[:, :, None], (*x.shape[:2], S, D))
+
+    # The mixing is a convolution over two tokens, which knows documents and
+    # caches. Its "heads" are the S uses, all of the same input.
     x_BLSD, last_B1SD = features.convolve(
-        all_BLSD(x_BLD), jnp.stack([share_SD, 1 - share_SD]),
-        before_BWHK=cache and all_BLSD(cache.input_B1D),
+        repeat_for_each_use(x_BLD), jnp.stack([share_SD, 1 - share_SD]),
+        before_BWHK=cache and repeat_for_each_use(cache.input_B1D),
         segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL)
+    # The last inputs are alike for all uses.
     return {name: x_BLSD[:, :, i] for i, name in enumerate(SHIFTED)}, (
         last_B1SD[:, :, 0])
 
@@ -188,8 +218,8 @@ class RWKV7(layer.Layer):
 
 def _interleave_steps(first_BLHK: jax.Array, second_BLHK: jax.Array
                       ) -> jax.Array:
-  """Returns what tokens have in their two steps, [B, L, H, K] each, with a
-  place for each step, [B, L x 2, H, K]."""
+  """Interleaves what tokens have in their two steps, so that the steps follow
+  one another along the row: [B, L, H, K] each -> [B, 2 L, H, K]."""
   B, L, _, K = first_BLHK.shape
   steps = jnp.stack((first_BLHK, second_BLHK), 3)
   return layer.steps_to_places(2, steps.reshape(B, L, -1, K))
@@ -219,8 +249,14 @@ def initial_shares_of_shift(key: jax.Array, shape: tuple[int, ...],
 def _initializer_by_feature(
     value: Callable[[np.ndarray, np.ndarray], np.ndarray]
     ) -> Callable[..., jax.Array]:
-  """Returns an initializer by a number from 0 to 1 for each feature of all
-  heads, and one from -1 to 1 for each feature of a head."""
+  """Returns an initializer of an array [H, K], a number for each feature of
+  each head, that is computed by the feature's place and not drawn.
+
+  Args:
+    value: a function (place_HK, zigzag_K) -> initial values [H, K]. place_HK
+      rises from 0 to 1 over the features of all heads; zigzag_K is x |x| for x
+      that rises from -1 to 1 over the features of one head.
+  """
   def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
     del key
     place_HK = np.linspace(0, 1, int(np.prod(shape))).reshape(shape)
@@ -241,8 +277,9 @@ class Goose(layer.Recurrence):
   """The entry of RWKV-7."""
 
   def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> State:
-    d, rows = c.part(RWKV7Config), shape[:-1]
-    state_BHKU = jnp.zeros((*rows, d.heads, d.key_dim, d.value_dim))
+    # The state does not grow with the number of tokens, the last of `shape`.
+    sizes, rows = c.part(RWKV7Config), shape[:-1]
+    state_BHKU = jnp.zeros((*rows, sizes.heads, sizes.key_dim, sizes.value_dim))
     input_B1D = jnp.zeros((*rows, 1, c.d_model), c.compute_dtype)
     return State(state_BHKU, input_B1D)
 

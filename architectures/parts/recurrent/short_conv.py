@@ -52,18 +52,27 @@ class ShortConv(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
+    # The layer returns the output [batch, length, d_model] for the input x_BLD,
+    # u in the equations; the cache after these tokens; and an empty report.
     mixer.check_context_of_recurrence('short_conv', ctx)
     D, kernel = self.config.d_model, self.config.part(ShortConvConfig).kernel
-    how: dict[str, Any] = dict(with_bias=self.config.part(ShortConvConfig).bias,
-                               deterministic=ctx.deterministic)
-    # B, C and x have a matrix each, of which optimisers take one at a time.
+    options: dict[str, Any] = dict(
+        with_bias=self.config.part(ShortConvConfig).bias,
+        deterministic=ctx.deterministic)
+
+    # The gates B and C and the input x of the convolution, by one product.
+    # Their weights are one array [D, 3, I], and optimisers that work on
+    # matrices take the three one by one: axis 1 is one of batches.
     bcx_BLUI = layers.dense(
         self, 'in', 'BLD,DUI->BLUI', x_BLD, (D, 3, D), ('embed', None, 'mlp'),
-        batch_axes=(1,), **how)
+        batch_axes=(1,), **options)
     bcx_BLUI = sharding.constrain(bcx_BLUI, 'batch', 'length', None, 'mlp')
     b_BLI, c_BLI, x_BLI = (bcx_BLUI[:, :, i] for i in range(3))
+
+    # The convolution of B * x over the last W tokens. A cache has the last
+    # W - 1 of its inputs, those that the next token sees.
     z_BLI, input_BWI = features.declare_and_convolve(
-        self, 'conv', b_BLI * x_BLI, kernel, ('mlp',), how['with_bias'],
+        self, 'conv', b_BLI * x_BLI, kernel, ('mlp',), options['with_bias'],
         before_BWHK=cache and cache.input_BWI,
         segment_ids_BL=ctx.segment_ids_BL,
         valid_BL=None if cache is None else ctx.valid_BL)
@@ -71,7 +80,7 @@ class ShortConv(nn.Module):
       cache = State(input_BWI)
     return layers.dense(
         self, 'out', 'BLI,ID->BLD', c_BLI * z_BLI, (D, D), ('mlp', 'embed'),
-        residual=True, **how), cache, Report()
+        residual=True, **options), cache, Report()
 
 
 class ShortConvMixer(mixer.Mixer):
