@@ -95,8 +95,8 @@ def compile_gradient(module: nn.Module, config: ModelConfig, rows: int,
     **compiler_options: options of XLA's compiler.
 
   Returns:
-    The compiled gradient, and its arguments: the parameters of the layer and an
-    input [rows, length, d_model].
+    The compiled gradient, and its arguments: the parameters of the layer and
+    x_BLD, its random input, [batch = rows, length, d_model].
   """
   x_BLD = jax.random.normal(jax.random.key(0), (rows, length, config.d_model),
                             config.compute_dtype)
@@ -129,10 +129,18 @@ def layer_of_mixer(run_config: ml_collections.ConfigDict) -> Contender:
 
 
 def decoding_with_mixer(run_config: ml_collections.ConfigDict) -> Contender:
-  """Returns the greedy decoding of a row by a model with a mixer, to be timed.
+  """Prepares the greedy decoding of one row by a model, to be timed.
 
   It writes NEW_TOKENS tokens at the end of the row, where a cache of attention
-  is longest.
+  is longest. What the cache holds before them does not change the time, so it
+  is left as it begins.
+
+  Args:
+    run_config: the config of the run, as `config_with_mixer` returns it.
+
+  Returns:
+    A Contender: `run` writes the tokens and waits for them, `repeats` is their
+    number, and `nbytes` is the size of the cache.
   """
   # The model and its cache, as a loop over single tokens reads them.
   config = architectures.resolve(run_config.model)
@@ -144,7 +152,10 @@ def decoding_with_mixer(run_config: ml_collections.ConfigDict) -> Contender:
       params, architectures.init_cache(config, 1, length))
 
   def write_tokens(params: Any, cache: Any) -> tuple[jax.Array, Any]:
-    """Writes the tokens, each the likeliest after the one before it."""
+    """Writes the tokens, each the likeliest after the one before it.
+
+    Shapes: token_B1 and likeliest_B1 are [batch = 1, 1 token].
+    """
     def write_token(carry: Any, position: jax.Array):
       token_B1, cache = carry
       out = module.apply({'params': params}, token_B1,
@@ -158,10 +169,12 @@ def decoding_with_mixer(run_config: ml_collections.ConfigDict) -> Contender:
     carry, _ = jax.lax.scan(write_token, carry, positions)
     return carry
 
+  # The cache is donated: its memory is used again for the new one, as in real
+  # decoding. So each call must be given the cache that the last one returned.
   compiled = jax.jit(write_tokens, donate_argnums=1).lower(
       params, cache).compile()
   nbytes = sum(x.nbytes for x in jax.tree.leaves(cache))
-  cache_holder = [cache]  # each call is given the cache that the last returned
+  cache_holder = [cache]  # a list, as a nested function can replace its item
 
   def write_again() -> None:
     tokens, cache_holder[0] = compiled(params, cache_holder[0])
@@ -191,6 +204,8 @@ def time_section(section: str, dtype: str, mixers: Sequence[str],
   """
   print(f'{section}, {dtype}\n{HEAD_OF_TABLE}', flush=True)
   rows: list[dict[str, Any]] = []
+  # The last row of each mixer: `growth` is the exponent e of time ~ length^e
+  # between two lengths that follow each other.
   row_of_last_length: dict[str, dict] = {}
   for length in lengths:
     contenders = {}

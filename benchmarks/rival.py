@@ -132,6 +132,8 @@ def arguments_of_transformers(batch: dict[str, np.ndarray], causal: bool
       arguments[hf_name] = batch[our_name]
 
   labels = np.where(batch['weights'] > 0, batch['targets'], IGNORED)
+  # Our targets stand at the token that predicts them. A causal class of
+  # transformers shifts labels itself, so they go one place to the right.
   if causal:
     labels = np.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=IGNORED)
 

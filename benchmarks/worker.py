@@ -147,6 +147,7 @@ def main() -> None:
   side = importlib.import_module(f'benchmarks.{sys.argv[1]}')
   try:
     request = json.loads(sys.stdin.readline())
+    # The first step compiles, so that no job is timed with it.
     trainer = side.Trainer(request)
     trainer.step()
 

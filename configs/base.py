@@ -350,6 +350,8 @@ def find_field(name: str) -> DeclaredField | None:
   In model.kinds.KIND a kind of layer has fields of its own, which are declared
   as those of the model are.
   """
+  # The name in a kind of layer is translated to the model's name of that field.
+  # A name that is unknown becomes one that FIELDS does not have.
   match = re.fullmatch(r'model\.kinds\.\w+\.(\w+)(.*)', name)
   if match:
     name_in_kind, name_in_group = match.groups()

@@ -104,6 +104,7 @@ def _update_model(model: ml_collections.ConfigDict, fields: Mapping[str, Any]
                   ) -> None:
   """Sets fields of config.model: groups of fields, and then single fields of a
   group, which have dotted names."""
+  # Groups come first: the single field of a group overrides the group's value.
   undotted = {}
   dotted = {}
   for name, value in fields.items():
@@ -122,7 +123,8 @@ def _set_training(config: ml_collections.ConfigDict, training: dict[str, Any]
   Args:
     config: the config.
     training: the fields of NAMES_OF_TRAINING; figures in tokens become rows and
-      steps.
+      steps. Fields are popped from it as they are used, and those that are left
+      are fields of config.optim.
   """
   # The rows of a batch, of `length` tokens each.
   length = training.pop('length', config.model.max_len)
