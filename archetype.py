@@ -465,13 +465,16 @@ def load(path: str | os.PathLike, *, step: int | str | None = None,
   step_choice: parameters.StepChoice = step
   if isinstance(step, str):
     step_choice = checkpoints.parse_step(step, 'step')
+
+  # The folder of a run is known by its checkpoints.
   path = hub.download_if_on_hub(path)
   folder = storage.checked_path(path)
   if storage.has_checkpoints(folder):
     return _load_run(folder, step_choice, tokenizer)
   require(step is None, f'{path} is no run: it has no step {step}')
 
-  # A folder of Hugging Face, or a file of weights in one.
+  # A folder of Hugging Face, or a file of weights in one. Its tokenizer is
+  # loaded if it has one, and its labels if the model is a classifier.
   module, params = weights.from_hf(path)
   if folder.is_file():
     folder = folder.parent
@@ -503,11 +506,16 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
   Raises:
     RequestError: for a wrong field, value or combination.
   """
+  # A resolved model config names no tokenizer.
   if isinstance(config, ModelConfig):
     module = architectures.build(changed_model(config, fields))
     return Model(module=module, params=_draw_parameters(module, seed))
   if isinstance(config, str):
     config = cli.load_config_file(config)
+
+  # A run's config: the fields are set in a copy of it, and its tokenizer gives
+  # the size of the vocabulary. Fields that the model would not read are
+  # refused.
   cli.check_config(config, 'config')
   config = config.copy_and_resolve_references()
   cli.set_model_fields(config.model, fields)
@@ -521,7 +529,15 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
 
 def _load_run(workdir: Any, step: parameters.StepChoice, tokenizer: str | None
               ) -> Model:
-  """Returns the model of a training run; the arguments are those of `load`."""
+  """Returns the model of a training run, with its tokenizer and its labels.
+
+  Args:
+    workdir: the folder of the run.
+    step: the checkpoint; 'best'; several, for their mean; None: the newest good
+      one.
+    tokenizer: a tokenizer in place of the run's own, written as data.tokenizer
+      is; None: the run's.
+  """
   config = runs.load_run_config(workdir)
   module = architectures.build(runs.load_run_model_config(workdir, config))
   checkpoint = parameters.read_parameters_on_one_device(workdir, module, step)
@@ -543,7 +559,9 @@ def _draw_parameters(module: nn.Module, seed: int) -> Any:
     RequestError: where all memory of a device has no room for them.
   """
   init = jax.jit(module.init)
+  # Parameters depend on no input, so that one token of one row will do.
   inputs = jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)
+
   # Their size is known from their shapes, before anything is allocated. The
   # program that is traced for the shapes is the one that runs afterwards.
   shapes = nn.meta.unbox(init.eval_shape(*inputs)['params'])

@@ -76,6 +76,7 @@ def field(default: Any, doc: str, *, choices: Collection[str] = (),
           ) -> Any:
   """Declares a field of a group of the config, which is a frozen dataclass: its
   default, its documentation, its range, and what a change of it does.
+
   Args:
     default: the value of the field where nothing else is said.
     doc: one sentence, or a noun phrase, for the reference.
@@ -93,7 +94,8 @@ def field(default: Any, doc: str, *, choices: Collection[str] = (),
       least = 0
     if most is None and below is None:
       most = LARGEST_INT
-  # The bounds that are given, each with its sign: >=, >, <= and <.
+  # The bounds that are given, each with its sign. _COMPARISON_OF_SIGN has the
+  # signs in the order of these arguments: >=, >, <= and <.
   bounds = []
   for sign, bound in zip(_COMPARISON_OF_SIGN, (least, above, most, below)):
     if bound is not None:
