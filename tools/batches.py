@@ -45,7 +45,14 @@ def main() -> int:
 
 
 def _write(workdir: Any, folder: pathlib.Path) -> None:
-  """Writes the files of one run.
+  """Writes the batches that a run trained and was evaluated on, as .npz files.
+
+  Each file holds an array [batches, *shape of a batch] for each key of a batch;
+  about.json holds the vocabulary size, the steps and the config.
+
+  Args:
+    workdir: the folder of the run, which is only read.
+    folder: where to write.
 
   Raises:
     RequestError: where the batches of a file differ in shape.
@@ -53,7 +60,8 @@ def _write(workdir: Any, folder: pathlib.Path) -> None:
   config = runs.load_run_config(workdir)
   tokenizer = runs.load_run_tokenizer(workdir, config)
 
-  # The batches of each file.
+  # The batches of each file, by the name of the file. They are iterators: a
+  # file's batches are made only when it is written.
   streams = {}
   train = pipeline.make_training_loader(config, tokenizer)
   steps = config.train.steps
@@ -65,6 +73,7 @@ def _write(workdir: Any, folder: pathlib.Path) -> None:
     count = loader.first(config.eval.batches)
     streams[f'held_out-{i}'] = loader.iterate(0, count)
 
+  # Batches are stacked to one array, which needs equal shapes.
   for name, stream in streams.items():
     batches = list(stream)
     shapes = [{key: x.shape for key, x in batch.items()} for batch in batches]

@@ -189,6 +189,7 @@ def _read_messages(in_terminal: bool) -> Iterator[str]:
 def _print_answer(session: Any, message: str) -> None:
   """Prints the answer to a message as it is written. Ctrl-C ends the answer
   between two tokens, so that the cache of the model holds whole tokens."""
+  # The handler only notes Ctrl-C; the conversation asks for it between tokens.
   interrupts = []
   handler_before = signal.signal(
       signal.SIGINT, lambda *_: interrupts.append(True))

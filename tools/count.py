@@ -64,9 +64,19 @@ def main() -> None:
 
 
 def everything() -> Iterator[dict]:
-  """Yields a row for each size of each system in configs/."""
+  """Counts every published model size in configs/, and yields a row for each.
+
+  Yields:
+    size: 'FILE:SIZE', marked where its figures are rumoured. parameters,
+    active_parameters: those that the publication counts too (active: those that
+    one token uses). published: its own figure, or None. difference: the
+    counted over the published figure, minus 1, or None without one.
+    training_flops_per_token: the FLOPs of both passes for a token.
+  """
   for path in sorted(configs.FOLDER.glob('*.py')):
     module = importlib.import_module(f'configs.{path.stem}')
+    # UNCOUNTED gives, by size, the parameters that our model has and that the
+    # published figure leaves out. They are subtracted for a fair comparison.
     uncounted = getattr(module, 'UNCOUNTED', {})
     for size, fields in getattr(module, 'SIZES', {}).items():
       figures = totals.count_briefly(module.get_config(size))
@@ -75,6 +85,8 @@ def everything() -> Iterator[dict]:
         name += ' (rumoured)'
       left_out = uncounted.get(size, 0)
       counted = figures['parameters'] - left_out
+
+      # Not every publication states its number of parameters.
       published = fields.get('parameters')
       difference = None
       if published:

@@ -39,14 +39,18 @@ _ADDED = re.compile(r'jit|jvp|closed_call|checkpoint|while|body|[A-Z]')
 
 def describe_array(run: runs.Run, name: str, x: Any,
                    axes: Sequence[str | None]) -> dict:
-  """Returns how one array is sharded: its name and shape, the mesh axes of each
-  dimension in words, and its bytes on a device.
+  """Describes how one array is sharded over the devices of a mesh.
 
   Args:
     run: the run, on the mesh.
     name: the name of the array.
-    x: its shape and dtype.
-    axes: its logical axes.
+    x: anything with the array's shape and dtype.
+    axes: the logical axis of each dimension, such as 'embed', which the rules
+      map to mesh axes; None for a dimension that is never sharded.
+
+  Returns:
+    name and shape: those of the array. dimensions: a sentence for each
+    dimension, with its size and mesh axes. bytes_per_device: its share.
   """
   mesh, rules = run.mesh.shape, run.config.mesh.rules
   spec = devices.partition_spec(x.shape, axes, run.mesh, rules)
@@ -57,6 +61,8 @@ def describe_array(run: runs.Run, name: str, x: Any,
     places.append(tuple(entry or ()))
   taken = {name for place in places for name in place}
 
+  # Each dimension in words. Mesh axes of one device shard nothing, so they are
+  # left out.
   dimensions = []
   table = dict(tables.RULES[rules])
   for size, axis, place in zip(x.shape, axes, places):
@@ -67,6 +73,7 @@ def describe_array(run: runs.Run, name: str, x: Any,
       words += f' over {" x ".join(over)}'
     dimensions.append(words + _why_not_sharded(asked_for, place, taken))
 
+  # A mesh axis shards one dimension at most, so the sizes can be multiplied.
   parts = math.prod(mesh[name] for name in taken)
   nbytes = math.prod(x.shape) * x.dtype.itemsize
   return dict(name=name, shape=list(x.shape), dimensions=dimensions,
@@ -102,9 +109,18 @@ def describe_parameters(run: runs.Run) -> list[dict]:
 
 
 def describe_activations(run: runs.Run) -> list[dict]:
-  """Returns how each activation is sharded whose sharding the forward pass
-  constrains, as `describe_array` does; once for all layers that are alike."""
+  """Describes the sharding of each activation that the forward pass constrains.
+
+  Args:
+    run: the run, on the mesh.
+
+  Returns:
+    A dict of `describe_array` for each activation, in the order of the forward
+    pass. Layers that are alike share one.
+  """
   objective = objectives.find_objective(run.config)
+
+  # Only the shapes of a batch are needed, because nothing is computed.
   batch = {}
   for key, (shape, dtype) in objectives.shapes_of_batch(run.config).items():
     batch[key] = jax.ShapeDtypeStruct(shape, dtype)
@@ -115,12 +131,15 @@ def describe_activations(run: runs.Run) -> list[dict]:
         run.module, params, batch, deterministic=False, rngs=rngs)
     return objective.loss(output, batch, run.config)[0]
 
+  # The traced program holds each constraint as an operation of its own.
   with run.context():
     jaxpr = jax.make_jaxpr(loss)(run.abstract_state.params, batch)
+
+  # The description itself is the key, so that equal ones are kept once.
   rows = {}
   for name, x, axes in _find_constraints(jaxpr.jaxpr, ''):
-    one = describe_array(run, name, x, axes)
-    rows[json.dumps(one)] = one
+    description = describe_array(run, name, x, axes)
+    rows[json.dumps(description)] = description
   return list(rows.values())
 
 
@@ -133,6 +152,8 @@ def _find_constraints(jaxpr: Any, above: str
     jaxpr: the traced program, or one inside it.
     above: the stack of names around it.
   """
+  # The model wraps each constraint in a named scope that lists its logical
+  # axes, and the trace keeps that name: SCOPE(batch,None,embed).
   scope = re.compile(rf'{sharding.SCOPE_OF_CONSTRAINT}\(([^()]*)\)')
   for eqn in jaxpr.eqns:
     name = f'{above}/{eqn.source_info.name_stack}'
@@ -143,6 +164,7 @@ def _find_constraints(jaxpr: Any, above: str
         if axis:
           axes.append(None if axis == 'None' else axis)
       yield _path_of_module(scope.sub('', name)), eqn.invars[0].aval, axes
+    # Scans and checkpoints hold programs of their own.
     for inner in jex.jaxprs_in_params(eqn.params):
       yield from _find_constraints(inner, name)
 
@@ -159,23 +181,30 @@ def _path_of_module(stack: str) -> str:
 
 def explain_sharding(config: Any, mesh: dict[str, int]) -> dict:
   """Returns how every parameter and activation of a run is sharded on a mesh,
-  and the collectives that follow.
+  and the collectives (communication of devices) that follow.
 
   Args:
     config: the config of the run, which was checked.
     mesh: the number of devices of each mesh axis.
+
+  Returns:
+    model, mesh, rules: the architecture, the mesh and the name of its table of
+    sharding rules. parameters, activations: a dict of `describe_array` for
+    each. collectives: those of a training step, summed by kind.
   """
   model, _ = runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
   count = math.prod(mesh.values())
-  placed = devices.make_mesh(mesh, jax.devices()[:count])
-  run = runs.build(config, model, placed)
-  one_host = np.zeros(count, int)
-  sent = predict.predict_collectives(run, one_host)
+  device_mesh = devices.make_mesh(mesh, jax.devices()[:count])
+  run = runs.build(config, model, device_mesh)
+  # The host of each device: all are on host 0, so that no bytes are counted as
+  # sent between hosts.
+  host_of_device = np.zeros(count, int)
+  predicted = predict.predict_collectives(run, host_of_device)
   return dict(
       model=model.arch, mesh=dict(mesh), rules=config.mesh.rules,
       parameters=describe_parameters(run),
       activations=describe_activations(run),
-      collectives=collectives.sum_by_kind(sent))
+      collectives=collectives.sum_by_kind(predicted))
 
 
 def format_report(report: dict) -> str:
