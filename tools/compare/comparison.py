@@ -98,14 +98,16 @@ class Comparison:
     seed.
 
     Args:
-      phase: the phase that the runs are of.
-      variant, size: the variant, and its size.
-      measure: the measure.
+      phase: the name of the phase that the runs are of.
+      variant: the name of the variant.
+      size: the name of the size of the model.
+      measure: the measure, which also names the workload of the runs.
     """
     wanted = phase, variant, size, measure.workload
     value_by_seed = {}
     for run in self.outcomes:
       value = run.values.get(measure.name)
+      # A value that is not known or not finite is None or NaN.
       is_wanted = (run.phase, run.variant, run.size, run.workload) == wanted
       if is_wanted and page.known(value):
         value_by_seed[run.seed] = value
@@ -127,16 +129,26 @@ class Comparison:
     """
     rows = self.results.get(phase, ())
     row = first_row_with(rows, variant=variant, measure=measure)
+    # A row of several sizes has the effect over all of them, and one for each
+    # in 'sizes'. With one size, both are the same.
     if not row or size in ('', decide.ALL_SIZES) or len(row['sizes']) == 1:
       return row
     return first_row_with(row['sizes'], size=size)
 
   def verdict_or_stage(self, variant: str) -> str:
     """Returns how far a variant came in a study, in the words of the column of
-    verdicts: the verdict of the last phase that compared it, but for one that
-    only lets it pass to the next phase."""
+    verdicts.
+
+    It is the verdict of the last phase up to the confirmation that compared the
+    variant. A screening that lets it pass gives no verdict on it: it is then
+    not done yet.
+
+    Args:
+      variant: the name of the variant.
+    """
     if variant == self.plan.base:
       return BASE
+    # Phases after the confirmation estimate, and give no verdict.
     names = [phase.name for phase in self.comparing_phases]
     until_confirmation = names[:names.index('confirm') + 1]
     for name in reversed(until_confirmation):
@@ -153,20 +165,27 @@ class Comparison:
     """A row for each measure of each variant in each phase, at each size and
     over all of them: its mean, and its difference from the base.
 
-    The rows of the confirmation come first, and in each phase those that its
-    verdict is on."""
+    The rows of the confirmation come first, since its verdict is the study's.
+    In each phase they are by measure, and for each by size, all sizes together
+    first and then from the largest down.
+    """
+    # False sorts before True, and the order of the others stays.
     verdict_first = sorted(self.comparing_phases,
                            key=lambda phase: phase.name != 'confirm')
     rows = []
     for phase in verdict_first:
+      # A phase that has not run is left out; the confirmation shows what is
+      # missing.
       if phase.name != 'confirm' and phase.name not in self.results:
         continue
       plan = phase.narrow_plan(self.plan)
+      # A phase may have fewer sizes and measures than the study.
       sizes = [*reversed(plan.sizes)]
       if len(sizes) > 1:
         sizes.insert(0, decide.ALL_SIZES)
       for measure in plan.measures:
         for size in sizes:
+          # The verdict of a phase is on its primary measure over all its sizes.
           is_verdict = measure == plan.primary and size == sizes[0]
           for variant in self.variants:
             rows.append(self._estimate(
@@ -176,11 +195,15 @@ class Comparison:
 
   def _estimate(self, phase: str, measure: plans.Measure, size: str,
                 variant: str, is_verdict: bool) -> dict[str, Any]:
-    """Returns one row of `estimates`, with None for what is not known.
+    """Returns one row of `estimates`, a dict of figures by name, with None for
+    what is not known.
 
     Args:
-      phase, measure, size, variant: what the row is of.
-      is_verdict: whether the verdict of the phase is on it.
+      phase: the name of the phase.
+      measure: the measure.
+      size: the name of the size, or decide.ALL_SIZES.
+      variant: the name of the variant.
+      is_verdict: whether the verdict of the phase is on this row.
     """
     values = list(self.values(phase, variant, size, measure).values())
     compared = self.effect(phase, variant, measure.name, size)
@@ -194,22 +217,26 @@ class Comparison:
     if len(values) > 1:
       row['sd'] = float(np.std(values, ddof=1))
 
-    # Its difference from the base over seeds, and over seeds and items.
+    # Its difference from the base over seeds, and with the prefix both_ over
+    # seeds and items (documents or questions).
     for figure in _FIGURES_OF_COMPARISON:
       row[figure] = compared.get(figure)
     over_seeds_and_items = compared.get('both') or {}
     for figure in ('effect', 'low', 'high', 'p'):
       row[f'both_{figure}'] = over_seeds_and_items.get(figure)
+    # In the confirmation, a variant that was stopped earlier shows where.
     row['verdict'] = None
     if is_verdict and phase == 'confirm':
       row['verdict'] = self.verdict_or_stage(variant)
     elif is_verdict:
       row['verdict'] = compared.get('verdict')
 
-    # How the difference changes with the size, and what it is worth.
-    trend = compared.get('trend') or {}
+    # How the difference changes with the size, and which factor of compute or
+    # time it saves. Speed-ups are kept in the row over all sizes, whichever
+    # size this row is of.
+    trend_over_sizes = compared.get('trend') or {}
     for figure in ('effect', 'low', 'high'):
-      row[f'trend_{figure}'] = trend.get(figure)
+      row[f'trend_{figure}'] = trend_over_sizes.get(figure)
     speed_ups = self.effect(phase, variant, measure.name).get('speed_ups', ())
     for by in efficiency.WAYS_TO_COUNT_SPENDING:
       speed_up = first_row_with(speed_ups, size=size, by=by)
@@ -229,11 +256,12 @@ def load_comparison(workdir, rows: str = '') -> Comparison:
 
   Args:
     workdir: the folder of a sweep or a study.
-    rows: a CSV of further variants of a sweep
+    rows: the path of a CSV of further variants of a sweep, trained elsewhere
       (curves.add_variants_of_csv); '': none.
 
   Raises:
-    RequestError: where no sweep or study was run there, or a file is damaged.
+    RequestError: where no sweep or study was run there, a file is damaged, or
+      `rows` is given for a study.
   """
   if not layout.is_study(workdir):
     return _comparison_of_sweep(workdir, rows)
@@ -257,20 +285,25 @@ def format_changes(changes: Mapping[str, Any]) -> str:
 
 def changes_from_base(frozen: plans.FrozenPlan, row: Mapping[str, Any]
                       ) -> dict[str, Any]:
-  """Returns the fields of the config that a variant changes in the base of the
-  same size and workload.
+  """Returns the fields of the config in which a variant differs from the base
+  of the same size and workload.
 
   Args:
     frozen: the plan of the study.
     row: a row of the variant, with 'size', 'workload' and 'changes'.
+
+  Returns:
+    The value of the variant by the dotted name of the field.
   """
+  # The changes of both are from the config of the study, so those that they
+  # share say nothing of the variant.
   base_point = frozen.point(frozen.plan.base, row['size'], row['workload'])
   base_changes = base_point['changes']
-  changes = {}
+  differing = {}
   for field, value in row['changes'].items():
     if field not in base_changes or base_changes[field] != value:
-      changes[field] = value
-  return changes
+      differing[field] = value
+  return differing
 
 
 # A study.
@@ -279,17 +312,23 @@ def changes_from_base(frozen: plans.FrozenPlan, row: Mapping[str, Any]
 def _comparison_of_study(workdir) -> Comparison:
   """Returns the comparison of what study.json planned and results.json has.
 
+  Args:
+    workdir: the folder of the study.
+
   Raises:
     RequestError: where both are of different plans.
   """
   frozen = plans.load_frozen_plan(workdir)
   results = results_lib.load(workdir)
   study = results['study']
+  # The plan may have been amended since. A study that has no results yet can be
+  # shown, too.
   require(not study or study['hash'] == frozen.hash,
           f'{workdir}/{results_lib.FILE} is of another plan than study.json, '
           'whose study has to be run before it is reported')
 
-  # The runs that have curves, and those that are left out.
+  # The runs that are left out, since they diverged; and of the others the
+  # curves of those that the page draws, which are of the confirmation on text.
   outcomes = [plans.outcome_from_json(row) for row in results['outcomes']]
   curves_of_runs, excluded = {}, []
   for run in outcomes:
@@ -315,7 +354,12 @@ def _comparison_of_study(workdir) -> Comparison:
 
 
 def _study_warnings(plan: plans.Plan, results: Mapping[str, Any]) -> list[str]:
-  """Returns what a reader of a study must know before its figures."""
+  """Returns sentences that a reader of a study must know before its figures.
+
+  Args:
+    plan: the plan of the study.
+    results: what its results.json holds.
+  """
   warnings = []
   confirmed = results.get('confirm', ())
 
@@ -357,15 +401,17 @@ def _study_warnings(plan: plans.Plan, results: Mapping[str, Any]) -> list[str]:
 def _shown_over_seeds_alone(plan: plans.Plan,
                             rows: Sequence[Mapping[str, Any]]) -> list[str]:
   """Returns 'VARIANT in MEASURE' of each difference that a confirmation shows
-  over seeds, and that is not shown over seeds and items together.
+  over seeds, and that is not shown over seeds and items (documents or
+  questions) together.
 
   Args:
     plan: the plan of the study.
-    rows: the rows of the confirmation.
+    rows: the rows of the confirmation, as decide.Verdict has them.
   """
   names = []
   for row in rows:
     is_shown = row['verdict'] in (decide.BETTER, decide.WORSE)
+    # Most measures have no scores of items.
     over_seeds_and_items = row.get('both')
     if not is_shown or not over_seeds_and_items:
       continue
@@ -376,18 +422,19 @@ def _shown_over_seeds_alone(plan: plans.Plan,
 
 def doubt_normal_noise(plan: plans.Plan, rows: Sequence[Mapping[str, Any]]
                        ) -> list[str]:
-  """Returns warnings where the noise of a confirmation does not look normal, as
-  Student's test takes it to be, and where a permutation test of the trimmed
-  mean, which is robust, does not agree with Student's.
+  """Returns warnings where Student's test may mislead: where the noise of a
+  confirmation does not look normal, and where a permutation test of the trimmed
+  mean, which is robust, does not agree with it.
 
   Args:
     plan: the plan of the study.
-    rows: the rows of the confirmation.
+    rows: the rows of the confirmation, as decide.Verdict has them.
   """
   primary_rows = [row for row in rows if row['measure'] == plan.primary.name]
   warnings = []
 
-  # The test of normality is one of all variants together, so any row has it.
+  # The test of normality is one of all variants together, so any row has its p.
+  # Where none has, the noise is taken to be normal.
   p_of_shape = 1.0
   for row in primary_rows:
     if page.known(row.get('p_shape')):
@@ -399,7 +446,8 @@ def doubt_normal_noise(plan: plans.Plan, rows: Sequence[Mapping[str, Any]]
         'of normal noise): p and intervals are the more cautious of Student\'s '
         'and of those by the differences of all variants together.')
 
-  # The robust test is of each variant.
+  # The robust test is of each variant. Both p-values are uncorrected, so they
+  # are compared with the same alpha.
   disagreeing = []
   for row in primary_rows:
     p, p_robust = row['p'], row.get('p_robust')
@@ -423,13 +471,15 @@ def _comparison_of_sweep(workdir, rows: str) -> Comparison:
 
   Args:
     workdir: the folder of the sweep.
-    rows: a CSV of further variants; '': none.
+    rows: the path of a CSV of further variants; '': none.
   """
   sweep = curves.load_sweep(workdir)
   if rows:
     sweep = curves.add_variants_of_csv(sweep, rows)
 
-  # The results that a study would have in its files.
+  # The results that a study would have in its files. Through JSON they get the
+  # form that they would have when read from there; NOTHING has what a sweep
+  # lacks.
   outcomes = _sweep_outcomes(sweep)
   plan = _sweep_plan(sweep, outcomes)
   records = {'confirm': decide.judge_sweep(plan, outcomes),
@@ -438,15 +488,18 @@ def _comparison_of_sweep(workdir, rows: str) -> Comparison:
                             'versions': {}}}
   results = results_lib.NOTHING | plans.to_json(records)
 
-  # The points, and the runs that have curves or are left out.
-  finished = {(run.variant, run.seed) for run in outcomes if not run.diverged}
+  # The runs that have curves, and those that are left out. A run may be both:
+  # it has a loss, but fails an evaluation that it owes.
+  not_diverged = {
+      (run.variant, run.seed) for run in outcomes if not run.diverged}
   curves_of_runs, excluded = {}, []
   for point in sweep.points:
     for seed, run in point.runs.items():
-      if (point.name, seed) in finished:
+      if (point.name, seed) in not_diverged:
         curves_of_runs[point.name, '', seed] = _curves_by_figure(point, seed)
       if run.diverged or not run.has_all_results:
         excluded.append(_excluded_row(point, run))
+  # A plan of the form of a study's, whose points are those of the sweep.
   frozen = plans.FrozenPlan(
       plan=plan, base_config=sweep.base_tree,
       points=[_frozen_row(point) for point in sweep.points], sources={},
@@ -477,8 +530,14 @@ def _frozen_row(point: curves.Point) -> dict[str, Any]:
 def _sweep_plan(sweep: curves.Sweep, outcomes: Sequence[plans.Outcome]
                 ) -> plans.Plan:
   """Returns a sweep as the plan of a study with one phase, the confirmation,
-  whose measures are the figures that its runs have."""
-  # The loss comes first, whatever the runs have.
+  whose measures are the figures that its runs have.
+
+  Args:
+    sweep: the sweep.
+    outcomes: the outcomes of its runs.
+  """
+  # The first measure is the primary one. It is the loss, whatever figures the
+  # runs have.
   figures = ['loss']
   for run in outcomes:
     figures += run.values
@@ -489,6 +548,7 @@ def _sweep_plan(sweep: curves.Sweep, outcomes: Sequence[plans.Outcome]
         chance=math.nan))
   variants = tuple(point.name for point in sweep.points
                    if point is not sweep.base)
+  # A sweep has one size, whose name is '', and asks for no least effect.
   return plans.Plan(
       name=sweep.name,
       question='',
@@ -530,8 +590,16 @@ def _excluded_row(point: curves.Point, run: curves.Run) -> dict[str, Any]:
 
 def _sweep_outcomes(sweep: curves.Sweep) -> list[plans.Outcome]:
   """Returns the outcome of each run of a sweep that has a figure, and of each
-  that diverged, which has NaN in place of every figure that another one has."""
-  # The figures of the runs that did not diverge.
+  that diverged.
+
+  A run that diverged has NaN in place of every figure that another run has, so
+  that it counts as one that was tried.
+
+  Args:
+    sweep: the sweep.
+  """
+  # The figures of the runs that did not diverge, and NaN under the name of each
+  # figure that any of them has.
   values_of_run, nan_by_name = {}, {}
   for point in sweep.points:
     for seed, run in point.runs.items():
@@ -540,6 +608,8 @@ def _sweep_outcomes(sweep: curves.Sweep) -> list[plans.Outcome]:
         values_of_run[point.name, seed] = values
         nan_by_name |= dict.fromkeys(values, math.nan)
 
+  # A second pass, since the names of all figures are known only now. A run
+  # without any figure is left out: it has not ended.
   outcomes = []
   for point in sweep.points:
     for seed, run in point.runs.items():
@@ -556,14 +626,16 @@ def _outcome(point: curves.Point, run: curves.Run, values: dict[str, float]
   """Returns the outcome of a run of a sweep, as a run of a confirmation.
 
   Args:
-    point: the point that the run is of.
+    point: the point of the sweep (a variant of the config) that the run is of.
     run: the run.
     values: its figures by name.
   """
-  # The compute and the time up to its last step.
+  # The compute and the time up to its last step, which end the curve of
+  # training; NaN where there is none.
   spent = {'flops': math.nan, 'seconds': math.nan}
   for name, column in point.curve(run.seed, 'train').items():
     spent[name] = column[-1]
+  # Scores of items are kept for the figures that are compared.
   scores_of_items = {}
   for name in run.items:
     if name in values:
@@ -587,9 +659,12 @@ def _outcome(point: curves.Point, run: curves.Run, values: dict[str, float]
 def _final_values(run: curves.Run) -> dict[str, float]:
   """Returns the figures of a run after its last step, by name.
 
-  They are its held-out loss, fractions that tasks found, as TASK/FIGURE, and
-  the last figures of its routers. Counts, groups of figures and curves are left
-  out, and so is what is not finite.
+  They are its held-out loss as 'loss', fractions that evaluation tasks found as
+  TASK/FIGURE, and the last figures of the routers of its experts. Counts,
+  groups of figures and curves are left out, and so is what is not finite.
+
+  Args:
+    run: the run.
   """
   values = {}
   if run.final_loss is not None:
@@ -602,10 +677,15 @@ def _final_values(run: curves.Run) -> dict[str, float]:
 
 def _task_values(run: curves.Run) -> dict[str, float]:
   """Returns the fractions that evaluation tasks found, while a run trained and
-  after it, by TASK/FIGURE."""
+  after it, by TASK/FIGURE.
+
+  Args:
+    run: the run.
+  """
   values = {}
 
-  # The tasks of eval.tasks, by the names in metrics.jsonl.
+  # The tasks of eval.tasks, which are evaluated while it trains, by the names
+  # in metrics.jsonl. A fraction is a float; a count is an int.
   held_out = run.held_out
   if held_out:
     tasks = evals.parse_task_names(run.config['eval.tasks'])
@@ -614,7 +694,8 @@ def _task_values(run: curves.Run) -> dict[str, float]:
       if type(value) is float and is_of_task:
         values[name] = value
 
-  # The tasks that it owed, of eval.json.
+  # The tasks that were evaluated after training, from eval.json; they win over
+  # figures of the same name.
   for task, figures in run.evaluations.items():
     if not isinstance(figures, Mapping):
       continue
@@ -626,7 +707,15 @@ def _task_values(run: curves.Run) -> dict[str, float]:
 
 def _router_values(run: curves.Run) -> dict[str, float]:
   """Returns the last figures that a run reported of the routers of its experts,
-  each a mean over layers, by their names to a reader; {} where it has none."""
+  each a mean over layers.
+
+  Args:
+    run: the run.
+
+  Returns:
+    The figures by their names to a reader; {} where the model has no experts.
+  """
+  # The last row of training that has any of them is the one.
   for row in reversed(run.rows):
     if row['split'] != 'train' or row.keys().isdisjoint(curves.FIGURES):
       continue
@@ -640,13 +729,16 @@ def _router_values(run: curves.Run) -> dict[str, float]:
 
 def _is_figure_of_task(task: str, name: str) -> bool:
   """Returns whether a figure of metrics.jsonl is an evaluation task's own
-  result, TASK/FIGURE or TASK/PART/FIGURE, and not one of a group of further
-  figures, whose names are joined by a slash, too.
+  result.
+
+  A result is named TASK/FIGURE or TASK/PART/FIGURE. A group of further figures,
+  such as counts, is named TASK/GROUP/FIGURE and is none.
 
   Args:
     task: the task, as eval.tasks names it.
     name: the name of the figure.
   """
+  # TASK/FIGURE: what stands before the last slash is the task.
   if name.rpartition('/')[0] == task:
     return True
   definition = evals.TASKS.get(task.partition(':')[0])
@@ -655,14 +747,25 @@ def _is_figure_of_task(task: str, name: str) -> bool:
     return False
   if not name.startswith(f'{task}/'):
     return False
+  # TASK/PART/FIGURE looks like TASK/GROUP/FIGURE; the task lists the names of
+  # its groups.
   part_or_group = name.removeprefix(f'{task}/').partition('/')[0]
   return part_or_group not in definition.other_groups
 
 
 def _tuned_learning_rates(sweep: curves.Sweep) -> list[dict[str, Any]]:
   """Returns the best learning rate of each group of points that differ in the
-  rate alone, as rows of plans.Tuned."""
-  # The points of each group by their rate; a group is what else they change.
+  rate alone.
+
+  Args:
+    sweep: the sweep.
+
+  Returns:
+    Rows of the form of plans.Tuned, for groups in which two rates or more have
+    a loss.
+  """
+  # The points of each group by their rate. A group is named by what else its
+  # points change; a point that sets no rate has that of the base.
   points_of_group: dict[str, dict[float, curves.Point]] = {}
   for point in sweep.points:
     other_changes = dict(point.changes)
@@ -681,13 +784,18 @@ def _tuned_learning_rates(sweep: curves.Sweep) -> list[dict[str, Any]]:
 
 def _tuned_row(group: str, point_by_rate: Mapping[float, curves.Point]
                ) -> dict[str, Any] | None:
-  """Returns the best learning rate of a group of points, as a row of
-  plans.Tuned; None where fewer than two rates have a loss.
+  """Returns the best learning rate of a group of points that differ in the rate
+  alone, as a row of plans.Tuned.
 
   Args:
     group: the name of the group.
     point_by_rate: its points by their learning rate.
+
+  Returns:
+    The row, whose 'at_edge' names the rate if the best one is the least or the
+    largest; None where fewer than two rates have a loss.
   """
+  # One trial for each rate that has a loss.
   trials = []
   for rate in sorted(point_by_rate):
     if point_by_rate[rate].final_losses:
@@ -695,9 +803,12 @@ def _tuned_row(group: str, point_by_rate: Mapping[float, curves.Point]
   if len(trials) < 2:
     return None
 
-  # The best rate is one at which no run diverged, if there is any.
+  # The best rate is one at which no run diverged, if there is any: False sorts
+  # before True.
   best = min(trials, key=lambda trial: (trial['diverged'], trial['value']))
   fields_at_edge = []
+  # Where the best rate is the least or the largest of the sweep, a better one
+  # may lie beyond.
   edges = (min(point_by_rate), max(point_by_rate))
   if best['changes'][LEARNING_RATE_FIELD] in edges:
     fields_at_edge.append(LEARNING_RATE_FIELD)
@@ -722,7 +833,11 @@ def _trial_row(rate: float, point: curves.Point) -> dict[str, Any]:
 
 def _describe_sweep(sweep: curves.Sweep) -> str:
   """Returns a sentence that says what a sweep compares, and how much of it is
-  done."""
+  done.
+
+  Args:
+    sweep: the sweep.
+  """
   matching = 'sizes are not matched'
   if sweep.match:
     matching = f'{sweep.match} matched to the base\'s within 1 %'
@@ -737,7 +852,11 @@ def _describe_sweep(sweep: curves.Sweep) -> str:
 
 
 def _sweep_warnings(sweep: curves.Sweep) -> list[str]:
-  """Returns what a reader of a sweep must know before its figures."""
+  """Returns sentences that a reader of a sweep must know before its figures.
+
+  Args:
+    sweep: the sweep.
+  """
   warnings = []
 
   # Runs that are not there.
@@ -751,7 +870,8 @@ def _sweep_warnings(sweep: curves.Sweep) -> list[str]:
     warnings.append(f'The base {sweep.base.name} has no finished run with a '
                     'held-out loss: no loss can be compared with it.')
 
-  # Points that cost more or less than the base.
+  # Points that cost more or less than the base. The cost that the sweep matches
+  # was checked when it began.
   for cost, name_of_cost in _NAME_OF_COST.items():
     if cost == sweep.match:
       continue

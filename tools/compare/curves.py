@@ -62,11 +62,14 @@ class Run:
 
   @property
   def held_out(self) -> dict[str, Any]:
-    """The figures of what is held out after the last step, by name; None: not
-    finite.
+    """The figures of what is held out after the last step, by name; None stands
+    for one that is not finite.
 
-    A run has them once it is trained, whatever it still owes or fails at.
+    A run has them once it is trained, whatever evaluation it still owes or
+    fails at.
     """
+    # Several rows may be of the last step, as where evaluation was resumed; the
+    # later ones win. Their step and split are no figures.
     figures = {}
     for row in self.rows:
       is_last = row['step'] == self.config.get('train.steps')
@@ -157,6 +160,8 @@ class Point:
       Where one is not known or not finite, it is NaN.
     """
     run = self.runs[seed]
+    # The loss has one name in the rows of both splits, 'train' and 'eval'. The
+    # figures of routers are reported while training, by their own names.
     split, name = figure, 'loss'
     if figure.startswith('health/'):
       split, name = 'train', figure
@@ -169,15 +174,19 @@ def curve_from_rows(
     rows: Sequence[Mapping[str, Any]], split: str, name: str,
     config: Mapping[str, Any], tokens: int, flops_per_token: float
     ) -> dict[str, list]:
-  """Returns how a figure of a run changes over its steps, as Point.curve does.
+  """Returns how a figure of a run, such as its loss, changes over its steps.
 
   Args:
     rows: the lines of its metrics.jsonl.
-    split: the split of the rows that have the figure.
+    split: the split of the rows that have the figure, 'train' or 'eval'.
     name: the figure's name there.
     config: the config of the run, by dotted name.
     tokens: the number of tokens of the whole run.
     flops_per_token: the FLOPs of training on one token.
+
+  Returns:
+    Lists of one length, by name, as Point.curve returns them; {} where the run
+    does not have the figure.
   """
   rows_with_figure = [
       row for row in rows if row['split'] == split and name in row]
@@ -185,31 +194,35 @@ def curve_from_rows(
     return {}
   steps = np.array([row['step'] for row in rows_with_figure], float)
 
-  # The figure; those of layers are lists, of which it is the mean.
-  figure = []
+  # A figure of the layers is a list with a value for each, of which the mean is
+  # taken. None, which stands for what is not finite, becomes NaN.
+  values = []
   for row in rows_with_figure:
     value_of_layers = np.asarray(row[name], float)
-    figure.append(float(np.mean(value_of_layers)))
+    values.append(float(np.mean(value_of_layers)))
 
-  # The tokens so far, by the rows of the batches so far, which may grow.
+  # Tokens are not in proportion to steps where the batch grows while training.
+  # They are in proportion to the rows of the batches so far.
   batch_ramp = pipeline.parse_ramp(config['data.batch_ramp'],
                                    config['data.batch_size'])
   rows_of_run = batch_ramp.rows_before(config['train.steps'])
   tokens_so_far = tokens * batch_ramp.rows_before(steps) / rows_of_run
   flops = tokens_so_far * flops_per_token
+  # Before the learning rate has reached its height, a loss is no part of a
+  # power law.
   is_warm = steps >= config['optim.warmup_steps']
   return {
       'step': steps.tolist(),
       'tokens': tokens_so_far.tolist(),
       'flops': flops.tolist(),
       'seconds': _training_seconds(rows, steps).tolist(),
-      'loss': figure,
+      'loss': values,
       'warm': is_warm.tolist()}
 
 
 def ends_cooled_down(config: Mapping[str, Any]) -> bool:
-  """Returns whether a run ends at a learning rate that fell to the end of its
-  schedule, to a half or less.
+  """Returns whether a run ends at a learning rate that fell to a half or less
+  by the end of its schedule.
 
   In the middle of a decay, and without one, a loss is not the best that its
   FLOPs buy.
@@ -227,8 +240,12 @@ def mean_curve(curves: Sequence[Mapping[str, list]]) -> dict[str, np.ndarray]:
   have.
 
   Args:
-    curves: the curves, as Point.curve returns them.
+    curves: the curves, as Point.curve returns them; one or more.
+
+  Returns:
+    Arrays over the shared steps: each of AXES, and 'loss'.
   """
+  # Runs may have evaluated at other steps, as one that ended early.
   shared_steps = functools.reduce(
       np.intersect1d, [curve['step'] for curve in curves])
   means = {}
@@ -289,8 +306,11 @@ class Sweep:
 
 
 def load_sweep(workdir) -> Sweep:
-  """Returns the points and runs of a sweep's folder, and prints a warning for
-  each run of another config.
+  """Returns the points and runs of a sweep, and prints a warning for each run
+  of another config than the sweep says.
+
+  Args:
+    workdir: the folder of the sweep.
 
   Raises:
     ValueError: where no sweep was run.
@@ -304,16 +324,17 @@ def load_sweep(workdir) -> Sweep:
 
 
 def add_variants_of_csv(sweep: Sweep, file: str) -> Sweep:
-  """Returns a sweep with a point for each variant of a CSV, which was trained
-  elsewhere on the batches of the same seeds; its costs are not known.
+  """Returns a sweep with further variants from a CSV, which were trained
+  elsewhere on the batches of the same seeds; their costs are not known.
 
   Args:
     sweep: the sweep that was read.
-    file: the CSV with the columns variant, seed and loss, held out; and step,
-      where a run has several rows.
+    file: the path of the CSV with the columns variant, seed and loss, held out;
+      and step, where a run has several rows.
 
   Raises:
-    RequestError: for a row that is none, or a name that the sweep has.
+    RequestError: for a row that is none, or a variant whose name a point of the
+      sweep has.
   """
   variants = _read_csv_of_losses(file, sweep.base_config['train.steps'])
   names_of_sweep = {point.name for point in sweep.points}
@@ -321,6 +342,8 @@ def add_variants_of_csv(sweep: Sweep, file: str) -> Sweep:
   require(not names_of_both, f'{file}: the sweep has a variant of the name '
           f'{min(names_of_both, default="")!r}, too: call it otherwise')
 
+  # Each variant becomes a point. What the CSV does not tell is that of the base
+  # (config, tokens) or NaN (costs).
   points = list(sweep.points)
   for name, rows_by_seed in variants.items():
     runs = {}
@@ -343,11 +366,15 @@ def add_variants_of_csv(sweep: Sweep, file: str) -> Sweep:
 
 def _read_csv_of_losses(file: str, last_step: int
                         ) -> dict[str, dict[int, list[dict[str, Any]]]]:
-  """Returns the rows of a CSV as those of metrics.jsonl, by variant and seed.
+  """Returns the rows of a CSV of losses in the form of metrics.jsonl.
 
   Args:
-    file: the CSV.
-    last_step: the step of a row that names none.
+    file: the path of the CSV, with the columns variant, seed and loss, and
+      perhaps step.
+    last_step: the step of a row that names none: its loss is a final one.
+
+  Returns:
+    By the name of the variant, by seed, the rows.
 
   Raises:
     RequestError: for a row without variant, seed or loss.
@@ -356,6 +383,8 @@ def _read_csv_of_losses(file: str, last_step: int
   with open(file, newline='') as text:
     table = csv.DictReader(text)
     for row in table:
+      # A column that is missing, or a cell that is no number, is told with its
+      # line.
       try:
         variant, seed = row['variant'], int(row['seed'])
         loss: float | None = float(row['loss'])
@@ -363,8 +392,10 @@ def _read_csv_of_losses(file: str, last_step: int
       except (KeyError, TypeError, ValueError) as error:
         raise RequestError(f'{file}, line {table.line_num}, has no variant, '
                            f'seed or loss: {error}') from error
+      # metrics.jsonl has None for what is not finite; a run with it diverged.
       if not math.isfinite(loss):
         loss = None
+      # A run has several rows where the CSV has its losses at several steps.
       rows_by_seed = variants.setdefault(variant, {})
       rows = rows_by_seed.setdefault(seed, [])
       rows.append({'split': 'eval', 'step': step, 'loss': loss})
@@ -373,15 +404,18 @@ def _read_csv_of_losses(file: str, last_step: int
 
 def read_sweep(workdir, description: Mapping[str, Any],
                ledger_runs: Sequence[layout.Run]) -> Sweep:
-  """Returns the points and runs of a sweep's folder.
+  """Returns the points (variants of the config) and runs of a sweep's folder.
 
   Args:
     workdir: the folder.
     description: what sweep.json holds.
-    ledger_runs: the runs of the ledger, with their states.
+    ledger_runs: the runs of the ledger, the database of their states.
   """
+  # The config of the base by dotted name, as changes are; and the states of
+  # runs, which only the ledger has.
   base_config = run_config.flatten(description['base_config'])
   ledger_run_of = {(run.point, run.seed): run for run in ledger_runs}
+  # A point for each in sweep.json, also where none of its runs began.
   points = {}
   for row in description['points']:
     points[row['name']] = _read_point(
@@ -402,18 +436,20 @@ def read_sweep(workdir, description: Mapping[str, Any],
 def _read_point(workdir, description: Mapping[str, Any], row: Mapping[str, Any],
                 base_config: Mapping[str, Any],
                 ledger_run_of: Mapping[tuple[str, int], layout.Run]) -> Point:
-  """Returns a point of a sweep with its runs.
+  """Returns a point of a sweep (a variant of the config) with its runs over
+  seeds.
 
   Args:
     workdir: the folder of the sweep.
     description: what sweep.json holds.
-    row: its row of the point.
+    row: the row of the point there.
     base_config: the config of the base, by dotted name.
     ledger_run_of: the runs of the ledger by point and seed.
   """
   name = row['name']
   runs = {}
   for seed in row['seeds']:
+    # The ledger may be behind sweep.json, to which the seed was added.
     state, error = 'not run', ''
     if (name, seed) in ledger_run_of:
       ledger_run = ledger_run_of[name, seed]
@@ -422,7 +458,8 @@ def _read_point(workdir, description: Mapping[str, Any], row: Mapping[str, Any],
         workdir=workdir, description=description, point=name, seed=seed,
         state=state, error=error)
 
-  # The base need not have the kinds of layer that a point has.
+  # Values that are those of the base are no changes. The base may lack a field,
+  # since it need not have the kinds of layer that a point has.
   changes = {}
   for field, value in row['changes'].items():
     if field not in base_config or value != base_config[field]:
@@ -445,15 +482,20 @@ def _read_run(workdir, description: Mapping[str, Any], point: str, seed: int,
   Args:
     workdir: the folder of the sweep.
     description: what sweep.json holds.
-    point, seed: the run.
-    state, error: its state in the ledger, and why it failed.
+    point: the name of the point (a variant of the config) that the run is of.
+    seed: its seed.
+    state: its state in the ledger.
+    error: why it failed; '': it did not.
   """
+  # Any of the files may be missing, as before the run has begun.
   folder = layout.run_folder(workdir, point, seed)
   config, differing_fields, rows = {}, (), ()
   is_started = (folder / 'config.json').exists()
   if is_started:
     config = run_config.flatten(run_config.load_config(folder))
   scores_of_items = items.read_records(folder)
+  # The loss of each document makes up the held-out loss, so documents are the
+  # items of the measure 'loss'.
   if 'documents/loss' in scores_of_items:
     scores_of_items['loss'] = scores_of_items['documents/loss']
   metrics_file = folder / 'metrics.jsonl'
@@ -478,17 +520,18 @@ def _training_seconds(rows: Sequence[Mapping[str, Any]], steps: np.ndarray
 
   Args:
     rows: the lines of the run's metrics.jsonl.
-    steps: the steps.
+    steps: [points], the steps.
 
   Returns:
-    The seconds; NaN where the rows do not report the time of a step.
+    [points], the seconds; NaN where the rows do not report the time of a step.
   """
   train_rows = [row for row in rows if row['split'] == 'train']
   has_times = all(row.get('step_seconds') is not None for row in train_rows)
   if not train_rows or not has_times:
     return np.full(len(steps), np.nan)
 
-  # The steps of a row times the seconds of each, as a running sum.
+  # A row reports the mean time of the steps since the row before it. The number
+  # of these steps times their time is summed from 0 on.
   last_steps = np.array([row['step'] for row in train_rows], float)
   seconds_a_step = [row['step_seconds'] / row.get('runs_at_once', 1)
                     for row in train_rows]

@@ -181,11 +181,12 @@ class PValues(NamedTuple):
 
 def screen_variants(plan: Plan, outcomes: Outcomes, phase='screen'
                     ) -> list[Verdict]:
-  """Returns which variants pass a screening, a paired t-test of the primary
-  measure at the smallest size, corrected by Benjamini-Hochberg (1995).
+  """Decides which variants pass a screening: a paired t-test of the primary
+  measure at the smallest size, corrected for many tests by the false discovery
+  rate (Benjamini and Hochberg 1995).
 
-  Where the plan names a margin, a variant that is no worse than by it passes,
-  too. One of which too many runs diverged does not pass.
+  Where the plan names a margin, a variant that is no worse than the base by the
+  margin passes, too. A variant of which too many runs diverged does not pass.
 
   Args:
     plan: the plan of the study.
@@ -193,18 +194,22 @@ def screen_variants(plan: Plan, outcomes: Outcomes, phase='screen'
     phase: the name of the phase that screens.
 
   Returns:
-    The row of each variant that was run.
+    The row of each variant that was run, with the verdict PASSED, STOPPED or
+    STOPPED_UNSTABLE.
   """
   variants = _variants_that_ran(plan, outcomes, phase)
   tests = [(variant, plan.primary) for variant in variants]
-  rows = _test_family(
+  # The tests of all variants are one family. Sizes are in rising order, so the
+  # slice is the smallest one.
+  tested = _test_family(
       plan=plan, outcomes=outcomes, phase=phase, variants_and_measures=tests,
       sizes=plan.sizes[:1], method='bh')
 
-  # The verdict of a screening is whether the variant goes on.
+  # The verdict of a screening is whether the variant goes on. Divergence counts
+  # first: a good mean of the runs that survived does not make up for it.
   base_share = _diverged_share_of_base(plan, outcomes, plan.primary)
   screened = []
-  for row in rows:
+  for row in tested:
     if _has_too_many_diverged(plan, row, base_share):
       verdict = STOPPED_UNSTABLE
     elif _is_any_significant(plan.q, row.p_corrected, row.p_not_worse):
@@ -217,8 +222,9 @@ def screen_variants(plan: Plan, outcomes: Outcomes, phase='screen'
 
 def confirm_variants(plan: Plan, outcomes: Outcomes, phase='confirm'
                      ) -> list[Verdict]:
-  """Returns the verdict on each variant that was run in the confirmation, a
-  paired t-test of its means over all sizes, corrected by Holm (1979).
+  """Returns the verdict on each variant that was run in the confirmation: a
+  paired t-test of its means over all sizes, corrected for many tests by Holm's
+  method (1979).
 
   The tests of the primary measure are one family, and those of all other
   measures are another one.
@@ -234,7 +240,8 @@ def confirm_variants(plan: Plan, outcomes: Outcomes, phase='confirm'
   variants = _variants_that_ran(plan, outcomes, phase)
   primary = [(variant, plan.primary) for variant in variants]
 
-  # A variant may lack the runs that another measure is of.
+  # A variant may lack the runs that another measure is of; then there is no
+  # test of it, which would only make the correction stricter.
   runs = pairing.outcomes_of_phase(outcomes, phase)
   secondary = []
   for measure in plan.measures[1:]:
@@ -244,7 +251,8 @@ def confirm_variants(plan: Plan, outcomes: Outcomes, phase='confirm'
       if any(pairs_by_size):
         secondary.append((variant, measure))
 
-  # Secondary measures are corrected among themselves.
+  # Each family is corrected by itself, so that further measures cost the
+  # primary one no power.
   rows = []
   for family in (primary, secondary):
     rows += _test_family(
@@ -266,14 +274,20 @@ def judge_sweep(plan: Plan, outcomes: Outcomes) -> list[Verdict]:
 
 
 def list_promising_variants(plan: Plan, rows: Sequence[Verdict]) -> list[str]:
-  """Returns the variants that a screening stopped although they looked better
-  than the base, the best first."""
+  """Returns the names of the variants that a screening stopped although they
+  looked better than the base, the best first.
+
+  Args:
+    plan: the plan of the study.
+    rows: the rows of the screening (screen_variants).
+  """
   def improvement(row: Verdict) -> float:
     """Returns the effect, which is positive for an improvement."""
     return plan.primary.sign * row.effect
 
   looking_better = []
   for row in rows:
+    # A variant that is stopped for diverging has another verdict.
     is_stopped = row.verdict == STOPPED and row.effect is not None
     if is_stopped and improvement(row) > 0:
       looking_better.append(row)
@@ -283,8 +297,13 @@ def list_promising_variants(plan: Plan, rows: Sequence[Verdict]) -> list[str]:
 
 def describe_detectable_difference(plan: Plan) -> str:
   """Returns a sentence about the least difference, and the least share of runs
-  on a plateau, that the seeds of the confirmation can show at all."""
-  # The first test of Holm's correction is the strictest.
+  on a plateau, that the seeds of the confirmation can show at all.
+
+  Args:
+    plan: the plan of the study.
+  """
+  # The first test of Holm's correction is the strictest: it has alpha over the
+  # number of tests, and a variant must pass it first.
   num_seeds = plan.seeds['confirm']
   num_tests = len(plan.variants)
   level = plan.alpha / num_tests
@@ -293,7 +312,8 @@ def describe_detectable_difference(plan: Plan) -> str:
   if p_of_signs > level:
     note_on_signs = ', so that differences that are all alike show nothing'
 
-  # The share s of runs of which none of n diverges with (1 - s)^n = 0.05.
+  # If a share s of all runs diverged, none of n would with probability (1-s)^n.
+  # The largest share at which that is not below 0.05 may stay hidden.
   num_runs = num_seeds * len(plan.sizes)
   hidden_share = 1 - 0.05 ** (1 / num_runs)
   return (f'With {num_seeds} seeds and {num_tests} variants, a difference is '
@@ -382,14 +402,20 @@ def _test_member(plan: Plan, member: FamilyMember,
     plan: the plan of the study.
     member: the variant, the measure, and the pairs of runs.
     shape: the shape of the noise of all variants; None where it is not known.
+
+  Returns:
+    The p-values: `p` of no difference, `p_diverged` of diverging no more often
+    than the base, and `p_equivalent` and `p_not_worse` of the plan's margin;
+    None where there is no such test.
   """
+  # Student's test of no effect, by each seed's mean over the sizes. It counts
+  # pairs of which both runs ended; irregular noise is measured over all
+  # variants.
   means = pairing.mean_differences(member.differences)
   pooled = _pooled_spread(shape, mean_over_sizes)
-
-  # Student's test of no effect, by the means over the sizes.
   p = statistics.student_p_value(means, pooled)
 
-  # McNemar's test of diverging no more often than the base.
+  # McNemar's test of diverging no more often than the base, over all pairs.
   variant_diverged = [pair.ours.diverged for pair in member.pairs]
   base_diverged = [pair.base.diverged for pair in member.pairs]
   p_diverged = statistics.mcnemar_p_value(
@@ -482,7 +508,8 @@ def _member_row(plan: Plan, member: FamilyMember,
 
 def _verdict(plan: Plan, measure: Measure, row: Verdict, base_share: float
              ) -> str:
-  """Returns the verdict, one of VERDICTS, that follows from corrected tests.
+  """Returns the verdict on a variant, one of VERDICTS, that follows from
+  corrected tests.
 
   The order matters: a variant that diverges too often is unstable whatever its
   effect is, and a difference that is shown goes before equivalence.
@@ -490,23 +517,25 @@ def _verdict(plan: Plan, measure: Measure, row: Verdict, base_share: float
   Args:
     plan: the plan of the study.
     measure: the measure of the row.
-    row: the row.
+    row: all figures of the variant in this measure, with corrected p-values.
     base_share: the share of the base's runs that diverged.
   """
-  # Runs that diverge.
+  # Runs that diverge: too large a share of them, or significantly more than the
+  # base has.
   if _has_too_many_diverged(plan, row, base_share):
     return UNSTABLE
   if _is_any_significant(plan.alpha, row.p_diverged):
     return UNSTABLE
 
-  # A difference, of which all sizes must have the sign.
+  # A difference is shown, of which all sizes must have the sign.
   if _is_any_significant(plan.alpha, row.p_corrected):
     is_positive = {at_size.effect > 0 for at_size in row.sizes}
     if len(is_positive) > 1:
       return DISAGREE
     return BETTER if row.effect * measure.sign > 0 else WORSE
 
-  # No difference that is larger than the plan's margin, at any size.
+  # The mean lies within the plan's margin. It counts as equivalent only if each
+  # size does, since two sizes may cancel; else it may still be no worse.
   if _is_any_significant(plan.alpha, row.p_equivalent):
     if all(abs(at_size.effect) < plan.margin for at_size in row.sizes):
       return EQUIVALENT
@@ -573,12 +602,16 @@ def _pooled_spread(shape: statistics.NoiseShape | None,
 
 def _student_effect(size: str, differences: Sequence[float],
                     pooled: statistics.PooledDeviation | None = None) -> Effect:
-  """Returns the mean of paired differences with Student's interval and p.
+  """Returns the mean of paired differences with Student's interval and p-value.
 
   Args:
-    size: what the row calls the sizes.
-    differences: the difference of each seed.
-    pooled: the spread of all variants, which makes both more cautious.
+    size: the name of the size, or ALL_SIZES.
+    differences: the difference of each seed, variant minus base.
+    pooled: a standard deviation over all variants, for noise that is not
+      normal; it makes interval and p more cautious.
+
+  Returns:
+    The effect; its mean and interval are None where there is no difference.
   """
   mean = low = high = None
   if differences:
@@ -591,18 +624,22 @@ def _student_effect(size: str, differences: Sequence[float],
 
 def _effect_over_items(member: FamilyMember
                        ) -> tuple[Effect | None, float | None]:
-  """Returns the effect by the scores of single items (documents or questions),
-  with an interval that holds for other seeds and other items.
+  """Returns the difference of a variant from the base by the scores of single
+  items (documents or questions), with an interval that holds for other seeds
+  and other items.
 
   Only seeds whose runs ended at all sizes count; a score is the mean over the
   sizes.
 
+  Args:
+    member: the variant, the measure, and the pairs of runs.
+
   Returns:
     `both` and `item_noise` of a Verdict: the effect over seeds and items
-    crossed, and half of the interval over the items alone. None where the
-    items are not known, or not the same in all runs.
+    crossed, and half of the interval over the items alone. None where the items
+    are not known, or not the same in all runs.
   """
-  # The scores of each pair of runs.
+  # The scores of each pair of runs: for each seed, one pair at each size.
   name = member.measure.name
   seeds = [*member.differences]
   score_pairs = []
@@ -610,17 +647,21 @@ def _effect_over_items(member: FamilyMember
     for pairs in member.pairs_by_size:
       pair = pairs[seed]
       score_pairs.append((pair.ours.items.get(name), pair.base.items.get(name)))
+  # This aligns the items of all runs: scores are [pairs, Q = items], and
+  # weights [Q], such as the number of tokens of a document.
   scores = items.pair_scores(score_pairs)
   if scores is None:
     return None, None
   variant_scores, base_scores, weights_Q = scores
 
-  # [seeds * sizes, items] -> [seeds, items]
-  by_size = (variant_scores - base_scores).reshape(
+  # The pairs were listed seed by seed, so this splits them into [S = seeds,
+  # sizes, Q = items]; the mean over the sizes is [S, Q].
+  differences_by_size = (variant_scores - base_scores).reshape(
       len(seeds), len(member.sizes), -1)
-  differences_SQ = by_size.mean(1)
+  differences_SQ = differences_by_size.mean(1)
 
-  # The interval over both, and that over the items of the mean of the seeds.
+  # The interval over seeds and items. That over the items alone is found of the
+  # mean of the seeds, as if it were one seed.
   crossed = statistics.estimate_over_seeds_and_items(differences_SQ, weights_Q)
   over_items = statistics.estimate_over_seeds_and_items(
       differences_SQ.mean(0, keepdims=True), weights_Q)
@@ -636,7 +677,8 @@ def _effect_over_items(member: FamilyMember
 
 def _trend_over_sizes(member: FamilyMember, shape: statistics.NoiseShape | None
                       ) -> Effect | None:
-  """Returns the slope of the effect over log10 of the base's parameters.
+  """Returns how the effect of a variant changes with size: the slope of its
+  difference from the base over log10 of the base's parameters.
 
   Each seed gives a slope by least squares over its own sizes, and the interval
   is over the seeds: it holds whatever the noise of each size is.
@@ -650,6 +692,7 @@ def _trend_over_sizes(member: FamilyMember, shape: statistics.NoiseShape | None
   """
   if not member.differences or len(member.sizes) < 2:
     return None
+  # The size of the base, in the order of member.sizes.
   log_params = []
   for pairs in member.pairs_by_size:
     any_pair = next(iter(pairs.values()))  # all have the base of this size
@@ -659,6 +702,8 @@ def _trend_over_sizes(member: FamilyMember, shape: statistics.NoiseShape | None
     """Returns the slope of each seed, [seeds], of [seeds, sizes]."""
     return np.polyfit(log_params, differences.T, 1)[0]
 
+  # [seeds, sizes]. The pooled deviation must be that of the same statistic, the
+  # slope.
   differences = np.array([*member.differences.values()])
   slope_of_seeds = slopes(differences).tolist()
   return _student_effect(ALL_SIZES, slope_of_seeds,

@@ -76,9 +76,10 @@ def main(args) -> int:
 
 def latest_look(num_seeds: int) -> tuple[int, float]:
   """Returns the last look at the data that is due (group-sequential testing),
-  and the share of a question's alpha that this look may spend.
+  and the share of a question's alpha, its error rate, that this look may spend.
 
-  Looks are at the first 3, 6, 12, ... seeds and have 1/2, 1/4, 1/8, ... of it.
+  Looks are at the first 3, 6, 12, ... seeds and have 1/2, 1/4, 1/8, ... of it,
+  so that all of them together spend no more than the whole.
 
   Args:
     num_seeds: how many seeds have ended, 3 or more.
@@ -86,13 +87,15 @@ def latest_look(num_seeds: int) -> tuple[int, float]:
   Returns:
     The number of seeds that are looked at, and the share.
   """
+  # The number of looks before this one; seeds beyond a look wait for the next.
   doublings = int(math.log2(num_seeds / SEEDS_OF_FIRST_LOOK))
   return SEEDS_OF_FIRST_LOOK * 2 ** doublings, 0.5 ** (doublings + 1)
 
 
 def alpha_share_of_question(num_before: int, together: int) -> float:
-  """Returns the share of ALPHA that each of some questions may spend
-  (alpha-spending; the shares of all questions sum to 1 or less).
+  """Returns the share of the error rate ALPHA that each of some questions may
+  spend, so that the shares of all questions ever asked sum to 1 or less
+  (alpha-spending).
 
   Question k has 1 / (k (k + 1)) = 1 / k - 1 / (k + 1), so the sum over
   consecutive questions telescopes. Questions of one time share it alike.
@@ -101,6 +104,7 @@ def alpha_share_of_question(num_before: int, together: int) -> float:
     num_before: how many questions were asked before.
     together: how many are asked at this time.
   """
+  # The questions are numbered from 1 on: these are first to after_last - 1.
   first = num_before + 1
   after_last = num_before + together + 1
   return (1 / first - 1 / after_last) / together
@@ -128,9 +132,14 @@ def paired_test(differences: Sequence[float], share: float,
 
   Args:
     differences: the difference of each seed, variant minus base.
-    share: the share of ALPHA that the test may spend. The corrected p is
-      p / share, as of a weighted Bonferroni correction.
-    pooled: the spread of all that was compared, where noise is not normal.
+    share: the share of the error rate ALPHA that the test may spend. The
+      corrected p is p / share, as of a weighted Bonferroni correction.
+    pooled: a standard deviation over all that was compared, for noise that is
+      not normal; None: it is not used.
+
+  Returns:
+    The mean difference, its interval at that level (None where it is not
+    known), and the p-value before and after correction.
   """
   p = statistics.student_p_value(differences, pooled)
   mean, low, high, _ = statistics.student_interval(
@@ -233,8 +242,10 @@ def _verdict(test: PairedTest | None, base_diverged: int, variant_diverged: int
 
   Args:
     test: the test; None where a run diverged.
-    base_diverged, variant_diverged: how many of the runs of each diverged.
+    base_diverged: how many of the base's runs diverged.
+    variant_diverged: how many of the variant's runs diverged.
   """
+  # Runs that diverged have no loss, so this goes before any test.
   if variant_diverged > base_diverged:
     return decide.UNSTABLE
   if test is None or test.p_corrected > ALPHA:
@@ -244,24 +255,30 @@ def _verdict(test: PairedTest | None, base_diverged: int, variant_diverged: int
 
 def _read_runs(folder: pathlib.Path) -> dict[int, curves.Run]:
   """Returns the runs that were begun in seed-0, seed-1, ... of a folder, by
-  seed.
+  seed in rising order.
+
+  Args:
+    folder: the folder of the base or of a variant.
 
   Raises:
     RequestError: where there is none.
   """
   runs = {}
+  # A run has its config.json from its beginning, and metrics.jsonl once it has
+  # trained a few steps.
   for config_file in folder.glob('seed-*/config.json'):
     seed_text = config_file.parent.name.removeprefix('seed-')
+    # A folder such as seed-0-old is no run.
     if not seed_text.isdecimal():
       continue
     config = run_config.flatten(run_config.load_config(config_file.parent))
     metrics_file = config_file.with_name('metrics.jsonl')
-    rows = ()
+    metrics_rows = ()
     if metrics_file.is_file():
-      rows = tuple(metrics.read_metrics(metrics_file))
+      metrics_rows = tuple(metrics.read_metrics(metrics_file))
     seed = int(seed_text)
     runs[seed] = curves.Run(seed=seed, state=layout.DONE, error='',
-                            config=config, rows=rows, evaluations={})
+                            config=config, rows=metrics_rows, evaluations={})
   require(runs, f'{folder} has no runs: train them as {folder}/seed-0, '
           f'{folder}/seed-1, ...')
   return dict(sorted(runs.items()))
@@ -270,19 +287,21 @@ def _read_runs(folder: pathlib.Path) -> dict[int, curves.Run]:
 def _ended_seeds(runs: Mapping[str, RunBySeed], names: Sequence[str]
                  ) -> tuple[list[int], dict[str, set[int]]]:
   """Returns the seeds that may be compared: the first ones, up to the first of
-  which a run has not ended.
+  which a run has not ended. To choose among seeds by how soon they ended would
+  bias the comparison.
 
   Args:
-    runs: the runs of both folders.
+    runs: the runs by seed, of the folder of each name.
     names: the names of the folders of base and variant.
 
   Returns:
-    The seeds that have ended in both folders, and of each folder those that
-    diverged.
+    The seeds that have ended in both folders, in order; and by the name of each
+    folder, the seeds that diverged.
 
   Raises:
     RequestError: where fewer have ended than the first look takes.
   """
+  # A run that diverged has ended, though it has no final loss.
   diverged = {}
   for name in names:
     diverged[name] = {seed for seed, run in runs[name].items() if run.diverged}
@@ -313,7 +332,8 @@ def _ended_seeds(runs: Mapping[str, RunBySeed], names: Sequence[str]
 
 def _changed_fields(config_pairs: Sequence[tuple[Mapping, Mapping]]
                     ) -> tuple[dict[str, list], list[str]]:
-  """Returns in which fields base and variant differ, and warnings about them.
+  """Returns in which fields of the config base and variant differ, and warnings
+  about them.
 
   Args:
     config_pairs: the configs of base and variant, by dotted name, for each
@@ -327,6 +347,8 @@ def _changed_fields(config_pairs: Sequence[tuple[Mapping, Mapping]]
     RequestError: where the losses are of different text.
   """
   changes = {}
+  # A field that differs at any seed counts; one that only one of both has is
+  # None in the other.
   for base_config, variant_config in config_pairs:
     for name in base_config | variant_config:
       if base_config.get(name) != variant_config.get(name):
@@ -335,15 +357,17 @@ def _changed_fields(config_pairs: Sequence[tuple[Mapping, Mapping]]
   # Losses of different text cannot be compared.
   fields_of_text = {*FIELDS_OF_HELD_OUT_TEXT}
   base_config_of_first_seed, _ = config_pairs[0]
+  # 0 is all of the text. A number of batches is a part of it, whose length
+  # hangs on the size of a batch.
   if base_config_of_first_seed['eval.batches']:
-    # So many batches are a part of the text, which their size decides.
     fields_of_text.add('data.batch_size')
   fields_of_other_text = [name for name in changes if name in fields_of_text]
   require(not fields_of_other_text, f'{", ".join(fields_of_other_text)} '
           'differ, so that the losses are of different text: evaluate both '
           'alike (eval.batches=0 is all of it, whatever the batch)')
 
-  # Runs on other batches can be, but pairs cancel less noise.
+  # Runs that trained on other batches can be compared, but their pairs cancel
+  # less noise.
   fields_of_batches = [name for name in changes
                        if name.startswith((*spec.FIELDS_OF_BATCHES, 'seed'))]
   warnings = []
@@ -424,21 +448,29 @@ def _earlier_look(looks: Sequence[dict], names: tuple[str, str]) -> dict | None:
 
 def _new_question(questions: Sequence[Mapping], folder: pathlib.Path,
                   base: str, variant: str) -> dict[str, Any]:
-  """Returns the next question with its share of ALPHA.
+  """Returns the next question, whether variants are better than a base, with
+  its share of the error rate ALPHA.
 
   It is about the variant and about all others that lie in the folder and were
   in no question before: who asks of the best of twenty has looked at twenty.
 
   Args:
     questions: the questions that were asked before.
-    folder: the folder of the loop.
-    base, variant: the names of both.
+    folder: the folder of the loop, with a folder for each variant.
+    base: the name of the base.
+    variant: the name of the variant.
+
+  Returns:
+    The 'base', the 'variants' and the 'share' that each of them has.
   """
+  # Names that were in a question, as its base or as a variant; and how many
+  # variants have spent a share so far.
   asked_before = {base}
   num_before = 0
   for question in questions:
     asked_before |= {question['base'], *question['variants']}
     num_before += len(question['variants'])
+  # The folder above a seed is that of a variant.
   names_in_folder = {config_file.parent.parent.name
                      for config_file in folder.glob('*/seed-*/config.json')}
   variants = sorted({variant} | (names_in_folder - asked_before))
@@ -448,14 +480,24 @@ def _new_question(questions: Sequence[Mapping], folder: pathlib.Path,
 
 def _pooled_spread_of_looks(looks: Sequence[Mapping], base: str
                             ) -> statistics.PooledDeviation | None:
-  """Returns the spread of the differences from a base of all that was looked
-  at, where their noise does not look normal; else None."""
-  differences_of_variants = []  # of each variant [seeds, 1]
+  """Returns the standard deviation of the differences from a base, pooled over
+  all variants that were looked at.
+
+  Args:
+    looks: the looks so far, with the 'names' of base and variant, and in
+      'values' pairs of a seed and its difference, None where a run diverged.
+    base: the name of the base.
+
+  Returns:
+    The deviation; None where the noise looks normal, and needs no pooling.
+  """
+  differences_of_variants = []
   for look in looks:
     if look['names'][0] == base:
-      ended = [value for _, value in look['values'] if value is not None]
-      if ended:
-        differences_of_variants.append(np.array(ended).reshape(-1, 1))
+      # [seeds, 1]: one size of model.
+      differences = [value for _, value in look['values'] if value is not None]
+      if differences:
+        differences_of_variants.append(np.array(differences).reshape(-1, 1))
   shape = statistics.measure_noise_shape(differences_of_variants)
   if shape is None:
     return None
@@ -463,15 +505,22 @@ def _pooled_spread_of_looks(looks: Sequence[Mapping], base: str
 
 
 def render_answer(answer: Mapping[str, Any]) -> str:
-  """Returns the lines that say an answer of `judge_variant` in a terminal."""
+  """Returns the text of an answer of `judge_variant`, for a terminal.
+
+  Args:
+    answer: the answer.
+  """
   if answer['p'] is None:
     figures = 'shows nothing, since runs diverged'
   else:
+    # An effect may have no interval, as where all differences are alike.
     low, high = answer['interval'] or (None, None)
     estimate = page.estimate(answer['effect'], low, high).text
     figures = (f'{estimate}, p {answer["p"]:.2g}, corrected p '
                f'{answer["p_corrected"]:.2g}')
   num_seeds = len(answer['seeds'])
+  # The verdict comes first, then the figures that it rests on, and warnings
+  # last.
   lines = [
       f'{answer["variant"]} beside {answer["base"]}: {answer["verdict"]}',
       f'held-out loss {figures}; {num_seeds} seeds (next look: '

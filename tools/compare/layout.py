@@ -125,13 +125,15 @@ def check_workdir(workdir, marker: str = 'sweep.json') -> None:
 
 
 def align_columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-  """Returns the lines of a table for a terminal, with columns of even width.
+  """Returns the lines of a table for a terminal, with columns that are padded
+  to one width.
 
   Args:
-    rows: the cells, those of the headings first.
+    rows: the cells of each row; the headings are the first row.
     left: how many columns are words, and stand to the left; the others are
       figures, and stand to the right.
   """
+  # A column is as wide as its longest cell, the heading included.
   widths = [max(map(len, column)) for column in zip(*rows)]
   lines = []
   for row in rows:
@@ -176,8 +178,14 @@ def json_checksum(tree: Any) -> str:
 
 
 def load_sweep_description(workdir) -> dict:
-  """Returns what sweep.json holds: the points of a sweep with their changes,
-  costs and seeds, and the config of its base.
+  """Returns what sweep.json holds: the points of a sweep (its variants of the
+  config) with their changes, costs and seeds, and the config of its base.
+
+  Where the sweep declared parts of its own, such as a new layer, these are
+  registered as a side effect, so that its configs can be built.
+
+  Args:
+    workdir: the folder of the sweep.
 
   Raises:
     RequestError: where there is none, or it is damaged.
@@ -191,7 +199,8 @@ def load_sweep_description(workdir) -> dict:
 
 
 def save_sweep_description(workdir, description: dict) -> None:
-  """Writes sweep.json. The points and seeds that it had before are kept.
+  """Writes sweep.json. The points and seeds that it had before are kept, so a
+  sweep only grows.
 
   Args:
     workdir: the folder of the sweep.
@@ -211,21 +220,29 @@ def _merge_descriptions(workdir, old: dict, new: dict) -> dict:
   """Returns the description of a sweep with the points and seeds of an older
   description of the same sweep added.
 
+  Args:
+    workdir: the folder of the sweep, for messages.
+    old: what sweep.json holds.
+    new: what it is to hold.
+
   Raises:
     RequestError: where they are of different sweeps.
   """
   # They may differ in nothing that is fixed for the points of both. Sources
-  # that only one of both has seen do not differ.
+  # (hashes of data) that only one of both has seen do not differ: each gets
+  # those of the other, and its own win.
   sources = old['sources'] | new['sources']
   fixed_before = _fixed_part(old)
   fixed_before['sources'] = new['sources'] | old['sources']
+  # New points may be added: only points that the old one has are compared.
   fixed_now = _fixed_part(new, old['points'])
   fixed_now['sources'] = sources
-  different = differing_names(fixed_before, fixed_now)
-  require(not different, f'{workdir} holds another sweep, which differs in '
-          f'{", ".join(different)}: take another --workdir')
+  differing = differing_names(fixed_before, fixed_now)
+  require(not differing, f'{workdir} holds another sweep, which differs in '
+          f'{", ".join(differing)}: take another --workdir')
 
-  # The new points, each with the seeds of both, and then the other old ones.
+  # The new points, each with the seeds of both, and then the other old ones,
+  # which are all that is left after the loop.
   old_point_by_name = {point['name']: point for point in old['points']}
   points = []
   for point in new['points']:
@@ -241,7 +258,8 @@ def _fixed_part(description: dict, points: Sequence[dict] = ()) -> dict:
 
   Args:
     description: the description.
-    points: the points whose changes are a part of it; (): all of its own.
+    points: the points whose changes are a part of it, if it has them; (): all
+      of its own.
   """
   names = [point['name'] for point in points or description['points']]
   changes_by_name = {}
@@ -251,7 +269,8 @@ def _fixed_part(description: dict, points: Sequence[dict] = ()) -> dict:
   fixed: dict[str, Any] = {'points': changes_by_name}
   for key in ('base', 'match', 'match_field', 'base_config'):
     fixed[key] = description.get(key)
-  # Whether a study goes on with other files, its plan says (plan.adopted).
+  # The files that define the sweep. Those of a study may change: its plan says
+  # whether it goes on with them (plan.adopt_plan).
   if not description.get('plan'):
     fixed['files'] = description.get('files')
   return fixed
@@ -274,7 +293,12 @@ def _flatten_as_json(tree: dict) -> dict:
 
 
 def point_row(description: dict, point: str) -> dict:
-  """Returns what the description of a sweep says of one point.
+  """Returns what the description of a sweep says of one of its points (variants
+  of the config).
+
+  Args:
+    description: what sweep.json holds.
+    point: the name of the point.
 
   Raises:
     RequestError: where it has no such point, which a ledger of another sweep
@@ -305,18 +329,25 @@ def fields_unlike_sweep(description: dict, workdir, point: str, seed: int
   Args:
     description: what sweep.json holds.
     workdir: the folder of the sweep.
-    point, seed: the run.
+    point: the name of the point that the run is of.
+    seed: its seed.
+
+  Returns:
+    The dotted names of the fields.
+
   Raises:
     ValueError: where its config.json is missing or damaged.
   """
-  wanted = config_of_run(description, point, seed)
-  on_disk = run_config.load_config(run_folder(workdir, point, seed))
-  different = differing_names(on_disk.to_dict(), wanted.to_dict())
+  config = config_of_run(description, point, seed)
+  config_on_disk = run_config.load_config(run_folder(workdir, point, seed))
+  different = differing_names(config_on_disk.to_dict(), config.to_dict())
   if not different:
     return []
-  # A run's config.json does not hold what its model does not read.
+  # A run's config.json does not hold fields that its model does not read, such
+  # as the number of experts of a model that has none. To find them is slow, so
+  # equal configs return before.
   unread = flat.fields_that_are_unread(
-      runs.resolve_model_without_tokenizer(wanted))
+      runs.resolve_model_without_tokenizer(config))
   return [name for name in different
           if name.removeprefix('model.') not in unread]
 
@@ -327,11 +358,13 @@ def why_not_of_sweep(description: dict, workdir, point: str, seed: int) -> str:
   Args:
     description: what sweep.json holds.
     workdir: the folder of the sweep.
-    point, seed: the run.
+    point: the name of the point that the run is of.
+    seed: its seed.
   """
   folder = run_folder(workdir, point, seed)
   try:
     different = fields_unlike_sweep(description, workdir, point, seed)
+  # A config that cannot be read is no run of the sweep, either.
   except RequestError as error:
     return str(error)
   if not different:
@@ -354,18 +387,27 @@ def codes_of_runs(workdir, description: Mapping[str, Any]) -> list[str]:
 
 
 def plan_hashes_of_runs(workdir) -> set[str]:
-  """Returns the hashes of the plans by which the runs of a folder were started;
-  '' is of a run that no study started."""
+  """Returns the hashes of the plans of studies by which the runs of a folder
+  were started.
+
+  Args:
+    workdir: the folder of a phase of a study.
+
+  Returns:
+    The hashes; '' is among them where no study started a run.
+  """
   starts: list[dict] = []
   for folder in pathlib.Path(workdir).glob('points/*/seed-*'):
     # A config that is damaged is reported where the run is looked at.
     with contextlib.suppress(RequestError):
       starts += run_config.load_starts(folder)
-  plans = set()
+  hashes = set()
   for start in starts:
+    # A start has the plan as 'HASH DATE', and once for each time that the run
+    # was started or resumed.
     hash, _, _ = str(start.get('plan', '')).partition(' ')
-    plans.add(hash)
-  return plans
+    hashes.add(hash)
+  return hashes
 
 
 def describe_changed_code(codes: Sequence[str]) -> str:
@@ -393,6 +435,7 @@ def is_trained(folder: pathlib.Path, train) -> bool:
     folder: the folder of the run.
     train: config.train of the run.
   """
+  # The last row of the last step: a run that was resumed has rows twice.
   last_row = None
   for row in read_metrics(folder, 'train'):
     if row['step'] == train.steps:
@@ -400,12 +443,21 @@ def is_trained(folder: pathlib.Path, train) -> bool:
   is_saved = (folder / 'checkpoints' / str(train.steps)).is_dir()
   if last_row is None or not is_saved:
     return False
+  # A run that gave up after too many bad steps saved its last one, too. Where
+  # nothing is recorded of them, -1 is below any limit.
   return last_row.get('bad_in_row', -1) < train.max_bad_steps
 
 
 def load_evaluation(folder: pathlib.Path) -> dict:
-  """Returns what a run's eval.json holds, which was written in one piece; {}
-  where there is none.
+  """Returns what a run's eval.json holds: the figures of each evaluation task.
+
+  It was written in one piece, so it is whole or not there.
+
+  Args:
+    folder: the folder of the run.
+
+  Returns:
+    The figures by task; {} where there is no such file.
 
   Raises:
     RequestError: where it is damaged.
@@ -446,15 +498,18 @@ def train_command(description: dict, workdir, point: str, seed: int
   Args:
     description: what sweep.json holds.
     workdir: the folder of the sweep.
-    point, seed: the run.
+    point: the name of the point (a variant of the config) that the run is of.
+    seed: its seed.
   """
   folder = run_folder(workdir, point, seed)
-  words = ['train.py', '--config', description['file'],
-           '--workdir', str(folder)]
+  command = ['train.py', '--config', description['file'],
+             '--workdir', str(folder)]
+  # The file has the config of the base; the changes of the point are overrides.
   changes = point_row(description, point)['changes'] | {'seed': seed}
   for field, value in changes.items():
-    words.append(f'--config.{field}={spec.lists_to_tuples(value)}')
-  return words
+    # JSON made lists of tuples, which the config asks for.
+    command.append(f'--config.{field}={spec.lists_to_tuples(value)}')
+  return command
 
 
 def group_command(workdir, runs: Iterable[tuple[str, int]], tasks: str = ''
@@ -540,7 +595,9 @@ class Ledger:
     self.has_doubtful_runners = False
     self._path.parent.mkdir(parents=True, exist_ok=True)
 
-    # One process at a time looks whether the file is whole.
+    # One process at a time looks whether the file is whole, else a second one
+    # would set aside the file that the first has just written anew. The lock is
+    # released when the file is closed.
     lock = self._path.with_suffix('.lock')
     with storage.explain_write_failures(lock), lock.open('w') as file:
       fcntl.lockf(file, fcntl.LOCK_EX)
@@ -549,7 +606,8 @@ class Ledger:
         self._set_file_aside(damage)
         self._connect()
 
-    # One that was deleted or emptied was made anew, and has no runs.
+    # A sweep without runs: the file was lost, or is new. Its rows are written
+    # from what lies on disk.
     is_of_sweep = (self._path.parent / 'sweep.json').is_file()
     if is_of_sweep and not self._select('SELECT id FROM runs LIMIT 1'):
       reconcile_ledger(workdir, self)
@@ -564,14 +622,24 @@ class Ledger:
           file=sys.stderr)
 
   def _connect(self) -> str:
-    """Connects to the file, makes its tables where it has none, and checks it;
-    returns what is wrong with it, or ''."""
+    """Connects to the file of the database, makes its tables where it has none,
+    and checks it.
+
+    Returns:
+      What is wrong with the file; '': nothing is.
+
+    Raises:
+      EnvironmentFailure: where the file cannot be used for another reason than
+        damage, as where it may not be read.
+    """
     with self._explaining_errors():
       # Each statement is a transaction of its own (isolation_level=None).
       self._connection = sqlite3.connect(
           self._path, timeout=BUSY_SECONDS, isolation_level=None)
       self._connection.create_function(
           'crc32', -1, _crc32, deterministic=True)
+      # A damaged file shows at the first reading, or in SQLite's own check.
+      # crc32 is a function that the statements of the tables use.
       try:
         rows = self._connection.execute(
             "SELECT sql FROM sqlite_schema WHERE type = 'table'").fetchall()
@@ -579,7 +647,7 @@ class Ledger:
             'PRAGMA integrity_check(1)').fetchone()
       # SQLite's own sentence may have a name that is no UTF-8.
       except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        # The last byte of a code is its kind.
+        # The last byte of an extended error code is its kind.
         code = getattr(error, 'sqlite_errorcode', sqlite3.SQLITE_ERROR)
         if code & 0xff not in _CODES_OF_DAMAGE:
           raise
@@ -587,7 +655,8 @@ class Ledger:
     if verdict != 'ok':
       return verdict
 
-    # A new file has no tables yet.
+    # A new file has no tables yet. Those of a whole one are compared by the
+    # statements that made them.
     tables_of_file = [sql for sql, in rows]
     if not tables_of_file:
       for statement in self.tables:
@@ -639,13 +708,17 @@ class Ledger:
 
   def add_runs(self, rows: Iterable[tuple[str, int, Sequence[str]]]) -> None:
     """Adds runs that the ledger does not have, and the evaluations that they
-    owe; a run that is done and owes another one now is pending again.
+    owe. A run that is done and owes another one now is pending again.
 
     Args:
-      rows: the point, the seed and the tasks of each run.
+      rows: the name of the point, the seed and the names of the owed tasks of
+        each run.
     """
     with self.transaction():
       for point, seed, task_names in rows:
+        # The first statement does nothing for a run that there is. The second
+        # one does nothing where its tasks are as they were; other tasks replace
+        # them, and a run that was done goes on with them.
         tasks = ','.join(task_names)
         self._change(
             'INSERT OR IGNORE INTO runs (point, seed, tasks) VALUES (?, ?, ?)',
@@ -657,8 +730,14 @@ class Ledger:
             tasks, DONE, bool(tasks), PENDING, point, seed, tasks)
 
   def runs(self, *states: str) -> list[Run]:
-    """Returns the runs in some states, or all, by seed and then in file order.
+    """Returns the runs in some states, by seed and then in the order in which
+    they were added.
+
+    Args:
+      *states: the states; none: all of them.
     """
+    # The columns of the table have the names of the fields of Run. Without an
+    # argument, runs of all states are wanted.
     columns = ', '.join(Run._fields)
     rows = self._select(f'SELECT {columns} FROM runs ORDER BY seed, id')
     wanted = states or STATES
@@ -677,15 +756,18 @@ class Ledger:
     return name
 
   def claim_runs(self, ids: Sequence[int], runner: str) -> list[int]:
-    """Takes runs for a runner, as far as no other runner has taken them yet.
+    """Takes pending runs for a runner (a process that trains them), as far as
+    no other runner has taken them yet.
 
     Args:
       ids: the numbers of the runs.
       runner: the name of the runner, as `register_runner` returned it.
 
     Returns:
-      The numbers of those that it has now.
+      The numbers of those that it has now, in rising order.
     """
+    # One statement is atomic: of two runners that claim a run at once, the
+    # second finds it no longer pending.
     claimed = self._select(
         "UPDATE runs SET state = ?, runner = ?, error = '' WHERE state = ? "
         f'AND id IN ({_placeholders(ids)}) RETURNING id',
@@ -694,15 +776,19 @@ class Ledger:
 
   def settle_run(self, id: int, runner: str, state: str, error: str = '',
                  alone: bool = False) -> bool:
-    """Writes how a claimed run ended; returns False if another runner has it by
-    now.
+    """Writes how a claimed run ended, and gives it up.
 
     Args:
       id: the number of the run.
       runner: the name of the runner that claimed it.
       state: the state that it goes into.
       error: why it failed.
-      alone: whether it trains beside no other from now on.
+      alone: whether it trains beside no other from now on. This is never taken
+        back.
+
+    Returns:
+      Whether the runner still had the run. False: it was taken for dead, and
+      nothing is written.
     """
     return self._change(
         "UPDATE runs SET state = ?, error = ?, runner = '', "
@@ -730,18 +816,24 @@ class Ledger:
     return {id for id, in rows}
 
   def free_runs_of_dead_runners(self) -> list[str]:
-    """Makes the runs that dead runners hold pending again; returns
-    'point, seed S' of each run.
+    """Makes the runs that dead runners hold pending again, so that others may
+    claim them. To be called every BEAT_SECONDS.
 
-    To be called every BEAT_SECONDS. A runner is dead once its process is gone,
-    if it is of this host; or once its heartbeat, a number that it raises, has
-    stood still for LOOKS_UNTIL_DEAD calls.
+    A runner (a process that trains runs) is dead once its process is gone, if
+    it is of this host; or once its heartbeat, a number that it raises, has
+    stood still for LOOKS_UNTIL_DEAD calls. Heartbeats are counted, since clocks
+    of hosts differ.
+
+    Returns:
+      'POINT, seed S' of each run.
     """
     runners_with_runs = self._select(
         'SELECT name, host, pid, beats FROM runners WHERE name IN '
         '(SELECT runner FROM runs WHERE state = ?)', RUNNING)
 
-    # The runners whose heartbeat stands still, or whose process is gone.
+    # This look tells of each runner that holds runs: its heartbeat is new
+    # to us, stands still or has risen. Runners that hold none any more are
+    # forgotten.
     heartbeat_of_runner, dead_runners = {}, []
     for name, host, pid, beats in runners_with_runs:
       heartbeat = self._heartbeat_of_runner.get(name)
@@ -758,11 +850,12 @@ class Ledger:
       else:
         heartbeat_of_runner[name] = heartbeat
     self._heartbeat_of_runner = heartbeat_of_runner
-    # One that has not beaten since the first call may be dead or alive.
+    # A runner that has not beaten since the first look may be dead or alive.
     self.has_doubtful_runners = any(
         heartbeat.first == heartbeat.last
         for heartbeat in heartbeat_of_runner.values())
 
+    # Only runs that they still hold in this moment: one may have ended since.
     freed = self._select(
         "UPDATE runs SET state = ?, runner = '' WHERE state = ? AND runner IN "
         f'({_placeholders(dead_runners)}) RETURNING point, seed',
@@ -810,11 +903,13 @@ class StudyLedger(Ledger):
 
   def add_begun_runs(self, plan: str, runs: Iterable[tuple[str, str, int]]
                      ) -> None:
-    """Adds runs that begin in a new folder.
+    """Adds runs that begin in a new folder, so that one which is deleted and
+    trained again shows as begun twice.
 
     Args:
       plan: the hash of the plan that they are of.
-      runs: the folder of the phase, the point and the seed of each.
+      runs: the name of the folder of the phase, the point (a variant of the
+        config at a size on a workload) and the seed of each.
     """
     for folder, point, seed in runs:
       self._change('INSERT INTO begun (time, plan, folder, point, seed) '
@@ -839,10 +934,11 @@ def _crc32(*values: Any) -> int:
 
 
 def begin_sweep(workdir, ledger: Ledger, description: dict) -> dict:
-  """Writes sweep.json, and brings the ledger of the sweep up to it and to what
-  lies on disk (`reconcile_ledger`).
+  """Writes sweep.json, and brings the ledger of the sweep (the database of its
+  runs) up to it and to what lies on disk.
 
-  It waits until it is known of every runner that holds runs whether it lives.
+  It waits until it is known of every runner that holds runs whether it lives,
+  and frees the runs of those that do not.
 
   Args:
     workdir: the folder of the sweep.
@@ -855,8 +951,12 @@ def begin_sweep(workdir, ledger: Ledger, description: dict) -> dict:
   Raises:
     RequestError: where the workdir holds another sweep.
   """
-  with ledger.transaction():  # another one may add to it at the same time
+  # Another process may add to the sweep at the same time: the transaction is
+  # the lock of sweep.json.
+  with ledger.transaction():
     save_sweep_description(workdir, description)
+  # A runner that was killed still holds its runs. Whether one lives is known
+  # once its heartbeat was seen to rise, or to stand still for several looks.
   ledger.free_runs_of_dead_runners()
   if ledger.has_doubtful_runners:
     print('waiting for a sign of life of those who hold runs', file=sys.stderr)
@@ -867,22 +967,29 @@ def begin_sweep(workdir, ledger: Ledger, description: dict) -> dict:
 
 
 def reconcile_ledger(workdir, ledger: Ledger) -> dict:
-  """Brings the ledger of a sweep up to what lies on disk.
+  """Brings the ledger of a sweep (the database of its runs) up to what lies on
+  disk.
 
-  Runs that sweep.json has and the ledger has not are added. A run is marked as
-  done where it is so on disk and the ledger has not seen it: it is of a printed
-  command, or of a ledger that was lost; as failed, where it was trained there
-  by another config; and as pending again, where it was done and is gone.
+  Runs that sweep.json has and the ledger has not are added. A run becomes done
+  where it is so on disk and the ledger has not seen it, as after a command that
+  a user ran by hand, or where the ledger was lost; failed, where it was trained
+  there by another config; and pending again, where it was done and is gone.
+
+  Args:
+    workdir: the folder of the sweep.
+    ledger: its ledger.
 
   Returns:
     What sweep.json holds.
   """
-  # The runs that the ledger has not.
+  # The runs that the ledger has not; add_runs leaves out the others.
   rows = []
   for point in load_sweep_description(workdir)['points']:
     for seed in point['seeds']:
       rows.append((point['name'], seed, point['tasks']))
-  rows.sort(key=lambda row: row[1])  # all points of a seed, then the next
+  # All points of a seed, then of the next: runs are trained in this order, so
+  # that a sweep that is stopped can compare all points on a few seeds.
+  rows.sort(key=lambda row: row[1])
   ledger.add_runs(rows)
 
   # The runs whose state is another one on disk. sweep.json is read again after
@@ -897,6 +1004,9 @@ def reconcile_ledger(workdir, ledger: Ledger) -> dict:
               file=sys.stderr)
         ledger.set_state_of_unclaimed(run, PENDING)
       continue
+    # A pending run that is trained needs no training: it is of this sweep and
+    # done, or it is not and has failed. One that still owes evaluations stays
+    # pending.
     train = config_of_run(description, run.point, run.seed).train
     if not is_trained(folder, train):
       continue

@@ -78,7 +78,7 @@ class Runner:
     self._time_of_heartbeat = 0.0
 
   def run(self, wait: bool = False) -> None:
-    """Runs jobs until no run of the sweep is pending.
+    """Trains and evaluates the runs of the sweep until none of them is pending.
 
     Args:
       wait: whether to wait for the runs that other runners have, too.
@@ -90,16 +90,25 @@ class Runner:
     if wait:
       unended_states.append(layout.RUNNING)
     self._description = layout.load_sweep_description(self._workdir)
+    # The time that is left is estimated from this moment on.
     self._start_time = self._time_of_progress = time.monotonic()
     self._trained_at_start = self._count_trained()
     # A signal is only counted: it may come while a job is being started.
     with signals.handle_signals(self._signals.add):
       try:
+        # Each round does what is due, and waits for no job: it records in the
+        # ledger that this runner lives, and frees the runs of dead ones; prints
+        # the progress; passes signals on to the jobs and writes how those went
+        # that have ended; and starts jobs in the slots that are free.
         while True:
+          # The order matters: a job that ends here frees its slot for one that
+          # is started in the same round.
           self._record_heartbeat()
           self._print_progress()
           self._end_jobs()
           self._start_jobs()
+          # Nothing runs here. Where runs are left, others hold them and may
+          # free them yet; after a signal no job is started any more.
           if not self._jobs:
             if not self._ledger.runs(*unended_states):
               return
@@ -107,7 +116,9 @@ class Runner:
               raise Stopped
           time.sleep(POLL_SECONDS)
       finally:
-        for job in self._jobs:  # an error of ours: leave nothing running
+        # There are jobs left only after an error of ours, which must leave
+        # nothing running.
+        for job in self._jobs:
           job.process.kill()
 
   def _end_jobs(self) -> None:
@@ -138,34 +149,39 @@ class Runner:
     job.num_signals = num_signals
 
   def _record_heartbeat(self) -> None:
-    """Records from time to time that this runner lives, and frees the runs of
-    dead ones."""
+    """Records every BEAT_SECONDS that this runner lives, and makes the runs of
+    dead runners pending again, so that they go on here."""
     if time.monotonic() - self._time_of_heartbeat < layout.BEAT_SECONDS:
       return
     self._time_of_heartbeat = time.monotonic()
+    # If this process stood still for long, others have taken it for dead and
+    # claimed its runs. Two processes must not write into one folder.
     ids_of_our_runs = self._ledger.record_heartbeat(self._name)
     for job in self._jobs:
       if not any(run.id in ids_of_our_runs for run in job.runs):
-        job.process.kill()  # we were taken for dead; another has them
+        job.process.kill()
     for run in self._ledger.free_runs_of_dead_runners():
       print(f'{run}: its runner died; it goes on here', flush=True)
 
   def _count_trained(self) -> float:
     """Returns how many runs are trained, with fractions for those that are
-    trained in part; one that failed is over."""
+    trained in part. A run that failed counts as a whole one, since nothing is
+    left to do for it."""
     num_trained = 0.0
     for run in self._ledger.runs():
       if run.state in (layout.DONE, layout.FAILED):
         num_trained += 1.0
         continue
+      # A run that is pending may have been trained in part before it was
+      # stopped.
       rows = layout.read_metrics(self._folder(run), 'train')
       if rows:
         num_trained += rows[-1]['step'] / self._config(run).train.steps
     return num_trained
 
   def _print_progress(self) -> None:
-    """Prints from time to time how much is done, and how long the rest takes if
-    it goes on as fast as since the start."""
+    """Prints, every SECONDS_BETWEEN_PROGRESS, how much is done, and how long
+    the rest takes if it goes on as fast as since the start."""
     now = time.monotonic()
     if now - self._time_of_progress < SECONDS_BETWEEN_PROGRESS:
       return
@@ -173,6 +189,7 @@ class Runner:
     num_trained, num_runs = self._count_trained(), len(self._ledger.runs())
     line = f'{num_trained:.1f} of {num_runs} runs are trained'
     trained_since_start = num_trained - self._trained_at_start
+    # No time is told before anything was trained here.
     if trained_since_start > 0:
       seconds_since_start = now - self._start_time
       seconds_left = ((num_runs - num_trained) * seconds_since_start
@@ -181,7 +198,11 @@ class Runner:
     print(line, flush=True)
 
   def _start_job(self) -> bool:
-    """Starts one more job; returns whether there was a run to take."""
+    """Claims pending runs and starts a process that trains or evaluates them.
+
+    Returns:
+      Whether there was a run to take.
+    """
     pending_runs = self._ledger.runs(layout.PENDING)
     # Read later than the ledger, it has all of these points.
     self._description = layout.load_sweep_description(self._workdir)
@@ -193,9 +214,13 @@ class Runner:
       if not runs:
         continue
 
-      # A job of runs that are all trained evaluates them beside the others.
+      # A run is trained first, and evaluated once all runs of its job are
+      # trained: then the runs need a job that evaluates. Those that are trained
+      # already stay in a job that trains the others, and become pending again
+      # when it ends.
       untrained = [run for run in runs if not self._is_trained(run)]
       evaluates = not untrained and bool(runs[0].tasks)
+      # The lowest free slot, by which the job gets its cores and GPUs.
       slots_in_use = {job.slot for job in self._jobs}
       slot = min(set(range(self._parallel)) - slots_in_use)
       process = self._start_process(
@@ -206,8 +231,12 @@ class Runner:
     return False
 
   def _group_runs(self, runs: list[layout.Run]) -> list[list[layout.Run]]:
-    """Returns runs in groups that train as one program, of `group` at most;
-    those that must train alone come last."""
+    """Returns runs in groups, each of which is trained as one program. Runs
+    that must train alone come last, each in a group of its own.
+
+    Args:
+      runs: the runs.
+    """
     single_groups, groupable = [], []
     for run in runs:
       if run.alone or self._group == 1:
@@ -216,6 +245,8 @@ class Runner:
         groupable.append(run)
     groups = []
     configs = [self._config(run) for run in groupable]
+    # Runs can share a program where their configs differ in nothing that is
+    # compiled into it. They are split again into groups of self._group at most.
     for indices in vectorised.group_configs(configs):
       for start in range(0, len(indices), self._group):
         indices_of_group = indices[start:start + self._group]
@@ -224,24 +255,29 @@ class Runner:
 
   def _start_process(self, runs: list[layout.Run], evaluates: bool, slot: int
                      ) -> subprocess.Popen:
-    """Starts the process that trains or evaluates runs.
+    """Starts the process that trains or evaluates runs, and returns it.
 
     Args:
       runs: the runs.
       evaluates: whether to evaluate them, and not to train them.
-      slot: the number of the process among those that run at once.
+      slot: the number of the process among those that run at once, by which it
+        gets its cores and GPUs.
     """
-    # The command.
-    names = [(run.point, run.seed) for run in runs]
+    # One run is trained by train.py, as a user would do; several are trained,
+    # or evaluated, by this module.
+    point_seeds = [(run.point, run.seed) for run in runs]
     tasks = runs[0].tasks if evaluates else ''
     if evaluates or len(runs) > 1:
-      words = layout.group_command(self._workdir, names, tasks)
+      command = layout.group_command(self._workdir, point_seeds, tasks)
     else:
-      point, seed = names[0]
-      words = layout.train_command(
+      point, seed = point_seeds[0]
+      command = layout.train_command(
           self._description, self._workdir, point, seed)
 
-    # Each run's log says so; that of the first has what is printed.
+    # A run begins anew where it has no log yet; this is asked before the logs
+    # are written. Then each log says what runs. What the process prints goes to
+    # the log of the first run, to which the others refer, but for evaluation,
+    # which prints into the log of each.
     log = self._folder(runs[0]) / 'log.txt'
     self._on_begun([run for run in runs
                     if not (self._folder(run) / 'log.txt').exists()])
@@ -249,20 +285,22 @@ class Runner:
       activity = 'evaluating' if evaluates else 'training'
       print(f'{run.point}, seed {run.seed}: {activity}', flush=True)
       layout.append_to_log(
-          self._folder(run), f'$ {shlex.join(["python", *words])}')
-    if not evaluates:  # else each prints into its own
+          self._folder(run), f'$ {shlex.join(["python", *command])}')
+    if not evaluates:
       for run in runs[1:]:
         layout.append_to_log(self._folder(run), f'What it printed: {log}')
 
-    # The process, which ends with this one, on the cores and GPUs of its slot.
+    # The process, on the cores and GPUs of its slot. It ends when this process
+    # ends, even by a crash; the run records the plan of its study from the
+    # environment.
     environment = _environment_of_slot(slot, self._parallel)
     environment[provenance.PLAN_VARIABLE] = self._description.get('plan', '')
-    words = dies_with_parent.words([sys.executable, *words],
-                                   _cores_of_slot(slot, self._parallel))
+    command = dies_with_parent.words([sys.executable, *command],
+                                     _cores_of_slot(slot, self._parallel))
     with log.open('a') as file:
       # A session of its own: Ctrl-C reaches it through our handler alone.
       return subprocess.Popen(
-          words, stdin=subprocess.DEVNULL, stdout=file,
+          command, stdin=subprocess.DEVNULL, stdout=file,
           stderr=subprocess.STDOUT, start_new_session=True, env=environment)
 
   def _folder(self, run: layout.Run) -> pathlib.Path:
@@ -278,19 +316,28 @@ class Runner:
     return layout.is_trained(self._folder(run), self._config(run).train)
 
   def _settle_job(self, job: Job) -> None:
-    """Writes into the ledger how each run of a job ended, and prints it.
+    """Writes into the ledger, the database of runs, how each run of an ended
+    job went, and prints it.
 
     Where a program of several runs ended in an error of all, each of them is
     pending again and trains alone from now on, so that the error is that of one
     run.
+
+    Args:
+      job: the job, whose process has ended.
     """
     code = job.process.returncode
+    # Exit code 0 or EXIT_CODE_UNFINISHED means that each log says how its run
+    # ended. After a signal, the runs were told to stop.
     is_error_of_all = (
         len(job.runs) > 1 and code not in (0, EXIT_CODE_UNFINISHED)
         and not self._signals.n)
     for run in job.runs:
-      # Tasks may be added at any moment but between these two.
+      # Another process may add tasks that a run owes. The transaction keeps it
+      # from doing so between the reading of the tasks and the writing of a
+      # state that is right for these only.
       with self._ledger.transaction():
+        # The row of the job is that of when it was claimed.
         run_by_id = {row.id: row for row in self._ledger.runs()}
         state, error = self._state_after_job(
             run=run, owed_tasks=run_by_id[run.id].owed_tasks,
@@ -301,6 +348,7 @@ class Runner:
         is_settled = self._ledger.settle_run(
             id=run.id, runner=self._name, state=state,
             error='' if goes_on_alone else error, alone=goes_on_alone)
+      # Another runner took this one for dead and has the run now.
       if not is_settled:
         continue
       line = f'{run.point}, seed {run.seed}: {state}'
@@ -319,15 +367,16 @@ class Runner:
 
     Args:
       run: the run as it was when it was claimed.
-      owed_tasks: the evaluations that it owes by now.
+      owed_tasks: the names of the evaluations that it owes by now.
       was_evaluated: whether its process was to evaluate it.
-      code: the exit code of the process.
+      code: the exit code of the process; -N where signal N killed it.
 
     Returns:
       The state, which is PENDING where the run is trained and owes evaluations;
       and the error, or ''.
     """
-    # A folder that holds another run.
+    # A folder that holds another run, as where the file of the sweep was
+    # changed. Its results must not count, however complete they are.
     folder = self._folder(run)
     if (folder / 'config.json').exists():
       error = layout.why_not_of_sweep(
@@ -338,11 +387,11 @@ class Runner:
     is_trained = self._is_trained(run)
     if is_trained and layout.is_evaluated(folder, owed_tasks):
       return layout.DONE, ''
-    # It saved and left, or had nothing to save yet.
+    # After a signal the process saved and left, or had nothing to save yet.
     if self._signals.n:
       return layout.PENDING, ''
-    # It is to be evaluated, also where a task was added while the others were
-    # done.
+    # The run is still to be evaluated: its job was to train it, or did all the
+    # tasks that it owed when it was claimed, and another was added since.
     if is_trained and not was_evaluated:
       return layout.PENDING, ''
     if is_trained and layout.is_evaluated(folder, run.owed_tasks):
@@ -376,8 +425,13 @@ def _environment_of_slot(slot: int, parallel: int) -> dict[str, str]:
 
 
 def main() -> int:
-  """Trains several runs of a sweep as one program, or evaluates them; returns
-  the exit code."""
+  """Trains several runs of a sweep as one program, or evaluates them, as the
+  command line says.
+
+  Returns:
+    The exit code: 0, or EXIT_CODE_UNFINISHED where a run did not end and its
+    log says why.
+  """
   parser = cli.Parser(description=__doc__)
   parser.add_argument('--workdir', required=True, help='of the sweep')
   parser.add_argument('--runs', required=True, help='POINT/SEED,POINT/SEED')
@@ -386,7 +440,7 @@ def main() -> int:
   args = parser.parse_args()
   cpu.configure_cpu()
 
-  # The folder of each run.
+  # --runs names each run by its point (a variant of the config) and its seed.
   runs = []
   for run_text in args.runs.split(','):
     point, seed = run_text.split('/')
@@ -394,6 +448,8 @@ def main() -> int:
   folders = [layout.run_folder(args.workdir, point, seed)
              for point, seed in runs]
 
+  # Evaluation reads the config from each run's folder; training from
+  # sweep.json.
   if args.evaluate:
     return _evaluate_runs(folders, args.evaluate.split(','))
   description = layout.load_sweep_description(args.workdir)
@@ -405,42 +461,58 @@ def main() -> int:
 def _train_as_one_program(configs: Sequence, folders: Sequence[pathlib.Path]
                           ) -> int:
   """Trains runs as one program, and writes into the log of each why it did not
-  reach its last step; returns the exit code."""
-  code = 0
+  reach its last step.
+
+  Args:
+    configs: the config of each run.
+    folders: the folder of each run, in the same order.
+
+  Returns:
+    The exit code: 0, or EXIT_CODE_UNFINISHED where a run is not over.
+  """
+  exit_code = 0
   for writer in vectorised.train_group(configs, folders):
+    # A run that reached its last step has nothing to say.
     if not writer.sentence:
       continue
     line = writer.sentence
+    # The runner reads the reason of a failure from a line of this form.
     if writer.code == DIVERGED:
       line = f'error: {line}'
     layout.append_to_log(writer.workdir, line)
     # A run that ended early has all that it was to have (training/loop.py).
     if writer.code != ENDED_EARLY:
-      code = EXIT_CODE_UNFINISHED
-  return code
+      exit_code = EXIT_CODE_UNFINISHED
+  return exit_code
 
 
 def _evaluate_runs(folders: Sequence[pathlib.Path], tasks: list[str]) -> int:
-  """Evaluates runs one after the other and writes the eval.json of each;
-  returns the exit code.
+  """Evaluates runs one after the other, each into the eval.json of its folder
+  and with what it prints in its own log.
 
-  Each prints into its own log. Runs of one model and data share what was
-  compiled.
+  Args:
+    folders: the folder of each run.
+    tasks: the names of the evaluations to do.
+
+  Returns:
+    The exit code: 0, or EXIT_CODE_UNFINISHED where one of them failed.
   """
-  code, programs = 0, {}
+  # Compiled programs, which runs of the same model and data share: the dict is
+  # filled by the first of them.
+  exit_code, compiled_programs = 0, {}
   for folder in folders:
     with (folder / 'log.txt').open('a') as log, contextlib.redirect_stdout(
         log), contextlib.redirect_stderr(log):
       try:
         figures = evals.evaluate_run(
             storage.checked_path(folder), tasks, None, step=None,
-            programs=programs)
+            programs=compiled_programs)
       except (RequestError, EnvironmentFailure, OSError) as error:
         print(f'error: {error}')  # of this run: the others go on
-        code = EXIT_CODE_UNFINISHED
+        exit_code = EXIT_CODE_UNFINISHED
       else:
         evals.write_figures(storage.checked_path(folder / 'eval.json'), figures)
-  return code
+  return exit_code
 
 
 if __name__ == '__main__':

@@ -68,37 +68,47 @@ class Table(NamedTuple):
     return {heading: _meanings().get(heading, '') for heading in self.rows[0]}
 
   def text(self) -> str:
-    """Returns the table for a terminal, without the last columns where the
-    terminal is too narrow for them."""
-    room = math.inf
+    """Returns the table as lines for a terminal. Where the terminal is too
+    narrow, the last columns are left out and named below."""
+    # A file or pipe has no width.
+    width = math.inf
     if sys.stdout.isatty():
-      room = os.get_terminal_size().columns
+      width = os.get_terminal_size().columns
     headings = [*self.columns]
     rows = [headings]
     for row in self.rows:
       rows.append([cell.text for cell in row.values()])
-    shown = len(headings)
-    lines = layout.align_columns(rows, left=shown)
-    while shown > 1 and max(map(len, lines)) > room:
-      shown -= 1
-      lines = layout.align_columns([row[:shown] for row in rows], left=shown)
-    if shown < len(headings):
-      lines.append(f'(too narrow for {", ".join(headings[shown:])})')
+    num_shown = len(headings)
+    lines = layout.align_columns(rows, left=num_shown)
+    # Columns are dropped from the right until the longest line fits.
+    while num_shown > 1 and max(map(len, lines)) > width:
+      num_shown -= 1
+      lines = layout.align_columns(
+          [row[:num_shown] for row in rows], left=num_shown)
+    if num_shown < len(headings):
+      lines.append(f'(too narrow for {", ".join(headings[num_shown:])})')
     return '\n'.join(lines)
 
 
 def table(name: str, title: str, rows: Sequence[Mapping[str, Cell]]) -> Table:
-  """Returns a table without the columns that say nothing in any row."""
-  spoken = set()
+  """Returns a table without the columns that say nothing in any row.
+
+  Args:
+    name: the anchor of the table on the page.
+    title: its title.
+    rows: the cells of each row by heading, the same headings in all of them.
+  """
+  headings_shown = set()
   for row in rows:
     for heading, cell in row.items():
       if cell.text not in ('', UNKNOWN):
-        spoken.add(heading)
-  kept = []
+        headings_shown.add(heading)
+  # The columns keep the order that the rows give them.
+  kept_rows = []
   for row in rows:
-    cells = {name: cell for name, cell in row.items() if name in spoken}
-    kept.append(cells)
-  return Table(name=name, title=title, rows=kept)
+    cells = {name: cell for name, cell in row.items() if name in headings_shown}
+    kept_rows.append(cells)
+  return Table(name=name, title=title, rows=kept_rows)
 
 
 class Figure(NamedTuple):
@@ -139,14 +149,15 @@ class Section(NamedTuple):
 
 
 def html(sections: Sequence[Section], **words: Any) -> str:
-  """Returns the HTML page of a report; empty tables, plots and sections are
-  left out.
+  """Returns the HTML page of a report; tables, plots and sections that are
+  empty are left out.
 
   Args:
     sections: the sections.
     **words: the other words of the template: title, about, answer, warnings.
   """
-  shown, plots = [], []
+  # The sections that have any content, and the plots of all of them.
+  kept_sections, plots = [], []
   for section in sections:
     section = section._replace(
         tables=[table for table in section.tables if table.rows],
@@ -155,15 +166,15 @@ def html(sections: Sequence[Section], **words: Any) -> str:
     content = (*section.paragraphs, *section.figures, *section.tables,
                *section.plots)
     if content:
-      shown.append(section)
+      kept_sections.append(section)
 
-  # The figures of the plots; '<' would end the script early if a name held
-  # </script>.
+  # The script on the page draws the plots from this JSON. '<' would end the
+  # script early if a name held </script>; JSON may escape it.
   data = json.dumps(plots, allow_nan=False).replace('<', '\\u003c')
   css = (TEMPLATES / 'report.css').read_text()
   script = (TEMPLATES / 'report.js').read_text()
-  return render('page.html', sections=shown, data=data, css=css, script=script,
-                **words)
+  return render('page.html', sections=kept_sections, data=data, css=css,
+                script=script, **words)
 
 
 def render(template: str, **words: Any) -> str:

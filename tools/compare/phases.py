@@ -34,7 +34,6 @@ from training import runs as starts
 from training.objectives import pipeline
 from training.workdir import run_config
 
-# seeds from the first of a phase to the first of the next
 # From the first seed of a phase to the first of the next; and how many phases
 # fit between the first seeds of two studies.
 SEEDS_BETWEEN_PHASES = 10_000
@@ -108,26 +107,35 @@ def default_seeds_by_phase() -> dict[str, int]:
 
 
 def check_phases(file: str) -> None:
-  """Raises RequestError for an entry of PHASES with a wrong name, or with the
-  seeds of another phase.
+  """Checks the table PHASES, in which each phase of a study is registered by
+  its name.
 
   Args:
-    file: the file of the study, which may add phases of its own.
+    file: the file of the study, which may add phases of its own; it is named in
+      messages.
+
+  Raises:
+    RequestError: for an entry under a wrong name, or with the block of seeds of
+      another phase.
   """
-  blocks: dict[int, str] = {}
+  name_of_block: dict[int, str] = {}
   for name, phase in PHASES.items():
     who = f'{file}: PHASES has {name!r}'
+    # The key and the name of the phase itself must agree: both are used to look
+    # it up.
     require(isinstance(phase, Phase) and phase.name == name, f'{who}, which is '
             f'no Phase of that name: write {{{name!r}: Phase(name={name!r}, '
             '...)}')
     require(re.fullmatch('[a-z_]+', name) is not None, f'{who}, which names a '
             'folder and a row of results.json: choose lower-case letters and _')
+    # Each phase draws its seeds from a block of its own, so that no phase
+    # decides by runs whose data and initial weights an earlier one has seen.
     require(0 <= phase.block < NUM_SEED_BLOCKS,
             f'{who} with block={phase.block}: '
             f'choose a whole number from 0 to {NUM_SEED_BLOCKS - 1}')
-    other = blocks.setdefault(phase.block, name)
-    require(other == name, f'{who} with block={phase.block}, which is that of '
-            f'{other!r}, so that both would have the same seeds: choose '
+    owner = name_of_block.setdefault(phase.block, name)
+    require(owner == name, f'{who} with block={phase.block}, which is that of '
+            f'{owner!r}, so that both would have the same seeds: choose '
             f'another, from 0 to {NUM_SEED_BLOCKS - 1}')
 
 
@@ -135,27 +143,37 @@ def run_phases(frozen: plans.FrozenPlan, trainer: Any,
                until: str = plans.REPORT,
                anyway: bool = False) -> Iterator[StudyState]:
   """Runs the phases of a study one after the other, and yields the state of the
-  study after each.
+  study after each, so that the caller can save and print it.
 
   Args:
-    frozen: the plan.
-    trainer: the trainer of the runs.
-    until: the last phase; REPORT: all.
+    frozen: the plan of the study, which no longer changes.
+    trainer: the trainer of the runs (study.Trainer).
+    until: the name of the last phase to run; REPORT: all of them.
     anyway: whether to go on where the noise is too large for the effect.
 
+  Yields:
+    The outcomes of the runs and the decisions so far. It is one object, which
+    each phase adds to.
+
   Raises:
-    RequestError: after `noise`, where the study cannot find the effect that it
-      is after, unless `anyway`.
+    RequestError: after the phase `noise`, where the study cannot find the
+      effect that it is after, unless `anyway`.
   """
   state = StudyState(trainer)
   for phase in phases_of_study(frozen.plan.seeds):
-    # Measures of too little signal to noise go no further.
-    snrs = {row.measure: row.snr for row in state.records.get('noise', ())}
-    going = dataclasses.replace(
-        frozen, plan=noise.drop_noisy_measures(frozen.plan, snrs))
-    state.records |= phase.run(going, state)
+    # Measures with too small a ratio of signal to noise go no further. The
+    # ratios are known once the phase `noise` has ended; before that, nothing is
+    # dropped.
+    ratios = {row.measure: row.snr for row in state.records.get('noise', ())}
+    without_noisy = dataclasses.replace(
+        frozen, plan=noise.drop_noisy_measures(frozen.plan, ratios))
+    # The runs of the phase are added to the state while they are trained, and
+    # what it decides is added here.
+    state.records |= phase.run(without_noisy, state)
     state.finished.append(phase.name)
     yield state
+    # A weak study is refused after the state was yielded: the caller has saved
+    # what the refusal is about.
     if state.weakness and not anyway:
       raise RequestError(
           f'{state.weakness} {state.records["advice"]} Lower the noise, or '
@@ -233,21 +251,25 @@ class Phase:
            best: Callable[[str, str, str], Changes],
            variants: Sequence[str]) -> list[Run]:
     """Returns the runs of the base and of some variants, at each size on each
-    workload with each seed.
+    workload (the data of a run) with each seed of this phase.
 
     Args:
       frozen: the plan.
       best: a function of (variant, size, workload) that returns the values that
-        were tuned; of a size that was not, those of the largest that was.
-      variants: the variants that are run.
+        were tuned, by the dotted name of the field.
+      variants: the names of the variants that are run.
     """
     plan = self.narrow_plan(frozen.plan)
     runs = []
     for size in plan.sizes:
+      # A size that was not tuned takes the values of the largest one that was:
+      # large models are too dear to tune.
       tuned_size = size if size in plan.tuned_sizes else plan.tuned_sizes[-1]
       for workload in plan.workloads:
+        # Nothing would be read from runs on this workload.
         if not plan.measures_of_workload(workload):
           continue
+        # The base comes first, and once, even if it is one of the variants.
         for variant in dict.fromkeys((plan.base, *variants)):
           for seed in self.seeds_of_phase(plan):
             runs.append(make_run(
@@ -272,20 +294,26 @@ class Phase:
 
     Args:
       frozen: the plan.
-      state: the outcomes and decisions of the phases before.
+      state: the outcomes and decisions of the phases before; the outcomes of
+        this one are added to it.
 
     Returns:
-      What it decides, by the keys of results.json.
+      What the phase decides, by the keys that it has in results.json.
     """
+    # The values that the phase `tune` chose.
     tuned = {(row.variant, row.size, row.workload): row.changes
              for row in state.records.get('tuned', ())}
+    # A lookup that fails loudly where something was not tuned.
     def best(variant: str, size: str, workload: str) -> Changes:
       return tuned[variant, size, workload]
 
-    # The runs of what goes on, if anything does.
+    # Only the variants that the phases before let pass. Where none did, nothing
+    # is trained, and the decision is an empty one. state.train waits until all
+    # runs have ended, and adds their outcomes to state.outcomes.
     variants = self.choose_variants(frozen.plan, state.records)
     if variants:
       state.train(self, self.runs(frozen, best, variants))
+    # The verdicts are on the sizes and measures of this phase alone.
     plan = self.narrow_plan(frozen.plan)
     return {self.name: self.decide(plan, state.outcomes, self.name)}
 
@@ -340,11 +368,21 @@ class Tune(Phase):
 
   def runs_of_candidates(self, frozen: plans.FrozenPlan,
                          search: 'Search') -> list[list[Run]]:
-    """Returns, for each candidate (a value of each tuned field) of a search,
-    its runs over the seeds of tuning."""
+    """Returns the runs of each candidate of a search for the best
+    hyper-parameters. A candidate is one value for each field that is tuned.
+
+    Args:
+      frozen: the plan.
+      search: the search of one variant at one size on one workload.
+
+    Returns:
+      A list of runs for each of search.candidates, in that order: one run for
+      each seed of tuning.
+    """
     runs = []
     for changes in search.candidates:
       of_candidate = []
+      # Candidates share their seeds, so they are compared on the same data.
       for seed in self.seeds_of_phase(frozen.plan):
         of_candidate.append(make_run(
             frozen=frozen, phase=self.name, variant=search.variant,
@@ -354,37 +392,55 @@ class Tune(Phase):
     return runs
 
   def largest_set_of_runs(self, frozen):
-    """Returns the runs of all rungs: which candidates survive does not matter
-    here."""
+    """Returns the runs of all rungs of successive halving, for an estimate of
+    the cost before anything has run.
+
+    Args:
+      frozen: the plan.
+    """
     runs, tuning = [], frozen.plan.tuning
     for search in make_searches(frozen.plan):
       for rung in range(tuning.rungs):
+        # The rung decides how many steps its candidates train.
         search.rung = rung
         for candidate in self.runs_of_candidates(frozen, search):
           runs += candidate
+        # Which candidates survive is not known yet. How many do is, and all of
+        # them cost the same: the first stand for them.
         survivors = num_survivors(tuning, len(search.candidates))
         search.candidates = search.candidates[:survivors]
     return runs
 
   def run(self, frozen, state):
-    each = make_searches(frozen.plan)
+    # One search for each variant at each size on each workload.
+    searches = make_searches(frozen.plan)
+    # The number of rungs is not known beforehand: after the last planned one, a
+    # search goes on where its best value is at an edge of what was tried. It is
+    # over once it has no candidates.
     for rung in itertools.count(1):
-      going = [search for search in each if search.candidates]
-      if not going:
+      ongoing = [search for search in searches if search.candidates]
+      if not ongoing:
         break
-      # All searches train at once, and each takes its own outcomes.
-      asked = [self.runs_of_candidates(frozen, search) for search in going]
+      # The runs of all searches are trained at once, so that they share
+      # programs and machines. The outcomes come back in the order of the runs.
+      runs_by_search = [self.runs_of_candidates(frozen, search)
+                        for search in ongoing]
       runs = []
-      for candidates in asked:
+      for candidates in runs_by_search:
         runs += itertools.chain(*candidates)
       outcomes = iter(state.train(self, runs, rung))
-      for search, candidates in zip(going, asked):
+      # Each candidate takes its outcomes from the front of what is left, in the
+      # same order: the loops below must visit searches and candidates as those
+      # above did.
+      for search, candidates in zip(ongoing, runs_by_search):
         steps = frozen.steps(candidates[0][0].changes)
-        taken = []
+        outcomes_of_search = []
         for candidate in candidates:
-          taken.append(list(itertools.islice(outcomes, len(candidate))))
-        search.record_rung(steps, taken)
-    return {'tuned': [search.result() for search in each]}
+          outcomes_of_search.append(
+              list(itertools.islice(outcomes, len(candidate))))
+        # This chooses the candidates of the next rung, perhaps none.
+        search.record_rung(steps, outcomes_of_search)
+    return {'tuned': [search.result() for search in searches]}
 
   def summary(self, records):
     lines = []
@@ -461,45 +517,66 @@ def make_run(frozen: plans.FrozenPlan, phase: str, variant: str, size: str,
   Args:
     frozen: the plan.
     phase: the name of the phase.
-    variant, size, workload, seed: the point of the plan, and the seed.
-    more: changes of the config beside those of the point, such as tuned values.
-    share: the share of the steps of the point that the run trains.
+    variant: the name of the variant; SECOND_BASE is the base once more, under a
+      name of its own.
+    size: the name of the size of the model.
+    workload: the name of the data that it is trained on.
+    seed: the seed.
+    more: changes of the config beside those that the plan has for the variant
+      at this size, such as tuned values; they win over those.
+    share: the share of its planned steps that the run trains, 1 or less.
   """
-  of_point = frozen.plan.base if variant == plans.SECOND_BASE else variant
-  row = frozen.point(of_point, size, workload)
-  changes = {**row['changes'], **more, 'eval.part': PHASES[phase].part}
+  # The plan has no config for the second base: it is trained with that of the
+  # base.
+  planned_variant = (
+      frozen.plan.base if variant == plans.SECOND_BASE else variant)
+  planned_point = frozen.point(planned_variant, size, workload)
+  # Later entries win: tuned values replace those of the plan.
+  changes = {**planned_point['changes'], **more,
+             'eval.part': PHASES[phase].part}
   if share < 1:
     shorten_run(changes, frozen.base_config, share)
+  # A phase that draws no curves evaluates once, after the last step.
   if phase not in plans.PHASES_WITH_CURVES:
     changes['eval.every_steps'] = frozen.steps(changes)
-  name = f'{workload}.{size}.{variant}'
-  if phase == 'tune':  # each candidate is a point of its own
+  # The name of the folder of the runs that differ in their seed alone. Each
+  # candidate of a search is a folder of its own: model.lr=0.1 adds ".lr=0.1".
+  point = f'{workload}.{size}.{variant}'
+  if phase == 'tune':
     for field, value in more.items():
-      name += f'.{field.rpartition(".")[2]}={value:g}'
+      point += f'.{field.rpartition(".")[2]}={value:g}'
   return Run(phase=phase, variant=variant, size=size, workload=workload,
-             seed=seed, point=name, changes=changes, share=share)
+             seed=seed, point=point, changes=changes, share=share)
 
 
 def shorten_run(changes: dict, base: dict, share: float) -> None:
-  """Shortens a run to a share of its steps, its schedule of the learning rate
-  and of the batch size with it.
+  """Shortens a run to a share of its steps. The schedules of the learning rate
+  and of the batch size shrink with it.
 
   Args:
-    changes: what the run changes in the base config; it is updated in place.
+    changes: what the run changes in the base config, by dotted name; it is
+      updated in place.
     base: the base config, as a tree.
     share: the share of the steps, below 1.
   """
-  before = run_config.flatten(base) | changes
-  steps = before['train.steps']
-  short = max(round(steps * share), 1)
-  changes['train.steps'] = short
+  # The config of the whole run, by dotted name.
+  config = run_config.flatten(base) | changes
+  planned_steps = config['train.steps']
+  # A run has at least one step.
+  num_steps = max(round(planned_steps * share), 1)
+  changes['train.steps'] = num_steps
+  # These shrink with the run. Neither may be longer than it after rounding.
   for field in ('optim.warmup_steps', 'optim.decay_steps'):
-    changes[field] = min(round(before[field] * short / steps), short)
+    changes[field] = min(
+        round(config[field] * num_steps / planned_steps), num_steps)
+  # These keep their distance, but happen at least once.
   for field in ('checkpoint.every_steps', 'log.every_steps'):
-    changes[field] = min(before[field], short)
-  stages = before['data.batch_ramp']
+    changes[field] = min(config[field], num_steps)
+  # The stages at which the batch grows; empty where its size is constant.
+  stages = config['data.batch_ramp']
   if stages:
-    changes['data.batch_ramp'] = pipeline.scale_ramp(stages, steps, short)
+    changes['data.batch_ramp'] = pipeline.scale_ramp(
+        stages, planned_steps, num_steps)
 
 
 @dataclasses.dataclass
@@ -540,13 +617,16 @@ class Search:
 
   def record_rung(self, steps: int, outcomes: Sequence[Sequence[plans.Outcome]]
                   ) -> None:
-    """Records the outcomes of a rung, and chooses the candidates of the next
-    one.
+    """Records the outcomes of a rung of successive halving, and chooses the
+    candidates of the next one.
 
     Args:
       steps: the number of steps that the candidates trained.
-      outcomes: the outcomes of each candidate, over the seeds of tuning.
+      outcomes: for each of self.candidates, in that order, the outcome of its
+        run with each seed of tuning.
     """
+    # The first measure of the workload is the one that is tuned for. A
+    # candidate has its mean over the seeds.
     measure, *_ = self.plan.measures_of_workload(self.workload)
     rows = []
     for changes, runs in zip(self.candidates, outcomes, strict=True):
@@ -566,7 +646,8 @@ class Search:
       at what guessing gives, the one with the larger loss is worse."""
       return row['diverged'], -measure.sign * row['value'], row['loss']
 
-    # The better half goes on to the next rung.
+    # Before the last rung, the better part of the candidates goes on to the
+    # next one, which trains longer.
     ranked = sorted(rows, key=worse)
     tuning = self.plan.tuning
     if self.rung < tuning.rungs:
@@ -574,19 +655,22 @@ class Search:
       self.candidates = tuple(row['changes'] for row in survivors)
       return
 
-    # After the last rung, an optimum at an edge moves it.
+    # From the last rung on, runs are whole and can be compared with the best of
+    # the rungs before. Where the best value lies at the edge of what was tried,
+    # the next value beyond is tried, up to tuning.extend times. The search is
+    # over where there is none.
     if self.best is not None:
       ranked = [self.best, *ranked]
     self.best = min(ranked, key=worse)
-    further = []
+    beyond_edges = []
     if self.rung - tuning.rungs < tuning.extend:
       best = self.best['changes']
       for field in self.at_edge:
         edge, inner = self._edge(field)
         candidate = best | {field: move_edge_outwards(edge, inner)}
         if candidate != best:
-          further.append(candidate)
-    self.candidates = tuple(further)
+          beyond_edges.append(candidate)
+    self.candidates = tuple(beyond_edges)
 
   def _edge(self, field: str) -> tuple[float, float]:
     """Returns the first and second, or the last and last but one, of the values
@@ -615,19 +699,26 @@ class Search:
 
 
 def move_edge_outwards(edge: float, inner: float) -> float:
-  """Returns the value that continues a geometric grid: edge * edge / inner.
+  """Returns the next value of a geometric grid beyond its edge: edge * edge /
+  inner.
 
   Args:
-    edge: the least or the largest value that was tried. Where it is a whole
-      number, so is the result, which is 1 or more; `edge` itself is returned
-      where no smaller one is left.
+    edge: the least or the largest value that was tried.
     inner: the value beside it.
+
+  Returns:
+    The value. Where `edge` is a whole number, such as a number of layers, so is
+    the value, which is 1 or more; it is `edge` itself where no smaller one is
+    left.
   """
-  out = edge * edge / inner
+  beyond = edge * edge / inner
+  # Six digits hide the error of the arithmetic in the names of folders.
   if not isinstance(edge, int):
-    return float(f'{out:.6g}')
-  out = max(round(out), 1)
-  return edge + 1 if out == edge > inner else out
+    return float(f'{beyond:.6g}')
+  # Whole numbers. Rounding may end at the edge again: an upper edge then moves
+  # by 1 at least, and a lower one stays, at 1.
+  beyond = max(round(beyond), 1)
+  return edge + 1 if beyond == edge > inner else beyond
 
 
 def num_survivors(tuning: plans.Tuning, candidates: int) -> int:

@@ -29,26 +29,29 @@ def write(workdir, frozen: plans.FrozenPlan, state: phases.StudyState) -> None:
   Args:
     workdir: the folder of the study.
     frozen: its plan.
-    state: what is found so far.
+    state: the outcomes and decisions so far.
   """
-  # A study that is started again walks through all of its phases, and may be
-  # told to end early.
-  before = load(workdir)
-  over = {phase for phase, row in before['phases'].items() if row['finished']}
-  if set(state.finished) < over and before['study']['hash'] == frozen.hash:
+  # A study that is started again walks through all of its phases from the first
+  # on, and may be told to end early. Its file must not lose the later ones.
+  saved = load(workdir)
+  finished = {
+      phase for phase, row in saved['phases'].items() if row['finished']}
+  if set(state.finished) < finished and saved['study']['hash'] == frozen.hash:
     return
 
-  ran = codes(workdir)
+  codes_of_runs = codes(workdir)
   phases_spent = {}
   for phase in phases.phases_of_study(frozen.plan.seeds):
     phases_spent[phase.name] = _spent(frozen, phase, state)
+  # The records of the phases are keys of their own, beside the outcomes that
+  # they were found from.
   tree = {
       'study': {'name': frozen.plan.name, 'hash': frozen.hash},
       'outcomes': plans.to_json(state.outcomes),
       **plans.to_json(state.records),
       'phases': phases_spent,
-      'as_planned': as_planned(workdir, frozen, ran),
-      'provenance': {'codes': ran, 'devices': _devices(workdir),
+      'as_planned': as_planned(workdir, frozen, codes_of_runs),
+      'provenance': {'codes': codes_of_runs, 'devices': _devices(workdir),
                      'versions': _versions()}}
   layout.save_with_checksum(pathlib.Path(workdir) / FILE, tree)
 
@@ -71,9 +74,15 @@ def load(workdir) -> dict[str, Any]:
 
 
 def folders(workdir, phase: str = '') -> list[pathlib.Path]:
-  """Returns the folders of the sweeps of a phase of a study, or of all phases
-  in their order."""
+  """Returns the folders of the sweeps of a study, in the order of its phases. A
+  phase may have several, such as tune-1, tune-2, ...
+
+  Args:
+    workdir: the folder of the study.
+    phase: the name of the phase; '': all phases.
+  """
   sweeps = [path.parent for path in pathlib.Path(workdir).glob('*/sweep.json')]
+  # Shorter names first, so that tune-10 comes after tune-9.
   sweeps.sort(key=lambda path: (len(path.name), path.name))
   wanted = [phase] if phase else [*phases.PHASES]
   ordered = []
@@ -84,23 +93,35 @@ def folders(workdir, phase: str = '') -> list[pathlib.Path]:
   return ordered
 
 
-def _spent(frozen: plans.FrozenPlan, phase: phases.Phase, state) -> dict[str,
-                                                                         Any]:
-  """Returns the runs, tokens, FLOPs and time that a phase has taken so far, as
-  `phases` of results.json has them."""
-  done = failed = 0
+def _spent(frozen: plans.FrozenPlan, phase: phases.Phase, state
+           ) -> dict[str, Any]:
+  """Returns the runs, tokens, FLOPs and time that a phase has taken so far.
+
+  Args:
+    frozen: the plan.
+    phase: the phase.
+    state: the outcomes and decisions so far.
+
+  Returns:
+    The entry of the phase in `phases` of results.json: how many runs were
+    'planned' at most, are 'done' and 'failed'; the sums of 'tokens', 'flops'
+    and 'seconds'; and whether it is 'finished'.
+  """
+  num_done = num_failed = 0
   tokens, flops, seconds = 0.0, 0.0, 0.0
   for run in state.outcomes:
     if run.phase != phase.name:
       continue
-    done += 1
-    failed += run.diverged
+    num_done += 1
+    num_failed += run.diverged
+    # A run may have trained a part of its planned steps: its FLOPs tell.
     tokens += run.flops / frozen.point_of_run(run)['flops_per_token']
     flops += run.flops
+    # The time of a run is not always known; the sum is of those that are.
     if not math.isnan(run.seconds):
       seconds += run.seconds
-  return {'planned': len(phase.largest_set_of_runs(frozen)), 'done': done,
-          'failed': failed,
+  return {'planned': len(phase.largest_set_of_runs(frozen)), 'done': num_done,
+          'failed': num_failed,
           'tokens': tokens, 'flops': flops, 'seconds': seconds,
           'finished': phase.name in state.finished}
 
@@ -130,7 +151,8 @@ def as_planned(workdir, frozen: plans.FrozenPlan, ran: Sequence[str]
         f'had been looked at. Reason: {change["reason"]}')
   differences += [change['told'] for change in frozen.notes]
 
-  # Runs that were begun more than once, or elsewhere.
+  # Runs that were begun more than once might have been repeated until they were
+  # good; those begun elsewhere might be the best of many.
   repeated, unknown = _begun(workdir)
   for phase, number in repeated.items():
     differences.append(
@@ -140,37 +162,48 @@ def as_planned(workdir, frozen: plans.FrozenPlan, ran: Sequence[str]
                        'they were begun elsewhere or it was lost: '
                        f'{unknown}.')
 
-  # The code that trained them.
-  planned = provenance.list_codes([frozen.code])
-  others = []
-  if planned:
-    others = [code for code in ran if code not in planned]
-  if others:
-    differences.append(f'The plan was made with {planned[0]}, and runs were '
-                       f'trained by {", ".join(others)}.')
+  # The code that trained the runs. Where that of the plan is not known, nothing
+  # can be compared.
+  planned_codes = provenance.list_codes([frozen.code])
+  unplanned = []
+  if planned_codes:
+    unplanned = [code for code in ran if code not in planned_codes]
+  if unplanned:
+    differences.append(
+        f'The plan was made with {planned_codes[0]}, and runs were trained by '
+        f'{", ".join(unplanned)}.')
   return {'same': not differences, 'differences': differences,
           'repeated': repeated, 'unknown': unknown}
 
 
 def _begun(workdir) -> tuple[dict[str, int], int]:
-  """Returns how many times runs of each phase were begun anew, and how many
-  runs are on disk that the ledger of the study did not see begin."""
+  """Counts the runs of a study that were begun again, or that its ledger (the
+  database of runs that began) did not see begin.
+
+  Args:
+    workdir: the folder of the study.
+
+  Returns:
+    How many times runs of each phase were begun anew, for phases with such
+    runs; and how many runs are on disk that the ledger does not know.
+  """
   with layout.StudyLedger(workdir) as ledger:
-    begun = ledger.begun_runs()
+    begun_runs = ledger.begun_runs()
 
-  # The runs that were begun more than once, by phase.
+  # Each row of the ledger is one beginning: the first of a run is none anew.
   repeated: dict[str, int] = {}
-  for (folder, _, _), times in collections.Counter(begun).items():
-    if times > 1:
+  for (folder, _, _), num_times in collections.Counter(begun_runs).items():
+    if num_times > 1:
       phase = plans.phase_of_folder(pathlib.Path(folder))
-      repeated[phase] = repeated.get(phase, 0) + times - 1
+      repeated[phase] = repeated.get(phase, 0) + num_times - 1
 
+  # The runs on disk, in the form of the rows of the ledger.
   on_disk = set()
   for folder in folders(workdir):
     for run in folder.glob('points/*/seed-*'):
       seed = int(run.name.removeprefix('seed-'))
       on_disk.add((folder.name, run.parent.name, seed))
-  return repeated, len(on_disk - set(begun))
+  return repeated, len(on_disk - set(begun_runs))
 
 
 def codes(workdir) -> list[str]:
@@ -223,38 +256,51 @@ class Cost(NamedTuple):
 
 def costs(frozen: plans.FrozenPlan, group: int, times: Times | None
           ) -> list[Cost]:
-  """Returns the costs of all phases, at most: every variant is confirmed, and
-  no edge of what is tuned is moved (of which its `note` says how much it is).
+  """Returns the costs of all phases of a study, at most: every variant is
+  confirmed. Where tuning may go beyond the values that were planned, the `note`
+  of a cost says how much that adds.
 
   Args:
     frozen: the plan.
     group: how many runs one program holds at most.
-    times: the seconds of a step; None: not measured.
+    times: the seconds of a step at each size on each workload; None: not
+      measured.
   """
-  each = []
+  cost_of_phases = []
   for phase in phases.phases_of_study(frozen.plan.seeds):
-    each.append(_cost(frozen=frozen, group=group, times=times, phase=phase))
-  return each
+    cost_of_phases.append(
+        _cost(frozen=frozen, group=group, times=times, phase=phase))
+  return cost_of_phases
 
 
 def _cost(frozen: plans.FrozenPlan, group: int, times: Times | None,
           phase: phases.Phase) -> Cost:
-  """Returns the largest cost that a phase can have; the arguments are those of
-  `costs`."""
+  """Returns the largest cost that a phase can have.
+
+  Args:
+    frozen: the plan.
+    group: how many runs one program holds at most.
+    times: the seconds of a step at each size on each workload; None: not
+      measured.
+    phase: the phase.
+  """
   runs = phase.largest_set_of_runs(frozen)
   tokens = flops = seconds = 0.0
-  alike: collections.Counter[tuple] = collections.Counter()
+  runs_of_program: collections.Counter[tuple] = collections.Counter()
   for run in runs:
-    # A run may train a part of the steps of its point.
-    row = frozen.point_of_run(run)
+    # A run may train a part of the steps of its point (a variant at a size).
+    planned_point = frozen.point_of_run(run)
     steps = frozen.steps(run.changes)
-    part = steps / frozen.steps(row['changes'])
-    tokens += row['tokens'] * part
-    flops += row['tokens'] * part * row['flops_per_token']
+    share = steps / frozen.steps(planned_point['changes'])
+    tokens += planned_point['tokens'] * share
+    flops += planned_point['tokens'] * share * planned_point['flops_per_token']
     if times:
       seconds += steps * times[run.size, run.workload]
-    alike[_program(run)] += 1
-  programs = sum(math.ceil(number / group) for number in alike.values())
+    runs_of_program[_program(run)] += 1
+  # Runs of one program differ in nothing that is compiled, and there are
+  # `group` of them at most.
+  programs = sum(
+      math.ceil(number / group) for number in runs_of_program.values())
   return Cost(
       phase=phase.name,
       runs=len(runs),
@@ -278,19 +324,25 @@ def _program(run: phases.Run) -> tuple:
 
 def times_of(workdir, frozen: plans.FrozenPlan) -> Times | None:
   """Returns the mean seconds of a training step at each size on each workload,
-  as the finished runs of a study took them; None where one is not known.
+  as the finished runs of a study took them.
 
   Args:
     workdir: the folder of the study.
     frozen: its plan; runs of sizes, workloads and variants that it does not
       have are left out.
+
+  Returns:
+    The seconds by size and workload; None where one of them is not known.
   """
   plan = frozen.plan
   variants = (plan.base, plans.SECOND_BASE, *plan.variants)
+  # Sums over runs. Keys that stay 0 are sizes and workloads of which no run has
+  # finished.
   steps, seconds = {}, {}
   for size in plan.all_sizes:
     for workload in plan.workloads:
       steps[size, workload] = seconds[size, workload] = 0.0
+  # Runs that diverged may have ended early, and say little of a step.
   for row in load(workdir)['outcomes']:
     run = plans.outcome_from_json(row)
     key = run.size, run.workload
@@ -300,6 +352,7 @@ def times_of(workdir, frozen: plans.FrozenPlan) -> Times | None:
       continue
     steps[key] += frozen.steps(run.changes)
     seconds[key] += run.seconds
+  # Hours are told for all phases or for none.
   if not all(steps.values()):
     return None
   return {key: seconds[key] / steps[key] for key in steps}
@@ -310,7 +363,7 @@ def table(each: Sequence[Cost], parallel: int) -> str:
 
   Args:
     each: the cost of each phase.
-    parallel: how many processes run at once, for the hours.
+    parallel: how many processes run at once, by which the hours are divided.
   """
   rows = [('phase', 'runs', 'programs', 'tokens', 'FLOPs', 'hours')]
   notes = ['']  # the headings have none
@@ -321,6 +374,7 @@ def table(each: Sequence[Cost], parallel: int) -> str:
     rows.append((cost.phase, f'{cost.runs:,}', f'{cost.programs:,}',
                  f'{cost.tokens:,.0f}', f'{cost.flops:.3g}', hours))
     notes.append(cost.note)
+  # Notes stand behind the columns, as they are too long for one.
   lines = []
   for line, note in zip(layout.align_columns(rows), notes):
     lines.append(f'{line}  {note}'.rstrip())
@@ -328,15 +382,22 @@ def table(each: Sequence[Cost], parallel: int) -> str:
 
 
 def _in_all(each: Sequence[Cost]) -> Cost:
-  """Returns the sum of some costs; the time is known where each one's is."""
+  """Returns the sum of some costs. Its time is known only where that of each
+  is.
+
+  Args:
+    each: the costs.
+  """
   runs = programs = 0
   tokens = flops = 0.0
+  # None once it is not known.
   seconds: float | None = 0.0
   for cost in each:
     runs += cost.runs
     programs += cost.programs
     tokens += cost.tokens
     flops += cost.flops
+    # Once one time is unknown, so is the sum.
     if seconds is None or cost.seconds is None:
       seconds = None
     else:

@@ -62,10 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
   from tools.compare import curves
-  # An interval needs 40 or more.
+  # A 95 % interval leaves 2.5 % of the draws on either side, which is one draw
+  # of 40.
   check_number('--draws', args.draws, (('>=', 40), ('<=', 1_000_000)))
   budgets = _parse_budgets(args.budgets)
   sweep = curves.load_sweep(args.workdir)
+  # With --by, one law for each value of a field; else one law of all runs, with
+  # intervals from laws that are fitted to resampled residuals.
   if args.by:
     figures = fit_by_field(sweep, args.by, args.count, budgets, args.draws)
   else:
@@ -129,26 +132,35 @@ class Runs(NamedTuple):
 
 
 def runs_of_ladder(points, count: str, who: str, beside: str = '') -> Runs:
-  """Returns the finished runs of a ladder, ordered by tokens, parameters and
-  seed.
+  """Returns the finished runs of a ladder, that is of a sweep over the size of
+  one model and the length of its training.
 
   Args:
-    points: the points of one ladder.
+    points: the points of one ladder (curves.Point), each a size and a length
+      with its runs over seeds.
     count: the parameters that are counted, 'params' or 'active_params'.
     who: what the ladder is called in messages.
-    beside: a field that the points may set though it is no size.
+    beside: a field that the points may set though it is no size; '': none.
+
+  Returns:
+    Arrays with an entry for each run, ordered by tokens, then parameters, then
+    seed. Two ladders of the same sizes, lengths and seeds are therefore aligned
+    run by run, which `bootstrap_laws` relies on.
 
   Raises:
-    RequestError: where they are no ladder.
+    RequestError: where no run has finished, where a point changes more than
+      sizes and lengths, or where two points have the same size and length.
   """
   for point in points:
     _check_point_sets_sizes(point, beside)
-  done = [point for point in points if point.final_losses]
-  require(bool(done), f'{who} has no finished run')
-  done.sort(key=lambda point: (point.tokens, getattr(point, count)))
-  _check_rungs_differ(done, count)
+  # A run that diverged or is not over has no final loss.
+  finished = [point for point in points if point.final_losses]
+  require(bool(finished), f'{who} has no finished run')
+  finished.sort(key=lambda point: (point.tokens, getattr(point, count)))
+  _check_rungs_differ(finished, count)
+  # One entry for each run; the runs of a point differ in their loss alone.
   params, tokens, losses, flops_per_token = [], [], [], []
-  for point in done:
+  for point in finished:
     for _, loss in sorted(point.final_losses.items()):
       params.append(getattr(point, count))
       tokens.append(point.tokens)
@@ -162,10 +174,20 @@ def runs_of_ladder(points, count: str, who: str, beside: str = '') -> Runs:
 
 
 def _check_point_sets_sizes(point, beside: str) -> None:
-  """Raises RequestError for a point that sets what is no size, but for the
-  field `beside`."""
+  """Checks that a point of a ladder changes nothing in the config but numbers,
+  which are sizes and lengths.
+
+  Args:
+    point: the point (curves.Point).
+    beside: a field that it may set though it is no number; '': none.
+
+  Raises:
+    RequestError: where it changes a word, a switch or a list, such as the kind
+      of a layer: the law is of one kind of model.
+  """
   kinds = []
   for key, value in point.changes.items():
+    # A bool is tested by name, since it would pass for a number.
     is_kind = isinstance(value, str | bool | list | dict)
     if is_kind and key != beside:
       kinds.append(f'{key}={value}')
@@ -176,15 +198,26 @@ def _check_point_sets_sizes(point, beside: str) -> None:
 
 
 def _check_rungs_differ(points, count: str) -> None:
-  """Raises RequestError for two points of one size and length: what else they
-  differ in, the law does not know."""
-  rungs = {}
+  """Checks that no two points of a ladder have the same size and length: the
+  law does not know what else they differ in.
+
+  Args:
+    points: the points of the ladder (curves.Point).
+    count: the parameters that are counted, 'params' or 'active_params'.
+
+  Raises:
+    RequestError: for the first two points of one size and length; the message
+      names the fields in which they differ.
+  """
+  point_of_rung = {}
   for point in points:
     params, tokens = getattr(point, count), point.tokens
-    other = rungs.setdefault((params, tokens), point)
+    # The first point of a size and length stays in `rungs`.
+    other = point_of_rung.setdefault((params, tokens), point)
     if other is point:
       continue
     different = []
+    # A field that only one of both changes counts, too.
     for key in {**other.changes, **point.changes}:
       if other.changes.get(key) != point.changes.get(key):
         different.append(key)
@@ -196,19 +229,32 @@ def _check_rungs_differ(points, count: str) -> None:
 
 
 def check_ladder(params: Sequence[float], tokens: Sequence[float]) -> None:
-  """Raises RequestError where a ladder is too small to fix five constants, and
-  to leave residuals."""
-  x, y = _logarithms(params, tokens)
+  """Checks that runs vary enough in size and length to fit the five constants
+  of the law, with residuals left over.
+
+  Args:
+    params: the number of parameters of each run.
+    tokens: the number of tokens of each run.
+
+  Raises:
+    RequestError: where there are too few different sizes, lengths or pairs of
+      both, or where they rise together.
+  """
+  log_params, log_tokens = _logarithms(params, tokens)
+  # The logarithms that must differ: both together, then each alone.
   counted = (
-      (np.stack([x, y], 1), MIN_RUNS, 'pairs of parameters and tokens'),
-      (x[:, None], MIN_SIZES, 'numbers of parameters'),
-      (y[:, None], MIN_LENGTHS, 'numbers of tokens'))
+      (np.stack([log_params, log_tokens], 1), MIN_RUNS,
+       'pairs of parameters and tokens'),
+      (log_params[:, None], MIN_SIZES, 'numbers of parameters'),
+      (log_tokens[:, None], MIN_LENGTHS, 'numbers of tokens'))
   for rows, least, things in counted:
     number = len(_distinct_points(rows))
     require(number >= least, f'the ladder has {number} different {things}: the '
             f'five constants of the law need {least}; add points that vary the '
             'model\'s size and train.steps')
-  correlation = float(np.corrcoef(x, y)[0, 1])
+  # Where long runs are those of large models, a lower loss may come from
+  # either.
+  correlation = float(np.corrcoef(log_params, log_tokens)[0, 1])
   require(abs(correlation) <= MAX_CORRELATION, 'tokens rise with parameters '
           f'(correlation {correlation:.3f} of their logarithms, at most '
           f'{MAX_CORRELATION}): what each contributes cannot be told apart; '
@@ -228,8 +274,10 @@ def _distinct_points(x: np.ndarray) -> list[np.ndarray]:
 
 def fit_law(params: Sequence[float], tokens: Sequence[float],
             losses: Sequence[float]) -> Law:
-  """Fits L(N, D) = E + A / N^a + B / D^b to runs: approach 3 of Hoffmann et al.
-  2022, the least Huber loss of log L from a grid of starts.
+  """Fits the scaling law L(N, D) = E + A / N^a + B / D^b to the losses of runs.
+
+  This is approach 3 of Hoffmann et al. 2022: the least Huber loss of the
+  residuals of log L, from a grid of starts.
 
   Args:
     params: the number of parameters N of each run.
@@ -237,18 +285,22 @@ def fit_law(params: Sequence[float], tokens: Sequence[float],
     losses: the final loss of each run.
 
   Raises:
-    RequestError: where the ladder is too small.
+    RequestError: where the runs vary too little in size and length.
   """
   check_ladder(params, tokens)
+  # x, y and z are the logarithms of N, D and L, as in the paper's equation 3.
   x, y, z = _logarithms(params, tokens, losses)
-  # Every start of the paper's grid is tried; the best of them are polished.
+  # Every start of the paper's grid: log E, log A, log B, a, b. log A and log B
+  # share one range, and a and b another; grid is [starts, 5].
   axes = np.meshgrid(START_LOG_E, START_LOG_SCALES, START_LOG_SCALES,
                      START_EXPONENTS, START_EXPONENTS,
                      indexing='ij')
   grid = np.stack(axes, -1).reshape(-1, 5)
+  # To minimise from each of them would take long. The objective alone is cheap:
+  # the starts at which it is least are minimised from.
   errors = np.array([huber_objective(theta, x, y, z)[0] for theta in grid])
-  best = np.argsort(errors, kind='stable')[:NUM_POLISHED_STARTS]
-  return _minimise_from_starts(grid[best], x, y, z)
+  best_starts = np.argsort(errors, kind='stable')[:NUM_POLISHED_STARTS]
+  return _minimise_from_starts(grid[best_starts], x, y, z)
 
 
 def _logarithms(*columns: Sequence[float]) -> list[np.ndarray]:
@@ -258,96 +310,132 @@ def _logarithms(*columns: Sequence[float]) -> list[np.ndarray]:
 
 def bootstrap_laws(law: Law, params, tokens, losses, draws: int, seed: int = 0
                    ) -> list[Law]:
-  """Returns the laws of a residual bootstrap: of ladders whose losses are those
-  of the fitted law with residuals drawn anew.
+  """Returns the laws of a residual bootstrap: each is fitted to losses that are
+  those of the fitted law, with residuals drawn anew.
 
   Two ladders of as many runs in the same order, drawn with the same seed, get
-  the residuals of the same runs: what a size, a length and a seed do to both
+  the residuals of the same runs. What a size, a length and a seed do to both
   then cancels in the difference of their laws.
 
   Args:
     law: the law that was fitted.
-    params, tokens, losses: of each run, as in `fit_law`.
+    params: the number of parameters of each run.
+    tokens: the number of tokens of each run.
+    losses: the final loss of each run.
     draws: how many laws are drawn.
     seed: the seed of the draws.
   """
-  x, y, z = _logarithms(params, tokens, losses)
-  fitted = np.log(law.loss(params, tokens))
-  # The fit took as much freedom as it has constants.
-  freedom = len(z) - len(CONSTANTS_OF_LAW)
-  residuals = (z - fitted) * math.sqrt(len(z) / freedom)
+  log_params, log_tokens, log_losses = _logarithms(params, tokens, losses)
+  fitted_losses = np.log(law.loss(params, tokens))
+  # The fit made the residuals smaller than the noise, since its five constants
+  # follow the losses. This factor undoes it, as n / (n - 5) does for a
+  # variance.
+  freedom = len(log_losses) - len(CONSTANTS_OF_LAW)
+  residuals = (log_losses - fitted_losses) * math.sqrt(
+      len(log_losses) / freedom)
+  # Each drawn law lies near the fitted one, so one start is enough.
   start = [math.log(law.E), math.log(law.A), math.log(law.B), law.a, law.b]
   rng = np.random.default_rng(seed)
   laws = []
   for _ in range(draws):
-    drawn = fitted + rng.choice(residuals, len(z))
-    laws.append(_minimise_from_starts([start], x, y, drawn))
+    # With replacement, one residual for each run.
+    drawn_losses = fitted_losses + rng.choice(residuals, len(log_losses))
+    laws.append(_minimise_from_starts(
+        [start], log_params, log_tokens, drawn_losses))
   return laws
 
 
 def _minimise_from_starts(starts: Sequence, x: np.ndarray, y: np.ndarray,
                           z: np.ndarray
                           ) -> Law:
-  """Returns the law with the least `huber_objective` that L-BFGS reaches from
-  any of some starts.
+  """Returns the law with the least `huber_objective` that the minimiser L-BFGS
+  reaches from any of some starts.
 
   Args:
     starts: the values of log E, log A, log B, a and b at each start.
-    x, y, z: the logarithms of parameters, tokens and losses of each run.
+    x: the logarithm of the parameters of each run.
+    y: the logarithm of the tokens of each run.
+    z: the logarithm of the loss of each run.
   """
   from scipy.optimize import minimize
   best = None
-  for theta in starts:
+  # The objective is not convex, so that several starts may end in different
+  # minima.
+  for start in starts:
+    # jac=True: the objective returns its gradient as well. The tolerances are
+    # tight, since intervals are differences of nearby fits.
     result = minimize(
-        huber_objective, theta, args=(x, y, z), jac=True, method='L-BFGS-B',
+        huber_objective, start, args=(x, y, z), jac=True, method='L-BFGS-B',
         bounds=BOUNDS_OF_CONSTANTS,
         options=dict(maxiter=5000, ftol=1e-15, gtol=1e-10))
     if best is None or result.fun < best.fun:
       best = result
+  # E, A and B were fitted as logarithms, which keeps them positive.
   E, A, B = np.exp(best.x[:3]).tolist()
   a, b = best.x[3:].tolist()
   return Law(E=E, A=A, B=B, a=a, b=b)
 
 
 def huber_objective(theta, x, y, z) -> tuple[float, np.ndarray]:
-  """Returns the summed Huber loss of the residuals of log L, and its gradient
-  (Hoffmann et al. 2022, equation 3): sum over the runs of
-  Huber(logsumexp(log E, log A - a log N, log B - b log D) - log L).
+  """Returns the Huber loss of the residuals of log L, summed over the runs, and
+  its gradient (Hoffmann et al. 2022, equation 3).
+
+  It is the sum of Huber(logsumexp(log E, log A - a log N, log B - b log D) -
+  log L), where the logsumexp is the logarithm of the law.
 
   Args:
     theta: log E, log A, log B, a, b.
-    x, y, z: the logarithms of parameters, tokens and losses, of each run.
+    x: the logarithm of the parameters N of each run.
+    y: the logarithm of the tokens D of each run.
+    z: the logarithm of the loss L of each run.
+
+  Returns:
+    The loss, and its gradient of the shape of `theta`; both are scaled by one
+    constant, which moves no minimum.
   """
   log_E, log_A, log_B, a, b = theta
+  # The logarithms of the three terms of the law, [3, runs], and of their sum.
   terms = np.stack([np.full_like(x, log_E), log_A - a * x, log_B - b * y])
-  total = np.logaddexp.reduce(terms)
-  residual = total - z
+  log_predicted = np.logaddexp.reduce(terms)
+  residual = log_predicted - z
   # Huber's loss is a parabola near 0, and a line beyond HUBER_DELTA.
-  size = np.abs(residual)
+  distance = np.abs(residual)
   parabola = residual * residual / 2
-  line = HUBER_DELTA * (size - HUBER_DELTA / 2)
-  value = np.where(size <= HUBER_DELTA, parabola, line).sum()
-  # Its slope, shared out by the share of each term in the sum.
+  line = HUBER_DELTA * (distance - HUBER_DELTA / 2)
+  value = np.where(distance <= HUBER_DELTA, parabola, line).sum()
+  # The slope of Huber's loss is its residual, clipped. By the chain rule each
+  # term has the part of it that the term has in the sum (a softmax).
   slope = np.clip(residual, -HUBER_DELTA, HUBER_DELTA)
-  pull = slope * np.exp(terms - total)
-  by_log_E, by_log_A, by_log_B = pull.sum(1)
-  gradient = np.array([by_log_E, by_log_A, by_log_B, -(pull[1] * x).sum(),
-                       -(pull[2] * y).sum()])
-  scale = 1 / HUBER_DELTA ** 2  # L-BFGS stops by absolute size of the gradient
+  slope_of_terms = slope * np.exp(terms - log_predicted)
+  # log E, log A and log B are added to their terms, so their gradient is the
+  # sum itself; a and b are multiplied by -log N and -log D.
+  by_log_E, by_log_A, by_log_B = slope_of_terms.sum(1)
+  gradient = np.array([
+      by_log_E, by_log_A, by_log_B, -(slope_of_terms[1] * x).sum(),
+      -(slope_of_terms[2] * y).sum()])
+  # L-BFGS stops by the absolute size of the gradient, which would be too small.
+  scale = 1 / HUBER_DELTA ** 2
   return value * scale, gradient * scale
 
 
 def optimal_size(law: Law, cost: Cost, budget: float) -> tuple[float, float]:
   """Returns the parameters N and tokens D with the least loss for a budget of
-  FLOPs.
+  training FLOPs.
 
-  D = budget / (factor N^power); where dL/dN = 0,
-  N^(a + power b) = a A / (power b B) (budget / factor)^b.
+  A token costs factor N^power FLOPs, so that D = budget / (factor N^power). The
+  derivative of the loss by N is then 0 where N^(a + power b) = a A / (power b
+  B) (budget / factor)^b.
+
+  Args:
+    law: the scaling law of the loss.
+    cost: the FLOPs of a token by the number of parameters.
+    budget: the FLOPs of training.
   """
-  p = cost.power
-  ratio = law.a * law.A / (p * law.b * law.B)
-  spent = (budget / cost.factor) ** law.b
-  params = (ratio * spent) ** (1 / (law.a + p * law.b))
+  # The right side of the equation, as a product of two.
+  power = cost.power
+  ratio = law.a * law.A / (power * law.b * law.B)
+  power_of_budget = (budget / cost.factor) ** law.b
+  params = (ratio * power_of_budget) ** (1 / (law.a + power * law.b))
   tokens = budget / float(cost.per_token(params))
   return params, tokens
 
@@ -361,16 +449,24 @@ def fit_cost_per_token(params: Sequence[float],
 
 
 def describe_law(law: Law, drawn: list[Law], runs: Runs, budgets) -> dict:
-  """Returns all figures of a law with their intervals, as --json prints them.
+  """Returns all figures of a scaling law with their intervals, as --json prints
+  them.
 
   Args:
     law: the law of the runs.
-    drawn: the laws of a bootstrap.
-    runs: the runs of the ladder.
-    budgets: the FLOPs to find the best size for; none: the largest of the
-      ladder, and 10 and 100 times it.
+    drawn: the laws of a bootstrap, by which intervals are found.
+    runs: the runs that the law was fitted to.
+    budgets: the training FLOPs to find the best size for; none: the largest of
+      the ladder, and 10 and 100 times it.
+
+  Returns:
+    A tree for JSON: the number of 'runs'; the least and largest 'parameters'
+    and 'tokens'; 'rms_log_residual', how far log L lies from the law;
+    'constants' of the law, each with its interval; the constants of
+    'flops_per_token'; and 'optima', the best size for each budget.
   """
-  # The budgets at which a size is asked for.
+  # The best size for each budget. It needs the FLOPs of a token at sizes that
+  # were not trained, which are read from a power law of the runs.
   cost = fit_cost_per_token(runs.params, runs.flops_per_token)
   if not budgets:
     largest = float(np.max(runs.tokens * runs.flops_per_token))
@@ -380,6 +476,7 @@ def describe_law(law: Law, drawn: list[Law], runs: Runs, budgets) -> dict:
     optima.append(
         _optimum_with_intervals(law=law, drawn=drawn, cost=cost, budget=budget))
 
+  # How well the law fits.
   predicted = law.loss(runs.params, runs.tokens)
   residuals = np.log(runs.losses / predicted)
   rms = math.sqrt(np.mean(residuals ** 2))
@@ -399,19 +496,24 @@ def _least_and_largest(values: np.ndarray) -> list[float]:
 
 
 def _figures_with_intervals(figures, law: Law, drawn) -> dict[str, dict]:
-  """Returns figures of a law by name, each with its bootstrap interval.
+  """Returns figures that follow from a law, each with its interval from a
+  bootstrap.
 
   Args:
     figures: a function that maps a law to its figures by name.
-    law: the law.
-    drawn: the laws of a bootstrap.
+    law: the law that was fitted.
+    drawn: the laws of the bootstrap.
+
+  Returns:
+    By the name of the figure, its 'value', 'low' and 'high'.
   """
   figures_of_drawn = [figures(other) for other in drawn]
-  rows = {}
+  interval_of_figure = {}
   for name, value in figures(law).items():
-    around = [other[name] for other in figures_of_drawn]
-    rows[name] = _percentile_interval(value, around)
-  return rows
+    # The spread of the figure over the drawn laws is its interval.
+    drawn_values = [other[name] for other in figures_of_drawn]
+    interval_of_figure[name] = _percentile_interval(value, drawn_values)
+  return interval_of_figure
 
 
 def _percentile_interval(value: float, drawn: Sequence[float]) -> dict:
@@ -422,12 +524,27 @@ def _percentile_interval(value: float, drawn: Sequence[float]) -> dict:
 
 def _optimum_with_intervals(law: Law, drawn: Sequence[Law], cost: Cost,
                             budget: float) -> dict:
-  """Returns the best size for a budget; {'budget': ...} alone where an exponent
-  is 0 and no size is the best."""
+  """Returns the best size of model for a budget of training FLOPs, with
+  intervals from a bootstrap.
+
+  Args:
+    law: the scaling law that was fitted.
+    drawn: the laws of the bootstrap.
+    cost: the FLOPs of a token by the number of parameters.
+    budget: the FLOPs of training.
+
+  Returns:
+    The 'budget', and 'parameters', 'tokens' and 'loss' with their intervals.
+    {'budget': ...} alone where an exponent is 0, as far as can be told: the
+    loss then does not hang on the size, and none is the best.
+  """
+  # An interval over the laws that have an optimum holds only if almost all of
+  # them have one; up to 5 % may be left out.
   kept = [other for other in drawn if min(other.a, other.b) > 0.01]
   if min(law.a, law.b) <= 0.01 or len(kept) < 0.95 * len(drawn):
     return {'budget': budget}
 
+  # The figures of one law, the fitted one or a drawn one.
   def best(of: Law) -> dict[str, float]:
     params, tokens = optimal_size(of, cost, budget)
     return {'parameters': params, 'tokens': tokens,
@@ -437,7 +554,8 @@ def _optimum_with_intervals(law: Law, drawn: Sequence[Law], cost: Cost,
 
 
 def format_law(figures: dict) -> str:
-  """Returns a scaling law with its intervals and optima, for a terminal.
+  """Returns the text of a scaling law with its intervals and best sizes, for a
+  terminal.
 
   Args:
     figures: the figures of the law, as `describe_law` returns them.
@@ -445,12 +563,16 @@ def format_law(figures: dict) -> str:
   num_runs, rms = figures['runs'], figures['rms_log_residual']
   lines = [f'L(N, D) = E + A / N^a + B / D^b, of {num_runs} runs; '
            f'rms residual of log L {rms:.2e}']
-  for name, x in figures['constants'].items():
+  # The constants, each with its interval.
+  for name, constant in figures['constants'].items():
     lines.append(
-        f'  {name}  {x["value"]:>10.4g}  [{x["low"]:.4g}, {x["high"]:.4g}]')
+        f'  {name}  {constant["value"]:>10.4g}  [{constant["low"]:.4g}, '
+        f'{constant["high"]:.4g}]')
   cost = figures['flops_per_token']
   lines.append(f'FLOPs a token, of this ladder: {cost["factor"]:.3g} '
                f'N^{cost["power"]:.3f}')
+  # One line for each budget, below headings of the same widths as in
+  # `_format_optimum`.
   lines.append(f'{"budget (FLOPs)":<16}{"parameters":<30}{"tokens":<30}loss')
   for optimum in figures['optima']:
     lines.append(_format_optimum(figures, optimum))
@@ -460,20 +582,23 @@ def format_law(figures: dict) -> str:
 
 
 def _format_optimum(figures: dict, optimum: dict) -> str:
-  """Returns the line of the best size for one budget.
+  """Returns the line of the best size for one budget of training FLOPs.
 
   Args:
     figures: the figures of the law, as `describe_law` returns them.
-    optimum: one of its optima.
+    optimum: one of figures['optima']; without a 'loss' where no size is the
+      best.
   """
+  # The widths are those of the headings in `format_law`.
   budget = f'{optimum["budget"]:<16.3g}'
   if 'loss' not in optimum:
     return (f'{budget}no optimum: an exponent is 0 as far as this ladder can '
             'tell')
+  # Each figure with its interval.
   params = _format_interval(optimum['parameters'], '.3g')
   tokens = _format_interval(optimum['tokens'], '.3g')
   loss = _format_interval(optimum['loss'], '.3f')
-  # The fields that lie outside of the runs to which the law was fitted.
+  # A best size beyond what was trained is an extrapolation, and is marked.
   outside = []
   for name in ('parameters', 'tokens'):
     least, largest = figures[name]
@@ -491,15 +616,22 @@ def _format_interval(x: Mapping[str, float], form: str) -> str:
 
 
 def fit_by_field(sweep, field: str, count: str, budgets, draws: int) -> dict:
-  """Fits a law for each value of a config field, the base's value first, and
-  the differences of the exponents of the others from those of the base.
+  """Fits a scaling law for each value of a config field, such as each kind of
+  attention, and compares their exponents with those of the base.
 
   Args:
     sweep: the ladder, as curves.load_sweep returns it.
-    field: the name of the field.
+    field: the dotted name of the field.
     count: the parameters that are counted, 'params' or 'active_params'.
-    budgets: the FLOPs to find the best size for.
+    budgets: the training FLOPs to find the best size for; none: as in
+      `describe_law`.
     draws: how many laws each bootstrap draws.
+
+  Returns:
+    A tree for JSON: the name of the 'field'; 'differences', for each other
+    value the exponents 'a' and 'b' minus those of the base, with intervals, and
+    whether their runs are 'paired'; and 'variants', for each value its law as
+    `describe_law` returns it, that of the base first.
 
   Raises:
     RequestError: where there is no such field, or only one value of it.
@@ -513,15 +645,19 @@ def fit_by_field(sweep, field: str, count: str, budgets, draws: int) -> dict:
                           runs[value].losses)
     drawn[value] = _bootstrap_runs(laws[value], runs[value], draws)
 
-  # The others beside the base, whose value comes first.
+  # How the exponents of the others differ from those of the base, whose value
+  # comes first.
   first, *others = ladders
   differences = []
   for value in others:
+    # Ladders of the same sizes, lengths and seeds are paired: drawn with one
+    # seed, both bootstraps take the residuals of the same runs, and what these
+    # have in common cancels. Others are drawn with another seed, since equal
+    # draws would then hang together by chance.
     is_paired = _rungs_of_ladder(ladders[value]) == _rungs_of_ladder(
         ladders[first])
     theirs = drawn[value]
     if not is_paired:
-      # Else what is drawn of both would hang together by chance.
       theirs = _bootstrap_runs(laws[value], runs[value], draws, seed=1)
     row = {'variant': value, 'against': first, 'paired': is_paired}
     for exponent in ('a', 'b'):
@@ -538,7 +674,12 @@ def fit_by_field(sweep, field: str, count: str, budgets, draws: int) -> dict:
 
 
 def _ladder_by_value(sweep, field: str) -> dict[str, list]:
-  """Returns the points of each value of a field, the base's first.
+  """Returns the points of a sweep in groups, one for each value of a config
+  field; the group of the base's value comes first.
+
+  Args:
+    sweep: the sweep (curves.Sweep).
+    field: the dotted name of the field.
 
   Raises:
     RequestError: where there is no such field, or only one value of it.
@@ -546,8 +687,11 @@ def _ladder_by_value(sweep, field: str) -> dict[str, list]:
   require(field in sweep.base_config,
           f'--by is {field!r}, which is no config field')
   value_of_base = sweep.base_config[field]
+  # A dict keeps the order in which its keys were added: the base comes first
+  # even where its points do not.
   ladders: dict[str, list] = {str(value_of_base): []}
   for point in sweep.points:
+    # A point that does not change the field has the value of the base.
     value = str(point.changes.get(field, value_of_base))
     ladders.setdefault(value, []).append(point)
   require(len(ladders) > 1, f'--by is {field!r}, which is '
@@ -567,9 +711,20 @@ def _difference_of_exponents(laws: tuple[Law, Law],
                              drawn: tuple[list[Law], list[Law]],
                              exponent: str) -> dict:
   """Returns an exponent of the first of two laws minus that of the second, with
-  the interval of the difference by the bootstraps of both."""
+  an interval.
+
+  Args:
+    laws: the two laws that were fitted.
+    drawn: the laws of the bootstrap of each, as many of both.
+    exponent: its name, 'a' or 'b'.
+
+  Returns:
+    The difference as 'value', and 'low' and 'high' of its interval.
+  """
   ours, theirs = laws
   differences = []
+  # The draws are subtracted one by one: those of paired ladders share
+  # residuals, so that their differences vary less than either.
   for our_draw, their_draw in zip(*drawn):
     differences.append(
         getattr(our_draw, exponent) - getattr(their_draw, exponent))
@@ -590,16 +745,24 @@ def _rungs_of_ladder(points: Sequence) -> list[tuple]:
 
 
 def format_laws_by_field(figures: Mapping) -> str:
-  """Renders `fit_by_field` for a terminal."""
+  """Returns the text of the laws of each value of a config field, and of how
+  their exponents differ, for a terminal.
+
+  Args:
+    figures: the laws and differences, as `fit_by_field` returns them.
+  """
+  # The law of each value, as it would be shown alone.
   parts = [f'{figures["field"]}={value}\n{format_law(law)}'
            for value, law in figures['variants'].items()]
   lines = ['How the exponents differ, with 95 % intervals:']
+  # An interval that holds 0 shows no difference.
   for row in figures['differences']:
-    for name, of in (('a', 'parameters'), ('b', 'tokens')):
-      x = row[name]
-      line = (f'  {name} ({of}), {row["variant"]} - {row["against"]}: '
-              f'{x["value"]:+.4f} [{x["low"]:+.4f}, {x["high"]:+.4f}]')
-      if x['low'] <= 0 <= x['high']:
+    for name, what_grows in (('a', 'parameters'), ('b', 'tokens')):
+      difference = row[name]
+      line = (f'  {name} ({what_grows}), {row["variant"]} - {row["against"]}: '
+              f'{difference["value"]:+.4f} [{difference["low"]:+.4f}, '
+              f'{difference["high"]:+.4f}]')
+      if difference['low'] <= 0 <= difference['high']:
         line += ', inside the noise'
       if not row['paired']:
         line += ' (their runs are no pairs)'

@@ -59,17 +59,22 @@ class Interval(NamedTuple):
 
 def half_width_of_interval(values: Sequence[float], level: float = 0.05,
                            pooled: PooledDeviation | None = None) -> float:
-  """Returns half of the width of Student's interval of a mean,
-  t(1 - level / 2, df) sd / sqrt(n).
+  """Returns half of the width of Student's confidence interval of a mean: t(1 -
+  level / 2, df) sd / sqrt(n), with the quantile t of Student's distribution.
 
   Args:
     values: the value of each of n seeds, two or more.
     level: the probability that the true mean lies outside.
-    pooled: a deviation over all variants; the interval by it is taken where it
-      is the wider one.
+    pooled: a standard deviation over all variants of a comparison, for noise
+      that is not normal; None: it is not used.
+
+  Returns:
+    The half width: by the values' own deviation, or by `pooled` where that is
+    wider.
   """
   from scipy.special import stdtrit
   widths = []
+  # One width for each deviation: the own one, and `pooled` if there is one.
   for sd, df in _deviations_to_pass(values, pooled):
     quantile = float(stdtrit(df, 1 - level / 2))
     widths.append(quantile * sd / math.sqrt(len(values)))
@@ -94,10 +99,15 @@ def student_interval(values: Sequence[float],
   """Returns the mean of some values and Student's t interval around it.
 
   Args:
-    values: the value of each seed. Values that are all alike get no interval,
-      since they do not tell how much they vary.
-    pooled: the deviation over all variants, where the noise is not normal.
+    values: the value of each seed.
+    pooled: a standard deviation over all variants of a comparison, for noise
+      that is not normal; the wider of both intervals is taken.
     level: the probability that the true mean lies outside.
+
+  Returns:
+    The mean, the ends of its interval, and the number of seeds. The ends are
+    None for fewer than MIN_SEEDS values, and for values that are all alike,
+    since these do not tell how much they vary.
   """
   num_seeds, mean = len(values), float(np.mean(values))
   if num_seeds < MIN_SEEDS or _are_all_alike(values):
@@ -111,25 +121,30 @@ def logit_interval(values: Sequence[float]) -> Interval:
   """Returns the mean of shares, such as accuracies, and an interval around it
   that ends between 0 and 1.
 
-  It is Student's interval of the logit of the mean m, by the delta method: its
-  half width is that of the mean over m (1 - m), the inverse of the logit's
-  derivative (for shares of clusters in surveys: Lumley 2010, svyciprop in R).
+  It is Student's interval of logit(m) of the mean m, mapped back by the
+  logistic function. By the delta method its half width is that of the mean over
+  m (1 - m), since the derivative of the logit is 1 / (m (1 - m)) (for shares of
+  clusters in surveys: Lumley 2010, svyciprop in R).
 
   Args:
-    values: the share of each seed.
+    values: the share of each seed, between 0 and 1.
   """
-  of_share = student_interval(values)
-  if of_share.low is None:
-    return of_share
+  interval = student_interval(values)
+  # Shares that are all alike have no interval; so a mean of 0 or 1, at which
+  # the logit is infinite, ends here.
+  if interval.low is None:
+    return interval
   from scipy.special import expit, logit
-  mean = of_share.mean
-  half_width = (of_share.high - of_share.low) / 2
+  mean = interval.mean
+  # From the scale of shares to that of logits.
+  half_width = (interval.high - interval.low) / 2
   half_width_of_logit = half_width / (mean * (1 - mean))
+  # And back, where neither end can pass 0 or 1.
   return Interval(
       mean=mean,
       low=float(expit(logit(mean) - half_width_of_logit)),
       high=float(expit(logit(mean) + half_width_of_logit)),
-      seeds=of_share.seeds)
+      seeds=interval.seeds)
 
 
 def _are_all_alike(values: Sequence[float]) -> bool:
@@ -201,17 +216,23 @@ def estimate_over_seeds_and_items(
 
 def mcnemar_p_value(ours: Sequence[float], theirs: Sequence[float],
                     alternative: str = 'two-sided') -> float:
-  """Returns the p of McNemar's exact test (1947) of two models on the same
-  items: a binomial test of the items that one of them alone gets right.
+  """Returns the p-value of McNemar's exact test (1947), which compares two
+  models on the same items (such as questions).
+
+  Items that both get right, or both get wrong, do not tell them apart. If the
+  models were equally good, each of the others would be won by either with
+  probability 1/2: a binomial test.
 
   Args:
     ours: 1 or 0 for each item: whether our model is right.
-    theirs: likewise of the other model.
-    alternative: scipy's: 'two-sided', 'greater' or 'less'.
+    theirs: likewise of the other model, in the same order.
+    alternative: the alternative hypothesis in scipy's words: 'two-sided', or
+      'greater' or 'less' for how often ours is right.
   """
   from scipy.stats import binomtest
   difference = np.subtract(ours, theirs, dtype=float)
   wins, losses = int(np.sum(difference > 0)), int(np.sum(difference < 0))
+  # No item tells them apart.
   if wins + losses == 0:
     return 1.0
   test = binomtest(wins, wins + losses, alternative=alternative)
@@ -220,8 +241,7 @@ def mcnemar_p_value(ours: Sequence[float], theirs: Sequence[float],
 
 def student_p_value(values: Sequence[float],
                     pooled: PooledDeviation | None = None) -> float | None:
-  """Returns the two-sided p of Student's t-test that the mean is 0; None for
-  fewer than MIN_SEEDS values.
+  """Returns the two-sided p-value of Student's t-test that a mean is 0.
 
   Values that are all alike have no deviation to be measured by, as where a task
   is solved wholly at every seed or not at all. Their p is that of the sign
@@ -229,25 +249,31 @@ def student_p_value(values: Sequence[float],
 
   Args:
     values: the value of each of n seeds.
-    pooled: the deviation over all variants; the p by it is taken where it is
-      the larger one.
+    pooled: a standard deviation over all variants of a comparison, for noise
+      that is not normal; the larger p of both is taken.
+
+  Returns:
+    The p; None for fewer than MIN_SEEDS values.
   """
   tails = _one_sided_p_values(values, 0.0, pooled)
   if tails is None:
     return None
+  # Twice the smaller tail; two tails of 1, for values of 0, would make 2.
   return min(2 * min(tails), 1.0)
 
 
 def equivalence_p_values(values: Sequence[float], margin: float, sign: int,
                          pooled: PooledDeviation | None = None
                          ) -> tuple[float | None, float | None]:
-  """Returns the p of two tests of a mean difference against a margin.
+  """Returns the p-values of two tests of a mean difference against a margin:
+  that it is as good as none, and that it is no worse than the margin.
 
   Args:
     values: the difference of each seed.
-    margin: the difference that still counts as none.
+    margin: the difference that still counts as none, more than 0.
     sign: 1 where a positive difference is an improvement, else -1.
-    pooled: the deviation over all variants, where the noise is not normal.
+    pooled: a standard deviation over all variants of a comparison, for noise
+      that is not normal.
 
   Returns:
     The p of equivalence, that is of -margin < mean < margin: the larger one of
@@ -259,8 +285,11 @@ def equivalence_p_values(values: Sequence[float], margin: float, sign: int,
   at_high_end = _one_sided_p_values(values, margin, pooled)
   if at_low_end is None or at_high_end is None:
     return None, None
+  # Each test has the p of a mean below its end and of one above it. The mean
+  # must be above the low end and below the high one.
   _, p_above_low_end = at_low_end
   p_below_high_end, _ = at_high_end
+  # Worse is the low end where larger is better, and else the high one.
   p_not_worse = p_above_low_end if sign > 0 else p_below_high_end
   return max(p_above_low_end, p_below_high_end), p_not_worse
 
@@ -276,12 +305,14 @@ def p_value_below_target(values: Sequence[float], target: float
 def _one_sided_p_values(values: Sequence[float], center: float,
                         pooled: PooledDeviation | None
                         ) -> tuple[float, float] | None:
-  """Returns both one-sided p of Student's test of a mean against `center`.
+  """Returns both one-sided p-values of Student's t-test of a mean against
+  `center`.
 
   Args:
     values: the value of each of n seeds.
     center: the mean under the null hypothesis.
-    pooled: the deviation over all variants, where the noise is not normal.
+    pooled: a standard deviation over all variants of a comparison, for noise
+      that is not normal; the larger p by either deviation is taken.
 
   Returns:
     The p of a mean that is below `center`, and of one that is above it; None
@@ -290,41 +321,47 @@ def _one_sided_p_values(values: Sequence[float], center: float,
   n = len(values)
   if n < MIN_SEEDS:
     return None
-  mean = float(np.mean(values)) - center
+  distance = float(np.mean(values)) - center
 
-  # All values lie on one side: the p of the sign test.
+  # No deviation to measure by: the p of the sign test. If signs were a toss of
+  # a coin, all n would be the one that they are with probability 2^-n.
   if _are_all_alike(values):
     p_of_one_sign = 2.0 ** -n
-    p_below = 1.0 if mean >= 0 else p_of_one_sign
-    p_above = 1.0 if mean <= 0 else p_of_one_sign
+    p_below = 1.0 if distance >= 0 else p_of_one_sign
+    p_above = 1.0 if distance <= 0 else p_of_one_sign
     return p_below, p_above
 
   # The mean must differ by each of the deviations: the largest p counts.
   from scipy.special import stdtr
   all_p_below, all_p_above = [], []
   for sd, df in _deviations_to_pass(values, pooled):
-    t = mean * math.sqrt(n) / sd
+    t = distance * math.sqrt(n) / sd
     all_p_below.append(float(stdtr(df, t)))
     all_p_above.append(float(stdtr(df, -t)))
   return max(all_p_below), max(all_p_above)
 
 
 def permutation_p_value(values: Sequence[float]) -> float | None:
-  """Returns the p of the paired permutation test of a trimmed mean: the share
-  of all flips of signs that give as large a mean (Fisher 1935).
+  """Returns the p-value of a permutation test that paired differences have no
+  effect: the share of all flips of their signs that give a trimmed mean at
+  least as large (Fisher 1935).
 
   It asks for noise that is symmetric, and for no further shape. A fifth of the
   values is trimmed at each end; of six values none is, since no trimmed mean of
   six has a p below 0.06. More than 12 values get 4,096 random flips.
 
   Args:
-    values: the difference of each seed; None is returned for fewer than
-      MIN_SEEDS_OF_PERMUTATION.
+    values: the difference of each seed.
+
+  Returns:
+    The two-sided p; None for fewer than MIN_SEEDS_OF_PERMUTATION values.
   """
   n = len(values)
   if n < MIN_SEEDS_OF_PERMUTATION:
     return None
-  # The signs that are tried, [flips, n]; those of the data come first.
+  # Which values are flipped, [flips, n]. The bits of 0, 1, ..., 2^n - 1 are all
+  # choices there are. The first is the data as they are, which flips none: it
+  # counts as one of the flips, so that p is never 0.
   if n <= 12:
     is_flipped = np.arange(2 ** n)[:, None] >> np.arange(n) & 1
   else:
@@ -336,6 +373,8 @@ def permutation_p_value(values: Sequence[float]) -> float | None:
   num_trimmed = n // 5 if n > MIN_SEEDS_OF_PERMUTATION else 0
   ordered = np.sort(np.asarray(values) * signs, axis=1)
   means = np.abs(ordered[:, num_trimmed:n - num_trimmed].mean(1))
+  # Flips that give the very mean of the data must count as such, though their
+  # sums round otherwise.
   mean_of_data = means[0] * (1 - 1e-12)
   return float(np.mean(means >= mean_of_data))
 
@@ -360,29 +399,44 @@ class NoiseShape(NamedTuple):
   def pooled_deviation(self, statistic: Callable[[np.ndarray], np.ndarray]
                        ) -> PooledDeviation | None:
     """Returns the standard deviation of a statistic of a seed, pooled over all
-    variants; None where the noise looks normal, and needs no pooling.
+    variants, for tests that shall hold where the noise is not normal.
 
     Args:
       statistic: a function that maps the differences of a variant, [seeds,
         sizes], to the figure of each seed that is tested, [seeds].
+
+    Returns:
+      The deviation with its degrees of freedom; None where the noise looks
+      normal, and needs no pooling.
     """
     if self.p > MAX_P_OF_IRREGULAR:
       return None
+    # Each variant is measured from its own mean, which takes one degree of
+    # freedom; np.var times the number of seeds is its sum of squares.
     df = sum(len(group) - 1 for group in self.groups)
     sum_of_squares = sum(np.var(statistic(group)) * len(group)
                          for group in self.groups)
     return PooledDeviation(sd=math.sqrt(sum_of_squares / df), df=df)
 
   def pooled_deviation_at_size(self, size: int) -> PooledDeviation | None:
-    """Returns the pooled standard deviation at one size of model, by its index.
+    """Returns the standard deviation at one size of model, pooled over all
+    variants, for tests that shall hold where the noise is not normal.
 
-    A tail may have been seen at another size alone. So the deviation at this
-    size, in units of its median distance from the mean, is made no less than
-    the root mean square over all sizes.
+    A tail of the noise may have been seen at another size alone. So the
+    deviation at this size, in units of its median distance from the mean, is
+    made no less than the root mean square over all sizes.
+
+    Args:
+      size: the index of the size.
+
+    Returns:
+      The deviation with its degrees of freedom; None where the noise looks
+      normal, and needs no pooling.
     """
     pooled = self.pooled_deviation(lambda group: group[:, size])
     if pooled is None:
       return None
+    # The variance at each size, in units that a tail does not move.
     residuals = np.concatenate(
         [group - np.mean(group, axis=0) for group in self.groups])
     variance_by_size = np.mean(
@@ -396,11 +450,17 @@ def measure_noise_shape(groups: Sequence[np.ndarray]) -> NoiseShape | None:
   and its largest value, against simulated normal noise of as many seeds.
 
   Args:
-    groups: the differences of each variant, [seeds, sizes], all minus the same
-      base. Groups of too few or too many seeds, or without noise, are left
-      out; None is returned where none remains.
+    groups: the differences of each variant from one base, [seeds, sizes of
+      model]. Groups of too few or too many seeds, or without noise, are left
+      out.
+
+  Returns:
+    The p-value that normal noise is as skewed, that of a largest value as
+    large, and the groups that were used. None where no group is left.
   """
   usable_groups = []
+  # A mean over many seeds is normal whatever the noise is, and values that are
+  # all alike have none.
   for group in groups:
     has_no_noise = all(_are_all_alike(column) for column in group.T)
     is_right_length = MIN_SEEDS <= len(group) <= MAX_SEEDS_OF_NOISE_SHAPE
@@ -408,6 +468,8 @@ def measure_noise_shape(groups: Sequence[np.ndarray]) -> NoiseShape | None:
       usable_groups.append(group)
   if not usable_groups:
     return None
+  # The noise of each variant around its own effect. The median is the effect,
+  # since outliers, which are looked for, would move a mean.
   residuals = np.concatenate(
       [group - np.median(group, axis=0) for group in usable_groups])
   skewness, largest = _skewness_and_largest(residuals)
@@ -416,6 +478,8 @@ def measure_noise_shape(groups: Sequence[np.ndarray]) -> NoiseShape | None:
   lengths = tuple(len(group) for group in usable_groups)
   normal_skewness, normal_largest = _simulate_normal_shapes(
       lengths, residuals.shape[1])
+  # The factor lets a draw that equals what was seen count as one as large,
+  # though it rounds otherwise.
   p_of_skewness = np.mean(normal_skewness >= skewness * (1 - 1e-9))
   p_of_largest = np.mean(normal_largest >= largest * (1 - 1e-9))
   return NoiseShape(skew=float(p_of_skewness), outliers=float(p_of_largest),
@@ -424,16 +488,21 @@ def measure_noise_shape(groups: Sequence[np.ndarray]) -> NoiseShape | None:
 
 def _skewness_and_largest(residuals: np.ndarray
                           ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the absolute skewness E z^3 / (E z^2)^1.5 and the largest |z| of
-  residuals that are scaled size by size.
+  """Returns the absolute skewness |E z^3| / (E z^2)^1.5 and the largest |z| of
+  residuals z, which are scaled so that all sizes of model count alike.
 
   Args:
-    residuals: [..., values, sizes]; both results are of shape [...].
+    residuals: [..., values, sizes].
+
+  Returns:
+    The skewness and the largest |z|, both of shape [...].
   """
   z = _scale_by_median_distance(residuals)
+  # The medians were 0; skewness is that around the mean.
   z = z - np.mean(z, (-2, -1), keepdims=True)
-  variance = np.maximum(np.mean(z ** 2, (-2, -1)), 1e-300)
-  skewness = np.abs(np.mean(z ** 3, (-2, -1))) / variance ** 1.5
+  # Residuals that are all 0 have a skewness of 0, and not of NaN.
+  mean_square = np.maximum(np.mean(z ** 2, (-2, -1)), 1e-300)
+  skewness = np.abs(np.mean(z ** 3, (-2, -1))) / mean_square ** 1.5
   return skewness, np.max(np.abs(z), (-2, -1))
 
 
@@ -449,18 +518,25 @@ def _scale_by_median_distance(residuals: np.ndarray) -> np.ndarray:
 @functools.lru_cache(maxsize=32)
 def _simulate_normal_shapes(lengths: tuple[int, ...], num_sizes: int
                             ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the skewness and the largest value of many draws of normal noise.
+  """Returns the skewness and the largest value of many draws of normal noise,
+  as a study of this form would see them.
 
   Args:
     lengths: the number of seeds of each variant.
     num_sizes: the number of sizes of model.
+
+  Returns:
+    Two arrays of [draws], as `_skewness_and_largest` finds them.
   """
   rng = np.random.default_rng(0)
   values_per_draw = sum(lengths) * num_sizes
+  # Fewer draws of a large study, for the sake of memory.
   num_draws = min(NUM_SIMULATED_STUDIES, max(4_000_000 // values_per_draw, 200))
   # All variants are compared with the same base, which ties them together.
   base = rng.normal(size=(num_draws, max(lengths), num_sizes))
   residuals = []
+  # The draws go the way of the data: a variant minus the base, minus the median
+  # over seeds.
   for length in lengths:
     variant = rng.normal(size=(num_draws, length, num_sizes))
     group = variant - base[:, :length]
@@ -469,16 +545,17 @@ def _simulate_normal_shapes(lengths: tuple[int, ...], num_sizes: int
 
 
 def least_significant_mean(seeds: int, level: float) -> tuple[float, float]:
-  """Returns the least that a test over so many seeds can show.
+  """Returns the least mean, and the least p-value, that tests over so many
+  seeds can show.
 
   Args:
     seeds: the number of seeds, n.
     level: the two-sided level of the test.
 
   Returns:
-    The least mean that Student's test finds, in standard deviations of a paired
-    difference: t(1 - level / 2, n - 1) / sqrt(n). And the least p that the test
-    of signs can have: 2^(1 - n).
+    The least mean that Student's t-test finds, in standard deviations of a
+    paired difference: t(1 - level / 2, n - 1) / sqrt(n). And the least p that
+    the test of signs can have: 2^(1 - n).
   """
   from scipy.special import stdtrit
   quantile = float(stdtrit(seeds - 1, 1 - level / 2))
@@ -490,24 +567,28 @@ def correct_p_values(p: Sequence[float | None], method: str = 'holm'
   """Returns p-values corrected for multiple tests.
 
   Args:
-    p: the p of each test; None for one that could not be done, which counts as
-      a test all the same.
+    p: the p-value of each test; None for one that could not be done, which
+      counts as a test all the same.
     method: 'holm' for the family-wise error rate (Holm 1979), or 'bh' for the
       false discovery rate (Benjamini and Hochberg 1995).
+
+  Returns:
+    The corrected p-values, in the order of `p` and with its None.
   """
-  values = np.array([1.0 if x is None else x for x in p])
+  # A test that could not be done counts as one that shows nothing.
+  corrected = np.array([1.0 if x is None else x for x in p])
   if method == 'holm':
     # The smallest times n, the next times n - 1, and so on; none falls below
     # the one before it.
-    order = np.argsort(values)
-    factors = np.arange(len(values), 0, -1)
-    rising = np.maximum.accumulate(values[order] * factors)
-    values[order] = np.minimum(rising, 1.0)
-  elif len(values):
+    order = np.argsort(corrected)
+    factors = np.arange(len(corrected), 0, -1)
+    rising = np.maximum.accumulate(corrected[order] * factors)
+    corrected[order] = np.minimum(rising, 1.0)
+  elif len(corrected):
     from scipy import stats
-    values = stats.false_discovery_control(values)
+    corrected = stats.false_discovery_control(corrected)
   return [None if before is None else after
-          for before, after in zip(p, values.tolist())]
+          for before, after in zip(p, corrected.tolist())]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -544,15 +625,19 @@ class PowerLaw:
 
 def fit_power_law(compute: Sequence[float], loss: Sequence[float]
                   ) -> PowerLaw | None:
-  """Fits loss(C) = floor + scale / C^exponent, floor >= 0, by least squares.
+  """Fits the power law loss(C) = floor + scale / C^exponent with floor >= 0 to
+  a curve, by least squares.
 
   For each exponent the two other constants are a linear fit, so one exponent is
   all there is to search, and no start has to be guessed.
 
   Args:
-    compute: the compute at each point of a curve.
-    loss: the loss there. Points that are not finite are left out; None is
-      returned where too few remain, or where the loss does not fall.
+    compute: the compute C at each point of the curve.
+    loss: the loss there. Points that are not finite are left out.
+
+  Returns:
+    The law; None where fewer than MIN_POINTS_OF_CURVE points are left, or where
+    the loss does not fall.
   """
   x, y = np.asarray(compute, float), np.asarray(loss, float)
   is_known = np.isfinite(x) & np.isfinite(y) & (x > 0)
@@ -560,7 +645,9 @@ def fit_power_law(compute: Sequence[float], loss: Sequence[float]
   if len(x) < MIN_POINTS_OF_CURVE or np.ptp(x) == 0:
     return None
   from scipy.optimize import minimize_scalar, nnls
-  unit = np.exp(np.mean(np.log(x)))  # the geometric mean of the compute
+  # Compute is measured in its geometric mean: raw FLOPs to a power would be too
+  # small beside the 1 of the floor.
+  unit = np.exp(np.mean(np.log(x)))
 
   def fit_floor_and_scale(exponent: float) -> tuple[np.ndarray, float]:
     """Returns [floor, scale], and the norm of the residuals."""
@@ -572,11 +659,13 @@ def fit_power_law(compute: Sequence[float], loss: Sequence[float]
     _, norm = fit_floor_and_scale(exponent)
     return norm
 
-  # The best exponent of a grid, and then the best between its neighbours.
+  # The error may have several minima over the exponent: the best of a grid is
+  # found, and then the best between its neighbours.
   grid = np.geomspace(0.01, 5.0, 60)
   errors = [norm_of_residuals(exponent) for exponent in grid]
-  i = int(np.argmin(errors))
-  bounds = grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)]
+  best_index = int(np.argmin(errors))
+  bounds = (grid[max(best_index - 1, 0)],
+            grid[min(best_index + 1, len(grid) - 1)])
   best = minimize_scalar(norm_of_residuals, bounds=bounds, method='bounded',
                          options={'xatol': 1e-10})
 
@@ -594,12 +683,19 @@ def fit_power_law(compute: Sequence[float], loss: Sequence[float]
 
 
 def speed_up(ours: PowerLaw | None, theirs: PowerLaw | None) -> float | None:
-  """Returns how many times the compute of our curve the other one needs to
-  reach the same loss; None where one of the curves is None, or they share no
-  loss.
+  """Returns how many times the compute of one curve another one needs to reach
+  the same loss.
 
   The loss is the higher one of the two at the ends of the curves. Both have
   reached it, so neither curve is read where it was not measured.
+
+  Args:
+    ours: the law of our curve; None where none could be fitted.
+    theirs: the law of the other curve.
+
+  Returns:
+    The ratio, above 1 where our curve needs less; None where either curve is
+    None, or they share no loss.
   """
   if ours is None or theirs is None:
     return None
@@ -608,6 +704,7 @@ def speed_up(ours: PowerLaw | None, theirs: PowerLaw | None) -> float | None:
   shared_loss = max(our_last_loss, their_last_loss)
   our_compute = ours.compute(shared_loss)
   their_compute = theirs.compute(shared_loss)
+  # One curve may begin below the loss at which the other one ends.
   if our_compute is None or their_compute is None:
     return None
   return their_compute / our_compute
@@ -615,45 +712,52 @@ def speed_up(ours: PowerLaw | None, theirs: PowerLaw | None) -> float | None:
 
 def mean_speed_up(pairs: Sequence[tuple[PowerLaw | None, PowerLaw | None]]
                   ) -> tuple[Interval | None, float | None]:
-  """Returns the geometric mean of the speed-ups of some seeds.
+  """Returns the geometric mean over seeds of the speed-up of a variant, the
+  ratio of compute that it saves.
 
   Args:
-    pairs: the laws of the variant's curve and of the base's, of each seed.
+    pairs: for each seed the law of the variant's curve and that of the base's.
 
   Returns:
     The mean with its interval, and the largest error of the fits in nats. None
     and None where any seed gives no speed-up: the seeds that do are those that
-    went well.
+    went well, whose mean would flatter the variant.
   """
   ratios = [speed_up(ours, theirs) for ours, theirs in pairs]
+  # A speed-up exists only where both laws do, so none is None below.
   if not ratios or None in ratios:
     return None, None
   fit_error = max(max(ours.rms, theirs.rms) for ours, theirs in pairs)
 
-  # The geometric mean is the exponential of the mean of the logarithms.
-  of_logs = student_interval(np.log(ratios))
+  # The geometric mean is the exponential of the mean of the logarithms, and so
+  # are the ends of its interval.
+  mean_of_logs = student_interval(np.log(ratios))
   low = high = None
-  if of_logs.low is not None:
-    low, high = math.exp(of_logs.low), math.exp(of_logs.high)
-  mean = Interval(mean=math.exp(of_logs.mean), low=low, high=high,
-                  seeds=of_logs.seeds)
+  if mean_of_logs.low is not None:
+    low, high = math.exp(mean_of_logs.low), math.exp(mean_of_logs.high)
+  mean = Interval(mean=math.exp(mean_of_logs.mean), low=low, high=high,
+                  seeds=mean_of_logs.seeds)
   return mean, fit_error
 
 
 def jackknife(samples: np.ndarray,
               statistic: Callable[[np.ndarray], np.ndarray]
               ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns a statistic of the mean over seeds, and half of the width of its
-  95 % interval by the jackknife (Tukey 1958).
+  """Returns a statistic of the mean over seeds, and half of the width of its 95
+  % interval by the jackknife (Tukey 1958).
 
-  Each of the n seeds is left out in turn; Student's interval over the
-  pseudo-values has the standard error sd(statistic without a seed) (n - 1) /
-  sqrt(n). What belongs to one seed is left out together.
+  Each of the n seeds is left out in turn. The standard error is sd(statistic
+  without a seed) (n - 1) / sqrt(n), and the interval is Student's with n - 1
+  degrees of freedom.
 
   Args:
-    samples: [seeds, ...].
-    statistic: a function that maps a mean over seeds, [...], to some figures;
-      those that are not known are NaN.
+    samples: [seeds, ...]; all that belongs to a seed is left out together.
+    statistic: a function that maps a mean over seeds, [...], to an array of
+      figures; those that are not known are NaN.
+
+  Returns:
+    The figures, and the half width of each; NaN where a figure is not known
+    without one of the seeds.
   """
   from scipy.special import stdtrit
   n = len(samples)
@@ -661,8 +765,11 @@ def jackknife(samples: np.ndarray,
   for seed in range(n):
     other_seeds = np.delete(samples, seed, axis=0)
     without_a_seed.append(statistic(np.mean(other_seeds, axis=0)))
+  # The statistics without a seed share n - 2 of n - 1 seeds each, so they lie
+  # close together. The factor (n - 1) makes up for it.
   deviation = np.std(without_a_seed, axis=0, ddof=1)
   standard_error = deviation * (n - 1) / math.sqrt(n)
+  # 97.5 % lie below this: 2.5 % are left out at either side.
   quantile = stdtrit(n - 1, 0.975)
   return statistic(np.mean(samples, axis=0)), quantile * standard_error
 
@@ -687,19 +794,31 @@ def fit_compute_multiplier(compute: np.ndarray, loss: np.ndarray,
     The law and the multiplier; None and NaN where the loss does not fall.
   """
   from scipy.optimize import least_squares
-  unit = np.exp(np.mean(np.log(compute)))  # the geometric mean of the compute
+  # Compute is measured in its geometric mean, so that its powers are near 1.
+  unit = np.exp(np.mean(np.log(compute)))
+  # A floor that is given is taken off the losses, and the law above it is one
+  # of floor 0.
   pinned_floor = floor or 0.0
   y = loss.ravel() - pinned_floor
 
   def fit_floor_and_scale(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns [floor, scale] of the logarithms of exponent and multiplier, and
-    the residuals."""
+    """Fits the floor and the scale of the law, which are a linear fit.
+
+    Args:
+      theta: the logarithms of exponent and multiplier.
+
+    Returns:
+      [floor, scale], and the residuals of all losses.
+    """
     log_exponent, log_multiplier = theta
-    multipliers = np.exp([[0.0], [log_multiplier]])  # of base and variant
+    # The base is the first row and has a multiplier of exp(0) = 1.
+    multipliers = np.exp([[0.0], [log_multiplier]])
     effective_compute = compute / unit * multipliers
     x = effective_compute.ravel() ** -np.exp(log_exponent)
     columns = np.stack([np.ones_like(x), x], 1)
     constants = np.linalg.lstsq(columns, y, rcond=None)[0]
+    # A floor below 0 is no loss. Where the floor is 0, or was given and is
+    # taken off, the scale alone is the projection of y on x.
     if floor is not None or constants[0] < 0:
       constants = np.array([0.0, x @ y / (x @ x)])
     return constants, columns @ constants - y
@@ -709,7 +828,8 @@ def fit_compute_multiplier(compute: np.ndarray, loss: np.ndarray,
     _, residuals = fit_floor_and_scale(theta)
     return residuals
 
-  # The exponent and the multiplier, as logarithms.
+  # The exponent and the multiplier are searched as logarithms, which keeps them
+  # positive: from 0.2 and 1, within 0.007 to 4.5 and 0.05 to 20.
   fit = least_squares(
       residuals_of, [-1.6, 0.0], bounds=([-5.0, -3.0], [1.5, 3.0]),
       x_scale=0.1, xtol=1e-10, ftol=1e-12, gtol=1e-12)
@@ -732,25 +852,33 @@ def fit_compute_multiplier(compute: np.ndarray, loss: np.ndarray,
 
 def multiplier_at_each_size(law: PowerLaw, compute: np.ndarray,
                             loss: np.ndarray) -> np.ndarray:
-  """Returns the compute multiplier of a variant at each size alone.
+  """Returns the compute multiplier of a variant at each size of model alone:
+  how many times its compute the base would need for the same gain.
 
   It is the compute with which the base, by its law, would differ from its own
-  loss there by as much as the variant does, over the compute of the variant. It
-  is NaN where no compute is enough, or where that compute lies more than
-  MAX_EXTRAPOLATION times beyond what the law was fitted to.
+  loss at this size by as much as the variant does, over the compute of the
+  variant.
 
   Args:
-    law: the law of the base.
+    law: the scaling law of the base.
     compute: [2, sizes], the compute of the base and of the variant.
     loss: [2, sizes], their losses.
+
+  Returns:
+    [sizes]. NaN where no compute is enough, or where that compute lies more
+    than MAX_EXTRAPOLATION times beyond what the law was fitted to.
   """
   base_compute, variant_compute = compute
   base_loss, variant_loss = loss
-  # How far above its floor the law is, and the share of that which is wanted.
+  # How far the law is above its floor, and the share of that which is wanted.
+  # Differences are measured from the law, so that its error at this size
+  # cancels.
   above_floor = np.maximum(law.loss(base_compute) - law.floor, 1e-300)
   wanted_above_floor = above_floor + variant_loss - base_loss
   share = np.maximum(wanted_above_floor / above_floor, 1e-300)
-  # scale / C^exponent is `share` times as much where C is this many times.
+  # scale / C^exponent is `share` times as much where C is share^(-1 / exponent)
+  # times as much. A share of 0, where a loss below the floor is wanted, became
+  # 1e-300 above and a huge factor here, which is outside.
   factor = np.exp(np.minimum(-np.log(share) / law.exponent, 50))
   needed_compute = base_compute * factor
   is_inside = ((needed_compute >= law.first / MAX_EXTRAPOLATION)
@@ -761,27 +889,35 @@ def multiplier_at_each_size(law: PowerLaw, compute: np.ndarray,
 def jackknife_scaling_figures(compute: np.ndarray, losses: np.ndarray,
                               ahead: np.ndarray, floor: float | None = None
                               ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns figures of a scaling law of a base and a variant, and half of the
-  width of their 95 % intervals over seeds (`jackknife`).
+  """Returns figures of the scaling law of a base and of a variant's compute
+  multiplier, and half of the width of their 95 % intervals over seeds.
 
   Args:
     compute: [2, sizes], the compute of the base and of the variant.
     losses: [seeds, 2, sizes], their losses.
-    ahead: [2], the compute at which their losses are predicted.
+    ahead: [2], the compute of base and variant at which their losses are
+      predicted, such as that of a size that has not been trained.
     floor: the floor of the law; None: it is fitted.
 
   Returns:
-    Two arrays of [4 + sizes], the figures and the half widths: the floor; the
-    predicted loss of the base; that of the variant minus it; the logarithm of
-    the compute multiplier; and the logarithm of that of each size.
+    Two arrays of [4 + sizes], the figures and the half widths by `jackknife`:
+    the floor; the predicted loss of the base; that of the variant minus it; the
+    logarithm of the compute multiplier; and the logarithm of that of each size.
+    All are NaN where the loss does not fall with compute.
   """
   def figures_of_mean(mean_losses: np.ndarray) -> np.ndarray:
-    """Returns the figures of a mean over seeds, [2, sizes]."""
+    """Returns the figures of a mean over seeds.
+
+    Args:
+      mean_losses: [2, sizes], the losses of the base and of the variant.
+    """
     law, multiplier = fit_compute_multiplier(compute, mean_losses, floor)
     if law is None:
       return np.full(compute.shape[1] + 4, np.nan)
+    # The variant follows the law of the base at `multiplier` times its compute.
     base_loss, variant_loss = law.loss(ahead * [1.0, multiplier])
     at_sizes = multiplier_at_each_size(law, compute, mean_losses)
+    # Ratios are more nearly normal as logarithms, which the interval asks for.
     log_multipliers = np.log([multiplier, *at_sizes])
     return np.array([law.floor, base_loss, variant_loss - base_loss,
                      *log_multipliers])
@@ -829,21 +965,27 @@ def _normal_points(dims: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1024)
 def _draw_relative_deviations(df: float, column: int, dims: int) -> np.ndarray:
-  """Returns [studies] draws of sqrt(chi2_df / df): a standard deviation that is
-  estimated with df degrees of freedom, over the true one.
-
-  Where df is large, it is by the cube of a normal number (Wilson and Hilferty
-  1931), which errs by less than 1e-4 there.
+  """Returns draws of a standard deviation that is estimated with df degrees of
+  freedom, over the true one: sqrt(chi2_df / df).
 
   Args:
     df: the degrees of freedom.
-    column: the column of the points that is used.
+    column: the column of quasi-random points that is used: draws that shall be
+      independent take different ones.
     dims: the number of columns.
+
+  Returns:
+    [studies], one draw for each simulated study.
   """
+  # The cube root of chi2 / df is nearly normal (Wilson and Hilferty 1931), with
+  # mean 1 - 2 / (9 df) and variance 2 / (9 df). Here it errs by less than 1e-4.
+  # The power is 3 for the cube times 1 / 2 for the root.
   if df > 40:
     variance = 2 / (9 * df)
     z = _normal_points(dims)[:, column]
     return (1 - variance + z * variance ** 0.5) ** 1.5
+  # Else the quantile of chi2 at a uniform point u: twice the inverse of the
+  # regularised gamma function of df / 2.
   from scipy.special import gammaincinv
   u = _sobol_points(dims)[:, column]
   return np.sqrt(2 * gammaincinv(df / 2, u) / df)
@@ -939,13 +1081,14 @@ def simulate_least_effects(
 
 def _resample_means(seen: np.ndarray, sds: np.ndarray, num_ended: np.ndarray
                     ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the means of simulated studies that are drawn from differences that
-  were seen.
+  """Returns the means of simulated studies that are drawn from paired
+  differences that were seen.
 
   Args:
     seen: [pairs, sizes], the differences.
     sds: [sizes], the standard deviation that each size shall have.
-    num_ended: [studies] or [1], the number of seeds of each study.
+    num_ended: [studies] or [1], the number of seeds of each study whose runs
+      ended well.
 
   Returns:
     [studies, sizes], the mean at each size; and [studies], the standard
@@ -954,9 +1097,11 @@ def _resample_means(seen: np.ndarray, sds: np.ndarray, num_ended: np.ndarray
   # [studies, seeds, sizes]
   differences = _resample_differences(seen, sds, int(num_ended.max()))
   num_studies, num_seeds, _ = differences.shape
-  # Each study has the first of its seeds.
+  # All studies are drawn with as many seeds as the largest one has; each takes
+  # the first of them, and the mask [studies, seeds] is 0 for the others.
   has_seed = np.arange(num_seeds) < num_ended[:, None]
   mask = has_seed * np.ones((num_studies, num_seeds))
+  # d: studies, n: seeds, s: sizes.
   means = (np.einsum('dns,dn->ds', differences, mask)
            / num_ended[:, None])
   # The variance of a seed's means over the sizes.
@@ -967,15 +1112,24 @@ def _resample_means(seen: np.ndarray, sds: np.ndarray, num_ended: np.ndarray
 
 def _resample_differences(seen: np.ndarray, sds: np.ndarray, num_seeds: int
                           ) -> np.ndarray:
-  """Returns [studies, seeds, sizes], drawn with replacement from differences
-  that were seen, [pairs, sizes].
+  """Draws the paired differences of simulated studies, with replacement from
+  differences that were seen.
 
-  Which of the two runs of a pair is the first says nothing, so each is drawn
-  with either sign. Each size is scaled to its standard deviation in `sds`.
+  Args:
+    seen: [pairs, sizes], the differences.
+    sds: [sizes], the standard deviation that each size shall have.
+    num_seeds: the number of seeds of each study.
+
+  Returns:
+    [studies, seeds, sizes].
   """
   rng = np.random.default_rng(0)
+  # The sizes of a pair stay together: their noise may be correlated.
   pairs = rng.integers(len(seen), size=(NUM_SIMULATED_STUDIES, num_seeds))
+  # Which of the two runs of a pair is the first says nothing, so each is drawn
+  # with either sign; the mean of all draws is then 0.
   signs = rng.choice((-1, 1), size=(NUM_SIMULATED_STUDIES, num_seeds, 1))
+  # The root mean square at each size becomes its standard deviation.
   scale = sds / np.sqrt(np.mean(seen ** 2, axis=0))
   return seen[pairs] * signs * scale
 
@@ -1030,10 +1184,11 @@ def simulate_false_positive_rate(seen: np.ndarray, sds: Sequence[float],
 
 def _correlate_sizes(sd: float, sds: np.ndarray
                      ) -> tuple[int, np.ndarray, float]:
-  """Makes the deviations of some sizes agree with the deviation of their mean.
+  """Makes the standard deviations at some sizes of model agree with that of a
+  seed's mean over them, by a correlation between the sizes.
 
-  For k sizes with a correlation r of each two,
-  sd^2 = (1 - r) sum(sds^2) / k^2 + r (sum(sds) / k)^2.
+  For k sizes with a correlation r of each two, sd^2 = (1 - r) sum(sds^2) / k^2
+  + r (sum(sds) / k)^2. This is solved for r.
 
   Args:
     sd: the standard deviation of the mean over the sizes.
@@ -1046,6 +1201,8 @@ def _correlate_sizes(sd: float, sds: np.ndarray
   num_sizes = len(sds)
   variance_if_independent = np.sum(sds ** 2) / num_sizes ** 2
   variance_if_equal = (np.sum(sds) / num_sizes) ** 2
+  # Sizes that are independent already make the mean vary this much or more. Or
+  # both variances are equal, as for one size, and r does not matter.
   needs_no_correlation = (sd * sd <= variance_if_independent
                           or variance_if_equal <= variance_if_independent)
   if needs_no_correlation:
@@ -1053,6 +1210,7 @@ def _correlate_sizes(sd: float, sds: np.ndarray
     if variance_if_independent:
       scale = sd / np.sqrt(variance_if_independent)
     return num_sizes, sds * scale, 0.0
+  # The mean of fully correlated sizes varies most: r is 1 at most.
   correlation = ((sd * sd - variance_if_independent)
                  / (variance_if_equal - variance_if_independent))
   return num_sizes, sds, min(correlation, 1.0)
@@ -1075,16 +1233,29 @@ def smallest_effect(wanted: float, *args, **kwargs) -> float | None:
 
 def seeds_needed(effect: float, wanted: float, sd: float, sds, df: float,
                  level: float, **kwargs) -> int | None:
-  """Returns the least number of seeds with which an effect is found with a
-  power of `wanted`; None where MAX_SEEDS are too few. The further arguments are
-  those of `simulate_least_effects`."""
+  """Returns the least number of seeds with which a test finds an effect with a
+  given power.
+
+  Args:
+    effect: the true difference that shall be found.
+    wanted: the power, that is the probability to find it.
+    sd: the standard deviation of a seed's mean difference over the sizes.
+    sds: the standard deviation at each size of model.
+    df: the degrees of freedom with which these deviations are known.
+    level: the level of the test.
+    **kwargs: the further arguments of `simulate_least_effects`.
+
+  Returns:
+    The number of seeds; None where MAX_SEEDS are too few.
+  """
   def is_enough(seeds: int) -> bool:
     """Returns whether this many seeds give the power that is wanted."""
     power = power_to_find(effect, sd=sd, sds=sds, df=df, seeds=seeds,
                           level=level, **kwargs)
     return power >= wanted
 
+  # The power rises with the number of seeds, so bisection finds the first
+  # number for which is_enough is true.
   numbers = range(MIN_SEEDS, MAX_SEEDS + 1)
-  # The power rises with the number of seeds, so bisection finds the least.
   index = bisect.bisect_left(numbers, True, key=is_enough)
   return numbers[index] if index < len(numbers) else None

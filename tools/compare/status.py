@@ -19,8 +19,10 @@ def main(args) -> int:
   workdir = layout.parse_workdir(args)
   if layout.is_study(workdir):
     return _study(workdir, args.json)
+  # Two files tell: sweep.json what was asked for, the ledger how far it is.
   description = layout.load_sweep_description(workdir)
   runs = layout.load_ledger_runs(workdir)
+  # A row of HEADINGS for each point (a variant of the config).
   points = rows(description, workdir, runs)
   if args.json:
     print(json.dumps({
@@ -38,9 +40,16 @@ def main(args) -> int:
 
 
 def _study(workdir, as_json: bool) -> int:
-  """Prints how far each phase of a study is."""
+  """Prints how far each phase of a study is; returns the exit code.
+
+  Args:
+    workdir: the folder of the study.
+    as_json: whether to print JSON.
+  """
   from tools.compare import plan, results
   frozen = plan.load_frozen_plan(workdir)
+  # Each phase with its cost, which has the largest number of its runs, and the
+  # runs that it has begun, which may lie in several folders.
   phases = []
   for cost in results.costs(frozen, 1, None):
     runs = []
@@ -48,13 +57,14 @@ def _study(workdir, as_json: bool) -> int:
       runs += layout.load_ledger_runs(folder)
     phases.append((cost, runs))
   if as_json:
-    rows = []
+    phases_as_json = []
     for cost, runs in phases:
       counts = collections.Counter(run.state for run in runs)
-      rows.append({'phase': cost.phase, 'planned': cost.runs,
-                   'states': counts, 'failed': failed(runs)})
+      phases_as_json.append({
+          'phase': cost.phase, 'planned': cost.runs, 'states': counts,
+          'failed': failed(runs)})
     print(json.dumps({'study': frozen.plan.name, 'plan': frozen.hash,
-                      'phases': rows}, indent=2))
+                      'phases': phases_as_json}, indent=2))
     return 0
   print(f'study {frozen.plan.name}, plan {frozen.hash}, frozen on '
         f'{plan.format_date(frozen.time)}')
@@ -86,37 +96,48 @@ def rows(description: dict, workdir, runs: list[layout.Run]
   for run in runs:
     by_point[run.point].append(run)
   names = [point['name'] for point in description['points']]
+  # The base comes first (False sorts before True), since the others are
+  # compared with its losses.
   names.sort(key=lambda name: name != description['base'])
-  base: dict[int, float] = {}
-  table = []
+  base_losses: dict[int, float] = {}
+  rows_of_table = []
   for name in names:
     shares, losses = _trained(description, workdir, name, by_point[name])
-    differences = [loss - base[seed] for seed, loss in losses.items()
-                   if seed in base]
+    # Only seeds that both have ended; none for the base itself.
+    differences = [loss - base_losses[seed] for seed, loss in losses.items()
+                   if seed in base_losses]
     if name == names[0]:
-      base = losses
-    table.append((name, states(by_point[name]), _mean(shares, '.0%'),
-                  _mean(list(losses.values()), '.4f'),
-                  _mean(differences, '+.4f')))
-  return table
+      base_losses = losses
+    rows_of_table.append((
+        name, states(by_point[name]), _mean(shares, '.0%'),
+        _mean(list(losses.values()), '.4f'), _mean(differences, '+.4f')))
+  return rows_of_table
 
 
 def _trained(description: dict, workdir, point: str, runs: list[layout.Run]
              ) -> tuple[list[float], dict[int, float]]:
-  """Returns how far the runs of one point are.
+  """Returns how far the runs of one point of a sweep (a variant of the config)
+  are.
+
+  Args:
+    description: the content of sweep.json.
+    workdir: the folder of the sweep.
+    point: the name of the point.
+    runs: its runs.
 
   Returns:
     The share of its steps that each run has trained, and by seed the held-out
     loss of those that have finished.
   """
-  steps = layout.config_of_run(description, point, 0).train.steps
+  # Seeds differ in nothing but the seed, so that any one tells the steps.
+  num_steps = layout.config_of_run(description, point, 0).train.steps
   shares, losses = [], {}
   for run in runs:
     folder = layout.run_folder(workdir, run.point, run.seed)
-    trained = layout.read_metrics(folder, 'train')
-    shares.append(trained[-1]['step'] / steps if trained else 0.0)
+    train_rows = layout.read_metrics(folder, 'train')
+    shares.append(train_rows[-1]['step'] / num_steps if train_rows else 0.0)
     for row in layout.read_metrics(folder, 'eval'):
-      if row['step'] == steps and row.get('loss') is not None:
+      if row['step'] == num_steps and row.get('loss') is not None:
         losses[run.seed] = row['loss']
   return shares, losses
 

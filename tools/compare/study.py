@@ -35,21 +35,29 @@ Key = tuple[str, str]  # a size and a workload
 
 
 def check(args) -> int:
-  """Prints the plan of a study's file and the costs of its phases."""
-  kept = None
+  """Prints the plan of a study's file and the costs of its phases; returns the
+  exit code.
+
+  Args:
+    args: the arguments of the command line: file, workdir ('': none yet),
+      parallel and group, as `check` defines them.
+  """
+  # A study that has begun keeps what its plan has fixed.
+  earlier_plan = None
   if args.workdir:
-    kept = plans.load_frozen_plan(args.workdir)
-  frozen = freeze.freeze_plan(args.file, kept)
+    earlier_plan = plans.load_frozen_plan(args.workdir)
+  frozen = freeze.freeze_plan(args.file, earlier_plan)
   print(described(frozen), flush=True)
 
-  # The time of a step, from runs that there are or from a few steps.
+  # The time of a step, from runs that there are or from a few steps. Without
+  # it, costs are shown in all but hours.
   times = None
   if args.workdir:
     times = results.times_of(args.workdir, frozen)
-  whence = 'the runs of this study so far'
+  source_of_times = 'the runs of this study so far'
   if not times:
     print('\nTiming a few steps of the base at each size ...', file=sys.stderr)
-    whence = f'{TIMED_STEPS} steps of the base on this machine'
+    source_of_times = f'{TIMED_STEPS} steps of the base on this machine'
     try:
       times = timed(frozen, args.parallel, args.group)
     except EnvironmentFailure as error:
@@ -59,7 +67,8 @@ def check(args) -> int:
   print(f'\n{results.table(costs, args.parallel)}\n')
   if times:
     print(f'Hours are of the steps of {args.parallel} processes at once, '
-          f'without starting and compiling them, by the time of {whence}.')
+          'without starting and compiling them, by the time of '
+          f'{source_of_times}.')
   return 0
 
 
@@ -82,54 +91,69 @@ class Timing:
   def __init__(self, frozen: plans.FrozenPlan, parallel: int, group: int):
     self._frozen, self._parallel = frozen, parallel
     plan = frozen.plan
+    # A program of the confirmation holds the runs of all seeds, as far as they
+    # fit.
     self.alike = min(group, plan.seeds['confirm'])
     self.steps: dict[Key, int] = {}
     self.flops: dict[Key, float] = {}
     self.seconds: dict[Key, float] = {}
+    # The planned steps of the base, and by them the FLOPs of one step.
     for workload in plan.workloads:
       for size in plan.all_sizes:
-        row = frozen.point(plan.base, size, workload)
-        steps = frozen.steps(row['changes'])
+        planned_point = frozen.point(plan.base, size, workload)
+        steps = frozen.steps(planned_point['changes'])
         self.steps[size, workload] = steps
         self.flops[size, workload] = (
-            row['tokens'] * row['flops_per_token'] / steps)
+            planned_point['tokens'] * planned_point['flops_per_token'] / steps)
 
   def train(self, keys: Sequence[Key]) -> None:
-    """Measures some sizes and workloads in a folder that is removed.
+    """Measures the time of a step at some sizes on some workloads, by training
+    a few steps in a folder that is removed.
+
+    Args:
+      keys: the sizes and workloads.
 
     Raises:
       EnvironmentFailure: where a run failed.
     """
     runs = []
     for size, workload in keys:
+      # The runs are shortened ones of the plan, as many at once as a program of
+      # the confirmation has, since these share the time. A run must be shorter
+      # than planned, so the share is below 1.
       share = min(TIMED_STEPS / self.steps[size, workload], 0.999)
       for seed in range(self.alike):
         runs.append(phases.make_run(
             frozen=self._frozen, phase='screen',
             variant=self._frozen.plan.base, size=size, workload=workload,
             seed=seed, more={'eval.batches': 1, 'eval.tasks': ''}, share=share))
+    # The lines that the trainer prints of each run are of no use here.
     with (tempfile.TemporaryDirectory() as folder,
           contextlib.redirect_stdout(io.StringIO())):
       trainer = Trainer(workdir=folder, frozen=self._frozen,
                         parallel=self._parallel, group=self.alike)
       sweep = trainer.trained('timed', runs)
+    # Points come back in the order in which their runs were asked for.
     for key, point in zip(keys, sweep.points, strict=True):
       self.seconds[key] = self._seconds(point)
 
   def _seconds(self, point: curves.Point) -> float:
     """Returns the mean time of a step over the runs of a point."""
-    total = 0.0
+    total_seconds = 0.0
     for seed, run in point.runs.items():
       if run.state != layout.DONE:
         raise EnvironmentFailure(f'a run of {point.name} failed: {run.error}')
       curve = point.curve(seed, 'train')
-      total += curve['seconds'][-1] / run.config['train.steps']
-    return total / self.alike
+      total_seconds += curve['seconds'][-1] / run.config['train.steps']
+    return total_seconds / self.alike
 
   def every(self) -> results.Times:
-    """Returns the seconds of a step at each size on each workload: where they
-    are not measured, those of the largest that is, times its FLOPs over those
-    of that one."""
+    """Returns the seconds of a step at each size on each workload.
+
+    Where they are not measured, they are those of the largest one that is,
+    times the ratio of the FLOPs. A larger model uses the machine better, so
+    this is rather too much.
+    """
     largest = max(self.seconds, key=self.flops.get)
     times = {}
     for key, flops in self.flops.items():
@@ -139,7 +163,7 @@ class Timing:
 
 
 def timed(frozen: plans.FrozenPlan, parallel: int, group: int) -> results.Times:
-  """Returns the seconds of a step at each size on each workload.
+  """Returns the seconds of a training step at each size on each workload.
 
   The smallest size comes first. Runs that by their FLOPs would then take longer
   than MOST_SECONDS are not trained, nor is any other of a study that is short:
@@ -158,10 +182,12 @@ def timed(frozen: plans.FrozenPlan, parallel: int, group: int) -> results.Times:
   smallest, *larger = sorted(timing.flops, key=timing.flops.get)
   timing.train([smallest])
 
-  # The larger ones that a few steps of do not take too long.
+  # How long the smallest one took, and how many FLOPs may take MOST_SECONDS at
+  # this speed.
   expected = timing.seconds[smallest] * TIMED_STEPS * timing.alike
   most_flops = MOST_SECONDS / expected * timing.flops[smallest]
   within = [key for key in larger if timing.flops[key] <= most_flops]
+  # The larger ones are worth measuring only for a study that takes long.
   if within:
     costs = results.costs(frozen, group, timing.every())
     if sum(cost.seconds for cost in costs) > SHORT_SECONDS:
@@ -170,21 +196,30 @@ def timed(frozen: plans.FrozenPlan, parallel: int, group: int) -> results.Times:
 
 
 def run(args, submit: Callable[..., None]) -> int:
-  """Freezes the plan of a study's file, and goes through its phases.
+  """Freezes the plan of a study's file, and goes through its phases; returns
+  the exit code.
 
   Args:
     args: the arguments that `run` defines (run.add_arguments).
-    submit: a function that submits runners to SLURM, of (args, jobs).
+    submit: a function that submits runners (processes that train runs) to
+      SLURM, of (args, jobs).
+
+  Raises:
+    RequestError: where the folder holds something else, or another plan and no
+      reason is given for the change.
   """
   layout.check_workdir(args.workdir, 'study.json')
   frozen = freeze.freeze_plan(args.file, plans.load_last_plan(args.workdir))
   one_of('--until', args.until, ('freeze', *frozen.plan.seeds, plans.REPORT))
+  # From here on the plan is fixed in study.json, or its change is recorded.
   frozen = plans.adopt_plan(args.workdir, frozen, args.amend)
   print(described(frozen), flush=True)
+  # Runs that failed are pending again, in every phase that has begun.
   if args.retry:
     for folder in results.folders(args.workdir):
       with layout.Ledger(folder) as ledger:
         ledger.retry_failed_runs()
+  # The jobs of SLURM call this command again, each as one runner.
   if args.launcher == 'slurm':
     submit(args, args.jobs or 1)
     return 0
@@ -196,14 +231,20 @@ def run(args, submit: Callable[..., None]) -> int:
 
 
 def described(frozen: plans.FrozenPlan) -> str:
-  """Returns a description of a plan for a terminal: its question, its methods,
-  and the sizes of its models."""
+  """Returns a description of a study's plan for a terminal: its question, its
+  methods, and the sizes of its models.
+
+  Args:
+    frozen: the plan.
+  """
   plan = frozen.plan
+  # The base stands for all variants of a size, whose costs are near its own.
   rows = [('size', 'parameters', 'FLOPs a token')]
   for size in plan.all_sizes:
     point = frozen.point(plan.base, size, plans.TEXT)
     rows.append((size, f'{point["params"]:,}',
                  f'{point["flops_per_token"]:,.0f}'))
+  # Paragraphs with an empty line between them.
   parts = [f'study {plan.name}: {plan.question}']
   for paragraph in report.describe_methods(frozen):
     parts.append(textwrap.fill(paragraph))
@@ -212,7 +253,8 @@ def described(frozen: plans.FrozenPlan) -> str:
 
 
 def go(workdir, frozen: plans.FrozenPlan, trainer: Any, args) -> int:
-  """Goes through the phases with a trainer.
+  """Goes through the phases of a study with a trainer, and prints and saves
+  what each of them finds; returns the exit code.
 
   Args:
     workdir: the folder of the study.
@@ -225,9 +267,12 @@ def go(workdir, frozen: plans.FrozenPlan, trainer: Any, args) -> int:
     times = results.times_of(workdir, frozen)
     return results.costs(frozen, args.group, times)
 
-  before = costs()
-  print(f'\n{results.table(before, args.parallel)}\n', flush=True)
-  is_time_known = all(cost.seconds is not None for cost in before)
+  # The costs as far as they are known, before anything is trained.
+  costs_before = costs()
+  print(f'\n{results.table(costs_before, args.parallel)}\n', flush=True)
+  is_time_known = all(cost.seconds is not None for cost in costs_before)
+  # Each phase trains when the loop asks for its state. A study that is too weak
+  # gives its state and then raises, so it is saved and printed first.
   for state in phases.run_phases(frozen, trainer, args.until, args.anyway):
     if args.anyway and state.weakness:
       _note(workdir, frozen, 'The study went on although it was too weak for '
@@ -235,8 +280,8 @@ def go(workdir, frozen: plans.FrozenPlan, trainer: Any, args) -> int:
     results.write(workdir, frozen, state)
     for line in _found(state, ends=bool(state.weakness) and not args.anyway):
       print(line, flush=True)
+    # The first phase has told the time of the others.
     if len(state.finished) == 1 and not is_time_known:
-      # The first phase has told the time of the others.
       print(results.table(costs()[1:], args.parallel), flush=True)
   if args.until == plans.REPORT:
     page, *_ = report.write_report(comparison.load_comparison(workdir))
@@ -288,17 +333,25 @@ class Trainer:
 
   def train(self, folder: str, runs: Sequence[phases.Run]
             ) -> list[plans.Outcome]:
-    """Returns the outcome of each run, once all of them have ended, as it lies
-    on disk.
+    """Trains runs that a phase asks for, waits until all of them have ended,
+    and returns the outcome of each, in order.
+
+    Args:
+      folder: the name of the folder of the phase.
+      runs: the runs.
 
     Raises:
       Stopped: after a signal.
+      RequestError: where the folder holds runs of another plan or config.
       EnvironmentFailure: where runs failed that did not diverge.
     """
     path = self._workdir / folder
     sweep = self.trained(folder, runs)
     self._check_of_this_plan(path, sweep)
 
+    # Results are read from disk, where another runner may have written them. A
+    # run that diverged is an outcome. One that failed otherwise is none, and
+    # the phase cannot decide without it.
     points = {point.name: point for point in sweep.points}
     outcomes, failed = [], []
     for run in runs:
@@ -320,7 +373,18 @@ class Trainer:
 
   def _check_of_this_plan(self, path: pathlib.Path, sweep: curves.Sweep
                           ) -> None:
-    """Raises RequestError for runs of another plan, or of another config."""
+    """Checks that the runs of a folder are of this study's plan, and of the
+    config that it says.
+
+    Args:
+      path: the folder of the phase.
+      sweep: its sweep, as it lies on disk.
+
+    Raises:
+      RequestError: where a run is of another plan, or of another config.
+    """
+    # The hashes of all plans that the study has had: an amended plan keeps its
+    # runs.
     others = layout.plan_hashes_of_runs(path) - self._frozen.known_hashes
     names = ', '.join(sorted(others)) or 'none'
     require(not others, f'{path} holds runs of another plan than the study has '
@@ -363,13 +427,21 @@ class Trainer:
       ledger.add_begun_runs(self._frozen.hash, rows)
 
   def describe(self, folder: str, runs: Sequence[phases.Run]) -> dict:
-    """Returns the content of sweep.json for the runs of a phase."""
+    """Returns the content of sweep.json for the runs of a phase.
+
+    Args:
+      folder: the name of the folder of the phase.
+      runs: the runs; the point of the first is the base of the sweep.
+    """
     frozen = self._frozen
+    # One row for each point (a variant at a size on a workload), with its
+    # seeds.
     rows: dict[str, dict[str, Any]] = {}
     for run in runs:
       if run.point not in rows:
         rows[run.point] = self._row(run)
       rows[run.point]['seeds'].append(run.seed)
+    # `paired`: all points see the same batches with the same seed.
     return {
         'name': f'{frozen.plan.name}, {folder}',
         'file': frozen.plan.file,
@@ -384,9 +456,14 @@ class Trainer:
         'plan': f'{frozen.hash} {plans.format_date(frozen.time)}'}
 
   def _row(self, run: phases.Run) -> dict[str, Any]:
-    """Returns what sweep.json says of the point of a run, without its seeds."""
+    """Returns what sweep.json says of the point of a run (a variant at a size
+    on a workload), without its seeds.
+
+    Args:
+      run: the run.
+    """
     point = self._frozen.point_of_run(run)
-    # A run may take fewer steps than its point.
+    # A run may take fewer steps than planned, and so fewer tokens.
     tokens_a_step = point['tokens'] / self._frozen.steps(point['changes'])
     row = {
         'name': run.point, 'variant': run.variant, 'size': run.size,
@@ -409,21 +486,24 @@ class Trainer:
 
   def _outcome(self, run: phases.Run, point: curves.Point, result: curves.Run
                ) -> plans.Outcome:
-    """Returns the outcome of a run.
+    """Returns the outcome of a run, by which its phase decides.
 
     Args:
       run: the run as its phase asked for it.
-      point: its point, as it lies on disk.
+      point: its point (a variant at a size on a workload), as it lies on disk.
       result: its result, as it lies on disk.
     """
-    planned = self._frozen.point_of_run(run)
+    # A run also counts as diverged where it ended near the loss of guessing: it
+    # has learnt nothing. A run without a loss has an infinite one.
+    planned_point = self._frozen.point_of_run(run)
     loss = result.final_loss
     if loss is None:
       loss = math.inf
-    learnt = math.isfinite(loss) and loss <= GUESSING * planned['guess']
+    learnt = math.isfinite(loss) and loss <= GUESSING * planned_point['guess']
     diverged = result.has_ended_badly or not learnt
 
-    # The figures of the run, and the scores of the items that it was asked.
+    # The figures of the run, and the scores of single items (documents,
+    # questions), which no verdict of the phases noise and tune is on.
     values, scores = {}, {}
     keeps_items = run.phase not in ('noise', 'tune')
     for measure in self._frozen.plan.measures_of_workload(run.workload):
@@ -431,7 +511,8 @@ class Trainer:
       if keeps_items and measure.figure in result.items:
         scores[measure.name] = result.items[measure.figure]
 
-    # The compute and the time up to its last step.
+    # The compute and the time up to its last step, which end the curve of
+    # training.
     spent = {'flops': 0.0, 'seconds': math.nan}
     for name, column in point.curve(run.seed, 'train').items():
       spent[name] = column[-1]
@@ -443,19 +524,30 @@ class Trainer:
         workload=run.workload, seed=run.seed, values=values, diverged=diverged,
         flops=spent['flops'], seconds=spent['seconds'], params=point.params,
         changes=dict(run.changes), loss=loss, curve=curve, items=scores,
-        cooled=curves.ends_cooled_down(result.config), body=planned.get('body'))
+        cooled=curves.ends_cooled_down(result.config),
+        body=planned_point.get('body'))
 
 
 def _value(run: phases.Run, measure: plans.Measure, result: curves.Run,
            diverged: bool) -> float:
-  """Returns a measure of a run; that of guessing where it diverged.
+  """Returns the value of a measure of a run; that of guessing where the run
+  diverged.
+
+  Args:
+    run: the run as its phase asked for it.
+    measure: the measure.
+    result: its result, as it lies on disk.
+    diverged: whether it diverged.
 
   Raises:
     RequestError: where the run has not reported it.
   """
+  # A run that diverged counts as one that guesses, whatever it reported.
   value = result.held_out.get(measure.figure)
   if diverged:
     value = measure.chance
+  # A loss that is not finite is None, but such a run diverged. So what is no
+  # number here was never measured, and nothing is known in its place.
   reported = ', '.join(result.held_out) or 'nothing'
   require(isinstance(value, int | float), f'measure {measure.name!r} is '
           f'{measure.figure!r}, which {run.point}, seed {run.seed}, has '

@@ -52,20 +52,24 @@ def other_table(comparison: Comparison) -> Table:
 
 def estimate_table(comparison: Comparison, name: str, title: str,
                    rows: Sequence[Mapping[str, Any]]) -> Table:
-  """Returns a table of means and differences, without the rows of which nothing
-  is known and the columns that are empty.
+  """Returns a table of means and differences from the base. Rows of which
+  nothing is known are left out, and so are columns that are empty.
 
   Args:
     comparison: the sweep or study.
     name: the anchor of the table on the page.
     title: its title.
-    rows: rows of Comparison.estimates.
+    rows: the rows, as Comparison.estimates has them: a measure of a variant at
+      a size in a phase.
   """
+  # A row is known where the variant has a run, a verdict, or pairs with the
+  # base.
   rows = [row for row in rows
           if row['runs'] or row['verdict'] or row['n'] is not None]
   measures = {row['measure'] for row in rows}
   # A table of one measure does not name it in each row.
   names_measure = len(measures) != 1
+  # The heading of the column of means.
   mean = 'held-out loss' if measures == {'loss'} else 'mean'
   cells = []
   for row in rows:
@@ -136,13 +140,14 @@ def _with_interval(row: Mapping[str, Any], prefix: str = '') -> Cell:
 
 
 def _speed_up(row: Mapping[str, Any], by: str) -> Cell:
-  """Returns the cell of a speed-up with its interval: '1.2 [1.1, 1.3]'.
+  """Returns the cell of a speed-up, the factor of compute or time that a
+  variant saves, with its interval: '1.2 [1.1, 1.3]'.
 
   A ~ stands before it where the fit of the curves errs by more than the
-  difference, and brackets around it where no difference is shown.
+  difference of the losses, and brackets around it where no difference is shown.
 
   Args:
-    row: the estimate, as Comparison.estimates has it.
+    row: the estimate of the variant, as Comparison.estimates has it.
     by: what is saved: 'flops' or 'seconds'.
   """
   factor = row[f'speed_up_{by}']
@@ -151,9 +156,12 @@ def _speed_up(row: Mapping[str, Any], by: str) -> Cell:
   text = page.estimate(
       factor, low=row[f'speed_up_{by}_low'], high=row[f'speed_up_{by}_high'],
       form='.2f').text
+  # The factor is read from fitted curves. Where their error in nats is larger
+  # than the difference of the losses, it is a guess.
   effect = row['effect']
   if page.known(effect) and abs(effect) < row[f'speed_up_{by}_fit_error']:
     text = f'~{text}'
+  # Without a difference of the losses, a factor that is not 1 may be noise.
   if row['verdict'] in (decide.NO_NOISE, decide.NONE_SHOWN):
     text = f'({text})'
   return Cell(text, factor)
@@ -165,7 +173,7 @@ def _speed_up(row: Mapping[str, Any], by: str) -> Cell:
 def find_first_evaluation_below(
     curve_of_seeds: Sequence[Mapping[str, Sequence]], target: float
     ) -> dict[str, float | None]:
-  """Returns what runs spend until their mean loss is below a target.
+  """Returns what runs spend until their mean held-out loss is below a target.
 
   The last evaluation is tested first, then the one before it, until one is not
   below by Student's one-sided test at TARGET_LEVEL. In an order that is fixed
@@ -173,56 +181,68 @@ def find_first_evaluation_below(
   named too early has a probability of at most TARGET_LEVEL.
 
   Args:
-    curve_of_seeds: the curve of held-out loss of each seed.
+    curve_of_seeds: the curve of held-out loss of each seed, as
+      curves.Point.curve returns it.
     target: the loss.
 
   Returns:
     'step', 'tokens', 'seconds' and 'p' of the first evaluation from which on
-    the loss is below; where there is none, the 'p' of the last one alone.
+    the loss is below; where there is none, the 'p' of the last one alone, which
+    is None where no evaluation is shared by all seeds.
   """
-  # A p for each evaluation that all seeds have.
+  # A p-value for each evaluation that all seeds have; at each of them, the loss
+  # of each seed.
   mean_curve = curves.mean_curve(curve_of_seeds)
   losses_of_seeds = []
   for curve in curve_of_seeds:
     is_shared = np.isin(curve['step'], mean_curve['step'])
     losses_of_seeds.append(np.asarray(curve['loss'], float)[is_shared])
-  ps = [statistics.p_value_below_target(losses, target)
-        for losses in zip(*losses_of_seeds)]
-  if not ps:
+  p_values = [statistics.p_value_below_target(losses, target)
+              for losses in zip(*losses_of_seeds)]
+  if not p_values:
     return {'p': None}
 
-  # From the last one back.
-  first = len(ps)
-  while first and ps[first - 1] is not None and ps[first - 1] < TARGET_LEVEL:
+  # From the last one back. `first` is the first of those that are below;
+  # len(p_values) means that not even the last one is.
+  first = len(p_values)
+  while (first and p_values[first - 1] is not None
+         and p_values[first - 1] < TARGET_LEVEL):
     first -= 1
-  if first == len(ps):
-    return {'p': ps[-1]}
+  if first == len(p_values):
+    return {'p': p_values[-1]}
   return {'step': float(mean_curve['step'][first]),
           'tokens': float(mean_curve['tokens'][first]),
-          'seconds': float(mean_curve['seconds'][first]), 'p': ps[first]}
+          'seconds': float(mean_curve['seconds'][first]), 'p': p_values[first]}
 
 
 def target_table(comparison: Comparison) -> Table:
-  """Returns the steps, tokens and time that each variant takes to a target
-  loss, at each size. A run that diverged or failed never reaches it, and so
-  neither does its variant."""
+  """Returns the table of the steps, tokens and time that each variant takes to
+  a target loss, at each size of model.
+
+  Args:
+    comparison: the sweep or study, with its target; the table is empty where
+      the target is None.
+  """
   title = f'To a held-out loss of {comparison.target}'
   if comparison.target is None:
     return page.table('target', title, [])
   rows = []
+  # The largest size comes first.
   for size in reversed(comparison.plan.sizes):
     for variant in comparison.variants:
       curve_of_seeds = _curves_of_held_out_loss(comparison, variant, size)
-      spent = {}
+      # A run that diverged or failed never reaches the target, and so neither
+      # does its variant: the mean over the other seeds would flatter it.
+      spent_to_target = {}
       if curve_of_seeds and not _has_lost_runs(comparison, variant, size):
-        spent = find_first_evaluation_below(curve_of_seeds,
-                                            comparison.target)
+        spent_to_target = find_first_evaluation_below(
+            curve_of_seeds, comparison.target)
       rows.append({
           'variant': label(variant), 'size': label(size),
-          'steps to target': page.count(spent.get('step')),
-          'tokens to target': page.count(spent.get('tokens')),
-          'time to target': page.duration(spent.get('seconds')),
-          'p of target': page.p_value(spent.get('p')),
+          'steps to target': page.count(spent_to_target.get('step')),
+          'tokens to target': page.count(spent_to_target.get('tokens')),
+          'time to target': page.duration(spent_to_target.get('seconds')),
+          'p of target': page.p_value(spent_to_target.get('p')),
           'seeds': page.count(len(curve_of_seeds))})
   return page.table('target', title, rows)
 
@@ -252,15 +272,21 @@ def _has_lost_runs(comparison: Comparison, variant: str, size: str) -> bool:
 
 def cost_table(comparison: Comparison) -> Table:
   """Returns the table of what each variant changes in the config, and of what
-  it costs at each size: parameters, FLOPs, tokens and time."""
+  it costs at each size: parameters, FLOPs, tokens and time.
+
+  Args:
+    comparison: the sweep or study.
+  """
   rows = []
   for point in comparison.frozen.points:
+    # A variant is planned once for each workload; its costs are shown for text.
     if point['workload'] != plans.TEXT:
       continue
-    # Active parameters are said where they are not all.
-    active = Cell('')
+    # Active parameters, those that a token uses, are shown where they are not
+    # all.
+    active_params = Cell('')
     if point['active_params'] != point['params']:
-      active = _beside_base(comparison, point, 'active_params')
+      active_params = _beside_base(comparison, point, 'active_params')
     seconds = _mean_seconds(comparison, point)
     changes = format_changes(changes_from_base(comparison.frozen, point))
     matched = ', '.join(point['matched'])
@@ -268,7 +294,7 @@ def cost_table(comparison: Comparison) -> Table:
         'variant': label(point['variant']),
         'size': label(point['size']),
         'parameters': _beside_base(comparison, point, 'params'),
-        'active parameters': active,
+        'active parameters': active_params,
         'FLOPs a token': _beside_base(comparison, point, 'flops_per_token'),
         'tokens': page.count(point['tokens']),
         'time of a run': page.duration(seconds),
@@ -292,41 +318,54 @@ def _mean_seconds(comparison: Comparison,
 
 def _beside_base(comparison: Comparison, point: Mapping[str, Any],
                  cost: str) -> Cell:
-  """Returns the cell of a cost of a point (a variant at a size on a workload),
-  with its distance from that of the base: '52k (+4.0%)'."""
+  """Returns the cell of one cost of a variant, with its relative difference
+  from that of the base: '52k (+4.0%)'.
+
+  Args:
+    comparison: the sweep or study.
+    point: the variant at a size on a workload, a row of the frozen plan.
+    cost: the name of the cost, such as 'params'.
+  """
   if not page.known(point[cost]):
     return Cell(UNKNOWN)
-  # In thousands, millions and so on.
+  # In thousands, millions and so on: each division by 1000 takes the next unit.
   scaled, units = point[cost], ['', 'k', 'M', 'G', 'T']
   while abs(scaled) >= 1000 and len(units) > 1:
     scaled /= 1000
     units.pop(0)
   text = f'{scaled:.4g}{units[0]}'
-  # A share that would be shown as 0 is left out.
+  # A difference that would be shown as 0.0 % is left out; that of the base is.
   base = comparison.frozen.point(comparison.plan.base, point['size'],
                                  point['workload'])
-  more = point[cost] / base[cost] - 1
-  if abs(more) >= 5e-4:
-    text += f' ({more:+.1%})'
+  difference = point[cost] / base[cost] - 1
+  if abs(difference) >= 5e-4:
+    text += f' ({difference:+.1%})'
   return Cell(text, point[cost])
 
 
 def change_table(comparison: Comparison) -> Table:
-  """Returns the table of main effects of a factorial sweep.
+  """Returns the table of main effects of a factorial sweep, which combines
+  several changes of the config.
 
   The main effect of a change is the mean difference of all pairs of variants
-  that differ in it and in nothing else but what was solved for. A change of
-  fewer than 2 pairs has no row."""
+  that differ in it and in nothing else, but for fields that were solved for to
+  match costs. A change of fewer than 2 pairs has no row.
+
+  Args:
+    comparison: the sweep.
+  """
   rows = []
   for change, pairs in _pairs_by_change(comparison).items():
     if len(pairs) < 2:
       continue
-    # Seeds that only some pairs have would weigh these pairs alone.
+    # Only seeds that all pairs have: others would give their pairs more weight.
     seeds = set.intersection(*map(set, pairs))
     if not seeds:
       continue
 
-    # The mean over the pairs of each seed, and over the seeds of each pair.
+    # The mean over the pairs of each seed, whose interval is over the seeds;
+    # and the mean over the seeds of each pair, whose range shows whether the
+    # effect hangs on the other changes.
     by_seed = []
     for seed in seeds:
       differences = [pair[seed] for pair in pairs]
@@ -347,9 +386,20 @@ def change_table(comparison: Comparison) -> Table:
 
 def _pairs_by_change(comparison: Comparison
                      ) -> dict[str, list[dict[int, float]]]:
-  """Returns by change, such as 'model.norm=rmsnorm', the pairs of variants that
-  differ in it alone, each as the difference of the losses by seed."""
-  # The changes that each variant declares, without what was solved for.
+  """Returns, for each change of one config field, the pairs of variants that
+  differ in it alone.
+
+  Args:
+    comparison: the sweep.
+
+  Returns:
+    By the change, such as 'model.norm=rmsnorm', a list of pairs. Each is the
+    loss of the variant with the change minus that of its partner without it, by
+    seed.
+  """
+  # The changes that each variant declares. Fields that were solved for, to
+  # match the costs of the base, differ between variants by themselves and do
+  # not count.
   declared = {}
   for point in comparison.frozen.points:
     changes = dict(point['changes'])
@@ -362,16 +412,17 @@ def _pairs_by_change(comparison: Comparison
                                        comparison.plan.primary)
             for variant in comparison.variants}
   pairs: dict[str, list[dict[int, float]]] = {}
+  # The partner of a variant for a change declares all of its other changes.
   for variant, changes in declared.items():
-    for field, x in changes.items():
-      of_change = pairs.setdefault(format_changes({field: x}), [])
-      rest = dict(changes)
-      del rest[field]
+    for field, value in changes.items():
+      pairs_of_change = pairs.setdefault(format_changes({field: value}), [])
+      other_changes = dict(changes)
+      del other_changes[field]
       for partner, partner_changes in declared.items():
-        if partner_changes == rest:
+        if partner_changes == other_changes:
           difference = _difference_by_seed(losses[variant], losses[partner])
           if difference:
-            of_change.append(difference)
+            pairs_of_change.append(difference)
   return pairs
 
 
@@ -392,18 +443,20 @@ def tuning_table(comparison: Comparison) -> Table:
   return page.table('tuned', 'What was tried for each variant', rows)
 
 
-def _tuning_cells(comparison: Comparison, row: Mapping[str, Any]) -> dict[str,
-                                                                          Cell]:
+def _tuning_cells(comparison: Comparison, row: Mapping[str, Any]
+                  ) -> dict[str, Cell]:
   """Returns the cells of what tuning found for one variant, by heading.
 
   Args:
     comparison: the study.
-    row: the fields of a plans.Tuned.
+    row: the fields of a plans.Tuned: the values that were chosen, and in
+      'tried' a trial for each candidate of each rung (of successive halving).
   """
   trials = row['tried']
-  measure, *_ = comparison.plan.measures_of_workload(row['workload']) or (
-      comparison.plan.primary,
-                                                                 )
+  # The first measure of the workload is the one that was tuned for.
+  measure, *_ = (
+      comparison.plan.measures_of_workload(row['workload'])
+      or (comparison.plan.primary,))
 
   # The values that were tried of each field.
   tried = []
@@ -411,17 +464,19 @@ def _tuning_cells(comparison: Comparison, row: Mapping[str, Any]) -> dict[str,
     values = sorted({trial['changes'][name] for trial in trials})
     tried.append(f'{name}: {", ".join(map(format_config_value, values))}')
 
-  # The measure at the end of each trial, and how far that hangs on the values.
-  best = None
-  last = []
+  # The chosen candidate has a trial in each rung; the last of them, of the most
+  # steps, is kept. Trials of the last rung on are whole runs: how far their
+  # mean lies from the best says how much the values matter.
+  best_value = None
+  whole_runs = []
   for trial in trials:
     if trial['changes'] == row['changes']:
-      best = trial['value']
+      best_value = trial['value']
     if trial['rung'] >= comparison.plan.tuning.rungs - 1:
-      last.append(trial['value'])
+      whole_runs.append(trial['value'])
   sensitivity = None
-  if last and None not in last:
-    sensitivity = abs(sum(last) / len(last) - best)
+  if whole_runs and None not in whole_runs:
+    sensitivity = abs(sum(whole_runs) / len(whole_runs) - best_value)
   diverged = sum(bool(trial['diverged']) for trial in trials)
   return {
       'variant': label(row['variant']),
@@ -430,7 +485,7 @@ def _tuning_cells(comparison: Comparison, row: Mapping[str, Any]) -> dict[str,
       'chosen': label(format_changes(row['changes'])),
       'tried': label('; '.join(tried)),
       'at the edge': label(', '.join(row['at_edge']) or 'no'),
-      'best': page.number(best),
+      'best': page.number(best_value),
       'next best': _next_best(comparison, row, measure),
       'on fresh seeds': _on_fresh_seeds(comparison, row, measure),
       'sensitivity': page.number(sensitivity),
@@ -453,7 +508,14 @@ def _next_best(comparison: Comparison, row: Mapping[str, Any],
                measure: plans.Measure
                ) -> Cell:
   """Returns the cell of how much worse the second best values are than those
-  that were chosen: the paired difference over the seeds of tuning."""
+  that tuning chose: the paired difference over the seeds of tuning.
+
+  Args:
+    comparison: the study.
+    row: the fields of a plans.Tuned, with a trial for each candidate in
+      'tried'.
+    measure: the measure that was tuned for.
+  """
   # The trials of the last rung on, which alone are of whole runs.
   trials = []
   for trial in row['tried']:
@@ -468,10 +530,13 @@ def _next_best(comparison: Comparison, row: Mapping[str, Any],
     is_other = trial['changes'] != row['changes']
     return is_other, -measure.sign * trial['value']
 
-  chosen, second, *_ = sorted(trials, key=order)
-  apart = np.subtract(second.get('values', [second['value']]),
-                      chosen.get('values', [chosen['value']]))
-  mean, low, high, _ = statistics.student_interval(apart)
+  chosen, next_best, *_ = sorted(trials, key=order)
+  differences = np.subtract(
+      next_best.get('values', [next_best['value']]),
+      chosen.get('values', [chosen['value']]))
+  # The interval is over seeds. A trial without the values of its seeds has its
+  # mean alone, which gives no interval.
+  mean, low, high, _ = statistics.student_interval(differences)
   return page.estimate(mean=mean, low=low, high=high)
 
 
@@ -485,16 +550,26 @@ def noise_table(comparison: Comparison) -> Table:
 
 
 def _noise_cells(row: Mapping[str, Any]) -> dict[str, Cell]:
-  """Returns the cells of the fields of a noise.Noise, by heading."""
+  """Returns the cells of one row of the table of noise, by heading.
+
+  Args:
+    row: the fields of a noise.Noise, the noise of a measure at a size: the
+      standard deviation of paired differences, and what it means for the power
+      of the tests. A study of an earlier version may lack some.
+  """
   cells = {}
   for name in ('measure', 'size', 'phase'):
     cells[name] = label(row[name])
+  # How the differences vary, and which effect can be found by as many seeds as
+  # are planned, or how many would be needed.
   cells['pairs'] = page.count(row['pairs'])
   cells['standard deviation'] = page.number(row['sd'])
   cells['smallest effect'] = page.number(row['smallest_effect'])
   cells['seeds'] = page.count(row['seeds'])
   cells['seeds needed'] = page.count(row['seeds_needed'])
   cells['power'] = page.number(row['power'], '.0%')
+  # Whether the measure is worth its tests, and whether Student's test may be
+  # trusted.
   cells['signal to noise'] = page.number(row.get('snr'), '.1f')
   cells['p of skew'] = page.p_value(row.get('skew'))
   cells['p of outliers'] = page.p_value(row.get('outliers'))
@@ -506,13 +581,20 @@ def _noise_cells(row: Mapping[str, Any]) -> dict[str, Cell]:
 
 
 def multiplier_table(comparison: Comparison) -> Table:
-  """Returns the table of compute multipliers of each variant: at each size
-  alone, and of one law fitted to all sizes."""
+  """Returns the table of compute multipliers, the factor by which the base
+  needs more compute than a variant for the same loss: at each size alone, and
+  by one law fitted to all sizes.
+
+  Args:
+    comparison: the study.
+  """
   rows: dict[tuple[str, str], dict[str, Cell]] = {}
+  # A sweep or study without the figures has no rows, and the table is empty.
   for verdict in comparison.results.get('confirm', ()):
     variant = verdict['variant']
     for multiplier in verdict.get('multipliers', ()):
-      # Each way to count stands in a column of its own.
+      # A row for each variant and size, to which each way to count compute adds
+      # a column of its own.
       size = multiplier['size']
       if (variant, size) not in rows:
         rows[variant, size] = {
@@ -525,10 +607,16 @@ def multiplier_table(comparison: Comparison) -> Table:
 
 
 def rank_table(comparison: Comparison) -> Table:
-  """Returns the table of Kendall's tau between the order of the variants at
-  each size, the base among them, and their order at the largest size."""
+  """Returns the table of how well small models rank the variants: Kendall's tau
+  between the order of the variants at each size, the base among them, and their
+  order at the largest size. It is 1 for the same order, and -1 for the reverse.
+
+  Args:
+    comparison: the study.
+  """
   from scipy.stats import kendalltau
-  # The difference of each variant from the base, by size.
+  # The difference of each variant from the base, by size: in the order of the
+  # plan, the base first, NaN where it is not known.
   by_size = {}
   for size in comparison.plan.all_sizes:
     phase = 'largest' if size == comparison.plan.largest else 'confirm'
@@ -539,11 +627,14 @@ def rank_table(comparison: Comparison) -> Table:
       differences.append(effect.get('effect'))
     by_size[size] = np.array(differences, float)
 
-  # The sizes that have an order, beside the last of them.
-  ordered = [size for size, x in by_size.items() if np.isfinite(x).sum() > 2]
+  # The sizes at which two variants or more are known beside the base, the least
+  # first; the last of them is what the others are compared with.
+  ordered = [size for size, values in by_size.items()
+             if np.isfinite(values).sum() > 2]
   rows = []
   for size in ordered[:-1]:
     last = ordered[-1]
+    # Variants that are not known at both sizes are left out.
     tau, _ = kendalltau(by_size[size], by_size[last], nan_policy='omit')
     rows.append({'size': label(size), 'compared with': label(last),
                  'Kendall\'s tau': page.number(float(tau), '.2f')})
@@ -551,25 +642,35 @@ def rank_table(comparison: Comparison) -> Table:
 
 
 def prediction_table(comparison: Comparison) -> Table:
-  """Returns the table of predictions for the largest size beside what was
-  observed there."""
-  record = comparison.results['predicted']
+  """Returns the table of losses that the scaling law of the smaller sizes
+  predicted for the largest size, beside what was observed there.
+
+  Args:
+    comparison: the study; the table is empty where nothing was predicted.
+  """
+  prediction = comparison.results['predicted']
   title = f'{comparison.plan.largest}, by the law of the other sizes'
-  if not record:
+  if not prediction:
     return page.table('predictions', title, [])
-  # The loss of the base, and the differences of the variants from it.
-  seen = {}
+  # The figures that were observed: the loss of the base, and the differences
+  # of the variants from it, which are what was predicted.
+  observations = {}
   for row in comparison.estimates:
     if (row['phase'], row['measure']) == ('largest',
                                           comparison.plan.primary.name):
       is_base = row['variant'] == comparison.plan.base
-      seen[row['variant']] = row['mean'] if is_base else row['effect']
+      observations[row['variant']] = (
+          row['mean'] if is_base else row['effect'])
   rows = []
-  for row in record['rows']:
+  for row in prediction['rows']:
+    # The values become floats, so that None becomes NaN, and so does each
+    # difference from it.
     observed, predicted, low, high = np.array(
-        [seen.get(row['variant']), row['value'], row['low'], row['high']],
+        [observations.get(row['variant']), row['value'], row['low'],
+         row['high']],
         float)
     inside = 'yes' if low <= observed <= high else 'no'
+    # It is neither inside nor outside where one of both is not known.
     if np.isnan(observed - low):
       inside = ''
     rows.append({
@@ -586,6 +687,9 @@ def prediction_table(comparison: Comparison) -> Table:
 
 def excluded_table(comparison: Comparison) -> Table:
   """Returns the table of runs that failed, diverged or are not done, and why.
+
+  Args:
+    comparison: the sweep or study.
   """
   # Runs that only differ in their seed share a row.
   names = ('variant', 'phase', 'size', 'workload', 'state', 'why')
@@ -603,14 +707,20 @@ def excluded_table(comparison: Comparison) -> Table:
 
 
 def spent_table(comparison: Comparison) -> Table:
-  """Returns the table of runs, tokens, FLOPs and time of each phase, and of all
-  phases."""
+  """Returns the table of runs, tokens, FLOPs and time that each phase took, and
+  all phases together.
+
+  Args:
+    comparison: the study; the table is empty for a sweep, which has no phases.
+  """
+  # The sum comes last, below the phases in their order.
   phases = dict(comparison.results['phases'])
   if phases:
     phases['all'] = _sums([*phases.values()])
   rows = []
   for phase, row in phases.items():
     cells = {'phase': label(phase)}
+    # Counts first, then what has units.
     for heading, name in COUNT_OF_HEADING.items():
       cells[heading] = page.count(row[name])
     cells['FLOPs'] = page.number(row['flops'], '.3g')
@@ -638,19 +748,26 @@ def config_table(comparison: Comparison) -> Table:
 
 def provenance_table(comparison: Comparison) -> Table:
   """Returns the table of what trained the runs: code, devices, versions of
-  packages, and hashes of the data."""
-  record = comparison.results['provenance']
+  packages, and hashes of the data.
+
+  Args:
+    comparison: the sweep or study.
+  """
+  provenance = comparison.results['provenance']
+  # Pairs of the kind of thing and which one it is; there may be several of a
+  # kind.
   rows = []
+  # Only a study was planned beforehand.
   if comparison.is_study:
     commit = comparison.frozen.code.get('commit')
     rows.append(('plan', f'{comparison.frozen.hash}, frozen on '
                  f'{plans.format_date(comparison.frozen.time)} at commit '
                  f'{commit}'))
-  for code in record['codes']:
+  for code in provenance['codes']:
     rows.append(('code', code))
-  for device in record['devices']:
+  for device in provenance['devices']:
     rows.append(('device', device))
-  for name, version in record['versions'].items():
+  for name, version in provenance['versions'].items():
     rows.append(('version', f'{name} {version}'))
   for name, digest in comparison.frozen.sources.items():
     rows.append(('hash', f'{name}: {digest}'))
