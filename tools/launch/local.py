@@ -56,11 +56,21 @@ def _platform(platform: str) -> str:
 
 
 def launch(job: job_lib.Job, args) -> int:
-  """Runs the job; returns the exit code of this program."""
+  """Runs a job as processes on this machine, or prints their commands.
+
+  Args:
+    job: the job; with `dry_run`, its commands are printed and none is run.
+    args: the flags of FLAGS.
+
+  Returns:
+    The exit code of this program.
+  """
   job_lib.check_folders_are_writable(job)
   kind = _platform(args.platform)
+  # The job's first word is 'python'; here it is the Python that runs this.
   words = [sys.executable, *job.words[1:]]
   if job.dry_run:
+    # The port is chosen only when the job starts.
     envs = environments_of_processes(
         env=job.env, processes=args.processes, devices=args.devices,
         platform=kind, coordinator='127.0.0.1:PORT')
@@ -186,6 +196,9 @@ def run_once(words: list[str], envs: list[dict[str, str]], logs: pathlib.Path,
     envs: what is added to the environment of each.
     logs: the folder of the output of all but process 0.
     received: the signals that came to this process.
+
+  Returns:
+    The exit code of each process; where a signal killed it, minus its number.
   """
   group = _ProcessGroup(words, envs, logs)
   while group.runs():
@@ -243,8 +256,12 @@ class _ProcessGroup:
         process.send_signal(number)
 
   def end_after_a_failure(self) -> None:
-    """Names the processes that failed; kills those that have not ended by
-    themselves some seconds after the first of them."""
+    """Prints which processes failed, and kills those that outlive a failure.
+
+    The first failure sets a deadline PATIENCE_SECONDS later: the others usually
+    end by themselves, as they lose the connection. It is called again and again
+    while processes run, so `_failed` keeps each from being named twice.
+    """
     for i, process in enumerate(self.processes):
       code = process.poll()
       if code is None:
@@ -256,6 +273,7 @@ class _ProcessGroup:
         self._failed.add(i)
         if self._deadline is None:
           self._deadline = time.monotonic() + PATIENCE_SECONDS
+        # Popen gives minus the number of the signal that killed a process.
         how = f'ended with exit code {code}'
         if code < 0:
           how = f'was killed by {signal.Signals(-code).name}'

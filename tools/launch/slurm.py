@@ -44,13 +44,26 @@ def size(args) -> int:
 
 
 def launch(job: job_lib.Job, args) -> int:
-  """Submits the job; returns the exit code of this program."""
+  """Submits a job to SLURM with sbatch, or prints the command.
+
+  Args:
+    job: the job; with `dry_run`, the command is printed and not run.
+    args: the flags of the launcher.
+
+  Returns:
+    The exit code of this program, 0.
+
+  Raises:
+    EnvironmentFailure: where sbatch fails; the sentence holds what it said.
+  """
   job_lib.check_folders_are_writable(job)
   command = words(job, args)
   if job.dry_run:
     print(shlex.join(command))
     return 0
   job_lib.require_programs('sbatch')
+
+  # The log exists before the job starts, so that it can be followed at once.
   logs = pathlib.Path(job.logs).absolute()
   logs.mkdir(parents=True, exist_ok=True)
   log = logs / 'process-0.log'
@@ -68,7 +81,15 @@ def launch(job: job_lib.Job, args) -> int:
 
 
 def words(job: job_lib.Job, args) -> list[str]:
-  """Returns the command that submits the job."""
+  """Returns the sbatch command that submits a job, as a list of words.
+
+  Args:
+    job: the job.
+    args: the flags of the launcher.
+
+  Raises:
+    RequestError: where the quotes of --sbatch are not closed.
+  """
   # The options of sbatch; of two alike, the last counts.
   try:
     options = shlex.split(args.sbatch)
@@ -76,6 +97,7 @@ def words(job: job_lib.Job, args) -> list[str]:
     raise RequestError(f'--sbatch is {args.sbatch!r}: {error}') from error
   per_node = args.gpus if args.per_gpu else 1
   logs = os.path.abspath(job.logs)
+  # sbatch reads % as the start of a placeholder, and %% as the sign itself.
   output = f'{logs}/job.log'.replace('%', '%%')
   options += [
       f'--job-name={job.name}', f'--nodes={args.nodes}',

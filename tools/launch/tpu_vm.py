@@ -71,7 +71,15 @@ def launch(job: job_lib.Job, args) -> int:
 
 
 def words(job: job_lib.Job, args) -> list[str]:
-  """Returns the command that runs here."""
+  """Returns the command that runs here and starts the job on the TPU's workers.
+
+  Args:
+    job: the job.
+    args: the flags of the launcher.
+
+  Raises:
+    RequestError: where a folder is not one that the workers can use.
+  """
   _check_shared('--workdir', job.workdir)
   _check_shared('--compile_cache', job.env['JAX_COMPILATION_CACHE_DIR'])
   # Quotes would keep a ~ from being the home folder, where a worker begins.
