@@ -91,8 +91,16 @@ def bytes_sent(sent: list[Collective]) -> tuple[float, float]:
 
 
 def sum_by_kind(sent: list[Collective]) -> list[dict]:
-  """Sums the collectives by kind, axes and dtype, those with most bytes
-  first."""
+  """Sums the collectives of a step by kind, mesh axes and dtype.
+
+  Args:
+    sent: the collectives.
+
+  Returns:
+    A row for each kind, axes and dtype, those with most bytes first.
+    runs_per_step, bytes_sent_per_device, bytes_sent_outside_per_device (between
+    slices or hosts): sums. exact: whether it is known how often each runs.
+  """
   rows: dict = {}
   for one in sent:
     key = one.kind, one.axes, one.dtype
@@ -164,7 +172,7 @@ def _groups_of_mesh(axes: str, order: str, along: str) -> np.ndarray:
     devices = np.arange(math.prod(sizes.values()))
   devices = devices.reshape(list(sizes.values()))
 
-  # The axes of a group come last.
+  # The axes of a group come last, so that the reshape makes each group a row.
   names = re.findall(r"'([^']+)'", along)
   mesh_axes = list(sizes)
   places = [mesh_axes.index(name) for name in names]
@@ -194,10 +202,12 @@ def axes_of_groups(members: np.ndarray, mesh: Mapping[str, int]
     members: the devices of each group, [groups, devices].
     mesh: the size of each axis; devices are numbered in its order.
   """
-  places = np.unravel_index(members, tuple(mesh.values()))
+  # The coordinate of each device along each mesh axis, [groups, devices]. An
+  # axis counts where a device's coordinate is not that of its group's first.
+  coordinates = np.unravel_index(members, tuple(mesh.values()))
   axes = []
-  for axis, at in zip(mesh, places):
-    if (at != at[:, :1]).any():
+  for axis, positions in zip(mesh, coordinates):
+    if (positions != positions[:, :1]).any():
       axes.append(axis)
   return tuple(axes)
 
@@ -290,8 +300,12 @@ def _walk_instructions(text: str, passes: int | None) -> Iterator[_Instruction]:
 
 
 def _parse_computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-  """Returns the instructions of each computation of a program, and the name of
-  the computation at which it begins."""
+  """Parses the text of a compiled program (HLO) into its instructions.
+
+  Returns:
+    The instructions of each computation, by its name, in the order of the text;
+    and the name of the computation at which the program begins (ENTRY).
+  """
   computations: dict[str, list[_Instruction]] = {}
   current = entry = ''
   for line in text.splitlines():
@@ -387,12 +401,14 @@ def _collective_of_instruction(place: _Instruction, mesh: Mapping[str, int],
   if members is None:
     members = np.arange(math.prod(mesh.values()))[None]
   size = members.shape[1]
+  # A permute lists pairs (source, target) in place of groups. The
+  # size is 2, or 1 where a single device sends to itself.
   if 'source_target_pairs' in place.rest:
     size = 1
     if members.max() > members.min():
       size = 2
 
-  # The bytes.
+  # The bytes of the result.
   shape = _text_of_results(place)
   arrays = _arrays_of_result(kind, place, shape)
   payload = sum(array.nbytes for array in arrays)
@@ -418,6 +434,7 @@ def _text_of_results(place: _Instruction) -> str:
   shape = place.shape
   if not (place.op.endswith('-start') and shape.startswith('((')):
     return shape
+  # The operands are the first inner tuple: the text after its end is kept.
   depth = 0
   for i, letter in enumerate(shape):
     if letter == '(':
@@ -432,7 +449,17 @@ def _text_of_results(place: _Instruction) -> str:
 def _arrays_of_result(kind: str, place: _Instruction, shape: str
                       ) -> list[_Array]:
   """Returns the arrays of a collective's result, without operands and contexts
-  that stand beside them."""
+  that stand beside them.
+
+  An asynchronous collective is printed in two halves, and the tuple of its
+  -start half also holds the operands and, at times, contexts: u32 arrays of one
+  element.
+
+  Args:
+    kind: the kind of the collective, without -start.
+    place: the instruction.
+    shape: the text of `_text_of_results`.
+  """
   arrays = _parse_arrays(shape)
   if place.op.endswith('-start'):
     if place.shape.startswith('(('):

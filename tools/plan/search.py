@@ -29,14 +29,27 @@ KEYS_OF_BOUNDS = ('step_seconds', 'highest_mfu', 'bound')
 
 def possible_meshes(config: ml_collections.ConfigDict, model: ModelConfig,
                     topology: chips.Topology) -> Iterator[dict[str, int]]:
-  """Yields every mesh that the model and the batch allow, `tensor` within the
-  devices that the fast network joins, and 16 at most."""
+  """Yields every mesh that the model and the batch allow.
+
+  The `tensor` axis stays within the devices that the fast network joins, and 16
+  at most, because it communicates in every layer.
+
+  Args:
+    config: the config of the run.
+    model: its model, resolved.
+    topology: the devices.
+
+  Yields:
+    The number of devices of each mesh axis, by its name.
+  """
   count = topology.devices
+  # Each axis divides the number of devices; `data` takes those that are left.
   sides = [n for n in range(1, count + 1) if count % n == 0]
   for expert, tensor, fsdp in itertools.product(sides, sides, sides):
     if tensor > min(16, topology.together) or count % (expert * tensor * fsdp):
       continue
     data = count // (expert * tensor * fsdp)
+    # Only data parallelism crosses the slow network between slices.
     if topology.slices > 1 and data % topology.slices:
       continue
     shape = dict(data=data, fsdp=fsdp, expert=expert, context=1, tensor=tensor)
@@ -62,13 +75,14 @@ def plans_by_estimate(config: ml_collections.ConfigDict,
   predict.require_peak_flops(topology, model.dtype)
   config = config.copy_and_resolve_references()
   config.train.grad_accumulation = 1  # the plans have their own
-  placed = chips.described_devices(topology)
+  described = chips.described_devices(topology)
   plans: list[dict] = []
   activations: dict[str, tuple[int, int]] = {}  # those that a policy keeps
   shapes = list(possible_meshes(config, model, topology))
   for shape in progress.show_items(shapes, 'meshes estimated'):
-    mesh = devices.make_mesh(shape, placed, topology.slices)
+    mesh = devices.make_mesh(shape, described, topology.slices)
     run = runs.build(config, model, mesh)
+    # Activations only add to the state, so a state that is too large ends it.
     if sum(memory.state_bytes(run).values()) <= topology.chip.hbm:
       plans += _plans_of_mesh(run, topology, activations)
   plans.sort(key=lambda plan: (plan['step_seconds'], plan['peak_bytes']))
@@ -107,8 +121,15 @@ def _plans_of_mesh(run: runs.Run, topology: chips.Topology,
 
 
 def _possible_accumulations(run: runs.Run) -> Sequence[int]:
-  """Returns the powers of two into which the rows of a device can be cut in
-  every batch of the run, as values of train.grad_accumulation."""
+  """Returns the numbers of parts into which a step can cut its batch, so that
+  gradients are accumulated over the parts: values of train.grad_accumulation.
+
+  They are powers of two that divide the rows of a device in every batch of the
+  run, those of a growing batch size included; the smallest comes first.
+
+  Args:
+    run: the run, on its mesh.
+  """
   config = run.config
   shape = run.mesh.shape
   batch_sizes = (*pipeline.read_ramp(config).sizes, config.data.batch_size)
@@ -196,6 +217,8 @@ def search_plans(config: ml_collections.ConfigDict, topology: chips.Topology,
   Raises:
     DoesNotFit: where no candidate does.
   """
+  # Estimates may be too low, so some plans are refused. Compiling takes long:
+  # no more than four candidates are tried for each plan wanted.
   listed = plans_by_estimate(config, topology)
   plans, refused = [], []
   for plan in listed[:4 * wanted]:
@@ -214,6 +237,7 @@ def search_plans(config: ml_collections.ConfigDict, topology: chips.Topology,
         f'{topology.name} fit data.batch_size {config.data.batch_size} by an '
         f'estimate, and the compiler refused the best {len(refused)}: take '
         f'more chips, or a batch with more divisors{last}')
+  # The compiler's figures may change the order of the estimates.
   plans.sort(key=lambda plan: plan['step_seconds'])
   return dict(topology=topology.name, candidates=len(listed), refused=refused,
               plans=plans)
@@ -221,8 +245,16 @@ def search_plans(config: ml_collections.ConfigDict, topology: chips.Topology,
 
 def _compile_plan(config: ml_collections.ConfigDict, topology: chips.Topology,
                   plan: dict) -> dict:
-  """Returns a plan with the compiler's figures, or as it is where there is no
-  compiler.
+  """Compiles the training step of a plan, and returns the plan with the
+  compiler's figures; or as it is where there is no compiler.
+
+  Args:
+    config: the config of the run.
+    topology: the devices.
+    plan: a dict of `plans_by_estimate`.
+
+  Returns:
+    The plan with new `peak_bytes`, KEYS_OF_BOUNDS and `estimate` False.
 
   Raises:
     DoesNotFit: where the compiler refuses it.
