@@ -220,7 +220,9 @@ class CachedDecoder:
       seen_1V = np.zeros((1, vocab_size), bool)
       seen_1V[0, ids] = True
 
-    # Read what is new, piece by piece; the token after the last piece counts.
+    # Read what is new, piece by piece. A token is drawn after each piece with
+    # the same key; only the one after the last piece is returned. The padding
+    # of a piece is overwritten in the cache by the tokens that follow.
     start = self._index_of_first_unread(ids)
     while start < len(ids):
       size = self._piece_size(start, len(ids))
@@ -240,20 +242,25 @@ class CachedDecoder:
 
   def _index_of_first_unread(self, ids: np.ndarray) -> int:
     """Returns the index of the first token of a text that has to be read, given
-    what the cache holds; empties the cache where all of it has to be read.
+    what the cache holds; empties the cache and returns 0 where the whole text
+    has to be read.
 
     Args:
       ids: the tokens of the text, [T]. The last one is always read, since the
         new token is drawn from its output.
     """
-    # The first difference between the text and the cache.
+    # The first difference between the text and the cache. If there is none, the
+    # text goes on where the cache ends.
     num_common = min(len(self._ids), len(ids) - 1)
     differences = np.flatnonzero(self._ids[:num_common] != ids[:num_common])
     start = num_common
     if differences.size:
       start = int(differences[0])
 
-    # A state cannot go back, and some positions change with the length.
+    # All is read again in two cases. A text that passes one of the lengths at
+    # which positions change makes the cached keys wrong; searchsorted counts
+    # how many of them a length has passed. And the state of a recurrent layer
+    # cannot forget the tokens after `start`.
     num_passed_before, num_passed = np.searchsorted(
         self._lengths_to_reread_at, [len(self._ids), len(ids)])
     goes_back = self._has_state and start < len(self._ids)
@@ -264,9 +271,10 @@ class CachedDecoder:
 
   def _piece_size(self, start: int, end: int) -> int:
     """Returns the size of the next piece to read of the tokens from `start` to
-    `end`: the smallest one that takes all of them, else the largest one that
-    they fill."""
+    `end`: the smallest of PIECE_SIZES that takes all of them, else the largest
+    one that they fill."""
     num_left = end - start
+    # A padded piece must not reach past the end of the cache.
     room = self.context - start
     for size in PIECE_SIZES:
       if num_left <= size <= room:
@@ -290,19 +298,21 @@ def _read_and_draw(module: nn.Module, sampling: generate.Sampling,
     sampling: how the token is drawn.
     is_unrolled: whether the layers follow one another in the program.
     cache: the cache.
-    tokens_1P: the tokens, padded on the right.
+    tokens_1P: the tokens of one text, [1, P], padded on the right.
     start: the position of the first of them in the text.
     last: the index of the last one that is no padding.
     lengths_1: the length of the whole text.
     key: the random key of the draw.
-    seen_1V: bool, the tokens that the text has; None: the draw needs none.
+    seen_1V: bool, [1, V = vocabulary], the tokens that the text has; None: the
+      draw needs none.
     has_state: whether a layer has a state, which is told what is padding.
 
   Returns:
     The token, and the cache.
   """
   indices_1P = jnp.arange(tokens_1P.shape[1])[None]
-  # A state would take in the padding, where attention only masks it.
+  # Attention masks the padding anyhow. The state of a recurrent layer would
+  # take it in, so such a layer is told which tokens are none.
   options = {}
   if has_state:
     options['valid_BL'] = (indices_1P <= last).astype(jnp.int32)
@@ -310,7 +320,8 @@ def _read_and_draw(module: nn.Module, sampling: generate.Sampling,
       {'params': params}, tokens_1P, positions_BL=start + indices_1P,
       cache=cache, one_by_one=is_unrolled, lengths_B=lengths_1, **options)
 
-  # The head is applied to the last real token alone.
+  # The head is applied to the last real token alone, whose logits are those of
+  # the next token. The slice is [1, 1, D = features of the model].
   last_11D = jax.lax.dynamic_slice_in_dim(output.hidden, last, 1, axis=1)
   logits_1V = output.head.logits(last_11D)[:, 0]
   token_1 = sampling(logits_1V, key, seen_1V)
@@ -354,7 +365,8 @@ class AnswerStream:
     if self.stopped:
       return self._take_unshown(before_stop)
 
-    # An end of the text with which a stop string may begin is held back.
+    # The text may end in the beginning of a stop string. The longest such end
+    # is held back until the next tokens show whether the rest follows.
     num_held_back = 0
     for stop in self._stops:
       for size in range(1, len(stop)):
@@ -386,6 +398,8 @@ class AnswerStream:
       is_complete: whether no token follows; else a last character whose bytes
         have not all come is left out.
     """
+    # An incremental decoder leaves out a character at the end whose bytes have
+    # not all come, unless it is told that the input is final.
     utf8 = tokenizers.decode_after_prompt(self._tokenizer, self._ids,
                                           self._prompt)
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
@@ -393,6 +407,7 @@ class AnswerStream:
     if not is_complete:
       # Some tokenizers decode to text, and write this character themselves.
       text = text.rstrip(REPLACEMENT_CHARACTER)
+      # While the text may still become the lead, nothing of it is shown.
       if self._lead.startswith(text):
         return ''
     return text.removeprefix(self._lead)
@@ -490,6 +505,7 @@ class ChatSession:
       stream: the stream that turns the new tokens into text.
       stopped: whether to end the answer here.
     """
+    # This reason holds where the loop ends of itself.
     self.end_reason = 'length'
     for _ in range(self._max_new_tokens):
       token = self._engine.draw_token(ids)

@@ -46,17 +46,29 @@ exit_after_failure: Callable[[int], None] = sys.exit
 
 
 def run(main: Callable[[], int | None]) -> None:
-  """Calls the main function of a program, and exits with the code that it
-  returns, 0 for None; where it raises, prints one sentence and exits with the
-  code of the failure (the head of this file lists them)."""
+  """Calls the main function of a program and exits the process with its code.
+
+  Args:
+    main: the program. It returns its exit code, where None stands for 0.
+
+  Raises:
+    SystemExit: with the code that `main` returned; or 2 for a wrong request, 1
+      for a failure of the environment, 75 for work that a signal stopped, each
+      after one sentence on stderr. A reader that closed the pipe gives 141, and
+      Ctrl-C 130.
+    Exception: the error of `main` itself where it is a bug.
+  """
   try:
     code = main() or 0
+    # A closed pipe is noticed here, inside the try, and not at Python's exit.
     sys.stdout.flush()
     sys.exit(code)
   except BrokenPipeError:  # the reader, such as `| head`, has read enough
-    # Python would fail once more at its exit, with a code of its own.
-    for stream in (1, 2):
-      os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    # Python flushes its streams at its exit, which would fail once more, with a
+    # code of its own. So stdout and stderr (the file descriptors 1 and 2) are
+    # pointed at /dev/null first.
+    for descriptor in (1, 2):
+      os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     exit_after_failure(128 + signal.SIGPIPE)
   except (Exception, KeyboardInterrupt) as error:
     failure = _exit_code_and_sentence(error)
@@ -68,8 +80,13 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _exit_code_and_sentence(error: BaseException) -> tuple[int, str] | None:
-  """Returns the exit code of a program that raised `error`, and the sentence to
-  print; None for an error that is a bug, whose traceback is printed."""
+  """Returns how a program that raised `error` ends.
+
+  Returns:
+    The exit code (2 for a wrong request, 1 for a failure of the environment,
+    STOPPED for saved work that is not finished) and the sentence to print; or
+    None for an error that is a bug, whose traceback Python prints.
+  """
   # The errors that the project raises itself, and signals.
   if isinstance(error, RequestError):
     return 2, f'error: {error}'
@@ -78,7 +95,7 @@ def _exit_code_and_sentence(error: BaseException) -> tuple[int, str] | None:
   if isinstance(error, KeyboardInterrupt):
     return 128 + signal.SIGINT, '\nSIGINT: ended'
 
-  # Failures of the environment.
+  # Failures of the environment, such as a full disk or too little memory.
   if isinstance(error, (EnvironmentFailure, OSError)):
     # A name that is too long for a disk is too long at each further try.
     if getattr(error, 'errno', None) == errno.ENAMETOOLONG:
@@ -156,19 +173,21 @@ def _parse_finite_number(text: str) -> float:
 
 def run_subcommand(prog: str, doc: str | None,
                    commands: Mapping[str, tuple[str, str]]) -> int:
-  """Parses the command line of a program with subcommands, runs the one that it
-  names, and returns the exit code.
+  """Parses the command line of a program with subcommands, runs the subcommand
+  that it names, and returns the exit code.
 
   Args:
     prog: the words by which the program is called.
     doc: the description that --help prints.
     commands: by the name of a subcommand, the name of a module that has
-      add_arguments(parser) and main(args), and what the subcommand does.
+      add_arguments(parser) and main(args), and a sentence that says what the
+      subcommand does.
   """
   parser = Parser(prog=prog, description=doc)
   subparsers = parser.add_subparsers(dest='command', required=True)
-  for name, (module_name, text) in commands.items():
-    subparser = subparsers.add_parser(name, help=text, description=text)
+  # Every module declares its own flags, so that --help can list them all.
+  for name, (module_name, sentence) in commands.items():
+    subparser = subparsers.add_parser(name, help=sentence, description=sentence)
     importlib.import_module(module_name).add_arguments(subparser)
   args = parser.parse_args()
   module_name, _ = commands[args.command]
@@ -206,7 +225,8 @@ def define_workdir() -> None:
 
 def define_choices(name: str, default: Sequence[str], choices: Collection[str],
                    text: str) -> None:
-  """Defines a flag whose value is a list of names with commas between.
+  """Defines a flag whose value is a list of names with commas between them, and
+  that refuses a name that is not among the choices.
 
   Args:
     name: the name of the flag.
@@ -215,6 +235,9 @@ def define_choices(name: str, default: Sequence[str], choices: Collection[str],
     text: what --help says of it, before the choices.
   """
   flags.DEFINE_list(name, [*default], f'{text} Of {", ".join(choices)}.')
+
+  # absl calls a validator whenever the flag is set; `one_of` raises a
+  # RequestError that names the choices.
 
   @flags.validator(name)
   def check_names(values: Sequence[str]) -> bool:
@@ -226,12 +249,15 @@ def define_choices(name: str, default: Sequence[str], choices: Collection[str],
 def parse(doc: str, argv: Sequence[str] | None = None) -> None:
   """Parses the command line of a program into absl's flags.FLAGS. Afterwards
   FLAGS.config is the config of the file that --config names, with the fields
-  that --config.FIELD flags set. Prints --help, or the sentence of a wrong flag,
-  and exits, where there is one.
+  that --config.FIELD flags set.
 
   Args:
     doc: the program's docstring, printed by --help above the flags.
-    argv: the command line; default: the process's own.
+    argv: the command line, the program's name first; None: the process's own.
+
+  Raises:
+    SystemExit: with code 0 after --help was printed, and with code 2 after the
+      sentence that says which flag is wrong.
   """
   if argv is None:
     argv = sys.argv
@@ -261,13 +287,15 @@ def _read_flags(argv: list[str]) -> None:
   Raises:
     RequestError: for a flag that there is not, and for a wrong value.
   """
-  # Each flag may be given once.
+  # Each flag may be given once; absl would take the last of several values.
   program_flags = _flags_of_program()
   for name in program_flags:
     flags.FLAGS[name].allow_overwrite = False
 
-  # absl's own search for flags with a similar name fails at a long one, so it
-  # gives back what it does not know, and the first such word is refused here.
+  # The --config.FIELD words are taken out first, because absl knows no such
+  # flags. absl gives back the words that it does not know (known_only), and the
+  # first of them is refused here: absl's own search for flags with a similar
+  # name fails at a long one. The first word of all is the program's name.
   expanded_argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
   argv_of_flags = _take_out_overrides(expanded_argv)
   _, *unknown_words = flags.FLAGS(argv_of_flags, known_only=True)
@@ -306,9 +334,12 @@ def words_to_repeat_command(names: Sequence[str]) -> list[str]:
   Args:
     names: the names of the flags, those left out that were not given.
   """
+  # The config and its fields, as the user wrote them.
   words = [f'--config={_config_file[0]}']
   for name, text in _text_of_overridden_field.items():
     words.append(f'--config.{name}={text}')
+
+  # The flags. --config is among the words already.
   for name in names:
     if name == 'config' or name not in flags.FLAGS:
       continue
@@ -318,8 +349,12 @@ def words_to_repeat_command(names: Sequence[str]) -> list[str]:
 
 
 def _refuse_unknown_word(word: str):
-  """Raises RequestError for a word of the command line that is no flag of the
-  program, with the flags that there are and the one that may be meant."""
+  """Refuses a word of the command line that is no flag of the program.
+
+  Raises:
+    RequestError: always; it lists the flags of the program, and suggests the
+      flag or config field whose name is like the word.
+  """
   name = word.partition('=')[0].lstrip('-')
   if not word.startswith('-') or not name:
     raise RequestError(f'unexpected argument {short(word)}: every setting is a '
@@ -425,15 +460,17 @@ def _set_config_field(config: ml_collections.ConfigDict, name: str, text: str
   Raises:
     RequestError: for a field that there is not, or a wrong value.
   """
+  # The field's default gives the type of its value. model.kinds (the named
+  # kinds of layers) is a group of fields and no field itself, and is given as a
+  # dict.
   field = declare_field(config, name)
-  default: Any = {}  # of model.kinds, which is a group of fields and no field
+  default: Any = {}
   if field is not None:
     default = field.default
   elif name != 'model.kinds':
     raise RequestError(f'--config.{name} is no field of the config.'
                        + suggest_name(name, base.SENTENCES, '--config.')
                        + _sentence_of_fields_in_group(name))
-  # The group is given as a whole, as a dict.
   value = parse_value(text, default, f'--config.{name}')
   if field is None:
     flat.check_kinds(value)
@@ -474,11 +511,14 @@ def parse_value(text: str, default: Any, flag: str) -> Any:
   """
   value_type = type(default)
   try:
+    # bool('False') would be True, so that these texts are looked up.
     if value_type is bool:
       return _BOOLEAN_OF_TEXT[text.lower()]
     if value_type in (int, float, str):
       return value_type(text)
+    # Tuples and groups of fields are written as in Python, but not run as it.
     value = ast.literal_eval(text)
+
     if value_type is tuple and not isinstance(value, tuple | list):
       value = (value,)
     return value_type(value)

@@ -110,13 +110,23 @@ class Sampling:
 
   def mask_unlikely(self, logits_BV: jax.Array) -> jax.Array:
     """Returns the logits over the temperature, with -inf for the tokens that
-    top_k, top_p or min_p leave out."""
+    top_k, top_p or min_p leave out.
+
+    The filters apply one after another: top_p and min_p renormalise the
+    probabilities over what the filters before them have left. Tokens as likely
+    as the last one that stays stay too.
+
+    Args:
+      logits_BV: the logits of the next token, [B = rows, V = vocabulary].
+    """
     logits_BV = logits_BV / self.temperature
+    # The k likeliest tokens; largest_BK are their logits, [B, K].
     if self.top_k:
       k = min(self.top_k, logits_BV.shape[-1])
       largest_BK, _ = jax.lax.top_k(logits_BV, k)
       least_B1 = largest_BK[:, -1:]
       logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    # The nucleus: the likeliest tokens that together reach top_p.
     if self.top_p < 1:
       sorted_BV = jnp.sort(logits_BV, -1, descending=True)
       probs_BV = jax.nn.softmax(sorted_BV, -1)
@@ -124,8 +134,10 @@ class Sampling:
       probs_before_BV = jnp.cumsum(probs_BV, -1) - probs_BV
       is_kept_BV = probs_before_BV < self.top_p
       kept_logits_BV = jnp.where(is_kept_BV, sorted_BV, jnp.inf)
+      # The others are +inf here, so that the minimum is over those that stay.
       least_B1 = kept_logits_BV.min(-1, keepdims=True)
       logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    # The tokens that are at least min_p times as likely as the likeliest one.
     if self.min_p:
       probs_BV = jax.nn.softmax(logits_BV, -1)
       least_prob_B1 = self.min_p * probs_BV.max(-1, keepdims=True)
@@ -344,10 +356,12 @@ def _reread_outgrown_rows(
 
   Args:
     module, params, prompts_BL, lengths_B, prefix_B: those of `generate`.
-    cache: the cache that holds the tokens before it.
-    new_BT: the new tokens, of which T may be written.
-    t: the number of new tokens.
+    cache: the cache that holds the tokens before the last one.
+    new_BT: the new tokens, [B = rows, T = room for new tokens], of which the
+      first t are written.
+    t: the number of new tokens so far.
   """
+  # M is the number of places of a text: those of the prompt and of new tokens.
   B, T = new_BT.shape
   M = prompts_BL.shape[1] + T
   is_unrolled = _is_unrolled(module)
@@ -358,7 +372,9 @@ def _reread_outgrown_rows(
 
   def reread() -> Any:
     """Returns the cache with the outgrown rows read again."""
-    # Read the texts so far, without their last token, into an empty cache.
+    # Write the new tokens of each row behind its own prompt, over the padding,
+    # and read the texts into an empty cache. The mask leaves out the last
+    # token, which the caller reads.
     texts_BM = jnp.pad(prompts_BL, ((0, 0), (0, T)))
     rows_B1 = jnp.arange(B)[:, None]
     positions_BT = lengths_B[:, None] + jnp.arange(T)[None]
@@ -375,6 +391,7 @@ def _reread_outgrown_rows(
     if not is_unrolled:
       is_outgrown = is_outgrown[None]
 
+    # The mask gets axes of size 1 for the axes of an array after its rows.
     def choose(new: jax.Array, old: jax.Array) -> jax.Array:
       later_axes = range(is_outgrown.ndim, new.ndim)
       return jnp.where(jnp.expand_dims(is_outgrown, later_axes), new, old)
@@ -441,7 +458,8 @@ class Beams:
       Transformer's paper has 4 (Vaswani et al. 2017, section 6.1).
     length_penalty: the exponent alpha of the penalty; 0: none. The paper has
       0.6.
-    penalty: the entry of PENALTIES that gives the base of the penalty.
+    penalty: the entry of LENGTH_PENALTY_BASES that gives the base.
+
   """
   num_beams: int = 4
   length_penalty: float = 0.6
@@ -491,6 +509,7 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
                 **inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Continues each prompt by the K likeliest texts of up to T tokens that a
   beam search finds.
+
   Args:
     module, params, prompts_BL, lengths_B, **inputs: those of `generate`.
     max_new_tokens: T, the largest number of new tokens.
@@ -500,7 +519,7 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
 
   Returns:
     ([B, K, T] new tokens, [B, K] scores), the best text first. Where there are
-    fewer than K texts, the scores of the others are NEVER or less.
+    fewer than K texts, the scores of the others are SCORE_OF_NO_TEXT or less.
 
   Raises:
     ValueError: where learned positions do not reach L + T.
@@ -534,7 +553,8 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
     logits_BKV = logits.reshape(B, K, -1)
     state, parent_BK = _extend_texts(
         beams, stop_tokens=stop_tokens, state=state, logits_BKV=logits_BKV, t=t)
-    # Each text goes on with the cache of the text that it extends.
+    # Each text goes on with the cache of the text that it extends. Beam k of
+    # row b is row b * K + k of the cache.
     first_row_B1 = K * jnp.arange(B)[:, None]
     parent_rows = (parent_BK + first_row_B1).reshape(-1)
     cache = _reorder_cache(cache, parent_rows, _row_axis_of_cache(module))
@@ -547,8 +567,16 @@ def beam_search(module: nn.Module, params: Any, prompts_BL: jax.Array,
 
 def _first_search_state(B: int, K: int, T: int, stop_tokens: tuple[int, ...]
                         ) -> _SearchState:
-  """Returns the state of a beam search before the first token: for each of B
-  rows one empty running text, and K - 1 entries that may not be chosen."""
+  """Returns the state of a beam search before the first token: for each row one
+  empty running text, and K - 1 entries that may not be chosen.
+
+  Args:
+    B: the number of rows of the batch.
+    K: the number of beams, the texts that are followed in each row.
+    T: the largest number of new tokens.
+    stop_tokens: the tokens that end a text; the first fills up texts that end
+      early, or token 0 if there is none.
+  """
   filler = stop_tokens[0] if stop_tokens else 0
   tokens_BKT = jnp.full((B, K, T), filler, jnp.int32)
   no_score_BK = jnp.full((B, K), SCORE_OF_NO_TEXT)
@@ -583,7 +611,10 @@ def _extend_texts(beams: Beams, stop_tokens: tuple[int, ...],
   B, K, V = logits_BKV.shape
   T = state.running.tokens_BKT.shape[2]
 
-  # The candidates: so many that at least K go on, whichever of them end.
+  # The candidates: the likeliest of all K * V extensions of a row, so many that
+  # at least K go on. At most one candidate of a running text ends for each stop
+  # token, so that K * (1 + number of stop tokens) are enough. An index of the
+  # flattened extensions is text * V + token.
   log_p_BKV = jax.nn.log_softmax(logits_BKV, -1)
   score_BKV = state.running.score_BK[..., None] + log_p_BKV
   num_candidates = K * min(max(2, 1 + len(stop_tokens)), V)
@@ -597,7 +628,7 @@ def _extend_texts(beams: Beams, stop_tokens: tuple[int, ...],
   if stop_tokens:
     ends_BC |= jnp.isin(token_BC, jnp.array(stop_tokens, jnp.int32))
 
-  # The K best of those that go on.
+  # The K best of those that go on. Those that end rank below all of them.
   running_score_BC = jnp.where(ends_BC, SCORE_OF_NO_TEXT + score_BC, score_BC)
   running_score_BK, chosen_BK = jax.lax.top_k(running_score_BC, K)
   running = _ScoredTexts(tokens_BKT=_select_texts(tokens_BCT, chosen_BK),
@@ -632,15 +663,22 @@ def _extend_texts(beams: Beams, stop_tokens: tuple[int, ...],
 
 
 def _select_texts(tokens_BCT: jax.Array, chosen_BK: jax.Array) -> jax.Array:
-  """Returns the tokens of the chosen ones of each row's C texts, [B, K, T];
-  chosen_BK has their indices along C."""
+  """Returns K chosen ones of the C texts that each row of a batch has.
+
+  Args:
+    tokens_BCT: the tokens of the texts, [B = rows, C = texts, T = tokens].
+    chosen_BK: the indices, along C, of the K texts to take.
+
+  Returns:
+    The tokens of the chosen texts, [B, K, T].
+  """
   return jnp.take_along_axis(tokens_BCT, chosen_BK[..., None], axis=1)
 
 
 def _reorder_cache(cache: Any, parent_rows: jax.Array, axis: int) -> Any:
-  """Returns a cache whose rows are copied from those of the texts that are
-  extended. What a Cache keeps of a memory is the same for all beams of a row,
-  and stays as it is.
+  """Returns a cache whose rows are copied from those of the texts that a beam
+  search extends. What a Cache keeps of a memory (an encoder's output) is the
+  same for all beams of a row, and stays as it is.
 
   Args:
     cache: the caches of the layers: a Cache, or the arrays of a state.
@@ -653,8 +691,9 @@ def _reorder_cache(cache: Any, parent_rows: jax.Array, axis: int) -> Any:
 
   def reorder_layer(layer_cache: Any) -> Any:
     """Returns the cache of one layer with its rows in the new order."""
-    if not isinstance(layer_cache, Cache):  # an array of a state
+    if not isinstance(layer_cache, Cache):  # an array of a recurrent state
       return take_rows(layer_cache)
+    # Keys, values and indices may be None or trees, hence the tree.map.
     return dataclasses.replace(
         layer_cache,
         key_BMJK=jax.tree.map(take_rows, layer_cache.key_BMJK),
@@ -706,6 +745,7 @@ def generate_by_unmasking(
                                lengths_B=ends_B1[:, 0])
 
     # Fill every mask: the largest of logits with Gumbel noise is a draw.
+    # The mask itself is never written.
     logits_BLV = output.logits.at[..., mask].set(-jnp.inf)
     noisy_logits_BLV = logits_BLV
     if temperature:
@@ -728,6 +768,7 @@ def generate_by_unmasking(
 
   tokens_BL = jax.lax.fori_loop(0, steps, unmask_step, tokens_BL)
 
+  # The new tokens of a row begin where its own prompt ends.
   def take_new_tokens(row: jax.Array, start: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(row, start, new)
 
@@ -737,6 +778,8 @@ def generate_by_unmasking(
 def is_among_largest(x_BL: jax.Array, count: jax.Array | int) -> jax.Array:
   """Returns whether each number is among the `count` largest of its row, bool
   [B, L]; of equal numbers, the first ones are."""
+  # argsort gives the index of each rank; argsort again inverts this
+  # permutation, to the rank of each index.
   order_BL = jnp.argsort(-x_BL, axis=1, stable=True)
   rank_BL = jnp.argsort(order_BL, axis=1)
   return rank_BL < count

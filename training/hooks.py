@@ -69,16 +69,18 @@ class Report(Hook):
     that is due.
 
     Args:
-      loop: the loop.
-      read: the step and its figures; None: there are none yet.
+      loop: the state of the training loop.
+      read: the step, its figures (loss, grad_norm, ...) and when it was done;
+        None: there are none yet.
     """
     if read is None:
       return
-    n = read.step
+    n = read.step  # not loop.n: figures are read one step late
     running = loop.running_writers
 
-    # Each run takes its figures. One with too many bad steps ends here, and
-    # these figures are its last.
+    # Each run takes its figures, out of arrays that hold those of all runs. A
+    # run whose loss was not finite in too many steps in a row is ended by the
+    # hook `Save`, later; these figures are its last, so they are written.
     ended = []
     for row, writer in running.items():
       had_too_many = writer.has_too_many_bad_steps
@@ -88,7 +90,8 @@ class Report(Hook):
       for hook in loop.hooks:
         hook.on_figures(loop, writer, n, writer.last_figures)
 
-    # A line of metrics, for all runs where it is due.
+    # A line of metrics: for all runs where it is due, else for those that end.
+    # `lap` ends a lap of the timer, so that it is called once for each line.
     is_due = n % loop.config.log.every_steps == 0 or n == loop.steps
     reported = ended
     if is_due:
@@ -124,6 +127,8 @@ class ExpertPanel(Hook):
   def more_figures(self, loop: Loop, writer: RunWriter) -> dict[str, Any]:
     """Returns the health figures of the experts (health/window_NAME) over all
     steps since the last line of metrics; {} for a model without experts."""
+    # Taking the loads out begins the next window. A step with more tokens
+    # weighs more in the mean.
     loads_and_tokens = self._loads.pop(writer, [])
     if not loads_and_tokens:
       return {}
@@ -167,15 +172,20 @@ class Evaluate(Hook):
     self._save = save
 
   def check(self, loop: Loop) -> None:
-    """Raises RequestError for an eval.best that is none of the figures of the
-    evaluations.
+    """Checks, before the first step, that the figure by which the best
+    checkpoint is chosen (eval.best) is one that the evaluations give.
 
     The names of the figures of held-out data come of tracing an evaluation. A
     task whose figures are not known is done once, to see their names.
+
+    Raises:
+      RequestError: for an eval.best that is none of these figures.
     """
     self._tasks = in_training.TasksInTraining(loop.program.run, self._tokenizer)
     program = loop.program
-    best = loop.writers[0].best  # alike in all runs
+    # All runs have the same eval.best. A run that has been evaluated before has
+    # shown that the figure is there.
+    best = loop.writers[0].best
     if best is None or best.seen:
       return
 
@@ -190,6 +200,7 @@ class Evaluate(Hook):
       names = held_out.list_figure_names(
           program.eval_step, params=loop.state.params, loaders=self._eval_data,
           put=program.put, sums_of_run=program.figures_of_run)
+    # Without names nothing is known, and any figure passes.
     best.check_is_among(names or [best.figure])
 
   def compile(self, loop: Loop) -> None:
@@ -255,6 +266,7 @@ class Evaluate(Hook):
   def _evaluate(self, loop: Loop) -> bool:
     """Evaluates all runs by what is due, and writes their figures; returns
     False, and writes nothing, where a signal cut the evaluation short."""
+    # The figures of the last step are written before those of the evaluation.
     self._report.flush(loop)
     running = loop.running_writers
     figures_of_row: dict[int, dict] = {row: {} for row in running}
@@ -299,7 +311,8 @@ class Evaluate(Hook):
           stop=lambda: self._is_cut_short(loop))
       if sums is None:
         return False
-      # The sums are those of all runs of a group.
+      # Each array of `sums` (one dict for each held-out source) has an axis of
+      # runs where several train as one program.
       for row, writer in loop.running_writers.items():
         sums_of_run = [program.figures_of_run(sums_of_source, row)
                        for sums_of_source in sums]
@@ -347,7 +360,8 @@ class Evaluate(Hook):
     """
     program = loop.program
     running = loop.running_writers
-    # Nothing is shown before the tasks of all runs are done.
+    # Nothing is shown before the tasks of all runs are done. Runs that have
+    # ended still have a row in the arrays, which is passed over.
     result_of_row = {}
     params = program.run.parameters_to_evaluate(loop.state)
     params_of_runs = program.split_by_run(params)
@@ -382,7 +396,7 @@ class Save(Hook):
     stop early.
 
     Args:
-      loop: the loop.
+      loop: the state of the training loop.
       all_end: whether no run trains further, so that all are saved.
     """
     n = loop.n
@@ -390,7 +404,8 @@ class Save(Hook):
     if not writer_of_row:
       return
 
-    # Parameters that are not finite are not saved.
+    # The figures of the last step are read first, since they tell whether the
+    # parameters are finite; others are not saved.
     self._report.flush(loop)
     with loop.meter.paused():
       for row, state in enumerate(loop.program.split_by_run(loop.state)):
@@ -403,7 +418,7 @@ class Save(Hook):
           loop.say(writer, f'step {n} is not saved: its parameters are not '
                    'finite')
 
-    # The runs that end here.
+    # The runs that end here, after their last save.
     for writer in writer_of_row.values():
       has_diverged = n == loop.steps and not writer.is_sound
       if writer.has_too_many_bad_steps or has_diverged:
@@ -414,9 +429,17 @@ class Save(Hook):
         loop.say(writer, writer.sentence)
 
   def _runs_to_save(self, loop: Loop, all_end: bool) -> dict[int, RunWriter]:
-    """Returns the writers of the runs to be saved, by their row in the joint
-    arrays: of all runs where one of them is due, since their clocks began
-    together; else of those that need it, as after their best evaluation."""
+    """Returns the runs to be saved after this step.
+
+    Args:
+      loop: the state of the training loop.
+      all_end: whether no run trains further, so that all are saved.
+
+    Returns:
+      The writer of each such run, by the run's row in the joint arrays: all
+      runs where one of them is due, since their clocks began together; else
+      those that need it, as after their best evaluation. {}: no run.
+    """
     running = loop.running_writers
     if all_end:
       return running

@@ -57,7 +57,8 @@ def train_run(run: runs.Run, state: TrainState, start: int,
 
 
 def _print_how_run_ended(writer: RunWriter) -> None:
-  """Prints how a run ended."""
+  """Prints how a run ended: an error where its loss was not finite, the reason
+  why it ended before its last step, and its lowest held-out loss otherwise."""
   if writer.code == DIVERGED:
     print(f'error: {writer.sentence}', file=sys.stderr)
   elif writer.code:
@@ -86,7 +87,8 @@ def rehearse_run(run: runs.Run, train_data: pipeline.Loader,
   train_step = CompiledPerShape(program.train_step, batches.meter)
   eval_step = CompiledPerShape(program.eval_step, batches.meter)
 
-  # Some steps, and an evaluation on one batch.
+  # Some steps, and an evaluation on one batch. run_timed waits until the result
+  # is there; each step is given the state of the one before it.
   seconds_of_steps = [0.0]
   eval_batch_seconds = 0.0
   with program.context():
@@ -101,7 +103,8 @@ def rehearse_run(run: runs.Run, train_data: pipeline.Loader,
       batch = program.put(eval_data[0].batch(0))
       _, eval_batch_seconds = eval_step.run_timed(state.params, batch)
 
-  # The first step is slow.
+  # The time of a step is the median without the first step, which is slow,
+  # unless there was only one. The list begins with a 0 that stands for no step.
   step_seconds = float(np.median(seconds_of_steps[2:] or seconds_of_steps[1:]))
   training = config.train.steps * step_seconds
   evaluating = eval_batch_seconds * _count_eval_batches(config, eval_data)

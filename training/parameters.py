@@ -52,7 +52,11 @@ def restore_run(run: runs.Run, saved: checkpoints.Checkpoints
 
   Args:
     run: the run.
-    saved: its checkpoints, which go on from the one that is restored.
+    saved: its checkpoints, which go on from the one that is restored: later
+      ones are set aside.
+
+  Returns:
+    The checkpoint, with the training state as its `state`; None: there is none.
   """
   if not checkpoints.list_steps(saved.directory):
     return None
@@ -63,6 +67,8 @@ def restore_run(run: runs.Run, saved: checkpoints.Checkpoints
       return None
     return run.abstract_state
 
+  # restore_checkpoint calls the function with the arrays that a checkpoint has,
+  # and passes over newer checkpoints that are damaged.
   restored = checkpoints.restore_checkpoint(saved.directory, state_to_read)
   if devices.is_primary_process():
     _warn_of_damaged_checkpoints(restored)
@@ -101,13 +107,15 @@ def create_state(run: runs.Run, source: str | epath.Path,
   Raises:
     RequestError: for a source that is not there, or of another model.
   """
+  # Parameters are drawn in any case: the weights may lack some of them.
   state = run.new_state()
   if not str(source):
     return state
   check_init_from(str(source))
   path = _path_of_source(source)
   _check_labels(run, path)
-  # The source is the folder of a run, or one of Hugging Face.
+  # The source is the folder of a run, or one of Hugging Face. `skipped` has a
+  # line for each thing that was not taken.
   if storage.has_checkpoints(path):
     params, skipped = _read_weights_of_run(
         run, source=path, drawn=state.params, step=step)
@@ -160,7 +168,8 @@ def check_tokenizer_of_weights(config: objectives.Config,
   else:
     spec = str(_folder_of_weights(path))
 
-  # Its vocabulary, if it can be read.
+  # Its vocabulary, if it can be read. A stand-in is a tokenizer that an import
+  # names where the weights came without one.
   if spec == config.data.tokenizer or hf_tokenizer.is_stand_in(spec):
     return
   try:
@@ -233,7 +242,8 @@ def _folder_of_weights(path: epath.Path) -> epath.Path:
 
 def _read_hugging_face_weights(run: runs.Run, source: epath.Path, drawn: Any
                                ) -> tuple[Any, list[str]]:
-  """Reads the parameters of a run from weights in the Hugging Face format.
+  """Reads the parameters of a run from weights in the Hugging Face format, onto
+  the devices of the run.
 
   Args:
     run: the run.
@@ -242,7 +252,11 @@ def _read_hugging_face_weights(run: runs.Run, source: epath.Path, drawn: Any
       adapters are taken.
 
   Returns:
-    The parameters, and a line for each thing that was skipped.
+    The parameters; and a line for each field of the model config, and each
+    parameter, that was skipped because it does not fit.
+
+  Raises:
+    RequestError: for weights of another model, unless init_partial allows it.
   """
   from training.hf import config as hf_config, files, weights
   is_partial = run.config.init_partial
@@ -258,7 +272,8 @@ def _read_hugging_face_weights(run: runs.Run, source: epath.Path, drawn: Any
       module.config, their_model=their_model, path=source,
       is_partial=is_partial)
 
-  # The weights, and beside them the adapters.
+  # The weights are read without the adapters, which are in no such file, and
+  # which are added as they were drawn.
   with run.context():
     loaded = weights.read_params(
         module, source=files.Files(pathlib.Path(source)), partial=is_partial,
@@ -284,6 +299,9 @@ def _read_weights_of_run(run: runs.Run, source: epath.Path, drawn: Any,
     The parameters, and a line for each thing that was skipped.
   """
   from training.hf import weights
+
+  # Adapters of the same kind are read like all other parameters. Else ours are
+  # set aside, to be added as they were drawn.
   their_model = runs.load_run_model_config(source)
   our_model = run.model
   abstract_params = run.abstract_state.params
@@ -297,7 +315,8 @@ def _read_weights_of_run(run: runs.Run, source: epath.Path, drawn: Any,
     abstract_params = weights.remove_adapters(abstract_params)
     initial_params = weights.remove_adapters(drawn)
 
-  # The differences of the models, and of their parameters.
+  # The differences of the models, and of their parameters. All parameters have
+  # to fit, but where the head is new or init_partial allows others.
   is_partial = run.config.init_partial
   folder = checkpoints.checkpoint_folder(source)
   skipped = _list_model_differences(
@@ -312,7 +331,8 @@ def _read_weights_of_run(run: runs.Run, source: epath.Path, drawn: Any,
                      is_partial=is_partial)
     skipped += misfit_lines.values()
 
-  # The parameters that fit are read, and the others are as they were drawn.
+  # The parameters that fit are read, and the others are as they were drawn: the
+  # second `|=` replaces the drawn ones that were read.
   restored = read_parameters(folder, params_to_read['params'], step)
   if step is None:
     _warn_of_damaged_checkpoints(restored)
@@ -337,6 +357,8 @@ def _split_by_fit(our_params: Any, saved_arrays: dict[str, dict]
     The part of `our_params` that fits; and for each parameter that does not, or
     that the checkpoint alone has, a line by its path.
   """
+  # A checkpoint also has the optimiser's state, which is not read and whose
+  # names do not begin with params/.
   our_arrays = paths.flatten_by_path(our_params)
   misfit_lines = {}
   differences = checkpoints.list_array_differences(saved_arrays, our_arrays)
@@ -353,8 +375,8 @@ def _split_by_fit(our_params: Any, saved_arrays: dict[str, dict]
 def _check_unfitting(our_model: ModelConfig, their_model: ModelConfig,
                      source: epath.Path, params_to_read: dict,
                      misfit_lines: dict[str, str], is_partial: bool) -> None:
-  """Raises RequestError unless the parameters of a checkpoint that fit a run
-  may be taken without those that do not.
+  """Checks that the parameters of a checkpoint that fit a run may be taken
+  without those that do not.
 
   Args:
     our_model: the model of the run.
@@ -362,8 +384,13 @@ def _check_unfitting(our_model: ModelConfig, their_model: ModelConfig,
     source: the folder of the weights.
     params_to_read: the parameters that fit.
     misfit_lines: a line for each path of the others.
-    is_partial: config.init_partial.
+    is_partial: config.init_partial, which allows any part to be missing.
+
+  Raises:
+    RequestError: where they may not.
   """
+  # Beside a generator, an encoder may have a table of tokens that is the sum of
+  # the generator's and one of its own: neither fits a model by itself.
   from training.hf import weights
   generator = their_model.find(GeneratorConfig)
   if generator is not None and generator.num_layers and (
@@ -468,7 +495,7 @@ def read_parameters(folder: epath.Path, params: Any, step: StepChoice = None, *,
   restored = checkpoints.restore_checkpoint(folder, abstract=arrays_to_read,
                                             step=step, partial=True)
 
-  # The arrays by the path of their parameter, whether they are averages or not.
+  # The arrays by the path of their parameter, without ema/ or params/ in front.
   arrays = {}
   for path, x in paths.flatten_by_path(restored.state).items():
     _, _, name = path.partition('/')
@@ -509,7 +536,8 @@ def _read_mean_of_checkpoints(folder: epath.Path, params: Any,
     restored = read_parameters(folder, params=params, step=step, live=live)
     restored_steps.append(restored)
 
-  # The record of the mean is that of the newest one.
+  # The steps rise, so that the last one is the newest; its record is that of
+  # the mean.
   newest = restored_steps[-1]
   which_parameters = f'the mean of steps {", ".join(map(str, steps))}'
   if newest.which_parameters:
@@ -521,6 +549,7 @@ def _read_mean_of_checkpoints(folder: epath.Path, params: Any,
 def mean_of_trees(trees: Sequence[Any]):
   """Returns the mean of several trees of arrays of the same shapes, such as
   parameters: added up in float32, and returned in the dtype of each array."""
+  # A sum in bfloat16 would lose the small differences between checkpoints.
   def mean_of_arrays(*arrays: jax.Array) -> jax.Array:
     total = sum(x.astype(jnp.float32) for x in arrays)
     return (total / len(arrays)).astype(arrays[0].dtype)

@@ -65,7 +65,8 @@ def show_task(text: str, total: int | None = None
   if _should_stop is not None or not sys.stderr.isatty():
     yield lambda: None
     return
-  # One bar shows everything that is under way.
+  # One bar shows everything that is under way, with a line for each task. The
+  # outermost `with` block makes and removes it, and inner ones add a line.
   is_outermost = _tasks_bar is None
   if is_outermost:
     _tasks_bar = _make_tasks_bar()
@@ -299,8 +300,8 @@ class DeferredFigures:
     leaves = jax.tree.leaves(metrics)
     for value in leaves:
       value.copy_to_host_async()
-    # The last step is read before the time of this one is taken, since this one
-    # is done after it.
+    # The copies to the host begin now and end later. The last step is read
+    # before the time of this one is taken, since this one is done after it.
     last_figures = self.flush()
     # A CPU computes in the thread that dispatches (distributed/cpu.py):
     # there the step is done by now, and not when it is read, a step later.
@@ -311,11 +312,12 @@ class DeferredFigures:
     return last_figures
 
   def flush(self) -> StepFigures | None:
-    """Returns the metrics of the last step, which are held back, or None where
-    there are none: before an evaluation, a save and the end."""
+    """Returns the metrics of the last step, which are held back, and forgets
+    them; None where there are none. Waits until the step is done. Called before
+    an evaluation, a save and the end, too."""
     if self._waiting is None:
       return None
-    import jax
+    import jax  # late, as above
     step, metrics, done = self._waiting
     self._waiting = None
     arrays = jax.device_get(dict(metrics))
@@ -326,6 +328,7 @@ class DeferredFigures:
 class StepTimer:
   """Measures the time of training steps, and the figures that follow from it: a
   lap is the time of some steps, less what was paused (evaluating, saving).
+
   Args:
     tokens_per_step: the tokens of the global batch.
     flops_per_step: the model FLOPs of a training step
@@ -396,19 +399,29 @@ class StepTimer:
 
   def lap(self, step: int, done: tuple[float, float]
           ) -> dict[str, float | None]:
-    """Ends a lap, and returns its figures: the seconds of a step, tokens per
-    second, seconds of waiting for data, MFU, and the seconds of compiling.
+    """Ends a lap, the steps since the last lap, and begins the next one.
 
     Args:
       step: the last step of the lap.
-      done: what `now` returned when that step was done.
+      done: what `now` returned when that step was done: the seconds of training
+        so far, and how many of them were spent waiting for a batch.
+
+    Returns:
+      The figures of the lap: step_seconds and data_seconds (of these, the
+      seconds of waiting for data) of one step on average; tokens_per_second;
+      mfu, the share of the devices' peak FLOPs that the model's FLOPs reach
+      (Chowdhery et al. 2022), None if no peak is known; and compile_seconds, if
+      something was compiled.
     """
-    # The time and the work of the steps of this lap.
+    # The time of this lap. Neither number has the seconds of pauses.
     end, waited_by_end = done
     start, waited_by_start = self._since
     seconds = end - start
     waited = waited_by_end - waited_by_start
     num_steps = step - self._step
+
+    # The work of its steps. A step whose rows have another length has its own
+    # tokens and FLOPs (`note_work`), which are needed no more afterwards.
     tokens = 0
     flops = 0
     for n in range(self._step + 1, step + 1):
@@ -416,7 +429,7 @@ class StepTimer:
       tokens += tokens_of_step
       flops += flops_of_step
 
-    # Seconds of compiling are told once, apart from those of steps.
+    # Seconds of compiling are reported once, apart from those of steps.
     figures: dict[str, float | None] = {
         'step_seconds': seconds / num_steps,
         'tokens_per_second': tokens / seconds,
@@ -444,8 +457,9 @@ def parse_profiled_steps(steps: str, total: float = math.inf
   """
   if not steps:
     return None
+  # A range is not empty and begins before the run ends. STOP may lie after the
+  # last step.
   match = re.fullmatch('([0-9]{1,9}):([0-9]{1,9})', steps)
-  # A profile begins before the run ends.
   if match is not None:
     start = int(match[1])
     stop = int(match[2])

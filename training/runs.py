@@ -272,7 +272,8 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
   def step(state: TrainState, batch: Any):
     """Returns the state after one update, and the metrics of the step."""
     # The gradient is that of the trained parameters alone: no product with a
-    # frozen weight needs the gradient of that weight.
+    # frozen weight needs the gradient of that weight. `keep_trained` leaves
+    # frozen parameters out of the tree, and `fill_in_frozen` puts them back.
     trained = shares.keep_trained(rate_shares, state.params)
 
     def loss_of_trained(trained: Any, *batch_key_and_totals):
@@ -294,6 +295,9 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
       metrics['health/tokens'] = totals['tokens']
 
     # The update, which is skipped where the loss or a gradient is not finite.
+    # Biases that balance the experts are moved by the loads of the experts, not
+    # by a gradient; `restore_frozen_layers` undoes that move in frozen layers,
+    # whose biases are part of an array that holds those of all layers.
     grad_norm = optax.tree.norm(grads)
     is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
     updated, opt_state = optimizers.update_if(
@@ -345,7 +349,8 @@ def _micro_batch_loss(module: nn.Module, config: ml_collections.ConfigDict,
     and health figures (health/NAME) of the experts; and the expert loads, by
     the path of the layer, from which the experts' biases are moved.
   """
-  # The model draws from a random stream for each use.
+  # The model draws dropout and the noise of its router from separate random
+  # streams, so that neither moves the other's numbers.
   objective = objectives.find_objective(config)
   rngs = {}
   for i, name in enumerate(RANDOM_STREAMS):
@@ -391,21 +396,29 @@ def _accumulate_gradients(grad_fn: Callable, params: Any, batch: Any,
   Args:
     grad_fn: (params, batch, key, totals) -> (gradients, figures).
     params: the parameters that are trained.
-    batch: the whole batch, arrays of [B, ...].
+    batch: the whole batch, arrays of [B = rows, ...].
     key: the random key of the step; each micro-batch has a key of its own.
     totals: the sums over the whole batch; see _micro_batch_loss.
     num_micro_batches: train.grad_accumulation; it divides B.
+
+  Returns:
+    (gradients, figures), both summed over the micro-batches and not yet divided
+    by the weight of the batch.
   """
   if num_micro_batches == 1:
     return grad_fn(params, batch, key, totals)
 
   def split_rows(x: jax.Array) -> jax.Array:
     """Returns [micro-batches, rows of a micro-batch, ...] of [B, ...]."""
+    # The rows of a device lie next to one another. With the micro-batches on
+    # the second axis first, then in front, each device gives each of them an
+    # equal part of its rows, and no row moves between devices.
     interleaved = x.reshape(-1, num_micro_batches, *x.shape[1:])
     x = jnp.swapaxes(interleaved, 0, 1)
     other_axes = (None,) * (x.ndim - 2)
     return sharding.constrain(x, None, 'batch', *other_axes)
 
+  # bfloat16 becomes float32, and float32 stays.
   def zeros_of_sum(x: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
 

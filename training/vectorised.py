@@ -142,13 +142,17 @@ class GroupMember(NamedTuple):
 
 def _open_member(request: begin.RunRequest, run: runs.Run,
                  stack: contextlib.ExitStack) -> GroupMember:
-  """Opens the folder and the checkpoints of one run of a group, and finds where
-  the run goes on.
+  """Opens the folder and the checkpoints of one run of a group, and finds the
+  step and the state from which the run goes on.
 
   Args:
-    request: the request of the run.
-    run: the first run of the group, alone on a device.
-    stack: closes what is opened.
+    request: the run's config, folder, model and tokenizer, which are checked.
+    run: the first run of the group, built for one device.
+    stack: the context that unlocks the folder and closes the checkpoints when
+      it is left.
+
+  Returns:
+    The request, the writer of the run's folder, and the starting point.
   """
   # The folder is this process's until the group has ended.
   config = request.config
@@ -157,7 +161,8 @@ def _open_member(request: begin.RunRequest, run: runs.Run,
   saved = stack.enter_context(checkpoints.Checkpoints(
       workdir, **config.checkpoint, agree_every=config.log.every_steps))
 
-  # Where it goes on is found as for a run that trains alone.
+  # The starting point is found as for a run that trains alone. Only the first
+  # run of the group was built, so it is given this run's config and model.
   run_alone = dataclasses.replace(run, config=config, model=request.model,
                                   module=architectures.build(request.model))
   start = begin.find_starting_point(request, run=run_alone, saved=saved,
@@ -170,13 +175,16 @@ def _open_member(request: begin.RunRequest, run: runs.Run,
 
 def _train_members(run: runs.Run, members: Sequence[GroupMember],
                    hash_of_source: dict[str, str]) -> None:
-  """Trains the runs of a group that have not ended: those that go on from the
-  same step as one program, one such program after another.
+  """Trains the runs of a group that have not ended. Runs that have done the
+  same number of steps train as one program; the programs follow one another,
+  from the fewest steps to the most.
 
   Args:
-    run: the first run of the group.
-    members: all runs of the group.
-    hash_of_source: the hashes of the data, for the record of each run.
+    run: the first run of the group, built for one device.
+    members: all runs of the group. One whose writer has a `sentence` has ended
+      already, as by diverging, and is left alone.
+    hash_of_source: the hash of each data file, which is recorded with the
+      config of each run.
   """
   # Runs are together where they are at the same step. At the first step, those
   # that begin with given parameters (an import) are apart from the others.
@@ -211,19 +219,23 @@ def _train_members(run: runs.Run, members: Sequence[GroupMember],
 
 def _train_members_at_one_step(run: runs.Run, members: Sequence[GroupMember]
                                ) -> None:
-  """Trains runs that go on from the same step as one program, to their last
-  step.
+  """Trains several runs, all of which have done the same number of steps, to
+  their last step as one compiled program. Each run's checkpoints and metrics go
+  to its own folder, and its writer notes how it ended.
 
   Args:
-    run: the first run of the group.
-    members: the runs.
+    run: the first run of the group, built for one device.
+    members: the runs, with the folder and the starting state of each.
   """
   writers = [member.writer for member in members]
   start = members[0].start
   tokenizer = members[0].request.tokenizer
   program = RunGroup(run, writers)
   config = program.run.config
-  # Runs of one seed share their batches. Those of all seeds have one shape.
+
+  # Runs of one seed share their batches, so there is a loader for each seed.
+  # Each loader is told of all of them: the batches of a step are stacked, and
+  # so must be as long as the longest row that any of them has.
   loaders = []
   for seed in program.seeds:
     config_of_seed = config_with_traced_values(config, {'seed': seed})
@@ -231,7 +243,8 @@ def _train_members_at_one_step(run: runs.Run, members: Sequence[GroupMember]
   for loader in loaders:
     loader.loaders_of_program = loaders
 
-  # The states of the runs become one, with an axis of runs in front.
+  # The states of the runs become one, with an axis of runs in front. Without a
+  # saved or imported state, the program draws all parameters itself.
   if start.state is None:
     state = program.new_state()
   else:
@@ -266,8 +279,9 @@ class RunGroup(Program):
     self._seed_of_run = [writer.config.seed for writer in writers]
     self.seeds = list(dict.fromkeys(self._seed_of_run))
 
-    # The runs on the devices: as few devices as hold them, with as many runs
-    # on each. The last places are filled with copies of the last run.
+    # The runs are laid out on as few devices as hold them, with the same number
+    # of runs on each; -(-a // b) rounds a / b up. Where the runs do not fill
+    # the devices, the last rows repeat the last run, and are never read.
     runs_per_device = -(-self.num_runs // jax.device_count())
     num_devices = -(-self.num_runs // runs_per_device)
     self._run_of_row = np.minimum(np.arange(runs_per_device * num_devices),
@@ -275,7 +289,10 @@ class RunGroup(Program):
     self._mesh = jax.make_mesh((num_devices,), (RUN_AXIS,), (AxisType.Auto,),
                                devices=jax.devices()[:num_devices])
 
-    # The fields in which the runs differ, an array of each.
+    # The fields in which the runs differ are inputs of the compiled step: an
+    # array of each, with a value for each row of the axis of runs. `new_state`
+    # maps over these arrays alone, so that equal runs still have their seed.
+
     fields_of_run = [run_config.flatten(writer.config) for writer in writers]
     differing_fields = []
     for name in runs.TYPE_OF_TRACED_FIELD:
@@ -308,26 +325,38 @@ class RunGroup(Program):
     return jax.device_put(tree, NamedSharding(self._mesh, spec))
 
   def _map_over_runs(self, function: Callable, in_axes: tuple) -> Callable:
-    """Returns the function that applies `function`, which is that of one run,
-    to all runs: on each device to those that it holds, by vmap.
+    """Returns the function that applies `function`, written for one run, to all
+    runs in parallel.
+
+    jax.shard_map gives each device its part of the axis of runs, and jax.vmap
+    applies `function` to each run of that part.
 
     Args:
-      function: a function of trees of arrays.
-      in_axes: for each argument 0, its axis of runs, or None, for one that all
-        runs share; as for jax.vmap.
+      function: a function of trees of arrays, which returns such a tree.
+      in_axes: a tuple with an entry for each argument, as for jax.vmap: 0 where
+        its leading axis is that of the runs, None where all runs share it, or a
+        tuple of these for an argument that is a tuple.
+
+    Returns:
+      The function of all runs; all that it returns has a leading axis of runs.
     """
+    # None is an entry here, and not an empty tree as jax takes it to be.
     specs = jax.tree.map(_partition_spec, in_axes,
                          is_leaf=lambda axis: axis is None)
+    # No run exchanges anything with another, so the check of what varies over
+    # the mesh (check_vma) is left off.
     return jax.shard_map(jax.vmap(function, in_axes), mesh=self._mesh,
                          in_specs=specs, out_specs=_SPLIT_OVER_RUNS,
                          check_vma=False)
 
   def new_state(self) -> TrainState:
-    """Returns the training states of all runs before their first step."""
+    """Returns the training states of all runs before their first step, as one
+    state whose arrays have a leading axis of runs."""
     run = self.run
 
     def init_one_run(values: dict[str, jax.Array]) -> TrainState:
-      """Returns the state of one run, given the fields that are its own."""
+      """Returns the state of one run; `values` has the config fields in which
+      it differs from the others, as traced scalars by dotted name."""
       config = config_with_traced_values(run.config, values)
       # Each run begins with its own seed and its own scale of parameters.
       model = dataclasses.replace(
@@ -341,10 +370,17 @@ class RunGroup(Program):
 
   def make_train_step(self) -> jax.stages.Wrapped:
     """Returns the jitted training step of all runs: step(state, (batch,
-    values)) -> (state, metrics)."""
+    values)) -> (state, metrics).
+
+    The state, `values` (an array of each config field in which the runs
+    differ) and the metrics have a leading axis of runs. The batch has one only
+    where the runs have several data seeds. The state is donated.
+    """
     run = self.run
     taps = [each_hook.trace for each_hook in self.hooks]
 
+    # The optimiser is built inside the mapped function, because its learning
+    # rate and weight decay may be traced values of one run.
     def step_of_one_run(state: TrainState, batch_and_values: tuple[dict, dict]):
       batch, values = batch_and_values
       config = config_with_traced_values(run.config, values)
@@ -352,7 +388,8 @@ class RunGroup(Program):
       step = make_train_step(run.module, tx=tx, config=config, taps=taps)
       return step(state, batch)
 
-    batch_axis = None  # one batch is for all runs
+    # Runs of one seed read the same batch; runs of several have one each.
+    batch_axis = None
     if len(self.seeds) > 1:
       batch_axis = 0
     step_of_all_runs = self._map_over_runs(
@@ -361,10 +398,15 @@ class RunGroup(Program):
 
   def make_eval_step(self) -> jax.stages.Wrapped:
     """Returns the jitted evaluation step of all runs on one batch:
-    step(params, (batch, values)) -> {figure: Mean}."""
+    step(params, (batch, values)) -> {figure: Mean}.
+
+    The parameters and the means have a leading axis of runs. All runs are
+    evaluated on the same held-out batch, which has no such axis.
+    """
     eval_step = make_eval_step(self.run.module, self.run.config)
 
     def step_of_one_run(params: Any, batch_and_values: tuple[dict, dict]):
+      # An evaluation depends on none of the fields in which the runs differ.
       batch, _ = batch_and_values
       return eval_step(params, batch)
 
@@ -375,10 +417,18 @@ class RunGroup(Program):
     and the values of the fields in which the runs differ.
 
     Args:
-      *batches: one batch for all runs, or a batch for each of `seeds`.
+      *batches: one batch for all runs, or a batch for each of `seeds`, in their
+        order; each is a dict of arrays, [rows, ...].
+
+    Returns:
+      The arrays of the batch, with a leading axis of runs if there are several
+      seeds; and the fields' values by dotted name, arrays of one value a run.
     """
     if len(batches) == 1:
       return self._put_on_mesh(batches[0], _SHARED_BY_RUNS), self._values
+
+    # Each row of the axis of runs gets the batch of its run's seed. The rows
+    # that fill the devices up are copies of the last run, and read its batch.
     batch_of_seed = dict(zip(self.seeds, batches, strict=True))
     batch_of_row = [batch_of_seed[self._seed_of_run[i]]
                     for i in self._run_of_row]
