@@ -226,7 +226,8 @@ def _score_bytes(config: Config, layer: ModelConfig, tokens: int, platform: str
   if not mixer.has_scores:
     return 4 * tokens * mixer.widest_step_of_token(layer, length)
 
-  # Splash attention writes no scores, if it can do all masks of the model.
+  # Splash, a fused attention kernel, writes no scores, if it can do all masks
+  # of the model.
   rule = kernels.RULES[layer.attention]
   is_fused = mixer.module.FUSED and layer.attention_kernel != 'xla'
   for causal in _causal_of_stack(architectures.stack(layer)):
@@ -245,7 +246,8 @@ def _score_bytes(config: Config, layer: ModelConfig, tokens: int, platform: str
   if is_fused:
     return 0
 
-  # The scores and the weights of each head, in float32.
+  # The scores and the weights of each head, [tokens, length] in float32: two
+  # arrays of 4 bytes an entry. An indexer's heads score all tokens as well.
   heads = layer.num_heads
   if rule.top:
     heads += layer.part(IndexerConfig).heads

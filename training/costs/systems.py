@@ -188,7 +188,16 @@ def _with_parts(model: ModelConfig, system: ml_collections.ConfigDict
 
 
 def _unlike(model: ModelConfig, system: ModelConfig) -> list[Difference]:
-  """Returns the fields in which two models differ that both of them read."""
+  """Returns the fields in which two models differ that both of them read.
+
+  Args:
+    model: the model.
+    system: the published model that it is compared with.
+
+  Returns:
+    A Difference for each field: the model's value, and the published one. The
+    kinds of layer are compared only where the patterns of layers agree.
+  """
   rows = []
   read = flat.fields_that_are_read(model) & flat.fields_that_are_read(system)
   for field in _parts(model.arch):
