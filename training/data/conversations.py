@@ -78,11 +78,15 @@ Messages = Sequence[dict[str, str]]
 
 
 def parse_turns(turns: Sequence, where: str) -> list[tuple[str, str]]:
-  """Returns the turns of a conversation, as a file has them, as (role, text).
+  """Reads the turns of a conversation as (role, text).
 
   Args:
-    turns: objects with role and content, or from and value.
+    turns: the turns as a file has them, objects with role and content, or with
+      from and value.
     where: where the conversation stands, for messages.
+
+  Returns:
+    The turns, whose roles are system, user and assistant.
 
   Raises:
     RequestError: for a turn without a known role or without text.
@@ -137,6 +141,9 @@ class JinjaLayout(Layout):
 
   def __init__(self, template: 'Template'):
     """Makes the key: a hash of everything that decides on the ids of a text."""
+    # Tokens in the cache are found by this key, so nothing that changes them
+    # may be missing: the template, how special tokens are written, and which
+    # added tokens are spelt out. Sets are sorted, as they have no order.
     tokenizer = template.tokenizer
     special, special_or_written = template.tokens_to_spell
     described = json.dumps([
@@ -200,18 +207,22 @@ def lay_out_vicuna_turns(turns: list[tuple[str, str]]
     with the tokenizer's separator after each answer, they are the text of the
     template.
   """
-  # Without a system message of its own a conversation begins with Vicuna's.
+  # A conversation without a system message of its own begins with Vicuna's.
   parts = []
   question = ''
   first_role, _ = turns[0]
   if first_role != 'system':
     question = f'{VICUNA_SYSTEM_MESSAGE} '
 
-  # A question is all that stands before the assistant's next answer.
+  # Collect all that stands before the assistant's next answer as its question.
+  # It ends with 'ASSISTANT:', which a model is shown and does not predict; the
+  # space after the colon belongs to the answer.
   for role, text in turns:
     if role == 'system':
       question += f'{text} '
-    elif not text:  # FastChat writes neither the space nor the separator.
+    elif not text:
+      # An empty turn asks for an answer. FastChat writes neither a space nor a
+      # separator after it.
       question += f'{role.upper()}:'
     elif role == 'user':
       question += f'USER: {text} '
@@ -225,12 +236,14 @@ def lay_out_vicuna_turns(turns: list[tuple[str, str]]
 
 
 def read_alpaca(path: str) -> Iterator[list[tuple[str, str]]]:
-  """Yields the question and the answer of each instruction of a file, laid out
-  by Alpaca's template as (kind, text) parts.
+  """Reads the instructions of a file, and lays each out by Alpaca's template.
 
   Args:
     path: a file of one JSON list, or a .jsonl with an object a line. Each
       object has an instruction, an output and perhaps an input.
+
+  Yields:
+    For each instruction its (kind, text) parts: a question and an answer.
 
   Raises:
     RequestError: naming the record that has no instruction or no output.
@@ -275,14 +288,16 @@ class Template:
 
   @functools.cached_property
   def tokens_to_spell(self) -> tuple[frozenset[int], frozenset[int]]:
-    """The tokens that are spelt out where somebody says them, so that nobody
-    speaks for another.
+    """The tokens that are spelt out, letter by letter, where somebody says
+    them, so that nobody can end a turn or speak for another.
 
     Returns:
       The ids that are spelt in what the assistant says, which are the special
       tokens; and those that are spelt in what all others say, which are also
       the added tokens that stand in the text of the template.
     """
+    # Some templates begin a turn with an added token that is not special. The
+    # assistant may say it, as in the mark of a tool call, and nobody else.
     id_of_added_text = self.tokenizer.id_of_added_text
     special_ids = set()
     for text in self.tokenizer.special_texts:
@@ -319,7 +334,8 @@ class Template:
     return text
 
   def split_into_parts(self, messages: Messages) -> list[tuple[str, str]]:
-    """Returns the text of a conversation as (kind, text) parts.
+    """Renders a conversation, and cuts its text into what the assistant says
+    and all else, as (kind, text) parts.
 
     The kind `said` is what the assistant says, and `shown` is all else. Joined,
     the parts are the text of `render`, with the marks around spelt text.
@@ -335,9 +351,13 @@ class Template:
       RequestError: where the text with an answer does not begin with the text
         that asks for the answer.
     """
+    # Find the answers in the text.
     text, spans = self._render(messages)
     if not _PATTERN_OF_ANSWER_BLOCK.search(self.text):
       spans = self._find_answers_by_difference(messages, text)
+
+    # Shown and said parts take turns, and a shown one, perhaps empty, is first
+    # and last. encode_rendered_parts relies on this.
     parts = []
     end_of_last = 0
     for first, end in spans:
@@ -348,9 +368,15 @@ class Template:
     return parts
 
   def find_end_ids(self) -> set[int]:
-    """Returns the ids of the special token that the template writes directly
-    after an answer; none, where it writes none there."""
-    # A word that no template contains shows where an answer ends.
+    """Finds the special token that the template writes directly after an
+    answer, at which generation can stop.
+
+    Returns:
+      The ids of that token; none, where the template writes no special token
+      there.
+    """
+    # Render a conversation with a word that no template contains. What follows
+    # the last occurrence of the word follows an answer.
     answer = 'Xyzzy'
     text = self.render([dict(role='user', content=answer),
                         dict(role='assistant', content=answer)])
@@ -375,12 +401,18 @@ class Template:
 
     Returns:
       The (first character, end) of each answer in `text`.
+
+    Raises:
+      RequestError: where the text before an answer changes with the answer.
     """
     spans = []
     for i, message in enumerate(messages):
       if message['role'] != 'assistant':
         continue
-      # The answer is what the second text has and the first one lacks.
+      # Render the conversation up to this answer, without the answer and with
+      # it. What the second text adds is the answer, if the first is its
+      # beginning, and if it begins the whole text itself, so that places in it
+      # are places in `text`.
       text_before = self.render(messages[:i], answer=True)
       text_with_answer = self.render(messages[:i + 1])
       can_be_told = (text_with_answer.startswith(text_before)
@@ -396,8 +428,18 @@ class Template:
     return spans
 
   def _find_end_of_answer(self, text: str, start: int) -> int:
-    """Returns where an answer that begins at `start` ends: after the last
-    special token that follows, or at the end of the text, if none does."""
+    """Finds where an answer ends, in a text whose last turn it is.
+
+    Args:
+      text: a rendered text, with marks around what is spelt.
+      start: the first character of the answer.
+
+    Returns:
+      The character after the last special token that follows, which is the end
+      of the assistant's turn; where none does, the end of the text.
+    """
+    # Text that a template writes after that token, such as a line break, is
+    # not said by the assistant.
     ends = []
     for special in self.tokenizer.special_texts:
       if special in text[start:]:
@@ -405,7 +447,9 @@ class Template:
     if not ends:
       return len(text)
     end = max(ends)
-    # That one may have been said, too.
+
+    # That special token may be one that the assistant said itself, and that is
+    # spelt. Then the mark that ends spelt text follows it.
     if MARKS_OF_SPELT_TEXT[1] in text[end:]:
       return len(text)
     return end
@@ -419,9 +463,13 @@ class Template:
     Returns:
       The text, and the (first character, end) of each block in it that is
       marked by {% generation %}.
+
+    Raises:
+      RequestError: where the template fails, or takes too long.
     """
     from training.data import limited
-    # Words that somebody says must not be taken for the template's own tokens.
+    # Mark in each message what must not be taken for the template's own tokens.
+    # Every field is marked, since a template may write any of them.
     tokens_of_assistant, tokens_of_others = self.tokens_to_spell
     chat = []
     for message in messages:
@@ -433,12 +481,15 @@ class Template:
         marked_message[key] = mark_special_tokens(value, self.tokenizer,
                                                   tokens_to_spell)
       chat.append(marked_message)
+
+    # Render in another process: the template comes with a model that anybody
+    # may have published, and may do anything. transformers returns the spans
+    # of the marked blocks only if it is asked for them.
     options = dict(
         self.special_tokens, add_generation_prompt=answer,
         continue_final_message=goes_on,
         return_assistant_tokens_mask=bool(
             _PATTERN_OF_ANSWER_BLOCK.search(self.text)))
-    # The template comes with a model, and may do anything.
     return limited.call_with_limits(f'the chat template {self.name} fails',
                                     'render', self.text, chat, options,
                                     keep=True)
@@ -460,17 +511,23 @@ def read_template(spec: str, tokenizer: Tokenizer) -> Template:
 
 
 def read_template_text(spec: str) -> tuple[str, str]:
-  """Returns where the template of data.chat_template is from, and its text.
+  """Reads the Jinja template that data.chat_template names.
 
   Args:
-    spec: see `read_template`.
+    spec: a Jinja file, a Hugging Face folder, or 'jinja:' and the text of the
+      template itself.
+
+  Returns:
+    Where the template is from, for messages; and its text.
 
   Raises:
     RequestError: where there is no template.
   """
   if spec.startswith(PREFIX_OF_TEMPLATE_TEXT):
     return 'of the run', spec.removeprefix(PREFIX_OF_TEMPLATE_TEXT)
-  # A name on the Hugging Face hub is a folder of its cache.
+
+  # A name on the Hugging Face hub becomes a folder of its cache, for which this
+  # downloads the files. Any other spec stays as it is.
   path = pathlib.Path(hub.download_if_on_hub(spec, weights=False)).expanduser()
   text = None
   if path.is_dir():
@@ -499,9 +556,16 @@ def make_template(name: str, text: str, tokenizer: Tokenizer) -> Template:
 
 
 def read_template_of_folder(folder: Any) -> str | None:
-  """Returns the text of the chat template of a Hugging Face folder; None where
-  it has none."""
-  # A file of its own comes before the config of the tokenizer.
+  """Reads the chat template of a Hugging Face folder.
+
+  Args:
+    folder: the path of the folder.
+
+  Returns:
+    The text of the template; None where the folder has none.
+  """
+  # A file of its own comes before the config of the tokenizer, as in
+  # transformers.
   template_file = folder / CHAT_TEMPLATE_FILE
   if template_file.is_file():
     return texts.decode_text(template_file.read_bytes(), str(template_file))
@@ -510,7 +574,8 @@ def read_template_of_folder(folder: Any) -> str | None:
     return None
   template = storage.read_json(tokenizer_config).get('chat_template')
 
-  # A folder with several templates gives each a name.
+  # A folder with several templates has a list of them, each with a name. The
+  # one called `default` is for a chat without tools.
   if isinstance(template, list):
     template_of_name = {}
     for entry in template:
@@ -535,8 +600,9 @@ def mark_special_tokens(text: str, tokenizer: Tokenizer, tokens: Set[int]
   Returns:
     The text with MARKS_OF_SPELT_TEXT around each such part.
   """
-  # The parts that are read as one of the tokens, and are not when they are
-  # spelt: an unknown word is [UNK] either way.
+  # Find the parts that the tokenizer reads as one of the tokens, and does not
+  # when it spells: an unknown word is [UNK] either way and needs no mark. Marks
+  # that somebody wrote are removed first, or they could end ours.
   text = remove_marks(text)
   ids_T, spans_T2 = tokenizer.encode_with_special_tokens(text)
   spans = _find_spans_of_tokens(tokens, ids_T, spans_T2)
@@ -544,7 +610,7 @@ def mark_special_tokens(text: str, tokenizer: Tokenizer, tokens: Set[int]
     ids_T, spans_T2 = tokenizer.encode_without_special_tokens(text)
     spans -= _find_spans_of_tokens(tokens, ids_T, spans_T2)
 
-  # The last part comes first, since a mark moves the text behind it.
+  # Mark the last part first, since a mark moves the text behind it.
   begin_mark, end_mark = MARKS_OF_SPELT_TEXT
   for start, end in sorted(spans, reverse=True):
     spelt_part = f'{begin_mark}{text[start:end]}{end_mark}'
@@ -576,7 +642,7 @@ def remove_marks(text: str) -> str:
 
 def encode_rendered_parts(parts: Sequence[str],
                           tokenizer: Tokenizer) -> list[np.ndarray]:
-  """Returns the token ids [T] of each part of a text that a template rendered.
+  """Encodes a rendered conversation, and divides its ids among its parts.
 
   The parts are encoded as one text. They take turns: the first, third, ... are
   shown, and the second, fourth, ... are said. A token that has a character of
@@ -584,11 +650,17 @@ def encode_rendered_parts(parts: Sequence[str],
   shown part in which it begins. So transformers masks {% generation %} blocks.
 
   Args:
-    parts: the texts of `Template.split_into_parts`.
+    parts: the texts of `Template.split_into_parts`, with marks around what is
+      to be spelt.
     tokenizer: the tokenizer of the run.
+
+  Returns:
+    The token ids of each part, int32 [T]; T may be 0.
   """
-  # The ids of the whole text, and the span of each in it. Special tokens are
-  # spelt in what stands between two marks, and obeyed in all else.
+  # Encode the whole text, and find the characters that each of its T ids stands
+  # for. Special tokens are spelt in what stands between two marks, and obeyed
+  # in all else; the marks themselves have no ids. Spans count from the start of
+  # a piece, and are moved to its place in the text.
   ids = []
   spans = []
   for match in re.finditer(_PATTERN_OF_PIECES, ''.join(parts)):
@@ -606,8 +678,11 @@ def encode_rendered_parts(parts: Sequence[str],
   ids_T = np.concatenate(ids)
   spans_T2 = np.concatenate(spans)
 
-  # How many ids stand before each part's end. Those of something shown (an
-  # even part) end there, and those of something said begin before it.
+  # Count the ids that stand before each part's end, at which to split them. An
+  # id of something shown (an even part) ends by then. An id of something said
+  # (an odd part) begins before it, so that a token which reaches beyond the end
+  # of an answer is the answer's. Only ids from the first on without a gap
+  # count, and a later part can have no fewer ids before it than an earlier one.
   ends_of_parts = np.cumsum([len(part) for part in parts])
   ids_before_end = []
   most_before = 0
@@ -624,11 +699,17 @@ def encode_rendered_parts(parts: Sequence[str],
 
 
 def special_tokens_of_template(tokenizer: Tokenizer) -> dict[str, str]:
-  """Returns {'bos_token': '<s>', ...}, the special tokens as transformers gives
-  them to a template: those that the tokenizer's own files name, or where they
-  name none, those of the tokenizer."""
+  """Returns the special tokens as transformers gives them to a chat template.
+
+  Args:
+    tokenizer: the tokenizer of the run.
+
+  Returns:
+    {'bos_token': '<s>', ...}: those that the tokenizer's own files name, or
+    where they name none, those of the tokenizer.
+  """
+  # A tokenizer is named by its file or by its folder, or as bytes without any.
   folder = pathlib.Path(tokenizer.name)
-  # A tokenizer is named by its file or by its folder.
   if not folder.is_dir():
     folder = folder.parent
   named = {}
@@ -636,7 +717,8 @@ def special_tokens_of_template(tokenizer: Tokenizer) -> dict[str, str]:
     named = read_special_tokens(folder)
   if named:
     return named
-  # No file names them: those that the tokenizer itself has.
+
+  # Where no file names them, take those that the tokenizer found by itself.
   for kind, token in tokenizer.special_ids.items():
     named[f'{kind}_token'] = tokenizer.piece(token)
   return named

@@ -10,12 +10,17 @@ _ANY_DEPTH = '**'
 
 
 def find_files(pattern: str) -> tuple[str, ...]:
-  """Returns the files that an absolute pattern matches, sorted by their paths.
+  """Finds the files that a pattern matches, sorted by their paths.
 
   In the pattern ** stands for no folder, or several, whose names do not begin
   with a dot. Links are followed. A file to which several paths lead is there
-  once, by a path that ends in no link where there is one."""
-  # Paths that end in no link come before other paths to the same file.
+  once, by a path that ends in no link where there is one.
+
+  Args:
+    pattern: an absolute path with * and **.
+  """
+  # Paths that end in no link come before other paths to the same file, which
+  # setdefault then leaves out. A file is known by its inode.
   paths = sorted({*filter(os.path.isfile, _find_paths(pattern))})
   paths.sort(key=os.path.islink)
   path_of: dict[tuple[int, int], str] = {}
@@ -25,12 +30,17 @@ def find_files(pattern: str) -> tuple[str, ...]:
 
 
 def _find_paths(pattern: str) -> Iterator[str]:
-  """Yields the paths that a pattern matches, some perhaps twice."""
+  """Yields the paths that a pattern matches, some perhaps twice.
+
+  Args:
+    pattern: an absolute path with * and **.
+  """
   parts = pattern.split(os.sep)
   if _ANY_DEPTH not in parts:
     yield from glob.iglob(pattern)
     return
-  # The pattern before the first **, and the one after it in each folder below.
+  # Match what stands before the first ** to folders, and what stands after it
+  # in each folder below these; it may have another **, hence the recursion.
   place = parts.index(_ANY_DEPTH)
   pattern_above = os.sep.join(parts[:place]) or os.sep
   pattern_below = os.sep.join(parts[place + 1:]) or '*'
@@ -46,7 +56,9 @@ def _walk_folders(tops: list[str]) -> Iterator[str]:
     tops: the folders to begin with.
   """
   seen = set()
-  # The last one is next. Links wait until no folder is left.
+  # `folders` is a stack, whose last one is next. Links wait until no folder is
+  # left. Folders that were seen are known by inode, so that a link which leads
+  # round in a circle ends.
   folders = [*reversed(tops)]
   links = []
   while folders or links:

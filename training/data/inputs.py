@@ -24,13 +24,16 @@ ARGUMENT_OF_INPUT = {
 
 def arguments_of_module(stack: str, values: Mapping[str, Any], vocab_size: int
                         ) -> dict[str, jax.Array]:
-  """Returns the inputs of a model, checked and as its arguments, int32 [B, L].
+  """Checks the inputs of a model, and names them as its arguments.
 
   Args:
     stack: what the model stacks, as `architectures.stack` names it.
     values: {tokens, decoder_tokens, mask, decoder_mask or types: an array [B,
       L], or [L] for one row}.
     vocab_size: how many ids the model has.
+
+  Returns:
+    {argument of the model: int32 [B, L]}.
 
   Raises:
     RequestError: for a value that is not such an array, or is not as long as
@@ -42,10 +45,11 @@ def arguments_of_module(stack: str, values: Mapping[str, Any], vocab_size: int
             f'{", ".join(names)}')
   values = {name: array_of_rows(name, value) for name, value in values.items()}
 
+  # Check each array by itself and against the tokens that it belongs to.
   for name, array in values.items():
     require(array.size > 0, f'{name} is empty')
-    # Each array is as long as the tokens that it belongs to. The two sides of
-    # a model that translates share only the number of rows.
+    # An array is as long as its tokens. The two sides of an encoder-decoder
+    # share only the number of rows.
     tokens = values['tokens']
     if name == 'decoder_mask':
       tokens = values.get('decoder_tokens', tokens)
@@ -56,7 +60,7 @@ def arguments_of_module(stack: str, values: Mapping[str, Any], vocab_size: int
     require(fits, f'{name} is of the shape {array.shape}, and its tokens of '
             f'{tokens.shape}')
 
-    # The values of a traced array are not known.
+    # The values of an array that JAX traces are not known yet, so they pass.
     if name.endswith('tokens'):
       check_ids(name, array, vocab_size)
     if name.endswith('mask') and not isinstance(array, jax.core.Tracer):
@@ -79,11 +83,13 @@ def array_of_rows(name: str, value: Any) -> Any:
   Raises:
     RequestError: for a value that is not such an array.
   """
+  # An array of jax stays one, as it may be traced. Rows of unequal lengths make
+  # no array; one without axes stands for it, which is refused below.
   array = value
   if not isinstance(value, jax.Array):
     try:
       array = np.asarray(value)
-    except (TypeError, ValueError):  # rows of unequal lengths
+    except (TypeError, ValueError):
       array = np.zeros(())
   is_numbers = array.dtype == bool or jnp.issubdtype(array.dtype, jnp.number)
   require(is_numbers and array.ndim in (1, 2), f'{name} is {short(value)}: '
@@ -94,14 +100,17 @@ def array_of_rows(name: str, value: Any) -> Any:
 
 
 def check_ids(name: str, tokens: Any, vocab_size: int) -> None:
-  """Raises RequestError for an id without a row in the table of embeddings, for
-  which JAX would take the first or the last, and for numbers that are no
-  integers. Traced ids pass: they are not known.
+  """Checks that each token id has a row in the table of embeddings: for one
+  that has none, JAX would silently take another row.
 
   Args:
     name: the name of the input, for messages.
-    tokens: the ids.
+    tokens: the ids, of any shape. Ids that JAX traces pass, as their values are
+      not known yet.
     vocab_size: how many ids the model has.
+
+  Raises:
+    RequestError: for an id without a row, and for numbers that are no integers.
   """
   if not isinstance(tokens, jax.Array):
     tokens = np.asarray(tokens)

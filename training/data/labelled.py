@@ -168,13 +168,16 @@ def parse_fields(name: str, written: str) -> tuple[str, ...]:
   if not written:
     return ()
   fields = tuple(written.split('+'))
-  # One column is a text without a label.
+
+  # One column is a text without a label, which is what '' at the end says.
   if len(fields) == 1:
     fields = (*fields, '')
-  *of_texts, label = fields
-  named = [*of_texts, label] if label else of_texts
-  kinds = {field.isdigit() for field in named}
-  if len(fields) not in (2, 3) or not all(named) or len(kinds) != 1:
+  *text_columns, label_column = fields
+
+  # A text may not be left out, and numbers and names may not be mixed.
+  named = [*text_columns, label_column] if label_column else text_columns
+  are_numbers = {field.isdigit() for field in named}
+  if len(fields) not in (2, 3) or not all(named) or len(are_numbers) != 1:
     raise RequestError(
         f'data source {name!r} names the fields {written!r}: write the columns '
         "of a text or of two and, last, the label's: sentence+label, or "
@@ -189,7 +192,8 @@ def parse_columns(name: str, written: str) -> tuple[int, ...]:
 
   Args:
     name: the name of the source, for messages.
-    written: COLUMNS; '': it is left out.
+    written: COLUMNS; '': it is left out, and the first column has the words and
+      the last one their labels.
 
   Raises:
     RequestError: unless these are one number or two.
@@ -205,16 +209,21 @@ def parse_columns(name: str, written: str) -> tuple[int, ...]:
 
 
 def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
-  """Yields the texts of a file with their labels.
+  """Reads the texts of a file with their labels, as records.
 
   Args:
-    fields: the columns that `parse_fields` returns.
+    fields: the columns that `parse_fields` returns, those of the texts and,
+      last, of the label; (): the file itself says which they are.
     path: a .tsv, a .csv or a .jsonl.
+
+  Yields:
+    A record for each row.
 
   Raises:
     RequestError: naming the line that has other columns.
   """
-  # Columns are named.
+  # Read columns by name: those of JSON, and those of a table whose first line
+  # names them, which a choice by name says.
   is_table = path.endswith(texts.TABLE_ENDINGS)
   if not is_table or (fields and not fields[0].isdigit()):
     columns = fields or ('text', 'label')
@@ -222,7 +231,9 @@ def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
       yield _record_of_row(where, row=row, columns=columns, names=columns)
     return
 
-  # Columns are numbered, though the first line may be one of names.
+  # Read columns by number. The first line may still be one of names: then it is
+  # no record, and may say which columns are meant. Where neither says it, all
+  # columns are read, and each line must have as many as the first one.
   columns = fields
   names: tuple[str, ...] = ()
   size = 0
@@ -236,8 +247,8 @@ def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
         names = tuple(map(str.strip, cells))
         continue
       columns = fields or tuple(row)
-    as_first = bool(fields) or len(row) == size
-    if len(columns) not in (2, 3) or not as_first:
+    has_size_of_first = bool(fields) or len(row) == size
+    if len(columns) not in (2, 3) or not has_size_of_first:
       raise RequestError(
           f'{where}, has {len(row)} columns: name those of the text and of the '
           'label, as in labelled:GLOB:sentence+label where line 1 has names, '
@@ -248,18 +259,23 @@ def read_texts(fields: tuple[str, ...], path: str) -> Iterator[Record]:
 
 def _find_named_columns(where: str, row: dict[str, str], fields: tuple[str, ...]
                         ) -> tuple[str, ...]:
-  """Returns the columns of the texts and, last, of the label, where the first
-  line of a table names them; () where it is a record.
+  """Finds out whether the first line of a table names its columns, and which
+  ones are read.
 
   Args:
     where: the file and the line, for messages.
-    row: the line, with its columns by their numbers.
+    row: the line as {number of the column: cell}.
     fields: the numbers of the columns that are read; (): the names say it.
+
+  Returns:
+    The numbers of the columns of the texts and, last, of the label; () where
+    the line is a record.
 
   Raises:
     RequestError: for a line of names that leaves open which columns are meant.
   """
-  # The columns with a name of each kind.
+  # Collect the columns that have a usual name of each kind. Names of numbers,
+  # such as 'id', are those of columns that are not read.
   named_texts = []
   named_labels = []
   named_numbers = []
@@ -272,14 +288,16 @@ def _find_named_columns(where: str, row: dict[str, str], fields: tuple[str, ...]
     if name in NAMES_OF_NUMBER_COLUMNS:
       named_numbers.append(column)
 
-  # Where fields are chosen, the line has to name each of them.
+  # Where columns are chosen, the line is one of names if it has usual names in
+  # all of them; a record could have one by chance.
   if fields:
-    *of_texts, label = fields
-    names_texts = {*of_texts} <= {*named_texts}
-    names_label = not label or label in named_labels
+    *text_columns, label_column = fields
+    names_texts = {*text_columns} <= {*named_texts}
+    names_label = not label_column or label_column in named_labels
     return fields if names_texts and names_label else ()
 
-  # Where none are, the names have to say which are read.
+  # Where none are chosen, the names have to say which are read: one text or
+  # two, one label, and no column whose name means nothing here.
   if not named_texts or not named_labels:
     return ()
   read = [*named_texts, *named_labels]
@@ -307,33 +325,37 @@ def advice_for_line_of_names(where: str) -> str:
 
 def _record_of_row(where: str, row: dict[str, Any], columns: Sequence[str],
                    names: Sequence[str]) -> Record:
-  """Returns the text or the two texts of a row, with their label.
+  """Makes a labelled record of one text or two from a row of a table.
 
   Args:
     where: the file and the line, for messages.
-    row: the cells by column.
-    columns: those of the texts and, last, of the label; '': there is none.
-    names: the names of these columns.
+    row: {column: cell}.
+    columns: the columns of the texts and, last, of the label; '': there is
+      none.
+    names: the names of these columns, for messages.
 
   Raises:
     RequestError: for a cell that is missing or empty.
   """
+  # Take the cells of the texts and, last, of the label, which may be a number.
   where = f'{where},'
-  *of_texts, label = columns
+  *text_columns, label_column = columns
   texts.check_columns(row, filter(None, columns), where)
-  # The cells of the texts and, last, of the label.
-  values = [row[column] for column in of_texts]
-  if label:
-    values.append(_label_as_text(row[label], where))
+  values = [row[column] for column in text_columns]
+  if label_column:
+    values.append(_label_as_text(row[label_column], where))
 
-  # Each must be text that can be written as UTF-8, and none may be empty.
+  # Each must be text that can be written as UTF-8, and none may be empty. Both
+  # are checked for all cells, the kind of a value first.
   cells = []
   for name, value in zip(names, values):
     cells.append(texts.check_text(value, f'{where} field {name!r},'))
   for name, cell in zip(names, cells):
     require(bool(cell.strip()), f'{where} column {name!r}, is empty: a record '
             'has a text, or two, and a label')
-  written = cells.pop().strip() if label else ''
+
+  # The label is the last cell. It is stripped, as '1' and ' 1' are one label.
+  written = cells.pop().strip() if label_column else ''
   return Record(texts=tuple(cells), label=written, where=where,
                 names=tuple(names[:-1]))
 
@@ -347,21 +369,26 @@ def _label_as_text(value: Any, where: str) -> str:
 
 def read_dataset_rows(name: str, fields: Sequence[str],
                       dataset: Any) -> texts.Rows:
-  """Yields (where it stands, row) of a data set of the package datasets. A
-  label that is a number, of which the data set knows the name, becomes the
-  name.
+  """Reads the rows of a data set of the package datasets. A label that is a
+  number, of which the data set knows the name, becomes the name.
 
   Args:
     name: the name of the source, for messages.
     fields: the columns that are read; an `id` is read, too.
     dataset: the data set.
+
+  Yields:
+    For each row where it stands, and {column: value}.
   """
-  # The names of the labels of each column that has some.
+  # Find the names of the labels of each column that has some. The type of a
+  # list has that of its elements as `feature`, and a ClassLabel has `names`.
   label_names = {}
   for column, feature in dataset.features.items():
-    of_one = getattr(feature, 'feature', feature)  # of a list, or of a value
-    label_names[column] = getattr(of_one, 'names', None)
+    feature_of_value = getattr(feature, 'feature', feature)
+    label_names[column] = getattr(feature_of_value, 'names', None)
 
+  # Put the names in the place of the numbers. Only the columns that are needed
+  # are loaded; others may be large, such as pictures.
   columns = {*fields, 'id'} & {*dataset.column_names}
   for number, row in enumerate(dataset.select_columns([*columns]), 1):
     where = f'{name}, row {number}'
@@ -392,8 +419,8 @@ def choose_reader_of_rows(
 
   Args:
     name: the name of the source, for messages.
-    fields: the columns.
-    features: the type of each column.
+    fields: the columns; a last one of '' says that texts have no label.
+    features: the type of each column, as the package datasets has it.
 
   Returns:
     The kind of the records, and a function that makes records of rows.
@@ -403,7 +430,9 @@ def choose_reader_of_rows(
   """
   if fields == SQUAD_FIELDS:
     return QUESTIONS, _read_questions_of_rows
-  # A column of lists has a word, or a label, in each place.
+
+  # Columns without lists are texts and their label, as in a table. A type of
+  # lists has the type of its elements as `feature`.
   named = [field for field in fields if field]
   are_lists = [hasattr(features[field], 'feature') for field in named]
   if not any(are_lists):
@@ -429,12 +458,18 @@ def choose_reader_of_rows(
 
 
 def _read_questions_of_rows(rows: texts.Rows) -> Iterator[Paragraph]:
-  """Yields the paragraphs of a data set with SQUAD_FIELDS, whose rows are
-  questions. Neighbours with one context are of one paragraph."""
+  """Yields the paragraphs of a data set with the fields of SQuAD, whose rows
+  are questions. Neighbours with the same context are of one paragraph.
+
+  Args:
+    rows: (where it stands, {column: value}) of each row.
+  """
   def asked() -> Iterator[_WrittenQuestion]:
     """Yields the question of each row as SQuAD's files have it."""
     for where, row in rows:
-      # The data set has the answers' texts and starts in two lists.
+      # The data set has the answers' texts and starts in two lists, and the
+      # files have an object for each answer. No answer at all means there that
+      # the question is impossible.
       answers = []
       for text, start in zip(row['answers']['text'],
                              row['answers']['answer_start']):
@@ -449,12 +484,13 @@ def _read_questions_of_rows(rows: texts.Rows) -> Iterator[Paragraph]:
 
 def _sentence_of_words(where: str, words: list[Any], labels: list[Any]
                        | None = None) -> Sentence:
-  """Returns a sentence of words, with a label for each word or none at all.
+  """Makes a record of the words of a sentence, with a label for each word or
+  none at all.
 
   Args:
     where: the row, for messages.
     words: the words.
-    labels: the labels; None: there are none.
+    labels: the labels, in the order of the words; None: there are none.
 
   Raises:
     RequestError: for no words, or another number of labels.
@@ -465,7 +501,8 @@ def _sentence_of_words(where: str, words: list[Any], labels: list[Any]
   elif len(labels) != len(words):
     raise RequestError(f'{where}, has {len(words)} words and {len(labels)} '
                        'labels: there is one for each word')
-  # The place of each word is kept for messages.
+
+  # The place of each word is kept for messages about it or its label.
   sentence = Sentence(words=[], labels=[], lines=[])
   for number, word in enumerate(words, 1):
     sentence.words.append(texts.check_text(word, f'{where},'))
@@ -476,9 +513,19 @@ def _sentence_of_words(where: str, words: list[Any], labels: list[Any]
 
 
 def read_pairs(path: str) -> Iterator[list[tuple[str, str]]]:
-  """Yields the (kind, text) parts of each pair of a file: a source, a tab and a
-  target a line, or in a .jsonl an object with both."""
-  # Objects with a source and a target.
+  """Reads pairs of texts, such as sentences and their translations.
+
+  Args:
+    path: a file with a source, a tab and a target a line, or a .jsonl with an
+      object that has both.
+
+  Yields:
+    The (kind, text) parts of each pair, a source and a target.
+
+  Raises:
+    RequestError: naming the line that is no pair.
+  """
+  # A .jsonl has objects with a source and a target.
   if path.endswith('.jsonl'):
     for where, row in texts.read_rows(path):
       parts = []
@@ -488,7 +535,7 @@ def read_pairs(path: str) -> Iterator[list[tuple[str, str]]]:
       yield parts
     return
 
-  # Lines of a source, a tab and a target.
+  # Any other file has lines of a source, a tab and a target.
   for where, text in texts.read_lines(path):
     pair = text.split('\t')
     require(len(pair) == 2, f'{where}, has {len(pair)} fields: a pair is a '
@@ -497,27 +544,39 @@ def read_pairs(path: str) -> Iterator[list[tuple[str, str]]]:
 
 
 def read_sentences(columns: tuple[int, ...], path: str) -> Iterator[Sentence]:
-  """Yields the sentences of a file of words and their labels, a word a line.
+  """Reads the sentences of a file in the format of CoNLL: words and their
+  labels, a word a line, and an empty line after each sentence.
 
   Args:
-    columns: the columns that `parse_columns` returns.
+    columns: the numbers of the columns of words and perhaps of labels, as
+      `parse_columns` returns them.
     path: the file.
+
+  Yields:
+    Each sentence, with its words, labels and lines.
+
+  Raises:
+    RequestError: naming the line without one of these columns.
   """
   sentence = Sentence(words=[], labels=[], lines=[])
-  shape_of_words = None  # that of the first line that is surely a word's
+  # The shape of the first line that is surely a word's: whether it has a tab,
+  # and how many columns.
+  shape_of_words = None
   for where, text in texts.read_lines(path, all_lines=True):
-    # A word may hold other spaces, such as one that breaks no line.
+    # Split the line into columns, at tabs or else at plain spaces. A word may
+    # hold other spaces, such as one that breaks no line.
     has_tab = '\t' in text
     fields = text.split('\t') if has_tab else re.split(' +', text.strip(' '))
 
-    # A sentence ends.
+    # An empty line, or the mark before a document, ends a sentence.
     if not text.strip() or fields[0] == '-DOCSTART-':
       if sentence.words:
         yield sentence
       sentence = Sentence(words=[], labels=[], lines=[])
       continue
 
-    # A comment. A hashtag may be a word, so a comment has not the shape of one.
+    # A line that begins with # before a sentence is a comment, unless it has
+    # the shape of a word's: a hashtag may be a word.
     shape = (has_tab, len(fields))
     if text.startswith('#') and not sentence.words:
       is_word = has_tab
@@ -526,13 +585,15 @@ def read_sentences(columns: tuple[int, ...], path: str) -> Iterator[Sentence]:
       if not is_word:
         continue
 
-    # A word.
+    # Any other line has a word, and its label if `columns` names two.
     if shape_of_words is None:
       shape_of_words = shape
     word, *labels = _word_and_label(fields, columns, where)
     sentence.words.append(word)
     sentence.labels.extend(labels)
     sentence.lines.append(where)
+
+  # The last sentence may have no empty line after it.
   if sentence.words:
     yield sentence
 
@@ -549,6 +610,8 @@ def _word_and_label(fields: Sequence[str], columns: tuple[int, ...], where: str
   Raises:
     RequestError: for a line without one of these columns.
   """
+  # A column may be counted from the last one, as -1. One that is missing is
+  # taken as empty, which is refused.
   cells = []
   for column in columns:
     is_there = -len(fields) <= column < len(fields)
@@ -562,8 +625,16 @@ def _word_and_label(fields: Sequence[str], columns: tuple[int, ...], where: str
 
 
 def check_entities(sentence: Sentence) -> None:
-  """Raises RequestError where the labels of a sentence do not mark entities, as
-  IOB2 does: an entity begins with B-TYPE and goes on with I-TYPE."""
+  """Checks that the labels of a sentence mark entities as IOB2 does: an entity
+  begins with B-TYPE and goes on with I-TYPE.
+
+  Args:
+    sentence: the sentence, with a label for each word.
+
+  Raises:
+    RequestError: naming the line of a label that does not.
+  """
+  # An I-TYPE follows B-TYPE or I-TYPE. 'O' has no type, so that it fits none.
   previous_label = 'O'
   for label, where in zip(sentence.labels, sentence.lines):
     require(bool(_PATTERN_OF_ENTITY_LABEL.fullmatch(label)),
@@ -585,12 +656,19 @@ def marks_entities(labels: Sequence[str]) -> bool:
 
 
 def read_questions(path: str) -> Iterator[Paragraph]:
-  """Yields the paragraphs of a file of SQuAD that have questions, in order.
+  """Reads the paragraphs of a file of SQuAD that have questions, in order.
+
+  Args:
+    path: a file in the JSON format of SQuAD (Rajpurkar et al. 2016).
+
+  Yields:
+    Each paragraph, with its questions and their answers.
 
   Raises:
     RequestError: for a file that is not of this form, or an answer that does
       not stand in its context where it says.
   """
+  # A file of another form fails somewhere in here, at a key or a type.
   document = texts.parse_json(texts.read_text(path), path)
   try:
     paragraphs = list(_group_into_paragraphs(_read_written_questions(document,
@@ -599,15 +677,18 @@ def read_questions(path: str) -> Iterator[Paragraph]:
     raise RequestError(f'{path} is no file of SQuAD: {type(error).__name__}: '
                        f'{error}.') from error
 
-  # Ids tell questions apart, and all have answers, or none.
+  # Predictions are written by id, so no two questions may share one. Answers
+  # must be known of all questions or of none: `()` is a question that has none,
+  # and None one whose answer is not known.
   ids = []
-  unknown = set()
+  are_unknown = set()
   for paragraph in paragraphs:
     for question in paragraph.questions:
       ids.append(question.id)
-      unknown.add(question.answers is None)
+      are_unknown.add(question.answers is None)
   require(len(ids) == len({*ids}), f'{path} has an id of two questions')
-  require(len(unknown) < 2, f'{path} has answers, or is_impossible, of some of '
+  require(len(are_unknown) < 2,
+          f'{path} has answers, or is_impossible, of some of '
           'its questions: of all, or of none that is to be answered')
   yield from paragraphs
 
@@ -650,7 +731,7 @@ def _group_into_paragraphs(
 
 
 def _check_question(asked: dict[str, Any], context: str, path: str) -> Question:
-  """Returns a question, after a check that its answers stand in the context.
+  """Reads a question of SQuAD, and checks that its answers stand in the text.
 
   Args:
     asked: its id, question, answers and is_impossible, as a file has them.
@@ -666,17 +747,22 @@ def _check_question(asked: dict[str, Any], context: str, path: str) -> Question:
                     where=where, question=_check_not_empty(asked['question'],
                                                            where))
 
-  # For an impossible question, a file may hold answers that only look right.
+  # Check each answer against the characters at its start. For an impossible
+  # question, a file may hold answers that only look right; they do not count.
   is_impossible = bool(asked.get('is_impossible', False))
   written_answers = [] if is_impossible else asked['answers']
   answers = []
   for answer in written_answers:
     text = _check_not_empty(answer['text'], where)
     start = answer['answer_start']
-    there = context[start:start + len(text)] if start >= 0 else ''
-    require(there == text, f'{where}, has the answer {short(text)}, but its '
-            f'context has {short(there)} at answer_start={start}')
+    text_there = context[start:start + len(text)] if start >= 0 else ''
+    require(text_there == text,
+            f'{where}, has the answer {short(text)}, but its '
+            f'context has {short(text_there)} at answer_start={start}')
     answers.append((text, start))
+
+  # A question without an answer must say that it is impossible: otherwise it
+  # may only be one whose answer is not known.
   require(is_impossible or bool(answers), f'{where}, has no answer, and '
           'is_impossible is not true: leave out `answers` where they are not '
           'known')

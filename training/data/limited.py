@@ -38,7 +38,8 @@ _ONE_AT_A_TIME = threading.Lock()
 
 def call_with_limits(what: str, function: str, *args: Any,
                      keep: bool = False) -> Any:
-  """Calls a function of this file in a process with limits of time and memory.
+  """Calls a function of this file in a process with limits of time and memory,
+  for work on files that anybody may have published.
 
   Args:
     what: the beginning of a message, which says what fails.
@@ -47,19 +48,25 @@ def call_with_limits(what: str, function: str, *args: Any,
     keep: whether the process stays for the next call. Else its memory is free
       again, of which a large vocabulary takes much.
 
+  Returns:
+    What the function returns, as JSON has it: tuples become lists.
+
   Raises:
     RequestError: with `what`, and why: an exception, or a limit.
   """
+  # The process answers in the order of its calls, so threads take turns. It is
+  # ended if it gave no answer: a late one would be taken for the next call's.
   with _ONE_AT_A_TIME:
     process = _start_limited_process(os.getpid())
     reply = ''
     try:
-      # One line goes in, and one line comes out.
-      with contextlib.suppress(BrokenPipeError):  # it has ended
+      # One line goes in, and one line comes out. Of a process that has ended,
+      # the line that comes out is empty.
+      with contextlib.suppress(BrokenPipeError):
         print(json.dumps([function, *args]), file=process.stdin, flush=True)
       reply = process.stdout.readline()
     finally:
-      if not (keep and reply):  # without one, the caller may be interrupted
+      if not (keep and reply):
         process.kill()
         process.communicate()
         _start_limited_process.cache_clear()
@@ -95,20 +102,27 @@ def _start_limited_process(_: int) -> Any:
 
 def render(template: str, chat: Sequence[Mapping[str, str]],
            options: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-  """Returns the text of a conversation by a Jinja template, and the (first
-  character, end) of each {% generation %} block in it.
+  """Renders a conversation by a Jinja template.
 
   Args:
     template: the Jinja template.
-    chat: the messages.
+    chat: the messages, {key: text}.
     options: the keywords of transformers' render_jinja_template.
+
+  Returns:
+    The text, and the (first character, end) of each {% generation %} block in
+    it.
+
+  Raises:
+    RequestError: for a text that is far longer than the messages.
   """
   utils = texts.import_extra('transformers.utils.chat_template_utils', 'it',
                              'hf')
   (text,), spans = utils.render_jinja_template(
       [chat], chat_template=template, **options)
 
-  # A template may write far more than it is given.
+  # A template may write far more than it is given, which would fill the memory
+  # of the process that asks.
   num_chars = 0
   for message in chat:
     num_chars += sum(map(len, message.values()))
@@ -147,8 +161,11 @@ def read_others(folder: str, kinds: Sequence[str]
 
 
 def _try_tokenizer(pipeline: Any) -> None:
-  """Encodes and decodes short texts and a long one, within the limits of this
-  process.
+  """Tries a tokenizer, so that one that takes too much time or memory runs into
+  the limits of this process.
+
+  Args:
+    pipeline: the tokenizer, of the package tokenizers.
 
   Raises:
     RequestError: for a normaliser that makes texts much longer.
@@ -158,16 +175,19 @@ def _try_tokenizer(pipeline: Any) -> None:
     size = len(pipeline.normalizer.normalize_str(_LONG_TEXT))
     require(size <= MOST_GROWTH * len(_LONG_TEXT),
             f'it makes {size:,} characters ' f'of {len(_LONG_TEXT):,}')
-  with contextlib.suppress(Exception):  # of an alphabet with fewer characters
+
+  # A tokenizer of a smaller alphabet may refuse the long text, which is right.
+  with contextlib.suppress(Exception):
     pipeline.decode(pipeline.encode(_LONG_TEXT).ids)
 
 
 def main() -> None:
   """Answers calls, one a line, until the process that asks has ended."""
   seconds, size, at_most = map(int, sys.argv[1:])
-  # Limits that hold until the process ends.
+  # Set limits that hold until the process ends. Signals are for the process
+  # that asks, which ends this one. A crash leaves no file of the memory.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, signal.SIG_IGN)  # who asks answers to them
+    signal.signal(number, signal.SIG_IGN)
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
   resource.setrlimit(resource.RLIMIT_DATA, (size, size))
   _, most = resource.getrlimit(resource.RLIMIT_CPU)
@@ -177,13 +197,15 @@ def main() -> None:
   sys.stdout = sys.stderr
   for line in sys.stdin:
     function, *args = json.loads(line)
-    # The processor's time so far is not this call's.
+    # Limit the call in the processor's time, to which that of earlier calls is
+    # added, and by an alarm in all time, for one that only waits.
     until = int(sum(os.times()[:2])) + 1 + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (until, most))
     signal.alarm(at_most)
     try:
       reply = json.dumps([globals()[function](*args), ''])
-    except BaseException as error:  # a panic of Rust is no Exception
+    except BaseException as error:
+      # Everything becomes a reply; a panic of Rust is no Exception.
       why = ' '.join(str(error).split())[:200] or type(error).__name__
       reply = json.dumps([None, why])
     signal.alarm(0)  # no call is under way

@@ -35,14 +35,27 @@ SPECIAL_TOKENS_OF_SENTENCE = 2
 
 
 def read_training_records(config: Any) -> list[Any]:
-  """Returns the labelled records that a run trains on, of all its sources."""
+  """Reads the labelled examples (records) that a run trains on.
+
+  Args:
+    config: the config of the run; data.source names one source or several.
+
+  Returns:
+    The training records of all sources, in the order of the sources.
+
+  Raises:
+    RequestError: for a record that has no label.
+  """
   data = config.data
   training_records = []
+  # Evaluation data of their own make it unnecessary to hold any record out.
   every = 0 if data.eval_source else data.holdout_every
   for _, source in sources.parse_sources(data.source):
     records = list(source.records())
     labelled.check_all_labelled(source.name, records)
-    # Records that are held out for evaluation are left out.
+    # Labels and class weights must not depend on the records that are held out
+    # for evaluation. The selection follows from the number of a record in its
+    # source, as it does for the rows of batches.
     is_of_training = tokens.select_documents(np.arange(len(records)), every,
                                              'train')
     training_records += itertools.compress(records, is_of_training)
@@ -50,8 +63,15 @@ def read_training_records(config: Any) -> list[Any]:
 
 
 def find_labels(config: Any) -> tuple[str, ...]:
-  """Returns the labels of a run: data.labels, or those of its training data,
-  numbers by their size and others by the alphabet.
+  """Returns the class labels of a run, in the order of their class numbers.
+
+  Args:
+    config: the config of the run. Where data.labels is empty, the labels are
+      collected from the training data.
+
+  Returns:
+    data.labels as it is written; else the different labels of the training
+    data, in numerical order if all are whole numbers, else alphabetically.
 
   Raises:
     RequestError: for one label alone, or so many that they may be texts.
@@ -59,71 +79,89 @@ def find_labels(config: Any) -> tuple[str, ...]:
   if config.data.labels:
     return tuple(config.data.labels)
   records = read_training_records(config)
-  # Texts, or numbers of rows, in the place of labels are seldom the same twice.
-  most = max(MOST_LABELS_OF_TEXTS, len(records) / 2)
+
+  # A wrong column in the place of the labels would make an absurdly large
+  # output layer. Texts, or numbers of rows, are seldom the same twice, so that
+  # a column with a label for every other record, or more, is taken for one.
+  max_labels = max(MOST_LABELS_OF_TEXTS, len(records) / 2)
   labels: set[str] = set()
   for record in records:
     if isinstance(record, labelled.Sentence):
+      # A sentence has a label for each word, such as a part of speech.
       labels.update(record.labels)
-      most = MOST_LABELS_OF_WORDS
+      max_labels = MOST_LABELS_OF_WORDS
     else:
       labels.add(record.label)
-  require(1 < len(labels) <= most, f'data source {config.data.source!r} has '
+  require(1 < len(labels) <= max_labels,
+          f'data source {config.data.source!r} has '
           f'{len(labels):,} label(s) in {len(records):,} training records: two '
           'or more are needed, and many may be another column')
   return sort_labels(labels)
 
 
 def describe_labels(views: Sequence[Any]) -> list[str]:
-  """Returns a line that says how many rows, or words, of training have each
-  label, and a warning of labels that one alone has, or none; [] for data
-  without labels.
+  """Describes how often each class label occurs in the training data.
 
   Args:
     views: the rows of a run's training data, one sequence for each source.
+
+  Returns:
+    Lines for the log: one with the number of rows (or words, where each word
+    has a label) of each label, and perhaps a warning of labels that occur once
+    or never. [] for data without labels.
   """
-  # How often each label stands there, and where it stands last.
+  # Count each label over all sources, and remember where it stands last. Rows
+  # of other kinds, such as plain text, have no labels and are passed over.
   labels: tuple[str, ...] = ()
   counts: collections.Counter[str] = collections.Counter()
-  places: dict[str, str] = {}
+  place_of_label: dict[str, str] = {}
   for view in views:
     if not isinstance(view, Rows) or not view.labels:
       continue
+    # All sources of a run have the same labels, so the first ones are enough.
     labels = labels or view.labels
     for label, place in view.labels_with_places():
       counts[label] += 1
-      places[label] = place
+      place_of_label[label] = place
   if not labels:
     return []
 
-  # The first labels, and those that are too rare to be learned.
-  listed = [f'{label} {counts[label]:,}' for label in labels[:NUM_SHOWN_LABELS]]
+  # List the first labels with their counts: there may be a thousand.
+  shown_counts = [f'{label} {counts[label]:,}'
+                  for label in labels[:NUM_SHOWN_LABELS]]
   if len(labels) > NUM_SHOWN_LABELS:
-    listed.append('...')
-  lines = [f'labels: {len(labels)}, in training {", ".join(listed)}']
+    shown_counts.append('...')
+  lines = [f'labels: {len(labels)}, in training {", ".join(shown_counts)}']
+
+  # A label that occurs once cannot be learned; it may be a typing error or the
+  # header of the file.
   rare = [label for label in labels if counts[label] <= 1]
   if rare:
-    lines.append(_warn_of_rare_labels(rare, places))
+    lines.append(_warn_of_rare_labels(rare, place_of_label))
   return lines
 
 
 def _warn_of_rare_labels(rare: Sequence[str], places: Mapping[str, str]) -> str:
-  """Returns a warning of labels that stand once in the training data, or
-  nowhere.
+  """Returns a warning that some labels occur once in the training data, or
+  never.
 
   Args:
-    rare: these labels.
-    places: where each label stands, of those that stand anywhere.
+    rare: these labels, at least one.
+    places: {label: the file and line where it stands}; a label that occurs
+      nowhere is not a key.
   """
-  shown = []
+  shown_labels = []
   for label in rare[:NUM_SHOWN_RARE_LABELS]:
-    shown.append(f'{label!r} ({places.get(label, "none")})')
-  hint = ''
+    shown_labels.append(f'{label!r} ({places.get(label, "none")})')
+
+  # A label in the first line of a file may be the name of its column. The
+  # advice is '' for any other place; one piece of advice is enough.
+  advice = ''
   for label in rare:
     if label in places:
-      hint = hint or labelled.advice_for_line_of_names(places[label])
+      advice = advice or labelled.advice_for_line_of_names(places[label])
   return ('warning: one record of training alone, or none, has the label '
-          f'{", ".join(shown)}{hint}')
+          f'{", ".join(shown_labels)}{advice}')
 
 
 def sort_labels(labels: Iterable[str]) -> tuple[str, ...]:
@@ -145,14 +183,17 @@ def check_labels(labels: Sequence[str]) -> None:
 
 
 def class_weights(config: Any, labels: Sequence[str]) -> np.ndarray:
-  """Returns how much a record of each label counts in the training loss, [U].
-
-  `balanced` gives each label the same weight in all, as scikit-learn's
-  class_weight does: n / (labels * n of the label).
+  """Returns the weight of each class in the training loss.
 
   Args:
-    config: the config of the run, with data.class_weights.
-    labels: the U labels of the run.
+    config: the config of the run. Its data.class_weights is '' for weights of
+      1, a text such as '0.5,2' with a number for each label, or 'balanced' for
+      scikit-learn's class_weight of this name: the weight of a label that
+      `count` of N records have is N / (number of labels * count).
+    labels: the labels of the run, in the order of their class numbers.
+
+  Returns:
+    float64 [labels], how much a record of each label counts.
 
   Raises:
     RequestError: for a data.class_weights that is not one of these, and where
@@ -161,15 +202,18 @@ def class_weights(config: Any, labels: Sequence[str]) -> np.ndarray:
   written = config.data.class_weights
   if not written:
     return np.ones(len(labels))
+
+  # Balanced weights make all labels count the same in sum, however many
+  # records each has. A label without a record would divide by 0.
   if written == 'balanced':
-    # A label counts the more, the fewer records have it.
-    of_records = [record.label for record in read_training_records(config)]
-    counts = np.array([of_records.count(label) for label in labels])
+    record_labels = [record.label for record in read_training_records(config)]
+    counts = np.array([record_labels.count(label) for label in labels])
     require(counts.all(), f'data.class_weights is {written!r}, but no training '
             f'record has the label {labels[counts.argmin()]!r}')
-    return len(of_records) / (len(labels) * counts)
+    return len(record_labels) / (len(labels) * counts)
 
-  # A number for each label.
+  # Otherwise there is one number for each label. A text that holds anything
+  # else gives [], whose length is wrong, so that it is refused below.
   try:
     weights = [float(number) for number in written.split(',')]
   except ValueError:
@@ -243,36 +287,44 @@ class Texts(Rows):
   """
 
   def __init__(self, corpus: sources.Corpus):
-    """Tokenises all records, and cuts each to the length of a row."""
-    # The tokens of all texts, encoded at once.
+    """Tokenises all records, and cuts each to the length of a row.
+
+    Args:
+      corpus: the records of one split, each of a text or a pair of texts.
+    """
+    # Encode the texts of all records in one call, which the tokenizer runs in
+    # parallel. The flat list has one text of a record, or two, after another.
     self.records = list(corpus.records)
     self.bare = any(map(labelled.has_nothing_to_predict, self.records))
     texts: list[str] = []
     for record in self.records:
       texts += record.texts
-    ids = iter(corpus.tokenizer.encode_batch(texts))
+    remaining_ids = iter(corpus.tokenizer.encode_batch(texts))
 
-    # The row of each record. A record without a label has the target 0.
-    weights = self.weights(corpus)
-    between = separators_between_texts(corpus.config)
+    # Make a row of each record, which takes as many encoded texts as it has.
+    target_weights = self.weights(corpus)
+    num_separators = separators_between_texts(corpus.config)
     self.items: list[Item] = []
     self.cut = 0
     for record in self.records:
-      rows = [next(ids) for _ in record.texts]
-      kept = _cut_texts_to_row(record, rows=rows, corpus=corpus,
-                               between=between)
-      if sum(map(len, kept)) < sum(map(len, rows)):
+      text_ids = [next(remaining_ids) for _ in record.texts]
+      kept_ids = _cut_texts_to_row(record, rows=text_ids, corpus=corpus,
+                                   between=num_separators)
+      if sum(map(len, kept_ids)) < sum(map(len, text_ids)):
         self.cut += 1
+      # A record without a label, which is to be predicted, has a target that
+      # nothing reads.
       target = 0
       weight = 1.0
       if record.label:
         target = self.target(record)
-      if weights is not None:
-        weight = float(weights[target])
-      self.items.append(Item(texts=tuple(kept), target=target, weight=weight,
-                             between=between))
+      if target_weights is not None:
+        weight = float(target_weights[target])
+      self.items.append(Item(texts=tuple(kept_ids), target=target,
+                             weight=weight, between=num_separators))
 
-    # How much text there is.
+    # Count tokens as the rows hold them, and bytes of the texts before any was
+    # cut.
     self.lengths = np.array([item.length for item in self.items], np.int32)
     self.num_tokens = int(self.lengths.sum())
     self.num_bytes = 0
@@ -280,39 +332,55 @@ class Texts(Rows):
       self.num_bytes += len(text.encode('utf-8'))
 
   def weights(self, corpus: sources.Corpus) -> np.ndarray | None:
-    """Returns how much a record of each target counts in the loss; None: all
-    count alike."""
+    """Returns the weight of each target in the loss.
+
+    Args:
+      corpus: the labelled data of one split.
+
+    Returns:
+      float [targets], indexed by the target; None where all count alike.
+    """
     return None
 
   def target(self, record: labelled.Record) -> float:
-    """Returns the number to predict of a record, which follows from its label.
-    """
+    """Returns the number that is to be predicted for a record: that of its
+    class, or its label as a number."""
     raise NotImplementedError
 
 
 def _cut_texts_to_row(record: labelled.Record, rows: Sequence[np.ndarray],
                       corpus: sources.Corpus, between: int) -> list[np.ndarray]:
-  """Returns the tokens of a record's texts, as many as a row has room for.
+  """Truncates the tokens of a text, or of a pair of texts, so that they fit
+  into an input row together with the special tokens.
 
   Args:
-    record: the record, for messages.
-    rows: the tokens of each of its texts.
-    corpus: the corpus that it is of.
+    record: the labelled example, for messages.
+    rows: the token ids [T] of each of its texts, one or two.
+    corpus: the corpus that it is of; its data.length is the length of a row.
     between: the number of separators between two texts.
+
+  Returns:
+    The first token ids of each text.
 
   Raises:
     RequestError: for a text without a token, or a row without room for a token.
   """
-  for row, name in zip(rows, record.names):
-    require(len(row) > 0, f'{record.where} column {name!r}, has no token that '
+  # A text of which no token is left would be predicted from nothing.
+  for text_ids, column in zip(rows, record.names):
+    require(len(text_ids) > 0,
+            f'{record.where} column {column!r}, has no token that '
             f'the tokenizer {corpus.tokenizer.name!r} knows')
+
+  # Special tokens take up a part of the row; each text needs a token at least.
   length = corpus.config.data.length
-  more = count_special_tokens(len(rows), between)
-  room = length - more
+  num_special = count_special_tokens(len(rows), between)
+  room = length - num_special
   require(room >= len(rows), f'data.length is {length}: a row of '
-          f'{len(rows)} text(s) needs {more + len(rows)} or more')
-  sizes = cut_sizes([len(row) for row in rows], room)
-  return [row[:size] for row, size in zip(rows, sizes)]
+          f'{len(rows)} text(s) needs {num_special + len(rows)} or more')
+
+  # Each text loses its end, the longer text of a pair first.
+  kept_sizes = cut_sizes([len(text_ids) for text_ids in rows], room)
+  return [text_ids[:size] for text_ids, size in zip(rows, kept_sizes)]
 
 
 class Classes(Texts):
@@ -329,7 +397,12 @@ class Classes(Texts):
     return class_weights(corpus.config, self.labels)
 
   def target(self, record: labelled.Record) -> int:
-    """Returns the number of a record's label."""
+    """Returns the class number of a record's label.
+
+    Raises:
+      RequestError: for a label that is none of the run's.
+    """
+    # The place ends in a comma where a message goes on about the record.
     where = record.where.rstrip(',')
     try:
       one_of(f'label in {where}:', record.label, self._number)
@@ -350,8 +423,9 @@ class Numbers(Texts):
     """Returns a record's label as a number.
 
     Raises:
-      RequestError: for a label that is not a number.
+      RequestError: for a label that is not a finite number.
     """
+    # A label that cannot be read, such as 'good', is refused as NaN is.
     try:
       number = float(record.label)
     except ValueError:
@@ -366,17 +440,24 @@ class Numbers(Texts):
 def cut_sizes(sizes: Sequence[int], room: int) -> list[int]:
   """Returns how many tokens of one text, or of each of two, fit into a row.
 
-  The longer text is cut first, as the strategy longest_first of the package
-  tokenizers does.
+  The longer text is cut first, and then both alike, as the strategy
+  longest_first of the package tokenizers does.
 
   Args:
-    sizes: the tokens of each text.
-    room: the tokens that a row has room for.
+    sizes: the number of tokens of each text, of one or two.
+    room: the number of tokens that a row has room for, special tokens not
+      counted.
+
+  Returns:
+    The number of tokens to keep of each text, from its start.
   """
   if sum(sizes) <= room:
     return [*sizes]
   if len(sizes) == 1:
     return [room]
+
+  # The shorter text of a pair keeps all of its tokens up to half of the room,
+  # and the longer one gets what is left.
   size_of_shorter = min(*sizes, room // 2)
   first, second = sizes
   if first <= second:
@@ -430,8 +511,19 @@ class Words(NamedTuple):
 
 def tokenize_words(sentences: Sequence[Sequence[str]], tokenizer: Tokenizer
                    ) -> list[Words]:
-  """Returns the tokens of sentences whose words are given, each a list of
-  words. The words are joined by a space."""
+  """Tokenises sentences that are given as lists of words, and finds out which
+  word each token is a part of.
+
+  Args:
+    sentences: the words of each sentence.
+    tokenizer: the tokenizer of the run.
+
+  Returns:
+    The `Words` of each sentence: its token ids and their words.
+  """
+  # A sentence is encoded as one text, as the tokenizer splits running text:
+  # many begin a word with its space, which a lone word would lack. The spans
+  # then tell where the words are.
   texts = [' '.join(words) for words in sentences]
   encoded = tokenizer.encode_spans(texts)
   tokenised = []
@@ -442,27 +534,34 @@ def tokenize_words(sentences: Sequence[Sequence[str]], tokenizer: Tokenizer
 
 def _align_words(words: Sequence[str], ids: np.ndarray, spans_T2: np.ndarray
                  ) -> Words:
-  """Finds the word that each token of a sentence of W words belongs to.
+  """Finds the word that each token of a sentence belongs to.
 
   Args:
-    words: the words.
-    ids: int32 [T], the tokens of the words, joined by a space.
-    spans_T2: the first character that each token stands for, and the one after
-      its last.
+    words: the words of the sentence, of which there are W.
+    ids: int32 [T], the token ids of the words, joined by a space.
+    spans_T2: int [T, 2], the first character that each of the T tokens stands
+      for, and the one after its last.
+
+  Returns:
+    The ids with the word of each, and which of them begin a word.
   """
-  # Where each word ends, and the space after it stands.
+  # The character after each word, which is the space before the next one.
   ends_W = np.cumsum([1 + len(word) for word in words]) - 1
 
-  # The word in which each token begins, after a space that it begins with.
+  # A token belongs to the word in which it begins. One that begins with a space
+  # (GPT-2's do) begins a character later: the space is between two words. The
+  # word is the number of words that have ended by then, hence 'right'. A token
+  # that is a space alone has nothing left and belongs to no word.
   start_T = spans_T2[:, 0]
   end_T = spans_T2[:, 1]
   begin_T = start_T + np.isin(start_T, ends_W)
   words_T = np.searchsorted(ends_W, begin_T, 'right')
   words_T = np.where(begin_T < end_T, words_T, NO_WORD)
 
+  # np.unique gives the first place of each word; NO_WORD is none.
   first_T = np.zeros(len(ids), bool)
-  _, places = np.unique(words_T, return_index=True)
-  first_T[places] = True
+  _, first_places = np.unique(words_T, return_index=True)
+  first_T[first_places] = True
   first_T &= words_T != NO_WORD
   return Words(ids=ids, words_T=words_T.astype(np.int32), first_T=first_T)
 
@@ -495,8 +594,13 @@ class Sentences(Rows):
   """
 
   def __init__(self, corpus: sources.Corpus):
-    """Tokenises all sentences, and cuts the long ones into several rows."""
-    # The sentences and their labels.
+    """Tokenises all sentences, and cuts the long ones into several rows.
+
+    Args:
+      corpus: the sentences of one split, with a label for each word.
+    """
+    # Read the sentences, and check their labels before the slow part begins.
+    # Labels of entities (B-PER, I-PER, ...) must follow each other rightly.
     config = corpus.config
     self.records = list(corpus.records)
     self.bare = any(map(labelled.has_nothing_to_predict, self.records))
@@ -509,16 +613,17 @@ class Sentences(Rows):
     require(room > 0, f'data.length is {config.data.length}: a row of a '
             f'sentence needs {SPECIAL_TOKENS_OF_SENTENCE + 1} or more')
 
-    # Their tokens, cut into rows.
+    # Tokenise all sentences, and cut each into rows. `number` goes into the
+    # rows, so that predictions can be put together by sentence again.
     tokenised = tokenize_words([sentence.words for sentence in self.records],
                                corpus.tokenizer)
     self.items: list[Piece] = []
     self.num_tokens = 0
     self.num_bytes = 0
-    for i, (sentence, words) in enumerate(zip(self.records, tokenised)):
-      numbers_W = self._numbers(sentence)
+    for number, (sentence, words) in enumerate(zip(self.records, tokenised)):
+      class_numbers_W = self._numbers(sentence)
       shared = choose_stride(config, room, sentence.lines[0])
-      self.items += _cut_sentence(i, words=words, numbers=numbers_W,
+      self.items += _cut_sentence(number, words=words, numbers=class_numbers_W,
                                   shared=shared, room=room)
       self.num_tokens += len(words.ids)
       self.num_bytes += len(' '.join(sentence.words).encode('utf-8'))
@@ -538,23 +643,29 @@ class Sentences(Rows):
 
 def _cut_sentence(sentence: int, words: Words, numbers: np.ndarray,
                   shared: int, room: int) -> list[Piece]:
-  """Cuts the tokens of one sentence into rows, neighbours of which share
-  tokens.
+  """Cuts the tokens of one sentence into overlapping rows.
 
   Args:
     sentence: the number of the sentence.
-    words: its tokens.
-    numbers: the number of the label of each of its words.
+    words: its tokens, with the word of each.
+    numbers: int [words], the class number of the label of each of its words.
     shared: how many tokens two neighbouring rows share.
-    room: the tokens of a row.
+    room: the most tokens of a row, special tokens not counted.
+
+  Returns:
+    The rows from the first to the last token; each word counts in one of them.
   """
+  # A token that several rows show is owned by the one with the most context.
   num_tokens = len(words.ids)
   windows = cut_into_windows(num_tokens, room, shared)
   owner_T = find_owners(windows, num_tokens)
+
   pieces = []
-  for i, (first, end) in enumerate(windows):
-    # A word counts in one row alone, at its first token.
-    is_owned_T = owner_T[first:end] == i
+  for row_number, (first, end) in enumerate(windows):
+    # A word is to be predicted once: at its first token, in the row that owns
+    # this token. All other tokens have weight 0. NO_WORD is -1, so that
+    # `numbers[words_T]` reads a wrong label there, which np.where replaces.
+    is_owned_T = owner_T[first:end] == row_number
     counts_T = words.first_T[first:end] & is_owned_T
     words_T = np.where(counts_T, words.words_T[first:end], NO_WORD)
     targets_T = np.where(counts_T, numbers[words_T], 0)
@@ -596,8 +707,13 @@ class Questions(Rows):
   """
 
   def __init__(self, corpus: sources.Corpus):
-    """Tokenises all questions, and cuts long paragraphs into several rows."""
-    # The tokens of all questions, and of all paragraphs.
+    """Tokenises all questions, and cuts long paragraphs into several rows.
+
+    Args:
+      corpus: the paragraphs of one split, with their questions.
+    """
+    # Encode all questions and all paragraphs, each in one call. Only paragraphs
+    # need spans, by which an answer's characters are found among the tokens.
     paragraphs = corpus.records
     self.bare = any(map(labelled.has_nothing_to_predict, paragraphs))
     self.questions: list[labelled.Question] = []
@@ -608,7 +724,9 @@ class Questions(Rows):
     encoded = corpus.tokenizer.encode_spans(
         [paragraph.context for paragraph in paragraphs])
 
-    # The rows of each question.
+    # Cut the rows of each question, of which a paragraph may have several. A
+    # question's number is its place in `questions`, `asked` and `contexts`,
+    # which are all in the same order.
     self.contexts: list[tuple[str, np.ndarray]] = []
     self.items: list[Window] = []
     self.num_bytes = 0
@@ -630,20 +748,26 @@ class Questions(Rows):
 def _cut_paragraph(question: labelled.Question, number: int, asked: np.ndarray,
                    ids: np.ndarray, spans_T2: np.ndarray, corpus: sources.Corpus
                    ) -> list[Window]:
-  """Returns the rows of one question, each with a part of its paragraph.
+  """Cuts one question of extractive question answering into rows, each with
+  the whole question and a part of its paragraph.
 
   Args:
-    question: the question.
-    number: the number of the question.
-    asked: its tokens.
-    ids: the tokens of its paragraph.
-    spans_T2: the characters that each of these stands for.
-    corpus: the corpus that it is of.
+    question: the question, with its answers as (text, first character).
+    number: the number of the question in its data.
+    asked: int32 [Q], the token ids of the question.
+    ids: int32 [T], the token ids of its paragraph.
+    spans_T2: int [T, 2], the first character that each token of the paragraph
+      stands for, and the one after its last.
+    corpus: the corpus that it is of; its data.length is the length of a row.
+
+  Returns:
+    The rows, whose parts of the paragraph overlap.
 
   Raises:
     RequestError: for a question that leaves no room for its paragraph, and for
       an answer without a token.
   """
+  # The question and the special tokens take up a part of each row.
   where = question.where
   length = corpus.config.data.length
   between = separators_between_texts(corpus.config)
@@ -651,7 +775,8 @@ def _cut_paragraph(question: labelled.Question, number: int, asked: np.ndarray,
   require(room > 0, f'{where}, has {len(asked)} tokens, which leave no room '
           f'for its paragraph in data.length {length}: choose a larger one')
 
-  # The tokens of the first answer.
+  # Training has one answer for each question, the first; the others are for
+  # evaluation. The characters of the answer become its first and last token.
   answer = None
   if question.answers:
     text, start = question.answers[0]
@@ -659,29 +784,32 @@ def _cut_paragraph(question: labelled.Question, number: int, asked: np.ndarray,
     require(answer is not None, f'{where}, has an answer without a token that '
             f'the tokenizer {corpus.tokenizer.name!r} knows')
 
-  # The parts of the paragraph, of which some show all of it.
+  # Cut the paragraph. A row that shows only a part of the answer, or nothing of
+  # it, counts as one without an answer: its target is the null token (BERT's
+  # run_squad.py does this too). Tokens are counted from the row's own part on.
   shared = choose_stride(corpus.config, room, f'the paragraph of {where}')
-  rows = []
+  windows = []
   for first, end in cut_into_windows(len(ids), room, shared):
-    shown = None
+    answer_in_row = None
     if answer is not None:
-      begin, last = answer
-      if first <= begin and last < end:
-        shown = (begin - first, last - first)
-    rows.append(Window(
-        question=asked, context=ids[first:end], answer=shown, asked=number,
-        first=first, between=between))
-  return rows
+      answer_first, answer_last = answer
+      if first <= answer_first and answer_last < end:
+        answer_in_row = (answer_first - first, answer_last - first)
+    windows.append(Window(
+        question=asked, context=ids[first:end], answer=answer_in_row,
+        asked=number, first=first, between=between))
+  return windows
 
 
 def choose_stride(config: Any, room: int, where: str) -> int:
-  """Returns how many tokens two neighbouring windows share.
+  """Returns how many tokens two neighbouring parts (windows) of a long text
+  share.
 
   Args:
     config: the config of a run: its data.stride, or where that is 0 a third of
       data.length, as in BERT's 128 of 384, but at most half a window.
-    room: the tokens of a window.
-    where: the text that it shows, for messages.
+    room: the most tokens of a window.
+    where: names the text that is cut, for messages.
 
   Raises:
     RequestError: where nothing of a window would be new.
@@ -697,31 +825,42 @@ def choose_stride(config: Any, room: int, where: str) -> int:
 
 def cut_into_windows(size: int, room: int, stride: int) -> list[tuple[int,
                                                                       int]]:
-  """Returns the (first token, end) of the windows that show a text.
+  """Cuts a text into overlapping parts (windows), as few as show all of it.
 
   Args:
-    size: the tokens of the text.
+    size: the number of tokens of the text.
     room: the most tokens of a window.
     stride: the tokens that two neighbours share; it must be less than room.
+
+  Returns:
+    The first token of each window, and the one after its last. All but the last
+    window have `room` tokens.
   """
   assert 0 <= stride < room, (stride, room)
+  # The first window shows `room` tokens and each other one room - stride new
+  # ones. -(-a // b) rounds the quotient up.
   count = 1 + max(0, -(-(size - room) // (room - stride)))
   starts = [i * (room - stride) for i in range(count)]
   return [(start, min(start + room, size)) for start in starts]
 
 
 def find_owners(windows_W2: Sequence[tuple[int, int]], size: int) -> np.ndarray:
-  """Returns int32 [size], the window in which each token has the most context.
+  """Finds the part (window) of a text in which each token has the most context.
 
   The context of a token is the number of tokens on the side where it has fewer,
   as in BERT's code (run_squad.py, _check_is_max_context). The first of several
   windows wins.
 
   Args:
-    windows_W2: the (first token, end) of each window.
-    size: the tokens of the text.
+    windows_W2: the first token of each of the W windows, and the one after its
+      last. Together they show every token.
+    size: the number of tokens of the text.
+
+  Returns:
+    int32 [size], the number of each token's window.
   """
-  # The context of each token T in each window W.
+  # The context of each token in each window, [W windows, T tokens]: `before`
+  # and `after` are the tokens that a window has on either side of it.
   place_1T = np.arange(size)[None]
   bounds_W2 = np.array(windows_W2)
   first_W1 = bounds_W2[:, :1]
@@ -730,8 +869,9 @@ def find_owners(windows_W2: Sequence[tuple[int, int]], size: int) -> np.ndarray:
   after_WT = end_W1 - 1 - place_1T
   context_WT = np.minimum(before_WT, after_WT)
 
-  # BERT adds a hundredth of the window's length, which parts equals. A window
-  # that does not show a token has a context below 0 and is none of its.
+  # BERT adds a hundredth of the window's length, so that of equal contexts the
+  # one in the longer window wins: the last window may be shorter. In a window
+  # that does not show a token, one side is negative; that must never win.
   score_WT = context_WT + 0.01 * (end_W1 - first_W1)
   score_WT = np.where(context_WT < 0, -np.inf, score_WT)
   return np.argmax(score_WT, 0).astype(np.int32)
@@ -739,13 +879,18 @@ def find_owners(windows_W2: Sequence[tuple[int, int]], size: int) -> np.ndarray:
 
 def find_tokens(spans_T2: np.ndarray, start: int, end: int
                 ) -> tuple[int, int] | None:
-  """Returns the first and the last token of a part of a text; None where no
-  token stands for any of its characters.
+  """Finds the tokens that a stretch of characters of a text consists of.
 
   Args:
-    spans_T2: the spans of Tokenizer.encode_spans.
-    start, end: the part's first character, and the one after its last.
+    spans_T2: int [T, 2], the first character that each of the T tokens of the
+      text stands for, and the one after its last.
+    start, end: the first character of the stretch, and the one after its last.
+
+  Returns:
+    The numbers of its first and its last token; None where no token stands for
+    any of its characters.
   """
+  # A token that shares one character with the stretch is a part of it.
   spelt_T = (spans_T2[:, 0] < end) & (spans_T2[:, 1] > start)
   places = np.flatnonzero(spelt_T)
   if not len(places):

@@ -110,6 +110,9 @@ class Source:
     Raises:
       RequestError: for a file without any.
     """
+    # A source without files is read once, by its name. A list is the (kind,
+    # text) parts of a document; a document or a record of another type counts
+    # as one part.
     for path in self.files or ('',):
       is_empty = True
       for item in self.read(path):
@@ -136,6 +139,8 @@ class Source:
 
     A source without files is hashed by its rows: the fingerprint of a Hugging
     Face dataset also changes where its files were only copied or touched."""
+    # Hash the files in several threads. The reader is hashed too, as the same
+    # file has other documents where another field is read.
     with futures.ThreadPoolExecutor(8) as pool:
       digests = list(pool.map(_digest_file, self.files))
     content = self.content
@@ -187,7 +192,11 @@ def hold_out_end_of_text(source: Source, every: int | None,
     source: the source as it was parsed.
     every: data.holdout_every; None or less than 2: nothing is held out.
     part: eval.part: document 0 is this half of the last part; '': all of it.
+
+  Returns:
+    The source, which reads its file in two documents. `is_cut` says so.
   """
+  # A source of several documents has some of them held out as a whole.
   is_one_text = source.is_text and len(source.files) == 1
   if not is_one_text or every is None or every < 2:
     return source
@@ -195,6 +204,8 @@ def hold_out_end_of_text(source: Source, every: int | None,
   def read(path: str) -> Iterator[str]:
     """Yields the two documents of each text of a file."""
     for text in source.read(path):
+      # Document 1 is the same whatever `part` is: training reads it. -(-a // b)
+      # rounds the quotient up.
       held_out_size = -(-len(text) // every)
       start = len(text) - held_out_size
       middle = (start + len(text)) // 2
@@ -203,7 +214,8 @@ def hold_out_end_of_text(source: Source, every: int | None,
       yield text[slice_of_part[part]]
       yield text[:start]
 
-  # The reader is part of what names the tokens in the cache.
+  # The name of the reader is part of what names the tokens in the cache, so
+  # each way to cut has tokens of its own there.
   reader = f'{source.reader}, the last 1/{every} first {part}'.rstrip()
   return dataclasses.replace(source, read=read, is_cut=True, reader=reader)
 
@@ -217,11 +229,16 @@ def parse_sources(
     spec: str, layout: Callable[
         [], conversations.Layout] = _published_layout) -> list[tuple[float,
                                                                      Source]]:
-  """Returns the (weight, source) pairs of a text such as 'A' or '0.7*A,0.3*B'.
+  """Reads a mixture of data sources, written as 'A' or '0.7*A,0.3*B'.
 
   Args:
     spec: data.source, or data.eval_source.
-    layout: returns the layout of conversations, where a source may have some.
+    layout: a function that returns the layout of conversations. It is called
+      only where a source may have some, as it may read a template's files.
+
+  Returns:
+    The weight and the source of each part, in order. One source alone needs no
+    weight and has 1.
 
   Raises:
     RequestError: for an unknown prefix, a bad weight, a glob without a match.
@@ -230,7 +247,7 @@ def parse_sources(
   pairs: list[tuple[float, Source]] = []
   names = set()
   for piece in pieces:
-    # The weight and the name.
+    # Split the part into the weight and the name.
     match = _PATTERN_OF_WEIGHTED_SOURCE.fullmatch(piece)
     if match is None:
       raise RequestError(f'data source {spec!r} has an empty part')
@@ -242,7 +259,8 @@ def parse_sources(
           f'data source {name!r} has no weight above 0: write a mixture as '
           "'0.7*A,0.3*B', with no other commas")
 
-    # The source.
+    # Read the source. Tokens in a folder were laid out when they were made. A
+    # name may stand once, as figures of a source are told by its name.
     source = _parse_source(name)
     if TURNS in source.holds and not source.tokens:
       source = _lay_out_conversations(source, layout())
@@ -254,11 +272,15 @@ def parse_sources(
 
 
 def _parse_source(name: str) -> Source:
-  """Returns the source of a name such as text:GLOB.
+  """Returns the data source of a name such as text:GLOB.
+
+  Args:
+    name: a prefix of SOURCES, and what the prefix asks for after a colon.
 
   Raises:
     RequestError: for an unknown prefix.
   """
+  # A form whose usage has a colon needs one; no other may have one.
   prefix, colon, rest = name.partition(':')
   form = SOURCES.get(prefix)
   if form is None or bool(colon) != (':' in form.usage):
@@ -269,12 +291,17 @@ def _parse_source(name: str) -> Source:
 
 
 def _suggest_source(name: str) -> str:
-  """Returns a question whether another source was meant, as the end of a
-  message.
+  """Suggests the data source that an unknown name may stand for.
 
-  It is the source of files, where `name` is a path or is written as one; or
-  else the source whose prefix is spelt most like it; '' where there is none."""
-  # A path.
+  Args:
+    name: the name as the user wrote it.
+
+  Returns:
+    A question, as the end of a message: whether a source of files was meant,
+    where `name` is a path or is written as one; or else the source whose prefix
+    is spelt most like it; '' where there is none.
+  """
+  # Suggest a source of files, by the ending of the path.
   path = os.path.expanduser(name)
   end = pathlib.Path(name).suffix[1:]
   is_there = bool(glob.glob(path, recursive=True))
@@ -287,11 +314,11 @@ def _suggest_source(name: str) -> str:
       hint += f' There is no {name} yet.'
     return hint
 
-  # A prefix.
-  near = difflib.get_close_matches(name.partition(':')[0], SOURCES, n=1)
-  if not near:
+  # Suggest the prefix that is most alike.
+  similar = difflib.get_close_matches(name.partition(':')[0], SOURCES, n=1)
+  if not similar:
     return ''
-  return f'. Did you mean {SOURCES[near[0]].usage}?'
+  return f'. Did you mean {SOURCES[similar[0]].usage}?'
 
 
 def _lay_out_conversations(source: Source,
@@ -304,7 +331,8 @@ def _lay_out_conversations(source: Source,
   """
   def read(path: str) -> Iterator[Document]:
     """Yields the documents of a file, laid out."""
-    # A template may refuse a conversation: its number helps to find it.
+    # A template may refuse a conversation, and knows nothing of the file: the
+    # number of the conversation helps to find it.
     for number, document in enumerate(source.read(path), 1):
       try:
         yield layout.lay_out(document)
@@ -383,16 +411,26 @@ def _read_field(rows: texts.Rows, field: str) -> Iterator[Document]:
 
 
 def _read_parquet_rows(name: str, field: str, path: str) -> texts.Rows:
-  """Yields the rows of a parquet file, with one field.
+  """Reads one field of a parquet file, row by row.
 
   Args:
     name: the name of the source, for messages.
     field: the field that is read.
     path: the file.
+
+  Yields:
+    For each row where it stands, and {field: value}.
+
+  Raises:
+    RequestError: for a file that is not parquet, lacks the field, or would
+      unpack to far more than it holds.
   """
   parquet = texts.import_extra('pyarrow.parquet', f'data source {name!r}',
                                'data')
   import pyarrow
+
+  # Check what the file says of itself before anything is unpacked. Then read
+  # some rows at a time, of the one column that is wanted.
   try:
     file = parquet.ParquetFile(path)
     texts.check_columns(file.schema_arrow.names, [field], path)
@@ -403,19 +441,23 @@ def _read_parquet_rows(name: str, field: str, path: str) -> texts.Rows:
         number += 1
         yield f'{path}, row {number}', row
   except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    # An OSError with a number is the disk's, and not about what is in the file.
     if isinstance(error, OSError) and error.errno:
-      raise  # of the disk, not of what is in the file
+      raise
     raise RequestError(f'{path} is not a parquet file: {error}.') from error
 
 
 def _check_unpacked_size(metadata: Any, field: str, path: str) -> None:
-  """Raises RequestError for a parquet file of which a few bytes make so many
-  rows, or so long ones, that they are no data.
+  """Refuses a parquet file of which a few bytes would unpack to so many rows,
+  or so long ones, that they are no data.
 
   Args:
     metadata: the file's metadata, of pyarrow.
     field: the field that is read.
     path: the file.
+
+  Raises:
+    RequestError: for such a file.
   """
   # No file of texts has that many rows for its size.
   size = os.stat(path).st_size
@@ -423,7 +465,8 @@ def _check_unpacked_size(metadata: Any, field: str, path: str) -> None:
           f'{metadata.num_rows:,} rows of {size:,} bytes: it is no file of '
           'texts')
 
-  # A group of rows is unpacked as a whole, so its size is known before.
+  # A group of rows is unpacked as a whole into memory, and its size is known
+  # before. A field of lists has several columns, FIELD.list.element and so on.
   most = max(MOST_UNPACKED_TIMES * size, ALLOWED_UNPACKED_BYTES)
   for number in range(metadata.num_row_groups):
     group = metadata.row_group(number)
@@ -485,11 +528,14 @@ def _parse_probe(name: str, _: str) -> Source:
 
 
 def _parse_tokens(name: str, folder: str) -> Source:
-  """Returns a source of tokens that tools.tokenize has written.
+  """Returns a source of token ids that tools.tokenize has written.
 
   Args:
     name: the name of the source.
     folder: the folder of the tokens.
+
+  Raises:
+    RequestError: for a folder without tokens, or with half-finished ones.
   """
   folder_of_tokens = tokens.load_tokens(folder, name)
   begun = folder_of_tokens.begun
@@ -509,19 +555,21 @@ def _parse_tokens(name: str, folder: str) -> Source:
 
 
 def _parse_hugging_face(name: str, rest: str) -> Source:
-  """Returns a source that is a dataset of the hub, or a local folder of one. It
-  is downloaded whole, where it is not here.
+  """Returns a source that is a dataset of the Hugging Face hub, or a local
+  folder of one. It is downloaded whole, where it is not here.
 
   Args:
     name: the name of the source.
     rest: NAME[:CONFIG[:SPLIT[:FIELDS]]].
   """
+  # Parts that are left out are '' by the three empty texts, and have a default.
   path, config, split, written = (rest.split(':') + [''] * 3)[:4]
   split = split or 'train'
   written = written or 'text'
   dataset = _load_dataset(name, path=path, config=config, split=split)
 
-  # One field is a document; several, with + between them, are a record.
+  # Choose how rows are read: one field is a document; several, with + between
+  # them, are a labelled record.
   fields = tuple(written.split('+'))
   texts.check_columns(dataset.column_names, filter(None, fields), name)
   holds: tuple[str, ...]
@@ -542,7 +590,8 @@ def _parse_hugging_face(name: str, rest: str) -> Source:
     """Yields the documents or records of the dataset."""
     return of_rows(labelled.read_dataset_rows(name, fields, dataset))
 
-  # Datasets fingerprints a split by its cached files, built once per content.
+  # The package gives a split a fingerprint by its cached files, which are built
+  # once for the same content. It names the tokens in our cache.
   return Source(name=name, reader=f'hf:{path}:{config}:{split}:{written}',
                 read=read, holds=holds, content=dataset._fingerprint)
 
@@ -614,11 +663,14 @@ SOURCES = {  # by prefix
 
 
 def list_forms(reads: Sequence[str] = ()) -> str:
-  """Returns how the sources are written that hold one of some kinds, with
-  commas between them.
+  """Lists how data sources are written, such as text:GLOB, for messages.
 
   Args:
-    reads: kinds of documents or records; (): all.
+    reads: kinds of documents or records, one of which a source must hold; ():
+      all sources are listed.
+
+  Returns:
+    The forms, with commas between them.
   """
   usages = []
   for form in SOURCES.values():
@@ -637,17 +689,20 @@ def _find_files(name: str, pattern: str) -> tuple[str, ...]:
   Raises:
     RequestError: for no file, or an empty one.
   """
-  full = os.path.abspath(os.path.expanduser(pattern))
-  paths = globs.find_files(full)
+  absolute_pattern = os.path.abspath(os.path.expanduser(pattern))
+  paths = globs.find_files(absolute_pattern)
+
+  # A folder that is named as a source gets advice how to name its files.
   if not paths:
     message = f'data source {name!r} matches no file'
-    if os.path.isdir(full):
+    if os.path.isdir(absolute_pattern):
       file_names = '*.txt' if name.startswith('text:') else '*'
       pattern_of_files = os.path.join(pattern, file_names)
       suggested = name.replace(f':{pattern}', f':{pattern_of_files}', 1)
       message += f', but a folder: write {suggested}'
     raise RequestError(message)
-  # A file of the kernel has no size, and perhaps no end.
+
+  # Files of the kernel, as in /proc, have the size 0, and perhaps no end.
   for path in paths:
     require(os.stat(path).st_size > 0,
             f'data source {name!r} is empty: {path} holds nothing')
@@ -688,12 +743,14 @@ def plan_shards(source: Source, shard_bytes: int = SHARD_BYTES
     For each shard, in order, a source of its files; and the bytes of these
     files.
   """
+  # Without files, nothing tells the size; 1 is the share of the one shard.
   if not source.files:
     return [source], [1]
   sizes = [os.stat(path).st_size for path in source.files]
   target = max(shard_bytes, sum(sizes) // MOST_SHARDS)
 
-  # A part ends where the next file would make it larger than the target.
+  # Add files to a shard until the next one would make it larger than the
+  # target. So the plan depends on the files alone, and all machines have it.
   parts: list[list[str]] = []
   totals: list[int] = []
   for path, size in zip(source.files, sizes):
@@ -708,20 +765,26 @@ def plan_shards(source: Source, shard_bytes: int = SHARD_BYTES
 
 def begin_folder(folder: epath.Path, source: Source, parts: list[Source],
                  content: str, tokenizer: Tokenizer) -> dict[str, Any]:
-  """Writes begun.json, which says what a folder of tokens is being made of, or
-  sees that the one that is there says the same; returns its content.
+  """Begins a folder of tokens, or checks that it was begun for the same.
+
+  It writes begun.json, which says what the tokens are made of, unless another
+  process, or an earlier one, has written it.
 
   Args:
     folder: the folder of the tokens.
     source: the source that they are made of.
     parts: the source as `plan_shards` divides it.
     content: the digest of its content.
-    tokenizer: see tokenizers.load.
+    tokenizer: the tokenizer of the run.
+
+  Returns:
+    The content of begun.json.
 
   Raises:
     RequestError: where the folder holds something else.
   """
-  # A build is the same if the content is, and how it is cut into shards.
+  # A build is the same if the content is, and how it is cut into shards. Ids
+  # have 16 bits where they fit, as files of tokens are large.
   files_of_shards = [len(part.files) for part in parts]
   digest_of_build = tokens.digest_json([content, files_of_shards])
   if not (folder / tokens.BEGUN_FILE).exists():
@@ -736,7 +799,8 @@ def begin_folder(folder: epath.Path, source: Source, parts: list[Source],
     storage.write_file(folder / tokens.BEGUN_FILE, json.dumps(written,
                                                               indent=1))
 
-  # Another process, or an earlier one, may have begun it.
+  # Read the file even if it was just written: another process may have been
+  # first. The folder is as that file says.
   begun = tokens.read_begun(folder)
   first_tokenizer = begun['tokenizer']
   is_same_tokenizer = first_tokenizer['fingerprint'] == tokenizer.fingerprint
@@ -751,7 +815,8 @@ def begin_folder(folder: epath.Path, source: Source, parts: list[Source],
 
 def write_shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
                 begun: dict[str, Any]) -> tokens.Table:
-  """Tokenises the documents of a shard and writes their tokens.
+  """Tokenises the documents of a shard (some neighbouring files of a source)
+  and writes their token ids.
 
   The table is written last: without it, the shard is not finished.
 
@@ -771,7 +836,8 @@ def write_shard(folder: epath.Path, i: int, part: Source, tokenizer: Tokenizer,
   """
   print(f'tokenising {part.name}, shard {i + 1} of {begun["shards"]}',
         file=sys.stderr, flush=True)
-  # The files are compared before and after, as a reader locks none.
+  # Compare the sizes and times of the files before and after, since a reader
+  # locks none. Only a whole file of ids gets its name (write_atomically).
   before = file_stats(part)
   with storage.write_atomically(folder / f'{i:05}.tokens') as write:
     table = _write_tokens(write, part=part, tokenizer=tokenizer,
@@ -855,10 +921,15 @@ def _checksums(data: bytes) -> list[int]:
 
 def _group_documents(documents: Iterable[Document]
                      ) -> Iterator[list[list[tuple[str, str]]]]:
-  """Yields lists of documents, each a list of (kind, text) parts.
+  """Collects documents into chunks that are encoded at once.
 
-  A list has about CHUNK_CHARS characters, or CHUNK_TEXTS documents: so much is
-  encoded at once."""
+  Args:
+    documents: texts, or lists of (kind, text) parts.
+
+  Yields:
+    Lists of documents, each a list of (kind, text) parts. A list has about
+    CHUNK_CHARS characters, or CHUNK_TEXTS documents.
+  """
   chunk: list[list[tuple[str, str]]] = []
   chars = 0
   for document in documents:
@@ -878,7 +949,8 @@ def _group_documents(documents: Iterable[Document]
 
 def encode_parts(tokenizer: Tokenizer, chunk: list[list[tuple[str, str]]]
                  ) -> Iterator[tuple[np.ndarray, str]]:
-  """Yields the token ids [T] and the text of each part of some documents.
+  """Encodes some documents, which may consist of several parts, such as
+  questions and answers.
 
   A question and its answer are encoded as one text, and the answer has the ids
   from the first one on that it changes. A conversation that a Jinja template
@@ -888,15 +960,20 @@ def encode_parts(tokenizer: Tokenizer, chunk: list[list[tuple[str, str]]]
   Args:
     tokenizer: see tokenizers.load.
     chunk: documents, each a list of (kind, text) parts.
+
+  Yields:
+    The token ids [T] and the text of each part, in the order of the documents.
   """
-  # The library encodes all texts at once.
+  # Encode all texts in one call. For an answer this is the text of its question
+  # and itself, and for any other part its own. The second loop takes them from
+  # the iterator in the same order.
   all_texts: list[str] = []
   for parts in chunk:
     if not _is_rendered(parts):
       all_texts += _texts_to_encode(parts)
   encoded_texts = iter(tokenizer.encode_batch(all_texts))
 
-  # The ids of each part, in the order of the documents.
+  # Divide the ids among the parts of each document.
   for parts in chunk:
     part_texts = [text for _, text in parts]
     if _is_rendered(parts):
@@ -907,7 +984,9 @@ def encode_parts(tokenizer: Tokenizer, chunk: list[list[tuple[str, str]]]
     ids_of_parts = [next(encoded_texts) for _ in parts]
     for i in range(len(parts)):
       if _answers_part_before(parts, i):
-        # The text of an answer begins with its question.
+        # Encoded by itself, an answer might have other tokens than after its
+        # question, such as at a space. The ids that the question alone and
+        # question with answer begin with alike are the question's.
         question_and_answer = ids_of_parts[i]
         num_shared = count_shared_ids(question_and_answer, ids_of_parts[i - 1])
         ids_of_parts[i - 1] = question_and_answer[:num_shared]
@@ -957,7 +1036,8 @@ def cache_folder(cache_dir: str = '') -> pathlib.Path:
     cache_dir: data.cache_dir; '': $ARCHETYPE_CACHE, else ~/.cache/archetype.
 
   Raises:
-    RequestError: for a folder that is not on disk.
+    RequestError: for a folder that is not on disk, as in a bucket, which has no
+      file locks; or one in the home of a user who has none.
   """
   require('://' not in cache_dir, f'data.cache_dir is {cache_dir!r}: it must '
           'be a folder on disk')
@@ -995,27 +1075,32 @@ def _has_all_shards(path: epath.Path) -> bool:
 
 def load_or_tokenize(source: Source, tokenizer: Tokenizer, cache_dir: str
                      ) -> tokens.Tokens:
-  """Returns the tokens of a source, which is tokenised unless the cache has
+  """Returns the token ids of a source, which is tokenised unless the cache has
   them.
 
   Args:
-    source: see parse_sources.
-    tokenizer: see tokenizers.load.
+    source: a source of text or conversations, as parse_sources returns it.
+    tokenizer: the tokenizer of the run.
     cache_dir: data.cache_dir.
 
   Raises:
     RequestError: if a document cannot be read, naming the file and line.
   """
-  # An entry that is whole is read as it is.
+  # An entry of the cache that is whole is read as it is, without a lock.
   path = _folder_of_entry(source, tokenizer, cache_dir)
   if _has_all_shards(path):
     return tokens.load_tokens(str(path), source.name)
+
+  # Make the entry, one process at a time. Others wait for the lock, and then
+  # find it whole, which is why that is asked again. A process that was killed
+  # leaves finished shards, which are kept. The first document is read before
+  # all bytes are hashed, so that what is no text is refused at once.
   parts, _ = plan_shards(source)
   storage.check_folder_is_writable(path.parent, 'data.cache_dir')
   with _share_as_folder(cache_folder(cache_dir)), _lock_entry(path,
                                                               source.name):
-    if not _has_all_shards(path):  # another process may have made it meanwhile
-      next(source.documents())  # what is no text is not hashed before
+    if not _has_all_shards(path):
+      next(source.documents())
       begun = begin_folder(path, source=source, parts=parts,
                            content=source.digest(), tokenizer=tokenizer)
       for i, is_done in enumerate(tokens.find_finished_shards(path, begun)):
@@ -1039,15 +1124,17 @@ def content_digest(source: Source, tokenizer: Tokenizer, cache_dir: str) -> str:
 
 @contextlib.contextmanager
 def _share_as_folder(folder: pathlib.Path) -> Iterator[None]:
-  """Lets others write into new files and folders, where they may write into the
-  folder that holds them: a cache has several users then.
+  """Makes new files and folders writable for others as a folder is, for the
+  time of a `with` block: a cache may have several users.
 
   Args:
-    folder: the folder, which is made where it is not there.
+    folder: the folder whose rights are taken; it is made where it is not there.
   """
   with storage.explain_write_failures(folder):
     folder.mkdir(parents=True, exist_ok=True)
-  # Where others may not write, the user's own mask is right.
+
+  # Where others may not write, the user's own mask is right. Else the mask,
+  # which is of the whole process, is set back at the end.
   mode = folder.stat().st_mode
   if not mode & _MODE_OTHERS_WRITE:
     yield
@@ -1061,7 +1148,8 @@ def _share_as_folder(folder: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock_entry(path: epath.Path, name: str) -> Iterator[None]:
-  """Lets one process at a time make an entry of the cache of tokens.
+  """Lets one process at a time make an entry of the cache of tokens, for the
+  time of a `with` block.
 
   The lock ends with the process that holds it, however that ends. Where the
   file system has no locks, every process makes the entry.
@@ -1076,6 +1164,8 @@ def _lock_entry(path: epath.Path, name: str) -> Iterator[None]:
     # Where the file is another user's, Linux may refuse the mode that would
     # create it.
     file = open(lock, 'r+' if lock.exists() else 'a+')
+
+  # Wait for the lock, which closing the file gives up.
   with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX)

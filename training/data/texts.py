@@ -39,7 +39,7 @@ Rows = Iterator[tuple[str, dict[str, Any]]]  # where it stands, and what it has
 
 
 def decode_text(data: bytes, where: str) -> str:
-  """Returns UTF-8 bytes as text.
+  """Decodes UTF-8 bytes, and refuses those that were not written as text.
 
   Args:
     data: the bytes.
@@ -49,10 +49,14 @@ def decode_text(data: bytes, where: str) -> str:
     RequestError: for bytes that are not UTF-8, or hold so many control
       characters that they were not written as text.
   """
-  # A file of another form is known by how it begins.
+  # A file of another form, such as one that is compressed, is known by how it
+  # begins.
   for first_bytes, advice in _ADVICE_FOR_FIRST_BYTES.items():
     require(not data.startswith(first_bytes), f'{where} is {advice}')
-  # Damaged and binary data may be valid UTF-8, too.
+
+  # Damaged and binary data may be valid UTF-8, too. Count the control
+  # characters of each stretch, so that a damaged end is found in a long text; a
+  # few, or a twentieth, are allowed.
   for start in range(0, len(data), _CHECKED_BYTES):
     part = data[start:start + _CHECKED_BYTES]
     controls = len(part) - len(part.translate(None, _CONTROL_CHARACTERS))
@@ -101,6 +105,8 @@ def read_lines(path: str, all_lines: bool = False) -> Iterator[tuple[str, str]]:
   Raises:
     RequestError: naming the line that is not text.
   """
+  # Lines are read as bytes, so that one that is not UTF-8 can be named. There
+  # is a limit to each, as a file without lines might not fit into memory.
   with open(path, 'rb') as file:
     number = 0
     while line := file.readline(MOST_BYTES_OF_LINE):
@@ -190,15 +196,18 @@ def _read_table(path: str, names: bool) -> Rows:
   """Yields (where it stands, {column: cell}) of each row of a .tsv or a .csv.
 
   The arguments are those of `read_rows`."""
-  # In a .tsv quotes mean nothing, as in the files of GLUE.
-  csv.field_size_limit(2**31 - 1)  # else a field of 131,073 is refused
+  # In a .tsv quotes mean nothing, as in the files of GLUE. The limit is one of
+  # the whole module csv, which would refuse a field of 131,073 characters.
+  csv.field_size_limit(2**31 - 1)
   dialect: dict[str, Any] = {}
   if path.endswith('.tsv'):
     dialect = dict(delimiter='\t', quoting=csv.QUOTE_NONE)
   text = io.StringIO(read_text(path).removeprefix('\ufeff'), newline='')
   reader = csv.reader(text, strict=True, **dialect)
 
-  # The first line with text may name the columns; a row may have several lines.
+  # The first line with text may name the columns; else they are named '0', '1',
+  # and so on. A quoted cell may have several lines, so messages name the line
+  # that a row begins at: the one after the last line of the row before.
   columns = None
   first_line = 1
   try:

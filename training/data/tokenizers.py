@@ -206,14 +206,16 @@ class Bytes(Tokenizer):
     self.vocab_size = size
     self.fingerprint = f'bytes-{size}'
 
-    # A digit of a byte has as many bits as leave room for the special tokens.
+    # A byte is written as 1, 2, 4 or 8 digits, as few as leave room for the
+    # special tokens: a digit of b bits needs 2 ** b ids.
     num_special = len(self.SPECIAL)
     bits = max(b for b in (1, 2, 4, 8) if 2 ** b + num_special <= size)
     self._base = 2 ** bits
-    # The highest digit comes first.
+    # By how many bits a byte is shifted for each digit, the highest first.
     self._shifts = np.arange(8 - bits, -1, -bits).astype(np.uint8)
 
-    # Special tokens come after the digits, and the sentinels are the last.
+    # Special tokens come after the digits. Sentinels, which stand for spans
+    # that are cut out of a text, are the last ids.
     self.special_ids = {}
     for i, name in enumerate(self.SPECIAL):
       self.special_ids[name] = self._base + i
@@ -231,6 +233,7 @@ class Bytes(Tokenizer):
   def encode_batch(self, texts: Sequence[str]):
     rows = []
     for text in texts:
+      # Each of the T bytes becomes D digits: shift the byte, keep the low bits.
       bytes_T = np.frombuffer(text.encode('utf-8'), np.uint8)
       digits_TD = bytes_T[:, None] >> self._shifts & self._base - 1
       rows.append(digits_TD.reshape(-1).astype(np.int32))
@@ -240,7 +243,8 @@ class Bytes(Tokenizer):
     """Returns the ids of each text, and the character that each stands for."""
     encoded = []
     for text, ids in zip(texts, self.encode_batch(texts)):
-      # Each character has as many ids as its bytes have digits.
+      # Each character has as many ids as its bytes have digits, and all of them
+      # have the character's span.
       ids_of_character = []
       for character in text:
         num_bytes = len(character.encode('utf-8'))
@@ -251,13 +255,17 @@ class Bytes(Tokenizer):
     return encoded
 
   def decode_bytes(self, ids: Iterable[int]):
-    """Returns the bytes of ids; special tokens spell nothing."""
+    """Returns the bytes of ids; special tokens spell nothing.
+
+    Digits of a byte that is not complete are left out.
+    """
     text = bytearray()
-    # The digits so far of a byte that is not complete yet.
+    # Add up the digits of a byte, the highest first, until it is complete.
     byte = 0
     num_digits = 0
     for token in ids:
-      if token >= self._base:  # a special token ends the byte
+      if token >= self._base:
+        # A special token or a sentinel drops the digits before it.
         byte = 0
         num_digits = 0
         continue
@@ -342,7 +350,7 @@ class HuggingFace(Tokenizer):
     self.name = name
     self._tokenizer = tokenizer
 
-    # The vocabulary, and the tokens that were added to it.
+    # Read the vocabulary, and the tokens that were added to it. Ids are int32.
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     require(bool(vocab), f'tokenizer {name!r} has an empty vocabulary')
     self.vocab_size = 1 + max(vocab.values())
@@ -352,7 +360,9 @@ class HuggingFace(Tokenizer):
     self._added = tokenizer.get_added_tokens_decoder()
     self.id_of_added_text = {token.content: i for i,
                              token in self._added.items()}
-    # Some, as WordPiece's [UNK], are pieces besides, which plain text gives.
+    # Special tokens that plain text never gives need no row of the embedding,
+    # unless they have a use. WordPiece's [UNK] is a piece besides, which text
+    # does give.
     pieces = tokenizer.get_vocab(with_added_tokens=False)
     ids_outside_vocabulary = []
     for i, token in self._added.items():
@@ -360,7 +370,8 @@ class HuggingFace(Tokenizer):
         ids_outside_vocabulary.append(i)
     self.ids_outside_vocabulary = frozenset(ids_outside_vocabulary)
 
-    # The special tokens that have a use, and T5's sentinels.
+    # Find the special tokens that have a use, and T5's sentinels. What the
+    # files name is later in the dict and wins.
     self.special_ids = _find_cls_and_sep(tokenizer) | special_ids
     sentinel_ids = []
     for number in range(NUM_SENTINELS):
@@ -372,14 +383,19 @@ class HuggingFace(Tokenizer):
       self.mask_pattern = self._pattern_of_mask(special_ids['mask'])
     self.ids_before_text = _find_ids_before_text(tokenizer)
 
-    # A hash of all that decides on the ids of a text.
+    # Hash all that decides on the ids of a text.
     described = json.dumps([tokenizer.to_str(), special_ids])
     self.fingerprint = hashlib.blake2b(described.encode('utf-8'),
                                        digest_size=16).hexdigest()
 
   def _pattern_of_mask(self, mask_id: int) -> str:
     """Returns a regular expression for a mask in a text: the vocabulary's
-    spelling, or [MASK]. RoBERTa's takes the space before it along."""
+    spelling, or [MASK]. RoBERTa's takes the space before it along.
+
+    Args:
+      mask_id: the id of the mask.
+    """
+    # `lstrip` and `rstrip` say that a token swallows the spaces beside it.
     added = self._added.get(mask_id)
     before = r'\s*' if getattr(added, 'lstrip', False) else ''
     after = r'\s*' if getattr(added, 'rstrip', False) else ''
@@ -415,6 +431,7 @@ class HuggingFace(Tokenizer):
       return getattr(pipeline, method)(text, add_special_tokens=False)
     except BaseException as error:
       # The package raises bare Exception, and a panic of Rust is not even that.
+      # A user's Ctrl-C and an exit go on.
       if isinstance(error, KeyboardInterrupt | SystemExit):
         raise
       raise RequestError(f'tokenizer {self.name!r} fails at a text: {error}'
@@ -438,7 +455,8 @@ class HuggingFace(Tokenizer):
     """
     import tokenizers
     pipeline = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
-    # The library spells special tokens alone on request.
+    # The library spells only special tokens when it is asked to spell. To spell
+    # all added tokens, they are made special in this copy.
     pipeline.add_special_tokens([*self.id_of_added_text] if spells else [])
     pipeline.encode_special_tokens = spells
     return pipeline
@@ -474,14 +492,16 @@ def load(spec: str) -> Tokenizer:
   Raises:
     RequestError: if there is no such file, or it is not a tokenizer.
   """
-  # UTF-8 bytes, without a file.
+  # `bytes` and `bytes:N` need no file.
   if re.fullmatch(r'bytes(:\d{1,3})?', spec):
     size = int(spec.partition(':')[2] or Bytes.USUAL)
     require(Bytes.LEAST <= size <= Bytes.USUAL, f'tokenizer {spec!r}: choose '
             f'from bytes:{Bytes.LEAST} to bytes:{Bytes.USUAL}')
     return Bytes(size)
 
-  # A folder with files of several kinds, or with a tokenizer.json.
+  # A folder is read by its tokenizer.json, or where it has none by the class of
+  # transformers that it names. A name on the hub becomes a folder of its cache,
+  # for which this downloads the files.
   spec = str(hub.download_if_on_hub(spec, weights=False))
   path = pathlib.Path(spec).expanduser()
   if path.is_dir():
@@ -493,7 +513,8 @@ def load(spec: str) -> Tokenizer:
       return _read_with_transformers(spec, path, names)
     path = path / 'tokenizer.json'
 
-  # A tokenizer.json, which is tried in a process with limits first.
+  # A tokenizer.json is tried in a process with limits first: the package may
+  # crash at a damaged one, or take all memory, which no `except` catches.
   if not path.is_file() or path.suffix != '.json':
     raise RequestError(
         f'unknown tokenizer {spec!r}, which is no such file or folder: choose '
@@ -521,13 +542,17 @@ def read_special_tokens(folder: pathlib.Path) -> dict[str, str]:
   These are its tokenizer_config.json and, for what that leaves out, a
   special_tokens_map.json, as folders of earlier versions of transformers have
   one.
+
+  Args:
+    folder: the folder of a tokenizer; it need not have these files.
   """
+  # The tokenizer_config.json is read last, so that it wins.
   special_tokens = {}
   for name in ('special_tokens_map.json', CONFIG_FILE):
     if not (folder / name).is_file():
       continue
     for key, value in storage.read_json(folder / name).items():
-      # A token with properties is an object.
+      # A token with properties is an object that has its text as `content`.
       if isinstance(value, dict):
         value = value.get('content')
       if key.endswith('_token') and isinstance(value, str):
@@ -536,8 +561,7 @@ def read_special_tokens(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _read_tokenizer_json(spec: str, path: pathlib.Path) -> Tokenizer:
-  """Returns the tokenizer of a tokenizer.json, whose special tokens the files
-  beside it name.
+  """Reads a tokenizer.json, whose special tokens the files beside it name.
 
   Args:
     spec: data.tokenizer, for messages.
@@ -550,7 +574,9 @@ def _read_tokenizer_json(spec: str, path: pathlib.Path) -> Tokenizer:
     if token.special:
       id_of_special[token.content] = i
 
-  # The files beside it name the special tokens, or else usual names do.
+  # For each kind, take the token that the files beside it name, if it is in the
+  # vocabulary, or else the first usual name that is. None: there is no token of
+  # this kind.
   token_of_key = read_special_tokens(path.parent)
   ids: dict[str, int | None] = {}
   for kind, usual_names in SPECIAL_NAMES.items():
@@ -586,16 +612,23 @@ def _read_with_transformers(
 
 
 def _find_cls_and_sep(tokenizer: Any) -> dict[str, int]:
-  """Returns the ids {'cls': i, 'sep': j} that a pipeline puts around texts.
+  """Finds the special tokens [CLS] and [SEP] that a pipeline puts around texts.
 
   BERT and RoBERTa have cls, a text, sep; and for two texts cls, a text, one sep
-  or two, another text, sep. {} for a pipeline that does otherwise.
+  or two, another text, sep.
+
+  Args:
+    tokenizer: the pipeline of the package tokenizers.
+
+  Returns:
+    {'cls': id, 'sep': id}; {} for a pipeline that does otherwise.
   """
+  # Encode one text and two, and look where special tokens stand: the mask is 1
+  # there. The digits are a pattern of it, '10+1' for [CLS] text [SEP].
   frames = set()
   one_text = tokenizer.encode('a')
   two_texts = tokenizer.encode('a', 'b')
   for encoding, pattern in ((one_text, '10+1'), (two_texts, '10+11?0+1')):
-    # The mask is 1 at special tokens: around one text, and between two.
     mask = encoding.special_tokens_mask
     if not re.fullmatch(pattern, ''.join(map(str, mask))):
       return {}
@@ -607,7 +640,8 @@ def _find_cls_and_sep(tokenizer: Any) -> dict[str, int]:
     for separator in separators:
       frames.add((cls, separator))
 
-  # All of them must be the same two tokens.
+  # All must be the same two tokens, or they mean something else. A pipeline
+  # that has one token in both places has no [CLS].
   if len(frames) > 1:
     return {}
   [(cls, sep)] = frames
@@ -631,7 +665,8 @@ def _find_ids_before_text(tokenizer: Any) -> tuple[int, ...]:
 def _byte_of_character() -> dict[str, int]:
   """Returns {character: byte} of a byte-level vocabulary, which writes each
   byte as one printable character (GPT-2's encoder.py, bytes_to_unicode)."""
-  # Printable bytes stand for themselves, and the others follow from 256 on.
+  # Bytes that are printable characters of Latin-1 stand for themselves. The
+  # others, such as the space, are the characters from 256 on, in their order.
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   other_bytes = sorted({*range(256)} - {*printable})
   byte_of = {chr(byte): byte for byte in printable}
@@ -642,8 +677,7 @@ def _byte_of_character() -> dict[str, int]:
 
 def _bytes_of_byte_level_ids(tokenizer: Any, vocab: dict[str, int]
                              ) -> dict[int, bytes] | None:
-  """Returns {id: the bytes that it spells} of a byte-level BPE; None for any
-  other tokenizer.
+  """Finds the bytes that each token of a byte-level BPE spells.
 
   Such a vocabulary writes each byte as one printable character, so a token's
   bytes are known exactly even where a window cuts a character in two.
@@ -651,6 +685,10 @@ def _bytes_of_byte_level_ids(tokenizer: Any, vocab: dict[str, int]
   Args:
     tokenizer: the pipeline of the package tokenizers.
     vocab: the id of each token.
+
+  Returns:
+    {id: bytes}; None for a tokenizer of another kind. An id that is missing
+    spells nothing.
   """
   import tokenizers
   if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
@@ -659,7 +697,8 @@ def _bytes_of_byte_level_ids(tokenizer: Any, vocab: dict[str, int]
   table = {}
   added = tokenizer.get_added_tokens_decoder()
   for token, i in vocab.items():
-    # Added tokens are written as they are, special ones spell nothing.
+    # Added tokens are written as they are, and not byte by byte. Special ones
+    # spell nothing.
     if i in added:
       table[i] = b'' if added[i].special else token.encode('utf-8')
     elif byte_of.keys() >= set(token):
@@ -691,14 +730,19 @@ def decode_after_prompt(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray,
   decoded along, and cut off.
 
   Args:
-    tokenizer: the tokenizer.
+    tokenizer: the tokenizer of the model.
     ids: the ids after the prompt.
-    prompt: the ids of the prompt.
+    prompt: the ids of the prompt; () where there is none.
+
+  Returns:
+    UTF-8 bytes, which may be cut inside a character.
   """
+  # A few tokens of the prompt are enough to see whether a space comes next.
   end_of_prompt = [int(token) for token in prompt[-_TOKENS_OF_CONTEXT:]]
   text_of_prompt = tokenizer.decode_bytes(end_of_prompt)
   text = tokenizer.decode_bytes([*end_of_prompt, *ids])
-  # A decoder that tidies up may change the end of the prompt.
+  # A decoder that tidies up, as before a full stop, may change the end of the
+  # prompt. Then the ids are decoded alone.
   if text.startswith(text_of_prompt):
     return text[len(text_of_prompt):]
   return tokenizer.decode_bytes(ids)

@@ -63,7 +63,7 @@ _LOCK_OF_PARSER = threading.Lock()
 
 def select_documents(numbers: np.ndarray, every: int | None, split: str,
                      part: str = '') -> np.ndarray:
-  """Returns bool [N]: which documents of a source belong to a split.
+  """Selects the documents of a source that belong to a split.
 
   Args:
     numbers: int64 [N], the places of the documents in the source.
@@ -71,9 +71,14 @@ def select_documents(numbers: np.ndarray, every: int | None, split: str,
       0: none is; None: the source has its split for itself (data.eval_source),
       and all belong to it.
     split: 'train' or 'eval'.
-    part: eval.part, the half of the held-out documents that is read for 'eval'.
+    part: eval.part, the half of the held-out documents that is read for 'eval';
+      '': all of them.
+
+  Returns:
+    bool [N], whether each document belongs to the split.
   """
-  # One of every so many documents is held out.
+  # One of every so many documents is held out. `order` counts the held-out
+  # documents themselves: 0, 1, 2, ...
   wanted = np.ones(len(numbers), bool)
   order = numbers
   if every is not None:
@@ -85,7 +90,8 @@ def select_documents(numbers: np.ndarray, every: int | None, split: str,
       wanted = held_out
     order = numbers // max(every, 1)
 
-  # The parts of what is held out take turns.
+  # The two parts of what is held out take turns: even ones are the first, and
+  # odd ones the second.
   if part and split == 'eval':
     is_second = HELD_OUT_PARTS.index(part) - 1
     wanted = wanted & (order % 2 == is_second)
@@ -111,6 +117,8 @@ class Table(NamedTuple):
   def totals_of_documents(self) -> np.ndarray:
     """Returns the numbers of ids and of bytes of each document, int64 [2,
     documents]."""
+    # Ids and bytes are known by part. What stands before the end of a document,
+    # less what stands before its start, is in the document.
     ends = np.cumsum(self.counts)
     totals = np.stack([sizes_to_bounds(self.sizes),
                        sizes_to_bounds(self.bytes)])
@@ -139,16 +147,27 @@ class Tokens:
       yield from pool.map(self.table, range(self.begun['shards']))
 
   def read(self, shard: int, first: int, end: int) -> np.ndarray:
-    """Returns the ids `first` to `end` of a shard."""
-    # The blocks that hold these ids.
+    """Returns some ids of a shard (a file of tokens).
+
+    Args:
+      shard: the number of the shard.
+      first: the place of the first id in the shard.
+      end: the place after the last id.
+    """
+    # Whole blocks are read, which have a checksum and are kept in memory. -(-a
+    # // b) rounds the quotient up, to include the last block.
     size = BLOCK_BYTES // self._dtype.itemsize
     blocks = range(first // size, -(-end // size))
-    ids = [self._block(shard, block) for block in blocks]
-    if len(ids) == 1:
-      joined = ids[0]  # which needs no copy
-    else:
-      joined = np.concatenate([np.zeros(0, self._dtype), *ids])
+    ids_of_blocks = [self._block(shard, block) for block in blocks]
 
+    # One block needs no copy. With no block at all, where end is first, the
+    # empty array in front gives concatenate something to return.
+    if len(ids_of_blocks) == 1:
+      joined = ids_of_blocks[0]
+    else:
+      joined = np.concatenate([np.zeros(0, self._dtype), *ids_of_blocks])
+
+    # Cut off what the blocks have before and after the ids.
     start = blocks.start * size
     return joined[first - start:end - start]
 
@@ -165,12 +184,16 @@ class Tokens:
     return np.frombuffer(data, self._dtype)
 
   def _table(self, shard: int) -> Table:
-    """Returns the table of a shard.
+    """Reads the table of a shard, which says what documents the shard has.
+
+    Args:
+      shard: the number of the shard.
 
     Raises:
       EnvironmentFailure: where it has another checksum, or the shard another
         size.
     """
+    # The file is a checksum of four bytes and then an .npz.
     path = self.folder / f'{shard:05}.table'
     data = path.read_bytes()
     checksum = data[:4]
@@ -178,15 +201,21 @@ class Tokens:
     # The checksum of nothing is 0, as a file of zeros would have it.
     if not content or checksum != zlib.crc32(content).to_bytes(4, 'little'):
       raise damaged_file(path, 'it has another checksum')
+
+    # np.load parses the header of an array only when the array is read, so both
+    # are under the lock.
     with _LOCK_OF_PARSER:
       arrays = np.load(io.BytesIO(content))
       table = Table(**{name: arrays[name] for name in Table._fields})
 
-    ids = self.folder / f'{shard:05}.tokens'
-    size = int(table.sizes.sum()) * self._dtype.itemsize
-    length = storage.file_size(ids)
-    if length != size:
-      raise damaged_file(ids, f'{length:,} bytes, and not {size:,}')
+    # The file of the ids must have the size that the table tells of. Its
+    # content is checked block by block, when it is read.
+    tokens_path = self.folder / f'{shard:05}.tokens'
+    wanted_size = int(table.sizes.sum()) * self._dtype.itemsize
+    size = storage.file_size(tokens_path)
+    if size != wanted_size:
+      raise damaged_file(tokens_path,
+                         f'{size:,} bytes, and not {wanted_size:,}')
     return table
 
 
@@ -215,7 +244,8 @@ class Split:
     self.tokens = tokens
     self._chosen = (every, split, part)
     self._separator = separator
-    # How much of each shard is in the split.
+    # Count what each shard has of the split. Documents are numbered through all
+    # shards, as `select_documents` needs.
     kinds: set[int] = set()
     counts = []
     totals = []
@@ -229,7 +259,8 @@ class Split:
       kinds.update(np.unique(table.kinds).tolist())
       first += count
 
-    # Where each shard begins, in documents and in the stream.
+    # Find where each shard begins, in documents and in the stream, which has a
+    # separator after each document.
     self.kinds = frozenset(KINDS_OF_PARTS[kind] for kind in kinds)
     self._firsts = sizes_to_bounds(counts)
     documents, sizes, num_bytes = np.array(totals, np.int64).T
@@ -247,41 +278,52 @@ class Split:
       tokens: the array, which is full of separators.
       first: the token of the stream that it begins with.
     """
-    # The shards' own streams follow the separator that all begins with.
-    at = max(first - 1, 0)
+    # The stream begins with a separator, which the array has already. Places
+    # are counted from after it on, so they are one less than in the stream.
+    place = max(first - 1, 0)
     end = min(first - 1 + len(tokens), self.num_tokens)
-    while at < end:
-      shard = int(np.searchsorted(self._starts, at, side='right')) - 1
-      start, stop = map(int, self._starts[shard:shard + 2])
+
+    # Go from shard to shard: find the one that holds the place, and fill in
+    # what the array has room for. Of shards that begin at the same place,
+    # side='right' takes the last, as the others are empty.
+    while place < end:
+      shard = int(np.searchsorted(self._starts, place, side='right')) - 1
+      shard_start, stop = map(int, self._starts[shard:shard + 2])
       stop = min(stop, end)
-      place = at - first + 1
-      self._fill_from(shard, tokens[place:place + stop - at], at - start)
-      at = stop
+      index = place - first + 1  # in the array
+      self._fill_from(shard, tokens[index:index + stop - place],
+                      place - shard_start)
+      place = stop
 
   def _fill_from(self, shard: int, tokens: np.ndarray, first: int) -> None:
     """Writes a part of a shard's own stream into an array of separators.
 
     Args:
       shard: the number of the shard.
-      tokens: the array.
+      tokens: the array, into whose memory the ids are written. Where it has a
+        separator of the stream, it stays as it is.
       first: the token of the shard's stream, document, separator, document, ...
         that it begins with.
     """
-    # The documents that the stream shows between the places first and end.
+    # Find the first and the last document that the stream shows between the
+    # places `first` and `end`. `starts` counts in the stream, and `begins` in
+    # the file.
     starts, begins = self._places(shard)
     end = first + len(tokens)
     lowest = int(np.searchsorted(starts, first, side='right')) - 1
     highest = int(np.searchsorted(starts, end - 1, side='right')) - 1
 
     for number in range(lowest, highest + 1):
-      # The part of the document, which ends before its separator.
+      # Cut the document to what the array shows. A document ends a place before
+      # the next one starts, as a separator follows it.
       start = int(starts[number])
       stop = int(starts[number + 1]) - 1
       part_start = max(start, first)
       part_stop = min(stop, end)
       if part_start >= part_stop:
         continue
-      # In the file, documents of other splits stand between these.
+      # In the file there are no separators, and documents of other splits stand
+      # between these, so that a place there differs by a shift.
       shift = int(begins[number]) - start
       part = self.tokens.read(shard, part_start + shift, part_stop + shift)
       tokens[part_start - first:part_stop - first] = part
@@ -289,10 +331,15 @@ class Split:
   def _find_places(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
     """Finds the documents of the split in a shard.
 
+    Args:
+      shard: the number of the shard.
+
     Returns:
-      Where each begins in the shard's stream, and at last where that ends; and
-      where each begins among the ids of the file.
+      int64 [N + 1], where each of the N documents begins in the shard's stream,
+      and at last where that ends; and int64 [N], where each begins among the
+      ids of the file.
     """
+    # The stream has a separator after each document, and the file has none.
     sizes, _ = self.tokens.table(shard).totals_of_documents()
     wanted = self.select_in_shard(shard)
     return sizes_to_bounds(sizes[wanted]
@@ -319,6 +366,7 @@ class Documents:
 
   def __init__(self, split: Split):
     """Reads the tables of all shards, and finds the documents of the split."""
+    # Join the tables, so that parts are numbered through all shards.
     self._tokens = split.tokens
     tables = list(self._tokens.tables())
     sizes = np.concatenate([table.sizes for table in tables])
@@ -328,7 +376,8 @@ class Documents:
     self.parts = sizes_to_bounds(sizes)
     self._shards = sizes_to_bounds([table.sizes.sum() for table in tables])
 
-    # The documents of the split.
+    # Find the first part of each document of the split, and the one after its
+    # last.
     wanted_of_shards = []
     for shard in range(len(tables)):
       wanted_of_shards.append(split.select_in_shard(shard))
@@ -371,7 +420,9 @@ def load_tokens(text: str, name: str) -> Tokens:
           'tokens:FOLDER or tokens:gs://BUCKET/NAME')
   folder = storage.checked_path(text, f'the folder of data source {name!r}'
                                 ).expanduser()
-  # A folder of tokens, of which every shard is finished.
+
+  # It must have been begun by tools.tokenize, and every shard be finished: a
+  # missing one would change the numbers of all documents after it.
   require((folder / BEGUN_FILE).exists(),
           f'data source {name!r} has no {BEGUN_FILE}, '
           'so it is no folder that tools.tokenize has written')
@@ -384,18 +435,25 @@ def load_tokens(text: str, name: str) -> Tokens:
 
 
 def read_begun(folder: epath.Path) -> dict[str, Any]:
-  """Returns the content of begun.json, which says what a folder of tokens is
-  made of, without its checksum.
+  """Reads begun.json, which says what a folder of tokens is made of.
+
+  Args:
+    folder: the folder of tokens.
+
+  Returns:
+    The content of the file, without its checksum.
 
   Raises:
     EnvironmentFailure: for a damaged file.
     RequestError: for tokens of another format.
   """
+  # A damaged file may be no JSON, no object, or nested too deeply to parse.
   try:
     begun = dict(json.loads(storage.read_small(folder / BEGUN_FILE)))
   except (TypeError, ValueError, RecursionError) as error:
     raise damaged_file(folder / BEGUN_FILE, 'it is no JSON') from error
-  # The checksum is of everything else.
+
+  # The checksum is of everything else. A folder may be without one.
   checksum = begun.pop('checksum', None)
   if checksum is not None and checksum != digest_json(begun):
     raise damaged_file(folder / BEGUN_FILE, 'it has another checksum')
@@ -442,11 +500,21 @@ def digest_json(described: Any) -> str:
 
 
 def read_bytes(path: str, start: int, end: int) -> bytes:
-  """Returns the bytes start to end of a file; past its end there are none.
+  """Reads a range of bytes of a file.
+
+  Args:
+    path: the file, on disk or in a bucket.
+    start: the first byte.
+    end: the byte after the last one.
+
+  Returns:
+    The bytes; fewer where the file ends before.
 
   Raises:
-    EnvironmentFailure: where it cannot be read.
+    EnvironmentFailure: where the file cannot be read.
   """
+  # pread needs no seek, so that several threads may read; and a file without a
+  # buffer reads no more than it is asked for.
   try:
     if storage.is_in_bucket(path):
       return _open_buckets().cat_file(path, start=start, end=end)
