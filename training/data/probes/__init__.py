@@ -44,10 +44,14 @@ def find_probe(config: ml_collections.ConfigDict) -> Probe:
 
 
 def parse_probe_name(source: str) -> str:
-  """Returns the NAME of 'probe:NAME'.
+  """Returns the NAME of a data.source 'probe:NAME', where a probe is a small
+  task with exact answers.
+
+  Args:
+    source: data.source.
 
   Raises:
-    RequestError: where there is no such probe.
+    RequestError: where the source is no probe, or there is none of this name.
   """
   require(source.startswith(PREFIX_OF_SOURCE),
           f'data.source is {source!r}, and '
@@ -59,8 +63,13 @@ def parse_probe_name(source: str) -> str:
 
 
 def read_settings(config: ml_collections.ConfigDict) -> Settings:
-  """Returns the settings with which a run's probe draws its rows: those of the
-  config or, where it leaves a field empty or at 0, the published ones."""
+  """Returns the settings with which a run's probe (a small task) draws its
+  rows.
+
+  Args:
+    config: the config of the run. A field of config.probe that is empty or 0
+      stands for the setting that the paper of the probe has.
+  """
   probe = find_probe(config)
   fields = config.probe
   return Settings(
@@ -78,12 +87,20 @@ def held_out_seed(config: ml_collections.ConfigDict) -> int:
 
 
 def check_probe(config: ml_collections.ConfigDict) -> None:
-  """Raises RequestError for settings with which no row can be drawn, or that
-  the probe of the run does not read."""
+  """Checks the settings of a run that trains on a probe (a small task).
+
+  Args:
+    config: the config of the run.
+
+  Raises:
+    RequestError: for settings with which no row can be drawn, and for a field
+      that is set although the probe of the run does not read it.
+  """
   name = parse_probe_name(config.data.source)
   probe = PROBES[name]
   chosen = read_settings(config)
-  # A field that the probe does not read keeps its default.
+  # A field that the probe does not read must keep its default, or somebody
+  # would believe that it did something. A probe without letters has vocab 0.
   require(bool(probe.vocab) or not config.probe.vocab,
           f'probe.vocab is {config.probe.vocab}, which probe {name!r} does not '
           'read: leave it at 0')
@@ -91,7 +108,8 @@ def check_probe(config: ml_collections.ConfigDict) -> None:
           'probe.random_non_queries is True, which probe '
           f'{name!r} does not read: leave it at False')
 
-  # Each row that is asked for can be drawn.
+  # Rows of every level must exist. Four letters are enough for any probe, and a
+  # probe without letters needs none.
   least = min(4, probe.vocab)
   require(chosen.vocab >= least,
           f'probe.vocab is {chosen.vocab}: probe {name!r} has '
@@ -101,16 +119,20 @@ def check_probe(config: ml_collections.ConfigDict) -> None:
 
 
 def check_level(name: str, level: Level, chosen: Settings) -> None:
-  """Raises RequestError for a level that cannot be drawn.
+  """Checks that a probe can draw rows of a difficulty (level).
 
   Args:
     name: the name of the probe.
-    level: the difficulty of a row.
+    level: the difficulty, such as a number of letters.
     chosen: the settings, with the length that a row must fit into.
+
+  Raises:
+    RequestError: for a level that cannot be drawn.
   """
   probe = PROBES[name]
   where = f'probe {name!r} with {level!r} {probe.level}'
-  # A level is a number, not a truth value.
+  # A level is a number, not a truth value: isinstance would take True for 1.
+  # Fractions are levels where the least level is written as one (0.0).
   takes_fractions = type(probe.least) is float
   is_number = type(level) is int or (type(level) is float and takes_fractions)
   if not is_number or level < probe.least:
@@ -118,7 +140,7 @@ def check_level(name: str, level: Level, chosen: Settings) -> None:
     raise RequestError(f'{where}: a level is a {number} of at least '
                        f'{probe.least}')
 
-  # A row of this level exists, and fits.
+  # A row of this level must exist at all, and fit into data.length.
   reason = probe.limit(chosen, level)
   require(not reason, f'{where}: {reason}')
   size = probe.size(level, chosen)
@@ -128,14 +150,22 @@ def check_level(name: str, level: Level, chosen: Settings) -> None:
 
 @functools.cache
 def digest_probe(name: str) -> str:
-  """Returns a hash of the first rows that a probe draws with its published
-  settings, of training and of those held out."""
+  """Returns a hash of the first rows of a probe, which tells its version.
+
+  Args:
+    name: the name of the probe.
+
+  Returns:
+    The hash of rows of training and of held-out rows, drawn with the published
+    settings and seed 0, in hexadecimal digits.
+  """
   probe = PROBES[name]
   published = Settings(
       length=probe.length, levels=probe.levels, vocab=probe.vocab,
       examples=probe.examples, held_out=probe.held_out)
   hashed = hashlib.blake2b(digest_size=16)
-  # A change of the generator or of a stream changes these rows.
+  # A change of the probe, of numpy's generator or of the stream that rows are
+  # drawn from changes these rows. int64 makes the hash the same everywhere.
   for split in _STREAM_OF_SPLIT:
     rows = Rows(probe, settings=published, split=split, seed=0)
     for number in range(_NUM_HASHED_ROWS):
@@ -173,6 +203,8 @@ class Rows:
   def __getitem__(self, i: int) -> Row:
     if not 0 <= i < self._len:
       raise IndexError(f'row {i} of {self._len}')
+    # A row has a generator of its own, so that it is the same in whichever
+    # order rows are read.
     rng = np.random.default_rng([*self._key, int(i)])
     level = self._levels[rng.integers(len(self._levels))]
     return self._probe.draw(rng, level, self._settings)

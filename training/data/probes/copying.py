@@ -41,20 +41,28 @@ class SelectiveCopying(Probe):
 
   def draw(self, rng: np.random.Generator, count: int, settings: Settings
            ) -> Row:
-    """Returns a row of settings.length: letters with blanks before them, a
-    mark, and as many blanks as letters, each of which asks for one letter.
+    """Draws a row of letters among blanks, which are to be written again
+    without the blanks.
 
     Args:
       rng: the generator of the draws.
       count: the number of letters.
-      settings: the settings of the probe.
+      settings: the settings of the probe. The row has settings.length tokens:
+        the letters, with blanks before them, a mark, and as many blanks as
+        letters, each of which asks for one letter.
     """
+    # The ids after those of the letters are the blank and the mark.
     blank = settings.vocab
     mark = settings.vocab + 1
+
+    # Insert blanks before letters, so many that the row is full. np.insert
+    # counts places in the letters alone; several blanks may have the same one.
     letters = rng.integers(0, settings.vocab, count)
     num_blanks = settings.length - 2 * count - 1
     blank_places = np.sort(rng.integers(0, count, num_blanks))
     letters_and_blanks = np.insert(letters, blank_places, blank)
+
+    # The blanks after the mark ask. They show nothing of the answers.
     tokens = np.concatenate([letters_and_blanks, [mark], np.full(count, blank)])
     asking_places = np.arange(len(tokens) - count, len(tokens))
     return record.ask_at_places(tokens, asking_places, letters)
@@ -86,6 +94,7 @@ class Copy(Probe):
       count: the number of letters.
       settings: the settings of the probe.
     """
+    # The ids after those of the letters are the mark and the end.
     letters = rng.integers(0, settings.vocab, count)
     mark = settings.vocab
     end = settings.vocab + 1
@@ -124,7 +133,8 @@ class Addition(Probe):
 
   def draw(self, rng: np.random.Generator, digits: int, settings: Settings
            ) -> Row:
-    """Returns a sum of two numbers, whose digits and end mark are asked for.
+    """Draws two numbers to add up; the digits of their sum, from the highest
+    on, and an end mark are asked for.
 
     One number has so many digits, and the other one as many or fewer. No number
     of several digits begins with 0. In the paper each number of digits is as
@@ -135,18 +145,19 @@ class Addition(Probe):
       digits: the digits of the longer number.
       settings: the settings of the probe.
     """
-    # The digits of both.
+    # Draw the digits of both numbers. Either may be the longer one. The first
+    # digit is drawn again, without 0 unless it is the only one.
     sizes = rng.permutation([digits, rng.integers(1, digits + 1)])
     terms = []
     total = 0
     for size in sizes:
-      term = rng.integers(0, 10, size)
-      least = 1 if size > 1 else 0
-      term[:1] = rng.integers(least, 10)
-      terms.append(term)
-      total += int(''.join(map(str, term)))
+      term_digits = rng.integers(0, 10, size)
+      least_first_digit = 1 if size > 1 else 0
+      term_digits[:1] = rng.integers(least_first_digit, 10)
+      terms.append(term_digits)
+      total += int(''.join(map(str, term_digits)))
 
-    # The answer is written as a text of digits, and then its end.
+    # Write the question and the answer, in which a digit is its own id.
     first, second = terms
     question = np.concatenate([first, [PLUS], second, [EQUALS]])
     answer = [int(digit) for digit in str(total)]

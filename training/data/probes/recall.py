@@ -53,19 +53,20 @@ def _keys_and_values(vocab: int, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _draw_pairs(rng: np.random.Generator, keys: np.ndarray, values: np.ndarray,
                 noise: float, first_noise: int, settings: Settings) -> Row:
-  """Returns a row of pairs of a key and its value, of which a share is noise.
+  """Draws a row of pairs of a key and its value, of which a share is noise.
 
   A key that has been before asks for its value; the last pair is such a one.
 
   Args:
     rng: the generator of the draws.
-    keys: the ids of the keys.
-    values: the ids of the values.
-    noise: the share of noise.
+    keys: int [K], the ids of the keys.
+    values: int [K], the ids of the values.
+    noise: the share of pairs that are two ids of noise instead.
     first_noise: the first of the NUM_NOISE_IDS ids of noise.
-    settings: the settings of the probe.
+    settings: the settings of the probe. The row has settings.length tokens.
   """
-  # The key of each pair, or that it is noise.
+  # Draw the key of each pair by its number, and which pairs are noise. A key
+  # has the same value all through the row, and another one in other rows.
   num_pairs = settings.length // 2
   value_of_key = rng.choice(values, len(keys))  # in this row
   chosen = rng.integers(0, len(keys), num_pairs)
@@ -76,16 +77,20 @@ def _draw_pairs(rng: np.random.Generator, keys: np.ndarray, values: np.ndarray,
   is_noise[-1] = False
   chosen[-1] = rng.choice(shown)
 
-  # The tokens.
+  # Lay out the tokens as [pairs, 2], and write noise over its pairs.
   tokens = np.stack([keys[chosen], value_of_key[chosen]], 1)
   noise_ids = rng.integers(0, NUM_NOISE_IDS, (is_noise.sum(), 2))
   tokens[is_noise] = first_noise + noise_ids
 
-  # A key that has been before asks; noise has a number of its own.
+  # A key that has been before asks for its value. np.unique finds where each
+  # number stands first; each pair of noise gets a negative number of its own,
+  # so that it is not taken for an occurrence of the key that it replaced.
   numbers = np.where(is_noise, -1 - np.arange(num_pairs), chosen)
   _, first_places = np.unique(numbers, return_index=True)
   is_asked = ~is_noise
   is_asked[first_places] = False
+
+  # The row is read pair after pair, so that keys stand at even places.
   return record.ask_at_places(
       tokens.reshape(-1), places=2 * np.flatnonzero(is_asked),
       answers=value_of_key[chosen[is_asked]])
@@ -107,6 +112,8 @@ class Recall(Probe):
       vocab: the number of letters, half of which are keys.
       settings: the settings of the probe.
     """
+    # A value has the same id whatever the level: values begin after the keys of
+    # the level with most letters.
     keys, values = _keys_and_values(vocab, settings.most)
     return _draw_pairs(rng, keys=keys, values=values, noise=0.0, first_noise=0,
                        settings=settings)
@@ -174,7 +181,7 @@ class FuzzyRecall(Probe):
       motif: the most letters of a key or a value.
       settings: the settings of the probe.
     """
-    # The letters of keys, and those of values.
+    # The first half of the letters spells keys, and the rest values.
     keys, values = np.split(np.arange(settings.vocab), [settings.vocab // 2])
     value_of_key: dict[tuple[int, ...], np.ndarray] = {}
     tokens: list[int] = []
@@ -182,8 +189,8 @@ class FuzzyRecall(Probe):
     seen_keys: set[tuple[int, ...]] = set()
 
     def add_pair(key: tuple[int, ...]) -> None:
-      """Adds a key and its value, which is asked for where the key has been
-      before."""
+      """Appends a key and its value to the row. The value is asked for where
+      the key has been before: from the key's last letter on."""
       value = value_of_key[key]
       if key in seen_keys:
         first_place = len(tokens) + len(key) - 1
@@ -191,7 +198,9 @@ class FuzzyRecall(Probe):
       seen_keys.add(key)
       tokens.extend([*key, *value])
 
-    # Pairs, while there is room for the last one.
+    # Add pairs while the longest possible last pair still fits. At least one is
+    # added, since the last pair repeats a key. A key gets its value when it is
+    # drawn first.
     room = settings.length - 2 * motif
     while True:
       key = tuple(_draw_motif(rng, keys, motif))
@@ -201,6 +210,8 @@ class FuzzyRecall(Probe):
       if seen_keys and len(tokens) + size_of_pair > room:
         break
       add_pair(key)
+
+    # Sorting makes the draw the same in all processes; a set has no order.
     last_key = sorted(seen_keys)[rng.integers(len(seen_keys))]
     add_pair(last_key)
 
@@ -247,8 +258,8 @@ class MQAR(Probe):
 
   def draw(self, rng: np.random.Generator, pairs: int, settings: Settings
            ) -> Row:
-    """Returns a row that fills settings.length: pairs of a key and its value,
-    then the keys again, which ask for their values.
+    """Draws a row of pairs of a key and its value, and then the keys again,
+    which ask for their values.
 
     Ids below half of the vocabulary are keys, but 0, the filler; the others are
     values. Where the queries stand is drawn from the published power law, which
@@ -260,9 +271,10 @@ class MQAR(Probe):
     Args:
       rng: the generator of the draws.
       pairs: the number of pairs.
-      settings: the settings of the probe.
+      settings: the settings of the probe. The row has settings.length tokens,
+        of ids below settings.vocab.
     """
-    # The pairs.
+    # Write the pairs: keys at even places, values at odd ones.
     half = settings.vocab // 2
     keys = rng.choice(np.arange(1, half), pairs, replace=False)
     values = rng.choice(np.arange(half, settings.vocab), pairs, replace=False)
@@ -271,14 +283,18 @@ class MQAR(Probe):
     tokens[:context:2] = keys
     tokens[1:context:2] = values
 
-    # The queries.
+    # Write the queries. What follows the pairs is divided into slots of two
+    # tokens, as a pair has; a query is the first of a slot. Slot s = 1, 2, ...
+    # is drawn with a probability in proportion to s ** (POWER_OF_GAPS - 1), and
+    # none twice, so that no query stands on another one.
     slots = np.arange(1, (settings.length - context) // 2 + 1)
     weight = slots ** (POWER_OF_GAPS - 1)
     gaps = rng.choice(slots - 1, pairs, replace=False, p=weight / weight.sum())
     places = context + 2 * gaps
     tokens[places] = keys
 
-    # The ids between them.
+    # Fill the places between the queries. Keys are above FILLER_ID, and so is
+    # every value, so that only free places still hold it.
     if settings.random_non_queries:
       fillers = tokens == FILLER_ID
       tokens[fillers] = rng.integers(0, settings.vocab, fillers.sum())
@@ -302,8 +318,12 @@ SEED_OF_TABLE = 12345  # of the table, as published
 
 @functools.lru_cache(maxsize=8)
 def table_of_values(keys: int) -> np.ndarray:
-  """Returns the value of each key, [keys]: a fixed permutation of the published
-  seed. It is not the published one, which has one value more."""
+  """Returns the value of each key, int [keys]: a fixed permutation of the
+  published seed. It is not the published one, which has one value more.
+
+  Args:
+    keys: the number of keys, whose ids are 0 to keys - 1. Values come next.
+  """
   return keys + np.random.default_rng(SEED_OF_TABLE).permutation(keys)
 
 
@@ -318,21 +338,27 @@ class Memorisation(Probe):
 
   def draw(self, rng: np.random.Generator, keys: int, settings: Settings
            ) -> Row:
-    """Returns a row that fills settings.length, of the first `keys` keys, each
-    before a mark that asks for its value.
+    """Draws a row of keys, each before a mark that asks for the key's value in
+    a table that no row shows.
 
     Args:
       rng: the generator of the draws.
-      keys: the number of keys.
-      settings: the settings of the probe.
+      keys: the number of keys, of which those of the row are drawn.
+      settings: the settings of the probe. The row has settings.length tokens.
     """
-    most = settings.most
-    chosen = rng.integers(0, keys, settings.length // 2)
-    tokens = np.full((len(chosen), 2), 2 * most)  # the mark that asks
-    tokens[:, 0] = chosen
-    places = 1 + 2 * np.arange(len(chosen))
-    return record.ask_at_places(tokens.reshape(-1), places,
-                                table_of_values(most)[chosen])
+    # The table has a fixed size, that of the level with most keys: a lower
+    # level asks for a part of the same table. The mark is the id after keys and
+    # values.
+    num_keys_of_table = settings.most
+    chosen_keys = rng.integers(0, keys, settings.length // 2)
+    tokens = np.full((len(chosen_keys), 2), 2 * num_keys_of_table)
+
+    # A key stands in each even place, and its mark in the odd one after it.
+    tokens[:, 0] = chosen_keys
+    places = 1 + 2 * np.arange(len(chosen_keys))
+    return record.ask_at_places(
+        tokens.reshape(-1), places,
+        table_of_values(num_keys_of_table)[chosen_keys])
 
   def size(self, keys: int, settings: Settings) -> int:
     return 2
@@ -371,7 +397,8 @@ def draw_passkey_text(rng: np.random.Generator, needles: int, length: int
   Returns:
     The text with the question at its end; and the answer.
   """
-  # The facts, and the question about one of them.
+  # Draw the facts, and ask about one of them. Names do not repeat, so that the
+  # question has one answer.
   names = rng.choice(NAMES_OF_NUMBERS, needles, replace=False)
   drawn = rng.integers(10 ** (NUM_DIGITS - 1), 10 ** NUM_DIGITS, needles)
   facts = []
@@ -380,20 +407,23 @@ def draw_passkey_text(rng: np.random.Generator, needles: int, length: int
   asked = rng.integers(needles)
   question = QUESTION.format(name=names[asked])
 
-  # Sentences fill the room that is left.
+  # Fill the room that is left with sentences that say nothing, in a fixed
+  # order, until the next one does not fit. The 1 is for the answer's last
+  # digit, which a row only predicts and does not show.
   room = length - sum(map(len, facts)) - len(question) - NUM_DIGITS + 1
-  hay: list[str] = []
+  sentences: list[str] = []
   for sentence in itertools.cycle(FILLING_SENTENCES):
     if len(sentence) > room:
       break
-    hay.append(sentence)
+    sentences.append(sentence)
     room -= len(sentence)
 
-  # The facts stand among them, in order.
-  places = np.sort(rng.integers(0, len(hay) + 1, needles))
+  # Insert the facts. The last comes first, so that the places before it stay
+  # what they are.
+  places = np.sort(rng.integers(0, len(sentences) + 1, needles))
   for place, fact in reversed(list(zip(places, facts))):
-    hay.insert(place, fact)
-  return ''.join([*hay, question]), str(drawn[asked])
+    sentences.insert(place, fact)
+  return ''.join([*sentences, question]), str(drawn[asked])
 
 
 class Passkey(Probe):
@@ -405,7 +435,8 @@ class Passkey(Probe):
 
   def draw(self, rng: np.random.Generator, needles: int, settings: Settings
            ) -> Row:
-    """Returns the bytes of a text that nearly fills settings.length.
+    """Draws a text in which numbers are hidden, as bytes; its last bytes ask
+    for one of the numbers.
 
     Lengths are in bytes, for which no tokenizer is needed; the sentences around
     are those of the passkey, in a circle, and not essays.
@@ -413,7 +444,7 @@ class Passkey(Probe):
     Args:
       rng: the generator of the draws.
       needles: how many numbers are hidden.
-      settings: the settings of the probe.
+      settings: the settings of the probe. The row nearly fills settings.length.
     """
     prompt, answer = draw_passkey_text(rng, needles, settings.length)
     return record.ask_to_write(np.frombuffer(prompt.encode(), np.uint8),

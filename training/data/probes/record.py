@@ -59,10 +59,11 @@ def ask_at_places(tokens: np.ndarray, places: np.ndarray,
   tokens.
 
   Args:
-    tokens: int [T].
-    places: int [A], the places.
-    answers: int [A], the target at each place.
+    tokens: int [T], what the model sees.
+    places: int [A], the places in the row that ask.
+    answers: int [A], the target at each of these places.
   """
+  # The target 0 of all other places means nothing: they do not ask.
   targets = np.zeros(len(tokens), np.int32)
   asked = np.zeros(len(tokens), bool)
   targets[places] = answers
@@ -72,7 +73,17 @@ def ask_at_places(tokens: np.ndarray, places: np.ndarray,
 
 def ask_to_write(prompt: np.ndarray, answer: np.ndarray) -> Row:
   """Returns the row of a probe in which an answer is to be written after a
-  prompt: each of its ids is asked for at the place before it."""
+  prompt.
+
+  Args:
+    prompt: int [P], the ids before the answer, at least one.
+    answer: int [A], the ids to write.
+
+  Returns:
+    A row of P + A - 1 tokens. Each id of the answer is asked for at the place
+    before it, as a decoder predicts the next token. The last id is a target
+    alone.
+  """
   tokens = np.concatenate([prompt, answer])
   places = np.arange(len(prompt) - 1, len(tokens) - 1)
   return ask_at_places(tokens[:-1], places, answer)

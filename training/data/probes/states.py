@@ -62,31 +62,41 @@ from training.data.probes.record import Probe, Row, Settings
 @functools.lru_cache(maxsize=8)
 def list_permutations(things: int, even: bool = False
                       ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns all permutations of some things, and the table of their products.
+  """Lists a group of permutations with its multiplication table.
 
   Args:
     things: how many things are permuted.
     even: whether only the even permutations are listed.
 
   Returns:
-    The permutations in lexicographic order, [P, things]; and the products, int
-    [P, P]: table[a, b] is the number of the permutation b after a.
+    The P permutations in lexicographic order, int [P, things], where
+    permutation[i] is the thing that takes the place of thing i; and their
+    products, int [P, P]: table[a, b] is the row of the permutation that does a
+    first and then b.
   """
-  # A permutation is even if it has an even number of inversions.
+  # A permutation is even if it has an even number of inversions: pairs of
+  # things that are in falling order.
   rows = np.array(list(itertools.permutations(range(things))))
   if even:
     pairs = itertools.combinations(range(things), 2)
     num_inversions = sum(rows[:, i] > rows[:, j] for i, j in pairs)
     rows = rows[num_inversions % 2 == 0]
 
-  # Each permutation has a code, a number in the base `things`, by which the
-  # products are found among the rows.
+  # Give each permutation a code: read as the digits of a number in the base
+  # `things`, no two are alike. `order` sorts the codes, and leads back from a
+  # place among the sorted codes to the row of the permutation.
   digit_values = things ** np.arange(things)
   codes = rows @ digit_values
   order = np.argsort(codes)
-  products = rows[:, rows]  # [b, a, things]: b of what a makes of each thing
+
+  # Multiply each permutation with each, and find the row of the product by its
+  # code. To do a and then b maps thing i to b[a[i]], which numpy reads for all
+  # pairs at once as products[b, a, i].
+  products = rows[:, rows]
   codes_of_products = products @ digit_values
   places_in_order = np.searchsorted(codes[order], codes_of_products)
+
+  # The axes are [b, a] so far, and the table is to be read as table[a, b].
   return rows, order[places_in_order].T
 
 
@@ -95,10 +105,11 @@ def _ask_for_states(first: int, tokens: np.ndarray, states: np.ndarray) -> Row:
   first.
 
   Args:
-    first: the id that stands before the tokens.
-    tokens: the tokens.
-    states: the state after each of them.
+    first: the id that stands before the tokens, the same in all rows.
+    tokens: int [T], the tokens.
+    states: int [T], the state after each of them.
   """
+  # The first id moves all tokens on by one place.
   places = 1 + np.arange(len(tokens))
   return record.ask_at_places(np.append(first, tokens), places, states)
 
@@ -163,7 +174,14 @@ class Permutations(Counting):
 
   def draw(self, rng: np.random.Generator, count: int, settings: Settings
            ) -> Row:
-    """Returns permutations by number, and at each the product so far."""
+    """Returns permutations by number, and at each the product so far.
+
+    Args:
+      rng: the generator of the draws.
+      count: the number of permutations.
+      settings: the settings of the probe, which are not read.
+    """
+    # A state is the product of all permutations up to a place.
     _, table = list_permutations(self._things, self._even)
     tokens = rng.integers(0, len(table), count)
     states = itertools.accumulate(tokens, lambda state, one: table[state, one])
@@ -176,9 +194,17 @@ class Permutations(Counting):
 
 
 def find_successors(letters_T: np.ndarray) -> np.ndarray:
-  """Returns for each place t the latest j <= t with letters[j - 1] =
-  letters[t], the place after the letter's last occurrence; -1 where there is
-  none."""
+  """Finds for each place the one after the last earlier occurrence of its
+  letter, as an induction head does.
+
+  Args:
+    letters_T: int [T], the letters of a row.
+
+  Returns:
+    int [T]: for place t the latest j <= t with letters[j - 1] = letters[t]; -1
+    where the letter has not been before.
+  """
+  # A place is read before it is entered itself, so that it never finds itself.
   successor_T = np.full(len(letters_T), -1)
   place_after: dict[int, int] = {}  # letter -> the place after its last one
   for t, letter in enumerate(letters_T.tolist()):
@@ -198,19 +224,26 @@ class Induction(Probe):
 
   def draw(self, rng: np.random.Generator, hops: int, settings: Settings
            ) -> Row:
-    """Returns a row that fills settings.length: an id that says how many hops,
-    then letters. A place from which there are not so many hops asks for
-    nothing.
+    """Draws a row of letters, of which each asks which letter followed its last
+    occurrence; with several hops that question is asked again of the place that
+    was found.
+
+    A place from which there are not so many hops asks for nothing.
 
     Args:
       rng: the generator of the draws.
-      hops: the number of hops.
-      settings: the settings of the probe.
+      hops: the number of hops, at least 1.
+      settings: the settings of the probe. The row has settings.length tokens:
+        an id that says how many hops, and then letters.
     """
+    # Follow the hops from all places at once; -1 is a place without so many.
     letters_T = rng.integers(0, settings.vocab, settings.length - 1)
     place_T = follow_hops(letters_T, hops)
     asking_places = np.flatnonzero(place_T >= 0)
     answers = letters_T[place_T[asking_places]]
+
+    # The ids after those of the letters stand for 1, 2, ... hops. That first id
+    # moves all letters on by one place.
     tokens = np.concatenate([[settings.vocab + hops - 1], letters_T])
     return record.ask_at_places(tokens, 1 + asking_places, answers)
 
@@ -225,12 +258,21 @@ class Induction(Probe):
 
 
 def follow_hops(letters_T: np.ndarray, hops: int) -> np.ndarray:
-  """Returns for each place where a number of hops from it ends; -1 where there
-  are not so many. A hop goes to the place after the last occurrence of the
-  letter."""
+  """Returns for each place where a number of hops from it ends.
+
+  A hop goes to the place after the last earlier occurrence of the letter.
+
+  Args:
+    letters_T: int [T], the letters of a row.
+    hops: the number of hops; 0: each place stays where it is.
+
+  Returns:
+    int [T], a place; -1 where there are not so many hops.
+  """
   step_T = find_successors(letters_T)
   place_T = np.arange(len(letters_T))
   for _ in range(hops):
+    # -1 must not be read as the last place, as numpy would.
     place_T = np.where(place_T < 0, -1, step_T[place_T])
   return place_T
 
@@ -248,19 +290,27 @@ class Hops(Probe):
 
   def draw(self, rng: np.random.Generator, hops: int, settings: Settings
            ) -> Row:
-    """Returns a row that fills settings.length: an id that says how many hops,
-    then letters of which none is followed by itself. Each of them asks for a
-    letter, or for the symbol of a place without so many hops.
+    """Draws a row of letters, of which each asks for the letter that is some
+    hops from it, or for a symbol that says that there are not so many.
+
+    A hop goes to the place after the last earlier occurrence of the letter.
 
     Args:
       rng: the generator of the draws.
-      hops: the number of hops.
-      settings: the settings of the probe.
+      hops: the number of hops; 0: each letter asks for itself.
+      settings: the settings of the probe. The row has settings.length tokens:
+        an id that says how many hops, and then letters.
     """
+    # The ids are those of the letters, of 0, 1, ... hops, and of no answer.
     vocab = settings.vocab
     no_answer = settings.vocab + settings.most + 1
+
+    # No letter may follow itself: each differs from the one before it by a step
+    # of 1 to vocab - 1, modulo vocab.
     steps_T = rng.integers(1, vocab, settings.length - 1)
     letters_T = (rng.integers(vocab) + np.cumsum(steps_T)) % vocab
+
+    # All letters ask. Where the place is -1, letters_T[-1] is read for nothing.
     place_T = follow_hops(letters_T, hops)
     answers_T = np.where(place_T < 0, no_answer, letters_T[place_T])
     tokens = np.concatenate([[vocab + hops], letters_T])
@@ -289,23 +339,29 @@ def _most_tokens_of_row(words: _WordLengths, count: int) -> int:
     words: the least and the most tokens of a word.
     count: how many words the row tells of.
   """
-  _, most = words
-  return 2 * count * most + min(count, MOST_QUESTIONS) * (2 + 2 * most)
+  # Each word is told twice, with the one before it and the one after it. A
+  # question has two signs and two words: the one that is asked, and the answer.
+  _, longest = words
+  return 2 * count * longest + min(count, MOST_QUESTIONS) * (2 + 2 * longest)
 
 
 def most_words_of_row(words: _WordLengths, length: int) -> int:
   """Returns how many words a row of Depo may tell of: the published N.
 
+  It is the largest count for which `_most_tokens_of_row` is within the length.
+
   Args:
     words: the least and the most tokens of a word.
-    length: the tokens of the row.
+    length: the number of tokens of the row.
   """
+  # A row of many words asks MOST_QUESTIONS questions, whatever their number.
   _, longest = words
   tokens_of_questions = MOST_QUESTIONS * (2 + 2 * longest)
   count = (length - tokens_of_questions) // (2 * longest)
   if count >= MOST_QUESTIONS:
     return count
-  # A row of few words asks one question about each.
+  # A row of few words asks one question about each: it needs 2 * longest tokens
+  # to tell of a word, and 2 + 2 * longest to ask for it.
   return length // (4 * longest + 2)
 
 
@@ -318,16 +374,21 @@ def _probability_of_word_count(most: int) -> np.ndarray:
 
 def _draw_words(rng: np.random.Generator, count: int, words: _WordLengths,
                 letters: int) -> list[tuple[int, ...]]:
-  """Returns different words, in the order in which they stand on the circle.
+  """Draws different words, in the order in which they stand on a circle.
 
   Args:
     rng: the generator of the draws.
-    count: how many words.
+    count: how many words. That many words must exist: see Depo.limit.
     words: the least and the most tokens of a word.
     letters: the number of letters. The last letter of a word has another id,
-      that is larger by this number.
+      that is larger by this number, so that it shows where the word ends.
+
+  Returns:
+    The ids of each word.
   """
-  circle: dict[tuple[int, ...], None] = {}  # in order, as a set is not
+  # A word that has been drawn before changes nothing, and another is drawn. The
+  # keys of a dict keep their order; that of a set would change with each run.
+  circle: dict[tuple[int, ...], None] = {}
   while len(circle) < count:
     spelled = rng.integers(0, letters, rng.integers(words[0], words[1] + 1))
     spelled[-1] += letters
@@ -356,8 +417,8 @@ class Depo(Probe):
 
   def draw(self, rng: np.random.Generator, hops: int, settings: Settings
            ) -> Row:
-    """Returns a circle of words and questions about it: which word stands some
-    hops after this one?
+    """Draws a row that tells of a circle of words and asks questions about it:
+    which word stands some hops after this one?
 
     In a row of training each question has its own number of hops. In one to
     evaluate on all have `hops`, and there are as many words as fit
@@ -366,37 +427,45 @@ class Depo(Probe):
     Args:
       rng: the generator of the draws.
       hops: the number of hops of a row to evaluate on.
-      settings: the settings of the probe.
+      settings: the settings of the probe; settings.test says which it is.
     """
-    # The words, and the hops of each question.
+    # Draw the words, which of them are asked about, and the hops of each
+    # question. A row of training tells of 3 words or more.
     letters = settings.vocab
-    count = most = most_words_of_row(self._words, settings.length)
+    count = max_count = most_words_of_row(self._words, settings.length)
     if not settings.test:
-      count = 3 + rng.choice(most - 2, p=_probability_of_word_count(most))
+      count = 3 + rng.choice(max_count - 2,
+                             p=_probability_of_word_count(max_count))
     circle = _draw_words(rng, count=count, words=self._words, letters=letters)
-    asked = rng.permutation(count)[:MOST_QUESTIONS]
+    asked_words = rng.permutation(count)[:MOST_QUESTIONS]
     if settings.test:
-      steps = np.full(len(asked), hops)
+      hops_of_questions = np.full(len(asked_words), hops)
     else:
-      steps = rng.choice(settings.levels, len(asked))
+      hops_of_questions = rng.choice(settings.levels, len(asked_words))
 
-    # Each word and the next, in no order.
-    start = 2 * letters
-    answers = 2 * letters + 1
-    tokens = [start]
+    # Tell each pair of a word and the next, shuffled. The ids are those of the
+    # letters, of the last letters of words, of the start of a row, of the sign
+    # before an answer, and then of 1, 2, ... hops.
+    start_id = 2 * letters
+    answer_id = 2 * letters + 1
+    tokens = [start_id]
     for i in rng.permutation(count).tolist():
       tokens += [*circle[i], *circle[(i + 1) % count]]
 
-    # The questions; an answer is asked for at the place before each token.
-    asking: list[int] = []
-    for i, step in zip(asked.tolist(), steps.tolist()):
-      word = circle[(i + step) % count]
-      tokens += [answers + step, *circle[i], answers]
-      first = len(tokens) - 1
-      asking += range(first, first + len(word))
-      tokens += word
+    # Ask the questions: the sign of the hops, the word, and the sign before the
+    # answer. A place predicts the token after it, so the answer is asked for
+    # from that sign on to the last letter but one.
+    asking_places: list[int] = []
+    for i, step in zip(asked_words.tolist(), hops_of_questions.tolist()):
+      answer = circle[(i + step) % count]
+      tokens += [answer_id + step, *circle[i], answer_id]
+      first_place = len(tokens) - 1
+      asking_places += range(first_place, first_place + len(answer))
+      tokens += answer
+
+    # The last token is only a target: nothing follows that it could predict.
     row = np.array(tokens)
-    places_A = np.array(asking)
+    places_A = np.array(asking_places)
     return record.ask_at_places(row[:-1], places_A, row[places_A + 1])
 
   def size(self, hops: int, settings: Settings) -> int:
@@ -411,16 +480,17 @@ class Depo(Probe):
     reason = record.limit_to_training_levels(settings, hops)
     if reason:
       return reason
-    # All different words, of all their sizes, cannot stand in one row.
+    # The words of a row must all differ: so many of the allowed sizes have to
+    # exist, or drawing them would never end.
     least, longest = self._words
-    spelled = 0
+    num_possible_words = 0
     for size in range(least, longest + 1):
-      spelled += settings.vocab ** size
-    most = most_words_of_row(self._words, settings.length)
-    if most <= spelled:
+      num_possible_words += settings.vocab ** size
+    num_told_words = most_words_of_row(self._words, settings.length)
+    if num_told_words <= num_possible_words:
       return ''
-    return (f'{settings.vocab} letters spell {spelled} words, and rows of '
-            f'{settings.length} tokens tell of {most}')
+    return (f'{settings.vocab} letters spell {num_possible_words} words, and '
+            f'rows of {settings.length} tokens tell of {num_told_words}')
 
 
 OPERATORS = (np.add, np.subtract, np.multiply)  # 'asm' of the published code
@@ -440,25 +510,29 @@ class Mano(Probe):
 
   def draw(self, rng: np.random.Generator, operators: int, settings: Settings
            ) -> Row:
-    """Returns a formula of so many operators, which asks for its value.
+    """Draws a row with a formula in modular arithmetic, whose last token asks
+    for the formula's value.
 
     Args:
       rng: the generator of the draws.
-      operators: the number of operators.
-      settings: the settings of the probe.
+      operators: the number of operators of the formula.
+      settings: the settings of the probe; settings.vocab is the modulus.
     """
-    # The first of the ids of the start, and of the number of operators.
+    # The ids are, in this order: the numbers below the modulus, the operators,
+    # the start, and two signs for each number of operators, one that announces
+    # the formula and one that asks for the value. Each but the numbers has
+    # FORMS_OF_SIGN ids, of which these are the first.
     modulus = settings.vocab
     start = modulus + FORMS_OF_SIGN * len(OPERATORS)
-    lengths = start + FORMS_OF_SIGN + 2 * FORMS_OF_SIGN * (operators - 1)
+    announcing = start + FORMS_OF_SIGN + 2 * FORMS_OF_SIGN * (operators - 1)
 
-    # The last token asks for the value.
+    # Draw the row in a fixed order, as each draw moves the generator on.
     formula, value = _draw_formula(rng, operators, modulus)
-    tokens = [_draw_form(rng, start), _draw_form(rng, lengths), *formula]
-    tokens.append(_draw_form(rng, lengths + FORMS_OF_SIGN))
-    last = len(tokens) - 1
+    tokens = [_draw_form(rng, start), _draw_form(rng, announcing), *formula]
+    tokens.append(_draw_form(rng, announcing + FORMS_OF_SIGN))
+    last_place = len(tokens) - 1
     return record.ask_at_places(
-        np.array(tokens), np.array([last]), np.array([value]))
+        np.array(tokens), np.array([last_place]), np.array([value]))
 
   def size(self, operators: int, settings: Settings) -> int:
     return 2 * operators + 4
@@ -483,7 +557,7 @@ def _draw_formula(rng: np.random.Generator, count: int, modulus: int
 
   Args:
     rng: the generator of the draws.
-    count: the number of its operators.
+    count: the number of its operators; 0: the formula is a number.
     modulus: the prime modulo which it is computed.
 
   Returns:
@@ -493,7 +567,9 @@ def _draw_formula(rng: np.random.Generator, count: int, modulus: int
   if count == 0:
     value = int(rng.integers(modulus))
     return [value], value
-  # An operator, and the number of those in its first operand.
+
+  # Draw the operator. The count - 1 others are divided between its operands,
+  # each division alike likely, and each operand is a formula of its own.
   operator = int(rng.integers(len(OPERATORS)))
   count_of_first = int(rng.integers(count))
   sign = _draw_form(rng, modulus + FORMS_OF_SIGN * operator)
