@@ -40,6 +40,8 @@ def configure_cpu() -> None:
   has no mallopt, memory is not kept. Call it once, after
   jax.distributed.initialize and before anything else touches a device.
   """
+  # Both must be set before the CPU's backend starts; default_backend() below
+  # starts it.
   set_number_of_threads()
   jax.config.update('jax_cpu_enable_async_dispatch', False)
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
@@ -56,6 +58,7 @@ def set_number_of_threads() -> None:
   four a device, and no fewer than the cores that this process may use, which
   are XLA's own choice.
   """
+  # One device without other processes takes part in no collective that waits.
   num_devices = _number_of_devices()
   if num_devices <= 1 and not jax.distributed.is_initialized():
     return

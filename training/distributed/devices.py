@@ -102,8 +102,9 @@ def check_bytes_fit(num_bytes: int, device: jax.Device, what: str,
   Args:
     num_bytes: the number of bytes.
     device: the device on which they are to be.
-    what: the name of what has them, for the message.
-    more: what else may be done, for the message.
+    what: the plural noun for what has the bytes, such as 'parameters', with
+      which the message begins.
+    more: further advice, with which the message ends.
   """
   if device.platform == 'cpu':
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
@@ -117,17 +118,27 @@ def check_bytes_fit(num_bytes: int, device: jax.Device, what: str,
 
 
 def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
-  """Returns the mesh that a tool's --mesh names: data=2,fsdp=8, or a preset.
+  """Returns the size of each axis of the device mesh that a tool's flag --mesh
+  describes.
 
-  An axis that is not named has size 1, and `data` what the others leave of
-  `num_devices`; 0: as many devices as the mesh that is named.
+  Args:
+    text: sizes of axes such as data=2,fsdp=8, or the name of a preset, which
+      gives the sizes of all axes (configs/sharding.py). An axis that is not
+      named has size 1, and `data` the size that the others leave.
+    num_devices: the number of devices; 0: as many as the sizes multiply to, or
+      8 for a preset.
+
+  Returns:
+    The size of each axis by its name; together they use all devices.
 
   Raises:
     ValueError: for an unknown axis, or sizes that do not fit.
   """
   if text in tables.PRESETS:
     return resolve_mesh_shape(tables.PRESETS[text], num_devices or 8)
-  # The axes that are named, `data` being what they leave.
+
+  # -1 stands for what the other axes leave. A preset beside sizes of axes is
+  # parsed like an axis, so that it can be refused with a sentence of its own.
   sizes = dict.fromkeys(tables.MESH_AXES, 1)
   sizes['data'] = -1
   names = (*tables.MESH_AXES, *tables.PRESETS)
@@ -137,6 +148,8 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     require(re.fullmatch('-?[0-9]{1,9}', size) is not None,
             f'--mesh has {axis}={size}: write it as {axis}=8')
     sizes[axis] = int(size)
+
+  # The -1 of `data` counts as 1 here, by its absolute value.
   if not num_devices:
     num_devices = abs(math.prod(sizes.values()))
   return resolve_mesh_shape(sizes, num_devices)
@@ -178,14 +191,16 @@ def check_mesh(model: ModelConfig, shape: Mapping[str, int]) -> None:
 def _check_layer_kind(model: ModelConfig, name: str, shape: Mapping[str, int]
                       ) -> None:
   """Raises RequestError where a mesh axis does not divide a size of the layers
-  of one kind.
+  of one kind (a named set of layers whose config fields differ from the
+  model's).
 
   Args:
     model: the config of the model.
     name: the name of the kind of layer in model.kinds, '' if there are none.
     shape: the size of each mesh axis.
   """
-  # The parameters of the mixer that the tensor axis cuts.
+  # The parameters of the mixer (attention, or what stands in its place) that
+  # the tensor axis cuts.
   layer = model.of_kind(name)
   mixer = blocks.mixer_of_layers(layer)
   for path, size in mixer.sizes_over_tensor(layer, shape['tensor']).items():
@@ -326,16 +341,23 @@ def param_shardings(abstract: Any, mesh: Mesh, rules: str):
 def partition_spec(shape: Sequence[int], names: Sequence[str | None],
                    mesh: Mesh, rules: str) -> PartitionSpec:
   """Returns the mesh axes that each axis of an array is split over, without
-  those that do not divide its size.
+  mesh axes that do not divide its size.
 
   Args:
     shape: the shape of the array.
     names: the logical name of each axis; None: it has none.
     mesh: the mesh.
     rules: the entry of RULES that maps names to mesh axes.
+
+  Returns:
+    The PartitionSpec: for each axis of the array a tuple of mesh axes, or None
+    where it is not split. It is empty for an array without names, which lies
+    whole on every device.
   """
   if not names:
     return PartitionSpec()
+
+  # The rules give one mesh axis, several or none; all become a tuple.
   entries = []
   mesh_axes_by_rule = nn.logical_to_mesh_axes(names, tables.RULES[rules])
   for mesh_axes, size in zip(mesh_axes_by_rule, shape):
@@ -393,14 +415,17 @@ def batch_slice_of_process(batch_sharding_: NamedSharding, batch_size: int
   Raises:
     RequestError: where a process would hold rows that are not one slice.
   """
-  # The rows on each device of this process, (first, past the last).
+  # The rows on each device of this process, (first, past the last). Devices
+  # that differ along another mesh axis hold the same rows: a set counts them
+  # once.
   ranges = set()
   indices = batch_sharding_.addressable_devices_indices_map((batch_size,))
   for index in indices.values():
     first, end, _ = index[0].indices(batch_size)
     ranges.add((first, end))
 
-  # They must be one slice, and every process must have as many.
+  # They must be one slice without gaps, and begin at a multiple of its size, as
+  # they do where every process has as many rows.
   start = min(first for first, _ in ranges)
   stop = max(end for _, end in ranges)
   num_rows = sum(end - first for first, end in ranges)

@@ -102,7 +102,9 @@ def join_processes(arguments: Mapping[str, Any] | None) -> None:
         '--process_id, or run it by SLURM, Open MPI, Kubernetes or on a TPU'
     ) from error
 
-  # Errors of which the traceback is not shown, and all others.
+  # A usual exit of Python would wait for the other processes. Errors that end
+  # with a sentence leave through cli.exit_after_failure, and all others, with a
+  # traceback, through sys.excepthook; both end the process at once.
   cli.exit_after_failure = _exit_at_once
 
   def print_and_exit(*error: Any) -> None:
@@ -133,7 +135,8 @@ def meet_and_print_processes() -> None:
           f'{device_kind}, slice {slice_index}, pid {os.getpid()} on '
           f'{socket.gethostname()}')
   # Gloo gives a group of devices 30 s to meet for the first time, which a
-  # process that still compiles would miss: they meet here.
+  # process that still compiles would miss: they meet here. Only arrays of one
+  # shape can be gathered, so each line is padded with spaces to as many bytes.
   padded = line.encode()[:_BYTES_OF_A_LINE].ljust(_BYTES_OF_A_LINE)
   line_as_bytes = np.frombuffer(padded, np.uint8)
   all_lines = multihost_utils.process_allgather(line_as_bytes)

@@ -59,14 +59,18 @@ class SignalCount:
     return True
 
   def _is_echo(self, number: int, now: float) -> bool:
-    """Whether a signal says again what an earlier one has said.
+    """Whether a signal says again what an earlier one has said, as when the end
+    of a terminal sends SIGHUP and also closes the pipe that is printed to.
 
     Args:
       number: the number of the signal.
       now: the time at which it came, in seconds.
     """
+    # That the reader is gone adds nothing to any earlier signal.
     if number in _READER_GONE and self.n:
       return True
+    # Any other signal is an echo if it follows closely on the same one, or on
+    # the loss of the reader.
     for earlier in (number, *_READER_GONE):
       time_of_last = self._time_of_last.get(earlier, -ECHO_SECONDS)
       if now - time_of_last < ECHO_SECONDS:
@@ -133,12 +137,13 @@ def handle_signals(on_signal: Callable[[int], None],
   terminal_fds = [fd for fd in (_STDOUT, _STDERR) if os.isatty(fd)]
   streams = {'stdout': sys.stdout, 'stderr': sys.stderr}
 
+  # After SIGHUP the terminal is gone, and printing to it would fail.
   def handle(number: int, frame: types.FrameType | None) -> None:
     if number == signal.SIGHUP:
       discard_output(terminal_fds)
     on_signal(number)
 
-  # The handlers that are there are put back at the end.
+  # The handlers that are there are kept, and put back at the end.
   old_handlers = {}
   for number in numbers:
     is_ignored = signal.getsignal(number) is signal.SIG_IGN
@@ -213,14 +218,19 @@ class Stop:
     """Whether to save after `step` and leave: the answer is the same on all
     processes.
 
-    Each process calls it after each step, with rising numbers.
+    Each process calls it after each step, with rising numbers. With several
+    processes it is JAX's preemption service that spreads SIGTERM, and has them
+    agree on a step that none of them has passed.
     """
     if not self._has_other_processes:
       return self.stop_requested
     from jax.experimental import multihost_utils
     if not multihost_utils.reached_preemption_sync_point(step):
       return False
-    if not self.stop_requested:  # it was SIGTERM, or another process's
+    # This process had no signal of its own: the service took its SIGTERM, or
+    # another process had one. A SIGTERM from here on counts as the second
+    # signal, which ends the process at once.
+    if not self.stop_requested:
       self.stop_requested = True
       self._signal_count.n += 1
       signal.signal(signal.SIGTERM, lambda number, _: self._on_signal(number))
@@ -233,7 +243,13 @@ class Stop:
     return self.stop_requested and not self._has_other_processes
 
   def _on_signal(self, number: int) -> None:
-    """Notes the first signal; ends the process at the second one."""
+    """Notes the first signal, so that the run saves and leaves; ends the
+    process at the second one, without a save.
+
+    Args:
+      number: the number of the signal.
+    """
+    # add() is false for a signal that only repeats an earlier one.
     if not self._signal_count.add(number):
       return
     name = signal.Signals(number).name
