@@ -85,6 +85,9 @@ class Evaluation:
       *key: what tells this function from the others that are compiled for the
         run, such as the name of the task.
     """
+    # The compiled function is found by `key`, the config of the model, and all
+    # fields of the run's config that are part of the compiled computation.
+    # Those in TYPE_OF_TRACED_FIELD are passed to it as arguments.
     fields = []
     for name, value in run_config.flatten(self.run.config).items():
       if name not in runs.TYPE_OF_TRACED_FIELD:
@@ -218,7 +221,7 @@ TASKS: Mapping[str, Task] = lazy.LazyTable(
 
 
 def get_task(name: str, where: str = '--tasks') -> Task:
-  """Returns the task with this name.
+  """Returns the evaluation (task) of a name.
 
   Args:
     name: the name that was asked for: NAME or NAME:ARGUMENT.
@@ -227,6 +230,7 @@ def get_task(name: str, where: str = '--tasks') -> Task:
   Raises:
     RequestError: where there is no such task, or it takes no argument.
   """
+  # The argument is not used here: _options_of_task reads it.
   base_name, colon, argument = name.partition(':')
   one_of(where, base_name, TASKS)
   task = TASKS[base_name]
@@ -252,11 +256,15 @@ def _prepare_evaluation(name: str, evaluation: Evaluation) -> Evaluation:
 
 
 def _options_of_task(name: str, values: Any) -> types.SimpleNamespace:
-  """Returns the flags that a task reads, by name.
+  """Collects the values of the flags that a task reads.
 
   Args:
     name: the name of the task; its argument, if any, sets a flag.
-    values: the flags of eval.py as attributes; a missing one has its default.
+    values: the flags of eval.py as attributes; a missing one has its default,
+      so that None stands for no flags at all.
+
+  Returns:
+    An object with an attribute for each flag of the task.
   """
   task = get_task(name)
   options = {}
@@ -311,7 +319,8 @@ def _flags_of_tasks(task_names: Iterable[str]) -> dict[str, Flag]:
 
 def choose_tasks(names: Sequence[str], values: flags.FlagValues, text: str = ''
                  ) -> list[str]:
-  """Returns the tasks of --tasks, and those that another flag requests.
+  """Chooses the evaluations (tasks) to do: those of --tasks, and those that
+  another flag requests.
 
   A flag such as --prompt requests its task where no task of --tasks reads it.
 
@@ -320,11 +329,15 @@ def choose_tasks(names: Sequence[str], values: flags.FlagValues, text: str = ''
     values: the flags by name.
     text: the value of --text.
 
+  Returns:
+    The names of the tasks, each once, those of --tasks first.
+
   Raises:
     RequestError: for a name that is no task's, for no task at all, and for a
       flag, or a --text, that nothing reads.
   """
-  # Set flags that no task of --tasks reads add their tasks.
+  # Add the tasks that are requested by a flag: one that is set, that requests
+  # its task, and that no task of --tasks reads.
   flags_read = _flags_of_tasks(names)
   chosen = list(dict.fromkeys(names))
   for task_name, task in TASKS.items():
@@ -334,7 +347,8 @@ def choose_tasks(names: Sequence[str], values: flags.FlagValues, text: str = ''
       if values[flag.name].present and task_name not in chosen:
         chosen.append(task_name)
 
-  # Each flag that is set has to be read by one of the tasks.
+  # Refuse what would have no effect: each flag that is set, and --text, has to
+  # be read by one of the tasks.
   if not chosen:
     raise RequestError("--tasks is '', so nothing is evaluated: choose from "
                        f'{", ".join(TASKS)}')
@@ -348,7 +362,15 @@ def choose_tasks(names: Sequence[str], values: flags.FlagValues, text: str = ''
 
 def _check_set_flags_are_read(task_names: Sequence[str],
                               values: flags.FlagValues) -> None:
-  """Raises RequestError for a flag that is set and has no effect on the tasks.
+  """Checks that each flag that is set has an effect on the chosen tasks.
+
+  Args:
+    task_names: the names of the chosen tasks.
+    values: the flags by name.
+
+  Raises:
+    RequestError: for a flag that no chosen task reads, or that has an effect
+      only beside another one, which has its default.
   """
   flags_read = _flags_of_tasks(task_names)
   all_flags = _flags_of_tasks(TASKS)
@@ -370,13 +392,16 @@ def _check_set_flags_are_read(task_names: Sequence[str],
 
 def check_task(name: str, options: Any, config: Config,
                where: str = '--tasks') -> None:
-  """Raises RequestError where a task cannot be done with a run.
+  """Checks that an evaluation (task) can be done with a run.
 
   Args:
     name: the name of the task.
-    options: eval.py's flags by name; None: none can be set.
+    options: eval.py's flags as attributes; None: none can be set.
     config: the config of the run.
     where: the flag or config field that names the task, for the message.
+
+  Raises:
+    RequestError: where it cannot.
   """
   task = get_task(name, where)
   reason = task.why_unfit(config)
@@ -389,7 +414,8 @@ def check_task(name: str, options: Any, config: Config,
 
 
 def check_task_without_flags(name: str, where: str) -> Task:
-  """Returns a task that is named where no flag can be set.
+  """Returns a task (an evaluation) that is named where no flag can be set, such
+  as in the config of a run.
 
   Args:
     name: the name of the task.
@@ -398,6 +424,8 @@ def check_task_without_flags(name: str, where: str) -> Task:
   Raises:
     RequestError: where the task needs a flag.
   """
+  # With all flags at their defaults, a task that needs one refuses. Its message
+  # is about flags, so it is put behind one about the config.
   task = get_task(name, where)
   try:
     task.check(_options_of_task(name, None), None)
@@ -495,7 +523,8 @@ def evaluate_run(workdir: epath.Path, names: Sequence[str], options: Any,
     print(f'evaluated with {passes} passes of the layers that loop, trained '
           f'with {trained_passes}')
 
-  # All tasks are prepared before the first one takes its time.
+  # Prepare all tasks before the first one takes its time, so that one that
+  # cannot be done is refused at once.
   with evaluation.run.context():
     prepared = {name: _prepare_evaluation(name, evaluation) for name in names}
     for name in names:
@@ -510,11 +539,17 @@ def write_figures(file: epath.Path | None, figures: dict[str, Any]) -> None:
 
 
 def parse_task_names(names: str | Sequence[str]) -> list[str]:
-  """Returns the tasks that a comma-separated text, or its parts, names.
+  """Splits a list of tasks, such as 'loss,lm_eval:A,B', into their names.
 
   After NAME:ARGUMENT, what is no name of a task is a further argument:
   lm_eval:A,B is lm_eval:A and lm_eval:B, and lm_eval:A,loss ends with our
   loss, even if lm_eval has a task of that name.
+
+  Args:
+    names: a text with commas, or the parts of one.
+
+  Returns:
+    NAME or NAME:ARGUMENT of each task. Names are not checked.
   """
   if isinstance(names, str):
     names = names.split(',')
@@ -524,7 +559,8 @@ def parse_task_names(names: str | Sequence[str]) -> list[str]:
     if not text:
       continue
     is_task = text.partition(':')[0] in TASKS
-    # This is an argument of the task before it, if that task takes arguments.
+    # A text that is no task is an argument of the one before it, if that has an
+    # argument already.
     if task_names and not is_task:
       task_before, colon, _ = task_names[-1].partition(':')
       if colon:
@@ -534,13 +570,19 @@ def parse_task_names(names: str | Sequence[str]) -> list[str]:
 
 
 def check_tasks_in_training(config: Config) -> None:
-  """Raises RequestError for what eval.tasks and eval.best ask of a run and
-  cannot get.
+  """Checks the evaluations that a run is to do while it trains.
 
   Some tasks know the names of their figures only when they are done. An
   eval.best of such a task is tried elsewhere, before the first step.
+
+  Args:
+    config: the config of the run, with eval.tasks and eval.best.
+
+  Raises:
+    RequestError: for a task that cannot be done with the run, and a figure that
+      none has.
   """
-  # The tasks.
+  # Check the tasks.
   names = parse_task_names(config.eval.tasks)
   steps_between = config.eval.tasks_every_steps
   if steps_between and not names:
@@ -552,8 +594,8 @@ def check_tasks_in_training(config: Config) -> None:
   for name in names:
     check_task(name, options=None, config=config, where='eval.tasks')
 
-  # The figure that the best checkpoint is chosen by: TASK/FIGURE, or a figure
-  # of the plain evaluation.
+  # Check the figure that the best checkpoint is chosen by: TASK/FIGURE, or a
+  # figure of the plain evaluation, which is checked elsewhere.
   task_name, slash, figure = config.eval.best.partition('/')
   if not slash:
     return

@@ -87,30 +87,35 @@ class ChosenAnswer(NamedTuple):
 
 def best_spans_of_window(context: str, window: ContextWindow, most_tokens: int,
                          count: int) -> dict[tuple[int, int], float]:
-  """Returns the scores of the best spans of a window, the best first.
+  """Finds the best answers (spans of tokens) in a part of a text (window).
 
-  Of equal ones the earlier and shorter one comes first. Space alone is no span.
+  The score of a span is the score of its first token as a start plus that of
+  its last one as an end (Devlin et al. 2019, section 4.2). Of equal ones the
+  earlier and shorter one comes first. Space alone is no span.
   Spans of different tokens and the same characters, which several tokens of one
   character make, are one.
 
   Args:
-    context: the text that the window shows.
-    window: the window.
-    most_tokens: the longest span.
+    context: the whole text.
+    window: the part, with the scores of its T tokens as starts and as ends.
+    most_tokens: the most tokens of a span.
     count: how many spans are wanted.
 
   Returns:
-    {(first character, the one after the last): score}.
+    {(first character, the one after the last): score}, the best first.
   """
-  # The score of each span by its first token T and how many more tokens it has.
+  # Score each span by its first token (axis T) and how many more tokens it has
+  # (axis S). A span that would end past the last token gets -inf, by an extra
+  # place at the end of the scores.
   T = len(window.starts_T)
   S = min(most_tokens, T)
   last_TS = np.arange(T)[:, None] + np.arange(S)[None]
-  ends_T = np.append(window.ends_T, -np.inf)  # there is no token past the last
+  ends_T = np.append(window.ends_T, -np.inf)
   ends_TS = ends_T[np.minimum(last_TS, T)]
   scores_TS = window.starts_T[:, None] + ends_TS
 
-  # The best ones; a stable sort leaves equals in order.
+  # Take the best ones. A stable sort leaves equals in the order of first token
+  # and size. Spans of the same characters count once, with their best score.
   score_of_span: dict[tuple[int, int], float] = {}
   for index in np.argsort(-scores_TS, axis=None, kind='stable'):
     first_token, num_more = divmod(int(index), S)
@@ -128,18 +133,24 @@ def best_spans_of_window(context: str, window: ContextWindow, most_tokens: int,
 def choose_answer(context: str, windows: Sequence[ContextWindow], *,
                   most_tokens: int, count: int, may_be_null: bool,
                   threshold: float = 0.0) -> ChosenAnswer:
-  """Returns the answer to a question that a context holds.
+  """Chooses the answer to a question among the spans of a text (context), or
+  that there is none.
 
   Args:
-    context: the text that the windows show.
-    windows: its windows, which together show all of it.
-    most_tokens: the longest answer.
+    context: the text.
+    windows: overlapping parts of the text, which together show all of it.
+    most_tokens: the most tokens of an answer.
     count: how many of the best spans are wanted.
     may_be_null: whether the context may hold no answer.
-    threshold: how much higher than the best span's the null score has to be for
-      no answer.
+    threshold: how much higher than the best span's score that of no answer (the
+      null score) has to be for no answer.
+
+  Returns:
+    The text of the answer, '' where there is none; the best spans; and by how
+    much the null score is higher than the best span's.
   """
-  # The best score of each span over the windows that show it.
+  # Find the best spans of each window. A span that several windows show has its
+  # best score.
   score_of_span: dict[tuple[int, int], float] = {}
   for window in windows:
     spans_of_window = best_spans_of_window(
@@ -147,7 +158,8 @@ def choose_answer(context: str, windows: Sequence[ContextWindow], *,
     for span, score in spans_of_window.items():
       score_of_span[span] = max(score, score_of_span.get(span, -np.inf))
 
-  # The best spans of all; of equals the earlier and shorter one.
+  # Rank the spans of all windows; of equals the earlier and shorter one is
+  # first. Without any span the difference to its score is a fixed number.
   ranked = sorted(score_of_span.items(), key=lambda item: (-item[1], item[0]))
   spans = []
   for (start, end), score in ranked[:count]:
@@ -157,7 +169,8 @@ def choose_answer(context: str, windows: Sequence[ContextWindow], *,
     return ChosenAnswer(text='', spans=[],
                         null_minus_best=NULL_LEAD_WITHOUT_SPANS)
 
-  # Each window has to agree that there is no answer.
+  # Decide whether there is an answer. A window without the answer should score
+  # the null high, so each has to agree: the lowest null score counts.
   null_score = min(window.null for window in windows)
   null_minus_best = float(null_score - spans[0].score)
   text = spans[0].text
@@ -168,7 +181,7 @@ def choose_answer(context: str, windows: Sequence[ContextWindow], *,
 
 def answer_questions(view: Questions, scores: Sequence[np.ndarray], kind: str,
                      options: Any) -> list[ChosenAnswer]:
-  """Returns the answer to each question of a source.
+  """Chooses the answer to each question of a source, by the model's scores.
 
   There may be no answer where some question of the source is known to have
   none.
@@ -180,12 +193,15 @@ def answer_questions(view: Questions, scores: Sequence[np.ndarray], kind: str,
     kind: 'encoder' or 'decoder', as architectures.stack names it; the null
       token is the first one of an encoder's row, and the last of a decoder's.
     options: max_answer_length, n_best and null_threshold.
+
+  Returns:
+    The chosen answers, in the order of the questions.
   """
-  # The windows of each question.
+  # Collect the windows of each question. A row holds the question, and then T
+  # tokens of a part of the context, whose scores are cut out.
   windows_by_question: list[list[ContextWindow]] = [
       [] for _ in view.questions]
   for item, scores_L2 in zip(view.items, scores, strict=True):
-    # A row holds the question, then T tokens of the context.
     scores_L2 = np.asarray(scores_L2, np.float64)
     num_tokens = len(item.context)
     start = labelled.start_of_paragraph(item)
@@ -197,7 +213,8 @@ def answer_questions(view: Questions, scores: Sequence[np.ndarray], kind: str,
         characters_T2=characters[item.first:item.first + num_tokens],
         null=float(null_score)))
 
-  # The answers.
+  # Choose the answers. `answers` is () for a question that is known to have
+  # none, and None where it is not known.
   may_be_null = not all(question.answers for question in view.questions)
   chosen_answers = []
   for (context, _), windows in zip(view.contexts, windows_by_question,
@@ -218,20 +235,26 @@ def normalize_answer(answer: str) -> str:
 
 def score_answer(answer: str, right_answers: Sequence[str]
                  ) -> tuple[float, float]:
-  """Returns whether an answer is exactly right, and its F1, from 0 to 1.
+  """Scores an answer by the rules of SQuAD (Rajpurkar et al. 2016, section
+  6.1).
 
   Args:
     answer: the answer; '': that there is none.
     right_answers: the right answers, of which the best one counts; (): '' is
       right.
+
+  Returns:
+    1 if it is one of the right answers and else 0; and the F1 of its words,
+    from 0 to 1.
   """
   # Right answers of punctuation or an article alone are left out, as in
   # evaluate-v2.0.py.
-  golds = [normalize_answer(text) for text in right_answers]
-  golds = [gold for gold in golds if gold] or ['']
+  normalized_golds = [normalize_answer(text) for text in right_answers]
+  normalized_golds = [gold for gold in normalized_golds if gold] or ['']
   predicted = normalize_answer(answer)
-  exact = float(predicted in golds)
-  f1 = max(_f1_of_words(gold.split(), predicted.split()) for gold in golds)
+  exact = float(predicted in normalized_golds)
+  f1 = max(_f1_of_words(gold.split(), predicted.split())
+           for gold in normalized_golds)
   return exact, f1
 
 
@@ -246,7 +269,7 @@ def _f1_of_words(gold: Sequence[str], predicted: Sequence[str]) -> float:
 
 def squad_figures(predictions: Sequence[str],
                   right_answers: Sequence[Sequence[str]]) -> dict[str, Any]:
-  """Returns the figures of SQuAD's official scripts, in percent.
+  """Computes the figures of SQuAD's official scripts, in percent.
 
   Args:
     predictions: the answer that was given to each question; '': that it has
@@ -257,13 +280,14 @@ def squad_figures(predictions: Sequence[str],
     exact, f1, total; where some questions have no answer also HasAns_exact, ...
     and NoAns_exact, ..., as evaluate-v2.0.py names them.
   """
-  # The exact match and F1 of each of the N questions.
+  # Score each of the N questions: its exact match and its F1.
   scores = []
   for answer, texts in zip(predictions, right_answers, strict=True):
     scores.append(score_answer(answer, texts))
   scores_N2 = np.array(scores)
 
-  # Questions with and without an answer are measured apart, too.
+  # Questions with and without an answer are measured apart, too, where there
+  # are both.
   has_answer_N = np.array([bool(texts) for texts in right_answers])
   groups = {'': np.ones(len(right_answers), bool)}
   if not has_answer_N.all():
@@ -283,21 +307,25 @@ def squad_figures(predictions: Sequence[str],
 
 def measure_answers(view: Questions, predictions: Sequence[ChosenAnswer]
                     ) -> dict[str, Any]:
-  """Returns the figures of `squad_figures`, and among them as `items` the
-  scores of each question (see items.py).
+  """Measures answers to questions by the rules of SQuAD, in all and one by one.
 
   Args:
     view: the questions, with their right answers.
     predictions: the answer that was given to each of them.
+
+  Returns:
+    The figures of `squad_figures`, and as `items` {figure: the scores of each
+    question}, by which two runs can be compared (see items.py).
   """
-  # Over all questions.
+  # Measure all questions together.
   right_answers = []
   for question in view.questions:
     right_answers.append([text for text, _ in question.answers])
   answers = [prediction.text for prediction in predictions]
   figures = squad_figures(answers, right_answers)
 
-  # For each question, which its text and its context tell from the others.
+  # Score each question by itself. Its text and its context tell it from the
+  # others, also in another run.
   scores = []
   for answer, texts in zip(answers, right_answers):
     scores.append(score_answer(answer, texts))
@@ -335,7 +363,8 @@ def check_question_ids(view: Questions) -> None:
 def format_prediction_files(view: Questions,
                             predictions: Sequence[ChosenAnswer]
                             ) -> dict[str, str]:
-  """Returns the texts of three JSON files, by what stands in their names.
+  """Writes predictions as the texts of three JSON files, by what stands in
+  their names.
 
   Args:
     view: the questions, whose ids `check_question_ids` has checked.

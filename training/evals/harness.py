@@ -113,7 +113,8 @@ class Model(api.TemplateLM):
   def create_from_arg_obj(cls, arg_dict: dict[str, Any],
                           additional_config: dict[str, Any] | None = None
                           ) -> 'Model':
-    """Makes the model of `--model archetype --model_args workdir=DIR,...`.
+    """Makes the model of lm_eval's `--model archetype --model_args
+    workdir=DIR,...`.
 
     Args:
       arg_dict: `workdir`, `step` and the arguments of Model.
@@ -124,7 +125,8 @@ class Model(api.TemplateLM):
       RequestError: for an argument that is not known, or no run's folder.
     """
     arguments = {'step': None} | arg_dict
-    # The arguments are these two and those of the class, less `evaluation`.
+    # Check the arguments: these two and those of the class, less its first one,
+    # `evaluation`, which is made of the two.
     known = ('workdir', 'step', *[*inspect.signature(cls).parameters][1:])
     unknown = [name for name in arguments if name not in known]
     require(not unknown, f'--model_args has {", ".join(unknown)}: choose from '
@@ -132,7 +134,7 @@ class Model(api.TemplateLM):
     require(bool(arguments.get('workdir')),
             'pass --model_args workdir=DIR, the folder of a run')
     workdir = storage.checked_path(str(arguments.pop('workdir')))
-    # lm_eval has read a number as an int already.
+    # Load the run. lm_eval has read a step that is a number as an int already.
     step = arguments.pop('step')
     if step is not None:
       step = checkpoints.parse_step(str(step))
@@ -198,8 +200,9 @@ class Model(api.TemplateLM):
         with the prefix token itself.
       **kwargs: options of lm_eval that change nothing here.
     """
+    # Encode the text. A special token that is written in it counts as that
+    # token, as lm_eval's templates write them. The model may lack its id.
     ids = self._tokenizer.encode(string)
-    # A special token that is written in a text counts as that token.
     special_texts = self._tokenizer.special_texts
     if any(special_text in string for special_text in special_texts):
       ids, _ = self._tokenizer.encode_with_special_tokens(string)
@@ -222,13 +225,16 @@ class Model(api.TemplateLM):
 
   def _loglikelihood_tokens(self, requests: Sequence[tuple], **kwargs
                             ) -> list[tuple[float, bool]]:
-    """Returns the log-probability of each continuation, and whether each of its
-    tokens is the likeliest one.
+    """Computes the log-probability of continuations of texts.
 
     Args:
       requests: ((context, continuation), the ids of the context, those of the
         continuation), as the base class encodes them.
       **kwargs: options of lm_eval that change no figure.
+
+    Returns:
+      The log-probability of each continuation, and whether each of its tokens
+      is the likeliest one.
     """
     continuations = []
     for (_, text), context_ids, text_ids in requests:
@@ -271,10 +277,19 @@ class Model(api.TemplateLM):
 
   def loglikelihood_rolling(self, requests: Sequence[Any],
                             disable_tqdm: bool = False) -> list[float]:
-    """Returns the log-probability of each whole text, in windows that predict
-    each token once (lm_eval's get_rolling_token_windows)."""
+    """Computes the log-probability of whole texts, in windows that predict each
+    token once (lm_eval's get_rolling_token_windows).
+
+    Args:
+      requests: requests of lm_eval, each with a text.
+      disable_tqdm: not used.
+
+    Returns:
+      The log-probability of each text.
+    """
+    # Cut each text into windows, each a continuation of its own. The 1 asks for
+    # one token of context at the least, so that windows do not overlap more.
     texts = [request.args[0] for request in requests]
-    # A text is cut into windows, each a continuation of its own.
     continuations = []
     text_of_window = []
     for i, text in enumerate(texts):
@@ -286,7 +301,7 @@ class Model(api.TemplateLM):
             ids=[*context_ids, *text_ids], num_scored=len(text_ids), text=text))
         text_of_window.append(i)
 
-    # The log-probability of a text is the sum of those of its windows.
+    # Add up the log-probabilities of the windows of each text.
     log_probs = [0.0] * len(texts)
     for i, scores in zip(text_of_window, self._score(continuations)):
       log_probs[i] += float(scores.log_probs.sum())
@@ -294,9 +309,17 @@ class Model(api.TemplateLM):
 
   def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False
                      ) -> list[str]:
-    """Returns what the model writes after each context, up to a stop string.
+    """Writes on after texts (contexts), up to a stop string.
+
+    Args:
+      requests: requests of lm_eval, each with a context and a dict of options.
+      disable_tqdm: not used.
+
+    Returns:
+      What the model writes for each request.
     """
-    # Requests with the same options are written together.
+    # Requests with the same options are written together. A dict cannot be a
+    # key, so its text stands for it.
     requests_by_options: dict[str, list[int]] = {}
     for i, request in enumerate(requests):
       _, options = request.args

@@ -21,8 +21,7 @@ def sum_held_out(step: Callable, params: Any,
                  loaders: Sequence[pipeline.Loader], batches: int,
                  put: Callable, stop: Callable[[], bool]
                  ) -> list[dict[str, Mean]] | None:
-  """Runs the evaluation step on the held-out batches, and returns for each
-  source the sums of its figures, for `average_figures`; None if stopped.
+  """Runs the evaluation step on the held-out batches of each source.
 
   Args:
     step: the compiled evaluation step.
@@ -31,6 +30,10 @@ def sum_held_out(step: Callable, params: Any,
     batches: how many of each source; 0: all, each token exactly once.
     put: puts a batch on the devices.
     stop: asked before each batch, whether to leave it at that.
+
+  Returns:
+    For each source the sums of its figures, {name: Mean}, for
+    `average_figures`; None if stopped.
   """
   def run_batches(loader: pipeline.Loader) -> Iterator[Any]:
     """Yields what the step returns of each batch of a loader."""
@@ -39,8 +42,9 @@ def sum_held_out(step: Callable, params: Any,
         raise progress.WorkStopped
       yield step(params, put(batch))
 
+  # The generator raises in the middle of a source, and a part of one is no
+  # figure, so all is given up.
   try:
-    # A signal may come in the middle of a source.
     return [sum_figures(run_batches(loader)) for loader in loaders]
   except progress.WorkStopped:
     return None
@@ -61,7 +65,7 @@ def sum_figures(results: Iterable[dict[str, Mean]]) -> dict[str, Mean]:
 
 def average_figures(sums_by_source: Sequence[dict[str, Mean]],
                     loaders: Sequence[pipeline.Loader]) -> dict[str, float]:
-  """Returns the figures of an evaluation: means over the sources by share.
+  """Computes the figures of an evaluation: means over the sources by share.
 
   Args:
     sums_by_source: the `sum_figures` of each source.
@@ -72,7 +76,8 @@ def average_figures(sums_by_source: Sequence[dict[str, Mean]],
     their perplexity; where the loss is one of the text, bits per byte; and
     of several sources each one's own loss, as loss/NAME.
   """
-  # The objective's figures, the loss first.
+  # Average the objective's figures, the loss first, as it is printed first. A
+  # sum with weight 0 gives nan, of which numpy need not warn.
   objective = loaders[0].objective
   with np.errstate(divide='ignore', invalid='ignore'):
     means_by_source = [objective.means(sums) for sums in sums_by_source]
@@ -83,7 +88,8 @@ def average_figures(sums_by_source: Sequence[dict[str, Mean]],
       values = [means[name] for means in means_by_source]
       figures[name] = mean_of_sources(values, loaders)
 
-  # The figures that follow from them.
+  # Add the figures that follow from them. The exponential of a very high loss
+  # is inf.
   if objective.has_perplexity:
     with np.errstate(over='ignore'):
       figures['perplexity'] = float(np.exp(figures[objective.main]))
@@ -100,7 +106,7 @@ def average_figures(sums_by_source: Sequence[dict[str, Mean]],
 def list_figure_names(step: Callable, params: Any,
                       loaders: Sequence[pipeline.Loader], put: Callable,
                       sums_of_run: Callable) -> list[str]:
-  """Returns the names of the figures of an evaluation, without doing it.
+  """Finds the names of the figures of an evaluation without doing it.
 
   Args:
     step: the evaluation step, jitted or not.
@@ -110,6 +116,8 @@ def list_figure_names(step: Callable, params: Any,
       run).
   """
   # Average sums that are ones, of the shapes that the step would return.
+  # jax.eval_shape finds these without computing or compiling anything; only the
+  # names of the result are of use.
   batch = put(loaders[0].batch(0))
   shapes = jax.eval_shape(step, params, batch)
   ones = jax.tree.map(lambda x: np.ones(x.shape), shapes)

@@ -58,13 +58,15 @@ class TasksInTraining:
 
   def list_figure_names(self, task: str, params: Any, workdir: epath.Path,
                         stop: Callable[[], bool]) -> list[str] | None:
-    """Returns the names of the figures of one of the tasks, which is done for
-    that. None: they are known without, and were compared with the config; or
-    the task was stopped.
+    """Finds the names of the figures of one of the tasks, by doing it.
 
     Args:
       task: the name of the task.
       params, workdir, stop: as for `run_for_member`.
+
+    Returns:
+      The names. None: they are known without, and were compared with the
+      config; or the task was stopped.
     """
     if evals.get_task(task).figure_names is not None:
       return None
@@ -76,8 +78,8 @@ class TasksInTraining:
   def run_for_member(self, params: Any, n: int, workdir: epath.Path,
                      stop: Callable[[], bool], names: Sequence[str] = ()
                      ) -> TaskResults | None:
-    """Does the tasks for one run of a group, and writes what its items score
-    into its folder; None: stopped.
+    """Does the evaluations (tasks) for one run of a group that trains as one
+    program, and writes what single items score into the run's folder.
 
     Args:
       params: the parameters of the run.
@@ -85,6 +87,9 @@ class TasksInTraining:
       workdir: the folder of the run, where pictures go.
       stop: asked again and again, whether to leave it at that.
       names: the names of the tasks; (): all of eval.tasks.
+
+    Returns:
+      The figures of all tasks, and a line for a reader of each; None: stopped.
     """
     evaluation = Evaluation(
         run=self._run, params=params, step=n, tokenizer=self._tokenizer,
@@ -92,7 +97,8 @@ class TasksInTraining:
     results = TaskResults(figures={}, lines=[])
     items_by_task = {}
     for name in names or self._task_names:
-      # Do the task, and keep what it prints.
+      # Do the task, and keep what it prints from the log of the training. A
+      # signal stops it in the middle, as it may take long.
       printed = io.StringIO()
       try:
         with (self._run.context(), progress.stop_work_of_run(stop),
@@ -101,7 +107,8 @@ class TasksInTraining:
       except progress.WorkStopped:
         return None
 
-      # Its figures, and a line for a reader.
+      # Keep its figures, and a line for a reader: what it printed, where it has
+      # no fractions. Scores of single items go into a file of their own.
       results.figures.update(flatten_numbers(figures, name))
       if 'items' in figures:
         items_by_task[name] = {'items': figures['items']}
@@ -114,8 +121,15 @@ class TasksInTraining:
 
 
 def _summarize_figures(task: str, figures: Mapping[str, Any]) -> str:
-  """Returns the fractions among the figures of a task, and not its counts, in a
-  line for a reader; '': there are none."""
+  """Summarises the figures of an evaluation (task) in a line for a reader.
+
+  Args:
+    task: the name of the task.
+    figures: {name: figure}, some of which may be no numbers.
+
+  Returns:
+    The fractions among the figures, and not the counts; '' for none.
+  """
   texts = []
   for name, value in figures.items():
     is_number = isinstance(value, numbers.Real)

@@ -128,7 +128,8 @@ class Inspection:
 def _run_and_keep_layers(module: nn.Module, params: Any,
                          arrays: Mapping[str, jax.Array], top: int
                          ) -> dict[str, Any]:
-  """Runs a model once, and returns its arrays that the record is made of.
+  """Runs a model once, and keeps the states of its layers and what its head
+  would predict from each (logit lens).
 
   Args:
     module: any model.
@@ -149,18 +150,20 @@ def _run_and_keep_layers(module: nn.Module, params: Any,
     if name in output.aux:
       kept[name] = output.aux[name]
 
-  # The head of a generator (ELECTRA's) reads no layer of the encoder.
+  # There is no logit lens without a head of tokens. The head of a generator
+  # (ELECTRA's) reads no layer of the encoder.
   has_generator = module.config.find(GeneratorConfig)
   if output.head is None or has_generator or not top:
     return kept
 
   def likeliest_tokens(x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the probabilities and the ids of the likeliest tokens."""
+    """Returns the probabilities and the ids of the likeliest tokens of the
+    states of one layer, [B, L, tokens]."""
     logits_BLV = output.head.logits(x_BLD)
     num_tokens = min(top, logits_BLV.shape[-1])
     return jax.lax.top_k(jax.nn.softmax(logits_BLV, -1), num_tokens)
 
-  # One layer at a time: logits of all would be large.
+  # jax.lax.map takes one layer at a time: the logits of all would be large.
   kept['lens'] = jax.lax.map(likeliest_tokens, output.aux['readouts'])
   return kept
 
@@ -243,7 +246,8 @@ def _tokens_by_stack(config: ModelConfig, arrays: Mapping[str, Any]
     Two dicts by stack, 'encoder' or 'decoder': the tokens, int [B, L]; and
     which of them are no padding, bool [B, L].
   """
-  # The arguments with the tokens of a stack, and those that are 0 on padding.
+  # Name the arguments with the tokens of each stack, and those that are 0 on
+  # padding.
   token_argument: dict[str, str]
   mask_arguments: dict[str, tuple[str, ...]]
   stack = architectures.stack(config)
@@ -294,11 +298,21 @@ def _split_by_stack(arrays_of_layers: Any, counts: list[int]
 
 
 def _measure_attention(weights_NBHLM: np.ndarray) -> AttentionRecord:
-  """Returns the figures of attention weights that need no knowledge of the
-  tokens: the entropy, the weight on the first token, and the sink's share."""
+  """Measures how attention is spread: its entropy, the weight on the first
+  token, and the share that no key gets (the sink).
+
+  Args:
+    weights_NBHLM: the attention weights, [layers, batch, heads, queries, keys].
+      They add up to 1 over the keys, or to less where there is a sink.
+
+  Returns:
+    The weights with these figures, each [layers, batch, heads, queries].
+  """
+  # The sink has what is missing to 1. Rounding may make it negative.
   sink_NBHL = np.maximum(1 - weights_NBHLM.sum(-1, dtype=np.float64), 0)
 
-  # The entropy of n keys that weigh the same is log n; a sink counts as a key.
+  # Compute the entropy, -sum p log p. That of n keys that weigh the same is log
+  # n; a sink counts as a key. Where p is 0, log 1 = 0 stands for its logarithm.
   p_NBHLM = np.concatenate([weights_NBHLM, sink_NBHL[..., None]], -1,
                            dtype=np.float64)
   log_p_NBHLM = np.log(np.where(p_NBHLM > 0, p_NBHLM, 1))
@@ -312,19 +326,26 @@ def _measure_attention(weights_NBHLM: np.ndarray) -> AttentionRecord:
 
 def _measure_stream(states_NBLD: np.ndarray, is_real_BL: np.ndarray
                     ) -> ResidualStream:
-  """Returns the figures of a residual stream.
+  """Measures the sizes of the hidden states between layers (residual stream).
 
   Args:
-    states_NBLD: what the first layer is given and what each layer returns.
+    states_NBLD: what the first layer is given and what each layer returns,
+      [states, batch, length, features].
     is_real_BL: bool, which tokens are no padding.
+
+  Returns:
+    The norms of all tokens; and of the real tokens of each row the median and
+    root mean square of the features, the largest magnitude of each feature, and
+    which features are outliers.
   """
+  # Rows are measured one by one, as each has another number of real tokens.
   states_NBLD = np.asarray(states_NBLD, np.float32)
   median = []
   rms = []
   peaks = []
   outliers = []
   for b, is_real_L in enumerate(is_real_BL):
-    # The magnitudes of the T real tokens of the row.
+    # Take the magnitudes of the T real tokens of the row.
     magnitudes_NTD = np.abs(states_NBLD[:, b, is_real_L])
     median.append(np.median(magnitudes_NTD, (1, 2)))
     square_N = np.square(magnitudes_NTD).mean((1, 2))
@@ -347,7 +368,8 @@ def previous_token_weight(weights_NBHLM: np.ndarray, is_real_BL: np.ndarray
 
 def induction_score(weights_NBHLM: np.ndarray, tokens_BL: np.ndarray,
                     is_real_BL: np.ndarray) -> np.ndarray:
-  """Returns the prefix-matching score of each head, [N, B, H].
+  """Computes the prefix-matching score of each attention head, which tells
+  induction heads.
 
   Where the query's token stood earlier in the row, the score is the attention
   weight on the tokens that followed it there. It is averaged over the queries
@@ -357,11 +379,16 @@ def induction_score(weights_NBHLM: np.ndarray, tokens_BL: np.ndarray,
   call a head that scores near 1 an induction head.
 
   Args:
-    weights_NBHLM: the attention weights.
+    weights_NBHLM: the attention weights, [layers, batch, heads, queries, keys].
     tokens_BL: the tokens, which are both queries and keys.
     is_real_BL: bool, which tokens are no padding.
+
+  Returns:
+    The score, [layers, batch, heads].
   """
-  # follows[b, l, m]: token m - 1 is that of query l, and m is not after l.
+  # follows[b, l, m] says that token m - 1 of row b is that of query l, and that
+  # m is before l: the same tokens, moved on by one key, below the diagonal.
+  # Padding asks nothing.
   L = tokens_BL.shape[1]
   same_BLM = tokens_BL[:, :, None] == tokens_BL[:, None]
   follows_BLM = np.zeros_like(same_BLM)
@@ -369,6 +396,7 @@ def induction_score(weights_NBHLM: np.ndarray, tokens_BL: np.ndarray,
   follows_BLM &= np.tri(L, k=-1, dtype=bool)
   follows_BLM &= is_real_BL[:, :, None]
 
+  # Add up the weight on these keys. Queries without any do not count.
   matched_NBHL = (weights_NBHLM * follows_BLM[None, :, None]).sum(-1)
   return mean_over_queries(matched_NBHL, follows_BLM.any(-1))
 
@@ -379,9 +407,10 @@ def mean_over_queries(values_NBHL: np.ndarray, counted_BL: np.ndarray
   [N, B, H]; nan where none counts.
 
   Args:
-    values_NBHL: the value of each query, by layer, row and head.
+    values_NBHL: the value of each query, [layers, batch, heads, queries].
     counted_BL: bool, which queries of each row count.
   """
+  # The division of 0 by 0 gives nan; numpy need not warn of it.
   counted_BHL = np.broadcast_to(counted_BL[:, None], values_NBHL.shape[1:])
   sums_NBH = (values_NBHL * counted_BHL).sum(-1, dtype=np.float64)
   with np.errstate(invalid='ignore'):
@@ -389,16 +418,19 @@ def mean_over_queries(values_NBHL: np.ndarray, counted_BL: np.ndarray
 
 
 def find_outlier_features(states_NLD: np.ndarray) -> np.ndarray:
-  """Returns which features are outliers by the criterion of Dettmers et al.
-  2022, bool [D].
+  """Finds the features of hidden states that are outliers by the criterion of
+  Dettmers et al. 2022: they are large in many layers and in many tokens.
 
   Args:
     states_NLD: the residual stream of one row, without padding: what the first
-      layer is given and what each layer returns.
+      layer is given and what each layer returns, [states, tokens, features].
+
+  Returns:
+    bool [D], whether each feature is an outlier.
   """
   is_large_NLD = np.abs(states_NLD) >= OUTLIER_MAGNITUDE
-  # The share of layers in which some token is large, and the share of tokens
-  # of all layers that are.
+  # For each feature, take the share of layers in which some token is large, and
+  # the share of tokens of all layers that are.
   share_of_layers_D = is_large_NLD.any(1).mean(0)
   share_of_tokens_D = is_large_NLD.mean((0, 1))
   in_many_layers_D = share_of_layers_D >= OUTLIER_SHARE_OF_LAYERS

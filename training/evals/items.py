@@ -23,7 +23,8 @@ from training.workdir import storage
 
 def record_scores(scores: Sequence[float], names: Iterable[Any],
                   weights: Sequence[float] | None = None) -> dict[str, Any]:
-  """Returns the record of a figure, which is the mean of `scores` by `weights`.
+  """Records the score of each item (text, question, ...) of a figure, so that
+  two models can be compared item by item. The figure is their mean.
 
   Args:
     scores: the score of each item.
@@ -34,6 +35,7 @@ def record_scores(scores: Sequence[float], names: Iterable[Any],
     `of`, a digest of the names, by which two records are known to be of the
     same items; `scores`; and `weights` if there are some.
   """
+  # A digest is enough to know the items again; the names may be long texts.
   digest = hashlib.sha256(repr([*names]).encode()).hexdigest()
   record = {'of': digest[:16], 'scores': np.asarray(scores, float).tolist()}
   if weights is not None:
@@ -43,8 +45,8 @@ def record_scores(scores: Sequence[float], names: Iterable[Any],
 
 def record_lm_eval_samples(results: Mapping[str, Any],
                            samples: Sequence[Mapping]) -> dict[str, dict]:
-  """Returns the records of those figures of a task of lm_eval that are means
-  over its samples; a perplexity is none.
+  """Records the scores of the samples of a task of lm_eval, for the figures
+  that are means over its samples; a perplexity is none.
 
   Args:
     results: the figures of the task, by 'FIGURE,FILTER'.
@@ -56,7 +58,8 @@ def record_lm_eval_samples(results: Mapping[str, Any],
   """
   records = {}
   for full_name, value in results.items():
-    # The scores of the samples, under the name and the filter of the figure.
+    # Read the scores of the samples, under the name and the filter of the
+    # figure. Some are no numbers, and standard errors have no scores at all.
     figure, _, filter_name = full_name.partition(',')
     filtered = [row for row in samples if row['filter'] == filter_name]
     scores = [row.get(figure) for row in filtered]
@@ -92,6 +95,8 @@ def pair_scores(pairs: Iterable[Sequence[Mapping | None]]
     and the weights of the items, or None: all count alike. None where a record
     is missing, or they are not all of the same items.
   """
+  # `of` is the digest of the items. The weights follow from the items, so those
+  # of any record are those of all.
   first_records = []
   second_records = []
   for first, second in pairs:
@@ -112,17 +117,21 @@ def _stack_scores(records: Iterable[Mapping]) -> np.ndarray:
 
 
 def read_records(path: pathlib.Path) -> dict[str, dict]:
-  """Returns the records that a file or a folder holds, by TASK/FIGURE.
+  """Reads the scores of single items that a file or a folder holds.
 
   Args:
     path: a file of eval.py's --json; or the folder of a run, with its eval.json
       and what was evaluated in training; or that of lm_eval's --output_path
       with --log_samples.
 
+  Returns:
+    {TASK/FIGURE: the record of `record_scores`}. Of two with one name, the one
+    in the file that is read last stays.
+
   Raises:
     RequestError: where a file is damaged.
   """
-  # Files of eval.py, and of the last evaluation in training.
+  # Read the files of eval.py, and of the last evaluation in training.
   records: dict[str, dict] = {}
   files = [path / 'eval.json', path / evals.ITEMS_FILE]
   if path.is_file():
@@ -131,12 +140,14 @@ def read_records(path: pathlib.Path) -> dict[str, dict]:
     if not file.is_file():
       continue
     for task, figures in storage.read_json(file).items():
-      if not isinstance(figures, Mapping):  # a number, such as the step
+      # A value that is no dict is a number, such as the step.
+      if not isinstance(figures, Mapping):
         continue
       for name, record in figures.get('items', {}).items():
         records[f'{task}/{name}'] = record
 
-  # Files of lm_eval, which makes a folder of each model.
+  # Read the files of lm_eval, which makes a folder of each model.
+  # Names end in a date, so the newest of two evaluations is read last.
   sample_files = [*path.glob('samples_*.jsonl'),
                   *path.glob('*/samples_*.jsonl')]
   for file in sorted(sample_files):

@@ -68,7 +68,10 @@ def predict_labels(view: records.Classes, scores: Sequence[np.ndarray]
 
   Args:
     view: the texts, and the names of the U labels.
-    scores: the scores of the labels for each text, [U].
+    scores: the scores of the labels for each of N texts, [U].
+
+  Returns:
+    For each text its label, and {label: probability} by the softmax.
   """
   scores_NU = np.stack(scores).astype(np.float64)
   predictions = []
@@ -96,7 +99,8 @@ def predict_word_labels(view: records.Sentences, scores: Sequence[np.ndarray]
     scores: the scores of the labels for the tokens of each row, [L, K], padding
       or not.
   """
-  # Words without a token stay as they are here.
+  # Begin with a label for words that no row shows, as they have no token. 'O'
+  # is the label of words that are no entity. Such words keep it.
   label_without_token = 'O' if 'O' in view.labels else '_'
   predictions = []
   for sentence in view.records:
@@ -105,7 +109,9 @@ def predict_word_labels(view: records.Sentences, scores: Sequence[np.ndarray]
         words=list(sentence.words), labels=[label_without_token] * num_words,
         probabilities=[np.nan] * num_words))
 
-  # A word has the label of the token with which it begins.
+  # Give each word the label of the token with which it begins. row.words names
+  # the word at the one token of the one row in which it counts, so that each
+  # is set once, though rows overlap.
   for row, scores_LK in zip(view.items, scores, strict=True):
     prediction = predictions[row.sentence]
     p_LK = special.softmax(scores_LK.astype(np.float64), axis=-1)
@@ -118,8 +124,15 @@ def predict_word_labels(view: records.Sentences, scores: Sequence[np.ndarray]
 
 
 def predict_answer(chosen: answers.ChosenAnswer) -> QuestionAnswer:
-  """Returns the answer that was chosen among the best spans, with its
-  probability: the softmax over the scores of these spans and of no answer."""
+  """Returns the answer to a question, with its probability: the softmax over
+  the scores of the best spans and of no answer.
+
+  Args:
+    chosen: the answer, the best spans of the text with their scores, and how
+      much higher the score of no answer is than the best span's.
+  """
+  # The score of no answer is known as a difference to the best span's. Without
+  # spans it is alone, and its probability is 1 whatever it is.
   span_scores = [span.score for span in chosen.spans]
   null_score = chosen.null_minus_best
   if span_scores:

@@ -80,19 +80,24 @@ def why_not_scorable(config: ml_collections.ConfigDict) -> str:
 def score_continuations(continuations: Sequence[Continuation],
                         evaluation: Evaluation, doing: str
                         ) -> list[TokenScores]:
-  """Returns the scores of each continuation, in their order.
+  """Computes the log-probability of each token of some continuations of texts.
 
   Args:
-    continuations: texts of at most max_len + 1 tokens each.
+    continuations: texts of at most max_len + 1 tokens each, the last of which
+      are scored.
     evaluation: the evaluation of a decoder.
     doing: what the progress bar says is done.
+
+  Returns:
+    The scores of the tokens of each continuation, in the order of these.
   """
   is_prefix_lm = objectives.find_objective(evaluation.run.config).prefix
   step = evaluation.jit_once(
       _make_score_function(evaluation, is_prefix_lm), 'scoring')
 
-  # A prefix LM sees the whole prefix, which differs between continuations of
-  # one text, so each has a row of its own.
+  # Continuations that differ only in how many tokens are scored share a row. A
+  # prefix LM sees the whole prefix at once, which differs between continuations
+  # of one text, so there each has a row of its own.
   longest = max(SHORTEST_ROW, evaluation.run.model.max_len)
   batches = list(group_into_batches(
       continuations, longest=longest, shards=evaluation.run.mesh.size,
@@ -103,7 +108,8 @@ def score_continuations(continuations: Sequence[Continuation],
                                    evaluation.run.batch_sharding)
     losses_P, is_greedy_P = jax.device_get(step(evaluation.params, batch))
 
-    # The P places of a batch are those of one continuation after the other.
+    # The P places of a batch are those of one continuation after the other, in
+    # the order in which _make_batch has written them, and then padding.
     start = 0
     for row in rows:
       for i in row:
@@ -118,23 +124,29 @@ def score_continuations(continuations: Sequence[Continuation],
 def group_into_batches(continuations: Sequence[Continuation], longest: int,
                        shards: int, one_per_row: bool = False
                        ) -> Iterator[tuple[BatchShape, list[RowOfIndices]]]:
-  """Yields (shape, rows) of each batch, the longest first, so that what is too
-  large for a device fails at once.
+  """Groups continuations of texts into batches of few shapes, each of which
+  has to be compiled.
 
   Args:
-    continuations: in any order.
+    continuations: the continuations, in any order.
     longest: the longest row that the model takes.
     shards: what the numbers of rows and of places are multiples of.
     one_per_row: whether each continuation has a row to itself.
+
+  Yields:
+    The shape of each batch, and its rows: for each the indices of its
+    continuations. The longest rows come first, so that what is too large for a
+    device fails at once.
   """
-  # Continuations of the same text have one row.
+  # Give continuations of the same text one row. The last token is predicted and
+  # not shown, so it is no part of that text.
   row_by_text: dict[Any, RowOfIndices] = {}
   for i, continuation in enumerate(continuations):
     text = continuation.tokens[:-1].tobytes()
     key = i if one_per_row else text
     row_by_text.setdefault(key, []).append(i)
 
-  # Rows by the length that they are padded to.
+  # Collect the rows by the length that they are padded to.
   rows_by_length: dict[int, list[RowOfIndices]] = {}
   for row in row_by_text.values():
     length = len(continuations[row[0]].tokens) - 1
@@ -145,7 +157,8 @@ def group_into_batches(continuations: Sequence[Continuation], longest: int,
     return sum(continuations[i].num_scored for i in row)
 
   # Deal the rows of a length out to batches, those with the most places first,
-  # so that the batches have about as many places as each other.
+  # so that the batches have about as many places as each other. All batches of
+  # a length have one shape, that of the largest.
   multiple_of_places = int(np.lcm(SHORTEST_ROW, shards))
   for length, rows in sorted(rows_by_length.items(), reverse=True):
     rows.sort(key=count_places, reverse=True)
@@ -178,10 +191,10 @@ def padded_length(length: int, longest: int) -> int:
 
 def pad_into_batches(rows: Mapping[int, np.ndarray], longest: int
                      ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-  """Yields the rows in batches of few shapes, the longest rows first.
+  """Pads rows of tokens into batches of few shapes, the longest rows first.
 
   Args:
-    rows: the tokens of each row, [L], by a number.
+    rows: {number: the tokens of the row, int [L]}.
     longest: the longest row that the model takes.
 
   Yields:
@@ -189,7 +202,7 @@ def pad_into_batches(rows: Mapping[int, np.ndarray], longest: int
     0; and their lengths, int32 [B]. In what fills a batch up, a row has one
     token.
   """
-  # Rows of similar lengths, of which all are padded to one.
+  # Collect the rows by the length that they are padded to.
   numbers_by_length: dict[int, list[int]] = {}
   for number, tokens_L in rows.items():
     length = padded_length(len(tokens_L), longest)
@@ -213,10 +226,10 @@ def pad_into_batches(rows: Mapping[int, np.ndarray], longest: int
 def _make_batch(shape: BatchShape, rows: list[RowOfIndices],
                 continuations: Sequence[Continuation]
                 ) -> dict[str, np.ndarray]:
-  """Returns the arrays of a batch.
+  """Lays out continuations of texts as the arrays of a batch.
 
   Args:
-    shape: the shape of the batch.
+    shape: the numbers of rows B, of their places L, and of scored tokens P.
     rows: the continuations of each row, by their indices.
     continuations: all continuations.
 
@@ -230,16 +243,20 @@ def _make_batch(shape: BatchShape, rows: list[RowOfIndices],
                known=np.ones(shape.rows, np.int32),
                places=np.zeros(shape.places, np.int32),
                targets=np.zeros(shape.places, np.int32))
+  # Arrays are full of padding at first: a scored token of padding has the place
+  # 0 and the target 0, and its score is never read.
   start = 0
   for n, row in enumerate(rows):
-    # The text of the row.
+    # Write the text of the row, which all its continuations share, without the
+    # last token, which is only predicted.
     first_of_row = continuations[row[0]]
     text = first_of_row.tokens[:-1]
     batch['tokens'][n, :len(text)] = text
     batch['lengths'][n] = len(text)
     batch['known'][n] = len(text) + 1 - first_of_row.num_scored
 
-    # The places of each of its continuations.
+    # Write the places of each of its continuations. The scored tokens are the
+    # last ones; each is predicted at the place before it.
     for i in row:
       tokens, num_scored = continuations[i]
       places = slice(start, start + num_scored)
@@ -252,14 +269,18 @@ def _make_batch(shape: BatchShape, rows: list[RowOfIndices],
 
 def _make_score_function(evaluation: Evaluation, is_prefix_lm: bool
                          ) -> Callable:
-  """Returns score(params, batch), which returns the loss of each target and
-  whether it is the likeliest token.
+  """Makes the function that scores the tokens of a batch.
 
   Args:
     evaluation: the evaluation of a decoder.
     is_prefix_lm: whether tokens that are known see each other.
+
+  Returns:
+    score(params, batch), which returns the loss of each target and whether it
+    is the likeliest token, [P].
   """
-  # With a capacity, a text's probability would depend on the batch.
+  # With a limit to the tokens of an expert (capacity), a text's probability
+  # would depend on the other texts of its batch.
   model = without_capacity(evaluation.run.model)
   # A kernel that training names may not take rows of these lengths.
   kernel = 'xla' if model.attention_kernel == 'xla' else 'auto'
@@ -270,7 +291,7 @@ def _make_score_function(evaluation: Evaluation, is_prefix_lm: bool
             ) -> tuple[jax.Array, jax.Array]:
     """Returns the losses of the targets in nats, [P], and whether each is the
     likeliest token, bool [P]; `batch` is of `_make_batch`."""
-    # The states of the model.
+    # Compute the hidden states of all B rows of L tokens.
     tokens_BL = batch['tokens']
     lengths_B = batch['lengths']
     places_1L = jnp.arange(tokens_BL.shape[1])[None]
@@ -279,7 +300,9 @@ def _make_score_function(evaluation: Evaluation, is_prefix_lm: bool
     output = module.apply({'params': params}, tokens_BL, valid_BL=is_real_BL,
                           lengths_B=lengths_B, **options)
 
-    # The head, at the places that are asked about.
+    # Apply the head only at the P places that are asked about: the logits of
+    # all would be large. Places count through the whole batch, hence the
+    # reshape; token_losses takes [batch, length], hence the added axis.
     d_model = output.hidden.shape[-1]
     hidden_PD = output.hidden.reshape(-1, d_model)[batch['places']]
     token_losses = losses.token_losses(hidden_PD[None], output.head,
