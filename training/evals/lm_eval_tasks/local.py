@@ -25,13 +25,17 @@ def blimp(folder: str = '', **_: Any):
 
 def blimp_results(doc: dict, results: list[tuple[float, bool]]
                   ) -> dict[str, float]:
-  """Returns whether the good sentence is the likelier one: 1 or 0, in all and
-  by the phenomenon of the pair.
+  """Scores a pair of sentences of BLiMP (Warstadt et al. 2020): whether the
+  model finds the grammatical one likelier.
 
   Args:
-    doc: the pair.
+    doc: the pair, with its phenomenon as `linguistics_term`.
     results: (log-probability, whether greedy) of the good sentence and of the
       bad one.
+
+  Returns:
+    {figure: 1 or 0}, one figure of all pairs, and one of the phenomenon.
+    lm_eval averages each over the pairs that have it.
   """
   (good, _), (bad, _) = results
   is_right = float(good > bad)
@@ -50,12 +54,17 @@ def cloze(folder: str = '', **_: Any):
 
 def cloze_results(doc: dict, results: list[tuple[float, bool]]
                   ) -> dict[str, Any]:
-  """Returns what lm_eval averages into the figures of last words.
+  """Scores the last word of a text, as in LAMBADA.
 
   Args:
-    doc: the text.
+    doc: the text, as `text`.
     results: [(log-probability of the last word, whether it is the likeliest)].
+
+  Returns:
+    {figure: what lm_eval averages into it}: for the perplexity a
+    log-probability, and for bits per byte also the number of bytes.
   """
+  # The space before the word is predicted with it.
   [(log_prob, greedy)] = results
   word = ' ' + doc['text'].rsplit(' ', 1)[1]
   return {'acc': float(greedy), 'perplexity': log_prob,
@@ -64,18 +73,21 @@ def cloze_results(doc: dict, results: list[tuple[float, bool]]
 
 @functools.lru_cache  # a run that is evaluated as it trains asks again
 def _load_documents(folder: str, name: str, fields: tuple[str, ...]):
-  """Returns {'validation': the objects of all *.jsonl of a folder}.
+  """Reads the documents of a task of lm_eval out of a folder of *.jsonl.
 
   Args:
     folder: the data folder; '': $ARCHETYPE_DATA.
     name: the name of the folder in it.
     fields: the texts that each object has.
 
+  Returns:
+    {'validation': a data set of the package datasets, a row for each line}.
+
   Raises:
     RequestError: where there is no such folder, or a line is wrong.
   """
   import datasets
-  # The files.
+  # Find the files.
   root = folder or os.environ.get(DATA_VARIABLE, '')
   require(bool(root), f'lm_eval reads the folder {name} of a data folder, and '
           f'none is named: pass --lm_eval_data=DIR, or set {DATA_VARIABLE}')
@@ -84,11 +96,10 @@ def _load_documents(folder: str, name: str, fields: tuple[str, ...]):
   require(bool(files), f'{data_folder} holds no *.jsonl: lm_eval reads the '
           f'folder {name} of --lm_eval_data, or of {DATA_VARIABLE}')
 
-  # Their lines.
+  # Read their lines, of each the fields that the task reads.
   documents = []
   for file in files:
     for where, row in texts.read_rows(str(file)):
-      # The fields that the task reads, each a text.
       document = {}
       for field in fields:
         text = texts.check_text(row.get(field), f'{where}, field {field!r},')

@@ -80,11 +80,20 @@ class Extrapolation(Task):
     return objective.predicts_every_token
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    """Prints and draws the loss at each length, and returns it."""
+    """Measures the loss on texts of the training length and of multiples of
+    it, and prints and draws it.
+
+    Args:
+      evaluation: the evaluation of the run: its model, parameters and options.
+
+    Returns:
+      The mean loss at each length, and the loss at each position.
+    """
     model = evaluation.run.model
     length = evaluation.run.config.data.length
 
-    # Each variant of the model reads each length.
+    # Each variant of the model reads each length. A variant may be for longer
+    # texts alone, so the table of curves has gaps.
     curves: dict[str, dict[int, np.ndarray | None]] = {}
     tokens_by_multiple: dict[int, TokensByPosition] = {}
     for multiple in LENGTH_MULTIPLES:
@@ -100,7 +109,7 @@ class Extrapolation(Task):
                                     tokens=tokens)
         curves.setdefault(name, {})[multiple] = curve
 
-    # The table and the picture.
+    # Print the table, and draw the picture.
     print(format_table(curves, tokens_by_multiple, length))
     path = evaluation.workdir / PICTURE_FILE
     draw_losses(curves, tokens_by_multiple=tokens_by_multiple, length=length,
@@ -113,15 +122,22 @@ class Extrapolation(Task):
 def _figures_for_json(curves: Curves,
                       tokens_by_multiple: Mapping[int, TokensByPosition],
                       length: int, position: str) -> dict[str, Any]:
-  """Returns the curves, and the mean loss at each length, for --json.
+  """Collects the losses by position, and the mean loss at each length, as
+  values that JSON can hold (--json).
 
   Args:
-    curves: the losses by position.
-    tokens_by_multiple: the tokens that they were measured on.
+    curves: {variant of the model: {multiple of the training length: the loss at
+      each position; None: the model refuses the length}}.
+    tokens_by_multiple: {multiple: the tokens that the losses were measured on}.
     length: the training length.
     position: the position encoding of the model as it was trained, whose
       figures have no variant in their names.
+
+  Returns:
+    The mean losses by name; `length`; `texts`, the tokens at each position; and
+    `curves`, the losses there.
   """
+  # Keys of JSON are texts, so multiples are written as such.
   figures: dict[str, Any] = {'length': length, 'texts': {}, 'curves': {}}
   for multiple, tokens in tokens_by_multiple.items():
     figures['texts'][str(multiple)] = {
@@ -146,14 +162,17 @@ def _figures_for_json(curves: Curves,
 
 def mean_loss(curve: Any, tokens: TokensByPosition,
               positions_averaged: slice = slice(None)) -> float:
-  """Returns the mean loss over the tokens at some positions; nan: there are
-  none.
+  """Averages a loss over the tokens at some positions of a text.
 
   Args:
     curve: the loss at each position, [L].
-    tokens: the tokens at each position.
-    positions_averaged: the positions.
+    tokens: the numbers and the weights of the tokens at each position.
+    positions_averaged: the positions; by default all.
+
+  Returns:
+    The mean, weighted by the tokens; nan where there are none.
   """
+  # The loss at a position without tokens is nan, and must be left out.
   losses = curve[positions_averaged]
   weights = tokens.weights[positions_averaged]
   has_tokens = tokens.num_tokens[positions_averaged] > 0
@@ -164,8 +183,7 @@ def mean_loss(curve: Any, tokens: TokensByPosition,
 
 def _load_sources(evaluation: Evaluation, multiple: int
                   ) -> Iterator[SourceBatches]:
-  """Yields each source of held-out text in rows of a multiple of the training
-  length.
+  """Loads the held-out text in rows of a multiple of the training length.
 
   The rows are those of the longest multiple, cut into pieces, so that at each
   length the same tokens are predicted. A batch has as many tokens as the mesh
@@ -174,6 +192,9 @@ def _load_sources(evaluation: Evaluation, multiple: int
   Args:
     evaluation: the evaluation of the run.
     multiple: one of LENGTH_MULTIPLES.
+
+  Yields:
+    For each source its batches, on the devices, and the weight of a token.
   """
   config = evaluation.run.config.copy_and_resolve_references()
   device_placement = evaluation.run.batch_sharding
@@ -181,14 +202,15 @@ def _load_sources(evaluation: Evaluation, multiple: int
   longest_length = config.data.length * longest_multiple
   num_pieces = longest_multiple // multiple
 
-  # Rows of the longest text, as many as a batch of training has tokens for, in
-  # a multiple of the devices.
+  # Read rows of the longest text, as many as a batch of training has tokens
+  # for, in a multiple of the devices. They are cut into pieces below.
   num_devices = math.prod(evaluation.run.mesh.shape.values())
   rows_of_device = config.data.batch_size // longest_multiple // num_devices
   num_rows = max(rows_of_device, 1) * num_devices
   config.data.update(length=longest_length, batch_size=num_rows)
 
-  # Each process reads its slice of the rows, and cuts them up.
+  # Each process reads its slice of the rows, and cuts them up. A source has the
+  # same weight in all, however many tokens are read of it.
   index, count = devices.batch_slice_of_process(device_placement, num_rows)
   loaders = pipeline.make_evaluation_loaders(
       config, tokenizer=evaluation.tokenizer, process_index=index,
@@ -210,21 +232,23 @@ def _cut_rows(batch: Mapping[str, np.ndarray], num_pieces: int,
   """Cuts each row of a batch into pieces of one length, which become rows.
 
   Args:
-    batch: arrays of [B, L].
-    num_pieces: the pieces of a row.
+    batch: {key: array [B, L]}.
+    num_pieces: the pieces of a row; it must divide L.
     tokenizer: the tokenizer, whose separator stands between packed documents.
 
   Returns:
     Arrays of [B num_pieces, L / num_pieces]. Documents and positions count from
     the beginning of each new row.
   """
+  # An array lies in memory row by row, so reshaping cuts its rows.
   cut_batch = {}
   for name, x_BL in batch.items():
     cut_batch[name] = x_BL.reshape(len(x_BL) * num_pieces, -1)
   if 'positions' not in cut_batch:
     return cut_batch
 
-  # The rows are packed documents, which are counted anew.
+  # Rows of packed documents have numbers and positions of these, which must be
+  # counted anew: a piece may begin in the middle of a document.
   segments = []
   positions_of_rows = []
   for tokens_L in cut_batch['tokens']:
@@ -262,14 +286,17 @@ def _count_tokens(sources: Sequence[SourceBatches]) -> TokensByPosition:
 def _loss_by_position(evaluation: Evaluation, model: ModelConfig,
                       sources: Sequence[SourceBatches],
                       tokens: TokensByPosition) -> np.ndarray:
-  """Returns the mean loss at each position in nats, [L]; nan where there is no
-  token.
+  """Measures the mean loss at each position of a text.
 
   Args:
     evaluation: the evaluation of the run.
-    model: the config of the variant of the model that reads the text.
+    model: the config of the variant of the model that reads the text, such as
+      one with scaled positions. It has the same parameters.
     sources: the batches of each source.
-    tokens: the tokens at each position.
+    tokens: the numbers and the weights of the tokens at each position.
+
+  Returns:
+    float [L], the loss in nats; nan where there is no token.
   """
   module = architectures.build(model)
   objective = objectives.find_objective(evaluation.run.config)
@@ -280,7 +307,9 @@ def _loss_by_position(evaluation: Evaluation, model: ModelConfig,
     return jnp.sum(loss_BL * batch['weights'], 0)
 
   step = evaluation.jit_once(sum_losses, 'extrapolation', model)
-  # A source counts as much as its share of the held-out text.
+
+  # A source counts as much as its share of the held-out text, by the weight of
+  # its tokens. Positions without tokens keep the nan of `out`.
   total_L = np.zeros(len(tokens.num_tokens))
   for source in sources:
     sum_L = _sum_over_batches(lambda batch: step(evaluation.params, batch),
@@ -294,17 +323,20 @@ def _loss_by_position(evaluation: Evaluation, model: ModelConfig,
 def format_table(curves: Curves,
                  tokens_by_multiple: Mapping[int, TokensByPosition],
                  length: int) -> str:
-  """Returns a table of the mean loss of each variant of the model at each
+  """Formats a table of the mean loss of each variant of the model at each
   length, and of how many tokens it is over.
 
   In a cell, 'refused' says that the model does not take the length, and '—'
   that the variant, which is scaled for longer texts, is not tried at it.
 
   Args:
-    curves: the losses by position.
-    tokens_by_multiple: the tokens that they were measured on.
+    curves: {variant: {multiple of the training length: the loss at each
+      position, or None}}.
+    tokens_by_multiple: {multiple: the tokens that the losses were measured on}.
     length: the training length.
   """
+  # Collect the cells of each row by its heading. A multiple with None is one
+  # that the model refuses; one that is missing was not tried.
   rows = {'': [f'{multiple}x' for multiple in LENGTH_MULTIPLES]}
   for name, curve_by_multiple in curves.items():
     cells = []
@@ -322,7 +354,7 @@ def format_table(curves: Curves,
     num_tokens = tokens_by_multiple[multiple].num_tokens.sum()
     rows['tokens'].append(f'{num_tokens:,}')
 
-  # Columns of one width.
+  # Pad the cells, so that all columns have one width.
   lines = [f'loss in nats per token at multiples of the training length '
            f'{length}']
   for name, cells in rows.items():

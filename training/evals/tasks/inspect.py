@@ -138,8 +138,11 @@ class Inspect(Task):
       text_files.check_text(getattr(options, name), f'--{name}')
 
   def prepare(self, evaluation: Evaluation) -> TextForModel:
-    """Returns --prompt as the model reads it, and --target of an
+    """Lays out --prompt as the model reads it, and --target of an
     encoder-decoder.
+
+    Args:
+      evaluation: the evaluation of the run, with these flags.
 
     Raises:
       RequestError: for a text without a token, or with too many, and for a
@@ -164,19 +167,27 @@ class Inspect(Task):
     return text
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    """Writes the page, and returns the figures behind it, without the maps."""
+    """Writes a page that shows what the layers of the model do with a text.
+
+    Args:
+      evaluation: the evaluation of the run: its model, parameters and options.
+
+    Returns:
+      The figures behind the page, without the maps of attention; and `page`,
+      the file.
+    """
     model = evaluation.run.model
     tokenizer = evaluation.tokenizer
     text = evaluation.prepared
 
-    # The record of the model as it reads the text, and the induction score,
-    # which is measured on random tokens.
+    # Run the model on the text, and keep what its layers do; and measure the
+    # induction score, on random tokens.
     inspected = inspection.inspect_model(
         evaluation.run.module, params=evaluation.params, arrays=text.arrays,
         top=min(evaluation.options.top_tokens, model.vocab_size))
     measures = figures_by_head(inspected, _measure_induction(evaluation))
 
-    # The tokens as a reader is shown them.
+    # Spell the tokens as a reader is shown them.
     def spell(token: int) -> str:
       return reading.spell_token_visibly(token, tokenizer)
 
@@ -184,7 +195,7 @@ class Inspect(Task):
     for name, ids_L in text.tokens.items():
       spelled_tokens[name] = [spell(token) for token in ids_L]
 
-    # The page, under sentences on the model and on the text.
+    # Write the page, under sentences on the model and on the text.
     about = [f'{model.arch} of {evaluation.workdir}, step {evaluation.step}, '
              f'reading {evaluation.options.prompt!r}.', *text.notes,
              *totals.describe_layers(model)]
@@ -204,11 +215,15 @@ class Inspect(Task):
 
 
 def _lay_out_text(evaluation: Evaluation, stack: str) -> TextForModel:
-  """Returns --prompt as the model reads texts in training.
+  """Lays out the text of --prompt as the model reads texts in training.
 
   Args:
     evaluation: the evaluation, with --prompt and --target.
     stack: 'encoder', 'decoder' or 'encoder-decoder'.
+
+  Returns:
+    The arguments of the model, a batch of one row; the tokens of each stack;
+    and sentences for the reader.
   """
   config = evaluation.run.config
   tokenizer = evaluation.tokenizer
@@ -246,9 +261,9 @@ def _lay_out_text(evaluation: Evaluation, stack: str) -> TextForModel:
 
 def _decoder_tokens(evaluation: Evaluation, prompts: objectives.Prompts
                     ) -> tuple[np.ndarray, str]:
-  """Returns what the decoder of an encoder-decoder reads, and a note on it.
+  """Makes the tokens that the decoder of an encoder-decoder reads.
 
-  That is --target, or else the likeliest tokens that the model itself writes
+  They are --target, or else the likeliest tokens that the model itself writes
   for the prompt, after the tokens that begin each target.
 
   Args:
@@ -281,10 +296,15 @@ def _decoder_tokens(evaluation: Evaluation, prompts: objectives.Prompts
 
 
 def _measure_induction(evaluation: Evaluation) -> np.ndarray | None:
-  """Returns the induction score of each head of a decoder, [N, H], on random
-  tokens that come twice.
+  """Measures the induction score of each attention head of a decoder, on random
+  tokens that come twice (Olsson et al. 2022).
 
-  None: the model is no decoder, or has no room or tokens for such rows.
+  Args:
+    evaluation: the evaluation of the run.
+
+  Returns:
+    float [N layers, H heads]; None where the model is no decoder, or has no
+    room or tokens for such rows.
   """
   model = evaluation.run.model
   tokenizer = evaluation.tokenizer
@@ -300,7 +320,9 @@ def _measure_induction(evaluation: Evaluation) -> np.ndarray | None:
   if num_tokens < 4 or num_tokens > len(text_tokens):
     return None
 
-  # Each row: the separator, random tokens, and the same tokens again.
+  # Make rows of the separator, random tokens, and the same tokens again. The
+  # seed is fixed, so that two models see the same rows. The scores are averaged
+  # over these.
   random = np.random.default_rng(0)
   rows = []
   for _ in range(NUM_REPEATED_ROWS):
@@ -315,17 +337,21 @@ def _measure_induction(evaluation: Evaluation) -> np.ndarray | None:
 
 def figures_by_head(inspected: Inspection, induction_NH: np.ndarray | None
                     ) -> dict[str, dict[str, np.ndarray]]:
-  """Returns {name of attention: {figure: [N, H]}}: for each head of each layer
-  one number of each figure of MEANING_OF_FIGURE.
+  """Reduces the attention of a text to one number for each head and figure of
+  MEANING_OF_FIGURE.
 
   Args:
-    inspected: the record, of whose rows the first counts.
-    induction_NH: the induction score of a decoder, of `_measure_induction`.
+    inspected: the record of the model, of whose rows the first counts.
+    induction_NH: the induction score of a decoder, [layers, heads], of
+      `_measure_induction`; None: there is none.
+
+  Returns:
+    {name of attention: {figure: [N layers, H heads]}}.
   """
   measures = {}
   for name, attention in inspected.attention.items():
     # The first query of a causal model sees the first token alone, so all its
-    # weight is there.
+    # weight is there. That says nothing of a head, so the query is left out.
     all_queries_BL = inspected.is_real[STACK_OF_QUERIES[name]]
     later_queries_BL = all_queries_BL.copy()
     if name == 'decoder' and all_queries_BL.shape[1] > 1:
@@ -335,7 +361,8 @@ def figures_by_head(inspected: Inspection, induction_NH: np.ndarray | None
     figures['entropy'] = _mean_of_heads(attention.entropy, all_queries_BL)
     figures['first token'] = _mean_of_heads(attention.first_token,
                                             later_queries_BL)
-    if attention.sink.max() > 1e-3:  # more than a row's rounding
+    # Rounding makes a small sink in models that have none.
+    if attention.sink.max() > 1e-3:
       figures['learned sink'] = _mean_of_heads(attention.sink, all_queries_BL)
     if attention.previous_token is not None:
       figures['previous token'] = attention.previous_token[:, 0]
@@ -356,14 +383,14 @@ def _figures_for_json(inspected: Inspection,
                       spelled_tokens: Mapping[str, Sequence[str]],
                       measures: FiguresByHead, spell: SpellToken
                       ) -> dict[str, Any]:
-  """Returns the figures of the page as lists, for --json; the attention maps
+  """Collects the figures of the page as lists, for --json; the attention maps
   stand in the page alone. The arguments are those of `render_page`.
 
   Returns:
     tokens, attention, stream and experts, each a dict by 'encoder', 'decoder'
     or 'cross'; and lens, where there is a logit lens.
   """
-  # One row was looked at: the first of each array.
+  # One row was looked at. It is the first of axis 1, after the axis of layers.
   attention = {}
   for name, figures in measures.items():
     attention[name] = {
@@ -409,6 +436,7 @@ def _lens_for_json(lens: LogitLens, spell: SpellToken
 def _guesses_by_layer(lens: LogitLens) -> list[list[list[LensGuess]]]:
   """Returns the likeliest next tokens of the first row, by layer, then by token
   of the text, the best guess first."""
+  # The arrays are [layers, batch, length, guesses], of which one row is taken.
   layers = []
   for ids_LK, p_LK in zip(lens.ids[:, 0].tolist(),
                           lens.probabilities[:, 0].tolist()):
@@ -425,10 +453,10 @@ def _guesses_by_layer(lens: LogitLens) -> list[list[list[LensGuess]]]:
 def render_page(inspected: Inspection, title: str, about: Sequence[str],
                 spelled_tokens: Mapping[str, Sequence[str]], spell: SpellToken,
                 measures: FiguresByHead) -> str:
-  """Returns the whole page as HTML.
+  """Renders the page that shows what a model does with a text, as HTML.
 
   Args:
-    inspected: the record; of several rows, the first is shown.
+    inspected: the record of the model; of several rows, the first is shown.
     title: a short title.
     about: sentences on what was looked at.
     spelled_tokens: the tokens as a reader is shown them, by stack ('encoder' or
@@ -436,20 +464,21 @@ def render_page(inspected: Inspection, title: str, about: Sequence[str],
     spell: a function that returns the token of an id as a reader is shown it.
     measures: {attention: {figure: [N, H]}}, one number a head; nan: none.
   """
-  # The data that inspect.js draws. '<' would end the script early if a token
-  # held </script>.
+  # Write the data that inspect.js draws into the page. A token that holds
+  # </script> would end the script early, so '<' is escaped.
   tokens = {name: list(texts) for name, texts in spelled_tokens.items()}
   drawn = {'tokens': tokens, 'maps': _maps_for_script(inspected, measures)}
   data = json.dumps(drawn, allow_nan=False).replace('<', '\\u003c')
 
-  # An undefined name in the template is an error.
+  # Read the template. Tokens are text of anybody, so they are escaped; a name
+  # that the template has and this function does not is an error.
   folder = pathlib.Path(__file__).parents[1] / 'templates'
   environment = jinja2.Environment(
       loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True,
       undefined=jinja2.StrictUndefined)
   template = environment.get_template('inspect.html')
 
-  # The sections, in the order of the page.
+  # Collect the sections in the order of the page, and fill in the template.
   sections = [
       *_attention_sections(measures),
       *_stream_sections(inspected.stream, spelled_tokens),
@@ -461,15 +490,25 @@ def render_page(inspected: Inspection, title: str, about: Sequence[str],
 
 def _maps_for_script(inspected: Inspection, measures: FiguresByHead
                      ) -> list[dict[str, Any]]:
-  """Returns the attention maps as inspect.js reads them, as objects of JSON."""
+  """Encodes the attention maps as inspect.js reads them, as objects of JSON.
+
+  Args:
+    inspected: the record of the model.
+    measures: {attention: {figure: [N layers, H heads]}}.
+
+  Returns:
+    For each attention its name, the stacks of its queries and keys, the shape
+    and the weights of its maps, and its figures.
+  """
   maps = []
   for name, attention in inspected.attention.items():
-    # Weights as integers of 16 bits, little-endian, in base64.
+    # Write weights as integers of 16 bits, little-endian, in base64: as numbers
+    # of JSON they would be several times as long.
     weights_NHLM = attention.weights[:, 0]
     units = np.round(np.clip(weights_NHLM, 0, 1) * 65535).astype('<u2')
     encoded_weights = base64.b64encode(units.tobytes()).decode('ascii')
 
-    # Figures to four digits; null: there is none.
+    # Write figures to four digits; null stands for nan, which JSON lacks.
     figures = {}
     for figure, values_NH in measures[name].items():
       layers = []
@@ -507,8 +546,17 @@ def _attention_sections(measures: FiguresByHead) -> Iterator[dict[str, Any]]:
 def _stream_sections(streams: Mapping[str, ResidualStream],
                      spelled_tokens: Mapping[str, Sequence[str]]
                      ) -> Iterator[dict[str, Any]]:
-  """Yields a section on the residual stream of each stack: the norms of the
-  tokens, the largest features of each layer, and the outlier features."""
+  """Lays out a section on the hidden states between layers (residual stream) of
+  each stack: the norms of the tokens, the largest features of each layer, and
+  the outlier features.
+
+  Args:
+    streams: {stack: the figures of its residual stream}.
+    spelled_tokens: {stack: the tokens as a reader is shown them}.
+
+  Yields:
+    Each section, as the template reads it.
+  """
   for name, stream in streams.items():
     tokens = spelled_tokens[name]
     layer_names = _name_layers(len(stream.norms))
@@ -521,8 +569,18 @@ def _stream_sections(streams: Mapping[str, ResidualStream],
 def _lens_sections(inspected: Inspection,
                    spelled_tokens: Mapping[str, Sequence[str]],
                    spell: SpellToken) -> Iterator[dict[str, Any]]:
-  """Yields the section of the logit lens, where there is one: a table with a
-  row for each layer, the last one on top, and a column for each token."""
+  """Lays out the section of the logit lens, what the head would predict from
+  each layer: a table with a row for each layer, the last one on top, and a
+  column for each token.
+
+  Args:
+    inspected: the record of the model.
+    spelled_tokens: {stack: the tokens as a reader is shown them}.
+    spell: a function that returns the token of an id as a reader is shown it.
+
+  Yields:
+    The section, as the template reads it, where there is a logit lens.
+  """
   if inspected.lens is None:
     return
   # The lens is of the stack that predicts tokens.
@@ -542,8 +600,16 @@ def _lens_sections(inspected: Inspection,
 def _expert_sections(experts: Mapping[str, ExpertRouting],
                      spelled_tokens: Mapping[str, Sequence[str]]
                      ) -> Iterator[dict[str, Any]]:
-  """Yields a section on the experts of each stack that has some: a table with a
-  row for each layer of experts, and a column for each token."""
+  """Lays out a section on the experts of each stack that has some: a table with
+  a row for each layer of experts, and a column for each token.
+
+  Args:
+    experts: {stack: the decisions of its routers}.
+    spelled_tokens: {stack: the tokens as a reader is shown them}.
+
+  Yields:
+    Each section, as the template reads it.
+  """
   for name, routing in experts.items():
     tokens = spelled_tokens[name]
     rows = []
@@ -559,8 +625,17 @@ def _expert_sections(experts: Mapping[str, ExpertRouting],
 
 def _lens_rows(lens: LogitLens, spelled_tokens: Sequence[str],
                spell: SpellToken) -> list[list[TableCell]]:
-  """Returns the cells of the logit lens: a row for each layer, and in it a cell
-  for each token of the text."""
+  """Lays out the table of the logit lens: what the head would predict from the
+  states of each layer.
+
+  Args:
+    lens: the likeliest tokens by layer and place, with their probabilities.
+    spelled_tokens: the tokens of the text as a reader is shown them.
+    spell: a function that returns the token of an id as a reader is shown it.
+
+  Returns:
+    A row for each layer, and in it a cell for each token of the text.
+  """
   rows = []
   for n, guesses_of_layer in enumerate(_guesses_by_layer(lens)):
     cells = []
@@ -579,10 +654,18 @@ def _lens_rows(lens: LogitLens, spelled_tokens: Sequence[str],
 
 def _norm_rows(stream: ResidualStream, spelled_tokens: Sequence[str]
                ) -> list[list[TableCell]]:
-  """Returns the cells of the table of norms: a row for what the first layer is
-  given and for what each layer returns, and in it a cell for each token, the
-  darker the larger its norm."""
-  # The colours span the logarithms of the norms of the whole table.
+  """Lays out the table of the norms of hidden states.
+
+  Args:
+    stream: the figures of the states between layers.
+    spelled_tokens: the tokens as a reader is shown them.
+
+  Returns:
+    A row for what the first layer is given and for what each layer returns, and
+    in it a cell for each token, the darker the larger its norm.
+  """
+  # The colours span the logarithms of the norms of the whole table, as norms
+  # differ by powers of ten. 1e-9 stands for 0, and for no difference at all.
   norms_NL = stream.norms[:, 0]
   logs_NL = np.log(np.maximum(norms_NL, 1e-9))
   lowest = logs_NL.min()
@@ -602,8 +685,16 @@ def _norm_rows(stream: ResidualStream, spelled_tokens: Sequence[str]
 
 
 def _feature_rows(stream: ResidualStream) -> list[tuple[str, ...]]:
-  """Returns a row of texts for each layer: its name, the mean norm, the median
-  and the root mean square of a feature, and the largest features."""
+  """Lists the largest features of the hidden states between layers.
+
+  Args:
+    stream: the figures of these states, of whose rows the first is shown.
+
+  Returns:
+    A row of texts for each layer: its name, the mean norm, the median and the
+    root mean square of a feature, and the largest features, each with how many
+    times as large as these two it is.
+  """
   norms_NL = stream.norms[:, 0]
   layer_names = _name_layers(len(norms_NL))
   rows = []
@@ -642,7 +733,7 @@ def _format_ratio(value: float, reference: float) -> str:
 
 def _expert_cell(routing: ExpertRouting, n: int, i: int,
                  spelled_tokens: Sequence[str]) -> TableCell:
-  """Returns the cell of a token in a layer of experts: the experts to which it
+  """Lays out the cell of a token in a layer of experts: the experts to which it
   goes, those that had no room for it struck out.
 
   Args:
@@ -655,7 +746,9 @@ def _expert_cell(routing: ExpertRouting, n: int, i: int,
   probabilities_E = routing.probabilities[n, 0, i]
   tip_lines = [_describe_token(spelled_tokens, i), f'layer {routing.layers[n]}']
 
-  # The experts that the router chose, the largest gate first.
+  # List the experts that the router chose, the largest gate first. A chosen
+  # expert with the gate 0 had no room. Markup keeps the tags of the struck-out
+  # numbers from being escaped.
   chosen = np.flatnonzero(routing.chosen[n, 0, i])
   chosen = chosen[np.argsort(-gates_E[chosen], kind='stable')]
   numbers: list[Any] = []
@@ -670,13 +763,14 @@ def _expert_cell(routing: ExpertRouting, n: int, i: int,
     tip_lines.append(line)
   text = markupsafe.Markup(' ').join(numbers) or '–'
 
-  # The largest of the router's probabilities.
+  # List the largest of the router's probabilities.
   likeliest = np.argsort(-probabilities_E, kind='stable')
   likeliest = likeliest[:MOST_ROUTER_PROBABILITIES]
   probabilities = [f'{e} {probabilities_E[e]:.3f}' for e in likeliest]
   tip_lines.append('router: ' + ', '.join(probabilities))
 
-  # The expert with the largest gate gives the colour.
+  # The expert with the largest gate gives the colour: its number, as an angle
+  # on the circle of colours.
   hue = None
   if len(chosen):
     hue = 360 * int(chosen[0]) // len(gates_E)

@@ -117,14 +117,23 @@ class Labels(Task):
                            f'objective {config.objective!r} gives none')
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    """Measures and writes the predictions on each source; returns the
-    figures."""
+    """Predicts the labels of each source, measures the predictions, and writes
+    them to --predictions.
+
+    Args:
+      evaluation: the evaluation of the run: its model, parameters and options.
+
+    Returns:
+      {name: figure}; of several sources their means, with the figures of each
+      as `sources`.
+    """
     loaders = pipeline.make_evaluation_loaders(evaluation.run.config,
                                                tokenizer=evaluation.tokenizer,
                                                in_order=True, bare=True)
     _check_loaders(loaders, evaluation)
 
-    # The predictions for each source, and how good they are.
+    # Predict and measure each source. Rows come in order, and may be without
+    # labels, which are then only predicted.
     measure = MEASURE_OF_OBJECTIVE[evaluation.run.config.objective]
     results = []
     for loader in loaders:
@@ -143,7 +152,7 @@ class Labels(Task):
     if len(results) == 1:
       return results[0].figures
 
-    # The means over the sources, of figures that all of them have: a figure of
+    # Average over the sources the figures that all of them have: a figure of
     # questions without answers, for example, may be missing in one.
     means = _average_sources(results, loaders)
     if means:
@@ -171,10 +180,18 @@ def _average_sources(results: Sequence[MeasuredPredictions],
 
 def _check_loaders(loaders: Sequence[pipeline.Loader], evaluation: Evaluation
                    ) -> None:
-  """Raises RequestError where the data of several sources, or --predictions,
-  do not go together."""
+  """Checks that the data of several sources, and --predictions, go together.
+
+  Args:
+    loaders: the loader of each source.
+    evaluation: the evaluation of the run.
+
+  Raises:
+    RequestError: where they do not.
+  """
   predictions = evaluation.options.predictions
-  # A figure is of all sources, and needs the labels of each.
+  # A figure is of all sources, and needs the labels of each. Without labels
+  # there is nothing to measure, only predictions to write.
   is_unlabelled = []
   for loader in loaders:
     view = loader.views[0]
@@ -203,8 +220,9 @@ def _write_predictions(path: Any, results: Sequence[MeasuredPredictions]
       some kinds have several.
     results: the predictions for each source.
   """
-  # The text of each file, by what is put before the suffix of its name. The
-  # sources follow one another.
+  # Join the texts of each file, in the order of the sources. A key of `files`
+  # is put before the suffix of the name, such as 'nbest' of FILE.nbest.json; ''
+  # is FILE itself.
   files = {}
   if path.suffix == '.csv':
     rows = []
@@ -225,15 +243,15 @@ def _write_predictions(path: Any, results: Sequence[MeasuredPredictions]
 
 def compute_scores(evaluation: Evaluation, loader: pipeline.Loader
                    ) -> list[np.ndarray]:
-  """Returns the scores that the model's head gives each row of a loader.
+  """Computes the scores that the model's head gives each row of a loader.
 
   Args:
     evaluation: the evaluation of the run.
     loader: the loader; the scores are in the order of its rows.
 
   Returns:
-    The scores of the K labels, [K]; or of each token [L, K], where L is the
-    length that the row's batch was padded to.
+    For each row the scores of the K labels, [K]; or of each token [L, K], where
+    L is the length that the row's batch was padded to.
   """
   objective = loader.objective
   module = evaluation.run.module
@@ -252,13 +270,17 @@ def compute_scores(evaluation: Evaluation, loader: pipeline.Loader
 
 def measure_labels(view: Any, scores: Sequence[np.ndarray], *_: Any
                    ) -> MeasuredPredictions:
-  """Measures the label with the highest score of each text.
+  """Measures how often the label with the highest score is right (text
+  classification).
 
   Args:
     view: the texts, as a view of training/data/records.py.
     scores: the scores of the U labels for each text, [U].
+
+  Returns:
+    The figures, lines for a reader, and what --predictions writes.
   """
-  # The predictions, as objects of JSON and as rows of a .csv.
+  # Lay out the predictions, as objects of JSON and as rows of a .csv.
   predicted = predicting.predict_labels(view, scores)
   objects = []
   table = []
@@ -271,13 +293,14 @@ def measure_labels(view: Any, scores: Sequence[np.ndarray], *_: Any
       row[f'probability of {label}'] = probability
     table.append(row)
 
+  # Measure them, where the right labels are known.
   if not view.bare:
     targets = np.array([item.target for item in view.items])
     return _measure_classification(
         names=view.labels, targets=targets,
         predicted=np.stack(scores).argmax(1), objects=objects, table=table)
 
-  # Without known labels, say how often each one is predicted.
+  # Otherwise say how often each label is predicted.
   counts = collections.Counter(prediction.label for prediction in predicted)
   lines = [_describe_unlabelled(len(predicted), 'records')]
   for label in view.labels[:MOST_PRINTED_LABELS]:
@@ -298,7 +321,15 @@ def measure_written_labels(view: Any,
       the two have the same tokens. The space that some tokenizers put before a
       text is no part of either.
     evaluation: the evaluation whose tokenizer the rows are of.
+
+  Returns:
+    The figures, lines for a reader, and what --predictions writes.
+
+  Raises:
+    RequestError: where all rows have the same label.
   """
+  # The labels are those that are held out: a model that writes text has no list
+  # of them.
   text_pairs = []
   for text, target, _ in written:
     text_pairs.append((text.strip(), target.strip()))
@@ -306,7 +337,8 @@ def measure_written_labels(view: Any,
   require(len(labels) > 1, f'what is held out has one label, {labels[0]!r}: '
           'there is nothing to measure')
 
-  # The numbers of the labels; what is no label has the number after them.
+  # Number the labels. A text that is no label gets the number after them, and a
+  # name of its own in the tables; it is always wrong.
   number_of_label = {label: i for i, label in enumerate(labels)}
   no_label = len(labels)
   targets = np.array([number_of_label[target] for _, target in text_pairs])
@@ -399,8 +431,12 @@ def measure_numbers(view: Any, scores: Sequence[np.ndarray], *_: Any
   Args:
     view: the texts, as a view of training/data/records.py.
     scores: the number that the model gives each text, [1].
+
+  Returns:
+    The figures, lines for a reader, and what --predictions writes.
   """
-  # The predictions, as objects of JSON and as rows of a .csv.
+  # Lay out the predictions, as objects of JSON and as rows of a .csv. Without
+  # right numbers that is all.
   predicted = np.array(predicting.predict_numbers(view, scores))
   objects = []
   table = []
@@ -413,7 +449,7 @@ def measure_numbers(view: Any, scores: Sequence[np.ndarray], *_: Any
     return MeasuredPredictions(figures={'rows': len(predicted)}, lines=lines,
                                files=files, table=table)
 
-  # How good they are, in all and for each record.
+  # Measure them, in all and record by record.
   targets = np.array([item.target for item in view.items])
   pearson, spearman = _correlate(targets, predicted)
   squared_errors = (predicted - targets) ** 2
@@ -434,8 +470,17 @@ def measure_numbers(view: Any, scores: Sequence[np.ndarray], *_: Any
 
 def _correlate(targets: np.ndarray, predicted: np.ndarray
                ) -> tuple[float, float]:
-  """Returns Pearson's and Spearman's correlation. Where one side is constant
-  there is none: nan, which is shown as n/a."""
+  """Computes Pearson's and Spearman's correlation of predictions with the right
+  numbers.
+
+  Args:
+    targets: the right numbers, [N].
+    predicted: the predicted ones, [N].
+
+  Returns:
+    Both correlations. Where one side is constant there is none: nan, which is
+    shown as n/a.
+  """
   from scipy import stats
   if len(predicted) < 2:
     return np.nan, np.nan
@@ -454,8 +499,12 @@ def measure_word_labels(view: records.Sentences, scores: Sequence[np.ndarray],
     view: the sentences, each split into rows that the model can take.
     scores: the scores of the K labels for the tokens of each row, [L, K],
       padding or not.
+
+  Returns:
+    The figures, lines for a reader, and what --predictions writes.
   """
-  # The predictions, as a table with a row for each word.
+  # Lay out the predictions, as a table with a row for each word. A word without
+  # a token has the probability nan.
   sentences = predicting.predict_word_labels(view, scores)
   without_tokens = 0
   table = []
@@ -471,7 +520,8 @@ def measure_word_labels(view: records.Sentences, scores: Sequence[np.ndarray],
     return MeasuredPredictions(figures=counts, lines=lines,
                                files=_format_conll(table, columns), table=table)
 
-  # How good they are.
+  # Measure them word by word, and labels of entities (B-PER, I-PER, ...) also
+  # entity by entity.
   is_right = [row['label'] == row['predicted'] for row in table]
   accuracy = sum(is_right) / len(is_right)
   figures: dict[str, Any] = dict(accuracy=accuracy, **counts)
@@ -483,7 +533,7 @@ def measure_word_labels(view: records.Sentences, scores: Sequence[np.ndarray],
     figures |= entity_figures
     lines += report
 
-  # The file has the columns of CoNLL's own script, conlleval.
+  # Write the columns that CoNLL's own script, conlleval, reads.
   columns = ('word', 'label', 'predicted')
   return MeasuredPredictions(figures=figures, lines=lines,
                              files=_format_conll(table, columns), table=table)
@@ -491,13 +541,17 @@ def measure_word_labels(view: records.Sentences, scores: Sequence[np.ndarray],
 
 def _format_conll(table: Sequence[dict[str, Any]], columns: Sequence[str]
                   ) -> dict[str, str]:
-  """Returns the file of a table of words, as `MeasuredPredictions.files` has
-  it: a line for each word, and an empty line after each sentence.
+  """Writes a table of words in the format of CoNLL: a line for each word, and
+  an empty line after each sentence.
 
   Args:
-    table: rows of words, in the order of their sentences.
+    table: rows of words, {column: cell}, in the order of their sentences.
     columns: the columns that are written.
+
+  Returns:
+    {'': the text of the file}, as `MeasuredPredictions.files` has it.
   """
+  # groupby joins neighbours with the same number of the sentence.
   lines = []
   for _, words in itertools.groupby(table, lambda row: row['sentence']):
     for row in words:
@@ -542,14 +596,15 @@ def measure_entities(right: Sequence[Sequence[str]],
     there are; types, {type: {precision, recall, f1, entities}}. And lines of a
     table for a reader.
   """
-  # By default an entity may begin with I-; in the strict mode it begins with
-  # B-.
+  # Measure twice: by default an entity may begin with I-, as in CoNLL's script;
+  # in the strict mode only with B-.
   from seqeval import metrics, scheme
   lenient = _seqeval_figures(right, predicted)
   strict = _seqeval_figures(right, predicted=predicted, mode='strict',
                             scheme=scheme.IOB2)
 
-  # seqeval's report has a row for each type, and rows of averages.
+  # Take the figures out of seqeval's report, which has a row for each type, and
+  # rows of averages. The number of entities is the same in both.
   figures: dict[str, Any] = dict(lenient['micro avg'])
   strict_figures = {}
   for name, value in strict['micro avg'].items():
@@ -594,8 +649,11 @@ def measure_answers(view: records.Questions, scores: Sequence[np.ndarray],
     scores: for each window of a context, the scores of its tokens as the first
       and as the last one of the answer, [L, 2].
     evaluation: the evaluation, with the flags of ANSWER_FLAGS.
+
+  Returns:
+    The figures, lines for a reader, and what --predictions writes.
   """
-  # The predictions, as rows of a .csv.
+  # Choose the answers, and lay them out as rows of a .csv.
   stack = architectures.stack(evaluation.run.model)
   predictions = answers.answer_questions(view, scores=scores, kind=stack,
                                          options=evaluation.options)
@@ -607,7 +665,7 @@ def measure_answers(view: records.Questions, scores: Sequence[np.ndarray],
         'predicted': answer.text, 'start': answer.start,
         'probability': answer.probability})
 
-  # How good they are.
+  # Measure them, where the right answers are known.
   files = answers.format_prediction_files(view, predictions)
   if view.bare:
     lines = [_describe_unlabelled(len(predictions), 'questions')]

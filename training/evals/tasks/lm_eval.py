@@ -85,11 +85,20 @@ class LMEval(Task):
         manager.load(names)
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    """Prints and returns the figures that lm_eval gives of its tasks."""
+    """Evaluates the run by tasks of lm_eval, and prints their figures.
+
+    Args:
+      evaluation: the evaluation of the run: its model, parameters and options.
+
+    Returns:
+      The figures by name; `stderr`, their standard errors; `examples`, the
+      number of examples of each task; and `items`, what each item scores.
+    """
     asked_tasks = _parse_names(evaluation.options)
     results = _run_lm_eval(evaluation, asked_tasks)
 
-    # The figures, their standard errors, and what each item scores.
+    # Sort the results into figures, their standard errors, and what each item
+    # scores. Where one task was asked for, its name is left out.
     figures: dict[str, float] = {}
     errors: dict[str, float] = {}
     records: dict[str, dict] = {}
@@ -110,7 +119,8 @@ class LMEval(Task):
       for name, record in records_of_task.items():
         records[prefix + name] = record
 
-    # A line for each figure, with its standard error where lm_eval has one.
+    # Print a line for each figure, with its standard error where lm_eval has
+    # one.
     for name, value in figures.items():
       line = f'  {name:<40} {value:>10.4f}'
       if name in errors:
@@ -125,14 +135,23 @@ class LMEval(Task):
 
 def _run_lm_eval(evaluation: Evaluation, tasks: Sequence[str]
                  ) -> dict[str, Any]:
-  """Evaluates a run by lm_eval on some of its tasks, and returns the results as
-  lm_eval has them."""
+  """Evaluates a run by lm_eval (EleutherAI's lm-evaluation-harness).
+
+  Args:
+    evaluation: the evaluation of the run, with the flags of this task.
+    tasks: the names of lm_eval's tasks.
+
+  Returns:
+    The results as lm_eval has them.
+  """
   # lm_eval is an optional package, and slow to import.
   from training.evals import harness
   options = evaluation.options
   num_fewshot = options.lm_eval_fewshot
   if num_fewshot < 0:
     num_fewshot = None  # as the task says
+
+  # None for a seed leaves the random generators of the process alone.
   with report_failures(', '.join(tasks)):
     from lm_eval import evaluator
     return evaluator.simple_evaluate(
@@ -157,8 +176,8 @@ def _samples_of_task(results: Mapping[str, Any], task: str) -> list[dict]:
 
 @contextlib.contextmanager
 def report_failures(task_names: str) -> Iterator[None]:
-  """Says in a sentence what lm_eval fails at, where it does so inside the with
-  statement.
+  """Turns a failure of lm_eval inside a `with` statement into a sentence that
+  says what it fails at.
 
   Args:
     task_names: what lm_eval works on there, for the message.
@@ -173,6 +192,9 @@ def report_failures(task_names: str) -> Iterator[None]:
   # one of JAX's threads, and the locks of them all.
   os.environ['DISABLE_MULTIPROC'] = '1'
   logging.getLogger('lm_eval').setLevel(logging.ERROR)
+
+  # An error that was raised by other code than lm_eval's is a bug of ours, and
+  # goes on with its traceback.
   try:
     yield
   except (ConnectionError, FileNotFoundError) as error:

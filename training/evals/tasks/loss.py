@@ -53,7 +53,15 @@ class HeldOutLoss(Task):
   )
 
   def check(self, options: Any, config: Any) -> None:
-    """Raises RequestError for a --stride that a run cannot be read with."""
+    """Checks that the held-out text can be read with --stride.
+
+    Args:
+      options: the values of the task's flags, by name.
+      config: the config of the run.
+
+    Raises:
+      RequestError: where it cannot.
+    """
     stride = options.stride
     if not stride:
       return
@@ -71,8 +79,16 @@ class HeldOutLoss(Task):
                          'is not: name one by --text')
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    """Prints and returns the figures of the held-out data, of each source and
-    in all."""
+    """Measures the loss of the held-out data, of each source and in all, and
+    prints it.
+
+    Args:
+      evaluation: the evaluation of the run: its model, parameters and options.
+
+    Returns:
+      {name: figure}; of several sources their means, with the figures of each
+      as `sources`.
+    """
     if evaluation.options.stride:
       return measure_with_stride(evaluation)
 
@@ -101,13 +117,17 @@ class HeldOutLoss(Task):
 
 def _print_figures(text: str, sums: Sequence, loaders: Sequence
                    ) -> dict[str, Any]:
-  """Prints and returns the figures of some sources together.
+  """Prints and returns the figures of some sources of text together.
 
   Args:
     text: what the reader is told that the figures are of.
     sums: the sums over the batches of each source, by held_out.sum_figures.
-    loaders: the loader of each source.
+    loaders: the loader of each source, in the same order.
+
+  Returns:
+    {name: figure}, with the number of tokens and the text.
   """
+  # Means over the sources are weighted by the share of each.
   figures = held_out.average_figures(sums, loaders)
   num_tokens = sum(loader.num_tokens for loader in loaders)
   bytes_per_token = held_out.mean_of_sources(
@@ -122,14 +142,22 @@ def _print_figures(text: str, sums: Sequence, loaders: Sequence
 
 
 def measure_with_stride(evaluation: Evaluation) -> dict[str, Any]:
-  """Prints and returns the loss, perplexity and bits per byte of a source's
-  held-out documents, read in windows that overlap, as --stride asks."""
+  """Measures the loss, perplexity and bits per byte of a source's held-out
+  documents, read in windows that overlap, as --stride asks.
+
+  Args:
+    evaluation: the evaluation of the run, with --stride among its options.
+
+  Returns:
+    The figures, which are printed too.
+  """
   source_name, documents = _held_out_documents(evaluation)
   length = evaluation.run.config.data.length
   stride = evaluation.options.stride
   tokenizer = evaluation.tokenizer
 
-  # The log-probabilities of all tokens.
+  # Compute the log-probabilities of all tokens. A separator begins each
+  # document, so that its first token is predicted, too.
   continuations: list[scoring.Continuation] = []
   for ids in tokenizer.encode_batch(documents):
     document = np.concatenate([[tokenizer.separator_id], ids])
@@ -141,7 +169,7 @@ def measure_with_stride(evaluation: Evaluation) -> dict[str, Any]:
     nats -= float(scores.log_probs.sum())
   num_tokens = sum(window.num_scored for window in continuations)
 
-  # Their mean by token, by word and by byte.
+  # Divide by the numbers of tokens, words and bytes.
   figures = measure_text(nats, num_tokens, documents)
   print(f'{source_name}, {num_tokens:,} tokens, each from {length - stride:,} '
         f'to {length - 1:,} before it:')
@@ -154,15 +182,21 @@ def measure_with_stride(evaluation: Evaluation) -> dict[str, Any]:
 
 def cut_into_windows(ids: np.ndarray, length: int, stride: int
                      ) -> Iterator[scoring.Continuation]:
-  """Yields the windows of a document, each with the tokens to be predicted at
-  its end.
+  """Cuts a document into overlapping windows that predict each token once, with
+  as much context as the overlap gives it.
 
   Args:
     ids: int [T], the document with the token that begins it, which alone is
       not predicted.
-    length: the tokens of a window.
-    stride: how many tokens after each other the windows begin.
+    length: the most tokens of a window.
+    stride: how many tokens after each other the windows begin; it must be less
+      than length, or tokens would be left out.
+
+  Yields:
+    Each window, with the number of tokens at its end that are scored: those
+    that no window before has.
   """
+  # num_done counts the tokens that need no score any more, the first included.
   ids = ids.astype(np.int32)
   num_done = 1
   for start in range(0, len(ids) - 1, stride):
@@ -176,16 +210,22 @@ def cut_into_windows(ids: np.ndarray, length: int, stride: int
 
 def measure_text(nats: float, num_tokens: int, documents: list[str]
                  ) -> dict[str, Any]:
-  """Returns loss, perplexity and bits per byte of a text, and its size.
+  """Computes loss, perplexity and bits per byte of a text, and its size.
 
   Its words are what white space separates, and the ends of its lines: the
   convention of WikiText, whose test set has 245,569 such words.
 
   Args:
-    nats: minus the log-probability of the whole text.
-    num_tokens: the tokens that it is the sum over.
-    documents: the text.
+    nats: minus the natural logarithm of the probability of the whole text.
+    num_tokens: the number of tokens that it is the sum over.
+    documents: the texts, of which the whole consists.
+
+  Returns:
+    loss (nats per token) and perplexity, its exponential; bits_per_byte;
+    word_perplexity; and the numbers of tokens, words and bytes.
   """
+  # Bytes and words do not depend on the tokenizer, so that models with other
+  # ones can be compared. A text may have no word, but it has bytes.
   num_words = 0
   num_bytes = 0
   for text in documents:
@@ -208,12 +248,20 @@ def _exp_or_inf(x: float) -> float:
 
 
 def _held_out_documents(evaluation: Evaluation) -> tuple[str, list[str]]:
-  """Returns the name of the run's source, and its held-out documents.
+  """Reads the documents of a run's source that are held out for evaluation.
+
+  Args:
+    evaluation: the evaluation of the run.
+
+  Returns:
+    The name of the source, and the texts of the documents.
 
   Raises:
     RequestError: where the source holds something other than text, or holds
       nothing out.
   """
+  # Hold out what training holds out. `check` has seen to it that there is one
+  # source. A single file of text is cut at its end, to the part already.
   data = evaluation.run.config.data
   part = evaluation.run.config.eval.part
   [(_, source)] = sources.parse_sources(data.eval_source or data.source)
@@ -221,10 +269,10 @@ def _held_out_documents(evaluation: Evaluation) -> tuple[str, list[str]]:
   if data.eval_source:
     holdout_every = None  # all of that source is held out
   source = sources.hold_out_end_of_text(source, holdout_every, part)
-  if source.is_cut:  # to the part
+  if source.is_cut:
     part = ''
 
-  # The documents of the split, each of which must be text.
+  # Read the documents of the split, each of which must be text.
   documents = list(source.documents())
   is_held_out = tokens.select_documents(
       np.arange(len(documents)), every=holdout_every, split='eval', part=part)
@@ -276,7 +324,15 @@ class DiffusionBound(Task):
     return objective.bound
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    """Prints and returns the bound on the loss in nats per token."""
+    """Measures the upper bound that masked diffusion has on the loss, by many
+    draws of masks, and prints it.
+
+    Args:
+      evaluation: the evaluation of the run: its model, parameters and options.
+
+    Returns:
+      loss, bits_per_byte, standard_error, samples and tokens.
+    """
     run = evaluation.run
     loaders = evaluation.held_out_loaders()
     num_draws = evaluation.options.bound_samples
@@ -320,18 +376,30 @@ class DiffusionBound(Task):
 def standard_error_of_bound(nats: float, tokens: float, squares: float,
                             products: float, lengths: float, rows: float
                             ) -> float:
-  """Returns the standard error of nats / tokens, a ratio of sums over rows;
-  nan where there is one row alone.
+  """Computes the standard error of nats / tokens, a ratio of sums over rows.
 
   With x the nats of a row, n its tokens, and r = sum x / sum n, it is
     sqrt(sum (x - r n)^2 rows / (rows - 1)) / sum n
-  (Cochran 1977, section 2.11). The arguments are the fields of BoundSums.
+  (Cochran 1977, section 2.11).
+
+  Args:
+    nats: sum x.
+    tokens: sum n.
+    squares: sum x^2.
+    products: sum x n.
+    lengths: sum n^2.
+    rows: the number of rows.
+
+  Returns:
+    The standard error; nan where there is one row alone.
   """
+  # The square is multiplied out, since only sums are known. Rounding may make
+  # the result negative.
   if rows < 2:
     return math.nan
   ratio = nats / tokens
   residuals = squares - 2 * ratio * products + ratio ** 2 * lengths
-  residuals = max(residuals, 0.0)  # below 0 by rounding
+  residuals = max(residuals, 0.0)
   return math.sqrt(residuals * rows / (rows - 1)) / tokens
 
 
@@ -375,7 +443,10 @@ def make_bound_function(module: Any, config: Any, mask_id: int, num_draws: int
     def draw_bound(_: None, k: jax.Array) -> tuple[None, jax.Array]:
       """Returns the bound of each row by draw k, in nats, [B]; jax.lax.scan has
       nothing to carry."""
-      # The draw says how many tokens l are masked, at random places.
+      # Choose how many of the n tokens of each row are masked, l. The draws of
+      # a row are spread evenly over 1 to n from a random start, which makes the
+      # mean vary less. The tokens with the largest noise are masked; padding
+      # has noise below all others.
       share_B = (start_B + k / num_draws) % 1.0
       l_B = jnp.minimum(1 + (share_B * n_B).astype(jnp.int32), n_B)
       noise_BL = draw_uniform(k, is_token_BL.shape[1])
@@ -422,7 +493,14 @@ class DocumentLoss(Task):
     return objective.predicts_every_token
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    """Prints the loss of all documents, and returns that of each."""
+    """Measures the loss of each held-out document, and prints their mean.
+
+    Args:
+      evaluation: the evaluation of the run: its model, parameters and options.
+
+    Returns:
+      `loss`, the mean; and as `items` the loss of each document.
+    """
     compute_losses = make_token_loss_function(evaluation.run.module,
                                               evaluation.run.config)
     step = evaluation.jit_once(compute_losses, 'documents')
@@ -446,20 +524,25 @@ class DocumentLoss(Task):
 
 def _sum_by_document(evaluation: Evaluation, step: Any,
                      loader: pipeline.Loader) -> np.ndarray:
-  """Returns the losses in nats and the tokens of each document, or of each
-  group of neighbours, [2, documents].
+  """Sums the losses of each document, though rows are cut out of a stream of
+  documents without regard to where these begin.
 
   Args:
     evaluation: the evaluation of the run.
     step: the function of `make_token_loss_function`, compiled.
-    loader: the loader of the source.
+    loader: the loader of the source, which gives rows in a shuffled order.
+
+  Returns:
+    [2, documents], the losses in nats and the number of tokens of each
+    document, or of each group of neighbours where there are too many.
   """
   config = evaluation.run.config
   view = loader.views[0]
   batch_size = config.data.batch_size
 
-  # The document of each token of each row. A document begins with the
-  # separator that stands before it; separators fill up the last row, too.
+  # Find the document of each token, [N rows, L tokens], by counting separators:
+  # a document begins with the one that stands before it. Separators also fill
+  # up the last row, where they begin nothing.
   rows = [view[i].tokens[:-1] for i in range(len(view))]
   is_start_NL = np.stack(rows) == view.separator
   last_row = view[len(view) - 1]
@@ -468,7 +551,9 @@ def _sum_by_document(evaluation: Evaluation, step: Any,
   documents_of_group = document_NL.max() // MOST_DOCUMENT_GROUPS + 1
   group_NL = document_NL // documents_of_group
 
-  # The sums over the rows that are evaluated.
+  # Add up the losses over the rows that are evaluated. loader.place says which
+  # row of the stream a row of the shuffled order is. np.add.at adds every token
+  # of a document; += would keep only the last one.
   num_batches = loader.first(config.eval.batches)
   num_rows = min(num_batches * batch_size, loader.num_windows)
   sums_2D = np.zeros((2, group_NL.max() + 1))
@@ -477,7 +562,8 @@ def _sum_by_document(evaluation: Evaluation, step: Any,
   for n, losses_2BL in enumerate(results):
     for i in range(batch_size):
       row_number = n * batch_size + i
-      if row_number >= num_rows:  # the row fills up the batch
+      # Rows from here on only fill up the last batch.
+      if row_number >= num_rows:
         break
       group_L = group_NL[loader.place(row_number)]
       losses_2L = np.float64(losses_2BL[:, i])

@@ -166,7 +166,8 @@ def _format_row(cell: ProbeCell, scores: dict[str, Any]) -> str:
 
 def list_cells(settings: Any, grows: bool, longer: bool = True
                ) -> Iterator[ProbeCell]:
-  """Yields the levels and lengths that are measured.
+  """Lists the difficulties (levels) and row lengths at which a probe is
+  measured.
 
   These are MOST_LEVELS levels of training at its length, evenly spread from the
   easiest to the hardest, and then the hardest one at longer lengths.
@@ -175,7 +176,11 @@ def list_cells(settings: Any, grows: bool, longer: bool = True
     settings: the settings of the run's probe.
     grows: whether longer rows are of a larger level, as Probe.grows says.
     longer: whether there are longer rows, as Probe.longer says.
+
+  Yields:
+    A level, a length, and how many times the length of training that is.
   """
+  # Rounding may choose a level twice, which np.unique undoes.
   levels = sorted(set(settings.levels))
   indices = np.linspace(0, len(levels) - 1, min(MOST_LEVELS, len(levels)))
   for i in np.unique(np.rint(indices).astype(int)):
@@ -190,12 +195,21 @@ def list_cells(settings: Any, grows: bool, longer: bool = True
 
 def measure_cell(evaluation: Evaluation, cell: ProbeCell, num_rows: int
                  ) -> MeasuredCell:
-  """Returns the scores of `num_rows` held-out rows of one level and length.
+  """Measures how often a model answers rightly on held-out rows of one
+  difficulty (level) and length.
 
   Among the figures are accuracy and rows_right, their 95 % intervals
   accuracy_95 and rows_right_95, and how many answers and rows they are over.
+
+  Args:
+    evaluation: the evaluation of the run.
+    cell: the level and the length.
+    num_rows: how many rows are drawn.
+
+  Returns:
+    The figures, with the scores of the rows.
   """
-  # The rows of the probe, in batches.
+  # Draw the rows of the probe, in batches. They are the same for all runs.
   config = evaluation.run.config.copy_and_resolve_references()
   config.data.length = cell.length
   probe = probes.find_probe(config)
@@ -211,8 +225,8 @@ def measure_cell(evaluation: Evaluation, cell: ProbeCell, num_rows: int
       tokenizer=evaluation.tokenizer, split='eval', process_index=process_index,
       process_count=num_processes)
 
-  # The answers of each row that are right, and those that it is asked for. What
-  # fills up a batch is asked for none, and left out.
+  # Count the answers of each row (axis R) that are right, and those that it is
+  # asked for. What fills up a batch is asked for none, and left out.
   count_answers = _make_count_function(evaluation.run.module,
                                        objectives.find_objective(config))
   step = evaluation.jit_once(count_answers, 'probe')
@@ -223,8 +237,9 @@ def measure_cell(evaluation: Evaluation, cell: ProbeCell, num_rows: int
   right_R = right_R[is_row_R]
   asked_R = asked_R[is_row_R]
 
-  # Their shares, and the intervals of these. Rows that ask for unequal numbers
-  # of answers count as fewer ones.
+  # Compute their shares, and the intervals of these. Answers of one row are not
+  # independent, so the interval counts rows. Rows that ask for unequal numbers
+  # of answers count as fewer ones, (sum n)^2 / sum n^2.
   num_asked = asked_R.sum()
   num_rows_read = len(asked_R)
   num_effective_rows = num_asked ** 2 / np.sum(asked_R ** 2)
@@ -241,8 +256,16 @@ def measure_cell(evaluation: Evaluation, cell: ProbeCell, num_rows: int
 
 
 def _make_count_function(module: Any, objective: Any) -> Callable:
-  """Returns count_answers(params, batch), which returns for each row of a batch
-  how many answers are right and how many it is asked for, [2, B]."""
+  """Makes the function that counts right answers.
+
+  Args:
+    module: the model.
+    objective: the objective that trained it.
+
+  Returns:
+    count_answers(params, batch), which returns for each row of a batch how many
+    answers are right and how many it is asked for, [2, B].
+  """
 
   def count_answers(params: Any, batch: Any) -> jax.Array:
     """Returns the right answers and all answers of each row, [2, B]; 0 of what
@@ -257,12 +280,15 @@ def _make_count_function(module: Any, objective: Any) -> Callable:
 
 def score_constant_answer(config: ml_collections.ConfigDict,
                           figure: str = 'probe/accuracy') -> float:
-  """Returns what a model scores that gives one answer to everything, the answer
-  that is best for the figure.
+  """Computes the baseline of a model that gives one answer to everything, the
+  answer that is best for the figure.
 
   Args:
-    config: the config of a run whose source is a probe.
+    config: the config of a run whose source is a probe (a small task).
     figure: one of CONSTANT_FIGURES.
+
+  Returns:
+    The figure of that model on the held-out rows.
 
   Raises:
     RequestError: for another figure.
@@ -330,10 +356,17 @@ def _list_answers(rows: Sequence[probes.Row]) -> np.ndarray:
 
 
 def _list_row_answers(rows: Sequence[probes.Row]) -> tuple[np.ndarray, int]:
-  """Returns the answers that would make a whole row right if they were given to
-  everything, and how many rows ask for an answer.
+  """Finds the answers that would make a whole row right if they were given to
+  everything.
 
-  A row has such an answer where it asks for one alone, however often.
+  A row has such an answer where all places that ask have the same one.
+
+  Args:
+    rows: the rows of a probe, each with its targets and which of them are
+      asked for.
+
+  Returns:
+    The answer of each row that has one, int; and how many rows ask at all.
   """
   answers = []
   num_asking = 0
@@ -348,7 +381,7 @@ def _list_row_answers(rows: Sequence[probes.Row]) -> tuple[np.ndarray, int]:
 
 
 def wilson_interval(share: float, count: float) -> tuple[float, float]:
-  """Returns the bounds of Wilson's 95 % interval (1927) of a share p of n:
+  """Computes Wilson's 95 % confidence interval (1927) of a share p of n:
   (p + z^2/2n ± z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n).
 
   scipy's binomtest has it for whole numbers of successes alone.
@@ -356,8 +389,13 @@ def wilson_interval(share: float, count: float) -> tuple[float, float]:
   Args:
     share: p, from 0 to 1.
     count: n, which may be a fraction.
+
+  Returns:
+    The lower and the upper bound.
   """
-  z_squared = 1.959963984540054 ** 2  # of the normal distribution's 97.5 %
+  # z is the 97.5 % quantile of the normal distribution, which leaves out 2.5 %
+  # on either side. Rounding may bring the bounds out of 0 to 1.
+  z_squared = 1.959963984540054 ** 2
   scale = 1 + z_squared / count
   middle = (share + z_squared / (2 * count)) / scale
   variance = share * (1 - share) / count + z_squared / (4 * count ** 2)

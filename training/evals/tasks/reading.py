@@ -90,7 +90,8 @@ class Embed(Task):
     tokenizer = evaluation.tokenizer
     max_len = evaluation.run.model.max_len
 
-    # The tokens around each text. Imported weights may have begun with a bos.
+    # Find the special tokens around each text. Imported weights may have been
+    # trained on texts with a bos before them, as their folder says.
     tokens_before, tokens_after = tokens_around_text(evaluation)
     if architectures.stack(evaluation.run.model) == 'decoder':
       folder = hf_generation.load_if_published(evaluation.workdir,
@@ -109,11 +110,20 @@ class Embed(Task):
     return rows
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    """Writes a vector of each text to a file."""
+    """Computes a vector (embedding) of each text, and writes them to a file.
+
+    Args:
+      evaluation: the evaluation of the run: its model, parameters and options.
+
+    Returns:
+      The numbers of `texts` and `tokens`; `size`, the numbers of a vector;
+      and `vectors`, the file.
+    """
     options = evaluation.options
     rows = evaluation.prepared
 
-    # Texts of about one length go through the model together.
+    # Compute the vectors. Texts of about one length go through the model
+    # together, the longest first, so each is put back in its place.
     pooling = options.pooling
     normalize = options.normalize
     embed = _make_embed_function(evaluation, pooling, normalize)
@@ -129,7 +139,7 @@ class Embed(Task):
         vector_by_row[i] = vector_D
     vectors_ND = np.stack([vector_by_row[i] for i in range(len(rows))])
 
-    # The file.
+    # Write them to a file, as an array of numpy.
     file = storage.checked_path(options.vectors, '--vectors')
     with storage.explain_write_failures(file):
       file.parent.mkdir(parents=True, exist_ok=True)
@@ -144,11 +154,14 @@ class Embed(Task):
 
 
 def read_texts(name: str) -> list[tuple[str, str]]:
-  """Returns the texts of a file, as (file and line, text), one for each line.
+  """Reads the texts of a file, one for each line.
 
   Args:
     name: the name of a text file; or of a .jsonl file, whose objects have a
       'text'.
+
+  Returns:
+    For each text the file and the line, for messages; and the text.
 
   Raises:
     RequestError: where there is no such file, or a line holds no text.
@@ -163,15 +176,23 @@ def read_texts(name: str) -> list[tuple[str, str]]:
   else:
     lines += text_files.read_lines(name, all_lines=True)
   require(bool(lines), f'--texts is {name!r}, which is empty')
-  # An empty line would shift all that follow it.
+
+  # Vectors are told by their place, so an empty line, which has none, would
+  # shift all that follow it.
   for where, text in lines:
     require(bool(text.strip()), f'{where}, is empty: each line is one text')
   return lines
 
 
 def tokens_around_text(evaluation: Evaluation) -> tuple[list, list]:
-  """Returns the special tokens that stood before a text in training, and those
-  that stood after it."""
+  """Returns the special tokens that stood around a text in training.
+
+  Args:
+    evaluation: the evaluation of the run.
+
+  Returns:
+    The ids before a text, and those after it.
+  """
   tokenizer = evaluation.tokenizer
   stack = architectures.stack(evaluation.run.model)
   if stack == 'encoder-decoder':
@@ -214,7 +235,8 @@ def _make_embed_function(evaluation: Evaluation, pooling: str, normalize: bool
       tokens_BL: the tokens of the texts, with padding.
       lengths_B: how many of them are no padding.
     """
-    # The states of the model.
+    # Compute the states. In a prefix LM the whole text is the prefix, whose
+    # tokens see each other.
     places_1L = jnp.arange(tokens_BL.shape[1])[None]
     is_real_BL = places_1L < lengths_B[:, None]
     options = {MASK_ARGUMENT_OF_STACK[stack]: is_real_BL.astype(jnp.int32),
@@ -223,7 +245,8 @@ def _make_embed_function(evaluation: Evaluation, pooling: str, normalize: bool
       options['prefix_B'] = lengths_B
     output = module.apply({'params': params}, tokens_BL, **options)
 
-    # The vectors. The first token of a decoder sees nothing of the text.
+    # Make vectors of them. The first token of a decoder, the separator, sees
+    # nothing of the text. 1e-12 keeps a vector of zeros from becoming nan.
     is_counted_BL = is_real_BL
     if stack == 'decoder':
       is_counted_BL = is_real_BL & (places_1L >= 1)
@@ -237,13 +260,16 @@ def _make_embed_function(evaluation: Evaluation, pooling: str, normalize: bool
 
 def _pool_states(output: Any, is_counted_BL: jax.Array, pooling: str
                  ) -> jax.Array:
-  """Returns one vector of each row made of the states of its tokens, float32
-  [B, D].
+  """Makes one vector of the hidden states of a text's tokens (pooling).
 
   Args:
     output: the output of the model.
-    is_counted_BL: bool, the tokens that count.
-    pooling: which states become a vector, of POOLINGS.
+    is_counted_BL: bool, the tokens of each row that count.
+    pooling: which states become a vector, of POOLINGS: the mean, the first
+      token's, the last one's, or what BERT's pooler makes of the first.
+
+  Returns:
+    float32 [B, D], a vector for each row.
 
   Raises:
     RequestError: for the pooler of a model that has none.
@@ -253,8 +279,8 @@ def _pool_states(output: Any, is_counted_BL: jax.Array, pooling: str
             'has not (BERT has one): choose mean or last')
     return output.extra['pooled'].astype(jnp.float32)
 
-  # The states of an encoder-decoder's encoder, or those of the only stack.
-  # BERT's `hidden` is what its head makes of them.
+  # Take the states of an encoder-decoder's encoder, or those of the only stack.
+  # BERT's `hidden` is what its head makes of them, so it keeps them in `extra`.
   states_BLD = output.memory
   if states_BLD is None:
     states_BLD = output.extra.get('hidden', output.hidden)
@@ -264,10 +290,11 @@ def _pool_states(output: Any, is_counted_BL: jax.Array, pooling: str
     sums_BD = (states_BLD * weights_BL[..., None]).sum(1)
     return sums_BD / weights_BL.sum(1)[:, None].clip(1)
 
-  # One token of each row.
+  # Or take the state of one token. argmax finds the first True; for the last
+  # one, rows are read from the end.
   if pooling == 'first':
     place_B = is_counted_BL.argmax(1)
-  else:  # the last one
+  else:
     num_after_B = is_counted_BL[:, ::-1].argmax(1)
     place_B = is_counted_BL.shape[1] - 1 - num_after_B
   return states_BLD[jnp.arange(len(place_B)), place_B]
@@ -321,18 +348,26 @@ class FillMask(Task):
     return rows
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    """Prints and returns the likeliest tokens of each mask."""
+    """Finds the likeliest tokens of each mask of the prompts, and prints them.
+
+    Args:
+      evaluation: the evaluation of the run: its model, parameters and options.
+
+    Returns:
+      `prompts`, for each prompt its text and the fillings of its masks.
+    """
     tokenizer = evaluation.tokenizer
     model = evaluation.run.model
     texts = evaluation.options.prompt.split('|||')
 
-    # The rows and the places of the P masks, in all prompts.
+    # Find the rows and the places of the P masks, in all prompts. Padding may
+    # have the id of the mask.
     tokens_BL, lengths_B = objectives.pad_prompts(evaluation.prepared)
     is_real_BL = np.arange(tokens_BL.shape[1])[None] < lengths_B[:, None]
     is_mask_BL = is_real_BL & (tokens_BL == tokenizer.mask_id)
     rows_P, places_P = np.nonzero(is_mask_BL)
 
-    # The K likeliest tokens of each.
+    # Compute the K likeliest tokens of each.
     num_tokens = min(evaluation.options.top_fillings, model.vocab_size)
     fill_masks = _make_fill_function(evaluation, num_tokens)
     step = evaluation.jit_once(fill_masks, 'fill_mask', num_tokens)
@@ -340,7 +375,8 @@ class FillMask(Task):
         evaluation.params, tokens_BL, is_real_BL.astype(np.int32), rows_P,
         places_P))
 
-    # The fillings of each prompt, mask by mask.
+    # Sort the fillings by prompt. np.nonzero goes row by row, so the masks of a
+    # prompt are in order.
     prompts: list[dict] = [{'prompt': text, 'masks': []} for text in texts]
     for row, probabilities_K, ids_K in zip(rows_P, probabilities_PK, ids_PK):
       fillings = []
@@ -355,14 +391,17 @@ class FillMask(Task):
 
 
 def _make_fill_function(evaluation: Evaluation, num_tokens: int) -> Callable:
-  """Returns fill_masks(params, tokens_BL, is_real_BL, rows_P, places_P), which
-  returns the likeliest tokens of P masks.
+  """Makes the function that fills in masks.
 
   Args:
     evaluation: the evaluation of an encoder.
-    num_tokens: K, how many tokens of each mask.
+    num_tokens: K, how many tokens are given for each mask.
+
+  Returns:
+    fill_masks(params, tokens_BL, is_real_BL, rows_P, places_P), which returns
+    the likeliest tokens of P masks.
   """
-  # No token is dropped, however many choose an expert.
+  # Without a capacity no token is dropped, however many choose an expert.
   module = evaluation.run.module.clone(
       config=without_capacity(evaluation.run.model))
 
@@ -373,10 +412,12 @@ def _make_fill_function(evaluation: Evaluation, num_tokens: int) -> Callable:
 
     Args:
       params: the parameters.
-      tokens_BL: the tokens of the prompts, with padding.
+      tokens_BL: the tokens of the prompts, with padding, [batch, length].
       is_real_BL: int, 0 on padding and else 1.
-      rows_P, places_P: where the masks stand in tokens_BL.
+      rows_P, places_P: where the P masks stand in tokens_BL.
     """
+    # The head is applied to the masks alone; it takes [batch, length, D], hence
+    # the added axis.
     output = module.apply({'params': params}, tokens_BL,
                           segment_ids_BL=is_real_BL,
                           lengths_B=is_real_BL.sum(1))
@@ -404,9 +445,19 @@ def _print_fillings(prompt: dict[str, Any], tokenizer: Any) -> None:
 
 
 def encode_with_masks(text: str, tokenizer: Any) -> np.ndarray:
-  """Returns the tokens of a text, int32 [L]. Where the text writes a mask
-  ([MASK], or as the tokenizer does) that the vocabulary has, its token stands.
+  """Encodes a text in which masks may be written, as [MASK] or as the tokenizer
+  writes one.
+
+  Args:
+    text: the text.
+    tokenizer: the tokenizer of the run.
+
+  Returns:
+    int32 [L], the token ids, with that of the mask where one is written; with a
+    vocabulary that has no mask it is plain text.
   """
+  # Special tokens in plain text are spelt by the tokenizer, so the text is
+  # split at the masks, and the parts are encoded by themselves.
   if 'mask' not in tokenizer.special_ids:
     return tokenizer.encode(text)
   first_part, *later_parts = tokenizer.encode_batch(

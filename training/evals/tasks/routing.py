@@ -48,7 +48,15 @@ class Routing(Task):
     return f'model.ffn is {model.ffn!r}, which has no experts to route to'
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    """Prints, draws and returns how tokens are spread over the experts."""
+    """Measures how tokens are spread over the experts (mixture of experts), and
+    prints and draws it.
+
+    Args:
+      evaluation: the evaluation of the run: its model, parameters and options.
+
+    Returns:
+      {name: figures of the layers of experts}.
+    """
     module = evaluation.run.module
     objective = objectives.find_objective(evaluation.run.config)
 
@@ -58,8 +66,8 @@ class Routing(Task):
       output = objective.apply(module, params, batch)
       return output.aux['health'], objective.tokens(batch)
 
-    # The figures of each batch, and the weight of each: its share of the tokens
-    # of its source, times the source's share.
+    # Collect the figures of each batch, and the weight of each: its share of
+    # the tokens of its source, times the source's share.
     step = evaluation.jit_once(report_routing, 'routing')
     reports = []
     weights = []
@@ -74,7 +82,8 @@ class Routing(Task):
         weights.append(loader.share * num_tokens / tokens_of_source)
     weights_W = np.array(weights, np.float32)
 
-    # The means over the batches. An expert is unused if no batch used it.
+    # Average over the W batches, for each of the N layers of experts. Some
+    # figures of the load are no means: an expert is unused if no batch used it.
     stacked = jax.tree.map(lambda *xs: np.stack(xs), *reports)
     figures = {}
     for name, values_WN in stacked.items():
@@ -83,7 +92,7 @@ class Routing(Task):
     for name, values_N in load_figures.items():
       figures[name] = np.asarray(values_N)
 
-    # The table, and a picture of it.
+    # Print the table, and draw a picture of it.
     print(format_table(figures))
     path = evaluation.workdir / PICTURE_FILE
     draw_load(figures['load_E'], path)
@@ -92,11 +101,12 @@ class Routing(Task):
 
 
 def format_table(figures: Mapping[str, np.ndarray]) -> str:
-  """Returns the table of the figures, a row for each layer of experts.
+  """Formats a table of how tokens are spread over experts, a row a layer.
 
   Args:
-    figures: those of HEADING_OF_FIGURE, [N], and load_E, the share of the
-      assignments that each expert gets, [N, E].
+    figures: {name: figures of the N layers of experts, [N]} of
+      HEADING_OF_FIGURE, and load_E, the share of the assignments that each
+      expert gets, [N, E].
   """
   headings = [f'{heading:>17}' for heading in HEADING_OF_FIGURE.values()]
   lines = [f'{"layer":<6}' + ''.join(headings)]
@@ -114,16 +124,20 @@ def draw_load(load_NE: np.ndarray, path: Any) -> None:
   a row for each layer of experts.
 
   Args:
-    load_NE: the share of the assignments that each expert gets.
+    load_NE: the share of the assignments that each expert gets, [layers,
+      experts].
     path: the file of the picture.
   """
   from matplotlib import figure as matplotlib_figure, ticker
   num_layers, num_experts = load_NE.shape
-  # A picture that grows with the model, up to a page.
+  # Let the picture grow with the model, up to a page.
   width = max(4, min(12, num_experts / 2))
   height = max(2, min(10, 1 + num_layers / 3))
   figure = matplotlib_figure.Figure(figsize=(width, height),
                                     layout='constrained')
+
+  # Colours show the load over the mean, 1 / experts: white at 1, and ever
+  # darker to 0 and to 2, beyond which all look alike.
   axes = figure.subplots()
   image = axes.imshow(load_NE * num_experts, aspect='auto', vmin=0, vmax=2,
                       cmap='RdBu_r')

@@ -112,7 +112,15 @@ class Samples(Task):
     return objective.writes
 
   def check(self, options: Any, config: Any) -> None:
-    """Raises RequestError for flags that do not fit each other, or the run."""
+    """Checks that the flags of how a text is written fit each other.
+
+    Args:
+      options: the values of the task's flags, by name.
+      config: the config of the run, or None.
+
+    Raises:
+      RequestError: where a flag would have no effect.
+    """
     text_files.check_text(options.prompt, '--prompt')
     sampling = make_sampling(options)
     seed = options.sample_seed
@@ -129,7 +137,7 @@ class Samples(Task):
     if make_beams(options) is None:
       return
 
-    # So they would be beside a beam search.
+    # So they would be beside a beam search, which draws nothing either.
     default = generate.Sampling()
     greedy = generate.Sampling(temperature=0)
     if sampling not in (default, greedy) or seed:
@@ -156,7 +164,14 @@ class Samples(Task):
         num_tokens=_num_tokens_to_write(evaluation, prompts))
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    """Prints and returns texts that go on from the prompts."""
+    """Writes texts that go on from the prompts, and prints them.
+
+    Args:
+      evaluation: the evaluation of the run: its model, parameters and options.
+
+    Returns:
+      `samples`, the prompt and the text of each.
+    """
     options = evaluation.options
     prepared = evaluation.prepared
     prompts = prepared.prompts
@@ -217,7 +232,15 @@ class DiffusionSamples(Task):
         num_tokens=_num_tokens_to_write(evaluation, prompts))
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    """Prints and returns texts that are written by unmasking."""
+    """Writes texts by unmasking (masked diffusion), and prints them.
+
+    Args:
+      evaluation: the evaluation of the run: its model, parameters and options.
+
+    Returns:
+      `samples`, the prompt and the text of each; and `steps`, the number of
+      steps.
+    """
     options = evaluation.options
     prepared = evaluation.prepared
     prompts = prepared.prompts
@@ -247,10 +270,16 @@ def _num_tokens_to_write(evaluation: Evaluation, prompts: objectives.Prompts
   """Returns how many tokens are written after prompts: --max_new_tokens, or as
   many as fit.
 
+  Args:
+    evaluation: the evaluation of the run, with the flag among its options.
+    prompts: the prompts, padded to the length of the longest.
+
   Raises:
     RequestError: where the model takes no more tokens than the prompts have, or
       a text of masked diffusion, which is written as a whole, does not fit.
   """
+  # A decoder that is asked for more than fits stops where the room ends. Masked
+  # diffusion writes all places at once, so all must fit.
   prompt_length = prompts.tokens.shape[1]
   max_len = evaluation.run.model.max_len
   room = max_len - prompt_length
@@ -280,7 +309,9 @@ def _print_samples(evaluation: Evaluation, prepared: PreparedPrompts,
   options = evaluation.options
   prompts = prepared.prompts
   prompt_of_sample = _repeat_prompts(options, options.samples)
-  # A beam search writes several texts for one row of the prompts.
+  # A beam search writes several texts for one row of the prompts; drawing has a
+  # row for each. Texts end at a stop token first, and then at a stop string,
+  # which may begin and end inside of tokens.
   texts_of_row = len(tokens_BT) // len(prompts.tokens)
   samples = []
   for i, (prompt, row_T) in enumerate(zip(prompt_of_sample, tokens_BT)):
@@ -372,7 +403,15 @@ class Translation(Task):
     make_beams(options)
 
   def run(self, evaluation: Evaluation) -> dict[str, Any]:
-    """Prints and returns the BLEU of what the model writes."""
+    """Lets the model write the target of each pair, such as a translation, and
+    prints the BLEU.
+
+    Args:
+      evaluation: the evaluation of the run: its model, parameters and options.
+
+    Returns:
+      `bleu`, the other figures of the pairs, and the `signature` of BLEU.
+    """
     bleu = _load_bleu()
 
     def corpus_bleu(targets: Sequence[WrittenTarget]) -> float:
@@ -478,16 +517,22 @@ def write_targets_of_batch(module: Any, params: Any,
                            batch: Mapping[str, np.ndarray], tokenizer: Any,
                            beams: generate.Beams | None = None
                            ) -> list[WrittenTarget]:
-  """Lets an encoder-decoder write the target of each pair of a batch.
+  """Lets an encoder-decoder write the target of each pair of a batch, such as
+  the translation of a sentence.
 
   Args:
     module: the model.
     params: its parameters.
-    batch: the pairs; a row without a weight is none.
+    batch: the pairs, as seq2seq.lay_out_pair lays them out; a row without a
+      weight only fills up the batch.
     tokenizer: the tokenizer of the run.
     beams: the beam search; None: the likeliest token each time.
+
+  Returns:
+    What the model wrote for each pair, beside its target.
   """
-  # The model writes until it ends its text.
+  # Let the model write until it ends its text, at most as many tokens as a
+  # target has room for. The first token of each target is given to it.
   start_B1 = jnp.asarray(batch['decoder_tokens'][:, :1])
   args = module, params, start_B1, jnp.ones(len(start_B1), jnp.int32)
   end_token = tokenizer.separator_id
@@ -499,11 +544,13 @@ def write_targets_of_batch(module: Any, params: Any,
     tokens_BT = generate.generate(*args, jax.random.key(0), **keywords,
                                   sampling=generate.Sampling(temperature=0))
   else:
+    # The first of the K texts of each row is the best one.
     best_BKT, _ = generate.beam_search(*args, beams=beams, **keywords)
     tokens_BT = best_BKT[:, 0]
   tokens_BT = jax.device_get(tokens_BT)
 
-  # Each beside its target, without what pads either.
+  # Put each beside its target, without what pads either. A target counts as
+  # written exactly if all of its tokens are, the end included.
   written_targets = []
   for row_T, padded_target_T, weights_T in zip(tokens_BT, batch['targets'],
                                                batch['weights']):
