@@ -260,11 +260,13 @@ def read_fields_and_notes(tree: dict[str, Any],
   Raises:
     RequestError: naming what it has that is not known here.
   """
+  # The reader notes each name that is read, to find those that nobody reads.
   reader = Reader(tree)
   _refuse_quantised(reader)
   model = read_model_fields(reader)
   page = architectures.hugging_face(model.arch)
-  # Old files say so of a decoder, whose page does not ask for it.
+  # Old files have this field in a decoder, whose module (`page`, of the
+  # system's Hugging Face format) does not ask for it.
   if 'is_encoder_decoder' not in reader.names_read:
     reader.require_values(is_encoder_decoder=False)
 
@@ -368,8 +370,13 @@ def _read_table(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
   """Returns the fields of config.model that a page reads by its table
   (HuggingFace.fields).
 
-  An entry of the table is our field: (their field, its default), or with our
-  value by each of their words as a third item. 'a|b' are two names for a field.
+  An entry of the table is {our field: (their field, its default)}. A third item
+  is there for fields whose values are words: {their word: our value}. 'a|b' are
+  two names for a field.
+
+  Args:
+    reader: the config.json, whose names that are read it notes.
+    page: the module of a system that says how Hugging Face names its parts.
   """
   fields: dict[str, Any] = {}
   for our_name, (hf_names, default, *choices) in page.fields.items():
@@ -377,7 +384,8 @@ def _read_table(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
     value = default
     if callable(default):
       value = default(fields)
-    # The first of several names that is there counts.
+    # The first of several names that is there counts: names are read from the
+    # last to the first, each with what was read before as its default.
     for hf_name in reversed(hf_names.split('|')):
       if choices:
         value = reader.read_choice(hf_name, value, choices[0])
@@ -392,8 +400,17 @@ CLASSIFICATION = 'single_label_classification'
 
 
 def _read_head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
-  """Returns the fields of the model that say which head it has: which class of
-  transformers the config.json names, and how many labels that scores."""
+  """Returns the fields of config.model that say which head a model has, by the
+  class of transformers that its config.json names.
+
+  Args:
+    reader: the config.json.
+    page: the module of its system, with the class of transformers by each head.
+
+  Returns:
+    `head`, 'lm' where no head of a task is named; and `num_labels` for a head
+    that scores labels.
+  """
   class_names = reader.read_list('architectures')
   head = 'lm'
   for name, task_head in page.heads.items():
@@ -477,7 +494,8 @@ def config_json_of_model(config: ModelConfig,
   tree |= _write_table(config, page)
   tree |= page.write(flat.with_all_parts(config))
   tree |= _write_head(config, labels)
-  # A field that a config.json has no words for is found as it is read again.
+  # A field for which a config.json has no words is found by reading the result
+  # again, and comparing the two models.
   check_same_function(config, model_of_config_json(tree),
                       f'a {page.model_type} config.json cannot say that')
   return tree
@@ -485,7 +503,12 @@ def config_json_of_model(config: ModelConfig,
 
 def _write_table(config: ModelConfig, page: hf.HuggingFace) -> dict[str, Any]:
   """Returns the fields of the config.json of a model that its page writes by
-  its table (HuggingFace.fields): our field, their field, and their words."""
+  its table (HuggingFace.fields): the inverse of `_read_table`.
+
+  Args:
+    config: the config of the model.
+    page: the module of its system that says how Hugging Face names its parts.
+  """
   tree = {}
   for our_name, (hf_names, _, *choices) in page.fields.items():
     group = our_name.rpartition('.')[0]
@@ -494,6 +517,7 @@ def _write_table(config: ModelConfig, page: hf.HuggingFace) -> dict[str, Any]:
     value = flat.get_field(config, our_name)
     if choices:
       value = hf.find_hf_word(choices[0], value, field=our_name)
+    # The last of several names for a field is written.
     last_name = hf_names.split('|')[-1]
     tree[last_name] = value
   return tree
@@ -542,6 +566,7 @@ def _capacity_in_evaluation(config: ModelConfig) -> tuple | None:
   moe = config.find(MoEConfig)
   if moe is None or not config.has_experts:
     return None
+  # An expert with room for all tokens drops none; a factor of 0 is no limit.
   share = moe.eval_capacity_factor * moe.top_k / moe.num_experts
   if not 0 < share < 1:
     return None
@@ -562,8 +587,9 @@ def describe_differences(ours: ModelConfig, theirs: ModelConfig
     ours: the config of one model; the sentence says of it that it `is` a value.
     theirs: the config of the other, of which it says `not`.
   """
+  # A field of layers is named once, with the first layer in which it differs.
+  # The number of the layer is told only where layers may be of several kinds.
   lines: dict[str, str] = {}
-  # A field of layers, in the first layer in which it differs.
   has_kinds = bool(ours.kinds or theirs.kinds)
   layers = _first_layer_of_each_pair_of_kinds(ours, theirs)
   for n, (our_layer, their_layer) in layers.items():

@@ -91,7 +91,8 @@ def generation_of_run(config: ml_collections.ConfigDict, model: ModelConfig,
     options = {name: value for name, value in ids.items() if value is not None}
     options['bos_token_id'] = end_id
 
-  # Some ids are written by the page of the system, whatever the tokenizer says.
+  # Some ids are fixed by the module of the system's Hugging Face format
+  # (architectures.hugging_face), whatever the tokenizer says.
   fixed = architectures.hugging_face(model.arch).fixed
   fields = {name: value for name, value in ids.items() if name not in fixed}
   return Generation(fields=fields, options=options)

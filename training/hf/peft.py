@@ -57,15 +57,18 @@ def rows_of_adapters(config: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
     config: the model with adapters.
 
   Yields:
-    A row, and whether the weight that it adapts lies in transformers as
-    [inputs, outputs].
+    A pair. First the row, four texts: the path of our parameter, the letters of
+    its axes, the name of the tensor in a file of PEFT's, and its axes with a
+    blank between those of its rows and of its columns. Second, whether the
+    weight that it adapts lies in transformers as [inputs, outputs].
 
   Raises:
     RequestError: for a product that transformers has together with others.
   """
   page = architectures.hugging_face(config.arch)
   for our_path, our_axes, hf_name, hf_axes in page.rows(config):
-    # Matrices with an adapter, but for those of experts.
+    # Matrices with an adapter, but for those of experts (the axis E). A path
+    # such as .../query|key stands for parameters that are one tensor there.
     names = our_path.rpartition('/')[2].split('|')
     has_adapter = any(layers.has_adapter(config, name) for name in names)
     if 'E' in our_axes or not has_adapter:
@@ -81,7 +84,8 @@ def rows_of_adapters(config: ModelConfig) -> Iterator[tuple[hf.Row, bool]]:
     if not has_inputs_first:
       input_axes, output_axes = output_axes, input_axes
     hf_module = hf_name.removesuffix('.weight').replace(*page.module, 1)
-    # Z is the rank.
+    # The adapter adds B A to the weight. Z is the rank, the axis between them.
+    # PEFT's matrices always lie as [outputs, inputs].
     row_of_a = (our_path + layers.SUFFIX_OF_LORA_A, f'{input_axes}Z',
                 f'{PREFIX}{hf_module}.lora_A.weight', f'Z {input_axes}')
     row_of_b = (our_path + layers.SUFFIX_OF_LORA_B, f'Z{output_axes}',

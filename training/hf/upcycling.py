@@ -63,7 +63,8 @@ def upcycle_config(model: ml_collections.ConfigDict, moe: dict,
           f'model.ffn is {NO_FFN!r} of some layers: experts begin as copies of '
           "a layer's feed-forward network, which each must have")
 
-  # An expert is as wide as the network that it is copied from.
+  # An expert is as wide as the network that it is copied from: a width (d_ff)
+  # of 0 stands for the model's own.
   moe = dict(moe)
   every = moe.pop('every', 1)
   require(every > 0, f'every is {every}: it must be > 0')
@@ -161,12 +162,16 @@ def _restack_layers(dense_params: dict[str, jax.Array], path: str,
     dense_stacks: where the layers of the dense model stand.
     mixture_stacks: where the layers of the mixture stand.
   """
+  # Row i of the result is a layer of the mixture, which the dense model may
+  # keep under another path and in another row.
   layers = []
   for n in mixture_stacks.layer_numbers(path):
     dense_path, row = dense_stacks.path_and_row(path, n)
     x = dense_params[dense_path][row]
     if x.ndim < len(shape) - 1:
-      x = x[None]  # The same network for every expert.
+      # The parameter has an axis of experts in the mixture alone: each expert
+      # begins as a copy of the dense network.
+      x = x[None]
     layers.append(jnp.broadcast_to(x, shape[1:]))
   return jnp.stack(layers)
 
