@@ -119,16 +119,19 @@ def count_targets(batch: Batch) -> jax.Array:
 
 
 def token_loss_figures(output: Output, batch: Batch, config: Config) -> Figures:
-  """Returns the cross-entropy of the tokens to predict, and figures beside it.
+  """Computes the cross-entropy loss of the tokens to predict, and figures
+  beside it.
 
   Args:
-    output: the output of the model, with its hidden states and its head.
+    output: the output of the model, with its hidden states and its head (the
+      projection to the vocabulary). There are no logits yet: the loss makes
+      them a part at a time.
     batch: targets [B, L] and weights [B, L], which say how much each counts.
     config: the config of the run.
 
   Returns:
-    {name: Mean} of loss, accuracy, perhaps z_loss, and the losses of
-    model.mtp_depth.
+    {name: Mean} of loss, accuracy and perhaps z_loss, each a sum and the weight
+    to divide it by; with model.mtp_depth also those of tokens further ahead.
   """
   train = config.train
   assert output.head is not None, 'a head of a task predicts no tokens'
@@ -137,6 +140,8 @@ def token_loss_figures(output: Output, batch: Batch, config: Config) -> Figures:
       weights_BL=batch['weights'], z_loss=train.z_loss,
       label_smoothing=train.label_smoothing)
   sums['loss'] = loss
+
+  # All figures are sums over the same tokens, so they have one weight.
   weight = sums.pop('weight')
   figures = {name: Mean(total, weight) for name, total in sums.items()}
   return figures | multi_token_figures(output, batch, train)
@@ -150,14 +155,18 @@ def model_lacks_ids(config: Config, tokenizer: Tokenizer) -> bool:
 
 def check_model_has_ids(ids: np.ndarray, config: Config, tokenizer: Tokenizer,
                         what: str) -> None:
-  """Raises RequestError for a token that the model does not have.
+  """Checks that the model has an embedding for each token.
 
   Args:
     ids: the tokens, of any shape.
     config: the config of the run.
     tokenizer: the tokenizer of the run.
     what: what has these tokens, for messages.
+
+  Raises:
+    RequestError: for a token that the model does not have.
   """
+  # Most models have all ids of their tokenizer, and need no look at each.
   if not model_lacks_ids(config, tokenizer):
     return
   num_ids = config.model.vocab_size
@@ -170,7 +179,7 @@ def check_model_has_ids(ids: np.ndarray, config: Config, tokenizer: Tokenizer,
 
 
 def arrays_of_text(config: Config, *more: str) -> dict[str, Shape]:
-  """Returns the shapes of the arrays of a row of text.
+  """Describes the arrays of a row of text, by shape and type.
 
   Args:
     config: the config of the run, whose data.length is the length of a row.
@@ -200,15 +209,17 @@ def arrays_of_documents(config: Config) -> dict[str, Shape]:
 
 
 def number_documents(starts_L: np.ndarray) -> dict[str, np.ndarray]:
-  """Returns the numbers and the positions of the documents of a row.
+  """Numbers the documents that are packed into a row, so that attention can
+  keep them apart.
 
   Args:
     starts_L: bool [L], where a document begins; one begins with the row, too.
 
   Returns:
-    segment_ids [L], the number of the document of each token, from 1 on; and
-    positions [L], which begin with 0 in each document.
+    segment_ids [L], the number of the document of each token, 1 or more, as 0
+    is padding's; and positions [L], which begin with 0 in each document.
   """
+  # The start of a token's document is the largest start up to its place.
   place_L = np.arange(len(starts_L))
   start_of_document_L = np.maximum.accumulate(np.where(starts_L, place_L, 0))
   return dict(segment_ids=1 + np.cumsum(starts_L),
@@ -219,11 +230,14 @@ def pad_prompts(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   """Pads prompts of unequal lengths on the right.
 
   Args:
-    rows: the token ids of each prompt.
+    rows: the token ids of each of B prompts.
 
   Returns:
-    int32 [B, L], the tokens, and int32 [B], how many of each row are real.
+    int32 [B, L], the tokens, where L is the longest length; and int32 [B], how
+    many of each row are real.
   """
+  # The rows of `tokens` are views, so writing into one fills the array. The id
+  # of padding does not matter, as the lengths tell where it begins.
   lengths = np.array([len(row) for row in rows], np.int32)
   tokens = np.zeros((len(rows), lengths.max()), np.int32)
   for row, ids in zip(tokens, rows):
@@ -418,19 +432,22 @@ class Objective:
 
   def batch(self, examples: Sequence[tuple[Any, np.random.Generator | None]],
             config: Config, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Returns the arrays [B, ...] of a batch of rows.
+    """Lays out the rows of a batch as arrays [B, ...].
 
     What is shorter than its row is filled up: tokens and targets with `fill`,
     everything else with zeros.
 
     Args:
-      examples: for each row the item of the view, and the generator of its
-      draws.
+      examples: for each row the item (what the row is made of, such as a window
+        of text), and the generator of its draws.
       config: the config of the run.
       tokenizer: the tokenizer of the run.
+
+    Returns:
+      {key: array}, the keys and shapes those of `arrays`.
     """
-    # Arrays of the right shape, full of padding. They are made once for a
-    # batch, as fields of a config are slow to read.
+    # Make arrays of the right shape, full of padding, once for the batch: the
+    # fields of a config are slow to read.
     batch: dict[str, np.ndarray] = {}
     for key, (shape, dtype) in self.arrays(config).items():
       filling = 0
@@ -439,7 +456,7 @@ class Objective:
       batch[key] = np.full((len(examples), *shape), filling, dtype)
     may_lack = model_lacks_ids(config, tokenizer)
 
-    # Each row is written into the arrays; it may be shorter than they are.
+    # Write each row into the arrays. What is shorter leaves its end as padding.
     for row, (item, rng) in enumerate(examples):
       values = self.example(item, rng, config, tokenizer)
       assert values.keys() == batch.keys(), (values.keys(), batch.keys())
@@ -478,9 +495,11 @@ class Objective:
     Args:
       module: the model.
       params: its parameters.
-      batch: the batch.
+      batch: {key: array} of the batch.
       **kwargs: further arguments of module.apply.
     """
+    # `inputs` are the arrays that the model takes by position, and `options`
+    # {key: the model's keyword} of those that a batch may have.
     inputs = [batch[key] for key in self.inputs]
     for key, keyword in self.options.items():
       if key in batch:
@@ -536,18 +555,23 @@ class Objective:
 
   def loss(self, output: Output, batch: Batch, config: Config,
            whole: Batch | None = None) -> tuple[jax.Array, Figures]:
-    """Returns the loss of a batch or of a micro-batch, ready to be added up.
+    """Computes the loss of a batch, or of a part of it (micro-batch) whose
+    gradients are added up.
 
     Args:
       output: what the model returns.
       batch: a batch, or a micro-batch.
       config: the config of the run.
-      whole: `weights` of the whole batch; None: this is the whole batch.
+      whole: the weights of the whole batch, by the names of the losses; None:
+        this is the whole batch.
 
     Returns:
       The share of this micro-batch in the loss times whole[main]: the shares of
       micro-batches add up, and so do their gradients. And its figures.
     """
+    # The main loss stays a sum. Other terms are means over other weights, such
+    # as over rows and not tokens; scaled like this, each becomes its own mean
+    # when the whole is divided by whole[main].
     figures = self.figures(output, batch, config)
     if whole is None:
       whole = self.weights(batch)
@@ -583,9 +607,15 @@ def find_objective(config: Config) -> Objective:
 def find_objective_of_head(model: ModelConfig) -> str:
   """Returns the name of the objective that trains a model's head.
 
+  Args:
+    model: the config of a model, whose head, number of labels and stack
+      (encoder, decoder or both) decide.
+
   Raises:
-    RequestError: for a head with one label for each token.
+    RequestError: for a head of classes that has only one.
   """
+  # One label stands for a number that is predicted (regression). Of several
+  # objectives that fit, the first one in OBJECTIVES is taken.
   has_labels = model.num_labels > 1
   stack = architectures.stack(model)
   for name, objective in OBJECTIVES.items():
@@ -630,17 +660,31 @@ def shapes_of_batch(config: Config) -> dict[str, Shape]:
 
 
 def check_objective(config: Config) -> None:
-  """Raises RequestError for an unknown objective, and for a field that differs
-  from its default although the objective does not read it."""
+  """Checks the fields of a config that have to do with the objective.
+
+  Args:
+    config: the config of the run.
+
+  Raises:
+    RequestError: for an unknown objective, a field that differs from its
+      default although the objective does not read it, and whatever the
+      objective itself cannot do.
+  """
   objective = find_objective(config)
   if config.data.chat_template != conversations.PUBLISHED_NAME:
     conversations.read_template_text(config.data.chat_template)
+
+  # A field that only other objectives read must keep its default, or somebody
+  # would believe that it did something. Fields that no objective lists are for
+  # all. Sorting makes the message the same each time.
   read_by_some: set[str] = set()
   for other in OBJECTIVES.values():
     read_by_some.update(other.reads)
   for name in sorted(read_by_some.union(objective.ignores)):
     if name not in objective.reads:
       _check_field_unset(config, name)
+
+  # Then come the rules for several fields together, the objective's own last.
   _check_mtp(config, objective)
   records.check_labels(config.data.labels)
   objective.check(config)
@@ -698,17 +742,20 @@ MTP_LOSS = 'mtp_{}_loss'  # the name of the loss at depth k
 
 def shift_targets(batch: Batch, depth: int
                   ) -> tuple[jax.Array, jax.Array]:
-  """Returns the targets of a module that looks further ahead.
+  """Shifts the targets of next tokens, for a module that predicts tokens
+  further ahead (multi-token prediction).
 
   Args:
     batch: targets and weights [B, L], and segment_ids where documents are
-    packed.
+      packed.
     depth: k, the number of tokens between the usual target and this one.
 
   Returns:
     The targets, [B, L]; and their weights, 0 past the end of the row or of the
     document.
   """
+  # jnp.roll moves the first k targets of a row to its end, where they are
+  # wrong. There, and where the target is in another document, weights become 0.
   targets_BL = jnp.roll(batch['targets'], -depth, 1)
   L = targets_BL.shape[1]
   exists_BL = jnp.arange(L)[None] < L - depth
@@ -720,10 +767,12 @@ def shift_targets(batch: Batch, depth: int
 
 
 def multi_token_figures(output: Any, batch: Batch, train: Config) -> Figures:
-  """Returns the loss L_k and the accuracy of each depth k (equation 24 above).
+  """Computes the losses of predicting tokens further ahead than the next one:
+  L_k and the accuracy of each depth k (equation 24 above).
 
   Args:
-    output: the output of the model, with the hidden states of each depth.
+    output: the output of the model; output.extra['mtp'] has the hidden states
+      [B, L, D] of each depth.
     batch: targets and weights [B, L].
     train: the section `train` of the config.
 
@@ -745,13 +794,19 @@ def multi_token_figures(output: Any, batch: Batch, train: Config) -> Figures:
 
 
 def multi_token_loss(figures: Mapping[str, Any], config: Config):
-  """Returns what the losses of further tokens add to the sum of the tokens'
-  losses, lambda / D times their sum (equation 25 above).
+  """Returns the share of multi-token prediction in a loss: lambda / D times the
+  sum of the losses of the depths 1 to D (equation 25 above).
 
   Args:
-    figures: an objective's figures, by name.
-    config: the config of the run.
+    figures: {name: Mean} of an objective, each a sum and its weight.
+    config: the config of the run, with D = model.mtp_depth and lambda =
+      train.mtp_weight.
+
+  Returns:
+    A sum over tokens, as the loss of next tokens is; 0 where no depth has one.
   """
+  # The sums are added as they are, so that all depths are divided by the weight
+  # of the next tokens later on.
   depth = config.model.mtp_depth
   totals = []
   for k in range(1, depth + 1):

@@ -57,7 +57,16 @@ class Windows:
 
   def __init__(self, corpus: sources.Corpus, length: int = 0):
     """Counts the windows of the stream of tokens. One that is not full is
-    evaluated, but not trained on."""
+    evaluated, but not trained on.
+
+    Args:
+      corpus: plain text of one split.
+      length: the length of a row; 0: data.length.
+
+    Raises:
+      RequestError: for a text that is shorter than a row, or no plain text.
+    """
+    # AROUND tokens of a row are special ones, added when it is laid out.
     length = length or corpus.config.data.length
     self.length = length - self.AROUND
     require(self.length > 0, f'data.length is {length}: a row of objective '
@@ -68,7 +77,8 @@ class Windows:
     self.num_tokens = self._stream.num_tokens
     self.num_bytes = self._stream.num_bytes
 
-    # A part of a row at the end of the stream is evaluated, too.
+    # Count the windows, which do not overlap. A part of a row at the end of the
+    # stream is evaluated, too, so that every token counts in the loss.
     full_windows, remaining_tokens = divmod(self.num_tokens, self.length)
     self._len = full_windows
     if remaining_tokens > 0 and corpus.split == 'eval':
@@ -102,7 +112,8 @@ class Causal(Objective):
 
   def example(self, item: Window, rng: np.random.Generator | None,
               config: Config, tokenizer: Tokenizer) -> Row:
-    """Returns one row for a decoder that predicts each next token.
+    """Lays out a window of text as a row of a decoder, which predicts each next
+    token.
 
     The arguments are those of Objective.example.
 
@@ -112,6 +123,8 @@ class Causal(Objective):
       and positions: a separator begins a new segment, at position 0, and so
       does the window.
     """
+    # A window has L + 1 tokens: each but the last predicts the one after it. Of
+    # `size` tokens that are no padding, one fewer has a target.
     tokens_L = item.tokens[:-1]
     targets_L = item.tokens[1:]
     predicted_L = np.arange(len(tokens_L)) < item.size - 1
@@ -145,7 +158,9 @@ class Prefix(Objective):
 
   def example(self, item: Window, rng: np.random.Generator, config: Config,
               tokenizer: Tokenizer) -> Row:
-    """Returns one row whose first tokens, of a random number, are the prefix.
+    """Lays out a window of text as a row of a prefix language model: a random
+    number of its first tokens are the prefix, which see each other and are not
+    predicted.
 
     The arguments are those of Objective.example.
 
@@ -182,12 +197,12 @@ def _valid_arrays(config: Config) -> dict[str, Shape]:
 
 
 def talk_by_continuing(tokenizer: Tokenizer, start: int | None = None) -> Talk:
-  """Returns how a model of plain text is talked with: each message is a line of
-  the text, which the model goes on from.
+  """Returns how a model of plain text, without a chat template, is talked with:
+  each message of the user is a line of a text that the model goes on from.
 
   Args:
-    tokenizer: the model's.
-    start: the token before the text; default: the separator.
+    tokenizer: the tokenizer of the model.
+    start: the token before the text; None: the separator.
   """
   separator = tokenizer.separator_id
   if start is None:
@@ -195,7 +210,8 @@ def talk_by_continuing(tokenizer: Tokenizer, start: int | None = None) -> Talk:
 
   def encode(messages: Sequence[dict[str, str]]) -> np.ndarray:
     """Returns the token ids [T] of the text that is said so far."""
-    # Each message of the user begins a line.
+    # Each message of the user begins a line. What the model says follows
+    # without a line break, as it goes on from the user's text.
     text = ''
     for message in messages:
       if text and message['role'] == 'user':
@@ -214,7 +230,10 @@ class Conversations:
   READS = (sources.TURNS,)
 
   def __init__(self, corpus: sources.Corpus):
-    """Opens the documents of a corpus.
+    """Opens the conversations of a corpus.
+
+    Args:
+      corpus: conversations of one split.
 
     Raises:
       RequestError: for a source without answers of an assistant.
@@ -248,7 +267,8 @@ class Chat(Objective):
   def example(self, item: list[tuple[str, np.ndarray]],
               rng: np.random.Generator | None, config: Config,
               tokenizer: Tokenizer) -> Row:
-    """Lays out one conversation, cut off at data.length = L.
+    """Lays out one conversation as a row of a decoder that learns to answer,
+    cut off at data.length = L.
 
     Args:
       item: the (kind, token ids) parts of the conversation.
@@ -260,6 +280,9 @@ class Chat(Objective):
       The arrays of the row, [up to L]: tokens; targets, the token after each;
       weights, 1 where the target is the assistant's; and valid, which is 1.
     """
+    # The target of a token is the one after it, so that both are moved by one.
+    # A conversation that is not cut off has one target fewer than tokens; the
+    # rest of the row is filled up with padding of weight 0.
     L = config.data.length
     ids, is_predicted = lay_out_conversation(item, tokenizer)
     tokens = ids[:L]
@@ -306,8 +329,9 @@ def lay_out_conversation(parts: list[tuple[str, np.ndarray]],
     The token ids [T], and bool [T], which of them are the assistant's and so
     predicted.
   """
-  # An answer ends with the separator, which also begins the row. A Jinja
-  # template has written its own ends of turns.
+  # An answer ends with the separator, which also begins the row, so that the
+  # first token of a question follows something. A Jinja template has written
+  # its own ends of turns; there `separator` is an array without a token.
   is_rendered = bool(parts) and parts[0][0] in ('shown', 'said')
   separator = np.array([tokenizer.separator_id], np.int32)
   if is_rendered:
@@ -315,7 +339,8 @@ def lay_out_conversation(parts: list[tuple[str, np.ndarray]],
   ids_of_parts = [separator]
   is_predicted = [np.zeros(len(separator), bool)]
 
-  # Answers are predicted, and all else is only read.
+  # Join the parts. Answers are predicted, their separator too, so that a model
+  # learns to stop. All else is only read.
   for kind, part in parts:
     ids = np.asarray(part, np.int32)
     is_answer = kind in conversations.KINDS_OF_ANSWERS
@@ -358,7 +383,9 @@ def talk_by_config(config: Config, tokenizer: Tokenizer) -> Talk:
   def encode(messages: Messages) -> np.ndarray:
     """Returns the token ids [T] of a conversation, up to the answer that is
     about to begin."""
-    # The questions and the answers, and an answer that is about to begin.
+    # Lay out the messages as (kind, text) parts. The last one is an answer
+    # without text, which is about to begin; Vicuna's template writes
+    # 'ASSISTANT:' for an empty turn before it.
     parts = []
     if is_alpaca:
       for message in messages:
@@ -373,7 +400,8 @@ def talk_by_config(config: Config, tokenizer: Tokenizer) -> Talk:
                                                                 '')]))
     parts.append(('answer', ''))
 
-    # They are laid out as in training, without the end of that answer.
+    # Encode them as in training. The empty answer then ends with a separator,
+    # the last id, which is left out: the model is to go on from there.
     ids_of_parts = [ids for ids, _ in sources.encode_parts(tokenizer, [parts])]
     kinds = [kind for kind, _ in parts]
     encoded_parts = list(zip(kinds, ids_of_parts))
@@ -390,14 +418,13 @@ def talk_by_config(config: Config, tokenizer: Tokenizer) -> Talk:
 
 def talk_by_template(template: conversations.Template, ends: Iterable[int] = (),
                      words: str = '') -> Talk:
-  """Returns how a model is talked with by a Jinja template.
+  """Returns how a model is talked with by a Jinja chat template.
 
   Args:
     template: the template with its tokenizer.
-    ends: the ids with which an answer ends, as a Hugging Face folder says;
-      default: the token that the template writes after an answer, and the
-      separator.
-    words: the words of Talk.words; default: the name of the template.
+    ends: the ids with which an answer ends, as a Hugging Face folder says; ():
+      the token that the template writes after an answer, and the separator.
+    words: what an answer is, in words (Talk.words); '': the template is named.
   """
   def encode(messages: Messages) -> np.ndarray:
     """Returns the token ids [T] of a conversation, up to its next answer."""
@@ -411,7 +438,8 @@ def talk_by_template(template: conversations.Template, ends: Iterable[int] = (),
 
 
 def write_chat_template(config: Config, tokenizer: Tokenizer) -> str:
-  """Returns the template of a run's data as a Jinja template, for transformers.
+  """Writes the template of a run's data as a Jinja template, for the chats of
+  transformers.
 
   Alpaca's template loses the input that an instruction may have: a chat of
   transformers has no place for one.
@@ -419,17 +447,24 @@ def write_chat_template(config: Config, tokenizer: Tokenizer) -> str:
   Args:
     config: the config of the run.
     tokenizer: the tokenizer of the run.
+
+  Returns:
+    The text of the template. Rendered, it is what training data look like.
   """
   # A Jinja template is copied.
   if config.data.chat_template != conversations.PUBLISHED_NAME:
     return conversations.read_template_text(config.data.chat_template)[1]
-  # The separator, by the name that a template knows it by.
+
+  # Name the separator as a template knows it: as eos_token or sep_token. Four
+  # braces in an f-string write two.
   kind = 'eos'
   if tokenizer.special_ids.get('eos') != tokenizer.separator_id:
     kind = 'sep'
   end = f'{{{{ {kind}_token }}}}'
   assistant = "{% elif m.role == 'assistant' %}"
-  # Alpaca's template, then Vicuna's.
+
+  # Write Alpaca's template or Vicuna's. Both begin with the separator, end each
+  # answer with it, and end where the next answer begins.
   if 'alpaca:' in config.data.source:
     return (end + "{% for m in messages %}{% if m.role == 'user' %}"
             + conversations.ALPACA_PROMPT.format(instruction='{{ m.content }}')

@@ -57,11 +57,15 @@ def find_stack(config: Config) -> str:
 
 
 def arrays_of_texts(config: Config, **numbers: type) -> dict[str, Shape]:
-  """Returns {key: (shape, dtype)} of a row of one or two texts.
+  """Describes the arrays of a row of one or two texts.
 
   Args:
-    config: the config of the run.
+    config: the config of the run, whose data.length is the length L of a row.
     **numbers: further keys of one number a row, and their types.
+
+  Returns:
+    {key: (shape, dtype)} of tokens and segment_ids [L], and of weights and
+    `numbers` []; for an encoder also of types [L], which tell the texts apart.
   """
   ids = (config.data.length,), np.int32
   arrays = dict(tokens=ids, segment_ids=ids, weights=((), np.float32))
@@ -74,19 +78,23 @@ def arrays_of_texts(config: Config, **numbers: type) -> dict[str, Shape]:
 
 def classification_figures(output: Output, batch: Batch, config: Config,
                            targets: str) -> Figures:
-  """Returns the cross-entropy of labels, and the share of them that is
-  likeliest.
+  """Computes the cross-entropy loss and the accuracy of a classifier.
 
   The loss of a label is -sum_k q_k log softmax(scores)_k, with q = (1 - s)
-  onehot(label) + s / K and the label smoothing s.
+  onehot(label) + s / K and the label smoothing s (Szegedy et al. 2016, section
+  7).
 
   Args:
-    output: the output of the model, with scores [B, K] or [B, L, K] of K
-    labels.
-    batch: the batch, with weights [B] or [B, L].
+    output: the output of the model, with scores of K labels in output.extra:
+      [B, K] for rows, or [B, L, K] for the tokens of rows.
+    batch: the batch, with weights [B] or [B, L]; 0: it does not count.
     config: the config of the run.
-    targets: the key of the right labels in the batch, [B] or [B, L].
+    targets: the key of the right labels in the batch, int [B] or [B, L].
+
+  Returns:
+    {name: Mean} of loss and accuracy, each a sum and its weight.
   """
+  # q . log p has two terms: the label's own, and the mean over all labels.
   scores = output.extra['scores']
   weights = batch['weights']
   smooth = config.train.label_smoothing
@@ -94,10 +102,13 @@ def classification_figures(output: Output, batch: Batch, config: Config,
   log_p_target = jnp.take_along_axis(
       log_p, batch[targets][..., None], axis=-1)[..., 0]
   loss = -((1 - smooth) * log_p_target + smooth * log_p.mean(-1))
-  right = jnp.argmax(scores, -1) == batch[targets]
-  counts = (weights > 0).astype(jnp.float32)
+
+  # A weight may be that of a class, which only the loss takes into account: in
+  # the accuracy all that count do so alike.
+  is_right = jnp.argmax(scores, -1) == batch[targets]
+  is_counted = (weights > 0).astype(jnp.float32)
   return {'loss': Mean((weights * loss).sum(), weights.sum()),
-          'accuracy': Mean((counts * right).sum(), counts.sum())}
+          'accuracy': Mean((is_counted * is_right).sum(), is_counted.sum())}
 
 
 def start_of_paragraph(item: records.Window) -> int:
@@ -142,17 +153,18 @@ class TextObjective(Labelled):
 
   def example(self, item: records.Item, rng: np.random.Generator | None,
               config: Config, tokenizer: Tokenizer) -> Row:
-    """Returns the row of one text or of a pair of texts, with special tokens
-    around.
+    """Lays out one text or a pair of texts as a row: [CLS] text [SEP], or [CLS]
+    text [SEP] text [SEP].
 
-    The arguments are those of Objective.example.
+    The arguments are those of Objective.example; nothing is drawn.
 
     Returns:
       The arrays of the row: tokens and segment_ids [up to L], for an encoder
       also types [up to L], 1 for tokens of the second text; the target and its
-      weight [], under targets and weights.
+      weight [], under targets and weights. L is data.length.
     """
-    # A separator follows each text, and some systems have two between texts.
+    # Join the texts. A separator follows each one and has its type; some
+    # systems, such as RoBERTa, have two between the texts (item.between).
     start_id, separator_id = records.special_tokens(tokenizer,
                                                     find_stack(config))
     token_parts = [[start_id]]
@@ -210,17 +222,25 @@ class Regression(TextObjective):
     return None
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
-    """Returns the squared and the absolute error of targets [B], in the units
+    """Computes the squared and the absolute error of a regression, in the units
     of the data.
 
-    The arguments are those of Objective.figures."""
+    Args:
+      output: the output of the model, with scores [B, 1] in output.extra.
+      batch: the batch, with targets [B] and weights [B].
+      config: the config of the run.
+
+    Returns:
+      {name: Mean} of loss, the squared error, and of mean_absolute_error.
+    """
+    # A score is the number that the model predicts for a row.
     weights_B = batch['weights']
     error_B = output.extra['scores'][:, 0] - batch['targets']
-    squared = error_B ** 2
-    absolute = jnp.abs(error_B)
+    squared_B = error_B ** 2
+    absolute_B = jnp.abs(error_B)
     return {
-        'loss': Mean((weights_B * squared).sum(), weights_B.sum()),
-        'mean_absolute_error': Mean((weights_B * absolute).sum(),
+        'loss': Mean((weights_B * squared_B).sum(), weights_B.sum()),
+        'mean_absolute_error': Mean((weights_B * absolute_B).sum(),
                                     weights_B.sum())}
 
 
@@ -235,16 +255,17 @@ class TokenClassification(Labelled):
 
   def example(self, item: records.Piece, rng: np.random.Generator | None,
               config: Config, tokenizer: Tokenizer) -> Row:
-    """Returns the row of a sentence, or of a part of it, with a label for each
-    word.
+    """Lays out a sentence, or a part of it, as a row with a label for each
+    word: [CLS] sentence [SEP].
 
-    The arguments are those of Objective.example.
+    The arguments are those of Objective.example; nothing is drawn.
 
     Returns:
       The arrays of the row, [up to L]: tokens; segment_ids, which are 1;
       labels, the number of the label of each token; and weights, 1 where a
       label counts.
     """
+    # The two special tokens have the label 0, which does not count.
     start_id, separator_id = records.special_tokens(tokenizer,
                                                     find_stack(config))
     tokens = np.concatenate([[start_id], item.ids, [separator_id]])
@@ -278,21 +299,26 @@ class QuestionAnswering(Labelled):
 
   def example(self, item: records.Window, rng: np.random.Generator | None,
               config: Config, tokenizer: Tokenizer) -> Row:
-    """Returns the row of a question and a part of its paragraph.
+    """Lays out a question and a part of its paragraph as a row: [CLS] question
+    [SEP] paragraph [SEP].
 
-    The arguments are those of Objective.example.
+    The arguments are those of Objective.example; nothing is drawn.
 
     Returns:
       The arrays of the row: tokens and segment_ids [up to L], for an encoder
       also types [up to L], 1 for tokens of the paragraph; starts and ends [],
       the places of the first and the last token of the answer; weights [], 1.
     """
+    # Some systems, such as RoBERTa, have two separators between the texts.
     stack = find_stack(config)
     start_id, separator_id = records.special_tokens(tokenizer, stack)
     separators = [separator_id] * item.between
     tokens = np.concatenate([[start_id], item.question, separators,
                              item.context, [separator_id]])
-    # The place of the null token stands for no answer.
+
+    # Find the answer in the row. item.answer counts from the start of the
+    # paragraph. The place of a token that is no part of it, such as [CLS],
+    # stands for no answer.
     start = end = place_of_null_token(item, stack)
     if item.answer is not None:
       start, end = (start_of_paragraph(item) + place for place in item.answer)
@@ -312,29 +338,43 @@ class QuestionAnswering(Labelled):
     return math.log(config.data.length)
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
-    """Returns the loss of the places at which answers start and end (Devlin et
-    al. 2019, section 4.2), and the share of rows in which both are likeliest.
+    """Computes the loss and the accuracy of finding an answer in a text (Devlin
+    et al. 2019, section 4.2).
+
+    The model scores each token as the start of the answer and as its end. The
+    loss is the mean of -log p(start) and -log p(end), each with a softmax over
+    the tokens of the row.
 
     Args:
-      output: the output of the model, with scores [B, L, 2].
-      batch: the batch, with starts [B] and ends [B].
+      output: the output of the model, with scores [B, L, 2] in output.extra:
+        for each of B rows and L tokens that of a start and that of an end.
+      batch: the batch, with starts, ends and weights [B], and segment_ids
+        [B, L], which are 0 on padding.
       config: the config of the run.
+
+    Returns:
+      {name: Mean} of loss and accuracy: the share of rows in which the
+      likeliest start and the likeliest end are both right.
     """
-    # U, the last axis, stands for the start and the end of an answer.
+    # Axis U has two places, the start and the end. A softmax over the tokens
+    # (axis 1) must give nothing to padding, whose scores are set very low.
     real_BL1 = batch['segment_ids'][..., None] != 0
     scores_BLU = jnp.where(real_BL1, output.extra['scores'], SCORE_OF_PADDING)
     places_BU = jnp.stack([batch['starts'], batch['ends']], axis=1)
     log_p_BLU = jax.nn.log_softmax(scores_BLU, axis=1)
+
+    # Read the log-probability of each right place. The index needs the axes of
+    # the array that it reads; its axis of one token is dropped again.
     log_p_B1U = jnp.take_along_axis(log_p_BLU, places_BU[:, None], axis=1)
     loss_BU = -log_p_B1U[:, 0]
-    likeliest_BU = jnp.argmax(scores_BLU, 1)
-    right_B = (likeliest_BU == places_BU).all(1)
 
-    # An answer counts if both of its ends are right.
+    # An answer is right if its start and its end are.
+    likeliest_BU = jnp.argmax(scores_BLU, 1)
+    is_right_B = (likeliest_BU == places_BU).all(1)
     weights_B = batch['weights']
-    weight = weights_B.sum()
-    return {'loss': Mean((weights_B * loss_BU.mean(1)).sum(), weight),
-            'accuracy': Mean((weights_B * right_B).sum(), weight)}
+    total_weight = weights_B.sum()
+    return {'loss': Mean((weights_B * loss_BU.mean(1)).sum(), total_weight),
+            'accuracy': Mean((weights_B * is_right_B).sum(), total_weight)}
 
 
 OBJECTIVES = {

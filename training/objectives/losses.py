@@ -66,17 +66,19 @@ def cross_entropy(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array,
                   weights_BL: jax.Array, *, z_loss: float = 0.0,
                   label_smoothing: float = 0.0, chunk: int = 0
                   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Returns the weighted sum of the tokens' cross-entropies, and other sums.
+  """Computes the cross-entropy loss of the tokens of a batch, summed with
+  weights, without ever holding the logits of all tokens at once.
 
-  The loss of a token is log_z - q . l + c log_z^2, with its logits l, the
-  smoothed target q and the coefficient c of the z-loss (see the head of this
-  file).
+  The loss of a token is log_z - q . l + c log_z^2, with its logits l, log_z =
+  logsumexp(l), the smoothed target q = (1 - s) onehot(target) + s / V, the
+  label smoothing s and the coefficient c of the z-loss (PaLM: Chowdhery et al.
+  2022, section 5).
 
   Args:
-    hidden_BLD: the hidden states that the head is applied to; products are
-      taken in their dtype and add up in float32.
-    head: the output projection.
-    targets_BL: token ids.
+    hidden_BLD: the hidden states that the head is applied to, [batch, length,
+      features]; products are taken in their dtype and add up in float32.
+    head: the output projection, from features to the V logits.
+    targets_BL: the token ids to predict, [batch, length].
     weights_BL: how much each token counts; 0: not at all.
     z_loss: the coefficient of the z-loss.
     label_smoothing: the probability that is spread over the vocabulary.
@@ -84,15 +86,18 @@ def cross_entropy(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array,
 
   Returns:
     The sum to differentiate; and sums that nothing is differentiated through:
-    `weight`, `accuracy` and, where there is one, `z_loss`.
+    `weight`, `accuracy` (the weight of the tokens whose target alone has the
+    highest logit) and, where there is one, `z_loss`.
   """
+  # _sum_losses has a gradient of its own, taken while the logits are there.
   settings = _choose_settings(hidden_BLD, head=head, z_loss=z_loss,
                               label_smoothing=label_smoothing, chunk=chunk)
   weights_BL = weights_BL.astype(jnp.float32)
   chex.assert_equal_shape([targets_BL, weights_BL])
   loss, tokens = _sum_losses(settings, hidden_BLD, head, targets_BL, weights_BL)
 
-  # Figures are of the same tokens, and nothing learns from them.
+  # Sum the figures of the same tokens. Gradients must not flow through them:
+  # that of _sum_losses counts only its first result.
   tokens = jax.lax.stop_gradient(tokens)
   sums = {'weight': weights_BL.sum(),
           'accuracy': (weights_BL * tokens.correct).sum()}
@@ -114,14 +119,16 @@ def token_losses(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array, *,
 
 def _scan_token_losses(settings: _LossSettings, hidden_BLD: jax.Array,
                        head: Head, targets_BL: jax.Array) -> TokenLosses:
-  """Returns the losses of all tokens, computed a chunk of positions at a time.
+  """Computes the losses of all tokens, a chunk of positions at a time.
 
   Args:
     settings: the coefficients of the loss, and the size of a chunk.
-    hidden_BLD: the hidden states that the head is applied to.
+    hidden_BLD: the hidden states that the head is applied to, [batch, length,
+      features].
     head: the output projection.
-    targets_BL: token ids.
+    targets_BL: the token ids to predict.
   """
+  # The kernel, [features, vocabulary], is collected once for all chunks.
   kernel_DV = _gather_kernel(head, hidden_BLD)
 
   def compute_losses_of_chunk(_: None, chunk: tuple[jax.Array, ...]):
@@ -130,7 +137,9 @@ def _scan_token_losses(settings: _LossSettings, hidden_BLD: jax.Array,
     logits_QBPV = head.finish_logits(_project_to_vocabulary(x_QBPD, kernel_DV))
     return None, _losses_of_logits(settings, logits_QBPV, targets_QBP)
 
-  # The logits of one chunk exist at a time.
+  # Scan over the chunks, so that the logits of only one exist at a time. The
+  # axes of a chunk are [Q, B, P, ...]: the devices' shards of the tokens, the
+  # rows of a shard, and the positions of a chunk.
   chunks = _split_into_chunks(settings, (hidden_BLD, targets_BL))
   _, losses = jax.lax.scan(compute_losses_of_chunk, None, chunks)
   return _join_chunks(settings, losses, targets_BL.shape)
@@ -171,14 +180,16 @@ def _sum_losses_forward(settings: _LossSettings, *args):
     What `_sum_losses` returns; and the gradients of the sum, None for each that
     is not asked for.
   """
-  # The arguments, and which of their gradients are asked for.
+  # Take the arguments apart into their values and whether a gradient of each
+  # is asked for: frozen parameters need none.
   hidden_BLD, head, targets_BL, weights_BL = jax.tree.map(
       lambda x: x.value, args)
   needs_hidden, needs_head, _, needs_weights = jax.tree.map(
       lambda x: x.perturbed, args)
   needs_bias = head.bias_V is not None and needs_head.bias_V
 
-  # Every chunk multiplies by the kernel, and by its transpose.
+  # Every chunk multiplies by the kernel, and by its transpose for the gradient
+  # of the hidden states.
   kernel_DV = _gather_kernel(head, hidden_BLD)
   kernel_VD = kernel_DV.T
   if sharding.traced_platform() == 'cpu':
@@ -189,14 +200,18 @@ def _sum_losses_forward(settings: _LossSettings, *args):
     """Computes the losses and gradients of one chunk of tokens.
 
     Args:
-      d_head: the gradients of the head's kernel and bias so far.
-      chunk: hidden states, targets and weights.
+      d_head: the gradients of the head's kernel and bias so far, None for each
+        that is not needed.
+      chunk: hidden states, targets and weights, [Q, B, P, ...]: the devices'
+        shards of the tokens, the rows of a shard, the positions of a chunk.
 
     Returns:
       The gradients of the head with those of the chunk; and the losses of the
       chunk with the gradient of its hidden states.
     """
-    # The losses, and the gradient of the products x W.
+    # Compute the logits, their losses, and the gradient of the products x W.
+    # finish_logits adds the bias and whatever follows it, such as a soft cap,
+    # so that its own gradient (pull_back) leads from the logits to x W.
     x_QBPD, targets_QBP, weights_QBP = chunk
     products_QBPV = _project_to_vocabulary(x_QBPD, kernel_DV)
     logits_QBPV, pull_back = jax.vjp(head.finish_logits, products_QBPV)
@@ -207,7 +222,9 @@ def _sum_losses_forward(settings: _LossSettings, *args):
                                         log_z_QBP=losses.log_z)
     [d_QBPV] = pull_back(d_logits_QBPV)
 
-    # The gradients of the head and of the hidden states.
+    # Turn it into the gradients of the head and of the hidden states, before
+    # the logits go. The bias adds up in float32, hence before the rounding to
+    # the dtype of the products.
     d_kernel, d_bias = d_head
     if needs_bias:
       d_bias += d_QBPV.sum((1, 2))
@@ -219,7 +236,8 @@ def _sum_losses_forward(settings: _LossSettings, *args):
       dx_QBPD = layers.einsum('QBPV,VD->QBPD', d_QBPV, kernel_VD, x_QBPD.dtype)
     return (d_kernel, d_bias), (losses, dx_QBPD)
 
-  # The chunks add up the gradients of the head, one after another.
+  # Scan over the chunks. The gradients of the head are the state of the scan:
+  # each chunk adds its own to them, in float32, for each shard by itself.
   transposed_kernel = _transpose_for_gradient(head.kernel_DV)
   zeros = (_zero_gradients(settings, needs_head.kernel_DV, transposed_kernel),
            _zero_gradients(settings, needs_bias, head.bias_V))
@@ -227,7 +245,8 @@ def _sum_losses_forward(settings: _LossSettings, *args):
   (d_kernel, d_bias), (losses, dx_QBPD) = jax.lax.scan(
       add_gradients_of_chunk, zeros, chunks)
 
-  # Their losses and gradients, laid out as the arguments are.
+  # Lay out losses and gradients as the arguments are. _total_gradient adds up
+  # the shards' gradients of the head, which is where the devices exchange them.
   tokens, d_hidden = _join_chunks(settings, (losses, dx_QBPD), targets_BL.shape)
   d_head = head.replace(
       kernel_DV=_total_gradient(d_kernel, head.kernel_DV, 'embed', 'vocab'),
@@ -247,9 +266,17 @@ def _sum_losses_backward(settings: _LossSettings, gradients: Any,
 
   Args:
     settings: not used.
-    gradients: those of `_sum_losses_forward`.
-    cotangents: the gradients of its two results, of which the second is zero.
+    gradients: those that `_sum_losses_forward` has computed.
+    cotangents: the gradients of its two results: of the sum, a number, and of
+      the figures, which is zero as nothing is differentiated through them.
+
+  Returns:
+    The gradients of hidden states, head, targets and weights; None where there
+    is none.
   """
+  # The chain rule: the gradients are of the sum itself, and the loss that is
+  # differentiated may be a multiple of it. A symbolic zero means that it does
+  # not depend on the sum at all.
   scale, _ = cotangents
   if isinstance(scale, jax.custom_derivatives.SymbolicZero):
     return None, None, None, None
@@ -276,8 +303,9 @@ def _gradient_of_kernel(x_QBPD: jax.Array, d_QBPV: jax.Array) -> jax.Array:
   bfloat16 that it does not have.
 
   Args:
-    x_QBPD: the hidden states of a chunk.
-    d_QBPV: the gradient of their products with the kernel.
+    x_QBPD: the hidden states of a chunk, [shards, rows, positions, features].
+    d_QBPV: the gradient of their products with the kernel, whose last axis is
+      the vocabulary.
   """
   if sharding.is_single_cpu():
     d_QDV = layers.einsum('QBPD,QBPV->QDV', x_QBPD, d_QBPV,
@@ -295,20 +323,25 @@ def _transpose_for_gradient(kernel_DV: jax.Array) -> jax.Array:
 
 def _losses_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,
                       targets_QBP: jax.Array) -> TokenLosses:
-  """Returns the loss of each token of a chunk, log_z - q . l + c log_z^2.
+  """Computes the loss of each token of a chunk, log_z - q . l + c log_z^2.
 
   Args:
-    settings: the coefficients of the loss.
-    logits_QBPV: the logits l.
-    targets_QBP: the ids that the smoothed targets q stand for.
+    settings: the coefficients of the loss: the label smoothing s of q = (1 - s)
+      onehot(target) + s / V, and c of the z-loss.
+    logits_QBPV: the logits l, [shards, rows, positions, vocabulary].
+    targets_QBP: the token ids to predict.
+
+  Returns:
+    The loss of each token, log_z, and whether the target has the highest logit.
   """
-  # The logarithm of the softmax's denominator.
+  # log_z is the logarithm of the softmax's denominator. The largest logit is
+  # taken out first, so that no exponential overflows.
   max_QBP1 = logits_QBPV.max(-1, keepdims=True)
   sum_QBP = jnp.exp(logits_QBPV - max_QBP1).sum(-1)
   log_z_QBP = max_QBP1[..., 0] + jnp.log(sum_QBP)
 
-  # The target's logit. On a mesh it is a masked sum: a gather would collect a
-  # sharded vocabulary on every device.
+  # Read the target's logit. On a mesh it is a masked sum: a gather would
+  # collect a sharded vocabulary on every device.
   if sharding.is_single_cpu():
     target_QBP = jnp.take_along_axis(
         logits_QBPV, targets_QBP[..., None], -1, mode='clip')[..., 0]
@@ -319,14 +352,16 @@ def _losses_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,
   is_at_least_target_QBPV = logits_QBPV >= target_QBP[..., None]
   at_least_target_QBP = is_at_least_target_QBPV.sum(-1)
 
-  # The terms of the loss.
+  # Add up the terms of the loss: q . l is (1 - s) times the target's logit, and
+  # s times the mean of all.
   smooth = settings.label_smoothing
   loss_QBP = log_z_QBP - (1 - smooth) * target_QBP
   if smooth:
     loss_QBP -= smooth * logits_QBPV.mean(-1)
   if settings.z_loss:
     loss_QBP += settings.z_loss * log_z_QBP ** 2
-  # The target is right where no other logit is as high.
+  # The target is right where no other logit is as high: it is the only one that
+  # is at least as high as itself. An argmax would call some ties right.
   is_correct_QBP = at_least_target_QBP == 1
   return TokenLosses(loss=loss_QBP, log_z=log_z_QBP, correct=is_correct_QBP)
 
@@ -334,17 +369,21 @@ def _losses_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,
 def _gradient_of_logits(settings: _LossSettings, logits_QBPV: jax.Array,
                         targets_QBP: jax.Array, weights_QBP: jax.Array,
                         log_z_QBP: jax.Array):
-  """Returns the gradient of the weighted losses in the logits l, (1 + 2 c
-  log_z) softmax(l) - q, with the z-loss's coefficient c and the smoothed
-  targets q.
+  """Computes the gradient of the weighted losses in the logits l, (1 + 2 c
+  log_z) softmax(l) - q.
 
   Args:
-    settings: the coefficients of the loss.
-    logits_QBPV: the logits of a chunk.
-    targets_QBP: its token ids.
+    settings: the coefficients of the loss: the label smoothing s of q = (1 - s)
+      onehot(target) + s / V, and c of the z-loss.
+    logits_QBPV: the logits of a chunk, [shards, rows, positions, vocabulary].
+    targets_QBP: its token ids to predict.
     weights_QBP: how much each token counts.
     log_z_QBP: the logarithm of the sum of the exponentials of the logits.
+
+  Returns:
+    The gradient, [shards, rows, positions, vocabulary].
   """
+  # With log_z known, the softmax p needs no sum. q is built as it is defined.
   smooth = settings.label_smoothing
   z_loss = settings.z_loss
   p_QBPV = jnp.exp(logits_QBPV - log_z_QBP[..., None])
@@ -366,17 +405,22 @@ def _one_hot_targets(logits_QBPV: jax.Array, targets_QBP: jax.Array):
 
 def _choose_settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
                      label_smoothing: float, chunk: int) -> _LossSettings:
-  """Returns the coefficients of the loss, and how the tokens are cut up: into
-  the shards of the devices, and these into chunks of positions as even as can
-  be.
+  """Decides how the tokens are cut up: into the shards of the devices, and
+  these into chunks of positions as even as can be.
 
-  The arguments are those of `cross_entropy`."""
-  # The shards.
+  The arguments are those of `cross_entropy`.
+
+  Returns:
+    The coefficients of the loss, with the numbers of shards and positions.
+  """
+  # Count over how many devices the rows and their length are split.
   batch, length, _ = hidden_BLD.shape
   rows = sharding.count_shards('batch', batch)
   lengths = sharding.count_shards('length', length)
 
-  # The chunks of a shard's length.
+  # Choose how many positions of a row make a chunk: as many as the allowed
+  # tokens of a device give to each of its batch / rows rows. Then make all
+  # chunks alike, as the last one is padded. -(-a // b) rounds the quotient up.
   vocab = head.kernel_DV.shape[1]
   tokens = chunk or max(LEAST_TOKENS_OF_CHUNK, MOST_LOGITS_OF_CHUNK // vocab)
   most_positions = max(1, tokens * rows // batch)
@@ -407,18 +451,22 @@ def _split_into_chunks(settings: _LossSettings, arrays: tuple[jax.Array, ...]):
     """Returns one of the arrays as its chunks."""
     batch = x.shape[0] // rows
     length = x.shape[1] // lengths
-    # One device has one of `rows` parts of the rows, and of `lengths` parts of
-    # the length: [rows, B / rows, lengths, L / lengths, ...].
+    # Give each device's part axes of its own. A device has one of `rows` parts
+    # of the rows, and one of `lengths` parts of the length:
+    # [rows, B / rows, lengths, L / lengths, ...].
     chunks = -(-length // P)
     x = x.reshape(rows, batch, lengths, length, *x.shape[2:])
-    # The part of the length becomes whole chunks of P positions.
+    # Cut the part of the length (axis 3) into whole chunks of P positions:
+    # [rows, B / rows, lengths, chunks, P, ...].
     pad = chunks * P - length
     if pad:
       widths = [(0, 0)] * x.ndim
       widths[3] = (0, pad)
       x = jnp.pad(x, widths)
     x = x.reshape(rows, batch, lengths, chunks, P, *x.shape[4:])
-    # Chunks come first, to be scanned. Then Q is the device's part.
+    # Move the chunks to the front, to be scanned, and the two axes of devices
+    # behind them, where they become one, Q: [chunks, Q, B / rows, P, ...]. So
+    # no device needs tokens of another one. The constraint keeps it that way.
     x = jnp.moveaxis(x, (3, 2), (0, 2))
     x = x.reshape(chunks, rows * lengths, batch, *x.shape[4:])
     unsharded = (None,) * (x.ndim - 2)
@@ -434,8 +482,8 @@ def _join_chunks(settings: _LossSettings, arrays: tuple[jax.Array, ...],
 
   Args:
     settings: the numbers of shards, and the positions of a chunk.
-    arrays: a tree of chunks.
-    shape: [B, L].
+    arrays: a tree of arrays whose first axis is that of the scan's chunks.
+    shape: [B, L], the shape without the padding.
   """
   rows = settings.rows
   lengths = settings.lengths
@@ -444,7 +492,8 @@ def _join_chunks(settings: _LossSettings, arrays: tuple[jax.Array, ...],
     """Returns the chunks of one array as the array."""
     chunks, _, batch, P = x.shape[:4]
     x = x.reshape(chunks, rows, lengths, batch, P, *x.shape[4:])
-    # The steps of `_split_into_chunks` in reverse, without the padding.
+    # Undo the steps of `_split_into_chunks`, the last one first: split Q, move
+    # the axes back, join the chunks of each length, and cut off its padding.
     x = jnp.moveaxis(x, (0, 2), (3, 2))
     x = x.reshape(rows, batch, lengths, chunks * P, *x.shape[5:])
     x = x[:, :, :, :shape[1] // lengths]
@@ -472,16 +521,22 @@ def _zero_gradients(settings: _LossSettings, is_needed: Any, x: jax.Array):
 
 
 def _total_gradient(d: jax.Array | None, x: jax.Array, *axes: str):
-  """Returns the sum of the shards' gradients of x, laid out as x is.
+  """Adds up the devices' gradients of a parameter of the head.
 
   Args:
-    d: the gradient of each shard, its axes as `_transpose_for_gradient` has
-      them; None: it is not needed.
+    d: the gradient of each shard of the tokens, its axes as
+      `_transpose_for_gradient` has them; None: it is not needed.
     x: the parameter.
-    *axes: the names of its axes.
+    *axes: the names of its axes, by which it is split over devices.
+
+  Returns:
+    The gradient, laid out as x is and of its dtype; None where it is not
+    needed.
   """
   if d is None:
     return None
+  # On one CPU there is one shard, and nothing was transposed. Elsewhere the
+  # gradient has the axes of x in reverse, so it is transposed after the sum.
   if sharding.is_single_cpu():
     return d[0].astype(x.dtype)
   return sharding.sum_gradients_of_shards(d, axes[::-1]).T.astype(x.dtype)

@@ -65,7 +65,7 @@ def frame_text(window: causal.Window, config: Config, tokenizer: Tokenizer
   """Puts a window of text between [CLS] and [SEP], as a row of an encoder.
 
   Args:
-    window: consecutive tokens of the text.
+    window: consecutive tokens of the text, after a separator.
     config: the config of the run.
     tokenizer: the tokenizer of the run.
 
@@ -74,11 +74,14 @@ def frame_text(window: causal.Window, config: Config, tokenizer: Tokenizer
     special, and never masked; and the arrays that keep documents apart:
     segment_ids, and with data.document_mask also positions.
   """
+  # The first token of a window is the separator before it, whose place [CLS]
+  # takes. Past `size` a window is padding.
   text = window.tokens[1:window.size]
   framed_ids = np.concatenate([[tokenizer.cls_id], text, [tokenizer.sep_id]])
   ids = framed_ids.astype(np.int32)
 
-  # Separators between documents are special too.
+  # Separators between documents are special too. For BERT they are [SEP], as
+  # the last token of the row is.
   begins_document = ids == tokenizer.separator_id
   is_special = begins_document.copy()
   is_special[[0, -1]] = True
@@ -116,6 +119,9 @@ class Stretches:
   def __init__(self, corpus: sources.Corpus):
     """Finds the documents that are long enough to be cut in two.
 
+    Args:
+      corpus: plain text of one split.
+
     Raises:
       RequestError: for rows that are too short, or fewer than two such
         documents.
@@ -125,7 +131,7 @@ class Stretches:
     require(self.room >= self.MIN, f'data.length={corpus.config.data.length}: '
             f'pairs of texts need at least {self.MIN + 3}.')
 
-    # The long documents: the first token and the number of tokens of each.
+    # Keep the long documents: the first token and the number of tokens of each.
     self._documents = documents = Documents(corpus.tokens)
     first_tokens = documents.parts[documents.first]
     sizes = documents.parts[documents.end] - first_tokens
@@ -138,7 +144,9 @@ class Stretches:
             f'the split {corpus.split!r}: pairs need two, to take a second '
             'text from another document.')
 
-    # How many stretches each of them has, and the number of its first one.
+    # Count the stretches of each of them, and number them through. A stretch
+    # has `room` tokens, and the last one of a document MIN or more, so that it
+    # can be cut in two.
     counts = (self._sizes + self.room - self.MIN) // self.room
     self._starts = np.concatenate([[0], np.cumsum(counts)])
     self.num_tokens = int(self._sizes.sum())
@@ -159,9 +167,19 @@ class Stretches:
 
   def draw_from_other_document(self, document: int, rng: np.random.Generator,
                                size: int) -> np.ndarray:
-    """Returns up to `size` tokens from a random place of a random document
-    other than `document`."""
-    # A number below the count of the others skips the document itself.
+    """Draws a stretch of a random document, other than a given one.
+
+    Args:
+      document: the number of the document that is not drawn from.
+      rng: the generator of the draws.
+      size: the most tokens to return.
+
+    Returns:
+      int [T], consecutive tokens from a random place: `size`, or as many as the
+      other document has.
+    """
+    # Draw among the others: numbers from that of the document on are moved up
+    # by one, so that it is skipped and all others are alike likely.
     other = int(rng.integers(len(self._first_tokens) - 1))
     if other >= document:
       other += 1
@@ -175,14 +193,19 @@ class Stretches:
 def _mask_pair(first: np.ndarray, second: np.ndarray, target: bool,
                rng: np.random.Generator, config: Config, tokenizer: Tokenizer
                ) -> Row:
-  """Returns [CLS] first [SEP] second [SEP] with some tokens masked, as a row.
+  """Lays out a pair of texts as [CLS] first [SEP] second [SEP], with some
+  tokens masked.
 
   Args:
-    first, second: the tokens of the texts.
+    first, second: the token ids of the texts.
     target: the label of the pair, which becomes nsp_targets.
     rng: draws the masks.
     config: the config of the run.
     tokenizer: the tokenizer of the run.
+
+  Returns:
+    The arrays of the row: tokens, targets, weights, types and segment_ids [L],
+    and nsp_targets [].
   """
   cls = tokenizer.cls_id
   sep = tokenizer.sep_id
@@ -203,8 +226,7 @@ def _mask_pair(first: np.ndarray, second: np.ndarray, target: bool,
 
 def _mask_row(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
               config: Config, tokenizer: Tokenizer) -> Row:
-  """Masks some tokens of a row, and returns its tokens, targets and weights
-  [L].
+  """Masks some tokens of a row of text, as the config of a run says.
 
   Args:
     ids: int32 [L], the tokens of the row.
@@ -212,6 +234,10 @@ def _mask_row(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
     rng: draws what is masked, and how.
     config: the config of the run.
     tokenizer: the tokenizer of the run.
+
+  Returns:
+    The arrays of the row, [L]: tokens, some of them masked; targets, which are
+    the ids; and weights, 1 where a token is to be predicted.
   """
   masked, chosen = mask_tokens(ids, special=special, rng=rng,
                                tokenizer=tokenizer, rate=config.data.mask_rate,
@@ -233,7 +259,7 @@ def mask_tokens(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
   section 3.1): 80 % become [MASK], 10 % a random token, and 10 % stay.
 
   Args:
-    ids: int32 [L].
+    ids: int32 [L], the tokens of a row.
     special: bool [L], which tokens are never masked.
     rng: draws what is masked, and how.
     tokenizer: has the mask token and the vocabulary.
@@ -245,13 +271,16 @@ def mask_tokens(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
     int32 [L], the ids with some of them masked; and bool [L], which of them are
     to be predicted.
   """
-  # Units are words or tokens; unit_L says which one each token is of.
+  # Number the units that are chosen as a whole, which are words or tokens:
+  # unit_L says which one each token is of, from 1 on.
   starts_L = np.ones(len(ids), bool)
   if whole_words:
     starts_L = _find_word_starts(ids, tokenizer)
   unit_L = np.cumsum(starts_L)
 
-  # Units are chosen in a random order until they have tokens enough.
+  # Choose units in a random order until they have tokens enough: a unit is
+  # chosen if those before it have too few. Special tokens do not count in the
+  # size of a unit, and are left out at the end.
   places = np.flatnonzero(~special)
   num_targets = most_targets(rate, len(places))
   order = rng.permutation(np.unique(unit_L[places]))
@@ -261,7 +290,8 @@ def mask_tokens(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
   chosen_units = order[chosen_before < num_targets]
   chosen_L = np.isin(unit_L, chosen_units) & ~special
 
-  # 80 % become [MASK], 10 % a random token, and 10 % stay.
+  # Mask 80 % of the chosen tokens, replace 10 % by a random one, and keep 10 %.
+  # A random token must be one that the model has.
   draw_L = rng.random(len(ids))
   masked_L = np.where(chosen_L & (draw_L < 0.8), tokenizer.mask_id, ids)
   num_ids = min(tokenizer.vocab_size, size or tokenizer.vocab_size)
@@ -283,6 +313,9 @@ def _find_tokens_at_word_ends(tokenizer: Tokenizer
                               ) -> tuple[np.ndarray, np.ndarray]:
   """Tells which tokens of a vocabulary begin a word, and which end one.
 
+  Args:
+    tokenizer: the tokenizer, whose vocabulary has V ids.
+
   Returns:
     bool [V], whether a word begins with the token; and bool [V], whether one
     ends with it.
@@ -290,7 +323,7 @@ def _find_tokens_at_word_ends(tokenizer: Tokenizer
   Raises:
     RequestError: for a tokenizer that does not show where words begin.
   """
-  # The text of each token. A special token separates words, as a space does.
+  # Decode each token. A special token separates words, as a space does.
   special_ids = set(tokenizer.special_ids.values())
   texts = []
   for token in range(tokenizer.vocab_size):
@@ -299,12 +332,14 @@ def _find_tokens_at_word_ends(tokenizer: Tokenizer
       text = tokenizer.decode_bytes([token])
     texts.append(text)
 
-  # WordPiece marks what goes on with a word.
+  # WordPiece marks with ## what goes on with a word. There a word ends where
+  # the next one begins.
   if any(text.startswith(b'##') and len(text) > 2 for text in texts):
     begins_word_V = np.array([not text.startswith(b'##') for text in texts])
     return begins_word_V, np.zeros(len(texts), bool)
 
-  # Other tokens show a word's ends by spaces.
+  # Other tokens show a word's ends by spaces, before a word (byte-level BPE) or
+  # after it. Special tokens were given spaces above, so they prove nothing.
   begins_word_V = np.array([text[:1].isspace() for text in texts])
   ends_word_V = np.array([text[-1:].isspace() for text in texts])
   is_usual_V = [i not in special_ids for i in range(len(texts))]
@@ -335,7 +370,8 @@ def count_unread_places(config: Config, length: int) -> int:
 
 def masked_word_figures(output: Output, batch: Batch,
                         config: Config) -> Figures:
-  """Returns the figures of objectives.token_loss_figures for masked words.
+  """Computes the loss and the accuracy of masked words, as
+  objectives.token_loss_figures does, for less than all places of a row.
 
   The head reads only the places that are to be predicted, of which
   `mask_tokens` chooses at most M = most_targets in a row. If a batch has more,
@@ -343,11 +379,15 @@ def masked_word_figures(output: Output, batch: Batch,
   which may exceed M, and where a row is split over devices.
 
   Args:
-    output: the output of the model.
+    output: the output of the model, with hidden states [B, L, D].
     batch: targets and weights [B, L], where a weight is 0 unless the token is
       to be predicted.
     config: the config of the run.
+
+  Returns:
+    {name: Mean}, each figure as a sum and its weight.
   """
+  # Read all places where M of them would not be enough, or save nothing.
   weights_BL = batch['weights']
   L = weights_BL.shape[1]
   M = most_targets(config.data.mask_rate, L)
@@ -355,7 +395,9 @@ def masked_word_figures(output: Output, batch: Batch,
   if config.data.whole_words or has_shards or M >= L:
     return objectives.token_loss_figures(output, batch, config)
 
-  # The places of the M first tokens that are chosen; L stands for none.
+  # Find the places of the first M tokens that are chosen. A token that is not
+  # chosen has the place L, so that sorting puts it last. Shapes must not depend
+  # on the batch in JAX, hence M places for every row.
   chosen_BL = weights_BL != 0
   places_BL = jnp.sort(jnp.where(chosen_BL, jnp.arange(L), L), axis=1)
   places_BM = places_BL[:, :M]
@@ -363,10 +405,13 @@ def masked_word_figures(output: Output, batch: Batch,
 
   def at_places(x_BL: jax.Array) -> jax.Array:
     """Returns what an array [B, L, ...] has at the places, [B, M, ...]."""
+    # The index needs as many axes as the array. The place L, past the end, is
+    # clipped to the last one; its weight is 0.
     index = places_BM.reshape(*places_BM.shape, *(1,) * (x_BL.ndim - 2))
     return jnp.take_along_axis(x_BL, index, axis=1, mode='clip')
 
-  # Weights of nan tell that a row had more than M of them.
+  # A row with more than M chosen tokens would be scored in part, unseen. Make
+  # its loss nan: nothing can be raised inside a compiled function.
   weights_BM = jnp.where(exists_BM, at_places(weights_BL), 0)
   has_too_many = chosen_BL.sum() > exists_BM.sum()
   weights_BM = jnp.where(has_too_many, jnp.nan, weights_BM)
@@ -377,24 +422,30 @@ def masked_word_figures(output: Output, batch: Batch,
 
 def masked_word_and_sentence_figures(output: Output, batch: Batch,
                                      config: Config) -> Figures:
-  """Returns BERT's losses (Devlin et al. 2019, section 3.1): of the masked
+  """Computes BERT's losses (Devlin et al. 2019, section 3.1): of the masked
   words, and of whether the second text follows the first.
 
   One is a mean over these words, the other over rows.
 
   Args:
-    output: the output of the model, with nsp_logits [B, 2].
+    output: the output of the model, with nsp_logits [B, 2] in output.extra.
     batch: targets and weights [B, L], and nsp_targets [B].
     config: the config of the run.
+
+  Returns:
+    {name: Mean} of mlm_loss, mlm_accuracy, nsp_loss and nsp_accuracy, and what
+    else masked_word_figures gives.
   """
-  # The masked words. The sum of both losses is the one to minimise.
+  # Score the masked words. Their loss is only a part of the one to minimise,
+  # so it gets another name.
   figures = {}
   for name, mean in masked_word_figures(output, batch, config).items():
     if name in ('loss', 'accuracy'):
       name = f'mlm_{name}'
     figures[name] = mean
 
-  # Whether the second text follows, one answer a row.
+  # Score whether the second text follows, once a row. Rows of padding at the
+  # end of a pass do not count.
   real_B = _is_real_row_B(batch)
   logits_B2 = output.extra['nsp_logits']
   log_p_B2 = jax.nn.log_softmax(logits_B2, -1)
@@ -464,7 +515,8 @@ class NextSentence(Objective):
       [L], 1 where a token is to be predicted; and nsp_targets [], 1 where the
       second text is from elsewhere.
     """
-    # The text is cut in two, and half of the time its second part is replaced.
+    # Cut the text in two at a random place, and half of the time replace its
+    # second part by as many tokens from elsewhere.
     place = int(rng.integers(1, len(item.tokens)))
     first, second = np.split(item.tokens, [place])
     from_elsewhere = rng.random() >= 0.5
@@ -507,10 +559,16 @@ class SentenceOrder(NextSentence):
 
   def example(self, item: Stretch, rng: np.random.Generator, config: Config,
               tokenizer: Tokenizer) -> Row:
-    """Returns one masked pair of texts as NextSentence does, of which the order
-    is swapped half of the time. nsp_targets is 1 where it is.
+    """Cuts a text in two, swaps the parts half of the time, and masks some
+    tokens (sentence order prediction, ALBERT: Lan et al. 2020, section 3.1).
 
-    The arguments are those of Objective.example."""
+    The arguments are those of Objective.example.
+
+    Returns:
+      The arrays of the row, as NextSentence has them; nsp_targets is 1 where
+      the order is swapped.
+    """
+    # Both parts are of one text, so that only their order tells them apart.
     place = int(rng.integers(1, len(item.tokens)))
     first, second = np.split(item.tokens, [place])
     is_swapped = rng.random() < 0.5
@@ -529,7 +587,7 @@ class MaskedDiffusion(Objective):
 
   def example(self, item: causal.Window, rng: np.random.Generator,
               config: Config, tokenizer: Tokenizer) -> Row:
-    """Returns one row of which a random share of the tokens is masked.
+    """Masks a random share of the tokens of a row (masked diffusion).
 
     The arguments are those of Objective.example.
 
@@ -539,13 +597,16 @@ class MaskedDiffusion(Objective):
       document is a segment, from its separator on, and its positions begin with
       0.
     """
-    # Each token is masked with the probability t, which is above 0.
+    # Draw the share t, one for the row, and mask each token with that
+    # probability. rng.random() may be 0 but not 1, so t is never 0, by which
+    # the weights are divided. Separators are masked too.
     ids = item.tokens[1:item.size]
     t = 1 - rng.random()
     is_masked = rng.random(len(ids)) < t
     shown = np.where(is_masked, tokenizer.mask_id, ids)
     row = dict(tokens=shown, targets=ids, weights=is_masked / t)
 
+    # Without data.document_mask the row is one segment.
     segments = dict(segment_ids=np.ones(len(ids)))
     if config.data.document_mask:
       segments = objectives.number_documents(ids == tokenizer.separator_id)

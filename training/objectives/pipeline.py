@@ -70,7 +70,8 @@ class Loader:
       dataset: the items of all views, in the order of the run.
       config: the config of the run.
       split: 'train' or 'eval'.
-      process_index: the number of this process.
+      process_index: the number of this process, which reads its own rows of
+        each batch.
       process_count: how many processes there are.
       The others are attributes of the class.
     """
@@ -83,10 +84,13 @@ class Loader:
     self.tokenizer = tokenizer
     self._split = split
     self.objective = objectives.find_objective(config)
+    # A run trains alone at first. training/vectorised.py puts the loaders of
+    # several runs here, so that their batches are padded to the same length.
     self.loaders_of_program: Sequence[Loader] = [self]
     self._place = process_index, process_count
 
-    # The sizes of batches, and the lengths of their rows.
+    # Find the sizes of batches, and the lengths of their rows. Objectives read
+    # the length from a config, so each length has a copy of its own.
     if split == 'train':
       self.ramp = read_ramp(config)
     else:
@@ -96,7 +100,7 @@ class Loader:
       self._config_of[length] = config.copy_and_resolve_references()
       self._config_of[length].data.length = length
 
-    # How much there is.
+    # Count rows, tokens and bytes. limit_rows(0) sets the number of batches.
     self.num_windows = sum(len(view) for view in views)
     self.limit_rows(0)
     self.num_tokens = sum(view.num_tokens for view in views)
@@ -126,7 +130,13 @@ class Loader:
     return min(batches or self.num_batches, self.num_batches)
 
   def batch(self, n: int) -> dict[str, np.ndarray]:
-    """Returns the arrays [rows, ...] of this process's rows of global batch n.
+    """Returns this process's rows of a batch.
+
+    Args:
+      n: the number of the batch, from 0 on; it is the step in training.
+
+    Returns:
+      {key: array [rows, ...]}.
 
     Raises:
       IndexError: where the split has no batch n.
@@ -135,7 +145,10 @@ class Loader:
     if not 0 <= n < self._stop:
       raise IndexError(f'batch {n} of {self._stop}')
 
-    # The rows of this process, at the length of the longest row anywhere.
+    # Read the rows of this process. Each batch is divided evenly: process i
+    # has the i-th part. All processes, and all runs of the program, need the
+    # same length, that of the longest row anywhere. A row follows from its
+    # number g alone, so that a run can begin at any batch.
     process_index, process_count = self._place
     num_rows = self.ramp.rows(n) // process_count
     first_row = int(self.ramp.rows_before(n)) + process_index * num_rows
@@ -145,7 +158,9 @@ class Loader:
     batch = self.objective.batch(examples, self._config_of[length],
                                  self.tokenizer)
 
-    # Padding counts nothing and takes no expert's room.
+    # The last batch of a pass is filled up with copies of the first row. Their
+    # weights become 0, so that they do not count; and they are marked as
+    # padding, so that they take no room of an expert.
     is_padding = [self._is_padding(g) for g in row_numbers]
     if any(is_padding):
       for key, values in batch.items():
@@ -179,7 +194,9 @@ class Loader:
     stop = self._stop if stop is None else min(stop, self._stop)
     if start >= stop:
       return
-    # Some batches are prepared while the devices compute.
+
+    # Threads prepare some batches ahead, while the devices compute. They end
+    # when the iterator is closed, also where the caller stops early.
     threads = self._config.data.threads
     options = grain.ReadOptions(num_threads=threads,
                                 prefetch_buffer_size=max(threads,
@@ -245,13 +262,19 @@ def padded_lengths(config: Config) -> tuple[int, ...]:
   These are data.length and, where rows of the objective differ much in length,
   up to data.length_buckets - 1 shorter ones at even distances. A distance is a
   multiple of eight tokens, and one that mesh.context divides.
+
+  Args:
+    config: the config of the run.
   """
+  # Each length is compiled once. Where all rows are equally long, one is
+  # enough.
   longest = config.data.length
   if not objectives.find_objective(config).has_lengths:
     return (longest,)
   most_lengths = config.data.length_buckets
   unit = math.lcm(8, max(config.mesh.context, 1))
-  # The least multiple of the unit that makes few enough lengths.
+  # The distance is the least multiple of the unit that makes few enough
+  # lengths. -(-a // b) rounds the quotient up.
   units_of_step = -(-longest // (unit * most_lengths))
   step = unit * units_of_step
   return (*range(step, longest, step), longest)
@@ -260,11 +283,12 @@ def padded_lengths(config: Config) -> tuple[int, ...]:
 def make_training_loader(config: Config, tokenizer: Tokenizer,
                          process_index: int = 0, process_count: int = 1
                          ) -> Loader:
-  """Returns the endless loader of training, tokenising its sources if need be.
+  """Returns the endless loader of training batches, tokenising the sources if
+  need be.
 
   Args:
     config: a run's config; read are seed, objective and data.
-    tokenizer: see tokenizers.load.
+    tokenizer: the tokenizer of the run.
     process_index: the number of this process.
     process_count: how many processes there are; it must divide data.batch_size.
 
@@ -276,7 +300,8 @@ def make_training_loader(config: Config, tokenizer: Tokenizer,
 
   # Each source is shuffled anew in each pass. Grain permutes epoch e by
   # seed + e: hashed seeds keep the second epoch of seed 0 from being the first
-  # of seed 1.
+  # of seed 1. Only numbers of items are shuffled, counted through all sources;
+  # the items are read when a batch needs them.
   seeds = np.random.SeedSequence(config.seed).generate_state(len(views))
   orders = []
   start = 0
@@ -287,7 +312,8 @@ def make_training_loader(config: Config, tokenizer: Tokenizer,
     orders.append(shuffled.repeat())
     start = stop
 
-  # Several sources are interleaved by their weights.
+  # Several sources are interleaved by their weights, so that any stretch of
+  # training has about the same mixture.
   if len(orders) == 1:
     places = orders[0]
   else:
@@ -342,7 +368,13 @@ def make_evaluation_loaders(config: Config, tokenizer: Tokenizer,
 
 def _open_views(config: Config, tokenizer: Tokenizer, split: str,
                 bare: bool = False) -> tuple[Sequence, Sequence, list]:
-  """Opens the sources of a split.
+  """Opens the data sources of a split.
+
+  Args:
+    config: the config of the run.
+    tokenizer: the tokenizer of the run.
+    split: 'train' or 'eval'.
+    bare: whether records may be without labels or answers.
 
   Returns:
     The weight of each source; its corpus; and its view, the sequence of items
@@ -384,13 +416,23 @@ def digest_tokenizer(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def digest_sources(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
-  """Returns {name: hash} of the content of each source of a run. A source whose
-  rows are drawn by the seed is hashed by its first rows."""
+  """Returns a hash of the content of each source of a run, by which two runs
+  can be told to have had the same data.
+
+  Args:
+    config: the config of the run.
+    tokenizer: the tokenizer of the run.
+
+  Returns:
+    {name: hash}. A source whose rows are drawn by the seed is hashed by its
+    first rows.
+  """
   data = config.data
   hashes = {}
   for spec in filter(None, (data.source, data.eval_source)):
     for _, source in _parse_sources(spec, config, tokenizer):
-      # A source may be cut into what is trained on and what is held out.
+      # A source may be cut into what is trained on and what is held out. The
+      # hash of text is kept in the cache; for others it is quickly computed.
       source = sources.hold_out_end_of_text(source, _holdout_every(data))
       if source.tokens or source.is_drawn:
         hashes[source.name] = source.digest()
@@ -431,14 +473,16 @@ def _open_corpora(config: Config, tokenizer: Tokenizer, split: str,
     RequestError: for records without these, unless they may be.
   """
   data = config.data
-  # The source of the split, which for evaluation may be another one.
+  # Choose the source of the split, which for evaluation may be another one.
+  # Only what is held out has parts.
   spec = data.source
   part = ''
   if split == 'eval':
     spec = data.eval_source or data.source
     part = config.eval.part
 
-  # Each source's documents, by the kind of what it holds.
+  # Open each source by the kind of what it holds: rows that are drawn, labelled
+  # records, or text.
   for weight, source in _parse_sources(spec, config, tokenizer):
     objectives.check_fits(config, source)
     if source.is_drawn:
@@ -464,6 +508,9 @@ def _open_records(source: sources.Source, config: Config, tokenizer: Tokenizer,
     split: 'train' or 'eval'.
     part: eval.part: the half of what is held out that is read; '': all.
     bare: whether records may be without what is to be predicted of them.
+
+  Raises:
+    RequestError: for a record without it, and a split without a record.
   """
   every = _holdout_every(config.data)
   records = list(source.records())
@@ -491,7 +538,9 @@ def _open_text(source: sources.Source, config: Config, tokenizer: Tokenizer,
     split: 'train' or 'eval'.
     part: eval.part: the half of what is held out that is read; '': all.
   """
-  # The tokens of all documents.
+  # Open the tokens of all documents: those of a folder, or those of the cache,
+  # which is filled first where it lacks them. A single file of text is cut in
+  # two documents before, so that its end can be held out.
   every = _holdout_every(config.data)
   source = sources.hold_out_end_of_text(source, every, part)
   if source.tokens:
@@ -500,7 +549,8 @@ def _open_text(source: sources.Source, config: Config, tokenizer: Tokenizer,
   else:
     whole = sources.load_or_tokenize(source, tokenizer, config.data.cache_dir)
 
-  # Those of the split. Where a source is cut, document 0 is the part already.
+  # Choose those of the split. Where a source is cut, its document 0 is the part
+  # of eval.part already, and must not be halved again.
   chosen = tokens.Split(whole, every=every, split=split,
                         part='' if source.is_cut else part,
                         separator=tokenizer.separator_id)
@@ -570,12 +620,16 @@ class Ramp:
     return int((*self.sizes, self.last)[stage])
 
   def rows_before(self, n):
-    """Returns the number of rows of all batches before batch n, which may be an
-    array."""
+    """Returns the number of rows of all batches before batch n.
+
+    Args:
+      n: the number of a batch, or an array of numbers.
+    """
     n = np.asarray(n)
     stage_start = 0
     total = 0
-    # Each stage has its own size; batches past its end do not count in it.
+    # Add up the stages of the ramp, each with its own size. np.clip counts the
+    # batches of a stage that are before n: from none to all of them.
     for stage_end, size in zip(self.change_steps, self.sizes):
       batches = np.clip(n - stage_start, 0, stage_end - stage_start)
       total = total + size * batches
@@ -608,7 +662,9 @@ def parse_ramp(text: str, batch_size: int) -> Ramp:
     return Ramp(change_steps=(), sizes=(), last=batch_size)
   change_steps = []
   sizes = []
-  # Steps and sizes rise, up to the size of the rest of the run.
+
+  # Both must rise: steps from 1 on, and sizes up to batch_size, which follows
+  # the last step. A text that holds no numbers is refused like a wrong ramp.
   try:
     for stage in text.split(','):
       step, size = map(int, stage.split(':'))
@@ -634,14 +690,20 @@ def _is_rising(values: Sequence[int]) -> bool:
 
 
 def scale_ramp(text: str, steps: int, short: int) -> str:
-  """Returns a ramp for a run of fewer steps, that changes at the same shares of
-  it. A size that no batch would have is left out.
+  """Scales a ramp of batch sizes to a run of fewer steps, so that it changes at
+  the same shares of the run.
 
   Args:
-    text: data.batch_ramp of the long run.
+    text: data.batch_ramp of the long run, such as '100:8,300:16'.
     steps: the steps of the long run.
     short: the steps of the short run.
+
+  Returns:
+    data.batch_ramp of the short run. A size that no batch would have is left
+    out.
   """
+  # If two stages end at the same step, the last one stays in the dict. A stage
+  # that would end at step 0 has no batch.
   stages: dict[int, str] = {}
   for stage in text.split(','):
     step, size = stage.split(':')

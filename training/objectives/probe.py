@@ -53,14 +53,23 @@ class Probe(Objective):
     return objectives.arrays_of_text(config, 'segment_ids')
 
   def check(self, config: Config) -> None:
-    """Raises RequestError where the model could read the answers off the
-    row."""
+    """Checks that the probe (a small task with exact answers) of a run can be
+    drawn, and that its model cannot read the answers off the row.
+
+    Args:
+      config: the config of the run.
+
+    Raises:
+      RequestError: where this is not so.
+    """
     probes.check_probe(config)
     probe = probes.find_probe(config)
     require(config.objective == probe.objective, f'{config.data.source} is '
             f'trained by objective {probe.objective!r}, and objective is '
             f'{config.objective!r}')
-    # An encoder would see the answers of a row that shows them.
+
+    # A decoder predicts a token before it sees it. An encoder sees the whole
+    # row at once, and with it the answers of a probe that shows them.
     system = architectures.systems().get(config.model.arch)
     if probe.hides or system is None or system.STACK != 'encoder':
       return

@@ -46,7 +46,8 @@ class ReplacedTokens(Objective):
 
   def example(self, item: causal.Window, rng: np.random.Generator,
               config: Config, tokenizer: Tokenizer) -> Row:
-    """Returns one row of which some words are replaced by masks.
+    """Masks some tokens of a window of text, for a generator to fill in and an
+    encoder to tell the fillings from the text (ELECTRA: Clark et al. 2020).
 
     The arguments are those of Objective.example.
 
@@ -56,14 +57,16 @@ class ReplacedTokens(Objective):
       which are L where there is no mask, targets and weights [up to M].
     """
     ids, is_special, segments = mlm.frame_text(item, config, tokenizer)
-    # Masks in the places of words, never of special tokens.
+    # Choose the places of masks among those of words, never of special tokens.
     word_places = np.flatnonzero(~is_special)
     num_words = len(word_places)
     num_masks = min(num_words,
                     mlm.most_targets(config.data.mask_rate, num_words))
     mask_places = np.sort(rng.permutation(word_places)[:num_masks])
 
-    # A place past the row's end stands for no mask.
+    # The number of masks differs with the length of the text. Fill `places` up
+    # with data.length, a place past the end of the row, which stands for no
+    # mask; targets and weights are filled up with padding later.
     tokens = ids.copy()
     tokens[mask_places] = tokenizer.mask_id
     padded_places = np.full(most_masks(config), config.data.length)
@@ -87,23 +90,31 @@ class ReplacedTokens(Objective):
             'row: set it to 1')
 
   def figures(self, output: Output, batch: Batch, config: Config) -> Figures:
-    """Returns the losses of the generator and of the encoder (Clark et al.
-    2020, section 2), the share of masks that the generator fills as the text
-    does, and the share of tokens that the encoder tells aright.
+    """Computes the losses of the generator and of the encoder (ELECTRA: Clark
+    et al. 2020, section 2), the share of masks that the generator fills as the
+    text does, and the share of tokens that the encoder tells aright.
 
     Args:
       output: the output of the model: hidden states of the masks for the
         generator's loss, scores [B, L, 1] of the encoder, and the tokens drawn
         [B, M].
-      batch: the batch.
+      batch: the batch; places, targets and weights are [B, M], of the M masks
+        of each row, and the other arrays [B, L].
       config: the config of the run.
+
+    Returns:
+      {name: Mean}, each figure as a sum and its weight.
     """
+    # The generator's loss is the cross-entropy at the masks.
     figures = {}
     for name, mean in objectives.token_loss_figures(output, batch,
                                                     config).items():
       figures[f'generator_{name}'] = mean
 
-    # Which tokens the generator has replaced by others than the text's.
+    # Find the tokens that the generator has replaced by others than the text's,
+    # which are what the encoder has to find. A mask that is filled as in the
+    # text counts as not replaced. mode='drop' leaves out the places of no mask,
+    # which are past the end of the row.
     scores_BL = output.extra['scores'][..., 0]
     rows_B1 = jnp.arange(len(scores_BL))[:, None]
     drawn_is_wrong_BM = output.extra['drawn'] != batch['targets']
@@ -117,7 +128,8 @@ class ReplacedTokens(Objective):
       real_BL = batch['segment_ids'] != 0
       return Mean((real_BL * x_BL).sum(), mlm.count_tokens(batch))
 
-    # Whether each real token was told aright.
+    # Score what the encoder tells of each real token: a score above 0 says that
+    # it was replaced. The loss is that of logistic regression.
     loss = mean_over_tokens(optax.sigmoid_binary_cross_entropy(
         scores_BL, replaced_BL.astype(jnp.float32)))
     weight = config.model.generator.loss_weight

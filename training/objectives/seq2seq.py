@@ -50,8 +50,9 @@ from training.objectives import Config, Objective, Prompts, Row, Shape, causal
 
 
 def start_of_target(config: Config, tokenizer: Tokenizer) -> int:
-  """Returns the token that a target starts after: the one that fills rows up,
-  as in T5 and Marian, or the one that ends a text, as in BART.
+  """Returns the first token that a decoder is shown, after which the target
+  starts: the one that fills rows up, as in T5 and Marian, or the one that ends
+  a text, as in BART.
 
   Args:
     config: the config of the run, with model.arch.
@@ -89,9 +90,14 @@ class Pairs:
   def __init__(self, corpus: sources.Corpus):
     """Reads pairs of texts, or cuts windows of text that become pairs.
 
+    Args:
+      corpus: pairs or plain text of one split.
+
     Raises:
       RequestError: for a source that holds pairs and other documents.
     """
+    # Cut plain text into windows as long as a source and a target together. The
+    # model predicts only targets, so of the text only their share counts.
     self._lengths = pair_lengths(corpus.config)
     self._items: causal.Windows | Documents
     if not corpus.tokens.kinds & {*labelled.PAIR}:
@@ -102,6 +108,10 @@ class Pairs:
       return
     require(corpus.tokens.kinds == {*labelled.PAIR},
             f'data source {corpus.name!r} holds more than pairs')
+
+    # Count the tokens and the bytes of targets. A pair has two parts, the
+    # source and the target; the target's separator, which is predicted too, is
+    # the 1 in the sum.
     self._items = documents = Documents(corpus.tokens)
     targets = documents.first + 1
     parts = documents.parts
@@ -157,11 +167,12 @@ def count_cut_tokens(n: int, density: float, mean: float) -> tuple[int, int]:
   """Returns how many tokens of a text are cut out, and in how many spans.
 
   Args:
-    n: the tokens of the text.
+    n: the number of tokens of the text.
     density: the share of them that is cut out.
     mean: the mean length of a span.
   """
-  # One token at least is cut out, and one stays between two spans.
+  # One token at least is cut out, and one stays. Each span has a token, and one
+  # that stays before it, so that there are no more spans than either.
   num_cut = min(max(round(n * density), 1), n - 1)
   num_staying = n - num_cut
   num_spans = max(round(num_cut / mean), 1)
@@ -174,7 +185,7 @@ def draw_cut_tokens(n: int, density: float, mean: float,
   section 3.1.4).
 
   Args:
-    n: the tokens of the text, at least 2.
+    n: the number of tokens of the text, at least 2.
     density: the share of them that is cut out.
     mean: the mean length of a span that is cut out.
     rng: draws the spans.
@@ -190,7 +201,8 @@ def draw_cut_tokens(n: int, density: float, mean: float,
     ends = rng.choice(total - 1, num_spans - 1, replace=False) + 1
     return np.diff(np.concatenate([[0], np.sort(ends), [total]]))
 
-  # Stretches that stay and stretches that are cut take turns.
+  # Stretches that stay and stretches that are cut take turns, one that stays
+  # first. Interleave their lengths, and repeat False and True so often.
   staying_lengths = draw_lengths(n - num_cut)
   cut_lengths = draw_lengths(num_cut)
   lengths = np.stack([staying_lengths, cut_lengths], axis=1).reshape(-1)
@@ -200,16 +212,23 @@ def draw_cut_tokens(n: int, density: float, mean: float,
 
 def replace_by_sentinels(ids: np.ndarray, cut: np.ndarray, sentinels: np.ndarray
                          ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the source and the target of span corruption (T5). Each shows a
-  sentinel for every span that the other has.
+  """Makes the source and the target of span corruption (T5: Raffel et al. 2020,
+  section 3.1.4) from a text. Each shows a sentinel, a special token, for every
+  span of tokens that the other has.
 
   Args:
     ids: [n], the tokens of a text.
     cut: bool [n], which of them the target has.
-    sentinels: the ids of the sentinels, in order.
+    sentinels: the ids of the sentinels, in order; at least as many as spans.
+
+  Returns:
+    The token ids of the source, and those of the target.
   """
   def replace_spans(is_replaced: np.ndarray) -> np.ndarray:
     """Returns the text with a sentinel in the place of each span."""
+    # A span begins at a token that is replaced, after one that is not. Each
+    # token knows the number of the last span that has begun; the sentinel of
+    # that span is written at its first token, and its other tokens are dropped.
     follows_replaced = np.concatenate([[False], is_replaced[:-1]])
     begins_span = is_replaced & ~follows_replaced
     number_of_span = np.maximum(np.cumsum(begins_span) - 1, 0)
@@ -237,7 +256,8 @@ def replace_by_masks(ids: np.ndarray, cut: int, mean: float, mask: int,
   Returns:
     The tokens of the text with masks, at most as many as there were.
   """
-  # Lengths of spans, until they add up to `cut`; the last is cut short.
+  # Draw lengths of spans until they add up to `cut`, and cut the last one
+  # short. There can be no more spans than gaps.
   num_staying = len(ids) - cut
   lengths = rng.poisson(mean, min(cut, num_staying + 1))
   is_before_last = np.cumsum(lengths) < cut
@@ -245,7 +265,10 @@ def replace_by_masks(ids: np.ndarray, cut: int, mean: float, mask: int,
   lengths = lengths[:num_spans]
   lengths[-1] = cut - lengths[:-1].sum()
 
-  # The gaps in what stays at which the spans stand, so that no two touch.
+  # Draw the gaps in what stays at which the spans stand, each at most once, so
+  # that no two touch. Interleave what stays and what is cut, as runs of tokens;
+  # the 0 is for the missing span after the last stretch. A mask is inserted for
+  # each span, also for one without tokens.
   gaps = np.sort(rng.choice(num_staying + 1, num_spans, replace=False))
   staying_lengths = np.diff([0, *gaps, num_staying])
   run_lengths = np.stack([staying_lengths, [*lengths, 0]], axis=1).reshape(-1)
@@ -264,6 +287,8 @@ def permute_sentences(ids: np.ndarray, ends: np.ndarray, share: float,
       another.
     rng: draws which, and their places.
   """
+  # A sentence ends after the token that ends it. A last token that ends one
+  # needs no cut. Then only the chosen sentences are permuted, among themselves.
   sentences = np.split(ids, np.flatnonzero(ends[:-1]) + 1)
   order = np.arange(len(sentences))
   chosen = rng.permutation(len(order))[:math.ceil(share * len(order))]
@@ -273,7 +298,15 @@ def permute_sentences(ids: np.ndarray, ends: np.ndarray, share: float,
 
 @functools.lru_cache(maxsize=4)
 def _find_sentence_ends(tokenizer: Tokenizer) -> np.ndarray:
-  """Returns bool [V]: which tokens of a vocabulary end a sentence."""
+  """Tells which tokens of a vocabulary end a sentence.
+
+  Args:
+    tokenizer: the tokenizer, whose vocabulary has V ids.
+
+  Returns:
+    bool [V], whether each token does.
+  """
+  # Other special tokens than the separator have no text, or none of a sentence.
   special_ids = set(tokenizer.special_ids.values())
 
   def ends_sentence(token: int) -> bool:
@@ -309,10 +342,12 @@ class SequenceToSequence(Objective):
 
   def example(self, item: Pair, rng: np.random.Generator | None,
               config: Config, tokenizer: Tokenizer) -> Row:
-    """Returns one pair as the row of `lay_out_pair`. Tokens that do not fit
-    into the row are cut off.
+    """Lays out a pair of texts as a row of an encoder-decoder, as
+    `lay_out_pair` does. Tokens that do not fit into the row are cut off.
 
-    The arguments are those of Objective.example."""
+    The arguments are those of Objective.example; nothing is drawn."""
+    # A source has up to M tokens and a target up to L. Texts that are whole end
+    # with the separator; those that were cut out of a longer text do not.
     M, L = pair_lengths(config)
     source = item.source
     target = item.target
@@ -328,15 +363,24 @@ class SequenceToSequence(Objective):
 
   def prompt(self, texts: Sequence[str], config: Config, tokenizer: Tokenizer
              ) -> Prompts:
-    """Returns texts as sources, each with the start of its target to go on
-    from. A source ends with the separator, as those of training do."""
-    # The sources.
+    """Prepares texts as sources that the model writes targets for.
+
+    Args:
+      texts: the B sources.
+      config: the config of the run.
+      tokenizer: the tokenizer of the run.
+
+    Returns:
+      The start of each target, one token, from which the model goes on; and the
+      sources, as further arguments of the model.
+    """
+    # A source ends with the separator, as those of training do.
     rows = []
     for ids in tokenizer.encode_batch(texts):
       rows.append(np.append(ids, tokenizer.separator_id))
     source_BM, lengths_B = objectives.pad_prompts(rows)
 
-    # The targets, which have one token.
+    # Each target has one token so far, after which the model writes.
     start = start_of_target(config, tokenizer)
     start_B1 = np.full((len(texts), 1), start, np.int32)
     return Prompts(
@@ -352,14 +396,17 @@ class SpanCorruption(SequenceToSequence):
 
   def example(self, item: causal.Window, rng: np.random.Generator,
               config: Config, tokenizer: Tokenizer) -> Row:
-    """Cuts spans out of the data.length tokens of a window, and returns the row
-    of `lay_out_pair`; source and target end with the separator.
+    """Cuts spans out of a window of text, for the model to write them (span
+    corruption of T5). The row is that of `lay_out_pair`; source and target end
+    with the separator.
 
     The arguments are those of Objective.example.
 
     Raises:
       RequestError: for a tokenizer with fewer sentinels than spans.
     """
+    # Each span needs a sentinel of its own. Check it for a full window, which
+    # has the most spans, so that all rows fail or none.
     density = config.span.noise_density
     mean = config.span.mean_length
     length = config.data.length
@@ -374,7 +421,9 @@ class SpanCorruption(SequenceToSequence):
     ids = item.tokens[:min(item.size, length)]
     start = start_of_target(config, tokenizer)
     end = tokenizer.separator_id
-    if len(ids) < 2:  # nothing to cut out: a row that does not count
+    # A single token leaves nothing to cut out. Without targets the row does not
+    # count in the loss.
+    if len(ids) < 2:
       return lay_out_pair(ids, ids[:0], start)
     # Spans go from the source to the target, a sentinel stays in their place.
     cut = draw_cut_tokens(len(ids), density=density, mean=mean, rng=rng)
@@ -397,10 +446,12 @@ class Denoising(SequenceToSequence):
 
   def example(self, item: causal.Window, rng: np.random.Generator,
               config: Config, tokenizer: Tokenizer) -> Row:
-    """Permutes the sentences of a window, replaces spans by masks, and returns
-    the row of `lay_out_pair`; source and target end with the separator.
+    """Permutes the sentences of a window of text and replaces spans by masks,
+    for the model to write the text as it was (BART: Lewis et al. 2020). The row
+    is that of `lay_out_pair`; source and target end with the separator.
 
     The arguments are those of Objective.example."""
+    # The 1 leaves room for the separator.
     span = config.span
     end = tokenizer.separator_id
     source = target = item.tokens[:min(item.size, config.data.length - 1)]
