@@ -21,7 +21,8 @@ from architectures.parts.sharding import Axes, Role
 
 
 def map_over_parameters(roles: Any, fn: Callable[..., Any], *trees: Any):
-  """Returns the tree of fn(axes, x, ...) over the parameters of a model.
+  """Applies a function to each parameter of a model, given which of its axes
+  make the rows and columns of a matrix; returns the tree of the results.
 
   Args:
     roles: the Role of each parameter (which of its axes are inputs of a
@@ -41,12 +42,14 @@ def map_over_parameters(roles: Any, fn: Callable[..., Any], *trees: Any):
 
 
 def unzip_tree(tree: Any, num_trees: int) -> list:
-  """Returns one tree for each item of the tuples that are the leaves of `tree`.
+  """Turns a tree whose leaves are tuples into a list of trees: tree i has item
+  i of each tuple.
 
   Args:
     tree: a tree whose leaves are tuples of `num_trees` items.
     num_trees: the number of items in each tuple.
   """
+  # A NamedTuple, such as the state of an optimiser, is a node and no leaf.
   def is_tuple(x: Any) -> bool:
     return type(x) is tuple
 
@@ -79,6 +82,8 @@ def reshape_from_matrices(axes: Axes, matrices: jax.Array,
     matrices: an array [*batch, rows, columns].
     shape: the shape of the parameter.
   """
+  # Take rows and columns apart into the axes of the parameter, which are still
+  # in the order of the matrices. The transpose inverts that order.
   order = (*axes.batch, *axes.inputs, *axes.outputs)
   x = matrices.reshape(*(shape[i] for i in order))
   return x.transpose(*(order.index(i) for i in range(len(order))))
@@ -139,7 +144,20 @@ def scale_by_adafactor(roles: Any) -> optax.GradientTransformation:
 
     def update_parameter(axes: Axes, grad: jax.Array, row_moment: jax.Array,
                          column_moment: jax.Array | None, param: jax.Array):
-      """Returns the step of a parameter, and its new moments."""
+      """Returns the step of a parameter, and its new moments.
+
+      Args:
+        axes: which axes of the parameter are the inputs of its product, the
+          outputs, and the batch of a stack of matrices.
+        grad: the gradient.
+        row_moment: the average of the squared gradient for each of the inputs;
+          for each element where the parameter is not factored.
+        column_moment: the average for each of the outputs; None: the parameter
+          is not factored, as a vector or a small matrix.
+
+        param: the parameter.
+      """
+      # 1e-30 is the paper's first constant: no moment is zero.
       square = jnp.square(grad) + 1e-30
       if column_moment is None:
         row_moment = _update_average(row_moment, square, decay)
@@ -152,7 +170,9 @@ def scale_by_adafactor(roles: Any) -> optax.GradientTransformation:
             column_moment, _mean(square, axes.inputs), decay)
         row_factor = jax.lax.rsqrt(row_moment / _mean(row_moment, axes.inputs))
         step = grad * (row_factor * jax.lax.rsqrt(column_moment))
-      # The step has at most the size 1, times the size of the matrix.
+      # The step has at most 1 root mean square (the paper's clipping), and is
+      # then scaled by that of the parameter, which counts as at least 1e-3 so
+      # that a parameter of zeros can move.
       matrix_axes = axes.inputs + axes.outputs
       step = step / jnp.maximum(1.0, _root_mean_square(step, matrix_axes))
       param_size = jnp.maximum(_root_mean_square(param, matrix_axes), 1e-3)
@@ -199,9 +219,11 @@ def scale_by_muon(roles: Any, beta: float) -> optax.GradientTransformation:
 
   def update(grads: Any, state: optax.contrib.MuonState, params: Any = None):
     """Returns the steps, orthogonal matrices in the directions of the
-    momentum."""
+    momentum, and the new state."""
     del params
-    # Momentum with Nesterov's look ahead, both without their bias.
+    # Momentum with Nesterov's look ahead, both without their bias towards their
+    # start at 0. The look ahead is one step further than the momentum, hence
+    # the next count.
     momentum = optax.tree.update_moment(grads, state.mu, beta, 1)
     count = optax.safe_increment(state.count)
     next_count = optax.safe_increment(count)
@@ -309,12 +331,21 @@ def orthogonalize(roles: Any, tree: Any):
 
 
 def _orthogonalize_parameter(role: Role, x: jax.Array) -> jax.Array:
-  """Returns U V^T of each matrix U S V^T of one parameter."""
+  """Returns the nearest orthogonal matrix, U V^T of U S V^T, of each matrix of
+  one parameter, approximately; see `orthogonalize`.
+
+  Args:
+    role: says which axes of the parameter are the inputs and outputs of its
+      product; the others are a batch of matrices.
+    x: the parameter's momentum, in the shape of the parameter.
+  """
   axes = role.split(x.ndim)
+  # One placement means that no axis of a matrix is split over devices.
   placements = _placements_to_whole_matrices(x.shape, role, axes)
   is_split = len(placements) > 1
 
-  # The matrices go to the devices one by one.
+  # The matrices are moved so that each is whole on one device. Matrices of
+  # zeros fill the batch up, so that all devices hold as many.
   whole = x
   if is_split:
     whole = _pad_number_of_matrices(whole, axes, placements[-1])
@@ -328,6 +359,7 @@ def _orthogonalize_parameter(role: Role, x: jax.Array) -> jax.Array:
     orthogonal, _ = tx.update(matrix, tx.init(matrix))
     return orthogonal
 
+  # One vmap for each axis of the batch, as optax takes a single matrix.
   for _ in axes.batch:
     orthogonalize_matrix = jax.vmap(orthogonalize_matrix)
   matrices = orthogonalize_matrix(reshape_to_matrices(axes, whole))

@@ -75,7 +75,9 @@ def learning_rate_factors(config: ModelConfig, optimizer: str, roles: Any):
   if config.parametrization == 'standard':
     return None
   check_optimizer(config, optimizer)
-  # How many times wider than in the base model each logical axis is.
+  # How many times wider than in the base model each logical axis is. Axes that
+  # do not grow with the model's width, such as the vocabulary, have 1.
+
   width = config.widening
   head_dim = config.head_widening
   num_heads = width / head_dim

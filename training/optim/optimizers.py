@@ -227,9 +227,10 @@ def learning_rate(optim: Optim, steps: int) -> optax.Schedule:
   schedule_shape = SCHEDULES[optim.schedule].make
   last_step = optim.decay_steps or steps
 
+  # The rate of update t, counted from 1, is lr * min(shape(t), t / warmup).
   def schedule(count: jax.Array):
     t = jnp.asarray(count, jnp.float32) + 1
-    # Without a warm-up, this is never below 1.
+    # Without a warm-up, this is never below 1, and so does nothing.
     warmup = t / jnp.maximum(optim.warmup_steps, 1)
     shape = schedule_shape(t, last_step, optim)
     return optim.lr * jnp.minimum(shape, warmup)
@@ -244,7 +245,7 @@ def check_optim(optim: Optim) -> None:
   defaults = base_config.base().optim
   _check_fields('name', table=OPTIMIZERS, optim=optim, defaults=defaults)
   _check_fields('schedule', table=SCHEDULES, optim=optim, defaults=defaults)
-  # The decay ends after the warm-up.
+  # The decay ends after the warm-up; 0 stands for the last step of the run.
   require(optim.decay_steps == 0 or optim.decay_steps > optim.warmup_steps,
           f'optim.decay_steps is {optim.decay_steps} and optim.warmup_steps '
           f'{optim.warmup_steps}: choose more than these, or 0 for train.steps')
@@ -269,7 +270,7 @@ def _check_fields(selector: str, table: Mapping[str, Entry], optim: Optim,
   """
   choice = optim[selector]
   one_of(f'optim.{selector}', choice, table)
-  # The entries that read each field.
+  # The choices that read each field, by the name of the field.
   readers: dict[str, list[str]] = {}
   for name, entry in table.items():
     for field in entry.reads:
@@ -349,11 +350,15 @@ def _decay_mask(optim: Optim, roles: Any) -> Any:
 
 
 def _multiply_updates(tx: Transformation, factors: Any) -> Transformation:
-  """Returns an optimiser whose updates are those of `tx`, each multiplied by
-  its leaf of the tree `factors`; None: by 1.
+  """Returns an optimiser whose updates are those of `tx`, each multiplied by a
+  factor.
 
   Its state is that of `tx`: a checkpoint is the same whether there are factors
   or not.
+
+  Args:
+    tx: the optimiser.
+    factors: the factor of each parameter, as a tree; None: all are 1.
   """
   if factors is None:
     return tx
@@ -369,10 +374,14 @@ def _multiply_updates(tx: Transformation, factors: Any) -> Transformation:
 def _add_weight_decay(weight_decay: float | jax.Array, mask: Any
                       ) -> Transformation:
   """Returns a transformation that adds weight_decay * p to the update of each
-  parameter p that `mask` has as true.
+  parameter p that decays.
 
   optax's own, given a mask, has another tree of states, which would change with
   the mask.
+
+  Args:
+    weight_decay: the factor, a number or a traced scalar.
+    mask: whether each parameter decays, as a tree.
   """
   def decay_parameter(update: jax.Array, param: jax.Array, is_decayed: bool):
     if not is_decayed:
@@ -393,6 +402,7 @@ def clip_by_global_norm(limit: float) -> Transformation:
   the clip into the update: 84 ms against 30 ms at 35M parameters with AdamW.
   """
 
+  # Gradients with a smaller norm have a scale of 1, and stay as they are.
   def clip(updates: Any, _: Any):
     scale = jnp.minimum(1.0, limit / optax.tree.norm(updates))
     return jax.tree.map(lambda u: u * scale.astype(u.dtype), updates)
@@ -442,6 +452,8 @@ def opt_state_shardings(tx: Transformation, params: Any,
     params: the parameters' shapes, unboxed.
     shardings: a NamedSharding for each parameter.
   """
+  # Parameters are found by their path, a tuple of keys, since the state has
+  # other trees than the parameters around and beside its moments.
   mesh = jax.tree.leaves(shardings)[0].mesh
   leaves = jax.tree_util.tree_leaves_with_path(params)
   shape_and_spec = {}  # of each parameter, by its path
@@ -451,7 +463,9 @@ def opt_state_shardings(tx: Transformation, params: Any,
 
   def shard_leaf(path: tuple, leaf: Any):
     """Returns the sharding of a leaf of the state."""
-    # The parameter whose path the path of the leaf ends with, if any.
+    # The parameter whose path the path of the leaf ends with, if any. Without
+    # one, the empty shape ends the loop below at once, and the leaf is whole on
+    # every device.
     parameter_shape = ()
     parameter_spec = ()
     for i in range(len(path)):

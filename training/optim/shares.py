@@ -125,6 +125,9 @@ def _layers_and_powers(path: str, stacks: paths.Stacks
     return [(path, num_layers + 1)]
   if not paths.Stacks.is_in_stack(path):
     return [(path, 0)]
+
+  # Layers count through all stacks (an encoder, then a decoder). The last layer
+  # has the power 1, and each layer below it one more.
   stack, name = stacks.split(path)
   layers_below = 0  # layers of the stacks before this one
   for other in STACKS[:STACKS.index(stack)]:
@@ -155,11 +158,19 @@ def keep_trained(shares: Any, tree: Any):
 
 
 def fill_in_frozen(shares: Any, trained: Any, params: Any):
-  """Returns the tree `trained`, which lacks the frozen parameters as
-  `keep_trained` returns it, with those of `params` in their places."""
+  """Returns the tree of all parameters: the trained ones, and the frozen ones
+  of `params` in the places that `keep_trained` left empty.
+
+  Args:
+    shares: the factor of the learning rate of each parameter, 0 for a frozen
+      one; None: nothing is frozen.
+    trained: the trained parameters, with optax.MaskedNode() for the others.
+    params: all parameters.
+  """
   if shares is None:
     return trained
 
+  # A parameter of which only some layers are frozen counts as trained.
   def choose(share: Any, new: Any, old: Any) -> Any:
     if np.any(share):
       return new
@@ -176,10 +187,19 @@ def zero_frozen_layers(shares: Any, grads: Any):
 
 def restore_frozen_layers(shares: Any, new: Any, old: Any):
   """Returns the tree `new` with the values of `old` in the frozen layers of
-  stacked parameters; both trees are as `keep_trained` returns them."""
+  parameters that hold a stack of layers, some of them frozen.
+
+  Args:
+    shares: the factor of the learning rate of each parameter, a number or an
+      array with an entry for each layer, 0 for a frozen one; None: nothing is
+      frozen.
+    new, old: trees of the trained parameters, as `keep_trained` returns them.
+  """
   if shares is None:
     return new
 
+  # Parameters that are trained in all layers, or that no one has changed, need
+  # no operation.
   def restore(share: Any, new_value: Any, old_value: Any) -> Any:
     if new_value is old_value or np.all(share):
       return new_value

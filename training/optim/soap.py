@@ -96,7 +96,9 @@ def scale_by_soap(roles: Any, b1: float, b2: float, eps: float, every: int,
     def update_parameter(axes: Axes, grad: jax.Array, *fields: Any):
       """Returns the step of a parameter, and the new fields of its state
       without the count, one after another."""
-      # R and QR have the outputs of the parameter as their rows.
+      # The fields are the moments M and V, the factor L, the factor R, and the
+      # bases QL and QR, as SoapState lists them. R and QR have the outputs of
+      # the parameter as their rows, and so the axes of its transpose.
       transposed = _transpose_axes(axes)
       axes_of_fields = [axes, axes, axes, transposed, axes, transposed]
 
@@ -240,6 +242,8 @@ def _refine_basis(factor: jax.Array, basis: jax.Array
     The new bases [*batch, n, n], and the order [*batch, n] in which they have
     the old vectors: those of large eigenvalues first.
   """
+  # The estimate of eigenvalue j is q_j^T A q_j, with the basis's column q_j and
+  # the matrix A. QR keeps the order of the columns, so they are sorted before.
   eigenvalues = jnp.einsum('...ij,...ij->...j', basis, factor @ basis)
   order = jnp.argsort(eigenvalues, axis=-1, descending=True)
   sorted_basis = jnp.take_along_axis(basis, order[..., None, :], axis=-1)
