@@ -324,6 +324,7 @@ class Checkpoints:
     Later checkpoints, which are damaged or were passed over on purpose, are
     renamed to STEP.aside-TIME, since the run is about to write these steps
     anew. No save deletes them; whoever has looked at them may."""
+    # The clock of saves by minutes begins anew.
     self.newest, self._last_time = restored.step, self._clock()
     self.best = restored.record['best']
     steps = list_steps(self.directory)
@@ -336,6 +337,7 @@ class Checkpoints:
         logging.warning('checkpoint %d is set aside as %s', step, target)
         (self.directory / str(step)).rename(target)
     broadcast_from_process_0(np.int32(0))  # the others wait until it is done
+    # Orbax keeps a list of the steps, which the renaming has made wrong.
     self._manager.reload()
 
   def wait(self):
@@ -424,8 +426,14 @@ _MOST_STEPS_LISTED = 4096
 
 def list_steps(folder: epath.Path) -> list[int]:
   """Returns the steps of the checkpoints in a folder that were saved whole,
-  ascending, as process 0 sees them."""
+  ascending, as process 0 sees them. Every process has to call it; the newest
+  _MOST_STEPS_LISTED are listed.
+
+  Args:
+    folder: the folder of the checkpoints, which need not exist.
+  """
   import orbax.checkpoint as ocp
+  # The array has one size, as a broadcast needs; -1 stands for no step.
   steps = np.full(_MOST_STEPS_LISTED, -1, np.int32)
   if jax.process_index() == 0 and folder.is_dir():
     # A folder of a higher number is not of a run, which counts in int32.
@@ -638,7 +646,8 @@ def _read_arrays(folder: epath.Path, record: dict[str, Any], abstract: Any
       item=nest_by_path(item), restore_args=nest_by_path(restore_args))
   with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
     leaves = paths.flatten_by_path(handler.restore(folder / 'state', args=args))
-  # Orbax returns an array that it could not read as it was given it.
+  # Where Orbax could not read an array, it returns the ShapeDtypeStruct that it
+  # was given in its place.
   for name in expected:
     if not isinstance(leaves[name], jax.Array):
       raise _DamagedCheckpoint(f'{name} is not read as an array')
@@ -801,8 +810,11 @@ _UNSIGNED_TYPE_OF_BYTES = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 def compute_checksums(tree: Any) -> dict[str, int]:
-  """Returns the checksum (defined above) of each array of a tree, by its
-  path."""
+  """Returns the checksum (defined above) of each array of a tree, by its path.
+
+  Args:
+    tree: arrays, all on one mesh of devices or all on one device.
+  """
   leaves = paths.flatten_by_path(tree)
   if not leaves:
     return {}
@@ -813,7 +825,7 @@ def compute_checksums(tree: Any) -> dict[str, int]:
       mesh = x.sharding.mesh
       break
   # The sum of each device's part of each array, and then the totals of all
-  # arrays at once.
+  # arrays at once. Both are only dispatched until np.asarray waits for them.
   device_sums = []
   for x in leaves.values():
     spec = P()
@@ -836,6 +848,7 @@ def _make_device_sums(mesh: Mesh | None, spec: Any):
     mesh: the mesh of the array; None: it lies on one device.
     spec: its PartitionSpec.
   """
+  # Over the mesh axes that split no dimension, the devices hold copies.
   axes_of_dimensions = tuple(_mesh_axes(entry) for entry in spec)
   split_axes = set().union(*axes_of_dimensions)
 
@@ -891,15 +904,21 @@ def _sum_of_shard(x: jax.Array, axes: tuple[tuple[str, ...], ...],
 
   It goes by rows of the last axis, about a million elements at a time: a CPU
   does not fuse a sum with what goes into it, and would hold x once more. The
-  axes named U below are of rows and columns of this shard.
+  part is read as a matrix [R, C]: C is its last axis, and R all axes before it.
 
   Args:
     x: the device's part of the array.
     axes: the mesh axes over which each dimension of the array is split.
     mesh: the mesh; None: the array lies on one device.
+
+  Returns:
+    The checksum, a uint32. The checksums of all parts add up to that of the
+    whole array, modulo 2^32, however it is split.
   """
   # Where the shard starts in each dimension of the whole array, and how many
-  # positions of the whole array one step along that dimension is.
+  # positions of the whole array one step along that dimension is. From the last
+  # dimension on, `stride` is the product of the whole sizes so far. All numbers
+  # are taken modulo 2^32.
   shape = x.shape or (1,)
   axes += ((),) * (len(shape) - len(axes))
   starts = []
@@ -911,30 +930,32 @@ def _sum_of_shard(x: jax.Array, axes: tuple[tuple[str, ...], ...],
     strides.insert(0, np.uint32(stride % 2**32))
     stride *= size * math.prod(mesh.shape[name] for name in names)
 
-  x_UU = x.reshape(-1, shape[-1])
-  num_rows, num_columns = x_UU.shape
-  column_U = starts[-1] + jnp.arange(num_columns, dtype=jnp.uint32)
+  x_RC = x.reshape(-1, shape[-1])
+  num_rows, num_columns = x_RC.shape
+  column_C = starts[-1] + jnp.arange(num_columns, dtype=jnp.uint32)
 
   def sum_of_rows(first_row: Any, count: Any) -> jax.Array:
     """Returns the checksum of `count` rows from `first_row` on."""
-    # The position of each row's first element in the whole array.
-    row_U = jnp.uint32(first_row) + jnp.arange(count, dtype=jnp.uint32)
-    position_U = jnp.zeros(count, jnp.uint32)
+    # The position of each row in the whole array. A row number is taken apart
+    # into the indices of the axes that R joins, the last one first.
+    row_R = jnp.uint32(first_row) + jnp.arange(count, dtype=jnp.uint32)
+    position_R = jnp.zeros(count, jnp.uint32)
     for size, start, stride in reversed(
         list(zip(shape[:-1], starts, strides))):
-      position_U += (start + row_U % np.uint32(size)) * stride
-      row_U //= np.uint32(size)
+      position_R += (start + row_R % np.uint32(size)) * stride
+      row_R //= np.uint32(size)
 
     # Each element's bits are mixed with its position, so that two elements
     # cannot be exchanged unnoticed.
-    position_UU = position_U[:, None] + column_U[None]
-    place_UU = position_UU * _GOLDEN_RATIO_FACTOR
-    bits_UU = _bits_of_elements(
-        jax.lax.dynamic_slice_in_dim(x_UU, first_row, count))
+    position_RC = position_R[:, None] + column_C[None]
+    place_RC = position_RC * _GOLDEN_RATIO_FACTOR
+    bits_RC = _bits_of_elements(
+        jax.lax.dynamic_slice_in_dim(x_RC, first_row, count))
     # dtype: without it jnp.sum would widen to uint64 where x64 is on.
-    return jnp.sum(_mix_bits(bits_UU ^ place_UU), dtype=jnp.uint32)
+    return jnp.sum(_mix_bits(bits_RC ^ place_RC), dtype=jnp.uint32)
 
-  # Equal groups of rows, and the rows that are left.
+  # Equal groups of rows, since a loop needs one shape, and the rows that are
+  # left.
   rows_at_once = min(num_rows, max(1, _ELEMENTS_SUMMED_AT_ONCE // num_columns))
   num_groups = num_rows // rows_at_once
   total = jax.lax.fori_loop(

@@ -152,7 +152,8 @@ class TrackerWriter:
         project=config['log'][f'{module}_project'], config=dict(config),
         resume='allow', **run_arguments)
     if self._logs_step:
-      # Our own step is the axis: W&B's only grows, and a resume goes back.
+      # Our own step is the axis of all figures: W&B's own step only grows, and
+      # a run that resumes goes back to an earlier one.
       self._run.define_metric('step')
       self._run.define_metric('*', step_metric='step')
 
@@ -212,6 +213,10 @@ def open_writers(workdir: epath.Path, config: Mapping[str, Any],
     config: the whole config, as a dict.
     resumed_step: the step that the run goes on from; later lines are dropped.
     primary: whether this is process 0; the others write nothing.
+
+  Returns:
+    The writers, in the order in which they are to be called; [] for a process
+    that writes nothing.
   """
   if not primary:
     return []
@@ -306,6 +311,9 @@ def _drop_rows_after(path: pathlib.Path, step: int) -> set[tuple[int, str]]:
   """
   if not path.exists():
     return set()
+
+  # A step has a row for each split: one of training, and maybe one of an
+  # evaluation.
   lines = path.read_bytes().splitlines(keepends=True)
   kept_lines = []
   rows_of_step = set()

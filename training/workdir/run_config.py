@@ -216,7 +216,9 @@ def without_unread_fields(config: ml_collections.ConfigDict, model: ModelConfig,
     nested_dicts = [tree['model']]
     for group_name in group_names:
       nested_dicts.append(nested_dicts[-1].get(group_name, {}))
-    # The field is removed, and its group too if that is empty then.
+    # The field is removed from the innermost dict, and its group from the dict
+    # around it, if that is empty then. A group of a kind of layer stays, since
+    # its name is a part of the model.
     nested_dicts[-1].pop(field_name, None)
     if not nested_dicts[-1] and group_names[-1] in flat.GROUPS:
       nested_dicts[-2].pop(group_names[-1], None)
@@ -306,6 +308,7 @@ def refuse_changes(changes: list[FieldChange], allow_config_change: bool
     changes: the changes from the run's config.
     allow_config_change: whether the user has passed --allow_config_change.
   """
+  # SAFE changes compute the same in another way, and need no permission.
   names = ', '.join(change.name for change in changes if change.kind != SAFE)
   advice = advise_on_incompatible(changes)
   if not advice:
@@ -361,7 +364,8 @@ def training_command(workdir: str | os.PathLike,
   words = ['python', 'train.py', '--config', file_of_config,
            f'--workdir={workdir}']
 
-  # The fields that differ from those of the file.
+  # The fields that differ from those of the file. The kinds of layers (named
+  # sets of fields) may have other names there, so they are given as a whole.
   config_of_file = default_config_of_system(arch)
   values_in_file = flatten(config_of_file)
   for name, value in flatten(config).items():

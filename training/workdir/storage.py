@@ -53,8 +53,9 @@ def check_folder_name(text: str | os.PathLike, name: str = '--workdir') -> None:
     text: the name of the folder.
     name: the flag or field that holds it, for the message.
   """
-  # A bucket and a name in it, or a path without '://'; and in either no
-  # character that a file's name cannot have.
+  # A bucket and the first character of a name in it, or a path without '://';
+  # then no NUL and no surrogate below dc80, from which on Python writes bytes
+  # that are not UTF-8. (?s) lets a dot match a line break.
   usable = re.fullmatch(
       r'(?s)(gs://[^/]+/+[^/]|(?!.*://))[^\0\ud800-\udc7f]*', str(text))
   require(usable is not None, f'{name} is {str(text)!r}: choose a folder on '
@@ -144,6 +145,9 @@ def write_atomically(target: epath.Path) -> Iterator[Callable[[bytes], None]]:
   Args:
     target: the file.
 
+  Yields:
+    The function write(data), which appends bytes to the file.
+
   Raises:
     EnvironmentFailure: where it cannot be written. What the block itself
       raises passes through.
@@ -175,7 +179,8 @@ def write_atomically(target: epath.Path) -> Iterator[Callable[[bytes], None]]:
       if is_on_disk:
         partial_file.replace(target)
   finally:
-    # After a failure this may fail too, and the first one is raised.
+    # After a success the file is closed and moved already, and nothing happens
+    # here. After a failure this may fail too, and the first one is raised.
     with contextlib.suppress(OSError):
       file.close()
     if is_on_disk:
@@ -408,6 +413,8 @@ def lock_workdir(workdir: str | os.PathLike, primary: bool = True
   """
   if not primary or is_in_bucket(workdir):
     return contextlib.nullcontext()
+  # LOCK_NB refuses at once instead of waiting. The system releases the lock of
+  # a process that was killed.
   lock = pathlib.Path(workdir) / 'lock'
   lock.parent.mkdir(parents=True, exist_ok=True)
   file = lock.open('w')
