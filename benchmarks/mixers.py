@@ -204,8 +204,8 @@ def time_section(section: str, dtype: str, mixers: Sequence[str],
   """
   print(f'{section}, {dtype}\n{HEAD_OF_TABLE}', flush=True)
   rows: list[dict[str, Any]] = []
-  # The last row of each mixer: `growth` is the exponent e of time ~ length^e
-  # between two lengths that follow each other.
+  # The last row of each mixer: `growth` is the exponent e of CPU time ~
+  # length^e between two lengths that follow each other.
   row_of_last_length: dict[str, dict] = {}
   for length in lengths:
     contenders = {}
