@@ -906,8 +906,8 @@ def choose_attention_kernel(config: ModelConfig, mask: Mask, q_length: int,
 
 
 def check_attention_kernel(config: ModelConfig, device: str) -> None:
-  """Raises ValueError where the attention kernel that the config names does not
-  run on the platform `device`."""
+  """Raises RequestError where the attention kernel that the config names does
+  not run on the platform `device`."""
   name = config.attention_kernel
   _raise_refusal(name, _refuse_platform(name, device))
 
