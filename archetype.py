@@ -120,7 +120,8 @@ class Model:
     Raises:
       RequestError: for an input that this model does not take.
     """
-    return self._compute('logits', tokens, decoder_tokens, inputs)
+    return self._compute('logits', tokens=tokens, decoder_tokens=decoder_tokens,
+                         inputs=inputs)
 
   def hidden_states(self, tokens: Tokens, decoder_tokens: Tokens | None = None,
                     **inputs: Tokens) -> Layers:
@@ -131,7 +132,8 @@ class Model:
     the final norm if there is one. (transformers' `hidden_states` end with the
     normalised one.) The arguments are those of a call of the model.
     """
-    states = self._compute('layers', tokens, decoder_tokens, inputs)
+    states = self._compute('layers', tokens=tokens,
+                           decoder_tokens=decoder_tokens, inputs=inputs)
     return self._split_by_stack(states, num_extra=1)
 
   def attention_weights(self, tokens: Tokens,
@@ -147,8 +149,9 @@ class Model:
     by plain products, whichever kernel computes the attention itself. The
     arguments are those of a call of the model.
     """
-    attention, cross_attention = self._compute(
-        'attention', tokens, decoder_tokens, inputs)
+    attention, cross_attention = self._compute('attention', tokens=tokens,
+                                               decoder_tokens=decoder_tokens,
+                                               inputs=inputs)
     result = self._split_by_stack(attention, num_extra=0)
     if cross_attention is not None:
       result['cross'] = _as_numpy_float32(cross_attention)
@@ -161,7 +164,8 @@ class Model:
     the residual stream, the logit lens (`top` tokens) and the experts' choices,
     as inspection.Inspection has them. The arguments are those of a call."""
     arrays = self._as_arguments(tokens, decoder_tokens, inputs)
-    return inspection.inspect_model(self.module, self.params, arrays, top)
+    return inspection.inspect_model(self.module, params=self.params,
+                                    arrays=arrays, top=top)
 
   def generate(self, prompts: str | Sequence[str], *,
                max_new_tokens: PositiveSize = 64, temperature: float = 1.0,
@@ -213,8 +217,8 @@ class Model:
             f'{config.objective} and its head {self.config.head!r}')
 
     # The prompts as the model was trained to read them.
-    shown, end = hf_generation.encode_prompts(texts, config, tokenizer,
-                                              self.generation)
+    shown, end = hf_generation.encode_prompts(
+        texts, config, tokenizer=tokenizer, generation=self.generation)
     inputs_of.check_ids('the prompt', shown.tokens, self.config.vocab_size)
     sampling = generation.Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,

@@ -65,8 +65,9 @@ def main():
     sources.parse_sources(args.text)
 
   cpu.configure_cpu()
-  figures = evals.evaluate_run(workdir, tasks, args, step=step, text=args.text,
-                               live=args.live, passes=args.passes)
+  figures = evals.evaluate_run(workdir, names=tasks, options=args, step=step,
+                               text=args.text, live=args.live,
+                               passes=args.passes)
   evals.write_figures(json_file, figures)
 
 

@@ -67,9 +67,10 @@ def main():
 
   # 1. The request: everything wrong in it is said before any device work.
   join_arguments = processes.arguments_to_join(
-      args.coordinator, args.num_processes, args.process_id, args.cluster)
+      args.coordinator, num_processes=args.num_processes,
+      process_id=args.process_id, cluster=args.cluster)
   progress.parse_profiled_steps(args.profile_steps, config.train.steps)
-  request = begin.check_request(config, workdir,
+  request = begin.check_request(config, workdir=workdir,
                                 by_hand=cli.overridden_fields(),
                                 allow_config_change=args.allow_config_change)
   for line in request.describe_changes():
@@ -85,10 +86,12 @@ def main():
   # 3. The data.
   slice_index, num_slices = devices.batch_slice_of_process(
       run.batch_sharding, config.data.batch_size)
-  train_data = pipeline.make_training_loader(
-      config, tokenizer, slice_index, num_slices)
-  eval_data = pipeline.make_evaluation_loaders(
-      config, tokenizer, slice_index, num_slices)
+  train_data = pipeline.make_training_loader(config, tokenizer=tokenizer,
+                                             process_index=slice_index,
+                                             process_count=num_slices)
+  eval_data = pipeline.make_evaluation_loaders(config, tokenizer=tokenizer,
+                                               process_index=slice_index,
+                                               process_count=num_slices)
   hash_of_source = pipeline.digest_contents(config, tokenizer)
   for line in begin.check_data(request, hash_of_source):
     print(line)

@@ -184,7 +184,8 @@ class HF(llama.Family):
     groups, chosen = reader('n_group', 1), reader('topk_group', 1)
     method = reader('topk_method', ALL_EXPERTS)
     one_of('topk_method of config.json', method, (ALL_EXPERTS, BEST_GROUPS))
-    model_fields = read_shared_fields(reader, fields, dense=0, q_rank=1536)
+    model_fields = read_shared_fields(reader, fields=fields, dense=0,
+                                      q_rank=1536)
     if method == BEST_GROUPS:
       model_fields['moe'] = dict(expert_groups=groups, top_groups=chosen)
     return model_fields

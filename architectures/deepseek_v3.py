@@ -90,7 +90,7 @@ class HF(deepseek_v2.HF):
     if not reader.is_null('rope_interleave'):
       interleaved = reader('rope_interleave', True)
     model_fields = deepseek_v2.read_shared_fields(
-        reader, fields, dense=3, q_rank=1536, interleaved=interleaved)
+        reader, fields=fields, dense=3, q_rank=1536, interleaved=interleaved)
     if reader.is_null('norm_topk_prob'):  # A null says no here.
       model_fields['moe'] = dict(normalize_gates=False)
     return model_fields

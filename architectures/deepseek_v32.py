@@ -43,7 +43,7 @@ def read_shared_fields(reader: hf.Reader, fields: dict, q_rank: int) -> dict:
   # The parts of older DeepSeek models. By default, three layers are dense.
   deepseek_v3.note_multi_token_prediction(reader)
   hf.check_gates(fields)
-  model_fields = deepseek_v2.read_shared_fields(reader, fields, dense=3,
+  model_fields = deepseek_v2.read_shared_fields(reader, fields=fields, dense=3,
                                                 q_rank=q_rank)
   require(model_fields['latent']['q_rank'],
           'config.json has q_lora_rank null, of '

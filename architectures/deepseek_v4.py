@@ -201,7 +201,8 @@ class HF(hf.HuggingFace):
 
     # The layers whose experts a table chooses; by default, the first three.
     networks = layer_types.read_entry_of_each_layer(
-        reader, 'mlp_layer_types', num_layers, (ROUTED_EXPERTS, HASHED_EXPERTS))
+        reader, field='mlp_layer_types', layers=num_layers,
+        words=(ROUTED_EXPERTS, HASHED_EXPERTS))
     hashed = [network == HASHED_EXPERTS for network in networks]
     if not networks:
       num_hashed = reader.read_count('num_hash_layers', 3)
@@ -238,8 +239,9 @@ class HF(hf.HuggingFace):
       For each layer 'swa', 'csa' or 'hca'.
     """
     ratios = reader.read_list('compress_ratios')[:num_layers]
-    types = layer_types.read_entry_of_each_layer(
-        reader, 'layer_types', num_layers, MIXER_OF_LAYER_TYPE)
+    types = layer_types.read_entry_of_each_layer(reader, field='layer_types',
+                                                 layers=num_layers,
+                                                 words=MIXER_OF_LAYER_TYPE)
     if types:
       return [MIXER_OF_LAYER_TYPE[layer_type] for layer_type in types]
     choices = list(MIXER_OF_COMPRESS_RATIO)  # a ratio may be no key: a list
@@ -268,8 +270,8 @@ class HF(hf.HuggingFace):
 
     # Positions: both objects must be there, though no layer may read one.
     ropes = rope_fields.write_rope_of_layer_kinds(
-        config, ROPE_SECTION_OF_MIXER, whole_heads=False, temperature=False,
-        words=SCALING_OF_ROPE_TYPE)
+        config, names=ROPE_SECTION_OF_MIXER, whole_heads=False,
+        temperature=False, words=SCALING_OF_ROPE_TYPE)
     any_rope = next(iter(ropes.values()))
     ropes = dict.fromkeys(ROPE_SECTION_OF_MIXER.values(), any_rope) | ropes
 

@@ -51,7 +51,7 @@ def read_alternating_layers(reader: hf.Reader, fields: dict, every: int,
       reader, num_layers, has_window=lambda n: (n + 1) % every)
   window = reader('sliding_window', 4096)
   return layer_types.fields_of_attention_types(
-      types, num_layers, window, **kind_fields)
+      types, layers=num_layers, window=window, **kind_fields)
 
 
 def read_scales(reader: hf.Reader, softcap: float = 30.0) -> dict:

@@ -157,7 +157,7 @@ class HF(gemma2.HF):
     window = reader('sliding_window', 512)
     softcap = gemma2.read_softcap(reader, 'final_logit_softcapping', 0.0)
     model_fields = layer_types.fields_of_attention_types(
-        types, num_layers, window, kind_fields)
+        types, layers=num_layers, window=window, kind_fields=kind_fields)
     return model_fields | dict(rope=global_rope, logits_softcap=softcap)
 
   def write(self, config: ModelConfig) -> dict:

@@ -168,8 +168,9 @@ class HF(llama.Family):
     # The type of each layer; by default, all are recurrences.
     num_layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', num_layers)
-    types = layer_types.read_entry_of_each_layer(
-        reader, 'layer_types', num_layers, KIND_OF_LAYER_TYPE)
+    types = layer_types.read_entry_of_each_layer(reader, field='layer_types',
+                                                 layers=num_layers,
+                                                 words=KIND_OF_LAYER_TYPE)
     if not types:
       types = [layer_types.LINEAR_ATTENTION] * num_layers
     kind_names = [KIND_OF_LAYER_TYPE[layer_type] for layer_type in types]

@@ -44,7 +44,8 @@ def _read_dense_layers(reader: hf.Reader, layers: int) -> list[bool]:
   """Returns whether each layer has a dense network in place of experts."""
   num_dense = reader.read_count('first_k_dense_replace', 1)
   networks = layer_types.read_entry_of_each_layer(
-      reader, 'mlp_layer_types', layers, (DENSE_NETWORK, EXPERT_NETWORK))
+      reader, field='mlp_layer_types', layers=layers,
+      words=(DENSE_NETWORK, EXPERT_NETWORK))
   is_dense = [network == DENSE_NETWORK for network in networks]
   if not networks:
     is_dense = [n < num_dense for n in range(layers)]
@@ -199,7 +200,8 @@ class HF(hf.HuggingFace):
 
     # The order of the layers.
     types = layer_types.read_entry_of_each_layer(
-        reader, 'layer_types', num_layers, layer_types.KIND_OF_MIXER)
+        reader, field='layer_types', layers=num_layers,
+        words=layer_types.KIND_OF_MIXER)
     types_of_section = _read_layer_types(linear, num_layers)
     model_fields = layer_types.fields_of_recurrent_layers(
         types or types_of_section, is_dense, mixer='kda')

@@ -125,8 +125,9 @@ class HF(llama.Family):
     """
     num_layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', num_layers)
-    types = layer_types.read_entry_of_each_layer(
-        reader, 'layer_types', num_layers, KIND_OF_LAYER_TYPE)
+    types = layer_types.read_entry_of_each_layer(reader, field='layer_types',
+                                                 layers=num_layers,
+                                                 words=KIND_OF_LAYER_TYPE)
     # Where they are not listed, the layers of attention may be numbered.
     full_layers = range(num_layers)
     if reader.has('full_attn_idxs'):

@@ -90,8 +90,9 @@ class HF(lfm2.HF):
     """
     num_layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', num_layers)
-    types = layer_types.read_entry_of_each_layer(
-        reader, 'layer_types', num_layers, KIND_OF_LAYER_TYPE)
+    types = layer_types.read_entry_of_each_layer(reader, field='layer_types',
+                                                 layers=num_layers,
+                                                 words=KIND_OF_LAYER_TYPE)
     if not types:
       types = [_default_layer_type(n) for n in range(num_layers)]
     has_window = not reader.is_null('sliding_window')

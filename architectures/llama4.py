@@ -116,8 +116,8 @@ class HF(llama.Family):
     if not reader.is_null('attention_chunk_size'):
       chunk = reader('attention_chunk_size', 8192)
     types = layer_types.read_entry_of_each_layer(
-        reader, 'layer_types', num_layers,
-        (CHUNKED_ATTENTION, layer_types.FULL_ATTENTION))
+        reader, field='layer_types', layers=num_layers,
+        words=(CHUNKED_ATTENTION, layer_types.FULL_ATTENTION))
     if not types:
       types = [layer_types.FULL_ATTENTION] * num_layers
       for n, is_rotated in enumerate(has_rope):

@@ -119,7 +119,8 @@ class HF(hf.HuggingFace):
     num_layers = fields['num_layers']
     interval = reader('global_attn_every_n_layers', 3)
     types = layer_types.read_entry_of_each_layer(
-        reader, 'layer_types', num_layers, KIND_AND_THETA_OF_LAYER_TYPE)
+        reader, field='layer_types', layers=num_layers,
+        words=KIND_AND_THETA_OF_LAYER_TYPE)
     if not types:
       types = [layer_types.SLIDING_ATTENTION] * num_layers
       for n in range(0, num_layers, interval):

@@ -131,8 +131,9 @@ def _read_letters(reader: hf.Reader) -> list[str]:
   reader.ignore_fields('num_hidden_layers', 'hybrid_override_pattern')
   if reader.has('layers_block_type'):
     types = reader.read_list('layers_block_type')
-    layer_types.read_entry_of_each_layer(
-        reader, 'layers_block_type', len(types), LETTER_OF_BLOCK_TYPE)
+    layer_types.read_entry_of_each_layer(reader, field='layers_block_type',
+                                         layers=len(types),
+                                         words=LETTER_OF_BLOCK_TYPE)
     return [LETTER_OF_BLOCK_TYPE[block_type] for block_type in types]
   letters = list(reader('hybrid_override_pattern', 'ME*-'))
   require(set(letters) <= set(LETTER_OF_BLOCK_TYPE.values()), 'config.json has '

@@ -57,7 +57,7 @@ class HF(olmo2.HF):
     window = layer_types.read_sliding_window(reader)
     # Where all layers have a window, theirs are the positions of the model.
     model_fields = layer_types.fields_of_attention_types(
-        types, num_layers, window, kind_fields)
+        types, layers=num_layers, window=window, kind_fields=kind_fields)
     return dict(rope=global_rope) | model_fields
 
   def write(self, config: ModelConfig) -> dict:

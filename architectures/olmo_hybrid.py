@@ -113,7 +113,8 @@ class HF(llama.Family):
     num_layers = fields['num_layers']
     layer_types.check_number_of_layers('num_hidden_layers', num_layers)
     types = layer_types.read_entry_of_each_layer(
-        reader, 'layer_types', num_layers, layer_types.KIND_OF_MIXER)
+        reader, field='layer_types', layers=num_layers,
+        words=layer_types.KIND_OF_MIXER)
     kind_names = [layer_types.KIND_OF_MIXER[layer_type] for layer_type in types]
     if not types:
       kind_names = [

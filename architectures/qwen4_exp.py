@@ -152,8 +152,9 @@ class HF(qwen3_5_moe.HF):
 
     # The kind of each layer; by default, the last of every few sees all keys.
     interval = reader('full_attention_interval', 4)
-    types = layer_types.read_entry_of_each_layer(
-        reader, 'layer_types', num_layers, KIND_OF_LAYER_TYPE)
+    types = layer_types.read_entry_of_each_layer(reader, field='layer_types',
+                                                 layers=num_layers,
+                                                 words=KIND_OF_LAYER_TYPE)
     kind_names = [KIND_OF_LAYER_TYPE[layer_type] for layer_type in types]
     if not types:
       kind_names = ['linear'] * num_layers

@@ -110,7 +110,8 @@ def time_attention(run_config: ml_collections.ConfigDict
       names.append(name)
 
   for name in names:
-    reason = kernels.reason_of_refusal(name, config, mask, L, L, platform)
+    reason = kernels.reason_of_refusal(name, config, mask=mask, q_length=L,
+                                       k_length=L, device=platform)
     if reason:
       yield dict(way=name, error=f'{name} is refused, {reason}')
       continue
@@ -133,8 +134,8 @@ def time_experts(config: ml_collections.ConfigDict, kernel: str = 'auto',
                           capacity_factor=0.0, eval_capacity_factor=0.0)
   model_config = runs.resolve_model_without_tokenizer(config)
   compiled, inputs = mixers.compile_gradient(
-      MoE(model_config), model_config, config.data.batch_size,
-      config.data.length, **compiler_options)
+      MoE(model_config), model_config, rows=config.data.batch_size,
+      length=config.data.length, **compiler_options)
   return time_program(compiled, inputs)
 
 

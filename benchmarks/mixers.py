@@ -210,7 +210,8 @@ def time_section(section: str, dtype: str, mixers: Sequence[str],
   for length in lengths:
     contenders = {}
     for mixer in mixers:
-      run_config = config_with_mixer(mixer, length, dtype, sizes)
+      run_config = config_with_mixer(mixer, length=length, dtype=dtype,
+                                     sizes=sizes)
       contenders[mixer] = SECTIONS[section](run_config)
     for mixer, times in time_contenders(contenders, rounds).items():
       row = dict(section=section, dtype=dtype, length=length, mixer=mixer,

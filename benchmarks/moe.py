@@ -39,7 +39,8 @@ def make_layer(experts: int, tokens: int) -> Callable[[], Any]:
   module: nn.Module = MoE(config)
   if not experts:
     module = FFN(config, 'swiglu', width=TOP_K * D_FF)
-  compiled, inputs = mixers.compile_gradient(module, config, 1, tokens)
+  compiled, inputs = mixers.compile_gradient(module, config, rows=1,
+                                             length=tokens)
   return lambda: jax.block_until_ready(compiled(*inputs))
 
 

@@ -159,8 +159,8 @@ def time_section(section: str, args: flags.FlagValues, our_request: dict,
         per_s=tokens_per_second, cpu_s=row['cpu_seconds'],
         peak_bytes=row['peak_bytes'], ours_is_faster_by=row['ratio'],
         ours_is_faster_by_cpu_time=row['cpu_ratio'])
-    print_times(f'{section} {name:27}', row, f'{tokens_per_second:8.0f} {unit}',
-                is_ours=name == 'ours')
+    print_times(f'{section} {name:27}', times=row,
+                rate=f'{tokens_per_second:8.0f} {unit}', is_ours=name == 'ours')
   return figures
 
 

@@ -19,7 +19,7 @@ order of two passages.
 from configs import bert, recipes
 
 SIZES = recipes.table_of_sizes(
-    'd_model num_heads d_ff loops.passes parameters', {
+    'd_model num_heads d_ff loops.passes parameters', rows={
         'base': (768, 12, 3072, 12, 11_683_584),
         'large': (1024, 16, 4096, 24, 17_683_968),
         'xlarge': (2048, 16, 8192, 24, 58_724_864),

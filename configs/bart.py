@@ -13,7 +13,7 @@ Counts are those of transformers' BartForConditionalGeneration.
 from configs import recipes
 
 SIZES = recipes.table_of_sizes(
-    'num_layers d_model num_heads d_ff lr warmup_steps parameters', {
+    'num_layers d_model num_heads d_ff lr warmup_steps parameters', rows={
         'base': (6, 768, 12, 3072, 6e-4, 24_000, 139_420_416),
         'large': (12, 1024, 16, 4096, 4e-4, 30_000, 406_291_456)},
     vocab_size=50265, max_len=1024, dropout=0.1, attention_dropout=0.1)

@@ -17,11 +17,11 @@ of the table of tokens.
 from configs import bert, recipes
 
 SIZES = recipes.table_of_sizes(
-    'num_layers generator.num_layers d_model num_heads d_ff lr parameters', {
-        'v3-xsmall': (12, 6, 384, 6, 1536, 6e-4, 70_682_112),
-        'v3-small': (6, 3, 768, 12, 3072, 6e-4, 141_304_320),
-        'v3-base': (12, 6, 768, 12, 3072, 6e-4, 183_831_552),
-        'v3-large': (24, 12, 1024, 16, 4096, 4e-4, 434_012_160)},
+    'num_layers generator.num_layers d_model num_heads d_ff lr parameters',
+    rows={'v3-xsmall': (12, 6, 384, 6, 1536, 6e-4, 70_682_112),
+          'v3-small': (6, 3, 768, 12, 3072, 6e-4, 141_304_320),
+          'v3-base': (12, 6, 768, 12, 3072, 6e-4, 183_831_552),
+          'v3-large': (24, 12, 1024, 16, 4096, 4e-4, 434_012_160)},
     vocab_size=128100, max_len=512, dropout=0.1, attention_dropout=0.1)
 SIZES['tiny'] = bert.SIZES['tiny'] | dict(
     disentangled=dict(buckets=16, max_distance=32),

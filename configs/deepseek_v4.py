@@ -26,7 +26,7 @@ def _layers(first: str, n: int) -> dict:
 
 SIZES = recipes.table_of_sizes(
     'd_model num_layers num_heads compressed.q_rank compressed.out_groups '
-    'indexer.top_k moe.num_experts moe.d_ff moe.gate_scale parameters', {
+    'indexer.top_k moe.num_experts moe.d_ff moe.gate_scale parameters', rows={
         'flash': (4096, 43, 64, 1024, 8, 512, 256, 2048, 1.5, 284_332_230_231),
         'pro': (7168, 61, 128, 1536, 16, 1024, 384, 3072, 2.5,
                 1_572_997_179_491)},

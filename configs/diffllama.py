@@ -11,7 +11,7 @@ from configs import recipes
 
 SIZES = recipes.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads d_ff parameters',
-    {'1b': (2048, 16, 32, 32, 8192, 1_204_885_504)},
+    rows={'1b': (2048, 16, 32, 32, 8192, 1_204_885_504)},
     max_len=2048, vocab_size=32000, **diffllama.kinds_by_depth(16))
 SIZES['tiny'] = recipes.SMALL_DECODER | diffllama.kinds_by_depth(4)
 

@@ -18,7 +18,8 @@ from configs import bert, recipes
 
 SIZES = recipes.table_of_sizes(
     'num_layers d_model num_heads embed_dim max_len batch_size steps lr '
-    'generator.num_layers generator.d_model generator.num_heads parameters', {
+    'generator.num_layers generator.d_model generator.num_heads parameters',
+    rows={
         'small': (12, 256, 4, 128, 512, 128, 1_000_000, 5e-4, 12, 64, 1,
                   13_549_057),
         'base': (12, 768, 12, 0, 512, 256, 766_000, 2e-4, 12, 256, 4,

@@ -13,7 +13,7 @@ from configs import recipes
 
 SIZES = recipes.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads block batch_size tokens lr '
-    'parameters', {
+    'parameters', rows={
         '7b': (4544, 32, 71, 1, 'shared_norm', 2304, 1.5e12, 6e-4,
                6_921_720_704),
         '40b': (8192, 60, 128, 8, 'parallel', 1152, 1e12, 1.85e-4,

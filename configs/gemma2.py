@@ -17,7 +17,7 @@ from configs import recipes
 
 SIZES = recipes.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads head_dim d_ff tokens lr '
-    'parameters', {
+    'parameters', rows={
         '2b': (2304, 26, 8, 4, 256, 9216, 2e12, 3e-4, 2_614_341_888),
         '9b': (3584, 42, 16, 8, 256, 14336, 8e12, 1.5e-4, 9_241_705_984),
         '27b': (4608, 46, 32, 16, 128, 36864, 13e12, 1.5e-4, 27_227_128_320),

@@ -33,7 +33,7 @@ SIZES['tiny'] = recipes.SMALL_DECODER
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.make_config('gemma3', size, SIZES, dict(
+  c = recipes.make_config('gemma3', size=size, sizes=SIZES, model=dict(
       norm_eps=1e-6, rope=dict(theta=1e6)), length=32768)
   if size != 'tiny':
     # Every sixth layer sees all. Layers that are no multiple of six stand

@@ -13,7 +13,7 @@ from configs import recipes
 
 SIZES = recipes.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads head_dim d_ff parameters',
-    {'31b': (5376, 60, 32, 16, 256, 21504, 30_697_345_340)},
+    rows={'31b': (5376, 60, 32, 16, 256, 21504, 30_697_345_340)},
     max_len=262_144, vocab_size=262_144,
     pattern='local,local,local,local,local,global', kinds={
         'local': dict(window=1024),

@@ -14,7 +14,7 @@ from configs import deepseek_v2, recipes
 
 SIZES = recipes.table_of_sizes(
     'd_model num_layers d_ff prefix qk_norm moe.num_experts moe.d_ff '
-    'moe.gate_scale parameters', {
+    'moe.gate_scale parameters', rows={
         '106b-a12b': (4096, 46, 10944, 'dense', False, 128, 1408, 1.0,
                       106_852_245_504),
         '355b-a32b': (5120, 92, 12288, 'dense,dense,dense', True, 160, 1536,

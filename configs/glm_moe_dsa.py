@@ -16,7 +16,7 @@ SIZES = recipes.table_of_sizes(
     'd_model num_layers num_heads d_ff max_len prefix latent.q_rank '
     'latent.kv_rank latent.nope_dim latent.rope_dim latent.v_dim '
     'moe.num_experts moe.d_ff indexer.top_k indexer.heads indexer.head_dim '
-    'parameters', {
+    'parameters', rows={
         '744b-a40b': (6144, 78, 64, 12288, 4096, 'dense,dense,dense', 2048, 512,
                       192, 64, 256, 256, 2048, 2048, 32, 128, 743_911_199_232)},
     rope=dict(theta=1e6), vocab_size=154880,

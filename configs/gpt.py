@@ -22,7 +22,7 @@ folder, model.vocab_size=0 takes that of another tokenizer.
 from configs import recipes
 
 GPT2 = recipes.table_of_sizes(
-    'num_layers d_model num_heads parameters', {
+    'num_layers d_model num_heads parameters', rows={
         'gpt2': (12, 768, 12, 124_439_808),
         'gpt2-medium': (24, 1024, 16, 354_823_168),
         'gpt2-large': (36, 1280, 20, 774_030_080),
@@ -30,7 +30,7 @@ GPT2 = recipes.table_of_sizes(
     }, max_len=1024, vocab_size=50257, batch_size=512, steps=300_000, lr=6e-4)
 # `batch` in tokens, to the next 16 rows below.
 GPT3 = recipes.table_of_sizes(
-    'num_layers d_model num_heads batch lr parameters', {
+    'num_layers d_model num_heads batch lr parameters', rows={
         'gpt3-125m': (12, 768, 12, 0.5e6, 6.0e-4, 125e6),
         'gpt3-350m': (24, 1024, 16, 0.5e6, 3.0e-4, 350e6),
         'gpt3-760m': (24, 1536, 16, 0.5e6, 2.5e-4, 760e6),
@@ -48,4 +48,5 @@ TINY = dict(num_layers=4, d_model=128, num_heads=4, max_len=128, batch_size=8,
             steps=2500, warmup_steps=100)
 SIZES = {'tiny': TINY} | GPT2 | GPT3
 
-get_config = recipes.make_get_config('gpt', SIZES, remat='dots', tokens=300e9)
+get_config = recipes.make_get_config('gpt', sizes=SIZES, remat='dots',
+                                     tokens=300e9)

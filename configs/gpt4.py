@@ -27,7 +27,7 @@ loss of 2.324 nats a byte (3.35 bits) on 16 held-out batches.
 from configs import recipes
 
 SIZES = recipes.table_of_sizes(
-    'd_model num_layers num_heads moe.num_experts parameters', {
+    'd_model num_layers num_heads moe.num_experts parameters', rows={
         'rumoured': (10752, 120, 84, 16, 1.8e12),
         'rumoured-8x220b': (14720, 120, 115, 8, 1.76e12),
     }, max_len=8192, vocab_size=100277)

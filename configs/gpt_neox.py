@@ -31,5 +31,5 @@ SIZES['20b'] |= dict(ffn='gelu_tanh', batch_size=1536,  # 1,538, made divisible
 SIZES['tiny'] = dict(d_model=128, num_layers=4, num_heads=4, max_len=256)
 
 get_config = recipes.make_get_config(
-    'gpt_neox', SIZES, batch_size=1024, steps=143_000, warmup_steps=1430,
+    'gpt_neox', sizes=SIZES, batch_size=1024, steps=143_000, warmup_steps=1430,
     weight_decay=0.01)

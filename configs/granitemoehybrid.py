@@ -15,7 +15,7 @@ from configs import recipes
 TEN = 'linear,linear,linear,linear,linear,full,linear,linear,linear,linear'
 SIZES = recipes.table_of_sizes(
     'd_model num_heads num_kv_heads d_ff attention_scale logits_scale '
-    'mamba2.heads parameters', {
+    'mamba2.heads parameters', rows={
         '1b': (1536, 12, 4, 4096, 1 / 128, 1 / 6, 48, 1_461_538_368),
         'micro': (2048, 32, 8, 8192, 1 / 64, 1 / 8, 64, 3_191_396_096),
         '7b-a1b': (1536, 12, 4, 1024, 1 / 128, 1 / 6, 48, 6_939_037_248),

@@ -20,7 +20,7 @@ in the decoder.
 from configs import recipes
 
 SIZES = recipes.table_of_sizes(
-    'moe.num_experts parameters', {
+    'moe.num_experts parameters', rows={
         '600b': (2048, 600e9), '150b': (512, 150e9), '37b': (128, 37e9),
     }, num_layers=18, d_model=1024, num_heads=16, head_dim=128, d_ff=8192,
     vocab_size=64000, dropout=0.1, init_stddev=1024 ** -0.5)

@@ -13,7 +13,7 @@ have 4,096 tokens. Counts are those of the published checkpoints.
 from configs import recipes
 
 SIZES = recipes.table_of_sizes(
-    'd_model num_heads d_ff parameters', {
+    'd_model num_heads d_ff parameters', rows={
         '350m': (1024, 16, 4608, 354_483_968),
         '700m': (1536, 24, 6912, 742_489_344),
         '1.2b': (2048, 32, 8192, 1_170_340_608),

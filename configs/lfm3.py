@@ -10,7 +10,7 @@ from configs import recipes
 
 SIZES = recipes.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads head_dim d_ff parameters',
-    {'1.7b': (2048, 24, 16, 4, 128, 7680, 1_728_801_536)},
+    rows={'1.7b': (2048, 24, 16, 4, 128, 7680, 1_728_801_536)},
     max_len=128_000, vocab_size=128_000, prefix='conv,conv,global,conv',
     kinds=dict(local=dict(window=256)))
 SIZES['tiny'] = recipes.SMALL_DECODER

@@ -13,7 +13,7 @@ not published and LLaMA 2's here. Counts are without what reads images.
 from configs import recipes
 
 SIZES = recipes.table_of_sizes(
-    'moe.num_experts max_len tokens parameters', {
+    'moe.num_experts max_len tokens parameters', rows={
         '17b-16e': (16, 262_144, 40e12, 107_769_861_120),
         '17b-128e': (128, 262_144, 22e12, 400_711_848_960),
     }, d_model=5120, num_layers=48, num_heads=40, num_kv_heads=8, head_dim=128,

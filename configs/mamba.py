@@ -15,7 +15,7 @@ authors' are uniform. Counts are those of transformers' class.
 from configs import recipes
 
 SIZES = recipes.table_of_sizes(  # lr is GPT-3's
-    'd_model num_layers lr parameters', {
+    'd_model num_layers lr parameters', rows={
         '130m': (768, 24, 6.0e-4, 129_135_360),
         '370m': (1024, 48, 3.0e-4, 371_516_416),
         '790m': (1536, 48, 2.5e-4, 793_204_224),
@@ -28,4 +28,4 @@ for _size in SIZES.values():
 SIZES['tiny'] = dict(d_model=128, num_layers=8, max_len=256)
 
 get_config = recipes.make_get_config(
-    'mamba', SIZES, batch_size=256, tokens=300e9)
+    'mamba', sizes=SIZES, batch_size=256, tokens=300e9)

@@ -23,7 +23,7 @@ from configs import recipes
 
 # A layer has twice num_heads heads (model.mamba2.heads); lr is GPT-3's.
 SIZES = recipes.table_of_sizes(
-    'd_model num_layers num_heads lr parameters', {
+    'd_model num_layers num_heads lr parameters', rows={
         '130m': (768, 24, 12, 6.0e-4, 128_989_632),
         '370m': (1024, 48, 16, 3.0e-4, 368_346_624),
         '780m': (1536, 48, 24, 2.5e-4, 780_161_280),
@@ -41,4 +41,4 @@ SIZES['codestral-7b'] = dict(
     warmup_steps=100, parameters=7_285_403_648)
 
 get_config = recipes.make_get_config(
-    'mamba2', SIZES, batch_size=256, tokens=300e9)
+    'mamba2', sizes=SIZES, batch_size=256, tokens=300e9)

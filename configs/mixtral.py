@@ -15,7 +15,7 @@ to 1.10 of the mean load.
 from configs import recipes
 
 SIZES = recipes.table_of_sizes(
-    'd_model num_layers num_heads num_kv_heads d_ff max_len parameters', {
+    'd_model num_layers num_heads num_kv_heads d_ff max_len parameters', rows={
         '8x7b': (4096, 32, 32, 8, 14336, 32768, 46_702_792_704),
         '8x22b': (6144, 56, 48, 8, 16384, 65536, 140_620_634_112),
     }, vocab_size=32000, moe=dict(num_experts=8), rope=dict(theta=1e6))

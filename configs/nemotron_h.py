@@ -50,8 +50,8 @@ UNCOUNTED = {'30b-a3b': 23 * 128, '120b-a12b': 40 * 512}
 
 
 def get_config(size: str = 'tiny'):
-  c = recipes.make_config(
-      'nemotron_h', size, SIZES, tokens=15e12, batch_size=768, lr=8e-4)
+  c = recipes.make_config('nemotron_h', size=size, sizes=SIZES, tokens=15e12,
+                          batch_size=768, lr=8e-4)
   if size != 'tiny':  # not beside those of the page
     c.model.kinds = {}
     c.model.update(kinds=SIZES[size]['kinds'])

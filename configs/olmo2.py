@@ -17,7 +17,7 @@ from configs import recipes
 
 SIZES = recipes.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads d_ff batch_size lr tokens '
-    'parameters', {
+    'parameters', rows={
         '1b': (2048, 16, 16, 16, 8192, 512, 4e-4, 4e12, 1_484_916_736),
         '7b': (4096, 32, 32, 32, 11008, 1024, 3e-4, 4e12, 7_298_617_344),
         '13b': (5120, 40, 40, 40, 13824, 2048, 9e-4, 5e12, 13_716_198_400),

@@ -16,7 +16,7 @@ bits).
 from configs import recipes
 
 SIZES = recipes.table_of_sizes(
-    'd_model num_layers num_heads num_kv_heads d_ff batch lr parameters', {
+    'd_model num_layers num_heads num_kv_heads d_ff batch lr parameters', rows={
         '7b': (4096, 32, 32, 32, 11008, 2**22, 3e-4, 7_298_011_136),
         '32b': (5120, 64, 40, 8, 27648, 2**23, 6e-4, 32_233_522_176),
     }, max_len=8192, vocab_size=100278, kinds=dict(local=dict(window=4096)))

@@ -12,7 +12,7 @@ architecture, is left out.
 from configs import gpt, recipes
 
 SIZES = {'tiny': gpt.TINY} | recipes.table_of_sizes(
-    'num_layers d_model num_heads batch lr parameters', {
+    'num_layers d_model num_heads batch lr parameters', rows={
         '125m': (12, 768, 12, 500_000, 6e-4, 125_239_296),
         '1.3b': (24, 2048, 32, 1_000_000, 2e-4, 1_315_758_080),
         '2.7b': (32, 2560, 32, 1_000_000, 1.6e-4, 2_651_596_800),
@@ -24,4 +24,4 @@ SIZES = {'tiny': gpt.TINY} | recipes.table_of_sizes(
     }, max_len=2048, vocab_size=50272, dropout=0.1)
 
 get_config = recipes.make_get_config(
-    'opt', SIZES, tokens=300e9, schedule='linear')
+    'opt', sizes=SIZES, tokens=300e9, schedule='linear')

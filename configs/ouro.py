@@ -11,7 +11,7 @@ passes, which is not here. What else of the training is not known is LLaMA 2's.
 
 from configs import recipes
 
-SIZES = recipes.table_of_sizes('num_layers parameters', {
+SIZES = recipes.table_of_sizes('num_layers parameters', rows={
     '1.4b': (24, 1_434_650_624), '2.6b': (48, 2_667_972_608)},
     d_model=2048, num_heads=16, d_ff=5632, max_len=65536, vocab_size=49152,
     length=4096)

@@ -16,7 +16,7 @@ held-out loss of 1.580 nats a byte (2.28 bits).
 from configs import recipes
 
 SIZES = recipes.table_of_sizes(
-    'd_model num_layers num_heads num_kv_heads d_ff tokens parameters', {
+    'd_model num_layers num_heads num_kv_heads d_ff tokens parameters', rows={
         'mini': (3072, 32, 32, 32, 8192, 3.3e12, 3_821_079_552),
         'medium': (5120, 40, 40, 10, 17920, 4.8e12, 13_960_238_080),
     }, max_len=4096, vocab_size=32064, sliding_window=2047)

@@ -15,7 +15,7 @@ from configs import recipes
 
 SIZES = recipes.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads d_ff tie_embeddings '
-    'parameters', {
+    'parameters', rows={
         '0.6b': (1024, 28, 16, 8, 3072, True, 596_049_920),
         '1.7b': (2048, 28, 16, 8, 6144, True, 1_720_574_976),
         '4b': (2560, 36, 32, 8, 9728, True, 4_022_468_096),

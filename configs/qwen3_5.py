@@ -15,7 +15,7 @@ from configs import qwen3_next, recipes
 
 SIZES = recipes.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads d_ff deltanet.value_heads '
-    'tie_embeddings parameters', {
+    'tie_embeddings parameters', rows={
         '0.8b': (1024, 24, 8, 2, 3584, 16, True, 752_393_024),
         '2b': (2048, 24, 8, 2, 6144, 16, True, 1_881_825_088),
         '4b': (2560, 32, 16, 4, 9216, 32, True, 4_205_751_296),

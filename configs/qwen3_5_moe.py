@@ -14,7 +14,7 @@ from configs import qwen3_next, recipes
 
 SIZES = recipes.table_of_sizes(
     'd_model num_layers num_heads deltanet.value_heads moe.num_experts '
-    'moe.top_k moe.d_ff parameters', {
+    'moe.top_k moe.d_ff parameters', rows={
         '35b-a3b': (2048, 40, 16, 32, 256, 8, 512, 34_660_610_688),
         '122b-a10b': (3072, 48, 32, 64, 256, 8, 1024, 122_111_526_912),
         '397b-a17b': (4096, 60, 32, 64, 512, 10, 1024, 396_346_350_336),

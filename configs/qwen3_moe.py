@@ -15,7 +15,7 @@ on the default text to a held-out loss of 1.535 nats a byte (2.21 bits).
 from configs import recipes
 
 SIZES = recipes.table_of_sizes(
-    'd_model num_layers num_heads d_ff moe.d_ff parameters', {
+    'd_model num_layers num_heads d_ff moe.d_ff parameters', rows={
         '30b-a3b': (2048, 48, 32, 6144, 768, 30_532_122_624),
         '235b-a22b': (4096, 94, 64, 12288, 1536, 235_093_634_560),
     }, num_kv_heads=4, head_dim=128, max_len=40960, vocab_size=151936,

@@ -27,7 +27,8 @@ SIZES = {'tiny': bert.SIZES['tiny']} | {
 
 
 def get_config(size: str = 'tiny', arch: str = 'roberta', sizes=None):
-  return recipes.make_config(
-      arch, size, sizes or SIZES, dict(type_vocab_size=1, init='normal'),
-      dict(objective='mlm'), remat='dots', batch_size=8192, steps=500_000,
-      schedule='linear', final_fraction=0.0, clip_norm=0.0)
+  return recipes.make_config(arch, size=size, sizes=sizes or SIZES,
+                             model=dict(type_vocab_size=1, init='normal'),
+                             run=dict(objective='mlm'), remat='dots',
+                             batch_size=8192, steps=500_000, schedule='linear',
+                             final_fraction=0.0, clip_norm=0.0)

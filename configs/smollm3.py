@@ -16,7 +16,7 @@ bits).
 from configs import recipes
 
 SIZES = recipes.table_of_sizes(
-    'max_len rope.theta', {'3b': (4096, 50_000.0), '3b-64k': (65536, 5e6)},
+    'max_len rope.theta', rows={'3b': (4096, 50_000.0), '3b-64k': (65536, 5e6)},
     d_model=2048, num_layers=36, num_heads=16, num_kv_heads=4, d_ff=11008,
     vocab_size=128256, parameters=3_075_098_624,
     **{'data.document_mask': True})

@@ -13,7 +13,7 @@ from configs import recipes
 
 SIZES = recipes.table_of_sizes(
     'd_model num_layers num_heads num_kv_heads d_ff rope.theta batch tokens '
-    'parameters', {
+    'parameters', rows={
         '3b': (3072, 30, 24, 2, 12288, 999_999.4420358813, 2_600_000, 3.1e12,
                3_030_371_328),
         '7b': (4608, 32, 36, 4, 18432, 1e6, 3_500_000, 3.5e12, 7_173_923_840),

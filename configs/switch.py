@@ -44,7 +44,7 @@ SIZES['tiny'] = dict(num_layers=2, d_model=128, num_heads=4, head_dim=32,
 
 
 def get_config(size: str = 'tiny'):
-  c = t5.of('switch', SIZES, dict(init_scale=0.1, moe=dict(
+  c = t5.of('switch', sizes=SIZES, model=dict(init_scale=0.1, moe=dict(
       capacity_factor=1.25, eval_capacity_factor=2.0, jitter=0.01,
       balance_loss='switch', balance_weight=0.01, z_loss_weight=0.001)),
             batch_size=2048, steps=550_000)(size)

@@ -54,4 +54,4 @@ def of(arch: str, sizes, model, **training):
       weight_decay=0.0, clip_norm=0.0, **training)
 
 
-get_config = of('t5', SIZES, {}, batch_size=128, steps=2 ** 19)
+get_config = of('t5', sizes=SIZES, model={}, batch_size=128, steps=2 ** 19)

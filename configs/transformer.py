@@ -22,7 +22,7 @@ nats a byte. No such target is guessed whole: BLEU is 0.3.
 from configs import recipes
 
 SIZES = recipes.table_of_sizes(
-    'num_layers d_model num_heads dropout steps parameters', {
+    'num_layers d_model num_heads dropout steps parameters', rows={
         'base': (6, 512, 8, 0.1, 100_000, 65e6),
         'big': (6, 1024, 16, 0.3, 300_000, 213e6),
     }, vocab_size=37000, remat='none')

@@ -125,10 +125,11 @@ def _make_session(args: Any, overrides: dict[str, Any]) -> Any:
 
   options = _sampling_options(speaker.options, overrides)
   context = min(args.context, speaker.module.config.max_len)
-  engine = chat.CachedDecoder(speaker.module, speaker.params, context,
-                              writing.make_sampling(options), args.seed)
+  engine = chat.CachedDecoder(
+      speaker.module, params=speaker.params, context=context,
+      sampling=writing.make_sampling(options), seed=args.seed)
   session = chat.ChatSession(
-      engine, speaker.tokenizer, speaker.talk,
+      engine, tokenizer=speaker.tokenizer, talk=speaker.talk,
       max_new_tokens=args.max_new_tokens,
       stops=writing.split_stop_strings(options), system=args.system)
 

@@ -80,7 +80,7 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
   """
   with _making_workdir(workdir):
     config, module, params = _load_from_hugging_face(
-        source, partial, seed, dtype)
+        source, partial=partial, seed=seed, dtype=dtype)
     if adapter:
       model, adapters = peft.read_adapters(module.config, adapter)
       config.model.lora.update(dataclasses.asdict(model.lora))
@@ -94,9 +94,9 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
       print(f'warning: {folder} has no tokenizer that is read here{though}: '
             f'data.tokenizer is {config.data.tokenizer!r}, whose ids mean '
             'something else than those of its training', file=sys.stderr)
-    _write_workdir(workdir, config, params,
-                   hf_generation.read_generation(folder), False,
-                   f'of {module.config.arch}')
+    _write_workdir(workdir, config, params=params,
+                   generation=hf_generation.read_generation(folder),
+                   trained=False, what=f'of {module.config.arch}')
 
 
 def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
@@ -142,9 +142,10 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
             'its gates do not sum to 1, or tokens are dropped, or experts are '
             'shared', file=sys.stderr)
     num_dense = runs.count_parameters(params)
-    _write_workdir(workdir, config, made, generation, trained,
-                   f'of {run.model.arch}, from the {num_dense:,} of {source}',
-                   derived)
+    _write_workdir(
+        workdir, config, params=made, generation=generation, trained=trained,
+        what=f'of {run.model.arch}, from the {num_dense:,} of {source}',
+        derived=derived)
 
 
 def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
@@ -166,21 +167,22 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
           '--adapter, which writes the adapters alone: leave it out')
   config, module, params, step = _load_from_workdir(workdir, step)
   if adapter:
-    size = peft.write_adapters(module.config, params, folder, config.init_from,
-                               dtype)
+    size = peft.write_adapters(module.config, params=params, folder=folder,
+                               base=config.init_from, dtype=dtype)
     print(f'{folder}: the adapters of {workdir}, {size:,} parameters')
     return
   module, params = weights.merge_adapters(module, params)
   if dropless:
     module = architectures.build(module.config.with_part(
         MoEConfig, eval_capacity_factor=0.0, dispatch='dropless'))
-  generation = _generation_fields(workdir, config, module.config, step)
-  hf_tokenizer.refuse_files_left(workdir, config, folder, step)
+  generation = _generation_fields(workdir, config, model=module.config,
+                                  step=step)
+  hf_tokenizer.refuse_files_left(workdir, config, folder=folder, step=step)
   weights.to_hf(module, params, folder, dtype=dtype, generation=generation,
                 labels=run_config.load_labels(workdir))
-  hf_tokenizer.export_tokenizer(workdir, config, folder, step)
-  card.write_model_card(workdir, config, folder, step,
-                        runs.count_parameters(params))
+  hf_tokenizer.export_tokenizer(workdir, config, folder=folder, step=step)
+  card.write_model_card(workdir, config, folder=folder, step=step,
+                        count=runs.count_parameters(params))
   print(f'{folder}: {runs.count_parameters(params):,} parameters of {workdir}')
 
 
@@ -337,7 +339,7 @@ def _load_from_hugging_face(source: pathlib.Path, partial: bool, seed: int,
         hf_config.default_labels(count) if count > 1 else ())
   config.data.length = min(model.max_len, 1024)
   config.data.tokenizer = hf_tokenizer.stand_in_tokenizer(model.vocab_size)
-  loaded = weights.read_params(module, files, partial=partial, seed=seed)
+  loaded = weights.read_params(module, source=files, partial=partial, seed=seed)
   for line in loaded.skipped:
     print(f'skipped: {line}')
   return config, module, loaded.params
@@ -437,7 +439,7 @@ def main() -> None:
   if args.command == 'export':
     with hub.open_destination(args.folder) as folder:
       storage.check_folder_is_writable(folder, 'FOLDER')
-      export(args.workdir, folder, step=step, dtype=args.dtype,
+      export(args.workdir, folder=folder, step=step, dtype=args.dtype,
              dropless=args.dropless, adapter=args.adapter)
     return
   check_number('--seed', args.seed, (('>=', 0), ('<=', 2**32 - 1)))
@@ -446,12 +448,12 @@ def main() -> None:
     adapter = args.adapter
     if adapter:
       adapter = pathlib.Path(hub.download_if_on_hub(adapter))
-    import_(pathlib.Path(hub.download_if_on_hub(args.source)), args.workdir,
-            adapter=adapter,
-            partial=args.partial, seed=args.seed, dtype=args.dtype)
+    import_(pathlib.Path(hub.download_if_on_hub(args.source)),
+            workdir=args.workdir, adapter=adapter, partial=args.partial,
+            seed=args.seed, dtype=args.dtype)
   else:
     upcycle(storage.checked_path(hub.download_if_on_hub(args.source), 'SOURCE'),
-            args.workdir,
+            workdir=args.workdir,
             moe=args.moe, step=step, seed=args.seed)
 
 

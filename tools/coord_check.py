@@ -93,7 +93,8 @@ def main() -> int:
     for mixer in args.mixers or ['']:
       how = Setting(optimizer=args.optimizer, lr=lr, steps=args.steps,
                     mixer=mixer, widen=args.widen)
-      widest = config_at_width(system, 'mup', widths[-1], widths[0], how)
+      widest = config_at_width(system, parametrization='mup', width=widths[-1],
+                               base=widths[0], how=how)
       try:
         architectures.resolve(widest.model)
       except RequestError as error:
@@ -107,7 +108,8 @@ def main() -> int:
   rows = []
   for system, how in measured:
     for name in ('standard', 'mup'):
-      row = measure_growth_over_widths(system, name, widths, how, args.seeds)
+      row = measure_growth_over_widths(system, parametrization=name,
+                                       widths=widths, how=how, seeds=args.seeds)
       print(format_figures(row), flush=True)
       rows.append(row)
   storage.write_json(json_file, rows)
@@ -198,7 +200,8 @@ def measure_growth_over_widths(system: str, parametrization: str,
   sizes = []
   for width in progress.show_items(widths,
                                    f'{system}, {parametrization}: widths'):
-    config = config_at_width(system, parametrization, width, widths[0], how)
+    config = config_at_width(system, parametrization=parametrization,
+                             width=width, base=widths[0], how=how)
     sizes.append(
         np.asarray(mean_sizes_of_outputs(config, how.steps, seeds), np.float64))
 
@@ -244,7 +247,7 @@ def mean_sizes_of_outputs(config: ml_collections.ConfigDict, steps: int,
     def body(state, _):
       return step(state, batch)[0], sizes_of_outputs(state.params)
 
-    first = init_state(module, tx, key, config.optim)
+    first = init_state(module, tx=tx, key=key, optim=config.optim)
     state, sizes = jax.lax.scan(body, first, length=steps)
     return jnp.concatenate([sizes, sizes_of_outputs(state.params)[None]])
 

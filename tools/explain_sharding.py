@@ -53,7 +53,7 @@ def describe_array(run: runs.Run, name: str, x: Any,
     dimension, with its size and mesh axes. bytes_per_device: its share.
   """
   mesh, rules = run.mesh.shape, run.config.mesh.rules
-  spec = devices.partition_spec(x.shape, axes, run.mesh, rules)
+  spec = devices.partition_spec(x.shape, names=axes, mesh=run.mesh, rules=rules)
   places: list[tuple[str, ...]] = []  # the mesh axes of each dimension
   for entry in spec:
     if isinstance(entry, str):
@@ -104,7 +104,8 @@ def describe_parameters(run: runs.Run) -> list[dict]:
   does."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(
       abstract_params(run.module), is_leaf=lambda x: hasattr(x, 'names'))
-  return [describe_array(run, paths.path_to_string(path), box.value, box.names)
+  return [describe_array(run, paths.path_to_string(path), box.value,
+                         axes=box.names)
           for path, box in leaves]
 
 
@@ -138,7 +139,7 @@ def describe_activations(run: runs.Run) -> list[dict]:
   # The description itself is the key, so that equal ones are kept once.
   rows = {}
   for name, x, axes in _find_constraints(jaxpr.jaxpr, ''):
-    description = describe_array(run, name, x, axes)
+    description = describe_array(run, name, x, axes=axes)
     rows[json.dumps(description)] = description
   return list(rows.values())
 

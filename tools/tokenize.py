@@ -101,19 +101,21 @@ def tokenise(args: argparse.Namespace) -> dict[str, Any]:
   content = tokens.digest_json([source.reader, source.content, [
       [os.path.basename(path), size]
       for path, size, _ in sources.file_stats(source)]])
-  begun = sources.begin_folder(out, source, parts, content, tokenizer)
+  begun = sources.begin_folder(out, source=source, parts=parts, content=content,
+                               tokenizer=tokenizer)
   done = tokens.find_finished_shards(out, begun)
   # Each job has about as much to do.
   order = sorted(range(len(parts)), key=lambda i: -sizes[i])
   for i in order[args.job::args.jobs]:
     if not done[i]:
-      sources.write_shard(out, i, parts[i], tokenizer, begun)
+      sources.write_shard(out, i=i, part=parts[i], tokenizer=tokenizer,
+                          begun=begun)
   done = tokens.find_finished_shards(out, begun)
   figures = {'shards': f'{sum(done)} of {len(done)}',
              'seconds': round(time.monotonic() - started, 1)}
   if all(done):
-    whole = tokens.Split(tokens.load_tokens(str(out), f'tokens:{out}'), None,
-                         'train', '', 0)
+    whole = tokens.Split(tokens.load_tokens(str(out), f'tokens:{out}'),
+                         every=None, split='train', part='', separator=0)
     figures |= {'documents': whole.documents, 'bytes': whole.num_bytes,
                 'tokens': whole.num_tokens - whole.documents,
                 'read_as': f'data.source=tokens:{out}'}

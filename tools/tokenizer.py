@@ -143,8 +143,8 @@ def main(argv: list[str] | None = None) -> None:
   storage.check_file_is_writable(args.out, '--out')
   with progress.show_task(f'training {args.kind}'):
     tokenizer = train_tokenizer(
-        args.kind, _training_texts(args.source, args.holdout_every),
-        args.vocab_size, args.special)
+        args.kind, documents=_training_texts(args.source, args.holdout_every),
+        size=args.vocab_size, more_special_tokens=args.special)
   storage.write_file(storage.checked_path(args.out, '--out'),
                      tokenizer.to_str(pretty=True))
 

@@ -43,7 +43,8 @@ def usual_hooks(stop: signals.Stop, tokenizer: Tokenizer,
       report,
       ExpertPanel(),
       StopOnSignal(stop),
-      Evaluate(stop, tokenizer, eval_data, report, save),
+      Evaluate(stop, tokenizer=tokenizer, eval_data=eval_data, report=report,
+               save=save),
       save,
   ]
 

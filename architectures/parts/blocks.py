@@ -181,8 +181,8 @@ class Block(nn.Module):
     if memory and memory.is_read_after_layer:
       x = pin_residual(x + memory.module(config, name='memory')(x, ctx))
     if config.layer_scale:
-      scale_1 = declare(self, 'layer_scale', nn.initializers.ones, (1,),
-                        role=Role(axes=(None,)))
+      scale_1 = declare(self, 'layer_scale', init=nn.initializers.ones,
+                        shape=(1,), role=Role(axes=(None,)))
       scaled = x.astype(jnp.float32) * scale_1[None, None]
       x = pin_residual(scaled.astype(x.dtype))
     return x, cache, report
@@ -288,9 +288,9 @@ class Block(nn.Module):
     config = self.config
     if not config.branch_conv:
       return y_BLD, cache
-    w_WD = declare(
-        self, f'{name}_conv', nn.initializers.zeros,
-        (config.branch_conv, config.d_model), role=Role(axes=(None, 'embed')))
+    w_WD = declare(self, f'{name}_conv', init=nn.initializers.zeros,
+                   shape=(config.branch_conv, config.d_model),
+                   role=Role(axes=(None, 'embed')))
     # With a cache, the convolution begins with the W - 1 last results of the
     # call before. Padding must not move those out, so it is marked too.
     before_BWD = valid_BL = None

@@ -140,12 +140,15 @@ class Cache:
     """
     key_axis, value_axis = self._slot_axes()
     return self.replace(
-        key_BMJK=self._write_array(
-            self.key_BMJK, key_BLJK, positions_BL, slot_axis=key_axis),
-        value_BMJK=self._write_array(
-            self.value_BMJK, value_BLJK, positions_BL, slot_axis=value_axis),
-        index_BMJK=self._write_array(
-            self.index_BMJK, index_BLJK, positions_BL, slot_axis=key_axis))
+        key_BMJK=self._write_array(self.key_BMJK, new_BLJK=key_BLJK,
+                                   positions_BL=positions_BL,
+                                   slot_axis=key_axis),
+        value_BMJK=self._write_array(self.value_BMJK, new_BLJK=value_BLJK,
+                                     positions_BL=positions_BL,
+                                     slot_axis=value_axis),
+        index_BMJK=self._write_array(self.index_BMJK, new_BLJK=index_BLJK,
+                                     positions_BL=positions_BL,
+                                     slot_axis=key_axis))
 
   def _write_array(self, slots: Optional[jax.Array],
                    new_BLJK: Optional[jax.Array], positions_BL: jax.Array,
@@ -169,8 +172,9 @@ class Cache:
     layer = () if self.layer is None else (self.layer,)
     has_several_rows = len(positions_BL) > 1
     if has_several_rows or slot_axis > 1:
-      return _scatter_tokens(
-          slots, new_BLJK, positions_BL, layer=layer, slot_axis=slot_axis)
+      return _scatter_tokens(slots, new_BLJK=new_BLJK,
+                             positions_BL=positions_BL, layer=layer,
+                             slot_axis=slot_axis)
     # The tokens of a single row are one slice, as their positions are
     # consecutive.
     new = new_BLJK.reshape((1,) * len(layer) + new_BLJK.shape)

@@ -539,7 +539,7 @@ class ModelConfig:
       if section == kinds.REPEATED_SECTION:
         names_before, periods, passes = prefix, num_periods, num_passes
       layer_kinds = self._section_kinds(
-          names, names_before, causal=causal, cross=cross)
+          names, names_before=names_before, causal=causal, cross=cross)
       sections.append(Section(
           name=section, kinds=layer_kinds, periods=periods, passes=passes))
     return tuple(sections)

@@ -79,15 +79,15 @@ class Head:
         and x_BLD.dtype == jnp.float32 and sharding.is_single_cpu())
     if not is_table_first:
       logits_BLV = layers.einsum('...D,DV->...V', x_BLD, self.kernel_DV,
-                                 x_BLD.dtype, out_dtype=jnp.float32)
+                                 dtype=x_BLD.dtype, out_dtype=jnp.float32)
       return self.finish_logits(logits_BLV)
     # The transposed product for T tokens. XLA's CPU backend copies a table that
     # is the second operand, for each token that is generated, and reads one
     # that is the first as it lies: the transpose of the kernel is the table of
     # embeddings itself. The barrier keeps XLA from exchanging the two again.
     x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-    logits_VT = layers.einsum('VD,TD->VT', self.kernel_DV.T, x_TD, x_BLD.dtype,
-                              out_dtype=jnp.float32)
+    logits_VT = layers.einsum('VD,TD->VT', self.kernel_DV.T, x_TD,
+                              dtype=x_BLD.dtype, out_dtype=jnp.float32)
     logits_VT = jax.lax.optimization_barrier(logits_VT)
     return self.finish_logits(logits_VT.T.reshape(*x_BLD.shape[:-1], -1))
 
@@ -124,12 +124,12 @@ class Unembed(nn.Module):
     kernel_DV = table_DV
     if not config.tie_embeddings:
       kernel_DV = layers.weight(
-          self, 'kernel', (config.d_model, config.vocab_size),
-          ('embed', 'vocab'), output=True)
+          self, 'kernel', shape=(config.d_model, config.vocab_size),
+          axes=('embed', 'vocab'), output=True)
     bias_V = None
     if config.logits_bias:
-      bias_V = layers.bias(self, 'bias', (config.vocab_size,), ('vocab',),
-                           output=True)
+      bias_V = layers.bias(self, 'bias', shape=(config.vocab_size,),
+                           axes=('vocab',), output=True)
     # muP's output multiplier, of a tied table too; the bias makes up for it by
     # its learning rate.
     return Head(kernel_DV=kernel_DV, bias_V=bias_V,
@@ -163,12 +163,13 @@ class Task(nn.Module):
     num_scores = HEADS[config.head].outputs(config)
     # The scores take the place of the vocabulary V in Head, so that its product
     # and scale are those of a language model.
-    kernel_DU = layers.weight(self, 'kernel', (config.d_model, num_scores),
-                              ('embed', None), output=True, tuned=True)
+    kernel_DU = layers.weight(self, 'kernel',
+                              shape=(config.d_model, num_scores),
+                              axes=('embed', None), output=True, tuned=True)
     bias_U = None
     if self.bias:
-      bias_U = layers.bias(self, 'bias', (num_scores,), (None,), output=True,
-                           tuned=True)
+      bias_U = layers.bias(self, 'bias', shape=(num_scores,), axes=(None,),
+                           output=True, tuned=True)
     x = layers.Dropout(config.head_dropout)(x, deterministic=deterministic)
     head = Head(kernel_DV=kernel_DU, bias_V=bias_U, scale=1 / config.widening)
     return head.logits(x)
@@ -206,16 +207,18 @@ class Unfold(nn.Module):
     # Twice a norm, a product and gelu.
     for i in range(2):
       normed_BLD = norm(c, f'norm_{i}')(x_BLD)
-      w_DD = layers.weight(self, f'kernel_{i}', (c.d_model, c.d_model),
-                           ('embed', None), tuned=True)
-      b_D = layers.bias(self, f'bias_{i}', (c.d_model,), (None,), tuned=True)
+      w_DD = layers.weight(self, f'kernel_{i}', shape=(c.d_model, c.d_model),
+                           axes=('embed', None), tuned=True)
+      b_D = layers.bias(self, f'bias_{i}', shape=(c.d_model,), axes=(None,),
+                        tuned=True)
       product_BLD = layers.einsum('BLD,DE->BLE', normed_BLD, w_DD,
-                                  normed_BLD.dtype, out_dtype=normed_BLD.dtype)
+                                  dtype=normed_BLD.dtype,
+                                  out_dtype=normed_BLD.dtype)
       x_BLD = layers.gelu(layers.add_bias(product_BLD, b_D))
     # The product with the vocabulary.
-    kernel_DV = layers.weight(self, 'kernel', (c.d_model, c.vocab_size),
-                              ('embed', 'vocab'), output=True, tuned=True)
-    bias_V = layers.bias(self, 'bias', (c.vocab_size,), ('vocab',),
+    kernel_DV = layers.weight(self, 'kernel', shape=(c.d_model, c.vocab_size),
+                              axes=('embed', 'vocab'), output=True, tuned=True)
+    bias_V = layers.bias(self, 'bias', shape=(c.vocab_size,), axes=('vocab',),
                          output=True, tuned=True)
     head = Head(kernel_DV=kernel_DV, bias_V=bias_V, scale=1 / c.widening)
     return norm(c, 'norm_2')(x_BLD), head

@@ -53,8 +53,8 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...],
   kind = 'logits' if output else 'hidden'
   role = Role(axes=axes, inputs=in_axes, batch=batch_axes, kind=kind,
               tuned=tuned)
-  init = _initializer(module.config, role, residual=residual, gain=gain)
-  return declare(module, name, init, shape, role=role)
+  init = _initializer(module.config, role=role, residual=residual, gain=gain)
+  return declare(module, name, init=init, shape=shape, role=role)
 
 
 def _initializer(config: ModelConfig, role: Role, residual: bool,
@@ -105,7 +105,8 @@ def bias(module: nn.Module, name: str, shape: tuple[int, ...],
   arguments are those of `weight`."""
   kind = 'logits' if output else 'hidden'
   role = Role(axes=axes, batch=batch_axes, kind=kind, tuned=tuned)
-  return declare(module, name, nn.initializers.zeros, shape, role=role)
+  return declare(module, name, init=nn.initializers.zeros, shape=shape,
+                 role=role)
 
 
 def embedding(module: nn.Module, name: str, rows: int,
@@ -122,7 +123,8 @@ def embedding(module: nn.Module, name: str, rows: int,
   config = module.config
   init = nn.initializers.normal(config.init_stddev)
   role = Role(axes=(axis, 'embed'), inputs=(0,), kind='embedding')
-  return declare(module, name, init, (rows, config.d_model), role=role)
+  return declare(module, name, init=init, shape=(rows, config.d_model),
+                 role=role)
 
 
 def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
@@ -222,8 +224,8 @@ def _product_bwd(spec: str, out_dtype: jax.typing.DTypeLike,
   x_letters, w_letters, y_letters = spec.replace('->', ',').split(',')
   dy = dy.astype(x.dtype)
   dx = _product(f'{y_letters},{w_letters}->{x_letters}', x.dtype, dy, w)
-  dw = _gradient_of_weight(x_letters, y_letters, w_letters, dtype=w.dtype, x=x,
-                           dy=dy)
+  dw = _gradient_of_weight(x_letters, y_letters=y_letters, w_letters=w_letters,
+                           dtype=w.dtype, x=x, dy=dy)
   return dx, dw
 
 
@@ -247,8 +249,8 @@ def gradient_of_weight(x_RI: jax.Array, dy_RO: jax.Array) -> jax.Array:
     return jnp.matmul(x_RI.T, dy_RO, preferred_element_type=jnp.float32)
   x_BLI = x_RI.reshape(2, -1, x_RI.shape[1])
   dy_BLO = dy_RO.reshape(2, -1, dy_RO.shape[1])
-  return _gradient_of_weight(
-      'BLI', 'BLO', 'IO', dtype=jnp.float32, x=x_BLI, dy=dy_BLO)
+  return _gradient_of_weight('BLI', y_letters='BLO', w_letters='IO',
+                             dtype=jnp.float32, x=x_BLI, dy=dy_BLO)
 
 
 def _gradient_of_weight(x_letters: str, y_letters: str, w_letters: str,
@@ -314,7 +316,7 @@ def product(module: nn.Module, name: str, spec: str, x: jax.Array,
   config = module.config
   # The product with the weight, gathered for the backward pass again or kept.
   stays_gathered = keeps_weight_gathered(config, name)
-  y = einsum(spec, x, w, config.compute_dtype, axes=axes,
+  y = einsum(spec, x, w, dtype=config.compute_dtype, axes=axes,
              keep=stays_gathered or config.remat != 'none',
              kept_as=sharding.NAME_OF_KEPT_WEIGHT if stays_gathered else '')
   if not has_adapter(config, name):
@@ -323,15 +325,17 @@ def product(module: nn.Module, name: str, spec: str, x: jax.Array,
   x_letters, w_letters, y_letters = spec.replace('->', ',').split(',')
   num_inputs = sum(letter not in y_letters for letter in w_letters)
   ins, outs = w_letters[:num_inputs], w_letters[num_inputs:]
-  a, b = _declare_adapter(module, name, w.shape, axes=axes,
+  a, b = _declare_adapter(module, name, shape=w.shape, axes=axes,
                           num_inputs=num_inputs)
   if config.lora.dropout:
     dropout = Dropout(config.lora.dropout, name=f'{name}_lora_dropout')
     x = dropout(x, deterministic=deterministic)
   # The product with A, whose result has the rank, Z, as its last axis, and B.
   z_letters = y_letters.removesuffix(outs) + 'Z'
-  z = einsum(f'{x_letters},{ins}Z->{z_letters}', x, a, config.compute_dtype)
-  z = einsum(f'{z_letters},Z{outs}->{y_letters}', z, b, config.compute_dtype)
+  z = einsum(f'{x_letters},{ins}Z->{z_letters}', x, a,
+             dtype=config.compute_dtype)
+  z = einsum(f'{z_letters},Z{outs}->{y_letters}', z, b,
+             dtype=config.compute_dtype)
   return y + jnp.asarray(config.lora.scale, y.dtype) * z
 
 
@@ -352,12 +356,13 @@ def dense(module: nn.Module, name: str, spec: str, x: jax.Array,
     deterministic: whether nothing is dropped.
     **weight_options: further arguments of `weight`.
   """
-  w = weight(module, name, shape, axes, **weight_options)
-  y = product(module, name, spec, x, w, axes, deterministic=deterministic)
+  w = weight(module, name, shape=shape, axes=axes, **weight_options)
+  y = product(module, name, spec, x, w, axes=axes, deterministic=deterministic)
   if not with_bias:
     return y
   num_inputs = len(weight_options.get('in_axes', (0,)))
-  b = bias(module, f'{name}_bias', shape[num_inputs:], axes[num_inputs:])
+  b = bias(module, f'{name}_bias', shape=shape[num_inputs:],
+           axes=axes[num_inputs:])
   return add_bias(y, b)
 
 
@@ -375,7 +380,7 @@ def adapted_weight(module: nn.Module, name: str, w: jax.Array,
   config = module.config
   if not has_adapter(config, name):
     return w
-  a, b = _declare_adapter(module, name, w.shape, axes=axes, num_inputs=1)
+  a, b = _declare_adapter(module, name, shape=w.shape, axes=axes, num_inputs=1)
   return w + config.lora.scale * jnp.tensordot(a, b, 1)
 
 
@@ -426,10 +431,10 @@ def _declare_adapter(module: nn.Module, name: str, shape: tuple[int, ...],
       1 / 3, mode='fan_in', distribution='uniform', in_axis=inputs)
   a_role = Role(axes=(*axes[:num_inputs], None), inputs=inputs, tuned=True)
   b_role = Role(axes=(None, *axes[num_inputs:]), inputs=(0,), tuned=True)
-  a = declare(module, name + SUFFIX_OF_LORA_A, init,
-              (*shape[:num_inputs], rank), role=a_role)
-  b = declare(module, name + SUFFIX_OF_LORA_B, nn.initializers.zeros,
-              (rank, *shape[num_inputs:]), role=b_role)
+  a = declare(module, name + SUFFIX_OF_LORA_A, init=init,
+              shape=(*shape[:num_inputs], rank), role=a_role)
+  b = declare(module, name + SUFFIX_OF_LORA_B, init=nn.initializers.zeros,
+              shape=(rank, *shape[num_inputs:]), role=b_role)
   return a, b
 
 
@@ -581,7 +586,7 @@ def layernorm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None,
   centred = x32 - mean
   var = jnp.square(centred).mean(-1, keepdims=True)
   y = centred * jax.lax.rsqrt(var + eps)
-  return _scale_and_shift(y, scale_D, bias_D, x.dtype)
+  return _scale_and_shift(y, scale_D=scale_D, bias_D=bias_D, dtype=x.dtype)
 
 
 def rmsnorm(x: jax.Array, scale_D: Optional[jax.Array],
@@ -591,7 +596,7 @@ def rmsnorm(x: jax.Array, scale_D: Optional[jax.Array],
   x32 = x.astype(jnp.float32)
   mean_square = jnp.square(x32).mean(-1, keepdims=True)
   y = x32 * jax.lax.rsqrt(mean_square + eps)
-  return _scale_and_shift(y, scale_D, None, x.dtype)
+  return _scale_and_shift(y, scale_D=scale_D, bias_D=None, dtype=x.dtype)
 
 
 def _scale_and_shift(y: jax.Array, scale_D: Optional[jax.Array],
@@ -628,7 +633,8 @@ class Norm(nn.Module):
                           ) -> jax.Array:
     """Declares a parameter with a number for each feature of x, and returns it,
     [D]."""
-    return declare(self, name, init, x.shape[-1:], role=Role((self.axis,)))
+    return declare(self, name, init=init, shape=x.shape[-1:],
+                   role=Role((self.axis,)))
 
 
 class LayerNorm(Norm):
@@ -855,13 +861,13 @@ class FFN(nn.Module):
     multiply = functools.partial(product, self,
                                  deterministic=ctx.deterministic)
     in_axes, out_axes = ('embed', 'mlp'), ('mlp', 'embed')
-    up_DF = weight(self, 'up', (D, F), in_axes)
-    down_FD = weight(self, 'down', (F, D), out_axes, residual=True)
+    up_DF = weight(self, 'up', shape=(D, F), axes=in_axes)
+    down_FD = weight(self, 'down', shape=(F, D), axes=out_axes, residual=True)
     # The hidden units.
     h_BLF = multiply('up', 'BLD,DF->BLF', x_BLD, up_DF, in_axes)
     h_BLF = self._add_bias_of_product('up', h_BLF, 'mlp')
     if compute_hidden.gated:
-      gate_DF = weight(self, 'gate', (D, F), in_axes)
+      gate_DF = weight(self, 'gate', shape=(D, F), axes=in_axes)
       g_BLF = multiply('gate', 'BLD,DF->BLF', x_BLD, gate_DF, in_axes)
       g_BLF = self._add_bias_of_product('gate', g_BLF, 'mlp')
       h_BLF = recompute_in_backward(compute_hidden)(h_BLF, g_BLF)
@@ -885,7 +891,8 @@ class FFN(nn.Module):
     """
     if not self.config.ffn_bias:
       return y
-    return add_bias(y, bias(self, f'{name}_bias', y.shape[-1:], (axis,)))
+    return add_bias(
+        y, bias(self, f'{name}_bias', shape=y.shape[-1:], axes=(axis,)))
 
 
 FFNS = {

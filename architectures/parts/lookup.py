@@ -319,11 +319,11 @@ def _read_ngram_tables(module: nn.Module, ctx: Context, state: Optional[State]
   num_rows = sum(first_primes(ngrams.rows, ngrams.tables))
   row_ids_BLU = hash_ngrams(config, all_BM, ctx.segment_ids_BL)
   e_BLUS = _read_rows_of_table(
-      module, num_rows, size=ngrams.size, ids_BLU=row_ids_BLU)
+      module, num_rows=num_rows, size=ngrams.size, ids_BLU=row_ids_BLU)
   # The last tokens that are no padding.
   valid_BL = None if state is None else ctx.valid_BL
-  after_BW = features.last_inputs(
-      all_BM, ngrams.order - 1, tokens_BL.shape[1], valid_BL)
+  after_BW = features.last_inputs(all_BM, count=ngrams.order - 1,
+                                  length=tokens_BL.shape[1], valid_BL=valid_BL)
   e_BLU = e_BLUS.reshape(*tokens_BL.shape, -1)
   return sharding.constrain(e_BLU, 'batch', 'length', 'mlp'), after_BW
 
@@ -347,8 +347,8 @@ def _read_rows_of_table(module: nn.Module, num_rows: int, size: int,
   role = Role(axes=('table', None), inputs=(0,), kind='embedding',
               reads=ids_BLU.shape[-1])
   table_IS = declare(
-      module, 'table', nn.initializers.normal(config.init_stddev),
-      (rounded_up, size), role=role)
+      module, 'table', init=nn.initializers.normal(config.init_stddev),
+      shape=(rounded_up, size), role=role)
   return sharding.look_up_sharded_rows(table_IS, ids_BLU, config.compute_dtype)
 
 
@@ -366,9 +366,10 @@ def _project(module: nn.Module, name: str, x_BLI: jax.Array, size: int = 0,
     **weight_options: further arguments of layers.weight.
   """
   c: Any = module.config  # type: ignore[attr-defined]
-  w_IO = layers.weight(module, name, (x_BLI.shape[-1], size or c.d_model), axes,
-                       **weight_options)
-  return layers.einsum('BLI,IO->BLO', x_BLI, w_IO, c.compute_dtype, axes=axes)
+  w_IO = layers.weight(module, name, shape=(x_BLI.shape[-1], size or c.d_model),
+                       axes=axes, **weight_options)
+  return layers.einsum('BLI,IO->BLO', x_BLI, w_IO, dtype=c.compute_dtype,
+                       axes=axes)
 
 
 def gate_values(key_BLD: jax.Array, x_BLD: jax.Array, value_BLD: jax.Array
@@ -429,8 +430,8 @@ class Engram(nn.Module):
         key_BLD, query_BLD, value_BLD)
     # A causal convolution of v is added to it, whose weights are 0 at first.
     # Its W tokens stand as many places apart as the longest n-gram has tokens.
-    w_WD = declare(self, 'conv', nn.initializers.zeros, (ngrams.kernel, size),
-                   role=Role((None, 'embed')))
+    w_WD = declare(self, 'conv', init=nn.initializers.zeros,
+                   shape=(ngrams.kernel, size), role=Role((None, 'embed')))
     y_BLD, inputs_BWD = features.convolve(
         make_norm('conv_norm')(v_BLD).reshape(*shape[:2], size), w_WD,
         before_BWHK=state and state.inputs_BWD,
@@ -475,7 +476,7 @@ class PerLayer(nn.Module):
     # The row of each token, E_t.
     ids_BL1 = ctx.tokens_BL[..., None]
     row_BLS = _read_rows_of_table(
-        self, config.vocab_size, size=size, ids_BLU=ids_BL1)[:, :, 0]
+        self, num_rows=config.vocab_size, size=size, ids_BLU=ids_BL1)[:, :, 0]
     # n(W_0 x_0 / sqrt(D)), of the embedding x_0.
     projected_BLS = layers.multiply_exactly(
         project_to_row('input', ctx.embedded_BLD), config.d_model ** -0.5)

@@ -75,7 +75,8 @@ class Concat(Plain):
                     inputs: streams.LayerInput, n: Any) -> streams.LayerInput:
     is_first_pass = n == 0
     state = jnp.where(is_first_pass, 0, state)
-    joined_BLD = project_concatenation(module, 'join', state, inputs)
+    joined_BLD = project_concatenation(module, 'join', first_BLD=state,
+                                       second_BLD=inputs)
     return streams.pin_residual(joined_BLD)
 
 
@@ -120,14 +121,17 @@ class Gate(Plain):
     both_BLU = jnp.concatenate([
         layers.rmsnorm(inputs_BLD, None, c.norm_eps),
         layers.rmsnorm(state_BLD, None, c.norm_eps)], -1)
-    down_UR = layers.weight(module, 'down', (2 * D, R), ('mlp', None))
-    rank_BLR = layers.einsum('BLU,UR->BLR', both_BLU, down_UR, c.compute_dtype)
+    down_UR = layers.weight(module, 'down', shape=(2 * D, R),
+                            axes=('mlp', None))
+    rank_BLR = layers.einsum('BLU,UR->BLR', both_BLU, down_UR,
+                             dtype=c.compute_dtype)
 
     def gate(name: str) -> jax.Array:
       """Returns tanh(r W), [B, L, D], with W the parameter `name`."""
-      w_RD = layers.weight(module, name, (R, D), (None, 'embed'))
+      w_RD = layers.weight(module, name, shape=(R, D), axes=(None, 'embed'))
       return jnp.tanh(layers.einsum('BLR,RD->BLD', rank_BLR, w_RD,
-                                    c.compute_dtype, out_dtype=jnp.float32))
+                                    dtype=c.compute_dtype,
+                                    out_dtype=jnp.float32))
 
     # The gates and the sum, in float32.
     forget_BLD = gate('forget')
@@ -162,10 +166,11 @@ def project_concatenation(module: nn.Module, name: str, first_BLD: jax.Array,
   config: ModelConfig = module.config  # type: ignore[attr-defined]
   # The names of W's axes, by which it is divided over the devices.
   axes = ('mlp', 'embed')
-  w_UD = layers.weight(module, name, (2 * config.d_model, config.d_model), axes)
+  w_UD = layers.weight(module, name, shape=(2 * config.d_model, config.d_model),
+                       axes=axes)
   both_BLU = jnp.concatenate([first_BLD, second_BLD], -1)
-  return layers.einsum('BLU,UD->BLD', both_BLU, w_UD, config.compute_dtype,
-                       axes=axes, keep=False)
+  return layers.einsum('BLU,UD->BLD', both_BLU, w_UD,
+                       dtype=config.compute_dtype, axes=axes, keep=False)
 
 
 class Enter(nn.Module):

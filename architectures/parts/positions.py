@@ -616,7 +616,8 @@ class Rope(Position):
 
   def rotate(self, x_BLHK: jax.Array, positions_BL: jax.Array,
              config: ModelConfig, length: int | jax.Array = 0) -> jax.Array:
-    return rotate_heads(x_BLHK, positions_BL, config, length=length)
+    return rotate_heads(x_BLHK, positions_BL=positions_BL, config=config,
+                        length=length)
 
   def score_factor(self, c: ModelConfig) -> float:
     rope = c.part(RopeConfig)
@@ -680,8 +681,9 @@ class Learned(Position):
     fields = config.part(LearnedConfig)
     table_LD = layers.embedding(module, name, config.max_len + fields.offset)
     table_LD = sharding.constrain(table_LD, None, None)
-    added_BLD = look_up_learned_positions(
-        table_LD, positions_BL, stretch=fields.stretch, offset=fields.offset)
+    added_BLD = look_up_learned_positions(table_LD, positions=positions_BL,
+                                          stretch=fields.stretch,
+                                          offset=fields.offset)
     return x_BLD + added_BLD.astype(x_BLD.dtype)
 
   def longest_supported_length(self, c: ModelConfig) -> int:
@@ -906,8 +908,8 @@ class RelativeBias(nn.Module):
     # for all pairs of a query and a key, and its axis of heads moved forward.
     stddev = c.base_width ** -0.5 if c.init == 'fan_in' else c.init_stddev
     table_UH = declare(
-        self, 'table', nn.initializers.normal(stddev),
-        (relative.buckets, c.num_heads), role=Role(axes=(None, 'heads')))
+        self, 'table', init=nn.initializers.normal(stddev),
+        shape=(relative.buckets, c.num_heads), role=Role(axes=(None, 'heads')))
     bucket_BLM = relative_bucket(
         k_positions_BM[:, None] - q_positions_BL[:, :, None],
         bidirectional=not self.causal, buckets=relative.buckets,
@@ -1005,15 +1007,17 @@ class RelativeByToken(Position):
     rank, extent = profiles.rank, profiles.extent
     # How much of each of the U profiles a token takes, for each head; and with
     # these its bias for each distance, where M stands for distances at first.
-    mix_BLHU = layers.dense(
-        module, 'profile', 'BLD,DHU->BLHU', x_BLD,
-        (c.d_model, c.num_heads, rank), ('embed', 'heads', None), output=True,
-        with_bias=False, deterministic=ctx.deterministic) / c.widening
+    mix_BLHU = layers.dense(module, 'profile', 'BLD,DHU->BLHU', x_BLD,
+                            shape=(c.d_model, c.num_heads, rank),
+                            axes=('embed', 'heads', None), output=True,
+                            with_bias=False,
+                            deterministic=ctx.deterministic) / c.widening
     profiles_UM = declare(
-        module, 'profiles', nn.initializers.normal(c.init_stddev),
-        (rank, extent), role=Role(axes=(None, None), inputs=(0,)))
+        module, 'profiles', init=nn.initializers.normal(c.init_stddev),
+        shape=(rank, extent), role=Role(axes=(None, None), inputs=(0,)))
     by_distance_BHLM = layers.einsum('BLHU,UM->BHLM', mix_BLHU, profiles_UM,
-                                     c.compute_dtype, out_dtype=jnp.float32)
+                                     dtype=c.compute_dtype,
+                                     out_dtype=jnp.float32)
     # The bias of each key is looked up by its distance. Indices outside of the
     # profiles are clipped first, and their biases then replaced by 0.
     distance_BLM = ctx.positions_BL[:, :, None] - k_positions_BM[:, None]

@@ -716,7 +716,7 @@ def look_up_embeddings(table_VD: jax.Array, ids_BL: jax.Array,
     The rows, [B, L, D].
   """
   product_sharding = sharding_of_product(
-      'BL', ids_BL, table_VD, ('vocab', 'embed'))
+      'BL', ids_BL, table_VD, axes=('vocab', 'embed'))
   if product_sharding is None or not product_sharding.weight[1]:
     # Gathered whole over fsdp first: rows that are split over fsdp would have
     # to move to where the batch is split over it.

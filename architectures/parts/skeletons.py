@@ -117,8 +117,8 @@ class Decoder(nn.Module):
     config = self.config
     require(cache is None or segment_ids_BL is None,
             'a cache holds one document a row: pass no segment ids with it')
-    ctx = _make_context(
-        tokens_BL, positions_BL, segment_ids_BL, **context_fields)
+    ctx = _make_context(tokens_BL, positions_BL=positions_BL,
+                        segment_ids_BL=segment_ids_BL, **context_fields)
     # The embedding, the layers and the final norm.
     embed = Embed(config, name='embed')
     embedded_BLD, table_DV = embed(
@@ -204,12 +204,13 @@ class Embed(nn.Module):
     """
     config = self.config
     # The tokens. A lookup is divided over the devices as the table is.
-    table_VD = layers.embedding(self, 'tokens', config.vocab_size, axis='vocab')
+    table_VD = layers.embedding(self, 'tokens', rows=config.vocab_size,
+                                axis='vocab')
     if added:
       role = sharding.Role(('vocab', 'embed'), inputs=(0,), kind='embedding')
       table_VD = jax.lax.stop_gradient(table_VD) + sharding.declare(
-          self, NAME_OF_ADDED_TABLE, nn.initializers.zeros, table_VD.shape,
-          role=role)
+          self, NAME_OF_ADDED_TABLE, init=nn.initializers.zeros,
+          shape=table_VD.shape, role=role)
     x_BLD = sharding.look_up_embeddings(
         table_VD, tokens_BL, config.compute_dtype)
     if config.embed_scale != 1:
@@ -317,14 +318,15 @@ class Mtp(nn.Module):
       # x_BLD is that of the depth before, so the depths form a chain.
       ahead_BLD = jnp.roll(embedded_BLD, -depth, 1)
       joined_BLD = project_concatenation(
-          self, f'join_{depth}', norm(config, f'token_norm_{depth}')(ahead_BLD),
-          norm(config, f'hidden_norm_{depth}')(x_BLD))
+          self, f'join_{depth}',
+          first_BLD=norm(config, f'token_norm_{depth}')(ahead_BLD),
+          second_BLD=norm(config, f'hidden_norm_{depth}')(x_BLD))
       # One more layer, as a stack of its own, with streams and distances that
       # begin anew.
       x = streams.begin_streams(config, streams.pin_residual(joined_BLD),
                                 branches=blocks.count_branches(config, (kind,)))
       ctx_k = add_distances(
-          config, kind, ctx=ctx_k, k_positions_BM=ctx.positions_BL,
+          config, kind=kind, ctx=ctx_k, k_positions_BM=ctx.positions_BL,
           name_suffix=f'_{depth}')
       period = Period(config, (kind,), name=f'depth_{depth}')
       (x, _), results = period((x, None), None, ctx_k, {})
@@ -449,8 +451,8 @@ class Encoder(nn.Module):
       [B, M], is what the encoder reads at them.
     """
     c = self.config
-    ctx = _make_context(
-        tokens_BL, positions_BL, segment_ids_BL, **context_fields)
+    ctx = _make_context(tokens_BL, positions_BL=positions_BL,
+                        segment_ids_BL=segment_ids_BL, **context_fields)
     # The encoder and its generator embed their tokens by the same function.
     embed = functools.partial(
         Embed(c.config_of_embedding, name='embed'),
@@ -658,12 +660,13 @@ class Encoder(nn.Module):
         model's width, by which weights are initialised.
       bias: whether there is b.
     """
-    w_DE = layers.weight(self, name, (x.shape[-1], size), ('embed', None),
-                         output=output)
-    y = layers.einsum('...D,DE->...E', x, w_DE, self.config.compute_dtype)
+    w_DE = layers.weight(self, name, shape=(x.shape[-1], size),
+                         axes=('embed', None), output=output)
+    y = layers.einsum('...D,DE->...E', x, w_DE, dtype=self.config.compute_dtype)
     if not bias:
       return y
-    b_E = layers.bias(self, f'{name}_bias', (size,), (None,), output=output)
+    b_E = layers.bias(self, f'{name}_bias', shape=(size,), axes=(None,),
+                      output=output)
     return layers.add_bias(y, b_E)
 
 
@@ -784,7 +787,8 @@ class EncoderDecoder(nn.Module):
       the final norm, [B, M, D]. And what the layers report, by name: see
       Output.aux.
     """
-    ctx = _make_context(tokens_BM, None, segment_ids_BM, **context_fields)
+    ctx = _make_context(tokens_BM, positions_BL=None,
+                        segment_ids_BL=segment_ids_BM, **context_fields)
     x_BMD, _ = self.embed(tokens_BM, ctx.positions_BL,
                           deterministic=ctx.deterministic)
     memory_BMD, _, aux = self.encoder(x_BMD, ctx)
@@ -822,7 +826,7 @@ class EncoderDecoder(nn.Module):
     require(cache is None or segment_ids_BL is None,
             'a cache holds one target a row: pass no decoder segment ids')
     ctx = _make_context(
-        tokens_BL, positions_BL, segment_ids_BL,
+        tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL,
         memory=Memory(x_BMD=memory, segment_ids_BM=memory_segment_ids_BM),
         **context_fields)
     x_BLD, table_DV = self.embed(tokens_BL, ctx.positions_BL,

@@ -159,7 +159,7 @@ class Stack(nn.Module):
     # All layers of a stack are causal, or none is, so the first one tells.
     first_kind = self.sections[0].kinds[0]
     ctx = add_distances(
-        config, first_kind, ctx=ctx, k_positions_BM=k_positions_BM)
+        config, kind=first_kind, ctx=ctx, k_positions_BM=k_positions_BM)
     if any(layer.memory == 'per_layer' for layer in config.distinct_layers):
       ctx = ctx.replace(embedded_BLD=x_BLD)
     return ctx
@@ -206,7 +206,7 @@ class Stack(nn.Module):
       if cache is not None:
         section_cache = tuple(itertools.islice(entries, len(section.kinds)))
       carry, results = self._run_section(
-          section, carry, cache=section_cache, ctx=ctx, lent=lent)
+          section, carry=carry, cache=section_cache, ctx=ctx, lent=lent)
       # Later sections read what this one lends, without its axis of periods.
       lent = jax.tree.map(operator.itemgetter(0), results.lent)
       results_of_sections.append(results)
@@ -241,8 +241,9 @@ class Stack(nn.Module):
     # One scan over the periods, or one in each pass. A new model runs one pass:
     # all passes have the same parameters, which must be declared once.
     if self._is_looped(section) and not self.is_initializing():
-      (carry, slots), results = self._run_passes(
-          section, (carry, slots), other_cache=other_cache, ctx=ctx, lent=lent)
+      (carry, slots), results = self._run_passes(section, carry=(carry, slots),
+                                                 other_cache=other_cache,
+                                                 ctx=ctx, lent=lent)
     else:
       periods = self._scanned_periods(section, name=section.name)
       (carry, slots), results = periods(
@@ -361,7 +362,8 @@ class Stack(nn.Module):
       """
       (x, first_values), slots = carry
       n, other_cache, rngs = of_pass
-      x = passes.input_of_pass(config, params, x, inputs=inputs, n=n)
+      x = passes.input_of_pass(config, params=params, state=x, inputs=inputs,
+                               n=n)
       # The cache has the rows of all passes, those of a pass side by side.
       period_N = None
       if slots is not None:
@@ -458,14 +460,15 @@ class Stack(nn.Module):
     results_of_periods = []
     for section in self.sections:
       lends = self._places_lent_by_section(section.name)
-      period = Period(config, section.kinds, lends, parent=None)
+      period = Period(config, pattern=section.kinds, lends=lends, parent=None)
       inputs, _ = carry
       for i in range(section.periods * section.passes):
         # Pass n runs all periods with the weights that the other passes have.
         n, row = divmod(i, section.periods)  # the pass, and the period in it
         if self._is_looped(section) and row == 0:
           x, first_values = carry
-          x = passes.input_of_pass(config, params, x, inputs=inputs, n=n)
+          x = passes.input_of_pass(config, params=params, state=x,
+                                   inputs=inputs, n=n)
           carry = x, first_values
         carry, results = period.apply(
             {'params': params[section.name][str(row)]}, carry, next(entries),
@@ -604,7 +607,7 @@ class Period(nn.Module):
                             keys=lent.get(kind.source), lends=i in lenders)
       entry = None if cache is None else cache[i]
       x, entry, layer_report = self._run_layer(
-          i, kind, x, ctx=ctx.replace(shared=shared), cache=entry)
+          i, kind=kind, x=x, ctx=ctx.replace(shared=shared), cache=entry)
       # Arrays that later layers read go with the carry, not into the report.
       if layer_report.first_values is not None:
         first_values = layer_report.first_values
@@ -655,7 +658,7 @@ class Period(nn.Module):
         or starts_iteration):
       return make_layer()(x, ctx, cache)
     return self._run_after_weight_gradients(
-        name, make_layer, x, ctx=ctx, cache=cache)
+        name, make_layer=make_layer, x=x, ctx=ctx, cache=cache)
 
   def _run_after_weight_gradients(
       self, name: str, make_layer: Callable[[], nn.Module],

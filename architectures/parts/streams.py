@@ -381,7 +381,8 @@ def _declare_in_float32(module: Any, name: str, init: Callable, *shape: int
   """Declares parameters whose number does not depend on the model's width, and
   returns them in float32."""
   role = Role(axes=(None,) * len(shape))
-  return declare(module, name, init, shape, role=role).astype(jnp.float32)
+  return declare(module, name, init=init, shape=shape, role=role).astype(
+      jnp.float32)
 
 
 class Hyper(Mixed):
@@ -412,14 +413,14 @@ class Hyper(Mixed):
     # The part that depends on the token: tanh(n(x) W). W makes I = count + 2
     # numbers of each stream u: its a_u, its b_u, and its row A_u of A.
     role = Role(axes=('embed', None), inputs=(0,), kind='logits')
-    w_DI = declare(module, 'dynamic', nn.initializers.zeros, (D, count + 2),
-                   role=role)
+    w_DI = declare(module, 'dynamic', init=nn.initializers.zeros,
+                   shape=(D, count + 2), role=role)
     scale_2 = _declare_in_float32(
         module, 'dynamic_scale',
         nn.initializers.constant(INITIAL_SCALE_OF_DYNAMIC_PART), 2)
     n_BLUD = norm(config, 'norm')(x.x_BLUD)
-    z_BLUI = layers.einsum('BLUD,DI->BLUI', n_BLUD, w_DI, config.compute_dtype,
-                           out_dtype=jnp.float32)
+    z_BLUI = layers.einsum('BLUD,DI->BLUI', n_BLUD, w_DI,
+                           dtype=config.compute_dtype, out_dtype=jnp.float32)
     z_BLUI = jnp.tanh(z_BLUI / config.widening)
     # The sums of both parts. a and A have one factor s, and b has its own.
     return StreamWeights(
@@ -531,12 +532,13 @@ def _logits_of_all_streams(module: Any, x_BLUD: jax.Array, size: int
   if config.part(StreamsConfig).learned_end:
     init = nn.initializers.normal(config.init_stddev)
   role = Role(axes=(None, 'embed', None), inputs=(0, 1), kind='logits')
-  w_UDO = declare(module, 'dynamic', init, (count, D, size), role=role)
+  w_UDO = declare(module, 'dynamic', init=init, shape=(count, D, size),
+                  role=role)
 
   def logits(x_BLI: jax.Array, w_IO: jax.Array) -> jax.Array:
     n_BLI = rmsnorm(x_BLI, None, config.norm_eps)
-    return layers.einsum('...I,IO->...O', n_BLI, w_IO, config.compute_dtype,
-                         out_dtype=jnp.float32)
+    return layers.einsum('...I,IO->...O', n_BLI, w_IO,
+                         dtype=config.compute_dtype, out_dtype=jnp.float32)
 
   # The U streams of a token become one vector of I = U * D features, whose root
   # mean square is then taken over all streams at once. W is declared with both
@@ -629,10 +631,11 @@ class Gated(Mixed):
     read_BLD, n_BLUD = _read_through_gates(module, x)
     # b, of the normalised streams.
     count, D = n_BLUD.shape[2:]
-    w_UDU = layers.weight(module, 'write', (count, D, count),
-                          (None, 'embed', None), in_axes=(0, 1), output=True)
-    z_BLU = layers.einsum('BLUD,UDV->BLV', n_BLUD, w_UDU, config.compute_dtype,
-                          out_dtype=jnp.float32)
+    w_UDU = layers.weight(module, 'write', shape=(count, D, count),
+                          axes=(None, 'embed', None), in_axes=(0, 1),
+                          output=True)
+    z_BLU = layers.einsum('BLUD,UDV->BLV', n_BLUD, w_UDU,
+                          dtype=config.compute_dtype, out_dtype=jnp.float32)
     write_BLU = 2 * jax.nn.sigmoid(z_BLU / (count * config.widening))
     return read_BLD, StreamWeights(read_BLU=None, write_BLU=write_BLU)
 
@@ -671,17 +674,19 @@ def _read_through_gates(module: Any, x: Streams
   n_BLUD = layers.norm_of_streams(config, 'norm')(x.x_BLUD)
   count, D = n_BLUD.shape[-2:]
   rank = config.part(StreamsConfig).rank
-  down_UDR = layers.weight(module, 'down', (count, D, rank),
-                           (None, 'embed', None), in_axes=(0, 1), output=True)
-  up_RUD = layers.weight(module, 'up', (rank, count, D), (None, None, 'embed'))
+  down_UDR = layers.weight(module, 'down', shape=(count, D, rank),
+                           axes=(None, 'embed', None), in_axes=(0, 1),
+                           output=True)
+  up_RUD = layers.weight(module, 'up', shape=(rank, count, D),
+                         axes=(None, None, 'embed'))
   # The logits of the gates. The sum over all streams and features is divided by
   # the count, and by the width over that of muP's base (`widening`, 1 without
   # muP), so that its size depends on neither.
   z_BLR = layers.einsum('...UD,UDR->...R', n_BLUD, down_UDR,
-                        config.compute_dtype, out_dtype=jnp.float32)
+                        dtype=config.compute_dtype, out_dtype=jnp.float32)
   z_BLR = jax.nn.silu(z_BLR / (count * config.widening))
   gate_BLUD = layers.einsum('...R,RUD->...UD', z_BLR, up_RUD,
-                            config.compute_dtype)
+                            dtype=config.compute_dtype)
   # The sigmoid and the mean are one step that is computed again in the backward
   # pass, so that no further array of the size of all streams is kept.
   mean_through_gates = recompute_in_backward(
@@ -767,8 +772,9 @@ def _attend_to_slots(module: Any, x: Streams, flops: int, divisor: int
   config: ModelConfig = module.config
   D = x.x_BLUD.shape[-1]
   role = Role(axes=('embed', None), inputs=(0,), kind='logits')
-  query_D1 = declare(module, 'query', nn.initializers.zeros, (D, 1), role=role)
-  scale_D = declare(module, 'scale', nn.initializers.ones, (D,),
+  query_D1 = declare(module, 'query', init=nn.initializers.zeros, shape=(D, 1),
+                     role=role)
+  scale_D = declare(module, 'scale', init=nn.initializers.ones, shape=(D,),
                     role=Role(axes=('embed',)))
   attend = recompute_in_backward(
       layers.count_flops_by_result(_attention_over_slots, flops, divisor))

@@ -182,7 +182,7 @@ def _check_pattern(c: ModelConfig) -> None:
         _check_position(c, kind.name)
       if c.of_kind(kind.name).shares_keys:
         _check_shared_keys(
-            c, kind, layers=section.kinds, prefix=sections[0].kinds)
+            c, kind=kind, layers=section.kinds, prefix=sections[0].kinds)
 
 
 def _check_shared_keys(config: ModelConfig, kind: LayerKind,

@@ -32,10 +32,10 @@ MATCH = 'flops_per_token'
 
 
 def get_config():
-  config = helpers.small_run_config(
-      llama.get_config('tiny'), 150, 16, 128, every=30, lr=1e-2,
-      d_model=24, num_layers=4, num_heads=2, num_kv_heads=0,
-      d_ff=0, init_stddev=0.1)
+  config = helpers.small_run_config(llama.get_config('tiny'), steps=150,
+                                    rows=16, length=128, every=30, lr=1e-2,
+                                    d_model=24, num_layers=4, num_heads=2,
+                                    num_kv_heads=0, d_ff=0, init_stddev=0.1)
   config.data.update(source='jsonl:gcide.jsonl:text', holdout_every=200)
   return config
 

@@ -23,5 +23,5 @@ def get_config():
 def sweep(add):
   for widths, depths in ((24, 32, 48, 64, 96), (4,)), ((32, 64), (2, 8)):
     for name, changes in helpers.ladder_of_sizes(
-        widths, depths, _STEPS, 4e-3, at=64):
+        widths, depths=depths, steps=_STEPS, lr=4e-3, at=64):
       add(name, **changes)

@@ -205,8 +205,10 @@ class Comparison:
       variant: the name of the variant.
       is_verdict: whether the verdict of the phase is on this row.
     """
-    values = list(self.values(phase, variant, size, measure).values())
-    compared = self.effect(phase, variant, measure.name, size)
+    values = list(self.values(phase, variant=variant, size=size,
+                              measure=measure).values())
+    compared = self.effect(phase, variant=variant, measure=measure.name,
+                           size=size)
 
     # The variant alone.
     row: dict[str, Any] = {

@@ -504,7 +504,8 @@ def _read_run(workdir, description: Mapping[str, Any], point: str, seed: int,
   evaluations = layout.load_evaluation(folder)
   if is_started:
     differing_fields = tuple(
-        layout.fields_unlike_sweep(description, workdir, point, seed))
+        layout.fields_unlike_sweep(description, workdir=workdir, point=point,
+                                   seed=seed))
   return Run(
       seed=seed, state=state, error=error, config=config, rows=rows,
       evaluations=evaluations, differing_fields=differing_fields,

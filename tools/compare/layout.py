@@ -363,7 +363,8 @@ def why_not_of_sweep(description: dict, workdir, point: str, seed: int) -> str:
   """
   folder = run_folder(workdir, point, seed)
   try:
-    different = fields_unlike_sweep(description, workdir, point, seed)
+    different = fields_unlike_sweep(description, workdir=workdir, point=point,
+                                    seed=seed)
   # A config that cannot be read is no run of the sweep, either.
   except RequestError as error:
     return str(error)
@@ -530,7 +531,8 @@ def group_command(workdir, runs: Iterable[tuple[str, int]], tasks: str = ''
 def shell_command_of_run(description: dict, workdir, run: 'Run') -> str:
   """Returns one line for a shell that trains a run and does the evaluations
   that it owes."""
-  commands = [train_command(description, workdir, run.point, run.seed)]
+  commands = [train_command(description, workdir=workdir, point=run.point,
+                            seed=run.seed)]
   if run.tasks:
     folder = run_folder(workdir, run.point, run.seed)
     commands.append(['eval.py', '--workdir', str(folder),
@@ -1010,7 +1012,8 @@ def reconcile_ledger(workdir, ledger: Ledger) -> dict:
     train = config_of_run(description, run.point, run.seed).train
     if not is_trained(folder, train):
       continue
-    error = why_not_of_sweep(description, workdir, run.point, run.seed)
+    error = why_not_of_sweep(description, workdir=workdir, point=run.point,
+                             seed=run.seed)
     if error:
       ledger.set_state_of_unclaimed(run, FAILED, error)
     elif is_evaluated(folder, run.owed_tasks):

@@ -272,7 +272,7 @@ class Runner:
     else:
       point, seed = point_seeds[0]
       command = layout.train_command(
-          self._description, self._workdir, point, seed)
+          self._description, workdir=self._workdir, point=point, seed=seed)
 
     # A run begins anew where it has no log yet; this is asked before the logs
     # are written. Then each log says what runs. What the process prints goes to
@@ -379,8 +379,8 @@ class Runner:
     # changed. Its results must not count, however complete they are.
     folder = self._folder(run)
     if (folder / 'config.json').exists():
-      error = layout.why_not_of_sweep(
-          self._description, self._workdir, run.point, run.seed)
+      error = layout.why_not_of_sweep(self._description, workdir=self._workdir,
+                                      point=run.point, seed=run.seed)
       if error:
         return layout.FAILED, error
 
@@ -505,7 +505,7 @@ def _evaluate_runs(folders: Sequence[pathlib.Path], tasks: list[str]) -> int:
         log), contextlib.redirect_stderr(log):
       try:
         figures = evals.evaluate_run(
-            storage.checked_path(folder), tasks, None, step=None,
+            storage.checked_path(folder), names=tasks, options=None, step=None,
             programs=compiled_programs)
       except (RequestError, EnvironmentFailure, OSError) as error:
         print(f'error: {error}')  # of this run: the others go on

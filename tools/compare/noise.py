@@ -161,7 +161,8 @@ def signal_to_noise(plan: Plan, runs: pairing.Runs, measure: Measure
   for size in plan.sizes:
     values = []
     for variant in (plan.base, SECOND_BASE):
-      outcomes = pairing.outcomes_with_measure(runs, variant, size, measure)
+      outcomes = pairing.outcomes_with_measure(runs, variant=variant, size=size,
+                                               measure=measure)
       values += [outcome.values[measure.name] for outcome in outcomes.values()
                  if not outcome.diverged]
     if len(values) < 2:

@@ -50,8 +50,9 @@ def pair_with_base(runs: Runs, variant: str, base: str, size: str,
                    ) -> Pairs:
   """Returns, by seed, the run of a variant and that of the base, of the seeds
   of which both have a measure."""
-  ours = outcomes_with_measure(runs, variant, size, measure)
-  theirs = outcomes_with_measure(runs, base, size, measure)
+  ours = outcomes_with_measure(runs, variant=variant, size=size,
+                               measure=measure)
+  theirs = outcomes_with_measure(runs, variant=base, size=size, measure=measure)
   seeds = sorted(ours.keys() & theirs.keys())
   return {seed: Pair(ours=ours[seed], base=theirs[seed]) for seed in seeds}
 

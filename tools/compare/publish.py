@@ -121,7 +121,8 @@ def _row_of_verdict(comparison: Comparison,
   plan, variant = comparison.plan, verdict['variant']
   shown, sizes = verdict, plan.sizes
   if verdict['n'] is None:
-    shown = _estimate_over_sizes(comparison, 'screen', variant, plan.primary)
+    shown = _estimate_over_sizes(comparison, phase='screen', variant=variant,
+                                 measure=plan.primary)
     sizes = plan.sizes[:1]
 
   # The change and its size.
@@ -143,7 +144,8 @@ def _row_of_verdict(comparison: Comparison,
       high=multiplier.get('high'), form='.2f')
   others = []
   for measure in plan.measures[1:]:
-    other = _estimate_over_sizes(comparison, 'confirm', variant, measure)
+    other = _estimate_over_sizes(comparison, phase='confirm', variant=variant,
+                                 measure=measure)
     if other.get('n'):
       others.append(f'{measure.name} {_format_effect(other)}')
   return {

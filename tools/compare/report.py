@@ -297,8 +297,9 @@ def answer_in_a_sentence(comparison: Comparison) -> str:
       variant += f' ({effect}{_say_excluded_effect(comparison, row)})'
     groups.setdefault(row['verdict'], []).append(variant)
 
-  unit = measures_lib.format_unit(comparison.frozen, comparison.plan.primary,
-                                  ' (', ')')
+  unit = measures_lib.format_unit(comparison.frozen,
+                                  measure=comparison.plan.primary, before=' (',
+                                  after=')')
   verdicts = []
   for verdict, variants in groups.items():
     verdicts.append(f'{verdict}: {", ".join(variants)}')

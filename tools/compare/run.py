@@ -67,7 +67,8 @@ def main(args) -> int:
     elif args.launcher == 'slurm' and waiting:
       submit(args, args.jobs or len(waiting))
     elif args.launcher == 'local':
-      local.Runner(args.workdir, ledger, args.parallel, args.group).run()
+      local.Runner(args.workdir, ledger=ledger, parallel=args.parallel,
+                   group=args.group).run()
     return _summary(args, ledger.runs(), description)
 
 
@@ -81,8 +82,8 @@ def submit(args, jobs: int) -> None:
   _, others = of_this_command.parse_known_args(sys.argv[1:])
   words = [sys.executable, '-m', 'tools.compare', *others, '--launcher=local']
   print('each job of the array:', shlex.join(words))
-  slurm.submit([words] * jobs, pathlib.Path(args.workdir) / 'slurm',
-               args.slurm, 'compare')
+  slurm.submit([words] * jobs, folder=pathlib.Path(args.workdir) / 'slurm',
+               options=args.slurm, name='compare')
 
 
 def _summary(args, runs: list[layout.Run], description: dict) -> int:

@@ -70,7 +70,8 @@ def main(args) -> int:
   # With --by, one law for each value of a field; else one law of all runs, with
   # intervals from laws that are fitted to resampled residuals.
   if args.by:
-    figures = fit_by_field(sweep, args.by, args.count, budgets, args.draws)
+    figures = fit_by_field(sweep, field=args.by, count=args.count,
+                           budgets=budgets, draws=args.draws)
   else:
     runs = runs_of_ladder(sweep.points, args.count, args.workdir)
     law = fit_law(runs.params, runs.tokens, runs.losses)
@@ -341,7 +342,7 @@ def bootstrap_laws(law: Law, params, tokens, losses, draws: int, seed: int = 0
     # With replacement, one residual for each run.
     drawn_losses = fitted_losses + rng.choice(residuals, len(log_losses))
     laws.append(_minimise_from_starts(
-        [start], log_params, log_tokens, drawn_losses))
+        [start], log_params, log_tokens, z=drawn_losses))
   return laws
 
 
@@ -639,8 +640,9 @@ def fit_by_field(sweep, field: str, count: str, budgets, draws: int) -> dict:
   ladders = _ladder_by_value(sweep, field)
   runs, laws, drawn = {}, {}, {}
   for value, points in ladders.items():
-    runs[value] = runs_of_ladder(points, count,
-                                 f'{field}={value} of {sweep.name}', field)
+    runs[value] = runs_of_ladder(points, count=count,
+                                 who=f'{field}={value} of {sweep.name}',
+                                 beside=field)
     laws[value] = fit_law(runs[value].params, runs[value].tokens,
                           runs[value].losses)
     drawn[value] = _bootstrap_runs(laws[value], runs[value], draws)
@@ -658,7 +660,8 @@ def fit_by_field(sweep, field: str, count: str, budgets, draws: int) -> dict:
         ladders[first])
     theirs = drawn[value]
     if not is_paired:
-      theirs = _bootstrap_runs(laws[value], runs[value], draws, seed=1)
+      theirs = _bootstrap_runs(laws[value], runs=runs[value], draws=draws,
+                               seed=1)
     row = {'variant': value, 'against': first, 'paired': is_paired}
     for exponent in ('a', 'b'):
       row[exponent] = _difference_of_exponents(

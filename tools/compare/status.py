@@ -102,7 +102,8 @@ def rows(description: dict, workdir, runs: list[layout.Run]
   base_losses: dict[int, float] = {}
   rows_of_table = []
   for name in names:
-    shares, losses = _trained(description, workdir, name, by_point[name])
+    shares, losses = _trained(description, workdir=workdir, point=name,
+                              runs=by_point[name])
     # Only seeds that both have ended; none for the base itself.
     differences = [loss - base_losses[seed] for seed, loss in losses.items()
                    if seed in base_losses]

@@ -227,7 +227,7 @@ def run(args, submit: Callable[..., None]) -> int:
     return 0
   trainer = Trainer(workdir=args.workdir, frozen=frozen, parallel=args.parallel,
                     group=args.group)
-  return go(args.workdir, frozen, trainer, args)
+  return go(args.workdir, frozen=frozen, trainer=trainer, args=args)
 
 
 def described(frozen: plans.FrozenPlan) -> str:
@@ -273,7 +273,8 @@ def go(workdir, frozen: plans.FrozenPlan, trainer: Any, args) -> int:
   is_time_known = all(cost.seconds is not None for cost in costs_before)
   # Each phase trains when the loop asks for its state. A study that is too weak
   # gives its state and then raises, so it is saved and printed first.
-  for state in phases.run_phases(frozen, trainer, args.until, args.anyway):
+  for state in phases.run_phases(frozen, trainer=trainer, until=args.until,
+                                 anyway=args.anyway):
     if args.anyway and state.weakness:
       _note(workdir, frozen, 'The study went on although it was too weak for '
             f'what it wants. {state.weakness}')
@@ -398,7 +399,8 @@ class Trainer:
   def predicted(self, phase: str, rows: Sequence) -> dict:
     """Records what a phase is predicted to find, before it runs; see
     plan.record_prediction."""
-    return plans.record_prediction(self._workdir, self._frozen, phase, rows)
+    return plans.record_prediction(self._workdir, frozen=self._frozen,
+                                   phase=phase, rows=rows)
 
   def trained(self, folder: str, runs: Sequence[phases.Run]) -> curves.Sweep:
     """Returns the sweep of some runs, once all of them have ended."""
@@ -507,7 +509,8 @@ class Trainer:
     values, scores = {}, {}
     keeps_items = run.phase not in ('noise', 'tune')
     for measure in self._frozen.plan.measures_of_workload(run.workload):
-      values[measure.name] = _value(run, measure, result, diverged)
+      values[measure.name] = _value(run, measure=measure, result=result,
+                                    diverged=diverged)
       if keeps_items and measure.figure in result.items:
         scores[measure.name] = result.items[measure.figure]
 

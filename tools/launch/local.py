@@ -160,7 +160,8 @@ def run_until_complete(words: list[str], env: dict[str, str], processes: int,
       envs = environments_of_processes(
           env=env, processes=processes, devices=devices, platform=platform,
           coordinator=coordinator)
-      codes = run_once(words, envs, pathlib.Path(logs), received)
+      codes = run_once(words, envs=envs, logs=pathlib.Path(logs),
+                       received=received)
 
       # It is complete, was told to stop, or would end so again. Process 0 stops
       # too where nobody reads its output any more.

@@ -228,7 +228,8 @@ def read_collectives(text: str, mesh: Mapping[str, int], *, host_of: np.ndarray,
   """
   sent, seen = [], set()
   for place in _walk_instructions(text, passes):
-    one = _collective_of_instruction(place, mesh, host_of, ragged_rows)
+    one = _collective_of_instruction(place, mesh=mesh, host_of=host_of,
+                                     ragged_rows=ragged_rows)
     if one is None or one.size == 1 or not one.runs:
       continue
 

@@ -303,20 +303,20 @@ def analyse_program(run: runs.Run, topology: chips.Topology, name: str) -> dict:
 
   # Memory and collectives, by the compiler or by an estimate.
   if chips.installed_compiler(topology):
-    executable = compile_program(run, what, traced, hbm)
+    executable = compile_program(run, what=what, traced=traced, hbm=hbm)
     sizes = state | _memory_of_program(executable.memory_analysis())
     sent = collectives.read_collectives(
-        executable.as_text(), run.mesh.shape,
+        executable.as_text(), mesh=run.mesh.shape,
         host_of=host_of_devices(run, topology),
         ragged_rows=ragged_rows(run, name), passes=what.passes)
   else:
     sizes = memory.estimate_peak_bytes(run, platform=topology.chip.platform)
-    _check_peak(name, sizes['peak'], hbm, ', by an estimate')
+    _check_peak(name, peak=sizes['peak'], hbm=hbm, by=', by an estimate')
     sent = predict.predict_collectives(run, host_of_devices(run, topology))
 
   # The products, those that the model needs, and the bounds of a step.
   count = topology.devices
-  work = _work_of_program(run, topology, what, traced.jaxpr)
+  work = _work_of_program(run, topology=topology, what=what, jaxpr=traced.jaxpr)
   needed = model_flops(run, name)
   all_needed = sum(needed.values())
   figures = dict(
@@ -329,7 +329,7 @@ def analyse_program(run: runs.Run, topology: chips.Topology, name: str) -> dict:
       all_groups_per_device=work.dense / count)
   inside, outside = collectives.bytes_sent(sent)
   roofline = predict.step_times(
-      topology, run.model.dtype, flops=figures['per_device'],
+      topology, dtype=run.model.dtype, flops=figures['per_device'],
       hbm_bytes=predict.memory_traffic(run, work.nbytes, name == 'train'),
       sent=inside, sent_outside=outside,
       model_flops=figures['model_per_device'])

@@ -184,7 +184,7 @@ def _estimate_plan(run: runs.Run, topology: chips.Topology,
       run, programs.host_of_devices(run, topology))
   inside, outside = collectives.bytes_sent(sent)
   bounds = predict.step_times(
-      topology, model.dtype, flops=computed,
+      topology, dtype=model.dtype, flops=computed,
       hbm_bytes=predict.memory_traffic(run, 0.0, True), sent=inside,
       sent_outside=outside, model_flops=needed)
   estimate = memory.estimate_peak_bytes(run, kept, topology.chip.platform)

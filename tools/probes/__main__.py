@@ -50,8 +50,8 @@ def main() -> int:
   workdir = storage.checked_path(args.workdir)
   storage.check_folder_is_writable(workdir)
   storage.refuse_folder_of_run(workdir, '--workdir', suites.CARD_FILE)
-  suite = suites.load_suite(args.suite, args.config, args.only, args.seeds,
-                            cli.overridden_fields())
+  suite = suites.load_suite(args.suite, base=args.config, only=args.only,
+                            seeds=args.seeds, overrides=cli.overridden_fields())
   suites.train_suite(suite, workdir)
   card = suites.make_card(suite, workdir)
   suites.write_card(card, workdir)

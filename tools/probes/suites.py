@@ -83,7 +83,8 @@ def load_suite(file: str, base: ml_collections.ConfigDict,
     RequestError: for a file that is no suite, or a run that cannot be.
   """
   from training import preflight
-  file = find_config_file(file, '--suite', ('probes',), 'suite')
+  file = find_config_file(file, asked_in='--suite', folders=('probes',),
+                          defines='suite')
   module = cli.run_user_file(file)
   for name in ('LRS', 'suite'):
     require(hasattr(module, name), f'{file} has no {name}: a suite has LRS '
@@ -259,8 +260,8 @@ def card_as_text(card: Mapping[str, Any]) -> str:
 
 def _figure_with_interval(figure: Mapping[str, Any], digits: int = 4) -> str:
   """Returns a figure with its interval."""
-  return page.estimate(figure['mean'], figure['low'], figure['high'],
-                       f'.{digits}f').text
+  return page.estimate(figure['mean'], low=figure['low'], high=figure['high'],
+                       form=f'.{digits}f').text
 
 
 def write_card(card: Mapping[str, Any], workdir: epath.Path) -> None:

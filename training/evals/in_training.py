@@ -70,7 +70,8 @@ class TasksInTraining:
     """
     if evals.get_task(task).figure_names is not None:
       return None
-    results = self.run_for_member(params, 0, workdir, stop, [task])
+    results = self.run_for_member(params, n=0, workdir=workdir, stop=stop,
+                                  names=[task])
     if results is None:  # stopped
       return None
     return list(results.figures)

@@ -233,7 +233,8 @@ def _sum_losses_forward(settings: _LossSettings, *args):
       d_kernel += _gradient_of_kernel(x_QBPD, d_QBPV)
     dx_QBPD = None
     if needs_hidden:
-      dx_QBPD = layers.einsum('QBPV,VD->QBPD', d_QBPV, kernel_VD, x_QBPD.dtype)
+      dx_QBPD = layers.einsum('QBPV,VD->QBPD', d_QBPV, kernel_VD,
+                              dtype=x_QBPD.dtype)
     return (d_kernel, d_bias), (losses, dx_QBPD)
 
   # Scan over the chunks. The gradients of the head are the state of the scan:

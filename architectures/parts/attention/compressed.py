@@ -182,8 +182,9 @@ class Entries(nn.Module):
     L = x_BLD.shape[1]
     values_and_scores_BMU = jnp.concatenate(
         [self._product('value', x_BLD), self._product('score', x_BLD)], -1)
-    bias_PU = declare(self, 'score_bias', nn.initializers.zeros,
-                      (self.rate, self.parts * self.size), Role((None, None)))
+    bias_PU = declare(self, 'score_bias', init=nn.initializers.zeros,
+                      shape=(self.rate, self.parts * self.size),
+                      role=Role((None, None)))
 
     # Those of earlier tokens, from a cache, stand first. The last ones, as many
     # as before, are returned for the next tokens.
@@ -192,8 +193,9 @@ class Entries(nn.Module):
       previous_BMU = previous_BMU.astype(values_and_scores_BMU.dtype)
       values_and_scores_BMU = jnp.concatenate(
           [previous_BMU, values_and_scores_BMU], 1)
-      next_BMU = features.last_inputs(
-          values_and_scores_BMU, previous_BMU.shape[1], L, ctx.valid_BL)
+      next_BMU = features.last_inputs(values_and_scores_BMU,
+                                      count=previous_BMU.shape[1], length=L,
+                                      valid_BL=ctx.valid_BL)
     values_and_scores_BMU = sharding.constrain(
         values_and_scores_BMU, 'batch', None, None)
 
@@ -208,9 +210,9 @@ class Entries(nn.Module):
     """Returns W x with the features of all windows of an entry, [B, L, U],
     where W is the parameter `name`."""
     axes, size = ('embed', None), self.parts * self.size
-    w_DU = layers.weight(self, name, (x_BLD.shape[-1], size), axes)
-    return layers.einsum('BLD,DU->BLU', x_BLD, w_DU, self.config.compute_dtype,
-                         axes=axes)
+    w_DU = layers.weight(self, name, shape=(x_BLD.shape[-1], size), axes=axes)
+    return layers.einsum('BLD,DU->BLU', x_BLD, w_DU,
+                         dtype=self.config.compute_dtype, axes=axes)
 
 
 def _pool_windows(values_and_scores_BMU: jax.Array, bias_PU: jax.Array,
@@ -346,7 +348,8 @@ class SWA(Attention):
     L, M, scored = q_BLHK.shape[1], k_BM1K.shape[1], None
     if self.PARTS:
       e_BW1K, scored, seen_BLW, cache = self._make_entries(
-          x_BLD, query_input_BLU, ctx, cache=cache, reads_slots=reads_slots)
+          x_BLD, query_input_BLU=query_input_BLU, ctx=ctx, cache=cache,
+          reads_slots=reads_slots)
       k_BM1K = jnp.concatenate([k_BM1K, e_BW1K], 1)
       seen_BLM = _append_entries(seen_BLM, seen_BLW)
     k_BM1K = sharding.constrain(k_BM1K, 'batch', None, None, 'head')
@@ -358,9 +361,9 @@ class SWA(Attention):
     with layers.count_flops_as_useful_part(
         self._count_pairs(L, M), L * k_BM1K.shape[1]):
       o_BLHK, report = self.weigh_values(
-          q_BLHK, k_BM1K, k_BM1K, visible, ctx, scored=scored)
-    o_BLHK = rotate_last_features(
-        o_BLHK, -ctx.positions_BL, config, ctx.length)
+          q_BLHK, k_BM1K, k_BM1K, visible=visible, ctx=ctx, scored=scored)
+    o_BLHK = rotate_last_features(o_BLHK, positions_BL=-ctx.positions_BL,
+                                  config=config, length=ctx.length)
     return self._project_output_of_groups(o_BLHK, ctx), cache, report
 
   def _make_queries(self, x_BLD: jax.Array, ctx: Context
@@ -389,7 +392,7 @@ class SWA(Attention):
                          config.head_dim)
     q_BLHK = layers.PlainRMSNorm(config, name='head_norm')(q_BLHK)
     q_BLHK = rotate_last_features(
-        q_BLHK, ctx.positions_BL, config, ctx.length)
+        q_BLHK, positions_BL=ctx.positions_BL, config=config, length=ctx.length)
     return query_input_BLU, sharding.constrain(
         q_BLHK, 'batch', 'length', 'heads', 'head')
 
@@ -399,8 +402,9 @@ class SWA(Attention):
     k_BLK = self._dense('key', 'BLD,DK->BLK', x_BLD, ('embed', 'head'), ctx,
                         config.head_dim)
     k_BLK = layers.norm(config, 'key_norm', 'head')(k_BLK)
-    return rotate_last_features(
-        k_BLK[:, :, None], ctx.positions_BL, config, ctx.length)
+    return rotate_last_features(k_BLK[:, :, None],
+                                positions_BL=ctx.positions_BL, config=config,
+                                length=ctx.length)
 
   def _dense(self, name: str, spec: str, x: jax.Array,
              axes: tuple[str | None, ...], ctx: Context, *outputs: int
@@ -415,9 +419,9 @@ class SWA(Attention):
       ctx: the context of the layer.
       *outputs: the sizes of the weight's axes after the first.
     """
-    return layers.dense(
-        self, name, spec, x, (x.shape[-1], *outputs), axes, with_bias=False,
-        deterministic=ctx.deterministic)
+    return layers.dense(self, name, spec, x, shape=(x.shape[-1], *outputs),
+                        axes=axes, with_bias=False,
+                        deterministic=ctx.deterministic)
 
   def _project_output_of_groups(self, o_BLHK: jax.Array, ctx: Context
                                 ) -> jax.Array:
@@ -437,16 +441,16 @@ class SWA(Attention):
     # G groups of H / G heads, whose first products are one batch.
     axes = 'heads', None, 'head', 'latent'
     shape = fields.out_groups, H // fields.out_groups, K
-    w_GHKU = layers.weight(self, 'out_down', (*shape, fields.out_rank), axes,
-                           in_axes=(1, 2), batch_axes=(0,))
+    w_GHKU = layers.weight(self, 'out_down', shape=(*shape, fields.out_rank),
+                           axes=axes, in_axes=(1, 2), batch_axes=(0,))
     y_BLGU = layers.einsum('BLGHK,GHKU->BLGU', o_BLHK.reshape(B, L, *shape),
-                           w_GHKU, config.compute_dtype, axes=axes)
+                           w_GHKU, dtype=config.compute_dtype, axes=axes)
     y_BLGU = sharding.constrain(y_BLGU, 'batch', 'length', 'heads', None)
-    return layers.dense(
-        self, 'out', 'BLGU,GUD->BLD', y_BLGU,
-        (*y_BLGU.shape[2:], config.d_model), ('heads', None, 'embed'),
-        in_axes=(0, 1), residual=True, with_bias=False,
-        deterministic=ctx.deterministic)
+    return layers.dense(self, 'out', 'BLGU,GUD->BLD', y_BLGU,
+                        shape=(*y_BLGU.shape[2:], config.d_model),
+                        axes=('heads', None, 'embed'), in_axes=(0, 1),
+                        residual=True, with_bias=False,
+                        deterministic=ctx.deterministic)
 
   def _make_entries(self, x_BLD: jax.Array, query_input_BLU: jax.Array,
                     ctx: Context, cache: Optional[Cache], reads_slots: bool):
@@ -473,9 +477,10 @@ class SWA(Attention):
     windows = find_closed_windows(
         ctx, L, tokens_of_window=rate, tokens_of_entry=rate * self.PARTS,
         cached=cache is not None)
-    e_BW1K, new_inputs = compress_windows(
-        config, self.PARTS, name='entry', size=config.head_dim, x_BLD=x_BLD,
-        windows=windows, ctx=ctx, cache=cache, reads_slots=reads_slots)
+    e_BW1K, new_inputs = compress_windows(config, parts=self.PARTS,
+                                          name='entry', size=config.head_dim,
+                                          x_BLD=x_BLD, windows=windows, ctx=ctx,
+                                          cache=cache, reads_slots=reads_slots)
 
     # A query sees the entries whose windows have ended, in its document: both
     # are counted in places of the row, which with a cache are the positions.
@@ -494,8 +499,8 @@ class SWA(Attention):
     scored = None
     if config.mixer == 'csa':
       scored, index_inputs = self._score_entries(
-          x_BLD, query_input_BLU, windows=windows, ctx=ctx, cache=cache,
-          reads_slots=reads_slots)
+          x_BLD, query_input_BLU=query_input_BLU, windows=windows, ctx=ctx,
+          cache=cache, reads_slots=reads_slots)
       new_inputs |= index_inputs
     if cache is not None:
       cache = cache.replace(inputs=cache.inputs | new_inputs)
@@ -524,15 +529,17 @@ class SWA(Attention):
 
     def rotate_queries(q_BLHK: jax.Array, ctx: Context) -> jax.Array:
       """Returns the indexer's queries, rotated by their positions."""
-      return rotate_last_features(
-          q_BLHK, ctx.positions_BL, config, ctx.length, of_indexer=True)
+      return rotate_last_features(q_BLHK, positions_BL=ctx.positions_BL,
+                                  config=config, length=ctx.length,
+                                  of_indexer=True)
 
     def make_keys(x_BLD: jax.Array) -> jax.Array:
       """Returns the indexer's keys, entries of its own; what a cache keeps of
       them goes into new_inputs."""
-      e_BW1K, inputs = compress_windows(
-          config, self.PARTS, name='index', size=sizes.head_dim, x_BLD=x_BLD,
-          windows=windows, ctx=ctx, cache=cache, reads_slots=reads_slots)
+      e_BW1K, inputs = compress_windows(config, parts=self.PARTS, name='index',
+                                        size=sizes.head_dim, x_BLD=x_BLD,
+                                        windows=windows, ctx=ctx, cache=cache,
+                                        reads_slots=reads_slots)
       new_inputs.update(inputs)
       return e_BW1K
 
@@ -610,8 +617,8 @@ def compress_windows(
                          parts=parts, name='entries')
   e_BWK, next_BMU = make_entries(x_BLD, windows, ctx, previous_BMU)
   e_BW1K = rotate_last_features(
-      e_BWK[:, :, None], windows.first_position_BW, config, ctx.length,
-      of_indexer=name == 'index')
+      e_BWK[:, :, None], positions_BL=windows.first_position_BW, config=config,
+      length=ctx.length, of_indexer=name == 'index')
   if cache is None:
     return e_BW1K, {}
 

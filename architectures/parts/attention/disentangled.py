@@ -110,7 +110,8 @@ def _projected(module: nn.Module, name: str, table_UD: jax.Array) -> jax.Array:
         parameter(name + layers.SUFFIX_OF_LORA_A),
         parameter(name + layers.SUFFIX_OF_LORA_B), 1)
 
-  y_UHK = layers.einsum('UD,DHK->UHK', table_UD, w_DHK, config.compute_dtype,
+  y_UHK = layers.einsum('UD,DHK->UHK', table_UD, w_DHK,
+                        dtype=config.compute_dtype,
                         axes=('embed', 'heads', 'head'))
   return layers.add_bias(y_UHK, parameter(f'{name}_bias')) if (
       config.attention_bias) else y_UHK
@@ -152,10 +153,11 @@ def bias(module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
   # up its own. To gather vectors first would take K numbers for each pair.
   row_BLM = rows(ctx.positions_BL[:, :, None] - k_positions_BM[:, None], config)
   to_position_BHLU = layers.einsum('BLHK,UHK->BHLU', q_BLHK, key_UHK,
-                                   config.compute_dtype, jnp.float32)
+                                   dtype=config.compute_dtype,
+                                   out_dtype=jnp.float32)
   to_content_BHMU = layers.einsum(
       'BMHK,UHK->BHMU', repeat_key_heads(k_BMJK), query_UHK,
-      config.compute_dtype, jnp.float32)
+      dtype=config.compute_dtype, out_dtype=jnp.float32)
 
   # The look-up goes along the last axis: content to position has a line of U
   # products for each query, and position to content one for each key. So the

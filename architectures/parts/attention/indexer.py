@@ -239,9 +239,9 @@ class Indexer(nn.Module):
       *outputs: the sizes of the weight's axes after the first.
       dtype: the dtype of the result; None: the model's compute dtype.
     """
-    w = layers.weight(self, name, (x.shape[-1], *outputs), axes)
-    return layers.einsum(spec, x, w, self.config.compute_dtype, dtype,
-                         axes=axes)
+    w = layers.weight(self, name, shape=(x.shape[-1], *outputs), axes=axes)
+    return layers.einsum(spec, x, w, dtype=self.config.compute_dtype,
+                         out_dtype=dtype, axes=axes)
 
   def _rotate(self, x_BLHK: jax.Array, ctx: Context, positions_back: int = 0
               ) -> jax.Array:
@@ -361,7 +361,8 @@ class ScoredKeys(NamedTuple):
           self.whole_blocks_seen(seen_BLM), False)
       target_BLM = jnp.where(seen_BLM, target_BLM, 0)
       scores_BLM = self.expand_blocks_to_keys(scores_BLM, 0.0)
-    return divergence(target_BLM, scores_BLM, seen_BLM, ctx)
+    return divergence(target_BLM, scores_BLM=scores_BLM, seen_BLM=seen_BLM,
+                      ctx=ctx)
 
 
 def score_keys(config: ModelConfig, index: Index, ids_BM: Optional[jax.Array]
@@ -414,10 +415,10 @@ def _scores_of_heads(q_BLHK: jax.Array, w_BLH: jax.Array, k_BMJK: jax.Array
   """Returns (K H)^-1/2 sum over the heads of w relu(q k), [B, L, M]."""
   H, K = q_BLHK.shape[2:]
   s_BHLM = layers.einsum('BLHK,BMK->BHLM', q_BLHK, k_BMJK[:, :, 0],
-                         q_BLHK.dtype, jnp.float32)
+                         dtype=q_BLHK.dtype, out_dtype=jnp.float32)
   s_BHLM = jax.nn.relu(s_BHLM)
   w_BLH = layers.multiply_exactly(w_BLH, (H * K) ** -0.5)
-  return layers.einsum('BLH,BHLM->BLM', w_BLH, s_BHLM, jnp.float32)
+  return layers.einsum('BLH,BHLM->BLM', w_BLH, s_BHLM, dtype=jnp.float32)
 
 
 def hide_unseen_scores(scores_BLM: jax.Array, seen_BLM: Optional[jax.Array]

@@ -205,7 +205,7 @@ def count_useful_pairs(kind: LayerKind, config: ModelConfig, queries: int,
     would show if the whole row were a prompt, which with `prefix` is a prefix
     of all tokens.
   """
-  visible_pairs = count_visible_pairs(kind, config, queries, keys)
+  visible_pairs = count_visible_pairs(kind, config, queries=queries, keys=keys)
   all_pairs = queries * keys
   if not (prefix and kind.causal and queries == keys > 1):
     return visible_pairs, all_pairs, visible_pairs
@@ -214,7 +214,7 @@ def count_useful_pairs(kind: LayerKind, config: ModelConfig, queries: int,
   num_prefixes, position_M = keys - 1, np.arange(keys)
   both_ways = dataclasses.replace(kind, causal=False)
   prompt_pairs = count_visible_pairs(
-      both_ways, config, queries, keys) * num_prefixes
+      both_ways, config, queries=queries, keys=keys) * num_prefixes
 
   # The row with each of the prefixes.
   top = RULES[kind.attention].top
@@ -427,8 +427,9 @@ def attention_weights(
   for queries, keys in settings.query_blocks(L, M):
     # The softmax of a block's scores. A sink is a key more, with no value: its
     # weight, the last, is cut off again.
-    s_BJRLM = _masked_scores(
-        settings, queries, keys, mask_BLM, q_BJRLK, k_BJMK, bias_BJRLM)
+    s_BJRLM = _masked_scores(settings, queries=queries, keys=keys,
+                             mask_BLM=mask_BLM, q_BJRLK=q_BJRLK, k_BJMK=k_BJMK,
+                             bias_BJRLM=bias_BJRLM)
     if sink_1JR11 is not None:
       sink_BJRL1 = jnp.broadcast_to(sink_1JR11, (*s_BJRLM.shape[:-1], 1))
       s_BJRLM = jnp.concatenate([s_BJRLM, sink_BJRL1], -1)
@@ -575,8 +576,8 @@ def _weigh_values(settings: _ScoreSettings, queries: slice, keys: slice,
 def _multiply_queries_and_keys(q_BJRLK: jax.Array, k_BJMK: jax.Array
                                ) -> jax.Array:
   """Returns s_lm = q_l . k_m, float32 [B, J, R, L, M]."""
-  return layers.einsum('BJRLK,BJMK->BJRLM', q_BJRLK, k_BJMK, q_BJRLK.dtype,
-                       jnp.float32)
+  return layers.einsum('BJRLK,BJMK->BJRLM', q_BJRLK, k_BJMK,
+                       dtype=q_BJRLK.dtype, out_dtype=jnp.float32)
 
 
 def _multiply_queries_and_keys_forward(q_BJRLK: jax.Array, k_BJMK: jax.Array):
@@ -591,7 +592,7 @@ def _multiply_queries_and_keys_backward(saved: tuple, ds_BJRLM: jax.Array):
   """
   q_BJRLK, k_BJMK = saved
   dq_BJRLK = layers.einsum(
-      'BJRLM,BJMK->BJRLK', ds_BJRLM, k_BJMK, q_BJRLK.dtype)
+      'BJRLM,BJMK->BJRLK', ds_BJRLM, k_BJMK, dtype=q_BJRLK.dtype)
   return dq_BJRLK, _sum_over_queries(q_BJRLK, ds_BJRLM, k_BJMK.dtype)
 
 
@@ -599,7 +600,7 @@ def _sum_over_queries(x_BJRLK: jax.Array, w_BJRLM: jax.Array,
                       dtype: jax.typing.DTypeLike) -> jax.Array:
   """Returns the sums over queries l, and heads r of a key head, of w_lm x_l,
   [B, J, M, K]."""
-  y_BJKM = layers.einsum('BJRLK,BJRLM->BJKM', x_BJRLK, w_BJRLM, dtype)
+  y_BJKM = layers.einsum('BJRLK,BJRLM->BJKM', x_BJRLK, w_BJRLM, dtype=dtype)
   return jnp.swapaxes(y_BJKM, 2, 3)
 
 
@@ -607,8 +608,8 @@ def _sum_over_queries(x_BJRLK: jax.Array, w_BJRLM: jax.Array,
 def _multiply_weights_and_values(p_BJRLM: jax.Array, v_BJMK: jax.Array
                                  ) -> jax.Array:
   """Returns o_l = sum over m of p_lm v_m, float32 [B, J, R, L, K]."""
-  return layers.einsum('BJRLM,BJMK->BJRLK', p_BJRLM, v_BJMK, v_BJMK.dtype,
-                       jnp.float32)
+  return layers.einsum('BJRLM,BJMK->BJRLK', p_BJRLM, v_BJMK, dtype=v_BJMK.dtype,
+                       out_dtype=jnp.float32)
 
 
 def _multiply_weights_and_values_forward(p_BJRLM: jax.Array, v_BJMK: jax.Array):
@@ -623,7 +624,7 @@ def _multiply_weights_and_values_backward(saved: tuple, do_BJRLK: jax.Array):
   """
   p_BJRLM, v_BJMK = saved
   dp_BJRLM = layers.einsum('BJRLK,BJMK->BJRLM', do_BJRLK, v_BJMK,
-                           v_BJMK.dtype, p_BJRLM.dtype)
+                           dtype=v_BJMK.dtype, out_dtype=p_BJRLM.dtype)
   return dp_BJRLM, _sum_over_queries(do_BJRLK, p_BJRLM, v_BJMK.dtype)
 
 
@@ -671,8 +672,9 @@ def _attend_by_key_head_forward(
   o_of_blocks, top_of_blocks, sum_of_blocks = [], [], []
   blocks = settings.query_blocks(q_BJRLK.shape[3], k_BJMK.shape[2])
   for queries, keys in blocks:
-    s_BJRLM = _masked_scores(
-        settings, queries, keys, mask_BLM, q_BJRLK, k_BJMK, bias_BJRLM)
+    s_BJRLM = _masked_scores(settings, queries=queries, keys=keys,
+                             mask_BLM=mask_BLM, q_BJRLK=q_BJRLK, k_BJMK=k_BJMK,
+                             bias_BJRLM=bias_BJRLM)
     # The softmax is e / sum; the sink has a share of the sum, and no value. The
     # division comes after the product with the values, on fewer numbers.
     top_BJRL1 = s_BJRLM.max(-1, keepdims=True)
@@ -682,7 +684,8 @@ def _attend_by_key_head_forward(
     sum_BJRL1 = e_BJRLM.sum(-1, keepdims=True)
     if sink_1JR11 is not None:
       sum_BJRL1 += jnp.exp(sink_1JR11 - top_BJRL1)
-    weighed_BJRLK = _weigh_values(settings, queries, keys, key, e_BJRLM, v_BJMK)
+    weighed_BJRLK = _weigh_values(settings, queries=queries, keys=keys, key=key,
+                                  p_BJRLM=e_BJRLM, v_BJMK=v_BJMK)
     o_BJRLK = weighed_BJRLK / sum_BJRL1
     o_of_blocks.append(o_BJRLK.astype(v_BJMK.dtype))
     top_of_blocks.append(top_BJRL1)
@@ -896,7 +899,8 @@ def choose_attention_kernel(config: ModelConfig, mask: Mask, q_length: int,
   name, device = config.attention_kernel, sharding.traced_platform()
   candidates = KERNELS if name == 'auto' else [name]
   for kernel in candidates:
-    reason = reason_of_refusal(kernel, config, mask, q_length, k_length, device)
+    reason = reason_of_refusal(kernel, config, mask=mask, q_length=q_length,
+                               k_length=k_length, device=device)
     if not reason:
       return kernel
     # A kernel that was asked for by name is not replaced silently.
@@ -1113,7 +1117,7 @@ def splash_attention(
   M, layout = k_BMJK.shape[1], _MeshLayout(q_BLHK, k_BMJK)
   if _padded_length(L) > L:
     return _pad_and_apply_splash(
-        q_BLHK, k_BMJK, v_BMJK, mask, scale=scale, softcap=softcap,
+        q_BLHK, k_BMJK, v_BMJK, mask=mask, scale=scale, softcap=softcap,
         sink_H=sink_H, interpret=interpret)
 
   # A mask that differs from query to query is split over the mesh with them.
@@ -1188,7 +1192,7 @@ def _pad_and_apply_splash(q_BLHK: jax.Array, k_BMJK: jax.Array,
     mask = mask.replace(q_ids_BL=pad_length(mask.q_ids_BL),
                         k_ids_BM=pad_length(mask.k_ids_BM))
   o_BLHK = splash_attention(pad_length(q_BLHK), pad_length(k_BMJK),
-                            pad_length(v_BMJK), mask, **options)
+                            pad_length(v_BMJK), mask=mask, **options)
   return o_BLHK[:, :L]
 
 
@@ -1333,7 +1337,7 @@ def _run_splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
   """Returns the result of `splash_attention` by the arguments of Kernel.run;
   it makes its mask itself, so `seen_BLM` is not read."""
   del seen_BLM
-  return splash_attention(q_BLHK, k_BMJK, v_BMJK, mask, **options)
+  return splash_attention(q_BLHK, k_BMJK, v_BMJK, mask=mask, **options)
 
 
 def _run_cudnn(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
@@ -1342,7 +1346,8 @@ def _run_cudnn(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
   """Returns the result of `cudnn_attention` by the arguments of Kernel.run;
   softcaps and sinks have been refused."""
   del softcap, sink_H
-  return cudnn_attention(q_BLHK, k_BMJK, v_BMJK, mask, seen_BLM, scale=scale)
+  return cudnn_attention(q_BLHK, k_BMJK, v_BMJK, mask=mask, seen_BLM=seen_BLM,
+                         scale=scale)
 
 
 # The fused kernels; `auto` takes the first that can compute the attention.

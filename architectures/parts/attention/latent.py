@@ -56,7 +56,7 @@ class LatentAttention(Attention):
     query_input_BLU, axis = self._make_query_input(x_BLD, ctx)
     q_BLHK = self._make_queries(query_input_BLU, axis, ctx)
     index, cache = self.apply_indexer(
-        x_BLD, query_input_BLU, axis, ctx, cache)
+        x_BLD, query_input_BLU=query_input_BLU, axis=axis, ctx=ctx, cache=cache)
 
     # The latents with their rotated keys, [batch, M tokens, 1, U]: those of the
     # given tokens, or all slots of the cache, whose positions are 0, 1, 2, ...
@@ -74,7 +74,8 @@ class LatentAttention(Attention):
       if index is not None:
         index = index.replace(key_BMJK=index_BMJK)
     scored, k_positions_BM, (slot_BM1U,) = self.choose_keys(
-        index, k_positions_BM, (slot_BM1U,), ctx, reads_slots)
+        index, k_positions_BM=k_positions_BM, arrays=(slot_BM1U,), ctx=ctx,
+        reads_slots=reads_slots)
     # Queries may be split over the mesh along the length; each sees all keys.
     slot_BM1U = sharding.constrain(slot_BM1U, 'batch', None, None, None)
 
@@ -82,7 +83,7 @@ class LatentAttention(Attention):
     L, M = q_BLHK.shape[1], slot_BM1U.shape[1]
     sizes = config.part(LatentConfig)
     shape = sizes.kv_rank, config.num_heads, sizes.nope_dim + sizes.v_dim
-    up_UHK = layers.weight(self, 'kv_up', shape, UP_AXES)
+    up_UHK = layers.weight(self, 'kv_up', shape=shape, axes=UP_AXES)
 
     # Queries meet the latents as they are, or keys and values made of them,
     # whichever takes fewer multiplications; in training always the latter.
@@ -90,8 +91,9 @@ class LatentAttention(Attention):
     if reads_slots and ctx.deterministic and is_absorbed(config, L, M):
       attend = self._attend_to_latents
     visible = self.add_layer_bias(
-        kernels.find_visible_keys(self.kind, config, ctx, k_positions_BM),
-        x_BLD, q_BLHK, slot_BM1U, k_positions_BM, ctx)
+        kernels.find_visible_keys(self.kind, config, ctx=ctx,
+                                  k_positions_BM=k_positions_BM),
+        x_BLD, q_BLHK, slot_BM1U, k_positions_BM=k_positions_BM, ctx=ctx)
     o_BLHK, report = attend(q_BLHK, slot_BM1U, up_UHK, visible, ctx, scored)
     return self.project_output(x_BLD, o_BLHK, ctx), cache, report
 
@@ -108,7 +110,7 @@ class LatentAttention(Attention):
     q_rank = self.config.part(LatentConfig).q_rank
     if not q_rank:
       return x_BLD, 'embed'
-    down_BLU = self._project_down('query', x_BLD, q_rank, ctx)
+    down_BLU = self._project_down('query', x_BLD, size=q_rank, ctx=ctx)
     return self._normalise_latent('query', down_BLU), 'latent'
 
   def _make_queries(self, query_input_BLU: jax.Array, axis: str, ctx: Context
@@ -134,8 +136,8 @@ class LatentAttention(Attention):
       # config's scale is another, the weight takes up the difference.
       gain = sizes.key_dim ** -0.5 / sizes.scale
     q_BLHK = layers.dense(
-        self, name, 'BLU,UHK->BLHK', query_input_BLU, shape,
-        (axis, 'heads', 'head'), gain=gain, with_bias=False,
+        self, name, 'BLU,UHK->BLHK', query_input_BLU, shape=shape,
+        axes=(axis, 'heads', 'head'), gain=gain, with_bias=False,
         deterministic=ctx.deterministic)
     q_BLHK = sharding.constrain(q_BLHK, 'batch', 'length', 'heads', 'head')
 
@@ -158,7 +160,7 @@ class LatentAttention(Attention):
     """
     sizes = self.config.part(LatentConfig)
     # One product makes both. Only the latent has a norm.
-    down_BLU = self._project_down('kv', x_BLD, sizes.slot_dim, ctx)
+    down_BLU = self._project_down('kv', x_BLD, size=sizes.slot_dim, ctx=ctx)
     latent_BLU, key_BLU = jnp.split(down_BLU, (sizes.kv_rank,), -1)
     latent_BLU = self._normalise_latent('kv', latent_BLU)
     key_BL1U = self._rotate(key_BLU[:, :, None], ctx)
@@ -186,13 +188,13 @@ class LatentAttention(Attention):
       The products, [B, L, size].
     """
     config, name = self.config, f'{name}_down'
-    y_BLU = layers.dense(
-        self, name, 'BLD,DU->BLU', x_BLD, (config.d_model, size),
-        ('embed', 'latent'), with_bias=False, deterministic=ctx.deterministic)
+    y_BLU = layers.dense(self, name, 'BLD,DU->BLU', x_BLD,
+                         shape=(config.d_model, size), axes=('embed', 'latent'),
+                         with_bias=False, deterministic=ctx.deterministic)
     # The bias is whole on each device. layers.dense would give it the axis
     # 'latent' of the weight, by which it could be split over the mesh.
     if config.attention_bias:
-      bias_U = layers.bias(self, f'{name}_bias', (size,), (None,))
+      bias_U = layers.bias(self, f'{name}_bias', shape=(size,), axes=(None,))
       y_BLU = layers.add_bias(y_BLU, bias_U)
     return sharding.constrain(y_BLU, 'batch', 'length', None)
 
@@ -234,9 +236,9 @@ class LatentAttention(Attention):
     sizes = self.config.part(LatentConfig)
     # Keys and values of each head, by one product.
     latent_BM1U, key_BM1K = jnp.split(slot_BM1U, (sizes.kv_rank,), -1)
-    kv_BMHK = layers.product(
-        self, 'kv_up', 'BMU,UHK->BMHK', latent_BM1U[:, :, 0], up_UHK, UP_AXES,
-        deterministic=ctx.deterministic)
+    kv_BMHK = layers.product(self, 'kv_up', 'BMU,UHK->BMHK',
+                             latent_BM1U[:, :, 0], up_UHK, axes=UP_AXES,
+                             deterministic=ctx.deterministic)
     k_BMHK, v_BMHK = jnp.split(kv_BMHK, (sizes.nope_dim,), -1)
     # The rotated key is appended to the key of every head, in the order of the
     # queries' features: plain ones, then rotated ones.
@@ -249,7 +251,7 @@ class LatentAttention(Attention):
     # are left out.
     with self.count_visible_pairs_only(q_BLHK, k_BMHK, ctx):
       return self.weigh_values(
-          q_BLHK, k_BMHK, v_BMHK, visible, ctx, scored=scored)
+          q_BLHK, k_BMHK, v_BMHK, visible=visible, ctx=ctx, scored=scored)
 
   def _attend_to_latents(self, q_BLHK: jax.Array, slot_BM1U: jax.Array,
                          up_UHK: jax.Array, visible: kernels.VisibleKeys,
@@ -276,7 +278,7 @@ class LatentAttention(Attention):
     """
     config = self.config
     # The weight meets no latent here, so its adapter (LoRA) is added to it.
-    up_UHK = layers.adapted_weight(self, 'kv_up', up_UHK, UP_AXES)
+    up_UHK = layers.adapted_weight(self, 'kv_up', up_UHK, axes=UP_AXES)
     sizes = config.part(LatentConfig)
     key_UHK, value_UHK = jnp.split(up_UHK, (sizes.nope_dim,), -1)
 
@@ -284,16 +286,17 @@ class LatentAttention(Attention):
     # of a slot: latent, then rotated key.
     q_BLHK, rope_BLHK = jnp.split(q_BLHK, (sizes.nope_dim,), -1)
     q_BLHU = layers.einsum(
-        'BLHK,UHK->BLHU', q_BLHK, key_UHK, config.compute_dtype)
+        'BLHK,UHK->BLHU', q_BLHK, key_UHK, dtype=config.compute_dtype)
     q_BLHU = jnp.concatenate([q_BLHU, rope_BLHK], -1)
 
     # The whole slot is the key, and its latent alone the value.
     value_BM1U = slot_BM1U[..., :sizes.kv_rank]
     with self.count_visible_pairs_only(q_BLHU, slot_BM1U, ctx):
-      o_BLHU, report = self.weigh_values(
-          q_BLHU, slot_BM1U, value_BM1U, visible, ctx, scored=scored)
+      o_BLHU, report = self.weigh_values(q_BLHU, slot_BM1U, value_BM1U,
+                                         visible=visible, ctx=ctx,
+                                         scored=scored)
     o_BLHK = layers.einsum(
-        'BLHU,UHK->BLHK', o_BLHU, value_UHK, config.compute_dtype)
+        'BLHU,UHK->BLHK', o_BLHU, value_UHK, dtype=config.compute_dtype)
     return o_BLHK, report
 
 

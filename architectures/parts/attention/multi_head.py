@@ -76,11 +76,11 @@ class Attention(nn.Module):
         # Scores start as if they were scaled by head_dim ** -0.5. Where the
         # config's scale is another, as T5's 1, the weight has the difference.
         gain = config.base_head_dim ** -0.5 / config.attention_scale
-    return layers.dense(
-        self, name, 'BLD,DHK->BLHK', x_BLD,
-        (config.d_model, heads, config.head_dim), ('embed', axis, 'head'),
-        gain=gain, with_bias=config.attention_bias,
-        deterministic=ctx.deterministic)
+    return layers.dense(self, name, 'BLD,DHK->BLHK', x_BLD,
+                        shape=(config.d_model, heads, config.head_dim),
+                        axes=('embed', axis, 'head'), gain=gain,
+                        with_bias=config.attention_bias,
+                        deterministic=ctx.deterministic)
 
   def add_layer_bias(self, visible: kernels.VisibleKeys, x_BLD: jax.Array,
                      q_BLHK: jax.Array, k_BMJK: jax.Array,
@@ -138,7 +138,8 @@ class Attention(nn.Module):
     if config.attention_dropout and not ctx.deterministic:
       key, mask = self.make_rng('dropout'), mask.replace(has_dropout=True)
     if config.attention_sinks:
-      sink_H = layers.bias(self, 'sink', (config.num_heads,), ('heads',))
+      sink_H = layers.bias(self, 'sink', shape=(config.num_heads,),
+                           axes=('heads',))
     score_arguments = dict(
         mask_BLM=visible.seen_BLM, bias_BHLM=visible.bias_BHLM, sink_H=sink_H,
         scale=self.scale, softcap=config.attention_softcap)
@@ -162,7 +163,7 @@ class Attention(nn.Module):
     kernel = 'xla'
     if self.FUSED and fused and not self.is_initializing():
       kernel = kernels.choose_attention_kernel(
-          config, mask, L, M, strict=strict)
+          config, mask=mask, q_length=L, k_length=M, strict=strict)
     if kernel == 'xla':
       o_BLHK = kernels.attend(
           q_BLHK, k_BMJK, v_BMJK, key=key, dropout=config.attention_dropout,
@@ -197,8 +198,8 @@ class Attention(nn.Module):
     # stream, by which some ways of initialisation scale the weight.
     return layers.dense(
         self, 'out', 'BLHK,HKD->BLD', o_BLHK,
-        (*o_BLHK.shape[2:], config.d_model), ('heads', 'head', 'embed'),
-        in_axes=(0, 1), residual=True,
+        shape=(*o_BLHK.shape[2:], config.d_model),
+        axes=('heads', 'head', 'embed'), in_axes=(0, 1), residual=True,
         with_bias=config.attention_bias and config.attention_out_bias,
         deterministic=ctx.deterministic)
 
@@ -208,7 +209,7 @@ class Attention(nn.Module):
     count as those of the pairs that the mask shows: see
     layers.count_flops_as_useful_part."""
     visible_pairs, all_pairs, prompt_pairs = kernels.count_useful_pairs(
-        self.kind, self.config, queries.shape[1], keys.shape[1],
+        self.kind, self.config, queries=queries.shape[1], keys=keys.shape[1],
         prefix=ctx.prefix_B is not None)
     return layers.count_flops_as_useful_part(
         visible_pairs, all_pairs, prompt_pairs)
@@ -275,7 +276,7 @@ class Attention(nn.Module):
     # as those of a layer without an indexer.
     global_kind = dataclasses.replace(self.kind, attention='global')
     pairs = kernels.count_useful_pairs(
-        global_kind, config, L, M, prefix=ctx.prefix_B is not None)
+        global_kind, config, queries=L, keys=M, prefix=ctx.prefix_B is not None)
     segment_ids = None if reads_slots else ctx.segment_ids_BL
     with layers.count_flops_as_useful_part(*pairs):
       scored = indexer.score_keys(config, index, segment_ids)
@@ -289,7 +290,7 @@ class Attention(nn.Module):
     if not copies_keys:
       return scored, k_positions_BM, arrays
     seen_BLM = kernels.find_visible_keys(
-        self.kind, config, ctx, k_positions_BM).seen_BLM
+        self.kind, config, ctx=ctx, k_positions_BM=k_positions_BM).seen_BLM
     # The slot of a token in a cache is its position, so these indices are the
     # positions of the keys too. Indices past the end are clipped, and the mask
     # that is made of the positions later hides them.
@@ -357,7 +358,8 @@ class SelfAttention(Attention):
     # An indexer's queries and keys (None where the layer has no indexer), and
     # the layer's queries. The cache gets the inputs that the next tokens need.
     config = self.config
-    index, cache = self.apply_indexer(x_BLD, x_BLD, 'embed', ctx, cache)
+    index, cache = self.apply_indexer(x_BLD, query_input_BLU=x_BLD,
+                                      axis='embed', ctx=ctx, cache=cache)
     q_BLHK, cache = self.make_queries(x_BLD, ctx, cache)
 
     # Keys and values: an earlier layer's, or the layer's own. They are those of
@@ -369,25 +371,27 @@ class SelfAttention(Attention):
     if keys is None:
       keys, first, cache = self.make_keys_and_values(x_BLD, ctx, cache)
       keys, index, cache = write_and_read_cache(
-          keys, index, ctx, cache=cache, reads_slots=reads_slots)
+          keys, index=index, ctx=ctx, cache=cache, reads_slots=reads_slots)
     k_BMJK, v_BMJK = keys.key_BMJK, keys.value_BMJK
     k_positions_BM = ctx.positions_BL
     if reads_slots:
       k_positions_BM = jnp.arange(k_BMJK.shape[1])[None]
     scored, k_positions_BM, (k_BMJK, v_BMJK) = self.choose_keys(
-        index, k_positions_BM, (k_BMJK, v_BMJK), ctx, reads_slots)
+        index, k_positions_BM=k_positions_BM, arrays=(k_BMJK, v_BMJK), ctx=ctx,
+        reads_slots=reads_slots)
     # Queries may be split over the mesh along the length; each sees all keys.
     k_BMJK = sharding.constrain(k_BMJK, 'batch', None, 'kv_heads', 'head')
     v_BMJK = sharding.constrain(v_BMJK, 'batch', None, 'kv_heads', 'head')
 
     # Each query weighs the values of the keys that it sees.
-    visible = kernels.find_visible_keys(self.kind, config, ctx, k_positions_BM)
+    visible = kernels.find_visible_keys(self.kind, config, ctx=ctx,
+                                        k_positions_BM=k_positions_BM)
     visible = self.add_layer_bias(
-        visible, x_BLD, q_BLHK, k_BMJK, k_positions_BM, ctx)
+        visible, x_BLD, q_BLHK, k_BMJK, k_positions_BM=k_positions_BM, ctx=ctx)
     with self.count_visible_pairs_only(q_BLHK, k_BMJK, ctx):
       o_BLHK, report = self.weigh_values(
           q_BLHK, k_BMJK, steps.join_values_of_head_pairs(config, v_BMJK),
-          visible, ctx, fused=not reads_slots, strict=cache is None,
+          visible=visible, ctx=ctx, fused=not reads_slots, strict=cache is None,
           scored=scored)
     o_BLHK = steps.subtract_head_pairs(self, o_BLHK)
 
@@ -400,7 +404,8 @@ class SelfAttention(Attention):
                    cache: Optional[Cache]
                    ) -> tuple[jax.Array, Optional[Cache]]:
     """Returns the tokens' queries, [B, L, H, K], and the cache."""
-    q_BLHK, cache = self.project_and_convolve('query', x_BLD, ctx, cache)
+    q_BLHK, cache = self.project_and_convolve('query', x_BLD, ctx=ctx,
+                                              cache=cache)
     for apply_step in steps.QUERY_STEPS:
       q_BLHK = apply_step(self, 'query', q_BLHK, ctx)
     return q_BLHK, cache
@@ -425,18 +430,20 @@ class SelfAttention(Attention):
     """
     # With keys_as_values the values start as the keys. Both then go their own
     # way: the keys' steps come last, so that values have no part in them.
-    k_BLJK, cache = self.project_and_convolve('key', x_BLD, ctx, cache)
+    k_BLJK, cache = self.project_and_convolve('key', x_BLD, ctx=ctx,
+                                              cache=cache)
     v_BLJK = k_BLJK
     if not self.config.part(AttentionConfig).keys_as_values:
-      v_BLJK, cache = self.project_and_convolve('value', x_BLD, ctx, cache)
+      v_BLJK, cache = self.project_and_convolve('value', x_BLD, ctx=ctx,
+                                                cache=cache)
 
     # The values' own steps, and what is mixed into them: values of the first
     # layer, and a vector of each token.
     for apply_step in steps.VALUE_STEPS:
       v_BLJK = apply_step(self, 'value', v_BLJK, ctx)
     v_BLJK, first = steps.mix_first_values(
-        self, x_BLD, v_BLJK, ctx.shared.first_values)
-    v_BLJK = steps.add_value_embedding(self, x_BLD, v_BLJK, ctx)
+        self, x_BLD, v_BLJK, first=ctx.shared.first_values)
+    v_BLJK = steps.add_value_embedding(self, x_BLD, v_BLJK, ctx=ctx)
 
     for apply_step in steps.KEY_STEPS:
       k_BLJK = apply_step(self, 'key', k_BLJK, ctx)
@@ -462,7 +469,7 @@ class SelfAttention(Attention):
     x_BLHK = self.project(name, x_BLD, ctx)
     if self.config.part(AttentionConfig).attention_conv:
       x_BLHK, cache = steps.convolve_heads(
-          self, name, x_BLHK, (axis, 'head'), ctx, cache)
+          self, name, x_BLHK, axes=(axis, 'head'), ctx=ctx, cache=cache)
     return sharding.constrain(x_BLHK, 'batch', 'length', axis, 'head'), cache
 
 
@@ -524,7 +531,7 @@ class CrossAttention(Attention):
     # Queries of the tokens, and keys and values of the memory: the first call
     # is given the memory and puts these into the cache, later ones read them.
     q_BLHK = self.project_and_apply_steps(
-        'query', x_BLD, steps.CROSS_ATTENTION_STEPS, ctx)
+        'query', x_BLD, steps_to_apply=steps.CROSS_ATTENTION_STEPS, ctx=ctx)
     if ctx.memory.x_BMD is None:
       k_BMJK, v_BMJK = cache.memory
     else:
@@ -540,7 +547,7 @@ class CrossAttention(Attention):
     v_BMJK = steps.join_values_of_head_pairs(self.config, v_BMJK)
     with layers.count_flops_as_useful_part(1, 1):
       o_BLHK, report = self.weigh_values(
-          q_BLHK, k_BMJK, v_BMJK, visible_keys_of_memory(ctx), ctx,
+          q_BLHK, k_BMJK, v_BMJK, visible=visible_keys_of_memory(ctx), ctx=ctx,
           fused=cache is None, strict=cache is None)
     o_BLHK = steps.subtract_head_pairs(self, o_BLHK)
     report = Report(memory_weights_BHLM=report.weights_BHLM)
@@ -555,10 +562,12 @@ class CrossAttention(Attention):
       ctx: the context of the layer.
     """
     # With keys_as_values the values start as the keys, before any step.
-    k_BMJK = self.project_and_apply_steps('key', memory_BMD, (), ctx)
+    k_BMJK = self.project_and_apply_steps('key', memory_BMD, steps_to_apply=(),
+                                          ctx=ctx)
     v_BMJK = k_BMJK
     if not self.config.part(AttentionConfig).keys_as_values:
-      v_BMJK = self.project_and_apply_steps('value', memory_BMD, (), ctx)
+      v_BMJK = self.project_and_apply_steps('value', memory_BMD,
+                                            steps_to_apply=(), ctx=ctx)
     for apply_step in steps.VALUE_STEPS:
       v_BMJK = apply_step(self, 'value', v_BMJK, ctx)
     # The keys' own steps come after the values, which may be the keys.
@@ -688,9 +697,9 @@ def _gate_features(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
   """
   H, K = o_BLHK.shape[2:]
   axes = 'embed', 'heads', 'head'
-  z_BLHK = layers.dense(
-      module, GATE, 'BLD,DHK->BLHK', x_BLD, (x_BLD.shape[-1], H, K), axes,
-      output=False, with_bias=False, deterministic=deterministic)
+  z_BLHK = layers.dense(module, GATE, 'BLD,DHK->BLHK', x_BLD,
+                        shape=(x_BLD.shape[-1], H, K), axes=axes, output=False,
+                        with_bias=False, deterministic=deterministic)
   return o_BLHK * _gate_of_logits(module, z_BLHK, axes[1:])
 
 
@@ -710,7 +719,7 @@ def _gate_heads(module: Any, x_BLD: jax.Array, o_BLHK: jax.Array, *,
   """
   H, axes = o_BLHK.shape[2], ('embed', 'heads')
   z_BLH = layers.dense(
-      module, GATE, 'BLD,DH->BLH', x_BLD, (x_BLD.shape[-1], H), axes,
+      module, GATE, 'BLD,DH->BLH', x_BLD, shape=(x_BLD.shape[-1], H), axes=axes,
       output=True, with_bias=False, deterministic=deterministic)
   z_BLH = z_BLH / module.config.widening
   return o_BLHK * _gate_of_logits(module, z_BLH, axes[1:])[..., None]
@@ -727,7 +736,7 @@ def _gate_of_logits(module: Any, z: jax.Array, axes: tuple[str, ...]
     axes: the logical axes of z after the length.
   """
   if module.config.attention_bias:
-    bias = layers.bias(module, f'{GATE}_bias', z.shape[2:], axes)
+    bias = layers.bias(module, f'{GATE}_bias', shape=z.shape[2:], axes=axes)
     z = layers.add_bias(z, bias)
   z = sharding.constrain(z, 'batch', 'length', *axes)
   return jax.nn.sigmoid(z)

@@ -58,8 +58,9 @@ def convolve_heads(module: Any, name: str, x_BLHK: jax.Array,
   previous_BWHK = None if cache is None else cache.inputs[name]
   W = module.config.part(AttentionConfig).attention_conv
   x_BLHK, last_BWHK = features.declare_and_convolve(
-      module, f'{name}_conv', x_BLHK, W, axes, before_BWHK=previous_BWHK,
-      segment_ids_BL=ctx.segment_ids_BL, valid_BL=ctx.valid_BL)
+      module, f'{name}_conv', x_BLHK, width=W, axes=axes,
+      before_BWHK=previous_BWHK, segment_ids_BL=ctx.segment_ids_BL,
+      valid_BL=ctx.valid_BL)
   if cache is not None:
     cache = cache.replace(inputs=cache.inputs | {name: last_BWHK})
   return x_BLHK, cache
@@ -124,8 +125,8 @@ def clip_lengths(module: Any, name: str, x_BLHK: jax.Array, ctx: Context
   # below the bound.
   x32_BLHK = x_BLHK.astype(jnp.float32)
   if name == 'query':
-    scale_HK = declare(module, 'query_scale', nn.initializers.ones,
-                       x_BLHK.shape[2:], Role(('heads', 'head')))
+    scale_HK = declare(module, 'query_scale', init=nn.initializers.ones,
+                       shape=x_BLHK.shape[2:], role=Role(('heads', 'head')))
     x32_BLHK *= scale_HK[None, None]
 
   # The length of each head's vector. The bound below the root gives the root a
@@ -233,8 +234,8 @@ def mix_first_values(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
     first = zero_first_values(config, x_BLD)
   first_BLJK = jnp.where(first.known, first.value_BLJK, v_BLJK)
   first_BLJK = sharding.constrain(first_BLJK, *VALUE_AXES)
-  share = declare(module, 'value_residual', nn.initializers.constant(0.5),
-                  (), Role(()))
+  share = declare(module, 'value_residual', init=nn.initializers.constant(0.5),
+                  shape=(), role=Role(()))
   # The mix is computed in float32, so that the gradient of the share, a sum
   # over all tokens, is too.
   v32_BLJK = v_BLJK.astype(jnp.float32)
@@ -270,18 +271,20 @@ def add_value_embedding(module: Any, x_BLD: jax.Array, v_BLJK: jax.Array,
   # embedding of tokens.
   J, K = v_BLJK.shape[2:]
   table_VJK = declare(
-      module, 'value_embedding', nn.initializers.normal(config.init_stddev),
-      (config.vocab_size, J, K),
-      Role(('rows', 'kv_heads', 'head'), inputs=(0,), kind='embedding'))
+      module, 'value_embedding',
+      init=nn.initializers.normal(config.init_stddev),
+      shape=(config.vocab_size, J, K),
+      role=Role(('rows', 'kv_heads', 'head'), inputs=(0,), kind='embedding'))
   gathered_VJK = sharding.constrain_where_divisible(
       table_VJK, None, 'kv_heads', 'head')
   e_BLJK = gathered_VJK[ctx.tokens_BL].astype(v_BLJK.dtype)
 
   # The gate. A wider model may have as many heads: in muP these are logits.
   gate_DJ = declare(
-      module, 'value_gate', nn.initializers.zeros, (x_BLD.shape[-1], J),
-      Role(('embed', 'kv_heads'), inputs=(0,), kind='logits'))
-  z_BLJ = layers.einsum('BLD,DJ->BLJ', x_BLD, gate_DJ, v_BLJK.dtype)
+      module, 'value_gate', init=nn.initializers.zeros,
+      shape=(x_BLD.shape[-1], J),
+      role=Role(('embed', 'kv_heads'), inputs=(0,), kind='logits'))
+  z_BLJ = layers.einsum('BLD,DJ->BLJ', x_BLD, gate_DJ, dtype=v_BLJK.dtype)
   gate_BLJ = jax.nn.sigmoid(z_BLJ / config.widening)
   return v_BLJK + 2 * gate_BLJ[..., None] * e_BLJK
 
@@ -340,8 +343,8 @@ def subtract_head_pairs(module: Any, o_BLHU: jax.Array) -> jax.Array:
   def declare_vector(name: str) -> jax.Array:
     """Returns a learned vector of a head's size, in float32."""
     vector_K = declare(
-        module, f'difference_{name}', nn.initializers.normal(0.1),
-        (config.head_dim,), Role(('head',)))
+        module, f'difference_{name}', init=nn.initializers.normal(0.1),
+        shape=(config.head_dim,), role=Role(('head',)))
     return vector_K.astype(jnp.float32)
 
   # The share lambda of the second head.

@@ -230,7 +230,7 @@ def read_recurrent_layers(reader: hf.Reader, layers: int, mixer: str
   # Where the types are not listed, the last of every few layers is attention.
   interval = reader('full_attention_interval', 4)
   types = read_entry_of_each_layer(
-      reader, 'layer_types', layers=layers, words=KIND_OF_MIXER)
+      reader, field='layer_types', layers=layers, words=KIND_OF_MIXER)
   if not types:
     types = [LINEAR_ATTENTION] * layers
     for last in range(interval - 1, layers, interval):

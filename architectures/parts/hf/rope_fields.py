@@ -60,9 +60,9 @@ def read_rope(reader: hf.Reader, *,
     section.ignore_fields(*unread)
   # An old object goes before a new one where both are there.
   section = old_section or new_section
-  return _read_section(
-      reader, section, theta=theta, fraction=fraction, interleaved=interleaved,
-      on_scores=on_scores, words=words, original=original)
+  return _read_section(reader, section=section, theta=theta, fraction=fraction,
+                       interleaved=interleaved, on_scores=on_scores,
+                       words=words, original=original)
 
 
 def read_rope_of_layer_kinds(reader: hf.Reader,
@@ -96,7 +96,8 @@ def read_rope_of_layer_kinds(reader: hf.Reader,
     if section('rope_type', 'default') == PROPORTIONAL:
       rope = _read_proportional(reader, section, theta)
     else:
-      rope = _read_section(reader, section, theta=theta, by_kind=True, **how)
+      rope = _read_section(reader, section=section, theta=theta, by_kind=True,
+                           **how)
       rope['proportional'] = False
     ropes.append(rope)
   return ropes

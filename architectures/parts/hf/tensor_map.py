@@ -401,7 +401,7 @@ def match_rows(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
     # A parameter outside of the layers.
     layer_folder = _LAYER_FOLDER.search(our_path)
     if layer_folder is None:
-      match = _match_row(row, our_path, shapes, layers=None)
+      match = _match_row(row, our_path=our_path, shapes=shapes, layers=None)
       if match is not None:
         yield match
       continue
@@ -420,7 +420,7 @@ def match_rows(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
         first += 1
       layers = range(first, first + block.step * block.count, block.step)
       path = f'{stack}/{block.folder}/{path_in_layer}'
-      match = _match_row(row, path, shapes, layers)
+      match = _match_row(row, our_path=path, shapes=shapes, layers=layers)
       if match is not None:
         yield match
 

@@ -144,7 +144,7 @@ def batched_ffn(rows_ECD: jax.Array, w: ExpertWeights, hidden: HiddenUnits,
   def affine(spec: str, x: jax.Array, weight: jax.Array,
              bias: Optional[jax.Array]) -> jax.Array:
     """Returns x weight + bias, for each expert."""
-    y = layers.einsum(spec, x, weight, x.dtype)
+    y = layers.einsum(spec, x, weight, dtype=x.dtype)
     if bias is None:
       return y
     return y + bias[:, None]
@@ -621,7 +621,7 @@ def choose_dispatch(m: MoEConfig, factor: float, tokens: int, groups: int,
     return 'dropless'
   # The slots of all experts, and the assignments of a device's tokens.
   num_slots = m.num_experts * slots_of_expert(
-      m, factor, tokens=tokens, groups=groups, shards=shards)
+      m, factor=factor, tokens=tokens, groups=groups, shards=shards)
   assignments = m.top_k * -(-tokens // shards)
   if num_slots <= MOST_SLOTS_PER_ASSIGNMENT * assignments:
     return 'sorted'
@@ -664,7 +664,7 @@ def compute_experts(
   # shards before.
   shards = sharding.count_devices_along(axes.tokens)
   _check_routing_groups(
-      T, groups, shards=shards, experts_choose=routed.experts_choose)
+      T, groups=groups, shards=shards, experts_choose=routed.experts_choose)
   num_padding = -T % shards
   x_TD, routed = _pad_tokens(x_TD, routed, num_padding)
   split_by_token = PartitionSpec(axes.tokens or None)
@@ -780,10 +780,11 @@ def _compute_on_device(
     slots = routed.expert_A.shape[0] // E
     most_rows_sent = routed.expert_A.shape[0] // devices
   else:
-    routed = _void_choices_over_capacity(
-        m, factor, tokens=tokens, groups=groups, axes=axes, T=T, routed=routed)
+    routed = _void_choices_over_capacity(m, factor=factor, tokens=tokens,
+                                         groups=groups, axes=axes, T=T,
+                                         routed=routed)
     slots = slots_of_expert(
-        m, factor, tokens=tokens, groups=groups, shards=shards)
+        m, factor=factor, tokens=tokens, groups=groups, shards=shards)
     most_rows_sent = T * min(routed.choices, E // devices)
 
   # Dropout counts the assignments and hidden units of all devices.
@@ -804,7 +805,7 @@ def _compute_on_device(
     experts = SpreadExperts(
         local=experts, axis=axes.experts[0], most_rows_sent=most_rows_sent)
   name = choose_dispatch(
-      m, factor, tokens=tokens, groups=groups, shards=shards)
+      m, factor=factor, tokens=tokens, groups=groups, shards=shards)
   compute = DISPATCHES[name]
   y_TD = compute(x_TD, routed, experts, slots)
 

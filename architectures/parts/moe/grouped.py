@@ -104,8 +104,8 @@ def grouped_ffn(rows_PD: jax.Array, count_E: jax.Array, gate_P: jax.Array,
     The results, [P, D]; those of rows past the counts are unspecified, but
     finite.
   """
-  y_PD, _ = _grouped_ffn_forward(
-      rows_PD, count_E, gate_P=gate_P, w=w, mask_PF=mask_PF, settings=settings)
+  y_PD, _ = _grouped_ffn_forward(rows_PD, count_E=count_E, gate_P=gate_P, w=w,
+                                 mask_PF=mask_PF, settings=settings)
   return y_PD
 
 
@@ -552,7 +552,7 @@ def _fold_over_blocks(
     if size == largest:
       blocks_E, first_E = blocks_E + full_blocks_E, offset_E
     carry = _fold_over_blocks_of_one_size(
-        size, num_rows, blocks_E=blocks_E, first_E=first_E,
+        size, num_rows=num_rows, blocks_E=blocks_E, first_E=first_E,
         stop_E=offset_E + count_E, update=update, carry=carry)
   return carry
 
@@ -684,20 +684,20 @@ def _forward_by_blocks(activation: HiddenUnits, even_rows: int,
     y = _affine_in_float32(h, expert.down_EFD, expert.down_bias_ED)
 
     # The block's rows go where they belong.
-    is_experts_row = _is_experts_row(size, start, first=first, stop=stop)
+    is_experts_row = _is_experts_row(size, start=start, first=first, stop=stop)
     y_PD = _write_rows_of_block(
-        y_PD, y, start=start, is_experts_row=is_experts_row)
+        y_PD, new_rows=y, start=start, is_experts_row=is_experts_row)
     written_inputs = []
     for all_PF, block in zip(activation_inputs, block_inputs):
       written_inputs.append(_write_rows_of_block(
-          all_PF, block, start=start, is_experts_row=is_experts_row))
+          all_PF, new_rows=block, start=start, is_experts_row=is_experts_row))
     return y_PD, tuple(written_inputs)
 
   zero_inputs = tuple(jnp.zeros((P, F), rows_PD.dtype)
                       for _ in _input_weights_and_biases(w))
   y_PD = jnp.zeros_like(rows_PD)
-  return _fold_over_blocks(P, even_rows, count_E=count_E, update=compute_block,
-                           carry=(y_PD, zero_inputs))
+  return _fold_over_blocks(P, even_rows=even_rows, count_E=count_E,
+                           update=compute_block, carry=(y_PD, zero_inputs))
 
 
 def _backward_by_blocks(
@@ -745,7 +745,7 @@ def _backward_by_blocks(
     x = _slice_rows(rows_PD, start, size)
     expert = jax.tree.map(lambda m: m[e], w)
     input_pairs = _input_weights_and_biases(expert)
-    is_experts_row = _is_experts_row(size, start, first=first, stop=stop)
+    is_experts_row = _is_experts_row(size, start=start, first=first, stop=stop)
     dy = jnp.where(
         is_experts_row[:, None], _slice_rows(dy_PD, start, size), 0)
     gate = _slice_rows_as_float32(gate_P, start, size)[:, None]
@@ -781,9 +781,9 @@ def _backward_by_blocks(
 
     # The rows' gradients are written, the weights' are summed over the blocks.
     dx_PD = _write_rows_of_block(
-        dx_PD, dx, start=start, is_experts_row=is_experts_row)
-    dgate_P = _write_rows_of_block(
-        dgate_P, dgate[:, None], start=start, is_experts_row=is_experts_row)
+        dx_PD, new_rows=dx, start=start, is_experts_row=is_experts_row)
+    dgate_P = _write_rows_of_block(dgate_P, new_rows=dgate[:, None],
+                                   start=start, is_experts_row=is_experts_row)
     dw = jax.tree.map(lambda total, d: total.at[e].add(d), dw, d_expert)
     return dx_PD, dgate_P, dw
 
@@ -791,7 +791,7 @@ def _backward_by_blocks(
   dw = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), w)
   zeros = (jnp.zeros_like(rows_PD), jnp.zeros_like(gate_P[:, None]), dw)
   dx_PD, dgate_P1, dw = _fold_over_blocks(
-      rows_PD.shape[0], even_rows, count_E=count_E,
+      rows_PD.shape[0], even_rows=even_rows, count_E=count_E,
       update=add_gradients_of_block, carry=zeros)
   dw = jax.tree.map(lambda d, m: d.astype(m.dtype), dw, w)
   return dx_PD, dgate_P1[:, 0], dw

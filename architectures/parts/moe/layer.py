@@ -81,7 +81,7 @@ class MoE(nn.Module):
       x_TD = x_TD * routed.gate_A[:, None].astype(x_TD.dtype)
       routed = routed.replace(gate_A=(routed.gate_A > 0).astype(jnp.float32))
     x_TD = x_TD.astype(config.compute_dtype)
-    y_TD, kept_A = self._experts(x_TD, routed, inputs, ctx)
+    y_TD, kept_A = self._experts(x_TD, routed=routed, inputs=inputs, ctx=ctx)
     # Zero experts return their input: a token is added as often as its gates
     # for them say. They always have room.
     if m.zero_experts:
@@ -91,8 +91,8 @@ class MoE(nn.Module):
 
     # The report.
     report = routing.report_routing(
-        m, routed, logits_TE=inputs.logits_TE, valid_T=valid_T, kept_A=kept_A,
-        shards=dispatch.num_expert_shards(), rows=B)
+        m, routed=routed, logits_TE=inputs.logits_TE, valid_T=valid_T,
+        kept_A=kept_A, shards=dispatch.num_expert_shards(), rows=B)
     if inputs.bias_E is not None:
       # The training step moves the bias at this path by the load.
       path = '/'.join((*self.path, BIAS))
@@ -109,7 +109,7 @@ class MoE(nn.Module):
       y_BLD = self._product('latent_up', y_BLD, ctx)
     y_BLD = sharding.constrain(y_BLD, 'batch', 'length', 'embed')
     if m.shared_experts:
-      shared = layers.FFN(config, m.ffn, width=m.shared_experts * m.d_ff,
+      shared = layers.FFN(config, kind=m.ffn, width=m.shared_experts * m.d_ff,
                           name='shared')
       shared_BLD, _ = shared(x_BLD, ctx)
       y_BLD = y_BLD + self._gated(shared_BLD, x_BLD)
@@ -259,7 +259,7 @@ class MoE(nn.Module):
     # The numbers of experts are stored as float32, like other parameters; no
     # gradient changes them.
     table_VX = declare(
-        self, TABLE, hashes, shape=(config.vocab_size, m.top_k),
+        self, TABLE, init=hashes, shape=(config.vocab_size, m.top_k),
         role=Role((None, None)), dtype=jnp.float32)
     return jax.lax.stop_gradient(table_VX)[tokens_T].astype(jnp.int32)
 
@@ -270,7 +270,7 @@ class MoE(nn.Module):
     if not routing.router_of(m).has_bias:
       return None
     return declare(
-        self, BIAS, nn.initializers.zeros, shape=(m.all_experts,),
+        self, BIAS, init=nn.initializers.zeros, shape=(m.all_experts,),
         role=Role((None,)), dtype=jnp.float32)
 
   def _dropout(self, ctx: Context) -> Optional[ExpertDropout]:

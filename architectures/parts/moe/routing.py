@@ -467,7 +467,7 @@ def route_gshard(m: MoEConfig, x: RouterInputs) -> Routing:
     second_T = jnp.where(keeps_T, expert_TX[:, 1], m.all_experts)
     expert_TX = jnp.stack([expert_TX[:, 0], second_T], 1)
   return _routing_of_choices(
-      expert_TX, gate_TX, probs_TE=probs_TE, valid_T=x.valid_T)
+      expert_TX, gate_TX=gate_TX, probs_TE=probs_TE, valid_T=x.valid_T)
 
 
 def route_by_scores(score: Callable[[jax.Array], jax.Array], m: MoEConfig,
@@ -527,7 +527,7 @@ def _weigh_chosen(m: MoEConfig, x: RouterInputs, expert_TX: jax.Array,
   if m.normalize_gates:
     gate_TX = normalize_gates(gate_TX)
   return _routing_of_choices(
-      expert_TX, gate_TX, probs_TE=probs_TE, valid_T=x.valid_T)
+      expert_TX, gate_TX=gate_TX, probs_TE=probs_TE, valid_T=x.valid_T)
 
 
 def sqrt_softplus(logits_TE: jax.Array) -> jax.Array:
@@ -644,7 +644,7 @@ def _weigh_equally(m: MoEConfig, expert_TX: jax.Array, valid_T: jax.Array
   probs_TE = jax.nn.one_hot(expert_TX, m.num_experts).mean(1)
   gate_TX = jnp.full(expert_TX.shape, 1 / m.top_k)
   return _routing_of_choices(
-      expert_TX, gate_TX, probs_TE=probs_TE, valid_T=valid_T)
+      expert_TX, gate_TX=gate_TX, probs_TE=probs_TE, valid_T=valid_T)
 
 
 def experts_of_token_ids(m: MoEConfig, tokens_T: jax.Array) -> jax.Array:
@@ -1068,7 +1068,7 @@ def report_routing(
   load_E = share_of_sum(count_assignments(routed.expert_A, E))
   load_E = jax.lax.stop_gradient(load_E)
   balance_losses = _balance_losses(
-      m, routed, logits_TE=logits_TE, valid_T=valid_T,
+      m, routed=routed, logits_TE=logits_TE, valid_T=valid_T,
       mean_probs_E=mean_probs_E, rows=rows)
   z = jnp.zeros(())
   if logits_TE is not None:

@@ -104,8 +104,8 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale_K = declare(self, 'scale', nn.initializers.ones, x.shape[-1:],
-                      Role(('head',)))
+    scale_K = declare(self, 'scale', init=nn.initializers.ones,
+                      shape=x.shape[-1:], role=Role(('head',)))
     return layers.recompute_in_backward(rmsnorm)(
         x, scale_K, self.config.norm_eps)
 
@@ -138,7 +138,7 @@ def declare_filters(module: nn.Module, name: str, width: int,
   def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
     bound = width ** -0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
-  return declare(module, name, init, shape, Role(axes))
+  return declare(module, name, init=init, shape=shape, role=Role(axes))
 
 
 def declare_and_convolve(module: nn.Module, name: str, x_BLHK: jax.Array,
@@ -163,12 +163,13 @@ def declare_and_convolve(module: nn.Module, name: str, x_BLHK: jax.Array,
     returns them.
   """
   features = x_BLHK.shape[2:]
-  w_WHK = declare_filters(module, name, width, (width, *features),
-                          (None, *axes))
+  w_WHK = declare_filters(module, name, width=width, shape=(width, *features),
+                          axes=(None, *axes))
   bias_HK = None
   if with_bias:
-    bias_HK = declare_filters(module, f'{name}_bias', width, features, axes)
-  return convolve(x_BLHK, w_WHK, bias_HK, **options)
+    bias_HK = declare_filters(module, f'{name}_bias', width=width,
+                              shape=features, axes=axes)
+  return convolve(x_BLHK, w_WHK, bias_HK=bias_HK, **options)
 
 
 def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
@@ -217,7 +218,8 @@ def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
   convolve_once = layers.count_flops_by_result(
       _with_distance(function, apart), 2 * W)
   y_BLHK = convolve_once(all_BMHK, w_WHK, bias_HK, segment_ids_BL)
-  return y_BLHK.astype(x_BLHK.dtype), last_inputs(all_BMHK, reach, L, valid_BL)
+  return y_BLHK.astype(x_BLHK.dtype), last_inputs(all_BMHK, count=reach,
+                                                  length=L, valid_BL=valid_BL)
 
 
 def last_inputs(all_BM: jax.Array, count: int, length: int,
@@ -401,7 +403,8 @@ def _convolve_with_silu(all_BMHK: jax.Array, w_WHK: jax.Array,
                         ) -> jax.Array:
   """Returns silu(y + bias), float32; the gradient computes y again."""
   return jax.nn.silu(
-      _convolve_with_bias(all_BMHK, w_WHK, bias_HK, segment_ids_BL, apart))
+      _convolve_with_bias(all_BMHK, w_WHK, bias_HK=bias_HK,
+                          segment_ids_BL=segment_ids_BL, apart=apart))
 
 
 def _convolve_with_bias(all_BMHK: jax.Array, w_WHK: jax.Array,

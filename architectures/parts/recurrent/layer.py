@@ -136,14 +136,14 @@ class Layer(nn.Module):
     # Queries, keys and values, and the last inputs of their convolutions. A
     # token has a key and a value for each of its steps, and one query.
     q_BLJK, query_BWJK = self._project_and_convolve(
-        'query', x_BLD, (sizes.key_heads, sizes.key_dim), ctx, valid_BL,
-        cache and cache.query_BWJK)
+        'query', x_BLD, shape=(sizes.key_heads, sizes.key_dim), ctx=ctx,
+        valid_BL=valid_BL, before_BWHK=cache and cache.query_BWJK)
     k_BLJK, key_BWJK = self._project_and_convolve(
-        'key', x_BLD, (sizes.key_heads * steps, sizes.key_dim), ctx, valid_BL,
-        cache and cache.key_BWJK)
+        'key', x_BLD, shape=(sizes.key_heads * steps, sizes.key_dim), ctx=ctx,
+        valid_BL=valid_BL, before_BWHK=cache and cache.key_BWJK)
     v_BLHU, value_BWHU = self._project_and_convolve(
-        'value', x_BLD, (sizes.value_heads * steps, sizes.value_dim), ctx,
-        valid_BL, cache and cache.value_BWHU)
+        'value', x_BLD, shape=(sizes.value_heads * steps, sizes.value_dim),
+        ctx=ctx, valid_BL=valid_BL, before_BWHK=cache and cache.value_BWHU)
 
     # The recurrence, from the cached state or zeros.
     inputs = reset_at_documents(
@@ -152,7 +152,8 @@ class Layer(nn.Module):
     o_BLHU, state_BHKU = recurrence.run_recurrence(
         inputs, cache and cache.state_BHKU)
     if cache is not None:
-      cache = State(state_BHKU, query_BWJK, key_BWJK, value_BWHU)
+      cache = State(state_BHKU, query_BWJK=query_BWJK, key_BWJK=key_BWJK,
+                    value_BWHU=value_BWHU)
 
     # The norm, the gate and the output's product.
     o_BLHU = self.normalise_and_gate(o_BLHU, x_BLD, v_BLHU, ctx)
@@ -163,10 +164,11 @@ class Layer(nn.Module):
     c = self.config
     o_BLHU = sharding.constrain(o_BLHU.astype(c.compute_dtype), 'batch',
                                 'length', 'heads', 'head')
-    return layers.dense(
-        self, 'out', 'BLHU,HUD->BLD', o_BLHU, (*o_BLHU.shape[2:], c.d_model),
-        ('heads', 'head', 'embed'), in_axes=(0, 1), residual=True,
-        with_bias=False, deterministic=ctx.deterministic)
+    return layers.dense(self, 'out', 'BLHU,HUD->BLD', o_BLHU,
+                        shape=(*o_BLHU.shape[2:], c.d_model),
+                        axes=('heads', 'head', 'embed'), in_axes=(0, 1),
+                        residual=True, with_bias=False,
+                        deterministic=ctx.deterministic)
 
   def _project_and_convolve(
       self, name: str, x_BLD: jax.Array, shape: tuple[int, ...], ctx: Context,
@@ -192,9 +194,10 @@ class Layer(nn.Module):
     if not self.sizes.conv:
       return x_BLHK, None
     return features.declare_and_convolve(
-        self, f'{name}_conv', x_BLHK, self.sizes.conv, axes,
-        getattr(self.sizes, 'conv_bias', False), before_BWHK=before_BWHK,
-        segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL, silu=True)
+        self, f'{name}_conv', x_BLHK, width=self.sizes.conv, axes=axes,
+        with_bias=getattr(self.sizes, 'conv_bias', False),
+        before_BWHK=before_BWHK, segment_ids_BL=ctx.segment_ids_BL,
+        valid_BL=valid_BL, silu=True)
 
   def project(self, name: str, x_BLD: jax.Array,
               axes: tuple[str | None, str | None], shape: tuple[int, ...],
@@ -212,8 +215,8 @@ class Layer(nn.Module):
     """
     config, has_fixed_size = self.config, axes[1] is None
     y_BLHK = layers.dense(
-        self, name, 'BLD,DHK->BLHK', x_BLD, (config.d_model, *shape),
-        ('embed', *axes), output=has_fixed_size, with_bias=False,
+        self, name, 'BLD,DHK->BLHK', x_BLD, shape=(config.d_model, *shape),
+        axes=('embed', *axes), output=has_fixed_size, with_bias=False,
         deterministic=ctx.deterministic)
     # Outputs that do not grow with the width are to muP what logits are: they
     # are divided by how many times as wide the model is as its base model.
@@ -238,10 +241,11 @@ class Layer(nn.Module):
       float32 [B, L, H * each].
     """
     config = self.config
-    w_DH = layers.weight(self, name, (
-        config.d_model, self.sizes.value_heads * each), ('embed', 'heads'),
+    w_DH = layers.weight(self, name, shape=(
+        config.d_model, self.sizes.value_heads * each), axes=('embed', 'heads'),
                          output=True)
-    y_BLH = layers.einsum('BLD,DH->BLH', x_BLD, w_DH, config.compute_dtype)
+    y_BLH = layers.einsum('BLD,DH->BLH', x_BLD, w_DH,
+                          dtype=config.compute_dtype)
     return y_BLH.astype(jnp.float32) / config.widening
 
   def project_low_rank(
@@ -259,16 +263,17 @@ class Layer(nn.Module):
     """
     config, sizes = self.config, self.sizes
     rank = rank or sizes.rank
-    down_DU = layers.weight(self, f'{name}_down', (config.d_model, rank),
-                            ('embed', None), output=True)
+    down_DU = layers.weight(self, f'{name}_down', shape=(config.d_model, rank),
+                            axes=('embed', None), output=True)
     axes = 'latent', 'heads', 'head'
-    up_UHK = layers.weight(self, f'{name}_up', (
-        rank, sizes.value_heads, features), axes)
+    up_UHK = layers.weight(self, f'{name}_up', shape=(
+        rank, sizes.value_heads, features), axes=axes)
     # The rank does not grow with the width, so muP divides the first product by
     # how many times as wide the model is as its base model, as it does logits.
-    y_BLU = layers.einsum('BLD,DU->BLU', x_BLD, down_DU, config.compute_dtype)
+    y_BLU = layers.einsum('BLD,DU->BLU', x_BLD, down_DU,
+                          dtype=config.compute_dtype)
     y_BLHK = layers.einsum('BLU,UHK->BLHK', through(y_BLU / config.widening),
-                           up_UHK, config.compute_dtype, axes=axes)
+                           up_UHK, dtype=config.compute_dtype, axes=axes)
     return sharding.constrain(y_BLHK, 'batch', 'length', 'heads', 'head'
                               ).astype(jnp.float32)
 
@@ -292,11 +297,12 @@ class Layer(nn.Module):
     """
     shape = x_BLHK.shape[2:]
     # A is of a head, and the bias of a head or of each of its features, as x.
-    scale_H = declare(
-        self, 'decay_scale', log_uniform_initializer(least), shape[:1],
-        Role(('heads',))).astype(jnp.float32)
-    bias_HK = declare(self, 'decay_bias', step_bias, shape,
-                      Role(('heads', 'head')[:len(shape)])).astype(jnp.float32)
+    scale_H = declare(self, 'decay_scale', init=log_uniform_initializer(least),
+                      shape=shape[:1],
+                      role=Role(('heads',))).astype(jnp.float32)
+    bias_HK = declare(
+        self, 'decay_bias', init=step_bias, shape=shape,
+        role=Role(('heads', 'head')[:len(shape)])).astype(jnp.float32)
     scale_H = -jnp.exp(scale_H).reshape(1, 1, -1, *(1 for _ in shape[1:]))
     return scale_H * jax.nn.softplus(x_BLHK + bias_HK[None, None])
 

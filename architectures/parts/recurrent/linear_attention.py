@@ -106,8 +106,8 @@ class DeltaNet(layer.Layer):
     return recurrence.Inputs(
         features.normalize_length(q_BLJK, self.base_key_dim ** -0.5),
         move_steps_to_length(features.normalize_length(k_BLJK)),
-        move_steps_to_length(v_BLHU), log_decay_BLHK,
-        move_steps_to_length(self.rate(x_BLD)))
+        move_steps_to_length(v_BLHU), log_decay_BLHK=log_decay_BLHK,
+        rate_BLH=move_steps_to_length(self.rate(x_BLD)))
 
   def log_decay(self, x_BLD: jax.Array) -> jax.Array | None:
     """Returns log a, [B, L, H, 1]; None: there is no decay."""
@@ -193,7 +193,7 @@ class GDN2(KDA):
     k_BLJK = features.normalize_length(k_BLJK)
     return recurrence.Inputs(
         features.normalize_length(q_BLJK, self.base_key_dim ** -0.5), k_BLJK,
-        write_BLHU * v_BLHU, self.log_decay(x_BLD),
+        write_BLHU * v_BLHU, log_decay_BLHK=self.log_decay(x_BLD),
         erase_BLJK=(1 + sizes.negative) * erase_BLJK * k_BLJK)
 
 
@@ -269,14 +269,16 @@ class GLA(layer.Layer):
     del ctx
     # The decay of each feature of a key; the temperature brings it near to 1.
     sizes = self.sizes
-    bias_HK = layers.bias(self, 'decay_bias', (sizes.heads, sizes.key_dim),
-                          ('heads', 'head'))
+    bias_HK = layers.bias(self, 'decay_bias',
+                          shape=(sizes.heads, sizes.key_dim),
+                          axes=('heads', 'head'))
     z_BLHK = layers.add_bias(
         self.project_low_rank('decay', x_BLD, sizes.key_dim), bias_HK)
     log_decay_BLHK = jax.nn.log_sigmoid(z_BLHK) / sizes.temperature
     # This is 1 / sqrt(K), and falls as 1 / K with muP's wider heads.
     scale = jnp.asarray(self.base_key_dim ** 0.5 / sizes.key_dim, q_BLJK.dtype)
-    return recurrence.Inputs(scale * q_BLJK, k_BLJK, v_BLHU, log_decay_BLHK)
+    return recurrence.Inputs(scale * q_BLJK, k_BLJK, v_BLHU,
+                             log_decay_BLHK=log_decay_BLHK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,7 +331,8 @@ class RetNet(layer.Layer):
     log_decay_BLH1 = jnp.broadcast_to(
         jnp.asarray(log_decay_H, jnp.float32)[None, None, :, None],
         (*v_BLHU.shape[:3], 1))
-    return recurrence.Inputs(scale * q_BLJK, k_BLJK, v_BLHU, log_decay_BLH1)
+    return recurrence.Inputs(scale * q_BLJK, k_BLJK, v_BLHU,
+                             log_decay_BLHK=log_decay_BLH1)
 
 
 def config_of_rotated_heads(c: ModelConfig) -> ModelConfig:

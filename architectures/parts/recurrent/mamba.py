@@ -99,9 +99,8 @@ class Mamba(nn.Module):
       dt_BLI = jnp.where(valid_BL[..., None] != 0, dt_BLI, 0)
 
     # Those that it does not choose, A = -exp(A_log), and the state before.
-    a_log_IN = declare(
-        self, 'decay_scale', _logs_of_entry_numbers, shape=(inner, sizes.state),
-        role=Role(('mlp', None)))
+    a_log_IN = declare(self, 'decay_scale', init=_logs_of_entry_numbers,
+                       shape=(inner, sizes.state), role=Role(('mlp', None)))
     a_IN = -jnp.exp(a_log_IN.astype(jnp.float32))
     x32_BLI = x_BLI.astype(jnp.float32)
     if cache is None:
@@ -185,7 +184,7 @@ class Mamba(nn.Module):
     """Declares a number of each feature; returns them in float32."""
     inner = self.config.part(MambaConfig).expand * self.config.d_model
     numbers_I = declare(
-        self, name, init, shape=(inner,), role=Role(('mlp',)))
+        self, name, init=init, shape=(inner,), role=Role(('mlp',)))
     return numbers_I.astype(jnp.float32)
 
 

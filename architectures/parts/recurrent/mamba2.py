@@ -140,7 +140,7 @@ class Mamba2(layer.Layer):
     gate_BLHU = self.project(
         'output_gate', x_BLD, axes=layer.VALUE_AXES, shape=shape, ctx=ctx)
     scale_HU = declare(
-        self, 'out_norm_scale', nn.initializers.ones, shape=shape,
+        self, 'out_norm_scale', init=nn.initializers.ones, shape=shape,
         role=Role(('heads', 'head')))
     # The norm is over the heads of a group, or over all as one group. It is
     # computed again in the backward pass, which spares keeping its inputs.
@@ -158,7 +158,7 @@ class Mamba2(layer.Layer):
   def declare_by_head(self, name: str, init: Callable) -> jax.Array:
     """Declares a number of each head; returns them in float32."""
     numbers_H = declare(
-        self, name, init, shape=(self.sizes.heads,), role=Role(('heads',)))
+        self, name, init=init, shape=(self.sizes.heads,), role=Role(('heads',)))
     return numbers_H.astype(jnp.float32)
 
 

@@ -95,7 +95,7 @@ class Mamba3(mamba2.Mamba2):
 
     # C, B, which are turned, and x.
     angle_BLHA = self._angles(
-        x_BLD, dt_BLH, valid_BL=valid_BL, before_B1HA=before.angle_B1HA)
+        x_BLD, dt_BLH=dt_BLH, valid_BL=valid_BL, before_B1HA=before.angle_B1HA)
     q_BLHK = self._project_and_rotate(
         'query', x_BLD, angle_BLHA=angle_BLHA, ctx=ctx)
     k_BLHK = self._project_and_rotate(
@@ -208,7 +208,7 @@ class Mamba3(mamba2.Mamba2):
 
     # The heads of a group share the product, and each has a bias of its own.
     bias_HK = declare(
-        self, f'{name}_bias', nn.initializers.ones,
+        self, f'{name}_bias', init=nn.initializers.ones,
         shape=(sizes.heads, sizes.state), role=Role(('heads', None)))
     x_BLHK = jnp.repeat(
         x_BLJK.astype(jnp.float32), sizes.heads // sizes.groups, 2)

@@ -223,7 +223,8 @@ def _run_in_pieces(places: int, steps: int, x: Inputs, state_BHKU: jax.Array
   Returns:
     What is read at each place, float32 [B, L, H, U], and the last state.
   """
-  results, _ = _run_in_pieces_forward(places, steps, x, state_BHKU)
+  results, _ = _run_in_pieces_forward(places, steps=steps, x=x,
+                                      state_BHKU=state_BHKU)
   return results
 
 
@@ -539,7 +540,7 @@ def _meet_with_decay_per_feature(steps: int, x: Inputs) -> _Pairs:
     rows.append(k_BHPK)
   with layers.count_flops_as_useful_part(1, 1):
     products, upto_BHPK, after_BHPK = pieces.meet_earlier_places(
-        rows, k_BHPK, log_decay_BHPK, steps)
+        rows, k_BHPK, log_decay_BHPK=log_decay_BHPK, steps=steps)
 
   # A query also meets the key of its own place, which has not decayed.
   with layers.count_flops_as_useful_part(1, steps):

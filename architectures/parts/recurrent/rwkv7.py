@@ -105,7 +105,7 @@ class RWKV7(layer.Layer):
     mixer.check_context_of_recurrence(self.config.mixer, ctx)
     valid_BL = None if cache is None else ctx.valid_BL
     mixed, input_B1D = self._mix_with_previous_token(
-        x_BLD, ctx, cache, valid_BL)
+        x_BLD, ctx=ctx, cache=cache, valid_BL=valid_BL)
 
     # Queries r, keys k and values v.
     key_shape, value_shape = (
@@ -122,14 +122,14 @@ class RWKV7(layer.Layer):
     decay_bias_HK = self._declare_by_feature(
         'decay_bias', decay_bias, key_shape)
     decay_BLHK = decay_bias_HK + self.project_low_rank(
-        'decay', mixed['decay'], sizes.key_dim, rank=sizes.decay_rank,
+        'decay', mixed['decay'], features=sizes.key_dim, rank=sizes.decay_rank,
         through=jnp.tanh)
     log_decay_BLHK = -MOST_LOG_DECAY * jax.nn.sigmoid(decay_BLHK)
     rate_bias_HK = self._declare_by_feature('rate_bias', rate_bias, key_shape)
     rate_BLHK = jax.nn.sigmoid(rate_bias_HK + self.project_low_rank(
-        'rate', mixed['rate'], sizes.key_dim, rank=sizes.rate_rank))
+        'rate', mixed['rate'], features=sizes.key_dim, rank=sizes.rate_rank))
     gate_BLHU = self.project_low_rank(
-        'gate', mixed['gate'], sizes.value_dim, rank=sizes.gate_rank,
+        'gate', mixed['gate'], features=sizes.value_dim, rank=sizes.gate_rank,
         through=jax.nn.sigmoid)
 
     # The key kappa that is removed from the state, and k' that is written.
@@ -194,8 +194,8 @@ class RWKV7(layer.Layer):
       that is no padding, [B, 1, D].
     """
     D, S = x_BLD.shape[2], len(SHIFTED)
-    share_SD = declare(self, 'shift_conv', initial_shares_of_shift, (S, D),
-                       Role((None, 'embed')))
+    share_SD = declare(self, 'shift_conv', init=initial_shares_of_shift,
+                       shape=(S, D), role=Role((None, 'embed')))
     repeat_for_each_use = lambda x: jnp.broadcast_to(
         x[:, :, None], (*x.shape[:2], S, D))
 
@@ -212,8 +212,8 @@ class RWKV7(layer.Layer):
   def _declare_by_feature(self, name: str, init: Callable,
                           shape: tuple[int, int]) -> jax.Array:
     """Declares a number of each feature of the heads, float32 [1, 1, H, K]."""
-    return declare(self, name, init, shape, Role(('heads', 'head'))
-                   ).astype(jnp.float32)[None, None]
+    return declare(self, name, init=init, shape=shape,
+                   role=Role(('heads', 'head'))).astype(jnp.float32)[None, None]
 
 
 def _interleave_steps(first_BLHK: jax.Array, second_BLHK: jax.Array

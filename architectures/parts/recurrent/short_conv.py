@@ -63,24 +63,24 @@ class ShortConv(nn.Module):
     # The gates B and C and the input x of the convolution, by one product.
     # Their weights are one array [D, 3, I], and optimisers that work on
     # matrices take the three one by one: axis 1 is one of batches.
-    bcx_BLUI = layers.dense(
-        self, 'in', 'BLD,DUI->BLUI', x_BLD, (D, 3, D), ('embed', None, 'mlp'),
-        batch_axes=(1,), **options)
+    bcx_BLUI = layers.dense(self, 'in', 'BLD,DUI->BLUI', x_BLD, shape=(D, 3, D),
+                            axes=('embed', None, 'mlp'), batch_axes=(1,),
+                            **options)
     bcx_BLUI = sharding.constrain(bcx_BLUI, 'batch', 'length', None, 'mlp')
     b_BLI, c_BLI, x_BLI = (bcx_BLUI[:, :, i] for i in range(3))
 
     # The convolution of B * x over the last W tokens. A cache has the last
     # W - 1 of its inputs, those that the next token sees.
     z_BLI, input_BWI = features.declare_and_convolve(
-        self, 'conv', b_BLI * x_BLI, kernel, ('mlp',), options['with_bias'],
-        before_BWHK=cache and cache.input_BWI,
+        self, 'conv', b_BLI * x_BLI, width=kernel, axes=('mlp',),
+        with_bias=options['with_bias'], before_BWHK=cache and cache.input_BWI,
         segment_ids_BL=ctx.segment_ids_BL,
         valid_BL=None if cache is None else ctx.valid_BL)
     if cache is not None:
       cache = State(input_BWI)
-    return layers.dense(
-        self, 'out', 'BLI,ID->BLD', c_BLI * z_BLI, (D, D), ('mlp', 'embed'),
-        residual=True, **options), cache, Report()
+    return layers.dense(self, 'out', 'BLI,ID->BLD', c_BLI * z_BLI, shape=(D, D),
+                        axes=('mlp', 'embed'), residual=True,
+                        **options), cache, Report()
 
 
 class ShortConvMixer(mixer.Mixer):

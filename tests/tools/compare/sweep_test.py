@@ -689,7 +689,9 @@ def test_a_task_that_is_added_is_not_lost(tmp_path, monkeypatch):
 
 def test_the_array_is_of_local_runners(tmp_path, monkeypatch):
   file, workdir, submitted = sweeps.write(tmp_path), tmp_path / 'w', []
-  monkeypatch.setattr(slurm, 'submit', lambda *args: submitted.append(args))
+  monkeypatch.setattr(
+      slurm, 'submit', lambda jobs, folder, options, name: submitted.append(
+          (jobs, folder, options, name)))
   words = ['run', file, f'--workdir={workdir}', '--match=params', '--launcher',
            'slurm', '--retry', '--slurm=timeout_min=2']
   monkeypatch.setattr(sys, 'argv', ['sweep', *words])

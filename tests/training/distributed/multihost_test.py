@@ -110,8 +110,8 @@ def test_a_lost_process_ends_all_and_the_run_goes_on(folder, texts, monkeypatch,
   shutil.copytree(folder / 'two', folder / 'lost')
   ends = []
   local_run = local.run_once
-  def run(*args):
-    codes = local_run(*args)
+  def run(*args, **options):
+    codes = local_run(*args, **options)
     ends.append((time.time(), codes))
     return codes
   monkeypatch.setattr(local, 'run_once', run)
