@@ -673,10 +673,10 @@ def test_a_task_that_is_added_is_not_lost(tmp_path, monkeypatch):
 
   def adding(name, tasks):
     of = getattr(layout, name)
-    def act(*words):
+    def act(*args, **options):
       with layout.Ledger(workdir) as opened:
         opened.add_runs((point, 0, tasks) for point in names)
-      return of(*words)
+      return of(*args, **options)
     monkeypatch.setattr(layout, name, act)
 
   adding('train_command', ['loss'])
