@@ -134,8 +134,8 @@ def trained(request, singles, tmp_path_factory):
 
   class Group(vectorised.RunGroup):
 
-    def __init__(self, *args):
-      super().__init__(*args)
+    def __init__(self, *args, **options):
+      super().__init__(*args, **options)
       rows = len(jax.tree.leaves(jax.eval_shape(self.new_state))[0])
       used = len(self.devices)
       shapes.add((used, rows // used))
