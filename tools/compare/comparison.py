@@ -655,7 +655,8 @@ def _outcome(point: curves.Point, run: curves.Run, values: dict[str, float]
       params=point.params,
       changes=point.changes,
       curve=point.curve(run.seed),
-      items=scores_of_items)
+      items=scores_of_items,
+      shares_clock=run.shares_clock)
 
 
 def _final_values(run: curves.Run) -> dict[str, float]:

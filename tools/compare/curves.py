@@ -85,6 +85,12 @@ class Run:
     return self.held_out.get('loss')
 
   @property
+  def shares_clock(self) -> bool:
+    """Whether it trained as one program with other runs, whose time it shares.
+    """
+    return any(row.get('runs_at_once', 1) > 1 for row in self.rows)
+
+  @property
   def has_all_results(self) -> bool:
     """Whether it is done and has all that it was to have: a held-out loss,
     unless it was to do tasks alone."""

@@ -97,7 +97,8 @@ class Verdict:
       at its budget.
     both: the effect over seeds and items crossed, if it is known what each item
       scored (of the held-out loss: each document); n is the number of items,
-      and its p is not corrected.
+      and its p is not corrected. It never claims more than the effect over the
+      seeds alone.
     item_noise: half of the effect's 95 % interval over the items alone: what
       others of the kind may change.
   """
@@ -471,7 +472,7 @@ def _member_row(plan: Plan, member: FamilyMember,
   p_shape = None
   if shape is not None:
     p_shape = shape.p
-  both, item_noise = _effect_over_items(member)
+  both, item_noise = _effect_over_items(member, over_sizes)
   row = Verdict(
       variant=member.variant,
       measure=member.measure.name,
@@ -622,7 +623,7 @@ def _student_effect(size: str, differences: Sequence[float],
       differences=differences)
 
 
-def _effect_over_items(member: FamilyMember
+def _effect_over_items(member: FamilyMember, over_seeds: Effect
                        ) -> tuple[Effect | None, float | None]:
   """Returns the difference of a variant from the base by the scores of single
   items (documents or questions), with an interval that holds for other seeds
@@ -633,6 +634,8 @@ def _effect_over_items(member: FamilyMember
 
   Args:
     member: the variant, the measure, and the pairs of runs.
+    over_seeds: the effect over the seeds alone, whose interval may be by the
+      deviation of all variants together.
 
   Returns:
     `both` and `item_noise` of a Verdict: the effect over seeds and items
@@ -667,12 +670,34 @@ def _effect_over_items(member: FamilyMember
       differences_SQ.mean(0, keepdims=True), weights_Q)
   both = item_noise = None
   if crossed.p is not None and len(seeds) > 1:
-    both = Effect(
-        size=ALL_SIZES, effect=crossed.mean, low=crossed.low, high=crossed.high,
-        n=differences_SQ.shape[1], p=crossed.p)
+    both = _no_surer_than_over_seeds(
+        crossed, over_seeds, num_items=differences_SQ.shape[1])
   if over_items.p is not None:
     item_noise = over_items.high - over_items.mean
   return both, item_noise
+
+
+def _no_surer_than_over_seeds(crossed: statistics.CrossedEstimate,
+                              over_seeds: Effect, num_items: int) -> Effect:
+  """Returns the effect over seeds and items, with the wider of its interval and
+  that over the seeds alone, and the larger p.
+
+  Other items can only add to the noise of other seeds. But the table of seeds
+  and items knows nothing of the deviation of all variants together, by which
+  irregular noise is measured, and counts more degrees of freedom.
+
+  Args:
+    crossed: the estimate over seeds and items.
+    over_seeds: the effect over the seeds alone.
+    num_items: the number of items.
+  """
+  half_width, p = crossed.high - crossed.mean, crossed.p
+  if over_seeds.low is not None:
+    half_width = max(half_width, over_seeds.high - over_seeds.effect)
+    p = max(p, over_seeds.p)
+  return Effect(
+      size=ALL_SIZES, effect=crossed.mean, low=crossed.mean - half_width,
+      high=crossed.mean + half_width, n=num_items, p=p)
 
 
 def _trend_over_sizes(member: FamilyMember, shape: statistics.NoiseShape | None

@@ -29,8 +29,9 @@ class SpeedUp(NamedTuple):
       to all sizes.
     by: 'flops' or 'seconds'; of multipliers, which FLOPs and which floor.
     factor, low, high: the geometric mean over seeds, and its interval; low and
-      high are None for fewer than 3. Of multipliers the law's, and a jackknife
-      over paired seeds.
+      high are None for fewer than 3, and of times that runs share, since those
+      vary in nothing. Of multipliers the law's, and a jackknife over paired
+      seeds.
     fit_error: the rms of the fitted curves, in nats: a factor of losses that
       differ by less says nothing; of multipliers, None.
     floor: the floor of a multiplier's law.
@@ -193,6 +194,8 @@ def fit_speed_ups(sizes: Sequence[str], pairs_by_size: Sequence[pairing.Pairs]
     has_curves = any(pair.ours.curve or pair.base.curve for pair in pairs)
     if not has_curves:
       continue
+    has_shared_clock = any(
+        pair.ours.shares_clock or pair.base.shares_clock for pair in pairs)
     for by in WAYS_TO_COUNT_SPENDING:
       laws = [(_fit_curve(pair.ours, by), _fit_curve(pair.base, by))
               for pair in pairs]
@@ -200,6 +203,10 @@ def fit_speed_ups(sizes: Sequence[str], pairs_by_size: Sequence[pairing.Pairs]
       factor = low = high = None
       if interval is not None:
         factor, low, high, _ = interval
+      # Runs that trained as one program have one time, a share of which each
+      # reports: their seeds do not tell how much it varies.
+      if by == 'seconds' and has_shared_clock:
+        low = high = None
       rows.append(SpeedUp(
           size=size, by=by, factor=factor, low=low, high=high,
           fit_error=fit_error))

@@ -196,6 +196,8 @@ class Outcome(NamedTuple):
       last step, without which a run is no run of its budget; None: not known.
     body: the share of `flops` that is not for products with the vocabulary;
       None: not known.
+    shares_clock: whether it trained as one program with others, so that its
+      `seconds` are a share of the time of all of them.
   """
   phase: str
   variant: str
@@ -213,6 +215,7 @@ class Outcome(NamedTuple):
   items: dict = {}
   cooled: bool | None = None
   body: float | None = None
+  shares_clock: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,23 +49,26 @@ def check(args) -> int:
   frozen = freeze.freeze_plan(args.file, earlier_plan)
   print(described(frozen), flush=True)
 
-  # The time of a step, from runs that there are or from a few steps. Without
-  # it, costs are shown in all but hours.
+  # The costs in all but hours are known at once.
+  costs = results.costs(frozen, args.group, None)
+  print(f'\n{results.table(costs, args.parallel)}\n', flush=True)
+
+  # The time of a step, from runs that there are or from a few steps.
   times = None
   if args.workdir:
     times = results.times_of(args.workdir, frozen)
   source_of_times = 'the runs of this study so far'
   if not times:
-    print('\nTiming a few steps of the base at each size ...', file=sys.stderr)
+    print('Timing a few steps of the base, for the hours ...', file=sys.stderr)
     source_of_times = f'{TIMED_STEPS} steps of the base on this machine'
     try:
       times = timed(frozen, args.parallel, args.group)
     except EnvironmentFailure as error:
       print(f'warning: the hours are not known: {error}', file=sys.stderr)
 
-  costs = results.costs(frozen, args.group, times)
-  print(f'\n{results.table(costs, args.parallel)}\n')
   if times:
+    costs = results.costs(frozen, args.group, times)
+    print(f'\n{results.table(costs, args.parallel)}\n')
     print(f'Hours are of the steps of {args.parallel} processes at once, '
           'without starting and compiling them, by the time of '
           f'{source_of_times}.')
@@ -528,7 +531,8 @@ class Trainer:
         flops=spent['flops'], seconds=spent['seconds'], params=point.params,
         changes=dict(run.changes), loss=loss, curve=curve, items=scores,
         cooled=curves.ends_cooled_down(result.config),
-        body=planned_point.get('body'))
+        body=planned_point.get('body'),
+        shares_clock=result.shares_clock)
 
 
 def _value(run: phases.Run, measure: plans.Measure, result: curves.Run,

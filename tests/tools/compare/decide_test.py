@@ -93,9 +93,12 @@ def test_items_are_compared_by_the_mean_of_sizes_of_each_seed():
     table = np.array([np.mean(
         [losses[row.variant, size, seed] - losses['base', size, seed]
          for size in SIZES], 0) for seed in subset])
-    assert (row.both.effect, row.both.low, row.both.high, row.both.p
-            ) == pytest.approx(
-                statistics.estimate_over_seeds_and_items(table, tokens))
+    # Seeds and items together say no more than the seeds alone.
+    crossed = statistics.estimate_over_seeds_and_items(table, tokens)
+    half = max(crossed.high - crossed.mean, row.high - row.effect)
+    assert (row.both.effect, row.both.high - row.both.effect, row.both.p
+            ) == pytest.approx((crossed.mean, half, max(crossed.p, row.p)))
+    assert row.both.effect - row.both.low == pytest.approx(half)
     alone = statistics.estimate_over_seeds_and_items(table.mean(0)[None],
                                                      tokens)
     assert row.item_noise == pytest.approx((alone.high - alone.low) / 2)
@@ -318,6 +321,25 @@ def test_too_few_seeds_say_nothing():
   assert not decide.confirm_variants(PLAN, [])
 
 
+@pytest.mark.parametrize('plateau', [0.0, 1.0])
+def test_over_seeds_and_items_nothing_is_surer_than_over_seeds_alone(plateau):
+  """Nor where a run on a plateau of another variant widens that."""
+  rng = np.random.default_rng(1)
+  values = _values(seeds=8, noise=0.01)
+  values['b'][0] += plateau
+  scores = {name: x[..., None] + rng.normal(0, 1e-4, (8, 3, 40))
+            for name, x in values.items()}
+  outcomes = []
+  for x in _phase('confirm', values):
+    at = scores[x.variant][x.seed % 1000, SIZES.index(x.size)]
+    record = items.record_scores(at, range(40))
+    outcomes.append(x._replace(items={'loss': record}))
+  for row in decide.confirm_variants(PLAN, outcomes):
+    assert (row.p_shape < 0.05) == (plateau > 0)
+    assert row.both.high - row.both.low >= (row.high - row.low) * (1 - 1e-12)
+    assert row.both.p >= row.p
+
+
 def test_a_speed_up_is_the_factor_of_what_is_spent():
   spent = np.geomspace(1e10, 1e13, 20)
   rng = np.random.default_rng(0)
@@ -336,6 +358,11 @@ def test_a_speed_up_is_the_factor_of_what_is_spent():
   for x in row.speed_ups:
     assert x.low < x.factor < x.high and x.factor == pytest.approx(2, rel=0.05)
     assert x.fit_error < 0.01
+  # Runs of one program have one time, which says nothing of how it varies.
+  together = [x._replace(shares_clock=True) for x in outcomes]
+  for x in decide.confirm_variants(PLAN, together)[0].speed_ups:
+    assert x.factor == pytest.approx(2, rel=0.05)
+    assert (x.low is None) == (x.high is None) == (x.by == 'seconds')
   broken = [x if x.seed != 30_001 else x._replace(
       curve=x.curve | {'seconds': [None] * 20}) for x in outcomes]
   assert all((x.factor is None) == (x.by == 'seconds')

@@ -826,6 +826,8 @@ def test_a_plan_has_hours_before_anything_has_run(
   monkeypatch.setattr(study.Trainer, 'work', lambda self, path, ledger: None)
   assert study.check(args) == 0
   out, err = capsys.readouterr()
+  # The costs in all but hours do not wait for these.
+  assert f'{results.table(results.costs(frozen, 8, None), 2)}\n' in out
   assert 'unknown' in out and 'the hours are not known: a run of text.s' in err
 
 
