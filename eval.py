@@ -52,6 +52,9 @@ evals.define_flags()
 
 
 def main():
+  """Evaluates one or several runs by the tasks of --tasks, and prints or writes
+  their figures.
+  """
   cli.parse(__doc__)
   args = flags.FLAGS
   if not args.workdir:

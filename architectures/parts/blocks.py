@@ -344,6 +344,19 @@ class Sequential(Block):
 
   def run_branches(self, x: LayerInput, ctx: Context,
                    cache: Optional[LayerCache]) -> LayerResult:
+    """Runs attention, attention to a memory where there is one, and the
+    network, one after another. Each reads the residual stream to which the one
+    before has added its result.
+
+    Args:
+      x: the residual stream, [batch, length, d_model], or several Streams.
+      ctx: the context of the call: positions, documents, padding.
+      cache: what the layer keeps of earlier tokens; None: there is none.
+
+    Returns:
+      The residual stream after the layer, the cache after these tokens, and the
+      merged report of the branches for the panel of figures.
+    """
     # Each branch reads the residual stream, or a mixture of several, after the
     # branch before it has added its result. `weights` say how this result is
     # added to several streams.
@@ -457,6 +470,19 @@ class Parallel(Block):
 
   def run_branches(self, x: LayerInput, ctx: Context,
                    cache: Optional[LayerCache]) -> LayerResult:
+    """Runs attention, attention to a memory where there is one, and the network
+    side by side: all read the same residual stream, and the sum of their
+    results is added to it once.
+
+    Args:
+      x: the residual stream, [batch, length, d_model], or several Streams.
+      ctx: the context of the call: positions, documents, padding.
+      cache: what the layer keeps of earlier tokens; None: there is none.
+
+    Returns:
+      The residual stream after the layer, the cache after these tokens, and the
+      merged report of the branches for the panel of figures.
+    """
     # All branches read the same x, each through a norm. So several streams are
     # mixed once, with the parameters that 'attention' names.
     branches = ['attention', 'ffn']

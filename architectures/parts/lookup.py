@@ -413,6 +413,22 @@ class Engram(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, state: Optional[State]):
+    """Returns what the memory engram adds to the residual stream: rows e of
+    tables that are looked up by the last tokens (n-grams), as values through
+    gates, plus a causal convolution of these:
+
+      v = gate(n(W_k e), n(x)) * W_v e,   y = v + silu(conv(n(v)))
+
+    Args:
+      x_BLD: the residual stream, [batch, length, d_model], or several, [B, L,
+        streams, D].
+      ctx: the context of the call, with the tokens and their documents.
+      state: the last tokens and inputs of the convolution; None: there are
+        none.
+
+    Returns:
+      y, in the shape of x, and the state after these tokens.
+    """
     config, shape = self.config, x_BLD.shape
     ngrams = config.part(NGramsConfig)
     size = math.prod(shape[2:])  # the features of all streams
@@ -469,6 +485,17 @@ class PerLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
+    """Returns what the memory per_layer adds to the residual stream: a row E_t
+    of a table of the layer's own by the token alone, mixed with a product of
+    the token's embedding x_0, and gated by the layer's input x:
+
+      e = (n(W_0 x_0 / sqrt(D)) + sqrt(S) E_t) / sqrt(2)
+      y = n_out(W_out (gelu(W_gate x) * e))
+
+    Args:
+      x_BLD: the layer's input, [batch, length, d_model].
+      ctx: the context of the call, with the tokens and their embeddings.
+    """
     config, size = self.config, self.config.part(PerLayerConfig).size
     assert ctx.tokens_BL is not None and ctx.embedded_BLD is not None
     project_to_row = functools.partial(

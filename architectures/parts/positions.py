@@ -256,6 +256,19 @@ class LongRope(Scaling):
 
   def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
                   ) -> tuple[jax.Array, float]:
+    """Returns the frequencies of rotary positions as LongRoPE scales them: each
+    is divided by a factor of its own, from one list for short and one for long
+    sequences (Ding et al. 2024, arXiv 2402.13753).
+
+    Args:
+      rope: the fields of the rotary positions.
+      dim: the features of a head that are rotated, two for each frequency.
+      length: the length of the sequence, which chooses the list.
+
+    Returns:
+      The frequencies in radians a position, [dim / 2], and a factor on cos and
+      sin.
+    """
     where = np.where if isinstance(length, int) else jnp.where
     divisors = where(length > rope.original_len, np.array(rope.long_factor),
                      np.array(rope.short_factor))
@@ -267,7 +280,14 @@ class LongRope(Scaling):
     return frequencies, factor
 
   def reason_against(self, rope: RopeConfig, dim: int) -> str:
-    # Returns in words why these fields cannot be; '' where they can.
+    """Returns in words why the fields of longrope cannot be; '' where they can.
+    They need a divisor above 0 for each pair of features, for short and long
+    sequences.
+
+    Args:
+      rope: the fields of the rotary positions.
+      dim: the features of a head that are rotated.
+    """
     num_pairs = dim // 2
     # One divisor for each pair. bool is an int in Python, and is refused.
     for name in ('short_factor', 'long_factor'):
@@ -301,6 +321,23 @@ class Llama3(Scaling):
 
   def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
                   ) -> tuple[jax.Array, float]:
+    """Returns the frequencies of rotary positions as Llama 3.1 scales them.
+    With t, how often a wave turns in original_len positions, the share that is
+    kept is
+
+      kept = clip((t - low_freq_factor) / width, 0, 1)
+      width = high_freq_factor - low_freq_factor
+      f'   = kept f + (1 - kept) f / factor
+
+    Args:
+      rope: the fields of the rotary positions.
+      dim: the features of a head that are rotated, two for each frequency.
+      length: the length of the sequence; not read here.
+
+    Returns:
+      The frequencies in radians a position, [dim / 2], and a factor on cos and
+      sin.
+    """
     frequencies = base_frequencies(rope.theta, dim)
     # How often each wave turns in the original length.
     turns = rope.original_len * frequencies / (2 * math.pi)
@@ -330,6 +367,21 @@ class Yarn(Scaling):
 
   def frequencies(self, rope: RopeConfig, dim: int, length: int | jax.Array
                   ) -> tuple[jax.Array, float]:
+    """Returns the frequencies of rotary positions as YaRN scales them (Peng et
+    al. 2023, arXiv 2309.00071): fast waves are kept, slow ones are stretched by
+    `factor`, with a ramp between two pairs of features.
+
+      f' = kept f + (1 - kept) f / factor
+
+    Args:
+      rope: the fields of the rotary positions.
+      dim: the features of a head that are rotated, two for each frequency.
+      length: the length of the sequence; not read here.
+
+    Returns:
+      The frequencies in radians a position, [dim / 2], and a factor on cos and
+      sin.
+    """
     frequencies = base_frequencies(rope.theta, dim)
     # The ramp lies between two pairs: the last one that turns more often than
     # beta_fast times in the original length, and the first one that turns less

@@ -395,6 +395,24 @@ class Hyper(Mixed):
   fields = ('streams.count', 'streams.dynamic')
 
   def weights(self, module: Any, x: Streams) -> StreamWeights:
+    """Returns the weights of hyper-connections, by which a branch F reads
+    several residual streams and adds its result to them (Zhu et al. 2024,
+    equations 10 to 14):
+
+      x'_v = sum over u of A_u,v x_u + b_v F(sum over u of a_u x_u)
+
+    Each is a parameter of the branch plus s tanh(n(x) W), which depends on the
+    token and is left out without `dynamic`.
+
+    Args:
+      module: the Flax module of the branch, which declares the parameters.
+      x: the streams x_1 to x_count, and the number k of the branch.
+
+    Returns:
+      a to read the streams by [batch, length, count], b to write to them
+      likewise, and A to mix them by [batch, length, count, count]; batch and
+      length are 1 where all tokens have the same.
+    """
     config: ModelConfig = module.config
     count, D = x.x_BLUD.shape[2:]
     # Below, U are the `count` streams.
@@ -446,6 +464,23 @@ class MHC(Mixed):
             'norm_eps')
 
   def weights(self, module: Any, x: Streams) -> StreamWeights:
+    """Returns the weights of manifold-constrained hyper-connections, by which a
+    branch reads several residual streams and adds its result to them (Xie et
+    al. 2025, equations 7 to 9):
+
+      a = sigmoid(c_k + z_a),   b = 2 sigmoid(z_b),   A = Sinkhorn(exp(z_A))
+      z = s rms(x) W + d_k
+
+    Sinkhorn's algorithm makes the rows and columns of A sum to 1.
+
+    Args:
+      module: the Flax module of the branch, which declares the parameters.
+      x: the streams x_1 to x_count, and the number k of the branch.
+
+    Returns:
+      a to read the streams by [batch, length, count], b to write to them
+      likewise, and A to mix them by [batch, length, count, count].
+    """
     config: ModelConfig = module.config
     B, L, count, _ = x.x_BLUD.shape
     fields = config.part(StreamsConfig)
@@ -484,6 +519,14 @@ class MHC(Mixed):
         write_BLU=2 * jax.nn.sigmoid(write_BLU), mix_BLUU=mix_BLUU)
 
   def end(self, module: Any, x: Streams) -> jax.Array:
+    """Returns one stream for the head of the model, made of several: their
+    plain end, or with `learned_end` the sum over u of sigmoid(s rms(x) W + d)_u
+    x_u (DeepSeek-V4).
+
+    Args:
+      module: the Flax module of the stack, which declares the parameters.
+      x: the streams after the last layer, [..., batch, length, count, d_model].
+    """
     if not module.config.part(StreamsConfig).learned_end:
       return super().end(module, x)
     # DeepSeek-V4's end. The logits of each stream are z = s rms(x) W + d.
@@ -627,6 +670,18 @@ class Gated(Mixed):
   fields = ('streams.count', 'streams.rank')
 
   def read(self, module: Any, x: Streams) -> tuple[jax.Array, StreamWeights]:
+    """Returns the input of a branch, the mean of all streams through gates, and
+    the weights b by which the result of the branch is added to each stream:
+
+      b = 2 sigmoid(sum over u of n_u(x_u) W_b,u / count)
+
+    Args:
+      module: the Flax module of the branch, which declares the parameters.
+      x: the streams, [batch, length, count, d_model].
+
+    Returns:
+      The input [B, L, D], and the weights, which mix no streams.
+    """
     config: ModelConfig = module.config
     read_BLD, n_BLUD = _read_through_gates(module, x)
     # b, of the normalised streams.

@@ -178,6 +178,22 @@ class Entries(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, windows: Windows, ctx: Context,
                previous_BMU: Optional[jax.Array]):
+    """Compresses windows of tokens to entries, weighted means e of values v by
+    scores z of the tokens: e = sum of softmax(z + b) v, for each feature by
+    itself.
+
+    Args:
+      x_BLD: the layer's input, [batch, length, d_model].
+      windows: which tokens each entry is made of.
+      ctx: the context of the call, which says which tokens are padding.
+      previous_BMU: values and scores of M tokens before these; None: there are
+        none.
+
+    Returns:
+      The entries [batch, entries W, features K], not rotated by positions, and
+      the values and scores that the next tokens need, None where none were
+      given.
+    """
     # Values v and scores z of the tokens side by side: U = 2 * parts * size.
     L = x_BLD.shape[1]
     values_and_scores_BMU = jnp.concatenate(
@@ -321,8 +337,19 @@ class SWA(Attention):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
-    # The layer returns the output y [batch, length, d_model] for the input x,
-    # the cache with these tokens (None: there is none), and a report.
+    """Returns attention over the last tokens of a window and, in subclasses,
+    over entries that older windows are compressed to. One vector of each token
+    is both its key and its value.
+
+    Args:
+      x_BLD: the layer's input, [batch, length, d_model].
+      ctx: the context of the call: positions, documents, padding.
+      cache: what the layer keeps of earlier tokens; None: there is none.
+
+    Returns:
+      The output [B, L, D], the cache after these tokens (None where there was
+      none), and a report for the panel of figures.
+    """
     config, fields = self.config, self.config.part(CompressedConfig)
     require(not ctx.keep_attention, f'model.mixer {config.mixer!r} weighs '
             'entries of several tokens each: there is no weight of each token '

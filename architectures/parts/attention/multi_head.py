@@ -528,6 +528,21 @@ class CrossAttention(Attention):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]
                ) -> tuple[jax.Array, Optional[Cache], Report]:
+    """Returns attention of the tokens to a memory z, the result of an encoder:
+
+      y_l = W_o sum over m of softmax over m (scale q_l k_m) v_m
+      q_l = W_q x_l,   k_m = W_k z_m,   v_m = W_v z_m
+
+    Args:
+      x_BLD: the layer's input, [batch, length, d_model].
+      ctx: the context of the call, with the memory; without it the cache has
+        its keys and values.
+      cache: what the layer keeps; None: there is none.
+
+    Returns:
+      The output [B, L, D], the cache with the memory's keys and values, and a
+      report with the attention weights where they are kept.
+    """
     # Queries of the tokens, and keys and values of the memory: the first call
     # is given the memory and puts these into the cache, later ones read them.
     q_BLHK = self.project_and_apply_steps(

@@ -126,8 +126,19 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
-    # The layer returns the output y [batch, length, d_model] for the input x,
-    # the cache after these tokens (None: there is none), and an empty report.
+    """Returns the output of the layer: queries, keys and values from products
+    and short convolutions, a recurrence over them, and a norm, a gate and a
+    product.
+
+    Args:
+      x_BLD: the layer's input, [batch, length, d_model].
+      ctx: the context of the call: positions, documents, padding.
+      cache: what the layer keeps of earlier tokens; None: there is none.
+
+    Returns:
+      The output [B, L, D], the cache after these tokens (None where there was
+      none), and a report for the panel of figures, which is empty.
+    """
     config, sizes, steps = self.config, self.sizes, self.sizes.householders
     mixer.check_context_of_recurrence(config.mixer, ctx)
     # Padding matters only where a state goes on after it.
@@ -387,7 +398,13 @@ class Recurrence(mixer.Mixer):
     self.module = module
 
   def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
-    # The cache does not grow with the number of tokens, the last of `shape`.
+    """Returns the cache of a layer for rows that have no token yet: the state
+    of its recurrence and the last inputs of its convolutions, all 0.
+
+    Args:
+      c: the config of the layer.
+      shape: [..., batch, tokens]. The cache does not grow with the tokens.
+    """
     sizes, rows = c.part(self.module.settings), shape[:-1]
     state_BHKU = jnp.zeros(
         (*rows, sizes.value_heads, sizes.key_dim, sizes.value_dim))

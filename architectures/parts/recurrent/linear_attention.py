@@ -96,6 +96,21 @@ class DeltaNet(layer.Layer):
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
+    """Returns the inputs of the gated delta rule, whose state S has a row for
+    each feature of a key:
+
+      S_t = a_t (I - b_t k_t k_t^T) S_t-1 + b_t k_t v_t^T,   o_t = S_t^T q_t
+
+    Args:
+      x_BLD: the layer's input, [batch, length, d_model].
+      q_BLJK: the queries, [batch, length, heads of keys J, features K].
+      k_BLJK: the keys, as queries.
+      v_BLHU: the values, [batch, length, heads of values H, features U].
+      ctx: the context of the layer; not read here.
+
+    Returns:
+      Queries, keys and values, the logarithm of the decay a, and the rate b.
+    """
     # Keys, values and rates have n of each for a token, which become n places
     # of the row. Keys have the length 1, and queries 1 / sqrt(K), by the K of
     # muP's base model.
@@ -181,6 +196,22 @@ class GDN2(KDA):
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
+    """Returns the inputs of Gated DeltaNet 2, where gates b and w of a token
+    say what is erased and what is written of each feature:
+
+      b, w = sigmoid(W_b x), sigmoid(W_w x)
+      S_t  = (I - k_t (b_t * k_t)^T) Diag(a_t) S_t-1 + k_t (w_t * v_t)^T
+
+    Args:
+      x_BLD: the layer's input, [batch, length, d_model].
+      q_BLJK: the queries, [batch, length, heads of keys J, features K].
+      k_BLJK: the keys, as queries.
+      v_BLHU: the values, [batch, length, heads of values H, features U].
+      ctx: the context of the layer.
+
+    Returns:
+      Queries, keys, gated values, the logarithm of the decay a, and b * k.
+    """
     # The gates b, of a key's features, and w, of a value's.
     sizes = self.sizes
     erase_BLJK = jax.nn.sigmoid(self.project('erase', x_BLD, self.key_axes, (
@@ -266,6 +297,22 @@ class GLA(layer.Layer):
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
+    """Returns the inputs of gated linear attention, with a decay a of each
+    feature of a key, and no delta rule:
+
+      log a = logsigmoid(W_up W_down x + bias) / temperature
+      S_t   = Diag(a_t) S_t-1 + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
+
+    Args:
+      x_BLD: the layer's input, [batch, length, d_model].
+      q_BLJK: the queries, [batch, length, heads of keys J, features K].
+      k_BLJK: the keys, as queries.
+      v_BLHU: the values, [batch, length, heads of values H, features U].
+      ctx: the context of the layer; not read here.
+
+    Returns:
+      Scaled queries, keys and values, and the logarithm of the decay.
+    """
     del ctx
     # The decay of each feature of a key; the temperature brings it near to 1.
     sizes = self.sizes
@@ -314,6 +361,23 @@ class RetNet(layer.Layer):
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
+    """Returns the inputs of RetNet's retention, with a decay of each head h =
+    0, 1, ... that never changes:
+
+      a   = 1 - 2^(-5 - h)
+      S_t = a S_t-1 + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
+
+    Args:
+      x_BLD: the layer's input; not read here.
+      q_BLJK: the queries, [batch, length, heads of keys J, features K].
+      k_BLJK: the keys, as queries.
+      v_BLHU: the values, [batch, length, heads of values H, features U].
+      ctx: the context of the layer, with the positions that queries and keys
+        are rotated by.
+
+    Returns:
+      Rotated and scaled queries, rotated keys, values, and the logarithm of a.
+    """
     del x_BLD
     config, sizes = self.config, self.sizes
     # Queries and keys are rotated by their positions, if these are rotary.
@@ -346,7 +410,15 @@ class Retention(layer.Recurrence):
   positional = True
 
   def check(self, c: ModelConfig, stack: str) -> None:
-    # This raises RequestError for positions that retention cannot have.
+    """Raises RequestError for a config whose layer of retention cannot be
+    built: one with a position encoding that has a bias on scores, which
+    retention does not have, or that rotates a key by a length of the row that
+    may still grow.
+
+    Args:
+      c: the config of the model.
+      stack: the stack of the layer, 'encoder' or 'decoder'.
+    """
     super().check(c, stack)
     require(not positions.position_of(c).has_bias,
             "model.mixer is 'retnet', which has no scores for the bias of "

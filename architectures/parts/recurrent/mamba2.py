@@ -108,9 +108,23 @@ class Mamba2(layer.Layer):
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
+    """Returns the inputs of Mamba-2's recurrence, whose state h of a head
+    decays by exp(dt A) and takes in dt x:
+
+      h_t = exp(dt_t A) h_t-1 + dt_t x_t B_t^T,   o_t = h_t C_t
+
+    Args:
+      x_BLD: the layer's input, [batch, length, d_model].
+      q_BLJK: C, [batch, length, heads of keys J, features K].
+      k_BLJK: B, as C.
+      v_BLHU: x, [batch, length, heads of values H, features U].
+      ctx: the context of the layer; not read here.
+
+    Returns:
+      C as queries, B as keys, dt x as values, and dt A, the logarithm of the
+      decay.
+    """
     del ctx
-    # The step dt of each head: the state decays by exp(dt A), and takes in dt x
-    # as its value.
     sizes = self.sizes
     dt_BLH = jnp.clip(
         self.step(x_BLD), sizes.least_step, sizes.most_step or None)

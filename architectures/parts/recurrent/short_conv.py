@@ -52,8 +52,20 @@ class ShortConv(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
-    # The layer returns the output [batch, length, d_model] for the input x_BLD,
-    # u in the equations; the cache after these tokens; and an empty report.
+    """Returns the gated short convolution of the layer's input u:
+
+      B, C, x = W_B u, W_C u, W_x u
+      y       = W_out (C * conv(B * x))
+
+    Args:
+      x_BLD: u, [batch, length, d_model].
+      ctx: the context of the call: positions, documents, padding.
+      cache: what the layer keeps of earlier tokens; None: there is none.
+
+    Returns:
+      The output [B, L, D], the cache after these tokens (None where there was
+      none), and a report for the panel of figures, which is empty.
+    """
     mixer.check_context_of_recurrence('short_conv', ctx)
     D, kernel = self.config.d_model, self.config.part(ShortConvConfig).kernel
     options: dict[str, Any] = dict(
