@@ -61,7 +61,13 @@ def learning_rate_shares(optim: ml_collections.ConfigDict, roles: Any,
   used_patterns = set()
 
   def share_of_parameter(key: Any, role: Role, x: Any) -> float | np.ndarray:
-    """Returns the share of a parameter, or one for each of its layers."""
+    """Returns the share of a parameter, or one for each of its layers.
+
+    Args:
+      key: the path of the parameter in the tree.
+      role: its role: whether a table, or tuned with adapters.
+      x: its shape.
+    """
     path = paths.path_to_string(key)
     shares = []
     # Each row of a scanned parameter belongs to another layer.

@@ -95,7 +95,14 @@ def scale_by_soap(roles: Any, b1: float, b2: float, eps: float, every: int,
 
     def update_parameter(axes: Axes, grad: jax.Array, *fields: Any):
       """Returns the step of a parameter, and the new fields of its state
-      without the count, one after another."""
+      without the count, one after another.
+
+      Args:
+        axes: which axes of the parameter are the inputs of its product, the
+          outputs, and the batch of a stack of matrices.
+        grad: the gradient.
+        *fields: the fields of SoapState but the count, of this parameter.
+      """
       # The fields are the moments M and V, the factor L, the factor R, and the
       # bases QL and QR, as SoapState lists them. R and QR have the outputs of
       # the parameter as their rows, and so the axes of its transpose.

@@ -354,7 +354,13 @@ class ScoredKeys(NamedTuple):
   def divergence(self, target_BLM: jax.Array, seen_BLM: Any, ctx: Context
                  ) -> jax.Array:
     """Returns the `divergence` of these scores from the target; with blocks,
-    over the keys of whole blocks."""
+    over the keys of whole blocks.
+
+    Args:
+      target_BLM: the weights of attention, [batch, queries, keys].
+      seen_BLM: bool, which keys a query sees.
+      ctx: the context of the layer, which says which tokens are padding.
+    """
     scores_BLM = self.scores_BLM
     if self.block_size:
       seen_BLM = seen_BLM & self.expand_blocks_to_keys(

@@ -115,6 +115,15 @@ def _grouped_ffn_forward(
   """Returns the result of `grouped_ffn`, [P, D], and what its gradient reads:
   its arguments, and the inputs of the activation, (up,) or in a gated network
   (up, gate), [P, F] each; None in their place with settings.recompute.
+
+  Args:
+    rows_PD: P rows of D features, sorted by expert.
+    count_E: the number of rows of each expert.
+    gate_P: the factor that multiplies a row's result.
+    w: the experts' weights.
+    mask_PF: the factors of hidden units, for dropout; None: there is no
+      dropout.
+    settings: the settings of the computation.
   """
 
   def drop_what_is_recomputed(forward: Callable) -> Callable:
@@ -871,6 +880,13 @@ def _megablox_backward(even_rows: int, interpret: bool, saved: tuple,
 
   They are not those of megablox itself, which tiles both as it did the product,
   though their sides are others.
+
+  Args:
+    even_rows: the rows that an even load gives an expert, by which tiles are
+      sized.
+    interpret: whether the kernel is emulated, so that it runs on CPU.
+    saved: the rows, the matrices and the counts, from the forward pass.
+    dy_PO: the gradient of the result.
   """
   x_PI, m_EIO, count_E = saved
   dx_PI = _multiply_rows_by_experts(

@@ -226,7 +226,13 @@ def _selective_scan(a_IN: jax.Array, dt_BLI: jax.Array, x_BLI: jax.Array,
   def piece(state_BIN: jax.Array, here: tuple[jax.Array, ...]):
     """Returns the state after a piece, and what is read at its places. The
     backward pass computes the piece again, since the states [B, P, I, N] of all
-    pieces would be too much to keep."""
+    pieces would be too much to keep.
+
+    Args:
+      state_BIN: the state before the piece, [batch, features, numbers of a
+        state].
+      here: dt, x, B, C and kept of the piece's P places.
+    """
     dt_BPI, x_BPI, b_BPN, c_BPN, kept_BP = here
     # h_t = decay_t * h_t-1 + added_t, as if the state before were zero.
     decay_BPIN = jnp.exp(dt_BPI[..., None] * a_IN[None, None])
@@ -257,6 +263,10 @@ def _compose_steps(first: tuple[jax.Array, jax.Array],
 
   A parallel scan may group the steps of a row as it likes, since this is
   associative.
+
+  Args:
+    first: the decay d and the summand a of the earlier step.
+    then: those of the later step, d' and a'.
   """
   decay, added = first
   then_decay, then_added = then

@@ -160,7 +160,14 @@ def _map_pieces_forward(function: Callable[[Any], Any], most: int, x: Any):
 def _map_pieces_backward(function: Callable[[Any], Any], most: int, x: Any,
                          d_result: Any):
   """Returns the gradient of the argument, likewise a group at a time: each
-  group is computed again, and its gradient taken."""
+  group is computed again, and its gradient taken.
+
+  Args:
+    function: the function of arrays [B, ...] that was applied.
+    most: the most pieces of a group.
+    x: the argument, arrays [pieces, B, ...].
+    d_result: the gradient of the result, likewise.
+  """
   apply = functools.partial(_apply_to_rows, function)
 
   def gradient_of_group(x_and_gradient: Any):

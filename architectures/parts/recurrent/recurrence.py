@@ -231,7 +231,15 @@ def _run_in_pieces(places: int, steps: int, x: Inputs, state_BHKU: jax.Array
 def _run_in_pieces_forward(places: int, steps: int, x: Inputs,
                            state_BHKU: jax.Array):
   """Returns the results of `_run_in_pieces`, and the inputs and the state
-  before each piece, [pieces, B, H, K, U], for the backward pass."""
+  before each piece, [pieces, B, H, K, U], for the backward pass.
+
+  Args:
+    places: the number of places of a piece.
+    steps: how many places belong to one token.
+    x: the queries, keys, values, decays and rates of rows.
+    state_BHKU: the state before the first place, [batch, heads of values,
+      features of a key, features of a value].
+  """
   cut = _cut_inputs(places, x)
   effects = _effects_of_pieces(cut, _meet_places(steps, cut))
 
@@ -265,6 +273,12 @@ def _run_in_pieces_backward(places: int, steps: int, kept: Any, grads: Any):
   With S' = decay S + k^T d and o = q S + W d, where d = write - read S, they go
   through the pieces from the last to the first: dd = k dS' + W^T do, and dS =
   decay dS' + q^T do - read^T dd.
+
+  Args:
+    places: the number of places of a piece.
+    steps: how many places belong to one token.
+    kept: the inputs and the states before the pieces, from the forward pass.
+    grads: the gradients of the results and of the last state.
   """
   x, states = kept
   d_o_BLHU, d_last_BHKU = grads
@@ -500,7 +514,18 @@ def _meet_places(steps: int, x: Inputs) -> _Pairs:
 
 def _meet_with_decay_per_head(steps: int, x: Inputs) -> _Pairs:
   """Returns how the places of each piece meet where a head has one decay, by
-  the delta rule: `_run_additive` computes what has none."""
+  the delta rule: `_run_additive` computes what has none.
+
+  Args:
+    steps: how many places belong to one token.
+    x: the inputs, cut into pieces, [pieces, batch, heads, P places, ...].
+
+  Returns:
+    For each pair of places i and j <= i of a piece the weight q_i k_j times the
+    decay from j to i, by which i reads what j writes; the weight by which the
+    delta rule corrects what j writes; and the decays of the piece up to each
+    place and after it.
+  """
   q, k, v, log_decay = x[:4]
   H = v.shape[2]
   P = k.shape[-2]
@@ -602,6 +627,12 @@ def _run_additive_forward(places: int, x: Inputs, state_BHKU: jax.Array):
 
   In the einsums n are the pieces, p and m the places of a piece, j the heads of
   keys, r the heads of values of each, k and u the features of keys and values.
+
+  Args:
+    places: the number of places of a piece.
+    x: the queries, keys, values and decays of rows.
+    state_BHKU: the state before the first place, [batch, heads of values,
+      features of a key, features of a value].
   """
   q, k, v, log_decay = _cut_inputs_by_key_head(places, x)
   between, upto, after = _decays_of_heads(log_decay)
@@ -692,7 +723,12 @@ def _cut_inputs_by_key_head(places: int, x: Inputs
                                        jax.Array]:
   """Returns the inputs of each piece, with heads of values beside the head of
   keys that they share: q and k, [pieces, B, P, J, K], v, [pieces, B, P, J, R,
-  U], and the logarithms of the decays, [pieces, B, P, J, R]."""
+  U], and the logarithms of the decays, [pieces, B, P, J, R].
+
+  Args:
+    places: P, the number of places of a piece.
+    x: the queries, keys, values and decays of rows.
+  """
   cut = functools.partial(pieces.cut_row_into_pieces, places)
   k = cut(x.k_BLJK)
   q = cut(x.q_BLJK)
