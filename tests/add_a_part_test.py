@@ -262,6 +262,7 @@ print('alike')
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_mixer_with_a_state_in_a_file_of_ones_own(tmp_path):
   file = tmp_path / 'leaky.py'
   file.write_text(LEAKY)
@@ -346,6 +347,7 @@ print(report.render_page(comparison.load_comparison('w'), ()))
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_phase_of_a_study_in_the_file_of_the_study(tmp_path):
   file, workdir = pathlib.Path(studies.write(tmp_path, PHASE)), tmp_path / 'w'
 

@@ -242,7 +242,9 @@ TUTORIALS = [f'docs/tutorials/{name}.md'
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('page', TUTORIALS)
+@pytest.mark.parametrize('page', [
+    TUTORIALS[0], pytest.param(TUTORIALS[1], marks=pytest.mark.long),
+    TUTORIALS[2]])
 def test_a_tutorial_prints_what_it_says(page, tmp_path):
   assert _walk(_copied(tmp_path), page, trains=False) == []
 
