@@ -221,7 +221,7 @@ def format_report(report: dict) -> str:
                    f'{row["bytes_per_device"] / 2**20:,.3f} MiB a device')
   lines += ['', 'collectives of a training step, by an estimate '
             '(python -m tools.plan compiles it)']
-  lines += plans.collectives(report['collectives'], mark='')
+  lines += plans.table_of_collectives(report['collectives'], mark='')
   return '\n'.join(lines)
 
 

@@ -56,7 +56,7 @@ def _system_and_layer_lines(run: runs.Run) -> list[str]:
   """Returns lines that say how the model differs from the system that it is
   named after, and which layers it has, where there is something to say."""
   lines = list(totals.describe_layers(run.model))
-  system = systems.line(run.model)
+  system = systems.describe_differences(run.model)
   if system:
     lines.insert(0, system)
   return lines

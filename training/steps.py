@@ -44,7 +44,8 @@ class TrainingBatches:
     row_lengths = loaders[0].objective.row_lengths(config)
     self._row_tokens = sum(row_lengths)  # at most
     self.most_tokens = self._ramp.last * self._row_tokens
-    self._peak = flops.total_peak(program.devices, program.run.model.dtype)
+    self._peak = flops.total_peak_flops(
+        program.devices, program.run.model.dtype)
 
     # Batches may have fewer rows than data.batch_size (a ramp), and rows that
     # are padded less far than to data.length (length 0 stands for that).

@@ -127,7 +127,7 @@ def test_no_gradient_of_a_frozen_weight_is_computed(trained):
   with run.context():
     program = run.train_step().trace(run.abstract_state,
                                      step_test.batch()).jaxpr
-  work = flops.count_work(program, flops.Place('cpu'))
+  work = flops.count_work(program, flops.CountOptions('cpu'))
   whole = step_test.BATCH * sum(flops.training_flops(
       run.model, step_test.LENGTH).values())
   forward = flops.forward_flops(run.model, step_test.LENGTH)

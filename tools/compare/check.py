@@ -193,7 +193,8 @@ def _describe_point(sweep: spec.Sweep, point: spec.Point) -> dict:
             'a task in TASKS')
   unlike = ''
   if 'model.arch' in point.changes:
-    unlike = systems.line(runs.resolve_model_without_tokenizer(config))
+    model = runs.resolve_model_without_tokenizer(config)
+    unlike = systems.describe_differences(model)
   return {
       'name': point.name,
       'changes': dict(point.changes),

@@ -133,7 +133,7 @@ class PointCollector:
     from training.costs import systems
     name = name or arch
     with prefix_errors(f'{self._file}: point {name!r}'):
-      of_system = systems.changes(self._base, arch, size)
+      of_system = systems.changes_to_system(self._base, arch, size)
     self(name, **{**of_system, **changes})
 
 

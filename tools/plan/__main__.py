@@ -36,6 +36,12 @@ flags.DEFINE_bool('json', False, 'Print JSON.')
 
 
 def main() -> int:
+  """Plans the run that the command line describes, and prints the plan.
+
+  Raises:
+    DoesNotFit: for a plan that does not fit, after it is printed.
+  """
+  # Check the flags.
   cli.parse(__doc__)
   args = flags.FLAGS
   require(args.config is not None and args.topology, 'pass both --config '
@@ -45,11 +51,15 @@ def main() -> int:
                        'leave out --mesh and --programs')
   require(args.programs, '--programs names none: choose from train, prefill, '
           'decode')
-  os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported
+
+  # jax reads these variables when it is imported and when it looks for devices,
+  # so they come before any import of jax.
+  os.environ['JAX_PLATFORMS'] = 'cpu'
   from tools.plan import chips
   topology = chips.parse_topology(args.topology, args.slices)
   chips.set_environment(topology)
 
+  # Check the config, and search for plans if the flags say so.
   from tools.plan import programs, report
   from training import preflight
   preflight.check_config(args.config, cli.overridden_fields())
@@ -61,12 +71,14 @@ def main() -> int:
     else:
       print(search.plans_as_text(plans))
     return 0
-  run = programs.run_on(args.config, topology, args.mesh)
+
+  # Else plan the one run, and print the plan even if it does not fit.
+  run = programs.run_on_topology(args.config, topology, args.mesh)
   plan = programs.make_plan(run, topology, args.programs)
   if args.json:
     print(json.dumps(plan, indent=2))
   elif plan['programs']:
-    print(report.text(plan))
+    print(report.plan_as_text(plan))
   if not plan['fits']:
     raise programs.DoesNotFit('; '.join(plan['reasons']))
   return 0

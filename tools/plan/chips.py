@@ -30,74 +30,75 @@ _GB = 1e9
 
 
 class Chip(NamedTuple):
-  """One device, and the machine that it stands in.
+  """A model of TPU or GPU, and the machines that it is sold in.
 
   Attributes:
     platform: tpu or cuda.
-    kind: its name in training/costs/flops.py.
-    cores: the TensorCores of one device; TPUs only.
-    devices: the jax devices of a chip.
-    hbm: the bytes that a program may use.
-    hbm_rate: the bytes a second that the device reads and writes of these.
-    links: the bytes a second that it can send within a slice, or within a host
-      of GPUs.
-    outside: the bytes a second that it can send to other slices or hosts;
-      None: not published.
-    shapes: the small shapes of a slice; beyond, sides are multiples of 4.
-    most: the chips of the largest slice.
+    device_kind: the name of its devices in training/costs/flops.py.
+    cores: the number of TensorCores of one device; TPUs only.
+    devices: the number of jax devices of a chip.
+    hbm: the bytes of a device's memory that a program may use.
+    hbm_rate: the bytes of this memory that a device reads and writes a second.
+    link_rate: the bytes that a device can send a second within a slice of TPUs,
+      or within a host of GPUs.
+    outside_rate: the bytes that a device can send a second to other slices or
+      hosts; None: not published.
+    shapes: the small shapes of a slice; larger slices have sides that are
+      multiples of 4.
+    max_chips: the number of chips of the largest slice.
   """
   platform: str
-  kind: str
+  device_kind: str
   cores: int
   devices: int
   hbm: float
   hbm_rate: float
-  links: float
-  outside: Optional[float]
+  link_rate: float
+  outside_rate: Optional[float]
   shapes: tuple[str, ...]
-  most: int
+  max_chips: int
 
 
-_CUBES = ('2x2x1', '2x2x2', '2x2x4', '2x4x4')
-_PLANES = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+_SHAPES_OF_CUBES = ('2x2x1', '2x2x2', '2x2x4', '2x4x4')
+_SHAPES_OF_PLANES = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 
 CHIPS = {
     'v4': Chip(
-        platform='tpu', kind='TPU v4', cores=2, devices=1,
-        hbm=30.75 * GIB, hbm_rate=1228 * _GB, links=300 * _GB,
-        outside=None, shapes=_CUBES, most=4096),
+        platform='tpu', device_kind='TPU v4', cores=2, devices=1,
+        hbm=30.75 * GIB, hbm_rate=1228 * _GB, link_rate=300 * _GB,
+        outside_rate=None, shapes=_SHAPES_OF_CUBES, max_chips=4096),
     'v5e': Chip(
-        platform='tpu', kind='TPU v5 lite', cores=1, devices=1,
-        hbm=15.75 * GIB, hbm_rate=819 * _GB, links=200 * _GB,
-        outside=3.125 * _GB, shapes=_PLANES, most=256),
+        platform='tpu', device_kind='TPU v5 lite', cores=1, devices=1,
+        hbm=15.75 * GIB, hbm_rate=819 * _GB, link_rate=200 * _GB,
+        outside_rate=3.125 * _GB, shapes=_SHAPES_OF_PLANES, max_chips=256),
     'v5p': Chip(
-        platform='tpu', kind='TPU v5', cores=2, devices=1,
-        hbm=95.74 * GIB, hbm_rate=2765 * _GB, links=600 * _GB,
-        outside=6.25 * _GB, shapes=_CUBES, most=6144),
+        platform='tpu', device_kind='TPU v5', cores=2, devices=1,
+        hbm=95.74 * GIB, hbm_rate=2765 * _GB, link_rate=600 * _GB,
+        outside_rate=6.25 * _GB, shapes=_SHAPES_OF_CUBES, max_chips=6144),
     'v6e': Chip(
-        platform='tpu', kind='TPU v6 lite', cores=1, devices=1,
-        hbm=31.25 * GIB, hbm_rate=1638 * _GB, links=400 * _GB,
-        outside=12.5 * _GB, shapes=_PLANES, most=256),
+        platform='tpu', device_kind='TPU v6 lite', cores=1, devices=1,
+        hbm=31.25 * GIB, hbm_rate=1638 * _GB, link_rate=400 * _GB,
+        outside_rate=12.5 * _GB, shapes=_SHAPES_OF_PLANES, max_chips=256),
     'tpu7x': Chip(
-        platform='tpu', kind='TPU7x', cores=1, devices=2,
-        hbm=94.75 * GIB, hbm_rate=3690 * _GB, links=300 * _GB,
-        outside=6.25 * _GB, shapes=_CUBES, most=9216),
+        platform='tpu', device_kind='TPU7x', cores=1, devices=2,
+        hbm=94.75 * GIB, hbm_rate=3690 * _GB, link_rate=300 * _GB,
+        outside_rate=6.25 * _GB, shapes=_SHAPES_OF_CUBES, max_chips=9216),
     'a100': Chip(
-        platform='cuda', kind='NVIDIA A100-SXM4-80GB', cores=1, devices=1,
-        hbm=85.1e9, hbm_rate=2039 * _GB, links=300 * _GB,
-        outside=25 * _GB, shapes=(), most=0),
+        platform='cuda', device_kind='NVIDIA A100-SXM4-80GB', cores=1,
+        devices=1, hbm=85.1e9, hbm_rate=2039 * _GB, link_rate=300 * _GB,
+        outside_rate=25 * _GB, shapes=(), max_chips=0),
     'h100': Chip(
-        platform='cuda', kind='NVIDIA H100 80GB HBM3', cores=1, devices=1,
-        hbm=84.9e9, hbm_rate=3350 * _GB, links=450 * _GB,
-        outside=50 * _GB, shapes=(), most=0),
+        platform='cuda', device_kind='NVIDIA H100 80GB HBM3', cores=1,
+        devices=1, hbm=84.9e9, hbm_rate=3350 * _GB, link_rate=450 * _GB,
+        outside_rate=50 * _GB, shapes=(), max_chips=0),
     'h200': Chip(
-        platform='cuda', kind='NVIDIA H200', cores=1, devices=1,
-        hbm=150.7e9, hbm_rate=4800 * _GB, links=450 * _GB,
-        outside=50 * _GB, shapes=(), most=0),
+        platform='cuda', device_kind='NVIDIA H200', cores=1, devices=1,
+        hbm=150.7e9, hbm_rate=4800 * _GB, link_rate=450 * _GB,
+        outside_rate=50 * _GB, shapes=(), max_chips=0),
     'b200': Chip(
-        platform='cuda', kind='NVIDIA B200', cores=1, devices=1,
-        hbm=191.5e9, hbm_rate=7700 * _GB, links=900 * _GB,
-        outside=50 * _GB, shapes=(), most=0),
+        platform='cuda', device_kind='NVIDIA B200', cores=1, devices=1,
+        hbm=191.5e9, hbm_rate=7700 * _GB, link_rate=900 * _GB,
+        outside_rate=50 * _GB, shapes=(), max_chips=0),
 }
 
 
@@ -126,7 +127,7 @@ class Topology(NamedTuple):
     return self.chips * self.chip.devices
 
   @property
-  def together(self) -> int:
+  def devices_in_fast_network(self) -> int:
     """The number of devices that the fast network joins: those of a slice, or
     of a host."""
     if self.chip.platform == 'tpu':
@@ -135,60 +136,74 @@ class Topology(NamedTuple):
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
-  """Returns the topology that a name such as v5p:4x4x8 or h100:1x8x8 stands
-  for. The compilers accept shapes that no pod has.
+  """Parses the name of a topology, such as v5p:4x4x8 or h100:1x8x8.
+
+  Shapes are checked here, because the compilers accept shapes that no pod has.
+
+  Args:
+    name: the name of a chip, a colon, and the shape of a slice of TPUs; for
+      GPUs, 1, the number of hosts and the number of GPUs of each host.
+    slices: the number of slices of TPUs.
 
   Raises:
-    ValueError: for a name of no chip, or a shape that no pod has.
+    RequestError: for a name of no chip, or a shape that no pod has.
   """
-  kind, _, text = name.partition(':')
-  one_of('chip in --topology', kind, CHIPS)
-  chip = CHIPS[kind]
-  shape = _parse_shape(name, kind, text)
+  chip_name, _, text = name.partition(':')
+  one_of('chip in --topology', chip_name, CHIPS)
+  chip = CHIPS[chip_name]
+  shape = _parse_shape(name, chip_name=chip_name, text=text)
   if slices != 1 and (chip.platform != 'tpu' or slices < 1):
     raise RequestError(
         f'--slices is {slices}: it must be >= 1, and 1 for GPUs, written as '
-        f'{kind}:1xHOSTSxGPUS')
+        f'{chip_name}:1xHOSTSxGPUS')
 
-  # A slice of TPUs has a shape that is sold.
+  # A slice of TPUs must have a shape that is sold.
   if chip.platform == 'tpu':
     if text not in chip.shapes and not _is_shape_of_cubes(chip, shape):
-      more = ''
-      if chip.shapes != _PLANES:
-        more = (', or three multiples of 4 in rising order, such as 4x4x8, of '
-                f'{chip.most:,} chips at most')
+      large_shapes = ''
+      if chip.shapes != _SHAPES_OF_PLANES:
+        large_shapes = (
+            ', or three multiples of 4 in rising order, such as 4x4x8, of '
+            f'{chip.max_chips:,} chips at most')
       raise RequestError(
-          f'--topology is {name!r}, a shape that no {kind} slice has: choose '
-          f'from {", ".join(chip.shapes)}{more}')
+          f'--topology is {name!r}, a shape that no {chip_name} slice has: '
+          f'choose from {", ".join(chip.shapes)}{large_shapes}')
   # NVLink joins 8 GPUs of a machine at most.
   elif shape[0] != 1 or shape[2] not in (1, 2, 4, 8):
     raise RequestError(
         f'--topology is {name!r}: write all hosts in one slice, of 1, 2, 4 or '
-        f'8 GPUs each, such as {kind}:1x8x8')
+        f'8 GPUs each, such as {chip_name}:1x8x8')
   return Topology(name=name, chip=chip, shape=shape, slices=slices)
 
 
-def _parse_shape(name: str, kind: str, text: str) -> tuple[int, ...]:
-  """Returns the shape that `text` writes, as 4x4x8.
+def _parse_shape(name: str, chip_name: str, text: str) -> tuple[int, ...]:
+  """Parses the shape of a slice, such as 4x4x8.
+
+  Args:
+    name: the whole name of the topology, for the error.
+    chip_name: the name of the chip, a key of CHIPS.
+    text: the shape, as it is written in the name.
 
   Raises:
-    RequestError: where it has not as many sides as a slice of the chip.
+    RequestError: if it does not have as many sides as slices of the chip have.
   """
+  # TPUs are wired as planes or as cubes, and GPUs have three numbers.
   dimensions, example = 3, '4x4x8'
-  if CHIPS[kind].shapes == _PLANES:
+  if CHIPS[chip_name].shapes == _SHAPES_OF_PLANES:
     dimensions, example = 2, '4x8'
-  elif CHIPS[kind].platform == 'cuda':
+  elif CHIPS[chip_name].platform == 'cuda':
     example = '1x8x8 (slices x hosts x GPUs of a host)'
   sides = text.split('x')
   are_numbers = all(side.isdigit() and int(side) for side in sides)
   require(len(sides) == dimensions and are_numbers, f'--topology is {name!r}: '
-          f'write the shape of a {kind} as {kind}:{example}')
+          f'write the shape of a {chip_name} as {chip_name}:{example}')
   return tuple(int(side) for side in sides)
 
 
 def _is_shape_of_cubes(chip: Chip, shape: tuple[int, ...]) -> bool:
-  """Whether a slice of so many cubes of 4x4x4 chips is sold."""
-  if chip.shapes != _CUBES or math.prod(shape) > chip.most:
+  """Whether a slice that is built from cubes of 4x4x4 chips is sold in this
+  shape."""
+  if chip.shapes != _SHAPES_OF_CUBES or math.prod(shape) > chip.max_chips:
     return False
   return list(shape) == sorted(shape) and all(side % 4 == 0 for side in shape)
 
@@ -198,7 +213,7 @@ def _is_shape_of_cubes(chip: Chip, shape: tuple[int, ...]) -> bool:
 # memory of a core and of a block, those of the L2 cache, and the clock in GHz.
 # docs.nvidia.com/cuda: programming guide, compute capabilities;
 # the whitepapers of A100, H100 and Blackwell.
-_TARGET_OF_GPU = {
+_TARGET_CONFIG_OF_GPU = {
     'a100': (108, '8', '0', 64, 167936, 166912, 41943040, 1.41),
     'h100': (132, '9', '0', 128, 233472, 232448, 52428800, 1.98),
     'h200': (132, '9', '0', 128, 233472, 232448, 52428800, 1.98),
@@ -207,8 +222,8 @@ _TARGET_OF_GPU = {
 
 
 def installed_compiler(topology: Topology) -> str:
-  """Returns the compiler for a topology that is installed here, such as
-  'libtpu 0.0.45'; '': there is none."""
+  """Returns the name and version of the compiler that is installed for the
+  devices of a topology, such as 'libtpu 0.0.45'; '' if there is none."""
   names = ['libtpu']
   if topology.chip.platform == 'cuda':
     names = ['jax-cuda13-plugin', 'jax-cuda13-pjrt']
@@ -224,11 +239,11 @@ def installed_compiler(topology: Topology) -> str:
 
 
 def products_of_all_groups(topology: Topology) -> tuple[str, ...]:
-  """Returns the entries of flops.GROUPED, jax.lax.ragged_dot's products, that
-  the compiler makes of all rows and all groups.
+  """Returns which grouped products (jax.lax.ragged_dot) the compiler turns into
+  products of all rows with all groups, as entries of flops.GROUPED_PRODUCTS.
 
-  On GPU these are all. On TPU, jax 0.10 with libtpu 0.0.45 has no kernel for
-  two of them on chips of one core.
+  On GPUs it does so with all of them. On TPUs, jax 0.10 with libtpu 0.0.45 has
+  no kernel for two of them on chips with one core.
   """
   if topology.chip.platform == 'cuda':
     return ('forward', 'transposed', 'weights')
@@ -239,9 +254,12 @@ def products_of_all_groups(topology: Topology) -> tuple[str, ...]:
 
 
 def set_environment(topology: Topology) -> None:
-  """Sets the variables that libtpu, the CUDA plugin and XLA read when they
-  load. Without a compiler, it makes as many virtual CPU devices as the topology
-  has."""
+  """Prepares this process to compile for devices that are not there.
+
+  It sets the environment variables that libtpu, the CUDA plugin and XLA read
+  when they load. If no compiler is installed for the topology, it asks jax for
+  as many virtual CPU devices as the topology has.
+  """
   if topology.chip.platform == 'tpu':
     os.environ |= {
         'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_LOG_DIR': 'disabled',
@@ -255,36 +273,46 @@ def set_environment(topology: Topology) -> None:
 
 
 def described_devices(topology: Topology) -> list:
-  """Returns the topology's devices, or virtual ones in their place."""
+  """Returns jax devices that describe those of a topology; without a compiler
+  for them, virtual CPU devices in their place."""
+  # jax is imported here, because set_environment must have run before.
   import jax
   if not installed_compiler(topology):
     return jax.devices('cpu')[:topology.devices]
+
+  # The compilers take the topology in ways of their own: the CUDA plugin as an
+  # option, with a description of the GPU, and libtpu as a name.
   from jax.experimental import topologies
   shape = 'x'.join(str(side) for side in topology.shape)
-  kind = topology.name.partition(':')[0]
+  chip_name = topology.name.partition(':')[0]
   options: dict[str, Any] = {}
   if topology.chip.platform == 'cuda':
     name = topology.name
     options['topology'] = shape
-    options['target_config'] = _target_config(kind, topology.chip)
+    options['target_config'] = _target_config(chip_name, topology.chip)
   else:
-    name = f'{kind}:{shape}'
+    name = f'{chip_name}:{shape}'
     if topology.slices > 1:
       options['num_slices'] = topology.slices
-    if kind == 'v4':  # the default there: one device a chip
+    if chip_name == 'v4':  # the default there: one device a chip
       options['chip_config_name'] = 'megacore'
     if topology.chips == topology.slices:
       options['chips_per_host_bounds'] = (1, 1, 1)
-  with _stderr_hidden():
+  with _hide_stderr():
     described = topologies.get_topology_desc(
         platform=topology.chip.platform, topology_name=name, **options)
     return list(described.devices)
 
 
-def _target_config(kind: str, chip: Chip) -> str:
-  """Returns the text of a GpuTargetConfigProto, which describes a GPU to
-  XLA."""
-  cores, major, minor, fpus, per_core, optin, l2, clock = _TARGET_OF_GPU[kind]
+def _target_config(chip_name: str, chip: Chip) -> str:
+  """Returns the text of a GpuTargetConfigProto, which describes a GPU to XLA.
+
+  Args:
+    chip_name: the name of the GPU, a key of CHIPS.
+    chip: the GPU.
+  """
+  (cores, major, minor, fpus, per_core, optin, l2,
+   clock) = _TARGET_CONFIG_OF_GPU[chip_name]
   return f"""gpu_device_info {{
     threads_per_block_limit: 1024 threads_per_warp: 32
     shared_memory_per_block: 49152 shared_memory_per_core: {per_core}
@@ -299,12 +327,16 @@ def _target_config(kind: str, chip: Chip) -> str:
   }}
   platform_name: "CUDA"
   dnn_version_info {{ major: 9 minor: 10 }}
-  device_description_str: "{chip.kind}" """
+  device_description_str: "{chip.device_kind}" """
 
 
 @contextlib.contextmanager
-def _stderr_hidden():
-  """Hides what libtpu writes to file descriptor 2 when it finds no TPU."""
+def _hide_stderr():
+  """Hides what libtpu writes to the standard error when it finds no TPU.
+
+  libtpu writes to file descriptor 2 and not to sys.stderr, so the descriptor
+  itself is redirected to /dev/null.
+  """
   sys.stderr.flush()
   before, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
   os.dup2(sink, 2)

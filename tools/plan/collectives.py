@@ -16,24 +16,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
-         'ragged-all-to-all', 'collective-permute', 'collective-broadcast',
-         'send')
+KINDS_OF_COLLECTIVES = (
+    'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
+    'ragged-all-to-all', 'collective-permute', 'collective-broadcast', 'send')
 _SENDS_WHOLE_OPERAND = ('collective-permute', 'collective-broadcast', 'send')
 
 
 class Collective(NamedTuple):
-  """One collective instruction.
+  """One collective instruction of a compiled program.
 
   Attributes:
-    kind: one of KINDS.
+    kind: one of KINDS_OF_COLLECTIVES.
     axes: the mesh axes along which the devices of a group differ.
     size: the number of devices in a group.
     hosts: the number of slices (TPU) or hosts (GPU) that a group spans.
     dtype: the dtype of the largest array.
-    elements: the elements of all arrays of the result, on one device.
-    payload: the bytes of the result on one device; for a ragged collective,
-      those that travel in even load.
+    elements: the number of elements of all arrays of the result, on one device.
+    payload: the bytes of the result on one device; for a ragged collective, the
+      bytes that are sent if all experts get equally many tokens.
     runs: how often a step runs it.
     known: whether `runs` is known; otherwise it is a lower bound.
   """
@@ -49,7 +49,8 @@ class Collective(NamedTuple):
 
   @property
   def sent(self) -> float:
-    """The bytes that a chip sends in one run."""
+    """The bytes that a device sends in one run, by the table of this module: n
+    is the number of devices of a group."""
     n = self.size
     if self.kind in _SENDS_WHOLE_OPERAND:
       return self.payload
@@ -61,10 +62,12 @@ class Collective(NamedTuple):
 
   @property
   def sent_outside(self) -> float:
-    """The bytes of `sent` that go between slices or hosts, at the least.
+    """The bytes that a device sends to other slices or hosts in one run, at the
+    least.
 
-    Rings enter each host once and use the adapters of all of its devices. An
-    all-to-all cannot do so.
+    A ring of n devices on h hosts enters each host once and shares its bytes
+    among the network adapters of all n / h devices there. An all-to-all cannot
+    do so: each device sends its own bytes to all devices on other hosts.
     """
     h, n = self.hosts, self.size
     if h == 1:
@@ -74,78 +77,92 @@ class Collective(NamedTuple):
     if self.kind in ('all-to-all', 'ragged-all-to-all'):
       return self.payload * (n - n // h) / n
 
-    whole, passes = self.payload, 1
+    # The others are rings. An all-reduce is a reduce-scatter and an all-gather,
+    # so the array goes around twice. The result of a reduce-scatter is 1 / n of
+    # the array that goes around.
+    nbytes = self.payload
+    rounds = 1
     if self.kind == 'reduce-scatter':
-      whole *= n
+      nbytes *= n
     if self.kind == 'all-reduce':
-      passes = 2
-    return passes * whole * (h - 1) / h / (n // h)
+      rounds = 2
+    return rounds * nbytes * (h - 1) / h / (n // h)
 
 
-def bytes_sent(sent: list[Collective]) -> tuple[float, float]:
+def bytes_sent(collectives: list[Collective]) -> tuple[float, float]:
   """Returns the bytes that a device sends in a step within its slice or host,
-  and those that it sends to others."""
-  everything = sum(one.sent * one.runs for one in sent)
-  outside = sum(one.sent_outside * one.runs for one in sent)
-  return everything - outside, outside
+  and those that it sends to other slices or hosts.
+
+  Args:
+    collectives: all collectives of the step.
+  """
+  total = outside = 0.0
+  for collective in collectives:
+    total += collective.sent * collective.runs
+    outside += collective.sent_outside * collective.runs
+  return total - outside, outside
 
 
-def sum_by_kind(sent: list[Collective]) -> list[dict]:
+def sum_by_kind(collectives: list[Collective]) -> list[dict]:
   """Sums the collectives of a step by kind, mesh axes and dtype.
 
   Args:
-    sent: the collectives.
+    collectives: all collectives of the step.
 
   Returns:
-    A row for each kind, axes and dtype, those with most bytes first.
-    runs_per_step, bytes_sent_per_device, bytes_sent_outside_per_device (between
-    slices or hosts): sums. exact: whether it is known how often each runs.
+    A row for each kind, axes and dtype, those with most bytes first. Its
+    `runs_per_step`, `bytes_sent_per_device` and `bytes_sent_outside_per_device`
+    (to other slices or hosts) are sums, and `exact` says whether it is known
+    how often each of the collectives runs.
   """
   rows: dict = {}
-  for one in sent:
-    key = one.kind, one.axes, one.dtype
-    empty = dict(
-        kind=one.kind, axes=list(one.axes), devices=one.size, dtype=one.dtype,
+  for collective in collectives:
+    kind, axes, dtype = collective.kind, collective.axes, collective.dtype
+    empty_row = dict(
+        kind=kind, axes=list(axes), devices=collective.size, dtype=dtype,
         runs_per_step=0, bytes_sent_per_device=0.0,
         bytes_sent_outside_per_device=0.0, exact=True)
-    row = rows.setdefault(key, empty)
-    row['runs_per_step'] += one.runs
-    row['bytes_sent_per_device'] += one.sent * one.runs
-    row['bytes_sent_outside_per_device'] += one.sent_outside * one.runs
-    row['exact'] &= one.known
+    row = rows.setdefault((kind, axes, dtype), empty_row)
+    runs = collective.runs
+    row['runs_per_step'] += runs
+    row['bytes_sent_per_device'] += collective.sent * runs
+    row['bytes_sent_outside_per_device'] += collective.sent_outside * runs
+    row['exact'] &= collective.known
   return sorted(rows.values(), key=lambda row: -row['bytes_sent_per_device'])
 
 
 # Three syntaxes of the groups of a collective, and [4]<=[2,2]T(1,0), which is a
 # range of numbers that is given a shape and then transposed.
-_IOTA = r'<=\[([\d,]+)\](?:T\(([\d,]+)\))?'
-_SHAPED_GROUPS = re.compile(r'replica_groups=\[([\d,]+)\]' + _IOTA)
-_MESH_GROUPS = re.compile(
+_PATTERN_OF_IOTA = r'<=\[([\d,]+)\](?:T\(([\d,]+)\))?'
+_PATTERN_OF_SHAPED_GROUPS = re.compile(
+    r'replica_groups=\[([\d,]+)\]' + _PATTERN_OF_IOTA)
+_PATTERN_OF_MESH_GROUPS = re.compile(
     r'replica_groups=@?mesh\w*\[(.*?)\]\s*(.*?)\{([^}]*)\}')
-_LISTED_GROUPS = re.compile(
+_PATTERN_OF_LISTED_GROUPS = re.compile(
     r'(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}')
 
 
-def parse_groups(rest: str) -> np.ndarray | None:
-  """Returns the devices of each group, [groups, devices].
+def parse_groups(arguments: str) -> np.ndarray | None:
+  """Parses the groups of devices that take part in a collective.
 
-  It reads the three syntaxes {{0,1},{2,3}}, [2,2]<=[4]T(...) and
+  XLA writes them in three syntaxes: {{0,1},{2,3}}, [2,2]<=[4]T(...) and
   mesh['a'=2,...] {'a'}.
 
   Args:
-    rest: the operands and attributes of the instruction.
+    arguments: the text of the operands and attributes of the instruction.
 
   Returns:
-    None, where the instruction names no groups.
+    The devices of each group, int [groups, devices]; None if the instruction
+    names no groups.
   """
-  shaped = _SHAPED_GROUPS.search(rest)
+  shaped = _PATTERN_OF_SHAPED_GROUPS.search(arguments)
   if shaped:
     shape, dims, order = shaped.groups()
     return _parse_iota(dims, order).reshape(_parse_integers(shape))
-  on_mesh = _MESH_GROUPS.search(rest)
+  on_mesh = _PATTERN_OF_MESH_GROUPS.search(arguments)
   if on_mesh:
     return _groups_of_mesh(*on_mesh.groups())
-  listed = _LISTED_GROUPS.search(rest)
+  listed = _PATTERN_OF_LISTED_GROUPS.search(arguments)
   if listed:
     members = re.findall(r'\{([\d,]+)\}', listed[1])
     return np.array([_parse_integers(group) for group in members])
@@ -153,36 +170,46 @@ def parse_groups(rest: str) -> np.ndarray | None:
 
 
 def _groups_of_mesh(axes: str, order: str, along: str) -> np.ndarray:
-  """Returns the devices of each group, [groups, devices], of a mesh.
+  """Returns the devices of each group of a collective, [groups, devices], where
+  XLA writes the groups as axes of a mesh.
 
   Args:
-    axes: the axes of the mesh and their sizes: 'a'=2,'b'=4.
-    order: device_ids=([..]<=[..]T(..)), the order of the devices in the mesh;
-      without that, they are in the order of their numbers.
-    along: the axes along which the devices of a group differ: 'a'.
+    axes: the text of the mesh's axes and their sizes, such as 'a'=2,'b'=4.
+    order: the text of the order of the devices in the mesh,
+      device_ids=([..]<=[..]T(..)); '': they are in the order of their numbers.
+    along: the text of the axes along which the devices of a group differ, such
+      as 'a'.
   """
   pairs = re.findall(r"'([^']+)'=(\d+)", axes)
   sizes = {name: int(size) for name, size in pairs}
 
-  # The devices, one axis of the mesh a dimension.
-  turned = re.search(_IOTA, order)
-  if turned:
-    devices = _parse_iota(*turned.groups())
+  # Lay the devices out as an array with a dimension for each axis of the mesh.
+  given_order = re.search(_PATTERN_OF_IOTA, order)
+  if given_order:
+    devices = _parse_iota(*given_order.groups())
   else:
     devices = np.arange(math.prod(sizes.values()))
   devices = devices.reshape(list(sizes.values()))
 
-  # The axes of a group come last, so that the reshape makes each group a row.
+  # Move the axes of a group to the end, so that the reshape makes each group a
+  # row.
   names = re.findall(r"'([^']+)'", along)
   mesh_axes = list(sizes)
-  places = [mesh_axes.index(name) for name in names]
-  count = math.prod(sizes[name] for name in names)
-  last = range(-len(places), 0)
-  return np.moveaxis(devices, places, last).reshape(-1, count)
+  group_dimensions = [mesh_axes.index(name) for name in names]
+  last_dimensions = range(-len(names), 0)
+  group_size = math.prod(sizes[name] for name in names)
+  devices = np.moveaxis(devices, group_dimensions, last_dimensions)
+  return devices.reshape(-1, group_size)
 
 
 def _parse_iota(dims: str, order: str | None) -> np.ndarray:
-  """Returns the array that XLA writes as <=[dims]T(order)."""
+  """Returns the array that XLA writes as <=[dims]T(order).
+
+  Args:
+    dims: the text of the shape in which the numbers 0, 1, ... are laid out.
+    order: the text of the order to which its axes are transposed; None: they
+      are reversed.
+  """
   shape = _parse_integers(dims)
   devices = np.arange(math.prod(shape)).reshape(shape)
   if order is None:
@@ -191,117 +218,142 @@ def _parse_iota(dims: str, order: str | None) -> np.ndarray:
 
 
 def _parse_integers(text: str) -> list[int]:
+  """Returns integers that are written with commas between them."""
   return [int(number) for number in text.split(',')]
 
 
-def axes_of_groups(members: np.ndarray, mesh: Mapping[str, int]
+def axes_of_groups(members: np.ndarray, mesh_shape: Mapping[str, int]
                    ) -> tuple[str, ...]:
   """Returns the mesh axes along which the devices of a group differ.
 
   Args:
     members: the devices of each group, [groups, devices].
-    mesh: the size of each axis; devices are numbered in its order.
+    mesh_shape: the number of devices along each mesh axis, in the order of the
+      axes. Devices are numbered with the last axis running fastest.
   """
-  # The coordinate of each device along each mesh axis, [groups, devices]. An
-  # axis counts where a device's coordinate is not that of its group's first.
-  coordinates = np.unravel_index(members, tuple(mesh.values()))
+  # Turn the number of each device into its coordinate along each mesh axis. For
+  # each axis, this gives an array of the shape of `members`.
+  coordinates = np.unravel_index(members, tuple(mesh_shape.values()))
+
+  # A group extends along an axis if any device has another coordinate there
+  # than the first device of its group.
   axes = []
-  for axis, positions in zip(mesh, coordinates):
-    if (positions != positions[:, :1]).any():
+  for axis, coordinate_of_device in zip(mesh_shape, coordinates):
+    coordinate_of_first = coordinate_of_device[:, :1]
+    if (coordinate_of_device != coordinate_of_first).any():
       axes.append(axis)
   return tuple(axes)
 
 
-def read_collectives(text: str, mesh: Mapping[str, int], *, host_of: np.ndarray,
-                     ragged_rows: int = 0, passes: int | None = None
-                     ) -> list[Collective]:
-  """Returns every collective of a compiled program.
+def read_collectives(text: str, mesh_shape: Mapping[str, int], *,
+                     host_of: np.ndarray, ragged_rows: int = 0,
+                     num_passes: int | None = None) -> list[Collective]:
+  """Returns every collective that a step of a compiled program runs.
 
   Args:
     text: the text of the program.
-    mesh: the size of each axis; devices are numbered in its order.
-    host_of: for each device in that order, its slice (TPU) or host (GPU).
-    ragged_rows: the rows that a device sends in a ragged all-to-all, in even
-      load; the array has room for the worst. 0: count all of the array.
-    passes: the passes of a loop that depends on data, where they are known
-      otherwise; None: they are not, and one is counted.
+    mesh_shape: the number of devices along each mesh axis. Devices are numbered
+      with the last axis running fastest.
+    host_of: int [devices], the number of the slice (TPU) or host (GPU) of each
+      device.
+    ragged_rows: the number of rows that a device sends in a ragged all-to-all
+      if all experts get equally many tokens. The array has room for the most
+      uneven load. 0: count the whole array.
+    num_passes: the number of passes of loops whose length depends on data;
+      None: it is not known, and one pass is counted.
   """
-  sent, seen = [], set()
-  for place in _walk_instructions(text, passes):
-    one = _collective_of_instruction(place, mesh=mesh, host_of=host_of,
-                                     ragged_rows=ragged_rows)
-    if one is None or one.size == 1 or not one.runs:
+  collectives: list[Collective] = []
+  counted_channels = set()
+  for instruction in _walk_instructions(text, num_passes):
+    collective = _collective_of_instruction(
+        instruction, mesh_shape=mesh_shape, host_of=host_of,
+        ragged_rows=ragged_rows)
+    if collective is None or collective.size == 1 or not collective.runs:
       continue
 
-    # A collective that runs beside products is printed by libtpu 0.0.45 in the
-    # fusion of each of them, with the same channel.
-    channel = re.search(r'channel_id=(\d+)', place.rest)
-    if channel and 'fus' in place.computation:
-      key = one.kind, channel[1]
-      if key in seen:
+    # A collective that runs at the same time as products is printed by libtpu
+    # 0.0.45 in the fusion of each of these products, with the same channel. It
+    # is counted once.
+    channel = re.search(r'channel_id=(\d+)', instruction.arguments)
+    if channel and 'fus' in instruction.computation:
+      key = collective.kind, channel[1]
+      if key in counted_channels:
         continue
-      seen.add(key)
-    sent.append(one)
-  return sent
+      counted_channels.add(key)
+    collectives.append(collective)
+  return collectives
 
 
 class _Instruction(NamedTuple):
-  """An instruction, `name = shape op(rest`, and how often a step runs it.
+  """An instruction of a program, `name = shape op(arguments`, and how often a
+  step runs it.
 
   Attributes:
-    computation: the name of the computation that it stands in.
+    computation: the name of the computation (XLA's function) that it is in.
     name: its name.
-    shape: the text of its result's shape.
-    op: its operation.
-    rest: its operands and attributes.
+    shape: the text of the shape of its result.
+    op: the name of its operation.
+    arguments: the text of its operands and attributes.
     runs: how often a step runs it.
-    known: whether every loop around it has a known trip count.
+    known: whether every loop around it has a known number of passes.
   """
   computation: str
   name: str
   shape: str
   op: str
-  rest: str
+  arguments: str
   runs: int = 1
   known: bool = True
 
 
-_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*-> .*\{$')
-_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) '
+_PATTERN_OF_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*-> .*\{$')
+_PATTERN_OF_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) '
                           r'([a-z][\w\-]*)\((.*)$')
-_CALLED = re.compile(r'\b(calls|to_apply|body|condition|true_computation|'
-                     r'false_computation|async_execution_thread)=%?([\w.\-]+)')
-_BRANCHES = re.compile(r'(?:branch|called)_computations=\{([^}]*)\}')
+_PATTERN_OF_CALLED = re.compile(
+    r'\b(calls|to_apply|body|condition|true_computation|'
+    r'false_computation|async_execution_thread)=%?([\w.\-]+)')
+_PATTERN_OF_BRANCHES = re.compile(r'(?:branch|called)_computations=\{([^}]*)\}')
 
 
-def _walk_instructions(text: str, passes: int | None) -> Iterator[_Instruction]:
-  """Yields each instruction that a step reaches.
+def _walk_instructions(text: str, num_passes: int | None
+                       ) -> Iterator[_Instruction]:
+  """Yields each instruction that a step runs, with the number of its runs.
 
-  Every branch of a conditional is walked, because it is not known which of them
-  runs.
+  All branches of a conditional are visited, because it is not known which of
+  them runs.
+
+  Args:
+    text: the text of the program.
+    num_passes: the number of passes of loops whose length depends on data;
+      None: it is not known, and one pass is counted.
   """
   computations, entry = _parse_computations(text)
 
   def visit(name: str, runs: int, known: bool) -> Iterator[_Instruction]:
-    for place in computations[name]:
-      yield place._replace(runs=runs, known=known)
-      times: int | None = 1
-      if place.op == 'while':
-        times = _trip_count(place, computations)
-        if times is None:
-          times = passes
-      inner_known = known and times is not None
-      if times is None:
-        times = 1
-      for callee in _called_computations(place):
-        if callee in computations:
-          yield from visit(callee, runs * times, inner_known)
+    for instruction in computations[name]:
+      yield instruction._replace(runs=runs, known=known)
 
-  yield from visit(entry, 1, True)
+      # The body of a loop runs in each pass, all other callees once.
+      calls: int | None = 1
+      if instruction.op == 'while':
+        calls = _trip_count(instruction, computations)
+        if calls is None:
+          calls = num_passes
+      is_known_inside = known and calls is not None
+      if calls is None:
+        calls = 1
+      for callee in _called_computations(instruction):
+        if callee in computations:
+          yield from visit(callee, runs=runs * calls, known=is_known_inside)
+
+  yield from visit(entry, runs=1, known=True)
 
 
 def _parse_computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
   """Parses the text of a compiled program (HLO) into its instructions.
+
+  Args:
+    text: the text of the program.
 
   Returns:
     The instructions of each computation, by its name, in the order of the text;
@@ -310,163 +362,193 @@ def _parse_computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
   computations: dict[str, list[_Instruction]] = {}
   current = entry = ''
   for line in text.splitlines():
-    head = _COMPUTATION.match(line)
+    # A line either opens a computation or has an instruction of the open one.
+    head = _PATTERN_OF_COMPUTATION.match(line)
     if head:
       current = head[2]
       computations[current] = []
       if head[1]:
         entry = current
       continue
-    instruction = _INSTRUCTION.match(line)
-    if current and instruction:
-      name, shape, op, rest = instruction.groups()
-      place = _Instruction(
-          computation=current, name=name, shape=shape, op=op, rest=rest)
-      computations[current].append(place)
+    match = _PATTERN_OF_INSTRUCTION.match(line)
+    if current and match:
+      name, shape, op, arguments = match.groups()
+      instruction = _Instruction(
+          computation=current, name=name, shape=shape, op=op,
+          arguments=arguments)
+      computations[current].append(instruction)
   return computations, entry
 
 
-def _called_computations(place: _Instruction) -> list[str]:
+def _called_computations(instruction: _Instruction) -> list[str]:
   """Returns the names of the computations that an instruction calls."""
-  names = [name for _, name in _CALLED.findall(place.rest)]
-  for branches in _BRANCHES.findall(place.rest):
+  called = _PATTERN_OF_CALLED.findall(instruction.arguments)
+  names = [name for _, name in called]
+  for branches in _PATTERN_OF_BRANCHES.findall(instruction.arguments):
     names += re.findall(r'[\w.\-]+', branches)
   return names
 
 
-def _trip_count(place: _Instruction,
+def _trip_count(loop: _Instruction,
                 computations: Mapping[str, list[_Instruction]]) -> int | None:
-  """Returns how often a while loop runs its body; None: it depends on data.
+  """Returns how often a while loop runs its body; None if that depends on data.
 
-  XLA says so on CPU and GPU. libtpu leaves only the comparison of the counter
-  with a constant, as jax writes a scan.
+  Args:
+    loop: the instruction of the loop.
+    computations: the instructions of each computation of the program, by name.
   """
-  known = re.search(r'"known_trip_count":\{"n":"(\d+)"', place.rest)
+  # On CPU and GPU, XLA writes the count as an attribute of the loop.
+  known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.arguments)
   if known:
     return int(known[1])
 
-  # The last instruction of the condition compares with one of its constants.
-  called = dict(_CALLED.findall(place.rest))
+  # libtpu does not. There the count of a scan is the constant that the last
+  # instruction of the loop's condition compares the counter with: counter < n.
+  called = dict(_PATTERN_OF_CALLED.findall(loop.arguments))
   condition = computations[called['condition']]
   root = condition[-1]
-  if root.op != 'compare' or 'direction=LT' not in root.rest:
+  if root.op != 'compare' or 'direction=LT' not in root.arguments:
     return None
+
+  # Look up the constant by its name, the second operand of the comparison.
   constants = {}
   for instruction in condition:
-    value = re.match(r'(-?\d+)\)', instruction.rest)
+    value = re.match(r'(-?\d+)\)', instruction.arguments)
     if instruction.op == 'constant' and value:
       constants[instruction.name] = int(value[1])
-  operands = root.rest.split(')')[0]
+  operands = root.arguments.split(')')[0]
   bound = re.findall(r'%?([\w.\-]+)', operands)[-1]
   return constants.get(bound)
 
 
 class _Array(NamedTuple):
-  """An array of a shape's text."""
+  """The type and size of an array that is a result of an instruction.
+
+  Attributes:
+    dtype: the type of its elements, as XLA writes it: f32, pred, ...
+    elements: the number of its elements.
+    nbytes: their bytes.
+  """
   dtype: str
   elements: int
   nbytes: int
 
 
 def _parse_arrays(shape: str) -> list[_Array]:
-  """Returns each array of a shape's text."""
+  """Parses the text of a shape, or of a tuple of shapes, into its arrays."""
   without_layouts = re.sub(r'\{[^{}]*\}', '', shape)
   arrays = []
   for dtype, bits, dims in re.findall(
       r'\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]', without_layouts):
     elements = math.prod(int(dim) for dim in dims.split(',') if dim)
-    nbytes = elements * int(bits or 8) // 8  # pred has 8
+    # The bits are a part of a type's name, but for pred, which has 8.
+    nbytes = elements * int(bits or 8) // 8
     arrays.append(_Array(dtype=dtype, elements=elements, nbytes=nbytes))
   return arrays
 
 
-def _collective_of_instruction(place: _Instruction, mesh: Mapping[str, int],
+def _collective_of_instruction(instruction: _Instruction,
+                               mesh_shape: Mapping[str, int],
                                host_of: np.ndarray, ragged_rows: int
                                ) -> Collective | None:
-  """Returns the collective that an instruction of a program is; None: it is
-  none.
+  """Returns an instruction of a program as a Collective; None if it is no
+  collective.
 
   Args:
-    place: the instruction.
-    mesh: the size of each axis; devices are numbered in its order.
-    host_of: for each device in that order, its slice (TPU) or host (GPU).
-    ragged_rows: the rows that a device sends in a ragged all-to-all; 0: count
-      all of the array.
+    instruction: the instruction.
+    mesh_shape: the number of devices along each mesh axis. Devices are numbered
+      with the last axis running fastest.
+    host_of: int [devices], the number of the slice (TPU) or host (GPU) of each
+      device.
+    ragged_rows: the number of rows that a device sends in a ragged all-to-all;
+      0: count the whole array.
   """
-  kind = place.op.removesuffix('-start')
-  if kind not in KINDS:
+  kind = instruction.op.removesuffix('-start')
+  if kind not in KINDS_OF_COLLECTIVES:
     return None
 
-  # The groups; without any, all devices are one.
-  members = parse_groups(place.rest)
+  # Read the groups of devices. If none are written, all devices are one group.
+  members = parse_groups(instruction.arguments)
   if members is None:
-    members = np.arange(math.prod(mesh.values()))[None]
+    members = np.arange(math.prod(mesh_shape.values()))[None]
   size = members.shape[1]
-  # A permute lists pairs (source, target) in place of groups. The
-  # size is 2, or 1 where a single device sends to itself.
-  if 'source_target_pairs' in place.rest:
+  # A permute lists pairs (source, target) in place of groups. The size of a
+  # pair is 2, or 1 if a single device sends to itself.
+  if 'source_target_pairs' in instruction.arguments:
     size = 1
     if members.max() > members.min():
       size = 2
 
-  # The bytes of the result.
-  shape = _text_of_results(place)
-  arrays = _arrays_of_result(kind, place, shape)
+  # Sum the bytes of the result.
+  shape = _text_of_results(instruction)
+  arrays = _arrays_of_result(kind, instruction=instruction, shape=shape)
   payload = sum(array.nbytes for array in arrays)
-  if kind == 'all-reduce' and place.computation.startswith(
+  if kind == 'all-reduce' and instruction.computation.startswith(
       'all-reduce-scatter'):
     # A fusion of this name holds an all-reduce and keeps a slice of it.
-    kind, payload = 'reduce-scatter', payload // members.shape[1]
+    kind = 'reduce-scatter'
+    payload = payload // members.shape[1]
   if kind == 'ragged-all-to-all' and ragged_rows:
     rows = int(re.findall(r'\[(\d+)', shape)[0])
     payload = payload * min(rows, ragged_rows) // rows
 
+  # The group that spans the most hosts counts for all groups.
+  num_hosts = max(len(set(host_of[group])) for group in members)
+  largest_array = max(arrays, key=lambda array: array.nbytes)
   return Collective(
-      kind=kind, axes=axes_of_groups(members, mesh), size=size,
-      hosts=max(len(set(host_of[group])) for group in members),
-      dtype=max(arrays, key=lambda array: array.nbytes).dtype,
+      kind=kind, axes=axes_of_groups(members, mesh_shape), size=size,
+      hosts=num_hosts, dtype=largest_array.dtype,
       elements=sum(array.elements for array in arrays), payload=payload,
-      runs=place.runs, known=place.known)
+      runs=instruction.runs, known=instruction.known)
 
 
-def _text_of_results(place: _Instruction) -> str:
-  """Returns the text of the results' shape: where an operation only starts,
-  its text ((operands), results, contexts) holds more than these."""
-  shape = place.shape
-  if not (place.op.endswith('-start') and shape.startswith('((')):
+def _text_of_results(instruction: _Instruction) -> str:
+  """Returns the text of the shape of an instruction's results, without its
+  operands.
+
+  An instruction that only starts an asynchronous operation has a shape of the
+  form ((operands), results, contexts).
+  """
+  shape = instruction.shape
+  if not (instruction.op.endswith('-start') and shape.startswith('((')):
     return shape
-  # The operands are the first inner tuple: the text after its end is kept.
+
+  # The operands are the first inner tuple. Find its closing bracket by
+  # counting, as tuples may be nested in it, and keep the text after that.
   depth = 0
   for i, letter in enumerate(shape):
     if letter == '(':
       depth += 1
     elif letter == ')':
       depth -= 1
-      if depth == 1:  # the operands end here
+      if depth == 1:
         return shape[i + 1:]
   return shape
 
 
-def _arrays_of_result(kind: str, place: _Instruction, shape: str
+def _arrays_of_result(kind: str, instruction: _Instruction, shape: str
                       ) -> list[_Array]:
-  """Returns the arrays of a collective's result, without operands and contexts
-  that stand beside them.
+  """Returns the arrays of a collective's result, without the operands and
+  contexts that are in the same tuple.
 
-  An asynchronous collective is printed in two halves, and the tuple of its
-  -start half also holds the operands and, at times, contexts: u32 arrays of one
-  element.
+  An asynchronous collective is printed in two halves. The tuple of its -start
+  half also holds the operands and sometimes contexts, which are u32 arrays of
+  one element.
 
   Args:
     kind: the kind of the collective, without -start.
-    place: the instruction.
-    shape: the text of `_text_of_results`.
+    instruction: the instruction.
+    shape: the text of the results' shape, as `_text_of_results` returns it.
   """
   arrays = _parse_arrays(shape)
-  if place.op.endswith('-start'):
-    if place.shape.startswith('(('):
+  if instruction.op.endswith('-start'):
+    # The operands are left out of `shape` already: drop the contexts.
+    if instruction.shape.startswith('(('):
       context = 'u32', 1
       return [array for array in arrays
               if (array.dtype, array.elements) != context]
+    # The tuple of an all-gather is operands and results, as many of each, and
+    # that of a permute is the operand, the result and contexts.
     if kind == 'all-gather':
       return arrays[len(arrays) // 2:]
     if kind == 'collective-permute':

@@ -31,17 +31,19 @@ _BATCH_AXES = ('data', 'fsdp', 'expert')
 
 def predict_collectives(run: runs.Run, host_of: np.ndarray
                         ) -> list[collectives.Collective]:
-  """Returns the collectives that a step must run: they gather weights, reduce
-  gradients, sum products over `tensor`, and carry tokens to experts and back.
+  """Predicts the collectives that a training step must run: those that gather
+  weights, reduce gradients, sum products over `tensor`, and carry tokens to
+  experts and back.
 
   Args:
     run: the run, on the topology's devices.
-    host_of: as in collectives.read.
+    host_of: int [devices], the number of the slice (TPU) or host (GPU) of each
+      device, in the order of the mesh.
   """
   step = _Step(run, host_of)
-  times = memory.gathers_per_step(run)
+  num_gathers = memory.gathers_per_step(run)
   for path, x in paths.flatten_by_path(run.abstract_state.params).items():
-    step.add_parameter(path, x, times[path])
+    step.add_parameter(path, x, gathers=num_gathers[path])
   step.add_layers()
   return step.sent
 
@@ -58,7 +60,14 @@ class _Step:
 
   def add(self, kind: str, axes: tuple[str, ...], payload: float,
           times: int) -> None:
-    """Adds a collective along some axes, if these have several devices."""
+    """Adds a collective along some mesh axes, if these have several devices.
+
+    Args:
+      kind: the kind of collective, such as 'all-gather'.
+      axes: the mesh axes along which the devices of a group differ.
+      payload: the bytes of its result on one device.
+      times: how often a step runs it.
+    """
     shape = tuple(self.mesh.items())
     size, hosts = _size_of_group(shape, axes, self.host_of.tobytes())
     if size > 1:
@@ -67,106 +76,138 @@ class _Step:
           elements=0, payload=payload, runs=times))
 
   def add_parameter(self, path: str, x: Any, gathers: int) -> None:
-    """Adds what gathers a parameter and reduces its gradients.
+    """Adds the collectives that gather a parameter and reduce its gradients.
 
     Args:
       path: the path of the parameter.
       x: its shape, dtype and sharding.
       gathers: how often a micro-batch gathers it.
     """
-    shard = math.prod(x.sharding.shard_shape(x.shape)) * self.itemsize
+    # Each read in the backward pass gives a gradient that must be reduced.
+    shard_bytes = math.prod(x.sharding.shard_shape(x.shape)) * self.itemsize
     reads = layers.count_reads_of_weight(self.model, path, back=True)
     reductions = self.accumulation * reads
 
-    # It is gathered along one axis after the other, so it grows on the way.
-    part = shard
+    # The parameter is gathered along one axis after the other, and with each
+    # axis a device holds more of it. Its gradient goes the other way.
+    nbytes = shard_bytes
     for axis in reversed(memory.gathered_axes(x.sharding)):
-      self.add('reduce-scatter', (axis,), part, reductions)
-      part *= self.mesh[axis]
-      self.add('all-gather', (axis,), part, gathers * self.accumulation)
+      self.add('reduce-scatter', (axis,), payload=nbytes, times=reductions)
+      nbytes *= self.mesh[axis]
+      self.add('all-gather', (axis,), payload=nbytes,
+               times=gathers * self.accumulation)
 
     # Its gradients are summed over the axes of the batch that do not shard it.
-    sharded = memory.sharded_axes(x.sharding)
-    rest = tuple(axis for axis in _BATCH_AXES if axis not in sharded)
-    self.add('all-reduce', rest, shard, reductions)
+    sharded_axes = memory.sharded_axes(x.sharding)
+    whole_axes = tuple(axis for axis in _BATCH_AXES if axis not in sharded_axes)
+    self.add('all-reduce', whole_axes, payload=shard_bytes, times=reductions)
 
   def add_layers(self) -> None:
-    """Adds what carries activations from device to device."""
+    """Adds the collectives that carry activations from device to device."""
     model, mesh, data = self.model, self.mesh, self.run.config.data
     tensor = mesh['tensor']
 
-    # The bytes of an activation on a device, and the layers that run.
-    lengths = objectives.find_objective(
-        self.run.config).row_lengths(self.run.config)
+    # Count the bytes of an activation on a device.
+    objective = objectives.find_objective(self.run.config)
+    lengths = objective.row_lengths(self.run.config)
     tokens = data.batch_size * sum(lengths)
     shards = math.prod(mesh[axis] for axis in _BATCH_AXES)
     activation = tokens * model.d_model * self.itemsize / shards
-    ahead = _layers_run(model, back=False)
-    back = _layers_run(model, back=True)
-    kinds = ahead + back
+
+    # List the layers that run in a step. If the remat policy recomputes
+    # products, the backward pass runs them forward once more.
+    forward_layers = _layers_of_pass(model, back=False)
+    backward_layers = _layers_of_pass(model, back=True)
+    run_layers = forward_layers + backward_layers
     if layers.remat_of_model(model).recomputes_products:
-      kinds += back
+      run_layers += backward_layers
 
-    # Over tensor, the products of a mixer and of a network are summed. Between
-    # these, activations lie over tensor too: see configs/sharding.py.
-    products = len(kinds) + sum(kind.ffn != layers.NO_FFN for kind in kinds)
+    # Along `tensor`, the products of each mixer and each feed-forward network
+    # are summed. Between these, activations are split over `tensor` too, if the
+    # length divides (see configs/sharding.py), and the sum is in two steps.
+    num_networks = sum(layer.ffn != layers.NO_FFN for layer in run_layers)
+    num_sums = len(run_layers) + num_networks
     if data.length % (mesh['context'] * tensor):
-      self.add('all-reduce', ('tensor',), activation, products)
+      self.add('all-reduce', ('tensor',), payload=activation, times=num_sums)
     else:
-      part = activation / tensor
-      self.add('reduce-scatter', ('tensor',), part, products)
-      self.add('all-gather', ('tensor',), part, products)
+      piece = activation / tensor
+      self.add('reduce-scatter', ('tensor',), payload=piece, times=num_sums)
+      self.add('all-gather', ('tensor',), payload=piece, times=num_sums)
 
-    # Over context, each device needs the keys and values of all tokens.
-    keys = 2 * model.num_kv_heads * model.head_dim / model.d_model / tensor
-    self.add('all-gather', ('context',), keys * activation, len(kinds))
+    # Along `context`, each device needs the keys and values of all tokens.
+    kv_size = 2 * model.num_kv_heads * model.head_dim / model.d_model / tensor
+    self.add('all-gather', ('context',), payload=kv_size * activation,
+             times=len(run_layers))
 
-    # To experts, tokens cross twice in a pass: see parts/moe/dispatch.py.
+    # Along `expert`, tokens are sent to their experts and back again in each
+    # pass of a layer with experts (see parts/moe/dispatch.py).
     if model.has_experts:
-      crossed = ahead + back
+      sending_layers = forward_layers + backward_layers
       if model.remat != 'none':
-        crossed += back
-      times = sum(2 for kind in crossed if kind.ffn == 'moe')
-      rows = model.part(MoEConfig).top_k * activation
-      self.add('all-to-all', ('expert',), rows, times)
+        sending_layers += backward_layers
+      times = sum(2 for layer in sending_layers if layer.ffn == 'moe')
+      payload = model.part(MoEConfig).top_k * activation
+      self.add('all-to-all', ('expert',), payload=payload, times=times)
 
 
-def _layers_run(model: ModelConfig, back: bool) -> tuple[LayerKind, ...]:
-  """Returns the kind of each layer that a forward pass runs, or, with `back`, a
-  backward pass: a looped layer once for each of its passes."""
-  stacks = [model.num_layers]
+def _layers_of_pass(model: ModelConfig, back: bool) -> tuple[LayerKind, ...]:
+  """Returns the kind of each layer that one pass through the model runs, a
+  looped layer once for each of its loops.
+
+  Args:
+    model: the config of the model.
+    back: whether the pass is the backward pass, in which a looped layer may run
+      less often than in the forward pass.
+  """
+  lengths_of_stacks = [model.num_layers]
   if architectures.stack(model) == 'encoder-decoder':
-    stacks.append(model.num_decoder_layers)
-  most = layers.count_reads_of_weight(model, '/layers/', back)
-  kinds: tuple[LayerKind, ...] = ()
-  for num_layers in stacks:
+    lengths_of_stacks.append(model.num_decoder_layers)
+  max_loops = layers.count_reads_of_weight(model, '/layers/', back)
+  layer_kinds: tuple[LayerKind, ...] = ()
+  for num_layers in lengths_of_stacks:
     for section in model.sections(num_layers):
-      passes = min(section.passes, most)
-      kinds += section._replace(passes=passes).layers
-  return kinds
+      loops = min(section.passes, max_loops)
+      layer_kinds += section._replace(passes=loops).layers
+  return layer_kinds
 
 
 @functools.lru_cache
 def _size_of_group(shape: tuple, axes: tuple[str, ...], host_of: bytes
                    ) -> tuple[int, int]:
-  """Returns the number of devices, and of hosts, of a group along some axes of
-  a mesh."""
+  """Returns the number of devices of a group along some axes of a mesh, and the
+  number of hosts that such a group spans at most.
+
+  Args:
+    shape: pairs of the name of a mesh axis and its size.
+    axes: the mesh axes along which the devices of a group differ.
+    host_of: the bytes of an int64 array [devices] with the number of the host
+      of each device. An array itself could be no key of the cache.
+  """
   names, sizes = zip(*shape)
-  at = [names.index(axis) for axis in axes]
+  dimensions = [names.index(axis) for axis in axes]
+  group_size = math.prod(sizes[i] for i in dimensions)
+
+  # Move the axes of a group to the end, so that the reshape makes each group a
+  # row, [groups, devices of a group].
   hosts = np.frombuffer(host_of, np.int64).reshape(sizes)
-  count = math.prod(sizes[i] for i in at)
-  rows = np.moveaxis(hosts, at, range(-len(at), 0)).reshape(-1, count)
-  return count, max(len(set(group)) for group in rows.tolist())
+  hosts = np.moveaxis(hosts, dimensions, range(-len(dimensions), 0))
+  hosts_of_groups = hosts.reshape(-1, group_size).tolist()
+  return group_size, max(len(set(group)) for group in hosts_of_groups)
 
 
 def require_peak_flops(topology: Topology, dtype: str) -> float:
-  """Returns the published FLOP/s of one device, as jax multiplies `dtype`.
+  """Returns the published peak FLOP/s of one device.
+
+  Args:
+    topology: the devices.
+    dtype: the type of the products.
 
   Raises:
-    RequestError: where none is published.
+    RequestError: if none is published for products of this type in the
+      precision that jax is set to.
   """
   chip = topology.chip
-  peak = flops.peak_flops_per_second(chip.kind, dtype, cores=chip.cores)
+  peak = flops.peak_flops_per_second(chip.device_kind, dtype, cores=chip.cores)
   precision = jax.config.jax_default_matmul_precision
   require(peak is not None, f'JAX_DEFAULT_MATMUL_PRECISION is {precision!r}, '
           f'and no peak of {topology.name} is published for '
@@ -177,17 +218,18 @@ def require_peak_flops(topology: Topology, dtype: str) -> float:
 def step_times(topology: Topology, dtype: str, *, flops: float,
                hbm_bytes: float, sent: float, sent_outside: float,
                model_flops: float) -> dict:
-  """Returns the roofline of a step: the least seconds that it takes by its
-  products, by its memory traffic and by what it sends.
+  """Returns the roofline of a step: the least seconds that its products, its
+  memory traffic and its network traffic each take.
 
   Args:
     topology: the devices, whose published figures are taken.
-    dtype: the dtype of the products.
-    flops: the FLOPs of one device, recomputation included.
-    hbm_bytes: the bytes that one device reads and writes.
+    dtype: the type of the products.
+    flops: the FLOPs that one device computes, recomputation included.
+    hbm_bytes: the bytes that one device reads from its memory and writes to it.
     sent: the bytes that a device sends within its slice or host.
     sent_outside: the bytes that it sends to other slices or hosts.
-    model_flops: the FLOPs that the model needs of one device, and no more.
+    model_flops: the FLOPs that the model needs of one device, without
+      recomputation.
 
   Returns:
     seconds: the least time by each bound.
@@ -195,21 +237,23 @@ def step_times(topology: Topology, dtype: str, *, flops: float,
     step_seconds: that time.
     highest_mfu: the model FLOPs utilisation of a step that takes that time.
     peak_flops: the peak FLOP/s of a device.
-    unknown: the bounds of which no figure is published.
+    unknown: the bounds for which no figure is published.
   """
+  # Each bound is an amount over the published rate.
   chip = topology.chip
   peak = require_peak_flops(topology, dtype)
   seconds = {
       'compute': flops / peak,
       'hbm': hbm_bytes / chip.hbm_rate,
-      'network': sent / chip.links,
+      'network': sent / chip.link_rate,
   }
   unknown = []
-  if sent_outside and chip.outside:
-    seconds['network_outside'] = sent_outside / chip.outside
+  if sent_outside and chip.outside_rate:
+    seconds['network_outside'] = sent_outside / chip.outside_rate
   elif sent_outside:
     unknown.append('network_outside')
 
+  # The longest of them bounds the step.
   bound = max(seconds, key=seconds.get)
   step = seconds[bound]
   highest_mfu = 0.0
@@ -224,23 +268,23 @@ def memory_traffic(run: runs.Run, products: float, training: bool) -> float:
   """Returns the bytes that a device moves to and from its memory in a step, at
   the least.
 
-  They are the larger of two sums. The first is the device's share of the
-  operands and results of all products, once each. The second is the gathered
-  weights, which are among the operands: they are read once, and in training, if
-  all are trained, again by the backward pass. Of a layer's experts as many are
-  read as tokens choose in even load, and of a table of embeddings only some
-  rows. In training, the state of what is trained is read and written besides.
+  There are two lower bounds, of which the larger one is taken. The first is the
+  device's share of the operands and results of all products, once each. The
+  second is the gathered weights, which are among these operands: they are read
+  once, and in training, if all are trained, again by the backward pass. The
+  experts that no token chooses and tables of embeddings are left out. In
+  training, the state of all trained parameters is read and written besides.
 
   Args:
     run: the run, on the topology's devices.
-    products: the bytes of the products of all devices together, where an array
-      that each device has whole may count once.
+    products: the bytes of the operands and results of all products, on all
+      devices together. An array that each device holds whole may count once.
     training: whether the program is the training step.
   """
   model = run.model
   mesh = run.mesh.shape
 
-  # The state is read and written once.
+  # A training step reads and writes the state once.
   state = 0
   has_backward_pass = False
   accumulation = 1
@@ -249,12 +293,13 @@ def memory_traffic(run: runs.Run, products: float, training: bool) -> float:
     trained = devices.bytes_on_one_device(memory.trained_parameters(run))
     state_bytes = memory.state_bytes(run) | {'parameters': trained}
     state = 2 * sum(state_bytes.values())
-    # Where some parameters are frozen, the backward pass may not reach them.
+    # If some parameters are frozen, the backward pass may not reach all
+    # weights.
     has_backward_pass = not (run.config.optim.freeze or model.lora.rank)
 
-  # Each weight is read whole, but only the experts that tokens choose.
+  # Sum the gathered weights that a micro-batch reads, times their reads.
   roles = paths.flatten_by_path(parameter_roles(run.module))
-  share_of_experts = _share_of_experts(run, training, accumulation)
+  share_of_experts = _share_of_experts_read(run, training, accumulation)
   weights = 0.0
   for path, x in paths.flatten_by_path(run.abstract_state.params).items():
     role = roles[path]
@@ -272,10 +317,17 @@ def memory_traffic(run: runs.Run, products: float, training: bool) -> float:
   return max(operands, accumulation * weights) + state
 
 
-def _share_of_experts(run: runs.Run, training: bool, accumulation: int
+def _share_of_experts_read(run: runs.Run, training: bool, accumulation: int
                       ) -> float:
-  """Returns the share of a device's experts that a micro-batch is sent to in
-  even load. A generation does not read the last token of a row."""
+  """Returns the share of a device's experts that a micro-batch chooses, if all
+  experts get equally many tokens.
+
+  Args:
+    run: the run, on the topology's devices.
+    training: whether the program is the training step. A generation does not
+      read the last token of a row.
+    accumulation: the number of micro-batches of a step.
+  """
   if not run.model.has_experts:
     return 1.0
   length = run.config.data.length
@@ -283,17 +335,18 @@ def _share_of_experts(run: runs.Run, training: bool, accumulation: int
     length -= 1
   tokens = run.config.data.batch_size * length // accumulation
   shards = devices.num_shards('experts', run.mesh.shape, run.config.mesh.rules)
-  experts = run.model.part(MoEConfig).num_experts // shards
-  return min(experts, rows_of_experts(run, tokens)) / experts
+  # Each row that comes to a device needs one expert at most.
+  num_experts = run.model.part(MoEConfig).num_experts // shards
+  return min(num_experts, rows_of_experts(run, tokens)) / num_experts
 
 
 def rows_of_experts(run: runs.Run, tokens: float) -> int:
-  """Returns the rows that a device has for the experts of a layer, in even
-  load; 0: it has none.
+  """Returns the number of rows that a device has for the experts of a layer, if
+  all experts get equally many tokens; 0 for a model without experts.
 
   Args:
     run: the run, on the topology's devices.
-    tokens: the tokens of all devices.
+    tokens: the number of tokens on all devices together.
   """
   if not run.model.has_experts:
     return 0

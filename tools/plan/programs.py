@@ -31,16 +31,16 @@ MOST_PARAMETERS_NAMED, LEAST_BYTES_NAMED = 5, 2 ** 20
 
 
 class Program(NamedTuple):
-  """Something a run does, as jax.jit would be given it.
+  """A function of a run that is to be compiled, with what jax.jit needs.
 
   Attributes:
     name: train, prefill or decode.
     function: the function to be jitted.
     args: its arguments, as shapes with shardings.
     options: the options of jax.jit.
-    passes: the passes of a loop in it whose end depends on data; None: there
-      is none. Generation ends early where all rows have drawn a stop token:
-      here none do.
+    passes: the number of passes of a loop in it whose end depends on data;
+      None: there is no such loop. Generation ends early when all rows have
+      drawn a stop token: here none do.
   """
   name: str
   function: Callable
@@ -50,31 +50,34 @@ class Program(NamedTuple):
 
 
 class DoesNotFit(RequestError):
-  """Says by how much a program is too large for a device."""
+  """A program needs more memory than a device has. The message has figures."""
 
 
-def run_on(config, topology: chips.Topology, mesh: str) -> runs.Run:
-  """Returns the run on the topology's devices; nothing is computed.
+def run_on_topology(config, topology: chips.Topology, mesh: str) -> runs.Run:
+  """Builds a run on the devices of a topology; nothing is computed.
 
   Args:
-    config: the config of the run, checked; its mesh is replaced by `mesh`,
-      where that is given.
+    config: the config of the run, checked.
     topology: the devices.
-    mesh: a mesh as devices.parse_mesh reads it; '': config.mesh.
+    mesh: the mesh to use, as devices.parse_mesh reads it; '': config.mesh.
 
   Raises:
-    ValueError: for anything that the run could not honour.
+    ValueError: for anything in the config that the run could not honour.
   """
+  # Resolve the mesh and the model.
   if mesh:
     shape = devices.parse_mesh(mesh, topology.devices)
   else:
     shape = devices.resolve_mesh_shape(config.mesh, topology.devices)
   model, _ = runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
-  # Without a published peak, there is no bound to print.
+
+  # Refuse what cannot be planned: without a published peak, there is no bound.
   predict.require_peak_flops(topology, model.dtype)
   require(config.mesh.slices in (0, topology.slices), 'mesh.slices is '
           f'{config.mesh.slices}, but --slices is {topology.slices}: leave '
           'the first at 0')
+
+  # Lay the described devices out as the mesh.
   described = chips.described_devices(topology)
   mesh_of_devices = devices.make_mesh(shape, described, topology.slices)
   return runs.build(config, model, mesh_of_devices)
@@ -82,14 +85,17 @@ def run_on(config, topology: chips.Topology, mesh: str) -> runs.Run:
 
 def make_plan(run: runs.Run, topology: chips.Topology, names: list[str]
               ) -> dict:
-  """Compiles programs of a run for devices that are not there, and returns the
-  plan: the model, its devices and settings, the report of each program that
-  fits, whether all do, and why not.
+  """Compiles programs of a run for devices that are not there.
 
   Args:
     run: the run, on the topology's devices.
     topology: the devices.
-    names: the programs: any of train, prefill and decode.
+    names: the names of the programs: any of train, prefill and decode.
+
+  Returns:
+    The plan, a dict for JSON with the model, its devices and settings, the
+    report of each program that fits (`programs`), whether all of them fit
+    (`fits`), and why the others do not (`reasons`).
 
   Raises:
     RequestError: for a program that the run's model does not have, before any
@@ -98,7 +104,7 @@ def make_plan(run: runs.Run, topology: chips.Topology, names: list[str]
   for name in names:
     check_program(run, topology, name)
 
-  # The programs.
+  # Compile each program. One that does not fit gives a reason and no report.
   reports, reasons = [], []
   for name in names:
     try:
@@ -106,7 +112,7 @@ def make_plan(run: runs.Run, topology: chips.Topology, names: list[str]
     except DoesNotFit as error:
       reasons.append(str(error))
 
-  # The model, its devices and its settings.
+  # Gather the figures of the model, its devices and its settings.
   model, config = run.model, run.config
   accumulation = config.train.grad_accumulation
   parameters, active = totals.count_parameters(model)
@@ -129,8 +135,17 @@ def make_plan(run: runs.Run, topology: chips.Topology, names: list[str]
 
 
 def whole_along_fsdp(run: runs.Run) -> list[dict]:
-  """Returns the largest parameters that stand whole along fsdp, each with its
-  bytes on a device: the optimiser's state of them is repeated, too."""
+  """Returns the largest parameters that fsdp does not shard.
+
+  Every device along the fsdp axis holds such a parameter, and the optimiser's
+  state of it, as a whole.
+
+  Args:
+    run: the run, on the topology's devices.
+
+  Returns:
+    A row for each, the largest first, with its name and its bytes on a device.
+  """
   if run.mesh.shape['fsdp'] == 1:
     return []
   rows = []
@@ -149,7 +164,7 @@ def check_program(run: runs.Run, topology: chips.Topology, name: str) -> None:
   Args:
     run: the run, on the topology's devices.
     topology: the devices.
-    name: the program.
+    name: the name of the program.
   """
   one_of('program in --programs', name, ('train', *NEW_TOKENS_OF_PROGRAM))
   if name == 'train':
@@ -157,8 +172,7 @@ def check_program(run: runs.Run, topology: chips.Topology, name: str) -> None:
 
   # A program of generation needs a compiler, a decoder, and rows that are
   # longer than what it writes.
-  objective = objectives.find_objective(
-      run.config)
+  objective = objectives.find_objective(run.config)
   length = run.config.data.length
   require(chips.installed_compiler(topology), f'--programs has {name!r}, of '
           'which there is no estimate, and no compiler for '
@@ -176,8 +190,8 @@ def make_program(run: runs.Run, name: str) -> Program:
   """Returns a program of a run: a function, and the shapes of its arguments.
 
   `train` is the training step, as training/loop.py compiles it. `prefill` and
-  `decode` write NEW_TOKENS_OF_PROGRAM[name] tokens after prompts that, with
-  these, are data.length tokens long.
+  `decode` generate NEW_TOKENS_OF_PROGRAM[name] tokens after prompts. Prompts
+  and new tokens together are data.length tokens long.
 
   Args:
     run: the run, on the topology's devices.
@@ -185,6 +199,8 @@ def make_program(run: runs.Run, name: str) -> Program:
   """
   if name == 'train':
     return _training_step(run)
+
+  # The function that generates text.
   data = run.config.data
   new_tokens = NEW_TOKENS_OF_PROGRAM[name]
   prompts_are_prefixes = objectives.find_objective(run.config).prefix
@@ -198,7 +214,8 @@ def make_program(run: runs.Run, name: str) -> Program:
   def integers(shape, sharding):
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
-  # The rows of prompts are split over devices; the seed is everywhere.
+  # Its arguments, as shapes. The rows of prompts are split over devices, and
+  # each device has the seed.
   prompt_shape = data.batch_size, data.length - new_tokens
   prompts_BL = integers(prompt_shape, run.batch_sharding)
   lengths_B = integers((data.batch_size,), run.batch_sharding)
@@ -210,7 +227,8 @@ def make_program(run: runs.Run, name: str) -> Program:
 
 
 def _training_step(run: runs.Run) -> Program:
-  """Returns the training step of a run: a function of its state and a batch."""
+  """Returns the training step of a run as a program: a function of the state
+  and a batch, and the shapes of both."""
   batch = {}
   for key, (shape, dtype) in objectives.shapes_of_batch(run.config).items():
     batch[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=run.batch_sharding)
@@ -220,43 +238,57 @@ def _training_step(run: runs.Run) -> Program:
       options=dict(donate_argnums=0, out_shardings=(run.shardings, None)))
 
 
-def trace_program(run: runs.Run, what: Program):
+def trace_program(run: runs.Run, program: Program):
   """Returns a program as jax traces it: its jaxpr, and .lower()."""
   with run.context():
-    return jax.jit(what.function, **what.options).trace(*what.args)
+    return jax.jit(program.function, **program.options).trace(*program.args)
 
 
-def compile_program(run: runs.Run, what: Program, traced: Any, hbm: float):
-  """Returns the compiled program.
+def compile_program(run: runs.Run, program: Program, traced: Any, hbm: float):
+  """Compiles a program, and checks that it fits into a device's memory.
 
   Args:
     run: the run, on the topology's devices.
-    what: the program.
-    traced: the program, as `lower` returns it.
-    hbm: the bytes that a program may use of a device.
+    program: the program.
+    traced: the program, as `trace_program` returns it.
+    hbm: the bytes of a device's memory that a program may use.
+
+  Returns:
+    The compiled program.
 
   Raises:
-    DoesNotFit: with the compiler's figures, or with ours where it lets a
-      program pass that the device has no room for (GPUs).
-    RequestError: where a kernel needs more on-chip memory than there is.
+    DoesNotFit: if it does not fit. The compiler for GPUs does not refuse such a
+      program, so its peak is checked here too.
+    RequestError: if a kernel needs more on-chip memory than there is.
   """
-  with run.context(), _as_does_not_fit(what.name), progress.show_task(
-      f'compiling {what.name}'):
+  task = progress.show_task(f'compiling {program.name}')
+  with run.context(), _translate_memory_errors(program.name), task:
     executable = traced.lower().compile()
-  _check_peak(what.name, peak_bytes(executable.memory_analysis()), hbm)
+  _check_peak(program.name, peak_bytes(executable.memory_analysis()), hbm)
   return executable
 
 
 @contextlib.contextmanager
-def _as_does_not_fit(name: str) -> Iterator[None]:
-  """Says in a sentence that the compiler finds too little memory."""
+def _translate_memory_errors(name: str) -> Iterator[None]:
+  """Turns the compiler's error of too little memory into one of our own, with a
+  sentence as its message. Other errors pass.
+
+  Args:
+    name: the name of the program that is compiled.
+
+  Raises:
+    DoesNotFit: if the device has too little memory.
+    RequestError: if a kernel needs more on-chip memory than there is.
+  """
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     reason = str(error).split('RESOURCE_EXHAUSTED: ')[-1].splitlines()[0]
-    if 'hbm' not in reason.lower():  # as VMEM, which no sharding relieves
+    # Memory other than HBM is on the chip, such as VMEM. Sharding the model
+    # over more devices does not help a kernel that needs too much of it.
+    if 'hbm' not in reason.lower():
       raise RequestError(
           f'{name} cannot be compiled: a kernel takes more on-chip memory '
           f'than there is: {reason}') from error
@@ -264,6 +296,14 @@ def _as_does_not_fit(name: str) -> Iterator[None]:
 
 
 def _check_peak(name: str, peak: float, hbm: float, by: str = '') -> None:
+  """Raises DoesNotFit for a program whose peak is above a device's memory.
+
+  Args:
+    name: the name of the program.
+    peak: the most bytes that it holds at a time.
+    hbm: the bytes of a device's memory that a program may use.
+    by: words for the message that say where the peak is from.
+  """
   if peak > hbm:
     raise DoesNotFit(
         f'{name} does not fit a device{by}: it needs {peak / GIB:.2f} GiB at '
@@ -271,11 +311,16 @@ def _check_peak(name: str, peak: float, hbm: float, by: str = '') -> None:
 
 
 def peak_bytes(stats: Any) -> int:
-  """Returns the most that a compiled program holds of a device's memory.
+  """Returns the most bytes of a device's memory that a compiled program holds
+  at a time.
 
-  libtpu 0.0.50.1 counts what lies in the host's memory into its figure of the
-  peak. So it is no more than the device's temporaries and what goes in and out
-  of the program, which is what this returns where the host holds something.
+  libtpu 0.0.50.1 counts memory of the host into its figure of the peak. If the
+  program uses any, this returns an upper bound instead: all temporaries of the
+  device, and all arguments and results of the program, those that share memory
+  (aliases) once.
+
+  Args:
+    stats: what memory_analysis() of the compiled program returns.
   """
   if not stats.host_temp_size_in_bytes:
     return stats.peak_memory_in_bytes
@@ -284,39 +329,44 @@ def peak_bytes(stats: Any) -> int:
 
 
 def analyse_program(run: runs.Run, topology: chips.Topology, name: str) -> dict:
-  """Compiles one program of a run, and returns the report: its memory, its
-  collectives, its FLOPs, and the shortest time that a step can take.
+  """Compiles one program of a run, and reports what it costs.
 
   Args:
     run: the run, on the topology's devices.
     topology: the devices.
-    name: the program: train, prefill or decode.
+    name: the name of the program: train, prefill or decode.
+
+  Returns:
+    The report, a dict for JSON with the program's memory, its collectives, its
+    FLOPs, and the shortest time that a step can take (`roofline`).
 
   Raises:
-    DoesNotFit: with figures, where a device has too little memory.
+    DoesNotFit: if a device has too little memory, with figures.
   """
+  # A state that is too large is refused before anything is traced.
   hbm = topology.chip.hbm
   state = _state_bytes(run, topology, name)
-  what = make_program(run, name)
+  program = make_program(run, name)
   begun = time.monotonic()
-  traced = trace_program(run, what)
+  traced = trace_program(run, program)
 
-  # Memory and collectives, by the compiler or by an estimate.
+  # Find the memory and the collectives, by the compiler or by an estimate.
   if chips.installed_compiler(topology):
-    executable = compile_program(run, what=what, traced=traced, hbm=hbm)
+    executable = compile_program(run, program=program, traced=traced, hbm=hbm)
     sizes = state | _memory_of_program(executable.memory_analysis())
     sent = collectives.read_collectives(
-        executable.as_text(), mesh=run.mesh.shape,
+        executable.as_text(), mesh_shape=run.mesh.shape,
         host_of=host_of_devices(run, topology),
-        ragged_rows=ragged_rows(run, name), passes=what.passes)
+        ragged_rows=ragged_rows(run, name), num_passes=program.passes)
   else:
     sizes = memory.estimate_peak_bytes(run, platform=topology.chip.platform)
     _check_peak(name, peak=sizes['peak'], hbm=hbm, by=', by an estimate')
     sent = predict.predict_collectives(run, host_of_devices(run, topology))
 
-  # The products, those that the model needs, and the bounds of a step.
+  # Count the FLOPs of the program and those that the model needs.
   count = topology.devices
-  work = _work_of_program(run, topology=topology, what=what, jaxpr=traced.jaxpr)
+  work = _work_of_program(
+      run, topology=topology, program=program, jaxpr=traced.jaxpr)
   needed = model_flops(run, name)
   all_needed = sum(needed.values())
   figures = dict(
@@ -327,6 +377,8 @@ def analyse_program(run: runs.Run, topology: chips.Topology, name: str) -> dict:
       ratio=work.flops / all_needed,
       loops_counted_once=work.loops,
       all_groups_per_device=work.dense / count)
+
+  # Bound the time of a step.
   inside, outside = collectives.bytes_sent(sent)
   roofline = predict.step_times(
       topology, dtype=run.model.dtype, flops=figures['per_device'],
@@ -344,11 +396,21 @@ def analyse_program(run: runs.Run, topology: chips.Topology, name: str) -> dict:
 
 def _state_bytes(run: runs.Run, topology: chips.Topology, name: str
                  ) -> dict[str, int]:
-  """Returns the bytes of a run's state on a device, as a program needs it: in
-  training with the optimiser's state, in generation the parameters alone.
+  """Returns the bytes of the state that a program needs on a device.
+
+  A training step needs all of the run's state, and generation only the
+  parameters.
+
+  Args:
+    run: the run, on the topology's devices.
+    topology: the devices.
+    name: the name of the program.
+
+  Returns:
+    The bytes of each part of the state, by its name.
 
   Raises:
-    DoesNotFit: where these alone are more than the device has.
+    DoesNotFit: if the state alone is larger than the device's memory.
   """
   hbm = topology.chip.hbm
   state = memory.state_bytes(run)
@@ -364,7 +426,12 @@ def _state_bytes(run: runs.Run, topology: chips.Topology, name: str
 
 
 def _memory_of_program(stats: Any) -> dict[str, int]:
-  """Returns the bytes of a compiled program on a device."""
+  """Returns the bytes that a compiled program takes of a device's memory, and
+  of the host's if it uses any.
+
+  Args:
+    stats: what memory_analysis() of the compiled program returns.
+  """
   sizes = dict(
       arguments=stats.argument_size_in_bytes,
       temporaries=stats.temp_size_in_bytes, peak=peak_bytes(stats))
@@ -373,41 +440,44 @@ def _memory_of_program(stats: Any) -> dict[str, int]:
   return sizes
 
 
-def _work_of_program(run: runs.Run, topology: chips.Topology, what: Program,
+def _work_of_program(run: runs.Run, topology: chips.Topology, program: Program,
                      jaxpr: Any) -> flops.Work:
-  """Returns the FLOPs and bytes of a program where tokens come to experts in
-  even load.
+  """Returns the FLOPs and bytes of a program, if all experts get equally many
+  tokens.
 
   Args:
     run: the run, on the topology's devices.
     topology: the devices.
-    what: the program.
+    program: the program.
     jaxpr: the program, as jax traced it.
   """
+  # Decoding reads the whole prompts first, outside of its loop, and in each
+  # pass of the loop one token of each row.
   data = run.config.data
-  rows = ragged_rows(run, what.name)
-  # Decoding reads the whole prompt first, then a token of each row.
-  if what.name == 'decode':
+  rows = ragged_rows(run, program.name)
+  if program.name == 'decode':
     prompt = data.length - NEW_TOKENS_OF_PROGRAM['decode']
     rows = predict.rows_of_experts(run, data.batch_size * prompt)
-  place = flops.Place(
-      platform=topology.chip.platform, rows=rows, passes=what.passes,
+  options = flops.CountOptions(
+      platform=topology.chip.platform, rows=rows, num_passes=program.passes,
       dense=chips.products_of_all_groups(topology),
       loop_rows=predict.rows_of_experts(run, data.batch_size))
-  return flops.count_work(jaxpr, place)
+  return flops.count_work(jaxpr, options)
 
 
 def model_flops(run: runs.Run, name: str) -> dict[str, float]:
-  """Returns the FLOPs that the model needs for a step, on all devices.
+  """Returns the FLOPs that the model needs for a step, on all devices together.
 
   Args:
     run: the run.
-    name: the program: train, prefill or decode.
+    name: the name of the program: train, prefill or decode.
 
   Returns:
-    `weights`: in training 6 N_active T, with N_active the weights that a token
-      is multiplied with and T the tokens, less the gradients of what is frozen.
-    `attention`: the products of attention that its mask leaves.
+    `weights`: in training 6 N_active T, where N_active is the number of weights
+      that a token is multiplied with and T the number of tokens, less the
+      gradients of frozen parameters.
+    `attention`: the FLOPs of the scores and weighted values that the mask
+    shows.
   """
   config = run.config
   model = run.model
@@ -416,41 +486,63 @@ def model_flops(run: runs.Run, name: str) -> dict[str, float]:
     flops_of_row = flops.training_flops_of_row(config, model)
     return {part: num_rows * n for part, n in flops_of_row.items()}
 
-  # A generation reads the prompt and, one at a time, all tokens after it but
-  # the last: in the sum, a forward pass over them.
+  # A generation reads the prompt and then, one at a time, all new tokens but
+  # the last. In sum this is a forward pass over these tokens.
   objective = objectives.find_objective(config)
   length = objective.row_lengths(config)[0]
   needed = flops.forward_flops(model, length - 1)
   prompt = length - NEW_TOKENS_OF_PROGRAM[name]
-  if objective.prefix:  # and in the prompt, later tokens are seen too
+
+  # With a prefix LM, the tokens of a prompt also see later ones.
+  if objective.prefix:
     both_ways = flops.forward_flops(model, prompt, prompt=True)
     causal = flops.forward_flops(model, prompt, prompt=False)
     needed['attention'] += both_ways['attention'] - causal['attention']
 
-  # The head reads only the tokens after which one is drawn: of the prompt, the
-  # last.
+  # The head computes logits only where a token is drawn, and so for none but
+  # the last token of the prompt.
   needed['weights'] -= (prompt - 1) * 2 * model.d_model * model.vocab_size
   return {part: num_rows * n for part, n in needed.items()}
 
 
 def ragged_rows(run: runs.Run, name: str) -> int:
-  """Returns the rows that a device sends to experts in a layer, in even
-  load."""
+  """Returns the number of rows that a device sends to the experts of a layer in
+  one pass, if all experts get equally many tokens; 0 for decoding, whose passes
+  have different numbers of tokens.
+
+  Args:
+    run: the run, on the topology's devices.
+    name: the name of the program.
+  """
   if name == 'decode':
     return 0
-  parts = 1
+  num_micro_batches = 1
   if name == 'train':
-    parts = run.config.train.grad_accumulation
+    num_micro_batches = run.config.train.grad_accumulation
   lengths = objectives.find_objective(run.config).row_lengths(run.config)
   tokens = run.config.data.batch_size * max(lengths)
-  return predict.rows_of_experts(run, tokens / parts)
+  return predict.rows_of_experts(run, tokens / num_micro_batches)
 
 
 def host_of_devices(run: runs.Run, topology: chips.Topology) -> np.ndarray:
-  """Returns the slice (TPU) or host (GPU) of each device, in mesh order."""
-  placed = run.mesh.devices.reshape(-1)
-  if topology.slices > 1:  # `data` goes over the slices, and comes first
-    return np.arange(placed.size, dtype=np.int64) // topology.together
-  ids = np.array([device.id for device in placed], np.int64)
-  places = np.searchsorted(np.sort(ids), ids)
-  return places // topology.together
+  """Returns the number of the slice (TPU) or host (GPU) of each device.
+
+  Args:
+    run: the run, on the topology's devices.
+    topology: the devices.
+
+  Returns:
+    int [devices], in the order of the mesh.
+  """
+  # Only the first mesh axis, data, goes over several slices, so that the
+  # devices of a slice follow each other in the mesh.
+  devices_in_mesh = run.mesh.devices.reshape(-1)
+  if topology.slices > 1:
+    positions = np.arange(devices_in_mesh.size, dtype=np.int64)
+    return positions // topology.devices_in_fast_network
+
+  # Else the devices of a host have successive ids. The rank of an id among all
+  # ids is its position, whatever the smallest id is.
+  ids = np.array([device.id for device in devices_in_mesh], np.int64)
+  positions = np.searchsorted(np.sort(ids), ids)
+  return positions // topology.devices_in_fast_network

@@ -2,18 +2,22 @@
 
 from tools.plan.chips import GIB
 
-_BOUNDS = {'compute': 'compute', 'hbm': 'HBM', 'network': 'network',
+_NAME_OF_BOUND = {'compute': 'compute', 'hbm': 'HBM', 'network': 'network',
            'network_outside': 'network between slices or hosts'}
 
 
-def text(plan: dict) -> str:
-  """Returns the whole report of a plan."""
+def plan_as_text(plan: dict) -> str:
+  """Returns the report of a plan as text for a terminal.
+
+  Args:
+    plan: a plan, as programs.make_plan returns it.
+  """
   lines = [
-      _devices(plan),
+      _line_of_devices(plan),
       f'{plan["parameters"]:,} parameters, {plan["active_parameters"]:,} at '
       'work for a token',
-      _batch(plan),
-      _compiler(plan)]
+      _line_of_batch(plan),
+      _line_of_compiler(plan)]
   whole = []
   for row in plan['whole_along_fsdp']:
     whole.append(f'{row["name"]} {row["bytes_per_device"] / GIB:.3f} GiB')
@@ -21,24 +25,26 @@ def text(plan: dict) -> str:
     lines.append('whole on each device along fsdp, which does not cut them: '
                  + ', '.join(whole))
   for program in plan['programs']:
-    lines += ['', *_program(program)]
+    lines += ['', *_lines_of_program(program)]
   return '\n'.join(lines)
 
 
-def _devices(plan: dict) -> str:
-  """Returns the line of the model, its devices and their mesh."""
-  place = plan['topology']
+def _line_of_devices(plan: dict) -> str:
+  """Returns the line of a plan that names the model, its devices and their
+  mesh."""
+  topology = plan['topology']
   if plan['slices'] > 1:
-    place += f' x {plan["slices"]} slices'
+    topology += f' x {plan["slices"]} slices'
   devices = f'{plan["chips"]:,} chips'
   if plan['devices'] != plan['chips']:
     devices += f', {plan["devices"]:,} devices'
   mesh = ' '.join(f'{axis}={n}' for axis, n in plan['mesh'].items())
-  return f'{plan["model"]} on {place}: {devices}; mesh {mesh}'
+  return f'{plan["model"]} on {topology}: {devices}; mesh {mesh}'
 
 
-def _batch(plan: dict) -> str:
-  """Returns the line of the batch and of what is kept and updated."""
+def _line_of_batch(plan: dict) -> str:
+  """Returns the line of a plan that describes the batch, the remat policy, the
+  weights that stay gathered and the optimiser."""
   gathered = ''
   if plan['keep_gathered'] != 'none':
     gathered = f'gathered once: {plan["keep_gathered"]}; '
@@ -47,8 +53,9 @@ def _batch(plan: dict) -> str:
           f'{plan["remat"]}; {gathered}{plan["optimizer"]}')
 
 
-def _compiler(plan: dict) -> str:
-  """Returns the line of the compiler."""
+def _line_of_compiler(plan: dict) -> str:
+  """Returns the line of a plan that names the compiler, or says that the
+  figures are estimates."""
   if plan['compiler']:
     return f'by {plan["compiler"]}, jax {plan["jax"]}'
   return ('An estimate: no compiler for these devices is installed (pip '
@@ -56,51 +63,67 @@ def _compiler(plan: dict) -> str:
           'so memory and collectives are by formula. Every figure has a ~.')
 
 
-def _program(program: dict) -> list[str]:
-  """Returns the lines of one program."""
+def _lines_of_program(program: dict) -> list[str]:
+  """Returns the lines of a report that are about one program: its memory, its
+  collectives and its time.
+
+  Args:
+    program: the report of the program, as programs.analyse_program returns it.
+  """
   mark = ''
   if program['estimate']:
     mark = '~'
+
+  # The memory of a device, a line for each part. The peak has its share of all
+  # memory beside it.
   lines = [f'{program["program"]}: fits (compiled in '
            f'{program["compile_seconds"]} s)']
   sizes = dict(program['memory'])
   hbm = sizes.pop('hbm')
   for name, nbytes in sizes.items():
-    label, share = name.replace('_', ' '), ''
+    label = name.replace('_', ' ')
+    share = ''
     if name == 'peak':
       share = f'{nbytes / hbm:>8.1%} of {hbm / GIB:.2f}'
     lines.append(f'  {label:<28}{mark}{nbytes / GIB:>12.3f} GiB {share}')
   return [
       *lines,
       '  collectives of a step, by device',
-      *collectives(program['collectives'], mark),
-      *_performance(program, mark)]
+      *table_of_collectives(program['collectives'], mark),
+      *_lines_of_performance(program, mark)]
 
 
-def collectives(rows: list[dict], mark: str) -> list[str]:
-  """Returns the lines of a table of collectives.
+def table_of_collectives(rows: list[dict], mark: str) -> list[str]:
+  """Returns the lines of a table of collectives. Those that send less than a
+  MiB in a step are only counted.
 
   Args:
-    rows: the rows of collectives.table.
-    mark: what stands before each figure.
+    rows: the rows, as collectives.sum_by_kind returns them.
+    mark: a sign that is put before each figure: ~ for estimates, or ''.
   """
   if not rows:
     return ['    none']
   lines = [f'    {"kind":<20}{"mesh axes":<22}{"dtype":<7}{"runs":>8}'
            f'{"GiB sent":>12}{"of it outside":>15}']
-  small = 0  # how often those run that send next to nothing
+  small_runs = 0
   for row in rows:
     if row['bytes_sent_per_device'] < 2 ** 20:
-      small += row['runs_per_step']
+      small_runs += row['runs_per_step']
     else:
-      lines.append(_collective(row, mark))
-  if small:
-    lines.append(f'    and {mark}{small:,} of less than a MiB a step, by kind')
+      lines.append(_row_of_collective(row, mark))
+  if small_runs:
+    lines.append(
+        f'    and {mark}{small_runs:,} of less than a MiB a step, by kind')
   return lines
 
 
-def _collective(row: dict, mark: str) -> str:
-  """Returns the line of one kind of collective."""
+def _row_of_collective(row: dict, mark: str) -> str:
+  """Returns the line of a table of collectives for one kind of collective.
+
+  Args:
+    row: a row, as collectives.sum_by_kind returns it.
+    mark: a sign that is put before each figure: ~ for estimates, or ''.
+  """
   axes = f'{",".join(row["axes"])} ({row["devices"]})'
   at_least = '' if row['exact'] else '>='
   runs = f'{mark}{at_least}{row["runs_per_step"]:,}'
@@ -112,32 +135,41 @@ def _collective(row: dict, mark: str) -> str:
           f'{sent:>12}{outside:>15}')
 
 
-def _performance(program: dict, mark: str) -> list[str]:
-  """Returns the lines of the FLOPs and of the least time of a step."""
-  flops, roofline = program['flops'], program['roofline']
+def _lines_of_performance(program: dict, mark: str) -> list[str]:
+  """Returns the lines of a report about the FLOPs and the least time of a step.
 
-  def tera(n: float) -> str:
-    return f'{mark}{n / 1e12:,.4g} TFLOP'
+  Args:
+    program: the report of the program, as programs.analyse_program returns it.
+    mark: a sign that is put before each figure: ~ for estimates, or ''.
+  """
+  flops = program['flops']
+  roofline = program['roofline']
 
-  # The FLOPs.
+  def format_flops(count: float) -> str:
+    return f'{mark}{count / 1e12:,.4g} TFLOP'
+
+  # The FLOPs that are computed, beside those that the model needs.
+  computed = format_flops(flops['per_device'])
+  needed = format_flops(flops['model_per_device'])
+  with_weights = format_flops(flops['weights_per_device'])
+  in_attention = format_flops(flops['attention_per_device'])
   lines = [
-      f'  a device computes {tera(flops["per_device"])} a step, '
-      f'{mark}{flops["ratio"]:.2f} times the '
-      f'{tera(flops["model_per_device"])} that the model needs '
-      f'({tera(flops["weights_per_device"])} with weights, '
-      f'{tera(flops["attention_per_device"])} in attention)']
+      f'  a device computes {computed} a step, '
+      f'{mark}{flops["ratio"]:.2f} times the {needed} that the model needs '
+      f'({with_weights} with weights, {in_attention} in attention)']
   if flops['loops_counted_once']:
     lines.append(f'  {flops["loops_counted_once"]} loops whose passes depend '
                  'on data are counted as one pass')
   if flops['all_groups_per_device']:
-    lines.append(f'  {tera(flops["all_groups_per_device"])} of it are products '
+    masked = format_flops(flops['all_groups_per_device'])
+    lines.append(f'  {masked} of it are products '
                  'of every row that buffers have room for with every expert '
                  'here, which this compiler masks instead of skipping')
 
-  # The time.
+  # The least time by each bound, and why it may be wrong.
   seconds = []
   for name, least in roofline['seconds'].items():
-    seconds.append(f'{_BOUNDS[name]} {mark}{least:.3g}')
+    seconds.append(f'{_NAME_OF_BOUND[name]} {mark}{least:.3g}')
   lines.append(f'  seconds a step, at the least: {", ".join(seconds)}')
   if not all(row['exact'] for row in program['collectives']):
     lines.append('  the network takes longer than that: loops whose trip count '
@@ -146,6 +178,7 @@ def _performance(program: dict, mark: str) -> list[str]:
   if roofline['unknown']:
     lines.append('  the network between slices has no published figure: it '
                  'is left out')
-  lines.append(f'  bound by {_BOUNDS[roofline["bound"]]}; highest MFU {mark}'
+  bound = _NAME_OF_BOUND[roofline['bound']]
+  lines.append(f'  bound by {bound}; highest MFU {mark}'
                f'{roofline["highest_mfu"]:.1%}')
   return lines

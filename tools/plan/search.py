@@ -31,31 +31,37 @@ def possible_meshes(config: ml_collections.ConfigDict, model: ModelConfig,
                     topology: chips.Topology) -> Iterator[dict[str, int]]:
   """Yields every mesh that the model and the batch allow.
 
-  The `tensor` axis stays within the devices that the fast network joins, and 16
-  at most, because it communicates in every layer.
+  The `tensor` axis has 16 devices at most, which the fast network of a slice or
+  host joins, because it communicates in every layer.
 
   Args:
     config: the config of the run.
-    model: its model, resolved.
+    model: the model of the run, resolved.
     topology: the devices.
 
   Yields:
     The number of devices of each mesh axis, by its name.
   """
+  # The size of each axis divides the number of devices, and `data` takes the
+  # devices that are left.
   count = topology.devices
-  # Each axis divides the number of devices; `data` takes those that are left.
-  sides = [n for n in range(1, count + 1) if count % n == 0]
-  for expert, tensor, fsdp in itertools.product(sides, sides, sides):
-    if tensor > min(16, topology.together) or count % (expert * tensor * fsdp):
+  divisors = [n for n in range(1, count + 1) if count % n == 0]
+  most_tensor = min(16, topology.devices_in_fast_network)
+  for expert, tensor, fsdp in itertools.product(divisors, repeat=3):
+    model_parallel = expert * tensor * fsdp
+    if tensor > most_tensor or count % model_parallel:
       continue
-    data = count // (expert * tensor * fsdp)
+    data = count // model_parallel
+
     # Only data parallelism crosses the slow network between slices.
     if topology.slices > 1 and data % topology.slices:
       continue
+
+    # A mesh that does not divide the model or the batch is no candidate.
     shape = dict(data=data, fsdp=fsdp, expert=expert, context=1, tensor=tensor)
     try:
       runs.check_mesh(config, model, shape)
-    except RequestError:  # what does not divide is no candidate
+    except RequestError:
       continue
     yield shape
 
@@ -63,26 +69,35 @@ def possible_meshes(config: ml_collections.ConfigDict, model: ModelConfig,
 def plans_by_estimate(config: ml_collections.ConfigDict,
                       topology: chips.Topology) -> list[dict]:
   """Returns every plan that fits by an estimate, the one with the shortest step
-  first. A plan is a mesh, a remat policy and an accumulation of gradients.
+  first.
+
+  A plan is a mesh, a remat policy, and the number of parts into which a batch
+  is cut to accumulate gradients.
 
   Args:
-    config: the config of the run, checked; its mesh, model.remat and
+    config: the config of the run, checked. Its mesh, model.remat and
       train.grad_accumulation are replaced.
     topology: the devices.
+
+  Returns:
+    The plans, as dicts: see _estimate_plan.
   """
   model, _ = runs.resolve_model(config, tokenizers.load(config.data.tokenizer))
   # Without a published peak, plans have no order.
   predict.require_peak_flops(topology, model.dtype)
+  # Each plan sets its own accumulation.
   config = config.copy_and_resolve_references()
-  config.train.grad_accumulation = 1  # the plans have their own
+  config.train.grad_accumulation = 1
   described = chips.described_devices(topology)
+
+  # Estimate the plans of each mesh. Activations come on top of the state, so a
+  # mesh on which the state alone is too large has no plan.
   plans: list[dict] = []
-  activations: dict[str, tuple[int, int]] = {}  # those that a policy keeps
+  activations: dict[str, tuple[int, int]] = {}  # by remat policy
   shapes = list(possible_meshes(config, model, topology))
   for shape in progress.show_items(shapes, 'meshes estimated'):
     mesh = devices.make_mesh(shape, described, topology.slices)
     run = runs.build(config, model, mesh)
-    # Activations only add to the state, so a state that is too large ends it.
     if sum(memory.state_bytes(run).values()) <= topology.chip.hbm:
       plans += _plans_of_mesh(run, topology, activations)
   plans.sort(key=lambda plan: (plan['step_seconds'], plan['peak_bytes']))
@@ -91,41 +106,46 @@ def plans_by_estimate(config: ml_collections.ConfigDict,
 
 def _plans_of_mesh(run: runs.Run, topology: chips.Topology,
                    activations: dict[str, tuple[int, int]]) -> list[dict]:
-  """Returns the plans of one mesh that fit by an estimate: for each remat
-  policy the one that accumulates the fewest gradients, as more of them only
+  """Returns the plans of one mesh that fit by an estimate, at most one for each
+  remat policy.
+
+  It is the one that cuts a batch into the fewest parts, because more parts only
   send more.
 
   Args:
     run: the run on that mesh.
     topology: the devices.
-    activations: what memory.bytes_kept_for_backward returns, by the name of a
-      policy. It is the same on each mesh, and is filled in here.
+    activations: the bytes that memory.bytes_kept_for_backward returns, by the
+      name of a remat policy. They are the same on each mesh: a missing policy
+      is traced and added here, so that the next mesh finds it.
   """
   accumulations = _possible_accumulations(run)
   plans = []
-  least = math.inf  # the accumulation of this mesh's plans so far
+  fewest_parts = math.inf  # of this mesh's plans so far
   for name, policy in layers.REMAT.items():
     if name not in activations:
-      activations[name] = memory.bytes_kept_for_backward(
-          _with_policy(run, name, 1))
-    for parts in accumulations:
-      if policy.keeps_input_on_host and parts >= least:
-        break  # the way to the host is in no bound: it must save sending
-      plan = _estimate_plan(
-          _with_policy(run, name, parts), topology, activations[name])
+      plain_run = _run_with_policy(run, policy=name, accumulation=1)
+      activations[name] = memory.bytes_kept_for_backward(plain_run)
+    for num_parts in accumulations:
+      # No bound has the time to send activations to the host. So a policy that
+      # does so is a plan only if it needs fewer parts than the others.
+      if policy.keeps_input_on_host and num_parts >= fewest_parts:
+        break
+      candidate = _run_with_policy(run, policy=name, accumulation=num_parts)
+      plan = _estimate_plan(candidate, topology, activations[name])
       if plan['peak_bytes'] < topology.chip.hbm:
         plans.append(plan)
-        least = min(least, parts)
+        fewest_parts = min(fewest_parts, num_parts)
         break
   return plans
 
 
 def _possible_accumulations(run: runs.Run) -> Sequence[int]:
-  """Returns the numbers of parts into which a step can cut its batch, so that
-  gradients are accumulated over the parts: values of train.grad_accumulation.
+  """Returns the numbers of parts into which a step can cut its batch to
+  accumulate gradients: possible values of train.grad_accumulation.
 
-  They are powers of two that divide the rows of a device in every batch of the
-  run, those of a growing batch size included; the smallest comes first.
+  They are the powers of two that divide the rows of a device in every batch of
+  the run, also if the batch size grows. The smallest comes first.
 
   Args:
     run: the run, on its mesh.
@@ -136,13 +156,13 @@ def _possible_accumulations(run: runs.Run) -> Sequence[int]:
   shards = shape['data'] * shape['fsdp'] * shape['expert']
   accumulations = []
   for power in range(12):
-    parts = 2 ** power
-    if all(size % (shards * parts) == 0 for size in batch_sizes):
-      accumulations.append(parts)
+    num_parts = 2 ** power
+    if all(size % (shards * num_parts) == 0 for size in batch_sizes):
+      accumulations.append(num_parts)
   return accumulations
 
 
-def with_policy(config: ml_collections.ConfigDict, policy: str,
+def change_policy(config: ml_collections.ConfigDict, policy: str,
                 accumulation: int) -> ml_collections.ConfigDict:
   """Returns a copy of a config with another remat policy and accumulation."""
   config = config.copy_and_resolve_references()
@@ -151,44 +171,51 @@ def with_policy(config: ml_collections.ConfigDict, policy: str,
   return config
 
 
-def _with_policy(run: runs.Run, policy: str, accumulation: int) -> runs.Run:
+def _run_with_policy(run: runs.Run, policy: str, accumulation: int) -> runs.Run:
   """Returns the run with another remat policy and accumulation."""
   model = dataclasses.replace(run.model, remat=policy)
   return dataclasses.replace(
-      run, config=with_policy(run.config, policy, accumulation), model=model,
+      run, config=change_policy(run.config, policy, accumulation), model=model,
       module=run.module.clone(config=model))
 
 
 def _estimate_plan(run: runs.Run, topology: chips.Topology,
                    kept: tuple[int, int]) -> dict:
-  """Returns one plan without compiling it: its flags, its peak memory, and the
-  shortest time that its step can take.
+  """Estimates one plan without compiling it.
 
   Args:
     run: the run with the plan's mesh, remat policy and accumulation.
     topology: the devices.
-    kept: what memory.bytes_kept_for_backward returns for its remat policy.
+    kept: the bytes that memory.bytes_kept_for_backward returns for its remat
+      policy.
+
+  Returns:
+    The plan, a dict for JSON with its mesh, remat policy and accumulation, the
+    shortest time that its step can take (KEYS_OF_BOUNDS), its peak memory, and
+    its flags of the command line.
   """
   model = run.model
   accumulation = run.config.train.grad_accumulation
 
-  # The FLOPs of a device. Where the backward pass computes the layers again, a
-  # step has four forward passes in place of three.
+  # Count the FLOPs of a device. If the backward pass recomputes the layers, a
+  # step costs four forward passes in place of three.
   needed = sum(programs.model_flops(run, 'train').values()) / topology.devices
   computed = needed
   if layers.remat_of_model(model).recomputes_products:
     computed = needed * 4 / 3
 
-  # The bounds, and the peak of its memory.
+  # Estimate the least time of a step, and the peak of its memory.
   sent = predict.predict_collectives(
       run, programs.host_of_devices(run, topology))
   inside, outside = collectives.bytes_sent(sent)
   bounds = predict.step_times(
       topology, dtype=model.dtype, flops=computed,
-      hbm_bytes=predict.memory_traffic(run, 0.0, True), sent=inside,
-      sent_outside=outside, model_flops=needed)
-  estimate = memory.estimate_peak_bytes(run, kept, topology.chip.platform)
+      hbm_bytes=predict.memory_traffic(run, products=0.0, training=True),
+      sent=inside, sent_outside=outside, model_flops=needed)
+  estimate = memory.estimate_peak_bytes(
+      run, bytes_in_all=kept, platform=topology.chip.platform)
 
+  # The flags name the mesh axes with several devices.
   axes = [f'{axis}={n}' for axis, n in run.mesh.shape.items() if n > 1]
   mesh = ','.join(axes) or 'data=1'
   return dict(
@@ -211,59 +238,63 @@ def search_plans(config: ml_collections.ConfigDict, topology: chips.Topology,
     wanted: how many plans to return.
 
   Returns:
-    topology: its name. candidates: how many plans fit by the estimate. plans:
-    the best ones. refused: those that the compiler found too large.
+    A dict for JSON: `topology`, its name; `candidates`, the number of plans
+    that fit by the estimate; `plans`, the best ones; and `refused`, those that
+    the compiler found too large.
 
   Raises:
-    DoesNotFit: where no candidate does.
+    DoesNotFit: if no candidate fits.
   """
   # Estimates may be too low, so some plans are refused. Compiling takes long:
   # no more than four candidates are tried for each plan wanted.
-  listed = plans_by_estimate(config, topology)
+  candidates = plans_by_estimate(config, topology)
   plans, refused = [], []
-  for plan in listed[:4 * wanted]:
+  for plan in candidates[:4 * wanted]:
     if len(plans) == wanted:
       break
     try:
       plans.append(_compile_plan(config, topology, plan))
     except programs.DoesNotFit as error:
       refused.append(plan | dict(reason=str(error)))
+
+  # If none fits, say why the last one was refused.
   if not plans:
-    last = ''
+    last_reason = ''
     if refused:
-      last = f'. The last: {refused[-1]["reason"]}'
+      last_reason = f'. The last: {refused[-1]["reason"]}'
     raise programs.DoesNotFit(
-        f'{len(listed)} plans (meshes, remat policies and accumulations) of '
-        f'{topology.name} fit data.batch_size {config.data.batch_size} by an '
-        f'estimate, and the compiler refused the best {len(refused)}: take '
-        f'more chips, or a batch with more divisors{last}')
+        f'{len(candidates)} plans (meshes, remat policies and accumulations) '
+        f'of {topology.name} fit data.batch_size {config.data.batch_size} by '
+        f'an estimate, and the compiler refused the best {len(refused)}: take '
+        f'more chips, or a batch with more divisors{last_reason}')
+
   # The compiler's figures may change the order of the estimates.
   plans.sort(key=lambda plan: plan['step_seconds'])
-  return dict(topology=topology.name, candidates=len(listed), refused=refused,
-              plans=plans)
+  return dict(topology=topology.name, candidates=len(candidates),
+              refused=refused, plans=plans)
 
 
 def _compile_plan(config: ml_collections.ConfigDict, topology: chips.Topology,
                   plan: dict) -> dict:
-  """Compiles the training step of a plan, and returns the plan with the
-  compiler's figures; or as it is where there is no compiler.
+  """Compiles the training step of a plan, and puts the compiler's figures in
+  place of the estimates. Without a compiler, the plan stays as it is.
 
   Args:
     config: the config of the run.
     topology: the devices.
-    plan: a dict of `plans_by_estimate`.
+    plan: a plan, as `plans_by_estimate` returns it.
 
   Returns:
-    The plan with new `peak_bytes`, KEYS_OF_BOUNDS and `estimate` False.
+    The plan with new `peak_bytes` and KEYS_OF_BOUNDS, and `estimate` False.
 
   Raises:
-    DoesNotFit: where the compiler refuses it.
+    DoesNotFit: if the compiler finds it too large.
   """
   if not chips.installed_compiler(topology):
     return plan
   mesh = ','.join(f'{axis}={n}' for axis, n in plan['mesh'].items())
-  config = with_policy(config, plan['remat'], plan['grad_accumulation'])
-  run = programs.run_on(config, topology, mesh)
+  config = change_policy(config, plan['remat'], plan['grad_accumulation'])
+  run = programs.run_on_topology(config, topology, mesh)
   report = programs.analyse_program(run, topology, 'train')
   bounds = {name: report['roofline'][name] for name in KEYS_OF_BOUNDS}
   return plan | bounds | dict(
@@ -271,7 +302,11 @@ def _compile_plan(config: ml_collections.ConfigDict, topology: chips.Topology,
 
 
 def plans_as_text(plans: dict) -> str:
-  """Returns the plans as a table."""
+  """Returns the plans of a search as a table for a terminal.
+
+  Args:
+    plans: the result of `search_plans`.
+  """
   lines = [f'{plans["topology"]}: {plans["candidates"]} plans fit by an '
            'estimate; best first, by the shortest step that published figures '
            'allow (~: not compiled)']

@@ -68,28 +68,31 @@ def forward_flops(model: ModelConfig, length: int, decoder_length: int = 0,
   """
   config = dataclasses.replace(architectures.resolve(model), mtp_depth=0)
   config = _config_for_counting(config, max(length, decoder_length))
-  parts = _forward(config, length, decoder_length, prefix=prompt, prompt=prompt)
+  parts = _forward_flops_by_part(
+      config, length=length, decoder_length=decoder_length, prefix=prompt,
+      prompt=prompt)
   return dict(parts)
 
 
 def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
-                   unread: int = 0, freeze: str = '', prefix: bool = False
+                   num_unread: int = 0, freeze: str = '', prefix: bool = False
                    ) -> dict[str, float]:
   """Returns the FLOPs of a training step for one sequence, forward and
   backward.
 
-  They are three times those of the forward pass where all parameters are
-  trained. Adapters, frozen parameters and passes of a looped stack without a
-  gradient take from the backward pass what its program is then without. A stack
-  of which some layers are frozen counts as trained, as its program computes the
-  gradient of all of them.
+  They are three times those of the forward pass if all parameters are trained.
+  With adapters, frozen parameters or passes of a looped stack that have no
+  gradient, the backward pass costs only what its program still multiplies. A
+  stack with some frozen layers counts as trained, because its program computes
+  the gradient of all of its layers.
 
   Args:
     model: config.model, or the frozen ModelConfig.
     length: the number of tokens; for an encoder-decoder, those of the encoder.
     decoder_length: the number of tokens of an encoder-decoder's decoder.
-    unread: how many places of the sequence the head does not read, as those
-      that have no label (Objective.num_unread_places).
+    num_unread: the number of positions of the sequence for which the head
+      computes no logits, because they have no label
+      (Objective.num_unread_places).
     freeze: config.optim.freeze.
     prefix: whether the first tokens of a row see each other (Objective.prefix).
 
@@ -98,19 +101,20 @@ def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
   """
   config = architectures.resolve(model)
   config = _config_for_counting(config, max(length, decoder_length))
-  forward = _forward(config, length, decoder_length, unread=unread,
-                     prefix=prefix)
+  forward = _forward_flops_by_part(
+      config, length=length, decoder_length=decoder_length,
+      num_unread=num_unread, prefix=prefix)
 
-  # Where all is trained, the backward pass costs two forward passes.
+  # If everything is trained, the backward pass costs two forward passes.
   loops = config.find(LoopsConfig)
   has_passes_without_gradient = loops is not None and loops.gradient_passes > 0
-  is_whole = not freeze and not config.lora.rank
-  if is_whole and not has_passes_without_gradient:
+  trains_everything = not freeze and not config.lora.rank
+  if trains_everything and not has_passes_without_gradient:
     return {part: 3.0 * flops for part, flops in forward}
 
   backward_passes = dict(_backward_passes_by_part(
-      config, length, decoder_length, unread=unread, freeze=freeze,
-      prefix=prefix))
+      config, length=length, decoder_length=decoder_length,
+      num_unread=num_unread, freeze=freeze, prefix=prefix))
   # Rounded, because a quotient and its product are off by a last digit.
   return {part: round((1 + backward_passes[part]) * flops, 3)
           for part, flops in forward}
@@ -122,44 +126,59 @@ def training_flops_of_row(config: ml_collections.ConfigDict, model: ModelConfig,
 
   Args:
     config: the config of the run.
-    model: its model, resolved.
+    model: the model of the run, resolved.
     lengths: the number of tokens of the row; for an encoder-decoder, those of
       the source and of the target; (): the lengths that the run's rows have.
+
+  Returns:
+    The FLOPs of `attention` and of `weights`, as `forward_flops` returns them.
   """
   objective = objectives.find_objective(config)
   lengths = lengths or objective.row_lengths(config)
+  num_unread = objective.num_unread_places(config, lengths[0])
   return training_flops(
-      model, *lengths, unread=objective.num_unread_places(config, lengths[0]),
-      freeze=config.optim.freeze, prefix=objective.prefix)
+      model, *lengths, num_unread=num_unread, freeze=config.optim.freeze,
+      prefix=objective.prefix)
 
 
-def decode_flops(model: ModelConfig, keys: int, memory: int = 0
+def decode_flops(model: ModelConfig, keys: int, memory_length: int = 0
                  ) -> dict[str, float]:
-  """Returns the FLOPs of writing one token with a cache, by part.
+  """Returns the FLOPs of generating one token with a cache of earlier keys and
+  values.
 
   Args:
     model: config.model, of a system with a decoder.
-    keys: how many tokens the new one sees, itself included.
-    memory: the number of tokens of the encoder, whose keys and values are kept.
+    keys: the number of tokens that the new token attends to, itself included.
+    memory_length: the number of tokens that the encoder has read, whose keys
+      and values are in the cache; 0: there is no encoder.
+
+  Returns:
+    The FLOPs of `attention` and of `weights`, as `forward_flops` returns them.
   """
   config = architectures.resolve(model)
-  config = _config_for_counting(config, max(keys, memory))
-  return dict(_decoding_flops(config, keys, memory))
+  config = _config_for_counting(config, max(keys, memory_length))
+  return dict(_decoding_flops_by_part(config, keys, memory_length))
 
 
 def _config_for_counting(config: ModelConfig, reach: int) -> ModelConfig:
-  """Returns the config of the same function, whose program multiplies no more
-  than the model must: experts have as many slots as tokens come in even load,
-    no layer is computed again, and no kernel hides its products from the count.
+  """Returns a config of the same model whose program does no avoidable work.
+
+  Experts have exactly as many slots as tokens come if all experts get equally
+  many, no layer is recomputed (remat), and attention is written out as plain
+  products, which a count can see, instead of as a kernel.
 
   Args:
     config: the config of a model.
-    reach: how many tokens the positions of the model must reach.
+    reach: the number of positions that the model must at least have.
   """
+  # Each token chooses top_k experts, unless the experts choose their tokens.
+  # Then a token has another number of experts in the mean.
   factor = 1.0
   moe = config.find(MoEConfig)
   if moe is not None and routing.router_of(moe).experts_choose:
     factor = routing.mean_active_experts(moe) / moe.top_k
+
+  # Layers in a scan are traced once, and counted as often as they run.
   plain = dataclasses.replace(
       config, attention_kernel='xla', remat='none', scan_layers=True,
       max_len=max(config.max_len, reach))
@@ -183,22 +202,25 @@ def _token_shape(config: ModelConfig, length: int) -> jax.ShapeDtypeStruct:
 
 def _program_over_sequence(config: ModelConfig, length: int,
                            decoder_length: int, prefix: bool) -> tuple:
-  """Returns a function that applies a module to whole sequences, and the shapes
-  of the tokens that it takes after the module and its parameters.
+  """Returns a function that applies a model to whole sequences, to be traced.
 
   Args:
     config: the config of the model.
-    length: the number of tokens of a row, or of a source.
+    length: the number of tokens of a row; for an encoder-decoder, of a source.
     decoder_length: the number of tokens of a target; 0: there is none.
     prefix: whether the first tokens of a row see each other.
+
+  Returns:
+    The function, of a module, its parameters and arrays of tokens; and the
+    shape of each of these arrays, [rows, length].
   """
-  # Where positions are given, tokens may stand in any order, so that the
-  # program skips no block of masked keys. Attention declares which share of the
-  # products counts.
+  # With explicit positions, tokens may stand in any order, so the program
+  # cannot skip blocks of masked keys. Attention itself declares which share of
+  # its products counts.
   def positions_of(count: int) -> jax.Array:
     return jnp.arange(count)[None]
 
-  # A model with two sides is applied to a source and a target.
+  # An encoder-decoder is applied to a source and a target.
   if decoder_length:
     def translate(module: Any, params: Any, source: Any, target: Any):
       return module.apply(
@@ -219,54 +241,67 @@ def _program_over_sequence(config: ModelConfig, length: int,
 
 
 @functools.lru_cache(maxsize=4096)
-def _forward(config: ModelConfig, length: int, decoder_length: int,
-             unread: int = 0, prefix: bool = False, prompt: bool = False
-             ) -> tuple:
-  """Returns the FLOPs of a forward pass over one sequence, by part."""
+def _forward_flops_by_part(config: ModelConfig, length: int,
+                           decoder_length: int, num_unread: int = 0,
+                           prefix: bool = False, prompt: bool = False) -> tuple:
+  """Returns the FLOPs of a forward pass over one sequence, as pairs of a part
+  (ATTENTION or WEIGHTS) and its FLOPs.
+
+  Args:
+    config: the config of the model, as `_config_for_counting` returns it.
+    length: the number of tokens of a row; for an encoder-decoder, of a source.
+    decoder_length: the number of tokens of a target; 0: there is none.
+    num_unread: the number of positions that the head does not read.
+    prefix: whether the first tokens of a row see each other.
+    prompt: whether the row is a prompt, all of whose tokens see each other.
+  """
   program, *args = _program_over_sequence(
       config, length=length, decoder_length=decoder_length, prefix=prefix)
-  return _row_flops(config, program, *args, unread=unread, prompt=prompt)
+  return _row_flops_by_part(
+      config, program, *args, num_unread=num_unread, prompt=prompt)
 
 
 @functools.lru_cache(maxsize=4096)
 def _backward_passes_by_part(config: ModelConfig, length: int,
-                             decoder_length: int, unread: int, freeze: str,
+                             decoder_length: int, num_unread: int, freeze: str,
                              prefix: bool) -> tuple:
-  """Returns how many forward passes the backward pass costs, for `attention`
-  and for `weights`.
+  """Returns the cost of the backward pass in forward passes, for attention and
+  for weights.
 
-  They are 2 where all parameters are trained, and fewer where the program of
-  the gradients of some parameters multiplies less than that of all gradients.
+  The cost is 2 if all parameters are trained, and less if the program of some
+  gradients multiplies less than the program of all gradients.
 
   Args:
     config: the config of the model.
     length: the number of tokens of a row, or of a source.
     decoder_length: the number of tokens of a target; 0: there is none.
-    unread: the number of tokens of a row that the head does not read.
+    num_unread: the number of tokens of a row that the head does not read.
     freeze: optim.freeze, the pattern of the parameters that are not trained.
     prefix: whether the first tokens of a row see each other.
 
   Returns:
-    Pairs of a part and its number.
+    Pairs of a part (ATTENTION or WEIGHTS) and the number of forward passes.
   """
-  # The shares of a learning rate: 1 is trained, and 0 is frozen.
+  # The share of the learning rate of each parameter: 1 is trained, 0 is frozen.
   module = architectures.build(config)
   all_trained = jax.tree.map(lambda _: 1.0, parameter_shapes(module))
   optim = ml_collections.ConfigDict(
       dict(freeze=freeze, layer_decay=1.0, table_rate=1.0))
   some_trained = parameter_shares(module, optim) or all_trained
 
-  # A forward pass alone, with all gradients, and with those that are taken. All
-  # gradients are those of every pass of a looped stack.
+  # Count the same row three times: without gradients, with all gradients (of
+  # every pass of a looped stack too), and with those that are trained.
   program, *args = _program_over_sequence(
       config, length=length, decoder_length=decoder_length, prefix=prefix)
   with_all_passes = config.with_part(LoopsConfig, gradient_passes=0)
-  forward = _row_flops(config, program, *args, unread=unread)
-  with_all_gradients = dict(_row_flops(
-      with_all_passes, program, *args, unread=unread, trained=all_trained))
-  with_some_gradients = dict(_row_flops(
-      config, program, *args, unread=unread, trained=some_trained))
+  forward = _row_flops_by_part(config, program, *args, num_unread=num_unread)
+  with_all_gradients = dict(_row_flops_by_part(
+      with_all_passes, program, *args, num_unread=num_unread,
+      rate_shares=all_trained))
+  with_some_gradients = dict(_row_flops_by_part(
+      config, program, *args, num_unread=num_unread, rate_shares=some_trained))
 
+  # Compare the three counts, for attention and for weights separately.
   passes_by_part = []
   for part, flops in forward:
     passes = _backward_passes(
@@ -286,7 +321,7 @@ def _backward_passes(forward: float, with_all_gradients: float,
     with_some_gradients: the FLOPs of a forward pass and of the gradients that
       are taken.
   """
-  # There are no products, or none that the trace shows.
+  # The backward pass has no products, or none that the trace shows.
   if with_all_gradients <= forward:
     return 2.0
 
@@ -295,8 +330,8 @@ def _backward_passes(forward: float, with_all_gradients: float,
   if with_all_gradients <= 3 * forward:
     return 2 * some_gradients / (with_all_gradients - forward)
 
-  # A recurrence computes something again, in both programs or in one: that is
-  # no work which the model must do.
+  # More than three forward passes in all: a recurrence recomputes something for
+  # its gradient. A model need not do that work, so it is taken off again.
   recomputed = with_all_gradients - 3 * forward
   if some_gradients >= recomputed:
     some_gradients -= recomputed
@@ -304,33 +339,38 @@ def _backward_passes(forward: float, with_all_gradients: float,
 
 
 @functools.lru_cache(maxsize=4096)
-def _decoding_flops(config: ModelConfig, keys: int, memory: int) -> tuple:
-  """Returns the FLOPs of writing one token with a full cache, as pairs of a
-  part and its FLOPs.
+def _decoding_flops_by_part(config: ModelConfig, keys: int, memory_length: int
+                            ) -> tuple:
+  """Returns the FLOPs of generating one token with a full cache, as pairs of a
+  part (ATTENTION or WEIGHTS) and its FLOPs.
 
   Args:
     config: the config of the model, as `_config_for_counting` returns it.
-    keys: how many tokens the new one sees, itself included.
-    memory: the number of tokens of the encoder; 0: there is no encoder.
+    keys: the number of tokens that the new token attends to, itself included.
+    memory_length: the number of tokens of the encoder; 0: there is no encoder.
   """
-  # The shapes of the cache. An encoder's output stands in it already.
+  # The shapes of the cache. An encoder has been run before, so that its keys
+  # and values are in the cache, and only the decoder runs.
   method = '__call__'
   rows = _fewest_rows(config)
   cache = jax.eval_shape(lambda: architectures.init_cache(config, rows, keys))
-  if memory:
+  if memory_length:
     method = 'decode'
-    cache = _cache_with_memory(config, cache=cache, keys=keys, memory=memory)
+    cache = _cache_with_memory(
+        config, cache=cache, keys=keys, memory_length=memory_length)
 
-  def step(module: Any, params: Any, token: Any, cache: Any):
+  # The new token stands at the last position, so that it sees the whole cache.
+  def decode_token(module: Any, params: Any, token: Any, cache: Any):
     position_11 = jnp.full((1, 1), keys - 1)
     return module.apply(params, token, positions_BL=position_11, cache=cache,
                         method=method)
 
-  return _row_flops(config, step, _token_shape(config, 1), cache)
+  return _row_flops_by_part(
+      config, decode_token, _token_shape(config, 1), cache)
 
 
-def _cache_with_memory(config: ModelConfig, cache: Any, keys: int, memory: int
-                       ) -> tuple:
+def _cache_with_memory(config: ModelConfig, cache: Any, keys: int,
+                       memory_length: int) -> tuple:
   """Returns the shapes of a decoder's cache that also holds the keys and values
   of the encoder's output (the memory).
 
@@ -341,26 +381,29 @@ def _cache_with_memory(config: ModelConfig, cache: Any, keys: int, memory: int
     config: the config of the model.
     cache: the shapes of the cache of the text.
     keys: the number of tokens of the text.
-    memory: the number of tokens of the encoder's output.
+    memory_length: the number of tokens of the encoder's output.
   """
   def unshared_cache() -> Any:
-    """Returns the cache of a decoder whose layers share nothing."""
+    """Returns the cache of a decoder whose layers share no keys and values."""
     return architectures.init_cache(
         without_sharing(config), _fewest_rows(config), keys)
 
   def lengthened(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """Returns a shape that is as long as the memory, [*rows, M, J, K]."""
     *rows, _, heads, size = x.shape
-    return jax.ShapeDtypeStruct((*rows, memory, heads, size), x.dtype)
+    return jax.ShapeDtypeStruct((*rows, memory_length, heads, size), x.dtype)
 
-  # Each layer of the cache gets the keys and values of a layer of its own.
-  entries = []
-  for entry, slot in zip(cache, jax.eval_shape(unshared_cache)):
-    mixer = entry.mixer.replace(
-        memory_key_BMJK=lengthened(slot.mixer.key_BMJK),
-        memory_value_BMJK=lengthened(slot.mixer.value_BMJK))
-    entries.append(entry.replace(mixer=mixer))
-  return tuple(entries)
+  # Add the memory's keys and values to each layer. Their shapes are those of
+  # the unshared cache, in which each layer has keys and values, but for the
+  # length.
+  layers_with_memory = []
+  for layer, unshared_layer in zip(cache, jax.eval_shape(unshared_cache)):
+    unshared = unshared_layer.mixer
+    mixer = layer.mixer.replace(
+        memory_key_BMJK=lengthened(unshared.key_BMJK),
+        memory_value_BMJK=lengthened(unshared.value_BMJK))
+    layers_with_memory.append(layer.replace(mixer=mixer))
+  return tuple(layers_with_memory)
 
 
 def without_sharing(config: ModelConfig) -> ModelConfig:
@@ -371,91 +414,104 @@ def without_sharing(config: ModelConfig) -> ModelConfig:
   return flat.make_model(tree)
 
 
-def _row_flops(config: ModelConfig, program: Any, *args, unread: int = 0,
-               trained: Any = None, prompt: bool = False) -> tuple:
-  """Counts the FLOPs of a row's logits and of what else a model returns.
+def _row_flops_by_part(config: ModelConfig, program: Any, *args,
+                       num_unread: int = 0, rate_shares: Any = None,
+                       prompt: bool = False) -> tuple:
+  """Counts the FLOPs of one row of a traced program: of its logits and of all
+  else that the model returns.
 
   Args:
-    config: the model.
-    program: a function of the module, its parameters and `args`.
+    config: the config of the model.
+    program: the function to trace, of the module, its parameters and `args`.
     *args: the arguments of the program, as shapes.
-    unread: the number of places that the head does not read.
-    trained: the share of the learning rate that each parameter has; the
-      gradients of those that have no 0 count too. None: no gradients.
+    num_unread: the number of positions that the head does not read.
+    rate_shares: a tree with the share of the learning rate of each parameter.
+      The gradients of all parameters but those with 0 are counted too. None:
+      only the forward pass is counted.
     prompt: whether all tokens see each other.
 
   Returns:
-    (ATTENTION, its FLOPs) and (WEIGHTS, their FLOPs).
+    The pairs (ATTENTION, its FLOPs) and (WEIGHTS, their FLOPs).
+
+  Raises:
+    ValueError: if the program has loops of unknown length or kernels without
+      an estimate of their FLOPs.
   """
   module = architectures.build(config)
 
-  def outputs(params: Any, *args):
+  def compute_outputs(params: Any, *args):
     out = program(module, {'params': params}, *args)
     mtp = [out.head.logits(x) for x in out.extra.get('mtp', ())]
     logits = None
     if out.head is not None:
-      logits = out.head.logits(out.hidden[:, unread:])
+      logits = out.head.logits(out.hidden[:, num_unread:])
     return logits, out.extra, mtp
 
-  def sum_of_outputs(part: Any, params: Any, *args):
+  def sum_outputs(trained: Any, params: Any, *args):
     """Returns a loss that reads all outputs, so that no gradient is dropped."""
     total = 0
-    all_params = shares.fill_in_frozen(trained, part, params)
-    for x in jax.tree.leaves(outputs(all_params, *args)):
+    all_params = shares.fill_in_frozen(rate_shares, trained, params)
+    for x in jax.tree.leaves(compute_outputs(all_params, *args)):
       if jnp.issubdtype(x.dtype, jnp.floating):
         total += x.astype(jnp.float32).sum()
     return total
 
-  def gradients(params: Any, *args):
-    part = shares.keep_trained(trained, params)
-    return jax.value_and_grad(sum_of_outputs)(part, params, *args)
+  def compute_gradients(params: Any, *args):
+    trained = shares.keep_trained(rate_shares, params)
+    return jax.value_and_grad(sum_outputs)(trained, params, *args)
 
-  function = outputs if trained is None else gradients
+  # Trace the program on shapes, and count the work of all of its equations.
+  function = compute_outputs if rate_shares is None else compute_gradients
   jaxpr = jax.make_jaxpr(function)(parameter_shapes(module), *args)
-  work = count_work(jaxpr, Place(platform='gpu', useful=True, prompt=prompt))
+  options = CountOptions(platform='gpu', only_useful=True, prompt=prompt)
+  work = count_work(jaxpr, options)
   if work.loops or work.kernels:
     raise ValueError(
         f'the FLOPs of model.arch {config.arch!r} cannot be counted: it has '
         f'{work.loops} loops whose length depends on data, and {work.kernels} '
         'kernels without an estimate')
 
-  # Attention's products are those that a mask may hide a part of.
+  # Only products of attention can be partly masked, so masked work is
+  # attention's, and all other work is that of weights.
   weights = work.flops - work.masked
   num_rows = _fewest_rows(config)
   return (ATTENTION, work.masked / num_rows), (WEIGHTS, weights / num_rows)
 
 
-class Place(NamedTuple):
-  """Where a program runs, as far as its work depends on that.
+class CountOptions(NamedTuple):
+  """How the work of a traced program is counted.
 
   Attributes:
-    platform: the platform whose branch runs, where the code has one for each.
-    rows: the number of rows of a grouped product on a device in even load,
-      whose array has room for the worst; 0: count all of the array.
-    passes: the number of passes of a loop that depends on data, where it is
-      known otherwise.
-    dense: the entries of GROUPED that the compiler makes of all rows and all
-      groups, and masks.
-    useful: whether products count as the shares that
+    platform: the platform that the program runs on. Of code that has a branch
+      for each platform, this platform's is counted.
+    rows: the number of rows of a grouped product on a device if all experts get
+      equally many tokens. The array has room for the most uneven load. 0: count
+      the whole array.
+    num_passes: the number of passes of loops whose length depends on data;
+      None: it is not known.
+    dense: the entries of GROUPED_PRODUCTS that the compiler computes as
+      products of all rows with all groups, and then masks.
+    only_useful: whether products count as the shares that
       layers.count_flops_as_useful_part declares, and functions as
       layers.count_flops_by_result says, instead of as they are computed.
     prompt: whether these are the shares of a prompt.
-    loop_rows: `rows` in a pass of the loop that `passes` is about.
-    elements: whether what is computed element by element counts.
+    loop_rows: the value of `rows` inside a loop that runs `num_passes` times.
+    count_elementwise: whether sums, products and functions that are computed
+      element by element count too.
   """
   platform: str
   rows: int = 0
-  passes: int | None = None
+  num_passes: int | None = None
   dense: tuple[str, ...] = ()
-  useful: bool = False
+  only_useful: bool = False
   prompt: bool = False
   loop_rows: int = 0
-  elements: bool = False
+  count_elementwise: bool = False
 
 
 # Grouped products: rows by their group's matrix, by its transpose (as for the
 # gradient of the rows), and the gradient of the matrices.
-GROUPED = ('forward', 'transposed', 'weights')
+GROUPED_PRODUCTS = ('forward', 'transposed', 'weights')
 
 
 class Work(NamedTuple):
@@ -485,50 +541,55 @@ class Work(NamedTuple):
         masked=self.masked + other.masked,
         kernels=self.kernels + other.kernels)
 
-  def times(self, n: float):
-    """Returns the work done n times; loops and kernels are still as many."""
+  def times(self, repeats: float):
+    """Returns the work of several repeats. The numbers of loops and of kernels
+    stay, as the program has no more of them."""
     return self._replace(
-        flops=self.flops * n, nbytes=self.nbytes * n, dense=self.dense * n,
-        masked=self.masked * n)
+        flops=self.flops * repeats,
+        nbytes=self.nbytes * repeats,
+        dense=self.dense * repeats,
+        masked=self.masked * repeats)
 
 
-def count_work(jaxpr: Any, place: Place) -> Work:
-  """Returns the work of a traced program: the sum of that of its equations.
+def count_work(jaxpr: Any, options: CountOptions) -> Work:
+  """Returns the work of a traced program, the sum over its equations.
 
-  Equations whose results nothing reads are left out, as XLA drops them. For
-  this, equations are gone through from the last to the first, with the set of
-  variables that later ones read.
+  Equations whose results nothing reads are left out, because XLA drops them.
 
   Args:
     jaxpr: the program, an open or a closed jaxpr.
-    place: where the program runs, and what of it counts.
+    options: how the work is counted.
   """
   jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
   total = Work()
+  # Go from the last equation to the first, so that all readers of a result have
+  # been seen before the equation that computes it.
   read_later = set(_variables(jaxpr.outvars))
   for eqn in reversed(jaxpr.eqns):
     is_read = any(v in read_later for v in eqn.outvars)
     if not is_read and not eqn.effects:
       continue
     read_later.update(_variables(eqn.invars))
-    work = _work_of_equation(eqn, place)
-    if place.useful and work.flops:
-      work = _useful_work(work, eqn, place.prompt)
+    # The work is counted in full first, and then scaled to its useful share.
+    work = _work_of_equation(eqn, options)
+    if options.only_useful and work.flops:
+      work = _useful_work(work, eqn, options.prompt)
     total += work
   return total
 
 
 def _variables(atoms: Sequence[Any]) -> list[Any]:
-  """Returns the inputs or outputs of an equation that are no literals."""
+  """Returns the variables among the inputs or outputs of an equation, without
+  its literals."""
   return [v for v in atoms if not isinstance(v, jex.Literal)]
 
 
 def _useful_work(work: Work, eqn: jex.JaxprEqn, prompt: bool) -> Work:
-  """Returns the share of an equation's work that a mask leaves.
+  """Returns the work of an equation without the products that a mask hides.
 
-  Attention declares that share in a name scope around its products
-  (layers.count_flops_as_useful_part), which the equation's name stack shows.
-  Where nothing is declared, all of the work is returned.
+  Attention declares the share of its products that the mask shows in a name
+  scope around them (layers.count_flops_as_useful_part). If an equation is in no
+  such scope, all of its work is returned.
 
   Args:
     work: the work of the equation.
@@ -536,8 +597,11 @@ def _useful_work(work: Work, eqn: jex.JaxprEqn, prompt: bool) -> Work:
     prompt: whether to take the share of a prompt whose tokens all see each
       other, in place of that of training.
   """
+  # A scope gives three numbers of products: shown in training, in all, and
+  # shown in a prompt.
   name_stack = str(eqn.source_info.name_stack)
-  for in_training, all_products, in_prompt in _DECLARED.findall(name_stack):
+  declared_counts = _USEFUL_SHARE_IN_SCOPE.findall(name_stack)
+  for in_training, all_products, in_prompt in declared_counts:
     shown_products = in_training
     if prompt:
       shown_products = in_prompt
@@ -546,15 +610,16 @@ def _useful_work(work: Work, eqn: jex.JaxprEqn, prompt: bool) -> Work:
   return work
 
 
-_DECLARED = re.compile(
+# What `layers` writes into names of scopes and of functions, to be read here.
+_USEFUL_SHARE_IN_SCOPE = re.compile(
     layers.SCOPE_OF_USEFUL_FLOPS.format(r'(\d+)', r'(\d+)', r'(\d+)'))
-_COUNTED = re.compile(
+_COUNT_IN_FUNCTION_NAME = re.compile(
     layers.NAME_OF_COUNTED_FUNCTION.format(r'(\d+)', r'(\d+)'))
 
 
 # The primitives that compute element by element: one FLOP for each number of
 # the result, or of what is summed up.
-ELEMENTWISE = frozenset((
+ELEMENTWISE_PRIMITIVES = frozenset((
     'abs', 'add', 'add_any', 'atan2', 'cbrt', 'cos', 'cosh', 'cumlogsumexp',
     'cummax', 'cummin', 'cumprod', 'cumsum', 'div', 'erf', 'exp', 'exp2',
     'expm1', 'integer_pow', 'log', 'log1p', 'logistic', 'max', 'min', 'mul',
@@ -564,7 +629,9 @@ ELEMENTWISE = frozenset((
 
 
 def _is_of_associative_scan(eqn: jex.JaxprEqn) -> bool:
-  """Whether `jax.lax.associative_scan`, which is no primitive, wrote this."""
+  """Whether `jax.lax.associative_scan` wrote an equation. As it is no
+  primitive,
+  only the traceback of the equation shows it."""
   trace = eqn.source_info.traceback
   if trace is None:
     return False
@@ -572,184 +639,234 @@ def _is_of_associative_scan(eqn: jex.JaxprEqn) -> bool:
   return 'associative_scan' in names
 
 
-def _work_of_equation(eqn: jex.JaxprEqn, place: Place) -> Work:
+def _work_of_equation(eqn: jex.JaxprEqn, options: CountOptions) -> Work:
   """Returns the work of one equation of a traced program, and of all programs
   that it calls.
 
   Args:
     eqn: the equation.
-    place: where the program runs, and what of it counts.
+    options: how the work is counted.
   """
-  # Inside of an associative scan, what is computed element by element counts.
-  if place.useful and not place.elements and _is_of_associative_scan(eqn):
-    place = place._replace(elements=True)
+  # A recurrence written as an associative scan has no matrix products: what it
+  # computes element by element is all of its work.
+  if options.only_useful and not options.count_elementwise:
+    if _is_of_associative_scan(eqn):
+      options = options._replace(count_elementwise=True)
 
-  # A function whose name says what it counts as, or is that of a kernel.
+  # Some functions say in their name what they count as, as a share of the size
+  # of their result; and megablox's kernels (gmm, tgmm) are known by their name.
   name = eqn.params.get('name', '')
-  counted = _COUNTED.fullmatch(str(name))
-  if place.useful and counted:
+  counted = _COUNT_IN_FUNCTION_NAME.fullmatch(str(name))
+  if options.only_useful and counted:
     part, whole = map(int, counted.groups())
     flops = eqn.outvars[0].aval.size * part / whole
-    return Work(flops=flops, nbytes=_nbytes(eqn))
+    return Work(flops=flops, nbytes=_nbytes_of_equation(eqn))
   if name in ('gmm', 'tgmm'):
-    return _megablox(eqn, place)
+    return _work_of_megablox(eqn, options)
 
-  # A primitive with products. Any other counts as the programs that it calls.
+  # Primitives with products have a function of their own. Any other counts as
+  # the programs that it calls, such as a jit or a custom gradient.
   primitive = eqn.primitive.name
-  if primitive in _PRIMITIVES:
-    return _PRIMITIVES[primitive](eqn, place)
-  if place.elements and primitive in ELEMENTWISE:
-    return _elementwise(eqn)
+  if primitive in _WORK_OF_PRIMITIVE:
+    return _WORK_OF_PRIMITIVE[primitive](eqn, options)
+  if options.count_elementwise and primitive in ELEMENTWISE_PRIMITIVES:
+    return _work_of_elementwise(eqn)
   total = Work()
   for jaxpr in jex.jaxprs_in_params(eqn.params):
-    total += count_work(jaxpr, place)
+    total += count_work(jaxpr, options)
   return total
 
 
-def _elementwise(eqn: jex.JaxprEqn) -> Work:
-  """Returns the work of one of ELEMENTWISE; none, where the numbers are whole
-  ones."""
+def _work_of_elementwise(eqn: jex.JaxprEqn) -> Work:
+  """Returns the work of one of ELEMENTWISE_PRIMITIVES: a FLOP for each number
+  of its largest array. Computing with integers counts as no work."""
   out = eqn.outvars[0].aval
   if not jnp.issubdtype(out.dtype, jnp.inexact):
     return Work()
   sizes = [v.aval.size for v in (*eqn.invars, *eqn.outvars)]
-  return Work(flops=float(max(sizes)), nbytes=_nbytes(eqn))
+  return Work(flops=float(max(sizes)), nbytes=_nbytes_of_equation(eqn))
 
 
-def _dot(eqn: jex.JaxprEqn, place: Place) -> Work:
-  """Returns the work of a matrix product: twice its results times the numbers
-  that each one sums up."""
-  del place
+def _work_of_matrix_product(eqn: jex.JaxprEqn, options: CountOptions) -> Work:
+  """Returns the work of a matrix product: for each number of the result, a
+  multiplication and an addition for each term of its sum."""
+  del options
   (contracted, _), _ = eqn.params['dimension_numbers']
   lhs = eqn.invars[0].aval
   out = eqn.outvars[0].aval
   summed = math.prod(lhs.shape[axis] for axis in contracted)
-  return Work(flops=2.0 * out.size * summed, nbytes=_nbytes(eqn))
+  return Work(flops=2.0 * out.size * summed, nbytes=_nbytes_of_equation(eqn))
 
 
-def _convolution(eqn: jex.JaxprEqn, place: Place) -> Work:
-  """Returns the work of a convolution."""
-  del place
+def _work_of_convolution(eqn: jex.JaxprEqn, options: CountOptions) -> Work:
+  """Returns the work of a convolution: for each number of the result, a
+  multiplication and an addition for each weight of one output channel."""
+  del options
   kernel = eqn.invars[1].aval
   numbers = eqn.params['dimension_numbers']
   out_channels = kernel.shape[numbers.rhs_spec[0]]
-  of_one_output = kernel.size / out_channels
-  flops = 2.0 * eqn.outvars[0].aval.size * of_one_output
-  return Work(flops=flops, nbytes=_nbytes(eqn))
+  weights_of_one_output = kernel.size / out_channels
+  flops = 2.0 * eqn.outvars[0].aval.size * weights_of_one_output
+  return Work(flops=flops, nbytes=_nbytes_of_equation(eqn))
 
 
-def _scan(eqn: jex.JaxprEqn, place: Place) -> Work:
-  """Returns the work of all passes. Where a body multiplies no matrices, what
-  it computes element by element is all that a model must compute there."""
-  body = count_work(eqn.params['jaxpr'], place)
-  if place.useful and not body.flops:
-    body = count_work(eqn.params['jaxpr'], place._replace(elements=True))
+def _work_of_scan(eqn: jex.JaxprEqn, options: CountOptions) -> Work:
+  """Returns the work of all passes of a scan. If its body multiplies no
+  matrices, the scan is a recurrence whose work is element by element."""
+  body = count_work(eqn.params['jaxpr'], options)
+  if options.only_useful and not body.flops:
+    options = options._replace(count_elementwise=True)
+    body = count_work(eqn.params['jaxpr'], options)
   return body.times(eqn.params['length'])
 
 
-def _while(eqn: jex.JaxprEqn, place: Place) -> Work:
-  """Returns the work of the passes that are known, or of one pass; one with
-  products is noted then."""
+def _work_of_while(eqn: jex.JaxprEqn, options: CountOptions) -> Work:
+  """Returns the work of a while loop.
+
+  If the number of passes is not known, one pass is counted; and if that pass
+  has products, the loop is added to Work.loops, so that callers can refuse the
+  count.
+
+  Args:
+    eqn: the equation of the loop.
+    options: how the work is counted; its num_passes may give the passes.
+  """
   jaxpr = eqn.params['body_jaxpr']
-  if place.passes is not None:
-    body = count_work(jaxpr, place._replace(rows=place.loop_rows))
-    return body.times(place.passes)
-  body = count_work(jaxpr, place)
+  if options.num_passes is not None:
+    body = count_work(jaxpr, options._replace(rows=options.loop_rows))
+    return body.times(options.num_passes)
+  body = count_work(jaxpr, options)
   if not body.flops:
     return body
   return body._replace(loops=body.loops + 1)
 
 
-def _shard_map(eqn: jex.JaxprEqn, place: Place) -> Work:
-  """Returns the work of all devices."""
-  return count_work(eqn.params['jaxpr'], place).times(eqn.params['mesh'].size)
+def _work_of_shard_map(eqn: jex.JaxprEqn, options: CountOptions) -> Work:
+  """Returns the work of a shard_map on all devices together: that of one
+  device, which its program describes, times their number."""
+  num_devices = eqn.params['mesh'].size
+  return count_work(eqn.params['jaxpr'], options).times(num_devices)
 
 
-def _work_of_ragged_dot(eqn: jex.JaxprEqn, place: Place) -> Work:
-  """Returns the work of a product of rows with the matrices of their groups
-  (jax.lax.ragged_dot), or of one of the two products of its gradient."""
+def _work_of_ragged_dot(eqn: jex.JaxprEqn, options: CountOptions) -> Work:
+  """Returns the work of a grouped product (jax.lax.ragged_dot), in which each
+  row is multiplied with the matrix of its group, or of one of the two products
+  of its gradient."""
   lhs, rhs, group_sizes = (v.aval for v in eqn.invars)
   numbers = eqn.params['ragged_dot_dimension_numbers']
   flops = 2.0 * lhs.size * eqn.outvars[0].aval.shape[-1]
 
-  # Which of the three products of GROUPED this is.
+  # Find which of the three GROUPED_PRODUCTS this is. The gradient of the
+  # weights has no groups of matrices on its right side, and the gradient of the
+  # rows sums over the last axis of the matrices.
   (_, contracted), _ = numbers.dot_dimension_numbers
   if not numbers.rhs_group_dimensions:
-    kind = 'weights'
+    product = 'weights'
   elif contracted == (rhs.ndim - 1,):
-    kind = 'transposed'
+    product = 'transposed'
   else:
-    kind = 'forward'
+    product = 'forward'
 
   # Some platforms multiply all rows with the matrix of each group, and mask.
-  if kind in place.dense:
+  if product in options.dense:
     flops *= group_sizes.shape[-1]
-    return Work(flops=flops, nbytes=_nbytes(eqn), dense=flops)
+    return Work(flops=flops, nbytes=_nbytes_of_equation(eqn), dense=flops)
 
+  # Elsewhere a row is multiplied with the matrix of its own group alone.
   num_rows = lhs.shape[numbers.lhs_ragged_dimensions[0]]
-  return _work_in_even_load(eqn, place=place, flops=flops, num_rows=num_rows)
+  return _work_in_even_load(
+      eqn, options=options, flops=flops, num_rows=num_rows)
 
 
-def _megablox(eqn: jex.JaxprEqn, place: Place) -> Work:
-  """Returns the work of megablox's grouped products. gmm: [R, K] by [E, K, N]
-  or [E, N, K]; tgmm: [K, R] by [R, N]; R rows, E groups, and K and N units."""
+def _work_of_megablox(eqn: jex.JaxprEqn, options: CountOptions) -> Work:
+  """Returns the work of a grouped product of the megablox kernels.
+
+  gmm multiplies rows [R, K] with matrices [E, K, N] or [E, N, K], and tgmm, the
+  gradient of the matrices, [K, R] with [R, N]; for R rows, E groups, and K and
+  N units.
+
+  Args:
+    eqn: the call of the kernel.
+    options: how the work is counted.
+  """
   arrays = [v.aval for v in eqn.invars
             if jnp.issubdtype(v.aval.dtype, jnp.floating)]
   if not arrays:
-    return Work()  # which tiles there are, worked out ahead of the product
+    # This call only works out which tiles there are, ahead of the product.
+    return Work()
   lhs, rhs = arrays[:2]
   flops = 2.0 * lhs.size * eqn.outvars[0].aval.shape[-1]
-  by_row = rhs if eqn.params['name'] == 'tgmm' else lhs
-  return _work_in_even_load(eqn, place=place, flops=flops,
-                            num_rows=by_row.shape[0])
+  # The operand whose first axis is the rows: in tgmm it is the second one.
+  operand_with_rows = rhs if eqn.params['name'] == 'tgmm' else lhs
+  return _work_in_even_load(eqn, options=options, flops=flops,
+                            num_rows=operand_with_rows.shape[0])
 
 
-def _work_in_even_load(eqn: jex.JaxprEqn, place: Place, flops: float,
+def _work_in_even_load(eqn: jex.JaxprEqn, options: CountOptions, flops: float,
                        num_rows: int) -> Work:
-  """Returns the work of a grouped product where tokens come in even load.
+  """Returns the work of a grouped product if all groups get equally many rows.
 
-  Its array has room for more rows than come then. Only those that come are read
-  and multiplied, and of the groups' matrices only as many as rows come.
+  The product's array has room for more rows than then come. Only the rows that
+  come are read and multiplied, and at most one matrix of a group for each.
 
   Args:
     eqn: the equation of the product.
-    place: where it runs; its `rows` are those that come.
+    options: how the work is counted; `options.rows` is the number of rows that
+      come.
     flops: the FLOPs of all rows that the array has room for.
-    num_rows: the number of these rows.
+    num_rows: the number of rows that the array has room for.
   """
   share_of_rows = 1.0
-  if place.rows:
-    share_of_rows = min(1.0, place.rows / num_rows)
+  if options.rows:
+    share_of_rows = min(1.0, options.rows / num_rows)
 
+  # Operands: arrays of two axes are rows, those of three are matrices of
+  # groups, and all others, such as the sizes of the groups, are read as a
+  # whole.
   nbytes = 0
   for v in eqn.invars:
     share = 1
-    if len(v.aval.shape) == 2:  # rows
+    if len(v.aval.shape) == 2:
       share = share_of_rows
-    if len(v.aval.shape) == 3:  # the matrices of the groups
+    if len(v.aval.shape) == 3:
       num_groups = v.aval.shape[0]
       share = min(1.0, share_of_rows * num_rows / num_groups)
-    nbytes += _size(v.aval) * share
+    nbytes += _nbytes_of_array(v.aval) * share
+  # Results are rows, or the gradient of all matrices.
   for v in eqn.outvars:
     share = 1
     if len(v.aval.shape) == 2:
       share = share_of_rows
-    nbytes += _size(v.aval) * share
+    nbytes += _nbytes_of_array(v.aval) * share
   return Work(flops=flops * share_of_rows, nbytes=nbytes)
 
 
-# Products of scores' size in a call: q k and p v; and in the backward passes
-# the scores again, dv, dp, and dk or dq.
-_SPLASH = {'splash_mha_fwd': 2, 'splash_mha_dkv': 4, 'splash_mha_dq': 3}
+# How many products of the size of the scores a call of each kernel makes. The
+# forward pass multiplies q k and p v; a backward pass computes the scores
+# again, dp, and then dv and dk, or dq.
+_PRODUCTS_OF_SPLASH_KERNEL = {
+    'splash_mha_fwd': 2,
+    'splash_mha_dkv': 4,
+    'splash_mha_dq': 3,
+}
 
 
-def _work_of_kernel(eqn: jex.JaxprEqn, place: Place) -> Work:
-  """Returns the work of a Pallas kernel: that of splash attention, or the
-  estimate that another one carries."""
-  del place
+def _work_of_kernel(eqn: jex.JaxprEqn, options: CountOptions) -> Work:
+  """Returns the work of a Pallas kernel.
+
+  It is counted for splash attention, which is known by its name. For other
+  kernels it is the estimate that they carry; one without an estimate is added
+  to Work.kernels and counts as no work.
+
+  Args:
+    eqn: the call of the kernel.
+    options: how the work is counted, which a kernel does not depend on.
+  """
+  del options
+  # The kernel's name stands under one of two keys.
   key = 'name' if 'name' in eqn.params else 'name_and_src_info'
   name = str(eqn.params[key])
-  for prefix, products in _SPLASH.items():
+  for prefix, products in _PRODUCTS_OF_SPLASH_KERNEL.items():
     if name.startswith(prefix):
       return _work_of_splash_attention(eqn, products)
   cost = eqn.params['cost_estimate']
@@ -759,15 +876,17 @@ def _work_of_kernel(eqn: jex.JaxprEqn, place: Place) -> Work:
 
 
 def _work_of_splash_attention(eqn: jex.JaxprEqn, products: int) -> Work:
-  """Returns the work of a kernel of splash attention, which skips blocks of the
-  scores that the mask hides.
+  """Returns the work of a kernel of splash attention.
+
+  The kernel skips the blocks of the scores that the mask hides.
 
   Args:
     eqn: the call of the kernel.
     products: how many products of the size of the scores the kernel makes.
   """
-  # The grid is [heads or 1, blocks of queries, blocks of keys]. Blocks that the
-  # mask hides of all queries are not in it.
+  # The first array of three axes describes the grid of blocks, [heads or 1,
+  # blocks of queries, blocks of keys]. Blocks that the mask hides from all
+  # queries are not in the grid.
   arrays = [v.aval for v in eqn.invars if v.aval.ndim >= 3]
   grid = arrays[0].shape[-2:]
   side = max(grid)
@@ -787,45 +906,53 @@ def _work_of_splash_attention(eqn: jex.JaxprEqn, products: int) -> Work:
   queries, keys = floats[:2]
   flops_of_product = 2.0 * math.prod(queries.shape) * keys.shape[-2]
   flops = products * flops_of_product * share_of_blocks
-  return Work(flops=flops, nbytes=_nbytes(eqn))
+  return Work(flops=flops, nbytes=_nbytes_of_equation(eqn))
 
 
-def _work_of_branch(eqn: jex.JaxprEqn, place: Place) -> Work:
-  """Returns the work of a conditional: that of the branch of the platform;
-  where the branch depends on data, that of the branch with the most FLOPs."""
+def _work_of_branch(eqn: jex.JaxprEqn, options: CountOptions) -> Work:
+  """Returns the work of a conditional.
+
+  A conditional on the platform counts as its branch for this platform. One on
+  data counts as its branch with the most FLOPs.
+
+  Args:
+    eqn: the equation of the conditional.
+    options: how the work is counted, and the platform.
+  """
   branches = eqn.params['branches']
   platforms = eqn.params.get('branches_platforms')
   if not platforms:
-    works = [count_work(branch, place) for branch in branches]
+    works = [count_work(branch, options) for branch in branches]
     return max(works, key=lambda work: work.flops)
   for branch, names in zip(branches, platforms):
-    if names is None or place.platform in names:
-      return count_work(branch, place)
-  raise AssertionError(f'no branch for {place.platform}')
+    if names is None or options.platform in names:
+      return count_work(branch, options)
+  raise AssertionError(f'no branch for {options.platform}')
 
 
-_PRIMITIVES = {
-    'dot_general': _dot,
-    'conv_general_dilated': _convolution,
+_WORK_OF_PRIMITIVE = {
+    'dot_general': _work_of_matrix_product,
+    'conv_general_dilated': _work_of_convolution,
     'ragged_dot_general': _work_of_ragged_dot,
     'pallas_call': _work_of_kernel,
-    'scan': _scan,
-    'while': _while,
+    'scan': _work_of_scan,
+    'while': _work_of_while,
     'cond': _work_of_branch,
-    'shard_map': _shard_map,
+    'shard_map': _work_of_shard_map,
 }
 
 
-def _nbytes(eqn: jex.JaxprEqn) -> float:
+def _nbytes_of_equation(eqn: jex.JaxprEqn) -> float:
   """Returns the bytes of an equation's operands and results, once each."""
   total = 0
   for v in (*eqn.invars, *eqn.outvars):
     if hasattr(v.aval, 'dtype'):
-      total += _size(v.aval)
+      total += _nbytes_of_array(v.aval)
   return float(total)
 
 
-def _size(aval: Any) -> int:
+def _nbytes_of_array(aval: Any) -> int:
+  """Returns the bytes of an array, given its shape and type."""
   return aval.size * jnp.dtype(aval.dtype).itemsize
 
 
@@ -833,7 +960,7 @@ def _size(aval: Any) -> int:
 # architecture-tpu-vm and its page for each version give a chip: v2 45, v3 123,
 # v4 275, v5e 197, v5p 459, v6e 918, 7x 2307 TFLOP/s. A jax device is a chip or
 # a core (v2, v3, 7x: always a core), so we count the device's cores.
-_TPU_CORE = {
+_PEAK_OF_TPU_CORE = {
     'TPU v2': 45 / 2,
     'TPU v3': 123 / 2,
     'TPU v4': 275 / 2,
@@ -849,7 +976,7 @@ _TPU_CORE = {
 # GPU: bfloat16, and float32 as TF32. Datasheets of the A100, L4, L40S, H100,
 # H200, HGX B200, GH200 and GB200 (nvidia.com/en-us/data-center); those of
 # Hopper and later print figures with sparsity, twice the dense ones here.
-_GPU = {
+_PEAK_OF_GPU = {
     'NVIDIA A100-PCIE-40GB': (312, 156),
     'NVIDIA A100-SXM4-40GB': (312, 156),
     'NVIDIA A100 80GB PCIe': (312, 156),
@@ -867,38 +994,48 @@ _GPU = {
 }
 
 
-def peak_flops_per_second(kind: str, dtype: str, cores: int = 1
+def peak_flops_per_second(device_kind: str, dtype: str, cores: int = 1
                           ) -> float | None:
   """Returns the FLOP/s that a device reaches at most, as its maker publishes
   them, or None where they are not known.
 
   Args:
-    kind: jax.Device.device_kind.
+    device_kind: the name of the device's model (jax.Device.device_kind).
     dtype: the type of the products: bfloat16 or float32.
     cores: the number of TensorCores in one jax device; TPUs only.
   """
   if dtype not in ('bfloat16', 'float32'):
     return None
+  # At a higher precision a float32 product is made in several passes, for which
+  # no maker publishes a figure.
   precision = jax.config.jax_default_matmul_precision
   if dtype == 'float32' and precision not in (None, 'default'):
-    return None  # several passes: no published figure
-  if kind in _TPU_CORE:
-    return _TPU_CORE[kind] * cores * 1e12
-  if kind not in _GPU:
     return None
-  bfloat16, float32 = _GPU[kind]
+
+  # The tables are in TFLOP/s.
+  if device_kind in _PEAK_OF_TPU_CORE:
+    return _PEAK_OF_TPU_CORE[device_kind] * cores * 1e12
+  if device_kind not in _PEAK_OF_GPU:
+    return None
+  bfloat16, float32 = _PEAK_OF_GPU[device_kind]
   if dtype == 'float32':
     return float32 * 1e12
   return bfloat16 * 1e12
 
 
-def total_peak(devices: Sequence[jax.Device], dtype: str) -> float | None:
-  """Returns the peak of all `devices` together, or None."""
+def total_peak_flops(devices: Sequence[jax.Device], dtype: str) -> float | None:
+  """Returns the FLOP/s that all devices together reach at most, or None where
+  they are not known of each device.
+
+  Args:
+    devices: the devices.
+    dtype: the type of the products: bfloat16 or float32.
+  """
   total = 0
   for device in devices:
     cores = device.num_cores if device.platform == 'tpu' else 1
-    each = peak_flops_per_second(device.device_kind, dtype, cores)
-    if each is None:
+    peak = peak_flops_per_second(device.device_kind, dtype=dtype, cores=cores)
+    if peak is None:
       return None
-    total += each
+    total += peak
   return total

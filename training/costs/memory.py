@@ -36,8 +36,8 @@ def state_bytes(run: runs.Run) -> dict[str, int]:
 def trained_parameters(run: runs.Run):
   """Returns the shapes of a run's parameters that have a gradient: those that
   are not frozen."""
-  parts = parameter_shares(run.module, run.config.optim)
-  return shares.keep_trained(parts, run.abstract_state.params)
+  rate_shares = parameter_shares(run.module, run.config.optim)
+  return shares.keep_trained(rate_shares, run.abstract_state.params)
 
 
 def sharded_axes(sharding: Any) -> set[str]:
@@ -49,8 +49,8 @@ def sharded_axes(sharding: Any) -> set[str]:
 
 
 def gathered_axes(sharding: Any) -> tuple[str, ...]:
-  """Returns the mesh axes that a weight is gathered over before it multiplies:
-  fsdp, and the axes that split the same dimension."""
+  """Returns the mesh axes over which a weight is gathered before it is used in
+  a product: fsdp, and the axes that split the same dimension as fsdp does."""
   for entry in sharding.spec:
     if 'fsdp' in _axes_of_entry(entry):
       return _axes_of_entry(entry)
@@ -65,21 +65,23 @@ def _axes_of_entry(entry: Any) -> tuple[str, ...]:
 
 
 def run_on_described_mesh(config: Config, model: ModelConfig,
-                          shape: Mapping[str, int]) -> runs.Run:
-  """Returns a run on a mesh of devices that are not there: its arrays have
-  shapes and shardings, and nothing can be computed.
+                          mesh_shape: Mapping[str, int]) -> runs.Run:
+  """Returns a run on an abstract mesh, whose devices are not there: its arrays
+  have shapes and shardings, but nothing can be computed.
 
   Args:
     config: the config of the run.
-    model: its model, resolved.
-    shape: the size of each mesh axis.
+    model: the model of the run, resolved.
+    mesh_shape: the number of devices along each mesh axis.
   """
-  axis_types = (AxisType.Auto,) * len(shape)
-  mesh = AbstractMesh(tuple(shape.values()), tuple(shape),
+  # Describe the mesh, and check that the run can be split over it.
+  axis_types = (AxisType.Auto,) * len(mesh_shape)
+  mesh = AbstractMesh(tuple(mesh_shape.values()), tuple(mesh_shape),
                       axis_types=axis_types)
-  runs.check_mesh(config, model, shape)
-  # The program is traced with kernels of the device that is there: those that
-  # the config names may run on others alone.
+  runs.check_mesh(config, model, mesh_shape)
+
+  # The kernels that the config names may not run on the device that is here, so
+  # the program is traced with kernels that do. The run keeps its own model.
   traced = dataclasses.replace(model, attention_kernel='auto')
   traced = traced.with_part(MoEConfig, grouped_kernel='auto')
   run = runs.Run.on_mesh(config, traced, mesh)
@@ -87,35 +89,35 @@ def run_on_described_mesh(config: Config, model: ModelConfig,
 
 
 def estimate_peak_bytes(run: runs.Run,
-                        kept_in_all: tuple[int, int] | None = None,
+                        bytes_in_all: tuple[int, int] | None = None,
                         platform: str = 'cpu') -> dict[str, int]:
   """Estimates the peak memory of a training step on a device, without compiling
   it.
 
-  It is the sum of the state, the gradients, the activations that the backward
-  pass keeps (traced, so that the config's remat policy counts), the weights
-  that stay gathered, and the largest thing that exists within one layer:
-  attention's scores, or the widest hidden units and the gathered weights.
+  It is the sum of the state, the gradients, the activations that are kept for
+  the backward pass (traced, so that the config's remat policy counts), the
+  weights that stay gathered, and the largest arrays that exist within one
+  layer: attention's scores or the hidden units, and the gathered weights.
 
   Args:
     run: the run, on any devices.
-    kept_in_all: the result of `bytes_kept_for_backward`, where it is known;
-      None: trace it.
+    bytes_in_all: the bytes of kept activations on all devices and on all hosts,
+      as `bytes_kept_for_backward` returns them; None: the step is traced here.
     platform: the platform of the devices. On tpu, splash attention writes no
       scores where it can do the model's attention; elsewhere they are counted.
 
   Returns:
-    The bytes of each of these, by its name; their sum as `peak`; and
-    `host_memory`, where anything waits there.
+    The bytes of each of these by its name; their sum as `peak`; and
+    `host_memory`, if activations are kept in the memory of the host.
   """
   model = run.model
-  shape = run.mesh.shape
+  mesh_shape = run.mesh.shape
   rules = run.config.mesh.rules
   length = run.config.data.length
   itemsize = model.compute_dtype.itemsize
   micro_batches = run.config.train.grad_accumulation
 
-  # The state, and the gradients in float32, as they add up.
+  # The state, and the gradients, which are summed in float32.
   parts = state_bytes(run)
   gradients = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding),
@@ -123,22 +125,25 @@ def estimate_peak_bytes(run: runs.Run,
   parts['gradients'] = devices.bytes_on_one_device(gradients)
 
   # The activations that a micro-batch keeps on this device. They are split over
-  # devices as those between the layers are.
-  if kept_in_all is None:
-    kept_in_all = bytes_kept_for_backward(run)
-  on_devices, in_hosts = kept_in_all
-  num_pieces = micro_batches * devices.num_stream_shards(shape, rules, length)
+  # devices in the same way as activations between the layers.
+  if bytes_in_all is None:
+    bytes_in_all = bytes_kept_for_backward(run)
+  on_devices, in_hosts = bytes_in_all
+  num_stream_shards = devices.num_stream_shards(mesh_shape, rules, length)
+  num_pieces = micro_batches * num_stream_shards
   parts['kept_for_backward'] = on_devices // num_pieces
 
   # Weights that stay gathered from the forward pass to the backward one.
   params = paths.flatten_by_path(run.abstract_state.params)
   if model.keep_gathered != 'none':
-    parts['kept_gathered'] = itemsize * _kept_gathered(run, params)
+    num_kept = _size_of_kept_gathered_weights(run, params)
+    parts['kept_gathered'] = itemsize * num_kept
 
-  # The largest thing of one layer: the scores, or the hidden units with their
-  # gradient and what the activation reads; and a weight with its gradient.
+  # The largest arrays of one layer: the scores, or three arrays of hidden units
+  # (their values, their gradient and the input of the activation); and two of a
+  # weight (the gathered weight and its gradient).
   batch_tokens = run.config.data.batch_size * length
-  token_shards = devices.num_shards('tokens', shape, rules)
+  token_shards = devices.num_shards('tokens', mesh_shape, rules)
   tokens = batch_tokens // (micro_batches * token_shards)
   widest = 0
   for layer in model.distinct_layers:
@@ -147,33 +152,46 @@ def estimate_peak_bytes(run: runs.Run,
     hidden = 3 * itemsize * tokens * _hidden_units(layer)
     widest = max(widest, scores, hidden)
   weights = 2 * itemsize * _largest_weight_of_layer(run, params)
-  weight_shards = shape['tensor'] * shape['expert']
-  parts['one_layer'] = widest // shape['tensor'] + weights // weight_shards
+  weight_shards = mesh_shape['tensor'] * mesh_shape['expert']
+  parts['one_layer'] = widest // mesh_shape['tensor'] + weights // weight_shards
 
+  # The sum is taken before host_memory is added, which is on no device.
   parts['peak'] = sum(parts.values())
   if in_hosts // num_pieces:
     parts['host_memory'] = in_hosts // num_pieces
   return parts
 
 
-def _kept_gathered(run: runs.Run, params: Mapping[str, Any]) -> int:
-  """Returns how many numbers a device has of the weights that stay gathered
-  from the forward pass to the backward one: those that are gathered once."""
-  times = gathers_per_step(run)
+def _size_of_kept_gathered_weights(run: runs.Run, params: Mapping[str, Any]
+                                   ) -> int:
+  """Returns how many numbers a device holds of the weights that stay gathered
+  from the forward pass to the backward pass: those that a step gathers once.
+
+  Args:
+    run: the run.
+    params: the shapes of its parameters, with shardings, by path.
+  """
+  num_gathers = gathers_per_step(run)
   total = 0
   for path, x in params.items():
-    if gathered_axes(x.sharding) and times[path] == 1:
+    if gathered_axes(x.sharding) and num_gathers[path] == 1:
       total += gathered_size(x, run.mesh.shape)
   return total
 
 
 def _largest_weight_of_layer(run: runs.Run, params: Mapping[str, Any]) -> int:
-  """Returns the numbers of the largest weight of one layer, apart from tables
-  whose rows are looked up."""
+  """Returns how many numbers the largest weight of one layer has, apart from
+  tables whose rows are looked up.
+
+  Args:
+    run: the run.
+    params: the shapes of its parameters, by path.
+  """
   roles = paths.flatten_by_path(parameter_roles(run.module))
   largest = 0
   for path, x in params.items():
     if paths.Stacks.is_in_stack(path) and not roles[path].reads:
+      # The first axis is that of the layers of the stack.
       largest = max(largest, x.size // x.shape[0])
   return largest
 
@@ -186,16 +204,16 @@ def gathers_per_step(run: runs.Run) -> dict[str, int]:
           for path, role in roles.items()}
 
 
-def gathered_size(x: Any, shape: Mapping[str, int]) -> int:
+def gathered_size(x: Any, mesh_shape: Mapping[str, int]) -> int:
   """Returns how many numbers of a weight a device holds after it is gathered.
 
   Args:
     x: the shape of the weight, with its sharding.
-    shape: the size of each mesh axis.
+    mesh_shape: the number of devices along each mesh axis.
   """
-  shard = math.prod(x.sharding.shard_shape(x.shape))
-  shards = math.prod(shape[axis] for axis in gathered_axes(x.sharding))
-  return shard * shards
+  size_of_shard = math.prod(x.sharding.shard_shape(x.shape))
+  num_shards = math.prod(mesh_shape[axis] for axis in gathered_axes(x.sharding))
+  return size_of_shard * num_shards
 
 
 def _hidden_units(layer: ModelConfig) -> int:
@@ -220,14 +238,15 @@ def _score_bytes(config: Config, layer: ModelConfig, tokens: int, platform: str
     tokens: the number of tokens on a device.
     platform: the platform of the device.
   """
-  # A recurrence has no scores, but numbers that exist at once for each token.
+  # A recurrence has no scores. It has other float32 numbers for each token that
+  # exist at the same time.
   mixer = blocks.mixer_of_layers(layer)
   length = config.data.length
   if not mixer.has_scores:
     return 4 * tokens * mixer.widest_step_of_token(layer, length)
 
-  # Splash, a fused attention kernel, writes no scores, if it can do all masks
-  # of the model.
+  # Splash, a fused attention kernel, writes no scores. It is used if it
+  # supports every mask of the model.
   rule = kernels.RULES[layer.attention]
   is_fused = mixer.module.FUSED and layer.attention_kernel != 'xla'
   for causal in _causal_of_stack(architectures.stack(layer)):
@@ -246,8 +265,8 @@ def _score_bytes(config: Config, layer: ModelConfig, tokens: int, platform: str
   if is_fused:
     return 0
 
-  # The scores and the weights of each head, [tokens, length] in float32: two
-  # arrays of 4 bytes an entry. An indexer's heads score all tokens as well.
+  # Each head has its scores and its weights, two arrays [tokens, length] in
+  # float32, of 4 bytes an entry. An indexer's heads score all tokens as well.
   heads = layer.num_heads
   if rule.top:
     heads += layer.part(IndexerConfig).heads
@@ -269,28 +288,31 @@ def _causal_of_stack(stack: str) -> tuple[bool, ...]:
 
 
 def bytes_kept_for_backward(run: runs.Run) -> tuple[int, int]:
-  """Returns the bytes of activations that are kept from the forward pass to the
-  backward pass of a whole batch, on all devices together.
+  """Returns the bytes of the activations of a whole batch that are kept from
+  the forward pass to the backward pass, on all devices together.
 
-  They are the residuals of jax.vjp, but for weights, which are counted apart.
+  They are the residuals of jax.vjp, without the weights, which are counted
+  elsewhere.
 
   Args:
     run: the run, whose config names the remat policy.
 
   Returns:
-    The bytes on devices, and the bytes that wait in the memory of hosts.
+    The bytes on devices, and the bytes in the memory of hosts.
   """
+  # Weights are counted elsewhere, so trace a module that keeps none gathered.
   config = run.config
   objective = objectives.find_objective(run.config)
   module = run.module.clone(
       config=dataclasses.replace(run.model, keep_gathered='none'))
   run = dataclasses.replace(run, module=module)
-  # A batch of the run, of which only the shapes matter.
+
+  # Describe a batch of the run, of which only the shapes matter.
   batch = {}
   for key, (size, dtype) in objectives.shapes_of_batch(config).items():
     batch[key] = jax.ShapeDtypeStruct(size, dtype)
 
-  def residuals(params: Any, batch: Any):
+  def backward_pass(params: Any, batch: Any):
     """Returns the backward pass of the loss, which holds its residuals."""
     rngs = {name: jax.random.key(0) for name in runs.RANDOM_STREAMS}
 
@@ -305,11 +327,14 @@ def bytes_kept_for_backward(run: runs.Run) -> tuple[int, int]:
 
   # The arrays that the backward pass closes over are kept between the passes.
   with run.context():
-    left = jax.make_jaxpr(residuals)(run.abstract_state.params, batch).out_avals
+    traced = jax.make_jaxpr(backward_pass)(run.abstract_state.params, batch)
+  residuals = traced.out_avals
+
+  # Sum their bytes. Arrays that have the shape of a weight are taken for
+  # weights and left out, and so are keys of random numbers.
   weight_shapes = {x.shape for x in jax.tree.leaves(run.abstract_state.params)}
-  # Weights are counted elsewhere, and keys of random numbers take no room.
   on_devices = in_hosts = 0
-  for x in left:
+  for x in residuals:
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.extended)
     if x.shape in weight_shapes or is_key:
       continue

@@ -21,75 +21,104 @@ from common.errors import RequestError, one_of
 from training.runs import resolve_model_without_tokenizer
 from training.workdir import run_config
 
-# The fields that stay as they are where a model becomes another system: its
-# sizes, how it is trained and computed, and what is read off it.
-KEPT = frozenset(
+# The fields that stay as they are if a model is changed to another system: its
+# sizes, how it is trained and computed, and what is read from it.
+FIELDS_THAT_STAY = frozenset(
     name for name, leaf in flat.FIELDS.items()
     if leaf.rule.about in (declared.SIZE, declared.RUN))
-LAYERS = 'prefix', 'pattern', 'suffix'  # These name the kinds of the layers.
+# These fields say of which kind each layer is.
+FIELDS_OF_LAYER_ORDER = 'prefix', 'pattern', 'suffix'
 
 
 class Difference(NamedTuple):
-  """A part of a model that is not as in the system that it is named after."""
+  """A field of a model that differs from the system that it is named after.
+
+  Attributes:
+    field: the dotted name of the field of config.model.
+    value: the model's value.
+    published: the value of the published system.
+  """
   field: str
   value: Any
   published: Any
 
 
-def unlike(model: ModelConfig) -> list[Difference]:
-  """Returns the parts in which a resolved model is not the system that
-  `model.arch` names, as that is at the size that is the nearest. A part that
-  one of the two does not read is left out: what decides on it differs."""
-  fields = *_parts(model.arch), 'kinds'
-  # The size with the fewest differences.
+def fields_unlike_the_system(model: ModelConfig) -> list[Difference]:
+  """Returns the fields in which a model differs from the system that it is
+  named after (`model.arch`).
+
+  A system has several published sizes, whose fields may differ. The model is
+  compared with the one that gives the fewest differences. A field that one of
+  the two does not read is left out, because the field that decides whether it
+  is read differs too.
+
+  Args:
+    model: the model, resolved.
+  """
+  fields = *_fields_that_tell_a_system(model.arch), 'kinds'
   nearest: list[Difference] | None = None
   seen = set()
-  for size in _sizes(model.arch).values():
-    parts = str([size[field] for field in fields])
-    if parts in seen:
-      continue  # most sizes are alike in their parts
-    seen.add(parts)
-    differences = _unlike(model, _with_parts(model, size))
+  for size in _configs_by_size(model.arch).values():
+    # Most sizes have the same values in these fields: each set of values is
+    # compared once.
+    values = str([size[field] for field in fields])
+    if values in seen:
+      continue
+    seen.add(values)
+    differences = _differences_of_models(model, _with_parts(model, size))
     if nearest is None or len(differences) < len(nearest):
       nearest = differences
   assert nearest is not None, 'a system has a size'
   return nearest
 
 
-def line(model: ModelConfig) -> str:
-  """Returns `unlike` in words; '' where there is nothing to say."""
+def describe_differences(model: ModelConfig) -> str:
+  """Returns a line of text that says how a model differs from the system that
+  it is named after; '' if it does not."""
   parts = []
-  for field, value, published in unlike(model):
-    parts.append(f'{field}={_shown(value)} in place of {_shown(published)}')
+  for field, value, published in fields_unlike_the_system(model):
+    in_place = f'in place of {_format_value(published)}'
+    parts.append(f'{field}={_format_value(value)} {in_place}')
   if not parts:
     return ''
   return f'not as published: {model.arch} with {", ".join(parts)}'
 
 
-def _shown(value: Any) -> str:
-  """Returns a value of a field as `line` shows it."""
+def _format_value(value: Any) -> str:
+  """Returns a value of a field as text, short and never empty."""
   if isinstance(value, float):
     return f'{value:g}'
   return str(value) or "''"
 
 
-def changes(config: ml_collections.ConfigDict, arch: str, size: str = 'tiny'
-            ) -> dict[str, Any]:
-  """Returns the changes, by dotted key, that make the model of a config another
-  system: the fields of config.model that differ in configs/ARCH.py at `size`,
-  without those of KEPT and those that the system does not read.
+def changes_to_system(config: ml_collections.ConfigDict, arch: str,
+                      size: str = 'tiny') -> dict[str, Any]:
+  """Returns the changes of a config that make its model another system.
+
+  These are the fields of config.model that have another value in the system's
+  own config, configs/ARCH.py, without FIELDS_THAT_STAY and without fields that
+  the system does not read.
+
+  Args:
+    config: the config of a run.
+    arch: the name of the other system, as model.arch.
+    size: the size of the system's config whose values are taken.
+
+  Returns:
+    The new values, by dotted key.
 
   Raises:
-    RequestError: where the system cannot have the sizes of this model, or is
-      of another kind.
+    RequestError: if the system cannot have the sizes of this model, or stacks
+      something else than it, such as an encoder in place of a decoder.
   """
   one_of('model.arch', arch, architectures.systems())
-  sizes = _sizes(arch)
+  sizes = _configs_by_size(arch)
   one_of(f'size of {arch}', size, sizes)
   _check_stack(resolve_model_without_tokenizer(config), arch)
   system = sizes[size]
 
-  # The model of the config with the parts of the system.
+  # Put the fields of the system into a copy of the config, and resolve it, so
+  # that what the system cannot have is refused.
   wanted = _fields_of_a_system(system)
   target = config.copy_and_resolve_references()
   with target.unlocked():
@@ -102,7 +131,7 @@ def changes(config: ml_collections.ConfigDict, arch: str, size: str = 'tiny'
     raise RequestError(f'model.arch {arch!r} cannot have the sizes of the '
                        f'base: {error}') from error
 
-  # Its differences from the model as it was.
+  # Collect the fields whose values differ from those before.
   before = _fields_of_a_system(config.model)
   differ: dict[str, Any] = {'model.arch': arch}
   for name, value in wanted.items():
@@ -115,18 +144,26 @@ def changes(config: ml_collections.ConfigDict, arch: str, size: str = 'tiny'
 
 
 def _check_stack(model: ModelConfig, arch: str) -> None:
-  """Raises RequestError where a system stacks something else than a model, a
-  decoder for an encoder say, so that the two are not trained alike."""
+  """Raises RequestError if a system stacks something else than a model, such as
+  a decoder in place of an encoder. The two would be trained differently.
+
+  Args:
+    model: the model, resolved.
+    arch: the name of the system.
+  """
   systems = architectures.systems()
-  ours = architectures.stack(model)
-  theirs = systems[arch].STACK
-  if ours == theirs:
+  model_stack = architectures.stack(model)
+  system_stack = systems[arch].STACK
+  if model_stack == system_stack:
     return
-  alike = [name for name, system in systems.items() if system.STACK == ours]
+  same_stack = []
+  for name, system in systems.items():
+    if system.STACK == model_stack:
+      same_stack.append(name)
   raise RequestError(
-      f'model.arch {arch!r} stacks {_with_article(theirs)} and '
-      f'{model.arch!r}, that of the base, {_with_article(ours)}, which are not '
-      f'trained alike: choose from {", ".join(alike)}')
+      f'model.arch {arch!r} stacks {_with_article(system_stack)} and '
+      f'{model.arch!r}, that of the base, {_with_article(model_stack)}, which '
+      f'are not trained alike: choose from {", ".join(same_stack)}')
 
 
 def _with_article(stack: str) -> str:
@@ -135,19 +172,26 @@ def _with_article(stack: str) -> str:
 
 
 def _fields_of_a_system(model: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns the fields of config.model that tell a system, by dotted name, but
-  for its kinds of layer."""
+  """Returns the fields of config.model that distinguish systems, by dotted
+  name, without those of the kinds of layer (model.kinds)."""
   fields = {}
   for name, value in flat.flatten_groups(model).items():
-    if not name.startswith('kinds.') and name not in KEPT:
+    if not name.startswith('kinds.') and name not in FIELDS_THAT_STAY:
       fields[name] = value
   return fields
 
 
 @functools.cache
-def _sizes(arch: str) -> Mapping[str, ml_collections.ConfigDict]:
-  """Returns config.model of each size of a system; for a system without a file
-  in configs/, the parts that its page names."""
+def _configs_by_size(arch: str) -> Mapping[str, ml_collections.ConfigDict]:
+  """Returns config.model of each published size of a system, by the size's
+  name.
+
+  A system without a file in configs/ has one size, 'tiny', with the values that
+  its page in architectures/ gives (PARTS).
+
+  Args:
+    arch: the name of the system, as model.arch.
+  """
   name = f'configs.{architectures.file_name(arch)}'
   if importlib.util.find_spec(name) is None:
     config = ml_collections.ConfigDict(flat.default_tree())
@@ -159,10 +203,17 @@ def _sizes(arch: str) -> Mapping[str, ml_collections.ConfigDict]:
 
 
 @functools.cache
-def _parts(arch: str) -> tuple[str, ...]:
-  """Returns the dotted names of the fields that tell a system, but for those of
-  kinds of layer: those that its page names, every other choice or switch of a
-  part, and the factors and bounds of scores and logits."""
+def _fields_that_tell_a_system(arch: str) -> tuple[str, ...]:
+  """Returns the dotted names of the fields that distinguish a system, without
+  those of the kinds of layer (model.kinds).
+
+  These are the fields that its page in architectures/ sets (PARTS), every other
+  field that chooses a part or switches one on, and the factors and bounds of
+  scores and logits.
+
+  Args:
+    arch: the name of the system, as model.arch.
+  """
   named = flat.flatten_groups(architectures.system(arch).PARTS)
   names = []
   for name, leaf in flat.FIELDS.items():
@@ -176,9 +227,16 @@ def _parts(arch: str) -> tuple[str, ...]:
 
 def _with_parts(model: ModelConfig, system: ml_collections.ConfigDict
                 ) -> ModelConfig:
-  """Returns the model with the parts of a system, and sizes of its own."""
+  """Returns a model with its own sizes, and the parts and kinds of layer of a
+  system.
+
+  Args:
+    model: the model.
+    system: config.model of the system.
+  """
+  # A dotted name has a group, such as `moe`, and a field in it.
   fields = flat.to_dict(model)
-  for field in _parts(model.arch):
+  for field in _fields_that_tell_a_system(model.arch):
     group, _, name = field.rpartition('.')
     group_fields = fields
     if group:
@@ -187,7 +245,8 @@ def _with_parts(model: ModelConfig, system: ml_collections.ConfigDict
   return flat.make_model(fields | {'kinds': system.kinds.to_dict()})
 
 
-def _unlike(model: ModelConfig, system: ModelConfig) -> list[Difference]:
+def _differences_of_models(model: ModelConfig, system: ModelConfig
+                           ) -> list[Difference]:
   """Returns the fields in which two models differ that both of them read.
 
   Args:
@@ -196,44 +255,61 @@ def _unlike(model: ModelConfig, system: ModelConfig) -> list[Difference]:
 
   Returns:
     A Difference for each field: the model's value, and the published one. The
-    kinds of layer are compared only where the patterns of layers agree.
+    kinds of layer are compared only if the order of the layers agrees.
   """
-  rows = []
+  # The fields of the model itself.
+  differences = []
   read = flat.fields_that_are_read(model) & flat.fields_that_are_read(system)
-  for field in _parts(model.arch):
-    ours = flat.get_field(model, field)
-    theirs = flat.get_field(system, field)
-    if ours != theirs and field in read:
-      rows.append(Difference(field=field, value=ours, published=theirs))
-  if any(row.field in LAYERS for row in rows):
-    return rows  # so their kinds of layer are not the same ones
+  for field in _fields_that_tell_a_system(model.arch):
+    value = flat.get_field(model, field)
+    published = flat.get_field(system, field)
+    if value != published and field in read:
+      differences.append(
+          Difference(field=field, value=value, published=published))
 
+  # If the order of the layers differs, their kinds are not the same ones.
+  if any(row.field in FIELDS_OF_LAYER_ORDER for row in differences):
+    return differences
+
+  # The fields of each kind of layer. Layers of the kind '' have the fields of
+  # the model itself.
   for kind in model.kinds_used:
     if not kind:
-      continue  # layers that are as the model says
+      continue
     fields = {**run_config.flatten(model.kinds[kind].overrides),
               **run_config.flatten(system.kinds[kind].overrides)}
     for field in fields:
-      ours, theirs = (_of_kind(c, kind, field) for c in (model, system))
-      if ours != theirs:
-        rows.append(Difference(field=f'kinds.{kind}.{field}', value=ours,
-                               published=theirs))
-  return rows
+      value = _value_in_layer_kind(model, kind=kind, field=field)
+      published = _value_in_layer_kind(system, kind=kind, field=field)
+      if value != published:
+        differences.append(
+            Difference(field=f'kinds.{kind}.{field}', value=value,
+                       published=published))
+  return differences
 
 
-def _of_kind(c: ModelConfig, kind: str, field: str) -> Any:
-  """Returns the value that the layers of a kind have for a field of kinds; for
-  a size or a number that goes with sizes, whether there is one."""
+def _value_in_layer_kind(model: ModelConfig, kind: str, field: str) -> Any:
+  """Returns the value of a field in the layers of one kind.
+
+  A size, such as a window, differs between sizes of one system. So of a number
+  that stands by itself only whether it is there (not 0) is returned.
+
+  Args:
+    model: the model.
+    kind: the name of the kind of layer, a key of model.kinds.
+    field: the name of the field in model.kinds.KIND, dotted if it is in a
+      group.
+  """
   name, _, inner = field.partition('.')
-  fields = run_config.flatten(c.kinds[kind].overrides)
-  # A kind says the field itself, or has the model's.
+  fields = run_config.flatten(model.kinds[kind].overrides)
+  # The kind sets the field itself, or has the model's value of it.
   if field in fields:
     value = fields[field]
   else:
-    of_model = flat.FIELDS_OF_LAYER_KINDS[name]
+    model_field = flat.FIELDS_OF_LAYER_KINDS[name]
     if inner:
-      of_model += f'.{inner}'
-    value = flat.get_field(c.of_kind(kind), of_model)
+      model_field += f'.{inner}'
+    value = flat.get_field(model.of_kind(kind), model_field)
   if isinstance(value, str | bool) or inner:
     return value
   return bool(value)

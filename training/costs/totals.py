@@ -30,16 +30,20 @@ from training.workdir import run_config
 
 def count_costs(config: Config, length: int = 0,
                 model: ModelConfig | None = None) -> dict:
-  """Returns all costs of a config's model, as a dict for JSON: parameters,
-  FLOPs, and the bytes of the cache and of the state of training.
+  """Returns all costs of a config's model: its parameters, FLOPs, and the bytes
+  of its cache and of the state of training.
 
   Args:
     config: the config of a run.
     length: the number of tokens of a sequence; 0: data.length, or as many as
       the model has positions for, if these are fewer.
-    model: its model, resolved; None: as the config gives it without a
-      tokenizer.
+    model: the model of the run, resolved; None: the model that the config gives
+      without a tokenizer.
+
+  Returns:
+    A dict for JSON, whose figures that do not apply to the model are None.
   """
+  # The model, and the number of tokens on each side of a row.
   model = model or resolve_model_without_tokenizer(config)
   module = architectures.build(model)
   if not length:
@@ -57,7 +61,7 @@ def count_costs(config: Config, length: int = 0,
   training = flops.training_flops_of_row(config, model, sides)
   has_prefix = objectives.find_objective(config).prefix
   flops_per_token = {
-      'training': _per_token(training, sides),
+      'training': _flops_per_token(training, sides),
       **_inference_flops(model, length, has_prefix),
   }
   per_token = per_row = memory_per_token = None
@@ -79,9 +83,9 @@ def count_costs(config: Config, length: int = 0,
       'flops_per_token': flops_per_token,
       'kinds_of_layer': describe_kinds_of_layer(model),
       'kv_cache_bytes_per_token': per_token,
-      # The state of recurrences, for each row of a batch, however long it is.
+      # The state of recurrences has a fixed size for each row of a batch.
       'state_bytes_per_row': per_row,
-      # A decoder keeps as much of the source, for each token of it.
+      # What the decoder of an encoder-decoder keeps for each token of a source.
       'memory_cache_bytes_per_token': memory_per_token,
       'parameter_bytes': state['parameters'],
       'optimizer_bytes': state['optimizer'],
@@ -91,22 +95,25 @@ def count_costs(config: Config, length: int = 0,
 
 
 def _state_bytes(module: nn.Module, config: Config) -> dict[str, int]:
-  """Returns the bytes of the state of a training run: of the `parameters`, of
-  the `optimizer`'s state, and of the `average` of the parameters (0 without
-  one).
+  """Returns the bytes of the state of a training run.
 
   Args:
     module: the model.
     config: the config of the run.
+
+  Returns:
+    The bytes of the `parameters`, of the state of the `optimizer`, and of the
+    `average` of the parameters (0 if the run keeps none).
   """
   params = parameter_shapes(module)
   tx = build_optimizer(module, config.optim, config.train.steps)
-  parts = parameter_shares(module, config.optim)
-  start = functools.partial(shares.start_average, config.optim, parts)
+  rate_shares = parameter_shares(module, config.optim)
+  start_average = functools.partial(
+      shares.start_average, config.optim, rate_shares)
 
-  # The shapes of the state, as nothing of it is computed.
+  # Only shapes are needed, so nothing is computed.
   state = jax.eval_shape(tx.init, params)
-  average = jax.eval_shape(start, params)
+  average = jax.eval_shape(start_average, params)
   return {
       'parameters': _nbytes(params),
       'optimizer': _nbytes(state),
@@ -126,14 +133,18 @@ def _writes_text(model: ModelConfig) -> bool:
 
 def _inference_flops(model: ModelConfig, length: int, prefix: bool
                      ) -> dict[str, float | None]:
-  """Returns the FLOPs of a token in inference: of a prompt (prefill), and of a
-  token that is written after it (decode), None where the model writes none.
+  """Returns the FLOPs of a token in inference.
 
   Args:
-    model: the resolved model.
-    length: the number of tokens of a sequence, and of an encoder-decoder's
-      source.
+    model: the model, resolved.
+    length: the number of tokens of a sequence; for an encoder-decoder, of the
+      source and of the target each.
     prefix: whether the tokens of a prompt see each other.
+
+  Returns:
+    `prefill`: the FLOPs of each token of a prompt.
+    `decode`: the FLOPs of a token that is generated after it; None for a model
+      that generates no text.
   """
   lengths = [length]
   if architectures.stack(model) == 'encoder-decoder':
@@ -142,19 +153,22 @@ def _inference_flops(model: ModelConfig, length: int, prefix: bool
   decode = None
   if _writes_text(model):
     decode = sum(flops.decode_flops(model, *lengths).values())
-  return {'prefill': _per_token(prefill, lengths), 'decode': decode}
+  return {'prefill': _flops_per_token(prefill, lengths), 'decode': decode}
 
 
-def _per_token(parts: dict[str, float], lengths: Sequence[int]) -> float:
-  """Returns the FLOPs of a token, given those of a row by part, and the number
-  of tokens on each side of the row."""
+def _flops_per_token(parts: dict[str, float], lengths: Sequence[int]) -> float:
+  """Returns the FLOPs of a token.
+
+  Args:
+    parts: the FLOPs of a row of tokens, by part of the model.
+    lengths: the number of tokens of the row, on each of its sides.
+  """
   return sum(parts.values()) / sum(lengths)
 
 
 def count_briefly(config: Config) -> dict:
-  """Returns the figures of a config that tools.count prints where it lists
-  every
-  size: its parameters, and the FLOPs of a token in training."""
+  """Returns the few costs of a config that fit into a table of many configs:
+  the number of parameters, and the FLOPs of a token in training."""
   model = resolve_model_without_tokenizer(config)
   sides = _row_lengths(config, model, config.data.length)
   total, active = count_parameters(model)
@@ -162,14 +176,23 @@ def count_briefly(config: Config) -> dict:
       'rumoured': model.arch.startswith('gpt4'),
       'parameters': total,
       'active_parameters': active,
-      'training_flops_per_token': _per_token(
+      'training_flops_per_token': _flops_per_token(
           flops.training_flops_of_row(config, model), sides),
   }
 
 
 def _row_lengths(config: Config, model: ModelConfig, length: int) -> list[int]:
-  """Returns the number of tokens on each side of a row that a run trains on,
-  if its data.length is `length`."""
+  """Returns the number of tokens on each side of a row that a run trains on.
+
+  Args:
+    config: the config of the run.
+    model: the model of the run, resolved.
+    length: the value of data.length to take in place of the config's.
+
+  Raises:
+    RequestError: if the objective makes rows with one side for a model with
+      two, an encoder-decoder, or the other way round.
+  """
   config = config.copy_and_resolve_references()
   config.data.length = length
   sides = [*objectives.find_objective(config).row_lengths(config)]
@@ -184,19 +207,20 @@ def _row_lengths(config: Config, model: ModelConfig, length: int) -> list[int]:
 def describe_kinds_of_layer(model: ModelConfig) -> list[dict]:
   """Returns a row for each kind of layer of a model whose layers differ.
 
-  A kind is a named set of fields that some layers have otherwise than the model
-  (model.kinds); the pattern says which layers are of it.
+  A kind of layer is a named set of fields whose values differ from the model's
+  in some layers (model.kinds). The pattern says which layers are of which kind.
 
   Args:
     model: the model, resolved.
 
   Returns:
-    Rows with the kind's name, the number of its layers, the fields that it
+    Rows with the name of the kind, the number of its layers, the fields that it
     changes, its feed-forward network, and the bytes that one of its layers
     caches; [] for a model whose layers are all alike.
   """
   if not model.kinds:
     return []
+
   # The kind of each layer, of both stacks where there are two.
   names = [kind.name for kind in model.layer_kinds(model.num_layers)]
   if architectures.stack(model) == 'encoder-decoder':
@@ -230,8 +254,8 @@ def trained_parameters(module: nn.Module, optim: Config) -> int:
     module: the model.
     optim: config.optim, whose pattern `freeze` names frozen parameters.
   """
-  parts = parameter_shares(module, optim)
-  trained = shares.keep_trained(parts, parameter_shapes(module))
+  rate_shares = parameter_shares(module, optim)
+  trained = shares.keep_trained(rate_shares, parameter_shapes(module))
   return sum(x.size for x in jax.tree.leaves(trained))
 
 
@@ -245,14 +269,16 @@ def count_parameters(model: ModelConfig) -> tuple[int, int]:
 def _parameter_sizes(module: nn.Module) -> tuple[dict, dict]:
   """Returns the size of each parameter, and how much of it one token uses.
 
-  A token uses the share of the experts' weights that it goes through, and the
-  rows that it reads of tables that n-grams look up.
+  Of the weights of experts a token uses the share of the experts that it is
+  routed to, of a table in which n-grams are looked up only the rows that it
+  reads, and of all other parameters the whole.
 
   Args:
     module: the model.
 
   Returns:
-    Two dicts by the paths of the parameters.
+    The size of each parameter, and the used part of that size, both by the path
+    of the parameter.
   """
   moe = module.config.find(MoEConfig)
   roles = paths.flatten_by_path(parameter_roles(module))
@@ -278,8 +304,12 @@ def _parameter_sizes(module: nn.Module) -> tuple[dict, dict]:
 
 
 def _sum_by_part(sizes: dict) -> dict:
-  """Returns the sum of the sizes of each part: embed, attention, ffn, norms,
-  head, tables, ..."""
+  """Returns the sum of the sizes of the parameters of each part of a model:
+  embed, attention, ffn, norms, head, tables, ...
+
+  Args:
+    sizes: the size of each parameter, by its path.
+  """
   parts: dict = {}
   for path, size in sizes.items():
     part = _part_of_parameter(path)
@@ -288,20 +318,32 @@ def _sum_by_part(sizes: dict) -> dict:
 
 
 def _part_of_parameter(path: str) -> str:
-  """Returns the part of a model to which a parameter belongs, as 'attention' or
-  'norms', by the parameter's path."""
-  first, *inner = path.split('/')
-  last = inner[-1] if inner else first
-  if first == 'mtp':  # a model is without these modules in inference
+  """Returns the part of a model to which a parameter belongs, such as
+  'attention' or 'norms'.
+
+  Args:
+    path: the path of the parameter, names of modules with a / between them.
+  """
+  # Modules that predict later tokens are one part, whatever is in them, because
+  # a model is used without them in inference.
+  modules = path.split('/')
+  first = modules[0]
+  last = modules[-1]
+  if first == 'mtp':
     return 'mtp'
-  for name in (first, *inner):
+
+  # The outermost module with a name of a part decides. Routers and tables,
+  # which are looked up and never multiplied, are parts of their own.
+  for name in modules:
     if name == 'memory' and last == 'table':
-      return 'tables'  # which nothing multiplies
+      return 'tables'
     if name == 'ffn' and last.startswith('router'):
       return 'router'
     if name in _MODULES_OF_PART:
       return name
-  if any(name.endswith('_streams') for name in (first, *inner)):
+
+  # Other parameters go by a part of a name, or by their outermost module.
+  if any(name.endswith('_streams') for name in modules):
     return 'streams'
   if 'norm' in path:
     return 'norms'
@@ -312,9 +354,15 @@ _MODULES_OF_PART = ('cross_attention', 'attention', 'ffn', 'memory', 'loop')
 
 
 def cache_bytes(model: ModelConfig) -> tuple[int, int]:
-  """Returns the bytes of a decoder's cache: those of a token's keys and values
-  in all layers; and those that all layers keep of a row however long it is, as
-  the state of a recurrence."""
+  """Returns the bytes of a decoder's cache in all layers.
+
+  Args:
+    model: the model, resolved.
+
+  Returns:
+    The bytes for each token, of keys and values; and the bytes for each row of
+    a batch, however long it is, such as the state of a recurrence.
+  """
   per_token = per_row = 0
   for kind in model.layer_kinds(model.num_decoder_layers):
     keys, state = _cache_bytes_of_layer(model.of_kind(kind.name))
@@ -324,8 +372,16 @@ def cache_bytes(model: ModelConfig) -> tuple[int, int]:
 
 
 def _cache_bytes_of_layer(layer: ModelConfig) -> tuple[int, int]:
-  """Returns the bytes that a layer caches for each token, and for each row
-  besides: the slope and the intercept of its cache's size over the length."""
+  """Returns the bytes that a layer caches for each token, and those that it
+  caches for each row besides.
+
+  The size of a cache grows linearly with its length. So the bytes for a token
+  are the slope, and those for a row the intercept, of the line through the
+  sizes at lengths 1 and 2.
+
+  Args:
+    layer: the config of the model, as the layer reads it.
+  """
   def bytes_of_length(length: int) -> int:
     cache = jax.eval_shape(
         lambda: blocks.empty_cache_of_layer(layer, (1, length)))

@@ -29,7 +29,7 @@ gpu = pytest.mark.skipif(
 def run_on(topology, mesh, config):
   config.data.batch_size = max(config.data.batch_size, 16)
   config.model.dtype = 'bfloat16'
-  return programs.run_on(config, topology, mesh)
+  return programs.run_on_topology(config, topology, mesh)
 
 
 def compiled(run, topology):
@@ -156,8 +156,9 @@ def test_grouped_products_are_counted_as_the_compiler_makes_them(name):
   traced = jax.jit(products).trace(
       shape(512, 256), shape(4, 256, 128), shape(4, dtype='int32'),
       shape(512, 128))
-  place = flops.Place('tpu', dense=chips.products_of_all_groups(topology))
-  counted = flops.count_work(traced.jaxpr, place).flops
+  options = flops.CountOptions(
+      'tpu', dense=chips.products_of_all_groups(topology))
+  counted = flops.count_work(traced.jaxpr, options).flops
   made = traced.lower().compile().cost_analysis()['flops']
   assert counted == pytest.approx(made, rel=0.1)
 

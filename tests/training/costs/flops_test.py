@@ -87,7 +87,8 @@ def test_a_convolution_counts_its_window():
         x_BLD, w_4D[:, None], (1,), [(3, 0)], feature_group_count=16,
         dimension_numbers=('NWC', 'WIO', 'NWC'))
   args = jnp.ones((2, LENGTH, 16)), jnp.ones((4, 16))
-  work = flops.count_work(jax.make_jaxpr(short)(*args), flops.Place('gpu'))
+  program = jax.make_jaxpr(short)(*args)
+  work = flops.count_work(program, flops.CountOptions('gpu'))
   assert work.flops == 2 * 4 * 2 * LENGTH * 16
 
 
@@ -109,8 +110,9 @@ def test_a_recurrence_without_matrices_counts_element_by_element():
   def associative(a_LBD, x_LBD):
     return jax.lax.associative_scan(after, (a_LBD, x_LBD))[1] + 1.0
 
-  args, place = [jnp.ones((LENGTH, 2, 5))] * 2, flops.Place('gpu', useful=True)
-  work = lambda f: flops.count_work(jax.make_jaxpr(f)(*args), place).flops
+  args = [jnp.ones((LENGTH, 2, 5))] * 2
+  options = flops.CountOptions('gpu', only_useful=True)
+  work = lambda f: flops.count_work(jax.make_jaxpr(f)(*args), options).flops
   assert work(scanned) == 3 * LENGTH * 2 * 5
   # `after` has 3 FLOPs and is applied less than twice a place; further sums put
   # its results where they belong.
@@ -124,7 +126,7 @@ def test_what_lies_between_the_products_of_a_scan_does_not_count():
     return jnp.tanh(x_LD @ w_DD) + x_LD, None
   work = flops.count_work(jax.make_jaxpr(lambda x_LD, w_NDD: jax.lax.scan(
       layer, x_LD, w_NDD))(jnp.ones((LENGTH, 4)), jnp.ones((3, 4, 4))),
-                          flops.Place('gpu', useful=True))
+                          flops.CountOptions('gpu', only_useful=True))
   assert work.flops == 3 * 2 * LENGTH * 4 * 4
 
 
@@ -200,7 +202,7 @@ def test_an_encoder_decoder_by_hand():
       2 * 64 * (4 * 6 + 2 * (4 * 3) + 2 * (2 * 3 + 2 * 6))  # projections
       + 2 * 2 * 8 * 16 * (6 + 2 * 3)  # feed-forwards
       + 2 * 3 * 8 * 96)  # the head
-  token = flops.decode_flops(config, 3, memory=6)
+  token = flops.decode_flops(config, 3, memory_length=6)
   assert token['attention'] == 4 * 8 * 2 * (3 + 6)
   assert token['weights'] == (
       2 * 64 * 2 * (4 + 2) + 2 * 2 * 8 * 16 * 2 + 2 * 8 * 96)
@@ -220,10 +222,11 @@ def test_a_step_of_masked_words_is_what_its_program_multiplies(whole_words):
   program = jax.make_jaxpr(jax.grad(loss))(runs.parameter_shapes(module), {
       key: jax.ShapeDtypeStruct(shape, dtype) for key, (shape, dtype)
       in objectives.shapes_of_batch(config).items()})
-  multiplied = flops.count_work(program, flops.Place('gpu', useful=True)).flops
+  options = flops.CountOptions('gpu', only_useful=True)
+  multiplied = flops.count_work(program, options).flops
   unread = objective.num_unread_places(config, L)
   assert unread == (0 if whole_words else L - round(0.15 * L))
-  per_token = sum(flops.training_flops(c, L, unread=unread).values()) / L
+  per_token = sum(flops.training_flops(c, L, num_unread=unread).values()) / L
   assert per_token * L * config.data.batch_size == pytest.approx(multiplied,
                                                                  rel=0.02)
   assert per_token == totals.count_costs(config)['flops_per_token']['training']
@@ -235,7 +238,7 @@ def test_below_what_is_trained_there_is_no_backward_pass():
   """The head alone: the gradient of its weights, at the places it reads."""
   config = model(tie_embeddings=False)
   forward = flops.forward_flops(config, LENGTH)
-  trained = flops.training_flops(config, LENGTH, unread=5,
+  trained = flops.training_flops(config, LENGTH, num_unread=5,
                                  freeze='embed/.*,decoder/.*')
   head = 2 * 32 * 96
   assert trained['attention'] == pytest.approx(forward['attention'])
@@ -251,9 +254,10 @@ class Device:
 
 def test_peaks():
   h100 = Device('NVIDIA H100 80GB HBM3')
-  assert flops.total_peak([h100] * 2, 'bfloat16') == pytest.approx(2 * 989.4e12)
-  assert flops.total_peak([h100], 'float32') == pytest.approx(494.7e12)
+  peak = flops.total_peak_flops
+  assert peak([h100] * 2, 'bfloat16') == pytest.approx(2 * 989.4e12)
+  assert peak([h100], 'float32') == pytest.approx(494.7e12)
   # A v4 device is the whole chip, unless its two cores are two devices.
-  assert flops.total_peak([Device('TPU v4', 'tpu', 2)], 'bfloat16') == 275e12
-  assert flops.total_peak([Device('TPU v4', 'tpu')] * 2, 'bfloat16') == 275e12
-  assert flops.total_peak([Device('TPU7x', 'tpu')] * 2, 'bfloat16') == 2307e12
+  assert peak([Device('TPU v4', 'tpu', 2)], 'bfloat16') == 275e12
+  assert peak([Device('TPU v4', 'tpu')] * 2, 'bfloat16') == 275e12
+  assert peak([Device('TPU7x', 'tpu')] * 2, 'bfloat16') == 2307e12

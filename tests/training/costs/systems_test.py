@@ -15,7 +15,8 @@ from training.costs import systems
 
 def line_of(config, **fields):
   config.model.update(fields)
-  return systems.line(runs.resolve_model_without_tokenizer(config))
+  model = runs.resolve_model_without_tokenizer(config)
+  return systems.describe_differences(model)
 
 
 @pytest.mark.parametrize('system', models.SYSTEMS)
@@ -49,15 +50,15 @@ def test_what_is_unlike_is_named(config, fields, words):
     if page.STACK == 'decoder'])
 def test_a_base_becomes_every_system_of_its_kind(base, arch):
   config = base.get_config('tiny')
-  changes = systems.changes(config, arch)
+  changes = systems.changes_to_system(config, arch)
   made = spec.apply_changes(config, changes, 'it')
   model = runs.resolve_model_without_tokenizer(made)
   preflight.refuse_unread_fields(changes, made, model)
-  assert model.arch == arch and systems.unlike(model) == []
+  assert model.arch == arch and systems.fields_unlike_the_system(model) == []
   for name in 'd_model', 'num_layers', 'num_heads', 'num_kv_heads', 'd_ff':
     assert made.model[name] == config.model[name]
   assert all(name.startswith('model.') for name in changes)
-  assert systems.changes(config, arch) == changes
+  assert systems.changes_to_system(config, arch) == changes
 
 
 @pytest.mark.parametrize('arch, size, words', [
@@ -71,4 +72,4 @@ def test_what_cannot_become_a_system_is_refused(arch, size, words):
   config = gpt.get_config('tiny')
   config.model.num_layers = 2
   with pytest.raises(RequestError, match=words):
-    systems.changes(config, arch, size)
+    systems.changes_to_system(config, arch, size)
