@@ -36,9 +36,8 @@ from architectures.parts.config import ModelConfig
 from common.arguments import PositiveSize, Seed, Size, check_argument_types
 from common.errors import RequestError, require, short
 from configs import base
-from training import cli
 from training import generate as generation, hub, objectives, parameters
-from training import runs
+from training import plugins, runs
 from training.costs import totals
 from training.data import inputs as inputs_of
 from training.data import tokenizers
@@ -515,14 +514,14 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
     module = architectures.build(changed_model(config, fields))
     return Model(module=module, params=_draw_parameters(module, seed))
   if isinstance(config, str):
-    config = cli.load_config_file(config)
+    config = plugins.load_config_file(config)
 
   # A run's config: the fields are set in a copy of it, and its tokenizer gives
   # the size of the vocabulary. Fields that the model would not read are
   # refused.
-  cli.check_config(config, 'config')
+  plugins.check_config(config, 'config')
   config = config.copy_and_resolve_references()
-  cli.set_model_fields(config.model, fields)
+  base.set_model_fields(config.model, fields)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, _ = runs.resolve_model(config, tokenizer)
   _refuse_unread_fields(model, fields, config.model)
@@ -609,7 +608,7 @@ def changed_model(config: ModelConfig, fields: Mapping[str, Any]
       tree.lora.alpha = 0
     if architectures.stack(config) != 'encoder-decoder':
       tree.num_decoder_layers = fields.get('num_layers', config.num_layers)
-    cli.set_model_fields(tree, fields)
+    base.set_model_fields(tree, fields)
   changed = architectures.resolve(tree)
   _refuse_unread_fields(changed, fields, tree)
   return changed

@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from architectures.parts import flat
 from common.errors import RequestError, short
@@ -407,3 +408,29 @@ def base() -> ml_collections.ConfigDict:
   """Returns a config with every field of a run at its default."""
   return ml_collections.ConfigDict(
       dataclasses.asdict(Run()) | {'model': flat.default_tree()})
+
+
+def set_model_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any]
+                     ) -> None:
+  """Sets fields of config.model, given by name; a group of fields, such as
+  `moe`, is given as a dict.
+
+  Raises:
+    RequestError: for an unknown field, or a value that it cannot have.
+  """
+  # A dict of kinds of layer takes the place of the model's own.
+  python_fields = _with_python_numbers(fields)
+  flat.check_fields(python_fields)
+  if 'kinds' in python_fields:
+    model.kinds = ml_collections.ConfigDict(python_fields.pop('kinds'))
+  model.update(python_fields)
+
+
+def _with_python_numbers(value: Any) -> Any:
+  """Returns a value, or nested dicts of values, with Python's numbers in place
+  of numpy's."""
+  if isinstance(value, np.generic):
+    return value.item()
+  if hasattr(value, 'items'):
+    return {name: _with_python_numbers(x) for name, x in value.items()}
+  return value

@@ -16,7 +16,7 @@ from architectures.parts import flat, tables
 from common.errors import RequestError, short
 from configs import base
 from tests.helpers import forked, models
-from training import cli, preflight
+from training import cli, plugins, preflight
 from training.workdir import run_config
 
 FIELDS = st.sampled_from(sorted(base.FIELDS))
@@ -104,7 +104,7 @@ def test_two_parts_make_a_model_or_are_refused(selector):
   for pair in pairs:
     with contextlib.suppress(RequestError):
       model = models.small_config('gpt')
-      cli.set_model_fields(model, pair)
+      base.set_model_fields(model, pair)
       resolved += architectures.resolve(model) is not None
   assert resolved
 
@@ -119,7 +119,7 @@ def test_every_field_can_be_set_by_a_flag():
     config = flags.FLAGS.config
     assert {name: config[name] for name in changed} == changed
     assert set(cli.overridden_fields()) == changed.keys()
-    cli.check_config(config, 'it')
+    plugins.check_config(config, 'it')
     flat.check_fields(config.model.to_dict())
   finally:
     for name in list(flags.FLAGS):

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 import pytest
 
 from common.errors import RequestError
-import configs
+from training import plugins
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = ('architectures', 'benchmarks', 'common', 'configs', 'tools',
@@ -171,17 +171,17 @@ def test_a_file_of_configs_is_named_from_any_folder(
     name, meant, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   places = ('sweeps', 'studies') if 'lr' in name else ('',)
-  path = configs.find_config_file(name, '--config', places)
+  path = plugins.find_config_file(name, '--config', places)
   assert path == str(ROOT / 'configs' / meant)
   # A file of the user goes first.
   mine = tmp_path / name
   mine.parent.mkdir(exist_ok=True)
   mine.write_text('')
-  assert configs.find_config_file(name, '--config', places) == name
+  assert plugins.find_config_file(name, '--config', places) == name
 
 
 def test_an_unknown_config_is_answered_by_the_nearest_names():
   with pytest.raises(RequestError, match='Did you mean gpt or gpt4\\?$'):
-    configs.find_config_file('gptt', '--config')
+    plugins.find_config_file('gptt', '--config')
   with pytest.raises(RequestError, match='sweeps/parts or studies/parts'):
-    configs.find_config_file('parts', 'file', ('sweeps', 'studies'))
+    plugins.find_config_file('parts', 'file', ('sweeps', 'studies'))

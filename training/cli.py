@@ -21,20 +21,15 @@ import re
 import signal
 import sys
 import textwrap
-import tokenize
-import traceback
-import types
 from typing import Any
 
 from absl import flags
 import ml_collections
-import numpy as np
 
 from architectures.parts import flat
 from common.errors import EnvironmentFailure, RequestError, STOPPED, Stopped
 from common.errors import suggest_name, one_of, cut_long_words, require, short
 from common.fields import DeclaredField, check_number
-import configs
 from configs import base
 from training import plugins
 
@@ -442,7 +437,7 @@ def _load_config_of_flag(flag: flags.Flag) -> None:
       raise RequestError(f'--config.{name} needs --config FILE.py:SIZE')
     return
   _config_file[:] = [flag.value]
-  config = load_config_file(flag.value)
+  config = plugins.load_config_file(flag.value)
   for name, text in _text_of_overridden_field.items():
     _set_config_field(config, name, text)
   flag.value = config.lock()
@@ -530,104 +525,6 @@ def parse_value(text: str, default: Any, flag: str) -> Any:
                        ) from error
 
 
-# Config files as a user writes them, refused with file and line.
-
-
-def load_config_file(spec: str) -> ml_collections.ConfigDict:
-  """Returns the config that the get_config() of a Python file makes.
-
-  Args:
-    spec: FILE.py:SIZE, where FILE.py is a path, or the name of a file of
-      configs/, such as `gpt`.
-
-  Raises:
-    RequestError: where the file is missing, fails, or returns no config; the
-      message gives the file and the line.
-  """
-  name, colon, size = spec.partition(':')
-  file = configs.find_config_file(name, '--config')
-  module = run_user_file(file)
-  require(hasattr(module, 'get_config'), f'--config {file!r} is no config: it '
-          'has no get_config()')
-  # A get_config without a size has its own default.
-  if colon:
-    config = call_user_function(file, module.get_config, size)
-  else:
-    config = call_user_function(file, module.get_config)
-  check_config(config, f'{file}: get_config()')
-  return config
-
-
-def run_user_file(file: str) -> types.ModuleType:
-  """Runs a Python file of the user and returns its module; adds the parts of a
-  model that the file declares, such as norms, to the project's (plugins.py).
-
-  Raises:
-    RequestError: where the file fails, with the line.
-  """
-  text = call_user_function(file, read_python_file, file)
-  module = call_user_function(file, plugins.execute_file, file, text)
-  plugins.declare_parts(file, text, module)
-  return module
-
-
-def read_python_file(file: str) -> str:
-  """Returns the text of a Python file, decoded as its first lines say."""
-  with tokenize.open(file) as opened:
-    return opened.read()
-
-
-def call_user_function(file: str, function: Callable, *args):
-  """Calls a function of a user's file with `args`, and returns what it does.
-
-  Args:
-    file: the path of the file, for the message.
-    function: the function.
-    *args: its arguments.
-
-  Raises:
-    RequestError: where it fails, with the file, the line and the reason.
-  """
-  try:
-    return function(*args)
-  except RequestError:
-    raise  # which is a sentence already
-  except (Exception, SystemExit) as error:  # whatever the user's code raises
-    # The last line of the file that was run; there is none where the file
-    # fails before.
-    place = file
-    for frame in traceback.extract_tb(error.__traceback__):
-      if frame.filename == file:
-        place = f'{file}, line {frame.lineno}'
-    if isinstance(error, SyntaxError) and error.filename == file:
-      place = f'{file}, line {error.lineno}'
-    reason = ' '.join(str(error).split()) or 'no message'
-    raise RequestError(f'{place}: {type(error).__name__}: {reason}') from error
-
-
-def check_config(config: Any, who: str) -> None:
-  """Checks that what a user's function returned is a config: that it has the
-  fields of configs/base.py, each of the type and in the range declared there.
-
-  Args:
-    config: what was returned.
-    who: the function, as the subject of a sentence.
-
-  Raises:
-    RequestError: where it is none.
-  """
-  if not isinstance(config, ml_collections.ConfigDict):
-    raise RequestError(
-        f'{who} returned {short(config)}, which is no ConfigDict: end it with '
-        '`return c`, where c began as base.base()')
-  missing_fields = base.FIELDS.keys() - flat.flatten_groups(config)
-  if missing_fields:
-    raise RequestError(
-        f'{who}: the fields {short(sorted(missing_fields))} are missing: begin '
-        'with base.base() of configs/base.py')
-  base.check_config(config.to_dict(), f'{who}: ')
-
-
 def declare_field(config: ml_collections.ConfigDict,
                   full_name: str) -> DeclaredField | None:
   """Returns the declaration of the field of the config with a dotted name, and
@@ -680,28 +577,3 @@ def _get_or_add_group(config: ml_collections.ConfigDict, name: str
   if name not in config:
     config[name] = ml_collections.ConfigDict()
   return config[name]
-
-
-def set_model_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any]
-                     ) -> None:
-  """Sets fields of config.model, given by name; a group of fields, such as
-  `moe`, is given as a dict.
-
-  Raises:
-    RequestError: for an unknown field, or a value that it cannot have.
-  """
-  fields = _with_python_numbers(fields)
-  flat.check_fields(fields)
-  if 'kinds' in fields:
-    model.kinds = ml_collections.ConfigDict(fields.pop('kinds'))
-  model.update(fields)
-
-
-def _with_python_numbers(value: Any) -> Any:
-  """Returns a value, or nested dicts of values, with Python's numbers in place
-  of numpy's."""
-  if isinstance(value, np.generic):
-    return value.item()
-  if hasattr(value, 'items'):
-    return {name: _with_python_numbers(x) for name, x in value.items()}
-  return value

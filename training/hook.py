@@ -24,7 +24,7 @@ import jax
 import ml_collections
 
 from common.errors import one_of, require
-from training import cli, plugins, progress
+from training import plugins, progress
 from training.program import Program
 from training.runs import TrainState
 from training.steps import TrainingBatches, CompiledPerShape
@@ -167,8 +167,8 @@ def load_hooks(config: ml_collections.ConfigDict) -> list[Hook]:
     require(class_name != '', f'train.hooks has {name!r}: write FILE.py:CLASS')
     require(os.path.isfile(file), f'train.hooks has {name!r}: there is no file '
             f'{file!r}')
-    module = cli.run_user_file(file)
-    plugins.remember_file(file, cli.read_python_file(file))
+    module = plugins.run_user_file(file)
+    plugins.remember_file(file, plugins.read_python_file(file))
     # The hooks that the file defines or imports.
     class_of_name = {}
     for name_in_file, value in vars(module).items():
@@ -176,5 +176,5 @@ def load_hooks(config: ml_collections.ConfigDict) -> list[Hook]:
       if is_hook and value is not Hook:
         class_of_name[name_in_file] = value
     one_of(f'train.hooks of {file}', class_name, class_of_name)
-    hooks.append(cli.call_user_function(file, class_of_name[class_name]))
+    hooks.append(plugins.call_user_function(file, class_of_name[class_name]))
   return hooks

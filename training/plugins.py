@@ -1,4 +1,9 @@
-"""Files from outside the tree, and the parts that they declare.
+"""Python files that a user names: configs, sweeps, studies, suites and hooks,
+and the parts that they declare.
+
+Files of configs/ are found wherever a program runs, by their path or by their
+last name alone, such as `gpt`; a file of that path goes first. A file that
+fails is refused in one sentence, with its line.
 
 A Python file that `--config`, `train.hooks`, archetype.build, a sweep or a
 study reads may declare parts in dicts that are called as the tables of the
@@ -28,17 +33,26 @@ text of the file in its config.json, so that it is resumed, evaluated and loaded
 without the file, and is told when the file has changed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+import difflib
 import hashlib
 import importlib
+import os
 import pathlib
+import pkgutil
+import re
 import sys
+import tokenize
+import traceback
 import types
 from typing import Any
 
+import ml_collections
+
 import architectures
 from architectures.parts import flat
-from common.errors import require
+from common.errors import RequestError, require, short
+import configs
 from configs import base
 
 # The tables that a file may add to, and the modules that have them.
@@ -68,6 +82,161 @@ MODULE_OF_TABLE = {
 text_of_loaded_file: dict[str, str] = {}
 # The text of the file that has declared an entry: {(table, name): text}.
 _text_that_declared: dict[tuple[str, str], str] = {}
+
+
+def list_config_files(folders: tuple[str, ...], defines: str) -> list[str]:
+  """Returns the files of folders of configs/ that define a function, as `gpt`
+  or `sweeps/small`: their paths in configs/ without the suffix.
+
+  Args:
+    folders: the folders; '': configs/ itself.
+    defines: the name of the function, or of a value.
+  """
+  definition = re.compile(rf'^(def )?{defines}\b', re.MULTILINE)
+  names = []
+  for folder in folders:
+    for path in sorted((configs.FOLDER / folder).glob('*.py')):
+      if definition.search(path.read_text()):
+        path_in_configs = path.relative_to(configs.FOLDER)
+        names.append(path_in_configs.with_suffix('').as_posix())
+  return names
+
+
+def find_config_file(name: str, asked_in: str, folders: tuple[str, ...] = ('',),
+                     defines: str = 'get_config') -> str:
+  """Returns the path of a config, sweep or study that a user names: `name`
+  itself, where it is a path from here, else a file of configs/.
+
+  Args:
+    name: the name as a user writes it.
+    asked_in: the flag or argument that has the name, for the message.
+    folders: the folders of configs/ in which such files lie.
+    defines: the function that each of them has.
+
+  Raises:
+    RequestError: where there is no such file; it has the names nearest to it.
+  """
+  if os.path.isfile(name):  # which is False for a name that is too long
+    return name
+
+  # A file is named by its path in configs/ or by its last part.
+  asked_name = name.removeprefix('configs/').removesuffix('.py')
+  known_paths = list_config_files(folders, defines)
+  stem_of_path = {path: pathlib.Path(path).name for path in known_paths}
+  matches = [path for path, stem in stem_of_path.items()
+             if asked_name in (path, stem)]
+  if len(matches) == 1:
+    return str(configs.FOLDER / f'{matches[0]}.py')
+
+  # The files of that name in several folders, or those that are spelt alike.
+  similar_paths = []
+  similar_stems = difflib.get_close_matches(
+      pathlib.Path(asked_name).name, set(stem_of_path.values()), n=4)
+  for similar_stem in similar_stems:
+    for path, stem in stem_of_path.items():
+      if stem == similar_stem:
+        similar_paths.append(path)
+  question = ''
+  if similar_paths:
+    question = f'. Did you mean {" or ".join(similar_paths)}?'
+  places = ' or '.join(str(configs.FOLDER / folder) for folder in folders)
+  raise RequestError(f'unknown {asked_in} {short(name)}: write the path of a '
+                     f'file, or the name of one in {places}{question}')
+
+
+def load_config_file(spec: str) -> ml_collections.ConfigDict:
+  """Returns the config that the get_config() of a Python file makes.
+
+  Args:
+    spec: FILE.py:SIZE, where FILE.py is a path, or the name of a file of
+      configs/, such as `gpt`.
+
+  Raises:
+    RequestError: where the file is missing, fails, or returns no config; the
+      message gives the file and the line.
+  """
+  name, colon, size = spec.partition(':')
+  file = find_config_file(name, '--config')
+  module = run_user_file(file)
+  require(hasattr(module, 'get_config'), f'--config {file!r} is no config: it '
+          'has no get_config()')
+  # A get_config without a size has its own default.
+  if colon:
+    config = call_user_function(file, module.get_config, size)
+  else:
+    config = call_user_function(file, module.get_config)
+  check_config(config, f'{file}: get_config()')
+  return config
+
+
+def run_user_file(file: str) -> types.ModuleType:
+  """Runs a Python file of the user and returns its module; adds the parts of a
+  model that the file declares, such as norms, to the project's.
+
+  Raises:
+    RequestError: where the file fails, with the line.
+  """
+  text = call_user_function(file, read_python_file, file)
+  module = call_user_function(file, execute_file, file, text)
+  declare_parts(file, text, module)
+  return module
+
+
+def read_python_file(file: str) -> str:
+  """Returns the text of a Python file, decoded as its first lines say."""
+  with tokenize.open(file) as opened:
+    return opened.read()
+
+
+def call_user_function(file: str, function: Callable, *args):
+  """Calls a function of a user's file with `args`, and returns what it does.
+
+  Args:
+    file: the path of the file, for the message.
+    function: the function.
+    *args: its arguments.
+
+  Raises:
+    RequestError: where it fails, with the file, the line and the reason.
+  """
+  try:
+    return function(*args)
+  except RequestError:
+    raise  # which is a sentence already
+  except (Exception, SystemExit) as error:  # whatever the user's code raises
+    # The last line of the file that was run; there is none where the file
+    # fails before.
+    place = file
+    for frame in traceback.extract_tb(error.__traceback__):
+      if frame.filename == file:
+        place = f'{file}, line {frame.lineno}'
+    if isinstance(error, SyntaxError) and error.filename == file:
+      place = f'{file}, line {error.lineno}'
+    reason = ' '.join(str(error).split()) or 'no message'
+    raise RequestError(f'{place}: {type(error).__name__}: {reason}') from error
+
+
+def check_config(config: Any, who: str) -> None:
+  """Checks that what a user's function returned is a config: that it has the
+  fields of configs/base.py, each of the type and in the range declared there.
+
+  Args:
+    config: what was returned.
+    who: the function, as the subject of a sentence.
+
+  Raises:
+    RequestError: where it is none.
+  """
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise RequestError(
+        f'{who} returned {short(config)}, which is no ConfigDict: end it with '
+        '`return c`, where c began as base.base()')
+  missing_fields = base.FIELDS.keys() - flat.flatten_groups(config)
+  if missing_fields:
+    raise RequestError(
+        f'{who}: the fields {short(sorted(missing_fields))} are missing: begin '
+        'with base.base() of configs/base.py')
+  base.check_config(config.to_dict(), f'{who}: ')
 
 
 def execute_file(file: str, text: str) -> types.ModuleType:
@@ -191,3 +360,69 @@ def hash_loaded_files() -> dict[str, str]:
 def hash_text(text: str) -> str:
   """Returns a short hash of a file's text."""
   return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# Tables whose entries lie in files of a folder of the tree. A run needs one
+# objective and few tasks, of dozens.
+
+
+class LazyTable(Mapping):
+  """A table with the entries of all files of a package, in the order of the
+  files' names; a file is imported when an entry of it may be asked for.
+
+  An entry is looked for in the file of the same name, and then in all others.
+  One that is set, as by a file from outside the tree, comes first.
+  """
+
+  def __init__(self, package: str, path: Any,
+               read: Callable[[types.ModuleType], Mapping[str, Any]],
+               without: tuple[str, ...] = ()):
+    """Lists the files of the package; none is imported yet.
+
+    Args:
+      package: the name of the package.
+      path: its __path__.
+      read: a function that returns the entries of a file's module.
+      without: the names of the files that have no entries.
+    """
+    self._package = package
+    self._read = read
+    # Entries that were set come before those of files.
+    self._set_entries: dict[str, Any] = {}
+    self._entries_of_file: dict[str, Mapping[str, Any]] = {}  # if imported
+    self._files = []
+    for file in pkgutil.iter_modules(path):
+      if not file.ispkg and file.name not in without:
+        self._files.append(file.name)
+
+  def _import_entries(self, file: str) -> Mapping[str, Any]:
+    """Returns the entries of a file, which is imported at the first call."""
+    if file not in self._entries_of_file:
+      module = importlib.import_module(f'{self._package}.{file}')
+      self._entries_of_file[file] = self._read(module)
+    return self._entries_of_file[file]
+
+  def __setitem__(self, name: str, entry: Any) -> None:
+    self._set_entries[name] = entry
+
+  def __getitem__(self, name: str) -> Any:
+    if name in self._set_entries:
+      return self._set_entries[name]
+    # The file of that name is the likeliest one.
+    files = self._files
+    if name in files:
+      files = [name, *files]
+    for file in files:
+      entries = self._import_entries(file)
+      if name in entries:
+        return entries[name]
+    raise KeyError(name)
+
+  def __iter__(self) -> Iterator[str]:
+    for file in self._files:
+      yield from self._import_entries(file)
+    yield from self._set_entries
+
+  def __len__(self) -> int:
+    in_files = sum(len(self._import_entries(file)) for file in self._files)
+    return in_files + len(self._set_entries)

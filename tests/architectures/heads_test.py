@@ -15,7 +15,7 @@ from architectures.parts.moe.routing import MoEConfig
 from common.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
-from training import cli, objectives
+from training import objectives, plugins
 from training.costs import totals
 
 
@@ -32,7 +32,7 @@ def _run(module, params, tokens_BL, **kwargs):
                  marks=pytest.mark.long),
     ('configs/gpt.py:gpt2', 'sequence', 2, 124_441_344)])
 def test_parameters_are_as_many_as_published(size, head, labels, published):
-  config = cli.load_config_file(size)
+  config = plugins.load_config_file(size)
   config.model.update(head=head, num_labels=labels)
   counted = totals.count_costs(config)
   assert counted['parameters'] == published

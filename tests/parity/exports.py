@@ -24,8 +24,8 @@ from architectures.parts.config import ModelConfig
 from common import fields
 from common import kinds
 from common.errors import RequestError
+from configs import base
 from tests.parity import compare, reference
-from training import cli
 from training.hf import config as hf_config, weights
 from training.runs import abstract_params
 
@@ -134,7 +134,7 @@ def export_findings(system: str) -> Iterator[compare.Finding]:
   for change in changes(architectures.resolve(config(system))):
     model = config(system)
     try:
-      cli.set_model_fields(model, change)
+      base.set_model_fields(model, change)
       module = architectures.build(model)
       hf_config.config_json_of_model(module.config)
     except RequestError:

@@ -14,7 +14,7 @@ import pytest
 
 from common import arguments, errors
 from tests.helpers import forked
-from training import cli
+from training import cli, plugins
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Imported by a run that asks for them, never by `--help`.
@@ -242,7 +242,7 @@ def test_an_error_in_a_config_file_has_its_file_and_line(text, tmp_path):
   file = tmp_path / 'mine.py'
   file.write_text(text)
   with pytest.raises(errors.RequestError) as error:
-    cli.load_config_file(str(file))
+    plugins.load_config_file(str(file))
   assert str(error.value).startswith(str(file))
   assert BAD_FILES[text] in str(error.value)
   assert '\n' not in str(error.value)

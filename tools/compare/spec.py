@@ -21,7 +21,6 @@ from architectures.parts import flat
 from common.arguments import check_argument_types
 from common.errors import RequestError, suggest_name, require, short
 from common.fields import check_type
-import configs
 from configs import base as fields
 from training import cli, evals, plugins
 
@@ -175,10 +174,10 @@ def read_sweep_file(file: str, seeds: int = 0,
             f'the file\'s own.{suggest_name(name, [*known])}')
 
   # The base and the points.
-  base = cli.call_user_function(file, module.get_config)
-  cli.check_config(base, f'{file}: get_config()')
+  base = plugins.call_user_function(file, module.get_config)
+  plugins.check_config(base, f'{file}: get_config()')
   add = PointCollector(file, base)
-  cli.call_user_function(file, module.sweep, add)
+  plugins.call_user_function(file, module.sweep, add)
 
   # The constants beside them.
   tasks = getattr(module, 'TASKS', ())
@@ -239,14 +238,14 @@ def lists_to_tuples(value: Any) -> Any:
 
 def path_of_sweep_file(file: str) -> str:
   """Returns the path of the file of a sweep or a study that a user names; see
-  configs.find_config_file."""
-  return configs.find_config_file(file, 'file', ('sweeps', 'studies'))
+  plugins.find_config_file."""
+  return plugins.find_config_file(file, 'file', ('sweeps', 'studies'))
 
 
 def load_sweep_module(file: str):
   """Returns the module that a sweep's or a study's file is."""
   file = path_of_sweep_file(file)
-  module = cli.run_user_file(file)
+  module = plugins.run_user_file(file)
   for name, given in ('get_config', ''), ('sweep', 'add'):
     require(callable(getattr(module, name, None)),
             f'{file} has no {name}: add `def {name}({given}): ...`')

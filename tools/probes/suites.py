@@ -18,9 +18,8 @@ import ml_collections
 import numpy as np
 
 from common.errors import Stopped, one_of, require
-from configs import find_config_file
 from tools.compare import page, spec, statistics
-from training import cli, plugins
+from training import plugins
 from training.data import probes
 from training.workdir import storage
 
@@ -83,9 +82,9 @@ def load_suite(file: str, base: ml_collections.ConfigDict,
     RequestError: for a file that is no suite, or a run that cannot be.
   """
   from training import preflight
-  file = find_config_file(file, asked_in='--suite', folders=('probes',),
+  file = plugins.find_config_file(file, asked_in='--suite', folders=('probes',),
                           defines='suite')
-  module = cli.run_user_file(file)
+  module = plugins.run_user_file(file)
   for name in ('LRS', 'suite'):
     require(hasattr(module, name), f'{file} has no {name}: a suite has LRS '
             'and suite(add)')
@@ -118,14 +117,14 @@ def load_suite(file: str, base: ml_collections.ConfigDict,
                 'the suite')
     configs[label] = spec.apply_changes(base, fields, f'{file}, task {task!r}')
 
-  cli.call_user_function(file, module.suite, add)
+  plugins.call_user_function(file, module.suite, add)
   for task in only:
     one_of('--only', task, configs)
   seeds = seeds or getattr(module, 'SEEDS', spec.DEFAULT_NUM_SEEDS)
   chosen = {task: config for task, config in configs.items()
             if not only or task in only}
   suite = Suite(
-      file=file, digest=plugins.hash_text(cli.read_python_file(file)),
+      file=file, digest=plugins.hash_text(plugins.read_python_file(file)),
       lrs=tuple(module.LRS), seeds=tuple(range(seeds)), configs=chosen)
   for task in suite.configs:
     for run in suite.runs(task):

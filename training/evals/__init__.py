@@ -18,9 +18,8 @@ from absl import flags
 from etils import epath
 import jax
 
-from common import lazy
 from common.errors import RequestError, one_of, require, short
-from training import objectives, parameters, progress, runs
+from training import objectives, parameters, plugins, progress, runs
 from training.distributed import devices
 from training.evals import tasks
 from training.objectives import Config
@@ -216,7 +215,7 @@ class Task:
     """
 
 
-TASKS: Mapping[str, Task] = lazy.LazyTable(
+TASKS: Mapping[str, Task] = plugins.LazyTable(
     tasks.__name__, tasks.__path__, lambda file: file.TASKS)
 
 

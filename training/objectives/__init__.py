@@ -30,9 +30,9 @@ import numpy as np
 import architectures
 from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import Output
-from common import lazy
 from common.errors import RequestError, one_of, require, short
 from configs import base
+from training import plugins
 from training.data import conversations, records, sources
 from training.data.tokenizers import Tokenizer, decode_after_prompt
 from training.objectives import losses
@@ -589,7 +589,7 @@ class Objective:
     return values
 
 
-OBJECTIVES: Mapping[str, Objective] = lazy.LazyTable(
+OBJECTIVES: Mapping[str, Objective] = plugins.LazyTable(
     __name__, path=__path__, read=lambda file: file.OBJECTIVES,
     without=('losses', 'pipeline'))
 
