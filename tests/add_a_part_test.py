@@ -226,12 +226,12 @@ class Leaky(nn.Module):
 class LeakyMixer(mixer.Mixer):
   module = Leaky
 
-  def cache(self, c, shape):
-    return State(jnp.zeros((*shape[:-1], c.part(LeakyConfig).width)))
+  def cache(self, config, shape):
+    return State(jnp.zeros((*shape[:-1], config.part(LeakyConfig).width)))
 
-  def check(self, c, stack):
-    super().check(c, stack)
-    if c.parametrization == 'mup':
+  def check(self, config, stack):
+    super().check(config, stack)
+    if config.parametrization == 'mup':
       raise RequestError('muP has no rule for mixer leaky')
 
 

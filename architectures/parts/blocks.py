@@ -66,11 +66,12 @@ def has_layers_with_state(config: ModelConfig) -> bool:
   return False
 
 
-def empty_cache_of_layer(c: ModelConfig, shape: tuple[int, ...]) -> LayerCache:
+def empty_cache_of_layer(config: ModelConfig, shape: tuple[int, ...]
+                         ) -> LayerCache:
   """Returns the generation cache of a layer that has read no token yet.
 
   Args:
-    c: the config of the layer (not that of a model with several kinds of
+    config: the config of the layer (not that of a model with several kinds of
       layer).
     shape: [..., B, M], for B rows with room for M tokens each. Axes in front,
       such as one of layers, are kept in all arrays.
@@ -82,18 +83,19 @@ def empty_cache_of_layer(c: ModelConfig, shape: tuple[int, ...]) -> LayerCache:
   """
   # The last tokens, where the layer looks up tables by n-grams of tokens.
   memory = None
-  if lookup.keeps_last_tokens(c):
-    memory = lookup.empty_state(c, shape)
+  if lookup.keeps_last_tokens(config):
+    memory = lookup.empty_state(config, shape)
   # The last results of each branch, where a convolution over W = branch_conv
   # tokens follows it: the newest token is there already, so W - 1 are kept.
   inputs = {}
-  if c.branch_conv:
-    shape_of_inputs = *shape[:-1], c.branch_conv - 1, c.d_model
-    inputs['attention'] = jnp.zeros(shape_of_inputs, c.compute_dtype)
-    if c.ffn != NO_FFN:
-      inputs['ffn'] = jnp.zeros(shape_of_inputs, c.compute_dtype)
-  mixer = mixer_of_layers(c)
-  return LayerCache(mixer=mixer.cache(c, shape), memory=memory, inputs=inputs)
+  if config.branch_conv:
+    shape_of_inputs = *shape[:-1], config.branch_conv - 1, config.d_model
+    inputs['attention'] = jnp.zeros(shape_of_inputs, config.compute_dtype)
+    if config.ffn != NO_FFN:
+      inputs['ffn'] = jnp.zeros(shape_of_inputs, config.compute_dtype)
+  mixer = mixer_of_layers(config)
+  return LayerCache(mixer=mixer.cache(config, shape), memory=memory,
+                    inputs=inputs)
 
 
 # The mixers of a layer's tokens, by the values of model.mixer. A new one is a

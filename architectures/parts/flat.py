@@ -184,11 +184,11 @@ def refresh_from_tables() -> None:
   _fields_of_entry.cache_clear()
 
 
-def get_field(c: ModelConfig, name: str) -> Any:
+def get_field(config: ModelConfig, name: str) -> Any:
   """Returns the value of a model's field by its flat name.
 
   Args:
-    c: the model.
+    config: the model.
     name: the name, with that of its group before a dot where it is in one, such
       as 'rope.theta'.
 
@@ -198,11 +198,11 @@ def get_field(c: ModelConfig, name: str) -> Any:
   # The part of the model in which the group's fields are; the model itself has
   # the fields that are in none.
   group = _GROUP_OF_FIELD.get(name, '')
-  part: Any = c
+  part: Any = config
   if group == GROUP_OF_LORA:
-    part = c.lora
+    part = config.lora
   elif group:
-    part = c.find(GROUPS[group])
+    part = config.find(GROUPS[group])
   if part is None:
     return DEFAULTS[name]
   return getattr(part, name.rpartition('.')[2])
@@ -214,12 +214,12 @@ def group_of(part: Any) -> str:
   return _GROUP_OF_CLASS[part_class]
 
 
-def to_dict(c: ModelConfig) -> dict[str, Any]:
+def to_dict(config: ModelConfig) -> dict[str, Any]:
   """Returns a model's fields as nested dicts, from which `make_model` makes the
   same model again.
 
   Args:
-    c: the model.
+    config: the model.
 
   Returns:
     The fields by name, with a dict for each group of fields, such as 'rope',
@@ -230,12 +230,12 @@ def to_dict(c: ModelConfig) -> dict[str, Any]:
   tree: dict[str, Any] = {}
   for name in FIELDS:
     if name not in _GROUP_OF_FIELD:
-      tree[name] = getattr(c, name)
+      tree[name] = getattr(config, name)
   # The kinds of layer, and the parts.
   tree['kinds'] = {name: _copy_as_dicts(kind.overrides)
-                   for name, kind in c.kinds.items()}
-  tree[GROUP_OF_LORA] = dataclasses.asdict(c.lora)
-  for part in c.parts:
+                   for name, kind in config.kinds.items()}
+  tree[GROUP_OF_LORA] = dataclasses.asdict(config.lora)
+  for part in config.parts:
     group, fields = group_of(part), dataclasses.asdict(part)
     if group == GROUP_WITHOUT_PREFIX:
       tree |= fields
@@ -335,22 +335,22 @@ def _fields_of_choices(choices: Mapping[str, Any]) -> set[str]:
   return fields
 
 
-def _conditions_of_reading(c: ModelConfig) -> dict[str, declared.ReadIf]:
+def _conditions_of_reading(config: ModelConfig) -> dict[str, declared.ReadIf]:
   """Returns the fields that a model's layers have but do not read because of
   the value of another field, such as the sizes of an absent network.
 
   Args:
-    c: the model, or the config of one kind of layer.
+    config: the model, or the config of one kind of layer.
 
   Returns:
     For each such field, by its flat name, the field that it depends on and, in
     words, the value which that one would have to have.
   """
   # The model says it of its own fields, and each part of its fields.
-  conditions = c.conditions_of_reading()
-  for part in (c.lora, *c.parts):
+  conditions = config.conditions_of_reading()
+  for part in (config.lora, *config.parts):
     if hasattr(part, 'conditions_of_reading'):
-      conditions_in_part = part.conditions_of_reading(c)
+      conditions_in_part = part.conditions_of_reading(config)
       for name in fields_of_group(group_of(part)):
         field_name = name.rpartition('.')[2]
         if field_name in conditions_in_part:
@@ -359,12 +359,12 @@ def _conditions_of_reading(c: ModelConfig) -> dict[str, declared.ReadIf]:
   # The sizes of a feed-forward network that is not there. A model of experts
   # has no dense network of its own: d_ff is then read only as the default of
   # moe.d_ff, and the dropout by the experts that all tokens go through.
-  moe = c.find(MoEConfig)
-  if c.ffn == layers.NO_FFN:
+  moe = config.find(MoEConfig)
+  if config.ffn == layers.NO_FFN:
     for name in ('d_ff', 'ffn_bias', 'ffn_dropout'):
       conditions[name] = declared.ReadIf('ffn', f'is not {layers.NO_FFN}')
-  if c.ffn == 'moe' and moe is not None:
-    if moe.d_ff != c.d_ff:
+  if config.ffn == 'moe' and moe is not None:
+    if moe.d_ff != config.d_ff:
       conditions['d_ff'] = declared.ReadIf(
           'moe.d_ff', 'is 0, or the network of a layer is dense')
     if not moe.shared_experts:
@@ -373,26 +373,27 @@ def _conditions_of_reading(c: ModelConfig) -> dict[str, declared.ReadIf]:
   return conditions
 
 
-def fields_of_layers(c: ModelConfig) -> set[str]:
+def fields_of_layers(config: ModelConfig) -> set[str]:
   """Returns the fields that a layer reads, where all layers are as `c` says."""
-  choices = {selector: get_field(c, selector) for selector in tables.TABLES}
-  return _fields_of_choices(choices) - _conditions_of_reading(c).keys()
+  choices = {selector: get_field(config,
+                                 selector) for selector in tables.TABLES}
+  return _fields_of_choices(choices) - _conditions_of_reading(config).keys()
 
 
-def fields_that_are_read(c: ModelConfig) -> set[str]:
+def fields_that_are_read(config: ModelConfig) -> set[str]:
   """Returns the flat names of the model's fields that something reads: a layer,
   or the model beside its layers.
 
   A field that every layer has a value of its own for, by its kind, is not read.
 
   Args:
-    c: the model.
+    config: the model.
   """
   fields: set[str] = set()
-  for kind_name in c.kinds_used:
+  for kind_name in config.kinds_used:
     overrides: Mapping[str, Any] = {}
     if kind_name:
-      overrides = flatten_groups(c.kinds[kind_name].overrides)
+      overrides = flatten_groups(config.kinds[kind_name].overrides)
     # The fields that a kind overrides are read of the kind, not of the model. A
     # kind's `window` also chooses its rule of attention.
     replaced = {_name_of_model_field(name) for name in overrides}
@@ -400,9 +401,9 @@ def fields_that_are_read(c: ModelConfig) -> set[str]:
       replaced.add('attention')
     # These are read beside the layers too.
     replaced -= {'position', 'ffn', 'block'}
-    fields |= fields_of_layers(c.of_kind(kind_name)) - replaced
-  if positions.position_of(c).of_stack:
-    fields |= fields_of_layers(c)
+    fields |= fields_of_layers(config.of_kind(kind_name)) - replaced
+  if positions.position_of(config).of_stack:
+    fields |= fields_of_layers(config)
   return fields
 
 
@@ -418,7 +419,7 @@ class UnreadField:
   others: tuple[str, ...] = ()
 
 
-def fields_that_are_unread(c: ModelConfig,
+def fields_that_are_unread(config: ModelConfig,
                            tree: Mapping[str, Any] | None = None
                            ) -> dict[str, UnreadField]:
   """Returns the fields that a model has and nothing reads: the model's own, and
@@ -428,7 +429,7 @@ def fields_that_are_unread(c: ModelConfig,
   with the reason.
 
   Args:
-    c: the model.
+    config: the model.
     tree: the config.model of which `c` was made, which alone tells whether
       there are sizes that are derived; None: fields from which sizes may be
       derived count as read.
@@ -439,42 +440,42 @@ def fields_that_are_unread(c: ModelConfig,
   """
   unread: dict[str, UnreadField] = {}
   if tree is not None:
-    unread |= _unneeded_sources_of_sizes(c, tree)
+    unread |= _unneeded_sources_of_sizes(config, tree)
   # The model's own fields.
-  read = fields_that_are_read(c)
+  read = fields_that_are_read(config)
   conditions: dict[str, declared.ReadIf] = {}
-  for layer in c.distinct_layers:
+  for layer in config.distinct_layers:
     conditions |= _conditions_of_reading(layer)
   for name in FIELDS:
     if name not in read:
       unread[name] = _explain_unread_field(name, conditions) or UnreadField(
           where='a kind of model.kinds does not set it', others=('kinds',))
   # The fields of the kinds of layer.
-  for kind_name in c.kinds:
-    unread_of_kind = _unread_fields_of_layer_kind(c, kind_name)
+  for kind_name in config.kinds:
+    unread_of_kind = _unread_fields_of_layer_kind(config, kind_name)
     for name, reason in unread_of_kind.items():
       unread[f'kinds.{kind_name}.{name}'] = reason
   return unread
 
 
-def _unread_fields_of_layer_kind(c: ModelConfig, kind_name: str
+def _unread_fields_of_layer_kind(config: ModelConfig, kind_name: str
                                  ) -> dict[str, UnreadField]:
   """Returns the fields that a kind of layer overrides and its layers do not
   read.
 
   Args:
-    c: the model.
+    config: the model.
     kind_name: the name of the kind, a key of model.kinds.
 
   Returns:
     For each such field, by its name in the kind, when it would be read, and the
     fields that decide on it.
   """
-  layer = c.of_kind(kind_name)
+  layer = config.of_kind(kind_name)
   read, conditions = fields_of_layers(layer), _conditions_of_reading(layer)
   sources = blocks.mixer_of_layers(layer).sources
   unread = {}
-  for name, value in flatten_groups(c.kinds[kind_name].overrides).items():
+  for name, value in flatten_groups(config.kinds[kind_name].overrides).items():
     model_field = _name_of_model_field(name)
     # A size that its mixer has as a field of its own.
     if name in sources:
@@ -535,8 +536,8 @@ def _explain_unread_field(name: str, conditions: Mapping[str, declared.ReadIf]
 class _ModelThatRecordsReads:
   """Stands for a model, and remembers the names of the fields that are read."""
 
-  def __init__(self, c: ModelConfig):
-    self._model = c
+  def __init__(self, config: ModelConfig):
+    self._model = config
     self.names: set[str] = set()
 
   def __getattr__(self, name: str) -> Any:
@@ -544,7 +545,7 @@ class _ModelThatRecordsReads:
     return getattr(self._model, name)
 
 
-def _unneeded_sources_of_sizes(c: ModelConfig, tree: Mapping[str, Any]
+def _unneeded_sources_of_sizes(config: ModelConfig, tree: Mapping[str, Any]
                                ) -> dict[str, UnreadField]:
   """Returns the fields that are read only to derive sizes, where all of these
   sizes are given and nothing is left to derive.
@@ -554,18 +555,18 @@ def _unneeded_sources_of_sizes(c: ModelConfig, tree: Mapping[str, Any]
   set.
 
   Args:
-    c: the model.
+    config: the model.
     tree: the config.model of which it was made.
 
   Returns:
     For each such field, by its flat name, when it would be read.
   """
   # The rules of muP are by the size of a head.
-  if c.parametrization == 'mup':
+  if config.parametrization == 'mup':
     return {}
   mixers: dict[str, None] = {}
   sources = set(FIELDS)
-  for layer in c.distinct_layers:
+  for layer in config.distinct_layers:
     sources &= set(blocks.mixer_of_layers(layer).sources)
     mixers[f'model.{layer.mixer}'] = None
   if not sources:
@@ -573,8 +574,8 @@ def _unneeded_sources_of_sizes(c: ModelConfig, tree: Mapping[str, Any]
 
   # The sizes that the parts do ask for. They are made once more of `tree`,
   # where sizes that are not given are still open, and the reads are recorded.
-  recorder: Any = _ModelThatRecordsReads(c)
-  for part in c.parts:
+  recorder: Any = _ModelThatRecordsReads(config)
+  for part in config.parts:
     _make_part(type(part), tree, recorder)
   if 'head_dim' in recorder.names and not tree.get('head_dim'):
     recorder.names.add('num_heads')  # of which it is derived
@@ -620,11 +621,11 @@ class ConfigWithAllParts(ModelConfig):
     return part
 
 
-def with_all_parts(c: ModelConfig) -> ConfigWithAllParts:
+def with_all_parts(config: ModelConfig) -> ConfigWithAllParts:
   """Returns the config with a default in the place of each part that no layer
   has."""
-  return ConfigWithAllParts(**{field.name: getattr(c, field.name)
-                               for field in dataclasses.fields(c)})
+  return ConfigWithAllParts(**{field.name: getattr(config, field.name)
+                               for field in dataclasses.fields(config)})
 
 
 def make_model(tree: Mapping[str, Any]) -> ModelConfig:
@@ -646,12 +647,12 @@ def make_model(tree: Mapping[str, Any]) -> ModelConfig:
   fields = DEFAULTS | flatten_groups(given)
 
   # The model without its parts.
-  c = ModelConfig(**_derive_fields_of_model(fields, kinds))
-  fields['head'] = c.head
+  config = ModelConfig(**_derive_fields_of_model(fields, kinds))
+  fields['head'] = config.head
 
   # The parts that any layer has chosen.
   names = _fields_of_choices(fields)
-  for kind_name in c.kinds_used:
+  for kind_name in config.kinds_used:
     if kind_name in kinds:  # else it is refused later
       choices = _choices_of_layer_kind(fields, kinds[kind_name])
       names |= _fields_of_choices(choices)
@@ -659,19 +660,21 @@ def make_model(tree: Mapping[str, Any]) -> ModelConfig:
   chosen_groups = {_GROUP_OF_FIELD.get(name) for name in names}
   for group, part_class in GROUPS.items():
     if group in chosen_groups and group != GROUP_OF_LORA:
-      parts.append(_make_part(part_class, tree, c))
+      parts.append(_make_part(part_class, tree, config))
   lora = LoraConfig()
   if fields['lora.rank']:
-    lora = _make_part(LoraConfig, tree, c)
-  c = dataclasses.replace(c, lora=lora, parts=tuple(parts))
+    lora = _make_part(LoraConfig, tree, config)
+  config = dataclasses.replace(config, lora=lora, parts=tuple(parts))
 
   # Heads that nothing is derived from need not divide the width.
-  is_divided = fields['head_dim'] or c.d_model % c.num_heads == 0
-  if not is_divided and 'num_heads' not in _unneeded_sources_of_sizes(c, tree):
+  is_divided = fields['head_dim'] or config.d_model % config.num_heads == 0
+  if not is_divided and 'num_heads' not in _unneeded_sources_of_sizes(config,
+                                                                      tree):
     raise RequestError(
-        f'model.num_heads is {c.num_heads}, which does not divide '
-        f'model.d_model {c.d_model}: choose a divisor, or set model.head_dim')
-  return c
+        f'model.num_heads is {config.num_heads}, which does not divide '
+        f'model.d_model {config.d_model}: choose a divisor, or set '
+        'model.head_dim')
+  return config
 
 
 def _choices_of_layer_kind(fields: Mapping[str, Any], kind: Mapping[str, Any]

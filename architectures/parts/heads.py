@@ -198,30 +198,32 @@ class Unfold(nn.Module):
       The input of the head, [B, L, D], and the Head, whose logits are [B, L, V]
       with V entries of the vocabulary.
     """
-    c = self.config
+    config = self.config
     # The places are told apart by sinusoidal positions. fairseq's layout adds 2
     # to positions, and the published ones begin at 0, so 2 is taken off first.
     places_LD = positions.sinusoidal_encoding(
-        jnp.arange(length) - 2, c.d_model, 'fairseq')
+        jnp.arange(length) - 2, config.d_model, 'fairseq')
     x_BLD = x_BD[:, None] + places_LD[None].astype(x_BD.dtype)
     # Twice a norm, a product and gelu.
     for i in range(2):
-      normed_BLD = norm(c, f'norm_{i}')(x_BLD)
-      w_DD = layers.weight(self, f'kernel_{i}', shape=(c.d_model, c.d_model),
+      normed_BLD = norm(config, f'norm_{i}')(x_BLD)
+      w_DD = layers.weight(self, f'kernel_{i}',
+                           shape=(config.d_model, config.d_model),
                            axes=('embed', None), tuned=True)
-      b_D = layers.bias(self, f'bias_{i}', shape=(c.d_model,), axes=(None,),
-                        tuned=True)
+      b_D = layers.bias(self, f'bias_{i}', shape=(config.d_model,),
+                        axes=(None,), tuned=True)
       product_BLD = layers.einsum('BLD,DE->BLE', normed_BLD, w_DD,
                                   dtype=normed_BLD.dtype,
                                   out_dtype=normed_BLD.dtype)
       x_BLD = layers.gelu(layers.add_bias(product_BLD, b_D))
     # The product with the vocabulary.
-    kernel_DV = layers.weight(self, 'kernel', shape=(c.d_model, c.vocab_size),
+    kernel_DV = layers.weight(self, 'kernel',
+                              shape=(config.d_model, config.vocab_size),
                               axes=('embed', 'vocab'), output=True, tuned=True)
-    bias_V = layers.bias(self, 'bias', shape=(c.vocab_size,), axes=('vocab',),
-                         output=True, tuned=True)
-    head = Head(kernel_DV=kernel_DV, bias_V=bias_V, scale=1 / c.widening)
-    return norm(c, 'norm_2')(x_BLD), head
+    bias_V = layers.bias(self, 'bias', shape=(config.vocab_size,),
+                         axes=('vocab',), output=True, tuned=True)
+    head = Head(kernel_DV=kernel_DV, bias_V=bias_V, scale=1 / config.widening)
+    return norm(config, 'norm_2')(x_BLD), head
 
 
 def pool_last_token(x_BLD: jax.Array, valid_BL: Optional[jax.Array],
@@ -297,16 +299,16 @@ class GeneratorConfig:
       50.0, "of the encoder's loss beside that of the generator", least=0,
       about=RUN)
 
-  def derived(self, c: ModelConfig) -> 'GeneratorConfig':
-    width = self.d_model or c.d_model
+  def derived(self, config: ModelConfig) -> 'GeneratorConfig':
+    width = self.d_model or config.d_model
     return dataclasses.replace(
-        self, d_model=width, num_heads=self.num_heads or c.num_heads,
+        self, d_model=width, num_heads=self.num_heads or config.num_heads,
         d_ff=self.d_ff or 4 * width)
 
-  def conditions_of_reading(self, c: ModelConfig) -> dict[str, ReadIf]:
+  def conditions_of_reading(self, config: ModelConfig) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as long as another field has its
     value, each with that field and what it would have to be."""
-    del c
+    del config
     if self.num_layers:
       return {}
     without = ReadIf('generator.num_layers', 'is set')
@@ -314,26 +316,26 @@ class GeneratorConfig:
             if x.name != 'num_layers'}
 
 
-def _check_generator(c: ModelConfig) -> None:
+def _check_generator(config: ModelConfig) -> None:
   """Checks the sizes of ELECTRA's generator, the small network that replaces
   masked tokens for the model to find.
 
   Args:
-    c: the config of the model, which has a generator as a part.
+    config: the config of the model, which has a generator as a part.
 
   Raises:
     RequestError: for heads that do not divide the generator's width, or a model
       with several kinds of layer, whose pattern a generator could not have.
   """
-  generator = c.part(GeneratorConfig)
+  generator = config.part(GeneratorConfig)
   require(generator.d_model % generator.num_heads == 0,
           f'model.generator.num_heads is {generator.num_heads}, which does not '
           f'divide model.generator.d_model {generator.d_model}: choose a '
           'divisor')
-  require(not generator.num_layers or not c.kinds,
+  require(not generator.num_layers or not config.kinds,
           f'model.generator.num_layers is {generator.num_layers}, and '
-          f'model.kinds has {", ".join(c.kinds)}: a generator has layers of '
-          'one kind, as its model must')
+          f'model.kinds has {", ".join(config.kinds)}: a generator has layers '
+          'of one kind, as its model must')
 
 
 class HeadKind(NamedTuple):
@@ -360,11 +362,11 @@ class HeadKind(NamedTuple):
   check: Optional[Callable[[ModelConfig], None]] = None
 
 
-def _check_num_labels(c: ModelConfig) -> None:
+def _check_num_labels(config: ModelConfig) -> None:
   """Raises RequestError for the head of a task without labels."""
-  require(c.num_labels > 0, f'model.num_labels is {c.num_labels}: model.head '
-          f'{c.head!r} needs 1 or more (derived from the labels of the '
-          'training data at the start of a run)')
+  require(config.num_labels > 0, f'model.num_labels is {config.num_labels}: '
+          f'model.head {config.head!r} needs 1 or more (derived from the '
+          'labels of the training data at the start of a run)')
 
 
 def _count_labels(config: ModelConfig) -> int:

@@ -100,8 +100,9 @@ class NGramsConfig:
     """The number of tables."""
     return (self.order - 1) * self.heads
 
-  def derived(self, c: ModelConfig) -> 'NGramsConfig':
-    return dataclasses.replace(self, size=self.size or c.d_model // self.tables)
+  def derived(self, config: ModelConfig) -> 'NGramsConfig':
+    return dataclasses.replace(self,
+                               size=self.size or config.d_model // self.tables)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +110,9 @@ class PerLayerConfig:
   """The fields of memory per_layer."""
   size: int = field(0, 'features of a row; derived: d_model / 8', resume=SHAPES)
 
-  def derived(self, c: ModelConfig) -> 'PerLayerConfig':
-    return dataclasses.replace(self, size=self.size or max(1, c.d_model // 8))
+  def derived(self, config: ModelConfig) -> 'PerLayerConfig':
+    return dataclasses.replace(self,
+                               size=self.size or max(1, config.d_model // 8))
 
 
 @struct.dataclass
@@ -365,10 +367,11 @@ def _project(module: nn.Module, name: str, x_BLI: jax.Array, size: int = 0,
     axes: the names of W's axes, by which it is divided over the devices.
     **weight_options: further arguments of layers.weight.
   """
-  c: Any = module.config  # type: ignore[attr-defined]
-  w_IO = layers.weight(module, name, shape=(x_BLI.shape[-1], size or c.d_model),
+  config: Any = module.config  # type: ignore[attr-defined]
+  w_IO = layers.weight(module, name,
+                       shape=(x_BLI.shape[-1], size or config.d_model),
                        axes=axes, **weight_options)
-  return layers.einsum('BLI,IO->BLO', x_BLI, w_IO, dtype=c.compute_dtype,
+  return layers.einsum('BLI,IO->BLO', x_BLI, w_IO, dtype=config.compute_dtype,
                        axes=axes)
 
 
@@ -551,34 +554,35 @@ def empty_state(config: ModelConfig, shape: tuple[int, ...]) -> State:
   return State(tokens_BW=tokens_BW, inputs_BWD=inputs_BWD)
 
 
-def check_memory(c: ModelConfig) -> None:
+def check_memory(config: ModelConfig) -> None:
   """Checks a layer that looks up tables of vectors by its tokens.
 
   Args:
-    c: the config of the layer.
+    config: the config of the layer.
 
   Raises:
     RequestError: for residual streams and a parametrization that such a layer
       cannot have, and for sizes of tables that do not fit.
   """
-  memory = f'model.memory is {c.memory!r}'
+  memory = f'model.memory is {config.memory!r}'
   # The residual stream, and muP.
-  can_have_streams = c.memory == 'engram' and c.residual != 'attention'
-  require(c.residual == 'plain' or can_have_streams,
+  can_have_streams = (
+      config.memory == 'engram' and config.residual != 'attention')
+  require(config.residual == 'plain' or can_have_streams,
           f'{memory}, which adds to one stream, and model.residual '
-          f"{c.residual!r} has others: set it to 'plain'")
-  require(c.parametrization == 'standard', f'{memory}, for which '
-          f'model.parametrization {c.parametrization!r} has no rules: set it '
-          "to 'standard'")
-  if not keeps_last_tokens(c):
+          f"{config.residual!r} has others: set it to 'plain'")
+  require(config.parametrization == 'standard', f'{memory}, for which '
+          f'model.parametrization {config.parametrization!r} has no rules: set '
+          "it to 'standard'")
+  if not keeps_last_tokens(config):
     return
   # The tables of n-grams.
-  ngrams = c.part(NGramsConfig)
-  require(ngrams.size > 0, f'{memory}, and model.d_model {c.d_model} has not a '
-          f'feature for each of the {ngrams.tables} tables: set '
+  ngrams = config.part(NGramsConfig)
+  require(ngrams.size > 0, f'{memory}, and model.d_model {config.d_model} has '
+          f'not a feature for each of the {ngrams.tables} tables: set '
           'model.ngrams.size')
-  require(ngrams.pad_token < c.vocab_size, f'model.ngrams.pad_token is '
-          f'{ngrams.pad_token}, which is no token of {c.vocab_size}')
+  require(ngrams.pad_token < config.vocab_size, f'model.ngrams.pad_token is '
+          f'{ngrams.pad_token}, which is no token of {config.vocab_size}')
   # The numbers of rows are primes a little above ngrams.rows; 2^20 is room for
   # the difference.
   num_rows = ngrams.rows * ngrams.tables

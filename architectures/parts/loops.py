@@ -26,20 +26,20 @@ class LoopsConfig:
       0, 'the number of layers by which init scaled_normal divides; derived: '
       'of those that a token goes through', resume=AT_START, about=RUN)
 
-  def derived(self, c: Sizes) -> 'LoopsConfig':
+  def derived(self, config: Sizes) -> 'LoopsConfig':
     """Returns the fields with what follows from those of the model: the depth,
     in which layers that are run several times count once for each pass."""
     if self.depth:
       return self
-    outside = split_kind_names(c.prefix) + split_kind_names(c.suffix)
+    outside = split_kind_names(config.prefix) + split_kind_names(config.suffix)
     num_outside = len(outside)
-    num_looping = max(c.num_layers - num_outside, 0)
-    depth = c.num_layers + (self.passes - 1) * num_looping
+    num_looping = max(config.num_layers - num_outside, 0)
+    depth = config.num_layers + (self.passes - 1) * num_looping
     return dataclasses.replace(self, depth=depth)
 
-  def conditions_of_reading(self, c: Sizes) -> dict[str, ReadIf]:
+  def conditions_of_reading(self, config: Sizes) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as long as another field has its
     value, each with that field and what it would have to be."""
-    if c.init == 'scaled_normal':
+    if config.init == 'scaled_normal':
       return {}
     return {'depth': ReadIf('init', 'is scaled_normal')}

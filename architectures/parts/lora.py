@@ -27,15 +27,15 @@ class LoraConfig:
     """The factor on an adapter's product."""
     return self.alpha / self.rank
 
-  def derived(self, c: Sizes) -> 'LoraConfig':
+  def derived(self, config: Sizes) -> 'LoraConfig':
     """Returns the fields with those that were left open."""
-    del c
+    del config
     return dataclasses.replace(self, alpha=self.alpha or self.rank)
 
-  def conditions_of_reading(self, c: Sizes) -> dict[str, ReadIf]:
+  def conditions_of_reading(self, config: Sizes) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as long as another field has its
     value, each with that field and what it would have to be."""
-    del c
+    del config
     if self.rank:
       return {}
     without = ReadIf('lora.rank', 'is set')

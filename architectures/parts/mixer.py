@@ -80,49 +80,50 @@ class Mixer:
     """The class of the fields that the module has of its own."""
     return getattr(self.module, 'settings', None)
 
-  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
+  def cache(self, config: ModelConfig, shape: tuple[int, ...]) -> Any:
     """Returns the cache of rows without a token, a pytree of arrays.
 
     Args:
-      c: the config of the layer.
+      config: the config of the layer.
       shape: [..., B, M], of B rows with room for M tokens.
     """
     raise NotImplementedError(
         f'{type(self).__name__} defines no `cache`: what is kept of B rows '
         'with room for M tokens')
 
-  def keeps_state(self, c: ModelConfig) -> bool:
+  def keeps_state(self, config: ModelConfig) -> bool:
     """Returns whether the cache holds a state: an array whose size does not
     depend on the number of tokens that there is room for.
 
     A token that was read cannot be removed from a state, padding must not be
     read into it, and a row stays on one device.
     """
-    return has_array_of_fixed_size(functools.partial(self.cache, c))
+    return has_array_of_fixed_size(functools.partial(self.cache, config))
 
-  def products(self, c: ModelConfig) -> set[str]:
+  def products(self, config: ModelConfig) -> set[str]:
     """Returns which of layers.NAMES_OF_PRODUCTS the module has: the products
     that may have a low-rank adapter, or a weight that stays gathered."""
     # Each product declares the parameters of an adapter where all get one.
     adapters = LoraConfig(rank=1, targets=layers.ALL_PRODUCTS)
     names = set()
-    for path in self._parameters(dataclasses.replace(c, lora=adapters)):
+    for path in self._parameters(dataclasses.replace(config, lora=adapters)):
       if path.endswith(layers.SUFFIX_OF_LORA_A):
         names.add(path.removesuffix(layers.SUFFIX_OF_LORA_A))
     return names
 
-  def fields_to_divide(self, c: ModelConfig) -> AxesAndFields:
+  def fields_to_divide(self, config: ModelConfig) -> AxesAndFields:
     """Returns mesh axes, each with a field of config.model that it must
     divide."""
-    del c
+    del config
     return ()
 
-  def sizes_over_tensor(self, c: ModelConfig, tensor: int) -> dict[str, int]:
+  def sizes_over_tensor(self, config: ModelConfig, tensor: int
+                        ) -> dict[str, int]:
     """Returns the sizes that the number of devices for tensor parallelism must
     divide.
 
     Args:
-      c: the config of the layer.
+      config: the config of the layer.
       tensor: the number of devices along the mesh axis `tensor`.
 
     Returns:
@@ -130,56 +131,58 @@ class Mixer:
       devices. {} with one device, and where `fields_to_divide` names the sizes.
     """
     sizes: dict[str, int] = {}
-    if tensor == 1 or self.fields_to_divide(c):
+    if tensor == 1 or self.fields_to_divide(config):
       return sizes
-    for path, box in self._parameters(c).items():
+    for path, box in self._parameters(config).items():
       logical_axes = getattr(box, 'names', ())
       for size, axis in zip(jnp.shape(nn.meta.unbox(box)), logical_axes):
         if axis in AXES_SHARDED_OVER_TENSOR:
           sizes[path] = size
     return sizes
 
-  def widest_step_of_token(self, c: ModelConfig, length: int) -> int:
+  def widest_step_of_token(self, config: ModelConfig, length: int) -> int:
     """Returns the size of the largest array that a mixer without attention
     scores computes, in numbers for each token.
 
     The mixer's program is traced for shapes alone; nothing is run.
 
     Args:
-      c: the config of the layer.
+      config: the config of the layer.
       length: the number of tokens of a row.
     """
-    module, *inputs = self._arguments_of_call(c, length)
+    module, *inputs = self._arguments_of_call(config, length)
     variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
     program = jax.make_jaxpr(module.apply)(nn.meta.unbox(variables), *inputs)
     return -(-_size_of_largest_array(program.jaxpr) // length)  # rounded up
 
-  def check(self, c: ModelConfig, stack: str) -> None:
+  def check(self, config: ModelConfig, stack: str) -> None:
     """Refuses what a layer of this mixer cannot be; without an override, what a
     layer with a state cannot.
 
     Args:
-      c: the config of the layer.
+      config: the config of the layer.
       stack: 'encoder', 'decoder' or 'encoder-decoder'.
 
     Raises:
       RequestError: for such a layer.
     """
-    if self.keeps_state(c):
-      check_layer_of_recurrence(c, stack)
+    if self.keeps_state(config):
+      check_layer_of_recurrence(config, stack)
 
-  def _arguments_of_call(self, c: ModelConfig, length: int) -> tuple:
+  def _arguments_of_call(self, config: ModelConfig, length: int) -> tuple:
     """Returns the module, and the shapes of the arguments with which it is
     called for one row of `length` tokens: x, the context, and no cache."""
-    module = self.module(c, LayerKind(attention=c.attention, ffn=c.ffn))
-    x_BLD = jax.ShapeDtypeStruct((1, length, c.d_model), c.compute_dtype)
+    module = self.module(config,
+                         LayerKind(attention=config.attention, ffn=config.ffn))
+    x_BLD = jax.ShapeDtypeStruct((1, length, config.d_model),
+                                 config.compute_dtype)
     positions_BL: Any = jax.ShapeDtypeStruct((1, length), jnp.int32)
     return module, x_BLD, Context(positions_BL=positions_BL), None
 
-  def _parameters(self, c: ModelConfig) -> dict[str, Any]:
+  def _parameters(self, config: ModelConfig) -> dict[str, Any]:
     """Returns the shapes of the module's parameters by their paths, each in the
     box that has its logical axes."""
-    module, *inputs = self._arguments_of_call(c, length=1)
+    module, *inputs = self._arguments_of_call(config, length=1)
     variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
     leaves, _ = jax.tree_util.tree_flatten_with_path(
         variables['params'], is_leaf=nn.meta.is_axis_metadata)
@@ -240,29 +243,29 @@ def check_context_of_recurrence(name: str, ctx: Context) -> None:
         f'{mixer} into a state: it has no attention weights to show')
 
 
-def check_layer_of_recurrence(c: ModelConfig, stack: str) -> None:
+def check_layer_of_recurrence(config: ModelConfig, stack: str) -> None:
   """Checks a layer with a recurrence, or another mixer that keeps a state.
 
   Args:
-    c: the config of the layer.
+    config: the config of the layer.
     stack: what the architecture is: 'encoder', 'decoder' or 'encoder-decoder'.
 
   Raises:
     RequestError: for a stack other than a decoder, a rule of attention, or a
       position encoding that is a bias of attention scores.
   """
-  mixer = f'model.mixer is {c.mixer!r}'
+  mixer = f'model.mixer is {config.mixer!r}'
   if stack != 'decoder':
     raise RequestError(
         f'{mixer}, which reads a row in one direction and has no attention to '
-        f'a memory; model.arch {c.arch!r} is an {stack}: choose attention')
-  if c.attention != 'global':
+        f'a memory; model.arch {config.arch!r} is an {stack}: choose attention')
+  if config.attention != 'global':
     raise RequestError(
         f'{mixer}, which keeps no keys and has no window, and model.attention '
-        f'is {c.attention!r}: set it to global, or window to 0 in a kind of '
-        'layer')
-  if positions.position_of(c).stack_bias:
+        f'is {config.attention!r}: set it to global, or window to 0 in a kind '
+        'of layer')
+  if positions.position_of(config).stack_bias:
     raise RequestError(
         f'{mixer}, which has no scores for the bias of model.position '
-        f'{c.position!r}: set it to none, at least in the kinds of layer that '
-        'have this mixer')
+        f'{config.position!r}: set it to none, at least in the kinds of layer '
+        'that have this mixer')

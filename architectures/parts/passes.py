@@ -114,23 +114,23 @@ class Gate(Plain):
     Returns:
       The mixture, [B, L, D], in the dtype of e.
     """
-    c: ModelConfig = module.config  # type: ignore[attr-defined]
-    D, R = c.d_model, c.part(LoopsConfig).gate_rank
+    config: ModelConfig = module.config  # type: ignore[attr-defined]
+    D, R = config.d_model, config.part(LoopsConfig).gate_rank
     # r, with R features, of the U features of e and s side by side. The norms
     # have no scale of their own, as W_r can hold it.
     both_BLU = jnp.concatenate([
-        layers.rmsnorm(inputs_BLD, None, c.norm_eps),
-        layers.rmsnorm(state_BLD, None, c.norm_eps)], -1)
+        layers.rmsnorm(inputs_BLD, None, config.norm_eps),
+        layers.rmsnorm(state_BLD, None, config.norm_eps)], -1)
     down_UR = layers.weight(module, 'down', shape=(2 * D, R),
                             axes=('mlp', None))
     rank_BLR = layers.einsum('BLU,UR->BLR', both_BLU, down_UR,
-                             dtype=c.compute_dtype)
+                             dtype=config.compute_dtype)
 
     def gate(name: str) -> jax.Array:
       """Returns tanh(r W), [B, L, D], with W the parameter `name`."""
       w_RD = layers.weight(module, name, shape=(R, D), axes=(None, 'embed'))
       return jnp.tanh(layers.einsum('BLR,RD->BLD', rank_BLR, w_RD,
-                                    dtype=c.compute_dtype,
+                                    dtype=config.compute_dtype,
                                     out_dtype=jnp.float32))
 
     # The gates and the sum, in float32.

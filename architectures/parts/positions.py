@@ -91,10 +91,10 @@ class RopeConfig:
       0.0, 'for longrope: a factor on turned features; derived: of factor and '
       'original_len', least=0, resume=FUNCTION)
 
-  def derived(self, c: ModelConfig) -> 'RopeConfig':
+  def derived(self, config: ModelConfig) -> 'RopeConfig':
     """Returns the fields with what follows from those of the model."""
     return dataclasses.replace(
-        self, original_len=self.original_len or c.max_len)
+        self, original_len=self.original_len or config.max_len)
 
 
 def rotary_dim(config: ModelConfig) -> int:
@@ -454,13 +454,13 @@ SCALINGS: dict[str, Scaling] = {
 }
 
 
-def check_rope(c: ModelConfig, stack: str = '', head: str = 'model.head_dim'
-               ) -> None:
+def check_rope(config: ModelConfig, stack: str = '',
+               head: str = 'model.head_dim') -> None:
   """Checks that the features of a head can be rotated by rotary positions with
   the scaling that the model has.
 
   Args:
-    c: the config of the model or of a layer.
+    config: the config of the model or of a layer.
     stack: the kind of model; see Position.check, whose signature this has.
     head: the name of the field that says how many features the head has, for
       the message.
@@ -470,11 +470,11 @@ def check_rope(c: ModelConfig, stack: str = '', head: str = 'model.head_dim'
       scaling cannot have.
   """
   del stack  # all kinds of model can have rotary positions
-  dim = rotary_dim(c)
-  rope = c.part(RopeConfig)
+  dim = rotary_dim(config)
+  rope = config.part(RopeConfig)
   require(dim % 2 == 0 and dim > 0, f'model.rope.fraction {rope.fraction} of '
-          f'{head} {c.head_dim} is {dim}: rotary positions turn pairs, so it '
-          'must be even and > 0')
+          f'{head} {config.head_dim} is {dim}: rotary positions turn pairs, so '
+          'it must be even and > 0')
   reason = SCALINGS[rope.scaling].reason_against(rope, dim)
   require(not reason, f'model.rope.scaling is {rope.scaling}, but {reason}')
 
@@ -559,30 +559,30 @@ class Position:
   stack_table: Optional[type[nn.Module]] = None
   settings: Optional[type] = None
 
-  def score_factor(self, c: ModelConfig) -> float:
+  def score_factor(self, config: ModelConfig) -> float:
     """Returns the factor by which the encoding multiplies all scores."""
     return 1.0
 
-  def check(self, c: ModelConfig, stack: str) -> None:
+  def check(self, config: ModelConfig, stack: str) -> None:
     """Raises RequestError for fields that do not fit together.
 
     Args:
-      c: the config of the model or of a layer.
+      config: the config of the model or of a layer.
       stack: 'encoder', 'decoder' or 'encoder-decoder'.
     """
 
-  def longest_supported_length(self, c: ModelConfig) -> float:
+  def longest_supported_length(self, config: ModelConfig) -> float:
     """Returns how many positions there are; infinity where they have no end."""
     return math.inf
 
   def variants_for_longer_rows(
-      self, c: ModelConfig, length: int, multiple: int, interpolate: bool
+      self, config: ModelConfig, length: int, multiple: int, interpolate: bool
       ) -> dict[str, Optional[ModelConfig]]:
     """Returns the variants of a model that are evaluated on texts longer than
     those of its training, each with another way to extend the positions.
 
     Args:
-      c: the model.
+      config: the model.
       length: the length of its training texts, in tokens.
       multiple: how many times as long the texts are.
       interpolate: whether learned positions may be stretched.
@@ -591,7 +591,7 @@ class Position:
       The config of each variant, by a name for the report; None in place of a
       config where the model refuses such texts.
     """
-    return {c.position: c}
+    return {config.position: config}
 
   @property
   def has_bias(self) -> bool:
@@ -671,21 +671,21 @@ class Rope(Position):
     return rotate_heads(x_BLHK, positions_BL=positions_BL, config=config,
                         length=length)
 
-  def score_factor(self, c: ModelConfig) -> float:
-    rope = c.part(RopeConfig)
+  def score_factor(self, config: ModelConfig) -> float:
+    rope = config.part(RopeConfig)
     return SCALINGS[rope.scaling].score_factor(rope)
 
-  def check(self, c: ModelConfig, stack: str) -> None:
-    check_rope(c, stack)
+  def check(self, config: ModelConfig, stack: str) -> None:
+    check_rope(config, stack)
 
   def variants_for_longer_rows(
-      self, c: ModelConfig, length: int, multiple: int, interpolate: bool
+      self, config: ModelConfig, length: int, multiple: int, interpolate: bool
       ) -> dict[str, Optional[ModelConfig]]:
     """Returns the model as it is and, unless its rotary positions are scaled
     already, with each way to scale them that needs only a factor.
 
     Args:
-      c: the model.
+      config: the model.
       length: the length of its training texts, in tokens.
       multiple: how many times as long the texts are.
       interpolate: not read here: rotary positions are not learned.
@@ -694,16 +694,16 @@ class Rope(Position):
       The config of each variant, by a name such as 'rope, linear'. Where the
       texts are no longer (multiple 1), all of them are the model itself.
     """
-    rope = c.part(RopeConfig)
+    rope = config.part(RopeConfig)
     if rope.scaling != 'none':
-      return {f'rope, {rope.scaling}': c}
-    variants: dict[str, Optional[ModelConfig]] = {'rope': c}
+      return {f'rope, {rope.scaling}': config}
+    variants: dict[str, Optional[ModelConfig]] = {'rope': config}
     for name, scaling in SCALINGS.items():
       if not scaling.needs_factor_only or name == 'none':
         continue
-      variants[f'rope, {name}'] = c
+      variants[f'rope, {name}'] = config
       if multiple != 1:
-        variants[f'rope, {name}'] = c.with_part(
+        variants[f'rope, {name}'] = config.with_part(
             RopeConfig, scaling=name, factor=float(multiple),
             original_len=length)
     return variants
@@ -738,20 +738,21 @@ class Learned(Position):
                                           offset=fields.offset)
     return x_BLD + added_BLD.astype(x_BLD.dtype)
 
-  def longest_supported_length(self, c: ModelConfig) -> int:
+  def longest_supported_length(self, config: ModelConfig) -> int:
     # A quotient of lengths times its divisor may lie just below the other.
-    return math.floor(c.max_len * c.part(LearnedConfig).stretch + 1e-6)
+    return math.floor(
+        config.max_len * config.part(LearnedConfig).stretch + 1e-6)
 
   def variants_for_longer_rows(
-      self, c: ModelConfig, length: int, multiple: int, interpolate: bool
+      self, config: ModelConfig, length: int, multiple: int, interpolate: bool
       ) -> dict[str, Optional[ModelConfig]]:
     longer = length * multiple
-    if longer <= self.longest_supported_length(c):
-      return {'learned': c}
+    if longer <= self.longest_supported_length(config):
+      return {'learned': config}
     variants: dict[str, Optional[ModelConfig]] = {'learned': None}
     if interpolate:
-      variants['learned, interpolated'] = c.with_part(
-          LearnedConfig, stretch=longer / c.max_len)
+      variants['learned, interpolated'] = config.with_part(
+          LearnedConfig, stretch=longer / config.max_len)
     return variants
 
 
@@ -807,8 +808,8 @@ class Sinusoidal(Position):
     added_BLD = sinusoidal_encoding(positions_BL, config.d_model, layout)
     return x_BLD + added_BLD.astype(x_BLD.dtype)
 
-  def check(self, c: ModelConfig, stack: str) -> None:
-    check_width_for_sinusoids(c)
+  def check(self, config: ModelConfig, stack: str) -> None:
+    check_width_for_sinusoids(config)
 
 
 def sinusoidal_encoding(positions: jax.Array, d_model: int,
@@ -954,14 +955,16 @@ class RelativeBias(nn.Module):
     Returns:
       The bias, float32 [B or 1, H heads, L, M].
     """
-    c = self.config
-    relative = c.part(RelativeConfig)
+    config = self.config
+    relative = config.part(RelativeConfig)
     # The table has a number for each of the U buckets and each head. It is read
     # for all pairs of a query and a key, and its axis of heads moved forward.
-    stddev = c.base_width ** -0.5 if c.init == 'fan_in' else c.init_stddev
-    table_UH = declare(
-        self, 'table', init=nn.initializers.normal(stddev),
-        shape=(relative.buckets, c.num_heads), role=Role(axes=(None, 'heads')))
+    stddev = config.init_stddev
+    if config.init == 'fan_in':
+      stddev = config.base_width ** -0.5
+    table_UH = declare(self, 'table', init=nn.initializers.normal(stddev),
+                       shape=(relative.buckets, config.num_heads),
+                       role=Role(axes=(None, 'heads')))
     bucket_BLM = relative_bucket(
         k_positions_BM[:, None] - q_positions_BL[:, :, None],
         bidirectional=not self.causal, buckets=relative.buckets,
@@ -976,31 +979,31 @@ class Relative(Position):
   settings = RelativeConfig
   stack_bias: Optional[type[nn.Module]] = RelativeBias
 
-  def check(self, c: ModelConfig, stack: str) -> None:
+  def check(self, config: ModelConfig, stack: str) -> None:
     """Checks that T5's buckets of distances leave some for far distances.
 
     A quarter of an encoder's buckets, and half of a decoder's, have one
     distance each, and the others grow from there to max_distance.
 
     Args:
-      c: the config of the model or of a layer.
+      config: the config of the model or of a layer.
       stack: 'encoder', 'decoder' or 'encoder-decoder'.
 
     Raises:
       RequestError: for too few buckets, an odd number of them, or a largest
         distance that the buckets of one distance reach already.
     """
-    relative = c.part(RelativeConfig)
+    relative = config.part(RelativeConfig)
     buckets, max_distance = relative.buckets, relative.max_distance
     fewest_buckets = 2 if stack == 'decoder' else 4
     num_exact = buckets // (4 if stack == 'encoder' else 2)
     fits = (buckets >= fewest_buckets and buckets % 2 == 0
             and max_distance > num_exact)
     require(fits, f'model.relative.buckets is {buckets} and '
-            f'model.relative.max_distance {max_distance}: model.arch {c.arch} '
-            f'needs an even number of buckets, {fewest_buckets} or more, '
-            f'{num_exact} of which are of one distance each, and a larger '
-            'distance')
+            f'model.relative.max_distance {max_distance}: model.arch '
+            f'{config.arch} needs an even number of buckets, {fewest_buckets} '
+            f'or more, {num_exact} of which are of one distance each, and a '
+            'larger distance')
 
 
 class RelativeByLayer(Relative):
@@ -1054,21 +1057,21 @@ class RelativeByToken(Position):
       The bias, [B, H heads, L, M]; 0 for keys that come later, or that are
       `profiles.extent` tokens away or more.
     """
-    c: ModelConfig = module.config  # type: ignore[attr-defined]
-    profiles = c.part(ProfilesConfig)
+    config: ModelConfig = module.config  # type: ignore[attr-defined]
+    profiles = config.part(ProfilesConfig)
     rank, extent = profiles.rank, profiles.extent
     # How much of each of the U profiles a token takes, for each head; and with
     # these its bias for each distance, where M stands for distances at first.
     mix_BLHU = layers.dense(module, 'profile', 'BLD,DHU->BLHU', x_BLD,
-                            shape=(c.d_model, c.num_heads, rank),
+                            shape=(config.d_model, config.num_heads, rank),
                             axes=('embed', 'heads', None), output=True,
                             with_bias=False,
-                            deterministic=ctx.deterministic) / c.widening
+                            deterministic=ctx.deterministic) / config.widening
     profiles_UM = declare(
-        module, 'profiles', init=nn.initializers.normal(c.init_stddev),
+        module, 'profiles', init=nn.initializers.normal(config.init_stddev),
         shape=(rank, extent), role=Role(axes=(None, None), inputs=(0,)))
     by_distance_BHLM = layers.einsum('BLHU,UM->BHLM', mix_BLHU, profiles_UM,
-                                     dtype=c.compute_dtype,
+                                     dtype=config.compute_dtype,
                                      out_dtype=jnp.float32)
     # The bias of each key is looked up by its distance. Indices outside of the
     # profiles are clipped first, and their biases then replaced by 0.
@@ -1079,8 +1082,8 @@ class RelativeByToken(Position):
     is_in_extent_BLM = (distance_BLM >= 0) & (distance_BLM < extent)
     return jnp.where(is_in_extent_BLM[:, None], bias_BHLM, 0)
 
-  def check(self, c: ModelConfig, stack: str) -> None:
-    require(stack == 'decoder' and c.mixer == 'attention',
+  def check(self, config: ModelConfig, stack: str) -> None:
+    require(stack == 'decoder' and config.mixer == 'attention',
             "model.position is 'relative_by_token', a bias of earlier keys by "
             'model.mixer attention in a decoder: choose these, or position '
             'relative_by_layer')
@@ -1093,11 +1096,11 @@ class Disentangled(Position):
   stack_table = disentangled.Distances
   layer_bias = staticmethod(disentangled.bias)
 
-  def score_factor(self, c: ModelConfig) -> float:
+  def score_factor(self, config: ModelConfig) -> float:
     return 3 ** -0.5
 
-  def check(self, c: ModelConfig, stack: str) -> None:
-    disentangled.check(c, stack)
+  def check(self, config: ModelConfig, stack: str) -> None:
+    disentangled.check(config, stack)
 
 
 POSITIONS: dict[str, Position] = {

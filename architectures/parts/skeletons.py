@@ -374,28 +374,28 @@ PREFIX_OF_GENERATOR = 'generator_'
 NAME_OF_ADDED_TABLE = 'tokens_added'
 
 
-def config_of_generator(c: ModelConfig) -> ModelConfig:
+def config_of_generator(config: ModelConfig) -> ModelConfig:
   """Returns the config of ELECTRA's generator: the small masked language model
   that draws replacements for masked tokens. The model itself, the
   discriminator, learns to tell them from the tokens of the text.
 
   Args:
-    c: the config of the model, with the sizes of its generator as a part.
+    config: the config of the model, with the sizes of its generator as a part.
 
   Returns:
     The model's config with the generator's sizes, a head of masked words, and
     no generator of its own.
   """
-  fields = c.part(GeneratorConfig)
+  fields = config.part(GeneratorConfig)
   head_dim = fields.d_model // fields.num_heads
   # It reads the embedding of the model, and projects it where the widths
   # differ; an embed_dim of 0 means no projection.
-  embed_dim = c.config_of_embedding.d_model
+  embed_dim = config.config_of_embedding.d_model
   if embed_dim == fields.d_model:
     embed_dim = 0
   # replace() derives nothing, so sizes that follow from others are given too.
   return dataclasses.replace(
-      c.without_part(GeneratorConfig), head='lm', next_sentence=False,
+      config.without_part(GeneratorConfig), head='lm', next_sentence=False,
       d_model=fields.d_model, num_layers=fields.num_layers,
       num_decoder_layers=fields.num_layers, d_ff=fields.d_ff,
       num_heads=fields.num_heads, num_kv_heads=fields.num_heads,
@@ -450,23 +450,23 @@ class Encoder(nn.Module):
       at `places_BM` if they are there; what it draws for these, extra['drawn']
       [B, M], is what the encoder reads at them.
     """
-    c = self.config
+    config = self.config
     ctx = _make_context(tokens_BL, positions_BL=positions_BL,
                         segment_ids_BL=segment_ids_BL, **context_fields)
     # The encoder and its generator embed their tokens by the same function.
     embed = functools.partial(
-        Embed(c.config_of_embedding, name='embed'),
+        Embed(config.config_of_embedding, name='embed'),
         positions_BL=ctx.positions_BL, type_ids_BL=type_ids_BL,
         deterministic=ctx.deterministic)
     # With a generator, the encoder reads the tokens that the generator puts at
     # the masked places.
     generated, drawn = None, {}
-    generator = c.find(GeneratorConfig)
+    generator = config.find(GeneratorConfig)
     has_own_table = False
     if generator is not None and generator.num_layers > 0:
       has_own_table = generator.sharing == 'apart'
       prefix = PREFIX_OF_GENERATOR if has_own_table else ''
-      network = type(self)(config_of_generator(c), name='generator')
+      network = type(self)(config_of_generator(config), name='generator')
       generated = network(
           tokens_BL, positions_BL=positions_BL, segment_ids_BL=segment_ids_BL,
           deterministic=ctx.deterministic,
@@ -480,13 +480,14 @@ class Encoder(nn.Module):
     if embedded is None:
       embedded = embed(tokens_BL, added=has_own_table)
     x_BLD, table_DV = embedded
-    if c.embed_dim:
-      x_BLD = self._dense('widen', x_BLD, c.d_model)
+    if config.embed_dim:
+      x_BLD = self._dense('widen', x_BLD, config.d_model)
       x_BLD = sharding.constrain_stream(x_BLD, 'embed')
-    stack = Stack(c, c.sections(c.num_layers, causal=False), name='encoder')
+    stack = Stack(config, config.sections(config.num_layers, causal=False),
+                  name='encoder')
     x_BLD, _, aux = stack(x_BLD, ctx)
     # The head: that of masked words, or that of a task.
-    if c.head == 'lm':
+    if config.head == 'lm':
       return self._apply_pretraining_head(x_BLD, table_DV, aux)
     output = self._apply_task_head(x_BLD, segment_ids_BL, ctx.deterministic)
     if generated is not None:
@@ -637,9 +638,10 @@ class Encoder(nn.Module):
     Args:
       network: a name of FFNS; '': the network of the layers.
     """
-    c = self.config
+    config = self.config
     if not network:
-      network = c.part(MoEConfig).ffn if c.ffn == 'moe' else c.ffn
+      network = config.part(
+          MoEConfig).ffn if config.ffn == 'moe' else config.ffn
     return FFNS[network].act
 
   def _pool_first_token(self, first_BD: jax.Array) -> jax.Array:
@@ -723,11 +725,13 @@ class EncoderDecoder(nn.Module):
   config: ModelConfig
 
   def setup(self):
-    c = self.config
-    self.embed = Embed(c)
-    self.encoder = Stack(c, c.sections(c.num_layers, causal=False))
-    self.decoder = Stack(c, c.sections(c.num_decoder_layers, cross=True))
-    self.head = heads.Unembed(c)
+    config = self.config
+    self.embed = Embed(config)
+    self.encoder = Stack(config,
+                         config.sections(config.num_layers, causal=False))
+    self.decoder = Stack(config,
+                         config.sections(config.num_decoder_layers, cross=True))
+    self.head = heads.Unembed(config)
 
   def __call__(self, tokens_BM: Optional[jax.Array],
                decoder_tokens_BL: Optional[jax.Array] = None, *,

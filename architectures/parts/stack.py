@@ -516,7 +516,7 @@ def _flatten_passes(*of_scans: jax.Array) -> jax.Array:
   return jnp.concatenate(of_scans).reshape(-1, *of_scans[0].shape[2:])
 
 
-def add_distances(c: ModelConfig, kind: LayerKind, ctx: Context,
+def add_distances(config: ModelConfig, kind: LayerKind, ctx: Context,
                   k_positions_BM: jax.Array, name_suffix: str = '') -> Context:
   """Returns the context with what a relative position encoding computes once
   for all layers of a stack: biases of the attention scores, or a table of
@@ -526,7 +526,7 @@ def add_distances(c: ModelConfig, kind: LayerKind, ctx: Context,
   become children of.
 
   Args:
-    c: the model.
+    config: the model.
     kind: a kind of layer of the stack, which says whether it is causal.
     ctx: the context, which has the positions of the L queries.
     k_positions_BM: the positions of the M keys, [batch or 1, M].
@@ -539,14 +539,15 @@ def add_distances(c: ModelConfig, kind: LayerKind, ctx: Context,
     encoding has none.
   """
   # An encoding has a module of one of these kinds, or neither.
-  encoding = positions.position_of(c)
+  encoding = positions.position_of(config)
   bias_BHLM, table_UD = None, None
   if encoding.stack_bias:
     make_bias = encoding.stack_bias(
-        c, kind.causal, name=f'{c.position}_bias{name_suffix}')
+        config, kind.causal, name=f'{config.position}_bias{name_suffix}')
     bias_BHLM = make_bias(ctx.positions_BL, k_positions_BM)
   if encoding.stack_table:
-    make_table = encoding.stack_table(c, name=f'{c.position}{name_suffix}')
+    make_table = encoding.stack_table(config,
+                                      name=f'{config.position}{name_suffix}')
     table_UD = make_table()
   distances = Distances(bias_BHLM=bias_BHLM, table_UD=table_UD)
   return ctx.replace(distances=distances)

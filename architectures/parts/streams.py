@@ -274,7 +274,7 @@ class Plain:
   settings: Optional[type] = None
   fields: tuple[str, ...] = ('residual_scale',)
 
-  def count(self, c: ModelConfig, branches: int) -> int:
+  def count(self, config: ModelConfig, branches: int) -> int:
     """Returns how many arrays go from layer to layer in a stack with this
     number of branches."""
     return 1
@@ -290,7 +290,7 @@ class Plain:
     the streams. The form declares its parameters in `module`."""
     raise NotImplementedError
 
-  def add(self, c: ModelConfig, x: Streams, y_BLD: jax.Array,
+  def add(self, config: ModelConfig, x: Streams, y_BLD: jax.Array,
           weights: Optional[StreamWeights]) -> jax.Array:
     """Returns the streams, [B, L, U, D], with the result y of a branch added to
     them."""
@@ -309,8 +309,8 @@ class Mixed(Plain):
   """Streams that begin as copies of the embedding, and end as their mean."""
   settings = StreamsConfig
 
-  def count(self, c: ModelConfig, branches: int) -> int:
-    return c.part(StreamsConfig).count
+  def count(self, config: ModelConfig, branches: int) -> int:
+    return config.part(StreamsConfig).count
 
   def begin(self, x_BLD: jax.Array, count: int) -> jax.Array:
     return jnp.repeat(x_BLD[:, :, None], count, 2)
@@ -327,7 +327,7 @@ class Mixed(Plain):
         layers.count_flops_by_result(_sum_weighted_streams, flops))
     return weighted_sum(x.x_BLUD, weights.read_BLU), weights
 
-  def add(self, c: ModelConfig, x: Streams, y_BLD: jax.Array,
+  def add(self, config: ModelConfig, x: Streams, y_BLD: jax.Array,
           weights: Optional[StreamWeights]) -> jax.Array:
     flops = 2 * (x.x_BLUD.shape[2] + 1)  # for each feature of each stream
     mix_and_write = recompute_in_backward(
@@ -694,7 +694,7 @@ class Gated(Mixed):
     write_BLU = 2 * jax.nn.sigmoid(z_BLU / (count * config.widening))
     return read_BLD, StreamWeights(read_BLU=None, write_BLU=write_BLU)
 
-  def add(self, c: ModelConfig, x: Streams, y_BLD: jax.Array,
+  def add(self, config: ModelConfig, x: Streams, y_BLD: jax.Array,
           weights: Optional[StreamWeights]) -> jax.Array:
     write = recompute_in_backward(
         layers.count_flops_by_result(_mix_and_write_streams, 2))
@@ -765,8 +765,8 @@ class Attended(Plain):
   settings = StreamsConfig
   fields = ('streams.block_size', 'norm_eps')
 
-  def count(self, c: ModelConfig, branches: int) -> int:
-    return _count_attended_slots(c, branches)
+  def count(self, config: ModelConfig, branches: int) -> int:
+    return _count_attended_slots(config, branches)
 
   def begin(self, x_BLD: jax.Array, count: int) -> jax.Array:
     first_BL1D = x_BLD[:, :, None]
@@ -781,10 +781,10 @@ class Attended(Plain):
                              divisor=x.branches)
     return y_BLD, None
 
-  def add(self, c: ModelConfig, x: Streams, y_BLD: jax.Array,
+  def add(self, config: ModelConfig, x: Streams, y_BLD: jax.Array,
           weights: Optional[StreamWeights]) -> jax.Array:
     # The slot of this branch: a block of branches adds up in one.
-    slot = 1 + x.branch // c.part(StreamsConfig).block_size
+    slot = 1 + x.branch // config.part(StreamsConfig).block_size
     is_slot_U = jnp.arange(x.x_BLUD.shape[2]) == slot
     added_BLUD = x.x_BLUD + y_BLD[:, :, None]
     return jnp.where(is_slot_U[None, None, :, None], added_BLUD, x.x_BLUD)

@@ -110,12 +110,12 @@ def check_model(config: ModelConfig, stack: str,
       routing.check_router(layer, stack)
 
 
-def _check_head(c: ModelConfig, stack: str,
+def _check_head(config: ModelConfig, stack: str,
                 archs: Callable[[str], Iterable[str]]) -> None:
   """Checks that a model can have the output head that it chooses.
 
   Args:
-    c: the config of the whole model.
+    config: the config of the whole model.
     stack: what its architecture is: 'decoder', 'encoder' or 'encoder-decoder'.
     archs: a function from such a name to the architectures that are one. It
       imports their modules, so it is called for a refusal only.
@@ -123,50 +123,50 @@ def _check_head(c: ModelConfig, stack: str,
   Raises:
     RequestError: for a head that this model or this stack cannot have.
   """
-  check = heads.HEADS[c.head].check
+  check = heads.HEADS[config.head].check
   if check is not None:
-    check(c)
-  if c.head != 'lm' and stack == 'encoder-decoder':
+    check(config)
+  if config.head != 'lm' and stack == 'encoder-decoder':
     raise RequestError(
-        f'model.head is {c.head!r}, which model.arch {c.arch!r} does not have: '
-        'an encoder-decoder answers in text (objective seq2seq)')
-  if c.find(GeneratorConfig) and stack != 'encoder':
+        f'model.head is {config.head!r}, which model.arch {config.arch!r} does '
+        'not have: an encoder-decoder answers in text (objective seq2seq)')
+  if config.find(GeneratorConfig) and stack != 'encoder':
     raise RequestError(
-        f'model.head is {c.head!r}, which model.arch {c.arch!r} does not have: '
-        f'choose model.arch from {", ".join(archs("encoder"))}')
+        f'model.head is {config.head!r}, which model.arch {config.arch!r} does '
+        f'not have: choose model.arch from {", ".join(archs("encoder"))}')
 
 
-def _check_pattern(c: ModelConfig) -> None:
+def _check_pattern(config: ModelConfig) -> None:
   """Checks the pattern of layers of a model with several kinds of layer.
 
   The layers are those of model.prefix, whole repetitions of model.pattern, and
   those of model.suffix. Each names its layers' kinds, the keys of model.kinds.
 
   Args:
-    c: the config of the whole model.
+    config: the config of the whole model.
 
   Raises:
     RequestError: for a name that is no kind, a kind that no layer is of, a
       number of layers that the pattern does not divide, and a layer that cannot
       have its position encoding or read the keys that it is to.
   """
-  prefix, period, suffix = c.kind_names_of_sections
-  settings = (f'model.pattern {c.pattern!r}, model.prefix {c.prefix!r}, '
-              f'model.suffix {c.suffix!r}')
+  prefix, period, suffix = config.kind_names_of_sections
+  settings = (f'model.pattern {config.pattern!r}, model.prefix '
+              f'{config.prefix!r}, model.suffix {config.suffix!r}')
   # The names of the kinds of layer.
-  for name in c.kinds_used:
-    if name and name not in c.kinds:
+  for name in config.kinds_used:
+    if name and name not in config.kinds:
       raise RequestError(
           f'{settings} name the kind of layer {name!r}, which model.kinds does '
-          f'not have: there are {", ".join(c.kinds) or "none"}')
-  unused = [name for name in c.kinds if name not in c.kinds_used]
+          f'not have: there are {", ".join(config.kinds) or "none"}')
+  unused = [name for name in config.kinds if name not in config.kinds_used]
   if unused:
     raise RequestError(f'model.kinds has {", ".join(unused)}, which no layer '
                        f'is by {settings}')
 
   # The layers between the prefix and the suffix are whole periods.
-  for field, num_layers in (('num_layers', c.num_layers),
-                            ('num_decoder_layers', c.num_decoder_layers)):
+  for field, num_layers in (('num_layers', config.num_layers),
+                            ('num_decoder_layers', config.num_decoder_layers)):
     num_repeated = num_layers - len(prefix) - len(suffix)
     if num_repeated <= 0 or num_repeated % len(period):
       raise RequestError(
@@ -175,14 +175,14 @@ def _check_pattern(c: ModelConfig) -> None:
           f'period, by {settings}')
 
   # Each layer has a position encoding, and may read the keys of one before it.
-  sections = c.sections(c.num_layers)
+  sections = config.sections(config.num_layers)
   for section in sections:
     for kind in section.kinds:
       if kind.name:
-        _check_position(c, kind.name)
-      if c.of_kind(kind.name).shares_keys:
+        _check_position(config, kind.name)
+      if config.of_kind(kind.name).shares_keys:
         _check_shared_keys(
-            c, kind=kind, layers=section.kinds, prefix=sections[0].kinds)
+            config, kind=kind, layers=section.kinds, prefix=sections[0].kinds)
 
 
 def _check_shared_keys(config: ModelConfig, kind: LayerKind,
@@ -301,12 +301,12 @@ def _check_layers(config: ModelConfig, stack: str) -> None:
         f'model.num_heads {config.num_heads}')
 
 
-def _check_block(c: ModelConfig, stack: str) -> None:
+def _check_block(config: ModelConfig, stack: str) -> None:
   """Checks that the wiring of a layer (model.block: where the norms are, and
   what is added to what) is defined for what the layer is to have.
 
   Args:
-    c: the config of the model, or of the layers of one kind.
+    config: the config of the model, or of the layers of one kind.
     stack: what the architecture is: 'decoder', 'encoder' or 'encoder-decoder'.
 
   Raises:
@@ -316,21 +316,21 @@ def _check_block(c: ModelConfig, stack: str) -> None:
   # Pairs of an attribute of Block that must be true, and the field with its
   # value that needs it, for the message.
   needs = []
-  if c.residual != 'plain':
-    needs.append(('STREAMS', f'model.residual {c.residual!r}'))
-  if c.residual_scale != 1:
-    needs.append(('STREAMS', f'model.residual_scale {c.residual_scale}'))
-  if c.ffn == NO_FFN:
+  if config.residual != 'plain':
+    needs.append(('STREAMS', f'model.residual {config.residual!r}'))
+  if config.residual_scale != 1:
+    needs.append(('STREAMS', f'model.residual_scale {config.residual_scale}'))
+  if config.ffn == NO_FFN:
     needs.append(('WITHOUT_FFN', f'model.ffn {NO_FFN!r}'))
   if stack == 'encoder-decoder':
-    needs.append(('CROSS', f'model.arch {c.arch!r}'))
+    needs.append(('CROSS', f'model.arch {config.arch!r}'))
   for attribute, field in needs:
-    if not getattr(BLOCKS[c.block], attribute):
+    if not getattr(BLOCKS[config.block], attribute):
       choices = [name for name, block in BLOCKS.items()
                  if getattr(block, attribute)]
       raise RequestError(
-          f'model.block is {c.block!r}, which has no equation for {field}: '
-          f'choose it from {", ".join(choices)}')
+          f'model.block is {config.block!r}, which has no equation for '
+          f'{field}: choose it from {", ".join(choices)}')
 
 
 def _check_value_residual(config: ModelConfig) -> None:
@@ -358,28 +358,29 @@ def _check_value_residual(config: ModelConfig) -> None:
         'those of the first layer are mixed into all')
 
 
-def _check_loop(c: ModelConfig) -> None:
+def _check_loop(config: ModelConfig) -> None:
   """Checks a model whose layers are run several times with the same weights
   (model.loop).
 
   Args:
-    c: the config of the whole model, which has a loop.
+    config: the config of the whole model, which has a loop.
 
   Raises:
     RequestError: for several residual streams between passes that mix or
       normalise one, a norm that the last layer's wiring does not have, passes
       without a gradient that nothing replaces, and weights that stay gathered.
   """
-  loops, setting = c.part(LoopsConfig), f'model.loop is {c.loop!r}, '
-  reads_first_input, has_norm = c.loop != 'plain', loops.boundary != 'none'
+  loops, setting = config.part(LoopsConfig), f'model.loop is {config.loop!r}, '
+  reads_first_input, has_norm = config.loop != 'plain', loops.boundary != 'none'
 
   # Between two passes several streams are handed on as they are.
-  if c.residual != 'plain' and (reads_first_input or has_norm):
+  if config.residual != 'plain' and (reads_first_input or has_norm):
     raise RequestError(
         f'{setting}model.loops.boundary is {loops.boundary!r} and '
-        f'model.residual {c.residual!r}: several streams are handed on as they '
+        f'model.residual {config.residual!r}: several streams are handed on as '
+        'they '
         "are, by loop 'plain' and boundary 'none'")
-  last_layer = c.of_kind(c.layer_kinds(c.num_layers)[-1].name)
+  last_layer = config.of_kind(config.layer_kinds(config.num_layers)[-1].name)
   if has_norm and not BLOCKS[last_layer.block].FINAL_NORM:
     raise RequestError(
         f"{setting}model.loops.boundary is 'norm', and after layers of "
@@ -397,9 +398,9 @@ def _check_loop(c: ModelConfig) -> None:
         f'{setting}model.loops.gradient_passes is {gradient_passes}: the last '
         'passes read nothing but the state, so what comes before them would '
         'have no gradient; set it to 0, or choose add, concat or gate')
-  require(c.keep_gathered == 'none', f'{setting}model.keep_gathered '
-          f'{c.keep_gathered!r}: each pass would keep weights that all passes '
-          'share; set it to none')
+  require(config.keep_gathered == 'none', f'{setting}model.keep_gathered '
+          f'{config.keep_gathered!r}: each pass would keep weights that all '
+          'passes share; set it to none')
 
 
 def products_of_model(config: ModelConfig) -> list[str]:
@@ -474,7 +475,7 @@ def _check_stack(c: ModelConfig, stack: str,
   has, such as a decoder's in an encoder.
 
   Args:
-    c: the config of the whole model.
+    config: the config of the whole model.
     stack: what its architecture is: 'decoder', 'encoder' or 'encoder-decoder'.
     archs: a function from such a name to the architectures that are one. It
       imports their modules, so it is called for a refusal only.
@@ -520,22 +521,22 @@ def _check_stack(c: ModelConfig, stack: str,
     _check_further_tokens(c)
 
 
-def _check_further_tokens(c: ModelConfig) -> None:
+def _check_further_tokens(config: ModelConfig) -> None:
   """Checks the last layer of a model that predicts several tokens ahead
   (model.mtp_depth): the modules for these have one more layer of its kind.
 
   Args:
-    c: the config of the whole model.
+    config: the config of the whole model.
 
   Raises:
     RequestError: for a last layer that reads tables of model.memory, or the
       keys of another layer.
   """
-  last_kind = c.layer_kinds(c.num_layers)[-1]
+  last_kind = config.layer_kinds(config.num_layers)[-1]
   setting = (
-      f'model.mtp_depth is {c.mtp_depth}, but the last layer, whose kind the '
-      'modules that predict further tokens have, reads ')
-  memory = c.of_kind(last_kind.name).memory
+      f'model.mtp_depth is {config.mtp_depth}, but the last layer, whose kind '
+      'the modules that predict further tokens have, reads ')
+  memory = config.of_kind(last_kind.name).memory
   require(memory == lookup.NAME_OF_NO_MEMORY,
           f'{setting}tables of model.memory: end with a kind of memory '
           f'{lookup.NAME_OF_NO_MEMORY!r}')

@@ -64,9 +64,9 @@ class CompressedConfig:
   out_rank: int = field(0, 'what it makes of a group; derived: 2 head_dim',
                         resume=SHAPES)
 
-  def derived(self, c: ModelConfig) -> 'CompressedConfig':
-    return dataclasses.replace(self, q_rank=self.q_rank or 2 * c.head_dim,
-                               out_rank=self.out_rank or 2 * c.head_dim)
+  def derived(self, config: ModelConfig) -> 'CompressedConfig':
+    return dataclasses.replace(self, q_rank=self.q_rank or 2 * config.head_dim,
+                               out_rank=self.out_rank or 2 * config.head_dim)
 
 
 class Windows(NamedTuple):
@@ -726,11 +726,11 @@ class Compressed(mixer.Mixer):
     self.fields = (
         'attention_scale', 'norm_eps', *mixer.FIELDS_OF_SCORES, *fields)
 
-  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Cache:
+  def cache(self, config: ModelConfig, shape: tuple[int, ...]) -> Cache:
     """Returns an empty cache of a layer.
 
     Args:
-      c: the config of the layer.
+      config: the config of the layer.
       shape: (..., rows, tokens), for how many tokens M there is room.
 
     Returns:
@@ -744,30 +744,30 @@ class Compressed(mixer.Mixer):
     # An entry is made of rate * parts tokens, of which the last closes its
     # window: all others may have to wait for it.
     if parts:
-      entry_sizes = {'entry': c.head_dim}
-      if c.mixer == 'csa':
-        entry_sizes['index'] = c.part(IndexerConfig).head_dim
-      rate = tokens_of_window(c)
+      entry_sizes = {'entry': config.head_dim}
+      if config.mixer == 'csa':
+        entry_sizes['index'] = config.part(IndexerConfig).head_dim
+      rate = tokens_of_window(config)
       for name, size in entry_sizes.items():
         entries_shape = *rows, max(1, M // rate), size
-        inputs[name] = jnp.zeros(entries_shape, c.compute_dtype)
+        inputs[name] = jnp.zeros(entries_shape, config.compute_dtype)
         open_shape = *rows, rate * parts - 1, 2 * parts * size
-        inputs[f'{name}_open'] = jnp.zeros(open_shape, c.compute_dtype)
-    key_BM1K = jnp.zeros((*shape, 1, c.head_dim), c.compute_dtype)
+        inputs[f'{name}_open'] = jnp.zeros(open_shape, config.compute_dtype)
+    key_BM1K = jnp.zeros((*shape, 1, config.head_dim), config.compute_dtype)
     return Cache(key_BMJK=key_BM1K, inputs=inputs)
 
-  def keeps_state(self, c: ModelConfig) -> bool:
+  def keeps_state(self, config: ModelConfig) -> bool:
     return True  # an entry of several tokens, or a window, is read as a whole
 
-  def fields_to_divide(self, c: ModelConfig) -> mixer.AxesAndFields:
+  def fields_to_divide(self, config: ModelConfig) -> mixer.AxesAndFields:
     return (('tensor', 'num_heads'), ('fsdp', 'compressed.q_rank'),
             ('tensor', 'compressed.out_groups'))
 
-  def check(self, c: ModelConfig, stack: str) -> None:
+  def check(self, config: ModelConfig, stack: str) -> None:
     """Checks that a model can have attention to entries.
 
     Args:
-      c: the config of the model.
+      config: the config of the model.
       stack: the kind of stack, 'decoder' or another.
 
     Raises:
@@ -775,31 +775,31 @@ class Compressed(mixer.Mixer):
         muP, a bias by distances, and sizes that do not fit.
     """
     # The model around the attention.
-    fields = c.part(CompressedConfig)
-    request = f'model.mixer is {c.mixer!r}'
+    fields = config.part(CompressedConfig)
+    request = f'model.mixer is {config.mixer!r}'
     require(stack == 'decoder', f'{request}, whose entries are made of the '
-            f'tokens before, and model.arch {c.arch!r} is no decoder: choose '
-            'attention')
-    require(c.attention == 'global', f'{request}, which says itself what a '
-            f'query sees: set model.attention {c.attention!r} to global')
-    require(c.parametrization != 'mup', f'{request}, for whose ranks '
+            f'tokens before, and model.arch {config.arch!r} is no decoder: '
+            'choose attention')
+    require(config.attention == 'global', f'{request}, which says itself what '
+            f'a query sees: set model.attention {config.attention!r} to global')
+    require(config.parametrization != 'mup', f'{request}, for whose ranks '
             "model.parametrization 'mup' has no rule: choose standard")
-    require(not positions.position_of(c).has_bias,
+    require(not positions.position_of(config).has_bias,
             f'{request}, which has no bias by distances as model.position '
-            f'{c.position!r}: choose rope')
-    require(c.num_heads % fields.out_groups == 0,
+            f'{config.position!r}: choose rope')
+    require(config.num_heads % fields.out_groups == 0,
             'model.compressed.out_groups is '
             f'{fields.out_groups}, which does not divide model.num_heads '
-            f'{c.num_heads}')
+            f'{config.num_heads}')
 
     # The indexer, which csa alone has.
-    if c.mixer != 'csa':
+    if config.mixer != 'csa':
       return
-    sizes = c.part(IndexerConfig)
+    sizes = config.part(IndexerConfig)
     require(not sizes.block, f'{request}, whose entries are chosen one by one: '
             'set model.indexer.block to 0')
-    if positions.position_of(c).rotate:
-      num_rotated = indexer.num_rotated_features(c)
+    if positions.position_of(config).rotate:
+      num_rotated = indexer.num_rotated_features(config)
       require(num_rotated <= sizes.head_dim, 'model.indexer.head_dim '
               f'is {sizes.head_dim}, and rotary positions turn {num_rotated} '
               'features of a head: choose as many or more')

@@ -57,7 +57,7 @@ class Distances(nn.Module):
     return layers.norm(config, 'norm')(table_UD.astype(config.compute_dtype))
 
 
-def rows(distance: jax.Array, c: ModelConfig) -> jax.Array:
+def rows(distance: jax.Array, config: ModelConfig) -> jax.Array:
   """Returns which row of the table of distances each distance has.
 
   A distance i - j has the row r = S + bucket(i - j), by the equations at the
@@ -66,12 +66,12 @@ def rows(distance: jax.Array, c: ModelConfig) -> jax.Array:
 
   Args:
     distance: int, the query's position less the key's, of any shape.
-    c: the config, whose DisentangledConfig has S and max_distance.
+    config: the config, whose DisentangledConfig has S and max_distance.
 
   Returns:
     Row numbers from 0 to 2 S - 1, int32, of the shape of `distance`.
   """
-  config_of_distances = c.part(DisentangledConfig)
+  config_of_distances = config.part(DisentangledConfig)
   S, most = config_of_distances.buckets, config_of_distances.max_distance
 
   # The bucket of each size |d| from 0 to max_distance. NumPy computes it in
@@ -169,11 +169,11 @@ def bias(module: nn.Module, x_BLD: jax.Array, q_BLHK: jax.Array,
   return scale * (query_term_BHLM + jnp.swapaxes(key_term_BHML, 2, 3))
 
 
-def check(c: ModelConfig, stack: str) -> None:
+def check(config: ModelConfig, stack: str) -> None:
   """Checks that a model can have disentangled attention.
 
   Args:
-    c: the config of the model.
+    config: the config of the model.
     stack: the kind of stack, which is not read: any may have it.
 
   Raises:
@@ -183,16 +183,16 @@ def check(c: ModelConfig, stack: str) -> None:
   del stack
   request = "model.position is 'disentangled'"
   # The table is multiplied by the layer's own weights of queries and keys.
-  if c.mixer != 'attention' or c.part(AttentionConfig).kv_sharing:
+  if config.mixer != 'attention' or config.part(AttentionConfig).kv_sharing:
     raise RequestError(
         f"{request}, which needs queries and keys of the layer's own: choose "
         'model.mixer attention, without kv_sharing')
   # `rows` divides by log((max_distance - 1) / half), which must be above 0.
-  sizes = c.part(DisentangledConfig)
+  sizes = config.part(DisentangledConfig)
   require(sizes.buckets % 2 == 0
           and sizes.max_distance > sizes.buckets // 2 + 1,
           f'model.disentangled.buckets is {sizes.buckets} and '
           f'model.disentangled.max_distance {sizes.max_distance}: the first '
           'must be even, and the second more than half of it and 1')
-  require(c.parametrization != 'mup', f"{request}, for whose table "
+  require(config.parametrization != 'mup', f"{request}, for whose table "
           "model.parametrization 'mup' has no rule: choose standard")

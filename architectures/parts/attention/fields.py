@@ -47,10 +47,10 @@ class AttentionConfig:
       False, 'A layer reads the keys and values of one before it: of a kind of '
       'layer.', of_layers=True)
 
-  def conditions_of_reading(self, c: Sizes) -> dict[str, ReadIf]:
+  def conditions_of_reading(self, config: Sizes) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as long as another field has its
     value, each with that field and what it would have to be."""
-    del c
+    del config
     conditions = {}
     if not self.attention_log_scale:
       conditions['attention_log_from'] = ReadIf('attention_log_scale', 'is set')
@@ -101,11 +101,11 @@ class LatentConfig:
     key."""
     return self.kv_rank + self.rope_dim
 
-  def derived(self, c: Sizes) -> 'LatentConfig':
-    nope_dim = self.nope_dim or c.head_dim
-    rope_dim = self.rope_dim or 2 * -(-c.head_dim // 4)
+  def derived(self, config: Sizes) -> 'LatentConfig':
+    nope_dim = self.nope_dim or config.head_dim
+    rope_dim = self.rope_dim or 2 * -(-config.head_dim // 4)
     return dataclasses.replace(
-        self, kv_rank=self.kv_rank or 4 * c.head_dim, nope_dim=nope_dim,
-        rope_dim=rope_dim, v_dim=self.v_dim or c.head_dim,
+        self, kv_rank=self.kv_rank or 4 * config.head_dim, nope_dim=nope_dim,
+        rope_dim=rope_dim, v_dim=self.v_dim or config.head_dim,
         scale=self.scale or (nope_dim + rope_dim) ** -0.5,
-        norm_eps=self.norm_eps or c.norm_eps)
+        norm_eps=self.norm_eps or config.norm_eps)

@@ -85,13 +85,13 @@ class IndexerConfig:
       1.0, "of the divergence from attention's weights, in the training loss",
       least=0, resume=REGULARISATION, about=RECIPE)
 
-  def derived(self, c: ModelConfig) -> 'IndexerConfig':
-    return dataclasses.replace(self, head_dim=self.head_dim or c.head_dim)
+  def derived(self, config: ModelConfig) -> 'IndexerConfig':
+    return dataclasses.replace(self, head_dim=self.head_dim or config.head_dim)
 
-  def conditions_of_reading(self, c: ModelConfig) -> dict[str, ReadIf]:
+  def conditions_of_reading(self, config: ModelConfig) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as long as another field has its
     value, each with that field and what it would have to be."""
-    if c.position == 'rope':
+    if config.position == 'rope':
       return {}
     return {'interleaved': ReadIf('position', 'is rope')}
 

@@ -331,25 +331,25 @@ class Latent(mixer.Mixer):
   sources = 'head_dim', 'mup_base_head_dim'
   positional = has_scores = True
 
-  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Cache:
+  def cache(self, config: ModelConfig, shape: tuple[int, ...]) -> Cache:
     """Returns an empty cache of a layer, of `shape` (rows, tokens): latents and
     rotated keys, and the keys of an indexer."""
-    sizes = c.part(LatentConfig)
+    sizes = config.part(LatentConfig)
     # One array has both: values are read from the first features of the keys.
-    key_BM1K = jnp.zeros((*shape, 1, sizes.slot_dim), c.compute_dtype)
+    key_BM1K = jnp.zeros((*shape, 1, sizes.slot_dim), config.compute_dtype)
     return Cache(key_BMJK=key_BM1K,
-                 index_BMJK=indexer.empty_key_cache(c, shape),
-                 inputs=indexer.empty_block_inputs(c, shape))
+                 index_BMJK=indexer.empty_key_cache(config, shape),
+                 inputs=indexer.empty_block_inputs(config, shape))
 
-  def fields_to_divide(self, c: ModelConfig) -> mixer.AxesAndFields:
+  def fields_to_divide(self, config: ModelConfig) -> mixer.AxesAndFields:
     return (('tensor', 'num_heads'), ('fsdp', 'latent.kv_rank'),
             ('fsdp', 'latent.q_rank'))
 
-  def check(self, c: ModelConfig, stack: str) -> None:
+  def check(self, config: ModelConfig, stack: str) -> None:
     """Checks that a model can have latent attention.
 
     Args:
-      c: the config of the model.
+      config: the config of the model.
       stack: the kind of stack, such as 'decoder'.
 
     Raises:
@@ -358,22 +358,22 @@ class Latent(mixer.Mixer):
     """
     request = "model.mixer is 'latent'"
     require(stack != 'encoder-decoder', f'{request}, which has no attention '
-            f'to the memory of an encoder, as model.arch {c.arch!r} needs: '
-            'choose attention')
-    require(c.parametrization != 'mup', f"{request}, for whose ranks "
+            f'to the memory of an encoder, as model.arch {config.arch!r} '
+            'needs: choose attention')
+    require(config.parametrization != 'mup', f"{request}, for whose ranks "
             "model.parametrization 'mup' has no rule: choose standard")
     # Keys have features that values lack, and fused kernels take one size.
-    sizes = c.part(LatentConfig)
-    require(c.attention_kernel in ('auto', 'xla'), f'{request}, whose keys '
-            f'have {sizes.key_dim} features and whose values {sizes.v_dim}: '
-            f'model.attention_kernel {c.attention_kernel} takes heads of one '
-            'size, so choose auto or xla')
+    sizes = config.part(LatentConfig)
+    require(config.attention_kernel in ('auto', 'xla'), f'{request}, whose '
+            f'keys have {sizes.key_dim} features and whose values '
+            f'{sizes.v_dim}: model.attention_kernel {config.attention_kernel} '
+            'takes heads of one size, so choose auto or xla')
     # latent.rope_dim says already which features are rotated, so a fraction of
     # them would say it a second time.
-    if positions.position_of(c).rotate:
-      rope = c.part(RopeConfig)
+    if positions.position_of(config).rotate:
+      rope = config.part(RopeConfig)
       require(rope.fraction == 1, f'model.rope.fraction is {rope.fraction}, '
               f'and {request}, of whose heads model.latent.rope_dim features '
               'are turned: set it to 1')
       positions.check_rope(
-          config_of_rotated_part(c), head='model.latent.rope_dim')
+          config_of_rotated_part(config), head='model.latent.rope_dim')

@@ -634,11 +634,11 @@ class MultiHead(mixer.Mixer):
   fields = 'num_kv_heads', 'attention_scale', *mixer.FIELDS_OF_ATTENTION
   positional = turns_heads = has_scores = True
 
-  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Cache:
+  def cache(self, config: ModelConfig, shape: tuple[int, ...]) -> Cache:
     """Returns an empty cache of a layer.
 
     Args:
-      c: the config of the layer.
+      config: the config of the layer.
       shape: (..., rows, tokens), for how many tokens there is room.
 
     Returns:
@@ -646,45 +646,48 @@ class MultiHead(mixer.Mixer):
       last inputs of convolutions; None in place of each that the layer lacks.
     """
     key_BMJK = value_BMJK = None
-    fields = c.part(AttentionConfig)
+    fields = config.part(AttentionConfig)
     # A layer that shares an earlier layer's keys and values has only queries.
-    heads_of_convolution = {'query': c.num_heads}
+    heads_of_convolution = {'query': config.num_heads}
     if not fields.kv_sharing:
-      heads_of_convolution |= {'key': c.num_kv_heads, 'value': c.num_kv_heads}
-      slots = *shape, c.num_kv_heads, c.head_dim
-      key_BMJK = jnp.zeros(slots, c.compute_dtype)
-      value_BMJK = jnp.zeros(slots, c.compute_dtype)
+      heads_of_convolution['key'] = config.num_kv_heads
+      heads_of_convolution['value'] = config.num_kv_heads
+      slots = *shape, config.num_kv_heads, config.head_dim
+      key_BMJK = jnp.zeros(slots, config.compute_dtype)
+      value_BMJK = jnp.zeros(slots, config.compute_dtype)
     # A convolution over W tokens keeps the last W - 1, whatever has room.
-    inputs = indexer.empty_block_inputs(c, shape)
+    inputs = indexer.empty_block_inputs(config, shape)
     if fields.attention_conv:
       for name, heads in heads_of_convolution.items():
-        last_inputs = *shape[:-1], fields.attention_conv - 1, heads, c.head_dim
-        inputs[name] = jnp.zeros(last_inputs, c.compute_dtype)
+        last_inputs = (
+            *shape[:-1], fields.attention_conv - 1, heads, config.head_dim)
+        inputs[name] = jnp.zeros(last_inputs, config.compute_dtype)
     return Cache(key_BMJK=key_BMJK, value_BMJK=value_BMJK,
-                 index_BMJK=indexer.empty_key_cache(c, shape), inputs=inputs)
+                 index_BMJK=indexer.empty_key_cache(config, shape),
+                 inputs=inputs)
 
-  def products(self, c: ModelConfig) -> set[str]:
+  def products(self, config: ModelConfig) -> set[str]:
     """Returns the products that a layer has, of those that adapters know."""
-    fields = c.part(AttentionConfig)
-    names = {'query', 'out'} | gate_products(c.attention_gate)
+    fields = config.part(AttentionConfig)
+    names = {'query', 'out'} | gate_products(config.attention_gate)
     if not fields.kv_sharing:
       names.add('key')
       if not fields.keys_as_values:
         names.add('value')
     return names
 
-  def fields_to_divide(self, c: ModelConfig) -> mixer.AxesAndFields:
+  def fields_to_divide(self, config: ModelConfig) -> mixer.AxesAndFields:
     return ('tensor', 'num_heads'), ('tensor', 'num_kv_heads')
 
-  def check(self, c: ModelConfig, stack: str) -> None:
+  def check(self, config: ModelConfig, stack: str) -> None:
     """Raises RequestError where heads are to be pairs and cannot be."""
-    has_odd_heads = c.num_kv_heads % 2 != 0
-    difference = c.part(AttentionConfig).attention_difference
-    if difference and (has_odd_heads or c.parametrization == 'mup'):
+    has_odd_heads = config.num_kv_heads % 2 != 0
+    difference = config.part(AttentionConfig).attention_difference
+    if difference and (has_odd_heads or config.parametrization == 'mup'):
       raise RequestError(
           f'model.attention_difference is {difference}: it needs '
           'an even model.num_kv_heads, and model.parametrization standard; '
-          f'they are {c.num_kv_heads} and {c.parametrization}')
+          f'they are {config.num_kv_heads} and {config.parametrization}')
 
 
 # A gate on what the heads return, before the output's product (Qiu et al. 2025,

@@ -351,7 +351,7 @@ def choices(routed: routing.Routing, kept_A: jax.Array
               gates=table(jnp.where(kept_A, routed.gate_A, 0)))
 
 
-def move_biases(c: ModelConfig, params: dict[str, Any],
+def move_biases(config: ModelConfig, params: dict[str, Any],
                 loads: Mapping[str, jax.Array], applied: jax.typing.ArrayLike
                 ) -> dict[str, Any]:
   """Returns the parameters with each router's bias moved against the load of
@@ -361,7 +361,7 @@ def move_biases(c: ModelConfig, params: dict[str, Any],
   their gradient is zero.
 
   Args:
-    c: the config of the model.
+    config: the config of the model.
     params: the model's parameters, plain arrays.
     loads: the load of each expert, by the path of its router's bias, whose
       parts are joined by '/'; without any, parameters stay as they are.
@@ -372,27 +372,27 @@ def move_biases(c: ModelConfig, params: dict[str, Any],
     path = jax.tree_util.keystr(path, simple=True, separator='/')
     if path not in loads:
       return x
-    rate = c.part(MoEConfig).bias_rate
+    rate = config.part(MoEConfig).bias_rate
     return routing.move_bias_against_load(x, loads[path], applied * rate)
 
   return jax.tree_util.tree_map_with_path(move, params)
 
 
-def without_capacity(c: ModelConfig) -> ModelConfig:
+def without_capacity(config: ModelConfig) -> ModelConfig:
   """Returns the config for generating text, a token at a time, in which experts
   take all tokens that choose them.
 
   Over the tokens of one step a capacity would be one or two, and whether a row
   is served would depend on the other rows of the batch, padding included.
   """
-  moe = c.find(MoEConfig)
+  moe = config.find(MoEConfig)
   if moe is None or routing.router_of(moe).experts_choose:
-    return c  # the capacity of experts that choose is what they choose
+    return config  # the capacity of experts that choose is what they choose
   # The padded batch needs a capacity.
   dispatch_name = moe.dispatch
   if dispatch_name == 'sorted':
     dispatch_name = 'dropless'
-  return c.with_part(MoEConfig, eval_capacity_factor=0.0, group_size=0,
+  return config.with_part(MoEConfig, eval_capacity_factor=0.0, group_size=0,
                      dispatch=dispatch_name)
 
 

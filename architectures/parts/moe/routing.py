@@ -157,14 +157,14 @@ class MoEConfig:
     """The number of experts that a token may choose from."""
     return self.num_experts + self.zero_experts
 
-  def derived(self, c: ModelConfig) -> 'MoEConfig':
+  def derived(self, config: ModelConfig) -> 'MoEConfig':
     """Returns the fields, with the sizes that are left open filled in."""
-    return dataclasses.replace(self, d_ff=self.d_ff or c.d_ff)
+    return dataclasses.replace(self, d_ff=self.d_ff or config.d_ff)
 
-  def conditions_of_reading(self, c: ModelConfig) -> dict[str, ReadIf]:
+  def conditions_of_reading(self, config: ModelConfig) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as long as another field has its
     value, each with that field and what it would have to be."""
-    del c
+    del config
     router, conditions = router_of(self), {}
     # The router and its experts.
     if self.expert_groups == 1:
@@ -736,28 +736,28 @@ def route_tokens(m: MoEConfig, x: RouterInputs) -> Routing:
   return routed.replace(gate_A=m.gate_scale * routed.gate_A)
 
 
-def check_router(c: ModelConfig, stack: str) -> None:
+def check_router(config: ModelConfig, stack: str) -> None:
   """Checks that the chosen router can do what the config asks for.
 
   Args:
-    c: the config of a model with experts.
+    config: the config of a model with experts.
     stack: the kind of stack, such as 'encoder' or 'decoder'.
 
   Raises:
     RequestError: for the first of the conditions below that does not hold.
   """
-  m = c.part(MoEConfig)
+  m = config.part(MoEConfig)
   router = router_of(m)
   # The model around the experts, and the experts of a token.
   if router.experts_choose and stack != 'encoder':
     raise RequestError(
         f'model.moe.router {m.router} has no meaning in the decoder of '
-        f'model.arch {c.arch}: which tokens an expert takes depends on later '
-        'ones, which a prediction must not see; choose another router, or an '
-        'encoder')
+        f'model.arch {config.arch}: which tokens an expert takes depends on '
+        'later ones, which a prediction must not see; choose another router, '
+        'or an encoder')
 
   _check_experts_of_token(m, router)
-  if m.latent_dim and c.parametrization == 'mup':
+  if m.latent_dim and config.parametrization == 'mup':
     raise RequestError(
         f'model.moe.latent_dim is {m.latent_dim}, for which '
         "model.parametrization 'mup' has no rule: choose standard")

@@ -172,11 +172,11 @@ class Layer(nn.Module):
 
   def project_output(self, o_BLHU: jax.Array, ctx: Context) -> jax.Array:
     """Returns the last product, W_o o of all heads, [B, L, D]."""
-    c = self.config
-    o_BLHU = sharding.constrain(o_BLHU.astype(c.compute_dtype), 'batch',
+    config = self.config
+    o_BLHU = sharding.constrain(o_BLHU.astype(config.compute_dtype), 'batch',
                                 'length', 'heads', 'head')
     return layers.dense(self, 'out', 'BLHU,HUD->BLD', o_BLHU,
-                        shape=(*o_BLHU.shape[2:], c.d_model),
+                        shape=(*o_BLHU.shape[2:], config.d_model),
                         axes=('heads', 'head', 'embed'), in_axes=(0, 1),
                         residual=True, with_bias=False,
                         deterministic=ctx.deterministic)
@@ -397,15 +397,15 @@ class Recurrence(mixer.Mixer):
   def __init__(self, module: type[Layer]):
     self.module = module
 
-  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> Any:
+  def cache(self, config: ModelConfig, shape: tuple[int, ...]) -> Any:
     """Returns the cache of a layer for rows that have no token yet: the state
     of its recurrence and the last inputs of its convolutions, all 0.
 
     Args:
-      c: the config of the layer.
+      config: the config of the layer.
       shape: [..., batch, tokens]. The cache does not grow with the tokens.
     """
-    sizes, rows = c.part(self.module.settings), shape[:-1]
+    sizes, rows = config.part(self.module.settings), shape[:-1]
     state_BHKU = jnp.zeros(
         (*rows, sizes.value_heads, sizes.key_dim, sizes.value_dim))
     if not sizes.conv:
@@ -414,7 +414,7 @@ class Recurrence(mixer.Mixer):
     def before(heads: int, features: int) -> jax.Array:
       """Returns the inputs that a convolution looks back on."""
       last = *rows, sizes.conv - 1, heads, features
-      return jnp.zeros(last, c.compute_dtype)
+      return jnp.zeros(last, config.compute_dtype)
 
     # A token has a key and a value for each of its steps, and one query.
     steps = sizes.householders
@@ -424,21 +424,22 @@ class Recurrence(mixer.Mixer):
         key_BWJK=before(sizes.key_heads * steps, sizes.key_dim),
         value_BWHU=before(sizes.value_heads * steps, sizes.value_dim))
 
-  def fields_to_divide(self, c: ModelConfig) -> mixer.AxesAndFields:
+  def fields_to_divide(self, config: ModelConfig) -> mixer.AxesAndFields:
     names = {field.name for field in dataclasses.fields(self.module.settings)}
-    return [('tensor', f'{c.mixer}.{name}') for name in HEADS if name in names]
+    heads = [name for name in HEADS if name in names]
+    return [('tensor', f'{config.mixer}.{name}') for name in heads]
 
-  def widest_step_of_token(self, c: ModelConfig, length: int) -> int:
+  def widest_step_of_token(self, config: ModelConfig, length: int) -> int:
     """Returns how many numbers of a token the pieces of a row hold at once: a
     piece's weights, its triangular system, and the inverse of that."""
-    sizes = c.part(self.module.settings)
+    sizes = config.part(self.module.settings)
     places = recurrence.default_places(sizes.key_dim)
     return 3 * sizes.householders * sizes.value_heads * places
 
-  def check(self, c: ModelConfig, stack: str) -> None:
-    super().check(c, stack)
-    sizes = c.part(self.module.settings)
+  def check(self, config: ModelConfig, stack: str) -> None:
+    super().check(config, stack)
+    sizes = config.part(self.module.settings)
     if sizes.value_heads % sizes.key_heads:
       raise RequestError(
-          f'model.{c.mixer}.key_heads is {sizes.key_heads}, which does not '
-          f'divide model.{c.mixer}.value_heads {sizes.value_heads}')
+          f'model.{config.mixer}.key_heads is {sizes.key_heads}, which does '
+          f'not divide model.{config.mixer}.value_heads {sizes.value_heads}')

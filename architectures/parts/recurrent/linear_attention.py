@@ -35,12 +35,12 @@ class _Heads:
 
   householders = 1
 
-  def derived(self, c: ModelConfig):
+  def derived(self, config: ModelConfig):
     return dataclasses.replace(
-        self, key_heads=self.key_heads or c.num_heads,
-        value_heads=self.value_heads or self.key_heads or c.num_heads,
-        key_dim=self.key_dim or c.head_dim,
-        value_dim=self.value_dim or c.head_dim)
+        self, key_heads=self.key_heads or config.num_heads,
+        value_heads=self.value_heads or self.key_heads or config.num_heads,
+        key_dim=self.key_dim or config.head_dim,
+        value_dim=self.value_dim or config.head_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +63,9 @@ class DeltaNetConfig(_Heads):
   gate: str = field('silu', 'what the gate on what is read goes through',
                     choices=('silu', 'sigmoid'), resume=FUNCTION)
 
-  def derived(self, c: ModelConfig):
-    return dataclasses.replace(super().derived(c),
-                               norm_eps=self.norm_eps or c.norm_eps)
+  def derived(self, config: ModelConfig):
+    return dataclasses.replace(super().derived(config),
+                               norm_eps=self.norm_eps or config.norm_eps)
 
 
 class DeltaNet(layer.Layer):
@@ -146,8 +146,8 @@ class KDAConfig(_Heads):
       False, 'rates up to 2, not 1: eigenvalues may be negative',
       resume=FUNCTION)
 
-  def derived(self, c: ModelConfig):
-    sizes = super().derived(c)
+  def derived(self, config: ModelConfig):
+    sizes = super().derived(config)
     return dataclasses.replace(sizes, rank=self.rank or sizes.value_dim)
 
 
@@ -231,15 +231,15 @@ class GDN2(KDA):
 class LowRank(layer.Recurrence):
   """The entry of KDA, and of GDN-2."""
 
-  def check(self, c: ModelConfig, stack: str) -> None:
-    super().check(c, stack)
-    if c.head_widening != 1:
+  def check(self, config: ModelConfig, stack: str) -> None:
+    super().check(config, stack)
+    if config.head_widening != 1:
       raise RequestError(
           "model.parametrization is 'mup' and a head is "
-          f'{c.head_widening:g} times as wide as at the base, but the products '
-          f'of low rank of model.mixer {c.mixer!r} have the rank of the base: '
-          'set model.mup_base_head_dim to model.head_dim, and widen by more '
-          'heads')
+          f'{config.head_widening:g} times as wide as at the base, but the '
+          f'products of low rank of model.mixer {config.mixer!r} have the rank '
+          'of the base: set model.mup_base_head_dim to model.head_dim, and '
+          'widen by more heads')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,11 +274,11 @@ class GLAConfig(States):
   temperature: float = field(16.0, 'divides the logarithms of the decays',
                              above=0, resume=FUNCTION)
 
-  def derived(self, c: ModelConfig) -> 'GLAConfig':
+  def derived(self, config: ModelConfig) -> 'GLAConfig':
     return dataclasses.replace(
-        self, heads=self.heads or c.num_heads,
-        key_dim=self.key_dim or -(-c.head_dim // 2),
-        value_dim=self.value_dim or c.head_dim)
+        self, heads=self.heads or config.num_heads,
+        key_dim=self.key_dim or -(-config.head_dim // 2),
+        value_dim=self.value_dim or config.head_dim)
 
 
 class GLA(layer.Layer):
@@ -338,11 +338,11 @@ class RetNetConfig(States):
                          resume=SHAPES)
   conv = 0
 
-  def derived(self, c: ModelConfig) -> 'RetNetConfig':
+  def derived(self, config: ModelConfig) -> 'RetNetConfig':
     return dataclasses.replace(
-        self, heads=self.heads or c.num_heads,
-        key_dim=self.key_dim or c.head_dim,
-        value_dim=self.value_dim or 2 * c.head_dim)
+        self, heads=self.heads or config.num_heads,
+        key_dim=self.key_dim or config.head_dim,
+        value_dim=self.value_dim or 2 * config.head_dim)
 
 
 class RetNet(layer.Layer):
@@ -399,36 +399,36 @@ class RetNet(layer.Layer):
                              log_decay_BLHK=log_decay_BLH1)
 
 
-def config_of_rotated_heads(c: ModelConfig) -> ModelConfig:
+def config_of_rotated_heads(config: ModelConfig) -> ModelConfig:
   """Returns a config whose heads have the size of the queries and keys, which
   positions rotate."""
-  return dataclasses.replace(c, head_dim=c.part(RetNetConfig).key_dim)
+  return dataclasses.replace(config, head_dim=config.part(RetNetConfig).key_dim)
 
 
 class Retention(layer.Recurrence):
   """The entry of RetNet."""
   positional = True
 
-  def check(self, c: ModelConfig, stack: str) -> None:
+  def check(self, config: ModelConfig, stack: str) -> None:
     """Raises RequestError for a config whose layer of retention cannot be
     built: one with a position encoding that has a bias on scores, which
     retention does not have, or that rotates a key by a length of the row that
     may still grow.
 
     Args:
-      c: the config of the model.
+      config: the config of the model.
       stack: the stack of the layer, 'encoder' or 'decoder'.
     """
-    super().check(c, stack)
-    require(not positions.position_of(c).has_bias,
+    super().check(config, stack)
+    require(not positions.position_of(config).has_bias,
             "model.mixer is 'retnet', which has no scores for the bias of "
-            f'model.position {c.position!r}: choose rope or none')
-    if positions.position_of(c).rotate:
-      rope = c.part(RopeConfig)
+            f'model.position {config.position!r}: choose rope or none')
+    if positions.position_of(config).rotate:
+      rope = config.part(RopeConfig)
       require(not positions.SCALINGS[rope.scaling].depends_on_length,
               "model.mixer is 'retnet', whose state holds keys that were "
               'turned when the row was shorter, and model.rope.scaling '
               f'{rope.scaling!r} turns by the length of the row: choose '
               'another')
       positions.check_rope(
-          config_of_rotated_heads(c), head='model.retnet.key_dim')
+          config_of_rotated_heads(config), head='model.retnet.key_dim')

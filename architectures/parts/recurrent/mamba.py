@@ -55,8 +55,8 @@ class MambaConfig:
       most=MOST_TAPS, resume=SHAPES)
   conv_bias: bool = field(True, 'whether the convolution has a bias')
 
-  def derived(self, c: ModelConfig) -> 'MambaConfig':
-    return dataclasses.replace(self, rank=self.rank or -(-c.d_model // 16))
+  def derived(self, config: ModelConfig) -> 'MambaConfig':
+    return dataclasses.replace(self, rank=self.rank or -(-config.d_model // 16))
 
 
 @struct.dataclass
@@ -287,25 +287,25 @@ class MambaMixer(mixer.Mixer):
   module = Mamba
   sources = 'num_heads', 'head_dim'
 
-  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> State:
-    m, rows = c.part(MambaConfig), shape[:-1]
-    inner = m.expand * c.d_model
+  def cache(self, config: ModelConfig, shape: tuple[int, ...]) -> State:
+    m, rows = config.part(MambaConfig), shape[:-1]
+    inner = m.expand * config.d_model
     return State(
         state_BIN=jnp.zeros((*rows, inner, m.state)),
-        input_BWI=jnp.zeros((*rows, m.conv - 1, inner), c.compute_dtype))
+        input_BWI=jnp.zeros((*rows, m.conv - 1, inner), config.compute_dtype))
 
-  def fields_to_divide(self, c: ModelConfig) -> mixer.AxesAndFields:
+  def fields_to_divide(self, config: ModelConfig) -> mixer.AxesAndFields:
     return [('tensor', 'd_model')]
 
-  def widest_step_of_token(self, c: ModelConfig, length: int) -> int:
+  def widest_step_of_token(self, config: ModelConfig, length: int) -> int:
     """Returns how many numbers of a token a piece of a row holds at once:
     decays and states, before and after the scan."""
-    m = c.part(MambaConfig)
-    return 4 * m.expand * c.d_model * m.state
+    m = config.part(MambaConfig)
+    return 4 * m.expand * config.d_model * m.state
 
-  def check(self, c: ModelConfig, stack: str) -> None:
-    super().check(c, stack)
-    if c.parametrization == 'mup':
+  def check(self, config: ModelConfig, stack: str) -> None:
+    super().check(config, stack)
+    if config.parametrization == 'mup':
       raise RequestError(
           "model.mixer is 'mamba', and model.parametrization is 'mup', which "
           'says nothing of its steps and states: choose standard, or the mixer '

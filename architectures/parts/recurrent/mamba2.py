@@ -65,10 +65,10 @@ class Groups:
   def value_dim(self) -> int:
     return self.head_dim
 
-  def derived(self, c: ModelConfig):
+  def derived(self, config: ModelConfig):
     return dataclasses.replace(
-        self, heads=self.heads or 2 * c.num_heads,
-        head_dim=self.head_dim or c.head_dim)
+        self, heads=self.heads or 2 * config.num_heads,
+        head_dim=self.head_dim or config.head_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +87,10 @@ class Mamba2Config(Groups):
   most_step: float = field(
       0.0, 'its upper bound; 0: there is none', least=0, resume=FUNCTION)
 
-  def conditions_of_reading(self, c: ModelConfig) -> dict[str, ReadIf]:
+  def conditions_of_reading(self, config: ModelConfig) -> dict[str, ReadIf]:
     """Returns the fields that nothing reads as long as another field has its
     value, each with that field and what it would have to be."""
-    del c
+    del config
     if self.groups > 1:
       return {}
     return {'norm_over': ReadIf('mamba2.groups', 'is not 1')}
@@ -203,22 +203,22 @@ class Grouped(layer.Recurrence):
     super().__init__(module)
     self.may_be_one = (f'{name}.groups',)
 
-  def check(self, c: ModelConfig, stack: str) -> None:
+  def check(self, config: ModelConfig, stack: str) -> None:
     # The heads of values come in groups that share queries and keys.
-    sizes = c.part(self.module.settings)
+    sizes = config.part(self.module.settings)
     if sizes.heads % sizes.groups:
       raise RequestError(
-          f'model.{c.mixer}.groups is {sizes.groups}, which does not divide '
-          f'model.{c.mixer}.heads {sizes.heads}')
-    super().check(c, stack)
+          f'model.{config.mixer}.groups is {sizes.groups}, which does not '
+          f'divide model.{config.mixer}.heads {sizes.heads}')
+    super().check(config, stack)
 
 
 class Mamba2Mixer(Grouped):
   """The entry of Mamba-2."""
 
-  def check(self, c: ModelConfig, stack: str) -> None:
-    super().check(c, stack)
-    m = c.part(Mamba2Config)
+  def check(self, config: ModelConfig, stack: str) -> None:
+    super().check(config, stack)
+    m = config.part(Mamba2Config)
     if m.most_step and m.least_step > m.most_step:
       raise RequestError(
           f'model.mamba2.least_step is {m.least_step}, above '

@@ -229,14 +229,14 @@ def _sum_turns(turn_BLHA: jax.Array) -> jax.Array:
   return jax.lax.associative_scan(add, turn_BLHA, axis=1)
 
 
-def empty_state(c: ModelConfig, shape: tuple[int, ...]) -> State:
+def empty_state(config: ModelConfig, shape: tuple[int, ...]) -> State:
   """Returns the state of rows before their first token, all zeros.
 
   Args:
-    c: the config of the layer.
+    config: the config of the layer.
     shape: (..., rows, tokens). The state does not grow with the tokens.
   """
-  sizes, rows = c.part(Mamba3Config), shape[:-1]
+  sizes, rows = config.part(Mamba3Config), shape[:-1]
   heads_of_last_token = (*rows, 1, sizes.heads)
   return State(
       state_BHKU=jnp.zeros((*rows, sizes.heads, sizes.state, sizes.head_dim)),
@@ -249,12 +249,12 @@ def empty_state(c: ModelConfig, shape: tuple[int, ...]) -> State:
 class Mamba3Mixer(mamba2.Grouped):
   """The entry of Mamba-3."""
 
-  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> State:
-    return empty_state(c, shape)
+  def cache(self, config: ModelConfig, shape: tuple[int, ...]) -> State:
+    return empty_state(config, shape)
 
-  def check(self, c: ModelConfig, stack: str) -> None:
-    super().check(c, stack)
-    m = c.part(Mamba3Config)
+  def check(self, config: ModelConfig, stack: str) -> None:
+    super().check(config, stack)
+    m = config.part(Mamba3Config)
     if m.turned and not m.angles:
       raise RequestError(
           f'model.mamba3.turned is {m.turned}, which is less than a pair of '

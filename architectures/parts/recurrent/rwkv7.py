@@ -70,12 +70,12 @@ class RWKV7Config(linear_attention.States):
       0, "rank of the gate's product; derived: 5 sqrt(d_model)", resume=SHAPES)
   householders = 2  # steps of recurrence.py
 
-  def derived(self, c: ModelConfig) -> 'RWKV7Config':
-    rank = lambda times: max(32, 32 * round(times * c.d_model ** 0.5 / 32))
+  def derived(self, config: ModelConfig) -> 'RWKV7Config':
+    rank = lambda times: max(32, 32 * round(times * config.d_model ** 0.5 / 32))
     return dataclasses.replace(
-        self, heads=self.heads or c.num_heads,
-        key_dim=self.key_dim or c.head_dim,
-        value_dim=self.value_dim or c.head_dim,
+        self, heads=self.heads or config.num_heads,
+        key_dim=self.key_dim or config.head_dim,
+        value_dim=self.value_dim or config.head_dim,
         decay_rank=self.decay_rank or rank(2.5),
         rate_rank=self.rate_rank or rank(2.5),
         gate_rank=self.gate_rank or rank(5))
@@ -276,15 +276,16 @@ removal_scale = _initializer_by_feature(
 class Goose(layer.Recurrence):
   """The entry of RWKV-7."""
 
-  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> State:
+  def cache(self, config: ModelConfig, shape: tuple[int, ...]) -> State:
     # The state does not grow with the number of tokens, the last of `shape`.
-    sizes, rows = c.part(RWKV7Config), shape[:-1]
+    sizes, rows = config.part(RWKV7Config), shape[:-1]
     state_BHKU = jnp.zeros((*rows, sizes.heads, sizes.key_dim, sizes.value_dim))
-    input_B1D = jnp.zeros((*rows, 1, c.d_model), c.compute_dtype)
+    input_B1D = jnp.zeros((*rows, 1, config.d_model), config.compute_dtype)
     return State(state_BHKU, input_B1D)
 
-  def check(self, c: ModelConfig, stack: str) -> None:
-    super().check(c, stack)
-    require(c.parametrization != 'mup', f'model.mixer is {c.mixer!r}, and '
+  def check(self, config: ModelConfig, stack: str) -> None:
+    super().check(config, stack)
+    require(config.parametrization != 'mup',
+            f'model.mixer is {config.mixer!r}, and '
             "model.parametrization is 'mup', which says nothing of its shares, "
             'removed keys and boosts: choose standard')

@@ -100,12 +100,12 @@ class ShortConvMixer(mixer.Mixer):
   module = ShortConv
   sources = 'num_heads', 'head_dim', 'mup_base_head_dim'
 
-  def cache(self, c: ModelConfig, shape: tuple[int, ...]) -> State:
-    last = *shape[:-1], c.part(ShortConvConfig).kernel - 1, c.d_model
-    return State(input_BWI=jnp.zeros(last, c.compute_dtype))
+  def cache(self, config: ModelConfig, shape: tuple[int, ...]) -> State:
+    last = *shape[:-1], config.part(ShortConvConfig).kernel - 1, config.d_model
+    return State(input_BWI=jnp.zeros(last, config.compute_dtype))
 
-  def fields_to_divide(self, c: ModelConfig) -> mixer.AxesAndFields:
+  def fields_to_divide(self, config: ModelConfig) -> mixer.AxesAndFields:
     return [('tensor', 'd_model')]
 
-  def widest_step_of_token(self, c: ModelConfig, length: int) -> int:
-    return 3 * c.d_model  # B, C and x
+  def widest_step_of_token(self, config: ModelConfig, length: int) -> int:
+    return 3 * config.d_model  # B, C and x
