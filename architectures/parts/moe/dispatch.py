@@ -576,12 +576,12 @@ def num_expert_shards() -> int:
   return sharding.count_devices_along(axes.experts)
 
 
-def slots_of_expert(m: MoEConfig, factor: float, tokens: int, groups: int,
+def slots_of_expert(moe: MoEConfig, factor: float, tokens: int, groups: int,
                     shards: int) -> int:
   """Returns C, how many of a device's tokens may choose the same expert.
 
   Args:
-    m: the config of the mixture of experts.
+    moe: the config of the mixture of experts.
     factor: the capacity factor; 0: there is none, so that all may come.
     tokens: the number of tokens of all devices, in `groups` groups.
     groups: the number of routing groups, within which tokens share capacity.
@@ -591,13 +591,14 @@ def slots_of_expert(m: MoEConfig, factor: float, tokens: int, groups: int,
   T = -(-tokens // shards)
   if not factor:
     return T
-  group_slots = routing.expert_capacity(
-      factor, tokens=tokens // groups, choices=m.top_k, experts=m.all_experts)
+  group_slots = routing.expert_capacity(factor, tokens=tokens // groups,
+                                        choices=moe.top_k,
+                                        experts=moe.all_experts)
   # A device has whole groups, or a part of one that may fill all of its slots.
   return min(T, max(1, groups // shards) * group_slots)
 
 
-def choose_dispatch(m: MoEConfig, factor: float, tokens: int, groups: int,
+def choose_dispatch(moe: MoEConfig, factor: float, tokens: int, groups: int,
                     shards: int) -> str:
   """Returns how a mixture of experts is computed: 'sorted', a batch of padded
   experts, or 'dropless', groups of rows without padding.
@@ -606,30 +607,31 @@ def choose_dispatch(m: MoEConfig, factor: float, tokens: int, groups: int,
   MOST_SLOTS_PER_ASSIGNMENT times a device's assignments, else dropless.
 
   Args:
-    m: the config of the mixture.
+    moe: the config of the mixture.
     factor: the capacity factor; 0: there is none.
     tokens: the number of tokens of all devices.
     groups: the number of routing groups.
     shards: the number of devices that the tokens are split over.
   """
-  if m.dispatch != 'auto':
-    return m.dispatch
-  if routing.router_of(m).experts_choose:  # they fill their slots, all of them
+  if moe.dispatch != 'auto':
+    return moe.dispatch
+  # Experts that choose their tokens fill all of their slots.
+  if routing.router_of(moe).experts_choose:
     return 'sorted'
   # Without a capacity, an expert could get all tokens, and padding be useless.
   if not factor:
     return 'dropless'
   # The slots of all experts, and the assignments of a device's tokens.
-  num_slots = m.num_experts * slots_of_expert(
-      m, factor=factor, tokens=tokens, groups=groups, shards=shards)
-  assignments = m.top_k * -(-tokens // shards)
+  num_slots = moe.num_experts * slots_of_expert(
+      moe, factor=factor, tokens=tokens, groups=groups, shards=shards)
+  assignments = moe.top_k * -(-tokens // shards)
   if num_slots <= MOST_SLOTS_PER_ASSIGNMENT * assignments:
     return 'sorted'
   return 'dropless'
 
 
 def compute_experts(
-    m: MoEConfig, x_TD: jax.Array, routed: Routing, w: ExpertWeights,
+    moe: MoEConfig, x_TD: jax.Array, routed: Routing, w: ExpertWeights,
     hidden: HiddenUnits, groups: int, dropout: Optional[ExpertDropout], *,
     train: bool, recompute: bool = False) -> tuple[jax.Array, jax.Array]:
   """Computes the experts, on this device or spread over the mesh:
@@ -637,7 +639,7 @@ def compute_experts(
     y_t = sum over the assignments (token t, expert e, gate g) of g FFN_e(x_t)
 
   Args:
-    m: the config of the mixture.
+    moe: the config of the mixture.
     x_TD: the tokens, [T tokens, d_model].
     routed: the assignments of the tokens.
     w: the experts' weights.
@@ -652,10 +654,10 @@ def compute_experts(
     The tokens' results y, [T, D]; and bool [A]: the assignments that found
     room.
   """
-  factor = m.capacity_factor if train else m.eval_capacity_factor
+  factor = moe.capacity_factor if train else moe.eval_capacity_factor
   T, axes = x_TD.shape[0], mixture_mesh_axes()
   compute = functools.partial(
-      _compute_on_device, m=m, hidden=hidden, factor=factor, tokens=T,
+      _compute_on_device, moe=moe, hidden=hidden, factor=factor, tokens=T,
       groups=groups, recompute=recompute)
   if axes is None:
     return compute(MixtureAxes(), x_TD, routed, w, dropout)
@@ -747,7 +749,7 @@ def _pad_tokens(x_TD: jax.Array, routed: Routing, num_padding: int
 
 def _compute_on_device(
     axes: MixtureAxes, x_TD: jax.Array, routed: Routing, w: ExpertWeights,
-    dropout: Optional[ExpertDropout], *, m: MoEConfig, hidden: HiddenUnits,
+    dropout: Optional[ExpertDropout], *, moe: MoEConfig, hidden: HiddenUnits,
     factor: float, tokens: int, groups: int, recompute: bool
     ) -> tuple[jax.Array, jax.Array]:
   """Computes one device's share: its tokens, and the experts that it has.
@@ -768,7 +770,7 @@ def _compute_on_device(
   Returns:
     The tokens' results, [T, D], and bool [A]: the assignments that found room.
   """
-  T, E = x_TD.shape[0], m.num_experts
+  T, E = x_TD.shape[0], moe.num_experts
   shards = sharding.count_devices_along(axes.tokens)
   shard_index = jax.lax.axis_index(axes.tokens) if axes.tokens else 0
   devices = sharding.count_devices_along(axes.experts)
@@ -780,11 +782,11 @@ def _compute_on_device(
     slots = routed.expert_A.shape[0] // E
     most_rows_sent = routed.expert_A.shape[0] // devices
   else:
-    routed = _void_choices_over_capacity(m, factor=factor, tokens=tokens,
+    routed = _void_choices_over_capacity(moe, factor=factor, tokens=tokens,
                                          groups=groups, axes=axes, T=T,
                                          routed=routed)
     slots = slots_of_expert(
-        m, factor=factor, tokens=tokens, groups=groups, shards=shards)
+        moe, factor=factor, tokens=tokens, groups=groups, shards=shards)
     most_rows_sent = T * min(routed.choices, E // devices)
 
   # Dropout counts the assignments and hidden units of all devices.
@@ -795,17 +797,17 @@ def _compute_on_device(
     dropout = dropout.replace(first_row=first_row, first_unit=first_unit)
 
   # The experts, here or along the mesh.
-  even_rows = max(1, T * devices * m.top_k // m.all_experts)
+  even_rows = max(1, T * devices * moe.top_k // moe.all_experts)
   settings = grouped.GroupedSettings(
       activation=hidden, even_rows=even_rows,
-      kernel=grouped.choose_grouped_kernel(m), recompute=recompute)
+      kernel=grouped.choose_grouped_kernel(moe), recompute=recompute)
   experts: LocalExperts | SpreadExperts = LocalExperts(
       w=_gather_weights(w, axes), dropout=dropout, settings=settings, experts=E)
   if axes.experts:
     experts = SpreadExperts(
         local=experts, axis=axes.experts[0], most_rows_sent=most_rows_sent)
   name = choose_dispatch(
-      m, factor=factor, tokens=tokens, groups=groups, shards=shards)
+      moe, factor=factor, tokens=tokens, groups=groups, shards=shards)
   compute = DISPATCHES[name]
   y_TD = compute(x_TD, routed, experts, slots)
 
@@ -816,13 +818,13 @@ def _compute_on_device(
 
 
 def _void_choices_over_capacity(
-    m: MoEConfig, factor: float, tokens: int, groups: int, axes: MixtureAxes,
+    moe: MoEConfig, factor: float, tokens: int, groups: int, axes: MixtureAxes,
     T: int, routed: Routing) -> Routing:
   """Returns the choices of this device's T tokens, made void where they exceed
   what an expert takes of a routing group.
 
   Args:
-    m: the config of the mixture.
+    moe: the config of the mixture.
     factor: the capacity factor; 0: an expert takes all.
     tokens: the number of tokens of all devices, without padding.
     groups: the number of routing groups.
@@ -830,7 +832,7 @@ def _void_choices_over_capacity(
     T: the number of this device's tokens.
     routed: their assignments, X for each token, one after another.
   """
-  E, X = m.num_experts, routed.choices
+  E, X = moe.num_experts, routed.choices
   shards = sharding.count_devices_along(axes.tokens)
   # The numbers of tokens were counted over all devices; here they begin at 0.
   token_A = jnp.arange(T * X, dtype=jnp.int32) // X
@@ -844,7 +846,7 @@ def _void_choices_over_capacity(
   if groups < shards:
     count_earlier = functools.partial(_count_choices_of_group, axes, groups)
   group_slots = routing.expert_capacity(
-      factor, tokens=tokens // groups, choices=X, experts=m.all_experts)
+      factor, tokens=tokens // groups, choices=X, experts=moe.all_experts)
   expert_A = routing.void_over_capacity(
       routed.expert_A, choices=X, groups=max(1, groups // shards), experts=E,
       slots=group_slots, earlier=count_earlier)

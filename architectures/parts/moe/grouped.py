@@ -640,15 +640,15 @@ def _is_experts_row(size: int, start: jax.Array, first: jax.Array,
   return (row_index >= first) & (row_index < stop)
 
 
-def _matmul_in_float32(x: jax.Array, m: jax.Array) -> jax.Array:
-  """Returns x m in float32: a bfloat16 result is slow on CPU."""
-  return jnp.matmul(x, m, preferred_element_type=jnp.float32)
+def _matmul_in_float32(x: jax.Array, matrix: jax.Array) -> jax.Array:
+  """Returns x times a matrix in float32: a bfloat16 result is slow on CPU."""
+  return jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
 
 
-def _affine_in_float32(x: jax.Array, m: jax.Array, b: Optional[jax.Array]
-                       ) -> jax.Array:
-  """Returns x m + b in float32."""
-  y = _matmul_in_float32(x, m)
+def _affine_in_float32(x: jax.Array, matrix: jax.Array,
+                       b: Optional[jax.Array]) -> jax.Array:
+  """Returns x times a matrix, plus b, in float32."""
+  y = _matmul_in_float32(x, matrix)
   if b is None:
     return y
   return y + b[None]
@@ -809,7 +809,7 @@ def _backward_by_blocks(
 # Kernels.
 
 
-def choose_grouped_kernel(m: MoEConfig) -> str:
+def choose_grouped_kernel(moe: MoEConfig) -> str:
   """Returns the name of the kernel that computes the grouped products, 'xla' or
   'megablox': the one that config.moe.grouped_kernel names, or with `auto`
   megablox on TPU and xla elsewhere.
@@ -818,18 +818,18 @@ def choose_grouped_kernel(m: MoEConfig) -> str:
     RequestError: where the config names one that does not run on the platform.
   """
   device = sharding.traced_platform()
-  check_grouped_kernel(m, device)
-  if m.grouped_kernel != 'auto':
-    return m.grouped_kernel
+  check_grouped_kernel(moe, device)
+  if moe.grouped_kernel != 'auto':
+    return moe.grouped_kernel
   if device == 'tpu':
     return 'megablox'
   return 'xla'
 
 
-def check_grouped_kernel(m: MoEConfig, device: str) -> None:
+def check_grouped_kernel(moe: MoEConfig, device: str) -> None:
   """Raises RequestError where the kernel of the grouped products that the
   config names does not run on the platform `device`."""
-  if m.grouped_kernel == 'megablox' and device != 'tpu':
+  if moe.grouped_kernel == 'megablox' and device != 'tpu':
     raise RequestError(
         'model.moe.grouped_kernel is megablox, which runs on tpu, and this '
         f'program is for {device}: choose from auto, xla')

@@ -53,7 +53,7 @@ class MoE(nn.Module):
                ) -> tuple[jax.Array, Report]:
     # The layer returns the output y [batch, length, d_model] for the input x,
     # and a report of losses and figures.
-    config, m = self.config, self.config.part(MoEConfig)
+    config, moe = self.config, self.config.part(MoEConfig)
     B, L, D = x_BLD.shape
     # The T = B L tokens of the batch, and which of them are no padding.
     valid_T = ctx.real_tokens(B, L).reshape(-1)
@@ -68,30 +68,31 @@ class MoE(nn.Module):
         valid_T=valid_T,
         expert_TX=self._hashed(ctx, (B, L)),
         bias_E=self._bias(),
-        key=self._noise_key(routing.router_of(m).draws, ctx),
-        groups=routing_groups(m.group_size, B * L),
+        key=self._noise_key(routing.router_of(moe).draws, ctx),
+        groups=routing_groups(moe.group_size, B * L),
         train=not ctx.deterministic)
-    routed = routing.route_tokens(m, inputs)
+    routed = routing.route_tokens(moe, inputs)
 
     # The experts, on the input or a narrower product of it. With gate_inputs
     # the one gate of a token multiplies its input, and the output's gate is 1.
-    if m.latent_dim:
-      x_TD = self._product('latent_down', x_BLD, ctx).reshape(-1, m.latent_dim)
-    if m.gate_inputs:  # a token has one gate
+    if moe.latent_dim:
+      x_BLI = self._product('latent_down', x_BLD, ctx)
+      x_TD = x_BLI.reshape(-1, moe.latent_dim)
+    if moe.gate_inputs:  # a token has one gate
       x_TD = x_TD * routed.gate_A[:, None].astype(x_TD.dtype)
       routed = routed.replace(gate_A=(routed.gate_A > 0).astype(jnp.float32))
     x_TD = x_TD.astype(config.compute_dtype)
     y_TD, kept_A = self._experts(x_TD, routed=routed, inputs=inputs, ctx=ctx)
     # Zero experts return their input: a token is added as often as its gates
     # for them say. They always have room.
-    if m.zero_experts:
-      zero_A, gate_T = routing.find_zero_experts(m, routed)
+    if moe.zero_experts:
+      zero_A, gate_T = routing.find_zero_experts(moe, routed)
       y_TD = y_TD + gate_T[:, None].astype(y_TD.dtype) * x_TD
       kept_A = kept_A | zero_A
 
     # The report.
     report = routing.report_routing(
-        m, routed=routed, logits_TE=inputs.logits_TE, valid_T=valid_T,
+        moe, routed=routed, logits_TE=inputs.logits_TE, valid_T=valid_T,
         kept_A=kept_A, shards=dispatch.num_expert_shards(), rows=B)
     if inputs.bias_E is not None:
       # The training step moves the bias at this path by the load.
@@ -105,12 +106,12 @@ class MoE(nn.Module):
 
     # Out of the space of the experts, and the shared experts beside them.
     y_BLD = y_TD.reshape(B, L, -1)
-    if m.latent_dim:
+    if moe.latent_dim:
       y_BLD = self._product('latent_up', y_BLD, ctx)
     y_BLD = sharding.constrain(y_BLD, 'batch', 'length', 'embed')
-    if m.shared_experts:
-      shared = layers.FFN(config, kind=m.ffn, width=m.shared_experts * m.d_ff,
-                          name='shared')
+    if moe.shared_experts:
+      shared = layers.FFN(config, kind=moe.ffn,
+                          width=moe.shared_experts * moe.d_ff, name='shared')
       shared_BLD, _ = shared(x_BLD, ctx)
       y_BLD = y_BLD + self._gated(shared_BLD, x_BLD)
     return y_BLD, report
@@ -130,12 +131,12 @@ class MoE(nn.Module):
       The sums of the experts' results, weighed by their gates, [T, D]; and bool
       [A], which assignments found room.
     """
-    config, m = self.config, self.config.part(MoEConfig)
-    hidden = layers.HiddenUnits(kind=m.ffn, clamp=config.find(ClampConfig))
+    config, moe = self.config, self.config.part(MoEConfig)
+    hidden = layers.HiddenUnits(kind=moe.ffn, clamp=config.find(ClampConfig))
     return dispatch.compute_experts(
-        m, x_TD, routed=routing.void_zero_experts(m, routed), w=self._weights(),
-        hidden=hidden, groups=inputs.groups, dropout=self._dropout(ctx),
-        train=inputs.train,
+        moe, x_TD, routed=routing.void_zero_experts(moe, routed),
+        w=self._weights(), hidden=hidden, groups=inputs.groups,
+        dropout=self._dropout(ctx), train=inputs.train,
         recompute=layers.remat_of_model(config).recomputes_products)
 
   def _product(self, name: str, x_BLD: jax.Array, ctx: Context) -> jax.Array:
@@ -191,20 +192,20 @@ class MoE(nn.Module):
     Returns:
       float32 [T, E]; None for a router that has no logits.
     """
-    m = self.config.part(MoEConfig)
-    if not routing.router_of(m).has_logits:
+    moe = self.config.part(MoEConfig)
+    if not routing.router_of(moe).has_logits:
       return None
 
     # The input, with its jitter.
     router_DE = layers.weight(
-        self, 'router', shape=(x_TD.shape[1], m.all_experts),
+        self, 'router', shape=(x_TD.shape[1], moe.all_experts),
         axes=('embed', None), output=True)
     x_TD = x_TD.astype(jnp.float32)
-    key = self._noise_key(m.jitter, ctx)
+    key = self._noise_key(moe.jitter, ctx)
     if key is not None:  # Switch, section 2.4: multiplicative jitter
       jitter_TD = jax.random.uniform(
-          key, x_TD.shape, dtype=jnp.float32, minval=1 - m.jitter,
-          maxval=1 + m.jitter)
+          key, x_TD.shape, dtype=jnp.float32, minval=1 - moe.jitter,
+          maxval=1 + moe.jitter)
       x_TD = x_TD * jitter_TD
 
     # The product. The order of what follows matters: muP divides the product
@@ -213,13 +214,13 @@ class MoE(nn.Module):
                            precision=jax.lax.Precision.HIGHEST)
     logits_TE = checkpoint_name(logits_TE, layers.NAME_OF_PRODUCT)
     logits_TE = logits_TE / self.config.widening  # muP's output multiplier
-    if m.logit_bias:  # gpt-oss; muP's multiplier is not the bias's
+    if moe.logit_bias:  # gpt-oss; muP's multiplier is not the bias's
       bias_E = layers.bias(
-          self, 'logit_bias', shape=(m.all_experts,), axes=(None,))
+          self, 'logit_bias', shape=(moe.all_experts,), axes=(None,))
       logits_TE = layers.add_bias(logits_TE, bias_E)
-    key = self._noise_key(m.logit_noise, ctx)
+    key = self._noise_key(moe.logit_noise, ctx)
     if key is not None:
-      logits_TE += m.logit_noise * jax.random.normal(key, logits_TE.shape)
+      logits_TE += moe.logit_noise * jax.random.normal(key, logits_TE.shape)
     return logits_TE
 
   def _noise_key(self, wanted: float, ctx: Context) -> Optional[jax.Array]:
@@ -240,37 +241,37 @@ class MoE(nn.Module):
       int32 [T, X], X experts for each token; None for a router that does not
       hash.
     """
-    config, m = self.config, self.config.part(MoEConfig)
-    if not routing.router_of(m).hashes:
+    config, moe = self.config, self.config.part(MoEConfig)
+    if not routing.router_of(moe).hashes:
       return None
     # The hash itself, or a table of it that is kept with the parameters, as
     # some published models have one.
     tokens_T = jnp.broadcast_to(ctx.tokens_BL, shape).reshape(-1)
-    if not routing.router_of(m).has_table:
-      return routing.experts_of_token_ids(m, tokens_T)
+    if not routing.router_of(moe).has_table:
+      return routing.experts_of_token_ids(moe, tokens_T)
 
     def hashes(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype
                ) -> jax.Array:
       """Initialises the table with the hashed experts of each token."""
       del key
       ids_V = jnp.arange(shape[0])
-      return routing.experts_of_token_ids(m, ids_V).astype(dtype)
+      return routing.experts_of_token_ids(moe, ids_V).astype(dtype)
 
     # The numbers of experts are stored as float32, like other parameters; no
     # gradient changes them.
     table_VX = declare(
-        self, TABLE, init=hashes, shape=(config.vocab_size, m.top_k),
+        self, TABLE, init=hashes, shape=(config.vocab_size, moe.top_k),
         role=Role((None, None)), dtype=jnp.float32)
     return jax.lax.stop_gradient(table_VX)[tokens_T].astype(jnp.int32)
 
   def _bias(self) -> Optional[jax.Array]:
     """Returns DeepSeek-V3's bias, [E], which no gradient moves, but
     `move_biases` does; None where the router has none."""
-    m = self.config.part(MoEConfig)
-    if not routing.router_of(m).has_bias:
+    moe = self.config.part(MoEConfig)
+    if not routing.router_of(moe).has_bias:
       return None
     return declare(
-        self, BIAS, init=nn.initializers.zeros, shape=(m.all_experts,),
+        self, BIAS, init=nn.initializers.zeros, shape=(moe.all_experts,),
         role=Role((None,)), dtype=jnp.float32)
 
   def _dropout(self, ctx: Context) -> Optional[ExpertDropout]:
@@ -286,13 +287,13 @@ class MoE(nn.Module):
     layer, and returns them in the compute dtype."""
     # The sizes by logical axis: the features that experts read and return, and
     # their hidden units.
-    config, m = self.config, self.config.part(MoEConfig)
-    size = {'embed': m.latent_dim or config.d_model, 'mlp': m.d_ff}
+    config, moe = self.config, self.config.part(MoEConfig)
+    size = {'embed': moe.latent_dim or config.d_model, 'mlp': moe.d_ff}
 
     def weight(name: str, into: str, out: str) -> jax.Array:
       """Returns a matrix of each expert."""
       matrix = layers.weight(
-          self, name, shape=(m.num_experts, size[into], size[out]),
+          self, name, shape=(moe.num_experts, size[into], size[out]),
           axes=('experts', into, out), in_axes=(1,), batch_axes=(0,),
           residual=name == 'down')
       return matrix.astype(config.compute_dtype)
@@ -302,14 +303,14 @@ class MoE(nn.Module):
       if not config.ffn_bias:
         return None
       vector = layers.bias(
-          self, name, shape=(m.num_experts, size[axis]),
+          self, name, shape=(moe.num_experts, size[axis]),
           axes=('experts', axis), batch_axes=(0,))
       return vector.astype(config.compute_dtype)
 
     # Parameters draw their initial values in this order, so that another order
     # would be another model by the same seed.
     gate_EDF = gate_bias_EF = None
-    gated = layers.FFNS[m.ffn].gated
+    gated = layers.FFNS[moe.ffn].gated
     up_EDF = weight('up', 'embed', 'mlp')
     if gated:
       gate_EDF = weight('gate', 'embed', 'mlp')

@@ -343,23 +343,23 @@ def void_over_capacity(
 # Groups of experts.
 
 
-def _hide_all_but_best_groups(m: MoEConfig, scores_TE: jax.Array, *,
+def _hide_all_but_best_groups(moe: MoEConfig, scores_TE: jax.Array, *,
                               experts_added: int) -> jax.Array:
   """Returns the scores by which a token chooses experts, with -inf for experts
   outside of its best groups of experts (DeepSeek-V3).
 
   Args:
-    m: the config, with the number of groups, and of those that a token may
+    moe: the config, with the number of groups, and of those that a token may
       choose from.
     scores_TE: the scores, [T tokens, E experts].
     experts_added: how many of a group's best experts make its own score, which
       is the sum of theirs: 1 or 2.
   """
-  if m.expert_groups <= m.top_groups:
+  if moe.expert_groups <= moe.top_groups:
     return scores_TE
 
   # The score of each of the G groups of experts, with U experts each.
-  shape = (scores_TE.shape[0], m.expert_groups, -1)
+  shape = (scores_TE.shape[0], moe.expert_groups, -1)
   scores_TGU = jax.lax.stop_gradient(scores_TE).reshape(shape)
   group_score_TG = scores_TGU.max(-1)
   if experts_added == 2:
@@ -370,7 +370,7 @@ def _hide_all_but_best_groups(m: MoEConfig, scores_TE: jax.Array, *,
     group_score_TG = group_score_TG + others_TGU.max(-1)
 
   # The experts of the best groups keep their scores.
-  is_kept_TG = _rank_groups(group_score_TG) < m.top_groups
+  is_kept_TG = _rank_groups(group_score_TG) < moe.top_groups
   kept_TGU = jnp.where(
       is_kept_TG[..., None], scores_TE.reshape(shape), -jnp.inf)
   return kept_TGU.reshape(scores_TE.shape)
@@ -431,26 +431,27 @@ def normalize_gates(gate_TX: jax.Array) -> jax.Array:
   return gate_TX / (gate_TX.sum(1, keepdims=True) + 1e-20)
 
 
-def route_topk(m: MoEConfig, x: RouterInputs) -> Routing:
+def route_topk(moe: MoEConfig, x: RouterInputs) -> Routing:
   """Routes each token to the X best experts of its best groups, weighed by the
   softmax of all logits (Shazeer et al. 2017)."""
-  ranked_TE = _hide_all_but_best_groups(m, x.logits_TE, experts_added=1)
-  return _weigh_by_softmax(m, x, _indices_of_best_experts(ranked_TE, m.top_k))
+  ranked_TE = _hide_all_but_best_groups(moe, x.logits_TE, experts_added=1)
+  return _weigh_by_softmax(moe, x,
+                           _indices_of_best_experts(ranked_TE, moe.top_k))
 
 
-def route_switch(m: MoEConfig, x: RouterInputs) -> Routing:
+def route_switch(moe: MoEConfig, x: RouterInputs) -> Routing:
   """Routes each token to its best expert, weighed by its probability (Switch:
   Fedus et al. 2021, equation 2)."""
-  return _weigh_by_softmax(m, x, _indices_of_best_experts(x.logits_TE, 1))
+  return _weigh_by_softmax(moe, x, _indices_of_best_experts(x.logits_TE, 1))
 
 
-def route_gshard(m: MoEConfig, x: RouterInputs) -> Routing:
+def route_gshard(moe: MoEConfig, x: RouterInputs) -> Routing:
   """Routes each token to its two best experts. In training, where x has a key
   to draw with, the second one is kept with probability
   min(1, 2 p2 / (p1 + p2)) (GShard: Lepikhin et al. 2020, algorithm 1).
 
   Args:
-    m: the config.
+    moe: the config.
     x: the inputs of the router.
   """
   # The gates are normalised before the draw, so that a token that loses its
@@ -464,20 +465,20 @@ def route_gshard(m: MoEConfig, x: RouterInputs) -> Routing:
   if x.key is not None:
     draw_T = jax.random.uniform(x.key, gate_TX.shape[:1])
     keeps_T = 2 * gate_TX[:, 1] > draw_T
-    second_T = jnp.where(keeps_T, expert_TX[:, 1], m.all_experts)
+    second_T = jnp.where(keeps_T, expert_TX[:, 1], moe.all_experts)
     expert_TX = jnp.stack([expert_TX[:, 0], second_T], 1)
   return _routing_of_choices(
       expert_TX, gate_TX=gate_TX, probs_TE=probs_TE, valid_T=x.valid_T)
 
 
-def route_by_scores(score: Callable[[jax.Array], jax.Array], m: MoEConfig,
+def route_by_scores(score: Callable[[jax.Array], jax.Array], moe: MoEConfig,
                     x: RouterInputs) -> Routing:
   """Routes each token to the X best experts by score + bias, weighed by their
   scores alone (DeepSeek-V3, 2024, equations 12 to 16).
 
   Args:
     score: logits_TE -> scores_TE, such as a sigmoid.
-    m: the config.
+    moe: the config.
     x: the inputs of the router; its bias_E is None for a router without a bias,
       which does not choose among groups of experts either.
   """
@@ -488,43 +489,43 @@ def route_by_scores(score: Callable[[jax.Array], jax.Array], m: MoEConfig,
   if x.bias_E is not None:
     bias_E = jax.lax.stop_gradient(x.bias_E)
     ranked_TE = _hide_all_but_best_groups(
-        m, scores_TE + bias_E[None], experts_added=2)
-  expert_TX = _indices_of_best_experts(ranked_TE, m.top_k)
-  return _weigh_by_scores(m, x, expert_TX=expert_TX, scores_TE=scores_TE)
+        moe, scores_TE + bias_E[None], experts_added=2)
+  expert_TX = _indices_of_best_experts(ranked_TE, moe.top_k)
+  return _weigh_by_scores(moe, x, expert_TX=expert_TX, scores_TE=scores_TE)
 
 
-def _weigh_by_softmax(m: MoEConfig, x: RouterInputs, expert_TX: jax.Array
+def _weigh_by_softmax(moe: MoEConfig, x: RouterInputs, expert_TX: jax.Array
                       ) -> Routing:
   """Returns the routing to these experts, weighed by the softmax of the logits.
   """
   probs_TE = jax.nn.softmax(x.logits_TE, -1)
-  return _weigh_chosen(m, x, expert_TX=expert_TX, scores_TE=probs_TE,
+  return _weigh_chosen(moe, x, expert_TX=expert_TX, scores_TE=probs_TE,
                        probs_TE=probs_TE)
 
 
-def _weigh_by_scores(m: MoEConfig, x: RouterInputs, expert_TX: jax.Array,
+def _weigh_by_scores(moe: MoEConfig, x: RouterInputs, expert_TX: jax.Array,
                      scores_TE: jax.Array) -> Routing:
   """Returns the routing to these experts, weighed by scores that each expert
   has by itself; the router's probabilities are their shares of the sum."""
   probs_TE = scores_TE / scores_TE.sum(-1, keepdims=True)
-  return _weigh_chosen(m, x, expert_TX=expert_TX, scores_TE=scores_TE,
+  return _weigh_chosen(moe, x, expert_TX=expert_TX, scores_TE=scores_TE,
                        probs_TE=probs_TE)
 
 
-def _weigh_chosen(m: MoEConfig, x: RouterInputs, expert_TX: jax.Array,
+def _weigh_chosen(moe: MoEConfig, x: RouterInputs, expert_TX: jax.Array,
                   scores_TE: jax.Array, probs_TE: jax.Array) -> Routing:
   """Returns the routing of tokens to the experts that they chose. The gates are
   the experts' scores, or with normalize_gates the scores over their sum.
 
   Args:
-    m: the config.
+    moe: the config.
     x: the inputs of the router.
     expert_TX: the X experts that each of T tokens chose.
     scores_TE: the scores of all E experts.
     probs_TE: the router's probabilities, which the losses read.
   """
   gate_TX = _scores_of_chosen(scores_TE, expert_TX)
-  if m.normalize_gates:
+  if moe.normalize_gates:
     gate_TX = normalize_gates(gate_TX)
   return _routing_of_choices(
       expert_TX, gate_TX=gate_TX, probs_TE=probs_TE, valid_T=x.valid_T)
@@ -536,13 +537,13 @@ def sqrt_softplus(logits_TE: jax.Array) -> jax.Array:
   return jnp.sqrt(jnp.maximum(softplus_TE, 1e-30))  # at 0 it has no slope
 
 
-def experts_of_best_scores(m: MoEConfig, logits_TE: jax.Array,
+def experts_of_best_scores(moe: MoEConfig, logits_TE: jax.Array,
                            valid_T: jax.Array) -> jax.Array:
   """Returns the experts that the scores alone would choose, as expert_A:
   neither the bias nor the groups of experts count (DeepSeek-V3, equation 18).
   """
-  best_TX = _indices_of_best_experts(logits_TE, m.top_k)
-  expert_TX = jnp.where(valid_T[:, None], best_TX, m.all_experts)
+  best_TX = _indices_of_best_experts(logits_TE, moe.top_k)
+  expert_TX = jnp.where(valid_T[:, None], best_TX, moe.all_experts)
   return expert_TX.reshape(-1).astype(jnp.int32)
 
 
@@ -576,25 +577,26 @@ def balance_logits(logits_TE: jax.Array, valid_T: jax.Array) -> jax.Array:
       init_val=jax.lax.stop_gradient(logits_TE))
 
 
-def route_sinkhorn(m: MoEConfig, x: RouterInputs) -> Routing:
+def route_sinkhorn(moe: MoEConfig, x: RouterInputs) -> Routing:
   """Routes each token to the X best experts, in training by logits that are
   balanced within each group (BASE: Lewis et al. 2021; S-BASE: Clark et al.
   2022), weighed by the softmax of the logits."""
   scores_TE = x.logits_TE
   if x.train:
-    logits_GSE = scores_TE.reshape(x.groups, -1, m.all_experts)
+    logits_GSE = scores_TE.reshape(x.groups, -1, moe.all_experts)
     valid_GS = x.valid_T.reshape(x.groups, -1)
     balanced_GSE = jax.vmap(balance_logits)(logits_GSE, valid_GS)
     scores_TE = balanced_GSE.reshape(scores_TE.shape)
-  return _weigh_by_softmax(m, x, _indices_of_best_experts(scores_TE, m.top_k))
+  return _weigh_by_softmax(moe, x,
+                           _indices_of_best_experts(scores_TE, moe.top_k))
 
 
-def route_expert_choice(m: MoEConfig, x: RouterInputs) -> Routing:
+def route_expert_choice(moe: MoEConfig, x: RouterInputs) -> Routing:
   """Has each expert choose its C best tokens of each routing group, weighed by
   their probabilities (Zhou et al. 2022).
 
   Args:
-    m: the config.
+    moe: the config.
     x: the inputs of the router.
 
   Returns:
@@ -605,11 +607,11 @@ def route_expert_choice(m: MoEConfig, x: RouterInputs) -> Routing:
   # by the capacity factor.
   T, E = x.logits_TE.shape
   G, S = x.groups, T // x.groups
-  factor = m.eval_capacity_factor
+  factor = moe.eval_capacity_factor
   if x.train:
-    factor = m.capacity_factor
+    factor = moe.capacity_factor
   C = min(S, expert_capacity(
-      factor or 1.0, tokens=S, choices=m.top_k, experts=E))
+      factor or 1.0, tokens=S, choices=moe.top_k, experts=E))
 
   # The best tokens of each expert, in the order of their probabilities.
   probs_TE = jax.nn.softmax(x.logits_TE, -1)
@@ -632,44 +634,44 @@ def route_expert_choice(m: MoEConfig, x: RouterInputs) -> Routing:
       token_A=token_GEC.reshape(-1).astype(jnp.int32), probs_TE=probs_TE)
 
 
-def _consecutive_experts(m: MoEConfig, first_T: jax.Array) -> jax.Array:
+def _consecutive_experts(moe: MoEConfig, first_T: jax.Array) -> jax.Array:
   """Returns the X experts of each token, [T, X]: its first one and those that
   follow it by number."""
-  return (first_T[:, None] + jnp.arange(m.top_k)[None]) % m.num_experts
+  return (first_T[:, None] + jnp.arange(moe.top_k)[None]) % moe.num_experts
 
 
-def _weigh_equally(m: MoEConfig, expert_TX: jax.Array, valid_T: jax.Array
+def _weigh_equally(moe: MoEConfig, expert_TX: jax.Array, valid_T: jax.Array
                    ) -> Routing:
   """Returns the routing to these experts, each with gate 1 / X."""
-  probs_TE = jax.nn.one_hot(expert_TX, m.num_experts).mean(1)
-  gate_TX = jnp.full(expert_TX.shape, 1 / m.top_k)
+  probs_TE = jax.nn.one_hot(expert_TX, moe.num_experts).mean(1)
+  gate_TX = jnp.full(expert_TX.shape, 1 / moe.top_k)
   return _routing_of_choices(
       expert_TX, gate_TX=gate_TX, probs_TE=probs_TE, valid_T=valid_T)
 
 
-def experts_of_token_ids(m: MoEConfig, tokens_T: jax.Array) -> jax.Array:
+def experts_of_token_ids(moe: MoEConfig, tokens_T: jax.Array) -> jax.Array:
   """Returns the experts that a fixed hash gives token ids, [T, X]."""
   spread_T = hash_uint32(tokens_T.astype(jnp.uint32) + jnp.uint32(1))
-  first_T = (spread_T % m.num_experts).astype(jnp.int32)
-  return _consecutive_experts(m, first_T)
+  first_T = (spread_T % moe.num_experts).astype(jnp.int32)
+  return _consecutive_experts(moe, first_T)
 
 
-def route_hashed(m: MoEConfig, x: RouterInputs) -> Routing:
+def route_hashed(moe: MoEConfig, x: RouterInputs) -> Routing:
   """Routes each token to the experts of its id (Roller et al. 2021)."""
-  return _weigh_equally(m, x.expert_TX, x.valid_T)
+  return _weigh_equally(moe, x.expert_TX, x.valid_T)
 
 
-def route_hashed_by_scores(m: MoEConfig, x: RouterInputs) -> Routing:
+def route_hashed_by_scores(moe: MoEConfig, x: RouterInputs) -> Routing:
   """Routes each token to the experts of its id, weighed by their scores
   (DeepSeek-V4)."""
   scores_TE = sqrt_softplus(x.logits_TE)
-  return _weigh_by_scores(m, x, expert_TX=x.expert_TX, scores_TE=scores_TE)
+  return _weigh_by_scores(moe, x, expert_TX=x.expert_TX, scores_TE=scores_TE)
 
 
-def route_uniformly(m: MoEConfig, x: RouterInputs) -> Routing:
+def route_uniformly(moe: MoEConfig, x: RouterInputs) -> Routing:
   """Deals the tokens out to the experts in turn, in perfect balance."""
-  first_T = jnp.arange(x.valid_T.shape[0]) * m.top_k % m.num_experts
-  return _weigh_equally(m, _consecutive_experts(m, first_T), x.valid_T)
+  first_T = jnp.arange(x.valid_T.shape[0]) * moe.top_k % moe.num_experts
+  return _weigh_equally(moe, _consecutive_experts(moe, first_T), x.valid_T)
 
 
 def move_bias_against_load(bias_NE: jax.Array, load_NE: jax.Array,
@@ -722,18 +724,18 @@ class Router(NamedTuple):
   wanted_experts: Optional[Callable] = None
 
 
-def router_of(m: MoEConfig) -> Router:
+def router_of(moe: MoEConfig) -> Router:
   """Returns the entry of ROUTERS that the config of a mixture names."""
-  return ROUTERS[m.router]
+  return ROUTERS[moe.router]
 
 
-def route_tokens(m: MoEConfig, x: RouterInputs) -> Routing:
+def route_tokens(moe: MoEConfig, x: RouterInputs) -> Routing:
   """Returns the routing of tokens by the router that the config names, with its
   gates multiplied by moe.gate_scale."""
-  routed = router_of(m).assign(m, x)
-  if m.gate_scale == 1:
+  routed = router_of(moe).assign(moe, x)
+  if moe.gate_scale == 1:
     return routed
-  return routed.replace(gate_A=m.gate_scale * routed.gate_A)
+  return routed.replace(gate_A=moe.gate_scale * routed.gate_A)
 
 
 def check_router(config: ModelConfig, stack: str) -> None:
@@ -746,42 +748,42 @@ def check_router(config: ModelConfig, stack: str) -> None:
   Raises:
     RequestError: for the first of the conditions below that does not hold.
   """
-  m = config.part(MoEConfig)
-  router = router_of(m)
+  moe = config.part(MoEConfig)
+  router = router_of(moe)
   # The model around the experts, and the experts of a token.
   if router.experts_choose and stack != 'encoder':
     raise RequestError(
-        f'model.moe.router {m.router} has no meaning in the decoder of '
+        f'model.moe.router {moe.router} has no meaning in the decoder of '
         f'model.arch {config.arch}: which tokens an expert takes depends on '
         'later ones, which a prediction must not see; choose another router, '
         'or an encoder')
 
-  _check_experts_of_token(m, router)
-  if m.latent_dim and config.parametrization == 'mup':
+  _check_experts_of_token(moe, router)
+  if moe.latent_dim and config.parametrization == 'mup':
     raise RequestError(
-        f'model.moe.latent_dim is {m.latent_dim}, for which '
+        f'model.moe.latent_dim is {moe.latent_dim}, for which '
         "model.parametrization 'mup' has no rule: choose standard")
 
   # The balance loss, and the capacity.
-  if router.experts_choose and BALANCE_LOSSES[m.balance_loss].by_sequence:
+  if router.experts_choose and BALANCE_LOSSES[moe.balance_loss].by_sequence:
     raise RequestError(
-        f'model.moe.balance_loss is {m.balance_loss}, which is of what the '
-        f'tokens of a sequence choose, and with model.moe.router {m.router} '
+        f'model.moe.balance_loss is {moe.balance_loss}, which is of what the '
+        f'tokens of a sequence choose, and with model.moe.router {moe.router} '
         'they do not: choose none')
-  least_factor = min(m.capacity_factor, m.eval_capacity_factor)
+  least_factor = min(moe.capacity_factor, moe.eval_capacity_factor)
   bounded = router.experts_choose or least_factor > 0
-  if m.dispatch == 'sorted' and not bounded:
+  if moe.dispatch == 'sorted' and not bounded:
     raise RequestError(
         'model.moe.dispatch sorted pads every expert to its capacity: set '
         'model.moe.capacity_factor and model.moe.eval_capacity_factor, or '
         'choose dispatch dropless')
 
 
-def _check_experts_of_token(m: MoEConfig, router: Router) -> None:
+def _check_experts_of_token(moe: MoEConfig, router: Router) -> None:
   """Checks the number of experts of a token.
 
   Args:
-    m: the config of the mixture.
+    moe: the config of the mixture.
     router: the router that it names.
 
   Raises:
@@ -789,70 +791,70 @@ def _check_experts_of_token(m: MoEConfig, router: Router) -> None:
       allow top_k.
   """
   # A router whose number of experts is fixed has it as its top_k, others 0.
-  require(router.top_k in (0, m.top_k),
-          f'model.moe.top_k is {m.top_k}, but model.moe.router {m.router} '
+  require(router.top_k in (0, moe.top_k),
+          f'model.moe.top_k is {moe.top_k}, but model.moe.router {moe.router} '
           f'chooses {router.top_k}: set it to {router.top_k}, or choose router '
           'topk')
   # The input can be multiplied by a gate only if the token has no other.
-  if m.gate_inputs and (m.top_k != 1 or router.experts_choose):
+  if moe.gate_inputs and (moe.top_k != 1 or router.experts_choose):
     raise RequestError(
-        f'model.moe.gate_inputs is True and model.moe.top_k {m.top_k}, and a '
+        f'model.moe.gate_inputs is True and model.moe.top_k {moe.top_k}, and a '
         'token has one input for all of its experts: set top_k to 1, or '
         'gate_inputs to False')
-  if m.top_k > m.all_experts:
-    most = f'model.moe.num_experts {m.num_experts}'
-    if m.zero_experts:
-      most += f' + model.moe.zero_experts {m.zero_experts}'
-    raise RequestError(f'model.moe.top_k is {m.top_k}: choose 1 to {most}')
+  if moe.top_k > moe.all_experts:
+    most = f'model.moe.num_experts {moe.num_experts}'
+    if moe.zero_experts:
+      most += f' + model.moe.zero_experts {moe.zero_experts}'
+    raise RequestError(f'model.moe.top_k is {moe.top_k}: choose 1 to {most}')
   if 'moe.expert_groups' in router.fields:
-    _check_expert_groups(m, router)
+    _check_expert_groups(moe, router)
 
 
-def _check_expert_groups(m: MoEConfig, router: Router) -> None:
+def _check_expert_groups(moe: MoEConfig, router: Router) -> None:
   """Checks the groups of experts that a token chooses from.
 
   Args:
-    m: the config of the mixture.
+    moe: the config of the mixture.
     router: the router that it names.
 
   Raises:
     RequestError: where the groups do not divide the experts, or the groups of a
       token have too few of them.
   """
-  E, groups, kept = m.all_experts, m.expert_groups, m.top_groups
+  E, groups, kept = moe.all_experts, moe.expert_groups, moe.top_groups
   if groups == 1:
     return
   # A token chooses top_k experts of its `kept` best groups, E / groups of each.
   divides_experts = E % groups == 0 and kept <= groups
-  has_enough_experts = m.top_k <= kept * E // groups
+  has_enough_experts = moe.top_k <= kept * E // groups
   # A router with a bias adds up two experts of a group.
   has_two_experts = E > groups or not router.has_bias
   require(divides_experts and has_enough_experts and has_two_experts,
           f'model.moe.expert_groups is {groups}, model.moe.top_groups {kept} '
-          f'and model.moe.top_k {m.top_k}: of {E} experts choose groups that '
+          f'and model.moe.top_k {moe.top_k}: of {E} experts choose groups that '
           'divide them, as many of these at most, and as many experts as they '
           'have at most; a router with a bias needs two experts of a group')
 
 
-def void_zero_experts(m: MoEConfig, routed: Routing) -> Routing:
+def void_zero_experts(moe: MoEConfig, routed: Routing) -> Routing:
   """Returns the routing without its assignments to zero experts: these return
   their input and compute nothing, so the dispatch must not see them."""
-  if not m.zero_experts:
+  if not moe.zero_experts:
     return routed
   # Zero experts have the numbers after the E others, and E is no expert.
-  E = m.num_experts
+  E = moe.num_experts
   return routed.replace(
       expert_A=jnp.minimum(routed.expert_A, E),
       gate_A=jnp.where(routed.expert_A < E, routed.gate_A, 0.0),
       probs_TE=routed.probs_TE[:, :E])
 
 
-def find_zero_experts(m: MoEConfig, routed: Routing
+def find_zero_experts(moe: MoEConfig, routed: Routing
                       ) -> tuple[jax.Array, jax.Array]:
   """Finds the assignments to zero experts, which return their input.
 
   Args:
-    m: the config of the mixture.
+    moe: the config of the mixture.
     routed: the assignments of the tokens.
 
   Returns:
@@ -860,29 +862,29 @@ def find_zero_experts(m: MoEConfig, routed: Routing
     gates for each token, [T], which multiplies the token.
   """
   # Zero experts have the numbers from num_experts on; all_experts is void.
-  is_zero_A = (routed.expert_A >= m.num_experts) & (
-      routed.expert_A < m.all_experts)
+  is_zero_A = (routed.expert_A >= moe.num_experts) & (
+      routed.expert_A < moe.all_experts)
   gate_A = jnp.where(is_zero_A, routed.gate_A, 0.0)
   gate_T = gate_A.reshape(-1, routed.choices).sum(1)
   return is_zero_A, gate_T
 
 
-def has_whole_gates(m: MoEConfig) -> bool:
+def has_whole_gates(moe: MoEConfig) -> bool:
   """Returns whether the gates of each token sum to 1."""
-  router = router_of(m)
-  if m.gate_scale != 1:
+  router = router_of(moe)
+  if moe.gate_scale != 1:
     return False
   if router.has_whole_gates:
     return True
-  return not router.experts_choose and m.normalize_gates and m.top_k > 1
+  return not router.experts_choose and moe.normalize_gates and moe.top_k > 1
 
 
-def mean_active_experts(m: MoEConfig) -> float:
+def mean_active_experts(moe: MoEConfig) -> float:
   """Returns how many of the routed experts a token goes through, in the mean.
   """
-  if router_of(m).experts_choose:  # as many as the experts take
-    return min(m.top_k * (m.capacity_factor or 1.0), m.num_experts)
-  return m.top_k * m.num_experts / m.all_experts
+  if router_of(moe).experts_choose:  # as many as the experts take
+    return min(moe.top_k * (moe.capacity_factor or 1.0), moe.num_experts)
+  return moe.top_k * moe.num_experts / moe.all_experts
 
 
 # The fields of config.model that routers read: those with logits, those whose
@@ -1035,12 +1037,12 @@ def entropy(p: jax.Array) -> jax.Array:
 
 
 def report_routing(
-    m: MoEConfig, routed: Routing, logits_TE: Optional[jax.Array],
+    moe: MoEConfig, routed: Routing, logits_TE: Optional[jax.Array],
     valid_T: jax.Array, kept_A: jax.Array, shards: int, rows: int) -> Report:
   """Returns the weighted losses of one layer, and its panel as `health`.
 
   Args:
-    m: the config.
+    moe: the config.
     routed: what the router chose.
     logits_TE: the router's logits; None where it has none.
     valid_T: bool, the tokens that are no padding.
@@ -1055,7 +1057,7 @@ def report_routing(
   probability) and `router_entropy` (1: undecided); `shard_imbalance`, the
   largest load of a shard over the mean; and each loss, raw.
   """
-  E, router = m.all_experts, router_of(m)
+  E, router = moe.all_experts, router_of(moe)
   probs_TE = routed.probs_TE
   weight_T = valid_T / jnp.maximum(valid_T.sum(), 1).astype(jnp.float32)
 
@@ -1068,17 +1070,17 @@ def report_routing(
   load_E = share_of_sum(count_assignments(routed.expert_A, E))
   load_E = jax.lax.stop_gradient(load_E)
   balance_losses = _balance_losses(
-      m, routed=routed, logits_TE=logits_TE, valid_T=valid_T,
+      moe, routed=routed, logits_TE=logits_TE, valid_T=valid_T,
       mean_probs_E=mean_probs_E, rows=rows)
   z = jnp.zeros(())
   if logits_TE is not None:
     z = mean_over_tokens(jnp.square(jax.nn.logsumexp(logits_TE, -1)))
   losses = {}
   if router.has_logits and not router.hashes:
-    if m.balance_loss in balance_losses:
-      losses['balance'] = m.balance_weight * balance_losses[m.balance_loss]
-    if m.z_loss_weight:
-      losses['router_z'] = m.z_loss_weight * z
+    if moe.balance_loss in balance_losses:
+      losses['balance'] = moe.balance_weight * balance_losses[moe.balance_loss]
+    if moe.z_loss_weight:
+      losses['router_z'] = moe.z_loss_weight * z
 
   # The panel. The share that found no room is of the assignments that are not
   # void; a shard's load is that of its experts.
@@ -1094,7 +1096,7 @@ def report_routing(
       unused=(load_E == 0).mean(),
       confidence=mean_over_tokens(probs_TE.max(-1)),
       router_entropy=mean_over_tokens(entropy(probs_TE)))
-  shard_loads = load_E[:m.num_experts].reshape(shards, -1).sum(1)
+  shard_loads = load_E[:moe.num_experts].reshape(shards, -1).sum(1)
   panel['shard_imbalance'] = shards * shard_loads.max()
   panel['z_loss'] = z
   for name, loss in balance_losses.items():
@@ -1106,14 +1108,14 @@ def report_routing(
   return Report(losses=losses, health=health)
 
 
-def _balance_losses(m: MoEConfig, routed: Routing, *,
+def _balance_losses(moe: MoEConfig, routed: Routing, *,
                     logits_TE: Optional[jax.Array], valid_T: jax.Array,
                     mean_probs_E: jax.Array, rows: int) -> dict[str, jax.Array]:
   """Returns the balance losses, by name: each that is taken of all tokens, and
   the chosen one.
 
   Args:
-    m: the config.
+    moe: the config.
     routed: what the router chose.
     logits_TE: the router's logits; None where it has none.
     valid_T: bool, the tokens that are no padding.
@@ -1122,7 +1124,7 @@ def _balance_losses(m: MoEConfig, routed: Routing, *,
   """
   # The assignments that count. Those of a token stand one after another, so
   # every X-th is a first choice.
-  router = router_of(m)
+  router = router_of(moe)
   counted_A = routed.expert_A
   if router.counts_first:
     counted_A = routed.expert_A[::routed.choices]
@@ -1134,12 +1136,12 @@ def _balance_losses(m: MoEConfig, routed: Routing, *,
       losses[name] = balance.loss(counted_A, mean_probs_E)
 
   # A loss of each sequence is computed only where it is chosen.
-  chosen = BALANCE_LOSSES[m.balance_loss]
+  chosen = BALANCE_LOSSES[moe.balance_loss]
   if chosen.by_sequence:
     wanted_A = counted_A
     if router.wanted_experts is not None:
-      wanted_A = router.wanted_experts(m, logits_TE, valid_T)
-    losses[m.balance_loss] = mean_over_sequences(
+      wanted_A = router.wanted_experts(moe, logits_TE, valid_T)
+    losses[moe.balance_loss] = mean_over_sequences(
         chosen.loss, expert_A=wanted_A, probs_TE=routed.probs_TE,
         valid_T=valid_T, rows=rows)
   return losses
