@@ -32,12 +32,21 @@ PLACES = ('local', 'slurm', 'tpu_vm')
 
 
 def main() -> int:
+  """Launches the run that the command line describes, on the place that its
+  first word names.
+
+  Returns:
+    The exit code of this program.
+  """
   place = sys.argv[1] if len(sys.argv) > 1 else ''
   if place in ('', '--help', '-h'):
     print(__doc__.strip())
     if not place:
       return 2
     return 0
+
+  # Each place is a module with flags of its own, which are defined before the
+  # command line is parsed.
   one_of('place to launch on', place, PLACES)
   module = importlib.import_module(f'tools.launch.{place}')
   from tools.launch import job
@@ -46,8 +55,11 @@ def main() -> int:
   job.define_flags(job.FLAGS + module.FLAGS)
   flags.adopt_module_key_flags(job)
   cli.parse(module.__doc__, [sys.argv[0], *sys.argv[2:]])
+
+  # Check the run as far as can be seen here, and start it.
   args = flags.FLAGS
-  return module.launch(job.make_job(module.size(args)), args)
+  num_devices = module.count_devices(args)
+  return module.launch(job.make_job(num_devices), args)
 
 
 if __name__ == '__main__':

@@ -14,8 +14,8 @@ from common.errors import RequestError, STOPPED, require, short
 from training import cli
 from training.workdir import storage
 
-# (kind, name, default, what it says, bounds): flags of every place. They are
-# defined by the program alone, for train.py has some of the same name.
+# The flags of every place: (type, name, default, help text, bounds). Only the
+# launcher defines them, because train.py has some of the same name.
 FLAGS = (
     ('string', 'profile_steps', '', 'See train.py.'),
     ('bool', 'allow_config_change', False, 'See train.py.'),
@@ -29,7 +29,7 @@ FLAGS = (
     ('string', 'logs', '', 'Where the output of each process goes, on disk; '
      'default: logs in the workdir, or logs/NAME here for one in a bucket.'),
 )
-# The variables that tell a process who it is.
+# The variables by which a process finds its number, the others and its devices.
 _VARIABLES_OF_LAUNCHER = (
     'JAX_PROCESS_ID', 'JAX_NUM_PROCESSES', 'JAX_COORDINATOR_ADDRESS',
     'JAX_COORDINATOR_BIND_ADDRESS', 'JAX_LOCAL_DEVICE_IDS')
@@ -42,12 +42,12 @@ class Job:
   """A run to launch.
 
   Attributes:
-    name: its name, of letters, digits and dashes.
-    words: the command: python, train.py and its flags.
+    name: the name of the job, of letters, digits and dashes.
+    words: the words of its command: python, train.py and its flags.
     workdir: the folder of the run.
     logs: the folder of the processes' output.
-    env: the variables of each process, beside those that tell who it is.
-    max_restarts: how often it is started again after failures.
+    env: the variables of each process, without _VARIABLES_OF_LAUNCHER.
+    max_restarts: how often the job is started again after failures.
     dry_run: whether only to print what would be started.
   """
   name: str
@@ -60,15 +60,20 @@ class Job:
 
 
 def make_job(num_devices: int) -> Job:
-  """Returns the job that the flags of the command line describe, after all that
-  train.py would refuse was checked.
+  """Checks the flags of the command line, and returns the job that they
+  describe.
 
   Args:
-    num_devices: the number of devices of all processes; 0: not known here.
+    num_devices: the number of devices of all processes together; 0: it is not
+      known here.
+
+  Returns:
+    The job, which train.py would not refuse, as far as can be seen here.
 
   Raises:
-    ValueError: where train.py would refuse it, as far as can be seen here.
+    ValueError: if train.py would refuse the run.
   """
+  # The flags of the launcher.
   args = flags.FLAGS
   if args.config is None or not args.workdir:
     raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
@@ -76,7 +81,7 @@ def make_job(num_devices: int) -> Job:
   require(not storage.is_in_bucket(args.logs),
           f'--logs is {args.logs!r}: choose a folder on disk')
 
-  # Everything that train.py would refuse.
+  # The config, its mesh and the steps to profile, as train.py checks them.
   from training import preflight, progress, runs
   from training.distributed import devices
   preflight.check_config(args.config, cli.overridden_fields())
@@ -86,6 +91,8 @@ def make_job(num_devices: int) -> Job:
     runs.check_mesh(args.config, model, mesh)
   progress.parse_profiled_steps(args.profile_steps, args.config.train.steps)
 
+  # Compiled programs are kept beside the workdir. Logs are kept in the workdir,
+  # or in a folder here if it is in a bucket.
   workdir = args.workdir.rstrip('/')
   parent = workdir.rpartition('/')[0] or '.'
   name = job_name_of_workdir(workdir)
@@ -103,20 +110,24 @@ def make_job(num_devices: int) -> Job:
 
 
 def environment_of_processes(args, compile_cache: str) -> dict[str, str]:
-  """Returns the variables that every process of a job finds in its environment:
-  the folder of jax's cache of compiled programs, and those of --env.
+  """Returns the environment variables that every process of a job gets: the
+  settings of jax's cache of compiled programs, and those of --env.
 
   Args:
-    args: the flags.
-    compile_cache: where compiled programs are kept, unless a flag says so.
+    args: the flags of the launcher.
+    compile_cache: the folder of compiled programs, unless --compile_cache names
+      another.
 
   Raises:
-    ValueError: for an --env that is none, or that the launcher sets itself.
+    RequestError: for a value of --env that is no NAME=VALUE, or whose variable
+      the launcher sets itself.
   """
+  # By default, jax keeps no program that compiles within a second.
   env = {
       'JAX_COMPILATION_CACHE_DIR': args.compile_cache or compile_cache,
-      # JAX leaves out what compiles within a second.
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+
+  # A user may add other variables.
   taken = (*env, *_VARIABLES_OF_LAUNCHER)
   added = parse_assignments(args.env, '--env')
   for name, value in added.items():
@@ -144,14 +155,15 @@ def job_name_of_workdir(workdir: str) -> str:
 
 
 def check_folders_are_writable(job: Job) -> None:
-  """Raises RequestError where this machine, which writes them, cannot write the
-  workdir or the logs."""
+  """Raises RequestError if this machine cannot write into the workdir or the
+  folder of logs of a job."""
   storage.check_folder_is_writable(job.workdir)
   storage.check_folder_is_writable(job.logs, '--logs')
 
 
 def require_programs(*names: str) -> None:
-  """Raises RequestError where a program is not on this machine."""
+  """Raises RequestError if one of the named programs is not installed on this
+  machine."""
   for name in names:
     require(shutil.which(name) is not None, f'{name} is not on the PATH of '
             'this machine: launch where the cluster\'s programs are installed, '
@@ -159,8 +171,15 @@ def require_programs(*names: str) -> None:
 
 
 def define_flags(table, args: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines the flags of the place that is launched on. Others may have flags
-  of the same name."""
-  for kind, name, default, text, *bounds in table:
-    define_flag = getattr(flags, f'DEFINE_{kind}')
+  """Defines the flags of a table.
+
+  Each place to launch on has a table of its own, which is defined only if the
+  place is used, because places may have flags of the same name.
+
+  Args:
+    table: rows of the type, name, default, help text and bounds of a flag.
+    args: the flags to which they are added.
+  """
+  for flag_type, name, default, text, *bounds in table:
+    define_flag = getattr(flags, f'DEFINE_{flag_type}')
     define_flag(name, default, text, *bounds, flag_values=args)

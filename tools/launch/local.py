@@ -27,7 +27,7 @@ from tools import dies_with_parent
 from tools.launch import job as job_lib
 from training.distributed import signals
 
-# (kind, name, default, what it says, bounds).
+# (type, name, default, help text, bounds).
 FLAGS = (
     ('integer', 'processes', 2, 'The number of processes.', 1),
     ('integer', 'devices', 1, 'The number of devices of each.', 1),
@@ -35,18 +35,24 @@ FLAGS = (
      'The platform; default: $JAX_PLATFORMS, else gpu where there is one.'),
 )
 
-PATIENCE_SECONDS = 10  # for the others to end by themselves after one failed
+# After one process has failed, the others have this time to end by themselves.
+PATIENCE_SECONDS = 10
 POLL_SECONDS = 0.05
-_GPUS = 'CUDA_VISIBLE_DEVICES'
+_VARIABLE_OF_GPUS = 'CUDA_VISIBLE_DEVICES'
 
 
-def size(args) -> int:
-  """Returns the number of devices."""
+def count_devices(args) -> int:
+  """Returns the number of devices of all processes together."""
   return args.processes * args.devices
 
 
-def _platform(platform: str) -> str:
-  """Returns cpu or gpu: the platform asked for, or the one there is."""
+def _choose_platform(platform: str) -> str:
+  """Returns the platform to run on, cpu or gpu.
+
+  Args:
+    platform: the platform of the flags; '': that of $JAX_PLATFORMS, or gpu if
+      this machine has one.
+  """
   platform = platform or os.environ.get('JAX_PLATFORMS', '')
   if platform == 'cpu':
     return 'cpu'
@@ -60,46 +66,51 @@ def launch(job: job_lib.Job, args) -> int:
 
   Args:
     job: the job; with `dry_run`, its commands are printed and none is run.
-    args: the flags of FLAGS.
+    args: the flags of the launcher.
 
   Returns:
     The exit code of this program.
   """
   job_lib.check_folders_are_writable(job)
-  kind = _platform(args.platform)
+  platform = _choose_platform(args.platform)
   # The job's first word is 'python'; here it is the Python that runs this.
   words = [sys.executable, *job.words[1:]]
+
+  # Print the commands. The port is chosen only when the job starts.
   if job.dry_run:
-    # The port is chosen only when the job starts.
     envs = environments_of_processes(
         env=job.env, processes=args.processes, devices=args.devices,
-        platform=kind, coordinator='127.0.0.1:PORT')
+        platform=platform, coordinator='127.0.0.1:PORT')
     for env in envs:
       variables = [f'{name}={value}' for name, value in env.items()]
       print(shlex.join(variables + words))
     return 0
+
   return run_until_complete(
       words, env=job.env, processes=args.processes, devices=args.devices,
-      platform=kind, logs=job.logs, max_restarts=job.max_restarts)
+      platform=platform, logs=job.logs, max_restarts=job.max_restarts)
 
 
 def environments_of_processes(env: Mapping[str, str], processes: int,
                               devices: int, platform: str, coordinator: str
                               ) -> list[dict[str, str]]:
-  """Returns the variables that each process of a run gets besides those of this
-  program: by them jax finds the other processes and its own devices.
+  """Returns the environment variables of each process of a run, by which jax
+  finds the other processes and its own devices.
 
   Args:
-    env: the variables that all of them have.
+    env: the variables that all processes have.
     processes: the number of processes.
-    devices: the number of devices of each.
+    devices: the number of devices of each process.
     platform: cpu or gpu.
     coordinator: the host:port of process 0.
+
+  Returns:
+    The variables of each process, which are added to those of this program.
   """
   envs = []
   for i in range(processes):
     process_env = dict(env)
-    # Who the process is, where there are several.
+    # The number of the process, if there are several.
     if processes > 1:
       process_env |= {
           'JAX_COORDINATOR_ADDRESS': coordinator,
@@ -113,15 +124,23 @@ def environments_of_processes(env: Mapping[str, str], processes: int,
     elif processes > 1:
       ids = range(i * devices, (i + 1) * devices)
       process_env['JAX_LOCAL_DEVICE_IDS'] = ','.join(map(str, ids))
-    else:  # JAX reads JAX_LOCAL_DEVICE_IDS only where it joins several
-      process_env[_GPUS] = _first_gpus(process_env, devices)
+    else:
+      # A single process does not read JAX_LOCAL_DEVICE_IDS.
+      process_env[_VARIABLE_OF_GPUS] = _first_gpus(process_env, devices)
     envs.append(process_env)
   return envs
 
 
 def _first_gpus(env: Mapping[str, str], devices: int) -> str:
-  """Returns the first GPUs of those that a process may see."""
-  visible = env.get(_GPUS, os.environ.get(_GPUS))
+  """Returns the first of the GPUs that a process may use, as the value of
+  CUDA_VISIBLE_DEVICES.
+
+  Args:
+    env: the variables that are added to those of this program. Either may
+      restrict the GPUs.
+    devices: the number of GPUs to return.
+  """
+  visible = env.get(_VARIABLE_OF_GPUS, os.environ.get(_VARIABLE_OF_GPUS))
   if visible is None:
     names = [str(i) for i in range(devices)]
   else:
@@ -132,30 +151,33 @@ def _first_gpus(env: Mapping[str, str], devices: int) -> str:
 def run_until_complete(words: list[str], env: dict[str, str], processes: int,
                        devices: int, platform: str, logs: str,
                        max_restarts: int) -> int:
-  """Runs the processes of a job, again and again where they were preempted or
-  failed.
+  """Runs the processes of a job, and starts them again if they were preempted
+  or failed, until the job is complete.
 
   Args:
     words: the command of each process.
-    env: the variables that all of them have.
+    env: the variables that all processes have.
     processes: the number of processes.
-    devices: the number of devices of each.
+    devices: the number of devices of each process.
     platform: cpu or gpu.
-    logs: the folder of the output of all but process 0.
-    max_restarts: how often they are started again after a failure.
+    logs: the folder of the output of all processes but process 0.
+    max_restarts: how often the job is started again after a failure.
 
   Returns:
-    The exit code. 0: complete. STOPPED: a signal came to this process. 2: a
-    wrong request, or a loss that was not finite, which would end so again. 1:
-    they failed once more than max_restarts.
+    The exit code. 0: the job is complete. STOPPED: a signal to this process
+    stopped it. 2: a wrong request, or a loss that was not finite, which would
+    happen again. 1: the job failed more often than max_restarts allows.
   """
   codes_of_stopped = {0, job_lib.STOPPED, -signal.SIGTERM, -signal.SIGHUP}
   failures = 0
   received = Signals()
   with signals.handle_signals(received.add):
     while True:
-      if received.n:  # between two runs
+      # A signal may have come between two attempts.
+      if received.n:
         return job_lib.STOPPED
+
+      # Run all processes once. Each attempt has a new port.
       coordinator = f'127.0.0.1:{free_port()}'
       envs = environments_of_processes(
           env=env, processes=processes, devices=devices, platform=platform,
@@ -163,8 +185,9 @@ def run_until_complete(words: list[str], env: dict[str, str], processes: int,
       codes = run_once(words, envs=envs, logs=pathlib.Path(logs),
                        received=received)
 
-      # It is complete, was told to stop, or would end so again. Process 0 stops
-      # too where nobody reads its output any more.
+      # Return if the job is complete, if it was told to stop, or if it would
+      # end in the same way again. Process 0 also stops if nobody reads its
+      # output any more.
       if not any(codes):
         return 0
       has_stopped = set(codes) <= codes_of_stopped
@@ -173,7 +196,7 @@ def run_until_complete(words: list[str], env: dict[str, str], processes: int,
       if 2 in codes:
         return 2
 
-      # It starts again.
+      # Else start it again. Preemptions are not counted, and failures are.
       if has_stopped:
         _print_line('stopped before the last step: starting it again')
         continue
@@ -187,58 +210,69 @@ def run_until_complete(words: list[str], env: dict[str, str], processes: int,
 
 def run_once(words: list[str], envs: list[dict[str, str]], logs: pathlib.Path,
              received: 'Signals') -> list[int]:
-  """Runs the processes of a job once, and returns their exit codes.
+  """Runs the processes of a job once, and waits until all of them have ended.
 
-  While they run, signals to this process are passed on to them, one that is
-  stopped is named, and where one fails the others are ended.
+  Meanwhile, signals to this process are passed on to them, a process that is
+  stopped (SIGSTOP) is named, and if one fails the others are ended.
 
   Args:
     words: the command of each process.
-    envs: what is added to the environment of each.
-    logs: the folder of the output of all but process 0.
-    received: the signals that came to this process.
+    envs: the variables that are added to the environment of each process.
+    logs: the folder of the output of all processes but process 0.
+    received: the signals that have come to this process.
 
   Returns:
-    The exit code of each process; where a signal killed it, minus its number.
+    The exit code of each process; if a signal killed it, minus the number of
+    that signal.
   """
   group = _ProcessGroup(words, envs, logs)
-  while group.runs():
+  while group.is_running():
     time.sleep(POLL_SECONDS)
-    group.say_who_is_stopped()
-    group.pass_on(received.to_pass_on)
+    group.name_stopped_processes()
+    group.pass_on_signals(received.to_pass_on)
     group.end_after_a_failure()
   return [process.returncode for process in group.processes]
 
 
 class _ProcessGroup:
-  """Processes that end together: where one fails, the others must end too."""
+  """Processes that end together: if one fails, the others must end too."""
 
   def __init__(self, words: list[str], envs: list[dict[str, str]],
                logs: pathlib.Path):
+    """Starts the processes.
+
+    Args:
+      words: the command of each process.
+      envs: the variables that are added to the environment of each process.
+      logs: the folder of the output of all processes but process 0.
+    """
     self.processes: list[subprocess.Popen] = []
     self._logs = logs
-    self._failed: set[int] = set()
-    self._stopped: set[int] = set()
-    self._passed_on: set[int] = set()
-    self._deadline: float | None = None  # when those left are killed
+    self._failed: set[int] = set()  # numbers of processes
+    self._stopped: set[int] = set()  # numbers of processes
+    self._passed_on: set[int] = set()  # numbers of signals
+    self._deadline: float | None = None  # when the remaining ones are killed
 
+    # Process 0 writes to the terminal of this program, and each other process
+    # to a file. Each is in a session of its own, so that Ctrl-C in the terminal
+    # reaches it only once, passed on by this program.
     logs.mkdir(parents=True, exist_ok=True)
     for i, env in enumerate(envs):
-      output: Any = contextlib.nullcontext()  # process 0 writes to ours
+      output: Any = contextlib.nullcontext()
       if i > 0:
         output = open(logs / f'process-{i}.log', 'ab')
       with output as out:
-        self.processes.append(subprocess.Popen(
+        process = subprocess.Popen(
             dies_with_parent.words(words), env=os.environ | env, stdout=out,
-            stderr=out,
-            start_new_session=True))  # so that Ctrl-C is passed on only once
+            stderr=out, start_new_session=True)
+        self.processes.append(process)
 
-  def runs(self) -> bool:
+  def is_running(self) -> bool:
     """Whether any of the processes has not ended."""
     return any(process.poll() is None for process in self.processes)
 
-  def say_who_is_stopped(self) -> None:
-    """Names the processes that a signal has stopped since the last call."""
+  def name_stopped_processes(self) -> None:
+    """Prints which processes a signal has stopped since the last call."""
     stopped = set()
     for i, process in enumerate(self.processes):
       if process.poll() is None and _is_stopped_by_signal(process.pid):
@@ -249,8 +283,12 @@ class _ProcessGroup:
                   f'{self.processes[i].pid} lets it go on')
     self._stopped = stopped
 
-  def pass_on(self, numbers: set[int]) -> None:
-    """Sends each signal to all processes, once."""
+  def pass_on_signals(self, numbers: set[int]) -> None:
+    """Sends signals to all processes, each signal only once.
+
+    Args:
+      numbers: the numbers of all signals that they should have received.
+    """
     for number in numbers - self._passed_on:
       self._passed_on.add(number)
       for process in self.processes:
@@ -259,17 +297,20 @@ class _ProcessGroup:
   def end_after_a_failure(self) -> None:
     """Prints which processes failed, and kills those that outlive a failure.
 
-    The first failure sets a deadline PATIENCE_SECONDS later: the others usually
-    end by themselves, as they lose the connection. It is called again and again
-    while processes run, so `_failed` keeps each from being named twice.
+    The first failure sets a deadline PATIENCE_SECONDS later, because the others
+    usually end by themselves when they lose the connection. This is called
+    again and again while processes run, so `_failed` keeps each from being
+    named twice.
     """
     for i, process in enumerate(self.processes):
       code = process.poll()
+      # A process that still runs is killed after the deadline.
       if code is None:
         if self._deadline and time.monotonic() > self._deadline:
           self._failed.add(i)
           process.kill()
           _print_line(f'process {i} did not end by itself then, and was killed')
+      # A process that has failed sets the deadline, and is named.
       elif code not in (0, job_lib.STOPPED) and i not in self._failed:
         self._failed.add(i)
         if self._deadline is None:
@@ -285,19 +326,28 @@ class _ProcessGroup:
 
 def _is_stopped_by_signal(pid: int) -> bool:
   """Whether a signal has stopped a process that has not ended."""
-  how = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
-  return os.waitid(os.P_PID, pid, how) is not None
+  # WNOWAIT leaves its state as it is, so that the next call sees it again.
+  options = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+  return os.waitid(os.P_PID, pid, options) is not None
 
 
 class Signals(signals.SignalCount):
-  """The signals that came: the first is passed on to the processes, the end of
-  the terminal as such, since process 0 prints to it too; a second one kills."""
+  """The signals that have come to this process, and those to pass on.
+
+  The first signal is passed on as SIGTERM, or as SIGHUP if the terminal has
+  ended, since process 0 prints to it too. A second signal kills the processes.
+  """
 
   def __init__(self):
     super().__init__()
     self.to_pass_on = set()
 
   def add(self, number: int) -> bool:
+    """Notes a signal. Returns what SignalCount.add returns.
+
+    Args:
+      number: the number of the signal.
+    """
     is_new = super().add(number)
     passed_on = signal.SIGTERM
     if self.n > 1:
@@ -309,7 +359,7 @@ class Signals(signals.SignalCount):
 
 
 def free_port() -> int:
-  """Returns a port that nothing listens on."""
+  """Returns a port of this machine that nothing listens on."""
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     return probe.getsockname()[1]

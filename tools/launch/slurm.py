@@ -18,7 +18,7 @@ import subprocess
 from common.errors import EnvironmentFailure, RequestError
 from tools.launch import job as job_lib
 
-# (kind, name, default, what it says, bounds).
+# (type, name, default, help text, bounds).
 FLAGS = (
     ('integer', 'nodes', 1, 'The number of nodes.', 1),
     ('integer', 'gpus', 8, 'The GPUs of each node; 0: run on its CPU.', 0),
@@ -35,8 +35,9 @@ FLAGS = (
 SCRIPT = pathlib.Path(__file__).with_name('slurm.sh')
 
 
-def size(args) -> int:
-  """Returns the number of devices."""
+def count_devices(args) -> int:
+  """Returns the number of devices of all nodes together: GPUs, or one CPU for
+  each node."""
   if args.per_gpu and not args.gpus:
     raise RequestError('--per_gpu asks for a process for each GPU, and --gpus '
                        'is 0: choose 1 or more')
@@ -54,10 +55,10 @@ def launch(job: job_lib.Job, args) -> int:
     The exit code of this program, 0.
 
   Raises:
-    EnvironmentFailure: where sbatch fails; the sentence holds what it said.
+    EnvironmentFailure: if sbatch fails; the message holds what it said.
   """
   job_lib.check_folders_are_writable(job)
-  command = words(job, args)
+  command = command_to_launch(job, args)
   if job.dry_run:
     print(shlex.join(command))
     return 0
@@ -80,7 +81,7 @@ def launch(job: job_lib.Job, args) -> int:
   return 0
 
 
-def words(job: job_lib.Job, args) -> list[str]:
+def command_to_launch(job: job_lib.Job, args) -> list[str]:
   """Returns the sbatch command that submits a job, as a list of words.
 
   Args:
@@ -88,33 +89,40 @@ def words(job: job_lib.Job, args) -> list[str]:
     args: the flags of the launcher.
 
   Raises:
-    RequestError: where the quotes of --sbatch are not closed.
+    RequestError: if the quotes of --sbatch are not closed.
   """
-  # The options of sbatch; of two alike, the last counts.
+  # The user's options of sbatch come first: if an option is given twice, the
+  # last one counts.
   try:
     options = shlex.split(args.sbatch)
   except ValueError as error:
     raise RequestError(f'--sbatch is {args.sbatch!r}: {error}') from error
-  per_node = args.gpus if args.per_gpu else 1
+
+  # The options of the launcher.
+  processes_per_node = args.gpus if args.per_gpu else 1
   logs = os.path.abspath(job.logs)
   # sbatch reads % as the start of a placeholder, and %% as the sign itself.
   output = f'{logs}/job.log'.replace('%', '%%')
   options += [
       f'--job-name={job.name}', f'--nodes={args.nodes}',
-      f'--ntasks-per-node={per_node}', f'--signal=TERM@{args.grace_seconds}',
-      '--requeue', '--open-mode=append', f'--output={output}']
+      f'--ntasks-per-node={processes_per_node}',
+      f'--signal=TERM@{args.grace_seconds}', '--requeue',
+      '--open-mode=append', f'--output={output}']
   if args.cpus_per_task:
     options.append(f'--cpus-per-task={args.cpus_per_task}')
   if args.gpus:
     options.append(f'--gpus-per-node={args.gpus}')
 
-  # The shell of each process, which knows who it is.
-  who = 'JAX_PROCESS_ID=$SLURM_PROCID'
+  # The line of shell in which each process starts. SLURM tells the process its
+  # number there.
+  variables = 'JAX_PROCESS_ID=$SLURM_PROCID'
   if args.per_gpu:
-    who += ' JAX_LOCAL_DEVICE_IDS=$SLURM_LOCALID'
-  shell = f'{args.setup}\nexport {who}; exec "$@"'
+    variables += ' JAX_LOCAL_DEVICE_IDS=$SLURM_LOCALID'
+  shell = f'{args.setup}\nexport {variables}; exec "$@"'
 
+  # slurm.sh takes these arguments in this order.
+  num_processes = args.nodes * processes_per_node
   env = [f'{name}={value}' for name, value in job.env.items()]
   return ['sbatch', '--parsable', *options, str(SCRIPT), logs,
-          str(args.nodes * per_node), str(args.grace_seconds),
+          str(num_processes), str(args.grace_seconds),
           str(job.max_restarts), shell, 'env', *env, *job.words]

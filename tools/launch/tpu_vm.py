@@ -21,7 +21,7 @@ from common.errors import RequestError, require
 from tools.launch import job as job_lib
 from training.workdir import storage
 
-# (kind, name, default, what it says).
+# (type, name, default, help text).
 FLAGS = (
     ('list', 'tpu', [], 'The name of the TPU VM; of several slices, that of '
      'each.'),
@@ -35,10 +35,10 @@ FLAGS = (
 
 SCRIPT = pathlib.Path(__file__).with_name('tpu_vm.sh')
 WAIT_SECONDS = 30
-# The shell of each worker: it says who the worker is and how it ended. Only
-# worker 0 of slice 0 writes to the terminal; each of the others into a file of
-# its own.
-_REMOTE = r'''cd {folder} || exit 1
+# The shell commands that each worker runs. They end with a line that says which
+# worker it is and how it ended. Only worker 0 of slice 0 writes to the
+# terminal, and each other worker into a file of its own.
+_SHELL_OF_WORKER = r'''cd {folder} || exit 1
 {setup}
 worker=$(curl -s -H 'Metadata-Flavor: Google' \
   http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number)
@@ -53,16 +53,28 @@ exit $code
 '''
 
 
-def size(args) -> int:
-  """Returns the number of devices, which only the TPU knows: 0."""
+def count_devices(args) -> int:
+  """Returns 0 for the number of devices, which only the TPU knows.
+
+  Raises:
+    RequestError: if the flags do not name a TPU VM and its zone.
+  """
   require(bool(args.tpu and args.zone), 'pass --tpu, the name of the TPU VM '
           '(or of each slice), and --zone')
   return 0
 
 
 def launch(job: job_lib.Job, args) -> int:
-  """Becomes the program that starts the run; returns only if --dry_run."""
-  command = words(job, args)
+  """Starts a job on TPU VMs, or prints the command.
+
+  This process is replaced by the command, so that it returns only with
+  `dry_run`.
+
+  Args:
+    job: the job; with `dry_run`, the command is printed and not run.
+    args: the flags of the launcher.
+  """
+  command = command_to_launch(job, args)
   if job.dry_run:
     print(shlex.join(command))
     return 0
@@ -70,7 +82,7 @@ def launch(job: job_lib.Job, args) -> int:
   os.execvp('bash', command)
 
 
-def words(job: job_lib.Job, args) -> list[str]:
+def command_to_launch(job: job_lib.Job, args) -> list[str]:
   """Returns the command that runs here and starts the job on the TPU's workers.
 
   Args:
@@ -78,32 +90,42 @@ def words(job: job_lib.Job, args) -> list[str]:
     args: the flags of the launcher.
 
   Raises:
-    RequestError: where a folder is not one that the workers can use.
+    RequestError: for a folder that the workers cannot use.
   """
-  _check_shared('--workdir', job.workdir)
-  _check_shared('--compile_cache', job.env['JAX_COMPILATION_CACHE_DIR'])
+  # All workers must find the same folders.
+  _check_hosts_share_folder('--workdir', job.workdir)
+  compile_cache = job.env['JAX_COMPILATION_CACHE_DIR']
+  _check_hosts_share_folder('--compile_cache', compile_cache)
   # Quotes would keep a ~ from being the home folder, where a worker begins.
   folder = args.folder.removeprefix('~/')
   if not folder or folder.startswith(('~', '-')):
     raise RequestError(f'--folder is {args.folder!r}: choose a whole path, or '
                        'one from the home folder')
 
-  # The commands that start and that stop it on a worker.
+  # The commands that start and stop the run on a worker.
   env = [f'{name}={value}' for name, value in job.env.items()]
   quoted = shlex.quote(folder)
-  start = _REMOTE.format(folder=quoted, setup=args.setup,
-                         command=shlex.join([*env, *job.words]))
+  start = _SHELL_OF_WORKER.format(
+      folder=quoted, setup=args.setup,
+      command=shlex.join([*env, *job.words]))
   stop = f'kill -TERM "$(cat {quoted}/train.pid)"'
 
-  place = [','.join(args.tpu), f'--zone={args.zone}']
+  # tpu_vm.sh takes these arguments in this order, and passes the last ones on
+  # to gcloud.
+  tpu_options = [','.join(args.tpu), f'--zone={args.zone}']
   if args.project:
-    place.append(f'--project={args.project}')
+    tpu_options.append(f'--project={args.project}')
   return ['bash', str(SCRIPT), args.logs or f'logs/{job.name}',
-          str(job.max_restarts), str(WAIT_SECONDS), start, stop, *place]
+          str(job.max_restarts), str(WAIT_SECONDS), start, stop, *tpu_options]
 
 
-def _check_shared(name: str, folder: str) -> None:
-  """Raises RequestError where hosts may not find a folder at one place."""
+def _check_hosts_share_folder(name: str, folder: str) -> None:
+  """Raises RequestError for a folder that not all hosts find by the same name.
+
+  Args:
+    name: the flag that names the folder.
+    folder: the path of the folder.
+  """
   require(storage.is_in_bucket(folder) or os.path.isabs(folder), f'{name} is '
           f'{folder!r}, and every host must find it at the same place: '
           'choose a bucket (gs://BUCKET/NAME), or a whole path that all of '

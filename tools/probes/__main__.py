@@ -29,7 +29,7 @@ flags.DEFINE_integer('seeds', 0, 'How many; 0: as the suite says.',
                      lower_bound=0, upper_bound=1000)
 
 
-def words(argv: list[str]) -> list[str]:
+def flags_of_command(argv: list[str]) -> list[str]:
   """Returns the flags of 'run CONFIG --workdir W ...'."""
   args = argv[1:]
   if args[:1] == ['run']:
@@ -40,7 +40,7 @@ def words(argv: list[str]) -> list[str]:
 
 
 def main() -> int:
-  cli.parse(__doc__, words(sys.argv))
+  cli.parse(__doc__, flags_of_command(sys.argv))
   args = flags.FLAGS
   require(args.config is not None and bool(args.workdir),
           'write run CONFIG --workdir DIR, with a CONFIG such as '

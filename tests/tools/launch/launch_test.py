@@ -195,7 +195,7 @@ def _slurm_job(tmp_path):
       else echo "$@" >>{tmp_path}/scontrol; fi
       ''')
   def start(j, *words):
-    command = slurm.words(j, args_of(slurm, *words))
+    command = slurm.command_to_launch(j, args_of(slurm, *words))
     return subprocess.Popen(
         ['bash', *command[command.index(str(slurm.SCRIPT)):]], text=True,
         stdout=subprocess.PIPE, env=os.environ | env | {
@@ -229,7 +229,7 @@ def test_slurm_tells_each_process_who_it_is(slurm_job, tmp_path, per_gpu):
 
 def test_what_sbatch_is_told(tmp_path):
   j = make_job(tmp_path, '0', logs=f'{tmp_path}/a b%j')
-  words = slurm.words(j, args_of(
+  words = slurm.command_to_launch(j, args_of(
       slurm, '--nodes=2', '--gpus=4', '--per_gpu', '--cpus_per_task=12',
       "--sbatch=--comment='two words' --mem=0"))
   assert words[:words.index(str(slurm.SCRIPT))] == [
@@ -321,11 +321,10 @@ def _tpu_run(tmp_path, monkeypatch):
       ''')
   (tmp_path / 'archetype').mkdir()
   def start(j, *words):
+    args = args_of(tpu_vm, '--zone=z', f'--logs={tmp_path}/logs', *words)
     return subprocess.Popen(
-        tpu_vm.words(j, args_of(tpu_vm, '--zone=z', f'--logs={tmp_path}/logs',
-                                *words)),
-        text=True, env=os.environ | env, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT)
+        tpu_vm.command_to_launch(j, args), text=True, env=os.environ | env,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
   return start
 
 
@@ -416,9 +415,9 @@ def test_two_workdirs_have_two_names(one, other):
 def test_what_no_place_has_is_refused(tmp_path, module, words, message):
   with pytest.raises(RequestError, match=message):
     args = args_of(module, *words)
-    module.size(args)
+    module.count_devices(args)
     job.environment_of_processes(args, '')
-    module.words(make_job(
+    module.command_to_launch(make_job(
         tmp_path, '0', 'runs/a' if 'workdir' in message else 'gs://b/a'), args)
 
 

@@ -45,14 +45,14 @@ def induction(tokens, settings):
 
 def hops(tokens, settings):
   answers = induction([tokens[0] - 1, *tokens[1:]], settings)
-  none = settings.vocab + settings.most + 1
+  none = settings.vocab + settings.hardest_level + 1
   assert all(a != b for a, b in zip(tokens[1:], tokens[2:]))
   return {place: answers.get(place, none) for place in range(1, len(tokens))}
 
 
 def recall(tokens, settings, values=None):
   known, answers = {}, {}
-  most = settings.most if values is None else values
+  most = settings.hardest_level if values is None else values
   for place in range(0, len(tokens), 2):
     key, value = tokens[place:place + 2]
     if key >= most:
@@ -189,7 +189,7 @@ def compression(tokens, settings):
 def memorisation(tokens, settings):
   """The table itself is checked by another test."""
   from training.data.probes import recall as task
-  table = task.table_of_values(settings.most)
+  table = task.table_of_values(settings.hardest_level)
   return {i: int(table[tokens[i - 1]]) for i in range(1, len(tokens), 2)}
 
 
@@ -253,7 +253,7 @@ def test_what_is_memorised_is_one_table_for_all_rows():
       for i in np.flatnonzero(row.asked):
         assert seen.setdefault(int(row.tokens[i - 1]), int(row.targets[i])
                                ) == row.targets[i]
-  assert len(seen) == len(set(seen.values())) == settings.most
+  assert len(seen) == len(set(seen.values())) == settings.hardest_level
 
 
 @pytest.mark.parametrize('name, most', [('depo1', 225), ('depo2', 75)])

@@ -37,21 +37,24 @@ FIELDS = (*DERIVED_FIELDS, 'random_non_queries')
 def find_probe(config: ml_collections.ConfigDict) -> Probe:
   """Returns the probe (a small task) that data.source names.
 
+  Args:
+    config: the config of a run.
+
   Raises:
-    RequestError: where it names none.
+    RequestError: if data.source names no probe.
   """
   return PROBES[parse_probe_name(config.data.source)]
 
 
 def parse_probe_name(source: str) -> str:
-  """Returns the NAME of a data.source 'probe:NAME', where a probe is a small
-  task with exact answers.
+  """Returns the NAME in a data.source 'probe:NAME', which names a small task
+  with exact answers.
 
   Args:
-    source: data.source.
+    source: the value of data.source.
 
   Raises:
-    RequestError: where the source is no probe, or there is none of this name.
+    RequestError: if the source is of another kind, or no probe has this name.
   """
   require(source.startswith(PREFIX_OF_SOURCE),
           f'data.source is {source!r}, and '
@@ -81,8 +84,8 @@ def read_settings(config: ml_collections.ConfigDict) -> Settings:
 
 
 def held_out_seed(config: ml_collections.ConfigDict) -> int:
-  """Returns the seed of the rows that are held out: another one for each
-  eval.part, and the same for all runs."""
+  """Returns the seed with which held-out rows are drawn. It is the same for all
+  runs, and another one for each value of eval.part."""
   return _SEED_OF_HELD_OUT_PART[config.eval.part]
 
 
@@ -98,7 +101,8 @@ def check_probe(config: ml_collections.ConfigDict) -> None:
   """
   name = parse_probe_name(config.data.source)
   probe = PROBES[name]
-  chosen = read_settings(config)
+  settings = read_settings(config)
+
   # A field that the probe does not read must keep its default, or somebody
   # would believe that it did something. A probe without letters has vocab 0.
   require(bool(probe.vocab) or not config.probe.vocab,
@@ -110,29 +114,32 @@ def check_probe(config: ml_collections.ConfigDict) -> None:
 
   # Rows of every level must exist. Four letters are enough for any probe, and a
   # probe without letters needs none.
-  least = min(4, probe.vocab)
-  require(chosen.vocab >= least,
-          f'probe.vocab is {chosen.vocab}: probe {name!r} has '
-          f'at least {least} letters')
-  for level in chosen.levels:
-    check_level(name, level, chosen)
+  fewest_letters = min(4, probe.vocab)
+  require(settings.vocab >= fewest_letters,
+          f'probe.vocab is {settings.vocab}: probe {name!r} has '
+          f'at least {fewest_letters} letters')
+  for level in settings.levels:
+    check_level(name, level=level, settings=settings)
 
 
-def check_level(name: str, level: Level, chosen: Settings) -> None:
-  """Checks that a probe can draw rows of a difficulty (level).
+def check_level(name: str, level: Level, settings: Settings) -> None:
+  """Checks that a probe can draw rows of a level of difficulty.
 
   Args:
     name: the name of the probe.
-    level: the difficulty, such as a number of letters.
-    chosen: the settings, with the length that a row must fit into.
+    level: the level, such as a number of letters.
+    settings: the settings of the probe, with the length that a row must fit
+      into.
 
   Raises:
     RequestError: for a level that cannot be drawn.
   """
   probe = PROBES[name]
   where = f'probe {name!r} with {level!r} {probe.level}'
-  # A level is a number, not a truth value: isinstance would take True for 1.
-  # Fractions are levels where the least level is written as one (0.0).
+
+  # A level must be a number. type() is compared because isinstance would accept
+  # True as 1. Levels may be fractions if the least level is written as one
+  # (0.0).
   takes_fractions = type(probe.least) is float
   is_number = type(level) is int or (type(level) is float and takes_fractions)
   if not is_number or level < probe.least:
@@ -141,16 +148,17 @@ def check_level(name: str, level: Level, chosen: Settings) -> None:
                        f'{probe.least}')
 
   # A row of this level must exist at all, and fit into data.length.
-  reason = probe.limit(chosen, level)
+  reason = probe.limit(settings, level)
   require(not reason, f'{where}: {reason}')
-  size = probe.size(level, chosen)
-  require(size <= chosen.length, f'{where} has rows of {size} tokens or more, '
-          f'and data.length is {chosen.length}: set it to {size} or more')
+  size = probe.size(level, settings)
+  require(size <= settings.length,
+          f'{where} has rows of {size} tokens or more, '
+          f'and data.length is {settings.length}: set it to {size} or more')
 
 
 @functools.cache
 def digest_probe(name: str) -> str:
-  """Returns a hash of the first rows of a probe, which tells its version.
+  """Returns a hash of the first rows of a probe, which identifies its version.
 
   Args:
     name: the name of the probe.
@@ -163,19 +171,20 @@ def digest_probe(name: str) -> str:
   published = Settings(
       length=probe.length, levels=probe.levels, vocab=probe.vocab,
       examples=probe.examples, held_out=probe.held_out)
-  hashed = hashlib.blake2b(digest_size=16)
+
   # A change of the probe, of numpy's generator or of the stream that rows are
   # drawn from changes these rows. int64 makes the hash the same everywhere.
+  digest = hashlib.blake2b(digest_size=16)
   for split in _STREAM_OF_SPLIT:
     rows = Rows(probe, settings=published, split=split, seed=0)
     for number in range(_NUM_HASHED_ROWS):
       for array in rows[number]:
-        hashed.update(array.astype(np.int64).tobytes())
-  return hashed.hexdigest()
+        digest.update(array.astype(np.int64).tobytes())
+  return digest.hexdigest()
 
 
 class Rows:
-  """The rows of one split of a probe, as a sequence; each is drawn when it is
+  """The rows of one split of a probe, as a sequence. A row is drawn when it is
   read.
 
   Args:

@@ -41,8 +41,8 @@ class SelectiveCopying(Probe):
 
   def draw(self, rng: np.random.Generator, count: int, settings: Settings
            ) -> Row:
-    """Draws a row of letters among blanks, which are to be written again
-    without the blanks.
+    """Draws a row of letters with blanks between them, after which the letters
+    are to be written again without the blanks.
 
     Args:
       rng: the generator of the draws.
@@ -55,17 +55,19 @@ class SelectiveCopying(Probe):
     blank = settings.vocab
     mark = settings.vocab + 1
 
-    # Insert blanks before letters, so many that the row is full. np.insert
-    # counts places in the letters alone; several blanks may have the same one.
+    # Insert as many blanks before letters as the row has room for. np.insert
+    # counts positions in the letters alone, and several blanks may have the
+    # same position.
     letters = rng.integers(0, settings.vocab, count)
     num_blanks = settings.length - 2 * count - 1
-    blank_places = np.sort(rng.integers(0, count, num_blanks))
-    letters_and_blanks = np.insert(letters, blank_places, blank)
+    blank_positions = np.sort(rng.integers(0, count, num_blanks))
+    letters_and_blanks = np.insert(letters, blank_positions, blank)
 
-    # The blanks after the mark ask. They show nothing of the answers.
+    # The blanks after the mark ask for the letters, of which they show nothing.
     tokens = np.concatenate([letters_and_blanks, [mark], np.full(count, blank)])
-    asking_places = np.arange(len(tokens) - count, len(tokens))
-    return record.ask_at_places(tokens, asking_places, letters)
+    asking_positions = np.arange(len(tokens) - count, len(tokens))
+    return record.ask_at_positions(
+        tokens, positions=asking_positions, answers=letters)
 
   def size(self, count: int, settings: Settings) -> int:
     return 2 * count + 1
@@ -86,8 +88,8 @@ class Copy(Probe):
 
   def draw(self, rng: np.random.Generator, count: int, settings: Settings
            ) -> Row:
-    """Returns a row of letters, a mark, and the letters again with an end mark,
-    which are asked for.
+    """Draws a row of letters and a mark, after which the letters are to be
+    written again, with an end mark.
 
     Args:
       rng: the generator of the draws.
@@ -102,7 +104,7 @@ class Copy(Probe):
     return record.ask_to_write(np.append(letters, mark), np.append(answer, end))
 
   def letters_to_write(self, letters: np.ndarray) -> np.ndarray:
-    """Returns what is to be written after some letters."""
+    """Returns the letters that are to be written after some letters."""
     return letters
 
   def size(self, count: int, settings: Settings) -> int:
@@ -116,6 +118,7 @@ class Reverse(Copy):
   """Copying of the letters from the last to the first."""
 
   def letters_to_write(self, letters: np.ndarray) -> np.ndarray:
+    """Returns the letters in reverse order."""
     return letters[::-1]
 
 
@@ -133,20 +136,21 @@ class Addition(Probe):
 
   def draw(self, rng: np.random.Generator, digits: int, settings: Settings
            ) -> Row:
-    """Draws two numbers to add up; the digits of their sum, from the highest
-    on, and an end mark are asked for.
+    """Draws a sum of two numbers, after which the digits of its result and an
+    end mark are to be written, the highest digit first.
 
-    One number has so many digits, and the other one as many or fewer. No number
-    of several digits begins with 0. In the paper each number of digits is as
-    frequent in both numbers; here that of the longer one is.
+    No number of several digits begins with 0. In the paper, all numbers of
+    digits are equally frequent in both numbers; here they are so in the longer
+    one.
 
     Args:
       rng: the generator of the draws.
-      digits: the digits of the longer number.
-      settings: the settings of the probe.
+      digits: the number of digits of the longer number. The other one has as
+        many or fewer.
+      settings: the settings of the probe, which are not read.
     """
     # Draw the digits of both numbers. Either may be the longer one. The first
-    # digit is drawn again, without 0 unless it is the only one.
+    # digit is drawn again, without 0 unless it is the only digit.
     sizes = rng.permutation([digits, rng.integers(1, digits + 1)])
     terms = []
     total = 0
@@ -183,10 +187,17 @@ class Compression(Probe):
 
   def draw(self, rng: np.random.Generator, letters: int, settings: Settings
            ) -> Row:
-    """Returns so many letters and a mark; every token asks for itself."""
+    """Draws a row of letters and a mark, all of which ask for themselves.
+
+    Args:
+      rng: the generator of the draws.
+      letters: the number of letters.
+      settings: the settings of the probe.
+    """
     mark = settings.vocab
     tokens = np.append(rng.integers(0, settings.vocab, letters), mark)
-    return record.ask_at_places(tokens, np.arange(len(tokens)), tokens)
+    return record.ask_at_positions(
+        tokens, positions=np.arange(len(tokens)), answers=tokens)
 
   def size(self, letters: int, settings: Settings) -> int:
     return letters + 1

@@ -13,7 +13,7 @@ alone; here both are on the answers.
 
 Multi-query associative recall (Arora et al. 2023, "Zoology", section 3.1 and
 appendix E): pairs of a key and its value, then some of the keys again, at
-random places, each of which asks for its value.
+random positions, each of which asks for its value.
 
   a 1  b 2  c 3  . .  b .  . .  a .  c .
                       2       1    3
@@ -41,59 +41,67 @@ from training.data.probes.record import Probe, Row, Settings
 NUM_NOISE_IDS = 16  # ids of the noise, as published
 
 
-def _keys_and_values(vocab: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the ids of keys and those of values.
+def _keys_and_values(num_letters: int, vocab: int
+                     ) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the ids of the keys and the ids of the values of a row.
 
   Args:
-    vocab: how many letters a row has; half of them are keys.
-    most: how many letters there are; the first half of their ids are keys.
+    num_letters: the number of different letters of the row. Half of them are
+      keys, and half are values.
+    vocab: the number of letters of the task. The lower half of the ids is for
+      keys, and the upper half for values.
   """
-  return np.arange(vocab // 2), most // 2 + np.arange(vocab // 2)
+  num_keys = num_letters // 2
+  first_value = vocab // 2
+  return np.arange(num_keys), first_value + np.arange(num_keys)
 
 
 def _draw_pairs(rng: np.random.Generator, keys: np.ndarray, values: np.ndarray,
                 noise: float, first_noise: int, settings: Settings) -> Row:
-  """Draws a row of pairs of a key and its value, of which a share is noise.
+  """Draws a row of pairs of a key and its value, some of which are noise.
 
-  A key that has been before asks for its value; the last pair is such a one.
+  A key that has occurred before asks for its value. The key of the last pair is
+  always one of these.
 
   Args:
     rng: the generator of the draws.
     keys: int [K], the ids of the keys.
     values: int [K], the ids of the values.
-    noise: the share of pairs that are two ids of noise instead.
+    noise: the probability that a pair is two ids of noise instead.
     first_noise: the first of the NUM_NOISE_IDS ids of noise.
     settings: the settings of the probe. The row has settings.length tokens.
   """
-  # Draw the key of each pair by its number, and which pairs are noise. A key
-  # has the same value all through the row, and another one in other rows.
+  # Draw the value that each key has in this row, the key of each pair as an
+  # index into `keys`, and which pairs are noise.
   num_pairs = settings.length // 2
-  value_of_key = rng.choice(values, len(keys))  # in this row
-  chosen = rng.integers(0, len(keys), num_pairs)
+  value_of_key = rng.choice(values, len(keys))
+  key_of_pair = rng.integers(0, len(keys), num_pairs)
   is_noise = rng.random(num_pairs) < noise
-  # One pair at least is shown, and the last pair asks for one of these.
-  is_noise[rng.integers(0, num_pairs - 1)] = False
-  shown = chosen[:-1][~is_noise[:-1]]
-  is_noise[-1] = False
-  chosen[-1] = rng.choice(shown)
 
-  # Lay out the tokens as [pairs, 2], and write noise over its pairs.
-  tokens = np.stack([keys[chosen], value_of_key[chosen]], 1)
+  # At least one pair before the last is not noise, and the last pair repeats
+  # the key of such a pair.
+  is_noise[rng.integers(0, num_pairs - 1)] = False
+  shown_keys = key_of_pair[:-1][~is_noise[:-1]]
+  is_noise[-1] = False
+  key_of_pair[-1] = rng.choice(shown_keys)
+
+  # Lay the tokens out as [pairs, 2], and write noise over the pairs of noise.
+  tokens = np.stack([keys[key_of_pair], value_of_key[key_of_pair]], 1)
   noise_ids = rng.integers(0, NUM_NOISE_IDS, (is_noise.sum(), 2))
   tokens[is_noise] = first_noise + noise_ids
 
-  # A key that has been before asks for its value. np.unique finds where each
-  # number stands first; each pair of noise gets a negative number of its own,
-  # so that it is not taken for an occurrence of the key that it replaced.
-  numbers = np.where(is_noise, -1 - np.arange(num_pairs), chosen)
-  _, first_places = np.unique(numbers, return_index=True)
+  # All pairs ask but noise and the first pair of each key, which np.unique
+  # finds. Each pair of noise gets a negative number of its own there, so that
+  # it does not count as an occurrence of the key that it replaced.
+  numbers = np.where(is_noise, -1 - np.arange(num_pairs), key_of_pair)
+  _, first_pairs = np.unique(numbers, return_index=True)
   is_asked = ~is_noise
-  is_asked[first_places] = False
+  is_asked[first_pairs] = False
 
-  # The row is read pair after pair, so that keys stand at even places.
-  return record.ask_at_places(
-      tokens.reshape(-1), places=2 * np.flatnonzero(is_asked),
-      answers=value_of_key[chosen[is_asked]])
+  # The row is read pair after pair, so that keys are at even positions.
+  return record.ask_at_positions(
+      tokens.reshape(-1), positions=2 * np.flatnonzero(is_asked),
+      answers=value_of_key[key_of_pair[is_asked]])
 
 
 class Recall(Probe):
@@ -105,16 +113,16 @@ class Recall(Probe):
 
   def draw(self, rng: np.random.Generator, vocab: int, settings: Settings
            ) -> Row:
-    """Returns a row of pairs of a key and its value, of `vocab` letters in all.
+    """Draws a row of pairs of a key and its value.
 
     Args:
       rng: the generator of the draws.
-      vocab: the number of letters, half of which are keys.
+      vocab: the number of different letters of the row, half of which are keys.
       settings: the settings of the probe.
     """
-    # A value has the same id whatever the level: values begin after the keys of
-    # the level with most letters.
-    keys, values = _keys_and_values(vocab, settings.most)
+    # The ids of values begin after the keys of the level with most letters, so
+    # that they are the same at all levels.
+    keys, values = _keys_and_values(vocab, settings.hardest_level)
     return _draw_pairs(rng, keys=keys, values=values, noise=0.0, first_noise=0,
                        settings=settings)
 
@@ -122,7 +130,7 @@ class Recall(Probe):
     return 4
 
   def vocab_size(self, settings: Settings) -> int:
-    return settings.most
+    return settings.hardest_level
 
   def limit(self, settings: Settings, vocab: int) -> str:
     if vocab % 2:
@@ -140,11 +148,12 @@ class NoisyRecall(Probe):
 
   def draw(self, rng: np.random.Generator, noise: float, settings: Settings
            ) -> Row:
-    """Returns a row of pairs, of which a share is two ids of noise instead.
+    """Draws a row of pairs of a key and its value, with pairs of noise between
+    them.
 
     Args:
       rng: the generator of the draws.
-      noise: the share of noise.
+      noise: the probability that a pair is noise.
       settings: the settings of the probe.
     """
     keys, values = _keys_and_values(settings.vocab, settings.vocab)
@@ -170,37 +179,38 @@ class FuzzyRecall(Probe):
 
   def draw(self, rng: np.random.Generator, motif: int, settings: Settings
            ) -> Row:
-    """Returns a row of keys and values of one to `motif` letters each, which do
-    not repeat inside a key or a value. The last key has been before.
+    """Draws a row of pairs of a key and its value, both of which have several
+    letters. A key that has occurred before asks for its value, and the last key
+    is such a key.
 
-    The published test has keys of the full length alone. Its rows are filled up
-    on the left, and its last key was drawn before the row.
+    In the published test all keys have the full length. Its rows are filled up
+    on the left, and its last key is drawn before the row.
 
     Args:
       rng: the generator of the draws.
-      motif: the most letters of a key or a value.
+      motif: the most letters of a key or a value, in which no letter repeats.
       settings: the settings of the probe.
     """
-    # The first half of the letters spells keys, and the rest values.
+    # The first half of the letters spells keys, and the other half values.
     keys, values = np.split(np.arange(settings.vocab), [settings.vocab // 2])
     value_of_key: dict[tuple[int, ...], np.ndarray] = {}
     tokens: list[int] = []
-    asking_places: list[int] = []
+    asking_positions: list[int] = []
     seen_keys: set[tuple[int, ...]] = set()
 
     def add_pair(key: tuple[int, ...]) -> None:
-      """Appends a key and its value to the row. The value is asked for where
-      the key has been before: from the key's last letter on."""
+      """Appends a key and its value to the row. If the key has occurred before,
+      its value is asked for, from the key's last letter on."""
       value = value_of_key[key]
       if key in seen_keys:
-        first_place = len(tokens) + len(key) - 1
-        asking_places.extend(range(first_place, first_place + len(value)))
+        start = len(tokens) + len(key) - 1
+        asking_positions.extend(range(start, start + len(value)))
       seen_keys.add(key)
       tokens.extend([*key, *value])
 
-    # Add pairs while the longest possible last pair still fits. At least one is
-    # added, since the last pair repeats a key. A key gets its value when it is
-    # drawn first.
+    # Add pairs as long as the longest possible last pair still fits after them.
+    # At least one is added, since the last pair repeats a key. A key gets its
+    # value when it is drawn for the first time.
     room = settings.length - 2 * motif
     while True:
       key = tuple(_draw_motif(rng, keys, motif))
@@ -211,14 +221,16 @@ class FuzzyRecall(Probe):
         break
       add_pair(key)
 
-    # Sorting makes the draw the same in all processes; a set has no order.
+    # The last pair repeats a key. A set has no order, so it is sorted to draw
+    # the same key in all processes.
     last_key = sorted(seen_keys)[rng.integers(len(seen_keys))]
     add_pair(last_key)
 
-    # A place asks for the token after it.
+    # A position asks for the token after it.
     row = np.array(tokens)
-    places = np.array(asking_places)
-    return record.ask_at_places(row, places, row[places + 1])
+    positions = np.array(asking_positions)
+    return record.ask_at_positions(
+        row, positions=positions, answers=row[positions + 1])
 
   def size(self, motif: int, settings: Settings) -> int:
     return 4 * motif
@@ -235,11 +247,12 @@ class FuzzyRecall(Probe):
 
 def _draw_motif(rng: np.random.Generator, letters: np.ndarray, most: int
                 ) -> np.ndarray:
-  """Returns one to `most` different letters."""
+  """Draws one to `most` different letters, in random order."""
   return rng.choice(letters, rng.integers(1, most + 1), replace=False)
 
 
-POWER_OF_GAPS = 0.01  # of the gaps' distribution: power_a of the published code
+# The power law of the gaps before queries: power_a of the published code.
+POWER_OF_GAPS = 0.01
 FILLER_ID = 0  # the id between the queries, if they are not drawn
 
 
@@ -258,15 +271,15 @@ class MQAR(Probe):
 
   def draw(self, rng: np.random.Generator, pairs: int, settings: Settings
            ) -> Row:
-    """Draws a row of pairs of a key and its value, and then the keys again,
-    which ask for their values.
+    """Draws a row of pairs of a key and its value, and then the keys again as
+    queries, which ask for their values.
 
-    Ids below half of the vocabulary are keys, but 0, the filler; the others are
-    values. Where the queries stand is drawn from the published power law, which
-    puts most of them soon after the pairs. With settings.random_non_queries, as
-    the published code has by default and its figure 2 has not, each place
-    between the queries has any of all ids: also that of a key, which then asks
-    for nothing.
+    The ids are, in this order: the filler 0, the keys, and from half of the
+    vocabulary on the values. The positions of the queries are drawn from the
+    published power law, which puts most of them soon after the pairs. With
+    settings.random_non_queries (the default of the published code, but not in
+    its figure 2), the positions between the queries have any ids, also those of
+    keys, which then ask for nothing.
 
     Args:
       rng: the generator of the draws.
@@ -274,7 +287,7 @@ class MQAR(Probe):
       settings: the settings of the probe. The row has settings.length tokens,
         of ids below settings.vocab.
     """
-    # Write the pairs: keys at even places, values at odd ones.
+    # Write the pairs: keys at even positions, values at odd ones.
     half = settings.vocab // 2
     keys = rng.choice(np.arange(1, half), pairs, replace=False)
     values = rng.choice(np.arange(half, settings.vocab), pairs, replace=False)
@@ -283,22 +296,22 @@ class MQAR(Probe):
     tokens[:context:2] = keys
     tokens[1:context:2] = values
 
-    # Write the queries. What follows the pairs is divided into slots of two
-    # tokens, as a pair has; a query is the first of a slot. Slot s = 1, 2, ...
-    # is drawn with a probability in proportion to s ** (POWER_OF_GAPS - 1), and
-    # none twice, so that no query stands on another one.
+    # Write the queries. The tokens after the pairs are divided into slots of
+    # two, of which a query is the first. Slot s = 1, 2, ... is drawn with a
+    # probability proportional to s ** (POWER_OF_GAPS - 1), and no slot is drawn
+    # twice, so that queries do not overwrite each other.
     slots = np.arange(1, (settings.length - context) // 2 + 1)
     weight = slots ** (POWER_OF_GAPS - 1)
     gaps = rng.choice(slots - 1, pairs, replace=False, p=weight / weight.sum())
-    places = context + 2 * gaps
-    tokens[places] = keys
+    positions = context + 2 * gaps
+    tokens[positions] = keys
 
-    # Fill the places between the queries. Keys are above FILLER_ID, and so is
-    # every value, so that only free places still hold it.
+    # Fill the positions between the queries. All keys and values are above
+    # FILLER_ID, so that only free positions still hold it.
     if settings.random_non_queries:
       fillers = tokens == FILLER_ID
       tokens[fillers] = rng.integers(0, settings.vocab, fillers.sum())
-    return record.ask_at_places(tokens, places, values)
+    return record.ask_at_positions(tokens, positions=positions, answers=values)
 
   def size(self, pairs: int, settings: Settings) -> int:
     return 4 * pairs
@@ -313,16 +326,19 @@ class MQAR(Probe):
     return f'{settings.vocab} letters have {half - 1} keys'
 
 
-SEED_OF_TABLE = 12345  # of the table, as published
+SEED_OF_TABLE = 12345  # as published
 
 
 @functools.lru_cache(maxsize=8)
 def table_of_values(keys: int) -> np.ndarray:
-  """Returns the value of each key, int [keys]: a fixed permutation of the
-  published seed. It is not the published one, which has one value more.
+  """Returns the fixed value of each key, int [keys].
+
+  The values are a permutation, drawn with the published seed. It is not the
+  published permutation, which has one value more.
 
   Args:
-    keys: the number of keys, whose ids are 0 to keys - 1. Values come next.
+    keys: the number of keys, whose ids are 0 to keys - 1. The ids of the values
+      come after these.
   """
   return keys + np.random.default_rng(SEED_OF_TABLE).permutation(keys)
 
@@ -338,33 +354,35 @@ class Memorisation(Probe):
 
   def draw(self, rng: np.random.Generator, keys: int, settings: Settings
            ) -> Row:
-    """Draws a row of keys, each before a mark that asks for the key's value in
-    a table that no row shows.
+    """Draws a row of keys, each followed by a mark that asks for the key's
+    value
+    in a fixed table. No row shows the table.
 
     Args:
       rng: the generator of the draws.
-      keys: the number of keys, of which those of the row are drawn.
+      keys: the number of different keys from which those of the row are drawn.
       settings: the settings of the probe. The row has settings.length tokens.
     """
-    # The table has a fixed size, that of the level with most keys: a lower
-    # level asks for a part of the same table. The mark is the id after keys and
-    # values.
-    num_keys_of_table = settings.most
-    chosen_keys = rng.integers(0, keys, settings.length // 2)
-    tokens = np.full((len(chosen_keys), 2), 2 * num_keys_of_table)
+    # The table has the keys of the level with most keys, so that all levels ask
+    # for values of the same table. The mark is the id after keys and values.
+    num_keys_of_table = settings.hardest_level
+    mark = 2 * num_keys_of_table
+    values = table_of_values(num_keys_of_table)
 
-    # A key stands in each even place, and its mark in the odd one after it.
+    # Lay the tokens out as [pairs, 2]: a key, and the mark after it.
+    chosen_keys = rng.integers(0, keys, settings.length // 2)
+    tokens = np.full((len(chosen_keys), 2), mark)
     tokens[:, 0] = chosen_keys
-    places = 1 + 2 * np.arange(len(chosen_keys))
-    return record.ask_at_places(
-        tokens.reshape(-1), places,
-        table_of_values(num_keys_of_table)[chosen_keys])
+    marked_positions = 1 + 2 * np.arange(len(chosen_keys))
+    return record.ask_at_positions(
+        tokens.reshape(-1), positions=marked_positions,
+        answers=values[chosen_keys])
 
   def size(self, keys: int, settings: Settings) -> int:
     return 2
 
   def vocab_size(self, settings: Settings) -> int:
-    return 2 * settings.most + 1
+    return 2 * settings.hardest_level + 1
 
   def limit(self, settings: Settings, keys: int) -> str:
     return record.limit_to_training_levels(settings, keys)
@@ -391,8 +409,8 @@ def draw_passkey_text(rng: np.random.Generator, needles: int, length: int
 
   Args:
     rng: the generator of the draws.
-    needles: how many numbers are hidden, each with a name.
-    length: the bytes of the text and its answer, at most.
+    needles: the number of hidden numbers, each of which has a name.
+    length: the most bytes of the text and its answer.
 
   Returns:
     The text with the question at its end; and the answer.
@@ -400,16 +418,16 @@ def draw_passkey_text(rng: np.random.Generator, needles: int, length: int
   # Draw the facts, and ask about one of them. Names do not repeat, so that the
   # question has one answer.
   names = rng.choice(NAMES_OF_NUMBERS, needles, replace=False)
-  drawn = rng.integers(10 ** (NUM_DIGITS - 1), 10 ** NUM_DIGITS, needles)
+  numbers = rng.integers(10 ** (NUM_DIGITS - 1), 10 ** NUM_DIGITS, needles)
   facts = []
-  for name, number in zip(names, drawn):
+  for name, number in zip(names, numbers):
     facts.append(FACT.format(name=name, number=number))
   asked = rng.integers(needles)
   question = QUESTION.format(name=names[asked])
 
-  # Fill the room that is left with sentences that say nothing, in a fixed
-  # order, until the next one does not fit. The 1 is for the answer's last
-  # digit, which a row only predicts and does not show.
+  # Fill the remaining room with sentences without numbers, in a fixed order,
+  # until the next one does not fit. The 1 is for the last digit of the answer,
+  # which a row asks for and does not show.
   room = length - sum(map(len, facts)) - len(question) - NUM_DIGITS + 1
   sentences: list[str] = []
   for sentence in itertools.cycle(FILLING_SENTENCES):
@@ -418,12 +436,12 @@ def draw_passkey_text(rng: np.random.Generator, needles: int, length: int
     sentences.append(sentence)
     room -= len(sentence)
 
-  # Insert the facts. The last comes first, so that the places before it stay
-  # what they are.
-  places = np.sort(rng.integers(0, len(sentences) + 1, needles))
-  for place, fact in reversed(list(zip(places, facts))):
-    sentences.insert(place, fact)
-  return ''.join([*sentences, question]), str(drawn[asked])
+  # Insert the facts at random positions among the sentences, the last fact
+  # first, so that it does not move the positions of the others.
+  positions = np.sort(rng.integers(0, len(sentences) + 1, needles))
+  for position, fact in reversed(list(zip(positions, facts))):
+    sentences.insert(position, fact)
+  return ''.join([*sentences, question]), str(numbers[asked])
 
 
 class Passkey(Probe):
@@ -435,18 +453,20 @@ class Passkey(Probe):
 
   def draw(self, rng: np.random.Generator, needles: int, settings: Settings
            ) -> Row:
-    """Draws a text in which numbers are hidden, as bytes; its last bytes ask
-    for one of the numbers.
+    """Draws a text in which numbers are hidden, as bytes. Its end asks for one
+    of
+    the numbers.
 
-    Lengths are in bytes, for which no tokenizer is needed; the sentences around
-    are those of the passkey, in a circle, and not essays.
+    The sentences around the numbers are those of the passkey task, repeated,
+    and not essays. No tokenizer is needed, as tokens are bytes.
 
     Args:
       rng: the generator of the draws.
-      needles: how many numbers are hidden.
+      needles: the number of hidden numbers.
       settings: the settings of the probe. The row nearly fills settings.length.
     """
-    prompt, answer = draw_passkey_text(rng, needles, settings.length)
+    prompt, answer = draw_passkey_text(
+        rng, needles=needles, length=settings.length)
     return record.ask_to_write(np.frombuffer(prompt.encode(), np.uint8),
                                np.frombuffer(answer.encode(), np.uint8))
 
@@ -457,8 +477,9 @@ class Passkey(Probe):
     return 256
 
   def limit(self, settings: Settings, needles: int) -> str:
-    return '' if needles <= len(
-        NAMES_OF_NUMBERS) else f'there are {len(NAMES_OF_NUMBERS)} names'
+    if needles <= len(NAMES_OF_NUMBERS):
+      return ''
+    return f'there are {len(NAMES_OF_NUMBERS)} names'
 
 
 PROBES = {

@@ -2,7 +2,7 @@
 
 A probe has no text and no tokenizer: it draws rows of ids. A row asks for some
 of its targets, those with weight 1, each of which follows from the tokens up to
-its own place. Each row has one of the task's difficulties, its level.
+its own position. Each row has one of the task's difficulties, its level.
 """
 
 from typing import NamedTuple
@@ -13,18 +13,19 @@ Level = int | float
 
 
 class Settings(NamedTuple):
-  """The settings that a probe draws its rows with: a run's config.probe, filled
-  in.
+  """The settings with which a probe draws its rows: config.probe of a run, with
+  the published values in place of those that are not set.
 
   Attributes:
-    length: tokens that a row has at most.
-    levels: the difficulties that a row of training has one of.
-    vocab: how many ids the task's letters have; 0 where it does not read it.
-    examples: rows in one pass of training.
-    held_out: rows to evaluate on.
-    test: whether the row is one to evaluate on, where a paper tests on others
-      than it trains on.
-    random_non_queries: whether what stands between queries is drawn, too.
+    length: the most tokens of a row.
+    levels: the levels of difficulty. Each row of training has one of them.
+    vocab: the number of different letters of the task; 0 if it does not read
+      the field.
+    examples: the number of rows in one pass of training.
+    held_out: the number of rows of evaluation.
+    test: whether rows are drawn for evaluation. Some papers evaluate on other
+      rows than they train on.
+    random_non_queries: whether the tokens between queries are drawn, too.
   """
   length: int
   levels: tuple[Level, ...]
@@ -35,91 +36,96 @@ class Settings(NamedTuple):
   random_non_queries: bool = False
 
   @property
-  def most(self) -> Level:
+  def hardest_level(self) -> Level:
     """The hardest level of training."""
     return max(self.levels)
 
 
 class Row(NamedTuple):
-  """One example; each array is [T], with T at most Settings.length.
+  """One example. Each array is [T], with T at most Settings.length.
 
   Attributes:
-    tokens: what the model sees.
-    targets: the answer that each place asks for.
-    asked: whether it asks for one.
+    tokens: int32, the ids that the model sees.
+    targets: int32, the answer that each position asks for.
+    asked: bool, whether a position asks for an answer.
   """
   tokens: np.ndarray
   targets: np.ndarray
   asked: np.ndarray
 
 
-def ask_at_places(tokens: np.ndarray, places: np.ndarray,
+def ask_at_positions(tokens: np.ndarray, positions: np.ndarray,
                   answers: np.ndarray) -> Row:
-  """Returns the row of a probe that asks for answers at some places of its
-  tokens.
+  """Returns a row of tokens that asks for answers at some of its positions.
 
   Args:
-    tokens: int [T], what the model sees.
-    places: int [A], the places in the row that ask.
-    answers: int [A], the target at each of these places.
+    tokens: int [T], the ids that the model sees.
+    positions: int [A], the positions of the row that ask.
+    answers: int [A], the answer at each of these positions.
   """
-  # The target 0 of all other places means nothing: they do not ask.
+  # The other positions do not ask, and their target of 0 is not read.
   targets = np.zeros(len(tokens), np.int32)
   asked = np.zeros(len(tokens), bool)
-  targets[places] = answers
-  asked[places] = True
+  targets[positions] = answers
+  asked[positions] = True
   return Row(tokens=np.asarray(tokens, np.int32), targets=targets, asked=asked)
 
 
 def ask_to_write(prompt: np.ndarray, answer: np.ndarray) -> Row:
-  """Returns the row of a probe in which an answer is to be written after a
-  prompt.
+  """Returns a row that asks a model to write an answer after a prompt.
 
   Args:
     prompt: int [P], the ids before the answer, at least one.
     answer: int [A], the ids to write.
 
   Returns:
-    A row of P + A - 1 tokens. Each id of the answer is asked for at the place
-    before it, as a decoder predicts the next token. The last id is a target
-    alone.
+    A row of P + A - 1 tokens. Each id of the answer is asked for at the
+    position before it, because a decoder predicts the next token. The last id
+    is only a target.
   """
   tokens = np.concatenate([prompt, answer])
-  places = np.arange(len(prompt) - 1, len(tokens) - 1)
-  return ask_at_places(tokens[:-1], places, answer)
+  positions = np.arange(len(prompt) - 1, len(tokens) - 1)
+  return ask_at_positions(tokens[:-1], positions=positions, answers=answer)
 
 
 def limit_to_training_levels(settings: Settings, level: Level) -> str:
-  """Returns the reason why a level cannot be drawn, where it is harder than all
-  those of training; '' where it can. It is the limit of a probe whose levels
-  have letters or signs of their own, which a model has to know."""
-  if level <= settings.most:
+  """Returns the reason why a level that is harder than all levels of training
+  cannot be drawn; '' for an easier one.
+
+  This is the limit of a probe whose levels have letters or signs of their own,
+  which a model must have seen in training.
+
+  Args:
+    settings: the settings of the probe.
+    level: the level.
+  """
+  if level <= settings.hardest_level:
     return ''
-  return f'training has at most {settings.most}'
+  return f'training has at most {settings.hardest_level}'
 
 
 class Probe:
-  """A task. The docstring of `draw` says which paper defines it, and in what it
-  is not the published one.
+  """A small task with exact answers. The docstring of its module says which
+  paper defines it, and how it differs from the published task.
 
-  A subclass has `draw`, `size`, `vocab_size`, `level` and `levels`, and of all
-  else what differs from here.
+  A subclass has `draw`, `size`, `vocab_size`, `level` and `levels`, and others
+  of these methods and attributes where it differs from this class.
 
   Attributes:
-    level: what a level is, as a plural noun.
-    levels: the published one or ones.
-    vocab: the published number of letters (probe.vocab); 0: it does not read
-      the field, as its levels say it.
+    level: what a level counts, as a plural noun.
+    levels: the published levels.
+    vocab: the published number of letters (probe.vocab); 0: the task does not
+      read the field.
     length: the published data.length.
     examples, held_out: the published numbers of rows.
     least: the lowest level.
     grows: whether rows of a larger level are longer, so that length beyond
       training is a level beyond training.
-    longer: whether it has rows longer than in training.
-    hides: whether no answer stands among the tokens of its row, so that a model
-      that sees the whole row has to find it too.
-    objective: the objective that trains on it.
-    fills: whether it reads probe.random_non_queries.
+    longer: whether rows can be longer than in training.
+    hides: whether no answer is among the tokens of its row, so that even a
+      model that sees the whole row has to work it out.
+    objective: the objective that trains on the task.
+    fills: whether the task reads probe.random_non_queries.
   """
   level: str
   levels: tuple[Level, ...]
@@ -146,11 +152,11 @@ class Probe:
     raise NotImplementedError
 
   def size(self, level: Level, settings: Settings) -> int:
-    """Returns how many tokens the rows of a level have at least."""
+    """Returns the number of tokens that the rows of a level have at least."""
     raise NotImplementedError
 
   def vocab_size(self, settings: Settings) -> int:
-    """Returns how many ids the task has: model.vocab_size."""
+    """Returns the number of ids of the task, which is model.vocab_size."""
     raise NotImplementedError
 
   def limit(self, settings: Settings, level: Level) -> str:

@@ -17,17 +17,17 @@ has come: attention takes a mean of equal values.
 Induction, in one hop or several (Sanford, Hsu and Telgarsky 2024,
 "Transformers, parallel computation, and logarithmic depth", section 4): where
 did this letter stand last, and which letter followed it there? With k hops the
-question is asked k times, each time of the place that was found.
+question is asked k times, each time of the position that was found.
 
 One hop is the induction head of Olsson et al. 2022; the size of its alphabet,
 the length and the number of examples are ours. `hops` is the published form of
 several (section 4 and appendix G, and the code), in which no letter follows
-itself and a place without so many hops has a symbol of its own; the number of
-hops asks for nothing here, where the code has a symbol for it.
+itself and a position without so many hops has a symbol of its own; the number
+of hops asks for nothing here, where the code has a symbol for it.
 
 Depo of Physics of Language Models 4.1 (Allen-Zhu 2025), as in the code
 published with it: a circle of words is told as pairs of a word and the next, in
-no order; then, of some words, which one stands k places on.
+no order; then, of some words, which one stands k positions on.
 
   ^ c d  a b  d a  b c  2? a : c  2? d : b          k = 2, words of one letter
                            c        b
@@ -60,62 +60,65 @@ from training.data.probes.record import Probe, Row, Settings
 
 
 @functools.lru_cache(maxsize=8)
-def list_permutations(things: int, even: bool = False
+def list_permutations(num_items: int, even: bool = False
                       ) -> tuple[np.ndarray, np.ndarray]:
   """Lists a group of permutations with its multiplication table.
 
+  A permutation p is the array p[0], p[1], ..., where p[i] is the item that
+  takes the place of item i.
+
   Args:
-    things: how many things are permuted.
+    num_items: the number of items that are permuted.
     even: whether only the even permutations are listed.
 
   Returns:
-    The P permutations in lexicographic order, int [P, things], where
-    permutation[i] is the thing that takes the place of thing i; and their
-    products, int [P, P]: table[a, b] is the row of the permutation that does a
-    first and then b.
+    The P permutations in lexicographic order, int [P, num_items]; and the table
+    of their products, int [P, P]: table[a, b] is the row of the permutation
+    that does the permutation of row a first and then that of row b.
   """
-  # A permutation is even if it has an even number of inversions: pairs of
-  # things that are in falling order.
-  rows = np.array(list(itertools.permutations(range(things))))
+  permutations = np.array(list(itertools.permutations(range(num_items))))
+
+  # A permutation is even if it has an even number of inversions, which are
+  # pairs of items in falling order.
   if even:
-    pairs = itertools.combinations(range(things), 2)
-    num_inversions = sum(rows[:, i] > rows[:, j] for i, j in pairs)
-    rows = rows[num_inversions % 2 == 0]
+    num_inversions = np.zeros(len(permutations), np.int64)
+    for i, j in itertools.combinations(range(num_items), 2):
+      num_inversions += permutations[:, i] > permutations[:, j]
+    permutations = permutations[num_inversions % 2 == 0]
 
-  # Give each permutation a code: read as the digits of a number in the base
-  # `things`, no two are alike. `order` sorts the codes, and leads back from a
-  # place among the sorted codes to the row of the permutation.
-  digit_values = things ** np.arange(things)
-  codes = rows @ digit_values
-  order = np.argsort(codes)
+  # Note the row of each permutation, by which products are found.
+  row_of_permutation = {}
+  for row, permutation in enumerate(permutations.tolist()):
+    row_of_permutation[tuple(permutation)] = row
 
-  # Multiply each permutation with each, and find the row of the product by its
-  # code. To do a and then b maps thing i to b[a[i]], which numpy reads for all
-  # pairs at once as products[b, a, i].
-  products = rows[:, rows]
-  codes_of_products = products @ digit_values
-  places_in_order = np.searchsorted(codes[order], codes_of_products)
-
-  # The axes are [b, a] so far, and the table is to be read as table[a, b].
-  return rows, order[places_in_order].T
+  # Multiply each permutation with each. The first one puts first[i] in the
+  # place of item i, and the second one second[first[i]] in the place of that.
+  table = np.zeros((len(permutations), len(permutations)), np.int64)
+  for a, first in enumerate(permutations):
+    for b, second in enumerate(permutations):
+      product = second[first]
+      table[a, b] = row_of_permutation[tuple(product.tolist())]
+  return permutations, table
 
 
-def _ask_for_states(first: int, tokens: np.ndarray, states: np.ndarray) -> Row:
-  """Returns the row of a probe that asks for a state at each token after the
-  first.
+def _ask_for_states(first_id: int, tokens: np.ndarray, states: np.ndarray
+                    ) -> Row:
+  """Returns a row of 1 + T tokens that asks at each token but the first for the
+  state after that token.
 
   Args:
-    first: the id that stands before the tokens, the same in all rows.
+    first_id: the id that is put before the tokens, the same in all rows.
     tokens: int [T], the tokens.
-    states: int [T], the state after each of them.
+    states: int [T], the state after each token.
   """
-  # The first id moves all tokens on by one place.
-  places = 1 + np.arange(len(tokens))
-  return record.ask_at_places(np.append(first, tokens), places, states)
+  # The first id moves all tokens on by one position.
+  positions = 1 + np.arange(len(tokens))
+  return record.ask_at_positions(
+      np.append(first_id, tokens), positions=positions, answers=states)
 
 
 class Counting(Probe):
-  """Sums of numbers below a modulus, which is the number of letters."""
+  """Counting: sums of numbers modulo the number of letters (probe.vocab)."""
 
   level = 'tokens'
   levels = tuple(range(1, 21))
@@ -127,15 +130,28 @@ class Counting(Probe):
 
   def draw(self, rng: np.random.Generator, count: int, settings: Settings
            ) -> Row:
-    """Returns numbers below the modulus, and at each their sum so far."""
+    """Draws a row of numbers, each of which asks for the sum so far.
+
+    Args:
+      rng: the generator of the draws.
+      count: the number of numbers.
+      settings: the settings of the probe; settings.vocab is the modulus.
+    """
     return self.draw_sums(rng, count, settings.vocab)
 
   def draw_sums(self, rng: np.random.Generator, count: int,
                 modulus: int) -> Row:
-    """Returns a row of `count` numbers below a modulus, which asks at each for
-    their sum so far, modulo the modulus."""
-    tokens = rng.integers(0, modulus, count)
-    return _ask_for_states(modulus, tokens, np.cumsum(tokens) % modulus)
+    """Draws a row of numbers below a modulus, each of which asks for the sum of
+    the numbers so far, modulo that modulus.
+
+    Args:
+      rng: the generator of the draws.
+      count: the number of numbers.
+      modulus: the modulus. Its own id is the first id of the row.
+    """
+    numbers = rng.integers(0, modulus, count)
+    sums = np.cumsum(numbers) % modulus
+    return _ask_for_states(first_id=modulus, tokens=numbers, states=sums)
 
   def size(self, count: int, settings: Settings) -> int:
     return count + 1
@@ -145,13 +161,19 @@ class Counting(Probe):
 
 
 class Parity(Counting):
-  """Counting of two numbers."""
+  """Parity: counting modulo 2."""
 
   vocab = 0
 
   def draw(self, rng: np.random.Generator, count: int, settings: Settings
            ) -> Row:
-    """Returns bits, and at each their parity so far."""
+    """Draws a row of bits, each of which asks for the parity so far.
+
+    Args:
+      rng: the generator of the draws.
+      count: the number of bits.
+      settings: the settings of the probe, which are not read.
+    """
     return self.draw_sums(rng, count, modulus=2)
 
   def vocab_size(self, settings: Settings) -> int:
@@ -162,54 +184,63 @@ class Permutations(Counting):
   """The word problem of a group of permutations.
 
   Args:
-    things: how many things are permuted.
-    even: whether the permutations are the even ones alone.
+    num_items: the number of items that are permuted.
+    even: whether only the even permutations are in the group.
   """
 
   vocab = 0
 
-  def __init__(self, things: int, even: bool = False):
-    self._things = things
+  def __init__(self, num_items: int, even: bool = False):
+    self._num_items = num_items
     self._even = even
 
   def draw(self, rng: np.random.Generator, count: int, settings: Settings
            ) -> Row:
-    """Returns permutations by number, and at each the product so far.
+    """Draws a row of permutations, each of which asks for the product so far.
+
+    A permutation is the id of its row in `list_permutations`.
 
     Args:
       rng: the generator of the draws.
       count: the number of permutations.
       settings: the settings of the probe, which are not read.
     """
-    # A state is the product of all permutations up to a place.
-    _, table = list_permutations(self._things, self._even)
-    tokens = rng.integers(0, len(table), count)
-    states = itertools.accumulate(tokens, lambda state, one: table[state, one])
-    return _ask_for_states(len(table), tokens, np.fromiter(states, np.int64,
-                                                           count))
+    _, table = list_permutations(self._num_items, self._even)
+    num_permutations = len(table)
+    tokens = rng.integers(0, num_permutations, count)
+
+    # The state at a position is the product of all permutations up to it. The
+    # first one is a state itself.
+    states = tokens.copy()
+    for t in range(1, count):
+      states[t] = table[states[t - 1], tokens[t]]
+    return _ask_for_states(first_id=num_permutations, tokens=tokens,
+                           states=states)
 
   def vocab_size(self, settings: Settings) -> int:
-    rows, _ = list_permutations(self._things, self._even)
-    return len(rows) + 1
+    permutations, _ = list_permutations(self._num_items, self._even)
+    return len(permutations) + 1
 
 
 def find_successors(letters_T: np.ndarray) -> np.ndarray:
-  """Finds for each place the one after the last earlier occurrence of its
-  letter, as an induction head does.
+  """Finds for each position the position after the last earlier occurrence of
+  its letter, as an induction head does.
 
   Args:
     letters_T: int [T], the letters of a row.
 
   Returns:
-    int [T]: for place t the latest j <= t with letters[j - 1] = letters[t]; -1
-    where the letter has not been before.
+    int [T]: for position t the latest j <= t with letters[j - 1] = letters[t];
+    -1 if the letter has not occurred before.
   """
-  # A place is read before it is entered itself, so that it never finds itself.
+  # `position_after` holds for each letter the position after its last
+  # occurrence. It is read before the letter is entered, so that no position
+  # finds itself.
   successor_T = np.full(len(letters_T), -1)
-  place_after: dict[int, int] = {}  # letter -> the place after its last one
+  position_after: dict[int, int] = {}
   for t, letter in enumerate(letters_T.tolist()):
-    successor_T[t] = place_after.get(letter, -1)
-    place_after[letter] = t + 1
+    successor_T[t] = position_after.get(letter, -1)
+    position_after[letter] = t + 1
   return successor_T
 
 
@@ -224,11 +255,12 @@ class Induction(Probe):
 
   def draw(self, rng: np.random.Generator, hops: int, settings: Settings
            ) -> Row:
-    """Draws a row of letters, of which each asks which letter followed its last
-    occurrence; with several hops that question is asked again of the place that
-    was found.
+    """Draws a row of letters, each of which asks which letter followed its last
+    occurrence.
 
-    A place from which there are not so many hops asks for nothing.
+    That is one hop. With several hops, the question is asked again at the
+    position that was found. A letter for which there are fewer hops asks for
+    nothing.
 
     Args:
       rng: the generator of the draws.
@@ -236,45 +268,49 @@ class Induction(Probe):
       settings: the settings of the probe. The row has settings.length tokens:
         an id that says how many hops, and then letters.
     """
-    # Follow the hops from all places at once; -1 is a place without so many.
+    # Follow the hops from all positions at once; -1 marks those with fewer
+    # hops.
     letters_T = rng.integers(0, settings.vocab, settings.length - 1)
-    place_T = follow_hops(letters_T, hops)
-    asking_places = np.flatnonzero(place_T >= 0)
-    answers = letters_T[place_T[asking_places]]
+    position_T = follow_hops(letters_T, hops)
+    asking_positions = np.flatnonzero(position_T >= 0)
+    answers = letters_T[position_T[asking_positions]]
 
-    # The ids after those of the letters stand for 1, 2, ... hops. That first id
-    # moves all letters on by one place.
-    tokens = np.concatenate([[settings.vocab + hops - 1], letters_T])
-    return record.ask_at_places(tokens, 1 + asking_places, answers)
+    # The ids after those of the letters mean 1, 2, ... hops. The id of the hops
+    # comes first, and moves all letters on by one position.
+    id_of_hops = settings.vocab + hops - 1
+    tokens = np.concatenate([[id_of_hops], letters_T])
+    return record.ask_at_positions(
+        tokens, positions=1 + asking_positions, answers=answers)
 
   def size(self, hops: int, settings: Settings) -> int:
     return hops + 2
 
   def vocab_size(self, settings: Settings) -> int:
-    return settings.vocab + settings.most
+    return settings.vocab + settings.hardest_level
 
   def limit(self, settings: Settings, hops: int) -> str:
     return record.limit_to_training_levels(settings, hops)
 
 
 def follow_hops(letters_T: np.ndarray, hops: int) -> np.ndarray:
-  """Returns for each place where a number of hops from it ends.
+  """Returns for each position the position at which a number of hops from there
+  ends.
 
-  A hop goes to the place after the last earlier occurrence of the letter.
+  A hop goes to the position after the last earlier occurrence of the letter.
 
   Args:
     letters_T: int [T], the letters of a row.
-    hops: the number of hops; 0: each place stays where it is.
+    hops: the number of hops; 0: each position is its own end.
 
   Returns:
-    int [T], a place; -1 where there are not so many hops.
+    int [T], the position of the end; -1 if there are fewer hops.
   """
-  step_T = find_successors(letters_T)
-  place_T = np.arange(len(letters_T))
+  successor_T = find_successors(letters_T)
+  position_T = np.arange(len(letters_T))
   for _ in range(hops):
-    # -1 must not be read as the last place, as numpy would.
-    place_T = np.where(place_T < 0, -1, step_T[place_T])
-  return place_T
+    # As an index of numpy -1 means the last position, so its result is dropped.
+    position_T = np.where(position_T < 0, -1, successor_T[position_T])
+  return position_T
 
 
 class Hops(Probe):
@@ -290,10 +326,10 @@ class Hops(Probe):
 
   def draw(self, rng: np.random.Generator, hops: int, settings: Settings
            ) -> Row:
-    """Draws a row of letters, of which each asks for the letter that is some
-    hops from it, or for a symbol that says that there are not so many.
+    """Draws a row of letters, each of which asks for the letter that is some
+    hops from it, or for a symbol that says that there are fewer hops.
 
-    A hop goes to the place after the last earlier occurrence of the letter.
+    A hop goes to the position after the last earlier occurrence of the letter.
 
     Args:
       rng: the generator of the draws.
@@ -301,33 +337,34 @@ class Hops(Probe):
       settings: the settings of the probe. The row has settings.length tokens:
         an id that says how many hops, and then letters.
     """
-    # The ids are those of the letters, of 0, 1, ... hops, and of no answer.
+    # The ids are, in this order: the letters, the signs of 0, 1, ... hops, and
+    # the symbol of no answer.
     vocab = settings.vocab
-    no_answer = settings.vocab + settings.most + 1
+    no_answer = vocab + settings.hardest_level + 1
 
     # No letter may follow itself: each differs from the one before it by a step
     # of 1 to vocab - 1, modulo vocab.
     steps_T = rng.integers(1, vocab, settings.length - 1)
     letters_T = (rng.integers(vocab) + np.cumsum(steps_T)) % vocab
 
-    # All letters ask. Where the place is -1, letters_T[-1] is read for nothing.
-    place_T = follow_hops(letters_T, hops)
-    answers_T = np.where(place_T < 0, no_answer, letters_T[place_T])
+    # All letters ask. At a position of -1 the letter is read, and not used.
+    position_T = follow_hops(letters_T, hops)
+    answers_T = np.where(position_T < 0, no_answer, letters_T[position_T])
     tokens = np.concatenate([[vocab + hops], letters_T])
-    return record.ask_at_places(tokens, np.arange(1, settings.length),
-                                answers_T)
+    return record.ask_at_positions(
+        tokens, positions=np.arange(1, settings.length), answers=answers_T)
 
   def size(self, hops: int, settings: Settings) -> int:
     return 2
 
   def vocab_size(self, settings: Settings) -> int:
-    return settings.vocab + settings.most + 2
+    return settings.vocab + settings.hardest_level + 2
 
   def limit(self, settings: Settings, hops: int) -> str:
     return record.limit_to_training_levels(settings, hops)
 
 
-MOST_QUESTIONS = 10  # of a row, at most: M of the published code
+MOST_QUESTIONS = 10  # in a row of Depo: M of the published code
 
 _WordLengths = tuple[int, int]  # the least and the most tokens of a word
 
@@ -367,7 +404,8 @@ def most_words_of_row(words: _WordLengths, length: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _probability_of_word_count(most: int) -> np.ndarray:
-  """Returns how often a row of training tells of 3, 4, ... `most` words."""
+  """Returns the probabilities with which a row of training tells of 3, 4, ...
+  `most` words."""
   weight = 1 / (np.arange(3, most + 1) + most ** 0.5)
   return weight / weight.sum()
 
@@ -386,13 +424,15 @@ def _draw_words(rng: np.random.Generator, count: int, words: _WordLengths,
   Returns:
     The ids of each word.
   """
-  # A word that has been drawn before changes nothing, and another is drawn. The
+  # A word that has been drawn before is entered again and changes nothing. The
   # keys of a dict keep their order; that of a set would change with each run.
+  shortest, longest = words
   circle: dict[tuple[int, ...], None] = {}
   while len(circle) < count:
-    spelled = rng.integers(0, letters, rng.integers(words[0], words[1] + 1))
-    spelled[-1] += letters
-    circle[tuple(spelled.tolist())] = None
+    length = rng.integers(shortest, longest + 1)
+    word = rng.integers(0, letters, length)
+    word[-1] += letters
+    circle[tuple(word.tolist())] = None
   return list(circle)
 
 
@@ -417,17 +457,18 @@ class Depo(Probe):
 
   def draw(self, rng: np.random.Generator, hops: int, settings: Settings
            ) -> Row:
-    """Draws a row that tells of a circle of words and asks questions about it:
-    which word stands some hops after this one?
+    """Draws a row that describes a circle of words and asks questions about it:
+    which word comes some hops after this one?
 
-    In a row of training each question has its own number of hops. In one to
-    evaluate on all have `hops`, and there are as many words as fit
-    settings.length, as published.
+    In a row of training each question has its own number of hops. In a row of
+    evaluation all questions have `hops`, and there are as many words as fit
+    into settings.length, as published.
 
     Args:
       rng: the generator of the draws.
-      hops: the number of hops of a row to evaluate on.
-      settings: the settings of the probe; settings.test says which it is.
+      hops: the number of hops in a row of evaluation.
+      settings: the settings of the probe; settings.test says whether the row is
+        one of evaluation.
     """
     # Draw the words, which of them are asked about, and the hops of each
     # question. A row of training tells of 3 words or more.
@@ -443,40 +484,46 @@ class Depo(Probe):
     else:
       hops_of_questions = rng.choice(settings.levels, len(asked_words))
 
-    # Tell each pair of a word and the next, shuffled. The ids are those of the
-    # letters, of the last letters of words, of the start of a row, of the sign
-    # before an answer, and then of 1, 2, ... hops.
+    # Write each pair of a word and the next one, in random order. The ids are,
+    # in this order: the letters, the last letters of words, the start of a row,
+    # the sign before an answer, and the signs of 1, 2, ... hops.
     start_id = 2 * letters
     answer_id = 2 * letters + 1
     tokens = [start_id]
     for i in rng.permutation(count).tolist():
       tokens += [*circle[i], *circle[(i + 1) % count]]
 
-    # Ask the questions: the sign of the hops, the word, and the sign before the
-    # answer. A place predicts the token after it, so the answer is asked for
-    # from that sign on to the last letter but one.
-    asking_places: list[int] = []
-    for i, step in zip(asked_words.tolist(), hops_of_questions.tolist()):
-      answer = circle[(i + step) % count]
-      tokens += [answer_id + step, *circle[i], answer_id]
-      first_place = len(tokens) - 1
-      asking_places += range(first_place, first_place + len(answer))
+    # Write the questions: the sign of the hops, the word, the sign before the
+    # answer, and the answer. A position predicts the token after it, so the
+    # answer is asked for from that sign on to its last letter but one.
+    asking_positions: list[int] = []
+    for i, num_hops in zip(asked_words.tolist(), hops_of_questions.tolist()):
+      answer = circle[(i + num_hops) % count]
+      tokens += [answer_id + num_hops, *circle[i], answer_id]
+      first_position = len(tokens) - 1
+      asking_positions += range(first_position, first_position + len(answer))
       tokens += answer
 
     # The last token is only a target: nothing follows that it could predict.
     row = np.array(tokens)
-    places_A = np.array(asking_places)
-    return record.ask_at_places(row[:-1], places_A, row[places_A + 1])
+    positions_A = np.array(asking_positions)
+    return record.ask_at_positions(
+        row[:-1], positions=positions_A, answers=row[positions_A + 1])
 
   def size(self, hops: int, settings: Settings) -> int:
     return _most_tokens_of_row(self._words, 3)
 
   def vocab_size(self, settings: Settings) -> int:
-    return 2 * settings.vocab + 2 + settings.most
+    return 2 * settings.vocab + 2 + settings.hardest_level
 
   def limit(self, settings: Settings, hops: int) -> str:
-    """Returns why no row of these settings can ask for so many hops; '' where
-    one can."""
+    """Returns the reason why no row can ask for a number of hops; '' if one
+    can.
+
+    Args:
+      settings: the settings of the probe.
+      hops: the number of hops.
+    """
     reason = record.limit_to_training_levels(settings, hops)
     if reason:
       return reason
@@ -530,15 +577,16 @@ class Mano(Probe):
     formula, value = _draw_formula(rng, operators, modulus)
     tokens = [_draw_form(rng, start), _draw_form(rng, announcing), *formula]
     tokens.append(_draw_form(rng, announcing + FORMS_OF_SIGN))
-    last_place = len(tokens) - 1
-    return record.ask_at_places(
-        np.array(tokens), np.array([last_place]), np.array([value]))
+    last_position = len(tokens) - 1
+    return record.ask_at_positions(
+        np.array(tokens), positions=np.array([last_position]),
+        answers=np.array([value]))
 
   def size(self, operators: int, settings: Settings) -> int:
     return 2 * operators + 4
 
   def vocab_size(self, settings: Settings) -> int:
-    signs = len(OPERATORS) + 1 + 2 * settings.most
+    signs = len(OPERATORS) + 1 + 2 * settings.hardest_level
     return settings.vocab + FORMS_OF_SIGN * signs
 
   def limit(self, settings: Settings, operators: int) -> str:
@@ -546,8 +594,12 @@ class Mano(Probe):
 
 
 def _draw_form(rng: np.random.Generator, first: int) -> int:
-  """Returns one of the FORMS_OF_SIGN ids of a sign, of which `first` is the
-  first."""
+  """Draws one of the ids of a sign.
+
+  Args:
+    rng: the generator of the draws.
+    first: the first of the FORMS_OF_SIGN ids of the sign.
+  """
   return int(first + rng.integers(FORMS_OF_SIGN))
 
 
@@ -568,11 +620,13 @@ def _draw_formula(rng: np.random.Generator, count: int, modulus: int
     value = int(rng.integers(modulus))
     return [value], value
 
-  # Draw the operator. The count - 1 others are divided between its operands,
-  # each division alike likely, and each operand is a formula of its own.
+  # Draw the operator. The other count - 1 operators are divided between its two
+  # operands, all divisions with the same probability.
   operator = int(rng.integers(len(OPERATORS)))
   count_of_first = int(rng.integers(count))
   sign = _draw_form(rng, modulus + FORMS_OF_SIGN * operator)
+
+  # Each operand is a formula of its own.
   first, first_value = _draw_formula(rng, count_of_first, modulus)
   second, second_value = _draw_formula(rng, count - 1 - count_of_first, modulus)
   value = int(OPERATORS[operator](first_value, second_value)) % modulus
