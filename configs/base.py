@@ -34,6 +34,13 @@ _written = _fields(SAFE, 'only what is written, and when')
 _mesh = _fields(SAFE, 'same sums in another order: equal to about 1e-5')
 _prepared = _fields(SAFE, 'batches do not depend on it')
 _batches = _fields(OPTIMISATION, 'other batches from here on')
+# The effects by which a comparison of runs knows what the held-out loss is of:
+# fields that change what is trained on alone, and those that choose the text to
+# evaluate on. Other fields of batches change both.
+TRAINING_BATCHES = Effect(OPTIMISATION, 'other batches of training alone')
+HELD_OUT = Effect(SAFE, 'only what is evaluated')
+_training_batches = functools.partial(field, resume=TRAINING_BATCHES)
+_held_out = functools.partial(field, resume=HELD_OUT)
 _loss = _fields(OPTIMISATION, 'the loss')
 _updates = _fields(OPTIMISATION, 'other updates')
 _state = _fields(INCOMPATIBLE, 'another optimizer state')
@@ -78,8 +85,8 @@ class Probe:
                         "those of the task's paper.")
   vocab: int = _rows(0, 'The letters of the task; derived: as many as '
                      'published.', most=2**20)
-  examples: int = _rows(0, 'The rows in one pass of training; derived: as many '
-                        'as published.', most=MOST)
+  examples: int = _training_batches(0, 'The rows in one pass of training; '
+                                    'derived: as many as published.', most=MOST)
   held_out: int = _rows(0, 'The rows to evaluate on; derived: as many as '
                         'published.', most=MOST)
   random_non_queries: bool = _rows(False, 'Whether mqar has any letter between '
@@ -108,9 +115,9 @@ class Data:
                          'seq2seq).', least=1, most=2**24)
   target_length: int = _batches(0, 'The tokens in the target of seq2seq; '
                                 'derived: length.', most=2**24)
-  batch_size: int = _batches(32, 'The sequences in a batch, over all devices.',
-                             least=1, most=2**24)
-  batch_ramp: str = _batches(
+  batch_size: int = _training_batches(32, 'The sequences in a batch, over all '
+                                      'devices.', least=1, most=2**24)
+  batch_ramp: str = _training_batches(
       '', "Smaller batches at first, STEP:ROWS with commas between: '100:8' "
       'has 8 rows in a batch until step 100. Empty: all have batch_size.')
   document_mask: bool = _batches(False, 'Whether attention and positions stop '
@@ -126,11 +133,11 @@ class Data:
   labels: tuple = field((), 'The labels of classification, in the order of the '
                         "model's scores; derived: those of the training data.",
                         resume=Effect(INCOMPATIBLE, 'scores mean other labels'))
-  class_weights: str = _batches(
+  class_weights: str = _training_batches(
       '', 'The weight of a row in the training loss of classification. '
       'balanced: each label the same in all; or a number for each label, with '
       'commas between. Empty: all rows the same.')
-  length_buckets: int = _batches(
+  length_buckets: int = _training_batches(
       4, 'Batches of labelled data are padded to one of so many lengths, the '
       'last of them data.length.', least=1, most=64)
   stride: int = _batches(
@@ -256,9 +263,9 @@ class Eval:
   """The evaluations while a run trains."""
   every_steps: int = _written(250, 'The steps between two evaluations.',
                               most=MOST)
-  batches: int = _written(16, 'The batches of each source, of data.batch_size '
-                          'rows; 0: all, whatever that size is.', most=MOST)
-  part: str = _written(
+  batches: int = _held_out(16, 'The batches of each source, of data.batch_size '
+                           'rows; 0: all, whatever that size is.', most=MOST)
+  part: str = _held_out(
       '', 'The half of the documents that are held out, first or second, to '
       'evaluate on; a probe then has rows of its own. Empty: all of them.')
   tasks: str = _written(

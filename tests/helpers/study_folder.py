@@ -57,6 +57,7 @@ def frozen(of):
         points.append(dict(
             variant=variant, size=size, workload=workload, changes=changes,
             matched=matched, params=params, active_params=params,
+            multiplied_params=params, looked_up_params=0,
             flops_per_token=6.0 * params, tokens=1_228_800, vocab=256))
   return plans.FrozenPlan(
       of, helpers.small_gpt_config(STEPS).to_dict(), points,

@@ -57,6 +57,7 @@ def write(root, points, match='', states=None):
     descriptions.append(dict(
         name=p['name'], changes=p['changes'], matched=p.get('matched', []),
         params=p['params'], active_params=p['params'],
+        multiplied_params=p['params'], looked_up_params=0,
         flops_per_token=p.get('flops', FLOPS),
         tokens=p.get('tokens', TOKENS), seeds=list(p['seeds']), tasks=[]))
   config = base.base()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import require
+from tools.compare import certificate as certificates_lib
 from tools.compare import curves, decide, efficiency, layout, page, statistics
 from tools.compare import phases as phases_lib
 from tools.compare import plan as plans
@@ -28,9 +29,6 @@ BASE, NOT_DONE_YET = 'base', 'not done yet'
 _FIGURES_OF_COMPARISON = (
     'effect', 'low', 'high', 'n', 'p', 'p_corrected', 'p_robust',
     'p_equivalent', 'p_not_worse', 'diverged', 'base_diverged', 'item_noise')
-# The costs of a point, and what they are called in a sentence.
-_NAME_OF_COST = {'tokens': 'tokens', 'params': 'parameters',
-                 'flops_per_token': 'FLOPs a token'}
 
 
 def first_row_with(rows: Sequence[Mapping[str, Any]], **wanted: Any
@@ -58,6 +56,8 @@ class Comparison:
       {'phase', 'variant', 'size', 'workload', 'seed', 'state', 'why'}.
     about: paragraphs that say what was compared.
     warnings: what a reader must know before the figures.
+    certificates: what the runs of the base and of each variant were given, by
+      name; of a study at its largest size.
     target: the held-out loss that is to be reached; None: none is.
   """
   workdir: str
@@ -68,6 +68,7 @@ class Comparison:
   excluded: Sequence[Mapping[str, Any]]
   about: Sequence[str]
   warnings: Sequence[str]
+  certificates: Mapping[str, certificates_lib.Certificate]
   target: float | None = None
 
   @property
@@ -233,6 +234,11 @@ class Comparison:
     elif is_verdict:
       row['verdict'] = compared.get('verdict')
 
+    # In what the variant differs from the base beyond what it is to show.
+    row['not_alike'] = None
+    if is_verdict and variant in self.certificates:
+      row['not_alike'] = self.differences(variant).titles
+
     # How the difference changes with the size, and which factor of compute or
     # time it saves. Speed-ups are kept in the row over all sizes, whichever
     # size this row is of.
@@ -246,6 +252,11 @@ class Comparison:
       for figure in ('low', 'high', 'fit_error'):
         row[f'speed_up_{by}_{figure}'] = speed_up.get(figure)
     return row
+
+  def differences(self, variant: str) -> certificates_lib.Differences:
+    """Returns in what a variant differs from the base beyond the question."""
+    return certificates_lib.compare(self.certificates[self.plan.base],
+                                    self.certificates[variant])
 
   def verdicts(self) -> list[dict[str, Any]]:
     """Returns the estimates that the verdicts are on, the base's first."""
@@ -343,6 +354,11 @@ def _comparison_of_study(workdir) -> Comparison:
     is_confirmed_text = run.phase == 'confirm' and run.workload == plans.TEXT
     if is_confirmed_text and run.curve:
       curves_of_runs[run.variant, run.size, run.seed] = {'eval': run.curve}
+  folders = results_lib.folders(workdir, 'confirm')
+  certificates = certificates_lib.certify_study(
+      frozen=frozen, outcomes=outcomes, tuned=results['tuned'], sweeps=folders)
+  warnings = _study_warnings(frozen.plan, results)
+  warnings += describe_certificates(certificates, frozen.plan.base)
   return Comparison(
       workdir=workdir,
       frozen=frozen,
@@ -351,7 +367,8 @@ def _comparison_of_study(workdir) -> Comparison:
       curves=curves_of_runs,
       excluded=excluded,
       about=[frozen.plan.question],
-      warnings=_study_warnings(frozen.plan, results),
+      warnings=warnings,
+      certificates=certificates,
       target=frozen.plan.target)
 
 
@@ -398,6 +415,24 @@ def _study_warnings(plan: plans.Plan, results: Mapping[str, Any]) -> list[str]:
                     f'{", ".join(variants_at_edge)}: a better value may lie '
                     'beyond.')
   return warnings + doubt_normal_noise(plan, confirmed)
+
+
+def describe_certificates(
+    certificates: Mapping[str, certificates_lib.Certificate], base: str
+    ) -> list[str]:
+  """Returns the sentences that name in what variants differ from the base
+  beyond the question.
+
+  Args:
+    certificates: the certificate of each variant and of the base, by name.
+    base: the name of the base.
+  """
+  sentences = []
+  for variant in certificates:
+    differences = certificates_lib.compare(certificates[base],
+                                           certificates[variant])
+    sentences += certificates_lib.describe(variant, differences)
+  return sentences
 
 
 def _shown_over_seeds_alone(plan: plans.Plan,
@@ -506,7 +541,9 @@ def _comparison_of_sweep(workdir, rows: str) -> Comparison:
       plan=plan, base_config=sweep.base_tree,
       points=[_frozen_row(point) for point in sweep.points], sources={},
       code={})
+  certificates = certificates_lib.certify_sweep(sweep, workdir)
   warnings = _sweep_warnings(sweep)
+  warnings += describe_certificates(certificates, sweep.base.name)
   warnings += doubt_normal_noise(plan, results['confirm'])
   return Comparison(
       workdir=workdir,
@@ -516,7 +553,8 @@ def _comparison_of_sweep(workdir, rows: str) -> Comparison:
       curves=curves_of_runs,
       excluded=excluded,
       about=[_describe_sweep(sweep)],
-      warnings=warnings)
+      warnings=warnings,
+      certificates=certificates)
 
 
 def _frozen_row(point: curves.Point) -> dict[str, Any]:
@@ -872,18 +910,6 @@ def _sweep_warnings(sweep: curves.Sweep) -> list[str]:
   if not sweep.base.final_losses:
     warnings.append(f'The base {sweep.base.name} has no finished run with a '
                     'held-out loss: no loss can be compared with it.')
-
-  # Points that cost more or less than the base. The cost that the sweep matches
-  # was checked when it began.
-  for cost, name_of_cost in _NAME_OF_COST.items():
-    if cost == sweep.match:
-      continue
-    base_cost = getattr(sweep.base, cost)
-    unequal = [point.name for point in sweep.points
-               if abs(getattr(point, cost) / base_cost - 1) > 0.01]
-    if unequal:
-      warnings.append(f'The {name_of_cost} of {", ".join(unequal)} differ from '
-                      "the base's by more than 1 %.")
 
   # Runs of another code, or of another config.
   if len(sweep.codes) > 1:

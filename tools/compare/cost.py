@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 
+from architectures.parts.config import ModelConfig
 from common.errors import RequestError, require
 from tools.compare import spec
 from training import objectives, preflight, runs
@@ -26,6 +27,7 @@ LARGEST_WIDTH = 2 ** 24  # beyond which no width is tried
 # Points of a sweep ask for the same ones many times.
 _load_tokenizer = functools.cache(tokenizers.load)
 _count_parameters = functools.cache(totals.count_parameters)
+_count_by_use = functools.cache(totals.count_parameters_by_use)
 
 
 class Cost(NamedTuple):
@@ -34,12 +36,16 @@ class Cost(NamedTuple):
   Attributes:
     params: the number of parameters.
     active_params: the number of these that work for one token.
+    multiplied_params, looked_up_params: the numbers of these in products, and
+      in tables that are looked up (totals.count_parameters_by_use).
     flops_per_token: the FLOPs of a training step, forward and backward, a
       token.
     tokens: the number of tokens of the whole run.
   """
   params: int
   active_params: int
+  multiplied_params: int
+  looked_up_params: int
   flops_per_token: float
   tokens: int
 
@@ -49,22 +55,34 @@ def keep_off_accelerators() -> None:
   jax.config.update('jax_platforms', 'cpu')
 
 
-def cost_of_run(config) -> Cost:
+def cost_of_run(config, model: ModelConfig | None = None) -> Cost:
   """Returns what a run of a config costs, in parameters, FLOPs and tokens.
+
+  Args:
+    config: the config of the run.
+    model: its model, resolved; None: as its tokenizer gives it.
 
   Raises:
     ValueError: for a model that cannot be built.
   """
+  model = model or resolve_model(config)
   length = sum(objectives.find_objective(config).row_lengths(config))
-  params, active_params = _count_parameters(resolve_model(config))
+  params, active_params = _count_parameters(model)
+  multiplied_params, looked_up_params = _count_by_use(model)
   rows = int(pipeline.read_ramp(config).rows_before(config.train.steps))
-  return Cost(params=params, active_params=active_params,
-              flops_per_token=_flops_per_token(config), tokens=rows * length)
+  return Cost(
+      params=params,
+      active_params=active_params,
+      multiplied_params=multiplied_params,
+      looked_up_params=looked_up_params,
+      flops_per_token=_flops_per_token(config, model),
+      tokens=rows * length)
 
 
-def _flops_per_token(config) -> float:
-  """Returns the FLOPs of training on one token."""
-  flops_by_part = flops.training_flops_of_row(config, resolve_model(config))
+def _flops_per_token(config, model: ModelConfig) -> float:
+  """Returns the FLOPs of training on one token of a run with this model, whose
+  step is traced for it."""
+  flops_by_part = flops.training_flops_of_row(config, model)
   flops_of_row = sum(flops_by_part.values())
   return flops_of_row / sum(
       objectives.find_objective(config).row_lengths(config))
@@ -93,7 +111,7 @@ def one_cost_figure(config, name: str) -> float:
     name: the figure, one of spec.MATCHABLE_COSTS.
   """
   if name == 'flops_per_token':
-    return _flops_per_token(config)
+    return _flops_per_token(config, resolve_model(config))
   params, active_params = _count_parameters(resolve_model(config))
   return active_params if name == 'active_params' else params
 

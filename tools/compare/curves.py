@@ -131,18 +131,25 @@ class Point:
     matched: the fields among these that were solved for to match a cost.
     params: the number of parameters.
     active_params: the number of these that work for one token.
+    multiplied_params, looked_up_params: the numbers of these in products, and
+      in tables that are looked up.
     flops_per_token: the FLOPs of training on one token.
     tokens: the number of tokens of a whole run.
     runs: the runs by seed.
+    told: of a variant that was trained elsewhere, what the further columns of
+      its CSV tell; None: it was trained here.
   """
   name: str
   changes: Mapping[str, Any]
   matched: tuple[str, ...]
   params: float
   active_params: float
+  multiplied_params: float
+  looked_up_params: float
   flops_per_token: float
   tokens: int
   runs: Mapping[int, Run]
+  told: Mapping[str, str] | None = None
 
   @functools.cached_property
   def final_losses(self) -> dict[int, float]:
@@ -336,13 +343,14 @@ def add_variants_of_csv(sweep: Sweep, file: str) -> Sweep:
   Args:
     sweep: the sweep that was read.
     file: the path of the CSV with the columns variant, seed and loss, held out;
-      and step, where a run has several rows.
+      and step, where a run has several rows. Further columns tell what the
+      variant was given (certificate.QUANTITIES), in its first row.
 
   Raises:
     RequestError: for a row that is none, or a variant whose name a point of the
       sweep has.
   """
-  variants = _read_csv_of_losses(file, sweep.base_config['train.steps'])
+  variants, told = _read_csv_of_losses(file, sweep.base_config['train.steps'])
   names_of_sweep = {point.name for point in sweep.points}
   names_of_both = variants.keys() & names_of_sweep
   require(not names_of_both, f'{file}: the sweep has a variant of the name '
@@ -364,15 +372,21 @@ def add_variants_of_csv(sweep: Sweep, file: str) -> Sweep:
         matched=(),
         params=math.nan,
         active_params=math.nan,
+        multiplied_params=math.nan,
+        looked_up_params=math.nan,
         flops_per_token=math.nan,
         tokens=sweep.base.tokens,
-        runs=runs))
+        runs=runs,
+        told=told[name]))
   return dataclasses.replace(sweep, points=tuple(points))
 
 
-def _read_csv_of_losses(file: str, last_step: int
-                        ) -> dict[str, dict[int, list[dict[str, Any]]]]:
-  """Returns the rows of a CSV of losses in the form of metrics.jsonl.
+def _read_csv_of_losses(
+    file: str, last_step: int
+    ) -> tuple[dict[str, dict[int, list[dict[str, Any]]]],
+               dict[str, dict[str, str]]]:
+  """Returns the rows of a CSV of losses in the form of metrics.jsonl, and what
+  else it tells of each variant.
 
   Args:
     file: the path of the CSV, with the columns variant, seed and loss, and
@@ -380,12 +394,14 @@ def _read_csv_of_losses(file: str, last_step: int
     last_step: the step of a row that names none: its loss is a final one.
 
   Returns:
-    By the name of the variant, by seed, the rows.
+    By the name of the variant, by seed, the rows; and by the name of the
+    variant, the cells of its first row.
 
   Raises:
     RequestError: for a row without variant, seed or loss.
   """
   variants: dict[str, dict[int, list]] = {}
+  told: dict[str, dict[str, str]] = {}
   with open(file, newline='') as text:
     table = csv.DictReader(text)
     for row in table:
@@ -403,9 +419,10 @@ def _read_csv_of_losses(file: str, last_step: int
         loss = None
       # A run has several rows where the CSV has its losses at several steps.
       rows_by_seed = variants.setdefault(variant, {})
+      told.setdefault(variant, row)
       rows = rows_by_seed.setdefault(seed, [])
       rows.append({'split': 'eval', 'step': step, 'loss': loss})
-  return variants
+  return variants, told
 
 
 def read_sweep(workdir, description: Mapping[str, Any],
@@ -476,6 +493,8 @@ def _read_point(workdir, description: Mapping[str, Any], row: Mapping[str, Any],
       matched=tuple(row['matched']),
       params=row['params'],
       active_params=row['active_params'],
+      multiplied_params=row['multiplied_params'],
+      looked_up_params=row['looked_up_params'],
       flops_per_token=row['flops_per_token'],
       tokens=row['tokens'],
       runs=runs)
@@ -516,6 +535,13 @@ def _read_run(workdir, description: Mapping[str, Any], point: str, seed: int,
       seed=seed, state=state, error=error, config=config, rows=rows,
       evaluations=evaluations, differing_fields=differing_fields,
       items=scores_of_items)
+
+
+def training_seconds(rows: Sequence[Mapping[str, Any]]) -> float:
+  """Returns the seconds of all training steps of a run that its rows of
+  metrics.jsonl report; NaN where they do not."""
+  last_step = max([row['step'] for row in rows], default=0)
+  return float(_training_seconds(rows, np.array([last_step]))[0])
 
 
 def _training_seconds(rows: Sequence[Mapping[str, Any]], steps: np.ndarray

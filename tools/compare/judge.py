@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.errors import require
-from tools.compare import curves, decide, layout, page, spec, statistics
+from tools.compare import certificate, curves, decide, layout, page, statistics
 from training.workdir import metrics, run_config, storage
 
 ALPHA = 0.05  # the probability that any answer of a folder is wrong
@@ -46,11 +46,6 @@ SEEDS_OF_FIRST_LOOK = statistics.MIN_SEEDS
 RECORD_FILE = 'judged.json'
 EXIT_CODE_OF_VERDICT = {decide.BETTER: 0, decide.WORSE: 4}
 EXIT_CODE_NOT_SHOWN = 3  # of any other verdict
-# Fields by which runs would be evaluated on other text.
-FIELDS_OF_HELD_OUT_TEXT = (
-    'objective', 'data.source', 'data.eval_source', 'data.holdout_every',
-    'data.tokenizer', 'data.length', 'data.target_length', 'eval.part',
-    'eval.batches')
 # The difference of each seed, variant minus base; None: a run of it diverged.
 DifferenceBySeed = Mapping[int, float | None]
 RunBySeed = Mapping[int, curves.Run]
@@ -60,13 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the arguments of `python -m tools.compare judge` to its parser."""
   parser.add_argument('base', metavar='BASE', help='folder with seed-0, ...')
   parser.add_argument('variant', metavar='VARIANT', help='one beside it')
+  parser.add_argument('--about', default='', metavar='FIELD,FIELD', help='the '
+                      'fields of the config that the question is about; all '
+                      'else that differs is named (default: those of the model '
+                      'that differ)')
   parser.add_argument('--json', action='store_true', help='print JSON')
 
 
 def main(args) -> int:
   """Prints whether a variant is better than its base; returns the exit code
   that says it."""
-  answer = judge_variant(pathlib.Path(args.base), pathlib.Path(args.variant))
+  about = tuple(filter(None, args.about.split(',')))
+  answer = judge_variant(pathlib.Path(args.base), pathlib.Path(args.variant),
+                         about)
   if args.json:
     print(json.dumps(answer, indent=2))
   else:
@@ -149,12 +150,15 @@ def paired_test(differences: Sequence[float], share: float,
                     p_corrected=min(p / share, 1.0))
 
 
-def judge_variant(base: pathlib.Path, variant: pathlib.Path) -> dict[str, Any]:
+def judge_variant(base: pathlib.Path, variant: pathlib.Path,
+                  about: Sequence[str] = ()) -> dict[str, Any]:
   """Returns whether a variant is better than its base, and adds the answer to
   the record beside the runs.
 
   Args:
     base, variant: two folders beside each other, with runs as seed-0, ...
+    about: the fields that the question is about; (): those of the model that
+      differ (certificate.compare).
 
   Returns:
     The answer with its figures, as it is printed with --json.
@@ -175,13 +179,19 @@ def judge_variant(base: pathlib.Path, variant: pathlib.Path) -> dict[str, Any]:
   num_looked_at, share_of_look = latest_look(len(ended_seeds))
   seeds = ended_seeds[:num_looked_at]
 
-  # The differences between the configs and codes of their runs, and the
-  # figures of these.
+  # The differences between their configs and what else they were given, and
+  # those of their losses.
   config_pairs = []
   for seed in seeds:
     config_pairs.append((runs[base_name][seed].config,
                          runs[variant_name][seed].config))
-  changes, warnings = _changed_fields(config_pairs)
+  changes = _changed_fields(config_pairs)
+  not_asked = [name for name in about if name not in changes]
+  require(not not_asked, f'--about is {",".join(about)}, but '
+          f'{", ".join(not_asked)} is alike on both sides: '
+          f'{", ".join(changes) or "no field"} differs')
+  unlike = _compare_certificates(
+      folder=folder, names=names, runs=runs, seeds=seeds, about=about)
   num_diverged = {
       name: len(diverged[name].intersection(seeds)) for name in names}
   differences: dict[int, float | None] = {}
@@ -214,7 +224,10 @@ def judge_variant(base: pathlib.Path, variant: pathlib.Path) -> dict[str, Any]:
         **_test_figures(test),
         'alpha': ALPHA, 'seeds': seeds, 'next_look': 2 * len(seeds),
         'diverged': num_diverged, 'questions': num_questions,
-        'changes': changes, 'warnings': warnings + question_warnings}
+        'changes': changes, 'about': list(unlike.asked),
+        'unlike': unlike.named,
+        'warnings': certificate.describe(variant_name, unlike)
+                    + question_warnings}
     record['answers'].append({'time': time.time()} | answer)
     layout.save_with_checksum(folder / RECORD_FILE, record)
   return answer
@@ -306,12 +319,24 @@ def _ended_seeds(runs: Mapping[str, RunBySeed], names: Sequence[str]
   for name in names:
     diverged[name] = {seed for seed, run in runs[name].items() if run.diverged}
 
-  # The seeds of both in order, until one is still going on in either.
+  # The seeds of both are 0, 1, ..., without a gap: who may choose among seeds
+  # can choose those that are good for one side.
   base_name, variant_name = names
-  shared_seeds = runs[base_name].keys() & runs[variant_name].keys()
+  shared_seeds = sorted(runs[base_name].keys() & runs[variant_name].keys())
+  for number, seed in enumerate(shared_seeds):
+    require(seed == number, f'{base_name} and {variant_name} both have seed '
+            f'{seed}, but not seed {number}: seeds are 0 to n-1, so train it, '
+            'too')
+  for name in names:
+    for seed in shared_seeds:
+      seed_of_run = runs[name][seed].config['seed']
+      require(seed_of_run == seed, f'{name}/seed-{seed} is of seed '
+              f'{seed_of_run}: train it with --config.seed={seed}')
+
+  # They are compared until one is still going on in either.
   ended_seeds: list[int] = []
   unfinished_runs: list[str] = []
-  for seed in sorted(shared_seeds):
+  for seed in shared_seeds:
     for name in names:
       if seed not in diverged[name] and runs[name][seed].final_loss is None:
         unfinished_runs.append(f'{name}/seed-{seed}')
@@ -331,17 +356,15 @@ def _ended_seeds(runs: Mapping[str, RunBySeed], names: Sequence[str]
 
 
 def _changed_fields(config_pairs: Sequence[tuple[Mapping, Mapping]]
-                    ) -> tuple[dict[str, list], list[str]]:
-  """Returns in which fields of the config base and variant differ, and warnings
-  about them.
+                    ) -> dict[str, list]:
+  """Returns in which fields of the config base and variant differ.
 
   Args:
     config_pairs: the configs of base and variant, by dotted name, for each
       seed.
 
   Returns:
-    [value of the base, value of the variant] by the name of the field, and the
-    warnings.
+    [value of the base, value of the variant] by the name of the field.
 
   Raises:
     RequestError: where the losses are of different text.
@@ -355,26 +378,65 @@ def _changed_fields(config_pairs: Sequence[tuple[Mapping, Mapping]]
         changes[name] = [base_config.get(name), variant_config.get(name)]
 
   # Losses of different text cannot be compared.
-  fields_of_text = {*FIELDS_OF_HELD_OUT_TEXT}
-  base_config_of_first_seed, _ = config_pairs[0]
-  # 0 is all of the text. A number of batches is a part of it, whose length
-  # hangs on the size of a batch.
-  if base_config_of_first_seed['eval.batches']:
-    fields_of_text.add('data.batch_size')
-  fields_of_other_text = [name for name in changes if name in fields_of_text]
-  require(not fields_of_other_text, f'{", ".join(fields_of_other_text)} '
-          'differ, so that the losses are of different text: evaluate both '
-          'alike (eval.batches=0 is all of it, whatever the batch)')
+  configs = [config for pair in config_pairs for config in pair]
+  fields_of_text = []
+  for name in changes:
+    if any(certificate.is_of_held_out_text(name, config) for config in configs):
+      fields_of_text.append(name)
+  _refuse_other_text(fields_of_text)
+  return changes
 
-  # Runs that trained on other batches can be compared, but their pairs cancel
-  # less noise.
-  fields_of_batches = [name for name in changes
-                       if name.startswith((*spec.FIELDS_OF_BATCHES, 'seed'))]
-  warnings = []
-  if fields_of_batches:
-    warnings.append(f'{", ".join(fields_of_batches)} differ, so that a seed '
-                    'does not give both the same batches')
-  return changes, warnings
+
+def _refuse_other_text(names: Sequence[str]) -> None:
+  """Raises RequestError where there are names of fields or of contents that
+  decide what the held-out losses are of, and that differ."""
+  require(not names, f'{", ".join(names)} differ, so that the losses are of '
+          'different text: evaluate both alike (eval.batches=0 is all of it, '
+          'whatever the batch)')
+
+
+def _compare_certificates(
+    folder: pathlib.Path, names: tuple[str, str],
+    runs: Mapping[str, RunBySeed], seeds: Sequence[int], about: Sequence[str]
+    ) -> certificate.Differences:
+  """Returns in what the runs of base and variant differ beyond the question.
+
+  Args:
+    folder: the folder of the loop, with a folder for each variant.
+    names: the base and the variant.
+    runs: the runs by seed, of the folder of each name.
+    seeds: the seeds that are looked at.
+    about: the fields that the question is about; (): see certificate.compare.
+
+  Raises:
+    RequestError: where the held-out text or the tokenizer hold something else.
+  """
+  # All that lies in the folder tells how many recipes each side was tried with.
+  seeds_in_folder: dict[str, list[int]] = {}
+  for config_file in folder.glob('*/seed-*/config.json'):
+    seed = config_file.parent.name.removeprefix('seed-')
+    if seed.isdecimal():
+      variant = config_file.parent.parent.name
+      seeds_in_folder.setdefault(variant, []).append(int(seed))
+  configs = {}
+  for name, seeds_of_variant in seeds_in_folder.items():
+    first_run = folder / name / f'seed-{min(seeds_of_variant)}'
+    configs[name] = run_config.flatten(run_config.load_config(first_run))
+  tuning = certificate.count_recipes(
+      configs, {name: len(each) for name, each in seeds_in_folder.items()})
+
+  sides = []
+  for name in names:
+    sides.append(certificate.certify_folders(
+        runs_by_seed={seed: runs[name][seed] for seed in seeds},
+        folders=[folder / name / f'seed-{seed}' for seed in seeds],
+        tuning=tuning[name]))
+  unlike = certificate.compare(*sides, asked=about)
+  for quantity in ('held_out_text', 'tokenizer'):
+    if quantity in unlike.named:
+      _refuse_other_text(certificate.differing_names(
+          *(getattr(side, quantity) for side in sides)))
+  return unlike
 
 
 def _register_look(record: dict, folder: pathlib.Path, names: tuple[str, str],
@@ -521,8 +583,14 @@ def render_answer(answer: Mapping[str, Any]) -> str:
   num_seeds = len(answer['seeds'])
   # The verdict comes first, then the figures that it rests on, and warnings
   # last.
+  question = ', '.join(answer['about']) or 'nothing that was given'
+  verdict = answer['verdict']
+  if answer['unlike']:
+    titles = [certificate.QUANTITIES[name].title for name in answer['unlike']]
+    verdict += f', but not alike in {", ".join(titles)}'
   lines = [
-      f'{answer["variant"]} beside {answer["base"]}: {answer["verdict"]}',
+      f'{answer["variant"]} beside {answer["base"]}: {verdict}',
+      f'about: {question}',
       f'held-out loss {figures}; {num_seeds} seeds (next look: '
       f'{answer["next_look"]}), {answer["questions"]} questions so far']
   lines += [f'warning: {line}' for line in answer['warnings']]

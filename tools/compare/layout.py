@@ -387,6 +387,20 @@ def codes_of_runs(workdir, description: Mapping[str, Any]) -> list[str]:
   return provenance.list_codes(starts)
 
 
+def devices_of_run(folder: pathlib.Path) -> list[str]:
+  """Returns the kinds of device that the log of a run names, each as 'N of the
+  kind KIND'; [] where it has no log."""
+  log = folder / 'log.txt'
+  if not log.is_file():
+    return []
+  names = {}
+  for line in log.read_text(errors='replace').splitlines():
+    name, colon, devices = line.partition(': ')
+    if colon and name.strip() == 'devices':
+      names[devices.partition(', mesh')[0]] = None
+  return list(names)
+
+
 def plan_hashes_of_runs(workdir) -> set[str]:
   """Returns the hashes of the plans of studies by which the runs of a folder
   were started.

@@ -217,14 +217,11 @@ def codes(workdir) -> list[str]:
 
 def _devices(workdir) -> list[str]:
   """Returns the kinds of device that the logs of the runs of a study name."""
-  names = {}
+  devices: list[str] = []
   for folder in folders(workdir):
     for log in sorted(folder.glob('points/*/*/log.txt')):
-      for line in log.read_text(errors='replace').splitlines():
-        name, colon, devices = line.partition(': ')
-        if colon and name.strip() == 'devices':
-          names[devices.partition(', mesh')[0]] = None
-  return list(names)
+      devices += layout.devices_of_run(log.parent)
+  return list(dict.fromkeys(devices))
 
 
 # Seconds of a step of one run, by size and workload, as measured on this

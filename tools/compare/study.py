@@ -475,7 +475,8 @@ class Trainer:
         'workload': run.workload, 'changes': plans.to_json(run.changes),
         'seeds': [], 'tasks': self._owed(run),
         'tokens': round(tokens_a_step * self._frozen.steps(run.changes))}
-    for name in ('matched', 'params', 'active_params', 'flops_per_token'):
+    for name in ('matched', 'params', 'active_params', 'multiplied_params',
+                 'looked_up_params', 'flops_per_token'):
       row[name] = point[name]
     return row
 

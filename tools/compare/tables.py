@@ -116,6 +116,7 @@ def _estimate_cells(comparison: Comparison, row: Mapping[str, Any], mean: str,
   cells['over seeds and items'] = _with_interval(row, 'both_')
   cells['p over both'] = page.p_value(row['both_p'])
   cells['verdict'] = label(verdict, page.MARKS.get(verdict, ''))
+  cells['not alike'] = label(row['not_alike'] or '')
   cells['p'] = page.p_value(p)
   for heading, name in P_VALUE_OF_HEADING.items():
     cells[heading] = page.p_value(row[name])

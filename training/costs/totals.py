@@ -266,6 +266,27 @@ def count_parameters(model: ModelConfig) -> tuple[int, int]:
   return sum(sizes.values()), round(sum(active.values()))
 
 
+def count_parameters_by_use(model: ModelConfig) -> tuple[int, int]:
+  """Returns the number of parameters of a resolved model that products and sums
+  take as a whole, and how many stand in tables of which a token looks up rows.
+
+  A table of tokens that is the matrix of the head, too (tie_embeddings), is in
+  both.
+  """
+  module = architectures.build(model)
+  roles = paths.flatten_by_path(parameter_roles(module))
+  multiplied = looked_up = 0
+  for path, x in paths.flatten_by_path(parameter_shapes(module)).items():
+    role = roles[path]
+    is_table = role.kind == 'embedding'
+    is_matrix_of_head = model.tie_embeddings and 'vocab' in role.axes
+    if is_table:
+      looked_up += x.size
+    if not is_table or is_matrix_of_head:
+      multiplied += x.size
+  return multiplied, looked_up
+
+
 def _parameter_sizes(module: nn.Module) -> tuple[dict, dict]:
   """Returns the size of each parameter, and how much of it one token uses.
 

@@ -39,7 +39,8 @@ class ReplacedTokens(Objective):
   stacks = ('encoder',)
   view = mlm.Passages
   options = Objective.options | {'places': 'places_BM'}
-  reads = ('data.mask_rate', 'data.document_mask')
+  reads = ('data.mask_rate', 'data.document_mask',
+           'model.generator.loss_weight')
   head = 'replaced'
   terms = ('generator_loss', 'weighted_detection_loss')
   loss_unit = 'nats'  # the sum of two losses

@@ -165,37 +165,25 @@ def test_what_cannot_be_judged_is_refused_and_what_diverges_not_better(ask):
 
 
 CONFIG = run_config.flatten(base.base())
-# Fields by which a run's held-out text, or what is asked of it, is another.
-OTHER_TEXT = {
-    'objective': 'prefix', 'data.source': 'text:other',
-    'data.eval_source': 'text:other', 'data.holdout_every': 7,
-    'data.tokenizer': 'other', 'data.length': 7, 'data.target_length': 7,
-    'eval.part': 'other', 'eval.batches': 7}
 
 
-@pytest.mark.parametrize('field', OTHER_TEXT)
-def test_losses_of_different_text_are_not_compared(field):
+def test_losses_of_different_text_are_not_compared():
   """Also where one of the seeds alone has another."""
   both = [CONFIG, CONFIG | {'optim.lr': 0.5}]
-  other = [CONFIG, CONFIG | {field: OTHER_TEXT[field], 'optim.lr': 0.5}]
-  assert judge._changed_fields([both] * 3) == (
-      {'optim.lr': [CONFIG['optim.lr'], 0.5]}, [])
-  with pytest.raises(RequestError, match=f'^{field} differ'):
+  other = [CONFIG, CONFIG | {'data.mask_rate': 0.5, 'optim.lr': 0.5}]
+  assert judge._changed_fields([both] * 3) == {
+      'optim.lr': [CONFIG['optim.lr'], 0.5]}
+  with pytest.raises(RequestError, match='^data.mask_rate differ'):
     judge._changed_fields([both, other, both])
 
 
-@pytest.mark.parametrize('field', [
-    'data.batch_size', 'data.document_mask', 'seed', 'span.mean_length',
-    'probe.vocab'])
-def test_other_batches_are_told(field):
-  """A batch of another size is other held-out text too, unless all is read."""
-  def changes(batches):
-    config = CONFIG | {'eval.batches': batches}
-    return judge._changed_fields([[config, config | {field: 7}]])
-
-  compared, warnings = changes(0)
-  assert list(compared) == [field]
-  assert [line.startswith(field) for line in warnings] == [True]
-  if field == 'data.batch_size':
-    with pytest.raises(RequestError, match='data.batch_size differ'):
-      changes(5)
+def test_seeds_are_not_chosen(ask):
+  ask.write(base={seed: 0.0 for seed in (0, 1, 3, 4)},
+            good=_shift(-0.3, 0, 1, 3, 4), more=_shift(-0.3, 0, 1, 2))
+  with pytest.raises(RequestError, match='seed 3, but not seed 2'):
+    ask('base', 'good')
+  with pytest.raises(RequestError, match='2 seeds have ended'):
+    ask('base', 'more')
+  shutil.move(ask.folder / 'base/seed-3', ask.folder / 'base/seed-2')
+  with pytest.raises(RequestError, match='base/seed-2 is of seed 3'):
+    ask('base', 'more')

@@ -1,0 +1,583 @@
+"""certificate: what both sides of a comparison were given, and in what they
+differ beyond the question.
+
+Whoever gives a verdict (the judge, the reports of sweeps and studies) makes a
+Certificate of the base and one of the variant, from the traced step, the
+configs and the folders of their runs, and prints what `compare` names.
+
+A field of a config belongs to one quantity of the certificate, which follows
+from how the field is declared (quantity_of_field). A field that is new belongs
+to one, too: it is named where it differs unless its declaration says that it
+changes nothing that is computed.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import dataclasses
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+from architectures.parts.config import DTYPES
+from common.errors import RequestError, short
+from common.fields import AT_START, SAFE, Effect
+from configs import base as fields_lib
+from tools.compare import cost, curves, layout, spec
+from tools.compare import plan as plans
+from training import objectives, runs
+from training.workdir import provenance, run_config
+
+# Both sides share a clock with other programs, so times differ by chance.
+LARGEST_SHARE_OFF_IN_TIME = 0.5
+# The names of hashes begin with it. A hash that one side lacks is not known.
+HASH_PREFIX = 'content of '
+SAME = 'same'  # in a CSV: as the base has it
+Value = float | str | Mapping[str, Any] | None
+
+
+class Quantity(NamedTuple):
+  """A quantity that two sides of a comparison have alike or not.
+
+  Attributes:
+    title: what a reader calls it.
+    tolerance: the share by which two numbers may differ without being named;
+      None: it is no number.
+  """
+  title: str
+  tolerance: float | None = None
+
+
+_COST = cost.LARGEST_SHARE_OFF
+# The one table of quantities, by the attributes of a Certificate, which are the
+# columns of a CSV, too.
+QUANTITIES = {
+    'model': Quantity('model'),
+    'multiplied_params': Quantity('parameters that are multiplied', _COST),
+    'looked_up_params': Quantity('parameters that are looked up', _COST),
+    'flops_per_token': Quantity('FLOPs of a token', _COST),
+    'flops': Quantity('FLOPs of the run', _COST),
+    'tokens': Quantity('tokens', _COST),
+    'batches': Quantity('order of data'),
+    'held_out_text': Quantity('text held out'),
+    'tokenizer': Quantity('tokenizer'),
+    'recipe': Quantity('optimiser and schedule'),
+    'tuning': Quantity('tuning'),
+    'seeds': Quantity('seeds'),
+    'precision': Quantity('precision'),
+    'first_weights': Quantity('first weights'),
+    'code': Quantity('code'),
+    'devices': Quantity('devices'),
+    'seconds': Quantity('hardware time', LARGEST_SHARE_OFF_IN_TIME)}
+# The numbers of a certificate that a cost.Cost has.
+_COSTS = ('multiplied_params', 'looked_up_params', 'flops_per_token', 'tokens')
+# The quantities that a question may be about; all others follow from what is
+# asked, or are to be alike whatever it is.
+_QUANTITIES_OF_QUESTIONS = (
+    'model', 'batches', 'recipe', 'precision', 'first_weights', 'code')
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+  """What the runs of one side of a comparison were given, by QUANTITIES.
+
+  A quantity is a number, or a mapping of what it consists of, such as fields of
+  the config, or the words of a CSV. None stands for what is not known.
+
+  Attributes:
+    model: the fields of config.model, but for those of precision and start.
+    multiplied_params, looked_up_params: the numbers of parameters in products,
+      and in tables that are looked up.
+    flops_per_token, flops, tokens: of training, for a token and for the run.
+    batches: the fields that make the batches of training, and hashes of data.
+    held_out_text: the fields that decide what the held-out loss is of, and
+      hashes of its data.
+    tokenizer: its name and its hash.
+    recipe: the fields of the optimiser, the schedule and the training loss.
+    tuning: how many recipes were tried, with how many seeds each.
+    seeds: the seeds whose runs are compared.
+    precision: the fields that choose types of numbers.
+    first_weights: the fields that are read at the start of a run alone.
+    code, devices: what trained the runs.
+    seconds: the mean time of a run's training steps.
+  """
+  model: Value = None
+  multiplied_params: Value = None
+  looked_up_params: Value = None
+  flops_per_token: Value = None
+  flops: Value = None
+  tokens: Value = None
+  batches: Value = None
+  held_out_text: Value = None
+  tokenizer: Value = None
+  recipe: Value = None
+  tuning: Value = None
+  seeds: Value = None
+  precision: Value = None
+  first_weights: Value = None
+  code: Value = None
+  devices: Value = None
+  seconds: Value = None
+
+
+class Differences(NamedTuple):
+  """The differences between two sides of a comparison.
+
+  Attributes:
+    asked: the fields or quantities that the question is taken to be about.
+    named: what differs beyond these, in words, by quantity.
+    unknown: the quantities that are known of one side alone.
+  """
+  asked: tuple[str, ...]
+  named: dict[str, str]
+  unknown: tuple[str, ...]
+
+  @property
+  def titles(self) -> str:
+    """The quantities that differ beyond the question, for a table."""
+    titles = [QUANTITIES[name].title for name in self.named]
+    if self.unknown:
+      titles.append('not all known')
+    return ', '.join(titles)
+
+
+# Fields of configs.
+
+
+def is_of_held_out_text(name: str, config: Mapping[str, Any]) -> bool:
+  """Returns whether the held-out losses of two runs are of different text, or
+  of other things to predict in it, if a field of their configs differs.
+
+  Args:
+    name: the dotted name of the field.
+    config: the config of one of the runs, by dotted name.
+  """
+  objective = objectives.OBJECTIVES[config['objective']]
+  effect = _effect_of_field(name)
+  if effect is fields_lib.HELD_OUT:
+    return True
+  if name in objective.ignores:
+    return False
+  # A number of batches is a part of the text, whose length hangs on the size of
+  # a batch; 0 is all of it.
+  if name == 'data.batch_size':
+    return bool(config['eval.batches'])
+  # With text of its own to evaluate on, nothing is held out of the source.
+  has_own_text = (bool(config['data.eval_source'])
+                  and 'data.eval_source' not in objective.ignores)
+  if name in ('data.source', 'data.holdout_every') and has_own_text:
+    return False
+  if effect is fields_lib.TRAINING_BATCHES:
+    return False
+  # Beside fields of batches, an objective may read others, as a loss's weight.
+  if not name.startswith(spec.FIELDS_OF_BATCHES):
+    return name in objective.reads
+  return effect is None or effect.kind != SAFE
+
+
+def _effect_of_field(name: str) -> Effect | None:
+  """Returns the declared effect of a change of a field; None where that depends
+  on its values, or where this version has no such field."""
+  field = fields_lib.find_field(name)
+  if field is None or not isinstance(field.rule.resume, Effect):
+    return None
+  return field.rule.resume
+
+
+def quantity_of_field(name: str, config: Mapping[str, Any]) -> str:
+  """Returns the quantity of a certificate that a field of a config belongs to;
+  '' where a change of it computes the same, and for the seed.
+
+  Args:
+    name: the dotted name of the field.
+    config: the config, by dotted name.
+  """
+  field, effect = fields_lib.find_field(name), _effect_of_field(name)
+  if name == 'seed':
+    return ''
+  if name == 'data.tokenizer':
+    return 'tokenizer'
+  if is_of_held_out_text(name, config):
+    return 'held_out_text'
+  if effect is not None and effect.kind == SAFE:
+    return ''
+  if field is not None and field.rule.choices == DTYPES:
+    return 'precision'
+  if effect is AT_START:
+    return 'first_weights'
+  if name.startswith(spec.FIELDS_OF_BATCHES):
+    return 'batches'
+  return 'model' if name.startswith('model.') else 'recipe'
+
+
+def sort_fields(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """Returns the fields of a config and their values by the quantity that they
+  belong to, for all quantities that have fields."""
+  values_by_quantity: dict[str, dict[str, Any]] = {}
+  for name, value in config.items():
+    quantity = quantity_of_field(name, config)
+    if quantity:
+      values = values_by_quantity.setdefault(quantity, {})
+      values[name] = run_config.lists_to_tuples(value)
+  return values_by_quantity
+
+
+def count_recipes(configs: Mapping[str, Mapping[str, Any]],
+                  num_seeds: Mapping[str, int]) -> dict[str, dict[str, int]]:
+  """Returns how far each of some variants was tuned: how many recipes (of
+  optimiser and schedule) were tried for the same model on the same data.
+
+  Args:
+    configs: the config of each variant, by dotted name.
+    num_seeds: the number of seeds of each variant.
+
+  Returns:
+    The `tuning` of a certificate, by the name of the variant. Where more than
+    one recipe was tried, it has the least number of seeds of them.
+  """
+  # Variants are of one group if all but their recipe is equal.
+  groups: dict[str, list[str]] = {}
+  for variant, config in configs.items():
+    values = sort_fields(config)
+    values.pop('recipe', None)
+    groups.setdefault(repr(sorted(values.items())), []).append(variant)
+
+  tuning = {}
+  for variants in groups.values():
+    budget = {'recipes tried': len(variants)}
+    if len(variants) > 1:
+      budget['seeds of each'] = min(num_seeds[name] for name in variants)
+    for variant in variants:
+      tuning[variant] = budget
+  return tuning
+
+
+# Certificates.
+
+
+def certify(config: Mapping[str, Any], costs: Mapping[str, Any],
+            folders: Iterable[pathlib.Path], seeds: Iterable[int],
+            tuning: Mapping[str, Any] | None, seconds: Sequence[float]
+            ) -> Certificate:
+  """Returns the certificate of the runs of one side.
+
+  Args:
+    config: the config that they share, by dotted name.
+    costs: the numbers of a cost.Cost, by name.
+    folders: the folders of the runs, as far as they are there.
+    seeds: their seeds.
+    tuning: how far the side was tuned.
+    seconds: the training time of each run; NaN where it is not known.
+  """
+  values: dict[str, Any] = sort_fields(config)
+  values |= {name: costs[name] for name in _COSTS}
+  values['flops'] = costs['flops_per_token'] * costs['tokens']
+  values['seeds'] = {'seeds': ', '.join(map(str, sorted(seeds)))}
+  values['tuning'] = tuning
+  if seconds and not any(map(math.isnan, seconds)):
+    values['seconds'] = sum(seconds) / len(seconds)
+
+  # What the starts and the logs of the runs say.
+  codes, devices, hashes = _provenance_of_runs(folders)
+  if codes:
+    values['code'] = {'code': '; '.join(codes)}
+  if devices:
+    values['devices'] = {'devices': '; '.join(devices)}
+  held_out_sources = config['data.eval_source'] or config['data.source']
+  for name, digest in hashes.items():
+    quantity = 'batches'
+    if name.startswith('tokenizer '):
+      quantity = 'tokenizer'
+    elif name in held_out_sources:
+      quantity = 'held_out_text'
+    values.setdefault(quantity, {})[HASH_PREFIX + name] = digest
+  return Certificate(**values)
+
+
+def _provenance_of_runs(folders: Iterable[pathlib.Path]
+                        ) -> tuple[list[str], list[str], dict[str, str]]:
+  """Returns the codes and the devices that trained some runs, and the hashes of
+  their data by name, each as far as it is known."""
+  starts: list[dict[str, Any]] = []
+  devices: list[str] = []
+  hashes: dict[str, str] = {}
+  for folder in folders:
+    # A config that is damaged is reported where the run is looked at.
+    with contextlib.suppress(RequestError):
+      starts_of_run = run_config.load_starts(folder)
+      starts += starts_of_run
+      hashes |= provenance.last_known_data(starts_of_run)
+    devices += layout.devices_of_run(folder)
+  codes = sorted(provenance.list_codes(starts))
+  return codes, sorted(set(devices)), hashes
+
+
+def certify_folders(runs_by_seed: Mapping[int, curves.Run],
+                    folders: Sequence[pathlib.Path],
+                    tuning: Mapping[str, Any] | None) -> Certificate:
+  """Returns the certificate of runs that lie in folders of their own, whose
+  step is traced for it.
+
+  Args:
+    runs_by_seed: the runs by seed.
+    folders: their folders, one or more.
+    tuning: how far they were tuned.
+  """
+  # The values that were derived when the first run began complete its model.
+  cost.keep_off_accelerators()
+  config = run_config.load_config(folders[0]).copy_and_resolve_references()
+  written = run_config.flatten(config)
+  with config.unlocked():
+    config.update_from_flattened_dict(
+        run_config.load_derived_fields(folders[0]))
+  model = runs.resolve_model_without_tokenizer(config)
+  costs = cost.cost_of_run(config, model)._asdict()
+  seconds = [curves.training_seconds(run.rows) for run in runs_by_seed.values()]
+  return certify(config=written, costs=costs, folders=folders,
+                 seeds=runs_by_seed, tuning=tuning, seconds=seconds)
+
+
+def certify_sweep(sweep: curves.Sweep, workdir) -> dict[str, Certificate]:
+  """Returns the certificate of each point of a sweep, by name.
+
+  Args:
+    sweep: the sweep.
+    workdir: its folder.
+  """
+  # Fields that were solved for to match a cost are no difference of the model.
+  configs, num_seeds = {}, {}
+  for point in sweep.points:
+    changes = {name: value for name, value in point.changes.items()
+               if name not in point.matched}
+    configs[point.name] = dict(sweep.base_config) | changes
+    num_seeds[point.name] = len(point.runs)
+  trained_here = [point for point in sweep.points if point.told is None]
+  tuning = count_recipes({point.name: configs[point.name]
+                          for point in trained_here}, num_seeds)
+
+  certificates = {}
+  for point in trained_here:
+    ended = [seed for seed, run in point.runs.items()
+             if seed in point.final_losses or run.diverged]
+    certificates[point.name] = certify(
+        config=configs[point.name],
+        costs={name: getattr(point, name) for name in _COSTS},
+        folders=[layout.run_folder(workdir, point.name, seed)
+                 for seed in point.runs],
+        seeds=ended, tuning=tuning[point.name],
+        seconds=[curves.training_seconds(point.runs[seed].rows)
+                 for seed in ended])
+  for point in sweep.points:
+    if point.told is not None:
+      certificates[point.name] = certify_told(
+          point.name, point.told, certificates[sweep.base.name],
+          seeds=point.runs)
+  return certificates
+
+
+def certify_study(frozen: plans.FrozenPlan, outcomes: Sequence[plans.Outcome],
+                  tuned: Sequence[Mapping[str, Any]],
+                  sweeps: Sequence[pathlib.Path]) -> dict[str, Certificate]:
+  """Returns the certificate of each confirmed variant of a study and of its
+  base, by name, at the largest of its sizes.
+
+  Args:
+    frozen: the plan.
+    outcomes: the outcomes of its runs.
+    tuned: how variants were tuned, as rows of plans.Tuned.
+    sweeps: the folders of the confirmation, as far as they are there.
+  """
+  plan = frozen.plan
+  size = plan.sizes[-1]
+  base_config = run_config.flatten(frozen.base_config)
+  certificates = {}
+  for variant in (plan.base, *plan.variants):
+    runs_of_variant = [
+        run for run in outcomes
+        if (run.phase, run.variant, run.size, run.workload)
+        == ('confirm', variant, size, plans.TEXT)]
+    if not runs_of_variant:
+      continue
+    # What was solved for or tuned alike for all is no difference.
+    point = frozen.point(variant, size, plans.TEXT)
+    found = {*point['matched'], *plan.tuning.fields}
+    changes = {name: value for name, value in point['changes'].items()
+               if name not in found}
+    certificates[variant] = certify(
+        config=base_config | changes, costs=point,
+        folders=_folders_of_variant(sweeps, variant, size),
+        seeds=[run.seed for run in runs_of_variant],
+        tuning=_tuning_of_variant(plan, tuned, variant),
+        seconds=[run.seconds for run in runs_of_variant])
+  return certificates
+
+
+def _folders_of_variant(sweeps: Sequence[pathlib.Path], variant: str, size: str
+                        ) -> list[pathlib.Path]:
+  """Returns the folders of the runs of a variant at a size on text, in the
+  folders of a phase of a study."""
+  wanted = variant, size, plans.TEXT
+  folders = []
+  for sweep in sweeps:
+    for row in layout.load_sweep_description(sweep)['points']:
+      if (row['variant'], row['size'], row['workload']) == wanted:
+        folders += [layout.run_folder(sweep, row['name'], seed)
+                    for seed in row['seeds']]
+  return folders
+
+
+def _tuning_of_variant(plan: plans.Plan, tuned: Sequence[Mapping[str, Any]],
+                       variant: str) -> dict[str, int] | None:
+  """Returns the most values that tuning tried for a variant at any size on
+  text, and with how many seeds; None where it was not tuned."""
+  num_tried = []
+  for row in tuned:
+    if (row['variant'], row['workload']) == (variant, plans.TEXT):
+      tried = {repr(trial['changes']) for trial in row['tried']}
+      num_tried.append(len(tried))
+  if not num_tried:
+    return None
+  return {'recipes tried': max(num_tried), 'seeds of each': plan.seeds['tune']}
+
+
+def certify_told(name: str, told: Mapping[str, str], base: Certificate,
+                 seeds: Iterable[int]) -> Certificate:
+  """Returns the certificate of a variant that was trained elsewhere, by what
+  its CSV tells: a number, SAME for what the base has, or words.
+
+  Args:
+    name: the name of the variant.
+    told: the cells of the CSV by column, of which those of QUANTITIES are read.
+    base: the certificate of the base.
+    seeds: the seeds of the variant.
+
+  Raises:
+    RequestError: where a cell of a number has none.
+  """
+  values: dict[str, Any] = {
+      'seeds': {'seeds': ', '.join(map(str, sorted(seeds)))}}
+  for column, quantity in QUANTITIES.items():
+    text = (told.get(column) or '').strip()
+    if not text or column == 'seeds':
+      continue
+    if text == SAME:
+      values[column] = getattr(base, column)
+    elif quantity.tolerance is None:
+      values[column] = text
+    else:
+      try:
+        values[column] = float(text)
+      except ValueError as error:
+        raise RequestError(f'{column} of {name} is {short(text)}: write a '
+                           f'number, or {SAME!r} for that of the base'
+                           ) from error
+  # The FLOPs of a run follow from those of a token.
+  if 'tokens' in values and 'flops_per_token' in values:
+    values.setdefault('flops', values['tokens'] * values['flops_per_token'])
+  return Certificate(**values)
+
+
+# Comparing.
+
+
+def compare(base: Certificate, variant: Certificate,
+            asked: Sequence[str] = ()) -> Differences:
+  """Returns in what two sides differ beyond the question.
+
+  Args:
+    base, variant: the certificates of both.
+    asked: the fields that the question is about; (): the fields of the model
+      that differ; or where none does, what differs, if that is of one quantity.
+
+  Returns:
+    The differences. Costs are named also where they follow from what is asked.
+  """
+  named: dict[str, str] = {}
+  unknown: list[str] = []
+  for name, quantity in QUANTITIES.items():
+    values = getattr(base, name), getattr(variant, name)
+    if None in values:
+      if values != (None, None):
+        unknown.append(name)
+      continue
+    words = _describe_difference(*values, quantity.tolerance, asked)
+    if words:
+      named[name] = words
+  if asked:
+    return Differences(tuple(asked), named, tuple(unknown))
+
+  # Nobody said what is asked. It is the model where that differs.
+  candidates = [name for name in _QUANTITIES_OF_QUESTIONS if name in named]
+  if candidates[1:] and candidates[0] != 'model':
+    candidates = []
+  asked_of: list[str] = []
+  for name in candidates[:1]:
+    named.pop(name)
+    asked_of += differing_names(getattr(base, name), getattr(variant, name))
+  return Differences(tuple(asked_of), named, tuple(unknown))
+
+
+def _describe_difference(base: Any, variant: Any, tolerance: float | None,
+                         asked: Sequence[str]) -> str:
+  """Returns the difference of a quantity between two sides in words; '' where
+  there is none.
+
+  Args:
+    base, variant: its values, both of which are known.
+    tolerance: the share by which numbers may differ; None: they are none.
+    asked: the fields that are left out.
+  """
+  if tolerance is not None:
+    largest = max(abs(base), abs(variant))
+    if abs(variant - base) <= tolerance * min(abs(base), abs(variant)):
+      return ''
+    share = ''
+    if base and largest:
+      share = f', {variant / base - 1:+.1%}'
+    return f'{base:.4g} -> {variant:.4g}{share}'
+  if isinstance(variant, str):
+    return variant
+  words = []
+  for name in differing_names(base, variant):
+    if name not in asked:
+      before = short(base.get(name, run_config.MISSING_VALUE))
+      after = short(variant.get(name, run_config.MISSING_VALUE))
+      words.append(f'{name} {before} -> {after}')
+  return ', '.join(words)
+
+
+def differing_names(base: Any, variant: Any) -> list[str]:
+  """Returns the names of what differs between two values of a quantity that is
+  no number; [] where one of them is not known, or told in words."""
+  if not isinstance(base, Mapping) or not isinstance(variant, Mapping):
+    return []
+  names = []
+  for name in {**base, **variant}:
+    is_in_both = name in base and name in variant
+    if name.startswith(HASH_PREFIX) and not is_in_both:
+      continue
+    if not is_in_both or base[name] != variant[name]:
+      names.append(name)
+  return names
+
+
+def describe(variant: str, differences: Differences) -> list[str]:
+  """Returns the sentences that name what is not alike beside a verdict, for
+  every command that gives one; [] for a fair pair.
+
+  Args:
+    variant: the name of the variant.
+    differences: in what it differs from the base.
+  """
+  sentences = []
+  if differences.named:
+    question = ', '.join(differences.asked) or 'nothing else'
+    parts = [f'{QUANTITIES[name].title} ({words})'
+             for name, words in differences.named.items()]
+    sentences.append(f'{variant} differs from the base in {question}, and '
+                     f'beyond that in {"; ".join(parts)}.')
+  if differences.unknown:
+    titles = [f'{QUANTITIES[name].title} ({name})'
+              for name in differences.unknown]
+    sentences.append(f'Not known of both {variant} and the base: '
+                     f'{", ".join(titles)}.')
+  return sentences
