@@ -235,19 +235,22 @@ def count_recipes(configs: Mapping[str, Mapping[str, Any]],
     one recipe was tried, it has the least number of seeds of them.
   """
   # Variants are of one group if all but their recipe is equal.
-  groups: dict[str, list[str]] = {}
+  recipes_of_group: dict[str, set[str]] = {}
+  group_of_variant: dict[str, str] = {}
   for variant, config in configs.items():
     values = sort_fields(config)
-    values.pop('recipe', None)
-    groups.setdefault(repr(sorted(values.items())), []).append(variant)
+    recipe = repr(sorted(values.pop('recipe').items()))
+    group = group_of_variant[variant] = repr(sorted(values.items()))
+    recipes_of_group.setdefault(group, set()).add(recipe)
 
   tuning = {}
-  for variants in groups.values():
-    budget = {'recipes tried': len(variants)}
-    if len(variants) > 1:
-      budget['seeds of each'] = min(num_seeds[name] for name in variants)
-    for variant in variants:
-      tuning[variant] = budget
+  for variant, group in group_of_variant.items():
+    num_recipes = len(recipes_of_group[group])
+    tuning[variant] = {'recipes tried': num_recipes}
+    if num_recipes > 1:
+      tuning[variant]['seeds of each'] = min(
+          num_seeds[other] for other, group_of_other
+          in group_of_variant.items() if group_of_other == group)
   return tuning
 
 
@@ -506,7 +509,9 @@ def compare(base: Certificate, variant: Certificate,
     return Differences(tuple(asked), named, tuple(unknown))
 
   # Nobody said what is asked. It is the model where that differs.
-  candidates = [name for name in _QUANTITIES_OF_QUESTIONS if name in named]
+  candidates = [
+      name for name in _QUANTITIES_OF_QUESTIONS
+      if name in named and isinstance(getattr(variant, name), Mapping)]
   if candidates[1:] and candidates[0] != 'model':
     candidates = []
   asked_of: list[str] = []

@@ -13,12 +13,14 @@ import pytest
 import tokenizers as hf
 
 import architectures
+from common.fields import SAFE
 from configs import base
 from tests.helpers import data_files as files
-from tools.compare import cost
+from tools.compare import certificate, cost, spec
 from training import objectives
 from training.data import records, tokenizers
 from training.objectives import labelled, pipeline
+from training.workdir import run_config
 
 BYTES = tokenizers.load('bytes')
 CLS, SEP, END, PAD = (BYTES.special_ids[x] for x in ('cls', 'sep', 'eos',
@@ -304,11 +306,11 @@ def _sources(folder):
   """Writes small files; returns the source of each objective that reads no
   plain text."""
   text = 'One fox ran. It saw a hen. ' * 90
-  for name in 'ab':
+  for name in 'abcd':
     (folder / f'{name}.txt').write_text(text)
-  (folder / 'b.jsonl').write_text(json.dumps({'messages': [
+  (folder / 'b.jsonl').write_text(2 * (json.dumps({'messages': [
       {'role': 'user', 'content': text[:40]},
-      {'role': 'assistant', 'content': text[:60]}]}) + '\n')
+      {'role': 'assistant', 'content': text[:60]}]}) + '\n'))
   labelled_sources = {name: source for name, (source, _) in
                       files.write_sources_with_and_without_labels(folder).items()}
   return labelled_sources | {
@@ -320,10 +322,12 @@ def _sources(folder):
 def test_an_objective_names_the_fields_that_it_reads(
     objective, tmp_path, monkeypatch):
   """Of the fields that some objectives read and others do not, a batch reads
-  those that its objective names: a run may set these alone."""
+  those that its objective names: a run may set these alone. What a held-out
+  batch reads besides how training goes decides what a held-out loss is of."""
   source = _sources(tmp_path).get(objective, f'text:{tmp_path}/*.txt')
   c = files.make_run_config(source, objective, 64,
-                            cache_dir=str(tmp_path / 'cache'))
+                            cache_dir=str(tmp_path / 'cache'),
+                            holdout_every=2)
   for arch in ('gpt', 'bert', 't5'):
     c.model.arch = arch
     if architectures.stack(c.model) in objectives.find_objective(c).stacks:
@@ -335,6 +339,10 @@ def test_an_objective_names_the_fields_that_it_reads(
     patched.setattr(ml_collections.ConfigDict, '__getattr__',
                     lambda self, name: read.add(name) or get(self, name))
     pipeline.make_training_loader(c, BYTES).batch(0)
+    read_in_training = set(read)
+    read.clear()
+    pipeline.make_evaluation_loaders(c, BYTES)[0].batch(0)
+    read_in_evaluation = set(read)
 
   def last(names):
     """Returns the fields of some dotted names."""
@@ -343,4 +351,21 @@ def test_an_objective_names_the_fields_that_it_reads(
   read_by_some = set()
   for other in objectives.OBJECTIVES.values():
     read_by_some |= last(other.reads)
-  assert read & read_by_some == last(objectives.find_objective(c).reads)
+  reads_of_batches = [name for name in objectives.find_objective(c).reads
+                      if not name.startswith('model.')]
+  assert read_in_training & read_by_some == last(reads_of_batches)
+
+  # The size and the length of a batch change no loss of the whole text, nor
+  # does how many rows of a probe there are in training.
+  c.eval.batches = 0
+  flat = run_config.flatten(c)
+  read_names = [
+      name for name, field in base.FIELDS.items()
+      if name.startswith(spec.FIELDS_OF_BATCHES) and field.rule.resume.kind
+      != SAFE and name.rpartition('.')[2] in read_in_evaluation - {
+          'batch_size', 'length_buckets'}]
+  assert len(read_names) > 3
+  for name in read_names:
+    is_of_text = certificate.is_of_held_out_text(name, flat)
+    ignored = name in objectives.find_objective(c).ignores
+    assert is_of_text or ignored, name

@@ -1,0 +1,252 @@
+"""Certificates of fair comparison: each of many unfair pairs is named, or is
+refused where its losses are of different text, and a fair one names nothing."""
+
+import json
+
+import pytest
+
+from common.errors import RequestError
+from configs import base
+from tests.helpers import study_folder, sweep_folder
+from tests.helpers.sweep_folder import point
+from tools.compare import certificate, comparison, judge, report, spec
+from training.workdir import provenance, run_config
+
+TEXT = 'text:here/*.txt'
+# What a run was started with, and on which device it ran for how long.
+FACTS = dict(commit='1' * 40, diff='', files={}, data={
+    TEXT: 'aa', 'tokenizer bytes': 'bb'}, device='8 of the kind H100',
+             step_seconds=0.5, seed=None)
+LOCAL = {'model.attention': 'banded', 'model.sliding_window': 4}
+ASKED = {'model.ffn': 'relu'}  # as many parameters and FLOPs as gelu
+
+
+def _config(changes):
+  """Returns a small config of a text of its own, with some changes."""
+  c = base.base()
+  c.model.update(dict(num_layers=2, d_model=32, num_heads=2, d_ff=64,
+                      vocab_size=256))
+  c.data.update(dict(source=TEXT, length=64, batch_size=8))
+  c.train.steps = 200
+  c.eval.batches = 0
+  return spec.apply_changes(c, changes, 'a test')
+
+
+def _write_run(folder, changes, monkeypatch, seed, loss, facts):
+  """Writes the folder of a run that ended, as train.py leaves it."""
+  facts = FACTS | facts
+  start = {name: facts[name] for name in ('commit', 'diff', 'files', 'data')}
+  (folder / 'checkpoints/1').mkdir(parents=True)
+  if facts['seed'] is not None:
+    seed = facts['seed']
+  config = _config({**changes, 'seed': seed})
+  with monkeypatch.context() as patched:
+    patched.setattr(provenance, 'describe_this_start', lambda data: start)
+    run_config.save_config(folder, config)
+  steps = config.train.steps
+  rows = [dict(step=steps, split='train', loss=loss,
+               step_seconds=facts['step_seconds']),
+          dict(step=steps, split='eval', loss=loss)]
+  (folder / 'metrics.jsonl').write_text(
+      ''.join(json.dumps(row) + '\n' for row in rows))
+  (folder / 'log.txt').write_text(f'devices: {facts["device"]}, mesh data=8\n')
+
+
+def _write(root, monkeypatch, base_changes, changes, others=(), num_seeds=1,
+           **facts):
+  """Writes a base, a variant that is given something else than it, and others
+  that lie beside both."""
+  sides = {'base': (base_changes, {}),
+           'variant': ({**base_changes, **ASKED, **changes}, facts)}
+  for i, more in enumerate(others):
+    sides[f'other-{i}'] = ({**base_changes, **ASKED, **more}, {})
+  for name, (changes_of_side, facts_of_side) in sides.items():
+    for seed in range(num_seeds):
+      effect = 0.0 if name == 'base' else -0.5 + 0.001 * seed
+      _write_run(root / name / f'seed-{seed}', changes_of_side, monkeypatch,
+                 seed=seed, loss=2.0 + 0.01 * seed + effect,
+                 facts=facts_of_side)
+
+
+def _compare(root, monkeypatch, *sides, **facts):
+  """Returns the changed fields of such a pair, and in what the judge finds it
+  unlike beyond the question."""
+  _write(root, monkeypatch, *sides, **facts)
+  names = 'base', 'variant'
+  runs = {name: judge._read_runs(root / name) for name in names}
+  changes = judge._changed_fields([tuple(runs[name][0].config
+                                         for name in names)])
+  return changes, judge._compare_certificates(
+      folder=root, names=names, runs=runs, seeds=[0], about=())
+
+
+OWN_TEXT = {'data.eval_source': 'text:own.txt'}
+MLM = {'model.arch': 'bert', 'objective': 'mlm', 'model.ffn': 'gelu'}
+# Each unfair pair: the base, what the variant changes beside the question, the
+# facts of its runs, and the quantity that is named.
+UNFAIR = {
+    'global for local attention': (
+        LOCAL, {'model.attention': 'global', 'model.sliding_window': 0}, {},
+        'flops_per_token'),
+    'doubled width': ({}, {'model.d_model': 64}, {}, 'multiplied_params'),
+    'wider networks': ({}, {'model.d_ff': 128}, {}, 'flops_per_token'),
+    'twice the depth': ({}, {'model.num_layers': 4}, {}, 'multiplied_params'),
+    'more ids': ({}, {'model.vocab_size': 512}, {}, 'looked_up_params'),
+    'twice the steps': ({}, {'train.steps': 400}, {}, 'tokens'),
+    'FLOPs of the run': ({}, {'train.steps': 400}, {}, 'flops'),
+    'larger batches': ({}, {'data.batch_size': 16}, {}, 'batches'),
+    'larger batches, more tokens': ({}, {'data.batch_size': 16}, {}, 'tokens'),
+    'batches that grow': ({}, {'data.batch_ramp': '50:4'}, {}, 'batches'),
+    'other tokens': (OWN_TEXT, {'data.source': 'text:b.txt'}, {}, 'batches'),
+    'a longer warm-up': ({}, {'optim.warmup_steps': 150}, {}, 'recipe'),
+    'a higher rate': ({}, {'optim.lr': 3e-3}, {}, 'recipe'),
+    'another optimiser': ({}, {'optim.name': 'lion'}, {}, 'recipe'),
+    'another schedule': ({}, {'optim.schedule': 'wsd'}, {}, 'recipe'),
+    'no weight decay': ({}, {'optim.weight_decay': 0.0}, {}, 'recipe'),
+    'an average of weights': ({}, {'optim.ema': 0.99}, {}, 'recipe'),
+    'label smoothing': ({}, {'train.label_smoothing': 0.1}, {}, 'recipe'),
+    'weights from elsewhere': (
+        {}, {'init_from': 'runs/old', 'init_partial': True}, {},
+        'first_weights'),
+    'other first weights': ({}, {'model.init_stddev': 0.1}, {},
+                            'first_weights'),
+    'drawn weights': ({}, {'init_seed': 7}, {}, 'first_weights'),
+    'precision': ({}, {'model.dtype': 'bfloat16'}, {}, 'precision'),
+    'stored precision': ({}, {'model.param_dtype': 'bfloat16'}, {},
+                         'precision'),
+    'edited code': ({}, {}, dict(diff='cd'), 'code'),
+    'another commit': ({}, {}, dict(commit='2' * 40), 'code'),
+    'an edited file beside the tree': ({}, {}, dict(files={'a.py': 'ef'}),
+                                       'code'),
+    'another device': ({}, {}, dict(device='8 of the kind B200'), 'devices'),
+    'twice the time': ({}, {}, dict(step_seconds=1.0), 'seconds'),
+    'more tuning': ({}, {}, dict(others=[{'optim.lr': 2e-3},
+                                         {'optim.lr': 3e-3}]), 'tuning'),
+    'other data of training': (
+        OWN_TEXT, {}, dict(data={TEXT: 'xx'}), 'batches'),
+}
+# Each pair whose losses are of different text, and the name that is refused.
+OTHER_TEXT = {
+    'a tokenizer': ({}, {'data.tokenizer': 'bytes:512'}, {}, 'data.tokenizer'),
+    'an edited tokenizer': ({}, {}, dict(data={'tokenizer bytes': 'xx'}),
+                            'content of tokenizer bytes'),
+    'edited text': ({}, {}, dict(data={TEXT: 'xx'}), 'content of text'),
+    'other text': ({}, {'data.source': 'text:b.txt'}, {}, 'data.source'),
+    'text of its own': ({}, OWN_TEXT, {}, 'data.eval_source'),
+    'less held out': ({}, {'data.holdout_every': 7}, {}, 'data.holdout_every'),
+    'longer rows': ({}, {'data.length': 128}, {}, 'data.length'),
+    'fewer batches': ({}, {'eval.batches': 1}, {}, 'eval.batches'),
+    'a half': ({}, {'eval.part': 'first'}, {}, 'eval.part'),
+    'smaller batches of as many': (
+        {'eval.batches': 2}, {'data.batch_size': 4}, {}, 'data.batch_size'),
+    'documents apart': ({}, {'data.document_mask': True}, {},
+                        'data.document_mask'),
+    'fewer masks': (MLM, {'data.mask_rate': 0.1}, {}, 'data.mask_rate'),
+    'whole words': (MLM, {'data.whole_words': True}, {}, 'data.whole_words'),
+    'shorter spans': (
+        {'model.arch': 't5', 'objective': 'span'}, {'span.mean_length': 2.0},
+        {}, 'span.mean_length'),
+    'other letters': (
+        {'objective': 'probe', 'data.source': 'probe:recall'},
+        {'probe.vocab': 8}, {}, 'probe.vocab'),
+    'another objective': ({}, {'objective': 'prefix'}, {}, 'objective'),
+}
+
+
+@pytest.mark.parametrize('name', UNFAIR)
+def test_an_unfair_pair_is_named(name, tmp_path, monkeypatch):
+  base_changes, changes, facts, quantity = UNFAIR[name]
+  changed, unlike = _compare(tmp_path, monkeypatch, base_changes, changes,
+                             **facts)
+  assert quantity in unlike.named
+  title = certificate.QUANTITIES[quantity].title
+  assert title in unlike.titles
+  sentence, = certificate.describe('variant', unlike)
+  assert f'{title} (' in sentence
+  # All fields that differ are either asked about or named.
+  assert all(field in sentence for field in changed)
+
+
+@pytest.mark.parametrize('name', OTHER_TEXT)
+def test_losses_of_other_text_are_refused(name, tmp_path, monkeypatch):
+  base_changes, changes, facts, field = OTHER_TEXT[name]
+  with pytest.raises(RequestError, match=field):
+    _compare(tmp_path, monkeypatch, base_changes, changes, **facts)
+
+
+@pytest.mark.parametrize('changes, facts', [
+    ({}, {}), ({}, dict(step_seconds=0.6)),
+    ({'mesh.fsdp': 2, 'log.every_steps': 7, 'data.threads': 4,
+      'eval.every_steps': 20, 'checkpoint.keep': 1, 'model.remat': 'full',
+      'model.scan_layers': False}, {})])
+def test_a_fair_pair_names_nothing(changes, facts, tmp_path, monkeypatch):
+  _, unlike = _compare(tmp_path, monkeypatch, {}, changes, **facts)
+  assert unlike == (('model.ffn',), {}, ())
+  assert not certificate.describe('variant', unlike)
+
+
+def test_the_judge_says_what_is_asked_and_what_is_not_alike(tmp_path,
+                                                            monkeypatch):
+  _write(tmp_path, monkeypatch, {}, {'optim.warmup_steps': 150}, num_seeds=3)
+  sides = tmp_path / 'base', tmp_path / 'variant'
+  answer = judge.judge_variant(*sides)
+  warmup = 'optim.warmup_steps 100 -> 150'
+  assert (answer['verdict'], answer['about'], answer['unlike']) == (
+      'better', ['model.ffn'], {'recipe': warmup})
+  first, second, *_, last = judge.render_answer(answer).splitlines()
+  assert first == ('variant beside base: better, but not alike in optimiser '
+                   'and schedule')
+  assert second == 'about: model.ffn' and warmup in last
+  answer = judge.judge_variant(*sides, ('optim.warmup_steps',))
+  assert answer['unlike'] == {'model': "model.ffn 'gelu' -> 'relu'"}
+  with pytest.raises(RequestError, match='optim.b1 is alike on both sides'):
+    judge.judge_variant(*sides, ('optim.b1',))
+
+
+def test_a_recipe_alone_is_the_question():
+  sides = [certificate.Certificate(recipe={'optim.lr': lr}, tokens=tokens)
+           for lr, tokens in ((1e-3, 100.0), (2e-3, 200.0))]
+  unlike = certificate.compare(*sides)
+  assert unlike.asked == ('optim.lr',)
+  assert unlike.named == {'tokens': '100 -> 200, +100.0%'}
+
+
+def test_a_sweep_and_rows_of_a_csv_name_what_is_not_alike(tmp_path):
+  """Once for each of both, by the words that the judge has."""
+  changes = {
+      'base': {}, 'fair': ASKED, 'wide': ASKED, 'long': ASKED,
+      'warm': {**ASKED, 'optim.warmup_steps': 50},
+      'masked': {**ASKED, 'data.document_mask': True},
+      'other-start': {**ASKED, 'init_seed': 3},
+      'fewer': {'model.norm': 'rmsnorm'}, 'low': {'optim.lr': 1e-4}}
+  costs = {'wide': dict(params=99_000), 'long': dict(tokens=2_000_000),
+           'fewer': dict(seeds=(0,))}
+  sweep_folder.write(tmp_path, [
+      point(name, changes[name], **{'seeds': (0, 1)} | costs.get(name, {}))
+      for name in changes])
+  rows = ['variant,seed,loss,tokens,flops_per_token,batches,precision']
+  for seed in range(2):
+    rows += [f'torch,{seed},1.7,same,8e5,same,float16', f'bare,{seed},1.7,,,,']
+  (tmp_path / 'rows.csv').write_text('\n'.join(rows))
+  compared = comparison.load_comparison(tmp_path, str(tmp_path / 'rows.csv'))
+  named = {name: set(compared.differences(name).named)
+           for name in compared.variants}
+  assert named == {
+      'base': set(), 'fair': set(), 'wide': {'multiplied_params'},
+      'long': {'tokens', 'flops'}, 'warm': {'recipe'},
+      'masked': {'held_out_text', 'tuning'},
+      'other-start': {'first_weights', 'tuning'}, 'fewer': {'seeds', 'tuning'},
+      'low': set(), 'torch': {'flops_per_token', 'flops', 'precision'},
+      'bare': set()}
+  unknown = compared.differences('bare').unknown
+  assert set(unknown) == {*certificate.QUANTITIES} - {'seeds', 'code',
+                                                      'devices'}
+  text = report.format_report(compared)
+  assert '; tokens (1e+06 -> 2e+06, +100.0%)' in text
+  assert 'Not known of both bare and the base: model (model)' in text
+  assert 'float16' in text
+
+
+def test_a_study_names_what_is_not_alike(tmp_path):
+  study_folder.write(tmp_path)
+  assert not comparison.load_comparison(tmp_path).differences('rope').named
