@@ -6,8 +6,9 @@ around them is the loop's, and its judged.json has every question of it.
 
 Where the differences between seeds are about normal: however often and in
 whatever order is asked, and whatever is looked at meanwhile, the probability
-that any answer of all is wrongly better or worse is at most ALPHA, since each possible answer has a share of ALPHA (alpha-spending),
-and the shares of all sum to 1 or less:
+that any answer of all is wrongly better or worse is at most ALPHA, since each
+possible answer has a share of ALPHA (alpha-spending), and the shares of all sum
+to 1 or less:
 
 - Question k has 1 / (k (k + 1)), and the questions of one time share alike.
   Each variant that lies in the folder is a question, be it asked or not: who
@@ -19,10 +20,10 @@ and the shares of all sum to 1 or less:
 
 Noise that is skewed or has outliers, by the differences from the base of all
 that was looked at so far, makes a test more cautious, as in studies
-(statistics.PooledDeviation). The first question has no others to tell by: where
-the noise of the variant alone is skewed it errs with 9 %, and with up to a half
-where a few of its runs end on a plateau that the first seeds miss. A first look
-at six seeds in place of three would not mend either.
+(statistics.PooledDeviation). The first question has no others to tell by. It
+errs in 9 % where the variant's noise alone has an exponential tail, and in over
+half where one of ten of its runs alone ends on a plateau, which the first seeds
+may miss. A first look at six seeds in place of three would mend neither.
 
 The exit code is 0 for better, 3 where that is not shown, and 4 for worse; as
 elsewhere 2 for a wrong request, such as too few seeds, and 1 for a failure.

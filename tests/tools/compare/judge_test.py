@@ -88,6 +88,24 @@ def test_a_loop_that_asks_of_all_is_wrong_as_rarely_as_it_says():
   assert _loops(3.0)[0].mean() > 0.95  # the twentieth question finds it
 
 
+def test_the_first_question_errs_more_where_its_noise_is_not_normal():
+  """As the module says: by three seeds nobody sees a rare plateau, nor by six.
+  """
+  rng = np.random.default_rng(2)
+  base_noise = rng.normal(0, 0.1, (4000, 24))
+  tail = rng.exponential(1.0, base_noise.shape) - 1.0
+  on_plateau = rng.random(base_noise.shape) < 0.1
+  plateau = 10 * base_noise[::-1] + 30 * (on_plateau - 0.1)
+  for noise, rate in ((10 * base_noise[::-1], 0.02), (tail, 0.09),
+                      (plateau, 0.58)):
+    for looks in ((3, 6, 12, 24), (6, 12, 24)):
+      wrong = np.zeros(len(noise), bool)
+      for i, n in enumerate(looks):
+        p = stats.ttest_1samp((noise - base_noise)[:, :n], 0, axis=1).pvalue
+        wrong |= p <= judge.ALPHA / 2 * 0.5 ** (i + 1)
+      assert wrong.mean() == pytest.approx(rate, abs=0.09 * rate + 0.01)
+
+
 @pytest.fixture
 def ask(tmp_path, tmp_path_factory, monkeypatch, capsys):
   """Returns ask(BASE, VARIANT) -> (exit code, answer); ask.write writes runs,
