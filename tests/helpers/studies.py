@@ -199,6 +199,7 @@ class Written(study.Trainer):
             provenance.PLAN_VARIABLE: description['plan']}):
           state, error = leave(folder, config, self.loss(config))
         ledger.settle_run(row.id, name, state, error)
+        self.ended(path, row)
         self.did.append((path.name, row.point, row.seed))
 
 

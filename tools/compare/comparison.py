@@ -18,6 +18,7 @@ from tools.compare import certificate as certificates_lib
 from tools.compare import curves, decide, efficiency, layout, page, statistics
 from tools.compare import phases as phases_lib
 from tools.compare import plan as plans
+from tools.compare import recompute
 from tools.compare import results as results_lib
 from training import evals
 
@@ -323,23 +324,36 @@ def changes_from_base(frozen: plans.FrozenPlan, row: Mapping[str, Any]
 
 
 def _comparison_of_study(workdir) -> Comparison:
-  """Returns the comparison of what study.json planned and results.json has.
+  """Returns the comparison of what study.json planned and the runs gave.
 
   Args:
     workdir: the folder of the study.
 
   Raises:
-    RequestError: where both are of different plans.
+    RequestError: where results.json is of another plan, or the figures of a run
+      have changed since it ended.
   """
   frozen = plans.load_frozen_plan(workdir)
-  results = results_lib.load(workdir)
-  study = results['study']
+  study = results_lib.load(workdir)['study']
   # The plan may have been amended since. A study that has no results yet can be
   # shown, too.
   require(not study or study['hash'] == frozen.hash,
           f'{workdir}/{results_lib.FILE} is of another plan than study.json, '
           'whose study has to be run before it is reported')
+  # Through JSON the results get the form that they have when read from there.
+  results = recompute.recompute_results(workdir, frozen)
+  return compare_study(workdir, frozen, results)
 
+
+def compare_study(workdir, frozen: plans.FrozenPlan,
+                  results: Mapping[str, Any]) -> Comparison:
+  """Returns the comparison of a plan and its results.
+
+  Args:
+    workdir: the folder of the study.
+    frozen: its plan.
+    results: its results, of the form of results.json.
+  """
   # The runs that are left out, since they diverged; and of the others the
   # curves of those that the page draws, which are of the confirmation on text.
   outcomes = [plans.outcome_from_json(row) for row in results['outcomes']]
@@ -382,6 +396,13 @@ def _study_warnings(plan: plans.Plan, results: Mapping[str, Any]) -> list[str]:
   warnings = []
   confirmed = results.get('confirm', ())
 
+  # Verdicts that were saved by other code, or were changed.
+  if results['unlike_saved']:
+    warnings.append(
+        f'{results_lib.FILE} has other verdicts than follow from the runs, by '
+        'other code or since it was changed; what stands here follows from the '
+        f'runs: {"; ".join(results["unlike_saved"])}.')
+
   # Phases that are not over, and runs that were not planned.
   finished_phases = [
       name for name, row in results['phases'].items() if row['finished']]
@@ -389,8 +410,9 @@ def _study_warnings(plan: plans.Plan, results: Mapping[str, Any]) -> list[str]:
       name for name in plan.seeds if name not in finished_phases]
   if remaining_phases:
     verb = 'is' if len(remaining_phases) == 1 else 'are'
+    reason = f' ({results["missing"]})' if results['missing'] else ''
     warnings.append(f'This study is not over: {", ".join(remaining_phases)} '
-                    f'{verb} to be done.')
+                    f'{verb} to be done{reason}.')
   if results['as_planned']['differences']:
     warnings.append('What ran is not what was planned at first: see "Planned '
                     'and run".')

@@ -426,13 +426,17 @@ def _read_csv_of_losses(
 
 
 def read_sweep(workdir, description: Mapping[str, Any],
-               ledger_runs: Sequence[layout.Run]) -> Sweep:
+               ledger_runs: Sequence[layout.Run], reads_configs: bool = True
+               ) -> Sweep:
   """Returns the points (variants of the config) and runs of a sweep's folder.
 
   Args:
     workdir: the folder.
     description: what sweep.json holds.
     ledger_runs: the runs of the ledger, the database of their states.
+    reads_configs: whether to read the config of each run and to compare it with
+      that of the sweep, which takes a while; False: it was compared when the
+      run ended, and is taken to be what sweep.json says.
   """
   # The config of the base by dotted name, as changes are; and the states of
   # runs, which only the ledger has.
@@ -443,7 +447,8 @@ def read_sweep(workdir, description: Mapping[str, Any],
   for row in description['points']:
     points[row['name']] = _read_point(
         workdir=workdir, description=description, row=row,
-        base_config=base_config, ledger_run_of=ledger_run_of)
+        base_config=base_config, ledger_run_of=ledger_run_of,
+        reads_configs=reads_configs)
   return Sweep(
       name=description['name'],
       file=description['file'],
@@ -458,7 +463,8 @@ def read_sweep(workdir, description: Mapping[str, Any],
 
 def _read_point(workdir, description: Mapping[str, Any], row: Mapping[str, Any],
                 base_config: Mapping[str, Any],
-                ledger_run_of: Mapping[tuple[str, int], layout.Run]) -> Point:
+                ledger_run_of: Mapping[tuple[str, int], layout.Run],
+                reads_configs: bool) -> Point:
   """Returns a point of a sweep (a variant of the config) with its runs over
   seeds.
 
@@ -468,6 +474,7 @@ def _read_point(workdir, description: Mapping[str, Any], row: Mapping[str, Any],
     row: the row of the point there.
     base_config: the config of the base, by dotted name.
     ledger_run_of: the runs of the ledger by point and seed.
+    reads_configs: whether to read and compare the configs of the runs.
   """
   name = row['name']
   runs = {}
@@ -479,7 +486,7 @@ def _read_point(workdir, description: Mapping[str, Any], row: Mapping[str, Any],
       state, error = ledger_run.state, ledger_run.error
     runs[seed] = _read_run(
         workdir=workdir, description=description, point=name, seed=seed,
-        state=state, error=error)
+        state=state, error=error, reads_config=reads_configs)
 
   # Values that are those of the base are no changes. The base may lack a field,
   # since it need not have the kinds of layer that a point has.
@@ -501,7 +508,7 @@ def _read_point(workdir, description: Mapping[str, Any], row: Mapping[str, Any],
 
 
 def _read_run(workdir, description: Mapping[str, Any], point: str, seed: int,
-              state: str, error: str) -> Run:
+              state: str, error: str, reads_config: bool) -> Run:
   """Returns a run with all that lies in its folder.
 
   Args:
@@ -511,13 +518,17 @@ def _read_run(workdir, description: Mapping[str, Any], point: str, seed: int,
     seed: its seed.
     state: its state in the ledger.
     error: why it failed; '': it did not.
+    reads_config: whether to read its config.json; else its config is taken to
+      be what sweep.json says.
   """
   # Any of the files may be missing, as before the run has begun.
   folder = layout.run_folder(workdir, point, seed)
   config, differing_fields, rows = {}, (), ()
-  is_started = (folder / 'config.json').exists()
-  if is_started:
+  if reads_config and (folder / 'config.json').exists():
     config = run_config.flatten(run_config.load_config(folder))
+    differing_fields = tuple(
+        layout.fields_unlike_sweep(description, workdir=workdir, point=point,
+                                   seed=seed))
   scores_of_items = items.read_records(folder)
   # The loss of each document makes up the held-out loss, so documents are the
   # items of the measure 'loss'.
@@ -526,11 +537,10 @@ def _read_run(workdir, description: Mapping[str, Any], point: str, seed: int,
   metrics_file = folder / 'metrics.jsonl'
   if metrics_file.exists():
     rows = tuple(metrics.read_metrics(metrics_file))
+    if not reads_config:
+      config = run_config.flatten(description['base_config'])
+      config |= layout.point_row(description, point)['changes']
   evaluations = layout.load_evaluation(folder)
-  if is_started:
-    differing_fields = tuple(
-        layout.fields_unlike_sweep(description, workdir=workdir, point=point,
-                                   seed=seed))
   return Run(
       seed=seed, state=state, error=error, config=config, rows=rows,
       evaluations=evaluations, differing_fields=differing_fields,

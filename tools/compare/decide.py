@@ -42,6 +42,10 @@ VERDICTS = (BETTER, WORSE, NONE_SHOWN, DISAGREE, UNSTABLE, EQUIVALENT,
             NOT_WORSE)
 NO_NOISE = 'noise unknown'  # of a sweep, with too few seeds for any verdict
 PASSED, STOPPED = 'passed', 'stopped at the screen'
+# The tests that a difference may have been shown by.
+STUDENT = 'Student\'s paired t-test'
+STUDENT_AND_POOLED = (f'{STUDENT}, by the deviation of the variant and by that '
+                      'of all variants together')
 STOPPED_UNSTABLE = f'{STOPPED}: unstable'
 
 
@@ -83,6 +87,7 @@ class Verdict:
     p_diverged: the p that it diverges more often than the base by chance (exact
       McNemar, one-sided, Holm over the variants).
     verdict: one of VERDICTS; in the screening PASSED or a way of STOPPED.
+    test: the name of the test that `p` is of.
     p_robust: the p of the permutation test of the trimmed mean, not corrected.
     p_shape: the p of the differences of all variants, if their noise were
       normal.
@@ -117,6 +122,7 @@ class Verdict:
   p_diverged: float
   verdict: str
   differences: Sequence[float] = ()
+  test: str = STUDENT
   p_robust: float | None = None
   p_shape: float | None = None
   p_equivalent: float | None = None
@@ -472,6 +478,9 @@ def _member_row(plan: Plan, member: FamilyMember,
   p_shape = None
   if shape is not None:
     p_shape = shape.p
+  test = STUDENT
+  if pooled is not None:
+    test = STUDENT_AND_POOLED
   both, item_noise = _effect_over_items(member, over_sizes)
   row = Verdict(
       variant=member.variant,
@@ -482,6 +491,7 @@ def _member_row(plan: Plan, member: FamilyMember,
       n=over_sizes.n,
       differences=means,
       sizes=at_sizes,
+      test=test,
       p=uncorrected.p,
       p_corrected=corrected.p,
       p_robust=statistics.permutation_p_value(means),

@@ -36,7 +36,7 @@ from etils import epath
 from architectures.parts import flat
 from common.errors import EnvironmentFailure, RequestError, require, short
 from tools.compare import spec
-from training import plugins, runs
+from training import evals, plugins, runs
 from training.workdir import metrics as metrics_lib
 from training.workdir import provenance, run_config, storage
 
@@ -86,7 +86,17 @@ CREATE TABLE begun (
   folder TEXT NOT NULL,
   point TEXT NOT NULL,
   seed INTEGER NOT NULL,
-  {_checksum('time, plan, folder, point, seed')})""".split(';\n')
+  {_checksum('time, plan, folder, point, seed')});
+CREATE TABLE ended (
+  id INTEGER PRIMARY KEY,
+  time REAL NOT NULL,
+  folder TEXT NOT NULL,
+  point TEXT NOT NULL,
+  seed INTEGER NOT NULL,
+  hash TEXT NOT NULL,
+  {_checksum('time, folder, point, seed, hash')})""".split(';\n')
+# The files of a run that have its figures, by which verdicts are computed.
+FILES_OF_FIGURES = ('metrics.jsonl', 'eval.json', evals.ITEMS_FILE)
 # SQLite's codes for a file that is none of its own, or that it cannot read.
 _CODES_OF_DAMAGE = {
     sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
@@ -153,9 +163,13 @@ def run_folder(workdir, point: str, seed: int) -> pathlib.Path:
 def save_with_checksum(path: pathlib.Path, tree: dict) -> None:
   """Writes JSON with a checksum of what it holds, whole or not at all; several
   runners may write at once."""
+  storage.write_file(epath.Path(path), format_with_checksum(tree))
+
+
+def format_with_checksum(tree: dict) -> bytes:
+  """Returns JSON with a checksum of what it holds, as the content of a file."""
   checked = tree | {'checksum': json_checksum(tree)}
-  text = json.dumps(checked, indent=1, allow_nan=False)
-  storage.write_file(epath.Path(path), text)
+  return json.dumps(checked, indent=1, allow_nan=False).encode()
 
 
 def load_with_checksum(path: pathlib.Path) -> dict:
@@ -461,6 +475,18 @@ def is_trained(folder: pathlib.Path, train) -> bool:
   # A run that gave up after too many bad steps saved its last one, too. Where
   # nothing is recorded of them, -1 is below any limit.
   return last_row.get('bad_in_row', -1) < train.max_bad_steps
+
+
+def hash_figures(folder: pathlib.Path) -> str:
+  """Returns a hash of the figures that a run has left in its folder: 16 digits
+  of the SHA-256 of their files, of which any may be missing."""
+  digest = hashlib.sha256()
+  for name in FILES_OF_FIGURES:
+    path = folder / name
+    if path.is_file():
+      content = path.read_bytes()
+      digest.update(f'{name} {len(content)}\n'.encode() + content)
+  return digest.hexdigest()[:16]
 
 
 def load_evaluation(folder: pathlib.Path) -> dict:
@@ -899,8 +925,9 @@ def _placeholders(values: Sequence) -> str:
 
 
 class StudyLedger(Ledger):
-  """The database of a study, WORKDIR/study.sqlite: every plan that it had, and
-  each run that began in a new folder. Rows are only ever added."""
+  """The database of a study, WORKDIR/study.sqlite: every plan that it had, each
+  run that began in a new folder, and the hash of the figures of each that
+  ended. Rows are only ever added."""
   file_name, tables = 'study.sqlite', STUDY_TABLES
   note_on_rewritten = ('begun anew; the plan is that of study.json, and the '
                        'report counts the runs whose beginning is no longer '
@@ -936,6 +963,27 @@ class StudyLedger(Ledger):
     """Returns the folder of the phase, the point and the seed of each run that
     began, in order."""
     return self._select('SELECT folder, point, seed FROM begun ORDER BY id')
+
+  def add_ended_run(self, folder: str, point: str, seed: int, hash: str
+                    ) -> None:
+    """Adds a run that has ended.
+
+    Args:
+      folder: the name of the folder of its phase.
+      point: its point (a variant of the config at a size on a workload).
+      seed: its seed.
+      hash: the hash of its figures (hash_figures).
+    """
+    self._change('INSERT INTO ended (time, folder, point, seed, hash) '
+                 'VALUES (?, ?, ?, ?, ?)',
+                 time.time(), folder, point, seed, hash)
+
+  def hash_of_ended_runs(self) -> dict[tuple[str, str, int], str]:
+    """Returns the hash of the figures of each run when it ended last, by the
+    folder of its phase, its point and its seed."""
+    rows = self._select(
+        'SELECT folder, point, seed, hash FROM ended ORDER BY id')
+    return {(folder, point, seed): hash for folder, point, seed, hash in rows}
 
 
 def load_ledger_runs(workdir) -> list[Run]:

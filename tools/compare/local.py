@@ -63,15 +63,18 @@ class Runner:
     group: how many runs may train as one program; 1: none do.
     begun: a function that is given the runs whose folder is new, before they
       are trained.
+    ended: a function that is given each run that is done or has failed.
   """
 
   def __init__(self, workdir, ledger: layout.Ledger, parallel: int, group: int,
-               begun: Callable[[Sequence], None] = lambda runs: None):
+               begun: Callable[[Sequence], None] = lambda runs: None,
+               ended: Callable[[layout.Run], None] = lambda run: None):
     self._workdir = pathlib.Path(workdir)
     self._ledger = ledger
     self._parallel = parallel
     self._group = group
     self._on_begun = begun
+    self._on_ended = ended
     self._name = ledger.register_runner()
     self._jobs: list[Job] = []
     self._signals = signals.SignalCount()
@@ -351,6 +354,8 @@ class Runner:
       # Another runner took this one for dead and has the run now.
       if not is_settled:
         continue
+      if state in (layout.DONE, layout.FAILED):
+        self._on_ended(run)
       line = f'{run.point}, seed {run.seed}: {state}'
       if goes_on_alone:
         line = (f'{run.point}, seed {run.seed}: goes on alone, since its group '

@@ -3,13 +3,18 @@
 A bundle is docs/assets/studies/NAME-HASH.tar.gz: the plan and the ledger of the
 study, its results with the curves, code, devices and versions, and the metrics
 and evaluations of each run, without checkpoints. Unpacked it is a workdir of
-which `report` tells. The page is made of the bundles alone, a row for each
-variant, whatever its verdict is; so it cannot say what no bundle holds, and is
-the same however often it is written.
+which `report` tells. The results are not those that `run` saved, but what
+follows from the runs by the code that publishes, which they name.
+
+The page is made of the bundles alone, a row for each variant, whatever its
+verdict is; so it cannot say what no bundle holds, and is the same however often
+it is written. A bundle of whose runs this code does not give the verdicts that
+it holds is refused.
 """
 
 import argparse
 from collections.abc import Mapping
+import dataclasses
 import gzip
 import io
 import pathlib
@@ -19,17 +24,19 @@ from typing import Any
 
 from common.errors import RequestError, require
 from tools.compare import comparison as comparison_lib
-from tools.compare import decide, page
+from tools.compare import decide, layout, page
 from tools.compare import plan as plans
+from tools.compare import results as results_lib
 from tools.compare.comparison import Comparison
 from training.workdir import storage
 
 DEFAULT_FOLDER_OF_BUNDLES = 'docs/assets/studies'
 DEFAULT_PAGE = 'docs/verdicts.md'
-# The files of a workdir that a bundle holds: none names a machine or a folder.
+# The files of a workdir that a bundle holds beside its results: none names a
+# machine or a folder.
 PATTERNS_OF_BUNDLED_FILES = (
-    'study.json', 'study.sqlite', 'results.json', '*/sweep.json',
-    '*/points/*/*/metrics.jsonl', '*/points/*/*/eval.json')
+    'study.json', 'study.sqlite', '*/sweep.json',
+    *(f'*/points/*/*/{name}' for name in layout.FILES_OF_FIGURES))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,48 +55,61 @@ def main(args) -> int:
   for workdir in args.workdirs:
     studies[workdir] = comparison_lib.load_comparison(workdir)
   for workdir, comparison in studies.items():
+    missing = comparison.results['missing'] or 'it is none'
     require(comparison.is_study
             and 'confirm' in comparison.results, f'{workdir} is no study '
-            'whose confirmation is over: there is no verdict to publish')
+            f'whose confirmation is over ({missing}): there is no verdict to '
+            'publish')
 
   # The bundles, and then the page, of all that there are.
   for workdir, comparison in studies.items():
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f'{comparison.plan.name}-{comparison.frozen.hash}.tar.gz'
-    storage.write_file(path, bundle_study(workdir))
+    storage.write_file(path, bundle_study(workdir, comparison.results))
     print(path)
   published = [_load_bundle(path) for path in folder.glob('*.tar.gz')]
   published.sort(key=lambda comparison: (comparison.frozen.time,
                                          comparison.plan.name), reverse=True)
   storage.write_file(target, page.render(
       'verdicts.md', date=plans.format_date, rows=rows_of_verdicts,
-      studies=published))
+      is_any_at_edge=is_any_at_edge, studies=published))
   print(target)
   return 0
 
 
-def bundle_study(workdir) -> bytes:
+def bundle_study(workdir, results: Mapping[str, Any]) -> bytes:
   """Returns a tar.gz of the plan, results and metrics of a study, without its
-  checkpoints; the same bytes for the same files."""
+  checkpoints; the same bytes for the same files and results.
+
+  Args:
+    workdir: the folder of the study.
+    results: its results, computed from the runs (recompute.recompute_results).
+  """
   workdir, file = pathlib.Path(workdir), io.BytesIO()
-  paths: list[pathlib.Path] = []
+  content_of_file = {}
   for pattern in PATTERNS_OF_BUNDLED_FILES:
-    paths += workdir.glob(pattern)
+    for path in workdir.glob(pattern):
+      name = path.relative_to(workdir).as_posix()
+      content_of_file[name] = path.read_bytes()
+  # What is said of the saved results is no part of new ones.
+  results = {**results, 'unlike_saved': []}
+  content_of_file[results_lib.FILE] = layout.format_with_checksum(results)
   with (gzip.GzipFile(fileobj=file, mode='wb', mtime=0) as packed,
         tarfile.open(fileobj=packed, mode='w') as tar):
-    for path in sorted(paths):
-      member = tarfile.TarInfo(path.relative_to(workdir).as_posix())
-      content = path.read_bytes()
+    for name, content in sorted(content_of_file.items()):
+      member = tarfile.TarInfo(name)
       member.size = len(content)
       tar.addfile(member, io.BytesIO(content))
   return file.getvalue()
 
 
 def _load_bundle(path: pathlib.Path) -> Comparison:
-  """Returns the study that a bundle holds, as the report reads it.
+  """Returns the study that a bundle holds, as the report reads it, with the
+  name of the code that has computed its results.
 
   Raises:
-    RequestError: where the file is no bundle.
+    RequestError: where the file is no bundle, or this code does not compute
+      the verdicts that it holds.
   """
   with tempfile.TemporaryDirectory() as folder:
     try:
@@ -98,7 +118,23 @@ def _load_bundle(path: pathlib.Path) -> Comparison:
     except (tarfile.TarError, OSError, EOFError) as error:
       raise RequestError(f'{path} is no bundle ({error}): remove it, and '
                          'publish its study again') from error
-    return comparison_lib.load_comparison(folder)
+    comparison = comparison_lib.load_comparison(folder)
+    published = results_lib.load(folder)
+
+  # Equal figures are those of the code that the bundle names.
+  statistics = published['statistics']
+  codes = ', '.join(statistics['codes']) or 'code of no known commit'
+  others = '; '.join(comparison.results['unlike_saved'])
+  require(not others, f'{path} has verdicts, computed by {codes}, that do not '
+          f'follow from its runs by this code ({others}): publish the study '
+          'again, or write the page by that code')
+  results = {**comparison.results, 'statistics': statistics}
+  return dataclasses.replace(comparison, results=results)
+
+
+def is_any_at_edge(comparison: Comparison) -> bool:
+  """Returns whether tuning ended at an outermost value for any variant."""
+  return any(row['at_edge'] for row in comparison.results['tuned'])
 
 
 def rows_of_verdicts(comparison: Comparison) -> list[dict[str, str]]:

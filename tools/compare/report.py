@@ -366,7 +366,8 @@ def describe_methods(frozen: plans.FrozenPlan,
                      results: Mapping[str, Any] = results_lib.NOTHING
                      ) -> list[str]:
   """Returns the paragraphs of a methods section, which say how a study was
-  done, or will be done. Nothing is said of a phase that had no runs.
+  done, or will be done. Once a phase has ended, nothing is said of those that
+  have not, or that had no runs.
 
   Args:
     frozen: the plan of the study.
@@ -378,14 +379,15 @@ def describe_methods(frozen: plans.FrozenPlan,
     """Returns what a point of the base changes, for the template."""
     return _format_changes_of_size(frozen, row)
 
-  # The phases that had runs, and the values that were tuned.
-  phases = []
-  for phase in phases_lib.phases_of_study(plan.seeds):
-    phase_result = results['phases'].get(phase.name)
-    is_empty = (phase_result and phase_result['finished']
-                and not phase_result['done'])
-    if not is_empty:
-      phases.append(phase)
+  # The phases that are told of, and the values that were tuned.
+  phases = phases_lib.phases_of_study(plan.seeds)
+  phases_with_runs = [
+      phase for phase in phases if _has_run(results, phase.name)]
+  not_ended = []
+  if phases_with_runs:
+    not_ended = [phase.name for phase in phases
+                 if phase not in phases_with_runs]
+    phases = phases_with_runs
   grid = []
   for field, values in plan.tuning.fields.items():
     tried = ', '.join(map(comparison_lib.format_config_value, values))
@@ -396,8 +398,9 @@ def describe_methods(frozen: plans.FrozenPlan,
   again = as_planned.get('repeated', {}).get('confirm', 0)
   rendered = page.render(
       'methods.txt',
-      frozen=frozen, plan=plan, primary=plan.primary, phases=phases, grid=grid,
-      announced=results['announced'],
+      frozen=frozen, plan=plan, primary=plan.primary, phases=phases,
+      names=[phase.name for phase in phases], not_ended=not_ended, grid=grid,
+      announced=results['announced'], statistics=results['statistics'],
       seen=max(seen, default=0), again=again,
       otherwise=as_planned['differences'],
       unknown=as_planned.get('unknown', 0),
@@ -408,6 +411,11 @@ def describe_methods(frozen: plans.FrozenPlan,
       alone=changes_from_base,
       unit_text=measures_lib.format_unit)
   return [' '.join(part.split()) for part in rendered.split('\n---\n')]
+
+
+def _has_run(results: Mapping[str, Any], phase: str) -> bool:
+  """Returns whether a phase has ended, and had any runs."""
+  return results['phases'].get(phase, {}).get('done', 0) > 0
 
 
 def _format_changes_of_size(frozen: plans.FrozenPlan,

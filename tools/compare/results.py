@@ -10,8 +10,9 @@ import pathlib
 import platform
 from typing import Any, NamedTuple
 
-from tools.compare import layout, phases
+from tools.compare import decide, layout, phases
 from tools.compare import plan as plans
+from training.workdir import provenance as provenance_lib
 
 FILE = 'results.json'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scipy')
@@ -19,7 +20,8 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scipy')
 NOTHING: dict[str, Any] = {
     'study': None, 'outcomes': [], 'phases': {}, 'noise': [], 'announced': None,
     'advice': '', 'tuned': [], 'as_planned': {'differences': []},
-    'predicted': None,
+    'predicted': None, 'missing': '', 'unlike_saved': [],
+    'statistics': {'codes': [], 'tests': {}},
     'provenance': {'codes': [], 'devices': [], 'versions': {}}}
 
 
@@ -39,21 +41,54 @@ def write(workdir, frozen: plans.FrozenPlan, state: phases.StudyState) -> None:
   if set(state.finished) < finished and saved['study']['hash'] == frozen.hash:
     return
 
-  codes_of_runs = codes(workdir)
+  tree = make_tree(workdir=workdir, frozen=frozen, state=state,
+                   provenance=describe_provenance(workdir))
+  layout.save_with_checksum(pathlib.Path(workdir) / FILE, tree)
+
+
+def describe_provenance(workdir) -> dict[str, Any]:
+  """Returns what has trained the runs of a study: the versions of the code, the
+  devices, and the versions of packages of this process."""
+  return {'codes': codes(workdir), 'devices': _devices(workdir),
+          'versions': _versions()}
+
+
+def make_tree(workdir, frozen: plans.FrozenPlan, state: phases.StudyState,
+              provenance: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what results.json is to hold.
+
+  Args:
+    workdir: the folder of the study.
+    frozen: its plan.
+    state: the outcomes and decisions so far.
+    provenance: what has trained the runs, as `describe_provenance` returns it.
+  """
   phases_spent = {}
   for phase in phases.phases_of_study(frozen.plan.seeds):
     phases_spent[phase.name] = _spent(frozen, phase, state)
   # The records of the phases are keys of their own, beside the outcomes that
   # they were found from.
-  tree = {
+  return {
       'study': {'name': frozen.plan.name, 'hash': frozen.hash},
       'outcomes': plans.to_json(state.outcomes),
       **plans.to_json(state.records),
       'phases': phases_spent,
-      'as_planned': as_planned(workdir, frozen, codes_of_runs),
-      'provenance': {'codes': codes_of_runs, 'devices': _devices(workdir),
-                     'versions': _versions()}}
-  layout.save_with_checksum(pathlib.Path(workdir) / FILE, tree)
+      'as_planned': as_planned(workdir, frozen, provenance['codes']),
+      'provenance': dict(provenance),
+      'statistics': {
+          'codes': provenance_lib.list_codes(
+              [provenance_lib.describe_this_start()]),
+          'tests': _tests_by_phase(state.records)}}
+
+
+def _tests_by_phase(records: Mapping[str, Any]) -> dict[str, str]:
+  """Returns the name of the test that each phase has compared variants by, of
+  its first measure; phases without a verdict are left out."""
+  tests = {}
+  for phase, rows in records.items():
+    if phase in phases.PHASES and rows and isinstance(rows[0], decide.Verdict):
+      tests[phase] = rows[0].test
+  return tests
 
 
 def _versions() -> dict[str, str]:
@@ -138,9 +173,9 @@ def as_planned(workdir, frozen: plans.FrozenPlan, ran: Sequence[str]
   Returns:
     'same', whether there is no difference; 'differences', a sentence for each;
     'repeated', how many runs of each phase were trained again; 'unknown', how
-    many runs the ledger does not know.
+    many runs the ledger does not know; 'without_hash', of how many it does not
+    know with which figures they ended.
   """
-  from training.workdir import provenance
   differences = []
 
   # Decisions after the plan was frozen.
@@ -153,7 +188,7 @@ def as_planned(workdir, frozen: plans.FrozenPlan, ran: Sequence[str]
 
   # Runs that were begun more than once might have been repeated until they were
   # good; those begun elsewhere might be the best of many.
-  repeated, unknown = _begun(workdir)
+  repeated, unknown, without_hash = _count_runs_of_ledger(workdir)
   for phase, number in repeated.items():
     differences.append(
         f'Runs of {phase} were deleted and trained again: {number}.')
@@ -161,10 +196,14 @@ def as_planned(workdir, frozen: plans.FrozenPlan, ran: Sequence[str]
     differences.append('Runs that the ledger of the study does not know, since '
                        'they were begun elsewhere or it was lost: '
                        f'{unknown}.')
+  if without_hash:
+    differences.append('Runs whose figures were not recorded by a hash when '
+                       'they ended, so that a later change of them would not '
+                       f'show: {without_hash}.')
 
   # The code that trained the runs. Where that of the plan is not known, nothing
   # can be compared.
-  planned_codes = provenance.list_codes([frozen.code])
+  planned_codes = provenance_lib.list_codes([frozen.code])
   unplanned = []
   if planned_codes:
     unplanned = [code for code in ran if code not in planned_codes]
@@ -173,22 +212,25 @@ def as_planned(workdir, frozen: plans.FrozenPlan, ran: Sequence[str]
         f'The plan was made with {planned_codes[0]}, and runs were trained by '
         f'{", ".join(unplanned)}.')
   return {'same': not differences, 'differences': differences,
-          'repeated': repeated, 'unknown': unknown}
+          'repeated': repeated, 'unknown': unknown,
+          'without_hash': without_hash}
 
 
-def _begun(workdir) -> tuple[dict[str, int], int]:
+def _count_runs_of_ledger(workdir) -> tuple[dict[str, int], int, int]:
   """Counts the runs of a study that were begun again, or that its ledger (the
-  database of runs that began) did not see begin.
+  database of runs that began and ended) did not see begin or end.
 
   Args:
     workdir: the folder of the study.
 
   Returns:
     How many times runs of each phase were begun anew, for phases with such
-    runs; and how many runs are on disk that the ledger does not know.
+    runs; how many runs are on disk that the ledger does not know; and of how
+    many with figures it does not know with which they ended.
   """
   with layout.StudyLedger(workdir) as ledger:
     begun_runs = ledger.begun_runs()
+    ended_runs = ledger.hash_of_ended_runs()
 
   # Each row of the ledger is one beginning: the first of a run is none anew.
   repeated: dict[str, int] = {}
@@ -199,11 +241,16 @@ def _begun(workdir) -> tuple[dict[str, int], int]:
 
   # The runs on disk, in the form of the rows of the ledger.
   on_disk = set()
+  with_figures = set()
   for folder in folders(workdir):
     for run in folder.glob('points/*/seed-*'):
       seed = int(run.name.removeprefix('seed-'))
-      on_disk.add((folder.name, run.parent.name, seed))
-  return repeated, len(on_disk - set(begun_runs))
+      row = folder.name, run.parent.name, seed
+      on_disk.add(row)
+      if (run / 'metrics.jsonl').is_file():
+        with_figures.add(row)
+  return (repeated, len(on_disk - set(begun_runs)),
+          len(with_figures - ended_runs.keys()))
 
 
 def codes(workdir) -> list[str]:

@@ -2,9 +2,12 @@
 
 import argparse
 import collections
+from collections.abc import Mapping, Sequence
 import json
+from typing import Any
 
 from tools.compare import layout
+from training import progress
 
 HEADINGS = ('point', 'runs', 'trained', 'held-out loss', 'vs base')
 
@@ -40,7 +43,8 @@ def main(args) -> int:
 
 
 def _study(workdir, as_json: bool) -> int:
-  """Prints how far each phase of a study is; returns the exit code.
+  """Prints how far each phase of a study is, what was changed in its plan, the
+  time that is left, and the verdicts so far; returns the exit code.
 
   Args:
     workdir: the folder of the study.
@@ -48,14 +52,19 @@ def _study(workdir, as_json: bool) -> int:
   """
   from tools.compare import plan, results
   frozen = plan.load_frozen_plan(workdir)
+  saved = results.load(workdir)
   # Each phase with its cost, which has the largest number of its runs, and the
   # runs that it has begun, which may lie in several folders.
   phases = []
-  for cost in results.costs(frozen, 1, None):
+  times = results.times_of(workdir, frozen)
+  for cost in results.costs(frozen, 1, times):
     runs = []
     for folder in results.folders(workdir, cost.phase):
       runs += layout.load_ledger_runs(folder)
     phases.append((cost, runs))
+  seconds_left = _seconds_left(phases, saved)
+  verdicts = _saved_verdicts(frozen.plan, saved)
+
   if as_json:
     phases_as_json = []
     for cost, runs in phases:
@@ -64,17 +73,71 @@ def _study(workdir, as_json: bool) -> int:
           'phase': cost.phase, 'planned': cost.runs, 'states': counts,
           'failed': failed(runs)})
     print(json.dumps({'study': frozen.plan.name, 'plan': frozen.hash,
-                      'phases': phases_as_json}, indent=2))
+                      'amendments': frozen.amendments,
+                      'phases': phases_as_json, 'seconds_left': seconds_left,
+                      'verdicts': verdicts}, indent=2))
     return 0
+
   print(f'study {frozen.plan.name}, plan {frozen.hash}, frozen on '
         f'{plan.format_date(frozen.time)}')
+  for change in frozen.amendments:
+    print(f'changed on {plan.format_date(change["time"])}: '
+          f'{", ".join(change["changed"])}. Reason: {change["reason"]}')
   width = max(len(cost.phase) for cost, _ in phases)
   for cost, runs in phases:
     print(f'{cost.phase:<{width}} {states(runs) or "not begun"}, {cost.runs} '
           'planned at most')
     for line in failed(runs):
       print(f'{"":<{width}} failed: {line}')
+  if seconds_left is None:
+    print('time left: not known yet')
+  else:
+    print(f'time left: at most {progress.format_seconds(seconds_left)} of one '
+          'process')
+  # The effects follow from the runs, and take a while to be computed.
+  for variant, verdict in verdicts.items():
+    print(f'{variant}: {verdict}')
+  if verdicts:
+    print('These verdicts are those that the study saved; `report` computes '
+          'them from the runs.')
   return 0
+
+
+def _seconds_left(phases: Sequence[tuple[Any, list[layout.Run]]],
+                  saved: Mapping[str, Any]) -> float | None:
+  """Returns the seconds of training that a study has left at most, on one
+  process; None where the time of its steps is not known.
+
+  Args:
+    phases: the cost of each phase, and the runs that it has begun.
+    saved: what its results.json holds.
+  """
+  seconds_left = 0.0
+  for cost, runs in phases:
+    if saved['phases'].get(cost.phase, {}).get('finished'):
+      continue
+    if cost.seconds is None:
+      return None
+    num_done = sum(run.state == layout.DONE for run in runs)
+    seconds_left += cost.seconds * max(1 - num_done / max(cost.runs, 1), 0.0)
+  return seconds_left
+
+
+def _saved_verdicts(plan: Any, saved: Mapping[str, Any]) -> dict[str, str]:
+  """Returns the last verdict that a study has saved on each variant, by the
+  first measure; variants that no phase has compared are left out.
+
+  Args:
+    plan: the plan of the study.
+    saved: what its results.json holds.
+  """
+  verdicts = {}
+  # Later phases come later, and win.
+  for phase in ('screen', 'rescreen', 'confirm'):
+    for row in saved.get(phase, ()):
+      if row['measure'] == plan.primary.name:
+        verdicts[row['variant']] = row['verdict']
+  return verdicts
 
 
 def rows(description: dict, workdir, runs: list[layout.Run]

@@ -10,7 +10,6 @@ killed study goes on, several runners share one, and
 from collections.abc import Callable, Sequence
 import contextlib
 import io
-import math
 import pathlib
 import sys
 import tempfile
@@ -20,13 +19,10 @@ from typing import Any
 
 from common.errors import EnvironmentFailure, one_of, require
 from tools.compare import curves, freeze, layout
-from tools.compare import comparison, local, phases, report, results
+from tools.compare import comparison, local, outcomes, phases, report, results
 from tools.compare import plan as plans
 from training import objectives, plugins
 
-# Times the loss of guessing, above which a run counts as diverged: one that
-# has learnt nothing ends near it.
-GUESSING = 1.2
 # To tell the hours of a plan: how many steps are timed, and how long at most;
 # and the seconds of all steps of a study, below which its smallest size tells
 # enough: to start and to compile programs would take longer than they may err.
@@ -353,27 +349,15 @@ class Trainer:
     sweep = self.trained(folder, runs)
     self._check_of_this_plan(path, sweep)
 
-    # Results are read from disk, where another runner may have written them. A
-    # run that diverged is an outcome. One that failed otherwise is none, and
-    # the phase cannot decide without it.
-    points = {point.name: point for point in sweep.points}
-    outcomes, failed = [], []
-    for run in runs:
-      point = points[run.point]
-      result = point.runs[run.seed]
-      is_evaluated = bool(result.held_out) and result.state != layout.FAILED
-      if result.has_ended_badly or is_evaluated:
-        outcomes.append(self._outcome(run, point, result))
-      else:
-        why = result.error or 'it was not evaluated after its last step'
-        failed.append(f'{run.point}, seed {run.seed}: {why}')
+    # Results are read from disk, where another runner may have written them.
+    outcomes_of_runs, failed = outcomes.read_outcomes(self._frozen, sweep, runs)
     if failed:
       raise EnvironmentFailure(
           f'{path}: {len(failed)} runs failed that did not diverge: '
           f'{"; ".join(failed[:3])}: see log.txt in their folders; --retry '
           'takes up again those that failed, and a run whose folder is moved '
           'away is trained anew')
-    return outcomes
+    return outcomes_of_runs
 
   def _check_of_this_plan(self, path: pathlib.Path, sweep: curves.Sweep
                           ) -> None:
@@ -421,8 +405,11 @@ class Trainer:
     def begun(runs: Sequence[layout.Run]) -> None:
       self.begun(path, runs)
 
+    def ended(run: layout.Run) -> None:
+      self.ended(path, run)
+
     runner = local.Runner(workdir=path, ledger=ledger, parallel=self._parallel,
-                          group=self._group, begun=begun)
+                          group=self._group, begun=begun, ended=ended)
     runner.run(wait=True)
 
   def begun(self, path: pathlib.Path, runs: Sequence[layout.Run]) -> None:
@@ -430,6 +417,14 @@ class Trainer:
     rows = [(path.name, run.point, run.seed) for run in runs]
     with layout.StudyLedger(self._workdir) as ledger:
       ledger.add_begun_runs(self._frozen.hash, rows)
+
+  def ended(self, path: pathlib.Path, run: layout.Run) -> None:
+    """Records in the study's ledger what the figures of a run are as it ends,
+    by their hash."""
+    folder = layout.run_folder(path, run.point, run.seed)
+    with layout.StudyLedger(self._workdir) as ledger:
+      ledger.add_ended_run(folder=path.name, point=run.point, seed=run.seed,
+                           hash=layout.hash_figures(folder))
 
   def describe(self, folder: str, runs: Sequence[phases.Run]) -> dict:
     """Returns the content of sweep.json for the runs of a phase.
@@ -489,75 +484,3 @@ class Trainer:
     if run.phase == 'confirm' and has_documents:
       return ['documents']
     return []
-
-  def _outcome(self, run: phases.Run, point: curves.Point, result: curves.Run
-               ) -> plans.Outcome:
-    """Returns the outcome of a run, by which its phase decides.
-
-    Args:
-      run: the run as its phase asked for it.
-      point: its point (a variant at a size on a workload), as it lies on disk.
-      result: its result, as it lies on disk.
-    """
-    # A run also counts as diverged where it ended near the loss of guessing: it
-    # has learnt nothing. A run without a loss has an infinite one.
-    planned_point = self._frozen.point_of_run(run)
-    loss = result.final_loss
-    if loss is None:
-      loss = math.inf
-    learnt = math.isfinite(loss) and loss <= GUESSING * planned_point['guess']
-    diverged = result.has_ended_badly or not learnt
-
-    # The figures of the run, and the scores of single items (documents,
-    # questions), which no verdict of the phases noise and tune is on.
-    values, scores = {}, {}
-    keeps_items = run.phase not in ('noise', 'tune')
-    for measure in self._frozen.plan.measures_of_workload(run.workload):
-      values[measure.name] = _value(run, measure=measure, result=result,
-                                    diverged=diverged)
-      if keeps_items and measure.figure in result.items:
-        scores[measure.name] = result.items[measure.figure]
-
-    # The compute and the time up to its last step, which end the curve of
-    # training.
-    spent = {'flops': 0.0, 'seconds': math.nan}
-    for name, column in point.curve(run.seed, 'train').items():
-      spent[name] = column[-1]
-    curve = {}
-    if run.phase in plans.PHASES_WITH_CURVES:
-      curve = point.curve(run.seed)
-    return plans.Outcome(
-        phase=run.phase, variant=run.variant, size=run.size,
-        workload=run.workload, seed=run.seed, values=values, diverged=diverged,
-        flops=spent['flops'], seconds=spent['seconds'], params=point.params,
-        changes=dict(run.changes), loss=loss, curve=curve, items=scores,
-        cooled=curves.ends_cooled_down(result.config),
-        body=planned_point.get('body'),
-        shares_clock=result.shares_clock)
-
-
-def _value(run: phases.Run, measure: plans.Measure, result: curves.Run,
-           diverged: bool) -> float:
-  """Returns the value of a measure of a run; that of guessing where the run
-  diverged.
-
-  Args:
-    run: the run as its phase asked for it.
-    measure: the measure.
-    result: its result, as it lies on disk.
-    diverged: whether it diverged.
-
-  Raises:
-    RequestError: where the run has not reported it.
-  """
-  # A run that diverged counts as one that guesses, whatever it reported.
-  value = result.held_out.get(measure.figure)
-  if diverged:
-    value = measure.chance
-  # A loss that is not finite is None, but such a run diverged. So what is no
-  # number here was never measured, and nothing is known in its place.
-  reported = ', '.join(result.held_out) or 'nothing'
-  require(isinstance(value, int | float), f'measure {measure.name!r} is '
-          f'{measure.figure!r}, which {run.point}, seed {run.seed}, has '
-          f'not reported: it has {reported}')
-  return float(value)

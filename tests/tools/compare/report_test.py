@@ -1,7 +1,6 @@
 """The report of sweeps and studies whose runs are known: its numbers, names,
 what is not over or damaged, and its page in a browser."""
 
-import argparse
 import csv
 import dataclasses
 import html
@@ -10,7 +9,6 @@ import json
 import math
 import re
 import shutil
-import tarfile
 
 import numpy as np
 import pytest
@@ -26,7 +24,8 @@ from tools.compare import comparison, curves, decide, efficiency, figures
 from tools.compare import layout, measures, phases
 from tools.compare import page as page_lib
 from tools.compare import plan as plans
-from tools.compare import plots, publish, report, spec, tables
+from tools.compare import plots, report, spec, tables
+from tools.compare import results as results_lib
 from training import cli
 from training.evals import in_training
 from training.workdir import run_config
@@ -44,8 +43,8 @@ def sweep(tmp_path_factory):
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
   folder = tmp_path_factory.mktemp('study')
-  results = study_folder.write(folder, study_folder.plan(ALL))
-  return comparison.load_comparison(folder), results
+  c = _study(folder, plan=study_folder.plan(ALL))
+  return c, c.results
 
 
 @pytest.fixture(scope='module')
@@ -54,8 +53,10 @@ def written(sweep):
 
 
 def _study(folder, results=None, plan=None, **changes):
-  study_folder.write(folder, plan, results, **changes)
-  return comparison.load_comparison(folder)
+  """Returns the comparison of a study whose results are known."""
+  results = study_folder.write(folder, plan, results, **changes)
+  return comparison.compare_study(folder, plans.load_frozen_plan(folder),
+                                  results_lib.NOTHING | results)
 
 
 def _rows(table):
@@ -375,6 +376,7 @@ def test_multipliers_predictions_and_what_a_screening_lost_are_told(tmp_path):
       'largest': decide.confirm_variants(
           narrowed, ahead, 'largest'), 'predicted': {
           'hash': 'abcd', 'time': 1e9, 'blind': True, 'rows': rows}})
+  results['phases']['largest'] = results['phases']['confirm']
   c = _study(tmp_path, results, plan)
   table = tables.multiplier_table(c).rows
   assert len(table) == 2 * 4  # of rope and alibi, which passed
@@ -465,47 +467,6 @@ def test_what_students_test_may_not_be_asked_is_said():
   doubt, = comparison.doubt_normal_noise(
       plan, [row | dict(p=None, p_shape=0.01)])
   assert 'outliers (p = 0.01' in doubt
-
-
-def test_verdicts_are_published_from_bundles_alone(study, tmp_path, capsys):
-  args = argparse.Namespace(workdirs=[study[0].workdir], page=tmp_path / 'p.md',
-                            bundles=tmp_path / 'bundles')
-  publish.main(args)
-  path, = args.bundles.iterdir()
-  first, packed = args.page.read_text(), path.read_bytes()
-  rows = {line[2:].partition(' (')[0]: line for line in first.splitlines()
-          if line.startswith('| ') and '(model.' in line}
-  assert len(rows) == len(ALL)  # who was stopped, too, and is worse or unstable
-  for row in study[1]['confirm']:
-    if row['measure'] == 'loss' and row['variant'] in rows:
-      line = rows[row['variant']]
-      assert f'{row["effect"]:+.4f} [{row["low"]:+.4f}' in line
-      assert f'| {row["verdict"]} |' in line
-      assert all(f'{x["factor"]:.2f}' in line for x in row['multipliers']
-                 if (x['size'], x['by']) == ('all sizes', 'multiplier')
-                 and x['factor'])
-  assert f'plan {study[0].frozen.hash}' in first and 'f5ac5de01234' in first
-  # Without the workdir the page is the same, and so are the bytes of a bundle.
-  args.page.unlink()
-  args.workdirs = []
-  publish.main(args)
-  assert args.page.read_text() == first
-  assert publish.bundle_study(study[0].workdir) == packed
-  with tarfile.open(path) as tar:
-    tar.extractall(tmp_path / 'unpacked', filter='data')
-  assert comparison.load_comparison(
-      tmp_path / 'unpacked').estimates == study[0].estimates
-  path.write_bytes(packed[:500])
-  with pytest.raises(RequestError, match='is no bundle'):
-    publish.main(args)
-  path.unlink()
-  publish.main(args)
-  assert args.page.read_text().endswith('\nNo study has been published yet.\n')
-  study_folder.write(tmp_path / 'w', tree=study_folder.results(
-      study_folder.plan(), 'screen'))
-  args.workdirs = [tmp_path / 'w']
-  with pytest.raises(RequestError, match='confirmation is over'):
-    publish.main(args)
 
 
 def test_what_was_tuned_is_compared_seed_by_seed_and_on_fresh_seeds(tmp_path):

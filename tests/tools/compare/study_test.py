@@ -1,6 +1,7 @@
 """Studies: what their files plan and what is refused, the phases, what each
 asks for and what follows, and what stands in their folders meanwhile."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import types
 
@@ -20,7 +22,8 @@ from common.errors import EnvironmentFailure, RequestError, Stopped
 from tests.helpers import studies
 from tools.compare import comparison, decide, freeze, layout, measures, phases
 from tools.compare import plan as plans
-from tools.compare import report, results, status, study
+from tools.compare import publish, report, results, status, study
+from training import progress
 from training.workdir import run_config
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -451,7 +454,8 @@ def test_the_size_that_is_predicted_is_no_other_phases(folder):
   assert {run.size for run in phases.PHASES['largest'].largest_set_of_runs(
       frozen)} == {'xl'}
   # Nothing is said of the second look where no variant had one.
-  done = {'rescreen': {'finished': True, 'done': 0}}
+  done = {'screen': {'finished': True, 'done': 6},
+          'rescreen': {'finished': True, 'done': 0}}
   assert 'looked at again' in ' '.join(report.describe_methods(frozen))
   assert 'looked at again' not in ' '.join(report.describe_methods(
       frozen, results.NOTHING | {'phases': done}))
@@ -606,7 +610,8 @@ def test_what_a_study_found_is_in_its_results(whole, frozen, capsys):
                             for name in plans.PHASES_WITH_CURVES)
   assert curves[0]['step'] == [2, 4] and curves[0]['seconds'] == [1.0, 2.0]
   assert results['as_planned'] == {
-      'same': True, 'differences': [], 'repeated': {}, 'unknown': 0}
+      'same': True, 'differences': [], 'repeated': {}, 'unknown': 0,
+      'without_hash': 0}
   assert results['provenance']['versions']['jax']
   assert start(workdir, frozen).did == []  # what is done is not done again
   assert read(workdir) == results
@@ -660,7 +665,8 @@ def test_a_run_that_is_gone_is_trained_anew(whole, frozen, tmp_path):
       ('screen', gone.parent.name, int(gone.name[5:]))]
   again = read(tmp_path / 'w')
   assert again.pop('as_planned') == {
-      'same': False, 'repeated': {'screen': 1}, 'unknown': 0, 'differences': [
+      'same': False, 'repeated': {'screen': 1}, 'unknown': 0,
+      'without_hash': 0, 'differences': [
           'Runs of screen were deleted and trained again: 1.']}
   assert again | {'checksum': 0} == {name: x for name, x in whole[1].items()
                                      if name != 'as_planned'} | {'checksum': 0}
@@ -684,7 +690,12 @@ def test_a_plan_cannot_be_swapped(frozen, tmp_path):
   """Neither by deleting study.json, nor by putting another one there, nor by
   deleting the ledger of the study too: the runs know their plan."""
   start(tmp_path, frozen, until='noise', anyway=True)
-  assert 'before any run' in _methods(tmp_path)
+  methods = _methods(tmp_path)
+  assert 'before any run' in methods
+  # Nothing is told of phases that nothing entered.
+  assert 'planned phases tune, screen, confirm had no runs' in methods
+  for words in ('tuning', 'Holm', 'screened', 'unstable', 'We compared'):
+    assert words not in methods
   path, other = tmp_path / 'study.json', _with(frozen, effect=0.2)
   path.unlink()
   with pytest.raises(RequestError, match='planned otherwise: plan.effect'):
@@ -701,11 +712,12 @@ def test_a_plan_cannot_be_swapped(frozen, tmp_path):
     start(tmp_path, other)
   # It is adopted as an amendment, which is told.
   start(tmp_path, other, until='noise', amend='a smaller effect', anyway=True)
-  first, second = read(tmp_path)['as_planned']['differences']
+  first, second, third = read(tmp_path)['as_planned']['differences']
   assert first == (
       f'The plan was changed (from the plan {frozen.hash}, which is not kept) '
       'when noise had been looked at. Reason: a smaller effect')
   assert second.endswith('or it was lost: 18.')
+  assert third.endswith('a later change of them would not show: 18.')
   methods = _methods(tmp_path)
   assert 'before any run' not in methods and first in methods
   assert 'changed once since' in methods
@@ -738,6 +750,137 @@ def test_methods_say_what_had_been_looked_at(whole, frozen, tmp_path):
                 'plan.seeds.confirm', 'Reason: it was not enough'):
     assert words in methods
   assert 'fresh' not in methods and 'before any run' not in methods
+
+
+# What may be believed of its results.
+
+
+def _copy(whole, folder):
+  return pathlib.Path(shutil.copytree(whole[2], folder / 'w'))
+
+
+def _publish(folder, *workdirs):
+  """Returns the page of verdicts."""
+  page = folder / 'p.md'
+  publish.main(argparse.Namespace(workdirs=workdirs, page=page,
+                                  bundles=folder / 'bundles'))
+  return page.read_text()
+
+
+def _triple_effect(path):
+  """Triples an effect of results.json, with a fresh checksum."""
+  tree = layout.load_with_checksum(path)
+  tree['confirm'][0]['effect'] *= 3
+  layout.save_with_checksum(path, tree)
+
+
+def test_verdicts_are_published_from_bundles_alone(
+    whole, frozen, tmp_path, monkeypatch):
+  first = _publish(tmp_path, whole[2])
+  verdict, = whole[1]['confirm']
+  row, = [line for line in first.splitlines() if line.startswith('| none (')]
+  assert f'{verdict["effect"]:+.4f} [{verdict["low"]:+.4f}' in row
+  assert '| worse |' in row and f'plan {frozen.hash}' in first
+  for words in ('rate of 0.05 in the screening (Q)', 'tuned with 1 seed.',
+                'at the edge of what was tried for base, none',
+                f'the test of the confirmation was {decide.STUDENT}.',
+                *whole[1]['statistics']['codes']):
+    assert words in first
+  # Without the workdir the page is the same, and so are the bytes of a bundle.
+  path, = (tmp_path / 'bundles').iterdir()
+  assert _publish(tmp_path) == first
+  c = comparison.load_comparison(whole[2])
+  assert publish.bundle_study(whole[2], c.results) == path.read_bytes()
+  with tarfile.open(path) as tar:
+    tar.extractall(tmp_path / 'unpacked', filter='data')
+  back = comparison.load_comparison(tmp_path / 'unpacked')
+  assert (back.estimates, back.warnings) == (c.estimates, c.warnings)
+  # A bundle of whose runs this code gives other verdicts, or that is none.
+  differences = decide.pairing.mean_differences
+  monkeypatch.setattr(decide.pairing, 'mean_differences', lambda by_seed: [
+      1.5 * x for x in differences(by_seed)])
+  effect = verdict['effect']
+  with pytest.raises(RequestError, match=f'confirm, none, loss: effect '
+                     f'{effect:.4g} and not {1.5 * effect:.4g}'):
+    _publish(tmp_path)
+  monkeypatch.undo()
+  path.write_bytes(path.read_bytes()[:500])
+  with pytest.raises(RequestError, match='is no bundle'):
+    _publish(tmp_path)
+  path.unlink()
+  assert _publish(tmp_path).endswith('\nNo study has been published yet.\n')
+
+
+def test_no_effect_that_was_saved_is_believed(whole, tmp_path):
+  workdir = _copy(whole, tmp_path)
+  _triple_effect(workdir / results.FILE)
+  c = comparison.load_comparison(workdir)
+  assert c.effect('confirm', 'none', 'loss') == whole[1]['confirm'][0]
+  true_effect = whole[1]['confirm'][0]['effect']
+  words = (f'confirm, none, loss: effect {3 * true_effect:.4g} and not '
+           f'{true_effect:.4g}')
+  assert any(words in line for line in c.warnings)
+  assert f'| worse | {true_effect:+.4f} [' in _publish(tmp_path, workdir)
+  # Nor is one in a bundle, whose ledger and metrics are as they were.
+  path, = (tmp_path / 'bundles').iterdir()
+  shutil.unpack_archive(path, tmp_path / 'unpacked')
+  _triple_effect(tmp_path / 'unpacked' / results.FILE)
+  packed = shutil.make_archive(str(path).removesuffix('.tar.gz'), 'gztar',
+                               tmp_path / 'unpacked')
+  assert packed == str(path)
+  with pytest.raises(RequestError, match=f'{words}.* publish the study again'):
+    _publish(tmp_path)
+
+
+def _lower_losses(workdir, pattern, by):
+  """Lowers the held-out losses of runs; returns their folders."""
+  paths = sorted(workdir.glob(pattern))
+  for path in paths:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+      if row['split'] == 'eval':
+        row['loss'] -= by
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return [path.parent for path in paths]
+
+
+def test_runs_whose_figures_changed_since_they_ended_are_refused(
+    whole, tmp_path):
+  workdir = _copy(whole, tmp_path)
+  _lower_losses(workdir, 'confirm/points/*.none/*/metrics.jsonl', 0.2)
+  words = ('the figures of 9 runs have changed .*confirm/text.s.none, seed '
+           r'\d+; .*; and 6 more')
+  for use in (comparison.load_comparison, lambda w: _publish(tmp_path, w)):
+    with pytest.raises(RequestError, match=words):
+      use(workdir)
+  assert not (tmp_path / 'bundles').exists()
+
+
+def test_a_variant_that_was_stopped_does_not_pass_by_other_figures(
+    frozen, tmp_path):
+  """Nor where the hashes of its runs are forged: then it was not confirmed."""
+  workdir = tmp_path / 'w'
+  # Over three seeds the differences of the variant have a mean of 0.
+  start(workdir, frozen, loss=lambda config: (
+      2.0 + 0.1 * config.optim.lr
+      + 0.01 * studies.spread(config.seed, str(config.init_seed))
+      + 0.01 * (config.model.position == 'none') * (config.seed % 3 - 1)))
+  verdict, = read(workdir)['screen']
+  assert verdict['verdict'] == decide.STOPPED
+  assert '| stopped at the screen |' in _publish(tmp_path, workdir)
+  runs = _lower_losses(workdir, 'screen/points/*.none/*/metrics.jsonl', 0.5)
+  with pytest.raises(RequestError, match='the figures of 3 runs have changed'):
+    comparison.load_comparison(workdir)
+  with layout.StudyLedger(workdir) as ledger:
+    for run in runs:
+      ledger.add_ended_run(
+          folder='screen', point=run.parent.name, seed=int(run.name[5:]),
+          hash=layout.hash_figures(run))
+  c = comparison.load_comparison(workdir)
+  assert 'confirm is to be done (confirm was not begun)' in c.warnings[1]
+  assert f'{decide.STOPPED} and not {decide.PASSED}' in c.warnings[0]
+  with pytest.raises(RequestError, match='over .confirm was not begun.: there'):
+    _publish(tmp_path, workdir)
 
 
 def _with(frozen, **plan):
@@ -792,13 +935,26 @@ def test_hours_and_states_are_known_of_what_has_run(
   capsys.readouterr()
   assert status.main(types.SimpleNamespace(
       where='', workdir=str(workdir), json=True)) == 0
-  rows = json.loads(capsys.readouterr().out)['phases']
-  assert {row['phase']: row['states'] for row in rows} == {
+  told = json.loads(capsys.readouterr().out)
+  assert {row['phase']: row['states'] for row in told['phases']} == {
       phase: {'done': row['done']} for phase, row in found['phases'].items()}
+  assert (told['seconds_left'], told['verdicts']) == (0, {'none': 'worse'})
   plans.adopt_plan(tmp_path, frozen)
   assert status.main(types.SimpleNamespace(
       where=str(tmp_path), workdir='', json=False)) == 0
-  assert 'screen  not begun, 6 planned at most' in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert 'screen  not begun, 6 planned at most' in out
+  assert 'time left: not known yet' in out
+  # After an amendment, and one of its phases.
+  begun = tmp_path / 'begun'
+  start(begun, frozen, until='noise', anyway=True)
+  plans.adopt_plan(begun, _with(frozen, alpha=0.01), 'it was too much')
+  assert status.main(types.SimpleNamespace(
+      where=str(begun), workdir='', json=False)) == 0
+  out = capsys.readouterr().out
+  assert 'plan.alpha. Reason: it was too much' in out
+  seconds = sum(cost.seconds for cost in results.costs(frozen, 8, times)[1:])
+  assert f'at most {progress.format_seconds(seconds)} of one process' in out
 
 
 def test_a_plan_has_hours_before_anything_has_run(
