@@ -8,6 +8,7 @@ r"""Checks, runs, watches and reports a sweep or a study over a config.
   python -m tools.compare publish runs/parts_study
   python -m tools.compare judge runs/loop/base runs/loop/rope --json
   python -m tools.compare items runs/a runs/b
+  python -m tools.compare referee logs/muon logs/soap
   python -m tools.compare fit runs/ladder --budgets=1e15,1e16
 
 A sweep is a file of configs/sweeps/: a base config, and points that change
@@ -39,6 +40,8 @@ COMMANDS = {
     'judge': ('tools.compare.judge', 'whether a variant is better, for loops '
               'that ask often'),
     'items': ('tools.compare.items', 'whether two runs differ, item by item'),
+    'referee': ('tools.compare.referee', 'verdicts on runs that others made, '
+                'from their logs'),
     'fit': ('tools.compare.scaling', 'the scaling law of a ladder'),
 }
 

@@ -273,10 +273,22 @@ def _draw_effects(axes: Any, comparison: Comparison, rows: Sequence[Mapping],
     if len(bars) > 1:  # some space between variants
       y += 0.6
 
-  # The line of no effect, and the first variant at the top.
+  _finish_forest(axes, tick_labels, y)
+
+
+def _finish_forest(axes: Any, tick_labels: Mapping[float, str], bottom: float
+                   ) -> None:
+  """Draws the line of no effect and the labels of the bars, with the first bar
+  at the top.
+
+  Args:
+    axes: matplotlib's axes.
+    tick_labels: the label of each bar by its height.
+    bottom: the height below the last bar.
+  """
   axes.axvline(0, color=INK, linewidth=0.6, linestyle=_DASHES_OF_REFERENCE)
   axes.set_yticks(list(tick_labels), tick_labels.values())
-  axes.set_ylim(y - 0.4, -0.8)
+  axes.set_ylim(bottom - 0.4, -0.8)
   axes.grid(axis='x')
   axes.locator_params(axis='x', nbins=4)
   axes.tick_params(axis='y', length=0)
@@ -312,6 +324,34 @@ def _draw_bar(axes: Any, y: float, estimate: Mapping[str, Any], colour: str,
     fill = 'none'
   axes.plot(estimate['effect'], y, marker, color=colour, markersize=marker_size,
             markeredgewidth=0.8, markerfacecolor=fill)
+
+
+def draw_verdicts(rows: Sequence[Mapping[str, Any]], xlabel: str) -> Any:
+  """Returns the matplotlib figure of some verdicts: a bar for each difference
+  with its interval, in the colour of its verdict, from the top down.
+
+  Args:
+    rows: the differences, each with its 'entry', 'effect', 'low' and 'high',
+      'differences' of pairs of runs, and 'verdict'.
+    xlabel: what is drawn, below the axis.
+  """
+  from matplotlib.figure import Figure
+  labels = shorten_labels([row['entry'] for row in rows], 40)
+  with drawing_style('verdicts'):
+    figure = Figure(figsize=(PAGE_WIDTH, 0.8 + 0.22 * len(rows)))
+    axes = figure.subplots()
+    for y, row in enumerate(rows):
+      colour = _COLOUR_OF_MARK.get(page.MARKS.get(row['verdict']),
+                                   COLOUR_OF_NOISE)
+      _draw_bar(axes=axes, y=y, estimate=row, colour=colour, marker=MARKERS[0],
+                is_main=True)
+      axes.text(1.02, y, row['verdict'], va='center', fontsize=6.5,
+                transform=axes.get_yaxis_transform(), color=colour)
+    _finish_forest(axes, {y: labels[row['entry']]
+                          for y, row in enumerate(rows)}, len(rows))
+    axes.set_xlabel(xlabel)
+    figure.draw_without_rendering()  # under this style, wherever it is written
+  return figure
 
 
 def draw_measures_by_size(comparison: Comparison) -> Any:

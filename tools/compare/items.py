@@ -53,8 +53,27 @@ def compare_items(base: str, variant: str) -> list[dict[str, Any]]:
   Raises:
     RequestError: where there is no such figure.
   """
-  base_records = _read_records_by_seed(base)
-  variant_records = _read_records_by_seed(variant)
+  rows = compare_records(_read_records_by_seed(base),
+                         _read_records_by_seed(variant))
+  require(rows, f'{base} and {variant} have no figure of the same items of the '
+          'same seeds')
+
+  # Each as one of several.
+  corrected_ps = statistics.correct_p_values([row['p'] for row in rows])
+  for row, p_corrected in zip(rows, corrected_ps):
+    row['p_corrected'] = p_corrected
+  return rows
+
+
+def compare_records(base_records: Mapping[str, Mapping[str, dict]],
+                    variant_records: Mapping[str, Mapping[str, dict]]
+                    ) -> list[dict[str, Any]]:
+  """Returns the rows of `compare_items` before their correction.
+
+  Args:
+    base_records, variant_records: the scores of the items of each figure, by
+      seed and by the name of the figure.
+  """
   seeds = [seed for seed in base_records if seed in variant_records]
   figures: dict[str, None] = {}  # in the order of the base's records
   for seed in seeds:
@@ -72,13 +91,6 @@ def compare_items(base: str, variant: str) -> list[dict[str, Any]]:
       base_SQ, variant_SQ, weights_Q = scores
       test = _test_figure(base_SQ, variant_SQ, weights_Q)
       rows.append({'figure': figure} | test)
-  require(rows, f'{base} and {variant} have no figure of the same items of the '
-          'same seeds')
-
-  # Each as one of several.
-  corrected_ps = statistics.correct_p_values([row['p'] for row in rows])
-  for row, p_corrected in zip(rows, corrected_ps):
-    row['p_corrected'] = p_corrected
   return rows
 
 

@@ -21,6 +21,9 @@ MIN_POINTS_OF_CURVE = 6
 # To find the power of a test: how many studies are simulated, and the largest
 # number of seeds that is tried.
 NUM_SIMULATED_STUDIES, MAX_SEEDS = 2048, 10_000
+# How often the largest of many looks is simulated: a p of 0.001 is then known
+# to an eighth of itself.
+NUM_DRAWS_OF_LOOKS = 2 ** 16
 # With fewer seeds no choice of signs has a p below 0.05: 2^-4 > 0.05 > 2^-5.
 MIN_SEEDS_OF_PERMUTATION = 6
 # A mean over more seeds than these is normal whatever the noise is.
@@ -45,7 +48,7 @@ class PooledDeviation(NamedTuple):
     df: its degrees of freedom.
   """
   sd: float
-  df: int
+  df: float
 
 
 class Interval(NamedTuple):
@@ -377,6 +380,199 @@ def permutation_p_value(values: Sequence[float]) -> float | None:
   # sums round otherwise.
   mean_of_data = means[0] * (1 - 1e-12)
   return float(np.mean(means >= mean_of_data))
+
+
+class MeanDifference(NamedTuple):
+  """A difference of the means of two groups of runs, and how far it is known.
+
+  Attributes:
+    mean: the difference.
+    standard_error: the standard deviation of `mean`.
+    df: the degrees of freedom of `standard_error`; infinite where the deviation
+      of a run is known beforehand.
+    deviation: the standard deviation of the difference of two single runs, one
+      of each group.
+    df_per_run: by how many degrees of freedom one more run of each group adds
+      to `df`; infinite where the deviation is not measured by these runs.
+  """
+  mean: float
+  standard_error: float
+  df: float
+  deviation: float
+  df_per_run: float
+
+  @property
+  def p(self) -> float:
+    """The two-sided p of Student's t-test that the difference is 0."""
+    from scipy.special import stdtr
+    return float(2 * stdtr(self.df, -abs(self.mean) / self.standard_error))
+
+  def interval(self, level: float) -> tuple[float, float]:
+    """Returns the ends of Student's interval, outside of which the true
+    difference lies with the probability `level`."""
+    from scipy.special import stdtrit
+    half_width = float(stdtrit(self.df, 1 - level / 2)) * self.standard_error
+    return self.mean - half_width, self.mean + half_width
+
+  def detectable(self, level: float, power: float) -> float:
+    """Returns the true difference that so many runs find at a two-sided level
+    with the probability `power`: (t(1 - level / 2) + t(power)) times the
+    standard error, with the quantiles t of Student's distribution."""
+    return _sum_of_quantiles(self.df, level, power) * self.standard_error
+
+  def runs_needed(self, level: float, power: float) -> int | None:
+    """Returns how many runs of each group would find a difference as large as
+    this one at a two-sided level with the probability `power`; None where
+    MAX_SEEDS are too few."""
+    def is_enough(runs: int) -> bool:
+      """Returns whether that many runs of each group find it."""
+      df = self.df_per_run * (runs - 1)
+      standard_error = self.deviation / math.sqrt(runs)
+      least = _sum_of_quantiles(df, level, power) * standard_error
+      return least <= abs(self.mean)
+
+    # Where the deviation is not measured by these runs, two of them will do.
+    numbers = range(2, MAX_SEEDS + 1)
+    index = bisect.bisect_left(numbers, True, key=is_enough)
+    return numbers[index] if index < len(numbers) else None
+
+
+def _sum_of_quantiles(df: float, level: float, power: float) -> float:
+  """Returns t(1 - level / 2) + t(power) of Student's distribution."""
+  from scipy.special import stdtrit
+  return float(stdtrit(df, 1 - level / 2) + stdtrit(df, power))
+
+
+def difference_of_pairs(differences: Sequence[float]) -> MeanDifference | None:
+  """Returns the mean of the differences of pairs of runs; None for fewer than
+  MIN_SEEDS of them, or for differences that are all alike.
+
+  Args:
+    differences: the difference of each pair, such as the runs of one seed.
+  """
+  if len(differences) < MIN_SEEDS or _are_all_alike(differences):
+    return None
+  sd = float(np.std(differences, ddof=1))
+  return MeanDifference(
+      mean=float(np.mean(differences)),
+      standard_error=sd / math.sqrt(len(differences)),
+      df=len(differences) - 1, deviation=sd, df_per_run=1)
+
+
+def difference_of_groups(values: Sequence[float], base_values: Sequence[float]
+                         ) -> MeanDifference | None:
+  """Returns the difference of the means of two groups of runs that have nothing
+  in common, whose deviations may differ (Welch 1947); None where either has
+  fewer than MIN_SEEDS runs, or has runs that are all alike.
+
+  Args:
+    values: the figure of each run of one group.
+    base_values: that of each run of the group that is subtracted.
+  """
+  groups = (values, base_values)
+  if any(len(group) < MIN_SEEDS or _are_all_alike(group) for group in groups):
+    return None
+  variances = [float(np.var(group, ddof=1)) for group in groups]
+  squares = [variance / len(group)
+             for variance, group in zip(variances, groups)]
+  # Welch and Satterthwaite's degrees of freedom.
+  df_of_squares = sum(square ** 2 / (len(group) - 1)
+                      for square, group in zip(squares, groups))
+  return MeanDifference(
+      mean=float(np.mean(values) - np.mean(base_values)),
+      standard_error=math.sqrt(sum(squares)),
+      df=sum(squares) ** 2 / df_of_squares,
+      deviation=math.sqrt(sum(variances)), df_per_run=2)
+
+
+def difference_of_means(mean: float, num_runs: int, base_mean: float,
+                        base_num_runs: int, pooled: PooledDeviation
+                        ) -> MeanDifference:
+  """Returns the difference of two means of runs of which each has the same
+  standard deviation.
+
+  Args:
+    mean, num_runs: the mean of one group, and how many runs it is of.
+    base_mean, base_num_runs: likewise of the group that is subtracted.
+    pooled: the deviation of a run; its `df` is infinite where it is known.
+  """
+  return MeanDifference(
+      mean=mean - base_mean,
+      standard_error=pooled.sd * math.sqrt(1 / num_runs + 1 / base_num_runs),
+      df=pooled.df, deviation=pooled.sd * math.sqrt(2), df_per_run=math.inf)
+
+
+def pool_deviations(groups: Sequence[Sequence[float]]
+                    ) -> PooledDeviation | None:
+  """Returns one standard deviation of a run for all groups of runs, each around
+  its own mean; None where no group has two runs that differ."""
+  df = sum(len(group) - 1 for group in groups)
+  sum_of_squares = sum(float(np.var(group)) * len(group) for group in groups)
+  if not sum_of_squares:
+    return None
+  return PooledDeviation(sd=math.sqrt(sum_of_squares / df), df=df)
+
+
+class Looks(NamedTuple):
+  """The tests at each evaluation that a mean loss is below a target.
+
+  Attributes:
+    p: the one-sided p of each evaluation by itself.
+    p_counted: the probability that any of all evaluations has a p as small
+      where none has a mean below the target.
+  """
+  p: np.ndarray
+  p_counted: np.ndarray
+
+
+def p_values_of_looks(losses_RL: np.ndarray, target: float,
+                      known_deviation: float | None = None) -> Looks | None:
+  """Tests at each evaluation of some runs whether their mean loss is below a
+  target, by itself and counting all looks.
+
+  Who takes the first evaluation that passes has looked at all of them. The
+  noise of a run at one step is nearly that at the next, so that L looks are
+  fewer than L tests. Their correlation is that of the runs' residuals; the
+  largest of L normal numbers with this correlation is simulated (the step-down
+  of Westfall and Young 1993, its first step).
+
+  Args:
+    losses_RL: the loss of each of R runs at L evaluations.
+    target: the target.
+    known_deviation: the standard deviation of a run; None: it is measured at
+      each evaluation, by Student's test.
+
+  Returns:
+    The p of each evaluation; None where the deviation is measured by fewer than
+    MIN_SEEDS runs.
+  """
+  from scipy.special import ndtri, ndtr, stdtr
+  R, L = losses_RL.shape
+  distance_L = target - losses_RL.mean(0)
+  if known_deviation is not None:
+    p_L = ndtr(-distance_L * math.sqrt(R) / known_deviation)
+  elif R < MIN_SEEDS:
+    return None
+  else:
+    deviation_L = np.maximum(losses_RL.std(0, ddof=1), 1e-300)
+    p_L = stdtr(R - 1, -distance_L * math.sqrt(R) / deviation_L)
+  # Without residuals the looks are taken for independent: Bonferroni.
+  if R == 1:
+    return Looks(p=p_L, p_counted=np.minimum(L * p_L, 1.0))
+
+  # Residuals of unit length: sums of them with normal weights have a variance
+  # of 1, and the correlation of the residuals.
+  residuals_RL = losses_RL - losses_RL.mean(0)
+  length_L = np.sqrt((residuals_RL ** 2).sum(0))
+  residuals_RL = residuals_RL / np.maximum(length_L, 1e-300)
+  weights_NR = np.random.default_rng(0).normal(size=(NUM_DRAWS_OF_LOOKS, R))
+  largest_N = np.sort((weights_NR @ residuals_RL).max(1))
+
+  # The share of draws whose largest number is as far out as the p of the look.
+  z_L = -ndtri(np.clip(p_L, 1e-300, 1 - 1e-16))
+  num_smaller_L = np.searchsorted(largest_N, z_L)
+  p_counted_L = 1 - num_smaller_L / NUM_DRAWS_OF_LOOKS
+  return Looks(p=p_L, p_counted=np.maximum(p_counted_L, p_L))
 
 
 class NoiseShape(NamedTuple):

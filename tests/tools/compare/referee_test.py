@@ -1,0 +1,264 @@
+"""The referee: files as the programs that make them write them, tests beside
+scipy's, and the looks at a run that is read at every step."""
+
+import argparse
+import csv
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from common.errors import RequestError
+from tools.compare import foreign, referee, statistics
+
+STEPS = (100, 200, 300)
+TRACK3 = pathlib.Path(__file__).parents[4] / 'shared/data/track3'
+
+
+def _losses(effect, seed, num_runs=4):
+  """Returns the loss of each run at STEPS, whose noise is that of a seed."""
+  noise = np.random.default_rng(seed).normal(0, 0.01, (num_runs, 1))
+  return (4 - effect - 0.003 * np.array(STEPS) + noise).round(5)
+
+
+ENTRIES = {'base': _losses(0, 0), 'better': _losses(0.05, 1)}
+
+
+def _judge(capsys, *words):
+  parser = argparse.ArgumentParser()
+  referee.add_arguments(parser)
+  words = [str(word) for word in words]
+  assert referee.main(parser.parse_args([*words, '--json'])) == 0
+  return json.loads(capsys.readouterr().out)
+
+
+def _write_csv(file, rows):
+  with open(file, 'w', newline='') as opened:
+    csv.writer(opened).writerows(rows)
+
+
+def _write_nanogpt(folder, entry, losses):
+  """As its print0: below the source, whose own print holds no number."""
+  lines = [f"print(f'step:{{step}}/{STEPS[-1]} val_loss:{{val_loss:.5f}}')"]
+  for run in losses:  # one after the other in one file
+    lines += [f'step:{step}/{STEPS[-1]} val_loss:{loss:.5f} train_time:9.1s '
+              'step_avg:157.01ms' for step, loss in zip(STEPS, run)]
+  (folder / f'{entry}.txt').write_text('\n'.join(lines))
+
+
+def _write_trainer(folder, entry, losses):
+  """By transformers, with an earlier checkpoint of each run."""
+  from transformers.trainer_callback import TrainerState
+  for seed, run in enumerate(losses):
+    history = []
+    for step, loss in zip(STEPS, run):
+      history += [{'loss': 9.0, 'epoch': 0.1, 'step': step},
+                  {'eval_loss': float(loss), 'epoch': 0.1, 'step': step}]
+      checkpoint = folder / entry / f'seed-{seed}' / f'checkpoint-{step}'
+      checkpoint.mkdir(parents=True)
+      TrainerState(log_history=history, global_step=step).save_to_json(
+          str(checkpoint / 'trainer_state.json'))
+
+
+def _write_events(folder, entry, losses):
+  """By TensorBoard's own writers, of both kinds of scalars; each run in two
+  files, as one that was resumed."""
+  from tensorboard.compat.proto import event_pb2, summary_pb2
+  from tensorboard.plugins.scalar import summary_v2
+  from tensorboard.summary.writer import event_file_writer
+  for seed, run in enumerate(losses):
+    for part in (slice(0, 2), slice(2, 3)):
+      writer = event_file_writer.EventFileWriter(
+          str(folder / entry / f'seed-{seed}'),
+          filename_suffix=f'.{part.start}')
+      for step, loss in zip(STEPS[part], run[part]):
+        summary = summary_v2.scalar_pb('eval/loss', float(loss))
+        if entry == 'base':
+          summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(
+              tag='eval/loss', simple_value=float(loss))])
+        writer.add_event(event_pb2.Event(step=step, summary=summary))
+      writer.close()
+
+
+def _write_wandb_chart(folder, entry, losses):
+  rows = [['Step']]
+  for seed in range(len(losses)):
+    name = f'{entry}-seed{seed} - val/loss'
+    rows[0] += [name, f'{name}__MIN', f'{name}__MAX']
+  for step, at_step in zip(STEPS, losses.T):
+    rows.append([step, *np.repeat(at_step, 3)])
+  _write_csv(folder / f'{entry}.csv', rows)
+
+
+def _write_history(folder, entry, losses):
+  """As wandb.Api().run(...).history().to_csv(), or trackio's, a file a run."""
+  for seed, run in enumerate(losses):
+    rows = [['', '_step', '_timestamp', 'train/loss', 'val/loss']]
+    for i, (step, loss) in enumerate(zip(STEPS, run)):
+      rows += [[2 * i, step - 1, 1e9, 9.0, ''],
+               [2 * i + 1, step, 1e9, '', loss]]
+    (folder / entry).mkdir(exist_ok=True)
+    _write_csv(folder / entry / f'seed_{seed}.csv', rows)
+
+
+def _write_plain(folder, entry, losses):
+  rows = [['run', 'seed', 'step', 'loss']]
+  for seed, run in enumerate(losses):
+    rows += [[entry, seed, step, loss] for step, loss in zip(STEPS, run)]
+  _write_csv(folder / f'{entry}.csv', rows)
+
+
+@pytest.mark.parametrize('write, has_seeds', [
+    (_write_nanogpt, False), (_write_trainer, True), (_write_events, True),
+    (_write_wandb_chart, True), (_write_history, True), (_write_plain, True)])
+def test_each_format_gives_scipys_test_of_the_same_runs(
+    tmp_path, capsys, write, has_seeds):
+  sources = []
+  for entry, losses in ENTRIES.items():
+    write(tmp_path, entry, losses)
+    sources += [path for path in sorted(tmp_path.iterdir())
+                if path.stem == entry]
+  row, = _judge(capsys, *sources)['comparisons']
+  base, better = (losses[:, -1] for losses in ENTRIES.values())
+  test = stats.ttest_ind(better, base, equal_var=False)
+  if has_seeds:
+    test = stats.ttest_rel(better, base)
+  interval = test.confidence_interval()
+  assert (row['effect'], row['p'], row['low'], row['high']) == pytest.approx(
+      ((better - base).mean(), test.pvalue, interval.low, interval.high),
+      rel=1e-3)
+  assert (row['runs'], row['step'], row['verdict']) == (4, 300, 'better')
+
+
+def test_samples_of_lm_eval_are_paired_item_by_item(tmp_path, capsys):
+  """By the writer of lm-eval itself."""
+  from lm_eval.loggers import EvaluationTracker
+  right = np.random.default_rng(0).integers(2, size=(1, 40)).repeat(2, axis=0)
+  right[1, :24], right[1, 24] = 1, 1 - right[0, 24]
+  for entry, scores in zip(ENTRIES, right):
+    tracker = EvaluationTracker(output_path=str(tmp_path / entry))
+    tracker.general_config_tracker.model_name_sanitized = 'model'
+    tracker.date_id = '2026-01-01T00-00-00.000000'
+    samples = [{'doc_id': i, 'doc': {}, 'target': 0, 'arguments': [('a', 'b')],
+                'resps': [[1]], 'filtered_resps': [1], 'filter': 'none',
+                'metrics': ['acc'], 'doc_hash': f'h{i}', 'prompt_hash': '',
+                'target_hash': '', 'acc': float(score)}
+               for i, score in enumerate(scores)]
+    tracker.save_results_samples('arc_easy', samples)
+  answer = _judge(capsys, tmp_path / 'base', tmp_path / 'better')
+  row, = answer['comparisons']
+  wins, losses = np.sum(right[1] > right[0]), np.sum(right[1] < right[0])
+  assert row['metric'] == 'arc_easy/acc' and row['effect'] > 0
+  assert row['p'] == pytest.approx(stats.binomtest(
+      int(wins), int(wins + losses)).pvalue)
+  assert row['verdict'] == 'better' and row['test'] == 'McNemar, 40 items'
+
+
+def test_noise_of_all_entries_and_holm_over_all_of_them(tmp_path, capsys):
+  """One run is compared by the noise of the others; a saved step is charged."""
+  rows = [['entry', 'seed', 'step', 'loss']]
+  random = np.random.default_rng(3)
+  values = {'a': random.normal(3, 0.01, 6), 'b': random.normal(2.98, 0.01, 5),
+            'c': [2.97]}
+  for entry, losses in values.items():
+    step = 100 if entry == 'a' else 90
+    # The seeds of b are others than those of a: they are no pairs.
+    rows += [[entry, f'{seed + 50 * (entry == "b")}', step, loss]
+             for seed, loss in enumerate(losses)]
+  _write_csv(tmp_path / 'runs.csv', rows)
+
+  own = _judge(capsys, tmp_path / 'runs.csv')
+  welch = stats.ttest_ind(values['b'], values['a'], equal_var=False).pvalue
+  assert [row['p'] for row in own['comparisons']] == [
+      pytest.approx(welch), None]
+  assert own['comparisons'][1]['verdict'] == 'noise unknown'
+  assert 'not charged' in own['summary'] and '--pooled' in own['summary']
+
+  pooled = _judge(capsys, tmp_path / 'runs.csv', '--pooled',
+                  '--loss_per_step=0.0005')['comparisons']
+  sd = np.sqrt((5 * np.var(values['a'], ddof=1)
+                + 4 * np.var(values['b'], ddof=1)) / 9)
+  p_values = []
+  for entry in 'bc':
+    effect = np.mean(values[entry]) - np.mean(values['a']) - 0.005
+    se = sd * np.sqrt(1 / 6 + 1 / len(values[entry]))
+    p_values.append(2 * stats.t.sf(abs(effect) / se, 9))
+  assert [row['p'] for row in pooled] == pytest.approx(p_values)
+  assert [row['p_corrected'] for row in pooled] == pytest.approx(
+      statistics.correct_p_values(p_values))
+
+
+def test_the_runs_that_are_needed_and_what_so_many_find():
+  """Against simulated tests of two groups of runs."""
+  base = np.random.default_rng(0).normal(0, 1, 8)
+  difference = statistics.difference_of_groups(base + 0.8, base)
+  runs = difference.runs_needed(level=0.05, power=0.8)
+  random, sd = np.random.default_rng(1), np.std(base, ddof=1)
+  for effect, n in ((0.8, runs), (difference.detectable(0.05, 0.8), 8)):
+    samples = random.normal(0, sd, (2, 4000, n)) + [[[0.0]], [[effect]]]
+    p = stats.ttest_ind(samples[0], samples[1], axis=1).pvalue
+    assert np.mean(p < 0.05) == pytest.approx(0.8, abs=0.03)
+
+
+def test_looks_at_every_step_are_counted_by_their_correlation():
+  """The mean is never below the target: whoever takes the first step that
+  passes claims so in more than 5 % of cases, and who counts looks does not.
+  Looks that are all the same are one."""
+  random = np.random.default_rng(0)
+  num_false = np.zeros(2)
+  for _ in range(400):
+    # Half of the variance of a run is its own at each of 20 looks.
+    losses_RL = random.normal(size=(8, 1)) + random.normal(size=(8, 20))
+    looks = statistics.p_values_of_looks(losses_RL, target=0.0,
+                                         known_deviation=2 ** 0.5)
+    num_false += [min(looks.p) <= 0.05, min(looks.p_counted) <= 0.05]
+  assert num_false[0] > 60 and num_false[1] < 32
+
+  same = np.repeat(random.normal(-0.5, 1, size=(8, 1)), 20, axis=1)
+  looks = statistics.p_values_of_looks(same, target=0.0)
+  assert looks.p[0] == pytest.approx(stats.ttest_1samp(
+      same[:, 0], 0, alternative='less').pvalue)
+  assert looks.p_counted[0] == pytest.approx(looks.p[0], rel=0.1)
+
+
+def test_wrong_requests_are_refused(tmp_path, capsys):
+  _write_plain(tmp_path, 'base', ENTRIES['base'])
+  with pytest.raises(RequestError, match='one entry alone'):
+    _judge(capsys, tmp_path / 'base.csv')
+  with pytest.raises(RequestError, match="no runs of 'other'"):
+    _judge(capsys, tmp_path / 'base.csv', '--entries=other')
+  _write_nanogpt(tmp_path, 'log', ENTRIES['base'])
+  with pytest.raises(RequestError, match='several formats'):
+    foreign.read_source(tmp_path)
+  (tmp_path / 'page.md').write_text('no runs')
+  with pytest.raises(RequestError, match='has no runs that are known'):
+    foreign.read_source(tmp_path / 'page.md')
+  _write_csv(tmp_path / 'two.csv', [
+      ['run', 'step', 'a', 'b'], ['x', 1, 2, 3], ['y', 1, 2, 3]])
+  with pytest.raises(RequestError, match='choose one with --metric'):
+    _judge(capsys, tmp_path / 'two.csv')
+
+
+@pytest.mark.skipif(not TRACK3.is_dir(), reason='the runs of track 3 of '
+                    'modded-nanogpt are not there')
+def test_the_records_of_track_3(tmp_path, capsys):
+  """By the rule of the benchmark 8 of 19 are better than the one before:
+  (difference + 0.000045 a step) / sqrt(1/n + 1/m) >= 0.004."""
+  with open(TRACK3 / 'records.csv', newline='') as file:
+    records = [row for row in csv.DictReader(file) if row['record'] == '1']
+  _write_csv(tmp_path / 'records.csv',
+             [[*records[0]], *([*row.values()] for row in records)])
+  num_better = 0
+  for old, new in zip(records, records[1:]):
+    saved = int(old['steps']) - int(new['steps'])
+    gain = (float(old['mean_loss']) - float(new['mean_loss'])
+            + 0.000045 * saved)
+    runs = 1 / int(old['n']) + 1 / int(new['n'])
+    num_better += gain / runs ** 0.5 >= 0.004
+  answer = _judge(capsys, tmp_path / 'records.csv', '--successive',
+                  '--sd=0.0013', '--loss_per_step=0.000045', '--uncorrected',
+                  '--alpha=0.0021')
+  verdicts = [row['verdict'] for row in answer['comparisons']]
+  assert verdicts.count('better') == num_better == 8

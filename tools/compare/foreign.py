@@ -1,0 +1,443 @@
+"""Readers of the runs that other programs logged, for the referee (referee.py).
+
+A file is known by what it holds and not by its name. To add a format, write a
+class with `title`, `recognizes` and `read`, and add it to READERS.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import csv
+import dataclasses
+import io
+import numbers
+import pathlib
+import re
+from typing import Any, Protocol
+
+from common.errors import RequestError, join_choices, require
+from training.evals import items
+from training.workdir import storage
+
+# The value of a figure, such as the held-out loss, by step.
+Curve = Mapping[int, float]
+# Columns of a CSV by what they hold, in lower case, the first one there counts.
+_COLUMN_NAMES = {
+    'entry': ('entry', 'variant', 'model', 'group', 'config'),
+    'run': ('run', 'run_id', 'run_name', 'name', 'id'),
+    'seed': ('seed',),
+    'step': ('step', '_step', 'global_step', 'train/global_step',
+             'trainer/global_step', 'iteration', 'iter', 'steps'),
+    'mean': ('mean', 'mean_loss', 'avg_loss', 'mean_val_loss'),
+    'num_runs': ('n', 'num_runs', 'runs', 'seeds')}
+# The binary head of a file with a NUL byte is no text.
+_BYTES_OF_HEAD = 4096
+_SEED = re.compile(r'(?:^|[-_/ .])seed[-_=]?(\d+)(?=$|[-_/ .])')
+
+
+@dataclasses.dataclass(frozen=True)
+class ForeignRun:
+  """A run, as its log tells it.
+
+  Attributes:
+    path: the names of its folders and of itself, with '/' between them.
+    seed: its seed; None: the log does not say.
+    curves: the value of each figure by step, by the name of the figure.
+    items: by the name of a figure, the scores of its items, such as questions
+      (training/evals/items.py).
+  """
+  path: str
+  seed: int | None = None
+  curves: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
+  items: Mapping[str, dict] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportedMean:
+  """A row of a table of results: a mean whose runs are not there.
+
+  Attributes:
+    path: the name of what was trained.
+    step: the step of the figure; None: the table does not say.
+    mean: the mean over runs.
+    num_runs: the number of runs.
+  """
+  path: str
+  step: int | None
+  mean: float
+  num_runs: int
+
+
+class Reader(Protocol):
+  """A reader of one format.
+
+  Attributes:
+    title: the format, as messages call it.
+  """
+  title: str
+
+  def recognizes(self, text: str) -> bool:
+    """Returns whether a file with this text has the format."""
+    ...
+
+  def read(self, file: pathlib.Path, path: str, text: str
+           ) -> Sequence[ForeignRun | ReportedMean]:
+    """Returns the runs of a file.
+
+    Args:
+      file: the file.
+      path: its path below the folder that was named, without ending; '' where
+        the file itself was named.
+      text: what it holds.
+    """
+    ...
+
+
+class NanogptLog:
+  """Reads logs of modded-nanogpt, where the lines of a run are such as
+  'step:125/3350 val_loss:4.66393 train_time:22.6s'; one file may hold several
+  runs, one after the other."""
+  title = 'a log of modded-nanogpt'
+  _LINE = re.compile(r'^step:(\d+)/\d+ (.*loss:.*)$', re.MULTILINE)
+  _FIGURE = re.compile(r'(\w*loss):(\S+)')
+
+  def recognizes(self, text: str) -> bool:
+    return self._LINE.search(text) is not None
+
+  def read(self, file, path, text):
+    rows = []
+    for step, line in self._LINE.findall(text):
+      figures = {name: float(x) for name, x in self._FIGURE.findall(line)}
+      rows.append((int(step), figures))
+    return _runs_of_rows(path, None, rows)
+
+
+class TrainerState:
+  """Reads trainer_state.json of the Trainer of Hugging Face's transformers.
+  Each checkpoint of a run has one, with the history up to there."""
+  title = 'trainer_state.json of the Hugging Face Trainer'
+
+  def recognizes(self, text: str) -> bool:
+    return text.lstrip().startswith('{') and '"log_history"' in text
+
+  def read(self, file, path, text):
+    state = storage.parse_json_object(text, str(file), {'log_history': list})
+    # The run is the folder, without that of its checkpoint.
+    folders = re.sub(r'(^|/)checkpoint-\d+(?=/|$)', '', path).split('/')[:-1]
+    run_path = '/'.join(folders).strip('/')
+    curves: dict[str, dict[int, float]] = {}
+    for row in state['log_history']:
+      for name, value in row.items():
+        if isinstance(value, numbers.Real) and name not in ('step', 'epoch'):
+          curves.setdefault(name, {})[int(row['step'])] = float(value)
+    return [ForeignRun(path=run_path, curves=curves)]
+
+
+class EventFile:
+  """Reads event files of TensorBoard. A folder of them is a run, since one that
+  was resumed has several."""
+  title = 'an event file of TensorBoard'
+
+  def recognizes(self, text: str) -> bool:
+    # A length and its checksum are before the first event, which has this.
+    return 'brain.Event:' in text[:64]
+
+  def read(self, file, path, text):
+    from tensorboard.backend.event_processing import event_accumulator
+    from tensorboard.util import tensor_util
+    events = event_accumulator.EventAccumulator(
+        str(file), size_guidance={event_accumulator.SCALARS: 0,
+                                  event_accumulator.TENSORS: 0})
+    events.Reload()
+    run_path = path.rpartition('/')[0]
+
+    # Newer writers log scalars as tensors without a shape.
+    curves: dict[str, dict[int, float]] = {}
+    for name in events.Tags()['scalars']:
+      curves[name] = {x.step: x.value for x in events.Scalars(name)}
+    for name in events.Tags()['tensors']:
+      values = {x.step: tensor_util.make_ndarray(x.tensor_proto)
+                for x in events.Tensors(name)}
+      if all(x.shape == () and x.dtype.kind == 'f' for x in values.values()):
+        curves[name] = {step: float(x) for step, x in values.items()}
+    return [ForeignRun(path=run_path, curves=curves)]
+
+
+class LmEvalSamples:
+  """Reads the samples that lm-eval writes with --log_samples. All tasks of a
+  folder are of one run."""
+  title = 'samples of lm-eval (--log_samples)'
+
+  def recognizes(self, text: str) -> bool:
+    first_line = text[:text.find('\n')]
+    return first_line.startswith('{') and '"doc_hash"' in first_line
+
+  def read(self, file, path, text):
+    task = file.stem.removeprefix('samples_').rpartition('_')[0] or file.stem
+    rows = [storage.parse_json_object(line, str(file))
+            for line in text.splitlines()]
+
+    # One record for each figure and filter. What is no number, such as the
+    # parts of a perplexity, has no scores to compare.
+    records = {}
+    for filter_name in dict.fromkeys(row['filter'] for row in rows):
+      filtered = [row for row in rows if row['filter'] == filter_name]
+      names = [row['doc_hash'] for row in filtered]
+      for figure in filtered[0]['metrics']:
+        scores = [row[figure] for row in filtered]
+        if all(isinstance(score, numbers.Real) for score in scores):
+          short_name = items.shorten_figure_name(f'{figure},{filter_name}')
+          records[f'{task}/{short_name}'] = items.record_scores(scores, names)
+    return [ForeignRun(path=path.rpartition('/')[0], items=records)]
+
+
+class WandbChart:
+  """Reads the CSV of a chart that was exported from W&B: a column 'RUN -
+  FIGURE' for each run, with others for its __MIN and __MAX."""
+  title = 'a chart exported from W&B (CSV)'
+
+  def recognizes(self, text: str) -> bool:
+    return '__MIN' in text[:text.find('\n')] and ' - ' in text
+
+  def read(self, file, path, text):
+    table = _read_csv(text)
+    step_column = _find_column(table.fieldnames, 'step')
+    require(step_column is not None, f'{file} is a chart over '
+            f'{table.fieldnames[0]!r}: export it over Step')
+    rows_by_run: dict[str, list] = {}
+    for row in table:
+      for column, cell in row.items():
+        run, dash, figure = column.rpartition(' - ')
+        if dash and cell and not figure.endswith(('__MIN', '__MAX')):
+          rows = rows_by_run.setdefault(run, [])
+          rows.append((int(row[step_column]), {figure: float(cell)}))
+    runs = []
+    for run, rows in rows_by_run.items():
+      runs += _runs_of_rows(_join_names(path, run), None, rows)
+    return runs
+
+
+class ResultsTable:
+  """Reads a CSV of results: the entry, the mean, the number n of its runs, and
+  perhaps the step."""
+  title = 'a table of results (CSV with entry, mean, n)'
+
+  def recognizes(self, text: str) -> bool:
+    columns = _read_csv(text).fieldnames
+    needed = ('entry', 'mean', 'num_runs')
+    return all(_find_column(columns, name) for name in needed)
+
+  def read(self, file, path, text):
+    table = _read_csv(text)
+    entry, mean, num_runs, step = (
+        _find_column(table.fieldnames, name)
+        for name in ('entry', 'mean', 'num_runs', 'step'))
+    results = []
+    for row in table:
+      step_of_row = int(row[step]) if step else None
+      results.append(ReportedMean(
+          path=row[entry], step=step_of_row, mean=float(row[mean]),
+          num_runs=int(row[num_runs])))
+    return results
+
+
+class PlainCsv:
+  """Reads a CSV with a row for each evaluation: columns for the entry, the run,
+  the seed and the step, as far as there are any, and one for each figure. The
+  history of a run in W&B or trackio is such a table."""
+  title = 'a CSV of runs (entry, run, seed, step, loss), or the history of one'
+
+  def recognizes(self, text: str) -> bool:
+    columns = _read_csv(text).fieldnames
+    has_name = any(_find_column(columns, name)
+                   for name in ('run', 'seed', 'step'))
+    return has_name and len(columns) > 1
+
+  def read(self, file, path, text):
+    table = _read_csv(text)
+    meanings = ('entry', 'run', 'seed', 'step')
+    entry, run, seed, step = (
+        _find_column(table.fieldnames, name) for name in meanings)
+    no_figures = {column for name in meanings for column in _COLUMN_NAMES[name]}
+
+    # The rows of each run. A cell that is empty or no number says nothing.
+    rows_by_run: dict[tuple, list] = {}
+    for row in table:
+      figures = {}
+      for column, cell in row.items():
+        value = _parse_number(cell)
+        if column and column.lower() not in no_figures and value is not None:
+          figures[column] = value
+      key = tuple(row.get(name) or '' for name in (entry, run, seed))
+      step_of_row = int(float(row[step])) if step else 0
+      rows_by_run.setdefault(key, []).append((step_of_row, figures))
+
+    runs = []
+    for (entry_name, run_name, seed_text), rows in rows_by_run.items():
+      seed_of_run = None
+      if seed_text:
+        seed_of_run = int(float(seed_text))
+        seed_text = f'seed-{seed_of_run}'
+      run_path = _join_names(entry_name or path, run_name, seed_text)
+      runs += _runs_of_rows(run_path, seed_of_run, rows)
+    return runs
+
+
+# The first that recognizes a file reads it: the narrower formats come first.
+READERS: tuple[Reader, ...] = (
+    EventFile(), LmEvalSamples(), TrainerState(), NanogptLog(), WandbChart(),
+    ResultsTable(), PlainCsv())
+
+
+def read_source(source: pathlib.Path) -> list[ForeignRun | ReportedMean]:
+  """Returns the runs that a file holds, or all files of a folder.
+
+  Args:
+    source: the file or folder. Files of a folder that no reader knows are
+      passed over.
+
+  Raises:
+    RequestError: where there is none, or of two formats: a run that two
+      programs logged would count twice.
+  """
+  require(source.exists(), f'there is no {source}')
+  files = [source]
+  if source.is_dir():
+    files = sorted(file for file in source.rglob('*') if file.is_file())
+
+  # What each file holds, and the formats.
+  results, titles = [], {}
+  for file in files:
+    text = _read_text(file)
+    reader = _find_reader(text)
+    if reader is None:
+      continue
+    titles[reader.title] = file
+    path = ''
+    if file != source:
+      path = file.relative_to(source).with_suffix('').as_posix()
+    try:
+      results += reader.read(file, path, text)
+    except (KeyError, ValueError) as error:
+      raise RequestError(f'{file} looks like {reader.title}, and cannot be '
+                         f'read: {error!r}') from error
+  formats = join_choices(reader.title for reader in READERS)
+  require(titles, f'{source} has no runs that are known here: {formats}')
+  require(len(titles) == 1, f'{source} has runs in several formats, and one '
+          'that two programs logged would count twice: name a folder or a file '
+          f'with one of {join_choices(titles)}')
+
+  # A seed may stand in the name of a file or folder.
+  runs = []
+  for result in _merge_runs(results):
+    if isinstance(result, ForeignRun) and result.seed is None:
+      seed = find_seed(f'{source.stem}/{result.path}')
+      result = dataclasses.replace(result, seed=seed)
+    runs.append(result)
+  return runs
+
+
+def _find_reader(text: str) -> Reader | None:
+  """Returns the reader that knows a text; None: there is none."""
+  for reader in READERS:
+    if reader.recognizes(text):
+      return reader
+  return None
+
+
+def _read_text(file: pathlib.Path) -> str:
+  """Returns the text of a file; of a binary file, such as a checkpoint, no more
+  than its first bytes."""
+  with file.open('rb') as opened:
+    head = opened.read(_BYTES_OF_HEAD)
+    if b'\0' in head:
+      return head.decode('latin-1')
+    return (head + opened.read()).decode('utf-8-sig', errors='replace')
+
+
+def _merge_runs(results: Iterable[ForeignRun | ReportedMean]
+                ) -> list[ForeignRun | ReportedMean]:
+  """Returns the runs with those of one path made one: the checkpoints of a
+  Trainer, the event files of a run that was resumed, the tasks of lm-eval."""
+  merged: list[ForeignRun | ReportedMean] = []
+  by_path: dict[str, ForeignRun] = {}
+  for result in results:
+    if isinstance(result, ReportedMean):
+      merged.append(result)
+      continue
+    earlier = by_path.get(result.path, result)
+    curves = {}
+    for name in earlier.curves | result.curves:
+      curves[name] = earlier.curves.get(name, {}) | result.curves.get(name, {})
+    by_path[result.path] = dataclasses.replace(
+        result, curves=curves, items=earlier.items | result.items)
+  return merged + list(by_path.values())
+
+
+def _runs_of_rows(path: str, seed: int | None,
+                  rows: Iterable[tuple[int, Mapping[str, float]]]
+                  ) -> list[ForeignRun]:
+  """Returns the runs that some rows are of, where a step that comes again
+  begins another run: logs of several runs may stand in one file.
+
+  Args:
+    path: the path of the run, to which the others add #2, #3, ...
+    seed: the seed of the run.
+    rows: the step and the figures of each row, in the order of the file.
+  """
+  curves_of_runs: list[dict[str, dict[int, float]]] = [{}]
+  for step, figures in rows:
+    is_known = any(step in curves_of_runs[-1].get(name, {})
+                   for name in figures)
+    if is_known:
+      curves_of_runs.append({})
+    for name, value in figures.items():
+      curves_of_runs[-1].setdefault(name, {})[step] = value
+  runs = [ForeignRun(path=path, seed=seed, curves=curves_of_runs[0])]
+  for number, curves in enumerate(curves_of_runs[1:], start=2):
+    runs.append(ForeignRun(path=f'{path}#{number}', curves=curves))
+  return runs
+
+
+def _read_csv(text: str) -> Any:
+  """Returns the rows of a CSV by column, and no column where it has none."""
+  table = csv.DictReader(io.StringIO(text))
+  if table.fieldnames is None:
+    table.fieldnames = []
+  return table
+
+
+def _find_column(columns: Sequence[str], meaning: str) -> str | None:
+  """Returns the column of a CSV that holds the step, the seed, or the like, a
+  key of _COLUMN_NAMES; None: there is none."""
+  by_lower_case = {column.lower(): column for column in columns}
+  for name in _COLUMN_NAMES[meaning]:
+    if name in by_lower_case:
+      return by_lower_case[name]
+  return None
+
+
+def find_seed(path: str) -> int | None:
+  """Returns the seed in a path such as base/seed-3 or base_seed3; None: it has
+  none."""
+  match = _SEED.search(path.lower())
+  return int(match[1]) if match else None
+
+
+def without_seed(path: str) -> str:
+  """Returns a path without the seed in it: that of all runs of an entry."""
+  match = _SEED.search(path.lower())
+  if match is None:
+    return path
+  return (path[:match.start()] + path[match.end():]).strip('-_/ .')
+
+
+def _join_names(*names: str) -> str:
+  """Returns a path of the names that are not empty."""
+  return '/'.join(name for name in names if name)
+
+
+def _parse_number(cell: str | None) -> float | None:
+  """Returns the number in a cell; None: it holds none."""
+  try:
+    return float(cell or '')
+  except ValueError:
+    return None

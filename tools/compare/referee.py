@@ -1,0 +1,617 @@
+"""referee: verdicts on runs that others made, from their logs alone.
+
+Each SOURCE is a file or a folder with the runs of one entry: logs of
+modded-nanogpt, trainer_state.json of the Hugging Face Trainer, event files of
+TensorBoard, charts and histories of W&B and trackio as CSV, samples of lm-eval,
+or a CSV with the columns entry, run, seed, step and loss. Of one SOURCE alone
+the entries are those that it names. The others are compared with the first, or
+each with the one before (--successive).
+
+The test is Student's: paired by seed where both entries have 3 seeds or more
+in common, and else of two samples, with the deviation of each (Welch), one that
+is pooled over all entries (--pooled), or one that is known (--sd). Scores of
+items, such as questions, are paired item by item. Every p is corrected over all
+that is compared, by Holm.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+import csv
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from common.errors import join_choices, one_of, require
+from common.fields import check_number
+from tools.compare import decide, figures, foreign, items, page, statistics
+from tools.compare.statistics import PooledDeviation
+
+# The figure that is compared where none is named and there are several.
+_HELD_OUT_LOSSES = ('val_loss', 'eval_loss', 'val/loss', 'eval/loss')
+_REPORTED_LOSS = 'loss'  # the figure of a table of results
+# The names of figures of which less is better.
+_LESS_IS_BETTER = re.compile(
+    'loss|perplexity|ppl|error|bits|bpb|nll|entropy', re.IGNORECASE)
+_POWER = 0.8  # with which a difference is called one that the runs can find
+# Logs of so many equal figures are two logs of one run.
+_MIN_POINTS_OF_COPY = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """An entry: what is compared, by the runs that repeat it.
+
+  Attributes:
+    name: the name.
+    runs: the runs, each of which has a curve of the figure.
+    step: the step at which it is read; None: the log has none.
+    values: the figure of each run there.
+    seeds: the seed of each of these runs; None where it is not known.
+    mean: the mean of the values, or the one that was reported.
+    num_runs: the number of runs that it is of.
+    notes: sentences about what was left out.
+  """
+  name: str
+  runs: Sequence[foreign.ForeignRun]
+  step: int | None
+  values: Sequence[float]
+  seeds: Sequence[int | None]
+  mean: float
+  num_runs: int
+  notes: Sequence[str] = ()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the arguments of `python -m tools.compare referee` to its parser."""
+  parser.add_argument('sources', metavar='SOURCE', nargs='+',
+                      help='a file or folder of runs')
+  parser.add_argument('--entries', default='', help='of one SOURCE: the '
+                      'entries in order, as A,B@STEP, or a CSV with columns '
+                      'entry and steps; default: all, at their last step')
+  parser.add_argument('--successive', action='store_true',
+                      help='compare each entry with the one before it')
+  parser.add_argument('--metric', default='', help='the figure to compare; '
+                      'default: the held-out loss')
+  parser.add_argument('--pooled', action='store_true', help='one standard '
+                      'deviation for all entries, pooled over their runs')
+  parser.add_argument('--sd', type=float, default=0.0,
+                      help='the standard deviation of a run, where it is known')
+  parser.add_argument('--loss_per_step', type=float, default=0.0, help='by how '
+                      'much a step less raises the loss; charged where entries '
+                      'end at different steps')
+  parser.add_argument('--target', type=float, help='instead: the first step at '
+                      'which the mean of each entry is below this loss')
+  parser.add_argument('--uncorrected', action='store_true', help='judge each '
+                      'comparison by its own p, as if it were the only one')
+  parser.add_argument('--alpha', type=float, default=0.05,
+                      help='the probability of any wrong claim (%(default)s)')
+  parser.add_argument('--figure', default='', help='draw into this file, of '
+                      f'{", ".join(figures.FILE_FORMATS)}')
+  parser.add_argument('--json', action='store_true', help='print JSON')
+
+
+def main(args) -> int:
+  """Prints the verdicts on the runs of the sources."""
+  check_number('--alpha', args.alpha, (('>', 0), ('<', 1)))
+  check_number('--sd', args.sd, (('>=', 0),))
+  require(args.target is None or not args.figure,
+          '--figure draws comparisons, of which --target has none')
+  if args.figure:
+    one_of('ending of --figure', pathlib.Path(args.figure).suffix[1:],
+           figures.FILE_FORMATS)
+  groups = group_by_entry([pathlib.Path(x) for x in args.sources], args.entries)
+  answer = judge_entries(groups, args)
+
+  if args.figure:
+    drawing = figures.draw_verdicts(
+        answer['comparisons'], xlabel=f'{answer["metric"]} minus that of the '
+        'entry it is compared with')
+    drawing.savefig(args.figure, dpi=figures.DPI)
+  if args.json:
+    print(json.dumps(answer, indent=2))
+  else:
+    print(f'{render_table(answer)}\n\n{answer["summary"]}')
+  return 0
+
+
+# Entries and their figures.
+
+
+def group_by_entry(sources: Sequence[pathlib.Path], picks: str
+                   ) -> dict[str, tuple[list, int | None]]:
+  """Returns the runs of each entry, and the step at which it is to be read.
+
+  Args:
+    sources: the files or folders.
+    picks: the text of --entries.
+
+  Returns:
+    {name: (runs or reported means, step or None)}, in the order to compare.
+
+  Raises:
+    RequestError: for an entry without runs, and for fewer than two.
+  """
+  groups: dict[str, tuple[list, int | None]] = {}
+  if len(sources) > 1:
+    require(not picks, '--entries picks entries of one SOURCE: name one')
+    for source in sources:
+      name = source.stem
+      if name in groups:  # as a/runs and b/runs
+        name = source.as_posix()
+      groups[name] = foreign.read_source(source), None
+    return groups
+
+  runs = foreign.read_source(sources[0])
+  if picks:
+    for name, step in _parse_picks(picks):
+      # An entry is a path, of which it has all runs below: entry, entry/run.
+      below = [run for run in runs
+               if run.path == name or run.path.startswith((f'{name}/',
+                                                           f'{name}#'))]
+      paths = sorted({run.path.partition('/')[0] for run in runs})
+      require(below, f'--entries: {sources[0]} has no runs of {name!r}. There '
+              f'are {join_choices(paths)}')
+      groups[name] = below, step
+  else:
+    for run in runs:
+      name = foreign.without_seed(run.path.partition('#')[0])
+      if isinstance(run, foreign.ForeignRun):
+        name = name.partition('/')[0]
+      groups.setdefault(name or sources[0].stem, ([], None))[0].append(run)
+  require(len(groups) > 1, f'{sources[0]} has one entry alone: name another '
+          'SOURCE to compare it with')
+  return groups
+
+
+def _parse_picks(text: str) -> list[tuple[str, int | None]]:
+  """Returns the entries that --entries names, with the step of each."""
+  picks: list[tuple[str, int | None]] = []
+  if pathlib.Path(text).is_file():
+    with open(text, newline='') as file:
+      for row in csv.DictReader(file):
+        require('entry' in row, f'{text} has no column entry')
+        step = row.get('steps') or row.get('step')
+        picks.append((row['entry'], int(step) if step else None))
+    return picks
+  for pick in text.split(','):
+    name, _, step = pick.partition('@')
+    require(not step or step.isdecimal(), f'--entries: {step!r} is no step')
+    picks.append((name, int(step) if step else None))
+  return picks
+
+
+def choose_metric(groups: Mapping[str, tuple[list, int | None]], asked: str
+                  ) -> str:
+  """Returns the name of the figure that is compared: the held-out loss, or what
+  --metric names; '' where the runs have scores of items alone.
+
+  Args:
+    groups: the runs of each entry, as `group_by_entry` returns them.
+    asked: the text of --metric.
+  """
+  names: dict[str, None] = {}
+  for runs, _ in groups.values():
+    for run in runs:
+      if isinstance(run, foreign.ForeignRun):
+        names |= dict.fromkeys(run.curves)
+  if asked:
+    one_of('--metric', asked, names)
+    return asked
+  if not names:
+    has_means = any(isinstance(run, foreign.ReportedMean)
+                    for runs, _ in groups.values() for run in runs)
+    return _REPORTED_LOSS if has_means else ''
+  preferred = [name for name in _HELD_OUT_LOSSES if name in names]
+  losses = [name for name in names
+            if 'loss' in name.lower() and 'train' not in name.lower()]
+  for choices in (preferred, losses, [*names]):
+    if len(choices) == 1 or choices is preferred and choices:
+      return choices[0]
+  require(False, 'the runs have several figures: choose one with --metric, of '
+          f'{join_choices(names)}')
+  return ''
+
+
+def read_sample(name: str, runs: Sequence, step: int | None, metric: str
+                ) -> Sample:
+  """Returns an entry with the figure of each of its runs at a step.
+
+  Args:
+    name: the name of the entry.
+    runs: its runs or its reported mean.
+    step: the step; None: the last one that any of its runs has.
+    metric: the name of the figure.
+
+  Raises:
+    RequestError: where no run has the figure there.
+  """
+  reported = [run for run in runs if isinstance(run, foreign.ReportedMean)]
+  if reported:
+    require(len(reported) == len(runs) == 1,
+            f'{name} has {len(reported)} rows in the table of results')
+    return Sample(name=name, runs=(), step=reported[0].step, values=(),
+                  seeds=(), mean=reported[0].mean,
+                  num_runs=reported[0].num_runs)
+
+  # A run that was logged into two files counts once.
+  with_curve: list[foreign.ForeignRun] = []
+  num_copies = 0
+  for run in runs:
+    curve = run.curves.get(metric)
+    if not curve:
+      continue
+    is_copy = len(curve) >= _MIN_POINTS_OF_COPY and any(
+        curve == other.curves[metric] for other in with_curve)
+    num_copies += is_copy
+    if not is_copy:
+      with_curve.append(run)
+  require(with_curve, f'{name} has no run with {metric}')
+
+  # The runs that have the step. One that ended before it is told.
+  if step is None:
+    step = max(max(run.curves[metric]) for run in with_curve)
+  at_step = [run for run in with_curve if step in run.curves[metric]]
+  require(at_step, f'{name} has no {metric} at step {step}')
+  notes = []
+  if num_copies:
+    notes.append(f'{name}: {num_copies} of its logs are copies')
+  num_left_out = len(with_curve) - len(at_step)
+  if num_left_out:
+    notes.append(f'{name}: {num_left_out} of {len(with_curve)} runs have no '
+                 f'{metric} at step {step}')
+  values = [run.curves[metric][step] for run in at_step]
+  return Sample(
+      name=name, runs=at_step, step=step, values=values,
+      seeds=[run.seed for run in at_step], mean=float(np.mean(values)),
+      num_runs=len(values), notes=notes)
+
+
+# Tests.
+
+
+def judge_entries(groups: Mapping[str, tuple[list, int | None]], args
+                  ) -> dict[str, Any]:
+  """Returns the verdicts on some entries.
+
+  Args:
+    groups: the runs of each entry, as `group_by_entry` returns them.
+    args: the arguments of the command.
+
+  Returns:
+    What --json prints: 'metric', 'comparisons', 'steps' (of --target), 'notes',
+    and 'summary', a paragraph.
+  """
+  metric = choose_metric(groups, args.metric)
+  answer: dict[str, Any] = {
+      'metric': metric or 'scores of items', 'alpha': args.alpha,
+      'comparisons': [], 'steps': [], 'notes': []}
+
+  # Scores of items alone are paired item by item.
+  pairs = _list_pairs([*groups], args.successive)
+  if not metric:
+    require(args.target is None, '--target is of curves, and there are none')
+    for base, entry in pairs:
+      answer['comparisons'] += _compare_items(
+          base, groups[base][0], entry, groups[entry][0])
+    return _correct_and_summarize(answer, args)
+
+  samples = {}
+  for name, (runs, step) in groups.items():
+    samples[name] = read_sample(name, runs, step, metric)
+    answer['notes'] += samples[name].notes
+  if args.target is not None:
+    for sample in samples.values():
+      answer['steps'].append(_find_first_step_below(sample, metric, args))
+    answer['summary'] = _summarize_steps(answer, args.target)
+    return answer
+
+  pooled = _deviation_for_all(samples, args)
+  # Holm's correction asks the smallest p for the level over the number of them.
+  num_tests = 1 if args.uncorrected else len(pairs)
+  for base, entry in pairs:
+    answer['comparisons'].append(_compare_samples(
+        samples[base], samples[entry], metric=metric, pooled=pooled, args=args,
+        num_tests=num_tests))
+  if args.sd:
+    answer['notes'].append(f'the standard deviation of a run is said to be '
+                           f'{args.sd:.3g}')
+  elif pooled is not None:
+    answer['notes'].append(
+        f'the standard deviation of a run, pooled over all entries, is '
+        f'{pooled.sd:.3g} ({pooled.df} degrees of freedom)')
+  if len({sample.step for sample in samples.values()}) > 1:
+    charged = 'not charged: pass --loss_per_step'
+    if args.loss_per_step:
+      charged = f'charged with {args.loss_per_step:g} a step'
+    answer['notes'].append(
+        f'entries are read at different steps, which is {charged}')
+  return _correct_and_summarize(answer, args)
+
+
+def _correct_and_summarize(answer: dict[str, Any], args) -> dict[str, Any]:
+  """Adds the corrected p and the verdict to each comparison of an answer, and
+  the summary to the answer; returns the answer."""
+  rows = answer['comparisons']
+  corrected = [row['p'] for row in rows]
+  if not args.uncorrected:
+    corrected = statistics.correct_p_values(corrected)
+  for row, p_corrected in zip(rows, corrected):
+    row['p_corrected'] = p_corrected
+    row['verdict'] = _verdict(row, answer['alpha'])
+  answer['summary'] = _summarize_comparisons(answer, args)
+  return answer
+
+
+def _list_pairs(names: Sequence[str], successive: bool
+                ) -> list[tuple[str, str]]:
+  """Returns the pairs (base, entry) that are compared."""
+  if successive:
+    return list(zip(names, names[1:]))
+  return [(names[0], name) for name in names[1:]]
+
+
+def _deviation_for_all(samples: Mapping[str, Sample], args
+                       ) -> PooledDeviation | None:
+  """Returns one standard deviation of a run for all entries, the known or the
+  pooled one; None where each entry has its own.
+
+  Raises:
+    RequestError: where a mean was reported without its runs, and no deviation
+      is known.
+  """
+  if args.sd:
+    return PooledDeviation(sd=args.sd, df=math.inf)
+  reported = [sample.name for sample in samples.values() if not sample.values]
+  require(not reported, f'{reported[:1]} has a mean without its runs: pass the '
+          'standard deviation of a run as --sd')
+  if not args.pooled:
+    return None
+  pooled = statistics.pool_deviations(
+      [sample.values for sample in samples.values()])
+  require(pooled is not None, '--pooled: no entry has two runs that differ')
+  return pooled
+
+
+def _compare_samples(base: Sample, entry: Sample, *, metric: str,
+                     pooled: PooledDeviation | None, args, num_tests: int
+                     ) -> dict[str, Any]:
+  """Returns the test of the difference of an entry from its base.
+
+  Args:
+    base, entry: the two.
+    metric: the name of the figure.
+    pooled: one deviation for all entries; None: that of these runs.
+    args: the arguments of the command.
+    num_tests: how many tests are corrected together.
+
+  Returns:
+    A row of 'comparisons', without its corrected p and its verdict.
+  """
+  # What the steps that the entry saves would have been worth to its base.
+  charge = 0.0
+  if base.step is not None and entry.step is not None:
+    charge = args.loss_per_step * (entry.step - base.step)
+  values = [value + charge for value in entry.values]
+
+  # The test that fits the runs.
+  value_by_seed = _values_by_seed(base.seeds, base.values)
+  differences = []
+  for seed, value in _values_by_seed(entry.seeds, values).items():
+    if seed in value_by_seed:
+      differences.append(value - value_by_seed[seed])
+  difference: statistics.MeanDifference | None
+  if pooled is not None:
+    test = 'known deviation' if math.isinf(pooled.df) else 'pooled deviation'
+    difference = statistics.difference_of_means(
+        mean=entry.mean + charge, num_runs=entry.num_runs, base_mean=base.mean,
+        base_num_runs=base.num_runs, pooled=pooled)
+  elif len(differences) >= statistics.MIN_SEEDS:
+    test = f'{len(differences)} pairs of seeds'
+    difference = statistics.difference_of_pairs(differences)
+  else:
+    test = 'two samples (Welch)'
+    difference = statistics.difference_of_groups(values, base.values)
+
+  row = {'base': base.name, 'entry': entry.name, 'metric': metric,
+         'base_mean': base.mean, 'mean': entry.mean, 'base_step': base.step,
+         'step': entry.step, 'base_runs': base.num_runs,
+         'runs': entry.num_runs, 'charge': charge, 'test': test,
+         'effect': entry.mean + charge - base.mean, 'differences': differences}
+  if difference is None:
+    row['test'] = 'none: too few runs'
+    return row | {'low': None, 'high': None, 'p': None}
+  level = args.alpha / num_tests
+  low, high = difference.interval(args.alpha)
+  return row | {
+      'effect': difference.mean, 'low': low, 'high': high, 'p': difference.p,
+      'detectable': difference.detectable(level, _POWER),
+      'runs_needed': difference.runs_needed(level, _POWER)}
+
+
+def _values_by_seed(seeds: Sequence[int | None], values: Sequence[float]
+                    ) -> dict[int, float]:
+  """Returns the value of each seed; {} where a seed is not known, or has two
+  runs, so that runs cannot be paired."""
+  known_seeds = [seed for seed in seeds if seed is not None]
+  if len(set(known_seeds)) < len(seeds):
+    return {}
+  return dict(zip(known_seeds, values))
+
+
+def _compare_items(base: str, base_runs: Sequence[foreign.ForeignRun],
+                   entry: str, runs: Sequence[foreign.ForeignRun]
+                   ) -> list[dict[str, Any]]:
+  """Returns a test for each figure of which two entries have the scores of the
+  same items; the rows are as those of `_compare_samples`."""
+  base_records = {str(run.seed): run.items for run in base_runs}
+  records = {str(run.seed): run.items for run in runs}
+  rows = []
+  for row in items.compare_records(base_records, records):
+    rows.append({
+        'base': base, 'entry': entry, 'metric': row['figure'],
+        'base_mean': row['base'], 'mean': row['variant'],
+        'base_runs': row['seeds'], 'runs': row['seeds'],
+        'test': f'{row["test"]}, {row["items"]} items',
+        'effect': row['effect'], 'low': row['low'], 'high': row['high'],
+        'p': row['p']})
+  require(rows, f'{base} and {entry} have no figure of the same items')
+  return rows
+
+
+def _verdict(row: Mapping[str, Any], alpha: float) -> str:
+  """Returns the verdict of a row by its corrected p and the direction in which
+  its figure is better."""
+  if row['p_corrected'] is None:
+    return decide.NO_NOISE
+  if row['p_corrected'] > alpha:
+    return decide.NONE_SHOWN
+  is_less = row['effect'] < 0
+  is_better = is_less == bool(_LESS_IS_BETTER.search(row['metric']))
+  return decide.BETTER if is_better else decide.WORSE
+
+
+def _find_first_step_below(sample: Sample, metric: str, args
+                           ) -> dict[str, Any]:
+  """Returns the first step at which the mean of an entry is below --target, as
+  it is read and with all looks counted (statistics.p_values_of_looks).
+
+  Args:
+    sample: the entry.
+    metric: the name of the figure.
+    args: the arguments of the command.
+  """
+  curves = [run.curves[metric] for run in sample.runs]
+  shared_steps = sorted(set.intersection(*(set(curve) for curve in curves))
+                        ) if curves else []
+  row: dict[str, Any] = {
+      'entry': sample.name, 'runs': sample.num_runs,
+      'looks': len(shared_steps), 'step': None, 'p': None, 'p_counted': None,
+      'counted_step': None}
+  if not shared_steps:
+    return row
+  losses_RL = np.array([[curve[step] for step in shared_steps]
+                        for curve in curves])
+  looks = statistics.p_values_of_looks(losses_RL, args.target, args.sd or None)
+  if looks is None:
+    return row
+  for name, p_L in (('step', looks.p), ('counted_step', looks.p_counted)):
+    passing = np.flatnonzero(p_L <= args.alpha)
+    if len(passing):
+      row[name] = shared_steps[passing[0]]
+  if row['step'] is not None:
+    index = shared_steps.index(row['step'])
+    row |= {'p': float(looks.p[index]),
+            'p_counted': float(looks.p_counted[index])}
+  return row
+
+
+# What is printed.
+
+
+def render_table(answer: Mapping[str, Any]) -> str:
+  """Returns the table of an answer of `judge_entries`, for a terminal."""
+  cells = []
+  for row in answer['steps']:
+    cells.append({
+        'entry': page.label(row['entry']), 'runs': page.count(row['runs']),
+        'evaluations': page.count(row['looks']),
+        'first below': page.count(row['step']),
+        'p': page.p_value(row['p']),
+        'p of all looks': page.p_value(row['p_counted']),
+        'first below, looks counted': page.count(row['counted_step'])})
+  for row in answer['comparisons']:
+    effect = page.estimate(mean=row['effect'], low=row['low'],
+                           high=row['high'], form='+.5f')
+    # What is the same in all rows stands in the paragraph alone.
+    figure, steps, runs_to_decide = '', '', None
+    if row['metric'] != answer['metric']:
+      figure = row['metric']
+    if row.get('step') != row.get('base_step'):
+      steps = f'{row["step"]} and {row["base_step"]}'
+    if row['verdict'] == decide.NONE_SHOWN:
+      runs_to_decide = row.get('runs_needed')
+    cells.append({
+        'entry': page.label(row['entry']),
+        'compared with': page.label(row['base']),
+        'figure': page.label(figure), 'steps': page.label(steps),
+        'verdict': page.label(row['verdict']),
+        'difference': effect, 'p': page.p_value(row['p']),
+        'corrected p': page.p_value(row['p_corrected']),
+        'runs': page.label(f'{row["runs"]} and {row["base_runs"]}'),
+        'could show': page.number(row.get('detectable'), '.5f'),
+        'runs to decide': page.count(runs_to_decide),
+        'test': page.label(row['test'])})
+  return page.table('referee', '', cells).text()
+
+
+def _summarize_comparisons(answer: Mapping[str, Any], args) -> str:
+  """Returns a paragraph on the comparisons, for a reader in a hurry."""
+  rows = answer['comparisons']
+  beside = f'with {rows[0]["base"]}'
+  if args.successive:
+    beside = 'of each entry with the one before it'
+  chance = 'any of them is'
+  if args.uncorrected:
+    chance = 'a single one, were it the only one, is'
+  sentences = [
+      f'{len(rows)} comparisons by {answer["metric"]}, {beside}; the '
+      f'probability that {chance} called better or worse by chance is at most '
+      f'{answer["alpha"]:.3g}.']
+
+  # Who is what. Of those without a difference the number will do.
+  for verdict in (decide.BETTER, decide.WORSE, decide.NONE_SHOWN,
+                  decide.NO_NOISE):
+    names = [row['entry'] for row in rows if row['verdict'] == verdict]
+    listed = ''
+    if verdict in (decide.BETTER, decide.WORSE):
+      listed = f' ({", ".join(names)})'
+    if names:
+      sentences.append(f'{verdict.capitalize()}: {len(names)}{listed}.')
+
+  # What the runs of those that are not decided could have shown.
+  detectable = [row['detectable'] for row in rows
+                if row['verdict'] == decide.NONE_SHOWN and 'detectable' in row]
+  if detectable:
+    sentences.append(
+        'Where no difference is shown, the runs would have found one of '
+        f'{min(detectable):.2g} to {max(detectable):.2g} with a probability '
+        f'of {_POWER:.0%}; a smaller one may be there.')
+  if any(row['verdict'] == decide.NO_NOISE for row in rows):
+    sentences.append(
+        'The noise is unknown where an entry has fewer than '
+        f'{statistics.MIN_SEEDS} runs: --pooled takes that of all entries, and '
+        '--sd one that is known.')
+  sentences += [f'Note: {note}.' for note in answer['notes']]
+  return ' '.join(sentences)
+
+
+def _summarize_steps(answer: Mapping[str, Any], target: float) -> str:
+  """Returns a paragraph on the first steps below a target.
+
+  Args:
+    answer: the answer of `judge_entries`.
+    target: the target.
+  """
+  tested = [row for row in answer['steps'] if row['p'] is not None]
+  lost = [row['entry'] for row in tested if row['counted_step'] is None]
+  delays = [row['counted_step'] - row['step'] for row in tested
+            if row['counted_step'] is not None]
+  later = [delay for delay in delays if delay]
+  sentences = [
+      f'{len(tested)} of {len(answer["steps"])} entries have an evaluation '
+      f'whose mean {answer["metric"]} is below {target:g} at a level of '
+      f'{answer["alpha"]:g}. With all looks at the runs counted, '
+      f'{len(delays) - len(later)} are below from the same step on, '
+      f'{len(later)} later, and {len(lost)} at none.']
+  if later:
+    sentences.append(f'Those that are later are so by {min(later)} to '
+                     f'{max(later)} steps.')
+  if lost:
+    sentences.append(f'At none: {join_choices(lost)}.')
+  sentences += [f'Note: {note}.' for note in answer['notes']]
+  return ' '.join(sentences)
