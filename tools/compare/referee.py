@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       'default: the held-out loss')
   parser.add_argument('--pooled', action='store_true', help='one standard '
                       'deviation for all entries, pooled over their runs')
-  parser.add_argument('--sd', type=float, default=0.0,
+  parser.add_argument('--sd', type=float, default=None,
                       help='the standard deviation of a run, where it is known')
   parser.add_argument('--loss_per_step', type=float, default=0.0, help='by how '
                       'much a step less raises the loss; charged where entries '
@@ -98,7 +98,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args) -> int:
   """Prints the verdicts on the runs of the sources."""
   check_number('--alpha', args.alpha, (('>', 0), ('<', 1)))
-  check_number('--sd', args.sd, (('>=', 0),))
+  if args.sd is not None:
+    check_number('--sd', args.sd, (('>', 0),))
   require(args.target is None or not args.figure,
           '--figure draws comparisons, of which --target has none')
   if args.figure:
@@ -317,7 +318,7 @@ def judge_entries(groups: Mapping[str, tuple[list, int | None]], args
     answer['comparisons'].append(_compare_samples(
         samples[base], samples[entry], metric=metric, pooled=pooled, args=args,
         num_tests=num_tests))
-  if args.sd:
+  if args.sd is not None:
     answer['notes'].append(f'the standard deviation of a run is said to be '
                            f'{args.sd:.3g}')
   elif pooled is not None:
@@ -364,7 +365,7 @@ def _deviation_for_all(samples: Mapping[str, Sample], args
     RequestError: where a mean was reported without its runs, and no deviation
       is known.
   """
-  if args.sd:
+  if args.sd is not None:
     return PooledDeviation(sd=args.sd, df=math.inf)
   reported = [sample.name for sample in samples.values() if not sample.values]
   require(not reported, f'{reported[:1]} has a mean without its runs: pass the '
@@ -496,7 +497,7 @@ def _find_first_step_below(sample: Sample, metric: str, args
     return row
   losses_RL = np.array([[curve[step] for step in shared_steps]
                         for curve in curves])
-  looks = statistics.p_values_of_looks(losses_RL, args.target, args.sd or None)
+  looks = statistics.p_values_of_looks(losses_RL, args.target, args.sd)
   if looks is None:
     return row
   for name, p_L in (('step', looks.p), ('counted_step', looks.p_counted)):

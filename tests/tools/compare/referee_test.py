@@ -202,10 +202,11 @@ def test_the_runs_that_are_needed_and_what_so_many_find():
     assert np.mean(p < 0.05) == pytest.approx(0.8, abs=0.03)
 
 
-def test_looks_at_every_step_are_counted_by_their_correlation():
+def test_looks_at_every_step_are_counted_by_their_correlation(monkeypatch):
   """The mean is never below the target: whoever takes the first step that
   passes claims so in more than 5 % of cases, and who counts looks does not.
   Looks that are all the same are one."""
+  monkeypatch.setattr(statistics, 'NUM_DRAWS_OF_LOOKS', 2 ** 11)
   random = np.random.default_rng(0)
   num_false = np.zeros(2)
   for _ in range(400):
@@ -220,7 +221,7 @@ def test_looks_at_every_step_are_counted_by_their_correlation():
   looks = statistics.p_values_of_looks(same, target=0.0)
   assert looks.p[0] == pytest.approx(stats.ttest_1samp(
       same[:, 0], 0, alternative='less').pvalue)
-  assert looks.p_counted[0] == pytest.approx(looks.p[0], rel=0.1)
+  assert looks.p_counted[0] == pytest.approx(looks.p[0], rel=0.3)
 
 
 def test_wrong_requests_are_refused(tmp_path, capsys):
